@@ -1,0 +1,1 @@
+//! Proves to the control plane who this node is.

@@ -1,0 +1,3 @@
+//! The posemesh task service (DMS) as a [`super::LeaseSource`].
+
+pub mod wire;

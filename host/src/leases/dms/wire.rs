@@ -1,0 +1,133 @@
+//! JSON of the DMS task API, both directions (posemesh contract 4.2 to 4.8).
+//!
+//! The adapter reads what it needs leniently: times with `T` or a space, UUIDs in any usual
+//! spelling, unknown fields kept. The embedded control plane (`dev`) writes the same types.
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use uuid::Uuid;
+
+/// `GET /tasks` (4.3). Credentials are plain text here; they leave this type for
+/// [`crate::model::Token`] at once.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct LeaseEnvelope {
+    /// First domain token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub access_token: Option<String>,
+    /// When it expires.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub access_token_expires_at: Option<Timestamp>,
+    /// When the lease expires.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease_expires_at: Option<Timestamp>,
+    /// Already cancelled.
+    #[serde(default)]
+    pub cancel: bool,
+    /// Status word, opaque.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub status: Option<String>,
+    /// The domain.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain_id: Option<Uuid>,
+    /// Base URL of its server; kept as text, judged when it is used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain_server_url: Option<String>,
+    /// The task.
+    pub task: TaskSpec,
+    /// Everything else.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+/// The task inside a lease (4.4): what the node reads is typed, the rest is kept as it came.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TaskSpec {
+    /// Path segment of all later calls.
+    pub id: Uuid,
+    /// Echoed in reports.
+    #[serde(default)]
+    pub job_id: Option<Uuid>,
+    /// Selects the runner.
+    pub capability: String,
+    /// Inputs.
+    #[serde(default)]
+    pub inputs_cids: Vec<String>,
+    /// Prefix of artifact paths.
+    #[serde(default)]
+    pub outputs_prefix: Option<String>,
+    /// Opaque, but for the two URL fallbacks of 4.6.
+    #[serde(default)]
+    pub meta: Value,
+    /// Everything else.
+    #[serde(flatten)]
+    pub extra: Map<String, Value>,
+}
+
+/// `POST /tasks/{id}/heartbeat` (4.5), request.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct HeartbeatRequest {
+    /// Latest progress; the oldest nodes leave it out.
+    #[serde(default)]
+    pub progress: Value,
+    /// Events not acknowledged yet; the oldest nodes leave it out.
+    #[serde(default)]
+    pub events: Vec<Value>,
+}
+
+/// `POST /tasks/{id}/heartbeat`, answer. `null` is absent.
+#[derive(Clone, Default, Serialize, Deserialize)]
+pub struct HeartbeatResponse {
+    /// Newer domain token.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub access_token: Option<String>,
+    /// When it expires.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub access_token_expires_at: Option<Timestamp>,
+    /// New end of the lease.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lease_expires_at: Option<Timestamp>,
+    /// Stop.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cancel: Option<bool>,
+    /// Status word, opaque.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub status: Option<String>,
+    /// The domain.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain_id: Option<Uuid>,
+    /// Base URL of its server.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub domain_server_url: Option<String>,
+    /// Replaces the task.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task: Option<TaskSpec>,
+    /// Replaces the task's id; ignored where `task` is present.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub task_id: Option<Uuid>,
+    /// Replaces the job's id.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub job_id: Option<Uuid>,
+}
+
+/// `POST /tasks/{id}/complete` (4.7). Newer nodes send a `meta` of another shape.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CompleteRequest {
+    /// Ids of the artifacts that have one.
+    #[serde(default)]
+    pub output_cids: Vec<String>,
+    /// `{"job": …, "artifacts": […]}` from this node.
+    #[serde(default)]
+    pub meta: Value,
+}
+
+/// `POST /tasks/{id}/fail` (4.8).
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct FailRequest {
+    /// One line.
+    #[serde(default)]
+    pub reason: String,
+    /// Same shape as the `meta` of a completion, and more.
+    #[serde(default)]
+    pub details: Value,
+}

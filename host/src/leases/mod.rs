@@ -1,0 +1,110 @@
+//! Where leases come from.
+//!
+//! A [`LeaseSource`] turns one control plane into three verbs: take a lease, keep it, settle it.
+//! Nothing outside `leases` knows which plane is in use. Nothing in here decides when to call:
+//! pacing belongs to `session`, admission to `engine`.
+
+pub mod dms;
+
+use async_trait::async_trait;
+use jiff::Timestamp;
+use uuid::Uuid;
+
+use crate::model::{Lease, Pending, TaskId, Token, Verdict};
+
+/// One control plane.
+#[async_trait]
+pub trait LeaseSource: Send + Sync {
+    /// Takes the next lease we can serve. `Ok(None)`: asked, and there is nothing; back off quietly.
+    /// Let it finish: dropping this future may lose a lease the plane has already given us.
+    async fn take(&self) -> Result<Option<Lease>, LeaseError>;
+    /// Extends a lease we hold. The answer may carry a newer token or a request to cancel.
+    async fn keep(&self, task: TaskId, beat: &Pending) -> Result<Kept, LeaseError>;
+    /// Reports the end. `task` is the id the plane uses now (a heartbeat may have changed it);
+    /// `lease` gives job, domain and capability.
+    async fn settle(&self, task: TaskId, lease: &Lease, verdict: &Verdict) -> Result<(), LeaseError>;
+}
+
+/// What a heartbeat's answer said; absent means unchanged.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Kept {
+    /// Newer bearer towards the domain server.
+    pub token: Option<Token>,
+    /// New end of the lease, by the plane's clock.
+    pub expires_at: Option<Timestamp>,
+    /// The plane asks to stop.
+    pub cancel: bool,
+    /// The task's id from now on.
+    pub task: Option<TaskId>,
+    /// Domain of the data.
+    pub domain_id: Option<Uuid>,
+    /// Base URL of the domain server, as received, task-metadata fallback included.
+    pub domain_server: Option<String>,
+}
+
+/// Why a control plane did not do what we asked. Texts hold no token and no body of a lease.
+#[derive(Debug, thiserror::Error)]
+pub enum LeaseError {
+    /// No answer, or none in time.
+    #[error("{0}")]
+    Unreachable(String),
+    /// The node has no token at the moment.
+    #[error("no node token: {0}")]
+    NoToken(String),
+    /// Rejected with a fresh token too.
+    #[error("control plane rejected the node token")]
+    Unauthorized,
+    /// The plane does not know the task any more (404), or another node holds it (409, 410).
+    #[error("lease of task {task} is gone ({status})")]
+    Gone {
+        /// The task.
+        task: TaskId,
+        /// The status that said so.
+        status: u16,
+    },
+    /// The plane considers this node busy (409 on a poll).
+    #[error("control plane considers this node busy")]
+    Busy,
+    /// Any other refusal.
+    #[error("control plane answered {status}: {excerpt}")]
+    Refused {
+        /// The status.
+        status: u16,
+        /// The beginning of the body.
+        excerpt: String,
+    },
+    /// A 2xx whose body cannot be used.
+    #[error("control plane sent an answer that cannot be used: {reason}")]
+    Malformed {
+        /// The id of the task, where one could still be read from a lease.
+        task: Option<TaskId>,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+/// What to do about a [`LeaseError`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Advice {
+    /// Try again later; the lease may still be ours.
+    RetryLater,
+    /// The lease is over.
+    StopTask,
+    /// The plane will never accept this request.
+    GiveUp,
+}
+
+impl LeaseError {
+    /// The one place where a variant gets its policy.
+    #[must_use]
+    pub fn advice(&self) -> Advice {
+        match self {
+            Self::Unreachable(_) | Self::NoToken(_) | Self::Unauthorized | Self::Busy | Self::Malformed { .. } => {
+                Advice::RetryLater
+            }
+            Self::Refused { status, .. } if *status == 408 || *status == 429 || *status >= 500 => Advice::RetryLater,
+            Self::Refused { .. } => Advice::GiveUp,
+            Self::Gone { .. } => Advice::StopTask,
+        }
+    }
+}

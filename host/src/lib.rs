@@ -1,0 +1,13 @@
+//! runner-host: a node for leased compute.
+//!
+//! The binary is a thin door to this library. [`app`] is the composition root: it builds the
+//! rooms in order and starts them. Start reading at [`engine`], whose `attempt` is the path of
+//! one task from top to bottom; `ARCHITECTURE.md` has the map.
+
+pub mod auth;
+pub mod dev;
+pub mod leases;
+pub mod model;
+pub mod session;
+pub mod storage;
+pub mod transport;

@@ -1,0 +1,195 @@
+//! What a held lease allows: a live view for everyone who works on the task.
+//!
+//! The session owns the [`GrantKeys`] and turns them when the plane has news; runners, ports and
+//! the engine hold clones of the [`Grant`] and only look.
+
+use std::{fmt, sync::Arc};
+
+use secrecy::{ExposeSecret, SecretString};
+use tokio::sync::watch;
+use url::Url;
+use uuid::Uuid;
+
+use super::{Lease, Mailbox};
+
+/// A bearer token. Never printed; compared only for change.
+#[derive(Clone)]
+pub struct Token(Arc<SecretString>);
+
+impl Token {
+    /// Wraps the bearer text.
+    #[must_use]
+    pub fn new(text: impl Into<String>) -> Self {
+        Self(Arc::new(SecretString::from(text.into())))
+    }
+
+    /// The bearer text, for an `Authorization` header or a runner with the `token` grant.
+    #[must_use]
+    pub fn expose(&self) -> &str {
+        self.0.expose_secret()
+    }
+}
+
+impl PartialEq for Token {
+    fn eq(&self, other: &Self) -> bool {
+        self.expose() == other.expose()
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Token(..)")
+    }
+}
+
+/// Why a task is asked to stop.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CancelReason {
+    /// The control plane asked for it.
+    Plane,
+    /// The lease ran out or belongs to somebody else. Nothing may be uploaded or reported any more.
+    LeaseLost,
+    /// The node is shutting down and the task's time to drain is over.
+    Drained,
+    /// The person at the keyboard (only `invoke`).
+    Operator,
+}
+
+impl CancelReason {
+    /// A stable word for logs and runners.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Plane => "plane",
+            Self::LeaseLost => "lease-lost",
+            Self::Drained => "drained",
+            Self::Operator => "operator",
+        }
+    }
+}
+
+/// Says once that a task should stop, and why. The first reason stays, except that a lost lease
+/// overrides every other one, since it forbids more.
+#[derive(Clone, Debug)]
+pub struct CancelSignal(Arc<watch::Sender<Option<CancelReason>>>);
+
+impl Default for CancelSignal {
+    fn default() -> Self {
+        Self(Arc::new(watch::Sender::new(None)))
+    }
+}
+
+impl CancelSignal {
+    /// Cancels for `reason`. Later calls change nothing unless they bring `LeaseLost`.
+    pub fn cancel(&self, reason: CancelReason) {
+        self.0.send_if_modified(|now| {
+            let change = now.is_none() || (reason == CancelReason::LeaseLost && *now != Some(reason));
+            if change {
+                *now = Some(reason);
+            }
+            change
+        });
+    }
+
+    /// The reason, once there is one. Never blocks.
+    #[must_use]
+    pub fn reason(&self) -> Option<CancelReason> {
+        *self.0.borrow()
+    }
+
+    /// Waits for the first reason.
+    pub async fn cancelled(&self) -> CancelReason {
+        let mut watch = self.0.subscribe();
+        let reason = watch.wait_for(Option::is_some).await.expect("the signal holds its own sender");
+        reason.expect("waited for a reason")
+    }
+
+    /// Waits until the lease is lost; other reasons do not end the wait.
+    pub async fn lost(&self) {
+        let mut watch = self.0.subscribe();
+        let lost = watch.wait_for(|reason| *reason == Some(CancelReason::LeaseLost)).await;
+        lost.expect("the signal holds its own sender");
+    }
+}
+
+/// Where a task's data lives.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Coordinates {
+    /// Base URL of the domain server, `http` or `https`.
+    pub server: Url,
+    /// The domain.
+    pub domain: Uuid,
+}
+
+/// What became of the set-up heartbeat. The runner's first input, output or token call waits for it.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Setup {
+    /// Not answered yet.
+    Pending,
+    /// Answered (or not needed). `Err` says which coordinate is missing or malformed, in one line.
+    Ready(Result<Coordinates, String>),
+    /// The plane refused for good; the text is its status and nothing secret.
+    Refused(String),
+}
+
+/// A live, read-only view of a held lease. Cheap to clone.
+#[derive(Clone)]
+pub struct Grant {
+    /// The lease as taken.
+    pub lease: Arc<Lease>,
+    /// When and why to stop.
+    pub cancel: CancelSignal,
+    /// Progress and events on their way to the plane.
+    pub mailbox: Arc<Mailbox>,
+    token: watch::Receiver<Option<Token>>,
+    setup: watch::Receiver<Setup>,
+}
+
+/// The writing side of a [`Grant`], held by the session alone.
+pub struct GrantKeys {
+    /// Publishes a newer bearer.
+    pub token: watch::Sender<Option<Token>>,
+    /// Publishes the answer to the set-up heartbeat.
+    pub setup: watch::Sender<Setup>,
+}
+
+impl Grant {
+    /// A grant for `lease` and the keys to it. `setup` starts as given: `Pending` where a plane
+    /// will answer, `Ready` for local runs.
+    #[must_use]
+    pub fn new(lease: Lease, setup: Setup) -> (Self, GrantKeys) {
+        let token = watch::Sender::new(lease.token.clone());
+        let setup = watch::Sender::new(setup);
+        let grant = Self {
+            lease: Arc::new(lease),
+            cancel: CancelSignal::default(),
+            mailbox: Arc::default(),
+            token: token.subscribe(),
+            setup: setup.subscribe(),
+        };
+        (grant, GrantKeys { token, setup })
+    }
+
+    /// The newest bearer towards the domain server. Take it anew for each request.
+    #[must_use]
+    pub fn token(&self) -> Option<Token> {
+        self.token.borrow().clone()
+    }
+
+    /// Waits up to `limit` for a bearer other than `old` (after a 401), then returns the newest.
+    pub async fn newer_token(&self, old: Option<&Token>, limit: std::time::Duration) -> Option<Token> {
+        let mut watch = self.token.clone();
+        let _ = tokio::time::timeout(limit, watch.wait_for(|now| now.as_ref() != old)).await;
+        self.token()
+    }
+
+    /// Waits for the answer to the set-up heartbeat. Never returns [`Setup::Pending`], and ends
+    /// early with `Refused` when the session is gone.
+    pub async fn setup(&self) -> Setup {
+        let mut watch = self.setup.clone();
+        match watch.wait_for(|setup| *setup != Setup::Pending).await {
+            Ok(setup) => setup.clone(),
+            Err(_) => Setup::Refused("the lease ended before its set-up heartbeat was answered".to_owned()),
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! What a control plane gave us to do.
+
+use std::fmt;
+
+use jiff::Timestamp;
+use serde_json::{Map, Value};
+use uuid::Uuid;
+
+use super::{Capability, Token};
+
+/// Names one task on its control plane. Prints lower case and hyphenated.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct TaskId(pub Uuid);
+
+impl fmt::Display for TaskId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+impl fmt::Debug for TaskId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+/// A lease as it was taken. Later news about it (token, expiry, cancel) live in its session and
+/// reach a runner through the [`super::Grant`].
+#[derive(Clone, Debug)]
+pub struct Lease {
+    /// The task it is for.
+    pub task: TaskId,
+    /// The job the task belongs to, echoed in reports.
+    pub job: Option<Uuid>,
+    /// Which runner is asked for.
+    pub capability: Capability,
+    /// When the plane gives the task to somebody else, by the plane's clock.
+    pub expires_at: Option<Timestamp>,
+    /// True when the plane handed the lease out already cancelled.
+    pub cancelled: bool,
+    /// The domain whose data the task may touch.
+    pub domain_id: Option<Uuid>,
+    /// Base URL of the domain server, exactly as received (not checked; `None` when blank).
+    pub domain_server: Option<String>,
+    /// Bearer towards the domain server.
+    pub token: Option<Token>,
+    /// Input ids, URLs or names, passed on unchanged.
+    pub inputs: Vec<String>,
+    /// Prefix of artifact paths, as received.
+    pub outputs_prefix: Option<String>,
+    /// The lease as the plane sent it, unknown fields included, every credential removed: what a
+    /// runner sees.
+    pub document: Map<String, Value>,
+}

@@ -1,0 +1,157 @@
+//! Progress and events between a runner and its heartbeats.
+//!
+//! Progress is last-write-wins, events are a queue: they stay until a heartbeat that carried them
+//! was acknowledged (at least once, in order).
+
+use std::{collections::VecDeque, sync::Mutex};
+
+use serde_json::Value;
+use tokio::sync::Notify;
+
+/// Largest progress value, in bytes of JSON (newer planes refuse more).
+pub(crate) const PROGRESS_BYTES_MAX: usize = 64 * 1024;
+/// Most events waiting for acknowledgement.
+pub(crate) const EVENTS_MAX: usize = 1024;
+/// Most bytes of JSON waiting as events.
+pub(crate) const EVENTS_BYTES_MAX: usize = 256 * 1024;
+
+/// Why progress or an event was not taken.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum MailboxError {
+    /// The value is larger than [`PROGRESS_BYTES_MAX`].
+    #[error("progress is {0} bytes of JSON, at most {PROGRESS_BYTES_MAX} are allowed")]
+    ProgressTooLarge(usize),
+    /// [`EVENTS_MAX`] or [`EVENTS_BYTES_MAX`] would be passed.
+    #[error(
+        "too many events wait for the control plane ({EVENTS_MAX} events or {EVENTS_BYTES_MAX} bytes at most); try again later"
+    )]
+    EventsFull,
+}
+
+/// What the next heartbeat should carry.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Pending {
+    /// Latest progress, `{}` until there is one.
+    pub progress: Value,
+    /// Every event not acknowledged yet, oldest first.
+    pub events: Vec<Value>,
+    /// Version of `progress`, to be handed back to [`Mailbox::acknowledge`].
+    pub version: u64,
+}
+
+/// See the module's text. Shared between the runner's side and the session.
+#[derive(Default)]
+pub struct Mailbox {
+    state: Mutex<State>,
+    changed: Notify,
+}
+
+#[derive(Default)]
+struct State {
+    progress: Option<Value>,
+    version: u64,
+    acknowledged: u64,
+    events: VecDeque<(Value, usize)>,
+    events_bytes: usize,
+}
+
+impl Mailbox {
+    /// Replaces the progress value.
+    pub fn progress(&self, value: Value) -> Result<(), MailboxError> {
+        let bytes = value.to_string().len();
+        if bytes > PROGRESS_BYTES_MAX {
+            return Err(MailboxError::ProgressTooLarge(bytes));
+        }
+        let mut state = self.lock();
+        state.progress = Some(value);
+        state.version += 1;
+        drop(state);
+        self.changed.notify_one();
+        Ok(())
+    }
+
+    /// Appends an event.
+    pub fn event(&self, value: Value) -> Result<(), MailboxError> {
+        let bytes = value.to_string().len();
+        let mut state = self.lock();
+        if state.events.len() >= EVENTS_MAX || state.events_bytes + bytes > EVENTS_BYTES_MAX {
+            return Err(MailboxError::EventsFull);
+        }
+        state.events.push_back((value, bytes));
+        state.events_bytes += bytes;
+        drop(state);
+        self.changed.notify_one();
+        Ok(())
+    }
+
+    /// A copy of what is waiting.
+    #[must_use]
+    pub fn pending(&self) -> Pending {
+        let state = self.lock();
+        Pending {
+            progress: state.progress.clone().unwrap_or_else(|| Value::Object(serde_json::Map::new())),
+            events: state.events.iter().map(|(event, _)| event.clone()).collect(),
+            version: state.version,
+        }
+    }
+
+    /// Drops what an answered heartbeat carried. Events added meanwhile stay.
+    pub fn acknowledge(&self, sent: &Pending) {
+        let mut state = self.lock();
+        state.acknowledged = state.acknowledged.max(sent.version);
+        for _ in 0..sent.events.len().min(state.events.len()) {
+            if let Some((_, bytes)) = state.events.pop_front() {
+                state.events_bytes -= bytes;
+            }
+        }
+    }
+
+    /// True while there is progress or an event no answered heartbeat has carried.
+    #[must_use]
+    pub fn is_dirty(&self) -> bool {
+        let state = self.lock();
+        state.acknowledged < state.version || !state.events.is_empty()
+    }
+
+    /// Waits for a change since the last call; at most one is remembered.
+    pub async fn changed(&self) {
+        self.changed.notified().await;
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn events_stay_until_acknowledged_and_later_ones_are_kept() {
+        let mailbox = Mailbox::default();
+        mailbox.event(json!(1)).expect("room");
+        let sent = mailbox.pending();
+        mailbox.event(json!(2)).expect("room");
+        mailbox.acknowledge(&sent);
+        assert_eq!(mailbox.pending().events, [json!(2)]);
+        assert!(mailbox.is_dirty());
+    }
+
+    #[test]
+    fn the_queue_is_bounded_in_count_and_bytes() {
+        let mailbox = Mailbox::default();
+        for n in 0..EVENTS_MAX {
+            mailbox.event(json!(n)).expect("room");
+        }
+        assert_eq!(mailbox.event(json!("one more")), Err(MailboxError::EventsFull));
+        let mailbox = Mailbox::default();
+        assert_eq!(mailbox.event(json!("x".repeat(EVENTS_BYTES_MAX))), Err(MailboxError::EventsFull));
+        assert!(matches!(
+            mailbox.progress(json!("x".repeat(PROGRESS_BYTES_MAX))),
+            Err(MailboxError::ProgressTooLarge(_))
+        ));
+    }
+}

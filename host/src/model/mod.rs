@@ -1,0 +1,21 @@
+//! The words the rooms share.
+//!
+//! No I/O and no wire types live here: a control plane's JSON becomes a [`Lease`] in its adapter,
+//! and a plugin's table becomes an [`Outcome`] in `plugins`. What two sibling rooms would otherwise
+//! need from each other is defined here instead.
+
+mod artifact;
+mod capability;
+mod grant;
+mod lease;
+mod mailbox;
+mod outcome;
+mod ports;
+
+pub use artifact::{Artifact, ArtifactSpec};
+pub use capability::{Capability, CapabilityError};
+pub use grant::{CancelReason, CancelSignal, Coordinates, Grant, GrantKeys, Setup, Token};
+pub use lease::{Lease, TaskId};
+pub use mailbox::{Mailbox, MailboxError, Pending};
+pub use outcome::{Outcome, Verdict};
+pub use ports::{InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports};

@@ -1,0 +1,127 @@
+//! The doors through which a task's data moves. `storage` implements them, `plugins` uses them.
+
+use std::path::{Path, PathBuf};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use serde::Serialize;
+
+use super::{Artifact, ArtifactSpec};
+
+/// What kind of trouble a port had. Callers branch on this, never on the text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PortErrorKind {
+    /// The store refused the request as malformed, or the runner asked for something impossible.
+    BadRequest,
+    /// An artifact path that cannot be stored: `..`, NUL, or over 1024 bytes.
+    InvalidPath,
+    /// The bearer was not accepted, twice.
+    Unauthorized,
+    /// No such input.
+    NotFound,
+    /// The store says the object exists or is in use.
+    Conflict,
+    /// The store answered 5xx.
+    Server,
+    /// The store was not reached, or the transfer broke off.
+    Network,
+    /// The store answered something that is not its protocol.
+    Malformed,
+    /// This store cannot do that.
+    Unsupported,
+    /// The lease is over; nothing more may be moved for it.
+    LeaseOver,
+    /// The set-up heartbeat was refused or coordinates are missing.
+    Setup,
+    /// A local file could not be read or written.
+    Local,
+    /// Everything else, such as 403 or 413.
+    Other,
+}
+
+/// Trouble with an input or output: one line, without secrets.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct PortError {
+    /// What to branch on.
+    pub kind: PortErrorKind,
+    /// What happened, for people. Status errors hold the words and the number, as in
+    /// `conflict (409)`: existing runners search error texts for them.
+    pub message: String,
+}
+
+impl PortError {
+    /// An error of `kind` that says `message`.
+    #[must_use]
+    pub fn new(kind: PortErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into() }
+    }
+}
+
+/// What the store says about an input.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct InputMeta {
+    /// Entry of `inputs_cids` that was asked for.
+    pub cid: String,
+    /// The store's id of the data.
+    pub data_id: Option<String>,
+    /// Stored name.
+    pub name: Option<String>,
+    /// Stored data type.
+    pub data_type: Option<String>,
+    /// Domain the data belongs to.
+    pub domain_id: Option<String>,
+    /// Size in bytes, where the store says it.
+    pub size: Option<u64>,
+}
+
+/// An input on disk, inside the task's directory.
+#[derive(Clone, Debug, Serialize)]
+pub struct Materialized {
+    /// What the store says about it.
+    #[serde(flatten)]
+    pub meta: InputMeta,
+    /// The file.
+    pub path: PathBuf,
+    /// Folder this input was given for itself; the runner may remove it.
+    pub root_dir: PathBuf,
+    /// Files of the other parts of the same answer.
+    pub related_files: Vec<PathBuf>,
+    /// Files unpacked from the input.
+    pub extracted_paths: Vec<PathBuf>,
+}
+
+/// An input as it arrives.
+#[async_trait]
+pub trait InputStream: Send {
+    /// What the store says about it.
+    fn meta(&self) -> &InputMeta;
+    /// The next piece, of any size above zero; `None` at the end. A truncated transfer is an error.
+    async fn next(&mut self) -> Result<Option<Bytes>, PortError>;
+}
+
+/// An artifact as it leaves. Dropped without `finish`, nothing is published.
+#[async_trait]
+pub trait OutputStream: Send {
+    /// Takes the next piece. Waits when the store is slower than the runner.
+    async fn write(&mut self, piece: Bytes) -> Result<(), PortError>;
+    /// Publishes the artifact and returns its id.
+    async fn finish(self: Box<Self>) -> Result<Option<String>, PortError>;
+    /// Gives up; what was uploaded so far is removed from the store, best effort.
+    async fn abort(self: Box<Self>);
+}
+
+/// A task's inputs and outputs. Nothing is fetched before it is asked for.
+#[async_trait]
+pub trait Ports: Send + Sync {
+    /// Opens an input as a stream (the first part of the answer).
+    async fn open(&self, cid: &str) -> Result<Box<dyn InputStream>, PortError>;
+    /// Brings an input to disk, streaming.
+    async fn materialize(&self, cid: &str) -> Result<Materialized, PortError>;
+    /// Uploads a file, streaming; returns its id.
+    async fn put_file(&self, spec: ArtifactSpec, file: &Path) -> Result<Option<String>, PortError>;
+    /// Opens an artifact for writing piece by piece.
+    async fn create(&self, spec: ArtifactSpec) -> Result<Box<dyn OutputStream>, PortError>;
+    /// Everything published so far, sorted by logical path, one entry a path (the last one wins).
+    fn published(&self) -> Vec<Artifact>;
+}

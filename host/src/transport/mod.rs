@@ -1,0 +1,317 @@
+//! The one HTTP client of the node: pooled connections, TLS by the system's roots, no redirects.
+//!
+//! Rooms build requests and read answers; what may be spoken to whom ([`Client::check`]), how
+//! long it may take and how large an answer may be are decided here. Nothing in here knows a
+//! path, a token or a wire format.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use http::{Request, Response, StatusCode};
+use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
+use hyper::body::Incoming;
+use hyper_rustls::HttpsConnector;
+use hyper_util::{
+    client::legacy::{Client as Pool, connect::HttpConnector},
+    rt::{TokioExecutor, TokioTimer},
+};
+use serde::de::DeserializeOwned;
+use url::{Host, Url};
+
+/// Largest JSON answer read, in bytes.
+pub const JSON_BYTES_MAX: usize = 2 * 1024 * 1024;
+/// How much of an error answer is kept for people, in bytes.
+pub const EXCERPT_BYTES_MAX: usize = 512;
+
+/// A request body of any kind.
+pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
+
+/// A body that is already in memory (or empty).
+#[must_use]
+pub fn full(bytes: impl Into<Bytes>) -> Body {
+    Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
+}
+
+/// What the client may do.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Allow `http://` to hosts other than loopback.
+    pub allow_insecure_http: bool,
+    /// How long a connection may take to come up.
+    pub connect_timeout: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { allow_insecure_http: false, connect_timeout: Duration::from_secs(10) }
+    }
+}
+
+/// Why a call got no usable answer. Texts name the host, never a query, a header or a body.
+#[derive(Debug, thiserror::Error)]
+pub enum TransportError {
+    /// The URL may not be spoken to.
+    #[error("{url}: plain http is allowed to loopback only; use https, or set ALLOW_INSECURE_HTTP=true")]
+    Insecure {
+        /// Scheme, host and port.
+        url: String,
+    },
+    /// Neither http nor https, or no host.
+    #[error("{url}: expected an absolute http or https URL")]
+    BadUrl {
+        /// As given.
+        url: String,
+    },
+    /// No connection, or it broke.
+    #[error("{host} did not answer: {reason}")]
+    Unreachable {
+        /// Host and port.
+        host: String,
+        /// The innermost cause.
+        reason: String,
+    },
+    /// Nothing came in time.
+    #[error("{host} did not answer within {limit:?}")]
+    Timeout {
+        /// Host and port.
+        host: String,
+        /// The limit that passed.
+        limit: Duration,
+    },
+    /// The body broke off.
+    #[error("the answer of {host} broke off: {reason}")]
+    Truncated {
+        /// Host and port.
+        host: String,
+        /// The innermost cause.
+        reason: String,
+    },
+    /// The body is larger than allowed.
+    #[error("the answer of {host} is larger than {limit} bytes")]
+    Oversize {
+        /// Host and port.
+        host: String,
+        /// The limit.
+        limit: usize,
+    },
+    /// The body is not the JSON that was expected.
+    #[error("the answer of {host} is not the expected JSON ({bytes} bytes): {reason}")]
+    NotJson {
+        /// Host and port.
+        host: String,
+        /// Size of the body.
+        bytes: usize,
+        /// The decoder's complaint; it names fields and types, never values of unknown fields.
+        reason: String,
+    },
+}
+
+/// A finished answer with its body in memory.
+#[derive(Debug)]
+pub struct Answer {
+    /// The status.
+    pub status: StatusCode,
+    /// The headers.
+    pub headers: http::HeaderMap,
+    /// The body, at most [`JSON_BYTES_MAX`].
+    pub body: Bytes,
+    host: String,
+}
+
+impl Answer {
+    /// Decodes the body as JSON.
+    pub fn json<T: DeserializeOwned>(&self) -> Result<T, TransportError> {
+        serde_json::from_slice(&self.body).map_err(|err| TransportError::NotJson {
+            host: self.host.clone(),
+            bytes: self.body.len(),
+            reason: decode_complaint(&self.body, &err),
+        })
+    }
+
+    /// The first [`EXCERPT_BYTES_MAX`] bytes of the body on one line, for error texts.
+    #[must_use]
+    pub fn excerpt(&self) -> String {
+        excerpt(&self.body)
+    }
+}
+
+/// The beginning of `body` on one line, cut at a character.
+#[must_use]
+pub fn excerpt(body: &[u8]) -> String {
+    let cut = &body[..body.len().min(EXCERPT_BYTES_MAX)];
+    let text: String = String::from_utf8_lossy(cut).chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
+    text.trim().to_owned()
+}
+
+/// serde_json's complaint without quoted values: an answer may hold a token.
+fn decode_complaint(body: &[u8], err: &serde_json::Error) -> String {
+    if body.is_empty() {
+        return "the body is empty".to_owned();
+    }
+    if body.trim_ascii_start().first() == Some(&b'<') {
+        return "it looks like HTML".to_owned();
+    }
+    match err.classify() {
+        serde_json::error::Category::Data => {
+            let text = err.to_string();
+            // "invalid type: string "…", expected …": keep what was expected, drop the value.
+            match (text.starts_with("invalid"), text.find("expected")) {
+                (true, Some(at)) => text[at..].to_owned(),
+                _ => text,
+            }
+        }
+        _ => format!("malformed at line {} column {}", err.line(), err.column()),
+    }
+}
+
+/// See the module's text. Cheap to clone; all clones share one pool.
+#[derive(Clone)]
+pub struct Client {
+    pool: Pool<HttpsConnector<HttpConnector>, Body>,
+    config: Arc<Config>,
+}
+
+impl Client {
+    /// A client with an empty pool. It must be used inside a tokio runtime.
+    #[must_use]
+    pub fn new(config: Config) -> Self {
+        let mut tcp = HttpConnector::new();
+        tcp.enforce_http(false);
+        tcp.set_nodelay(true);
+        tcp.set_connect_timeout(Some(config.connect_timeout));
+        let tls = hyper_rustls::HttpsConnectorBuilder::new()
+            .with_tls_config(tls_config())
+            .https_or_http()
+            .enable_http1()
+            .wrap_connector(tcp);
+        let pool = Pool::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(Duration::from_secs(60))
+            .build(tls);
+        Self { pool, config: Arc::new(config) }
+    }
+
+    /// Whether `url` may be spoken to at all: https anywhere, http to loopback (or where allowed).
+    pub fn check(&self, url: &Url) -> Result<(), TransportError> {
+        let loopback = match url.host() {
+            Some(Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
+            Some(Host::Ipv4(ip)) => ip.is_loopback(),
+            Some(Host::Ipv6(ip)) => ip.is_loopback(),
+            None => return Err(TransportError::BadUrl { url: url.to_string() }),
+        };
+        match url.scheme() {
+            "https" => Ok(()),
+            "http" if loopback || self.config.allow_insecure_http => Ok(()),
+            "http" => Err(TransportError::Insecure { url: url.origin().ascii_serialization() }),
+            _ => Err(TransportError::BadUrl { url: url.to_string() }),
+        }
+    }
+
+    /// Sends a request and waits up to `limit` for the head of the answer; the body is the
+    /// caller's to stream. Uploads that may take longer than any fixed time pass `Duration::MAX`
+    /// and watch for stalls themselves.
+    pub async fn send(&self, request: Request<Body>, limit: Duration) -> Result<Response<Incoming>, TransportError> {
+        let host = request.uri().authority().map_or_else(String::new, ToString::to_string);
+        match tokio::time::timeout(limit, self.pool.request(request)).await {
+            Ok(Ok(response)) => Ok(response),
+            Ok(Err(err)) => Err(TransportError::Unreachable { host, reason: innermost(&err) }),
+            Err(_) => Err(TransportError::Timeout { host, limit }),
+        }
+    }
+
+    /// Sends a request and reads the whole answer, at most [`JSON_BYTES_MAX`] bytes, all within `limit`.
+    pub async fn call(&self, request: Request<Body>, limit: Duration) -> Result<Answer, TransportError> {
+        let host = request.uri().authority().map_or_else(String::new, ToString::to_string);
+        let whole = async {
+            let response = self.send(request, limit).await?;
+            let (head, body) = response.into_parts();
+            let body = read_capped(body, JSON_BYTES_MAX, &host).await?;
+            Ok(Answer { status: head.status, headers: head.headers, body, host: host.clone() })
+        };
+        match tokio::time::timeout(limit, whole).await {
+            Ok(answer) => answer,
+            Err(_) => Err(TransportError::Timeout { host, limit }),
+        }
+    }
+}
+
+/// Reads a body of at most `limit` bytes. `host` is for the error text.
+pub async fn read_capped(mut body: Incoming, limit: usize, host: &str) -> Result<Bytes, TransportError> {
+    let mut collected = Vec::new();
+    while let Some(frame) = body.frame().await {
+        let frame =
+            frame.map_err(|err| TransportError::Truncated { host: host.to_owned(), reason: innermost(&err) })?;
+        if let Ok(data) = frame.into_data() {
+            if collected.len() + data.len() > limit {
+                return Err(TransportError::Oversize { host: host.to_owned(), limit });
+            }
+            collected.extend_from_slice(&data);
+        }
+    }
+    Ok(collected.into())
+}
+
+/// The innermost cause of an error: the outer ones of HTTP libraries say little.
+#[must_use]
+pub fn innermost(err: &(dyn std::error::Error + 'static)) -> String {
+    let mut cause = err;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}
+
+fn tls_config() -> rustls::ClientConfig {
+    let mut roots = rustls::RootCertStore::empty();
+    let found = rustls_native_certs::load_native_certs();
+    for problem in &found.errors {
+        tracing::debug!(error = %problem, "a system certificate store could not be read");
+    }
+    roots.add_parsable_certificates(found.certs);
+    rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .expect("ring serves the default protocol versions")
+        .with_root_certificates(roots)
+        .with_no_client_auth()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn verdict(url: &str) -> &'static str {
+        let client = Client::new(Config::default());
+        match client.check(&Url::parse(url).expect("a URL")) {
+            Ok(()) => "ok",
+            Err(TransportError::Insecure { .. }) => "insecure",
+            Err(_) => "bad",
+        }
+    }
+
+    #[tokio::test]
+    async fn plain_http_is_for_loopback_only() {
+        assert_eq!(verdict("https://plane.example/v1"), "ok");
+        assert_eq!(verdict("http://127.0.0.9:8700"), "ok");
+        assert_eq!(verdict("http://[::1]:8700"), "ok");
+        assert_eq!(verdict("http://localhost:1"), "ok");
+        assert_eq!(verdict("http://plane.example"), "insecure");
+        assert_eq!(verdict("http://localhost.example"), "insecure");
+        assert_eq!(verdict("ftp://127.0.0.1"), "bad");
+    }
+
+    #[test]
+    fn excerpts_are_cut_at_a_character_and_stay_on_one_line() {
+        let body = "é\n".repeat(400);
+        let text = excerpt(body.as_bytes());
+        assert!(text.len() <= EXCERPT_BYTES_MAX + 3 && !text.contains('\n'));
+    }
+
+    #[test]
+    fn a_decode_complaint_never_quotes_a_value() {
+        let body = br#"{"access_token":"secret-value"}"#;
+        let err = serde_json::from_slice::<std::collections::HashMap<String, u64>>(body).expect_err("not a number");
+        let text = decode_complaint(body, &err);
+        assert!(!text.contains("secret"), "{text}");
+        assert!(text.contains("expected u64"), "{text}");
+    }
+}
