@@ -8,6 +8,7 @@ pub mod auth;
 pub mod dev;
 pub mod leases;
 pub mod model;
+pub mod plugins;
 pub mod session;
 pub mod storage;
 pub mod transport;

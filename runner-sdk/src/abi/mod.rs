@@ -237,3 +237,10 @@ const _: () = {
     assert!(size_of::<Bytes>() == 4 * size_of::<usize>());
     assert!(size_of::<Str>() == 2 * size_of::<usize>());
 };
+
+/// Places a host's table where it stays until the process ends, mask and all.
+#[must_use]
+pub fn publish_host(host: Host) -> HostRef {
+    use abi_stable::prefix_type::PrefixTypeTrait as _;
+    host.leak_into_prefix()
+}
