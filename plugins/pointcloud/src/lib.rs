@@ -8,5 +8,8 @@ pub mod cloud;
 pub mod downsample;
 pub mod ply;
 pub mod preview;
+mod runner;
 pub mod synth;
 pub mod voxel;
+
+pub use runner::Downsample;

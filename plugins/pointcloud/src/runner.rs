@@ -45,7 +45,7 @@ impl Runner for Downsample {
             };
             downsample::run(&sources, settings, cloud, &progress, &|| worker.ctrl.is_cancelled())
         })
-        .await?
+        .await
         .map_err(explain)?;
 
         ctx.output.put_file("cloud.ply", &cloud_path).await?;
@@ -64,3 +64,46 @@ fn explain(error: DownsampleError) -> Error {
 }
 
 export_runner!(Downsample);
+
+#[cfg(test)]
+mod tests {
+    use runner_sdk::testing::TestHost;
+    use serde_json::{Value, json};
+
+    use super::*;
+    use crate::{ply::Encoding, synth::write_scan};
+
+    fn scan(points: u64) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        write_scan(&mut bytes, 7, points, Encoding::LittleEndian).expect("memory takes it");
+        bytes
+    }
+
+    #[test]
+    fn a_task_publishes_cloud_picture_and_report() {
+        let host = TestHost::new().input("scan", scan(20_000)).meta(json!({ "voxel": 0.02 }));
+        let ended = host.run_blocking(&Downsample);
+        assert!(ended.is_ok(), "{:?}", ended.failure());
+        assert!(ended.output("cloud.ply").is_some_and(|cloud| cloud.starts_with(b"ply\n")));
+        assert!(ended.output("preview.png").is_some_and(|png| png.starts_with(b"\x89PNG")));
+        let report: Value = serde_json::from_slice(ended.output("report.json").expect("a report")).expect("JSON");
+        assert_eq!(report["points_in"], 20_000);
+        assert!(report["points_out"].as_u64().expect("a count") < 20_000);
+        assert!(!ended.progress().is_empty());
+    }
+
+    #[test]
+    fn a_lying_header_is_the_inputs_fault() {
+        let mut bytes = scan(1000);
+        bytes.truncate(bytes.len() / 2);
+        let ended = TestHost::new().input("scan", bytes).run_blocking(&Downsample);
+        assert!(ended.error().is_invalid_input(), "{}", ended.error());
+        assert!(ended.error().chain().contains("promises 1000"), "{}", ended.error());
+    }
+
+    #[test]
+    fn a_cancelled_task_stops_and_publishes_nothing() {
+        let ended = TestHost::new().input("scan", scan(300_000)).cancel_after_progress(1).run_blocking(&Downsample);
+        assert!(!ended.is_ok() && ended.outputs().is_empty());
+    }
+}
