@@ -164,6 +164,31 @@ fn decode_complaint(body: &[u8], err: &serde_json::Error) -> String {
     }
 }
 
+/// Who may be spoken to.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Policy {
+    /// Allow `http://` to hosts other than loopback.
+    pub allow_insecure_http: bool,
+}
+
+impl Policy {
+    /// Whether `url` may be spoken to at all: https anywhere, http to loopback (or where allowed).
+    pub fn check(&self, url: &Url) -> Result<(), TransportError> {
+        let loopback = match url.host() {
+            Some(Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
+            Some(Host::Ipv4(ip)) => ip.is_loopback(),
+            Some(Host::Ipv6(ip)) => ip.is_loopback(),
+            None => return Err(TransportError::BadUrl { url: url.to_string() }),
+        };
+        match url.scheme() {
+            "https" => Ok(()),
+            "http" if loopback || self.allow_insecure_http => Ok(()),
+            "http" => Err(TransportError::Insecure { url: url.origin().ascii_serialization() }),
+            _ => Err(TransportError::BadUrl { url: url.to_string() }),
+        }
+    }
+}
+
 /// See the module's text. Cheap to clone; all clones share one pool.
 #[derive(Clone)]
 pub struct Client {
@@ -191,20 +216,9 @@ impl Client {
         Self { pool, config: Arc::new(config) }
     }
 
-    /// Whether `url` may be spoken to at all: https anywhere, http to loopback (or where allowed).
+    /// Whether `url` may be spoken to at all; see [`Policy::check`].
     pub fn check(&self, url: &Url) -> Result<(), TransportError> {
-        let loopback = match url.host() {
-            Some(Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
-            Some(Host::Ipv4(ip)) => ip.is_loopback(),
-            Some(Host::Ipv6(ip)) => ip.is_loopback(),
-            None => return Err(TransportError::BadUrl { url: url.to_string() }),
-        };
-        match url.scheme() {
-            "https" => Ok(()),
-            "http" if loopback || self.config.allow_insecure_http => Ok(()),
-            "http" => Err(TransportError::Insecure { url: url.origin().ascii_serialization() }),
-            _ => Err(TransportError::BadUrl { url: url.to_string() }),
-        }
+        Policy { allow_insecure_http: self.config.allow_insecure_http }.check(url)
     }
 
     /// Sends a request and waits up to `limit` for the head of the answer; the body is the
