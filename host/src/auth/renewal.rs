@@ -75,7 +75,9 @@ impl Auth {
                 let pause = pause_after(rejections - 1, rand::random());
                 let error = "the control plane rejects fresh node tokens";
                 tracing::warn!(error, retry_in_ms = pause.as_millis(), "node token rejected");
-                self.desk.failed(error);
+                if pause >= TOLD_FROM {
+                    self.desk.failed(error);
+                }
                 tokio::time::sleep(pause).await;
             }
         }
