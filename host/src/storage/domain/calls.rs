@@ -101,7 +101,15 @@ impl Inner {
     /// Sends `call`, and once more with the newest bearer when the first one was not accepted.
     pub(super) async fn exchange(&self, call: &Call<'_>) -> Result<Response<Incoming>, PortError> {
         let token = self.token(call)?;
-        let response = self.send_once(call, token.as_ref()).await?;
+        let response = match self.send_once(call, token.as_ref()).await {
+            // A server that refuses a bearer without reading the body closes the connection, and
+            // its answer can be lost in that. A bearer turned meanwhile tells that this may be it.
+            Err(err) if err.kind == PortErrorKind::Network && !call.payload.is_empty() => {
+                let newest = self.token(call)?;
+                return if newest == token { Err(err) } else { self.send_once(call, newest.as_ref()).await };
+            }
+            sent => sent?,
+        };
         if response.status() != StatusCode::UNAUTHORIZED || token.is_none() {
             return Ok(response);
         }

@@ -22,10 +22,8 @@ impl Inner {
         let key = server.as_str().trim_end_matches('/').to_owned();
         let cache = &self.config.info.0;
         let lock = || cache.lock().expect("the cache is only read and set");
-        if let Some((asked, limit)) = lock().get(&key) {
-            if asked.elapsed() < FRESH {
-                return *limit;
-            }
+        if let Some((_, limit)) = lock().get(&key).filter(|(asked, _)| asked.elapsed() < FRESH) {
+            return *limit;
         }
         let mut call = Call::new("asking for the domain server's limits", Method::GET, api_url(server, &["info"]));
         call.bearer = false;

@@ -34,8 +34,8 @@ use url::Url;
 
 use crate::{
     model::{
-        Artifact, ArtifactSpec, Coordinates, Grant, InputStream, Materialized, OutputStream, PortError, PortErrorKind,
-        Ports, Setup,
+        Artifact, ArtifactSpec, CancelReason, Coordinates, Grant, InputStream, Materialized, OutputStream, PortError,
+        PortErrorKind, Ports, Setup,
     },
     transport::Client,
 };
@@ -178,6 +178,14 @@ impl Inner {
             () = self.closed.cancelled() => "the task is over",
         };
         PortError::new(PortErrorKind::LeaseOver, format!("{why}: nothing more is transferred for it"))
+    }
+
+    /// An error if the lease is lost or the task is over.
+    async fn still_ours(&self) -> Result<(), PortError> {
+        match self.closed.is_cancelled() || self.grant.cancel.reason() == Some(CancelReason::LeaseLost) {
+            true => Err(self.over().await),
+            false => Ok(()),
+        }
     }
 
     fn books(&self) -> MutexGuard<'_, Books> {

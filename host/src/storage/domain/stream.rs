@@ -56,17 +56,17 @@ enum End {
 impl Writer {
     /// Why the task takes no more pieces.
     async fn failure(&mut self) -> PortError {
-        if let End::Running(driver) = &mut self.end {
-            self.end = End::Failed(match driver.await {
+        let err = match &mut self.end {
+            End::Failed(err) => return err.clone(),
+            End::Running(driver) => match driver.await {
                 Ok(Err(err)) => err,
-                Ok(Ok(_)) => unreachable!("an upload ends well only after Finish, which consumes the writer"),
+                // It ends well only after `Finish`, which consumes the writer.
+                Ok(Ok(_)) => PortError::new(PortErrorKind::Other, "the artifact is already complete"),
                 Err(err) => internal(&err),
-            });
-        }
-        match &self.end {
-            End::Failed(err) => err.clone(),
-            End::Running(_) => unreachable!("it has just ended"),
-        }
+            },
+        };
+        self.end = End::Failed(err.clone());
+        err
     }
 }
 
@@ -77,9 +77,7 @@ fn internal(err: &tokio::task::JoinError) -> PortError {
 #[async_trait]
 impl OutputStream for Writer {
     async fn write(&mut self, piece: Bytes) -> Result<(), PortError> {
-        if self.inner.closed.is_cancelled() {
-            return Err(self.inner.over().await);
-        }
+        self.inner.still_ours().await?;
         match self.pieces.send(Message::Piece(piece)).await {
             Ok(()) => Ok(()),
             Err(_) => Err(self.failure().await),
@@ -87,6 +85,7 @@ impl OutputStream for Writer {
     }
 
     async fn finish(mut self: Box<Self>) -> Result<Option<String>, PortError> {
+        self.inner.still_ours().await?;
         if self.pieces.send(Message::Finish).await.is_err() {
             return Err(self.failure().await);
         }
@@ -229,7 +228,8 @@ enum Store {
 impl Filling {
     fn new(inner: &Inner, plan: &Plan, size: u64) -> Result<Self, PortError> {
         let store = if size <= PART_MEMORY_BYTES_MAX {
-            Store::Memory(BytesMut::new())
+            // The whole size at once: growing by doubling would take up to twice as much.
+            Store::Memory(BytesMut::with_capacity(size as usize))
         } else {
             Store::File(spool_file(inner, plan)?)
         };
