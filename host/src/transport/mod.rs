@@ -161,7 +161,7 @@ pub fn excerpt(body: &[u8]) -> String {
 }
 
 /// serde_json's complaint without quoted values: an answer may hold a token.
-fn decode_complaint(body: &[u8], err: &serde_json::Error) -> String {
+pub(crate) fn decode_complaint(body: &[u8], err: &serde_json::Error) -> String {
     if body.is_empty() {
         return "the body is empty".to_owned();
     }
