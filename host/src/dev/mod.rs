@@ -1,1 +1,375 @@
-//! The embedded world.
+//! The embedded world: DDS, task service (DMS, under `/v1`) and domain server on one loopback port.
+//!
+//! It speaks the servers' side of the posemesh contract to any node, for `runner-host dev`, the
+//! demo and the integration tests. It is no mock: signatures, leases, tokens and limits are real.
+//! It is not for production: one domain, one organisation, jobs and sign-ins live in memory only
+//! and are gone after a restart; domain data survives one where a data folder is given.
+//!
+//! Start at [`World`]. The state is in three pure machines (`identity`, `plane`, the index of
+//! `store`), each behind a short lock that is never held over an await; `http` is the wire.
+
+mod clock;
+mod config;
+mod form;
+mod http;
+mod identity;
+mod journal;
+mod plane;
+mod siwe;
+mod store;
+#[cfg(test)]
+mod tests;
+mod tokens;
+mod uploads;
+
+use std::{
+    convert::Infallible,
+    net::SocketAddr,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use ::http::{Request, Response};
+use axum::{Router, body::Body};
+use clock::Clock;
+use http::AskedBy;
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use identity::{Identity, Node};
+use journal::Journal;
+use plane::Plane;
+use serde_json::Value;
+use store::{Store, StoreError, Target};
+use tokens::Tokens;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Notify,
+    task::{JoinHandle, JoinSet},
+};
+use tokio_util::sync::CancellationToken;
+use tokio_util::sync::WaitForCancellationFutureOwned as Stopped;
+use url::Url;
+use uuid::Uuid;
+
+pub use config::{Config, DevError};
+pub use journal::Seen;
+
+/// A node counts as online while it has asked for anything within this time: nodes without work
+/// pause for up to 30 s between polls.
+const ONLINE: Duration = Duration::from_secs(90);
+/// How often what has expired is ended without anybody asking.
+const TICK: Duration = Duration::from_millis(250);
+
+/// A running world. Dropped without [`World::stop`], it stops at once and breaks open connections.
+pub struct World {
+    inner: Arc<Inner>,
+    address: SocketAddr,
+    stop: CancellationToken,
+    served: Option<JoinHandle<()>>,
+}
+
+/// What all requests share.
+struct Inner {
+    config: Arc<Config>,
+    clock: Clock,
+    /// `http://127.0.0.1:8700`, without trailing slash.
+    base: String,
+    domain_id: Uuid,
+    tokens: Tokens,
+    identity: Mutex<Identity>,
+    plane: Mutex<Plane>,
+    store: Arc<Store>,
+    journal: Mutex<Journal>,
+    /// Rung after every change and every answered request.
+    bell: Notify,
+}
+
+impl World {
+    /// Starts serving. Must be called inside a tokio runtime.
+    pub async fn start(config: Config) -> Result<Self, DevError> {
+        config.check()?;
+        let config = Arc::new(config);
+        let bind = config.bind;
+        let listener = TcpListener::bind(bind).await.map_err(|source| DevError::Listen { bind, source })?;
+        let address = listener.local_addr().map_err(|source| DevError::Listen { bind, source })?;
+        let opening = config.clone();
+        let store = tokio::task::spawn_blocking(move || Store::open(opening)).await;
+        let store = Arc::new(store.expect("opening a store does not panic")?);
+        let base = format!("http://{address}");
+        let (domain_id, org) = (store.domain_id, Uuid::new_v4());
+        let inner = Arc::new(Inner {
+            clock: Clock::start(),
+            tokens: Tokens::new(base.clone(), domain_id, org),
+            identity: Mutex::new(Identity::new(config.clone())),
+            plane: Mutex::new(Plane::new(config.clone(), domain_id, org)),
+            journal: Mutex::new(Journal::new(config.journal_max)),
+            bell: Notify::new(),
+            base,
+            domain_id,
+            store,
+            config,
+        });
+        let stop = CancellationToken::new();
+        let served = tokio::spawn(serve(inner.clone(), listener, stop.clone()));
+        Ok(Self { inner, address, stop, served: Some(served) })
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Base URL of the sign-in service.
+    #[must_use]
+    pub fn dds_url(&self) -> Url {
+        Url::parse(&self.inner.base).expect("an address makes a URL")
+    }
+
+    /// Base URL of the task service; ends in `/v1`.
+    #[must_use]
+    pub fn dms_url(&self) -> Url {
+        Url::parse(&self.inner.dms()).expect("an address makes a URL")
+    }
+
+    /// Base URL of the domain server.
+    #[must_use]
+    pub fn domain_server_url(&self) -> Url {
+        self.dds_url()
+    }
+
+    /// The one domain.
+    #[must_use]
+    pub fn domain_id(&self) -> Uuid {
+        self.inner.domain_id
+    }
+
+    /// A fresh grant for authors: jobs and all data of the domain.
+    #[must_use]
+    pub fn grant(&self) -> String {
+        self.inner.grant()
+    }
+
+    /// Creates a job as `POST /jobs` does; a missing `domain_id` is filled in. The error is the one
+    /// line an author would see.
+    pub fn create_job(&self, mut job: Value) -> Result<Uuid, String> {
+        if let Some(job) = job.as_object_mut() {
+            job.entry("domain_id").or_insert_with(|| self.inner.domain_id.to_string().into());
+        }
+        let refused = |refusal| match refusal {
+            plane::jobs::JobRefusal::Invalid(text) => text,
+            plane::jobs::JobRefusal::KeyReused => "the key was used for another request".to_owned(),
+        };
+        let request = plane::jobs::parse(job, self.inner.domain_id).map_err(refused)?;
+        let id = self.inner.plane().create(request, None, self.inner.clock.now()).map_err(refused)?;
+        self.inner.changed();
+        Ok(id)
+    }
+
+    /// A job as `GET /jobs/{id}` shows it.
+    #[must_use]
+    pub fn job(&self, id: Uuid) -> Option<Value> {
+        self.inner.plane().job(id, self.inner.clock.now())
+    }
+
+    /// Waits until a job looks as `wanted`; the job as it looked then. Ends only then: give it a
+    /// time limit. A job that does not exist looks like `null`.
+    pub async fn job_until(&self, id: Uuid, wanted: impl Fn(&Value) -> bool) -> Value {
+        self.until(|| Some(self.job(id).unwrap_or_default()).filter(|job| wanted(job))).await
+    }
+
+    /// Cancels a job; `false`: no such job.
+    pub fn cancel_job(&self, id: Uuid) -> bool {
+        let known = self.inner.plane().cancel(id, self.inner.clock.now()).is_some();
+        self.inner.changed();
+        known
+    }
+
+    /// Stores data in the domain; its id, or the one line a writer would see.
+    pub async fn put_data(&self, name: &str, data_type: &str, bytes: &[u8]) -> Result<Uuid, String> {
+        store::check_name("name", name).map_err(|err| err.to_string())?;
+        store::check_name("data type", data_type).map_err(|err| err.to_string())?;
+        let target = Target::New { name: name.to_owned(), data_type: data_type.to_owned() };
+        let (store, now, bytes) = (self.inner.store.clone(), self.inner.clock.now(), bytes.to_vec());
+        let stored = tokio::task::spawn_blocking(move || {
+            let staged = store.stage();
+            std::fs::write(staged.path(), &bytes)?;
+            store.commit(vec![(target, bytes.len() as u64, staged)], now)
+        });
+        let items =
+            stored.await.expect("file system work does not panic").map_err(|err: StoreError| err.to_string())?;
+        Ok(items[0].id)
+    }
+
+    /// The newest requests, oldest first ([`Config::journal_max`]).
+    #[must_use]
+    pub fn journal(&self) -> Vec<Seen> {
+        self.inner.journal().since(0).1
+    }
+
+    /// Waits until the journal looks as `wanted`. Ends only then: give it a time limit.
+    pub async fn journal_until(&self, wanted: impl Fn(&[Seen]) -> bool) -> Vec<Seen> {
+        self.until(|| Some(self.journal()).filter(|journal| wanted(journal))).await
+    }
+
+    /// Waits until a node that serves `capability` has signed in lately. Ends only then.
+    pub async fn node_online(&self, capability: &str) {
+        let serves = |node: &Node| node.capabilities.iter().any(|name| &**name == capability);
+        self.until(|| self.inner.nodes_online().iter().any(serves).then_some(())).await;
+    }
+
+    /// Forgets a wallet, as an operator of DDS might: its next login is answered 403. `false`: it
+    /// was not registered.
+    pub fn forget_wallet(&self, wallet: &str) -> bool {
+        self.inner.identity().forget(&wallet.to_ascii_lowercase())
+    }
+
+    /// Stops taking requests, lets open ones end within [`Config::stop_grace`], removes what does
+    /// not survive, and waits for all of it.
+    pub async fn stop(mut self) {
+        self.stop.cancel();
+        if let Some(served) = self.served.take() {
+            served.await.expect("serving does not panic");
+        }
+    }
+
+    async fn until<T>(&self, mut check: impl FnMut() -> Option<T>) -> T {
+        loop {
+            // Listen first: what happens while we look must not be missed.
+            let mut rung = std::pin::pin!(self.inner.bell.notified());
+            rung.as_mut().enable();
+            if let Some(found) = check() {
+                return found;
+            }
+            rung.await;
+        }
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.stop.cancel();
+        if let Some(served) = &self.served {
+            served.abort();
+        }
+    }
+}
+
+impl Inner {
+    fn identity(&self) -> MutexGuard<'_, Identity> {
+        self.identity.lock().expect("nothing panics while it holds the identities")
+    }
+
+    fn plane(&self) -> MutexGuard<'_, Plane> {
+        self.plane.lock().expect("nothing panics while it holds the plane")
+    }
+
+    fn journal(&self) -> MutexGuard<'_, Journal> {
+        self.journal.lock().expect("nothing panics while it holds the journal")
+    }
+
+    fn changed(&self) {
+        self.bell.notify_waiters();
+    }
+
+    /// Host and port, the `domain` of sign-in messages.
+    fn authority(&self) -> &str {
+        self.base.trim_start_matches("http://")
+    }
+
+    fn dms(&self) -> String {
+        format!("{}/v1", self.base)
+    }
+
+    fn grant(&self) -> String {
+        let now = self.clock.now();
+        self.tokens.grant(now, now + self.config.grant_ttl)
+    }
+
+    /// Nodes that are logged in and were heard of lately.
+    fn nodes_online(&self) -> Vec<Node> {
+        let now = self.clock.now();
+        let nodes = self.identity().nodes(now).into_iter();
+        let online = |(node, live): (Node, bool)| (live && now < node.seen_at + ONLINE).then_some(node);
+        nodes.filter_map(online).collect()
+    }
+}
+
+/// Takes connections until told to stop, then ends them.
+async fn serve(world: Arc<Inner>, listener: TcpListener, stop: CancellationToken) {
+    let router = http::router(world.clone());
+    let mut connections = JoinSet::new();
+    let mut tick = tokio::time::interval(TICK);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => break,
+            accepted = listener.accept() => match accepted {
+                Ok((socket, _)) => {
+                    connections.spawn(connection(world.clone(), router.clone(), socket, stop.clone().cancelled_owned()));
+                }
+                Err(err) => {
+                    // Out of descriptors, most likely: connections have to end before more can come.
+                    tracing::warn!(error = %err, "connection could not be accepted");
+                    tokio::time::sleep(TICK).await;
+                }
+            },
+            Some(ended) = connections.join_next() => {
+                if let Err(err) = ended {
+                    tracing::error!(error = %err, "a connection's task failed");
+                }
+            }
+            _ = tick.tick() => expire(&world).await,
+        }
+    }
+    drop(listener);
+    let all = async { while connections.join_next().await.is_some() {} };
+    if tokio::time::timeout(world.config.stop_grace, all).await.is_err() {
+        tracing::warn!(connections = connections.len(), "connections were broken on stop");
+        connections.shutdown().await;
+    }
+    let store = world.store.clone();
+    tokio::task::spawn_blocking(move || store.close()).await.expect("closing the store does not panic");
+}
+
+/// Ends what has expired, so that waiting authors learn of it without asking.
+async fn expire(world: &Arc<Inner>) {
+    let now = world.clock.now();
+    world.identity().prune(now);
+    world.plane().expire(now);
+    let store = world.store.clone();
+    tokio::task::spawn_blocking(move || store.expire_uploads(now)).await.expect("expiring uploads does not panic");
+    world.changed();
+}
+
+async fn connection(world: Arc<Inner>, router: Router, socket: TcpStream, stopped: Stopped) {
+    // Small answers must not wait for an acknowledgement.
+    let _ = socket.set_nodelay(true);
+    let service = hyper::service::service_fn(move |request| answer(world.clone(), router.clone(), request));
+    let mut http = hyper::server::conn::http1::Builder::new();
+    let connection = http.timer(TokioTimer::new()).serve_connection(TokioIo::new(socket), service);
+    let mut connection = std::pin::pin!(connection);
+    let ended = tokio::select! {
+        ended = &mut connection => ended,
+        () = stopped => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(err) = ended {
+        tracing::debug!(error = %err, "connection broke");
+    }
+}
+
+/// One request: routed, answered, noted.
+async fn answer(world: Arc<Inner>, router: Router, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+    let noted = world.journal().enabled().then(|| (request.method().to_string(), request.uri().path().to_owned()));
+    let routed = hyper_util::service::TowerToHyperService::new(router);
+    let response = hyper::service::Service::call(&routed, request).await?;
+    if let Some((method, path)) = noted {
+        let node = response.extensions().get::<AskedBy>().map(|by| by.0);
+        world.journal().add(method, path, response.status().as_u16(), node);
+        world.changed();
+    }
+    Ok(response)
+}

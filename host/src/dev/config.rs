@@ -1,0 +1,164 @@
+//! What the embedded world may be told, and why it may not start.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+/// Settings of the embedded world. [`Config::default`] is what `runner-host dev` uses.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Address to serve on. Only loopback is accepted; port 0 takes a free one.
+    pub bind: SocketAddr,
+    /// Folder in which domain data survives a restart; absent: a temporary one, removed on stop.
+    pub data: Option<PathBuf>,
+    /// How long a lease lives without a heartbeat.
+    pub lease_ttl: Duration,
+    /// How long a login lives.
+    pub node_token_ttl: Duration,
+    /// How long a domain token lives.
+    pub domain_token_ttl: Duration,
+    /// Age from which a heartbeat brings a newer domain token.
+    pub domain_token_renew_after: Duration,
+    /// How long a replaced domain token is still accepted.
+    pub domain_token_grace: Duration,
+    /// How long an author's grant lives.
+    pub grant_ttl: Duration,
+    /// How long a sign-in nonce lives.
+    pub nonce_ttl: Duration,
+    /// How long an unfinished multipart upload lives.
+    pub upload_ttl: Duration,
+    /// Leases one node may hold at once; a poll beyond it is answered 409.
+    pub leases_per_node: Option<usize>,
+    /// Answer 409 to a registration while the same wallet has a live token or lease. Otherwise a
+    /// repeat is taken for a restart: the old token dies, the leases run on.
+    pub strict_identity: bool,
+    /// The registration secret to insist on; absent: any.
+    pub reg_secret: Option<String>,
+    /// Largest single upload request in bytes, as `/api/v1/info` tells; 0: no limit.
+    pub request_max_bytes: i64,
+    /// Largest stored item in bytes, as `/api/v1/info` tells; 0: no limit.
+    pub domain_data_max_bytes: i64,
+    /// Whether multipart uploads are offered; otherwise initiating one is answered 404.
+    pub multipart: bool,
+    /// Size of every part of a multipart upload but the last.
+    pub part_size: u64,
+    /// Finished tasks that are remembered, with their jobs; beyond it the oldest jobs are dropped.
+    pub finished_tasks_max: usize,
+    /// Requests remembered in the journal; 0 switches it off.
+    pub journal_max: usize,
+    /// How long open requests may take to end when the world stops.
+    pub stop_grace: Duration,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            bind: SocketAddr::from(([127, 0, 0, 1], 0)),
+            data: None,
+            lease_ttl: Duration::from_secs(60),
+            node_token_ttl: Duration::from_secs(15 * 60),
+            domain_token_ttl: Duration::from_secs(15 * 60),
+            domain_token_renew_after: Duration::from_secs(5 * 60),
+            domain_token_grace: Duration::from_secs(60),
+            grant_ttl: Duration::from_secs(24 * 60 * 60),
+            nonce_ttl: Duration::from_secs(5 * 60),
+            upload_ttl: Duration::from_secs(60 * 60),
+            leases_per_node: None,
+            strict_identity: false,
+            reg_secret: None,
+            request_max_bytes: 64 * 1024 * 1024,
+            domain_data_max_bytes: 0,
+            multipart: true,
+            part_size: 16 * 1024 * 1024,
+            finished_tasks_max: 200_000,
+            journal_max: 4096,
+            stop_grace: Duration::from_secs(2),
+        }
+    }
+}
+
+/// The longest time a token or lease may be told to live: additions to the clock cannot overflow.
+const TTL_MAX: Duration = Duration::from_secs(10 * 366 * 24 * 60 * 60);
+
+impl Config {
+    /// Refuses what cannot work.
+    pub(super) fn check(&self) -> Result<(), DevError> {
+        if !self.bind.ip().is_loopback() {
+            return Err(DevError::NotLoopback { bind: self.bind });
+        }
+        if self.part_size == 0 {
+            return Err(DevError::Setting { name: "part_size", reason: "is 0, expected at least 1 byte".to_owned() });
+        }
+        for (name, ttl) in [
+            ("lease_ttl", self.lease_ttl),
+            ("node_token_ttl", self.node_token_ttl),
+            ("domain_token_ttl", self.domain_token_ttl),
+            ("grant_ttl", self.grant_ttl),
+            ("nonce_ttl", self.nonce_ttl),
+            ("upload_ttl", self.upload_ttl),
+        ] {
+            if ttl.is_zero() || ttl > TTL_MAX {
+                return Err(DevError::Setting {
+                    name,
+                    reason: format!("is {ttl:?}, expected more than zero and less than ten years"),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Why the embedded world did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum DevError {
+    /// It must never be reachable from elsewhere.
+    #[error("the embedded world serves loopback only, {bind} is not; use 127.0.0.1 or [::1]")]
+    NotLoopback {
+        /// As asked for.
+        bind: SocketAddr,
+    },
+    /// A setting that cannot work.
+    #[error("setting {name} {reason}")]
+    Setting {
+        /// Field of [`Config`].
+        name: &'static str,
+        /// What was found and expected.
+        reason: String,
+    },
+    /// The port is taken, or the system refused.
+    #[error("cannot listen on {bind}: {source}")]
+    Listen {
+        /// As asked for.
+        bind: SocketAddr,
+        /// The system's word.
+        source: std::io::Error,
+    },
+    /// The data folder cannot be used.
+    #[error("data folder {}: {reason}", path.display())]
+    Data {
+        /// The folder or the file in it.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_loopback_is_served() {
+        let config = Config { bind: SocketAddr::from(([0, 0, 0, 0], 0)), ..Config::default() };
+        let err = config.check().expect_err("not loopback");
+        assert_eq!(
+            err.to_string(),
+            "the embedded world serves loopback only, 0.0.0.0:0 is not; use 127.0.0.1 or [::1]"
+        );
+    }
+
+    #[test]
+    fn a_zero_ttl_is_refused_by_name() {
+        let config = Config { lease_ttl: Duration::ZERO, ..Config::default() };
+        assert!(config.check().expect_err("zero").to_string().starts_with("setting lease_ttl is 0ns"));
+        assert!(Config::default().check().is_ok());
+    }
+}

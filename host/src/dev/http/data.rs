@@ -1,0 +1,306 @@
+//! Domain data: lists, downloads, single uploads (posemesh contract 6.2 to 6.5).
+
+use std::{fmt::Write as _, sync::Arc};
+
+use axum::{
+    body::Body,
+    extract::{Path, RawQuery, State},
+    http::{HeaderMap, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use futures_util::{StreamExt, TryStreamExt, stream};
+use http_body_util::BodyExt;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, BufWriter};
+use tokio_util::io::ReaderStream;
+use uuid::Uuid;
+
+use super::{Answer, Refusal, blocking, drain, empty_object, ok, pairs};
+use crate::dev::{
+    Inner,
+    form::{self, Form, PartHead, Piece},
+    store::{Filter, Item, Staged, StoreError, Target, check_name},
+};
+
+/// Bytes read from or written to a file at once.
+pub(super) const CHUNK_BYTES: usize = 256 * 1024;
+
+/// An item as answers show it.
+pub(super) fn metadata(item: &Item, domain: Uuid) -> Value {
+    json!({
+        "id": item.id, "domain_id": domain, "name": item.name, "data_type": item.data_type, "size": item.size,
+        "created_at": item.created_at, "updated_at": item.updated_at,
+    })
+}
+
+/// `GET …/data`
+pub(super) async fn find(
+    State(world): State<Arc<Inner>>,
+    Path(domain): Path<String>,
+    headers: HeaderMap,
+    RawQuery(query): RawQuery,
+) -> Answer {
+    world.visitor(&headers, &domain)?;
+    let items = world.store.find(&filter(query.as_deref()));
+    let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
+    if !accept.contains("multipart/form-data") {
+        let data: Vec<Value> = items.iter().map(|item| metadata(item, world.domain_id)).collect();
+        return ok(&json!({ "data": data }));
+    }
+    if items.is_empty() {
+        return Err(Refusal::new(StatusCode::NOT_FOUND, "no data in this domain matches"));
+    }
+    Ok(download(&world, items))
+}
+
+fn filter(query: Option<&str>) -> Filter {
+    let mut filter = Filter::default();
+    for (name, value) in pairs(query) {
+        match &*name {
+            "ids" => {
+                let ids = value.split(',').map(str::trim).filter(|id| !id.is_empty()).map(ToOwned::to_owned);
+                filter.ids.get_or_insert_default().extend(ids);
+            }
+            "name" => filter.name = Some(value),
+            "data_type" => filter.data_type = Some(value),
+            _ => {}
+        }
+    }
+    filter
+}
+
+/// All items in one multipart body, each streamed from its file when its turn comes.
+fn download(world: &Arc<Inner>, items: Vec<Item>) -> Response {
+    let boundary = Uuid::new_v4().simple().to_string();
+    let content_type = format!("multipart/form-data; boundary={boundary}");
+    let closing = Bytes::from(format!("--{boundary}--\r\n"));
+    let domain = world.domain_id;
+    let world = world.clone();
+    let parts = stream::iter(items).then(move |item| {
+        let (world, boundary) = (world.clone(), boundary.clone());
+        async move {
+            // The item as it is now: a download may run for long, and `size` must be that of the body.
+            let (item, file) = match world.store.read(item.id).await {
+                Ok(found) => found,
+                // Deleted since: a part that nobody announced does not come.
+                Err(StoreError::NoData(_)) => return Ok(stream::empty().boxed()),
+                Err(err) => return Err(std::io::Error::other(err.to_string())),
+            };
+            let head = Bytes::from(part_head(&boundary, &item, domain));
+            let content = ReaderStream::with_capacity(file.take(item.size), CHUNK_BYTES);
+            let whole = stream::iter([Ok(head)]).chain(content).chain(stream::iter([Ok(Bytes::from_static(b"\r\n"))]));
+            Ok(whole.boxed())
+        }
+    });
+    let body = parts.try_flatten().chain(stream::iter([Ok(closing)]));
+    ([(header::CONTENT_TYPE, content_type)], Body::from_stream(body)).into_response()
+}
+
+/// Contract 6.3: `size` decides where a body ends, nothing is escaped.
+fn part_head(boundary: &str, item: &Item, domain: Uuid) -> String {
+    let mut head = format!("--{boundary}\r\nContent-Type: application/octet-stream\r\n");
+    let _ = write!(
+        head,
+        "Content-Disposition: form-data; name=\"{}\"; data-type=\"{}\"; id=\"{}\"; domain-id=\"{domain}\"; size=\"{}\"; \
+         created-at=\"{}\"; updated-at=\"{}\"\r\n\r\n",
+        item.name, item.data_type, item.id, item.size, item.created_at, item.updated_at
+    );
+    head
+}
+
+/// `GET …/data/{id}`
+pub(super) async fn by_id(
+    State(world): State<Arc<Inner>>,
+    Path((domain, id)): Path<(String, String)>,
+    headers: HeaderMap,
+    RawQuery(query): RawQuery,
+) -> Answer {
+    world.visitor(&headers, &domain)?;
+    let id = data_id(&id)?;
+    let raw = pairs(query.as_deref()).iter().any(|(name, value)| name == "raw" && value != "false" && value != "0");
+    if !raw {
+        let item = world.store.get(id).ok_or_else(|| StoreError::NoData(id.to_string()))?;
+        return ok(&metadata(&item, world.domain_id));
+    }
+    let (item, file) = world.store.read(id).await?;
+    let headers = [
+        (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
+        (header::CONTENT_LENGTH, item.size.to_string()),
+    ];
+    let body = Body::from_stream(ReaderStream::with_capacity(file.take(item.size), CHUNK_BYTES));
+    Ok((headers, body).into_response())
+}
+
+/// `DELETE …/data/{id}`
+pub(super) async fn delete(
+    State(world): State<Arc<Inner>>,
+    Path((domain, id)): Path<(String, String)>,
+    headers: HeaderMap,
+) -> Answer {
+    world.visitor(&headers, &domain)?;
+    let id = data_id(&id)?;
+    let store = world.store.clone();
+    blocking(move || store.delete(id)).await?;
+    ok(&empty_object())
+}
+
+fn data_id(text: &str) -> Result<Uuid, StoreError> {
+    Uuid::parse_str(text).map_err(|_| StoreError::NoData(text.chars().take(64).collect()))
+}
+
+/// `POST …/data`
+pub(super) async fn create(
+    State(world): State<Arc<Inner>>,
+    Path(domain): Path<String>,
+    headers: HeaderMap,
+    body: Body,
+) -> Answer {
+    upload(world, &domain, &headers, body, Kind::Create).await
+}
+
+/// `PUT …/data`
+pub(super) async fn replace(
+    State(world): State<Arc<Inner>>,
+    Path(domain): Path<String>,
+    headers: HeaderMap,
+    body: Body,
+) -> Answer {
+    upload(world, &domain, &headers, body, Kind::Replace).await
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Create,
+    Replace,
+}
+
+async fn upload(world: Arc<Inner>, domain: &str, headers: &HeaderMap, mut body: Body, kind: Kind) -> Answer {
+    let received = match world.visitor(headers, domain) {
+        Ok(()) => receive(&world, headers, &mut body, kind).await,
+        Err(refusal) => Err(refusal),
+    };
+    let batch = match received {
+        Ok(batch) => batch,
+        Err(refusal) => {
+            drain(body).await;
+            return Err(refusal);
+        }
+    };
+    let (store, now) = (world.store.clone(), world.clock.now());
+    let items = blocking(move || store.commit(batch, now)).await?;
+    world.changed();
+    let data: Vec<Value> = items.iter().map(|item| metadata(item, world.domain_id)).collect();
+    ok(&json!({ "data": data }))
+}
+
+/// Streams every part to a staged blob.
+async fn receive(
+    world: &Inner,
+    headers: &HeaderMap,
+    body: &mut Body,
+    kind: Kind,
+) -> Result<Vec<(Target, u64, Staged)>, Refusal> {
+    let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let mut form = Form::new(&form::boundary(content_type).map_err(Refusal::bad)?);
+    let mut budget = Budget::new(world, headers)?;
+    let mut batch: Vec<(Target, u64, Staged)> = Vec::new();
+    let mut file: Option<BufWriter<tokio::fs::File>> = None;
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|_| Refusal::bad("the body broke off"))?;
+        let Ok(bytes) = frame.into_data() else { continue };
+        budget.request(bytes.len())?;
+        form.push(&bytes);
+        while let Some(piece) = form.next().map_err(Refusal::bad)? {
+            match piece {
+                Piece::Part(head) => {
+                    let target = target(world, head, kind)?;
+                    let staged = world.store.stage();
+                    let opened = tokio::fs::File::create(staged.path()).await.map_err(StoreError::from)?;
+                    file = Some(BufWriter::with_capacity(CHUNK_BYTES, opened));
+                    batch.push((target, 0, staged));
+                }
+                Piece::Data(data) => {
+                    let (_, size, _) = batch.last_mut().expect("data follows a head");
+                    *size += data.len() as u64;
+                    budget.item(*size)?;
+                    let file = file.as_mut().expect("data follows a head");
+                    file.write_all(&data).await.map_err(StoreError::from)?;
+                }
+                Piece::PartEnd => {
+                    let mut file = file.take().expect("an end follows a head");
+                    file.flush().await.map_err(StoreError::from)?;
+                }
+            }
+        }
+    }
+    if !form.ended() {
+        return Err(Refusal::bad("the body has no closing boundary: it broke off, or names another boundary"));
+    }
+    if batch.is_empty() {
+        return Err(Refusal::bad("the body has no part, expected at least one"));
+    }
+    Ok(batch)
+}
+
+/// Judges a part before its bytes are taken.
+fn target(world: &Inner, head: PartHead, kind: Kind) -> Result<Target, Refusal> {
+    match kind {
+        Kind::Create => {
+            let (name, data_type) = (head.name.unwrap_or_default(), head.data_type.unwrap_or_default());
+            check_name("name", &name)?;
+            check_name("data-type", &data_type)?;
+            let taken = Filter { ids: None, name: Some(name.clone()), data_type: Some(data_type.clone()) };
+            if !world.store.find(&taken).is_empty() {
+                return Err(crate::dev::store::exists(&name, &data_type).into());
+            }
+            Ok(Target::New { name, data_type })
+        }
+        Kind::Replace => {
+            let id =
+                head.id.ok_or_else(|| Refusal::bad("a part has no id, expected the one of the data to replace"))?;
+            let id = data_id(&id)?;
+            world.store.get(id).ok_or_else(|| StoreError::NoData(id.to_string()))?;
+            Ok(Target::Replace { id })
+        }
+    }
+}
+
+/// The announced limits, kept.
+struct Budget {
+    request_max: u64,
+    item_max: u64,
+    received: u64,
+}
+
+impl Budget {
+    fn new(world: &Inner, headers: &HeaderMap) -> Result<Self, Refusal> {
+        let limit = |bytes: i64| u64::try_from(bytes).ok().filter(|bytes| *bytes > 0).unwrap_or(u64::MAX);
+        let budget = Self {
+            request_max: limit(world.config.request_max_bytes),
+            item_max: limit(world.config.domain_data_max_bytes),
+            received: 0,
+        };
+        let announced =
+            headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse::<u64>().ok());
+        if announced.is_some_and(|length| length > budget.request_max) { Err(budget.too_large()) } else { Ok(budget) }
+    }
+
+    fn request(&mut self, bytes: usize) -> Result<(), Refusal> {
+        self.received += bytes as u64;
+        if self.received > self.request_max { Err(self.too_large()) } else { Ok(()) }
+    }
+
+    fn item(&self, size: u64) -> Result<(), Refusal> {
+        let most = self.item_max;
+        if size > most {
+            return Err(StoreError::TooLarge(format!("at most {most} bytes are stored as one item")).into());
+        }
+        Ok(())
+    }
+
+    fn too_large(&self) -> Refusal {
+        let most = self.request_max;
+        StoreError::TooLarge(format!("a request may have {most} bytes; upload in parts")).into()
+    }
+}

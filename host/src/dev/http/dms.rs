@@ -1,0 +1,162 @@
+//! The node's side of the task service (posemesh contract 4.2 to 4.8).
+
+use std::sync::Arc;
+
+use axum::{
+    body::Body,
+    extract::{Path, RawQuery, State},
+    http::{HeaderMap, StatusCode},
+    response::{IntoResponse, Response},
+};
+use serde_json::{Map, Value, json};
+use uuid::Uuid;
+
+use super::{Answer, REPORT_BYTES_MAX, Refusal, empty_object, for_node, ok, pairs, read_json};
+use crate::{
+    dev::{
+        Inner,
+        plane::{Beat, Granted},
+    },
+    leases::dms::wire::{CompleteRequest, FailRequest, HeartbeatRequest, HeartbeatResponse, LeaseEnvelope, TaskSpec},
+};
+
+/// `GET /tasks`
+pub(super) async fn lease(State(world): State<Arc<Inner>>, headers: HeaderMap, RawQuery(query): RawQuery) -> Response {
+    for_node(&world, &headers, |node| {
+        let query = pairs(query.as_deref());
+        let asked = |name: &str| query.iter().find(|(key, _)| key == name).map(|(_, value)| &**value);
+        // The oldest nodes also name a job and a domain.
+        let job = match asked("job_id").map(Uuid::parse_str) {
+            None => None,
+            Some(Ok(job)) => Some(job),
+            Some(Err(_)) => return Err(Refusal::bad("job_id is no UUID")),
+        };
+        if asked("domain_id").is_some_and(|domain| Uuid::parse_str(domain) != Ok(world.domain_id)) {
+            return Ok(StatusCode::NO_CONTENT.into_response());
+        }
+        let now = world.clock.now();
+        let granted = world.plane().lease(node, asked("capability"), job, now);
+        let Ok(granted) = granted else {
+            return Err(Refusal::new(StatusCode::CONFLICT, "this node holds as many leases as it may"));
+        };
+        let Some(granted) = granted else { return Ok(StatusCode::NO_CONTENT.into_response()) };
+        tracing::debug!(task_id = %granted.task, capability = %granted.request.capability, "leased");
+        world.changed();
+        let token = world.tokens.for_task(granted.task, granted.token.serial, node.id, now, granted.token.expires);
+        ok(&envelope(&world, granted, token))
+    })
+}
+
+fn envelope(world: &Inner, granted: Granted, token: String) -> LeaseEnvelope {
+    let request = &granted.request;
+    // What this node reads is typed on the wire; the rest of the task travels beside it.
+    let rest = [
+        ("label", json!(request.label)),
+        ("stage", json!(&*request.stage)),
+        ("mode", json!(request.mode.text())),
+        ("capability_filters", Value::Object(request.capability_filters.clone())),
+        ("priority", json!(request.priority)),
+        ("attempts", json!(granted.attempts)),
+        ("max_attempts", json!(request.max_attempts())),
+        ("deps_remaining", json!(0)),
+        ("status", json!("leased")),
+        ("billing_units", json!("0")),
+        ("estimated_credit_cost", json!("0")),
+    ];
+    LeaseEnvelope {
+        access_token: Some(token),
+        access_token_expires_at: Some(granted.token.expires),
+        lease_expires_at: Some(granted.expires),
+        cancel: false,
+        status: Some("leased".to_owned()),
+        domain_id: Some(world.domain_id),
+        domain_server_url: Some(world.base.clone()),
+        task: TaskSpec {
+            id: granted.task,
+            job_id: Some(granted.job),
+            capability: request.capability.to_string(),
+            inputs_cids: request.inputs_cids.clone(),
+            outputs_prefix: request.outputs_prefix.clone(),
+            meta: request.meta.clone(),
+            extra: rest.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+        },
+        extra: Map::new(),
+    }
+}
+
+/// `POST /tasks/{id}/heartbeat`
+pub(super) async fn heartbeat(
+    State(world): State<Arc<Inner>>,
+    Path(task): Path<String>,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
+    let request: Result<HeartbeatRequest, Refusal> = read_json(body, REPORT_BYTES_MAX).await;
+    for_node(&world, &headers, |node| {
+        let (task, request) = (task_id(&task)?, request?);
+        let now = world.clock.now();
+        let beat = world.plane().beat(task, node.id, request.progress, request.events, now)?;
+        world.changed();
+        let mut answer = HeartbeatResponse {
+            domain_id: Some(world.domain_id),
+            domain_server_url: Some(world.base.clone()),
+            ..HeartbeatResponse::default()
+        };
+        match beat {
+            Beat::Cancel => answer.cancel = Some(true),
+            Beat::Kept { expires, token } => {
+                answer.cancel = Some(false);
+                answer.status = Some("running".to_owned());
+                answer.lease_expires_at = Some(expires);
+                if let Some(token) = token {
+                    let text = world.tokens.for_task(task, token.serial, node.id, now, token.expires);
+                    answer.access_token = Some(text);
+                    answer.access_token_expires_at = Some(token.expires);
+                }
+            }
+        }
+        ok(&answer)
+    })
+}
+
+/// `POST /tasks/{id}/complete`
+pub(super) async fn complete(
+    State(world): State<Arc<Inner>>,
+    Path(task): Path<String>,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
+    let request: Result<CompleteRequest, Refusal> = read_json(body, REPORT_BYTES_MAX).await;
+    for_node(&world, &headers, |node| {
+        let (task, request) = (task_id(&task)?, request?);
+        world.plane().complete(task, node.id, request.output_cids, request.meta, world.clock.now())?;
+        tracing::debug!(task_id = %task, "completed");
+        world.changed();
+        settled()
+    })
+}
+
+/// `POST /tasks/{id}/fail`
+pub(super) async fn fail(
+    State(world): State<Arc<Inner>>,
+    Path(task): Path<String>,
+    headers: HeaderMap,
+    body: Body,
+) -> Response {
+    let request: Result<FailRequest, Refusal> = read_json(body, REPORT_BYTES_MAX).await;
+    for_node(&world, &headers, |node| {
+        let (task, request) = (task_id(&task)?, request?);
+        world.plane().fail(task, node.id, &request.reason, request.details, world.clock.now())?;
+        tracing::debug!(task_id = %task, "failed");
+        world.changed();
+        settled()
+    })
+}
+
+fn settled() -> Answer {
+    ok(&empty_object())
+}
+
+fn task_id(text: &str) -> Result<Uuid, Refusal> {
+    Uuid::parse_str(text).map_err(|_| Refusal::new(StatusCode::NOT_FOUND, "no such task: the id is no UUID"))
+}

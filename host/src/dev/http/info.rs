@@ -1,0 +1,85 @@
+//! What the world tells about itself: upload limits to anybody, everything else to who is on this
+//! machine.
+
+use std::sync::Arc;
+
+use axum::{
+    extract::{RawQuery, State},
+    http::{HeaderMap, StatusCode, header},
+};
+use serde_json::{Value, json};
+
+use super::{Answer, Refusal, ok, pairs};
+use crate::dev::Inner;
+
+/// `GET /api/v1/info` (contract 6.6 and 10.6)
+pub(super) async fn uploads(State(world): State<Arc<Inner>>) -> Answer {
+    let config = &world.config;
+    ok(&json!({
+        "upload": {
+            "request_max_bytes": config.request_max_bytes,
+            "domain_data_max_bytes": config.domain_data_max_bytes,
+            "multipart": { "enabled": config.multipart, "part_size_bytes": config.part_size },
+        },
+    }))
+}
+
+/// `GET /dev/v1/world`: everything `runner-host submit` needs, a fresh grant included.
+pub(super) async fn world(State(world): State<Arc<Inner>>, headers: HeaderMap) -> Answer {
+    from_this_machine(&headers)?;
+    let now = world.clock.now();
+    let nodes: Vec<Value> = world
+        .nodes_online()
+        .into_iter()
+        .map(|node| {
+            json!({
+                "id": node.id, "wallet": &*node.wallet, "version": &*node.version, "seen_at": node.seen_at,
+                "capabilities": node.capabilities.iter().map(|name| &**name).collect::<Vec<_>>(),
+                "leases": world.plane().held(node.id, now),
+            })
+        })
+        .collect();
+    ok(&json!({
+        "dds": world.base, "dms": world.dms(), "domain_server": world.base, "domain_id": world.domain_id,
+        "grant": world.grant(), "data_survives": world.config.data.is_some(), "nodes": nodes,
+    }))
+}
+
+/// `GET /dev/v1/requests?since=N`: the journal from request number N on.
+pub(super) async fn requests(State(world): State<Arc<Inner>>, headers: HeaderMap, RawQuery(query): RawQuery) -> Answer {
+    from_this_machine(&headers)?;
+    let query = pairs(query.as_deref());
+    let since = query.iter().find(|(name, _)| name == "since").map_or(Ok(0), |(_, value)| value.parse());
+    let since = since.map_err(|_| Refusal::bad("since is no number"))?;
+    let (next, requests) = world.journal().since(since);
+    ok(&json!({ "next": next, "requests": requests }))
+}
+
+/// The answers hold a grant. We listen on loopback only, but a page in a browser may reach us under
+/// a name of its own: its `Host` gives it away.
+fn from_this_machine(headers: &HeaderMap) -> Result<(), Refusal> {
+    let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+    let loopback = url::Url::parse(&format!("http://{host}")).ok().is_some_and(|url| match url.host() {
+        Some(url::Host::Domain(name)) => name == "localhost",
+        Some(url::Host::Ipv4(ip)) => ip.is_loopback(),
+        Some(url::Host::Ipv6(ip)) => ip.is_loopback(),
+        None => false,
+    });
+    if loopback { Ok(()) } else { Err(Refusal::new(StatusCode::FORBIDDEN, "ask this by a loopback address")) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_grant_is_told_to_loopback_names_only() {
+        let told = |host: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::HOST, host.parse().expect("a header"));
+            from_this_machine(&headers).is_ok()
+        };
+        assert!(told("127.0.0.1:8700") && told("localhost:1") && told("[::1]:8700"));
+        assert!(!told("rebound.example:8700") && !told("") && !told("127.0.0.1.example"));
+    }
+}

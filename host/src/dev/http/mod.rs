@@ -1,0 +1,231 @@
+//! The wire: routes, bodies, bearers, refusals. What is decided here is who calls and whether the
+//! request can be read; everything else is asked of the state behind it.
+
+mod data;
+mod dds;
+mod dms;
+mod info;
+mod jobs;
+mod parts;
+
+use std::sync::Arc;
+
+use axum::{
+    Router,
+    body::Body,
+    http::{HeaderMap, StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::{get, post},
+};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::{
+    Inner,
+    identity::Node,
+    plane::{Admission, Gone},
+    store::StoreError,
+};
+
+/// Largest body of a sign-in or registration, in bytes.
+const IDENTITY_BYTES_MAX: usize = 64 * 1024;
+/// Largest body of a heartbeat or report: 64 KiB each of progress, events and details are common
+/// limits of nodes, and lists of artifacts are long.
+const REPORT_BYTES_MAX: usize = 4 * 1024 * 1024;
+/// Largest job.
+const JOB_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// How much of a refused body is read, so that the sender gets to see the answer instead of a
+/// broken connection.
+const REFUSED_BYTES_MAX: usize = 64 * 1024 * 1024;
+
+/// All routes.
+pub(super) fn router(world: Arc<Inner>) -> Router {
+    let own = Router::new().route("/world", get(info::world)).route("/requests", get(info::requests));
+    let domain = Router::new()
+        .route("/data", get(data::find).post(data::create).put(data::replace))
+        .route("/data/multipart", post(parts::post).put(parts::put).delete(parts::abort))
+        .route("/data/{id}", get(data::by_id).delete(data::delete));
+    let plane = Router::new()
+        .route("/tasks", get(dms::lease))
+        .route("/tasks/{id}/heartbeat", post(dms::heartbeat))
+        .route("/tasks/{id}/complete", post(dms::complete))
+        .route("/tasks/{id}/fail", post(dms::fail))
+        .route("/jobs", post(jobs::create).get(jobs::list))
+        .route("/jobs/estimate", post(jobs::estimate))
+        .route("/jobs/{id}", get(jobs::get))
+        .route("/jobs/{id}/cancel", post(jobs::cancel))
+        .route("/nodes/busy", get(jobs::busy));
+    Router::new()
+        .route("/internal/v1/auth/siwe/request", post(dds::nonce))
+        .route("/internal/v1/auth/siwe/verify", post(dds::verify))
+        .route("/internal/v1/nodes/register-wallet", post(dds::register))
+        .route("/api/v1/info", get(info::uploads))
+        .nest("/api/v1/domains/{domain}", domain)
+        .nest("/v1", plane)
+        .nest("/dev/v1", own)
+        .fallback(|| async { Refusal::new(StatusCode::NOT_FOUND, "no such path") })
+        .method_not_allowed_fallback(|| async { Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "no such method here") })
+        .with_state(world)
+}
+
+/// A request that was not done: a status and one line.
+#[derive(Debug)]
+pub(super) struct Refusal {
+    status: StatusCode,
+    text: String,
+}
+
+impl Refusal {
+    fn new(status: StatusCode, text: impl Into<String>) -> Self {
+        Self { status, text: text.into() }
+    }
+
+    fn bad(text: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, text)
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        answer(self.status, &json!({ "error": self.text }))
+    }
+}
+
+impl From<StoreError> for Refusal {
+    fn from(err: StoreError) -> Self {
+        let status = match err {
+            StoreError::Invalid(_) => StatusCode::BAD_REQUEST,
+            StoreError::NoData(_) | StoreError::NoUpload(_) => StatusCode::NOT_FOUND,
+            StoreError::Conflict(_) => StatusCode::CONFLICT,
+            StoreError::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
+            StoreError::Io(_) => {
+                tracing::error!(error = %err, "domain data could not be stored or read");
+                StatusCode::INTERNAL_SERVER_ERROR
+            }
+        };
+        Self::new(status, err.to_string())
+    }
+}
+
+impl From<Gone> for Refusal {
+    fn from(gone: Gone) -> Self {
+        match gone {
+            Gone::Unknown => Self::new(StatusCode::NOT_FOUND, "no such task"),
+            Gone::NotHeld => Self::new(StatusCode::CONFLICT, "this node does not hold the task"),
+        }
+    }
+}
+
+type Answer = Result<Response, Refusal>;
+
+/// A JSON answer.
+fn answer(status: StatusCode, body: &impl Serialize) -> Response {
+    let body = serde_json::to_vec(body).expect("answers are plain JSON");
+    (status, [(header::CONTENT_TYPE, "application/json")], body).into_response()
+}
+
+fn ok(body: &impl Serialize) -> Answer {
+    Ok(answer(StatusCode::OK, body))
+}
+
+/// Which node asked: for the journal.
+#[derive(Clone, Copy)]
+pub(super) struct AskedBy(pub(super) Uuid);
+
+/// Runs `handler` for the node behind the bearer.
+fn for_node(world: &Inner, headers: &HeaderMap, handler: impl FnOnce(&Node) -> Answer) -> Response {
+    let node = match world.node(headers) {
+        Ok(node) => node,
+        Err(refusal) => return refusal.into_response(),
+    };
+    let mut response = handler(&node).unwrap_or_else(IntoResponse::into_response);
+    response.extensions_mut().insert(AskedBy(node.id));
+    response
+}
+
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
+    let (scheme, token) = value.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+}
+
+fn unauthorized(text: &str) -> Refusal {
+    Refusal::new(StatusCode::UNAUTHORIZED, text)
+}
+
+impl Inner {
+    /// The node behind the bearer.
+    fn node(&self, headers: &HeaderMap) -> Result<Node, Refusal> {
+        let node = bearer(headers).and_then(|token| self.identity().node(token, self.clock.now()));
+        node.ok_or_else(|| unauthorized("the node token is missing, unknown or expired"))
+    }
+
+    /// An author's grant, for jobs.
+    fn author(&self, headers: &HeaderMap) -> Result<(), Refusal> {
+        let claims = bearer(headers).and_then(|token| self.tokens.read(token, self.clock.now()));
+        match claims {
+            Some(claims) if claims.task.is_none() => Ok(()),
+            _ => Err(unauthorized("the domain grant is missing, unknown or expired; GET /dev/v1/world issues one")),
+        }
+    }
+
+    /// A task's token or an author's grant, for data of `domain`.
+    fn visitor(&self, headers: &HeaderMap, domain: &str) -> Result<(), Refusal> {
+        let token = bearer(headers).ok_or_else(|| unauthorized("the domain token is missing"))?;
+        let now = self.clock.now();
+        let refused = || unauthorized("the domain token is unknown, expired, or its lease has ended");
+        let Some(claims) = self.tokens.read(token, now) else {
+            if let Some((task, _)) = self.tokens.read_expired(token).and_then(|claims| claims.task) {
+                self.plane().refused(task);
+            }
+            return Err(refused());
+        };
+        if let Some((task, serial)) = claims.task
+            && self.plane().admit(task, serial, now) == Admission::Closed
+        {
+            return Err(refused());
+        }
+        if Uuid::parse_str(domain) != Ok(claims.domain_id) {
+            return Err(Refusal::new(StatusCode::FORBIDDEN, "invalid domain access token: it is for another domain"));
+        }
+        Ok(())
+    }
+}
+
+/// Reads a JSON body. An empty one is `null`, which the oldest nodes mean by it.
+async fn read_json<T: DeserializeOwned>(body: Body, limit: usize) -> Result<T, Refusal> {
+    let bytes = Limited::new(body, limit).collect().await.map_err(|err| {
+        if err.is::<LengthLimitError>() {
+            Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the body is larger than {limit} bytes"))
+        } else {
+            Refusal::bad("the body broke off")
+        }
+    })?;
+    let bytes = bytes.to_bytes();
+    let bytes = if bytes.is_empty() { &b"null"[..] } else { &bytes[..] };
+    serde_json::from_slice(bytes).map_err(|err| Refusal::bad(format!("the body is not the expected JSON: {err}")))
+}
+
+/// Reads on for a while after a refusal.
+async fn drain(body: Body) {
+    let mut body = Limited::new(body, REFUSED_BYTES_MAX);
+    while let Some(Ok(_)) = body.frame().await {}
+}
+
+/// The pairs of a query string.
+fn pairs(query: Option<&str>) -> Vec<(String, String)> {
+    url::form_urlencoded::parse(query.unwrap_or_default().as_bytes()).into_owned().collect()
+}
+
+/// Runs file system work away from the threads that serve.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
+) -> Result<T, Refusal> {
+    tokio::task::spawn_blocking(work).await.expect("file system work does not panic").map_err(Refusal::from)
+}
+
+fn empty_object() -> Value {
+    json!({})
+}

@@ -1,0 +1,132 @@
+//! Uploads in parts (posemesh contract 6.7).
+
+use std::{io::SeekFrom, sync::Arc};
+
+use axum::{
+    body::Body,
+    extract::{Path, RawQuery, State},
+    http::{HeaderMap, StatusCode},
+};
+use http_body_util::BodyExt;
+use serde::Deserialize;
+use serde_json::json;
+use tokio::io::{AsyncSeekExt, AsyncWriteExt, BufWriter};
+
+use super::{
+    Answer, REPORT_BYTES_MAX, Refusal, blocking,
+    data::{CHUNK_BYTES, metadata},
+    drain, empty_object, ok, pairs, read_json,
+};
+use crate::dev::{
+    Inner,
+    store::StoreError,
+    uploads::{ListedPart, Writing},
+};
+
+#[derive(Deserialize)]
+struct Completion {
+    parts: Vec<ListedPart>,
+}
+
+/// `POST …/data/multipart`: `?uploads` begins, `?uploadId=` completes.
+pub(super) async fn post(
+    State(world): State<Arc<Inner>>,
+    Path(domain): Path<String>,
+    headers: HeaderMap,
+    RawQuery(query): RawQuery,
+    body: Body,
+) -> Answer {
+    world.visitor(&headers, &domain)?;
+    offered(&world)?;
+    let query = pairs(query.as_deref());
+    if query.iter().any(|(name, _)| name == "uploads") {
+        let request = read_json(body, REPORT_BYTES_MAX).await?;
+        let begun = world.store.initiate(request, world.clock.now())?;
+        return ok(&json!({
+            "upload_id": begun.upload_id, "data_id": begun.data_id, "part_size": world.config.part_size,
+            "expires_at": begun.expires,
+        }));
+    }
+    let upload = upload_id(&query)?.to_owned();
+    let request: Completion = read_json(body, REPORT_BYTES_MAX).await?;
+    let (store, now) = (world.store.clone(), world.clock.now());
+    let item = blocking(move || store.complete_upload(&upload, &request.parts, now)).await?;
+    world.changed();
+    ok(&metadata(&item, world.domain_id))
+}
+
+/// `PUT …/data/multipart?uploadId=&partNumber=`
+pub(super) async fn put(
+    State(world): State<Arc<Inner>>,
+    Path(domain): Path<String>,
+    headers: HeaderMap,
+    RawQuery(query): RawQuery,
+    mut body: Body,
+) -> Answer {
+    let begun = world.visitor(&headers, &domain).and_then(|()| {
+        offered(&world)?;
+        let query = pairs(query.as_deref());
+        let number = query.iter().find(|(name, _)| name == "partNumber").and_then(|(_, value)| value.parse().ok());
+        let number = number.ok_or_else(|| Refusal::bad("partNumber is missing or no number"))?;
+        Ok(world.store.begin_part(upload_id(&query)?, number, world.clock.now())?)
+    });
+    let written = match begun {
+        Ok(writing) => write(&world, writing, &mut body).await,
+        Err(refusal) => Err(refusal),
+    };
+    match written {
+        Ok(etag) => ok(&json!({ "etag": etag })),
+        Err(refusal) => {
+            drain(body).await;
+            Err(refusal)
+        }
+    }
+}
+
+/// Streams a part to its place in the upload's file.
+async fn write(world: &Inner, writing: Writing, body: &mut Body) -> Result<String, Refusal> {
+    let most = world.config.part_size;
+    let opened = tokio::fs::OpenOptions::new().create(true).truncate(false).write(true).open(&writing.path).await;
+    let mut file = opened.map_err(StoreError::from)?;
+    file.seek(SeekFrom::Start(writing.offset)).await.map_err(StoreError::from)?;
+    let mut file = BufWriter::with_capacity(CHUNK_BYTES, file);
+    let mut size = 0;
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|_| Refusal::bad("the part broke off"))?;
+        let Ok(bytes) = frame.into_data() else { continue };
+        size += bytes.len() as u64;
+        if size > most {
+            return Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, format!("a part has at most {most} bytes")));
+        }
+        file.write_all(&bytes).await.map_err(StoreError::from)?;
+    }
+    if size == 0 {
+        return Err(Refusal::bad("the part is empty"));
+    }
+    file.flush().await.map_err(StoreError::from)?;
+    Ok(writing.finish(size)?)
+}
+
+/// `DELETE …/data/multipart?uploadId=`
+pub(super) async fn abort(
+    State(world): State<Arc<Inner>>,
+    Path(domain): Path<String>,
+    headers: HeaderMap,
+    RawQuery(query): RawQuery,
+) -> Answer {
+    world.visitor(&headers, &domain)?;
+    let upload = upload_id(&pairs(query.as_deref()))?.to_owned();
+    let (store, now) = (world.store.clone(), world.clock.now());
+    blocking(move || store.abort_upload(&upload, now)).await?;
+    ok(&empty_object())
+}
+
+/// A server without multipart answers 404, which makes writers fall back to one request.
+fn offered(world: &Inner) -> Result<(), Refusal> {
+    if world.config.multipart { Ok(()) } else { Err(Refusal::new(StatusCode::NOT_FOUND, "no uploads in parts here")) }
+}
+
+fn upload_id(query: &[(String, String)]) -> Result<&str, Refusal> {
+    let id = query.iter().find(|(name, _)| name == "uploadId").map(|(_, value)| &**value);
+    id.ok_or_else(|| Refusal::bad("uploadId is missing"))
+}

@@ -1,0 +1,531 @@
+//! The task service's state: who may run what, who holds it, how it ended (posemesh contract 4).
+//!
+//! A pure machine without clock or socket: every call takes `now` and first ends the leases that
+//! have run out, so each answer is as fresh as a timer could make it. Nothing here scans all tasks:
+//! what is ready waits in one ordered queue per capability, what is held in one ordered by expiry.
+//! Jobs are made in [`jobs`], shown to authors in [`view`]. Nothing is kept over a restart.
+
+pub(super) mod jobs;
+pub(super) mod view;
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
+    sync::Arc,
+};
+
+use jiff::Timestamp;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::{Config, identity::Node};
+use jobs::{Job, TaskRequest};
+
+/// Events kept of one task, the newest (contract 4.13.7: "recent ones only").
+const EVENTS_MAX: usize = 64;
+/// Replaced domain tokens remembered of one lease. A renewal per grace period needs one; the rest
+/// is for tokens renewed out of turn.
+const OLD_TOKENS_MAX: usize = 8;
+
+/// See the module's text.
+pub(super) struct Plane {
+    config: Arc<Config>,
+    domain_id: Uuid,
+    org: Uuid,
+    tasks: HashMap<Uuid, Task>,
+    jobs: HashMap<Uuid, Job>,
+    /// Jobs by age.
+    order: BTreeMap<u64, Uuid>,
+    /// Capabilities with work, each with its tasks in the order in which they are leased.
+    ready: HashMap<Arc<str>, BTreeSet<Turn>>,
+    /// Held tasks by the end of their lease.
+    expiries: BTreeSet<(Timestamp, Uuid)>,
+    slots: HashMap<Uuid, Slot>,
+    /// Idempotency keys, each with the digest of its request and its job.
+    keys: HashMap<String, ([u8; 32], Uuid)>,
+    /// Ended jobs, oldest first, and how many tasks they have together.
+    ended: VecDeque<Uuid>,
+    ended_tasks: usize,
+    serial: u64,
+}
+
+/// When a ready task's turn comes: priority of the job, then of the task, then age.
+type Turn = (Reverse<u32>, Reverse<i32>, u64, Uuid);
+
+/// What the plane remembers of a node between polls.
+#[derive(Default)]
+struct Slot {
+    held: usize,
+    /// The capability it was served last: the next poll begins behind it.
+    last: Option<Arc<str>>,
+}
+
+pub(super) struct Task {
+    id: Uuid,
+    job: Uuid,
+    request: Arc<TaskRequest>,
+    turn: Turn,
+    /// Leases handed out so far, a current one included.
+    attempts: u64,
+    state: State,
+    progress: Value,
+    events: VecDeque<Value>,
+    receipts: Vec<Receipt>,
+    created_at: Timestamp,
+    updated_at: Timestamp,
+    last_heartbeat_at: Option<Timestamp>,
+}
+
+enum State {
+    /// A stage before its own is not complete.
+    Blocked,
+    /// In the queue of its capability.
+    Ready,
+    Held(Hold),
+    Ended {
+        end: End,
+        /// Who held it last, when a lease was open as the end came.
+        node: Option<Uuid>,
+    },
+}
+
+struct Hold {
+    node: Uuid,
+    expires: Timestamp,
+    /// It has sent a heartbeat.
+    running: bool,
+    cancel_requested_at: Option<Timestamp>,
+    token: HeldToken,
+}
+
+/// Which domain tokens of a lease are good. The text of a token is not kept: it names its number.
+struct HeldToken {
+    serial: u64,
+    issued: Timestamp,
+    expires: Timestamp,
+    /// Replaced ones, with the end of their grace.
+    old: VecDeque<(u64, Timestamp)>,
+    /// Somebody was refused with a dead one: the next heartbeat brings another.
+    refused: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum End {
+    Completed,
+    Failed,
+    Canceled,
+}
+
+/// The status words of contract 4.13.8.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Word {
+    Queued,
+    Leased,
+    Running,
+    Completed,
+    Failed,
+    Canceled,
+}
+
+struct Receipt {
+    id: Uuid,
+    node: Uuid,
+    kind: ReceiptKind,
+    outputs: Vec<String>,
+    meta: Value,
+    created_at: Timestamp,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum ReceiptKind {
+    Completed,
+    Failed,
+    /// Written by the plane when the last attempt's lease ran out.
+    Expired,
+}
+
+/// A lease handed out.
+pub(super) struct Granted {
+    pub(super) task: Uuid,
+    pub(super) job: Uuid,
+    pub(super) request: Arc<TaskRequest>,
+    pub(super) attempts: u64,
+    pub(super) expires: Timestamp,
+    pub(super) token: NewToken,
+}
+
+/// A domain token to write.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct NewToken {
+    pub(super) serial: u64,
+    pub(super) expires: Timestamp,
+}
+
+/// The node holds as many leases as it may.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Busy;
+
+/// The answer to a heartbeat.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Beat {
+    /// Go on.
+    Kept { expires: Timestamp, token: Option<NewToken> },
+    /// Stop; nothing more is expected.
+    Cancel,
+}
+
+/// Why a call about a task was refused.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Gone {
+    /// No such task (any more).
+    Unknown,
+    /// The caller does not hold it.
+    NotHeld,
+}
+
+/// Whether a task's domain token opens the domain server.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Admission {
+    Open,
+    Closed,
+}
+
+impl Plane {
+    pub(super) fn new(config: Arc<Config>, domain_id: Uuid, org: Uuid) -> Self {
+        Self {
+            config,
+            domain_id,
+            org,
+            tasks: HashMap::new(),
+            jobs: HashMap::new(),
+            order: BTreeMap::new(),
+            ready: HashMap::new(),
+            expiries: BTreeSet::new(),
+            slots: HashMap::new(),
+            keys: HashMap::new(),
+            ended: VecDeque::new(),
+            ended_tasks: 0,
+            serial: 0,
+        }
+    }
+
+    /// Hands out the next task for `node`. `only` narrows its capabilities, `job` the jobs (the
+    /// oldest nodes ask so). Capabilities take turns; within one, the order of [`Turn`] holds.
+    pub(super) fn lease(
+        &mut self,
+        node: &Node,
+        only: Option<&str>,
+        job: Option<Uuid>,
+        now: Timestamp,
+    ) -> Result<Option<Granted>, Busy> {
+        self.expire(now);
+        let slot = self.slots.entry(node.id).or_default();
+        if self.config.leases_per_node.is_some_and(|max| slot.held >= max) {
+            return Err(Busy);
+        }
+        let names = &node.capabilities;
+        let behind = slot.last.as_ref().and_then(|last| names.iter().position(|name| name == last));
+        let first = behind.map_or(0, |at| at + 1);
+        let found = (0..names.len())
+            .map(|step| &names[(first + step) % names.len()])
+            .filter(|name| only.is_none_or(|only| only == &***name))
+            .find_map(|name| {
+                let queue = self.ready.get(name)?;
+                let turn = match job {
+                    None => queue.first(),
+                    Some(job) => queue.iter().find(|turn| self.tasks.get(&turn.3).is_some_and(|task| task.job == job)),
+                };
+                Some((name.clone(), *turn?))
+            });
+        let Some((name, turn)) = found else { return Ok(None) };
+
+        slot.held += 1;
+        slot.last = Some(name.clone());
+        self.leave_queue(&name, &turn);
+        let expires = now + self.config.lease_ttl;
+        let token = NewToken { serial: 0, expires: now + self.config.domain_token_ttl };
+        let task = self.tasks.get_mut(&turn.3).expect("queues name known tasks");
+        task.attempts += 1;
+        task.progress = Value::Null;
+        task.updated_at = now;
+        let granted = Granted {
+            task: task.id,
+            job: task.job,
+            request: task.request.clone(),
+            attempts: task.attempts,
+            expires,
+            token: NewToken { ..token },
+        };
+        let held_token = HeldToken {
+            serial: token.serial,
+            issued: now,
+            expires: token.expires,
+            old: VecDeque::new(),
+            refused: false,
+        };
+        let hold = Hold { node: node.id, expires, running: false, cancel_requested_at: None, token: held_token };
+        self.expiries.insert((expires, turn.3));
+        self.enter(turn.3, State::Held(hold), now);
+        Ok(Some(granted))
+    }
+
+    /// A heartbeat: keeps the lease, takes progress (`null`: none) and events.
+    pub(super) fn beat(
+        &mut self,
+        task: Uuid,
+        node: Uuid,
+        progress: Value,
+        events: Vec<Value>,
+        now: Timestamp,
+    ) -> Result<Beat, Gone> {
+        self.expire(now);
+        let known = self.tasks.get_mut(&task).ok_or(Gone::Unknown)?;
+        let hold = match &mut known.state {
+            State::Held(hold) if hold.node == node => hold,
+            // The answer that said so may have been lost.
+            State::Ended { end: End::Canceled, node: Some(last) } if *last == node => return Ok(Beat::Cancel),
+            _ => return Err(Gone::NotHeld),
+        };
+        if !progress.is_null() {
+            known.progress = progress;
+        }
+        known.events.extend(events);
+        let surplus = known.events.len().saturating_sub(EVENTS_MAX);
+        known.events.drain(..surplus);
+        known.last_heartbeat_at = Some(now);
+        known.updated_at = now;
+        if hold.cancel_requested_at.is_some() {
+            self.release(task, node);
+            self.enter(task, State::Ended { end: End::Canceled, node: Some(node) }, now);
+            return Ok(Beat::Cancel);
+        }
+        let first = !hold.running;
+        hold.running = true;
+        let expires = now + self.config.lease_ttl;
+        self.expiries.remove(&(hold.expires, task));
+        self.expiries.insert((expires, task));
+        hold.expires = expires;
+        let token = hold.token.renew(&self.config, now);
+        if first {
+            let job = known.job;
+            self.recount(job, Word::Leased, Word::Running);
+        }
+        Ok(Beat::Kept { expires, token })
+    }
+
+    /// A completion. Repeating it is fine.
+    pub(super) fn complete(
+        &mut self,
+        task: Uuid,
+        node: Uuid,
+        outputs: Vec<String>,
+        meta: Value,
+        now: Timestamp,
+    ) -> Result<(), Gone> {
+        if self.settle(task, node, ReceiptKind::Completed, outputs, meta, now)? {
+            // A cancel that the node had not heard of yet does not undo finished work.
+            self.enter(task, State::Ended { end: End::Completed, node: Some(node) }, now);
+        }
+        Ok(())
+    }
+
+    /// A failure: costs an attempt. Repeating it is fine.
+    pub(super) fn fail(
+        &mut self,
+        task: Uuid,
+        node: Uuid,
+        reason: &str,
+        details: Value,
+        now: Timestamp,
+    ) -> Result<(), Gone> {
+        let meta = json!({ "reason": reason, "details": details });
+        let cancelled = self.cancel_requested(task);
+        if self.settle(task, node, ReceiptKind::Failed, Vec::new(), meta, now)? {
+            self.after_attempt(task, node, cancelled, now);
+        }
+        Ok(())
+    }
+
+    /// Ends the hold with a receipt. `false`: it was a repeat, nothing has changed.
+    fn settle(
+        &mut self,
+        task: Uuid,
+        node: Uuid,
+        kind: ReceiptKind,
+        outputs: Vec<String>,
+        meta: Value,
+        now: Timestamp,
+    ) -> Result<bool, Gone> {
+        self.expire(now);
+        let known = self.tasks.get_mut(&task).ok_or(Gone::Unknown)?;
+        match &known.state {
+            State::Held(hold) if hold.node == node => {}
+            _ if known.receipts.iter().any(|receipt| receipt.node == node && receipt.kind == kind) => return Ok(false),
+            _ => return Err(Gone::NotHeld),
+        }
+        known.receipts.push(Receipt { id: Uuid::new_v4(), node, kind, outputs, meta, created_at: now });
+        known.updated_at = now;
+        self.release(task, node);
+        Ok(true)
+    }
+
+    /// Re-queues a task whose attempt failed or ran out, while it has attempts left.
+    fn after_attempt(&mut self, task: Uuid, node: Uuid, cancelled: bool, now: Timestamp) {
+        let known = &self.tasks[&task];
+        let state = if cancelled {
+            State::Ended { end: End::Canceled, node: Some(node) }
+        } else if known.attempts < known.request.max_attempts() {
+            State::Ready
+        } else {
+            State::Ended { end: End::Failed, node: Some(node) }
+        };
+        self.enter(task, state, now);
+    }
+
+    /// Ends the leases that have run out.
+    pub(super) fn expire(&mut self, now: Timestamp) {
+        while let Some(&(expires, task)) = self.expiries.first() {
+            if expires > now {
+                break;
+            }
+            let known = self.tasks.get_mut(&task).expect("expiries name known tasks");
+            let State::Held(hold) = &known.state else { unreachable!("expiries name held tasks") };
+            let (node, cancelled) = (hold.node, hold.cancel_requested_at.is_some());
+            tracing::info!(task_id = %task, attempt = known.attempts, "lease expired");
+            if !cancelled && known.attempts >= known.request.max_attempts() {
+                let reason = format!("lease expired on attempt {} of {}", known.attempts, known.request.max_attempts());
+                let meta = json!({ "reason": reason, "details": null });
+                let (id, kind) = (Uuid::new_v4(), ReceiptKind::Expired);
+                known.receipts.push(Receipt { id, node, kind, outputs: Vec::new(), meta, created_at: now });
+            }
+            self.release(task, node);
+            self.after_attempt(task, node, cancelled, now);
+        }
+    }
+
+    /// Whether the token number `serial` of `task` is still good.
+    pub(super) fn admit(&mut self, task: Uuid, serial: u64, now: Timestamp) -> Admission {
+        self.expire(now);
+        let Some(State::Held(hold)) = self.tasks.get_mut(&task).map(|task| &mut task.state) else {
+            return Admission::Closed;
+        };
+        let token = &mut hold.token;
+        let current = serial == token.serial && now < token.expires;
+        if current || token.old.iter().any(|(old, until)| *old == serial && now < *until) {
+            return Admission::Open;
+        }
+        token.refused = true;
+        Admission::Closed
+    }
+
+    /// Notes that an expired token of `task` was shown: its next heartbeat brings a newer one.
+    pub(super) fn refused(&mut self, task: Uuid) {
+        if let Some(State::Held(hold)) = self.tasks.get_mut(&task).map(|task| &mut task.state) {
+            hold.token.refused = true;
+        }
+    }
+
+    /// How many leases a node holds.
+    pub(super) fn held(&mut self, node: Uuid, now: Timestamp) -> usize {
+        self.expire(now);
+        self.slots.get(&node).map_or(0, |slot| slot.held)
+    }
+
+    fn cancel_requested(&self, task: Uuid) -> bool {
+        matches!(self.tasks.get(&task).map(|task| &task.state),
+            Some(State::Held(hold)) if hold.cancel_requested_at.is_some())
+    }
+
+    /// Takes the lease away from its node; the caller gives the task its next state.
+    fn release(&mut self, task: Uuid, node: Uuid) {
+        if let Some(State::Held(hold)) = self.tasks.get(&task).map(|task| &task.state) {
+            self.expiries.remove(&(hold.expires, task));
+        }
+        if let Some(slot) = self.slots.get_mut(&node) {
+            slot.held -= 1;
+        }
+    }
+
+    fn leave_queue(&mut self, capability: &Arc<str>, turn: &Turn) {
+        if let Some(queue) = self.ready.get_mut(capability) {
+            queue.remove(turn);
+            // An author may name any number of capabilities over time.
+            if queue.is_empty() {
+                self.ready.remove(capability);
+            }
+        }
+    }
+
+    /// The one place where a task changes its state: keeps the counts, the queues and what depends
+    /// on the task in step.
+    fn enter(&mut self, id: Uuid, state: State, now: Timestamp) {
+        let task = self.tasks.get_mut(&id).expect("states change of known tasks");
+        let before = task.state.word();
+        let (job, turn, capability) = (task.job, task.turn, task.request.capability.clone());
+        if matches!(task.state, State::Ready) && !matches!(state, State::Ready | State::Held(_)) {
+            task.state = state;
+            self.leave_queue(&capability, &turn);
+        } else {
+            task.state = state;
+        }
+        let task = self.tasks.get_mut(&id).expect("just seen");
+        task.updated_at = now;
+        let after = task.state.word();
+        let end = if let State::Ended { end, .. } = task.state { Some(end) } else { None };
+        if matches!(task.state, State::Ready) {
+            self.ready.entry(capability).or_default().insert(turn);
+        }
+        self.recount(job, before, after);
+        if let Some(end) = end {
+            self.task_ended(job, id, end, now);
+        }
+    }
+}
+
+impl HeldToken {
+    fn renew(&mut self, config: &Config, now: Timestamp) -> Option<NewToken> {
+        let age = now.duration_since(self.issued).unsigned_abs();
+        if !self.refused && age < config.domain_token_renew_after && now < self.expires {
+            return None;
+        }
+        self.old.retain(|(_, until)| now < *until);
+        self.old.push_back((self.serial, self.expires.min(now + config.domain_token_grace)));
+        if self.old.len() > OLD_TOKENS_MAX {
+            self.old.pop_front();
+        }
+        self.serial += 1;
+        self.issued = now;
+        self.expires = now + config.domain_token_ttl;
+        self.refused = false;
+        Some(NewToken { serial: self.serial, expires: self.expires })
+    }
+}
+
+impl State {
+    fn word(&self) -> Word {
+        match self {
+            Self::Blocked | Self::Ready => Word::Queued,
+            Self::Held(hold) if hold.running => Word::Running,
+            Self::Held(_) => Word::Leased,
+            Self::Ended { end: End::Completed, .. } => Word::Completed,
+            Self::Ended { end: End::Failed, .. } => Word::Failed,
+            Self::Ended { end: End::Canceled, .. } => Word::Canceled,
+        }
+    }
+}
+
+impl Word {
+    pub(super) const ALL: [Self; 6] =
+        [Self::Queued, Self::Leased, Self::Running, Self::Completed, Self::Failed, Self::Canceled];
+
+    pub(super) fn text(self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::Leased => "leased",
+            Self::Running => "running",
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+            Self::Canceled => "canceled",
+        }
+    }
+}

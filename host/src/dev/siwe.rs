@@ -1,0 +1,156 @@
+//! Sign-in messages and their signatures, as a server sees them (posemesh contract 2.2 and 2.3).
+//!
+//! Parsing is lenient where nodes differ from strict EIP-4361: addresses may be lower case and one
+//! empty line may stand where the standard wants two. What is signed is always the text as received.
+
+use k256::ecdsa::{RecoveryId, Signature, VerifyingKey};
+use sha3::{Digest, Keccak256};
+
+/// What a message says.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Message {
+    pub(super) domain: String,
+    /// Lower case.
+    pub(super) address: String,
+    pub(super) nonce: String,
+}
+
+const OPENING: &str = " wants you to sign in with your Ethereum account:";
+
+/// Reads a message; the error is one clause that names what is missing.
+pub(super) fn parse(text: &str) -> Result<Message, String> {
+    let mut lines = text.split('\n').map(|line| line.strip_suffix('\r').unwrap_or(line));
+    let domain = lines
+        .next()
+        .and_then(|line| line.strip_suffix(OPENING))
+        .ok_or_else(|| format!("the first line of the message does not end in {OPENING:?}"))?;
+    let address = lines.next().unwrap_or_default();
+    let address = address_of(address).ok_or("the second line of the message is no address (0x and 40 hex digits)")?;
+    // A statement and further fields may stand anywhere in between; the nonce is what binds the message.
+    let nonce = lines
+        .find_map(|line| line.strip_prefix("Nonce: "))
+        .filter(|nonce| !nonce.is_empty())
+        .ok_or("the message has no line that begins with \"Nonce: \"")?;
+    Ok(Message { domain: domain.to_owned(), address, nonce: nonce.to_owned() })
+}
+
+/// `text` in lower case if it is an address.
+pub(super) fn address_of(text: &str) -> Option<String> {
+    let digits = text.strip_prefix("0x")?;
+    let is_address = digits.len() == 40 && digits.bytes().all(|b| b.is_ascii_hexdigit());
+    is_address.then(|| text.to_ascii_lowercase())
+}
+
+/// The address (lower case) whose key made `signature` over `message`.
+pub(super) fn signer(message: &str, signature: &str) -> Result<String, String> {
+    let expected = "the signature is not 0x and 130 hex digits";
+    let bytes = signature.strip_prefix("0x").and_then(unhex).filter(|bytes| bytes.len() == 65).ok_or(expected)?;
+    // Wallets write 27 or 28, some libraries the bare recovery id.
+    let v = match bytes[64] {
+        v @ (0 | 1) => v,
+        v @ (27 | 28) => v - 27,
+        v => return Err(format!("the last byte of the signature is {v}, expected 27 or 28")),
+    };
+    let recovery = RecoveryId::from_byte(v).ok_or(expected)?;
+    let signature = Signature::from_slice(&bytes[..64]).map_err(|_| "the signature's numbers are out of range")?;
+    let key = VerifyingKey::recover_from_prehash(&digest(message), &signature, recovery)
+        .map_err(|_| "the signature fits no key")?;
+    Ok(address(&key))
+}
+
+/// Keccak-256 of the message with the prefix of EIP-191.
+pub(super) fn digest(message: &str) -> [u8; 32] {
+    let mut hash = Keccak256::new();
+    hash.update(b"\x19Ethereum Signed Message:\n");
+    hash.update(message.len().to_string().as_bytes());
+    hash.update(message.as_bytes());
+    hash.finalize().into()
+}
+
+/// The address of a key, lower case.
+pub(super) fn address(key: &VerifyingKey) -> String {
+    let point = key.to_sec1_point(false);
+    let hash = Keccak256::digest(&point.as_bytes()[1..]);
+    format!("0x{}", hex(&hash[12..]))
+}
+
+/// Lower-case hex.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}");
+        text
+    })
+}
+
+fn unhex(text: &str) -> Option<Vec<u8>> {
+    if !text.len().is_multiple_of(2) || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return None;
+    }
+    (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The inputs of the contract's test vectors.
+    fn message(domain: &str, nonce: &str, resources: &str) -> String {
+        format!(
+            "{domain} wants you to sign in with your Ethereum account:\n0x1a642f0e3c3af545e7acbd38b07251b3990914f1\n\n\
+             URI: https://dds.test.local/login\nVersion: 1\nChain ID: 8453\nNonce: {nonce}\n\
+             Issued At: 2025-03-04T05:06:07Z{resources}"
+        )
+    }
+
+    #[track_caller]
+    fn check(message: &str, signature: &str) {
+        assert_eq!(signer(message, signature).as_deref(), Ok("0x1a642f0e3c3af545e7acbd38b07251b3990914f1"));
+    }
+
+    #[test]
+    fn the_contracts_signatures_recover_the_contracts_address() {
+        check(
+            &message("dds.test.local", "k3Yp9QwZ7t", ""),
+            "0xe120dcd33dfbb8a75ed1925c75637a6dcd01a0786bb067fe7233bc386c85f440538daa78208e58c887a1002279bff0b5fdf10de64dae10e163be955f5fd6288c1b",
+        );
+        check(
+            &message("dds.test.local", "k3Yp9QwZ7t7", ""),
+            "0x94c91a4886c119cf3f207e60d114a4e973191409c6f1da08805acf5205161aa94c0ee4ed3c88079c637ba83fd307c92acebf92da82d8fad21a9ce3432f0e39141c",
+        );
+        check(
+            &message("dés.test.local", "k3Yp9QwZ7t", ""),
+            "0x89e6022386c3c26d278ec9a74096171fbb6583d43e62dedacd10f16e5cb64e394c76b87a087d5320b830262e5d3eff84c9b702a34b78897a1166efa411b481521c",
+        );
+        check(
+            &message("dds.test.local", "k3Yp9QwZ7t", "\nResources:\n- urn:a\n- urn:b"),
+            "0x54d5f9ff5fa0581ee232841a87992d642583edb2236b465329a12a980f061732221ffcadccdf430f5ecba3181db77d2155763f83f2624397b1c64a21c29bf6e51c",
+        );
+    }
+
+    #[test]
+    fn one_and_two_empty_lines_are_read() {
+        let one = message("plane.test", "abc", "");
+        let expected = Message {
+            domain: "plane.test".to_owned(),
+            address: "0x1a642f0e3c3af545e7acbd38b07251b3990914f1".to_owned(),
+            nonce: "abc".to_owned(),
+        };
+        assert_eq!(parse(&one), Ok(expected));
+        let two = parse(&one.replacen("\n\n", "\n\n\n", 1)).expect("the standard's form");
+        assert_eq!(two.nonce, "abc");
+        let checksummed = one.replace("0x1a642f0e3c3af5", "0x1A642F0E3C3AF5");
+        assert_eq!(parse(&checksummed).expect("mixed case").address, two.address);
+    }
+
+    #[test]
+    fn what_is_missing_is_named() {
+        assert!(parse("hello").expect_err("no opening").contains("first line"));
+        let text = message("plane.test", "abc", "");
+        assert!(parse(&text.replace("0x1a", "0x")).expect_err("short").contains("second line"));
+        assert!(parse(&text.replace("Nonce: abc", "Nonce: ")).expect_err("empty").contains("Nonce"));
+        assert!(signer(&text, "0x00").expect_err("short").contains("130 hex digits"));
+        assert!(signer(&text, &format!("0x{}1d", "11".repeat(64))).expect_err("v").contains("29"));
+        assert!(signer(&text, &format!("0x{}1b", "00".repeat(64))).expect_err("zero").contains("out of range"));
+    }
+}

@@ -1,0 +1,271 @@
+//! Domain data over the wire (posemesh contract 6; S0-80, S0-84, S0-87).
+
+use super::*;
+
+const OCTETS: (&str, &str) = ("content-type", "application/octet-stream");
+
+/// A single upload as the reference writes it.
+fn form(boundary: &str, parts: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut body = Vec::new();
+    for (disposition, payload) in parts {
+        body.extend_from_slice(format!("--{boundary}\r\nContent-Type: application/octet-stream\r\n").as_bytes());
+        body.extend_from_slice(format!("Content-Disposition: form-data; {disposition}\r\n\r\n").as_bytes());
+        body.extend_from_slice(payload);
+        body.extend_from_slice(b"\r\n");
+    }
+    body.extend_from_slice(format!("--{boundary}--\r\n").as_bytes());
+    body
+}
+
+impl Lab {
+    fn data(&self, rest: &str) -> String {
+        format!("/api/v1/domains/{}/data{rest}", self.world.domain_id())
+    }
+
+    async fn upload(&self, method: Method, parts: &[(&str, &[u8])]) -> Answer {
+        let headers = [("content-type", "multipart/form-data; boundary=boundary")];
+        self.send(method, &self.data(""), Some(&self.world.grant()), &headers, form("boundary", parts)).await
+    }
+
+    async fn raw(&self, id: &Value) -> Answer {
+        let id = id.as_str().expect("an id");
+        self.get(&self.data(&format!("/{id}?raw=true")), Some(&self.world.grant())).await
+    }
+
+    async fn multipart(&self, method: Method, query: &str, body: impl Into<bytes::Bytes>) -> Answer {
+        self.send(method, &self.data(&format!("/multipart{query}")), Some(&self.world.grant()), &[OCTETS], body).await
+    }
+}
+
+#[tokio::test]
+async fn data_is_created_found_read_replaced_and_deleted() {
+    let lab = Lab::start().await;
+    let grant = lab.world.grant();
+    let payload: Vec<u8> = (0..200_000_u32).map(|n| n.to_le_bytes()[0]).collect();
+    let parts: [(&str, &[u8]); 2] =
+        [("name=\"scan a\"; data-type=\"ply\"", &payload), ("name=\"empty\"; data-type=\"json\"", b"")];
+    let created = body(&lab.upload(Method::POST, &parts).await);
+    let (scan, empty) = (created["data"][0].clone(), created["data"][1].clone());
+    assert_eq!((&scan["name"], &scan["data_type"], &scan["size"]), (&json!("scan a"), &json!("ply"), &json!(200_000)));
+    assert_eq!((&scan["domain_id"], &empty["size"]), (&json!(lab.world.domain_id()), &json!(0)));
+
+    let listed = body(&lab.get(&lab.data("?name=scan+a&data_type=ply"), Some(&grant)).await);
+    assert_eq!(listed, json!({"data": [scan]}));
+    assert_eq!(body(&lab.get(&lab.data("?name=scan"), Some(&grant)).await), json!({"data": []}));
+    assert_eq!(body(&lab.get(&lab.data(""), Some(&grant)).await)["data"].as_array().map(Vec::len), Some(2));
+
+    let raw = lab.raw(&scan["id"]).await;
+    assert_eq!((&raw.body[..], &raw.headers["content-length"]), (&payload[..], &"200000".parse().expect("a value")));
+    let one = format!("/{}", scan["id"].as_str().expect("an id"));
+    assert_eq!(body(&lab.get(&lab.data(&one), Some(&grant)).await), scan);
+
+    let update = format!("id=\"{}\"", scan["id"].as_str().expect("an id"));
+    let replaced = body(&lab.upload(Method::PUT, &[(&update, b"new")]).await)["data"][0].clone();
+    assert_eq!((&replaced["id"], &replaced["size"], &replaced["name"]), (&scan["id"], &json!(3), &json!("scan a")));
+    assert_eq!(&lab.raw(&scan["id"]).await.body[..], b"new");
+
+    let deleted = lab.send(Method::DELETE, &lab.data(&one), Some(&grant), &[], "").await;
+    assert_eq!(deleted.status, StatusCode::OK);
+    assert_eq!(lab.get(&lab.data(&one), Some(&grant)).await.status, StatusCode::NOT_FOUND);
+    assert_eq!(lab.send(Method::DELETE, &lab.data(&one), Some(&grant), &[], "").await.status, StatusCode::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn a_multipart_download_has_the_form_that_nodes_parse() {
+    let lab = Lab::start().await;
+    let first = lab.world.put_data("scan a", "ply", b"abcd").await.expect("stored");
+    let second = lab.world.put_data("b", "json", b"--x\r\n\r\n").await.expect("stored");
+    let ask = async |query: &str| {
+        let headers = [("accept", "multipart/form-data")];
+        lab.send(Method::GET, &lab.data(query), Some(&lab.world.grant()), &headers, "").await
+    };
+    let answer = ask(&format!("?ids={second},{first}")).await;
+    let content_type = answer.headers["content-type"].to_str().expect("text").to_owned();
+    let boundary = content_type.strip_prefix("multipart/form-data; boundary=").expect("the exact beginning");
+    assert!(!boundary.contains(['"', ';']));
+    let text = std::str::from_utf8(&answer.body).expect("text");
+    let mut rest = text;
+    for (id, name, data_type, payload) in [(second, "b", "json", "--x\r\n\r\n"), (first, "scan a", "ply", "abcd")] {
+        let block = rest.strip_prefix(&format!("--{boundary}\r\n")).expect("a delimiter");
+        let (head, after) = block.split_once("\r\n\r\n").expect("headers");
+        let size = payload.len();
+        for parameter in [
+            format!("; name=\"{name}\""),
+            format!("; data-type=\"{data_type}\""),
+            format!("; id=\"{id}\""),
+            format!("; domain-id=\"{}\"", lab.world.domain_id()),
+            format!("; size=\"{size}\""),
+            "; created-at=\"".to_owned(),
+            "; updated-at=\"".to_owned(),
+        ] {
+            assert!(head.contains(&parameter), "{parameter} in {head}");
+        }
+        assert_eq!(&after[..size], payload);
+        rest = after[size..].strip_prefix("\r\n").expect("a line end");
+    }
+    assert_eq!(rest, format!("--{boundary}--\r\n"));
+    assert_eq!(ask(&format!("?ids={}", Uuid::new_v4())).await.status, StatusCode::NOT_FOUND);
+    assert_eq!(ask("?ids=not-an-id").await.status, StatusCode::NOT_FOUND);
+}
+
+#[tokio::test]
+async fn uploads_that_cannot_be_stored_are_refused_and_leave_nothing() {
+    let config = Config { request_max_bytes: 100_000, domain_data_max_bytes: 50_000, ..Config::default() };
+    let lab = Lab::with(config).await;
+    let check = async |answer: Answer, status: StatusCode, line: &str| {
+        assert_eq!(answer.status, status, "{}", answer.excerpt());
+        assert!(refusal(&answer).contains(line), "{}", answer.excerpt());
+    };
+    let named = "name=\"a\"; data-type=\"json\"";
+    assert_eq!(lab.upload(Method::POST, &[(named, b"1")]).await.status, StatusCode::OK);
+    check(lab.upload(Method::POST, &[(named, b"2")]).await, StatusCode::CONFLICT, "exists already").await;
+    let both: [(&str, &[u8]); 2] = [("name=\"b\"; data-type=\"json\"", b"1"), (named, b"2")];
+    check(lab.upload(Method::POST, &both).await, StatusCode::CONFLICT, "exists already").await;
+    let bad = lab.upload(Method::POST, &[("name=\"a/b\"; data-type=\"json\"", b"1")]).await;
+    check(bad, StatusCode::BAD_REQUEST, "'/'").await;
+    check(lab.upload(Method::POST, &[("name=\"a\"", b"1")]).await, StatusCode::BAD_REQUEST, "data-type").await;
+    check(lab.upload(Method::PUT, &[(named, b"1")]).await, StatusCode::BAD_REQUEST, "no id").await;
+    let unknown = format!("id=\"{}\"", Uuid::new_v4());
+    check(lab.upload(Method::PUT, &[(&unknown, b"1")]).await, StatusCode::NOT_FOUND, "no data").await;
+    let large = vec![b'x'; 60_000];
+    let item = lab.upload(Method::POST, &[("name=\"c\"; data-type=\"json\"", &large)]).await;
+    check(item, StatusCode::PAYLOAD_TOO_LARGE, "50000 bytes are stored").await;
+    let larger = vec![b'x'; 4_000_000];
+    let request = lab.upload(Method::POST, &[("name=\"c\"; data-type=\"json\"", &larger)]).await;
+    check(request, StatusCode::PAYLOAD_TOO_LARGE, "upload in parts").await;
+    let headers = [("content-type", "multipart/form-data; boundary=other")];
+    let cut = form("boundary", &[(named, b"1")]);
+    let cut = lab.send(Method::POST, &lab.data(""), Some(&lab.world.grant()), &headers, cut).await;
+    check(cut, StatusCode::BAD_REQUEST, "closing boundary").await;
+    let json = lab.post(&lab.data(""), Some(&lab.world.grant()), &json!({})).await;
+    check(json, StatusCode::BAD_REQUEST, "expected multipart/form-data").await;
+
+    let listed = body(&lab.get(&lab.data(""), Some(&lab.world.grant())).await);
+    assert_eq!(listed["data"].as_array().map(Vec::len), Some(1), "only the first one was stored");
+}
+
+#[tokio::test]
+async fn the_right_token_for_the_right_domain_is_needed() {
+    let lab = Lab::start().await;
+    let node = lab.node(1, &[HELLO]).await;
+    assert_eq!(lab.get(&lab.data(""), None).await.status, StatusCode::UNAUTHORIZED);
+    assert_eq!(lab.get(&lab.data(""), Some("x.y.z")).await.status, StatusCode::UNAUTHORIZED);
+    assert_eq!(lab.get(&lab.data(""), Some(&node.token)).await.status, StatusCode::UNAUTHORIZED, "a node token");
+    let elsewhere = format!("/api/v1/domains/{}/data", Uuid::new_v4());
+    assert_eq!(lab.get(&elsewhere, Some(&lab.world.grant())).await.status, StatusCode::FORBIDDEN);
+    let headers = [("content-type", "multipart/form-data; boundary=boundary")];
+    let large = form("boundary", &[("name=\"a\"; data-type=\"b\"", &vec![0; 5_000_000])]);
+    let refused = lab.send(Method::POST, &lab.data(""), Some("x"), &headers, large).await;
+    assert_eq!(refused.status, StatusCode::UNAUTHORIZED, "told although the body was still on its way");
+    let info = body(&lab.get("/api/v1/info", None).await);
+    assert!(info["upload"]["request_max_bytes"].is_i64() && info["upload"]["domain_data_max_bytes"].is_i64());
+    assert_eq!(info["upload"]["multipart"]["enabled"], true);
+    assert!(info["upload"]["multipart"]["part_size_bytes"].is_u64());
+}
+
+#[tokio::test]
+async fn large_data_comes_in_parts() {
+    let lab = Lab::with(Config { part_size: 1000, ..Config::default() }).await;
+    let initiate = json!({"name": "big", "data_type": "ply", "size": 2500, "content_type": null, "existing_id": null});
+    let begun = body(&lab.multipart(Method::POST, "?uploads", initiate.to_string()).await);
+    assert_eq!(begun["part_size"], 1000);
+    assert!(begun["data_id"].is_string() && begun["expires_at"].is_string());
+    let id = begun["upload_id"].as_str().expect("an id").to_owned();
+    let part = async |number: u32, bytes: &[u8]| {
+        let query = format!("?uploadId={id}&partNumber={number}");
+        lab.multipart(Method::PUT, &query, bytes.to_vec()).await
+    };
+    let complete = async |etags: &[&Value]| {
+        let parts: Vec<Value> =
+            etags.iter().enumerate().map(|(at, etag)| json!({"part_number": at + 1, "etag": etag})).collect();
+        lab.multipart(Method::POST, &format!("?uploadId={id}"), json!({"parts": parts}).to_string()).await
+    };
+    assert_eq!(part(0, b"x").await.status, StatusCode::BAD_REQUEST);
+    assert_eq!(part(4, b"x").await.status, StatusCode::BAD_REQUEST, "2500 bytes are three parts");
+    assert_eq!(part(1, &[0; 1001]).await.status, StatusCode::PAYLOAD_TOO_LARGE);
+    assert_eq!(part(1, b"").await.status, StatusCode::BAD_REQUEST);
+    let one = body(&part(1, &[1; 1000]).await)["etag"].clone();
+    let three = body(&part(3, &[3; 500]).await)["etag"].clone();
+    let missing = complete(&[&one, &three]).await;
+    assert_eq!(
+        (missing.status, refusal(&missing)),
+        (StatusCode::BAD_REQUEST, "part 2 has not been uploaded".to_owned())
+    );
+    let stale = body(&part(2, &[9; 1000]).await)["etag"].clone();
+    let two = body(&part(2, &[2; 1000]).await)["etag"].clone();
+    assert!(refusal(&complete(&[&one, &stale, &three]).await).contains("another etag"));
+    assert!(refusal(&complete(&[&one, &two]).await).contains("2000 bytes together, 2500 were announced"));
+    assert!(refusal(&complete(&[]).await).contains("parts is empty"));
+    let done = complete(&[&one, &two, &three]).await;
+    assert_eq!(done.status, StatusCode::OK, "{}", done.excerpt());
+    let item = body(&done);
+    assert_eq!((&item["id"], &item["size"]), (&begun["data_id"], &json!(2500)));
+    let expected: Vec<u8> = [[1; 1000].as_slice(), &[2; 1000], &[3; 500]].concat();
+    assert_eq!(&lab.raw(&item["id"]).await.body[..], &expected[..]);
+    assert_eq!(body(&complete(&[&one, &two, &three]).await), item, "the answer may have been lost");
+    assert_eq!(part(1, b"x").await.status, StatusCode::NOT_FOUND, "it is finished");
+
+    // Replaced by id, with the spelling and the fields of newer writers.
+    let initiate = json!({"existing_id": item["id"], "size": 3, "content_type": "application/octet-stream"});
+    let begun = body(&lab.multipart(Method::POST, "?uploads=", initiate.to_string()).await);
+    assert_eq!(begun["data_id"], item["id"]);
+    let id = begun["upload_id"].as_str().expect("an id");
+    let etag = body(&lab.multipart(Method::PUT, &format!("?uploadId={id}&partNumber=1"), "new").await)["etag"].clone();
+    let parts = json!({"parts": [{"part_number": 1, "etag": etag}]});
+    let replaced = body(&lab.multipart(Method::POST, &format!("?uploadId={id}"), parts.to_string()).await);
+    assert_eq!((&replaced["id"], &replaced["name"], &replaced["size"]), (&item["id"], &json!("big"), &json!(3)));
+    assert_eq!(&lab.raw(&item["id"]).await.body[..], b"new");
+}
+
+#[tokio::test]
+async fn an_aborted_upload_is_gone_and_unfinished_ones_go_on_stop() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let lab = Lab::with(Config { data: Some(folder.path().to_owned()), ..Config::default() }).await;
+    let begin = async || {
+        let initiate = json!({"name": "big", "data_type": "ply"});
+        let begun = body(&lab.multipart(Method::POST, "?uploads", initiate.to_string()).await);
+        let id = begun["upload_id"].as_str().expect("an id").to_owned();
+        let written = lab.multipart(Method::PUT, &format!("?uploadId={id}&partNumber=1"), "x").await;
+        assert_eq!(written.status, StatusCode::OK);
+        id
+    };
+    let uploads = || std::fs::read_dir(folder.path().join("uploads")).map_or(0, Iterator::count);
+    let id = begin().await;
+    assert_eq!(uploads(), 1);
+    let abort = format!("?uploadId={id}");
+    assert_eq!(lab.multipart(Method::DELETE, &abort, "").await.status, StatusCode::OK);
+    assert_eq!(uploads(), 0);
+    assert_eq!(lab.multipart(Method::DELETE, &abort, "").await.status, StatusCode::NOT_FOUND);
+    begin().await;
+    lab.world.put_data("kept", "json", b"{}").await.expect("stored");
+    let domain = lab.world.domain_id();
+    lab.world.stop().await;
+    assert_eq!(uploads(), 0);
+
+    let again = Lab::with(Config { data: Some(folder.path().to_owned()), ..Config::default() }).await;
+    assert_eq!(again.world.domain_id(), domain);
+    let listed = body(&again.get(&again.data(""), Some(&again.world.grant())).await);
+    assert_eq!(listed["data"][0]["name"], "kept");
+}
+
+#[tokio::test]
+async fn without_multipart_initiating_is_unknown() {
+    let lab = Lab::with(Config { multipart: false, ..Config::default() }).await;
+    let answer = lab.multipart(Method::POST, "?uploads", json!({"name": "a", "data_type": "b"}).to_string()).await;
+    assert_eq!(answer.status, StatusCode::NOT_FOUND);
+    assert_eq!(body(&lab.get("/api/v1/info", None).await)["upload"]["multipart"]["enabled"], false);
+}
+
+#[tokio::test]
+async fn stopping_ends_idle_and_busy_connections_and_removes_temporary_data() {
+    let lab = Lab::with(Config { stop_grace: Duration::from_millis(50), ..Config::default() }).await;
+    lab.world.put_data("a", "json", b"{}").await.expect("stored");
+    // A connection that never finishes its request.
+    let mut stuck = tokio::net::TcpStream::connect(lab.world.address()).await.expect("connects");
+    let head = format!("POST {} HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n", lab.data(""));
+    tokio::io::AsyncWriteExt::write_all(&mut stuck, head.as_bytes()).await.expect("writes");
+    assert_eq!(lab.get("/api/v1/info", None).await.status, StatusCode::OK);
+    let address = lab.world.address();
+    tokio::time::timeout(LIMIT, lab.world.stop()).await.expect("stops");
+    assert!(tokio::net::TcpStream::connect(address).await.is_err());
+}

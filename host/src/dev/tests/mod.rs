@@ -1,0 +1,176 @@
+//! Tests that drive a started world over loopback, with requests written out by hand: what a node,
+//! an author or a runner of any make would send.
+
+mod data;
+mod identity;
+mod jobs;
+mod leases;
+
+use std::time::Duration;
+
+use http::{Method, Request, StatusCode};
+use k256::ecdsa::SigningKey;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::{Config, World, siwe};
+use crate::transport::{self, Answer, Client};
+
+/// Far more than any call takes; a hang becomes a failed test.
+const LIMIT: Duration = Duration::from_secs(20);
+const HELLO: &str = "/examples/hello/v1";
+
+/// A world and a client.
+struct Lab {
+    world: World,
+    client: Client,
+}
+
+impl Lab {
+    async fn start() -> Self {
+        Self::with(Config::default()).await
+    }
+
+    async fn with(config: Config) -> Self {
+        let world = World::start(config).await.expect("starts on a free port");
+        Self { world, client: Client::new(transport::Config::default()) }
+    }
+
+    /// Sends a request; `path` may carry a query.
+    async fn send(
+        &self,
+        method: Method,
+        path: &str,
+        bearer: Option<&str>,
+        headers: &[(&str, &str)],
+        body: impl Into<bytes::Bytes>,
+    ) -> Answer {
+        let mut request = Request::builder().method(method).uri(format!("http://{}{path}", self.world.address()));
+        if let Some(token) = bearer {
+            request = request.header("authorization", format!("Bearer {token}"));
+        }
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        let request = request.body(transport::full(body)).expect("a request");
+        self.client.call(request, LIMIT).await.expect("the world answers")
+    }
+
+    async fn get(&self, path: &str, bearer: Option<&str>) -> Answer {
+        self.send(Method::GET, path, bearer, &[], "").await
+    }
+
+    async fn post(&self, path: &str, bearer: Option<&str>, body: &Value) -> Answer {
+        self.send(Method::POST, path, bearer, &[("content-type", "application/json")], body.to_string()).await
+    }
+
+    /// A registered and logged-in node.
+    async fn node(&self, key: u8, capabilities: &[&str]) -> TestNode {
+        let mut node = TestNode { key: SigningKey::from_slice(&[key; 32]).expect("a key"), token: String::new() };
+        assert_eq!(node.register(self, capabilities).await.status, StatusCode::OK);
+        node.login(self).await;
+        node
+    }
+
+    /// Creates a job of one task.
+    fn job(&self, capability: &str, max_attempts: u32) -> Uuid {
+        self.world
+            .create_job(json!({"label": "one", "tasks": [task("s", capability, max_attempts)]}))
+            .expect("a valid job")
+    }
+}
+
+fn task(stage: &str, capability: &str, max_attempts: u32) -> Value {
+    json!({"label": stage, "stage": stage, "capability": capability, "max_attempts": max_attempts})
+}
+
+fn body(answer: &Answer) -> Value {
+    assert_eq!(answer.headers["content-type"], "application/json", "{}", answer.excerpt());
+    answer.json().expect("JSON")
+}
+
+/// The one line of a refusal.
+fn refusal(answer: &Answer) -> String {
+    body(answer)["error"].as_str().expect("a line").to_owned()
+}
+
+struct TestNode {
+    key: SigningKey,
+    token: String,
+}
+
+impl TestNode {
+    fn wallet(&self) -> String {
+        siwe::address(self.key.verifying_key())
+    }
+
+    fn sign(&self, message: &str) -> String {
+        let (signature, recovery) = self.key.sign_prehash_recoverable(&siwe::digest(message));
+        format!("0x{}{:02x}", siwe::hex(&signature.to_bytes()), recovery.to_byte() + 27)
+    }
+
+    /// Asks for a nonce and composes the message.
+    async fn message(&self, lab: &Lab) -> String {
+        let asked = lab.post("/internal/v1/auth/siwe/request", None, &json!({"wallet": self.wallet()})).await;
+        let asked = body(&asked);
+        let text = |name: &str| asked[name].as_str().expect("text").to_owned();
+        format!(
+            "{} wants you to sign in with your Ethereum account:\n{}\n\nURI: {}\nVersion: {}\nChain ID: {}\nNonce: {}\n\
+             Issued At: {}",
+            text("domain"),
+            self.wallet(),
+            text("uri"),
+            text("version"),
+            asked["chainId"].as_i64().expect("an integer"),
+            text("nonce"),
+            text("issuedAt"),
+        )
+    }
+
+    async fn register(&self, lab: &Lab, capabilities: &[&str]) -> Answer {
+        let message = self.message(lab).await;
+        let request = json!({
+            "message": message, "signature": self.sign(&message), "registration_credentials": "any",
+            "capabilities": capabilities, "version": "1.2.3",
+        });
+        lab.post("/internal/v1/nodes/register-wallet", None, &request).await
+    }
+
+    async fn try_login(&self, lab: &Lab) -> Answer {
+        let message = self.message(lab).await;
+        let request = json!({"address": self.wallet(), "message": message, "signature": self.sign(&message)});
+        lab.post("/internal/v1/auth/siwe/verify", None, &request).await
+    }
+
+    async fn login(&mut self, lab: &Lab) {
+        let answer = self.try_login(lab).await;
+        assert_eq!(answer.status, StatusCode::OK, "{}", answer.excerpt());
+        self.token = body(&answer)["access_token"].as_str().expect("a token").to_owned();
+    }
+
+    async fn poll(&self, lab: &Lab, query: &str) -> Answer {
+        lab.get(&format!("/v1/tasks{query}"), Some(&self.token)).await
+    }
+
+    async fn lease(&self, lab: &Lab) -> Value {
+        let answer = self.poll(lab, "").await;
+        assert_eq!(answer.status, StatusCode::OK, "{}", answer.excerpt());
+        body(&answer)
+    }
+
+    async fn beat(&self, lab: &Lab, lease: &Value, request: &Value) -> Answer {
+        lab.post(&path(lease, "heartbeat"), Some(&self.token), request).await
+    }
+
+    async fn complete(&self, lab: &Lab, lease: &Value, outputs: &[&str]) -> Answer {
+        lab.post(&path(lease, "complete"), Some(&self.token), &json!({"output_cids": outputs, "meta": {"a": 1}})).await
+    }
+
+    async fn fail(&self, lab: &Lab, lease: &Value, reason: &str) -> Answer {
+        lab.post(&path(lease, "fail"), Some(&self.token), &json!({"reason": reason, "details": null})).await
+    }
+}
+
+fn path(lease: &Value, call: &str) -> String {
+    format!("/v1/tasks/{}/{call}", lease["task"]["id"].as_str().expect("an id"))
+}

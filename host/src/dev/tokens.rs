@@ -1,0 +1,150 @@
+//! Domain tokens and author grants: JWTs of the shape of contract 10.3 and 4.13.1, signed with a
+//! key that lives as long as the world.
+//!
+//! A signature only proves that we wrote the token. Whether a task's token still opens anything is
+//! the plane's word: it knows who holds the task and which token is the newest.
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
+use hmac::{Hmac, KeyInit, Mac};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use sha2::Sha256;
+use uuid::Uuid;
+
+/// What a token says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Claims {
+    iss: String,
+    sub: String,
+    aud: Vec<String>,
+    pub(super) domain_id: Uuid,
+    exp: i64,
+    iat: i64,
+    org: Uuid,
+    #[serde(rename = "type")]
+    kind: String,
+    scopes: Vec<String>,
+    /// Set in a task's token: the task, and which of its tokens this is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) task: Option<(Uuid, u64)>,
+}
+
+/// Writes and reads tokens.
+pub(super) struct Tokens {
+    key: Hmac<Sha256>,
+    domain_server: String,
+    domain_id: Uuid,
+    org: Uuid,
+}
+
+impl Tokens {
+    pub(super) fn new(domain_server: String, domain_id: Uuid, org: Uuid) -> Self {
+        let secret: [u8; 32] = rand::random();
+        let key = Hmac::new_from_slice(&secret).expect("a key of any length fits");
+        Self { key, domain_server, domain_id, org }
+    }
+
+    /// The token number `serial` of a task, for the node that holds it.
+    pub(super) fn for_task(&self, task: Uuid, serial: u64, node: Uuid, now: Timestamp, expires: Timestamp) -> String {
+        self.write(&Claims {
+            iss: "dds".to_owned(),
+            sub: node.to_string(),
+            aud: vec![self.domain_server.clone()],
+            domain_id: self.domain_id,
+            exp: whole_seconds(expires),
+            iat: now.as_second(),
+            org: self.org,
+            kind: "task-access".to_owned(),
+            scopes: vec!["domain-data:rw".to_owned()],
+            task: Some((task, serial)),
+        })
+    }
+
+    /// An author's grant: everything in the domain, jobs included.
+    pub(super) fn grant(&self, now: Timestamp, expires: Timestamp) -> String {
+        self.write(&Claims {
+            iss: "dds".to_owned(),
+            sub: "dev-author".to_owned(),
+            aud: vec![self.domain_server.clone(), "dds".to_owned()],
+            domain_id: self.domain_id,
+            exp: whole_seconds(expires),
+            iat: now.as_second(),
+            org: self.org,
+            kind: "user-access".to_owned(),
+            scopes: vec!["domain-data:rw".to_owned()],
+            task: None,
+        })
+    }
+
+    fn write(&self, claims: &Claims) -> String {
+        // {"alg":"HS256","typ":"JWT"}
+        let mut text = String::from("eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.");
+        let claims = serde_json::to_vec(claims).expect("claims are plain JSON");
+        BASE64.encode_string(claims, &mut text);
+        let mut mac = self.key.clone();
+        mac.update(text.as_bytes());
+        let signature = mac.finalize().into_bytes();
+        text.push('.');
+        BASE64.encode_string(signature, &mut text);
+        text
+    }
+
+    /// The claims of a token we wrote and that has not expired.
+    pub(super) fn read(&self, token: &str, now: Timestamp) -> Option<Claims> {
+        self.read_expired(token).filter(|claims| claims.exp > now.as_second())
+    }
+
+    /// The claims of a token we wrote, whenever that was.
+    pub(super) fn read_expired(&self, token: &str) -> Option<Claims> {
+        let (signed, signature) = token.rsplit_once('.')?;
+        let mut mac = self.key.clone();
+        mac.update(signed.as_bytes());
+        mac.verify_slice(&BASE64.decode(signature).ok()?).ok()?;
+        let (_, claims) = signed.split_once('.')?;
+        serde_json::from_slice(&BASE64.decode(claims).ok()?).ok()
+    }
+}
+
+/// `exp` counts seconds. Rounded up: a node refuses a lease whose token has run out on arrival, and
+/// the plane knows the exact end of its own tokens.
+fn whole_seconds(at: Timestamp) -> i64 {
+    at.as_second() + i64::from(at.subsec_nanosecond() > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn at(second: i64) -> Timestamp {
+        Timestamp::from_second(second).expect("in range")
+    }
+
+    #[test]
+    fn tokens_are_jwts_with_the_claims_newer_nodes_insist_on() {
+        let domain = Uuid::new_v4();
+        let tokens = Tokens::new("http://127.0.0.1:1".to_owned(), domain, Uuid::new_v4());
+        let token = tokens.for_task(Uuid::new_v4(), 3, Uuid::new_v4(), at(100), at(160));
+        let parts: Vec<&str> = token.split('.').collect();
+        assert_eq!(parts.len(), 3);
+        let claims: serde_json::Value =
+            serde_json::from_slice(&BASE64.decode(parts[1]).expect("base64url")).expect("JSON");
+        assert_eq!(claims["iss"], "dds");
+        assert_eq!(claims["domain_id"], domain.to_string());
+        assert_eq!(claims["exp"], 160);
+        assert_eq!(claims["aud"], serde_json::json!(["http://127.0.0.1:1"]));
+    }
+
+    #[test]
+    fn only_our_own_unexpired_tokens_are_read() {
+        let tokens = Tokens::new("http://127.0.0.1:1".to_owned(), Uuid::new_v4(), Uuid::new_v4());
+        let other = Tokens::new("http://127.0.0.1:1".to_owned(), Uuid::new_v4(), Uuid::new_v4());
+        let grant = tokens.grant(at(100), at(100) + Duration::from_secs(60));
+        assert!(tokens.read(&grant, at(159)).is_some_and(|claims| claims.task.is_none()));
+        assert_eq!(tokens.read(&grant, at(160)), None);
+        assert_eq!(other.read(&grant, at(100)), None);
+        assert_eq!(tokens.read(&format!("{grant}x"), at(100)), None);
+        assert_eq!(tokens.read("", at(100)), None);
+    }
+}

@@ -1,0 +1,251 @@
+//! Uploads in parts (posemesh contract 6.7).
+//!
+//! All parts of an upload go into one file, each at its place: parts have one size, so completing
+//! renames instead of copying. A part that breaks off, or is being rewritten, does not count.
+
+use std::{collections::BTreeMap, fs, io, sync::Arc};
+
+use jiff::Timestamp;
+use serde::Deserialize;
+use uuid::Uuid;
+
+use super::store::{Item, Store, StoreError, check_name, exists};
+
+/// Most parts of one upload.
+const PARTS_MAX: u64 = 10_000;
+
+/// An upload under way, or finished and remembered until it expires: the answer to the last call
+/// may have been lost.
+pub(super) struct Upload {
+    data_id: Uuid,
+    name: String,
+    data_type: String,
+    size: Option<u64>,
+    expires: Timestamp,
+    parts: BTreeMap<u64, Part>,
+    done: Option<Item>,
+}
+
+enum Part {
+    Writing,
+    Whole { size: u64, etag: String },
+}
+
+/// The body of an initiating call. Newer writers leave out what they do not use.
+#[derive(Deserialize)]
+pub(super) struct Initiate {
+    name: Option<String>,
+    data_type: Option<String>,
+    size: Option<u64>,
+    existing_id: Option<String>,
+}
+
+/// The answer to it.
+pub(super) struct Initiated {
+    pub(super) upload_id: Uuid,
+    pub(super) data_id: Uuid,
+    pub(super) expires: Timestamp,
+}
+
+/// A part as the completing call lists it.
+#[derive(Deserialize)]
+pub(super) struct ListedPart {
+    part_number: u64,
+    etag: String,
+}
+
+/// A part being written. Dropped before [`Writing::finish`], it does not count.
+pub(super) struct Writing {
+    store: Arc<Store>,
+    upload: Uuid,
+    number: u64,
+    pub(super) path: std::path::PathBuf,
+    pub(super) offset: u64,
+    finished: bool,
+}
+
+impl Store {
+    pub(super) fn initiate(&self, request: Initiate, now: Timestamp) -> Result<Initiated, StoreError> {
+        if request.size == Some(0) {
+            return Err(StoreError::Invalid("size is 0; upload an empty item in a single request".to_owned()));
+        }
+        let limit = u64::try_from(self.config.domain_data_max_bytes).unwrap_or(0);
+        if let Some(size) = request.size
+            && limit > 0
+            && size > limit
+        {
+            return Err(StoreError::TooLarge(format!("size is {size}, at most {limit} bytes are stored")));
+        }
+        let most = PARTS_MAX.saturating_mul(self.config.part_size);
+        if request.size.is_some_and(|size| size > most) {
+            return Err(StoreError::TooLarge(format!("{PARTS_MAX} parts hold {most} bytes")));
+        }
+        let mut index = self.index();
+        let (data_id, name, data_type) = if let Some(id) = request.existing_id.filter(|id| !id.is_empty()) {
+            let known = Uuid::parse_str(&id).ok().and_then(|id| index.items.get(&id));
+            let item = known.ok_or(StoreError::NoData(id))?;
+            (item.id, item.name.clone(), item.data_type.clone())
+        } else {
+            let (name, data_type) = (request.name.unwrap_or_default(), request.data_type.unwrap_or_default());
+            check_name("name", &name)?;
+            check_name("data_type", &data_type)?;
+            // A create in parts replaces by name (contract 10.5).
+            let known = index.names.get(&(name.clone(), data_type.clone())).copied();
+            (known.unwrap_or_else(Uuid::new_v4), name, data_type)
+        };
+        let upload_id = Uuid::new_v4();
+        let expires = now + self.config.upload_ttl;
+        let (size, parts, done) = (request.size, BTreeMap::new(), None);
+        index.uploads.insert(upload_id, Upload { data_id, name, data_type, size, expires, parts, done });
+        Ok(Initiated { upload_id, data_id, expires })
+    }
+
+    /// Opens a part for writing.
+    pub(super) fn begin_part(self: &Arc<Self>, id: &str, number: u64, now: Timestamp) -> Result<Writing, StoreError> {
+        let part_size = self.config.part_size;
+        let mut index = self.index();
+        let (upload_id, upload) = index.open_upload(id, now)?;
+        let most = upload.size.map_or(PARTS_MAX, |size| size.div_ceil(part_size));
+        if number == 0 || number > most {
+            return Err(StoreError::Invalid(format!("partNumber is {number}, expected 1 to {most}")));
+        }
+        if matches!(upload.parts.get(&number), Some(Part::Writing)) {
+            return Err(StoreError::Conflict(format!("part {number} is being written by another request")));
+        }
+        upload.parts.insert(number, Part::Writing);
+        Ok(Writing {
+            store: self.clone(),
+            upload: upload_id,
+            number,
+            path: self.upload_path(upload_id),
+            offset: (number - 1) * part_size,
+            finished: false,
+        })
+    }
+
+    /// Checks the list against what was written and makes the item. Blocks.
+    pub(super) fn complete_upload(&self, id: &str, listed: &[ListedPart], now: Timestamp) -> Result<Item, StoreError> {
+        let part_size = self.config.part_size;
+        let mut index = self.index();
+        let (upload_id, upload) = match index.open_upload(id, now) {
+            Err(StoreError::NoUpload(_)) => return index.finished_upload(id),
+            found => found?,
+        };
+        let total = upload.check(listed, part_size).map_err(StoreError::Invalid)?;
+        let (data_id, key) = (upload.data_id, (upload.name.clone(), upload.data_type.clone()));
+        if index.names.get(&key).is_some_and(|holder| *holder != data_id) {
+            return Err(exists(&key.0, &key.1));
+        }
+        let path = self.upload_path(upload_id);
+        // Parts beyond the listed ones were written and given up.
+        fs::OpenOptions::new().write(true).open(&path)?.set_len(total)?;
+        let item = self.adopt(&mut index, &path, data_id, key, total, now)?;
+        if let Some(upload) = index.uploads.get_mut(&upload_id) {
+            upload.parts.clear();
+            upload.done = Some(item.clone());
+        }
+        Ok(item)
+    }
+
+    /// Blocks.
+    pub(super) fn abort_upload(&self, id: &str, now: Timestamp) -> Result<(), StoreError> {
+        let mut index = self.index();
+        let (upload_id, _) = index.open_upload(id, now)?;
+        index.uploads.remove(&upload_id);
+        match fs::remove_file(self.upload_path(upload_id)) {
+            Err(err) if err.kind() != io::ErrorKind::NotFound => Err(err.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes uploads nobody finished. Blocks.
+    pub(super) fn expire_uploads(&self, now: Timestamp) {
+        let mut index = self.index();
+        let late: Vec<Uuid> =
+            index.uploads.iter().filter(|(_, upload)| upload.expires <= now).map(|(id, _)| *id).collect();
+        for id in late {
+            index.uploads.remove(&id);
+            let _ = fs::remove_file(self.upload_path(id));
+        }
+    }
+}
+
+impl super::store::Index {
+    fn open_upload(&mut self, id: &str, now: Timestamp) -> Result<(Uuid, &mut Upload), StoreError> {
+        let unknown = || StoreError::NoUpload(id.chars().take(64).collect());
+        let key = Uuid::parse_str(id).map_err(|_| unknown())?;
+        let upload = self.uploads.get_mut(&key).ok_or_else(unknown)?;
+        if upload.done.is_some() || upload.expires <= now { Err(unknown()) } else { Ok((key, upload)) }
+    }
+
+    /// The item of an upload that was completed before and is still what it was.
+    fn finished_upload(&self, id: &str) -> Result<Item, StoreError> {
+        let upload = Uuid::parse_str(id).ok().and_then(|id| self.uploads.get(&id));
+        let item = upload.and_then(|upload| upload.done.as_ref()).filter(|item| self.items.get(&item.id) == Some(item));
+        item.cloned().ok_or_else(|| StoreError::NoUpload(id.chars().take(64).collect()))
+    }
+}
+
+impl Upload {
+    /// The total size, if the listed parts make a whole.
+    fn check(&self, listed: &[ListedPart], part_size: u64) -> Result<u64, String> {
+        if listed.is_empty() {
+            return Err("parts is empty, expected at least one part".to_owned());
+        }
+        let mut total = 0;
+        for (at, part) in listed.iter().enumerate() {
+            let number = at as u64 + 1;
+            if part.part_number != number {
+                let found = part.part_number;
+                return Err(format!(
+                    "parts[{at}] has part_number {found}, expected {number}: all parts, ascending from 1"
+                ));
+            }
+            let Some(Part::Whole { size, etag }) = self.parts.get(&number) else {
+                return Err(format!("part {number} has not been uploaded"));
+            };
+            if *etag != part.etag {
+                return Err(format!("part {number} has another etag than listed; it was uploaded again since"));
+            }
+            if number < listed.len() as u64 && *size != part_size {
+                return Err(format!("part {number} has {size} bytes, every part but the last has {part_size}"));
+            }
+            total += size;
+        }
+        match self.size {
+            Some(size) if size != total => Err(format!("the parts have {total} bytes together, {size} were announced")),
+            _ => Ok(total),
+        }
+    }
+}
+
+impl Writing {
+    /// The part is whole; its etag.
+    pub(super) fn finish(mut self, size: u64) -> Result<String, StoreError> {
+        let etag = Uuid::new_v4().simple().to_string();
+        let mut index = self.store.index();
+        let upload =
+            index.uploads.get_mut(&self.upload).ok_or_else(|| StoreError::NoUpload(self.upload.to_string()))?;
+        upload.parts.insert(self.number, Part::Whole { size, etag: etag.clone() });
+        drop(index);
+        self.finished = true;
+        Ok(etag)
+    }
+}
+
+impl Drop for Writing {
+    fn drop(&mut self) {
+        if !self.finished {
+            let mut index = self.store.index();
+            match index.uploads.get_mut(&self.upload) {
+                Some(upload) => {
+                    upload.parts.remove(&self.number);
+                }
+                // Aborted while it was written: the file may have come back.
+                None => {
+                    let _ = fs::remove_file(&self.path);
+                }
+            }
+        }
+    }
+}
