@@ -47,6 +47,18 @@ impl NodeKey {
         Ok(Self { signing, address: hex(&hash[12..]) })
     }
 
+    /// A fresh key and its hex, for worlds that need a node.
+    #[must_use]
+    pub fn generate() -> (Self, String) {
+        loop {
+            let text: String = rand::random::<[u8; 32]>().iter().map(|byte| format!("{byte:02x}")).collect();
+            // Fails for one number in 2^128.
+            if let Ok(key) = Self::from_hex(&text) {
+                return (key, text);
+            }
+        }
+    }
+
     /// The address: `0x` and 40 lower case hex digits.
     #[must_use]
     pub fn address(&self) -> &str {

@@ -93,7 +93,7 @@ impl HostConfig {
                 parser.mistakes.push(format!("{name}: {err}"));
             }
         }
-        let key = secrets.get("SECP256K1_PRIVHEX").map(|hex| NodeKey::parse(hex.expose_secret().trim()));
+        let key = secrets.get("SECP256K1_PRIVHEX").map(|hex| NodeKey::from_hex(hex.expose_secret().trim()));
         if let Some(Err(err)) = &key {
             parser.mistakes.push(format!("SECP256K1_PRIVHEX: {err}"));
         }
@@ -137,7 +137,7 @@ impl HostConfig {
             reg_secret: SecretString::from(reg_secret.unwrap_or_default()),
             key: match key {
                 Some(Ok(key)) => key,
-                _ => NodeKey::generate(),
+                _ => NodeKey::generate().0,
             },
         };
         // The placeholders above stand only where a mistake was noted.

@@ -36,6 +36,13 @@ impl Secrets {
         Self(found)
     }
 
+    /// Secrets that do not come from the environment. Unknown names are passed over.
+    pub fn from_pairs<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
+        let known = |name: &str| SECRET_VARIABLES.into_iter().find(|known| *known == name);
+        let pairs = pairs.into_iter();
+        Self(pairs.filter_map(|(name, value)| Some((known(name)?, SecretString::from(value.to_owned())))).collect())
+    }
+
     /// The secret of one variable. Blank is unset.
     #[must_use]
     pub fn get(&self, name: &str) -> Option<&SecretString> {

@@ -213,7 +213,6 @@ impl Engine {
             }
         }
         self.rooms.plugins.shutdown(Duration::from_secs(1)).await;
-        self.rooms.storage.close();
         self.rooms.board.change(|status| status.phase = Phase::Stopped);
         ended
     }

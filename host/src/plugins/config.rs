@@ -105,6 +105,16 @@ impl PluginsFile {
         Self::parse(&text, folder).map_err(fail)
     }
 
+    /// Lists the packaged noop plugin with this sleep, in seconds, unless it has an entry.
+    pub fn list_noop(&mut self, sleep_secs: f64) {
+        if self.entries.iter().any(|entry| entry.file == "noop") {
+            return;
+        }
+        let mut settings = self.defaults.clone();
+        settings.config = Map::from_iter([("sleep_secs".to_owned(), sleep_secs.into())]);
+        self.entries.push(Entry { file: "noop".to_owned(), settings });
+    }
+
     fn parse(text: &str, folder: &Path) -> Result<Self, String> {
         let table: Table = text.parse().map_err(|err: toml::de::Error| {
             let line = err.span().map_or(1, |span| text[..span.start.min(text.len())].lines().count().max(1));
