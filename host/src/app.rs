@@ -77,7 +77,8 @@ impl Node {
         let pages = Pages::bind(config.http_bind, board.watch())
             .await
             .with_context(|| format!("HTTP_BIND {} cannot be bound", config.http_bind))?;
-        let storage = storage::Config { domain_hosts: config.domain_hosts, ..storage::Config::new(config.client_id) };
+        let mut storage = storage::Config::new(config.client_id);
+        storage.domain_hosts = config.domain_hosts;
         let rooms = Rooms {
             sessions: Sessions::new(Arc::clone(&source) as _, rhythm, control.handle.clone()),
             source,

@@ -9,7 +9,7 @@ use crate::{
     app::Node,
     auth::NodeKey,
     config::{HostConfig, Layers, Origin, Secrets, duration},
-    dev::{self, World},
+    dev::{self, DevError, World},
     engine::{Ended, Stops},
     plugins::Plugins,
 };
@@ -87,7 +87,7 @@ async fn start(args: &Args) -> anyhow::Result<World> {
         return World::start(config(port)).await.context("the world did not start");
     }
     match World::start(config(USUAL_PORT)).await {
-        Err(err) if err.is_address_in_use() => {
+        Err(DevError::Listen { source, .. }) if source.kind() == std::io::ErrorKind::AddrInUse => {
             eprintln!("port {USUAL_PORT} is taken, using a free one");
             World::start(config(0)).await.context("the world did not start")
         }
