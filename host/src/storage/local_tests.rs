@@ -1,3 +1,5 @@
+//! Inputs and outputs as plain files.
+
 use super::*;
 
 struct Bench {

@@ -1,3 +1,5 @@
+//! The parser against the wire's sample, every odd form, and random bodies in random pieces.
+
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
 use super::*;

@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// Parts up to here are filled in memory, larger ones in a file.
-const PART_MEMORY_BYTES_MAX: u64 = 8 * 1024 * 1024;
+const PART_MEMORY_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
 enum Message {
     Piece(Bytes),
@@ -109,17 +109,17 @@ impl OutputStream for Writer {
 async fn write(inner: &Arc<Inner>, plan: Arc<Plan>, mut pieces: mpsc::Receiver<Message>) -> Result<String, PortError> {
     let mut held = BytesMut::new();
     let mut single_max = None;
-    // First part: hold back until it is known to be long.
-    loop {
+    // Hold back until it is known to be long; `more` is the piece that shows it.
+    let more = loop {
         match pieces.recv().await {
             None => return Err(abandoned(&plan)),
             Some(Message::Piece(piece)) => {
-                held.extend_from_slice(&piece);
-                let length = held.len() as u64;
+                let length = held.len() as u64 + piece.len() as u64;
                 check_overrun(&plan, length)?;
                 if length > single_limit(inner, &plan, &mut single_max).await? {
-                    break;
+                    break piece;
                 }
+                held.extend_from_slice(&piece);
             }
             Some(Message::Finish) => {
                 plan.check_size(held.len() as u64)?;
@@ -130,14 +130,15 @@ async fn write(inner: &Arc<Inner>, plan: Arc<Plan>, mut pieces: mpsc::Receiver<M
                 return Ok(id);
             }
         }
-    }
+    };
+    let opening = [held.freeze(), more];
     let at = inner.coordinates().await?;
     let existing = inner.existing(&at, &plan).await?;
     let upload = PartsUpload::begin(inner, &at, &plan, existing.as_deref(), plan.size).await?;
     let id = match upload {
-        Some(upload) => write_parts(inner, &plan, upload, held, &mut pieces).await?,
+        Some(upload) => write_parts(inner, &plan, upload, opening, &mut pieces).await?,
         None => {
-            let source = spool(inner, &plan, held, &mut pieces).await?;
+            let source = spool(inner, &plan, opening, &mut pieces).await?;
             inner.put_single(&at, &plan, existing.as_deref(), source).await?
         }
     };
@@ -160,10 +161,10 @@ async fn write_parts(
     inner: &Inner,
     plan: &Plan,
     mut upload: PartsUpload,
-    held: BytesMut,
+    opening: [Bytes; 2],
     pieces: &mut mpsc::Receiver<Message>,
 ) -> Result<String, PortError> {
-    match fill_parts(inner, plan, &mut upload, held, pieces).await {
+    match fill_parts(inner, plan, &mut upload, opening, pieces).await {
         Ok(()) => upload.complete().await,
         Err(err) => upload.fail(err).await,
     }
@@ -173,15 +174,15 @@ async fn fill_parts(
     inner: &Inner,
     plan: &Plan,
     upload: &mut PartsUpload,
-    held: BytesMut,
+    opening: [Bytes; 2],
     pieces: &mut mpsc::Receiver<Message>,
 ) -> Result<(), PortError> {
     let mut total = 0;
     let mut part = Filling::new(inner, plan, upload.part_size)?;
-    let mut next = Some(Message::Piece(held.freeze()));
+    let mut opening = opening.into_iter();
     loop {
-        let message = match next.take() {
-            Some(message) => Some(message),
+        let message = match opening.next() {
+            Some(piece) => Some(Message::Piece(piece)),
             // Parts under way move on, and fail early, while the runner works.
             None => tokio::select! {
                 message = pieces.recv() => message,
@@ -262,11 +263,13 @@ impl Filling {
 async fn spool(
     inner: &Inner,
     plan: &Plan,
-    held: BytesMut,
+    opening: [Bytes; 2],
     pieces: &mut mpsc::Receiver<Message>,
 ) -> Result<Source, PortError> {
     let mut whole = Filling { left: u64::MAX, length: 0, store: Store::File(spool_file(inner, plan)?) };
-    whole.take(plan, held.freeze()).await?;
+    for piece in opening {
+        whole.take(plan, piece).await?;
+    }
     loop {
         match pieces.recv().await {
             None => return Err(abandoned(plan)),

@@ -1,3 +1,5 @@
+//! Inputs as streams and as files, whole and broken; bearers and leases that change meanwhile.
+
 use std::io;
 
 use bytes::Bytes;

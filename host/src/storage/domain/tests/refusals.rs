@@ -1,3 +1,5 @@
+//! What the ports refuse, and how refusals of the server read.
+
 use super::*;
 
 #[tokio::test]

@@ -1,3 +1,5 @@
+//! Artifacts written piece by piece.
+
 use bytes::Bytes;
 
 use super::*;
