@@ -43,7 +43,8 @@ impl Node {
         }
         let scratch = Scratch::open(config.scratch_dir.clone()).context("SCRATCH_DIR cannot be used")?;
         let control = Control::start().context("start the control thread")?;
-        let http = transport::Config { allow_insecure_http: config.allow_insecure_http, connect_timeout: CONNECT_TIMEOUT };
+        let http =
+            transport::Config { allow_insecure_http: config.allow_insecure_http, connect_timeout: CONNECT_TIMEOUT };
         // Two clients: a connection is driven by the runtime that opened it, and the control plane's
         // must not wait for data.
         let (control_client, data_client) = (transport::Client::new(http.clone()), transport::Client::new(http));
@@ -72,8 +73,7 @@ impl Node {
         };
         let listings = serde_json::to_value(plugins.listings()).unwrap_or_default();
         let capabilities = plugins.capabilities().iter().map(ToString::to_string).collect();
-        let board =
-            StatusBoard::new(config.key.address().to_owned(), config.max_concurrency, capabilities, listings);
+        let board = StatusBoard::new(config.key.address().to_owned(), config.max_concurrency, capabilities, listings);
         let pages = Pages::bind(config.http_bind, board.watch())
             .await
             .with_context(|| format!("HTTP_BIND {} cannot be bound", config.http_bind))?;
@@ -152,7 +152,11 @@ impl Node {
 }
 
 /// Copies the standing with the sign-in service to the status page.
-async fn show_registration(mut status: tokio::sync::watch::Receiver<Registration>, board: StatusBoard, over: CancellationToken) {
+async fn show_registration(
+    mut status: tokio::sync::watch::Receiver<Registration>,
+    board: StatusBoard,
+    over: CancellationToken,
+) {
     loop {
         let now = status.borrow_and_update().clone();
         board.change(|status| {

@@ -40,8 +40,9 @@ pub(super) struct Args {
 
 pub(super) fn run(args: Args) -> anyhow::Result<Exit> {
     let capability = Capability::parse(&args.capability).context(Exit::Usage)?;
-    let meta: Value =
-        serde_json::from_str(&args.meta).map_err(|err| anyhow::anyhow!("--meta: expected JSON: {err}")).context(Exit::Usage)?;
+    let meta: Value = serde_json::from_str(&args.meta)
+        .map_err(|err| anyhow::anyhow!("--meta: expected JSON: {err}"))
+        .context(Exit::Usage)?;
     for input in &args.inputs {
         std::fs::File::open(input).with_context(|| format!("--input {}", input.display())).context(Exit::Usage)?;
     }
@@ -66,7 +67,8 @@ async fn invoke(args: Args, capability: Capability, meta: Value, plugins: Plugin
     let scratch = Scratch::open(default_scratch_dir())?;
     let task = TaskId(Uuid::new_v4());
     let dir = scratch.task_dir(task)?;
-    let (grant, _keys) = Grant::new(lease(task, capability, args.inputs.len(), meta), Setup::Ready(Err("no plane".to_owned())));
+    let (grant, _keys) =
+        Grant::new(lease(task, capability, args.inputs.len(), meta), Setup::Ready(Err("no plane".to_owned())));
     let ports = Arc::new(LocalPorts::new(args.inputs, args.out.clone(), dir.path().to_owned()));
     let job = Job {
         grant: grant.clone(),
@@ -102,7 +104,9 @@ async fn invoke(args: Args, capability: Capability, meta: Value, plugins: Plugin
         let path = args.out.join(&artifact.logical_path);
         match args.output {
             Output::Text => println!("{}", path.display()),
-            Output::Json => println!("{}", json!({ "path": path, "data_type": artifact.data_type, "name": artifact.name })),
+            Output::Json => {
+                println!("{}", json!({ "path": path, "data_type": artifact.data_type, "name": artifact.name }))
+            }
         }
     }
     Ok(Exit::Done)

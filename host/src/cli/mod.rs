@@ -163,8 +163,7 @@ impl PluginArgs {
             None if usual.is_file() => PluginsFile::read(&usual)?,
             None => PluginsFile { folder: PathBuf::from("."), ..PluginsFile::default() },
         };
-        let arguments =
-            if self.plugins.is_empty() { vec![file.folder.join("plugins")] } else { self.plugins.clone() };
+        let arguments = if self.plugins.is_empty() { vec![file.folder.join("plugins")] } else { self.plugins.clone() };
         Ok((Places::from_arguments(&arguments)?, file))
     }
 

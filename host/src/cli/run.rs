@@ -46,7 +46,9 @@ impl Settings {
                 pair.split_once('=').ok_or_else(|| anyhow::anyhow!("--set {pair}: expected NAME=VALUE"))?;
             match KEYS.iter().find(|key| key.name == name) {
                 Some(key) if key.secret => {
-                    anyhow::bail!("--set {name}: a secret on the command line is visible to others; use the environment")
+                    anyhow::bail!(
+                        "--set {name}: a secret on the command line is visible to others; use the environment"
+                    )
                 }
                 Some(key) => layers.set(key.name, value, Origin::Flag),
                 None => anyhow::bail!("--set {name}: there is no such setting{}", suggestion(name)),
@@ -57,8 +59,10 @@ impl Settings {
 }
 
 fn suggestion(name: &str) -> String {
-    let near = KEYS.iter().map(|key| (strsim::jaro_winkler(name, key.name), key.name)).max_by(|a, b| a.0.total_cmp(&b.0));
-    near.filter(|(likeness, _)| *likeness > 0.75).map_or_else(String::new, |(_, near)| format!(", did you mean {near}?"))
+    let near =
+        KEYS.iter().map(|key| (strsim::jaro_winkler(name, key.name), key.name)).max_by(|a, b| a.0.total_cmp(&b.0));
+    near.filter(|(likeness, _)| *likeness > 0.75)
+        .map_or_else(String::new, |(_, near)| format!(", did you mean {near}?"))
 }
 
 fn settings_help() -> String {

@@ -121,7 +121,11 @@ fn say(verdict: &Verdict, settled: &Settled, took: Duration) {
         Settled::Accepted if reason.is_none() => info!(outcome, artifacts, elapsed_ms, "task ended"),
         Settled::Accepted => warn!(outcome, artifacts, elapsed_ms, reason, "task ended"),
         Settled::NotSent(_) => info!(outcome, elapsed_ms, "task ended, nothing to report"),
-        Settled::Refused(why) => warn!(outcome, artifacts, elapsed_ms, reason, error = %why, "task ended, its report was refused for good"),
-        Settled::GivenUp(why) => warn!(outcome, artifacts, elapsed_ms, reason, error = %why, "task ended, its report could not be delivered"),
+        Settled::Refused(why) => {
+            warn!(outcome, artifacts, elapsed_ms, reason, error = %why, "task ended, its report was refused for good")
+        }
+        Settled::GivenUp(why) => {
+            warn!(outcome, artifacts, elapsed_ms, reason, error = %why, "task ended, its report could not be delivered")
+        }
     }
 }
