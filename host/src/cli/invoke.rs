@@ -75,6 +75,7 @@ async fn invoke(args: Args, capability: Capability, meta: Value, plugins: Plugin
         ports: Arc::clone(&ports) as Arc<dyn Ports>,
         dir: dir.path().to_owned(),
         cancel_grace: CANCEL_GRACE,
+        started: Box::new(|| {}),
     };
     let mut signals = Signals::install()?;
     let running = plugins.run(job);

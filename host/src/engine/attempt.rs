@@ -69,12 +69,14 @@ async fn run(rooms: &Rooms, grant: &Grant, grace: Duration) -> Verdict {
         Err(err) => return nothing(Outcome::HostFault { message: format!("no task directory: {err}") }),
     };
     let ports = rooms.storage.ports(grant, dir.path()); // nothing is fetched before the runner asks
-    rooms.board.moved(grant.lease.task, "running");
+    rooms.board.moved(grant.lease.task, "waiting"); // for room in its plugin
+    let (board, task) = (rooms.board.clone(), grant.lease.task);
     let job = Job {
         grant: grant.clone(),
         ports: Arc::clone(&ports) as Arc<dyn Ports>,
         dir: dir.path().to_owned(),
         cancel_grace: grace,
+        started: Box::new(move || board.moved(task, "running")),
     };
     let outcome = rooms.plugins.run(job).await;
     ports.close().await; // ends or aborts what is still under way
