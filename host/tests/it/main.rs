@@ -4,6 +4,7 @@
 
 #![allow(missing_docs, reason = "tests are named as statements")]
 
+mod concurrency;
+mod ends;
 mod harness;
-
 mod lease_path;
