@@ -156,7 +156,11 @@ async fn s0_63_any_2xx_takes_a_report_and_other_answers_are_repeated() {
 /// One task whose call to the domain server got a bad answer fails with `storage: <what> …<text>`, and
 /// the next task succeeds.
 async fn storage_fails(call: &str, capability: &str, what: &str) {
-    let lab = Lab::with(|config| config.part_size = 64 * 1024).await;
+    let lab = Lab::with(|config| {
+        config.request_max_bytes = 100_000;
+        config.part_size = 64 * 1024;
+    })
+    .await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::echo(), fixtures::zoo()]).leasing().await;
     let input = lab.put("in", b"some input").await;
@@ -211,17 +215,17 @@ async fn s0_89_refusals_of_the_domain_server_are_told_apart() {
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::echo()]).leasing().await;
     let input = lab.put("in", b"some input").await;
-    for (status, words) in [
-        (400, "refused: bad request (400): why"),
-        (404, "refused: not found (404)"),
-        (409, "refused: conflict (409): why"),
-        (500, "refused: server error (500): why"),
-        (302, "refused: unexpected redirect (302): why"),
+    for (status, whose, words) in [
+        (400, "runner failed", "refused: bad request (400): why"),
+        (404, "runner failed", "refused: not found (404)"),
+        (409, "runner failed", "refused: conflict (409): why"),
+        (500, "storage", "refused: server error (500): why"),
+        (302, "storage", "refused: unexpected redirect (302): why"),
     ] {
         rubbish.answer(DATA, usize::MAX, Bad::Status(status, "why"));
         let ended = lab.ended(&node, lab.task("/examples/echo-bytes/v1").inputs(&[input]).submit()).await;
         let (reason, _) = ended.failed();
-        assert!(reason.starts_with(&format!("storage: download of input {input} {words}")), "{reason}");
+        assert!(reason.starts_with(&format!("{whose}: download of input {input} {words}")), "{reason}");
         rubbish.heal();
     }
     // One 401 is the usual way to learn of a newer token.

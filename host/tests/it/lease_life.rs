@@ -47,7 +47,7 @@ async fn s0_18c_s0_88_a_token_turned_during_a_task_serves_its_later_upload() {
         config.lease_ttl = LEASE;
         config.domain_token_ttl = Duration::from_secs(2);
         config.domain_token_renew_after = Duration::from_millis(500);
-        config.domain_token_grace = Duration::ZERO;
+        config.domain_token_grace = Duration::from_millis(500);
     })
     .await;
     let rubbish = Rubbish::before(&lab).await;
