@@ -5,6 +5,9 @@
 #![allow(missing_docs, reason = "tests are named as statements")]
 
 mod bad_answers;
+mod bad_config;
+mod bad_leases;
+mod cli;
 mod concurrency;
 mod ends;
 mod harness;
