@@ -5,6 +5,7 @@
 //! one task from top to bottom; `ARCHITECTURE.md` has the map.
 
 pub mod auth;
+pub mod cli;
 pub mod dev;
 pub mod leases;
 pub mod model;

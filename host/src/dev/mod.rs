@@ -18,7 +18,7 @@ mod plane;
 mod siwe;
 mod store;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod tokens;
 mod uploads;
 

@@ -6,6 +6,8 @@
 //! Jobs are made in [`jobs`], shown to authors in [`view`]. Nothing is kept over a restart.
 
 pub(super) mod jobs;
+#[cfg(test)]
+mod tests;
 pub(super) mod view;
 
 use std::{
