@@ -10,6 +10,7 @@ mod plane;
 use std::{
     io::Write,
     path::PathBuf,
+    sync::Mutex,
     time::{Duration, Instant},
 };
 
@@ -137,12 +138,32 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
 /// # Errors
 /// What no exit code of its own stands for: a file that cannot be read or written.
 pub async fn run(args: Args) -> anyhow::Result<u8> {
-    run_to(args, &mut std::io::stdout(), Notes::to_stderr(), NOBODY_AFTER).await
+    let interrupt = async {
+        // Without a way to hear of it, Ctrl-C ends the process as usual.
+        if tokio::signal::ctrl_c().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    };
+    run_to(args, &mut std::io::stdout(), Notes::to_stderr(), NOBODY_AFTER, interrupt).await
 }
 
-async fn run_to(args: Args, out: &mut impl Write, mut notes: Notes, nobody_after: Duration) -> anyhow::Result<u8> {
-    let ended = submit(&args, out, &mut notes, nobody_after).await;
+async fn run_to(
+    args: Args,
+    out: &mut impl Write,
+    mut notes: Notes,
+    nobody_after: Duration,
+    interrupt: impl Future<Output = ()>,
+) -> anyhow::Result<u8> {
+    let jobs = Mutex::new(Vec::new());
+    let ended = tokio::select! {
+        ended = submit(&args, &jobs, out, &mut notes, nobody_after) => Some(ended),
+        () = interrupt => None,
+    };
     notes.clear();
+    let Some(ended) = ended else {
+        notes.line(&interrupted(&jobs.into_inner().expect("nothing panics while it holds the list")));
+        return Ok(EXIT_CANCELLED);
+    };
     match ended {
         Ok(code) => Ok(code),
         Err(Stop::Plane(err)) => {
@@ -176,7 +197,14 @@ impl From<anyhow::Error> for Stop {
     }
 }
 
-async fn submit(args: &Args, out: &mut impl Write, notes: &mut Notes, nobody_after: Duration) -> Result<u8, Stop> {
+/// `submitted` tells an interrupted caller what goes on without it.
+async fn submit(
+    args: &Args,
+    submitted: &Mutex<Vec<Uuid>>,
+    out: &mut impl Write,
+    notes: &mut Notes,
+    nobody_after: Duration,
+) -> Result<u8, Stop> {
     // What cannot be read is said before anything is sent.
     for input in &args.inputs {
         let about = std::fs::metadata(input);
@@ -194,7 +222,9 @@ async fn submit(args: &Args, out: &mut impl Write, notes: &mut Notes, nobody_aft
     let mut left = args.count as usize;
     while left > 0 {
         let tasks = left.min(TASKS_PER_JOB);
-        jobs.push(plane.create_job(&job(args, &plane, &inputs, tasks)).await?);
+        let id = plane.create_job(&job(args, &plane, &inputs, tasks)).await?;
+        jobs.push(id);
+        submitted.lock().expect("nothing panics while it holds the list").push(id);
         left -= tasks;
     }
     if !args.wait {
@@ -202,16 +232,21 @@ async fn submit(args: &Args, out: &mut impl Write, notes: &mut Notes, nobody_aft
         return Ok(EXIT_DONE);
     }
     let watching = watch(args, &plane, &jobs, notes, nobody_after);
-    match wait(args, watching).await? {
-        Waited::Ended(ended) => finish(args, &plane, &ended, out, notes).await,
-        Waited::Interrupted => {
-            notes.line(&format!("stopped waiting; the job goes on: {}", names(&jobs)));
-            Ok(EXIT_CANCELLED)
-        }
-        Waited::TimedOut(after) => {
-            notes.line(&format!("stopped waiting after {after:?}; the job goes on: {}", names(&jobs)));
+    let patience = args.timeout.unwrap_or(Duration::MAX);
+    match tokio::time::timeout(patience, watching).await {
+        Ok(ended) => finish(args, &plane, &ended?, out, notes).await,
+        Err(_) => {
+            notes.line(&format!("stopped waiting after {patience:?}; the job goes on: {}", names(&jobs)));
             Ok(EXIT_TIMED_OUT)
         }
+    }
+}
+
+fn interrupted(jobs: &[Uuid]) -> String {
+    if jobs.is_empty() {
+        "interrupted; no job was submitted".to_owned()
+    } else {
+        format!("interrupted; the job goes on: {}", names(jobs))
     }
 }
 
@@ -255,26 +290,6 @@ fn print_handed_in(form: Form, out: &mut impl Write, jobs: &[Uuid]) -> anyhow::R
         Form::Text => jobs.iter().try_for_each(|job| writeln!(out, "{job}")),
     }
     .context("write to stdout")
-}
-
-/// How waiting ended.
-enum Waited {
-    /// All jobs as they ended.
-    Ended(Vec<Value>),
-    Interrupted,
-    TimedOut(Duration),
-}
-
-async fn wait(args: &Args, watching: impl Future<Output = Result<Vec<Value>, Stop>>) -> Result<Waited, Stop> {
-    let patience = args.timeout.unwrap_or(Duration::MAX);
-    tokio::select! {
-        ended = watching => Ok(Waited::Ended(ended?)),
-        signal = tokio::signal::ctrl_c() => {
-            signal.context("listen for Ctrl-C")?;
-            Ok(Waited::Interrupted)
-        }
-        () = tokio::time::sleep(patience) => Ok(Waited::TimedOut(patience)),
-    }
 }
 
 /// Looks at the jobs until all have ended.

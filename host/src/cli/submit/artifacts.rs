@@ -34,9 +34,11 @@ impl fmt::Display for Artifact {
 /// The artifacts in the newest receipt of a task that has outputs. A runner of another make may
 /// list ids alone: then the id stands for the path.
 pub(super) fn listed(job: &Value, task: &str) -> Vec<Artifact> {
-    let Some(receipt) = receipts(job, task).filter(|receipt| receipt["meta"]["reason"].is_null()).last() else {
-        return Vec::new();
+    let has_outputs = |receipt: &&Value| {
+        let filled = |list: &Value| list.as_array().is_some_and(|list| !list.is_empty());
+        filled(&receipt["outputs"]) || filled(&receipt["meta"]["artifacts"])
     };
+    let Some(receipt) = receipts(job, task).filter(has_outputs).last() else { return Vec::new() };
     let named = receipt["meta"]["artifacts"].as_array().into_iter().flatten();
     let mut found: Vec<Artifact> = named
         .filter_map(|artifact| {

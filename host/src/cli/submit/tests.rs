@@ -49,6 +49,10 @@ struct Ended {
 }
 
 async fn submit_line(lab: Option<&Lab>, line: &[&str]) -> Ended {
+    submit_until(lab, line, std::future::pending()).await
+}
+
+async fn submit_until(lab: Option<&Lab>, line: &[&str], interrupt: impl Future<Output = ()>) -> Ended {
     let dev = lab.map(|lab| lab.world.dds_url().to_string());
     let mut line = line.to_vec();
     if let Some(dev) = &dev {
@@ -56,7 +60,7 @@ async fn submit_line(lab: Option<&Lab>, line: &[&str]) -> Ended {
     }
     let (mut stdout, said) = (Vec::new(), Said::default());
     let notes = Notes::to(Box::new(said.clone()));
-    let running = run_to(args(&line), &mut stdout, notes, Duration::from_millis(100));
+    let running = run_to(args(&line), &mut stdout, notes, Duration::from_millis(100), interrupt);
     let code = tokio::time::timeout(LIMIT, running).await.expect("ends in time").expect("no unexpected error");
     let stderr = String::from_utf8(said.0.lock().expect("not poisoned").clone()).expect("text");
     Ended { code, stdout: String::from_utf8(stdout).expect("text"), stderr }
@@ -185,6 +189,24 @@ async fn without_a_node_it_says_so_once_and_gives_up_in_time() {
     assert_eq!(ended.code, EXIT_TIMED_OUT);
     assert_eq!(ended.stderr.matches("no node serves /lab/echo/v1").count(), 1, "{}", ended.stderr);
     assert!(ended.stderr.contains("the job goes on"), "{}", ended.stderr);
+}
+
+#[tokio::test]
+async fn an_interrupted_wait_leaves_the_job_running() {
+    let lab = Lab::start().await;
+    let looked = async {
+        let path = |seen: &crate::dev::Seen| seen.path.starts_with("/v1/jobs/");
+        lab.world.journal_until(|seen| seen.iter().any(path)).await;
+    };
+    let ended = submit_until(Some(&lab), &[ECHO, "--wait"], looked).await;
+    assert_eq!(ended.code, EXIT_CANCELLED);
+    let listed = lab.get("/v1/jobs", Some(&lab.world.grant())).await.json::<Value>().expect("JSON");
+    let job = &listed["items"][0]["job"];
+    assert_eq!(job["status"], "pending", "nobody cancelled it");
+    let id = job["id"].as_str().expect("an id");
+    assert!(ended.stderr.contains(&format!("interrupted; the job goes on: {id}")), "{}", ended.stderr);
+    let ended = submit_until(Some(&lab), &[ECHO], std::future::ready(())).await;
+    assert_eq!((ended.code, ended.stderr.contains("no job was submitted")), (EXIT_CANCELLED, true));
 }
 
 #[tokio::test]

@@ -106,6 +106,19 @@ fn a_replaced_token_is_good_until_its_grace_or_its_own_end() {
 }
 
 #[test]
+fn a_token_of_an_earlier_lease_opens_nothing() {
+    let mut plane = plane(Config { domain_token_ttl: Duration::from_secs(60), ..fast() });
+    let one = node(1, &["/a"]);
+    add(&mut plane, &[("s", "/a")], &[], 3, 0);
+    let first = lease(&mut plane, &one, 0).expect("work");
+    assert_eq!(plane.admit(first.task, first.token.serial, at(99)), Admission::Open);
+    assert_eq!(plane.admit(first.task, first.token.serial, at(100)), Admission::Closed, "the lease ran out");
+    let second = lease(&mut plane, &one, 100).expect("re-queued");
+    assert_eq!(plane.admit(second.task, first.token.serial, at(101)), Admission::Closed);
+    assert_eq!(plane.admit(second.task, second.token.serial, at(101)), Admission::Open);
+}
+
+#[test]
 fn recent_events_are_kept_and_progress_starts_anew_with_each_attempt() {
     let mut plane = plane(fast());
     let one = node(1, &["/a"]);
