@@ -4,11 +4,16 @@
 //! rooms in order and starts them. Start reading at [`engine`], whose `attempt` is the path of
 //! one task from top to bottom; `ARCHITECTURE.md` has the map.
 
+pub mod app;
 pub mod auth;
 pub mod cli;
+pub mod config;
 pub mod dev;
+pub mod engine;
 pub mod leases;
 pub mod model;
+pub mod observe;
+pub mod plugins;
 pub mod session;
 pub mod storage;
 pub mod transport;

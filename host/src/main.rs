@@ -1,3 +1,9 @@
 //! Parse, run, exit code.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    // SAFETY: the first statement of the process; no other thread is running.
+    let secrets = unsafe { runner_host::config::Secrets::take() };
+    runner_host::cli::main(&secrets)
+}

@@ -1,1 +1,38 @@
-//! x
+#![doc = include_str!("../README.md")]
+
+pub mod abi;
+mod author;
+mod shim;
+pub mod testing;
+
+pub use author::{
+    Artifact, ArtifactSink, ArtifactWriter, BoxFuture, CancelReason, ControlPlane, DynRunner, Error, Failure,
+    InputReader, InputSource, LeaseEnvelope, MaterializedInput, PortError, PortErrorKind, Runner, TaskCtx, TaskSpec,
+};
+pub use shim::spawn_blocking;
+
+/// Name of this crate.
+pub const CRATE_NAME: &str = env!("CARGO_PKG_NAME");
+
+/// The C side of [`abi`], for tools that write it to disk.
+pub const RUNNER_H: &str = include_str!("../include/runner.h");
+
+// A plugin whose first panic ends the whole host must not come to be.
+#[cfg(panic = "abort")]
+compile_error!(
+    "runner-sdk catches panics at the plugin's boundary, which panic = \"abort\" makes impossible; remove it from the profile"
+);
+
+/// What `export_runner!` expands to. Not part of the API.
+#[doc(hidden)]
+pub mod __private {
+    pub use abi_stable::library::{__call_root_module_loader as call_root_module_loader, LibHeader, RootModuleResult};
+
+    pub use crate::{
+        abi::{ModuleRef, proof::header},
+        shim::{Registration, checked, from_config, from_default, joined, joined_len, module},
+    };
+
+    pub const SDK_VERSION: &str = env!("CARGO_PKG_VERSION");
+    pub const ABI_TEXT: &str = "1.0";
+}

@@ -1,3 +1,200 @@
 //! The command line: one file per subcommand.
 
-pub mod submit;
+mod completions;
+mod config;
+mod dev;
+mod invoke;
+mod plugins;
+mod run;
+mod signals;
+mod submit;
+
+use std::{path::PathBuf, process::ExitCode};
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+use crate::{
+    config::{Layers, Secrets},
+    observe::logs::{self, Format},
+    plugins::{Places, PluginsFile},
+};
+
+/// How a command ended, as its exit code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// Done.
+    Done = 0,
+    /// The task failed.
+    Failed = 1,
+    /// The command was used wrongly.
+    Usage = 2,
+    /// Cancelled.
+    Cancelled = 3,
+    /// Every plugin was refused.
+    PluginsRefused = 4,
+    /// Time ran out.
+    TimedOut = 5,
+    /// Temporary: the control plane is away, or a drain was cut short.
+    Temporary = 75,
+    /// The configuration cannot be used.
+    Configuration = 78,
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit as u8)
+    }
+}
+
+#[derive(Parser)]
+#[command(
+    name = "runner-host",
+    version,
+    about = "A node for leased compute: leases tasks, runs them in plugins, reports each end once.",
+    after_help = "Exit codes: 0 done, 1 task failed, 2 usage, 3 cancelled, 4 every plugin refused, 5 timed out, 75 try again later, 78 configuration.",
+    propagate_version = true
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run the node
+    Run(run::Args),
+    /// Start a whole world on this machine, with a node in it, to develop and test against
+    Dev(dev::Args),
+    /// Create a job and, if asked, wait for its artifacts
+    Submit(Box<submit::Args>),
+    /// Run one runner once, here, with no control plane
+    Invoke(invoke::Args),
+    /// Look at plugins and make new ones
+    #[command(subcommand)]
+    Plugins(plugins::Command),
+    /// Look at the node's configuration
+    #[command(subcommand)]
+    Config(config::Command),
+    /// Print a completion script for a shell
+    Completions(completions::Args),
+}
+
+/// Which plugins a command loads.
+#[derive(clap::Args, Clone, Debug, Default)]
+pub struct PluginArgs {
+    /// A folder of plugins, or one library; may be given more than once [default: plugins/ beside the plugins file]
+    #[arg(long = "plugins", value_name = "DIR|FILE")]
+    plugins: Vec<PathBuf>,
+    /// What to load and how [default: plugins.toml in the current folder, if there is one]
+    #[arg(long, value_name = "FILE")]
+    plugins_file: Option<PathBuf>,
+}
+
+/// The form of printed data.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// A table for people.
+    #[default]
+    Text,
+    /// JSON for programs.
+    Json,
+}
+
+/// Parses the command line, runs the command, returns its exit code.
+#[must_use]
+pub fn main(secrets: &Secrets) -> ExitCode {
+    let cli = Cli::parse();
+    let layers = Layers::from_environment();
+    let fallback = if matches!(cli.command, Command::Run(_)) { Format::Json } else { Format::Text };
+    let format = std::env::var("LOG_FORMAT").ok().filter(|text| !text.trim().is_empty());
+    let quiet = !matches!(cli.command, Command::Run(_) | Command::Dev(_));
+    let filter = std::env::var("RUST_LOG").ok().filter(|text| !text.trim().is_empty());
+    let filter = filter.unwrap_or_else(|| if quiet { "error" } else { "info" }.to_owned());
+    logs::init(format.map_or(fallback, |text| Format::parse(text.trim())), &filter);
+    let ended = match cli.command {
+        Command::Run(args) => run::run(args, layers, secrets),
+        Command::Dev(args) => dev::run(args, layers),
+        Command::Submit(args) => block_on(submit::run(*args)),
+        Command::Invoke(args) => invoke::run(args),
+        Command::Plugins(command) => plugins::run(command),
+        Command::Config(command) => Ok(config::run(&command, layers, secrets)),
+        Command::Completions(args) => Ok(completions::run(&args)),
+    };
+    match ended {
+        Ok(exit) => exit.into(),
+        Err(err) => {
+            // The whole chain on one line: operators grep.
+            eprintln!("error: {err:#}");
+            err.downcast_ref::<Exit>().copied().unwrap_or(Exit::Configuration).into()
+        }
+    }
+}
+
+impl std::fmt::Display for Exit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Done => "done",
+            Self::Failed => "the task failed",
+            Self::Usage => "wrong usage",
+            Self::Cancelled => "cancelled",
+            Self::PluginsRefused => "every plugin was refused",
+            Self::TimedOut => "timed out",
+            Self::Temporary => "try again later",
+            Self::Configuration => "the configuration cannot be used",
+        })
+    }
+}
+
+/// Runs a command's future on a runtime of its own.
+fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let ended = runtime.block_on(work);
+    // A blocking read that goes on (a stalled disk, a terminal) must not keep the process.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+    ended
+}
+
+impl PluginArgs {
+    /// Reads the plugins file and finds the folders. `--plugins` replaces the default folder.
+    fn resolve(&self) -> anyhow::Result<(Places, PluginsFile)> {
+        let usual = PathBuf::from("plugins.toml");
+        let file = match &self.plugins_file {
+            Some(file) => PluginsFile::read(file)?,
+            None if usual.is_file() => PluginsFile::read(&usual)?,
+            None => PluginsFile { folder: PathBuf::from("."), ..PluginsFile::default() },
+        };
+        let arguments = if self.plugins.is_empty() { vec![file.folder.join("plugins")] } else { self.plugins.clone() };
+        Ok((Places::from_arguments(&arguments)?, file))
+    }
+
+    /// Loads the plugins. `Err(Exit)` when there is nothing to serve.
+    fn load(&self, max_concurrency: usize, noop_sleep: Option<f64>) -> anyhow::Result<crate::plugins::Plugins> {
+        let (places, mut file) = self.resolve()?;
+        if let Some(sleep) = noop_sleep {
+            file.list_noop(sleep);
+        }
+        Ok(crate::plugins::Plugins::load(&crate::plugins::Config {
+            places,
+            file,
+            max_concurrency,
+            log_level: logs::plugin_level(),
+            init_limit: crate::plugins::INIT_LIMIT,
+        })?)
+    }
+}
+
+/// Whether there is anything to serve: the reasons are on stderr where there is not.
+fn nothing_to_serve(plugins: &crate::plugins::Plugins) -> Option<Exit> {
+    if !plugins.capabilities().is_empty() {
+        return None;
+    }
+    if plugins.listings().is_empty() {
+        eprintln!("error: no plugin was found; put a library into the plugins folder or name one with --plugins");
+        return Some(Exit::Configuration);
+    }
+    for listing in plugins.listings() {
+        let reason = listing.reason.as_deref().unwrap_or("refused");
+        eprintln!("error: plugin {}: {reason}", listing.file.display());
+    }
+    Some(Exit::PluginsRefused)
+}

@@ -6,6 +6,8 @@
 
 pub mod dms;
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use jiff::Timestamp;
 use uuid::Uuid;
@@ -18,8 +20,9 @@ pub trait LeaseSource: Send + Sync {
     /// Takes the next lease we can serve. `Ok(None)`: asked, and there is nothing; back off quietly.
     /// Let it finish: dropping this future may lose a lease the plane has already given us.
     async fn take(&self) -> Result<Option<Lease>, LeaseError>;
-    /// Extends a lease we hold. The answer may carry a newer token or a request to cancel.
-    async fn keep(&self, task: TaskId, beat: &Pending) -> Result<Kept, LeaseError>;
+    /// Extends a lease we hold. The answer may carry a newer token or a request to cancel. Gives
+    /// up after `within`, which the session takes from what is left of the lease.
+    async fn keep(&self, task: TaskId, beat: &Pending, within: Duration) -> Result<Kept, LeaseError>;
     /// Reports the end. `task` is the id the plane uses now (a heartbeat may have changed it);
     /// `lease` gives job, domain and capability.
     async fn settle(&self, task: TaskId, lease: &Lease, verdict: &Verdict) -> Result<(), LeaseError>;
@@ -36,6 +39,8 @@ pub struct Kept {
     pub cancel: bool,
     /// The task's id from now on.
     pub task: Option<TaskId>,
+    /// The job's id from now on.
+    pub job: Option<Uuid>,
     /// Domain of the data.
     pub domain_id: Option<Uuid>,
     /// Base URL of the domain server, as received, task-metadata fallback included.

@@ -183,6 +183,12 @@ impl Grant {
         self.token()
     }
 
+    /// What is known of the set-up heartbeat at the moment.
+    #[must_use]
+    pub fn setup_now(&self) -> Setup {
+        self.setup.borrow().clone()
+    }
+
     /// Waits for the answer to the set-up heartbeat. Never returns [`Setup::Pending`], and ends
     /// early with `Refused` when the session is gone.
     pub async fn setup(&self) -> Setup {

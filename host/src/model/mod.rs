@@ -11,6 +11,7 @@ mod lease;
 mod mailbox;
 mod outcome;
 mod ports;
+mod status;
 
 pub use artifact::{Artifact, ArtifactSpec};
 pub use capability::{Capability, CapabilityError};
@@ -19,3 +20,4 @@ pub use lease::{Lease, TaskId};
 pub use mailbox::{Mailbox, MailboxError, Pending};
 pub use outcome::{Outcome, Verdict};
 pub use ports::{InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports};
+pub use status::{HostStatus, Phase, StatusBoard, TaskStatus};

@@ -88,6 +88,20 @@ impl Outcome {
         }
     }
 
+    /// What went wrong, for people; `None` when nothing did.
+    #[must_use]
+    pub fn reason(&self) -> Option<String> {
+        match self {
+            Self::Completed | Self::Cancelled | Self::LeaseLost | Self::Drained => None,
+            Self::Failed { message, .. } | Self::Storage { message } | Self::HostFault { message } => {
+                Some(message.clone())
+            }
+            Self::Panicked { message, place } => Some(format!("{message} at {place}")),
+            Self::Setup { stage, message } => Some(format!("{stage}: {message}")),
+            Self::NoRunner => Some("no runner registered for this capability".to_owned()),
+        }
+    }
+
     /// Whether somebody who repeats the task may hope for another end.
     #[must_use]
     pub fn retryable(&self) -> bool {

@@ -35,6 +35,10 @@ pub enum PortErrorKind {
     Setup,
     /// A local file could not be read or written.
     Local,
+    /// A bound was passed (size of progress, number of waiting events).
+    Limit,
+    /// The task ended while the call was under way.
+    TaskOver,
     /// Everything else, such as 403 or 413.
     Other,
 }

@@ -1,1 +1,50 @@
 //! Inputs in, outputs out.
+//!
+//! A task's data moves through [`crate::model::Ports`]. [`DomainPorts`] implements it against the
+//! domain server of a lease, [`LocalPorts`] against plain files for `runner-host invoke`, and
+//! [`Scratch`] gives each task the directory it works in. Both directions stream: nothing in here
+//! holds a whole object. This room decides neither when a task runs nor what is reported about it;
+//! it lists what was published. Start at [`domain`].
+
+mod domain;
+mod file;
+mod local;
+mod naming;
+mod task_dir;
+
+use std::{path::Path, sync::Arc};
+
+pub use domain::{Config, DomainPorts};
+pub use local::LocalPorts;
+pub use task_dir::{Scratch, ScratchError, TaskDir};
+
+use crate::{
+    model::{Grant, TaskId},
+    transport::Client,
+};
+
+/// The room as the engine uses it: a directory and ports for each task.
+pub struct Storage {
+    scratch: Scratch,
+    client: Client,
+    config: Arc<Config>,
+}
+
+impl Storage {
+    /// Combines the pieces; nothing is touched yet.
+    #[must_use]
+    pub fn new(scratch: Scratch, client: Client, config: Config) -> Self {
+        Self { scratch, client, config: Arc::new(config) }
+    }
+
+    /// A fresh directory for a task, removed when it is dropped.
+    pub fn task_dir(&self, task: TaskId) -> Result<TaskDir, ScratchError> {
+        self.scratch.task_dir(task)
+    }
+
+    /// Ports to the domain of `grant`, with `dir` to put inputs into.
+    #[must_use]
+    pub fn ports(&self, grant: &Grant, dir: &Path) -> Arc<DomainPorts> {
+        Arc::new(DomainPorts::new(self.client.clone(), grant.clone(), dir.to_owned(), Arc::clone(&self.config)))
+    }
+}

@@ -4,6 +4,9 @@
 //! long it may take and how large an answer may be are decided here. Nothing in here knows a
 //! path, a token or a wire format.
 
+#[cfg(test)]
+pub(crate) mod testing;
+
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
@@ -133,6 +136,20 @@ impl Answer {
     pub fn excerpt(&self) -> String {
         excerpt(&self.body)
     }
+
+    /// Like [`Answer::excerpt`], with every one of `secrets` cut out: some services repeat in an
+    /// error what they were sent.
+    #[must_use]
+    pub fn excerpt_without(&self, secrets: &[&str]) -> String {
+        // A little more than an excerpt is searched, so that a secret across the cut is found whole.
+        let longest = secrets.iter().map(|secret| secret.len()).max().unwrap_or(0);
+        let cut = &self.body[..self.body.len().min(EXCERPT_BYTES_MAX.saturating_add(longest))];
+        let mut text = String::from_utf8_lossy(cut).into_owned();
+        for secret in secrets.iter().filter(|secret| !secret.is_empty()) {
+            text = text.replace(secret, "[secret]");
+        }
+        excerpt(text.as_bytes())
+    }
 }
 
 /// The beginning of `body` on one line, cut at a character.
@@ -144,7 +161,7 @@ pub fn excerpt(body: &[u8]) -> String {
 }
 
 /// serde_json's complaint without quoted values: an answer may hold a token.
-fn decode_complaint(body: &[u8], err: &serde_json::Error) -> String {
+pub(crate) fn decode_complaint(body: &[u8], err: &serde_json::Error) -> String {
     if body.is_empty() {
         return "the body is empty".to_owned();
     }
@@ -157,10 +174,39 @@ fn decode_complaint(body: &[u8], err: &serde_json::Error) -> String {
             // "invalid type: string "…", expected …": keep what was expected, drop the value.
             match (text.starts_with("invalid"), text.find("expected")) {
                 (true, Some(at)) => text[at..].to_owned(),
-                _ => text,
+                // A field's own parser may quote what it was given.
+                _ => match (text.find('"'), text.rfind('"')) {
+                    (Some(from), Some(to)) if from < to => format!("{}…{}", &text[..from], &text[to + 1..]),
+                    _ => text,
+                },
             }
         }
         _ => format!("malformed at line {} column {}", err.line(), err.column()),
+    }
+}
+
+/// Who may be spoken to.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Policy {
+    /// Allow `http://` to hosts other than loopback.
+    pub allow_insecure_http: bool,
+}
+
+impl Policy {
+    /// Whether `url` may be spoken to at all: https anywhere, http to loopback (or where allowed).
+    pub fn check(&self, url: &Url) -> Result<(), TransportError> {
+        let loopback = match url.host() {
+            Some(Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
+            Some(Host::Ipv4(ip)) => ip.is_loopback(),
+            Some(Host::Ipv6(ip)) => ip.is_loopback(),
+            None => return Err(TransportError::BadUrl { url: url.to_string() }),
+        };
+        match url.scheme() {
+            "https" => Ok(()),
+            "http" if loopback || self.allow_insecure_http => Ok(()),
+            "http" => Err(TransportError::Insecure { url: url.origin().ascii_serialization() }),
+            _ => Err(TransportError::BadUrl { url: url.to_string() }),
+        }
     }
 }
 
@@ -191,20 +237,9 @@ impl Client {
         Self { pool, config: Arc::new(config) }
     }
 
-    /// Whether `url` may be spoken to at all: https anywhere, http to loopback (or where allowed).
+    /// Whether `url` may be spoken to at all; see [`Policy::check`].
     pub fn check(&self, url: &Url) -> Result<(), TransportError> {
-        let loopback = match url.host() {
-            Some(Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
-            Some(Host::Ipv4(ip)) => ip.is_loopback(),
-            Some(Host::Ipv6(ip)) => ip.is_loopback(),
-            None => return Err(TransportError::BadUrl { url: url.to_string() }),
-        };
-        match url.scheme() {
-            "https" => Ok(()),
-            "http" if loopback || self.config.allow_insecure_http => Ok(()),
-            "http" => Err(TransportError::Insecure { url: url.origin().ascii_serialization() }),
-            _ => Err(TransportError::BadUrl { url: url.to_string() }),
-        }
+        Policy { allow_insecure_http: self.config.allow_insecure_http }.check(url)
     }
 
     /// Sends a request and waits up to `limit` for the head of the answer; the body is the
@@ -232,6 +267,20 @@ impl Client {
             Ok(answer) => answer,
             Err(_) => Err(TransportError::Timeout { host, limit }),
         }
+    }
+
+    /// Like [`Client::call`] for callers to whom only the status matters: a body that breaks off,
+    /// is too large or comes too late does not hide it. The answer's body is then empty.
+    pub async fn call_for_status(&self, request: Request<Body>, limit: Duration) -> Result<Answer, TransportError> {
+        let started = tokio::time::Instant::now();
+        let host = request.uri().authority().map_or_else(String::new, ToString::to_string);
+        let (head, body) = self.send(request, limit).await?.into_parts();
+        let left = limit.saturating_sub(started.elapsed());
+        let body = match tokio::time::timeout(left, read_capped(body, JSON_BYTES_MAX, &host)).await {
+            Ok(Ok(body)) => body,
+            Ok(Err(_)) | Err(_) => Bytes::new(),
+        };
+        Ok(Answer { status: head.status, headers: head.headers, body, host })
     }
 }
 
@@ -304,6 +353,22 @@ mod tests {
         let body = "é\n".repeat(400);
         let text = excerpt(body.as_bytes());
         assert!(text.len() <= EXCERPT_BYTES_MAX + 3 && !text.contains('\n'));
+    }
+
+    #[test]
+    fn a_secret_that_comes_back_is_cut_out_even_across_the_end_of_the_excerpt() {
+        for filler in [0, 3, EXCERPT_BYTES_MAX - 6, EXCERPT_BYTES_MAX] {
+            let body = format!("{}top-secret is wrong", "-".repeat(filler));
+            let answer = Answer {
+                status: StatusCode::FORBIDDEN,
+                headers: http::HeaderMap::new(),
+                body: body.into(),
+                host: String::new(),
+            };
+            let text = answer.excerpt_without(&["", "top-secret"]);
+            assert!(!text.contains("top-"), "{text}");
+            assert!(text.len() <= EXCERPT_BYTES_MAX);
+        }
     }
 
     #[test]

@@ -1,1 +1,107 @@
-//! placeholder
+//! Three capabilities in one library: the same input goes back as bytes, as a file, as a stream.
+
+use runner_sdk::{Artifact, Error, Runner, TaskCtx, export_runner};
+use serde_json::json;
+use tokio::io::AsyncReadExt;
+
+/// Serves `/examples/echo-bytes/v1`: whole inputs in memory.
+#[derive(Default)]
+pub struct EchoBytes;
+
+impl Runner for EchoBytes {
+    const CAPABILITY: &'static str = "/examples/echo-bytes/v1";
+
+    async fn run(&self, ctx: TaskCtx) -> Result<(), Error> {
+        for (index, cid) in ctx.lease.task.inputs_cids.iter().enumerate() {
+            let bytes = ctx.input.get_bytes_by_cid(cid).await?;
+            ctx.output.put_bytes(&format!("echo-{index}.bin"), bytes).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Serves `/examples/echo-file/v1`: inputs as files, artifacts from files, any size.
+#[derive(Default)]
+pub struct EchoFile;
+
+impl Runner for EchoFile {
+    const CAPABILITY: &'static str = "/examples/echo-file/v1";
+
+    async fn run(&self, ctx: TaskCtx) -> Result<(), Error> {
+        for (index, cid) in ctx.lease.task.inputs_cids.iter().enumerate() {
+            let input = ctx.input.materialize_cid_with_meta(cid).await?;
+            ctx.output.put_file(&format!("echo-{index}.bin"), &input.path).await?;
+        }
+        Ok(())
+    }
+}
+
+/// Serves `/examples/echo-stream/v1`: from reader to writer, a piece at a time, any size.
+#[derive(Default)]
+pub struct EchoStream;
+
+/// How much is passed on at a time, in bytes.
+const PIECE_BYTES: usize = 256 * 1024;
+
+impl Runner for EchoStream {
+    const CAPABILITY: &'static str = "/examples/echo-stream/v1";
+
+    async fn run(&self, ctx: TaskCtx) -> Result<(), Error> {
+        for (index, cid) in ctx.lease.task.inputs_cids.iter().enumerate() {
+            let mut reader = ctx.input.open_reader_by_cid(cid).await?;
+            let mut artifact = Artifact::new(format!("echo-{index}.bin"));
+            if let Some(size) = reader.size() {
+                artifact = artifact.size(size);
+            }
+            let mut writer = ctx.output.open_multipart(artifact).await?;
+            let mut sent: u64 = 0;
+            loop {
+                let mut piece = Vec::with_capacity(PIECE_BYTES);
+                while piece.len() < PIECE_BYTES && reader.read_buf(&mut piece).await? > 0 {}
+                if piece.is_empty() {
+                    break;
+                }
+                sent += piece.len() as u64;
+                writer.write_chunk(piece).await?;
+                ctx.ctrl.progress(json!({ "input": index, "bytes": sent })).await?;
+                if ctx.ctrl.is_cancelled() {
+                    return Err(Error::msg("cancelled"));
+                }
+            }
+            writer.finish().await?;
+        }
+        Ok(())
+    }
+}
+
+export_runner!(EchoBytes, EchoFile, EchoStream);
+
+#[cfg(test)]
+mod tests {
+    use runner_sdk::testing::TestHost;
+
+    use super::*;
+
+    fn check<R: Runner>(runner: &R) {
+        let large: Vec<u8> = (0..1_000_000_u32).map(|n| n.to_le_bytes()[0]).collect();
+        let ended = TestHost::new().input("a", large.clone()).input("b", Vec::new()).run_blocking(runner);
+        assert!(ended.is_ok(), "{:?}", ended.failure());
+        assert_eq!(ended.output("echo-0.bin"), Some(&large[..]));
+        assert_eq!(ended.output("echo-1.bin"), Some(&b""[..]));
+    }
+
+    #[test]
+    fn every_form_returns_what_it_was_given() {
+        check(&EchoBytes);
+        check(&EchoFile);
+        check(&EchoStream);
+    }
+
+    #[test]
+    fn s1_14_a_cancelled_stream_publishes_nothing() {
+        let ended = TestHost::new().input("a", vec![7; 4 << 20]).cancel_after_progress(2).run_blocking(&EchoStream);
+        assert!(!ended.is_ok());
+        assert!(ended.outputs().is_empty());
+        assert_eq!(ended.progress().len(), 2);
+    }
+}

@@ -1,1 +1,80 @@
-//! placeholder
+//! A runner that waits and completes, to measure and rehearse everything around it.
+
+use std::time::Duration;
+
+use runner_sdk::{Error, Runner, TaskCtx, export_runner};
+use serde::Deserialize;
+use serde_json::json;
+
+/// Serves `/examples/noop/v1`.
+pub struct Noop {
+    sleep: Duration,
+}
+
+/// The plugin's config.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// How long a task takes, in seconds; fractions are allowed.
+    #[serde(default = "five_seconds")]
+    sleep_secs: f64,
+}
+
+fn five_seconds() -> f64 {
+    5.0
+}
+
+impl Noop {
+    /// Makes the runner from its config.
+    ///
+    /// # Errors
+    /// When `sleep_secs` is negative or not a number of seconds.
+    pub fn new(config: Config) -> Result<Self, Error> {
+        let sleep = Duration::try_from_secs_f64(config.sleep_secs)
+            .map_err(|err| Error::msg(format!("config: sleep_secs = {}: {err}", config.sleep_secs)))?;
+        Ok(Self { sleep })
+    }
+}
+
+impl Runner for Noop {
+    const CAPABILITY: &'static str = "/examples/noop/v1";
+
+    async fn run(&self, ctx: TaskCtx) -> Result<(), Error> {
+        tokio::select! {
+            () = tokio::time::sleep(self.sleep) => Ok(()),
+            reason = ctx.ctrl.cancelled() => Err(Error::msg(format!("cancelled: {reason:?}")).details(json!({ "slept": false }))),
+        }
+    }
+}
+
+export_runner!(Noop: Noop::new);
+
+#[cfg(test)]
+mod tests {
+    use runner_sdk::{CancelReason, testing::TestHost};
+
+    use super::*;
+
+    fn noop(sleep_secs: f64) -> Result<Noop, Error> {
+        Noop::new(Config { sleep_secs })
+    }
+
+    #[test]
+    fn s0_39_noop_completes_without_artifacts() {
+        let ended = TestHost::new().run_blocking(&noop(0.0).expect("a config"));
+        assert!(ended.is_ok() && ended.outputs().is_empty());
+    }
+
+    #[test]
+    fn s0_39_noop_heeds_cancellation() {
+        let host = TestHost::new();
+        host.cancel(CancelReason::Plane);
+        let ended = host.run_blocking(&noop(3600.0).expect("a config"));
+        assert_eq!(ended.error().chain(), "cancelled: Plane");
+    }
+
+    #[test]
+    fn a_negative_sleep_is_refused() {
+        assert!(noop(-1.0).is_err_and(|err| err.chain().contains("sleep_secs = -1")));
+    }
+}

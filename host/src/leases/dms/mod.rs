@@ -1,3 +1,252 @@
 //! The posemesh task service (DMS) as a [`super::LeaseSource`].
+//!
+//! Start at the [`LeaseSource`] implementation: three verbs, each one HTTP call that is repeated
+//! once with a fresh token when the old one is rejected. `wire` has the JSON, `report` the words
+//! of a task's end. What has arrived is never logged: a lease holds credentials.
 
+mod report;
+#[cfg(test)]
+mod tests;
 pub mod wire;
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use http::{HeaderValue, Method, Request, StatusCode, header};
+use jiff::Timestamp;
+use serde_json::{Map, Value};
+use tokio::time::Instant;
+use url::Url;
+use uuid::Uuid;
+
+use self::wire::{HeartbeatRequest, HeartbeatResponse, LeaseEnvelope, TaskSpec};
+use super::{Kept, LeaseError, LeaseSource};
+use crate::{
+    auth::TokenSource,
+    model::{Capability, Lease, Pending, TaskId, Token, Verdict},
+    transport::{self, Answer, Client},
+};
+
+/// Longest limit of one call; more would overflow no clock and help nobody.
+const LIMIT_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// Where the service is and how long it may take.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Base URL, such as `https://dms.example/v1`; a trailing slash does not matter.
+    pub base: Url,
+    /// Limit of each verb, its repeat after a 401 included.
+    pub request_timeout: Duration,
+}
+
+/// The task service as this node calls it.
+pub struct Dms {
+    tasks: String,
+    limit: Duration,
+    client: Client,
+    tokens: TokenSource,
+}
+
+/// How much of an answer matters.
+#[derive(Clone, Copy)]
+enum Need {
+    Body,
+    Status,
+}
+
+impl Dms {
+    /// Makes the adapter; nothing is called yet.
+    #[must_use]
+    pub fn new(config: Config, client: Client, tokens: TokenSource) -> Self {
+        let mut base = config.base;
+        base.set_query(None);
+        base.set_fragment(None);
+        Self {
+            tasks: format!("{}/tasks", base.as_str().trim_end_matches('/')),
+            limit: config.request_timeout.clamp(Duration::from_secs(1), LIMIT_MAX),
+            client,
+            tokens,
+        }
+    }
+
+    async fn bearer(&self, deadline: Instant) -> Result<Token, LeaseError> {
+        match tokio::time::timeout_at(deadline, self.tokens.bearer()).await {
+            Ok(token) => token.map_err(|err| LeaseError::NoToken(err.to_string())),
+            Err(_) => Err(LeaseError::NoToken("the login takes longer than this call may".to_owned())),
+        }
+    }
+
+    async fn once(
+        &self,
+        method: &Method,
+        url: &str,
+        body: Option<&str>,
+        token: &Token,
+        need: Need,
+        deadline: Instant,
+    ) -> Result<Answer, LeaseError> {
+        let unreachable = |err: transport::TransportError| LeaseError::Unreachable(err.to_string());
+        let parsed = Url::parse(url).map_err(|_| LeaseError::Unreachable(format!("{url}: expected a URL")))?;
+        self.client.check(&parsed).map_err(unreachable)?;
+        let mut bearer = HeaderValue::from_str(&format!("Bearer {}", token.expose()))
+            .map_err(|_| LeaseError::NoToken("the node token holds characters that cannot stand in a header".into()))?;
+        bearer.set_sensitive(true);
+        let mut request = Request::builder().method(method).uri(url).header(header::AUTHORIZATION, bearer);
+        if body.is_some() {
+            request = request.header(header::CONTENT_TYPE, "application/json");
+        }
+        let request = request
+            .body(transport::full(body.unwrap_or_default().to_owned()))
+            .map_err(|_| LeaseError::Unreachable(format!("{url}: expected a URL")))?;
+        let started = Instant::now();
+        let limit = deadline.saturating_duration_since(started);
+        let answer = match need {
+            Need::Body => self.client.call(request, limit).await,
+            Need::Status => self.client.call_for_status(request, limit).await,
+        }
+        .map_err(unreachable)?;
+        tracing::debug!(%method, url, status = answer.status.as_u16(), elapsed_ms = started.elapsed().as_millis(), "control plane answered");
+        Ok(answer)
+    }
+
+    /// One call, repeated once with a fresh token after a 401. Any other status is the caller's,
+    /// who gets the token that was used so that it can be kept out of excerpts.
+    async fn exchange(
+        &self,
+        method: Method,
+        url: &str,
+        body: Option<&str>,
+        need: Need,
+        limit: Duration,
+    ) -> Result<(Answer, Token), LeaseError> {
+        let deadline = Instant::now() + limit.min(self.limit);
+        let token = self.bearer(deadline).await?;
+        let answer = self.once(&method, url, body, &token, need, deadline).await?;
+        if answer.status != StatusCode::UNAUTHORIZED {
+            return Ok((answer, token));
+        }
+        self.tokens.rejected(&token);
+        let token = self.bearer(deadline).await?;
+        let answer = self.once(&method, url, body, &token, need, deadline).await?;
+        if answer.status == StatusCode::UNAUTHORIZED {
+            return Err(LeaseError::Unauthorized);
+        }
+        Ok((answer, token))
+    }
+
+    fn task_url(&self, task: TaskId, verb: &str) -> String {
+        format!("{}/{task}/{verb}", self.tasks)
+    }
+}
+
+#[async_trait]
+impl LeaseSource for Dms {
+    async fn take(&self) -> Result<Option<Lease>, LeaseError> {
+        let (answer, token) = self.exchange(Method::GET, &self.tasks, None, Need::Body, self.limit).await?;
+        match answer.status {
+            StatusCode::NO_CONTENT => Ok(None),
+            StatusCode::CONFLICT => Err(LeaseError::Busy),
+            status if status.is_success() => lease(&answer).map(Some),
+            _ => Err(refused(&answer, &token)),
+        }
+    }
+
+    async fn keep(&self, task: TaskId, beat: &Pending, within: Duration) -> Result<Kept, LeaseError> {
+        let body = HeartbeatRequest { progress: beat.progress.clone(), events: beat.events.clone() };
+        let body = serde_json::to_string(&body).expect("JSON values are JSON");
+        let url = self.task_url(task, "heartbeat");
+        let (answer, token) = self.exchange(Method::POST, &url, Some(&body), Need::Body, within).await?;
+        if !answer.status.is_success() {
+            return Err(refused_for(task, &answer, &token));
+        }
+        // Decoding a struct from `null` or a list fails with words about the struct; say what it is.
+        match answer.json::<Value>() {
+            Ok(Value::Object(_)) => {}
+            Ok(_) => {
+                let reason = format!("the heartbeat's answer is {} bytes of JSON, but no object", answer.body.len());
+                return Err(LeaseError::Malformed { task: None, reason });
+            }
+            Err(err) => return Err(LeaseError::Malformed { task: None, reason: err.to_string() }),
+        }
+        match answer.json::<HeartbeatResponse>() {
+            Ok(response) => Ok(kept(response)),
+            Err(err) => Err(LeaseError::Malformed { task: None, reason: err.to_string() }),
+        }
+    }
+
+    async fn settle(&self, task: TaskId, lease: &Lease, verdict: &Verdict) -> Result<(), LeaseError> {
+        let Some(report) = report::report(task, lease, verdict) else { return Ok(()) };
+        let url = self.task_url(task, report.verb());
+        let (answer, token) = self.exchange(Method::POST, &url, Some(&report.body()), Need::Status, self.limit).await?;
+        if answer.status.is_success() { Ok(()) } else { Err(refused_for(task, &answer, &token)) }
+    }
+}
+
+fn refused(answer: &Answer, token: &Token) -> LeaseError {
+    LeaseError::Refused { status: answer.status.as_u16(), excerpt: answer.excerpt_without(&[token.expose()]) }
+}
+
+fn refused_for(task: TaskId, answer: &Answer, token: &Token) -> LeaseError {
+    match answer.status.as_u16() {
+        status @ (404 | 409 | 410) => LeaseError::Gone { task, status },
+        _ => refused(answer, token),
+    }
+}
+
+/// An answer to a poll as a lease. The size of an unusable one is all that is told of it.
+fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
+    let malformed = |reason: String| LeaseError::Malformed { task: task_id(answer), reason };
+    let envelope: LeaseEnvelope = answer.json().map_err(|err| malformed(err.to_string()))?;
+    let mut document: Map<String, Value> = answer.json().map_err(|err| malformed(err.to_string()))?;
+    document.retain(|key, _| !key.to_ascii_lowercase().ends_with("token"));
+    let task = envelope.task;
+    let capability = Capability::parse(&task.capability)
+        .map_err(|err| malformed(format!("the lease of {} bytes names no capability: {err}", answer.body.len())))?;
+    Ok(Lease {
+        task: TaskId(task.id),
+        job: task.job_id,
+        capability,
+        expires_at: envelope.lease_expires_at.or_else(|| inner_expiry(&task)),
+        cancelled: envelope.cancel,
+        domain_id: envelope.domain_id,
+        domain_server: filled(envelope.domain_server_url).or_else(|| server_of_meta(&task.meta)),
+        token: filled(envelope.access_token).map(Token::new),
+        inputs: task.inputs_cids,
+        outputs_prefix: task.outputs_prefix,
+        document,
+    })
+}
+
+/// The task's id in a lease that cannot be used otherwise.
+fn task_id(answer: &Answer) -> Option<TaskId> {
+    let value: Value = answer.json().ok()?;
+    value.pointer("/task/id")?.as_str().and_then(|text| Uuid::try_parse(text).ok()).map(TaskId)
+}
+
+fn kept(response: HeartbeatResponse) -> Kept {
+    let inner = response.task.as_ref();
+    Kept {
+        token: filled(response.access_token).map(Token::new),
+        expires_at: response.lease_expires_at.or_else(|| inner.and_then(inner_expiry)),
+        cancel: response.cancel == Some(true),
+        task: inner.map(|task| task.id).or(response.task_id).map(TaskId),
+        job: inner.map_or(response.job_id, |task| task.job_id),
+        domain_id: response.domain_id,
+        domain_server: filled(response.domain_server_url).or_else(|| inner.and_then(|task| server_of_meta(&task.meta))),
+    }
+}
+
+/// Newer planes may send the lease's end inside the task only.
+fn inner_expiry(task: &TaskSpec) -> Option<Timestamp> {
+    task.extra.get("lease_expires_at")?.as_str()?.parse().ok()
+}
+
+/// The fallback of contract 4.6: older planes put the domain server into the task's metadata.
+fn server_of_meta(meta: &Value) -> Option<String> {
+    let at = |pointer: &str| filled(meta.pointer(pointer).and_then(Value::as_str).map(str::to_owned));
+    at("/domain_server_url").or_else(|| at("/legacy/domain_server_url"))
+}
+
+fn filled(text: Option<String>) -> Option<String> {
+    text.filter(|text| !text.trim().is_empty())
+}

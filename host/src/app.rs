@@ -1,0 +1,196 @@
+//! The composition root: builds every room in order, then starts them.
+
+use std::{net::SocketAddr, sync::Arc, thread, time::Duration};
+
+use anyhow::Context;
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use crate::{
+    auth::{self, Auth, Registration},
+    config::HostConfig,
+    engine::{self, Ended, Engine, Rooms, Stops},
+    leases::dms::{self, Dms},
+    model::{Phase, StatusBoard},
+    observe::pages::Pages,
+    plugins::Plugins,
+    session::{self, Sessions},
+    storage::{self, Scratch, Storage},
+    transport,
+};
+
+/// How long a connection may take to come up.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// A node that is built and listens, but has not spoken to anybody.
+pub struct Node {
+    engine: Engine,
+    auth: Auth,
+    pages: Pages,
+    board: StatusBoard,
+    control: Control,
+}
+
+impl Node {
+    /// Builds the rooms. `/health` is bound when this returns, and nothing has gone over the network.
+    ///
+    /// # Errors
+    /// When a folder or an address cannot be used.
+    pub async fn build(config: HostConfig, plugins: Arc<Plugins>) -> anyhow::Result<Self> {
+        if config.node_url.is_some() {
+            warn!("NODE_URL is set, but callback registration comes in a later version; the wallet form is used");
+        }
+        let scratch = Scratch::open(config.scratch_dir.clone()).context("SCRATCH_DIR cannot be used")?;
+        let control = Control::start().context("start the control thread")?;
+        let http =
+            transport::Config { allow_insecure_http: config.allow_insecure_http, connect_timeout: CONNECT_TIMEOUT };
+        // Two clients: a connection is driven by the runtime that opened it, and the control plane's
+        // must not wait for data.
+        let (control_client, data_client) = (transport::Client::new(http.clone()), transport::Client::new(http));
+        let auth = Auth::new(
+            auth::Config {
+                dds: config.dds,
+                reg_secret: config.reg_secret,
+                key: config.key.clone(),
+                version: config.version,
+                capabilities: plugins.capabilities(),
+                register_interval: config.register_interval,
+                register_max_retry: config.register_max_retry,
+                token_safety_ratio: config.token_safety_ratio,
+                token_max_retries: config.token_max_retries,
+                token_jitter: config.token_jitter,
+                request_timeout: config.request_timeout,
+            },
+            control_client.clone(),
+        );
+        let dms = dms::Config { base: config.dms, request_timeout: config.request_timeout };
+        let source = Arc::new(Dms::new(dms, control_client, auth.tokens()));
+        let rhythm = session::Config {
+            min_ratio: config.heartbeat_ratios.0,
+            max_ratio: config.heartbeat_ratios.1,
+            coalesce: config.heartbeat_coalesce,
+        };
+        let listings = serde_json::to_value(plugins.listings()).unwrap_or_default();
+        let capabilities = plugins.capabilities().iter().map(ToString::to_string).collect();
+        let board = StatusBoard::new(config.key.address().to_owned(), config.max_concurrency, capabilities, listings);
+        let pages = Pages::bind(config.http_bind, board.watch())
+            .await
+            .with_context(|| format!("HTTP_BIND {} cannot be bound", config.http_bind))?;
+        let mut storage = storage::Config::new(config.client_id);
+        storage.domain_hosts = config.domain_hosts;
+        let rooms = Rooms {
+            sessions: Sessions::new(Arc::clone(&source) as _, rhythm, control.handle.clone()),
+            source,
+            storage: Storage::new(scratch, data_client, storage),
+            plugins,
+            board: board.clone(),
+            control: control.handle.clone(),
+        };
+        let engine = Engine::new(
+            rooms,
+            engine::Config {
+                slots: config.max_concurrency,
+                poll_backoff: config.poll_backoff,
+                drain_timeout: config.drain_timeout,
+                cancel_grace: config.cancel_grace,
+            },
+        );
+        Ok(Self { engine, auth, pages, board, control })
+    }
+
+    /// Where the node's pages are.
+    ///
+    /// # Errors
+    /// When the operating system does not say.
+    pub fn address(&self) -> std::io::Result<SocketAddr> {
+        self.pages.address()
+    }
+
+    /// A live view of the node.
+    #[must_use]
+    pub fn board(&self) -> StatusBoard {
+        self.board.clone()
+    }
+
+    /// Registers, leases and works until told to stop and everything has ended.
+    pub async fn run(self, stops: Stops) -> Ended {
+        let Self { engine, auth, pages, board, control } = self;
+        if let Ok(address) = pages.address() {
+            info!(address = %address, "node started");
+        }
+        let over = CancellationToken::new();
+        let pages = tokio::spawn(pages.run(over.clone()));
+        let watching = tokio::spawn(show_registration(auth.status(), board.clone(), over.clone()));
+        let tokens = auth.tokens();
+        let auth = control.handle.spawn(auth.run(over.clone()));
+        let signed_in = async {
+            while tokens.bearer().await.is_err() {
+                // The room behind it is already backing off; it says why by itself.
+                tokio::time::sleep(Duration::from_millis(200)).await;
+            }
+        };
+        let ended = tokio::select! {
+            biased;
+            () = stops.drain.cancelled() => Ended::Drained,
+            () = signed_in => {
+                board.change(|status| status.phase = Phase::Running);
+                info!("leasing");
+                engine.run(stops).await
+            }
+        };
+        over.cancel();
+        for task in [pages, watching, auth] {
+            if let Err(err) = task.await {
+                warn!(error = %err, "a part of the node ended unexpectedly");
+            }
+        }
+        control.stop();
+        info!(cut_short = ended == Ended::CutShort, "node stopped");
+        ended
+    }
+}
+
+/// Copies the standing with the sign-in service to the status page.
+async fn show_registration(
+    mut status: tokio::sync::watch::Receiver<Registration>,
+    board: StatusBoard,
+    over: CancellationToken,
+) {
+    loop {
+        let now = status.borrow_and_update().clone();
+        board.change(|status| {
+            status.registration = now.state.to_string();
+            status.registration_error = now.error;
+        });
+        tokio::select! {
+            () = over.cancelled() => return,
+            changed = status.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+/// A thread with a runtime of its own for everything towards the control plane: work that keeps the
+/// other threads busy cannot starve heartbeats.
+struct Control {
+    handle: Handle,
+    stop: CancellationToken,
+    thread: thread::JoinHandle<()>,
+}
+
+impl Control {
+    fn start() -> std::io::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let (handle, stop) = (runtime.handle().clone(), CancellationToken::new());
+        let stopped = stop.clone();
+        let thread =
+            thread::Builder::new().name("control".to_owned()).spawn(move || runtime.block_on(stopped.cancelled()))?;
+        Ok(Self { handle, stop, thread })
+    }
+
+    fn stop(self) {
+        self.stop.cancel();
+        // It ends as soon as it looks; a panic in it has been logged.
+        let _ = self.thread.join();
+    }
+}

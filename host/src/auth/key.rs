@@ -1,0 +1,172 @@
+//! The node's key: its address and its signatures.
+//!
+//! secp256k1 with Ethereum's conventions, and nothing of HTTP. The private key enters through
+//! [`NodeKey::from_hex`] and is never printed again, not even in the complaint about a bad one.
+
+use std::fmt;
+
+use k256::ecdsa::SigningKey;
+use sha3::{Digest, Keccak256};
+
+/// Why a text is no private key. Says what was expected and never quotes the text.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum KeyError {
+    /// Too short or too long.
+    #[error("private key has {0} characters, expected 64 hex digits, with or without 0x in front")]
+    Length(usize),
+    /// Something that is not a hex digit.
+    #[error("private key holds a character that is no hex digit, expected 64 of 0-9 a-f")]
+    Digit,
+    /// Zero, or beyond the order of the curve.
+    #[error("private key is not a valid secp256k1 scalar, expected a number between 1 and the order of the curve")]
+    Scalar,
+}
+
+/// A private key with its address.
+#[derive(Clone)]
+pub struct NodeKey {
+    signing: SigningKey,
+    address: String,
+}
+
+impl NodeKey {
+    /// Reads 64 hex digits, upper or lower case, with an optional `0x` in front.
+    pub fn from_hex(text: &str) -> Result<Self, KeyError> {
+        let digits = text.strip_prefix("0x").unwrap_or(text);
+        if digits.len() != 64 {
+            return Err(KeyError::Length(text.chars().count()));
+        }
+        let mut bytes = [0_u8; 32];
+        for (byte, pair) in bytes.iter_mut().zip(digits.as_bytes().chunks_exact(2)) {
+            let digit = |c: u8| char::from(c).to_digit(16).ok_or(KeyError::Digit);
+            *byte = u8::try_from(digit(pair[0])? << 4 | digit(pair[1])?).expect("two hex digits are one byte");
+        }
+        let signing = SigningKey::from_slice(&bytes).map_err(|_| KeyError::Scalar)?;
+        let point = signing.verifying_key().to_sec1_point(false);
+        let hash = Keccak256::digest(&point.as_bytes()[1..]);
+        Ok(Self { signing, address: hex(&hash[12..]) })
+    }
+
+    /// A fresh key and its hex, for worlds that need a node.
+    #[must_use]
+    pub fn generate() -> (Self, String) {
+        loop {
+            let text: String = rand::random::<[u8; 32]>().iter().map(|byte| format!("{byte:02x}")).collect();
+            // Fails for one number in 2^128.
+            if let Ok(key) = Self::from_hex(&text) {
+                return (key, text);
+            }
+        }
+    }
+
+    /// The address: `0x` and 40 lower case hex digits.
+    #[must_use]
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Signs `message` as `personal_sign` does (EIP-191): `0x` and 130 hex digits of r, s and v.
+    #[must_use]
+    pub fn personal_sign(&self, message: &str) -> String {
+        let (signature, recovery) = self.signing.sign_prehash_recoverable(&personal_digest(message));
+        let mut bytes = signature.to_bytes().to_vec();
+        bytes.push(27 + recovery.to_byte());
+        hex(&bytes)
+    }
+}
+
+impl fmt::Debug for NodeKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "NodeKey({})", self.address)
+    }
+}
+
+/// What `personal_sign` signs: the length it names is counted in bytes, not in characters.
+fn personal_digest(message: &str) -> [u8; 32] {
+    let mut hash = Keccak256::new();
+    hash.update(format!("\x19Ethereum Signed Message:\n{}", message.len()));
+    hash.update(message);
+    hash.finalize().into()
+}
+
+fn hex(bytes: &[u8]) -> String {
+    use fmt::Write as _;
+    bytes.iter().fold("0x".to_owned(), |mut text, byte| {
+        write!(text, "{byte:02x}").expect("a String takes everything");
+        text
+    })
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::auth::siwe::tests::vector_message;
+
+    pub(in crate::auth) fn vector_key() -> NodeKey {
+        NodeKey::from_hex(&"01".repeat(32)).expect("a valid scalar")
+    }
+
+    #[test]
+    fn key_and_address_follow_the_vectors() {
+        let key = vector_key();
+        let point = key.signing.verifying_key().to_sec1_point(false);
+        assert_eq!(
+            hex(point.as_bytes()),
+            "0x041b84c5567b126440995d3ed5aaba0565d71e1834604819ff9c17f5e9d5dd078f70beaf8f588b541507fed6a642c5ab42dfdf8120a7f639de5122d47a69a8e8d1"
+        );
+        assert_eq!(key.address(), "0x1a642f0e3c3af545e7acbd38b07251b3990914f1");
+        assert_eq!(format!("{key:?}"), "NodeKey(0x1a642f0e3c3af545e7acbd38b07251b3990914f1)");
+    }
+
+    #[test]
+    fn digests_and_signatures_follow_the_vectors() {
+        let (a, b, c, d) = (vector_message("a"), vector_message("b"), vector_message("c"), vector_message("d"));
+        assert_eq!((a.len(), c.len()), (217, 218));
+        assert_eq!(hex(&personal_digest(&a)), "0x9b39307376a2280ea0bc780d99945584f8ad9538392fe3ffe383b4a39926460a");
+        assert_eq!(hex(&personal_digest(&c)), "0x21c42b181845e1e77888a177237255458b06960b609107bfe8b77bdcb7f2df94");
+        let key = vector_key();
+        assert_eq!(
+            key.personal_sign(&a),
+            "0xe120dcd33dfbb8a75ed1925c75637a6dcd01a0786bb067fe7233bc386c85f440538daa78208e58c887a1002279bff0b5fdf10de64dae10e163be955f5fd6288c1b"
+        );
+        assert_eq!(
+            key.personal_sign(&b),
+            "0x94c91a4886c119cf3f207e60d114a4e973191409c6f1da08805acf5205161aa94c0ee4ed3c88079c637ba83fd307c92acebf92da82d8fad21a9ce3432f0e39141c"
+        );
+        assert_eq!(
+            key.personal_sign(&c),
+            "0x89e6022386c3c26d278ec9a74096171fbb6583d43e62dedacd10f16e5cb64e394c76b87a087d5320b830262e5d3eff84c9b702a34b78897a1166efa411b481521c"
+        );
+        assert_eq!(
+            key.personal_sign(&d),
+            "0x54d5f9ff5fa0581ee232841a87992d642583edb2236b465329a12a980f061732221ffcadccdf430f5ecba3181db77d2155763f83f2624397b1c64a21c29bf6e51c"
+        );
+    }
+
+    #[test]
+    fn the_same_key_is_read_in_every_spelling() {
+        let plain = "ab".repeat(32);
+        for text in [plain.clone(), format!("0x{plain}"), plain.to_uppercase(), format!("0x{}", plain.to_uppercase())] {
+            assert_eq!(
+                NodeKey::from_hex(&text).map(|key| key.address),
+                NodeKey::from_hex(&plain).map(|key| key.address)
+            );
+        }
+    }
+
+    #[test]
+    fn a_bad_key_is_refused_without_quoting_it() {
+        let refusal = |text: &str| NodeKey::from_hex(text).map(|_| ()).expect_err("no key");
+        assert_eq!(refusal(""), KeyError::Length(0));
+        assert_eq!(refusal(&"c0ffee".repeat(10)), KeyError::Length(60));
+        assert_eq!(refusal(&format!("0X{}", "01".repeat(32))), KeyError::Length(66));
+        assert_eq!(refusal(&format!("{}zz", "01".repeat(31))), KeyError::Digit);
+        assert_eq!(refusal(&format!("{}é", "01".repeat(31))), KeyError::Digit);
+        assert_eq!(refusal(&"00".repeat(32)), KeyError::Scalar);
+        assert_eq!(refusal(&"ff".repeat(32)), KeyError::Scalar);
+        for text in ["c0ffee".repeat(10), format!("{}zz", "c0".repeat(31)), "ff".repeat(32)] {
+            let said = refusal(&text).to_string();
+            assert!(!said.contains("c0") && !said.contains("ffff") && said.contains("expected"), "{said}");
+        }
+    }
+}

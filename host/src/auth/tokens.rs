@@ -1,0 +1,170 @@
+//! The node token as its users see it.
+//!
+//! One task ([`super::Auth::run`]) writes the slot, everyone else looks. Since the slot is a
+//! level and not a signal, nobody can miss a change; since only one task logs in, logins cannot
+//! collide. A user never waits for longer than the attempt that is under way.
+
+use std::sync::Arc;
+
+use tokio::{sync::watch, time::Instant};
+
+use crate::model::Token;
+
+/// Why there is no node token at the moment. One line, nothing secret.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AuthError {
+    /// The node is stopping, or nobody renews tokens any more.
+    #[error("the node is stopping")]
+    Stopped,
+    /// The last attempts failed; the next one follows by itself.
+    #[error("{0}")]
+    Unavailable(Arc<str>),
+}
+
+/// What there is to hand out.
+#[derive(Clone, Debug)]
+pub(super) enum Slot {
+    /// Nothing yet, and an attempt is under way (or about to start).
+    Working,
+    /// Nothing, and the last attempts failed.
+    Failed(Arc<str>),
+    /// A token; good until `expires`, whatever becomes of its renewal.
+    Held {
+        token: Token,
+        expires: Instant,
+        /// Why renewal fails at the moment.
+        trouble: Option<Arc<str>>,
+    },
+    /// The control plane rejected the token; the owner has not acted on that yet.
+    Rejected,
+    /// Nothing will ever come again.
+    Stopped,
+}
+
+impl Slot {
+    fn look(&self, now: Instant) -> Option<Result<Token, AuthError>> {
+        match self {
+            Self::Held { token, expires, .. } if now < *expires => Some(Ok(token.clone())),
+            Self::Held { trouble: Some(trouble), .. } | Self::Failed(trouble) => {
+                Some(Err(AuthError::Unavailable(Arc::clone(trouble))))
+            }
+            Self::Held { .. } | Self::Working | Self::Rejected => None,
+            Self::Stopped => Some(Err(AuthError::Stopped)),
+        }
+    }
+}
+
+/// Hands out the node token. Cheap to clone; usable from any runtime.
+#[derive(Clone, Debug)]
+pub struct TokenSource(Arc<watch::Sender<Slot>>);
+
+impl TokenSource {
+    /// The current token. Waits while a login is under way, fails while the service is away.
+    pub async fn bearer(&self) -> Result<Token, AuthError> {
+        let mut watch = self.0.subscribe();
+        loop {
+            let seen = watch.borrow_and_update().look(Instant::now());
+            if let Some(found) = seen {
+                return found;
+            }
+            if watch.changed().await.is_err() {
+                return Err(AuthError::Stopped);
+            }
+        }
+    }
+
+    /// Says that the control plane rejected `token`. It is not handed out again, and a login
+    /// follows. Tokens other than the current one are old news.
+    pub fn rejected(&self, token: &Token) {
+        self.0.send_if_modified(|slot| {
+            let current = matches!(slot, Slot::Held { token: held, .. } if held == token);
+            if current {
+                *slot = Slot::Rejected;
+            }
+            current
+        });
+    }
+
+    /// A source that holds `token` for an hour.
+    #[cfg(test)]
+    pub(crate) fn holding(token: &str) -> Self {
+        let expires = Instant::now() + std::time::Duration::from_secs(3600);
+        Self(Arc::new(watch::Sender::new(Slot::Held { token: Token::new(token), expires, trouble: None })))
+    }
+}
+
+/// The writing side, held by the one task that logs in. When it goes, users get
+/// [`AuthError::Stopped`] and do not wait.
+pub(super) struct Desk(Arc<watch::Sender<Slot>>);
+
+impl Desk {
+    pub(super) fn new() -> Self {
+        Self(Arc::new(watch::Sender::new(Slot::Working)))
+    }
+
+    pub(super) fn source(&self) -> TokenSource {
+        TokenSource(Arc::clone(&self.0))
+    }
+
+    /// An attempt begins. A token that is still good stays.
+    pub(super) fn working(&self) {
+        self.0.send_modify(|slot| match slot {
+            Slot::Held { trouble, expires, .. } if Instant::now() < *expires => *trouble = None,
+            _ => *slot = Slot::Working,
+        });
+    }
+
+    /// The attempts failed, the next one is some time away.
+    pub(super) fn failed(&self, why: &str) {
+        self.0.send_modify(|slot| match slot {
+            Slot::Held { trouble, .. } => *trouble = Some(why.into()),
+            _ => *slot = Slot::Failed(why.into()),
+        });
+    }
+
+    pub(super) fn hold(&self, token: Token, expires: Instant) {
+        self.0.send_replace(Slot::Held { token, expires, trouble: None });
+    }
+
+    /// Waits until the token is rejected.
+    pub(super) async fn rejected(&self) {
+        let mut watch = self.0.subscribe();
+        let _ = watch.wait_for(|slot| matches!(slot, Slot::Rejected)).await.expect("the desk holds the sender");
+    }
+}
+
+impl Drop for Desk {
+    fn drop(&mut self) {
+        self.0.send_replace(Slot::Stopped);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_token_is_handed_out_until_its_real_end_and_then_the_trouble_is_told() {
+        let now = Instant::now();
+        let held = |trouble: Option<&str>| Slot::Held {
+            token: Token::new("t"),
+            expires: now + Duration::from_secs(10),
+            trouble: trouble.map(Into::into),
+        };
+        let told = Some(Err(AuthError::Unavailable("away".into())));
+        for (slot, after_s, expected) in [
+            (held(None), 9, Some(Ok(Token::new("t")))),
+            (held(Some("away")), 9, Some(Ok(Token::new("t")))),
+            (held(None), 10, None),
+            (held(Some("away")), 10, told.clone()),
+            (Slot::Failed("away".into()), 0, told),
+            (Slot::Working, 0, None),
+            (Slot::Rejected, 0, None),
+            (Slot::Stopped, 0, Some(Err(AuthError::Stopped))),
+        ] {
+            assert_eq!(slot.look(now + Duration::from_secs(after_s)), expected, "{slot:?} after {after_s} s");
+        }
+    }
+}

@@ -1,0 +1,160 @@
+//! `runner-host dev`: a whole world on this machine, and a node in it.
+
+use std::{net::SocketAddr, path::PathBuf, sync::Arc};
+
+use anyhow::Context;
+
+use super::{Exit, PluginArgs, block_on, signals};
+use crate::{
+    app::Node,
+    auth::NodeKey,
+    config::{HostConfig, Layers, Origin, Secrets, duration},
+    dev::{self, DevError, World},
+    engine::{Ended, Stops},
+    plugins::Plugins,
+};
+
+/// The port the world takes unless told otherwise.
+const USUAL_PORT: u16 = 8700;
+
+/// Flags of `dev`.
+#[derive(clap::Args)]
+pub(super) struct Args {
+    #[command(flatten)]
+    plugins: PluginArgs,
+    /// Keep stored data in this folder; without it everything is gone at the end
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// Port of the world [default: 8700, or a free one if that is taken]
+    #[arg(long, value_name = "N")]
+    port: Option<u16>,
+    /// Start the services alone, without a node
+    #[arg(long)]
+    no_node: bool,
+    /// How long a lease lives without a heartbeat
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration, default_value = "60s")]
+    lease_ttl: std::time::Duration,
+    /// Leases one node may hold at once [default: any number]
+    #[arg(long, value_name = "N")]
+    leases_per_node: Option<usize>,
+    /// Refuse (409) a wallet that registers while it is online, instead of taking it for a restart
+    #[arg(long)]
+    strict_identity: bool,
+    /// Tasks the node runs at once [default: MAX_CONCURRENCY, or 4]
+    #[arg(long, value_name = "N")]
+    max_concurrency: Option<String>,
+}
+
+fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
+    duration(text).ok_or_else(|| "expected a duration such as 60s".to_owned())
+}
+
+pub(super) fn run(args: Args, layers: Layers) -> anyhow::Result<Exit> {
+    let plugins = if args.no_node { None } else { Some(Arc::new(args.plugins.load(64, None)?)) };
+    block_on(live(args, layers, plugins))
+}
+
+async fn live(args: Args, layers: Layers, plugins: Option<Arc<Plugins>>) -> anyhow::Result<Exit> {
+    let stops = Stops::default();
+    signals::listen(stops.clone())?;
+    let world = start(&args).await?;
+    let node = match &plugins {
+        Some(plugins) => Some(join(&args, layers, &world, plugins).await?),
+        None => None,
+    };
+    print!("{}", greeting(&args, &world, node.as_ref(), plugins.as_deref())?);
+    let ended = match node {
+        Some(node) => node.run(stops).await,
+        None => {
+            stops.drain.cancelled().await;
+            Ended::Drained
+        }
+    };
+    world.stop().await;
+    Ok(if ended == Ended::Drained { Exit::Done } else { Exit::Temporary })
+}
+
+async fn start(args: &Args) -> anyhow::Result<World> {
+    let config = |port| dev::Config {
+        bind: SocketAddr::from(([127, 0, 0, 1], port)),
+        data: args.data.clone(),
+        lease_ttl: args.lease_ttl,
+        leases_per_node: args.leases_per_node,
+        strict_identity: args.strict_identity,
+        ..dev::Config::default()
+    };
+    if let Some(port) = args.port {
+        return World::start(config(port)).await.context("the world did not start");
+    }
+    match World::start(config(USUAL_PORT)).await {
+        Err(DevError::Listen { source, .. }) if source.kind() == std::io::ErrorKind::AddrInUse => {
+            eprintln!("port {USUAL_PORT} is taken, using a free one");
+            World::start(config(0)).await.context("the world did not start")
+        }
+        other => other.context("the world did not start"),
+    }
+}
+
+/// A node that joins over HTTP like any other, with a key of its own.
+async fn join(args: &Args, mut layers: Layers, world: &World, plugins: &Arc<Plugins>) -> anyhow::Result<Node> {
+    layers.set("DDS_BASE_URL", world.dds_url().as_str(), Origin::Command);
+    layers.set("DMS_BASE_URL", world.dms_url().as_str(), Origin::Command);
+    layers.set("HTTP_BIND", "127.0.0.1:0", Origin::Command);
+    layers.set_default("POLL_BACKOFF_MS_MIN", "50");
+    layers.set_default("POLL_BACKOFF_MS_MAX", "250");
+    layers.set_default("MAX_CONCURRENCY", "4");
+    if let Some(count) = &args.max_concurrency {
+        layers.set("MAX_CONCURRENCY", count, Origin::Flag);
+    }
+    let (_, key) = NodeKey::generate();
+    let secrets = Secrets::from_pairs([("REG_SECRET", "dev"), ("SECP256K1_PRIVHEX", key.as_str())]);
+    let config = HostConfig::build(&layers, &secrets)?;
+    Node::build(config, Arc::clone(plugins)).await
+}
+
+/// What a person needs to know, on stdout.
+fn greeting(args: &Args, world: &World, node: Option<&Node>, plugins: Option<&Plugins>) -> anyhow::Result<String> {
+    use std::fmt::Write as _;
+    let mut text = String::new();
+    let mut row = |name: &str, value: String| {
+        let _ = writeln!(text, "{name:<16} {value}");
+    };
+    row("sign-in (DDS)", world.dds_url().to_string());
+    row("tasks (DMS)", world.dms_url().to_string());
+    row("domain server", world.domain_server_url().to_string());
+    row("domain", world.domain_id().to_string());
+    if let Some(node) = node {
+        row("node pages", format!("http://{}/status.json", node.address()?));
+    }
+    if let Some(plugins) = plugins {
+        let served: Vec<String> = plugins.capabilities().iter().map(ToString::to_string).collect();
+        row("serving", if served.is_empty() { "nothing: no plugin is loaded".to_owned() } else { served.join(" ") });
+    }
+    let state = match &args.data {
+        Some(dir) => format!("stored data stays in {}; jobs are forgotten at the end", dir.display()),
+        None => "everything is gone when this ends; --data DIR keeps stored data".to_owned(),
+    };
+    row("state", state);
+    let (_, key) = NodeKey::generate();
+    let _ = write!(
+        text,
+        "\nAnother node joins with (a fresh key):\n\
+         export DDS_BASE_URL={}\n\
+         export DMS_BASE_URL={}\n\
+         export REG_SECRET=dev\n\
+         export SECP256K1_PRIVHEX={key}\n\
+         export HTTP_BIND=127.0.0.1:0\n\
+         \nJobs come from:\n\
+         export RUNNER_HOST_DEV={}\n\
+         runner-host submit CAPABILITY --input FILE --wait\n\
+         \nFor development and tests, not for production.\n",
+        trimmed(world.dds_url()),
+        trimmed(world.dms_url()),
+        trimmed(world.dds_url()),
+    );
+    Ok(text)
+}
+
+fn trimmed(url: url::Url) -> String {
+    url.as_str().trim_end_matches('/').to_owned()
+}

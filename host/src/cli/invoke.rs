@@ -1,0 +1,152 @@
+//! `runner-host invoke`: one runner, once, here, with no control plane.
+
+use std::{path::PathBuf, sync::Arc};
+
+use anyhow::Context;
+use serde_json::{Map, Value, json};
+use uuid::Uuid;
+
+use super::{Exit, Output, PluginArgs, block_on, nothing_to_serve, signals::Signals};
+use crate::{
+    config::default_scratch_dir,
+    model::{CancelReason, Capability, Grant, Lease, Outcome, Ports, Setup, TaskId},
+    plugins::{Job, Plugins},
+    storage::{LocalPorts, Scratch},
+};
+
+/// How long a cancelled runner may take to return.
+const CANCEL_GRACE: std::time::Duration = std::time::Duration::from_secs(10);
+
+/// Flags of `invoke`.
+#[derive(clap::Args)]
+pub(super) struct Args {
+    /// What to run, such as /examples/hello/v1
+    capability: String,
+    #[command(flatten)]
+    plugins: PluginArgs,
+    /// A file the runner gets as input; may be given more than once
+    #[arg(long = "input", value_name = "FILE")]
+    inputs: Vec<PathBuf>,
+    /// Parameters for the runner
+    #[arg(long, value_name = "JSON", default_value = "{}")]
+    meta: String,
+    /// Where artifacts are written
+    #[arg(long, value_name = "DIR", default_value = "out")]
+    out: PathBuf,
+    /// Form of the output
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+}
+
+pub(super) fn run(args: Args) -> anyhow::Result<Exit> {
+    let capability = Capability::parse(&args.capability).context(Exit::Usage)?;
+    let meta: Value = serde_json::from_str(&args.meta)
+        .map_err(|err| anyhow::anyhow!("--meta: expected JSON: {err}"))
+        .context(Exit::Usage)?;
+    for input in &args.inputs {
+        std::fs::File::open(input).with_context(|| format!("--input {}", input.display())).context(Exit::Usage)?;
+    }
+    let plugins = args.plugins.load(1, None)?;
+    if let Some(exit) = nothing_to_serve(&plugins) {
+        return Ok(exit);
+    }
+    if !plugins.capabilities().contains(&capability) {
+        let served: Vec<String> = plugins.capabilities().iter().map(ToString::to_string).collect();
+        eprintln!("error: no plugin serves {capability}; these do: {}", served.join(", "));
+        for listing in plugins.listings() {
+            if let Some(reason) = &listing.reason {
+                eprintln!("note: plugin {} was refused: {reason}", listing.file.display());
+            }
+        }
+        return Ok(Exit::Usage);
+    }
+    block_on(invoke(args, capability, meta, plugins))
+}
+
+async fn invoke(args: Args, capability: Capability, meta: Value, plugins: Plugins) -> anyhow::Result<Exit> {
+    let scratch = Scratch::open(default_scratch_dir())?;
+    let task = TaskId(Uuid::new_v4());
+    let dir = scratch.task_dir(task)?;
+    let (grant, _keys) =
+        Grant::new(lease(task, capability, args.inputs.len(), meta), Setup::Ready(Err("no plane".to_owned())));
+    let ports = Arc::new(LocalPorts::new(args.inputs, args.out.clone(), dir.path().to_owned()));
+    let job = Job {
+        grant: grant.clone(),
+        ports: Arc::clone(&ports) as Arc<dyn Ports>,
+        dir: dir.path().to_owned(),
+        cancel_grace: CANCEL_GRACE,
+    };
+    let mut signals = Signals::install()?;
+    let running = plugins.run(job);
+    tokio::pin!(running);
+    let outcome = loop {
+        tokio::select! {
+            outcome = &mut running => break outcome,
+            () = grant.mailbox.changed() => show_news(&grant),
+            _ = signals.next() => grant.cancel.cancel(CancelReason::Operator),
+        }
+    };
+    show_news(&grant);
+    plugins.shutdown(std::time::Duration::from_secs(1)).await;
+    dir.close()?;
+    match &outcome {
+        Outcome::Completed => {}
+        Outcome::Cancelled => {
+            eprintln!("cancelled");
+            return Ok(Exit::Cancelled);
+        }
+        other => {
+            eprintln!("error: {}: {}", other.word(), other.reason().unwrap_or_default());
+            return Ok(Exit::Failed);
+        }
+    }
+    for artifact in ports.published() {
+        let path = args.out.join(&artifact.logical_path);
+        match args.output {
+            Output::Text => println!("{}", path.display()),
+            Output::Json => {
+                println!("{}", json!({ "path": path, "data_type": artifact.data_type, "name": artifact.name }))
+            }
+        }
+    }
+    Ok(Exit::Done)
+}
+
+fn lease(task: TaskId, capability: Capability, inputs: usize, meta: Value) -> Lease {
+    let inputs: Vec<String> = (0..inputs).map(|number| format!("input-{number}")).collect();
+    let document = json!({
+        "task": { "id": task.to_string(), "capability": capability.as_str(), "inputs_cids": inputs, "meta": meta },
+    });
+    let document = match document {
+        Value::Object(document) => document,
+        _ => Map::new(),
+    };
+    Lease {
+        task,
+        job: None,
+        capability,
+        expires_at: None,
+        cancelled: false,
+        domain_id: None,
+        domain_server: None,
+        token: None,
+        inputs,
+        outputs_prefix: None,
+        document,
+    }
+}
+
+/// Prints progress and events as they come, a line each.
+fn show_news(grant: &Grant) {
+    if !grant.mailbox.is_dirty() {
+        return;
+    }
+    let news = grant.mailbox.pending();
+    grant.mailbox.acknowledge(&news);
+    for event in &news.events {
+        eprintln!("event    {event}");
+    }
+    if news.progress != json!({}) {
+        eprintln!("progress {}", news.progress);
+    }
+}

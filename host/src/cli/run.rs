@@ -1,0 +1,106 @@
+//! `runner-host run`: the node.
+
+use std::sync::Arc;
+
+use super::{Exit, PluginArgs, block_on, nothing_to_serve, signals};
+use crate::{
+    app::Node,
+    config::{HostConfig, KEYS, Layers, Origin, Secrets},
+    engine::{Ended, Stops},
+};
+
+/// Flags of `run`.
+#[derive(clap::Args)]
+#[command(after_help = settings_help())]
+pub(super) struct Args {
+    #[command(flatten)]
+    plugins: PluginArgs,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+/// Settings given on the command line.
+#[derive(clap::Args, Default)]
+pub(super) struct Settings {
+    /// Tasks run at once; MAX_CONCURRENCY
+    #[arg(long, value_name = "N")]
+    max_concurrency: Option<String>,
+    /// Where the node's pages are served; HTTP_BIND
+    #[arg(long, value_name = "ADDR")]
+    http_bind: Option<String>,
+    /// Any other setting by its name below; secrets come from the environment only
+    #[arg(long = "set", value_name = "NAME=VALUE")]
+    set: Vec<String>,
+}
+
+impl Settings {
+    /// Lays the flags over the environment.
+    pub(super) fn apply(&self, layers: &mut Layers) -> anyhow::Result<()> {
+        for (name, value) in [("MAX_CONCURRENCY", &self.max_concurrency), ("HTTP_BIND", &self.http_bind)] {
+            if let Some(value) = value {
+                layers.set(name, value, Origin::Flag);
+            }
+        }
+        for pair in &self.set {
+            let (name, value) =
+                pair.split_once('=').ok_or_else(|| anyhow::anyhow!("--set {pair}: expected NAME=VALUE"))?;
+            match KEYS.iter().find(|key| key.name == name) {
+                Some(key) if key.secret => {
+                    anyhow::bail!(
+                        "--set {name}: a secret on the command line is visible to others; use the environment"
+                    )
+                }
+                Some(key) => layers.set(key.name, value, Origin::Flag),
+                None => anyhow::bail!("--set {name}: there is no such setting{}", suggestion(name)),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn suggestion(name: &str) -> String {
+    let near =
+        KEYS.iter().map(|key| (strsim::jaro_winkler(name, key.name), key.name)).max_by(|a, b| a.0.total_cmp(&b.0));
+    near.filter(|(likeness, _)| *likeness > 0.75)
+        .map_or_else(String::new, |(_, near)| format!(", did you mean {near}?"))
+}
+
+fn settings_help() -> String {
+    let mut help = "Settings, by environment variable:\n".to_owned();
+    for key in KEYS {
+        let default = match (key.default, key.required) {
+            (Some(default), _) => format!(" [default: {default}]"),
+            (None, true) => " (required)".to_owned(),
+            (None, false) => String::new(),
+        };
+        help.push_str(&format!("  {:<26} {}{default}\n", key.name, key.help));
+    }
+    help.push_str("\nThe first TERM or INT drains, the second cancels, the third exits at once.");
+    help
+}
+
+pub(super) fn run(args: Args, mut layers: Layers, secrets: &Secrets) -> anyhow::Result<Exit> {
+    args.settings.apply(&mut layers)?;
+    let config = match HostConfig::build(&layers, secrets) {
+        Ok(config) => config,
+        Err(mistakes) => {
+            for mistake in mistakes.0 {
+                eprintln!("error: {mistake}");
+            }
+            return Ok(Exit::Configuration);
+        }
+    };
+    let plugins = Arc::new(args.plugins.load(config.max_concurrency, config.noop)?);
+    if let Some(exit) = nothing_to_serve(&plugins) {
+        return Ok(exit);
+    }
+    block_on(async {
+        let stops = Stops::default();
+        signals::listen(stops.clone())?;
+        let node = Node::build(config, plugins).await?;
+        Ok(match node.run(stops).await {
+            Ended::Drained => Exit::Done,
+            Ended::CutShort => Exit::Temporary,
+        })
+    })
+}

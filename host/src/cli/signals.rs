@@ -1,0 +1,75 @@
+//! Signals: the first drains, the second cancels, the third ends the process at once.
+
+use tracing::{info, warn};
+
+use super::Exit;
+use crate::engine::Stops;
+
+/// Turns signals into stops until the process ends.
+///
+/// # Errors
+/// When the handlers cannot be installed.
+pub(super) fn listen(stops: Stops) -> std::io::Result<()> {
+    let mut signals = Signals::install()?;
+    // Ends with the process: signals matter until the last moment.
+    tokio::spawn(async move {
+        let first = signals.next().await;
+        info!(signal = first, "draining; again to cancel running tasks");
+        stops.drain.cancel();
+        let second = signals.next().await;
+        warn!(signal = second, "cancelling running tasks; again to exit at once");
+        stops.drain.cancel();
+        stops.cancel.cancel();
+        let third = signals.next().await;
+        warn!(signal = third, "exiting at once");
+        std::process::exit(Exit::Temporary as i32);
+    });
+    Ok(())
+}
+
+#[cfg(unix)]
+pub(super) struct Signals {
+    term: tokio::signal::unix::Signal,
+    int: tokio::signal::unix::Signal,
+    hup: tokio::signal::unix::Signal,
+}
+
+#[cfg(unix)]
+impl Signals {
+    pub(super) fn install() -> std::io::Result<Self> {
+        use tokio::signal::unix::{SignalKind, signal};
+        Ok(Self {
+            term: signal(SignalKind::terminate())?,
+            int: signal(SignalKind::interrupt())?,
+            hup: signal(SignalKind::hangup())?,
+        })
+    }
+
+    pub(super) async fn next(&mut self) -> &'static str {
+        loop {
+            tokio::select! {
+                _ = self.term.recv() => return "TERM",
+                _ = self.int.recv() => return "INT",
+                // A node must outlive the terminal it was started from.
+                _ = self.hup.recv() => warn!("HUP does nothing in this version; restart to reload"),
+            }
+        }
+    }
+}
+
+#[cfg(not(unix))]
+pub(super) struct Signals;
+
+#[cfg(not(unix))]
+impl Signals {
+    pub(super) fn install() -> std::io::Result<Self> {
+        Ok(Self)
+    }
+
+    pub(super) async fn next(&mut self) -> &'static str {
+        if tokio::signal::ctrl_c().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        "INT"
+    }
+}

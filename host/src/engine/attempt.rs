@@ -1,0 +1,131 @@
+//! The path of one task.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::sync::OwnedSemaphorePermit;
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, info, info_span, warn};
+
+use super::Rooms;
+use crate::{
+    model::{CancelReason, Grant, Lease, Outcome, Ports, Setup, Verdict},
+    plugins::Job,
+    session::Settled,
+};
+
+/// One task, top to bottom. Every early exit still settles the lease and frees the slot.
+pub(super) async fn attempt(
+    rooms: Arc<Rooms>,
+    permit: OwnedSemaphorePermit,
+    lease: Lease,
+    grace: Duration,
+    cancel_all: CancellationToken,
+) {
+    let span = info_span!(
+        "task",
+        task_id = %lease.task,
+        job_id = lease.job.map(tracing::field::display),
+        capability = %lease.capability,
+        domain_id = lease.domain_id.map(tracing::field::display),
+    );
+    async {
+        let began = std::time::Instant::now();
+        info!("task started");
+        let session = rooms.sessions.open(lease); // heartbeats start
+        let grant = session.grant(); // the task, a token, cancel, a place to report progress
+        let run = run(&rooms, &grant, grace);
+        let verdict = run_to_end(run, &grant, cancel_all).await;
+        rooms.board.moved(grant.lease.task, "reporting");
+        let settled = session.settle(&verdict).await;
+        drop(permit); // the slot is free
+        rooms.board.ended(grant.lease.task, &verdict.outcome, !matches!(settled, Settled::GivenUp(_)));
+        say(&verdict, &settled, began.elapsed());
+    }
+    .instrument(span)
+    .await;
+}
+
+/// Lets `run` come to its end, passing on the node's own wish to stop.
+async fn run_to_end(run: impl Future<Output = Verdict>, grant: &Grant, cancel_all: CancellationToken) -> Verdict {
+    tokio::pin!(run);
+    tokio::select! {
+        verdict = &mut run => return verdict,
+        () = cancel_all.cancelled() => grant.cancel.cancel(CancelReason::Drained),
+    }
+    run.await
+}
+
+async fn run(rooms: &Rooms, grant: &Grant, grace: Duration) -> Verdict {
+    let nothing = |outcome| Verdict { outcome, artifacts: Vec::new() };
+    // A lease without coordinates may still get them with its set-up heartbeat. All others start at
+    // once; their first input, output or token call waits for the heartbeat's answer.
+    if (grant.lease.domain_id.is_none() || grant.lease.domain_server.is_none())
+        && let Err(outcome) = setup(grant).await
+    {
+        return nothing(outcome);
+    }
+    let dir = match rooms.storage.task_dir(grant.lease.task) {
+        Ok(dir) => dir,
+        Err(err) => return nothing(Outcome::HostFault { message: format!("no task directory: {err}") }),
+    };
+    let ports = rooms.storage.ports(grant, dir.path()); // nothing is fetched before the runner asks
+    rooms.board.moved(grant.lease.task, "running");
+    let job = Job {
+        grant: grant.clone(),
+        ports: Arc::clone(&ports) as Arc<dyn Ports>,
+        dir: dir.path().to_owned(),
+        cancel_grace: grace,
+    };
+    let outcome = rooms.plugins.run(job).await;
+    ports.close().await; // ends or aborts what is still under way
+    let artifacts = ports.published();
+    if let Err(err) = dir.close() {
+        warn!(error = %err, "task directory could not be removed");
+    }
+    Verdict { outcome: refused_setup(grant, outcome), artifacts }
+}
+
+/// Waits for the set-up heartbeat and says what is missing.
+async fn setup(grant: &Grant) -> Result<(), Outcome> {
+    match grant.setup().await {
+        Setup::Ready(Ok(_)) => Ok(()),
+        Setup::Ready(Err(message)) => Err(Outcome::Setup { stage: "build_ports", message }),
+        Setup::Refused(message) => Err(match grant.cancel.reason() {
+            Some(CancelReason::Plane | CancelReason::Operator) => Outcome::Cancelled,
+            Some(CancelReason::LeaseLost) => Outcome::LeaseLost,
+            Some(CancelReason::Drained) => Outcome::Drained,
+            None => Outcome::Setup { stage: "initial_heartbeat", message },
+        }),
+        Setup::Pending => unreachable!("setup() waits until it is not pending"),
+    }
+}
+
+/// A runner that failed because the lease was never set up is not to blame.
+fn refused_setup(grant: &Grant, outcome: Outcome) -> Outcome {
+    if !matches!(outcome, Outcome::Failed { .. } | Outcome::Storage { .. }) {
+        return outcome;
+    }
+    match grant.setup_now() {
+        Setup::Refused(message) => Outcome::Setup { stage: "initial_heartbeat", message },
+        Setup::Ready(Err(message)) => Outcome::Setup { stage: "build_ports", message },
+        Setup::Ready(Ok(_)) | Setup::Pending => outcome,
+    }
+}
+
+/// The one line a task ends with.
+fn say(verdict: &Verdict, settled: &Settled, took: Duration) {
+    let outcome = verdict.outcome.word();
+    let (artifacts, elapsed_ms) = (verdict.artifacts.len(), took.as_millis());
+    let reason = verdict.outcome.reason();
+    match settled {
+        Settled::Accepted if reason.is_none() => info!(outcome, artifacts, elapsed_ms, "task ended"),
+        Settled::Accepted => warn!(outcome, artifacts, elapsed_ms, reason, "task ended"),
+        Settled::NotSent(_) => info!(outcome, elapsed_ms, "task ended, nothing to report"),
+        Settled::Refused(why) => {
+            warn!(outcome, artifacts, elapsed_ms, reason, error = %why, "task ended, its report was refused for good")
+        }
+        Settled::GivenUp(why) => {
+            warn!(outcome, artifacts, elapsed_ms, reason, error = %why, "task ended, its report could not be delivered")
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! Slots, polling, dispatch, drain. Owns what is running.
+//!
+//! [`attempt::attempt`] is the path of one task. [`Engine::run`] polls for leases while slots are
+//! free and stops in two steps: first nothing new is leased and running tasks may end, then they are
+//! cancelled.
+
+mod attempt;
+mod backoff;
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    runtime::Handle,
+    sync::Semaphore,
+    task::{JoinError, JoinSet},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, error, info, warn};
+
+use crate::{
+    leases::{LeaseError, LeaseSource},
+    model::{Lease, Phase, StatusBoard},
+    plugins::Plugins,
+    session::Sessions,
+    storage::Storage,
+};
+use backoff::Backoff;
+
+/// What the engine works with.
+pub struct Rooms {
+    /// Where leases come from.
+    pub source: Arc<dyn LeaseSource>,
+    /// Keeps them.
+    pub sessions: Sessions,
+    /// Moves data.
+    pub storage: Storage,
+    /// Runs code.
+    pub plugins: Arc<Plugins>,
+    /// Shows what is running.
+    pub board: StatusBoard,
+    /// Runs everything towards the control plane, on a thread that busy runners cannot starve.
+    pub control: Handle,
+}
+
+/// How the engine is paced.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Tasks at once.
+    pub slots: usize,
+    /// Bounds of the pause after an empty poll.
+    pub poll_backoff: (Duration, Duration),
+    /// How long running tasks may go on after the first stop.
+    pub drain_timeout: Duration,
+    /// How long a cancelled runner may take.
+    pub cancel_grace: Duration,
+}
+
+/// How a stop is asked for.
+#[derive(Clone, Default)]
+pub struct Stops {
+    /// Lease nothing new; let running tasks end within the drain timeout.
+    pub drain: CancellationToken,
+    /// Cancel what is running.
+    pub cancel: CancellationToken,
+}
+
+/// How the engine ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// Every task came to its own end.
+    Drained,
+    /// Tasks were cancelled because time ran out or a second signal came.
+    CutShort,
+}
+
+/// See the module's text.
+pub struct Engine {
+    rooms: Arc<Rooms>,
+    config: Config,
+    slots: Arc<Semaphore>,
+    attempts: JoinSet<()>,
+}
+
+/// What became of one poll.
+enum Polled {
+    Lease(Box<Lease>),
+    /// Nothing to do now.
+    Pause,
+    /// The plane wants us to end something first.
+    Busy,
+}
+
+impl Engine {
+    /// An engine that has not started.
+    #[must_use]
+    pub fn new(rooms: Rooms, config: Config) -> Self {
+        let slots = Arc::new(Semaphore::new(config.slots));
+        Self { rooms: Arc::new(rooms), config, slots, attempts: JoinSet::new() }
+    }
+
+    /// Polls and runs until told to stop and everything has ended.
+    pub async fn run(mut self, stops: Stops) -> Ended {
+        let (low, high) = self.config.poll_backoff;
+        let mut backoff = Backoff::new(low, high);
+        // The slot is taken before polling: a lease we hold can always be run.
+        while let Some(permit) = self.free_slot(&stops).await {
+            let polled = self.poll(&stops).await;
+            let pause = match polled {
+                Polled::Lease(lease) => {
+                    backoff.reset();
+                    let (rooms, grace) = (Arc::clone(&self.rooms), self.config.cancel_grace);
+                    self.attempts.spawn(attempt::attempt(rooms, permit, *lease, grace, stops.cancel.clone()));
+                    continue;
+                }
+                Polled::Pause => backoff.next(),
+                Polled::Busy => {
+                    drop(permit);
+                    if !self.attempts.is_empty() {
+                        tokio::select! {
+                            () = stops.drain.cancelled() => {}
+                            Some(ended) = self.attempts.join_next() => look_at(ended),
+                        }
+                        continue;
+                    }
+                    backoff.next()
+                }
+            };
+            debug!(retry_in_ms = pause.as_millis(), "no work");
+            let slept = tokio::time::sleep(pause);
+            tokio::pin!(slept);
+            loop {
+                tokio::select! {
+                    () = stops.drain.cancelled() => break,
+                    () = &mut slept => break,
+                    // After a finished task the next poll follows at once.
+                    Some(ended) = self.attempts.join_next() => { look_at(ended); break; }
+                }
+            }
+        }
+        self.drain(&stops).await
+    }
+
+    /// A permit, or `None` once no more work should be taken.
+    async fn free_slot(&mut self, stops: &Stops) -> Option<tokio::sync::OwnedSemaphorePermit> {
+        loop {
+            tokio::select! {
+                biased;
+                () = stops.drain.cancelled() => return None,
+                Some(ended) = self.attempts.join_next() => look_at(ended),
+                permit = Arc::clone(&self.slots).acquire_owned() => {
+                    return Some(permit.expect("the slots are never closed"));
+                }
+            }
+        }
+    }
+
+    async fn poll(&self, stops: &Stops) -> Polled {
+        let source = Arc::clone(&self.rooms.source);
+        // On the control runtime, and never dropped midway: the plane may have given us a lease already.
+        let taken = self.rooms.control.spawn(async move { source.take().await }).await;
+        match taken {
+            Ok(Ok(Some(lease))) => self.admit(lease),
+            Ok(Ok(None)) => Polled::Pause,
+            Ok(Err(LeaseError::Busy)) => Polled::Busy,
+            Ok(Err(err)) => {
+                if !stops.drain.is_cancelled() {
+                    warn!(error = %err, "poll failed");
+                }
+                Polled::Pause
+            }
+            Err(err) => {
+                error!(error = %err, "poll task ended unexpectedly");
+                Polled::Pause
+            }
+        }
+    }
+
+    /// Leases that are over before they begin are neither run nor reported.
+    fn admit(&self, lease: Lease) -> Polled {
+        let (task, capability) = (lease.task, &lease.capability);
+        if lease.cancelled {
+            info!(task_id = %task, capability = %capability, "lease skipped, it came already cancelled");
+            return Polled::Pause;
+        }
+        if lease.expires_at.is_some_and(|expiry| expiry <= jiff::Timestamp::now()) {
+            warn!(task_id = %task, capability = %capability, "lease skipped, it came already expired");
+            return Polled::Pause;
+        }
+        self.rooms.board.began(&lease);
+        Polled::Lease(Box::new(lease))
+    }
+
+    /// Waits for the running tasks, first patiently, then with a cancel.
+    async fn drain(mut self, stops: &Stops) -> Ended {
+        self.rooms.board.change(|status| status.phase = Phase::Draining);
+        if !self.attempts.is_empty() {
+            info!(tasks = self.attempts.len(), limit_ms = self.config.drain_timeout.as_millis(), "draining");
+        }
+        let mut ended = Ended::Drained;
+        let patience = tokio::time::sleep(self.config.drain_timeout);
+        tokio::pin!(patience);
+        loop {
+            tokio::select! {
+                next = self.attempts.join_next() => match next {
+                    Some(end) => look_at(end),
+                    None => break,
+                },
+                () = &mut patience, if ended == Ended::Drained => {
+                    ended = Ended::CutShort;
+                    stops.cancel.cancel();
+                }
+                () = stops.cancel.cancelled(), if ended == Ended::Drained => ended = Ended::CutShort,
+            }
+        }
+        self.rooms.plugins.shutdown(Duration::from_secs(1)).await;
+        self.rooms.board.change(|status| status.phase = Phase::Stopped);
+        ended
+    }
+}
+
+/// An attempt settles its lease itself; only a bug of ours surfaces here.
+fn look_at(ended: Result<(), JoinError>) {
+    if let Err(err) = ended {
+        error!(error = %err, "an attempt ended unexpectedly");
+    }
+}

@@ -1,0 +1,248 @@
+//! A task's end in the words of the DMS: which call, which reason, which details
+//! (posemesh contract 4.7 and 4.8, and the outcomes of this project).
+
+use serde_json::{Map, Value, json};
+
+use super::wire::{CompleteRequest, FailRequest};
+use crate::model::{Lease, Outcome, TaskId, Verdict};
+
+/// Longest reason planes are known to take, in bytes.
+const REASON_BYTES_MAX: usize = 4096;
+/// Largest details of a runner's own that are passed on, in bytes of JSON: half of what planes
+/// are known to take for the whole.
+const OWN_DETAILS_BYTES_MAX: usize = 32 * 1024;
+
+/// What is sent.
+#[derive(Debug)]
+pub(super) enum Report {
+    Complete(CompleteRequest),
+    Fail(FailRequest),
+}
+
+impl Report {
+    pub(super) fn verb(&self) -> &'static str {
+        match self {
+            Self::Complete(_) => "complete",
+            Self::Fail(_) => "fail",
+        }
+    }
+
+    pub(super) fn body(&self) -> String {
+        match self {
+            Self::Complete(body) => serde_json::to_string(body),
+            Self::Fail(body) => serde_json::to_string(body),
+        }
+        .expect("strings and JSON values are JSON")
+    }
+}
+
+/// The report for `verdict`; `None` where nothing may be said.
+pub(super) fn report(task: TaskId, lease: &Lease, verdict: &Verdict) -> Option<Report> {
+    let reason = match &verdict.outcome {
+        Outcome::Cancelled | Outcome::LeaseLost => return None,
+        Outcome::Completed => {
+            return Some(Report::Complete(CompleteRequest {
+                output_cids: output_cids(verdict),
+                meta: Value::Object(body_of(task, lease, verdict)),
+            }));
+        }
+        Outcome::Setup { stage, message } => {
+            let mut details = Map::new();
+            details.insert("stage".into(), (*stage).into());
+            details.insert("error".into(), cut(message).into());
+            return Some(fail("node_setup_failed", details, &verdict.outcome));
+        }
+        Outcome::Failed { message, .. } => format!("runner failed: {message}"),
+        Outcome::Panicked { message, place } => {
+            // The place is what a reader needs most: it must survive the cut.
+            let place = format!(" at {place}");
+            let room = REASON_BYTES_MAX.saturating_sub(place.len());
+            format!("{}{place}", cut_at(&format!("runner panicked: {message}"), room))
+        }
+        Outcome::Storage { message } => format!("storage: {message}"),
+        Outcome::NoRunner => format!("no runner registered for capability: {}", lease.capability),
+        Outcome::Drained => "drained".to_owned(),
+        Outcome::HostFault { message } => format!("host fault: {message}"),
+    };
+    let mut details = body_of(task, lease, verdict);
+    if let Outcome::Failed { details: own, .. } = &verdict.outcome
+        && !own.is_null()
+    {
+        let bytes = own.to_string().len();
+        let own = if bytes > OWN_DETAILS_BYTES_MAX {
+            json!({ "omitted": format!("{bytes} bytes, at most {OWN_DETAILS_BYTES_MAX} are reported") })
+        } else {
+            own.clone()
+        };
+        details.insert("details".into(), own);
+    }
+    Some(fail(&reason, details, &verdict.outcome))
+}
+
+fn fail(reason: &str, mut details: Map<String, Value>, outcome: &Outcome) -> Report {
+    details.insert("outcome".into(), outcome.word().into());
+    details.insert("code".into(), outcome.code().into());
+    details.insert("retryable".into(), outcome.retryable().into());
+    Report::Fail(FailRequest { reason: cut(reason).to_owned(), details: Value::Object(details) })
+}
+
+/// `{"job": …, "artifacts": […]}`, the same for a completion and a failure.
+fn body_of(task: TaskId, lease: &Lease, verdict: &Verdict) -> Map<String, Value> {
+    let job = json!({
+        "task_id": task.0,
+        "job_id": lease.job,
+        "domain_id": lease.domain_id,
+        "capability": lease.capability.as_str(),
+    });
+    let artifacts = serde_json::to_value(&verdict.artifacts).expect("artifacts are strings");
+    Map::from_iter([("job".to_owned(), job), ("artifacts".to_owned(), artifacts)])
+}
+
+/// Ids in the order of the artifacts, each once.
+fn output_cids(verdict: &Verdict) -> Vec<String> {
+    let mut seen = std::collections::HashSet::new();
+    let ids = verdict.artifacts.iter().filter_map(|artifact| artifact.id.as_deref());
+    ids.filter(|id| seen.insert(*id)).map(str::to_owned).collect()
+}
+
+fn cut(text: &str) -> &str {
+    cut_at(text, REASON_BYTES_MAX)
+}
+
+/// The beginning of `text`, at most `bytes` long and cut at a character.
+fn cut_at(text: &str, bytes: usize) -> &str {
+    let mut end = text.len().min(bytes);
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{leases::dms::tests::sample_lease, model::Artifact};
+
+    const TASK: &str = "0b9f3c52-3b0e-4f0e-8f8e-6f2e9d0c7a01";
+
+    fn artifact(path: &str, id: Option<&str>) -> Artifact {
+        Artifact {
+            logical_path: path.into(),
+            name: path.replace('/', "_"),
+            data_type: "json".into(),
+            id: id.map(Into::into),
+        }
+    }
+
+    fn sent(outcome: Outcome, artifacts: Vec<Artifact>) -> (&'static str, Value) {
+        let task = TaskId(TASK.parse().expect("an id"));
+        let sent = report(task, &sample_lease(), &Verdict { outcome, artifacts }).expect("a report");
+        (sent.verb(), serde_json::from_str(&sent.body()).expect("JSON"))
+    }
+
+    #[test]
+    fn a_completion_lists_what_was_published() {
+        let artifacts = vec![
+            artifact("b", Some("d-2")),
+            artifact("c", None),
+            artifact("a", Some("d-1")),
+            artifact("d", Some("d-2")),
+        ];
+        let (verb, body) = sent(Outcome::Completed, artifacts);
+        assert_eq!(verb, "complete");
+        assert_eq!(body["output_cids"], json!(["d-2", "d-1"]));
+        assert_eq!(
+            body["meta"]["job"],
+            json!({ "task_id": TASK, "job_id": null, "domain_id": "3f0c1c1e-8f57-4d0a-9a83-5f0f3f1b7c11",
+                    "capability": "/lab/echo/v1" })
+        );
+        assert_eq!(
+            body["meta"]["artifacts"][1],
+            json!({ "logical_path": "c", "name": "c", "data_type": "json", "id": null })
+        );
+        assert_eq!(body["meta"].as_object().map(Map::len), Some(2));
+        assert_eq!(body.as_object().map(Map::len), Some(2));
+    }
+
+    /// One row an outcome: reason, then outcome/code/retryable, then the keys of the details.
+    fn check(outcome: Outcome, reason: &str, words: &str, keys: &str) {
+        let (verb, body) = sent(outcome, vec![artifact("a", Some("d-1"))]);
+        let details = body["details"].as_object().expect("details");
+        let word = |key: &str| details[key].as_str().expect("text").to_owned();
+        assert_eq!(verb, "fail");
+        assert_eq!(body["reason"], reason);
+        assert_eq!(format!("{}/{}/{}", word("outcome"), word("code"), details["retryable"]), words);
+        assert_eq!(details.keys().map(String::as_str).collect::<Vec<_>>().join(" "), keys);
+    }
+
+    #[test]
+    fn every_end_has_its_reason_and_details() {
+        let plain = "artifacts code job outcome retryable";
+        let failed = |retryable, invalid_input, details| Outcome::Failed {
+            message: "outer: inner".into(),
+            retryable,
+            invalid_input,
+            details,
+        };
+        check(failed(true, false, Value::Null), "runner failed: outer: inner", "failed/runner_error/true", plain);
+        check(
+            failed(false, true, json!({ "line": 3 })),
+            "runner failed: outer: inner",
+            "failed/invalid_input/false",
+            "artifacts code details job outcome retryable",
+        );
+        check(
+            Outcome::Panicked { message: "oops".into(), place: "src/lib.rs:7".into() },
+            "runner panicked: oops at src/lib.rs:7",
+            "panicked/runner_panic/false",
+            plain,
+        );
+        check(Outcome::Storage { message: "full".into() }, "storage: full", "storage/storage/true", plain);
+        check(Outcome::Drained, "drained", "drained/drained/true", plain);
+        check(
+            Outcome::NoRunner,
+            "no runner registered for capability: /lab/echo/v1",
+            "host-fault/no_runner/true",
+            plain,
+        );
+        check(Outcome::HostFault { message: "odd".into() }, "host fault: odd", "host-fault/host_fault/true", plain);
+        check(
+            Outcome::Setup { stage: "build_ports", message: "lease missing domain_id".into() },
+            "node_setup_failed",
+            "host-fault/build_ports/true",
+            "code error outcome retryable stage",
+        );
+    }
+
+    #[test]
+    fn nothing_is_said_of_a_task_that_is_not_ours_any_more() {
+        for outcome in [Outcome::Cancelled, Outcome::LeaseLost] {
+            let verdict = Verdict { outcome, artifacts: Vec::new() };
+            assert!(report(TaskId(TASK.parse().expect("an id")), &sample_lease(), &verdict).is_none());
+        }
+    }
+
+    #[test]
+    fn reasons_are_cut_at_a_character_and_keep_the_place_of_a_panic() {
+        let failed =
+            Outcome::Failed {
+                message: "é".repeat(4096), retryable: false, invalid_input: false, details: Value::Null
+            };
+        let (_, body) = sent(failed, Vec::new());
+        assert_eq!(body["reason"].as_str().map(str::len), Some(REASON_BYTES_MAX - 1));
+        let panicked = Outcome::Panicked { message: "é".repeat(4096), place: "src/lib.rs:7".into() };
+        let (_, body) = sent(panicked, Vec::new());
+        let reason = body["reason"].as_str().expect("text");
+        assert!(reason.len() <= REASON_BYTES_MAX && reason.ends_with("é at src/lib.rs:7"));
+    }
+
+    #[test]
+    fn details_of_any_size_leave_a_report_the_plane_takes() {
+        let failed =
+            |details| Outcome::Failed { message: String::new(), retryable: false, invalid_input: false, details };
+        let (_, body) = sent(failed(json!("x".repeat(OWN_DETAILS_BYTES_MAX))), Vec::new());
+        assert_eq!(body["details"]["details"], json!({ "omitted": "32770 bytes, at most 32768 are reported" }));
+        let (_, body) = sent(failed(json!("x".repeat(100))), Vec::new());
+        assert_eq!(body["details"]["details"].as_str().map(str::len), Some(100));
+    }
+}

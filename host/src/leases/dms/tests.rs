@@ -1,0 +1,329 @@
+//! The adapter against a DMS that each test plays by hand.
+
+use serde_json::json;
+
+use super::*;
+use crate::{
+    auth::NodeKey,
+    leases::Advice,
+    model::Outcome,
+    transport::testing::{BAD_BODIES, Call, Service, assert_clean},
+};
+
+const TASK: &str = "0b9f3c52-3b0e-4f0e-8f8e-6f2e9d0c7a01";
+const SOON: Duration = Duration::from_secs(20);
+
+/// The minimal lease of contract 4.4.
+pub(in crate::leases) fn sample_envelope() -> Value {
+    json!({"access_token":"dom-1","lease_expires_at":"2025-06-01T08:05:00Z","domain_id":"3f0c1c1e-8f57-4d0a-9a83-5f0f3f1b7c11",
+        "domain_server_url":"https://ds.lab.test","task":{"id":TASK,"capability":"/lab/echo/v1","inputs_cids":["a1"]}})
+}
+
+pub(in crate::leases) fn sample_lease() -> Lease {
+    let envelope: LeaseEnvelope = serde_json::from_value(sample_envelope()).expect("a lease");
+    Lease {
+        task: TaskId(envelope.task.id),
+        job: None,
+        capability: "/lab/echo/v1".parse().expect("a name"),
+        expires_at: envelope.lease_expires_at,
+        cancelled: false,
+        domain_id: envelope.domain_id,
+        domain_server: None,
+        token: None,
+        inputs: Vec::new(),
+        outputs_prefix: None,
+        document: Map::new(),
+    }
+}
+
+fn task() -> TaskId {
+    TaskId(TASK.parse().expect("an id"))
+}
+
+fn dms(plane: &Service, base: &str) -> Dms {
+    let config = Config { base: plane.url.join(base).expect("a URL"), request_timeout: SOON };
+    Dms::new(config, Client::new(transport::Config::default()), TokenSource::holding("top-secret-node"))
+}
+
+/// Calls `take` and lets `answer` play the plane.
+async fn take(answer: impl FnOnce(Call)) -> Result<Option<Lease>, LeaseError> {
+    let mut plane = Service::start().await;
+    let dms = dms(&plane, "v1");
+    let (taken, ()) = tokio::join!(dms.take(), async { answer(plane.expect("GET /v1/tasks").await) });
+    taken
+}
+
+async fn keep(answer: impl FnOnce(Call)) -> Result<Kept, LeaseError> {
+    let mut plane = Service::start().await;
+    let dms = dms(&plane, "v1");
+    let beat = Pending { progress: json!({ "at": 1 }), events: vec![json!("e")], version: 1 };
+    let (kept, ()) = tokio::join!(dms.keep(task(), &beat, SOON), async {
+        let call = plane.expect(&format!("POST /v1/tasks/{TASK}/heartbeat")).await;
+        assert_eq!(call.json(), json!({ "progress": { "at": 1 }, "events": ["e"] }));
+        answer(call);
+    });
+    kept
+}
+
+async fn settle(outcome: Outcome, answer: impl FnOnce(Call)) -> Result<(), LeaseError> {
+    let mut plane = Service::start().await;
+    let dms = dms(&plane, "v1");
+    let verdict = Verdict { outcome, artifacts: Vec::new() };
+    let lease = sample_lease();
+    let (settled, ()) = tokio::join!(dms.settle(task(), &lease, &verdict), async { answer(plane.next().await) });
+    settled
+}
+
+// S0-20
+#[tokio::test]
+async fn slashes_behind_the_base_do_not_matter() {
+    for (base, path) in [("v1", "/v1/tasks"), ("v1/", "/v1/tasks"), ("v1//", "/v1/tasks"), ("", "/tasks")] {
+        let mut plane = Service::start().await;
+        let dms = dms(&plane, base);
+        let (taken, ()) = tokio::join!(dms.take(), async {
+            let call = plane.expect(&format!("GET {path}")).await;
+            assert_eq!(call.bearer(), "top-secret-node");
+            call.answer(204, "");
+        });
+        assert!(matches!(taken, Ok(None)));
+    }
+}
+
+#[tokio::test]
+async fn a_lease_arrives_whole_and_its_document_without_credentials() {
+    let mut envelope = sample_envelope();
+    envelope["p2p_access_token"] = "top-secret-p2p".into();
+    envelope["Other_Token"] = "top-secret-other".into();
+    envelope["access_token_expires_at"] = "2025-06-01 08:05:00.25+02:00".into();
+    envelope["task"]["meta"] = json!({ "access_token": "the author's own", "voxel": 0.1 });
+    envelope["task"]["id"] = TASK.to_uppercase().into();
+    envelope["task"]["outputs_prefix"] = "out".into();
+    envelope["future"] = json!({ "kept": true });
+    let sent = envelope.clone();
+    let lease = take(|call| call.ok(sent)).await.expect("usable").expect("a lease");
+    assert_eq!(lease.task, task());
+    assert_eq!(lease.capability.as_str(), "/lab/echo/v1");
+    assert_eq!(lease.token, Some(Token::new("dom-1")));
+    assert_eq!(lease.domain_server.as_deref(), Some("https://ds.lab.test"));
+    assert_eq!(lease.expires_at, "2025-06-01T08:05:00Z".parse().ok());
+    assert_eq!((lease.inputs, lease.outputs_prefix.as_deref()), (vec!["a1".to_owned()], Some("out")));
+    for key in ["access_token", "p2p_access_token", "Other_Token"] {
+        envelope.as_object_mut().expect("an object").remove(key);
+    }
+    assert_eq!(Value::Object(lease.document), envelope);
+}
+
+#[tokio::test]
+async fn a_blank_server_counts_as_none_and_metadata_fills_in() {
+    let server = async |url: Value, meta: Value| {
+        let mut envelope = sample_envelope();
+        envelope["domain_server_url"] = url;
+        envelope["task"]["meta"] = meta;
+        take(|call| call.ok(envelope)).await.expect("usable").expect("a lease").domain_server
+    };
+    assert_eq!(server("  ".into(), Value::Null).await, None);
+    assert_eq!(server(Value::Null, json!("text")).await, None);
+    assert_eq!(server("relative/kept".into(), Value::Null).await.as_deref(), Some("relative/kept"));
+    let both = json!({ "domain_server_url": "https://m", "legacy": { "domain_server_url": "https://l" } });
+    assert_eq!(server("".into(), both.clone()).await.as_deref(), Some("https://m"));
+    assert_eq!(server("https://own".into(), both).await.as_deref(), Some("https://own"));
+    let legacy = json!({ "legacy": { "domain_server_url": "https://l" } });
+    assert_eq!(server(Value::Null, legacy).await.as_deref(), Some("https://l"));
+}
+
+#[tokio::test]
+async fn a_lease_that_cannot_be_used_tells_its_task_and_its_size_only() {
+    let mut envelope = sample_envelope();
+    envelope["task"]["inputs_cids"] = "top-secret".into();
+    envelope["access_token"] = "top-secret".into();
+    let bytes = envelope.to_string().len().to_string();
+    let err = take(|call| call.ok(envelope)).await.expect_err("unusable");
+    assert!(matches!(&err, LeaseError::Malformed { task: Some(id), .. } if *id == task()), "{err:?}");
+    assert_clean(&err.to_string());
+    assert!(err.to_string().contains(&bytes), "{err}");
+
+    let mut envelope = sample_envelope();
+    envelope["task"]["capability"] = "".into();
+    let err = take(|call| call.ok(envelope)).await.expect_err("unusable");
+    assert!(matches!(&err, LeaseError::Malformed { task: Some(_), .. }), "{err:?}");
+    let mut envelope = sample_envelope();
+    envelope["lease_expires_at"] = "top-secret".into();
+    assert_clean(&take(|call| call.ok(envelope)).await.expect_err("unusable").to_string());
+}
+
+// S0-61
+#[tokio::test]
+async fn statuses_of_a_poll_mean_what_the_contract_says() {
+    assert!(matches!(take(|call| call.answer(204, "")).await, Ok(None)));
+    assert!(matches!(take(|call| call.answer(409, "")).await, Err(LeaseError::Busy)));
+    let err = take(|call| call.answer(500, "sorry, top-secret-node\nis tired")).await.expect_err("refused");
+    assert_eq!(err.to_string(), "control plane answered 500: sorry, [secret] is tired");
+    assert_eq!(err.advice(), Advice::RetryLater);
+    // A redirect is not followed: the token would go along.
+    assert!(matches!(take(|call| call.answer(302, "")).await, Err(LeaseError::Refused { status: 302, .. })));
+}
+
+#[tokio::test]
+async fn unusable_answers_give_one_clean_line_for_every_verb() {
+    for kind in BAD_BODIES {
+        for status in [200, 500] {
+            let lines = [
+                take(|call| call.bad(status, kind)).await.map(|_| ()),
+                keep(|call| call.bad(status, kind)).await.map(|_| ()),
+            ];
+            for line in lines {
+                let err = line.expect_err(kind);
+                // The excerpt of a refusal is meant to be seen; of a success nothing is.
+                if status == 200 {
+                    assert_clean(&err.to_string());
+                }
+                assert_eq!(err.advice(), Advice::RetryLater, "{kind}: {err}");
+            }
+        }
+        settle(Outcome::Completed, |call| call.bad(200, kind)).await.expect("a 2xx says it all");
+        let err = settle(Outcome::Completed, |call| call.bad(410, kind)).await.expect_err("gone");
+        assert!(matches!(err, LeaseError::Gone { status: 410, .. }), "{kind}: {err}");
+    }
+}
+
+// S0-62
+#[tokio::test]
+async fn a_heartbeat_reads_what_is_there_and_leaves_the_rest_alone() {
+    assert_eq!(keep(|call| call.ok(json!({}))).await.expect("usable"), Kept::default());
+    let nothing = json!({ "access_token": null, "cancel": null, "task": null, "domain_server_url": "", "attempts": 3 });
+    assert_eq!(keep(|call| call.ok(nothing)).await.expect("usable"), Kept::default());
+    let other = "11111111-2222-3333-4444-555555555555";
+    let all = json!({ "access_token": "dom-2", "lease_expires_at": "2025-06-01 08:05:00Z", "cancel": true, "task_id": other,
+        "job_id": other, "domain_id": other, "domain_server_url": "https://other" });
+    let kept = keep(|call| call.ok(all)).await.expect("usable");
+    let id: Uuid = other.parse().expect("an id");
+    assert_eq!(
+        kept,
+        Kept {
+            token: Some(Token::new("dom-2")),
+            expires_at: "2025-06-01T08:05:00Z".parse().ok(),
+            cancel: true,
+            task: Some(TaskId(id)),
+            job: Some(id),
+            domain_id: Some(id),
+            domain_server: Some("https://other".into()),
+        }
+    );
+    let task = json!({ "id": other, "capability": "/x", "meta": { "legacy": { "domain_server_url": "https://l" } } });
+    let kept = keep(|call| call.ok(json!({ "task": task, "task_id": TASK }))).await.expect("usable");
+    assert_eq!((kept.task, kept.domain_server.as_deref()), (Some(TaskId(id)), Some("https://l")));
+}
+
+#[tokio::test]
+async fn a_heartbeat_answer_must_be_an_object() {
+    for (status, body) in [(204, ""), (200, ""), (200, "null"), (200, "[]"), (200, "true")] {
+        let err = keep(|call| call.answer(status, body)).await.expect_err(body);
+        assert!(matches!(err, LeaseError::Malformed { .. }), "{body:?}: {err}");
+    }
+}
+
+#[tokio::test]
+async fn a_lease_is_gone_by_404_409_and_410() {
+    for status in [404, 409, 410] {
+        let err = keep(|call| call.answer(status, "")).await.expect_err("gone");
+        assert_eq!(err.advice(), Advice::StopTask, "{err}");
+        let err = settle(Outcome::Drained, |call| call.answer(status, "")).await.expect_err("gone");
+        assert_eq!(err.advice(), Advice::StopTask, "{err}");
+    }
+    let err = settle(Outcome::Drained, |call| call.answer(422, "reason too long")).await.expect_err("refused");
+    assert_eq!(err.advice(), Advice::GiveUp);
+}
+
+#[tokio::test]
+async fn a_heartbeat_ends_within_its_limit() {
+    let mut plane = Service::start().await;
+    let dms = dms(&plane, "v1");
+    let beat = Pending { progress: json!({}), events: Vec::new(), version: 0 };
+    let (kept, held) = tokio::join!(dms.keep(task(), &beat, Duration::from_millis(200)), plane.next());
+    assert!(matches!(kept, Err(LeaseError::Unreachable(_))), "{kept:?}");
+    drop(held);
+}
+
+/// A real login room against the same service, so that a 401 has its whole effect.
+async fn with_login() -> (Service, Dms, tokio_util::task::AbortOnDropHandle<()>) {
+    let mut plane = Service::start().await;
+    let client = Client::new(transport::Config::default());
+    let auth = crate::auth::Auth::new(
+        crate::auth::Config {
+            dds: plane.url.clone(),
+            reg_secret: "s".into(),
+            key: NodeKey::from_hex(&"01".repeat(32)).expect("a key"),
+            version: "1.0.0".into(),
+            capabilities: vec!["/lab/echo/v1".parse().expect("a name")],
+            register_interval: SOON,
+            register_max_retry: -1,
+            token_safety_ratio: 0.75,
+            token_max_retries: 0,
+            token_jitter: Duration::ZERO,
+            request_timeout: SOON,
+        },
+        client.clone(),
+    );
+    let config = Config { base: plane.url.clone(), request_timeout: SOON };
+    let dms = Dms::new(config, client, auth.tokens());
+    let room = tokio::spawn(auth.run(tokio_util::sync::CancellationToken::new()));
+    nonce(&mut plane).await;
+    plane.expect("POST /internal/v1/nodes/register-wallet").await.ok(json!({}));
+    login(&mut plane, "node-1").await;
+    (plane, dms, tokio_util::task::AbortOnDropHandle::new(room))
+}
+
+async fn nonce(plane: &mut Service) {
+    plane.expect("POST /internal/v1/auth/siwe/request").await.ok(
+        json!({"nonce":"n","domain":"d","uri":"https://d","version":"1","chainId":1,"issuedAt":"2025-01-01T00:00:00Z"}),
+    );
+}
+
+async fn login(plane: &mut Service, token: &str) {
+    nonce(plane).await;
+    let call = plane.expect("POST /internal/v1/auth/siwe/verify").await;
+    call.ok(json!({ "access_token": token, "expires_at": "2125-01-01T00:00:00Z" }));
+}
+
+#[tokio::test]
+async fn a_rejected_token_is_replaced_and_the_request_repeated_once() {
+    let (mut plane, dms, _room) = with_login().await;
+    let (taken, ()) = tokio::join!(dms.take(), async {
+        let call = plane.expect("GET /tasks").await;
+        assert_eq!(call.bearer(), "node-1");
+        call.answer(401, "");
+        login(&mut plane, "node-2").await;
+        let call = plane.expect("GET /tasks").await;
+        assert_eq!(call.bearer(), "node-2");
+        call.ok(sample_envelope());
+    });
+    assert!(taken.expect("usable").is_some());
+
+    let beat = Pending { progress: json!({ "kept": true }), events: Vec::new(), version: 0 };
+    let (kept, ()) = tokio::join!(dms.keep(task(), &beat, SOON), async {
+        let path = format!("POST /tasks/{TASK}/heartbeat");
+        let call = plane.expect(&path).await;
+        assert_eq!(call.bearer(), "node-2");
+        call.answer(401, "");
+        login(&mut plane, "node-3").await;
+        let call = plane.expect(&path).await;
+        assert_eq!((call.bearer(), call.json()["progress"].clone()), ("node-3", json!({ "kept": true })));
+        call.ok(json!({}));
+    });
+    assert_eq!(kept.expect("usable"), Kept::default());
+}
+
+#[tokio::test]
+async fn a_second_401_is_final() {
+    let (mut plane, dms, _room) = with_login().await;
+    let verdict = Verdict { outcome: Outcome::Completed, artifacts: Vec::new() };
+    let lease = sample_lease();
+    let (settled, ()) = tokio::join!(dms.settle(task(), &lease, &verdict), async {
+        let path = format!("POST /tasks/{TASK}/complete");
+        plane.expect(&path).await.answer(401, "");
+        login(&mut plane, "node-2").await;
+        plane.expect(&path).await.answer(401, "");
+    });
+    assert!(matches!(settled, Err(LeaseError::Unauthorized)), "{settled:?}");
+    assert!(plane.waiting().is_none());
+}

@@ -1,0 +1,135 @@
+//! What the node shows of itself: one value, changed by whoever knows, served by `observe`.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use jiff::Timestamp;
+use serde::Serialize;
+use tokio::sync::watch;
+use uuid::Uuid;
+
+use super::{Lease, Outcome, TaskId};
+
+/// The node as `/status.json` shows it.
+#[derive(Clone, Debug, Serialize)]
+pub struct HostStatus {
+    /// The host's version.
+    pub version: &'static str,
+    /// The node's address on the control plane.
+    pub node: String,
+    /// When the process began to serve.
+    pub started_at: Timestamp,
+    /// `starting`, `running`, `draining` or `stopped`.
+    pub phase: Phase,
+    /// Standing with the sign-in service, one word.
+    pub registration: String,
+    /// The last trouble with it, one line.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub registration_error: Option<String>,
+    /// Most tasks at once.
+    pub slots: usize,
+    /// What is served.
+    pub capabilities: Vec<String>,
+    /// Tasks held now, by id.
+    pub tasks: BTreeMap<String, TaskStatus>,
+    /// Ended tasks by outcome, since the start.
+    pub ended: BTreeMap<&'static str, u64>,
+    /// Verdicts the control plane refused or could not be told before the lease ran out.
+    pub unreported: u64,
+    /// Every library, loaded or refused.
+    pub plugins: serde_json::Value,
+}
+
+/// Where the node stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Not registered or signed in yet.
+    Starting,
+    /// Leasing.
+    Running,
+    /// No new leases; running tasks end.
+    Draining,
+    /// All ended.
+    Stopped,
+}
+
+/// One held task.
+#[derive(Clone, Debug, Serialize)]
+pub struct TaskStatus {
+    /// Which runner.
+    pub capability: String,
+    /// The job it belongs to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub job_id: Option<Uuid>,
+    /// `setting-up`, `running` or `reporting`.
+    pub state: &'static str,
+    /// When it was leased.
+    pub since: Timestamp,
+}
+
+/// The writing side. Cheap to clone.
+#[derive(Clone)]
+pub struct StatusBoard(Arc<watch::Sender<HostStatus>>);
+
+impl StatusBoard {
+    /// A board for a node that is starting.
+    #[must_use]
+    pub fn new(node: String, slots: usize, capabilities: Vec<String>, plugins: serde_json::Value) -> Self {
+        Self(Arc::new(watch::Sender::new(HostStatus {
+            version: env!("CARGO_PKG_VERSION"),
+            node,
+            started_at: Timestamp::now(),
+            phase: Phase::Starting,
+            registration: "disconnected".to_owned(),
+            registration_error: None,
+            slots,
+            capabilities,
+            tasks: BTreeMap::new(),
+            ended: BTreeMap::new(),
+            unreported: 0,
+            plugins,
+        })))
+    }
+
+    /// A live view.
+    #[must_use]
+    pub fn watch(&self) -> watch::Receiver<HostStatus> {
+        self.0.subscribe()
+    }
+
+    /// Changes anything.
+    pub fn change(&self, change: impl FnOnce(&mut HostStatus)) {
+        self.0.send_modify(change);
+    }
+
+    /// Enters a task.
+    pub fn began(&self, lease: &Lease) {
+        let task = TaskStatus {
+            capability: lease.capability.to_string(),
+            job_id: lease.job,
+            state: "setting-up",
+            since: Timestamp::now(),
+        };
+        self.change(|status| {
+            status.tasks.insert(lease.task.to_string(), task);
+        });
+    }
+
+    /// Moves a task on.
+    pub fn moved(&self, task: TaskId, state: &'static str) {
+        self.change(|status| {
+            if let Some(task) = status.tasks.get_mut(&task.to_string()) {
+                task.state = state;
+            }
+        });
+    }
+
+    /// Removes a task and counts its end.
+    pub fn ended(&self, task: TaskId, outcome: &Outcome, reported: bool) {
+        self.change(|status| {
+            status.tasks.remove(&task.to_string());
+            *status.ended.entry(outcome.word()).or_default() += 1;
+            status.unreported += u64::from(!reported);
+        });
+    }
+}

@@ -1,0 +1,71 @@
+//! `/health`, `/ready` and `/status.json`.
+
+use std::net::SocketAddr;
+
+use axum::{Json, Router, extract::State, http::StatusCode, response::IntoResponse, routing::get};
+use serde_json::json;
+use tokio::{net::TcpListener, sync::watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::model::{HostStatus, Phase};
+
+/// A listener that is up, so that `/health` answers before the node registers.
+pub struct Pages {
+    listener: TcpListener,
+    status: watch::Receiver<HostStatus>,
+}
+
+impl Pages {
+    /// Binds `address`; port 0 takes a free one.
+    ///
+    /// # Errors
+    /// When the address cannot be bound.
+    pub async fn bind(address: SocketAddr, status: watch::Receiver<HostStatus>) -> std::io::Result<Self> {
+        Ok(Self { listener: TcpListener::bind(address).await?, status })
+    }
+
+    /// Where it listens.
+    ///
+    /// # Errors
+    /// When the operating system does not say.
+    pub fn address(&self) -> std::io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Serves until `stop`.
+    pub async fn run(self, stop: CancellationToken) {
+        let router = Router::new()
+            .route("/health", get(|| async { StatusCode::OK }))
+            .route("/ready", get(ready))
+            .route("/status.json", get(status))
+            .with_state(self.status);
+        let served = axum::serve(self.listener, router).with_graceful_shutdown(stop.cancelled_owned()).await;
+        if let Err(err) = served {
+            tracing::warn!(error = %err, "status pages ended");
+        }
+    }
+}
+
+/// 200 while the node may get work, else 503, with the reason.
+async fn ready(State(status): State<watch::Receiver<HostStatus>>) -> impl IntoResponse {
+    let status = status.borrow();
+    let reason = match status.phase {
+        Phase::Running if status.capabilities.is_empty() => Some("no plugin is loaded".to_owned()),
+        Phase::Running => None,
+        Phase::Starting => Some(match &status.registration_error {
+            Some(err) => format!("not signed in ({}): {err}", status.registration),
+            None => format!("not signed in ({})", status.registration),
+        }),
+        Phase::Draining => Some("draining".to_owned()),
+        Phase::Stopped => Some("stopped".to_owned()),
+    };
+    match reason {
+        None => (StatusCode::OK, Json(json!({ "ready": true }))),
+        Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, Json(json!({ "ready": false, "reason": reason }))),
+    }
+}
+
+async fn status(State(status): State<watch::Receiver<HostStatus>>) -> impl IntoResponse {
+    let status = status.borrow().clone();
+    Json(status)
+}

@@ -1,0 +1,313 @@
+//! `plugins.toml`: which libraries to load, and how. The commented file at the root of the
+//! repository is the reference.
+//!
+//! Mistakes in the file itself are a [`ConfigError`]; a key whose effect this version does not have
+//! refuses only the plugin it stands on, so that nothing is accepted and ignored.
+
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
+
+use serde_json::{Map, Value};
+use toml::{Table, Value as Toml};
+
+use crate::model::Capability;
+
+/// What a plugins file says.
+#[derive(Clone, Debug, Default)]
+pub struct PluginsFile {
+    /// Refuse libraries that have no entry.
+    pub refuse_unlisted: bool,
+    /// Entries in the file's order.
+    pub entries: Vec<Entry>,
+    /// What a library without an entry gets.
+    pub defaults: Settings,
+    /// The folder the file lies in, for relative paths.
+    pub folder: PathBuf,
+}
+
+/// One `[[plugin]]`.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    /// A path, or a bare name.
+    pub file: String,
+    /// Its settings, defaults filled in.
+    pub settings: Settings,
+}
+
+/// What an operator can say about a plugin.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Settings {
+    /// `false`: do not load it.
+    pub enabled: bool,
+    /// Expected SHA-256 of the file, lower-case hex.
+    pub sha256: Option<String>,
+    /// Serve only these.
+    pub capabilities: Option<BTreeSet<Capability>>,
+    /// Most tasks at once.
+    pub max_concurrency: Option<usize>,
+    /// Takes its capabilities from other plugins that claim them too.
+    pub overrides: bool,
+    /// The runner may read the storage token.
+    pub grant_token: bool,
+    /// Handed to the plugin as JSON.
+    pub config: Map<String, Value>,
+    /// Keys (with value) whose effect this version does not have.
+    pub unavailable: Vec<String>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            sha256: None,
+            capabilities: None,
+            max_concurrency: None,
+            overrides: false,
+            grant_token: false,
+            config: Map::new(),
+            unavailable: Vec::new(),
+        }
+    }
+}
+
+/// What is wrong with a plugins file: one line.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {problem}", file.display())]
+pub struct ConfigError {
+    /// The file.
+    pub file: PathBuf,
+    /// Where in it, what was expected, what was found.
+    pub problem: String,
+}
+
+const SETTINGS_KEYS: &[&str] = &[
+    "enabled",
+    "sha256",
+    "capabilities",
+    "max_concurrency",
+    "override",
+    "grant",
+    "config",
+    "isolation",
+    "limits",
+    "per_task",
+    "shared",
+];
+
+impl PluginsFile {
+    /// Reads and checks a plugins file.
+    pub fn read(file: &Path) -> Result<Self, ConfigError> {
+        let fail = |problem: String| ConfigError { file: file.to_owned(), problem };
+        let text = std::fs::read_to_string(file).map_err(|err| fail(err.to_string()))?;
+        let folder = file.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        Self::parse(&text, folder).map_err(fail)
+    }
+
+    /// Lists the packaged noop plugin with this sleep, in seconds, unless it has an entry.
+    pub fn list_noop(&mut self, sleep_secs: f64) {
+        if self.entries.iter().any(|entry| entry.file == "noop") {
+            return;
+        }
+        let mut settings = self.defaults.clone();
+        settings.config = Map::from_iter([("sleep_secs".to_owned(), sleep_secs.into())]);
+        self.entries.push(Entry { file: "noop".to_owned(), settings });
+    }
+
+    fn parse(text: &str, folder: &Path) -> Result<Self, String> {
+        let table: Table = text.parse().map_err(|err: toml::de::Error| {
+            let line = err.span().map_or(1, |span| text[..span.start.min(text.len())].lines().count().max(1));
+            format!("line {line}: {}", err.message().replace('\n', " "))
+        })?;
+        known_keys("", &table, &["defaults", "trust", "plugin"])?;
+        let mut file = Self { folder: folder.to_owned(), ..Self::default() };
+        if let Some(defaults) = table.get("defaults") {
+            let defaults = section("defaults", defaults)?;
+            known_keys("[defaults] ", defaults, SETTINGS_KEYS)?;
+            file.defaults = settings("[defaults] ", defaults, Settings::default())?;
+        }
+        if let Some(trust) = table.get("trust") {
+            let unavailable = file.trust(section("trust", trust)?)?;
+            file.defaults.unavailable.extend(unavailable);
+        }
+        if let Some(plugins) = table.get("plugin") {
+            let plugins = plugins.as_array().ok_or("expected [[plugin]] tables, found `plugin` as something else")?;
+            for (index, plugin) in plugins.iter().enumerate() {
+                let entry = file.entry(index, plugin)?;
+                file.entries.push(entry);
+            }
+        }
+        Ok(file)
+    }
+
+    fn trust(&mut self, trust: &Table) -> Result<Vec<String>, String> {
+        known_keys("[trust] ", trust, &["unlisted", "require_pin", "signers"])?;
+        match trust.get("unlisted") {
+            None => {}
+            Some(Toml::String(word)) if word == "allow" => {}
+            Some(Toml::String(word)) if word == "refuse" => self.refuse_unlisted = true,
+            Some(other) => return Err(format!("[trust] unlisted: expected \"allow\" or \"refuse\", found {other}")),
+        }
+        let mut unavailable = Vec::new();
+        match trust.get("require_pin") {
+            None | Some(Toml::Boolean(false)) => {}
+            Some(Toml::Boolean(true)) => unavailable.push("require_pin = true".to_owned()),
+            Some(other) => return Err(format!("[trust] require_pin: expected true or false, found {other}")),
+        }
+        match trust.get("signers") {
+            None => {}
+            Some(Toml::Array(keys)) if keys.is_empty() => {}
+            Some(Toml::Array(_)) => unavailable.push("signers".to_owned()),
+            Some(other) => return Err(format!("[trust] signers: expected an array of hex keys, found {other}")),
+        }
+        Ok(unavailable)
+    }
+
+    fn entry(&self, index: usize, plugin: &Toml) -> Result<Entry, String> {
+        let number = index + 1;
+        let plugin = plugin.as_table().ok_or_else(|| format!("[[plugin]] {number}: expected a table"))?;
+        let file = match plugin.get("file") {
+            Some(Toml::String(file)) if !file.trim().is_empty() => file.clone(),
+            Some(other) => return Err(format!("[[plugin]] {number} file: expected a path or a name, found {other}")),
+            None => return Err(format!("[[plugin]] {number}: the key \"file\" is missing")),
+        };
+        let place = format!("[[plugin]] {file:?} ");
+        let mut keys = SETTINGS_KEYS.to_vec();
+        keys.push("file");
+        known_keys(&place, plugin, &keys)?;
+        let settings = settings(&place, plugin, self.defaults.clone())?;
+        if self.entries.iter().any(|entry| entry.file == file) {
+            return Err(format!("{place}is listed twice; keep one entry"));
+        }
+        Ok(Entry { file, settings })
+    }
+}
+
+fn section<'a>(name: &str, value: &'a Toml) -> Result<&'a Table, String> {
+    value.as_table().ok_or_else(|| format!("expected [{name}] as a table, found {value}"))
+}
+
+fn known_keys(place: &str, table: &Table, known: &[&str]) -> Result<(), String> {
+    let Some(key) = table.keys().find(|key| !known.contains(&key.as_str())) else { return Ok(()) };
+    let near = known.iter().map(|known| (strsim::jaro_winkler(key, known), known)).max_by(|a, b| a.0.total_cmp(&b.0));
+    match near {
+        Some((likeness, near)) if likeness > 0.7 => Err(format!("{place}unknown key {key:?}, did you mean {near:?}?")),
+        _ => Err(format!("{place}unknown key {key:?}, expected one of {}", known.join(", "))),
+    }
+}
+
+fn settings(place: &str, table: &Table, defaults: Settings) -> Result<Settings, String> {
+    let mut settings = defaults;
+    for (key, value) in table {
+        let wrong = |expected: &str| Err(format!("{place}{key}: expected {expected}, found {value}"));
+        match (key.as_str(), value) {
+            ("file", _) => {}
+            ("enabled", Toml::Boolean(enabled)) => settings.enabled = *enabled,
+            ("enabled" | "override", other) if !other.is_bool() => return wrong("true or false"),
+            ("override", Toml::Boolean(overrides)) => settings.overrides = *overrides,
+            ("sha256", Toml::String(hex)) if hex.len() == 64 && hex.bytes().all(|b| b.is_ascii_hexdigit()) => {
+                settings.sha256 = Some(hex.to_ascii_lowercase());
+            }
+            ("sha256", _) => return wrong("64 hex digits"),
+            ("max_concurrency", Toml::Integer(count)) if *count > 0 => {
+                settings.max_concurrency = Some(usize::try_from(*count).unwrap_or(usize::MAX));
+            }
+            ("max_concurrency", _) => return wrong("a number above 0"),
+            ("capabilities", Toml::Array(names)) => {
+                let parsed: Result<BTreeSet<_>, String> = names
+                    .iter()
+                    .map(|name| match name.as_str() {
+                        Some(name) => Capability::parse(name).map_err(|err| format!("{place}capabilities: {err}")),
+                        None => Err(format!("{place}capabilities: expected names, found {name}")),
+                    })
+                    .collect();
+                settings.capabilities = Some(parsed?);
+            }
+            ("capabilities", _) => return wrong("an array of names"),
+            ("grant", Toml::Array(grants)) => {
+                for grant in grants {
+                    match grant.as_str() {
+                        Some("token") => settings.grant_token = true,
+                        _ => return Err(format!("{place}grant: expected \"token\", found {grant}")),
+                    }
+                }
+            }
+            ("grant", _) => return wrong("an array such as [\"token\"]"),
+            ("config", Toml::Table(config)) => match serde_json::to_value(config) {
+                Ok(Value::Object(config)) => settings.config = config,
+                _ => return wrong("a table that JSON can express"),
+            },
+            ("config", _) => return wrong("a table"),
+            ("isolation", Toml::String(word)) if word == "in-process" => {
+                settings.unavailable.retain(|key| !key.starts_with("isolation"));
+            }
+            ("isolation", Toml::String(word)) if word == "process" => {
+                settings.unavailable.push("isolation = \"process\"".to_owned());
+            }
+            ("isolation", _) => return wrong("\"in-process\" or \"process\""),
+            ("limits", Toml::Table(limits)) => {
+                settings.unavailable.extend(limits.keys().map(|limit| format!("limits.{limit}")));
+            }
+            ("limits", _) => return wrong("a table"),
+            ("per_task" | "shared", Toml::Boolean(false)) => {}
+            ("per_task" | "shared", Toml::Boolean(true)) => settings.unavailable.push(format!("{key} = true")),
+            _ => return wrong("true or false"),
+        }
+    }
+    Ok(settings)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn problem(text: &str) -> String {
+        PluginsFile::parse(text, Path::new(".")).expect_err("a mistake")
+    }
+
+    #[test]
+    fn an_unknown_key_gets_a_suggestion() {
+        let text = problem("[[plugin]]\nfile = \"hello\"\nsha265 = \"\"");
+        assert_eq!(text, "[[plugin]] \"hello\" unknown key \"sha265\", did you mean \"sha256\"?");
+        assert_eq!(problem("[trust]\nunlsted = 1"), "[trust] unknown key \"unlsted\", did you mean \"unlisted\"?");
+        assert!(problem("zzz = 1").contains("expected one of defaults, trust, plugin"));
+    }
+
+    #[test]
+    fn wrong_types_say_what_was_expected() {
+        assert!(problem("[[plugin]]\nfile = 3").contains("file: expected a path or a name, found 3"));
+        assert!(
+            problem("[[plugin]]\nfile = \"a\"\nenabled = \"yes\"").contains("expected true or false, found \"yes\"")
+        );
+        assert!(
+            problem("[[plugin]]\nfile = \"a\"\nmax_concurrency = 0").contains("expected a number above 0, found 0")
+        );
+        assert!(problem("[[plugin]]\nfile = \"a\"\nsha256 = \"12\"").contains("expected 64 hex digits"));
+        assert!(problem("[[plugin]]\nenabled = true").contains("\"file\" is missing"));
+        assert!(problem("a = \n").starts_with("line 1: "));
+    }
+
+    #[test]
+    fn keys_without_effect_in_this_version_are_kept_as_refusals() {
+        let file = PluginsFile::parse(
+            "[defaults]\nisolation = \"process\"\n[trust]\nrequire_pin = true\n[[plugin]]\nfile = \"a\"\nisolation = \"in-process\"\nlimits = { memory = \"2GiB\" }",
+            Path::new("."),
+        )
+        .expect("known keys");
+        assert_eq!(file.entries[0].settings.unavailable, ["require_pin = true", "limits.memory"]);
+        assert_eq!(file.defaults.unavailable, ["isolation = \"process\"", "require_pin = true"]);
+    }
+
+    #[test]
+    fn defaults_stand_in_every_entry() {
+        let file = PluginsFile::parse(
+            "[defaults]\nmax_concurrency = 4\n[[plugin]]\nfile = \"a\"\n[[plugin]]\nfile = \"b\"\nmax_concurrency = 1\ngrant = [\"token\"]",
+            Path::new("."),
+        )
+        .expect("valid");
+        assert_eq!(file.entries[0].settings.max_concurrency, Some(4));
+        assert_eq!(file.entries[1].settings.max_concurrency, Some(1));
+        assert!(file.entries[1].settings.grant_token && !file.entries[0].settings.grant_token);
+    }
+}

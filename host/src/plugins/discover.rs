@@ -1,0 +1,152 @@
+//! Which files are plugins: the folders' libraries, and what `plugins.toml` lists.
+
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
+
+use super::{
+    InstallError,
+    config::{PluginsFile, Settings},
+};
+
+/// A file that should be loaded, or the reason why it is not.
+pub(super) struct Found {
+    /// The file; for a listed name that was not found, the name itself.
+    pub(super) file: PathBuf,
+    /// What the operator says about it.
+    pub(super) settings: Settings,
+    /// Already refused without being read.
+    pub(super) refused: Option<InstallError>,
+}
+
+/// Where to look.
+#[derive(Clone, Debug, Default)]
+pub struct Places {
+    /// Folders, searched for libraries, not recursively.
+    pub folders: Vec<PathBuf>,
+    /// Single libraries.
+    pub files: Vec<PathBuf>,
+}
+
+/// Why the places themselves cannot be used: a mistake in the command or the configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum PlaceError {
+    /// Neither a folder nor a file.
+    #[error("plugins folder {} does not exist; create it, or name another with --plugins", .0.display())]
+    Missing(PathBuf),
+    /// The folder exists but cannot be listed.
+    #[error("plugins folder {} cannot be read: {reason}", folder.display())]
+    Unreadable {
+        /// The folder.
+        folder: PathBuf,
+        /// The operating system's words.
+        reason: String,
+    },
+}
+
+impl Places {
+    /// Sorts what `--plugins` named into folders and files.
+    pub fn from_arguments(arguments: &[PathBuf]) -> Result<Self, PlaceError> {
+        let mut places = Self::default();
+        for path in arguments {
+            if path.is_dir() {
+                places.folders.push(path.clone());
+            } else if path.exists() {
+                places.files.push(path.clone());
+            } else {
+                return Err(PlaceError::Missing(path.clone()));
+            }
+        }
+        Ok(places)
+    }
+}
+
+/// Lists every candidate, listed ones first in the file's order, then the others by name.
+pub(super) fn discover(places: &Places, file: &PluginsFile) -> Result<Vec<Found>, PlaceError> {
+    let mut seen = BTreeSet::new();
+    let mut all = Vec::new();
+    for path in &places.files {
+        all.push(path.clone());
+    }
+    for folder in &places.folders {
+        all.extend(libraries(folder)?);
+    }
+    let mut found = Vec::new();
+    for entry in &file.entries {
+        let path = locate(&entry.file, places, &file.folder);
+        let refused = match &path {
+            _ if !entry.settings.enabled => Some(InstallError::Disabled),
+            None => Some(InstallError::NotFound { searched: searched(places, &file.folder) }),
+            Some(_) => None,
+        };
+        let path = path.unwrap_or_else(|| PathBuf::from(&entry.file));
+        seen.insert(identity(&path));
+        found.push(Found { file: path, settings: entry.settings.clone(), refused });
+    }
+    for path in all {
+        if seen.insert(identity(&path)) {
+            let refused = file.refuse_unlisted.then_some(InstallError::Unlisted);
+            let refused = if file.defaults.enabled { refused } else { Some(InstallError::Disabled) };
+            found.push(Found { file: path, settings: file.defaults.clone(), refused });
+        }
+    }
+    for found in &mut found {
+        if found.refused.is_none()
+            && let Some(key) = found.settings.unavailable.first()
+        {
+            found.refused = Some(InstallError::Unavailable { key: key.clone() });
+        }
+    }
+    Ok(found)
+}
+
+/// One file under two names is one plugin.
+fn identity(path: &Path) -> PathBuf {
+    path.canonicalize().unwrap_or_else(|_| path.to_owned())
+}
+
+fn libraries(folder: &Path) -> Result<Vec<PathBuf>, PlaceError> {
+    let fail = |err: std::io::Error| PlaceError::Unreadable { folder: folder.to_owned(), reason: err.to_string() };
+    let mut paths = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(fail)? {
+        let path = entry.map_err(fail)?.path();
+        if path.extension().is_some_and(|extension| extension == std::env::consts::DLL_EXTENSION) {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    Ok(paths)
+}
+
+/// A path is relative to the plugins file; a bare name is looked up in the folders, with and
+/// without the platform's prefix and suffix.
+fn locate(name: &str, places: &Places, beside: &Path) -> Option<PathBuf> {
+    let path = Path::new(name);
+    if path.components().count() > 1 {
+        let path = beside.join(path);
+        return path.exists().then_some(path);
+    }
+    let decorated = decorated(name);
+    let direct = places
+        .files
+        .iter()
+        .find(|file| file.file_name().is_some_and(|found| found == name || found.to_str() == Some(decorated.as_str())));
+    if let Some(file) = direct {
+        return Some(file.clone());
+    }
+    places.folders.iter().flat_map(|folder| [folder.join(&decorated), folder.join(name)]).find(|path| path.is_file())
+}
+
+/// `hello` as this platform names a library: `libhello.so`.
+fn decorated(name: &str) -> String {
+    format!("{}{}{}", std::env::consts::DLL_PREFIX, name.replace('-', "_"), std::env::consts::DLL_SUFFIX)
+}
+
+fn searched(places: &Places, beside: &Path) -> String {
+    let mut folders: Vec<String> = places.folders.iter().map(|folder| folder.display().to_string()).collect();
+    if folders.is_empty() {
+        folders.push(beside.display().to_string());
+    }
+    folders.join(", ")
+}

@@ -1,0 +1,666 @@
+//! The host's side of the ABI: reads a plugin's table and answers its calls.
+//!
+//! All unsafe code about values that cross the boundary is in this file. Every host entry looks its
+//! task up by handle, copies what it was lent, and answers through the plugin's dispatch thread (or
+//! in place, where nothing has to be waited for).
+
+use std::{
+    collections::HashMap,
+    ffi::c_void,
+    future::Future,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use runner_sdk::abi::{self, Callback, HostRef, Module, Status, Str, Table, Task};
+use serde_json::json;
+use tokio::{runtime::Handle, sync::oneshot};
+use tokio_util::sync::CancellationToken;
+use tracing::{Span, debug, error, info, trace, warn};
+
+use super::{InstallError, dispatch::Dispatcher, tasks::TaskTable};
+use crate::model::{ArtifactSpec, Grant, InputStream, OutputStream, PortError, PortErrorKind, Ports, Setup};
+
+/// Most streams one task may hold open.
+const STREAMS_MAX: usize = 64;
+/// Largest piece handed to a plugin at once, in bytes, whatever it asks for.
+const PIECE_BYTES_MAX: u64 = 1024 * 1024;
+
+static TASKS: TaskTable<Running> = TaskTable::new();
+static HOST: OnceLock<HostRef> = OnceLock::new();
+
+/// How many calls named a task that was over or never was.
+pub(super) fn stale_calls() -> u64 {
+    TASKS.stale_calls()
+}
+
+// ---------------------------------------------------------------------------------------------
+// The plugin's table.
+
+type InitFn = unsafe extern "C" fn(HostRef, Str, Callback, *mut c_void);
+type StartFn = unsafe extern "C" fn(Task, Str);
+type CancelFn = unsafe extern "C" fn(Task);
+type ShutdownFn = unsafe extern "C" fn(u32);
+
+/// The entries of a plugin whose table was checked. The library is never unloaded.
+#[derive(Clone, Copy)]
+pub(super) struct Entries {
+    init: InitFn,
+    start: StartFn,
+    cancel: CancelFn,
+    shutdown: ShutdownFn,
+}
+
+/// Calls the exported entry and checks the table it returns.
+///
+/// # Safety
+/// `entry` must be the address of `runner_module_v1` in a library that stays loaded.
+pub(super) unsafe fn read_table(entry: *const c_void) -> Result<Entries, InstallError> {
+    // SAFETY: the symbol's name promises this signature; the pointer it returns is what both table
+    // declarations say, and an entry is read only if its bit is set.
+    unsafe {
+        let entry = std::mem::transmute::<*const c_void, extern "C" fn() -> *const Table<Module>>(entry);
+        let table = entry();
+        if table.is_null() {
+            return Err(InstallError::WrongMagic { found: 0 });
+        }
+        let present = (&raw const (*table).present).read();
+        let need = |bit: u32, entry: &'static str| {
+            if present >> bit & 1 == 1 { Ok(()) } else { Err(InstallError::MissingEntry { entry }) }
+        };
+        need(0, "magic")?;
+        let magic = (&raw const (*table).entries.magic).read();
+        if magic != abi::MAGIC {
+            return Err(InstallError::WrongMagic { found: magic });
+        }
+        need(1, "abi")?;
+        let major = ((&raw const (*table).entries.abi).read() >> 16) as u16;
+        if major != abi::ABI_MAJOR {
+            return Err(InstallError::AbiMajor { found: major });
+        }
+        need(2, "init")?;
+        need(3, "start")?;
+        need(4, "cancel")?;
+        need(5, "shutdown")?;
+        // A C table may hold NULL; reading that as a Rust function pointer would be undefined.
+        let function = |place: *const c_void, entry: &'static str| {
+            let address = place.cast::<*const c_void>().read();
+            if address.is_null() { Err(InstallError::MissingEntry { entry }) } else { Ok(address) }
+        };
+        let init = function((&raw const (*table).entries.init).cast(), "init")?;
+        let start = function((&raw const (*table).entries.start).cast(), "start")?;
+        let cancel = function((&raw const (*table).entries.cancel).cast(), "cancel")?;
+        let shutdown = function((&raw const (*table).entries.shutdown).cast(), "shutdown")?;
+        Ok(Entries {
+            init: std::mem::transmute::<*const c_void, InitFn>(init),
+            start: std::mem::transmute::<*const c_void, StartFn>(start),
+            cancel: std::mem::transmute::<*const c_void, CancelFn>(cancel),
+            shutdown: std::mem::transmute::<*const c_void, ShutdownFn>(shutdown),
+        })
+    }
+}
+
+/// What `init` answered.
+pub(super) type InitAnswer = (Status, String);
+
+impl Entries {
+    /// Calls `init`; the answer arrives on `tell`, now or later.
+    pub(super) fn init(&self, config: &str, log_level: u32, tell: mpsc::Sender<InitAnswer>) {
+        unsafe extern "C" fn answered(user: *mut c_void, status: Status, data: abi::Bytes) {
+            // SAFETY: handed over by the plugin, released by nobody else.
+            let data = unsafe { Foreign::new(data) };
+            // SAFETY: the box made below; the plugin answers exactly once by contract.
+            let tell = unsafe { Box::from_raw(user.cast::<mpsc::Sender<InitAnswer>>()) };
+            // Nobody listens after the time limit.
+            let _ = tell.send((status, String::from_utf8_lossy(data.as_ref()).into_owned()));
+        }
+        let host = *HOST.get_or_init(|| abi::publish_host(host_table(log_level)));
+        let user = Box::into_raw(Box::new(tell)).cast::<c_void>();
+        // SAFETY: the entry was checked by `read_table`. `config` outlives the call, the host's table
+        // the process. The SDK's shim never unwinds, and C cannot.
+        unsafe { (self.init)(host, lend(config), Callback { call: answered }, user) };
+    }
+
+    /// Calls `start`.
+    pub(super) fn start(&self, task: Task, request: &str) {
+        // SAFETY: as in `init`; the plugin copies what it keeps of `request`.
+        unsafe { (self.start)(task, lend(request)) };
+    }
+
+    /// Calls `cancel`.
+    pub(super) fn cancel(&self, task: Task) {
+        // SAFETY: as in `init`.
+        unsafe { (self.cancel)(task) };
+    }
+
+    /// Calls `shutdown`.
+    pub(super) fn shutdown(&self, deadline: Duration) {
+        let deadline_ms = u32::try_from(deadline.as_millis()).unwrap_or(u32::MAX);
+        // SAFETY: as in `init`.
+        unsafe { (self.shutdown)(deadline_ms) };
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// One running task.
+
+/// What a plugin said when it completed a task.
+#[derive(Debug)]
+pub(super) struct Completion {
+    pub(super) status: Status,
+    pub(super) text: String,
+    pub(super) details: String,
+}
+
+/// A task inside a plugin, as its calls find it.
+pub(super) struct Running {
+    plugin: Arc<str>,
+    dispatcher: Dispatcher,
+    grant_token: bool,
+    grant: Grant,
+    ports: Arc<dyn Ports>,
+    runtime: Handle,
+    over: CancellationToken,
+    span: Span,
+    ended: Mutex<Option<oneshot::Sender<Completion>>>,
+    streams: Mutex<HashMap<u64, Stream>>,
+    next_stream: AtomicU64,
+}
+
+type Shared<T> = Arc<tokio::sync::Mutex<T>>;
+
+#[derive(Clone)]
+enum Stream {
+    Input(Shared<Reading>),
+    Output(Shared<Option<Box<dyn OutputStream>>>),
+}
+
+struct Reading {
+    stream: Box<dyn InputStream>,
+    rest: Bytes,
+}
+
+/// Owns a handle; when dropped, the task is over for its plugin.
+pub(super) struct Entered {
+    pub(super) task: Task,
+    running: Arc<Running>,
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        TASKS.remove(self.task);
+        self.running.over.cancel();
+        self.running.streams.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+}
+
+/// Enters a task. The receiver gets its completion, once.
+pub(super) fn enter(
+    plugin: Arc<str>,
+    dispatcher: Dispatcher,
+    grant_token: bool,
+    grant: Grant,
+    ports: Arc<dyn Ports>,
+) -> (Entered, oneshot::Receiver<Completion>) {
+    let (tell, ended) = oneshot::channel();
+    let running = Arc::new(Running {
+        plugin,
+        dispatcher,
+        grant_token,
+        grant,
+        ports,
+        runtime: Handle::current(),
+        over: CancellationToken::new(),
+        span: Span::current(),
+        ended: Mutex::new(Some(tell)),
+        streams: Mutex::default(),
+        next_stream: AtomicU64::new(1),
+    });
+    let task = TASKS.insert(Arc::clone(&running));
+    (Entered { task, running }, ended)
+}
+
+impl Running {
+    fn add(&self, stream: Stream) -> Result<u64, PortError> {
+        let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
+        if streams.len() >= STREAMS_MAX {
+            let text = format!("{STREAMS_MAX} inputs and outputs are open already; close some first");
+            return Err(PortError::new(PortErrorKind::BadRequest, text));
+        }
+        let id = self.next_stream.fetch_add(1, Ordering::Relaxed);
+        streams.insert(id, stream);
+        Ok(id)
+    }
+
+    fn stream(&self, id: u64) -> Result<Stream, PortError> {
+        let streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
+        let found = streams.get(&id).cloned();
+        found.ok_or_else(|| PortError::new(PortErrorKind::BadRequest, format!("stream {id} is not open")))
+    }
+
+    fn take(&self, id: u64) -> Option<Stream> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner).remove(&id)
+    }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Values that cross.
+
+/// The plugin's `user` word on its way back to it.
+struct User(*mut c_void);
+
+// SAFETY: the word is opaque to the host and only handed back; the contract lets a callback run on any thread.
+unsafe impl Send for User {}
+
+/// Bytes a plugin handed over, released when dropped.
+struct Foreign(abi::Bytes);
+
+// SAFETY: the contract of `Bytes` allows reading and releasing from any thread; nothing is written.
+unsafe impl Send for Foreign {}
+// SAFETY: as above.
+unsafe impl Sync for Foreign {}
+
+impl Foreign {
+    /// # Safety
+    /// `bytes` must be whole and must not be released by anybody else.
+    unsafe fn new(bytes: abi::Bytes) -> Self {
+        Self(bytes)
+    }
+}
+
+impl AsRef<[u8]> for Foreign {
+    fn as_ref(&self) -> &[u8] {
+        if self.0.len == 0 || self.0.ptr.is_null() {
+            return &[];
+        }
+        // SAFETY: `new` was promised whole bytes, and they are released only in drop.
+        unsafe { std::slice::from_raw_parts(self.0.ptr, self.0.len) }
+    }
+}
+
+impl Drop for Foreign {
+    fn drop(&mut self) {
+        if let Some(release) = self.0.release {
+            // SAFETY: `new` was promised that nobody else releases.
+            unsafe { release(self.0.owner) };
+        }
+    }
+}
+
+/// Hands bytes to a plugin without copying; it frees them through `release`.
+fn hand_over(bytes: Bytes) -> abi::Bytes {
+    unsafe extern "C" fn release(owner: *mut c_void) {
+        // SAFETY: the box made below, released exactly once by contract.
+        drop(unsafe { Box::from_raw(owner.cast::<Bytes>()) });
+    }
+    if bytes.is_empty() {
+        return abi::Bytes { ptr: std::ptr::null(), len: 0, owner: std::ptr::null_mut(), release: None };
+    }
+    let boxed = Box::new(bytes);
+    let (ptr, len) = (boxed.as_ptr(), boxed.len());
+    abi::Bytes { ptr, len, owner: Box::into_raw(boxed).cast(), release: Some(release) }
+}
+
+fn lend(text: &str) -> Str {
+    Str { ptr: text.as_ptr(), len: text.len() }
+}
+
+/// Copies a text a plugin lent for the duration of its call.
+///
+/// # Safety
+/// `text` must point to `len` readable bytes.
+unsafe fn copy(text: Str) -> Result<String, PortError> {
+    if text.len == 0 || text.ptr.is_null() {
+        return Ok(String::new());
+    }
+    // SAFETY: the caller's promise.
+    let bytes = unsafe { std::slice::from_raw_parts(text.ptr, text.len) };
+    match std::str::from_utf8(bytes) {
+        Ok(text) => Ok(text.to_owned()),
+        Err(_) => Err(PortError::new(PortErrorKind::BadRequest, "the plugin passed text that is not UTF-8")),
+    }
+}
+
+fn status(kind: PortErrorKind) -> Status {
+    match kind {
+        PortErrorKind::BadRequest => Status::BAD_REQUEST,
+        PortErrorKind::InvalidPath => Status::INVALID_PATH,
+        PortErrorKind::Unauthorized => Status::UNAUTHORIZED,
+        PortErrorKind::NotFound => Status::NOT_FOUND,
+        PortErrorKind::Conflict => Status::CONFLICT,
+        PortErrorKind::Server => Status::SERVER,
+        PortErrorKind::Network => Status::NETWORK,
+        PortErrorKind::Malformed => Status::MALFORMED,
+        PortErrorKind::Unsupported => Status::UNSUPPORTED,
+        PortErrorKind::LeaseOver => Status::LEASE_OVER,
+        PortErrorKind::Setup => Status::SETUP,
+        PortErrorKind::Local => Status::LOCAL,
+        PortErrorKind::Limit => Status::LIMIT,
+        PortErrorKind::TaskOver => Status::STALE,
+        PortErrorKind::Other => Status::OTHER,
+    }
+}
+
+type Answer = Result<Bytes, PortError>;
+
+/// Calls a plugin back. Exactly one of these happens per call with a callback.
+fn reply_now(reply: Callback, user: User, answer: Answer) {
+    let (status, data) = match answer {
+        Ok(data) => (Status::OK, data),
+        Err(err) => (status(err.kind), Bytes::from(err.message)),
+    };
+    // SAFETY: `reply` and `user` came in one call and are used exactly once, here; `data` changes hands.
+    unsafe { (reply.call)(user.0, status, hand_over(data)) };
+}
+
+fn task_over() -> PortError {
+    PortError::new(PortErrorKind::TaskOver, "the task is over")
+}
+
+/// Answers a call in place.
+fn answer_in_place(task: Task, reply: Callback, user: *mut c_void, work: impl FnOnce(&Running) -> Answer) {
+    let answer = guarded(|| match TASKS.get(task) {
+        Some(running) => work(&running),
+        None => Err(task_over()),
+    });
+    reply_now(reply, User(user), answer);
+}
+
+/// Answers a call from the plugin's dispatch thread, when `work` is done or the task is over.
+fn answer_later<F>(
+    task: Task,
+    reply: Callback,
+    user: *mut c_void,
+    work: impl FnOnce(Arc<Running>) -> Result<F, PortError>,
+) where
+    F: Future<Output = Answer> + Send + 'static,
+{
+    let user = User(user);
+    let Some(running) = TASKS.get(task) else { return reply_now(reply, user, Err(task_over())) };
+    let future = match guarded(|| work(Arc::clone(&running))) {
+        Ok(future) => future,
+        Err(err) => return reply_now(reply, user, Err(err)),
+    };
+    let dispatcher = running.dispatcher.clone();
+    let (over, span) = (running.over.clone(), running.span.clone());
+    let work = async move {
+        let answer = tokio::select! {
+            biased;
+            () = over.cancelled() => Err(task_over()),
+            answer = future => answer,
+        };
+        dispatcher.run("callback", move || reply_now(reply, user, answer));
+    };
+    // Not joined: `over` ends it with the task, and its last act is the answer the plugin is owed.
+    running.runtime.spawn(tracing::Instrument::instrument(work, span));
+}
+
+/// A bug in the host must not unwind into a plugin.
+fn guarded<T>(work: impl FnOnce() -> Result<T, PortError>) -> Result<T, PortError> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
+        error!("a host call panicked");
+        Err(PortError::new(PortErrorKind::Other, "the host failed inside this call; see its log"))
+    })
+}
+
+// ---------------------------------------------------------------------------------------------
+// The host's table. Safety of every entry: the plugin calls with values of the declared types; texts
+// are copied before the entry returns, so that nothing lent is used later.
+
+fn host_table(log_level: u32) -> abi::Host {
+    abi::Host {
+        abi: abi::ABI_VERSION,
+        log_level,
+        log,
+        progress,
+        event,
+        cancelled,
+        cancel_reason,
+        token,
+        input_open,
+        input_read,
+        input_close,
+        input_file,
+        output_open,
+        output_write,
+        output_finish,
+        output_abort,
+        output_file,
+        complete,
+    }
+}
+
+unsafe extern "C" fn log(task: Task, level: u32, target: Str, text: Str, fields: Str) {
+    // SAFETY: lent for this call.
+    let (target, text, fields) = unsafe { (copy(target), copy(text), copy(fields)) };
+    let (Ok(target), Ok(text), Ok(fields)) = (target, text, fields) else { return };
+    let _ = guarded(|| {
+        let running = if task.0 == 0 { None } else { TASKS.get(task) };
+        let (plugin, span) = match &running {
+            Some(running) => (&*running.plugin, running.span.clone()),
+            None => ("?", Span::none()),
+        };
+        let _entered = span.enter();
+        match level {
+            1 => error!(plugin, plugin_target = target, fields, "{text}"),
+            2 => warn!(plugin, plugin_target = target, fields, "{text}"),
+            3 => info!(plugin, plugin_target = target, fields, "{text}"),
+            4 => debug!(plugin, plugin_target = target, fields, "{text}"),
+            _ => trace!(plugin, plugin_target = target, fields, "{text}"),
+        }
+        Ok(())
+    });
+}
+
+unsafe extern "C" fn progress(task: Task, json: Str, reply: Callback, user: *mut c_void) {
+    // SAFETY: lent for this call.
+    let json = unsafe { copy(json) };
+    answer_in_place(task, reply, user, |running| {
+        running.grant.mailbox.progress(parse(&json?)?).map_err(limit)?;
+        Ok(Bytes::new())
+    });
+}
+
+unsafe extern "C" fn event(task: Task, json: Str, reply: Callback, user: *mut c_void) {
+    // SAFETY: lent for this call.
+    let json = unsafe { copy(json) };
+    answer_in_place(task, reply, user, |running| {
+        running.grant.mailbox.event(parse(&json?)?).map_err(limit)?;
+        Ok(Bytes::new())
+    });
+}
+
+unsafe extern "C" fn cancelled(task: Task) -> i32 {
+    let answer = catch_unwind(|| match TASKS.get(task) {
+        Some(running) => i32::from(running.grant.cancel.reason().is_some()),
+        None => Status::STALE.0,
+    });
+    answer.unwrap_or(Status::STALE.0)
+}
+
+unsafe extern "C" fn cancel_reason(task: Task, reply: Callback, user: *mut c_void) {
+    answer_in_place(task, reply, user, |running| {
+        let word = running.grant.cancel.reason().map_or("", |reason| reason.as_str());
+        Ok(Bytes::from_static(word.as_bytes()))
+    });
+}
+
+unsafe extern "C" fn token(task: Task, reply: Callback, user: *mut c_void) {
+    answer_later(task, reply, user, |running| {
+        if !running.grant_token {
+            let text = "this plugin was not granted the token; the operator can write grant = [\"token\"]";
+            return Err(PortError::new(PortErrorKind::Unsupported, text));
+        }
+        Ok(async move {
+            if let Setup::Refused(text) = running.grant.setup().await {
+                return Err(PortError::new(PortErrorKind::Setup, text));
+            }
+            match running.grant.token() {
+                Some(token) => Ok(Bytes::copy_from_slice(token.expose().as_bytes())),
+                None => Err(PortError::new(PortErrorKind::Unsupported, "this lease carries no token")),
+            }
+        })
+    });
+}
+
+unsafe extern "C" fn input_open(task: Task, cid: Str, reply: Callback, user: *mut c_void) {
+    // SAFETY: lent for this call.
+    let cid = unsafe { copy(cid) };
+    answer_later(task, reply, user, |running| {
+        let cid = cid?;
+        Ok(async move {
+            let stream = running.ports.open(&cid).await?;
+            let mut answer = serde_json::to_value(stream.meta()).map_err(internal)?;
+            let reading = Reading { stream, rest: Bytes::new() };
+            let id = running.add(Stream::Input(Arc::new(tokio::sync::Mutex::new(reading))))?;
+            answer["stream"] = json!(id);
+            Ok(Bytes::from(answer.to_string()))
+        })
+    });
+}
+
+unsafe extern "C" fn input_read(task: Task, stream: u64, max: u64, reply: Callback, user: *mut c_void) {
+    answer_later(task, reply, user, |running| {
+        let Stream::Input(reading) = running.stream(stream)? else { return Err(wrong_direction(stream)) };
+        let max = usize::try_from(max.clamp(1, PIECE_BYTES_MAX)).expect("a piece fits in memory");
+        Ok(async move {
+            let mut reading = reading.lock().await;
+            if reading.rest.is_empty() {
+                reading.rest = reading.stream.next().await?.unwrap_or_default();
+            }
+            let take = reading.rest.len().min(max);
+            Ok(reading.rest.split_to(take))
+        })
+    });
+}
+
+unsafe extern "C" fn input_close(task: Task, stream: u64, reply: Callback, user: *mut c_void) {
+    answer_in_place(task, reply, user, |running| {
+        running.take(stream);
+        Ok(Bytes::new())
+    });
+}
+
+unsafe extern "C" fn input_file(task: Task, cid: Str, reply: Callback, user: *mut c_void) {
+    // SAFETY: lent for this call.
+    let cid = unsafe { copy(cid) };
+    answer_later(task, reply, user, |running| {
+        let cid = cid?;
+        Ok(async move {
+            let input = running.ports.materialize(&cid).await?;
+            serde_json::to_vec(&input).map(Bytes::from).map_err(internal)
+        })
+    });
+}
+
+unsafe extern "C" fn output_open(task: Task, spec: Str, reply: Callback, user: *mut c_void) {
+    // SAFETY: lent for this call.
+    let spec = unsafe { copy(spec) };
+    answer_later(task, reply, user, |running| {
+        let spec = artifact_spec(&spec?)?;
+        Ok(async move {
+            let stream = running.ports.create(spec).await?;
+            let id = running.add(Stream::Output(Arc::new(tokio::sync::Mutex::new(Some(stream)))))?;
+            Ok(Bytes::from(json!({ "stream": id }).to_string()))
+        })
+    });
+}
+
+unsafe extern "C" fn output_write(task: Task, stream: u64, data: abi::Bytes, reply: Callback, user: *mut c_void) {
+    // SAFETY: handed over by this call.
+    let data = unsafe { Foreign::new(data) };
+    answer_later(task, reply, user, |running| {
+        let Stream::Output(writing) = running.stream(stream)? else { return Err(wrong_direction(stream)) };
+        Ok(async move {
+            let mut writing = writing.lock().await;
+            let writer = writing.as_mut().ok_or_else(|| wrong_direction(stream))?;
+            if !data.as_ref().is_empty() {
+                writer.write(Bytes::from_owner(data)).await?;
+            }
+            Ok(Bytes::new())
+        })
+    });
+}
+
+unsafe extern "C" fn output_finish(task: Task, stream: u64, reply: Callback, user: *mut c_void) {
+    answer_later(task, reply, user, |running| {
+        let Some(Stream::Output(writing)) = running.take(stream) else { return Err(wrong_direction(stream)) };
+        Ok(async move {
+            let writer = writing.lock().await.take().ok_or_else(|| wrong_direction(stream))?;
+            published(writer.finish().await?)
+        })
+    });
+}
+
+unsafe extern "C" fn output_abort(task: Task, stream: u64, reply: Callback, user: *mut c_void) {
+    answer_later(task, reply, user, |running| {
+        let taken = running.take(stream);
+        Ok(async move {
+            if let Some(Stream::Output(writing)) = taken
+                && let Some(writer) = writing.lock().await.take()
+            {
+                writer.abort().await;
+            }
+            Ok(Bytes::new())
+        })
+    });
+}
+
+unsafe extern "C" fn output_file(task: Task, spec: Str, path: Str, reply: Callback, user: *mut c_void) {
+    // SAFETY: lent for this call.
+    let (spec, path) = unsafe { (copy(spec), copy(path)) };
+    answer_later(task, reply, user, |running| {
+        let (spec, path) = (artifact_spec(&spec?)?, path?);
+        Ok(async move { published(running.ports.put_file(spec, Path::new(&path)).await?) })
+    });
+}
+
+unsafe extern "C" fn complete(task: Task, status: Status, text: Str, details: Str) -> Status {
+    // SAFETY: lent for this call.
+    let (text, details) = unsafe { (copy(text), copy(details)) };
+    let ended = guarded(|| {
+        // Retired at once: whatever the plugin still does for this task is stale.
+        let Some(running) = TASKS.get(task) else { return Ok(Status::STALE) };
+        TASKS.remove(task);
+        let tell = running.ended.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(tell) = tell else { return Ok(Status::STALE) };
+        let completion = Completion { status, text: text.unwrap_or_default(), details: details.unwrap_or_default() };
+        // Nobody waits any more when the task was given up as stuck.
+        Ok(if tell.send(completion).is_ok() { Status::OK } else { Status::STALE })
+    });
+    ended.unwrap_or(Status::FAILED)
+}
+
+fn parse(json: &str) -> Result<serde_json::Value, PortError> {
+    serde_json::from_str(json).map_err(|err| PortError::new(PortErrorKind::BadRequest, format!("expected JSON: {err}")))
+}
+
+fn artifact_spec(json: &str) -> Result<ArtifactSpec, PortError> {
+    serde_json::from_str(json)
+        .map_err(|err| PortError::new(PortErrorKind::BadRequest, format!("expected an artifact spec: {err}")))
+}
+
+fn published(id: Option<String>) -> Answer {
+    Ok(Bytes::from(json!({ "id": id }).to_string()))
+}
+
+fn wrong_direction(stream: u64) -> PortError {
+    PortError::new(PortErrorKind::BadRequest, format!("stream {stream} is not open in this direction"))
+}
+
+#[allow(clippy::needless_pass_by_value, reason = "used as a function of map_err")]
+fn limit(err: crate::model::MailboxError) -> PortError {
+    PortError::new(PortErrorKind::Limit, err.to_string())
+}
+
+#[allow(clippy::needless_pass_by_value, reason = "used as a function of map_err")]
+fn internal(err: serde_json::Error) -> PortError {
+    PortError::new(PortErrorKind::Other, err.to_string())
+}

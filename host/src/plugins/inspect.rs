@@ -1,0 +1,206 @@
+//! What a library says about itself, read from its bytes: no code of it runs.
+
+use object::{
+    Architecture, BinaryFormat, Object, ObjectKind, ObjectSection, ObjectSymbol, elf,
+    read::elf::{FileHeader, SectionHeader},
+};
+use runner_sdk::abi;
+use serde::{Deserialize, Serialize};
+
+use super::InstallError;
+use crate::model::Capability;
+
+/// Facts about a library file.
+#[derive(Clone, Debug, Serialize)]
+pub struct Facts {
+    /// `elf`, `mach-o` or `pe`.
+    pub format: &'static str,
+    /// Processor it was built for.
+    pub machine: String,
+    /// Libraries it needs.
+    pub needed: Vec<String>,
+    /// Newest glibc symbol version it needs, such as `2.34`.
+    pub glibc: Option<String>,
+    /// It uses static thread-local storage, of which a process has little.
+    pub static_tls: bool,
+    /// It exports the layout proof of a Rust plugin.
+    pub rust: bool,
+    /// Its manifest.
+    pub manifest: Manifest,
+}
+
+/// The JSON in a library's `.runner` section.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Manifest {
+    /// The plugin's name.
+    pub name: String,
+    /// The plugin's version.
+    #[serde(default)]
+    pub version: String,
+    /// Version of runner-sdk it was built with; absent in C.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sdk: Option<String>,
+    /// ABI it was built for, `major.minor`.
+    pub abi: String,
+    /// What it serves.
+    pub capabilities: Vec<String>,
+}
+
+/// Reads the facts, and refuses whatever could not be loaded anyway.
+pub(super) fn inspect(bytes: &[u8]) -> Result<Facts, InstallError> {
+    if bytes.is_empty() {
+        return Err(InstallError::NotALibrary { found: "an empty file".to_owned() });
+    }
+    if object::FileKind::parse(bytes).is_err() {
+        let found = if bytes.starts_with(b"\x7fELF") { "the beginning of one" } else { "something else" };
+        return Err(InstallError::NotALibrary { found: found.to_owned() });
+    }
+    let file = object::File::parse(bytes).map_err(|err| InstallError::Truncated { reason: err.to_string() })?;
+    let format = match file.format() {
+        BinaryFormat::Elf => "elf",
+        BinaryFormat::MachO => "mach-o",
+        BinaryFormat::Pe => "pe",
+        other => return Err(InstallError::NotALibrary { found: format!("a file of format {other:?}") }),
+    };
+    if format != native_format() {
+        return Err(InstallError::OtherMachine { expected: native_format().to_owned(), found: format.to_owned() });
+    }
+    let machine = machine_name(file.architecture());
+    if machine != std::env::consts::ARCH {
+        return Err(InstallError::OtherMachine { expected: std::env::consts::ARCH.to_owned(), found: machine });
+    }
+    if file.kind() != ObjectKind::Dynamic {
+        return Err(InstallError::NotALibrary { found: format!("a {} of kind {:?}", format, file.kind()) });
+    }
+    // A library cut short keeps its header; every section must lie inside the file.
+    for section in file.sections() {
+        if section.data().is_err() {
+            let name = section.name().unwrap_or("?").to_owned();
+            return Err(InstallError::Truncated { reason: format!("section {name} lies outside the file") });
+        }
+    }
+    let exports = |name: &str| {
+        file.dynamic_symbols().any(|symbol| symbol.is_definition() && symbol.name() == Ok(name))
+            || (format != "elf"
+                && file.exports().is_ok_and(|mut list| {
+                    list.any(|export| {
+                        export.is_ok_and(|export| {
+                            let found = export.name();
+                            let found = found.name().unwrap_or_default();
+                            found.strip_prefix(b"_").unwrap_or(found) == name.as_bytes()
+                        })
+                    })
+                }))
+    };
+    if !exports(abi::ENTRY) {
+        return Err(InstallError::NoEntry);
+    }
+    let manifest = manifest(&file)?;
+    let elf = if format == "elf" { elf_facts(bytes) } else { ElfFacts::default() };
+    Ok(Facts {
+        format,
+        machine,
+        needed: elf.needed,
+        glibc: elf.glibc.map(|(major, minor)| format!("{major}.{minor}")),
+        static_tls: elf.static_tls,
+        rust: exports(abi::proof::HEADER_SYMBOL),
+        manifest,
+    })
+}
+
+fn native_format() -> &'static str {
+    if cfg!(windows) {
+        "pe"
+    } else if cfg!(target_vendor = "apple") {
+        "mach-o"
+    } else {
+        "elf"
+    }
+}
+
+fn machine_name(architecture: Architecture) -> String {
+    match architecture {
+        Architecture::X86_64 => "x86_64".to_owned(),
+        Architecture::I386 => "x86".to_owned(),
+        Architecture::Aarch64 => "aarch64".to_owned(),
+        Architecture::Arm => "arm".to_owned(),
+        Architecture::Riscv64 => "riscv64".to_owned(),
+        other => format!("{other:?}").to_lowercase(),
+    }
+}
+
+fn manifest(file: &object::File<'_>) -> Result<Manifest, InstallError> {
+    let section = file.section_by_name(abi::MANIFEST_SECTION).ok_or(InstallError::NoManifest)?;
+    let data = section.data().map_err(|err| InstallError::Truncated { reason: err.to_string() })?;
+    let end = data.iter().position(|byte| *byte == 0).unwrap_or(data.len());
+    let bad = |reason: String| InstallError::BadManifest { reason };
+    let manifest: Manifest = serde_json::from_slice(&data[..end]).map_err(|err| bad(err.to_string()))?;
+    if manifest.name.trim().is_empty() {
+        return Err(bad("its name is blank".to_owned()));
+    }
+    if manifest.capabilities.is_empty() {
+        return Err(bad("it names no capability".to_owned()));
+    }
+    for (index, name) in manifest.capabilities.iter().enumerate() {
+        Capability::parse(name).map_err(|err| bad(err.to_string()))?;
+        if manifest.capabilities[..index].contains(name) {
+            return Err(bad(format!("it names {name} twice")));
+        }
+    }
+    let major = manifest.abi.split('.').next().unwrap_or_default();
+    match major.parse::<u16>() {
+        Ok(abi::ABI_MAJOR) => Ok(manifest),
+        Ok(found) => Err(InstallError::AbiMajor { found }),
+        Err(_) => Err(bad(format!("its abi is {:?}, expected \"major.minor\"", manifest.abi))),
+    }
+}
+
+#[derive(Default)]
+struct ElfFacts {
+    needed: Vec<String>,
+    glibc: Option<(u32, u32)>,
+    static_tls: bool,
+}
+
+/// Facts only ELF has. They inform; what cannot be read is left out.
+fn elf_facts(bytes: &[u8]) -> ElfFacts {
+    match elf::FileHeader64::<object::Endianness>::parse(bytes) {
+        Ok(header) => read_elf(header, bytes).unwrap_or_default(),
+        Err(_) => ElfFacts::default(),
+    }
+}
+
+fn read_elf(header: &elf::FileHeader64<object::Endianness>, bytes: &[u8]) -> object::read::Result<ElfFacts> {
+    let endian = header.endian()?;
+    let sections = header.sections(endian, bytes)?;
+    let mut facts = ElfFacts::default();
+    for section in sections.iter() {
+        if let Some((entries, strings)) = section.dynamic(endian, bytes)? {
+            let strings = sections.strings(endian, bytes, strings)?;
+            for entry in entries {
+                let (tag, value) = (entry.d_tag.get(endian), entry.d_val.get(endian));
+                if tag == elf::DT_NEEDED {
+                    let name = strings.get(u32::try_from(value).unwrap_or(u32::MAX)).unwrap_or_default();
+                    facts.needed.push(String::from_utf8_lossy(name).into_owned());
+                } else if tag == elf::DT_FLAGS {
+                    facts.static_tls |= value & elf::DF_STATIC_TLS.0 != 0;
+                }
+            }
+        }
+        if let Some((mut needs, strings)) = section.gnu_verneed(endian, bytes)? {
+            let strings = sections.strings(endian, bytes, strings)?;
+            while let Some((_, mut versions)) = needs.next()? {
+                while let Some(version) = versions.next()? {
+                    let name = String::from_utf8_lossy(version.name(endian, strings)?).into_owned();
+                    facts.glibc = facts.glibc.max(glibc_version(&name));
+                }
+            }
+        }
+    }
+    Ok(facts)
+}
+
+fn glibc_version(name: &str) -> Option<(u32, u32)> {
+    let mut parts = name.strip_prefix("GLIBC_")?.split('.');
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+}

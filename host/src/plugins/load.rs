@@ -1,0 +1,145 @@
+//! Reads, checks and opens libraries, in that order for all of them.
+//!
+//! Every file is read, hashed and put where nobody can change it before the first one is opened:
+//! code of one plugin cannot alter what another one will run.
+
+use std::{
+    path::PathBuf,
+    sync::{Arc, mpsc},
+    time::{Duration, Instant},
+};
+
+use runner_sdk::abi::{self, Status};
+use sha2::{Digest, Sha256};
+use tracing::debug;
+
+use super::{
+    InstallError,
+    config::Settings,
+    discover::Found,
+    dispatch::Dispatcher,
+    ffi::{self, Entries},
+    inspect::{Facts, inspect},
+    open::Sealed,
+};
+use crate::model::Capability;
+
+/// A file whose bytes were checked and are safe from change.
+pub(super) struct Verified {
+    pub(super) file: PathBuf,
+    pub(super) settings: Settings,
+    pub(super) sha256: String,
+    pub(super) facts: Facts,
+    pub(super) capabilities: Vec<Capability>,
+    sealed: Sealed,
+}
+
+/// A library that is mapped and has accepted its config.
+pub(super) struct Loaded {
+    pub(super) dispatcher: Dispatcher,
+    pub(super) entries: Entries,
+}
+
+/// Reads and checks one file. No code of it runs.
+pub(super) fn verify(found: Found) -> Result<Verified, (PathBuf, InstallError)> {
+    let Found { file, settings, refused } = found;
+    match refused.map_or_else(|| check(&file, &settings), Err) {
+        Ok((sha256, facts, capabilities, sealed)) => {
+            Ok(Verified { file, settings, sha256, facts, capabilities, sealed })
+        }
+        Err(err) => Err((file, err)),
+    }
+}
+
+type Checked = (String, Facts, Vec<Capability>, Sealed);
+
+fn check(file: &std::path::Path, settings: &Settings) -> Result<Checked, InstallError> {
+    if file.is_dir() {
+        return Err(InstallError::Directory);
+    }
+    let unreadable = |err: std::io::Error| InstallError::Unreadable { reason: err.to_string() };
+    // A pipe or a device would block or never end.
+    if !std::fs::metadata(file).map_err(unreadable)?.is_file() {
+        return Err(InstallError::NotALibrary { found: "something that is no regular file".to_owned() });
+    }
+    let bytes = std::fs::read(file).map_err(unreadable)?;
+    let sha256 = hex(&Sha256::digest(&bytes));
+    if let Some(expected) = settings.sha256.as_ref().filter(|expected| **expected != sha256) {
+        return Err(InstallError::PinMismatch { expected: expected.clone(), found: sha256 });
+    }
+    let facts = inspect(&bytes)?;
+    let capabilities = chosen(&facts, settings)?;
+    let name = file.file_name().map_or_else(|| "plugin".into(), |name| name.to_string_lossy());
+    let sealed = Sealed::new(&name, &bytes).map_err(unreadable)?;
+    Ok((sha256, facts, capabilities, sealed))
+}
+
+fn chosen(facts: &Facts, settings: &Settings) -> Result<Vec<Capability>, InstallError> {
+    let all: Vec<Capability> =
+        facts.manifest.capabilities.iter().filter_map(|name| Capability::parse(name).ok()).collect();
+    let Some(wanted) = &settings.capabilities else { return Ok(all) };
+    if let Some(unknown) = wanted.iter().find(|name| !all.contains(name)) {
+        let serves = facts.manifest.capabilities.join(", ");
+        return Err(InstallError::UnknownCapability { wanted: unknown.to_string(), serves });
+    }
+    Ok(all.into_iter().filter(|name| wanted.contains(name)).collect())
+}
+
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Opens a checked file and initialises the plugin in it, on the plugin's own thread: a constructor
+/// or an `init` that hangs costs one thread, not the host.
+pub(super) fn open(verified: Verified, limit: Duration, log_level: u32) -> Result<Loaded, InstallError> {
+    let name: Arc<str> = verified.facts.manifest.name.as_str().into();
+    let dispatcher =
+        Dispatcher::start(name).map_err(|err| InstallError::Open { reason: format!("no thread for it: {err}") })?;
+    let config = serde_json::Value::Object(verified.settings.config.clone()).to_string();
+    let (sealed, rust) = (verified.sealed, verified.facts.rust);
+    let deadline = Instant::now() + limit;
+    let (tell, opened) = mpsc::channel();
+    let (answer, answered) = mpsc::channel();
+    dispatcher.run("init", move || {
+        let entries = map(sealed, rust);
+        let begun = entries.as_ref().ok().copied();
+        // Nobody listens after the time limit.
+        let _ = tell.send(entries);
+        if let Some(entries) = begun {
+            entries.init(&config, log_level, answer);
+        }
+    });
+    let hung = |_| InstallError::InitHung { limit };
+    let entries = opened.recv_timeout(limit).map_err(hung)??;
+    let left = deadline.saturating_duration_since(Instant::now());
+    match answered.recv_timeout(left).map_err(hung)? {
+        (Status::OK, _) => Ok(Loaded { dispatcher, entries }),
+        (Status::PANICKED, reason) => Err(InstallError::InitPanicked { reason: one_line(&reason) }),
+        (_, reason) if reason.trim().is_empty() => {
+            Err(InstallError::InitFailed { reason: "the plugin gave no reason".to_owned() })
+        }
+        (_, reason) => Err(InstallError::InitFailed { reason: one_line(&reason) }),
+    }
+}
+
+fn map(sealed: Sealed, rust: bool) -> Result<Entries, InstallError> {
+    let library = sealed.open().map_err(|reason| InstallError::Open { reason })?;
+    let symbol = |name: &str| library.address(name);
+    let entry = symbol(abi::ENTRY).ok_or(InstallError::NoEntry)?;
+    let proof = if rust { symbol(abi::proof::HEADER_SYMBOL) } else { None };
+    // From here on pointers into the library are kept.
+    library.leak();
+    if let Some(header) = proof {
+        // SAFETY: the address of that symbol in a library that was just leaked.
+        unsafe { abi::proof::prove_layout(header) }.map_err(|mismatch| {
+            debug!(mismatch = %mismatch.full, "layout check failed");
+            InstallError::Layout { line: one_line(&mismatch.line) }
+        })?;
+    }
+    // SAFETY: the address of that symbol in a library that was just leaked.
+    unsafe { ffi::read_table(entry) }
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}

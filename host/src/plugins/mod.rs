@@ -1,0 +1,236 @@
+//! Plugins: found, checked, opened, run. The only room that knows a `.so` exists.
+//!
+//! Start at [`Plugins::load`]; [`Plugins::run`] runs one task in whichever plugin serves it. What
+//! crosses the boundary is in `ffi`, opening is in `open`, and every reason to refuse a library is
+//! an [`InstallError`]. One bad plugin never stops the others.
+
+mod config;
+mod discover;
+mod dispatch;
+mod error;
+mod ffi;
+mod inspect;
+mod load;
+mod open;
+mod run;
+//SCA mod scaffold;
+mod tasks;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use serde::Serialize;
+use tokio::sync::Semaphore;
+use tracing::{info, warn};
+
+pub use config::{ConfigError, Entry, PluginsFile, Settings};
+pub use discover::{PlaceError, Places};
+pub use error::InstallError;
+pub use inspect::{Facts, Manifest};
+pub use run::Job;
+//SCA pub use scaffold::{ScaffoldError, SdkSource, create};
+
+use crate::model::Capability;
+use load::Verified;
+use run::Plugin;
+
+/// How long opening and `init` of one plugin may take together.
+pub const INIT_LIMIT: Duration = Duration::from_secs(10);
+
+/// What to load.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where libraries lie.
+    pub places: Places,
+    /// What the operator says about them.
+    pub file: PluginsFile,
+    /// Most tasks at once in a plugin whose settings do not say.
+    pub max_concurrency: usize,
+    /// Most verbose level plugins should send: 1 error to 5 trace, 0 none.
+    pub log_level: u32,
+    /// How long a plugin may take to open and initialise.
+    pub init_limit: Duration,
+}
+
+/// One library as `plugins list` and the status page show it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Listing {
+    /// The file.
+    pub file: PathBuf,
+    /// Name in its manifest, where it could be read.
+    pub name: Option<String>,
+    /// Version in its manifest.
+    pub version: Option<String>,
+    /// SHA-256 of the bytes that were opened.
+    pub sha256: Option<String>,
+    /// What it serves here.
+    pub capabilities: Vec<String>,
+    /// `loaded` or `refused`.
+    pub state: &'static str,
+    /// Why it was refused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// Everything that was loaded.
+pub struct Plugins {
+    by_capability: BTreeMap<Capability, Arc<Plugin>>,
+    loaded: Vec<Arc<Plugin>>,
+    listings: Vec<Listing>,
+}
+
+impl Plugins {
+    /// Loads what `config` names. Refused libraries are listed, logged and passed over.
+    ///
+    /// # Errors
+    /// Only when a folder cannot be listed.
+    pub fn load(config: &Config) -> Result<Self, PlaceError> {
+        let found = discover::discover(&config.places, &config.file)?;
+        let mut listings: Vec<Listing> = found.iter().map(|found| Listing::new(&found.file)).collect();
+        // All of them are read before the first is opened.
+        let mut verified: Vec<Option<Verified>> = Vec::new();
+        for (listing, found) in listings.iter_mut().zip(found) {
+            match load::verify(found) {
+                Ok(plugin) => {
+                    listing.describe(&plugin);
+                    verified.push(Some(plugin));
+                }
+                Err((_, err)) => {
+                    listing.refuse(&err);
+                    verified.push(None);
+                }
+            }
+        }
+        share_out(&mut verified, &mut listings);
+        let (mut loaded, mut by_capability) = (Vec::new(), BTreeMap::new());
+        for (listing, plugin) in listings.iter_mut().zip(verified) {
+            let Some(plugin) = plugin else { continue };
+            let (name, capabilities) = (plugin.facts.manifest.name.clone(), plugin.capabilities.clone());
+            let settings = plugin.settings.clone();
+            match load::open(plugin, config.init_limit, config.log_level) {
+                Ok(opened) => {
+                    let slots = settings.max_concurrency.unwrap_or(config.max_concurrency);
+                    let plugin = Arc::new(Plugin::new(&name, opened, settings.grant_token, Semaphore::new(slots)));
+                    for capability in &capabilities {
+                        by_capability.insert(capability.clone(), Arc::clone(&plugin));
+                    }
+                    info!(plugin = %name, file = %listing.file.display(), capabilities = ?capabilities, "plugin loaded");
+                    loaded.push(plugin);
+                }
+                Err(err) => listing.refuse(&err),
+            }
+        }
+        for listing in &listings {
+            if let Some(reason) = &listing.reason {
+                warn!(file = %listing.file.display(), reason, "plugin refused");
+            }
+        }
+        Ok(Self { by_capability, loaded, listings })
+    }
+
+    /// Every capability that is served, sorted.
+    #[must_use]
+    pub fn capabilities(&self) -> Vec<Capability> {
+        self.by_capability.keys().cloned().collect()
+    }
+
+    /// Every library that was considered, in order.
+    #[must_use]
+    pub fn listings(&self) -> &[Listing] {
+        &self.listings
+    }
+
+    /// Calls that named a task which was over or never was, since the process began.
+    #[must_use]
+    pub fn stale_calls(&self) -> u64 {
+        ffi::stale_calls()
+    }
+
+    /// Tells every plugin that the process ends within `deadline`.
+    pub async fn shutdown(&self, deadline: Duration) {
+        let waits: Vec<_> = self.loaded.iter().map(|plugin| plugin.shutdown(deadline)).collect();
+        for wait in waits {
+            // A plugin that hangs costs the deadline, once for all of them.
+            let _ = tokio::time::timeout(deadline, wait).await;
+        }
+    }
+
+    fn plugin(&self, capability: &Capability) -> Option<&Arc<Plugin>> {
+        self.by_capability.get(capability)
+    }
+}
+
+/// Reads what a library says about itself without running any of its code.
+pub fn inspect_file(file: &Path) -> Result<(String, Facts), InstallError> {
+    use sha2::{Digest, Sha256};
+    if file.is_dir() {
+        return Err(InstallError::Directory);
+    }
+    let bytes = std::fs::read(file).map_err(|err| InstallError::Unreadable { reason: err.to_string() })?;
+    let facts = inspect::inspect(&bytes)?;
+    Ok((load::hex(&Sha256::digest(&bytes)), facts))
+}
+
+/// Gives every capability to one plugin: to the one that says `override`, else to the first. A
+/// plugin with nothing left is refused.
+fn share_out(verified: &mut [Option<Verified>], listings: &mut [Listing]) {
+    let mut owners: HashMap<Capability, usize> = HashMap::new();
+    for overriding in [true, false] {
+        for (index, plugin) in verified.iter().enumerate() {
+            let Some(plugin) = plugin.as_ref().filter(|plugin| plugin.settings.overrides == overriding) else {
+                continue;
+            };
+            for capability in &plugin.capabilities {
+                owners.entry(capability.clone()).or_insert(index);
+            }
+        }
+    }
+    for index in 0..verified.len() {
+        let Some(plugin) = &mut verified[index] else { continue };
+        let contested = plugin.capabilities.iter().find(|name| owners[name] != index).cloned();
+        let Some(contested) = contested else { continue };
+        let owner = owners[&contested];
+        let overridden = verified[owner].as_ref().is_some_and(|owner| owner.settings.overrides);
+        let other = listings[owner].file.display().to_string();
+        let Some(plugin) = &mut verified[index] else { continue };
+        if overridden {
+            plugin.capabilities.retain(|name| owners[name] == index);
+            listings[index].describe(plugin);
+        }
+        if !overridden || plugin.capabilities.is_empty() {
+            listings[index].refuse(&InstallError::Duplicate { capability: contested.to_string(), other });
+            verified[index] = None;
+        }
+    }
+}
+
+impl Listing {
+    fn new(file: &Path) -> Self {
+        Self {
+            file: file.to_owned(),
+            name: None,
+            version: None,
+            sha256: None,
+            capabilities: Vec::new(),
+            state: "loaded",
+            reason: None,
+        }
+    }
+
+    fn describe(&mut self, plugin: &Verified) {
+        debug_assert_eq!(self.file, plugin.file);
+        self.name = Some(plugin.facts.manifest.name.clone());
+        self.version = Some(plugin.facts.manifest.version.clone());
+        self.sha256 = Some(plugin.sha256.clone());
+        self.capabilities = plugin.capabilities.iter().map(ToString::to_string).collect();
+    }
+
+    fn refuse(&mut self, err: &InstallError) {
+        self.state = "refused";
+        self.reason = Some(err.to_string());
+    }
+}

@@ -1,0 +1,158 @@
+//! Runs one task in a plugin, from its start to its one completion.
+
+use std::{
+    future::Future,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use runner_sdk::abi::Status;
+use serde_json::{Value, json};
+use tokio::sync::{Semaphore, oneshot};
+use tracing::warn;
+
+use super::{
+    Plugins,
+    dispatch::Dispatcher,
+    ffi::{self, Completion, Entries},
+    load::Loaded,
+};
+use crate::model::{CancelReason, Grant, Outcome, Ports};
+
+/// One task to run.
+pub struct Job {
+    /// What was leased.
+    pub grant: Grant,
+    /// Its inputs and outputs.
+    pub ports: Arc<dyn Ports>,
+    /// Its directory.
+    pub dir: PathBuf,
+    /// How long a cancelled runner may take to return before its slot is given back.
+    pub cancel_grace: Duration,
+}
+
+/// A loaded plugin.
+pub(super) struct Plugin {
+    name: Arc<str>,
+    dispatcher: Dispatcher,
+    entries: Entries,
+    grant_token: bool,
+    slots: Semaphore,
+    stuck: AtomicU64,
+}
+
+impl Plugin {
+    pub(super) fn new(name: &str, loaded: Loaded, grant_token: bool, slots: Semaphore) -> Self {
+        let Loaded { dispatcher, entries } = loaded;
+        Self { name: name.into(), dispatcher, entries, grant_token, slots, stuck: AtomicU64::new(0) }
+    }
+
+    /// Begins the plugin's shutdown; the future waits for its end.
+    pub(super) fn shutdown(&self, deadline: Duration) -> impl Future<Output = ()> + use<> {
+        let (tell, done) = oneshot::channel();
+        let entries = self.entries;
+        self.dispatcher.run("shutdown", move || {
+            entries.shutdown(deadline);
+            // Nobody waits after the deadline.
+            let _ = tell.send(());
+        });
+        async move {
+            // An error is an answer too: the thread is gone.
+            let _ = done.await;
+        }
+    }
+
+    async fn run(&self, job: Job) -> Outcome {
+        let Job { grant, ports, dir, cancel_grace } = job;
+        let slot = tokio::select! {
+            slot = self.slots.acquire() => slot.expect("a plugin's slots are never closed"),
+            reason = grant.cancel.cancelled() => return cancelled(reason),
+        };
+        let request = json!({
+            "capability": grant.lease.capability.as_str(),
+            "dir": dir,
+            "lease": grant.lease.document,
+        })
+        .to_string();
+        let (entered, mut ended) =
+            ffi::enter(Arc::clone(&self.name), self.dispatcher.clone(), self.grant_token, grant.clone(), ports);
+        let (entries, task) = (self.entries, entered.task);
+        self.dispatcher.run("start", move || entries.start(task, &request));
+        let completion = tokio::select! {
+            biased;
+            ended = &mut ended => ended,
+            _ = grant.cancel.cancelled() => {
+                self.dispatcher.run("cancel", move || entries.cancel(task));
+                match tokio::time::timeout(cancel_grace, ended).await {
+                    Ok(ended) => ended,
+                    Err(_) => {
+                        self.stuck.fetch_add(1, Ordering::Relaxed);
+                        warn!(plugin = %self.name, grace_ms = cancel_grace.as_millis(), "runner ignored its cancellation, slot given back");
+                        drop(slot);
+                        return cancelled(grant.cancel.reason().unwrap_or(CancelReason::Operator));
+                    }
+                }
+            }
+        };
+        drop(entered);
+        match completion {
+            Ok(completion) => outcome(&grant, completion),
+            Err(_) => Outcome::HostFault { message: "the plugin's task ended without a completion".to_owned() },
+        }
+    }
+}
+
+impl Plugins {
+    /// Runs one task in the plugin that serves its capability. Returns within the grace period of a
+    /// cancellation, whatever the runner does.
+    pub async fn run(&self, job: Job) -> Outcome {
+        match self.plugin(&job.grant.lease.capability) {
+            Some(plugin) => plugin.run(job).await,
+            None => Outcome::NoRunner,
+        }
+    }
+
+    /// Tasks whose runner ignored its cancellation, by plugin.
+    #[must_use]
+    pub fn stuck(&self) -> Vec<(String, u64)> {
+        self.loaded.iter().map(|plugin| (plugin.name.to_string(), plugin.stuck.load(Ordering::Relaxed))).collect()
+    }
+}
+
+fn cancelled(reason: CancelReason) -> Outcome {
+    match reason {
+        CancelReason::LeaseLost => Outcome::LeaseLost,
+        CancelReason::Drained => Outcome::Drained,
+        CancelReason::Plane | CancelReason::Operator => Outcome::Cancelled,
+    }
+}
+
+fn outcome(grant: &Grant, completion: Completion) -> Outcome {
+    let Completion { status, text, details } = completion;
+    match grant.cancel.reason() {
+        // Work that was finished in spite of a drain is worth reporting.
+        Some(CancelReason::Drained) if status == Status::OK => return Outcome::Completed,
+        Some(reason) => return cancelled(reason),
+        None => {}
+    }
+    let message = if text.trim().is_empty() { "the runner gave no reason".to_owned() } else { text };
+    let details = || serde_json::from_str(&details).unwrap_or(Value::Null);
+    match status {
+        Status::OK => Outcome::Completed,
+        Status::PANICKED => {
+            let place = details()["place"].as_str().unwrap_or("unknown place").to_owned();
+            Outcome::Panicked { message, place }
+        }
+        Status::STORAGE => Outcome::Storage { message },
+        _ => Outcome::Failed {
+            message,
+            retryable: status == Status::RETRYABLE,
+            invalid_input: status == Status::INVALID_INPUT,
+            details: details(),
+        },
+    }
+}

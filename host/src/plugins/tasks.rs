@@ -1,0 +1,108 @@
+//! Which tasks are running inside plugins, by handle.
+//!
+//! A handle is an index and a generation. A plugin may keep one for as long as it likes: after the
+//! task's end, and for a number nobody handed out, the lookup finds nothing and the call is
+//! answered `STALE`.
+
+use std::sync::{
+    Arc, PoisonError, RwLock,
+    atomic::{AtomicU64, Ordering},
+};
+
+use runner_sdk::abi::Task;
+
+/// A table of running tasks.
+pub(super) struct TaskTable<T> {
+    slots: RwLock<Slots<T>>,
+    stale: AtomicU64,
+}
+
+struct Slots<T> {
+    entries: Vec<Slot<T>>,
+    free: Vec<u32>,
+}
+
+struct Slot<T> {
+    generation: u32,
+    running: Option<Arc<T>>,
+}
+
+impl<T> TaskTable<T> {
+    pub(super) const fn new() -> Self {
+        Self { slots: RwLock::new(Slots { entries: Vec::new(), free: Vec::new() }), stale: AtomicU64::new(0) }
+    }
+
+    /// Enters a task and returns its handle, never 0.
+    pub(super) fn insert(&self, running: Arc<T>) -> Task {
+        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        let index = match slots.free.pop() {
+            Some(index) => index,
+            None => {
+                slots.entries.push(Slot { generation: 0, running: None });
+                u32::try_from(slots.entries.len() - 1).expect("fewer than 2^32 tasks run at once")
+            }
+        };
+        let slot = &mut slots.entries[index as usize];
+        // Generation 0 is skipped, so that no handle is ever 0.
+        slot.generation = slot.generation.wrapping_add(1).max(1);
+        slot.running = Some(running);
+        Task(u64::from(index) | u64::from(slot.generation) << 32)
+    }
+
+    /// The task behind a handle; counts the call as stale when there is none.
+    pub(super) fn get(&self, task: Task) -> Option<Arc<T>> {
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        let found = slots.slot(task).and_then(|slot| slot.running.clone());
+        if found.is_none() {
+            self.stale.fetch_add(1, Ordering::Relaxed);
+        }
+        found
+    }
+
+    /// Retires a handle.
+    pub(super) fn remove(&self, task: Task) -> Option<Arc<T>> {
+        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        let index = (task.0 & u64::from(u32::MAX)) as usize;
+        let generation = (task.0 >> 32) as u32;
+        let slot = slots.entries.get_mut(index).filter(|slot| slot.generation == generation);
+        let running = slot.and_then(|slot| slot.running.take());
+        if running.is_some() {
+            slots.free.push(index as u32);
+        }
+        running
+    }
+
+    /// How many calls named a task that was over or never was.
+    pub(super) fn stale_calls(&self) -> u64 {
+        self.stale.load(Ordering::Relaxed)
+    }
+}
+
+impl<T> Slots<T> {
+    fn slot(&self, task: Task) -> Option<&Slot<T>> {
+        let index = (task.0 & u64::from(u32::MAX)) as usize;
+        let generation = (task.0 >> 32) as u32;
+        self.entries.get(index).filter(|slot| slot.generation == generation)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_handle_is_good_for_one_task_only() {
+        let table = TaskTable::new();
+        let first = table.insert(Arc::new(1));
+        assert_eq!(table.get(first).as_deref(), Some(&1));
+        assert_eq!(table.remove(first).as_deref(), Some(&1));
+        assert_eq!(table.remove(first), None);
+        let second = table.insert(Arc::new(2));
+        assert_ne!(first, second);
+        assert_eq!(table.get(first), None);
+        assert_eq!(table.get(Task(0)), None);
+        assert_eq!(table.get(Task(u64::MAX)), None);
+        assert_eq!(table.get(second).as_deref(), Some(&2));
+        assert_eq!(table.stale_calls(), 3);
+    }
+}

@@ -1,0 +1,323 @@
+//! Does what `pacing` says: one task for each session, which owns everything that changes.
+
+use std::{sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use tokio::{
+    sync::oneshot,
+    time::{Instant, sleep, sleep_until, timeout},
+};
+use url::Url;
+use uuid::Uuid;
+
+use super::{
+    Settled,
+    pacing::{Pacing, PacingEvent, PacingStep, Rhythm, State, TERM_ASSUMED, patience, pause_after},
+};
+use crate::{
+    leases::{Advice, Kept, LeaseError, LeaseSource},
+    model::{CancelReason, Coordinates, Grant, GrantKeys, Lease, Outcome, Pending, Setup, TaskId, Verdict},
+};
+
+/// How often the last words of a task are tried before its report goes without them.
+const FLUSHES_MAX: u32 = 3;
+/// What someone hears who waits for the set-up of a cancelled task.
+const CANCELLED: &str = "the task was cancelled";
+
+pub(super) struct Driver {
+    source: Arc<dyn LeaseSource>,
+    grant: Grant,
+    keys: GrantKeys,
+    closed: oneshot::Receiver<Verdict>,
+    pacing: Pacing,
+    /// The id the plane uses now.
+    task: TaskId,
+    /// The lease as reports should name it; differs from the grant's once the plane said so.
+    renamed: Option<Lease>,
+    /// The plane's clock has been complained about; once is enough.
+    clock_warned: bool,
+}
+
+impl Driver {
+    pub(super) fn new(
+        source: Arc<dyn LeaseSource>,
+        rhythm: Rhythm,
+        grant: Grant,
+        keys: GrantKeys,
+        closed: oneshot::Receiver<Verdict>,
+    ) -> Self {
+        let task = grant.lease.task;
+        let mut clock_warned = false;
+        let left = grant.lease.expires_at.map(|at| left_until(at, task, &mut clock_warned));
+        let mut pacing = Pacing::new(rhythm, left, Instant::now());
+        if grant.lease.cancelled {
+            grant.cancel.cancel(CancelReason::Plane);
+            keys.setup.send_replace(Setup::Refused(CANCELLED.to_owned()));
+            pacing = pacing.cancelled();
+        }
+        Self { source, grant, keys, closed, pacing, task, renamed: None, clock_warned }
+    }
+
+    pub(super) async fn run(mut self) -> Settled {
+        let mut event = PacingEvent::Tick;
+        let verdict = loop {
+            match self.pacing.on(event, Instant::now(), rand::random()) {
+                PacingStep::Beat { within } => event = self.beat(within).await,
+                PacingStep::Sleep { until } => {
+                    event = tokio::select! {
+                        biased;
+                        verdict = &mut self.closed => break verdict,
+                        () = sleep_until(until) => PacingEvent::Tick,
+                        () = self.grant.mailbox.changed() => PacingEvent::Tick,
+                    };
+                    // A change may have left with a heartbeat already.
+                    if self.grant.mailbox.is_dirty() {
+                        event = PacingEvent::Dirty;
+                    }
+                }
+                PacingStep::Rest => break (&mut self.closed).await,
+                end => {
+                    self.tell(end);
+                    event = PacingEvent::Tick;
+                }
+            }
+        };
+        match verdict {
+            Ok(verdict) => self.settle(&verdict).await,
+            // Only while the session is being dropped: nobody will see this.
+            Err(_) => Settled::NotSent(CancelReason::LeaseLost),
+        }
+    }
+
+    /// Passes an end on to everyone who works on the task.
+    fn tell(&self, step: PacingStep) {
+        match step {
+            PacingStep::Cancel => {
+                tracing::info!(task_id = %self.task, "control plane cancelled the task");
+                self.grant.cancel.cancel(CancelReason::Plane);
+                self.set_up(Setup::Refused(CANCELLED.to_owned()));
+            }
+            PacingStep::Lose => {
+                if self.grant.cancel.reason() != Some(CancelReason::Plane) {
+                    tracing::warn!(task_id = %self.task, "lease lost");
+                }
+                self.grant.cancel.cancel(CancelReason::LeaseLost);
+                self.set_up(Setup::Refused("the lease was lost before its set-up heartbeat was answered".to_owned()));
+            }
+            PacingStep::Beat { .. } | PacingStep::Sleep { .. } | PacingStep::Rest => {}
+        }
+    }
+
+    /// Publishes the result of the set-up; only the first one counts.
+    fn set_up(&self, result: Setup) {
+        self.keys.setup.send_if_modified(|now| {
+            let first = *now == Setup::Pending;
+            if first {
+                *now = result;
+            }
+            first
+        });
+    }
+
+    async fn beat(&mut self, within: Duration) -> PacingEvent {
+        let sent = self.grant.mailbox.pending();
+        let failure = match timeout(within, self.source.keep(self.task, &sent, within)).await {
+            Ok(Ok(kept)) => return self.adopt(&sent, kept),
+            Ok(Err(err)) => err,
+            Err(_) => LeaseError::Unreachable(format!("no answer within {within:?}")),
+        };
+        match failure.advice() {
+            Advice::StopTask => {
+                tracing::warn!(task_id = %self.task, error = %failure, "heartbeat refused");
+                return PacingEvent::Gone;
+            }
+            Advice::GiveUp => self.set_up(Setup::Refused(failure.to_string())),
+            Advice::RetryLater => {}
+        }
+        tracing::warn!(task_id = %self.task, error = %failure, "heartbeat failed");
+        PacingEvent::Failed
+    }
+
+    /// Takes over what an answer says, in the order of contract 4.10; cancel comes last.
+    fn adopt(&mut self, sent: &Pending, kept: Kept) -> PacingEvent {
+        self.grant.mailbox.acknowledge(sent);
+        if let Some(token) = kept.token {
+            self.keys.token.send_if_modified(|now| {
+                let newer = now.as_ref() != Some(&token);
+                *now = Some(token);
+                newer
+            });
+        }
+        if let Some(task) = kept.task.filter(|task| *task != self.task) {
+            tracing::info!(task_id = %task, formerly = %self.task, "control plane renamed the task");
+            self.task = task;
+        }
+        if *self.keys.setup.borrow() == Setup::Pending {
+            let lease = &self.grant.lease;
+            let domain = kept.domain_id.or(lease.domain_id);
+            let server = kept.domain_server.or_else(|| lease.domain_server.clone());
+            self.rename(kept.job, domain);
+            self.set_up(Setup::Ready(coordinates(domain, server.as_deref())));
+        } else {
+            self.rename(kept.job, None);
+        }
+        let left = kept.expires_at.map(|at| left_until(at, self.task, &mut self.clock_warned));
+        PacingEvent::Answered { left, cancel: kept.cancel }
+    }
+
+    /// Notes a changed job or domain for the report. The lease is copied only when there is one.
+    fn rename(&mut self, job: Option<Uuid>, domain: Option<Uuid>) {
+        let now = self.lease();
+        let (job, domain) = (job.or(now.job), domain.or(now.domain_id));
+        if (job, domain) != (now.job, now.domain_id) {
+            self.renamed = Some(Lease { job, domain_id: domain, ..now.clone() });
+        }
+    }
+
+    fn lease(&self) -> &Lease {
+        self.renamed.as_ref().unwrap_or(&self.grant.lease)
+    }
+
+    /// The way out: last words, then the report.
+    async fn settle(&mut self, verdict: &Verdict) -> Settled {
+        if self.silenced(verdict).is_none() && self.grant.mailbox.is_dirty() {
+            self.flush().await;
+        }
+        match self.silenced(verdict) {
+            Some(reason) => Settled::NotSent(reason),
+            None => self.report(verdict).await,
+        }
+    }
+
+    /// Why nothing may be reported, if so.
+    fn silenced(&mut self, verdict: &Verdict) -> Option<CancelReason> {
+        if self.pacing.left(Instant::now()).is_none() {
+            let asked = matches!(self.pacing.state(), State::Cancelled { .. });
+            let reason = if asked { CancelReason::Plane } else { CancelReason::LeaseLost };
+            self.grant.cancel.cancel(reason);
+            return Some(reason);
+        }
+        match verdict.outcome {
+            Outcome::LeaseLost => Some(CancelReason::LeaseLost),
+            Outcome::Cancelled => Some(self.grant.cancel.reason().unwrap_or(CancelReason::Plane)),
+            _ => None,
+        }
+    }
+
+    /// Sends the last progress and events. It may take half of what is left of the lease; the
+    /// other half belongs to the report, which goes out in any case.
+    async fn flush(&mut self) {
+        let started = Instant::now();
+        let deadline = started + self.pacing.left(started).unwrap_or_default() / 2;
+        for attempt in 1..=FLUSHES_MAX {
+            let now = Instant::now();
+            let mut step = self.pacing.beat_now(now);
+            if let PacingStep::Beat { within } = step {
+                let event = self.beat(within.min(deadline.saturating_duration_since(now))).await;
+                step = self.pacing.on(event, Instant::now(), rand::random());
+            }
+            self.tell(step);
+            let PacingStep::Sleep { until } = step else { return };
+            if !self.grant.mailbox.is_dirty() {
+                return;
+            }
+            if attempt == FLUSHES_MAX || until >= deadline {
+                break;
+            }
+            sleep_until(until).await;
+        }
+        tracing::warn!(task_id = %self.task, "last progress and events were not delivered");
+    }
+
+    async fn report(&mut self, verdict: &Verdict) -> Settled {
+        let mut last = None;
+        let mut attempt = 0_u32;
+        while let Some(left) = self.pacing.left(Instant::now()) {
+            attempt = attempt.saturating_add(1);
+            let within = patience(left);
+            let failure = match timeout(within, self.source.settle(self.task, self.lease(), verdict)).await {
+                Ok(Ok(())) => return Settled::Accepted,
+                Ok(Err(err)) => err,
+                Err(_) => LeaseError::Unreachable(format!("no answer within {within:?}")),
+            };
+            let error = failure.to_string();
+            if failure.advice() != Advice::RetryLater {
+                tracing::warn!(task_id = %self.task, %error, "report refused");
+                return Settled::Refused(error);
+            }
+            let pause = pause_after(attempt, rand::random());
+            tracing::warn!(task_id = %self.task, %error, attempt, retry_in_ms = pause.as_millis(), "report failed");
+            last = Some(error);
+            sleep(pause.min(self.pacing.left(Instant::now()).unwrap_or_default())).await;
+        }
+        Settled::GivenUp(last.unwrap_or_else(|| "the lease ended before its report was sent".to_owned()))
+    }
+}
+
+/// What is left until `at`, by this node's clock at this moment. A time in the past says more
+/// about the clocks than about the lease, which has just been given to us.
+fn left_until(at: Timestamp, task: TaskId, warned: &mut bool) -> Duration {
+    match Duration::try_from(at.duration_since(Timestamp::now())) {
+        Ok(left) if !left.is_zero() => left,
+        _ => {
+            if !std::mem::replace(warned, true) {
+                tracing::warn!(
+                    task_id = %task,
+                    lease_expires_at = %at,
+                    assumed_ms = TERM_ASSUMED.as_millis(),
+                    "lease expires in the past; compare the clocks of node and control plane"
+                );
+            }
+            TERM_ASSUMED
+        }
+    }
+}
+
+/// Where the task's data lives, or which part of that is missing.
+fn coordinates(domain: Option<Uuid>, server: Option<&str>) -> Result<Coordinates, String> {
+    let text = server.filter(|text| !text.trim().is_empty()).ok_or("lease missing domain_server_url")?;
+    let domain = domain.ok_or("lease missing domain_id")?;
+    match Url::parse(text) {
+        Ok(server) if matches!(server.scheme(), "http" | "https") && server.has_host() => {
+            Ok(Coordinates { server, domain })
+        }
+        _ => {
+            let shown: String = text.chars().take(200).collect();
+            Err(format!("domain_server_url {shown:?} is not an absolute http(s) URL"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn coordinates_name_what_is_missing() {
+        let domain = Some(Uuid::nil());
+        let check = |domain, server, expected: &str| {
+            let seen = coordinates(domain, server).map(|found| found.server.to_string()).unwrap_or_else(|text| text);
+            assert_eq!(seen, expected);
+        };
+        check(domain, Some("https://ds.lab.test"), "https://ds.lab.test/");
+        check(domain, None, "lease missing domain_server_url");
+        check(domain, Some(" "), "lease missing domain_server_url");
+        check(None, None, "lease missing domain_server_url");
+        check(None, Some("https://ds.lab.test"), "lease missing domain_id");
+        check(domain, Some("/relative\n"), "domain_server_url \"/relative\\n\" is not an absolute http(s) URL");
+        check(domain, Some("ftp://x"), "domain_server_url \"ftp://x\" is not an absolute http(s) URL");
+        check(domain, Some("http:"), "domain_server_url \"http:\" is not an absolute http(s) URL");
+    }
+
+    #[test]
+    fn a_past_expiry_is_taken_as_a_minute_and_complained_about_once() {
+        let (task, mut warned) = (TaskId(Uuid::nil()), false);
+        let past = Timestamp::now() - jiff::SignedDuration::from_secs(5);
+        assert_eq!(left_until(past, task, &mut warned), TERM_ASSUMED);
+        assert!(warned);
+        let future = Timestamp::now() + jiff::SignedDuration::from_secs(500);
+        let left = left_until(future, task, &mut warned);
+        assert!(left > Duration::from_secs(490) && left <= Duration::from_secs(500));
+        assert_eq!(left_until(Timestamp::MAX, task, &mut warned).as_secs() / 1_000_000_000, 251);
+    }
+}

@@ -1,0 +1,442 @@
+//! When a held lease is kept: a machine without clock, socket or chance.
+//!
+//! The driver says what happened and when, draws the jitter, and does what comes out. Start at
+//! [`Pacing::on`].
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+/// Least time between the starts of two paced heartbeats, however fast progress comes and
+/// whatever the plane says about time.
+pub(super) const GAP_MIN: Duration = Duration::from_millis(100);
+/// How long a lease is taken to last when the plane does not say it, or says something in the past.
+pub(super) const TERM_ASSUMED: Duration = Duration::from_secs(60);
+/// Longest term believed; a clock cannot hold every time a plane may send.
+const TERM_MAX: Duration = Duration::from_secs(24 * 3600);
+/// Longest pause between two tries after a failure, before its jitter.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// First pause after a failure, before its jitter.
+const PAUSE_MIN: Duration = Duration::from_millis(200);
+
+/// How often to keep a lease.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Rhythm {
+    min_ratio: f64,
+    max_ratio: f64,
+    coalesce: Duration,
+}
+
+impl Rhythm {
+    /// Ratios in any order and outside 0..1 are put right.
+    pub(super) fn new(a: f64, b: f64, coalesce: Duration) -> Self {
+        let sane = |ratio: f64| if ratio.is_nan() { 0.3 } else { ratio.clamp(0.0, 1.0) };
+        let (a, b) = (sane(a), sane(b));
+        Self { min_ratio: a.min(b), max_ratio: a.max(b), coalesce: coalesce.min(Duration::from_secs(60)) }
+    }
+
+    fn interval(&self, left: Duration, draw: f64) -> Duration {
+        left.mul_f64(self.min_ratio + (self.max_ratio - self.min_ratio) * draw)
+    }
+}
+
+/// What happened.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum PacingEvent {
+    /// Time passed.
+    Tick,
+    /// There is progress or an event no answered heartbeat has carried.
+    Dirty,
+    /// The heartbeat was answered. `left` is what the plane says is left of the lease.
+    Answered { left: Option<Duration>, cancel: bool },
+    /// The heartbeat failed in a way that does not end the lease.
+    Failed,
+    /// The plane says the lease is not ours any more.
+    Gone,
+}
+
+/// What to do now.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum PacingStep {
+    /// Send a heartbeat and give it this long; its result is the next event.
+    Beat { within: Duration },
+    /// Nothing before this instant.
+    Sleep { until: Instant },
+    /// Tell everyone that the plane asks to stop.
+    Cancel,
+    /// Tell everyone that the lease is lost.
+    Lose,
+    /// Nothing ever again.
+    Rest,
+}
+
+/// Where the lease stands.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum State {
+    /// Ours; the last heartbeat was answered, or none was needed yet.
+    Held { expires: Instant, next: Instant },
+    /// Still ours until it expires, but heartbeats fail.
+    Doubtful { misses: u32, expires: Instant, next: Instant },
+    /// A heartbeat is under way.
+    Beating { misses: u32, expires: Instant },
+    /// The plane asked to stop: no more heartbeats, and lost when it expires.
+    Cancelled { expires: Instant },
+    /// Not ours any more.
+    Lost,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub(super) struct Pacing {
+    rhythm: Rhythm,
+    /// What the plane granted last; what an answer without a time is taken to grant again.
+    term: Duration,
+    last_beat: Option<Instant>,
+    state: State,
+}
+
+impl Pacing {
+    /// A lease just taken. Its first heartbeat is due at once.
+    pub(super) fn new(rhythm: Rhythm, left: Option<Duration>, now: Instant) -> Self {
+        let term = left.unwrap_or(TERM_ASSUMED).min(TERM_MAX);
+        Self { rhythm, term, last_beat: None, state: State::Held { expires: now + term, next: now } }
+    }
+
+    /// A lease that arrived cancelled.
+    pub(super) fn cancelled(mut self) -> Self {
+        if let State::Held { expires, .. } = self.state {
+            self.state = State::Cancelled { expires };
+        }
+        self
+    }
+
+    pub(super) fn state(&self) -> State {
+        self.state
+    }
+
+    /// What is left of the lease, while it is ours and nobody cancelled it.
+    pub(super) fn left(&self, now: Instant) -> Option<Duration> {
+        match self.state {
+            State::Held { expires, .. } | State::Doubtful { expires, .. } | State::Beating { expires, .. } => {
+                Some(expires.saturating_duration_since(now)).filter(|left| !left.is_zero())
+            }
+            State::Cancelled { .. } | State::Lost => None,
+        }
+    }
+
+    /// The machine. `draw` lies in 0..1 and decides the jitter, where there is one.
+    pub(super) fn on(&mut self, event: PacingEvent, now: Instant, draw: f64) -> PacingStep {
+        match (event, self.state) {
+            (PacingEvent::Gone, State::Held { .. } | State::Doubtful { .. } | State::Beating { .. }) => {
+                return self.lose();
+            }
+            (PacingEvent::Answered { left, cancel }, State::Beating { expires, .. }) => {
+                return self.answered(left, cancel, expires, now, draw);
+            }
+            (PacingEvent::Failed, State::Beating { misses, expires }) => {
+                let misses = misses.saturating_add(1);
+                let left = expires.saturating_duration_since(now);
+                let pause = pause_after(misses, draw).min(left / 4).max(GAP_MIN);
+                self.state = State::Doubtful { misses, expires, next: now + pause };
+            }
+            (PacingEvent::Dirty, State::Held { expires, next }) => {
+                let soon = self.not_before(now + self.rhythm.coalesce);
+                self.state = State::Held { expires, next: next.min(soon) };
+            }
+            // While heartbeats fail, progress does not hasten them; it goes with the next one.
+            _ => {}
+        }
+        self.tick(now)
+    }
+
+    /// Sends one heartbeat out of turn (the last words of a task), if there still is a lease.
+    pub(super) fn beat_now(&mut self, now: Instant) -> PacingStep {
+        match self.state {
+            State::Held { expires, .. } => self.state = State::Held { expires, next: now },
+            State::Doubtful { misses, expires, .. } => self.state = State::Doubtful { misses, expires, next: now },
+            State::Beating { .. } | State::Cancelled { .. } | State::Lost => {}
+        }
+        self.tick(now)
+    }
+
+    fn tick(&mut self, now: Instant) -> PacingStep {
+        let (misses, expires, next) = match self.state {
+            State::Held { expires, next } => (0, expires, next),
+            State::Doubtful { misses, expires, next } => (misses, expires, next),
+            State::Beating { expires, .. } | State::Cancelled { expires } if now < expires => {
+                return PacingStep::Sleep { until: expires };
+            }
+            State::Beating { .. } | State::Cancelled { .. } => return self.lose(),
+            State::Lost => return PacingStep::Rest,
+        };
+        if now >= expires {
+            return self.lose();
+        }
+        if now < next {
+            return PacingStep::Sleep { until: next.min(expires) };
+        }
+        self.last_beat = Some(now);
+        self.state = State::Beating { misses, expires };
+        PacingStep::Beat { within: patience(expires - now) }
+    }
+
+    fn answered(&mut self, left: Option<Duration>, cancel: bool, old: Instant, now: Instant, draw: f64) -> PacingStep {
+        let expires = match left {
+            Some(left) => {
+                self.term = left.min(TERM_MAX);
+                now + self.term
+            }
+            // The plane took the heartbeat and did not say how long it counts: as long as the
+            // last one, from when it was sent.
+            None => old.max(self.last_beat.unwrap_or(now) + self.term),
+        };
+        if cancel {
+            self.state = State::Cancelled { expires };
+            return PacingStep::Cancel;
+        }
+        let interval = self.rhythm.interval(expires.saturating_duration_since(now), draw);
+        self.state = State::Held { expires, next: self.not_before(now + interval.max(GAP_MIN)) };
+        self.tick(now)
+    }
+
+    fn lose(&mut self) -> PacingStep {
+        self.state = State::Lost;
+        PacingStep::Lose
+    }
+
+    fn not_before(&self, wanted: Instant) -> Instant {
+        self.last_beat.map_or(wanted, |last| wanted.max(last + GAP_MIN))
+    }
+}
+
+/// How long one call may take when `left` remains: so that a call nobody answers leaves room for
+/// others.
+pub(super) fn patience(left: Duration) -> Duration {
+    (left / 3).max(Duration::from_secs(1)).min(left)
+}
+
+/// The pause after failure number `count` in a row: doubling, jittered downwards by up to a half.
+pub(super) fn pause_after(count: u32, draw: f64) -> Duration {
+    (PAUSE_MIN * (1_u32 << count.saturating_sub(1).min(8))).min(PAUSE_MAX).mul_f64(0.5 + 0.5 * draw)
+}
+
+#[cfg(test)]
+mod tests {
+    use rand::{Rng as _, SeedableRng as _};
+
+    use super::{PacingEvent::*, *};
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    fn good(left_ms: u64) -> PacingEvent {
+        Answered { left: Some(ms(left_ms)), cancel: false }
+    }
+
+    /// Runs events at their milliseconds against a lease of `left`; the expected text lists what
+    /// came out, with instants as milliseconds since the start. Draws are always in the middle.
+    #[track_caller]
+    fn check(left: Option<u64>, events: &[(u64, PacingEvent)], expected: &str) {
+        let start = Instant::now();
+        let mut pacing = Pacing::new(Rhythm::new(0.35, 0.25, ms(250)), left.map(ms), start);
+        let seen: Vec<String> = events
+            .iter()
+            .map(|(at, event)| {
+                let what = match pacing.on(*event, start + ms(*at), 0.5) {
+                    PacingStep::Beat { within } => format!("beat({})", within.as_millis()),
+                    PacingStep::Sleep { until } => format!("sleep({})", (until - start).as_millis()),
+                    PacingStep::Cancel => "cancel".to_owned(),
+                    PacingStep::Lose => "lose".to_owned(),
+                    PacingStep::Rest => "rest".to_owned(),
+                };
+                format!("{at} {what}")
+            })
+            .collect();
+        assert_eq!(seen.join(", "), expected);
+    }
+
+    #[test]
+    fn the_first_beat_is_at_once_and_the_next_at_a_share_of_what_is_left() {
+        check(
+            Some(60_000),
+            &[(0, Tick), (40, good(60_000)), (18_039, Tick), (18_040, Tick), (18_100, good(60_000))],
+            "0 beat(20000), 40 sleep(18040), 18039 sleep(18040), 18040 beat(14000), 18100 sleep(36100)",
+        );
+    }
+
+    #[test]
+    fn missed_beats_keep_the_lease_until_it_expires() {
+        check(
+            Some(3_000),
+            &[
+                (0, Tick),
+                (10, Failed),
+                (160, Tick),
+                (200, Failed),
+                (500, Tick),
+                (1_600, Failed),
+                (2_000, Tick),
+                (3_000, Failed),
+                (3_001, Tick),
+            ],
+            "0 beat(1000), 10 sleep(160), 160 beat(1000), 200 sleep(500), 500 beat(1000), 1600 sleep(1950), 2000 beat(1000), \
+             3000 lose, 3001 rest",
+        );
+    }
+
+    #[test]
+    fn a_good_beat_after_misses_is_as_if_nothing_had_been() {
+        check(
+            Some(60_000),
+            &[(0, Tick), (10, Failed), (160, Tick), (200, good(60_000)), (18_200, Tick), (18_210, Failed)],
+            "0 beat(20000), 10 sleep(160), 160 beat(19946), 200 sleep(18200), 18200 beat(14000), 18210 sleep(18360)",
+        );
+    }
+
+    #[test]
+    fn progress_is_gathered_and_then_sent() {
+        check(
+            Some(60_000),
+            &[(0, Tick), (10, good(60_000)), (1_000, Dirty), (1_200, Dirty), (1_250, Dirty), (1_260, good(60_000))],
+            "0 beat(20000), 10 sleep(18010), 1000 sleep(1250), 1200 sleep(1250), 1250 beat(19586), 1260 sleep(19260)",
+        );
+    }
+
+    #[test]
+    fn progress_does_not_hasten_a_beat_after_a_miss() {
+        check(
+            Some(60_000),
+            &[(0, Tick), (10, Failed), (11, Dirty), (160, Dirty)],
+            "0 beat(20000), 10 sleep(160), 11 sleep(160), 160 beat(19946)",
+        );
+    }
+
+    #[test]
+    fn an_answer_without_a_time_grants_the_last_term_again() {
+        let plain = Answered { left: None, cancel: false };
+        check(
+            Some(2_000),
+            &[(0, Tick), (100, plain), (1_900, Tick), (1_950, plain), (3_899, Tick), (3_900, Tick)],
+            "0 beat(1000), 100 sleep(670), 1900 beat(100), 1950 sleep(2535), 3899 beat(1), 3900 lose",
+        );
+        check(None, &[(0, Tick), (0, plain)], "0 beat(20000), 0 sleep(18000)");
+    }
+
+    #[test]
+    fn time_that_ran_out_or_stands_still_makes_no_flood() {
+        let mut events = vec![(0, Tick)];
+        events.extend([(1, good(1)), (2, Tick)]);
+        check(Some(60_000), &events, "0 beat(20000), 1 sleep(2), 2 lose");
+        check(Some(0), &[(0, Tick), (1, Tick)], "0 lose, 1 rest");
+        check(Some(u64::MAX), &[(0, Tick), (0, good(u64::MAX))], "0 beat(28800000), 0 sleep(25920000)");
+    }
+
+    #[test]
+    fn cancel_ends_the_beats_and_the_end_of_the_lease_still_fences() {
+        check(
+            Some(10_000),
+            &[
+                (0, Tick),
+                (5, Answered { left: None, cancel: true }),
+                (6, Tick),
+                (7, Dirty),
+                (8, Gone),
+                (10_000, Tick),
+                (10_001, Tick),
+            ],
+            "0 beat(3333), 5 cancel, 6 sleep(10000), 7 sleep(10000), 8 sleep(10000), 10000 lose, 10001 rest",
+        );
+    }
+
+    #[test]
+    fn a_lease_that_is_gone_is_lost_at_once() {
+        check(Some(10_000), &[(0, Tick), (5, Gone), (6, good(1_000))], "0 beat(3333), 5 lose, 6 rest");
+    }
+
+    #[test]
+    fn last_words_go_out_of_turn() {
+        let start = Instant::now();
+        let mut pacing = Pacing::new(Rhythm::new(0.25, 0.35, ms(250)), Some(ms(9_000)), start);
+        assert_eq!(pacing.beat_now(start), PacingStep::Beat { within: ms(3_000) });
+        pacing.on(Failed, start + ms(1), 0.5);
+        assert_eq!(pacing.beat_now(start + ms(2)), PacingStep::Beat { within: ms(8_998) / 3 });
+        assert_eq!(pacing.beat_now(start + ms(9_000)), PacingStep::Lose);
+        assert_eq!(pacing.left(start + ms(9_000)), None);
+    }
+
+    #[test]
+    fn odd_ratios_are_put_right() {
+        assert_eq!(Rhythm::new(0.35, 0.25, ms(0)), Rhythm::new(0.25, 0.35, ms(0)));
+        assert_eq!(Rhythm::new(-1.0, f64::INFINITY, ms(0)), Rhythm::new(0.0, 1.0, ms(0)));
+        assert_eq!(Rhythm::new(f64::NAN, 0.3, ms(0)), Rhythm::new(0.3, 0.3, ms(0)));
+    }
+
+    #[test]
+    fn a_storm_of_progress_makes_few_beats() {
+        for (coalesce, most) in [(0, 101), (250, 41)] {
+            let start = Instant::now();
+            let mut pacing = Pacing::new(Rhythm::new(0.25, 0.35, ms(coalesce)), Some(ms(60_000)), start);
+            let mut beats = 0;
+            for at in 0..10_000 {
+                if matches!(pacing.on(Dirty, start + ms(at), 0.5), PacingStep::Beat { .. }) {
+                    beats += 1;
+                    pacing.on(good(60_000), start + ms(at), 0.5);
+                }
+            }
+            assert!(beats <= most && beats >= most - 2, "{beats} beats at {coalesce} ms");
+        }
+    }
+
+    /// Beside the machine runs a small model: who may beat, how often, and when it must be over.
+    #[test]
+    fn no_sequence_breaks_the_promises() {
+        for seed in 0..2_000 {
+            let mut chance = rand::rngs::StdRng::seed_from_u64(seed);
+            let start = Instant::now();
+            let left = chance.random_bool(0.8).then(|| ms(chance.random_range(0..5_000)));
+            let mut pacing = Pacing::new(
+                Rhythm::new(chance.random(), chance.random(), ms(chance.random_range(0..500))),
+                left,
+                start,
+            );
+            let (mut now, mut last_beat, mut beating) = (start, None::<Instant>, false);
+            let (mut lost, mut cancelled) = (false, false);
+            for _ in 0..200 {
+                now += ms(chance.random_range(0..400));
+                let event = match chance.random_range(0..20) {
+                    0..4 => Tick,
+                    4..10 => Dirty,
+                    10..16 => Answered {
+                        left: chance.random_bool(0.7).then(|| ms(chance.random_range(0..5_000))),
+                        cancel: chance.random_bool(0.03),
+                    },
+                    16..19 => Failed,
+                    _ if chance.random_bool(0.2) => Gone,
+                    _ => Tick,
+                };
+                let asked = matches!(event, Answered { cancel: true, .. }) && beating;
+                beating &= !matches!(event, Answered { .. } | Failed);
+                match pacing.on(event, now, chance.random()) {
+                    PacingStep::Beat { within } => {
+                        assert!(!lost && !cancelled && !beating, "seed {seed}");
+                        assert!(last_beat.is_none_or(|last| now - last >= GAP_MIN), "seed {seed}: beats too close");
+                        assert!(!within.is_zero() && within <= pacing.left(now).expect("ours"), "seed {seed}");
+                        (last_beat, beating) = (Some(now), true);
+                    }
+                    PacingStep::Sleep { until } => assert!(until > now && !lost, "seed {seed}: a sleep that spins"),
+                    PacingStep::Cancel => {
+                        assert!(asked && !cancelled && !lost, "seed {seed}");
+                        cancelled = true;
+                    }
+                    PacingStep::Lose => {
+                        assert!(!lost, "seed {seed}: lost twice");
+                        lost = true;
+                    }
+                    PacingStep::Rest => assert!(lost, "seed {seed}"),
+                }
+                assert_eq!(lost, pacing.state() == State::Lost, "seed {seed}");
+            }
+        }
+    }
+}

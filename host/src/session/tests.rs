@@ -1,0 +1,466 @@
+//! Sessions through the real adapter, against a DMS that each test plays by hand.
+
+use std::time::Instant;
+
+use jiff::{SignedDuration, Timestamp};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::*;
+use crate::{
+    auth::TokenSource,
+    leases::dms::{self, Dms},
+    model::{Coordinates, Outcome, TaskId, Token},
+    transport::{
+        self,
+        testing::{BAD_BODIES, Call, Service, assert_clean},
+    },
+};
+
+const TASK: &str = "0b9f3c52-3b0e-4f0e-8f8e-6f2e9d0c7a01";
+const OTHER: &str = "11111111-2222-3333-4444-555555555555";
+const HEARTBEAT: &str = "POST /tasks/0b9f3c52-3b0e-4f0e-8f8e-6f2e9d0c7a01/heartbeat";
+const COMPLETE: &str = "POST /tasks/0b9f3c52-3b0e-4f0e-8f8e-6f2e9d0c7a01/complete";
+const FAIL: &str = "POST /tasks/0b9f3c52-3b0e-4f0e-8f8e-6f2e9d0c7a01/fail";
+const MINUTE: Duration = Duration::from_secs(60);
+
+fn in_future(left: Duration) -> Timestamp {
+    Timestamp::now() + SignedDuration::try_from(left).expect("a short time")
+}
+
+fn lease(left: Duration) -> Lease {
+    Lease {
+        task: TaskId(TASK.parse().expect("an id")),
+        job: None,
+        capability: "/lab/echo/v1".parse().expect("a name"),
+        expires_at: Some(in_future(left)),
+        cancelled: false,
+        domain_id: Some(Uuid::nil()),
+        domain_server: Some("https://ds.lab.test".into()),
+        token: Some(Token::new("dom-1")),
+        inputs: Vec::new(),
+        outputs_prefix: None,
+        document: serde_json::Map::new(),
+    }
+}
+
+fn completed() -> Verdict {
+    Verdict { outcome: Outcome::Completed, artifacts: Vec::new() }
+}
+
+async fn open(lease: Lease) -> (Service, Session) {
+    let plane = Service::start().await;
+    let config = dms::Config { base: plane.url.clone(), request_timeout: Duration::from_secs(20) };
+    let client = transport::Client::new(transport::Config::default());
+    let source = Arc::new(Dms::new(config, client, TokenSource::holding("node")));
+    let config = Config { coalesce: Duration::from_millis(50), ..Config::default() };
+    let session = Sessions::new(source, config, Handle::current()).open(lease);
+    (plane, session)
+}
+
+/// A session whose set-up heartbeat has been answered with `answer`.
+async fn set_up(lease: Lease, answer: Value) -> (Service, Session) {
+    let (mut plane, session) = open(lease).await;
+    plane.expect(HEARTBEAT).await.ok(answer);
+    session.grant().setup().await;
+    (plane, session)
+}
+
+/// Settles while `answer` plays the plane.
+async fn settle(session: Session, verdict: Verdict, answer: impl AsyncFnOnce()) -> Settled {
+    tokio::join!(session.settle(&verdict), answer()).0
+}
+
+#[tokio::test]
+async fn a_task_without_news_costs_one_heartbeat_and_one_report() {
+    let (mut plane, session) = open(lease(MINUTE)).await;
+    let grant = session.grant();
+    let call = plane.expect(HEARTBEAT).await;
+    assert_eq!(call.json(), json!({ "progress": {}, "events": [] }));
+    assert_eq!(call.bearer(), "node");
+    call.ok(json!({}));
+    let coordinates = Coordinates { server: "https://ds.lab.test".parse().expect("a URL"), domain: Uuid::nil() };
+    assert_eq!(grant.setup().await, Setup::Ready(Ok(coordinates)));
+    let settled = settle(session, completed(), async || plane.expect(COMPLETE).await.answer(204, "")).await;
+    assert_eq!(settled, Settled::Accepted);
+    assert!(plane.waiting().is_none());
+}
+
+#[tokio::test]
+async fn the_set_up_heartbeat_carries_what_is_known_by_then() {
+    let (mut plane, session) = open(lease(MINUTE)).await;
+    session.grant().mailbox.progress(json!({ "early": 1 })).expect("room");
+    let call = plane.expect(HEARTBEAT).await;
+    assert_eq!(call.json()["progress"], json!({ "early": 1 }));
+    call.ok(json!({}));
+    session.grant().setup().await;
+    let settled = settle(session, completed(), async || plane.expect(COMPLETE).await.ok(json!({}))).await;
+    assert_eq!(settled, Settled::Accepted, "nothing is sent twice");
+}
+
+#[tokio::test]
+async fn coordinates_come_from_lease_and_set_up_heartbeat_together() {
+    let check = async |server: Option<&str>, domain: Option<Uuid>, answer: Value, expected: Result<&str, &str>| {
+        let taken = Lease { domain_server: server.map(Into::into), domain_id: domain, ..lease(MINUTE) };
+        let (_plane, session) = set_up(taken, answer).await;
+        let Setup::Ready(found) = session.grant().setup().await else { panic!("answered") };
+        assert_eq!(found.as_ref().map(|at| at.server.as_str()).map_err(String::as_str), expected);
+    };
+    let id = Some(Uuid::nil());
+    check(None, None, json!({ "domain_id": OTHER, "domain_server_url": "https://late" }), Ok("https://late/")).await;
+    check(Some("https://a"), id, json!({ "domain_server_url": "https://b" }), Ok("https://b/")).await;
+    check(None, id, json!({}), Err("lease missing domain_server_url")).await;
+    check(Some("https://a"), None, json!({}), Err("lease missing domain_id")).await;
+    let odd = Err("domain_server_url \"a/b\" is not an absolute http(s) URL");
+    check(Some("a/b"), id, json!({}), odd).await;
+}
+
+#[tokio::test]
+async fn the_report_names_job_and_domain_as_the_set_up_heartbeat_gave_them() {
+    let taken = Lease { domain_id: None, ..lease(MINUTE) };
+    let (mut plane, session) = set_up(taken, json!({ "domain_id": OTHER, "job_id": OTHER })).await;
+    settle(session, completed(), async || {
+        let call = plane.expect(COMPLETE).await;
+        let job = json!({ "task_id": TASK, "job_id": OTHER, "domain_id": OTHER, "capability": "/lab/echo/v1" });
+        assert_eq!(call.json()["meta"]["job"], job);
+        call.ok(json!({}));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn failing_heartbeats_do_not_lose_the_lease() {
+    let (mut plane, session) = open(lease(MINUTE)).await;
+    plane.expect(HEARTBEAT).await.answer(500, "sorry");
+    plane.expect(HEARTBEAT).await.bad(200, "html");
+    drop(plane.expect(HEARTBEAT).await); // the connection breaks
+    plane.expect(HEARTBEAT).await.ok(json!({}));
+    assert!(matches!(session.grant().setup().await, Setup::Ready(Ok(_))));
+    assert_eq!(session.grant().cancel.reason(), None);
+}
+
+#[tokio::test]
+async fn unusable_answers_are_misses() {
+    for kind in BAD_BODIES {
+        let (mut plane, session) = open(lease(MINUTE)).await;
+        plane.expect(HEARTBEAT).await.bad(200, kind);
+        plane.expect(HEARTBEAT).await.ok(json!({}));
+        assert!(matches!(session.grant().setup().await, Setup::Ready(Ok(_))), "{kind}");
+        assert_eq!(session.grant().cancel.reason(), None, "{kind}");
+    }
+}
+
+// S0-65
+#[tokio::test]
+async fn a_refused_set_up_is_told_and_the_end_still_reported() {
+    let (mut plane, session) = open(lease(MINUTE)).await;
+    plane.expect(HEARTBEAT).await.answer(403, "not you");
+    let Setup::Refused(text) = session.grant().setup().await else { panic!("refused") };
+    assert_eq!(text, "control plane answered 403: not you");
+    let outcome = Outcome::Setup { stage: "initial_heartbeat", message: text };
+    let verdict = Verdict { outcome, artifacts: Vec::new() };
+    let settled = settle(session, verdict, async || {
+        let call = plane.expect(FAIL).await;
+        assert_eq!(call.json()["details"]["stage"], "initial_heartbeat");
+        call.ok(json!({}));
+    });
+    assert_eq!(settled.await, Settled::Accepted);
+}
+
+// S0-72
+#[tokio::test]
+async fn a_lease_held_by_another_node_is_lost() {
+    for status in [404, 409, 410] {
+        let (mut plane, session) = open(lease(MINUTE)).await;
+        let grant = session.grant();
+        plane.expect(HEARTBEAT).await.answer(status, "");
+        assert_eq!(grant.cancel.cancelled().await, CancelReason::LeaseLost);
+        assert!(matches!(grant.setup().await, Setup::Refused(_)), "nobody waits for a set-up that never comes");
+        assert_eq!(session.settle(&completed()).await, Settled::NotSent(CancelReason::LeaseLost));
+        assert!(plane.waiting().is_none(), "nothing is sent for a lease of somebody else");
+    }
+}
+
+// S0-71
+#[tokio::test]
+async fn cancel_counts_in_every_answer() {
+    let (mut plane, session) = set_up(lease(MINUTE), json!({ "cancel": true })).await;
+    let grant = session.grant();
+    assert_eq!(grant.cancel.cancelled().await, CancelReason::Plane);
+    assert!(matches!(grant.setup().await, Setup::Ready(Ok(_))));
+    assert_eq!(session.settle(&completed()).await, Settled::NotSent(CancelReason::Plane));
+    assert!(plane.waiting().is_none());
+
+    let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
+    session.grant().mailbox.progress(json!(1)).expect("room");
+    plane.expect(HEARTBEAT).await.ok(json!({ "cancel": true }));
+    assert_eq!(session.grant().cancel.cancelled().await, CancelReason::Plane);
+    session.grant().mailbox.progress(json!(2)).expect("room");
+    assert_eq!(session.settle(&completed()).await, Settled::NotSent(CancelReason::Plane));
+    assert!(plane.waiting().is_none());
+}
+
+#[tokio::test]
+async fn a_lease_that_arrives_cancelled_makes_no_call() {
+    let (mut plane, session) = open(Lease { cancelled: true, ..lease(MINUTE) }).await;
+    assert_eq!(session.grant().cancel.cancelled().await, CancelReason::Plane);
+    assert_eq!(session.grant().setup().await, Setup::Refused("the task was cancelled".into()));
+    assert_eq!(session.settle(&completed()).await, Settled::NotSent(CancelReason::Plane));
+    assert!(plane.waiting().is_none());
+}
+
+// S0-75
+#[tokio::test]
+async fn a_newer_token_is_seen_at_once() {
+    let (mut plane, session) = set_up(lease(MINUTE), json!({ "access_token": null })).await;
+    let grant = session.grant();
+    let old = grant.token();
+    assert_eq!(old, Some(Token::new("dom-1")));
+    grant.mailbox.event(json!("go on")).expect("room");
+    plane.expect(HEARTBEAT).await.ok(json!({ "access_token": "dom-2" }));
+    assert_eq!(grant.newer_token(old.as_ref(), Duration::from_secs(20)).await, Some(Token::new("dom-2")));
+}
+
+// S0-18a, S0-30
+#[tokio::test]
+async fn progress_is_gathered_and_events_arrive_once() {
+    let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
+    let mailbox = session.grant().mailbox;
+    for n in 0..50 {
+        mailbox.progress(json!({ "n": n })).expect("room");
+        mailbox.event(json!(n)).expect("room");
+    }
+    let call = plane.expect(HEARTBEAT).await;
+    assert_eq!(call.json(), json!({ "progress": { "n": 49 }, "events": (0..50).collect::<Vec<_>>() }));
+    mailbox.event(json!("later")).expect("room");
+    let first = call.at;
+    call.ok(json!({}));
+    let call = plane.expect(HEARTBEAT).await;
+    assert_eq!(call.json(), json!({ "progress": { "n": 49 }, "events": ["later"] }));
+    assert!(call.at - first >= Duration::from_millis(50), "later news are gathered too");
+    call.ok(json!({}));
+}
+
+// S0-70
+#[tokio::test]
+async fn unacknowledged_events_come_again() {
+    let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
+    session.grant().mailbox.event(json!("kept")).expect("room");
+    plane.expect(HEARTBEAT).await.answer(502, "");
+    let call = plane.expect(HEARTBEAT).await;
+    assert_eq!(call.json()["events"], json!(["kept"]));
+    call.ok(json!({}));
+}
+
+// S0-68
+#[tokio::test]
+async fn last_words_go_before_the_report() {
+    let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
+    let mailbox = session.grant().mailbox;
+    mailbox.progress(json!({ "done": true })).expect("room");
+    mailbox.event(json!("end")).expect("room");
+    let settled = settle(session, completed(), async || {
+        plane.expect(HEARTBEAT).await.answer(500, "once more, please");
+        let call = plane.expect(HEARTBEAT).await;
+        assert_eq!(call.json(), json!({ "progress": { "done": true }, "events": ["end"] }));
+        call.ok(json!({}));
+        plane.expect(COMPLETE).await.ok(json!({}));
+    });
+    assert_eq!(settled.await, Settled::Accepted);
+}
+
+#[tokio::test]
+async fn last_words_that_cannot_be_delivered_do_not_cost_the_verdict() {
+    let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
+    session.grant().mailbox.event(json!("end")).expect("room");
+    let settled = settle(session, completed(), async || {
+        for _ in 0..3 {
+            plane.expect(HEARTBEAT).await.answer(500, "");
+        }
+        plane.expect(COMPLETE).await.ok(json!({}));
+    });
+    assert_eq!(settled.await, Settled::Accepted);
+}
+
+#[tokio::test]
+async fn last_words_nobody_answers_leave_time_for_the_verdict() {
+    let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
+    // From here on the lease is short, as the plane says itself.
+    session.grant().mailbox.progress(json!(1)).expect("room");
+    let short = in_future(Duration::from_secs(3)).to_string();
+    plane.expect(HEARTBEAT).await.ok(json!({ "lease_expires_at": short, "access_token": "short" }));
+    let old = Token::new("dom-1");
+    session.grant().newer_token(Some(&old), MINUTE).await;
+    session.grant().mailbox.event(json!("end")).expect("room");
+    let settled = settle(session, completed(), async || {
+        let mut held = Vec::new();
+        loop {
+            let call = plane.next().await;
+            match call.path.as_str() {
+                HEARTBEAT => held.push(call),
+                _ => break call.ok(json!({})),
+            }
+        }
+        assert!(!held.is_empty());
+    });
+    assert_eq!(settled.await, Settled::Accepted);
+}
+
+#[tokio::test]
+async fn a_cancel_in_the_last_heartbeat_silences_the_report() {
+    let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
+    session.grant().mailbox.event(json!("end")).expect("room");
+    let settled =
+        settle(session, completed(), async || plane.expect(HEARTBEAT).await.ok(json!({ "cancel": true }))).await;
+    assert_eq!(settled, Settled::NotSent(CancelReason::Plane));
+    assert!(plane.waiting().is_none());
+}
+
+#[tokio::test]
+async fn the_end_waits_for_a_heartbeat_under_way() {
+    let (mut plane, session) = open(lease(MINUTE)).await;
+    let call = plane.expect(HEARTBEAT).await;
+    let settled = settle(session, completed(), async || {
+        assert!(plane.waiting().is_none());
+        call.ok(json!({ "task_id": OTHER }));
+        plane.expect(&COMPLETE.replace(TASK, OTHER)).await.ok(json!({}));
+    });
+    assert_eq!(settled.await, Settled::Accepted);
+}
+
+#[tokio::test]
+async fn the_report_is_repeated_until_it_is_taken() {
+    let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
+    let settled = settle(session, completed(), async || {
+        plane.expect(COMPLETE).await.answer(500, "");
+        plane.expect(COMPLETE).await.bad(503, "truncated");
+        plane.expect(COMPLETE).await.answer(429, "");
+        plane.expect(COMPLETE).await.answer(200, "");
+    });
+    assert_eq!(settled.await, Settled::Accepted);
+    assert!(plane.waiting().is_none());
+}
+
+#[tokio::test]
+async fn a_report_refused_for_good_is_not_repeated() {
+    for status in [400, 404, 409, 410, 422] {
+        let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
+        let settled = settle(session, completed(), async || plane.expect(COMPLETE).await.answer(status, "no")).await;
+        let Settled::Refused(text) = settled else { panic!("{settled:?}") };
+        assert_clean(&text);
+        assert!(text.contains(&status.to_string()), "{text}");
+        assert!(plane.waiting().is_none());
+    }
+}
+
+#[tokio::test]
+async fn a_report_nobody_takes_ends_with_the_lease() {
+    let (mut plane, session) = set_up(lease(Duration::from_millis(1500)), json!({})).await;
+    let (verdict, mut count) = (completed(), 0);
+    let report = session.settle(&verdict);
+    tokio::pin!(report);
+    let settled = loop {
+        tokio::select! {
+            settled = &mut report => break settled,
+            call = plane.expect(COMPLETE) => call.answer(503, "later"),
+        }
+        count += 1;
+    };
+    assert_eq!(settled, Settled::GivenUp("control plane answered 503: later".into()));
+    assert!((2..=12).contains(&count), "{count} reports in a lease of 1.5 s");
+}
+
+#[tokio::test]
+async fn nothing_is_reported_for_a_task_that_ended_cancelled_or_lost() {
+    for (outcome, reason) in [(Outcome::Cancelled, CancelReason::Plane), (Outcome::LeaseLost, CancelReason::LeaseLost)]
+    {
+        let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
+        let verdict = Verdict { outcome, artifacts: Vec::new() };
+        assert_eq!(session.settle(&verdict).await, Settled::NotSent(reason));
+        assert!(plane.waiting().is_none());
+    }
+}
+
+#[tokio::test]
+async fn heartbeats_and_report_follow_a_renamed_task() {
+    let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
+    session.grant().mailbox.progress(json!(1)).expect("room");
+    let task = json!({ "id": OTHER, "capability": "/lab/echo/v1" });
+    plane.expect(HEARTBEAT).await.ok(json!({ "task": task, "access_token": "seen" }));
+    session.grant().newer_token(Some(&Token::new("dom-1")), MINUTE).await;
+    session.grant().mailbox.progress(json!(2)).expect("room");
+    plane.expect(&HEARTBEAT.replace(TASK, OTHER)).await.ok(json!({}));
+    let settled = settle(session, completed(), async || {
+        let call = plane.expect(&COMPLETE.replace(TASK, OTHER)).await;
+        assert_eq!(call.json()["meta"]["job"]["task_id"], OTHER);
+        call.ok(json!({}));
+    });
+    assert_eq!(settled.await, Settled::Accepted);
+}
+
+#[tokio::test]
+async fn a_lease_nobody_extends_is_lost_when_it_expires_and_not_before() {
+    let opened = Instant::now();
+    let (mut plane, session) = open(lease(Duration::from_millis(2500))).await;
+    let grant = session.grant();
+    let mut held: Vec<Call> = vec![plane.expect(HEARTBEAT).await];
+    assert_eq!(grant.cancel.cancelled().await, CancelReason::LeaseLost);
+    assert!(opened.elapsed() >= Duration::from_millis(2490), "{:?}", opened.elapsed());
+    while let Some(call) = plane.waiting() {
+        held.push(call);
+    }
+    assert!((2..=4).contains(&held.len()), "a heartbeat nobody answers leaves room for another: {}", held.len());
+    assert_eq!(session.settle(&completed()).await, Settled::NotSent(CancelReason::LeaseLost));
+}
+
+// S0-18b, S0-74, S0-75
+#[tokio::test]
+async fn the_timer_keeps_a_short_lease_alive() {
+    let short = Duration::from_secs(2);
+    let (mut plane, session) = open(lease(short)).await;
+    let opened = Instant::now();
+    let mut calls: Vec<Instant> = Vec::new();
+    while opened.elapsed() < short + short / 4 {
+        let call = plane.expect(HEARTBEAT).await;
+        calls.push(call.at);
+        call.ok(json!({ "lease_expires_at": in_future(short).to_string() }));
+    }
+    assert_eq!(session.grant().cancel.reason(), None);
+    assert!(calls.windows(2).all(|pair| pair[1] - pair[0] >= Duration::from_millis(200)), "no flood");
+}
+
+#[tokio::test]
+async fn a_clock_that_is_wrong_makes_no_flood_and_loses_nothing() {
+    let past = (Timestamp::now() - SignedDuration::from_secs(3600)).to_string();
+    let taken = Lease { expires_at: past.parse().ok(), ..lease(MINUTE) };
+    let (mut plane, session) = set_up(taken, json!({ "lease_expires_at": past })).await;
+    session.grant().mailbox.progress(json!(1)).expect("room");
+    plane.expect(HEARTBEAT).await.ok(json!({ "lease_expires_at": past }));
+    let settled = settle(session, completed(), async || plane.expect(COMPLETE).await.ok(json!({}))).await;
+    assert_eq!(settled, Settled::Accepted);
+    assert!(plane.waiting().is_none());
+}
+
+#[tokio::test]
+async fn a_dropped_session_ends_its_driver() {
+    let (mut plane, session) = open(lease(MINUTE)).await;
+    let held = plane.expect(HEARTBEAT).await;
+    let grant = session.grant();
+    drop(session);
+    assert!(matches!(grant.setup().await, Setup::Refused(_)));
+    held.ok(json!({}));
+    assert!(plane.waiting().is_none());
+}
+
+#[tokio::test]
+async fn a_drained_task_is_reported_while_its_lease_lives() {
+    let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
+    session.grant().cancel.cancel(CancelReason::Drained);
+    let verdict = Verdict { outcome: Outcome::Drained, artifacts: Vec::new() };
+    let settled = settle(session, verdict, async || {
+        let call = plane.expect(FAIL).await;
+        assert_eq!(call.json()["reason"], "drained");
+        call.ok(json!({}));
+    });
+    assert_eq!(settled.await, Settled::Accepted);
+}

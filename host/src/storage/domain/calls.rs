@@ -1,0 +1,227 @@
+//! One request to the domain server: headers, bearer, one repetition after a 401, statuses as errors.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use serde::de::DeserializeOwned;
+use url::Url;
+
+use super::{
+    Inner,
+    source::{Pulse, Source, body},
+};
+use crate::{
+    model::{PortError, PortErrorKind, Token},
+    transport::{self, EXCERPT_BYTES_MAX, JSON_BYTES_MAX, TransportError},
+};
+
+/// A request that can be sent more than once.
+pub(super) struct Call<'a> {
+    /// What it is for, as errors begin: `upload of out/x.json`.
+    pub(super) what: &'a str,
+    pub(super) method: Method,
+    pub(super) url: Url,
+    pub(super) accept: &'static str,
+    pub(super) content_type: Option<String>,
+    pub(super) payload: Vec<Source>,
+    /// Whether it carries the lease's bearer.
+    pub(super) bearer: bool,
+}
+
+impl<'a> Call<'a> {
+    /// A request without a body.
+    pub(super) fn new(what: &'a str, method: Method, url: Url) -> Self {
+        let accept = "application/json";
+        Self { what, method, url, accept, content_type: None, payload: Vec::new(), bearer: true }
+    }
+
+    /// With these bytes as its body.
+    pub(super) fn with(mut self, content_type: impl Into<String>, payload: Vec<Source>) -> Self {
+        self.content_type = Some(content_type.into());
+        self.payload = payload;
+        self
+    }
+
+    /// With JSON as its body.
+    pub(super) fn with_json(self, json: &impl serde::Serialize) -> Self {
+        let text = serde_json::to_vec(json).expect("our own wire types have string keys");
+        self.with("application/json", vec![Bytes::from(text).into()])
+    }
+
+    fn failed(&self, err: &TransportError) -> PortError {
+        let kind = match err {
+            TransportError::Insecure { .. } | TransportError::BadUrl { .. } => PortErrorKind::Setup,
+            TransportError::Oversize { .. } | TransportError::NotJson { .. } => PortErrorKind::Malformed,
+            _ => PortErrorKind::Network,
+        };
+        PortError::new(kind, format!("{} failed: {err}", self.what))
+    }
+}
+
+impl Inner {
+    /// Sends `call` and returns the head of a 2xx answer; everything else is an error.
+    pub(super) async fn send(&self, call: &Call<'_>) -> Result<Response<Incoming>, PortError> {
+        let response = self.exchange(call).await?;
+        let status = response.status();
+        if status.is_success() {
+            return Ok(response);
+        }
+        let excerpt = self.excerpt(response).await;
+        Err(status_error(call.what, status, &excerpt))
+    }
+
+    /// Sends `call` and decodes a 2xx answer.
+    pub(super) async fn json<T: DeserializeOwned>(&self, call: &Call<'_>) -> Result<T, PortError> {
+        let response = self.send(call).await?;
+        self.decode(call, response).await
+    }
+
+    /// Decodes a JSON answer of at most [`JSON_BYTES_MAX`] bytes.
+    pub(super) async fn decode<T: DeserializeOwned>(
+        &self,
+        call: &Call<'_>,
+        response: Response<Incoming>,
+    ) -> Result<T, PortError> {
+        let host = call.url.authority().to_owned();
+        let limit = self.config.request_timeout;
+        let reading = transport::read_capped(response.into_body(), JSON_BYTES_MAX, &host);
+        let body = match tokio::time::timeout(limit, reading).await {
+            Ok(body) => body.map_err(|err| call.failed(&err))?,
+            Err(_) => return Err(call.failed(&TransportError::Timeout { host, limit })),
+        };
+        serde_json::from_slice(&body).map_err(|err| {
+            let reason = transport::decode_complaint(&body, &err);
+            call.failed(&TransportError::NotJson { host, bytes: body.len(), reason })
+        })
+    }
+
+    /// Sends `call`, and once more with the newest bearer when the first one was not accepted.
+    pub(super) async fn exchange(&self, call: &Call<'_>) -> Result<Response<Incoming>, PortError> {
+        let token = self.token(call)?;
+        let response = match self.send_once(call, token.as_ref()).await {
+            // A server that refuses a bearer without reading the body closes the connection, and
+            // its answer can be lost in that. A bearer turned meanwhile tells that this may be it.
+            Err(err) if err.kind == PortErrorKind::Network && !call.payload.is_empty() => {
+                let newest = self.token(call)?;
+                return if newest == token { Err(err) } else { self.send_once(call, newest.as_ref()).await };
+            }
+            sent => sent?,
+        };
+        if response.status() != StatusCode::UNAUTHORIZED || token.is_none() {
+            return Ok(response);
+        }
+        self.excerpt(response).await; // read to the end, so that the connection can be used again
+        tracing::debug!(what = call.what, "domain server refused the bearer; waiting for a newer one");
+        let newest = self.grant.newer_token(token.as_ref(), self.config.token_wait).await;
+        self.send_once(call, newest.as_ref()).await
+    }
+
+    fn token(&self, call: &Call<'_>) -> Result<Option<Token>, PortError> {
+        match (call.bearer, self.grant.token()) {
+            (false, _) => Ok(None),
+            (true, Some(token)) => Ok(Some(token)),
+            (true, None) => {
+                let message = format!("{} is not possible: the lease holds no domain token", call.what);
+                Err(PortError::new(PortErrorKind::Setup, message))
+            }
+        }
+    }
+
+    async fn send_once(&self, call: &Call<'_>, token: Option<&Token>) -> Result<Response<Incoming>, PortError> {
+        let pulse = Pulse::new();
+        let length: u64 = call.payload.iter().map(Source::length).sum();
+        let request = self.request(call, token, length, &pulse)?;
+        let (stall, answer) = (self.config.stall, self.config.request_timeout);
+        // An upload may take as long as it moves; everything else has a fixed time.
+        let limit = if length == 0 { answer } else { Duration::MAX };
+        let sent = tokio::select! {
+            sent = self.client.send(request, limit) => sent.map_err(|err| call.failed(&err)),
+            limit = pulse.silent(stall, answer.max(stall)), if length > 0 => {
+                let host = call.url.authority().to_owned();
+                Err(call.failed(&TransportError::Timeout { host, limit }))
+            }
+        };
+        match pulse.fault.get() {
+            Some(fault) if sent.is_err() => {
+                let message = format!("{} failed: its file could not be read: {fault}", call.what);
+                Err(PortError::new(PortErrorKind::Local, message))
+            }
+            _ => sent,
+        }
+    }
+
+    fn request(
+        &self,
+        call: &Call<'_>,
+        token: Option<&Token>,
+        length: u64,
+        pulse: &std::sync::Arc<Pulse>,
+    ) -> Result<Request<transport::Body>, PortError> {
+        let bad = |kind, what: &str| PortError::new(kind, format!("{} is not possible: {what}", call.what));
+        let mut request = Request::builder()
+            .method(call.method.clone())
+            .uri(call.url.as_str())
+            .header(header::ACCEPT, call.accept)
+            .header("posemesh-client-id", &self.config.client_id);
+        if let Some(kind) = &call.content_type {
+            request = request.header(header::CONTENT_TYPE, kind);
+        }
+        if !call.payload.is_empty() {
+            request = request.header(header::CONTENT_LENGTH, length);
+        }
+        if let Some(token) = token {
+            let value = HeaderValue::try_from(format!("Bearer {}", token.expose()));
+            let mut value = value
+                .map_err(|_| bad(PortErrorKind::Setup, "the domain token holds characters no header can carry"))?;
+            value.set_sensitive(true);
+            request = request.header(header::AUTHORIZATION, value);
+        }
+        let body = match call.payload.is_empty() {
+            true => transport::full(Bytes::new()),
+            false => body(call.payload.clone(), pulse.clone()),
+        };
+        request
+            .body(body)
+            .map_err(|_| bad(PortErrorKind::Setup, "CLIENT_ID or URL holds characters no request can carry"))
+    }
+
+    /// The beginning of an error answer on one line, without the bearer should the server echo it.
+    pub(super) async fn excerpt(&self, response: Response<Incoming>) -> String {
+        let mut body = response.into_body();
+        let mut text = Vec::new();
+        let reading = async {
+            while let Some(Ok(frame)) = body.frame().await {
+                text.extend_from_slice(frame.data_ref().map_or(&[][..], |data| data));
+                if text.len() > EXCERPT_BYTES_MAX {
+                    break;
+                }
+            }
+        };
+        // What has arrived by then is enough for an error text.
+        let _ = tokio::time::timeout(self.config.request_timeout, reading).await;
+        let text = transport::excerpt(&text);
+        match self.grant.token() {
+            Some(token) if !token.expose().is_empty() => text.replace(token.expose(), "(token)"),
+            _ => text,
+        }
+    }
+}
+
+/// A refused request as an error. The words and numbers are searched for by existing runners.
+pub(super) fn status_error(what: &str, status: StatusCode, excerpt: &str) -> PortError {
+    let code = status.as_u16();
+    let (kind, words) = match code {
+        400 => (PortErrorKind::BadRequest, "bad request"),
+        401 => (PortErrorKind::Unauthorized, "unauthorized"),
+        404 => (PortErrorKind::NotFound, "not found"),
+        409 => (PortErrorKind::Conflict, "conflict"),
+        500..=599 => (PortErrorKind::Server, "server error"),
+        300..=399 => (PortErrorKind::Other, "unexpected redirect"),
+        _ => (PortErrorKind::Other, "unexpected status"),
+    };
+    let end = if excerpt.is_empty() { String::new() } else { format!(": {excerpt}") };
+    PortError::new(kind, format!("{what} refused: {words} ({code}){end}"))
+}

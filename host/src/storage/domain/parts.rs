@@ -1,0 +1,413 @@
+//! The multipart body of a download, taken apart while it arrives.
+//!
+//! [`Parser`] is a pure machine: bytes go in through [`Parser::feed`] and [`Parser::end`], events
+//! come out of [`Parser::next`]. It buffers a header block at most, never a body. A part's `size`
+//! rules: its body is counted, not searched, so boundary text inside is harmless. What is cut off,
+//! miscounted or not understood is an error and never a shorter success.
+
+use bytes::{Bytes, BytesMut};
+
+/// Largest header block of a part, in bytes.
+pub(crate) const HEAD_BYTES_MAX: usize = 16 * 1024;
+/// Longest boundary taken, in bytes; the standard allows 70.
+const BOUNDARY_BYTES_MAX: usize = 200;
+
+/// Why a body is not the multipart it claims to be.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum PartsError {
+    #[error("expected Content-Type multipart/form-data with a boundary, found {0}")]
+    ContentType(String),
+    #[error("no boundary was found in the multipart body")]
+    NoBoundary,
+    #[error("the multipart body ends too early: {0}")]
+    Truncated(&'static str),
+    #[error("a part has more bytes than the {0} its size says")]
+    LongerThanSize(u64),
+    #[error("a part's header block has more than {HEAD_BYTES_MAX} bytes")]
+    HeadTooLarge,
+    #[error("a part's headers are malformed: {0}")]
+    Head(&'static str),
+}
+
+/// What a part says about itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct PartHead {
+    pub(crate) id: Option<String>,
+    pub(crate) domain_id: Option<String>,
+    pub(crate) name: Option<String>,
+    pub(crate) data_type: Option<String>,
+    pub(crate) size: Option<u64>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum PartsEvent {
+    /// A part begins.
+    Part(PartHead),
+    /// Some bytes of its body, never empty.
+    Data(Bytes),
+    /// The part is complete, and what follows it has been seen.
+    PartEnd,
+    /// The closing delimiter. Nothing comes after it.
+    End,
+}
+
+#[derive(Debug)]
+enum State {
+    /// Before the first delimiter.
+    Preamble,
+    /// In a header block.
+    Head { lf: bool },
+    /// In a body of known length.
+    Sized { left: u64, size: u64 },
+    /// Behind such a body, where only a line end may stand before the delimiter.
+    Between { size: u64 },
+    /// In a body without `size`, which ends at a delimiter on its own line.
+    Searched { lf: bool, begun: bool },
+    /// After the closing delimiter.
+    Over,
+}
+
+/// See the module's text.
+#[derive(Debug)]
+pub(crate) struct Parser {
+    delimiter: Vec<u8>,
+    buffer: Bytes,
+    ended: bool,
+    state: State,
+    /// Whether anything but line ends has arrived.
+    seen: bool,
+}
+
+/// What stands at a delimiter.
+enum Mark {
+    /// Not a delimiter (for instance a longer word that begins like one).
+    None,
+    /// More bytes are needed to tell.
+    Open,
+    /// A part follows; how many bytes to skip, and whether its line ended in a bare LF.
+    Part { skip: usize, lf: bool },
+    /// The closing delimiter.
+    Close,
+}
+
+impl Parser {
+    /// A parser for bodies of this `Content-Type`.
+    pub(crate) fn new(content_type: &str) -> Result<Self, PartsError> {
+        let refused = || PartsError::ContentType(crate::storage::naming::shown(content_type));
+        let (kind, rest) = content_type.split_once(';').ok_or_else(refused)?;
+        if !kind.trim().eq_ignore_ascii_case("multipart/form-data") {
+            return Err(refused());
+        }
+        let parameters = parameters(rest).map_err(|_| refused())?;
+        let boundary = parameters.into_iter().find(|(name, _)| name.eq_ignore_ascii_case("boundary"));
+        let boundary = boundary.map(|(_, value)| value).unwrap_or_default();
+        if boundary.is_empty() || boundary.len() > BOUNDARY_BYTES_MAX {
+            return Err(refused());
+        }
+        let delimiter = format!("--{boundary}").into_bytes();
+        Ok(Self { delimiter, buffer: Bytes::new(), ended: false, state: State::Preamble, seen: false })
+    }
+
+    /// Takes the next bytes of the body. Call [`Parser::next`] until it returns `None` in between.
+    pub(crate) fn feed(&mut self, bytes: Bytes) {
+        self.seen |= bytes.iter().any(|byte| !matches!(byte, b'\r' | b'\n'));
+        if self.buffer.is_empty() {
+            self.buffer = bytes;
+        } else {
+            let mut joined = BytesMut::with_capacity(self.buffer.len() + bytes.len());
+            joined.extend_from_slice(&self.buffer);
+            joined.extend_from_slice(&bytes);
+            self.buffer = joined.freeze();
+        }
+    }
+
+    /// Says that the body is over.
+    pub(crate) fn end(&mut self) {
+        self.ended = true;
+    }
+
+    /// The next event. `None`: more bytes are needed; after [`Parser::end`]: there was nothing at all.
+    pub(crate) fn next(&mut self) -> Result<Option<PartsEvent>, PartsError> {
+        loop {
+            match self.state {
+                State::Preamble => {
+                    let Some(skip) = self.find_in_preamble()? else { return Ok(None) };
+                    if let Some(event) = self.pass(skip)? {
+                        return Ok(Some(event));
+                    }
+                }
+                State::Head { lf } => return self.head(lf),
+                State::Sized { left: 0, size } => self.state = State::Between { size },
+                State::Sized { left, size } => {
+                    if self.buffer.is_empty() {
+                        return self.starve("a part has fewer bytes than its size says");
+                    }
+                    let take = usize::try_from(left).unwrap_or(usize::MAX).min(self.buffer.len());
+                    self.state = State::Sized { left: left - take as u64, size };
+                    return Ok(Some(PartsEvent::Data(self.buffer.split_to(take))));
+                }
+                State::Between { size } => {
+                    let skip = line_end(&self.buffer).unwrap_or(0);
+                    match self.mark(skip) {
+                        Mark::Part { .. } | Mark::Close => {
+                            return Ok(Some(self.end_part(skip)));
+                        }
+                        Mark::Open => return Ok(None),
+                        // A CR alone may still become a line end, and at the very end a piece of a
+                        // delimiter is a cut-off one.
+                        Mark::None if !self.ended && *self.buffer == *b"\r" => return Ok(None),
+                        Mark::None if self.ended && self.cut_off(skip) => {
+                            return Err(PartsError::Truncated("the closing boundary is missing"));
+                        }
+                        Mark::None => return Err(PartsError::LongerThanSize(size)),
+                    }
+                }
+                State::Searched { lf, begun } => return self.search(lf, begun),
+                State::Over => {
+                    self.buffer.clear();
+                    return Ok(None);
+                }
+            }
+        }
+    }
+
+    /// More bytes are needed; if there are none, `what` is the matter.
+    fn starve(&self, what: &'static str) -> Result<Option<PartsEvent>, PartsError> {
+        if self.ended { Err(PartsError::Truncated(what)) } else { Ok(None) }
+    }
+
+    /// What stands at `at`, where the delimiter may begin.
+    fn mark(&self, at: usize) -> Mark {
+        let rest = &self.buffer[at.min(self.buffer.len())..];
+        if rest.len() < self.delimiter.len() {
+            return if !self.ended && self.delimiter.starts_with(rest) { Mark::Open } else { Mark::None };
+        }
+        let Some(tail) = rest.strip_prefix(self.delimiter.as_slice()) else { return Mark::None };
+        if tail.starts_with(b"--") {
+            return Mark::Close;
+        }
+        let blank = tail.iter().take_while(|byte| matches!(byte, b' ' | b'\t')).count();
+        let after = &tail[blank..];
+        match line_end(after) {
+            Some(end) => Mark::Part { skip: self.delimiter.len() + blank + end, lf: end == 1 },
+            None if self.ended || blank > HEAD_BYTES_MAX => Mark::None,
+            None if after.is_empty() || after == b"\r" || tail == b"-" => Mark::Open,
+            None => Mark::None,
+        }
+    }
+
+    /// Skips text before the first delimiter; says where it stands once it is certain.
+    fn find_in_preamble(&mut self) -> Result<Option<usize>, PartsError> {
+        let mut from = 0;
+        while let Some(at) = find(&self.buffer[from..], self.delimiter[0]) {
+            let at = from + at;
+            match self.mark(at) {
+                Mark::Part { .. } | Mark::Close => return Ok(Some(at)),
+                Mark::Open => {
+                    let _ = self.buffer.split_to(at);
+                    return Ok(None);
+                }
+                Mark::None => from = at + 1,
+            }
+        }
+        self.buffer.clear();
+        match (self.ended, self.seen) {
+            (true, true) => Err(PartsError::NoBoundary),
+            _ => Ok(None),
+        }
+    }
+
+    /// Goes past the delimiter at `skip`. Only called where one stands.
+    fn pass(&mut self, skip: usize) -> Result<Option<PartsEvent>, PartsError> {
+        match self.mark(skip) {
+            Mark::Part { skip: more, lf } => {
+                let _ = self.buffer.split_to(skip + more);
+                self.state = State::Head { lf };
+                Ok(None)
+            }
+            _ => {
+                self.buffer.clear();
+                self.state = State::Over;
+                Ok(Some(PartsEvent::End))
+            }
+        }
+    }
+
+    /// Whether what is left from `at` on is nothing, or the beginning of a delimiter's line.
+    fn cut_off(&self, at: usize) -> bool {
+        let rest = &self.buffer[at..];
+        let tail = rest.strip_prefix(self.delimiter.as_slice());
+        self.delimiter.starts_with(rest) || tail.is_some_and(|tail| tail.len() < 2) || *rest == *b"\r"
+    }
+
+    /// Drops the line end before a delimiter and leaves the delimiter for the next call.
+    fn end_part(&mut self, skip: usize) -> PartsEvent {
+        let _ = self.buffer.split_to(skip);
+        self.state = State::Preamble;
+        PartsEvent::PartEnd
+    }
+
+    fn head(&mut self, lf: bool) -> Result<Option<PartsEvent>, PartsError> {
+        let mut at = 0;
+        let mut lines = Vec::new();
+        while let Some(end) = find(&self.buffer[at..], b'\n') {
+            let line = &self.buffer[at..at + end];
+            at += end + 1;
+            if at > HEAD_BYTES_MAX {
+                return Err(PartsError::HeadTooLarge);
+            }
+            let line = line.strip_suffix(b"\r").unwrap_or(line);
+            if line.is_empty() {
+                let head = parse_head(&lines)?;
+                let _ = self.buffer.split_to(at);
+                self.state = match head.size {
+                    Some(size) => State::Sized { left: size, size },
+                    None => State::Searched { lf, begun: false },
+                };
+                return Ok(Some(PartsEvent::Part(head)));
+            }
+            lines.push(line);
+        }
+        if self.buffer.len() > HEAD_BYTES_MAX {
+            return Err(PartsError::HeadTooLarge);
+        }
+        self.starve("it stops inside a header block")
+    }
+
+    /// A body without `size`: everything up to a line end and a delimiter.
+    fn search(&mut self, lf: bool, begun: bool) -> Result<Option<PartsEvent>, PartsError> {
+        let end: &[u8] = if lf { b"\n" } else { b"\r\n" };
+        // An empty body may stand directly before the delimiter, without a line end of its own.
+        if !begun {
+            match self.mark(0) {
+                Mark::Part { .. } | Mark::Close => {
+                    return Ok(Some(self.end_part(0)));
+                }
+                Mark::Open => return self.starve("the closing boundary is missing"),
+                Mark::None => {}
+            }
+        }
+        let mut from = 0;
+        let safe = loop {
+            let Some(at) = find(&self.buffer[from..], end[0]) else { break self.buffer.len() };
+            let at = from + at;
+            let rest = &self.buffer[at..];
+            if rest.len() < end.len() {
+                break if self.ended { self.buffer.len() } else { at };
+            }
+            if rest.starts_with(end) {
+                match self.mark(at + end.len()) {
+                    Mark::Part { .. } | Mark::Close if at == 0 => {
+                        return Ok(Some(self.end_part(end.len())));
+                    }
+                    Mark::Part { .. } | Mark::Close | Mark::Open => break at,
+                    Mark::None => {}
+                }
+            }
+            from = at + 1;
+        };
+        if safe == 0 {
+            return self.starve("the closing boundary is missing");
+        }
+        self.state = State::Searched { lf, begun: true };
+        Ok(Some(PartsEvent::Data(self.buffer.split_to(safe))))
+    }
+}
+
+fn find(bytes: &[u8], wanted: u8) -> Option<usize> {
+    bytes.iter().position(|byte| *byte == wanted)
+}
+
+/// Length of the line end `bytes` begin with.
+fn line_end(bytes: &[u8]) -> Option<usize> {
+    match bytes {
+        [b'\n', ..] => Some(1),
+        [b'\r', b'\n', ..] => Some(2),
+        _ => None,
+    }
+}
+
+fn parse_head(lines: &[&[u8]]) -> Result<PartHead, PartsError> {
+    let mut disposition = None;
+    for line in lines {
+        let line = std::str::from_utf8(line).map_err(|_| PartsError::Head("they are not UTF-8"))?;
+        let (name, value) = line.split_once(':').ok_or(PartsError::Head("a line has no colon"))?;
+        if name.is_empty() || name.contains([' ', '\t']) {
+            return Err(PartsError::Head("a header name is empty or holds a space"));
+        }
+        if name.eq_ignore_ascii_case("content-disposition") && disposition.is_none() {
+            disposition = Some(value);
+        }
+    }
+    let disposition = disposition.ok_or(PartsError::Head("Content-Disposition is missing"))?;
+    let given = disposition.split_once(';').map_or("", |(_, given)| given);
+    let mut head = PartHead::default();
+    for (name, value) in parameters(given)? {
+        match name.to_ascii_lowercase().as_str() {
+            "id" => head.id.get_or_insert(value),
+            "domain-id" => head.domain_id.get_or_insert(value),
+            "name" => head.name.get_or_insert(value),
+            "data-type" => head.data_type.get_or_insert(value),
+            "size" => {
+                // `parse` would take a leading plus sign as well.
+                let digits = !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit());
+                let size = value.parse().ok().filter(|_| digits);
+                let size: u64 = size.ok_or(PartsError::Head("size is not a decimal number"))?;
+                head.size.get_or_insert(size);
+                continue;
+            }
+            _ => continue,
+        };
+    }
+    Ok(head)
+}
+
+/// `; name=value; name="quoted; value"`. A backslash protects a quote or itself inside quotes.
+fn parameters(text: &str) -> Result<Vec<(String, String)>, PartsError> {
+    let mut found = Vec::new();
+    let mut rest = text.trim_start();
+    while !rest.is_empty() {
+        if let Some(next) = rest.strip_prefix(';') {
+            rest = next.trim_start();
+            continue;
+        }
+        let stop = rest.find([';', '=']).unwrap_or(rest.len());
+        let name = rest[..stop].trim().to_owned();
+        let Some(after) = rest[stop..].strip_prefix('=') else {
+            rest = &rest[stop..];
+            continue;
+        };
+        let after = after.trim_start();
+        let value;
+        if let Some(quoted) = after.strip_prefix('"') {
+            let mut text = String::new();
+            let mut chars = quoted.char_indices().peekable();
+            let end = loop {
+                match chars.next() {
+                    None => return Err(PartsError::Head("a quoted value does not end")),
+                    Some((at, '"')) => break at,
+                    Some((_, '\\')) => match chars.next_if(|(_, c)| matches!(c, '"' | '\\')) {
+                        Some((_, protected)) => text.push(protected),
+                        None => text.push('\\'),
+                    },
+                    Some((_, c)) => text.push(c),
+                }
+            };
+            value = text;
+            rest = quoted[end + 1..].trim_start();
+            if !rest.is_empty() && !rest.starts_with(';') {
+                return Err(PartsError::Head("text follows a quoted value"));
+            }
+        } else {
+            let stop = after.find(';').unwrap_or(after.len());
+            value = after[..stop].trim().to_owned();
+            rest = &after[stop..];
+        }
+        found.push((name, value));
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+#[path = "parts_tests.rs"]
+mod tests;

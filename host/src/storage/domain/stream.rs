@@ -1,0 +1,305 @@
+//! Artifacts written piece by piece.
+//!
+//! A task of its own takes the pieces from a channel of one, so the runner waits when the store is
+//! slower. Up to four MiB are held back: an artifact that ends within goes in one request. A
+//! longer one goes in parts, or through a file in the task's directory where the server offers
+//! none. Memory is bounded by the parts under way and the one being filled.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use bytes::{Bytes, BytesMut};
+use tokio::{sync::mpsc, task::JoinHandle};
+
+use super::{
+    Inner,
+    source::Source,
+    upload::{Plan, SINGLE_BYTES_MAX},
+    uploads_in_parts::PartsUpload,
+};
+use crate::{
+    model::{ArtifactSpec, Coordinates, OutputStream, PortError, PortErrorKind},
+    storage::file::FileSink,
+};
+
+/// Parts up to here are filled in memory, larger ones in a file.
+const PART_MEMORY_BYTES_MAX: u64 = 4 * 1024 * 1024;
+
+enum Message {
+    Piece(Bytes),
+    Finish,
+}
+
+pub(super) fn create(inner: &Arc<Inner>, spec: ArtifactSpec) -> Result<Box<dyn OutputStream>, PortError> {
+    let plan = Arc::new(inner.plan(spec)?);
+    let (pieces, taken) = mpsc::channel(1);
+    let shared = Arc::clone(inner);
+    let driver = inner.tracker.spawn(async move {
+        let writing = write(&shared, plan, taken);
+        shared.guarded(writing).await
+    });
+    Ok(Box::new(Writer { pieces, end: End::Running(driver), inner: Arc::clone(inner) }))
+}
+
+/// The runner's side.
+struct Writer {
+    pieces: mpsc::Sender<Message>,
+    end: End,
+    inner: Arc<Inner>,
+}
+
+enum End {
+    Running(JoinHandle<Result<String, PortError>>),
+    Failed(PortError),
+}
+
+impl Writer {
+    /// Why the task takes no more pieces.
+    async fn failure(&mut self) -> PortError {
+        let err = match &mut self.end {
+            End::Failed(err) => return err.clone(),
+            End::Running(driver) => match driver.await {
+                Ok(Err(err)) => err,
+                // It ends well only after `Finish`, which consumes the writer.
+                Ok(Ok(_)) => PortError::new(PortErrorKind::Other, "the artifact is already complete"),
+                Err(err) => internal(&err),
+            },
+        };
+        self.end = End::Failed(err.clone());
+        err
+    }
+}
+
+fn internal(err: &tokio::task::JoinError) -> PortError {
+    PortError::new(PortErrorKind::Other, format!("the upload's task ended unexpectedly: {err}"))
+}
+
+#[async_trait]
+impl OutputStream for Writer {
+    async fn write(&mut self, piece: Bytes) -> Result<(), PortError> {
+        self.inner.still_ours().await?;
+        match self.pieces.send(Message::Piece(piece)).await {
+            Ok(()) => Ok(()),
+            Err(_) => Err(self.failure().await),
+        }
+    }
+
+    async fn finish(mut self: Box<Self>) -> Result<Option<String>, PortError> {
+        self.inner.still_ours().await?;
+        if self.pieces.send(Message::Finish).await.is_err() {
+            return Err(self.failure().await);
+        }
+        match self.end {
+            End::Failed(err) => Err(err),
+            End::Running(driver) => driver.await.map_err(|err| internal(&err))?.map(Some),
+        }
+    }
+
+    async fn abort(self: Box<Self>) {
+        let Self { pieces, end, .. } = *self;
+        drop(pieces);
+        if let End::Running(driver) = end {
+            // Its result is the abort itself.
+            let _ = driver.await;
+        }
+    }
+}
+
+/// The store's side: everything up to the id of the published artifact.
+async fn write(inner: &Arc<Inner>, plan: Arc<Plan>, mut pieces: mpsc::Receiver<Message>) -> Result<String, PortError> {
+    let mut held = BytesMut::new();
+    let mut single_max = None;
+    // Hold back until it is known to be long; `more` is the piece that shows it.
+    let more = loop {
+        match pieces.recv().await {
+            None => return Err(abandoned(&plan)),
+            Some(Message::Piece(piece)) => {
+                let length = held.len() as u64 + piece.len() as u64;
+                check_overrun(&plan, length)?;
+                if length > single_limit(inner, &plan, &mut single_max).await? {
+                    break piece;
+                }
+                held.extend_from_slice(&piece);
+            }
+            Some(Message::Finish) => {
+                plan.check_size(held.len() as u64)?;
+                let at = inner.coordinates().await?;
+                let existing = inner.existing(&at, &plan).await?;
+                let id = inner.put_single(&at, &plan, existing.as_deref(), held.freeze().into()).await?;
+                inner.record(&plan, &id);
+                return Ok(id);
+            }
+        }
+    };
+    let opening = [held.freeze(), more];
+    let at = inner.coordinates().await?;
+    let existing = inner.existing(&at, &plan).await?;
+    let upload = PartsUpload::begin(inner, &at, &plan, existing.as_deref(), plan.size).await?;
+    let id = match upload {
+        Some(upload) => write_parts(inner, &plan, upload, opening, &mut pieces).await?,
+        None => {
+            let source = spool(inner, &plan, opening, &mut pieces).await?;
+            inner.put_single(&at, &plan, existing.as_deref(), source).await?
+        }
+    };
+    inner.record(&plan, &id);
+    Ok(id)
+}
+
+/// How much is held back: asked of the server only when there is enough to make a difference.
+async fn single_limit(inner: &Inner, plan: &Plan, known: &mut Option<u64>) -> Result<u64, PortError> {
+    if let Some(limit) = *known {
+        return Ok(limit);
+    }
+    let at: Coordinates = inner.coordinates().await?;
+    let limit = SINGLE_BYTES_MAX.min(inner.single_bytes_max(&at, plan).await);
+    *known = Some(limit);
+    Ok(limit)
+}
+
+async fn write_parts(
+    inner: &Inner,
+    plan: &Plan,
+    mut upload: PartsUpload,
+    opening: [Bytes; 2],
+    pieces: &mut mpsc::Receiver<Message>,
+) -> Result<String, PortError> {
+    match fill_parts(inner, plan, &mut upload, opening, pieces).await {
+        Ok(()) => upload.complete().await,
+        Err(err) => upload.fail(err).await,
+    }
+}
+
+async fn fill_parts(
+    inner: &Inner,
+    plan: &Plan,
+    upload: &mut PartsUpload,
+    opening: [Bytes; 2],
+    pieces: &mut mpsc::Receiver<Message>,
+) -> Result<(), PortError> {
+    let mut total = 0;
+    let mut part = Filling::new(inner, plan, upload.part_size)?;
+    let mut opening = opening.into_iter();
+    loop {
+        let message = match opening.next() {
+            Some(piece) => Some(Message::Piece(piece)),
+            // Parts under way move on, and fail early, while the runner works.
+            None => tokio::select! {
+                message = pieces.recv() => message,
+                arrived = upload.arrived() => {
+                    arrived?;
+                    continue;
+                }
+            },
+        };
+        match message {
+            None => return Err(abandoned(plan)),
+            Some(Message::Piece(mut piece)) => {
+                total += piece.len() as u64;
+                check_overrun(plan, total)?;
+                while !piece.is_empty() {
+                    if part.left == 0 {
+                        let full = std::mem::replace(&mut part, Filling::new(inner, plan, upload.part_size)?);
+                        upload.push(full.close(plan).await?).await?;
+                    }
+                    let take = usize::try_from(part.left).unwrap_or(usize::MAX).min(piece.len());
+                    part.take(plan, piece.split_to(take)).await?;
+                }
+            }
+            Some(Message::Finish) => {
+                plan.check_size(total)?;
+                return upload.push(part.close(plan).await?).await;
+            }
+        }
+    }
+}
+
+/// The part that is being filled.
+struct Filling {
+    left: u64,
+    length: u64,
+    store: Store,
+}
+
+enum Store {
+    Memory(BytesMut),
+    File(FileSink),
+}
+
+impl Filling {
+    fn new(inner: &Inner, plan: &Plan, size: u64) -> Result<Self, PortError> {
+        let store = if size <= PART_MEMORY_BYTES_MAX {
+            // The whole size at once: growing by doubling would take up to twice as much.
+            Store::Memory(BytesMut::with_capacity(size as usize))
+        } else {
+            Store::File(spool_file(inner, plan)?)
+        };
+        Ok(Self { left: size, length: 0, store })
+    }
+
+    async fn take(&mut self, plan: &Plan, piece: Bytes) -> Result<(), PortError> {
+        self.left -= piece.len() as u64;
+        self.length += piece.len() as u64;
+        match &mut self.store {
+            // Copied, so that a small piece does not keep a large buffer of the runner alive.
+            Store::Memory(bytes) => bytes.extend_from_slice(&piece),
+            Store::File(sink) => sink.write(piece).await.map_err(|err| local(plan, &err))?,
+        }
+        Ok(())
+    }
+
+    async fn close(self, plan: &Plan) -> Result<Source, PortError> {
+        match self.store {
+            Store::Memory(bytes) => Ok(bytes.freeze().into()),
+            Store::File(sink) => {
+                let file = sink.finish().await.map_err(|err| local(plan, &err))?;
+                Ok(Source::File { file: Arc::new(file), offset: 0, length: self.length })
+            }
+        }
+    }
+}
+
+/// Everything into a file, for a server that wants it in one request.
+async fn spool(
+    inner: &Inner,
+    plan: &Plan,
+    opening: [Bytes; 2],
+    pieces: &mut mpsc::Receiver<Message>,
+) -> Result<Source, PortError> {
+    let mut whole = Filling { left: u64::MAX, length: 0, store: Store::File(spool_file(inner, plan)?) };
+    for piece in opening {
+        whole.take(plan, piece).await?;
+    }
+    loop {
+        match pieces.recv().await {
+            None => return Err(abandoned(plan)),
+            Some(Message::Piece(piece)) => {
+                whole.take(plan, piece).await?;
+                check_overrun(plan, whole.length)?;
+            }
+            Some(Message::Finish) => {
+                plan.check_size(whole.length)?;
+                return whole.close(plan).await;
+            }
+        }
+    }
+}
+
+/// A file without a name in the task's directory: it goes when it is closed.
+fn spool_file(inner: &Inner, plan: &Plan) -> Result<FileSink, PortError> {
+    tempfile::tempfile_in(&inner.dir).map(FileSink::new).map_err(|err| local(plan, &err))
+}
+
+fn local(plan: &Plan, err: &std::io::Error) -> PortError {
+    let message = format!("{} failed: cannot write to the task's directory: {err}", plan.what);
+    PortError::new(PortErrorKind::Local, message)
+}
+
+/// More than was promised is seen before the end.
+fn check_overrun(plan: &Plan, so_far: u64) -> Result<(), PortError> {
+    if plan.size.is_some_and(|promised| so_far > promised) { plan.check_size(so_far) } else { Ok(()) }
+}
+
+fn abandoned(plan: &Plan) -> PortError {
+    PortError::new(PortErrorKind::Other, format!("{} was given up before its end; nothing is published", plan.what))
+}

@@ -1,0 +1,193 @@
+//! Inputs as streams and as files, whole and broken; bearers and leases that change meanwhile.
+
+use std::io;
+
+use bytes::Bytes;
+use futures_util::{StreamExt, stream};
+
+use super::*;
+use crate::model::CancelReason;
+
+const KIND: &str = "multipart/form-data; boundary=q7";
+
+/// A body that sends `bytes` and then breaks, or goes silent.
+fn unfinished(bytes: Vec<u8>, breaks: bool) -> Body {
+    let first = stream::iter([Ok::<_, io::Error>(Bytes::from(bytes))]);
+    // The server sends what it has before it hears of the end.
+    let cut = stream::once(async {
+        tokio::task::yield_now().await;
+        Err(io::Error::other("cut"))
+    });
+    match breaks {
+        true => Body::from_stream(first.chain(cut)),
+        false => Body::from_stream(first.chain(stream::pending())),
+    }
+}
+
+#[tokio::test]
+async fn an_input_is_read_as_a_stream_with_what_the_store_says_of_it() {
+    // S1-09, S0-80
+    let world = world().await;
+    let bytes = noise(3 * MIB + 5);
+    world.item("d-7", "scan a", "ply", bytes.clone());
+    let mut stream = world.ports.open(" d-7 ").await.expect("opens");
+    let meta = stream.meta().clone();
+    assert_eq!((meta.data_id.as_deref(), meta.name.as_deref()), (Some("d-7"), Some("scan a")));
+    assert_eq!((meta.data_type.as_deref(), meta.size), (Some("ply"), Some(bytes.len() as u64)));
+    assert_eq!(meta.domain_id, Some(DOMAIN.to_string()));
+    assert_eq!(drain(&mut stream).await.expect("reads"), bytes);
+    assert!(stream.next().await.expect("stays at its end").is_none());
+}
+
+#[tokio::test]
+async fn every_part_of_an_input_comes_to_disk_under_its_own_name() {
+    // S1-10, S1-11, S0-82
+    let world = world().await;
+    world.item("a", "dmt_2025-06-01_08-30-00", "dmt_manifest_json", "one");
+    world.item("b", "dmt_2025-06-01_08-30-00", "dmt_manifest_json", "two");
+    world.item("c", "../evil", "p;l", noise(MIB));
+    world.item("d", "empty", "csv", "");
+    let url = format!("{}api/v1/domains/{DOMAIN}/data?ids=a,b,c,d", world.url);
+    let input = world.ports.materialize(&url).await.expect("comes");
+    assert_eq!((input.meta.cid.as_str(), input.meta.data_id.as_deref()), (url.as_str(), Some("a")));
+    assert!(input.root_dir.starts_with(world.dir.path()));
+    let below = |path: &std::path::Path| {
+        path.strip_prefix(input.root_dir.join("datasets")).expect("below the root").display().to_string()
+    };
+    assert_eq!(below(&input.path), "2025-06-01_08-30-00/dmt_2025-06-01_08-30-00.dmt_manifest_json");
+    let related: Vec<String> = input.related_files.iter().map(|path| below(path)).collect();
+    assert_eq!(
+        related,
+        ["2025-06-01_08-30-00/dmt_2025-06-01_08-30-00_2.dmt_manifest_json", "___evil/___evil.p_l", "empty/empty.csv",]
+    );
+    let read = |path: &std::path::Path| std::fs::read(path).expect("there");
+    assert_eq!((read(&input.path), read(&input.related_files[0])), (b"one".to_vec(), b"two".to_vec()));
+    assert_eq!(read(&input.related_files[1]), noise(MIB));
+    assert_eq!(read(&input.related_files[2]), b"");
+}
+
+#[tokio::test]
+async fn an_input_of_no_bytes_is_an_empty_file_and_an_empty_stream() {
+    let world = world().await;
+    world.item("d", "nothing", "csv", "");
+    let input = world.ports.materialize("d").await.expect("comes");
+    assert_eq!(std::fs::metadata(input.path).expect("there").len(), 0);
+    let mut stream = world.ports.open("d").await.expect("opens");
+    assert_eq!(drain(&mut stream).await.expect("reads"), b"");
+}
+
+#[tokio::test]
+async fn what_does_not_exist_is_not_found_by_name() {
+    // S0-89: all three ways of saying so.
+    let world = world().await;
+    refused(world.ports.materialize("gone").await, PortErrorKind::NotFound, "input gone refused: not found (404)");
+    for body in ["--q7--\r\n", ""] {
+        world.answer("download", 200, KIND, body);
+        refused(world.ports.open("gone").await.map(|_| ()), PortErrorKind::NotFound, "gone");
+    }
+    world.item("here", "a", "b", "c");
+    world.answer("download", 404, "application/json", "{}");
+    refused(world.ports.open("here").await.map(|_| ()), PortErrorKind::NotFound, "(404)");
+}
+
+#[tokio::test]
+async fn a_broken_answer_is_an_error_and_leaves_nothing_behind() {
+    let world = world().await;
+    let whole = multipart("q7", &[("d".into(), Item { name: "n".into(), data_type: "t".into(), bytes: noise(5000) })]);
+    let longer = String::from_utf8_lossy(&multipart("q7", &[]))
+        .replace("--q7--", "--q7\r\nContent-Disposition: f; size=1\r\n\r\nab\r\n--q7--");
+    let cases: Vec<(&'static str, Body, PortErrorKind)> = vec![
+        ("text/html", "<html>welcome</html>".into(), PortErrorKind::Malformed),
+        ("application/json", "{\"data\":[]}".into(), PortErrorKind::Malformed),
+        (KIND, "<html>welcome</html>".into(), PortErrorKind::Malformed),
+        (KIND, longer.into(), PortErrorKind::Malformed),
+        (KIND, format!("--q7\r\nX: {}", "y".repeat(20_000)).into(), PortErrorKind::Malformed),
+        (KIND, whole[..2000].to_vec().into(), PortErrorKind::Network),
+        (KIND, whole[..whole.len() - 12].to_vec().into(), PortErrorKind::Network),
+        (KIND, unfinished(whole[..2000].to_vec(), true), PortErrorKind::Network),
+        (KIND, unfinished(whole[..2000].to_vec(), false), PortErrorKind::Network),
+    ];
+    for (n, (kind, body, expected)) in cases.into_iter().enumerate() {
+        world.answer("download", 200, kind, body);
+        refused(world.ports.materialize("d").await, expected, "download of input d failed");
+        let left = std::fs::read_dir(world.dir.path()).expect("listed").count();
+        assert_eq!(left, 0, "case {n}");
+    }
+}
+
+#[tokio::test]
+async fn a_stream_that_breaks_keeps_failing() {
+    let world = world().await;
+    let whole = multipart("q7", &[("d".into(), Item { bytes: noise(5000), ..Item::default() })]);
+    world.answer("download", 200, KIND, unfinished(whole[..2000].to_vec(), true));
+    let mut stream = world.ports.open("d").await.expect("opens");
+    refused(drain(&mut stream).await, PortErrorKind::Network, "broke off");
+    refused(stream.next().await, PortErrorKind::Network, "broke off");
+}
+
+#[tokio::test]
+async fn a_refused_bearer_is_waited_for_and_replaced_once() {
+    // S0-18c
+    let world = world_with(|config| config.token_wait = Duration::from_secs(60)).await;
+    world.item("d", "n", "t", "body");
+    world.server.store().tokens = vec!["t2".to_owned()];
+    let (input, ()) = tokio::join!(world.ports.materialize("d"), async {
+        world.until("download").await;
+        world.keys.token.send_replace(Some(Token::new("t2")));
+    });
+    input.expect("comes with the newer bearer");
+    assert_eq!(world.count("download"), 2);
+}
+
+#[tokio::test]
+async fn a_bearer_refused_twice_is_the_end() {
+    let world = world().await;
+    world.server.store().tokens.clear();
+    refused(world.ports.materialize("d").await, PortErrorKind::Unauthorized, "unauthorized (401)");
+    assert_eq!(world.count("download"), 2, "repeated once, not more");
+}
+
+#[tokio::test]
+async fn an_error_text_never_holds_the_bearer() {
+    let world = world().await;
+    world.keys.token.send_replace(Some(Token::new("very-secret")));
+    let err = world.ports.materialize("d").await.expect_err("refused");
+    assert_eq!(err.kind, PortErrorKind::Unauthorized);
+    assert!(err.message.contains("is not accepted") && !err.message.contains("very-secret"), "{err}");
+}
+
+#[tokio::test]
+async fn a_lost_lease_ends_a_running_transfer_and_forbids_new_ones() {
+    let world = world().await;
+    let whole = multipart("q7", &[("d".into(), Item { bytes: noise(5000), ..Item::default() })]);
+    world.answer("download", 200, KIND, unfinished(whole[..2000].to_vec(), false));
+    let mut stream = world.ports.open("d").await.expect("opens");
+    assert!(stream.next().await.expect("the first piece").is_some());
+    let cancel = world.grant.cancel.clone();
+    let (result, ()) = tokio::join!(stream.next(), async move { cancel.cancel(CancelReason::LeaseLost) });
+    refused(result, PortErrorKind::LeaseOver, "lease is lost");
+    let before = world.log().len();
+    refused(world.ports.materialize("d").await, PortErrorKind::LeaseOver, "lease is lost");
+    refused(world.put("x", b"y").await, PortErrorKind::LeaseOver, "lease is lost");
+    assert_eq!(world.log().len(), before, "no request is begun");
+}
+
+#[tokio::test]
+async fn a_cancel_by_the_plane_forbids_nothing() {
+    let world = world().await;
+    world.item("d", "n", "t", "body");
+    world.grant.cancel.cancel(CancelReason::Plane);
+    world.ports.materialize("d").await.expect("comes");
+}
+
+#[tokio::test]
+async fn after_close_every_call_says_that_the_task_is_over() {
+    // S1-07
+    let world = world().await;
+    world.item("d", "n", "t", "body");
+    let mut stream = world.ports.open("d").await.expect("opens");
+    world.ports.close().await;
+    refused(stream.next().await, PortErrorKind::LeaseOver, "task is over");
+    refused(world.ports.open("d").await.map(|_| ()), PortErrorKind::LeaseOver, "task is over");
+    refused(world.ports.create(spec("x")).await.map(|_| ()), PortErrorKind::LeaseOver, "task is over");
+}

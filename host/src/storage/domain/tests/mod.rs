@@ -1,0 +1,413 @@
+//! The ports against a small domain server over loopback. The server is strict about what the
+//! wire promises, and tests can make it misbehave once at a chosen request.
+
+mod downloads;
+mod refusals;
+mod streams;
+mod uploads;
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use axum::{
+    Router,
+    body::Body,
+    extract::{Request, State},
+    response::{IntoResponse, Response},
+};
+use http::{Method, StatusCode, header};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::{net::TcpListener, task::JoinHandle};
+use url::Url;
+use uuid::Uuid;
+
+use super::{Config, DomainPorts};
+use crate::{
+    model::{
+        ArtifactSpec, Capability, Coordinates, Grant, GrantKeys, InputStream, Lease, PortError, PortErrorKind, Ports,
+        Setup, TaskId, Token,
+    },
+    transport::{self, Client},
+};
+
+const TASK: Uuid = Uuid::from_u128(0x11);
+const DOMAIN: Uuid = Uuid::from_u128(0x22);
+const MIB: usize = 1024 * 1024;
+
+/// One stored object.
+#[derive(Clone, Debug, Default, PartialEq)]
+struct Item {
+    name: String,
+    data_type: String,
+    bytes: Vec<u8>,
+}
+
+/// What the server does with one request instead of, or before, answering it properly.
+enum Trick {
+    /// Answers after reading the request.
+    Answer(Response),
+    /// Answers without reading it, which ends the connection.
+    Unread(Box<dyn FnOnce() -> Response + Send>),
+    /// Never answers.
+    Hang,
+    /// Does something first, then answers properly.
+    First(Box<dyn FnOnce() + Send>),
+}
+
+struct Store {
+    items: BTreeMap<String, Item>,
+    uploads: BTreeMap<String, (Value, BTreeMap<u32, Vec<u8>>)>,
+    /// `METHOD what` of each request: list, data, info, initiate, part, complete, abort.
+    log: Vec<String>,
+    tokens: Vec<String>,
+    tricks: VecDeque<(&'static str, Trick)>,
+    part_size: i64,
+    info: Value,
+    next_id: u32,
+}
+
+#[derive(Clone)]
+struct Server {
+    store: Arc<Mutex<Store>>,
+    /// Counts up with each logged request.
+    calls: tokio::sync::watch::Sender<usize>,
+}
+
+impl Server {
+    fn store(&self) -> MutexGuard<'_, Store> {
+        self.store.lock().expect("the store is never poisoned in a passing test")
+    }
+}
+
+struct World {
+    server: Server,
+    url: Url,
+    ports: DomainPorts,
+    grant: Grant,
+    keys: GrantKeys,
+    dir: TempDir,
+    serving: JoinHandle<()>,
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        self.serving.abort();
+    }
+}
+
+fn lease(inputs: &[&str]) -> Lease {
+    Lease {
+        task: TaskId(TASK),
+        job: None,
+        capability: Capability::parse("/test/storage/v1").expect("a capability"),
+        expires_at: None,
+        cancelled: false,
+        domain_id: Some(DOMAIN),
+        domain_server: None,
+        token: Some(Token::new("t1")),
+        inputs: inputs.iter().map(ToString::to_string).collect(),
+        outputs_prefix: Some("/out/".to_owned()),
+        document: serde_json::Map::new(),
+    }
+}
+
+async fn world() -> World {
+    world_with(|_| {}).await
+}
+
+async fn world_with(change: impl FnOnce(&mut Config)) -> World {
+    let store = Store {
+        items: BTreeMap::new(),
+        uploads: BTreeMap::new(),
+        log: Vec::new(),
+        tokens: vec!["t1".to_owned()],
+        tricks: VecDeque::new(),
+        part_size: MIB as i64,
+        info: json!({"upload": {"request_max_bytes": 8 * MIB, "multipart": {"enabled": true}}}),
+        next_id: 1,
+    };
+    let server = Server { store: Arc::new(Mutex::new(store)), calls: tokio::sync::watch::Sender::new(0) };
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
+    let url = format!("http://{}/base//", listener.local_addr().expect("bound"));
+    let url = Url::parse(&url).expect("a URL");
+    let router = Router::new().fallback(handle).with_state(server.clone());
+    let serving = tokio::spawn(async move { axum::serve(listener, router).await.expect("serves") });
+    let mut config = Config::new("node/1");
+    config.stall = Duration::from_millis(300);
+    config.request_timeout = Duration::from_secs(5);
+    config.token_wait = Duration::from_millis(20);
+    config.part_pause = Duration::from_millis(1);
+    change(&mut config);
+    let (grant, keys) = Grant::new(lease(&[]), Setup::Pending);
+    keys.setup.send_replace(Setup::Ready(Ok(Coordinates { server: url.clone(), domain: DOMAIN })));
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let client = Client::new(transport::Config::default());
+    let ports = DomainPorts::new(client, grant.clone(), dir.path().to_owned(), Arc::new(config));
+    World { server, url, ports, grant, keys, dir, serving }
+}
+
+impl World {
+    fn item(&self, id: &str, name: &str, data_type: &str, bytes: impl Into<Vec<u8>>) {
+        let item = Item { name: name.into(), data_type: data_type.into(), bytes: bytes.into() };
+        self.server.store().items.insert(id.to_owned(), item);
+    }
+
+    fn stored(&self, id: &str) -> Item {
+        self.server.store().items.get(id).cloned().unwrap_or_default()
+    }
+
+    /// The next request whose name begins with `at` meets `trick`.
+    fn trick(&self, at: &'static str, trick: Trick) {
+        self.server.store().tricks.push_back((at, trick));
+    }
+
+    fn answer(&self, at: &'static str, status: u16, kind: &'static str, body: impl Into<Body>) {
+        self.trick(at, Trick::Answer(reply(status, kind, body)));
+    }
+
+    fn log(&self) -> Vec<String> {
+        self.server.store().log.clone()
+    }
+
+    fn count(&self, what: &str) -> usize {
+        self.log().iter().filter(|entry| entry.as_str() == what).count()
+    }
+
+    /// Waits until a request of this name has arrived.
+    async fn until(&self, what: &str) {
+        let mut calls = self.server.calls.subscribe();
+        calls.wait_for(|_| self.count(what) > 0).await.expect("the server runs");
+    }
+
+    fn file(&self, bytes: &[u8]) -> std::path::PathBuf {
+        let path = self.dir.path().join(format!("source-{}", Uuid::new_v4()));
+        std::fs::write(&path, bytes).expect("written");
+        path
+    }
+
+    async fn put(&self, path: &str, bytes: &[u8]) -> Result<Option<String>, PortError> {
+        self.ports.put_file(spec(path), &self.file(bytes)).await
+    }
+}
+
+fn spec(path: &str) -> ArtifactSpec {
+    ArtifactSpec { path: path.to_owned(), ..ArtifactSpec::default() }
+}
+
+/// Bytes in which no two blocks are alike.
+fn noise(length: usize) -> Vec<u8> {
+    (0..length).map(|n| ((n / 251) ^ (n * 7)) as u8).collect()
+}
+
+fn reply(status: u16, kind: &'static str, body: impl Into<Body>) -> Response {
+    let builder = Response::builder().status(status).header(header::CONTENT_TYPE, kind);
+    builder.body(body.into()).expect("a response")
+}
+
+async fn drain(stream: &mut Box<dyn InputStream>) -> Result<Vec<u8>, PortError> {
+    let mut bytes = Vec::new();
+    while let Some(piece) = stream.next().await? {
+        assert!(!piece.is_empty());
+        bytes.extend_from_slice(&piece);
+    }
+    Ok(bytes)
+}
+
+fn metadata(id: &str, item: &Item) -> Value {
+    json!({"id": id, "domain_id": DOMAIN, "name": item.name, "data_type": item.data_type, "size": item.bytes.len(),
+        "created_at": "2025-06-01T08:00:00Z", "updated_at": "2025-06-01T08:00:00Z"})
+}
+
+/// The body of a download of these items.
+fn multipart(boundary: &str, items: &[(String, Item)]) -> Vec<u8> {
+    let mut body = Vec::new();
+    for (id, Item { name, data_type, bytes }) in items {
+        body.extend_from_slice(
+            format!(
+                "--{boundary}\r\nContent-Type: application/octet-stream\r\nContent-Disposition: form-data; \
+                 name=\"{name}\"; data-type=\"{data_type}\"; id=\"{id}\"; domain-id=\"{DOMAIN}\"; size=\"{}\"\r\n\r\n",
+                bytes.len()
+            )
+            .as_bytes(),
+        );
+        body.extend_from_slice(bytes);
+        body.extend_from_slice(b"\r\n");
+    }
+    body.extend_from_slice(format!("--{boundary}--\r\n").as_bytes());
+    body
+}
+
+async fn handle(State(server): State<Server>, request: Request) -> Response {
+    let (head, body) = request.into_parts();
+    let query: BTreeMap<String, String> =
+        url::form_urlencoded::parse(head.uri.query().unwrap_or_default().as_bytes()).into_owned().collect();
+    let data = format!("/base/api/v1/domains/{DOMAIN}/data");
+    let path = head.uri.path();
+    let accept = head.headers.get(header::ACCEPT).map(|value| value.to_str().expect("text").to_owned());
+    let what = match (&head.method, path) {
+        (&Method::GET, "/base/api/v1/info") => "info",
+        (&Method::GET, path) if path == data && accept.as_deref() == Some("application/json") => "list",
+        (&Method::GET, path) if path == data => "download",
+        (&Method::POST, path) if path == data => "create",
+        (&Method::PUT, path) if path == data => "update",
+        (method, path) if path == format!("{data}/multipart") => match *method {
+            Method::POST if head.uri.query() == Some("uploads") => "initiate",
+            Method::PUT => "part",
+            Method::POST => "complete",
+            Method::DELETE => "abort",
+            _ => "unknown",
+        },
+        _ => "unknown",
+    };
+    let trick = {
+        let mut store = server.store();
+        store.log.push(what.to_owned());
+        let meets = store.tricks.iter().position(|(at, _)| what.starts_with(at));
+        meets.and_then(|at| store.tricks.remove(at)).map(|(_, trick)| trick)
+    };
+    server.calls.send_modify(|calls| *calls += 1);
+    match trick {
+        Some(Trick::Answer(response)) => {
+            let _ = axum::body::to_bytes(body, usize::MAX).await;
+            return response;
+        }
+        Some(Trick::Unread(answer)) => return answer(),
+        Some(Trick::Hang) => return std::future::pending().await,
+        Some(Trick::First(act)) => act(),
+        None => {}
+    }
+    let length: Option<usize> =
+        head.headers.get(header::CONTENT_LENGTH).map(|v| v.to_str().expect("text").parse().expect("a number"));
+    let Ok(body) = axum::body::to_bytes(body, usize::MAX).await else { return reply(400, "text/plain", "cut off") };
+    if !matches!(head.method, Method::GET | Method::DELETE) && length != Some(body.len()) {
+        return reply(411, "text/plain", "no length");
+    }
+    if head.headers.get("posemesh-client-id").is_none_or(|id| id != "node/1") {
+        return reply(400, "text/plain", "no client id");
+    }
+    let bearer = head.headers.get(header::AUTHORIZATION).map(|value| value.to_str().expect("text").to_owned());
+    let known =
+        |store: &Store| bearer.as_ref().is_some_and(|b| store.tokens.iter().any(|t| *b == format!("Bearer {t}")));
+    match what {
+        "info" if bearer.is_some() => return reply(400, "text/plain", "a bearer where none belongs"),
+        "info" => return axum::Json(server.store().info.clone()).into_response(),
+        _ if !known(&server.store()) => {
+            return reply(401, "text/plain", format!("{} is not accepted", bearer.unwrap_or_default()));
+        }
+        _ => {}
+    }
+    let kind = head.headers.get(header::CONTENT_TYPE).map(|value| value.to_str().expect("text").to_owned());
+    let mut store = server.store();
+    let store = &mut *store;
+    match what {
+        "list" | "download" => {
+            let ids: Vec<&str> = query.get("ids").map(|ids| ids.split(',').collect()).unwrap_or_default();
+            let part = |filter: &str, text: &str| query.get(filter).is_none_or(|filter| text.contains(filter));
+            let found = store.items.iter().filter(|(id, item)| {
+                (ids.is_empty() || ids.contains(&id.as_str()))
+                    && part("name", &item.name)
+                    && part("data_type", &item.data_type)
+            });
+            let found: Vec<(String, Item)> = found.map(|(id, item)| (id.clone(), item.clone())).collect();
+            match what {
+                "list" => {
+                    axum::Json(json!({"data": found.iter().map(|(id, item)| metadata(id, item)).collect::<Vec<_>>()}))
+                        .into_response()
+                }
+                _ if found.is_empty() => reply(404, "text/plain", "nothing"),
+                _ => reply(200, "multipart/form-data; boundary=q7", multipart("q7", &found)),
+            }
+        }
+        "create" | "update" => {
+            let boundary = kind.expect("a type").split_once("boundary=").expect("a boundary").1.to_owned();
+            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+            let at = body.windows(4).position(|window| window == b"\r\n\r\n").expect("a header block");
+            let given = text(&body[..at]);
+            let payload = body[at + 4..].strip_suffix(format!("\r\n--{boundary}--\r\n").as_bytes()).expect("an end");
+            let field = |name: &str| {
+                given
+                    .split_once(&format!(" {name}=\""))
+                    .and_then(|(_, rest)| rest.split_once('"'))
+                    .map(|(value, _)| value.to_owned())
+            };
+            let (id, mut item) = match what {
+                "update" => {
+                    let id = field("id").expect("an id");
+                    let Some(item) = store.items.get(&id).cloned() else {
+                        return reply(404, "text/plain", "no such id");
+                    };
+                    (id, item)
+                }
+                _ => {
+                    let item = Item {
+                        name: field("name").expect("a name"),
+                        data_type: field("data-type").expect("a type"),
+                        bytes: Vec::new(),
+                    };
+                    store.next_id += 1;
+                    (format!("d-{}", store.next_id), item)
+                }
+            };
+            item.bytes = payload.to_vec();
+            store.items.insert(id.clone(), item.clone());
+            axum::Json(json!({"data": [metadata(&id, &item)]})).into_response()
+        }
+        "initiate" => {
+            store.next_id += 1;
+            let id = format!("u {}", store.next_id);
+            store.uploads.insert(id.clone(), (serde_json::from_slice(&body).expect("JSON"), BTreeMap::new()));
+            axum::Json(json!({"upload_id": id, "part_size": store.part_size})).into_response()
+        }
+        "part" => {
+            let number: u32 = query["partNumber"].parse().expect("a number");
+            let Some((_, parts)) = store.uploads.get_mut(&query["uploadId"]) else {
+                return reply(404, "text/plain", "");
+            };
+            parts.insert(number, body.to_vec());
+            axum::Json(json!({"etag": format!("e{number}-{}", body.len())})).into_response()
+        }
+        "complete" => {
+            let Some((asked, parts)) = store.uploads.remove(&query["uploadId"]) else {
+                return reply(404, "text/plain", "");
+            };
+            let listed: Value = serde_json::from_slice(&body).expect("JSON");
+            let expected: Vec<Value> = parts
+                .iter()
+                .map(|(number, bytes)| json!({"part_number": number, "etag": format!("e{number}-{}", bytes.len())}))
+                .collect();
+            let last = parts.len();
+            let even = parts.values().take(last - 1).all(|part| part.len() as i64 == store.part_size);
+            let numbered = parts.keys().copied().eq(1..=last as u32);
+            if listed != json!({"parts": expected}) || !even || !numbered {
+                return reply(400, "text/plain", "bad parts");
+            }
+            store.next_id += 1;
+            let id = asked["existing_id"].as_str().map_or_else(|| format!("d-{}", store.next_id), str::to_owned);
+            let bytes: Vec<u8> = parts.into_values().flatten().collect();
+            if asked["size"].as_u64().is_some_and(|size| size != bytes.len() as u64) {
+                return reply(400, "text/plain", "another size was announced");
+            }
+            let text = |field: &str| asked[field].as_str().expect("text").to_owned();
+            let item = Item { name: text("name"), data_type: text("data_type"), bytes };
+            store.items.insert(id.clone(), item.clone());
+            axum::Json(metadata(&id, &item)).into_response()
+        }
+        "abort" => {
+            store.uploads.remove(&query["uploadId"]);
+            StatusCode::NO_CONTENT.into_response()
+        }
+        _ => reply(404, "text/plain", "no such path"),
+    }
+}
+
+#[track_caller]
+fn refused<T>(result: Result<T, PortError>, kind: PortErrorKind, text: &str) {
+    let Err(err) = result else { panic!("expected {kind:?}") };
+    assert_eq!(err.kind, kind, "{err}");
+    assert!(err.message.contains(text), "{err} does not say {text}");
+    assert!(!err.message.contains('\n'), "{err}");
+}

@@ -1,0 +1,251 @@
+//! Files as artifacts: names, one request or parts, failures on the way.
+
+use super::*;
+use crate::model::CancelReason;
+
+#[tokio::test]
+async fn a_small_file_goes_in_one_request_and_replaces_itself() {
+    // S0-84, S0-86, S1-13
+    let world = world().await;
+    let payload = b"--boundary\r\n\r\n--boundary--\r\n".to_vec();
+    let id = world.put("/x/y.PLY", &payload).await.expect("stored");
+    assert_eq!(id.as_deref(), Some("d-2"));
+    let name = format!("out_x_y_PLY_{TASK}");
+    assert_eq!(world.stored("d-2"), Item { name: name.clone(), data_type: "ply".into(), bytes: payload });
+    assert_eq!(world.put("x//y.PLY", b"again").await.expect("stored"), id, "the same path is updated");
+    assert_eq!(world.stored("d-2").bytes, b"again");
+    assert_eq!(world.log(), ["list", "info", "create", "update"], "limits and the id are remembered");
+    let published = world.ports.published();
+    assert_eq!(published.len(), 1);
+    assert_eq!((published[0].logical_path.as_str(), published[0].name.as_str()), ("out/x/y.PLY", name.as_str()));
+    assert_eq!((published[0].data_type.as_str(), published[0].id.clone()), ("ply", id));
+}
+
+#[tokio::test]
+async fn what_an_earlier_attempt_stored_is_updated() {
+    // S0-84: only an exactly equal name and type counts; the fake matches partially.
+    let world = world().await;
+    world.item("d-0", &format!("out_x_json_{TASK}_more"), "json", "a");
+    world.item("d-1", &format!("out_x_json_{TASK}"), "json", "old");
+    assert_eq!(world.put("x.json", b"new").await.expect("stored").as_deref(), Some("d-1"));
+    assert_eq!((world.stored("d-0").bytes, world.stored("d-1").bytes), (b"a".to_vec(), b"new".to_vec()));
+}
+
+#[tokio::test]
+async fn explicit_names_reach_the_store_unchanged() {
+    // S1-15
+    let world = world().await;
+    world.item("d-9", "somebody", "else", "x");
+    let explicit = |id: Option<&str>| ArtifactSpec {
+        path: "logs/é.txt".into(),
+        name: Some("refined é;scan 1".into()),
+        data_type: Some("refined_scan_zip".into()),
+        existing_id: id.map(str::to_owned),
+        size: None,
+    };
+    let file = world.file(b"zip");
+    let id = world.ports.put_file(explicit(None), &file).await.expect("stored").expect("an id");
+    let item = world.stored(&id);
+    assert_eq!((item.name.as_str(), item.data_type.as_str()), ("refined é;scan 1", "refined_scan_zip"));
+    let id = world.ports.put_file(explicit(Some("d-9")), &file).await.expect("stored");
+    assert_eq!((id.as_deref(), world.stored("d-9").bytes), (Some("d-9"), b"zip".to_vec()));
+    assert_eq!(world.ports.published()[0].logical_path, "out/logs/é.txt");
+}
+
+#[tokio::test]
+async fn two_paths_of_one_name_are_two_artifacts() {
+    let world = world().await;
+    let one = world.put("a/b.json", b"1").await.expect("stored");
+    let two = world.put("a_b.json", b"2").await.expect("stored");
+    assert_ne!(one, two);
+    assert_eq!(world.put("a_b.json", b"3").await.expect("stored"), two);
+    let published = world.ports.published();
+    let paths: Vec<&str> = published.iter().map(|artifact| artifact.logical_path.as_str()).collect();
+    assert_eq!(paths, ["out/a/b.json", "out/a_b.json"], "sorted by path");
+    assert_eq!(published[0].name, format!("out_a_b_json_{TASK}"));
+    assert!(published[1].name.starts_with("out_a_b_json_") && published[1].name.ends_with(&TASK.to_string()));
+    assert_ne!(published[0].name, published[1].name);
+}
+
+#[tokio::test]
+async fn an_empty_file_goes_in_one_request() {
+    let world = world().await;
+    let id = world.put("empty.csv", b"").await.expect("stored").expect("an id");
+    assert_eq!(world.stored(&id).bytes, b"");
+    assert_eq!(world.log(), ["list", "create"]);
+}
+
+#[tokio::test]
+async fn a_large_file_goes_in_parts_and_is_updated_in_parts() {
+    // S0-87
+    let world = world().await;
+    let bytes = noise(5 * MIB + 1);
+    let id = world.put("big.ply", &bytes).await.expect("stored").expect("an id");
+    assert!(world.stored(&id).bytes == bytes);
+    assert_eq!((world.count("initiate"), world.count("part"), world.count("complete")), (1, 6, 1));
+    assert_eq!((world.count("abort"), world.count("create"), world.count("info")), (0, 0, 0));
+    let bytes = noise(5 * MIB);
+    assert_eq!(world.put("big.ply", &bytes).await.expect("stored").expect("an id"), id);
+    assert!(world.stored(&id).bytes == bytes);
+    assert_eq!(world.count("part"), 11, "no empty part at the end");
+}
+
+#[tokio::test]
+async fn a_servers_limit_on_requests_is_heeded() {
+    let world = world().await;
+    world.server.store().info = json!({"upload": {"request_max_bytes": 2000, "multipart": {"enabled": true}}});
+    world.put("x", &noise(2000)).await.expect("stored");
+    world.put("y", &noise(100)).await.expect("stored");
+    assert_eq!((world.count("complete"), world.count("create"), world.count("info")), (1, 1, 1));
+}
+
+#[tokio::test]
+async fn without_uploads_in_parts_a_large_file_goes_in_one_request() {
+    let world = world().await;
+    let bytes = noise(5 * MIB);
+    for (n, status) in [404, 405, 501].into_iter().enumerate() {
+        world.answer("initiate", status, "text/plain", "no");
+        let id = world.put(&format!("{n}.ply"), &bytes).await.expect("stored").expect("an id");
+        assert!(world.stored(&id).bytes == bytes);
+    }
+    assert_eq!((world.count("create"), world.count("abort")), (3, 0));
+    world.answer("initiate", 403, "text/plain", "no");
+    refused(world.put("x", &bytes).await, PortErrorKind::Other, "unexpected status (403)");
+}
+
+#[tokio::test]
+async fn a_bearer_turned_between_two_parts_is_used_by_the_next() {
+    // S0-88: with one part at a time, the old bearer is refused from the third on.
+    let world = world_with(|config| config.parallel_parts = 1).await;
+    let (server, token) = (world.server.clone(), world.keys.token.clone());
+    for _ in 0..2 {
+        world.trick("part", Trick::First(Box::new(|| {})));
+    }
+    world.trick(
+        "part",
+        Trick::First(Box::new(move || {
+            server.store().tokens = vec!["t2".to_owned()];
+            token.send_replace(Some(Token::new("t2")));
+        })),
+    );
+    let bytes = noise(6 * MIB);
+    let id = world.put("x.ply", &bytes).await.expect("stored").expect("an id");
+    assert!(world.stored(&id).bytes == bytes);
+    assert_eq!(world.count("part"), 7, "the part on its way was refused with the old bearer and repeated");
+}
+
+#[tokio::test]
+async fn a_failed_part_is_sent_again_and_a_hopeless_one_aborts() {
+    let world = world().await;
+    let bytes = noise(5 * MIB);
+    world.answer("part", 503, "text/plain", "busy");
+    world.answer("part", 500, "text/plain", "oops");
+    world.trick("part", Trick::Hang);
+    let id = world.put("x.ply", &bytes).await.expect("stored").expect("an id");
+    assert!(world.stored(&id).bytes == bytes);
+    assert_eq!((world.count("part"), world.count("abort")), (8, 0));
+
+    for _ in 0..6 {
+        world.answer("part", 503, "text/plain", "busy");
+    }
+    refused(world.put("y.ply", &bytes).await, PortErrorKind::Server, "server error (503): busy");
+    assert_eq!((world.count("abort"), world.server.store().uploads.len()), (1, 0));
+    assert_eq!(world.ports.published().len(), 1, "what failed is not published");
+}
+
+#[tokio::test]
+async fn a_refused_part_is_not_sent_again() {
+    let world = world_with(|config| config.parallel_parts = 1).await;
+    let bytes = noise(5 * MIB);
+    world.answer("part", 409, "text/plain", "taken");
+    refused(world.put("z.ply", &bytes).await, PortErrorKind::Conflict, "conflict (409): taken");
+    assert_eq!((world.count("part"), world.count("abort")), (1, 1));
+}
+
+#[tokio::test]
+async fn whatever_fails_after_the_beginning_aborts_once() {
+    let world = world().await;
+    let bytes = noise(5 * MIB);
+    let json = "application/json";
+    let cases: [(&'static str, u16, &'static str, PortErrorKind); 6] = [
+        ("complete", 500, "x", PortErrorKind::Server),
+        ("complete", 200, "<html>", PortErrorKind::Malformed),
+        ("complete", 200, "", PortErrorKind::Malformed),
+        ("part", 200, "{}", PortErrorKind::Malformed),
+        ("initiate", 200, r#"{"upload_id":"u","part_size":0}"#, PortErrorKind::Malformed),
+        ("initiate", 200, r#"{"upload_id":"u","part_size":-1}"#, PortErrorKind::Malformed),
+    ];
+    for (n, (at, status, body, kind)) in cases.into_iter().enumerate() {
+        world.answer(at, status, json, body);
+        refused(world.put("x.ply", &bytes).await, kind, "upload of out/x.ply");
+        assert_eq!(world.count("abort"), n + 1, "{at} {status} {body}");
+    }
+    world.answer("complete", 200, json, r#"{"id":"d-1","size":5}"#);
+    refused(world.put("x.ply", &bytes).await, PortErrorKind::Malformed, "the server stored 5");
+    assert!(world.ports.published().is_empty());
+}
+
+#[tokio::test]
+async fn an_upload_nobody_waits_for_is_aborted() {
+    let world = world().await;
+    world.trick("part", Trick::Hang);
+    let bytes = noise(5 * MIB);
+    tokio::select! {
+        result = world.put("x.ply", &bytes) => panic!("it hangs, but: {result:?}"),
+        () = world.until("part") => {}
+    }
+    world.ports.close().await;
+    assert_eq!((world.count("abort"), world.server.store().uploads.len()), (1, 0));
+}
+
+#[tokio::test]
+async fn closing_ends_and_aborts_what_is_under_way() {
+    let world = world_with(|config| config.stall = Duration::from_secs(60)).await;
+    for _ in 0..2 {
+        world.trick("part", Trick::Hang);
+    }
+    let bytes = noise(5 * MIB);
+    let (result, ()) = tokio::join!(world.put("x.ply", &bytes), async {
+        world.until("part").await;
+        world.ports.close().await;
+        assert_eq!(world.count("abort"), 1, "aborted by the time close returns");
+    });
+    refused(result, PortErrorKind::LeaseOver, "task is over");
+}
+
+#[tokio::test]
+async fn a_lost_lease_sends_nothing_more_not_even_an_abort() {
+    let world = world_with(|config| config.stall = Duration::from_secs(60)).await;
+    for _ in 0..2 {
+        world.trick("part", Trick::Hang);
+    }
+    let bytes = noise(5 * MIB);
+    let (result, before) = tokio::join!(world.put("x.ply", &bytes), async {
+        world.until("part").await;
+        world.grant.cancel.cancel(CancelReason::LeaseLost);
+        world.log().len()
+    });
+    refused(result, PortErrorKind::LeaseOver, "lease is lost");
+    world.ports.close().await;
+    assert!(world.log().len() <= before + 1, "at most the second part was already on its way");
+    assert_eq!(world.count("abort"), 0);
+}
+
+#[tokio::test]
+async fn a_bearer_refused_without_reading_the_body_is_replaced_too() {
+    // The refusal itself may be lost when the server closes on a body it does not want.
+    let world = world().await;
+    let (server, token) = (world.server.clone(), world.keys.token.clone());
+    world.trick(
+        "create",
+        Trick::Unread(Box::new(move || {
+            server.store().tokens = vec!["t2".to_owned()];
+            token.send_replace(Some(Token::new("t2")));
+            reply(401, "text/plain", "old")
+        })),
+    );
+    let bytes = noise(4 * MIB);
+    let id = world.put("x", &bytes).await.expect("stored").expect("an id");
+    assert!(world.stored(&id).bytes == bytes);
+    assert_eq!(world.count("create"), 2);
+}

@@ -1,0 +1,61 @@
+//! The JSON of the domain server, as much of it as is used. Unknown fields are ignored.
+
+use serde::{Deserialize, Serialize};
+
+/// An entry of a list, or what an upload made.
+#[derive(Debug, Deserialize)]
+pub(super) struct MetadataJson {
+    pub(super) id: String,
+    #[serde(default)]
+    pub(super) name: Option<String>,
+    #[serde(default)]
+    pub(super) data_type: Option<String>,
+    #[serde(default)]
+    pub(super) size: Option<u64>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct ListJson {
+    pub(super) data: Vec<MetadataJson>,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct InitiateJson<'a> {
+    pub(super) name: &'a str,
+    pub(super) data_type: &'a str,
+    pub(super) size: Option<u64>,
+    pub(super) content_type: Option<&'a str>,
+    pub(super) existing_id: Option<&'a str>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct InitiatedJson {
+    pub(super) upload_id: String,
+    pub(super) part_size: i64,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct EtagJson {
+    pub(super) etag: String,
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct PartJson {
+    pub(super) part_number: u32,
+    pub(super) etag: String,
+}
+
+#[derive(Debug, Serialize)]
+pub(super) struct CompleteJson<'a> {
+    pub(super) parts: &'a [PartJson],
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct InfoJson {
+    pub(super) upload: UploadInfoJson,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct UploadInfoJson {
+    pub(super) request_max_bytes: i64,
+}

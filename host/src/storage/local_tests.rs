@@ -1,0 +1,107 @@
+//! Inputs and outputs as plain files.
+
+use super::*;
+
+struct Bench {
+    dir: tempfile::TempDir,
+    ports: LocalPorts,
+}
+
+fn bench() -> Bench {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let scan = dir.path().join("my scan.ply");
+    std::fs::write(&scan, b"ply").expect("written");
+    std::fs::write(dir.path().join("empty"), b"").expect("written");
+    let inputs = vec![scan, dir.path().join("empty"), dir.path().join("gone"), dir.path().to_owned()];
+    let ports = LocalPorts::new(inputs, dir.path().join("out"), dir.path().join("scratch"));
+    Bench { dir, ports }
+}
+
+fn spec(path: &str) -> ArtifactSpec {
+    ArtifactSpec { path: path.to_owned(), ..ArtifactSpec::default() }
+}
+
+fn files(dir: &Path) -> Vec<String> {
+    let mut found: Vec<String> = std::fs::read_dir(dir)
+        .into_iter()
+        .flatten()
+        .map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned())
+        .collect();
+    found.sort();
+    found
+}
+
+#[tokio::test]
+async fn inputs_are_found_by_number_and_by_path() {
+    let Bench { dir, ports } = bench();
+    let by_path = dir.path().join("my scan.ply").display().to_string();
+    for cid in ["input-0", " input-0 ", by_path.as_str()] {
+        let mut stream = ports.open(cid).await.expect("opens");
+        assert_eq!((stream.meta().data_type.as_deref(), stream.meta().size), (Some("ply"), Some(3)));
+        assert_eq!(stream.next().await.expect("reads").as_deref(), Some(&b"ply"[..]));
+        assert!(stream.next().await.expect("ends").is_none());
+    }
+    let mut empty = ports.open("input-1").await.expect("opens");
+    assert!(empty.next().await.expect("ends").is_none());
+    for (cid, kind) in [
+        ("input-2", PortErrorKind::NotFound),
+        ("input-3", PortErrorKind::BadRequest),
+        ("input-4", PortErrorKind::NotFound),
+        ("/etc/passwd", PortErrorKind::NotFound),
+    ] {
+        assert_eq!(ports.open(cid).await.map(|_| ()).expect_err("no such input").kind, kind, "{cid}");
+    }
+}
+
+#[tokio::test]
+async fn an_input_is_copied_so_that_the_runner_may_spoil_it() {
+    let Bench { dir, ports } = bench();
+    let input = ports.materialize("input-0").await.expect("comes");
+    assert!(input.path.starts_with(&input.root_dir) && input.root_dir.starts_with(dir.path().join("scratch")));
+    assert!(input.path.ends_with("datasets/my_scan/my_scan.ply"), "{}", input.path.display());
+    std::fs::write(&input.path, b"spoiled").expect("writable");
+    assert_eq!(std::fs::read(dir.path().join("my scan.ply")).expect("there"), b"ply");
+}
+
+#[tokio::test]
+async fn outputs_appear_whole_or_not_at_all() {
+    let Bench { dir, ports } = bench();
+    let out = dir.path().join("out");
+    ports.put_file(spec("/a//b.json"), &dir.path().join("empty")).await.expect("copied");
+    let mut stream = ports.create(spec("é.txt")).await.expect("opens");
+    stream.write(Bytes::from_static(b"one ")).await.expect("taken");
+    assert!(!out.join("é.txt").exists());
+    stream.write(Bytes::from_static(b"two")).await.expect("taken");
+    stream.finish().await.expect("published");
+    assert_eq!(std::fs::read(out.join("é.txt")).expect("there"), b"one two");
+    let mut stream = ports.create(spec("dropped")).await.expect("opens");
+    stream.write(Bytes::from_static(b"x")).await.expect("taken");
+    drop(stream);
+    ports.create(spec("aborted")).await.expect("opens").abort().await;
+    let short = ArtifactSpec { size: Some(5), ..spec("short") };
+    let refused = ports.create(short).await.expect("opens").finish().await.expect_err("0 bytes came");
+    assert_eq!(refused.kind, PortErrorKind::BadRequest);
+    assert_eq!(
+        (files(&out), files(&out.join("a"))),
+        (vec!["a".to_owned(), "é.txt".to_owned()], vec!["b.json".to_owned()])
+    );
+    let published: Vec<String> = ports.published().into_iter().map(|artifact| artifact.logical_path).collect();
+    assert_eq!(published, ["a/b.json", "é.txt"]);
+}
+
+#[tokio::test]
+async fn outputs_stay_below_their_folder() {
+    let Bench { dir, ports } = bench();
+    let source = dir.path().join("empty");
+    for path in ["../x", "a/../../x", "", "/", "a\0b"] {
+        let err = ports.put_file(spec(path), &source).await.expect_err("refused");
+        assert_eq!(err.kind, PortErrorKind::InvalidPath, "{path:?}");
+    }
+    ports.put_file(spec("/abs"), &source).await.expect("below the folder");
+    assert_eq!(files(&dir.path().join("out")), ["abs"]);
+    assert_eq!(
+        ports.put_file(spec("abs/x"), &source).await.expect_err("a file is in the way").kind,
+        PortErrorKind::Local
+    );
+    assert_eq!(ports.put_file(spec("x"), dir.path()).await.expect_err("no file").kind, PortErrorKind::Local);
+}

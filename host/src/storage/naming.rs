@@ -1,0 +1,200 @@
+//! What artifacts and downloaded files are called. Pure text, no I/O.
+//!
+//! The rules are the wire's: later stages look results up by these names, so nothing here may be
+//! "improved" for input that has always worked.
+
+use std::path::Path;
+
+use sha2::{Digest, Sha256};
+
+use crate::model::{PortError, PortErrorKind, TaskId};
+
+/// Longest artifact path taken from a runner, in bytes.
+pub(crate) const PATH_BYTES_MAX: usize = 1024;
+/// Longest folder or file stem on disk; file systems stop at 255 bytes with the extension.
+const STEM_BYTES_MAX: usize = 160;
+/// Longest file extension on disk.
+const EXTENSION_BYTES_MAX: usize = 64;
+
+/// A runner's artifact path without leading, doubled or trailing slashes and without `.` segments.
+pub(crate) fn relative_path(path: &str) -> Result<String, PortError> {
+    let refuse = |why: &str| Err(PortError::new(PortErrorKind::InvalidPath, why.to_owned()));
+    if path.len() > PATH_BYTES_MAX {
+        return refuse(&format!("artifact path has {} bytes; at most {PATH_BYTES_MAX} are allowed", path.len()));
+    }
+    if path.contains('\0') {
+        return refuse("artifact path holds a NUL character; use printable names");
+    }
+    let segments: Vec<&str> = path.split('/').filter(|segment| !segment.is_empty() && *segment != ".").collect();
+    if segments.contains(&"..") {
+        let path = shown(path);
+        return refuse(&format!("artifact path {path} holds a `..` segment; expected a path below the outputs prefix"));
+    }
+    Ok(segments.join("/"))
+}
+
+/// Outputs prefix and relative path, joined.
+pub(crate) fn logical_path(prefix: Option<&str>, relative: &str) -> String {
+    match prefix.map(|prefix| prefix.trim_matches('/')) {
+        None | Some("") => relative.to_owned(),
+        Some(prefix) if relative.is_empty() => prefix.to_owned(),
+        Some(prefix) => format!("{prefix}/{relative}"),
+    }
+}
+
+/// The name an artifact is stored under when the runner gives none. It ends in the task id, so that
+/// a repeated attempt replaces what an earlier one stored.
+pub(crate) fn stored_name(logical: &str, task: TaskId) -> String {
+    format!("{}_{task}", safe(logical, "artifact"))
+}
+
+/// The name for a second path of one task whose [`stored_name`] is already taken.
+pub(crate) fn distinct_name(logical: &str, task: TaskId) -> String {
+    let digest = Sha256::digest(logical.as_bytes());
+    let mark: String = digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
+    format!("{}_{mark}_{task}", safe(logical, "artifact"))
+}
+
+/// The data type of a path, by its extension.
+pub(crate) fn data_type(relative: &str) -> String {
+    let Some(extension) = Path::new(relative).extension() else { return "binary".to_owned() };
+    let extension = extension.to_string_lossy().trim().to_lowercase();
+    match extension.as_str() {
+        "json" | "ply" | "glb" | "obj" | "csv" | "mp4" => extension,
+        "drc" => "ply_draco".to_owned(),
+        other => format!("{}_data", safe(other, "artifact")),
+    }
+}
+
+/// Folder of a downloaded part below `datasets/`: the time stamp in its name, which brings the
+/// files of one scan together, else the name.
+pub(crate) fn dataset_folder(name: &str) -> String {
+    cut(safe(time_stamp(name).unwrap_or(name), "part"), STEM_BYTES_MAX)
+}
+
+/// Stem and extension of a downloaded part's file. Runners recognise files by the extension.
+pub(crate) fn dataset_file(name: &str, data_type: &str) -> (String, String) {
+    (cut(safe(name, "part"), STEM_BYTES_MAX), cut(safe(data_type, "part"), EXTENSION_BYTES_MAX))
+}
+
+/// The first `YYYY-MM-DD_HH-MM-SS` (or with `-` in the middle) in `name`.
+fn time_stamp(name: &str) -> Option<&str> {
+    const SHAPE: &[u8] = b"0000-00-00_00-00-00";
+    let fits = |window: &[u8]| {
+        window.iter().zip(SHAPE).all(|(byte, shape)| match shape {
+            b'0' => byte.is_ascii_digit(),
+            b'_' => matches!(byte, b'_' | b'-'),
+            _ => byte == shape,
+        })
+    };
+    let at = name.as_bytes().windows(SHAPE.len()).position(fits)?;
+    // Only ASCII matched, so both ends lie on character boundaries.
+    name.get(at..at + SHAPE.len())
+}
+
+/// Every character outside `A–Z a–z 0–9 - _` becomes `_`; nothing at all becomes `empty`.
+pub(crate) fn safe(text: &str, empty: &str) -> String {
+    if text.is_empty() {
+        return empty.to_owned();
+    }
+    text.chars().map(|c| if c.is_ascii_alphanumeric() || matches!(c, '-' | '_') { c } else { '_' }).collect()
+}
+
+fn cut(mut ascii: String, limit: usize) -> String {
+    ascii.truncate(limit);
+    ascii
+}
+
+/// `text` as it may stand in an error line: one line, not endless.
+pub(crate) fn shown(text: &str) -> String {
+    const CHARS_MAX: usize = 200;
+    let mut shown: String = text.chars().take(CHARS_MAX).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
+    if text.chars().nth(CHARS_MAX).is_some() {
+        shown.push('…');
+    }
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+
+    const TASK: TaskId = TaskId(Uuid::nil());
+
+    /// prefix, path as the runner gives it, expected `logical name type` with `TASK` for the id.
+    #[track_caller]
+    fn check(prefix: Option<&str>, path: &str, expected: [&str; 3]) {
+        let relative = relative_path(path).expect("an acceptable path");
+        let logical = logical_path(prefix, &relative);
+        let name = stored_name(&logical, TASK).replace(&TASK.to_string(), "TASK");
+        assert_eq!([logical.as_str(), name.as_str(), data_type(&relative).as_str()], expected, "{prefix:?} {path:?}");
+    }
+
+    #[test]
+    fn artifacts_are_named_as_the_wire_has_it() {
+        // S0-85: the samples of the contract.
+        check(Some("/a/b/"), "/x/y.PLY", ["a/b/x/y.PLY", "a_b_x_y_PLY_TASK", "ply"]);
+        check(None, "dir.v1/file", ["dir.v1/file", "dir_v1_file_TASK", "binary"]);
+        check(None, "é.json", ["é.json", "__json_TASK", "json"]);
+        check(None, "p.we ird", ["p.we ird", "p_we_ird_TASK", "we_ird_data"]);
+        check(Some("p"), "", ["p", "p_TASK", "binary"]);
+        // Its table of extensions.
+        for (path, kind) in [
+            ("a.json", "json"),
+            ("a.ply", "ply"),
+            ("a.glb", "glb"),
+            ("a.obj", "obj"),
+            ("a.csv", "csv"),
+            ("a.mp4", "mp4"),
+            ("a.drc", "ply_draco"),
+            ("a.zip", "zip_data"),
+            ("a.tar.gz", "gz_data"),
+            ("a.", "artifact_data"),
+            ("a", "binary"),
+            ("d/.json", "binary"),
+        ] {
+            assert_eq!(data_type(path), kind, "{path}");
+        }
+        check(None, "", ["", "artifact_TASK", "binary"]);
+        check(Some("///"), "a.csv", ["a.csv", "a_csv_TASK", "csv"]);
+    }
+
+    #[test]
+    fn paths_are_normalised_or_refused() {
+        check(None, "a//b", ["a/b", "a_b_TASK", "binary"]);
+        check(None, "./a/./b/", ["a/b", "a_b_TASK", "binary"]);
+        check(None, "..a/b..", ["..a/b..", "__a_b___TASK", "artifact_data"]);
+        let long = "x".repeat(PATH_BYTES_MAX + 1);
+        for bad in ["..", "a/../b", "/..", "a\0b", &long] {
+            let err = relative_path(bad).expect_err("an impossible path");
+            assert_eq!(err.kind, PortErrorKind::InvalidPath, "{bad:?}");
+            assert!(err.message.len() < 400 && !err.message.contains('\0'), "{}", err.message);
+        }
+        assert!(relative_path(&long[1..]).is_ok(), "the limit itself is allowed");
+    }
+
+    #[test]
+    fn colliding_paths_get_a_stable_mark_before_the_task_id() {
+        let name = distinct_name("a_b.json", TASK);
+        assert_eq!(name, distinct_name("a_b.json", TASK));
+        assert_ne!(name, distinct_name("a/b.json", TASK));
+        assert!(name.starts_with("a_b_json_") && name.ends_with(&format!("_{TASK}")), "{name}");
+    }
+
+    #[test]
+    fn downloads_are_laid_out_by_scan_and_kind() {
+        // S0-82
+        assert_eq!(dataset_folder("dmt_2025-06-01_08-30-00"), "2025-06-01_08-30-00");
+        assert_eq!(dataset_folder("é2025-06-01-08-30-00é"), "2025-06-01-08-30-00");
+        assert_eq!(dataset_folder("2025-06-01 08-30-00"), "2025-06-01_08-30-00");
+        assert_eq!(dataset_folder("../.."), "_____");
+        assert_eq!(dataset_folder(""), "part");
+        let file = |name, kind| dataset_file(name, kind);
+        assert_eq!(file("scan a", "dmt_manifest_json"), ("scan_a".into(), "dmt_manifest_json".into()));
+        assert_eq!(file("", ""), ("part".into(), "part".into()));
+        let (stem, extension) = file(&"n".repeat(900), &"t".repeat(900));
+        assert!(stem.len() + extension.len() < 250, "the file system must take it with a counter");
+    }
+}

@@ -1,0 +1,321 @@
+//! Where tasks work on disk: one fresh directory each, gone when the task ends.
+//!
+//! [`Scratch`] owns one folder per process below the base folder and holds a lock in it for as long
+//! as it lives. What a crashed process left behind has no held lock, and the next process that
+//! opens the same base sweeps it; folders of living processes and strangers' files stay.
+
+use std::{
+    fs::{self, DirBuilder, File},
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use uuid::Uuid;
+
+use crate::model::TaskId;
+
+/// Our folders below the base begin like this; a sweep looks at no others.
+const OWNER_PREFIX: &str = "node-";
+/// Held while the process lives.
+const OWNER_LOCK: &str = "owner.lock";
+/// Held while somebody sweeps or makes a folder, so that no sweep sees a folder before its lock.
+const BASE_LOCK: &str = ".lock";
+
+/// Why a directory could not be made or removed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {action} {path}: {source}", path = path.display())]
+pub struct ScratchError {
+    action: &'static str,
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ScratchError {
+    let path = path.to_owned();
+    move |source| ScratchError { action, path, source }
+}
+
+/// The folder of this process. Cheap to clone; removed when the last clone and the last
+/// [`TaskDir`] are gone.
+#[derive(Clone, Debug)]
+pub struct Scratch {
+    home: Arc<Home>,
+}
+
+#[derive(Debug)]
+struct Home {
+    path: PathBuf,
+    made: AtomicU64,
+    _lock: File,
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        if let Err(err) = remove_tree(&self.path) {
+            tracing::warn!(path = %self.path.display(), error = %err, "scratch folder could not be removed");
+        }
+    }
+}
+
+impl Scratch {
+    /// Makes this process's folder below `base` (made if missing) and removes what dead processes
+    /// left there. Touches the disk; call it before serving.
+    pub fn open(base: PathBuf) -> Result<Self, ScratchError> {
+        match make_private(&base, true) {
+            Err(err) if err.kind() == io::ErrorKind::AlreadyExists && base.is_dir() => {}
+            made => made.map_err(failed("make scratch folder", &base))?,
+        }
+        let base_lock = base.join(BASE_LOCK);
+        let turn = open_lock(&base_lock).map_err(failed("open", &base_lock))?;
+        lock(&turn).map_err(failed("lock", &base_lock))?;
+        sweep(&base).map_err(failed("read scratch folder", &base))?;
+
+        let path = base.join(format!("{OWNER_PREFIX}{}-{}", std::process::id(), Uuid::new_v4().simple()));
+        make_private(&path, false).map_err(failed("make", &path))?;
+        let owner = path.join(OWNER_LOCK);
+        let held = open_lock(&owner).map_err(failed("make", &owner))?;
+        if !try_lock(&held).map_err(failed("lock", &owner))? {
+            return Err(failed("lock", &owner)(io::ErrorKind::WouldBlock.into()));
+        }
+        drop(turn);
+        Ok(Self { home: Arc::new(Home { path, made: AtomicU64::new(0), _lock: held }) })
+    }
+
+    /// A fresh directory for `task`, readable by this user only. Each call makes another one.
+    pub fn task_dir(&self, task: TaskId) -> Result<TaskDir, ScratchError> {
+        let number = self.home.made.fetch_add(1, Ordering::Relaxed);
+        let path = self.home.path.join(format!("{task}-{number}"));
+        make_private(&path, false).map_err(failed("make task directory", &path))?;
+        Ok(TaskDir { path, _home: Some(Arc::clone(&self.home)) })
+    }
+}
+
+/// A task's directory. Removed on drop with everything in it; [`TaskDir::close`] does the same and
+/// says whether it worked. Both block while they delete.
+#[derive(Debug)]
+pub struct TaskDir {
+    path: PathBuf,
+    /// `None` once closed.
+    _home: Option<Arc<Home>>,
+}
+
+impl TaskDir {
+    /// The directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Removes the directory.
+    pub fn close(mut self) -> Result<(), ScratchError> {
+        let result = remove_tree(&self.path).map_err(failed("remove task directory", &self.path));
+        self._home = None;
+        result
+    }
+}
+
+impl Drop for TaskDir {
+    fn drop(&mut self) {
+        if self._home.is_none() {
+            return;
+        }
+        if let Err(err) = remove_tree(&self.path) {
+            tracing::warn!(path = %self.path.display(), error = %err, "task directory could not be removed");
+        }
+    }
+}
+
+/// Removes the folders of processes that are gone. A folder that resists is logged and left.
+fn sweep(base: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(base)? {
+        let entry = entry?;
+        let ours = entry.file_name().to_string_lossy().starts_with(OWNER_PREFIX);
+        // `file_type` does not follow links, so a link to somebody's folder is never entered.
+        if !ours || !entry.file_type()?.is_dir() {
+            continue;
+        }
+        let path = entry.path();
+        let dead = match File::options().read(true).write(true).open(path.join(OWNER_LOCK)) {
+            Ok(file) => try_lock(&file).unwrap_or(false),
+            // Its owner died between the folder and the lock: we hold the base lock, nobody is in between now.
+            Err(err) => err.kind() == io::ErrorKind::NotFound,
+        };
+        if !dead {
+            continue;
+        }
+        match remove_tree(&path) {
+            Ok(()) => tracing::info!(path = %path.display(), "left-over scratch folder removed"),
+            Err(err) => {
+                tracing::warn!(path = %path.display(), error = %err, "left-over scratch folder could not be removed");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Removes a tree, also when a runner left directories in it that even their owner may not write.
+fn remove_tree(path: &Path) -> io::Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(err) if err.kind() == io::ErrorKind::PermissionDenied => {
+            open_up(path);
+            match fs::remove_dir_all(path) {
+                Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(()),
+                result => result,
+            }
+        }
+        Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(()),
+        result => result,
+    }
+}
+
+/// Makes every directory of a tree writable for us again, best effort: what fails here shows in
+/// the removal that follows.
+fn open_up(path: &Path) {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        let _ = fs::set_permissions(path, fs::Permissions::from_mode(0o700));
+    }
+    for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            open_up(&entry.path());
+        }
+    }
+}
+
+fn make_private(path: &Path, parents: bool) -> io::Result<()> {
+    let mut builder = DirBuilder::new();
+    builder.recursive(parents);
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    builder.create(path)
+}
+
+fn open_lock(path: &Path) -> io::Result<File> {
+    File::options().read(true).write(true).create(true).truncate(false).open(path)
+}
+
+/// Waits for the lock.
+#[cfg(unix)]
+fn lock(file: &File) -> io::Result<()> {
+    Ok(rustix::fs::flock(file, rustix::fs::FlockOperation::LockExclusive)?)
+}
+
+/// Takes the lock if nobody holds it.
+#[cfg(unix)]
+fn try_lock(file: &File) -> io::Result<bool> {
+    match rustix::fs::flock(file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(true),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
+        Err(err) => Err(err.into()),
+    }
+}
+
+/// Elsewhere an open file cannot be locked with the oldest toolchain we support. A sweep there
+/// removes only folders without a lock file, which is the safe side.
+#[cfg(not(unix))]
+fn lock(_: &File) -> io::Result<()> {
+    Ok(())
+}
+
+#[cfg(not(unix))]
+fn try_lock(_: &File) -> io::Result<bool> {
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    const TASK: TaskId = TaskId(Uuid::nil());
+
+    fn base() -> tempfile::TempDir {
+        tempfile::tempdir().expect("a temporary directory")
+    }
+
+    fn folders(base: &Path) -> usize {
+        let entries = fs::read_dir(base).expect("the base can be listed");
+        entries.filter(|entry| entry.as_ref().expect("an entry").path().is_dir()).count()
+    }
+
+    #[test]
+    fn a_task_directory_is_private_fresh_and_gone_afterwards() {
+        // S0-82
+        let base = base();
+        let scratch = Scratch::open(base.path().join("deep/er")).expect("opens");
+        let (one, two) = (scratch.task_dir(TASK).expect("made"), scratch.task_dir(TASK).expect("made"));
+        assert_ne!(one.path(), two.path(), "the same task twice gets two directories");
+        for path in [one.path(), one.path().parent().expect("the process folder")] {
+            let mode = fs::metadata(path).expect("exists").permissions().mode();
+            assert_eq!(mode & 0o777, 0o700, "{}", path.display());
+        }
+        fs::write(one.path().join("file"), b"x").expect("writable");
+        let gone = [one.path().to_owned(), two.path().to_owned()];
+        drop(one);
+        two.close().expect("closes");
+        assert!(gone.iter().all(|path| !path.exists()));
+        drop(scratch);
+        assert_eq!(folders(&base.path().join("deep/er")), 0, "a clean exit takes the process folder too");
+    }
+
+    #[test]
+    fn read_only_directories_do_not_stay_behind() {
+        let base = base();
+        let scratch = Scratch::open(base.path().to_owned()).expect("opens");
+        let task = scratch.task_dir(TASK).expect("made");
+        let inner = task.path().join("a/b");
+        fs::create_dir_all(&inner).expect("made");
+        fs::write(inner.join("file"), b"x").expect("written");
+        for path in [inner.as_path(), inner.parent().expect("a")] {
+            fs::set_permissions(path, fs::Permissions::from_mode(0o500)).expect("changed");
+        }
+        let path = task.path().to_owned();
+        task.close().expect("removed all the same");
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_directory_the_runner_removed_itself_is_no_error() {
+        let base = base();
+        let task = Scratch::open(base.path().to_owned()).expect("opens").task_dir(TASK).expect("made");
+        fs::remove_dir_all(task.path()).expect("removed");
+        task.close().expect("nothing left to do");
+        assert_eq!(folders(base.path()), 0, "the last task directory takes the process folder with it");
+    }
+
+    #[test]
+    fn a_sweep_takes_dead_owners_and_nobody_else() {
+        let base = base();
+        let living = Scratch::open(base.path().to_owned()).expect("opens");
+        let task = living.task_dir(TASK).expect("made");
+        let dead = base.path().join("node-1-dead");
+        let unlocked = base.path().join("node-2-before-its-lock");
+        let stranger = base.path().join("somebody-else");
+        for dir in [&dead, &unlocked, &stranger] {
+            fs::create_dir_all(dir.join("left")).expect("made");
+        }
+        fs::write(dead.join(OWNER_LOCK), b"").expect("written");
+        std::os::unix::fs::symlink(&stranger, base.path().join("node-3-link")).expect("linked");
+        let second = Scratch::open(base.path().to_owned()).expect("opens beside the first");
+        assert!(!dead.exists() && !unlocked.exists());
+        assert!(task.path().exists() && stranger.join("left").exists());
+        drop(second);
+        assert!(task.path().exists(), "a clean exit takes only its own folder");
+    }
+
+    #[test]
+    fn a_base_that_is_a_file_is_refused_by_name() {
+        let base = base();
+        let file = base.path().join("file");
+        fs::write(&file, b"x").expect("written");
+        let err = Scratch::open(file.clone()).expect_err("refused").to_string();
+        assert!(err.contains(&file.display().to_string()), "{err}");
+    }
+}

@@ -1,0 +1,117 @@
+//! Memory grows with the voxels, not with the points: measured, with ten million points that never
+//! exist all at once. A binary of its own, because the allocator it counts with is global.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::io::{self, BufWriter, Read};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use pointcloud::downsample::{self, Settings, Source};
+use pointcloud::ply::Encoding;
+use pointcloud::synth::{self, Scan};
+use pointcloud::voxel::{Grid, VoxelSize};
+
+/// The system's allocator, and how much of it is and was in use.
+struct Counting;
+
+static HELD: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+impl Counting {
+    fn took(bytes: usize) {
+        let held = HELD.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        PEAK.fetch_max(held, Ordering::Relaxed);
+    }
+}
+
+// SAFETY: every call is handed to the system's allocator unchanged, and its answer is returned unchanged;
+// beside that only two counters move, which allocate nothing.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        Self::took(layout.size());
+        // SAFETY: the caller keeps the contract of `alloc`, which is the same here and there.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, place: *mut u8, layout: Layout) {
+        HELD.fetch_sub(layout.size(), Ordering::Relaxed);
+        // SAFETY: `place` came from `alloc` above, so from the system's allocator, with this layout.
+        unsafe { System.dealloc(place, layout) }
+    }
+}
+
+/// A scan that is made while it is read.
+struct Made {
+    points: u64,
+}
+
+/// One row of `write_scan`: three floats and three bytes.
+const ROW_BYTES: u64 = 15;
+
+impl Source for Made {
+    fn label(&self) -> &str {
+        "made scan"
+    }
+
+    fn bytes(&self) -> u64 {
+        self.points * ROW_BYTES
+    }
+
+    fn open(&self) -> io::Result<Box<dyn Read + '_>> {
+        let (reader, writer) = io::pipe()?;
+        let points = self.points;
+        // Ends with the reader at the latest: writing to a pipe nobody reads is an error.
+        std::thread::spawn(move || {
+            synth::write_scan(BufWriter::with_capacity(64 * 1024, writer), 1, points, Encoding::LittleEndian)
+        });
+        Ok(Box::new(reader))
+    }
+}
+
+/// What the job gives back, and the most bytes in use meanwhile beyond what was in use before.
+fn measure(what: &str, points: u64, job: impl FnOnce() -> u64) -> (u64, usize) {
+    let before = HELD.load(Ordering::Relaxed);
+    PEAK.store(before, Ordering::Relaxed);
+    let voxels = job();
+    let peak = PEAK.load(Ordering::Relaxed) - before;
+    println!("{what}, {points} points: {voxels} voxels, {:.1} MiB at most", peak as f64 / f64::from(1 << 20));
+    (voxels, peak)
+}
+
+fn check((few_voxels, few): (u64, usize), (many_voxels, many): (u64, usize), most: usize) {
+    assert!(few_voxels > 10_000, "{few_voxels} voxels are too few to tell anything");
+    // Ten times the points also find a few cubes that the surface barely grazes.
+    assert!(many_voxels.abs_diff(few_voxels) * 10 < few_voxels, "not equal voxels: {few_voxels} and {many_voxels}");
+    assert!(many < few + few / 5, "{many} bytes for ten million points, {few} for one million");
+    assert!(many < most, "{many} bytes");
+}
+
+// One test, because two at a time would count each other's bytes.
+#[test]
+fn ten_million_points_need_no_more_memory_than_one_million() {
+    let size = VoxelSize::new(0.006).expect("a size above 0");
+
+    // The whole job. Most of its memory is the picture; ten million positions alone would be 114 MiB.
+    let whole = |points| {
+        measure("whole job", points, || {
+            let settings = Settings { voxel: Some(size) };
+            let made = [Made { points }];
+            let outcome = downsample::run(&made, settings, io::sink(), &|_| (), &|| false).expect("a good scan");
+            assert_eq!(outcome.report.points_in, points);
+            outcome.report.points_out
+        })
+    };
+    check(whole(1_000_000), whole(10_000_000), 64 << 20);
+
+    // The grid alone, which nothing hides.
+    let grid = |points| {
+        measure("grid alone", points, || {
+            let mut grid = Grid::new(size);
+            Scan::new(1, points).for_each(|point| grid.add(&point).expect("near the origin"));
+            grid.into_cloud().len() as u64
+        })
+    };
+    check(grid(1_000_000), grid(10_000_000), 16 << 20);
+}

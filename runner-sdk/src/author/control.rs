@@ -1,0 +1,111 @@
+//! Progress, events, cancellation, token.
+
+use std::sync::{Arc, atomic::Ordering};
+
+use serde::Serialize;
+
+use super::{Call, Payload, Port, PortError, PortErrorKind};
+
+/// Why a task should stop.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum CancelReason {
+    /// The control plane asked for it.
+    Plane,
+    /// The lease ran out or belongs to somebody else; nothing can be published any more.
+    LeaseLost,
+    /// The node shuts down.
+    Drained,
+    /// The person who started the run stopped it.
+    Operator,
+    /// Something this version has no name for.
+    Other(String),
+}
+
+impl CancelReason {
+    pub(crate) fn from_word(word: &str) -> Self {
+        match word {
+            "plane" => Self::Plane,
+            "lease-lost" => Self::LeaseLost,
+            "drained" => Self::Drained,
+            "operator" => Self::Operator,
+            other => Self::Other(other.to_owned()),
+        }
+    }
+}
+
+/// A task's line to the control plane. Cheap to clone.
+#[derive(Clone)]
+pub struct ControlPlane {
+    port: Arc<dyn Port>,
+}
+
+impl ControlPlane {
+    pub(crate) fn new(port: Arc<dyn Port>) -> Self {
+        Self { port }
+    }
+
+    /// Replaces the task's progress with `value`, any JSON of at most 64 KiB. The plane sees the latest
+    /// value with the next heartbeat; calls in between cost nothing on the wire.
+    ///
+    /// # Errors
+    /// `Limit` when the value is too large, `TaskOver`, or `BadRequest` when it does not serialise.
+    pub async fn progress(&self, value: impl Serialize) -> Result<(), PortError> {
+        let call = Call::Progress(json(&value)?);
+        self.port.call(call).await.map(drop)
+    }
+
+    /// Appends an event, any JSON. Events reach the plane in order, at least once.
+    ///
+    /// # Errors
+    /// `Limit` when too many wait for the plane, `TaskOver`, or `BadRequest` when it does not serialise.
+    pub async fn log_event(&self, value: impl Serialize) -> Result<(), PortError> {
+        let call = Call::Event(json(&value)?);
+        self.port.call(call).await.map(drop)
+    }
+
+    /// Whether the task should stop. Cheap enough for an inner loop.
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.port.cancelled().load(Ordering::Acquire)
+    }
+
+    /// Waits until the task should stop, and says why.
+    pub async fn cancelled(&self) -> CancelReason {
+        self.port.until_cancelled().await;
+        match self.port.call(Call::CancelReason).await {
+            Ok(word) => CancelReason::from_word(&String::from_utf8_lossy(&word)),
+            Err(err) => CancelReason::Other(err.to_string()),
+        }
+    }
+
+    /// The reason, once [`Self::is_cancelled`] is true.
+    pub async fn cancel_reason(&self) -> Option<CancelReason> {
+        if self.is_cancelled() { Some(self.cancelled().await) } else { None }
+    }
+
+    /// The newest bearer towards the task's domain server. Ask before each use: it changes during long tasks.
+    ///
+    /// # Errors
+    /// `Unsupported` unless the operator wrote `grant = ["token"]` for this plugin.
+    pub async fn token(&self) -> Result<String, PortError> {
+        let token = self.port.call(Call::Token).await?;
+        utf8(token)
+    }
+}
+
+pub(super) fn json(value: &impl Serialize) -> Result<String, PortError> {
+    serde_json::to_string(value)
+        .map_err(|err| PortError::new(PortErrorKind::BadRequest, format!("value does not serialise to JSON: {err}")))
+}
+
+pub(super) fn utf8(payload: Payload) -> Result<String, PortError> {
+    String::from_utf8(payload.into_vec())
+        .map_err(|_| PortError::new(PortErrorKind::Malformed, "the host answered with bytes that are not UTF-8"))
+}
+
+/// Decodes an answer that is JSON by contract.
+pub(super) fn decode<T: serde::de::DeserializeOwned>(payload: &Payload) -> Result<T, PortError> {
+    serde_json::from_slice(payload)
+        .map_err(|err| PortError::new(PortErrorKind::Malformed, format!("the host answered unexpectedly: {err}")))
+}

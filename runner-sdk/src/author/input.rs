@@ -1,0 +1,205 @@
+//! A task's inputs: as bytes, as a file, as a stream.
+
+use std::{
+    io,
+    path::PathBuf,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use serde::Deserialize;
+use tokio::io::{AsyncRead, ReadBuf};
+
+use super::{Call, Payload, Port, PortError, Reply, control::decode};
+
+/// How much a reader asks for at a time, in bytes.
+const READ_BYTES: u64 = 256 * 1024;
+
+/// What the store knows about an input, and where it lies on disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+#[non_exhaustive]
+pub struct MaterializedInput {
+    /// The entry of `inputs_cids` that was asked for.
+    pub cid: String,
+    /// The file, inside the task's directory, named by the data's name and type.
+    pub path: PathBuf,
+    /// The store's id of the data.
+    #[serde(default)]
+    pub data_id: Option<String>,
+    /// Stored name.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// Stored data type.
+    #[serde(default)]
+    pub data_type: Option<String>,
+    /// Domain the data belongs to.
+    #[serde(default)]
+    pub domain_id: Option<String>,
+    /// Size in bytes, where known.
+    #[serde(default)]
+    pub size: Option<u64>,
+    /// A directory of this input's own; the runner may move or remove it.
+    #[serde(default)]
+    pub root_dir: PathBuf,
+    /// Files of further parts that belong to the same input.
+    #[serde(default)]
+    pub related_files: Vec<PathBuf>,
+    /// Files unpacked from the input.
+    #[serde(default)]
+    pub extracted_paths: Vec<PathBuf>,
+}
+
+/// Brings a task's inputs. Nothing is fetched before it is asked for. Cheap to clone.
+#[derive(Clone)]
+pub struct InputSource {
+    port: Arc<dyn Port>,
+}
+
+impl InputSource {
+    pub(crate) fn new(port: Arc<dyn Port>) -> Self {
+        Self { port }
+    }
+
+    /// The whole input in memory. For what may be large, use a file or the reader.
+    ///
+    /// # Errors
+    /// `NotFound` for an unknown input; see [`crate::PortErrorKind`] for the rest.
+    pub async fn get_bytes_by_cid(&self, cid: &str) -> Result<Vec<u8>, PortError> {
+        let mut reader = self.open_reader_by_cid(cid).await?;
+        let mut bytes = Vec::with_capacity(reader.info.size.unwrap_or(0).min(64 << 20) as usize);
+        while let Some(piece) = reader.next_piece().await? {
+            bytes.extend_from_slice(&piece);
+        }
+        Ok(bytes)
+    }
+
+    /// The input as a file in the task's directory; streamed there, whatever its size.
+    ///
+    /// # Errors
+    /// As [`Self::get_bytes_by_cid`].
+    pub async fn materialize_cid_to_temp(&self, cid: &str) -> Result<PathBuf, PortError> {
+        Ok(self.materialize_cid_with_meta(cid).await?.path)
+    }
+
+    /// The input as a file, with what the store knows about it.
+    ///
+    /// # Errors
+    /// As [`Self::get_bytes_by_cid`].
+    pub async fn materialize_cid_with_meta(&self, cid: &str) -> Result<MaterializedInput, PortError> {
+        let answer = self.port.call(Call::InputFile { cid: cid.to_owned() }).await?;
+        let mut input: MaterializedInput = decode(&answer)?;
+        if input.root_dir.as_os_str().is_empty() {
+            input.root_dir = input.path.parent().map(PathBuf::from).unwrap_or_default();
+        }
+        Ok(input)
+    }
+
+    /// The input as an asynchronous reader; at most a few pieces are in memory at a time.
+    ///
+    /// # Errors
+    /// As [`Self::get_bytes_by_cid`]; while reading, an [`io::Error`] that holds a [`PortError`].
+    pub async fn open_reader_by_cid(&self, cid: &str) -> Result<InputReader, PortError> {
+        #[derive(Deserialize)]
+        struct Opened {
+            stream: u64,
+            #[serde(flatten)]
+            info: InputInfo,
+        }
+        let answer = self.port.call(Call::InputOpen { cid: cid.to_owned() }).await?;
+        let Opened { stream, info } = decode(&answer)?;
+        Ok(InputReader { port: Arc::clone(&self.port), stream, info, piece: None, read: None, ended: false })
+    }
+}
+
+/// What the store knows about an input that is read as a stream.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
+pub(crate) struct InputInfo {
+    #[serde(default)]
+    name: Option<String>,
+    #[serde(default)]
+    data_type: Option<String>,
+    #[serde(default)]
+    size: Option<u64>,
+}
+
+/// An input as it arrives. Dropping it before the end closes it.
+pub struct InputReader {
+    port: Arc<dyn Port>,
+    stream: u64,
+    info: InputInfo,
+    piece: Option<(Payload, usize)>,
+    read: Option<Reply>,
+    ended: bool,
+}
+
+impl InputReader {
+    /// Stored name.
+    #[must_use]
+    pub fn name(&self) -> Option<&str> {
+        self.info.name.as_deref()
+    }
+
+    /// Stored data type.
+    #[must_use]
+    pub fn data_type(&self) -> Option<&str> {
+        self.info.data_type.as_deref()
+    }
+
+    /// Size in bytes, where the store says it.
+    #[must_use]
+    pub fn size(&self) -> Option<u64> {
+        self.info.size
+    }
+
+    async fn next_piece(&mut self) -> Result<Option<Payload>, PortError> {
+        if self.ended {
+            return Ok(None);
+        }
+        let piece = self.port.call(Call::InputRead { stream: self.stream, max: READ_BYTES }).await?;
+        if piece.is_empty() {
+            self.ended = true;
+            return Ok(None);
+        }
+        Ok(Some(piece))
+    }
+}
+
+impl AsyncRead for InputReader {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        loop {
+            if let Some((piece, at)) = &mut self.piece {
+                let take = (piece.len() - *at).min(buf.remaining());
+                buf.put_slice(&piece[*at..*at + take]);
+                *at += take;
+                if *at == piece.len() {
+                    self.piece = None;
+                }
+                return Poll::Ready(Ok(()));
+            }
+            if self.ended || buf.remaining() == 0 {
+                return Poll::Ready(Ok(()));
+            }
+            let Self { port, stream, read, .. } = &mut *self;
+            let read = read.get_or_insert_with(|| port.call(Call::InputRead { stream: *stream, max: READ_BYTES }));
+            match read.as_mut().poll(cx) {
+                Poll::Pending => return Poll::Pending,
+                Poll::Ready(answer) => {
+                    self.read = None;
+                    match answer {
+                        Ok(piece) if piece.is_empty() => self.ended = true,
+                        Ok(piece) => self.piece = Some((piece, 0)),
+                        Err(err) => return Poll::Ready(Err(io::Error::other(err))),
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Drop for InputReader {
+    fn drop(&mut self) {
+        // The call begins at once; nobody needs its answer.
+        drop(self.port.call(Call::InputClose { stream: self.stream }));
+    }
+}

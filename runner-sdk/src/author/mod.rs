@@ -1,0 +1,24 @@
+//! What the author of a runner sees.
+//!
+//! Start at [`Runner`]; a [`TaskCtx`] comes with every run. Nothing in here knows the ABI: each
+//! operation becomes a [`Call`] that whoever runs the task answers, a host across the ABI or the
+//! test kit in memory.
+
+mod context;
+mod control;
+mod error;
+mod input;
+mod lease;
+mod output;
+mod port;
+mod runner;
+
+pub use context::TaskCtx;
+pub use control::{CancelReason, ControlPlane};
+pub use error::{Error, Failure, PortError, PortErrorKind};
+pub use input::{InputReader, InputSource, MaterializedInput};
+pub use lease::{LeaseEnvelope, TaskSpec};
+pub use output::{Artifact, ArtifactSink, ArtifactWriter};
+pub use runner::{BoxFuture, DynRunner, Runner};
+
+pub(crate) use port::{Call, Payload, Port, Reply};

@@ -1,0 +1,205 @@
+//! A task's artifacts: bytes, files, streams, with or without explicit metadata.
+
+use std::{path::Path, sync::Arc};
+
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Call, Port, PortError, PortErrorKind,
+    control::{decode, json},
+};
+
+/// Where an artifact goes and what it is called.
+///
+/// Only the path is needed: name and data type follow from it (`outputs/cloud.ply` is stored as type
+/// `ply` under a name made of path and task id). A name or type given here reaches the store unchanged.
+///
+/// ```
+/// use runner_sdk::Artifact;
+/// let artifact = Artifact::new("refined/cloud.ply").name("refined_pointcloud").data_type("refined_pointcloud_ply");
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Artifact {
+    path: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    data_type: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    existing_id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    size: Option<u64>,
+}
+
+impl Artifact {
+    /// An artifact at `path`, relative to the task's outputs prefix.
+    #[must_use]
+    pub fn new(path: impl Into<String>) -> Self {
+        Self { path: path.into(), ..Self::default() }
+    }
+
+    /// Stores it under this name.
+    #[must_use]
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// Stores it as this data type.
+    #[must_use]
+    pub fn data_type(mut self, data_type: impl Into<String>) -> Self {
+        self.data_type = Some(data_type.into());
+        self
+    }
+
+    /// Replaces stored data instead of creating it.
+    #[must_use]
+    pub fn existing_id(mut self, id: impl Into<String>) -> Self {
+        self.existing_id = Some(id.into());
+        self
+    }
+
+    /// Says the exact size in bytes of a stream beforehand, which spares the host a buffer.
+    #[must_use]
+    pub fn size(mut self, bytes: u64) -> Self {
+        self.size = Some(bytes);
+        self
+    }
+}
+
+impl From<&str> for Artifact {
+    fn from(path: &str) -> Self {
+        Self::new(path)
+    }
+}
+
+impl From<String> for Artifact {
+    fn from(path: String) -> Self {
+        Self::new(path)
+    }
+}
+
+#[derive(Deserialize)]
+struct Published {
+    #[serde(default)]
+    id: Option<String>,
+}
+
+/// Publishes a task's artifacts. Putting one path twice replaces the first. Cheap to clone.
+///
+/// Paths are relative to the task's outputs prefix; leading slashes are dropped. A `..` segment, a NUL
+/// or more than 1024 bytes give `InvalidPath`.
+#[derive(Clone)]
+pub struct ArtifactSink {
+    port: Arc<dyn Port>,
+}
+
+impl ArtifactSink {
+    pub(crate) fn new(port: Arc<dyn Port>) -> Self {
+        Self { port }
+    }
+
+    /// Publishes `bytes` at `path` and returns the store's id, where it gives one.
+    ///
+    /// # Errors
+    /// See [`crate::PortErrorKind`].
+    pub async fn put_bytes(&self, path: &str, bytes: impl Into<Vec<u8>>) -> Result<Option<String>, PortError> {
+        self.put_domain_artifact(Artifact::new(path), bytes).await
+    }
+
+    /// Publishes a file at `path`; the host reads it as a stream, whatever its size.
+    ///
+    /// # Errors
+    /// `Local` when the file cannot be read; see [`crate::PortErrorKind`].
+    pub async fn put_file(&self, path: &str, file: impl AsRef<Path>) -> Result<Option<String>, PortError> {
+        self.put_domain_artifact_file(Artifact::new(path), file).await
+    }
+
+    /// Publishes `bytes` as `artifact` says.
+    ///
+    /// # Errors
+    /// As [`Self::put_bytes`].
+    pub async fn put_domain_artifact(
+        &self,
+        artifact: impl Into<Artifact>,
+        bytes: impl Into<Vec<u8>>,
+    ) -> Result<Option<String>, PortError> {
+        let bytes = bytes.into();
+        let artifact = artifact.into().size(bytes.len() as u64);
+        let mut writer = self.open_multipart(artifact).await?;
+        if !bytes.is_empty() {
+            writer.write_chunk(bytes).await?;
+        }
+        writer.finish().await
+    }
+
+    /// Publishes a file as `artifact` says.
+    ///
+    /// # Errors
+    /// As [`Self::put_file`].
+    pub async fn put_domain_artifact_file(
+        &self,
+        artifact: impl Into<Artifact>,
+        file: impl AsRef<Path>,
+    ) -> Result<Option<String>, PortError> {
+        let file = std::path::absolute(file.as_ref())
+            .map_err(|err| PortError::new(PortErrorKind::Local, format!("{}: {err}", file.as_ref().display())))?;
+        let path = file.to_str().ok_or_else(|| {
+            PortError::new(PortErrorKind::Local, format!("{}: the path is not UTF-8", file.display()))
+        })?;
+        let call = Call::OutputFile { spec: json(&artifact.into())?, path: path.to_owned() };
+        let answer = self.port.call(call).await?;
+        Ok(decode::<Published>(&answer)?.id)
+    }
+
+    /// Opens an artifact for writing piece by piece, whatever its size will be.
+    ///
+    /// # Errors
+    /// As [`Self::put_bytes`].
+    pub async fn open_multipart(&self, artifact: impl Into<Artifact>) -> Result<ArtifactWriter, PortError> {
+        #[derive(Deserialize)]
+        struct Opened {
+            stream: u64,
+        }
+        let answer = self.port.call(Call::OutputOpen { spec: json(&artifact.into())? }).await?;
+        let Opened { stream } = decode(&answer)?;
+        Ok(ArtifactWriter { port: Arc::clone(&self.port), stream, finished: false })
+    }
+}
+
+/// An artifact being written. Dropped without [`Self::finish`], nothing is published.
+pub struct ArtifactWriter {
+    port: Arc<dyn Port>,
+    stream: u64,
+    finished: bool,
+}
+
+impl ArtifactWriter {
+    /// Appends a piece. Waits when the store is slower than the runner.
+    ///
+    /// # Errors
+    /// See [`crate::PortErrorKind`]; after an error the artifact cannot be finished.
+    pub async fn write_chunk(&mut self, data: impl Into<Vec<u8>>) -> Result<(), PortError> {
+        let call = Call::OutputWrite { stream: self.stream, data: data.into() };
+        self.port.call(call).await.map(drop)
+    }
+
+    /// Publishes the artifact and returns the store's id, where it gives one.
+    ///
+    /// # Errors
+    /// See [`crate::PortErrorKind`].
+    pub async fn finish(mut self) -> Result<Option<String>, PortError> {
+        self.finished = true;
+        let answer = self.port.call(Call::OutputFinish { stream: self.stream }).await?;
+        Ok(decode::<Published>(&answer)?.id)
+    }
+}
+
+impl Drop for ArtifactWriter {
+    fn drop(&mut self) {
+        if !self.finished {
+            // The call begins at once; nobody needs its answer.
+            drop(self.port.call(Call::OutputAbort { stream: self.stream }));
+        }
+    }
+}

@@ -1,0 +1,65 @@
+//! The seam between the author's API and whoever runs the task.
+
+use std::{ops::Deref, sync::atomic::AtomicBool};
+
+use super::{BoxFuture, PortError};
+
+/// One request to whoever runs the task: one frame, and at most one file path.
+#[derive(Debug)]
+pub(crate) enum Call {
+    Progress(String),
+    Event(String),
+    CancelReason,
+    Token,
+    InputOpen { cid: String },
+    InputRead { stream: u64, max: u64 },
+    InputClose { stream: u64 },
+    InputFile { cid: String },
+    OutputOpen { spec: String },
+    OutputWrite { stream: u64, data: Vec<u8> },
+    OutputFinish { stream: u64 },
+    OutputAbort { stream: u64 },
+    OutputFile { spec: String, path: String },
+}
+
+/// The answer to a [`Call`].
+pub(crate) type Reply = BoxFuture<'static, Result<Payload, PortError>>;
+
+/// Answers calls for one task.
+pub(crate) trait Port: Send + Sync {
+    /// Begins the call at once, also when the returned future is never polled.
+    fn call(&self, call: Call) -> Reply;
+    /// Set once the task should stop.
+    fn cancelled(&self) -> &AtomicBool;
+    /// Waits until the task should stop.
+    fn until_cancelled(&self) -> BoxFuture<'static, ()>;
+}
+
+/// Bytes of an answer, wherever they were allocated.
+pub(crate) enum Payload {
+    /// Allocated by the host, freed by it on drop.
+    Foreign(crate::shim::OwnedBytes),
+    /// Allocated here.
+    Local(Vec<u8>),
+}
+
+impl Deref for Payload {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Foreign(bytes) => bytes,
+            Self::Local(bytes) => bytes,
+        }
+    }
+}
+
+impl Payload {
+    /// The bytes as a vector; copies what the host allocated.
+    pub(crate) fn into_vec(self) -> Vec<u8> {
+        match self {
+            Self::Foreign(bytes) => bytes.to_vec(),
+            Self::Local(bytes) => bytes,
+        }
+    }
+}

@@ -1,0 +1,141 @@
+//! `export_runner!`: makes a library a plugin.
+
+use std::sync::Arc;
+
+use serde::de::DeserializeOwned;
+
+use crate::author::{DynRunner, Error, Runner};
+
+/// How a runner comes to be; made by [`export_runner!`](crate::export_runner).
+pub struct Registration {
+    /// What it serves.
+    pub capability: &'static str,
+    /// Makes it from the plugin's config, a JSON object.
+    pub build: fn(config: &str) -> Result<Arc<dyn DynRunner>, Error>,
+}
+
+/// A runner that needs no config. A config the operator wrote all the same is refused: it would do nothing.
+///
+/// # Errors
+/// When the config is not empty.
+pub fn from_default<R: Runner + Default>(config: &str) -> Result<Arc<dyn DynRunner>, Error> {
+    let keys: serde_json::Map<String, serde_json::Value> = serde_json::from_str(config)?;
+    match keys.keys().next() {
+        None => Ok(Arc::new(R::default())),
+        Some(key) => Err(Error::msg(format!("config has the key `{key}`, but this plugin takes no config; remove it"))),
+    }
+}
+
+/// A runner made from its config by `build`.
+///
+/// # Errors
+/// When the config does not have the shape `build` takes, or `build` fails.
+pub fn from_config<R, C, E>(config: &str, build: fn(C) -> Result<R, E>) -> Result<Arc<dyn DynRunner>, Error>
+where
+    R: Runner,
+    C: DeserializeOwned,
+    E: Into<Error>,
+{
+    let config = serde_json::from_str(config).map_err(|err| Error::msg(format!("config: {err}")))?;
+    match build(config) {
+        Ok(runner) => Ok(Arc::new(runner)),
+        Err(err) => Err(err.into()),
+    }
+}
+
+/// Makes a `cdylib` a plugin that serves the named runners.
+///
+/// `export_runner!(Hello)` needs `Hello: Default`. `export_runner!(Hello: Hello::new)` calls
+/// `Hello::new(config)`, a function from any deserialisable type to `Result<Hello, E>`, once when the
+/// plugin is loaded; an error refuses the plugin with its text. Several runners are separated by commas.
+///
+/// The macro exports the symbol `runner_module_v1`, a manifest that can be read without running the
+/// file, and the description of the tables that lets a host prove their layout.
+///
+/// ```
+/// use runner_sdk::{Error, Runner, TaskCtx, export_runner};
+///
+/// struct Greet { greeting: String }
+///
+/// #[derive(serde::Deserialize)]
+/// #[serde(deny_unknown_fields)]
+/// struct Config { greeting: String }
+///
+/// impl Greet {
+///     fn new(config: Config) -> Result<Self, Error> {
+///         Ok(Self { greeting: config.greeting })
+///     }
+/// }
+///
+/// impl Runner for Greet {
+///     const CAPABILITY: &'static str = "/examples/greet/v1";
+///     async fn run(&self, ctx: TaskCtx) -> Result<(), Error> {
+///         ctx.output.put_bytes("greeting.txt", self.greeting.clone()).await?;
+///         Ok(())
+///     }
+/// }
+///
+/// export_runner!(Greet: Greet::new);
+/// # fn main() {}
+/// ```
+#[macro_export]
+macro_rules! export_runner {
+    ($first:ty $(: $first_new:expr)? $(, $more:ty $(: $more_new:expr)?)* $(,)?) => {
+        const _: () = {
+            use $crate::__private as sdk;
+
+            const PARTS: &[&str] = &[
+                "{\"name\":\"", env!("CARGO_PKG_NAME"),
+                "\",\"version\":\"", env!("CARGO_PKG_VERSION"),
+                "\",\"sdk\":\"", sdk::SDK_VERSION,
+                "\",\"abi\":\"", sdk::ABI_TEXT,
+                "\",\"capabilities\":[\"", sdk::checked(<$first as $crate::Runner>::CAPABILITY), "\"",
+                $(",\"", sdk::checked(<$more as $crate::Runner>::CAPABILITY), "\"",)*
+                "]}",
+            ];
+
+            #[used]
+            #[cfg_attr(not(target_os = "macos"), unsafe(link_section = ".runner"))]
+            #[cfg_attr(target_os = "macos", unsafe(link_section = "__DATA,.runner"))]
+            static MANIFEST: [u8; sdk::joined_len(PARTS)] = sdk::joined(PARTS);
+
+            static REGISTRATIONS: &[sdk::Registration] = &[
+                sdk::Registration {
+                    capability: <$first as $crate::Runner>::CAPABILITY,
+                    build: $crate::__registration!($first $(: $first_new)?),
+                },
+                $(sdk::Registration {
+                    capability: <$more as $crate::Runner>::CAPABILITY,
+                    build: $crate::__registration!($more $(: $more_new)?),
+                },)*
+            ];
+
+            fn table() -> sdk::ModuleRef {
+                sdk::module(env!("CARGO_PKG_NAME"), REGISTRATIONS)
+            }
+
+            #[unsafe(no_mangle)]
+            extern "C" fn runner_module_v1() -> sdk::ModuleRef {
+                table()
+            }
+
+            extern "C" fn erased() -> sdk::RootModuleResult {
+                sdk::call_root_module_loader(table)
+            }
+
+            #[unsafe(export_name = "_1as_0lib_1header_0root_bmodule_bloader")]
+            static HEADER: sdk::LibHeader = sdk::header(erased);
+        };
+    };
+}
+
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __registration {
+    ($runner:ty) => {
+        $crate::__private::from_default::<$runner>
+    };
+    ($runner:ty : $new:expr) => {
+        |config| $crate::__private::from_config::<$runner, _, _>(config, $new)
+    };
+}

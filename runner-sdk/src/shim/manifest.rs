@@ -1,0 +1,50 @@
+//! Builds the manifest, a JSON object, while the plugin is compiled, so that it can be read from
+//! the file without running it.
+
+/// Length of `parts` joined.
+#[must_use]
+pub const fn joined_len(parts: &[&str]) -> usize {
+    let mut len = 0;
+    let mut part = 0;
+    while part < parts.len() {
+        len += parts[part].len();
+        part += 1;
+    }
+    len
+}
+
+/// `parts` joined; `N` must be [`joined_len`] of them.
+#[must_use]
+pub const fn joined<const N: usize>(parts: &[&str]) -> [u8; N] {
+    let mut bytes = [0; N];
+    let (mut at, mut part) = (0, 0);
+    while part < parts.len() {
+        let text = parts[part].as_bytes();
+        let mut index = 0;
+        while index < text.len() {
+            bytes[at] = text[index];
+            at += 1;
+            index += 1;
+        }
+        part += 1;
+    }
+    bytes
+}
+
+/// Stops the compilation when `capability` is no capability name.
+#[must_use]
+pub const fn checked(capability: &'static str) -> &'static str {
+    let bytes = capability.as_bytes();
+    assert!(!bytes.is_empty(), "CAPABILITY is empty, expected a name such as /examples/hello/v1");
+    assert!(bytes.len() <= 256, "CAPABILITY is longer than 256 bytes");
+    let mut at = 0;
+    while at < bytes.len() {
+        let byte = bytes[at];
+        assert!(
+            byte > b' ' && byte != 0x7f && byte != b'"' && byte != b'\\',
+            "CAPABILITY holds white space, a control character, a quote or a backslash"
+        );
+        at += 1;
+    }
+    capability
+}

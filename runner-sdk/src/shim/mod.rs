@@ -1,0 +1,395 @@
+//! The plugin's side of the ABI: what stands between `extern "C"` and a [`crate::Runner`].
+//!
+//! `export_runner!` exports [`module`]; everything else is reached through the table it returns. Every
+//! entry catches panics. The author's futures run on a small tokio runtime that belongs to the
+//! plugin: the host never polls them.
+
+mod export;
+mod logging;
+mod manifest;
+mod panics;
+
+use std::{
+    collections::HashMap,
+    ffi::c_void,
+    ops::Deref,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use serde::Deserialize;
+use serde_json::json;
+use tokio::{
+    runtime::Runtime,
+    sync::{Notify, oneshot},
+};
+
+use crate::{
+    abi::{self, Bytes, Callback, HostRef, Module, ModuleRef, Status, Str, Task},
+    author::{
+        BoxFuture, Call, DynRunner, Error, LeaseEnvelope, Payload, Port, PortError, PortErrorKind, Reply, TaskCtx,
+    },
+};
+
+pub use export::{Registration, from_config, from_default};
+pub use manifest::{checked, joined, joined_len};
+pub use panics::spawn_blocking;
+pub(crate) use panics::{Guarded, guard, install_hook};
+
+/// Worker threads of the plugin's runtime. Runners wait more than they compute; computations have
+/// `spawn_blocking`.
+const WORKERS: usize = 2;
+
+static REGISTRATIONS: OnceLock<(&'static str, &'static [Registration])> = OnceLock::new();
+static HOST: OnceLock<HostRef> = OnceLock::new();
+static PLUGIN: OnceLock<Plugin> = OnceLock::new();
+
+struct Plugin {
+    runners: HashMap<&'static str, Arc<dyn DynRunner>>,
+    runtime: Mutex<Option<Runtime>>,
+    tasks: Mutex<HashMap<u64, Arc<Cancelled>>>,
+}
+
+/// One task's cancellation, on this side of the boundary.
+#[derive(Default)]
+struct Cancelled {
+    flag: AtomicBool,
+    wake: Notify,
+}
+
+/// The table of this plugin. Called by the exported entry, possibly more than once.
+#[must_use]
+pub fn module(name: &'static str, registrations: &'static [Registration]) -> ModuleRef {
+    use abi_stable::prefix_type::{PrefixRefTrait as _, WithMetadata};
+    const TABLE: &WithMetadata<Module> =
+        &WithMetadata::new(Module { magic: abi::MAGIC, abi: abi::ABI_VERSION, init, start, cancel, shutdown });
+    REGISTRATIONS.get_or_init(|| (name, registrations));
+    ModuleRef::from_prefix_ref(TABLE.static_as_prefix())
+}
+
+unsafe extern "C" fn init(host: HostRef, config: Str, reply: Callback, user: *mut c_void) {
+    let ready = guard(|| {
+        // SAFETY: the host lends `config` for the duration of this call.
+        let config = unsafe { text(config) };
+        prepare(host, config)
+    });
+    let (status, message) = match ready {
+        Ok(Ok(())) => (Status::OK, String::new()),
+        Ok(Err(reason)) => (Status::FAILED, reason),
+        Err(note) => (Status::PANICKED, format!("{} at {}", note.message, note.place)),
+    };
+    // SAFETY: `reply` and `user` belong together and are used exactly once, here.
+    unsafe { (reply.call)(user, status, owned(message.into_bytes())) };
+}
+
+fn prepare(host: HostRef, config: &str) -> Result<(), String> {
+    let (name, registrations) = *REGISTRATIONS.get().ok_or("init was called before runner_module_v1")?;
+    HOST.set(host).map_err(|_| "init was called twice")?;
+    install_hook(Some(report_panic), false);
+    logging::install(host.log_level());
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKERS)
+        .thread_name(format!("runner-{name}"))
+        .enable_all()
+        .build()
+        .map_err(|err| format!("the plugin's runtime did not start: {err}"))?;
+    let mut runners: HashMap<_, Arc<dyn DynRunner>> = HashMap::new();
+    let entered = runtime.enter();
+    for registration in registrations {
+        let runner = (registration.build)(config).map_err(|err| err.chain())?;
+        if runners.insert(registration.capability, runner).is_some() {
+            return Err(format!("capability {} is exported twice by this library", registration.capability));
+        }
+    }
+    drop(entered);
+    let plugin = Plugin { runners, runtime: Mutex::new(Some(runtime)), tasks: Mutex::default() };
+    PLUGIN.set(plugin).map_err(|_| "init was called twice".to_owned())
+}
+
+fn report_panic(note: &panics::PanicNote, backtrace: &str) {
+    let fields = json!({ "place": note.place, "backtrace": backtrace }).to_string();
+    send_log(0, 1, "panic", &note.message, &fields);
+}
+
+#[derive(Deserialize)]
+struct Request {
+    capability: String,
+    dir: PathBuf,
+    lease: LeaseEnvelope,
+}
+
+unsafe extern "C" fn start(task: Task, request: Str) {
+    let begun = guard(|| {
+        // SAFETY: the host lends `request` for the duration of this call.
+        let request = unsafe { text(request) };
+        begin(task, request)
+    });
+    match begun {
+        Ok(Ok(())) => {}
+        Ok(Err(reason)) => complete(task, Status::FAILED, &reason, ""),
+        Err(note) => complete(task, Status::PANICKED, &note.message, &place_json(&note.place)),
+    }
+}
+
+fn begin(task: Task, request: &str) -> Result<(), String> {
+    let plugin = PLUGIN.get().ok_or("start was called before init")?;
+    let request: Request =
+        serde_json::from_str(request).map_err(|err| format!("the host's request does not parse: {err}"))?;
+    let runner = plugin.runners.get(request.capability.as_str());
+    let runner = Arc::clone(runner.ok_or_else(|| format!("this plugin does not serve {}", request.capability))?);
+    let cancelled = Arc::new(Cancelled::default());
+    lock(&plugin.tasks).insert(task.0, Arc::clone(&cancelled));
+    let port = Arc::new(HostPort { task, cancelled });
+    let ctx = TaskCtx::new(request.lease, request.dir, port);
+    let run = async move { runner.run_boxed(ctx).await };
+    let attempt = async move {
+        let ended = Guarded::new(run).await;
+        lock(&plugin.tasks).remove(&task.0);
+        match ended {
+            Ok(Ok(())) => complete(task, Status::OK, "", ""),
+            Ok(Err(err)) => fail(task, &err),
+            Err(note) => complete(task, Status::PANICKED, &note.message, &place_json(&note.place)),
+        }
+    };
+    let runtime = lock(&plugin.runtime);
+    let runtime = runtime.as_ref().ok_or("the plugin has been shut down")?;
+    runtime.spawn(tracing::Instrument::instrument(attempt, logging::task_span(task.0)));
+    Ok(())
+}
+
+fn fail(task: Task, err: &Error) {
+    let infrastructure = err.port_error().is_some_and(|port| port.kind().is_infrastructure());
+    let status = if err.is_invalid_input() {
+        Status::INVALID_INPUT
+    } else if infrastructure {
+        Status::STORAGE
+    } else if err.is_retryable() {
+        Status::RETRYABLE
+    } else {
+        Status::FAILED
+    };
+    let details = match err.details_json() {
+        serde_json::Value::Null => String::new(),
+        details => details.to_string(),
+    };
+    complete(task, status, &err.chain(), &details);
+}
+
+fn place_json(place: &str) -> String {
+    json!({ "place": place }).to_string()
+}
+
+unsafe extern "C" fn cancel(task: Task) {
+    let _ = guard(|| {
+        if let Some(plugin) = PLUGIN.get() {
+            if let Some(cancelled) = lock(&plugin.tasks).get(&task.0) {
+                cancelled.flag.store(true, Ordering::Release);
+                cancelled.wake.notify_waiters();
+            }
+        }
+    });
+}
+
+unsafe extern "C" fn shutdown(deadline_ms: u32) {
+    let _ = guard(|| {
+        if let Some(plugin) = PLUGIN.get() {
+            let runtime = lock(&plugin.runtime).take();
+            if let Some(runtime) = runtime {
+                runtime.shutdown_timeout(Duration::from_millis(u64::from(deadline_ms)));
+            }
+        }
+    });
+}
+
+/// Calls of one task, across the boundary.
+struct HostPort {
+    task: Task,
+    cancelled: Arc<Cancelled>,
+}
+
+impl Port for HostPort {
+    fn call(&self, call: Call) -> Reply {
+        let (tell, answer) = oneshot::channel();
+        match HOST.get() {
+            Some(host) => dispatch(*host, self.task, call, tell),
+            None => {
+                let _ = tell.send(Err(PortError::new(PortErrorKind::TaskOver, "there is no host")));
+            }
+        }
+        Box::pin(async move {
+            answer.await.unwrap_or_else(|_| Err(PortError::new(PortErrorKind::TaskOver, "the host gave no answer")))
+        })
+    }
+
+    fn cancelled(&self) -> &AtomicBool {
+        &self.cancelled.flag
+    }
+
+    fn until_cancelled(&self) -> BoxFuture<'static, ()> {
+        let cancelled = Arc::clone(&self.cancelled);
+        Box::pin(async move {
+            let wake = cancelled.wake.notified();
+            tokio::pin!(wake);
+            // Registered before the look at the flag: a cancel in between is not missed.
+            wake.as_mut().enable();
+            if !cancelled.flag.load(Ordering::Acquire) {
+                wake.await;
+            }
+        })
+    }
+}
+
+type Tell = oneshot::Sender<Result<Payload, PortError>>;
+
+fn dispatch(host: HostRef, task: Task, call: Call, tell: Tell) {
+    let reply = Callback { call: answered };
+    let user = Box::into_raw(Box::new(tell)).cast::<c_void>();
+    // SAFETY: every entry of `host` used here is a mandatory one of version 1. Borrowed texts live
+    // until the call returns, which is all the host may use them for. `user` is the box above, and the
+    // host hands it to `reply` exactly once.
+    unsafe {
+        match &call {
+            Call::Progress(json) => host.progress()(task, lend(json), reply, user),
+            Call::Event(json) => host.event()(task, lend(json), reply, user),
+            Call::CancelReason => host.cancel_reason()(task, reply, user),
+            Call::Token => host.token()(task, reply, user),
+            Call::InputOpen { cid } => host.input_open()(task, lend(cid), reply, user),
+            Call::InputRead { stream, max } => host.input_read()(task, *stream, *max, reply, user),
+            Call::InputClose { stream } => host.input_close()(task, *stream, reply, user),
+            Call::InputFile { cid } => host.input_file()(task, lend(cid), reply, user),
+            Call::OutputOpen { spec } => host.output_open()(task, lend(spec), reply, user),
+            Call::OutputFinish { stream } => host.output_finish()(task, *stream, reply, user),
+            Call::OutputAbort { stream } => host.output_abort()(task, *stream, reply, user),
+            Call::OutputFile { spec, path } => host.output_file()(task, lend(spec), lend(path), reply, user),
+            Call::OutputWrite { .. } => {
+                let Call::OutputWrite { stream, data } = call else { unreachable!("matched above") };
+                host.output_write()(task, stream, owned(data), reply, user);
+            }
+        }
+    }
+}
+
+/// Receives the host's answer to a call.
+unsafe extern "C" fn answered(user: *mut c_void, status: Status, data: Bytes) {
+    // SAFETY: the host received `data` from nobody else and hands it over here.
+    let data = unsafe { OwnedBytes::new(data) };
+    // SAFETY: `user` is the box made in `dispatch`, and the host calls back exactly once.
+    let tell = unsafe { Box::from_raw(user.cast::<Tell>()) };
+    let _ = guard(|| {
+        let answer = if status == Status::OK {
+            Ok(Payload::Foreign(data))
+        } else {
+            Err(PortError::new(kind(status), String::from_utf8_lossy(&data).into_owned()))
+        };
+        let _ = tell.send(answer);
+    });
+}
+
+fn kind(status: Status) -> PortErrorKind {
+    match status {
+        Status::NOT_FOUND => PortErrorKind::NotFound,
+        Status::BAD_REQUEST => PortErrorKind::BadRequest,
+        Status::INVALID_PATH => PortErrorKind::InvalidPath,
+        Status::UNAUTHORIZED => PortErrorKind::Unauthorized,
+        Status::CONFLICT => PortErrorKind::Conflict,
+        Status::SERVER => PortErrorKind::Server,
+        Status::NETWORK => PortErrorKind::Network,
+        Status::MALFORMED => PortErrorKind::Malformed,
+        Status::UNSUPPORTED => PortErrorKind::Unsupported,
+        Status::STALE => PortErrorKind::TaskOver,
+        Status::LEASE_OVER => PortErrorKind::LeaseOver,
+        Status::LOCAL => PortErrorKind::Local,
+        Status::LIMIT => PortErrorKind::Limit,
+        Status::SETUP => PortErrorKind::Setup,
+        _ => PortErrorKind::Other,
+    }
+}
+
+fn complete(task: Task, status: Status, text: &str, details: &str) {
+    if let Some(host) = HOST.get() {
+        // SAFETY: a mandatory entry of version 1; the texts live until the call returns. A second
+        // completion is answered STALE and harms nothing.
+        unsafe { host.complete()(task, status, lend(text), lend(details)) };
+    }
+}
+
+pub(crate) fn send_log(task: u64, level: u32, target: &str, text: &str, fields: &str) {
+    if let Some(host) = HOST.get() {
+        // SAFETY: a mandatory entry of version 1; the texts live until the call returns.
+        unsafe { host.log()(Task(task), level, lend(target), lend(text), lend(fields)) };
+    }
+}
+
+fn lend(text: &str) -> Str {
+    Str { ptr: text.as_ptr(), len: text.len() }
+}
+
+/// # Safety
+/// `text` must point to `len` readable bytes for as long as the result is used.
+unsafe fn text<'a>(text: Str) -> &'a str {
+    if text.len == 0 {
+        return "";
+    }
+    // SAFETY: the caller's promise.
+    let bytes = unsafe { std::slice::from_raw_parts(text.ptr, text.len) };
+    std::str::from_utf8(bytes).unwrap_or_default()
+}
+
+/// Hands a vector over; the other side frees it through `release`.
+pub(crate) fn owned(bytes: Vec<u8>) -> Bytes {
+    unsafe extern "C" fn release(owner: *mut c_void) {
+        // SAFETY: `owner` is the box made below, released exactly once by contract.
+        drop(unsafe { Box::from_raw(owner.cast::<Vec<u8>>()) });
+    }
+    if bytes.is_empty() {
+        return Bytes { ptr: std::ptr::null(), len: 0, owner: std::ptr::null_mut(), release: None };
+    }
+    let boxed = Box::new(bytes);
+    let (ptr, len) = (boxed.as_ptr(), boxed.len());
+    Bytes { ptr, len, owner: Box::into_raw(boxed).cast(), release: Some(release) }
+}
+
+/// Bytes received across the boundary, released on drop.
+pub(crate) struct OwnedBytes(Bytes);
+
+// SAFETY: the contract of `Bytes` allows reading and releasing from any thread; nothing is written.
+unsafe impl Send for OwnedBytes {}
+// SAFETY: as above.
+unsafe impl Sync for OwnedBytes {}
+
+impl OwnedBytes {
+    /// # Safety
+    /// `bytes` must be whole and must not be released by anybody else.
+    unsafe fn new(bytes: Bytes) -> Self {
+        Self(bytes)
+    }
+}
+
+impl Deref for OwnedBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        if self.0.len == 0 {
+            return &[];
+        }
+        // SAFETY: `new` was promised whole bytes, and they are released only in drop.
+        unsafe { std::slice::from_raw_parts(self.0.ptr, self.0.len) }
+    }
+}
+
+impl Drop for OwnedBytes {
+    fn drop(&mut self) {
+        if let Some(release) = self.0.release {
+            // SAFETY: `new` was promised that nobody else releases.
+            unsafe { release(self.0.owner) };
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,196 @@
+//! The ABI of version 1, held three ways: the Rust tables, `runner.h` as the C compiler sees it, and
+//! a committed text. What all three agree on cannot drift unseen.
+//!
+//! A line that changes here breaks every plugin in the field: entries are only appended. To append
+//! one, add it to the lists below and write the file anew with `RUNNER_SDK_BLESS=1`.
+
+#![cfg(all(unix, target_pointer_width = "64"))]
+
+use std::{
+    fmt::Write as _,
+    mem::offset_of,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use abi_stable::prefix_type::PrefixTypeTrait as _;
+use runner_sdk::abi::{self, Bytes, Callback, Host, Module, Status, Str, Table, Task};
+
+const GOLDEN: &str = include_str!("abi_v1.golden");
+
+/// What is compared: `rust` as this crate sees it, `c` the statements that print the same from `runner.h`.
+#[derive(Default)]
+struct Facts {
+    rust: String,
+    c: String,
+}
+
+impl Facts {
+    fn add(&mut self, name: &str, rust: impl std::fmt::Display, c: &str) {
+        let _ = writeln!(self.rust, "{name} {rust}");
+        let _ = writeln!(self.c, "  printf(\"{name} %llu\\n\", (unsigned long long)({c}));");
+    }
+}
+
+macro_rules! values {
+    ($facts:ident, $rust:ty as $c:literal { $($field:ident),* }) => {
+        $facts.add(concat!($c, " size"), size_of::<$rust>(), concat!("sizeof(", $c, ")"));
+        $($facts.add(
+            concat!($c, ".", stringify!($field), " offset"),
+            offset_of!($rust, $field),
+            concat!("offsetof(", $c, ", ", stringify!($field), ")"),
+        );)*
+    };
+}
+
+macro_rules! table {
+    ($facts:ident, $rust:ident as $c:literal, $mask:expr, $c_mask:literal { $($field:ident),* }) => {
+        values!($facts, Table<$rust> as $c { present, reserved });
+        let offsets = [$(offset_of!(Table<$rust>, entries) + offset_of!($rust, $field)),*];
+        assert!(offsets.is_sorted(), "entries are numbered in the order in which they lie in memory");
+        let names = [$(stringify!($field)),*];
+        for (bit, (name, offset)) in names.into_iter().zip(offsets).enumerate() {
+            $facts.add(&format!("{}.{name} bit {bit} offset", $c), offset, &format!("offsetof({}, {name})", $c));
+        }
+        assert_eq!(u64::MAX >> (64 - names.len()), $mask, "the mask has one bit per entry");
+        $facts.add($c_mask, $mask, $c_mask);
+    };
+}
+
+macro_rules! statuses {
+    ($facts:ident { $($name:ident),* }) => {
+        $($facts.add(concat!("RUNNER_", stringify!($name)), Status::$name.0, concat!("RUNNER_", stringify!($name)));)*
+    };
+}
+
+fn facts() -> Facts {
+    let mut facts = Facts::default();
+    facts.add("RUNNER_MAGIC", abi::MAGIC, "RUNNER_MAGIC");
+    facts.add("RUNNER_ABI_MAJOR", abi::ABI_MAJOR, "RUNNER_ABI_MAJOR");
+    facts.add("RUNNER_ABI_MINOR", abi::ABI_MINOR, "RUNNER_ABI_MINOR");
+    facts.add("RUNNER_ABI_VERSION", abi::ABI_VERSION, "RUNNER_ABI_VERSION");
+    values!(facts, Str as "runner_str" { ptr, len });
+    values!(facts, Bytes as "runner_bytes" { ptr, len, owner, release });
+    values!(facts, Task as "runner_task" {});
+    values!(facts, Status as "runner_status" {});
+    values!(facts, Callback as "runner_callback" {});
+    statuses!(facts {
+        OK,
+        FAILED,
+        RETRYABLE,
+        CANCELLED,
+        INVALID_INPUT,
+        UNSUPPORTED,
+        STALE,
+        PANICKED,
+        STORAGE,
+        NOT_FOUND,
+        BAD_REQUEST,
+        INVALID_PATH,
+        UNAUTHORIZED,
+        CONFLICT,
+        SERVER,
+        NETWORK,
+        MALFORMED,
+        LEASE_OVER,
+        LOCAL,
+        LIMIT,
+        SETUP,
+        OTHER
+    });
+    table!(facts, Host as "runner_host", abi::HOST_MASK, "RUNNER_HOST_MASK" {
+        abi, log_level, log, progress, event, cancelled, cancel_reason, token, input_open, input_read, input_close,
+        input_file, output_open, output_write, output_finish, output_abort, output_file, complete
+    });
+    table!(facts, Module as "runner_module", abi::MODULE_MASK, "RUNNER_MODULE_MASK" {
+        magic, abi, init, start, cancel, shutdown
+    });
+    facts
+}
+
+#[test]
+fn s1_24_the_rust_tables_are_the_committed_ones() {
+    let rust = facts().rust;
+    if std::env::var_os("RUNNER_SDK_BLESS").is_some() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/abi_v1.golden");
+        std::fs::write(path, &rust).expect("the golden file is writable");
+        return;
+    }
+    assert_eq!(rust, GOLDEN);
+}
+
+#[test]
+fn s1_24_runner_h_declares_the_committed_tables() {
+    let dir = Scratch::new("c");
+    let source = format!(
+        "#include <stdio.h>\n#include <stddef.h>\n#include \"runner.h\"\n\n\
+         const runner_module *runner_module_v1(void) {{ return 0; }}\n\n\
+         int main(void) {{\n{}  return 0;\n}}\n",
+        facts().c
+    );
+    let program = compile("cc", "c", "-std=c99", &source, &dir);
+    let printed = Command::new(program).output().expect("the program that prints the layout runs");
+    assert!(printed.status.success());
+    assert_eq!(String::from_utf8_lossy(&printed.stdout), GOLDEN);
+}
+
+#[test]
+fn runner_h_is_cpp_too() {
+    let found = ["c++", "g++", "clang++"].into_iter().find(|name| Command::new(name).arg("--version").output().is_ok());
+    let Some(compiler) = found else {
+        eprintln!("skipped: neither c++, g++ nor clang++ is installed");
+        return;
+    };
+    let dir = Scratch::new("cpp");
+    let source = "#include \"runner.h\"\n\
+        RUNNER_MANIFEST(\"{}\");\n\
+        static const runner_module table = {RUNNER_MODULE_MASK, 0, RUNNER_MAGIC, RUNNER_ABI_VERSION, 0, 0, 0, 0};\n\
+        const runner_module *runner_module_v1(void) { return &table; }\n\
+        int main() { return RUNNER_HAS(runner_module_v1(), 5) ? 0 : 1; }\n";
+    let program = compile(compiler, "cpp", "-std=c++11", source, &dir);
+    assert!(Command::new(program).status().expect("the program runs").success());
+}
+
+/// What a Rust plugin writes into the first word of its table, and what a Rust host does.
+#[test]
+fn the_masks_abi_stable_writes_are_the_declared_ones() {
+    assert_eq!(Module::PT_FIELD_ACCESSIBILITY.bits(), abi::MODULE_MASK);
+    assert_eq!(Host::PT_FIELD_ACCESSIBILITY.bits(), abi::HOST_MASK);
+
+    let table = runner_sdk::__private::module("golden", &[]);
+    // SAFETY: `ModuleRef` is a transparent pointer to a table that begins with the mask word.
+    let present = unsafe { **std::ptr::from_ref(&table).cast::<*const u64>() };
+    assert_eq!(present, abi::MODULE_MASK);
+}
+
+fn compile(compiler: &str, extension: &str, standard: &str, source: &str, dir: &Scratch) -> PathBuf {
+    let file = dir.0.join(format!("layout.{extension}"));
+    let program = dir.0.join("layout");
+    std::fs::write(&file, source).expect("the scratch directory is writable");
+    let output = Command::new(compiler)
+        .args([standard, "-Wall", "-Wextra", "-Werror", "-pedantic", "-I"])
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("include"))
+        .arg("-o")
+        .args([&program, &file])
+        .output()
+        .unwrap_or_else(|err| panic!("{compiler} does not run ({err}); these tests need a C compiler"));
+    assert!(output.status.success(), "{compiler}:\n{}", String::from_utf8_lossy(&output.stderr));
+    program
+}
+
+/// A directory of one test, removed with it.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Self {
+        let dir = std::env::temp_dir().join(format!("runner-sdk-abi-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&dir).expect("a directory below the system's temporary one");
+        Self(dir)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
