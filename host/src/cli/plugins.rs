@@ -5,7 +5,7 @@ use std::{io::Write, path::PathBuf};
 use serde_json::json;
 
 use super::{Exit, Output, PluginArgs, reserve_stdout};
-use crate::plugins::{Listing, inspect_file}; //SCA USE
+use crate::plugins::{Listing, SdkSource, create, inspect_file};
 
 /// What to do with plugins.
 #[derive(clap::Subcommand)]
@@ -26,14 +26,35 @@ pub(super) enum Command {
         #[arg(short, long, value_enum, default_value_t)]
         output: Output,
     },
-    //SCA VAR
+    /// Make a new runner crate that builds at once
+    New {
+        /// Name of the crate; it serves /NAME/v1
+        name: String,
+        /// Folder to make it in [default: NAME]
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+        /// Folder of runner-sdk to build against [default: the published version]
+        #[arg(long, value_name = "PATH")]
+        sdk: Option<PathBuf>,
+    },
 }
 
 pub(super) fn run(command: Command) -> anyhow::Result<Exit> {
     match command {
         Command::List { plugins, output } => list(&plugins, output),
         Command::Inspect { file, output } => inspect(&file, output),
-        //SCA ARM
+        Command::New { name, dir, sdk } => {
+            let dir = dir.unwrap_or_else(|| PathBuf::from(&name));
+            let sdk = match sdk {
+                Some(path) => SdkSource::Path(path),
+                None => SdkSource::Version(env!("CARGO_PKG_VERSION").to_owned()),
+            };
+            for file in create(&dir, &name, &sdk)? {
+                println!("{}", file.display());
+            }
+            eprintln!("next: cd {} && cargo test && cargo build --release", dir.display());
+            Ok(Exit::Done)
+        }
     }
 }
 
