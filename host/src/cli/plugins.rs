@@ -5,7 +5,10 @@ use std::path::PathBuf;
 use serde_json::json;
 
 use super::{Exit, Output, PluginArgs};
-use crate::plugins::{Listing, inspect_file}; //SCA USE
+use crate::{
+    config::{Layers, plugin_init_timeout},
+    plugins::{Listing, inspect_file}, //SCA USE
+};
 
 /// What to do with plugins.
 #[derive(clap::Subcommand)]
@@ -29,16 +32,16 @@ pub(super) enum Command {
     //SCA VAR
 }
 
-pub(super) fn run(command: Command) -> anyhow::Result<Exit> {
+pub(super) fn run(command: Command, layers: &Layers) -> anyhow::Result<Exit> {
     match command {
-        Command::List { plugins, output } => list(&plugins, output),
+        Command::List { plugins, output } => list(&plugins, output, layers),
         Command::Inspect { file, output } => inspect(&file, output),
         //SCA ARM
     }
 }
 
-fn list(args: &PluginArgs, output: Output) -> anyhow::Result<Exit> {
-    let plugins = args.load(1, None)?;
+fn list(args: &PluginArgs, output: Output, layers: &Layers) -> anyhow::Result<Exit> {
+    let plugins = args.load(1, None, plugin_init_timeout(layers)?)?;
     let listings = plugins.listings();
     match output {
         Output::Json => println!("{}", serde_json::to_string(listings)?),

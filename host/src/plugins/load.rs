@@ -97,7 +97,7 @@ pub(super) fn open(verified: Verified, limit: Duration, log_level: u32) -> Resul
         Dispatcher::start(name).map_err(|err| InstallError::Open { reason: format!("no thread for it: {err}") })?;
     let config = serde_json::Value::Object(verified.settings.config.clone()).to_string();
     let (sealed, rust) = (verified.sealed, verified.facts.rust);
-    let deadline = Instant::now() + limit;
+    let began = Instant::now();
     let (tell, opened) = mpsc::channel();
     let (answer, answered) = mpsc::channel();
     dispatcher.run("init", move || {
@@ -111,7 +111,7 @@ pub(super) fn open(verified: Verified, limit: Duration, log_level: u32) -> Resul
     });
     let hung = |_| InstallError::InitHung { limit };
     let entries = opened.recv_timeout(limit).map_err(hung)??;
-    let left = deadline.saturating_duration_since(Instant::now());
+    let left = limit.saturating_sub(began.elapsed());
     match answered.recv_timeout(left).map_err(hung)? {
         (Status::OK, _) => Ok(Loaded { dispatcher, entries }),
         (Status::PANICKED, reason) => Err(InstallError::InitPanicked { reason: one_line(&reason) }),

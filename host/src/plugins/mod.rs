@@ -38,9 +38,6 @@ use crate::model::Capability;
 use load::Verified;
 use run::Plugin;
 
-/// How long opening and `init` of one plugin may take together.
-pub const INIT_LIMIT: Duration = Duration::from_secs(10);
-
 /// What to load.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -52,7 +49,7 @@ pub struct Config {
     pub max_concurrency: usize,
     /// Most verbose level plugins should send: 1 error to 5 trace, 0 none.
     pub log_level: u32,
-    /// How long a plugin may take to open and initialise.
+    /// How long a plugin may take to open and initialise, both together.
     pub init_limit: Duration,
 }
 
