@@ -60,6 +60,8 @@ fn list(args: &PluginArgs, output: Output, layers: &Layers) -> anyhow::Result<Ex
 
 fn row(listing: &Listing) -> String {
     let file = listing.file.file_name().unwrap_or(listing.file.as_os_str()).to_string_lossy();
+    // A file name may hold anything; a row stays one row.
+    let file = file.replace(char::is_control, "\u{fffd}");
     match &listing.reason {
         Some(reason) => format!("refused  {file:<24} {reason}"),
         None => format!("loaded   {file:<24} {}", listing.capabilities.join(", ")),
@@ -75,7 +77,7 @@ fn inspect(file: &std::path::Path, output: Output) -> anyhow::Result<Exit> {
         }
     };
     if output == Output::Json {
-        println!("{}", json!({ "file": file, "sha256": sha256, "facts": facts }));
+        println!("{}", json!({ "file": file.to_string_lossy(), "sha256": sha256, "facts": facts }));
         return Ok(Exit::Done);
     }
     let manifest = &facts.manifest;
