@@ -144,7 +144,7 @@ impl Plugins {
 
     /// Calls that named a task which was over or never was, since the process began.
     #[must_use]
-    pub fn stale_calls(&self) -> u64 {
+    pub fn stale_calls() -> u64 {
         ffi::stale_calls()
     }
 
