@@ -188,6 +188,22 @@ impl PluginArgs {
     }
 }
 
+/// Takes stdout for the command's own data: what a plugin prints goes to stderr from here on, and
+/// cannot end up in the middle of somebody's JSON.
+#[cfg(unix)]
+fn reserve_stdout() -> anyhow::Result<std::fs::File> {
+    use std::os::fd::AsFd;
+    let data = std::io::stdout().as_fd().try_clone_to_owned()?;
+    rustix::stdio::dup2_stdout(std::io::stderr())?;
+    Ok(data.into())
+}
+
+/// There is no such door here; a plugin that prints shows.
+#[cfg(not(unix))]
+fn reserve_stdout() -> anyhow::Result<std::io::Stdout> {
+    Ok(std::io::stdout())
+}
+
 /// Whether there is anything to serve: the reasons are on stderr where there is not.
 fn nothing_to_serve(plugins: &crate::plugins::Plugins) -> Option<Exit> {
     if !plugins.capabilities().is_empty() {

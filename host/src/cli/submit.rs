@@ -46,49 +46,49 @@ const LOOK_PAUSE_MAX: Duration = Duration::from_millis(500);
 pub(super) struct Args {
     /// What the task needs, such as /examples/hello/v1
     #[arg(value_parser = Capability::parse)]
-    pub capability: Capability,
+    pub(super) capability: Capability,
     /// A file to upload as input; may be given several times
     #[arg(long = "input", short, value_name = "FILE")]
-    pub inputs: Vec<PathBuf>,
+    pub(super) inputs: Vec<PathBuf>,
     /// JSON handed to the runner
     #[arg(long, value_name = "JSON", value_parser = parse_json, default_value = "{}")]
-    pub meta: Value,
+    pub(super) meta: Value,
     /// How many equal tasks
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    pub count: u32,
+    pub(super) count: u32,
     /// Attempts each task may cost
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
-    pub attempts: u32,
+    pub(super) attempts: u32,
     /// Wait for the end and show progress
     #[arg(long)]
-    pub wait: bool,
+    pub(super) wait: bool,
     /// Stop waiting after this time, such as 90s, 15m or 2h; the job goes on
     #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "wait")]
-    pub timeout: Option<Duration>,
+    pub(super) timeout: Option<Duration>,
     /// Folder to bring the artifacts to
     #[arg(long, value_name = "DIR", requires = "wait")]
-    pub out: Option<PathBuf>,
+    pub(super) out: Option<PathBuf>,
     /// Form of what is printed
     #[arg(long = "output", short, value_name = "FORM", value_enum, default_value_t = Output::Text)]
-    pub output: Output,
+    pub(super) output: Output,
     /// Address of a running `runner-host dev`
     #[arg(long, value_name = "URL", env = "RUNNER_HOST_DEV", default_value = "http://127.0.0.1:8700")]
-    pub dev: Url,
-    /// Base URL of another task service, such as https://dms.example/v1
+    pub(super) dev: Url,
+    /// Base URL of another task service, with its /v1
     #[arg(long, value_name = "URL", requires_all = ["domain", "domain_server"])]
-    pub dms: Option<Url>,
+    pub(super) dms: Option<Url>,
     /// Domain to work in
     #[arg(long, value_name = "UUID", requires = "dms")]
-    pub domain: Option<Uuid>,
+    pub(super) domain: Option<Uuid>,
     /// Base URL of the domain's server
     #[arg(long, value_name = "URL", requires = "dms")]
-    pub domain_server: Option<Url>,
+    pub(super) domain_server: Option<Url>,
     /// Domain grant with write scope; others on this machine can read it there, --token-file is better
     #[arg(long, value_name = "TOKEN", requires = "dms", conflicts_with = "token_file")]
-    pub token: Option<String>,
+    pub(super) token: Option<String>,
     /// File that holds the domain grant
     #[arg(long, value_name = "FILE", requires = "dms")]
-    pub token_file: Option<PathBuf>,
+    pub(super) token_file: Option<PathBuf>,
 }
 
 fn parse_json(text: &str) -> Result<Value, String> {
@@ -111,7 +111,7 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
     Duration::try_from_secs_f64(seconds).map_err(|_| expected())
 }
 
-/// Runs the command; the process' exit code. Results go to stdout, everything else to stderr.
+/// Runs the command; how it ended. Results go to stdout, everything else to stderr.
 ///
 /// # Errors
 /// What no exit code of its own stands for: a file that cannot be read or written.
