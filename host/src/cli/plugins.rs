@@ -7,7 +7,7 @@ use serde_json::json;
 use super::{Exit, Output, PluginArgs, reserve_stdout};
 use crate::{
     config::{Layers, plugin_init_timeout},
-    plugins::{Listing, inspect_file}, //SCA USE
+    plugins::{Listing, ScaffoldError, SdkSource, create, inspect_file},
 };
 
 /// What to do with plugins.
@@ -29,14 +29,24 @@ pub(super) enum Command {
         #[arg(short, long, value_enum, default_value_t)]
         output: Output,
     },
-    //SCA VAR
+    /// Make a new runner crate that builds at once
+    New {
+        /// Name of the crate; it serves /NAME/v1
+        name: String,
+        /// Folder to make it in [default: NAME]
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+        /// Folder of runner-sdk to build against [default: the published version]
+        #[arg(long, value_name = "PATH")]
+        sdk: Option<PathBuf>,
+    },
 }
 
 pub(super) fn run(command: Command, layers: &Layers) -> anyhow::Result<Exit> {
     match command {
         Command::List { plugins, output } => list(&plugins, output, layers),
         Command::Inspect { file, output } => inspect(&file, output),
-        //SCA ARM
+        Command::New { name, dir, sdk } => new(&name, dir, sdk),
     }
 }
 
@@ -99,5 +109,22 @@ fn inspect(file: &std::path::Path, output: Output) -> anyhow::Result<Exit> {
     for (name, value) in rows {
         println!("{name:<16} {value}");
     }
+    Ok(Exit::Done)
+}
+
+fn new(name: &str, dir: Option<PathBuf>, sdk: Option<PathBuf>) -> anyhow::Result<Exit> {
+    let dir = dir.unwrap_or_else(|| PathBuf::from(name));
+    let sdk = match sdk {
+        Some(path) => SdkSource::Path(path),
+        None => SdkSource::Version(env!("CARGO_PKG_VERSION").to_owned()),
+    };
+    let files = create(&dir, name, &sdk).map_err(|err| match err {
+        ScaffoldError::Write { .. } => anyhow::Error::from(err),
+        _ => anyhow::Error::from(err).context(Exit::Usage),
+    })?;
+    for file in files {
+        println!("{}", file.display());
+    }
+    eprintln!("next: cd {} && cargo test && cargo build --release", dir.display());
     Ok(Exit::Done)
 }

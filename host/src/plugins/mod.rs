@@ -13,7 +13,7 @@ mod inspect;
 mod load;
 mod open;
 mod run;
-//SCA mod scaffold;
+mod scaffold;
 mod tasks;
 
 use std::{
@@ -32,7 +32,7 @@ pub use discover::{PlaceError, Places};
 pub use error::InstallError;
 pub use inspect::{Facts, Manifest};
 pub use run::Job;
-//SCA pub use scaffold::{ScaffoldError, SdkSource, create};
+pub use scaffold::{ScaffoldError, SdkSource, create};
 
 use crate::model::Capability;
 use load::Verified;
