@@ -4,6 +4,12 @@
 
 #![allow(missing_docs, reason = "tests are named as statements")]
 
+mod bad_answers;
+mod concurrency;
+mod ends;
 mod harness;
-
+mod lease_life;
 mod lease_path;
+mod pages;
+mod secrets;
+mod signals;
