@@ -7,7 +7,7 @@ mod invoke;
 mod plugins;
 mod run;
 mod signals;
-//SUB mod submit;
+pub mod submit;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -65,8 +65,7 @@ enum Command {
     Run(run::Args),
     /// Start a whole world on this machine, with a node in it, to develop and test against
     Dev(dev::Args),
-    /// Create a job and, if asked, wait for its artifacts
-    //SUB Submit(submit::Args),
+    Submit(submit::Args),
     /// Run one runner once, here, with no control plane
     Invoke(invoke::Args),
     /// Look at plugins and make new ones
@@ -114,7 +113,10 @@ pub fn main(secrets: &Secrets) -> ExitCode {
     let ended = match cli.command {
         Command::Run(args) => run::run(args, layers, secrets),
         Command::Dev(args) => dev::run(args, layers),
-        //SUB Command::Submit(args) => block_on(submit::run(args)),
+        Command::Submit(args) => match block_on(submit::run(args)) {
+            Ok(code) => return code.into(),
+            Err(err) => Err(err),
+        },
         Command::Invoke(args) => invoke::run(args),
         Command::Plugins(command) => plugins::run(command),
         Command::Config(command) => Ok(config::run(&command, layers, secrets)),
