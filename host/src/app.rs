@@ -124,16 +124,10 @@ impl Node {
         let watching = tokio::spawn(show_registration(auth.status(), board.clone(), over.clone()));
         let tokens = auth.tokens();
         let auth = control.handle.spawn(auth.run(over.clone()));
-        let signed_in = async {
-            while tokens.bearer().await.is_err() {
-                // The room behind it is already backing off; it says why by itself.
-                tokio::time::sleep(Duration::from_millis(200)).await;
-            }
-        };
         let ended = tokio::select! {
             biased;
             () = stops.drain.cancelled() => Ended::Drained,
-            () = signed_in => {
+            _ = tokens.available() => {
                 board.change(|status| status.phase = Phase::Running);
                 info!("leasing");
                 engine.run(stops).await

@@ -7,7 +7,7 @@ mod invoke;
 mod plugins;
 mod run;
 mod signals;
-pub mod submit;
+mod submit;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -65,7 +65,8 @@ enum Command {
     Run(run::Args),
     /// Start a whole world on this machine, with a node in it, to develop and test against
     Dev(dev::Args),
-    Submit(submit::Args),
+    /// Create a job and, if asked, wait for its artifacts
+    Submit(Box<submit::Args>),
     /// Run one runner once, here, with no control plane
     Invoke(invoke::Args),
     /// Look at plugins and make new ones
@@ -113,10 +114,7 @@ pub fn main(secrets: &Secrets) -> ExitCode {
     let ended = match cli.command {
         Command::Run(args) => run::run(args, layers, secrets),
         Command::Dev(args) => dev::run(args, layers),
-        Command::Submit(args) => match block_on(submit::run(args)) {
-            Ok(code) => return code.into(),
-            Err(err) => Err(err),
-        },
+        Command::Submit(args) => block_on(submit::run(*args)),
         Command::Invoke(args) => invoke::run(args),
         Command::Plugins(command) => plugins::run(command),
         Command::Config(command) => Ok(config::run(&command, layers, secrets)),
@@ -183,6 +181,22 @@ impl PluginArgs {
             init_limit: crate::plugins::INIT_LIMIT,
         })?)
     }
+}
+
+/// Takes stdout for the command's own data: what a plugin prints goes to stderr from here on, and
+/// cannot end up in the middle of somebody's JSON.
+#[cfg(unix)]
+fn reserve_stdout() -> anyhow::Result<std::fs::File> {
+    use std::os::fd::AsFd;
+    let data = std::io::stdout().as_fd().try_clone_to_owned()?;
+    rustix::stdio::dup2_stdout(std::io::stderr())?;
+    Ok(data.into())
+}
+
+/// There is no such door here; a plugin that prints shows.
+#[cfg(not(unix))]
+fn reserve_stdout() -> anyhow::Result<std::io::Stdout> {
+    Ok(std::io::stdout())
 }
 
 /// Whether there is anything to serve: the reasons are on stderr where there is not.

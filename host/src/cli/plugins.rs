@@ -1,10 +1,10 @@
 //! `runner-host plugins list|inspect|new`.
 
-use std::path::PathBuf;
+use std::{io::Write, path::PathBuf};
 
 use serde_json::json;
 
-use super::{Exit, Output, PluginArgs};
+use super::{Exit, Output, PluginArgs, reserve_stdout};
 use crate::plugins::{Listing, inspect_file}; //SCA USE
 
 /// What to do with plugins.
@@ -38,16 +38,17 @@ pub(super) fn run(command: Command) -> anyhow::Result<Exit> {
 }
 
 fn list(args: &PluginArgs, output: Output) -> anyhow::Result<Exit> {
+    let mut data = reserve_stdout()?;
     let plugins = args.load(1, None)?;
     let listings = plugins.listings();
     match output {
-        Output::Json => println!("{}", serde_json::to_string(listings)?),
+        Output::Json => writeln!(data, "{}", serde_json::to_string(listings)?)?,
         Output::Text => {
             if listings.is_empty() {
                 eprintln!("no plugin was found");
             }
             for listing in listings {
-                println!("{}", row(listing));
+                writeln!(data, "{}", row(listing))?;
             }
         }
     }

@@ -15,11 +15,11 @@ use std::{
 };
 
 use anyhow::Context;
-use clap::ValueEnum;
 use serde_json::{Value, json};
 use url::Url;
 use uuid::Uuid;
 
+use super::{Exit, Output};
 use crate::{
     model::Capability,
     transport::{self, Client},
@@ -27,19 +27,6 @@ use crate::{
 use artifacts::Artifact;
 use notes::Notes;
 use plane::{Plane, PlaneError};
-
-/// All tasks are done, or the job was handed in.
-pub const EXIT_DONE: u8 = 0;
-/// A task failed.
-pub const EXIT_TASK_FAILED: u8 = 1;
-/// Something on the command line cannot be.
-pub const EXIT_USAGE: u8 = 2;
-/// The job was cancelled, or waiting was interrupted.
-pub const EXIT_CANCELLED: u8 = 3;
-/// The time given passed; the job goes on.
-pub const EXIT_TIMED_OUT: u8 = 5;
-/// The control plane is away.
-pub const EXIT_TEMPORARY: u8 = 75;
 
 /// Tasks of one job: what a control plane answers about a job grows with its tasks.
 const TASKS_PER_JOB: usize = 100;
@@ -56,61 +43,52 @@ const LOOK_PAUSE_MAX: Duration = Duration::from_millis(500);
 /// Finds the world of `runner-host dev` by itself; --dms, --domain, --token and --domain-server
 /// name another control plane.
 #[derive(Clone, Debug, clap::Args)]
-pub struct Args {
+pub(super) struct Args {
     /// What the task needs, such as /examples/hello/v1
     #[arg(value_parser = Capability::parse)]
-    pub capability: Capability,
+    pub(super) capability: Capability,
     /// A file to upload as input; may be given several times
     #[arg(long = "input", short, value_name = "FILE")]
-    pub inputs: Vec<PathBuf>,
+    pub(super) inputs: Vec<PathBuf>,
     /// JSON handed to the runner
     #[arg(long, value_name = "JSON", value_parser = parse_json, default_value = "{}")]
-    pub meta: Value,
+    pub(super) meta: Value,
     /// How many equal tasks
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    pub count: u32,
+    pub(super) count: u32,
     /// Attempts each task may cost
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
-    pub attempts: u32,
+    pub(super) attempts: u32,
     /// Wait for the end and show progress
     #[arg(long)]
-    pub wait: bool,
+    pub(super) wait: bool,
     /// Stop waiting after this time, such as 90s, 15m or 2h; the job goes on
     #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "wait")]
-    pub timeout: Option<Duration>,
+    pub(super) timeout: Option<Duration>,
     /// Folder to bring the artifacts to
     #[arg(long, value_name = "DIR", requires = "wait")]
-    pub out: Option<PathBuf>,
+    pub(super) out: Option<PathBuf>,
     /// Form of what is printed
-    #[arg(long = "output", short, value_name = "FORM", value_enum, default_value_t = Form::Text)]
-    pub output: Form,
+    #[arg(long = "output", short, value_name = "FORM", value_enum, default_value_t = Output::Text)]
+    pub(super) output: Output,
     /// Address of a running `runner-host dev`
     #[arg(long, value_name = "URL", env = "RUNNER_HOST_DEV", default_value = "http://127.0.0.1:8700")]
-    pub dev: Url,
-    /// Base URL of another task service, such as https://dms.example/v1
+    pub(super) dev: Url,
+    /// Base URL of another task service, with its /v1
     #[arg(long, value_name = "URL", requires_all = ["domain", "domain_server"])]
-    pub dms: Option<Url>,
+    pub(super) dms: Option<Url>,
     /// Domain to work in
     #[arg(long, value_name = "UUID", requires = "dms")]
-    pub domain: Option<Uuid>,
+    pub(super) domain: Option<Uuid>,
     /// Base URL of the domain's server
     #[arg(long, value_name = "URL", requires = "dms")]
-    pub domain_server: Option<Url>,
+    pub(super) domain_server: Option<Url>,
     /// Domain grant with write scope; others on this machine can read it there, --token-file is better
     #[arg(long, value_name = "TOKEN", requires = "dms", conflicts_with = "token_file")]
-    pub token: Option<String>,
+    pub(super) token: Option<String>,
     /// File that holds the domain grant
     #[arg(long, value_name = "FILE", requires = "dms")]
-    pub token_file: Option<PathBuf>,
-}
-
-/// How results are printed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Form {
-    /// For people.
-    Text,
-    /// For programs.
-    Json,
+    pub(super) token_file: Option<PathBuf>,
 }
 
 fn parse_json(text: &str) -> Result<Value, String> {
@@ -133,11 +111,11 @@ fn parse_duration(text: &str) -> Result<Duration, String> {
     Duration::try_from_secs_f64(seconds).map_err(|_| expected())
 }
 
-/// Runs the command; the process' exit code. Results go to stdout, everything else to stderr.
+/// Runs the command; how it ended. Results go to stdout, everything else to stderr.
 ///
 /// # Errors
 /// What no exit code of its own stands for: a file that cannot be read or written.
-pub async fn run(args: Args) -> anyhow::Result<u8> {
+pub(super) async fn run(args: Args) -> anyhow::Result<Exit> {
     let interrupt = async {
         // Without a way to hear of it, Ctrl-C ends the process as usual.
         if tokio::signal::ctrl_c().await.is_err() {
@@ -153,7 +131,7 @@ async fn run_to(
     mut notes: Notes,
     nobody_after: Duration,
     interrupt: impl Future<Output = ()>,
-) -> anyhow::Result<u8> {
+) -> anyhow::Result<Exit> {
     let jobs = Mutex::new(Vec::new());
     let ended = tokio::select! {
         ended = submit(&args, &jobs, out, &mut notes, nobody_after) => Some(ended),
@@ -162,7 +140,7 @@ async fn run_to(
     notes.clear();
     let Some(ended) = ended else {
         notes.line(&interrupted(&jobs.into_inner().expect("nothing panics while it holds the list")));
-        return Ok(EXIT_CANCELLED);
+        return Ok(Exit::Cancelled);
     };
     match ended {
         Ok(code) => Ok(code),
@@ -172,7 +150,7 @@ async fn run_to(
         }
         Err(Stop::Usage(text)) => {
             notes.line(&format!("error: {text}"));
-            Ok(EXIT_USAGE)
+            Ok(Exit::Usage)
         }
         Err(Stop::Other(err)) => Err(err),
     }
@@ -204,7 +182,7 @@ async fn submit(
     out: &mut impl Write,
     notes: &mut Notes,
     nobody_after: Duration,
-) -> Result<u8, Stop> {
+) -> Result<Exit, Stop> {
     // What cannot be read is said before anything is sent.
     for input in &args.inputs {
         let about = std::fs::metadata(input);
@@ -229,7 +207,7 @@ async fn submit(
     }
     if !args.wait {
         print_handed_in(args.output, out, &jobs)?;
-        return Ok(EXIT_DONE);
+        return Ok(Exit::Done);
     }
     let watching = watch(args, &plane, &jobs, notes, nobody_after);
     let patience = args.timeout.unwrap_or(Duration::MAX);
@@ -237,7 +215,7 @@ async fn submit(
         Ok(ended) => finish(args, &plane, &ended?, out, notes).await,
         Err(_) => {
             notes.line(&format!("stopped waiting after {patience:?}; the job goes on: {}", names(&jobs)));
-            Ok(EXIT_TIMED_OUT)
+            Ok(Exit::TimedOut)
         }
     }
 }
@@ -284,10 +262,10 @@ fn names(jobs: &[Uuid]) -> String {
     }
 }
 
-fn print_handed_in(form: Form, out: &mut impl Write, jobs: &[Uuid]) -> anyhow::Result<()> {
+fn print_handed_in(form: Output, out: &mut impl Write, jobs: &[Uuid]) -> anyhow::Result<()> {
     match form {
-        Form::Json => writeln!(out, "{}", json!({ "jobs": jobs })),
-        Form::Text => jobs.iter().try_for_each(|job| writeln!(out, "{job}")),
+        Output::Json => writeln!(out, "{}", json!({ "jobs": jobs })),
+        Output::Text => jobs.iter().try_for_each(|job| writeln!(out, "{job}")),
     }
     .context("write to stdout")
 }
@@ -362,8 +340,8 @@ async fn finish(
     jobs: &[Value],
     out: &mut impl Write,
     notes: &mut Notes,
-) -> Result<u8, Stop> {
-    let mut code = EXIT_DONE;
+) -> Result<Exit, Stop> {
+    let mut code = Exit::Done;
     let mut results = Vec::new();
     for (number, (job, task)) in jobs.iter().flat_map(|job| tasks(job).map(move |task| (job, task))).enumerate() {
         let status = task["status"].as_str().unwrap_or("unknown");
@@ -384,12 +362,12 @@ async fn finish(
                 let why = artifacts::reason(job, id);
                 notes.line(&format!("task {id} failed: {why}"));
                 reason = Some(why);
-                code = EXIT_TASK_FAILED;
+                code = Exit::Failed;
             }
             _ => {
                 notes.line(&format!("task {id} was cancelled"));
-                if code == EXIT_DONE {
-                    code = EXIT_CANCELLED;
+                if code == Exit::Done {
+                    code = Exit::Cancelled;
                 }
             }
         }
@@ -397,11 +375,11 @@ async fn finish(
             "task_id": id, "job_id": job["job"]["id"], "status": status, "reason": reason,
             "artifacts": artifacts.iter().map(Artifact::to_json).collect::<Vec<_>>(),
         }));
-        if args.output == Form::Text {
+        if args.output == Output::Text {
             artifacts.iter().try_for_each(|artifact| writeln!(out, "{artifact}")).context("write to stdout")?;
         }
     }
-    if args.output == Form::Json {
+    if args.output == Output::Json {
         writeln!(out, "{}", json!({ "tasks": results })).context("write to stdout")?;
     }
     Ok(code)

@@ -61,7 +61,7 @@ pub struct TaskStatus {
     /// The job it belongs to.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub job_id: Option<Uuid>,
-    /// `setting-up`, `running` or `reporting`.
+    /// `setting-up`, `waiting` (its plugin is full), `running` or `reporting`.
     pub state: &'static str,
     /// When it was leased.
     pub since: Timestamp,

@@ -437,15 +437,23 @@ fn host_table(log_level: u32) -> abi::Host {
     }
 }
 
+/// What the SDK adds to lines that belong to no task.
+#[derive(serde::Deserialize)]
+struct Named {
+    plugin: String,
+}
+
 unsafe extern "C" fn log(task: Task, level: u32, target: Str, text: Str, fields: Str) {
     // SAFETY: lent for this call.
     let (target, text, fields) = unsafe { (copy(target), copy(text), copy(fields)) };
     let (Ok(target), Ok(text), Ok(fields)) = (target, text, fields) else { return };
     let _ = guarded(|| {
         let running = if task.0 == 0 { None } else { TASKS.get(task) };
-        let (plugin, span) = match &running {
-            Some(running) => (&*running.plugin, running.span.clone()),
-            None => ("?", Span::none()),
+        let named: Option<Named> = if running.is_none() { serde_json::from_str(&fields).ok() } else { None };
+        let (plugin, span) = match (&running, &named) {
+            (Some(running), _) => (&*running.plugin, running.span.clone()),
+            (None, Some(named)) => (named.plugin.as_str(), Span::none()),
+            (None, None) => ("?", Span::none()),
         };
         let _entered = span.enter();
         match level {

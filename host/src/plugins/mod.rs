@@ -138,6 +138,12 @@ impl Plugins {
         self.by_capability.keys().cloned().collect()
     }
 
+    /// Whether any plugin serves `capability`.
+    #[must_use]
+    pub fn serves(&self, capability: &Capability) -> bool {
+        self.by_capability.contains_key(capability)
+    }
+
     /// Every library that was considered, in order.
     #[must_use]
     pub fn listings(&self) -> &[Listing] {

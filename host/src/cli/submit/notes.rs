@@ -11,6 +11,9 @@ use serde_json::Value;
 /// Progress lines come at most this often where there is no terminal.
 const LINE_PAUSE: Duration = Duration::from_secs(1);
 
+/// Moves below this size are over before a line about their beginning helps.
+const LONG_BYTES: u64 = 16 * 1024 * 1024;
+
 /// See the module's text.
 pub(super) struct Notes {
     lines: Box<dyn Write + Send>,
@@ -45,8 +48,11 @@ impl Notes {
         }
     }
 
-    /// Shows bytes moved; where there is no terminal, only the beginning and the end of long moves.
+    /// Shows bytes moved; where there is no terminal, short moves only once they are over.
     pub(super) fn bytes(&mut self, what: &str, done: u64, total: u64) {
+        if self.bar.is_none() && done != total && total < LONG_BYTES {
+            return;
+        }
         self.state(done, total, format!("{what}, {} of {}", size(done), size(total)));
     }
 

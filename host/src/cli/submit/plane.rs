@@ -15,7 +15,7 @@ use tokio_util::io::ReaderStream;
 use url::Url;
 use uuid::Uuid;
 
-use super::{EXIT_TASK_FAILED, EXIT_TEMPORARY, EXIT_USAGE, artifacts::plain, notes::Notes};
+use super::{Exit, artifacts::plain, notes::Notes};
 use crate::{
     model::Capability,
     transport::{self, Answer, Body, Client, TransportError, full, innermost, read_capped},
@@ -56,11 +56,11 @@ impl PlaneError {
         }
     }
 
-    pub(super) fn exit_code(&self) -> u8 {
+    pub(super) fn exit_code(&self) -> Exit {
         match self {
-            _ if self.is_temporary() => EXIT_TEMPORARY,
-            Self::File { .. } => EXIT_TASK_FAILED,
-            _ => EXIT_USAGE,
+            _ if self.is_temporary() => Exit::Temporary,
+            Self::File { .. } => Exit::Failed,
+            _ => Exit::Usage,
         }
     }
 }

@@ -43,7 +43,7 @@ impl Write for Said {
 }
 
 struct Ended {
-    code: u8,
+    code: Exit,
     stdout: String,
     stderr: String,
 }
@@ -108,7 +108,7 @@ async fn an_input_goes_up_and_the_artifact_comes_to_the_folder() {
     let (input, out) = (input.to_str().expect("text"), out.to_str().expect("text"));
     let line = [ECHO, "--input", input, "--wait", "--out", out, "--meta", "{\"k\":2}"];
     let (ended, read) = tokio::join!(submit_line(Some(&lab), &line), echo(&lab, &node, "deep/echo.json"));
-    assert_eq!((ended.code, &read[..]), (EXIT_DONE, &b"{\"a\":1}"[..]), "{}", ended.stderr);
+    assert_eq!((ended.code, &read[..]), (Exit::Done, &b"{\"a\":1}"[..]), "{}", ended.stderr);
     let artifact = Path::new(out).join("deep/echo.json");
     assert_eq!(ended.stdout.trim_end(), artifact.display().to_string());
     assert_eq!(std::fs::read(&artifact).expect("brought"), read);
@@ -127,7 +127,7 @@ async fn large_and_empty_inputs_go_up_whole() {
         std::fs::write(&file, &content).expect("writable");
         let line = [ECHO, "--wait", "-o", "json", "--input", file.to_str().expect("text")];
         let (ended, read) = tokio::join!(submit_line(Some(&lab), &line), echo(&lab, &node, "echo.json"));
-        assert_eq!((ended.code, read == content), (EXIT_DONE, true), "{size} bytes: {}", ended.stderr);
+        assert_eq!((ended.code, read == content), (Exit::Done, true), "{size} bytes: {}", ended.stderr);
         let printed: Value = serde_json::from_str(&ended.stdout).expect("JSON");
         assert_eq!(printed["tasks"][0]["artifacts"][0]["logical_path"], "echo.json");
     }
@@ -145,7 +145,7 @@ async fn an_artifact_that_would_leave_the_folder_is_kept_inside() {
     std::fs::write(&input, b"x").expect("writable");
     let line = [ECHO, "--wait", "--input", input.to_str().expect("text"), "--out", out.to_str().expect("text")];
     let (ended, _) = tokio::join!(submit_line(Some(&lab), &line), echo(&lab, &node, "../escaped.json"));
-    assert_eq!(ended.code, EXIT_DONE);
+    assert_eq!(ended.code, Exit::Done);
     assert!(ended.stderr.contains("would leave the folder"), "{}", ended.stderr);
     assert!(!folder.path().join("escaped.json").exists());
     assert_eq!(std::fs::read_dir(&out).expect("made").count(), 1);
@@ -160,7 +160,7 @@ async fn a_failed_task_tells_why() {
         node.fail(&lab, &lease, "runner failed: no points").await;
     };
     let (ended, ()) = tokio::join!(submit_line(Some(&lab), &[ECHO, "--wait", "--attempts", "1"]), serve);
-    assert_eq!(ended.code, EXIT_TASK_FAILED);
+    assert_eq!(ended.code, Exit::Failed);
     assert!(ended.stderr.contains("failed: runner failed: no points"), "{}", ended.stderr);
     assert_eq!(ended.stdout, "");
 }
@@ -176,7 +176,7 @@ async fn many_tasks_become_jobs_of_a_bounded_size() {
         }
     };
     let (ended, ()) = tokio::join!(submit_line(Some(&lab), &[ECHO, "--wait", "--count", "250"]), serve);
-    assert_eq!(ended.code, EXIT_DONE, "{}", ended.stderr);
+    assert_eq!(ended.code, Exit::Done, "{}", ended.stderr);
     assert!(ended.stderr.contains("250 of 250 tasks ended"), "{}", ended.stderr);
     let listed = lab.get("/v1/jobs", Some(&lab.world.grant())).await.json::<Value>().expect("JSON");
     assert_eq!(listed["items"].as_array().map(Vec::len), Some(3));
@@ -186,7 +186,7 @@ async fn many_tasks_become_jobs_of_a_bounded_size() {
 async fn without_a_node_it_says_so_once_and_gives_up_in_time() {
     let lab = Lab::start().await;
     let ended = submit_line(Some(&lab), &[ECHO, "--wait", "--timeout", "700ms"]).await;
-    assert_eq!(ended.code, EXIT_TIMED_OUT);
+    assert_eq!(ended.code, Exit::TimedOut);
     assert_eq!(ended.stderr.matches("no node serves /lab/echo/v1").count(), 1, "{}", ended.stderr);
     assert!(ended.stderr.contains("the job goes on"), "{}", ended.stderr);
 }
@@ -199,21 +199,21 @@ async fn an_interrupted_wait_leaves_the_job_running() {
         lab.world.journal_until(|seen| seen.iter().any(path)).await;
     };
     let ended = submit_until(Some(&lab), &[ECHO, "--wait"], looked).await;
-    assert_eq!(ended.code, EXIT_CANCELLED);
+    assert_eq!(ended.code, Exit::Cancelled);
     let listed = lab.get("/v1/jobs", Some(&lab.world.grant())).await.json::<Value>().expect("JSON");
     let job = &listed["items"][0]["job"];
     assert_eq!(job["status"], "pending", "nobody cancelled it");
     let id = job["id"].as_str().expect("an id");
     assert!(ended.stderr.contains(&format!("interrupted; the job goes on: {id}")), "{}", ended.stderr);
     let ended = submit_until(Some(&lab), &[ECHO], std::future::ready(())).await;
-    assert_eq!((ended.code, ended.stderr.contains("no job was submitted")), (EXIT_CANCELLED, true));
+    assert_eq!((ended.code, ended.stderr.contains("no job was submitted")), (Exit::Cancelled, true));
 }
 
 #[tokio::test]
 async fn a_cancelled_job_has_an_exit_code_of_its_own() {
     let lab = Lab::start().await;
     let handed_in = submit_line(Some(&lab), &[ECHO]).await;
-    assert_eq!(handed_in.code, EXIT_DONE);
+    assert_eq!(handed_in.code, Exit::Done);
     assert!(Uuid::parse_str(handed_in.stdout.trim()).is_ok(), "the job's id: {}", handed_in.stdout);
     let cancel = async {
         let made = |seen: &[crate::dev::Seen]| seen.iter().filter(|seen| seen.path == "/v1/jobs").count() == 2;
@@ -223,7 +223,7 @@ async fn a_cancelled_job_has_an_exit_code_of_its_own() {
         assert!(lab.world.cancel_job(newest));
     };
     let (ended, ()) = tokio::join!(submit_line(Some(&lab), &[ECHO, "--wait"]), cancel);
-    assert_eq!(ended.code, EXIT_CANCELLED, "{}", ended.stderr);
+    assert_eq!(ended.code, Exit::Cancelled, "{}", ended.stderr);
 }
 
 #[tokio::test]
@@ -234,27 +234,27 @@ async fn what_cannot_be_is_said_in_one_line() {
     let away_address = away.world.dds_url().to_string();
     away.world.stop().await;
     let ended = submit_line(None, &[ECHO, "--dev", &away_address]).await;
-    assert_eq!(ended.code, EXIT_TEMPORARY);
+    assert_eq!(ended.code, Exit::Temporary);
     assert!(ended.stderr.contains("start runner-host dev"), "{}", ended.stderr);
     assert_eq!(ended.stderr.lines().count(), 1);
 
     let ended = submit_line(Some(&lab), &[ECHO, "--input", "/no/such/file"]).await;
-    assert_eq!((ended.code, ended.stderr.lines().count()), (EXIT_USAGE, 1));
+    assert_eq!((ended.code, ended.stderr.lines().count()), (Exit::Usage, 1));
     assert!(ended.stderr.contains("/no/such/file"), "{}", ended.stderr);
 
     let domain = lab.world.domain_id().to_string();
     let dms = lab.world.dms_url().to_string();
     let elsewhere = [ECHO, "--dms", &dms, "--domain", &domain, "--domain-server", &address];
     let ended = submit_line(None, &elsewhere).await;
-    assert_eq!(ended.code, EXIT_USAGE, "no token");
+    assert_eq!(ended.code, Exit::Usage, "no token");
     let ended = submit_line(None, &[&elsewhere[..], &["--token", "wrong"]].concat()).await;
-    assert_eq!(ended.code, EXIT_USAGE);
+    assert_eq!(ended.code, Exit::Usage);
     assert!(ended.stderr.contains("401") && !ended.stderr.contains("wrong"), "{}", ended.stderr);
     let file = tempfile::NamedTempFile::new().expect("a file");
     std::fs::write(file.path(), format!("{}\n", lab.world.grant())).expect("writable");
     let token_file = file.path().to_str().expect("text").to_owned();
     let ended = submit_line(None, &[&elsewhere[..], &["--token-file", &token_file]].concat()).await;
-    assert_eq!(ended.code, EXIT_DONE, "{}", ended.stderr);
+    assert_eq!(ended.code, Exit::Done, "{}", ended.stderr);
 }
 
 #[test]
