@@ -12,7 +12,7 @@ use crate::{
     config::HostConfig,
     engine::{self, Ended, Engine, Rooms, Stops},
     leases::dms::{self, Dms},
-    model::{Phase, StatusBoard},
+    model::{Live, Phase, StatusBoard},
     observe::pages::Pages,
     plugins::Plugins,
     session::{self, Sessions},
@@ -74,6 +74,7 @@ impl Node {
         let listings = serde_json::to_value(plugins.listings()).unwrap_or_default();
         let capabilities = plugins.capabilities().iter().map(ToString::to_string).collect();
         let board = StatusBoard::new(config.key.address().to_owned(), config.max_concurrency, capabilities, listings);
+        board.change(|status| status.stale_calls = Live(Plugins::stale_calls));
         let pages = Pages::bind(config.http_bind, board.watch())
             .await
             .with_context(|| format!("HTTP_BIND {} cannot be bound", config.http_bind))?;

@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use super::{Exit, Output, PluginArgs, block_on, nothing_to_serve, reserve_stdout, signals::Signals};
 use crate::{
-    config::default_scratch_dir,
+    config::{Layers, default_scratch_dir, plugin_init_timeout},
     model::{CancelReason, Capability, Grant, Lease, Outcome, Ports, Setup, TaskId},
     plugins::{Job, Plugins},
     storage::{LocalPorts, Scratch},
@@ -38,7 +38,7 @@ pub(super) struct Args {
     output: Output,
 }
 
-pub(super) fn run(args: Args) -> anyhow::Result<Exit> {
+pub(super) fn run(args: Args, layers: &Layers) -> anyhow::Result<Exit> {
     let capability = Capability::parse(&args.capability).context(Exit::Usage)?;
     let meta: Value = serde_json::from_str(&args.meta)
         .map_err(|err| anyhow::anyhow!("--meta: expected JSON: {err}"))
@@ -47,7 +47,7 @@ pub(super) fn run(args: Args) -> anyhow::Result<Exit> {
         std::fs::File::open(input).with_context(|| format!("--input {}", input.display())).context(Exit::Usage)?;
     }
     let data = reserve_stdout()?;
-    let plugins = args.plugins.load(1, None)?;
+    let plugins = args.plugins.load(1, None, plugin_init_timeout(layers)?)?;
     if let Some(exit) = nothing_to_serve(&plugins) {
         return Ok(exit);
     }

@@ -9,7 +9,7 @@ mod run;
 mod signals;
 mod submit;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand, ValueEnum};
 
@@ -115,8 +115,8 @@ pub fn main(secrets: &Secrets) -> ExitCode {
         Command::Run(args) => run::run(args, layers, secrets),
         Command::Dev(args) => dev::run(args, layers),
         Command::Submit(args) => block_on(submit::run(*args)),
-        Command::Invoke(args) => invoke::run(args),
-        Command::Plugins(command) => plugins::run(command),
+        Command::Invoke(args) => invoke::run(args, &layers),
+        Command::Plugins(command) => plugins::run(command, &layers),
         Command::Config(command) => Ok(config::run(&command, layers, secrets)),
         Command::Completions(args) => Ok(completions::run(&args)),
     };
@@ -167,8 +167,13 @@ impl PluginArgs {
         Ok((Places::from_arguments(&arguments)?, file))
     }
 
-    /// Loads the plugins. `Err(Exit)` when there is nothing to serve.
-    fn load(&self, max_concurrency: usize, noop_sleep: Option<f64>) -> anyhow::Result<crate::plugins::Plugins> {
+    /// Loads the plugins. Refused ones are in the listings.
+    fn load(
+        &self,
+        max_concurrency: usize,
+        noop_sleep: Option<f64>,
+        init_limit: Duration,
+    ) -> anyhow::Result<crate::plugins::Plugins> {
         let (places, mut file) = self.resolve()?;
         if let Some(sleep) = noop_sleep {
             file.list_noop(sleep);
@@ -178,7 +183,7 @@ impl PluginArgs {
             file,
             max_concurrency,
             log_level: logs::plugin_level(),
-            init_limit: crate::plugins::INIT_LIMIT,
+            init_limit,
         })?)
     }
 }

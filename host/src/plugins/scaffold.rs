@@ -237,8 +237,7 @@ impl Runner for {runner} {
             }
             let bytes = ctx.input.get_bytes_by_cid(cid).await?;
             let text = String::from_utf8(bytes).map_err(|err| Error::from(err).invalid_input())?;
-            report.push_str(&format!("{} {cid}
-", text.lines().count()));
+            report.push_str(&format!("{} {cid}\n", text.lines().count()));
             ctx.ctrl.progress(json!({ "inputs_done": index + 1 })).await?;
         }
         ctx.output.put_bytes("lines.txt", report).await?;
@@ -256,13 +255,9 @@ mod tests {
 
     #[test]
     fn every_input_gets_its_line() {
-        let ended = TestHost::new().input("a.txt", "one
-two
-").input("b.txt", "").run_blocking(&{runner});
+        let ended = TestHost::new().input("a.txt", "one\ntwo\n").input("b.txt", "").run_blocking(&{runner});
         assert!(ended.is_ok(), "{:?}", ended.failure());
-        assert_eq!(ended.output("lines.txt"), Some(&b"2 a.txt
-0 b.txt
-"[..]));
+        assert_eq!(ended.output("lines.txt"), Some(&b"2 a.txt\n0 b.txt\n"[..]));
     }
 
     #[test]
@@ -279,17 +274,17 @@ fn readme(names: &Names<'_>) -> String {
     names.fill(
         "# {name}
 
-         A runner for runner-host that serves `/{name}/v1`: it counts the lines of each input.
+A runner for runner-host that serves `/{name}/v1`: it counts the lines of each input.
 
-         ```sh
-         cargo test             # runs it in memory, without a host
-         cargo build --release  # makes target/release/lib{library}.so (.dylib and .dll elsewhere)
+```sh
+cargo test             # runs it in memory, without a host
+cargo build --release  # makes target/release/lib{library}.so (.dylib and .dll elsewhere)
 
-         runner-host invoke /{name}/v1 --plugins target/release/lib{library}.so --input README.md --out out
-         cat out/lines.txt
-         ```
+runner-host invoke /{name}/v1 --plugins target/release/lib{library}.so --input README.md --out out
+cat out/lines.txt
+```
 
-         To serve leased work, copy the library into a node's plugins folder.
+To serve leased work, copy the library into a node's plugins folder.
 ",
     )
 }
