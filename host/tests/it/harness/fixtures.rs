@@ -75,7 +75,22 @@ pub(crate) fn c(name: &str, defines: &[&str]) -> PathBuf {
     let words = ["c", name].into_iter().chain(defines.iter().copied());
     let library = words.map(plain).collect::<Vec<_>>().join("-");
     let mut built = BUILT.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
-    built.entry(library).or_insert_with_key(|library| compile(name, defines, library)).clone()
+    built.entry(library).or_insert_with_key(|library| compile(name, defines, &[], library)).clone()
+}
+
+/// A C plugin that is sound but needs a library, `librh_fixture_missing.so`, that is nowhere.
+pub(crate) fn needs_missing() -> PathBuf {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    let build = || {
+        // The soname is what the plugin notes; without one it would be the whole path.
+        let soname = ["-Wl,-soname,librh_fixture_missing.so"];
+        let missing = compile("refused", &["NO_ENTRY", "NO_MANIFEST"], &soname, "rh_fixture_missing");
+        let link = ["-Wl,--no-as-needed", missing.to_str().expect("the target folder's name is UTF-8")];
+        let plugin = compile("refused", &[], &link, "c-needs_missing");
+        std::fs::remove_file(missing).expect("the target folder is writable");
+        plugin
+    };
+    BUILT.get_or_init(build).clone()
 }
 
 /// A fresh folder that holds copies of `libraries` under their own names.
@@ -156,7 +171,7 @@ fn cargo_build(dir: &Path, arguments: &[&str]) {
 }
 
 /// Compiles one variant of a C fixture; it appears under its name only when it is whole.
-fn compile(name: &str, defines: &[&str], library: &str) -> PathBuf {
+fn compile(name: &str, defines: &[&str], link: &[&str], library: &str) -> PathBuf {
     let _lock = lock();
     let dir = target_dir().join("c");
     std::fs::create_dir_all(&dir).expect("the target folder is writable");
@@ -169,6 +184,7 @@ fn compile(name: &str, defines: &[&str], library: &str) -> PathBuf {
         .arg("-o")
         .arg(&partial)
         .arg(host_dir().join("tests/fixtures/c").join(format!("{name}.c")))
+        .args(link)
         .output()
         .unwrap_or_else(|err| panic!("cc does not run ({err}); these tests need a C compiler"));
     assert!(output.status.success(), "cc {name} {defines:?}:\n{}", String::from_utf8_lossy(&output.stderr));
