@@ -7,3 +7,5 @@
 mod harness;
 
 mod lease_path;
+mod plugin_files;
+mod refusals;
