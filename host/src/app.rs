@@ -12,7 +12,7 @@ use crate::{
     config::HostConfig,
     engine::{self, Ended, Engine, Rooms, Stops},
     leases::dms::{self, Dms},
-    model::{Phase, StatusBoard},
+    model::{Live, Phase, StatusBoard},
     observe::pages::Pages,
     plugins::Plugins,
     session::{self, Sessions},
@@ -74,6 +74,7 @@ impl Node {
         let listings = serde_json::to_value(plugins.listings()).unwrap_or_default();
         let capabilities = plugins.capabilities().iter().map(ToString::to_string).collect();
         let board = StatusBoard::new(config.key.address().to_owned(), config.max_concurrency, capabilities, listings);
+        board.change(|status| status.stale_calls = Live(Plugins::stale_calls));
         let pages = Pages::bind(config.http_bind, board.watch())
             .await
             .with_context(|| format!("HTTP_BIND {} cannot be bound", config.http_bind))?;
@@ -124,16 +125,10 @@ impl Node {
         let watching = tokio::spawn(show_registration(auth.status(), board.clone(), over.clone()));
         let tokens = auth.tokens();
         let auth = control.handle.spawn(auth.run(over.clone()));
-        let signed_in = async {
-            while tokens.bearer().await.is_err() {
-                // The room behind it is already backing off; it says why by itself.
-                tokio::time::sleep(Duration::from_millis(200)).await;
-            }
-        };
         let ended = tokio::select! {
             biased;
             () = stops.drain.cancelled() => Ended::Drained,
-            () = signed_in => {
+            _ = tokens.available() => {
                 board.change(|status| status.phase = Phase::Running);
                 info!("leasing");
                 match control.handle.spawn(engine.run(stops)).await {

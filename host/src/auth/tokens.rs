@@ -73,6 +73,21 @@ impl TokenSource {
         }
     }
 
+    /// Waits for a token through any number of failed attempts; `false` when none will ever come.
+    pub async fn available(&self) -> bool {
+        let mut watch = self.0.subscribe();
+        loop {
+            match watch.borrow_and_update().look(Instant::now()) {
+                Some(Ok(_)) => return true,
+                Some(Err(AuthError::Stopped)) => return false,
+                Some(Err(AuthError::Unavailable(_))) | None => {}
+            }
+            if watch.changed().await.is_err() {
+                return false;
+            }
+        }
+    }
+
     /// Says that the control plane rejected `token`. It is not handed out again, and a login
     /// follows. Tokens other than the current one are old news.
     pub fn rejected(&self, token: &Token) {

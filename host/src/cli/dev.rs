@@ -8,7 +8,7 @@ use super::{Exit, PluginArgs, block_on, signals};
 use crate::{
     app::Node,
     auth::NodeKey,
-    config::{HostConfig, Layers, Origin, Secrets, duration},
+    config::{HostConfig, Layers, Origin, Secrets, duration, plugin_init_timeout},
     dev::{self, DevError, World},
     engine::{Ended, Stops},
     plugins::Plugins,
@@ -50,7 +50,8 @@ fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
 }
 
 pub(super) fn run(args: Args, layers: Layers) -> anyhow::Result<Exit> {
-    let plugins = if args.no_node { None } else { Some(Arc::new(args.plugins.load(64, None)?)) };
+    let limit = plugin_init_timeout(&layers)?;
+    let plugins = if args.no_node { None } else { Some(Arc::new(args.plugins.load(64, None, limit)?)) };
     block_on(live(args, layers, plugins))
 }
 

@@ -1,14 +1,14 @@
 //! `runner-host invoke`: one runner, once, here, with no control plane.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{io::Write, path::PathBuf, sync::Arc};
 
 use anyhow::Context;
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use super::{Exit, Output, PluginArgs, block_on, nothing_to_serve, signals::Signals};
+use super::{Exit, Output, PluginArgs, block_on, nothing_to_serve, reserve_stdout, signals::Signals};
 use crate::{
-    config::default_scratch_dir,
+    config::{Layers, default_scratch_dir, plugin_init_timeout},
     model::{CancelReason, Capability, Grant, Lease, Outcome, Ports, Setup, TaskId},
     plugins::{Job, Plugins},
     storage::{LocalPorts, Scratch},
@@ -38,7 +38,7 @@ pub(super) struct Args {
     output: Output,
 }
 
-pub(super) fn run(args: Args) -> anyhow::Result<Exit> {
+pub(super) fn run(args: Args, layers: &Layers) -> anyhow::Result<Exit> {
     let capability = Capability::parse(&args.capability).context(Exit::Usage)?;
     let meta: Value = serde_json::from_str(&args.meta)
         .map_err(|err| anyhow::anyhow!("--meta: expected JSON: {err}"))
@@ -46,7 +46,8 @@ pub(super) fn run(args: Args) -> anyhow::Result<Exit> {
     for input in &args.inputs {
         std::fs::File::open(input).with_context(|| format!("--input {}", input.display())).context(Exit::Usage)?;
     }
-    let plugins = args.plugins.load(1, None)?;
+    let data = reserve_stdout()?;
+    let plugins = args.plugins.load(1, None, plugin_init_timeout(layers)?)?;
     if let Some(exit) = nothing_to_serve(&plugins) {
         return Ok(exit);
     }
@@ -60,10 +61,16 @@ pub(super) fn run(args: Args) -> anyhow::Result<Exit> {
         }
         return Ok(Exit::Usage);
     }
-    block_on(invoke(args, capability, meta, plugins))
+    block_on(invoke(args, capability, meta, plugins, data))
 }
 
-async fn invoke(args: Args, capability: Capability, meta: Value, plugins: Plugins) -> anyhow::Result<Exit> {
+async fn invoke(
+    args: Args,
+    capability: Capability,
+    meta: Value,
+    plugins: Plugins,
+    mut data: impl Write,
+) -> anyhow::Result<Exit> {
     let scratch = Scratch::open(default_scratch_dir())?;
     let task = TaskId(Uuid::new_v4());
     let dir = scratch.task_dir(task)?;
@@ -75,6 +82,7 @@ async fn invoke(args: Args, capability: Capability, meta: Value, plugins: Plugin
         ports: Arc::clone(&ports) as Arc<dyn Ports>,
         dir: dir.path().to_owned(),
         cancel_grace: CANCEL_GRACE,
+        began: Box::new(|| {}),
     };
     let mut signals = Signals::install()?;
     let running = plugins.run(job);
@@ -103,9 +111,10 @@ async fn invoke(args: Args, capability: Capability, meta: Value, plugins: Plugin
     for artifact in ports.published() {
         let path = args.out.join(&artifact.logical_path);
         match args.output {
-            Output::Text => println!("{}", path.display()),
+            Output::Text => writeln!(data, "{}", path.display())?,
             Output::Json => {
-                println!("{}", json!({ "path": path, "data_type": artifact.data_type, "name": artifact.name }))
+                let row = json!({ "path": path, "data_type": artifact.data_type, "name": artifact.name });
+                writeln!(data, "{row}")?;
             }
         }
     }

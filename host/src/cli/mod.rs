@@ -7,9 +7,9 @@ mod invoke;
 mod plugins;
 mod run;
 mod signals;
-//SUB mod submit;
+mod submit;
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use clap::{Parser, Subcommand, ValueEnum};
 
@@ -66,7 +66,7 @@ enum Command {
     /// Start a whole world on this machine, with a node in it, to develop and test against
     Dev(dev::Args),
     /// Create a job and, if asked, wait for its artifacts
-    //SUB Submit(submit::Args),
+    Submit(Box<submit::Args>),
     /// Run one runner once, here, with no control plane
     Invoke(invoke::Args),
     /// Look at plugins and make new ones
@@ -114,9 +114,9 @@ pub fn main(secrets: &Secrets) -> ExitCode {
     let ended = match cli.command {
         Command::Run(args) => run::run(args, layers, secrets),
         Command::Dev(args) => dev::run(args, layers),
-        //SUB Command::Submit(args) => block_on(submit::run(args)),
-        Command::Invoke(args) => invoke::run(args),
-        Command::Plugins(command) => plugins::run(command),
+        Command::Submit(args) => block_on(submit::run(*args)),
+        Command::Invoke(args) => invoke::run(args, &layers),
+        Command::Plugins(command) => plugins::run(command, &layers),
         Command::Config(command) => Ok(config::run(&command, layers, secrets)),
         Command::Completions(args) => Ok(completions::run(&args)),
     };
@@ -167,8 +167,13 @@ impl PluginArgs {
         Ok((Places::from_arguments(&arguments)?, file))
     }
 
-    /// Loads the plugins. `Err(Exit)` when there is nothing to serve.
-    fn load(&self, max_concurrency: usize, noop_sleep: Option<f64>) -> anyhow::Result<crate::plugins::Plugins> {
+    /// Loads the plugins. Refused ones are in the listings.
+    fn load(
+        &self,
+        max_concurrency: usize,
+        noop_sleep: Option<f64>,
+        init_limit: Duration,
+    ) -> anyhow::Result<crate::plugins::Plugins> {
         let (places, mut file) = self.resolve()?;
         if let Some(sleep) = noop_sleep {
             file.list_noop(sleep);
@@ -178,9 +183,25 @@ impl PluginArgs {
             file,
             max_concurrency,
             log_level: logs::plugin_level(),
-            init_limit: crate::plugins::INIT_LIMIT,
+            init_limit,
         })?)
     }
+}
+
+/// Takes stdout for the command's own data: what a plugin prints goes to stderr from here on, and
+/// cannot end up in the middle of somebody's JSON.
+#[cfg(unix)]
+fn reserve_stdout() -> anyhow::Result<std::fs::File> {
+    use std::os::fd::AsFd;
+    let data = std::io::stdout().as_fd().try_clone_to_owned()?;
+    rustix::stdio::dup2_stdout(std::io::stderr())?;
+    Ok(data.into())
+}
+
+/// There is no such door here; a plugin that prints shows.
+#[cfg(not(unix))]
+fn reserve_stdout() -> anyhow::Result<std::io::Stdout> {
+    Ok(std::io::stdout())
 }
 
 /// Whether there is anything to serve: the reasons are on stderr where there is not.

@@ -1,11 +1,14 @@
 //! `runner-host plugins list|inspect|new`.
 
-use std::path::PathBuf;
+use std::{io::Write, path::PathBuf};
 
 use serde_json::json;
 
-use super::{Exit, Output, PluginArgs};
-use crate::plugins::{Listing, inspect_file}; //SCA USE
+use super::{Exit, Output, PluginArgs, reserve_stdout};
+use crate::{
+    config::{Layers, plugin_init_timeout},
+    plugins::{Listing, ScaffoldError, SdkSource, create, inspect_file},
+};
 
 /// What to do with plugins.
 #[derive(clap::Subcommand)]
@@ -26,28 +29,39 @@ pub(super) enum Command {
         #[arg(short, long, value_enum, default_value_t)]
         output: Output,
     },
-    //SCA VAR
+    /// Make a new runner crate that builds at once
+    New {
+        /// Name of the crate; it serves /NAME/v1
+        name: String,
+        /// Folder to make it in [default: NAME]
+        #[arg(long, value_name = "DIR")]
+        dir: Option<PathBuf>,
+        /// Folder of runner-sdk to build against [default: the published version]
+        #[arg(long, value_name = "PATH")]
+        sdk: Option<PathBuf>,
+    },
 }
 
-pub(super) fn run(command: Command) -> anyhow::Result<Exit> {
+pub(super) fn run(command: Command, layers: &Layers) -> anyhow::Result<Exit> {
     match command {
-        Command::List { plugins, output } => list(&plugins, output),
+        Command::List { plugins, output } => list(&plugins, output, layers),
         Command::Inspect { file, output } => inspect(&file, output),
-        //SCA ARM
+        Command::New { name, dir, sdk } => new(&name, dir, sdk),
     }
 }
 
-fn list(args: &PluginArgs, output: Output) -> anyhow::Result<Exit> {
-    let plugins = args.load(1, None)?;
+fn list(args: &PluginArgs, output: Output, layers: &Layers) -> anyhow::Result<Exit> {
+    let mut data = reserve_stdout()?;
+    let plugins = args.load(1, None, plugin_init_timeout(layers)?)?;
     let listings = plugins.listings();
     match output {
-        Output::Json => println!("{}", serde_json::to_string(listings)?),
+        Output::Json => writeln!(data, "{}", serde_json::to_string(listings)?)?,
         Output::Text => {
             if listings.is_empty() {
                 eprintln!("no plugin was found");
             }
             for listing in listings {
-                println!("{}", row(listing));
+                writeln!(data, "{}", row(listing))?;
             }
         }
     }
@@ -57,6 +71,8 @@ fn list(args: &PluginArgs, output: Output) -> anyhow::Result<Exit> {
 
 fn row(listing: &Listing) -> String {
     let file = listing.file.file_name().unwrap_or(listing.file.as_os_str()).to_string_lossy();
+    // A file name may hold anything; a row stays one row.
+    let file = file.replace(char::is_control, "\u{fffd}");
     match &listing.reason {
         Some(reason) => format!("refused  {file:<24} {reason}"),
         None => format!("loaded   {file:<24} {}", listing.capabilities.join(", ")),
@@ -72,7 +88,7 @@ fn inspect(file: &std::path::Path, output: Output) -> anyhow::Result<Exit> {
         }
     };
     if output == Output::Json {
-        println!("{}", json!({ "file": file, "sha256": sha256, "facts": facts }));
+        println!("{}", json!({ "file": file.to_string_lossy(), "sha256": sha256, "facts": facts }));
         return Ok(Exit::Done);
     }
     let manifest = &facts.manifest;
@@ -93,5 +109,22 @@ fn inspect(file: &std::path::Path, output: Output) -> anyhow::Result<Exit> {
     for (name, value) in rows {
         println!("{name:<16} {value}");
     }
+    Ok(Exit::Done)
+}
+
+fn new(name: &str, dir: Option<PathBuf>, sdk: Option<PathBuf>) -> anyhow::Result<Exit> {
+    let dir = dir.unwrap_or_else(|| PathBuf::from(name));
+    let sdk = match sdk {
+        Some(path) => SdkSource::Path(path),
+        None => SdkSource::Version(env!("CARGO_PKG_VERSION").to_owned()),
+    };
+    let files = create(&dir, name, &sdk).map_err(|err| match err {
+        ScaffoldError::Write { .. } => anyhow::Error::from(err),
+        _ => anyhow::Error::from(err).context(Exit::Usage),
+    })?;
+    for file in files {
+        println!("{}", file.display());
+    }
+    eprintln!("next: cd {} && cargo test && cargo build --release", dir.display());
     Ok(Exit::Done)
 }

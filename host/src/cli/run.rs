@@ -90,7 +90,7 @@ pub(super) fn run(args: Args, mut layers: Layers, secrets: &Secrets) -> anyhow::
             return Ok(Exit::Configuration);
         }
     };
-    let plugins = Arc::new(args.plugins.load(config.max_concurrency, config.noop)?);
+    let plugins = Arc::new(args.plugins.load(config.max_concurrency, config.noop, config.plugin_init_timeout)?);
     if let Some(exit) = nothing_to_serve(&plugins) {
         return Ok(exit);
     }

@@ -49,6 +49,7 @@ pub const KEYS: &[Key] = &[
     key("TOKEN_REAUTH_MAX_RETRIES", Some("3"), "repeats of a failed login before it counts as failed"),
     key("TOKEN_REAUTH_JITTER_MS", Some("500"), "spread of login repeats and renewals, in milliseconds"),
     key("DRAIN_TIMEOUT", Some("30s"), "how long running tasks may go on after the first signal"),
+    key("PLUGIN_INIT_TIMEOUT", Some("10s"), "how long a plugin may take to open and initialise"),
     key("CANCEL_GRACE", Some("10s"), "how long a cancelled runner may take to return"),
     key("SCRATCH_DIR", None, "where task directories are made; below the system's temporary folder where unset"),
     key("CLIENT_ID", None, "identifies this node to domain servers; random per start where unset"),

@@ -53,6 +53,8 @@ pub struct HostConfig {
     pub token_jitter: Duration,
     /// How long running tasks may go on after the first signal.
     pub drain_timeout: Duration,
+    /// How long a plugin may take to open and initialise.
+    pub plugin_init_timeout: Duration,
     /// How long a cancelled runner may take.
     pub cancel_grace: Duration,
     /// Where task directories are made.
@@ -126,6 +128,7 @@ impl HostConfig {
             token_max_retries: parser.number("TOKEN_REAUTH_MAX_RETRIES", "a number of repeats", 3),
             token_jitter: Duration::from_millis(parser.number("TOKEN_REAUTH_JITTER_MS", "milliseconds", 500)),
             drain_timeout: parser.duration("DRAIN_TIMEOUT"),
+            plugin_init_timeout: parser.duration("PLUGIN_INIT_TIMEOUT"),
             cancel_grace: parser.duration("CANCEL_GRACE"),
             scratch_dir: parser.optional("SCRATCH_DIR").map_or_else(default_scratch_dir, PathBuf::from),
             client_id: parser.optional("CLIENT_ID").unwrap_or_else(|| format!("runner-host/{}", uuid::Uuid::new_v4())),
@@ -143,6 +146,16 @@ impl HostConfig {
         // The placeholders above stand only where a mistake was noted.
         if parser.mistakes.is_empty() { Ok(built) } else { Err(Mistakes(parser.mistakes)) }
     }
+}
+
+/// `PLUGIN_INIT_TIMEOUT` alone, for commands that load plugins without a node's configuration.
+///
+/// # Errors
+/// One line when its value is no duration.
+pub fn plugin_init_timeout(layers: &Layers) -> Result<Duration, Mistakes> {
+    let mut parser = keys::Parser { layers, mistakes: Vec::new() };
+    let limit = parser.duration("PLUGIN_INIT_TIMEOUT");
+    if parser.mistakes.is_empty() { Ok(limit) } else { Err(Mistakes(parser.mistakes)) }
 }
 
 fn placeholder() -> Url {

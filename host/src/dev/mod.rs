@@ -2,13 +2,13 @@
 //!
 //! It speaks the servers' side of the posemesh contract to any node, for `runner-host dev`, the
 //! demo and the integration tests. It is no mock: signatures, leases, tokens and limits are real.
+//! Times are those of the wall clock: nodes on this machine compare them with the same one.
 //! It is not for production: one domain, one organisation, jobs and sign-ins live in memory only
 //! and are gone after a restart; domain data survives one where a data folder is given.
 //!
 //! Start at [`World`]. The state is in three pure machines (`identity`, `plane`, the index of
 //! `store`), each behind a short lock that is never held over an await; `http` is the wire.
 
-mod clock;
 mod config;
 mod form;
 mod http;
@@ -18,7 +18,7 @@ mod plane;
 mod siwe;
 mod store;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod tokens;
 mod uploads;
 
@@ -31,11 +31,11 @@ use std::{
 
 use ::http::{Request, Response};
 use axum::{Router, body::Body};
-use clock::Clock;
 use http::AskedBy;
 use hyper::body::Incoming;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use identity::{Identity, Node};
+use jiff::Timestamp;
 use journal::Journal;
 use plane::Plane;
 use serde_json::Value;
@@ -57,6 +57,9 @@ pub use journal::Seen;
 /// A node counts as online while it has asked for anything within this time: nodes without work
 /// pause for up to 30 s between polls.
 const ONLINE: Duration = Duration::from_secs(90);
+/// How long a connection may stay idle. Longer than clients keep theirs: who closes a connection
+/// that the other side is about to use costs it a request.
+const IDLE: Duration = Duration::from_secs(300);
 /// How often what has expired is ended without anybody asking.
 const TICK: Duration = Duration::from_millis(250);
 
@@ -71,7 +74,6 @@ pub struct World {
 /// What all requests share.
 struct Inner {
     config: Arc<Config>,
-    clock: Clock,
     /// `http://127.0.0.1:8700`, without trailing slash.
     base: String,
     domain_id: Uuid,
@@ -98,7 +100,6 @@ impl World {
         let base = format!("http://{address}");
         let (domain_id, org) = (store.domain_id, Uuid::new_v4());
         let inner = Arc::new(Inner {
-            clock: Clock::start(),
             tokens: Tokens::new(base.clone(), domain_id, org),
             identity: Mutex::new(Identity::new(config.clone())),
             plane: Mutex::new(Plane::new(config.clone(), domain_id, org)),
@@ -161,7 +162,7 @@ impl World {
             plane::jobs::JobRefusal::KeyReused => "the key was used for another request".to_owned(),
         };
         let request = plane::jobs::parse(job, self.inner.domain_id).map_err(refused)?;
-        let id = self.inner.plane().create(request, None, self.inner.clock.now()).map_err(refused)?;
+        let id = self.inner.plane().create(request, None, Timestamp::now()).map_err(refused)?;
         self.inner.changed();
         Ok(id)
     }
@@ -169,7 +170,7 @@ impl World {
     /// A job as `GET /jobs/{id}` shows it.
     #[must_use]
     pub fn job(&self, id: Uuid) -> Option<Value> {
-        self.inner.plane().job(id, self.inner.clock.now())
+        self.inner.plane().job(id, Timestamp::now())
     }
 
     /// Waits until a job looks as `wanted`; the job as it looked then. Ends only then: give it a
@@ -180,7 +181,7 @@ impl World {
 
     /// Cancels a job; `false`: no such job.
     pub fn cancel_job(&self, id: Uuid) -> bool {
-        let known = self.inner.plane().cancel(id, self.inner.clock.now()).is_some();
+        let known = self.inner.plane().cancel(id, Timestamp::now()).is_some();
         self.inner.changed();
         known
     }
@@ -190,7 +191,7 @@ impl World {
         store::check_name("name", name).map_err(|err| err.to_string())?;
         store::check_name("data type", data_type).map_err(|err| err.to_string())?;
         let target = Target::New { name: name.to_owned(), data_type: data_type.to_owned() };
-        let (store, now, bytes) = (self.inner.store.clone(), self.inner.clock.now(), bytes.to_vec());
+        let (store, now, bytes) = (self.inner.store.clone(), Timestamp::now(), bytes.to_vec());
         let stored = tokio::task::spawn_blocking(move || {
             let staged = store.stage();
             std::fs::write(staged.path(), &bytes)?;
@@ -282,13 +283,13 @@ impl Inner {
     }
 
     fn grant(&self) -> String {
-        let now = self.clock.now();
+        let now = Timestamp::now();
         self.tokens.grant(now, now + self.config.grant_ttl)
     }
 
     /// Nodes that are logged in and were heard of lately.
     fn nodes_online(&self) -> Vec<Node> {
-        let now = self.clock.now();
+        let now = Timestamp::now();
         let nodes = self.identity().nodes(now).into_iter();
         let online = |(node, live): (Node, bool)| (live && now < node.seen_at + ONLINE).then_some(node);
         nodes.filter_map(online).collect()
@@ -334,11 +335,13 @@ async fn serve(world: Arc<Inner>, listener: TcpListener, stop: CancellationToken
 
 /// Ends what has expired, so that waiting authors learn of it without asking.
 async fn expire(world: &Arc<Inner>) {
-    let now = world.clock.now();
+    let now = Timestamp::now();
     world.identity().prune(now);
     world.plane().expire(now);
-    let store = world.store.clone();
-    tokio::task::spawn_blocking(move || store.expire_uploads(now)).await.expect("expiring uploads does not panic");
+    if world.store.has_late_uploads(now) {
+        let store = world.store.clone();
+        tokio::task::spawn_blocking(move || store.expire_uploads(now)).await.expect("expiring uploads does not panic");
+    }
     world.changed();
 }
 
@@ -347,7 +350,8 @@ async fn connection(world: Arc<Inner>, router: Router, socket: TcpStream, stoppe
     let _ = socket.set_nodelay(true);
     let service = hyper::service::service_fn(move |request| answer(world.clone(), router.clone(), request));
     let mut http = hyper::server::conn::http1::Builder::new();
-    let connection = http.timer(TokioTimer::new()).serve_connection(TokioIo::new(socket), service);
+    let connection =
+        http.timer(TokioTimer::new()).header_read_timeout(IDLE).serve_connection(TokioIo::new(socket), service);
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
         ended = &mut connection => ended,

@@ -358,6 +358,12 @@ fn load(root: &Path) -> Result<Index, DevError> {
         let item: Item = serde_json::from_slice(&text).map_err(|err| {
             trouble(&path, &format!("expected the description of a stored item, {err}; remove the file"))
         })?;
+        if !root.join("blobs").join(item.blob.to_string()).exists() {
+            // Written ahead of a blob that was then given up.
+            tracing::warn!(data_id = %item.id, name = %item.name, "stored data has lost its content");
+            let _ = fs::remove_file(&path);
+            continue;
+        }
         blobs.insert(item.blob.to_string());
         index.names.insert((item.name.clone(), item.data_type.clone()), item.id);
         index.items.insert(item.id, item);

@@ -158,6 +158,11 @@ impl Store {
         }
     }
 
+    /// Whether [`Store::expire_uploads`] has anything to do.
+    pub(super) fn has_late_uploads(&self, now: Timestamp) -> bool {
+        self.index().uploads.values().any(|upload| upload.expires <= now)
+    }
+
     /// Removes uploads nobody finished. Blocks.
     pub(super) fn expire_uploads(&self, now: Timestamp) {
         let mut index = self.index();

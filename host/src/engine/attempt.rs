@@ -57,6 +57,9 @@ async fn run_to_end(run: impl Future<Output = Verdict>, grant: &Grant, cancel_al
 
 async fn run(rooms: &Rooms, grant: &Grant, grace: Duration) -> Verdict {
     let nothing = |outcome| Verdict { outcome, artifacts: Vec::new() };
+    if !rooms.plugins.serves(&grant.lease.capability) {
+        return nothing(Outcome::NoRunner);
+    }
     // A lease without coordinates may still get them with its set-up heartbeat. All others start at
     // once; their first input, output or token call waits for the heartbeat's answer.
     if (grant.lease.domain_id.is_none() || grant.lease.domain_server.is_none())
@@ -69,12 +72,14 @@ async fn run(rooms: &Rooms, grant: &Grant, grace: Duration) -> Verdict {
         Err(err) => return nothing(Outcome::HostFault { message: format!("no task directory: {err}") }),
     };
     let ports = rooms.storage.ports(grant, dir.path()); // nothing is fetched before the runner asks
-    rooms.board.moved(grant.lease.task, "running");
+    rooms.board.moved(grant.lease.task, "waiting");
+    let (board, task) = (rooms.board.clone(), grant.lease.task);
     let job = Job {
         grant: grant.clone(),
         ports: Arc::clone(&ports) as Arc<dyn Ports>,
         dir: dir.path().to_owned(),
         cancel_grace: grace,
+        began: Box::new(move || board.moved(task, "running")),
     };
     let outcome = rooms.plugins.run(job).await;
     ports.close().await; // ends or aborts what is still under way

@@ -129,15 +129,11 @@ impl Engine {
                 }
             };
             debug!(retry_in_ms = pause.as_millis(), "no work");
-            let slept = tokio::time::sleep(pause);
-            tokio::pin!(slept);
-            loop {
-                tokio::select! {
-                    () = stops.drain.cancelled() => break,
-                    () = &mut slept => break,
-                    // After a finished task the next poll follows at once.
-                    Some(ended) = self.attempts.join_next() => { look_at(ended); break; }
-                }
+            tokio::select! {
+                () = stops.drain.cancelled() => {}
+                () = tokio::time::sleep(pause) => {}
+                // After a finished task the next poll follows at once.
+                Some(ended) = self.attempts.join_next() => look_at(ended),
             }
         }
         self.drain(&stops).await

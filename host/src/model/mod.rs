@@ -20,4 +20,4 @@ pub use lease::{Lease, TaskId};
 pub use mailbox::{Mailbox, MailboxError, Pending};
 pub use outcome::{Outcome, Verdict};
 pub use ports::{InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports};
-pub use status::{HostStatus, Phase, StatusBoard, TaskStatus};
+pub use status::{HostStatus, Live, Phase, StatusBoard, TaskStatus};

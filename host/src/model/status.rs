@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use jiff::Timestamp;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use tokio::sync::watch;
 use uuid::Uuid;
 
@@ -35,8 +35,20 @@ pub struct HostStatus {
     pub ended: BTreeMap<&'static str, u64>,
     /// Verdicts the control plane refused or could not be told before the lease ran out.
     pub unreported: u64,
+    /// Calls of plugins that named a task which was over or never was.
+    pub stale_calls: Live,
     /// Every library, loaded or refused.
     pub plugins: serde_json::Value,
+}
+
+/// A number that is asked for when it is shown.
+#[derive(Clone, Copy, Debug)]
+pub struct Live(pub fn() -> u64);
+
+impl Serialize for Live {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u64((self.0)())
+    }
 }
 
 /// Where the node stands.
@@ -61,7 +73,7 @@ pub struct TaskStatus {
     /// The job it belongs to.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub job_id: Option<Uuid>,
-    /// `setting-up`, `running` or `reporting`.
+    /// `setting-up`, `waiting` (its plugin is full), `running` or `reporting`.
     pub state: &'static str,
     /// When it was leased.
     pub since: Timestamp,
@@ -87,6 +99,7 @@ impl StatusBoard {
             tasks: BTreeMap::new(),
             ended: BTreeMap::new(),
             unreported: 0,
+            stale_calls: Live(|| 0),
             plugins,
         })))
     }

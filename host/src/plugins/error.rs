@@ -22,6 +22,12 @@ pub enum InstallError {
         /// What it is instead.
         found: String,
     },
+    /// More than fits.
+    #[error("is {bytes} bytes large, at most {} are read; is it a library?", super::load::LIBRARY_BYTES_MAX)]
+    TooLarge {
+        /// Its size.
+        bytes: u64,
+    },
     /// A library cut short.
     #[error("the library is damaged or cut short ({reason}); copy it again")]
     Truncated {

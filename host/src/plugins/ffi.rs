@@ -5,14 +5,14 @@
 //! in place, where nothing has to be waited for).
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     ffi::c_void,
     future::Future,
     panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
     sync::{
         Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
         mpsc,
     },
     time::Duration,
@@ -35,6 +35,8 @@ const PIECE_BYTES_MAX: u64 = 1024 * 1024;
 
 static TASKS: TaskTable<Running> = TaskTable::new();
 static HOST: OnceLock<HostRef> = OnceLock::new();
+/// Plugins that have not answered their `init` yet, by the number they were given.
+static INITS: Mutex<BTreeMap<usize, mpsc::Sender<InitAnswer>>> = Mutex::new(BTreeMap::new());
 
 /// How many calls named a task that was over or never was.
 pub(super) fn stale_calls() -> u64 {
@@ -116,13 +118,19 @@ impl Entries {
         unsafe extern "C" fn answered(user: *mut c_void, status: Status, data: abi::Bytes) {
             // SAFETY: handed over by the plugin, released by nobody else.
             let data = unsafe { Foreign::new(data) };
-            // SAFETY: the box made below; the plugin answers exactly once by contract.
-            let tell = unsafe { Box::from_raw(user.cast::<mpsc::Sender<InitAnswer>>()) };
-            // Nobody listens after the time limit.
-            let _ = tell.send((status, String::from_utf8_lossy(data.as_ref()).into_owned()));
+            let answer = (status, String::from_utf8_lossy(data.as_ref()).into_owned());
+            match INITS.lock().unwrap_or_else(PoisonError::into_inner).remove(&user.addr()) {
+                // Nobody listens after the time limit.
+                Some(tell) => drop(tell.send(answer)),
+                None => warn!("a plugin answered init a second time"),
+            }
         }
         let host = *HOST.get_or_init(|| abi::publish_host(host_table(log_level)));
-        let user = Box::into_raw(Box::new(tell)).cast::<c_void>();
+        // A number, not an address: a second answer finds nothing.
+        static NEXT: AtomicUsize = AtomicUsize::new(1);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        INITS.lock().unwrap_or_else(PoisonError::into_inner).insert(number, tell);
+        let user = std::ptr::without_provenance_mut(number);
         // SAFETY: the entry was checked by `read_table`. `config` outlives the call, the host's table
         // the process. The SDK's shim never unwinds, and C cannot.
         unsafe { (self.init)(host, lend(config), Callback { call: answered }, user) };
@@ -437,15 +445,23 @@ fn host_table(log_level: u32) -> abi::Host {
     }
 }
 
+/// What the SDK adds to lines that belong to no task.
+#[derive(serde::Deserialize)]
+struct Named {
+    plugin: String,
+}
+
 unsafe extern "C" fn log(task: Task, level: u32, target: Str, text: Str, fields: Str) {
     // SAFETY: lent for this call.
     let (target, text, fields) = unsafe { (copy(target), copy(text), copy(fields)) };
     let (Ok(target), Ok(text), Ok(fields)) = (target, text, fields) else { return };
     let _ = guarded(|| {
         let running = if task.0 == 0 { None } else { TASKS.get(task) };
-        let (plugin, span) = match &running {
-            Some(running) => (&*running.plugin, running.span.clone()),
-            None => ("?", Span::none()),
+        let named: Option<Named> = if running.is_none() { serde_json::from_str(&fields).ok() } else { None };
+        let (plugin, span) = match (&running, &named) {
+            (Some(running), _) => (&*running.plugin, running.span.clone()),
+            (None, Some(named)) => (named.plugin.as_str(), Span::none()),
+            (None, None) => ("?", Span::none()),
         };
         let _entered = span.enter();
         match level {

@@ -1,7 +1,7 @@
 //! What a library says about itself, read from its bytes: no code of it runs.
 
 use object::{
-    Architecture, BinaryFormat, Object, ObjectKind, ObjectSection, ObjectSymbol, elf,
+    Architecture, BinaryFormat, FileKind, Object, ObjectKind, ObjectSection, ObjectSegment, ObjectSymbol, elf,
     read::elf::{FileHeader, SectionHeader},
 };
 use runner_sdk::abi;
@@ -9,6 +9,9 @@ use serde::{Deserialize, Serialize};
 
 use super::InstallError;
 use crate::model::Capability;
+
+/// Longest name and version in a manifest, in bytes.
+const TEXT_BYTES_MAX: usize = 128;
 
 /// Facts about a library file.
 #[derive(Clone, Debug, Serialize)]
@@ -51,9 +54,10 @@ pub(super) fn inspect(bytes: &[u8]) -> Result<Facts, InstallError> {
     if bytes.is_empty() {
         return Err(InstallError::NotALibrary { found: "an empty file".to_owned() });
     }
-    if object::FileKind::parse(bytes).is_err() {
-        let found = if bytes.starts_with(b"\x7fELF") { "the beginning of one" } else { "something else" };
-        return Err(InstallError::NotALibrary { found: found.to_owned() });
+    match object::FileKind::parse(bytes) {
+        Ok(FileKind::Elf32 | FileKind::Elf64 | FileKind::MachO32 | FileKind::MachO64) => {}
+        Ok(FileKind::Pe32 | FileKind::Pe64 | FileKind::MachOFat32 | FileKind::MachOFat64) => {}
+        other => return Err(InstallError::NotALibrary { found: beginning(bytes, other.ok()) }),
     }
     let file = object::File::parse(bytes).map_err(|err| InstallError::Truncated { reason: err.to_string() })?;
     let format = match file.format() {
@@ -69,10 +73,18 @@ pub(super) fn inspect(bytes: &[u8]) -> Result<Facts, InstallError> {
     if machine != std::env::consts::ARCH {
         return Err(InstallError::OtherMachine { expected: std::env::consts::ARCH.to_owned(), found: machine });
     }
-    if file.kind() != ObjectKind::Dynamic {
-        return Err(InstallError::NotALibrary { found: format!("a {} of kind {:?}", format, file.kind()) });
+    match file.kind() {
+        ObjectKind::Dynamic => {}
+        ObjectKind::Executable => return Err(InstallError::NotALibrary { found: "a program".to_owned() }),
+        ObjectKind::Relocatable => return Err(InstallError::NotALibrary { found: "an object file".to_owned() }),
+        other => return Err(InstallError::NotALibrary { found: format!("a file of kind {other:?}") }),
     }
-    // A library cut short keeps its header; every section must lie inside the file.
+    // A library cut short keeps its header; everything it speaks of must lie inside the file.
+    for segment in file.segments() {
+        if segment.data().is_err() {
+            return Err(InstallError::Truncated { reason: "a segment lies outside the file".to_owned() });
+        }
+    }
     for section in file.sections() {
         if section.data().is_err() {
             let name = section.name().unwrap_or("?").to_owned();
@@ -92,11 +104,14 @@ pub(super) fn inspect(bytes: &[u8]) -> Result<Facts, InstallError> {
                     })
                 }))
     };
+    let elf = if format == "elf" { elf_facts(bytes) } else { ElfFacts::default() };
+    if elf.program {
+        return Err(InstallError::NotALibrary { found: "a program".to_owned() });
+    }
     if !exports(abi::ENTRY) {
         return Err(InstallError::NoEntry);
     }
     let manifest = manifest(&file)?;
-    let elf = if format == "elf" { elf_facts(bytes) } else { ElfFacts::default() };
     Ok(Facts {
         format,
         machine,
@@ -106,6 +121,18 @@ pub(super) fn inspect(bytes: &[u8]) -> Result<Facts, InstallError> {
         rust: exports(abi::proof::HEADER_SYMBOL),
         manifest,
     })
+}
+
+/// What a file that is no library is instead, as far as its first bytes tell.
+fn beginning(bytes: &[u8], kind: Option<FileKind>) -> String {
+    if let Some(kind) = kind {
+        return format!("a file of kind {kind:?}").to_lowercase();
+    }
+    if bytes.starts_with(b"\x7fELF") || b"\x7fELF".starts_with(bytes) {
+        return "the beginning of one".to_owned();
+    }
+    let text = |byte: &u8| byte.is_ascii_graphic() || byte.is_ascii_whitespace();
+    if bytes.iter().take(64).all(text) { "text".to_owned() } else { "something else".to_owned() }
 }
 
 fn native_format() -> &'static str {
@@ -138,6 +165,14 @@ fn manifest(file: &object::File<'_>) -> Result<Manifest, InstallError> {
     if manifest.name.trim().is_empty() {
         return Err(bad("its name is blank".to_owned()));
     }
+    for (what, text) in [("name", &manifest.name), ("version", &manifest.version)] {
+        // They are printed, logged and given to threads.
+        if text.len() > TEXT_BYTES_MAX || text.chars().any(char::is_control) {
+            let expected = format!("at most {TEXT_BYTES_MAX} bytes without control characters");
+            let start: String = text.chars().take(40).collect();
+            return Err(bad(format!("its {what} begins with {start:?}, expected {expected}")));
+        }
+    }
     if manifest.capabilities.is_empty() {
         return Err(bad("it names no capability".to_owned()));
     }
@@ -160,6 +195,8 @@ struct ElfFacts {
     needed: Vec<String>,
     glibc: Option<(u32, u32)>,
     static_tls: bool,
+    /// A program that can be mapped anywhere looks like a library but for this.
+    program: bool,
 }
 
 /// Facts only ELF has. They inform; what cannot be read is left out.
@@ -184,6 +221,8 @@ fn read_elf(header: &elf::FileHeader64<object::Endianness>, bytes: &[u8]) -> obj
                     facts.needed.push(String::from_utf8_lossy(name).into_owned());
                 } else if tag == elf::DT_FLAGS {
                     facts.static_tls |= value & elf::DF_STATIC_TLS.0 != 0;
+                } else if tag == elf::DT_FLAGS_1 {
+                    facts.program |= value & elf::DF_1_PIE.0 != 0;
                 }
             }
         }

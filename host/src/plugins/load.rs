@@ -4,7 +4,8 @@
 //! code of one plugin cannot alter what another one will run.
 
 use std::{
-    path::PathBuf,
+    io::Read,
+    path::{Path, PathBuf},
     sync::{Arc, mpsc},
     time::{Duration, Instant},
 };
@@ -23,6 +24,9 @@ use super::{
     open::Sealed,
 };
 use crate::model::Capability;
+
+/// Largest library that is read into memory.
+pub(super) const LIBRARY_BYTES_MAX: u64 = 4 << 30;
 
 /// A file whose bytes were checked and are safe from change.
 pub(super) struct Verified {
@@ -53,16 +57,8 @@ pub(super) fn verify(found: Found) -> Result<Verified, (PathBuf, InstallError)> 
 
 type Checked = (String, Facts, Vec<Capability>, Sealed);
 
-fn check(file: &std::path::Path, settings: &Settings) -> Result<Checked, InstallError> {
-    if file.is_dir() {
-        return Err(InstallError::Directory);
-    }
-    let unreadable = |err: std::io::Error| InstallError::Unreadable { reason: err.to_string() };
-    // A pipe or a device would block or never end.
-    if !std::fs::metadata(file).map_err(unreadable)?.is_file() {
-        return Err(InstallError::NotALibrary { found: "something that is no regular file".to_owned() });
-    }
-    let bytes = std::fs::read(file).map_err(unreadable)?;
+fn check(file: &Path, settings: &Settings) -> Result<Checked, InstallError> {
+    let bytes = read(file)?;
     let sha256 = hex(&Sha256::digest(&bytes));
     if let Some(expected) = settings.sha256.as_ref().filter(|expected| **expected != sha256) {
         return Err(InstallError::PinMismatch { expected: expected.clone(), found: sha256 });
@@ -70,8 +66,45 @@ fn check(file: &std::path::Path, settings: &Settings) -> Result<Checked, Install
     let facts = inspect(&bytes)?;
     let capabilities = chosen(&facts, settings)?;
     let name = file.file_name().map_or_else(|| "plugin".into(), |name| name.to_string_lossy());
-    let sealed = Sealed::new(&name, &bytes).map_err(unreadable)?;
+    let sealed = Sealed::new(short(&name), &bytes).map_err(|err| unreadable(&err))?;
     Ok((sha256, facts, capabilities, sealed))
+}
+
+/// The whole of one library file.
+pub(super) fn read(file: &Path) -> Result<Vec<u8>, InstallError> {
+    let mut options = std::fs::OpenOptions::new();
+    options.read(true);
+    // Opening a pipe nobody writes to would block.
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, rustix::fs::OFlags::NONBLOCK.bits() as i32);
+    let opened = options.open(file).map_err(|err| unreadable(&err))?;
+    let facts = opened.metadata().map_err(|err| unreadable(&err))?;
+    if facts.is_dir() {
+        return Err(InstallError::Directory);
+    }
+    if !facts.is_file() {
+        return Err(InstallError::NotALibrary { found: "something that is no regular file".to_owned() });
+    }
+    if facts.len() > LIBRARY_BYTES_MAX {
+        return Err(InstallError::TooLarge { bytes: facts.len() });
+    }
+    let mut bytes = Vec::new();
+    // It may grow while it is read.
+    opened.take(LIBRARY_BYTES_MAX).read_to_end(&mut bytes).map_err(|err| unreadable(&err))?;
+    Ok(bytes)
+}
+
+fn unreadable(err: &std::io::Error) -> InstallError {
+    InstallError::Unreadable { reason: err.to_string() }
+}
+
+/// As much of a name as a memory file may have.
+fn short(name: &str) -> &str {
+    let mut end = name.len().min(200);
+    while !name.is_char_boundary(end) {
+        end -= 1;
+    }
+    &name[..end]
 }
 
 fn chosen(facts: &Facts, settings: &Settings) -> Result<Vec<Capability>, InstallError> {
@@ -97,7 +130,7 @@ pub(super) fn open(verified: Verified, limit: Duration, log_level: u32) -> Resul
         Dispatcher::start(name).map_err(|err| InstallError::Open { reason: format!("no thread for it: {err}") })?;
     let config = serde_json::Value::Object(verified.settings.config.clone()).to_string();
     let (sealed, rust) = (verified.sealed, verified.facts.rust);
-    let deadline = Instant::now() + limit;
+    let began = Instant::now();
     let (tell, opened) = mpsc::channel();
     let (answer, answered) = mpsc::channel();
     dispatcher.run("init", move || {
@@ -111,7 +144,7 @@ pub(super) fn open(verified: Verified, limit: Duration, log_level: u32) -> Resul
     });
     let hung = |_| InstallError::InitHung { limit };
     let entries = opened.recv_timeout(limit).map_err(hung)??;
-    let left = deadline.saturating_duration_since(Instant::now());
+    let left = limit.saturating_sub(began.elapsed());
     match answered.recv_timeout(left).map_err(hung)? {
         (Status::OK, _) => Ok(Loaded { dispatcher, entries }),
         (Status::PANICKED, reason) => Err(InstallError::InitPanicked { reason: one_line(&reason) }),
@@ -140,6 +173,8 @@ fn map(sealed: Sealed, rust: bool) -> Result<Entries, InstallError> {
     unsafe { ffi::read_table(entry) }
 }
 
+/// A plugin's words, fit for one line of a terminal or a log.
 fn one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
+    let words: Vec<&str> = text.split(|c: char| c.is_whitespace() || c.is_control()).collect();
+    words.into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")
 }

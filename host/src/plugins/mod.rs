@@ -13,7 +13,7 @@ mod inspect;
 mod load;
 mod open;
 mod run;
-//SCA mod scaffold;
+mod scaffold;
 mod tasks;
 
 use std::{
@@ -23,7 +23,7 @@ use std::{
     time::Duration,
 };
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use tokio::sync::Semaphore;
 use tracing::{info, warn};
 
@@ -32,14 +32,11 @@ pub use discover::{PlaceError, Places};
 pub use error::InstallError;
 pub use inspect::{Facts, Manifest};
 pub use run::Job;
-//SCA pub use scaffold::{ScaffoldError, SdkSource, create};
+pub use scaffold::{ScaffoldError, SdkSource, create};
 
 use crate::model::Capability;
 use load::Verified;
 use run::Plugin;
-
-/// How long opening and `init` of one plugin may take together.
-pub const INIT_LIMIT: Duration = Duration::from_secs(10);
 
 /// What to load.
 #[derive(Clone, Debug)]
@@ -52,7 +49,7 @@ pub struct Config {
     pub max_concurrency: usize,
     /// Most verbose level plugins should send: 1 error to 5 trace, 0 none.
     pub log_level: u32,
-    /// How long a plugin may take to open and initialise.
+    /// How long a plugin may take to open and initialise, both together.
     pub init_limit: Duration,
 }
 
@@ -60,6 +57,7 @@ pub struct Config {
 #[derive(Clone, Debug, Serialize)]
 pub struct Listing {
     /// The file.
+    #[serde(serialize_with = "lossy")]
     pub file: PathBuf,
     /// Name in its manifest, where it could be read.
     pub name: Option<String>,
@@ -138,6 +136,12 @@ impl Plugins {
         self.by_capability.keys().cloned().collect()
     }
 
+    /// Whether any plugin serves `capability`.
+    #[must_use]
+    pub fn serves(&self, capability: &Capability) -> bool {
+        self.by_capability.contains_key(capability)
+    }
+
     /// Every library that was considered, in order.
     #[must_use]
     pub fn listings(&self) -> &[Listing] {
@@ -146,7 +150,7 @@ impl Plugins {
 
     /// Calls that named a task which was over or never was, since the process began.
     #[must_use]
-    pub fn stale_calls(&self) -> u64 {
+    pub fn stale_calls() -> u64 {
         ffi::stale_calls()
     }
 
@@ -167,45 +171,44 @@ impl Plugins {
 /// Reads what a library says about itself without running any of its code.
 pub fn inspect_file(file: &Path) -> Result<(String, Facts), InstallError> {
     use sha2::{Digest, Sha256};
-    if file.is_dir() {
-        return Err(InstallError::Directory);
-    }
-    let bytes = std::fs::read(file).map_err(|err| InstallError::Unreadable { reason: err.to_string() })?;
+    let bytes = load::read(file)?;
     let facts = inspect::inspect(&bytes)?;
     Ok((load::hex(&Sha256::digest(&bytes)), facts))
 }
 
-/// Gives every capability to one plugin: to the one that says `override`, else to the first. A
-/// plugin with nothing left is refused.
+/// Gives every capability to one plugin: first to those that say `override`, then to the others,
+/// in order. A plugin with nothing left, or with a capability another one serves without the
+/// operator's word, is refused and leaves what it has to the next.
 fn share_out(verified: &mut [Option<Verified>], listings: &mut [Listing]) {
-    let mut owners: HashMap<Capability, usize> = HashMap::new();
+    let mut owners: HashMap<Capability, (usize, bool)> = HashMap::new();
     for overriding in [true, false] {
-        for (index, plugin) in verified.iter().enumerate() {
-            let Some(plugin) = plugin.as_ref().filter(|plugin| plugin.settings.overrides == overriding) else {
+        for index in 0..verified.len() {
+            let Some(plugin) = verified[index].as_mut().filter(|plugin| plugin.settings.overrides == overriding) else {
                 continue;
             };
-            for capability in &plugin.capabilities {
-                owners.entry(capability.clone()).or_insert(index);
+            let all = std::mem::take(&mut plugin.capabilities);
+            let (taken, free): (Vec<_>, Vec<_>) = all.into_iter().partition(|name| owners.contains_key(name));
+            let overridden = |name: &Capability| !overriding && owners[name].1;
+            let contested = match taken.iter().find(|name| !overridden(name)) {
+                None if free.is_empty() => taken.first(),
+                contested => contested,
+            };
+            if let Some(contested) = contested {
+                let other = listings[owners[contested].0].file.display().to_string();
+                listings[index].refuse(&InstallError::Duplicate { capability: contested.to_string(), other });
+                verified[index] = None;
+                continue;
             }
-        }
-    }
-    for index in 0..verified.len() {
-        let Some(plugin) = &mut verified[index] else { continue };
-        let contested = plugin.capabilities.iter().find(|name| owners[name] != index).cloned();
-        let Some(contested) = contested else { continue };
-        let owner = owners[&contested];
-        let overridden = verified[owner].as_ref().is_some_and(|owner| owner.settings.overrides);
-        let other = listings[owner].file.display().to_string();
-        let Some(plugin) = &mut verified[index] else { continue };
-        if overridden {
-            plugin.capabilities.retain(|name| owners[name] == index);
+            owners.extend(free.iter().map(|name| (name.clone(), (index, overriding))));
+            plugin.capabilities = free;
             listings[index].describe(plugin);
         }
-        if !overridden || plugin.capabilities.is_empty() {
-            listings[index].refuse(&InstallError::Duplicate { capability: contested.to_string(), other });
-            verified[index] = None;
-        }
     }
+}
+
+/// JSON has no bytes: what is not UTF-8 in a path is shown as �.
+fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&path.display())
 }
 
 impl Listing {

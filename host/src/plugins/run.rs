@@ -33,6 +33,8 @@ pub struct Job {
     pub dir: PathBuf,
     /// How long a cancelled runner may take to return before its slot is given back.
     pub cancel_grace: Duration,
+    /// Called when the plugin has room and the runner begins.
+    pub began: Box<dyn FnOnce() + Send>,
 }
 
 /// A loaded plugin.
@@ -67,11 +69,12 @@ impl Plugin {
     }
 
     async fn run(&self, job: Job) -> Outcome {
-        let Job { grant, ports, dir, cancel_grace } = job;
+        let Job { grant, ports, dir, cancel_grace, began } = job;
         let slot = tokio::select! {
             slot = self.slots.acquire() => slot.expect("a plugin's slots are never closed"),
             reason = grant.cancel.cancelled() => return cancelled(reason),
         };
+        began();
         let request = json!({
             "capability": grant.lease.capability.as_str(),
             "dir": dir,

@@ -1,6 +1,6 @@
 //! How a runner fails, and how a port does.
 
-use std::{error::Error as StdError, fmt};
+use std::{error::Error as StdError, fmt, sync::Arc};
 
 use serde_json::Value;
 
@@ -72,7 +72,7 @@ impl Error {
         let mut cause = self.source.source();
         while let Some(err) = cause {
             let more = err.to_string();
-            if !text.ends_with(&more) {
+            if !err.is::<Told>() && !text.ends_with(&more) {
                 text.push_str(": ");
                 text.push_str(&more);
             }
@@ -83,11 +83,14 @@ impl Error {
 
     /// The port error this failure comes from, if it comes from one.
     #[must_use]
-    pub fn port_error(&self) -> Option<&PortError> {
+    pub fn port_error(&self) -> Option<PortError> {
         let mut cause: Option<&(dyn StdError + 'static)> = Some(&*self.source);
         while let Some(err) = cause {
-            if let Some(port) = err.downcast_ref() {
-                return Some(port);
+            if let Some(port) = err.downcast_ref::<PortError>() {
+                return Some(port.clone());
+            }
+            if let Some(told) = err.downcast_ref::<Told>() {
+                return Some(PortError(Arc::new(told.clone())));
             }
             // An `io::Error` hides what it wraps from `source`.
             cause = match err.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
@@ -191,31 +194,54 @@ impl PortErrorKind {
 
 /// Why an input, an output or another call of the context failed. One line, without secrets; a
 /// refusal of the store holds its status, as in `conflict (409)`.
+#[derive(Clone)]
+pub struct PortError(Arc<Told>);
+
+/// What a [`PortError`] says, and its own cause: a wrapper such as `anyhow::Error` hides the type of what it
+/// holds but shows its causes, and the host has to recognise its own trouble below any wrapper.
 #[derive(Clone, Debug)]
-pub struct PortError {
+struct Told {
     kind: PortErrorKind,
     message: String,
 }
 
 impl PortError {
     pub(crate) fn new(kind: PortErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into() }
+        Self(Arc::new(Told { kind, message: message.into() }))
     }
 
     /// What to branch on.
     #[must_use]
     pub fn kind(&self) -> PortErrorKind {
-        self.kind
+        self.0.kind
     }
 }
 
 impl fmt::Display for PortError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.message)
+        f.write_str(&self.0.message)
     }
 }
 
-impl StdError for PortError {}
+impl fmt::Debug for PortError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PortError").field("kind", &self.0.kind).field("message", &self.0.message).finish()
+    }
+}
+
+impl StdError for PortError {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        Some(&*self.0)
+    }
+}
+
+impl fmt::Display for Told {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "port error {:?}", self.kind)
+    }
+}
+
+impl StdError for Told {}
 
 #[cfg(test)]
 mod tests {
@@ -246,7 +272,7 @@ mod tests {
     fn a_port_error_is_found_below_other_errors() {
         let port = PortError::new(PortErrorKind::Server, "download failed: server (503)");
         let err = Error::from(std::io::Error::other(port));
-        assert_eq!(err.port_error().map(PortError::kind), Some(PortErrorKind::Server));
+        assert_eq!(err.port_error().map(|port| port.kind()), Some(PortErrorKind::Server));
         assert!(Error::msg("plain").port_error().is_none());
     }
 }

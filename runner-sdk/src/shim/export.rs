@@ -78,6 +78,30 @@ where
 /// export_runner!(Greet: Greet::new);
 /// # fn main() {}
 /// ```
+///
+/// A capability that is no name does not compile:
+///
+/// ```compile_fail,E0080
+/// # use runner_sdk::{Error, Runner, TaskCtx, export_runner};
+/// # #[derive(Default)]
+/// # struct Blank;
+/// # impl Runner for Blank {
+/// const CAPABILITY: &'static str = "";
+/// # async fn run(&self, _ctx: TaskCtx) -> Result<(), Error> { Ok(()) }
+/// # }
+/// # export_runner!(Blank);
+/// ```
+///
+/// ```compile_fail,E0080
+/// # use runner_sdk::{Error, Runner, TaskCtx, export_runner};
+/// # #[derive(Default)]
+/// # struct Spaced;
+/// # impl Runner for Spaced {
+/// const CAPABILITY: &'static str = "/two words/v1";
+/// # async fn run(&self, _ctx: TaskCtx) -> Result<(), Error> { Ok(()) }
+/// # }
+/// # export_runner!(Spaced);
+/// ```
 #[macro_export]
 macro_rules! export_runner {
     ($first:ty $(: $first_new:expr)? $(, $more:ty $(: $more_new:expr)?)* $(,)?) => {

@@ -18,7 +18,7 @@ use tracing_subscriber::{
     util::SubscriberInitExt,
 };
 
-use super::send_log;
+use super::{plugin_name, send_log};
 
 /// Span that marks everything inside it as work of one task.
 pub(crate) fn task_span(task: u64) -> tracing::Span {
@@ -68,6 +68,9 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Bridge {
             Level::DEBUG => 4,
             Level::TRACE => 5,
         };
+        if marked.is_none() {
+            fields.values.insert("plugin".to_owned(), plugin_name().into());
+        }
         let json = if fields.values.is_empty() { String::new() } else { Value::Object(fields.values).to_string() };
         send_log(marked.unwrap_or(0), level, event.metadata().target(), &fields.message, &json);
     }

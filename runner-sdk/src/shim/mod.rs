@@ -110,9 +110,14 @@ fn prepare(host: HostRef, config: &str) -> Result<(), String> {
     PLUGIN.set(plugin).map_err(|_| "init was called twice".to_owned())
 }
 
+/// Through `tracing`, so that the line carries the task whose span the thread is in.
 fn report_panic(note: &panics::PanicNote, backtrace: &str) {
-    let fields = json!({ "place": note.place, "backtrace": backtrace }).to_string();
-    send_log(0, 1, "panic", &note.message, &fields);
+    tracing::error!(target: "panic", place = note.place, backtrace, "{}", note.message);
+}
+
+/// The plugin's name, for lines that belong to no task.
+pub(crate) fn plugin_name() -> &'static str {
+    REGISTRATIONS.get().map_or("?", |(name, _)| name)
 }
 
 #[derive(Deserialize)]

@@ -8,6 +8,7 @@ use axum::{
     http::{HeaderMap, StatusCode},
     response::{IntoResponse, Response},
 };
+use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
@@ -34,7 +35,7 @@ pub(super) async fn lease(State(world): State<Arc<Inner>>, headers: HeaderMap, R
         if asked("domain_id").is_some_and(|domain| Uuid::parse_str(domain) != Ok(world.domain_id)) {
             return Ok(StatusCode::NO_CONTENT.into_response());
         }
-        let now = world.clock.now();
+        let now = Timestamp::now();
         let granted = world.plane().lease(node, asked("capability"), job, now);
         let Ok(granted) = granted else {
             return Err(Refusal::new(StatusCode::CONFLICT, "this node holds as many leases as it may"));
@@ -94,7 +95,7 @@ pub(super) async fn heartbeat(
     let request: Result<HeartbeatRequest, Refusal> = read_json(body, REPORT_BYTES_MAX).await;
     for_node(&world, &headers, |node| {
         let (task, request) = (task_id(&task)?, request?);
-        let now = world.clock.now();
+        let now = Timestamp::now();
         let beat = world.plane().beat(task, node.id, request.progress, request.events, now)?;
         world.changed();
         let mut answer = HeartbeatResponse {
@@ -129,7 +130,7 @@ pub(super) async fn complete(
     let request: Result<CompleteRequest, Refusal> = read_json(body, REPORT_BYTES_MAX).await;
     for_node(&world, &headers, |node| {
         let (task, request) = (task_id(&task)?, request?);
-        world.plane().complete(task, node.id, request.output_cids, request.meta, world.clock.now())?;
+        world.plane().complete(task, node.id, request.output_cids, request.meta, Timestamp::now())?;
         tracing::debug!(task_id = %task, "completed");
         world.changed();
         settled()
@@ -146,7 +147,7 @@ pub(super) async fn fail(
     let request: Result<FailRequest, Refusal> = read_json(body, REPORT_BYTES_MAX).await;
     for_node(&world, &headers, |node| {
         let (task, request) = (task_id(&task)?, request?);
-        world.plane().fail(task, node.id, &request.reason, request.details, world.clock.now())?;
+        world.plane().fail(task, node.id, &request.reason, request.details, Timestamp::now())?;
         tracing::debug!(task_id = %task, "failed");
         world.changed();
         settled()

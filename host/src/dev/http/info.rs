@@ -7,6 +7,7 @@ use axum::{
     extract::{RawQuery, State},
     http::{HeaderMap, StatusCode, header},
 };
+use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::{Answer, Refusal, ok, pairs};
@@ -27,7 +28,7 @@ pub(super) async fn uploads(State(world): State<Arc<Inner>>) -> Answer {
 /// `GET /dev/v1/world`: everything `runner-host submit` needs, a fresh grant included.
 pub(super) async fn world(State(world): State<Arc<Inner>>, headers: HeaderMap) -> Answer {
     from_this_machine(&headers)?;
-    let now = world.clock.now();
+    let now = Timestamp::now();
     let nodes: Vec<Value> = world
         .nodes_online()
         .into_iter()

@@ -18,6 +18,7 @@ use axum::{
     routing::{get, post},
 };
 use http_body_util::{BodyExt, LengthLimitError, Limited};
+use jiff::Timestamp;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -158,13 +159,13 @@ fn unauthorized(text: &str) -> Refusal {
 impl Inner {
     /// The node behind the bearer.
     fn node(&self, headers: &HeaderMap) -> Result<Node, Refusal> {
-        let node = bearer(headers).and_then(|token| self.identity().node(token, self.clock.now()));
+        let node = bearer(headers).and_then(|token| self.identity().node(token, Timestamp::now()));
         node.ok_or_else(|| unauthorized("the node token is missing, unknown or expired"))
     }
 
     /// An author's grant, for jobs.
     fn author(&self, headers: &HeaderMap) -> Result<(), Refusal> {
-        let claims = bearer(headers).and_then(|token| self.tokens.read(token, self.clock.now()));
+        let claims = bearer(headers).and_then(|token| self.tokens.read(token, Timestamp::now()));
         match claims {
             Some(claims) if claims.task.is_none() => Ok(()),
             _ => Err(unauthorized("the domain grant is missing, unknown or expired; GET /dev/v1/world issues one")),
@@ -174,7 +175,7 @@ impl Inner {
     /// A task's token or an author's grant, for data of `domain`.
     fn visitor(&self, headers: &HeaderMap, domain: &str) -> Result<(), Refusal> {
         let token = bearer(headers).ok_or_else(|| unauthorized("the domain token is missing"))?;
-        let now = self.clock.now();
+        let now = Timestamp::now();
         let refused = || unauthorized("the domain token is unknown, expired, or its lease has ended");
         let Some(claims) = self.tokens.read(token, now) else {
             if let Some((task, _)) = self.tokens.read_expired(token).and_then(|claims| claims.task) {
@@ -194,7 +195,7 @@ impl Inner {
     }
 }
 
-/// Reads a JSON body. An empty one is `null`, which the oldest nodes mean by it.
+/// Reads a JSON body. An empty one says nothing, as an empty object does.
 async fn read_json<T: DeserializeOwned>(body: Body, limit: usize) -> Result<T, Refusal> {
     let bytes = Limited::new(body, limit).collect().await.map_err(|err| {
         if err.is::<LengthLimitError>() {
@@ -204,7 +205,7 @@ async fn read_json<T: DeserializeOwned>(body: Body, limit: usize) -> Result<T, R
         }
     })?;
     let bytes = bytes.to_bytes();
-    let bytes = if bytes.is_empty() { &b"null"[..] } else { &bytes[..] };
+    let bytes = if bytes.is_empty() { &b"{}"[..] } else { &bytes[..] };
     serde_json::from_slice(bytes).map_err(|err| Refusal::bad(format!("the body is not the expected JSON: {err}")))
 }
 

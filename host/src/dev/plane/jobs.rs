@@ -273,6 +273,7 @@ impl Plane {
                     request: Arc::new(task),
                     turn,
                     attempts: 0,
+                    next_token: 0,
                     state: if blocked { State::Blocked } else { State::Ready },
                     progress: Value::Null,
                     events: VecDeque::new(),

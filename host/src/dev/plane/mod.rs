@@ -6,6 +6,8 @@
 //! Jobs are made in [`jobs`], shown to authors in [`view`]. Nothing is kept over a restart.
 
 pub(super) mod jobs;
+#[cfg(test)]
+mod tests;
 pub(super) mod view;
 
 use std::{
@@ -67,6 +69,9 @@ pub(super) struct Task {
     turn: Turn,
     /// Leases handed out so far, a current one included.
     attempts: u64,
+    /// Number of the next domain token. It goes on from lease to lease: a token of an earlier one
+    /// must not open anything for who holds the task now.
+    next_token: u64,
     state: State,
     progress: Value,
     events: VecDeque<Value>,
@@ -243,8 +248,9 @@ impl Plane {
         slot.last = Some(name.clone());
         self.leave_queue(&name, &turn);
         let expires = now + self.config.lease_ttl;
-        let token = NewToken { serial: 0, expires: now + self.config.domain_token_ttl };
         let task = self.tasks.get_mut(&turn.3).expect("queues name known tasks");
+        let token = NewToken { serial: task.next_token, expires: now + self.config.domain_token_ttl };
+        task.next_token += 1;
         task.attempts += 1;
         task.progress = Value::Null;
         task.updated_at = now;
@@ -305,7 +311,7 @@ impl Plane {
         self.expiries.remove(&(hold.expires, task));
         self.expiries.insert((expires, task));
         hold.expires = expires;
-        let token = hold.token.renew(&self.config, now);
+        let token = hold.token.renew(&mut known.next_token, &self.config, now);
         if first {
             let job = known.job;
             self.recount(job, Word::Leased, Word::Running);
@@ -483,7 +489,7 @@ impl Plane {
 }
 
 impl HeldToken {
-    fn renew(&mut self, config: &Config, now: Timestamp) -> Option<NewToken> {
+    fn renew(&mut self, next: &mut u64, config: &Config, now: Timestamp) -> Option<NewToken> {
         let age = now.duration_since(self.issued).unsigned_abs();
         if !self.refused && age < config.domain_token_renew_after && now < self.expires {
             return None;
@@ -493,7 +499,8 @@ impl HeldToken {
         if self.old.len() > OLD_TOKENS_MAX {
             self.old.pop_front();
         }
-        self.serial += 1;
+        self.serial = *next;
+        *next += 1;
         self.issued = now;
         self.expires = now + config.domain_token_ttl;
         self.refused = false;

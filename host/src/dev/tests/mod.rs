@@ -21,23 +21,23 @@ const LIMIT: Duration = Duration::from_secs(20);
 const HELLO: &str = "/examples/hello/v1";
 
 /// A world and a client.
-struct Lab {
-    world: World,
+pub(crate) struct Lab {
+    pub(crate) world: World,
     client: Client,
 }
 
 impl Lab {
-    async fn start() -> Self {
+    pub(crate) async fn start() -> Self {
         Self::with(Config::default()).await
     }
 
-    async fn with(config: Config) -> Self {
+    pub(crate) async fn with(config: Config) -> Self {
         let world = World::start(config).await.expect("starts on a free port");
         Self { world, client: Client::new(transport::Config::default()) }
     }
 
     /// Sends a request; `path` may carry a query.
-    async fn send(
+    pub(crate) async fn send(
         &self,
         method: Method,
         path: &str,
@@ -56,16 +56,16 @@ impl Lab {
         self.client.call(request, LIMIT).await.expect("the world answers")
     }
 
-    async fn get(&self, path: &str, bearer: Option<&str>) -> Answer {
+    pub(crate) async fn get(&self, path: &str, bearer: Option<&str>) -> Answer {
         self.send(Method::GET, path, bearer, &[], "").await
     }
 
-    async fn post(&self, path: &str, bearer: Option<&str>, body: &Value) -> Answer {
+    pub(crate) async fn post(&self, path: &str, bearer: Option<&str>, body: &Value) -> Answer {
         self.send(Method::POST, path, bearer, &[("content-type", "application/json")], body.to_string()).await
     }
 
     /// A registered and logged-in node.
-    async fn node(&self, key: u8, capabilities: &[&str]) -> TestNode {
+    pub(crate) async fn node(&self, key: u8, capabilities: &[&str]) -> TestNode {
         let mut node = TestNode { key: SigningKey::from_slice(&[key; 32]).expect("a key"), token: String::new() };
         assert_eq!(node.register(self, capabilities).await.status, StatusCode::OK);
         node.login(self).await;
@@ -94,9 +94,9 @@ fn refusal(answer: &Answer) -> String {
     body(answer)["error"].as_str().expect("a line").to_owned()
 }
 
-struct TestNode {
+pub(crate) struct TestNode {
     key: SigningKey,
-    token: String,
+    pub(crate) token: String,
 }
 
 impl TestNode {
@@ -152,21 +152,21 @@ impl TestNode {
         lab.get(&format!("/v1/tasks{query}"), Some(&self.token)).await
     }
 
-    async fn lease(&self, lab: &Lab) -> Value {
+    pub(crate) async fn lease(&self, lab: &Lab) -> Value {
         let answer = self.poll(lab, "").await;
         assert_eq!(answer.status, StatusCode::OK, "{}", answer.excerpt());
         body(&answer)
     }
 
-    async fn beat(&self, lab: &Lab, lease: &Value, request: &Value) -> Answer {
+    pub(crate) async fn beat(&self, lab: &Lab, lease: &Value, request: &Value) -> Answer {
         lab.post(&path(lease, "heartbeat"), Some(&self.token), request).await
     }
 
-    async fn complete(&self, lab: &Lab, lease: &Value, outputs: &[&str]) -> Answer {
+    pub(crate) async fn complete(&self, lab: &Lab, lease: &Value, outputs: &[&str]) -> Answer {
         lab.post(&path(lease, "complete"), Some(&self.token), &json!({"output_cids": outputs, "meta": {"a": 1}})).await
     }
 
-    async fn fail(&self, lab: &Lab, lease: &Value, reason: &str) -> Answer {
+    pub(crate) async fn fail(&self, lab: &Lab, lease: &Value, reason: &str) -> Answer {
         lab.post(&path(lease, "fail"), Some(&self.token), &json!({"reason": reason, "details": null})).await
     }
 }

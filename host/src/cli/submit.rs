@@ -1,0 +1,408 @@
+//! `runner-host submit`: hand a job to a control plane, wait for it, bring its artifacts.
+//!
+//! What is asked is in [`Args`], the wire in `plane`, what people see meanwhile in `notes`, where
+//! artifacts go in `artifacts`. It never cancels a job: who stops waiting leaves it running.
+
+mod artifacts;
+mod notes;
+mod plane;
+
+use std::{
+    io::Write,
+    path::PathBuf,
+    sync::Mutex,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use serde_json::{Value, json};
+use url::Url;
+use uuid::Uuid;
+
+use super::{Exit, Output};
+use crate::{
+    model::Capability,
+    transport::{self, Client},
+};
+use artifacts::Artifact;
+use notes::Notes;
+use plane::{Plane, PlaneError};
+
+/// Tasks of one job: what a control plane answers about a job grows with its tasks.
+const TASKS_PER_JOB: usize = 100;
+/// When to say that nobody serves the capability.
+const NOBODY_AFTER: Duration = Duration::from_secs(5);
+/// How long a control plane may be away while we wait.
+const AWAY_MAX: Duration = Duration::from_secs(30);
+/// Pauses between two looks at a job: short at first, then growing.
+const LOOK_PAUSE_MIN: Duration = Duration::from_millis(50);
+const LOOK_PAUSE_MAX: Duration = Duration::from_millis(500);
+
+/// Submit a job and, with --wait, bring its artifacts
+///
+/// Finds the world of `runner-host dev` by itself; --dms, --domain, --token and --domain-server
+/// name another control plane.
+#[derive(Clone, Debug, clap::Args)]
+pub(super) struct Args {
+    /// What the task needs, such as /examples/hello/v1
+    #[arg(value_parser = Capability::parse)]
+    pub(super) capability: Capability,
+    /// A file to upload as input; may be given several times
+    #[arg(long = "input", short, value_name = "FILE")]
+    pub(super) inputs: Vec<PathBuf>,
+    /// JSON handed to the runner
+    #[arg(long, value_name = "JSON", value_parser = parse_json, default_value = "{}")]
+    pub(super) meta: Value,
+    /// How many equal tasks
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub(super) count: u32,
+    /// Attempts each task may cost
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    pub(super) attempts: u32,
+    /// Wait for the end and show progress
+    #[arg(long)]
+    pub(super) wait: bool,
+    /// Stop waiting after this time, such as 90s, 15m or 2h; the job goes on
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "wait")]
+    pub(super) timeout: Option<Duration>,
+    /// Folder to bring the artifacts to
+    #[arg(long, value_name = "DIR", requires = "wait")]
+    pub(super) out: Option<PathBuf>,
+    /// Form of what is printed
+    #[arg(long = "output", short, value_name = "FORM", value_enum, default_value_t = Output::Text)]
+    pub(super) output: Output,
+    /// Address of a running `runner-host dev`
+    #[arg(long, value_name = "URL", env = "RUNNER_HOST_DEV", default_value = "http://127.0.0.1:8700")]
+    pub(super) dev: Url,
+    /// Base URL of another task service, with its /v1
+    #[arg(long, value_name = "URL", requires_all = ["domain", "domain_server"])]
+    pub(super) dms: Option<Url>,
+    /// Domain to work in
+    #[arg(long, value_name = "UUID", requires = "dms")]
+    pub(super) domain: Option<Uuid>,
+    /// Base URL of the domain's server
+    #[arg(long, value_name = "URL", requires = "dms")]
+    pub(super) domain_server: Option<Url>,
+    /// Domain grant with write scope; others on this machine can read it there, --token-file is better
+    #[arg(long, value_name = "TOKEN", requires = "dms", conflicts_with = "token_file")]
+    pub(super) token: Option<String>,
+    /// File that holds the domain grant
+    #[arg(long, value_name = "FILE", requires = "dms")]
+    pub(super) token_file: Option<PathBuf>,
+}
+
+fn parse_json(text: &str) -> Result<Value, String> {
+    serde_json::from_str(text).map_err(|err| format!("not JSON: {err}; quote it for your shell, as in '{{\"a\":1}}'"))
+}
+
+/// Reads `90s`, `1.5m`, `250ms`, `2h`; a bare number counts seconds.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let expected = || format!("expected a time such as 90s, 15m or 2h, found {text:?}");
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: f64 = number.parse().map_err(|_| expected())?;
+    let seconds = match unit.trim() {
+        "ms" => number / 1000.0,
+        "" | "s" => number,
+        "m" => number * 60.0,
+        "h" => number * 3600.0,
+        _ => return Err(expected()),
+    };
+    Duration::try_from_secs_f64(seconds).map_err(|_| expected())
+}
+
+/// Runs the command; how it ended. Results go to stdout, everything else to stderr.
+///
+/// # Errors
+/// What no exit code of its own stands for: a file that cannot be read or written.
+pub(super) async fn run(args: Args) -> anyhow::Result<Exit> {
+    let interrupt = async {
+        // Without a way to hear of it, Ctrl-C ends the process as usual.
+        if tokio::signal::ctrl_c().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    };
+    run_to(args, &mut std::io::stdout(), Notes::to_stderr(), NOBODY_AFTER, interrupt).await
+}
+
+async fn run_to(
+    args: Args,
+    out: &mut impl Write,
+    mut notes: Notes,
+    nobody_after: Duration,
+    interrupt: impl Future<Output = ()>,
+) -> anyhow::Result<Exit> {
+    let jobs = Mutex::new(Vec::new());
+    let ended = tokio::select! {
+        ended = submit(&args, &jobs, out, &mut notes, nobody_after) => Some(ended),
+        () = interrupt => None,
+    };
+    notes.clear();
+    let Some(ended) = ended else {
+        notes.line(&interrupted(&jobs.into_inner().expect("nothing panics while it holds the list")));
+        return Ok(Exit::Cancelled);
+    };
+    match ended {
+        Ok(code) => Ok(code),
+        Err(Stop::Plane(err)) => {
+            notes.line(&format!("error: {err}"));
+            Ok(err.exit_code())
+        }
+        Err(Stop::Usage(text)) => {
+            notes.line(&format!("error: {text}"));
+            Ok(Exit::Usage)
+        }
+        Err(Stop::Other(err)) => Err(err),
+    }
+}
+
+/// Why a submission ended early.
+enum Stop {
+    Plane(PlaneError),
+    Usage(String),
+    Other(anyhow::Error),
+}
+
+impl From<PlaneError> for Stop {
+    fn from(err: PlaneError) -> Self {
+        Self::Plane(err)
+    }
+}
+
+impl From<anyhow::Error> for Stop {
+    fn from(err: anyhow::Error) -> Self {
+        Self::Other(err)
+    }
+}
+
+/// `submitted` tells an interrupted caller what goes on without it.
+async fn submit(
+    args: &Args,
+    submitted: &Mutex<Vec<Uuid>>,
+    out: &mut impl Write,
+    notes: &mut Notes,
+    nobody_after: Duration,
+) -> Result<Exit, Stop> {
+    // What cannot be read is said before anything is sent.
+    for input in &args.inputs {
+        let about = std::fs::metadata(input);
+        let about = about.map_err(|err| Stop::Usage(format!("input {}: {err}", input.display())))?;
+        if !about.is_file() {
+            return Err(Stop::Usage(format!("input {} is no file", input.display())));
+        }
+    }
+    let plane = find_plane(args).await?;
+    let mut inputs = Vec::new();
+    for input in &args.inputs {
+        inputs.push(plane.upload(input, notes).await?);
+    }
+    let mut jobs = Vec::new();
+    let mut left = args.count as usize;
+    while left > 0 {
+        let tasks = left.min(TASKS_PER_JOB);
+        let id = plane.create_job(&job(args, &plane, &inputs, tasks)).await?;
+        jobs.push(id);
+        submitted.lock().expect("nothing panics while it holds the list").push(id);
+        left -= tasks;
+    }
+    if !args.wait {
+        print_handed_in(args.output, out, &jobs)?;
+        return Ok(Exit::Done);
+    }
+    let watching = watch(args, &plane, &jobs, notes, nobody_after);
+    let patience = args.timeout.unwrap_or(Duration::MAX);
+    match tokio::time::timeout(patience, watching).await {
+        Ok(ended) => finish(args, &plane, &ended?, out, notes).await,
+        Err(_) => {
+            notes.line(&format!("stopped waiting after {patience:?}; the job goes on: {}", names(&jobs)));
+            Ok(Exit::TimedOut)
+        }
+    }
+}
+
+fn interrupted(jobs: &[Uuid]) -> String {
+    if jobs.is_empty() {
+        "interrupted; no job was submitted".to_owned()
+    } else {
+        format!("interrupted; the job goes on: {}", names(jobs))
+    }
+}
+
+async fn find_plane(args: &Args) -> Result<Plane, Stop> {
+    let client = Client::new(transport::Config::default());
+    let Some(dms) = &args.dms else { return Ok(Plane::of_dev(client, &args.dev).await?) };
+    let token = match (&args.token, &args.token_file) {
+        (Some(token), _) => token.trim().to_owned(),
+        (None, Some(file)) => {
+            let text = std::fs::read_to_string(file);
+            text.map_err(|err| Stop::Usage(format!("token file {}: {err}", file.display())))?.trim().to_owned()
+        }
+        (None, None) => return Err(Stop::Usage("--dms needs --token or --token-file".to_owned())),
+    };
+    let (domain, server) = (args.domain.expect("clap requires it"), args.domain_server.as_ref());
+    Ok(Plane::new(client, dms, server.expect("clap requires it"), domain, token)?)
+}
+
+fn job(args: &Args, plane: &Plane, inputs: &[String], tasks: usize) -> Value {
+    let name = args.capability.as_str();
+    let task = json!({
+        "label": name, "stage": "submit", "capability": name, "mode": "public", "capability_filters": {},
+        "priority": 0, "inputs_cids": inputs, "outputs_prefix": null, "meta": args.meta, "max_attempts": args.attempts,
+    });
+    json!({
+        "domain_id": plane.domain(), "label": format!("submit {name}"), "priority": 0, "meta": {},
+        "tasks": vec![task; tasks], "edges": [],
+    })
+}
+
+fn names(jobs: &[Uuid]) -> String {
+    match jobs {
+        [one] => one.to_string(),
+        more => format!("{} and {} more", more[0], more.len() - 1),
+    }
+}
+
+fn print_handed_in(form: Output, out: &mut impl Write, jobs: &[Uuid]) -> anyhow::Result<()> {
+    match form {
+        Output::Json => writeln!(out, "{}", json!({ "jobs": jobs })),
+        Output::Text => jobs.iter().try_for_each(|job| writeln!(out, "{job}")),
+    }
+    .context("write to stdout")
+}
+
+/// Looks at the jobs until all have ended.
+async fn watch(
+    args: &Args,
+    plane: &Plane,
+    jobs: &[Uuid],
+    notes: &mut Notes,
+    nobody_after: Duration,
+) -> Result<Vec<Value>, Stop> {
+    let mut seen: Vec<Value> = vec![Value::Null; jobs.len()];
+    let (started, mut pause) = (Instant::now(), LOOK_PAUSE_MIN);
+    let mut away_since: Option<Instant> = None;
+    let mut asked_who_serves = false;
+    loop {
+        for (job, seen) in jobs.iter().zip(&mut seen).filter(|(_, seen)| !has_ended(seen)) {
+            match plane.job(*job).await {
+                Ok(now) => {
+                    *seen = now;
+                    away_since = None;
+                }
+                Err(err) if err.is_temporary() => {
+                    let since = *away_since.get_or_insert_with(|| {
+                        notes.line(&format!("{err}; trying again"));
+                        Instant::now()
+                    });
+                    if since.elapsed() > AWAY_MAX {
+                        return Err(err.into());
+                    }
+                    break;
+                }
+                Err(err) => return Err(err.into()),
+            }
+        }
+        notes.show(args.count as usize, &seen);
+        if seen.iter().all(has_ended) {
+            return Ok(seen);
+        }
+        if !asked_who_serves && started.elapsed() >= nobody_after {
+            asked_who_serves = true;
+            if !seen.iter().any(was_leased) && !plane.serves(&args.capability).await {
+                let capability = &args.capability;
+                notes.line(&format!("no node serves {capability} at the moment; the job waits for one"));
+            }
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(LOOK_PAUSE_MAX);
+    }
+}
+
+fn tasks(job: &Value) -> impl Iterator<Item = &Value> {
+    job["tasks"].as_array().into_iter().flatten()
+}
+
+/// A job has ended when its tasks have: a cancelled one may still have a node at work.
+fn has_ended(job: &Value) -> bool {
+    let ended = |task: &Value| matches!(task["status"].as_str(), Some("completed" | "failed" | "canceled"));
+    let cancelled = job["job"]["status"] == "canceled";
+    cancelled || (tasks(job).next().is_some() && tasks(job).all(ended))
+}
+
+fn was_leased(job: &Value) -> bool {
+    tasks(job).any(|task| task["attempts"].as_u64().unwrap_or(0) > 0)
+}
+
+/// Brings the artifacts, says what went wrong, prints the result.
+async fn finish(
+    args: &Args,
+    plane: &Plane,
+    jobs: &[Value],
+    out: &mut impl Write,
+    notes: &mut Notes,
+) -> Result<Exit, Stop> {
+    let mut code = Exit::Done;
+    let mut results = Vec::new();
+    for (number, (job, task)) in jobs.iter().flat_map(|job| tasks(job).map(move |task| (job, task))).enumerate() {
+        let status = task["status"].as_str().unwrap_or("unknown");
+        let id = task["id"].as_str().unwrap_or("unknown");
+        let mut artifacts = Vec::new();
+        let mut reason = None;
+        match status {
+            "completed" => {
+                artifacts = artifacts::listed(job, id);
+                if let Some(folder) = &args.out {
+                    let folder = if args.count > 1 { folder.join((number + 1).to_string()) } else { folder.clone() };
+                    for artifact in &mut artifacts {
+                        bring(plane, artifact, &folder, notes).await?;
+                    }
+                }
+            }
+            "failed" => {
+                let why = artifacts::reason(job, id);
+                notes.line(&format!("task {id} failed: {why}"));
+                reason = Some(why);
+                code = Exit::Failed;
+            }
+            _ => {
+                notes.line(&format!("task {id} was cancelled"));
+                if code == Exit::Done {
+                    code = Exit::Cancelled;
+                }
+            }
+        }
+        results.push(json!({
+            "task_id": id, "job_id": job["job"]["id"], "status": status, "reason": reason,
+            "artifacts": artifacts.iter().map(Artifact::to_json).collect::<Vec<_>>(),
+        }));
+        if args.output == Output::Text {
+            artifacts.iter().try_for_each(|artifact| writeln!(out, "{artifact}")).context("write to stdout")?;
+        }
+    }
+    if args.output == Output::Json {
+        writeln!(out, "{}", json!({ "tasks": results })).context("write to stdout")?;
+    }
+    Ok(code)
+}
+
+async fn bring(
+    plane: &Plane,
+    artifact: &mut Artifact,
+    folder: &std::path::Path,
+    notes: &mut Notes,
+) -> Result<(), Stop> {
+    let Some(id) = artifact.id.clone() else {
+        notes.line(&format!("artifact {} has no id, it cannot be brought", artifact.logical_path));
+        return Ok(());
+    };
+    let path = artifacts::place(folder, &artifact.logical_path).unwrap_or_else(|| {
+        notes.line(&format!("artifact path {:?} would leave the folder; stored as {id}", artifact.logical_path));
+        folder.join(artifacts::plain(&id))
+    });
+    plane.download(&id, &path, notes).await?;
+    artifact.path = Some(path);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,116 @@
+//! What a finished job's receipts say, and where its artifacts may go.
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
+
+use serde_json::{Value, json};
+
+/// One artifact of a finished task.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Artifact {
+    pub(super) logical_path: String,
+    pub(super) id: Option<String>,
+    /// Where it was stored, once it was.
+    pub(super) path: Option<PathBuf>,
+}
+
+impl Artifact {
+    pub(super) fn to_json(&self) -> Value {
+        json!({ "logical_path": self.logical_path, "id": self.id, "path": self.path })
+    }
+}
+
+impl fmt::Display for Artifact {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.path {
+            Some(path) => write!(f, "{}", path.display()),
+            None => write!(f, "{} {}", self.logical_path, self.id.as_deref().unwrap_or("-")),
+        }
+    }
+}
+
+/// The artifacts in the newest receipt of a task that has outputs. A runner of another make may
+/// list ids alone: then the id stands for the path.
+pub(super) fn listed(job: &Value, task: &str) -> Vec<Artifact> {
+    let has_outputs = |receipt: &&Value| {
+        let filled = |list: &Value| list.as_array().is_some_and(|list| !list.is_empty());
+        filled(&receipt["outputs"]) || filled(&receipt["meta"]["artifacts"])
+    };
+    let Some(receipt) = receipts(job, task).filter(has_outputs).last() else { return Vec::new() };
+    let named = receipt["meta"]["artifacts"].as_array().into_iter().flatten();
+    let mut found: Vec<Artifact> = named
+        .filter_map(|artifact| {
+            let logical_path = artifact["logical_path"].as_str()?.to_owned();
+            let id = artifact["id"].as_str().map(ToOwned::to_owned);
+            Some(Artifact { logical_path, id, path: None })
+        })
+        .collect();
+    for id in receipt["outputs"].as_array().into_iter().flatten().filter_map(Value::as_str) {
+        if !found.iter().any(|artifact| artifact.id.as_deref() == Some(id)) {
+            found.push(Artifact { logical_path: id.to_owned(), id: Some(id.to_owned()), path: None });
+        }
+    }
+    found
+}
+
+/// Why a task failed, by its newest receipt.
+pub(super) fn reason(job: &Value, task: &str) -> String {
+    let reason = receipts(job, task).filter_map(|receipt| receipt["meta"]["reason"].as_str()).last();
+    reason.unwrap_or("the control plane gives no reason").to_owned()
+}
+
+fn receipts<'a>(job: &'a Value, task: &'a str) -> impl Iterator<Item = &'a Value> {
+    job["receipts"].as_array().into_iter().flatten().filter(move |receipt| receipt["task_id"] == task)
+}
+
+/// A path below `folder`, or `None` when a logical path tries to be anything else.
+pub(super) fn place(folder: &Path, logical_path: &str) -> Option<PathBuf> {
+    let mut path = folder.to_owned();
+    let mut deeper = false;
+    for segment in logical_path.split('/').filter(|segment| !segment.is_empty() && *segment != ".") {
+        // On other systems a backslash or a colon begins a path of its own.
+        if segment == ".." || segment.contains(['\0', '\\', ':']) {
+            return None;
+        }
+        path.push(segment);
+        deeper = true;
+    }
+    deeper.then_some(path)
+}
+
+/// `text` as one harmless file name.
+pub(super) fn plain(text: &str) -> String {
+    text.chars().map(|c| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn artifacts_stay_below_the_folder() {
+        let place = |path: &str| place(Path::new("out"), path);
+        assert_eq!(place("a/b.json"), Some(PathBuf::from("out/a/b.json")));
+        assert_eq!(place("/abs//x/./y"), Some(PathBuf::from("out/abs/x/y")));
+        for bad in ["../x", "a/../../x", "", "/", ".", "a\0b", "a\\..\\b", "C:x"] {
+            assert_eq!(place(bad), None, "{bad:?}");
+        }
+        assert_eq!(plain("../a b"), "___a_b");
+    }
+
+    #[test]
+    fn the_newest_receipt_of_the_task_counts() {
+        let job = json!({"receipts": [
+            {"task_id": "t", "outputs": [], "meta": {"reason": "first"}},
+            {"task_id": "t", "outputs": ["d-1", "d-2"], "meta": {"artifacts": [{"logical_path": "a.json", "id": "d-1"}]}},
+            {"task_id": "other", "outputs": [], "meta": {"reason": "not this one"}},
+        ]});
+        let artifact =
+            |path: &str, id: &str| Artifact { logical_path: path.to_owned(), id: Some(id.to_owned()), path: None };
+        assert_eq!(listed(&job, "t"), [artifact("a.json", "d-1"), artifact("d-2", "d-2")]);
+        assert_eq!(reason(&job, "t"), "first");
+        assert_eq!(reason(&job, "unknown"), "the control plane gives no reason");
+    }
+}

@@ -1,0 +1,390 @@
+//! The control plane and the domain server as an author's client sees them
+//! (posemesh contract 4.13 and 6). Bodies are streamed from and to files.
+
+use std::{io::SeekFrom, path::Path, time::Duration};
+
+use bytes::Bytes;
+use futures_util::StreamExt;
+use http::{Method, Request, StatusCode, header};
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::Frame;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt, BufWriter};
+use tokio_util::io::ReaderStream;
+use url::Url;
+use uuid::Uuid;
+
+use super::{Exit, artifacts::plain, notes::Notes};
+use crate::{
+    model::Capability,
+    transport::{self, Answer, Body, Client, TransportError, full, innermost, read_capped},
+};
+
+/// How long a call with a small body may take.
+const CALL_LIMIT: Duration = Duration::from_secs(30);
+/// How long an upload may take to be answered; its size is not known here.
+const UPLOAD_LIMIT: Duration = Duration::from_secs(60 * 60);
+/// Largest description of a job read: [`super::TASKS_PER_JOB`] tasks with their events.
+const JOB_BYTES_MAX: usize = 64 * 1024 * 1024;
+/// Bytes read from or written to a file at once.
+const CHUNK_BYTES: usize = 256 * 1024;
+/// Single uploads up to this size where the server names no limit.
+const SINGLE_BYTES_MAX: u64 = 8 * 1024 * 1024;
+
+/// Why the control plane or the domain server did not do it.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum PlaneError {
+    #[error("no world answers at {url} ({reason}); start runner-host dev, or name a control plane with --dms")]
+    NoDev { url: String, reason: String },
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    #[error("{what} was answered {status}: {excerpt}")]
+    Refused { what: String, status: u16, excerpt: String },
+    #[error("{what}: {reason}")]
+    File { what: String, reason: String },
+}
+
+impl PlaneError {
+    /// Whether a repeat may help.
+    pub(super) fn is_temporary(&self) -> bool {
+        match self {
+            Self::NoDev { .. } => true,
+            Self::Transport(err) => !matches!(err, TransportError::Insecure { .. } | TransportError::BadUrl { .. }),
+            Self::Refused { status, .. } => matches!(status, 408 | 429 | 500..),
+            Self::File { .. } => false,
+        }
+    }
+
+    pub(super) fn exit_code(&self) -> Exit {
+        match self {
+            _ if self.is_temporary() => Exit::Temporary,
+            Self::File { .. } => Exit::Failed,
+            _ => Exit::Usage,
+        }
+    }
+}
+
+/// See the module's text.
+pub(super) struct Plane {
+    client: Client,
+    dms: String,
+    server: String,
+    domain: Uuid,
+    token: String,
+    /// The world's own address, where it is an embedded one.
+    dev: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct WorldAnswer {
+    dms: String,
+    domain_server: String,
+    domain_id: Uuid,
+    grant: String,
+    nodes: Vec<WorldNode>,
+}
+
+#[derive(Deserialize)]
+struct WorldNode {
+    capabilities: Vec<String>,
+}
+
+impl Plane {
+    pub(super) fn new(
+        client: Client,
+        dms: &Url,
+        server: &Url,
+        domain: Uuid,
+        token: String,
+    ) -> Result<Self, PlaneError> {
+        client.check(dms)?;
+        client.check(server)?;
+        Ok(Self { client, dms: base(dms), server: base(server), domain, token, dev: None })
+    }
+
+    /// The world that listens at `url`.
+    pub(super) async fn of_dev(client: Client, url: &Url) -> Result<Self, PlaneError> {
+        client.check(url)?;
+        let dev = base(url);
+        let away = |reason: String| PlaneError::NoDev { url: dev.clone(), reason };
+        let answer = world(&client, &dev).await.map_err(|err| away(err.to_string()))?;
+        let parse = |url: &str| Url::parse(url).map_err(|err| away(err.to_string()));
+        let (dms, server) = (parse(&answer.dms)?, parse(&answer.domain_server)?);
+        let mut plane = Self::new(client, &dms, &server, answer.domain_id, answer.grant)?;
+        plane.dev = Some(dev);
+        Ok(plane)
+    }
+
+    pub(super) fn domain(&self) -> Uuid {
+        self.domain
+    }
+
+    /// Whether a node serves `capability`. Only an embedded world tells; of another plane, a job
+    /// nobody has taken is all we know.
+    pub(super) async fn serves(&self, capability: &Capability) -> bool {
+        let Some(dev) = &self.dev else { return false };
+        let Ok(world) = world(&self.client, dev).await else { return false };
+        world.nodes.iter().flat_map(|node| &node.capabilities).any(|name| name == capability.as_str())
+    }
+
+    pub(super) async fn create_job(&self, job: &Value) -> Result<Uuid, PlaneError> {
+        #[derive(Deserialize)]
+        struct Created {
+            job_id: Uuid,
+        }
+        let request = self.request(Method::POST, &format!("{}/jobs", self.dms)).header(header::CONTENT_TYPE, JSON);
+        let answer = self.call(request, full(job.to_string()), CALL_LIMIT, "the job").await?;
+        Ok(answer.json::<Created>()?.job_id)
+    }
+
+    pub(super) async fn job(&self, id: Uuid) -> Result<Value, PlaneError> {
+        let request = self.request(Method::GET, &format!("{}/jobs/{id}", self.dms));
+        let request = request.body(transport::full("")).expect("a valid request");
+        let host = request.uri().host().unwrap_or_default().to_owned();
+        let response = self.client.send(request, CALL_LIMIT).await?;
+        let status = response.status();
+        // A job with many tasks is larger than what other answers may be.
+        let read = read_capped(response.into_body(), JOB_BYTES_MAX, &host);
+        let limit = CALL_LIMIT;
+        let body = match tokio::time::timeout(limit, read).await {
+            Ok(body) => body?,
+            Err(_) => return Err(TransportError::Timeout { host, limit }.into()),
+        };
+        if !status.is_success() {
+            return Err(refused("the question about the job", status, transport::excerpt(&body)));
+        }
+        serde_json::from_slice(&body).map_err(|_| {
+            let reason = "expected a description of the job".to_owned();
+            TransportError::NotJson { host, bytes: body.len(), reason }.into()
+        })
+    }
+
+    /// Stores a file under a name of its own; its data id.
+    pub(super) async fn upload(&self, file: &Path, notes: &mut Notes) -> Result<String, PlaneError> {
+        let size = std::fs::metadata(file).map_err(|err| unreadable(file, &err))?.len();
+        let (name, data_type) = name_of(file);
+        let limits = self.limits().await;
+        if size > limits.single_max && limits.multipart && size > 0 {
+            return self.upload_parts(file, size, &name, &data_type, notes).await;
+        }
+        notes.bytes(&format!("uploading {}", file.display()), 0, size);
+        let boundary = format!("runner-host-{}", Uuid::new_v4().simple());
+        let head = format!(
+            "--{boundary}\r\nContent-Type: application/octet-stream\r\n\
+             Content-Disposition: form-data; name=\"{name}\"; data-type=\"{data_type}\"\r\n\r\n"
+        );
+        let tail = format!("\r\n--{boundary}--\r\n");
+        let length = head.len() as u64 + size + tail.len() as u64;
+        let request = self
+            .request(Method::POST, &self.data(""))
+            .header(header::CONTENT_TYPE, format!("multipart/form-data; boundary={boundary}"))
+            .header(header::CONTENT_LENGTH, length);
+        let body = file_body(file, 0, size, head, tail).await?;
+        let answer: Value = self.call(request, body, UPLOAD_LIMIT, "the upload").await?.json()?;
+        notes.bytes(&format!("uploading {}", file.display()), size, size);
+        id_in(&answer["data"][0])
+    }
+
+    async fn upload_parts(
+        &self,
+        file: &Path,
+        size: u64,
+        name: &str,
+        data_type: &str,
+        notes: &mut Notes,
+    ) -> Result<String, PlaneError> {
+        #[derive(Deserialize)]
+        struct Begun {
+            upload_id: String,
+            part_size: u64,
+        }
+        let initiate = json!({
+            "name": name, "data_type": data_type, "size": size, "content_type": "application/octet-stream",
+            "existing_id": null,
+        });
+        let request = self.request(Method::POST, &self.data("/multipart?uploads")).header(header::CONTENT_TYPE, JSON);
+        let begun = self.call(request, full(initiate.to_string()), CALL_LIMIT, "the upload").await?.json::<Begun>()?;
+        let upload: String = url::form_urlencoded::byte_serialize(begun.upload_id.as_bytes()).collect();
+        let stored = self.upload_begun(file, size, &upload, begun.part_size.max(1), notes).await;
+        if stored.is_err() {
+            // The server drops it by itself later; a failed attempt to help changes nothing.
+            let request = self.request(Method::DELETE, &self.data(&format!("/multipart?uploadId={upload}")));
+            let _ = self.call(request, full(""), CALL_LIMIT, "the abort").await;
+        }
+        stored
+    }
+
+    async fn upload_begun(
+        &self,
+        file: &Path,
+        size: u64,
+        upload: &str,
+        part_size: u64,
+        notes: &mut Notes,
+    ) -> Result<String, PlaneError> {
+        let mut parts = Vec::new();
+        let mut offset = 0;
+        while offset < size {
+            notes.bytes(&format!("uploading {}", file.display()), offset, size);
+            let (number, length) = (parts.len() + 1, part_size.min(size - offset));
+            let request = self
+                .request(Method::PUT, &self.data(&format!("/multipart?uploadId={upload}&partNumber={number}")))
+                .header(header::CONTENT_TYPE, "application/octet-stream")
+                .header(header::CONTENT_LENGTH, length);
+            let body = file_body(file, offset, length, String::new(), String::new()).await?;
+            let answer: Value = self.call(request, body, UPLOAD_LIMIT, "a part of the upload").await?.json()?;
+            parts.push(json!({ "part_number": number, "etag": answer["etag"] }));
+            offset += length;
+        }
+        let request = self
+            .request(Method::POST, &self.data(&format!("/multipart?uploadId={upload}")))
+            .header(header::CONTENT_TYPE, JSON);
+        let complete = full(json!({ "parts": parts }).to_string());
+        let answer: Value = self.call(request, complete, UPLOAD_LIMIT, "the upload").await?.json()?;
+        notes.bytes(&format!("uploading {}", file.display()), size, size);
+        id_in(&answer)
+    }
+
+    /// Streams stored data to `path`, which appears only when it is whole.
+    pub(super) async fn download(&self, id: &str, path: &Path, notes: &mut Notes) -> Result<(), PlaneError> {
+        let id: String = url::form_urlencoded::byte_serialize(id.as_bytes()).collect();
+        let request = self.request(Method::GET, &self.data(&format!("/{id}?raw=true")));
+        let request = request.body(full("")).expect("a valid request");
+        let host = request.uri().host().unwrap_or_default().to_owned();
+        let response = self.client.send(request, CALL_LIMIT).await?;
+        let (head, mut body) = response.into_parts();
+        if !head.status.is_success() {
+            let text = read_capped(body, transport::JSON_BYTES_MAX, &host).await.unwrap_or_default();
+            return Err(refused(&format!("artifact {id}"), head.status, transport::excerpt(&text)));
+        }
+        let total = head.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+        let trouble =
+            |err: std::io::Error| PlaneError::File { what: path.display().to_string(), reason: err.to_string() };
+        let folder = path.parent().unwrap_or(Path::new("."));
+        tokio::fs::create_dir_all(folder).await.map_err(trouble)?;
+        let beside = new_file(folder).map_err(trouble)?;
+        let file = beside.reopen().map_err(trouble)?;
+        let mut file = BufWriter::with_capacity(CHUNK_BYTES, tokio::fs::File::from_std(file));
+        let mut done = 0;
+        while let Some(frame) = body.frame().await {
+            let broke = |err: hyper::Error| TransportError::Truncated { host: host.clone(), reason: innermost(&err) };
+            let Ok(bytes) = frame.map_err(broke)?.into_data() else { continue };
+            file.write_all(&bytes).await.map_err(trouble)?;
+            done += bytes.len() as u64;
+            notes.bytes(&format!("bringing {}", path.display()), done, total.unwrap_or(0).max(done));
+        }
+        file.flush().await.map_err(trouble)?;
+        drop(file);
+        let kept = tokio::task::spawn_blocking({
+            let path = path.to_owned();
+            move || beside.persist(path).map(drop).map_err(|err| err.error)
+        });
+        kept.await.expect("storing a file does not panic").map_err(trouble)
+    }
+
+    async fn limits(&self) -> Limits {
+        let request = Request::get(format!("{}/api/v1/info", self.server)).body(full("")).expect("a valid request");
+        let answer = self.client.call(request, CALL_LIMIT).await.ok();
+        let info: Value = answer
+            .filter(|answer| answer.status.is_success())
+            .and_then(|answer| answer.json().ok())
+            .unwrap_or_default();
+        let single_max = info["upload"]["request_max_bytes"].as_u64().filter(|most| *most > 0);
+        // A request holds the boundary and the headers of its part too.
+        let single_max = single_max.map_or(SINGLE_BYTES_MAX, |most| most.saturating_sub(4096).min(SINGLE_BYTES_MAX));
+        Limits { single_max, multipart: info["upload"]["multipart"]["enabled"] == true }
+    }
+
+    fn data(&self, rest: &str) -> String {
+        format!("{}/api/v1/domains/{}/data{rest}", self.server, self.domain)
+    }
+
+    fn request(&self, method: Method, url: &str) -> http::request::Builder {
+        let mut token = header::HeaderValue::from_str(&format!("Bearer {}", self.token))
+            .unwrap_or(header::HeaderValue::from_static("Bearer INVALID"));
+        token.set_sensitive(true);
+        let request = Request::builder().method(method).uri(url).header(header::AUTHORIZATION, token);
+        request.header(header::ACCEPT, JSON).header("posemesh-client-id", "runner-host-submit")
+    }
+
+    async fn call(
+        &self,
+        request: http::request::Builder,
+        body: Body,
+        limit: Duration,
+        what: &str,
+    ) -> Result<Answer, PlaneError> {
+        let request = request.body(body).expect("a valid request");
+        let answer = self.client.call(request, limit).await?;
+        if answer.status.is_success() { Ok(answer) } else { Err(refused(what, answer.status, answer.excerpt())) }
+    }
+}
+
+/// The content type of everything but data.
+const JSON: &str = "application/json";
+
+struct Limits {
+    single_max: u64,
+    multipart: bool,
+}
+
+async fn world(client: &Client, dev: &str) -> Result<WorldAnswer, TransportError> {
+    let request = Request::get(format!("{dev}/dev/v1/world")).body(full("")).expect("a valid request");
+    client.call(request, CALL_LIMIT).await?.json()
+}
+
+fn base(url: &Url) -> String {
+    url.as_str().trim_end_matches('/').to_owned()
+}
+
+fn refused(what: &str, status: StatusCode, excerpt: String) -> PlaneError {
+    PlaneError::Refused { what: what.to_owned(), status: status.as_u16(), excerpt }
+}
+
+fn unreadable(file: &Path, err: &std::io::Error) -> PlaneError {
+    PlaneError::File { what: format!("input {}", file.display()), reason: err.to_string() }
+}
+
+fn id_in(data: &Value) -> Result<String, PlaneError> {
+    let id = data["id"].as_str().map(ToOwned::to_owned);
+    id.ok_or_else(|| PlaneError::Refused { what: "the upload".to_owned(), status: 200, excerpt: "no id".to_owned() })
+}
+
+/// `length` bytes of a file from `offset` on, between two texts.
+async fn file_body(file: &Path, offset: u64, length: u64, head: String, tail: String) -> Result<Body, PlaneError> {
+    let mut opened = tokio::fs::File::open(file).await.map_err(|err| unreadable(file, &err))?;
+    opened.seek(SeekFrom::Start(offset)).await.map_err(|err| unreadable(file, &err))?;
+    let content = ReaderStream::with_capacity(opened.take(length), CHUNK_BYTES);
+    let text = |text: String| futures_util::stream::iter((!text.is_empty()).then(|| Ok(Bytes::from(text))));
+    let whole = text(head).chain(content).chain(text(tail));
+    Ok(StreamBody::new(whole.map(|bytes| bytes.map(Frame::data))).boxed_unsync())
+}
+
+/// A name of its own for an input, and its type by the extension.
+fn name_of(file: &Path) -> (String, String) {
+    let stem = plain(&file.file_stem().unwrap_or_default().to_string_lossy());
+    let extension = plain(&file.extension().unwrap_or_default().to_string_lossy().to_ascii_lowercase());
+    let data_type = match &*extension {
+        "" => "binary".to_owned(),
+        "json" | "ply" | "glb" | "obj" | "csv" | "mp4" => extension,
+        "drc" => "ply_draco".to_owned(),
+        other => format!("{other}_data"),
+    };
+    // Names are unique in a domain, and one file may be submitted twice.
+    let unique = Uuid::new_v4().simple().to_string();
+    let stem: String = stem.chars().take(64).collect();
+    (format!("{stem}_{}", &unique[..12]), data_type)
+}
+
+/// A nameless file beside its later place, with the permissions any new file gets: by default a
+/// temporary one is readable to its owner alone.
+fn new_file(folder: &Path) -> std::io::Result<tempfile::NamedTempFile> {
+    let mut file = tempfile::Builder::new();
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt as _;
+        file.permissions(std::fs::Permissions::from_mode(0o666));
+    }
+    file.prefix(".runner-host-").tempfile_in(folder)
+}

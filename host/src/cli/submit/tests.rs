@@ -1,0 +1,275 @@
+//! `submit` against a started world, with a node written out by hand.
+
+use std::{
+    path::Path,
+    sync::{Arc, Mutex},
+};
+
+use clap::Parser;
+use http::Method;
+
+use super::*;
+use crate::dev::{
+    Config,
+    tests::{Lab, TestNode},
+};
+
+const ECHO: &str = "/lab/echo/v1";
+/// Far more than any of it takes; a hang becomes a failed test.
+const LIMIT: Duration = Duration::from_secs(20);
+
+#[derive(Debug, Parser)]
+struct Line {
+    #[command(flatten)]
+    args: Args,
+}
+
+fn args(line: &[&str]) -> Args {
+    Line::try_parse_from(std::iter::once(&"submit").chain(line)).expect("a valid line").args
+}
+
+/// What went to stderr.
+#[derive(Clone, Default)]
+struct Said(Arc<Mutex<Vec<u8>>>);
+
+impl Write for Said {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().expect("not poisoned").write(bytes)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+struct Ended {
+    code: Exit,
+    stdout: String,
+    stderr: String,
+}
+
+async fn submit_line(lab: Option<&Lab>, line: &[&str]) -> Ended {
+    submit_until(lab, line, std::future::pending()).await
+}
+
+async fn submit_until(lab: Option<&Lab>, line: &[&str], interrupt: impl Future<Output = ()>) -> Ended {
+    let dev = lab.map(|lab| lab.world.dds_url().to_string());
+    let mut line = line.to_vec();
+    if let Some(dev) = &dev {
+        line.extend(["--dev", dev]);
+    }
+    let (mut stdout, said) = (Vec::new(), Said::default());
+    let notes = Notes::to(Box::new(said.clone()));
+    let running = run_to(args(&line), &mut stdout, notes, Duration::from_millis(100), interrupt);
+    let code = tokio::time::timeout(LIMIT, running).await.expect("ends in time").expect("no unexpected error");
+    let stderr = String::from_utf8(said.0.lock().expect("not poisoned").clone()).expect("text");
+    Ended { code, stdout: String::from_utf8(stdout).expect("text"), stderr }
+}
+
+/// Takes the next task as soon as there is one.
+async fn take(lab: &Lab, node: &TestNode) -> Value {
+    lab.world.journal_until(|seen| seen.iter().any(|seen| seen.path == "/v1/jobs")).await;
+    loop {
+        let answer = lab.get("/v1/tasks", Some(&node.token)).await;
+        if answer.status == 200 {
+            return answer.json().expect("a lease");
+        }
+    }
+}
+
+/// Serves one task: its only input goes back as its artifact.
+async fn echo(lab: &Lab, node: &TestNode, logical_path: &str) -> Vec<u8> {
+    let lease = take(lab, node).await;
+    let (token, domain) = (lease["access_token"].as_str().expect("a token"), &lease["domain_id"]);
+    let data = format!("/api/v1/domains/{}/data", domain.as_str().expect("an id"));
+    let input = lease["task"]["inputs_cids"][0].as_str().expect("an input");
+    let input = lab.get(&format!("{data}/{input}?raw=true"), Some(token)).await.body;
+    let task = lease["task"]["id"].as_str().expect("an id");
+    let mut form =
+        format!("--b\r\nContent-Disposition: form-data; name=\"echo_{task}\"; data-type=\"json\"\r\n\r\n").into_bytes();
+    form.extend_from_slice(&input);
+    form.extend_from_slice(b"\r\n--b--\r\n");
+    let headers = [("content-type", "multipart/form-data; boundary=b")];
+    let stored: Value = lab.send(Method::POST, &data, Some(token), &headers, form).await.json().expect("metadata");
+    let id = &stored["data"][0]["id"];
+    let report = json!({"output_cids": [id], "meta": {"artifacts": [{"logical_path": logical_path, "id": id}]}});
+    let path = format!("/v1/tasks/{task}/complete");
+    assert_eq!(lab.post(&path, Some(&node.token), &report).await.status, 200);
+    input.to_vec()
+}
+
+#[tokio::test]
+async fn an_input_goes_up_and_the_artifact_comes_to_the_folder() {
+    let lab = Lab::start().await;
+    let node = lab.node(1, &[ECHO]).await;
+    let folder = tempfile::tempdir().expect("a folder");
+    let (input, out) = (folder.path().join("my scan.json"), folder.path().join("out"));
+    std::fs::write(&input, b"{\"a\":1}").expect("writable");
+    let (input, out) = (input.to_str().expect("text"), out.to_str().expect("text"));
+    let line = [ECHO, "--input", input, "--wait", "--out", out, "--meta", "{\"k\":2}"];
+    let (ended, read) = tokio::join!(submit_line(Some(&lab), &line), echo(&lab, &node, "deep/echo.json"));
+    assert_eq!((ended.code, &read[..]), (Exit::Done, &b"{\"a\":1}"[..]), "{}", ended.stderr);
+    let artifact = Path::new(out).join("deep/echo.json");
+    assert_eq!(ended.stdout.trim_end(), artifact.display().to_string());
+    assert_eq!(std::fs::read(&artifact).expect("brought"), read);
+    assert_eq!(std::fs::read_dir(artifact.parent().expect("a folder")).expect("readable").count(), 1, "nothing beside");
+    assert!(ended.stderr.contains("completed"), "{}", ended.stderr);
+}
+
+#[tokio::test]
+async fn large_and_empty_inputs_go_up_whole() {
+    let lab = Lab::with(Config { part_size: 1000, request_max_bytes: 5000, ..Config::default() }).await;
+    let node = lab.node(1, &[ECHO]).await;
+    let folder = tempfile::tempdir().expect("a folder");
+    for size in [0_usize, 2500, 899] {
+        let file = folder.path().join(format!("{size}.bin"));
+        let content: Vec<u8> = (0..size).map(|n| n.to_le_bytes()[0]).collect();
+        std::fs::write(&file, &content).expect("writable");
+        let line = [ECHO, "--wait", "-o", "json", "--input", file.to_str().expect("text")];
+        let (ended, read) = tokio::join!(submit_line(Some(&lab), &line), echo(&lab, &node, "echo.json"));
+        assert_eq!((ended.code, read == content), (Exit::Done, true), "{size} bytes: {}", ended.stderr);
+        let printed: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+        assert_eq!(printed["tasks"][0]["artifacts"][0]["logical_path"], "echo.json");
+    }
+    let parts =
+        lab.world.journal().iter().filter(|seen| seen.method == "PUT" && seen.path.ends_with("/multipart")).count();
+    assert_eq!(parts, 3, "only the one that does not fit a request went up in parts");
+}
+
+#[tokio::test]
+async fn an_artifact_that_would_leave_the_folder_is_kept_inside() {
+    let lab = Lab::start().await;
+    let node = lab.node(1, &[ECHO]).await;
+    let folder = tempfile::tempdir().expect("a folder");
+    let (input, out) = (folder.path().join("in.json"), folder.path().join("out"));
+    std::fs::write(&input, b"x").expect("writable");
+    let line = [ECHO, "--wait", "--input", input.to_str().expect("text"), "--out", out.to_str().expect("text")];
+    let (ended, _) = tokio::join!(submit_line(Some(&lab), &line), echo(&lab, &node, "../escaped.json"));
+    assert_eq!(ended.code, Exit::Done);
+    assert!(ended.stderr.contains("would leave the folder"), "{}", ended.stderr);
+    assert!(!folder.path().join("escaped.json").exists());
+    assert_eq!(std::fs::read_dir(&out).expect("made").count(), 1);
+}
+
+#[tokio::test]
+async fn a_failed_task_tells_why() {
+    let lab = Lab::start().await;
+    let node = lab.node(1, &[ECHO]).await;
+    let serve = async {
+        let lease = take(&lab, &node).await;
+        node.fail(&lab, &lease, "runner failed: no points").await;
+    };
+    let (ended, ()) = tokio::join!(submit_line(Some(&lab), &[ECHO, "--wait", "--attempts", "1"]), serve);
+    assert_eq!(ended.code, Exit::Failed);
+    assert!(ended.stderr.contains("failed: runner failed: no points"), "{}", ended.stderr);
+    assert_eq!(ended.stdout, "");
+}
+
+#[tokio::test]
+async fn many_tasks_become_jobs_of_a_bounded_size() {
+    let lab = Lab::start().await;
+    let node = lab.node(1, &[ECHO]).await;
+    let serve = async {
+        for _ in 0..250 {
+            let lease = take(&lab, &node).await;
+            node.complete(&lab, &lease, &[]).await;
+        }
+    };
+    let (ended, ()) = tokio::join!(submit_line(Some(&lab), &[ECHO, "--wait", "--count", "250"]), serve);
+    assert_eq!(ended.code, Exit::Done, "{}", ended.stderr);
+    assert!(ended.stderr.contains("250 of 250 tasks ended"), "{}", ended.stderr);
+    let listed = lab.get("/v1/jobs", Some(&lab.world.grant())).await.json::<Value>().expect("JSON");
+    assert_eq!(listed["items"].as_array().map(Vec::len), Some(3));
+}
+
+#[tokio::test]
+async fn without_a_node_it_says_so_once_and_gives_up_in_time() {
+    let lab = Lab::start().await;
+    let ended = submit_line(Some(&lab), &[ECHO, "--wait", "--timeout", "700ms"]).await;
+    assert_eq!(ended.code, Exit::TimedOut);
+    assert_eq!(ended.stderr.matches("no node serves /lab/echo/v1").count(), 1, "{}", ended.stderr);
+    assert!(ended.stderr.contains("the job goes on"), "{}", ended.stderr);
+}
+
+#[tokio::test]
+async fn an_interrupted_wait_leaves_the_job_running() {
+    let lab = Lab::start().await;
+    let looked = async {
+        let path = |seen: &crate::dev::Seen| seen.path.starts_with("/v1/jobs/");
+        lab.world.journal_until(|seen| seen.iter().any(path)).await;
+    };
+    let ended = submit_until(Some(&lab), &[ECHO, "--wait"], looked).await;
+    assert_eq!(ended.code, Exit::Cancelled);
+    let listed = lab.get("/v1/jobs", Some(&lab.world.grant())).await.json::<Value>().expect("JSON");
+    let job = &listed["items"][0]["job"];
+    assert_eq!(job["status"], "pending", "nobody cancelled it");
+    let id = job["id"].as_str().expect("an id");
+    assert!(ended.stderr.contains(&format!("interrupted; the job goes on: {id}")), "{}", ended.stderr);
+    let ended = submit_until(Some(&lab), &[ECHO], std::future::ready(())).await;
+    assert_eq!((ended.code, ended.stderr.contains("no job was submitted")), (Exit::Cancelled, true));
+}
+
+#[tokio::test]
+async fn a_cancelled_job_has_an_exit_code_of_its_own() {
+    let lab = Lab::start().await;
+    let handed_in = submit_line(Some(&lab), &[ECHO]).await;
+    assert_eq!(handed_in.code, Exit::Done);
+    assert!(Uuid::parse_str(handed_in.stdout.trim()).is_ok(), "the job's id: {}", handed_in.stdout);
+    let cancel = async {
+        let made = |seen: &[crate::dev::Seen]| seen.iter().filter(|seen| seen.path == "/v1/jobs").count() == 2;
+        lab.world.journal_until(made).await;
+        let listed = lab.get("/v1/jobs", Some(&lab.world.grant())).await.json::<Value>().expect("JSON");
+        let newest = listed["items"][0]["job"]["id"].as_str().expect("an id").parse().expect("a UUID");
+        assert!(lab.world.cancel_job(newest));
+    };
+    let (ended, ()) = tokio::join!(submit_line(Some(&lab), &[ECHO, "--wait"]), cancel);
+    assert_eq!(ended.code, Exit::Cancelled, "{}", ended.stderr);
+}
+
+#[tokio::test]
+async fn what_cannot_be_is_said_in_one_line() {
+    let lab = Lab::start().await;
+    let address = lab.world.dds_url().to_string();
+    let away = Lab::start().await;
+    let away_address = away.world.dds_url().to_string();
+    away.world.stop().await;
+    let ended = submit_line(None, &[ECHO, "--dev", &away_address]).await;
+    assert_eq!(ended.code, Exit::Temporary);
+    assert!(ended.stderr.contains("start runner-host dev"), "{}", ended.stderr);
+    assert_eq!(ended.stderr.lines().count(), 1);
+
+    let ended = submit_line(Some(&lab), &[ECHO, "--input", "/no/such/file"]).await;
+    assert_eq!((ended.code, ended.stderr.lines().count()), (Exit::Usage, 1));
+    assert!(ended.stderr.contains("/no/such/file"), "{}", ended.stderr);
+
+    let domain = lab.world.domain_id().to_string();
+    let dms = lab.world.dms_url().to_string();
+    let elsewhere = [ECHO, "--dms", &dms, "--domain", &domain, "--domain-server", &address];
+    let ended = submit_line(None, &elsewhere).await;
+    assert_eq!(ended.code, Exit::Usage, "no token");
+    let ended = submit_line(None, &[&elsewhere[..], &["--token", "wrong"]].concat()).await;
+    assert_eq!(ended.code, Exit::Usage);
+    assert!(ended.stderr.contains("401") && !ended.stderr.contains("wrong"), "{}", ended.stderr);
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::write(file.path(), format!("{}\n", lab.world.grant())).expect("writable");
+    let token_file = file.path().to_str().expect("text").to_owned();
+    let ended = submit_line(None, &[&elsewhere[..], &["--token-file", &token_file]].concat()).await;
+    assert_eq!(ended.code, Exit::Done, "{}", ended.stderr);
+}
+
+#[test]
+fn lines_are_checked_before_anything_is_sent() {
+    let refused = |line: &[&str]| {
+        let line = std::iter::once(&"submit").chain(line);
+        Line::try_parse_from(line).expect_err("refused").to_string()
+    };
+    assert!(refused(&["a b"]).contains("white space"));
+    assert!(refused(&[ECHO, "--meta", "{"]).contains("not JSON"));
+    assert!(refused(&[ECHO, "--count", "0"]).contains("1..="));
+    assert!(refused(&[ECHO, "--out", "x"]).contains("--wait"));
+    assert!(refused(&[ECHO, "--wait", "--timeout", "soon"]).contains("expected a time such as 90s"));
+    assert!(refused(&[ECHO, "--dms", "http://127.0.0.1:1/v1"]).contains("--domain"));
+    assert_eq!(parse_duration("1.5m"), Ok(Duration::from_secs(90)));
+    assert_eq!(parse_duration("250ms"), Ok(Duration::from_millis(250)));
+    assert_eq!(parse_duration("7"), Ok(Duration::from_secs(7)));
+}

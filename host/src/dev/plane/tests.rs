@@ -1,0 +1,246 @@
+//! The plane alone, with time passed in: expiry at the exact moment, token graces, bounds; and
+//! random calls against the rules that hold whatever happens.
+
+use std::time::Duration;
+
+use rand::{Rng, SeedableRng, rngs::StdRng};
+
+use super::*;
+
+fn at(ms: u64) -> Timestamp {
+    Timestamp::UNIX_EPOCH + Duration::from_millis(ms)
+}
+
+fn plane(config: Config) -> Plane {
+    Plane::new(Arc::new(config), Uuid::nil(), Uuid::nil())
+}
+
+/// 100 ms leases; domain tokens of 80 ms, renewed after 40 ms, with 20 ms of grace.
+fn fast() -> Config {
+    let ms = Duration::from_millis;
+    Config {
+        lease_ttl: ms(100),
+        domain_token_ttl: ms(80),
+        domain_token_renew_after: ms(40),
+        domain_token_grace: ms(20),
+        ..Config::default()
+    }
+}
+
+fn node(id: u128, capabilities: &[&str]) -> Node {
+    Node {
+        id: Uuid::from_u128(id),
+        wallet: "0x0".into(),
+        version: "1".into(),
+        capabilities: capabilities.iter().map(|name| Arc::from(*name)).collect(),
+        seen_at: at(0),
+    }
+}
+
+fn add(plane: &mut Plane, stages: &[(&str, &str)], edges: &[(&str, &str)], max_attempts: u32, now: u64) -> Uuid {
+    let tasks: Vec<Value> = stages
+        .iter()
+        .map(|(stage, capability)| {
+            json!({"label": "t", "stage": stage, "capability": capability, "max_attempts": max_attempts})
+        })
+        .collect();
+    let edges: Vec<Value> = edges.iter().map(|(from, to)| json!({"from": from, "to": to})).collect();
+    let body = json!({"domain_id": Uuid::nil(), "label": "j", "tasks": tasks, "edges": edges});
+    let request = jobs::parse(body, Uuid::nil()).unwrap_or_else(|err| panic!("{err:?}"));
+    plane.create(request, None, at(now)).expect("no key")
+}
+
+fn lease(plane: &mut Plane, node: &Node, now: u64) -> Option<Granted> {
+    plane.lease(node, None, None, at(now)).expect("not busy")
+}
+
+fn beat(plane: &mut Plane, task: Uuid, node: &Node, now: u64) -> Result<Beat, Gone> {
+    plane.beat(task, node.id, Value::Null, Vec::new(), at(now))
+}
+
+fn word(plane: &mut Plane, job: Uuid, now: u64) -> String {
+    let job = plane.job(job, at(now)).expect("known");
+    job["tasks"]
+        .as_array()
+        .expect("tasks")
+        .iter()
+        .map(|task| task["status"].as_str().expect("a word"))
+        .collect::<Vec<_>>()
+        .join(" ")
+}
+
+#[test]
+fn a_lease_ends_at_its_expiry_and_a_heartbeat_moves_that() {
+    let mut plane = plane(fast());
+    let (one, two) = (node(1, &["/a"]), node(2, &["/a"]));
+    let job = add(&mut plane, &[("s", "/a")], &[], 3, 0);
+    let task = lease(&mut plane, &one, 0).expect("work").task;
+    assert!(lease(&mut plane, &two, 99).is_none());
+    assert!(matches!(beat(&mut plane, task, &one, 99), Ok(Beat::Kept { expires, .. }) if expires == at(199)));
+    assert!(lease(&mut plane, &two, 198).is_none());
+    let again = lease(&mut plane, &two, 199).expect("it has run out");
+    assert_eq!((again.task, again.attempts), (task, 2));
+    assert_eq!(beat(&mut plane, task, &one, 199), Err(Gone::NotHeld));
+    assert_eq!(word(&mut plane, job, 199), "leased");
+    assert_eq!((plane.held(one.id, at(199)), plane.held(two.id, at(199))), (0, 1));
+}
+
+#[test]
+fn a_replaced_token_is_good_until_its_grace_or_its_own_end() {
+    let mut plane = plane(fast());
+    let one = node(1, &["/a"]);
+    add(&mut plane, &[("s", "/a")], &[], 3, 0);
+    let task = lease(&mut plane, &one, 0).expect("work").task;
+    assert!(matches!(beat(&mut plane, task, &one, 39), Ok(Beat::Kept { token: None, .. })));
+    let renewed = Some(NewToken { serial: 1, expires: at(120) });
+    assert_eq!(beat(&mut plane, task, &one, 40), Ok(Beat::Kept { expires: at(140), token: renewed }));
+    let mut open = |serial: u64, now: u64| plane.admit(task, serial, at(now)) == Admission::Open;
+    assert!(open(0, 59) && open(1, 59));
+    assert!(!open(0, 60), "the grace is over");
+    assert!(open(1, 119));
+    assert!(!open(2, 60), "nobody has been given that one");
+    // The refusal above asks for a newer one out of turn.
+    assert!(matches!(beat(&mut plane, task, &one, 61), Ok(Beat::Kept { token: Some(NewToken { serial: 2, .. }), .. })));
+    plane.complete(task, one.id, Vec::new(), Value::Null, at(62)).expect("held");
+    assert_eq!(plane.admit(task, 2, at(63)), Admission::Closed, "no lease, no access");
+}
+
+#[test]
+fn a_token_of_an_earlier_lease_opens_nothing() {
+    let mut plane = plane(Config { domain_token_ttl: Duration::from_secs(60), ..fast() });
+    let one = node(1, &["/a"]);
+    add(&mut plane, &[("s", "/a")], &[], 3, 0);
+    let first = lease(&mut plane, &one, 0).expect("work");
+    assert_eq!(plane.admit(first.task, first.token.serial, at(99)), Admission::Open);
+    assert_eq!(plane.admit(first.task, first.token.serial, at(100)), Admission::Closed, "the lease ran out");
+    let second = lease(&mut plane, &one, 100).expect("re-queued");
+    assert_eq!(plane.admit(second.task, first.token.serial, at(101)), Admission::Closed);
+    assert_eq!(plane.admit(second.task, second.token.serial, at(101)), Admission::Open);
+}
+
+#[test]
+fn recent_events_are_kept_and_progress_starts_anew_with_each_attempt() {
+    let mut plane = plane(fast());
+    let one = node(1, &["/a"]);
+    let job = add(&mut plane, &[("s", "/a")], &[], 3, 0);
+    let task = lease(&mut plane, &one, 0).expect("work").task;
+    let events: Vec<Value> = (0..EVENTS_MAX + 5).map(|n| json!(n)).collect();
+    plane.beat(task, one.id, json!({"pct": 1}), events, at(1)).expect("held");
+    let seen = plane.job(job, at(2)).expect("known");
+    let kept = seen["tasks"][0]["meta"]["events"].as_array().expect("events").clone();
+    assert_eq!((kept.len(), &kept[0]), (EVENTS_MAX, &json!(5)));
+    plane.fail(task, one.id, "x", Value::Null, at(3)).expect("held");
+    lease(&mut plane, &one, 4).expect("re-queued");
+    assert_eq!(plane.job(job, at(5)).expect("known")["tasks"][0]["meta"]["progress"], Value::Null);
+}
+
+#[test]
+fn a_cancelled_lease_that_runs_out_is_cancelled_not_queued() {
+    let mut plane = plane(fast());
+    let one = node(1, &["/a"]);
+    let job = add(&mut plane, &[("s", "/a"), ("t", "/a")], &[("s", "t")], 3, 0);
+    lease(&mut plane, &one, 0).expect("work");
+    assert!(plane.cancel(job, at(1)).is_some());
+    assert_eq!(word(&mut plane, job, 2), "leased canceled");
+    assert_eq!(word(&mut plane, job, 100), "canceled canceled");
+    assert!(lease(&mut plane, &one, 101).is_none());
+    assert_eq!(plane.cancel(Uuid::from_u128(9), at(1)), None);
+}
+
+#[test]
+fn work_that_ends_before_its_cancel_is_heard_counts() {
+    let mut plane = plane(fast());
+    let one = node(1, &["/a"]);
+    let job = add(&mut plane, &[("s", "/a"), ("s", "/a")], &[], 3, 0);
+    let (first, second) =
+        (lease(&mut plane, &one, 0).expect("work").task, lease(&mut plane, &one, 0).expect("work").task);
+    plane.cancel(job, at(1));
+    plane.complete(first, one.id, vec!["d".to_owned()], Value::Null, at(2)).expect("held");
+    plane.fail(second, one.id, "x", Value::Null, at(2)).expect("held");
+    assert_eq!(word(&mut plane, job, 3), "completed canceled");
+    assert_eq!(plane.job_status(job), Some("canceled"));
+}
+
+/// Random calls of two nodes and an author. Whatever they do: counts, queues and expiries agree
+/// with the tasks' states, no task is leased twice at once, attempts stay within their bound, and
+/// in the end every job ends.
+#[test]
+fn random_calls_keep_the_books_in_order() {
+    for seed in 0..60 {
+        let mut random = StdRng::seed_from_u64(seed);
+        let mut plane = plane(Config { leases_per_node: Some(4), finished_tasks_max: 20, ..fast() });
+        let nodes = [node(1, &["/a", "/b"]), node(2, &["/b"])];
+        let mut held: Vec<(Uuid, usize)> = Vec::new();
+        let mut jobs = Vec::new();
+        let mut now = 0;
+        for _ in 0..400 {
+            now += random.random_range(0..30);
+            let who = random.random_range(0..2_usize);
+            let pick = (!held.is_empty()).then(|| held[random.random_range(0..held.len())]);
+            match (random.random_range(0..8), pick) {
+                (0, _) => {
+                    let stages = [("s", "/a"), ("s", "/b"), ("t", "/b"), ("u", "/a")];
+                    let edges = [("s", "t"), ("t", "u")];
+                    jobs.push(add(&mut plane, &stages, &edges, random.random_range(1..3), now));
+                }
+                (1, _) if !jobs.is_empty() => {
+                    plane.cancel(jobs[random.random_range(0..jobs.len())], at(now));
+                }
+                (2 | 3, _) => {
+                    if let Ok(Some(granted)) = plane.lease(&nodes[who], None, None, at(now)) {
+                        held.push((granted.task, who));
+                    }
+                }
+                (4, Some((task, _))) => drop(beat(&mut plane, task, &nodes[who], now)),
+                (5 | 6, Some((task, by))) => {
+                    drop(plane.complete(task, nodes[by].id, Vec::new(), Value::Null, at(now)));
+                }
+                (7, Some((task, _))) => drop(plane.fail(task, nodes[who].id, "x", Value::Null, at(now))),
+                _ => {}
+            }
+            check_books(&mut plane, &nodes, now);
+        }
+        // Nobody calls any more: leases run out, and one diligent node finishes the rest.
+        let diligent = node(3, &["/a", "/b"]);
+        now += 1000;
+        while let Some(granted) = lease(&mut plane, &diligent, now) {
+            plane.complete(granted.task, diligent.id, Vec::new(), Value::Null, at(now)).expect("held");
+            check_books(&mut plane, &nodes, now);
+        }
+        for job in jobs {
+            let status = plane.job_status(job);
+            assert!(!matches!(status, Some("pending" | "running")), "seed {seed}: {status:?}");
+        }
+        assert!(plane.tasks.len() <= 24, "old ends are forgotten");
+    }
+}
+
+fn check_books(plane: &mut Plane, nodes: &[Node], now: u64) {
+    plane.expire(at(now));
+    let queued: usize = plane.ready.values().map(BTreeSet::len).sum();
+    let ready = plane.tasks.values().filter(|task| matches!(task.state, State::Ready)).count();
+    assert_eq!(queued, ready);
+    let held: Vec<Uuid> = plane
+        .tasks
+        .values()
+        .filter_map(|task| if let State::Held(hold) = &task.state { Some(hold.node) } else { None })
+        .collect();
+    assert_eq!(plane.expiries.len(), held.len());
+    for node in nodes {
+        let count = held.iter().filter(|holder| **holder == node.id).count();
+        assert_eq!(plane.slots.get(&node.id).map_or(0, |slot| slot.held), count);
+    }
+    for job in plane.jobs.values() {
+        let mut counts = [0; 6];
+        for task in &job.tasks {
+            counts[plane.tasks[task].state.word() as usize] += 1;
+        }
+        assert_eq!(counts, job.counts);
+    }
+    for task in plane.tasks.values() {
+        assert!(task.attempts <= task.request.max_attempts());
+        let open = plane.deps_remaining(task) == 0;
+        assert!(open || matches!(task.state, State::Blocked), "only what waits has something to wait for");
+    }
+    assert_eq!(plane.order.len(), plane.jobs.len());
+}

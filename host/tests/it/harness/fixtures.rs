@@ -1,0 +1,193 @@
+//! The plugins the integration tests load: built on first use, once per test run, into
+//! `<target>/fixtures`.
+//!
+//! Cargo builds no cdylib of another crate for a test, so the harness asks it to. A lock file keeps
+//! test processes that run at the same time apart; within a process each library is built once.
+//! Start at [`zoo`] for runners with a behaviour, at [`c`] for plugins that are refused.
+
+use std::{
+    collections::HashMap,
+    env::consts::{DLL_PREFIX, DLL_SUFFIX},
+    fs::File,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{Mutex, OnceLock, PoisonError},
+};
+
+use tempfile::TempDir;
+
+/// Runners that behave in every way: `host/tests/fixtures/rust/zoo`.
+pub(crate) fn zoo() -> PathBuf {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| fixture("zoo", "zoo")).clone()
+}
+
+/// A plugin whose runner panics while it is made.
+pub(crate) fn init_panics() -> PathBuf {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| fixture("init-panics", "init_panics")).clone()
+}
+
+/// A Rust plugin with another parameter in its table, sound by all that shows without the layout.
+pub(crate) fn changed_struct() -> PathBuf {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| fixture("changed-struct", "changed_struct")).clone()
+}
+
+/// A plugin built by the same SDK under a later version number.
+pub(crate) fn newer_sdk() -> PathBuf {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| fixture("newer-sdk", "newer_sdk")).clone()
+}
+
+/// A plugin with its own lock file and another tokio.
+pub(crate) fn stranger() -> PathBuf {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| fixture("stranger", "stranger")).clone()
+}
+
+/// The workspace's own `hello`.
+pub(crate) fn hello() -> PathBuf {
+    own("hello")
+}
+
+/// The workspace's own `echo`.
+pub(crate) fn echo() -> PathBuf {
+    own("echo")
+}
+
+/// The workspace's own `noop`.
+pub(crate) fn noop() -> PathBuf {
+    own("noop")
+}
+
+/// The workspace's own `pointcloud`.
+pub(crate) fn pointcloud() -> PathBuf {
+    own("pointcloud")
+}
+
+/// A C plugin: `host/tests/fixtures/c/<name>.c`, compiled with `-D` for each of `defines`, such as
+/// `c("refused", &["ABI=0x20000"])`. The head of the file lists what it understands.
+pub(crate) fn c(name: &str, defines: &[&str]) -> PathBuf {
+    static BUILT: OnceLock<Mutex<HashMap<String, PathBuf>>> = OnceLock::new();
+    let plain = |text: &str| text.replace(|c: char| !c.is_ascii_alphanumeric(), "_");
+    // `c` in front: a folder may hold the Rust `hello` too.
+    let words = ["c", name].into_iter().chain(defines.iter().copied());
+    let library = words.map(plain).collect::<Vec<_>>().join("-");
+    let mut built = BUILT.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
+    built.entry(library).or_insert_with_key(|library| compile(name, defines, &[], library)).clone()
+}
+
+/// A C plugin that is sound but needs a library, `librh_fixture_missing.so`, that is nowhere.
+pub(crate) fn needs_missing() -> PathBuf {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    let build = || {
+        // The soname is what the plugin notes; without one it would be the whole path.
+        let soname = ["-Wl,-soname,librh_fixture_missing.so"];
+        let missing = compile("refused", &["NO_ENTRY", "NO_MANIFEST"], &soname, "rh_fixture_missing");
+        let link = ["-Wl,--no-as-needed", missing.to_str().expect("the target folder's name is UTF-8")];
+        let plugin = compile("refused", &[], &link, "c-needs_missing");
+        std::fs::remove_file(missing).expect("the target folder is writable");
+        plugin
+    };
+    BUILT.get_or_init(build).clone()
+}
+
+/// A fresh folder that holds copies of `libraries` under their own names.
+pub(crate) fn plugins_dir(libraries: &[PathBuf]) -> TempDir {
+    let dir = tempfile::tempdir().expect("a folder below the system's temporary one");
+    for library in libraries {
+        let name = library.file_name().expect("a library has a name");
+        std::fs::copy(library, dir.path().join(name)).unwrap_or_else(|err| panic!("copy {}: {err}", library.display()));
+    }
+    dir
+}
+
+fn host_dir() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// `<target>/fixtures`. Cargo's folder for integration tests lies in the target folder, wherever
+/// configuration or environment put that.
+fn target_dir() -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("cargo puts it into the target folder").join("fixtures")
+}
+
+fn library_name(name: &str) -> String {
+    format!("{DLL_PREFIX}{name}{DLL_SUFFIX}")
+}
+
+/// Held while something is built, by one process at a time.
+fn lock() -> File {
+    std::fs::create_dir_all(target_dir()).expect("the target folder is writable");
+    let file = File::create(target_dir().join("harness.lock")).expect("the target folder is writable");
+    #[cfg(unix)]
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).expect("the target folder can hold a lock");
+    file
+}
+
+/// A crate of its own below `host/tests/fixtures/rust`.
+fn fixture(folder: &str, library: &str) -> PathBuf {
+    cargo_build(&host_dir().join("tests/fixtures/rust").join(folder), &[]);
+    target_dir().join("debug").join(library_name(library))
+}
+
+/// A plugin of this workspace; the first one asked for builds them all.
+fn own(package: &str) -> PathBuf {
+    static BUILT: OnceLock<()> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        let packages = ["-p", "hello", "-p", "echo", "-p", "noop", "-p", "pointcloud"];
+        cargo_build(host_dir(), &packages);
+    });
+    target_dir().join("debug").join(library_name(package))
+}
+
+/// Runs `cargo build` in `dir`: from what is on this machine, and only if that does not do, with the network.
+fn cargo_build(dir: &Path, arguments: &[&str]) {
+    let _lock = lock();
+    let build = |offline: &[&str]| {
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo.current_dir(dir).arg("build").args(offline).args(arguments).arg("--target-dir").arg(target_dir());
+        // What cargo says to the test binary's own build is not meant for this one.
+        for (name, _) in std::env::vars_os() {
+            if name.to_str().is_some_and(|name| name.starts_with("CARGO_PKG_") || name == "CARGO_MANIFEST_DIR") {
+                cargo.env_remove(name);
+            }
+        }
+        cargo.output().unwrap_or_else(|err| panic!("{} does not run: {err}", env!("CARGO")))
+    };
+    let offline = build(&["--offline"]);
+    if offline.status.success() {
+        return;
+    }
+    let online = build(&[]);
+    assert!(
+        online.status.success(),
+        "the fixture {} does not build\noffline:\n{}\nonline:\n{}",
+        dir.display(),
+        String::from_utf8_lossy(&offline.stderr),
+        String::from_utf8_lossy(&online.stderr),
+    );
+}
+
+/// Compiles one variant of a C fixture; it appears under its name only when it is whole.
+fn compile(name: &str, defines: &[&str], link: &[&str], library: &str) -> PathBuf {
+    let _lock = lock();
+    let dir = target_dir().join("c");
+    std::fs::create_dir_all(&dir).expect("the target folder is writable");
+    let (whole, partial) = (dir.join(library_name(library)), dir.join(format!("{library}.partial")));
+    let output = Command::new("cc")
+        .args(["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic", "-shared", "-fPIC", "-pthread"])
+        .args(defines.iter().map(|define| format!("-D{define}")))
+        .arg("-I")
+        .arg(host_dir().join("../runner-sdk/include"))
+        .arg("-o")
+        .arg(&partial)
+        .arg(host_dir().join("tests/fixtures/c").join(format!("{name}.c")))
+        .args(link)
+        .output()
+        .unwrap_or_else(|err| panic!("cc does not run ({err}); these tests need a C compiler"));
+    assert!(output.status.success(), "cc {name} {defines:?}:\n{}", String::from_utf8_lossy(&output.stderr));
+    std::fs::rename(&partial, &whole).expect("the target folder is writable");
+    whole
+}

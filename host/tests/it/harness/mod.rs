@@ -1,0 +1,194 @@
+//! What every integration test stands on: the real binary, the real embedded world, real plugins.
+//!
+//! [`Lab`] is a world with helpers for jobs and data; [`node`] spawns the binary; [`rubbish`] stands
+//! between the two and gives bad answers; [`fixtures`] builds the plugins. Nothing here sleeps: every
+//! wait is for an event and has a limit that fails with the node's own log.
+
+pub(crate) mod fixtures;
+pub(crate) mod node;
+pub(crate) mod rubbish;
+
+use std::{collections::BTreeMap, future::Future, path::PathBuf, time::Duration};
+
+use http::{Request, StatusCode};
+use http_body_util::BodyExt;
+use runner_host::{
+    dev::{Config, Seen, World},
+    transport::{self, Client},
+};
+use serde_json::{Value, json};
+use url::Url;
+use uuid::Uuid;
+
+use node::{NodeSetup, TestNode};
+
+/// Far more than anything takes; a hang becomes a failed test.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Waits for `event`, or fails and says what was waited for.
+pub(crate) async fn within<T>(what: &str, log: impl Fn() -> String, event: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(PATIENCE, event).await {
+        Ok(value) => value,
+        Err(_) => panic!("waited {PATIENCE:?} for {what}; the node said:\n{}", log()),
+    }
+}
+
+/// A world, and who asks it.
+pub(crate) struct Lab {
+    pub(crate) world: World,
+    client: Client,
+}
+
+impl Lab {
+    pub(crate) async fn start() -> Self {
+        Self::with(|_| {}).await
+    }
+
+    pub(crate) async fn with(change: impl FnOnce(&mut Config)) -> Self {
+        let mut config = Config::default();
+        change(&mut config);
+        Self::around(World::start(config).await.expect("a world starts on a free port"))
+    }
+
+    pub(crate) fn around(world: World) -> Self {
+        Self { world, client: Client::new(transport::Config::default()) }
+    }
+
+    /// A node that will join this world with these plugins.
+    pub(crate) fn node(&self, plugins: &[PathBuf]) -> NodeSetup {
+        let (dds, dms) = (self.world.dds_url(), self.world.dms_url());
+        NodeSetup::new(&dds, &dms, plugins)
+    }
+
+    /// A node that has joined and leases.
+    pub(crate) async fn joined(&self, plugins: &[PathBuf]) -> TestNode {
+        self.node(plugins).leasing().await
+    }
+
+    /// A job of one task.
+    pub(crate) fn task(&self, capability: &str) -> TaskSetup<'_> {
+        let task = json!({ "label": "one", "stage": "one", "capability": capability, "max_attempts": 1 });
+        TaskSetup { lab: self, task }
+    }
+
+    /// A job of one task that has ended.
+    pub(crate) async fn run(&self, node: &TestNode, capability: &str, meta: Value) -> Ended {
+        self.ended(node, self.task(capability).meta(meta).submit()).await
+    }
+
+    /// Waits until the job's tasks are over.
+    pub(crate) async fn ended(&self, node: &TestNode, job: Uuid) -> Ended {
+        let over = |view: &Value| matches!(view["job"]["status"].as_str(), Some("completed" | "failed" | "canceled"));
+        let ended = within("the end of a job", || node.log(), self.world.job_until(job, over)).await;
+        Ended(ended)
+    }
+
+    /// Waits until the job's first task looks as `wanted`.
+    pub(crate) async fn task_until(&self, node: &TestNode, job: Uuid, wanted: impl Fn(&Value) -> bool) -> Value {
+        let view = self.world.job_until(job, |view| wanted(&view["tasks"][0]));
+        within("a change of a task", || node.log(), view).await["tasks"][0].clone()
+    }
+
+    /// Waits until the job's first task runs and its runner has said so.
+    pub(crate) async fn started(&self, node: &TestNode, job: Uuid) -> Value {
+        self.task_until(node, job, |task| task["meta"]["progress"]["started"] == true).await
+    }
+
+    /// Waits until the world has seen what `wanted` looks for.
+    pub(crate) async fn seen(&self, node: &TestNode, wanted: impl Fn(&[Seen]) -> bool) -> Vec<Seen> {
+        within("a request", || node.log(), self.world.journal_until(wanted)).await
+    }
+
+    /// Stores an input.
+    pub(crate) async fn put(&self, name: &str, bytes: &[u8]) -> Uuid {
+        self.world.put_data(name, "binary", bytes).await.expect("the world stores data")
+    }
+
+    /// An artifact's bytes.
+    pub(crate) async fn read(&self, id: &str) -> Vec<u8> {
+        let url = format!("{}api/v1/domains/{}/data/{id}?raw=1", self.world.dds_url(), self.world.domain_id());
+        let request = Request::get(url).header("authorization", format!("Bearer {}", self.world.grant()));
+        let request = request.body(transport::full("")).expect("a request");
+        let answer = self.client.send(request, PATIENCE).await.expect("the world answers");
+        assert_eq!(answer.status(), StatusCode::OK, "artifact {id}");
+        answer.into_body().collect().await.expect("a whole body").to_bytes().to_vec()
+    }
+
+    /// The artifact a finished job published under this logical path.
+    pub(crate) async fn artifact(&self, ended: &Ended, path: &str) -> Vec<u8> {
+        self.read(ended.artifacts()[path]["id"].as_str().expect("an artifact has an id")).await
+    }
+}
+
+/// A task about to be submitted.
+pub(crate) struct TaskSetup<'a> {
+    lab: &'a Lab,
+    task: Value,
+}
+
+impl TaskSetup<'_> {
+    pub(crate) fn meta(mut self, meta: Value) -> Self {
+        self.task["meta"] = meta;
+        self
+    }
+
+    pub(crate) fn inputs(mut self, ids: &[Uuid]) -> Self {
+        self.task["inputs_cids"] = json!(ids);
+        self
+    }
+
+    /// Any other field.
+    pub(crate) fn set(mut self, field: &str, value: Value) -> Self {
+        self.task[field] = value;
+        self
+    }
+
+    pub(crate) fn submit(self) -> Uuid {
+        self.lab.world.create_job(json!({ "label": "it", "tasks": [self.task] })).expect("a job the world takes")
+    }
+}
+
+/// A job that is over, as its author sees it.
+#[derive(Debug)]
+pub(crate) struct Ended(pub(crate) Value);
+
+impl Ended {
+    pub(crate) fn status(&self) -> &str {
+        self.0["job"]["status"].as_str().expect("a job has a status")
+    }
+
+    pub(crate) fn task(&self) -> &Value {
+        &self.0["tasks"][0]
+    }
+
+    /// The last receipt's meta.
+    pub(crate) fn receipt(&self) -> &Value {
+        &self.0["receipts"].as_array().and_then(|all| all.last()).expect("a job that ended has a receipt")["meta"]
+    }
+
+    pub(crate) fn completed(&self) -> &Self {
+        assert_eq!(self.status(), "completed", "{:#}", self.0);
+        self
+    }
+
+    /// Reason and details of a failure.
+    pub(crate) fn failed(&self) -> (&str, &Value) {
+        assert_eq!(self.status(), "failed", "{:#}", self.0);
+        let meta = self.receipt();
+        (meta["reason"].as_str().expect("a failure has a reason"), &meta["details"])
+    }
+
+    /// Artifacts of the receipt by logical path, of a completion or a failure.
+    pub(crate) fn artifacts(&self) -> BTreeMap<String, Value> {
+        let meta = self.receipt();
+        let list = if meta["artifacts"].is_array() { &meta["artifacts"] } else { &meta["details"]["artifacts"] };
+        let list = list.as_array().expect("a list of artifacts");
+        let path = |artifact: &Value| artifact["logical_path"].as_str().expect("a path").to_owned();
+        list.iter().map(|artifact| (path(artifact), artifact.clone())).collect()
+    }
+}
+
+/// A URL on `base` without a trailing slash.
+pub(crate) fn trimmed(base: &Url) -> &str {
+    base.as_str().trim_end_matches('/')
+}

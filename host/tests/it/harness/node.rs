@@ -1,0 +1,364 @@
+//! The binary as a process: started with an explicit environment, its output awaited line by line,
+//! gone when the test drops it.
+
+use std::{
+    collections::BTreeMap,
+    ffi::OsString,
+    io::{BufRead, BufReader, Read},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex, MutexGuard},
+    thread,
+    time::Duration,
+};
+
+use http::Request;
+use runner_host::{
+    auth::NodeKey,
+    transport::{self, Client},
+};
+use rustix::process::{Pid, Signal};
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::sync::watch;
+use url::Url;
+
+use super::{PATIENCE, fixtures, trimmed, within};
+
+/// A command line of the binary, with nothing in its environment but what is set here.
+pub(crate) struct Cli {
+    args: Vec<OsString>,
+    env: BTreeMap<String, String>,
+    dir: Option<PathBuf>,
+}
+
+impl Cli {
+    pub(crate) fn new(args: &[&str]) -> Self {
+        let args = args.iter().map(OsString::from).collect();
+        Self { args, env: BTreeMap::new(), dir: None }
+    }
+
+    pub(crate) fn arg(mut self, arg: impl Into<OsString>) -> Self {
+        self.args.push(arg.into());
+        self
+    }
+
+    pub(crate) fn set(mut self, name: &str, value: impl Into<String>) -> Self {
+        self.env.insert(name.to_owned(), value.into());
+        self
+    }
+
+    pub(crate) fn dir(mut self, dir: &Path) -> Self {
+        self.dir = Some(dir.to_owned());
+        self
+    }
+
+    pub(crate) fn start(self) -> Process {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_runner-host"));
+        command.args(self.args).env_clear().envs(self.env);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        if let Some(dir) = self.dir {
+            command.current_dir(dir);
+        }
+        Process::follow(command.spawn().expect("the binary starts"))
+    }
+
+    /// Runs it to its end.
+    pub(crate) async fn run(self) -> Finished {
+        let process = self.start();
+        let code = process.wait().await;
+        Finished { code, stdout: process.stdout().join("\n"), stderr: process.stderr().join("\n") }
+    }
+}
+
+/// A process that has ended.
+#[derive(Debug)]
+pub(crate) struct Finished {
+    pub(crate) code: i32,
+    pub(crate) stdout: String,
+    pub(crate) stderr: String,
+}
+
+impl Finished {
+    #[track_caller]
+    pub(crate) fn expect(self, code: i32) -> Self {
+        assert_eq!(self.code, code, "stdout:\n{}\nstderr:\n{}", self.stdout, self.stderr);
+        self
+    }
+}
+
+/// A running process and what it has said so far. Killed when dropped.
+pub(crate) struct Process {
+    child: Arc<Mutex<Child>>,
+    stdout: watch::Receiver<Vec<String>>,
+    stderr: watch::Receiver<Vec<String>>,
+    code: watch::Receiver<Option<i32>>,
+}
+
+impl Process {
+    fn follow(mut child: Child) -> Self {
+        let stdout = child.stdout.take().expect("stdout is a pipe");
+        let stderr = child.stderr.take().expect("stderr is a pipe");
+        let (out_tell, out) = watch::channel(Vec::new());
+        let (err_tell, err) = watch::channel(Vec::new());
+        let (code_tell, code) = watch::channel(None);
+        let child = Arc::new(Mutex::new(child));
+        let ended = Arc::clone(&child);
+        let reading = thread::spawn(move || read(stdout, &out_tell));
+        thread::spawn(move || {
+            read(stderr, &err_tell);
+            // Both ends of file come when the process ends, so the wait below is short.
+            let _ = reading.join();
+            let status = ended.lock().expect("nobody panics with the child").wait().expect("a child can be waited for");
+            code_tell.send_replace(Some(status.code().unwrap_or(-1)));
+        });
+        Self { child, stdout: out, stderr: err, code }
+    }
+
+    fn child(&self) -> MutexGuard<'_, Child> {
+        self.child.lock().expect("nobody panics with the child")
+    }
+
+    pub(crate) fn stdout(&self) -> Vec<String> {
+        self.stdout.borrow().clone()
+    }
+
+    pub(crate) fn stderr(&self) -> Vec<String> {
+        self.stderr.borrow().clone()
+    }
+
+    /// Everything it said.
+    pub(crate) fn log(&self) -> String {
+        format!("{}\n{}", self.stdout().join("\n"), self.stderr().join("\n"))
+    }
+
+    pub(crate) async fn wait(&self) -> i32 {
+        let mut code = self.code.clone();
+        let ended = async { code.wait_for(Option::is_some).await.expect("the exit is told").expect("there is a code") };
+        within("the end of the process", || self.log(), ended).await
+    }
+
+    pub(crate) fn has_ended(&self) -> bool {
+        self.code.borrow().is_some()
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        let mut child = self.child();
+        // One that has ended is not signalled: its number may be somebody else's.
+        if matches!(child.try_wait(), Ok(None)) {
+            rustix::process::kill_process(Pid::from_child(&child), signal).expect("our own child takes signals");
+        }
+    }
+
+    /// Waits for a line on stdout.
+    pub(crate) async fn stdout_line(&self, wanted: impl Fn(&str) -> bool) -> String {
+        line(self, self.stdout.clone(), wanted).await
+    }
+
+    /// Waits for a line on stderr.
+    pub(crate) async fn stderr_line(&self, wanted: impl Fn(&str) -> bool) -> String {
+        line(self, self.stderr.clone(), wanted).await
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended; then there is nothing to do.
+        let _ = self.child().kill();
+    }
+}
+
+fn read(from: impl Read, tell: &watch::Sender<Vec<String>>) {
+    for line in BufReader::new(from).split(b'\n') {
+        let Ok(line) = line else { return };
+        tell.send_modify(|lines| lines.push(String::from_utf8_lossy(&line).into_owned()));
+    }
+}
+
+async fn line(process: &Process, mut lines: watch::Receiver<Vec<String>>, wanted: impl Fn(&str) -> bool) -> String {
+    let found = async {
+        let found = lines.wait_for(|lines| lines.iter().any(|line| wanted(line))).await;
+        let found = found.unwrap_or_else(|_| panic!("the process ended without the line:\n{}", process.log()));
+        found.iter().find(|line| wanted(line)).expect("just found").clone()
+    };
+    within("a line", || process.log(), found).await
+}
+
+/// A node about to start.
+pub(crate) struct NodeSetup {
+    cli: Cli,
+    scratch: TempDir,
+    plugins: TempDir,
+    pub(crate) key: String,
+}
+
+impl NodeSetup {
+    pub(crate) fn new(dds: &Url, dms: &Url, libraries: &[PathBuf]) -> Self {
+        let scratch = tempfile::tempdir().expect("a folder below the system's temporary one");
+        let plugins = fixtures::plugins_dir(libraries);
+        let (_, key) = NodeKey::generate();
+        let cli = Cli::new(&["run"])
+            .arg("--plugins")
+            .arg(plugins.path())
+            .set("DDS_BASE_URL", trimmed(dds))
+            .set("DMS_BASE_URL", trimmed(dms))
+            .set("REG_SECRET", "a-registration-secret")
+            .set("SECP256K1_PRIVHEX", key.as_str())
+            .set("HTTP_BIND", "127.0.0.1:0")
+            .set("SCRATCH_DIR", scratch.path().to_string_lossy())
+            .set("POLL_BACKOFF_MS_MIN", "10")
+            .set("POLL_BACKOFF_MS_MAX", "50")
+            .set("HEARTBEAT_JITTER_MS", "10");
+        Self { cli: cli.dir(plugins.path()), scratch, plugins, key }
+    }
+
+    pub(crate) fn set(mut self, name: &str, value: impl Into<String>) -> Self {
+        self.cli = self.cli.set(name, value);
+        self
+    }
+
+    pub(crate) fn arg(mut self, arg: impl Into<OsString>) -> Self {
+        self.cli = self.cli.arg(arg);
+        self
+    }
+
+    /// The folder it loads plugins from.
+    pub(crate) fn plugins(&self) -> &Path {
+        self.plugins.path()
+    }
+
+    /// Writes a plugins file and uses it.
+    pub(crate) fn plugins_file(self, text: &str) -> Self {
+        let file = self.plugins.path().join("plugins.toml");
+        std::fs::write(&file, text).expect("the folder is writable");
+        self.arg("--plugins-file").arg(file)
+    }
+
+    /// Starts it and waits until its pages are served.
+    pub(crate) async fn start(self) -> TestNode {
+        let process = self.cli.start();
+        let started = process.stderr_line(|line| line.contains("\"node started\"")).await;
+        let started: Value = serde_json::from_str(&started).expect("a node logs JSON");
+        let address = started["address"].as_str().expect("an address").to_owned();
+        let (scratch, plugins, key) = (self.scratch, self.plugins, self.key);
+        let client = Client::new(transport::Config::default());
+        TestNode { process, address, scratch, _plugins: plugins, key, client }
+    }
+
+    /// Starts it and waits until it asks for work.
+    pub(crate) async fn leasing(self) -> TestNode {
+        let node = self.start().await;
+        node.says("leasing").await;
+        node
+    }
+
+    /// Runs it to its end: for nodes that must not start.
+    pub(crate) async fn refused(self) -> Finished {
+        self.cli.run().await
+    }
+}
+
+/// A running `runner-host run`.
+pub(crate) struct TestNode {
+    process: Process,
+    pub(crate) address: String,
+    scratch: TempDir,
+    _plugins: TempDir,
+    pub(crate) key: String,
+    client: Client,
+}
+
+impl TestNode {
+    /// Waits for a log line.
+    pub(crate) async fn line(&self, wanted: impl Fn(&Value) -> bool) -> Value {
+        let parsed = |line: &str| serde_json::from_str::<Value>(line).unwrap_or_default();
+        let line = self.process.stderr_line(|line| wanted(&parsed(line))).await;
+        parsed(&line)
+    }
+
+    /// Waits for a line with this message.
+    pub(crate) async fn says(&self, message: &str) -> Value {
+        self.line(|line| line["message"] == message).await
+    }
+
+    /// Every log line so far. Fails on one that is no JSON: operators feed them to machines.
+    pub(crate) fn lines(&self) -> Vec<Value> {
+        let lines = self.process.stderr();
+        lines.iter().map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("no JSON: {line}"))).collect()
+    }
+
+    /// The lines so far with this message.
+    pub(crate) fn said(&self, message: &str) -> Vec<Value> {
+        self.lines().into_iter().filter(|line| line["message"] == message).collect()
+    }
+
+    pub(crate) fn log(&self) -> String {
+        self.process.log()
+    }
+
+    pub(crate) fn term(&self) {
+        self.process.signal(Signal::TERM);
+    }
+
+    pub(crate) async fn wait(&self) -> i32 {
+        self.process.wait().await
+    }
+
+    pub(crate) fn is_alive(&self) -> bool {
+        !self.process.has_ended()
+    }
+
+    /// Stops it in peace.
+    pub(crate) async fn stop(&self) {
+        self.term();
+        assert_eq!(self.wait().await, 0, "{}", self.log());
+    }
+
+    pub(crate) fn scratch_dir(&self) -> &Path {
+        self.scratch.path()
+    }
+
+    /// What lies in the node's own scratch folder; `None` when that is gone.
+    pub(crate) fn scratch(&self) -> Vec<PathBuf> {
+        fn walk(dir: &Path, found: &mut Vec<PathBuf>) {
+            for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+                let path = entry.path();
+                if path.is_dir() {
+                    found.push(path.clone());
+                    walk(&path, found);
+                } else if !path.to_string_lossy().ends_with("lock") {
+                    found.push(path);
+                }
+            }
+        }
+        let mut found = Vec::new();
+        walk(self.scratch.path(), &mut found);
+        found
+    }
+
+    /// One of the node's pages.
+    pub(crate) async fn page(&self, path: &str) -> (u16, Value) {
+        let request = Request::get(format!("http://{}{path}", self.address)).body(transport::full(""));
+        let answer = self.client.call(request.expect("a request"), PATIENCE).await;
+        let answer = answer.unwrap_or_else(|err| panic!("{path}: {err}\n{}", self.log()));
+        (answer.status.as_u16(), answer.json().unwrap_or_default())
+    }
+
+    /// Asks for a page until it looks as `wanted`; pages have no bell to wait for.
+    pub(crate) async fn page_until(&self, path: &str, wanted: impl Fn(&(u16, Value)) -> bool) -> (u16, Value) {
+        let asking = async {
+            loop {
+                let page = self.page(path).await;
+                if wanted(&page) {
+                    return page;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        within(path, || self.log(), asking).await
+    }
+
+    pub(crate) async fn status(&self) -> Value {
+        self.page("/status.json").await.1
+    }
+}

@@ -1,0 +1,307 @@
+//! A foreign service that gives bad answers: it stands between a node and a world, passes everything
+//! on, and answers by itself where a test says so. When it is told to stop that, the world is back.
+
+use std::{
+    convert::Infallible,
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use bytes::Bytes;
+use http::{Request, Response, StatusCode, header};
+use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
+use hyper::{body::Frame, body::Incoming, service::service_fn};
+use hyper_util::rt::TokioIo;
+use runner_host::transport::{self, Client, JSON_BYTES_MAX};
+use serde_json::Value;
+use tokio::{net::TcpListener, sync::watch};
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use url::Url;
+
+use super::{Lab, PATIENCE, node::NodeSetup, within};
+
+type Body = BoxBody<Bytes, std::io::Error>;
+type Edit = Arc<dyn Fn(&mut Value) + Send + Sync>;
+
+/// What is answered instead.
+#[derive(Clone)]
+pub(crate) enum Bad {
+    /// 200 and nothing.
+    Empty,
+    /// 200 and JSON beyond what a node reads.
+    Oversize,
+    /// 200 and a body that breaks off.
+    Truncated,
+    /// 200 and no JSON.
+    Garbage,
+    /// 200 and a page for people.
+    Html,
+    /// Any status with any text.
+    Status(u16, &'static str),
+    /// 200 and this.
+    Json(Value),
+    /// The connection ends without an answer.
+    Cut,
+    /// No answer while the service lives.
+    Hang,
+    /// The world's answer, changed.
+    Edit(Edit),
+    /// The world's answer, once this is turned.
+    Held(CancellationToken),
+    /// This status, and in the body everything that was sent, headers included.
+    Echo(u16),
+}
+
+impl Bad {
+    pub(crate) fn edit(edit: impl Fn(&mut Value) + Send + Sync + 'static) -> Self {
+        Self::Edit(Arc::new(edit))
+    }
+
+    /// An answer that is held back until the token is cancelled.
+    pub(crate) fn gate() -> (CancellationToken, Self) {
+        let gate = CancellationToken::new();
+        (gate.clone(), Self::Held(gate))
+    }
+
+    /// Every kind of answer that is no answer, with what a node should say of its content.
+    pub(crate) fn answers() -> Vec<(Self, &'static str)> {
+        vec![
+            (Self::Empty, "the body is empty"),
+            (Self::Oversize, "is larger than 2097152 bytes"),
+            (Self::Truncated, "broke off"),
+            (Self::Garbage, "malformed at line 1 column"),
+            (Self::Html, "it looks like HTML"),
+        ]
+    }
+}
+
+struct Rule {
+    pattern: String,
+    left: usize,
+    bad: Bad,
+}
+
+struct Inner {
+    world: String,
+    own: String,
+    client: Client,
+    rules: Mutex<Vec<Rule>>,
+    seen: watch::Sender<Vec<String>>,
+    connections: watch::Sender<usize>,
+}
+
+/// See the module's text.
+pub(crate) struct Rubbish {
+    inner: Arc<Inner>,
+    address: SocketAddr,
+    _stop: tokio_util::sync::DropGuard,
+    _server: AbortOnDropHandle<()>,
+}
+
+impl Rubbish {
+    /// Stands before the world of `lab`.
+    pub(crate) async fn before(lab: &Lab) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
+        let address = listener.local_addr().expect("a bound listener has an address");
+        let inner = Arc::new(Inner {
+            world: format!("http://{}", lab.world.address()),
+            own: format!("http://{address}"),
+            client: Client::new(transport::Config::default()),
+            rules: Mutex::default(),
+            seen: watch::Sender::new(Vec::new()),
+            connections: watch::Sender::new(0),
+        });
+        let stop = CancellationToken::new();
+        let server = AbortOnDropHandle::new(tokio::spawn(serve(Arc::clone(&inner), listener, stop.clone())));
+        Self { inner, address, _stop: stop.drop_guard(), _server: server }
+    }
+
+    /// A node whose every service is this one.
+    pub(crate) fn node(&self, plugins: &[PathBuf]) -> NodeSetup {
+        let url = |path: &str| Url::parse(&format!("{}{path}", self.inner.own)).expect("a URL");
+        NodeSetup::new(&url("/"), &url("/v1"), plugins)
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Answers the next `times` requests that fit `pattern` with `bad`. A `*` stands for one segment of
+    /// the path; after a `?` follows what the query must hold.
+    pub(crate) fn answer(&self, pattern: &str, times: usize, bad: Bad) {
+        self.inner.rules().push(Rule { pattern: pattern.to_owned(), left: times, bad });
+    }
+
+    /// Passes everything on again.
+    pub(crate) fn heal(&self) {
+        self.inner.rules().clear();
+    }
+
+    /// How many requests so far fit `pattern`.
+    pub(crate) fn count(&self, pattern: &str) -> usize {
+        self.inner.seen.borrow().iter().filter(|seen| fits(pattern, seen)).count()
+    }
+
+    /// How many connections were opened so far.
+    pub(crate) fn connections(&self) -> usize {
+        *self.inner.connections.borrow()
+    }
+
+    /// Waits until this many requests fit `pattern`.
+    pub(crate) async fn seen(&self, pattern: &str, times: usize) {
+        let mut seen = self.inner.seen.subscribe();
+        let enough = seen.wait_for(|seen| seen.iter().filter(|seen| fits(pattern, seen)).count() >= times);
+        within(&format!("{times} of {pattern}"), || format!("{:#?}", self.inner.seen.borrow()), async {
+            enough.await.expect("the service holds the sender");
+        })
+        .await;
+    }
+}
+
+impl Inner {
+    fn rules(&self) -> MutexGuard<'_, Vec<Rule>> {
+        self.rules.lock().expect("nobody panics with the rules")
+    }
+
+    /// What stands against this request, counted down.
+    fn rule(&self, request: &str) -> Option<Bad> {
+        let mut rules = self.rules();
+        let rule = rules.iter_mut().find(|rule| rule.left > 0 && fits(&rule.pattern, request))?;
+        rule.left -= 1;
+        Some(rule.bad.clone())
+    }
+
+    async fn pass_on(&self, request: Request<Incoming>) -> (StatusCode, String, Bytes) {
+        let (head, body) = request.into_parts();
+        let Ok(body) = body.collect().await else {
+            return (StatusCode::BAD_REQUEST, String::new(), Bytes::new());
+        };
+        let mut passed = Request::builder().method(head.method).uri(format!("{}{}", self.world, head.uri));
+        for (name, value) in &head.headers {
+            if ![header::HOST, header::CONTENT_LENGTH, header::TRANSFER_ENCODING].contains(name) {
+                passed = passed.header(name, value);
+            }
+        }
+        let passed = passed.body(transport::full(body.to_bytes())).expect("a request that was one before");
+        let answer = self.client.send(passed, PATIENCE).await.expect("the world answers");
+        let (head, body) = answer.into_parts();
+        let kind = head.headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+        let kind = kind.unwrap_or_default().to_owned();
+        (head.status, kind, body.collect().await.expect("the world's answers are whole").to_bytes())
+    }
+
+    async fn answer(&self, request: Request<Incoming>) -> Result<Response<Body>, std::io::Error> {
+        let name = format!("{} {}", request.method(), request.uri());
+        let rule = self.rule(&name);
+        self.seen.send_modify(|seen| seen.push(name.clone()));
+        let json = "application/json";
+        let answer = |status: u16, kind: &str, body: Bytes| {
+            let answer = Response::builder().status(status).header(header::CONTENT_TYPE, kind);
+            answer.body(whole(body)).expect("a response")
+        };
+        // A request that is answered without being read closes its connection under the sender.
+        if matches!(rule, Some(Bad::Cut)) {
+            return Err(std::io::Error::other("cut"));
+        }
+        Ok(match rule {
+            None | Some(Bad::Edit(_) | Bad::Held(_)) => {
+                let (status, kind, mut body) = self.pass_on(request).await;
+                if let Some(Bad::Held(gate)) = &rule {
+                    gate.cancelled().await;
+                }
+                let plane = name.contains(" /v1/");
+                if let (Ok(mut value), true) = (serde_json::from_slice::<Value>(&body), plane) {
+                    // All further calls shall come here too.
+                    if value["domain_server_url"] == self.world.as_str() {
+                        value["domain_server_url"] = self.own.as_str().into();
+                    }
+                    body = value.to_string().into();
+                }
+                if let (Some(Bad::Edit(edit)), Ok(mut value)) = (rule, serde_json::from_slice::<Value>(&body)) {
+                    edit(&mut value);
+                    body = value.to_string().into();
+                }
+                answer(status.as_u16(), &kind, body)
+            }
+            Some(Bad::Echo(status)) => {
+                let (head, body) = request.into_parts();
+                let headers = head.headers.iter().map(|(name, value)| format!("{name}={:?} ", value.as_bytes().escape_ascii().to_string()));
+                let mut echo = headers.collect::<String>().into_bytes();
+                echo.extend(body.collect().await.map(|body| body.to_bytes()).unwrap_or_default());
+                answer(status, "text/plain", echo.into())
+            }
+            Some(bad) => {
+                let _ = request.into_body().collect().await;
+                match bad {
+                    Bad::Empty => answer(200, json, Bytes::new()),
+                    Bad::Oversize => answer(200, json, format!("\"{}\"", "x".repeat(JSON_BYTES_MAX)).into()),
+                    Bad::Garbage => answer(200, json, Bytes::from_static(b"top-secret, not JSON")),
+                    Bad::Html => answer(200, "text/html", Bytes::from_static(b"<html><body>Sign in</body></html>")),
+                    Bad::Status(status, text) => answer(status, "text/plain", Bytes::from_static(text.as_bytes())),
+                    Bad::Json(value) => answer(200, json, value.to_string().into()),
+                    Bad::Truncated => Response::builder()
+                        .header(header::CONTENT_TYPE, json)
+                        .header(header::CONTENT_LENGTH, 1000)
+                        .body(broken())
+                        .expect("a response"),
+                    Bad::Hang => std::future::pending().await,
+                    Bad::Cut | Bad::Edit(_) | Bad::Held(_) | Bad::Echo(_) => unreachable!("answered above"),
+                }
+            }
+        })
+    }
+}
+
+fn whole(body: Bytes) -> Body {
+    Full::new(body).map_err(|never: Infallible| match never {}).boxed()
+}
+
+/// A beginning, and no end.
+fn broken() -> Body {
+    let beginning = Frame::data(Bytes::from_static(b"{\"access_token\":\"top-secr"));
+    let pieces = futures_util::stream::unfold(Some(beginning), |frame| async move {
+        match frame {
+            Some(frame) => Some((Ok(frame), None)),
+            None => {
+                // The beginning shall be on its way before the connection breaks.
+                tokio::task::yield_now().await;
+                Some((Err(std::io::Error::other("cut")), None))
+            }
+        }
+    });
+    BodyExt::boxed(StreamBody::new(pieces))
+}
+
+async fn serve(inner: Arc<Inner>, listener: TcpListener, stop: CancellationToken) {
+    loop {
+        let Ok((socket, _)) = listener.accept().await else { return };
+        let _ = socket.set_nodelay(true);
+        inner.connections.send_modify(|count| *count += 1);
+        let (inner, stopped) = (Arc::clone(&inner), stop.clone().cancelled_owned());
+        tokio::spawn(async move {
+            let service = service_fn(|request| inner.answer(request));
+            let connection = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(socket), service);
+            tokio::select! {
+                // How a connection ends is the test's business.
+                _ = connection => {}
+                () = stopped => {}
+            }
+        });
+    }
+}
+
+/// Whether `request`, such as `GET /v1/tasks?x=1`, fits `pattern`.
+fn fits(pattern: &str, request: &str) -> bool {
+    let (wanted, needle) = pattern.split_once('?').unwrap_or((pattern, ""));
+    let (path, query) = request.split_once('?').unwrap_or((request, ""));
+    let mut wanted = wanted.split('/');
+    let mut path = path.split('/');
+    loop {
+        match (wanted.next(), path.next()) {
+            (None, None) => return query.contains(needle),
+            (Some(wanted), Some(found)) if wanted == "*" || wanted == found => {}
+            _ => return false,
+        }
+    }
+}

@@ -1,0 +1,15 @@
+//! The integration tests: the real binary, the real embedded world over loopback, real plugins.
+//!
+//! A module per promise; what they stand on is in [`harness`].
+
+#![allow(missing_docs, reason = "tests are named as statements")]
+
+mod bad_answers;
+mod concurrency;
+mod ends;
+mod harness;
+mod lease_life;
+mod lease_path;
+mod pages;
+mod secrets;
+mod signals;

@@ -1,0 +1,438 @@
+//! The author's side of the contract, seen from a crate that only depends on the SDK.
+
+use std::{
+    future::Future,
+    num::ParseIntError,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use runner_sdk::{
+    Artifact, CancelReason, DynRunner, Error, Failure, PortErrorKind, Runner, TaskCtx, spawn_blocking,
+    testing::{Ended, TestHost},
+};
+use serde_json::json;
+use tokio::io::AsyncReadExt;
+
+/// A runner made of a function, to keep each test in one place.
+struct Act<F>(F);
+
+impl<F, T> Runner for Act<F>
+where
+    F: Fn(TaskCtx) -> T + Send + Sync + 'static,
+    T: Future<Output = Result<(), Error>> + Send,
+{
+    const CAPABILITY: &'static str = "/tests/act/v1";
+
+    async fn run(&self, ctx: TaskCtx) -> Result<(), Error> {
+        (self.0)(ctx).await
+    }
+}
+
+fn act<F, T>(act: F) -> Ended
+where
+    F: Fn(TaskCtx) -> T + Send + Sync + 'static,
+    T: Future<Output = Result<(), Error>> + Send,
+{
+    TestHost::new().run_blocking(&Act(act))
+}
+
+fn panic_of(ended: &Ended) -> (&str, &str) {
+    match ended.failure() {
+        Some(Failure::Panic { message, place }) => (message, place),
+        other => panic!("expected a panic, found {other:?}"),
+    }
+}
+
+#[test]
+fn s1_19_the_crate_says_its_name() {
+    assert_eq!(runner_sdk::CRATE_NAME, "runner-sdk");
+    assert!(runner_sdk::RUNNER_H.contains("runner_module_v1"));
+}
+
+#[test]
+fn s1_06_every_kind_of_error_comes_through_the_question_mark() {
+    let std_error = act(|_| async { Ok("x".parse::<u8>().map(drop)?) });
+    assert_eq!(std_error.error().chain(), "invalid digit found in string");
+
+    let anyhow_error = act(|_| async {
+        use anyhow::Context as _;
+        let parsed: Result<u8, ParseIntError> = "x".parse();
+        Ok(parsed.context("voxel").context("meta").map(drop)?)
+    });
+    assert_eq!(anyhow_error.error().chain(), "meta: voxel: invalid digit found in string");
+
+    let text = act(|_| async { Err("no points")? });
+    assert_eq!(text.error().to_string(), "no points");
+    let lines = act(|_| async { Err(Error::msg("two\nlines")) });
+    assert_eq!(lines.error().chain(), "two lines");
+}
+
+#[test]
+fn s1_06_an_error_carries_its_advice() {
+    let plain = act(|_| async { Err(Error::msg("broken")) });
+    assert!(!plain.error().is_retryable() && !plain.error().is_invalid_input());
+
+    let busy = act(|_| async { Err(Error::msg("busy").retryable()) });
+    assert!(busy.error().is_retryable());
+
+    let bad = act(|_| async { Err(Error::msg("empty").invalid_input().details(json!({ "points": 0 }))) });
+    assert!(bad.error().is_invalid_input() && !bad.error().is_retryable());
+}
+
+#[test]
+fn trouble_of_a_port_is_recognised_below_what_the_author_wraps_around_it() {
+    let direct = act(|ctx| async move { Ok(ctx.input.get_bytes_by_cid("missing").await.map(drop)?) });
+    assert_eq!(direct.error().port_error().map(|err| err.kind()), Some(PortErrorKind::NotFound));
+
+    async fn with_anyhow(ctx: TaskCtx) -> anyhow::Result<()> {
+        ctx.input.get_bytes_by_cid("missing").await?;
+        Ok(())
+    }
+    let through_anyhow = act(|ctx| async move { Ok(with_anyhow(ctx).await?) });
+    assert_eq!(through_anyhow.error().port_error().map(|err| err.kind()), Some(PortErrorKind::NotFound));
+    assert_eq!(through_anyhow.error().chain(), "input missing: not found (404)");
+}
+
+#[test]
+fn s1_06_a_panic_is_caught_with_text_and_place() {
+    let ended = act(|ctx| async move { panic!("boom {}", ctx.lease.task.inputs_cids.len()) });
+    let (message, place) = panic_of(&ended);
+    assert_eq!(message, "boom 0");
+    assert!(place.contains("authoring.rs:"), "{place}");
+}
+
+#[test]
+fn s1_06_a_panic_on_a_blocking_thread_keeps_its_place() {
+    let ended = act(|_| async { spawn_blocking(|| panic!("boom while computing")).await });
+    let (message, place) = panic_of(&ended);
+    assert_eq!(message, "boom while computing");
+    assert!(place.contains("authoring.rs:"), "{place}");
+}
+
+struct Bomb;
+
+impl Drop for Bomb {
+    fn drop(&mut self) {
+        panic!("boom in drop");
+    }
+}
+
+#[test]
+fn s1_06_a_panic_in_a_destructor_is_a_panic_of_the_run() {
+    let at_the_end = act(|_| async {
+        let _bomb = Bomb;
+        tokio::task::yield_now().await;
+        Ok(())
+    });
+    assert_eq!(panic_of(&at_the_end).0, "boom in drop");
+}
+
+#[test]
+fn s1_06_one_panic_does_not_touch_the_next_run() {
+    let host = TestHost::new();
+    let calls = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&calls);
+    let runner = Act(move |_| {
+        let call = counted.fetch_add(1, Ordering::Relaxed);
+        async move { if call == 0 { panic!("only once") } else { Ok(()) } }
+    });
+    assert_eq!(panic_of(&host.run_blocking(&runner)).0, "only once");
+    assert!(host.run_blocking(&runner).is_ok());
+}
+
+#[test]
+fn s1_16_cancellation_is_a_flag_and_a_future_with_a_reason() {
+    for reason in [CancelReason::Plane, CancelReason::Drained, CancelReason::Other("quota".to_owned())] {
+        let host = TestHost::new().cancel_after_progress(1);
+        let ended = host.run_blocking(&Act(|ctx: TaskCtx| async move {
+            assert!(!ctx.ctrl.is_cancelled());
+            assert_eq!(ctx.ctrl.cancel_reason().await, None);
+            let waiting = tokio::spawn({
+                let ctrl = ctx.ctrl.clone();
+                async move { ctrl.cancelled().await }
+            });
+            ctx.ctrl.progress(json!(1)).await?;
+            assert!(ctx.ctrl.is_cancelled());
+            assert_eq!(waiting.await?, CancelReason::Plane);
+            assert_eq!(ctx.ctrl.cancel_reason().await, Some(CancelReason::Plane));
+            Ok(())
+        }));
+        assert!(ended.is_ok(), "{:?}", ended.failure());
+
+        let host = TestHost::new();
+        host.cancel(reason.clone());
+        let seen = Arc::new(Mutex::new(None));
+        let tell = Arc::clone(&seen);
+        host.run_blocking(&Act(move |ctx: TaskCtx| {
+            let tell = Arc::clone(&tell);
+            async move {
+                let reason = ctx.ctrl.cancelled().await;
+                *tell.lock().expect("not poisoned") = Some(reason);
+                Ok(())
+            }
+        }));
+        assert_eq!(seen.lock().expect("not poisoned").take(), Some(reason));
+    }
+}
+
+#[test]
+fn s1_16_a_clone_of_the_host_cancels_a_run_from_outside() {
+    let host = TestHost::new();
+    let outside = host.clone();
+    let ended = host.run_blocking(&Act(move |ctx: TaskCtx| {
+        let outside = outside.clone();
+        async move {
+            std::thread::spawn(move || outside.cancel(CancelReason::Operator));
+            Err(Error::msg(format!("{:?}", ctx.ctrl.cancelled().await)))
+        }
+    }));
+    assert_eq!(ended.error().chain(), "Operator");
+}
+
+#[test]
+fn a_lost_lease_moves_no_more_data() {
+    let ended =
+        TestHost::new().input("a", b"x").cancel_after_progress(1).run_blocking(&Act(|ctx: TaskCtx| async move {
+            ctx.ctrl.progress(json!(1)).await?;
+            ctx.output.put_bytes("after-a-cancel.txt", "still ours").await?;
+            Ok(())
+        }));
+    assert_eq!(ended.output("after-a-cancel.txt"), Some(&b"still ours"[..]));
+
+    let host = TestHost::new().input("a", b"x");
+    host.cancel(CancelReason::LeaseLost);
+    let ended = host.run_blocking(&Act(|ctx: TaskCtx| async move {
+        let input = ctx.input.get_bytes_by_cid("a").await.map_err(|err| err.kind());
+        assert_eq!(input, Err(PortErrorKind::LeaseOver));
+        let output = ctx.output.put_bytes("b", "x").await.map_err(|err| err.kind());
+        assert_eq!(output, Err(PortErrorKind::LeaseOver));
+        Ok(())
+    }));
+    assert!(ended.is_ok() && ended.outputs().is_empty());
+}
+
+#[test]
+fn s1_09_s1_10_s1_11_an_input_comes_as_bytes_as_a_stream_and_as_a_file() {
+    let content: Vec<u8> = (0..700_000_u32).map(|n| (n % 251) as u8).collect();
+    let expected = content.clone();
+    let kept = Arc::new(Mutex::new(None));
+    let keep = Arc::clone(&kept);
+    let ended = TestHost::new().input("scan", content).input("none", b"").run_blocking(&Act(move |ctx: TaskCtx| {
+        let (expected, keep) = (expected.clone(), Arc::clone(&keep));
+        async move {
+            assert_eq!(ctx.input.get_bytes_by_cid("scan").await?, expected);
+            assert_eq!(ctx.input.get_bytes_by_cid("none").await?, b"");
+
+            let mut reader = ctx.input.open_reader_by_cid("scan").await?;
+            assert_eq!((reader.size(), reader.name()), (Some(700_000), Some("scan")));
+            let mut read = Vec::new();
+            reader.read_to_end(&mut read).await?;
+            assert_eq!(read, expected);
+
+            let input = ctx.input.materialize_cid_with_meta("scan").await?;
+            assert_eq!((input.cid.as_str(), input.size), ("scan", Some(700_000)));
+            assert!(input.path.starts_with(&input.root_dir) && input.root_dir.starts_with(ctx.scratch_dir()));
+            assert_eq!(std::fs::read(&input.path)?, expected);
+            let again = ctx.input.materialize_cid_to_temp("scan").await?;
+            assert_eq!(std::fs::read(again)?, expected);
+
+            let missing = ctx.input.materialize_cid_with_meta("nowhere").await.map_err(|err| err.kind());
+            assert_eq!(missing, Err(PortErrorKind::NotFound));
+            *keep.lock().expect("not poisoned") = Some(input.path);
+            Ok(())
+        }
+    }));
+    assert!(ended.is_ok(), "{:?}", ended.failure());
+    let path = kept.lock().expect("not poisoned").take().expect("the run kept it");
+    assert!(!path.exists(), "the task's directory is gone with the task");
+}
+
+#[test]
+fn s1_12_s1_13_s1_14_s1_15_an_artifact_goes_as_bytes_as_a_file_as_a_stream_and_with_metadata() {
+    let ended = act(|ctx| async move {
+        ctx.output.put_bytes("/plain//a.txt", "bytes").await?;
+
+        let file = ctx.scratch_dir().join("b.bin");
+        std::fs::write(&file, b"from a file")?;
+        ctx.output.put_file("b.bin", &file).await?;
+        let missing = ctx.output.put_file("c.bin", ctx.scratch_dir().join("missing")).await.map_err(|err| err.kind());
+        assert_eq!(missing, Err(PortErrorKind::Local));
+
+        let mut writer = ctx.output.open_multipart("d.bin").await?;
+        for piece in ["one ", "two ", "three"] {
+            writer.write_chunk(piece).await?;
+        }
+        let id = writer.finish().await?;
+        assert!(id.is_some());
+
+        let mut dropped = ctx.output.open_multipart("never.bin").await?;
+        dropped.write_chunk("unfinished").await?;
+        drop(dropped);
+
+        let artifact = Artifact::new("e.ply").name("cloud").data_type("refined_ply").existing_id("id-7");
+        assert_eq!(ctx.output.put_domain_artifact(artifact.clone(), "ply").await?, Some("id-7".to_owned()));
+        assert_eq!(ctx.output.put_domain_artifact_file(artifact, &file).await?, Some("id-7".to_owned()));
+
+        for path in ["../up", "a/../b", "nul\0", &"x".repeat(1025)] {
+            let refused = ctx.output.put_bytes(path, "x").await.map_err(|err| err.kind());
+            assert_eq!(refused, Err(PortErrorKind::InvalidPath), "{path}");
+        }
+        Ok(())
+    });
+    assert!(ended.is_ok(), "{:?}", ended.failure());
+    assert_eq!(ended.outputs().keys().collect::<Vec<_>>(), ["b.bin", "d.bin", "e.ply", "plain/a.txt"]);
+    assert_eq!(ended.output("plain/a.txt"), Some(&b"bytes"[..]));
+    assert_eq!(ended.output("d.bin"), Some(&b"one two three"[..]));
+    let cloud = &ended.outputs()["e.ply"];
+    assert_eq!(cloud.bytes, b"from a file", "putting one path twice replaces the first");
+    assert_eq!((cloud.name.as_deref(), cloud.data_type.as_deref()), (Some("cloud"), Some("refined_ply")));
+    assert_eq!(cloud.existing_id.as_deref(), Some("id-7"));
+}
+
+#[test]
+fn s1_17_s1_18_progress_and_events_arrive_in_order() {
+    let ended = act(|ctx| async move {
+        for n in 0..3 {
+            ctx.ctrl.progress(json!({ "n": n })).await?;
+            ctx.ctrl.log_event(("step", n)).await?;
+        }
+        Ok(())
+    });
+    assert_eq!(ended.progress(), [json!({ "n": 0 }), json!({ "n": 1 }), json!({ "n": 2 })]);
+    assert_eq!(ended.events(), [json!(["step", 0]), json!(["step", 1]), json!(["step", 2])]);
+}
+
+#[test]
+fn s1_08_a_token_needs_a_grant() {
+    let token = |ctx: TaskCtx| async move {
+        Err(Error::msg(format!("{:?}", ctx.ctrl.token().await.map_err(|err| err.kind()))))
+    };
+    assert_eq!(act(token).error().chain(), "Err(Unsupported)");
+    let granted = TestHost::new().token("bearer-1").run_blocking(&Act(token));
+    assert_eq!(granted.error().chain(), "Ok(\"bearer-1\")");
+}
+
+#[tokio::test]
+async fn s1_07_a_context_that_outlives_its_run_is_refused_and_harmless() {
+    let (give, kept) = tokio::sync::oneshot::channel();
+    let give = Mutex::new(Some(give));
+    let runner = Act(move |ctx: TaskCtx| {
+        let give = give.lock().expect("not poisoned").take();
+        async move {
+            let sent = give.map(|give| give.send(ctx));
+            if matches!(sent, Some(Ok(()))) { Ok(()) } else { Err(Error::msg("nobody takes the context")) }
+        }
+    });
+    let ended = TestHost::new().input("a", b"x").token("t").run(&runner).await;
+    assert!(ended.is_ok());
+
+    let ctx = kept.await.expect("the run gave its context away");
+    let late = tokio::spawn(async move {
+        [
+            ctx.ctrl.progress(json!(1)).await.err(),
+            ctx.ctrl.log_event(json!(1)).await.err(),
+            ctx.ctrl.token().await.err(),
+            ctx.input.get_bytes_by_cid("a").await.err(),
+            ctx.input.materialize_cid_with_meta("a").await.err(),
+            ctx.output.put_bytes("late.txt", "x").await.err(),
+            ctx.output.put_file("late.txt", "/dev/null").await.err(),
+        ]
+    });
+    for err in late.await.expect("nothing panics") {
+        assert_eq!(err.map(|err| err.kind()), Some(PortErrorKind::TaskOver));
+    }
+}
+
+#[tokio::test]
+async fn s1_21_runners_are_objects_that_threads_share() {
+    fn is_shared<T: Send + Sync + ?Sized>() {}
+    is_shared::<dyn DynRunner>();
+    is_shared::<TaskCtx>();
+
+    #[derive(Default)]
+    struct One;
+    impl Runner for One {
+        const CAPABILITY: &'static str = "/tests/one/v1";
+        async fn run(&self, _ctx: TaskCtx) -> Result<(), Error> {
+            Ok(())
+        }
+    }
+    let runners: Vec<Box<dyn DynRunner>> = vec![Box::new(One), Box::new(Act(|_: TaskCtx| async { Ok(()) }))];
+    let names: Vec<&str> = runners.iter().map(|runner| runner.capability()).collect();
+    assert_eq!(names, ["/tests/one/v1", "/tests/act/v1"]);
+}
+
+#[test]
+fn s1_21_one_runner_serves_two_threads_at_once() {
+    let meeting = Arc::new(tokio::sync::Barrier::new(2));
+    let runner = Arc::new(Act(move |ctx: TaskCtx| {
+        let meeting = Arc::clone(&meeting);
+        async move {
+            // Neither run gets past this unless both are under way.
+            tokio::time::timeout(Duration::from_secs(30), meeting.wait()).await?;
+            let text = ctx.input.get_bytes_by_cid("a").await?;
+            ctx.output.put_bytes("a.txt", text).await?;
+            Ok(())
+        }
+    }));
+    let threads: Vec<_> = ["left", "right"]
+        .map(|text| {
+            let runner = Arc::clone(&runner);
+            std::thread::spawn(move || (text, TestHost::new().input("a", text).run_blocking(&*runner)))
+        })
+        .into();
+    for thread in threads {
+        let (text, ended) = thread.join().expect("no panic");
+        assert_eq!(ended.output("a.txt"), Some(text.as_bytes()));
+    }
+}
+
+/// `export_runner!` with several runners, with and without a function of the config. One per library, so this
+/// is this test binary's only one.
+mod exported {
+    use runner_sdk::{Error, Runner, TaskCtx, export_runner};
+
+    #[derive(Default)]
+    pub(super) struct Plain;
+
+    impl Runner for Plain {
+        const CAPABILITY: &'static str = "/tests/plain/v1";
+        async fn run(&self, _ctx: TaskCtx) -> Result<(), Error> {
+            Ok(())
+        }
+    }
+
+    pub(super) struct Fallible;
+
+    impl Fallible {
+        fn new(config: std::collections::HashMap<String, u32>) -> Result<Self, std::io::Error> {
+            if config.is_empty() { Ok(Self) } else { Err(std::io::Error::other("too much config")) }
+        }
+    }
+
+    impl Runner for Fallible {
+        const CAPABILITY: &'static str = "/tests/fallible/v1";
+        async fn run(&self, _ctx: TaskCtx) -> Result<(), Error> {
+            Ok(())
+        }
+    }
+
+    export_runner!(Plain, Fallible: Fallible::new,);
+}
+
+#[test]
+fn s1_05_an_exported_plugin_has_a_table_of_this_version() {
+    #[allow(improper_ctypes, reason = "a transparent pointer; the lint looks into what it points to")]
+    unsafe extern "C" {
+        fn runner_module_v1() -> runner_sdk::abi::ModuleRef;
+    }
+    // SAFETY: exported by the macro above, with this signature.
+    let table = unsafe { runner_module_v1() };
+    assert_eq!((table.magic(), table.abi()), (runner_sdk::abi::MAGIC, runner_sdk::abi::ABI_VERSION));
+    assert_eq!(exported::Plain::CAPABILITY, "/tests/plain/v1");
+    assert_eq!(exported::Fallible::CAPABILITY, "/tests/fallible/v1");
+}
