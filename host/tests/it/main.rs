@@ -14,5 +14,7 @@ mod harness;
 mod lease_life;
 mod lease_path;
 mod pages;
+mod plugin_files;
+mod refusals;
 mod secrets;
 mod signals;

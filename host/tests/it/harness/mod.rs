@@ -5,6 +5,7 @@
 //! wait is for an event and has a limit that fails with the node's own log.
 
 pub(crate) mod fixtures;
+pub(crate) mod folder;
 pub(crate) mod node;
 pub(crate) mod rubbish;
 
