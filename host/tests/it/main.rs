@@ -6,6 +6,8 @@
 
 mod harness;
 
+mod abi_calls;
 mod lease_path;
 mod plugin_files;
 mod refusals;
+mod strangers;
