@@ -4,10 +4,26 @@
 
 #![allow(missing_docs, reason = "tests are named as statements")]
 
+mod bad_answers;
+mod bad_config;
+mod bad_leases;
+mod cli;
+mod concurrency;
+mod ends;
 mod harness;
 
 mod abi_calls;
+mod bad_answers;
+mod bad_config;
+mod bad_leases;
+mod cli;
+mod concurrency;
+mod ends;
+mod lease_life;
 mod lease_path;
+mod pages;
 mod plugin_files;
 mod refusals;
+mod secrets;
+mod signals;
 mod strangers;

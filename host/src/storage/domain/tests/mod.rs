@@ -137,8 +137,8 @@ async fn world_with(change: impl FnOnce(&mut Config)) -> World {
     let router = Router::new().fallback(handle).with_state(server.clone());
     let serving = tokio::spawn(async move { axum::serve(listener, router).await.expect("serves") });
     let mut config = Config::new("node/1");
-    config.stall = Duration::from_millis(300);
-    config.request_timeout = Duration::from_secs(5);
+    config.stall = Duration::from_secs(30);
+    config.request_timeout = Duration::from_secs(30);
     config.token_wait = Duration::from_millis(20);
     config.part_pause = Duration::from_millis(1);
     change(&mut config);

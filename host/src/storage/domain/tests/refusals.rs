@@ -156,7 +156,11 @@ async fn a_server_that_is_not_there_is_a_network_error() {
 
 #[tokio::test]
 async fn a_silent_server_ends_an_upload() {
-    let world = world_with(|config| config.request_timeout = Duration::from_millis(100)).await;
+    let world = world_with(|config| {
+        config.request_timeout = Duration::from_millis(500);
+        config.stall = Duration::from_millis(500);
+    })
+    .await;
     world.trick("create", Trick::Hang);
     refused(world.put("x", &noise(MIB)).await, PortErrorKind::Network, "did not answer within");
     world.trick("list", Trick::Hang);

@@ -136,7 +136,7 @@ async fn a_bearer_turned_between_two_parts_is_used_by_the_next() {
 
 #[tokio::test]
 async fn a_failed_part_is_sent_again_and_a_hopeless_one_aborts() {
-    let world = world().await;
+    let world = world_with(|config| config.stall = Duration::from_secs(3)).await;
     let bytes = noise(5 * MIB);
     world.answer("part", 503, "text/plain", "busy");
     world.answer("part", 500, "text/plain", "oops");

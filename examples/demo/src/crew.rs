@@ -1,0 +1,129 @@
+//! The processes the demo starts: none outlives it, however it ends.
+//!
+//! Each is the head of a process group of its own, so that what it started in turn (a compiler, say)
+//! ends with it, and a Ctrl-C of the terminal reaches the demo alone, which then takes them down.
+
+use std::{
+    ffi::OsStr,
+    path::Path,
+    process::{ExitStatus, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+use tokio::{
+    io::{AsyncBufReadExt, BufReader, Lines},
+    process::{Child, ChildStdout, Command},
+    time::timeout,
+};
+
+/// How long a process may take to end by itself after it was asked to.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// Everything that is running now.
+#[derive(Default)]
+pub(crate) struct Crew {
+    world: Option<Child>,
+    step: Option<Child>,
+}
+
+impl Crew {
+    /// Runs a command to its end and returns its standard output.
+    pub(crate) async fn step(&mut self, what: &str, mut command: Command) -> anyhow::Result<Vec<u8>> {
+        let child = spawn(what, &mut command)?;
+        let child = self.step.insert(child);
+        let mut said = Vec::new();
+        if let Some(mut stdout) = child.stdout.take() {
+            tokio::io::copy(&mut stdout, &mut said).await?;
+        }
+        let status = child.wait().await?;
+        self.step = None;
+        if !status.success() {
+            bail!("{what} failed ({status})");
+        }
+        Ok(said)
+    }
+
+    /// Starts the world and returns what it says line by line.
+    pub(crate) fn start_world(&mut self, mut command: Command) -> anyhow::Result<Lines<BufReader<ChildStdout>>> {
+        let mut child = spawn("runner-host dev", &mut command)?;
+        let stdout = child.stdout.take().expect("spawn() pipes it");
+        self.world = Some(child);
+        Ok(BufReader::new(stdout).lines())
+    }
+
+    /// Asks the world to end, and waits for it.
+    pub(crate) async fn stop_world(&mut self) -> anyhow::Result<()> {
+        let Some(mut world) = self.world.take() else { return Ok(()) };
+        signal(&world, Signal::Term);
+        let Some(status) = ended(&mut world).await else {
+            kill(world).await;
+            bail!("the world did not end within {GRACE:?} and was killed");
+        };
+        if !status.success() {
+            bail!("the world ended badly ({status})");
+        }
+        Ok(())
+    }
+
+    /// Ends whatever is still running, at once.
+    pub(crate) async fn dismiss(mut self) {
+        for child in [self.step.take(), self.world.take()].into_iter().flatten() {
+            kill(child).await;
+        }
+    }
+}
+
+/// A command that knows nothing of the caller's settings: they could send the demo elsewhere.
+pub(crate) fn clean_command(program: &Path, temp: &Path) -> Command {
+    let mut command = Command::new(program);
+    command.env_clear().env("TMPDIR", temp).env("TMP", temp).env("TEMP", temp).env("SCRATCH_DIR", temp.join("scratch"));
+    for name in ["PATH", "TERM", "SystemRoot"] {
+        if let Some(value) = std::env::var_os(name) {
+            command.env(name, value);
+        }
+    }
+    command
+}
+
+fn spawn(what: &str, command: &mut Command) -> anyhow::Result<Child> {
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true);
+    #[cfg(unix)]
+    command.process_group(0);
+    let program: &OsStr = command.as_std().get_program();
+    let program = program.to_string_lossy().into_owned();
+    command.spawn().with_context(|| format!("{what}: {program} does not start"))
+}
+
+async fn ended(child: &mut Child) -> Option<ExitStatus> {
+    timeout(GRACE, child.wait()).await.ok()?.ok()
+}
+
+async fn kill(mut child: Child) {
+    signal(&child, Signal::Kill);
+    // It may have ended by itself just now.
+    let _ = child.kill().await;
+}
+
+enum Signal {
+    Term,
+    Kill,
+}
+
+/// Sends a signal to a process and everything it started.
+#[cfg(unix)]
+fn signal(child: &Child, signal: Signal) {
+    use rustix::process::{Pid, kill_process_group};
+    let signal = match signal {
+        Signal::Term => rustix::process::Signal::TERM,
+        Signal::Kill => rustix::process::Signal::KILL,
+    };
+    if let Some(group) = child.id().and_then(|id| Pid::from_raw(id.cast_signed())) {
+        // It may be gone already, which is what we want.
+        let _ = kill_process_group(group, signal);
+    }
+}
+
+/// There are no signals here: `kill` ends the process itself, and the world is ended by that.
+#[cfg(not(unix))]
+fn signal(_child: &Child, _signal: Signal) {}

@@ -1,0 +1,269 @@
+//! Holds the house together: which room may import which, where `unsafe` may stand, and what the SDK
+//! may depend on.
+//!
+//! When a test here fails, the arrow is new. Either what both rooms need belongs in `model`, or the
+//! table below and ARCHITECTURE.md have to change with a reason.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// A room, the rooms it imports, and why it may.
+type Rule = (&'static str, &'static [&'static str], &'static str);
+
+/// The arrows, as they are: one that nobody uses any more has to go.
+const RULES: &[Rule] = &[
+    ("model", &[], "the words all rooms share import nothing of ours"),
+    ("transport", &[], "the HTTP client knows addresses and bytes, not leases"),
+    ("observe", &["model"], "logs, and pages made from a status it is shown"),
+    ("plugins", &["model"], "runs a grant in a library; knows no plane and no store"),
+    ("storage", &["model", "transport"], "moves inputs and outputs; gets its token in a grant"),
+    ("auth", &["model", "transport"], "signs in and keeps the node's token fresh"),
+    ("leases", &["auth", "model", "transport"], "speaks to one control plane with the node's token"),
+    ("session", &["leases", "model"], "keeps one lease, whoever gave it"),
+    ("engine", &["leases", "model", "plugins", "session", "storage"], "takes a task through the rooms"),
+    ("config", &["auth", "transport"], "checks keys and addresses with the types of those who use them"),
+    ("dev", &["leases", "model"], "the other side of the wire, written in the same wire types"),
+    (
+        "app",
+        &["auth", "config", "engine", "leases", "model", "observe", "plugins", "session", "storage", "transport"],
+        "the composition root builds all rooms",
+    ),
+    (
+        "cli",
+        &["app", "auth", "config", "dev", "engine", "model", "observe", "plugins", "storage", "transport"],
+        "commands start rooms; what they do lies in the rooms",
+    ),
+];
+
+/// Arrows that only tests have: a room is tried against its real neighbours.
+const IN_TESTS: &[Rule] = &[
+    ("cli", &["dev"], "`submit` is tried against the embedded world"),
+    ("dev", &["transport"], "the world is tried with our own client"),
+    ("session", &["auth", "transport"], "a session is tried over a real connection"),
+];
+
+/// Beside the rooms: the door of the library and of the binary.
+const DOORS: [&str; 2] = ["lib", "main"];
+
+/// Everything that crosses the plugin boundary, and taking secrets out of the process' memory.
+const UNSAFE_HERE: [&str; 8] = [
+    "host/src/config/secrets.rs",
+    "host/src/main.rs",
+    "host/src/plugins/ffi.rs",
+    "host/src/plugins/load.rs",
+    "host/src/plugins/open/",
+    "runner-sdk/src/abi/",
+    "runner-sdk/src/shim/",
+    "plugins/pointcloud/tests/memory.rs", // counts what the allocator hands out
+];
+
+/// What a runner author must not get from us.
+const NOT_IN_THE_SDK: [&str; 9] =
+    ["axum", "h2", "hyper", "hyper-util", "native-tls", "openssl", "reqwest", "runner-host", "rustls"];
+
+#[test]
+fn rooms_import_only_what_the_table_allows() {
+    let root = workspace();
+    let known: BTreeSet<&str> = RULES.iter().map(|rule| rule.0).collect();
+    let mut arrows: BTreeMap<(String, String), PathBuf> = BTreeMap::new();
+    let mut problems = Vec::new();
+    for file in rust_files(&root.join("host/src")) {
+        let inside = file.strip_prefix(root.join("host/src")).expect("found below it");
+        let room = inside.components().next().expect("a file has a name").as_os_str().to_string_lossy();
+        let room = room.trim_end_matches(".rs").to_owned();
+        if !known.contains(room.as_str()) && !DOORS.contains(&room.as_str()) {
+            problems.push(format!("{}: {room} is no room of the table", inside.display()));
+        }
+        let text = fs::read_to_string(&file).expect("readable source");
+        let (code, tests) = match text.split_once("#[cfg(test)]\nmod tests {") {
+            _ if is_test_file(inside) => (String::new(), code_of(&text)),
+            Some((code, tests)) => (code_of(code), code_of(tests)),
+            None => (code_of(&text), String::new()),
+        };
+        for other in imports(&code) {
+            if other != room && !allowed(RULES, &room, &other) {
+                problems.push(format!("{}: {room} imports {other}", inside.display()));
+            }
+            arrows.insert((room.clone(), other), inside.to_owned());
+        }
+        for other in imports(&tests) {
+            if other != room && !allowed(RULES, &room, &other) && !allowed(IN_TESTS, &room, &other) {
+                problems.push(format!("{}: a test of {room} imports {other}", inside.display()));
+            }
+        }
+    }
+    for (room, others, _) in RULES {
+        for other in *others {
+            if !arrows.contains_key(&((*room).to_owned(), (*other).to_owned())) {
+                problems.push(format!("{room} no longer imports {other}: take the arrow out of the table"));
+            }
+        }
+    }
+    assert!(problems.is_empty(), "{}", problems.join("\n"));
+}
+
+#[test]
+fn the_table_has_no_circle() {
+    let mut left: Vec<&Rule> = RULES.iter().collect();
+    while !left.is_empty() {
+        let waiting: BTreeSet<&str> = left.iter().map(|rule| rule.0).collect();
+        let before = left.len();
+        left.retain(|rule| rule.1.iter().any(|other| waiting.contains(other)));
+        assert!(left.len() < before, "these import each other: {waiting:?}");
+    }
+}
+
+#[test]
+fn unsafe_stands_only_at_the_boundary() {
+    let root = workspace();
+    let mut found = BTreeSet::new();
+    for folder in ["host/src", "runner-sdk/src", "plugins", "examples"] {
+        for file in rust_files(&root.join(folder)) {
+            let text = fs::read_to_string(&file).expect("readable source");
+            let code = code_of(&text);
+            if words(&code).any(|word| word == "unsafe") {
+                let inside = file.strip_prefix(&root).expect("found below it");
+                found.insert(inside.to_string_lossy().replace('\\', "/"));
+            }
+        }
+    }
+    let outside: Vec<_> =
+        found.iter().filter(|file| !UNSAFE_HERE.iter().any(|allowed| file.starts_with(allowed))).collect();
+    assert!(outside.is_empty(), "unsafe code outside the boundary: {outside:?}");
+    assert!(found.contains("host/src/plugins/ffi.rs"), "the search works: {found:?}");
+}
+
+#[test]
+fn the_sdk_knows_no_network_and_no_host() {
+    let output = Command::new(env!("CARGO"))
+        .args(["tree", "--locked", "-p", "runner-sdk", "-e", "normal", "--prefix", "none", "--format", "{p}"])
+        .current_dir(workspace())
+        .output()
+        .expect("cargo starts");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let tree = String::from_utf8(output.stdout).expect("cargo prints text");
+    let names: BTreeSet<&str> = tree.lines().filter_map(|line| line.split_whitespace().next()).collect();
+    assert!(names.contains("runner-sdk") && names.contains("abi_stable"), "the tree is its tree: {names:?}");
+    let unwanted: Vec<_> = NOT_IN_THE_SDK.iter().filter(|name| names.contains(*name)).collect();
+    assert!(unwanted.is_empty(), "runner-sdk depends on {unwanted:?}");
+}
+
+#[test]
+fn imports_are_found_in_every_form() {
+    let code = code_of(
+        "use crate::model::{Lease, Grant};\nuse crate::{\n    auth::{self, Auth},\n    storage,\n};\n\
+         // use crate::dev;\nlet text = \"crate::cli\"; let quote = '\"'; pub(in crate::leases) fn f<'a>() { crate::engine::go() }",
+    );
+    let found: Vec<String> = imports(&code).into_iter().collect();
+    assert_eq!(found, ["auth", "engine", "leases", "model", "storage"]);
+}
+
+fn allowed(rules: &[Rule], room: &str, other: &str) -> bool {
+    // lib.rs and main.rs see every room: they are where the rooms are declared.
+    DOORS.contains(&room) || rules.iter().any(|rule| rule.0 == room && rule.1.contains(&other))
+}
+
+fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("host lies in the workspace").to_owned()
+}
+
+fn rust_files(folder: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder).expect("a source folder") {
+        let path = entry.expect("a readable entry").path();
+        if path.is_dir() && path.file_name().is_some_and(|name| name != "target") {
+            files.extend(rust_files(&path));
+        } else if path.extension().is_some_and(|suffix| suffix == "rs") {
+            files.push(path);
+        }
+    }
+    files
+}
+
+fn is_test_file(inside: &Path) -> bool {
+    let name = inside.file_stem().unwrap_or_default().to_string_lossy();
+    name == "tests" || name.ends_with("_tests") || inside.components().any(|part| part.as_os_str() == "tests")
+}
+
+/// The words of a program.
+fn words(code: &str) -> impl Iterator<Item = &str> {
+    code.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|word| !word.is_empty())
+}
+
+/// The rooms that `crate::…` paths name, grouped imports included.
+fn imports(code: &str) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    for (at, path) in code.match_indices("crate::") {
+        if code[..at].ends_with(|c: char| c.is_alphanumeric() || c == '_') {
+            continue;
+        }
+        let rest = &code[at + path.len()..];
+        let Some(group) = rest.strip_prefix('{') else {
+            found.extend(words(rest).next().map(str::to_owned));
+            continue;
+        };
+        let (mut depth, mut first) = (0_usize, true);
+        for (index, c) in group.char_indices() {
+            match c {
+                '{' => depth += 1,
+                '}' if depth == 0 => break,
+                '}' => depth -= 1,
+                ',' if depth == 0 => first = true,
+                c if first && !c.is_whitespace() => {
+                    found.extend(words(&group[index..]).next().map(str::to_owned));
+                    first = false;
+                }
+                _ => {}
+            }
+        }
+    }
+    found
+}
+
+/// A program without its comments and texts. Knows as much of Rust as our own files need.
+fn code_of(text: &str) -> String {
+    let mut code = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(c) = rest.chars().next() {
+        let skipped = if rest.starts_with("//") {
+            rest.find('\n').unwrap_or(rest.len())
+        } else if rest.starts_with("r#\"") {
+            rest.find("\"#").map_or(rest.len(), |end| end + 2)
+        } else if c == '"' {
+            quoted(rest)
+        } else if c == '\'' {
+            // A character; what does not close is a lifetime.
+            let inner =
+                if rest[1..].starts_with('\\') { 3 } else { 1 + rest[1..].chars().next().map_or(0, char::len_utf8) };
+            if rest.get(inner..).is_some_and(|end| end.starts_with('\'')) { inner + 1 } else { 0 }
+        } else {
+            0
+        };
+        if skipped == 0 {
+            code.push(c);
+            rest = &rest[c.len_utf8()..];
+        } else {
+            code.push(' ');
+            rest = &rest[skipped..];
+        }
+    }
+    code
+}
+
+/// The length of the text that `rest` opens with, quotes included.
+fn quoted(rest: &str) -> usize {
+    let mut escaped = false;
+    for (index, c) in rest.char_indices().skip(1) {
+        match c {
+            _ if escaped => escaped = false,
+            '\\' => escaped = true,
+            '"' => return index + 1,
+            _ => {}
+        }
+    }
+    rest.len()
+}
