@@ -4,14 +4,6 @@
 
 #![allow(missing_docs, reason = "tests are named as statements")]
 
-mod bad_answers;
-mod bad_config;
-mod bad_leases;
-mod cli;
-mod concurrency;
-mod ends;
-mod harness;
-
 mod abi_calls;
 mod bad_answers;
 mod bad_config;
@@ -19,6 +11,7 @@ mod bad_leases;
 mod cli;
 mod concurrency;
 mod ends;
+mod harness;
 mod lease_life;
 mod lease_path;
 mod pages;
