@@ -104,6 +104,7 @@ pub enum Output {
 #[must_use]
 pub fn main(secrets: &Secrets) -> ExitCode {
     let cli = Cli::parse();
+    crate::plugins::watch_exit();
     let layers = Layers::from_environment();
     let fallback = if matches!(cli.command, Command::Run(_)) { Format::Json } else { Format::Text };
     let format = std::env::var("LOG_FORMAT").ok().filter(|text| !text.trim().is_empty());

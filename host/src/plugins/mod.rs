@@ -20,7 +20,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -79,6 +79,10 @@ pub struct Listing {
 
 /// A library was opened in this process.
 static OPENED: AtomicBool = AtomicBool::new(false);
+/// The library that is being opened or initialised.
+static OPENING: Mutex<Option<PathBuf>> = Mutex::new(None);
+/// Exit code after a plugin ended the process: a supervisor should start it again.
+const ENDED_BY_PLUGIN: u8 = 75;
 
 /// Everything that was loaded.
 pub struct Plugins {
@@ -123,6 +127,7 @@ impl Plugins {
             let (name, capabilities) = (plugin.facts.manifest.name.clone(), plugin.capabilities.clone());
             let settings = plugin.settings.clone();
             OPENED.store(true, Ordering::Relaxed);
+            *OPENING.lock().unwrap_or_else(PoisonError::into_inner) = Some(listing.file.clone());
             match load::open(plugin, config.init_limit, config.log_level) {
                 Ok(opened) => {
                     let slots = settings.max_concurrency.unwrap_or(config.max_concurrency);
@@ -141,6 +146,7 @@ impl Plugins {
                 }
             }
         }
+        *OPENING.lock().unwrap_or_else(PoisonError::into_inner) = None;
         for listing in &listings {
             if let Some(reason) = &listing.reason {
                 warn!(file = %listing.file.display(), reason, "plugin refused");
@@ -196,6 +202,24 @@ pub fn leave(code: u8) {
         let _ = std::io::stdout().flush();
         open::leave(code);
     }
+}
+
+/// For a program that ends by [`leave`]: an exit in another way, after a library was opened, is told as
+/// that library's doing and never has the code of a success.
+pub fn watch_exit() {
+    open::on_exit(ended_by_plugin);
+}
+
+extern "C" fn ended_by_plugin() {
+    if !OPENED.load(Ordering::Relaxed) {
+        return;
+    }
+    let opening = OPENING.try_lock().ok().and_then(|opening| opening.clone());
+    match opening {
+        Some(file) => eprintln!("error: plugin {} ended the process while it was loaded; remove it", file.display()),
+        None => eprintln!("error: a plugin ended the process; a runner must never call exit"),
+    }
+    open::leave(ENDED_BY_PLUGIN);
 }
 
 /// Reads what a library says about itself without running any of its code.

@@ -4,6 +4,7 @@
 
 #![allow(missing_docs, reason = "tests are named as statements")]
 
+mod abi_calls;
 mod bad_answers;
 mod bad_config;
 mod bad_leases;
@@ -18,3 +19,4 @@ mod plugin_files;
 mod refusals;
 mod secrets;
 mod signals;
+mod strangers;

@@ -368,28 +368,64 @@ async fn a_constructor_that_hangs_is_named_and_the_process_still_ends() {
         row(&folder, 0, "z.so").await,
         "refused z.so opening it took longer than 300ms: a constructor in it hangs; libraries after it cannot be opened (if it is only slow, raise PLUGIN_INIT_TIMEOUT)"
     );
+    many(&folder, 40);
     let began = Instant::now();
-    for number in 0..20 {
-        let capability = format!("CAPABILITY=\"/fixtures/after-{}/v1\"", number % 2);
-        folder.put(&format!("zz-{number}.so"), &fixtures::c("refused", &[&capability]));
+    let said = row(&folder, 0, "z.so").await;
+    assert!(said.starts_with("refused"), "{said}");
+    let rows = folder.rows(0).await;
+    let behind: Vec<_> = rows.iter().filter(|row| row.contains("zz-")).collect();
+    assert_eq!(behind.len(), 40);
+    let hangs = format!("cannot be opened: {} hangs while it is opened; remove it", folder.path("z.so").display());
+    assert!(behind.iter().all(|row| row.starts_with("refused") && row.ends_with(&hangs)), "{behind:#?}");
+    // Two processes that wait for each of them would take 24 s.
+    assert!(began.elapsed() < Duration::from_secs(12), "each of them was waited for: {:?}", began.elapsed());
+}
+
+/// Puts this many sound libraries into the folder, each with a capability of its own.
+fn many(folder: &Folder, count: usize) {
+    let name = b"/fixtures/many-000/v1";
+    let original = std::fs::read(fixtures::c("refused", &["CAPABILITY=\"/fixtures/many-000/v1\""])).expect("built");
+    let at = original.windows(name.len()).position(|window| window == name).expect("it is in the manifest");
+    for number in 0..count {
+        let mut bytes = original.clone();
+        bytes[at..at + name.len()].copy_from_slice(format!("/fixtures/many-{number:03}/v1").as_bytes());
+        folder.write(&format!("zz-{number:03}.so"), bytes);
     }
-    let said = row(&folder, 0, "zz-1.so").await;
-    assert!(said.contains("cannot be opened: ") && said.contains("z.so hangs while it is opened"), "{said}");
-    assert!(began.elapsed() < Duration::from_secs(5), "each of them was waited for: {:?}", began.elapsed());
+}
+
+/// It cannot be lived with in this process, but it is no success, and the culprit is named.
+#[tokio::test]
+async fn a_plugin_that_ends_the_process_is_named_and_it_is_no_success() {
+    let folder = Folder::with_a_good_one();
+    let bad = folder.put("z.so", &fixtures::c("refused", &["INIT_EXITS"]));
+    let said = folder.cli(&["plugins", "list"]).run().await.expect(75);
+    let line = format!("error: plugin {} ended the process while it was loaded; remove it", bad.display());
+    assert_eq!(said.stderr, line);
+    folder.put("z.so", &fixtures::c("refused", &["TASK_EXITS"]));
+    let said = folder.invoke("/fixtures/refused/v1", &[]).await.expect(75);
+    assert_eq!(said.stderr, "error: a plugin ended the process; a runner must never call exit");
+}
+
+#[tokio::test]
+async fn the_packaged_plugins_load_side_by_side() {
+    let folder = Folder::new();
+    for library in [fixtures::hello(), fixtures::echo(), fixtures::noop(), fixtures::pointcloud()] {
+        let name = library.file_name().and_then(|name| name.to_str()).expect("a name").to_owned();
+        folder.put(&name, &library);
+    }
+    let listings = folder.listings(0).await;
+    let names: Vec<&str> = listings.iter().filter_map(|listing| listing["name"].as_str()).collect();
+    assert_eq!(names, ["echo", "hello", "noop", "pointcloud"]);
+    assert!(listings.iter().all(|listing| listing["state"] == "loaded"), "{listings:#?}");
+    assert_eq!(listings[0]["capabilities"].as_array().map(Vec::len), Some(3), "{}", listings[0]);
+    assert_eq!(listings[3]["capabilities"], serde_json::json!(["/pointcloud/downsample/v1"]));
 }
 
 #[tokio::test]
 async fn hundreds_of_plugins_load_quickly() {
     let folder = Folder::new();
     let count = 300;
-    let original = std::fs::read(fixtures::c("refused", &["CAPABILITY=\"/fixtures/many-000/v1\""])).expect("built");
-    let place = b"/fixtures/many-000/v1";
-    let at = original.windows(place.len()).position(|window| window == place).expect("it is in the manifest");
-    for number in 0..count {
-        let mut bytes = original.clone();
-        bytes[at..at + place.len()].copy_from_slice(format!("/fixtures/many-{number:03}/v1").as_bytes());
-        folder.write(&format!("many-{number:03}.so"), bytes);
-    }
+    many(&folder, count);
     let began = Instant::now();
     let rows = folder.rows(0).await;
     println!("{count} plugins: {:?}", began.elapsed());

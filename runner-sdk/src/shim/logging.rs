@@ -68,11 +68,17 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Bridge {
             Level::DEBUG => 4,
             Level::TRACE => 5,
         };
+        // A record of the `log` crate arrives under the target "log", its own facts beside it as fields.
+        let logged = fields.values.remove("log.target");
+        for fact in ["log.module_path", "log.file", "log.line"] {
+            fields.values.remove(fact);
+        }
         if marked.is_none() {
             fields.values.insert("plugin".to_owned(), plugin_name().into());
         }
         let json = if fields.values.is_empty() { String::new() } else { Value::Object(fields.values).to_string() };
-        send_log(marked.unwrap_or(0), level, event.metadata().target(), &fields.message, &json);
+        let target = logged.as_ref().and_then(Value::as_str).unwrap_or(event.metadata().target());
+        send_log(marked.unwrap_or(0), level, target, &fields.message, &json);
     }
 }
 

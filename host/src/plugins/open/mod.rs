@@ -6,6 +6,6 @@ mod unix;
 mod windows;
 
 #[cfg(unix)]
-pub(super) use unix::{Sealed, leave};
+pub(super) use unix::{Sealed, leave, on_exit};
 #[cfg(windows)]
-pub(super) use windows::{Sealed, leave};
+pub(super) use windows::{Sealed, leave, on_exit};

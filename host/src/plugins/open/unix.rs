@@ -98,6 +98,16 @@ pub(in crate::plugins) fn leave(code: u8) -> ! {
     unsafe { _exit(code.into()) }
 }
 
+/// Has `told` called when anybody calls `exit`.
+pub(in crate::plugins) fn on_exit(told: extern "C" fn()) {
+    unsafe extern "C" {
+        fn atexit(told: extern "C" fn()) -> std::ffi::c_int;
+    }
+    // SAFETY: `told` is a function of this program, which is there until the process ends. Without room
+    // for it an exit goes untold.
+    let _ = unsafe { atexit(told) };
+}
+
 /// A library that stays mapped.
 pub(in crate::plugins) struct Opened {
     library: Library,

@@ -1,0 +1,259 @@
+//! What plugins may do with their tasks, and what they may not, through the real boundary.
+
+use std::{collections::BTreeMap, path::Path, time::Duration};
+
+use serde_json::{Value, json};
+
+use crate::harness::{Ended, Lab, fixtures, folder::Folder};
+
+/// A folder with the zoo in it, for `invoke`.
+fn zoo() -> Folder {
+    let folder = Folder::new();
+    folder.put("libzoo.so", &fixtures::zoo());
+    folder
+}
+
+/// Log fields a plugin sent, as JSON.
+fn fields(line: &Value) -> Value {
+    serde_json::from_str(line["fields"].as_str().expect("fields")).expect("JSON")
+}
+
+#[tokio::test]
+async fn s1_01_a_second_completion_is_stale_and_counted() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::c("behave", &[])]).await;
+    lab.run(&node, "/fixtures/c-double/v1", json!({})).await.completed();
+    let line = node.says("completed twice").await;
+    let (ok, stale) = (runner_sdk::abi::Status::OK.0, runner_sdk::abi::Status::STALE.0);
+    assert_eq!(fields(&line), json!({ "first": ok, "second": stale }));
+    assert_eq!(node.status().await["stale_calls"], 1);
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn s1_01_calls_after_the_end_and_forged_ones_are_answered_stale_each_once() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::c("behave", &[])]).await;
+    lab.run(&node, "/fixtures/c-late/v1", json!({})).await.completed();
+    let stale = runner_sdk::abi::Status::STALE.0;
+    for message in ["late calls", "forged calls"] {
+        let line = node.says(message).await;
+        assert_eq!(fields(&line), json!({ "calls": 13, "stale": 13, "cancelled": stale, "complete": stale }));
+    }
+    // 13 with an answer, and log, cancelled and complete: twice.
+    assert_eq!(node.status().await["stale_calls"], 32);
+    // Nothing came of them, and the next task is not disturbed.
+    let ended = lab.run(&node, "/fixtures/c-thread/v1", json!({})).await;
+    assert!(ended.completed().artifacts().is_empty());
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn s1_01_a_context_that_outlives_its_task_gets_task_over() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let ended = lab.run(&node, "/fixtures/use-after-end/v1", json!({})).await;
+    let line = node.says("call after the end").await;
+    assert_eq!(fields(&line)["kind"], "TaskOver");
+    assert_eq!(fields(&line)["all"], true);
+    assert!(ended.completed().artifacts().is_empty());
+    assert!(node.status().await["stale_calls"].as_u64() >= Some(4));
+    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+    node.stop().await;
+}
+
+/// The end of a job as the plane has it: reason, and the details' outcome and code.
+fn failure(ended: &Ended) -> (String, Value, Value) {
+    let (reason, details) = ended.failed();
+    (reason.to_owned(), details["outcome"].clone(), details["code"].clone())
+}
+
+#[tokio::test]
+async fn s0_19a_a_panic_ends_its_task_with_text_and_place_and_nothing_else() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let cases = [
+        ("/fixtures/panic/v1", "boom 42"),
+        ("/fixtures/panic-in-drop/v1", "boom in drop"),
+        ("/fixtures/panic-blocking/v1", "boom on a blocking thread"),
+    ];
+    for (capability, text) in cases {
+        let ended = lab.run(&node, capability, json!({})).await;
+        let (reason, outcome, code) = failure(&ended);
+        let place = reason.strip_prefix(&format!("runner panicked: {text} at src/ends.rs:"));
+        let line = place.unwrap_or_else(|| panic!("{capability}: {reason}"));
+        assert!(line.parse::<u32>().is_ok(), "{reason}");
+        assert_eq!((outcome, code), (json!("panicked"), json!("runner_panic")), "{capability}");
+    }
+    // The panic of a thread is its thread's business; the host's log has it with text and place.
+    lab.run(&node, "/fixtures/panic-thread/v1", json!({})).await.completed();
+    let line = node.says("boom on a thread of its own").await;
+    assert_eq!((&line["level"], &line["plugin"]), (&json!("ERROR"), &json!("zoo")));
+    assert!(fields(&line)["place"].as_str().is_some_and(|place| place.starts_with("src/ends.rs:")), "{line}");
+    assert!(fields(&line)["backtrace"].as_str().is_some_and(|trace| trace.contains("panic_thread")), "{line}");
+    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn s0_05_a_plugins_log_lines_are_in_the_hosts_log_with_plugin_and_task() {
+    let lab = Lab::start().await;
+    let node = lab.node(&[fixtures::zoo()]).set("RUST_LOG", "trace").leasing().await;
+    let job = lab.task("/fixtures/logs/v1").submit();
+    let ended = lab.ended(&node, job).await;
+    let task = ended.completed().task()["id"].as_str().expect("an id").to_owned();
+    let own_thread = node.says("from a thread of its own").await;
+    let by_text: BTreeMap<String, Value> = node
+        .lines()
+        .into_iter()
+        .filter(|line| !line["plugin_target"].is_null())
+        .map(|line| (line["message"].as_str().expect("a message").to_owned(), line))
+        .collect();
+    for level in ["error", "warn", "info", "debug", "trace"] {
+        for (bridge, target) in [("tracing", "zoo::calls"), ("log", "zoo-log")] {
+            let text = format!("{bridge} at {level}");
+            let line = by_text.get(&text).unwrap_or_else(|| panic!("no line {text}: {}", node.log()));
+            assert_eq!(line["level"], level.to_uppercase(), "{line}");
+            assert_eq!(line["plugin"], "zoo", "{line}");
+            assert_eq!(line["plugin_target"], target, "{line}");
+            assert_eq!(line["span"]["task_id"], task, "{line}");
+            assert_eq!(line["span"]["capability"], "/fixtures/logs/v1", "{line}");
+        }
+    }
+    let info = fields(&by_text["tracing at info"]);
+    assert_eq!(info, json!({ "level_number": 3, "answer": "forty-two", "ratio": 0.5, "done": true }));
+    assert_eq!(by_text["from a blocking thread"]["span"]["task_id"], task);
+    assert_eq!(own_thread["plugin"], "zoo");
+    assert_eq!(own_thread["plugin_target"], "zoo::calls");
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn log_lines_of_plugins_obey_the_hosts_filter() {
+    let lab = Lab::start().await;
+    let node = lab.node(&[fixtures::zoo()]).set("RUST_LOG", "warn,runner_host::app=info").leasing().await;
+    lab.run(&node, "/fixtures/logs/v1", json!({})).await.completed();
+    let said = |text: &str| !node.said(text).is_empty();
+    assert!(said("tracing at warn") && said("log at error"));
+    assert!(!said("tracing at info") && !said("log at debug"));
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn s1_23_a_runner_uses_tokio_and_blocks_as_anywhere() {
+    let folder = zoo();
+    folder.invoke("/fixtures/tokio-net/v1", &[]).await.expect(0);
+    assert_eq!(folder.output("net.txt"), b"through the loopback");
+    folder.invoke("/fixtures/block-on/v1", &[]).await.expect(0);
+    assert_eq!(folder.output("blocking.txt"), b"blocking");
+    assert_eq!(folder.output("thread.txt"), b"thread");
+}
+
+#[tokio::test]
+async fn a_task_holds_64_streams_and_no_more() {
+    let folder = zoo();
+    folder.invoke("/fixtures/streams/v1", &["--meta", "{\"count\":70}"]).await.expect(0);
+    let said: Value = serde_json::from_slice(&folder.output("streams.json")).expect("JSON");
+    assert_eq!(said["open"], 64);
+    assert_eq!(said["refused"]["kind"], "BadRequest");
+    assert!(
+        said["refused"]["text"].as_str().is_some_and(|text| text.contains("64 inputs and outputs are open already"))
+    );
+    assert_eq!(said["again"], true);
+}
+
+/// What lies below `invoke`'s output folder.
+fn published(folder: &Folder) -> Vec<String> {
+    let entries = std::fs::read_dir(folder.root().join("out")).into_iter().flatten();
+    let mut names: Vec<_> =
+        entries.map(|entry| entry.expect("an entry").file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+#[tokio::test]
+async fn a_writer_that_is_dropped_publishes_nothing() {
+    let folder = zoo();
+    let said = folder.invoke("/fixtures/drop-writer/v1", &["-o", "json"]).await.expect(0);
+    assert_eq!(published(&folder), ["kept.txt"]);
+    assert_eq!(said.stdout.lines().count(), 1, "{}", said.stdout);
+    assert_eq!(folder.output("kept.txt"), b"kept");
+
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let ended = lab.run(&node, "/fixtures/drop-writer/v1", json!({})).await;
+    let artifacts = ended.completed().artifacts();
+    assert_eq!(artifacts.keys().collect::<Vec<_>>(), ["kept.txt"]);
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_storm_of_progress_is_taken_and_the_last_word_counts() {
+    let folder = zoo();
+    let said = folder.invoke("/fixtures/progress-storm/v1", &["--meta", "{\"count\":20000}"]).await.expect(0);
+    let last = said.stderr.lines().rfind(|line| line.starts_with("progress"));
+    assert_eq!(last, Some("progress {\"n\":20000}"), "{}", said.stderr);
+}
+
+#[tokio::test]
+async fn outputs_of_no_and_of_many_bytes_arrive_whole() {
+    let folder = zoo();
+    for bytes in [0_usize, 1, 65_536, 40_000_000] {
+        for announce in [true, false] {
+            let meta = json!({ "bytes": bytes, "announce": announce }).to_string();
+            folder.invoke("/fixtures/big-output/v1", &["--meta", &meta]).await.expect(0);
+            let found = folder.output("big.bin");
+            assert_eq!(found.len(), bytes);
+            assert!(found.iter().enumerate().all(|(n, byte)| usize::from(*byte) == n % 251), "{bytes} bytes");
+        }
+    }
+}
+
+#[tokio::test]
+async fn an_invoke_that_fails_says_why_and_leaves_nothing_behind() {
+    let folder = zoo();
+    let cases = [
+        ("fail", "error: failed: cloud not written: shard 3 not written: disk full"),
+        ("fail-details", "error: failed: the scan is empty"),
+        ("retryable", "error: failed: the scanner is busy"),
+    ];
+    for (runner, line) in cases {
+        let said = folder.invoke(&format!("/fixtures/{runner}/v1"), &[]).await.expect(1);
+        assert_eq!(said.stderr, line);
+    }
+    let said = folder.invoke("/fixtures/panic/v1", &[]).await.expect(1);
+    let last = said.stderr.lines().last().expect("a line");
+    assert!(last.starts_with("error: panicked: boom 42 at src/ends.rs:"), "{}", said.stderr);
+    let left: Vec<_> = walk(folder.root()).into_iter().filter(|path| path.contains("/task")).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+fn walk(dir: &Path) -> Vec<String> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        found.push(entry.path().to_string_lossy().into_owned());
+        found.extend(walk(&entry.path()));
+    }
+    found
+}
+
+/// A plugin that breaks its promise to return from `start` blocks itself and nobody else.
+#[tokio::test]
+async fn a_start_that_blocks_costs_its_own_plugin_only() {
+    // A short lease, so that the heartbeat which brings the cancellation comes soon.
+    let lab = Lab::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
+    let plugins = [fixtures::c("refused", &["START_BLOCKS"]), fixtures::zoo()];
+    let node = lab.node(&plugins).set("CANCEL_GRACE", "200ms").set("MAX_CONCURRENCY", "2").leasing().await;
+    let stuck = lab.task("/fixtures/refused/v1").submit();
+    node.says("task started").await;
+    lab.run(&node, "/fixtures/tokio-net/v1", json!({})).await.completed();
+    assert!(lab.world.cancel_job(stuck));
+    node.says("runner ignored its cancellation, slot given back").await;
+    for _ in 0..4 {
+        lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+    }
+    let status = node.status().await;
+    let held = status["tasks"].as_object().expect("tasks").values();
+    assert!(held.into_iter().all(|task| task["capability"] != "/fixtures/refused/v1"), "{status:#}");
+    node.stop().await;
+}

@@ -1,0 +1,79 @@
+//! Plugins this repository did not build: another lock file, another tokio, another SDK, another language.
+
+use std::path::Path;
+
+use serde_json::json;
+
+use crate::harness::{Lab, fixtures};
+
+fn fixture(path: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+    std::fs::read_to_string(&path).unwrap_or_else(|err| panic!("{}: {err}", path.display()))
+}
+
+/// The version of tokio a lock file names.
+fn tokio(lock: &str) -> String {
+    let lock: toml::Table = lock.parse().expect("a lock file is TOML");
+    let packages = lock["package"].as_array().expect("packages");
+    let tokio = packages.iter().find(|package| package["name"].as_str() == Some("tokio"));
+    tokio.expect("tokio is locked")["version"].as_str().expect("a version").to_owned()
+}
+
+#[tokio::test]
+async fn s1_23_a_plugin_with_its_own_lock_file_and_tokio_does_leased_work() {
+    let (ours, theirs) = (tokio(&fixture("../Cargo.lock")), tokio(&fixture("tests/fixtures/rust/stranger/Cargo.lock")));
+    assert_ne!(ours, theirs, "the stranger is no stranger");
+    assert_eq!(ours.rsplit_once('.').map(|(minor, _)| minor), theirs.rsplit_once('.').map(|(minor, _)| minor));
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::stranger()]).await;
+    let input = lab.put("letter", b"a letter").await;
+    let ended = lab.ended(&node, lab.task("/fixtures/stranger/v1").inputs(&[input]).submit()).await;
+    ended.completed();
+    assert_eq!(lab.artifact(&ended, "stranger.txt").await, b"a stranger read: a letter");
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn s1_01_a_c_plugin_of_sixty_lines_does_leased_work() {
+    let lines = fixture("tests/fixtures/c/hello.c").lines().count();
+    assert!(lines <= 60, "{lines} lines");
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::c("hello", &[])]).await;
+    let input = lab.put("who", b"world").await;
+    let ended = lab.ended(&node, lab.task("/fixtures/c-hello/v1").inputs(&[input]).submit()).await;
+    ended.completed();
+    assert_eq!(lab.artifact(&ended, "c-hello.txt").await, b"hello from C, world");
+
+    // It tells the host's refusals on, in the host's words.
+    let missing = uuid::Uuid::new_v4();
+    let ended = lab.ended(&node, lab.task("/fixtures/c-hello/v1").inputs(&[missing]).submit()).await;
+    let (reason, _) = ended.failed();
+    assert!(reason.starts_with("runner failed: ") && reason.contains("404"), "{reason}");
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn s1_24_a_plugin_of_a_later_sdk_with_the_same_tables_loads() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::newer_sdk()]).await;
+    lab.run(&node, "/fixtures/newer-sdk/v1", json!({})).await.completed();
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn s0_17_strangers_and_our_own_serve_side_by_side() {
+    let lab = Lab::start().await;
+    let plugins = [fixtures::stranger(), fixtures::c("hello", &[]), fixtures::hello(), fixtures::zoo()];
+    let node = lab.node(&plugins).set("MAX_CONCURRENCY", "4").leasing().await;
+    let capabilities =
+        ["/fixtures/stranger/v1", "/fixtures/c-hello/v1", "/examples/hello/v1", "/fixtures/tokio-net/v1"];
+    let input = lab.put("who", b"all").await;
+    let jobs: Vec<_> =
+        (0..5).flat_map(|_| capabilities).map(|capability| lab.task(capability).inputs(&[input]).submit()).collect();
+    for job in jobs {
+        lab.ended(&node, job).await.completed();
+    }
+    assert_eq!(node.status().await["stale_calls"], 0);
+    node.stop().await;
+    assert_eq!(node.said("task ended").len(), 20);
+}
