@@ -10,6 +10,7 @@ use super::{
     Auth,
     siwe::{Class, Refusal},
 };
+use crate::model::millis;
 
 /// Longest pause after a transient failure, before its jitter.
 const BACKOFF_MAX: Duration = Duration::from_secs(60);
@@ -123,9 +124,9 @@ impl Auth {
             let loud = class == Class::Transient || warned.is_none_or(|at| at.elapsed() >= WARN_EVERY);
             if loud {
                 warned = (class != Class::Transient).then(tokio::time::Instant::now);
-                tracing::warn!(%error, %state, retry_in_ms = pause.as_millis(), "registration failed");
+                tracing::warn!(%error, %state, retry_in_ms = millis(pause), "registration failed");
             } else {
-                tracing::debug!(%error, %state, retry_in_ms = pause.as_millis(), "registration failed");
+                tracing::debug!(%error, %state, retry_in_ms = millis(pause), "registration failed");
             }
             self.desk.failed(&format!("not registered: {error}"));
             self.publish(state, Some(error));

@@ -8,6 +8,7 @@ use std::{convert::Infallible, time::Duration};
 use tokio::time::Instant;
 
 use super::{Auth, RegistrationState, siwe::Login};
+use crate::model::millis;
 
 /// Shortest time between two logins, whatever ratio, lifetime or rejections ask for.
 const LOGIN_GAP_MIN: Duration = Duration::from_millis(100);
@@ -59,7 +60,7 @@ impl Auth {
             let ttl = login.ttl.min(Duration::from_secs(24 * 3600));
             let wait = renew_in(ttl, self.config.token_safety_ratio, self.config.token_jitter, rand::random());
             self.desk.hold(login.token, got + ttl);
-            tracing::debug!(ttl_ms = ttl.as_millis(), renew_in_ms = wait.as_millis(), "node token renewed");
+            tracing::debug!(ttl_ms = millis(ttl), renew_in_ms = millis(wait), "node token renewed");
             let due = tokio::select! {
                 () = tokio::time::sleep_until(got + wait) => Due::Planned,
                 () = self.desk.rejected() => Due::Rejected,
@@ -74,7 +75,7 @@ impl Auth {
             if rejections > 1 {
                 let pause = pause_after(rejections - 1, rand::random());
                 let error = "the control plane rejects fresh node tokens";
-                tracing::warn!(error, retry_in_ms = pause.as_millis(), "node token rejected");
+                tracing::warn!(error, retry_in_ms = millis(pause), "node token rejected");
                 if pause >= TOLD_FROM {
                     self.desk.failed(error);
                 }
@@ -100,7 +101,7 @@ impl Auth {
             }
             failures = failures.saturating_add(1);
             let pause = pause_after(failures, rand::random()).max(refusal.retry_after().unwrap_or_default());
-            tracing::warn!(%error, attempt = failures, retry_in_ms = pause.as_millis(), "login failed");
+            tracing::warn!(%error, attempt = failures, retry_in_ms = millis(pause), "login failed");
             let error = format!("login failed {failures} times: {error}");
             // Short pauses pass unseen. Beyond them users are told at once, and keep being told
             // while the service is asked again: nobody hangs on a service that is away.

@@ -8,7 +8,7 @@ use tracing::{Instrument, info, info_span, warn};
 
 use super::Rooms;
 use crate::{
-    model::{CancelReason, Grant, Outcome, Ports, Setup, Verdict},
+    model::{CancelReason, Grant, Outcome, Ports, Setup, Verdict, millis},
     plugins::Job,
     session::{Session, Settled},
 };
@@ -120,7 +120,7 @@ fn refused_setup(grant: &Grant, outcome: Outcome) -> Outcome {
 /// The one line a task ends with.
 fn say(verdict: &Verdict, settled: &Settled, took: Duration) {
     let outcome = verdict.outcome.word();
-    let (artifacts, elapsed_ms) = (verdict.artifacts.len(), took.as_millis());
+    let (artifacts, elapsed_ms) = (verdict.artifacts.len(), millis(took));
     let reason = verdict.outcome.reason();
     match settled {
         Settled::Accepted if reason.is_none() => info!(outcome, artifacts, elapsed_ms, "task ended"),

@@ -19,7 +19,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::{
     leases::{LeaseError, LeaseSource},
-    model::{Lease, Phase, StatusBoard},
+    model::{Lease, Phase, StatusBoard, millis},
     plugins::Plugins,
     session::Sessions,
     storage::Storage,
@@ -128,7 +128,7 @@ impl Engine {
                     backoff.next()
                 }
             };
-            debug!(retry_in_ms = pause.as_millis(), "no work");
+            debug!(retry_in_ms = millis(pause), "no work");
             tokio::select! {
                 () = stops.drain.cancelled() => {}
                 () = tokio::time::sleep(pause) => {}
@@ -187,7 +187,7 @@ impl Engine {
     async fn drain(mut self, stops: &Stops) -> Ended {
         self.rooms.board.change(|status| status.phase = Phase::Draining);
         if !self.attempts.is_empty() {
-            info!(tasks = self.attempts.len(), limit_ms = self.config.drain_timeout.as_millis(), "draining");
+            info!(tasks = self.attempts.len(), limit_ms = millis(self.config.drain_timeout), "draining");
         }
         let mut ended = Ended::Drained;
         let patience = tokio::time::sleep(self.config.drain_timeout);

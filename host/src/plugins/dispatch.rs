@@ -9,6 +9,8 @@ use std::{
 
 use tracing::warn;
 
+use crate::model::millis;
+
 /// How long a call into a plugin may take before it is worth a warning.
 const SLOW: Duration = Duration::from_millis(5);
 
@@ -33,7 +35,7 @@ impl Dispatcher {
                 job();
                 let took = began.elapsed();
                 if took > SLOW && what != "init" {
-                    warn!(plugin = %plugin, call = what, elapsed_ms = took.as_millis(), "plugin was slow to return");
+                    warn!(plugin = %plugin, call = what, elapsed_ms = millis(took), "plugin was slow to return");
                 }
             }
         })?;

@@ -21,7 +21,7 @@ use super::{
     ffi::{self, Completion, Entries},
     load::Loaded,
 };
-use crate::model::{CancelReason, Grant, Outcome, Ports};
+use crate::model::{CancelReason, Grant, Outcome, Ports, millis};
 
 /// One task to run.
 pub struct Job {
@@ -94,7 +94,7 @@ impl Plugin {
                     Ok(ended) => ended,
                     Err(_) => {
                         self.stuck.fetch_add(1, Ordering::Relaxed);
-                        warn!(plugin = %self.name, grace_ms = cancel_grace.as_millis(), "runner ignored its cancellation, slot given back");
+                        warn!(plugin = %self.name, grace_ms = millis(cancel_grace), "runner ignored its cancellation, slot given back");
                         drop(slot);
                         return cancelled(grant.cancel.reason().unwrap_or(CancelReason::Operator));
                     }

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     leases::{Advice, Kept, LeaseError, LeaseSource},
-    model::{CancelReason, Coordinates, Grant, GrantKeys, Lease, Outcome, Pending, Setup, TaskId, Verdict},
+    model::{CancelReason, Coordinates, Grant, GrantKeys, Lease, Outcome, Pending, Setup, TaskId, Verdict, millis},
 };
 
 /// How often the last words of a task are tried before its report goes without them.
@@ -246,7 +246,7 @@ impl Driver {
                 return Settled::Refused(error);
             }
             let pause = pause_after(attempt, rand::random());
-            tracing::warn!(task_id = %self.task, %error, attempt, retry_in_ms = pause.as_millis(), "report failed");
+            tracing::warn!(task_id = %self.task, %error, attempt, retry_in_ms = millis(pause), "report failed");
             last = Some(error);
             sleep(pause.min(self.pacing.left(Instant::now()).unwrap_or_default())).await;
         }
@@ -264,7 +264,7 @@ fn left_until(at: Timestamp, task: TaskId, warned: &mut bool) -> Duration {
                 tracing::warn!(
                     task_id = %task,
                     lease_expires_at = %at,
-                    assumed_ms = TERM_ASSUMED.as_millis(),
+                    assumed_ms = millis(TERM_ASSUMED),
                     "lease expires in the past; compare the clocks of node and control plane"
                 );
             }

@@ -144,13 +144,15 @@ async fn s0_63_any_2xx_takes_a_report_and_other_answers_are_repeated() {
     let said = node.said("report failed");
     assert_eq!(said.len(), 2, "{said:?}");
     assert_eq!(said[0]["error"], "control plane answered 500: out of order");
-    for (bad, _) in Bad::answers() {
+    let completed = async |wanted: usize| {
+        node.page_until("/status.json", |page| page.1["ended"]["completed"] == wanted).await;
+    };
+    completed(1).await;
+    for (number, (bad, _)) in Bad::answers().into_iter().enumerate() {
         // The body means nothing, so none of them holds the node up; the plane keeps the lease.
-        let before = node.status().await["ended"]["completed"].as_u64().unwrap_or_default();
         rubbish.answer(COMPLETE, 1, bad);
         lab.task("/examples/hello/v1").submit();
-        let ended = |page: &(u16, serde_json::Value)| page.1["ended"]["completed"].as_u64() > Some(before);
-        node.page_until("/status.json", ended).await;
+        completed(number + 2).await;
     }
     assert_eq!(node.status().await["unreported"], 0);
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
@@ -213,6 +215,45 @@ async fn the_domain_server_answers_rubbish_to_a_part() {
 async fn the_domain_server_answers_rubbish_to_the_end_of_an_upload_in_parts() {
     storage_fails("POST /api/v1/domains/*/data/multipart?uploadId", "/fixtures/big-output/v1", "upload of big.bin")
         .await;
+}
+
+#[tokio::test]
+async fn a_part_that_fails_once_is_sent_again_and_one_that_keeps_failing_ends_the_upload() {
+    let lab = Lab::with(|config| {
+        config.request_max_bytes = 100_000;
+        config.part_size = 64 * 1024;
+    })
+    .await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    let (part, abort) = ("PUT /api/v1/domains/*/data/multipart", "DELETE /api/v1/domains/*/data/multipart");
+    rubbish.answer(part, 1, Bad::Status(503, "later"));
+    rubbish.answer(part, 1, Bad::Cut);
+    let ended = lab.run(&node, "/fixtures/big-output/v1", json!({ "bytes": 200_000 })).await;
+    let back = lab.artifact(ended.completed(), "big.bin").await;
+    assert!(back.len() == 200_000 && back.iter().enumerate().all(|(n, byte)| usize::from(*byte) == n % 251));
+    assert_eq!(rubbish.count(abort), 0);
+    // S0-87: an upload that cannot be finished is aborted.
+    rubbish.answer(part, usize::MAX, Bad::Status(503, "never"));
+    let ended = lab.run(&node, "/fixtures/big-output/v1", json!({ "bytes": 200_000 })).await;
+    let reason = ended.failed().0;
+    // Parts travel two at a time, so either may be the first to give up.
+    assert!(reason.starts_with("storage: upload of big.bin (part "), "{reason}");
+    assert!(reason.ends_with(") refused: server error (503): never"), "{reason}");
+    assert!(ended.artifacts().is_empty());
+    assert_eq!(rubbish.count(abort), 1);
+}
+
+#[tokio::test]
+async fn limits_that_cannot_be_read_hold_no_upload_up() {
+    for (bad, _) in Bad::answers().into_iter().chain([(Bad::Status(500, "no"), ""), (Bad::Cut, "")]) {
+        let lab = Lab::start().await;
+        let rubbish = Rubbish::before(&lab).await;
+        rubbish.answer("GET /api/v1/info", usize::MAX, bad);
+        let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+        let ended = lab.run(&node, "/fixtures/big-output/v1", json!({ "bytes": 3_000_000 })).await;
+        assert_eq!(lab.artifact(ended.completed(), "big.bin").await.len(), 3_000_000);
+    }
 }
 
 #[tokio::test]

@@ -219,3 +219,23 @@ async fn dev_is_a_world_with_a_node_in_it() {
     // Logs are for people here, and data is apart from them.
     assert!(dev.stderr().iter().all(|line| !line.starts_with('{')), "{}", dev.log());
 }
+
+#[tokio::test]
+async fn s0_38_logs_are_text_where_asked_for() {
+    let dir = workplace(&[fixtures::hello()]);
+    let node = Cli::new(&["run"])
+        .dir(dir.path())
+        .set("LOG_FORMAT", "text")
+        .set("DMS_BASE_URL", "http://127.0.0.1:9/v1")
+        .set("DDS_BASE_URL", "http://127.0.0.1:9")
+        .set("REG_SECRET", "s")
+        .set("SECP256K1_PRIVHEX", "ab".repeat(32))
+        .set("HTTP_BIND", "127.0.0.1:0")
+        .set("SCRATCH_DIR", dir.path().join("scratch").to_string_lossy())
+        .start();
+    let line = node.stderr_line(|line| line.contains("registration failed")).await;
+    assert!(line.contains(" WARN ") && !line.starts_with('{') && !line.contains('\u{1b}'), "{line}");
+    assert!(node.stdout().is_empty(), "logs go to stderr");
+    node.signal(Signal::TERM);
+    assert_eq!(node.wait().await, 0, "{}", node.log());
+}

@@ -133,3 +133,31 @@ async fn node_url_gets_one_warning_and_the_wallet_is_used() {
     assert!(text.contains("NODE_URL") && text.contains("wallet"), "{text}");
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
 }
+
+#[tokio::test]
+async fn s0_32_node_tokens_are_renewed_before_they_end() {
+    let lab = Lab::with(|config| config.node_token_ttl = Duration::from_secs(2)).await;
+    let node = lab.node(&[fixtures::zoo()]).set("TOKEN_SAFETY_RATIO", "0.25").set("TOKEN_REAUTH_JITTER_MS", "0");
+    let node = node.leasing().await;
+    let (files, meta) = go();
+    let job = lab.task("/fixtures/wait-file/v1").meta(meta).submit();
+    lab.started(&node, job).await;
+    // Five logins at half a second each outlive the first token.
+    lab.seen(&node, |seen| seen.iter().filter(|seen| seen.path.ends_with("/siwe/verify")).count() >= 6).await;
+    release(&files);
+    lab.ended(&node, job).await.completed();
+    let refused = lab.world.journal().into_iter().find(|seen| seen.status == 401);
+    assert_eq!(refused, None, "no call went out with an expired token");
+}
+
+#[tokio::test]
+async fn s0_31_polls_of_a_node_without_work_are_few() {
+    let lab = Lab::start().await;
+    let node = lab.node(&[fixtures::hello()]).set("POLL_BACKOFF_MS_MIN", "100").set("POLL_BACKOFF_MS_MAX", "100");
+    let node = node.leasing().await;
+    let polls = |seen: &[runner_host::dev::Seen]| seen.iter().filter(|seen| seen.path == "/v1/tasks").count();
+    lab.seen(&node, |seen| polls(seen) >= 1).await;
+    let (began, before) = (std::time::Instant::now(), polls(&lab.world.journal()));
+    lab.seen(&node, |seen| polls(seen) >= before + 5).await;
+    assert!(began.elapsed() >= Duration::from_millis(400), "{:?} for five pauses", began.elapsed());
+}

@@ -2,7 +2,10 @@
 
 use serde_json::{Value, json};
 
-use crate::harness::{Lab, fixtures};
+use crate::harness::{
+    Lab, fixtures,
+    rubbish::{Bad, Rubbish},
+};
 
 const MIB: usize = 1024 * 1024;
 
@@ -36,7 +39,10 @@ async fn s1_20_hello_reads_its_input_and_publishes_its_greeting() {
     // S0-68: the last progress and every event arrive although the task took milliseconds.
     assert_eq!(ended.task()["meta"]["progress"], json!({ "status": "finished" }));
     assert_eq!(ended.task()["meta"]["events"], json!([{ "level": "info", "message": "greeted", "bytes": 5 }]));
-    assert!(node.scratch().iter().all(|path| !path.join("domain-input").exists()));
+    // S0-66: what the plane says to the first heartbeat counts before anything is fetched.
+    let journal = lab.world.journal();
+    let first = |part: &str| journal.iter().position(|seen| seen.path.contains(part)).expect("it was asked");
+    assert!(first("/heartbeat") < first("/api/v1/domains/"), "{journal:#?}");
     node.stop().await;
     assert_eq!(node.scratch(), Vec::<std::path::PathBuf>::new(), "S0-82: nothing stays behind");
 }
@@ -186,4 +192,81 @@ async fn s0_82_a_task_works_in_a_private_folder_that_goes_with_it() {
     let dir = seen["dir"].as_str().expect("a path");
     node.says("task ended").await;
     assert!(!std::path::Path::new(dir).exists(), "{dir} is still there");
+}
+
+#[tokio::test]
+async fn s0_87_a_server_without_uploads_in_parts_gets_one_request() {
+    let lab = Lab::with(|config| {
+        config.multipart = false;
+        config.request_max_bytes = 0;
+    })
+    .await;
+    let node = lab.joined(&[fixtures::echo()]).await;
+    let input = lab.put("large", &pattern(6 * MIB)).await;
+    for capability in ["/examples/echo-file/v1", "/examples/echo-stream/v1"] {
+        let ended = lab.ended(&node, lab.task(capability).inputs(&[input]).submit()).await;
+        let back = lab.artifact(ended.completed(), "echo-0.bin").await;
+        assert!(back == pattern(6 * MIB), "{capability}");
+    }
+}
+
+#[tokio::test]
+async fn a_repeated_attempt_replaces_what_the_first_one_stored() {
+    let lab = Lab::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::hello()]).leasing().await;
+    // The first report gets lost for good, so the plane gives the task out again.
+    rubbish.answer("POST /v1/tasks/*/complete", 1, Bad::Status(409, "not yours"));
+    let ended = lab.ended(&node, lab.task("/examples/hello/v1").set("max_attempts", json!(2)).submit()).await;
+    assert_eq!(ended.completed().task()["attempts"], 2);
+    let line = node.says("task ended, its report was refused for good").await;
+    assert_eq!(line["outcome"], "completed", "{line}");
+    let calls = |method: &str| rubbish.count(&format!("{method} /api/v1/domains/*/data"));
+    assert_eq!((calls("POST"), calls("PUT")), (1, 1), "one creation, one replacement");
+}
+
+#[tokio::test]
+async fn s2_24_many_tasks_are_each_done_and_reported_once() {
+    let lab = Lab::start().await;
+    let nodes = [
+        lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "8").leasing().await,
+        lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "8").leasing().await,
+    ];
+    let tasks: Vec<Value> = (0..300).map(|n| task("/fixtures/ok/v1", n)).collect();
+    let job = lab.world.create_job(json!({ "label": "many", "tasks": tasks })).expect("a job");
+    let ended = lab.ended(&nodes[0], job).await;
+    ended.completed();
+    let receipts = ended.0["receipts"].as_array().expect("receipts");
+    let workers: std::collections::BTreeSet<String> = receipts.iter().map(|one| one["node_id"].to_string()).collect();
+    assert_eq!((receipts.len(), workers.len()), (300, 2), "both nodes worked");
+    for node in &nodes {
+        node.stop().await;
+        // A machine with other work may find the plugin slow.
+        let calm = |line: &Value| line["level"] == "INFO" || line["message"] == "plugin was slow to return";
+        assert!(node.lines().iter().all(calm), "{}", node.log());
+    }
+    let reports = lab.world.journal().into_iter().filter(|seen| seen.path.ends_with("/complete")).count();
+    assert_eq!(reports, 300);
+}
+
+#[tokio::test]
+async fn s0_39_the_packaged_noop_is_listed_by_a_switch() {
+    let lab = Lab::start().await;
+    let node = lab.node(&[fixtures::noop()]).set("ENABLE_NOOP", "true").set("NOOP_SLEEP_SECS", "0.01").leasing().await;
+    let ended = lab.run(&node, "/examples/noop/v1", json!({})).await;
+    assert!(ended.completed().artifacts().is_empty());
+}
+
+#[tokio::test]
+async fn a_domain_server_that_is_not_allowed_gets_no_token() {
+    let lab = Lab::start().await;
+    let node = lab.node(&[fixtures::hello()]).set("DOMAIN_HOSTS", "data.example, 127.0.0.1:1").leasing().await;
+    let ended = lab.run(&node, "/examples/hello/v1", json!({})).await;
+    let reason = ended.failed().0;
+    assert!(reason.contains("domain server 127.0.0.1 is not in DOMAIN_HOSTS; add it there to allow it"), "{reason}");
+    let asked = lab.world.journal().into_iter().any(|seen| seen.path.contains("/domains/"));
+    assert!(!asked, "nothing was sent there");
+    let host = lab.world.address().to_string();
+    let node = lab.node(&[fixtures::hello()]).set("DOMAIN_HOSTS", host).leasing().await;
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
 }

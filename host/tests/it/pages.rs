@@ -33,6 +33,7 @@ async fn the_status_page_tells_what_runs_what_ended_and_what_is_loaded() {
     std::fs::write(&refused, "no library").expect("the folder is writable");
     let node = lab.node(&[fixtures::zoo(), refused]).set("MAX_CONCURRENCY", "2").leasing().await;
     lab.run(&node, "/fixtures/fail/v1", json!({})).await.failed();
+    node.says("task ended").await;
     let job = lab.task("/fixtures/wait-file/v1").meta(json!({ "file": files.path().join("go") })).submit();
     let task = lab.started(&node, job).await;
     let status = node.status().await;

@@ -143,3 +143,33 @@ async fn a_signal_ends_a_node_whose_task_service_is_silent() {
     node.term();
     ends_promptly(&node, 0).await;
 }
+
+#[tokio::test]
+async fn a_hangup_does_not_end_a_node() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::hello()]).await;
+    node.hang_up();
+    let line =
+        node.line(|line| line["message"].as_str().is_some_and(|text| text.starts_with("HUP does nothing"))).await;
+    assert_eq!(line["level"], "WARN");
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_killed_node_leaves_nothing_that_the_next_one_does_not_sweep() {
+    let lab = Lab::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let job = lab.task("/fixtures/slow/v1").set("max_attempts", json!(2)).submit();
+    lab.started(&node, job).await;
+    node.kill();
+    node.wait().await;
+    assert!(!node.scratch().is_empty(), "there was no time to tidy up");
+    // The plane gives the task to the next node once the lease has run out.
+    let next = lab.node(&[fixtures::zoo()]).set("SCRATCH_DIR", node.scratch_dir().to_string_lossy()).leasing().await;
+    lab.task_until(&next, job, |task| task["attempts"] == 2 && task["meta"]["progress"]["started"] == true).await;
+    assert!(lab.world.cancel_job(job));
+    assert_eq!(lab.ended(&next, job).await.status(), "canceled");
+    next.stop().await;
+    assert_nothing_left(&node);
+}

@@ -23,7 +23,7 @@ use self::wire::{HeartbeatRequest, HeartbeatResponse, LeaseEnvelope, TaskSpec};
 use super::{Kept, LeaseError, LeaseSource};
 use crate::{
     auth::TokenSource,
-    model::{Capability, Lease, Pending, TaskId, Token, Verdict},
+    model::{Capability, Lease, Pending, TaskId, Token, Verdict, millis},
     transport::{self, Answer, Client},
 };
 
@@ -105,7 +105,7 @@ impl Dms {
             Need::Status => self.client.call_for_status(request, limit).await,
         }
         .map_err(unreachable)?;
-        tracing::debug!(%method, url, status = answer.status.as_u16(), elapsed_ms = started.elapsed().as_millis(), "control plane answered");
+        tracing::debug!(%method, url, status = answer.status.as_u16(), elapsed_ms = millis(started.elapsed()), "control plane answered");
         Ok(answer)
     }
 

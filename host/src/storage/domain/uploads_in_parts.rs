@@ -16,7 +16,7 @@ use super::{
     upload::{Plan, check_id},
     wire::{CompleteJson, EtagJson, InitiateJson, InitiatedJson, MetadataJson, PartJson},
 };
-use crate::model::{Coordinates, PortError, PortErrorKind};
+use crate::model::{Coordinates, PortError, PortErrorKind, millis};
 
 /// How often a part is tried.
 const TRIES: u32 = 3;
@@ -223,7 +223,7 @@ async fn send_part(target: Arc<Target>, number: u32, part: Source) -> Result<Par
             Ok(answer) => return Ok(PartJson { part_number: number, etag: answer.etag }),
             Err(err) if tried < TRIES && matches!(err.kind, PortErrorKind::Network | PortErrorKind::Server) => {
                 let pause = target.inner.config.part_pause * tried;
-                tracing::debug!(error = %err, retry_in_ms = pause.as_millis(), "a part is sent again");
+                tracing::debug!(error = %err, retry_in_ms = millis(pause), "a part is sent again");
                 tokio::time::sleep(pause).await;
             }
             Err(err) => return Err(err),

@@ -300,6 +300,14 @@ impl TestNode {
         self.process.signal(Signal::TERM);
     }
 
+    pub(crate) fn hang_up(&self) {
+        self.process.signal(Signal::HUP);
+    }
+
+    pub(crate) fn kill(&self) {
+        self.process.signal(Signal::KILL);
+    }
+
     pub(crate) async fn wait(&self) -> i32 {
         self.process.wait().await
     }
