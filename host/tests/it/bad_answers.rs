@@ -106,8 +106,11 @@ async fn the_task_service_answers_rubbish_to_heartbeats() {
     rubbish.answer(BEAT, 1, Bad::Status(502, "bad gateway"));
     // The set-up heartbeat is repeated inside the lease; the runner waits for it.
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
-    let said: Vec<String> =
-        node.said("heartbeat failed").iter().map(|line| line["error"].as_str().unwrap_or_default().to_owned()).collect();
+    let said: Vec<String> = node
+        .said("heartbeat failed")
+        .iter()
+        .map(|line| line["error"].as_str().unwrap_or_default().to_owned())
+        .collect();
     let texts = Bad::answers().into_iter().map(|(_, text)| text).chain(["but no object", "answered 502: bad gateway"]);
     assert_eq!(said.len(), 7, "{said:#?}");
     for (said, text) in said.iter().zip(texts) {
@@ -182,7 +185,8 @@ async fn the_domain_server_answers_rubbish_to_a_download() {
 
 #[tokio::test]
 async fn the_domain_server_answers_rubbish_to_a_search() {
-    storage_fails("GET /api/v1/domains/*/data?name=", "/examples/echo-bytes/v1", "looking for an earlier echo-0.bin").await;
+    storage_fails("GET /api/v1/domains/*/data?name=", "/examples/echo-bytes/v1", "looking for an earlier echo-0.bin")
+        .await;
 }
 
 #[tokio::test]
@@ -192,7 +196,8 @@ async fn the_domain_server_answers_rubbish_to_an_upload() {
 
 #[tokio::test]
 async fn the_domain_server_answers_rubbish_to_the_start_of_an_upload_in_parts() {
-    storage_fails("POST /api/v1/domains/*/data/multipart?uploads", "/fixtures/big-output/v1", "upload of big.bin").await;
+    storage_fails("POST /api/v1/domains/*/data/multipart?uploads", "/fixtures/big-output/v1", "upload of big.bin")
+        .await;
 }
 
 #[tokio::test]
@@ -202,7 +207,8 @@ async fn the_domain_server_answers_rubbish_to_a_part() {
 
 #[tokio::test]
 async fn the_domain_server_answers_rubbish_to_the_end_of_an_upload_in_parts() {
-    storage_fails("POST /api/v1/domains/*/data/multipart?uploadId", "/fixtures/big-output/v1", "upload of big.bin").await;
+    storage_fails("POST /api/v1/domains/*/data/multipart?uploadId", "/fixtures/big-output/v1", "upload of big.bin")
+        .await;
 }
 
 #[tokio::test]

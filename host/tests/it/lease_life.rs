@@ -58,9 +58,13 @@ async fn s0_18c_s0_88_a_token_turned_during_a_task_serves_its_later_upload() {
     rubbish.answer("GET /api/v1/domains/*/data?ids=", 1, held);
     let turned: std::sync::Arc<tokio::sync::Semaphore> = std::sync::Arc::new(tokio::sync::Semaphore::new(0));
     let note = std::sync::Arc::clone(&turned);
-    rubbish.answer("POST /v1/tasks/*/heartbeat", usize::MAX, Bad::edit(move |answer| {
-        note.add_permits(usize::from(answer["access_token"].is_string()));
-    }));
+    rubbish.answer(
+        "POST /v1/tasks/*/heartbeat",
+        usize::MAX,
+        Bad::edit(move |answer| {
+            note.add_permits(usize::from(answer["access_token"].is_string()));
+        }),
+    );
     let job = lab.task("/examples/echo-bytes/v1").inputs(&[input]).submit();
     let twice = async { turned.acquire_many(2).await.expect("never closed").forget() };
     crate::harness::within("two newer tokens", || node.log(), twice).await;

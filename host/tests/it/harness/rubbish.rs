@@ -226,7 +226,10 @@ impl Inner {
             }
             Some(Bad::Echo(status)) => {
                 let (head, body) = request.into_parts();
-                let headers = head.headers.iter().map(|(name, value)| format!("{name}={:?} ", value.as_bytes().escape_ascii().to_string()));
+                let headers = head
+                    .headers
+                    .iter()
+                    .map(|(name, value)| format!("{name}={:?} ", value.as_bytes().escape_ascii().to_string()));
                 let mut echo = headers.collect::<String>().into_bytes();
                 echo.extend(body.collect().await.map(|body| body.to_bytes()).unwrap_or_default());
                 answer(status, "text/plain", echo.into())
