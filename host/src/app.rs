@@ -86,7 +86,7 @@ impl Node {
             storage: Storage::new(scratch, data_client, storage),
             plugins,
             board: board.clone(),
-            control: control.handle.clone(),
+            workers: Handle::current(),
         };
         let engine = Engine::new(
             rooms,
@@ -131,7 +131,10 @@ impl Node {
             _ = tokens.available() => {
                 board.change(|status| status.phase = Phase::Running);
                 info!("leasing");
-                engine.run(stops).await
+                match control.handle.spawn(engine.run(stops)).await {
+                    Ok(ended) => ended,
+                    Err(err) => std::panic::resume_unwind(err.into_panic()),
+                }
             }
         };
         over.cancel();

@@ -1,5 +1,7 @@
 //! `runner-host config show|check`.
 
+use std::io::Write;
+
 use serde_json::json;
 
 use super::{Exit, Output, run::Settings};
@@ -56,18 +58,20 @@ fn show(layers: &Layers, secrets: &Secrets, output: Output) -> Exit {
         let (value, origin) = layers.get(key);
         (key.name, value.map(str::to_owned), origin)
     });
-    match output {
-        Output::Text => {
-            for (name, value, origin) in rows {
-                println!("{name:<26} {:<34} {}", value.as_deref().unwrap_or("-"), origin.as_str());
-            }
-        }
+    let text: String = match output {
+        Output::Text => rows
+            .map(|(name, value, origin)| {
+                format!("{name:<26} {:<34} {}\n", value.as_deref().unwrap_or("-"), origin.as_str())
+            })
+            .collect(),
         Output::Json => {
             let all: serde_json::Map<_, _> = rows
                 .map(|(name, value, origin)| (name.to_owned(), json!({ "value": value, "origin": origin.as_str() })))
                 .collect();
-            println!("{}", serde_json::Value::Object(all));
+            format!("{}\n", serde_json::Value::Object(all))
         }
-    }
+    };
+    // Whoever reads may have seen enough (`| head`).
+    let _ = std::io::stdout().write_all(text.as_bytes());
     Exit::Done
 }

@@ -120,14 +120,13 @@ pub fn main(secrets: &Secrets) -> ExitCode {
         Command::Config(command) => Ok(config::run(&command, layers, secrets)),
         Command::Completions(args) => Ok(completions::run(&args)),
     };
-    match ended {
-        Ok(exit) => exit.into(),
-        Err(err) => {
-            // The whole chain on one line: operators grep.
-            eprintln!("error: {err:#}");
-            err.downcast_ref::<Exit>().copied().unwrap_or(Exit::Configuration).into()
-        }
-    }
+    let exit = ended.unwrap_or_else(|err| {
+        // The whole chain on one line: operators grep.
+        eprintln!("error: {err:#}");
+        err.downcast_ref::<Exit>().copied().unwrap_or(Exit::Configuration)
+    });
+    crate::plugins::leave(exit as u8);
+    exit.into()
 }
 
 impl std::fmt::Display for Exit {

@@ -22,6 +22,7 @@ pub(super) fn listen(stops: Stops) -> std::io::Result<()> {
         stops.cancel.cancel();
         let third = signals.next().await;
         warn!(signal = third, "exiting at once");
+        crate::plugins::leave(Exit::Temporary as u8);
         std::process::exit(Exit::Temporary as i32);
     });
     Ok(())

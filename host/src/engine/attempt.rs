@@ -8,19 +8,21 @@ use tracing::{Instrument, info, info_span, warn};
 
 use super::Rooms;
 use crate::{
-    model::{CancelReason, Grant, Lease, Outcome, Ports, Setup, Verdict},
+    model::{CancelReason, Grant, Outcome, Ports, Setup, Verdict},
     plugins::Job,
-    session::Settled,
+    session::{Session, Settled},
 };
 
 /// One task, top to bottom. Every early exit still settles the lease and frees the slot.
 pub(super) async fn attempt(
     rooms: Arc<Rooms>,
     permit: OwnedSemaphorePermit,
-    lease: Lease,
+    session: Session,
     grace: Duration,
     cancel_all: CancellationToken,
 ) {
+    let grant = session.grant(); // the task, a token, cancel, a place to report progress
+    let lease = &grant.lease;
     let span = info_span!(
         "task",
         task_id = %lease.task,
@@ -31,8 +33,6 @@ pub(super) async fn attempt(
     async {
         let began = std::time::Instant::now();
         info!("task started");
-        let session = rooms.sessions.open(lease); // heartbeats start
-        let grant = session.grant(); // the task, a token, cancel, a place to report progress
         let run = run(&rooms, &grant, grace);
         let verdict = run_to_end(run, &grant, cancel_all).await;
         rooms.board.moved(grant.lease.task, "reporting");

@@ -38,8 +38,8 @@ pub struct Rooms {
     pub plugins: Arc<Plugins>,
     /// Shows what is running.
     pub board: StatusBoard,
-    /// Runs everything towards the control plane, on a thread that busy runners cannot starve.
-    pub control: Handle,
+    /// Runs the attempts: what they wait for may keep its threads busy.
+    pub workers: Handle,
 }
 
 /// How the engine is paced.
@@ -98,7 +98,8 @@ impl Engine {
         Self { rooms: Arc::new(rooms), config, slots, attempts: JoinSet::new() }
     }
 
-    /// Polls and runs until told to stop and everything has ended.
+    /// Polls and runs until told to stop and everything has ended. Spawn it on the runtime that
+    /// drives the sessions: a poll, its lease and the first heartbeat then need no other thread.
     pub async fn run(mut self, stops: Stops) -> Ended {
         let (low, high) = self.config.poll_backoff;
         let mut backoff = Backoff::new(low, high);
@@ -108,8 +109,10 @@ impl Engine {
             let pause = match polled {
                 Polled::Lease(lease) => {
                     backoff.reset();
+                    let session = self.rooms.sessions.open(*lease); // heartbeats start
                     let (rooms, grace) = (Arc::clone(&self.rooms), self.config.cancel_grace);
-                    self.attempts.spawn(attempt::attempt(rooms, permit, *lease, grace, stops.cancel.clone()));
+                    let attempt = attempt::attempt(rooms, permit, session, grace, stops.cancel.clone());
+                    self.attempts.spawn_on(attempt, &self.rooms.workers);
                     continue;
                 }
                 Polled::Pause => backoff.next(),
@@ -151,21 +154,15 @@ impl Engine {
     }
 
     async fn poll(&self, stops: &Stops) -> Polled {
-        let source = Arc::clone(&self.rooms.source);
-        // On the control runtime, and never dropped midway: the plane may have given us a lease already.
-        let taken = self.rooms.control.spawn(async move { source.take().await }).await;
-        match taken {
-            Ok(Ok(Some(lease))) => self.admit(lease),
-            Ok(Ok(None)) => Polled::Pause,
-            Ok(Err(LeaseError::Busy)) => Polled::Busy,
-            Ok(Err(err)) => {
+        // Not in a `select!`, so never dropped midway: the plane may have given us a lease already.
+        match self.rooms.source.take().await {
+            Ok(Some(lease)) => self.admit(lease),
+            Ok(None) => Polled::Pause,
+            Err(LeaseError::Busy) => Polled::Busy,
+            Err(err) => {
                 if !stops.drain.is_cancelled() {
                     warn!(error = %err, "poll failed");
                 }
-                Polled::Pause
-            }
-            Err(err) => {
-                error!(error = %err, "poll task ended unexpectedly");
                 Polled::Pause
             }
         }

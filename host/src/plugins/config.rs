@@ -250,7 +250,9 @@ fn settings(place: &str, table: &Table, defaults: Settings) -> Result<Settings, 
                 settings.unavailable.extend(limits.keys().map(|limit| format!("limits.{limit}")));
             }
             ("limits", _) => return wrong("a table"),
-            ("per_task" | "shared", Toml::Boolean(false)) => {}
+            ("per_task" | "shared", Toml::Boolean(false)) => {
+                settings.unavailable.retain(|unavailable| !unavailable.starts_with(key.as_str()));
+            }
             ("per_task" | "shared", Toml::Boolean(true)) => settings.unavailable.push(format!("{key} = true")),
             _ => return wrong("true or false"),
         }

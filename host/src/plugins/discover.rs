@@ -1,7 +1,7 @@
 //! Which files are plugins: the folders' libraries, and what `plugins.toml` lists.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, btree_map},
     path::{Path, PathBuf},
 };
 
@@ -64,7 +64,7 @@ impl Places {
 
 /// Lists every candidate, listed ones first in the file's order, then the others by name.
 pub(super) fn discover(places: &Places, file: &PluginsFile) -> Result<Vec<Found>, PlaceError> {
-    let mut seen = BTreeSet::new();
+    let mut seen = BTreeMap::new();
     let mut all = Vec::new();
     for path in &places.files {
         all.push(path.clone());
@@ -80,12 +80,18 @@ pub(super) fn discover(places: &Places, file: &PluginsFile) -> Result<Vec<Found>
             None => Some(InstallError::NotFound { searched: searched(places, &file.folder) }),
             Some(_) => None,
         };
+        let mut refused = refused;
         let path = path.unwrap_or_else(|| PathBuf::from(&entry.file));
-        seen.insert(identity(&path));
+        match seen.entry(identity(&path)) {
+            btree_map::Entry::Vacant(place) => drop(place.insert(entry.file.clone())),
+            btree_map::Entry::Occupied(first) => {
+                refused = Some(InstallError::SameFile { other: first.get().clone() });
+            }
+        }
         found.push(Found { file: path, settings: entry.settings.clone(), refused });
     }
     for path in all {
-        if seen.insert(identity(&path)) {
+        if seen.insert(identity(&path), path.display().to_string()).is_none() {
             let refused = file.refuse_unlisted.then_some(InstallError::Unlisted);
             let refused = if file.defaults.enabled { refused } else { Some(InstallError::Disabled) };
             found.push(Found { file: path, settings: file.defaults.clone(), refused });

@@ -83,6 +83,15 @@ pub enum InstallError {
         /// The key, with its value where that matters.
         key: String,
     },
+    /// `capabilities = []`.
+    #[error("would serve nothing: capabilities = [] in plugins.toml; name some, or write enabled = false")]
+    ServesNothing,
+    /// Two entries lead to one file.
+    #[error("is the same file as {other}; keep one entry")]
+    SameFile {
+        /// The entry that counts.
+        other: String,
+    },
     /// `capabilities` names one the library does not have.
     #[error("does not serve {wanted}, which plugins.toml lists for it; it serves {serves}")]
     UnknownCapability {
@@ -106,6 +115,15 @@ pub enum InstallError {
     Open {
         /// The linker's words.
         reason: String,
+    },
+    /// A constructor that does not return.
+    #[error(
+        "opening it took longer than {limit:?}: a constructor in it hangs; libraries after it cannot be opened \
+         (if it is only slow, raise PLUGIN_INIT_TIMEOUT)"
+    )]
+    OpenHung {
+        /// How long was waited.
+        limit: Duration,
     },
     /// The table does not begin as it should.
     #[error(

@@ -111,6 +111,9 @@ fn chosen(facts: &Facts, settings: &Settings) -> Result<Vec<Capability>, Install
     let all: Vec<Capability> =
         facts.manifest.capabilities.iter().filter_map(|name| Capability::parse(name).ok()).collect();
     let Some(wanted) = &settings.capabilities else { return Ok(all) };
+    if wanted.is_empty() {
+        return Err(InstallError::ServesNothing);
+    }
     if let Some(unknown) = wanted.iter().find(|name| !all.contains(name)) {
         let serves = facts.manifest.capabilities.join(", ");
         return Err(InstallError::UnknownCapability { wanted: unknown.to_string(), serves });
@@ -143,7 +146,7 @@ pub(super) fn open(verified: Verified, limit: Duration, log_level: u32) -> Resul
         }
     });
     let hung = |_| InstallError::InitHung { limit };
-    let entries = opened.recv_timeout(limit).map_err(hung)??;
+    let entries = opened.recv_timeout(limit).map_err(|_| InstallError::OpenHung { limit })??;
     let left = limit.saturating_sub(began.elapsed());
     match answered.recv_timeout(left).map_err(hung)? {
         (Status::OK, _) => Ok(Loaded { dispatcher, entries }),

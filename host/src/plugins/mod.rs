@@ -19,7 +19,10 @@ mod tasks;
 use std::{
     collections::{BTreeMap, HashMap},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -74,6 +77,9 @@ pub struct Listing {
     pub reason: Option<String>,
 }
 
+/// A library was opened in this process.
+static OPENED: AtomicBool = AtomicBool::new(false);
+
 /// Everything that was loaded.
 pub struct Plugins {
     by_capability: BTreeMap<Capability, Arc<Plugin>>,
@@ -105,10 +111,18 @@ impl Plugins {
         }
         share_out(&mut verified, &mut listings);
         let (mut loaded, mut by_capability) = (Vec::new(), BTreeMap::new());
+        let mut hanging = None;
         for (listing, plugin) in listings.iter_mut().zip(verified) {
             let Some(plugin) = plugin else { continue };
+            if let Some(file) = &hanging {
+                // It holds the linker's lock, for all of them and for good.
+                let reason = format!("{file} hangs while it is opened; remove it");
+                listing.refuse(&InstallError::Open { reason });
+                continue;
+            }
             let (name, capabilities) = (plugin.facts.manifest.name.clone(), plugin.capabilities.clone());
             let settings = plugin.settings.clone();
+            OPENED.store(true, Ordering::Relaxed);
             match load::open(plugin, config.init_limit, config.log_level) {
                 Ok(opened) => {
                     let slots = settings.max_concurrency.unwrap_or(config.max_concurrency);
@@ -119,7 +133,12 @@ impl Plugins {
                     info!(plugin = %name, file = %listing.file.display(), capabilities = ?capabilities, "plugin loaded");
                     loaded.push(plugin);
                 }
-                Err(err) => listing.refuse(&err),
+                Err(err) => {
+                    if matches!(err, InstallError::OpenHung { .. }) {
+                        hanging = Some(listing.file.display().to_string());
+                    }
+                    listing.refuse(&err);
+                }
             }
         }
         for listing in &listings {
@@ -165,6 +184,17 @@ impl Plugins {
 
     fn plugin(&self, capability: &Capability) -> Option<&Arc<Plugin>> {
         self.by_capability.get(capability)
+    }
+}
+
+/// Ends the process with `code` when a library was opened in it, without that library's exit
+/// handlers; returns when none was.
+pub fn leave(code: u8) {
+    use std::io::Write as _;
+    if OPENED.load(Ordering::Relaxed) {
+        // Nobody is left to be told when that fails.
+        let _ = std::io::stdout().flush();
+        open::leave(code);
     }
 }
 
@@ -234,6 +264,7 @@ impl Listing {
 
     fn refuse(&mut self, err: &InstallError) {
         self.state = "refused";
-        self.reason = Some(err.to_string());
+        // A path in it may hold anything; a reason stays one line.
+        self.reason = Some(err.to_string().replace(char::is_control, "\u{fffd}"));
     }
 }

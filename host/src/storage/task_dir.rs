@@ -160,6 +160,10 @@ fn sweep(base: &Path) -> io::Result<()> {
 
 /// Removes a tree, also when a runner left directories in it that even their owner may not write.
 fn remove_tree(path: &Path) -> io::Result<()> {
+    // Most tasks leave their directory empty: one call instead of the eight of a walk.
+    if fs::remove_dir(path).is_ok() {
+        return Ok(());
+    }
     match fs::remove_dir_all(path) {
         Err(err) if err.kind() == io::ErrorKind::PermissionDenied => {
             open_up(path);

@@ -1,19 +1,189 @@
 //! A task's way through the node: leased, run, its artifacts stored, its end reported.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::harness::{Lab, fixtures};
+
+const MIB: usize = 1024 * 1024;
+
+fn pattern(bytes: usize) -> Vec<u8> {
+    (0..bytes).map(|n| (n % 251) as u8).collect()
+}
 
 #[tokio::test]
 async fn s1_20_hello_reads_its_input_and_publishes_its_greeting() {
     let lab = Lab::start().await;
     let node = lab.joined(&[fixtures::hello()]).await;
     let input = lab.put("who", b"world").await;
-    let job = lab.task("/examples/hello/v1").inputs(&[input]).set("outputs_prefix", json!("greetings")).submit();
+    let job = lab.task("/examples/hello/v1").inputs(&[input]).set("outputs_prefix", json!("/greetings/")).submit();
     let ended = lab.ended(&node, job).await;
     ended.completed();
     assert_eq!(lab.artifact(&ended, "greetings/outputs/hello.bin").await, b"hello, world");
-    println!("{:#}", ended.0);
-    println!("{}", node.log());
-    println!("{:#}", node.status().await);
+
+    // S0-63, S0-19a: the receipt as contract 4.7 has it, and nothing else in it.
+    let task = ended.task()["id"].as_str().expect("an id");
+    let stored = &ended.artifacts()["greetings/outputs/hello.bin"]["id"];
+    assert_eq!(ended.0["receipts"][0]["outputs"], json!([stored]));
+    assert_eq!(
+        *ended.receipt(),
+        json!({
+            "job": { "task_id": task, "job_id": job, "domain_id": lab.world.domain_id(),
+                     "capability": "/examples/hello/v1" },
+            "artifacts": [{ "logical_path": "greetings/outputs/hello.bin", "data_type": "bin_data", "id": stored,
+                            "name": format!("greetings_outputs_hello_bin_{task}") }],
+        })
+    );
+    // S0-68: the last progress and every event arrive although the task took milliseconds.
+    assert_eq!(ended.task()["meta"]["progress"], json!({ "status": "finished" }));
+    assert_eq!(ended.task()["meta"]["events"], json!([{ "level": "info", "message": "greeted", "bytes": 5 }]));
+    assert!(node.scratch().iter().all(|path| !path.join("domain-input").exists()));
+    node.stop().await;
+    assert_eq!(node.scratch(), Vec::<std::path::PathBuf>::new(), "S0-82: nothing stays behind");
+}
+
+/// Inputs of these sizes come back unchanged.
+async fn echoed(capability: &str) {
+    let lab = Lab::with(|config| {
+        config.request_max_bytes = 2 * MIB as i64;
+        config.part_size = MIB as u64;
+    })
+    .await;
+    let node = lab.joined(&[fixtures::echo()]).await;
+    let sizes = [0, 1, 5 * MIB + 7];
+    let mut inputs = Vec::new();
+    for size in sizes {
+        inputs.push(lab.put(&format!("input-{size}"), &pattern(size)).await);
+    }
+    let ended = lab.ended(&node, lab.task(capability).inputs(&inputs).submit()).await;
+    ended.completed();
+    assert_eq!(ended.artifacts().len(), sizes.len());
+    for (index, size) in sizes.into_iter().enumerate() {
+        let back = lab.artifact(&ended, &format!("echo-{index}.bin")).await;
+        assert!(back == pattern(size), "{capability} of {size} bytes came back as {}", back.len());
+    }
+    // S0-87: the large one travelled in parts, an empty one never does.
+    let puts = lab.world.journal().into_iter().filter(|seen| seen.method == "PUT" && seen.path.ends_with("multipart"));
+    assert!(puts.count() >= 6, "5 MiB and 7 bytes are six parts");
+}
+
+#[tokio::test]
+async fn s0_80_s0_84_bytes_come_back_unchanged() {
+    echoed("/examples/echo-bytes/v1").await;
+}
+
+#[tokio::test]
+async fn s0_80_s0_87_files_come_back_unchanged() {
+    echoed("/examples/echo-file/v1").await;
+}
+
+#[tokio::test]
+async fn s0_80_s0_87_streams_come_back_unchanged() {
+    echoed("/examples/echo-stream/v1").await;
+}
+
+#[tokio::test]
+async fn s0_16a_every_capability_of_every_plugin_is_served_in_turn() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::hello(), fixtures::echo(), fixtures::zoo()]).await;
+    let served: Vec<String> = serde_json::from_value(node.status().await["capabilities"].clone()).expect("names");
+    assert!(served.is_sorted() && served.len() > 20, "{served:?}");
+    // The first has a long queue; the last shall not wait for its end.
+    let many: Vec<Value> = (0..40).map(|n| task("/fixtures/ok/v1", n)).collect();
+    let many = lab.world.create_job(json!({ "label": "many", "tasks": many })).expect("a job");
+    let one = lab.task("/examples/hello/v1").submit();
+    lab.ended(&node, one).await.completed();
+    let left = lab.world.job(many).expect("a job")["tasks_summary"]["queued"].clone();
+    assert!(left.as_u64() > Some(0), "the other capability was served before the queue ended: {left}");
+    lab.ended(&node, many).await.completed();
+}
+
+fn task(capability: &str, number: usize) -> Value {
+    json!({ "label": format!("{number}"), "stage": "s", "capability": capability, "max_attempts": 1 })
+}
+
+#[tokio::test]
+async fn s0_18a_s0_70_a_storm_of_progress_is_gathered_and_events_arrive_once_and_in_order() {
+    let lab = Lab::start().await;
+    let node = lab.node(&[fixtures::zoo()]).set("HEARTBEAT_JITTER_MS", "100").leasing().await;
+    let ended = lab.run(&node, "/fixtures/progress-storm/v1", json!({ "count": 500 })).await;
+    assert_eq!(ended.completed().task()["meta"]["progress"], json!({ "n": 500 }));
+    let beats = lab.world.journal().iter().filter(|seen| seen.path.ends_with("/heartbeat")).count();
+    assert!(beats < 50, "{beats} heartbeats for 500 reports");
+    let ended = lab.run(&node, "/fixtures/events/v1", json!({ "count": 40 })).await;
+    let wanted: Vec<Value> = (1..=40).map(|n| json!({ "n": n })).collect();
+    assert_eq!(ended.completed().task()["meta"]["events"], json!(wanted));
+}
+
+#[tokio::test]
+async fn a_plugin_may_use_its_own_tokio_sockets_and_threads() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let ended = lab.run(&node, "/fixtures/tokio-net/v1", json!({})).await;
+    assert_eq!(lab.artifact(ended.completed(), "net.txt").await, b"through the loopback");
+    let ended = lab.run(&node, "/fixtures/block-on/v1", json!({})).await;
+    assert_eq!(lab.artifact(ended.completed(), "blocking.txt").await, b"blocking");
+    assert_eq!(lab.artifact(&ended, "thread.txt").await, b"thread");
+    // A dropped writer publishes nothing; what was published before and after stays.
+    let ended = lab.run(&node, "/fixtures/drop-writer/v1", json!({})).await;
+    assert_eq!(ended.completed().artifacts().keys().collect::<Vec<_>>(), ["kept.txt"]);
+    lab.run(&node, "/fixtures/use-after-end/v1", json!({})).await.completed();
+    let late = node.says("call after the end").await;
+    assert!(late["fields"].as_str().is_some_and(|fields| fields.contains("\"all\":true")), "{late}");
+}
+
+#[tokio::test]
+async fn s0_05_lines_of_a_runner_carry_the_task() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let ended = lab.run(&node, "/fixtures/logs/v1", json!({})).await;
+    let line = node.says("tracing at info").await;
+    let task = &ended.completed().task()["id"];
+    let text = line.to_string();
+    for wanted in [task.as_str().expect("an id"), "/fixtures/logs/v1", "zoo", "forty-two"] {
+        assert!(text.contains(wanted), "{wanted} is missing in {line}");
+    }
+    node.says("log at warn").await;
+    assert_eq!(node.said("tracing at debug").len(), 0, "the host listens at info");
+}
+
+#[tokio::test]
+async fn s1_04_a_runner_sees_its_lease_with_unknown_fields_and_without_tokens() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let meta = json!({ "voxel": 0.25, "nested": { "a": [1, "é"] } });
+    let ended = lab.run(&node, "/fixtures/echo-meta/v1", meta.clone()).await;
+    let lease = lab.artifact(ended.completed(), "lease.json").await;
+    let lease: Value = serde_json::from_slice(&lease).expect("JSON");
+    assert_eq!(lease["task"]["meta"], meta);
+    assert_eq!(lease["task"]["stage"], "one", "fields the host does not read are kept: {lease}");
+    assert!(lease.get("access_token").is_none_or(Value::is_null), "{lease}");
+}
+
+#[tokio::test]
+async fn s1_10_s1_11_inputs_on_disk_come_with_what_is_known_of_them() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let id = lab.world.put_data("scan_2025-06-01_08-30-00", "dmt_manifest_json", b"{}").await.expect("stored");
+    let ended = lab.ended(&node, lab.task("/fixtures/inputs/v1").inputs(&[id]).submit()).await;
+    let seen = lab.artifact(ended.completed(), "inputs.json").await;
+    let seen: Value = serde_json::from_slice(&seen).expect("JSON");
+    let input = &seen[0];
+    assert_eq!(input["data_id"], json!(id));
+    assert_eq!(input["name"], "scan_2025-06-01_08-30-00");
+    assert_eq!(input["data_type"], "dmt_manifest_json");
+    assert_eq!(input["file_name"], "scan_2025-06-01_08-30-00.dmt_manifest_json");
+    assert_eq!((&input["on_disk"], &input["inside"]), (&json!(2), &json!(true)), "{input}");
+    assert!(input["path"].as_str().expect("a path").contains("/datasets/2025-06-01_08-30-00/"), "{input}");
+}
+
+#[tokio::test]
+async fn s0_82_a_task_works_in_a_private_folder_that_goes_with_it() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let ended = lab.run(&node, "/fixtures/scratch/v1", json!({})).await;
+    let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "scratch.json").await).expect("JSON");
+    assert_eq!(seen["mode"], "700", "{seen}");
+    let dir = seen["dir"].as_str().expect("a path");
+    node.says("task ended").await;
+    assert!(!std::path::Path::new(dir).exists(), "{dir} is still there");
 }

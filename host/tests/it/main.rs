@@ -4,6 +4,17 @@
 
 #![allow(missing_docs, reason = "tests are named as statements")]
 
+mod bad_answers;
+mod bad_config;
+mod bad_leases;
+mod cli;
+mod concurrency;
+mod ends;
 mod harness;
-
+mod lease_life;
 mod lease_path;
+mod pages;
+mod plugin_files;
+mod refusals;
+mod secrets;
+mod signals;

@@ -6,6 +6,6 @@ mod unix;
 mod windows;
 
 #[cfg(unix)]
-pub(super) use unix::Sealed;
+pub(super) use unix::{Sealed, leave};
 #[cfg(windows)]
-pub(super) use windows::Sealed;
+pub(super) use windows::{Sealed, leave};

@@ -88,6 +88,16 @@ impl Sealed {
     }
 }
 
+/// Ends the process now. No destructor and no exit handler of a library runs: its threads may still
+/// be using what those would take away, and one whose constructor hangs holds the lock they wait for.
+pub(in crate::plugins) fn leave(code: u8) -> ! {
+    unsafe extern "C" {
+        fn _exit(code: std::ffi::c_int) -> !;
+    }
+    // SAFETY: it takes any number and needs nothing.
+    unsafe { _exit(code.into()) }
+}
+
 /// A library that stays mapped.
 pub(in crate::plugins) struct Opened {
     library: Library,

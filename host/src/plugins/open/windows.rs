@@ -30,6 +30,11 @@ impl Sealed {
     }
 }
 
+/// Ends the process.
+pub(in crate::plugins) fn leave(code: u8) -> ! {
+    std::process::exit(code.into())
+}
+
 /// A library that stays mapped.
 pub(in crate::plugins) struct Opened {
     library: Library,

@@ -129,7 +129,7 @@ fn lock() -> File {
 /// A crate of its own below `host/tests/fixtures/rust`.
 fn fixture(folder: &str, library: &str) -> PathBuf {
     cargo_build(&host_dir().join("tests/fixtures/rust").join(folder), &[]);
-    target_dir().join("debug").join(library_name(library))
+    built(library)
 }
 
 /// A plugin of this workspace; the first one asked for builds them all.
@@ -139,15 +139,28 @@ fn own(package: &str) -> PathBuf {
         let packages = ["-p", "hello", "-p", "echo", "-p", "noop", "-p", "pointcloud"];
         cargo_build(host_dir(), &packages);
     });
-    target_dir().join("debug").join(library_name(package))
+    built(package)
 }
 
-/// Runs `cargo build` in `dir`: from what is on this machine, and only if that does not do, with the network.
+/// Runs `cargo build` in `dir`.
 fn cargo_build(dir: &Path, arguments: &[&str]) {
+    let mut words = vec!["build"];
+    words.extend(arguments);
+    cargo(dir, &words);
+}
+
+/// A library some crate was built into.
+pub(crate) fn built(library: &str) -> PathBuf {
+    target_dir().join("debug").join(library_name(library))
+}
+
+/// Runs cargo in `dir`: with what is on this machine, and only if that does not do, with the network. What
+/// it printed to stdout.
+pub(crate) fn cargo(dir: &Path, words: &[&str]) -> String {
     let _lock = lock();
-    let build = |offline: &[&str]| {
+    let run = |offline: &[&str]| {
         let mut cargo = Command::new(env!("CARGO"));
-        cargo.current_dir(dir).arg("build").args(offline).args(arguments).arg("--target-dir").arg(target_dir());
+        cargo.current_dir(dir).args(words).args(offline).arg("--target-dir").arg(target_dir());
         // What cargo says to the test binary's own build is not meant for this one.
         for (name, _) in std::env::vars_os() {
             if name.to_str().is_some_and(|name| name.starts_with("CARGO_PKG_") || name == "CARGO_MANIFEST_DIR") {
@@ -156,18 +169,19 @@ fn cargo_build(dir: &Path, arguments: &[&str]) {
         }
         cargo.output().unwrap_or_else(|err| panic!("{} does not run: {err}", env!("CARGO")))
     };
-    let offline = build(&["--offline"]);
+    let offline = run(&["--offline"]);
     if offline.status.success() {
-        return;
+        return String::from_utf8_lossy(&offline.stdout).into_owned();
     }
-    let online = build(&[]);
+    let online = run(&[]);
     assert!(
         online.status.success(),
-        "the fixture {} does not build\noffline:\n{}\nonline:\n{}",
+        "cargo {words:?} in {} fails\noffline:\n{}\nonline:\n{}",
         dir.display(),
         String::from_utf8_lossy(&offline.stderr),
         String::from_utf8_lossy(&online.stderr),
     );
+    String::from_utf8_lossy(&online.stdout).into_owned()
 }
 
 /// Compiles one variant of a C fixture; it appears under its name only when it is whole.

@@ -5,6 +5,7 @@
 //! wait is for an event and has a limit that fails with the node's own log.
 
 pub(crate) mod fixtures;
+pub(crate) mod folder;
 pub(crate) mod node;
 pub(crate) mod rubbish;
 
@@ -47,7 +48,10 @@ impl Lab {
     pub(crate) async fn with(change: impl FnOnce(&mut Config)) -> Self {
         let mut config = Config::default();
         change(&mut config);
-        let world = World::start(config).await.expect("a world starts on a free port");
+        Self::around(World::start(config).await.expect("a world starts on a free port"))
+    }
+
+    pub(crate) fn around(world: World) -> Self {
         Self { world, client: Client::new(transport::Config::default()) }
     }
 

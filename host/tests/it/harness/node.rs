@@ -9,6 +9,7 @@ use std::{
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex, MutexGuard},
     thread,
+    time::Duration,
 };
 
 use http::Request;
@@ -313,6 +314,10 @@ impl TestNode {
         assert_eq!(self.wait().await, 0, "{}", self.log());
     }
 
+    pub(crate) fn scratch_dir(&self) -> &Path {
+        self.scratch.path()
+    }
+
     /// What lies in the node's own scratch folder; `None` when that is gone.
     pub(crate) fn scratch(&self) -> Vec<PathBuf> {
         fn walk(dir: &Path, found: &mut Vec<PathBuf>) {
@@ -337,6 +342,20 @@ impl TestNode {
         let answer = self.client.call(request.expect("a request"), PATIENCE).await;
         let answer = answer.unwrap_or_else(|err| panic!("{path}: {err}\n{}", self.log()));
         (answer.status.as_u16(), answer.json().unwrap_or_default())
+    }
+
+    /// Asks for a page until it looks as `wanted`; pages have no bell to wait for.
+    pub(crate) async fn page_until(&self, path: &str, wanted: impl Fn(&(u16, Value)) -> bool) -> (u16, Value) {
+        let asking = async {
+            loop {
+                let page = self.page(path).await;
+                if wanted(&page) {
+                    return page;
+                }
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        within(path, || self.log(), asking).await
     }
 
     pub(crate) async fn status(&self) -> Value {

@@ -47,11 +47,21 @@ pub(crate) enum Bad {
     Hang,
     /// The world's answer, changed.
     Edit(Edit),
+    /// The world's answer, once this is turned.
+    Held(CancellationToken),
+    /// This status, and in the body everything that was sent, headers included.
+    Echo(u16),
 }
 
 impl Bad {
     pub(crate) fn edit(edit: impl Fn(&mut Value) + Send + Sync + 'static) -> Self {
         Self::Edit(Arc::new(edit))
+    }
+
+    /// An answer that is held back until the token is cancelled.
+    pub(crate) fn gate() -> (CancellationToken, Self) {
+        let gate = CancellationToken::new();
+        (gate.clone(), Self::Held(gate))
     }
 
     /// Every kind of answer that is no answer, with what a node should say of its content.
@@ -195,8 +205,11 @@ impl Inner {
             return Err(std::io::Error::other("cut"));
         }
         Ok(match rule {
-            None | Some(Bad::Edit(_)) => {
+            None | Some(Bad::Edit(_) | Bad::Held(_)) => {
                 let (status, kind, mut body) = self.pass_on(request).await;
+                if let Some(Bad::Held(gate)) = &rule {
+                    gate.cancelled().await;
+                }
                 let plane = name.contains(" /v1/");
                 if let (Ok(mut value), true) = (serde_json::from_slice::<Value>(&body), plane) {
                     // All further calls shall come here too.
@@ -210,6 +223,16 @@ impl Inner {
                     body = value.to_string().into();
                 }
                 answer(status.as_u16(), &kind, body)
+            }
+            Some(Bad::Echo(status)) => {
+                let (head, body) = request.into_parts();
+                let headers = head
+                    .headers
+                    .iter()
+                    .map(|(name, value)| format!("{name}={:?} ", value.as_bytes().escape_ascii().to_string()));
+                let mut echo = headers.collect::<String>().into_bytes();
+                echo.extend(body.collect().await.map(|body| body.to_bytes()).unwrap_or_default());
+                answer(status, "text/plain", echo.into())
             }
             Some(bad) => {
                 let _ = request.into_body().collect().await;
@@ -226,7 +249,7 @@ impl Inner {
                         .body(broken())
                         .expect("a response"),
                     Bad::Hang => std::future::pending().await,
-                    Bad::Cut | Bad::Edit(_) => unreachable!("answered above"),
+                    Bad::Cut | Bad::Edit(_) | Bad::Held(_) | Bad::Echo(_) => unreachable!("answered above"),
                 }
             }
         })

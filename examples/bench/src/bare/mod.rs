@@ -1,0 +1,103 @@
+//! The limit: what a client can do that does nothing but the calls.
+//!
+//! One thread, one connection for each slot, no pool, no parsing beyond the id. `tasks` leases and
+//! completes, `data` downloads to a file and uploads from it. Orders come as lines on stdin.
+
+mod data;
+mod tasks;
+
+use std::io::BufRead;
+
+use anyhow::Context;
+use bytes::Bytes;
+use http::{HeaderValue, Method, Request, Response, header};
+use http_body_util::{BodyExt, Full};
+use hyper::{
+    body::{Body, Incoming},
+    client::conn::http1::{self, SendRequest},
+};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpStream;
+use url::Url;
+
+/// What the bare client is for.
+#[derive(clap::Subcommand)]
+pub(crate) enum Work {
+    /// Lease, one heartbeat, complete
+    Tasks(tasks::Args),
+    /// Download to a file, upload from it
+    Data(data::Args),
+}
+
+pub(crate) fn run(work: Work) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    match work {
+        Work::Tasks(args) => {
+            let mut client = runtime.block_on(tasks::Client::connect(&args))?;
+            serve(|count| {
+                let count = count.parse().context("expected a number of tasks")?;
+                runtime.block_on(client.work(count))
+            })
+        }
+        Work::Data(args) => {
+            let mut client = runtime.block_on(data::Client::connect(&args))?;
+            serve(|id| runtime.block_on(client.copy(id)))
+        }
+    }
+}
+
+/// Takes orders until nobody gives any.
+fn serve(mut work: impl FnMut(&str) -> anyhow::Result<String>) -> anyhow::Result<()> {
+    println!("ready");
+    for line in std::io::stdin().lock().lines() {
+        println!("{}", work(&line?)?);
+    }
+    Ok(())
+}
+
+/// A connection that stays open.
+struct Wire<B> {
+    sender: SendRequest<B>,
+    host: HeaderValue,
+    bearer: HeaderValue,
+}
+
+impl<B> Wire<B>
+where
+    B: Body<Data = Bytes> + Unpin + Send + 'static,
+    B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    async fn open(base: &Url, bearer: &str) -> anyhow::Result<Self> {
+        let address = base.socket_addrs(|| None)?.into_iter().next().context("the world has no address")?;
+        let socket = TcpStream::connect(address).await?;
+        socket.set_nodelay(true)?;
+        let (sender, connection) = http1::handshake(TokioIo::new(socket)).await?;
+        // Ends with the sender.
+        tokio::spawn(connection);
+        let host = HeaderValue::from_str(&address.to_string())?;
+        Ok(Self { sender, host, bearer: HeaderValue::from_str(&format!("Bearer {bearer}"))? })
+    }
+
+    async fn send(&mut self, method: Method, path: &str, body: B) -> anyhow::Result<Response<Incoming>> {
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(header::HOST, &self.host)
+            .header(header::AUTHORIZATION, &self.bearer)
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(body)?;
+        self.sender.ready().await?;
+        Ok(self.sender.send_request(request).await?)
+    }
+
+    /// Sends and reads the answer, which must be a success.
+    async fn call(&mut self, method: Method, path: &str, body: B) -> anyhow::Result<Bytes> {
+        let response = self.send(method, path, body).await?;
+        let status = response.status();
+        let bytes = response.into_body().collect().await?.to_bytes();
+        anyhow::ensure!(status.is_success(), "{path}: {status}: {}", String::from_utf8_lossy(&bytes));
+        Ok(bytes)
+    }
+}
+
+type Small = Full<Bytes>;

@@ -1,0 +1,85 @@
+//! Builds what is measured, beside this binary, and lays out folders of plugins.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::Context;
+
+/// The capability whose copies fill a folder of plugins.
+const NOOP: &str = "/examples/noop/v1";
+
+/// The binaries and a folder that goes at the end.
+pub(crate) struct Built {
+    folder: PathBuf,
+    scratch: tempfile::TempDir,
+}
+
+impl Built {
+    pub(crate) fn make() -> anyhow::Result<Self> {
+        let own = std::env::current_exe().context("find this binary")?;
+        let folder = own.parent().context("this binary lies in no folder")?.to_owned();
+        let target = folder.parent().context("this binary lies in no target folder")?;
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        let mut build = Command::new(cargo);
+        // `cargo run` names this package in the environment, and the build scripts of some
+        // dependencies look: left there, each build would undo the other one's work.
+        for (name, _) in std::env::vars_os() {
+            let text = name.to_string_lossy();
+            if ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_"].iter().any(|own| text.starts_with(own)) {
+                build.env_remove(&name);
+            }
+        }
+        build.args(["build", "--release", "--quiet", "--package", "runner-host", "--package", "noop"]);
+        build.args(["--package", "echo", "--manifest-path"]).arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"));
+        let status = build.arg("--target-dir").arg(target).status().context("start cargo")?;
+        anyhow::ensure!(status.success(), "the node or its plugins could not be built");
+        // Beside the binaries and not in the system's temporary folder, which may lie in memory.
+        let scratch = tempfile::Builder::new().prefix("bench-").tempdir_in(target).context("make a scratch folder")?;
+        Ok(Self { folder, scratch })
+    }
+
+    pub(crate) fn host(&self) -> PathBuf {
+        self.folder.join("runner-host")
+    }
+
+    /// Where everything that is written during the measurements goes.
+    pub(crate) fn scratch(&self) -> &Path {
+        self.scratch.path()
+    }
+
+    pub(crate) fn library(&self, name: &str) -> PathBuf {
+        self.folder.join(format!("lib{name}.so"))
+    }
+
+    /// A folder of `count` plugins, all of them the noop runner without its sleep, and the file
+    /// that configures them. No two may serve one capability, so the copies get other names of the
+    /// same length: in the manifest as in the code.
+    pub(crate) fn noops(&self, count: usize) -> anyhow::Result<(PathBuf, PathBuf)> {
+        let folder = self.scratch.path().join(format!("{count}-plugins"));
+        let listing = folder.join("plugins.toml");
+        if listing.is_file() {
+            return Ok((folder, listing));
+        }
+        std::fs::create_dir_all(&folder)?;
+        let original = std::fs::read(self.library("noop")).context("read the noop plugin")?;
+        let mut entries = String::new();
+        for number in 0..count {
+            let mut library = original.clone();
+            if number > 0 {
+                let name = format!("/examples/n{number:03}/v1");
+                let places: Vec<usize> = memchr::memmem::find_iter(&original, NOOP).collect();
+                anyhow::ensure!(!places.is_empty() && name.len() == NOOP.len(), "the noop plugin does not name {NOOP}");
+                for at in places {
+                    library[at..at + NOOP.len()].copy_from_slice(name.as_bytes());
+                }
+            }
+            let file = format!("noop{number}.so");
+            std::fs::write(folder.join(&file), library)?;
+            entries.push_str(&format!("[[plugin]]\nfile = \"{file}\"\nconfig = {{ sleep_secs = 0.0 }}\n\n"));
+        }
+        std::fs::write(&listing, entries)?;
+        Ok((folder, listing))
+    }
+}

@@ -1,0 +1,245 @@
+//! What is printed: tables, the targets, and what it was measured on.
+
+use serde_json::{Value, json};
+
+/// How far a quick run may miss a target: it is short, and other work may be going on.
+const SLACK_QUICK: f64 = 2.0;
+
+/// Repeated measurements of one thing.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Series(Vec<f64>);
+
+impl Series {
+    pub(crate) fn add(&mut self, value: f64) {
+        self.0.push(value);
+    }
+
+    fn sorted(&self) -> Vec<f64> {
+        let mut sorted = self.0.clone();
+        sorted.sort_by(f64::total_cmp);
+        sorted
+    }
+
+    pub(crate) fn median(&self) -> f64 {
+        let sorted = self.sorted();
+        match (sorted.get(sorted.len() / 2), sorted.len() % 2) {
+            (None, _) => f64::NAN,
+            (Some(middle), 1) => *middle,
+            (Some(upper), _) => (upper + sorted[sorted.len() / 2 - 1]) / 2.0,
+        }
+    }
+
+    /// Ratios of the measurements that were taken side by side.
+    pub(crate) fn over(&self, other: &Self) -> Self {
+        Self(self.0.iter().zip(&other.0).map(|(own, others)| own / others).collect())
+    }
+
+    fn text(&self, digits: usize) -> String {
+        let sorted = self.sorted();
+        let median = format!("{:.digits$}", self.median());
+        match (sorted.first(), sorted.last()) {
+            (Some(low), Some(high)) if sorted.len() > 1 => format!("{median} ({low:.digits$}–{high:.digits$})"),
+            _ => median,
+        }
+    }
+}
+
+/// One field of a table.
+pub(crate) struct Cell {
+    text: String,
+    value: Value,
+}
+
+impl Cell {
+    pub(crate) fn text(text: impl ToString) -> Self {
+        let text = text.to_string();
+        Self { value: json!(text), text }
+    }
+
+    /// Median and spread.
+    pub(crate) fn series(series: &Series, digits: usize) -> Self {
+        Self { text: series.text(digits), value: json!({ "median": series.median(), "all": series.0 }) }
+    }
+}
+
+struct Table {
+    title: String,
+    columns: Vec<&'static str>,
+    rows: Vec<Vec<Cell>>,
+}
+
+struct Target {
+    what: String,
+    seen: f64,
+    wanted: f64,
+    /// Whether more is better.
+    upwards: bool,
+}
+
+/// All results.
+pub(crate) struct Report {
+    quick: bool,
+    tables: Vec<Table>,
+    targets: Vec<Target>,
+}
+
+/// A table of a [`Report`].
+#[derive(Clone, Copy)]
+pub(crate) struct TableIndex(usize);
+
+impl Report {
+    pub(crate) fn new(quick: bool) -> Self {
+        Self { quick, tables: Vec::new(), targets: Vec::new() }
+    }
+
+    pub(crate) fn table(&mut self, title: &str, columns: &[&'static str]) -> TableIndex {
+        self.tables.push(Table { title: title.to_owned(), columns: columns.to_vec(), rows: Vec::new() });
+        TableIndex(self.tables.len() - 1)
+    }
+
+    pub(crate) fn row(&mut self, table: TableIndex, row: Vec<Cell>) {
+        let table = &mut self.tables[table.0];
+        debug_assert_eq!(table.columns.len(), row.len());
+        table.rows.push(row);
+    }
+
+    /// A figure that may have a lower bound.
+    pub(crate) fn at_least(&mut self, what: &str, seen: &Series, wanted: Option<f64>) -> Cell {
+        self.target(what, seen, wanted, true);
+        Cell::series(seen, 2)
+    }
+
+    /// A figure that may have an upper bound.
+    pub(crate) fn at_most(&mut self, what: &str, seen: &Series, wanted: Option<f64>) -> Cell {
+        self.target(what, seen, wanted, false);
+        Cell::series(seen, 1)
+    }
+
+    fn target(&mut self, what: &str, seen: &Series, wanted: Option<f64>, upwards: bool) {
+        let what = what.to_owned();
+        self.targets.extend(wanted.map(|wanted| Target { what, seen: seen.median(), wanted, upwards }));
+    }
+
+    /// Whether every target was reached; in a quick run, whether none was missed clearly.
+    pub(crate) fn reached(&self) -> bool {
+        let slack = if self.quick { SLACK_QUICK } else { 1.0 };
+        self.targets.iter().all(|target| target.reached(slack))
+    }
+
+    pub(crate) fn markdown(&self) -> String {
+        let mut text = format!("`{}` on {}, {}\n", command_line(), machine(), today());
+        for table in &self.tables {
+            text.push_str(&format!("\n{}\n\n", table.title));
+            text.push_str(&line(table.columns.iter().copied()));
+            text.push_str(&line(table.columns.iter().map(|_| "---")));
+            for row in &table.rows {
+                text.push_str(&line(row.iter().map(|cell| &*cell.text)));
+            }
+        }
+        if !self.targets.is_empty() {
+            text.push_str("\nTargets\n\n| figure | wanted | seen | |\n| --- | --- | --- | --- |\n");
+        }
+        for target in &self.targets {
+            let (bound, verdict) =
+                (if target.upwards { "≥" } else { "≤" }, if target.reached(1.0) { "reached" } else { "missed" });
+            let digits = if target.upwards { 2 } else { 1 };
+            text.push_str(&format!(
+                "| {} | {bound} {} | {:.digits$} | {verdict} |\n",
+                target.what, target.wanted, target.seen
+            ));
+        }
+        text.push_str("\nMedian (lowest–highest) of the repetitions; a ratio is taken within each repetition.\n");
+        text
+    }
+
+    pub(crate) fn json(&self) -> Value {
+        let tables: Vec<Value> = self
+            .tables
+            .iter()
+            .map(|table| {
+                let row = |row: &Vec<Cell>| -> Value {
+                    let fields = table.columns.iter().zip(row);
+                    Value::Object(fields.map(|(name, cell)| ((*name).to_owned(), cell.value.clone())).collect())
+                };
+                json!({ "title": table.title, "rows": table.rows.iter().map(row).collect::<Vec<_>>() })
+            })
+            .collect();
+        let targets: Vec<Value> = self
+            .targets
+            .iter()
+            .map(|target| {
+                json!({ "figure": target.what, "wanted": target.wanted, "seen": target.seen, "reached": target.reached(1.0) })
+            })
+            .collect();
+        json!({
+            "command": command_line(), "machine": machine(), "date": today(), "quick": self.quick, "tables": tables,
+            "targets": targets, "passed": self.reached(),
+        })
+    }
+}
+
+impl Target {
+    fn reached(&self, slack: f64) -> bool {
+        // Written so that a figure that is no number misses.
+        if self.upwards { self.seen >= self.wanted / slack } else { self.seen <= self.wanted * slack }
+    }
+}
+
+fn line<'a>(cells: impl Iterator<Item = &'a str>) -> String {
+    format!("| {} |\n", cells.collect::<Vec<_>>().join(" | "))
+}
+
+fn command_line() -> String {
+    let arguments = std::env::args().skip(1).map(|argument| format!(" {argument}"));
+    format!("cargo bench-node{}", arguments.collect::<String>())
+}
+
+/// Processor model and how many of it.
+fn machine() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ").map(|(_, name)| name));
+    let count = std::thread::available_parallelism().map_or(1, usize::from);
+    format!("{count} × {}", model.unwrap_or("an unknown processor").trim())
+}
+
+fn today() -> String {
+    jiff::Timestamp::now().to_string().chars().take(10).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn series(values: &[f64]) -> Series {
+        Series(values.to_vec())
+    }
+
+    #[test]
+    fn the_median_is_the_middle_and_ratios_are_taken_side_by_side() {
+        assert_eq!(series(&[3.0, 1.0, 2.0]).text(1), "2.0 (1.0–3.0)");
+        assert_eq!(series(&[4.0, 1.0]).median(), 2.5);
+        assert_eq!(series(&[1.0, 4.0]).over(&series(&[2.0, 2.0])).0, [0.5, 2.0]);
+        assert_eq!(series(&[7.0]).text(0), "7");
+    }
+
+    #[test]
+    fn a_quick_run_forgives_a_factor_of_two_and_nothing_forgives_no_number() {
+        for (quick, seen, passes) in
+            [(false, 0.31, true), (false, 0.29, false), (true, 0.16, true), (true, 0.14, false)]
+        {
+            let mut report = Report::new(quick);
+            report.at_least("rate", &series(&[seen]), Some(0.3));
+            assert_eq!(report.reached(), passes, "{quick} {seen}");
+        }
+        for (quick, seen, passes) in
+            [(false, 64.0, true), (false, 65.0, false), (true, 127.0, true), (true, 129.0, false)]
+        {
+            let mut report = Report::new(quick);
+            report.at_most("memory", &series(&[seen]), Some(64.0));
+            assert_eq!(report.reached(), passes, "{quick} {seen}");
+        }
+        let mut report = Report::new(true);
+        report.at_most("memory", &series(&[]), Some(64.0));
+        assert!(!report.reached());
+    }
+}

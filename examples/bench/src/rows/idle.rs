@@ -1,0 +1,42 @@
+//! A node that has nothing to do.
+
+use std::time::{Duration, Instant};
+
+use super::Sizes;
+use crate::{
+    build::Built,
+    calls::Author,
+    procs::{Node, World},
+    report::{Cell, Report, Series},
+};
+
+const PLUGINS: usize = 10;
+
+pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyhow::Result<()> {
+    eprintln!("idle node, {:?}", sizes.idle);
+    let world = World::start(built)?;
+    let author = Author::new(&world)?;
+    let (folder, listing) = built.noops(PLUGINS)?;
+    let job = author.create("/examples/noop/v1", &[], 1)?;
+    let node = Node::start(built, &world, &[&folder], Some(&listing), &[])?;
+    author.wait(&job, Duration::from_millis(50), Duration::from_secs(30))?;
+    let (from, _) = author.polls(0)?;
+    let (began, before) = (Instant::now(), node.process.cpu_of_threads()?);
+    // The measurement is the waiting.
+    std::thread::sleep(sizes.idle);
+    let (took, used) = (began.elapsed(), node.process.cpu_of_threads()? - before);
+    let (_, polls) = author.polls(from)?;
+    let one = |value: f64| {
+        let mut series = Series::default();
+        series.add(value);
+        series
+    };
+    let table = report.table(
+        &format!("A node without work for {} s, {PLUGINS} plugins, default settings", sizes.idle.as_secs()),
+        &["processor, %", "resident memory, MiB", "polls"],
+    );
+    let percent = one(100.0 * used.as_secs_f64() / took.as_secs_f64());
+    let resident = one(node.process.memory("VmRSS")? as f64 / 1024.0 / 1024.0);
+    report.row(table, vec![Cell::series(&percent, 3), Cell::series(&resident, 1), Cell::text(polls)]);
+    Ok(())
+}

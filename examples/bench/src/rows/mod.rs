@@ -1,0 +1,63 @@
+//! What is measured, and how much of it.
+
+mod data;
+mod idle;
+mod start;
+mod tasks;
+
+use std::time::Duration;
+
+use crate::{build::Built, report::Report};
+
+/// A row of the table, or a few that belong together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Row {
+    /// No-op tasks per second at 1, 8 and 64 slots
+    Tasks,
+    /// A large object in as a file and out as a file
+    Data,
+    /// From the start of the process to the first lease, with ten plugins
+    Start,
+    /// A node without work
+    Idle,
+}
+
+/// How much is measured.
+pub(crate) struct Sizes {
+    /// Repetitions of each measurement.
+    pub(crate) repetitions: usize,
+    /// How long one repetition of the tasks row should take.
+    pub(crate) tasks: Duration,
+    /// Bytes of the large object.
+    pub(crate) object: u64,
+    /// Repetitions with it: it is slow.
+    pub(crate) objects: usize,
+    /// How long an idle node is watched.
+    pub(crate) idle: Duration,
+}
+
+impl Sizes {
+    pub(crate) const FULL: Self = Self {
+        repetitions: 5,
+        tasks: Duration::from_millis(1500),
+        object: 1 << 30,
+        objects: 3,
+        idle: Duration::from_secs(30),
+    };
+    pub(crate) const QUICK: Self = Self {
+        repetitions: 1,
+        tasks: Duration::from_millis(500),
+        object: 256 << 20,
+        objects: 1,
+        idle: Duration::from_secs(3),
+    };
+}
+
+pub(crate) fn measure(row: Row, built: &Built, sizes: &Sizes, report: &mut Report) -> anyhow::Result<()> {
+    match row {
+        Row::Tasks => tasks::measure(built, sizes, report),
+        Row::Data => data::measure(built, sizes, report),
+        Row::Start => start::measure(built, sizes, report),
+        Row::Idle => idle::measure(built, sizes, report),
+    }
+}

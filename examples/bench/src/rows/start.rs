@@ -1,0 +1,51 @@
+//! From the start of the process to the first lease, with ten plugins and work waiting.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use jiff::Timestamp;
+
+use super::Sizes;
+use crate::{
+    build::Built,
+    calls::Author,
+    procs::{Node, World},
+    report::{Cell, Report, Series},
+};
+
+const PLUGINS: usize = 10;
+const MS_MAX: f64 = 150.0;
+const LIMIT: Duration = Duration::from_secs(30);
+
+pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyhow::Result<()> {
+    eprintln!("start to first lease");
+    let world = World::start(built)?;
+    let author = Author::new(&world)?;
+    let (folder, listing) = built.noops(PLUGINS)?;
+    let (mut whole, mut loading, mut registering, mut leasing) = <(Series, Series, Series, Series)>::default();
+    for _ in 0..sizes.repetitions {
+        let job = author.create("/examples/noop/v1", &[], 1)?;
+        let node = Node::start(built, &world, &[&folder], Some(&listing), &[])?;
+        author
+            .wait(&job, Duration::from_millis(20), LIMIT)
+            .with_context(|| format!("the node's log ends with:\n{}", node.log_tail()))?;
+        // The lease is a little older than the line that says its task has started.
+        let started = node.logged("task started")?;
+        let (up, registered) = (node.logged("node started")?, node.logged("node registered")?);
+        whole.add(ms(node.started, started));
+        loading.add(ms(node.started, up));
+        registering.add(ms(up, registered));
+        leasing.add(ms(registered, started));
+    }
+    let table = report.table(
+        &format!("Start of the process to the first lease, {PLUGINS} plugins, in ms"),
+        &["first lease", "of it: until it listens", "registration", "from registration to the first lease"],
+    );
+    let whole = report.at_most("start to first lease, ms", &whole, Some(MS_MAX));
+    report.row(table, vec![whole, Cell::series(&loading, 1), Cell::series(&registering, 1), Cell::series(&leasing, 1)]);
+    Ok(())
+}
+
+fn ms(from: Timestamp, to: Timestamp) -> f64 {
+    to.duration_since(from).as_secs_f64() * 1000.0
+}

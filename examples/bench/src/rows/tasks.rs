@@ -1,0 +1,146 @@
+//! No-op tasks: node and bare client take turns against one world.
+
+use std::time::Duration;
+
+use anyhow::Context;
+
+use super::Sizes;
+use crate::{
+    build::Built,
+    calls::Author,
+    procs::{Bare, Node, Process, World},
+    report::{Cell, Report, Series},
+};
+
+const SLOTS: [usize; 3] = [1, 8, 64];
+/// What the node serves, and what the bare client registers for: neither may take the other's work.
+const NOOP: &str = "/examples/noop/v1";
+const BARE: &str = "/bench/bare/v1";
+/// Share of the bare client's rate that has to be reached with eight slots.
+const RATIO_MIN: f64 = 0.3;
+/// Most tasks of one job.
+const TASKS_MAX: usize = 20_000;
+/// How long a job may take, however slow this machine is.
+const LIMIT: Duration = Duration::from_secs(120);
+
+pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyhow::Result<()> {
+    let table = report.table(
+        "No-op tasks, node over bare client",
+        &[
+            "slots",
+            "ratio of rates",
+            "ratio of processor time",
+            "node, tasks/s",
+            "bare, tasks/s",
+            "node, µs/task",
+            "bare, µs/task",
+            "world's processor share: node, bare",
+        ],
+    );
+    for slots in SLOTS {
+        eprintln!("no-op tasks, {slots} slots");
+        let seen = at(slots, built, sizes)?;
+        let ratio = seen.rates.0.over(&seen.rates.1);
+        let target = (slots == 8).then_some(RATIO_MIN);
+        let ratio_cell = report.at_least(&format!("ratio of rates at {slots} slots"), &ratio, target);
+        report.row(
+            table,
+            vec![
+                Cell::text(slots),
+                ratio_cell,
+                Cell::series(&seen.costs.0.over(&seen.costs.1), 2),
+                Cell::series(&seen.rates.0, 0),
+                Cell::series(&seen.rates.1, 0),
+                Cell::series(&seen.costs.0, 0),
+                Cell::series(&seen.costs.1, 0),
+                Cell::text(format!("{:.0} %, {:.0} %", seen.shares.0.median(), seen.shares.1.median())),
+            ],
+        );
+    }
+    Ok(())
+}
+
+/// Node first, bare client second.
+#[derive(Default)]
+struct Seen {
+    /// Tasks per second.
+    rates: (Series, Series),
+    /// Microseconds of processor time per task.
+    costs: (Series, Series),
+    /// Percent of the processor time of both that was the world's.
+    shares: (Series, Series),
+}
+
+fn at(slots: usize, built: &Built, sizes: &Sizes) -> anyhow::Result<Seen> {
+    let world = World::start(built)?;
+    let author = Author::new(&world)?;
+    let (folder, listing) = built.noops(1)?;
+    let count = slots.to_string();
+    // The pause of a node without work is short enough not to wait for it, and long enough not to count.
+    let settings = [("MAX_CONCURRENCY", &*count), ("POLL_BACKOFF_MS_MIN", "20"), ("POLL_BACKOFF_MS_MAX", "200")];
+    let node = Node::start(built, &world, &[&folder], Some(&listing), &settings)?;
+    let mut bare = Bare::start(built, &["tasks", world.base.as_str(), BARE, &count], &[])?;
+
+    let turn = |tasks,
+                order: &mut dyn FnMut(usize) -> anyhow::Result<()>,
+                process: &dyn Fn() -> anyhow::Result<Duration>,
+                capability| { run(&author, &world.process, capability, tasks, order, process) };
+    let mut seen = Seen::default();
+    let mut tasks = (slots * 20 + 100, slots * 20 + 100);
+    // The first round warms up and tells how many tasks make a round of the wanted length.
+    for round in 0..=sizes.repetitions {
+        let by_node = turn(tasks.0, &mut |_| Ok(()), &|| node.process.cpu(), NOOP)
+            .with_context(|| format!("the node's log ends with:\n{}", node.log_tail()))?;
+        let cpu = std::cell::RefCell::new(&mut bare);
+        let by_bare = turn(
+            tasks.1,
+            &mut |count| cpu.borrow_mut().order(&count.to_string()).map(|_| ()),
+            &|| cpu.borrow().process.cpu(),
+            BARE,
+        )?;
+        let wanted = |rate: f64| ((rate * sizes.tasks.as_secs_f64()) as usize).clamp(200, TASKS_MAX);
+        tasks = (wanted(by_node.rate), wanted(by_bare.rate));
+        if round > 0 {
+            for (series, value) in [
+                (&mut seen.rates.0, by_node.rate),
+                (&mut seen.rates.1, by_bare.rate),
+                (&mut seen.costs.0, by_node.cost),
+                (&mut seen.costs.1, by_bare.cost),
+                (&mut seen.shares.0, by_node.share),
+                (&mut seen.shares.1, by_bare.share),
+            ] {
+                series.add(value);
+            }
+        }
+    }
+    Ok(seen)
+}
+
+/// One job.
+struct Turn {
+    rate: f64,
+    cost: f64,
+    share: f64,
+}
+
+fn run(
+    author: &Author,
+    world: &Process,
+    capability: &str,
+    tasks: usize,
+    order: &mut dyn FnMut(usize) -> anyhow::Result<()>,
+    cpu: &dyn Fn() -> anyhow::Result<Duration>,
+) -> anyhow::Result<Turn> {
+    let before = (cpu()?, world.cpu()?);
+    let job = author.create(capability, &[], tasks)?;
+    order(tasks)?;
+    author.wait(&job, Duration::from_millis(100), LIMIT)?;
+    let after = (cpu()?, world.cpu()?);
+    let took = author.times(&job)?.took;
+    let (own, worlds) = (after.0 - before.0, after.1 - before.1);
+    Ok(Turn {
+        rate: tasks as f64 / took.as_secs_f64(),
+        cost: own.as_secs_f64() * 1e6 / tasks as f64,
+        share: 100.0 * worlds.as_secs_f64() / (own + worlds).as_secs_f64(),
+    })
+}

@@ -1,0 +1,240 @@
+//! Services that answer rubbish: one clear line, no crash, no hang, no storm, and back to work when
+//! the service is back.
+
+use futures_util::future::join_all;
+use serde_json::json;
+
+use crate::harness::{
+    Lab, fixtures,
+    rubbish::{Bad, Rubbish},
+};
+
+const NONCE: &str = "POST /internal/v1/auth/siwe/request";
+const VERIFY: &str = "POST /internal/v1/auth/siwe/verify";
+const LEASE: &str = "GET /v1/tasks";
+const BEAT: &str = "POST /v1/tasks/*/heartbeat";
+const COMPLETE: &str = "POST /v1/tasks/*/complete";
+const DATA: &str = "GET /api/v1/domains/*/data";
+
+/// A node that gets `bad` once as the answer to `call` says `message` with `text`, and then works.
+async fn signs_in_after(call: &str, bad: Bad, message: &str, text: &str) {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(call, 1, bad);
+    let node = rubbish.node(&[fixtures::hello()]).set("REGISTER_MAX_RETRY", "1").set("REGISTER_INTERVAL_SECS", "1");
+    let node = node.start().await;
+    let line = node.says(message).await;
+    let error = line["error"].as_str().expect("text");
+    assert!(error.contains(text) && error.contains(&rubbish.address().to_string()), "{line}");
+    node.says("leasing").await;
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    assert_eq!(node.said(message).len(), 1, "one line:\n{}", node.log());
+    assert!(!node.log().contains("top-secr"), "the content is not repeated:\n{}", node.log());
+    assert!(rubbish.count(call) <= 3, "no storm: {} of {call}", rubbish.count(call));
+}
+
+#[tokio::test]
+async fn the_sign_in_service_answers_rubbish_to_a_challenge() {
+    join_all(Bad::answers().into_iter().map(|(bad, text)| signs_in_after(NONCE, bad, "registration failed", text)))
+        .await;
+}
+
+#[tokio::test]
+async fn the_sign_in_service_answers_rubbish_to_a_login() {
+    join_all(Bad::answers().into_iter().map(|(bad, text)| signs_in_after(VERIFY, bad, "login failed", text))).await;
+}
+
+#[tokio::test]
+async fn a_challenge_that_would_sign_something_else_is_not_signed() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(NONCE, 1, Bad::edit(|challenge| challenge["nonce"] = json!("1\nURI: https://elsewhere.example")));
+    let node = rubbish.node(&[fixtures::hello()]).set("REGISTER_MAX_RETRY", "1").set("REGISTER_INTERVAL_SECS", "1");
+    let node = node.start().await;
+    let line = node.says("registration failed").await;
+    assert_eq!(line["error"], "sign-in challenge: field nonce holds a control character, which is not signed");
+    assert_eq!(rubbish.count("POST /internal/v1/nodes/register-wallet"), 0);
+    node.says("leasing").await;
+}
+
+#[tokio::test]
+async fn the_task_service_answers_rubbish_to_a_poll() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::hello()]).leasing().await;
+    for (bad, text) in Bad::answers().into_iter().chain([
+        (Bad::Status(500, "out of order"), "answered 500: out of order"),
+        (Bad::Cut, "did not answer"),
+        (Bad::Json(json!({ "task": { "id": "no uuid" } })), "is not the expected JSON"),
+        (Bad::Json(json!([])), "is not the expected JSON"),
+    ]) {
+        rubbish.answer(LEASE, 1, bad);
+        node.line(|line| {
+            let error = line["error"].as_str().unwrap_or_default();
+            line["message"] == "poll failed" && line["level"] == "WARN" && error.contains(text)
+        })
+        .await;
+    }
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    assert_eq!(node.said("poll failed").len(), 9, "one line each:\n{}", node.log());
+    assert!(!node.log().contains("top-secr"), "the content is not repeated:\n{}", node.log());
+}
+
+#[tokio::test]
+async fn polls_that_fail_are_paced() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::hello()]).set("POLL_BACKOFF_MS_MIN", "300").set("POLL_BACKOFF_MS_MAX", "300");
+    rubbish.answer(LEASE, usize::MAX, Bad::Status(503, "later"));
+    let node = node.leasing().await;
+    let began = std::time::Instant::now();
+    rubbish.seen(LEASE, 4).await;
+    assert!(began.elapsed() >= std::time::Duration::from_millis(800), "{:?} for three pauses", began.elapsed());
+    rubbish.heal();
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+}
+
+#[tokio::test]
+async fn the_task_service_answers_rubbish_to_heartbeats() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::hello()]).leasing().await;
+    for (bad, _) in Bad::answers() {
+        rubbish.answer(BEAT, 1, bad);
+    }
+    rubbish.answer(BEAT, 1, Bad::Json(json!(["no", "object"])));
+    rubbish.answer(BEAT, 1, Bad::Status(502, "bad gateway"));
+    // The set-up heartbeat is repeated inside the lease; the runner waits for it.
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    let said: Vec<String> = node
+        .said("heartbeat failed")
+        .iter()
+        .map(|line| line["error"].as_str().unwrap_or_default().to_owned())
+        .collect();
+    let texts = Bad::answers().into_iter().map(|(_, text)| text).chain(["but no object", "answered 502: bad gateway"]);
+    assert_eq!(said.len(), 7, "{said:#?}");
+    for (said, text) in said.iter().zip(texts) {
+        assert!(said.contains(text), "{said} lacks {text}");
+    }
+    assert!(!node.log().contains("top-secr"), "the content is not repeated:\n{}", node.log());
+}
+
+#[tokio::test]
+async fn s0_65_a_setup_heartbeat_refused_for_good_fails_the_setup() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::hello()]).leasing().await;
+    rubbish.answer(BEAT, 1, Bad::Status(422, "this lease is not for you"));
+    let ended = lab.run(&node, "/examples/hello/v1", json!({})).await;
+    let (reason, details) = ended.failed();
+    assert_eq!(reason, "node_setup_failed");
+    assert_eq!(details["stage"], "initial_heartbeat");
+    assert_eq!(details["error"], "control plane answered 422: this lease is not for you");
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+}
+
+#[tokio::test]
+async fn s0_63_any_2xx_takes_a_report_and_other_answers_are_repeated() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::hello()]).leasing().await;
+    rubbish.answer(COMPLETE, 1, Bad::Status(500, "out of order"));
+    rubbish.answer(COMPLETE, 1, Bad::Cut);
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    let said = node.said("report failed");
+    assert_eq!(said.len(), 2, "{said:?}");
+    assert_eq!(said[0]["error"], "control plane answered 500: out of order");
+    for (bad, _) in Bad::answers() {
+        // The body means nothing, so none of them holds the node up; the plane keeps the lease.
+        let before = node.status().await["ended"]["completed"].as_u64().unwrap_or_default();
+        rubbish.answer(COMPLETE, 1, bad);
+        lab.task("/examples/hello/v1").submit();
+        let ended = |page: &(u16, serde_json::Value)| page.1["ended"]["completed"].as_u64() > Some(before);
+        node.page_until("/status.json", ended).await;
+    }
+    assert_eq!(node.status().await["unreported"], 0);
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+}
+
+/// One task whose call to the domain server got a bad answer fails with `storage: <what> …<text>`, and
+/// the next task succeeds.
+async fn storage_fails(call: &str, capability: &str, what: &str) {
+    let lab = Lab::with(|config| {
+        config.request_max_bytes = 100_000;
+        config.part_size = 64 * 1024;
+    })
+    .await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::echo(), fixtures::zoo()]).leasing().await;
+    let input = lab.put("in", b"some input").await;
+    let submit = || lab.task(capability).inputs(&[input]).meta(json!({ "bytes": 200_000 })).submit();
+    for (bad, text) in Bad::answers() {
+        rubbish.answer(call, usize::MAX, bad);
+        let ended = lab.ended(&node, submit()).await;
+        let (reason, details) = ended.failed();
+        assert!(reason.starts_with(&format!("storage: {what}")), "{reason}");
+        // A download that is no multipart answer is told as such, whatever its content.
+        assert!(reason.contains(text) || reason.contains("multipart"), "{text}: {reason}");
+        assert!(!reason.contains("top-secr"), "{reason}");
+        assert_eq!(json!([details["outcome"], details["retryable"]]), json!(["storage", true]), "{reason}");
+        rubbish.heal();
+    }
+    lab.ended(&node, submit()).await.completed();
+}
+
+#[tokio::test]
+async fn the_domain_server_answers_rubbish_to_a_download() {
+    storage_fails("GET /api/v1/domains/*/data?ids=", "/examples/echo-bytes/v1", "download of input ").await;
+}
+
+#[tokio::test]
+async fn the_domain_server_answers_rubbish_to_a_search() {
+    storage_fails("GET /api/v1/domains/*/data?name=", "/examples/echo-bytes/v1", "looking for an earlier echo-0.bin")
+        .await;
+}
+
+#[tokio::test]
+async fn the_domain_server_answers_rubbish_to_an_upload() {
+    storage_fails("POST /api/v1/domains/*/data", "/examples/echo-bytes/v1", "upload of echo-0.bin").await;
+}
+
+#[tokio::test]
+async fn the_domain_server_answers_rubbish_to_the_start_of_an_upload_in_parts() {
+    storage_fails("POST /api/v1/domains/*/data/multipart?uploads", "/fixtures/big-output/v1", "upload of big.bin")
+        .await;
+}
+
+#[tokio::test]
+async fn the_domain_server_answers_rubbish_to_a_part() {
+    storage_fails("PUT /api/v1/domains/*/data/multipart", "/fixtures/big-output/v1", "upload of big.bin").await;
+}
+
+#[tokio::test]
+async fn the_domain_server_answers_rubbish_to_the_end_of_an_upload_in_parts() {
+    storage_fails("POST /api/v1/domains/*/data/multipart?uploadId", "/fixtures/big-output/v1", "upload of big.bin")
+        .await;
+}
+
+#[tokio::test]
+async fn s0_89_refusals_of_the_domain_server_are_told_apart() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::echo()]).leasing().await;
+    let input = lab.put("in", b"some input").await;
+    for (status, whose, words) in [
+        (400, "runner failed", "refused: bad request (400): why"),
+        (404, "runner failed", "refused: not found (404)"),
+        (409, "runner failed", "refused: conflict (409): why"),
+        (500, "storage", "refused: server error (500): why"),
+        (302, "storage", "refused: unexpected redirect (302): why"),
+    ] {
+        rubbish.answer(DATA, usize::MAX, Bad::Status(status, "why"));
+        let ended = lab.ended(&node, lab.task("/examples/echo-bytes/v1").inputs(&[input]).submit()).await;
+        let (reason, _) = ended.failed();
+        assert!(reason.starts_with(&format!("{whose}: download of input {input} {words}")), "{reason}");
+        rubbish.heal();
+    }
+    // One 401 is the usual way to learn of a newer token.
+    rubbish.answer(DATA, 1, Bad::Status(401, "expired"));
+    lab.ended(&node, lab.task("/examples/echo-bytes/v1").inputs(&[input]).submit()).await.completed();
+}

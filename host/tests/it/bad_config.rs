@@ -1,0 +1,196 @@
+//! Mistakes of operators: all of them at once, by name, before anything goes over the network.
+
+use crate::harness::{
+    Lab, fixtures,
+    node::{Cli, Finished, NodeSetup},
+    rubbish::Rubbish,
+};
+
+/// A node of a world it must never speak to.
+struct Silence {
+    rubbish: Rubbish,
+    _lab: Lab,
+}
+
+impl Silence {
+    async fn new() -> Self {
+        let lab = Lab::start().await;
+        Self { rubbish: Rubbish::before(&lab).await, _lab: lab }
+    }
+
+    fn node(&self) -> NodeSetup {
+        self.rubbish.node(&[fixtures::hello()])
+    }
+
+    /// The node ends with `code` and has connected to nobody.
+    async fn refuses(&self, node: NodeSetup, code: i32) -> Finished {
+        let ended = node.refused().await.expect(code);
+        assert_eq!(self.rubbish.connections(), 0, "{}", ended.stderr);
+        ended
+    }
+}
+
+fn errors(ended: &Finished) -> Vec<&str> {
+    ended.stderr.lines().filter_map(|line| line.strip_prefix("error: ")).collect()
+}
+
+#[tokio::test]
+async fn s0_02_s0_15c_every_missing_variable_is_named_at_once() {
+    let ended = Cli::new(&["run"]).run().await.expect(78);
+    let errors = errors(&ended);
+    assert_eq!(errors.len(), 4, "{errors:#?}");
+    for name in ["DMS_BASE_URL", "DDS_BASE_URL", "REG_SECRET", "SECP256K1_PRIVHEX"] {
+        let wanted = format!("{name} is not set: ");
+        assert!(errors.iter().any(|error| error.starts_with(&wanted)), "{name}: {errors:#?}");
+    }
+    let silence = Silence::new().await;
+    let ended = silence.refuses(silence.node().set("REG_SECRET", "  \t").set("DMS_BASE_URL", ""), 78).await;
+    assert_eq!(self::errors(&ended).len(), 2, "blank counts as unset: {}", ended.stderr);
+}
+
+#[tokio::test]
+async fn s0_26_s0_53_a_key_that_is_no_key_is_refused_and_never_repeated() {
+    let silence = Silence::new().await;
+    for (key, wanted) in [
+        ("c0ffee", "private key has 6 characters, expected 64 hex digits, with or without 0x in front"),
+        (&"zz".repeat(32), "private key holds a character that is no hex digit, expected 64 of 0-9 a-f"),
+        (
+            &"00".repeat(32),
+            "private key is not a valid secp256k1 scalar, expected a number between 1 and the order of the curve",
+        ),
+        (&"ab".repeat(33), "private key has 66 characters, expected 64 hex digits, with or without 0x in front"),
+    ] {
+        let ended = silence.refuses(silence.node().set("SECP256K1_PRIVHEX", key), 78).await;
+        assert_eq!(errors(&ended), [format!("SECP256K1_PRIVHEX: {wanted}")]);
+        assert!(!ended.stderr.contains(key), "{}", ended.stderr);
+    }
+}
+
+#[tokio::test]
+async fn s0_03_values_that_cannot_be_read_are_told_together() {
+    let silence = Silence::new().await;
+    let wrong = [
+        ("MAX_CONCURRENCY", "0", "a number above 0"),
+        ("POLL_BACKOFF_MS_MIN", "soon", "milliseconds"),
+        ("REQUEST_TIMEOUT_SECS", "-1", "seconds"),
+        ("REGISTER_MAX_RETRY", "-2", "-1 or a number of attempts"),
+        ("HEARTBEAT_MIN_RATIO", "NaN", "a number from 0 to 1"),
+        ("DRAIN_TIMEOUT", "tomorrow", "a duration such as 30s"),
+        ("HTTP_BIND", "everywhere", "an address such as 127.0.0.1:8080"),
+        ("ALLOW_INSECURE_HTTP", "yes", "true or false"),
+        ("DDS_BASE_URL", "dds.example", "an absolute http or https URL"),
+    ];
+    let node = wrong.iter().fold(silence.node(), |node, (name, value, _)| node.set(name, *value));
+    let ended = silence.refuses(node, 78).await;
+    let errors = errors(&ended);
+    assert_eq!(errors.len(), wrong.len(), "{errors:#?}");
+    for (name, value, expected) in wrong {
+        let wanted = format!("{name}: expected {expected}, found {value:?}");
+        assert!(errors.contains(&wanted.as_str()), "{wanted} is not in {errors:#?}");
+    }
+}
+
+#[tokio::test]
+async fn plain_http_is_for_loopback_only() {
+    let silence = Silence::new().await;
+    let node = silence.node().set("DMS_BASE_URL", "http://plane.example/v1");
+    let ended = silence.refuses(node, 78).await;
+    let wanted = "DMS_BASE_URL: http://plane.example: plain http is allowed to loopback only; use https, or set \
+                  ALLOW_INSECURE_HTTP=true";
+    assert_eq!(errors(&ended), [wanted]);
+    let ended = silence.refuses(silence.node().set("DDS_BASE_URL", "https://me:pass-word@dds.example"), 78).await;
+    assert_eq!(errors(&ended), ["DDS_BASE_URL: expected a URL without user or password"]);
+    assert!(!ended.stderr.contains("pass-word"));
+}
+
+/// A node with these plugins arguments ends like this.
+async fn plugins_refused(silence: &Silence, arguments: &[&str], code: i32) -> String {
+    let libraries = [];
+    let node = arguments.iter().fold(silence.rubbish.node(&libraries), |node, argument| node.arg(*argument));
+    let ended = silence.refuses(node, code).await;
+    let errors = errors(&ended);
+    assert_eq!(errors.len(), 1, "{}", ended.stderr);
+    errors[0].to_owned()
+}
+
+#[tokio::test]
+async fn plugin_folders_that_do_not_exist_or_hold_nothing_are_told() {
+    let silence = Silence::new().await;
+    let text = plugins_refused(&silence, &["--plugins", "/no/such/folder"], 78).await;
+    assert_eq!(text, "plugins folder /no/such/folder does not exist; create it, or name another with --plugins");
+    let text = plugins_refused(&silence, &[], 78).await;
+    assert_eq!(text, "no plugin was found; put a library into the plugins folder or name one with --plugins");
+
+    let folder = tempfile::tempdir().expect("a folder");
+    let directory = folder.path().join("x.so");
+    std::fs::create_dir(&directory).expect("the folder is writable");
+    let folder_text = folder.path().to_string_lossy().into_owned();
+    let text = plugins_refused(&silence, &["--plugins", &folder_text], 4).await;
+    let wanted = "is a directory, expected a library file; folders are not searched recursively";
+    assert_eq!(text, format!("plugin {}: {wanted}", directory.display()));
+}
+
+#[tokio::test]
+async fn one_bad_library_does_not_stop_the_others() {
+    let lab = Lab::start().await;
+    let setup = lab.node(&[fixtures::hello()]);
+    std::fs::create_dir(setup.plugins().join("x.so")).expect("the folder is writable");
+    std::fs::write(setup.plugins().join("y.so"), "no library").expect("the folder is writable");
+    std::fs::write(setup.plugins().join("notes.txt"), "passed over").expect("the folder is writable");
+    let node = setup.leasing().await;
+    let refused = node.said("plugin refused");
+    assert_eq!(refused.len(), 2, "{refused:?}");
+    assert!(refused.iter().any(|line| line["reason"].as_str().is_some_and(|text| text.starts_with("is a directory"))));
+    lab.run(&node, "/examples/hello/v1", serde_json::json!({})).await.completed();
+}
+
+#[tokio::test]
+async fn mistakes_in_plugins_toml_name_place_and_remedy() {
+    let silence = Silence::new().await;
+    for (text, wanted) in [
+        (
+            "[[plugin]]\nfile = \"hello\"\nmax_concurency = 3\n",
+            "[[plugin]] \"hello\" unknown key \"max_concurency\", did you mean \"max_concurrency\"?",
+        ),
+        ("[trust]\nunlisted = \"maybe\"\n", "[trust] unlisted: expected \"allow\" or \"refuse\", found \"maybe\""),
+        (
+            "[[plugin]]\nfile = \"hello\"\nenabled = \"yes\"\n",
+            "[[plugin]] \"hello\" enabled: expected true or false, found \"yes\"",
+        ),
+        (
+            "[[plugin]]\nfile = \"hello\"\nmax_concurrency = \"3\"\n",
+            "[[plugin]] \"hello\" max_concurrency: expected a number above 0, found \"3\"",
+        ),
+        ("[[plugin]]\nenabled = true\n", "[[plugin]] 1: the key \"file\" is missing"),
+        ("[defaults\n", "line 1: "),
+    ] {
+        let node = silence.node().plugins_file(text);
+        let file = node.plugins().join("plugins.toml");
+        let ended = silence.refuses(node, 78).await;
+        let errors = errors(&ended);
+        assert!(errors.len() == 1 && errors[0].starts_with(&format!("{}: {wanted}", file.display())), "{errors:#?}");
+    }
+    let ended = silence.refuses(silence.node().arg("--plugins-file").arg("/no/such/plugins.toml"), 78).await;
+    assert!(errors(&ended)[0].starts_with("/no/such/plugins.toml: No such file"), "{}", ended.stderr);
+}
+
+#[tokio::test]
+async fn a_key_without_effect_in_this_version_refuses_its_plugin() {
+    let silence = Silence::new().await;
+    let node = silence.node().plugins_file("[[plugin]]\nfile = \"hello\"\nisolation = \"process\"\n");
+    let ended = silence.refuses(node, 4).await;
+    let text = errors(&ended)[0].to_owned();
+    assert!(text.ends_with("isolation = \"process\" is not available in this version; remove it"), "{text}");
+}
+
+#[tokio::test]
+async fn an_address_or_a_folder_that_cannot_be_used_is_told() {
+    let silence = Silence::new().await;
+    let taken = silence.rubbish.address().to_string();
+    let ended = silence.refuses(silence.node().set("HTTP_BIND", taken.as_str()), 78).await;
+    let text = errors(&ended)[0].to_owned();
+    assert!(text.starts_with(&format!("HTTP_BIND {taken} cannot be bound: ")), "{text}");
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let ended = silence.refuses(silence.node().set("SCRATCH_DIR", file.path().to_string_lossy()), 78).await;
+    assert!(errors(&ended)[0].starts_with("SCRATCH_DIR cannot be used: "), "{}", ended.stderr);
+}

@@ -1,0 +1,150 @@
+//! Leases and tasks that cannot be done: refused with a precise reason, or passed over.
+
+use serde_json::{Value, json};
+
+use crate::harness::{
+    Lab, fixtures,
+    rubbish::{Bad, Rubbish},
+};
+
+const LEASE: &str = "GET /v1/tasks";
+const BEAT: &str = "POST /v1/tasks/*/heartbeat";
+
+/// Changes every lease that comes through, and nothing else.
+fn lease(change: impl Fn(&mut Value) + Send + Sync + 'static) -> Bad {
+    Bad::edit(move |answer| {
+        if answer["task"].is_object() {
+            change(answer);
+        }
+    })
+}
+
+/// What hello's set-up fails with when its coordinates are changed like this.
+async fn setup_failure(change: impl Fn(&mut Value) + Clone + Send + Sync + 'static) -> Value {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::hello()]).leasing().await;
+    rubbish.answer(LEASE, usize::MAX, lease(change.clone()));
+    rubbish.answer(BEAT, usize::MAX, Bad::edit(change));
+    let ended = lab.run(&node, "/examples/hello/v1", json!({})).await;
+    let (reason, details) = ended.failed();
+    assert_eq!(reason, "node_setup_failed");
+    assert_eq!(json!([details["outcome"], details["code"]]), json!(["host-fault", "build_ports"]));
+    rubbish.heal();
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    json!([details["stage"], details["error"]])
+}
+
+#[tokio::test]
+async fn s0_65_a_lease_without_a_domain_fails_its_setup() {
+    let failure = setup_failure(|answer| answer["domain_id"] = Value::Null).await;
+    assert_eq!(failure, json!(["build_ports", "lease missing domain_id"]));
+    let failure = setup_failure(|answer| answer["domain_server_url"] = Value::Null).await;
+    assert_eq!(failure, json!(["build_ports", "lease missing domain_server_url"]));
+}
+
+#[tokio::test]
+async fn a_lease_with_a_relative_server_url_fails_its_setup() {
+    let failure = setup_failure(|answer| answer["domain_server_url"] = json!("api/v1")).await;
+    assert_eq!(failure, json!(["build_ports", "domain_server_url \"api/v1\" is not an absolute http(s) URL"]));
+}
+
+/// A lease changed like this is passed over with `message`: neither run, kept nor reported, and the next
+/// poll waits as after any empty one.
+async fn passed_over(change: impl Fn(&mut Value) + Send + Sync + 'static, message: &str) {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(LEASE, usize::MAX, lease(change));
+    let job = lab.task("/examples/hello/v1").submit();
+    let node = rubbish.node(&[fixtures::hello()]).set("RUST_LOG", "info,runner_host::engine=debug");
+    let node = node.set("POLL_BACKOFF_MS_MIN", "500").set("POLL_BACKOFF_MS_MAX", "500").leasing().await;
+    let line = node.says(message).await;
+    let task = lab.world.job(job).expect("a job")["tasks"][0]["id"].clone();
+    assert_eq!((&line["task_id"], &line["capability"]), (&task, &json!("/examples/hello/v1")));
+    node.says("no work").await;
+    rubbish.heal();
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    let calls = lab.world.journal();
+    let about = calls.iter().filter(|seen| seen.path.contains(task.as_str().expect("an id"))).count();
+    assert_eq!(about, 0, "{calls:#?}");
+    assert_eq!(node.said(message).len(), 1);
+    let lines = node.lines();
+    let after = lines.iter().skip_while(|line| line["message"] != message).find(|line| line["message"] == "no work");
+    assert_eq!(after.map(|line| line["retry_in_ms"].to_string().replace('"', "")).as_deref(), Some("500"));
+}
+
+#[tokio::test]
+async fn s0_67_a_lease_that_comes_cancelled_is_passed_over() {
+    passed_over(|lease| lease["cancel"] = json!(true), "lease skipped, it came already cancelled").await;
+}
+
+#[tokio::test]
+async fn a_lease_that_comes_expired_is_passed_over() {
+    let expired = |lease: &mut Value| lease["lease_expires_at"] = json!("2020-01-01T00:00:00Z");
+    passed_over(expired, "lease skipped, it came already expired").await;
+}
+
+#[tokio::test]
+async fn an_input_that_does_not_exist_is_named() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::echo()]).await;
+    let nobody = uuid::Uuid::new_v4();
+    for capability in ["/examples/echo-bytes/v1", "/examples/echo-file/v1", "/examples/echo-stream/v1"] {
+        let ended = lab.ended(&node, lab.task(capability).inputs(&[nobody]).submit()).await;
+        let wanted = format!("runner failed: download of input {nobody} refused: not found (404)");
+        assert!(ended.failed().0.starts_with(&wanted), "{}", ended.failed().0);
+    }
+}
+
+#[tokio::test]
+async fn inputs_and_artifacts_of_0_bytes_are_empty_files() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::echo(), fixtures::zoo()]).await;
+    let input = lab.put("nothing", b"").await;
+    let ended = lab.ended(&node, lab.task("/fixtures/inputs/v1").inputs(&[input]).submit()).await;
+    let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "inputs.json").await).expect("JSON");
+    assert_eq!((&seen[0]["on_disk"], &seen[0]["size"]), (&json!(0), &json!(0)), "{seen}");
+    let ended = lab.ended(&node, lab.task("/examples/echo-file/v1").inputs(&[input]).submit()).await;
+    assert_eq!(lab.artifact(ended.completed(), "echo-0.bin").await, b"");
+    let parts = lab.world.journal().into_iter().filter(|seen| seen.path.ends_with("/multipart")).count();
+    assert_eq!(parts, 0, "an empty file goes in one request");
+}
+
+#[tokio::test]
+async fn s0_85_artifact_paths_are_named_as_the_wire_has_it() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    for (prefix, path, logical, name, data_type) in [
+        (Some("/a/b/"), "/x/y.PLY", "a/b/x/y.PLY", "a_b_x_y_PLY_TASK", "ply"),
+        (None, "/abs", "abs", "abs_TASK", "binary"),
+        (None, "é.json", "é.json", "__json_TASK", "json"),
+        (None, "a//b", "a/b", "a_b_TASK", "binary"),
+        (None, "p.we ird", "p.we ird", "p_we_ird_TASK", "we_ird_data"),
+        (Some("p"), "", "p", "p_TASK", "binary"),
+    ] {
+        let job = lab.task("/fixtures/paths/v1").meta(json!({ "path": path })).set("outputs_prefix", json!(prefix));
+        let ended = lab.ended(&node, job.submit()).await;
+        let artifacts = ended.completed().artifacts();
+        let artifact = artifacts.get(logical).unwrap_or_else(|| panic!("{path:?}: {artifacts:?}"));
+        let task = ended.task()["id"].as_str().expect("an id");
+        assert_eq!(artifact["name"], json!(name.replace("TASK", task)), "{path:?}");
+        assert_eq!(artifact["data_type"], data_type, "{path:?}");
+        assert_eq!(lab.artifact(&ended, logical).await, path.as_bytes());
+    }
+}
+
+#[tokio::test]
+async fn impossible_artifact_paths_are_refused_by_what_is_wrong_with_them() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let long = "x".repeat(1025);
+    for (path, wanted) in [
+        ("a/../../b", "artifact path a/../../b holds a `..` segment; expected a path below the outputs prefix"),
+        ("a\0b", "artifact path holds a NUL character; use printable names"),
+        (long.as_str(), "artifact path has 1025 bytes; at most 1024 are allowed"),
+    ] {
+        let ended = lab.run(&node, "/fixtures/paths/v1", json!({ "path": path })).await;
+        assert_eq!(ended.failed().0, format!("runner failed: {wanted}"));
+        assert!(ended.artifacts().is_empty());
+    }
+}

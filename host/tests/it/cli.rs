@@ -1,0 +1,221 @@
+//! The commands besides `run`, as people and scripts use them.
+
+use std::path::Path;
+
+use http::Request;
+use runner_host::transport::{self, Client};
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::harness::{
+    PATIENCE, fixtures,
+    node::{Cli, Process},
+    within,
+};
+
+/// A folder to work in, with plugins where they are looked for by default.
+fn workplace(libraries: &[std::path::PathBuf]) -> TempDir {
+    let dir = tempfile::tempdir().expect("a folder");
+    let plugins = dir.path().join("plugins");
+    std::fs::create_dir(&plugins).expect("the folder is writable");
+    for library in libraries {
+        std::fs::copy(library, plugins.join(library.file_name().expect("a name"))).expect("the library is copied");
+    }
+    dir
+}
+
+fn invoke(dir: &Path, capability: &str) -> Cli {
+    Cli::new(&["invoke", capability]).dir(dir).set("TMPDIR", dir.to_string_lossy())
+}
+
+#[tokio::test]
+async fn invoke_runs_a_runner_once_and_writes_its_artifacts() {
+    let dir = workplace(&[fixtures::hello()]);
+    std::fs::write(dir.path().join("who.txt"), "reader").expect("the folder is writable");
+    let ended = invoke(dir.path(), "/examples/hello/v1").arg("--input").arg("who.txt").run().await.expect(0);
+    assert_eq!(ended.stdout, "out/outputs/hello.bin");
+    assert_eq!(std::fs::read(dir.path().join("out/outputs/hello.bin")).expect("an artifact"), b"hello, reader");
+    assert!(ended.stderr.contains("progress {\"status\":\"finished\"}"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("event    {"), "{}", ended.stderr);
+
+    let ended = invoke(dir.path(), "/examples/hello/v1").arg("--out").arg("elsewhere").arg("-o").arg("json");
+    let ended = ended.run().await.expect(0);
+    let row: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+    assert_eq!((&row["path"], &row["data_type"]), (&json!("elsewhere/outputs/hello.bin"), &json!("bin_data")));
+    assert_eq!(std::fs::read(dir.path().join("elsewhere/outputs/hello.bin")).expect("an artifact"), b"hello, ");
+}
+
+#[tokio::test]
+async fn invoke_tells_a_failure_by_its_exit_code_and_one_line() {
+    let dir = workplace(&[fixtures::zoo()]);
+    let ended = invoke(dir.path(), "/fixtures/fail/v1").run().await.expect(1);
+    assert!(ended.stderr.contains("cloud not written: shard 3 not written: disk full"), "{}", ended.stderr);
+    let ended = invoke(dir.path(), "/fixtures/panic/v1").run().await.expect(1);
+    assert!(ended.stderr.contains("boom 42"), "{}", ended.stderr);
+}
+
+#[tokio::test]
+async fn an_interrupt_cancels_an_invoked_runner() {
+    let dir = workplace(&[fixtures::zoo()]);
+    let process = invoke(dir.path(), "/fixtures/slow/v1").start();
+    process.stderr_line(|line| line.contains("{\"started\":true}")).await;
+    process.signal(Signal::INT);
+    assert_eq!(process.wait().await, 3, "{}", process.log());
+    assert_eq!(process.stderr().last().map(String::as_str), Some("cancelled"));
+}
+
+#[tokio::test]
+async fn invoke_used_wrongly_says_what_was_expected() {
+    let dir = workplace(&[fixtures::hello()]);
+    let ended = invoke(dir.path(), "/no/such/v1").run().await.expect(2);
+    assert_eq!(ended.stderr, "error: no plugin serves /no/such/v1; these do: /examples/hello/v1");
+    let ended = invoke(dir.path(), "/examples/hello/v1").arg("--meta").arg("{").run().await.expect(2);
+    assert!(ended.stderr.contains("--meta: expected JSON"), "{}", ended.stderr);
+    let ended = invoke(dir.path(), "/examples/hello/v1").arg("--input").arg("missing.bin").run().await.expect(2);
+    assert!(ended.stderr.contains("--input missing.bin"), "{}", ended.stderr);
+    invoke(dir.path(), "no slash").run().await.expect(2);
+}
+
+#[tokio::test]
+async fn config_show_tells_values_and_origins_and_masks_secrets() {
+    let key = "ab".repeat(32);
+    let cli = |args: &[&str]| {
+        Cli::new(args)
+            .set("SECP256K1_PRIVHEX", key.as_str())
+            .set("REG_SECRET", "not-to-be-seen")
+            .set("MAX_CONCURRENCY", "3")
+            .set("DMS_BASE_URL", "https://plane.example/v1")
+    };
+    let shown = cli(&["config", "show", "--http-bind", "127.0.0.1:1", "-o", "json"]).run().await.expect(0);
+    let rows: Value = serde_json::from_str(&shown.stdout).expect("JSON");
+    let row = |value: Value, origin: &str| json!({ "value": value, "origin": origin });
+    assert_eq!(rows["MAX_CONCURRENCY"], row(json!("3"), "environment"));
+    assert_eq!(rows["HTTP_BIND"], row(json!("127.0.0.1:1"), "flag"));
+    assert_eq!(rows["DRAIN_TIMEOUT"], row(json!("30s"), "default"));
+    assert_eq!(rows["DDS_BASE_URL"], row(Value::Null, "unset"));
+    assert_eq!(rows["REG_SECRET"], row(json!("********"), "environment"));
+    let text = cli(&["config", "show"]).run().await.expect(0);
+    assert!(text.stdout.lines().any(|line| line.starts_with("MAX_CONCURRENCY") && line.ends_with("environment")));
+    for output in [&shown, &text] {
+        assert!(!output.stdout.contains(&key) && !output.stdout.contains("not-to-be-seen"), "{}", output.stdout);
+    }
+}
+
+#[tokio::test]
+async fn config_check_reports_all_mistakes_or_that_there_are_none() {
+    let ended = Cli::new(&["config", "check", "--max-concurrency", "none"]).run().await.expect(78);
+    assert_eq!(ended.stderr.lines().filter(|line| line.starts_with("error: ")).count(), 5, "{}", ended.stderr);
+    let complete = Cli::new(&["config", "check"])
+        .set("DMS_BASE_URL", "https://plane.example/v1")
+        .set("DDS_BASE_URL", "https://dds.example")
+        .set("REG_SECRET", "s")
+        .set("SECP256K1_PRIVHEX", "ab".repeat(32));
+    let ended = complete.run().await.expect(0);
+    assert_eq!(ended.stdout, "the configuration is complete");
+    let ended = Cli::new(&["config", "check", "--set", "MAX_CONCURENCY=3"]).run().await.expect(78);
+    assert!(ended.stderr.contains("did you mean MAX_CONCURRENCY?"), "{}", ended.stderr);
+    let ended = Cli::new(&["config", "check", "--set", "REG_SECRET=visible"]).run().await.expect(78);
+    assert!(ended.stderr.contains("use the environment") && !ended.stderr.contains("visible\n"), "{}", ended.stderr);
+}
+
+#[tokio::test]
+async fn completions_and_help_name_every_command() {
+    let ended = Cli::new(&["completions", "bash"]).run().await.expect(0);
+    assert!(ended.stdout.contains("_runner__host()") && ended.stdout.contains("--plugins-file"), "{}", ended.stdout);
+    let help = Cli::new(&["--help"]).run().await.expect(0);
+    for command in ["run", "dev", "invoke", "plugins", "config", "completions"] {
+        assert!(help.stdout.lines().any(|line| line.trim_start().starts_with(command)), "{command}: {}", help.stdout);
+    }
+    let help = Cli::new(&["run", "--help"]).run().await.expect(0);
+    assert!(help.stdout.contains("POLL_BACKOFF_MS_MAX") && help.stdout.contains("[default: 30000]"), "{}", help.stdout);
+}
+
+#[tokio::test]
+async fn wrong_flags_get_suggestions() {
+    for (args, wanted) in [
+        (&["run", "--plugin", "x"][..], "'--plugins'"),
+        (&["dev", "--lease-tll", "3s"], "'--lease-ttl'"),
+        (&["invok"], "'invoke'"),
+        (&["config", "shw"], "'show'"),
+        (&["dev", "--lease-ttl", "soon"], "expected a duration such as 60s"),
+    ] {
+        let ended = Cli::new(args).run().await.expect(2);
+        assert!(ended.stderr.contains(wanted), "{args:?}: {}", ended.stderr);
+    }
+}
+
+/// `export NAME=VALUE` lines of a greeting.
+fn exports(process: &Process) -> Vec<(String, String)> {
+    let lines = process.stdout();
+    let pairs = lines.iter().filter_map(|line| line.strip_prefix("export ")?.split_once('='));
+    pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
+}
+
+async fn call(request: http::request::Builder, body: &Value) -> Value {
+    let body = if body.is_null() { String::new() } else { body.to_string() };
+    let request = request.header("content-type", "application/json").body(transport::full(body)).expect("a request");
+    let answer = Client::new(transport::Config::default()).call(request, PATIENCE).await.expect("the world answers");
+    assert!(answer.status.is_success(), "{}", answer.excerpt());
+    answer.json().expect("JSON")
+}
+
+/// Does a hello in the world at `base`, over HTTP as anybody would.
+async fn hello(base: &str, log: impl Fn() -> String) {
+    let world = call(Request::get(format!("{base}/dev/v1/world")), &Value::Null).await;
+    let (dms, grant) = (world["dms"].as_str().expect("a URL"), world["grant"].as_str().expect("a grant"));
+    let bearer = format!("Bearer {grant}");
+    let task = json!({ "label": "one", "stage": "one", "capability": "/examples/hello/v1" });
+    let job = json!({ "domain_id": world["domain_id"], "label": "cli", "tasks": [task] });
+    let job = call(Request::post(format!("{dms}/jobs")).header("authorization", &bearer), &job).await;
+    let job = format!("{dms}/jobs/{}", job["job_id"].as_str().expect("an id"));
+    let ended = async {
+        loop {
+            let view = call(Request::get(&job).header("authorization", &bearer), &Value::Null).await;
+            if matches!(view["job"]["status"].as_str(), Some("completed" | "failed")) {
+                return view;
+            }
+            // A job over HTTP has no bell.
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    let view = within("the end of a job", log, ended).await;
+    assert_eq!(view["job"]["status"], "completed", "{view:#}");
+}
+
+#[tokio::test]
+async fn a_node_joins_the_world_of_dev_by_the_lines_it_prints() {
+    let dir = workplace(&[fixtures::hello()]);
+    let dev = Cli::new(&["dev", "--no-node", "--port", "0"]).dir(dir.path()).start();
+    dev.stdout_line(|line| line == "For development and tests, not for production.").await;
+    let exports = exports(&dev);
+    let value = |name: &str| exports.iter().find(|pair| pair.0 == name).map(|pair| pair.1.clone());
+    let base = value("RUNNER_HOST_DEV").expect("where jobs come from");
+    let node = exports.iter().fold(Cli::new(&["run"]).dir(dir.path()), |node, (name, value)| node.set(name, value));
+    let node = node.set("SCRATCH_DIR", dir.path().join("scratch").to_string_lossy()).start();
+    node.stderr_line(|line| line.contains("\"leasing\"")).await;
+    hello(&base, || node.log()).await;
+    for process in [&node, &dev] {
+        process.signal(Signal::TERM);
+        assert_eq!(process.wait().await, 0, "{}", process.log());
+    }
+}
+
+#[tokio::test]
+async fn dev_is_a_world_with_a_node_in_it() {
+    let dir = workplace(&[fixtures::hello()]);
+    let dev = Cli::new(&["dev", "--port", "0"]).dir(dir.path()).set("TMPDIR", dir.path().to_string_lossy()).start();
+    dev.stdout_line(|line| line == "For development and tests, not for production.").await;
+    let table = dev.stdout().join("\n");
+    assert!(table.contains("everything is gone when this ends"), "{table}");
+    assert!(dev.stdout().iter().any(|line| line.starts_with("serving") && line.ends_with("/examples/hello/v1")));
+    let exports = exports(&dev);
+    let base = &exports.iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1;
+    hello(base, || dev.log()).await;
+    let world = call(Request::get(format!("{base}/dev/v1/world")), &Value::Null).await;
+    assert_eq!(world["nodes"].as_array().map(Vec::len), Some(1), "{world}");
+    dev.signal(Signal::INT);
+    assert_eq!(dev.wait().await, 0, "{}", dev.log());
+    // Logs are for people here, and data is apart from them.
+    assert!(dev.stderr().iter().all(|line| !line.starts_with('{')), "{}", dev.log());
+}

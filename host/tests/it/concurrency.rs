@@ -1,0 +1,127 @@
+//! How much runs at once: the node's slots, a plugin's own limit, the plane's limit.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use uuid::Uuid;
+
+use crate::harness::{Lab, fixtures, node::TestNode, within};
+
+/// A job of tasks that end one by one as their files appear.
+struct Held {
+    files: TempDir,
+    job: Uuid,
+}
+
+impl Held {
+    fn submit(lab: &Lab, tasks: usize) -> Self {
+        let files = tempfile::tempdir().expect("a folder");
+        let task = |n: usize| {
+            json!({ "label": n.to_string(), "stage": "s", "capability": "/fixtures/wait-file/v1", "max_attempts": 1,
+                    "meta": { "file": files.path().join(n.to_string()) } })
+        };
+        let tasks: Vec<Value> = (0..tasks).map(task).collect();
+        let job = lab.world.create_job(json!({ "label": "held", "tasks": tasks })).expect("a job");
+        Self { files, job }
+    }
+
+    /// Lets task number `n` end.
+    fn release(&self, n: usize) {
+        touch(&self.files.path().join(n.to_string()));
+    }
+
+    /// Waits for `started` tasks whose runners have begun and `ended` that are over.
+    async fn until(&self, lab: &Lab, node: &TestNode, started: usize, ended: usize) -> Value {
+        let reached = lab.world.job_until(self.job, |job| {
+            (running(job), job["tasks_summary"]["completed"].as_u64()) == (started, u64::try_from(ended).ok())
+        });
+        within(
+            "tasks to start and end",
+            || format!("{:#}\n{}", lab.world.job(self.job).unwrap_or_default(), node.log()),
+            reached,
+        )
+        .await
+    }
+}
+
+fn touch(file: &Path) {
+    std::fs::write(file, "").expect("the folder is writable");
+}
+
+/// Tasks of a job that are held by a node and whose runner has begun.
+fn running(job: &Value) -> usize {
+    let tasks = job["tasks"].as_array().expect("tasks");
+    let begun = |task: &&Value| !task["reserved_by"].is_null() && task["meta"]["progress"]["started"] == true;
+    tasks.iter().filter(begun).count()
+}
+
+/// Tasks of a job that are held by a node.
+fn leased(job: &Value) -> usize {
+    job["tasks"].as_array().expect("tasks").iter().filter(|task| !task["reserved_by"].is_null()).count()
+}
+
+#[tokio::test]
+async fn s0_37_as_many_tasks_run_at_once_as_there_are_slots_and_never_one_more() {
+    let lab = Lab::start().await;
+    let held = Held::submit(&lab, 7);
+    let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "3").leasing().await;
+    let most = std::cell::Cell::new(0);
+    for ended in 0..7 {
+        let started = 3.min(7 - ended);
+        let job = lab.world.job_until(held.job, |job| {
+            most.set(most.get().max(leased(job)));
+            running(job) == started && job["tasks_summary"]["completed"] == json!(ended)
+        });
+        let job = within("the slots to fill", || node.log(), job).await;
+        assert_eq!(leased(&job), started);
+        let status = node.status().await;
+        // The plane may know of an end before the page does.
+        let shown = status["tasks"].as_object().expect("tasks").len();
+        assert!(started <= shown && shown <= 3 && status["slots"] == 3, "{status:#}");
+        held.release(ended);
+    }
+    lab.ended(&node, held.job).await.completed();
+    assert_eq!(most.get(), 3);
+}
+
+#[tokio::test]
+async fn a_lease_for_a_full_plugin_is_kept_alive_and_shown_as_waiting() {
+    let lab = Lab::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
+    let held = Held::submit(&lab, 2);
+    let zoo = "[[plugin]]\nfile = \"zoo\"\nmax_concurrency = 1\n";
+    let node = lab.node(&[fixtures::zoo(), fixtures::hello()]).set("MAX_CONCURRENCY", "3").plugins_file(zoo);
+    let node = node.leasing().await;
+    let job = held.until(&lab, &node, 1, 0).await;
+    let (first, second) = (job["tasks"][0]["id"].clone(), job["tasks"][1]["id"].clone());
+    // Another plugin is not held up.
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    // Kept for two lengths of the lease, which are at least six heartbeats, without being run.
+    let path = format!("/v1/tasks/{}/heartbeat", second.as_str().expect("an id"));
+    lab.seen(&node, |seen| seen.iter().filter(|seen| seen.path == path && seen.status == 200).count() >= 8).await;
+    let status = node.status().await;
+    assert_eq!(status["tasks"][first.as_str().expect("an id")]["state"], "running", "{status:#}");
+    assert_eq!(status["tasks"][second.as_str().expect("an id")]["state"], "waiting", "{status:#}");
+    held.release(0);
+    held.until(&lab, &node, 1, 1).await;
+    held.release(1);
+    let ended = lab.ended(&node, held.job).await;
+    assert_eq!(ended.completed().0["tasks"][1]["attempts"], 1, "the lease never expired");
+}
+
+#[tokio::test]
+async fn a_busy_answer_stops_polling_until_a_lease_ends() {
+    let lab = Lab::with(|config| config.leases_per_node = Some(1)).await;
+    let held = Held::submit(&lab, 3);
+    let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "3").leasing().await;
+    let refused = |seen: &[runner_host::dev::Seen]| {
+        seen.iter().filter(|seen| seen.path == "/v1/tasks" && seen.status == 409).count()
+    };
+    for n in 0..3 {
+        held.until(&lab, &node, 1, n).await;
+        lab.seen(&node, |seen| refused(seen) > n).await;
+        assert_eq!(refused(&lab.world.journal()), n + 1, "one refusal a lease, then the node waits");
+        held.release(n);
+    }
+    lab.ended(&node, held.job).await.completed();
+}

@@ -1,0 +1,126 @@
+//! How tasks end: errors, panics, cancels; and that the node goes on afterwards.
+
+use serde_json::{Value, json};
+
+use crate::harness::{
+    Lab, fixtures,
+    rubbish::{Bad, Rubbish},
+};
+
+#[tokio::test]
+async fn s0_64_a_failure_carries_the_whole_chain_and_what_a_repeat_is_good_for() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let ended = lab.run(&node, "/fixtures/fail/v1", json!({})).await;
+    let (reason, details) = ended.failed();
+    assert_eq!(reason, "runner failed: cloud not written: shard 3 not written: disk full");
+    let words = |details: &Value| json!([details["outcome"], details["code"], details["retryable"]]);
+    assert_eq!(words(details), json!(["failed", "runner_error", false]));
+    assert_eq!(details["job"]["capability"], "/fixtures/fail/v1");
+    assert_eq!(details["artifacts"], json!([]));
+
+    let ended = lab.run(&node, "/fixtures/fail-details/v1", json!({})).await;
+    let (reason, details) = ended.failed();
+    assert_eq!(reason, "runner failed: the scan is empty");
+    assert_eq!(words(details), json!(["failed", "invalid_input", false]));
+    assert_eq!(details["details"], json!({ "points": 0, "minimum": 3 }));
+
+    let ended = lab.run(&node, "/fixtures/retryable/v1", json!({})).await;
+    let (reason, details) = ended.failed();
+    assert_eq!(reason, "runner failed: the scanner is busy");
+    assert_eq!(words(details), json!(["failed", "runner_error", true]));
+    assert_eq!(node.status().await["ended"]["failed"], 3);
+}
+
+#[tokio::test]
+async fn a_failed_task_is_repeated_by_the_plane_up_to_its_attempts() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let job = lab.task("/fixtures/retryable/v1").set("max_attempts", json!(3)).submit();
+    let ended = lab.ended(&node, job).await;
+    assert_eq!(ended.failed().0, "runner failed: the scanner is busy");
+    assert_eq!(ended.task()["attempts"], 3);
+    assert_eq!(ended.0["receipts"].as_array().map(Vec::len), Some(3));
+}
+
+#[tokio::test]
+async fn s1_06_a_panic_fails_its_task_with_text_and_place_and_nothing_else() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    for (name, text) in
+        [("panic", "boom 42"), ("panic-in-drop", "boom in drop"), ("panic-blocking", "boom on a blocking thread")]
+    {
+        let ended = lab.run(&node, &format!("/fixtures/{name}/v1"), json!({})).await;
+        let (reason, details) = ended.failed();
+        let place = reason.strip_prefix(&format!("runner panicked: {text} at ")).unwrap_or_else(|| panic!("{reason}"));
+        assert!(place.contains("ends.rs:"), "{reason}");
+        assert_eq!(json!([details["outcome"], details["code"]]), json!(["panicked", "runner_panic"]), "{name}");
+        lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+    }
+    lab.run(&node, "/fixtures/panic-thread/v1", json!({})).await.completed();
+    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+    assert!(node.is_alive());
+}
+
+#[tokio::test]
+async fn s0_17d_a_lease_for_a_capability_nobody_serves_is_refused_by_name() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    rubbish.answer(
+        "GET /v1/tasks",
+        usize::MAX,
+        Bad::edit(|lease| {
+            if lease["task"].is_object() {
+                lease["task"]["capability"] = json!("/nobody/serves-this/v1");
+            }
+        }),
+    );
+    let ended = lab.run(&node, "/fixtures/ok/v1", json!({})).await;
+    let (reason, details) = ended.failed();
+    assert_eq!(reason, "no runner registered for capability: /nobody/serves-this/v1");
+    assert_eq!(details["job"]["capability"], "/nobody/serves-this/v1");
+    assert_eq!(details["artifacts"], json!([]));
+    rubbish.heal();
+    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+}
+
+/// Nothing was said of the end of any task.
+fn assert_silence(lab: &Lab) {
+    let told: Vec<_> = lab
+        .world
+        .journal()
+        .into_iter()
+        .filter(|seen| seen.path.ends_with("/complete") || seen.path.ends_with("/fail"))
+        .collect();
+    assert!(told.is_empty(), "{told:?}");
+}
+
+#[tokio::test]
+async fn s0_71_a_cancelled_job_stops_its_runner_and_nothing_is_reported() {
+    let lab = Lab::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let job = lab.task("/fixtures/slow/v1").submit();
+    lab.started(&node, job).await;
+    assert!(lab.world.cancel_job(job));
+    let ended = lab.ended(&node, job).await;
+    assert_eq!(ended.status(), "canceled");
+    let line = node.says("task ended, nothing to report").await;
+    assert_eq!(line["outcome"], "cancelled", "{line}");
+    assert_silence(&lab);
+    assert_eq!(node.status().await["tasks"], json!({}));
+    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+}
+
+#[tokio::test]
+async fn a_runner_that_ignores_its_cancel_costs_a_slot_for_the_grace_only() {
+    let lab = Lab::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
+    let node = lab.node(&[fixtures::zoo()]).set("CANCEL_GRACE", "200ms").leasing().await;
+    let job = lab.task("/fixtures/ignores-cancel/v1").meta(json!({ "sleep_ms": 3_600_000 })).submit();
+    lab.started(&node, job).await;
+    assert!(lab.world.cancel_job(job));
+    let line = node.says("runner ignored its cancellation, slot given back").await;
+    assert_eq!(line["plugin"], "zoo", "{line}");
+    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+    node.stop().await;
+}

@@ -1,0 +1,135 @@
+//! A lease is kept while its task runs, and let go of when it is lost.
+
+use std::time::Duration;
+
+use runner_host::dev::{Config, World};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::harness::{
+    Lab, fixtures,
+    rubbish::{Bad, Rubbish},
+};
+
+/// Short enough to outlive several in a test, long enough for a machine with other work.
+const LEASE: Duration = Duration::from_secs(2);
+
+fn go() -> (TempDir, Value) {
+    let files = tempfile::tempdir().expect("a folder");
+    let meta = json!({ "file": files.path().join("go") });
+    (files, meta)
+}
+
+fn release(files: &TempDir) {
+    std::fs::write(files.path().join("go"), "").expect("the folder is writable");
+}
+
+#[tokio::test]
+async fn s0_18b_s0_75_heartbeats_keep_a_task_for_several_lengths_of_its_lease() {
+    let lab = Lab::with(|config| config.lease_ttl = LEASE).await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let (files, meta) = go();
+    let job = lab.task("/fixtures/wait-file/v1").meta(meta).submit();
+    let first = lab.started(&node, job).await;
+    let end = |task: &Value| task["lease_expires_at"].as_str().and_then(|at| at.parse::<jiff::Timestamp>().ok());
+    let wanted = end(&first).expect("a lease has an end") + jiff::SignedDuration::try_from(LEASE * 3).expect("seconds");
+    lab.task_until(&node, job, |task| end(task).is_some_and(|end| end > wanted)).await;
+    release(&files);
+    let ended = lab.ended(&node, job).await;
+    assert_eq!(ended.completed().task()["attempts"], 1);
+    let beats = lab.world.journal().iter().filter(|seen| seen.path.ends_with("/heartbeat")).count();
+    assert!((7..=60).contains(&beats), "{beats} heartbeats in three lengths");
+}
+
+#[tokio::test]
+async fn s0_18c_s0_88_a_token_turned_during_a_task_serves_its_later_upload() {
+    let lab = Lab::with(|config| {
+        config.lease_ttl = LEASE;
+        config.domain_token_ttl = Duration::from_secs(2);
+        config.domain_token_renew_after = Duration::from_millis(500);
+        config.domain_token_grace = Duration::from_millis(500);
+    })
+    .await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::echo()]).leasing().await;
+    let input = lab.put("in", b"held back").await;
+    // The input arrives only after the first token has long been replaced.
+    let (gate, held) = Bad::gate();
+    rubbish.answer("GET /api/v1/domains/*/data?ids=", 1, held);
+    let turned: std::sync::Arc<tokio::sync::Semaphore> = std::sync::Arc::new(tokio::sync::Semaphore::new(0));
+    let note = std::sync::Arc::clone(&turned);
+    rubbish.answer(
+        "POST /v1/tasks/*/heartbeat",
+        usize::MAX,
+        Bad::edit(move |answer| {
+            note.add_permits(usize::from(answer["access_token"].is_string()));
+        }),
+    );
+    let job = lab.task("/examples/echo-bytes/v1").inputs(&[input]).submit();
+    let twice = async { turned.acquire_many(2).await.expect("never closed").forget() };
+    crate::harness::within("two newer tokens", || node.log(), twice).await;
+    gate.cancel();
+    let ended = lab.ended(&node, job).await;
+    assert_eq!(lab.artifact(ended.completed(), "echo-0.bin").await, b"held back");
+    let refused = lab.world.journal().into_iter().find(|seen| seen.status == 401);
+    assert_eq!(refused, None, "no call went out with a replaced token");
+}
+
+#[tokio::test]
+async fn s0_72_a_lease_the_plane_forgot_is_dropped_without_a_report() {
+    let lab = Lab::with(|config| config.lease_ttl = LEASE).await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    let job = lab.task("/fixtures/slow/v1").submit();
+    lab.started(&node, job).await;
+    rubbish.answer("POST /v1/tasks/*/heartbeat", 1, Bad::Status(404, "no such task"));
+    node.says("lease lost").await;
+    let line = node.says("task ended, nothing to report").await;
+    assert_eq!(line["outcome"], "lease-lost", "{line}");
+    assert_eq!(rubbish.count("POST /v1/tasks/*/fail") + rubbish.count("POST /v1/tasks/*/complete"), 0);
+    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+}
+
+#[tokio::test]
+async fn a_restarted_world_gets_its_node_back_by_itself() {
+    let lab = Lab::with(|config| config.lease_ttl = LEASE).await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let job = lab.task("/fixtures/slow/v1").submit();
+    lab.started(&node, job).await;
+    let bind = lab.world.address();
+    lab.world.stop().await;
+    let world = World::start(Config { bind, lease_ttl: LEASE, ..Config::default() }).await.expect("the port is free");
+    let lab = Lab::around(world);
+    let line = node.says("task ended, nothing to report").await;
+    assert_eq!(line["outcome"], "lease-lost", "{line}");
+    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+    let strangers = lab.world.journal().into_iter().filter(|seen| seen.path.ends_with("/fail")).count();
+    assert_eq!(strangers, 0, "nothing is reported of a lease of another life");
+}
+
+#[tokio::test]
+async fn s0_59_s0_60_a_token_taken_away_by_a_second_registration_is_renewed() {
+    let lab = Lab::start().await;
+    let first = lab.joined(&[fixtures::hello()]).await;
+    // The same wallet elsewhere: the first token dies.
+    let second = lab.node(&[fixtures::hello()]).set("SECP256K1_PRIVHEX", first.key.as_str()).leasing().await;
+    second.stop().await;
+    lab.seen(&first, |seen| {
+        let rejected = seen.iter().position(|seen| seen.path == "/v1/tasks" && seen.status == 401);
+        rejected.is_some_and(|at| seen[at..].iter().any(|seen| seen.path == "/v1/tasks" && seen.status == 204))
+    })
+    .await;
+    lab.run(&first, "/examples/hello/v1", json!({})).await.completed();
+    assert!(first.said("poll failed").is_empty(), "one rejection is repeated, not complained about");
+}
+
+#[tokio::test]
+async fn node_url_gets_one_warning_and_the_wallet_is_used() {
+    let lab = Lab::start().await;
+    let node = lab.node(&[fixtures::hello()]).set("NODE_URL", "https://node.example").leasing().await;
+    let warnings = node.lines().into_iter().filter(|line| line["level"] == "WARN").collect::<Vec<_>>();
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    let text = warnings[0]["message"].as_str().expect("text");
+    assert!(text.contains("NODE_URL") && text.contains("wallet"), "{text}");
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+}

@@ -1,0 +1,54 @@
+//! The node's own pages.
+
+use serde_json::json;
+
+use crate::harness::{
+    Lab, fixtures,
+    rubbish::{Bad, Rubbish},
+};
+
+#[tokio::test]
+async fn s0_14b_s0_15b_health_answers_before_registration_and_ready_says_what_is_missing() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer("POST /internal/v1/nodes/register-wallet", usize::MAX, Bad::Status(403, "not on the list"));
+    let node = rubbish.node(&[fixtures::hello()]).set("REGISTER_INTERVAL_SECS", "1").start().await;
+    node.says("registration failed").await;
+    assert_eq!(node.page("/health").await.0, 200);
+    let said = |text: &str| text.starts_with("not signed in (") && text.contains("not on the list");
+    let page = node.page_until("/ready", |page| page.1["reason"].as_str().is_some_and(said)).await;
+    assert_eq!((page.0, &page.1["ready"]), (503, &json!(false)));
+    assert_eq!(rubbish.count("GET /v1/tasks"), 0, "nothing is leased before the sign-in");
+    rubbish.heal();
+    let ready = node.page_until("/ready", |page| page.0 == 200).await;
+    assert_eq!(ready.1, json!({ "ready": true }));
+    assert_eq!(node.page("/no-such-page").await.0, 404);
+}
+
+#[tokio::test]
+async fn the_status_page_tells_what_runs_what_ended_and_what_is_loaded() {
+    let lab = Lab::start().await;
+    let files = tempfile::tempdir().expect("a folder");
+    let refused = files.path().join("broken.so");
+    std::fs::write(&refused, "no library").expect("the folder is writable");
+    let node = lab.node(&[fixtures::zoo(), refused]).set("MAX_CONCURRENCY", "2").leasing().await;
+    lab.run(&node, "/fixtures/fail/v1", json!({})).await.failed();
+    let job = lab.task("/fixtures/wait-file/v1").meta(json!({ "file": files.path().join("go") })).submit();
+    let task = lab.started(&node, job).await;
+    let status = node.status().await;
+    assert_eq!(status["phase"], "running");
+    assert_eq!(status["registration"], "registered");
+    assert_eq!(status["slots"], 2);
+    assert_eq!(status["unreported"], 0);
+    assert_eq!(status["ended"], json!({ "failed": 1 }));
+    assert!(status["version"].is_string() && status["started_at"].is_string(), "{status:#}");
+    assert!(status["node"].as_str().is_some_and(|node| node.starts_with("0x") && node.len() == 42), "{status:#}");
+    let shown = &status["tasks"][task["id"].as_str().expect("an id")];
+    assert_eq!((&shown["capability"], &shown["state"]), (&json!("/fixtures/wait-file/v1"), &json!("running")));
+    assert_eq!(shown["job_id"], json!(job));
+    let plugins = status["plugins"].as_array().expect("plugins");
+    assert_eq!(plugins.len(), 2);
+    let states: Vec<&str> = plugins.iter().filter_map(|plugin| plugin["state"].as_str()).collect();
+    assert!(states.contains(&"loaded") && states.contains(&"refused"), "{states:?}");
+    assert!(!status.to_string().contains(&node.key), "no secret on a page");
+}

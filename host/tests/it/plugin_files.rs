@@ -1,0 +1,444 @@
+//! `plugins.toml`, what is read before anything is opened, `plugins inspect` and `plugins new`.
+
+use std::{
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use crate::harness::{
+    fixtures,
+    folder::Folder,
+    node::{Cli, Finished},
+};
+
+fn sha256(path: &Path) -> String {
+    let bytes = std::fs::read(path).expect("a file to hash");
+    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The row of `file`, state and reason without the padding.
+async fn row(folder: &Folder, code: i32, file: &str) -> String {
+    let rows = folder.rows(code).await;
+    let row = rows.iter().find(|row| row.split_whitespace().nth(1) == Some(file));
+    let row = row.unwrap_or_else(|| panic!("no row of {file}: {rows:#?}"));
+    row.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[tokio::test]
+async fn s3_02_a_pin_decides_by_the_files_hash() {
+    let mut folder = Folder::with_a_good_one();
+    let (found, other) = (sha256(&folder.path("good.so")), "0".repeat(64));
+    folder.plugins_file(&format!("[[plugin]]\nfile = \"good.so\"\nsha256 = \"{}\"\n", found.to_uppercase()));
+    assert_eq!(row(&folder, 0, "good.so").await, "loaded good.so /fixtures/good/v1");
+    assert_eq!(folder.listings(0).await[0]["sha256"], found);
+
+    folder.plugins_file(&format!("[[plugin]]\nfile = \"good.so\"\nsha256 = \"{other}\"\n"));
+    let mark = folder.root().join("mark");
+    folder.set("RH_FIXTURE_MARK", mark.to_string_lossy());
+    folder.put("good.so", &fixtures::c("refused", &["MARKS"]));
+    let found = sha256(&folder.path("good.so"));
+    assert_eq!(
+        row(&folder, 4, "good.so").await,
+        format!(
+            "refused good.so sha256 is {found}, plugins.toml pins {other}; install the pinned file or update the pin"
+        )
+    );
+    assert!(!mark.exists(), "a file with another hash was opened");
+}
+
+#[tokio::test]
+async fn s0_94_only_listed_libraries_load_where_unlisted_ones_are_refused() {
+    let mut folder = Folder::with_a_good_one();
+    folder.put("stray.so", &fixtures::c("refused", &[]));
+    folder.plugins_file("[trust]\nunlisted = \"refuse\"\n[[plugin]]\nfile = \"good.so\"\n");
+    assert_eq!(row(&folder, 0, "good.so").await, "loaded good.so /fixtures/good/v1");
+    assert_eq!(
+        row(&folder, 0, "stray.so").await,
+        "refused stray.so is not listed in plugins.toml and unlisted = \"refuse\"; add a [[plugin]] entry for it"
+    );
+    folder.plugins_file("[trust]\nunlisted = \"refuse\"\n");
+    row(&folder, 4, "good.so").await;
+}
+
+#[tokio::test]
+async fn s0_94_a_disabled_plugin_and_one_that_is_not_there_are_listed_so() {
+    let mut folder = Folder::with_a_good_one();
+    folder.put("off.so", &fixtures::c("refused", &[]));
+    folder.plugins_file("[[plugin]]\nfile = \"off.so\"\nenabled = false\n[[plugin]]\nfile = \"absent\"\n");
+    assert_eq!(row(&folder, 0, "off.so").await, "refused off.so is switched off by enabled = false in plugins.toml");
+    let searched = folder.root().join("plugins");
+    assert_eq!(
+        row(&folder, 0, "absent").await,
+        format!(
+            "refused absent is listed in plugins.toml but was not found in {}; install it or remove the entry",
+            searched.display()
+        )
+    );
+    assert_eq!(row(&folder, 0, "good.so").await, "loaded good.so /fixtures/good/v1");
+}
+
+#[tokio::test]
+async fn a_bare_name_finds_the_library_by_the_platforms_prefix_and_suffix() {
+    let mut folder = Folder::new();
+    folder.put("libmy_runner.so", &fixtures::c("refused", &[]));
+    folder.plugins_file("[trust]\nunlisted = \"refuse\"\n[[plugin]]\nfile = \"my-runner\"\n");
+    assert_eq!(row(&folder, 0, "libmy_runner.so").await, "loaded libmy_runner.so /fixtures/refused/v1");
+    folder.plugins_file("[trust]\nunlisted = \"refuse\"\n[[plugin]]\nfile = \"./plugins/libmy_runner.so\"\n");
+    assert_eq!(row(&folder, 0, "libmy_runner.so").await, "loaded libmy_runner.so /fixtures/refused/v1");
+}
+
+#[tokio::test]
+async fn s3_05_a_part_of_a_librarys_capabilities_can_be_chosen() {
+    let mut folder = Folder::new();
+    folder.put("libbehave.so", &fixtures::c("behave", &[]));
+    folder.plugins_file("[[plugin]]\nfile = \"behave\"\ncapabilities = [\"/fixtures/c-thread/v1\"]\n");
+    assert_eq!(row(&folder, 0, "libbehave.so").await, "loaded libbehave.so /fixtures/c-thread/v1");
+    let said = folder.invoke("/fixtures/c-double/v1", &[]).await.expect(2);
+    assert!(said.stderr.contains("no plugin serves /fixtures/c-double/v1; these do: /fixtures/c-thread/v1"));
+
+    folder.plugins_file("[[plugin]]\nfile = \"behave\"\ncapabilities = [\"/fixtures/c-four/v1\"]\n");
+    assert_eq!(
+        row(&folder, 4, "libbehave.so").await,
+        "refused libbehave.so does not serve /fixtures/c-four/v1, which plugins.toml lists for it; it serves /fixtures/c-double/v1, /fixtures/c-late/v1, /fixtures/c-thread/v1"
+    );
+    folder.plugins_file("[[plugin]]\nfile = \"behave\"\ncapabilities = []\n");
+    assert_eq!(
+        row(&folder, 4, "libbehave.so").await,
+        "refused libbehave.so would serve nothing: capabilities = [] in plugins.toml; name some, or write enabled = false"
+    );
+}
+
+#[tokio::test]
+async fn a_key_without_effect_in_this_version_refuses_its_plugin_and_no_other() {
+    let mut folder = Folder::with_a_good_one();
+    folder.put("bad.so", &fixtures::c("refused", &[]));
+    let keys = [
+        ("isolation = \"process\"", "isolation = \"process\""),
+        ("limits = { memory = \"2GiB\" }", "limits.memory"),
+        ("limits = { wall_time = \"15m\" }", "limits.wall_time"),
+        ("limits = { network = false }", "limits.network"),
+        ("per_task = true", "per_task = true"),
+        ("shared = true", "shared = true"),
+    ];
+    for (line, key) in keys {
+        folder.plugins_file(&format!("[[plugin]]\nfile = \"bad.so\"\n{line}\n"));
+        let said = row(&folder, 0, "bad.so").await;
+        assert_eq!(said, format!("refused bad.so {key} is not available in this version; remove it"));
+    }
+    for (line, key) in [("require_pin = true", "require_pin = true"), ("signers = [\"02ab\"]", "signers")] {
+        folder.plugins_file(&format!("[trust]\n{line}\n[[plugin]]\nfile = \"bad.so\"\n"));
+        let said = row(&folder, 4, "bad.so").await;
+        assert_eq!(said, format!("refused bad.so {key} is not available in this version; remove it"));
+    }
+    folder.plugins_file("[defaults]\nper_task = true\n[[plugin]]\nfile = \"bad.so\"\nper_task = false\n");
+    assert_eq!(row(&folder, 0, "bad.so").await, "loaded bad.so /fixtures/refused/v1");
+    assert_eq!(
+        row(&folder, 0, "good.so").await,
+        "refused good.so per_task = true is not available in this version; remove it"
+    );
+    folder.plugins_file(
+        "[defaults]\nisolation = \"process\"\n[[plugin]]\nfile = \"bad.so\"\nisolation = \"in-process\"\n",
+    );
+    assert_eq!(row(&folder, 0, "bad.so").await, "loaded bad.so /fixtures/refused/v1");
+}
+
+#[tokio::test]
+async fn a_plugins_file_that_cannot_be_read_is_one_line() {
+    let mut folder = Folder::with_a_good_one();
+    let file = folder.root().join("plugins.toml");
+    let cases = [
+        (
+            "[[plugin]]\nfile = \"good.so\"\nisolaton = \"process\"",
+            "unknown key \"isolaton\", did you mean \"isolation\"?",
+        ),
+        ("[[plugin]]\nfile = 7", "[[plugin]] 1 file: expected a path or a name, found 7"),
+        ("plugin = 7", "expected [[plugin]] tables"),
+        ("[[plugin]]\nfile = ", "line 2: "),
+        ("\u{0}", "line 1: "),
+    ];
+    for (text, part) in cases {
+        folder.plugins_file(text);
+        let said = folder.cli(&["plugins", "list"]).run().await.expect(78);
+        assert!(said.stderr.contains(part), "{text:?}: {}", said.stderr);
+        assert!(said.stderr.starts_with(&format!("error: {}: ", file.display())), "{}", said.stderr);
+        assert_eq!(said.stderr.lines().count(), 1, "{}", said.stderr);
+    }
+    std::fs::remove_file(&file).expect("it is there");
+    let said = folder.cli(&["plugins", "list"]).run().await.expect(78);
+    assert!(said.stderr.ends_with("plugins.toml: No such file or directory (os error 2)"), "{}", said.stderr);
+}
+
+#[tokio::test]
+async fn a_plugins_folder_is_there_or_that_is_said() {
+    let folder = Folder::new();
+    assert!(folder.rows(0).await.is_empty());
+    let said = folder.invoke("/fixtures/good/v1", &[]).await.expect(78);
+    assert_eq!(
+        said.stderr,
+        "error: no plugin was found; put a library into the plugins folder or name one with --plugins"
+    );
+    let said = Cli::new(&["plugins", "list", "--plugins", "nowhere"]).dir(folder.root()).run().await.expect(78);
+    assert_eq!(said.stderr, "error: plugins folder nowhere does not exist; create it, or name another with --plugins");
+}
+
+#[tokio::test]
+async fn one_file_under_two_names_is_one_plugin() {
+    let mut folder = Folder::with_a_good_one();
+    std::os::unix::fs::symlink(folder.path("good.so"), folder.path("link.so")).expect("a link");
+    assert_eq!(folder.rows(0).await, [format!("loaded   {:<24} /fixtures/good/v1", "good.so")]);
+    folder.plugins_file("[[plugin]]\nfile = \"link.so\"\n");
+    assert_eq!(folder.rows(0).await, [format!("loaded   {:<24} /fixtures/good/v1", "link.so")]);
+    folder.plugins_file(
+        "[[plugin]]\nfile = \"link.so\"\n[[plugin]]\nfile = \"good\"\n[[plugin]]\nfile = \"./plugins/good.so\"\n",
+    );
+    let rows = folder.rows(0).await;
+    assert_eq!(rows[0], format!("loaded   {:<24} /fixtures/good/v1", "link.so"));
+    assert!(rows[1..].iter().any(|row| row.ends_with("is the same file as link.so; keep one entry")), "{rows:#?}");
+}
+
+#[tokio::test]
+async fn a_refused_claimant_leaves_its_other_capabilities_to_others() {
+    let folder = Folder::new();
+    // behave serves three; a first library takes one of them, so behave is refused, so a third may have another.
+    folder.put("a.so", &fixtures::c("refused", &["CAPABILITY=\"/fixtures/c-double/v1\""]));
+    folder.put("b.so", &fixtures::c("behave", &[]));
+    folder.put("c.so", &fixtures::c("refused", &["CAPABILITY=\"/fixtures/c-late/v1\""]));
+    let rows = folder.rows(0).await;
+    assert_eq!(rows[0], format!("loaded   {:<24} /fixtures/c-double/v1", "a.so"));
+    assert!(rows[1].starts_with("refused  b.so"), "{}", rows[1]);
+    assert_eq!(rows[2], format!("loaded   {:<24} /fixtures/c-late/v1", "c.so"));
+}
+
+#[tokio::test]
+async fn s3_06_an_override_takes_only_what_it_serves() {
+    let mut folder = Folder::new();
+    folder.put("b.so", &fixtures::c("behave", &[]));
+    folder.put("z.so", &fixtures::c("refused", &["CAPABILITY=\"/fixtures/c-late/v1\""]));
+    folder.plugins_file("[[plugin]]\nfile = \"z.so\"\noverride = true\n");
+    assert_eq!(row(&folder, 0, "z.so").await, "loaded z.so /fixtures/c-late/v1");
+    assert_eq!(row(&folder, 0, "b.so").await, "loaded b.so /fixtures/c-double/v1, /fixtures/c-thread/v1");
+}
+
+/// A's constructor overwrites B's file. B runs as it was hashed.
+#[tokio::test]
+async fn s3_02_every_file_is_read_before_the_first_is_opened() {
+    let mut folder = Folder::new();
+    let capability = "CAPABILITY=\"/fixtures/victim/v1\"";
+    folder.put("a.so", &fixtures::c("refused", &["OVERWRITES"]));
+    let victim = folder.put("b.so", &fixtures::c("refused", &[capability]));
+    let original = sha256(&victim);
+    let other = fixtures::c("refused", &[capability, "TASK_FAILS"]);
+    folder.set("RH_FIXTURE_OVERWRITE", format!("{}={}", victim.display(), other.display()));
+
+    let listings = folder.listings(0).await;
+    assert_eq!(listings[1]["state"], "loaded", "{listings:#?}");
+    assert_eq!(listings[1]["sha256"], original);
+    assert_eq!(sha256(&victim), sha256(&other), "the constructor did not overwrite anything");
+
+    folder.put("b.so", &fixtures::c("refused", &[capability]));
+    folder.invoke("/fixtures/victim/v1", &[]).await.expect(0);
+    assert_eq!(sha256(&victim), sha256(&other), "the constructor did not overwrite anything");
+    let said = folder.invoke("/fixtures/victim/v1", &[]).await.expect(1);
+    assert!(said.stderr.contains("this is the other library"), "{}", said.stderr);
+}
+
+#[tokio::test]
+async fn inspect_runs_no_code_of_the_file() {
+    let mut folder = Folder::new();
+    let library = folder.put("marks.so", &fixtures::c("refused", &["MARKS"]));
+    let mark = folder.root().join("mark");
+    folder.set("RH_FIXTURE_MARK", mark.to_string_lossy());
+    let inspect = |output: &str| {
+        let cli = Cli::new(&["plugins", "inspect", "-o", output]).arg(&library);
+        cli.set("RH_FIXTURE_MARK", mark.to_string_lossy()).run()
+    };
+    let said = inspect("text").await.expect(0);
+    for line in [
+        "name             refused",
+        "version          1.0.0",
+        "capabilities     /fixtures/refused/v1",
+        "abi              1.0",
+    ] {
+        assert!(said.stdout.lines().any(|found| found == line), "{line}\n{}", said.stdout);
+    }
+    assert!(said.stdout.contains(&sha256(&library)) && said.stdout.contains("libc.so.6"), "{}", said.stdout);
+    let facts: Value = serde_json::from_str(&inspect("json").await.expect(0).stdout).expect("JSON");
+    assert_eq!(facts["facts"]["manifest"]["name"], "refused");
+    assert_eq!(facts["facts"]["machine"], std::env::consts::ARCH);
+    assert_eq!(facts["facts"]["rust"], false);
+    assert_eq!(facts["sha256"], sha256(&library));
+    assert!(!mark.exists(), "a constructor ran");
+
+    folder.rows(0).await;
+    assert!(mark.exists(), "the constructor makes no file even when it runs");
+}
+
+#[tokio::test]
+async fn inspect_tells_what_a_rust_plugin_is() {
+    let said = Cli::new(&["plugins", "inspect", "-o", "json"]).arg(fixtures::hello()).run().await.expect(0);
+    let facts: Value = serde_json::from_str(&said.stdout).expect("JSON");
+    assert_eq!(facts["facts"]["rust"], true);
+    assert_eq!(facts["facts"]["manifest"]["sdk"], env!("CARGO_PKG_VERSION"));
+    assert_eq!(facts["facts"]["manifest"]["capabilities"], serde_json::json!(["/examples/hello/v1"]));
+    let glibc = facts["facts"]["glibc"].as_str().expect("it needs glibc");
+    assert!(glibc.starts_with("2."), "{glibc}");
+}
+
+#[tokio::test]
+async fn inspect_refuses_with_one_line_and_exit_4() {
+    let folder = Folder::new();
+    let pipe = folder.path("pipe.so");
+    let owner = rustix::fs::Mode::from(0o600);
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, owner, 0).expect("a pipe");
+    let text = folder.write("text.so", "hello");
+    let cases = [
+        (text, "expected a shared library, found text; build the runner as a cdylib"),
+        (pipe, "expected a shared library, found something that is no regular file; build the runner as a cdylib"),
+        (folder.root().to_owned(), "is a directory, expected a library file; folders are not searched recursively"),
+        (
+            folder.path("absent.so"),
+            "cannot be read: No such file or directory (os error 2); check that it exists and that this user may read it",
+        ),
+    ];
+    for (file, reason) in cases {
+        let said = Cli::new(&["plugins", "inspect"]).arg(&file).run().await.expect(4);
+        assert_eq!(said.stderr, format!("error: plugin {}: {reason}", file.display()));
+        assert!(said.stdout.is_empty());
+    }
+}
+
+#[tokio::test]
+async fn file_names_of_every_kind_load_and_are_listed() {
+    let folder = Folder::new();
+    let library = fixtures::c("refused", &[]);
+    let long = format!("{}.so", "l".repeat(252));
+    let names: [&[u8]; 6] = [b"a b.so", b"-o.so", b"n\new.so", b"not-\xff-utf8.so", b".so.so", long.as_bytes()];
+    for name in names {
+        let file = folder.path("x").with_file_name(std::ffi::OsStr::from_bytes(name));
+        std::fs::copy(&library, &file).expect("the file system takes the name");
+        let listings = folder.listings(0).await;
+        assert_eq!(listings.len(), 1);
+        assert_eq!(listings[0]["state"], "loaded", "{listings:#?}");
+        let rows = folder.rows(0).await;
+        assert_eq!(rows.len(), 1, "{rows:#?}");
+        let inspected = Cli::new(&["plugins", "inspect", "-o", "json"]).arg(&file).run().await.expect(0);
+        serde_json::from_str::<Value>(&inspected.stdout).expect("JSON");
+        folder.invoke("/fixtures/refused/v1", &[]).await.expect(0);
+        std::fs::remove_file(file).expect("it is there");
+    }
+}
+
+/// A name that holds another one's: the row of a path with a line break stays one row.
+#[tokio::test]
+async fn a_reason_that_names_a_file_stays_one_line() {
+    let folder = Folder::new();
+    let library = fixtures::c("refused", &[]);
+    for name in [&b"a\nb.so"[..], b"z.so"] {
+        let file = folder.path("x").with_file_name(std::ffi::OsStr::from_bytes(name));
+        std::fs::copy(&library, file).expect("the file system takes the name");
+    }
+    let rows = folder.rows(0).await;
+    assert_eq!(rows.len(), 2, "{rows:#?}");
+}
+
+#[tokio::test]
+async fn a_plugin_that_prints_while_it_loads_does_not_spoil_data() {
+    let folder = Folder::new();
+    folder.put("prints.so", &fixtures::c("refused", &["INIT_PRINTS"]));
+    let listings = folder.listings(0).await;
+    assert_eq!(listings[0]["state"], "loaded");
+    let said = folder.invoke("/fixtures/refused/v1", &["-o", "json"]).await.expect(0);
+    assert_eq!(said.stdout, "");
+    assert_eq!(said.stderr, "init was here");
+}
+
+/// Opening one library holds the linker's lock for all of them: a constructor that never ends cannot be
+/// lived with in this process, only found out and named.
+#[tokio::test]
+async fn a_constructor_that_hangs_is_named_and_the_process_still_ends() {
+    let mut folder = Folder::with_a_good_one();
+    folder.set("PLUGIN_INIT_TIMEOUT", "300ms");
+    folder.put("z.so", &fixtures::c("refused", &["OPEN_HANGS"]));
+    assert_eq!(row(&folder, 0, "good.so").await, "loaded good.so /fixtures/good/v1");
+    assert_eq!(
+        row(&folder, 0, "z.so").await,
+        "refused z.so opening it took longer than 300ms: a constructor in it hangs; libraries after it cannot be opened (if it is only slow, raise PLUGIN_INIT_TIMEOUT)"
+    );
+    let began = Instant::now();
+    for number in 0..20 {
+        let capability = format!("CAPABILITY=\"/fixtures/after-{}/v1\"", number % 2);
+        folder.put(&format!("zz-{number}.so"), &fixtures::c("refused", &[&capability]));
+    }
+    let said = row(&folder, 0, "zz-1.so").await;
+    assert!(said.contains("cannot be opened: ") && said.contains("z.so hangs while it is opened"), "{said}");
+    assert!(began.elapsed() < Duration::from_secs(5), "each of them was waited for: {:?}", began.elapsed());
+}
+
+#[tokio::test]
+async fn hundreds_of_plugins_load_quickly() {
+    let folder = Folder::new();
+    let count = 300;
+    let original = std::fs::read(fixtures::c("refused", &["CAPABILITY=\"/fixtures/many-000/v1\""])).expect("built");
+    let place = b"/fixtures/many-000/v1";
+    let at = original.windows(place.len()).position(|window| window == place).expect("it is in the manifest");
+    for number in 0..count {
+        let mut bytes = original.clone();
+        bytes[at..at + place.len()].copy_from_slice(format!("/fixtures/many-{number:03}/v1").as_bytes());
+        folder.write(&format!("many-{number:03}.so"), bytes);
+    }
+    let began = Instant::now();
+    let rows = folder.rows(0).await;
+    println!("{count} plugins: {:?}", began.elapsed());
+    assert_eq!(rows.iter().filter(|row| row.starts_with("loaded")).count(), count);
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    folder.invoke("/fixtures/many-299/v1", &[]).await.expect(0);
+}
+
+fn sdk() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../runner-sdk")
+}
+
+async fn new(folder: &Folder, args: &[&str]) -> Finished {
+    let cli = Cli::new(&["plugins", "new"]).dir(folder.root());
+    args.iter().fold(cli, |cli, arg| cli.arg(*arg)).run().await
+}
+
+#[tokio::test]
+async fn a_new_plugin_builds_passes_its_tests_and_does_a_task() {
+    let folder = Folder::new();
+    let sdk = sdk();
+    let said = new(&folder, &["line-count", "--sdk", &sdk.to_string_lossy()]).await.expect(0);
+    assert_eq!(said.stdout.lines().count(), 4, "{}", said.stdout);
+    assert_eq!(said.stderr, "next: cd line-count && cargo test && cargo build --release");
+    let dir = folder.root().join("line-count");
+
+    let tested = fixtures::cargo(&dir, &["test"]);
+    assert!(tested.contains("2 passed"), "{tested}");
+    fixtures::cargo(&dir, &["build"]);
+    folder.put("libline_count.so", &fixtures::built("line_count"));
+    std::fs::write(folder.root().join("in.txt"), "one\ntwo\n").expect("the folder is writable");
+    folder.invoke("/line-count/v1", &["--input", "in.txt"]).await.expect(0);
+    assert_eq!(folder.output("lines.txt"), b"2 input-0\n");
+}
+
+#[tokio::test]
+async fn a_new_plugin_needs_a_name_a_place_and_an_sdk() {
+    let folder = Folder::new();
+    let sdk = sdk().to_string_lossy().into_owned();
+    for name in ["", "Big", "a b", "../up", "fn", "a\nb"] {
+        let said = new(&folder, &[name, "--sdk", &sdk]).await.expect(2);
+        assert_eq!(said.stderr.lines().count(), 1, "{name:?}: {}", said.stderr);
+        assert!(said.stderr.contains("cannot be the name of a plugin"), "{name:?}: {}", said.stderr);
+    }
+    let said = new(&folder, &["mine", "--dir", "plugins", "--sdk", "plugins"]).await.expect(2);
+    assert!(said.stderr.contains("holds no runner-sdk"), "{}", said.stderr);
+    folder.write("something", "here");
+    let said = new(&folder, &["mine", "--dir", "plugins", "--sdk", &sdk]).await.expect(2);
+    assert!(said.stderr.contains("is there already and not an empty folder"), "{}", said.stderr);
+    assert_eq!(said.stderr.lines().count(), 1);
+    assert!(!folder.root().join("mine").exists());
+}

@@ -1,0 +1,145 @@
+//! The first signal drains, the second cancels, the third ends the process; nothing stays behind.
+
+use std::{
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use serde_json::json;
+
+use crate::harness::{
+    Lab, fixtures,
+    node::TestNode,
+    rubbish::{Bad, Rubbish},
+};
+
+/// Far below every limit the node could be waiting for by mistake (drain 30 s, calls 60 s, polls 30 s).
+const PROMPT: Duration = Duration::from_secs(8);
+
+async fn ends_promptly(node: &TestNode, code: i32) {
+    let asked = Instant::now();
+    assert_eq!(node.wait().await, code, "{}", node.log());
+    assert!(asked.elapsed() < PROMPT, "it took {:?}:\n{}", asked.elapsed(), node.log());
+}
+
+fn assert_nothing_left(node: &TestNode) {
+    assert_eq!(node.scratch(), Vec::<PathBuf>::new());
+}
+
+#[tokio::test]
+async fn s0_19b_a_signal_ends_an_idle_node_at_once() {
+    let lab = Lab::start().await;
+    // A long pause between polls must not delay the end.
+    let node = lab.node(&[fixtures::hello()]).set("POLL_BACKOFF_MS_MIN", "25000").set("POLL_BACKOFF_MS_MAX", "30000");
+    let node = node.leasing().await;
+    lab.seen(&node, |seen| seen.iter().any(|seen| seen.path == "/v1/tasks")).await;
+    node.term();
+    ends_promptly(&node, 0).await;
+    assert_nothing_left(&node);
+}
+
+#[tokio::test]
+async fn a_signal_lets_a_running_task_finish_and_leases_nothing_more() {
+    let lab = Lab::start().await;
+    let files = tempfile::tempdir().expect("a folder");
+    let file = files.path().join("go");
+    let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "2").leasing().await;
+    let job = lab.task("/fixtures/wait-file/v1").meta(json!({ "file": file })).submit();
+    lab.started(&node, job).await;
+    node.term();
+    node.says("draining").await;
+    let (status, ready) = node.page("/ready").await;
+    assert_eq!((status, &ready), (503, &json!({ "ready": false, "reason": "draining" })));
+    assert_eq!(node.status().await["phase"], "draining");
+    let late = lab.task("/fixtures/ok/v1").submit();
+    std::fs::write(&file, "").expect("the folder is writable");
+    ends_promptly(&node, 0).await;
+    lab.ended(&node, job).await.completed();
+    assert_eq!(lab.world.job(late).expect("a job")["job"]["status"], "pending", "nothing new is leased");
+    assert_nothing_left(&node);
+}
+
+/// The job was given back with the word the plane repeats it for.
+async fn assert_drained(lab: &Lab, node: &TestNode, job: uuid::Uuid) {
+    let ended = lab.ended(node, job).await;
+    let (reason, details) = ended.failed();
+    assert_eq!(reason, "drained");
+    assert_eq!(json!([details["outcome"], details["code"], details["retryable"]]), json!(["drained", "drained", true]));
+}
+
+#[tokio::test]
+async fn what_outlasts_the_drain_is_cancelled_and_given_back() {
+    let lab = Lab::start().await;
+    let node = lab.node(&[fixtures::zoo()]).set("DRAIN_TIMEOUT", "200ms").leasing().await;
+    let job = lab.task("/fixtures/slow/v1").submit();
+    lab.started(&node, job).await;
+    node.term();
+    ends_promptly(&node, 75).await;
+    assert_drained(&lab, &node, job).await;
+    assert_nothing_left(&node);
+}
+
+#[tokio::test]
+async fn a_second_signal_cancels_without_waiting_for_the_drain() {
+    let lab = Lab::start().await;
+    let node = lab.node(&[fixtures::zoo()]).set("DRAIN_TIMEOUT", "1h").leasing().await;
+    let job = lab.task("/fixtures/slow/v1").submit();
+    lab.started(&node, job).await;
+    node.term();
+    node.says("draining; again to cancel running tasks").await;
+    node.term();
+    ends_promptly(&node, 75).await;
+    assert_drained(&lab, &node, job).await;
+    assert_nothing_left(&node);
+}
+
+#[tokio::test]
+async fn a_third_signal_ends_the_process_and_the_next_one_sweeps_up() {
+    let lab = Lab::start().await;
+    let node = lab.node(&[fixtures::zoo()]).set("DRAIN_TIMEOUT", "1h").set("CANCEL_GRACE", "1h").leasing().await;
+    let job = lab.task("/fixtures/ignores-cancel/v1").meta(json!({ "sleep_ms": 3_600_000 })).submit();
+    lab.started(&node, job).await;
+    node.term();
+    node.says("draining; again to cancel running tasks").await;
+    node.term();
+    node.says("cancelling running tasks; again to exit at once").await;
+    node.term();
+    ends_promptly(&node, 75).await;
+    assert!(!node.scratch().is_empty(), "there was no time to tidy up");
+    let next = lab.node(&[fixtures::hello()]).set("SCRATCH_DIR", node.scratch_dir().to_string_lossy());
+    let next = next.leasing().await;
+    next.stop().await;
+    assert_nothing_left(&node);
+}
+
+#[tokio::test]
+async fn a_signal_ends_a_node_whose_sign_in_service_is_away_or_silent() {
+    let lab = Lab::start().await;
+    // A port nobody listens on.
+    let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port");
+    let node = lab.node(&[fixtures::hello()]).set("DDS_BASE_URL", format!("http://{port}")).start().await;
+    let line = node.says("registration failed").await;
+    let error = line["error"].as_str().expect("text");
+    assert!(error.contains("did not answer") && error.contains(&port.to_string()), "{error}");
+    node.term();
+    ends_promptly(&node, 0).await;
+
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer("POST /internal/v1/auth/siwe/request", usize::MAX, Bad::Hang);
+    let node = rubbish.node(&[fixtures::hello()]).start().await;
+    rubbish.seen("POST /internal/v1/auth/siwe/request", 1).await;
+    node.term();
+    ends_promptly(&node, 0).await;
+    assert_nothing_left(&node);
+}
+
+#[tokio::test]
+async fn a_signal_ends_a_node_whose_task_service_is_silent() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer("GET /v1/tasks", usize::MAX, Bad::Hang);
+    let node = rubbish.node(&[fixtures::hello()]).set("REQUEST_TIMEOUT_SECS", "2").leasing().await;
+    rubbish.seen("GET /v1/tasks", 1).await;
+    node.term();
+    ends_promptly(&node, 0).await;
+}
