@@ -3,13 +3,16 @@
 //! [`Scratch`] owns one folder per process below the base folder and holds a lock in it for as long
 //! as it lives. What a crashed process left behind has no held lock, and the next process that
 //! opens the same base sweeps it; folders of living processes and strangers' files stay.
+//!
+//! Making and removing a directory costs a file system far more than renaming one, and most tasks
+//! leave theirs empty. Such a directory goes under a name nobody knows and becomes the next task's.
 
 use std::{
     fs::{self, DirBuilder, File},
     io,
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -24,6 +27,8 @@ const OWNER_PREFIX: &str = "node-";
 const OWNER_LOCK: &str = "owner.lock";
 /// Held while somebody sweeps or makes a folder, so that no sweep sees a folder before its lock.
 const BASE_LOCK: &str = ".lock";
+/// Most empty directories that are kept for the next tasks.
+const SPARES_MAX: usize = 64;
 
 /// Why a directory could not be made or removed.
 #[derive(Debug, thiserror::Error)]
@@ -51,7 +56,45 @@ pub struct Scratch {
 struct Home {
     path: PathBuf,
     made: AtomicU64,
+    /// Empty directories of tasks that are over.
+    spares: Mutex<Vec<PathBuf>>,
     _lock: File,
+}
+
+impl Home {
+    /// A spare directory under the name `path`, if there is one.
+    fn reuse(&self, path: &Path) -> bool {
+        let spare = self.spares.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        spare.is_some_and(|spare| fs::rename(&spare, path).is_ok())
+    }
+
+    /// Ends a task's directory: it is kept if it is as empty as a new one, else removed.
+    fn retire(&self, path: &Path) -> io::Result<()> {
+        let number = self.made.fetch_add(1, Ordering::Relaxed);
+        let spare = self.path.join(format!("spare-{number}"));
+        // Renamed before the look into it: a runner that lives on has only the old name.
+        if self.spares.lock().unwrap_or_else(PoisonError::into_inner).len() >= SPARES_MAX
+            || fs::rename(path, &spare).is_err()
+        {
+            return remove_tree(path);
+        }
+        if !is_as_new(&spare) {
+            return remove_tree(&spare);
+        }
+        self.spares.lock().unwrap_or_else(PoisonError::into_inner).push(spare);
+        Ok(())
+    }
+}
+
+/// Whether a directory is private and empty.
+fn is_as_new(path: &Path) -> bool {
+    #[cfg(unix)]
+    let private =
+        |about: &fs::Metadata| std::os::unix::fs::PermissionsExt::mode(&about.permissions()) & 0o7777 == 0o700;
+    #[cfg(not(unix))]
+    let private = |_: &fs::Metadata| true;
+    fs::symlink_metadata(path).is_ok_and(|about| about.is_dir() && private(&about))
+        && fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none())
 }
 
 impl Drop for Home {
@@ -83,15 +126,17 @@ impl Scratch {
             return Err(failed("lock", &owner)(io::ErrorKind::WouldBlock.into()));
         }
         drop(turn);
-        Ok(Self { home: Arc::new(Home { path, made: AtomicU64::new(0), _lock: held }) })
+        Ok(Self { home: Arc::new(Home { path, made: AtomicU64::new(0), spares: Mutex::default(), _lock: held }) })
     }
 
     /// A fresh directory for `task`, readable by this user only. Each call makes another one.
     pub fn task_dir(&self, task: TaskId) -> Result<TaskDir, ScratchError> {
         let number = self.home.made.fetch_add(1, Ordering::Relaxed);
         let path = self.home.path.join(format!("{task}-{number}"));
-        make_private(&path, false).map_err(failed("make task directory", &path))?;
-        Ok(TaskDir { path, _home: Some(Arc::clone(&self.home)) })
+        if !self.home.reuse(&path) {
+            make_private(&path, false).map_err(failed("make task directory", &path))?;
+        }
+        Ok(TaskDir { path, home: Some(Arc::clone(&self.home)) })
     }
 }
 
@@ -101,7 +146,7 @@ impl Scratch {
 pub struct TaskDir {
     path: PathBuf,
     /// `None` once closed.
-    _home: Option<Arc<Home>>,
+    home: Option<Arc<Home>>,
 }
 
 impl TaskDir {
@@ -113,18 +158,17 @@ impl TaskDir {
 
     /// Removes the directory.
     pub fn close(mut self) -> Result<(), ScratchError> {
-        let result = remove_tree(&self.path).map_err(failed("remove task directory", &self.path));
-        self._home = None;
-        result
+        match self.home.take() {
+            Some(home) => home.retire(&self.path).map_err(failed("remove task directory", &self.path)),
+            None => Ok(()),
+        }
     }
 }
 
 impl Drop for TaskDir {
     fn drop(&mut self) {
-        if self._home.is_none() {
-            return;
-        }
-        if let Err(err) = remove_tree(&self.path) {
+        let Some(home) = self.home.take() else { return };
+        if let Err(err) = home.retire(&self.path) {
             tracing::warn!(path = %self.path.display(), error = %err, "task directory could not be removed");
         }
     }
@@ -160,10 +204,6 @@ fn sweep(base: &Path) -> io::Result<()> {
 
 /// Removes a tree, also when a runner left directories in it that even their owner may not write.
 fn remove_tree(path: &Path) -> io::Result<()> {
-    // Most tasks leave their directory empty: one call instead of the eight of a walk.
-    if fs::remove_dir(path).is_ok() {
-        return Ok(());
-    }
     match fs::remove_dir_all(path) {
         Err(err) if err.kind() == io::ErrorKind::PermissionDenied => {
             open_up(path);
@@ -267,6 +307,38 @@ mod tests {
         assert!(gone.iter().all(|path| !path.exists()));
         drop(scratch);
         assert_eq!(folders(&base.path().join("deep/er")), 0, "a clean exit takes the process folder too");
+    }
+
+    #[test]
+    fn a_directory_is_used_again_only_if_it_is_as_new() {
+        // S0-82
+        let base = base();
+        let scratch = Scratch::open(base.path().to_owned()).expect("opens");
+        let inode = |dir: &TaskDir| std::os::unix::fs::MetadataExt::ino(&fs::metadata(dir.path()).expect("exists"));
+        let dirt: [fn(&Path); 3] = [
+            |path| fs::write(path.join("file"), b"x").expect("written"),
+            |path| fs::create_dir(path.join("folder")).expect("made"),
+            |path| fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("changed"),
+        ];
+        for soil in dirt {
+            let clean = scratch.task_dir(TASK).expect("made");
+            let (path, first) = (clean.path().to_owned(), inode(&clean));
+            clean.close().expect("kept");
+            assert!(!path.exists());
+            let again = scratch.task_dir(TASK).expect("made");
+            assert_eq!(inode(&again), first, "an empty directory is used again");
+            assert_ne!(again.path(), path);
+            soil(again.path());
+            let kept_open = File::open(again.path()).expect("opened"); // keeps the inode's number from coming back
+            again.close().expect("removed");
+            let fresh = scratch.task_dir(TASK).expect("made");
+            assert_ne!(inode(&fresh), first);
+            assert_eq!(fs::metadata(fresh.path()).expect("exists").permissions().mode() & 0o777, 0o700);
+            assert_eq!(fs::read_dir(fresh.path()).expect("listed").count(), 0);
+            drop((fresh, kept_open));
+        }
+        drop(scratch);
+        assert_eq!(folders(base.path()), 0, "spare directories go with the process");
     }
 
     #[test]
