@@ -26,6 +26,10 @@ use crate::{
 };
 use backoff::Backoff;
 
+/// How long a stop waits for the answer to a poll under way. A lease that comes later expires and
+/// goes to another node.
+const LAST_POLL: Duration = Duration::from_secs(5);
+
 /// What the engine works with.
 pub struct Rooms {
     /// Where leases come from.
@@ -62,6 +66,17 @@ pub struct Stops {
     pub drain: CancellationToken,
     /// Cancel what is running.
     pub cancel: CancellationToken,
+}
+
+impl Stops {
+    /// Ends some time after the first stop, or with the second one.
+    async fn out_of_patience(&self) {
+        self.drain.cancelled().await;
+        tokio::select! {
+            () = self.cancel.cancelled() => {}
+            () = tokio::time::sleep(LAST_POLL) => {}
+        }
+    }
 }
 
 /// How the engine ended.
@@ -154,8 +169,13 @@ impl Engine {
     }
 
     async fn poll(&self, stops: &Stops) -> Polled {
-        // Not in a `select!`, so never dropped midway: the plane may have given us a lease already.
-        match self.rooms.source.take().await {
+        // Dropped midway only when a stop runs out of patience: the plane may have given us a lease.
+        let taken = tokio::select! {
+            biased;
+            taken = self.rooms.source.take() => taken,
+            () = stops.out_of_patience() => return Polled::Pause,
+        };
+        match taken {
             Ok(Some(lease)) => self.admit(lease),
             Ok(None) => Polled::Pause,
             Err(LeaseError::Busy) => Polled::Busy,
