@@ -156,7 +156,12 @@ fn begin(task: Task, request: &str) -> Result<(), String> {
         lock(&plugin.tasks).remove(&task.0);
         match ended {
             Ok(Ok(())) => complete(task, Status::OK, "", ""),
-            Ok(Err(err)) => fail(task, &err),
+            // The error's own words are the author's code too.
+            Ok(Err(err)) => {
+                if let Err(note) = guard(|| fail(task, &err)) {
+                    complete(task, Status::PANICKED, &note.message, &place_json(&note.place));
+                }
+            }
             Err(note) => complete(task, Status::PANICKED, &note.message, &place_json(&note.place)),
         }
     };
