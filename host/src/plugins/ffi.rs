@@ -548,8 +548,10 @@ unsafe extern "C" fn input_read(task: Task, stream: u64, max: u64, reply: Callba
         let max = usize::try_from(max.clamp(1, PIECE_BYTES_MAX)).expect("a piece fits in memory");
         Ok(async move {
             let mut reading = reading.lock().await;
-            if reading.rest.is_empty() {
-                reading.rest = reading.stream.next().await?.unwrap_or_default();
+            // An empty answer means the end, so an empty piece is not passed on.
+            while reading.rest.is_empty() {
+                let Some(piece) = reading.stream.next().await? else { break };
+                reading.rest = piece;
             }
             let take = reading.rest.len().min(max);
             Ok(reading.rest.split_to(take))
