@@ -396,7 +396,7 @@ fn answer_later<F>(
         Ok(future) => future,
         Err(err) => return reply_now(reply, user, Err(err)),
     };
-    let dispatcher = running.dispatcher.clone();
+    let owed = Owed { dispatcher: running.dispatcher.clone(), answer_to: Some((reply, user)) };
     let (over, span) = (running.over.clone(), running.span.clone());
     let work = async move {
         let answer = tokio::select! {
@@ -404,10 +404,34 @@ fn answer_later<F>(
             () = over.cancelled() => Err(task_over()),
             answer = future => answer,
         };
-        dispatcher.run("callback", move || reply_now(reply, user, answer));
+        owed.pay(answer);
     };
     // Not joined: `over` ends it with the task, and its last act is the answer the plugin is owed.
     running.runtime.spawn(tracing::Instrument::instrument(work, span));
+}
+
+/// An answer a plugin is owed, exactly once: also when the work for it panicked, or its runtime ended.
+struct Owed {
+    dispatcher: Dispatcher,
+    answer_to: Option<(Callback, User)>,
+}
+
+impl Owed {
+    fn pay(mut self, answer: Answer) {
+        self.send(answer);
+    }
+
+    fn send(&mut self, answer: Answer) {
+        if let Some((reply, user)) = self.answer_to.take() {
+            self.dispatcher.run("callback", move || reply_now(reply, user, answer));
+        }
+    }
+}
+
+impl Drop for Owed {
+    fn drop(&mut self) {
+        self.send(Err(PortError::new(PortErrorKind::Other, "the host failed inside this call; see its log")));
+    }
 }
 
 /// A bug in the host must not unwind into a plugin.
