@@ -63,7 +63,7 @@ pub(super) struct Entries {
 /// Calls the exported entry and checks the table it returns.
 ///
 /// # Safety
-/// `entry` must be the address of `runner_module_v1` in a library that stays loaded.
+/// `entry` must be the address of `runner_module_v1`, not null, in a library that stays loaded.
 pub(super) unsafe fn read_table(entry: *const c_void) -> Result<Entries, InstallError> {
     // SAFETY: the symbol's name promises this signature; the pointer it returns is what both table
     // declarations say, and an entry is read only if its bit is set.
