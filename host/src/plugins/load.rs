@@ -6,7 +6,7 @@
 use std::{
     io::Read,
     path::{Path, PathBuf},
-    sync::{Arc, mpsc},
+    sync::{Arc, Mutex, mpsc},
     time::{Duration, Instant},
 };
 
@@ -44,10 +44,39 @@ pub(super) struct Loaded {
     pub(super) entries: Entries,
 }
 
-/// Reads and checks one file. No code of it runs.
-pub(super) fn verify(found: Found) -> Result<Verified, (PathBuf, InstallError)> {
+/// Most files that are read at once; each is held in memory while it is.
+const READERS_MAX: usize = 4;
+
+/// Reads and checks files, several at once, and returns them in their order. No code of them runs.
+pub(super) fn verify_all(found: Vec<Found>) -> Vec<Result<Verified, (PathBuf, InstallError)>> {
+    let readers = std::thread::available_parallelism().map_or(1, usize::from).min(READERS_MAX).min(found.len());
+    let mut places: Vec<_> = found.iter().map(|_| None).collect();
+    let queue = Mutex::new(places.iter_mut().zip(found));
+    let work = || {
+        let mut buffer = Vec::new();
+        loop {
+            let next = queue.lock().expect("a reader that takes work does not panic").next();
+            let Some((place, found)) = next else { return };
+            *place = Some(verify(found, &mut buffer));
+        }
+    };
+    std::thread::scope(|scope| {
+        for _ in 1..readers {
+            // This thread works as well, so it is done with fewer where one cannot be had.
+            if let Err(err) = std::thread::Builder::new().name("plugin-reader".to_owned()).spawn_scoped(scope, work) {
+                debug!(error = %err, "no thread to read plugins with");
+            }
+        }
+        work();
+    });
+    drop(queue);
+    places.into_iter().map(|place| place.expect("the queue was worked off")).collect()
+}
+
+/// Reads and checks one file, by way of a buffer that may be used again.
+fn verify(found: Found, buffer: &mut Vec<u8>) -> Result<Verified, (PathBuf, InstallError)> {
     let Found { file, settings, refused } = found;
-    match refused.map_or_else(|| check(&file, &settings), Err) {
+    match refused.map_or_else(|| check(&file, &settings, buffer), Err) {
         Ok((sha256, facts, capabilities, sealed)) => {
             Ok(Verified { file, settings, sha256, facts, capabilities, sealed })
         }
@@ -57,21 +86,27 @@ pub(super) fn verify(found: Found) -> Result<Verified, (PathBuf, InstallError)> 
 
 type Checked = (String, Facts, Vec<Capability>, Sealed);
 
-fn check(file: &Path, settings: &Settings) -> Result<Checked, InstallError> {
-    let bytes = read(file)?;
-    let sha256 = hex(&Sha256::digest(&bytes));
+fn check(file: &Path, settings: &Settings, bytes: &mut Vec<u8>) -> Result<Checked, InstallError> {
+    read_into(file, bytes)?;
+    let sha256 = hex(&Sha256::digest(&*bytes));
     if let Some(expected) = settings.sha256.as_ref().filter(|expected| **expected != sha256) {
         return Err(InstallError::PinMismatch { expected: expected.clone(), found: sha256 });
     }
-    let facts = inspect(&bytes)?;
+    let facts = inspect(bytes)?;
     let capabilities = chosen(&facts, settings)?;
     let name = file.file_name().map_or_else(|| "plugin".into(), |name| name.to_string_lossy());
-    let sealed = Sealed::new(short(&name), &bytes).map_err(|err| unreadable(&err))?;
+    let sealed = Sealed::new(short(&name), bytes).map_err(|err| unreadable(&err))?;
     Ok((sha256, facts, capabilities, sealed))
 }
 
 /// The whole of one library file.
 pub(super) fn read(file: &Path) -> Result<Vec<u8>, InstallError> {
+    let mut bytes = Vec::new();
+    read_into(file, &mut bytes)?;
+    Ok(bytes)
+}
+
+fn read_into(file: &Path, bytes: &mut Vec<u8>) -> Result<(), InstallError> {
     let mut options = std::fs::OpenOptions::new();
     options.read(true);
     // Opening a pipe nobody writes to would block.
@@ -88,10 +123,11 @@ pub(super) fn read(file: &Path) -> Result<Vec<u8>, InstallError> {
     if facts.len() > LIBRARY_BYTES_MAX {
         return Err(InstallError::TooLarge { bytes: facts.len() });
     }
-    let mut bytes = Vec::new();
+    bytes.clear();
+    bytes.reserve(facts.len() as usize);
     // It may grow while it is read.
-    opened.take(LIBRARY_BYTES_MAX).read_to_end(&mut bytes).map_err(|err| unreadable(&err))?;
-    Ok(bytes)
+    opened.take(LIBRARY_BYTES_MAX).read_to_end(bytes).map_err(|err| unreadable(&err))?;
+    Ok(())
 }
 
 fn unreadable(err: &std::io::Error) -> InstallError {

@@ -101,8 +101,8 @@ impl Plugins {
         let mut listings: Vec<Listing> = found.iter().map(|found| Listing::new(&found.file)).collect();
         // All of them are read before the first is opened.
         let mut verified: Vec<Option<Verified>> = Vec::new();
-        for (listing, found) in listings.iter_mut().zip(found) {
-            match load::verify(found) {
+        for (listing, checked) in listings.iter_mut().zip(load::verify_all(found)) {
+            match checked {
                 Ok(plugin) => {
                     listing.describe(&plugin);
                     verified.push(Some(plugin));

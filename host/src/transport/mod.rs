@@ -7,7 +7,10 @@
 #[cfg(test)]
 pub(crate) mod testing;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
@@ -226,7 +229,7 @@ impl Client {
         tcp.set_nodelay(true);
         tcp.set_connect_timeout(Some(config.connect_timeout));
         let tls = hyper_rustls::HttpsConnectorBuilder::new()
-            .with_tls_config(tls_config())
+            .with_tls_config(TLS.get_or_init(tls_config).clone())
             .https_or_http()
             .enable_http1()
             .wrap_connector(tcp);
@@ -309,6 +312,9 @@ pub fn innermost(err: &(dyn std::error::Error + 'static)) -> String {
     }
     cause.to_string()
 }
+
+/// The system's certificates are read once: that takes milliseconds, and a node has two clients.
+static TLS: OnceLock<rustls::ClientConfig> = OnceLock::new();
 
 fn tls_config() -> rustls::ClientConfig {
     let mut roots = rustls::RootCertStore::empty();
