@@ -148,7 +148,17 @@ impl std::fmt::Display for Exit {
 
 /// Runs a command's future on a runtime of its own.
 fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    on_runtime(tokio::runtime::Builder::new_multi_thread().enable_all().build()?, work)
+}
+
+/// Like [`block_on`] for a process that is a node and nothing else. The control thread is as busy
+/// as the others, so it counts: a thread more than there are processors only makes them take turns.
+fn block_on_beside_control<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    let workers = std::thread::available_parallelism().map_or(1, |count| (count.get() - 1).max(1));
+    on_runtime(tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()?, work)
+}
+
+fn on_runtime<T>(runtime: tokio::runtime::Runtime, work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     let ended = runtime.block_on(work);
     // A blocking read that goes on (a stalled disk, a terminal) must not keep the process.
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));

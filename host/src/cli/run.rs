@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Exit, PluginArgs, block_on, nothing_to_serve, signals};
+use super::{Exit, PluginArgs, block_on_beside_control, nothing_to_serve, signals};
 use crate::{
     app::Node,
     config::{HostConfig, KEYS, Layers, Origin, Secrets},
@@ -94,7 +94,7 @@ pub(super) fn run(args: Args, mut layers: Layers, secrets: &Secrets) -> anyhow::
     if let Some(exit) = nothing_to_serve(&plugins) {
         return Ok(exit);
     }
-    block_on(async {
+    block_on_beside_control(async {
         let stops = Stops::default();
         signals::listen(stops.clone())?;
         let node = Node::build(config, plugins).await?;
