@@ -45,7 +45,7 @@ pub struct MaterializedInput {
     /// Files of further parts that belong to the same input.
     #[serde(default)]
     pub related_files: Vec<PathBuf>,
-    /// Files unpacked from the input.
+    /// Files unpacked from the input; a host of this version unpacks none, archives come as they are.
     #[serde(default)]
     pub extracted_paths: Vec<PathBuf>,
 }
