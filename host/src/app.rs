@@ -23,6 +23,9 @@ use crate::{
 /// How long a connection may take to come up.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long the plugins may take to shut down, all of them together.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(1);
+
 /// A node that is built and listens, but has not spoken to anybody.
 pub struct Node {
     engine: Engine,
@@ -30,6 +33,7 @@ pub struct Node {
     pages: Pages,
     board: StatusBoard,
     control: Control,
+    plugins: Arc<Plugins>,
 }
 
 impl Node {
@@ -75,6 +79,7 @@ impl Node {
         let capabilities = plugins.capabilities().iter().map(ToString::to_string).collect();
         let board = StatusBoard::new(config.key.address().to_owned(), config.max_concurrency, capabilities, listings);
         board.change(|status| status.stale_calls = Live(Plugins::stale_calls));
+        board.change(|status| status.stuck_runners = Live(Plugins::stuck_runners));
         let pages = Pages::bind(config.http_bind, board.watch())
             .await
             .with_context(|| format!("HTTP_BIND {} cannot be bound", config.http_bind))?;
@@ -84,7 +89,7 @@ impl Node {
             sessions: Sessions::new(Arc::clone(&source) as _, rhythm, control.handle.clone()),
             source,
             storage: Storage::new(scratch, data_client, storage),
-            plugins,
+            plugins: Arc::clone(&plugins),
             board: board.clone(),
             workers: Handle::current(),
         };
@@ -97,7 +102,7 @@ impl Node {
                 cancel_grace: config.cancel_grace,
             },
         );
-        Ok(Self { engine, auth, pages, board, control })
+        Ok(Self { engine, auth, pages, board, control, plugins })
     }
 
     /// Where the node's pages are.
@@ -116,7 +121,7 @@ impl Node {
 
     /// Registers, leases and works until told to stop and everything has ended.
     pub async fn run(self, stops: Stops) -> Ended {
-        let Self { engine, auth, pages, board, control } = self;
+        let Self { engine, auth, pages, board, control, plugins } = self;
         if let Ok(address) = pages.address() {
             info!(address = %address, "node started");
         }
@@ -137,6 +142,7 @@ impl Node {
                 }
             }
         };
+        plugins.shutdown(SHUTDOWN_LIMIT).await;
         over.cancel();
         for task in [pages, watching, auth] {
             if let Err(err) = task.await {

@@ -8,7 +8,7 @@ use super::{Exit, PluginArgs, block_on, put, signals};
 use crate::{
     app::Node,
     auth::NodeKey,
-    config::{HostConfig, Layers, Origin, Secrets, duration, plugin_init_timeout},
+    config::{HostConfig, Layers, Origin, Secrets, plugin_init_timeout},
     dev::{self, DevError, World},
     engine::{Ended, Stops},
     plugins::Plugins,
@@ -32,7 +32,7 @@ pub(super) struct Args {
     #[arg(long)]
     no_node: bool,
     /// How long a lease lives without a heartbeat
-    #[arg(long, value_name = "DURATION", value_parser = parse_duration, default_value = "60s")]
+    #[arg(long, value_name = "DURATION", value_parser = super::parse_duration, default_value = "60s")]
     lease_ttl: std::time::Duration,
     /// Leases one node may hold at once [default: any number]
     #[arg(long, value_name = "N")]
@@ -43,10 +43,6 @@ pub(super) struct Args {
     /// Tasks the node runs at once [default: MAX_CONCURRENCY, or 4]
     #[arg(long, value_name = "N")]
     max_concurrency: Option<String>,
-}
-
-fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
-    duration(text).ok_or_else(|| "expected a duration such as 60s".to_owned())
 }
 
 pub(super) fn run(args: Args, layers: Layers) -> anyhow::Result<Exit> {

@@ -125,7 +125,8 @@ pub fn main(secrets: &Secrets) -> ExitCode {
     let exit = ended.unwrap_or_else(|err| {
         // The whole chain on one line: operators grep.
         eprintln!("error: {err:#}");
-        err.downcast_ref::<Exit>().copied().unwrap_or(Exit::Configuration)
+        let usual = if err.is::<std::io::Error>() { Exit::Failed } else { Exit::Configuration };
+        err.downcast_ref::<Exit>().copied().unwrap_or(usual)
     });
     crate::plugins::leave(exit as u8);
     exit.into()
@@ -144,6 +145,11 @@ impl std::fmt::Display for Exit {
             Self::Configuration => "the configuration cannot be used",
         })
     }
+}
+
+/// A duration on the command line.
+fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
+    crate::config::duration(text).ok_or_else(|| "expected a duration such as 90s, 15m or 2h".to_owned())
 }
 
 /// Runs a command's future on a runtime of its own.

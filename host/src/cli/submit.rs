@@ -63,7 +63,7 @@ pub(super) struct Args {
     #[arg(long)]
     pub(super) wait: bool,
     /// Stop waiting after this time, such as 90s, 15m or 2h; the job goes on
-    #[arg(long, value_name = "TIME", value_parser = parse_duration, requires = "wait")]
+    #[arg(long, value_name = "TIME", value_parser = super::parse_duration, requires = "wait")]
     pub(super) timeout: Option<Duration>,
     /// Folder to bring the artifacts to
     #[arg(long, value_name = "DIR", requires = "wait")]
@@ -93,22 +93,6 @@ pub(super) struct Args {
 
 fn parse_json(text: &str) -> Result<Value, String> {
     serde_json::from_str(text).map_err(|err| format!("not JSON: {err}; quote it for your shell, as in '{{\"a\":1}}'"))
-}
-
-/// Reads `90s`, `1.5m`, `250ms`, `2h`; a bare number counts seconds.
-fn parse_duration(text: &str) -> Result<Duration, String> {
-    let expected = || format!("expected a time such as 90s, 15m or 2h, found {text:?}");
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let number: f64 = number.parse().map_err(|_| expected())?;
-    let seconds = match unit.trim() {
-        "ms" => number / 1000.0,
-        "" | "s" => number,
-        "m" => number * 60.0,
-        "h" => number * 3600.0,
-        _ => return Err(expected()),
-    };
-    Duration::try_from_secs_f64(seconds).map_err(|_| expected())
 }
 
 /// Runs the command; how it ended. Results go to stdout, everything else to stderr.

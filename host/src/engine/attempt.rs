@@ -1,7 +1,8 @@
 //! The path of one task.
 
-use std::{sync::Arc, time::Duration};
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
+use futures_util::FutureExt;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, info, info_span, warn};
@@ -33,7 +34,14 @@ pub(super) async fn attempt(
     async {
         let began = std::time::Instant::now();
         info!("task started");
-        let run = run(&rooms, &grant, grace);
+        // A bug of ours must not leave a lease unsettled.
+        let run = AssertUnwindSafe(run(&rooms, &grant, grace)).catch_unwind().map(|ended| {
+            ended.unwrap_or_else(|_| {
+                let outcome =
+                    Outcome::HostFault { message: "the node failed while it ran the task; see its log".to_owned() };
+                Verdict { outcome, artifacts: Vec::new() }
+            })
+        });
         let verdict = run_to_end(run, &grant, cancel_all).await;
         rooms.board.moved(grant.lease.task, "reporting");
         let settled = session.settle(&verdict).await;

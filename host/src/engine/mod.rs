@@ -227,7 +227,6 @@ impl Engine {
                 () = stops.cancel.cancelled(), if ended == Ended::Drained => ended = Ended::CutShort,
             }
         }
-        self.rooms.plugins.shutdown(Duration::from_secs(1)).await;
         self.rooms.board.change(|status| status.phase = Phase::Stopped);
         ended
     }

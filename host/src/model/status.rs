@@ -37,6 +37,8 @@ pub struct HostStatus {
     pub unreported: u64,
     /// Calls of plugins that named a task which was over or never was.
     pub stale_calls: Live,
+    /// Runners that ignored their cancellation; their slots were given back.
+    pub stuck_runners: Live,
     /// Every library, loaded or refused.
     pub plugins: serde_json::Value,
 }
@@ -100,6 +102,7 @@ impl StatusBoard {
             ended: BTreeMap::new(),
             unreported: 0,
             stale_calls: Live(|| 0),
+            stuck_runners: Live(|| 0),
             plugins,
         })))
     }

@@ -96,6 +96,8 @@ const SETTINGS_KEYS: &[&str] = &[
     "shared",
 ];
 
+const LIMITS_KEYS: &[&str] = &["memory", "wall_time", "cpu_time", "scratch", "open_files", "network"];
+
 impl PluginsFile {
     /// Reads and checks a plugins file.
     pub fn read(file: &Path) -> Result<Self, ConfigError> {
@@ -248,6 +250,7 @@ fn settings(place: &str, table: &Table, defaults: Settings) -> Result<Settings, 
             }
             ("isolation", _) => return wrong("\"in-process\" or \"process\""),
             ("limits", Toml::Table(limits)) => {
+                known_keys(&format!("{place}limits "), limits, LIMITS_KEYS)?;
                 settings.unavailable.retain(|key| !key.starts_with("limits."));
                 settings.unavailable.extend(limits.keys().map(|limit| format!("limits.{limit}")));
             }
@@ -275,6 +278,10 @@ mod tests {
         let text = problem("[[plugin]]\nfile = \"hello\"\nsha265 = \"\"");
         assert_eq!(text, "[[plugin]] \"hello\" unknown key \"sha265\", did you mean \"sha256\"?");
         assert_eq!(problem("[trust]\nunlsted = 1"), "[trust] unknown key \"unlsted\", did you mean \"unlisted\"?");
+        assert_eq!(
+            problem("[[plugin]]\nfile = \"a\"\nlimits = { memroy = 1 }"),
+            "[[plugin]] \"a\" limits unknown key \"memroy\", did you mean \"memory\"?"
+        );
         assert!(problem("zzz = 1").contains("expected one of defaults, trust, plugin"));
     }
 

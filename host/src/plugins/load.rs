@@ -44,6 +44,9 @@ pub(super) struct Loaded {
     pub(super) entries: Entries,
 }
 
+/// How much of a file tells whether it may be a library at all, in bytes.
+const HEAD_BYTES: u64 = 4096;
+
 /// Most files that are read at once; each is held in memory while it is.
 const READERS_MAX: usize = 4;
 
@@ -124,9 +127,15 @@ fn read_into(file: &Path, bytes: &mut Vec<u8>) -> Result<(), InstallError> {
         return Err(InstallError::TooLarge { bytes: facts.len() });
     }
     bytes.clear();
-    bytes.reserve(facts.len() as usize);
     // It may grow while it is read.
-    opened.take(LIBRARY_BYTES_MAX).read_to_end(bytes).map_err(|err| unreadable(&err))?;
+    let mut opened = opened.take(LIBRARY_BYTES_MAX);
+    // A stray large file with a library's name is not worth reading.
+    opened.by_ref().take(HEAD_BYTES).read_to_end(bytes).map_err(|err| unreadable(&err))?;
+    if object::FileKind::parse(&**bytes).is_err() {
+        inspect(bytes)?;
+    }
+    bytes.reserve(facts.len() as usize);
+    opened.read_to_end(bytes).map_err(|err| unreadable(&err))?;
     Ok(())
 }
 

@@ -23,6 +23,8 @@ use super::{
 };
 use crate::model::{CancelReason, Grant, Outcome, Ports, millis};
 
+static STUCK: AtomicU64 = AtomicU64::new(0);
+
 /// One task to run.
 pub struct Job {
     /// What was leased.
@@ -44,13 +46,12 @@ pub(super) struct Plugin {
     entries: Entries,
     grant_token: bool,
     slots: Semaphore,
-    stuck: AtomicU64,
 }
 
 impl Plugin {
     pub(super) fn new(name: &str, loaded: Loaded, grant_token: bool, slots: Semaphore) -> Self {
         let Loaded { dispatcher, entries } = loaded;
-        Self { name: name.into(), dispatcher, entries, grant_token, slots, stuck: AtomicU64::new(0) }
+        Self { name: name.into(), dispatcher, entries, grant_token, slots }
     }
 
     /// Begins the plugin's shutdown; the future waits for its end.
@@ -93,7 +94,7 @@ impl Plugin {
                 match tokio::time::timeout(cancel_grace, ended).await {
                     Ok(ended) => ended,
                     Err(_) => {
-                        self.stuck.fetch_add(1, Ordering::Relaxed);
+                        STUCK.fetch_add(1, Ordering::Relaxed);
                         warn!(plugin = %self.name, grace_ms = millis(cancel_grace), "runner ignored its cancellation, slot given back");
                         drop(slot);
                         return cancelled(grant.cancel.reason().unwrap_or(CancelReason::Operator));
@@ -119,10 +120,10 @@ impl Plugins {
         }
     }
 
-    /// Tasks whose runner ignored its cancellation, by plugin.
+    /// Runners that ignored their cancellation, since the process began.
     #[must_use]
-    pub fn stuck(&self) -> Vec<(String, u64)> {
-        self.loaded.iter().map(|plugin| (plugin.name.to_string(), plugin.stuck.load(Ordering::Relaxed))).collect()
+    pub fn stuck_runners() -> u64 {
+        STUCK.load(Ordering::Relaxed)
     }
 }
 
