@@ -1,10 +1,8 @@
 //! `runner-host config show|check`.
 
-use std::io::Write;
-
 use serde_json::json;
 
-use super::{Exit, Output, run::Settings};
+use super::{Exit, Output, put, run::Settings};
 use crate::config::{HostConfig, KEYS, Layers, Origin, Secrets};
 
 /// What to do with the configuration.
@@ -25,30 +23,30 @@ pub(super) enum Command {
     },
 }
 
-pub(super) fn run(command: &Command, mut layers: Layers, secrets: &Secrets) -> Exit {
+pub(super) fn run(command: &Command, mut layers: Layers, secrets: &Secrets) -> anyhow::Result<Exit> {
     let (Command::Show { settings, .. } | Command::Check { settings }) = command;
     if let Err(err) = settings.apply(&mut layers) {
         eprintln!("error: {err}");
-        return Exit::Configuration;
+        return Ok(Exit::Configuration);
     }
     match command {
         Command::Show { output, .. } => show(&layers, secrets, *output),
         Command::Check { .. } => match HostConfig::build(&layers, secrets) {
             Ok(_) => {
-                println!("the configuration is complete");
-                Exit::Done
+                put(std::io::stdout(), "the configuration is complete\n")?;
+                Ok(Exit::Done)
             }
             Err(mistakes) => {
                 for mistake in mistakes.0 {
                     eprintln!("error: {mistake}");
                 }
-                Exit::Configuration
+                Ok(Exit::Configuration)
             }
         },
     }
 }
 
-fn show(layers: &Layers, secrets: &Secrets, output: Output) -> Exit {
+fn show(layers: &Layers, secrets: &Secrets, output: Output) -> anyhow::Result<Exit> {
     let rows = KEYS.iter().map(|key| {
         if key.secret {
             let set = secrets.get(key.name).is_some();
@@ -71,7 +69,6 @@ fn show(layers: &Layers, secrets: &Secrets, output: Output) -> Exit {
             format!("{}\n", serde_json::Value::Object(all))
         }
     };
-    // Whoever reads may have seen enough (`| head`).
-    let _ = std::io::stdout().write_all(text.as_bytes());
-    Exit::Done
+    put(std::io::stdout(), &text)?;
+    Ok(Exit::Done)
 }

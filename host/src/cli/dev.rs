@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc};
 
 use anyhow::Context;
 
-use super::{Exit, PluginArgs, block_on, signals};
+use super::{Exit, PluginArgs, block_on, put, signals};
 use crate::{
     app::Node,
     auth::NodeKey,
@@ -63,7 +63,7 @@ async fn live(args: Args, layers: Layers, plugins: Option<Arc<Plugins>>) -> anyh
         Some(plugins) => Some(join(&args, layers, &world, plugins).await?),
         None => None,
     };
-    print!("{}", greeting(&args, &world, node.as_ref(), plugins.as_deref())?);
+    put(std::io::stdout(), &greeting(&args, &world, node.as_ref(), plugins.as_deref())?)?;
     let ended = match node {
         Some(node) => node.run(stops).await,
         None => {

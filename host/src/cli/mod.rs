@@ -11,6 +11,7 @@ mod submit;
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
+use anyhow::Context as _;
 use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::{
@@ -118,8 +119,8 @@ pub fn main(secrets: &Secrets) -> ExitCode {
         Command::Submit(args) => block_on(submit::run(*args)),
         Command::Invoke(args) => invoke::run(args, &layers),
         Command::Plugins(command) => plugins::run(command, &layers),
-        Command::Config(command) => Ok(config::run(&command, layers, secrets)),
-        Command::Completions(args) => Ok(completions::run(&args)),
+        Command::Config(command) => config::run(&command, layers, secrets),
+        Command::Completions(args) => completions::run(&args),
     };
     let exit = ended.unwrap_or_else(|err| {
         // The whole chain on one line: operators grep.
@@ -195,6 +196,14 @@ impl PluginArgs {
             log_level: logs::plugin_level(),
             init_limit,
         })?)
+    }
+}
+
+/// Writes a command's data. A reader that has seen enough (`| head`) is no failure; a full disk is one.
+fn put(mut to: impl std::io::Write, text: &str) -> anyhow::Result<()> {
+    match to.write_all(text.as_bytes()).and_then(|()| to.flush()) {
+        Err(err) if err.kind() != std::io::ErrorKind::BrokenPipe => Err(err).context("write to stdout"),
+        _ => Ok(()),
     }
 }
 

@@ -1,10 +1,10 @@
 //! `runner-host plugins list|inspect|new`.
 
-use std::{io::Write, path::PathBuf};
+use std::path::PathBuf;
 
 use serde_json::json;
 
-use super::{Exit, Output, PluginArgs, reserve_stdout};
+use super::{Exit, Output, PluginArgs, put, reserve_stdout};
 use crate::{
     config::{Layers, plugin_init_timeout},
     plugins::{Listing, ScaffoldError, SdkSource, create, inspect_file},
@@ -51,18 +51,16 @@ pub(super) fn run(command: Command, layers: &Layers) -> anyhow::Result<Exit> {
 }
 
 fn list(args: &PluginArgs, output: Output, layers: &Layers) -> anyhow::Result<Exit> {
-    let mut data = reserve_stdout()?;
+    let data = reserve_stdout()?;
     let plugins = args.load(1, None, plugin_init_timeout(layers)?)?;
     let listings = plugins.listings();
     match output {
-        Output::Json => writeln!(data, "{}", serde_json::to_string(listings)?)?,
+        Output::Json => put(data, &format!("{}\n", serde_json::to_string(listings)?))?,
         Output::Text => {
             if listings.is_empty() {
                 eprintln!("no plugin was found");
             }
-            for listing in listings {
-                writeln!(data, "{}", row(listing))?;
-            }
+            put(data, &listings.iter().map(|listing| row(listing) + "\n").collect::<String>())?;
         }
     }
     let refused_all = !listings.is_empty() && plugins.capabilities().is_empty();
@@ -88,7 +86,8 @@ fn inspect(file: &std::path::Path, output: Output) -> anyhow::Result<Exit> {
         }
     };
     if output == Output::Json {
-        println!("{}", json!({ "file": file.to_string_lossy(), "sha256": sha256, "facts": facts }));
+        let facts = json!({ "file": file.to_string_lossy(), "sha256": sha256, "facts": facts });
+        put(std::io::stdout(), &format!("{facts}\n"))?;
         return Ok(Exit::Done);
     }
     let manifest = &facts.manifest;
@@ -106,9 +105,8 @@ fn inspect(file: &std::path::Path, output: Output) -> anyhow::Result<Exit> {
         ("layout proof", facts.rust.to_string()),
         ("needs", facts.needed.join(", ")),
     ];
-    for (name, value) in rows {
-        println!("{name:<16} {value}");
-    }
+    let text: String = rows.iter().map(|(name, value)| format!("{name:<16} {value}\n")).collect();
+    put(std::io::stdout(), &text)?;
     Ok(Exit::Done)
 }
 
@@ -122,9 +120,7 @@ fn new(name: &str, dir: Option<PathBuf>, sdk: Option<PathBuf>) -> anyhow::Result
         ScaffoldError::Write { .. } => anyhow::Error::from(err),
         _ => anyhow::Error::from(err).context(Exit::Usage),
     })?;
-    for file in files {
-        println!("{}", file.display());
-    }
+    put(std::io::stdout(), &files.iter().map(|file| format!("{}\n", file.display())).collect::<String>())?;
     eprintln!("next: cd {} && cargo test && cargo build --release", dir.display());
     Ok(Exit::Done)
 }

@@ -214,6 +214,8 @@ impl Engine {
         tokio::pin!(patience);
         loop {
             tokio::select! {
+                // What has ended is seen first: with DRAIN_TIMEOUT=0 an idle node is not cut short.
+                biased;
                 next = self.attempts.join_next() => match next {
                     Some(end) => look_at(end),
                     None => break,

@@ -1,6 +1,6 @@
 //! `/health`, `/ready` and `/status.json`.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use axum::{Json, Router, extract::State, http::StatusCode, response::IntoResponse, routing::get};
 use serde_json::json;
@@ -8,6 +8,9 @@ use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::model::{HostStatus, Phase};
+
+/// How long a stop waits for requests under way: a client that never ends its own must not keep the node.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
 /// A listener that is up, so that `/health` answers before the node registers.
 pub struct Pages {
@@ -32,16 +35,25 @@ impl Pages {
         self.listener.local_addr()
     }
 
-    /// Serves until `stop`.
+    /// Serves until `stop`, and a moment longer for requests under way.
     pub async fn run(self, stop: CancellationToken) {
         let router = Router::new()
             .route("/health", get(|| async { StatusCode::OK }))
             .route("/ready", get(ready))
             .route("/status.json", get(status))
             .with_state(self.status);
-        let served = axum::serve(self.listener, router).with_graceful_shutdown(stop.cancelled_owned()).await;
-        if let Err(err) = served {
-            tracing::warn!(error = %err, "status pages ended");
+        let served = axum::serve(self.listener, router).with_graceful_shutdown(stop.clone().cancelled_owned());
+        let out_of_patience = async {
+            stop.cancelled().await;
+            tokio::time::sleep(LAST_ANSWERS).await;
+        };
+        tokio::select! {
+            served = served.into_future() => {
+                if let Err(err) = served {
+                    tracing::warn!(error = %err, "status pages ended");
+                }
+            }
+            () = out_of_patience => {}
         }
     }
 }

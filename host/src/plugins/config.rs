@@ -226,6 +226,7 @@ fn settings(place: &str, table: &Table, defaults: Settings) -> Result<Settings, 
             }
             ("capabilities", _) => return wrong("an array of names"),
             ("grant", Toml::Array(grants)) => {
+                settings.grant_token = false;
                 for grant in grants {
                     match grant.as_str() {
                         Some("token") => settings.grant_token = true,
@@ -247,6 +248,7 @@ fn settings(place: &str, table: &Table, defaults: Settings) -> Result<Settings, 
             }
             ("isolation", _) => return wrong("\"in-process\" or \"process\""),
             ("limits", Toml::Table(limits)) => {
+                settings.unavailable.retain(|key| !key.starts_with("limits."));
                 settings.unavailable.extend(limits.keys().map(|limit| format!("limits.{limit}")));
             }
             ("limits", _) => return wrong("a table"),
@@ -311,5 +313,16 @@ mod tests {
         assert_eq!(file.entries[0].settings.max_concurrency, Some(4));
         assert_eq!(file.entries[1].settings.max_concurrency, Some(1));
         assert!(file.entries[1].settings.grant_token && !file.entries[0].settings.grant_token);
+    }
+
+    #[test]
+    fn an_entrys_own_key_wins_also_when_it_takes_away() {
+        let file = PluginsFile::parse(
+            "[defaults]\ngrant = [\"token\"]\nlimits = { memory = \"2GiB\" }\n[[plugin]]\nfile = \"a\"\ngrant = []\nlimits = {}",
+            Path::new("."),
+        )
+        .expect("valid");
+        assert!(file.defaults.grant_token && !file.entries[0].settings.grant_token);
+        assert_eq!(file.entries[0].settings.unavailable, Vec::<String>::new());
     }
 }

@@ -63,7 +63,7 @@ pub(super) struct Entries {
 /// Calls the exported entry and checks the table it returns.
 ///
 /// # Safety
-/// `entry` must be the address of `runner_module_v1` in a library that stays loaded.
+/// `entry` must be the address of `runner_module_v1`, not null, in a library that stays loaded.
 pub(super) unsafe fn read_table(entry: *const c_void) -> Result<Entries, InstallError> {
     // SAFETY: the symbol's name promises this signature; the pointer it returns is what both table
     // declarations say, and an entry is read only if its bit is set.
@@ -396,7 +396,7 @@ fn answer_later<F>(
         Ok(future) => future,
         Err(err) => return reply_now(reply, user, Err(err)),
     };
-    let dispatcher = running.dispatcher.clone();
+    let owed = Owed { dispatcher: running.dispatcher.clone(), answer_to: Some((reply, user)) };
     let (over, span) = (running.over.clone(), running.span.clone());
     let work = async move {
         let answer = tokio::select! {
@@ -404,10 +404,34 @@ fn answer_later<F>(
             () = over.cancelled() => Err(task_over()),
             answer = future => answer,
         };
-        dispatcher.run("callback", move || reply_now(reply, user, answer));
+        owed.pay(answer);
     };
     // Not joined: `over` ends it with the task, and its last act is the answer the plugin is owed.
     running.runtime.spawn(tracing::Instrument::instrument(work, span));
+}
+
+/// An answer a plugin is owed, exactly once: also when the work for it panicked, or its runtime ended.
+struct Owed {
+    dispatcher: Dispatcher,
+    answer_to: Option<(Callback, User)>,
+}
+
+impl Owed {
+    fn pay(mut self, answer: Answer) {
+        self.send(answer);
+    }
+
+    fn send(&mut self, answer: Answer) {
+        if let Some((reply, user)) = self.answer_to.take() {
+            self.dispatcher.run("callback", move || reply_now(reply, user, answer));
+        }
+    }
+}
+
+impl Drop for Owed {
+    fn drop(&mut self) {
+        self.send(Err(PortError::new(PortErrorKind::Other, "the host failed inside this call; see its log")));
+    }
 }
 
 /// A bug in the host must not unwind into a plugin.
@@ -548,8 +572,10 @@ unsafe extern "C" fn input_read(task: Task, stream: u64, max: u64, reply: Callba
         let max = usize::try_from(max.clamp(1, PIECE_BYTES_MAX)).expect("a piece fits in memory");
         Ok(async move {
             let mut reading = reading.lock().await;
-            if reading.rest.is_empty() {
-                reading.rest = reading.stream.next().await?.unwrap_or_default();
+            // An empty answer means the end, so an empty piece is not passed on.
+            while reading.rest.is_empty() {
+                let Some(piece) = reading.stream.next().await? else { break };
+                reading.rest = piece;
             }
             let take = reading.rest.len().min(max);
             Ok(reading.rest.split_to(take))

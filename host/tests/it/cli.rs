@@ -124,7 +124,7 @@ async fn completions_and_help_name_every_command() {
     let ended = Cli::new(&["completions", "bash"]).run().await.expect(0);
     assert!(ended.stdout.contains("_runner__host()") && ended.stdout.contains("--plugins-file"), "{}", ended.stdout);
     let help = Cli::new(&["--help"]).run().await.expect(0);
-    for command in ["run", "dev", "invoke", "plugins", "config", "completions"] {
+    for command in ["run", "dev", "submit", "invoke", "plugins", "config", "completions"] {
         assert!(help.stdout.lines().any(|line| line.trim_start().starts_with(command)), "{command}: {}", help.stdout);
     }
     let help = Cli::new(&["run", "--help"]).run().await.expect(0);
@@ -218,6 +218,34 @@ async fn dev_is_a_world_with_a_node_in_it() {
     assert_eq!(dev.wait().await, 0, "{}", dev.log());
     // Logs are for people here, and data is apart from them.
     assert!(dev.stderr().iter().all(|line| !line.starts_with('{')), "{}", dev.log());
+}
+
+#[tokio::test]
+async fn submit_finds_the_world_of_dev_and_brings_the_artifact() {
+    let dir = workplace(&[fixtures::hello(), fixtures::zoo()]);
+    let dev = Cli::new(&["dev", "--port", "0"]).dir(dir.path()).set("TMPDIR", dir.path().to_string_lossy()).start();
+    dev.stdout_line(|line| line == "For development and tests, not for production.").await;
+    let exports = exports(&dev);
+    let base = exports.iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1.clone();
+    let submit = |capability: &str| {
+        Cli::new(&["submit", capability, "--attempts", "1"]).dir(dir.path()).set("RUNNER_HOST_DEV", base.as_str())
+    };
+    std::fs::write(dir.path().join("who.txt"), "reader").expect("the folder is writable");
+    let ended = submit("/examples/hello/v1").arg("--input").arg("who.txt").arg("--wait").arg("--out").arg("brought");
+    let ended = ended.run().await.expect(0);
+    assert_eq!(ended.stdout, "brought/outputs/hello.bin");
+    assert_eq!(std::fs::read(dir.path().join("brought/outputs/hello.bin")).expect("brought"), b"hello, reader");
+    let ended = submit("/examples/hello/v1").arg("--count").arg("2").arg("--wait").arg("-o").arg("json");
+    let ended: Value = serde_json::from_str(&ended.run().await.expect(0).stdout).expect("JSON");
+    assert_eq!(ended["tasks"].as_array().map(Vec::len), Some(2), "{ended}");
+    let ended = submit("/fixtures/fail/v1").arg("--wait").run().await.expect(1);
+    assert!(ended.stderr.contains("runner failed: cloud not written"), "{}", ended.stderr);
+    let ended = submit("/nobody/serves-this/v1").arg("--wait").arg("--timeout").arg("200ms").run().await.expect(5);
+    assert!(ended.stderr.contains("the job goes on"), "{}", ended.stderr);
+    dev.signal(Signal::TERM);
+    assert_eq!(dev.wait().await, 0, "{}", dev.log());
+    let ended = submit("/examples/hello/v1").run().await.expect(75);
+    assert!(ended.stderr.contains("start runner-host dev"), "{}", ended.stderr);
 }
 
 #[tokio::test]

@@ -114,6 +114,20 @@ async fn s0_71_a_cancelled_job_stops_its_runner_and_nothing_is_reported() {
 }
 
 #[tokio::test]
+async fn s1_16_a_cancel_shows_in_the_flag_that_a_runner_asks_without_waiting() {
+    let lab = Lab::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let job = lab.task("/fixtures/polls-cancel/v1").submit();
+    lab.started(&node, job).await;
+    assert!(lab.world.cancel_job(job));
+    let line = node.says("flag seen").await;
+    assert!(line.to_string().contains("Plane"), "{line}");
+    assert_eq!(lab.ended(&node, job).await.status(), "canceled");
+    node.says("task ended, nothing to report").await;
+    assert_silence(&lab);
+}
+
+#[tokio::test]
 async fn a_runner_that_ignores_its_cancel_costs_a_slot_for_the_grace_only() {
     let lab = Lab::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
     let node = lab.node(&[fixtures::zoo()]).set("CANCEL_GRACE", "200ms").leasing().await;

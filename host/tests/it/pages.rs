@@ -53,3 +53,16 @@ async fn the_status_page_tells_what_runs_what_ended_and_what_is_loaded() {
     assert!(states.contains(&"loaded") && states.contains(&"refused"), "{states:?}");
     assert!(!status.to_string().contains(&node.key), "no secret on a page");
 }
+
+#[tokio::test]
+async fn half_a_request_does_not_keep_a_node_that_stops() {
+    use tokio::io::AsyncWriteExt as _;
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::hello()]).await;
+    let mut client = tokio::net::TcpStream::connect(&node.address).await.expect("the pages answer");
+    client.write_all(b"GET /health HTTP/1.1\r\nHo").await.expect("sent");
+    // Asked after it on the same listener: once this is answered, the half is being read.
+    assert_eq!(node.page("/health").await.0, 200);
+    node.stop().await;
+    drop(client);
+}

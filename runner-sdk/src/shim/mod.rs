@@ -146,6 +146,8 @@ fn begin(task: Task, request: &str) -> Result<(), String> {
         serde_json::from_str(request).map_err(|err| format!("the host's request does not parse: {err}"))?;
     let runner = plugin.runners.get(request.capability.as_str());
     let runner = Arc::clone(runner.ok_or_else(|| format!("this plugin does not serve {}", request.capability))?);
+    let runtime = lock(&plugin.runtime);
+    let runtime = runtime.as_ref().ok_or("the plugin has been shut down")?;
     let cancelled = Arc::new(Cancelled::default());
     lock(&plugin.tasks).insert(task.0, Arc::clone(&cancelled));
     let port = Arc::new(HostPort { task, cancelled });
@@ -156,12 +158,15 @@ fn begin(task: Task, request: &str) -> Result<(), String> {
         lock(&plugin.tasks).remove(&task.0);
         match ended {
             Ok(Ok(())) => complete(task, Status::OK, "", ""),
-            Ok(Err(err)) => fail(task, &err),
+            // The error's own words are the author's code too.
+            Ok(Err(err)) => {
+                if let Err(note) = guard(|| fail(task, &err)) {
+                    complete(task, Status::PANICKED, &note.message, &place_json(&note.place));
+                }
+            }
             Err(note) => complete(task, Status::PANICKED, &note.message, &place_json(&note.place)),
         }
     };
-    let runtime = lock(&plugin.runtime);
-    let runtime = runtime.as_ref().ok_or("the plugin has been shut down")?;
     runtime.spawn(tracing::Instrument::instrument(attempt, logging::task_span(task.0)));
     Ok(())
 }

@@ -59,8 +59,10 @@ fn payload_text(payload: &(dyn Any + Send)) -> String {
 }
 
 fn take_note(payload: &(dyn Any + Send)) -> PanicNote {
-    let note = LAST.with(|last| last.borrow_mut().take());
-    note.unwrap_or_else(|| PanicNote { message: payload_text(payload), place: unknown() })
+    let message = payload_text(payload);
+    // A panic the author caught leaves its note behind, and one passed on by `resume_unwind` writes none.
+    let note = LAST.with(|last| last.borrow_mut().take()).filter(|note| note.message == message);
+    note.unwrap_or_else(|| PanicNote { message, place: unknown() })
 }
 
 /// Runs `work`, turning a panic into a note.

@@ -118,7 +118,8 @@ impl Opened {
     pub(in crate::plugins) fn address(&self, symbol: &str) -> Option<*const std::ffi::c_void> {
         // SAFETY: the symbol is only looked up; nothing is done with its address here.
         let found = unsafe { self.library.get::<*const std::ffi::c_void>(symbol.as_bytes()) };
-        found.ok().map(|symbol| symbol.into_raw().cast_const())
+        // A symbol may be defined and still be nowhere.
+        found.ok().map(|symbol| symbol.into_raw().cast_const()).filter(|address| !address.is_null())
     }
 
     /// Keeps the library mapped until the process ends.
