@@ -2,7 +2,7 @@
 
 use std::{
     future::Future,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -11,7 +11,8 @@ use std::{
 };
 
 use runner_sdk::abi::Status;
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::{Map, Value};
 use tokio::sync::{Semaphore, oneshot};
 use tracing::warn;
 
@@ -37,6 +38,14 @@ pub struct Job {
     pub cancel_grace: Duration,
     /// Called when the plugin has room and the runner begins.
     pub began: Box<dyn FnOnce() + Send>,
+}
+
+/// What a plugin is told when a task starts.
+#[derive(Serialize)]
+struct Request<'a> {
+    capability: &'a str,
+    dir: &'a Path,
+    lease: &'a Map<String, Value>,
 }
 
 /// A loaded plugin.
@@ -76,12 +85,12 @@ impl Plugin {
             reason = grant.cancel.cancelled() => return cancelled(reason),
         };
         began();
-        let request = json!({
-            "capability": grant.lease.capability.as_str(),
-            "dir": dir,
-            "lease": grant.lease.document,
-        })
-        .to_string();
+        let request = Request { capability: grant.lease.capability.as_str(), dir: &dir, lease: &grant.lease.document };
+        let request = match serde_json::to_string(&request) {
+            Ok(request) => request,
+            // A folder whose name is no text: JSON cannot hold it.
+            Err(err) => return Outcome::HostFault { message: format!("task directory {}: {err}", dir.display()) },
+        };
         let (entered, mut ended) =
             ffi::enter(Arc::clone(&self.name), self.dispatcher.clone(), self.grant_token, grant.clone(), ports);
         let (entries, task) = (self.entries, entered.task);

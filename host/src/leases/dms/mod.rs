@@ -41,6 +41,7 @@ pub struct Config {
 
 /// The task service as this node calls it.
 pub struct Dms {
+    base: Url,
     tasks: String,
     limit: Duration,
     client: Client,
@@ -63,6 +64,7 @@ impl Dms {
         base.set_fragment(None);
         Self {
             tasks: format!("{}/tasks", base.as_str().trim_end_matches('/')),
+            base,
             limit: config.request_timeout.clamp(Duration::from_secs(1), LIMIT_MAX),
             client,
             tokens,
@@ -86,8 +88,8 @@ impl Dms {
         deadline: Instant,
     ) -> Result<Answer, LeaseError> {
         let unreachable = |err: transport::TransportError| LeaseError::Unreachable(err.to_string());
-        let parsed = Url::parse(url).map_err(|_| LeaseError::Unreachable(format!("{url}: expected a URL")))?;
-        self.client.check(&parsed).map_err(unreachable)?;
+        // `url` is this base and a path.
+        self.client.check(&self.base).map_err(unreachable)?;
         let mut bearer = HeaderValue::from_str(&format!("Bearer {}", token.expose()))
             .map_err(|_| LeaseError::NoToken("the node token holds characters that cannot stand in a header".into()))?;
         bearer.set_sensitive(true);
