@@ -1,10 +1,9 @@
 //! The path of one task.
 
-use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
-use futures_util::FutureExt;
 use tokio::sync::OwnedSemaphorePermit;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::{Instrument, info, info_span, warn};
 
 use super::Rooms;
@@ -34,15 +33,16 @@ pub(super) async fn attempt(
     async {
         let began = std::time::Instant::now();
         info!("task started");
-        // A bug of ours must not leave a lease unsettled.
-        let run = AssertUnwindSafe(run(&rooms, &grant, grace)).catch_unwind().map(|ended| {
-            ended.unwrap_or_else(|_| {
-                let outcome =
-                    Outcome::HostFault { message: "the node failed while it ran the task; see its log".to_owned() };
-                Verdict { outcome, artifacts: Vec::new() }
+        let run = run(Arc::clone(&rooms), grant.clone(), grace).in_current_span();
+        let run = AbortOnDropHandle::new(rooms.workers.spawn(run));
+        let ended = async {
+            run.await.unwrap_or_else(|err| {
+                // A bug of ours must not leave a lease unsettled.
+                let message = format!("the node failed while it ran the task: {err}");
+                Verdict { outcome: Outcome::HostFault { message }, artifacts: Vec::new() }
             })
-        });
-        let verdict = run_to_end(run, &grant, cancel_all).await;
+        };
+        let verdict = run_to_end(ended, &grant, cancel_all).await;
         rooms.board.moved(grant.lease.task, "reporting");
         let settled = session.settle(&verdict).await;
         drop(permit); // the slot is free
@@ -63,7 +63,8 @@ async fn run_to_end(run: impl Future<Output = Verdict>, grant: &Grant, cancel_al
     run.await
 }
 
-async fn run(rooms: &Rooms, grant: &Grant, grace: Duration) -> Verdict {
+/// What moves data and waits for the runner, on the workers: nothing here may delay a heartbeat.
+async fn run(rooms: Arc<Rooms>, grant: Grant, grace: Duration) -> Verdict {
     let nothing = |outcome| Verdict { outcome, artifacts: Vec::new() };
     if !rooms.plugins.serves(&grant.lease.capability) {
         return nothing(Outcome::NoRunner);
@@ -71,7 +72,7 @@ async fn run(rooms: &Rooms, grant: &Grant, grace: Duration) -> Verdict {
     // A lease without coordinates may still get them with its set-up heartbeat. All others start at
     // once; their first input, output or token call waits for the heartbeat's answer.
     if (grant.lease.domain_id.is_none() || grant.lease.domain_server.is_none())
-        && let Err(outcome) = setup(grant).await
+        && let Err(outcome) = setup(&grant).await
     {
         return nothing(outcome);
     }
@@ -79,7 +80,7 @@ async fn run(rooms: &Rooms, grant: &Grant, grace: Duration) -> Verdict {
         Ok(dir) => dir,
         Err(err) => return nothing(Outcome::HostFault { message: format!("no task directory: {err}") }),
     };
-    let ports = rooms.storage.ports(grant, dir.path()); // nothing is fetched before the runner asks
+    let ports = rooms.storage.ports(&grant, dir.path()); // nothing is fetched before the runner asks
     rooms.board.moved(grant.lease.task, "waiting");
     let (board, task) = (rooms.board.clone(), grant.lease.task);
     let job = Job {
@@ -95,7 +96,7 @@ async fn run(rooms: &Rooms, grant: &Grant, grace: Duration) -> Verdict {
     if let Err(err) = dir.close() {
         warn!(error = %err, "task directory could not be removed");
     }
-    Verdict { outcome: refused_setup(grant, outcome), artifacts }
+    Verdict { outcome: refused_setup(&grant, outcome), artifacts }
 }
 
 /// Waits for the set-up heartbeat and says what is missing.

@@ -42,7 +42,7 @@ pub struct Rooms {
     pub plugins: Arc<Plugins>,
     /// Shows what is running.
     pub board: StatusBoard,
-    /// Runs the attempts: what they wait for may keep its threads busy.
+    /// Moves data and waits for runners, whose work may keep its threads busy.
     pub workers: Handle,
 }
 
@@ -127,7 +127,7 @@ impl Engine {
                     let session = self.rooms.sessions.open(*lease); // heartbeats start
                     let (rooms, grace) = (Arc::clone(&self.rooms), self.config.cancel_grace);
                     let attempt = attempt::attempt(rooms, permit, session, grace, stops.cancel.clone());
-                    self.attempts.spawn_on(attempt, &self.rooms.workers);
+                    self.attempts.spawn(attempt);
                     continue;
                 }
                 Polled::Pause => backoff.next(),
