@@ -113,6 +113,8 @@ pub fn main(secrets: &Secrets) -> ExitCode {
     let filter = std::env::var("RUST_LOG").ok().filter(|text| !text.trim().is_empty());
     let filter = filter.unwrap_or_else(|| if quiet { "error" } else { "info" }.to_owned());
     logs::init(format.map_or(fallback, |text| Format::parse(text.trim())), &filter);
+    // What a node cannot open or bind is its configuration; elsewhere it is work that failed.
+    let on_io = if quiet { Exit::Failed } else { Exit::Configuration };
     let ended = match cli.command {
         Command::Run(args) => run::run(args, layers, secrets),
         Command::Dev(args) => dev::run(args, layers),
@@ -125,7 +127,7 @@ pub fn main(secrets: &Secrets) -> ExitCode {
     let exit = ended.unwrap_or_else(|err| {
         // The whole chain on one line: operators grep.
         eprintln!("error: {err:#}");
-        let usual = if err.is::<std::io::Error>() { Exit::Failed } else { Exit::Configuration };
+        let usual = if err.is::<std::io::Error>() { on_io } else { Exit::Configuration };
         err.downcast_ref::<Exit>().copied().unwrap_or(usual)
     });
     crate::plugins::leave(exit as u8);

@@ -138,7 +138,7 @@ async fn wrong_flags_get_suggestions() {
         (&["dev", "--lease-tll", "3s"], "'--lease-ttl'"),
         (&["invok"], "'invoke'"),
         (&["config", "shw"], "'show'"),
-        (&["dev", "--lease-ttl", "soon"], "expected a duration such as 60s"),
+        (&["dev", "--lease-ttl", "soon"], "expected a duration such as 90s"),
     ] {
         let ended = Cli::new(args).run().await.expect(2);
         assert!(ended.stderr.contains(wanted), "{args:?}: {}", ended.stderr);
