@@ -279,3 +279,31 @@ async fn s0_89_refusals_of_the_domain_server_are_told_apart() {
     rubbish.answer(DATA, 1, Bad::Status(401, "expired"));
     lab.ended(&node, lab.task("/examples/echo-bytes/v1").inputs(&[input]).submit()).await.completed();
 }
+
+#[tokio::test]
+async fn no_redirect_takes_a_token_elsewhere() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let elsewhere = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
+    elsewhere.set_nonblocking(true).expect("a listener can do that");
+    let target = format!("http://{}/v1/tasks", elsewhere.local_addr().expect("a bound listener has an address"));
+    let node = rubbish.node(&[fixtures::echo()]).leasing().await;
+    let input = lab.put("in", b"some input").await;
+    let submit = || lab.task("/examples/echo-bytes/v1").inputs(&[input]).submit();
+    for status in [302, 307] {
+        for call in [LEASE, BEAT, DATA, COMPLETE] {
+            let asked = rubbish.count(call);
+            rubbish.answer(call, 1, Bad::Redirect(status, target.clone()));
+            submit();
+            rubbish.seen(call, asked + 1).await;
+        }
+    }
+    rubbish.heal();
+    lab.ended(&node, submit()).await.completed();
+    let line = node.says("poll failed").await;
+    assert!(line["error"].as_str().is_some_and(|error| error.contains("answered 302")), "{line}");
+    node.stop().await;
+    // Whoever connected would be waiting in the queue of the listener by now.
+    let nobody = elsewhere.accept();
+    assert_eq!(nobody.expect_err("no redirect is followed").kind(), std::io::ErrorKind::WouldBlock);
+}

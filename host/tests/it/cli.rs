@@ -248,6 +248,86 @@ async fn submit_finds_the_world_of_dev_and_brings_the_artifact() {
     assert!(ended.stderr.contains("start runner-host dev"), "{}", ended.stderr);
 }
 
+/// A shell's pipe whose reader goes after the first line.
+#[tokio::test]
+async fn a_reader_that_leaves_early_causes_no_panic() {
+    let dir = workplace(&[fixtures::zoo(), fixtures::hello()]);
+    for command in ["completions bash", "plugins list", "config show", "--help"] {
+        let script = format!("'{}' {command} | head -1", env!("CARGO_BIN_EXE_runner-host"));
+        let mut shell = std::process::Command::new("sh");
+        shell.arg("-c").arg(script).current_dir(dir.path());
+        let ended = tokio::task::spawn_blocking(move || shell.output());
+        let ended = within(command, String::new, ended).await.expect("it does not panic").expect("a shell runs");
+        let stderr = String::from_utf8_lossy(&ended.stderr);
+        assert!(!stderr.contains("panicked"), "{command}: {stderr}");
+        assert_eq!(String::from_utf8_lossy(&ended.stdout).lines().count(), 1, "{command}: {stderr}");
+    }
+}
+
+/// A world without a node, and the environment it prints for one.
+async fn world(dir: &Path, flags: &[&str]) -> (Process, Vec<(String, String)>) {
+    let dev = flags.iter().fold(Cli::new(&["dev", "--no-node", "--port", "0"]), |dev, flag| dev.arg(*flag));
+    let dev = dev.dir(dir).start();
+    dev.stdout_line(|line| line == "For development and tests, not for production.").await;
+    let exports = exports(&dev);
+    (dev, exports)
+}
+
+/// A node of that world.
+fn node(dir: &Path, exports: &[(String, String)], scratch: &str) -> Cli {
+    let node = exports.iter().fold(Cli::new(&["run"]).dir(dir), |node, (name, value)| node.set(name, value));
+    node.set("SCRATCH_DIR", dir.join(scratch).to_string_lossy()).set("REGISTER_INTERVAL_SECS", "1")
+}
+
+async fn stopped(process: &Process) {
+    process.signal(Signal::TERM);
+    assert_eq!(process.wait().await, 0, "{}", process.log());
+}
+
+#[tokio::test]
+async fn dev_with_strict_identity_refuses_a_second_node_of_one_key() {
+    let dir = workplace(&[fixtures::hello()]);
+    let (dev, exports) = world(dir.path(), &["--strict-identity"]).await;
+    let first = node(dir.path(), &exports, "first").start();
+    first.stderr_line(|line| line.contains("\"leasing\"")).await;
+    let second = node(dir.path(), &exports, "second").start();
+    let started = second.stderr_line(|line| line.contains("\"node started\"")).await;
+    let started: Value = serde_json::from_str(&started).expect("a node logs JSON");
+    second.stderr_line(|line| line.contains("\"registration failed\"")).await;
+    let ready = format!("http://{}/ready", started["address"].as_str().expect("an address"));
+    let request = Request::get(ready).body(transport::full("")).expect("a request");
+    let answer = Client::new(transport::Config::default()).call(request, PATIENCE).await.expect("the page is served");
+    let page: Value = answer.json().expect("JSON");
+    assert_eq!(answer.status.as_u16(), 503, "{page}");
+    assert!(page["reason"].as_str().is_some_and(|reason| reason.contains("conflict")), "{page}");
+    for process in [&second, &first, &dev] {
+        stopped(process).await;
+    }
+}
+
+#[tokio::test]
+async fn dev_keeps_stored_data_in_its_folder_over_a_restart() {
+    let dir = workplace(&[fixtures::hello()]);
+    for round in 1..=2_usize {
+        let (dev, exports) = world(dir.path(), &["--data", "kept"]).await;
+        let base = &exports.iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1;
+        let world = call(Request::get(format!("{base}/dev/v1/world")), &Value::Null).await;
+        if round == 1 {
+            let node = node(dir.path(), &exports, "scratch").start();
+            node.stderr_line(|line| line.contains("\"leasing\"")).await;
+            hello(base, || node.log()).await;
+            stopped(&node).await;
+        }
+        let (server, domain) = (world["domain_server"].as_str().expect("a URL"), world["domain_id"].as_str());
+        let list = format!("{}/api/v1/domains/{}/data", server.trim_end_matches('/'), domain.expect("an id"));
+        let bearer = format!("Bearer {}", world["grant"].as_str().expect("a grant"));
+        let list = Request::get(list).header("authorization", bearer).header("accept", "application/json");
+        let list = call(list, &Value::Null).await;
+        assert_eq!(list["data"].as_array().map(Vec::len), Some(1), "round {round}: {list}");
+        stopped(&dev).await;
+    }
+}
+
 #[tokio::test]
 async fn s0_38_logs_are_text_where_asked_for() {
     let dir = workplace(&[fixtures::hello()]);

@@ -64,6 +64,20 @@ async fn s1_06_a_panic_fails_its_task_with_text_and_place_and_nothing_else() {
 }
 
 #[tokio::test]
+async fn a_panic_where_nobody_looks_for_one_ends_its_task_with_its_own_text() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    for (name, text) in [("panic-in-error", "boom in an error's text"), ("panic-passed-on", "boom in a spawned task")] {
+        let ended = lab.run(&node, &format!("/fixtures/{name}/v1"), json!({})).await;
+        let (reason, details) = ended.failed();
+        assert!(reason.starts_with(&format!("runner panicked: {text} at ")), "{reason}");
+        assert_eq!(json!([details["outcome"], details["code"]]), json!(["panicked", "runner_panic"]), "{name}");
+        lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+    }
+    node.stop().await;
+}
+
+#[tokio::test]
 async fn s0_17d_a_lease_for_a_capability_nobody_serves_is_refused_by_name() {
     let lab = Lab::start().await;
     let rubbish = Rubbish::before(&lab).await;

@@ -16,6 +16,7 @@ mod lease_life;
 mod lease_path;
 mod pages;
 mod plugin_files;
+mod pointcloud;
 mod refusals;
 mod secrets;
 mod signals;

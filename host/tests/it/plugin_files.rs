@@ -478,3 +478,10 @@ async fn a_new_plugin_needs_a_name_a_place_and_an_sdk() {
     assert_eq!(said.stderr.lines().count(), 1);
     assert!(!folder.root().join("mine").exists());
 }
+
+#[test]
+fn a_plugin_whose_panics_abort_does_not_compile() {
+    let said = fixtures::refused("aborts");
+    let sentence = "runner-sdk catches panics at the plugin's boundary, which panic = \"abort\" makes impossible; remove it from the profile";
+    assert!(said.contains(&format!("error: {sentence}")), "{said}");
+}

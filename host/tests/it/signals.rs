@@ -133,6 +133,37 @@ async fn a_signal_ends_a_node_whose_sign_in_service_is_away_or_silent() {
     assert_nothing_left(&node);
 }
 
+/// A plugin that marks its shutdown, on a node that is stopped while it leases or before it has signed in.
+async fn plugins_are_told(signed_in: bool) {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let files = tempfile::tempdir().expect("a folder");
+    let mark = files.path().join("shutdown");
+    let node = rubbish.node(&[fixtures::c("behave", &[])]).set("RH_FIXTURE_SHUTDOWN", mark.to_string_lossy());
+    let node = if signed_in {
+        node.leasing().await
+    } else {
+        rubbish.answer("POST /internal/v1/auth/siwe/request", usize::MAX, Bad::Hang);
+        let node = node.start().await;
+        rubbish.seen("POST /internal/v1/auth/siwe/request", 1).await;
+        node
+    };
+    assert!(!mark.exists(), "it is told too early");
+    node.term();
+    ends_promptly(&node, 0).await;
+    assert!(mark.exists(), "the plugin was not told:\n{}", node.log());
+}
+
+#[tokio::test]
+async fn an_idle_node_that_ends_tells_its_plugins() {
+    plugins_are_told(true).await;
+}
+
+#[tokio::test]
+async fn a_node_that_ends_before_its_first_sign_in_tells_its_plugins() {
+    plugins_are_told(false).await;
+}
+
 #[tokio::test]
 async fn a_signal_ends_a_node_whose_task_service_is_silent() {
     let lab = Lab::start().await;

@@ -157,6 +157,17 @@ pub(crate) fn built(library: &str) -> PathBuf {
 /// Runs cargo in `dir`: with what is on this machine, and only if that does not do, with the network. What
 /// it printed to stdout.
 pub(crate) fn cargo(dir: &Path, words: &[&str]) -> String {
+    cargo_or_why(dir, words).unwrap_or_else(|why| panic!("cargo {words:?} in {} fails\n{why}", dir.display()))
+}
+
+/// What cargo says of a crate below `host/tests/fixtures/rust` that must not compile.
+pub(crate) fn refused(folder: &str) -> String {
+    let dir = host_dir().join("tests/fixtures/rust").join(folder);
+    cargo_or_why(&dir, &["check"]).expect_err("the crate must not compile")
+}
+
+/// As [`cargo`]; a failure is what it printed to stderr, both times.
+fn cargo_or_why(dir: &Path, words: &[&str]) -> Result<String, String> {
     let _lock = lock();
     let run = |offline: &[&str]| {
         let mut cargo = Command::new(env!("CARGO"));
@@ -167,21 +178,11 @@ pub(crate) fn cargo(dir: &Path, words: &[&str]) -> String {
                 cargo.env_remove(name);
             }
         }
-        cargo.output().unwrap_or_else(|err| panic!("{} does not run: {err}", env!("CARGO")))
+        let output = cargo.output().unwrap_or_else(|err| panic!("{} does not run: {err}", env!("CARGO")));
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
     };
-    let offline = run(&["--offline"]);
-    if offline.status.success() {
-        return String::from_utf8_lossy(&offline.stdout).into_owned();
-    }
-    let online = run(&[]);
-    assert!(
-        online.status.success(),
-        "cargo {words:?} in {} fails\noffline:\n{}\nonline:\n{}",
-        dir.display(),
-        String::from_utf8_lossy(&offline.stderr),
-        String::from_utf8_lossy(&online.stderr),
-    );
-    String::from_utf8_lossy(&online.stdout).into_owned()
+    run(&["--offline"]).or_else(|offline| run(&[]).map_err(|online| format!("offline:\n{offline}\nonline:\n{online}")))
 }
 
 /// Compiles one variant of a C fixture; it appears under its name only when it is whole.

@@ -39,6 +39,8 @@ pub(crate) enum Bad {
     Html,
     /// Any status with any text.
     Status(u16, &'static str),
+    /// This status, and the address to ask instead.
+    Redirect(u16, String),
     /// 200 and this.
     Json(Value),
     /// The connection ends without an answer.
@@ -242,6 +244,11 @@ impl Inner {
                     Bad::Garbage => answer(200, json, Bytes::from_static(b"top-secret, not JSON")),
                     Bad::Html => answer(200, "text/html", Bytes::from_static(b"<html><body>Sign in</body></html>")),
                     Bad::Status(status, text) => answer(status, "text/plain", Bytes::from_static(text.as_bytes())),
+                    Bad::Redirect(status, location) => Response::builder()
+                        .status(status)
+                        .header(header::LOCATION, location)
+                        .body(whole(Bytes::new()))
+                        .expect("a response"),
                     Bad::Json(value) => answer(200, json, value.to_string().into()),
                     Bad::Truncated => Response::builder()
                         .header(header::CONTENT_TYPE, json)

@@ -1,0 +1,61 @@
+//! The packaged point cloud runner on a leased task: scans in, a cloud, a picture and a report out.
+
+use serde_json::{Value, json};
+
+use crate::harness::{Ended, Lab, fixtures};
+
+const CAPABILITY: &str = "/pointcloud/downsample/v1";
+
+/// Four points, two of them in one voxel of side 1, and the strip of a mesh nobody asked for.
+const POINTS: &str = "0 0 0\n0.25 0 0\n4 0 0\n0 4 0\n";
+const STRIP: &str = "5 0 1 2 -1 3\n";
+
+/// A scan in ascii whose elements come in this order.
+fn scan(strip_first: bool) -> String {
+    let vertex = ("element vertex 4\nproperty float x\nproperty float y\nproperty float z\n", POINTS);
+    let strip = ("element tristrips 1\nproperty list int int vertex_indices\n", STRIP);
+    let (first, second) = if strip_first { (strip, vertex) } else { (vertex, strip) };
+    format!("ply\nformat ascii 1.0\n{}{}end_header\n{}{}", first.0, second.0, first.1, second.1)
+}
+
+/// A task on this scan that has ended.
+async fn downsampled(lab: &Lab, scan: &str) -> Ended {
+    let node = lab.joined(&[fixtures::pointcloud()]).await;
+    let input = lab.put("scan", scan.as_bytes()).await;
+    let job = lab.task(CAPABILITY).inputs(&[input]).meta(json!({ "voxel": 1.0 })).submit();
+    let ended = lab.ended(&node, job).await;
+    node.stop().await;
+    ended
+}
+
+#[tokio::test]
+async fn a_leased_scan_becomes_a_cloud_a_picture_and_a_report() {
+    for strip_first in [false, true] {
+        let lab = Lab::start().await;
+        let ended = downsampled(&lab, &scan(strip_first)).await;
+        let artifacts = ended.completed().artifacts();
+        let types: Vec<_> = artifacts.iter().map(|(path, artifact)| (path.as_str(), &artifact["data_type"])).collect();
+        let wanted = [("cloud.ply", json!("ply")), ("preview.png", json!("png_data")), ("report.json", json!("json"))];
+        assert_eq!(types, wanted.each_ref().map(|(path, data_type)| (*path, data_type)));
+
+        let cloud = lab.artifact(&ended, "cloud.ply").await;
+        assert!(cloud.starts_with(b"ply\n"), "{}", cloud.escape_ascii());
+        assert!(cloud.windows(17).any(|words| words == b"element vertex 3\n"), "{}", cloud.escape_ascii());
+        assert!(lab.artifact(&ended, "preview.png").await.starts_with(b"\x89PNG\r\n\x1a\n"));
+        let report: Value = serde_json::from_slice(&lab.artifact(&ended, "report.json").await).expect("JSON");
+        assert_eq!(json!([report["points_in"], report["points_out"], report["voxel"]]), json!([4, 3, 1.0]), "{report}");
+    }
+}
+
+#[tokio::test]
+async fn a_scan_whose_header_lies_is_the_authors_fault_and_not_tried_again() {
+    let lab = Lab::start().await;
+    let ended = downsampled(&lab, &scan(false).replace("vertex 4", "vertex 4000")).await;
+    let (reason, details) = ended.failed();
+    assert!(reason.starts_with("runner failed: ") && reason.contains("input 1 of 1"), "{reason}");
+    assert_eq!(
+        json!([details["outcome"], details["code"], details["retryable"]]),
+        json!(["failed", "invalid_input", false])
+    );
+    assert!(ended.artifacts().is_empty());
+}
