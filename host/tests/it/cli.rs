@@ -306,6 +306,37 @@ async fn dev_with_strict_identity_refuses_a_second_node_of_one_key() {
 }
 
 #[tokio::test]
+async fn dev_with_leases_per_node_answers_busy_beyond_them() {
+    let dir = workplace(&[fixtures::noop()]);
+    std::fs::write(dir.path().join("plugins.toml"), "[[plugin]]\nfile = \"noop\"\nconfig = { sleep_secs = 1 }\n")
+        .expect("the folder is writable");
+    let (dev, exports) = world(dir.path(), &["--leases-per-node", "1"]).await;
+    let base = &exports.iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1;
+    let world = call(Request::get(format!("{base}/dev/v1/world")), &Value::Null).await;
+    let bearer = format!("Bearer {}", world["grant"].as_str().expect("a grant"));
+    let task = json!({ "label": "one", "stage": "one", "capability": "/examples/noop/v1" });
+    let job = json!({ "domain_id": world["domain_id"], "label": "cli", "tasks": [task, task] });
+    let jobs = format!("{}/jobs", world["dms"].as_str().expect("a URL"));
+    call(Request::post(jobs).header("authorization", bearer), &job).await;
+    let node = node(dir.path(), &exports, "scratch").set("MAX_CONCURRENCY", "2").start();
+    let busy = async {
+        loop {
+            let seen = call(Request::get(format!("{base}/dev/v1/requests")), &Value::Null).await;
+            let seen = seen["requests"].as_array().or(seen.as_array()).cloned().unwrap_or_default();
+            if seen.iter().any(|one| one["path"] == "/v1/tasks" && one["status"] == 409) {
+                return;
+            }
+            // A journal over HTTP has no bell.
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    within("a poll answered busy", || node.log(), busy).await;
+    for process in [&node, &dev] {
+        stopped(process).await;
+    }
+}
+
+#[tokio::test]
 async fn dev_keeps_stored_data_in_its_folder_over_a_restart() {
     let dir = workplace(&[fixtures::hello()]);
     for round in 1..=2_usize {
