@@ -125,13 +125,23 @@ pub fn main(secrets: &Secrets) -> ExitCode {
         Command::Completions(args) => completions::run(&args),
     };
     let exit = ended.unwrap_or_else(|err| {
-        // The whole chain on one line: operators grep.
-        eprintln!("error: {err:#}");
+        eprintln!("error: {}", one_line(&err));
         let usual = if err.is::<std::io::Error>() { on_io } else { Exit::Configuration };
         err.downcast_ref::<Exit>().copied().unwrap_or(usual)
     });
     crate::plugins::leave(exit as u8);
     exit.into()
+}
+
+/// The whole chain on one line, since operators grep; a cause that was said already is not said twice.
+fn one_line(err: &anyhow::Error) -> String {
+    let mut text = err.to_string();
+    for cause in err.chain().skip(1).map(ToString::to_string) {
+        if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 impl std::fmt::Display for Exit {
@@ -245,4 +255,17 @@ fn nothing_to_serve(plugins: &crate::plugins::Plugins) -> Option<Exit> {
         eprintln!("error: plugin {}: {reason}", listing.file.display());
     }
     Some(Exit::PluginsRefused)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_says_each_cause_once() {
+        let cause = std::io::Error::from(std::io::ErrorKind::NotFound);
+        let text = cause.to_string();
+        let err = anyhow::Error::from(cause).context(format!("open x: {text}")).context("start");
+        assert_eq!(one_line(&err), format!("start: open x: {text}"));
+    }
 }

@@ -295,11 +295,21 @@ async fn dev_with_strict_identity_refuses_a_second_node_of_one_key() {
     let started: Value = serde_json::from_str(&started).expect("a node logs JSON");
     second.stderr_line(|line| line.contains("\"registration failed\"")).await;
     let ready = format!("http://{}/ready", started["address"].as_str().expect("an address"));
-    let request = Request::get(ready).body(transport::full("")).expect("a request");
-    let answer = Client::new(transport::Config::default()).call(request, PATIENCE).await.expect("the page is served");
-    let page: Value = answer.json().expect("JSON");
-    assert_eq!(answer.status.as_u16(), 503, "{page}");
-    assert!(page["reason"].as_str().is_some_and(|reason| reason.contains("conflict")), "{page}");
+    let conflict = async {
+        loop {
+            let request = Request::get(&ready).body(transport::full("")).expect("a request");
+            let answer =
+                Client::new(transport::Config::default()).call(request, PATIENCE).await.expect("the page is served");
+            let page: Value = answer.json().expect("JSON");
+            assert_eq!(answer.status.as_u16(), 503, "{page}");
+            if page["reason"].as_str().is_some_and(|reason| reason.contains("conflict")) {
+                return;
+            }
+            // The page follows the log line, and a page over HTTP has no bell.
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    within("the page to say conflict", || second.log(), conflict).await;
     for process in [&second, &first, &dev] {
         stopped(process).await;
     }
