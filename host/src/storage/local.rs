@@ -186,6 +186,8 @@ impl Shelf {
             name: spec.name.unwrap_or_else(|| safe(&relative, "artifact")),
             data_type: spec.data_type.unwrap_or_else(|| data_type(&relative)),
             id: None,
+            size: None,
+            sha256: None,
         };
         let target = self.out.join(&relative);
         Ok(Place { shelf: Arc::clone(self), artifact, size: spec.size, target })
