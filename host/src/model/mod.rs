@@ -13,6 +13,7 @@ mod millis;
 mod outcome;
 mod ports;
 mod status;
+mod visits;
 
 pub use artifact::{Artifact, ArtifactSpec};
 pub use capability::{Capability, CapabilityError};
@@ -23,3 +24,4 @@ pub use millis::millis;
 pub use outcome::{Outcome, Verdict};
 pub use ports::{InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports};
 pub use status::{HostStatus, Live, Phase, StatusBoard, TaskStatus};
+pub use visits::{Callback, Unexpected, Visits};
