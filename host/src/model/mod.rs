@@ -22,6 +22,6 @@ pub use lease::{Lease, TaskId};
 pub use mailbox::{Mailbox, MailboxError, Pending};
 pub use millis::millis;
 pub use outcome::{Outcome, Verdict};
-pub use ports::{InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports};
+pub use ports::{Fetched, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports};
 pub use status::{HostStatus, Live, Phase, StatusBoard, TaskStatus};
 pub use visits::{Callback, Unexpected, Visits};
