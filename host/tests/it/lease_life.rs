@@ -120,7 +120,8 @@ async fn s0_59_s0_60_a_token_taken_away_by_a_second_registration_is_renewed() {
     })
     .await;
     lab.run(&first, "/examples/hello/v1", json!({})).await.completed();
-    assert!(first.said("poll failed").is_empty(), "one rejection is repeated, not complained about");
+    let said = first.said("poll failed");
+    assert!(said.is_empty(), "one rejection is repeated, not complained about: {said:?}");
 }
 
 #[tokio::test]
