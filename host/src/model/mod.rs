@@ -23,5 +23,5 @@ pub use mailbox::{Mailbox, MailboxError, Pending};
 pub use millis::millis;
 pub use moment::Moment;
 pub use outcome::{Outcome, Verdict};
-pub use ports::{InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports};
+pub use ports::{Fetched, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports};
 pub use status::{HostStatus, Live, Phase, StatusBoard, TaskStatus};

@@ -12,6 +12,7 @@ mod cli;
 mod clocks;
 mod concurrency;
 mod ends;
+mod faults;
 mod harness;
 mod heartbeats;
 mod lease_life;
