@@ -230,6 +230,7 @@ async fn a_heartbeat_reads_what_is_there_and_leaves_the_rest_alone() {
             cancel: true,
             task: Some(TaskId(id)),
             job: Some(id),
+            capability: None,
             domain_id: Some(id),
             domain_server: Some("https://other".into()),
         }
@@ -237,6 +238,16 @@ async fn a_heartbeat_reads_what_is_there_and_leaves_the_rest_alone() {
     let task = json!({ "id": other, "capability": "/x", "meta": { "legacy": { "domain_server_url": "https://l" } } });
     let kept = keep(|call| call.ok(json!({ "task": task, "task_id": TASK }))).await.expect("usable");
     assert_eq!((kept.task, kept.domain_server.as_deref()), (Some(TaskId(id)), Some("https://l")));
+}
+
+// Contract 10.3
+#[tokio::test]
+async fn a_status_that_says_the_task_is_over_is_a_cancel() {
+    for (status, cancel) in
+        [("cancelled", true), ("failed", true), ("completed", true), ("canceled", false), ("running", false)]
+    {
+        assert_eq!(keep(|call| call.ok(json!({ "status": status }))).await.expect("usable").cancel, cancel, "{status}");
+    }
 }
 
 #[tokio::test]
