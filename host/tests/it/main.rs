@@ -21,6 +21,7 @@ mod pages;
 mod plugin_files;
 mod pointcloud;
 mod refusals;
+mod registration;
 mod secrets;
 mod signals;
 mod strangers;
