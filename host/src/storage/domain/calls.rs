@@ -1,4 +1,5 @@
-//! One request to the domain server: headers, bearer, one repetition after a 401, statuses as errors.
+//! Requests to the domain server: headers, bearer, one repetition after a 401, statuses as errors,
+//! and how long a request that failed is repeated.
 
 use std::time::Duration;
 
@@ -7,16 +8,22 @@ use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use serde::de::DeserializeOwned;
+use tokio::time::Instant;
 use url::Url;
 
 use super::{
-    Inner,
+    Config, Inner,
     source::{Pulse, Source, body},
 };
 use crate::{
-    model::{PortError, PortErrorKind, Token},
+    model::{PortError, PortErrorKind, Token, millis},
     transport::{self, EXCERPT_BYTES_MAX, JSON_BYTES_MAX, TransportError},
 };
+
+/// The longest pause between two tries.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// So often a request is repeated in any case, unless the time for that is less than a pause.
+const REPEATS_MIN: u32 = 2;
 
 /// A request that can be sent more than once.
 pub(super) struct Call<'a> {
@@ -61,22 +68,100 @@ impl<'a> Call<'a> {
     }
 }
 
+/// Why a request did not succeed, and whether the same one may be tried again.
+pub(super) struct Failed {
+    pub(super) err: PortError,
+    /// Trouble that may pass by itself: no answer or half of one, 5xx, 408, 425, 429.
+    pub(super) passing: bool,
+    /// How long the server asks to wait.
+    after: Option<Duration>,
+}
+
+impl From<PortError> for Failed {
+    fn from(err: PortError) -> Self {
+        let passing = err.kind == PortErrorKind::Network;
+        Self { err, passing, after: None }
+    }
+}
+
+/// Growing pauses between the tries of one request. What bounds them otherwise is the lease: who
+/// waits in here is dropped with it.
+pub(super) struct Patience<'a> {
+    config: &'a Config,
+    /// When the first try failed.
+    since: Option<Instant>,
+    next: Duration,
+    repeated: u32,
+}
+
+impl<'a> Patience<'a> {
+    pub(super) fn new(config: &'a Config) -> Self {
+        Self { config, since: None, next: config.retry_pause, repeated: 0 }
+    }
+
+    /// Waits before the next try, or gives the error back when there should be none.
+    pub(super) async fn wait(&mut self, failed: Failed) -> Result<(), PortError> {
+        let since = *self.since.get_or_insert_with(Instant::now);
+        // Spread, so that the parts of an upload, and nodes, do not all come back at one moment.
+        let pause = self.next.mul_f64(rand::random_range(0.5..=1.0)).max(failed.after.unwrap_or_default());
+        // Tries that take long leave the next ones their chance.
+        let out_of_time = since.elapsed() + pause > self.config.retry_for && self.repeated >= REPEATS_MIN;
+        let too_long = pause > self.config.retry_for;
+        if !failed.passing || out_of_time || too_long {
+            return Err(failed.err);
+        }
+        self.repeated += 1;
+        tracing::debug!(error = %failed.err, retry_in_ms = millis(pause), "a request is repeated");
+        tokio::time::sleep(pause).await;
+        self.next = (self.next * 2).min(PAUSE_MAX);
+        Ok(())
+    }
+}
+
 impl Inner {
     /// Sends `call` and returns the head of a 2xx answer; everything else is an error.
     pub(super) async fn send(&self, call: &Call<'_>) -> Result<Response<Incoming>, PortError> {
         let response = self.exchange(call).await?;
+        self.accepted(call, response).await.map_err(|failed| failed.err)
+    }
+
+    /// Sends `call`, as often as it takes, and decodes a 2xx answer. For calls that may be repeated
+    /// whatever became of the one before.
+    pub(super) async fn json<T: DeserializeOwned>(&self, call: &Call<'_>) -> Result<T, PortError> {
+        let mut patience = Patience::new(&self.config);
+        loop {
+            match self.try_json(call).await {
+                Ok(answer) => return Ok(answer),
+                Err(failed) => patience.wait(failed).await?,
+            }
+        }
+    }
+
+    /// Sends `call` once and decodes a 2xx answer.
+    pub(super) async fn try_json<T: DeserializeOwned>(&self, call: &Call<'_>) -> Result<T, Failed> {
+        let response = self.exchange(call).await?;
+        let response = self.accepted(call, response).await?;
+        Ok(self.decode(call, response).await?)
+    }
+
+    /// Turns every answer but a 2xx one into its error.
+    pub(super) async fn accepted(
+        &self,
+        call: &Call<'_>,
+        response: Response<Incoming>,
+    ) -> Result<Response<Incoming>, Failed> {
         let status = response.status();
         if status.is_success() {
             return Ok(response);
         }
+        let after = response.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
         let excerpt = self.excerpt(response).await;
-        Err(status_error(call.what, status, &excerpt))
-    }
-
-    /// Sends `call` and decodes a 2xx answer.
-    pub(super) async fn json<T: DeserializeOwned>(&self, call: &Call<'_>) -> Result<T, PortError> {
-        let response = self.send(call).await?;
-        self.decode(call, response).await
+        Err(Failed {
+            err: status_error(call.what, status, &excerpt),
+            passing: status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED
+                || matches!(status.as_u16(), 408 | 425 | 429),
+            after: after.map(Duration::from_secs),
+        })
     }
 
     /// Decodes a JSON answer of at most [`JSON_BYTES_MAX`] bytes.
@@ -131,6 +216,7 @@ impl Inner {
     }
 
     async fn send_once(&self, call: &Call<'_>, token: Option<&Token>) -> Result<Response<Incoming>, PortError> {
+        self.fence()?;
         let pulse = Pulse::new();
         let length: u64 = call.payload.iter().map(Source::length).sum();
         let request = self.request(call, token, length, &pulse)?;

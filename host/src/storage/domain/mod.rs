@@ -52,11 +52,15 @@ pub struct Config {
     pub request_timeout: Duration,
     /// How long a refused request waits for a newer bearer before it is repeated.
     pub token_wait: Duration,
-    /// Pause before the first repetition of a failed part; the second waits twice as long.
-    pub part_pause: Duration,
+    /// Pause before a failed request is sent again; it doubles with each try, up to five seconds.
+    pub retry_pause: Duration,
+    /// How long one request is repeated, from its first failure on, before its transfer fails; at
+    /// least twice. Zero: never.
+    pub retry_for: Duration,
     /// Hosts (or `host:port`) that may get a lease's token; empty allows any.
     pub domain_hosts: Vec<String>,
-    /// How many parts of one artifact travel at once; at least one.
+    /// How many parts of one artifact travel at once; at least one. Two fill a connection that has
+    /// to wait for answers, and bound what a stream holds in memory: they, and the one being filled.
     pub parallel_parts: usize,
     info: info::Cache,
 }
@@ -70,7 +74,8 @@ impl Config {
             stall: Duration::from_secs(30),
             request_timeout: Duration::from_secs(30),
             token_wait: Duration::from_secs(3),
-            part_pause: Duration::from_millis(250),
+            retry_pause: Duration::from_millis(250),
+            retry_for: Duration::from_secs(30),
             domain_hosts: Vec::new(),
             parallel_parts: 2,
             info: info::Cache::default(),
@@ -102,7 +107,13 @@ struct Books {
     /// Which logical path took a stored name and type.
     names: HashMap<(String, String), String>,
     /// By logical path.
-    published: BTreeMap<String, Artifact>,
+    published: BTreeMap<String, Published>,
+}
+
+struct Published {
+    artifact: Artifact,
+    /// When the server last changed it, in its words.
+    updated_at: Option<String>,
 }
 
 impl DomainPorts {
@@ -155,7 +166,7 @@ impl Ports for DomainPorts {
     }
 
     fn published(&self) -> Vec<Artifact> {
-        self.inner.books().published.values().cloned().collect()
+        self.inner.books().published.values().map(|published| published.artifact.clone()).collect()
     }
 }
 
@@ -171,13 +182,22 @@ impl Inner {
         }
     }
 
+    /// An error once the lease is lost: whatever belongs to it may be somebody else's by now, so no
+    /// request begins for it, not even one that tidies up.
+    fn fence(&self) -> Result<(), PortError> {
+        match self.grant.cancel.reason() {
+            Some(CancelReason::LeaseLost) => Err(lease_over("the lease is lost")),
+            _ => Ok(()),
+        }
+    }
+
     /// Waits until nothing more may be transferred.
     async fn over(&self) -> PortError {
         let why = tokio::select! {
             () = self.grant.cancel.lost() => "the lease is lost",
             () = self.closed.cancelled() => "the task is over",
         };
-        PortError::new(PortErrorKind::LeaseOver, format!("{why}: nothing more is transferred for it"))
+        lease_over(why)
     }
 
     /// An error if the lease is lost or the task is over.
@@ -211,6 +231,10 @@ impl Inner {
         }
         Ok(coordinates)
     }
+}
+
+fn lease_over(why: &str) -> PortError {
+    PortError::new(PortErrorKind::LeaseOver, format!("{why}: nothing more is transferred for it"))
 }
 
 /// Whether the operator lets us speak to this server.

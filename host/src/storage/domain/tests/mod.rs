@@ -2,7 +2,10 @@
 //! wire promises, and tests can make it misbehave once at a chosen request.
 
 mod downloads;
+mod files;
+mod names;
 mod refusals;
+mod repeats;
 mod streams;
 mod uploads;
 
@@ -18,7 +21,7 @@ use axum::{
     extract::{Request, State},
     response::{IntoResponse, Response},
 };
-use http::{Method, StatusCode, header};
+use http::{Method, StatusCode, header, request::Parts};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::{net::TcpListener, task::JoinHandle};
@@ -56,6 +59,8 @@ enum Trick {
     Hang,
     /// Does something first, then answers properly.
     First(Box<dyn FnOnce() + Send>),
+    /// Does what was asked, and answers something else.
+    Lost(Response),
 }
 
 struct Store {
@@ -68,6 +73,23 @@ struct Store {
     part_size: i64,
     info: Value,
     next_id: u32,
+    /// How often each item was written.
+    writes: BTreeMap<String, u32>,
+}
+
+impl Store {
+    fn put(&mut self, id: &str, item: Item) -> Value {
+        *self.writes.entry(id.to_owned()).or_default() += 1;
+        self.items.insert(id.to_owned(), item);
+        self.metadata(id)
+    }
+
+    fn metadata(&self, id: &str) -> Value {
+        let (item, writes) = (&self.items[id], self.writes.get(id).copied().unwrap_or_default());
+        json!({"id": id, "domain_id": DOMAIN, "name": item.name, "data_type": item.data_type,
+            "size": item.bytes.len(), "created_at": "2025-06-01T08:00:00Z",
+            "updated_at": format!("2025-06-01T08:00:{writes:02}Z"), "of": "newer servers"})
+    }
 }
 
 #[derive(Clone)]
@@ -129,6 +151,7 @@ async fn world_with(change: impl FnOnce(&mut Config)) -> World {
         part_size: MIB as i64,
         info: json!({"upload": {"request_max_bytes": 8 * MIB, "multipart": {"enabled": true}}}),
         next_id: 1,
+        writes: BTreeMap::new(),
     };
     let server = Server { store: Arc::new(Mutex::new(store)), calls: tokio::sync::watch::Sender::new(0) };
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
@@ -140,7 +163,8 @@ async fn world_with(change: impl FnOnce(&mut Config)) -> World {
     config.stall = Duration::from_secs(30);
     config.request_timeout = Duration::from_secs(30);
     config.token_wait = Duration::from_millis(20);
-    config.part_pause = Duration::from_millis(1);
+    config.retry_pause = Duration::from_millis(1);
+    config.retry_for = Duration::from_millis(200);
     change(&mut config);
     let (grant, keys) = Grant::new(lease(&[]), Setup::Pending);
     keys.setup.send_replace(Setup::Ready(Ok(Coordinates { server: url.clone(), domain: DOMAIN })));
@@ -158,6 +182,13 @@ impl World {
 
     fn stored(&self, id: &str) -> Item {
         self.server.store().items.get(id).cloned().unwrap_or_default()
+    }
+
+    /// The ports of another attempt at the same task, which knows nothing of the first.
+    fn another_attempt(&self) -> DomainPorts {
+        let config = Arc::new(Config::new("node/1"));
+        let client = Client::new(transport::Config::default());
+        DomainPorts::new(client, self.grant.clone(), self.dir.path().to_owned(), config)
     }
 
     /// The next request whose name begins with `at` meets `trick`.
@@ -217,11 +248,6 @@ async fn drain(stream: &mut Box<dyn InputStream>) -> Result<Vec<u8>, PortError> 
     Ok(bytes)
 }
 
-fn metadata(id: &str, item: &Item) -> Value {
-    json!({"id": id, "domain_id": DOMAIN, "name": item.name, "data_type": item.data_type, "size": item.bytes.len(),
-        "created_at": "2025-06-01T08:00:00Z", "updated_at": "2025-06-01T08:00:00Z"})
-}
-
 /// The body of a download of these items.
 fn multipart(boundary: &str, items: &[(String, Item)]) -> Vec<u8> {
     let mut body = Vec::new();
@@ -270,6 +296,7 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
         meets.and_then(|at| store.tricks.remove(at)).map(|(_, trick)| trick)
     };
     server.calls.send_modify(|calls| *calls += 1);
+    let mut lost = None;
     match trick {
         Some(Trick::Answer(response)) => {
             let _ = axum::body::to_bytes(body, usize::MAX).await;
@@ -278,8 +305,14 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
         Some(Trick::Unread(answer)) => return answer(),
         Some(Trick::Hang) => return std::future::pending().await,
         Some(Trick::First(act)) => act(),
+        Some(Trick::Lost(answer)) => lost = Some(answer),
         None => {}
     }
+    let answer = work(&server, what, head, body, &query).await;
+    lost.unwrap_or(answer)
+}
+
+async fn work(server: &Server, what: &str, head: Parts, body: Body, query: &BTreeMap<String, String>) -> Response {
     let length: Option<usize> =
         head.headers.get(header::CONTENT_LENGTH).map(|v| v.to_str().expect("text").parse().expect("a number"));
     let Ok(body) = axum::body::to_bytes(body, usize::MAX).await else { return reply(400, "text/plain", "cut off") };
@@ -315,7 +348,7 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
             let found: Vec<(String, Item)> = found.map(|(id, item)| (id.clone(), item.clone())).collect();
             match what {
                 "list" => {
-                    axum::Json(json!({"data": found.iter().map(|(id, item)| metadata(id, item)).collect::<Vec<_>>()}))
+                    axum::Json(json!({"data": found.iter().map(|(id, _)| store.metadata(id)).collect::<Vec<_>>()}))
                         .into_response()
                 }
                 _ if found.is_empty() => reply(404, "text/plain", "nothing"),
@@ -348,19 +381,24 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
                         data_type: field("data-type").expect("a type"),
                         bytes: Vec::new(),
                     };
+                    let same = |known: &Item| known.name == item.name && known.data_type == item.data_type;
+                    if store.items.values().any(same) {
+                        return reply(409, "text/plain", "exists");
+                    }
                     store.next_id += 1;
                     (format!("d-{}", store.next_id), item)
                 }
             };
             item.bytes = payload.to_vec();
-            store.items.insert(id.clone(), item.clone());
-            axum::Json(json!({"data": [metadata(&id, &item)]})).into_response()
+            axum::Json(json!({"data": [store.put(&id, item)]})).into_response()
         }
         "initiate" => {
             store.next_id += 1;
             let id = format!("u {}", store.next_id);
             store.uploads.insert(id.clone(), (serde_json::from_slice(&body).expect("JSON"), BTreeMap::new()));
-            axum::Json(json!({"upload_id": id, "part_size": store.part_size})).into_response()
+            // With what newer servers say besides.
+            let more = json!({"upload_id": id, "part_size": store.part_size, "data_id": "d", "expires_at": "later"});
+            axum::Json(more).into_response()
         }
         "part" => {
             let number: u32 = query["partNumber"].parse().expect("a number");
@@ -393,8 +431,7 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
             }
             let text = |field: &str| asked[field].as_str().expect("text").to_owned();
             let item = Item { name: text("name"), data_type: text("data_type"), bytes };
-            store.items.insert(id.clone(), item.clone());
-            axum::Json(metadata(&id, &item)).into_response()
+            axum::Json(store.put(&id, item)).into_response()
         }
         "abort" => {
             store.uploads.remove(&query["uploadId"]);
