@@ -2,6 +2,8 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
+use super::Faults;
+
 /// Settings of the embedded world. [`Config::default`] is what `runner-host dev` uses.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -44,6 +46,8 @@ pub struct Config {
     pub finished_tasks_max: usize,
     /// Requests remembered in the journal; 0 switches it off.
     pub journal_max: usize,
+    /// What goes wrong, and when.
+    pub faults: Faults,
     /// How long open requests may take to end when the world stops.
     pub stop_grace: Duration,
 }
@@ -70,6 +74,7 @@ impl Default for Config {
             part_size: 16 * 1024 * 1024,
             finished_tasks_max: 200_000,
             journal_max: 4096,
+            faults: Faults::default(),
             stop_grace: Duration::from_secs(2),
         }
     }

@@ -134,6 +134,14 @@ impl Identity {
         Some(record.node.clone())
     }
 
+    /// Ends a token before its time.
+    pub(super) fn revoke(&mut self, token: &str) {
+        let Some(wallet) = self.tokens.remove(token) else { return };
+        if let Some(record) = self.wallets.get_mut(&wallet) {
+            record.token = None;
+        }
+    }
+
     /// Forgets what has expired.
     pub(super) fn prune(&mut self, now: Timestamp) {
         self.nonces.retain(|_, (_, expires)| now < *expires);

@@ -19,12 +19,14 @@ use tokio::task::spawn_blocking;
 use uuid::Uuid;
 
 use super::{
+    digest::hex,
     file::{FileBlocks, FileSink},
     naming::{data_type, dataset_file, dataset_folder, logical_path, relative_path, safe, shown},
-    runner_file::{RunnerFile, hex},
+    runner_file::RunnerFile,
 };
 use crate::model::{
-    Artifact, ArtifactSpec, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports,
+    Artifact, ArtifactSpec, Fetched, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind,
+    Ports,
 };
 
 /// See the module's text.
@@ -144,6 +146,11 @@ impl Ports for LocalPorts {
 
     fn published(&self) -> Vec<Artifact> {
         self.shelf.published.lock().expect("only read and set").values().cloned().collect()
+    }
+
+    /// A run by hand has no record to stand in.
+    fn fetched(&self) -> Vec<Fetched> {
+        Vec::new()
     }
 }
 

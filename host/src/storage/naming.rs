@@ -7,7 +7,7 @@ use std::path::Path;
 
 use sha2::{Digest, Sha256};
 
-use super::runner_file::hex;
+use super::digest::hex;
 use crate::model::{PortError, PortErrorKind, TaskId};
 
 /// Longest artifact path taken from a runner, in bytes.

@@ -15,7 +15,10 @@ use sha2::{Digest, Sha256};
 use tokio::task::{JoinHandle, spawn_blocking};
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use super::file::{BLOCK_BYTES, read_exact_at};
+use super::{
+    digest::hex,
+    file::{BLOCK_BYTES, read_exact_at},
+};
 use crate::model::{PortError, PortErrorKind};
 
 /// Files up to here are hashed before anything of them is sent. Larger ones are hashed meanwhile,
@@ -195,9 +198,4 @@ fn begin_hash(file: &Arc<File>, size: u64, stop: &CancellationToken) -> JoinHand
         }
         Ok(hex(&hasher.finalize()))
     })
-}
-
-/// Lower-case hex digits.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -4,21 +4,18 @@
 //! long it may take and how large an answer may be are decided here. Nothing in here knows a
 //! path, a token or a wire format.
 
+mod connect;
 #[cfg(test)]
 pub(crate) mod testing;
 
-use std::{
-    sync::{Arc, OnceLock},
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{Request, Response, StatusCode};
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use hyper::body::Incoming;
-use hyper_rustls::HttpsConnector;
 use hyper_util::{
-    client::legacy::{Client as Pool, connect::HttpConnector},
+    client::legacy::Client as Pool,
     rt::{TokioExecutor, TokioTimer},
 };
 use serde::de::DeserializeOwned;
@@ -216,7 +213,7 @@ impl Policy {
 /// See the module's text. Cheap to clone; all clones share one pool.
 #[derive(Clone)]
 pub struct Client {
-    pool: Pool<HttpsConnector<HttpConnector>, Body>,
+    pool: Pool<connect::Connector, Body>,
     config: Arc<Config>,
 }
 
@@ -224,19 +221,10 @@ impl Client {
     /// A client with an empty pool. It must be used inside a tokio runtime.
     #[must_use]
     pub fn new(config: Config) -> Self {
-        let mut tcp = HttpConnector::new();
-        tcp.enforce_http(false);
-        tcp.set_nodelay(true);
-        tcp.set_connect_timeout(Some(config.connect_timeout));
-        let tls = hyper_rustls::HttpsConnectorBuilder::new()
-            .with_tls_config(TLS.get_or_init(tls_config).clone())
-            .https_or_http()
-            .enable_http1()
-            .wrap_connector(tcp);
         let pool = Pool::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(Duration::from_secs(60))
-            .build(tls);
+            .build(connect::connector(&config));
         Self { pool, config: Arc::new(config) }
     }
 
@@ -311,23 +299,6 @@ pub fn innermost(err: &(dyn std::error::Error + 'static)) -> String {
         cause = source;
     }
     cause.to_string()
-}
-
-/// The system's certificates are read once: that takes milliseconds, and a node has two clients.
-static TLS: OnceLock<rustls::ClientConfig> = OnceLock::new();
-
-fn tls_config() -> rustls::ClientConfig {
-    let mut roots = rustls::RootCertStore::empty();
-    let found = rustls_native_certs::load_native_certs();
-    for problem in &found.errors {
-        tracing::debug!(error = %problem, "a system certificate store could not be read");
-    }
-    roots.add_parsable_certificates(found.certs);
-    rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .with_safe_default_protocol_versions()
-        .expect("ring serves the default protocol versions")
-        .with_root_certificates(roots)
-        .with_no_client_auth()
 }
 
 #[cfg(test)]

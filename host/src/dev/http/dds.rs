@@ -26,7 +26,7 @@ pub(super) async fn nonce(State(world): State<Arc<Inner>>, body: Body) -> Answer
     let request: NonceRequest = read_json(body, IDENTITY_BYTES_MAX).await?;
     let wallet = siwe::address_of(&request.wallet)
         .ok_or_else(|| Refusal::bad("wallet is no address, expected 0x and 40 hex digits"))?;
-    let now = Timestamp::now();
+    let now = world.now();
     let nonce = world.identity().nonce(&wallet, now);
     ok(&json!({
         "nonce": nonce, "domain": world.authority(), "uri": world.base, "version": "1", "chainId": 8453,
@@ -44,7 +44,7 @@ struct VerifyRequest {
 /// `POST /internal/v1/auth/siwe/verify`
 pub(super) async fn verify(State(world): State<Arc<Inner>>, body: Body) -> Answer {
     let request: VerifyRequest = read_json(body, IDENTITY_BYTES_MAX).await?;
-    let now = Timestamp::now();
+    let now = world.now();
     let wallet = signed_by(&world, &request.message, &request.signature, now)?;
     if siwe::address_of(&request.address).as_deref() != Some(&*wallet) {
         return Err(Refusal::new(StatusCode::UNAUTHORIZED, "address is not the one that signed the message"));
@@ -65,7 +65,7 @@ struct RegisterRequest {
 /// `POST /internal/v1/nodes/register-wallet`
 pub(super) async fn register(State(world): State<Arc<Inner>>, body: Body) -> Answer {
     let request: RegisterRequest = read_json(body, IDENTITY_BYTES_MAX).await?;
-    let now = Timestamp::now();
+    let now = world.now();
     let wallet = signed_by(&world, &request.message, &request.signature, now)?;
     if world.config.reg_secret.as_ref().is_some_and(|secret| *secret != request.registration_credentials) {
         return Err(Refusal::new(StatusCode::FORBIDDEN, "registration_credentials are not the ones of this world"));

@@ -2,6 +2,7 @@
 //! an author or a runner of any make would send.
 
 mod data;
+mod faults;
 mod identity;
 mod jobs;
 mod leases;

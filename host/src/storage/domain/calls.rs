@@ -4,26 +4,21 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use serde::de::DeserializeOwned;
-use tokio::time::Instant;
 use url::Url;
 
 use super::{
-    Config, Inner,
+    Inner,
+    retry::{Patience, passing, retry_after},
     source::{Pulse, Source, body},
 };
 use crate::{
-    model::{PortError, PortErrorKind, Token, millis},
+    model::{PortError, PortErrorKind, Token},
     transport::{self, EXCERPT_BYTES_MAX, JSON_BYTES_MAX, TransportError},
 };
-
-/// The longest pause between two tries.
-const PAUSE_MAX: Duration = Duration::from_secs(5);
-/// So often a request is repeated in any case, unless the time for that is less than a pause.
-const REPEATS_MIN: u32 = 2;
 
 /// A request that can be sent more than once.
 pub(super) struct Call<'a> {
@@ -32,6 +27,8 @@ pub(super) struct Call<'a> {
     pub(super) method: Method,
     pub(super) url: Url,
     pub(super) accept: &'static str,
+    /// Further headers, such as `Range`.
+    pub(super) headers: Vec<(HeaderName, String)>,
     pub(super) content_type: Option<String>,
     pub(super) payload: Vec<Source>,
     /// Whether it carries the lease's bearer.
@@ -42,7 +39,7 @@ impl<'a> Call<'a> {
     /// A request without a body.
     pub(super) fn new(what: &'a str, method: Method, url: Url) -> Self {
         let accept = "application/json";
-        Self { what, method, url, accept, content_type: None, payload: Vec::new(), bearer: true }
+        Self { what, method, url, accept, headers: Vec::new(), content_type: None, payload: Vec::new(), bearer: true }
     }
 
     /// With these bytes as its body.
@@ -84,55 +81,30 @@ impl From<PortError> for Failed {
     }
 }
 
-/// Growing pauses between the tries of one request. What bounds them otherwise is the lease: who
-/// waits in here is dropped with it.
-pub(super) struct Patience<'a> {
-    config: &'a Config,
-    /// When the first try failed.
-    since: Option<Instant>,
-    next: Duration,
-    repeated: u32,
-}
-
-impl<'a> Patience<'a> {
-    pub(super) fn new(config: &'a Config) -> Self {
-        Self { config, since: None, next: config.retry_pause, repeated: 0 }
-    }
-
+impl Failed {
     /// Waits before the next try, or gives the error back when there should be none.
-    pub(super) async fn wait(&mut self, failed: Failed) -> Result<(), PortError> {
-        let since = *self.since.get_or_insert_with(Instant::now);
-        // Spread, so that the parts of an upload, and nodes, do not all come back at one moment.
-        let pause = self.next.mul_f64(rand::random_range(0.5..=1.0)).max(failed.after.unwrap_or_default());
-        // Tries that take long leave the next ones their chance.
-        let out_of_time = since.elapsed() + pause > self.config.retry_for && self.repeated >= REPEATS_MIN;
-        let too_long = pause > self.config.retry_for;
-        if !failed.passing || out_of_time || too_long {
-            return Err(failed.err);
+    pub(super) async fn wait(self, patience: &mut Patience) -> Result<(), PortError> {
+        match self.passing {
+            true => patience.pause(self.err, self.after).await,
+            false => Err(self.err),
         }
-        self.repeated += 1;
-        tracing::debug!(error = %failed.err, retry_in_ms = millis(pause), "a request is repeated");
-        tokio::time::sleep(pause).await;
-        self.next = (self.next * 2).min(PAUSE_MAX);
-        Ok(())
     }
 }
 
 impl Inner {
-    /// Sends `call` and returns the head of a 2xx answer; everything else is an error.
-    pub(super) async fn send(&self, call: &Call<'_>) -> Result<Response<Incoming>, PortError> {
-        let response = self.exchange(call).await?;
-        self.accepted(call, response).await.map_err(|failed| failed.err)
+    /// For one request and its repetitions.
+    pub(super) fn patience(&self) -> Patience {
+        Patience::new(self.config.part_pause, self.config.patience)
     }
 
     /// Sends `call`, as often as it takes, and decodes a 2xx answer. For calls that may be repeated
     /// whatever became of the one before.
     pub(super) async fn json<T: DeserializeOwned>(&self, call: &Call<'_>) -> Result<T, PortError> {
-        let mut patience = Patience::new(&self.config);
+        let mut patience = self.patience();
         loop {
             match self.try_json(call).await {
                 Ok(answer) => return Ok(answer),
-                Err(failed) => patience.wait(failed).await?,
+                Err(failed) => failed.wait(&mut patience).await?,
             }
         }
     }
@@ -154,14 +126,9 @@ impl Inner {
         if status.is_success() {
             return Ok(response);
         }
-        let after = response.headers().get(header::RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
+        let after = retry_after(response.headers());
         let excerpt = self.excerpt(response).await;
-        Err(Failed {
-            err: status_error(call.what, status, &excerpt),
-            passing: status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED
-                || matches!(status.as_u16(), 408 | 425 | 429),
-            after: after.map(Duration::from_secs),
-        })
+        Err(Failed { err: status_error(call.what, status, &excerpt), passing: passing(status), after })
     }
 
     /// Decodes a JSON answer of at most [`JSON_BYTES_MAX`] bytes.
@@ -216,7 +183,6 @@ impl Inner {
     }
 
     async fn send_once(&self, call: &Call<'_>, token: Option<&Token>) -> Result<Response<Incoming>, PortError> {
-        self.fence()?;
         let pulse = Pulse::new();
         let length: u64 = call.payload.iter().map(Source::length).sum();
         let request = self.request(call, token, length, &pulse)?;
@@ -252,6 +218,9 @@ impl Inner {
             .uri(call.url.as_str())
             .header(header::ACCEPT, call.accept)
             .header("posemesh-client-id", &self.config.client_id);
+        for (name, value) in &call.headers {
+            request = request.header(name, value);
+        }
         if let Some(kind) = &call.content_type {
             request = request.header(header::CONTENT_TYPE, kind);
         }

@@ -3,7 +3,8 @@
 //! [`DomainPorts`] is one task's view: it waits for the set-up heartbeat, speaks only to the
 //! server the lease names (and the operator allows), takes the newest bearer for each request, and
 //! stops for good when the lease is lost or the task is over. `calls` sends single requests,
-//! `download` and `upload` are what runners see, `uploads_in_parts` and `stream` carry large
+//! `download` and `upload` are what runners see, `transfer` brings an input through broken
+//! connections (`retry` paces that), `uploads_in_parts` and `stream` carry large
 //! artifacts, `parts`, `cid` and `wire` are pure. Nothing in here decides what is reported.
 
 mod calls;
@@ -11,8 +12,10 @@ mod cid;
 mod download;
 mod info;
 mod parts;
+mod retry;
 mod source;
 mod stream;
+mod transfer;
 mod upload;
 mod uploads_in_parts;
 mod wire;
@@ -34,8 +37,8 @@ use url::Url;
 
 use crate::{
     model::{
-        Artifact, ArtifactSpec, CancelReason, Coordinates, Grant, InputStream, Materialized, OutputStream, PortError,
-        PortErrorKind, Ports, Setup,
+        Artifact, ArtifactSpec, CancelReason, Coordinates, Fetched, Grant, InputStream, Materialized, OutputStream,
+        PortError, PortErrorKind, Ports, Setup,
     },
     transport::Client,
 };
@@ -52,11 +55,10 @@ pub struct Config {
     pub request_timeout: Duration,
     /// How long a refused request waits for a newer bearer before it is repeated.
     pub token_wait: Duration,
-    /// Pause before a failed request is sent again; it doubles with each try, up to five seconds.
-    pub retry_pause: Duration,
-    /// How long one request is repeated, from its first failure on, before its transfer fails; at
-    /// least twice. Zero: never.
-    pub retry_for: Duration,
+    /// Pause before a failed request is sent again; it grows with each try.
+    pub part_pause: Duration,
+    /// How long a transfer in which nothing moves is tried again.
+    pub patience: Duration,
     /// Hosts (or `host:port`) that may get a lease's token; empty allows any.
     pub domain_hosts: Vec<String>,
     /// How many parts of one artifact travel at once; at least one. Two fill a connection that has
@@ -74,8 +76,8 @@ impl Config {
             stall: Duration::from_secs(30),
             request_timeout: Duration::from_secs(30),
             token_wait: Duration::from_secs(3),
-            retry_pause: Duration::from_millis(250),
-            retry_for: Duration::from_secs(30),
+            part_pause: Duration::from_millis(250),
+            patience: Duration::from_secs(120),
             domain_hosts: Vec::new(),
             parallel_parts: 2,
             info: info::Cache::default(),
@@ -101,19 +103,30 @@ struct Inner {
     books: Mutex<Books>,
 }
 
-/// What this task has stored.
+/// What this task has stored and fetched.
 #[derive(Default)]
 struct Books {
     /// Which logical path took a stored name and type.
     names: HashMap<(String, String), String>,
     /// By logical path.
     published: BTreeMap<String, Published>,
+    /// In the order in which they came to their end.
+    fetched: Vec<Fetched>,
 }
 
 struct Published {
     artifact: Artifact,
     /// When the server last changed it, in its words.
     updated_at: Option<String>,
+}
+
+impl Books {
+    /// Notes an input; one that was read before is not noted again.
+    fn fetch(&mut self, input: Fetched) {
+        if !self.fetched.contains(&input) {
+            self.fetched.push(input);
+        }
+    }
 }
 
 impl DomainPorts {
@@ -168,6 +181,10 @@ impl Ports for DomainPorts {
     fn published(&self) -> Vec<Artifact> {
         self.inner.books().published.values().map(|published| published.artifact.clone()).collect()
     }
+
+    fn fetched(&self) -> Vec<Fetched> {
+        self.inner.books().fetched.clone()
+    }
 }
 
 impl Inner {
@@ -182,22 +199,13 @@ impl Inner {
         }
     }
 
-    /// An error once the lease is lost: whatever belongs to it may be somebody else's by now, so no
-    /// request begins for it, not even one that tidies up.
-    fn fence(&self) -> Result<(), PortError> {
-        match self.grant.cancel.reason() {
-            Some(CancelReason::LeaseLost) => Err(lease_over("the lease is lost")),
-            _ => Ok(()),
-        }
-    }
-
     /// Waits until nothing more may be transferred.
     async fn over(&self) -> PortError {
         let why = tokio::select! {
             () = self.grant.cancel.lost() => "the lease is lost",
             () = self.closed.cancelled() => "the task is over",
         };
-        lease_over(why)
+        PortError::new(PortErrorKind::LeaseOver, format!("{why}: nothing more is transferred for it"))
     }
 
     /// An error if the lease is lost or the task is over.
@@ -231,10 +239,6 @@ impl Inner {
         }
         Ok(coordinates)
     }
-}
-
-fn lease_over(why: &str) -> PortError {
-    PortError::new(PortErrorKind::LeaseOver, format!("{why}: nothing more is transferred for it"))
 }
 
 /// Whether the operator lets us speak to this server.

@@ -9,12 +9,7 @@ use std::sync::Arc;
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
-use sha2::{Digest, Sha256};
-use tokio::{
-    runtime::{Handle, RuntimeFlavor},
-    sync::mpsc,
-    task::JoinHandle,
-};
+use tokio::{sync::mpsc, task::JoinHandle};
 
 use super::{
     Inner,
@@ -26,8 +21,8 @@ use super::{
 use crate::{
     model::{ArtifactSpec, Coordinates, OutputStream, PortError, PortErrorKind},
     storage::{
-        file::{BLOCK_BYTES, FileSink},
-        runner_file::hex,
+        digest::{Digester, hex},
+        file::FileSink,
     },
 };
 
@@ -44,7 +39,7 @@ pub(super) fn create(inner: &Arc<Inner>, spec: ArtifactSpec) -> Result<Box<dyn O
     let (pieces, taken) = mpsc::channel(1);
     let shared = Arc::clone(inner);
     let driver = inner.tracker.spawn(async move {
-        let writing = write(&shared, plan, Pieces { taken, hasher: Sha256::new() });
+        let writing = write(&shared, plan, Pieces { taken, digester: Digester::new() });
         shared.guarded(writing).await
     });
     Ok(Box::new(Writer { pieces, end: End::Running(driver), inner: Arc::clone(inner) }))
@@ -114,30 +109,29 @@ impl OutputStream for Writer {
     }
 }
 
-/// What the runner writes, hashed as it comes.
+/// What the runner writes, and the digest of what was taken of it.
 struct Pieces {
     taken: mpsc::Receiver<Message>,
-    hasher: Sha256,
+    digester: Digester,
 }
 
 impl Pieces {
-    /// The next message. Dropping this future loses nothing.
     async fn recv(&mut self) -> Option<Message> {
-        let message = self.taken.recv().await;
-        if let Some(Message::Piece(piece)) = &message {
-            // A runner's whole object may be one piece: that takes longer than a task should.
-            if piece.len() > BLOCK_BYTES && Handle::current().runtime_flavor() == RuntimeFlavor::MultiThread {
-                tokio::task::block_in_place(|| self.hasher.update(piece));
-            } else {
-                self.hasher.update(piece);
-            }
-        }
-        message
+        self.taken.recv().await
     }
 
-    fn digest(self) -> String {
-        hex(&self.hasher.finalize())
+    /// Hashes a piece, once.
+    async fn note(&mut self, piece: &Bytes) -> Result<(), PortError> {
+        self.digester.push(piece.clone()).await.map_err(|err| unhashed(&err))
     }
+
+    async fn digest(&mut self) -> Result<String, PortError> {
+        self.digester.so_far().await.map(|digest| hex(&digest)).map_err(|err| unhashed(&err))
+    }
+}
+
+fn unhashed(err: &std::io::Error) -> PortError {
+    PortError::new(PortErrorKind::Other, format!("the upload could not be hashed: {err}"))
 }
 
 /// The store's side: everything up to the id of the published artifact.
@@ -149,6 +143,7 @@ async fn write(inner: &Arc<Inner>, mut plan: Plan, mut pieces: Pieces) -> Result
         match pieces.recv().await {
             None => return Err(abandoned(&plan)),
             Some(Message::Piece(piece)) => {
+                pieces.note(&piece).await?;
                 let length = held.len() as u64 + piece.len() as u64;
                 check_overrun(&plan, length)?;
                 let limits = known(inner, &mut limits).await?;
@@ -164,7 +159,7 @@ async fn write(inner: &Arc<Inner>, mut plan: Plan, mut pieces: Pieces) -> Result
                 let at = inner.coordinates().await?;
                 let existing = inner.existing(&at, &mut plan).await?;
                 let stored = inner.put_single(&at, &plan, existing, held.freeze().into()).await?;
-                return Ok(inner.record(&plan, stored, size, pieces.digest()));
+                return Ok(inner.record(&plan, stored, size, pieces.digest().await?));
             }
         }
     };
@@ -185,7 +180,7 @@ async fn write(inner: &Arc<Inner>, mut plan: Plan, mut pieces: Pieces) -> Result
             (inner.put_single(&at, &plan, existing, source).await?, size)
         }
     };
-    Ok(inner.record(&plan, stored, size, pieces.digest()))
+    Ok(inner.record(&plan, stored, size, pieces.digest().await?))
 }
 
 /// The server's limits: asked only when there is a piece they could matter to.
@@ -227,7 +222,12 @@ async fn fill_parts(
             Some(piece) => Some(Message::Piece(piece)),
             // Parts under way move on, and fail early, while the runner works.
             None => tokio::select! {
-                message = pieces.recv() => message,
+                message = pieces.recv() => {
+                    if let Some(Message::Piece(piece)) = &message {
+                        pieces.note(piece).await?;
+                    }
+                    message
+                }
                 arrived = upload.arrived() => {
                     arrived?;
                     continue;
@@ -319,6 +319,7 @@ async fn spool(
         match pieces.recv().await {
             None => return Err(abandoned(plan)),
             Some(Message::Piece(piece)) => {
+                pieces.note(&piece).await?;
                 whole.take(plan, piece).await?;
                 check_overrun(plan, whole.length)?;
                 limits.check(plan, whole.length)?;

@@ -9,7 +9,7 @@ use url::Url;
 
 use super::{
     Inner, Published,
-    calls::{Call, Patience},
+    calls::Call,
     cid::data_url,
     source::Source,
     uploads_in_parts::PartsUpload,
@@ -238,7 +238,7 @@ impl Inner {
         source: Source,
     ) -> Result<Stored, PortError> {
         let size = source.length();
-        let mut patience = Patience::new(&self.config);
+        let mut patience = self.patience();
         let mut in_doubt = false;
         loop {
             let call = single(at, plan, existing.as_ref(), source.clone());
@@ -255,7 +255,7 @@ impl Inner {
             let created = existing.is_none();
             // Ours, from a try before, which the search did not show yet.
             failed.passing |= in_doubt && created && failed.err.kind == PortErrorKind::Conflict;
-            patience.wait(failed).await?;
+            failed.wait(&mut patience).await?;
             if created {
                 in_doubt = true;
                 existing = self.find(at, plan).await?;

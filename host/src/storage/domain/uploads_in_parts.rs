@@ -11,7 +11,7 @@ use url::Url;
 
 use super::{
     Inner,
-    calls::{Call, Patience},
+    calls::Call,
     cid::data_url,
     source::Source,
     upload::{Existing, Plan, Stored},
@@ -73,7 +73,7 @@ impl PartsUpload {
         let existing_id = replaced.map(|existing| existing.id.as_str());
         let json = InitiateJson { name, data_type, size, content_type, existing_id };
         let call = Call::new(&plan.what, Method::POST, begin).with_json(&json);
-        let mut patience = Patience::new(&inner.config);
+        let mut patience = inner.patience();
         let begun: InitiatedJson = loop {
             let failed = match inner.exchange(&call).await {
                 Ok(response) if not_offered(response.status()) => {
@@ -89,7 +89,7 @@ impl PartsUpload {
                 },
                 Err(err) => err.into(),
             };
-            patience.wait(failed).await?;
+            failed.wait(&mut patience).await?;
         };
         let target = Target {
             inner: Arc::clone(inner),
@@ -186,7 +186,7 @@ impl PartsUpload {
         let (plan, replaced) = (&target.plan, target.replaced.as_ref());
         let call =
             Call::new(&plan.what, Method::POST, target.url_with(None)).with_json(&CompleteJson { parts: &self.sent });
-        let mut patience = Patience::new(&target.inner.config);
+        let mut patience = target.inner.patience();
         // Whether a try before may have done it, although its answer did not say so.
         let mut in_doubt = false;
         let stored = loop {
@@ -195,7 +195,7 @@ impl PartsUpload {
                 Err(failed) => failed,
             };
             let passing = failed.passing;
-            let Err(err) = patience.wait(failed).await else {
+            let Err(err) = failed.wait(&mut patience).await else {
                 in_doubt = true;
                 continue;
             };
@@ -260,7 +260,7 @@ impl Target {
     async fn abort(&self) {
         let call = Call::new("abort of an upload", Method::DELETE, self.url_with(None));
         let aborting = async {
-            let mut patience = Patience::new(&self.inner.config);
+            let mut patience = self.inner.patience();
             loop {
                 let failed = match self.inner.exchange(&call).await {
                     // Gone is what it should be.
@@ -271,7 +271,7 @@ impl Target {
                     },
                     Err(err) => err.into(),
                 };
-                patience.wait(failed).await?;
+                failed.wait(&mut patience).await?;
             }
         };
         match tokio::time::timeout(ABORT_LIMIT, aborting).await {

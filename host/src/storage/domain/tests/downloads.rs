@@ -93,7 +93,10 @@ async fn what_does_not_exist_is_not_found_by_name() {
 #[tokio::test]
 async fn a_broken_answer_is_an_error_and_leaves_nothing_behind() {
     let world = world_with(|config| config.stall = Duration::from_secs(2)).await;
-    let whole = multipart("q7", &[("d".into(), Item { name: "n".into(), data_type: "t".into(), bytes: noise(5000) })]);
+    let whole = multipart(
+        "q7",
+        &[("d".into(), Item { name: "n".into(), data_type: "t".into(), bytes: noise(5000), version: 0 })],
+    );
     let longer = String::from_utf8_lossy(&multipart("q7", &[]))
         .replace("--q7--", "--q7\r\nContent-Disposition: f; size=1\r\n\r\nab\r\n--q7--");
     let cases: Vec<(&'static str, Body, PortErrorKind)> = vec![

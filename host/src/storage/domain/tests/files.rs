@@ -7,7 +7,7 @@ use bytes::Bytes;
 use sha2::{Digest, Sha256};
 
 use super::*;
-use crate::storage::runner_file::hex;
+use crate::storage::digest::hex;
 
 fn sha256(bytes: &[u8]) -> Option<String> {
     Some(hex(&Sha256::digest(bytes)))

@@ -6,6 +6,7 @@ mod files;
 mod names;
 mod refusals;
 mod repeats;
+mod resumes;
 mod streams;
 mod uploads;
 
@@ -47,6 +48,8 @@ struct Item {
     name: String,
     data_type: String,
     bytes: Vec<u8>,
+    /// Counts changes; the time of the last one is made of it.
+    version: u32,
 }
 
 /// What the server does with one request instead of, or before, answering it properly.
@@ -63,32 +66,33 @@ enum Trick {
     Lost(Response),
 }
 
+/// How content by id is served.
+#[derive(Clone, Copy)]
+struct Raw {
+    served: bool,
+    ranges: bool,
+    etags: bool,
+}
+
 struct Store {
     items: BTreeMap<String, Item>,
     uploads: BTreeMap<String, (Value, BTreeMap<u32, Vec<u8>>)>,
-    /// `METHOD what` of each request: list, data, info, initiate, part, complete, abort.
+    /// What each request was: list, download, raw, raw from <byte>, meta, info, initiate, part, complete, abort.
     log: Vec<String>,
     tokens: Vec<String>,
     tricks: VecDeque<(&'static str, Trick)>,
+    raw: Raw,
     part_size: i64,
     info: Value,
     next_id: u32,
-    /// How often each item was written.
-    writes: BTreeMap<String, u32>,
 }
 
 impl Store {
-    fn put(&mut self, id: &str, item: Item) -> Value {
-        *self.writes.entry(id.to_owned()).or_default() += 1;
+    fn put(&mut self, id: &str, mut item: Item) -> Value {
+        item.version = self.items.get(id).map_or(0, |old| old.version + 1);
+        let stored = metadata(id, &item);
         self.items.insert(id.to_owned(), item);
-        self.metadata(id)
-    }
-
-    fn metadata(&self, id: &str) -> Value {
-        let (item, writes) = (&self.items[id], self.writes.get(id).copied().unwrap_or_default());
-        json!({"id": id, "domain_id": DOMAIN, "name": item.name, "data_type": item.data_type,
-            "size": item.bytes.len(), "created_at": "2025-06-01T08:00:00Z",
-            "updated_at": format!("2025-06-01T08:00:{writes:02}Z"), "of": "newer servers"})
+        stored
     }
 }
 
@@ -148,10 +152,10 @@ async fn world_with(change: impl FnOnce(&mut Config)) -> World {
         log: Vec::new(),
         tokens: vec!["t1".to_owned()],
         tricks: VecDeque::new(),
+        raw: Raw { served: true, ranges: true, etags: true },
         part_size: MIB as i64,
         info: json!({"upload": {"request_max_bytes": 8 * MIB, "multipart": {"enabled": true}}}),
         next_id: 1,
-        writes: BTreeMap::new(),
     };
     let server = Server { store: Arc::new(Mutex::new(store)), calls: tokio::sync::watch::Sender::new(0) };
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
@@ -163,8 +167,8 @@ async fn world_with(change: impl FnOnce(&mut Config)) -> World {
     config.stall = Duration::from_secs(30);
     config.request_timeout = Duration::from_secs(30);
     config.token_wait = Duration::from_millis(20);
-    config.retry_pause = Duration::from_millis(1);
-    config.retry_for = Duration::from_millis(200);
+    config.part_pause = Duration::from_millis(1);
+    config.patience = Duration::ZERO;
     change(&mut config);
     let (grant, keys) = Grant::new(lease(&[]), Setup::Pending);
     keys.setup.send_replace(Setup::Ready(Ok(Coordinates { server: url.clone(), domain: DOMAIN })));
@@ -176,7 +180,7 @@ async fn world_with(change: impl FnOnce(&mut Config)) -> World {
 
 impl World {
     fn item(&self, id: &str, name: &str, data_type: &str, bytes: impl Into<Vec<u8>>) {
-        let item = Item { name: name.into(), data_type: data_type.into(), bytes: bytes.into() };
+        let item = Item { name: name.into(), data_type: data_type.into(), bytes: bytes.into(), version: 0 };
         self.server.store().items.insert(id.to_owned(), item);
     }
 
@@ -248,15 +252,25 @@ async fn drain(stream: &mut Box<dyn InputStream>) -> Result<Vec<u8>, PortError> 
     Ok(bytes)
 }
 
+fn metadata(id: &str, item: &Item) -> Value {
+    json!({"id": id, "domain_id": DOMAIN, "name": item.name, "data_type": item.data_type, "size": item.bytes.len(),
+        "created_at": "2025-06-01T08:00:00Z", "updated_at": changed(item.version), "of": "newer servers"})
+}
+
+fn changed(version: u32) -> String {
+    format!("2025-06-01T08:00:{version:02}Z")
+}
+
 /// The body of a download of these items.
 fn multipart(boundary: &str, items: &[(String, Item)]) -> Vec<u8> {
     let mut body = Vec::new();
-    for (id, Item { name, data_type, bytes }) in items {
+    for (id, Item { name, data_type, bytes, version }) in items {
         body.extend_from_slice(
             format!(
                 "--{boundary}\r\nContent-Type: application/octet-stream\r\nContent-Disposition: form-data; \
-                 name=\"{name}\"; data-type=\"{data_type}\"; id=\"{id}\"; domain-id=\"{DOMAIN}\"; size=\"{}\"\r\n\r\n",
-                bytes.len()
+                 name=\"{name}\"; data-type=\"{data_type}\"; id=\"{id}\"; domain-id=\"{DOMAIN}\"; size=\"{}\"; updated-at=\"{}\"\r\n\r\n",
+                bytes.len(),
+                changed(*version)
             )
             .as_bytes(),
         );
@@ -278,6 +292,10 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
         (&Method::GET, "/base/api/v1/info") => "info",
         (&Method::GET, path) if path == data && accept.as_deref() == Some("application/json") => "list",
         (&Method::GET, path) if path == data => "download",
+        (&Method::GET, path) if path.starts_with(&format!("{data}/")) => match query.contains_key("raw") {
+            true => "raw",
+            false => "meta",
+        },
         (&Method::POST, path) if path == data => "create",
         (&Method::PUT, path) if path == data => "update",
         (method, path) if path == format!("{data}/multipart") => match *method {
@@ -291,7 +309,11 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
     };
     let trick = {
         let mut store = server.store();
-        store.log.push(what.to_owned());
+        let range = head.headers.get(header::RANGE).map(|range| range.to_str().expect("text"));
+        store.log.push(match range {
+            Some(range) => format!("{what} from {}", range.trim_start_matches("bytes=").trim_end_matches('-')),
+            None => what.to_owned(),
+        });
         let meets = store.tricks.iter().position(|(at, _)| what.starts_with(at));
         meets.and_then(|at| store.tricks.remove(at)).map(|(_, trick)| trick)
     };
@@ -348,12 +370,37 @@ async fn work(server: &Server, what: &str, head: Parts, body: Body, query: &BTre
             let found: Vec<(String, Item)> = found.map(|(id, item)| (id.clone(), item.clone())).collect();
             match what {
                 "list" => {
-                    axum::Json(json!({"data": found.iter().map(|(id, _)| store.metadata(id)).collect::<Vec<_>>()}))
+                    axum::Json(json!({"data": found.iter().map(|(id, item)| metadata(id, item)).collect::<Vec<_>>()}))
                         .into_response()
                 }
                 _ if found.is_empty() => reply(404, "text/plain", "nothing"),
                 _ => reply(200, "multipart/form-data; boundary=q7", multipart("q7", &found)),
             }
+        }
+        "raw" | "meta" => {
+            let id = head.uri.path().rsplit('/').next().expect("a path has a last segment");
+            let Some(item) = store.items.get(id).filter(|_| store.raw.served) else {
+                return reply(404, "text/plain", "no such path");
+            };
+            if what == "meta" {
+                return axum::Json(metadata(id, item)).into_response();
+            }
+            let total = item.bytes.len();
+            let etag = format!("\"{id}-{}\"", item.version);
+            let number = |text: &str| text.strip_prefix("bytes=")?.strip_suffix('-')?.parse::<usize>().ok();
+            let from =
+                head.headers.get(header::RANGE).map(|range| number(range.to_str().expect("text")).expect("a range"));
+            let held = head.headers.get(header::IF_RANGE).is_none_or(|wanted| wanted == etag.as_str());
+            let mut answer = Response::builder();
+            if store.raw.etags {
+                answer = answer.header(header::ETAG, etag);
+            }
+            let from = from.filter(|from| store.raw.ranges && held && *from < total);
+            if let Some(from) = from {
+                answer =
+                    answer.status(206).header(header::CONTENT_RANGE, format!("bytes {from}-{}/{total}", total - 1));
+            }
+            answer.body(item.bytes[from.unwrap_or(0)..].to_vec().into()).expect("a response")
         }
         "create" | "update" => {
             let boundary = kind.expect("a type").split_once("boundary=").expect("a boundary").1.to_owned();
@@ -380,6 +427,7 @@ async fn work(server: &Server, what: &str, head: Parts, body: Body, query: &BTre
                         name: field("name").expect("a name"),
                         data_type: field("data-type").expect("a type"),
                         bytes: Vec::new(),
+                        version: 0,
                     };
                     let same = |known: &Item| known.name == item.name && known.data_type == item.data_type;
                     if store.items.values().any(same) {
@@ -430,7 +478,7 @@ async fn work(server: &Server, what: &str, head: Parts, body: Body, query: &BTre
                 return reply(400, "text/plain", "another size was announced");
             }
             let text = |field: &str| asked[field].as_str().expect("text").to_owned();
-            let item = Item { name: text("name"), data_type: text("data_type"), bytes };
+            let item = Item { name: text("name"), data_type: text("data_type"), bytes, version: 0 };
             axum::Json(store.put(&id, item)).into_response()
         }
         "abort" => {

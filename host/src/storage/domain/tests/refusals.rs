@@ -5,7 +5,7 @@ use super::*;
 #[tokio::test]
 async fn statuses_become_kinds_and_keep_their_words() {
     // S0-89
-    let world = world_with(|config| config.retry_for = Duration::ZERO).await;
+    let world = world().await;
     for (status, kind, words) in [
         (400, PortErrorKind::BadRequest, "bad request (400): why"),
         (404, PortErrorKind::NotFound, "not found (404): why"),
@@ -158,7 +158,6 @@ async fn a_silent_server_ends_an_upload() {
     let world = world_with(|config| {
         config.request_timeout = Duration::from_millis(500);
         config.stall = Duration::from_millis(500);
-        config.retry_for = Duration::ZERO;
     })
     .await;
     world.trick("create", Trick::Hang);

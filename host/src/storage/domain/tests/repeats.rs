@@ -1,7 +1,11 @@
 //! Requests that fail on the way: what is sent again, what is not, and nothing twice.
 
 use super::*;
-use crate::storage::domain::calls::{Failed, Patience};
+
+/// A world for ports that try again.
+async fn patient() -> World {
+    world_with(|config| config.patience = Duration::from_millis(200)).await
+}
 
 /// The answer of something between us and a server that did its work.
 fn gateway() -> Trick {
@@ -10,7 +14,7 @@ fn gateway() -> Trick {
 
 #[tokio::test]
 async fn a_create_whose_answer_was_lost_is_not_doubled() {
-    let world = world().await;
+    let world = patient().await;
     world.trick("create", gateway());
     let id = world.put("x.json", b"{}").await.expect("stored").expect("an id");
     assert_eq!(world.log(), ["list", "info", "create", "list", "update"], "looked up, then replaced");
@@ -26,7 +30,7 @@ async fn a_create_whose_answer_was_lost_is_not_doubled() {
 
 #[tokio::test]
 async fn a_conflict_without_doubt_is_the_runners_to_know() {
-    let world = world().await;
+    let world = patient().await;
     world.answer("create", 409, "text/plain", "exists");
     refused(world.put("x.json", b"{}").await, PortErrorKind::Conflict, "conflict (409)");
     assert_eq!(world.count("create"), 1);
@@ -34,7 +38,7 @@ async fn a_conflict_without_doubt_is_the_runners_to_know() {
 
 #[tokio::test]
 async fn an_update_and_a_search_are_simply_repeated() {
-    let world = world().await;
+    let world = patient().await;
     world.answer("list", 503, "text/plain", "later");
     world.answer("create", 429, "text/plain", "slower");
     let id = world.put("x.json", b"1").await.expect("stored");
@@ -46,7 +50,11 @@ async fn an_update_and_a_search_are_simply_repeated() {
 
 #[tokio::test]
 async fn a_failed_part_is_sent_again_alone_and_a_hopeless_one_aborts() {
-    let world = world_with(|config| config.stall = Duration::from_secs(1)).await;
+    let world = world_with(|config| {
+        config.stall = Duration::from_secs(1);
+        config.patience = Duration::from_secs(3);
+    })
+    .await;
     let bytes = noise(5 * MIB);
     world.answer("part", 503, "text/plain", "busy");
     world.trick("part", gateway());
@@ -64,7 +72,7 @@ async fn a_failed_part_is_sent_again_alone_and_a_hopeless_one_aborts() {
 
 #[tokio::test]
 async fn an_upload_whose_beginning_was_lost_is_begun_again() {
-    let world = world().await;
+    let world = patient().await;
     world.trick("initiate", gateway());
     let bytes = noise(5 * MIB);
     let id = world.put("x.ply", &bytes).await.expect("stored").expect("an id");
@@ -74,7 +82,7 @@ async fn an_upload_whose_beginning_was_lost_is_begun_again() {
 
 #[tokio::test]
 async fn a_completion_whose_answer_was_lost_is_found_to_have_happened() {
-    let world = world().await;
+    let world = patient().await;
     let bytes = noise(5 * MIB);
     // The repetition is refused with 404, because the upload is an artifact by now.
     world.trick("complete", gateway());
@@ -90,7 +98,7 @@ async fn a_completion_whose_answer_was_lost_is_found_to_have_happened() {
 
 #[tokio::test]
 async fn a_completion_that_did_not_happen_is_an_error() {
-    let world = world().await;
+    let world = patient().await;
     let bytes = noise(5 * MIB);
     let id = world.put("x.ply", &bytes).await.expect("stored");
     // What is stored has the right size, but is what was stored before.
@@ -107,31 +115,11 @@ async fn a_completion_that_did_not_happen_is_an_error() {
 
 #[tokio::test]
 async fn an_abort_is_repeated_too() {
-    let world = world().await;
+    let world = patient().await;
     world.answer("abort", 503, "text/plain", "busy");
     world.answer("complete", 400, "text/plain", "no");
     refused(world.put("x.ply", &noise(5 * MIB)).await, PortErrorKind::BadRequest, "bad request (400): no");
     assert_eq!((world.count("abort"), world.server.store().uploads.len()), (2, 0));
-}
-
-#[tokio::test]
-async fn pauses_grow_and_end() {
-    let config =
-        Config { retry_pause: Duration::from_millis(20), retry_for: Duration::from_millis(500), ..Config::new("n") };
-    let mut patience = Patience::new(&config);
-    let busy = || Failed::from(PortError::new(PortErrorKind::Network, "x"));
-    let (mut last, began) = (began_now(), began_now());
-    let mut pauses = Vec::new();
-    while patience.wait(busy()).await.is_ok() {
-        pauses.push(last.elapsed());
-        last = began_now();
-    }
-    assert!(began.elapsed() <= Duration::from_millis(600) && pauses.len() >= 4, "{pauses:?}");
-    for (n, pause) in pauses.iter().enumerate() {
-        assert!(*pause >= config.retry_pause * (1 << n) / 2, "{pauses:?}");
-    }
-    let hopeless = Failed::from(PortError::new(PortErrorKind::Malformed, "x"));
-    assert!(Patience::new(&config).wait(hopeless).await.is_err());
 }
 
 fn began_now() -> tokio::time::Instant {
@@ -145,12 +133,12 @@ async fn a_servers_wish_to_wait_is_heeded_or_ends_it() {
         answer.headers_mut().insert("retry-after", "1".parse().expect("a header"));
         Trick::Answer(answer)
     };
-    let world = world_with(|config| config.retry_for = Duration::from_millis(1500)).await;
+    let world = world_with(|config| config.patience = Duration::from_millis(1500)).await;
     world.trick("create", later());
     let began = began_now();
     world.put("x.json", b"{}").await.expect("stored");
     assert!(began.elapsed() >= Duration::from_secs(1));
-    let world = super::world().await;
+    let world = patient().await;
     world.trick("create", later());
     refused(world.put("x.json", b"{}").await, PortErrorKind::Other, "unexpected status (429): slower");
     assert_eq!(world.count("create"), 1, "longer than we would wait");
