@@ -17,7 +17,7 @@ type Rule = (&'static str, &'static [&'static str], &'static str);
 /// The arrows, as they are: one that nobody uses any more has to go.
 const RULES: &[Rule] = &[
     ("model", &[], "the words all rooms share import nothing of ours"),
-    ("transport", &[], "the HTTP client knows addresses and bytes, not leases"),
+    ("transport", &["model"], "the HTTP client knows addresses, bytes and clocks, not leases"),
     ("observe", &["model"], "logs, and pages made from a status it is shown"),
     ("plugins", &["model"], "runs a grant in a library; knows no plane and no store"),
     ("storage", &["model", "transport"], "moves inputs and outputs; gets its token in a grant"),

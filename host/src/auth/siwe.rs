@@ -212,10 +212,11 @@ impl Dds {
         }
         let expiry = verified.access_expires_at.or(verified.expires_at);
         let expiry = expiry.ok_or_else(|| content("neither access_expires_at nor expires_at is there"))?;
-        let left = expiry.duration_since(Timestamp::now());
-        match Duration::try_from(left) {
-            Ok(ttl) if !ttl.is_zero() => Ok(Login { token: Token::new(verified.access_token), ttl }),
-            _ => Err(content("the token's expiry lies in the past; compare the clocks of this node and the service")),
+        match answer.left_until(expiry) {
+            Some(ttl) => Ok(Login { token: Token::new(verified.access_token), ttl }),
+            None => {
+                Err(content("the token's expiry lies in the past; compare the clocks of this node and the service"))
+            }
         }
     }
 

@@ -10,7 +10,7 @@ use super::*;
 use crate::{
     auth::TokenSource,
     leases::dms::{self, Dms},
-    model::{Coordinates, Outcome, TaskId, Token},
+    model::{Coordinates, Moment, Outcome, TaskId, Token},
     transport::{
         self,
         testing::{BAD_BODIES, Call, Service, assert_clean},
@@ -33,11 +33,12 @@ fn lease(left: Duration) -> Lease {
         task: TaskId(TASK.parse().expect("an id")),
         job: None,
         capability: "/lab/echo/v1".parse().expect("a name"),
-        expires_at: Some(in_future(left)),
+        expires_at: Some(Moment::now() + left),
         cancelled: false,
         domain_id: Some(Uuid::nil()),
         domain_server: Some("https://ds.lab.test".into()),
         token: Some(Token::new("dom-1")),
+        token_expires_at: None,
         inputs: Vec::new(),
         outputs_prefix: None,
         document: serde_json::Map::new(),
@@ -432,7 +433,7 @@ async fn the_timer_keeps_a_short_lease_alive() {
 #[tokio::test]
 async fn a_clock_that_is_wrong_makes_no_flood_and_loses_nothing() {
     let past = (Timestamp::now() - SignedDuration::from_secs(3600)).to_string();
-    let taken = Lease { expires_at: past.parse().ok(), ..lease(MINUTE) };
+    let taken = Lease { expires_at: None, ..lease(MINUTE) };
     let (mut plane, session) = set_up(taken, json!({ "lease_expires_at": past })).await;
     session.grant().mailbox.progress(json!(1)).expect("room");
     plane.expect(HEARTBEAT).await.ok(json!({ "lease_expires_at": past }));

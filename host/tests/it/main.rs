@@ -11,6 +11,7 @@ mod bad_leases;
 mod cli;
 mod concurrency;
 mod ends;
+mod faults;
 mod harness;
 mod lease_life;
 mod lease_path;

@@ -186,6 +186,9 @@ impl Inner {
         let pulse = Pulse::new();
         let length: u64 = call.payload.iter().map(Source::length).sum();
         let request = self.request(call, token, length, &pulse)?;
+        if !self.grant.is_ours() {
+            return Err(self.over().await);
+        }
         let (stall, answer) = (self.config.stall, self.config.request_timeout);
         // An upload may take as long as it moves; everything else has a fixed time.
         let limit = if length == 0 { answer } else { Duration::MAX };

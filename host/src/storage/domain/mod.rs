@@ -37,8 +37,8 @@ use url::Url;
 
 use crate::{
     model::{
-        Artifact, ArtifactSpec, CancelReason, Coordinates, Fetched, Grant, InputStream, Materialized, OutputStream,
-        PortError, PortErrorKind, Ports, Setup,
+        Artifact, ArtifactSpec, Coordinates, Fetched, Grant, InputStream, Materialized, OutputStream, PortError,
+        PortErrorKind, Ports, Setup,
     },
     transport::Client,
 };
@@ -202,7 +202,7 @@ impl Inner {
     /// Waits until nothing more may be transferred.
     async fn over(&self) -> PortError {
         let why = tokio::select! {
-            () = self.grant.cancel.lost() => "the lease is lost",
+            () = self.grant.lost() => "the lease is lost",
             () = self.closed.cancelled() => "the task is over",
         };
         PortError::new(PortErrorKind::LeaseOver, format!("{why}: nothing more is transferred for it"))
@@ -210,7 +210,7 @@ impl Inner {
 
     /// An error if the lease is lost or the task is over.
     async fn still_ours(&self) -> Result<(), PortError> {
-        match self.closed.is_cancelled() || self.grant.cancel.reason() == Some(CancelReason::LeaseLost) {
+        match self.closed.is_cancelled() || !self.grant.is_ours() {
             true => Err(self.over().await),
             false => Ok(()),
         }

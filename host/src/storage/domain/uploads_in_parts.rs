@@ -274,7 +274,12 @@ impl Target {
                 failed.wait(&mut patience).await?;
             }
         };
-        match tokio::time::timeout(ABORT_LIMIT, aborting).await {
+        let aborted = tokio::select! {
+            biased;
+            () = self.inner.grant.lost() => return,
+            aborted = tokio::time::timeout(ABORT_LIMIT, aborting) => aborted,
+        };
+        match aborted {
             Ok(Ok(())) => {}
             Ok(Err(err)) if err.kind == PortErrorKind::LeaseOver => {}
             Ok(Err(err)) => {

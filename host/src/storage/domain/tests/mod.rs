@@ -135,6 +135,7 @@ fn lease(inputs: &[&str]) -> Lease {
         domain_id: Some(DOMAIN),
         domain_server: None,
         token: Some(Token::new("t1")),
+        token_expires_at: None,
         inputs: inputs.iter().map(ToString::to_string).collect(),
         outputs_prefix: Some("/out/".to_owned()),
         document: serde_json::Map::new(),
