@@ -11,6 +11,7 @@ mod domain;
 mod file;
 mod local;
 mod naming;
+mod runner_file;
 mod task_dir;
 
 use std::{path::Path, sync::Arc};
