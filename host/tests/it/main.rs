@@ -20,6 +20,7 @@ mod lease_path;
 mod pages;
 mod plugin_files;
 mod pointcloud;
+mod polling;
 mod refusals;
 mod registration;
 mod secrets;
