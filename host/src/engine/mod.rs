@@ -120,6 +120,9 @@ impl Engine {
         let mut backoff = Backoff::new(low, high);
         // The slot is taken before polling: a lease we hold can always be run.
         while let Some(permit) = self.free_slot(&stops).await {
+            if !self.finds_room(&stops).await {
+                break;
+            }
             let polled = self.poll(&stops).await;
             let pause = match polled {
                 Polled::Lease(lease) => {
@@ -166,6 +169,19 @@ impl Engine {
                 }
             }
         }
+    }
+
+    /// Waits until the disk has room for another task; false once no more work should be taken.
+    async fn finds_room(&mut self, stops: &Stops) -> bool {
+        let disk = self.rooms.storage.disk().clone();
+        while !disk.has_room() {
+            tokio::select! {
+                () = stops.drain.cancelled() => return false,
+                Some(ended) = self.attempts.join_next() => look_at(ended),
+                () = disk.until_room() => {}
+            }
+        }
+        true
     }
 
     async fn poll(&self, stops: &Stops) -> Polled {
