@@ -40,6 +40,8 @@ pub struct Kept {
     pub task: Option<TaskId>,
     /// The job's id from now on.
     pub job: Option<Uuid>,
+    /// What the plane calls the task's capability now.
+    pub capability: Option<String>,
     /// Domain of the data.
     pub domain_id: Option<Uuid>,
     /// Base URL of the domain server, as received, task-metadata fallback included.

@@ -234,9 +234,13 @@ impl Grant {
         self.token.borrow().clone()
     }
 
-    /// Waits up to `limit` for a bearer other than `old` (after a 401), then returns the newest.
+    /// Waits up to `limit` for a bearer other than `old` (after a 401), then returns the newest. A
+    /// heartbeat is asked for: its answer should bring one (contract 10.3).
     pub async fn newer_token(&self, old: Option<&Token>, limit: std::time::Duration) -> Option<Token> {
         let mut watch = self.token.clone();
+        if watch.borrow_and_update().as_ref() == old {
+            self.mailbox.ask();
+        }
         let _ = tokio::time::timeout(limit, watch.wait_for(|now| now.as_ref() != old)).await;
         self.token()
     }

@@ -14,6 +14,7 @@ mod moment;
 mod outcome;
 mod ports;
 mod status;
+mod visits;
 
 pub use artifact::{Artifact, ArtifactSpec};
 pub use capability::{Capability, CapabilityError};
@@ -25,3 +26,4 @@ pub use moment::Moment;
 pub use outcome::{Outcome, Verdict};
 pub use ports::{Fetched, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports};
 pub use status::{DiskStatus, HostStatus, Live, Phase, StatusBoard, TaskStatus};
+pub use visits::{Callback, Unexpected, Visits};

@@ -35,6 +35,8 @@ pub(super) struct Driver {
     task: TaskId,
     /// The lease as reports should name it; differs from the grant's once the plane said so.
     renamed: Option<Lease>,
+    /// The domain server as the plane named it last.
+    server: Option<String>,
 }
 
 impl Driver {
@@ -52,7 +54,8 @@ impl Driver {
             keys.setup.send_replace(Setup::Refused(CANCELLED.to_owned()));
             pacing = pacing.cancelled();
         }
-        let driver = Self { source, grant, keys, closed, pacing, task, renamed: None };
+        let server = grant.lease.domain_server.clone();
+        let driver = Self { source, grant, keys, closed, pacing, task, renamed: None, server };
         driver.move_fence();
         driver
     }
@@ -152,26 +155,49 @@ impl Driver {
     fn adopt(&mut self, sent: &Pending, kept: Kept) -> PacingEvent {
         self.grant.mailbox.acknowledge(sent);
         if let Some(token) = kept.token {
-            self.keys.token.send_if_modified(|now| {
+            let newer = self.keys.token.send_if_modified(|now| {
                 let newer = now.as_ref() != Some(&token);
                 *now = Some(token);
                 newer
             });
+            if newer {
+                self.grant.mailbox.answered();
+            }
         }
         if let Some(task) = kept.task.filter(|task| *task != self.task) {
             tracing::info!(task_id = %task, formerly = %self.task, "control plane renamed the task");
             self.task = task;
         }
-        if *self.keys.setup.borrow() == Setup::Pending {
-            let lease = &self.grant.lease;
-            let domain = kept.domain_id.or(lease.domain_id);
-            let server = kept.domain_server.or_else(|| lease.domain_server.clone());
-            self.rename(kept.job, domain);
-            self.set_up(Setup::Ready(coordinates(domain, server.as_deref())));
-        } else {
-            self.rename(kept.job, None);
+        if let Some(capability) = kept.capability.filter(|name| name != self.grant.lease.capability.as_str()) {
+            // What runs stays what runs; a plane that wants another runner has to make another task.
+            tracing::warn!(task_id = %self.task, %capability, "control plane renamed the task's capability, the runner goes on");
+        }
+        self.rename(kept.job, kept.domain_id);
+        // A cancelled task needs no coordinates: its runner shall not begin to fetch.
+        if !kept.cancel {
+            self.move_data(kept.domain_server);
         }
         PacingEvent::Answered { expires: kept.expires_at, token: kept.token_expires_at, cancel: kept.cancel }
+    }
+
+    /// Says where the task's data lives: with the set-up heartbeat, and whenever the plane moves it.
+    fn move_data(&mut self, server: Option<String>) {
+        if server.is_some() {
+            self.server = server;
+        }
+        let now = coordinates(self.lease().domain_id, self.server.as_deref());
+        self.keys.setup.send_if_modified(|known| match (known, now) {
+            (known @ Setup::Pending, now) => {
+                *known = Setup::Ready(now);
+                true
+            }
+            (Setup::Ready(known), Ok(now)) if known.as_ref() != Ok(&now) => {
+                *known = Ok(now);
+                true
+            }
+            // A refused set-up stays refused, and good coordinates are not given up for bad ones.
+            _ => false,
+        });
     }
 
     /// Notes a changed job or domain for the report. The lease is copied only when there is one.

@@ -188,7 +188,7 @@ async fn cancel_counts_in_every_answer() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({ "cancel": true })).await;
     let grant = session.grant();
     assert_eq!(grant.cancel.cancelled().await, CancelReason::Plane);
-    assert!(matches!(grant.setup().await, Setup::Ready(Ok(_))));
+    assert_eq!(grant.setup().await, Setup::Refused("the task was cancelled".into()), "nothing is fetched for it");
     assert_eq!(session.settle(&completed()).await, Settled::NotSent(CancelReason::Plane));
     assert!(plane.waiting().is_none());
 
@@ -208,6 +208,39 @@ async fn a_lease_that_arrives_cancelled_makes_no_call() {
     assert_eq!(session.grant().setup().await, Setup::Refused("the task was cancelled".into()));
     assert_eq!(session.settle(&completed()).await, Settled::NotSent(CancelReason::Plane));
     assert!(plane.waiting().is_none());
+}
+
+// P-32
+#[tokio::test]
+async fn data_that_moves_is_followed_while_the_task_runs() {
+    let at =
+        |server: &str, domain: Uuid| Setup::Ready(Ok(Coordinates { server: server.parse().expect("a URL"), domain }));
+    let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
+    let (grant, other) = (session.grant(), OTHER.parse().expect("an id"));
+    assert_eq!(grant.setup_now(), at("https://ds.lab.test", Uuid::nil()));
+    for (answer, expected) in [
+        (json!({ "domain_server_url": "https://moved" }), at("https://moved", Uuid::nil())),
+        (json!({ "domain_server_url": "no URL" }), at("https://moved", Uuid::nil())),
+        (
+            json!({ "task": { "id": TASK, "capability": "/lab/echo/v1", "meta": { "domain_server_url": "https://meta" } } }),
+            at("https://meta", Uuid::nil()),
+        ),
+        (json!({ "domain_id": OTHER }), at("https://meta", other)),
+    ] {
+        let old = grant.token();
+        grant.mailbox.event(json!("go on")).expect("room");
+        let mut answer = answer;
+        answer["access_token"] = Uuid::new_v4().to_string().into();
+        plane.expect(HEARTBEAT).await.ok(answer);
+        grant.newer_token(old.as_ref(), MINUTE).await;
+        assert_eq!(grant.setup_now(), expected);
+    }
+    settle(session, completed(), async || {
+        let call = plane.expect(COMPLETE).await;
+        assert_eq!(call.json()["meta"]["job"]["domain_id"], OTHER);
+        call.ok(json!({}));
+    })
+    .await;
 }
 
 // S0-75

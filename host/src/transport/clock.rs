@@ -63,6 +63,13 @@ impl Clocks {
         Reading { sent, range: self.take(host, measured) }
     }
 
+    /// The time as `host` has it: ours, unless its answers showed another clock.
+    pub(super) fn now(&self, host: &str) -> Timestamp {
+        let hosts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let ahead = hosts.get(host).and_then(|range| range.beyond(NOISE)).unwrap_or_default();
+        Timestamp::now().saturating_add(ahead).expect("a difference of clocks is no calendar unit")
+    }
+
     fn take(&self, host: &str, measured: Option<Range>) -> Option<Range> {
         let mut hosts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let known = hosts.get(host).copied();

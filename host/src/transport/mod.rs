@@ -265,6 +265,13 @@ impl Client {
         }
     }
 
+    /// The time as the service at `base` has it, as far as its answers have told.
+    #[must_use]
+    pub fn now_at(&self, base: &str) -> Timestamp {
+        let host = base.parse::<http::Uri>().ok().and_then(|uri| Some(uri.authority()?.to_string()));
+        self.clocks.now(&host.unwrap_or_default())
+    }
+
     /// Sends a request and reads the whole answer, at most [`JSON_BYTES_MAX`] bytes, all within `limit`.
     pub async fn call(&self, request: Request<Body>, limit: Duration) -> Result<Answer, TransportError> {
         let host = request.uri().authority().map_or_else(String::new, ToString::to_string);

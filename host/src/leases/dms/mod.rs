@@ -237,9 +237,10 @@ fn kept(response: HeartbeatResponse, answer: &Answer) -> Kept {
         token: filled(response.access_token).map(Token::new),
         token_expires_at: moment(answer, response.access_token_expires_at),
         expires_at: moment(answer, response.lease_expires_at.or_else(|| inner.and_then(inner_expiry))),
-        cancel: response.cancel == Some(true),
+        cancel: response.cancel == Some(true) || response.status.as_deref().is_some_and(is_over),
         task: inner.map(|task| task.id).or(response.task_id).map(TaskId),
         job: inner.map_or(response.job_id, |task| task.job_id),
+        capability: inner.map(|task| task.capability.clone()),
         domain_id: response.domain_id,
         domain_server: filled(response.domain_server_url).or_else(|| inner.and_then(|task| server_of_meta(&task.meta))),
     }
@@ -254,6 +255,12 @@ fn moment(answer: &Answer, at: Option<Timestamp>) -> Option<Moment> {
         tracing::debug!(at = %at, "a time of the control plane lies in the past and is not counted");
     }
     moment
+}
+
+/// Words of a heartbeat's `status` that mean as much as a cancel (contract 10.3). The job API's `canceled`
+/// is none of them.
+fn is_over(status: &str) -> bool {
+    matches!(status, "cancelled" | "failed" | "completed")
 }
 
 /// Newer planes may send the lease's end inside the task only.

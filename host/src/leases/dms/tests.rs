@@ -230,6 +230,7 @@ async fn a_heartbeat_reads_what_is_there_and_leaves_the_rest_alone() {
             cancel: true,
             task: Some(TaskId(id)),
             job: Some(id),
+            capability: None,
             domain_id: Some(id),
             domain_server: Some("https://other".into()),
         }
@@ -237,6 +238,16 @@ async fn a_heartbeat_reads_what_is_there_and_leaves_the_rest_alone() {
     let task = json!({ "id": other, "capability": "/x", "meta": { "legacy": { "domain_server_url": "https://l" } } });
     let kept = keep(|call| call.ok(json!({ "task": task, "task_id": TASK }))).await.expect("usable");
     assert_eq!((kept.task, kept.domain_server.as_deref()), (Some(TaskId(id)), Some("https://l")));
+}
+
+// Contract 10.3
+#[tokio::test]
+async fn a_status_that_says_the_task_is_over_is_a_cancel() {
+    for (status, cancel) in
+        [("cancelled", true), ("failed", true), ("completed", true), ("canceled", false), ("running", false)]
+    {
+        assert_eq!(keep(|call| call.ok(json!({ "status": status }))).await.expect("usable").cancel, cancel, "{status}");
+    }
 }
 
 #[tokio::test]
@@ -279,7 +290,9 @@ async fn with_login() -> (Service, Dms, tokio_util::task::AbortOnDropHandle<()>)
             reg_secret: "s".into(),
             key: NodeKey::from_hex(&"01".repeat(32)).expect("a key"),
             version: "1.0.0".into(),
-            capabilities: vec!["/lab/echo/v1".parse().expect("a name")],
+            form: crate::auth::Form::Wallet,
+            sign_in_domain: None,
+            capabilities: tokio::sync::watch::Sender::new(vec!["/lab/echo/v1".parse().expect("a name")]).subscribe(),
             register_interval: SOON,
             register_max_retry: -1,
             token_safety_ratio: 0.75,
