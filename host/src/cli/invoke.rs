@@ -139,6 +139,7 @@ fn lease(task: TaskId, capability: Capability, inputs: usize, meta: Value) -> Le
         domain_id: None,
         domain_server: None,
         token: None,
+        token_expires_at: None,
         inputs,
         outputs_prefix: None,
         document,

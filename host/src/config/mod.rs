@@ -5,6 +5,7 @@
 mod file;
 mod keys;
 mod layers;
+mod node_url;
 mod parser;
 mod secrets;
 
@@ -18,7 +19,7 @@ pub use layers::{Layers, Origin};
 pub use parser::duration;
 pub use secrets::Secrets;
 
-use crate::auth::NodeKey;
+use crate::auth::{Form, NodeKey};
 use parser::Parser;
 
 /// Everything the node needs to know.
@@ -31,8 +32,10 @@ pub struct HostConfig {
     pub reg_secret: SecretString,
     /// Who the node is.
     pub key: NodeKey,
-    /// `NODE_URL` is set; callback registration does not exist yet.
-    pub node_url: Option<Url>,
+    /// How the node registers.
+    pub registration: Form,
+    /// The only domain sign-in messages may be for; absent: that of the service.
+    pub sign_in_domain: Option<String>,
     /// Version announced at registration.
     pub version: String,
     /// Where the node serves its own pages.
@@ -131,10 +134,12 @@ impl HostConfig {
         let (poll_min, poll_max) =
             (parser.milliseconds("POLL_BACKOFF_MS_MIN"), parser.milliseconds("POLL_BACKOFF_MS_MAX"));
         let noop_sleep = parser.fractional_seconds("NOOP_SLEEP_SECS");
+        let http_bind = parser.address("HTTP_BIND");
         let built = Self {
-            node_url: parser.url("NODE_URL"),
+            registration: node_url::registration(&mut parser, http_bind, dds.as_ref()),
+            sign_in_domain: parser.optional("SIGN_IN_DOMAIN").map(str::to_owned),
             version: parser.version("NODE_VERSION"),
-            http_bind: parser.address("HTTP_BIND"),
+            http_bind,
             max_concurrency: parser.value("MAX_CONCURRENCY", "a number above 0", 1, |text| {
                 text.parse().ok().filter(|count| (1..=65_536).contains(count))
             }),

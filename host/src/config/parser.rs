@@ -30,15 +30,19 @@ impl<'a> Parser<'a> {
         (key, text, origin)
     }
 
+    /// How a mistake in `name` begins.
+    pub(super) fn place(&self, name: &str) -> String {
+        let (key, _, origin) = self.found(name);
+        self.layers.place(key, origin)
+    }
+
     /// Notes a mistake in the value of `name`.
     pub(super) fn mistake(&mut self, name: &str, what: impl std::fmt::Display) {
-        let (key, _, origin) = self.found(name);
-        self.mistakes.push(format!("{}: {what}", self.layers.place(key, origin)));
+        self.mistakes.push(format!("{}: {what}", self.place(name)));
     }
 
     fn warning(&mut self, name: &str, what: impl std::fmt::Display) {
-        let (key, _, origin) = self.found(name);
-        self.warnings.push(format!("{}: {what}", self.layers.place(key, origin)));
+        self.warnings.push(format!("{}: {what}", self.place(name)));
     }
 
     /// The text of a setting that may be unset.

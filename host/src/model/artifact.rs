@@ -21,7 +21,7 @@ pub struct ArtifactSpec {
     pub size: Option<u64>,
 }
 
-/// One published artifact, as it is listed in the final report.
+/// One published artifact.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Artifact {
     /// Outputs prefix and relative path, joined.
@@ -32,4 +32,10 @@ pub struct Artifact {
     pub data_type: String,
     /// The id the store gave it.
     pub id: Option<String>,
+    /// How many bytes were stored.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<u64>,
+    /// SHA-256 of what was stored, 64 lower-case hex digits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
 }

@@ -22,7 +22,8 @@ use super::{
     naming::{data_type, dataset_file, dataset_folder, logical_path, relative_path, safe, shown},
 };
 use crate::model::{
-    Artifact, ArtifactSpec, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports,
+    Artifact, ArtifactSpec, Fetched, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind,
+    Ports,
 };
 
 /// See the module's text.
@@ -141,6 +142,11 @@ impl Ports for LocalPorts {
     fn published(&self) -> Vec<Artifact> {
         self.shelf.published.lock().expect("only read and set").values().cloned().collect()
     }
+
+    /// A run by hand has no record to stand in.
+    fn fetched(&self) -> Vec<Fetched> {
+        Vec::new()
+    }
 }
 
 struct Reader {
@@ -180,6 +186,8 @@ impl Shelf {
             name: spec.name.unwrap_or_else(|| safe(&relative, "artifact")),
             data_type: spec.data_type.unwrap_or_else(|| data_type(&relative)),
             id: None,
+            size: None,
+            sha256: None,
         };
         let target = self.out.join(&relative);
         Ok(Place { shelf: Arc::clone(self), artifact, size: spec.size, target })

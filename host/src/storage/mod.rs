@@ -6,6 +6,7 @@
 //! holds a whole object. This room decides neither when a task runs nor what is reported about it;
 //! it lists what was published. Start at [`domain`].
 
+mod digest;
 mod domain;
 mod file;
 mod local;

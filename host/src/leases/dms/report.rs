@@ -4,7 +4,7 @@
 use serde_json::{Map, Value, json};
 
 use super::wire::{CompleteRequest, FailRequest};
-use crate::model::{Lease, Outcome, TaskId, Verdict};
+use crate::model::{Artifact, Lease, Outcome, TaskId, Verdict};
 
 /// Longest reason planes are known to take, in bytes.
 const REASON_BYTES_MAX: usize = 4096;
@@ -94,8 +94,18 @@ fn body_of(task: TaskId, lease: &Lease, verdict: &Verdict) -> Map<String, Value>
         "domain_id": lease.domain_id,
         "capability": lease.capability.as_str(),
     });
-    let artifacts = serde_json::to_value(&verdict.artifacts).expect("artifacts are strings");
-    Map::from_iter([("job".to_owned(), job), ("artifacts".to_owned(), artifacts)])
+    let artifacts: Vec<Value> = verdict.artifacts.iter().map(listed).collect();
+    Map::from_iter([("job".to_owned(), job), ("artifacts".to_owned(), artifacts.into())])
+}
+
+/// An artifact as the wire lists it: these four fields, whatever else we know of it.
+fn listed(artifact: &Artifact) -> Value {
+    json!({
+        "logical_path": artifact.logical_path,
+        "name": artifact.name,
+        "data_type": artifact.data_type,
+        "id": artifact.id,
+    })
 }
 
 /// Ids in the order of the artifacts, each once.
@@ -121,7 +131,7 @@ fn cut_at(text: &str, bytes: usize) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{leases::dms::tests::sample_lease, model::Artifact};
+    use crate::leases::dms::tests::sample_lease;
 
     const TASK: &str = "0b9f3c52-3b0e-4f0e-8f8e-6f2e9d0c7a01";
 
@@ -131,6 +141,8 @@ mod tests {
             name: path.replace('/', "_"),
             data_type: "json".into(),
             id: id.map(Into::into),
+            size: Some(3),
+            sha256: Some("ab".repeat(32)),
         }
     }
 
@@ -142,6 +154,7 @@ mod tests {
 
     #[test]
     fn a_completion_lists_what_was_published() {
+        // Contract 4.7: four fields an artifact; size and digest are for our own records.
         let artifacts = vec![
             artifact("b", Some("d-2")),
             artifact("c", None),

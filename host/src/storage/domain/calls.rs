@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use serde::de::DeserializeOwned;
@@ -25,6 +25,8 @@ pub(super) struct Call<'a> {
     pub(super) method: Method,
     pub(super) url: Url,
     pub(super) accept: &'static str,
+    /// Further headers, such as `Range`.
+    pub(super) headers: Vec<(HeaderName, String)>,
     pub(super) content_type: Option<String>,
     pub(super) payload: Vec<Source>,
     /// Whether it carries the lease's bearer.
@@ -35,7 +37,7 @@ impl<'a> Call<'a> {
     /// A request without a body.
     pub(super) fn new(what: &'a str, method: Method, url: Url) -> Self {
         let accept = "application/json";
-        Self { what, method, url, accept, content_type: None, payload: Vec::new(), bearer: true }
+        Self { what, method, url, accept, headers: Vec::new(), content_type: None, payload: Vec::new(), bearer: true }
     }
 
     /// With these bytes as its body.
@@ -134,6 +136,9 @@ impl Inner {
         let pulse = Pulse::new();
         let length: u64 = call.payload.iter().map(Source::length).sum();
         let request = self.request(call, token, length, &pulse)?;
+        if !self.grant.is_ours() {
+            return Err(self.over().await);
+        }
         let (stall, answer) = (self.config.stall, self.config.request_timeout);
         // An upload may take as long as it moves; everything else has a fixed time.
         let limit = if length == 0 { answer } else { Duration::MAX };
@@ -166,6 +171,9 @@ impl Inner {
             .uri(call.url.as_str())
             .header(header::ACCEPT, call.accept)
             .header("posemesh-client-id", &self.config.client_id);
+        for (name, value) in &call.headers {
+            request = request.header(name, value);
+        }
         if let Some(kind) = &call.content_type {
             request = request.header(header::CONTENT_TYPE, kind);
         }

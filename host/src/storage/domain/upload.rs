@@ -176,6 +176,8 @@ impl Inner {
             name: plan.name.clone(),
             data_type: plan.data_type.clone(),
             id: Some(id.to_owned()),
+            size: None,
+            sha256: None,
         };
         tracing::debug!(path = %artifact.logical_path, data_id = id, "artifact published");
         self.books().published.insert(artifact.logical_path.clone(), artifact);

@@ -197,7 +197,7 @@ impl Target {
     }
 
     async fn abort(&self) {
-        let lost = self.inner.grant.cancel.lost();
+        let lost = self.inner.grant.lost();
         let call = Call::new("abort of an upload", Method::DELETE, self.url_with(None));
         let done = tokio::select! {
             biased;

@@ -12,6 +12,8 @@ pub(super) struct MetadataJson {
     pub(super) data_type: Option<String>,
     #[serde(default)]
     pub(super) size: Option<u64>,
+    #[serde(default)]
+    pub(super) updated_at: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]

@@ -3,6 +3,7 @@
 
 mod downloads;
 mod refusals;
+mod resumes;
 mod streams;
 mod uploads;
 
@@ -44,6 +45,8 @@ struct Item {
     name: String,
     data_type: String,
     bytes: Vec<u8>,
+    /// Counts changes; the time of the last one is made of it.
+    version: u32,
 }
 
 /// What the server does with one request instead of, or before, answering it properly.
@@ -58,13 +61,22 @@ enum Trick {
     First(Box<dyn FnOnce() + Send>),
 }
 
+/// How content by id is served.
+#[derive(Clone, Copy)]
+struct Raw {
+    served: bool,
+    ranges: bool,
+    etags: bool,
+}
+
 struct Store {
     items: BTreeMap<String, Item>,
     uploads: BTreeMap<String, (Value, BTreeMap<u32, Vec<u8>>)>,
-    /// `METHOD what` of each request: list, data, info, initiate, part, complete, abort.
+    /// What each request was: list, download, raw, raw from <byte>, meta, info, initiate, part, complete, abort.
     log: Vec<String>,
     tokens: Vec<String>,
     tricks: VecDeque<(&'static str, Trick)>,
+    raw: Raw,
     part_size: i64,
     info: Value,
     next_id: u32,
@@ -109,6 +121,7 @@ fn lease(inputs: &[&str]) -> Lease {
         domain_id: Some(DOMAIN),
         domain_server: None,
         token: Some(Token::new("t1")),
+        token_expires_at: None,
         inputs: inputs.iter().map(ToString::to_string).collect(),
         outputs_prefix: Some("/out/".to_owned()),
         document: serde_json::Map::new(),
@@ -126,6 +139,7 @@ async fn world_with(change: impl FnOnce(&mut Config)) -> World {
         log: Vec::new(),
         tokens: vec!["t1".to_owned()],
         tricks: VecDeque::new(),
+        raw: Raw { served: true, ranges: true, etags: true },
         part_size: MIB as i64,
         info: json!({"upload": {"request_max_bytes": 8 * MIB, "multipart": {"enabled": true}}}),
         next_id: 1,
@@ -141,6 +155,7 @@ async fn world_with(change: impl FnOnce(&mut Config)) -> World {
     config.request_timeout = Duration::from_secs(30);
     config.token_wait = Duration::from_millis(20);
     config.part_pause = Duration::from_millis(1);
+    config.patience = Duration::ZERO;
     change(&mut config);
     let (grant, keys) = Grant::new(lease(&[]), Setup::Pending);
     keys.setup.send_replace(Setup::Ready(Ok(Coordinates { server: url.clone(), domain: DOMAIN })));
@@ -152,7 +167,7 @@ async fn world_with(change: impl FnOnce(&mut Config)) -> World {
 
 impl World {
     fn item(&self, id: &str, name: &str, data_type: &str, bytes: impl Into<Vec<u8>>) {
-        let item = Item { name: name.into(), data_type: data_type.into(), bytes: bytes.into() };
+        let item = Item { name: name.into(), data_type: data_type.into(), bytes: bytes.into(), version: 0 };
         self.server.store().items.insert(id.to_owned(), item);
     }
 
@@ -219,18 +234,23 @@ async fn drain(stream: &mut Box<dyn InputStream>) -> Result<Vec<u8>, PortError> 
 
 fn metadata(id: &str, item: &Item) -> Value {
     json!({"id": id, "domain_id": DOMAIN, "name": item.name, "data_type": item.data_type, "size": item.bytes.len(),
-        "created_at": "2025-06-01T08:00:00Z", "updated_at": "2025-06-01T08:00:00Z"})
+        "created_at": "2025-06-01T08:00:00Z", "updated_at": changed(item.version)})
+}
+
+fn changed(version: u32) -> String {
+    format!("2025-06-01T08:00:{version:02}Z")
 }
 
 /// The body of a download of these items.
 fn multipart(boundary: &str, items: &[(String, Item)]) -> Vec<u8> {
     let mut body = Vec::new();
-    for (id, Item { name, data_type, bytes }) in items {
+    for (id, Item { name, data_type, bytes, version }) in items {
         body.extend_from_slice(
             format!(
                 "--{boundary}\r\nContent-Type: application/octet-stream\r\nContent-Disposition: form-data; \
-                 name=\"{name}\"; data-type=\"{data_type}\"; id=\"{id}\"; domain-id=\"{DOMAIN}\"; size=\"{}\"\r\n\r\n",
-                bytes.len()
+                 name=\"{name}\"; data-type=\"{data_type}\"; id=\"{id}\"; domain-id=\"{DOMAIN}\"; size=\"{}\"; updated-at=\"{}\"\r\n\r\n",
+                bytes.len(),
+                changed(*version)
             )
             .as_bytes(),
         );
@@ -252,6 +272,10 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
         (&Method::GET, "/base/api/v1/info") => "info",
         (&Method::GET, path) if path == data && accept.as_deref() == Some("application/json") => "list",
         (&Method::GET, path) if path == data => "download",
+        (&Method::GET, path) if path.starts_with(&format!("{data}/")) => match query.contains_key("raw") {
+            true => "raw",
+            false => "meta",
+        },
         (&Method::POST, path) if path == data => "create",
         (&Method::PUT, path) if path == data => "update",
         (method, path) if path == format!("{data}/multipart") => match *method {
@@ -265,7 +289,11 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
     };
     let trick = {
         let mut store = server.store();
-        store.log.push(what.to_owned());
+        let range = head.headers.get(header::RANGE).map(|range| range.to_str().expect("text"));
+        store.log.push(match range {
+            Some(range) => format!("{what} from {}", range.trim_start_matches("bytes=").trim_end_matches('-')),
+            None => what.to_owned(),
+        });
         let meets = store.tricks.iter().position(|(at, _)| what.starts_with(at));
         meets.and_then(|at| store.tricks.remove(at)).map(|(_, trick)| trick)
     };
@@ -322,6 +350,31 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
                 _ => reply(200, "multipart/form-data; boundary=q7", multipart("q7", &found)),
             }
         }
+        "raw" | "meta" => {
+            let id = path.rsplit('/').next().expect("a path has a last segment");
+            let Some(item) = store.items.get(id).filter(|_| store.raw.served) else {
+                return reply(404, "text/plain", "no such path");
+            };
+            if what == "meta" {
+                return axum::Json(metadata(id, item)).into_response();
+            }
+            let total = item.bytes.len();
+            let etag = format!("\"{id}-{}\"", item.version);
+            let number = |text: &str| text.strip_prefix("bytes=")?.strip_suffix('-')?.parse::<usize>().ok();
+            let from =
+                head.headers.get(header::RANGE).map(|range| number(range.to_str().expect("text")).expect("a range"));
+            let held = head.headers.get(header::IF_RANGE).is_none_or(|wanted| wanted == etag.as_str());
+            let mut answer = Response::builder();
+            if store.raw.etags {
+                answer = answer.header(header::ETAG, etag);
+            }
+            let from = from.filter(|from| store.raw.ranges && held && *from < total);
+            if let Some(from) = from {
+                answer =
+                    answer.status(206).header(header::CONTENT_RANGE, format!("bytes {from}-{}/{total}", total - 1));
+            }
+            answer.body(item.bytes[from.unwrap_or(0)..].to_vec().into()).expect("a response")
+        }
         "create" | "update" => {
             let boundary = kind.expect("a type").split_once("boundary=").expect("a boundary").1.to_owned();
             let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -347,6 +400,7 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
                         name: field("name").expect("a name"),
                         data_type: field("data-type").expect("a type"),
                         bytes: Vec::new(),
+                        version: 0,
                     };
                     store.next_id += 1;
                     (format!("d-{}", store.next_id), item)
@@ -392,7 +446,7 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
                 return reply(400, "text/plain", "another size was announced");
             }
             let text = |field: &str| asked[field].as_str().expect("text").to_owned();
-            let item = Item { name: text("name"), data_type: text("data_type"), bytes };
+            let item = Item { name: text("name"), data_type: text("data_type"), bytes, version: 0 };
             store.items.insert(id.clone(), item.clone());
             axum::Json(metadata(&id, &item)).into_response()
         }

@@ -11,7 +11,7 @@ async fn a_small_file_goes_in_one_request_and_replaces_itself() {
     let id = world.put("/x/y.PLY", &payload).await.expect("stored");
     assert_eq!(id.as_deref(), Some("d-2"));
     let name = format!("out_x_y_PLY_{TASK}");
-    assert_eq!(world.stored("d-2"), Item { name: name.clone(), data_type: "ply".into(), bytes: payload });
+    assert_eq!(world.stored("d-2"), Item { name: name.clone(), data_type: "ply".into(), bytes: payload, version: 0 });
     assert_eq!(world.put("x//y.PLY", b"again").await.expect("stored"), id, "the same path is updated");
     assert_eq!(world.stored("d-2").bytes, b"again");
     assert_eq!(world.log(), ["list", "info", "create", "update"], "limits and the id are remembered");
