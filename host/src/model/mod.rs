@@ -5,6 +5,7 @@
 //! need from each other is defined here instead.
 
 mod artifact;
+mod budget;
 mod capability;
 mod grant;
 mod lease;
@@ -15,6 +16,7 @@ mod ports;
 mod status;
 
 pub use artifact::{Artifact, ArtifactSpec};
+pub use budget::{Budget, Charge, OverBudget};
 pub use capability::{Capability, CapabilityError};
 pub use grant::{CancelReason, CancelSignal, Coordinates, Grant, GrantKeys, Setup, Token};
 pub use lease::{Lease, TaskId};

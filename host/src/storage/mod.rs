@@ -12,12 +12,14 @@ mod file;
 mod local;
 mod naming;
 mod task_dir;
+mod zip;
 
 use std::{path::Path, sync::Arc};
 
 pub use domain::{Config, DomainPorts};
 pub use local::LocalPorts;
 pub use task_dir::{Scratch, ScratchError, TaskDir};
+pub use zip::UnpackLimits;
 
 use crate::{
     model::{Grant, TaskId},
