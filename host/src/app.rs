@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, sync::Arc, thread, time::Duration};
 
 use anyhow::Context;
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, sync::watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -42,9 +42,6 @@ impl Node {
     /// # Errors
     /// When a folder or an address cannot be used.
     pub async fn build(config: HostConfig, plugins: Arc<Plugins>) -> anyhow::Result<Self> {
-        if config.node_url.is_some() {
-            warn!("NODE_URL is set, but callback registration comes in a later version; the wallet form is used");
-        }
         let scratch = Scratch::open(config.scratch_dir.clone()).context("SCRATCH_DIR cannot be used")?;
         let control = Control::start().context("start the control thread")?;
         let http =
@@ -52,13 +49,17 @@ impl Node {
         // Two clients: a connection is driven by the runtime that opened it, and the control plane's
         // must not wait for data.
         let (control_client, data_client) = (transport::Client::new(http.clone()), transport::Client::new(http));
+        let (capabilities, _) = watch::channel(plugins.capabilities());
+        let form = config.registration.word();
         let auth = Auth::new(
             auth::Config {
                 dds: config.dds,
+                form: config.registration,
+                sign_in_domain: config.sign_in_domain,
                 reg_secret: config.reg_secret,
                 key: config.key.clone(),
                 version: config.version,
-                capabilities: plugins.capabilities(),
+                capabilities: capabilities.subscribe(),
                 register_interval: config.register_interval,
                 register_max_retry: config.register_max_retry,
                 token_safety_ratio: config.token_safety_ratio,
@@ -78,9 +79,10 @@ impl Node {
         let listings = serde_json::to_value(plugins.listings()).unwrap_or_default();
         let capabilities = plugins.capabilities().iter().map(ToString::to_string).collect();
         let board = StatusBoard::new(config.key.address().to_owned(), config.max_concurrency, capabilities, listings);
+        board.change(|status| status.registration_form = form);
         board.change(|status| status.stale_calls = Live(Plugins::stale_calls));
         board.change(|status| status.stuck_runners = Live(Plugins::stuck_runners));
-        let pages = Pages::bind(config.http_bind, board.watch())
+        let pages = Pages::bind(config.http_bind, board.watch(), auth.visits())
             .await
             .with_context(|| format!("HTTP_BIND {} cannot be bound", config.http_bind))?;
         let mut storage = storage::Config::new(config.client_id);
@@ -166,16 +168,14 @@ impl Node {
 }
 
 /// Copies the standing with the sign-in service to the status page.
-async fn show_registration(
-    mut status: tokio::sync::watch::Receiver<Registration>,
-    board: StatusBoard,
-    over: CancellationToken,
-) {
+async fn show_registration(mut status: watch::Receiver<Registration>, board: StatusBoard, over: CancellationToken) {
     loop {
         let now = status.borrow_and_update().clone();
         board.change(|status| {
             status.registration = now.state.to_string();
+            status.registration_since = now.since;
             status.registration_error = now.error;
+            status.last_healthcheck = now.probed_at;
         });
         tokio::select! {
             () = over.cancelled() => return,

@@ -33,12 +33,22 @@ pub const KEYS: &[Key] = &[
     required("DDS_BASE_URL", false, "base URL of the sign-in service"),
     required("REG_SECRET", true, "registration secret of this node"),
     required("SECP256K1_PRIVHEX", true, "private key of this node, 32 bytes of hex"),
-    key("NODE_URL", None, "public URL of this node (callback registration comes in a later version)"),
+    key("NODE_URL", None, "URL at which the sign-in service reaches this node's pages; needs HTTP_BIND to serve it"),
+    key("REGISTRATION", None, "wallet or callback; callback where NODE_URL is set, else wallet"),
+    key("SIGN_IN_DOMAIN", None, "the only domain sign-in messages may be for; that of DDS_BASE_URL where unset"),
     key("NODE_VERSION", None, "version announced at registration; the host's own where unset"),
-    key("HTTP_BIND", Some("127.0.0.1:8080"), "where /health, /ready and /status.json are served"),
+    key(
+        "HTTP_BIND",
+        Some("127.0.0.1:8080"),
+        "where /health, /ready, /status.json and the registration callback are served",
+    ),
     key("MAX_CONCURRENCY", Some("1"), "tasks run at once"),
     key("REQUEST_TIMEOUT_SECS", Some("60"), "limit of one call to the control plane, in seconds"),
-    key("REGISTER_INTERVAL_SECS", Some("120"), "pause between registration attempts after a refusal, in seconds"),
+    key(
+        "REGISTER_INTERVAL_SECS",
+        Some("120"),
+        "when a registration is repeated, and the pause after a refused one, in seconds",
+    ),
     key("REGISTER_MAX_RETRY", Some("-1"), "failed registrations in a row before a full pause; -1: never"),
     key("HEARTBEAT_MIN_RATIO", Some("0.25"), "earliest heartbeat, as a share of the remaining lease"),
     key("HEARTBEAT_MAX_RATIO", Some("0.35"), "latest heartbeat, as a share of the remaining lease"),
@@ -182,6 +192,11 @@ impl Parser<'_> {
             text.parse::<f64>().ok().filter(|ratio| ratio.is_finite())
         });
         ratio.clamp(0.0, 1.0)
+    }
+
+    /// Notes a mistake.
+    pub(super) fn mistake(&mut self, text: String) {
+        self.mistakes.push(text);
     }
 
     pub(super) fn flag(&mut self, name: &str) -> bool {

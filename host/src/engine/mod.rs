@@ -19,7 +19,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::{
     leases::{LeaseError, LeaseSource},
-    model::{Lease, Phase, StatusBoard, millis},
+    model::{Lease, Moment, Phase, StatusBoard, millis},
     plugins::Plugins,
     session::Sessions,
     storage::Storage,
@@ -195,8 +195,8 @@ impl Engine {
             info!(task_id = %task, capability = %capability, "lease skipped, it came already cancelled");
             return Polled::Pause;
         }
-        if lease.expires_at.is_some_and(|expiry| expiry <= jiff::Timestamp::now()) {
-            warn!(task_id = %task, capability = %capability, "lease skipped, it came already expired");
+        if lease.expires_at.is_some_and(Moment::has_passed) {
+            warn!(task_id = %task, capability = %capability, "lease skipped, it expired before it was looked at");
             return Polled::Pause;
         }
         self.rooms.board.began(&lease);

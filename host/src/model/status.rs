@@ -20,11 +20,18 @@ pub struct HostStatus {
     pub started_at: Timestamp,
     /// `starting`, `running`, `draining` or `stopped`.
     pub phase: Phase,
-    /// Standing with the sign-in service, one word.
+    /// Standing with the sign-in service: `disconnected`, `registering`, `registered` or `conflict`.
     pub registration: String,
+    /// How the node registers: `wallet` or `callback`.
+    pub registration_form: &'static str,
+    /// Since when it stands so.
+    pub registration_since: Timestamp,
     /// The last trouble with it, one line.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub registration_error: Option<String>,
+    /// When the sign-in service last asked for this node's health.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_healthcheck: Option<Timestamp>,
     /// Most tasks at once.
     pub slots: usize,
     /// What is served.
@@ -97,7 +104,10 @@ impl StatusBoard {
             started_at: Timestamp::now(),
             phase: Phase::Starting,
             registration: "disconnected".to_owned(),
+            registration_form: "wallet",
+            registration_since: Timestamp::now(),
             registration_error: None,
+            last_healthcheck: None,
             slots,
             capabilities,
             tasks: BTreeMap::new(),

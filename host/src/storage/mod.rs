@@ -11,6 +11,7 @@ mod domain;
 mod file;
 mod local;
 mod naming;
+mod runner_file;
 mod task_dir;
 mod zip;
 

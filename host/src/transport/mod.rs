@@ -4,6 +4,7 @@
 //! long it may take and how large an answer may be are decided here. Nothing in here knows a
 //! path, a token or a wire format.
 
+mod clock;
 mod connect;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -18,8 +19,12 @@ use hyper_util::{
     client::legacy::Client as Pool,
     rt::{TokioExecutor, TokioTimer},
 };
+use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use url::{Host, Url};
+
+use crate::model::Moment;
+use clock::{Clocks, Reading};
 
 /// Largest JSON answer read, in bytes.
 pub const JSON_BYTES_MAX: usize = 2 * 1024 * 1024;
@@ -119,9 +124,23 @@ pub struct Answer {
     /// The body, at most [`JSON_BYTES_MAX`].
     pub body: Bytes,
     host: String,
+    clock: Reading,
 }
 
 impl Answer {
+    /// The moment that whoever answered calls `at`, be its clock right or wrong. `None` for a time that
+    /// had passed before the answer was asked for: it says more of a clock than of what it is about.
+    #[must_use]
+    pub fn moment(&self, at: Timestamp) -> Option<Moment> {
+        self.clock.moment(at)
+    }
+
+    /// What is left until `at`, a time of whoever answered; `None` where nothing is.
+    #[must_use]
+    pub fn left_until(&self, at: Timestamp) -> Option<Duration> {
+        self.clock.left(at)
+    }
+
     /// Decodes the body as JSON.
     pub fn json<T: DeserializeOwned>(&self) -> Result<T, TransportError> {
         serde_json::from_slice(&self.body).map_err(|err| TransportError::NotJson {
@@ -215,6 +234,7 @@ impl Policy {
 pub struct Client {
     pool: Pool<connect::Connector, Body>,
     config: Arc<Config>,
+    clocks: Arc<Clocks>,
 }
 
 impl Client {
@@ -225,7 +245,7 @@ impl Client {
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(Duration::from_secs(60))
             .build(connect::connector(&config));
-        Self { pool, config: Arc::new(config) }
+        Self { pool, config: Arc::new(config), clocks: Arc::default() }
     }
 
     /// Whether `url` may be spoken to at all; see [`Policy::check`].
@@ -245,14 +265,23 @@ impl Client {
         }
     }
 
+    /// The time as the service at `base` has it, as far as its answers have told.
+    #[must_use]
+    pub fn now_at(&self, base: &str) -> Timestamp {
+        let host = base.parse::<http::Uri>().ok().and_then(|uri| Some(uri.authority()?.to_string()));
+        self.clocks.now(&host.unwrap_or_default())
+    }
+
     /// Sends a request and reads the whole answer, at most [`JSON_BYTES_MAX`] bytes, all within `limit`.
     pub async fn call(&self, request: Request<Body>, limit: Duration) -> Result<Answer, TransportError> {
         let host = request.uri().authority().map_or_else(String::new, ToString::to_string);
+        let sent = Moment::now();
         let whole = async {
             let response = self.send(request, limit).await?;
             let (head, body) = response.into_parts();
+            let clock = self.clocks.note(&host, &head.headers, sent);
             let body = read_capped(body, JSON_BYTES_MAX, &host).await?;
-            Ok(Answer { status: head.status, headers: head.headers, body, host: host.clone() })
+            Ok(Answer { status: head.status, headers: head.headers, body, host: host.clone(), clock })
         };
         match tokio::time::timeout(limit, whole).await {
             Ok(answer) => answer,
@@ -263,15 +292,16 @@ impl Client {
     /// Like [`Client::call`] for callers to whom only the status matters: a body that breaks off,
     /// is too large or comes too late does not hide it. The answer's body is then empty.
     pub async fn call_for_status(&self, request: Request<Body>, limit: Duration) -> Result<Answer, TransportError> {
-        let started = tokio::time::Instant::now();
+        let (started, sent) = (tokio::time::Instant::now(), Moment::now());
         let host = request.uri().authority().map_or_else(String::new, ToString::to_string);
         let (head, body) = self.send(request, limit).await?.into_parts();
+        let clock = self.clocks.note(&host, &head.headers, sent);
         let left = limit.saturating_sub(started.elapsed());
         let body = match tokio::time::timeout(left, read_capped(body, JSON_BYTES_MAX, &host)).await {
             Ok(Ok(body)) => body,
             Ok(Err(_)) | Err(_) => Bytes::new(),
         };
-        Ok(Answer { status: head.status, headers: head.headers, body, host })
+        Ok(Answer { status: head.status, headers: head.headers, body, host, clock })
     }
 }
 
@@ -341,6 +371,7 @@ mod tests {
                 headers: http::HeaderMap::new(),
                 body: body.into(),
                 host: String::new(),
+                clock: Clocks::default().note("", &http::HeaderMap::new(), Moment::now()),
             };
             let text = answer.excerpt_without(&["", "top-secret"]);
             assert!(!text.contains("top-"), "{text}");

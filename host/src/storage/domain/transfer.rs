@@ -453,14 +453,12 @@ impl Transfer {
         let Some(updated) = &part.head.updated_at else { return Ok(None) };
         // Asked after the answer with the rest began: data changed before then shows here.
         let call = Call::new(&self.what, Method::GET, self.by_id(id));
-        match self.inner.json::<MetadataJson>(&call).await {
+        match self.inner.try_json::<MetadataJson>(&call).await {
             Ok(MetadataJson { size: Some(now), updated_at: Some(changed), .. }) => {
                 Ok(Some(now == size && same_time(updated, &changed)))
             }
             Ok(_) => Ok(None),
-            Err(err) if matches!(err.kind, PortErrorKind::Network | PortErrorKind::Server) => {
-                Err(Trouble::Passing { err, asked: None })
-            }
+            Err(failed) if failed.passing => Err(Trouble::Passing { err: failed.err, asked: None }),
             Err(_) => Ok(None),
         }
     }

@@ -312,6 +312,15 @@ impl TestNode {
         self.process.signal(Signal::HUP);
     }
 
+    /// Stops it as a debugger would: nothing of it runs until it is thawed.
+    pub(crate) fn freeze(&self) {
+        self.process.signal(Signal::STOP);
+    }
+
+    pub(crate) fn thaw(&self) {
+        self.process.signal(Signal::CONT);
+    }
+
     pub(crate) fn kill(&self) {
         self.process.signal(Signal::KILL);
     }

@@ -13,6 +13,7 @@ use http::{HeaderMap, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
 use hyper::{body::Frame, body::Incoming, service::service_fn};
 use hyper_util::rt::TokioIo;
+use jiff::{SignedDuration, Timestamp};
 use runner_host::transport::{self, Client, JSON_BYTES_MAX};
 use serde_json::Value;
 use tokio::{net::TcpListener, sync::watch};
@@ -93,6 +94,7 @@ struct Inner {
     own: String,
     client: Client,
     rules: Mutex<Vec<Rule>>,
+    clock: Mutex<SignedDuration>,
     seen: watch::Sender<Vec<String>>,
     connections: watch::Sender<usize>,
 }
@@ -115,6 +117,7 @@ impl Rubbish {
             own: format!("http://{address}"),
             client: Client::new(transport::Config::default()),
             rules: Mutex::default(),
+            clock: Mutex::default(),
             seen: watch::Sender::new(Vec::new()),
             connections: watch::Sender::new(0),
         });
@@ -137,6 +140,11 @@ impl Rubbish {
     /// the path; after a `?` follows what the query must hold.
     pub(crate) fn answer(&self, pattern: &str, times: usize, bad: Bad) {
         self.inner.rules().push(Rule { pattern: pattern.to_owned(), left: times, bad });
+    }
+
+    /// From now on its clock is ahead by this, or behind: the date of each answer and every time in it.
+    pub(crate) fn set_clock(&self, ahead: SignedDuration) {
+        *self.inner.clock() = ahead;
     }
 
     /// Passes everything on again.
@@ -170,6 +178,10 @@ impl Inner {
         self.rules.lock().expect("nobody panics with the rules")
     }
 
+    fn clock(&self) -> MutexGuard<'_, SignedDuration> {
+        self.clock.lock().expect("nobody panics with the clock")
+    }
+
     /// What stands against this request, counted down.
     fn rule(&self, request: &str) -> Option<Bad> {
         let mut rules = self.rules();
@@ -193,6 +205,14 @@ impl Inner {
         let answer = self.client.send(passed, PATIENCE).await.expect("the world answers");
         let (head, body) = answer.into_parts();
         (head.status, head.headers, body.collect().await.expect("the world's answers are whole").to_bytes())
+    }
+
+    async fn dated(&self, request: Request<Incoming>) -> Result<Response<Body>, std::io::Error> {
+        let mut response = self.answer(request).await?;
+        let now = Timestamp::now() + *self.clock();
+        let date = jiff::fmt::rfc2822::DateTimePrinter::new().timestamp_to_rfc9110_string(&now).expect("a date");
+        response.headers_mut().insert(header::DATE, date.parse().expect("a header"));
+        Ok(response)
     }
 
     async fn answer(&self, request: Request<Incoming>) -> Result<Response<Body>, std::io::Error> {
@@ -232,6 +252,12 @@ impl Inner {
                     gate.cancelled().await;
                 }
                 let plane = name.contains(" /v1/");
+                if let (Ok(mut value), ahead) = (serde_json::from_slice::<Value>(&body), *self.clock())
+                    && !ahead.is_zero()
+                {
+                    shift(&mut value, ahead);
+                    body = value.to_string().into();
+                }
                 if let (Ok(mut value), true) = (serde_json::from_slice::<Value>(&body), plane) {
                     // All further calls shall come here too.
                     if value["domain_server_url"] == self.world.as_str() {
@@ -290,6 +316,23 @@ impl Inner {
     }
 }
 
+/// Moves every time at which something expires.
+fn shift(value: &mut Value, ahead: SignedDuration) {
+    match value {
+        Value::Object(fields) => {
+            for (key, value) in fields {
+                let time = value.as_str().and_then(|text| text.parse::<Timestamp>().ok());
+                match time.filter(|_| key.ends_with("expires_at")) {
+                    Some(time) => *value = (time + ahead).to_string().into(),
+                    None => shift(value, ahead),
+                }
+            }
+        }
+        Value::Array(values) => values.iter_mut().for_each(|value| shift(value, ahead)),
+        _ => {}
+    }
+}
+
 fn whole(body: Bytes) -> Body {
     Full::new(body).map_err(|never: Infallible| match never {}).boxed()
 }
@@ -317,7 +360,7 @@ async fn serve(inner: Arc<Inner>, listener: TcpListener, stop: CancellationToken
         inner.connections.send_modify(|count| *count += 1);
         let (inner, stopped) = (Arc::clone(&inner), stop.clone().cancelled_owned());
         tokio::spawn(async move {
-            let service = service_fn(|request| inner.answer(request));
+            let service = service_fn(|request| inner.dated(request));
             let connection = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(socket), service);
             tokio::select! {
                 // How a connection ends is the test's business.
