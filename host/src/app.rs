@@ -12,7 +12,7 @@ use crate::{
     config::HostConfig,
     engine::{self, Ended, Engine, Rooms, Stops},
     leases::dms::{self, Dms},
-    model::{Live, Phase, StatusBoard},
+    model::{Budget, Live, Phase, StatusBoard},
     observe::pages::Pages,
     plugins::Plugins,
     session::{self, Sessions},
@@ -89,6 +89,16 @@ impl Node {
         let disk = Disk::new(config.scratch_dir, config.disk_free_min);
         let mut storage = storage::Config::new(config.client_id);
         storage.domain_hosts = config.domain_hosts;
+        storage.stall = config.transfer_stall;
+        storage.patience = config.transfer_patience;
+        storage.budget = Budget::new(config.memory_budget);
+        storage.unpack = storage::UnpackLimits {
+            files: config.unpack_files_max,
+            bytes: config.unpack_bytes_max,
+            ratio: config.unpack_ratio_max,
+        };
+        let budget = storage.budget.clone();
+        board.change(|status| status.memory = budget);
         let rooms = Rooms {
             sessions: Sessions::new(Arc::clone(&source) as _, rhythm, control.handle.clone()),
             source,

@@ -7,7 +7,7 @@ use serde::{Serialize, Serializer};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::{Lease, Outcome, TaskId};
+use super::{Budget, Lease, Outcome, TaskId};
 
 /// The node as `/status.json` shows it.
 #[derive(Clone, Debug, Serialize)]
@@ -48,6 +48,8 @@ pub struct HostStatus {
     pub stale_calls: Live,
     /// Runners that ignored their cancellation; their slots were given back.
     pub stuck_runners: Live,
+    /// Bytes of tasks' data in memory: now, at most so far, and the limit.
+    pub memory: Budget,
     /// Every library, loaded or refused.
     pub plugins: serde_json::Value,
 }
@@ -127,6 +129,7 @@ impl StatusBoard {
             unreported: 0,
             stale_calls: Live(|| 0),
             stuck_runners: Live(|| 0),
+            memory: Budget::unlimited(),
             plugins,
         })))
     }

@@ -149,6 +149,10 @@ impl Process {
         self.code.borrow().is_some()
     }
 
+    fn id(&self) -> u32 {
+        self.child().id()
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         let mut child = self.child();
         // One that has ended is not signalled: its number may be somebody else's.
@@ -329,6 +333,10 @@ impl TestNode {
 
     pub(crate) fn log(&self) -> String {
         self.process.log()
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.id()
     }
 
     pub(crate) fn term(&self) {
