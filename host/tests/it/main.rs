@@ -17,6 +17,7 @@ mod harness;
 mod heartbeats;
 mod lease_life;
 mod lease_path;
+mod login;
 mod pages;
 mod plugin_files;
 mod pointcloud;
