@@ -62,6 +62,7 @@ pub const KEYS: &[Key] = &[
     key("PLUGIN_INIT_TIMEOUT", Some("10s"), "how long a plugin may take to open and initialise"),
     key("CANCEL_GRACE", Some("10s"), "how long a cancelled runner may take to return"),
     key("SCRATCH_DIR", None, "where task directories are made; below the system's temporary folder where unset"),
+    key("DISK_FREE_MIN", Some("1GiB"), "free space below SCRATCH_DIR under which nothing new is leased; 0: any"),
     key("CLIENT_ID", None, "identifies this node to domain servers; random per start where unset"),
     key("DOMAIN_HOSTS", None, "domain servers the node may talk to, comma separated; any where unset"),
     key("ALLOW_INSECURE_HTTP", Some("false"), "allow plain http to hosts other than loopback"),
@@ -228,6 +229,24 @@ impl Parser<'_> {
     }
 }
 
+/// `512MiB`, `1 GiB`, `20kB` or plain bytes.
+pub(super) fn byte_size(text: &str) -> Option<u64> {
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let unit: u64 = match text[split..].trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "kb" => 1000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        "tb" => 1_000_000_000_000,
+        "kib" => 1 << 10,
+        "mib" => 1 << 20,
+        "gib" => 1 << 30,
+        "tib" => 1 << 40,
+        _ => return None,
+    };
+    text[..split].parse::<u64>().ok()?.checked_mul(unit)
+}
+
 /// `30s`, `1m 30s`, `500ms`, or plain seconds.
 #[must_use]
 pub fn duration(text: &str) -> Option<Duration> {
@@ -250,6 +269,17 @@ mod tests {
         assert_eq!(duration("0"), Some(Duration::ZERO));
         assert_eq!(duration("-1s"), None);
         assert_eq!(duration("soon"), None);
+    }
+
+    #[test]
+    fn sizes_carry_units_or_are_bytes() {
+        assert_eq!(byte_size("512MiB"), Some(512 << 20));
+        assert_eq!(byte_size("1 gib"), Some(1 << 30));
+        assert_eq!(byte_size("20kB"), Some(20_000));
+        assert_eq!(byte_size("7"), Some(7));
+        for bad in ["", "MiB", "-1", "1.5GiB", "1 parsec", "99999999999TiB"] {
+            assert_eq!(byte_size(bad), None, "{bad}");
+        }
     }
 
     #[test]

@@ -38,6 +38,8 @@ pub struct HostStatus {
     /// Why the last login failed, one line.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub login_error: Option<String>,
+    /// Room where tasks work.
+    pub disk: DiskStatus,
     /// Most tasks at once.
     pub slots: usize,
     /// What is served.
@@ -54,6 +56,17 @@ pub struct HostStatus {
     pub stuck_runners: Live,
     /// Every library, loaded or refused.
     pub plugins: serde_json::Value,
+}
+
+/// Room on the file system of `SCRATCH_DIR`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct DiskStatus {
+    /// What is left; `None` where the system does not say.
+    pub free_bytes: Option<u64>,
+    /// Below this nothing new is leased; 0: there is no floor.
+    pub floor_bytes: u64,
+    /// Whether it is below.
+    pub full: bool,
 }
 
 /// A number that is asked for when it is shown.
@@ -114,6 +127,7 @@ impl StatusBoard {
             last_healthcheck: None,
             token_expires_at: None,
             login_error: None,
+            disk: DiskStatus::default(),
             slots,
             capabilities,
             tasks: BTreeMap::new(),

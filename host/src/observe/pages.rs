@@ -96,6 +96,11 @@ async fn ready(State(status): State<watch::Receiver<HostStatus>>) -> impl IntoRe
             Some(err) => format!("conflict: {err}"),
             None => "conflict".to_owned(),
         }),
+        Phase::Running if status.disk.full => Some(format!(
+            "disk nearly full: {} bytes are free where tasks work, DISK_FREE_MIN is {}",
+            status.disk.free_bytes.unwrap_or_default(),
+            status.disk.floor_bytes
+        )),
         // A token in hand is used to its end, whatever becomes of its renewal.
         Phase::Running => match (&status.login_error, status.token_expires_at) {
             (Some(err), None) => Some(format!("not signed in: {err}")),

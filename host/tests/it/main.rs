@@ -21,6 +21,7 @@ mod login;
 mod pages;
 mod plugin_files;
 mod pointcloud;
+mod polling;
 mod refusals;
 mod registration;
 mod secrets;
