@@ -179,6 +179,8 @@ async fn show_registration(mut status: watch::Receiver<Registration>, board: Sta
             status.registration_since = now.since;
             status.registration_error = now.error;
             status.last_healthcheck = now.probed_at;
+            status.token_expires_at = now.token_expires_at;
+            status.login_error = now.login_error;
         });
         tokio::select! {
             () = over.cancelled() => return,

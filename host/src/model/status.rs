@@ -32,6 +32,12 @@ pub struct HostStatus {
     /// When the sign-in service last asked for this node's health.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_healthcheck: Option<Timestamp>,
+    /// Until when the node token in hand is good.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_expires_at: Option<Timestamp>,
+    /// Why the last login failed, one line.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub login_error: Option<String>,
     /// Room where tasks work.
     pub disk: DiskStatus,
     /// Most tasks at once.
@@ -121,6 +127,8 @@ impl StatusBoard {
             registration_since: Timestamp::now(),
             registration_error: None,
             last_healthcheck: None,
+            token_expires_at: None,
+            login_error: None,
             disk: DiskStatus::default(),
             slots,
             capabilities,

@@ -18,6 +18,7 @@ mod heartbeats;
 mod inputs;
 mod lease_life;
 mod lease_path;
+mod login;
 mod pages;
 mod plugin_files;
 mod pointcloud;
