@@ -36,6 +36,9 @@ pub struct HostStatus {
     pub slots: usize,
     /// What is served.
     pub capabilities: Vec<String>,
+    /// What does not work any more although the node runs, one line each.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub degraded: Vec<String>,
     /// Tasks held now, by id.
     pub tasks: BTreeMap<String, TaskStatus>,
     /// Ended tasks by outcome, since the start.
@@ -108,6 +111,7 @@ impl StatusBoard {
             last_healthcheck: None,
             slots,
             capabilities,
+            degraded: Vec::new(),
             tasks: BTreeMap::new(),
             ended: BTreeMap::new(),
             unreported: 0,

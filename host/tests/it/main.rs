@@ -15,6 +15,7 @@ mod ends;
 mod faults;
 mod harness;
 mod heartbeats;
+mod ladder;
 mod lease_life;
 mod lease_path;
 mod pages;
