@@ -134,3 +134,20 @@ async fn a_lease_for_a_plugin_out_of_service_fails_its_set_up_also_while_it_wait
     let (_, body) = node.page_until("/ready", |page| page.0 == 503).await;
     assert_eq!(body["reason"], format!("{error}"));
 }
+
+// Contract 11.2
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_runner_that_asks_in_a_loop_occupies_no_core_and_hears_its_cancel() {
+    let lab = lab().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let job = lab.task("/fixtures/asks-cancel/v1").submit();
+    lab.started(&node, job).await;
+    let before = node.processor_time();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let used = node.processor_time() - before;
+    assert!(used < Duration::from_millis(400), "{used:?} of processor time in a second");
+    assert!(lab.world.cancel_job(job));
+    let line = node.says("task ended, nothing to report").await;
+    assert_eq!(line["outcome"], "cancelled", "{line}");
+}
