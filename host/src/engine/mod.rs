@@ -128,6 +128,7 @@ impl Engine {
         // The slot is taken before polling: a lease we hold can always be run.
         while let Some(permit) = self.free_slot(&stops).await
             && self.rested(&stops).await
+            && self.finds_room(&stops).await
         {
             match self.poll(&stops).await {
                 Polled::Lease(lease) => {
@@ -186,6 +187,19 @@ impl Engine {
                 // After a finished task the next poll follows at once.
                 Some(ended) = self.attempts.join_next() => self.look_at(ended),
                 () = tokio::time::sleep_until(self.pace.next()) => {}
+            }
+        }
+        true
+    }
+
+    /// Waits until the disk has room for another task; false once no more work should be taken.
+    async fn finds_room(&mut self, stops: &Stops) -> bool {
+        let disk = self.rooms.storage.disk().clone();
+        while !disk.has_room() {
+            tokio::select! {
+                () = stops.drain.cancelled() => return false,
+                Some(ended) = self.attempts.join_next() => self.look_at(ended),
+                () = disk.until_room() => {}
             }
         }
         true

@@ -23,6 +23,7 @@ mod plugin_files;
 mod pointcloud;
 mod polling;
 mod refusals;
+mod registration;
 mod secrets;
 mod signals;
 mod strangers;
