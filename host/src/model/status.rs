@@ -44,6 +44,9 @@ pub struct HostStatus {
     pub slots: usize,
     /// What is served.
     pub capabilities: Vec<String>,
+    /// What does not work any more although the node runs, one line each.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub degraded: Vec<String>,
     /// Tasks held now, by id.
     pub tasks: BTreeMap<String, TaskStatus>,
     /// Ended tasks by outcome, since the start.
@@ -132,6 +135,7 @@ impl StatusBoard {
             disk: DiskStatus::default(),
             slots,
             capabilities,
+            degraded: Vec::new(),
             tasks: BTreeMap::new(),
             ended: BTreeMap::new(),
             unreported: 0,

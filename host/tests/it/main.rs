@@ -16,6 +16,7 @@ mod faults;
 mod harness;
 mod heartbeats;
 mod inputs;
+mod ladder;
 mod lease_life;
 mod lease_path;
 mod login;
