@@ -24,3 +24,4 @@ mod refusals;
 mod secrets;
 mod signals;
 mod strangers;
+mod tls_and_proxy;
