@@ -113,7 +113,10 @@ async fn invoke(
         match args.output {
             Output::Text => writeln!(data, "{}", path.display())?,
             Output::Json => {
-                let row = json!({ "path": path, "data_type": artifact.data_type, "name": artifact.name });
+                let row = json!({
+                    "path": path, "data_type": artifact.data_type, "name": artifact.name,
+                    "size": artifact.size, "sha256": artifact.sha256,
+                });
                 writeln!(data, "{row}")?;
             }
         }

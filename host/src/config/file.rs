@@ -141,7 +141,9 @@ impl Walk<'_> {
         let found = if key.is_secret() { value.kind().to_owned() } else { value.describe() };
         let text = match (key.kind, value) {
             (_, Value::Nothing) => return,
-            (Kind::Whole | Kind::Number, Value::Whole(text)) | (Kind::Number, Value::Number(text)) => Some(text),
+            (Kind::Whole | Kind::Number | Kind::Size, Value::Whole(text)) | (Kind::Number, Value::Number(text)) => {
+                Some(text)
+            }
             (Kind::Switch, Value::Switch(on)) => Some(on.to_string()),
             (Kind::List, Value::List(words)) => {
                 words.into_iter().map(Value::into_text).collect::<Option<Vec<_>>>().map(|words| words.join(","))
@@ -162,6 +164,7 @@ fn expected(kind: Kind) -> &'static str {
         Kind::Whole => "a whole number",
         Kind::Number => "a number",
         Kind::Switch => "true or false",
+        Kind::Size => "a number of bytes, or a size in quotes, such as \"1GiB\"",
         Kind::Duration => "a duration in quotes, such as \"30s\"",
         Kind::List => "an array of texts",
         Kind::Secret | Kind::Text | Kind::Url | Kind::Proxy | Kind::Address | Kind::Path => "a text in quotes",

@@ -40,6 +40,8 @@ pub enum Kind {
     Switch,
     /// A time with its unit.
     Duration,
+    /// A number of bytes with its unit.
+    Size,
     /// Words, comma separated; an array in a file.
     List,
 }
@@ -58,6 +60,7 @@ impl Kind {
             Self::Number => "number",
             Self::Switch => "true or false",
             Self::Duration => "duration",
+            Self::Size => "size",
             Self::List => "list",
         }
     }
@@ -103,7 +106,7 @@ const fn required(name: &'static str, file: &'static str, kind: Kind, help: &'st
     Key { name, file, kind, default: None, required: true, help }
 }
 
-use Kind::{Address, Duration, List, Number, Path, Proxy, Secret, Switch, Text, Url, Whole};
+use Kind::{Address, Duration, List, Number, Path, Proxy, Secret, Size, Switch, Text, Url, Whole};
 
 /// All settings, in the order they are shown.
 #[rustfmt::skip] // a row is a line
@@ -135,6 +138,7 @@ pub const KEYS: &[Key] = &[
     key("PLUGIN_INIT_TIMEOUT", "plugins.init_timeout", Duration, Some("10s"), "how long a plugin may take to open and initialise"),
     key("CANCEL_GRACE", "engine.cancel_grace", Duration, Some("10s"), "how long a cancelled runner may take to return"),
     key("SCRATCH_DIR", "storage.scratch_dir", Path, None, "where task directories are made; below the system's temporary folder where unset"),
+    key("DISK_FREE_MIN", "storage.disk_free_min", Size, Some("1GiB"), "free space below SCRATCH_DIR under which nothing new is leased; 0: any"),
     key("CLIENT_ID", "storage.client_id", Text, None, "identifies this node to domain servers; random per start where unset"),
     key("DOMAIN_HOSTS", "storage.domain_hosts", List, None, "domain servers the node may talk to, comma separated; any where unset"),
     key("ALLOW_INSECURE_HTTP", "transport.allow_insecure_http", Switch, Some("false"), "allow plain http to hosts other than loopback"),

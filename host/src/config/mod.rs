@@ -76,6 +76,8 @@ pub struct HostConfig {
     pub cancel_grace: Duration,
     /// Where task directories are made.
     pub scratch_dir: PathBuf,
+    /// Free bytes there under which nothing new is leased; 0: any.
+    pub disk_free_min: u64,
     /// Identifies the node to domain servers.
     pub client_id: String,
     /// Domain servers the node may talk to; empty: any.
@@ -165,6 +167,7 @@ impl HostConfig {
             drain_timeout: parser.duration("DRAIN_TIMEOUT"),
             plugin_init_timeout: parser.duration("PLUGIN_INIT_TIMEOUT"),
             cancel_grace: parser.duration("CANCEL_GRACE"),
+            disk_free_min: parser.size("DISK_FREE_MIN"),
             scratch_dir: parser.optional("SCRATCH_DIR").map_or_else(default_scratch_dir, PathBuf::from),
             client_id: parser
                 .header_text("CLIENT_ID")

@@ -144,6 +144,11 @@ impl<'a> Parser<'a> {
         time
     }
 
+    /// A number of bytes.
+    pub(super) fn size(&mut self, name: &str) -> u64 {
+        self.value(name, "a size such as 1GiB, or bytes", 0, byte_size)
+    }
+
     /// What goes into a header: visible ASCII and spaces.
     pub(super) fn header_text(&mut self, name: &str) -> Option<String> {
         let text = self.optional(name)?;
@@ -173,6 +178,24 @@ impl<'a> Parser<'a> {
     }
 }
 
+/// `512MiB`, `1 GiB`, `20kB` or plain bytes.
+fn byte_size(text: &str) -> Option<u64> {
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let unit: u64 = match text[split..].trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "kb" => 1000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        "tb" => 1_000_000_000_000,
+        "kib" => 1 << 10,
+        "mib" => 1 << 20,
+        "gib" => 1 << 30,
+        "tib" => 1 << 40,
+        _ => return None,
+    };
+    text[..split].parse::<u64>().ok()?.checked_mul(unit)
+}
+
 /// `30s`, `1m 30s`, `500ms`, or plain seconds.
 #[must_use]
 pub fn duration(text: &str) -> Option<Duration> {
@@ -195,5 +218,16 @@ mod tests {
         assert_eq!(duration("0"), Some(Duration::ZERO));
         assert_eq!(duration("-1s"), None);
         assert_eq!(duration("soon"), None);
+    }
+
+    #[test]
+    fn sizes_carry_units_or_are_bytes() {
+        assert_eq!(byte_size("512MiB"), Some(512 << 20));
+        assert_eq!(byte_size("1 gib"), Some(1 << 30));
+        assert_eq!(byte_size("20kB"), Some(20_000));
+        assert_eq!(byte_size("7"), Some(7));
+        for bad in ["", "MiB", "-1", "1.5GiB", "1 parsec", "99999999999TiB"] {
+            assert_eq!(byte_size(bad), None, "{bad}");
+        }
     }
 }
