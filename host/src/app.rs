@@ -20,9 +20,6 @@ use crate::{
     transport,
 };
 
-/// How long a connection may take to come up.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-
 /// How long the plugins may take to shut down, all of them together.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(1);
 
@@ -45,8 +42,7 @@ impl Node {
     pub async fn build(config: HostConfig, plugins: Arc<Plugins>) -> anyhow::Result<Self> {
         let scratch = Scratch::open(config.scratch_dir.clone()).context("SCRATCH_DIR cannot be used")?;
         let control = Control::start().context("start the control thread")?;
-        let http =
-            transport::Config { allow_insecure_http: config.allow_insecure_http, connect_timeout: CONNECT_TIMEOUT };
+        let http = config.transport;
         // Two clients: a connection is driven by the runtime that opened it, and the control plane's
         // must not wait for data.
         let (control_client, data_client) = (transport::Client::new(http.clone()), transport::Client::new(http));

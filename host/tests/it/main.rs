@@ -29,4 +29,5 @@ mod registration;
 mod secrets;
 mod signals;
 mod strangers;
+mod tls_and_proxy;
 mod zip;

@@ -9,6 +9,7 @@ pub(crate) mod folder;
 pub(crate) mod hygiene;
 pub(crate) mod node;
 pub(crate) mod rubbish;
+pub(crate) mod tls;
 
 use std::{collections::BTreeMap, future::Future, path::PathBuf, time::Duration};
 
