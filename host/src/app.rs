@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, sync::Arc, thread, time::Duration};
 
 use anyhow::Context;
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, sync::watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -16,7 +16,7 @@ use crate::{
     observe::pages::Pages,
     plugins::Plugins,
     session::{self, Sessions},
-    storage::{self, Scratch, Storage},
+    storage::{self, Disk, Scratch, Storage},
     transport,
 };
 
@@ -32,6 +32,7 @@ pub struct Node {
     auth: Auth,
     pages: Pages,
     board: StatusBoard,
+    disk: Disk,
     control: Control,
     plugins: Arc<Plugins>,
 }
@@ -42,9 +43,6 @@ impl Node {
     /// # Errors
     /// When a folder or an address cannot be used.
     pub async fn build(config: HostConfig, plugins: Arc<Plugins>) -> anyhow::Result<Self> {
-        if config.node_url.is_some() {
-            warn!("NODE_URL is set, but callback registration comes in a later version; the wallet form is used");
-        }
         let scratch = Scratch::open(config.scratch_dir.clone()).context("SCRATCH_DIR cannot be used")?;
         let control = Control::start().context("start the control thread")?;
         let http =
@@ -52,13 +50,17 @@ impl Node {
         // Two clients: a connection is driven by the runtime that opened it, and the control plane's
         // must not wait for data.
         let (control_client, data_client) = (transport::Client::new(http.clone()), transport::Client::new(http));
+        let (capabilities, _) = watch::channel(plugins.capabilities());
+        let form = config.registration.word();
         let auth = Auth::new(
             auth::Config {
                 dds: config.dds,
+                form: config.registration,
+                sign_in_domain: config.sign_in_domain,
                 reg_secret: config.reg_secret,
                 key: config.key.clone(),
                 version: config.version,
-                capabilities: plugins.capabilities(),
+                capabilities: capabilities.subscribe(),
                 register_interval: config.register_interval,
                 register_max_retry: config.register_max_retry,
                 token_safety_ratio: config.token_safety_ratio,
@@ -78,17 +80,19 @@ impl Node {
         let listings = serde_json::to_value(plugins.listings()).unwrap_or_default();
         let capabilities = plugins.capabilities().iter().map(ToString::to_string).collect();
         let board = StatusBoard::new(config.key.address().to_owned(), config.max_concurrency, capabilities, listings);
+        board.change(|status| status.registration_form = form);
         board.change(|status| status.stale_calls = Live(Plugins::stale_calls));
         board.change(|status| status.stuck_runners = Live(Plugins::stuck_runners));
-        let pages = Pages::bind(config.http_bind, board.watch())
+        let pages = Pages::bind(config.http_bind, board.watch(), auth.visits())
             .await
             .with_context(|| format!("HTTP_BIND {} cannot be bound", config.http_bind))?;
+        let disk = Disk::new(config.scratch_dir, config.disk_free_min);
         let mut storage = storage::Config::new(config.client_id);
         storage.domain_hosts = config.domain_hosts;
         let rooms = Rooms {
             sessions: Sessions::new(Arc::clone(&source) as _, rhythm, control.handle.clone()),
             source,
-            storage: Storage::new(scratch, data_client, storage),
+            storage: Storage::new(scratch, disk.clone(), data_client, storage),
             plugins: Arc::clone(&plugins),
             board: board.clone(),
             workers: Handle::current(),
@@ -102,7 +106,7 @@ impl Node {
                 cancel_grace: config.cancel_grace,
             },
         );
-        Ok(Self { engine, auth, pages, board, control, plugins })
+        Ok(Self { engine, auth, pages, board, disk, control, plugins })
     }
 
     /// Where the node's pages are.
@@ -121,13 +125,14 @@ impl Node {
 
     /// Registers, leases and works until told to stop and everything has ended.
     pub async fn run(self, stops: Stops) -> Ended {
-        let Self { engine, auth, pages, board, control, plugins } = self;
+        let Self { engine, auth, pages, board, disk, control, plugins } = self;
         if let Ok(address) = pages.address() {
             info!(address = %address, "node started");
         }
         let over = CancellationToken::new();
         let pages = tokio::spawn(pages.run(over.clone()));
         let watching = tokio::spawn(show_registration(auth.status(), board.clone(), over.clone()));
+        let disk = tokio::spawn(disk.run(board.clone(), over.clone()));
         let tokens = auth.tokens();
         let auth = control.handle.spawn(auth.run(over.clone()));
         let ended = tokio::select! {
@@ -144,7 +149,7 @@ impl Node {
         };
         plugins.shutdown(SHUTDOWN_LIMIT).await;
         over.cancel();
-        for task in [pages, watching, auth] {
+        for task in [pages, watching, disk, auth] {
             if let Err(err) = task.await {
                 warn!(error = %err, "a part of the node ended unexpectedly");
             }
@@ -156,16 +161,14 @@ impl Node {
 }
 
 /// Copies the standing with the sign-in service to the status page.
-async fn show_registration(
-    mut status: tokio::sync::watch::Receiver<Registration>,
-    board: StatusBoard,
-    over: CancellationToken,
-) {
+async fn show_registration(mut status: watch::Receiver<Registration>, board: StatusBoard, over: CancellationToken) {
     loop {
         let now = status.borrow_and_update().clone();
         board.change(|status| {
             status.registration = now.state.to_string();
+            status.registration_since = now.since;
             status.registration_error = now.error;
+            status.last_healthcheck = now.probed_at;
         });
         tokio::select! {
             () = over.cancelled() => return,

@@ -33,12 +33,22 @@ pub const KEYS: &[Key] = &[
     required("DDS_BASE_URL", false, "base URL of the sign-in service"),
     required("REG_SECRET", true, "registration secret of this node"),
     required("SECP256K1_PRIVHEX", true, "private key of this node, 32 bytes of hex"),
-    key("NODE_URL", None, "public URL of this node (callback registration comes in a later version)"),
+    key("NODE_URL", None, "URL at which the sign-in service reaches this node's pages; needs HTTP_BIND to serve it"),
+    key("REGISTRATION", None, "wallet or callback; callback where NODE_URL is set, else wallet"),
+    key("SIGN_IN_DOMAIN", None, "the only domain sign-in messages may be for; that of DDS_BASE_URL where unset"),
     key("NODE_VERSION", None, "version announced at registration; the host's own where unset"),
-    key("HTTP_BIND", Some("127.0.0.1:8080"), "where /health, /ready and /status.json are served"),
+    key(
+        "HTTP_BIND",
+        Some("127.0.0.1:8080"),
+        "where /health, /ready, /status.json and the registration callback are served",
+    ),
     key("MAX_CONCURRENCY", Some("1"), "tasks run at once"),
     key("REQUEST_TIMEOUT_SECS", Some("60"), "limit of one call to the control plane, in seconds"),
-    key("REGISTER_INTERVAL_SECS", Some("120"), "pause between registration attempts after a refusal, in seconds"),
+    key(
+        "REGISTER_INTERVAL_SECS",
+        Some("120"),
+        "when a registration is repeated, and the pause after a refused one, in seconds",
+    ),
     key("REGISTER_MAX_RETRY", Some("-1"), "failed registrations in a row before a full pause; -1: never"),
     key("HEARTBEAT_MIN_RATIO", Some("0.25"), "earliest heartbeat, as a share of the remaining lease"),
     key("HEARTBEAT_MAX_RATIO", Some("0.35"), "latest heartbeat, as a share of the remaining lease"),
@@ -52,6 +62,7 @@ pub const KEYS: &[Key] = &[
     key("PLUGIN_INIT_TIMEOUT", Some("10s"), "how long a plugin may take to open and initialise"),
     key("CANCEL_GRACE", Some("10s"), "how long a cancelled runner may take to return"),
     key("SCRATCH_DIR", None, "where task directories are made; below the system's temporary folder where unset"),
+    key("DISK_FREE_MIN", Some("1GiB"), "free space below SCRATCH_DIR under which nothing new is leased; 0: any"),
     key("CLIENT_ID", None, "identifies this node to domain servers; random per start where unset"),
     key("DOMAIN_HOSTS", None, "domain servers the node may talk to, comma separated; any where unset"),
     key("ALLOW_INSECURE_HTTP", Some("false"), "allow plain http to hosts other than loopback"),
@@ -178,6 +189,11 @@ impl Parser<'_> {
         ratio.clamp(0.0, 1.0)
     }
 
+    /// Notes a mistake.
+    pub(super) fn mistake(&mut self, text: String) {
+        self.mistakes.push(text);
+    }
+
     pub(super) fn flag(&mut self, name: &str) -> bool {
         self.value(name, "true or false", false, |text| match text {
             "true" => Some(true),
@@ -213,6 +229,24 @@ impl Parser<'_> {
     }
 }
 
+/// `512MiB`, `1 GiB`, `20kB` or plain bytes.
+pub(super) fn byte_size(text: &str) -> Option<u64> {
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let unit: u64 = match text[split..].trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "kb" => 1000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        "tb" => 1_000_000_000_000,
+        "kib" => 1 << 10,
+        "mib" => 1 << 20,
+        "gib" => 1 << 30,
+        "tib" => 1 << 40,
+        _ => return None,
+    };
+    text[..split].parse::<u64>().ok()?.checked_mul(unit)
+}
+
 /// `30s`, `1m 30s`, `500ms`, or plain seconds.
 #[must_use]
 pub fn duration(text: &str) -> Option<Duration> {
@@ -235,6 +269,17 @@ mod tests {
         assert_eq!(duration("0"), Some(Duration::ZERO));
         assert_eq!(duration("-1s"), None);
         assert_eq!(duration("soon"), None);
+    }
+
+    #[test]
+    fn sizes_carry_units_or_are_bytes() {
+        assert_eq!(byte_size("512MiB"), Some(512 << 20));
+        assert_eq!(byte_size("1 gib"), Some(1 << 30));
+        assert_eq!(byte_size("20kB"), Some(20_000));
+        assert_eq!(byte_size("7"), Some(7));
+        for bad in ["", "MiB", "-1", "1.5GiB", "1 parsec", "99999999999TiB"] {
+            assert_eq!(byte_size(bad), None, "{bad}");
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! Nothing here talks to the network, and nothing talks to the network before this has succeeded.
 
 mod keys;
+mod node_url;
 mod secrets;
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
@@ -13,7 +14,7 @@ use url::Url;
 pub use keys::{KEYS, Key, Layers, Origin, duration};
 pub use secrets::{SECRET_VARIABLES, Secrets};
 
-use crate::auth::NodeKey;
+use crate::auth::{Form, NodeKey};
 
 /// Everything the node needs to know.
 pub struct HostConfig {
@@ -25,8 +26,10 @@ pub struct HostConfig {
     pub reg_secret: SecretString,
     /// Who the node is.
     pub key: NodeKey,
-    /// `NODE_URL` is set; callback registration does not exist yet.
-    pub node_url: Option<Url>,
+    /// How the node registers.
+    pub registration: Form,
+    /// The only domain sign-in messages may be for; absent: that of the service.
+    pub sign_in_domain: Option<String>,
     /// Version announced at registration.
     pub version: String,
     /// Where the node serves its own pages.
@@ -59,6 +62,8 @@ pub struct HostConfig {
     pub cancel_grace: Duration,
     /// Where task directories are made.
     pub scratch_dir: PathBuf,
+    /// Free bytes there under which nothing new is leased; 0: any.
+    pub disk_free_min: u64,
     /// Identifies the node to domain servers.
     pub client_id: String,
     /// Domain servers the node may talk to; empty: any.
@@ -106,10 +111,12 @@ impl HostConfig {
         let noop_sleep = parser.value("NOOP_SLEEP_SECS", "seconds", 0.0, |text| {
             text.parse::<f64>().ok().filter(|secs| Duration::try_from_secs_f64(*secs).is_ok())
         });
+        let http_bind = parser.address("HTTP_BIND");
         let built = Self {
-            node_url: parser.url("NODE_URL"),
+            registration: node_url::registration(&mut parser, http_bind, dds.as_ref()),
+            sign_in_domain: parser.optional("SIGN_IN_DOMAIN"),
             version: node_version(parser.optional("NODE_VERSION")),
-            http_bind: parser.address("HTTP_BIND"),
+            http_bind,
             max_concurrency: parser.value("MAX_CONCURRENCY", "a number above 0", 1, |text| {
                 text.parse().ok().filter(|count| (1..=65_536).contains(count))
             }),
@@ -130,6 +137,7 @@ impl HostConfig {
             drain_timeout: parser.duration("DRAIN_TIMEOUT"),
             plugin_init_timeout: parser.duration("PLUGIN_INIT_TIMEOUT"),
             cancel_grace: parser.duration("CANCEL_GRACE"),
+            disk_free_min: parser.value("DISK_FREE_MIN", "a size such as 1GiB, or 0", 0, keys::byte_size),
             scratch_dir: parser.optional("SCRATCH_DIR").map_or_else(default_scratch_dir, PathBuf::from),
             client_id: parser.optional("CLIENT_ID").unwrap_or_else(|| format!("runner-host/{}", uuid::Uuid::new_v4())),
             domain_hosts: host_list(parser.optional("DOMAIN_HOSTS")),

@@ -29,8 +29,10 @@ pub struct Config {
     pub upload_ttl: Duration,
     /// Leases one node may hold at once; a poll beyond it is answered 409.
     pub leases_per_node: Option<usize>,
-    /// Answer 409 to a registration while the same wallet has a live token or lease. Otherwise a
-    /// repeat is taken for a restart: the old token dies, the leases run on.
+    /// How often a node that registered with a URL is asked for its health.
+    pub health_interval: Duration,
+    /// Answer 409 to a registration without a URL while the same wallet has a live token or lease.
+    /// Otherwise a repeat is a refresh. With a URL, a second node is one that answers at another URL.
     pub strict_identity: bool,
     /// The registration secret to insist on; absent: any.
     pub reg_secret: Option<String>,
@@ -66,6 +68,7 @@ impl Default for Config {
             nonce_ttl: Duration::from_secs(5 * 60),
             upload_ttl: Duration::from_secs(60 * 60),
             leases_per_node: None,
+            health_interval: Duration::from_secs(30),
             strict_identity: false,
             reg_secret: None,
             request_max_bytes: 64 * 1024 * 1024,

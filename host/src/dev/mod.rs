@@ -9,6 +9,7 @@
 //! Start at [`World`]. The state is in three pure machines (`identity`, `plane`, the index of
 //! `store`), each behind a short lock that is never held over an await; `http` is the wire.
 
+mod calls;
 mod config;
 mod faults;
 mod form;
@@ -25,7 +26,7 @@ mod uploads;
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard, OnceLock},
     time::Duration,
 };
 
@@ -48,6 +49,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::sync::WaitForCancellationFutureOwned as Stopped;
 use url::Url;
 use uuid::Uuid;
+
+use crate::transport;
 
 pub use config::{Config, DevError};
 pub use faults::{Endpoint, Faults, FaultsError, WireForm};
@@ -76,6 +79,7 @@ struct Inner {
     /// `http://127.0.0.1:8700`, without trailing slash.
     base: String,
     domain_id: Uuid,
+    org: Uuid,
     tokens: Tokens,
     identity: Mutex<Identity>,
     plane: Mutex<Plane>,
@@ -83,6 +87,8 @@ struct Inner {
     journal: Mutex<Journal>,
     faults: Mutex<Live>,
     stop: CancellationToken,
+    /// For calls to nodes that registered with a URL; made when the first one does.
+    client: OnceLock<transport::Client>,
     /// Rung after every change and every answered request.
     bell: Notify,
 }
@@ -108,9 +114,11 @@ impl World {
             identity: Mutex::new(Identity::new(config.clone())),
             plane: Mutex::new(Plane::new(config.clone(), domain_id, org)),
             journal: Mutex::new(Journal::new(config.journal_max)),
+            client: OnceLock::new(),
             bell: Notify::new(),
             base,
             domain_id,
+            org,
             store,
             config,
         });
@@ -344,6 +352,7 @@ impl Inner {
 async fn serve(world: Arc<Inner>, listener: TcpListener, stop: CancellationToken) {
     let router = http::router(world.clone());
     let mut connections = JoinSet::new();
+    let mut probes = JoinSet::new();
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -364,10 +373,18 @@ async fn serve(world: Arc<Inner>, listener: TcpListener, stop: CancellationToken
                     tracing::error!(error = %err, "a connection's task failed");
                 }
             }
-            _ = tick.tick() => expire(&world).await,
+            _ = tick.tick() => {
+                expire(&world).await;
+                while probes.try_join_next().is_some() {}
+                let due = world.identity().due(world.now());
+                due.into_iter().for_each(|url| {
+                    probes.spawn(calls::probe(world.clone(), url));
+                });
+            }
         }
     }
     drop(listener);
+    probes.shutdown().await;
     let all = async { while connections.join_next().await.is_some() {} };
     if tokio::time::timeout(world.config.stop_grace, all).await.is_err() {
         tracing::warn!(connections = connections.len(), "connections were broken on stop");

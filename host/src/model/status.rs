@@ -20,11 +20,20 @@ pub struct HostStatus {
     pub started_at: Timestamp,
     /// `starting`, `running`, `draining` or `stopped`.
     pub phase: Phase,
-    /// Standing with the sign-in service, one word.
+    /// Standing with the sign-in service: `disconnected`, `registering`, `registered` or `conflict`.
     pub registration: String,
+    /// How the node registers: `wallet` or `callback`.
+    pub registration_form: &'static str,
+    /// Since when it stands so.
+    pub registration_since: Timestamp,
     /// The last trouble with it, one line.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub registration_error: Option<String>,
+    /// When the sign-in service last asked for this node's health.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_healthcheck: Option<Timestamp>,
+    /// Room where tasks work.
+    pub disk: DiskStatus,
     /// Most tasks at once.
     pub slots: usize,
     /// What is served.
@@ -41,6 +50,17 @@ pub struct HostStatus {
     pub stuck_runners: Live,
     /// Every library, loaded or refused.
     pub plugins: serde_json::Value,
+}
+
+/// Room on the file system of `SCRATCH_DIR`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct DiskStatus {
+    /// What is left; `None` where the system does not say.
+    pub free_bytes: Option<u64>,
+    /// Below this nothing new is leased; 0: there is no floor.
+    pub floor_bytes: u64,
+    /// Whether it is below.
+    pub full: bool,
 }
 
 /// A number that is asked for when it is shown.
@@ -95,7 +115,11 @@ impl StatusBoard {
             started_at: Timestamp::now(),
             phase: Phase::Starting,
             registration: "disconnected".to_owned(),
+            registration_form: "wallet",
+            registration_since: Timestamp::now(),
             registration_error: None,
+            last_healthcheck: None,
+            disk: DiskStatus::default(),
             slots,
             capabilities,
             tasks: BTreeMap::new(),

@@ -1,22 +1,23 @@
 //! Does what `pacing` says: one task for each session, which owns everything that changes.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
-use jiff::Timestamp;
 use tokio::{
     sync::oneshot,
-    time::{Instant, sleep, sleep_until, timeout},
+    time::{sleep, timeout},
 };
 use url::Url;
 use uuid::Uuid;
 
 use super::{
     Settled,
-    pacing::{Pacing, PacingEvent, PacingStep, Rhythm, State, TERM_ASSUMED, patience, pause_after},
+    pacing::{Pacing, PacingEvent, PacingStep, Rhythm, State, patience, pause_after},
 };
 use crate::{
     leases::{Advice, Kept, LeaseError, LeaseSource},
-    model::{CancelReason, Coordinates, Grant, GrantKeys, Lease, Outcome, Pending, Setup, TaskId, Verdict, millis},
+    model::{
+        CancelReason, Coordinates, Grant, GrantKeys, Lease, Moment, Outcome, Pending, Setup, TaskId, Verdict, millis,
+    },
 };
 
 /// How often the last words of a task are tried before its report goes without them.
@@ -34,8 +35,8 @@ pub(super) struct Driver {
     task: TaskId,
     /// The lease as reports should name it; differs from the grant's once the plane said so.
     renamed: Option<Lease>,
-    /// The plane's clock has been complained about; once is enough.
-    clock_warned: bool,
+    /// The domain server as the plane named it last.
+    server: Option<String>,
 }
 
 impl Driver {
@@ -47,27 +48,30 @@ impl Driver {
         closed: oneshot::Receiver<Verdict>,
     ) -> Self {
         let task = grant.lease.task;
-        let mut clock_warned = false;
-        let left = grant.lease.expires_at.map(|at| left_until(at, task, &mut clock_warned));
-        let mut pacing = Pacing::new(rhythm, left, Instant::now());
+        let mut pacing = Pacing::new(rhythm, grant.lease.expires_at, grant.lease.token_expires_at, Moment::now());
         if grant.lease.cancelled {
             grant.cancel.cancel(CancelReason::Plane);
             keys.setup.send_replace(Setup::Refused(CANCELLED.to_owned()));
             pacing = pacing.cancelled();
         }
-        Self { source, grant, keys, closed, pacing, task, renamed: None, clock_warned }
+        let server = grant.lease.domain_server.clone();
+        let driver = Self { source, grant, keys, closed, pacing, task, renamed: None, server };
+        driver.move_fence();
+        driver
     }
 
     pub(super) async fn run(mut self) -> Settled {
         let mut event = PacingEvent::Tick;
         let verdict = loop {
-            match self.pacing.on(event, Instant::now(), rand::random()) {
-                PacingStep::Beat { within } => event = self.beat(within).await,
+            let step = self.pacing.on(event, Moment::now(), rand::random());
+            self.move_fence();
+            match step {
+                PacingStep::Beat { until } => event = self.beat(until).await,
                 PacingStep::Sleep { until } => {
                     event = tokio::select! {
                         biased;
                         verdict = &mut self.closed => break verdict,
-                        () = sleep_until(until) => PacingEvent::Tick,
+                        () = sleep(until.left()) => PacingEvent::Tick,
                         () = self.grant.mailbox.changed() => PacingEvent::Tick,
                     };
                     // A change may have left with a heartbeat already.
@@ -86,6 +90,14 @@ impl Driver {
             Ok(verdict) => self.settle(&verdict).await,
             // Only while the session is being dropped: nobody will see this.
             Err(_) => Settled::NotSent(CancelReason::LeaseLost),
+        }
+    }
+
+    /// Says to everyone until when the lease is ours.
+    fn move_fence(&self) {
+        // A lost one is told by the cancel signal, which needs no clock.
+        if let Some(expires) = self.pacing.expires() {
+            self.keys.fence.set(expires);
         }
     }
 
@@ -119,12 +131,13 @@ impl Driver {
         });
     }
 
-    async fn beat(&mut self, within: Duration) -> PacingEvent {
+    async fn beat(&mut self, until: Moment) -> PacingEvent {
         let sent = self.grant.mailbox.pending();
-        let failure = match timeout(within, self.source.keep(self.task, &sent, within)).await {
-            Ok(Ok(kept)) => return self.adopt(&sent, kept),
-            Ok(Err(err)) => err,
-            Err(_) => LeaseError::Unreachable(format!("no answer within {within:?}")),
+        let within = until.left();
+        let failure = match until.before(self.source.keep(self.task, &sent, until)).await {
+            Some(Ok(kept)) => return self.adopt(&sent, kept),
+            Some(Err(err)) => err,
+            None => LeaseError::Unreachable(format!("no answer within {within:?}")),
         };
         match failure.advice() {
             Advice::StopTask => {
@@ -142,27 +155,49 @@ impl Driver {
     fn adopt(&mut self, sent: &Pending, kept: Kept) -> PacingEvent {
         self.grant.mailbox.acknowledge(sent);
         if let Some(token) = kept.token {
-            self.keys.token.send_if_modified(|now| {
+            let newer = self.keys.token.send_if_modified(|now| {
                 let newer = now.as_ref() != Some(&token);
                 *now = Some(token);
                 newer
             });
+            if newer {
+                self.grant.mailbox.answered();
+            }
         }
         if let Some(task) = kept.task.filter(|task| *task != self.task) {
             tracing::info!(task_id = %task, formerly = %self.task, "control plane renamed the task");
             self.task = task;
         }
-        if *self.keys.setup.borrow() == Setup::Pending {
-            let lease = &self.grant.lease;
-            let domain = kept.domain_id.or(lease.domain_id);
-            let server = kept.domain_server.or_else(|| lease.domain_server.clone());
-            self.rename(kept.job, domain);
-            self.set_up(Setup::Ready(coordinates(domain, server.as_deref())));
-        } else {
-            self.rename(kept.job, None);
+        if let Some(capability) = kept.capability.filter(|name| name != self.grant.lease.capability.as_str()) {
+            // What runs stays what runs; a plane that wants another runner has to make another task.
+            tracing::warn!(task_id = %self.task, %capability, "control plane renamed the task's capability, the runner goes on");
         }
-        let left = kept.expires_at.map(|at| left_until(at, self.task, &mut self.clock_warned));
-        PacingEvent::Answered { left, cancel: kept.cancel }
+        self.rename(kept.job, kept.domain_id);
+        // A cancelled task needs no coordinates: its runner shall not begin to fetch.
+        if !kept.cancel {
+            self.move_data(kept.domain_server);
+        }
+        PacingEvent::Answered { expires: kept.expires_at, token: kept.token_expires_at, cancel: kept.cancel }
+    }
+
+    /// Says where the task's data lives: with the set-up heartbeat, and whenever the plane moves it.
+    fn move_data(&mut self, server: Option<String>) {
+        if server.is_some() {
+            self.server = server;
+        }
+        let now = coordinates(self.lease().domain_id, self.server.as_deref());
+        self.keys.setup.send_if_modified(|known| match (known, now) {
+            (known @ Setup::Pending, now) => {
+                *known = Setup::Ready(now);
+                true
+            }
+            (Setup::Ready(known), Ok(now)) if known.as_ref() != Ok(&now) => {
+                *known = Ok(now);
+                true
+            }
+            // A refused set-up stays refused, and good coordinates are not given up for bad ones.
+            _ => false,
+        });
     }
 
     /// Notes a changed job or domain for the report. The lease is copied only when there is one.
@@ -191,7 +226,7 @@ impl Driver {
 
     /// Why nothing may be reported, if so.
     fn silenced(&mut self, verdict: &Verdict) -> Option<CancelReason> {
-        if self.pacing.left(Instant::now()).is_none() {
+        if self.pacing.left(Moment::now()).is_none() {
             let asked = matches!(self.pacing.state(), State::Cancelled { .. });
             let reason = if asked { CancelReason::Plane } else { CancelReason::LeaseLost };
             self.grant.cancel.cancel(reason);
@@ -207,15 +242,16 @@ impl Driver {
     /// Sends the last progress and events. It may take half of what is left of the lease; the
     /// other half belongs to the report, which goes out in any case.
     async fn flush(&mut self) {
-        let started = Instant::now();
+        let started = Moment::now();
         let deadline = started + self.pacing.left(started).unwrap_or_default() / 2;
         for attempt in 1..=FLUSHES_MAX {
-            let now = Instant::now();
+            let now = Moment::now();
             let mut step = self.pacing.beat_now(now);
-            if let PacingStep::Beat { within } = step {
-                let event = self.beat(within.min(deadline.saturating_duration_since(now))).await;
-                step = self.pacing.on(event, Instant::now(), rand::random());
+            if let PacingStep::Beat { until } = step {
+                let event = self.beat(until.min(deadline)).await;
+                step = self.pacing.on(event, Moment::now(), rand::random());
             }
+            self.move_fence();
             self.tell(step);
             let PacingStep::Sleep { until } = step else { return };
             if !self.grant.mailbox.is_dirty() {
@@ -224,7 +260,7 @@ impl Driver {
             if attempt == FLUSHES_MAX || until >= deadline {
                 break;
             }
-            sleep_until(until).await;
+            sleep(until.left()).await;
         }
         tracing::warn!(task_id = %self.task, "last progress and events were not delivered");
     }
@@ -232,7 +268,7 @@ impl Driver {
     async fn report(&mut self, verdict: &Verdict) -> Settled {
         let mut last = None;
         let mut attempt = 0_u32;
-        while let Some(left) = self.pacing.left(Instant::now()) {
+        while let Some(left) = self.pacing.left(Moment::now()) {
             attempt = attempt.saturating_add(1);
             let within = patience(left);
             let failure = match timeout(within, self.source.settle(self.task, self.lease(), verdict)).await {
@@ -248,28 +284,9 @@ impl Driver {
             let pause = pause_after(attempt, rand::random());
             tracing::warn!(task_id = %self.task, %error, attempt, retry_in_ms = millis(pause), "report failed");
             last = Some(error);
-            sleep(pause.min(self.pacing.left(Instant::now()).unwrap_or_default())).await;
+            sleep(pause.min(self.pacing.left(Moment::now()).unwrap_or_default())).await;
         }
         Settled::GivenUp(last.unwrap_or_else(|| "the lease ended before its report was sent".to_owned()))
-    }
-}
-
-/// What is left until `at`, by this node's clock at this moment. A time in the past says more
-/// about the clocks than about the lease, which has just been given to us.
-fn left_until(at: Timestamp, task: TaskId, warned: &mut bool) -> Duration {
-    match Duration::try_from(at.duration_since(Timestamp::now())) {
-        Ok(left) if !left.is_zero() => left,
-        _ => {
-            if !std::mem::replace(warned, true) {
-                tracing::warn!(
-                    task_id = %task,
-                    lease_expires_at = %at,
-                    assumed_ms = millis(TERM_ASSUMED),
-                    "lease expires in the past; compare the clocks of node and control plane"
-                );
-            }
-            TERM_ASSUMED
-        }
     }
 }
 
@@ -307,17 +324,5 @@ mod tests {
         check(domain, Some("/relative\n"), "domain_server_url \"/relative\\n\" is not an absolute http(s) URL");
         check(domain, Some("ftp://x"), "domain_server_url \"ftp://x\" is not an absolute http(s) URL");
         check(domain, Some("http:"), "domain_server_url \"http:\" is not an absolute http(s) URL");
-    }
-
-    #[test]
-    fn a_past_expiry_is_taken_as_a_minute_and_complained_about_once() {
-        let (task, mut warned) = (TaskId(Uuid::nil()), false);
-        let past = Timestamp::now() - jiff::SignedDuration::from_secs(5);
-        assert_eq!(left_until(past, task, &mut warned), TERM_ASSUMED);
-        assert!(warned);
-        let future = Timestamp::now() + jiff::SignedDuration::from_secs(500);
-        let left = left_until(future, task, &mut warned);
-        assert!(left > Duration::from_secs(490) && left <= Duration::from_secs(500));
-        assert_eq!(left_until(Timestamp::MAX, task, &mut warned).as_secs() / 1_000_000_000, 251);
     }
 }

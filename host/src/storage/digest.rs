@@ -74,8 +74,8 @@ impl Digester {
     }
 }
 
-/// A digest as it is written: 64 hex digits, lower case.
-pub(crate) fn hex(digest: &[u8; 32]) -> String {
+/// A digest, or the beginning of one, as it is written: two hex digits a byte, lower case.
+pub(crate) fn hex(digest: &[u8]) -> String {
     digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

@@ -4,6 +4,7 @@
 //! long it may take and how large an answer may be are decided here. Nothing in here knows a
 //! path, a token or a wire format.
 
+mod clock;
 mod connect;
 mod pool;
 #[cfg(test)]
@@ -15,9 +16,12 @@ use bytes::Bytes;
 use http::{Request, Response, StatusCode, response};
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use hyper::body::Incoming;
+use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use url::{Host, Url};
 
+use crate::model::Moment;
+use clock::{Clocks, Reading};
 use pool::Pool;
 
 /// Largest JSON answer read, in bytes.
@@ -27,6 +31,8 @@ pub const EXCERPT_BYTES_MAX: usize = 512;
 
 /// How long a connection stays open without a request.
 const IDLE_MAX: Duration = Duration::from_secs(60);
+/// Nothing shorter is taken for a token.
+const TOKEN_BYTES_MIN: usize = 12;
 
 /// A request body of any kind.
 pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
@@ -121,9 +127,23 @@ pub struct Answer {
     /// The body, at most [`JSON_BYTES_MAX`].
     pub body: Bytes,
     host: String,
+    clock: Reading,
 }
 
 impl Answer {
+    /// The moment that whoever answered calls `at`, be its clock right or wrong. `None` for a time that
+    /// had passed before the answer was asked for: it says more of a clock than of what it is about.
+    #[must_use]
+    pub fn moment(&self, at: Timestamp) -> Option<Moment> {
+        self.clock.moment(at)
+    }
+
+    /// What is left until `at`, a time of whoever answered; `None` where nothing is.
+    #[must_use]
+    pub fn left_until(&self, at: Timestamp) -> Option<Duration> {
+        self.clock.left(at)
+    }
+
     /// Decodes the body as JSON.
     pub fn json<T: DeserializeOwned>(&self) -> Result<T, TransportError> {
         serde_json::from_slice(&self.body).map_err(|err| TransportError::NotJson {
@@ -143,15 +163,37 @@ impl Answer {
     /// error what they were sent.
     #[must_use]
     pub fn excerpt_without(&self, secrets: &[&str]) -> String {
-        // A little more than an excerpt is searched, so that a secret across the cut is found whole.
-        let longest = secrets.iter().map(|secret| secret.len()).max().unwrap_or(0);
-        let cut = &self.body[..self.body.len().min(EXCERPT_BYTES_MAX.saturating_add(longest))];
-        let mut text = String::from_utf8_lossy(cut).into_owned();
-        for secret in secrets.iter().filter(|secret| !secret.is_empty()) {
-            text = text.replace(secret, "[secret]");
-        }
-        excerpt(text.as_bytes())
+        excerpt_without(&self.body, secrets)
     }
+}
+
+/// Like [`excerpt`], with every one of `secrets` cut out, and every bearer: some services repeat in an error
+/// what they were sent. A secret across the cut is found whole if `body` goes on beyond the excerpt.
+#[must_use]
+pub fn excerpt_without(body: &[u8], secrets: &[&str]) -> String {
+    let longest = secrets.iter().map(|secret| secret.len()).max().unwrap_or(0);
+    let cut = &body[..body.len().min(EXCERPT_BYTES_MAX.saturating_add(longest))];
+    let mut text = String::from_utf8_lossy(cut).into_owned();
+    for secret in secrets.iter().filter(|secret| !secret.is_empty()) {
+        text = text.replace(secret, "[secret]");
+    }
+    excerpt(without_bearers(&text).as_bytes())
+}
+
+/// What follows the word `bearer` is somebody's token, be it the one just sent or an earlier one.
+fn without_bearers(text: &str) -> String {
+    const SCHEME: &str = "bearer ";
+    let (lower, mut kept, mut from) = (text.to_ascii_lowercase(), String::with_capacity(text.len()), 0);
+    while let Some(at) = lower[from..].find(SCHEME) {
+        let token = from + at + SCHEME.len();
+        kept.push_str(&text[from..token]);
+        let end = text[token..].find(|c: char| c.is_whitespace() || matches!(c, '"' | '\'' | ',' | ';' | '<'));
+        from = end.map_or(text.len(), |end| token + end);
+        // Words such as "bearer token is missing" are no tokens.
+        kept.push_str(if from - token >= TOKEN_BYTES_MIN { "[secret]" } else { &text[token..from] });
+    }
+    kept.push_str(&text[from..]);
+    kept
 }
 
 /// The beginning of `body` on one line, cut at a character.
@@ -217,13 +259,15 @@ impl Policy {
 pub struct Client {
     pool: Pool,
     config: Arc<Config>,
+    clocks: Arc<Clocks>,
 }
 
 impl Client {
     /// A client with an empty pool. It must be used inside a tokio runtime.
     #[must_use]
     pub fn new(config: Config) -> Self {
-        Self { pool: Pool::new(connect::connector(&config), IDLE_MAX), config: Arc::new(config) }
+        let pool = Pool::new(connect::connector(&config), IDLE_MAX);
+        Self { pool, config: Arc::new(config), clocks: Arc::default() }
     }
 
     /// Whether `url` may be spoken to at all; see [`Policy::check`].
@@ -241,12 +285,19 @@ impl Client {
         Ok(response)
     }
 
+    /// The time as the service at `base` has it, as far as its answers have told.
+    #[must_use]
+    pub fn now_at(&self, base: &str) -> Timestamp {
+        let host = base.parse::<http::Uri>().ok().and_then(|uri| Some(uri.authority()?.to_string()));
+        self.clocks.now(&host.unwrap_or_default())
+    }
+
     /// Sends a request and reads the whole answer, at most [`JSON_BYTES_MAX`] bytes, all within `limit`.
     pub async fn call(&self, request: Request<Body>, limit: Duration) -> Result<Answer, TransportError> {
         let (host, mut head) = (host_of(&request), None);
         let body = within(limit, &host, self.whole(request, &host, &mut head)).await?;
-        let head = head.expect("a body comes after its head");
-        Ok(Answer { status: head.status, headers: head.headers, body, host })
+        let (head, clock) = head.expect("a body comes after its head");
+        Ok(Answer { status: head.status, headers: head.headers, body, host, clock })
     }
 
     /// Like [`Client::call`] for callers to whom only the status matters: a body that breaks off,
@@ -255,8 +306,9 @@ impl Client {
         let (host, mut head) = (host_of(&request), None);
         let body = within(limit, &host, self.whole(request, &host, &mut head)).await;
         match head {
-            Some(head) => {
-                Ok(Answer { status: head.status, headers: head.headers, body: body.unwrap_or_default(), host })
+            Some((head, clock)) => {
+                let body = body.unwrap_or_default();
+                Ok(Answer { status: head.status, headers: head.headers, body, host, clock })
             }
             None => Err(body.expect_err("there is no body without a head")),
         }
@@ -277,11 +329,13 @@ impl Client {
         &self,
         request: Request<Body>,
         host: &str,
-        head: &mut Option<response::Parts>,
+        head: &mut Option<(response::Parts, Reading)>,
     ) -> Result<Bytes, TransportError> {
+        let sent = Moment::now();
         let (response, connection) = self.request(request, host).await?;
         let (parts, body) = response.into_parts();
-        *head = Some(parts);
+        let clock = self.clocks.note(host, &parts.headers, sent);
+        *head = Some((parts, clock));
         let body = read_capped(body, JSON_BYTES_MAX, host).await?;
         self.pool.give_back(connection);
         Ok(body)
@@ -374,10 +428,24 @@ mod tests {
                 headers: http::HeaderMap::new(),
                 body: body.into(),
                 host: String::new(),
+                clock: Clocks::default().note("", &http::HeaderMap::new(), Moment::now()),
             };
             let text = answer.excerpt_without(&["", "top-secret"]);
             assert!(!text.contains("top-"), "{text}");
             assert!(text.len() <= EXCERPT_BYTES_MAX);
+        }
+    }
+
+    #[test]
+    fn what_follows_a_bearer_is_cut_out_wherever_it_ends() {
+        let long = "eyJ0".repeat(100);
+        for (body, expected) in [
+            (format!("authorization=\"Bearer {long}\" x"), "authorization=\"Bearer [secret]\" x"),
+            (format!("got BEARER {long}"), "got BEARER [secret]"),
+            ("the bearer token is é missing".to_owned(), "the bearer token is é missing"),
+            ("bearer ".to_owned(), "bearer"),
+        ] {
+            assert_eq!(excerpt_without(body.as_bytes(), &[]), expected);
         }
     }
 

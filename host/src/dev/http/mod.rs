@@ -61,6 +61,7 @@ pub(super) fn router(world: Arc<Inner>) -> Router {
         .route("/internal/v1/auth/siwe/request", post(dds::nonce))
         .route("/internal/v1/auth/siwe/verify", post(dds::verify))
         .route("/internal/v1/nodes/register-wallet", post(dds::register))
+        .route("/internal/v1/nodes/register", post(dds::register_url))
         .route("/api/v1/info", get(info::uploads))
         .nest("/api/v1/domains/{domain}", domain)
         .nest("/v1", plane)

@@ -37,8 +37,8 @@ use url::Url;
 
 use crate::{
     model::{
-        Artifact, ArtifactSpec, CancelReason, Coordinates, Fetched, Grant, InputStream, Materialized, OutputStream,
-        PortError, PortErrorKind, Ports, Setup,
+        Artifact, ArtifactSpec, Coordinates, Fetched, Grant, InputStream, Materialized, OutputStream, PortError,
+        PortErrorKind, Ports, Setup,
     },
     transport::Client,
 };
@@ -55,13 +55,14 @@ pub struct Config {
     pub request_timeout: Duration,
     /// How long a refused request waits for a newer bearer before it is repeated.
     pub token_wait: Duration,
-    /// Pause before the first repetition of a failed part; the second waits twice as long.
+    /// Pause before a failed request is sent again; it grows with each try.
     pub part_pause: Duration,
-    /// How long a download in which nothing moves is tried again.
+    /// How long a transfer in which nothing moves is tried again.
     pub patience: Duration,
     /// Hosts (or `host:port`) that may get a lease's token; empty allows any.
     pub domain_hosts: Vec<String>,
-    /// How many parts of one artifact travel at once; at least one.
+    /// How many parts of one artifact travel at once; at least one. Two fill a connection that has
+    /// to wait for answers, and bound what a stream holds in memory: they, and the one being filled.
     pub parallel_parts: usize,
     info: info::Cache,
 }
@@ -108,9 +109,15 @@ struct Books {
     /// Which logical path took a stored name and type.
     names: HashMap<(String, String), String>,
     /// By logical path.
-    published: BTreeMap<String, Artifact>,
+    published: BTreeMap<String, Published>,
     /// In the order in which they came to their end.
     fetched: Vec<Fetched>,
+}
+
+struct Published {
+    artifact: Artifact,
+    /// When the server last changed it, in its words.
+    updated_at: Option<String>,
 }
 
 impl Books {
@@ -172,7 +179,7 @@ impl Ports for DomainPorts {
     }
 
     fn published(&self) -> Vec<Artifact> {
-        self.inner.books().published.values().cloned().collect()
+        self.inner.books().published.values().map(|published| published.artifact.clone()).collect()
     }
 
     fn fetched(&self) -> Vec<Fetched> {
@@ -195,7 +202,7 @@ impl Inner {
     /// Waits until nothing more may be transferred.
     async fn over(&self) -> PortError {
         let why = tokio::select! {
-            () = self.grant.cancel.lost() => "the lease is lost",
+            () = self.grant.lost() => "the lease is lost",
             () = self.closed.cancelled() => "the task is over",
         };
         PortError::new(PortErrorKind::LeaseOver, format!("{why}: nothing more is transferred for it"))
@@ -203,7 +210,7 @@ impl Inner {
 
     /// An error if the lease is lost or the task is over.
     async fn still_ours(&self) -> Result<(), PortError> {
-        match self.closed.is_cancelled() || self.grant.cancel.reason() == Some(CancelReason::LeaseLost) {
+        match self.closed.is_cancelled() || !self.grant.is_ours() {
             true => Err(self.over().await),
             false => Ok(()),
         }

@@ -2,7 +2,10 @@
 //! wire promises, and tests can make it misbehave once at a chosen request.
 
 mod downloads;
+mod files;
+mod names;
 mod refusals;
+mod repeats;
 mod resumes;
 mod streams;
 mod uploads;
@@ -19,7 +22,7 @@ use axum::{
     extract::{Request, State},
     response::{IntoResponse, Response},
 };
-use http::{Method, StatusCode, header};
+use http::{Method, StatusCode, header, request::Parts};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::{net::TcpListener, task::JoinHandle};
@@ -59,6 +62,8 @@ enum Trick {
     Hang,
     /// Does something first, then answers properly.
     First(Box<dyn FnOnce() + Send>),
+    /// Does what was asked, and answers something else.
+    Lost(Response),
 }
 
 /// How content by id is served.
@@ -80,6 +85,15 @@ struct Store {
     part_size: i64,
     info: Value,
     next_id: u32,
+}
+
+impl Store {
+    fn put(&mut self, id: &str, mut item: Item) -> Value {
+        item.version = self.items.get(id).map_or(0, |old| old.version + 1);
+        let stored = metadata(id, &item);
+        self.items.insert(id.to_owned(), item);
+        stored
+    }
 }
 
 #[derive(Clone)]
@@ -121,6 +135,7 @@ fn lease(inputs: &[&str]) -> Lease {
         domain_id: Some(DOMAIN),
         domain_server: None,
         token: Some(Token::new("t1")),
+        token_expires_at: None,
         inputs: inputs.iter().map(ToString::to_string).collect(),
         outputs_prefix: Some("/out/".to_owned()),
         document: serde_json::Map::new(),
@@ -172,6 +187,13 @@ impl World {
 
     fn stored(&self, id: &str) -> Item {
         self.server.store().items.get(id).cloned().unwrap_or_default()
+    }
+
+    /// The ports of another attempt at the same task, which knows nothing of the first.
+    fn another_attempt(&self) -> DomainPorts {
+        let config = Arc::new(Config::new("node/1"));
+        let client = Client::new(transport::Config::default());
+        DomainPorts::new(client, self.grant.clone(), self.dir.path().to_owned(), config)
     }
 
     /// The next request whose name begins with `at` meets `trick`.
@@ -233,7 +255,7 @@ async fn drain(stream: &mut Box<dyn InputStream>) -> Result<Vec<u8>, PortError> 
 
 fn metadata(id: &str, item: &Item) -> Value {
     json!({"id": id, "domain_id": DOMAIN, "name": item.name, "data_type": item.data_type, "size": item.bytes.len(),
-        "created_at": "2025-06-01T08:00:00Z", "updated_at": changed(item.version)})
+        "created_at": "2025-06-01T08:00:00Z", "updated_at": changed(item.version), "of": "newer servers"})
 }
 
 fn changed(version: u32) -> String {
@@ -297,6 +319,7 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
         meets.and_then(|at| store.tricks.remove(at)).map(|(_, trick)| trick)
     };
     server.calls.send_modify(|calls| *calls += 1);
+    let mut lost = None;
     match trick {
         Some(Trick::Answer(response)) => {
             let _ = axum::body::to_bytes(body, usize::MAX).await;
@@ -305,8 +328,14 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
         Some(Trick::Unread(answer)) => return answer(),
         Some(Trick::Hang) => return std::future::pending().await,
         Some(Trick::First(act)) => act(),
+        Some(Trick::Lost(answer)) => lost = Some(answer),
         None => {}
     }
+    let answer = work(&server, what, head, body, &query).await;
+    lost.unwrap_or(answer)
+}
+
+async fn work(server: &Server, what: &str, head: Parts, body: Body, query: &BTreeMap<String, String>) -> Response {
     let length: Option<usize> =
         head.headers.get(header::CONTENT_LENGTH).map(|v| v.to_str().expect("text").parse().expect("a number"));
     let Ok(body) = axum::body::to_bytes(body, usize::MAX).await else { return reply(400, "text/plain", "cut off") };
@@ -350,7 +379,7 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
             }
         }
         "raw" | "meta" => {
-            let id = path.rsplit('/').next().expect("a path has a last segment");
+            let id = head.uri.path().rsplit('/').next().expect("a path has a last segment");
             let Some(item) = store.items.get(id).filter(|_| store.raw.served) else {
                 return reply(404, "text/plain", "no such path");
             };
@@ -401,19 +430,24 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
                         bytes: Vec::new(),
                         version: 0,
                     };
+                    let same = |known: &Item| known.name == item.name && known.data_type == item.data_type;
+                    if store.items.values().any(same) {
+                        return reply(409, "text/plain", "exists");
+                    }
                     store.next_id += 1;
                     (format!("d-{}", store.next_id), item)
                 }
             };
             item.bytes = payload.to_vec();
-            store.items.insert(id.clone(), item.clone());
-            axum::Json(json!({"data": [metadata(&id, &item)]})).into_response()
+            axum::Json(json!({"data": [store.put(&id, item)]})).into_response()
         }
         "initiate" => {
             store.next_id += 1;
             let id = format!("u {}", store.next_id);
             store.uploads.insert(id.clone(), (serde_json::from_slice(&body).expect("JSON"), BTreeMap::new()));
-            axum::Json(json!({"upload_id": id, "part_size": store.part_size})).into_response()
+            // With what newer servers say besides.
+            let more = json!({"upload_id": id, "part_size": store.part_size, "data_id": "d", "expires_at": "later"});
+            axum::Json(more).into_response()
         }
         "part" => {
             let number: u32 = query["partNumber"].parse().expect("a number");
@@ -446,8 +480,7 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
             }
             let text = |field: &str| asked[field].as_str().expect("text").to_owned();
             let item = Item { name: text("name"), data_type: text("data_type"), bytes, version: 0 };
-            store.items.insert(id.clone(), item.clone());
-            axum::Json(metadata(&id, &item)).into_response()
+            axum::Json(store.put(&id, item)).into_response()
         }
         "abort" => {
             store.uploads.remove(&query["uploadId"]);
