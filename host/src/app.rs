@@ -16,7 +16,7 @@ use crate::{
     observe::pages::Pages,
     plugins::Plugins,
     session::{self, Sessions},
-    storage::{self, Scratch, Storage},
+    storage::{self, Disk, Scratch, Storage},
     transport,
 };
 
@@ -32,6 +32,7 @@ pub struct Node {
     auth: Auth,
     pages: Pages,
     board: StatusBoard,
+    disk: Disk,
     control: Control,
     plugins: Arc<Plugins>,
 }
@@ -85,6 +86,7 @@ impl Node {
         let pages = Pages::bind(config.http_bind, board.watch(), auth.visits())
             .await
             .with_context(|| format!("HTTP_BIND {} cannot be bound", config.http_bind))?;
+        let disk = Disk::new(config.scratch_dir, config.disk_free_min);
         let mut storage = storage::Config::new(config.client_id);
         storage.domain_hosts = config.domain_hosts;
         storage.stall = config.transfer_stall;
@@ -100,7 +102,7 @@ impl Node {
         let rooms = Rooms {
             sessions: Sessions::new(Arc::clone(&source) as _, rhythm, control.handle.clone()),
             source,
-            storage: Storage::new(scratch, data_client, storage),
+            storage: Storage::new(scratch, disk.clone(), data_client, storage),
             plugins: Arc::clone(&plugins),
             board: board.clone(),
             workers: Handle::current(),
@@ -114,7 +116,7 @@ impl Node {
                 cancel_grace: config.cancel_grace,
             },
         );
-        Ok(Self { engine, auth, pages, board, control, plugins })
+        Ok(Self { engine, auth, pages, board, disk, control, plugins })
     }
 
     /// Where the node's pages are.
@@ -133,13 +135,14 @@ impl Node {
 
     /// Registers, leases and works until told to stop and everything has ended.
     pub async fn run(self, stops: Stops) -> Ended {
-        let Self { engine, auth, pages, board, control, plugins } = self;
+        let Self { engine, auth, pages, board, disk, control, plugins } = self;
         if let Ok(address) = pages.address() {
             info!(address = %address, "node started");
         }
         let over = CancellationToken::new();
         let pages = tokio::spawn(pages.run(over.clone()));
         let watching = tokio::spawn(show_registration(auth.status(), board.clone(), over.clone()));
+        let disk = tokio::spawn(disk.run(board.clone(), over.clone()));
         let tokens = auth.tokens();
         let auth = control.handle.spawn(auth.run(over.clone()));
         let ended = tokio::select! {
@@ -156,7 +159,7 @@ impl Node {
         };
         plugins.shutdown(SHUTDOWN_LIMIT).await;
         over.cancel();
-        for task in [pages, watching, auth] {
+        for task in [pages, watching, disk, auth] {
             if let Err(err) = task.await {
                 warn!(error = %err, "a part of the node ended unexpectedly");
             }

@@ -63,11 +63,12 @@ pub const KEYS: &[Key] = &[
     key("CANCEL_GRACE", Some("10s"), "how long a cancelled runner may take to return"),
     key("SCRATCH_DIR", None, "where task directories are made; below the system's temporary folder where unset"),
     key("TRANSFER_STALL_TIMEOUT", Some("30s"), "how long a transfer may be silent before it counts as broken"),
-    key("TRANSFER_PATIENCE", Some("2m"), "how long a download in which nothing moves is tried again"),
+    key("TRANSFER_PATIENCE", Some("2m"), "how long a transfer in which nothing moves is tried again"),
     key("MEMORY_BUDGET", Some("1GiB"), "most bytes of tasks' data in memory at once; objects beyond it are refused"),
     key("UNPACK_FILES_MAX", Some("65536"), "most files and folders a zip input may hold"),
     key("UNPACK_BYTES_MAX", Some("16GiB"), "most bytes a zip input may unpack to"),
     key("UNPACK_RATIO_MAX", Some("200"), "how many times its own size a zip input may unpack to, beyond 16 MiB"),
+    key("DISK_FREE_MIN", Some("1GiB"), "free space below SCRATCH_DIR under which nothing new is leased; 0: any"),
     key("CLIENT_ID", None, "identifies this node to domain servers; random per start where unset"),
     key("DOMAIN_HOSTS", None, "domain servers the node may talk to, comma separated; any where unset"),
     key("ALLOW_INSECURE_HTTP", Some("false"), "allow plain http to hosts other than loopback"),
@@ -240,7 +241,7 @@ impl Parser<'_> {
 }
 
 /// `512MiB`, `1 GiB`, `20kB` or plain bytes.
-fn byte_size(text: &str) -> Option<u64> {
+pub(super) fn byte_size(text: &str) -> Option<u64> {
     let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let unit: u64 = match text[split..].trim().to_ascii_lowercase().as_str() {
         "" | "b" => 1,

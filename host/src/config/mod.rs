@@ -62,11 +62,13 @@ pub struct HostConfig {
     pub cancel_grace: Duration,
     /// Where task directories are made.
     pub scratch_dir: PathBuf,
+    /// Free bytes there under which nothing new is leased; 0: any.
+    pub disk_free_min: u64,
     /// Identifies the node to domain servers.
     pub client_id: String,
     /// How long a transfer may be silent.
     pub transfer_stall: Duration,
-    /// How long a download in which nothing moves is tried again.
+    /// How long a transfer in which nothing moves is tried again.
     pub transfer_patience: Duration,
     /// Most bytes of tasks' data in memory at once.
     pub memory_budget: u64,
@@ -147,6 +149,7 @@ impl HostConfig {
             drain_timeout: parser.duration("DRAIN_TIMEOUT"),
             plugin_init_timeout: parser.duration("PLUGIN_INIT_TIMEOUT"),
             cancel_grace: parser.duration("CANCEL_GRACE"),
+            disk_free_min: parser.value("DISK_FREE_MIN", "a size such as 1GiB, or 0", 0, keys::byte_size),
             scratch_dir: parser.optional("SCRATCH_DIR").map_or_else(default_scratch_dir, PathBuf::from),
             client_id: parser.optional("CLIENT_ID").unwrap_or_else(|| format!("runner-host/{}", uuid::Uuid::new_v4())),
             transfer_stall: parser.value(

@@ -27,5 +27,5 @@ pub use millis::millis;
 pub use moment::Moment;
 pub use outcome::{Outcome, Verdict};
 pub use ports::{Fetched, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports};
-pub use status::{HostStatus, Live, Phase, StatusBoard, TaskStatus};
+pub use status::{DiskStatus, HostStatus, Live, Phase, StatusBoard, TaskStatus};
 pub use visits::{Callback, Unexpected, Visits};

@@ -32,6 +32,8 @@ pub struct HostStatus {
     /// When the sign-in service last asked for this node's health.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_healthcheck: Option<Timestamp>,
+    /// Room where tasks work.
+    pub disk: DiskStatus,
     /// Most tasks at once.
     pub slots: usize,
     /// What is served.
@@ -50,6 +52,17 @@ pub struct HostStatus {
     pub memory: Budget,
     /// Every library, loaded or refused.
     pub plugins: serde_json::Value,
+}
+
+/// Room on the file system of `SCRATCH_DIR`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct DiskStatus {
+    /// What is left; `None` where the system does not say.
+    pub free_bytes: Option<u64>,
+    /// Below this nothing new is leased; 0: there is no floor.
+    pub floor_bytes: u64,
+    /// Whether it is below.
+    pub full: bool,
 }
 
 /// A number that is asked for when it is shown.
@@ -108,6 +121,7 @@ impl StatusBoard {
             registration_since: Timestamp::now(),
             registration_error: None,
             last_healthcheck: None,
+            disk: DiskStatus::default(),
             slots,
             capabilities,
             tasks: BTreeMap::new(),

@@ -95,6 +95,11 @@ async fn ready(State(status): State<watch::Receiver<HostStatus>>) -> impl IntoRe
             Some(err) => format!("conflict: {err}"),
             None => "conflict".to_owned(),
         }),
+        Phase::Running if status.disk.full => Some(format!(
+            "disk nearly full: {} bytes are free where tasks work, DISK_FREE_MIN is {}",
+            status.disk.free_bytes.unwrap_or_default(),
+            status.disk.floor_bytes
+        )),
         Phase::Running => None,
         Phase::Starting => Some(match &status.registration_error {
             Some(err) => format!("not signed in ({}): {err}", status.registration),

@@ -31,6 +31,9 @@ pub const JSON_BYTES_MAX: usize = 2 * 1024 * 1024;
 /// How much of an error answer is kept for people, in bytes.
 pub const EXCERPT_BYTES_MAX: usize = 512;
 
+/// Nothing shorter is taken for a token.
+const TOKEN_BYTES_MIN: usize = 12;
+
 /// A request body of any kind.
 pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 
@@ -160,15 +163,37 @@ impl Answer {
     /// error what they were sent.
     #[must_use]
     pub fn excerpt_without(&self, secrets: &[&str]) -> String {
-        // A little more than an excerpt is searched, so that a secret across the cut is found whole.
-        let longest = secrets.iter().map(|secret| secret.len()).max().unwrap_or(0);
-        let cut = &self.body[..self.body.len().min(EXCERPT_BYTES_MAX.saturating_add(longest))];
-        let mut text = String::from_utf8_lossy(cut).into_owned();
-        for secret in secrets.iter().filter(|secret| !secret.is_empty()) {
-            text = text.replace(secret, "[secret]");
-        }
-        excerpt(text.as_bytes())
+        excerpt_without(&self.body, secrets)
     }
+}
+
+/// Like [`excerpt`], with every one of `secrets` cut out, and every bearer: some services repeat in an error
+/// what they were sent. A secret across the cut is found whole if `body` goes on beyond the excerpt.
+#[must_use]
+pub fn excerpt_without(body: &[u8], secrets: &[&str]) -> String {
+    let longest = secrets.iter().map(|secret| secret.len()).max().unwrap_or(0);
+    let cut = &body[..body.len().min(EXCERPT_BYTES_MAX.saturating_add(longest))];
+    let mut text = String::from_utf8_lossy(cut).into_owned();
+    for secret in secrets.iter().filter(|secret| !secret.is_empty()) {
+        text = text.replace(secret, "[secret]");
+    }
+    excerpt(without_bearers(&text).as_bytes())
+}
+
+/// What follows the word `bearer` is somebody's token, be it the one just sent or an earlier one.
+fn without_bearers(text: &str) -> String {
+    const SCHEME: &str = "bearer ";
+    let (lower, mut kept, mut from) = (text.to_ascii_lowercase(), String::with_capacity(text.len()), 0);
+    while let Some(at) = lower[from..].find(SCHEME) {
+        let token = from + at + SCHEME.len();
+        kept.push_str(&text[from..token]);
+        let end = text[token..].find(|c: char| c.is_whitespace() || matches!(c, '"' | '\'' | ',' | ';' | '<'));
+        from = end.map_or(text.len(), |end| token + end);
+        // Words such as "bearer token is missing" are no tokens.
+        kept.push_str(if from - token >= TOKEN_BYTES_MIN { "[secret]" } else { &text[token..from] });
+    }
+    kept.push_str(&text[from..]);
+    kept
 }
 
 /// The beginning of `body` on one line, cut at a character.
@@ -376,6 +401,19 @@ mod tests {
             let text = answer.excerpt_without(&["", "top-secret"]);
             assert!(!text.contains("top-"), "{text}");
             assert!(text.len() <= EXCERPT_BYTES_MAX);
+        }
+    }
+
+    #[test]
+    fn what_follows_a_bearer_is_cut_out_wherever_it_ends() {
+        let long = "eyJ0".repeat(100);
+        for (body, expected) in [
+            (format!("authorization=\"Bearer {long}\" x"), "authorization=\"Bearer [secret]\" x"),
+            (format!("got BEARER {long}"), "got BEARER [secret]"),
+            ("the bearer token is é missing".to_owned(), "the bearer token is é missing"),
+            ("bearer ".to_owned(), "bearer"),
+        ] {
+            assert_eq!(excerpt_without(body.as_bytes(), &[]), expected);
         }
     }
 

@@ -103,6 +103,44 @@ async fn plain_http_is_for_loopback_only() {
     assert!(!ended.stderr.contains("pass-word"));
 }
 
+#[tokio::test]
+async fn s0_24_a_node_url_the_node_cannot_serve_is_refused() {
+    let silence = Silence::new().await;
+    for (url, bind, wanted) in [
+        ("node.example", "127.0.0.1:8080", "expected an absolute http or https URL, found \"node.example\""),
+        ("http://0.0.0.0:8080", "0.0.0.0:8080", "nobody can be reached there; name the host and port others use"),
+        (
+            "http://127.0.0.1:8080",
+            "127.0.0.1:0",
+            "HTTP_BIND 127.0.0.1:0 takes any free port; give it the port that is reached by this URL",
+        ),
+        (
+            "http://node.example:8080",
+            "127.0.0.1:8080",
+            "HTTP_BIND 127.0.0.1:8080 is not reached from other machines; set HTTP_BIND=0.0.0.0:8080, or give the https \
+             URL of a proxy in front of this node",
+        ),
+        (
+            "http://127.0.0.1:8081/",
+            "127.0.0.1:8080",
+            "HTTP_BIND 127.0.0.1:8080 listens on another port; make them the same",
+        ),
+    ] {
+        let ended = silence.refuses(silence.node().set("NODE_URL", url).set("HTTP_BIND", bind), 78).await;
+        let said = errors(&ended);
+        assert!(said.len() == 1 && said[0].starts_with("NODE_URL") && said[0].ends_with(wanted), "{said:#?}");
+    }
+    let away = silence.node().set("NODE_URL", "https://127.0.0.1").set("DDS_BASE_URL", "https://dds.example");
+    let wanted = "NODE_URL https://127.0.0.1: a sign-in service on another machine cannot reach loopback; name this \
+                  machine's address";
+    let ended = silence.refuses(away.set("HTTP_BIND", "127.0.0.1:8080"), 78).await;
+    assert_eq!(errors(&ended), [wanted]);
+    let ended = silence.refuses(silence.node().set("REGISTRATION", "callback"), 78).await;
+    assert_eq!(errors(&ended), ["NODE_URL is not set: REGISTRATION=callback needs the URL of this node"]);
+    let ended = silence.refuses(silence.node().set("REGISTRATION", "carrier pigeon"), 78).await;
+    assert_eq!(errors(&ended), ["REGISTRATION: expected wallet or callback, found \"carrier pigeon\""]);
+}
+
 /// A node with these plugins arguments ends like this.
 async fn plugins_refused(silence: &Silence, arguments: &[&str], code: i32) -> String {
     let libraries = [];

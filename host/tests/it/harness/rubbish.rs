@@ -44,6 +44,8 @@ pub(crate) enum Bad {
     Redirect(u16, String),
     /// 200 and this.
     Json(Value),
+    /// 200 and what this makes, each time anew.
+    Make(Arc<dyn Fn() -> Value + Send + Sync>),
     /// The connection ends without an answer.
     Cut,
     /// The world's answer, and an end of the connection after so many bytes of its body.
@@ -63,6 +65,10 @@ pub(crate) enum Bad {
 impl Bad {
     pub(crate) fn edit(edit: impl Fn(&mut Value) + Send + Sync + 'static) -> Self {
         Self::Edit(Arc::new(edit))
+    }
+
+    pub(crate) fn make(make: impl Fn() -> Value + Send + Sync + 'static) -> Self {
+        Self::Make(Arc::new(make))
     }
 
     /// An answer that is held back until the token is cancelled.
@@ -301,6 +307,7 @@ impl Inner {
                         .body(whole(Bytes::new()))
                         .expect("a response"),
                     Bad::Json(value) => answer(200, json, value.to_string().into()),
+                    Bad::Make(make) => answer(200, json, make().to_string().into()),
                     Bad::Truncated => Response::builder()
                         .header(header::CONTENT_TYPE, json)
                         .header(header::CONTENT_LENGTH, 1000)
