@@ -115,6 +115,16 @@ impl Lab {
         answer.into_body().collect().await.expect("a whole body").to_bytes().to_vec()
     }
 
+    /// What the world has stored: the metadata of everything.
+    pub(crate) async fn stored(&self) -> Vec<Value> {
+        let url = format!("{}api/v1/domains/{}/data", self.world.dds_url(), self.world.domain_id());
+        let request = Request::get(url).header("authorization", format!("Bearer {}", self.world.grant()));
+        let request = request.header("accept", "application/json").body(transport::full("")).expect("a request");
+        let answer = self.client.call(request, PATIENCE).await.expect("the world answers");
+        let list: Value = answer.json().expect("a list");
+        list["data"].as_array().expect("a list").clone()
+    }
+
     /// The artifact a finished job published under this logical path.
     pub(crate) async fn artifact(&self, ended: &Ended, path: &str) -> Vec<u8> {
         self.read(ended.artifacts()[path]["id"].as_str().expect("an artifact has an id")).await
