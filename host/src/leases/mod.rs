@@ -9,7 +9,7 @@ pub mod dms;
 use async_trait::async_trait;
 use uuid::Uuid;
 
-use crate::model::{Lease, Moment, Pending, TaskId, Token, Verdict};
+use crate::model::{Lease, Moment, Outcome, Pending, TaskId, Token, Verdict};
 
 /// One control plane.
 #[async_trait]
@@ -23,6 +23,8 @@ pub trait LeaseSource: Send + Sync {
     /// Reports the end. `task` is the id the plane uses now (a heartbeat may have changed it);
     /// `lease` gives job, domain and capability.
     async fn settle(&self, task: TaskId, lease: &Lease, verdict: &Verdict) -> Result<(), LeaseError>;
+    /// Gives back a lease of which only the task is known: `why` is an [`Outcome::Setup`].
+    async fn refuse(&self, task: TaskId, why: &Outcome) -> Result<(), LeaseError>;
 }
 
 /// What a heartbeat's answer said; absent means unchanged.

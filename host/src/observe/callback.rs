@@ -18,7 +18,7 @@ use axum::{
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
 };
-use http_body_util::{BodyExt, Limited};
+use futures_util::StreamExt as _;
 use secrecy::{SecretString, zeroize::Zeroizing};
 use serde::{Deserialize, Deserializer, de::IgnoredAny};
 use serde_json::json;
@@ -28,6 +28,8 @@ use crate::model::{Callback, Visits};
 
 /// Largest body, in bytes: the lists of domains and lighthouses may be long.
 const BODY_BYTES_MAX: usize = 256 * 1024;
+/// How much of a larger one is read, so that its sender gets to see the answer.
+const REFUSED_BYTES_MAX: usize = 4 * BODY_BYTES_MAX;
 /// Largest secret, in bytes.
 const SECRET_BYTES_MAX: usize = 4096;
 /// How long a body may take to arrive.
@@ -103,20 +105,21 @@ async fn read(request: Request) -> Result<Callback, Refusal> {
     if !is_json(&head.headers) {
         return Err((StatusCode::UNSUPPORTED_MEDIA_TYPE, "expected Content-Type: application/json"));
     }
-    let mut body = Limited::new(body, BODY_BYTES_MAX);
+    let mut body = body.into_data_stream();
     let whole = async {
         let mut bytes = Zeroizing::new(Vec::with_capacity(4096));
-        while let Some(frame) = body.frame().await {
-            let frame = frame.map_err(|err| {
-                if err.is::<http_body_util::LengthLimitError>() {
-                    (StatusCode::PAYLOAD_TOO_LARGE, "the body is larger than 256 KiB")
-                } else {
-                    (StatusCode::BAD_REQUEST, "the body broke off")
-                }
-            })?;
-            if let Some(data) = frame.data_ref() {
-                bytes.extend_from_slice(data);
+        let mut length = 0;
+        while let Some(data) = body.next().await {
+            let data = data.map_err(|_| (StatusCode::BAD_REQUEST, "the body broke off"))?;
+            length += data.len();
+            if length <= BODY_BYTES_MAX {
+                bytes.extend_from_slice(&data);
+            } else if length > REFUSED_BYTES_MAX {
+                break;
             }
+        }
+        if length > BODY_BYTES_MAX {
+            return Err((StatusCode::PAYLOAD_TOO_LARGE, "the body is larger than 256 KiB"));
         }
         Ok::<_, Refusal>(bytes)
     };

@@ -1,13 +1,16 @@
-//! The one HTTP client of the node: pooled connections, TLS by the system's roots, no redirects.
+//! The one HTTP client of the node: pooled connections, no redirects.
 //!
 //! Rooms build requests and read answers; what may be spoken to whom ([`Client::check`]), how
 //! long it may take and how large an answer may be are decided here. Nothing in here knows a
-//! path, a token or a wire format.
+//! path, a token or a wire format. `connect` brings connections up, by the authorities of `tls` and
+//! through the proxies of `proxy`.
 
 mod clock;
 mod connect;
+mod proxy;
 #[cfg(test)]
 pub(crate) mod testing;
+mod tls;
 
 use std::{sync::Arc, time::Duration};
 
@@ -21,7 +24,10 @@ use hyper_util::{
 };
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
-use url::{Host, Url};
+use url::Url;
+
+pub use proxy::Proxies;
+pub use tls::Roots;
 
 use crate::model::Moment;
 use clock::{Clocks, Reading};
@@ -30,6 +36,9 @@ use clock::{Clocks, Reading};
 pub const JSON_BYTES_MAX: usize = 2 * 1024 * 1024;
 /// How much of an error answer is kept for people, in bytes.
 pub const EXCERPT_BYTES_MAX: usize = 512;
+
+/// Nothing shorter is taken for a token.
+const TOKEN_BYTES_MIN: usize = 12;
 
 /// A request body of any kind.
 pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
@@ -45,13 +54,22 @@ pub fn full(bytes: impl Into<Bytes>) -> Body {
 pub struct Config {
     /// Allow `http://` to hosts other than loopback.
     pub allow_insecure_http: bool,
-    /// How long a connection may take to come up.
+    /// How long a connection may take to come up, proxy and TLS included.
     pub connect_timeout: Duration,
+    /// Whom to believe.
+    pub roots: Roots,
+    /// What goes through a proxy.
+    pub proxies: Proxies,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { allow_insecure_http: false, connect_timeout: Duration::from_secs(10) }
+        Self {
+            allow_insecure_http: false,
+            connect_timeout: Duration::from_secs(10),
+            roots: Roots::default(),
+            proxies: Proxies::default(),
+        }
     }
 }
 
@@ -160,15 +178,37 @@ impl Answer {
     /// error what they were sent.
     #[must_use]
     pub fn excerpt_without(&self, secrets: &[&str]) -> String {
-        // A little more than an excerpt is searched, so that a secret across the cut is found whole.
-        let longest = secrets.iter().map(|secret| secret.len()).max().unwrap_or(0);
-        let cut = &self.body[..self.body.len().min(EXCERPT_BYTES_MAX.saturating_add(longest))];
-        let mut text = String::from_utf8_lossy(cut).into_owned();
-        for secret in secrets.iter().filter(|secret| !secret.is_empty()) {
-            text = text.replace(secret, "[secret]");
-        }
-        excerpt(text.as_bytes())
+        excerpt_without(&self.body, secrets)
     }
+}
+
+/// Like [`excerpt`], with every one of `secrets` cut out, and every bearer: some services repeat in an error
+/// what they were sent. A secret across the cut is found whole if `body` goes on beyond the excerpt.
+#[must_use]
+pub fn excerpt_without(body: &[u8], secrets: &[&str]) -> String {
+    let longest = secrets.iter().map(|secret| secret.len()).max().unwrap_or(0);
+    let cut = &body[..body.len().min(EXCERPT_BYTES_MAX.saturating_add(longest))];
+    let mut text = String::from_utf8_lossy(cut).into_owned();
+    for secret in secrets.iter().filter(|secret| !secret.is_empty()) {
+        text = text.replace(secret, "[secret]");
+    }
+    excerpt(without_bearers(&text).as_bytes())
+}
+
+/// What follows the word `bearer` is somebody's token, be it the one just sent or an earlier one.
+fn without_bearers(text: &str) -> String {
+    const SCHEME: &str = "bearer ";
+    let (lower, mut kept, mut from) = (text.to_ascii_lowercase(), String::with_capacity(text.len()), 0);
+    while let Some(at) = lower[from..].find(SCHEME) {
+        let token = from + at + SCHEME.len();
+        kept.push_str(&text[from..token]);
+        let end = text[token..].find(|c: char| c.is_whitespace() || matches!(c, '"' | '\'' | ',' | ';' | '<'));
+        from = end.map_or(text.len(), |end| token + end);
+        // Words such as "bearer token is missing" are no tokens.
+        kept.push_str(if from - token >= TOKEN_BYTES_MIN { "[secret]" } else { &text[token..from] });
+    }
+    kept.push_str(&text[from..]);
+    kept
 }
 
 /// The beginning of `body` on one line, cut at a character.
@@ -214,18 +254,23 @@ pub struct Policy {
 impl Policy {
     /// Whether `url` may be spoken to at all: https anywhere, http to loopback (or where allowed).
     pub fn check(&self, url: &Url) -> Result<(), TransportError> {
-        let loopback = match url.host() {
-            Some(Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
-            Some(Host::Ipv4(ip)) => ip.is_loopback(),
-            Some(Host::Ipv6(ip)) => ip.is_loopback(),
-            None => return Err(TransportError::BadUrl { url: url.to_string() }),
-        };
+        let host = url.host_str().filter(|host| !host.is_empty());
+        let host = host.ok_or_else(|| TransportError::BadUrl { url: url.to_string() })?;
+        let loopback = is_loopback(host.trim_start_matches('[').trim_end_matches(']'));
         match url.scheme() {
             "https" => Ok(()),
             "http" if loopback || self.allow_insecure_http => Ok(()),
             "http" => Err(TransportError::Insecure { url: url.origin().ascii_serialization() }),
             _ => Err(TransportError::BadUrl { url: url.to_string() }),
         }
+    }
+}
+
+/// Whether a host (without brackets) is this machine itself.
+fn is_loopback(host: &str) -> bool {
+    match host.parse::<std::net::IpAddr>() {
+        Ok(ip) => ip.is_loopback(),
+        Err(_) => host == "localhost" || host.ends_with(".localhost"),
     }
 }
 
@@ -244,7 +289,7 @@ impl Client {
         let pool = Pool::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(Duration::from_secs(60))
-            .build(connect::connector(&config));
+            .build(connect::Connector::new(&config));
         Self { pool, config: Arc::new(config), clocks: Arc::default() }
     }
 
@@ -256,7 +301,14 @@ impl Client {
     /// Sends a request and waits up to `limit` for the head of the answer; the body is the
     /// caller's to stream. Uploads that may take longer than any fixed time pass `Duration::MAX`
     /// and watch for stalls themselves.
-    pub async fn send(&self, request: Request<Body>, limit: Duration) -> Result<Response<Incoming>, TransportError> {
+    pub async fn send(
+        &self,
+        mut request: Request<Body>,
+        limit: Duration,
+    ) -> Result<Response<Incoming>, TransportError> {
+        if let Some(authorization) = self.config.proxies.authorization(request.uri()) {
+            request.headers_mut().insert(http::header::PROXY_AUTHORIZATION, authorization);
+        }
         let host = request.uri().authority().map_or_else(String::new, ToString::to_string);
         match tokio::time::timeout(limit, self.pool.request(request)).await {
             Ok(Ok(response)) => Ok(response),
@@ -376,6 +428,19 @@ mod tests {
             let text = answer.excerpt_without(&["", "top-secret"]);
             assert!(!text.contains("top-"), "{text}");
             assert!(text.len() <= EXCERPT_BYTES_MAX);
+        }
+    }
+
+    #[test]
+    fn what_follows_a_bearer_is_cut_out_wherever_it_ends() {
+        let long = "eyJ0".repeat(100);
+        for (body, expected) in [
+            (format!("authorization=\"Bearer {long}\" x"), "authorization=\"Bearer [secret]\" x"),
+            (format!("got BEARER {long}"), "got BEARER [secret]"),
+            ("the bearer token is é missing".to_owned(), "the bearer token is é missing"),
+            ("bearer ".to_owned(), "bearer"),
+        ] {
+            assert_eq!(excerpt_without(body.as_bytes(), &[]), expected);
         }
     }
 

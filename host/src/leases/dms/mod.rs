@@ -22,7 +22,7 @@ use self::wire::{HeartbeatRequest, HeartbeatResponse, LeaseEnvelope, TaskSpec};
 use super::{Kept, LeaseError, LeaseSource};
 use crate::{
     auth::TokenSource,
-    model::{Capability, Lease, Moment, Pending, TaskId, Token, Verdict, millis},
+    model::{Capability, CapabilityError, Lease, Moment, Outcome, Pending, TaskId, Token, Verdict, millis},
     transport::{self, Answer, Client},
 };
 
@@ -140,6 +140,13 @@ impl Dms {
         Ok((answer, token))
     }
 
+    async fn tell(&self, task: TaskId, report: &report::Report) -> Result<(), LeaseError> {
+        let url = self.task_url(task, report.verb());
+        let body = report.body();
+        let (answer, token) = self.exchange(Method::POST, &url, Some(&body), Need::Status, Moment::NEVER).await?;
+        if answer.status.is_success() { Ok(()) } else { Err(refused_for(task, &answer, &token)) }
+    }
+
     fn task_url(&self, task: TaskId, verb: &str) -> String {
         format!("{}/{task}/{verb}", self.tasks)
     }
@@ -181,11 +188,17 @@ impl LeaseSource for Dms {
     }
 
     async fn settle(&self, task: TaskId, lease: &Lease, verdict: &Verdict) -> Result<(), LeaseError> {
-        let Some(report) = report::report(task, lease, verdict) else { return Ok(()) };
-        let url = self.task_url(task, report.verb());
-        let (answer, token) =
-            self.exchange(Method::POST, &url, Some(&report.body()), Need::Status, Moment::NEVER).await?;
-        if answer.status.is_success() { Ok(()) } else { Err(refused_for(task, &answer, &token)) }
+        match report::report(task, lease, verdict) {
+            Some(report) => self.tell(task, &report).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn refuse(&self, task: TaskId, why: &Outcome) -> Result<(), LeaseError> {
+        match report::setup_failure(why) {
+            Some(report) => self.tell(task, &report).await,
+            None => Ok(()),
+        }
     }
 }
 
@@ -207,8 +220,14 @@ fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
     let mut document: Map<String, Value> = answer.json().map_err(|err| malformed(err.to_string()))?;
     document.retain(|key, _| !key.to_ascii_lowercase().ends_with("token"));
     let task = envelope.task;
-    let capability = Capability::parse(&task.capability)
-        .map_err(|err| malformed(format!("the lease of {} bytes names no capability: {err}", answer.body.len())))?;
+    let capability = Capability::parse(&task.capability).map_err(|err| {
+        let why = match err {
+            // Of a lease that cannot be used nothing is repeated.
+            CapabilityError::Character(_) => "its capability holds white space or a control character".to_owned(),
+            other => other.to_string(),
+        };
+        malformed(format!("the lease of {} bytes names no capability: {why}", answer.body.len()))
+    })?;
     Ok(Lease {
         task: TaskId(task.id),
         job: task.job_id,

@@ -46,12 +46,7 @@ pub(super) fn report(task: TaskId, lease: &Lease, verdict: &Verdict) -> Option<R
                 meta: Value::Object(body_of(task, lease, verdict)),
             }));
         }
-        Outcome::Setup { stage, message } => {
-            let mut details = Map::new();
-            details.insert("stage".into(), (*stage).into());
-            details.insert("error".into(), cut(message).into());
-            return Some(fail("node_setup_failed", details, &verdict.outcome));
-        }
+        Outcome::Setup { .. } => return setup_failure(&verdict.outcome),
         Outcome::Failed { message, .. } => format!("runner failed: {message}"),
         Outcome::Panicked { message, place } => {
             // The place is what a reader needs most: it must survive the cut.
@@ -77,6 +72,15 @@ pub(super) fn report(task: TaskId, lease: &Lease, verdict: &Verdict) -> Option<R
         details.insert("details".into(), own);
     }
     Some(fail(&reason, details, &verdict.outcome))
+}
+
+/// The report for a task that could not be set up; it names no job (contract 4.8).
+pub(super) fn setup_failure(outcome: &Outcome) -> Option<Report> {
+    let Outcome::Setup { stage, message } = outcome else { return None };
+    let mut details = Map::new();
+    details.insert("stage".into(), (*stage).into());
+    details.insert("error".into(), cut(message).into());
+    Some(fail("node_setup_failed", details, outcome))
 }
 
 fn fail(reason: &str, mut details: Map<String, Value>, outcome: &Outcome) -> Report {

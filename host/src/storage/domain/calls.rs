@@ -251,23 +251,21 @@ impl Inner {
 
     /// The beginning of an error answer on one line, without the bearer should the server echo it.
     pub(super) async fn excerpt(&self, response: Response<Incoming>) -> String {
+        let token = self.grant.token();
+        let token = token.as_ref().map_or("", |token| token.expose());
         let mut body = response.into_body();
         let mut text = Vec::new();
         let reading = async {
             while let Some(Ok(frame)) = body.frame().await {
                 text.extend_from_slice(frame.data_ref().map_or(&[][..], |data| data));
-                if text.len() > EXCERPT_BYTES_MAX {
+                if text.len() > EXCERPT_BYTES_MAX + token.len() {
                     break;
                 }
             }
         };
         // What has arrived by then is enough for an error text.
         let _ = tokio::time::timeout(self.config.request_timeout, reading).await;
-        let text = transport::excerpt(&text);
-        match self.grant.token() {
-            Some(token) if !token.expose().is_empty() => text.replace(token.expose(), "(token)"),
-            _ => text,
-        }
+        transport::excerpt_without(&text, &[token])
     }
 }
 
