@@ -1,14 +1,17 @@
-//! The one HTTP client of the node: pooled connections, TLS by the system's roots, no redirects.
+//! The one HTTP client of the node: pooled connections, no redirects.
 //!
 //! Rooms build requests and read answers; what may be spoken to whom ([`Client::check`]), how
 //! long it may take and how large an answer may be are decided here. Nothing in here knows a
-//! path, a token or a wire format.
+//! path, a token or a wire format. `connect` brings connections up, by the authorities of `tls` and
+//! through the proxies of `proxy`.
 
 mod clock;
 mod connect;
 mod pool;
+mod proxy;
 #[cfg(test)]
 pub(crate) mod testing;
+mod tls;
 
 use std::{sync::Arc, time::Duration};
 
@@ -18,7 +21,10 @@ use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use hyper::body::Incoming;
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
-use url::{Host, Url};
+use url::Url;
+
+pub use proxy::Proxies;
+pub use tls::Roots;
 
 use crate::model::Moment;
 use clock::{Clocks, Reading};
@@ -48,13 +54,22 @@ pub fn full(bytes: impl Into<Bytes>) -> Body {
 pub struct Config {
     /// Allow `http://` to hosts other than loopback.
     pub allow_insecure_http: bool,
-    /// How long a connection may take to come up.
+    /// How long a connection may take to come up, proxy and TLS included.
     pub connect_timeout: Duration,
+    /// Whom to believe.
+    pub roots: Roots,
+    /// What goes through a proxy.
+    pub proxies: Proxies,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { allow_insecure_http: false, connect_timeout: Duration::from_secs(10) }
+        Self {
+            allow_insecure_http: false,
+            connect_timeout: Duration::from_secs(10),
+            roots: Roots::default(),
+            proxies: Proxies::default(),
+        }
     }
 }
 
@@ -239,18 +254,23 @@ pub struct Policy {
 impl Policy {
     /// Whether `url` may be spoken to at all: https anywhere, http to loopback (or where allowed).
     pub fn check(&self, url: &Url) -> Result<(), TransportError> {
-        let loopback = match url.host() {
-            Some(Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
-            Some(Host::Ipv4(ip)) => ip.is_loopback(),
-            Some(Host::Ipv6(ip)) => ip.is_loopback(),
-            None => return Err(TransportError::BadUrl { url: url.to_string() }),
-        };
+        let host = url.host_str().filter(|host| !host.is_empty());
+        let host = host.ok_or_else(|| TransportError::BadUrl { url: url.to_string() })?;
+        let loopback = is_loopback(host.trim_start_matches('[').trim_end_matches(']'));
         match url.scheme() {
             "https" => Ok(()),
             "http" if loopback || self.allow_insecure_http => Ok(()),
             "http" => Err(TransportError::Insecure { url: url.origin().ascii_serialization() }),
             _ => Err(TransportError::BadUrl { url: url.to_string() }),
         }
+    }
+}
+
+/// Whether a host (without brackets) is this machine itself.
+fn is_loopback(host: &str) -> bool {
+    match host.parse::<std::net::IpAddr>() {
+        Ok(ip) => ip.is_loopback(),
+        Err(_) => host == "localhost" || host.ends_with(".localhost"),
     }
 }
 
@@ -266,7 +286,7 @@ impl Client {
     /// A client with an empty pool. It must be used inside a tokio runtime.
     #[must_use]
     pub fn new(config: Config) -> Self {
-        let pool = Pool::new(connect::connector(&config), IDLE_MAX);
+        let pool = Pool::new(connect::Connector::new(&config), IDLE_MAX);
         Self { pool, config: Arc::new(config), clocks: Arc::default() }
     }
 
@@ -316,9 +336,12 @@ impl Client {
 
     async fn request(
         &self,
-        request: Request<Body>,
+        mut request: Request<Body>,
         host: &str,
     ) -> Result<(Response<Incoming>, pool::Taken), TransportError> {
+        if let Some(authorization) = self.config.proxies.authorization(request.uri()) {
+            request.headers_mut().insert(http::header::PROXY_AUTHORIZATION, authorization);
+        }
         let sent = self.pool.request(request).await;
         sent.map_err(|reason| TransportError::Unreachable { host: host.to_owned(), reason })
     }
