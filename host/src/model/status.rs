@@ -7,7 +7,7 @@ use serde::{Serialize, Serializer};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::{Lease, Outcome, TaskId};
+use super::{Budget, Lease, Outcome, TaskId};
 
 /// The node as `/status.json` shows it.
 #[derive(Clone, Debug, Serialize)]
@@ -44,6 +44,9 @@ pub struct HostStatus {
     pub slots: usize,
     /// What is served.
     pub capabilities: Vec<String>,
+    /// What does not work any more although the node runs, one line each.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub degraded: Vec<String>,
     /// Tasks held now, by id.
     pub tasks: BTreeMap<String, TaskStatus>,
     /// Ended tasks by outcome, since the start.
@@ -54,6 +57,8 @@ pub struct HostStatus {
     pub stale_calls: Live,
     /// Runners that ignored their cancellation; their slots were given back.
     pub stuck_runners: Live,
+    /// Bytes of tasks' data in memory: now, at most so far, and the limit.
+    pub memory: Budget,
     /// Every library, loaded or refused.
     pub plugins: serde_json::Value,
 }
@@ -130,11 +135,13 @@ impl StatusBoard {
             disk: DiskStatus::default(),
             slots,
             capabilities,
+            degraded: Vec::new(),
             tasks: BTreeMap::new(),
             ended: BTreeMap::new(),
             unreported: 0,
             stale_calls: Live(|| 0),
             stuck_runners: Live(|| 0),
+            memory: Budget::unlimited(),
             plugins,
         })))
     }

@@ -260,7 +260,7 @@ async fn limits_that_cannot_be_read_hold_no_upload_up() {
 async fn s0_89_refusals_of_the_domain_server_are_told_apart() {
     let lab = Lab::start().await;
     let rubbish = Rubbish::before(&lab).await;
-    let node = rubbish.node(&[fixtures::echo()]).leasing().await;
+    let node = rubbish.node(&[fixtures::echo()]).set("TRANSFER_PATIENCE", "0s").leasing().await;
     let input = lab.put("in", b"some input").await;
     for (status, whose, words) in [
         (400, "runner failed", "refused: bad request (400): why"),

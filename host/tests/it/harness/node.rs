@@ -149,12 +149,27 @@ impl Process {
         self.code.borrow().is_some()
     }
 
+    fn id(&self) -> u32 {
+        self.child().id()
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         let mut child = self.child();
         // One that has ended is not signalled: its number may be somebody else's.
         if matches!(child.try_wait(), Ok(None)) {
             rustix::process::kill_process(Pid::from_child(&child), signal).expect("our own child takes signals");
         }
+    }
+
+    /// Processor time it has used so far.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn processor_time(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child().id())).expect("it runs");
+        // Fields 14 and 15, counted behind the name, which may hold anything.
+        let (_, fields) = stat.rsplit_once(')').expect("a name in parentheses");
+        let ticks = fields.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().expect("a number"));
+        let a_second = rustix::param::clock_ticks_per_second();
+        Duration::from_millis(ticks.sum::<u64>() * 1000 / a_second)
     }
 
     /// Waits for a line on stdout.
@@ -331,6 +346,10 @@ impl TestNode {
         self.process.log()
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
     pub(crate) fn term(&self) {
         self.process.signal(Signal::TERM);
     }
@@ -346,6 +365,11 @@ impl TestNode {
 
     pub(crate) fn thaw(&self) {
         self.process.signal(Signal::CONT);
+    }
+
+    #[cfg(target_os = "linux")]
+    pub(crate) fn processor_time(&self) -> Duration {
+        self.process.processor_time()
     }
 
     pub(crate) fn kill(&self) {
