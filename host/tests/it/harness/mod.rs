@@ -117,14 +117,14 @@ impl Lab {
         answer.into_body().collect().await.expect("a whole body").to_bytes().to_vec()
     }
 
-    /// What the world has stored: the metadata of everything.
-    pub(crate) async fn stored(&self) -> Vec<Value> {
+    /// How many items the domain holds.
+    pub(crate) async fn stored(&self) -> usize {
         let url = format!("{}api/v1/domains/{}/data", self.world.dds_url(), self.world.domain_id());
         let request = Request::get(url).header("authorization", format!("Bearer {}", self.world.grant()));
-        let request = request.header("accept", "application/json").body(transport::full("")).expect("a request");
+        let request = request.body(transport::full("")).expect("a request");
         let answer = self.client.call(request, PATIENCE).await.expect("the world answers");
-        let list: Value = answer.json().expect("a list");
-        list["data"].as_array().expect("a list").clone()
+        let listed: Value = answer.json().expect("JSON");
+        listed["data"].as_array().expect("a list").len()
     }
 
     /// How many bytes the world says it has stored under an id.
