@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use url::{Host, Url};
 
-use super::keys::Parser;
+use super::parser::Parser;
 use crate::auth::Form;
 
 /// Reads `REGISTRATION` and `NODE_URL`; mistakes are noted and the wallet form stands in for them.
@@ -27,16 +27,17 @@ pub(super) fn registration(parser: &mut Parser<'_>, bind: SocketAddr, dds: Optio
         }
         (Some(false) | None, None) => Form::Wallet,
         (Some(true), None) => {
-            parser.mistake("NODE_URL is not set: REGISTRATION=callback needs the URL of this node".to_owned());
+            parser.mistakes.push("NODE_URL is not set: REGISTRATION=callback needs the URL of this node".to_owned());
             Form::Wallet
         }
         (None | Some(true), Some(text)) => {
             let Some(url) = parser.url("NODE_URL") else { return Form::Wallet };
             match servable(&url, bind, dds) {
                 // As configured: the service checks the signature over these very bytes.
-                Ok(()) => Form::Callback { url: text },
+                Ok(()) => Form::Callback { url: text.to_owned() },
                 Err(why) => {
-                    parser.mistake(format!("NODE_URL {text}: {why}"));
+                    let place = parser.place("NODE_URL");
+                    parser.mistakes.push(format!("{place} {text}: {why}"));
                     Form::Wallet
                 }
             }

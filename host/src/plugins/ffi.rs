@@ -683,13 +683,20 @@ unsafe extern "C" fn complete(task: Task, status: Status, text: Str, details: St
     let (text, details) = unsafe { (copy(text), copy(details)) };
     let ended = guarded(|| {
         // Retired at once: whatever the plugin still does for this task is stale.
-        let Some(running) = TASKS.get(task) else { return Ok(Status::STALE) };
+        let Some(running) = TASKS.get(task) else {
+            super::stuck::returned(task);
+            return Ok(Status::STALE);
+        };
         TASKS.remove(task);
         let tell = running.ended.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(tell) = tell else { return Ok(Status::STALE) };
         let completion = Completion { status, text: text.unwrap_or_default(), details: details.unwrap_or_default() };
         // Nobody waits any more when the task was given up as stuck.
-        Ok(if tell.send(completion).is_ok() { Status::OK } else { Status::STALE })
+        if tell.send(completion).is_ok() {
+            return Ok(Status::OK);
+        }
+        super::stuck::returned(task);
+        Ok(Status::STALE)
     });
     ended.unwrap_or(Status::FAILED)
 }

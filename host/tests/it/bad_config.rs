@@ -71,8 +71,8 @@ async fn s0_03_values_that_cannot_be_read_are_told_together() {
     let silence = Silence::new().await;
     let wrong = [
         ("MAX_CONCURRENCY", "0", "a number above 0"),
-        ("POLL_BACKOFF_MS_MIN", "soon", "milliseconds"),
-        ("REQUEST_TIMEOUT_SECS", "-1", "seconds"),
+        ("POLL_BACKOFF_MS_MIN", "soon", "whole milliseconds, at most 316224000000"),
+        ("REQUEST_TIMEOUT_SECS", "-1", "whole seconds, at most 316224000"),
         ("REGISTER_MAX_RETRY", "-2", "-1 or a number of attempts"),
         ("HEARTBEAT_MIN_RATIO", "NaN", "a number from 0 to 1"),
         ("DRAIN_TIMEOUT", "tomorrow", "a duration such as 30s"),

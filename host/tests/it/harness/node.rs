@@ -161,6 +161,17 @@ impl Process {
         }
     }
 
+    /// Processor time it has used so far.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn processor_time(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child().id())).expect("it runs");
+        // Fields 14 and 15, counted behind the name, which may hold anything.
+        let (_, fields) = stat.rsplit_once(')').expect("a name in parentheses");
+        let ticks = fields.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().expect("a number"));
+        let a_second = rustix::param::clock_ticks_per_second();
+        Duration::from_millis(ticks.sum::<u64>() * 1000 / a_second)
+    }
+
     /// Waits for a line on stdout.
     pub(crate) async fn stdout_line(&self, wanted: impl Fn(&str) -> bool) -> String {
         line(self, self.stdout.clone(), wanted).await
@@ -354,6 +365,11 @@ impl TestNode {
 
     pub(crate) fn thaw(&self) {
         self.process.signal(Signal::CONT);
+    }
+
+    #[cfg(target_os = "linux")]
+    pub(crate) fn processor_time(&self) -> Duration {
+        self.process.processor_time()
     }
 
     pub(crate) fn kill(&self) {

@@ -116,11 +116,16 @@ pub(crate) struct Rubbish {
 impl Rubbish {
     /// Stands before the world of `lab`.
     pub(crate) async fn before(lab: &Lab) -> Self {
+        Self::known_as(lab, None).await
+    }
+
+    /// As [`Rubbish::before`], for nodes that find it under another URL.
+    pub(crate) async fn known_as(lab: &Lab, url: Option<&str>) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
         let address = listener.local_addr().expect("a bound listener has an address");
         let inner = Arc::new(Inner {
             world: format!("http://{}", lab.world.address()),
-            own: format!("http://{address}"),
+            own: url.map_or_else(|| format!("http://{address}"), str::to_owned),
             client: Client::new(transport::Config::default()),
             rules: Mutex::default(),
             clock: Mutex::default(),
