@@ -67,6 +67,24 @@ async fn s0_81_every_form_of_an_input_brings_the_same_file() {
 }
 
 #[tokio::test]
+async fn s0_10_tasks_at_once_see_their_own_inputs_and_outputs_only() {
+    let lab = Lab::start().await;
+    let node = lab.node(&[fixtures::echo()]).set("MAX_CONCURRENCY", "6").leasing().await;
+    let mut jobs = Vec::new();
+    for n in 0..6_u8 {
+        let form = ["bytes", "file", "stream"][usize::from(n) % 3];
+        let input = lab.put(&format!("in {n}"), &vec![n; 300_000]).await;
+        jobs.push(lab.task(&format!("/examples/echo-{form}/v1")).inputs(&[input]).submit());
+    }
+    for (n, job) in (0_u8..).zip(jobs) {
+        let ended = lab.ended(&node, job).await;
+        assert_eq!(ended.completed().artifacts().len(), 1);
+        assert!(lab.artifact(&ended, "echo-0.bin").await == vec![n; 300_000], "task {n}");
+    }
+    nothing_in_flight(&node).await;
+}
+
+#[tokio::test]
 async fn p_47_inputs_of_other_servers_and_whole_domains_are_refused() {
     let lab = Lab::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
