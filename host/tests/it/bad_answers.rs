@@ -167,7 +167,7 @@ async fn storage_fails(call: &str, capability: &str, what: &str) {
     })
     .await;
     let rubbish = Rubbish::before(&lab).await;
-    let node = rubbish.node(&[fixtures::echo(), fixtures::zoo()]).leasing().await;
+    let node = rubbish.node(&[fixtures::echo(), fixtures::zoo()]).set("TRANSFER_PATIENCE", "0s").leasing().await;
     let input = lab.put("in", b"some input").await;
     let submit = || lab.task(capability).inputs(&[input]).meta(json!({ "bytes": 200_000 })).submit();
     for (bad, text) in Bad::answers() {
@@ -225,7 +225,7 @@ async fn a_part_that_fails_once_is_sent_again_and_one_that_keeps_failing_ends_th
     })
     .await;
     let rubbish = Rubbish::before(&lab).await;
-    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    let node = rubbish.node(&[fixtures::zoo()]).set("TRANSFER_PATIENCE", "1s").leasing().await;
     let (part, abort) = ("PUT /api/v1/domains/*/data/multipart", "DELETE /api/v1/domains/*/data/multipart");
     rubbish.answer(part, 1, Bad::Status(503, "later"));
     rubbish.answer(part, 1, Bad::Cut);

@@ -157,6 +157,10 @@ async fn bytes_that_can_never_fit_are_refused_and_others_wait_for_room() {
     for form in ["file", "stream"] {
         lab.ended(&node, lab.task(&format!("/examples/echo-{form}/v1")).inputs(&[large]).submit()).await.completed();
     }
+    let output = |piece: usize| lab.run(&node, "/fixtures/big-output/v1", json!({ "bytes": 4 << 20, "piece": piece }));
+    let ended = output(4 << 20).await;
+    assert!(ended.failed().0.starts_with("runner failed: 4194304 bytes do not fit into MEMORY_BUDGET"), "{ended:?}");
+    output(2 << 20).await.completed();
     // Four tasks that need two thirds of it each take their turns.
     let medium = lab.put("medium", &pattern(2 << 20)).await;
     let jobs: Vec<_> = (0..4).map(|_| lab.task("/examples/echo-bytes/v1").inputs(&[medium]).submit()).collect();

@@ -242,17 +242,6 @@ async fn s0_59_s0_60_a_token_taken_away_by_a_second_registration_is_renewed() {
 }
 
 #[tokio::test]
-async fn node_url_gets_one_warning_and_the_wallet_is_used() {
-    let lab = Lab::start().await;
-    let node = lab.node(&[fixtures::hello()]).set("NODE_URL", "https://node.example").leasing().await;
-    let warnings = node.lines().into_iter().filter(|line| line["level"] == "WARN").collect::<Vec<_>>();
-    assert_eq!(warnings.len(), 1, "{warnings:?}");
-    let text = warnings[0]["message"].as_str().expect("text");
-    assert!(text.contains("NODE_URL") && text.contains("wallet"), "{text}");
-    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
-}
-
-#[tokio::test]
 async fn s0_32_node_tokens_are_renewed_before_they_end() {
     let lab = Lab::with(|config| config.node_token_ttl = Duration::from_secs(2)).await;
     let node = lab.node(&[fixtures::zoo()]).set("TOKEN_SAFETY_RATIO", "0.25").set("TOKEN_REAUTH_JITTER_MS", "0");
