@@ -25,7 +25,7 @@ use tokio::{runtime::Handle, sync::oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::{Span, debug, error, info, trace, warn};
 
-use super::{InstallError, dispatch::Dispatcher, tasks::TaskTable};
+use super::{InstallError, dispatch::Dispatcher, run::Folder, tasks::TaskTable};
 use crate::model::{ArtifactSpec, Charge, Grant, InputStream, OutputStream, PortError, PortErrorKind, Ports, Setup};
 
 /// Most streams one task may hold open.
@@ -167,14 +167,20 @@ pub(super) struct Completion {
     pub(super) details: String,
 }
 
+/// Where a task's data goes, and who moves it.
+pub(super) struct Place {
+    pub(super) ports: Arc<dyn Ports>,
+    pub(super) folder: Folder,
+    pub(super) runtime: Handle,
+}
+
 /// A task inside a plugin, as its calls find it.
 pub(super) struct Running {
     plugin: Arc<str>,
     dispatcher: Dispatcher,
     grant_token: bool,
     grant: Grant,
-    ports: Arc<dyn Ports>,
-    runtime: Handle,
+    place: Place,
     over: CancellationToken,
     span: Span,
     ended: Mutex<Option<oneshot::Sender<Completion>>>,
@@ -217,7 +223,7 @@ pub(super) fn enter(
     dispatcher: Dispatcher,
     grant_token: bool,
     grant: Grant,
-    ports: Arc<dyn Ports>,
+    place: Place,
 ) -> (Entered, oneshot::Receiver<Completion>) {
     let (tell, ended) = oneshot::channel();
     let running = Arc::new(Running {
@@ -225,8 +231,7 @@ pub(super) fn enter(
         dispatcher,
         grant_token,
         grant,
-        ports,
-        runtime: Handle::current(),
+        place,
         over: CancellationToken::new(),
         span: Span::current(),
         ended: Mutex::new(Some(tell)),
@@ -238,6 +243,11 @@ pub(super) fn enter(
 }
 
 impl Running {
+    /// For calls that write to the task's directory. On a worker, where a file may be waited for.
+    fn make_folder(&self) -> Result<(), PortError> {
+        (self.place.folder.make)().map_err(|text| PortError::new(PortErrorKind::Local, text))
+    }
+
     fn add(&self, stream: Stream) -> Result<u64, PortError> {
         let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
         if streams.len() >= STREAMS_MAX {
@@ -409,7 +419,7 @@ fn answer_later<F>(
         owed.pay(answer);
     };
     // Not joined: `over` ends it with the task, and its last act is the answer the plugin is owed.
-    running.runtime.spawn(tracing::Instrument::instrument(work, span));
+    running.place.runtime.spawn(tracing::Instrument::instrument(work, span));
 }
 
 /// An answer a plugin is owed, exactly once: also when the work for it panicked, or its runtime ended.
@@ -558,7 +568,7 @@ unsafe extern "C" fn input_open(task: Task, cid: Str, reply: Callback, user: *mu
     answer_later(task, reply, user, |running| {
         let cid = cid?;
         Ok(async move {
-            let stream = running.ports.open(&cid).await?;
+            let stream = running.place.ports.open(&cid).await?;
             let mut answer = serde_json::to_value(stream.meta()).map_err(internal)?;
             let reading = Reading { stream, rest: Bytes::new(), held: None };
             let id = running.add(Stream::Input(Arc::new(tokio::sync::Mutex::new(reading))))?;
@@ -575,7 +585,7 @@ unsafe extern "C" fn input_read(task: Task, stream: u64, max: u64, reply: Callba
         let max = usize::try_from(max).expect("a piece fits in memory");
         Ok(async move {
             let mut reading = reading.lock().await;
-            let budget = running.ports.budget();
+            let budget = running.place.ports.budget();
             if holds && reading.held.is_none() {
                 let size = reading.stream.meta().size.unwrap_or_default();
                 reading.held = Some(budget.reserve(size).await.map_err(over_budget)?);
@@ -605,7 +615,8 @@ unsafe extern "C" fn input_file(task: Task, cid: Str, reply: Callback, user: *mu
     answer_later(task, reply, user, |running| {
         let cid = cid?;
         Ok(async move {
-            let input = running.ports.materialize(&cid).await?;
+            running.make_folder()?;
+            let input = running.place.ports.materialize(&cid).await?;
             serde_json::to_vec(&input).map(Bytes::from).map_err(internal)
         })
     });
@@ -617,7 +628,8 @@ unsafe extern "C" fn output_open(task: Task, spec: Str, reply: Callback, user: *
     answer_later(task, reply, user, |running| {
         let spec = artifact_spec(&spec?)?;
         Ok(async move {
-            let stream = running.ports.create(spec).await?;
+            running.make_folder()?;
+            let stream = running.place.ports.create(spec).await?;
             let id = running.add(Stream::Output(Arc::new(tokio::sync::Mutex::new(Some(stream)))))?;
             Ok(Bytes::from(json!({ "stream": id }).to_string()))
         })
@@ -632,7 +644,7 @@ unsafe extern "C" fn output_write(task: Task, stream: u64, data: abi::Bytes, rep
         Ok(async move {
             let mut writing = writing.lock().await;
             let writer = writing.as_mut().ok_or_else(|| wrong_direction(stream))?;
-            let (size, budget) = (data.as_ref().len() as u64, running.ports.budget());
+            let (size, budget) = (data.as_ref().len() as u64, running.place.ports.budget());
             if size > 0 {
                 let charge = match size > PIECE_BYTES_MAX {
                     true => budget.reserve(size).await.map_err(over_budget)?,
@@ -674,7 +686,7 @@ unsafe extern "C" fn output_file(task: Task, spec: Str, path: Str, reply: Callba
     let (spec, path) = unsafe { (copy(spec), copy(path)) };
     answer_later(task, reply, user, |running| {
         let (spec, path) = (artifact_spec(&spec?)?, path?);
-        Ok(async move { published(running.ports.put_file(spec, Path::new(&path)).await?) })
+        Ok(async move { published(running.place.ports.put_file(spec, Path::new(&path)).await?) })
     });
 }
 

@@ -35,7 +35,7 @@ pub use config::{ConfigError, Entry, PluginsFile, Settings};
 pub use discover::{PlaceError, Places};
 pub use error::InstallError;
 pub use inspect::{Facts, Manifest};
-pub use run::Job;
+pub use run::{Folder, Job};
 pub use scaffold::{ScaffoldError, SdkSource, create};
 
 use crate::model::{Capability, Outcome};

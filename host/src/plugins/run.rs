@@ -10,7 +10,10 @@ use std::{
 use runner_sdk::abi::Status;
 use serde::Serialize;
 use serde_json::{Map, Value};
-use tokio::sync::{Semaphore, oneshot};
+use tokio::{
+    runtime::Handle,
+    sync::{Semaphore, oneshot},
+};
 
 use super::{
     Plugins,
@@ -28,11 +31,22 @@ pub struct Job {
     /// Its inputs and outputs.
     pub ports: Arc<dyn Ports>,
     /// Its directory.
-    pub dir: PathBuf,
+    pub folder: Folder,
+    /// Where its calls are worked on.
+    pub workers: Handle,
     /// How long a cancelled runner may take to return before its slot is given back.
     pub cancel_grace: Duration,
     /// Called when the plugin has room and the runner begins.
     pub began: Box<dyn FnOnce() + Send>,
+}
+
+/// A directory that is made when it is first needed.
+#[derive(Clone)]
+pub struct Folder {
+    /// Where it is or would be.
+    pub path: PathBuf,
+    /// Makes it unless it is there; the error is one line. May block.
+    pub make: Arc<dyn Fn() -> Result<(), String> + Send + Sync>,
 }
 
 /// What a plugin is told when a task starts.
@@ -51,12 +65,15 @@ pub(super) struct Plugin {
     grant_token: bool,
     slots: Semaphore,
     record: Record,
+    /// Its tasks' directories must be there when they start; our SDK makes them by itself.
+    needs_folder: bool,
 }
 
 impl Plugin {
     pub(super) fn new(name: &str, loaded: Loaded, grant_token: bool, slots: Semaphore) -> Self {
-        let Loaded { dispatcher, entries } = loaded;
-        Self { name: name.into(), dispatcher, entries, grant_token, slots, record: Record::default() }
+        let Loaded { dispatcher, entries, rust } = loaded;
+        let (name, record) = (name.into(), Record::default());
+        Self { name, dispatcher, entries, grant_token, slots, record, needs_folder: !rust }
     }
 
     /// Begins the plugin's shutdown; the future waits for its end.
@@ -87,7 +104,7 @@ impl Plugin {
     }
 
     async fn run(&self, job: Job) -> Outcome {
-        let Job { grant, ports, dir, cancel_grace, began } = job;
+        let Job { grant, ports, folder, workers, cancel_grace, began } = job;
         let slot = tokio::select! {
             slot = self.slots.acquire() => slot,
             reason = grant.cancel.cancelled() => return cancelled(reason),
@@ -96,14 +113,25 @@ impl Plugin {
             return self.refusal().expect("slots are closed when the plugin goes out of service");
         };
         began();
-        let request = Request { capability: grant.lease.capability.as_str(), dir: &dir, lease: &grant.lease.document };
+        let request =
+            Request { capability: grant.lease.capability.as_str(), dir: &folder.path, lease: &grant.lease.document };
         let request = match serde_json::to_string(&request) {
             Ok(request) => request,
             // A folder whose name is no text: JSON cannot hold it.
-            Err(err) => return Outcome::HostFault { message: format!("task directory {}: {err}", dir.display()) },
+            Err(err) => {
+                return Outcome::HostFault { message: format!("task directory {}: {err}", folder.path.display()) };
+            }
         };
+        if self.needs_folder {
+            let make = Arc::clone(&folder.make);
+            let made = workers.spawn_blocking(move || make()).await;
+            if let Err(message) = made.unwrap_or_else(|err| Err(err.to_string())) {
+                return Outcome::HostFault { message };
+            }
+        }
+        let place = ffi::Place { ports, folder, runtime: workers };
         let (entered, mut ended) =
-            ffi::enter(Arc::clone(&self.name), self.dispatcher.clone(), self.grant_token, grant.clone(), ports);
+            ffi::enter(Arc::clone(&self.name), self.dispatcher.clone(), self.grant_token, grant.clone(), place);
         let (entries, task) = (self.entries, entered.task);
         self.dispatcher.run("start", move || entries.start(task, &request));
         let completion = tokio::select! {

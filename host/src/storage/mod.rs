@@ -44,8 +44,9 @@ impl Storage {
         Self { scratch, disk, client, config: Arc::new(config) }
     }
 
-    /// A fresh directory for a task, removed when it is dropped.
-    pub fn task_dir(&self, task: TaskId) -> Result<TaskDir, ScratchError> {
+    /// A directory for a task, made when it is first needed and removed when it is dropped.
+    #[must_use]
+    pub fn task_dir(&self, task: TaskId) -> TaskDir {
         self.scratch.task_dir(task)
     }
 

@@ -5,12 +5,14 @@
 #![allow(missing_docs, reason = "tests are named as statements")]
 
 mod abi_calls;
+mod artifacts;
 mod bad_answers;
 mod bad_config;
 mod bad_leases;
 mod cli;
 mod clocks;
 mod concurrency;
+mod disk;
 mod ends;
 mod faults;
 mod harness;
