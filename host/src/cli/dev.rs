@@ -1,6 +1,10 @@
 //! `runner-host dev`: a whole world on this machine, and a node in it.
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use anyhow::Context;
 
@@ -55,8 +59,10 @@ async fn live(args: Args, layers: Layers, plugins: Option<Arc<Plugins>>) -> anyh
     let stops = Stops::default();
     signals::listen(stops.clone())?;
     let world = start(&args).await?;
+    let folder = tempfile::Builder::new().prefix("runner-host-dev-").tempdir().context("make a folder for the node")?;
+    let state = args.data.as_ref().map_or_else(|| folder.path().join("node"), |data| data.join("node"));
     let node = match &plugins {
-        Some(plugins) => Some(join(&args, layers, &world, plugins).await?),
+        Some(plugins) => Some(join(&args, &state, layers, &world, plugins).await?),
         None => None,
     };
     put(std::io::stdout(), &greeting(&args, &world, node.as_ref(), plugins.as_deref())?)?;
@@ -93,10 +99,17 @@ async fn start(args: &Args) -> anyhow::Result<World> {
 }
 
 /// A node that joins over HTTP like any other, with a key of its own.
-async fn join(args: &Args, mut layers: Layers, world: &World, plugins: &Arc<Plugins>) -> anyhow::Result<Node> {
+async fn join(
+    args: &Args,
+    state: &Path,
+    mut layers: Layers,
+    world: &World,
+    plugins: &Arc<Plugins>,
+) -> anyhow::Result<Node> {
     layers.set("DDS_BASE_URL", world.dds_url().as_str(), Origin::Command);
     layers.set("DMS_BASE_URL", world.dms_url().as_str(), Origin::Command);
     layers.set("HTTP_BIND", "127.0.0.1:0", Origin::Command);
+    layers.set("STATE_DIR", &state.to_string_lossy(), Origin::Command);
     layers.set_default("POLL_BACKOFF_MS_MIN", "50");
     layers.set_default("POLL_BACKOFF_MS_MAX", "250");
     layers.set_default("MAX_CONCURRENCY", "4");

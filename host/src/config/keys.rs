@@ -52,6 +52,12 @@ pub const KEYS: &[Key] = &[
     key("PLUGIN_INIT_TIMEOUT", Some("10s"), "how long a plugin may take to open and initialise"),
     key("CANCEL_GRACE", Some("10s"), "how long a cancelled runner may take to return"),
     key("SCRATCH_DIR", None, "where task directories are made; below the system's temporary folder where unset"),
+    key(
+        "STATE_DIR",
+        None,
+        "what must survive a restart; runner-host below $XDG_STATE_HOME or ~/.local/state where unset",
+    ),
+    key("OUTBOX_MAX", Some("1000"), "reports not yet accepted from which on nothing new is leased"),
     key("CLIENT_ID", None, "identifies this node to domain servers; random per start where unset"),
     key("DOMAIN_HOSTS", None, "domain servers the node may talk to, comma separated; any where unset"),
     key("ALLOW_INSECURE_HTTP", Some("false"), "allow plain http to hosts other than loopback"),

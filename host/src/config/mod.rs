@@ -59,6 +59,10 @@ pub struct HostConfig {
     pub cancel_grace: Duration,
     /// Where task directories are made.
     pub scratch_dir: PathBuf,
+    /// Where reports are kept until they are accepted; one node at a time.
+    pub state_dir: PathBuf,
+    /// Reports not yet accepted from which on nothing new is leased.
+    pub outbox_max: usize,
     /// Identifies the node to domain servers.
     pub client_id: String,
     /// Domain servers the node may talk to; empty: any.
@@ -131,6 +135,10 @@ impl HostConfig {
             plugin_init_timeout: parser.duration("PLUGIN_INIT_TIMEOUT"),
             cancel_grace: parser.duration("CANCEL_GRACE"),
             scratch_dir: parser.optional("SCRATCH_DIR").map_or_else(default_scratch_dir, PathBuf::from),
+            state_dir: parser.state_dir(),
+            outbox_max: parser.value("OUTBOX_MAX", "a number above 0", 1, |text| {
+                text.parse().ok().filter(|count| (1..=1_000_000).contains(count))
+            }),
             client_id: parser.optional("CLIENT_ID").unwrap_or_else(|| format!("runner-host/{}", uuid::Uuid::new_v4())),
             domain_hosts: host_list(parser.optional("DOMAIN_HOSTS")),
             allow_insecure_http,
@@ -156,6 +164,34 @@ pub fn plugin_init_timeout(layers: &Layers) -> Result<Duration, Mistakes> {
     let mut parser = keys::Parser { layers, mistakes: Vec::new() };
     let limit = parser.duration("PLUGIN_INIT_TIMEOUT");
     if parser.mistakes.is_empty() { Ok(limit) } else { Err(Mistakes(parser.mistakes)) }
+}
+
+/// `STATE_DIR` alone, for commands that look at a node's state without its configuration.
+///
+/// # Errors
+/// One line when it is unset and there is no home folder.
+pub fn state_dir(layers: &Layers) -> Result<PathBuf, Mistakes> {
+    let mut parser = keys::Parser { layers, mistakes: Vec::new() };
+    let dir = parser.state_dir();
+    if parser.mistakes.is_empty() { Ok(dir) } else { Err(Mistakes(parser.mistakes)) }
+}
+
+impl keys::Parser<'_> {
+    fn state_dir(&mut self) -> PathBuf {
+        if let Some(dir) = self.optional("STATE_DIR") {
+            return PathBuf::from(dir);
+        }
+        // An empty or relative one counts as unset, as its specification says.
+        let xdg = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+        let base = xdg.or_else(|| {
+            let home = std::env::home_dir().filter(|path| path.is_absolute());
+            home.map(|home| home.join(".local/state"))
+        });
+        base.map(|base| base.join("runner-host")).unwrap_or_else(|| {
+            self.mistakes.push("STATE_DIR is not set, and there is no home folder to put its default in".to_owned());
+            PathBuf::new()
+        })
+    }
 }
 
 fn placeholder() -> Url {

@@ -3,7 +3,10 @@
 //! The session owns the [`GrantKeys`] and turns them when the plane has news; runners, ports and
 //! the engine hold clones of the [`Grant`] and only look.
 
-use std::{fmt, sync::Arc};
+use std::{
+    fmt,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use secrecy::{ExposeSecret, SecretString};
 use tokio::sync::watch;
@@ -141,16 +144,42 @@ pub struct Grant {
     pub cancel: CancelSignal,
     /// Progress and events on their way to the plane.
     pub mailbox: Arc<Mailbox>,
+    replaced: Arc<Mutex<Vec<Token>>>,
     token: watch::Receiver<Option<Token>>,
     setup: watch::Receiver<Setup>,
 }
 
 /// The writing side of a [`Grant`], held by the session alone.
 pub struct GrantKeys {
-    /// Publishes a newer bearer.
+    /// The newest bearer; [`GrantKeys::renew`] changes it and remembers the one before.
     pub token: watch::Sender<Option<Token>>,
+    replaced: Arc<Mutex<Vec<Token>>>,
     /// Publishes the answer to the set-up heartbeat.
     pub setup: watch::Sender<Setup>,
+}
+
+/// Replaced bearers remembered of one lease: at one a minute, a working day.
+const REPLACED_MAX: usize = 512;
+
+impl GrantKeys {
+    /// Publishes a newer bearer.
+    pub fn renew(&self, token: Token) {
+        let mut old = None;
+        self.token.send_if_modified(|now| {
+            let newer = now.as_ref() != Some(&token);
+            if newer {
+                old = now.replace(token);
+            }
+            newer
+        });
+        if let Some(old) = old {
+            let mut replaced = self.replaced.lock().unwrap_or_else(PoisonError::into_inner);
+            if replaced.len() >= REPLACED_MAX {
+                replaced.remove(0);
+            }
+            replaced.push(old);
+        }
+    }
 }
 
 impl Grant {
@@ -160,14 +189,24 @@ impl Grant {
     pub fn new(lease: Lease, setup: Setup) -> (Self, GrantKeys) {
         let token = watch::Sender::new(lease.token.clone());
         let setup = watch::Sender::new(setup);
+        let replaced: Arc<Mutex<Vec<Token>>> = Arc::default();
         let grant = Self {
             lease: Arc::new(lease),
+            replaced: Arc::clone(&replaced),
             cancel: CancelSignal::default(),
             mailbox: Arc::default(),
             token: token.subscribe(),
             setup: setup.subscribe(),
         };
-        (grant, GrantKeys { token, setup })
+        (grant, GrantKeys { token, replaced, setup })
+    }
+
+    /// Every bearer the runner may have seen, the newest last; of very many the oldest are forgotten.
+    #[must_use]
+    pub fn tokens(&self) -> Vec<Token> {
+        let mut tokens = self.replaced.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        tokens.extend(self.token());
+        tokens
     }
 
     /// The newest bearer towards the domain server. Take it anew for each request.

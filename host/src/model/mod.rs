@@ -20,6 +20,6 @@ pub use grant::{CancelReason, CancelSignal, Coordinates, Grant, GrantKeys, Setup
 pub use lease::{Lease, TaskId};
 pub use mailbox::{Mailbox, MailboxError, Pending};
 pub use millis::millis;
-pub use outcome::{Outcome, Verdict};
+pub use outcome::{Outcome, ReportName, Stage, Verdict};
 pub use ports::{InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports};
-pub use status::{HostStatus, Live, Phase, StatusBoard, TaskStatus};
+pub use status::{HostStatus, Live, OutboxStatus, Phase, ReportState, StatusBoard, TaskRecord, TaskStatus};

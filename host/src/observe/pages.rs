@@ -63,6 +63,9 @@ async fn ready(State(status): State<watch::Receiver<HostStatus>>) -> impl IntoRe
     let status = status.borrow();
     let reason = match status.phase {
         Phase::Running if status.capabilities.is_empty() => Some("no plugin is loaded".to_owned()),
+        Phase::Running if status.outbox.full => {
+            Some(format!("the outbox is full: {} reports wait for the control plane", status.outbox.waiting))
+        }
         Phase::Running => None,
         Phase::Starting => Some(match &status.registration_error {
             Some(err) => format!("not signed in ({}): {err}", status.registration),

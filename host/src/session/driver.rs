@@ -5,18 +5,18 @@ use std::{sync::Arc, time::Duration};
 use jiff::Timestamp;
 use tokio::{
     sync::oneshot,
-    time::{Instant, sleep, sleep_until, timeout},
+    time::{Instant, sleep_until, timeout},
 };
 use url::Url;
 use uuid::Uuid;
 
 use super::{
-    Settled,
-    pacing::{Pacing, PacingEvent, PacingStep, Rhythm, State, TERM_ASSUMED, patience, pause_after},
+    Silence,
+    pacing::{Pacing, PacingEvent, PacingStep, Rhythm, State, TERM_ASSUMED},
 };
 use crate::{
     leases::{Advice, Kept, LeaseError, LeaseSource},
-    model::{CancelReason, Coordinates, Grant, GrantKeys, Lease, Outcome, Pending, Setup, TaskId, Verdict, millis},
+    model::{CancelReason, Coordinates, Grant, GrantKeys, Lease, Pending, ReportName, Setup, TaskId, millis},
 };
 
 /// How often the last words of a task are tried before its report goes without them.
@@ -28,12 +28,14 @@ pub(super) struct Driver {
     source: Arc<dyn LeaseSource>,
     grant: Grant,
     keys: GrantKeys,
-    closed: oneshot::Receiver<Verdict>,
+    closed: oneshot::Receiver<()>,
     pacing: Pacing,
     /// The id the plane uses now.
     task: TaskId,
     /// The lease as reports should name it; differs from the grant's once the plane said so.
     renamed: Option<Lease>,
+    /// How the plane said that the lease is not ours any more.
+    gone: Option<String>,
     /// The plane's clock has been complained about; once is enough.
     clock_warned: bool,
 }
@@ -44,7 +46,7 @@ impl Driver {
         rhythm: Rhythm,
         grant: Grant,
         keys: GrantKeys,
-        closed: oneshot::Receiver<Verdict>,
+        closed: oneshot::Receiver<()>,
     ) -> Self {
         let task = grant.lease.task;
         let mut clock_warned = false;
@@ -55,18 +57,18 @@ impl Driver {
             keys.setup.send_replace(Setup::Refused(CANCELLED.to_owned()));
             pacing = pacing.cancelled();
         }
-        Self { source, grant, keys, closed, pacing, task, renamed: None, clock_warned }
+        Self { source, grant, keys, closed, pacing, task, renamed: None, gone: None, clock_warned }
     }
 
-    pub(super) async fn run(mut self) -> Settled {
+    pub(super) async fn run(mut self) -> Result<ReportName, Silence> {
         let mut event = PacingEvent::Tick;
-        let verdict = loop {
+        loop {
             match self.pacing.on(event, Instant::now(), rand::random()) {
                 PacingStep::Beat { within } => event = self.beat(within).await,
                 PacingStep::Sleep { until } => {
                     event = tokio::select! {
                         biased;
-                        verdict = &mut self.closed => break verdict,
+                        _ = &mut self.closed => break,
                         () = sleep_until(until) => PacingEvent::Tick,
                         () = self.grant.mailbox.changed() => PacingEvent::Tick,
                     };
@@ -75,18 +77,21 @@ impl Driver {
                         event = PacingEvent::Dirty;
                     }
                 }
-                PacingStep::Rest => break (&mut self.closed).await,
+                PacingStep::Rest => {
+                    // Who drops the session instead of closing it does not look at the result.
+                    let _ = (&mut self.closed).await;
+                    break;
+                }
                 end => {
                     self.tell(end);
                     event = PacingEvent::Tick;
                 }
             }
-        };
-        match verdict {
-            Ok(verdict) => self.settle(&verdict).await,
-            // Only while the session is being dropped: nobody will see this.
-            Err(_) => Settled::NotSent(CancelReason::LeaseLost),
         }
+        if self.pacing.left(Instant::now()).is_some() && self.grant.mailbox.is_dirty() {
+            self.flush().await;
+        }
+        self.end()
     }
 
     /// Passes an end on to everyone who works on the task.
@@ -129,6 +134,7 @@ impl Driver {
         match failure.advice() {
             Advice::StopTask => {
                 tracing::warn!(task_id = %self.task, error = %failure, "heartbeat refused");
+                self.gone = Some(failure.to_string());
                 return PacingEvent::Gone;
             }
             Advice::GiveUp => self.set_up(Setup::Refused(failure.to_string())),
@@ -142,11 +148,7 @@ impl Driver {
     fn adopt(&mut self, sent: &Pending, kept: Kept) -> PacingEvent {
         self.grant.mailbox.acknowledge(sent);
         if let Some(token) = kept.token {
-            self.keys.token.send_if_modified(|now| {
-                let newer = now.as_ref() != Some(&token);
-                *now = Some(token);
-                newer
-            });
+            self.keys.renew(token);
         }
         if let Some(task) = kept.task.filter(|task| *task != self.task) {
             tracing::info!(task_id = %task, formerly = %self.task, "control plane renamed the task");
@@ -178,30 +180,16 @@ impl Driver {
         self.renamed.as_ref().unwrap_or(&self.grant.lease)
     }
 
-    /// The way out: last words, then the report.
-    async fn settle(&mut self, verdict: &Verdict) -> Settled {
-        if self.silenced(verdict).is_none() && self.grant.mailbox.is_dirty() {
-            self.flush().await;
+    /// What the report is to call the task, or why there is to be none.
+    fn end(self) -> Result<ReportName, Silence> {
+        if let Some(why) = self.gone {
+            return Err(Silence::Gone(why));
         }
-        match self.silenced(verdict) {
-            Some(reason) => Settled::NotSent(reason),
-            None => self.report(verdict).await,
+        if matches!(self.pacing.state(), State::Cancelled { .. }) {
+            return Err(Silence::Over(CancelReason::Plane));
         }
-    }
-
-    /// Why nothing may be reported, if so.
-    fn silenced(&mut self, verdict: &Verdict) -> Option<CancelReason> {
-        if self.pacing.left(Instant::now()).is_none() {
-            let asked = matches!(self.pacing.state(), State::Cancelled { .. });
-            let reason = if asked { CancelReason::Plane } else { CancelReason::LeaseLost };
-            self.grant.cancel.cancel(reason);
-            return Some(reason);
-        }
-        match verdict.outcome {
-            Outcome::LeaseLost => Some(CancelReason::LeaseLost),
-            Outcome::Cancelled => Some(self.grant.cancel.reason().unwrap_or(CancelReason::Plane)),
-            _ => None,
-        }
+        let lease = self.lease();
+        Ok(ReportName { task: self.task, job: lease.job, domain_id: lease.domain_id })
     }
 
     /// Sends the last progress and events. It may take half of what is left of the lease; the
@@ -227,30 +215,6 @@ impl Driver {
             sleep_until(until).await;
         }
         tracing::warn!(task_id = %self.task, "last progress and events were not delivered");
-    }
-
-    async fn report(&mut self, verdict: &Verdict) -> Settled {
-        let mut last = None;
-        let mut attempt = 0_u32;
-        while let Some(left) = self.pacing.left(Instant::now()) {
-            attempt = attempt.saturating_add(1);
-            let within = patience(left);
-            let failure = match timeout(within, self.source.settle(self.task, self.lease(), verdict)).await {
-                Ok(Ok(())) => return Settled::Accepted,
-                Ok(Err(err)) => err,
-                Err(_) => LeaseError::Unreachable(format!("no answer within {within:?}")),
-            };
-            let error = failure.to_string();
-            if failure.advice() != Advice::RetryLater {
-                tracing::warn!(task_id = %self.task, %error, "report refused");
-                return Settled::Refused(error);
-            }
-            let pause = pause_after(attempt, rand::random());
-            tracing::warn!(task_id = %self.task, %error, attempt, retry_in_ms = millis(pause), "report failed");
-            last = Some(error);
-            sleep(pause.min(self.pacing.left(Instant::now()).unwrap_or_default())).await;
-        }
-        Settled::GivenUp(last.unwrap_or_else(|| "the lease ended before its report was sent".to_owned()))
     }
 }
 
