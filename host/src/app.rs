@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, sync::Arc, thread, time::Duration};
 
 use anyhow::Context;
-use tokio::runtime::Handle;
+use tokio::{runtime::Handle, sync::watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -21,7 +21,7 @@ use crate::{
     outbox::{self, Outbox, StateDir},
     plugins::Plugins,
     session::{self, Sessions},
-    storage::{self, Scratch, Storage},
+    storage::{self, Disk, Scratch, Storage},
     transport,
 };
 
@@ -43,6 +43,7 @@ pub struct Node {
     door: Option<Door>,
     pages: Pages,
     board: StatusBoard,
+    disk: Disk,
     control: Control,
     plugins: Arc<Plugins>,
 }
@@ -53,9 +54,6 @@ impl Node {
     /// # Errors
     /// When a folder or an address cannot be used.
     pub async fn build(config: HostConfig, plugins: Arc<Plugins>) -> anyhow::Result<Self> {
-        if config.node_url.is_some() {
-            warn!("NODE_URL is set, but callback registration comes in a later version; the wallet form is used");
-        }
         let state = StateDir::open(&config.state_dir).context("STATE_DIR cannot be used")?;
         let scratch = Scratch::open(config.scratch_dir.clone()).context("SCRATCH_DIR cannot be used")?;
         let control = Control::start().context("start the control thread")?;
@@ -64,13 +62,17 @@ impl Node {
         // Two clients: a connection is driven by the runtime that opened it, and the control plane's
         // must not wait for data.
         let (control_client, data_client) = (transport::Client::new(http.clone()), transport::Client::new(http));
+        let (capabilities, _) = watch::channel(plugins.capabilities());
+        let form = config.registration.word();
         let auth = Auth::new(
             auth::Config {
                 dds: config.dds,
+                form: config.registration,
+                sign_in_domain: config.sign_in_domain,
                 reg_secret: config.reg_secret,
                 key: config.key.clone(),
                 version: config.version,
-                capabilities: plugins.capabilities(),
+                capabilities: capabilities.subscribe(),
                 register_interval: config.register_interval,
                 register_max_retry: config.register_max_retry,
                 token_safety_ratio: config.token_safety_ratio,
@@ -91,6 +93,7 @@ impl Node {
         let listings = serde_json::to_value(plugins.listings()).unwrap_or_default();
         let capabilities = plugins.capabilities().iter().map(ToString::to_string).collect();
         let board = StatusBoard::new(config.key.address().to_owned(), config.max_concurrency, capabilities, listings);
+        board.change(|status| status.registration_form = form);
         board.change(|status| status.stale_calls = Live(Plugins::stale_calls));
         board.change(|status| status.stuck_runners = Live(Plugins::stuck_runners));
         #[cfg(unix)]
@@ -114,15 +117,16 @@ impl Node {
             board.clone(),
         )
         .context("STATE_DIR cannot be used")?;
-        let pages = Pages::bind(config.http_bind, board.watch())
+        let pages = Pages::bind(config.http_bind, board.watch(), auth.visits())
             .await
             .with_context(|| format!("HTTP_BIND {} cannot be bound", config.http_bind))?;
+        let disk = Disk::new(config.scratch_dir, config.disk_free_min);
         let mut storage = storage::Config::new(config.client_id);
         storage.domain_hosts = config.domain_hosts;
         let rooms = Rooms {
             sessions: Sessions::new(Arc::clone(&source), rhythm, control.handle.clone()),
             source,
-            storage: Storage::new(scratch, data_client, storage),
+            storage: Storage::new(scratch, disk.clone(), data_client, storage),
             outbox: outbox.clone(),
             plugins: Arc::clone(&plugins),
             board: board.clone(),
@@ -145,6 +149,7 @@ impl Node {
             door,
             pages,
             board,
+            disk,
             control,
             plugins,
         })
@@ -166,7 +171,7 @@ impl Node {
 
     /// Registers, leases and works until told to stop and everything has ended.
     pub async fn run(self, stops: Stops) -> Ended {
-        let Self { engine, auth, outbox, pages, board, control, plugins, .. } = self;
+        let Self { engine, auth, outbox, pages, board, disk, control, plugins, .. } = self;
         if let Ok(address) = pages.address() {
             info!(address = %address, "node started");
         }
@@ -177,6 +182,7 @@ impl Node {
         #[cfg(not(unix))]
         let door: Option<tokio::task::JoinHandle<()>> = None;
         let watching = tokio::spawn(show_registration(auth.status(), board.clone(), over.clone()));
+        let disk = tokio::spawn(disk.run(board.clone(), over.clone()));
         let tokens = auth.tokens();
         let auth = control.handle.spawn(auth.run(over.clone()));
         let (mut ended, last_round) = tokio::select! {
@@ -204,7 +210,7 @@ impl Node {
         }
         plugins.shutdown(SHUTDOWN_LIMIT).await;
         over.cancel();
-        for task in [pages, watching, auth].into_iter().chain(door) {
+        for task in [pages, watching, disk, auth].into_iter().chain(door) {
             if let Err(err) = task.await {
                 warn!(error = %err, "a part of the node ended unexpectedly");
             }
@@ -216,16 +222,14 @@ impl Node {
 }
 
 /// Copies the standing with the sign-in service to the status page.
-async fn show_registration(
-    mut status: tokio::sync::watch::Receiver<Registration>,
-    board: StatusBoard,
-    over: CancellationToken,
-) {
+async fn show_registration(mut status: watch::Receiver<Registration>, board: StatusBoard, over: CancellationToken) {
     loop {
         let now = status.borrow_and_update().clone();
         board.change(|status| {
             status.registration = now.state.to_string();
+            status.registration_since = now.since;
             status.registration_error = now.error;
+            status.last_healthcheck = now.probed_at;
         });
         tokio::select! {
             () = over.cancelled() => return,

@@ -6,6 +6,8 @@
  *
  * Rules
  * - start() returns at once; exactly one host->complete() follows, from any thread, or inline.
+ * - Entries and callbacks are called one after the other, until one does not return for some
+ *   milliseconds: then the next, such as the cancel() of the same task, comes on another thread.
  * - Every host call with a callback answers exactly once, from a thread of the host's choosing.
  * - runner_str is borrowed for the call. runner_bytes changes hands: release it once when done.
  * - Entries are appended in later versions, never changed: test RUNNER_HAS before using one that

@@ -44,7 +44,7 @@ impl NodeKey {
         let signing = SigningKey::from_slice(&bytes).map_err(|_| KeyError::Scalar)?;
         let point = signing.verifying_key().to_sec1_point(false);
         let hash = Keccak256::digest(&point.as_bytes()[1..]);
-        Ok(Self { signing, address: hex(&hash[12..]) })
+        Ok(Self { signing, address: format!("0x{}", hex(&hash[12..])) })
     }
 
     /// A fresh key and its hex, for worlds that need a node.
@@ -65,12 +65,30 @@ impl NodeKey {
         &self.address
     }
 
-    /// Signs `message` as `personal_sign` does (EIP-191): `0x` and 130 hex digits of r, s and v.
+    /// The uncompressed point: 130 lower case hex digits that begin with `04`, without `0x`.
+    #[must_use]
+    pub fn public_key(&self) -> String {
+        hex(self.signing.verifying_key().to_sec1_point(false).as_bytes())
+    }
+
+    /// Signs `message` as `personal_sign` does (EIP-191, posemesh contract 2.3): `0x` and 130 hex digits
+    /// of r, s and v, where v is 27 or 28.
     #[must_use]
     pub fn personal_sign(&self, message: &str) -> String {
-        let (signature, recovery) = self.signing.sign_prehash_recoverable(&personal_digest(message));
+        format!("0x{}", self.sign(&personal_digest(message), 27))
+    }
+
+    /// Signs `message` as a registration with a URL wants it (posemesh contract 2.9): no prefix before
+    /// the message, 130 hex digits without `0x`, and v is 0 or 1.
+    #[must_use]
+    pub fn bare_sign(&self, message: &str) -> String {
+        self.sign(&Keccak256::digest(message).into(), 0)
+    }
+
+    fn sign(&self, digest: &[u8; 32], v_offset: u8) -> String {
+        let (signature, recovery) = self.signing.sign_prehash_recoverable(digest);
         let mut bytes = signature.to_bytes().to_vec();
-        bytes.push(27 + recovery.to_byte());
+        bytes.push(v_offset + recovery.to_byte());
         hex(&bytes)
     }
 }
@@ -91,7 +109,7 @@ fn personal_digest(message: &str) -> [u8; 32] {
 
 fn hex(bytes: &[u8]) -> String {
     use fmt::Write as _;
-    bytes.iter().fold("0x".to_owned(), |mut text, byte| {
+    bytes.iter().fold(String::new(), |mut text, byte| {
         write!(text, "{byte:02x}").expect("a String takes everything");
         text
     })
@@ -109,10 +127,9 @@ pub(super) mod tests {
     #[test]
     fn key_and_address_follow_the_vectors() {
         let key = vector_key();
-        let point = key.signing.verifying_key().to_sec1_point(false);
         assert_eq!(
-            hex(point.as_bytes()),
-            "0x041b84c5567b126440995d3ed5aaba0565d71e1834604819ff9c17f5e9d5dd078f70beaf8f588b541507fed6a642c5ab42dfdf8120a7f639de5122d47a69a8e8d1"
+            key.public_key(),
+            "041b84c5567b126440995d3ed5aaba0565d71e1834604819ff9c17f5e9d5dd078f70beaf8f588b541507fed6a642c5ab42dfdf8120a7f639de5122d47a69a8e8d1"
         );
         assert_eq!(key.address(), "0x1a642f0e3c3af545e7acbd38b07251b3990914f1");
         assert_eq!(format!("{key:?}"), "NodeKey(0x1a642f0e3c3af545e7acbd38b07251b3990914f1)");
@@ -122,8 +139,8 @@ pub(super) mod tests {
     fn digests_and_signatures_follow_the_vectors() {
         let (a, b, c, d) = (vector_message("a"), vector_message("b"), vector_message("c"), vector_message("d"));
         assert_eq!((a.len(), c.len()), (217, 218));
-        assert_eq!(hex(&personal_digest(&a)), "0x9b39307376a2280ea0bc780d99945584f8ad9538392fe3ffe383b4a39926460a");
-        assert_eq!(hex(&personal_digest(&c)), "0x21c42b181845e1e77888a177237255458b06960b609107bfe8b77bdcb7f2df94");
+        assert_eq!(hex(&personal_digest(&a)), "9b39307376a2280ea0bc780d99945584f8ad9538392fe3ffe383b4a39926460a");
+        assert_eq!(hex(&personal_digest(&c)), "21c42b181845e1e77888a177237255458b06960b609107bfe8b77bdcb7f2df94");
         let key = vector_key();
         assert_eq!(
             key.personal_sign(&a),
@@ -141,6 +158,28 @@ pub(super) mod tests {
             key.personal_sign(&d),
             "0x54d5f9ff5fa0581ee232841a87992d642583edb2236b465329a12a980f061732221ffcadccdf430f5ecba3181db77d2155763f83f2624397b1c64a21c29bf6e51c"
         );
+    }
+
+    // S0-51
+    #[test]
+    fn signatures_over_a_url_follow_the_vectors() {
+        let timestamp = "2025-03-04T05:06:07.000000008Z";
+        for (url, digest, signature) in [
+            (
+                "https://node.lab.test",
+                "c317a204af4f21efc232dcb0e014a1c86e34e2eddf1f401d6cf75c1fe09b2e91",
+                "0248b8a359d7701d3fe00fb61b9125f5b6276f1d0f63c4e4ab7b1c26721fa7f83dd92385a7a2b22a1f499bf5884b232083d5979123eb82ffa83b52ecd6c5e7ea00",
+            ),
+            (
+                "https://node.lab.test/",
+                "4305764fa1cfe0cf275683ba5517b0e9cc6b709ebf25e8fcdbc6b7a060c3245c",
+                "289a39063a6680a0a7ea351952e380ae5c2ed9a2bd271f409a131e1523e13c6d368f98b5235f638fab2a1850ce15b398db7b96599cf5b02ccab1d300745503c501",
+            ),
+        ] {
+            let message = format!("{url}{timestamp}");
+            assert_eq!(hex(&Keccak256::digest(&message)), digest);
+            assert_eq!(vector_key().bare_sign(&message), signature);
+        }
     }
 
     #[test]

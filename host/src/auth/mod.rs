@@ -2,44 +2,81 @@
 //!
 //! One task, [`Auth::run`], registers the wallet with the discovery service (DDS) and keeps a
 //! node token fresh. Everyone else holds a [`TokenSource`] and asks it for the bearer of the
-//! moment. Nothing in here knows what the token is used for. Start reading at `renewal`; `siwe`
-//! has the calls, `registration` and `tokens` the two states people look at.
+//! moment. Nothing in here knows what the token is used for. Start reading at `renewal`; `dds`
+//! has the calls, `registration` and `tokens` the two states people look at, `visits` what the
+//! service asks of this node.
 
+mod audience;
+mod dds;
 mod key;
+mod pauses;
+mod refusal;
 mod registration;
 mod renewal;
 mod siwe;
 #[cfg(test)]
 mod tests;
 mod tokens;
+mod visits;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use secrecy::SecretString;
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
-use crate::{model::Capability, transport};
+use crate::{
+    model::{Capability, Visits},
+    transport,
+};
 
 pub use key::{KeyError, NodeKey};
 pub use registration::{Registration, RegistrationState};
 pub use tokens::{AuthError, TokenSource};
+
+/// How a node makes itself known.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// By a signed message alone (posemesh contract 2.5).
+    Wallet,
+    /// By a URL at which the service calls back (contract 2.9).
+    Callback {
+        /// As configured; it is signed and sent byte for byte.
+        url: String,
+    },
+}
+
+impl Form {
+    /// As status pages show it.
+    #[must_use]
+    pub fn word(&self) -> &'static str {
+        match self {
+            Self::Wallet => "wallet",
+            Self::Callback { .. } => "callback",
+        }
+    }
+}
 
 /// Who the node is and how patiently it says so.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Base URL of the discovery service. Trailing slashes do not matter, a path in front is kept.
     pub dds: Url,
+    /// How the node registers.
+    pub form: Form,
+    /// The only domain sign-in messages may be for; absent: that of the service.
+    pub sign_in_domain: Option<String>,
     /// The shared secret that admits a node.
     pub reg_secret: SecretString,
     /// The wallet.
     pub key: NodeKey,
     /// Version announced, semver without a leading `v`.
     pub version: String,
-    /// What this node serves. Sent sorted and without doubles.
-    pub capabilities: Vec<Capability>,
-    /// Pause after a conflict or a refusal that will not pass by itself.
+    /// What this node serves just now. Sent sorted and without doubles, again after every change.
+    pub capabilities: watch::Receiver<Vec<Capability>>,
+    /// How long a registration counts before it is repeated, and the pause after a conflict or a
+    /// refusal that will not pass by itself.
     pub register_interval: Duration,
     /// Transient failures in a row before one interval is waited; negative: no cap.
     pub register_max_retry: i32,
@@ -47,7 +84,7 @@ pub struct Config {
     pub token_safety_ratio: f64,
     /// Failed logins in a row, beyond the first, before users without a token are told.
     pub token_max_retries: u32,
-    /// Spread of the renewal instant, to both sides.
+    /// Spread of the renewal instant, to both sides, and the longest first pause after a failed login.
     pub token_jitter: Duration,
     /// Limit of each single call.
     pub request_timeout: Duration,
@@ -56,21 +93,22 @@ pub struct Config {
 /// Registration and login of this node, not started.
 pub struct Auth {
     config: Config,
-    dds: siwe::Dds,
+    dds: dds::Dds,
     desk: tokens::Desk,
+    door: Arc<visits::Door>,
     status: watch::Sender<Registration>,
+    /// Somebody has reason to believe that the registration is gone.
+    doubted: Notify,
 }
 
 impl Auth {
     /// Makes the room; no call is made before [`Auth::run`].
     #[must_use]
-    pub fn new(mut config: Config, client: transport::Client) -> Self {
-        config.capabilities.sort();
-        config.capabilities.dedup();
-        // A limit of nothing would fail every call.
-        let timeout = config.request_timeout.max(Duration::from_secs(1));
-        let dds = siwe::Dds::new(&config.dds, client, config.key.clone(), timeout, config.reg_secret.clone());
-        Self { config, dds, desk: tokens::Desk::new(), status: watch::Sender::new(Registration::default()) }
+    pub fn new(config: Config, client: transport::Client) -> Self {
+        let door = visits::Door::new();
+        let dds = dds::Dds::new(&config, client, Arc::clone(&door));
+        let status = watch::Sender::new(Registration::default());
+        Self { config, dds, desk: tokens::Desk::new(), door, status, doubted: Notify::new() }
     }
 
     /// Where others get the node token.
@@ -83,6 +121,12 @@ impl Auth {
     #[must_use]
     pub fn status(&self) -> watch::Receiver<Registration> {
         self.status.subscribe()
+    }
+
+    /// Takes what the service says on the node's own pages.
+    #[must_use]
+    pub fn visits(&self) -> Arc<dyn Visits> {
+        Arc::clone(&self.door) as _
     }
 
     /// Registers, logs in and renews until `stop`. A call under way is dropped then, and token

@@ -1,19 +1,23 @@
-//! The wallet's registration: what is visible of it, and the pauses between its attempts
-//! (posemesh contract 2.5 and 2.6).
+//! The node's registration: what is visible of it, its attempts, and its repetition (posemesh contract
+//! 2.5, 2.6 and 2.9).
+//!
+//! A registration does not last by itself: services forget, and capabilities come and go. So it is
+//! repeated ([`Auth::refresh`]) while the node works, without touching the token in use. What a
+//! callback is worth is told in `docs/decisions/2026-11-21-registration.md`.
 
-use std::{fmt, time::Duration};
+use std::{convert::Infallible, fmt, time::Duration};
 
 use jiff::Timestamp;
 use serde::Serialize;
+use tokio::time::Instant;
 
 use super::{
-    Auth,
-    siwe::{Class, Refusal},
+    Auth, Form,
+    pauses::Pauses,
+    refusal::{Class, Refusal},
 };
-use crate::model::millis;
+use crate::model::{Capability, millis};
 
-/// Longest pause after a transient failure, before its jitter.
-const BACKOFF_MAX: Duration = Duration::from_secs(60);
 /// How often a registration that cannot succeed by itself is worth a warning.
 const WARN_EVERY: Duration = Duration::from_secs(180);
 
@@ -52,85 +56,222 @@ pub struct Registration {
     pub since: Timestamp,
     /// Why the last attempt failed, one line; `None` while all is well.
     pub error: Option<String>,
+    /// When the service last asked for this node's health.
+    pub probed_at: Option<Timestamp>,
 }
 
 impl Default for Registration {
     fn default() -> Self {
-        Self { state: RegistrationState::default(), since: Timestamp::now(), error: None }
+        Self { state: RegistrationState::default(), since: Timestamp::now(), error: None, probed_at: None }
     }
 }
 
-/// The pauses between attempts. Pure: the draw of the jitter is passed in.
-#[derive(Debug)]
-struct Pauses {
-    interval: Duration,
-    cap: i32,
-    transient: u32,
+/// An attempt that did not register the node.
+struct Failure {
+    class: Class,
+    retry_after: Option<Duration>,
+    /// One line.
+    error: String,
 }
 
-impl Pauses {
-    /// The pause after a failure of `class`. `draw` lies in 0..1.
-    fn after(&mut self, class: Class, draw: f64) -> Duration {
-        if class != Class::Transient {
-            self.transient = 0;
-            return self.interval;
+impl From<Refusal> for Failure {
+    fn from(refusal: Refusal) -> Self {
+        let error = match refusal.class() {
+            Class::Conflict => format!("another node with this wallet is online; {refusal}"),
+            _ => refusal.to_string(),
+        };
+        Self { class: refusal.class(), retry_after: refusal.retry_after(), error }
+    }
+}
+
+/// Why a standing registration is repeated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Cause {
+    /// It is old, and the service has not asked for this node's health either.
+    Age,
+    /// Other capabilities are served now.
+    Capabilities,
+    /// The control plane rejects fresh tokens.
+    Rejections,
+}
+
+impl Cause {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Age => "age",
+            Self::Capabilities => "capabilities",
+            Self::Rejections => "rejected tokens",
         }
-        self.transient += 1;
-        if u32::try_from(self.cap).is_ok_and(|cap| self.transient >= cap) {
-            self.transient = 0;
-            return self.interval;
+    }
+}
+
+/// Attempts in a row, with the pauses and warnings between them.
+struct Series {
+    pauses: Pauses,
+    warned: Option<Instant>,
+}
+
+impl Series {
+    fn new(auth: &Auth) -> Self {
+        Self { pauses: Pauses::new(auth.config.register_interval, auth.config.register_max_retry), warned: None }
+    }
+
+    /// Says that an attempt failed; how long to wait.
+    fn failed(&mut self, failure: &Failure) -> Duration {
+        let Failure { class, retry_after, error } = failure;
+        let pause = self.pauses.after(*class, rand::random()).max(retry_after.unwrap_or_default());
+        let transient = *class == Class::Transient;
+        if transient || self.warned.is_none_or(|at| at.elapsed() >= WARN_EVERY) {
+            self.warned = (!transient).then(Instant::now);
+            tracing::warn!(%error, state = %class.state(), retry_in_ms = millis(pause), "registration failed");
+        } else {
+            tracing::debug!(%error, state = %class.state(), retry_in_ms = millis(pause), "registration failed");
         }
-        let grown = Duration::from_secs(1 << self.transient.min(6)).min(BACKOFF_MAX);
-        grown.mul_f64(0.8 + 0.4 * draw)
+        pause
+    }
+}
+
+impl Class {
+    /// Where an attempt that failed like this leaves a node that is not registered.
+    fn state(self) -> RegistrationState {
+        match self {
+            Self::Conflict => RegistrationState::Conflict,
+            Self::Transient => RegistrationState::Registering,
+            Self::Slow => RegistrationState::Disconnected,
+        }
     }
 }
 
 impl Auth {
-    /// Attempts until the wallet is registered.
-    pub(super) async fn register(&self) {
-        let mut pauses = Pauses {
-            interval: self.config.register_interval.max(Duration::from_secs(1)),
-            cap: self.config.register_max_retry,
-            transient: 0,
-        };
-        let names: Vec<String> = self.config.capabilities.iter().map(ToString::to_string).collect();
-        let mut warned: Option<tokio::time::Instant> = None;
+    /// Attempts until the node is registered; what was registered.
+    pub(super) async fn register(&self) -> Vec<Capability> {
+        let mut series = Series::new(self);
         self.desk.working();
         loop {
             self.publish(RegistrationState::Registering, None);
-            let failed = if names.is_empty() {
-                (Class::Slow, None, "there is no capability to register; load a plugin".to_owned())
-            } else {
-                match self.dds.register(&names, &self.config.version).await {
-                    Ok(()) => {
-                        self.publish(RegistrationState::Registered, None);
-                        tracing::info!(
-                            address = self.config.key.address(),
-                            capabilities = names.len(),
-                            "node registered"
-                        );
-                        return;
-                    }
-                    Err(refusal) => (refusal.class(), refusal.retry_after(), describe(&refusal)),
+            let failure = match self.attempt().await {
+                Ok(served) => {
+                    self.publish(RegistrationState::Registered, None);
+                    let (address, form) = (self.config.key.address(), self.config.form.word());
+                    tracing::info!(address, form, capabilities = served.len(), "node registered");
+                    return served;
                 }
+                Err(failure) => failure,
             };
-            let (class, retry_after, error) = failed;
-            let pause = pauses.after(class, rand::random()).max(retry_after.unwrap_or_default());
-            let state = match class {
-                Class::Conflict => RegistrationState::Conflict,
-                Class::Transient => RegistrationState::Registering,
-                Class::Slow => RegistrationState::Disconnected,
-            };
-            let loud = class == Class::Transient || warned.is_none_or(|at| at.elapsed() >= WARN_EVERY);
-            if loud {
-                warned = (class != Class::Transient).then(tokio::time::Instant::now);
-                tracing::warn!(%error, %state, retry_in_ms = millis(pause), "registration failed");
-            } else {
-                tracing::debug!(%error, %state, retry_in_ms = millis(pause), "registration failed");
-            }
-            self.desk.failed(&format!("not registered: {error}"));
-            self.publish(state, Some(error));
+            let pause = series.failed(&failure);
+            self.desk.failed(&format!("not registered: {}", failure.error));
+            self.publish(failure.class.state(), Some(failure.error));
             tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// Repeats the registration of `served` whenever there is a cause. The token in use is not touched,
+    /// and only a conflict changes the state: while logins work, the service knows this node.
+    pub(super) async fn refresh(&self, mut served: Vec<Capability>) -> Infallible {
+        let mut last = Instant::now();
+        loop {
+            let cause = tokio::select! {
+                () = self.aged(last) => Cause::Age,
+                () = self.serves_other_than(&served) => Cause::Capabilities,
+                () = self.doubted.notified() => Cause::Rejections,
+            };
+            let mut series = Series::new(self);
+            loop {
+                match self.attempt().await {
+                    Ok(now) => {
+                        self.publish(RegistrationState::Registered, None);
+                        if cause == Cause::Age {
+                            tracing::debug!(cause = cause.word(), "registration repeated");
+                        } else {
+                            tracing::info!(cause = cause.word(), capabilities = now.len(), "registration repeated");
+                        }
+                        (served, last) = (now, Instant::now());
+                        break;
+                    }
+                    Err(failure) => {
+                        let pause = series.failed(&failure);
+                        let state = match failure.class {
+                            Class::Conflict => RegistrationState::Conflict,
+                            Class::Transient | Class::Slow => self.status.borrow().state,
+                        };
+                        self.publish(state, Some(failure.error));
+                        tokio::time::sleep(pause).await;
+                    }
+                }
+            }
+        }
+    }
+
+    /// One attempt in the form of the configuration; what was registered.
+    async fn attempt(&self) -> Result<Vec<Capability>, Failure> {
+        let mut served = self.config.capabilities.borrow().clone();
+        served.sort();
+        served.dedup();
+        if served.is_empty() {
+            let error = "there is no capability to register; load a plugin".to_owned();
+            return Err(Failure { class: Class::Slow, retry_after: None, error });
+        }
+        let names: Vec<String> = served.iter().map(ToString::to_string).collect();
+        match &self.config.form {
+            Form::Wallet => self.dds.register_wallet(&names, &self.config.version).await?,
+            Form::Callback { url } => self.register_url(url, &names).await?,
+        }
+        Ok(served)
+    }
+
+    /// Registers under `url`: the service has to accept, and to call back.
+    async fn register_url(&self, url: &str, names: &[String]) -> Result<(), Failure> {
+        let door = self.door.open();
+        match self.dds.register_url(url, names, &self.config.version).await {
+            Ok(()) => {}
+            // It called back, so it had taken the registration; only its answer got lost.
+            Err(refusal) if refusal.answer_lost() && door.visited() => return Ok(()),
+            Err(refusal) => {
+                let unreached = refusal.server_error() && !door.visited();
+                let mut failure = Failure::from(refusal);
+                if unreached {
+                    failure.error.push_str(&format!("; check that the service can reach NODE_URL {url}"));
+                }
+                return Err(failure);
+            }
+        }
+        tokio::time::timeout(self.dds.timeout(), door.visit()).await.map_err(|_| Failure {
+            class: Class::Transient,
+            retry_after: None,
+            error: format!(
+                "registration: accepted, but nobody called back at NODE_URL {url} within {:?}; check that the service \
+                 can reach it, or set REGISTRATION=wallet",
+                self.dds.timeout()
+            ),
+        })
+    }
+
+    /// Waits until the registration made at `last` needs repeating, because for one interval neither it
+    /// nor (where the service knows a URL to ask) a health check showed that the service knows us.
+    async fn aged(&self, last: Instant) {
+        let interval = self.config.register_interval.max(Duration::from_secs(1));
+        let probes = self.door.probes();
+        loop {
+            let probed = probes.borrow().map(|probe| probe.at).filter(|_| self.config.form != Form::Wallet);
+            let due = probed.map_or(last, |at| at.max(last)) + interval;
+            if due <= Instant::now() {
+                return;
+            }
+            tokio::time::sleep_until(due).await;
+        }
+    }
+
+    async fn serves_other_than(&self, served: &[Capability]) {
+        let mut now = self.config.capabilities.clone();
+        let other = |now: &Vec<Capability>| {
+            let mut now = now.clone();
+            now.sort();
+            now.dedup();
+            now != served
+        };
+        if now.wait_for(other).await.is_err() {
+            // Nobody can change them any more.
+            std::future::pending().await
         }
     }
 
@@ -146,48 +287,14 @@ impl Auth {
             }
         });
     }
-}
 
-fn describe(refusal: &Refusal) -> String {
-    match refusal.class() {
-        Class::Conflict => format!("another node with this wallet is online; {refusal}"),
-        _ => refusal.to_string(),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn check(cap: i32, failures: &str, expected: &str) {
-        let mut pauses = Pauses { interval: Duration::from_secs(120), cap, transient: 0 };
-        let seen: Vec<String> = failures
-            .chars()
-            .map(|letter| {
-                let class = match letter {
-                    't' => Class::Transient,
-                    'c' => Class::Conflict,
-                    _ => Class::Slow,
-                };
-                pauses.after(class, 0.5).as_secs().to_string()
-            })
-            .collect();
-        assert_eq!(seen.join(" "), expected, "cap {cap}, failures {failures}");
-    }
-
-    #[test]
-    fn transient_failures_grow_and_others_wait_the_interval() {
-        check(-1, "ttttttttt", "2 4 8 16 32 60 60 60 60");
-        check(-1, "ttstct", "2 4 120 2 120 2");
-        check(0, "ttt", "120 120 120");
-        check(3, "tttttt", "2 4 120 2 4 120");
-    }
-
-    #[test]
-    fn the_jitter_stays_within_a_fifth() {
-        for (draw, expected) in [(0.0, 1.6), (1.0, 2.4)] {
-            let mut pauses = Pauses { interval: Duration::from_secs(120), cap: -1, transient: 0 };
-            assert!((pauses.after(Class::Transient, draw).as_secs_f64() - expected).abs() < 1e-9);
+    /// Shows the service's visits.
+    pub(super) async fn show_probes(&self) -> Infallible {
+        let mut probes = self.door.probes();
+        loop {
+            probes.changed().await.expect("the door holds the sender");
+            let shown = probes.borrow_and_update().map(|probe| probe.shown);
+            self.status.send_modify(|now| now.probed_at = shown);
         }
     }
 }

@@ -7,15 +7,16 @@ use std::{convert::Infallible, time::Duration};
 
 use tokio::time::Instant;
 
-use super::{Auth, RegistrationState, siwe::Login};
+use super::{Auth, RegistrationState, dds::Login, pauses::after_login};
 use crate::model::millis;
 
 /// Shortest time between two logins, whatever ratio, lifetime or rejections ask for.
 const LOGIN_GAP_MIN: Duration = Duration::from_millis(100);
-/// Longest pause between two failed logins, before its jitter.
-const PAUSE_MAX: Duration = Duration::from_secs(30);
 /// From this pause on, users without a token are told of the failure instead of kept waiting.
 const TOLD_FROM: Duration = Duration::from_secs(5);
+/// At which fresh token rejected in a row the registration itself is doubted, and how often again.
+const DOUBTED_FROM: u32 = 3;
+const DOUBTED_EVERY: u32 = 16;
 /// A token that lived this long was accepted by the control plane: its rejection is the first.
 const TOKEN_PROVEN: Duration = Duration::from_secs(30);
 
@@ -30,12 +31,6 @@ fn renew_in(ttl: Duration, ratio: f64, jitter: Duration, draw: f64) -> Duration 
     wanted.min(ttl).max(floor)
 }
 
-/// The pause after failure number `count` in a row: doubling, jittered downwards by up to a half.
-fn pause_after(count: u32, draw: f64) -> Duration {
-    let grown = Duration::from_millis(250) * (1_u32 << count.saturating_sub(1).min(7));
-    grown.min(PAUSE_MAX).mul_f64(1.0 - 0.5 * draw)
-}
-
 /// Why the wait for a renewal ended.
 enum Due {
     Planned,
@@ -45,17 +40,38 @@ enum Due {
 impl Auth {
     /// Runs for ever; [`Auth::run`] ends it.
     pub(super) async fn keep(&self) -> Infallible {
-        loop {
-            self.register().await;
-            self.renew().await;
+        let registered = async {
+            let mut forgotten = 0_u32;
+            loop {
+                let served = self.register().await;
+                let logged_in = tokio::select! {
+                    logged_in = self.renew() => logged_in,
+                    never = self.refresh(served) => match never {},
+                };
+                forgotten = if logged_in { 1 } else { forgotten.saturating_add(1) };
+                // A service that takes every registration and knows nobody is not asked without pause.
+                if forgotten > 1 {
+                    let pause = after_login(forgotten - 1, self.config.token_jitter, rand::random());
+                    if pause >= TOLD_FROM {
+                        self.desk.failed("the sign-in service registers this node and then does not know it");
+                    }
+                    tokio::time::sleep(pause).await;
+                }
+            }
+        };
+        tokio::select! {
+            never = registered => never,
+            never = self.show_probes() => never,
         }
     }
 
-    /// Logs in and renews until the service does not know the wallet any more.
-    async fn renew(&self) {
+    /// Logs in and renews until the service does not know the wallet any more; whether it ever did.
+    async fn renew(&self) -> bool {
+        let mut logged_in = false;
         let mut rejections = 0_u32;
         while let Some(login) = self.log_in().await {
             let got = Instant::now();
+            logged_in = true;
             // A lifetime beyond what a clock can hold is as good as a day.
             let ttl = login.ttl.min(Duration::from_secs(24 * 3600));
             let wait = renew_in(ttl, self.config.token_safety_ratio, self.config.token_jitter, rand::random());
@@ -73,15 +89,21 @@ impl Auth {
             // The first rejection may have any innocent cause. When fresh tokens are rejected
             // too, logging in faster does not help.
             if rejections > 1 {
-                let pause = pause_after(rejections - 1, rand::random());
+                let pause = after_login(rejections - 1, self.config.token_jitter, rand::random());
                 let error = "the control plane rejects fresh node tokens";
                 tracing::warn!(error, retry_in_ms = millis(pause), "node token rejected");
+                // The control plane may reject tokens because it does not know this node: a repeated
+                // registration tells it. Once at first, then once every few minutes.
+                if rejections % DOUBTED_EVERY == DOUBTED_FROM {
+                    self.doubted.notify_one();
+                }
                 if pause >= TOLD_FROM {
                     self.desk.failed(error);
                 }
                 tokio::time::sleep(pause).await;
             }
         }
+        logged_in
     }
 
     /// Attempts until a login works. `None`: the wallet is unknown and must be registered first.
@@ -100,7 +122,8 @@ impl Auth {
                 return None;
             }
             failures = failures.saturating_add(1);
-            let pause = pause_after(failures, rand::random()).max(refusal.retry_after().unwrap_or_default());
+            let pause = after_login(failures, self.config.token_jitter, rand::random())
+                .max(refusal.retry_after().unwrap_or_default());
             tracing::warn!(%error, attempt = failures, retry_in_ms = millis(pause), "login failed");
             let error = format!("login failed {failures} times: {error}");
             // Short pauses pass unseen. Beyond them users are told at once, and keep being told
@@ -145,13 +168,5 @@ mod tests {
     fn a_ratio_or_lifetime_of_nothing_does_not_make_a_flood() {
         assert_eq!(renew_in(millis(100_000), 0.0, millis(500), 0.0), millis(1_000));
         assert_eq!(renew_in(millis(1), 0.75, millis(500), 1.0), LOGIN_GAP_MIN);
-    }
-
-    #[test]
-    fn pauses_grow_to_their_bound() {
-        let grown: Vec<u128> = (1..=9).map(|n| pause_after(n, 0.0).as_millis()).collect();
-        assert_eq!(grown, [250, 500, 1000, 2000, 4000, 8000, 16000, 30000, 30000]);
-        assert_eq!(pause_after(1, 1.0), millis(125));
-        assert_eq!(pause_after(u32::MAX, 1.0), PAUSE_MAX / 2);
     }
 }

@@ -2,8 +2,8 @@
 
 use serde_json::json;
 
-use super::{Exit, Output, put, run::Settings};
-use crate::config::{HostConfig, KEYS, Layers, Origin, Secrets};
+use super::{Exit, Output, complain, put, run::Settings};
+use crate::config::{HostConfig, KEYS, Key, Kind, Layers, Secrets};
 
 /// What to do with the configuration.
 #[derive(clap::Subcommand)]
@@ -23,48 +23,66 @@ pub(super) enum Command {
     },
 }
 
-pub(super) fn run(command: &Command, mut layers: Layers, secrets: &Secrets) -> anyhow::Result<Exit> {
-    let (Command::Show { settings, .. } | Command::Check { settings }) = command;
-    if let Err(err) = settings.apply(&mut layers) {
-        eprintln!("error: {err}");
-        return Ok(Exit::Configuration);
+impl Command {
+    pub(super) fn settings(&self) -> &Settings {
+        let (Self::Show { settings, .. } | Self::Check { settings }) = self;
+        settings
     }
+}
+
+pub(super) fn run(command: &Command, layers: &Layers, secrets: &Secrets) -> anyhow::Result<Exit> {
     match command {
-        Command::Show { output, .. } => show(&layers, secrets, *output),
-        Command::Check { .. } => match HostConfig::build(&layers, secrets) {
-            Ok(_) => {
+        Command::Show { output, .. } => show(layers, secrets, *output),
+        Command::Check { .. } => match HostConfig::build(layers, secrets) {
+            Ok(config) => {
+                for warning in &config.warnings {
+                    eprintln!("warning: {warning}");
+                }
                 put(std::io::stdout(), "the configuration is complete\n")?;
                 Ok(Exit::Done)
             }
             Err(mistakes) => {
-                for mistake in mistakes.0 {
-                    eprintln!("error: {mistake}");
-                }
+                mistakes.0.iter().for_each(|mistake| complain(mistake));
                 Ok(Exit::Configuration)
             }
         },
     }
 }
 
+/// Name, value as it may be shown, and origin.
+fn row(key: &Key, layers: &Layers, secrets: &Secrets) -> (&'static str, Option<String>, String) {
+    if key.is_secret() {
+        return match secrets.find(key, layers) {
+            Ok(Some((_, origin))) => (key.name, Some("********".to_owned()), origin),
+            Ok(None) => (key.name, None, "unset".to_owned()),
+            Err(problem) => {
+                complain(&problem);
+                (key.name, None, "mistake".to_owned())
+            }
+        };
+    }
+    let (value, origin) = layers.get(key);
+    let shown = value.map(|value| if key.kind == Kind::Proxy { without_password(value) } else { value.to_owned() });
+    (key.name, shown, layers.describe(origin))
+}
+
+/// A proxy's URL without its user and password, also where it is no URL at all.
+fn without_password(url: &str) -> String {
+    match url.rsplit_once('@') {
+        Some((_, host)) => format!("********@{host}"),
+        None => url.to_owned(),
+    }
+}
+
 fn show(layers: &Layers, secrets: &Secrets, output: Output) -> anyhow::Result<Exit> {
-    let rows = KEYS.iter().map(|key| {
-        if key.secret {
-            let set = secrets.get(key.name).is_some();
-            let origin = if set { Origin::Environment } else { Origin::Unset };
-            return (key.name, set.then(|| "********".to_owned()), origin);
-        }
-        let (value, origin) = layers.get(key);
-        (key.name, value.map(str::to_owned), origin)
-    });
+    let rows = KEYS.iter().map(|key| row(key, layers, secrets));
     let text: String = match output {
         Output::Text => rows
-            .map(|(name, value, origin)| {
-                format!("{name:<26} {:<34} {}\n", value.as_deref().unwrap_or("-"), origin.as_str())
-            })
+            .map(|(name, value, origin)| format!("{name:<26} {:<34} {origin}\n", value.as_deref().unwrap_or("-")))
             .collect(),
         Output::Json => {
             let all: serde_json::Map<_, _> = rows
-                .map(|(name, value, origin)| (name.to_owned(), json!({ "value": value, "origin": origin.as_str() })))
+                .map(|(name, value, origin)| (name.to_owned(), json!({ "value": value, "origin": origin })))
                 .collect();
             format!("{}\n", serde_json::Value::Object(all))
         }

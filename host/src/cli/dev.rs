@@ -13,7 +13,7 @@ use crate::{
     app::Node,
     auth::NodeKey,
     config::{HostConfig, Layers, Origin, Secrets, plugin_init_timeout},
-    dev::{self, DevError, World},
+    dev::{self, DevError, Faults, WireForm, World},
     engine::{Ended, Stops},
     plugins::Plugins,
 };
@@ -44,6 +44,12 @@ pub(super) struct Args {
     /// Refuse (409) a wallet that registers while it is online, instead of taking it for a restart
     #[arg(long)]
     strict_identity: bool,
+    /// Settings of the node in TOML or JSON, under those of the environment
+    #[arg(long, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    /// Make the services go wrong by the rules in this file (docs/operations/faults.md)
+    #[arg(long, value_name = "FILE")]
+    faults: Option<PathBuf>,
     /// Tasks the node runs at once [default: MAX_CONCURRENCY, or 4]
     #[arg(long, value_name = "N")]
     max_concurrency: Option<String>,
@@ -58,14 +64,15 @@ pub(super) fn run(args: Args, layers: Layers) -> anyhow::Result<Exit> {
 async fn live(args: Args, layers: Layers, plugins: Option<Arc<Plugins>>) -> anyhow::Result<Exit> {
     let stops = Stops::default();
     signals::listen(stops.clone())?;
-    let world = start(&args).await?;
+    let faults = args.faults.as_deref().map(Faults::read).transpose()?.unwrap_or_default();
+    let world = start(&args, &faults).await?;
     let folder = tempfile::Builder::new().prefix("runner-host-dev-").tempdir().context("make a folder for the node")?;
     let state = args.data.as_ref().map_or_else(|| folder.path().join("node"), |data| data.join("node"));
     let node = match &plugins {
         Some(plugins) => Some(join(&args, &state, layers, &world, plugins).await?),
         None => None,
     };
-    put(std::io::stdout(), &greeting(&args, &world, node.as_ref(), plugins.as_deref())?)?;
+    put(std::io::stdout(), &greeting(&args, &world, &faults, node.as_ref(), plugins.as_deref())?)?;
     let ended = match node {
         Some(node) => node.run(stops).await,
         None => {
@@ -77,13 +84,14 @@ async fn live(args: Args, layers: Layers, plugins: Option<Arc<Plugins>>) -> anyh
     Ok(if ended == Ended::Drained { Exit::Done } else { Exit::Temporary })
 }
 
-async fn start(args: &Args) -> anyhow::Result<World> {
+async fn start(args: &Args, faults: &Faults) -> anyhow::Result<World> {
     let config = |port| dev::Config {
         bind: SocketAddr::from(([127, 0, 0, 1], port)),
         data: args.data.clone(),
         lease_ttl: args.lease_ttl,
         leases_per_node: args.leases_per_node,
         strict_identity: args.strict_identity,
+        faults: faults.clone(),
         ..dev::Config::default()
     };
     if let Some(port) = args.port {
@@ -123,7 +131,13 @@ async fn join(
 }
 
 /// What a person needs to know, on stdout.
-fn greeting(args: &Args, world: &World, node: Option<&Node>, plugins: Option<&Plugins>) -> anyhow::Result<String> {
+fn greeting(
+    args: &Args,
+    world: &World,
+    faults: &Faults,
+    node: Option<&Node>,
+    plugins: Option<&Plugins>,
+) -> anyhow::Result<String> {
     use std::fmt::Write as _;
     let mut text = String::new();
     let mut row = |name: &str, value: String| {
@@ -145,6 +159,17 @@ fn greeting(args: &Args, world: &World, node: Option<&Node>, plugins: Option<&Pl
         None => "everything is gone when this ends; --data DIR keeps stored data".to_owned(),
     };
     row("state", state);
+    if let Some(file) = &args.faults {
+        let (rules, seed) = (faults.len(), world.faults_seed());
+        let mut text = format!("{rules} rules of {}, seed {seed}", file.display());
+        if !faults.clock_offset().is_zero() {
+            let _ = write!(text, ", clock {:#} off", faults.clock_offset());
+        }
+        if faults.form == WireForm::Old {
+            text.push_str(", old form of the wire");
+        }
+        row("faults", text);
+    }
     let (_, key) = NodeKey::generate();
     let _ = write!(
         text,

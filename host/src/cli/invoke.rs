@@ -113,7 +113,10 @@ async fn invoke(
         match args.output {
             Output::Text => writeln!(data, "{}", path.display())?,
             Output::Json => {
-                let row = json!({ "path": path, "data_type": artifact.data_type, "name": artifact.name });
+                let row = json!({
+                    "path": path, "data_type": artifact.data_type, "name": artifact.name,
+                    "size": artifact.size, "sha256": artifact.sha256,
+                });
                 writeln!(data, "{row}")?;
             }
         }
@@ -139,6 +142,7 @@ fn lease(task: TaskId, capability: Capability, inputs: usize, meta: Value) -> Le
         domain_id: None,
         domain_server: None,
         token: None,
+        token_expires_at: None,
         inputs,
         outputs_prefix: None,
         document,

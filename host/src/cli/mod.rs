@@ -10,13 +10,18 @@ mod run;
 mod signals;
 mod submit;
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::{
+    path::PathBuf,
+    process::ExitCode,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::{
-    config::{Layers, Secrets},
+    config::{Key, Layers, Origin, Secrets},
     observe::logs::{self, Format},
     plugins::{Places, PluginsFile},
 };
@@ -110,32 +115,71 @@ pub enum Output {
 pub fn main(secrets: &Secrets) -> ExitCode {
     let cli = Cli::parse();
     crate::plugins::watch_exit();
-    let layers = Layers::from_environment();
-    let fallback = if matches!(cli.command, Command::Run(_)) { Format::Json } else { Format::Text };
-    let format = std::env::var("LOG_FORMAT").ok().filter(|text| !text.trim().is_empty());
-    let quiet = !matches!(cli.command, Command::Run(_) | Command::Dev(_));
-    let filter = std::env::var("RUST_LOG").ok().filter(|text| !text.trim().is_empty());
-    let filter = filter.unwrap_or_else(|| if quiet { "error" } else { "info" }.to_owned());
-    logs::init(format.map_or(fallback, |text| Format::parse(text.trim())), &filter);
+    let mut layers = Layers::from_environment();
+    // Logs are set up by what the file and the flags say too, so a mistake in those waits for them.
+    let laid = cli.command.lay(&mut layers);
+    start_logs(&cli.command, &layers);
+    let quiet = cli.command.is_quiet();
     // What a node cannot open or bind is its configuration; elsewhere it is work that failed.
     let on_io = if quiet { Exit::Failed } else { Exit::Configuration };
-    let ended = match cli.command {
-        Command::Run(args) => run::run(args, layers, secrets),
+    let ended = laid.and_then(|()| match cli.command {
+        Command::Run(args) => run::run(&args, &layers, secrets),
         Command::Dev(args) => dev::run(args, layers),
         Command::Submit(args) => block_on(submit::run(*args)),
         Command::Invoke(args) => invoke::run(args, &layers),
         Command::Plugins(command) => plugins::run(command, &layers),
-        Command::Config(command) => config::run(&command, layers, secrets),
+        Command::Config(command) => config::run(&command, &layers, secrets),
         Command::Outbox(command) => outbox::run(&command, &layers),
         Command::Completions(args) => completions::run(&args),
-    };
+    });
     let exit = ended.unwrap_or_else(|err| {
-        eprintln!("error: {}", one_line(&err));
+        complain(&one_line(&err));
         let usual = if err.is::<std::io::Error>() { on_io } else { Exit::Configuration };
         err.downcast_ref::<Exit>().copied().unwrap_or(usual)
     });
     crate::plugins::leave(exit as u8);
     exit.into()
+}
+
+impl Command {
+    /// Lays what the command line says about settings over and under the environment.
+    fn lay(&self, layers: &mut Layers) -> anyhow::Result<()> {
+        match self {
+            Self::Run(args) => args.settings.apply(layers),
+            Self::Config(command) => command.settings().apply(layers),
+            Self::Dev(dev::Args { config: Some(file), .. }) => Ok(layers.read_file(file)?),
+            _ => Ok(()),
+        }
+    }
+
+    /// It does one thing and ends; only errors are worth a line.
+    fn is_quiet(&self) -> bool {
+        !matches!(self, Self::Run(_) | Self::Dev(_))
+    }
+}
+
+fn start_logs(command: &Command, layers: &Layers) {
+    let fallback = if matches!(command, Command::Run(_)) { Format::Json } else { Format::Text };
+    let format = layers.text("LOG_FORMAT").map(Format::parse);
+    let filter = match Key::find("RUST_LOG").map(|key| layers.get(key)) {
+        Some((Some(filter), origin)) if origin > Origin::Default => filter,
+        _ if command.is_quiet() => "error",
+        _ => "info",
+    };
+    logs::init(format.unwrap_or(fallback), filter);
+    COMPLAIN_AS_JSON.store(format == Some(Format::Json), Ordering::Relaxed);
+}
+
+/// Somebody has asked for JSON on stderr, so reasons to end are JSON as well.
+static COMPLAIN_AS_JSON: AtomicBool = AtomicBool::new(false);
+
+/// Says why the command ends: one line, in the log's form where that was chosen.
+fn complain(problem: &str) {
+    if COMPLAIN_AS_JSON.load(Ordering::Relaxed) && tracing::enabled!(tracing::Level::ERROR) {
+        tracing::error!(error = %problem, "cannot go on");
+    } else {
+        eprintln!("error: {problem}");
+    }
 }
 
 /// The whole chain on one line, since operators grep; a cause that was said already is not said twice.
@@ -252,12 +296,12 @@ fn nothing_to_serve(plugins: &crate::plugins::Plugins) -> Option<Exit> {
         return None;
     }
     if plugins.listings().is_empty() {
-        eprintln!("error: no plugin was found; put a library into the plugins folder or name one with --plugins");
+        complain("no plugin was found; put a library into the plugins folder or name one with --plugins");
         return Some(Exit::Configuration);
     }
     for listing in plugins.listings() {
         let reason = listing.reason.as_deref().unwrap_or("refused");
-        eprintln!("error: plugin {}: {reason}", listing.file.display());
+        complain(&format!("plugin {}: {reason}", listing.file.display()));
     }
     Some(Exit::PluginsRefused)
 }

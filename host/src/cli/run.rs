@@ -1,11 +1,11 @@
 //! `runner-host run`: the node.
 
-use std::sync::Arc;
+use std::{path::PathBuf, sync::Arc};
 
-use super::{Exit, PluginArgs, block_on_beside_control, nothing_to_serve, signals};
+use super::{Exit, PluginArgs, block_on_beside_control, complain, nothing_to_serve, signals};
 use crate::{
     app::Node,
-    config::{HostConfig, KEYS, Layers, Origin, Secrets},
+    config::{HostConfig, KEYS, Key, Layers, Origin, Secrets},
     engine::{Ended, Stops},
 };
 
@@ -16,26 +16,32 @@ pub(super) struct Args {
     #[command(flatten)]
     plugins: PluginArgs,
     #[command(flatten)]
-    settings: Settings,
+    pub(super) settings: Settings,
 }
 
 /// Settings given on the command line.
 #[derive(clap::Args, Default)]
 pub(super) struct Settings {
+    /// Settings in TOML or JSON, under those of the environment
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
     /// Tasks run at once; MAX_CONCURRENCY
     #[arg(long, value_name = "N")]
     max_concurrency: Option<String>,
     /// Where the node's pages are served; HTTP_BIND
     #[arg(long, value_name = "ADDR")]
     http_bind: Option<String>,
-    /// Any other setting by its name below; secrets come from the environment only
+    /// Any other setting by its environment name; never a secret
     #[arg(long = "set", value_name = "NAME=VALUE")]
     set: Vec<String>,
 }
 
 impl Settings {
-    /// Lays the flags over the environment.
+    /// Lays the flags over the environment and the file under it.
     pub(super) fn apply(&self, layers: &mut Layers) -> anyhow::Result<()> {
+        if let Some(file) = &self.config {
+            layers.read_file(file)?;
+        }
         for (name, value) in [("MAX_CONCURRENCY", &self.max_concurrency), ("HTTP_BIND", &self.http_bind)] {
             if let Some(value) = value {
                 layers.set(name, value, Origin::Flag);
@@ -44,10 +50,10 @@ impl Settings {
         for pair in &self.set {
             let (name, value) =
                 pair.split_once('=').ok_or_else(|| anyhow::anyhow!("--set {pair}: expected NAME=VALUE"))?;
-            match KEYS.iter().find(|key| key.name == name) {
-                Some(key) if key.secret => {
+            match Key::find(name) {
+                Some(key) if key.is_secret() => {
                     anyhow::bail!(
-                        "--set {name}: a secret on the command line is visible to others; use the environment"
+                        "--set {name}: a secret on the command line is visible to others; use the environment or {name}_FILE"
                     )
                 }
                 Some(key) => layers.set(key.name, value, Origin::Flag),
@@ -79,17 +85,17 @@ fn settings_help() -> String {
     help
 }
 
-pub(super) fn run(args: Args, mut layers: Layers, secrets: &Secrets) -> anyhow::Result<Exit> {
-    args.settings.apply(&mut layers)?;
-    let config = match HostConfig::build(&layers, secrets) {
+pub(super) fn run(args: &Args, layers: &Layers, secrets: &Secrets) -> anyhow::Result<Exit> {
+    let config = match HostConfig::build(layers, secrets) {
         Ok(config) => config,
         Err(mistakes) => {
-            for mistake in mistakes.0 {
-                eprintln!("error: {mistake}");
-            }
+            mistakes.0.iter().for_each(|mistake| complain(mistake));
             return Ok(Exit::Configuration);
         }
     };
+    for warning in &config.warnings {
+        tracing::warn!(reason = %warning, "a setting should be put right");
+    }
     let plugins = Arc::new(args.plugins.load(config.max_concurrency, config.noop, config.plugin_init_timeout)?);
     if let Some(exit) = nothing_to_serve(&plugins) {
         return Ok(exit);

@@ -1,254 +1,179 @@
-//! Every setting: its name, what it does, its default, how it is checked. `config show`, the help
-//! and the parser read this one table.
-
-use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
-
-use url::Url;
+//! Every setting: its names, what it does, its default. The parser, the configuration file, `config
+//! show`, the help and the documents read this one table.
 
 /// One setting.
 pub struct Key {
     /// Environment variable.
     pub name: &'static str,
+    /// Its place in a configuration file, tables joined by dots.
+    pub file: &'static str,
+    /// What kind of value it takes.
+    pub kind: Kind,
     /// Used when unset or blank; `None`: there is none.
     pub default: Option<&'static str>,
     /// The node cannot start without it.
     pub required: bool,
-    /// Never printed.
-    pub secret: bool,
     /// One line for people.
     pub help: &'static str,
 }
 
-const fn key(name: &'static str, default: Option<&'static str>, help: &'static str) -> Key {
-    Key { name, default, required: false, secret: false, help }
-}
-
-const fn required(name: &'static str, secret: bool, help: &'static str) -> Key {
-    Key { name, default: None, required: true, secret, help }
-}
-
-/// All settings, in the order they are shown.
-pub const KEYS: &[Key] = &[
-    required("DMS_BASE_URL", false, "base URL of the task service, such as https://plane.example/v1"),
-    required("DDS_BASE_URL", false, "base URL of the sign-in service"),
-    required("REG_SECRET", true, "registration secret of this node"),
-    required("SECP256K1_PRIVHEX", true, "private key of this node, 32 bytes of hex"),
-    key("NODE_URL", None, "public URL of this node (callback registration comes in a later version)"),
-    key("NODE_VERSION", None, "version announced at registration; the host's own where unset"),
-    key("HTTP_BIND", Some("127.0.0.1:8080"), "where /health, /ready and /status.json are served"),
-    key("MAX_CONCURRENCY", Some("1"), "tasks run at once"),
-    key("REQUEST_TIMEOUT_SECS", Some("60"), "limit of one call to the control plane, in seconds"),
-    key("REGISTER_INTERVAL_SECS", Some("120"), "pause between registration attempts after a refusal, in seconds"),
-    key("REGISTER_MAX_RETRY", Some("-1"), "failed registrations in a row before a full pause; -1: never"),
-    key("HEARTBEAT_MIN_RATIO", Some("0.25"), "earliest heartbeat, as a share of the remaining lease"),
-    key("HEARTBEAT_MAX_RATIO", Some("0.35"), "latest heartbeat, as a share of the remaining lease"),
-    key("HEARTBEAT_JITTER_MS", Some("250"), "how long progress is gathered before a heartbeat, in milliseconds"),
-    key("POLL_BACKOFF_MS_MIN", Some("1000"), "shortest pause after an empty poll, in milliseconds"),
-    key("POLL_BACKOFF_MS_MAX", Some("30000"), "longest pause after an empty poll, in milliseconds"),
-    key("TOKEN_SAFETY_RATIO", Some("0.75"), "share of a node token's life after which it is renewed"),
-    key("TOKEN_REAUTH_MAX_RETRIES", Some("3"), "repeats of a failed login before it counts as failed"),
-    key("TOKEN_REAUTH_JITTER_MS", Some("500"), "spread of login repeats and renewals, in milliseconds"),
-    key("DRAIN_TIMEOUT", Some("30s"), "how long running tasks may go on after the first signal"),
-    key("PLUGIN_INIT_TIMEOUT", Some("10s"), "how long a plugin may take to open and initialise"),
-    key("CANCEL_GRACE", Some("10s"), "how long a cancelled runner may take to return"),
-    key("SCRATCH_DIR", None, "where task directories are made; below the system's temporary folder where unset"),
-    key(
-        "STATE_DIR",
-        None,
-        "what must survive a restart; runner-host below $XDG_STATE_HOME or ~/.local/state where unset",
-    ),
-    key("OUTBOX_MAX", Some("1000"), "reports not yet accepted from which on nothing new is leased"),
-    key("CLIENT_ID", None, "identifies this node to domain servers; random per start where unset"),
-    key("DOMAIN_HOSTS", None, "domain servers the node may talk to, comma separated; any where unset"),
-    key("ALLOW_INSECURE_HTTP", Some("false"), "allow plain http to hosts other than loopback"),
-    key("ENABLE_NOOP", Some("false"), "load the packaged noop plugin as if it were listed"),
-    key("NOOP_SLEEP_SECS", Some("5"), "how long a noop task takes, in seconds"),
-    key("LOG_FORMAT", None, "json or text; json for `run`, text for other commands where unset"),
-    key("RUST_LOG", Some("info"), "log filter"),
-];
-
-/// Where a value came from.
+/// What a value may be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Origin {
-    /// A command-line flag.
-    Flag,
-    /// An environment variable.
-    Environment,
-    /// Chosen by the command, such as `dev` for its own node.
-    Command,
-    /// The built-in default.
-    Default,
-    /// Nowhere: there is no value.
-    Unset,
+pub enum Kind {
+    /// Any text on one line.
+    Text,
+    /// Text that is never printed, and never comes from the command line.
+    Secret,
+    /// An absolute http or https URL.
+    Url,
+    /// The URL of a proxy; a user and password in it are never printed.
+    Proxy,
+    /// An IP address with a port.
+    Address,
+    /// A file or folder.
+    Path,
+    /// An integer.
+    Whole,
+    /// A finite number.
+    Number,
+    /// `true` or `false`.
+    Switch,
+    /// A time with its unit.
+    Duration,
+    /// A number of bytes with its unit.
+    Size,
+    /// Words, comma separated; an array in a file.
+    List,
 }
 
-impl Origin {
-    /// As shown by `config show`.
+impl Kind {
+    /// As the documents name it.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
-            Self::Flag => "flag",
-            Self::Environment => "environment",
-            Self::Command => "command",
-            Self::Default => "default",
-            Self::Unset => "unset",
+            Self::Text => "text",
+            Self::Secret => "secret",
+            Self::Url | Self::Proxy => "URL",
+            Self::Address => "address",
+            Self::Path => "path",
+            Self::Whole => "whole number",
+            Self::Number => "number",
+            Self::Switch => "true or false",
+            Self::Duration => "duration",
+            Self::Size => "size",
+            Self::List => "list",
         }
     }
 }
 
-/// Raw values by name, each with its origin. Blank is unset.
-#[derive(Clone, Default)]
-pub struct Layers {
-    values: BTreeMap<&'static str, (String, Origin)>,
-}
-
-impl Layers {
-    /// What the environment says, secrets excepted.
+impl Key {
+    /// Its value is never printed.
     #[must_use]
-    pub fn from_environment() -> Self {
-        let mut layers = Self::default();
-        for key in KEYS.iter().filter(|key| !key.secret) {
-            if let Some(value) = std::env::var_os(key.name) {
-                layers.set(key.name, &value.to_string_lossy(), Origin::Environment);
-            }
-        }
-        layers
+    pub fn is_secret(&self) -> bool {
+        self.kind == Kind::Secret
     }
 
-    /// Sets a value over whatever a lower layer said. Blank changes nothing.
-    ///
-    /// # Panics
-    /// When `name` is not in [`KEYS`].
-    pub fn set(&mut self, name: &str, value: &str, origin: Origin) {
-        let key = KEYS.iter().find(|key| key.name == name).expect("settings are named in KEYS");
-        if !value.trim().is_empty() {
-            self.values.insert(key.name, (value.trim().to_owned(), origin));
-        }
-    }
-
-    /// Sets a value unless a layer has one already.
-    pub fn set_default(&mut self, name: &str, value: &str) {
-        if !self.values.contains_key(name) {
-            self.set(name, value, Origin::Command);
-        }
-    }
-
-    /// The effective text and where it came from.
+    /// The setting of this environment variable.
     #[must_use]
-    pub fn get(&self, key: &Key) -> (Option<&str>, Origin) {
-        match (self.values.get(key.name), key.default) {
-            (Some((value, origin)), _) => (Some(value), *origin),
-            (None, Some(default)) => (Some(default), Origin::Default),
-            (None, None) => (None, Origin::Unset),
-        }
+    pub fn find(name: &str) -> Option<&'static Self> {
+        KEYS.iter().find(|key| key.name == name)
+    }
+
+    /// The setting that names a file with this secret in it.
+    #[must_use]
+    pub fn file_variant(&self) -> Option<&'static Self> {
+        KEYS.iter().find(|key| key.name.strip_suffix("_FILE") == Some(self.name))
+    }
+
+    /// The same setting under a name other programs use too, such as `https_proxy`.
+    #[must_use]
+    pub fn lower_case(&self) -> Option<String> {
+        self.name.ends_with("_PROXY").then(|| self.name.to_ascii_lowercase())
     }
 }
 
-/// Parses values and collects every mistake.
-pub(super) struct Parser<'a> {
-    pub(super) layers: &'a Layers,
-    pub(super) mistakes: Vec<String>,
+const fn key(
+    name: &'static str,
+    file: &'static str,
+    kind: Kind,
+    default: Option<&'static str>,
+    help: &'static str,
+) -> Key {
+    Key { name, file, kind, default, required: false, help }
 }
 
-impl Parser<'_> {
-    fn text(&self, name: &str) -> Option<&str> {
-        let key = KEYS.iter().find(|key| key.name == name).expect("settings are named in KEYS");
-        self.layers.get(key).0
-    }
-
-    /// The text of a setting that may be unset.
-    pub(super) fn optional(&self, name: &str) -> Option<String> {
-        self.text(name).map(str::to_owned)
-    }
-
-    /// A value `parse` understands; `fallback` stands in after a mistake, which is noted.
-    pub(super) fn value<T>(&mut self, name: &str, expected: &str, fallback: T, parse: impl Fn(&str) -> Option<T>) -> T {
-        let Some(text) = self.text(name) else { return fallback };
-        if let Some(value) = parse(text) {
-            return value;
-        }
-        let mistake = format!("{name}: expected {expected}, found {text:?}");
-        self.mistakes.push(mistake);
-        fallback
-    }
-
-    pub(super) fn number<T: std::str::FromStr + Copy>(&mut self, name: &str, expected: &str, fallback: T) -> T {
-        self.value(name, expected, fallback, |text| text.parse().ok())
-    }
-
-    /// A ratio, clamped to 0..=1 as the contract says; not a number is a mistake.
-    pub(super) fn ratio(&mut self, name: &str) -> f64 {
-        let ratio = self.value(name, "a number from 0 to 1", 0.5, |text| {
-            text.parse::<f64>().ok().filter(|ratio| ratio.is_finite())
-        });
-        ratio.clamp(0.0, 1.0)
-    }
-
-    pub(super) fn flag(&mut self, name: &str) -> bool {
-        self.value(name, "true or false", false, |text| match text {
-            "true" => Some(true),
-            "false" => Some(false),
-            _ => None,
-        })
-    }
-
-    pub(super) fn url(&mut self, name: &str) -> Option<Url> {
-        let text = self.optional(name)?;
-        match Url::parse(&text) {
-            Ok(url) if matches!(url.scheme(), "http" | "https") && url.host().is_some() => {
-                if url.username().is_empty() && url.password().is_none() {
-                    return Some(url);
-                }
-                self.mistakes.push(format!("{name}: expected a URL without user or password"));
-                None
-            }
-            _ => {
-                self.mistakes.push(format!("{name}: expected an absolute http or https URL, found {text:?}"));
-                None
-            }
-        }
-    }
-
-    pub(super) fn address(&mut self, name: &str) -> SocketAddr {
-        let fallback = SocketAddr::from(([127, 0, 0, 1], 0));
-        self.value(name, "an address such as 127.0.0.1:8080", fallback, |text| text.parse().ok())
-    }
-
-    pub(super) fn duration(&mut self, name: &str) -> Duration {
-        self.value(name, "a duration such as 30s", Duration::ZERO, duration)
-    }
+const fn required(name: &'static str, file: &'static str, kind: Kind, help: &'static str) -> Key {
+    Key { name, file, kind, default: None, required: true, help }
 }
 
-/// `30s`, `1m 30s`, `500ms`, or plain seconds.
-#[must_use]
-pub fn duration(text: &str) -> Option<Duration> {
-    if let Ok(seconds) = text.parse::<f64>() {
-        return Duration::try_from_secs_f64(seconds).ok();
-    }
-    let parsed: jiff::SignedDuration = text.parse().ok()?;
-    Duration::try_from(parsed).ok()
-}
+use Kind::{Address, Duration, List, Number, Path, Proxy, Secret, Size, Switch, Text, Url, Whole};
+
+/// All settings, in the order they are shown.
+#[rustfmt::skip] // a row is a line
+pub const KEYS: &[Key] = &[
+    required("DMS_BASE_URL", "source.dms.base_url", Url, "base URL of the task service, such as https://plane.example/v1"),
+    required("DDS_BASE_URL", "dds.base_url", Url, "base URL of the sign-in service"),
+    required("REG_SECRET", "dds.reg_secret", Secret, "registration secret of this node"),
+    key("REG_SECRET_FILE", "dds.reg_secret_file", Path, None, "file that holds the registration secret instead"),
+    required("SECP256K1_PRIVHEX", "dds.secp256k1_privhex", Secret, "private key of this node, 32 bytes of hex"),
+    key("SECP256K1_PRIVHEX_FILE", "dds.secp256k1_privhex_file", Path, None, "file that holds the private key instead"),
+    key("NODE_URL", "node.url", Url, None, "URL at which the sign-in service reaches this node's pages; needs HTTP_BIND to serve it"),
+    key("REGISTRATION", "dds.registration", Text, None, "wallet or callback; callback where NODE_URL is set, else wallet"),
+    key("SIGN_IN_DOMAIN", "dds.sign_in_domain", Text, None, "the only domain sign-in messages may be for; that of DDS_BASE_URL where unset"),
+    key("NODE_VERSION", "node.version", Text, None, "version announced at registration; the host's own where unset"),
+    key("HTTP_BIND", "http.bind", Address, Some("127.0.0.1:8080"), "where /health, /ready, /status.json and the registration callback are served"),
+    key("MAX_CONCURRENCY", "engine.max_concurrency", Whole, Some("1"), "tasks run at once"),
+    key("REQUEST_TIMEOUT_SECS", "source.dms.request_timeout_secs", Whole, Some("60"), "limit of one call to the control plane, in seconds; at least 1"),
+    key("REGISTER_INTERVAL_SECS", "dds.register_interval_secs", Whole, Some("120"), "when a registration is repeated, and the pause after a refused one, in seconds; at least 1"),
+    key("REGISTER_MAX_RETRY", "dds.register_max_retry", Whole, Some("-1"), "failed registrations in a row before a full pause; -1: never"),
+    key("HEARTBEAT_MIN_RATIO", "heartbeat.min_ratio", Number, Some("0.25"), "earliest heartbeat, as a share of the remaining lease"),
+    key("HEARTBEAT_MAX_RATIO", "heartbeat.max_ratio", Number, Some("0.35"), "latest heartbeat, as a share of the remaining lease"),
+    key("HEARTBEAT_JITTER_MS", "heartbeat.coalesce_ms", Whole, Some("250"), "how long progress is gathered before a heartbeat, in milliseconds"),
+    key("POLL_BACKOFF_MS_MIN", "source.dms.poll_backoff_ms.min", Whole, Some("1000"), "shortest pause after an empty poll, in milliseconds"),
+    key("POLL_BACKOFF_MS_MAX", "source.dms.poll_backoff_ms.max", Whole, Some("30000"), "longest pause after an empty poll, in milliseconds"),
+    key("TOKEN_SAFETY_RATIO", "dds.token.safety_ratio", Number, Some("0.75"), "share of a node token's life after which it is renewed"),
+    key("TOKEN_REAUTH_MAX_RETRIES", "dds.token.max_retries", Whole, Some("3"), "repeats of a failed login before it counts as failed"),
+    key("TOKEN_REAUTH_JITTER_MS", "dds.token.jitter_ms", Whole, Some("500"), "spread of login repeats and renewals, in milliseconds"),
+    key("DRAIN_TIMEOUT", "engine.drain_timeout", Duration, Some("30s"), "how long running tasks may go on after the first signal"),
+    key("PLUGIN_INIT_TIMEOUT", "plugins.init_timeout", Duration, Some("10s"), "how long a plugin may take to open and initialise"),
+    key("CANCEL_GRACE", "engine.cancel_grace", Duration, Some("10s"), "how long a cancelled runner may take to return"),
+    key("SCRATCH_DIR", "storage.scratch_dir", Path, None, "where task directories are made; below the system's temporary folder where unset"),
+    key("DISK_FREE_MIN", "storage.disk_free_min", Size, Some("1GiB"), "free space below SCRATCH_DIR under which nothing new is leased; 0: any"),
+    key("STATE_DIR", "state.dir", Path, None, "what must survive a restart, one folder a node; runner-host below $XDG_STATE_HOME or ~/.local/state where unset"),
+    key("OUTBOX_MAX", "outbox.max", Whole, Some("1000"), "reports not yet accepted from which on nothing new is leased"),
+    key("CLIENT_ID", "storage.client_id", Text, None, "identifies this node to domain servers; random per start where unset"),
+    key("DOMAIN_HOSTS", "storage.domain_hosts", List, None, "domain servers the node may talk to, comma separated; any where unset"),
+    key("ALLOW_INSECURE_HTTP", "transport.allow_insecure_http", Switch, Some("false"), "allow plain http to hosts other than loopback"),
+    key("CA_BUNDLE", "transport.ca_bundle", Path, None, "PEM file of certificate authorities to trust beside the system's"),
+    key("HTTPS_PROXY", "transport.https_proxy", Proxy, None, "proxy for https, such as http://proxy.example:3128"),
+    key("HTTP_PROXY", "transport.http_proxy", Proxy, None, "proxy for plain http"),
+    key("ALL_PROXY", "transport.all_proxy", Proxy, None, "proxy where the two above are unset"),
+    key("NO_PROXY", "transport.no_proxy", List, None, "hosts, domains and networks reached without a proxy, comma separated; *: all; loopback always is"),
+    key("ENABLE_NOOP", "noop.enabled", Switch, Some("false"), "load the packaged noop plugin as if it were listed"),
+    key("NOOP_SLEEP_SECS", "noop.sleep_secs", Number, Some("5"), "how long a noop task takes, in seconds"),
+    key("LOG_FORMAT", "telemetry.log_format", Text, None, "json or text; json for `run`, text for other commands where unset"),
+    key("RUST_LOG", "telemetry.log_filter", Text, Some("info"), "log filter"),
+];
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     #[test]
-    fn durations_carry_units_or_are_seconds() {
-        assert_eq!(duration("30s"), Some(Duration::from_secs(30)));
-        assert_eq!(duration("1m 30s"), Some(Duration::from_secs(90)));
-        assert_eq!(duration("500ms"), Some(Duration::from_millis(500)));
-        assert_eq!(duration("0"), Some(Duration::ZERO));
-        assert_eq!(duration("-1s"), None);
-        assert_eq!(duration("soon"), None);
+    fn no_two_settings_share_a_name_or_a_place() {
+        assert_eq!(KEYS.iter().map(|key| key.name).collect::<BTreeSet<_>>().len(), KEYS.len());
+        assert_eq!(KEYS.iter().map(|key| key.file).collect::<BTreeSet<_>>().len(), KEYS.len());
+        for (key, other) in KEYS.iter().flat_map(|key| KEYS.iter().map(move |other| (key, other))) {
+            assert!(!other.file.starts_with(&format!("{}.", key.file)), "{} is a table of {}", key.file, other.file);
+        }
     }
 
     #[test]
-    fn blank_is_unset_everywhere() {
-        let mut layers = Layers::default();
-        for key in KEYS {
-            layers.set(key.name, "  ", Origin::Environment);
-            assert_eq!(layers.get(key).0, key.default, "{}", key.name);
+    fn every_secret_may_come_from_a_file() {
+        for key in KEYS.iter().filter(|key| key.is_secret()) {
+            assert_eq!(key.file_variant().map(|variant| variant.kind), Some(Path), "{}", key.name);
         }
     }
 }

@@ -1,19 +1,26 @@
-//! Reads flags and environment into one checked [`HostConfig`]; reports all mistakes at once.
+//! Reads flags, environment and file into one checked [`HostConfig`]; reports all mistakes at once.
 //!
 //! Nothing here talks to the network, and nothing talks to the network before this has succeeded.
 
+mod file;
 mod keys;
+mod layers;
+mod node_url;
+mod parser;
 mod secrets;
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
 
 use secrecy::{ExposeSecret, SecretString};
 use url::Url;
 
-pub use keys::{KEYS, Key, Layers, Origin, duration};
-pub use secrets::{SECRET_VARIABLES, Secrets};
+pub use keys::{KEYS, Key, Kind};
+pub use layers::{Layers, Origin};
+pub use parser::duration;
+pub use secrets::Secrets;
 
-use crate::auth::NodeKey;
+use crate::auth::{Form, NodeKey};
+use parser::Parser;
 
 /// Everything the node needs to know.
 pub struct HostConfig {
@@ -25,8 +32,10 @@ pub struct HostConfig {
     pub reg_secret: SecretString,
     /// Who the node is.
     pub key: NodeKey,
-    /// `NODE_URL` is set; callback registration does not exist yet.
-    pub node_url: Option<Url>,
+    /// How the node registers.
+    pub registration: Form,
+    /// The only domain sign-in messages may be for; absent: that of the service.
+    pub sign_in_domain: Option<String>,
     /// Version announced at registration.
     pub version: String,
     /// Where the node serves its own pages.
@@ -63,6 +72,8 @@ pub struct HostConfig {
     pub state_dir: PathBuf,
     /// Reports not yet accepted from which on nothing new is leased.
     pub outbox_max: usize,
+    /// Free bytes below `scratch_dir` under which nothing new is leased; 0: any.
+    pub disk_free_min: u64,
     /// Identifies the node to domain servers.
     pub client_id: String,
     /// Domain servers the node may talk to; empty: any.
@@ -71,6 +82,8 @@ pub struct HostConfig {
     pub allow_insecure_http: bool,
     /// Load the packaged noop plugin, with its sleep in seconds.
     pub noop: Option<f64>,
+    /// What works but should not stay so, a line each.
+    pub warnings: Vec<String>,
 }
 
 /// Every mistake in the configuration, a line each.
@@ -84,10 +97,24 @@ impl HostConfig {
     /// # Errors
     /// With all mistakes at once. A secret's value is in none of them.
     pub fn build(layers: &Layers, secrets: &Secrets) -> Result<Self, Mistakes> {
-        let mut parser = keys::Parser { layers, mistakes: Vec::new() };
-        for key in KEYS.iter().filter(|key| key.required) {
-            let missing = if key.secret { secrets.get(key.name).is_none() } else { layers.get(key).0.is_none() };
-            if missing {
+        let mut parser = Parser::new(layers);
+        parser.mistakes.clone_from(&layers.mistakes);
+        parser.warnings.clone_from(&layers.warnings);
+        let mut given = BTreeMap::new();
+        for key in KEYS {
+            let present = if key.is_secret() {
+                match secrets.find(key, layers) {
+                    Ok(found) => found.is_some_and(|found| given.insert(key.name, found).is_none()),
+                    // What cannot be read is not missing as well.
+                    Err(problem) => {
+                        parser.mistakes.push(problem);
+                        true
+                    }
+                }
+            } else {
+                layers.get(key).0.is_some()
+            };
+            if key.required && !present {
                 parser.mistakes.push(format!("{} is not set: {}", key.name, key.help));
             }
         }
@@ -96,60 +123,63 @@ impl HostConfig {
         let client = crate::transport::Policy { allow_insecure_http };
         for (name, url) in [("DMS_BASE_URL", &dms), ("DDS_BASE_URL", &dds)] {
             if let Some(Err(err)) = url.as_ref().map(|url| client.check(url)) {
-                parser.mistakes.push(format!("{name}: {err}"));
+                parser.mistake(name, err);
             }
         }
-        let key = secrets.get("SECP256K1_PRIVHEX").map(|hex| NodeKey::from_hex(hex.expose_secret().trim()));
-        if let Some(Err(err)) = &key {
-            parser.mistakes.push(format!("SECP256K1_PRIVHEX: {err}"));
-        }
-        let reg_secret = secrets.get("REG_SECRET").map(|secret| secret.expose_secret().trim().to_owned());
-        let (low, high) = (parser.ratio("HEARTBEAT_MIN_RATIO"), parser.ratio("HEARTBEAT_MAX_RATIO"));
-        let poll_min = parser.number("POLL_BACKOFF_MS_MIN", "milliseconds", 0);
-        let poll_max = parser.number("POLL_BACKOFF_MS_MAX", "milliseconds", 0);
-        let noop_sleep = parser.value("NOOP_SLEEP_SECS", "seconds", 0.0, |text| {
-            text.parse::<f64>().ok().filter(|secs| Duration::try_from_secs_f64(*secs).is_ok())
+        let key = given.remove("SECP256K1_PRIVHEX").and_then(|(hex, place)| {
+            let read = NodeKey::from_hex(hex.expose_secret());
+            read.map_err(|err| {
+                parser.mistakes.push(match place.as_str() {
+                    "environment" => format!("SECP256K1_PRIVHEX: {err}"),
+                    _ => format!("SECP256K1_PRIVHEX ({place}): {err}"),
+                })
+            })
+            .ok()
         });
+        let (low, high) = (parser.ratio("HEARTBEAT_MIN_RATIO"), parser.ratio("HEARTBEAT_MAX_RATIO"));
+        let (poll_min, poll_max) =
+            (parser.milliseconds("POLL_BACKOFF_MS_MIN"), parser.milliseconds("POLL_BACKOFF_MS_MAX"));
+        let noop_sleep = parser.fractional_seconds("NOOP_SLEEP_SECS");
+        let http_bind = parser.address("HTTP_BIND");
         let built = Self {
-            node_url: parser.url("NODE_URL"),
-            version: node_version(parser.optional("NODE_VERSION")),
-            http_bind: parser.address("HTTP_BIND"),
+            registration: node_url::registration(&mut parser, http_bind, dds.as_ref()),
+            sign_in_domain: parser.optional("SIGN_IN_DOMAIN").map(str::to_owned),
+            version: parser.version("NODE_VERSION"),
+            http_bind,
             max_concurrency: parser.value("MAX_CONCURRENCY", "a number above 0", 1, |text| {
                 text.parse().ok().filter(|count| (1..=65_536).contains(count))
             }),
-            request_timeout: Duration::from_secs(parser.number("REQUEST_TIMEOUT_SECS", "seconds", 60_u64).max(1)),
-            register_interval: Duration::from_secs(parser.number("REGISTER_INTERVAL_SECS", "seconds", 120_u64).max(1)),
+            request_timeout: parser.seconds("REQUEST_TIMEOUT_SECS"),
+            register_interval: parser.seconds("REGISTER_INTERVAL_SECS"),
             register_max_retry: parser.value("REGISTER_MAX_RETRY", "-1 or a number of attempts", -1, |text| {
                 text.parse().ok().filter(|retries| *retries >= -1)
             }),
             heartbeat_ratios: (low.min(high), low.max(high)),
-            heartbeat_coalesce: Duration::from_millis(parser.number("HEARTBEAT_JITTER_MS", "milliseconds", 250)),
-            poll_backoff: (
-                Duration::from_millis(u64::min(poll_min, poll_max)),
-                Duration::from_millis(u64::max(poll_min, poll_max)),
-            ),
+            heartbeat_coalesce: parser.milliseconds("HEARTBEAT_JITTER_MS"),
+            poll_backoff: (poll_min.min(poll_max), poll_min.max(poll_max)),
             token_safety_ratio: parser.ratio("TOKEN_SAFETY_RATIO"),
             token_max_retries: parser.number("TOKEN_REAUTH_MAX_RETRIES", "a number of repeats", 3),
-            token_jitter: Duration::from_millis(parser.number("TOKEN_REAUTH_JITTER_MS", "milliseconds", 500)),
+            token_jitter: parser.milliseconds("TOKEN_REAUTH_JITTER_MS"),
             drain_timeout: parser.duration("DRAIN_TIMEOUT"),
             plugin_init_timeout: parser.duration("PLUGIN_INIT_TIMEOUT"),
             cancel_grace: parser.duration("CANCEL_GRACE"),
+            disk_free_min: parser.size("DISK_FREE_MIN"),
             scratch_dir: parser.optional("SCRATCH_DIR").map_or_else(default_scratch_dir, PathBuf::from),
             state_dir: parser.state_dir(),
-            outbox_max: parser.value("OUTBOX_MAX", "a number above 0", 1, |text| {
+            outbox_max: parser.value("OUTBOX_MAX", "a number from 1 to 1000000", 1, |text| {
                 text.parse().ok().filter(|count| (1..=1_000_000).contains(count))
             }),
-            client_id: parser.optional("CLIENT_ID").unwrap_or_else(|| format!("runner-host/{}", uuid::Uuid::new_v4())),
-            domain_hosts: host_list(parser.optional("DOMAIN_HOSTS")),
+            client_id: parser
+                .header_text("CLIENT_ID")
+                .unwrap_or_else(|| format!("runner-host/{}", uuid::Uuid::new_v4())),
+            domain_hosts: parser.list("DOMAIN_HOSTS"),
             allow_insecure_http,
             noop: parser.flag("ENABLE_NOOP").then_some(noop_sleep),
             dms: dms.unwrap_or_else(placeholder),
             dds: dds.unwrap_or_else(placeholder),
-            reg_secret: SecretString::from(reg_secret.unwrap_or_default()),
-            key: match key {
-                Some(Ok(key)) => key,
-                _ => NodeKey::generate().0,
-            },
+            reg_secret: given.remove("REG_SECRET").map(|(secret, _)| secret).unwrap_or_default(),
+            key: key.unwrap_or_else(|| NodeKey::generate().0),
+            warnings: std::mem::take(&mut parser.warnings),
         };
         // The placeholders above stand only where a mistake was noted.
         if parser.mistakes.is_empty() { Ok(built) } else { Err(Mistakes(parser.mistakes)) }
@@ -161,7 +191,7 @@ impl HostConfig {
 /// # Errors
 /// One line when its value is no duration.
 pub fn plugin_init_timeout(layers: &Layers) -> Result<Duration, Mistakes> {
-    let mut parser = keys::Parser { layers, mistakes: Vec::new() };
+    let mut parser = Parser::new(layers);
     let limit = parser.duration("PLUGIN_INIT_TIMEOUT");
     if parser.mistakes.is_empty() { Ok(limit) } else { Err(Mistakes(parser.mistakes)) }
 }
@@ -171,12 +201,12 @@ pub fn plugin_init_timeout(layers: &Layers) -> Result<Duration, Mistakes> {
 /// # Errors
 /// One line when it is unset and there is no home folder.
 pub fn state_dir(layers: &Layers) -> Result<PathBuf, Mistakes> {
-    let mut parser = keys::Parser { layers, mistakes: Vec::new() };
+    let mut parser = Parser::new(layers);
     let dir = parser.state_dir();
     if parser.mistakes.is_empty() { Ok(dir) } else { Err(Mistakes(parser.mistakes)) }
 }
 
-impl keys::Parser<'_> {
+impl Parser<'_> {
     fn state_dir(&mut self) -> PathBuf {
         if let Some(dir) = self.optional("STATE_DIR") {
             return PathBuf::from(dir);
@@ -188,7 +218,7 @@ impl keys::Parser<'_> {
             home.map(|home| home.join(".local/state"))
         });
         base.map(|base| base.join("runner-host")).unwrap_or_else(|| {
-            self.mistakes.push("STATE_DIR is not set, and there is no home folder to put its default in".to_owned());
+            self.mistake("STATE_DIR", "it is not set, and there is no home folder to put its default in");
             PathBuf::new()
         })
     }
@@ -196,23 +226,6 @@ impl keys::Parser<'_> {
 
 fn placeholder() -> Url {
     Url::parse("http://127.0.0.1").expect("a constant URL")
-}
-
-/// `v1.2.3` becomes `1.2.3`; what is no version becomes the host's own.
-fn node_version(text: Option<String>) -> String {
-    let own = env!("CARGO_PKG_VERSION").to_owned();
-    let Some(text) = text else { return own };
-    let bare = text.strip_prefix(['v', 'V']).unwrap_or(&text);
-    if semver::Version::parse(bare).is_ok() {
-        return bare.to_owned();
-    }
-    tracing::warn!(found = %text, using = %own, "NODE_VERSION is not a semantic version");
-    own
-}
-
-fn host_list(text: Option<String>) -> Vec<String> {
-    let text = text.unwrap_or_default();
-    text.split(',').map(|host| host.trim().to_ascii_lowercase()).filter(|host| !host.is_empty()).collect()
 }
 
 /// Below the system's temporary folder, a folder per user: others must not be able to claim it.

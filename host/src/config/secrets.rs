@@ -4,16 +4,24 @@
 //! showing the memory the process was started with. So a secret is taken out of both: the variable is
 //! removed and its bytes are overwritten where they lie.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, path::Path};
 
-use secrecy::SecretString;
+use secrecy::{ExposeSecret as _, SecretString};
 
-/// Variables that hold secrets.
-pub const SECRET_VARIABLES: [&str; 2] = ["REG_SECRET", "SECP256K1_PRIVHEX"];
+use super::{
+    file,
+    keys::{KEYS, Key},
+    layers::{Layers, Origin},
+};
 
-/// Secrets found in the environment, by variable.
-#[derive(Default)]
-pub struct Secrets(BTreeMap<&'static str, SecretString>);
+/// Largest secret read from a file, in bytes.
+const BYTES_MAX: u64 = 16 * 1024;
+
+/// Secrets found in the environment, or chosen by a command, by variable.
+pub struct Secrets {
+    values: BTreeMap<&'static str, SecretString>,
+    origin: Origin,
+}
 
 impl Secrets {
     /// Takes every secret out of the environment.
@@ -23,7 +31,7 @@ impl Secrets {
     #[must_use]
     pub unsafe fn take() -> Self {
         let mut found = BTreeMap::new();
-        for name in SECRET_VARIABLES {
+        for name in KEYS.iter().filter(|key| key.is_secret()).map(|key| key.name) {
             if let Some(value) = std::env::var_os(name) {
                 found.insert(name, SecretString::from(value.to_string_lossy().into_owned()));
                 // SAFETY: the caller's promise: nobody else reads or writes the environment now.
@@ -33,22 +41,67 @@ impl Secrets {
                 }
             }
         }
-        Self(found)
+        Self { values: found, origin: Origin::Environment }
     }
 
     /// Secrets that do not come from the environment. Unknown names are passed over.
     pub fn from_pairs<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
-        let known = |name: &str| SECRET_VARIABLES.into_iter().find(|known| *known == name);
+        let known = |name: &str| Key::find(name).filter(|key| key.is_secret()).map(|key| key.name);
         let pairs = pairs.into_iter();
-        Self(pairs.filter_map(|(name, value)| Some((known(name)?, SecretString::from(value.to_owned())))).collect())
+        let values = pairs.filter_map(|(name, value)| Some((known(name)?, SecretString::from(value.to_owned()))));
+        Self { values: values.collect(), origin: Origin::Command }
     }
 
-    /// The secret of one variable. Blank is unset.
-    #[must_use]
-    pub fn get(&self, name: &str) -> Option<&SecretString> {
-        use secrecy::ExposeSecret as _;
-        self.0.get(name).filter(|value| !value.expose_secret().trim().is_empty())
+    /// The secret itself, where it was given directly. Blank is unset.
+    fn direct(&self, key: &Key) -> Option<(&SecretString, Origin)> {
+        let value = self.values.get(key.name).filter(|value| !value.expose_secret().trim().is_empty());
+        value.map(|value| (value, self.origin))
     }
+
+    /// The secret in effect and where it came from: given directly, or in a file that is named; whichever
+    /// stands in the higher layer. `None`: there is none.
+    ///
+    /// # Errors
+    /// One line without the secret: both were given in one layer, or the file cannot be used.
+    pub fn find(&self, key: &Key, layers: &Layers) -> Result<Option<(SecretString, String)>, String> {
+        let direct = self.direct(key).or_else(|| layers.secret(key));
+        let named = key.file_variant().and_then(|variant| {
+            let (path, origin) = layers.get(variant);
+            path.map(|path| (variant, path, origin))
+        });
+        match (direct, named) {
+            (Some((_, direct)), Some((variant, _, named))) if direct == named || is_file(direct) && is_file(named) => {
+                let (one, other) = (layers.place(key, direct), layers.place(variant, named));
+                Err(format!("{one} and {other} are both set; keep one"))
+            }
+            (direct, Some((variant, path, named))) if direct.is_none_or(|(_, direct)| direct < named) => {
+                let value =
+                    read(Path::new(path)).map_err(|problem| format!("{}: {problem}", layers.place(variant, named)))?;
+                Ok(Some((value, path.to_owned())))
+            }
+            (Some((value, origin)), _) => {
+                Ok(Some((SecretString::from(value.expose_secret().trim().to_owned()), layers.describe(origin))))
+            }
+            (None, _) => Ok(None),
+        }
+    }
+}
+
+fn is_file(origin: Origin) -> bool {
+    matches!(origin, Origin::File { .. })
+}
+
+/// The one line a secret's file holds.
+fn read(path: &Path) -> Result<SecretString, String> {
+    let text = file::read_text(path, BYTES_MAX)?;
+    let line = text.trim();
+    if line.is_empty() {
+        return Err(format!("{}: expected a secret, found nothing", path.display()));
+    }
+    if line.contains(['\n', '\r']) {
+        return Err(format!("{}: expected one line, found {}", path.display(), line.lines().count()));
+    }
+    Ok(SecretString::from(line.to_owned()))
 }
 
 /// Overwrites the value of `name` where the process was given it.

@@ -2,6 +2,8 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
+use super::Faults;
+
 /// Settings of the embedded world. [`Config::default`] is what `runner-host dev` uses.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -27,8 +29,10 @@ pub struct Config {
     pub upload_ttl: Duration,
     /// Leases one node may hold at once; a poll beyond it is answered 409.
     pub leases_per_node: Option<usize>,
-    /// Answer 409 to a registration while the same wallet has a live token or lease. Otherwise a
-    /// repeat is taken for a restart: the old token dies, the leases run on.
+    /// How often a node that registered with a URL is asked for its health.
+    pub health_interval: Duration,
+    /// Answer 409 to a registration without a URL while the same wallet has a live token or lease.
+    /// Otherwise a repeat is a refresh. With a URL, a second node is one that answers at another URL.
     pub strict_identity: bool,
     /// The registration secret to insist on; absent: any.
     pub reg_secret: Option<String>,
@@ -44,6 +48,8 @@ pub struct Config {
     pub finished_tasks_max: usize,
     /// Requests remembered in the journal; 0 switches it off.
     pub journal_max: usize,
+    /// What goes wrong, and when.
+    pub faults: Faults,
     /// How long open requests may take to end when the world stops.
     pub stop_grace: Duration,
 }
@@ -62,6 +68,7 @@ impl Default for Config {
             nonce_ttl: Duration::from_secs(5 * 60),
             upload_ttl: Duration::from_secs(60 * 60),
             leases_per_node: None,
+            health_interval: Duration::from_secs(30),
             strict_identity: false,
             reg_secret: None,
             request_max_bytes: 64 * 1024 * 1024,
@@ -70,6 +77,7 @@ impl Default for Config {
             part_size: 16 * 1024 * 1024,
             finished_tasks_max: 200_000,
             journal_max: 4096,
+            faults: Faults::default(),
             stop_grace: Duration::from_secs(2),
         }
     }

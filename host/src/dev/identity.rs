@@ -27,6 +27,18 @@ pub(super) struct Node {
 struct Record {
     node: Node,
     token: Option<(String, Timestamp)>,
+    /// Where the node is reached, and when it is to be asked for its health.
+    url: Option<(Arc<str>, Timestamp)>,
+}
+
+/// What a registration says.
+pub(super) struct Entry<'a> {
+    pub(super) id: Uuid,
+    pub(super) wallet: &'a str,
+    pub(super) version: &'a str,
+    pub(super) capabilities: Vec<Arc<str>>,
+    /// Where the node is reached, in the form that has a callback.
+    pub(super) url: Option<&'a str>,
 }
 
 /// See the module's text.
@@ -74,46 +86,67 @@ impl Identity {
         }
     }
 
-    /// Registers a wallet. A repeat is a restart: the token of the earlier login dies.
+    /// The id of a wallet's node; a fresh one for a wallet that is not registered.
+    pub(super) fn id_of(&self, wallet: &str) -> Uuid {
+        self.wallets.get(wallet).map_or_else(Uuid::new_v4, |record| record.node.id)
+    }
+
+    /// Where the node of this wallet was reached so far, if that is not `url`.
+    pub(super) fn other_url(&self, wallet: &str, url: &str) -> Option<Arc<str>> {
+        let (known, _) = self.wallets.get(wallet)?.url.as_ref()?;
+        (**known != *url).then(|| known.clone())
+    }
+
+    /// Registers a node. A repeat is a refresh: the token of the earlier login lives on (contract 2.8).
     /// `holds_leases` answers for the plane.
     pub(super) fn register(
         &mut self,
-        wallet: &str,
-        version: &str,
-        capabilities: Vec<Arc<str>>,
+        entry: Entry<'_>,
         holds_leases: impl FnOnce(Uuid) -> bool,
         now: Timestamp,
     ) -> Result<Node, Denied> {
-        let wallet: Arc<str> = wallet.into();
-        let known = self.wallets.remove(&wallet);
+        let known = self.wallets.get(entry.wallet);
+        // With a URL the caller knows whether there is a second node; without one, strictness takes
+        // every repeat for one.
         if self.config.strict_identity
-            && let Some(record) = &known
+            && entry.url.is_none()
+            && let Some(record) = known
         {
             let live = record.token.as_ref().is_some_and(|(_, expires)| now < *expires);
             if live || holds_leases(record.node.id) {
-                self.wallets.extend(known.map(|record| (wallet, record)));
                 return Err(Denied::Conflict);
             }
         }
-        let id = known.as_ref().map_or_else(Uuid::new_v4, |record| record.node.id);
-        if let Some((token, _)) = known.and_then(|record| record.token) {
-            self.tokens.remove(&token);
-        }
         let node = Node {
-            id,
-            wallet: wallet.clone(),
-            version: version.into(),
-            capabilities: capabilities.into(),
+            id: known.map_or(entry.id, |record| record.node.id),
+            wallet: entry.wallet.into(),
+            version: entry.version.into(),
+            capabilities: entry.capabilities.into(),
             seen_at: now,
         };
-        self.wallets.insert(wallet, Record { node: node.clone(), token: None });
+        let token = known.and_then(|record| record.token.clone());
+        let url = entry.url.map(|url| (Arc::from(url), now));
+        self.wallets.insert(node.wallet.clone(), Record { node: node.clone(), token, url });
         Ok(node)
+    }
+
+    /// Nodes whose health is to be asked for now; the next time is noted.
+    pub(super) fn due(&mut self, now: Timestamp) -> Vec<Arc<str>> {
+        let next = now + self.config.health_interval;
+        let urls = self.wallets.values_mut().filter_map(|record| record.url.as_mut());
+        let due = urls.filter(|(_, at)| *at <= now);
+        due.map(|(url, at)| {
+            *at = next;
+            url.clone()
+        })
+        .collect()
     }
 
     /// Logs a registered wallet in. Its earlier token dies.
     pub(super) fn login(&mut self, wallet: &str, now: Timestamp) -> Result<(String, Timestamp), Denied> {
         let record = self.wallets.get_mut(wallet).ok_or(Denied::NotRegistered)?;
-        let token = siwe::hex(&rand::random::<[u8; 32]>());
+        // Recognisable, so that a log in which one turns up can be found out.
+        let token = format!("dev-node-token-{}", siwe::hex(&rand::random::<[u8; 32]>()));
         let expires = now + self.config.node_token_ttl;
         if let Some((old, _)) = record.token.replace((token.clone(), expires)) {
             self.tokens.remove(&old);
@@ -132,6 +165,14 @@ impl Identity {
         }
         record.node.seen_at = now;
         Some(record.node.clone())
+    }
+
+    /// Ends a token before its time.
+    pub(super) fn revoke(&mut self, token: &str) {
+        let Some(wallet) = self.tokens.remove(token) else { return };
+        if let Some(record) = self.wallets.get_mut(&wallet) {
+            record.token = None;
+        }
     }
 
     /// Forgets what has expired.
@@ -177,8 +218,12 @@ mod tests {
         Identity::new(Arc::new(config))
     }
 
+    fn entry(id: Uuid, url: Option<&str>) -> Entry<'_> {
+        Entry { id, wallet: WALLET, version: "1.0.0", capabilities: vec!["/a".into()], url }
+    }
+
     fn register(identity: &mut Identity, now: u64) -> Result<Uuid, Denied> {
-        identity.register(WALLET, "1.0.0", vec!["/a".into()], |_| false, at(now)).map(|node| node.id)
+        identity.register(entry(identity.id_of(WALLET), None), |_| false, at(now)).map(|node| node.id)
     }
 
     #[test]
@@ -195,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_lives_until_expiry_the_next_login_or_a_restart() {
+    fn a_token_lives_until_expiry_or_the_next_login_and_through_a_repeated_registration() {
         let mut identity = identity(false);
         assert_eq!(identity.login(WALLET, at(0)).map(drop), Err(Denied::NotRegistered));
         let id = register(&mut identity, 0).expect("first");
@@ -205,8 +250,8 @@ mod tests {
         assert!(identity.node(&first, at(100)).is_none());
         let (second, _) = identity.login(WALLET, at(1)).expect("registered");
         assert!(identity.node(&first, at(2)).is_none());
-        assert_eq!(register(&mut identity, 3), Ok(id), "a restart keeps the node's id");
-        assert!(identity.node(&second, at(4)).is_none());
+        assert_eq!(register(&mut identity, 3), Ok(id), "a repeat keeps the node's id");
+        assert!(identity.node(&second, at(4)).is_some());
         assert!(identity.forget(WALLET));
         assert_eq!(identity.login(WALLET, at(5)).map(drop), Err(Denied::NotRegistered));
     }
@@ -220,7 +265,24 @@ mod tests {
         assert_eq!(register(&mut identity, 1), Err(Denied::Conflict));
         assert!(identity.node(&token, at(2)).is_some(), "the first node is not disturbed");
         assert!(register(&mut identity, 100).is_ok(), "its token has run out");
-        let held = identity.register(WALLET, "1", vec!["/a".into()], |_| true, at(101));
+        let held = identity.register(entry(Uuid::new_v4(), None), |_| true, at(101));
         assert_eq!(held.map(drop), Err(Denied::Conflict));
+    }
+
+    #[test]
+    fn a_node_with_a_url_is_asked_for_its_health_at_once_and_then_every_interval() {
+        let mut identity = identity(true);
+        let url = "http://127.0.0.1:1";
+        for second in [0, 10] {
+            let registered = identity.register(entry(identity.id_of(WALLET), Some(url)), |_| true, at(second));
+            assert!(registered.is_ok(), "the caller knows better than strictness");
+            assert_eq!(identity.due(at(second)), [url.into()]);
+            assert_eq!(identity.due(at(second + 29)), []);
+        }
+        assert_eq!(identity.due(at(40)), [url.into()]);
+        assert_eq!(identity.other_url(WALLET, url), None);
+        assert_eq!(identity.other_url(WALLET, "http://127.0.0.1:2").as_deref(), Some(url));
+        assert!(identity.forget(WALLET));
+        assert_eq!(identity.due(at(400)), []);
     }
 }

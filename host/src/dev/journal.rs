@@ -1,24 +1,35 @@
 //! What was asked of the world lately: for tests, which can wait for a request instead of sleeping,
 //! and for people who wonder what a node does.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, sync::Arc};
 
+use http::Request;
+use jiff::Timestamp;
 use serde::Serialize;
 use uuid::Uuid;
 
-/// One answered request. No query, no header and no body: they may hold tokens.
+use super::Inner;
+
+/// One request that was answered, or that ended without an answer. No query, no header and no body:
+/// they may hold tokens.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Seen {
-    /// Counts all requests since the start, from 0.
+    /// Counts all requests since the start, from 0, in the order in which they ended.
     pub number: u64,
+    /// When it arrived, by the true clock.
+    pub at: Timestamp,
     /// The method.
     pub method: String,
     /// The path without query.
     pub path: String,
-    /// The status of the answer.
+    /// The call of the wire, by the name that fault files use.
+    pub endpoint: Option<&'static str>,
+    /// The status of the answer; 0: there was none.
     pub status: u16,
     /// The node that asked, where it showed a good node token.
     pub node: Option<Uuid>,
+    /// The kind of fault that struck it.
+    pub fault: Option<&'static str>,
 }
 
 /// The newest requests, bounded.
@@ -33,20 +44,64 @@ impl Journal {
         Self { seen: VecDeque::new(), max, next: 0 }
     }
 
-    pub(super) fn enabled(&self) -> bool {
-        self.max > 0
-    }
-
-    pub(super) fn add(&mut self, method: String, path: String, status: u16, node: Option<Uuid>) {
+    fn add(&mut self, seen: Seen) {
         if self.seen.len() >= self.max {
             self.seen.pop_front();
         }
-        self.seen.push_back(Seen { number: self.next, method, path, status, node });
+        self.seen.push_back(Seen { number: self.next, ..seen });
         self.next += 1;
     }
 
     /// Requests from `number` on that are still remembered, and the number after the newest.
     pub(super) fn since(&self, number: u64) -> (u64, Vec<Seen>) {
         (self.next, self.seen.iter().filter(|seen| seen.number >= number).cloned().collect())
+    }
+}
+
+/// A request under way. Written down when it ends, however it ends: the client may leave.
+pub(super) struct Note {
+    seen: Option<Seen>,
+    world: Arc<Inner>,
+}
+
+impl Note {
+    pub(super) fn of<B>(world: &Arc<Inner>, request: &Request<B>, endpoint: Option<&'static str>) -> Self {
+        let seen = (world.config.journal_max > 0).then(|| Seen {
+            number: 0,
+            at: Timestamp::now(),
+            method: request.method().to_string(),
+            path: request.uri().path().to_owned(),
+            endpoint,
+            status: 0,
+            node: None,
+            fault: None,
+        });
+        Self { seen, world: world.clone() }
+    }
+
+    pub(super) fn fault(&mut self, kind: &'static str) {
+        if let Some(seen) = &mut self.seen {
+            seen.fault = Some(kind);
+        }
+    }
+
+    pub(super) fn answered(&mut self, status: u16, node: Option<Uuid>) {
+        if let Some(seen) = &mut self.seen {
+            (seen.status, seen.node) = (status, node);
+        }
+    }
+
+    /// Written down already: its end may be far away.
+    pub(super) fn now(&mut self) {
+        if let Some(seen) = self.seen.take() {
+            self.world.journal().add(seen);
+            self.world.changed();
+        }
+    }
+}
+
+impl Drop for Note {
+    fn drop(&mut self) {
+        self.now();
     }
 }

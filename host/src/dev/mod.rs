@@ -2,14 +2,16 @@
 //!
 //! It speaks the servers' side of the posemesh contract to any node, for `runner-host dev`, the
 //! demo and the integration tests. It is no mock: signatures, leases, tokens and limits are real.
-//! Times are those of the wall clock: nodes on this machine compare them with the same one.
+//! Times are those of the wall clock, unless a fault sets the world's clock wrong.
 //! It is not for production: one domain, one organisation, jobs and sign-ins live in memory only
 //! and are gone after a restart; domain data survives one where a data folder is given.
 //!
 //! Start at [`World`]. The state is in three pure machines (`identity`, `plane`, the index of
 //! `store`), each behind a short lock that is never held over an await; `http` is the wire.
 
+mod calls;
 mod config;
+mod faults;
 mod form;
 mod http;
 mod identity;
@@ -23,21 +25,18 @@ mod tokens;
 mod uploads;
 
 use std::{
-    convert::Infallible,
     net::SocketAddr,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Mutex, MutexGuard, OnceLock},
     time::Duration,
 };
 
-use ::http::{Request, Response};
-use axum::{Router, body::Body};
-use http::AskedBy;
-use hyper::body::Incoming;
+use axum::Router;
+use faults::{Live, wire::Wire};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use identity::{Identity, Node};
 use jiff::Timestamp;
 use journal::Journal;
-use plane::Plane;
+use plane::{NewToken, Plane};
 use serde_json::Value;
 use store::{Store, StoreError, Target};
 use tokens::Tokens;
@@ -51,7 +50,10 @@ use tokio_util::sync::WaitForCancellationFutureOwned as Stopped;
 use url::Url;
 use uuid::Uuid;
 
+use crate::transport;
+
 pub use config::{Config, DevError};
+pub use faults::{Endpoint, Faults, FaultsError, WireForm};
 pub use journal::Seen;
 
 /// A node counts as online while it has asked for anything within this time: nodes without work
@@ -77,11 +79,16 @@ struct Inner {
     /// `http://127.0.0.1:8700`, without trailing slash.
     base: String,
     domain_id: Uuid,
+    org: Uuid,
     tokens: Tokens,
     identity: Mutex<Identity>,
     plane: Mutex<Plane>,
     store: Arc<Store>,
     journal: Mutex<Journal>,
+    faults: Mutex<Live>,
+    stop: CancellationToken,
+    /// For calls to nodes that registered with a URL; made when the first one does.
+    client: OnceLock<transport::Client>,
     /// Rung after every change and every answered request.
     bell: Notify,
 }
@@ -99,18 +106,22 @@ impl World {
         let store = Arc::new(store.expect("opening a store does not panic")?);
         let base = format!("http://{address}");
         let (domain_id, org) = (store.domain_id, Uuid::new_v4());
+        let stop = CancellationToken::new();
         let inner = Arc::new(Inner {
+            faults: Mutex::new(Live::new(config.faults.clone())),
+            stop: stop.clone(),
             tokens: Tokens::new(base.clone(), domain_id, org),
             identity: Mutex::new(Identity::new(config.clone())),
             plane: Mutex::new(Plane::new(config.clone(), domain_id, org)),
             journal: Mutex::new(Journal::new(config.journal_max)),
+            client: OnceLock::new(),
             bell: Notify::new(),
             base,
             domain_id,
+            org,
             store,
             config,
         });
-        let stop = CancellationToken::new();
         let served = tokio::spawn(serve(inner.clone(), listener, stop.clone()));
         Ok(Self { inner, address, stop, served: Some(served) })
     }
@@ -162,7 +173,7 @@ impl World {
             plane::jobs::JobRefusal::KeyReused => "the key was used for another request".to_owned(),
         };
         let request = plane::jobs::parse(job, self.inner.domain_id).map_err(refused)?;
-        let id = self.inner.plane().create(request, None, Timestamp::now()).map_err(refused)?;
+        let id = self.inner.plane().create(request, None, self.inner.now()).map_err(refused)?;
         self.inner.changed();
         Ok(id)
     }
@@ -170,7 +181,7 @@ impl World {
     /// A job as `GET /jobs/{id}` shows it.
     #[must_use]
     pub fn job(&self, id: Uuid) -> Option<Value> {
-        self.inner.plane().job(id, Timestamp::now())
+        self.inner.plane().job(id, self.inner.now())
     }
 
     /// Waits until a job looks as `wanted`; the job as it looked then. Ends only then: give it a
@@ -181,7 +192,7 @@ impl World {
 
     /// Cancels a job; `false`: no such job.
     pub fn cancel_job(&self, id: Uuid) -> bool {
-        let known = self.inner.plane().cancel(id, Timestamp::now()).is_some();
+        let known = self.inner.plane().cancel(id, self.inner.now()).is_some();
         self.inner.changed();
         known
     }
@@ -191,7 +202,7 @@ impl World {
         store::check_name("name", name).map_err(|err| err.to_string())?;
         store::check_name("data type", data_type).map_err(|err| err.to_string())?;
         let target = Target::New { name: name.to_owned(), data_type: data_type.to_owned() };
-        let (store, now, bytes) = (self.inner.store.clone(), Timestamp::now(), bytes.to_vec());
+        let (store, now, bytes) = (self.inner.store.clone(), self.inner.now(), bytes.to_vec());
         let stored = tokio::task::spawn_blocking(move || {
             let staged = store.stage();
             std::fs::write(staged.path(), &bytes)?;
@@ -200,6 +211,25 @@ impl World {
         let items =
             stored.await.expect("file system work does not panic").map_err(|err: StoreError| err.to_string())?;
         Ok(items[0].id)
+    }
+
+    /// Replaces the rules by which requests go wrong. Counts begin anew; another clock offset is a jump
+    /// of the world's clock, which may end leases and tokens.
+    pub fn set_faults(&self, faults: Faults) {
+        *self.inner.faults() = Live::new(faults);
+        self.inner.changed();
+    }
+
+    /// The seed of what is left to chance in the faults.
+    #[must_use]
+    pub fn faults_seed(&self) -> u64 {
+        self.inner.faults().seed()
+    }
+
+    /// Uploads in parts that were begun and neither finished nor aborted.
+    #[must_use]
+    pub fn open_uploads(&self) -> usize {
+        self.inner.store.open_uploads(self.inner.now())
     }
 
     /// The newest requests, oldest first ([`Config::journal_max`]).
@@ -269,6 +299,28 @@ impl Inner {
         self.journal.lock().expect("nothing panics while it holds the journal")
     }
 
+    fn faults(&self) -> MutexGuard<'_, Live> {
+        self.faults.lock().expect("nothing panics while it holds the faults")
+    }
+
+    /// The world's clock.
+    fn now(&self) -> Timestamp {
+        Timestamp::now() + self.faults().clock_offset()
+    }
+
+    fn form(&self) -> WireForm {
+        self.faults().form()
+    }
+
+    /// A task's domain token as it is handed out.
+    fn task_token(&self, task: Uuid, token: &NewToken, node: Uuid, now: Timestamp) -> String {
+        let text = self.tokens.for_task(task, token.serial, node, now, token.expires);
+        match self.form() {
+            WireForm::New => text,
+            WireForm::Old => Tokens::opaque(&text),
+        }
+    }
+
     fn changed(&self) {
         self.bell.notify_waiters();
     }
@@ -283,13 +335,13 @@ impl Inner {
     }
 
     fn grant(&self) -> String {
-        let now = Timestamp::now();
+        let now = self.now();
         self.tokens.grant(now, now + self.config.grant_ttl)
     }
 
     /// Nodes that are logged in and were heard of lately.
     fn nodes_online(&self) -> Vec<Node> {
-        let now = Timestamp::now();
+        let now = self.now();
         let nodes = self.identity().nodes(now).into_iter();
         let online = |(node, live): (Node, bool)| (live && now < node.seen_at + ONLINE).then_some(node);
         nodes.filter_map(online).collect()
@@ -300,6 +352,7 @@ impl Inner {
 async fn serve(world: Arc<Inner>, listener: TcpListener, stop: CancellationToken) {
     let router = http::router(world.clone());
     let mut connections = JoinSet::new();
+    let mut probes = JoinSet::new();
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -320,10 +373,18 @@ async fn serve(world: Arc<Inner>, listener: TcpListener, stop: CancellationToken
                     tracing::error!(error = %err, "a connection's task failed");
                 }
             }
-            _ = tick.tick() => expire(&world).await,
+            _ = tick.tick() => {
+                expire(&world).await;
+                while probes.try_join_next().is_some() {}
+                let due = world.identity().due(world.now());
+                due.into_iter().for_each(|url| {
+                    probes.spawn(calls::probe(world.clone(), url));
+                });
+            }
         }
     }
     drop(listener);
+    probes.shutdown().await;
     let all = async { while connections.join_next().await.is_some() {} };
     if tokio::time::timeout(world.config.stop_grace, all).await.is_err() {
         tracing::warn!(connections = connections.len(), "connections were broken on stop");
@@ -335,7 +396,7 @@ async fn serve(world: Arc<Inner>, listener: TcpListener, stop: CancellationToken
 
 /// Ends what has expired, so that waiting authors learn of it without asking.
 async fn expire(world: &Arc<Inner>) {
-    let now = Timestamp::now();
+    let now = world.now();
     world.identity().prune(now);
     world.plane().expire(now);
     if world.store.has_late_uploads(now) {
@@ -348,10 +409,12 @@ async fn expire(world: &Arc<Inner>) {
 async fn connection(world: Arc<Inner>, router: Router, socket: TcpStream, stopped: Stopped) {
     // Small answers must not wait for an acknowledgement.
     let _ = socket.set_nodelay(true);
-    let service = hyper::service::service_fn(move |request| answer(world.clone(), router.clone(), request));
+    let (wire, line) = Wire::new(socket);
+    let answer = move |request| faults::layer::answer(world.clone(), router.clone(), line.clone(), request);
+    let service = hyper::service::service_fn(answer);
     let mut http = hyper::server::conn::http1::Builder::new();
     let connection =
-        http.timer(TokioTimer::new()).header_read_timeout(IDLE).serve_connection(TokioIo::new(socket), service);
+        http.timer(TokioTimer::new()).header_read_timeout(IDLE).serve_connection(TokioIo::new(wire), service);
     let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
         ended = &mut connection => ended,
@@ -363,17 +426,4 @@ async fn connection(world: Arc<Inner>, router: Router, socket: TcpStream, stoppe
     if let Err(err) = ended {
         tracing::debug!(error = %err, "connection broke");
     }
-}
-
-/// One request: routed, answered, noted.
-async fn answer(world: Arc<Inner>, router: Router, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
-    let noted = world.journal().enabled().then(|| (request.method().to_string(), request.uri().path().to_owned()));
-    let routed = hyper_util::service::TowerToHyperService::new(router);
-    let response = hyper::service::Service::call(&routed, request).await?;
-    if let Some((method, path)) = noted {
-        let node = response.extensions().get::<AskedBy>().map(|by| by.0);
-        world.journal().add(method, path, response.status().as_u16(), node);
-        world.changed();
-    }
-    Ok(response)
 }

@@ -45,6 +45,22 @@ pub(super) fn address_of(text: &str) -> Option<String> {
 pub(super) fn signer(message: &str, signature: &str) -> Result<String, String> {
     let expected = "the signature is not 0x and 130 hex digits";
     let bytes = signature.strip_prefix("0x").and_then(unhex).filter(|bytes| bytes.len() == 65).ok_or(expected)?;
+    Ok(address(&recover(&digest(message), &bytes, expected)?))
+}
+
+/// The address of `public_key` (130 hex digits without `0x`), if it made `signature` over `url` followed
+/// by `timestamp`, both as they came (contract 2.9).
+pub(super) fn url_signer(url: &str, timestamp: &str, signature: &str, public_key: &str) -> Result<String, String> {
+    let expected = "the signature is not 130 hex digits without 0x";
+    let bytes = unhex(signature).filter(|bytes| bytes.len() == 65).ok_or(expected)?;
+    let key = recover(&Keccak256::digest(format!("{url}{timestamp}")).into(), &bytes, expected)?;
+    if hex(key.to_sec1_point(false).as_bytes()) != public_key.to_ascii_lowercase() {
+        return Err("the signature over url and timestamp is of another key than public_key".to_owned());
+    }
+    Ok(address(&key))
+}
+
+fn recover(digest: &[u8; 32], bytes: &[u8], expected: &str) -> Result<VerifyingKey, String> {
     // Wallets write 27 or 28, some libraries the bare recovery id.
     let v = match bytes[64] {
         v @ (0 | 1) => v,
@@ -53,9 +69,7 @@ pub(super) fn signer(message: &str, signature: &str) -> Result<String, String> {
     };
     let recovery = RecoveryId::from_byte(v).ok_or(expected)?;
     let signature = Signature::from_slice(&bytes[..64]).map_err(|_| "the signature's numbers are out of range")?;
-    let key = VerifyingKey::recover_from_prehash(&digest(message), &signature, recovery)
-        .map_err(|_| "the signature fits no key")?;
-    Ok(address(&key))
+    Ok(VerifyingKey::recover_from_prehash(digest, &signature, recovery).map_err(|_| "the signature fits no key")?)
 }
 
 /// Keccak-256 of the message with the prefix of EIP-191.
@@ -126,6 +140,22 @@ mod tests {
             &message("dds.test.local", "k3Yp9QwZ7t", "\nResources:\n- urn:a\n- urn:b"),
             "0x54d5f9ff5fa0581ee232841a87992d642583edb2236b465329a12a980f061732221ffcadccdf430f5ecba3181db77d2155763f83f2624397b1c64a21c29bf6e51c",
         );
+    }
+
+    #[test]
+    fn the_contracts_signatures_over_a_url_are_of_the_contracts_key() {
+        let key = "041b84c5567b126440995d3ed5aaba0565d71e1834604819ff9c17f5e9d5dd078f70beaf8f588b541507fed6a642c5ab42dfdf8120a7f639de5122d47a69a8e8d1";
+        let timestamp = "2025-03-04T05:06:07.000000008Z";
+        let (plain, slash) = (
+            "0248b8a359d7701d3fe00fb61b9125f5b6276f1d0f63c4e4ab7b1c26721fa7f83dd92385a7a2b22a1f499bf5884b232083d5979123eb82ffa83b52ecd6c5e7ea00",
+            "289a39063a6680a0a7ea351952e380ae5c2ed9a2bd271f409a131e1523e13c6d368f98b5235f638fab2a1850ce15b398db7b96599cf5b02ccab1d300745503c501",
+        );
+        let signer = |url: &str, signature: &str| url_signer(url, timestamp, signature, key);
+        let address = Ok("0x1a642f0e3c3af545e7acbd38b07251b3990914f1".to_owned());
+        assert_eq!(signer("https://node.lab.test", plain), address);
+        assert_eq!(signer("https://node.lab.test/", slash), address);
+        assert!(signer("https://node.lab.test", slash).expect_err("other bytes").contains("another key"));
+        assert!(signer("https://node.lab.test", &format!("0x{plain}")).expect_err("a prefix").contains("without 0x"));
     }
 
     #[test]

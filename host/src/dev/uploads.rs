@@ -158,6 +158,11 @@ impl Store {
         }
     }
 
+    /// Uploads begun and neither finished nor aborted nor expired.
+    pub(super) fn open_uploads(&self, now: Timestamp) -> usize {
+        self.index().uploads.values().filter(|upload| upload.done.is_none() && upload.expires > now).count()
+    }
+
     /// Whether [`Store::expire_uploads`] has anything to do.
     pub(super) fn has_late_uploads(&self, now: Timestamp) -> bool {
         self.index().uploads.values().any(|upload| upload.expires <= now)

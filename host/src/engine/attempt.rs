@@ -56,7 +56,7 @@ pub(super) async fn attempt(
             run.await.unwrap_or_else(|err| {
                 // A bug of ours must not leave a lease unsettled.
                 let message = format!("the node failed while it ran the task: {err}");
-                Verdict { outcome: Outcome::HostFault { message }, artifacts: Vec::new() }
+                Verdict::bare(Outcome::HostFault { message })
             })
         };
         let mut verdict = run_to_end(ended, &grant, &cancel_all).await;
@@ -125,7 +125,7 @@ async fn run_to_end(run: impl Future<Output = Verdict>, grant: &Grant, cancel_al
 
 /// What moves data and waits for the runner, on the workers: nothing here may delay a heartbeat.
 async fn run(rooms: Arc<Rooms>, grant: Grant, grace: Duration) -> Verdict {
-    let nothing = |outcome| Verdict { outcome, artifacts: Vec::new() };
+    let nothing = Verdict::bare;
     if !rooms.plugins.serves(&grant.lease.capability) {
         return nothing(Outcome::NoRunner);
     }
@@ -152,11 +152,11 @@ async fn run(rooms: Arc<Rooms>, grant: Grant, grace: Duration) -> Verdict {
     };
     let outcome = rooms.plugins.run(job).await;
     ports.close().await; // ends or aborts what is still under way
-    let artifacts = ports.published();
+    let (artifacts, inputs) = (ports.published(), ports.fetched());
     if let Err(err) = dir.close() {
         warn!(error = %err, "task directory could not be removed");
     }
-    Verdict { outcome: refused_setup(&grant, outcome), artifacts }
+    Verdict { outcome: refused_setup(&grant, outcome), artifacts, inputs }
 }
 
 /// Waits for the set-up heartbeat and says what is missing.

@@ -6,13 +6,10 @@
 
 pub mod dms;
 
-use std::time::Duration;
-
 use async_trait::async_trait;
-use jiff::Timestamp;
 use uuid::Uuid;
 
-use crate::model::{Lease, Pending, TaskId, Token, Verdict};
+use crate::model::{Lease, Moment, Outcome, Pending, TaskId, Token, Verdict};
 
 /// One control plane.
 #[async_trait]
@@ -20,12 +17,14 @@ pub trait LeaseSource: Send + Sync {
     /// Takes the next lease we can serve. `Ok(None)`: asked, and there is nothing; back off quietly.
     /// Let it finish: dropping this future may lose a lease the plane has already given us.
     async fn take(&self) -> Result<Option<Lease>, LeaseError>;
-    /// Extends a lease we hold. The answer may carry a newer token or a request to cancel. Gives
-    /// up after `within`, which the session takes from what is left of the lease.
-    async fn keep(&self, task: TaskId, beat: &Pending, within: Duration) -> Result<Kept, LeaseError>;
+    /// Extends a lease we hold. The answer may carry a newer token or a request to cancel. Sends nothing
+    /// after `until`, which the session takes from what is left of the lease, and waits no longer.
+    async fn keep(&self, task: TaskId, beat: &Pending, until: Moment) -> Result<Kept, LeaseError>;
     /// Reports the end. `task` is the id the plane uses now (a heartbeat may have changed it);
     /// `lease` gives job, domain and capability.
     async fn settle(&self, task: TaskId, lease: &Lease, verdict: &Verdict) -> Result<(), LeaseError>;
+    /// Gives back a lease of which only the task is known: `why` is an [`Outcome::Setup`].
+    async fn refuse(&self, task: TaskId, why: &Outcome) -> Result<(), LeaseError>;
 }
 
 /// What a heartbeat's answer said; absent means unchanged.
@@ -33,14 +32,18 @@ pub trait LeaseSource: Send + Sync {
 pub struct Kept {
     /// Newer bearer towards the domain server.
     pub token: Option<Token>,
-    /// New end of the lease, by the plane's clock.
-    pub expires_at: Option<Timestamp>,
+    /// When that bearer ends.
+    pub token_expires_at: Option<Moment>,
+    /// New end of the lease.
+    pub expires_at: Option<Moment>,
     /// The plane asks to stop.
     pub cancel: bool,
     /// The task's id from now on.
     pub task: Option<TaskId>,
     /// The job's id from now on.
     pub job: Option<Uuid>,
+    /// What the plane calls the task's capability now.
+    pub capability: Option<String>,
     /// Domain of the data.
     pub domain_id: Option<Uuid>,
     /// Base URL of the domain server, as received, task-metadata fallback included.

@@ -5,7 +5,13 @@
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    future::poll_fn,
+    pin::pin,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    task::Poll,
 };
 
 use secrecy::{ExposeSecret, SecretString};
@@ -13,7 +19,7 @@ use tokio::sync::watch;
 use url::Url;
 use uuid::Uuid;
 
-use super::{Lease, Mailbox};
+use super::{Lease, Mailbox, Moment};
 
 /// A bearer token. Never printed; compared only for change.
 #[derive(Clone)]
@@ -135,6 +141,27 @@ pub enum Setup {
     Refused(String),
 }
 
+/// Until when a lease is ours. Shared by everyone who works on its task, moved by the session alone.
+#[derive(Clone, Debug)]
+pub struct Fence(Arc<AtomicU64>);
+
+impl Fence {
+    fn new(until: Moment) -> Self {
+        Self(Arc::new(AtomicU64::new(until.to_bits())))
+    }
+
+    /// The moment from which on nothing may be sent for the lease.
+    #[must_use]
+    pub fn until(&self) -> Moment {
+        Moment::from_bits(self.0.load(Ordering::Acquire))
+    }
+
+    /// Moves it: the plane has extended the lease, or cut it short.
+    pub fn set(&self, until: Moment) {
+        self.0.store(until.to_bits(), Ordering::Release);
+    }
+}
+
 /// A live, read-only view of a held lease. Cheap to clone.
 #[derive(Clone)]
 pub struct Grant {
@@ -144,6 +171,7 @@ pub struct Grant {
     pub cancel: CancelSignal,
     /// Progress and events on their way to the plane.
     pub mailbox: Arc<Mailbox>,
+    fence: Fence,
     replaced: Arc<Mutex<Vec<Token>>>,
     token: watch::Receiver<Option<Token>>,
     setup: watch::Receiver<Setup>,
@@ -151,6 +179,8 @@ pub struct Grant {
 
 /// The writing side of a [`Grant`], held by the session alone.
 pub struct GrantKeys {
+    /// Moves the end of the lease; [`Moment::NEVER`] in the beginning.
+    pub fence: Fence,
     /// The newest bearer; [`GrantKeys::renew`] changes it and remembers the one before.
     pub token: watch::Sender<Option<Token>>,
     replaced: Arc<Mutex<Vec<Token>>>,
@@ -162,10 +192,10 @@ pub struct GrantKeys {
 const REPLACED_MAX: usize = 512;
 
 impl GrantKeys {
-    /// Publishes a newer bearer.
-    pub fn renew(&self, token: Token) {
+    /// Publishes a newer bearer. `false`: it is the one that is known.
+    pub fn renew(&self, token: Token) -> bool {
         let mut old = None;
-        self.token.send_if_modified(|now| {
+        let newer = self.token.send_if_modified(|now| {
             let newer = now.as_ref() != Some(&token);
             if newer {
                 old = now.replace(token);
@@ -179,6 +209,7 @@ impl GrantKeys {
             }
             replaced.push(old);
         }
+        newer
     }
 }
 
@@ -187,6 +218,7 @@ impl Grant {
     /// will answer, `Ready` for local runs.
     #[must_use]
     pub fn new(lease: Lease, setup: Setup) -> (Self, GrantKeys) {
+        let fence = Fence::new(Moment::NEVER);
         let token = watch::Sender::new(lease.token.clone());
         let setup = watch::Sender::new(setup);
         let replaced: Arc<Mutex<Vec<Token>>> = Arc::default();
@@ -195,10 +227,11 @@ impl Grant {
             replaced: Arc::clone(&replaced),
             cancel: CancelSignal::default(),
             mailbox: Arc::default(),
+            fence: fence.clone(),
             token: token.subscribe(),
             setup: setup.subscribe(),
         };
-        (grant, GrantKeys { token, replaced, setup })
+        (grant, GrantKeys { fence, token, replaced, setup })
     }
 
     /// Every bearer the runner may have seen, the newest last; of very many the oldest are forgotten.
@@ -209,15 +242,42 @@ impl Grant {
         tokens
     }
 
+    /// Whether the lease is ours at this very moment. Ask immediately before anything is sent for it: a
+    /// process that was stopped finds its lease expired before anyone could tell it so.
+    #[must_use]
+    pub fn is_ours(&self) -> bool {
+        if self.fence.until().has_passed() {
+            self.cancel.cancel(CancelReason::LeaseLost);
+        }
+        self.cancel.reason() != Some(CancelReason::LeaseLost)
+    }
+
+    /// Waits until the lease is not ours any more. Looks at the clock each time it is woken with what it
+    /// is selected with, so that none of that goes on after a stop.
+    pub async fn lost(&self) {
+        let mut lost = pin!(self.cancel.lost());
+        poll_fn(|context| if self.is_ours() { lost.as_mut().poll(context) } else { Poll::Ready(()) }).await;
+    }
+
+    /// Until when the lease is ours, as far as the plane has said.
+    #[must_use]
+    pub fn fence(&self) -> &Fence {
+        &self.fence
+    }
+
     /// The newest bearer towards the domain server. Take it anew for each request.
     #[must_use]
     pub fn token(&self) -> Option<Token> {
         self.token.borrow().clone()
     }
 
-    /// Waits up to `limit` for a bearer other than `old` (after a 401), then returns the newest.
+    /// Waits up to `limit` for a bearer other than `old` (after a 401), then returns the newest. A
+    /// heartbeat is asked for: its answer should bring one (contract 10.3).
     pub async fn newer_token(&self, old: Option<&Token>, limit: std::time::Duration) -> Option<Token> {
         let mut watch = self.token.clone();
+        if watch.borrow_and_update().as_ref() == old {
+            self.mailbox.ask();
+        }
         let _ = tokio::time::timeout(limit, watch.wait_for(|now| now.as_ref() != old)).await;
         self.token()
     }

@@ -2,11 +2,10 @@
 
 use std::fmt;
 
-use jiff::Timestamp;
 use serde_json::{Map, Value};
 use uuid::Uuid;
 
-use super::{Capability, Token};
+use super::{Capability, Moment, Token};
 
 /// Names one task on its control plane. Prints lower case and hyphenated.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -34,8 +33,8 @@ pub struct Lease {
     pub job: Option<Uuid>,
     /// Which runner is asked for.
     pub capability: Capability,
-    /// When the plane gives the task to somebody else, by the plane's clock.
-    pub expires_at: Option<Timestamp>,
+    /// When the plane gives the task to somebody else, as far as it said so in a time that can be meant.
+    pub expires_at: Option<Moment>,
     /// True when the plane handed the lease out already cancelled.
     pub cancelled: bool,
     /// The domain whose data the task may touch.
@@ -44,6 +43,8 @@ pub struct Lease {
     pub domain_server: Option<String>,
     /// Bearer towards the domain server.
     pub token: Option<Token>,
+    /// When that bearer ends, where the plane said so.
+    pub token_expires_at: Option<Moment>,
     /// Input ids, URLs or names, passed on unchanged.
     pub inputs: Vec<String>,
     /// Prefix of artifact paths, as received.

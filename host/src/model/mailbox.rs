@@ -14,6 +14,8 @@ pub(crate) const PROGRESS_BYTES_MAX: usize = 64 * 1024;
 pub(crate) const EVENTS_MAX: usize = 1024;
 /// Most bytes of JSON waiting as events.
 pub(crate) const EVENTS_BYTES_MAX: usize = 256 * 1024;
+/// Most bytes of events in one heartbeat, and the largest event (newer planes refuse more).
+pub(crate) const EVENT_BYTES_MAX: usize = 64 * 1024;
 
 /// Why progress or an event was not taken.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -21,6 +23,9 @@ pub enum MailboxError {
     /// The value is larger than [`PROGRESS_BYTES_MAX`].
     #[error("progress is {0} bytes of JSON, at most {PROGRESS_BYTES_MAX} are allowed")]
     ProgressTooLarge(usize),
+    /// The event is larger than [`EVENT_BYTES_MAX`].
+    #[error("event is {0} bytes of JSON, at most {EVENT_BYTES_MAX} are allowed")]
+    EventTooLarge(usize),
     /// [`EVENTS_MAX`] or [`EVENTS_BYTES_MAX`] would be passed.
     #[error(
         "too many events wait for the control plane ({EVENTS_MAX} events or {EVENTS_BYTES_MAX} bytes at most); try again later"
@@ -33,7 +38,7 @@ pub enum MailboxError {
 pub struct Pending {
     /// Latest progress, `{}` until there is one.
     pub progress: Value,
-    /// Every event not acknowledged yet, oldest first.
+    /// Events not acknowledged yet, oldest first, as many as one heartbeat may carry.
     pub events: Vec<Value>,
     /// Version of `progress`, to be handed back to [`Mailbox::acknowledge`].
     pub version: u64,
@@ -51,6 +56,8 @@ struct State {
     progress: Option<Value>,
     version: u64,
     acknowledged: u64,
+    /// Somebody waits for the answer to a heartbeat that has not been sent yet.
+    asked: bool,
     events: VecDeque<(Value, usize)>,
     events_bytes: usize,
 }
@@ -73,6 +80,9 @@ impl Mailbox {
     /// Appends an event.
     pub fn event(&self, value: Value) -> Result<(), MailboxError> {
         let bytes = value.to_string().len();
+        if bytes > EVENT_BYTES_MAX {
+            return Err(MailboxError::EventTooLarge(bytes));
+        }
         let mut state = self.lock();
         if state.events.len() >= EVENTS_MAX || state.events_bytes + bytes > EVENTS_BYTES_MAX {
             return Err(MailboxError::EventsFull);
@@ -84,13 +94,32 @@ impl Mailbox {
         Ok(())
     }
 
-    /// A copy of what is waiting.
+    /// Asks for a heartbeat soon although there is no news: its answer is waited for.
+    pub fn ask(&self) {
+        self.lock().asked = true;
+        self.changed.notify_one();
+    }
+
+    /// What was asked for has come.
+    pub fn answered(&self) {
+        self.lock().asked = false;
+    }
+
+    /// A copy of what the next heartbeat should carry.
     #[must_use]
     pub fn pending(&self) -> Pending {
-        let state = self.lock();
+        let mut state = self.lock();
+        // A heartbeat that fails is repeated in any case.
+        state.asked = false;
+        let mut room = EVENT_BYTES_MAX;
+        let fits = |(_, bytes): &&(Value, usize)| {
+            let left = room.checked_sub(*bytes);
+            room = left.unwrap_or(0);
+            left.is_some()
+        };
         Pending {
             progress: state.progress.clone().unwrap_or_else(|| Value::Object(serde_json::Map::new())),
-            events: state.events.iter().map(|(event, _)| event.clone()).collect(),
+            events: state.events.iter().take_while(fits).map(|(event, _)| event.clone()).collect(),
             version: state.version,
         }
     }
@@ -106,11 +135,12 @@ impl Mailbox {
         }
     }
 
-    /// True while there is progress or an event no answered heartbeat has carried.
+    /// True while there is progress or an event no answered heartbeat has carried, or an answer is
+    /// waited for.
     #[must_use]
     pub fn is_dirty(&self) -> bool {
         let state = self.lock();
-        state.acknowledged < state.version || !state.events.is_empty()
+        state.asked || state.acknowledged < state.version || !state.events.is_empty()
     }
 
     /// Waits for a change since the last call; at most one is remembered.
@@ -141,6 +171,35 @@ mod tests {
     }
 
     #[test]
+    fn one_heartbeat_carries_what_planes_take_and_the_next_one_the_rest() {
+        let mailbox = Mailbox::default();
+        for n in 0..5 {
+            mailbox.event(json!(format!("{n}{}", "x".repeat(20_000)))).expect("room");
+        }
+        let mut sizes = Vec::new();
+        while mailbox.is_dirty() {
+            let sent = mailbox.pending();
+            assert!(
+                sent.events[0].as_str().is_some_and(|text| text.starts_with(&sizes.iter().sum::<usize>().to_string()))
+            );
+            sizes.push(sent.events.len());
+            mailbox.acknowledge(&sent);
+        }
+        assert_eq!(sizes, [3, 2]);
+    }
+
+    #[test]
+    fn a_question_without_news_asks_for_a_heartbeat_and_changes_nothing() {
+        let mailbox = Mailbox::default();
+        mailbox.ask();
+        assert!(mailbox.is_dirty());
+        let sent = mailbox.pending();
+        assert_eq!((sent.progress.clone(), sent.events.len()), (json!({}), 0));
+        mailbox.acknowledge(&sent);
+        assert!(!mailbox.is_dirty());
+    }
+
+    #[test]
     fn the_queue_is_bounded_in_count_and_bytes() {
         let mailbox = Mailbox::default();
         for n in 0..EVENTS_MAX {
@@ -148,7 +207,12 @@ mod tests {
         }
         assert_eq!(mailbox.event(json!("one more")), Err(MailboxError::EventsFull));
         let mailbox = Mailbox::default();
-        assert_eq!(mailbox.event(json!("x".repeat(EVENTS_BYTES_MAX))), Err(MailboxError::EventsFull));
+        let quarter = json!("x".repeat(EVENTS_BYTES_MAX / 4 - 2));
+        for _ in 0..4 {
+            mailbox.event(quarter.clone()).expect("room");
+        }
+        assert_eq!(mailbox.event(json!(1)), Err(MailboxError::EventsFull));
+        assert!(matches!(mailbox.event(json!("x".repeat(EVENT_BYTES_MAX))), Err(MailboxError::EventTooLarge(_))));
         assert!(matches!(
             mailbox.progress(json!("x".repeat(PROGRESS_BYTES_MAX))),
             Err(MailboxError::ProgressTooLarge(_))

@@ -4,7 +4,7 @@ use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::{Artifact, TaskId, Token};
+use super::{Artifact, Fetched, TaskId, Token};
 
 /// What a [`Outcome::Setup`] may name as its stage (posemesh contract 4.8).
 const STAGES: [&str; 3] = ["start_session", "initial_heartbeat", "build_ports"];
@@ -190,6 +190,17 @@ pub struct Verdict {
     pub outcome: Outcome,
     /// What was published, sorted by logical path, one entry a path.
     pub artifacts: Vec<Artifact>,
+    /// What was fetched whole, each input once.
+    #[serde(default)]
+    pub inputs: Vec<Fetched>,
+}
+
+impl Verdict {
+    /// An end without anything moved.
+    #[must_use]
+    pub fn bare(outcome: Outcome) -> Self {
+        Self { outcome, artifacts: Vec::new(), inputs: Vec::new() }
+    }
 }
 
 #[cfg(test)]

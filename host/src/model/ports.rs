@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{Artifact, ArtifactSpec};
 
@@ -95,6 +95,20 @@ pub struct Materialized {
     pub extracted_paths: Vec<PathBuf>,
 }
 
+/// An input that was read to its end, for the task's record.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Fetched {
+    /// The entry of `inputs_cids` that was asked for.
+    pub cid: String,
+    /// Stored name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// How many bytes it has.
+    pub size: u64,
+    /// SHA-256 of the bytes, 64 hex digits.
+    pub sha256: String,
+}
+
 /// An input as it arrives.
 #[async_trait]
 pub trait InputStream: Send {
@@ -128,4 +142,7 @@ pub trait Ports: Send + Sync {
     async fn create(&self, spec: ArtifactSpec) -> Result<Box<dyn OutputStream>, PortError>;
     /// Everything published so far, sorted by logical path, one entry a path (the last one wins).
     fn published(&self) -> Vec<Artifact>;
+    /// Every input read to its end so far, each once, in the order in which their reading ended. An
+    /// input of several parts is one entry a part.
+    fn fetched(&self) -> Vec<Fetched>;
 }

@@ -11,7 +11,7 @@ use serde::{Serialize, Serializer};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::{Artifact, Lease, TaskId, Verdict, millis};
+use super::{Artifact, Fetched, Lease, TaskId, Verdict, millis};
 
 /// Ended tasks that are shown.
 const RECENT_MAX: usize = 100;
@@ -27,11 +27,20 @@ pub struct HostStatus {
     pub started_at: Timestamp,
     /// `starting`, `running`, `draining` or `stopped`.
     pub phase: Phase,
-    /// Standing with the sign-in service, one word.
+    /// Standing with the sign-in service: `disconnected`, `registering`, `registered` or `conflict`.
     pub registration: String,
+    /// How the node registers: `wallet` or `callback`.
+    pub registration_form: &'static str,
+    /// Since when it stands so.
+    pub registration_since: Timestamp,
     /// The last trouble with it, one line.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub registration_error: Option<String>,
+    /// When the sign-in service last asked for this node's health.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_healthcheck: Option<Timestamp>,
+    /// Room where tasks work.
+    pub disk: DiskStatus,
     /// Most tasks at once.
     pub slots: usize,
     /// What is served.
@@ -52,6 +61,17 @@ pub struct HostStatus {
     pub stuck_runners: Live,
     /// Every library, loaded or refused.
     pub plugins: serde_json::Value,
+}
+
+/// Room on the file system of `SCRATCH_DIR`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct DiskStatus {
+    /// What is left; `None` where the system does not say.
+    pub free_bytes: Option<u64>,
+    /// Below this nothing new is leased; 0: there is no floor.
+    pub floor_bytes: u64,
+    /// Whether it is below.
+    pub full: bool,
 }
 
 /// A number that is asked for when it is shown.
@@ -139,6 +159,8 @@ pub struct TaskRecord {
     pub code: &'static str,
     /// What it published.
     pub artifacts: Vec<Artifact>,
+    /// What it fetched whole.
+    pub inputs: Vec<Fetched>,
     /// When it ended.
     pub ended_at: Timestamp,
     /// How long it took, from the lease to its end.
@@ -158,6 +180,7 @@ impl TaskRecord {
             outcome: verdict.outcome.word(),
             code: verdict.outcome.code(),
             artifacts: verdict.artifacts.clone(),
+            inputs: verdict.inputs.clone(),
             ended_at: Timestamp::now(),
             elapsed_ms: millis(took),
             report,
@@ -179,7 +202,11 @@ impl StatusBoard {
             started_at: Timestamp::now(),
             phase: Phase::Starting,
             registration: "disconnected".to_owned(),
+            registration_form: "wallet",
+            registration_since: Timestamp::now(),
             registration_error: None,
+            last_healthcheck: None,
+            disk: DiskStatus::default(),
             slots,
             capabilities,
             tasks: BTreeMap::new(),

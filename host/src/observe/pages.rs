@@ -1,13 +1,20 @@
-//! `/health`, `/ready` and `/status.json`.
+//! `/health`, `/ready`, `/status.json`, and the door for the sign-in service's callback.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use axum::{Json, Router, extract::State, http::StatusCode, response::IntoResponse, routing::get};
+use axum::{
+    Json, Router,
+    extract::State,
+    http::{HeaderMap, StatusCode, header},
+    response::IntoResponse,
+    routing::{get, post},
+};
 use serde_json::json;
 use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::model::{HostStatus, Phase};
+use super::callback::{self, Desk};
+use crate::model::{HostStatus, Phase, Visits};
 
 /// How long a stop waits for requests under way: a client that never ends its own must not keep the node.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
@@ -16,15 +23,20 @@ const LAST_ANSWERS: Duration = Duration::from_secs(1);
 pub struct Pages {
     listener: TcpListener,
     status: watch::Receiver<HostStatus>,
+    desk: Arc<Desk>,
 }
 
 impl Pages {
-    /// Binds `address`; port 0 takes a free one.
+    /// Binds `address`; port 0 takes a free one. `visits` learns what the sign-in service says here.
     ///
     /// # Errors
     /// When the address cannot be bound.
-    pub async fn bind(address: SocketAddr, status: watch::Receiver<HostStatus>) -> std::io::Result<Self> {
-        Ok(Self { listener: TcpListener::bind(address).await?, status })
+    pub async fn bind(
+        address: SocketAddr,
+        status: watch::Receiver<HostStatus>,
+        visits: Arc<dyn Visits>,
+    ) -> std::io::Result<Self> {
+        Ok(Self { listener: TcpListener::bind(address).await?, status, desk: Desk::new(visits) })
     }
 
     /// Where it listens.
@@ -37,11 +49,19 @@ impl Pages {
 
     /// Serves until `stop`, and a moment longer for requests under way.
     pub async fn run(self, stop: CancellationToken) {
+        let visited = Router::new()
+            .route("/health", get(health))
+            .route("/internal/v1/registrations", post(callback::registrations))
+            // What a service asks for that was given a URL with a slash at its end.
+            .route("//health", get(health))
+            .route("//internal/v1/registrations", post(callback::registrations))
+            .with_state(self.desk);
         let router = Router::new()
-            .route("/health", get(|| async { StatusCode::OK }))
             .route("/ready", get(ready))
             .route("/status.json", get(status))
-            .with_state(self.status);
+            .with_state(self.status)
+            .merge(visited);
+        let router = router.into_make_service_with_connect_info::<SocketAddr>();
         let served = axum::serve(self.listener, router).with_graceful_shutdown(stop.clone().cancelled_owned());
         let out_of_patience = async {
             stop.cancelled().await;
@@ -58,14 +78,31 @@ impl Pages {
     }
 }
 
+/// Always 200. The sign-in service is known by its name in front of a version (posemesh contract 2.7).
+async fn health(State(desk): State<Arc<Desk>>, headers: HeaderMap) -> StatusCode {
+    if headers.get(header::USER_AGENT).is_some_and(|agent| agent.as_bytes().starts_with(b"DDS v")) {
+        desk.visits().probed();
+    }
+    StatusCode::OK
+}
+
 /// 200 while the node may get work, else 503, with the reason.
 async fn ready(State(status): State<watch::Receiver<HostStatus>>) -> impl IntoResponse {
     let status = status.borrow();
     let reason = match status.phase {
         Phase::Running if status.capabilities.is_empty() => Some("no plugin is loaded".to_owned()),
+        Phase::Running if status.registration == "conflict" => Some(match &status.registration_error {
+            Some(err) => format!("conflict: {err}"),
+            None => "conflict".to_owned(),
+        }),
         Phase::Running if status.outbox.full => {
             Some(format!("the outbox is full: {} reports wait for the control plane", status.outbox.waiting))
         }
+        Phase::Running if status.disk.full => Some(format!(
+            "disk nearly full: {} bytes are free where tasks work, DISK_FREE_MIN is {}",
+            status.disk.free_bytes.unwrap_or_default(),
+            status.disk.floor_bytes
+        )),
         Phase::Running => None,
         Phase::Starting => Some(match &status.registration_error {
             Some(err) => format!("not signed in ({}): {err}", status.registration),

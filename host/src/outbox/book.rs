@@ -254,7 +254,7 @@ mod tests {
             job_id: None,
             domain_id: None,
             capability: "/lab/echo/v1".into(),
-            verdict: Verdict { outcome: Outcome::Completed, artifacts: Vec::new() },
+            verdict: Verdict::bare(Outcome::Completed),
             ended_at: Timestamp::UNIX_EPOCH,
         }
     }

@@ -81,6 +81,7 @@ impl Entry {
             domain_id: self.domain_id,
             domain_server: None,
             token: None,
+            token_expires_at: None,
             inputs: Vec::new(),
             outputs_prefix: None,
             document: serde_json::Map::new(),

@@ -21,6 +21,9 @@ const REPORTS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("reports")
 /// Pages kept in memory. Reports are small and are read once.
 const CACHE_BYTES: usize = 512 * 1024;
 
+/// A report's number and what stands under it.
+type Row = (u64, Vec<u8>);
+
 /// One change.
 #[derive(Debug)]
 pub(super) enum Change {
@@ -50,13 +53,13 @@ impl Store {
     ///
     /// # Errors
     /// When it is damaged, or is no outbox of this version.
-    pub(super) fn open(path: &Path) -> Result<(Self, Vec<(u64, Vec<u8>)>), StoreError> {
+    pub(super) fn open(path: &Path) -> Result<(Self, Vec<Row>), StoreError> {
         // A damaged page can be met where the library expects none.
         let opened = catch_unwind(AssertUnwindSafe(|| Self::open_sound(path)));
         opened.unwrap_or_else(|_| Err(StoreError("its pages contradict each other".to_owned())))
     }
 
-    fn open_sound(path: &Path) -> Result<(Self, Vec<(u64, Vec<u8>)>), StoreError> {
+    fn open_sound(path: &Path) -> Result<(Self, Vec<Row>), StoreError> {
         let file = private(path).map_err(|err| StoreError(err.to_string()))?;
         let mut database =
             Builder::new().create_with_file_format_v3(true).set_cache_size(CACHE_BYTES).create_file(file)?;
@@ -108,7 +111,7 @@ impl Store {
 ///
 /// # Errors
 /// When not even that is possible.
-pub(super) fn open_or_set_aside(folder: &Path) -> Result<(Store, Vec<(u64, Vec<u8>)>), StateError> {
+pub(super) fn open_or_set_aside(folder: &Path) -> Result<(Store, Vec<Row>), StateError> {
     let path = folder.join(FILE);
     let why = match Store::open(&path) {
         Ok(opened) => return Ok(opened),
@@ -134,7 +137,7 @@ fn free_name(folder: &Path) -> PathBuf {
 mod tests {
     use super::*;
 
-    fn rows(folder: &Path) -> Vec<(u64, Vec<u8>)> {
+    fn rows(folder: &Path) -> Vec<Row> {
         Store::open(&folder.join(FILE)).expect("opens").1
     }
 

@@ -30,6 +30,7 @@ fn lease(number: u128) -> Lease {
         domain_id: Some(Uuid::nil()),
         domain_server: None,
         token: None,
+        token_expires_at: None,
         inputs: Vec::new(),
         outputs_prefix: None,
         document: serde_json::Map::new(),
@@ -45,7 +46,7 @@ fn completed() -> Verdict {
         size: Some(3),
         sha256: Some("ab".repeat(32)),
     };
-    Verdict { outcome: Outcome::Completed, artifacts: vec![artifact] }
+    Verdict { artifacts: vec![artifact], ..Verdict::bare(Outcome::Completed) }
 }
 
 fn name(lease: &Lease) -> ReportName {

@@ -1,22 +1,18 @@
 //! Does what `pacing` says: one task for each session, which owns everything that changes.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
-use jiff::Timestamp;
-use tokio::{
-    sync::oneshot,
-    time::{Instant, sleep_until, timeout},
-};
+use tokio::{sync::oneshot, time::sleep};
 use url::Url;
 use uuid::Uuid;
 
 use super::{
     Silence,
-    pacing::{Pacing, PacingEvent, PacingStep, Rhythm, State, TERM_ASSUMED},
+    pacing::{Pacing, PacingEvent, PacingStep, Rhythm, State},
 };
 use crate::{
     leases::{Advice, Kept, LeaseError, LeaseSource},
-    model::{CancelReason, Coordinates, Grant, GrantKeys, Lease, Pending, ReportName, Setup, TaskId, millis},
+    model::{CancelReason, Coordinates, Grant, GrantKeys, Lease, Moment, Pending, ReportName, Setup, TaskId},
 };
 
 /// How often the last words of a task are tried before its report goes without them.
@@ -34,10 +30,10 @@ pub(super) struct Driver {
     task: TaskId,
     /// The lease as reports should name it; differs from the grant's once the plane said so.
     renamed: Option<Lease>,
+    /// The domain server as the plane named it last.
+    server: Option<String>,
     /// How the plane said that the lease is not ours any more.
     gone: Option<String>,
-    /// The plane's clock has been complained about; once is enough.
-    clock_warned: bool,
 }
 
 impl Driver {
@@ -49,27 +45,30 @@ impl Driver {
         closed: oneshot::Receiver<()>,
     ) -> Self {
         let task = grant.lease.task;
-        let mut clock_warned = false;
-        let left = grant.lease.expires_at.map(|at| left_until(at, task, &mut clock_warned));
-        let mut pacing = Pacing::new(rhythm, left, Instant::now());
+        let mut pacing = Pacing::new(rhythm, grant.lease.expires_at, grant.lease.token_expires_at, Moment::now());
         if grant.lease.cancelled {
             grant.cancel.cancel(CancelReason::Plane);
             keys.setup.send_replace(Setup::Refused(CANCELLED.to_owned()));
             pacing = pacing.cancelled();
         }
-        Self { source, grant, keys, closed, pacing, task, renamed: None, gone: None, clock_warned }
+        let server = grant.lease.domain_server.clone();
+        let driver = Self { source, grant, keys, closed, pacing, task, renamed: None, server, gone: None };
+        driver.move_fence();
+        driver
     }
 
     pub(super) async fn run(mut self) -> Result<ReportName, Silence> {
         let mut event = PacingEvent::Tick;
         loop {
-            match self.pacing.on(event, Instant::now(), rand::random()) {
-                PacingStep::Beat { within } => event = self.beat(within).await,
+            let step = self.pacing.on(event, Moment::now(), rand::random());
+            self.move_fence();
+            match step {
+                PacingStep::Beat { until } => event = self.beat(until).await,
                 PacingStep::Sleep { until } => {
                     event = tokio::select! {
                         biased;
                         _ = &mut self.closed => break,
-                        () = sleep_until(until) => PacingEvent::Tick,
+                        () = sleep(until.left()) => PacingEvent::Tick,
                         () = self.grant.mailbox.changed() => PacingEvent::Tick,
                     };
                     // A change may have left with a heartbeat already.
@@ -88,10 +87,18 @@ impl Driver {
                 }
             }
         }
-        if self.pacing.left(Instant::now()).is_some() && self.grant.mailbox.is_dirty() {
+        if self.pacing.left(Moment::now()).is_some() && self.grant.mailbox.is_dirty() {
             self.flush().await;
         }
         self.end()
+    }
+
+    /// Says to everyone until when the lease is ours.
+    fn move_fence(&self) {
+        // A lost one is told by the cancel signal, which needs no clock.
+        if let Some(expires) = self.pacing.expires() {
+            self.keys.fence.set(expires);
+        }
     }
 
     /// Passes an end on to everyone who works on the task.
@@ -124,12 +131,13 @@ impl Driver {
         });
     }
 
-    async fn beat(&mut self, within: Duration) -> PacingEvent {
+    async fn beat(&mut self, until: Moment) -> PacingEvent {
         let sent = self.grant.mailbox.pending();
-        let failure = match timeout(within, self.source.keep(self.task, &sent, within)).await {
-            Ok(Ok(kept)) => return self.adopt(&sent, kept),
-            Ok(Err(err)) => err,
-            Err(_) => LeaseError::Unreachable(format!("no answer within {within:?}")),
+        let within = until.left();
+        let failure = match until.before(self.source.keep(self.task, &sent, until)).await {
+            Some(Ok(kept)) => return self.adopt(&sent, kept),
+            Some(Err(err)) => err,
+            None => LeaseError::Unreachable(format!("no answer within {within:?}")),
         };
         match failure.advice() {
             Advice::StopTask => {
@@ -147,24 +155,43 @@ impl Driver {
     /// Takes over what an answer says, in the order of contract 4.10; cancel comes last.
     fn adopt(&mut self, sent: &Pending, kept: Kept) -> PacingEvent {
         self.grant.mailbox.acknowledge(sent);
-        if let Some(token) = kept.token {
-            self.keys.renew(token);
+        if kept.token.is_some_and(|token| self.keys.renew(token)) {
+            self.grant.mailbox.answered();
         }
         if let Some(task) = kept.task.filter(|task| *task != self.task) {
             tracing::info!(task_id = %task, formerly = %self.task, "control plane renamed the task");
             self.task = task;
         }
-        if *self.keys.setup.borrow() == Setup::Pending {
-            let lease = &self.grant.lease;
-            let domain = kept.domain_id.or(lease.domain_id);
-            let server = kept.domain_server.or_else(|| lease.domain_server.clone());
-            self.rename(kept.job, domain);
-            self.set_up(Setup::Ready(coordinates(domain, server.as_deref())));
-        } else {
-            self.rename(kept.job, None);
+        if let Some(capability) = kept.capability.filter(|name| name != self.grant.lease.capability.as_str()) {
+            // What runs stays what runs; a plane that wants another runner has to make another task.
+            tracing::warn!(task_id = %self.task, %capability, "control plane renamed the task's capability, the runner goes on");
         }
-        let left = kept.expires_at.map(|at| left_until(at, self.task, &mut self.clock_warned));
-        PacingEvent::Answered { left, cancel: kept.cancel }
+        self.rename(kept.job, kept.domain_id);
+        // A cancelled task needs no coordinates: its runner shall not begin to fetch.
+        if !kept.cancel {
+            self.move_data(kept.domain_server);
+        }
+        PacingEvent::Answered { expires: kept.expires_at, token: kept.token_expires_at, cancel: kept.cancel }
+    }
+
+    /// Says where the task's data lives: with the set-up heartbeat, and whenever the plane moves it.
+    fn move_data(&mut self, server: Option<String>) {
+        if server.is_some() {
+            self.server = server;
+        }
+        let now = coordinates(self.lease().domain_id, self.server.as_deref());
+        self.keys.setup.send_if_modified(|known| match (known, now) {
+            (known @ Setup::Pending, now) => {
+                *known = Setup::Ready(now);
+                true
+            }
+            (Setup::Ready(known), Ok(now)) if known.as_ref() != Ok(&now) => {
+                *known = Ok(now);
+                true
+            }
+            // A refused set-up stays refused, and good coordinates are not given up for bad ones.
+            _ => false,
+        });
     }
 
     /// Notes a changed job or domain for the report. The lease is copied only when there is one.
@@ -195,15 +222,16 @@ impl Driver {
     /// Sends the last progress and events. It may take half of what is left of the lease; the
     /// other half belongs to the report, which goes out in any case.
     async fn flush(&mut self) {
-        let started = Instant::now();
+        let started = Moment::now();
         let deadline = started + self.pacing.left(started).unwrap_or_default() / 2;
         for attempt in 1..=FLUSHES_MAX {
-            let now = Instant::now();
+            let now = Moment::now();
             let mut step = self.pacing.beat_now(now);
-            if let PacingStep::Beat { within } = step {
-                let event = self.beat(within.min(deadline.saturating_duration_since(now))).await;
-                step = self.pacing.on(event, Instant::now(), rand::random());
+            if let PacingStep::Beat { until } = step {
+                let event = self.beat(until.min(deadline)).await;
+                step = self.pacing.on(event, Moment::now(), rand::random());
             }
+            self.move_fence();
             self.tell(step);
             let PacingStep::Sleep { until } = step else { return };
             if !self.grant.mailbox.is_dirty() {
@@ -212,28 +240,9 @@ impl Driver {
             if attempt == FLUSHES_MAX || until >= deadline {
                 break;
             }
-            sleep_until(until).await;
+            sleep(until.left()).await;
         }
         tracing::warn!(task_id = %self.task, "last progress and events were not delivered");
-    }
-}
-
-/// What is left until `at`, by this node's clock at this moment. A time in the past says more
-/// about the clocks than about the lease, which has just been given to us.
-fn left_until(at: Timestamp, task: TaskId, warned: &mut bool) -> Duration {
-    match Duration::try_from(at.duration_since(Timestamp::now())) {
-        Ok(left) if !left.is_zero() => left,
-        _ => {
-            if !std::mem::replace(warned, true) {
-                tracing::warn!(
-                    task_id = %task,
-                    lease_expires_at = %at,
-                    assumed_ms = millis(TERM_ASSUMED),
-                    "lease expires in the past; compare the clocks of node and control plane"
-                );
-            }
-            TERM_ASSUMED
-        }
     }
 }
 
@@ -271,17 +280,5 @@ mod tests {
         check(domain, Some("/relative\n"), "domain_server_url \"/relative\\n\" is not an absolute http(s) URL");
         check(domain, Some("ftp://x"), "domain_server_url \"ftp://x\" is not an absolute http(s) URL");
         check(domain, Some("http:"), "domain_server_url \"http:\" is not an absolute http(s) URL");
-    }
-
-    #[test]
-    fn a_past_expiry_is_taken_as_a_minute_and_complained_about_once() {
-        let (task, mut warned) = (TaskId(Uuid::nil()), false);
-        let past = Timestamp::now() - jiff::SignedDuration::from_secs(5);
-        assert_eq!(left_until(past, task, &mut warned), TERM_ASSUMED);
-        assert!(warned);
-        let future = Timestamp::now() + jiff::SignedDuration::from_secs(500);
-        let left = left_until(future, task, &mut warned);
-        assert!(left > Duration::from_secs(490) && left <= Duration::from_secs(500));
-        assert_eq!(left_until(Timestamp::MAX, task, &mut warned).as_secs() / 1_000_000_000, 251);
     }
 }

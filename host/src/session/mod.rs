@@ -91,7 +91,10 @@ impl Session {
     /// Why an end like this may not be reported, if so: asked in the moment the task has ended.
     #[must_use]
     pub fn silence(&self, outcome: &Outcome) -> Option<CancelReason> {
+        // Asking looks at the clock too: a process that was stopped may not have heard of the end yet.
+        let ours = self.grant.is_ours();
         match (self.grant.cancel.reason(), outcome) {
+            _ if !ours => Some(CancelReason::LeaseLost),
             (Some(reason @ (CancelReason::Plane | CancelReason::LeaseLost)), _) => Some(reason),
             (_, Outcome::LeaseLost) => Some(CancelReason::LeaseLost),
             (reason, Outcome::Cancelled) => Some(reason.unwrap_or(CancelReason::Plane)),

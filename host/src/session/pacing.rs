@@ -5,17 +5,19 @@
 
 use std::time::Duration;
 
-use tokio::time::Instant;
+use crate::model::Moment;
 
 /// Least time between the starts of two paced heartbeats, however fast progress comes and
 /// whatever the plane says about time.
 pub(super) const GAP_MIN: Duration = Duration::from_millis(100);
-/// How long a lease is taken to last when the plane does not say it, or says something in the past.
+/// How long a lease is taken to last when the plane does not say it.
 pub(super) const TERM_ASSUMED: Duration = Duration::from_secs(60);
 /// Longest term believed; a clock cannot hold every time a plane may send.
 const TERM_MAX: Duration = Duration::from_secs(24 * 3600);
 /// Longest pause between two tries after a failure, before its jitter.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Least time between two heartbeats for the sake of the domain token, whose end ends no lease.
+const TOKEN_GAP: Duration = Duration::from_secs(1);
 /// First pause after a failure, before its jitter.
 const PAUSE_MIN: Duration = Duration::from_millis(200);
 
@@ -47,8 +49,9 @@ pub(super) enum PacingEvent {
     Tick,
     /// There is progress or an event no answered heartbeat has carried.
     Dirty,
-    /// The heartbeat was answered. `left` is what the plane says is left of the lease.
-    Answered { left: Option<Duration>, cancel: bool },
+    /// The heartbeat was answered. `expires` is the end of the lease, `token` that of its domain token,
+    /// where the plane said them.
+    Answered { expires: Option<Moment>, token: Option<Moment>, cancel: bool },
     /// The heartbeat failed in a way that does not end the lease.
     Failed,
     /// The plane says the lease is not ours any more.
@@ -58,10 +61,10 @@ pub(super) enum PacingEvent {
 /// What to do now.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum PacingStep {
-    /// Send a heartbeat and give it this long; its result is the next event.
-    Beat { within: Duration },
-    /// Nothing before this instant.
-    Sleep { until: Instant },
+    /// Send a heartbeat, which must be over by this moment; its result is the next event.
+    Beat { until: Moment },
+    /// Nothing before this moment.
+    Sleep { until: Moment },
     /// Tell everyone that the plane asks to stop.
     Cancel,
     /// Tell everyone that the lease is lost.
@@ -74,13 +77,13 @@ pub(super) enum PacingStep {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum State {
     /// Ours; the last heartbeat was answered, or none was needed yet.
-    Held { expires: Instant, next: Instant },
+    Held { expires: Moment, next: Moment },
     /// Still ours until it expires, but heartbeats fail.
-    Doubtful { misses: u32, expires: Instant, next: Instant },
+    Doubtful { misses: u32, expires: Moment, next: Moment },
     /// A heartbeat is under way.
-    Beating { misses: u32, expires: Instant },
+    Beating { misses: u32, expires: Moment },
     /// The plane asked to stop: no more heartbeats, and lost when it expires.
-    Cancelled { expires: Instant },
+    Cancelled { expires: Moment },
     /// Not ours any more.
     Lost,
 }
@@ -91,15 +94,18 @@ pub(super) struct Pacing {
     rhythm: Rhythm,
     /// What the plane granted last; what an answer without a time is taken to grant again.
     term: Duration,
-    last_beat: Option<Instant>,
+    /// When the domain token ends, as far as the plane has said.
+    token: Option<Moment>,
+    last_beat: Option<Moment>,
     state: State,
 }
 
 impl Pacing {
-    /// A lease just taken. Its first heartbeat is due at once.
-    pub(super) fn new(rhythm: Rhythm, left: Option<Duration>, now: Instant) -> Self {
-        let term = left.unwrap_or(TERM_ASSUMED).min(TERM_MAX);
-        Self { rhythm, term, last_beat: None, state: State::Held { expires: now + term, next: now } }
+    /// A lease just taken that ends at `expires`, its domain token at `token`. Its first heartbeat is due
+    /// at once.
+    pub(super) fn new(rhythm: Rhythm, expires: Option<Moment>, token: Option<Moment>, now: Moment) -> Self {
+        let term = expires.map_or(TERM_ASSUMED, |at| at - now).min(TERM_MAX);
+        Self { rhythm, term, token, last_beat: None, state: State::Held { expires: now + term, next: now } }
     }
 
     /// A lease that arrived cancelled.
@@ -114,28 +120,40 @@ impl Pacing {
         self.state
     }
 
+    /// Until when the lease is ours. The past, once it is lost.
+    pub(super) fn expires(&self) -> Option<Moment> {
+        match self.state {
+            State::Held { expires, .. }
+            | State::Doubtful { expires, .. }
+            | State::Beating { expires, .. }
+            | State::Cancelled { expires } => Some(expires),
+            State::Lost => None,
+        }
+    }
+
     /// What is left of the lease, while it is ours and nobody cancelled it.
-    pub(super) fn left(&self, now: Instant) -> Option<Duration> {
+    pub(super) fn left(&self, now: Moment) -> Option<Duration> {
         match self.state {
             State::Held { expires, .. } | State::Doubtful { expires, .. } | State::Beating { expires, .. } => {
-                Some(expires.saturating_duration_since(now)).filter(|left| !left.is_zero())
+                Some(expires - now).filter(|left| !left.is_zero())
             }
             State::Cancelled { .. } | State::Lost => None,
         }
     }
 
     /// The machine. `draw` lies in 0..1 and decides the jitter, where there is one.
-    pub(super) fn on(&mut self, event: PacingEvent, now: Instant, draw: f64) -> PacingStep {
+    pub(super) fn on(&mut self, event: PacingEvent, now: Moment, draw: f64) -> PacingStep {
         match (event, self.state) {
             (PacingEvent::Gone, State::Held { .. } | State::Doubtful { .. } | State::Beating { .. }) => {
                 return self.lose();
             }
-            (PacingEvent::Answered { left, cancel }, State::Beating { expires, .. }) => {
-                return self.answered(left, cancel, expires, now, draw);
+            (PacingEvent::Answered { expires, token, cancel }, State::Beating { expires: old, .. }) => {
+                self.token = token.or(self.token);
+                return self.answered(expires, cancel, old, now, draw);
             }
             (PacingEvent::Failed, State::Beating { misses, expires }) => {
                 let misses = misses.saturating_add(1);
-                let left = expires.saturating_duration_since(now);
+                let left = expires - now;
                 let pause = pause_after(misses, draw).min(left / 4).max(GAP_MIN);
                 self.state = State::Doubtful { misses, expires, next: now + pause };
             }
@@ -150,7 +168,7 @@ impl Pacing {
     }
 
     /// Sends one heartbeat out of turn (the last words of a task), if there still is a lease.
-    pub(super) fn beat_now(&mut self, now: Instant) -> PacingStep {
+    pub(super) fn beat_now(&mut self, now: Moment) -> PacingStep {
         match self.state {
             State::Held { expires, .. } => self.state = State::Held { expires, next: now },
             State::Doubtful { misses, expires, .. } => self.state = State::Doubtful { misses, expires, next: now },
@@ -159,7 +177,7 @@ impl Pacing {
         self.tick(now)
     }
 
-    fn tick(&mut self, now: Instant) -> PacingStep {
+    fn tick(&mut self, now: Moment) -> PacingStep {
         let (misses, expires, next) = match self.state {
             State::Held { expires, next } => (0, expires, next),
             State::Doubtful { misses, expires, next } => (misses, expires, next),
@@ -177,24 +195,32 @@ impl Pacing {
         }
         self.last_beat = Some(now);
         self.state = State::Beating { misses, expires };
-        PacingStep::Beat { within: patience(expires - now) }
+        PacingStep::Beat { until: now + patience(expires - now) }
     }
 
-    fn answered(&mut self, left: Option<Duration>, cancel: bool, old: Instant, now: Instant, draw: f64) -> PacingStep {
-        let expires = match left {
-            Some(left) => {
-                self.term = left.min(TERM_MAX);
+    fn answered(&mut self, said: Option<Moment>, cancel: bool, old: Moment, now: Moment, draw: f64) -> PacingStep {
+        let expires = match said {
+            Some(at) => {
+                self.term = (at - now).min(TERM_MAX);
                 now + self.term
             }
             // The plane took the heartbeat and did not say how long it counts: as long as the
             // last one, from when it was sent.
             None => old.max(self.last_beat.unwrap_or(now) + self.term),
         };
+        // The process was stopped between the answer and now: it tells of a lease that was.
+        if now >= old || now >= expires {
+            return self.lose();
+        }
         if cancel {
             self.state = State::Cancelled { expires };
             return PacingStep::Cancel;
         }
-        let interval = self.rhythm.interval(expires.saturating_duration_since(now), draw);
+        let mut interval = self.rhythm.interval(expires - now, draw);
+        // The answer shall bring a newer domain token before the old one ends.
+        if let Some(left) = self.token.map(|token| token - now).filter(|left| !left.is_zero()) {
+            interval = interval.min(self.rhythm.interval(left, draw).max(TOKEN_GAP));
+        }
         self.state = State::Held { expires, next: self.not_before(now + interval.max(GAP_MIN)) };
         self.tick(now)
     }
@@ -204,7 +230,7 @@ impl Pacing {
         PacingStep::Lose
     }
 
-    fn not_before(&self, wanted: Instant) -> Instant {
+    fn not_before(&self, wanted: Moment) -> Moment {
         self.last_beat.map_or(wanted, |last| wanted.max(last + GAP_MIN))
     }
 }
@@ -224,27 +250,59 @@ pub(super) fn pause_after(count: u32, draw: f64) -> Duration {
 mod tests {
     use rand::{Rng as _, SeedableRng as _};
 
-    use super::{PacingEvent::*, *};
+    use super::*;
 
     fn ms(ms: u64) -> Duration {
         Duration::from_millis(ms)
     }
 
-    fn good(left_ms: u64) -> PacingEvent {
-        Answered { left: Some(ms(left_ms)), cancel: false }
+    /// An event as a test writes it: what an answer says is left counts from the event.
+    #[derive(Clone, Copy)]
+    enum Told {
+        Tick,
+        Dirty,
+        Failed,
+        Gone,
+        Answered { left: Option<Duration>, token: Option<Duration>, cancel: bool },
+    }
+    use Told::*;
+
+    impl Told {
+        fn at(self, now: Moment) -> PacingEvent {
+            match self {
+                Tick => PacingEvent::Tick,
+                Dirty => PacingEvent::Dirty,
+                Failed => PacingEvent::Failed,
+                Gone => PacingEvent::Gone,
+                Answered { left, token, cancel } => PacingEvent::Answered {
+                    expires: left.map(|left| now + left),
+                    token: token.map(|left| now + left),
+                    cancel,
+                },
+            }
+        }
+    }
+
+    fn good(left_ms: u64) -> Told {
+        Answered { left: Some(ms(left_ms)), token: None, cancel: false }
+    }
+
+    fn pacing(rhythm: Rhythm, left: Option<Duration>, start: Moment) -> Pacing {
+        Pacing::new(rhythm, left.map(|left| start + left), None, start)
     }
 
     /// Runs events at their milliseconds against a lease of `left`; the expected text lists what
     /// came out, with instants as milliseconds since the start. Draws are always in the middle.
     #[track_caller]
-    fn check(left: Option<u64>, events: &[(u64, PacingEvent)], expected: &str) {
-        let start = Instant::now();
-        let mut pacing = Pacing::new(Rhythm::new(0.35, 0.25, ms(250)), left.map(ms), start);
+    fn check(left: Option<u64>, events: &[(u64, Told)], expected: &str) {
+        let start = Moment::now();
+        let mut pacing = pacing(Rhythm::new(0.35, 0.25, ms(250)), left.map(ms), start);
         let seen: Vec<String> = events
             .iter()
             .map(|(at, event)| {
-                let what = match pacing.on(*event, start + ms(*at), 0.5) {
-                    PacingStep::Beat { within } => format!("beat({})", within.as_millis()),
+                let now = start + ms(*at);
+                let what = match pacing.on(event.at(now), now, 0.5) {
+                    PacingStep::Beat { until } => format!("beat({})", (until - now).as_millis()),
                     PacingStep::Sleep { until } => format!("sleep({})", (until - start).as_millis()),
                     PacingStep::Cancel => "cancel".to_owned(),
                     PacingStep::Lose => "lose".to_owned(),
@@ -314,13 +372,38 @@ mod tests {
 
     #[test]
     fn an_answer_without_a_time_grants_the_last_term_again() {
-        let plain = Answered { left: None, cancel: false };
+        let plain = Answered { left: None, token: None, cancel: false };
         check(
             Some(2_000),
             &[(0, Tick), (100, plain), (1_900, Tick), (1_950, plain), (3_899, Tick), (3_900, Tick)],
             "0 beat(1000), 100 sleep(670), 1900 beat(100), 1950 sleep(2535), 3899 beat(1), 3900 lose",
         );
         check(None, &[(0, Tick), (0, plain)], "0 beat(20000), 0 sleep(18000)");
+    }
+
+    #[test]
+    fn a_token_that_ends_before_the_lease_hastens_the_beats_within_bounds() {
+        let token = |left_ms| Answered { left: Some(ms(60_000)), token: Some(ms(left_ms)), cancel: false };
+        check(
+            Some(60_000),
+            &[
+                (0, Tick),
+                (0, token(10_000)),
+                (3_000, Tick),
+                (3_000, good(60_000)),
+                (5_100, Tick),
+                (5_100, token(1_500)),
+            ],
+            "0 beat(20000), 0 sleep(3000), 3000 beat(19000), 3000 sleep(5100), 5100 beat(19300), 5100 sleep(6100)",
+        );
+        check(Some(60_000), &[(0, Tick), (0, token(0))], "0 beat(20000), 0 sleep(18000)");
+    }
+
+    #[test]
+    fn an_answer_read_after_a_stop_that_outlasted_the_lease_revives_nothing() {
+        check(Some(2_000), &[(0, Tick), (4_000, good(2_000))], "0 beat(1000), 4000 lose");
+        let over = Answered { left: Some(ms(0)), token: None, cancel: false };
+        check(Some(9_000), &[(0, Tick), (10, over), (11, Tick)], "0 beat(3000), 10 lose, 11 rest");
     }
 
     #[test]
@@ -338,7 +421,7 @@ mod tests {
             Some(10_000),
             &[
                 (0, Tick),
-                (5, Answered { left: None, cancel: true }),
+                (5, Answered { left: None, token: None, cancel: true }),
                 (6, Tick),
                 (7, Dirty),
                 (8, Gone),
@@ -356,11 +439,11 @@ mod tests {
 
     #[test]
     fn last_words_go_out_of_turn() {
-        let start = Instant::now();
-        let mut pacing = Pacing::new(Rhythm::new(0.25, 0.35, ms(250)), Some(ms(9_000)), start);
-        assert_eq!(pacing.beat_now(start), PacingStep::Beat { within: ms(3_000) });
-        pacing.on(Failed, start + ms(1), 0.5);
-        assert_eq!(pacing.beat_now(start + ms(2)), PacingStep::Beat { within: ms(8_998) / 3 });
+        let start = Moment::now();
+        let mut pacing = pacing(Rhythm::new(0.25, 0.35, ms(250)), Some(ms(9_000)), start);
+        assert_eq!(pacing.beat_now(start), PacingStep::Beat { until: start + ms(3_000) });
+        pacing.on(PacingEvent::Failed, start + ms(1), 0.5);
+        assert_eq!(pacing.beat_now(start + ms(2)), PacingStep::Beat { until: start + ms(2) + ms(8_998) / 3 });
         assert_eq!(pacing.beat_now(start + ms(9_000)), PacingStep::Lose);
         assert_eq!(pacing.left(start + ms(9_000)), None);
     }
@@ -375,13 +458,14 @@ mod tests {
     #[test]
     fn a_storm_of_progress_makes_few_beats() {
         for (coalesce, most) in [(0, 101), (250, 41)] {
-            let start = Instant::now();
-            let mut pacing = Pacing::new(Rhythm::new(0.25, 0.35, ms(coalesce)), Some(ms(60_000)), start);
+            let start = Moment::now();
+            let mut pacing = pacing(Rhythm::new(0.25, 0.35, ms(coalesce)), Some(ms(60_000)), start);
             let mut beats = 0;
             for at in 0..10_000 {
-                if matches!(pacing.on(Dirty, start + ms(at), 0.5), PacingStep::Beat { .. }) {
+                if matches!(pacing.on(PacingEvent::Dirty, start + ms(at), 0.5), PacingStep::Beat { .. }) {
                     beats += 1;
-                    pacing.on(good(60_000), start + ms(at), 0.5);
+                    let now = start + ms(at);
+                    pacing.on(good(60_000).at(now), now, 0.5);
                 }
             }
             assert!(beats <= most && beats >= most - 2, "{beats} beats at {coalesce} ms");
@@ -393,22 +477,20 @@ mod tests {
     fn no_sequence_breaks_the_promises() {
         for seed in 0..2_000 {
             let mut chance = rand::rngs::StdRng::seed_from_u64(seed);
-            let start = Instant::now();
+            let start = Moment::now();
             let left = chance.random_bool(0.8).then(|| ms(chance.random_range(0..5_000)));
-            let mut pacing = Pacing::new(
-                Rhythm::new(chance.random(), chance.random(), ms(chance.random_range(0..500))),
-                left,
-                start,
-            );
-            let (mut now, mut last_beat, mut beating) = (start, None::<Instant>, false);
+            let mut pacing =
+                pacing(Rhythm::new(chance.random(), chance.random(), ms(chance.random_range(0..500))), left, start);
+            let (mut now, mut last_beat, mut beating) = (start, None::<Moment>, false);
             let (mut lost, mut cancelled) = (false, false);
             for _ in 0..200 {
-                now += ms(chance.random_range(0..400));
+                now = now + ms(chance.random_range(0..400));
                 let event = match chance.random_range(0..20) {
                     0..4 => Tick,
                     4..10 => Dirty,
                     10..16 => Answered {
                         left: chance.random_bool(0.7).then(|| ms(chance.random_range(0..5_000))),
+                        token: chance.random_bool(0.3).then(|| ms(chance.random_range(0..5_000))),
                         cancel: chance.random_bool(0.03),
                     },
                     16..19 => Failed,
@@ -417,11 +499,11 @@ mod tests {
                 };
                 let asked = matches!(event, Answered { cancel: true, .. }) && beating;
                 beating &= !matches!(event, Answered { .. } | Failed);
-                match pacing.on(event, now, chance.random()) {
-                    PacingStep::Beat { within } => {
+                match pacing.on(event.at(now), now, chance.random()) {
+                    PacingStep::Beat { until } => {
                         assert!(!lost && !cancelled && !beating, "seed {seed}");
                         assert!(last_beat.is_none_or(|last| now - last >= GAP_MIN), "seed {seed}: beats too close");
-                        assert!(!within.is_zero() && within <= pacing.left(now).expect("ours"), "seed {seed}");
+                        assert!(until > now && Some(until) <= pacing.expires(), "seed {seed}");
                         (last_beat, beating) = (Some(now), true);
                     }
                     PacingStep::Sleep { until } => assert!(until > now && !lost, "seed {seed}: a sleep that spins"),

@@ -10,7 +10,7 @@ use super::*;
 use crate::{
     auth::TokenSource,
     leases::dms::{self, Dms},
-    model::{Coordinates, Outcome, TaskId, Token},
+    model::{Coordinates, Moment, Outcome, TaskId, Token},
     transport::{
         self,
         testing::{BAD_BODIES, Call, Service},
@@ -31,11 +31,12 @@ fn lease(left: Duration) -> Lease {
         task: TaskId(TASK.parse().expect("an id")),
         job: None,
         capability: "/lab/echo/v1".parse().expect("a name"),
-        expires_at: Some(in_future(left)),
+        expires_at: Some(Moment::now() + left),
         cancelled: false,
         domain_id: Some(Uuid::nil()),
         domain_server: Some("https://ds.lab.test".into()),
         token: Some(Token::new("dom-1")),
+        token_expires_at: None,
         inputs: Vec::new(),
         outputs_prefix: None,
         document: serde_json::Map::new(),
@@ -177,7 +178,7 @@ async fn cancel_counts_in_every_answer() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({ "cancel": true })).await;
     let grant = session.grant();
     assert_eq!(grant.cancel.cancelled().await, CancelReason::Plane);
-    assert!(matches!(grant.setup().await, Setup::Ready(Ok(_))));
+    assert_eq!(grant.setup().await, Setup::Refused("the task was cancelled".into()), "nothing is fetched for it");
     assert_eq!(session.silence(&Outcome::Completed), Some(CancelReason::Plane));
     assert_eq!(session.close().await, Err(Silence::Over(CancelReason::Plane)));
     assert!(plane.waiting().is_none());
@@ -200,6 +201,34 @@ async fn a_lease_that_arrives_cancelled_makes_no_call() {
     assert_eq!(session.silence(&Outcome::Completed), Some(CancelReason::Plane));
     assert_eq!(session.close().await, Err(Silence::Over(CancelReason::Plane)));
     assert!(plane.waiting().is_none());
+}
+
+// P-32
+#[tokio::test]
+async fn data_that_moves_is_followed_while_the_task_runs() {
+    let at =
+        |server: &str, domain: Uuid| Setup::Ready(Ok(Coordinates { server: server.parse().expect("a URL"), domain }));
+    let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
+    let (grant, other) = (session.grant(), OTHER.parse().expect("an id"));
+    assert_eq!(grant.setup_now(), at("https://ds.lab.test", Uuid::nil()));
+    for (answer, expected) in [
+        (json!({ "domain_server_url": "https://moved" }), at("https://moved", Uuid::nil())),
+        (json!({ "domain_server_url": "no URL" }), at("https://moved", Uuid::nil())),
+        (
+            json!({ "task": { "id": TASK, "capability": "/lab/echo/v1", "meta": { "domain_server_url": "https://meta" } } }),
+            at("https://meta", Uuid::nil()),
+        ),
+        (json!({ "domain_id": OTHER }), at("https://meta", other)),
+    ] {
+        let old = grant.token();
+        grant.mailbox.event(json!("go on")).expect("room");
+        let mut answer = answer;
+        answer["access_token"] = Uuid::new_v4().to_string().into();
+        plane.expect(HEARTBEAT).await.ok(answer);
+        grant.newer_token(old.as_ref(), MINUTE).await;
+        assert_eq!(grant.setup_now(), expected);
+    }
+    assert_eq!(session.close().await, Ok(ReportName { domain_id: Some(other), ..named() }));
 }
 
 // S0-75
@@ -376,7 +405,7 @@ async fn the_timer_keeps_a_short_lease_alive() {
 #[tokio::test]
 async fn a_clock_that_is_wrong_makes_no_flood_and_loses_nothing() {
     let past = (Timestamp::now() - SignedDuration::from_secs(3600)).to_string();
-    let taken = Lease { expires_at: past.parse().ok(), ..lease(MINUTE) };
+    let taken = Lease { expires_at: None, ..lease(MINUTE) };
     let (mut plane, session) = set_up(taken, json!({ "lease_expires_at": past })).await;
     session.grant().mailbox.progress(json!(1)).expect("room");
     plane.expect(HEARTBEAT).await.ok(json!({ "lease_expires_at": past }));

@@ -113,13 +113,21 @@ impl FileBlocks {
     }
 }
 
+/// Fills `block` from `at` on. A file that ends before is an `UnexpectedEof` that says so.
+pub(crate) fn read_exact_at(file: &File, block: &mut [u8], at: u64) -> io::Result<()> {
+    fill(file, block, at).map_err(|err| match err.kind() {
+        io::ErrorKind::UnexpectedEof => io::Error::new(err.kind(), "it became shorter meanwhile"),
+        _ => err,
+    })
+}
+
 #[cfg(unix)]
-fn read_exact_at(file: &File, block: &mut [u8], at: u64) -> io::Result<()> {
+fn fill(file: &File, block: &mut [u8], at: u64) -> io::Result<()> {
     std::os::unix::fs::FileExt::read_exact_at(file, block, at)
 }
 
 #[cfg(windows)]
-fn read_exact_at(file: &File, mut block: &mut [u8], mut at: u64) -> io::Result<()> {
+fn fill(file: &File, mut block: &mut [u8], mut at: u64) -> io::Result<()> {
     while !block.is_empty() {
         let read = std::os::windows::fs::FileExt::seek_read(file, block, at)?;
         if read == 0 {

@@ -13,16 +13,20 @@ use std::{
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 use tokio::task::spawn_blocking;
 use uuid::Uuid;
 
 use super::{
+    digest::hex,
     file::{FileBlocks, FileSink},
     naming::{data_type, dataset_file, dataset_folder, logical_path, relative_path, safe, shown},
+    runner_file::RunnerFile,
 };
 use crate::model::{
-    Artifact, ArtifactSpec, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports,
+    Artifact, ArtifactSpec, Fetched, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind,
+    Ports,
 };
 
 /// See the module's text.
@@ -117,29 +121,36 @@ impl Ports for LocalPorts {
 
     async fn put_file(&self, spec: ArtifactSpec, file: &Path) -> Result<Option<String>, PortError> {
         let place = self.shelf.place(spec)?;
-        let source = file.to_owned();
+        let what = format!("upload of {}", shown(&place.artifact.logical_path));
+        let source = RunnerFile::open(&what, file, &self.dir).await?;
         let temporary = place.temporary().await?;
+        let (from, size) = (source.handle(), source.size());
         let copied = blocking(move || {
-            if !std::fs::metadata(&source)?.is_file() {
-                return Err(io::Error::new(io::ErrorKind::InvalidInput, "expected a regular file"));
-            }
-            let size = io::copy(&mut File::open(&source)?, &mut temporary.as_file())?;
-            Ok((temporary, size))
+            let copied = io::copy(&mut io::Read::take(&*from, size), &mut temporary.as_file())?;
+            Ok((temporary, copied))
         });
-        let what = format!("copy {} to {}", file.display(), place.target.display());
-        let (temporary, size) = copied.await.map_err(|err| failed(&what, &err))?;
-        place.publish(temporary, size).await
+        let (temporary, copied) = copied
+            .await
+            .map_err(|err| failed(&format!("copy {} to {}", file.display(), place.target.display()), &err))?;
+        // A file that became shorter meanwhile has no digest.
+        let sha256 = source.digest(&what).await?;
+        place.publish(temporary, copied, sha256).await
     }
 
     async fn create(&self, spec: ArtifactSpec) -> Result<Box<dyn OutputStream>, PortError> {
         let place = self.shelf.place(spec)?;
         let temporary = place.temporary().await?;
         let file = temporary.as_file().try_clone().map_err(|err| failed("write an output", &err))?;
-        Ok(Box::new(Writer { place, temporary, sink: Ok(FileSink::new(file)), size: 0 }))
+        Ok(Box::new(Writer { place, temporary, sink: Ok(FileSink::new(file)), size: 0, hasher: Sha256::new() }))
     }
 
     fn published(&self) -> Vec<Artifact> {
         self.shelf.published.lock().expect("only read and set").values().cloned().collect()
+    }
+
+    /// A run by hand has no record to stand in.
+    fn fetched(&self) -> Vec<Fetched> {
+        Vec::new()
     }
 }
 
@@ -203,7 +214,12 @@ impl Place {
         made.await.map_err(|err| failed(&format!("make {}", self.target.display()), &err))
     }
 
-    async fn publish(self, temporary: NamedTempFile, size: u64) -> Result<Option<String>, PortError> {
+    async fn publish(
+        mut self,
+        temporary: NamedTempFile,
+        size: u64,
+        sha256: String,
+    ) -> Result<Option<String>, PortError> {
         if let Some(promised) = self.size.filter(|promised| *promised != size) {
             let path = shown(&self.artifact.logical_path);
             let message = format!("upload of {path} refused: {promised} bytes were promised, {size} came");
@@ -212,6 +228,7 @@ impl Place {
         let target = self.target.clone();
         let renamed = blocking(move || temporary.persist(target).map_err(|err| err.error));
         renamed.await.map_err(|err| failed(&format!("make {}", self.target.display()), &err))?;
+        (self.artifact.size, self.artifact.sha256) = (Some(size), Some(sha256));
         let mut published = self.shelf.published.lock().expect("only read and set");
         published.insert(self.artifact.logical_path.clone(), self.artifact);
         Ok(None)
@@ -225,6 +242,7 @@ struct Writer {
     /// After a failure every further call fails with it.
     sink: Result<FileSink, PortError>,
     size: u64,
+    hasher: Sha256,
 }
 
 #[async_trait]
@@ -232,6 +250,7 @@ impl OutputStream for Writer {
     async fn write(&mut self, piece: Bytes) -> Result<(), PortError> {
         let sink = self.sink.as_mut().map_err(|err| err.clone())?;
         self.size += piece.len() as u64;
+        self.hasher.update(&piece);
         if let Err(err) = sink.write(piece).await {
             let err = failed(&format!("write {}", self.place.target.display()), &err);
             self.sink = Err(err.clone());
@@ -241,10 +260,10 @@ impl OutputStream for Writer {
     }
 
     async fn finish(self: Box<Self>) -> Result<Option<String>, PortError> {
-        let Self { place, temporary, sink, size } = *self;
+        let Self { place, temporary, sink, size, hasher } = *self;
         let written = sink?.finish().await;
         written.map_err(|err| failed(&format!("write {}", place.target.display()), &err))?;
-        place.publish(temporary, size).await
+        place.publish(temporary, size, hex(&hasher.finalize())).await
     }
 
     async fn abort(self: Box<Self>) {

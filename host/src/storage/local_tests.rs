@@ -67,7 +67,7 @@ async fn an_input_is_copied_so_that_the_runner_may_spoil_it() {
 async fn outputs_appear_whole_or_not_at_all() {
     let Bench { dir, ports } = bench();
     let out = dir.path().join("out");
-    ports.put_file(spec("/a//b.json"), &dir.path().join("empty")).await.expect("copied");
+    ports.put_file(spec("/a//b.json"), &dir.path().join("my scan.ply")).await.expect("copied");
     let mut stream = ports.create(spec("é.txt")).await.expect("opens");
     stream.write(Bytes::from_static(b"one ")).await.expect("taken");
     assert!(!out.join("é.txt").exists());
@@ -87,12 +87,15 @@ async fn outputs_appear_whole_or_not_at_all() {
     );
     let published: Vec<String> = ports.published().into_iter().map(|artifact| artifact.logical_path).collect();
     assert_eq!(published, ["a/b.json", "é.txt"]);
+    let known = |at: usize| (ports.published()[at].size, ports.published()[at].sha256.clone());
+    assert_eq!(known(0), (Some(3), Some(hex(&Sha256::digest(b"ply")))));
+    assert_eq!(known(1), (Some(7), Some(hex(&Sha256::digest(b"one two")))));
 }
 
 #[tokio::test]
 async fn outputs_stay_below_their_folder() {
     let Bench { dir, ports } = bench();
-    let source = dir.path().join("empty");
+    let source = dir.path().join("my scan.ply");
     for path in ["../x", "a/../../x", "", "/", "a\0b"] {
         let err = ports.put_file(spec(path), &source).await.expect_err("refused");
         assert_eq!(err.kind, PortErrorKind::InvalidPath, "{path:?}");
@@ -103,5 +106,8 @@ async fn outputs_stay_below_their_folder() {
         ports.put_file(spec("abs/x"), &source).await.expect_err("a file is in the way").kind,
         PortErrorKind::Local
     );
-    assert_eq!(ports.put_file(spec("x"), dir.path()).await.expect_err("no file").kind, PortErrorKind::Local);
+    for unfit in [dir.path().to_owned(), dir.path().join("empty")] {
+        let err = ports.put_file(spec("x"), &unfit).await.expect_err("no file to publish");
+        assert_eq!(err.kind, PortErrorKind::BadRequest, "{err}");
+    }
 }

@@ -6,14 +6,18 @@
 //! holds a whole object. This room decides neither when a task runs nor what is reported about it;
 //! it lists what was published. Start at [`domain`].
 
+mod digest;
+mod disk;
 mod domain;
 mod file;
 mod local;
 mod naming;
+mod runner_file;
 mod task_dir;
 
 use std::{path::Path, sync::Arc};
 
+pub use disk::Disk;
 pub use domain::{Config, DomainPorts};
 pub use local::LocalPorts;
 pub use task_dir::{Scratch, ScratchError, TaskDir};
@@ -26,6 +30,7 @@ use crate::{
 /// The room as the engine uses it: a directory and ports for each task.
 pub struct Storage {
     scratch: Scratch,
+    disk: Disk,
     client: Client,
     config: Arc<Config>,
 }
@@ -33,13 +38,19 @@ pub struct Storage {
 impl Storage {
     /// Combines the pieces; nothing is touched yet.
     #[must_use]
-    pub fn new(scratch: Scratch, client: Client, config: Config) -> Self {
-        Self { scratch, client, config: Arc::new(config) }
+    pub fn new(scratch: Scratch, disk: Disk, client: Client, config: Config) -> Self {
+        Self { scratch, disk, client, config: Arc::new(config) }
     }
 
     /// A fresh directory for a task, removed when it is dropped.
     pub fn task_dir(&self, task: TaskId) -> Result<TaskDir, ScratchError> {
         self.scratch.task_dir(task)
+    }
+
+    /// Where tasks work.
+    #[must_use]
+    pub fn disk(&self) -> &Disk {
+        &self.disk
     }
 
     /// Ports to the domain of `grant`, with `dir` to put inputs into.

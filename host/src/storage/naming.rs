@@ -7,10 +7,15 @@ use std::path::Path;
 
 use sha2::{Digest, Sha256};
 
+use super::digest::hex;
 use crate::model::{PortError, PortErrorKind, TaskId};
 
 /// Longest artifact path taken from a runner, in bytes.
 pub(crate) const PATH_BYTES_MAX: usize = 1024;
+/// Longest name or type that every domain server takes, in bytes (contract 10.5).
+const NAME_BYTES_MAX: usize = 128;
+/// How much of a path's digest marks a name: enough that no two paths of a task ever share it.
+const MARK_BYTES: usize = 8;
 /// Longest folder or file stem on disk; file systems stop at 255 bytes with the extension.
 const STEM_BYTES_MAX: usize = 160;
 /// Longest file extension on disk.
@@ -43,16 +48,19 @@ pub(crate) fn logical_path(prefix: Option<&str>, relative: &str) -> String {
 }
 
 /// The name an artifact is stored under when the runner gives none. It ends in the task id, so that
-/// a repeated attempt replaces what an earlier one stored.
+/// a repeated attempt replaces what an earlier one stored. What would be longer than servers take is
+/// cut, and marked so that it stays one of a kind.
 pub(crate) fn stored_name(logical: &str, task: TaskId) -> String {
-    format!("{}_{task}", safe(logical, "artifact"))
+    let name = format!("{}_{task}", safe(logical, "artifact"));
+    if name.len() <= NAME_BYTES_MAX { name } else { marked_name(logical, task) }
 }
 
-/// The name for a second path of one task whose [`stored_name`] is already taken.
-pub(crate) fn distinct_name(logical: &str, task: TaskId) -> String {
-    let digest = Sha256::digest(logical.as_bytes());
-    let mark: String = digest.iter().take(4).map(|byte| format!("{byte:02x}")).collect();
-    format!("{}_{mark}_{task}", safe(logical, "artifact"))
+/// The name for a second path of one task whose [`stored_name`] is already taken. It depends on
+/// nothing but the path and the task.
+pub(crate) fn marked_name(logical: &str, task: TaskId) -> String {
+    let mark = hex(&Sha256::digest(logical.as_bytes())[..MARK_BYTES]);
+    let end = format!("_{mark}_{task}");
+    format!("{}{end}", cut(safe(logical, "artifact"), NAME_BYTES_MAX.saturating_sub(end.len())))
 }
 
 /// The data type of a path, by its extension.
@@ -62,7 +70,8 @@ pub(crate) fn data_type(relative: &str) -> String {
     match extension.as_str() {
         "json" | "ply" | "glb" | "obj" | "csv" | "mp4" => extension,
         "drc" => "ply_draco".to_owned(),
-        other => format!("{}_data", safe(other, "artifact")),
+        // Names keep such artifacts apart; a type that is too long for servers may lose its end.
+        other => format!("{}_data", cut(safe(other, "artifact"), NAME_BYTES_MAX - "_data".len())),
     }
 }
 
@@ -176,11 +185,25 @@ mod tests {
     }
 
     #[test]
-    fn colliding_paths_get_a_stable_mark_before_the_task_id() {
-        let name = distinct_name("a_b.json", TASK);
-        assert_eq!(name, distinct_name("a_b.json", TASK));
-        assert_ne!(name, distinct_name("a/b.json", TASK));
+    fn a_mark_depends_on_the_path_alone_and_stands_before_the_task_id() {
+        let name = marked_name("a_b.json", TASK);
+        assert_eq!(name, marked_name("a_b.json", TASK));
+        let paths = ["a_b.json", "a/b.json", "a.b.json", "a b.json", "é_b.json"];
+        let names: std::collections::BTreeSet<String> = paths.iter().map(|path| marked_name(path, TASK)).collect();
+        assert_eq!(names.len(), paths.len());
         assert!(name.starts_with("a_b_json_") && name.ends_with(&format!("_{TASK}")), "{name}");
+        assert_eq!(name.len(), "a_b_json".len() + 1 + 2 * MARK_BYTES + 1 + 36);
+    }
+
+    #[test]
+    fn names_and_types_end_where_servers_stop_taking_them() {
+        let longest = "x".repeat(NAME_BYTES_MAX - 1 - 36);
+        assert_eq!(stored_name(&longest, TASK), format!("{longest}_{TASK}"), "the limit itself is kept");
+        let [one, two] = ["/a", "_a"].map(|end| stored_name(&format!("{longest}{end}"), TASK));
+        assert_eq!((one.len(), two.len()), (NAME_BYTES_MAX, NAME_BYTES_MAX));
+        assert_ne!(one, two, "cut names stay apart");
+        assert!(one.ends_with(&TASK.to_string()));
+        assert_eq!(data_type(&format!("a.{}", "é".repeat(200))).len(), NAME_BYTES_MAX);
     }
 
     #[test]

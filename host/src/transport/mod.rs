@@ -4,6 +4,7 @@
 //! long it may take and how large an answer may be are decided here. Nothing in here knows a
 //! path, a token or a wire format.
 
+mod clock;
 mod connect;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -18,13 +19,20 @@ use hyper_util::{
     client::legacy::Client as Pool,
     rt::{TokioExecutor, TokioTimer},
 };
+use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use url::{Host, Url};
+
+use crate::model::Moment;
+use clock::{Clocks, Reading};
 
 /// Largest JSON answer read, in bytes.
 pub const JSON_BYTES_MAX: usize = 2 * 1024 * 1024;
 /// How much of an error answer is kept for people, in bytes.
 pub const EXCERPT_BYTES_MAX: usize = 512;
+
+/// Nothing shorter is taken for a token.
+const TOKEN_BYTES_MIN: usize = 12;
 
 /// A request body of any kind.
 pub type Body = UnsyncBoxBody<Bytes, std::io::Error>;
@@ -119,9 +127,23 @@ pub struct Answer {
     /// The body, at most [`JSON_BYTES_MAX`].
     pub body: Bytes,
     host: String,
+    clock: Reading,
 }
 
 impl Answer {
+    /// The moment that whoever answered calls `at`, be its clock right or wrong. `None` for a time that
+    /// had passed before the answer was asked for: it says more of a clock than of what it is about.
+    #[must_use]
+    pub fn moment(&self, at: Timestamp) -> Option<Moment> {
+        self.clock.moment(at)
+    }
+
+    /// What is left until `at`, a time of whoever answered; `None` where nothing is.
+    #[must_use]
+    pub fn left_until(&self, at: Timestamp) -> Option<Duration> {
+        self.clock.left(at)
+    }
+
     /// Decodes the body as JSON.
     pub fn json<T: DeserializeOwned>(&self) -> Result<T, TransportError> {
         serde_json::from_slice(&self.body).map_err(|err| TransportError::NotJson {
@@ -141,15 +163,37 @@ impl Answer {
     /// error what they were sent.
     #[must_use]
     pub fn excerpt_without(&self, secrets: &[&str]) -> String {
-        // A little more than an excerpt is searched, so that a secret across the cut is found whole.
-        let longest = secrets.iter().map(|secret| secret.len()).max().unwrap_or(0);
-        let cut = &self.body[..self.body.len().min(EXCERPT_BYTES_MAX.saturating_add(longest))];
-        let mut text = String::from_utf8_lossy(cut).into_owned();
-        for secret in secrets.iter().filter(|secret| !secret.is_empty()) {
-            text = text.replace(secret, "[secret]");
-        }
-        excerpt(text.as_bytes())
+        excerpt_without(&self.body, secrets)
     }
+}
+
+/// Like [`excerpt`], with every one of `secrets` cut out, and every bearer: some services repeat in an error
+/// what they were sent. A secret across the cut is found whole if `body` goes on beyond the excerpt.
+#[must_use]
+pub fn excerpt_without(body: &[u8], secrets: &[&str]) -> String {
+    let longest = secrets.iter().map(|secret| secret.len()).max().unwrap_or(0);
+    let cut = &body[..body.len().min(EXCERPT_BYTES_MAX.saturating_add(longest))];
+    let mut text = String::from_utf8_lossy(cut).into_owned();
+    for secret in secrets.iter().filter(|secret| !secret.is_empty()) {
+        text = text.replace(secret, "[secret]");
+    }
+    excerpt(without_bearers(&text).as_bytes())
+}
+
+/// What follows the word `bearer` is somebody's token, be it the one just sent or an earlier one.
+fn without_bearers(text: &str) -> String {
+    const SCHEME: &str = "bearer ";
+    let (lower, mut kept, mut from) = (text.to_ascii_lowercase(), String::with_capacity(text.len()), 0);
+    while let Some(at) = lower[from..].find(SCHEME) {
+        let token = from + at + SCHEME.len();
+        kept.push_str(&text[from..token]);
+        let end = text[token..].find(|c: char| c.is_whitespace() || matches!(c, '"' | '\'' | ',' | ';' | '<'));
+        from = end.map_or(text.len(), |end| token + end);
+        // Words such as "bearer token is missing" are no tokens.
+        kept.push_str(if from - token >= TOKEN_BYTES_MIN { "[secret]" } else { &text[token..from] });
+    }
+    kept.push_str(&text[from..]);
+    kept
 }
 
 /// The beginning of `body` on one line, cut at a character.
@@ -215,6 +259,7 @@ impl Policy {
 pub struct Client {
     pool: Pool<connect::Connector, Body>,
     config: Arc<Config>,
+    clocks: Arc<Clocks>,
 }
 
 impl Client {
@@ -225,7 +270,7 @@ impl Client {
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(Duration::from_secs(60))
             .build(connect::connector(&config));
-        Self { pool, config: Arc::new(config) }
+        Self { pool, config: Arc::new(config), clocks: Arc::default() }
     }
 
     /// Whether `url` may be spoken to at all; see [`Policy::check`].
@@ -245,14 +290,23 @@ impl Client {
         }
     }
 
+    /// The time as the service at `base` has it, as far as its answers have told.
+    #[must_use]
+    pub fn now_at(&self, base: &str) -> Timestamp {
+        let host = base.parse::<http::Uri>().ok().and_then(|uri| Some(uri.authority()?.to_string()));
+        self.clocks.now(&host.unwrap_or_default())
+    }
+
     /// Sends a request and reads the whole answer, at most [`JSON_BYTES_MAX`] bytes, all within `limit`.
     pub async fn call(&self, request: Request<Body>, limit: Duration) -> Result<Answer, TransportError> {
         let host = request.uri().authority().map_or_else(String::new, ToString::to_string);
+        let sent = Moment::now();
         let whole = async {
             let response = self.send(request, limit).await?;
             let (head, body) = response.into_parts();
+            let clock = self.clocks.note(&host, &head.headers, sent);
             let body = read_capped(body, JSON_BYTES_MAX, &host).await?;
-            Ok(Answer { status: head.status, headers: head.headers, body, host: host.clone() })
+            Ok(Answer { status: head.status, headers: head.headers, body, host: host.clone(), clock })
         };
         match tokio::time::timeout(limit, whole).await {
             Ok(answer) => answer,
@@ -263,15 +317,16 @@ impl Client {
     /// Like [`Client::call`] for callers to whom only the status matters: a body that breaks off,
     /// is too large or comes too late does not hide it. The answer's body is then empty.
     pub async fn call_for_status(&self, request: Request<Body>, limit: Duration) -> Result<Answer, TransportError> {
-        let started = tokio::time::Instant::now();
+        let (started, sent) = (tokio::time::Instant::now(), Moment::now());
         let host = request.uri().authority().map_or_else(String::new, ToString::to_string);
         let (head, body) = self.send(request, limit).await?.into_parts();
+        let clock = self.clocks.note(&host, &head.headers, sent);
         let left = limit.saturating_sub(started.elapsed());
         let body = match tokio::time::timeout(left, read_capped(body, JSON_BYTES_MAX, &host)).await {
             Ok(Ok(body)) => body,
             Ok(Err(_)) | Err(_) => Bytes::new(),
         };
-        Ok(Answer { status: head.status, headers: head.headers, body, host })
+        Ok(Answer { status: head.status, headers: head.headers, body, host, clock })
     }
 }
 
@@ -341,10 +396,24 @@ mod tests {
                 headers: http::HeaderMap::new(),
                 body: body.into(),
                 host: String::new(),
+                clock: Clocks::default().note("", &http::HeaderMap::new(), Moment::now()),
             };
             let text = answer.excerpt_without(&["", "top-secret"]);
             assert!(!text.contains("top-"), "{text}");
             assert!(text.len() <= EXCERPT_BYTES_MAX);
+        }
+    }
+
+    #[test]
+    fn what_follows_a_bearer_is_cut_out_wherever_it_ends() {
+        let long = "eyJ0".repeat(100);
+        for (body, expected) in [
+            (format!("authorization=\"Bearer {long}\" x"), "authorization=\"Bearer [secret]\" x"),
+            (format!("got BEARER {long}"), "got BEARER [secret]"),
+            ("the bearer token is é missing".to_owned(), "the bearer token is é missing"),
+            ("bearer ".to_owned(), "bearer"),
+        ] {
+            assert_eq!(excerpt_without(body.as_bytes(), &[]), expected);
         }
     }
 

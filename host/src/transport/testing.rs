@@ -109,6 +109,13 @@ impl Call {
         let _ = self.reply.send(response);
     }
 
+    /// A 200 of a service whose clock says `date`.
+    pub(crate) fn ok_at(self, date: jiff::Timestamp, body: Value) {
+        let date = jiff::fmt::rfc2822::DateTimePrinter::new().timestamp_to_rfc9110_string(&date).expect("a date");
+        let response = Response::builder().header(http::header::DATE, date).body(Body::from(body.to_string()));
+        self.respond(response.expect("a response"));
+    }
+
     /// Answers with `status` and one of [`BAD_BODIES`].
     pub(crate) fn bad(self, status: u16, kind: &str) {
         let body = match kind {

@@ -71,8 +71,8 @@ async fn s0_03_values_that_cannot_be_read_are_told_together() {
     let silence = Silence::new().await;
     let wrong = [
         ("MAX_CONCURRENCY", "0", "a number above 0"),
-        ("POLL_BACKOFF_MS_MIN", "soon", "milliseconds"),
-        ("REQUEST_TIMEOUT_SECS", "-1", "seconds"),
+        ("POLL_BACKOFF_MS_MIN", "soon", "whole milliseconds, at most 316224000000"),
+        ("REQUEST_TIMEOUT_SECS", "-1", "whole seconds, at most 316224000"),
         ("REGISTER_MAX_RETRY", "-2", "-1 or a number of attempts"),
         ("HEARTBEAT_MIN_RATIO", "NaN", "a number from 0 to 1"),
         ("DRAIN_TIMEOUT", "tomorrow", "a duration such as 30s"),
@@ -101,6 +101,44 @@ async fn plain_http_is_for_loopback_only() {
     let ended = silence.refuses(silence.node().set("DDS_BASE_URL", "https://me:pass-word@dds.example"), 78).await;
     assert_eq!(errors(&ended), ["DDS_BASE_URL: expected a URL without user or password"]);
     assert!(!ended.stderr.contains("pass-word"));
+}
+
+#[tokio::test]
+async fn s0_24_a_node_url_the_node_cannot_serve_is_refused() {
+    let silence = Silence::new().await;
+    for (url, bind, wanted) in [
+        ("node.example", "127.0.0.1:8080", "expected an absolute http or https URL, found \"node.example\""),
+        ("http://0.0.0.0:8080", "0.0.0.0:8080", "nobody can be reached there; name the host and port others use"),
+        (
+            "http://127.0.0.1:8080",
+            "127.0.0.1:0",
+            "HTTP_BIND 127.0.0.1:0 takes any free port; give it the port that is reached by this URL",
+        ),
+        (
+            "http://node.example:8080",
+            "127.0.0.1:8080",
+            "HTTP_BIND 127.0.0.1:8080 is not reached from other machines; set HTTP_BIND=0.0.0.0:8080, or give the https \
+             URL of a proxy in front of this node",
+        ),
+        (
+            "http://127.0.0.1:8081/",
+            "127.0.0.1:8080",
+            "HTTP_BIND 127.0.0.1:8080 listens on another port; make them the same",
+        ),
+    ] {
+        let ended = silence.refuses(silence.node().set("NODE_URL", url).set("HTTP_BIND", bind), 78).await;
+        let said = errors(&ended);
+        assert!(said.len() == 1 && said[0].starts_with("NODE_URL") && said[0].ends_with(wanted), "{said:#?}");
+    }
+    let away = silence.node().set("NODE_URL", "https://127.0.0.1").set("DDS_BASE_URL", "https://dds.example");
+    let wanted = "NODE_URL https://127.0.0.1: a sign-in service on another machine cannot reach loopback; name this \
+                  machine's address";
+    let ended = silence.refuses(away.set("HTTP_BIND", "127.0.0.1:8080"), 78).await;
+    assert_eq!(errors(&ended), [wanted]);
+    let ended = silence.refuses(silence.node().set("REGISTRATION", "callback"), 78).await;
+    assert_eq!(errors(&ended), ["NODE_URL is not set: REGISTRATION=callback needs the URL of this node"]);
+    let ended = silence.refuses(silence.node().set("REGISTRATION", "carrier pigeon"), 78).await;
+    assert_eq!(errors(&ended), ["REGISTRATION: expected wallet or callback, found \"carrier pigeon\""]);
 }
 
 /// A node with these plugins arguments ends like this.

@@ -79,12 +79,6 @@ async fn s0_67_a_lease_that_comes_cancelled_is_passed_over() {
 }
 
 #[tokio::test]
-async fn a_lease_that_comes_expired_is_passed_over() {
-    let expired = |lease: &mut Value| lease["lease_expires_at"] = json!("2020-01-01T00:00:00Z");
-    passed_over(expired, "lease skipped, it came already expired").await;
-}
-
-#[tokio::test]
 async fn an_input_that_does_not_exist_is_named() {
     let lab = Lab::start().await;
     let node = lab.joined(&[fixtures::echo()]).await;

@@ -300,6 +300,9 @@ async fn an_init_limit_that_is_no_duration_is_one_line() {
     let said = folder.cli(&["plugins", "list"]).run().await.expect(78);
     assert_eq!(said.stderr, "error: PLUGIN_INIT_TIMEOUT: expected a duration such as 30s, found \"soon\"");
     folder.set("PLUGIN_INIT_TIMEOUT", "1e18");
+    let said = folder.cli(&["plugins", "list"]).run().await.expect(78);
+    assert_eq!(said.stderr, "error: PLUGIN_INIT_TIMEOUT: expected at most 316224000 seconds, found \"1e18\"");
+    folder.set("PLUGIN_INIT_TIMEOUT", "316224000s");
     folder.rows(0).await;
 }
 

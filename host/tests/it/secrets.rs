@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::harness::{
     Lab, fixtures,
+    node::{Cli, NodeSetup},
     rubbish::{Bad, Rubbish},
 };
 
@@ -72,6 +73,103 @@ async fn no_log_line_holds_a_key_a_secret_or_a_token() {
         assert!(at.is_none(), "a secret is in: {}", log.lines().find(|line| line.contains(secret)).unwrap_or_default());
     }
     assert!(log.contains("\"level\":\"TRACE\""), "the log was as talkative as it can be");
+}
+
+const NONCE: &str = "POST /internal/v1/auth/siwe/request";
+const VERIFY: &str = "POST /internal/v1/auth/siwe/verify";
+const WALLET: &str = "POST /internal/v1/nodes/register-wallet";
+const BY_URL: &str = "POST /internal/v1/nodes/register";
+
+/// A node that says all it can, with a secret that JSON has to escape. What it writes is searched when it
+/// is dropped ([`crate::harness::hygiene`]).
+fn talkative(node: NodeSetup) -> NodeSetup {
+    node.set("REG_SECRET", "a \"secret\" nobody\\may see").set("RUST_LOG", "trace").set("REGISTER_INTERVAL_SECS", "1")
+}
+
+#[tokio::test]
+async fn s0_54_refused_sign_ins_that_repeat_all_they_got_show_no_secret() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    for (call, statuses) in [(NONCE, [500, 403]), (WALLET, [403, 409]), (VERIFY, [401, 404])] {
+        for status in statuses {
+            rubbish.answer(call, 1, Bad::Echo(status));
+        }
+    }
+    let token = json!({ "access_token": "dev-node-token-planted", "access_expires_at": "1999-01-01T00:00:00Z" });
+    rubbish.answer(VERIFY, 1, Bad::Json(token));
+    rubbish.answer(VERIFY, 1, Bad::Json(json!({ "access_token": "dev-node-token-planted", "expires_at": "soon" })));
+    rubbish.answer(VERIFY, 1, Bad::Json(json!({ "access_token": ["dev-node-token-planted"] })));
+    rubbish.answer(VERIFY, 1, Bad::Status(500, "{\"access_token\":\"dev-node-token-planted\"}"));
+    let node = talkative(rubbish.node(&[fixtures::hello()])).set("TOKEN_REAUTH_JITTER_MS", "0").start().await;
+    node.says("leasing").await;
+    for message in ["registration failed", "login failed"] {
+        assert!(node.said(message).len() >= 4, "{message}: {}", node.log());
+    }
+    let said = node.said("registration failed");
+    assert!(said.iter().any(|line| line["error"].as_str().is_some_and(|text| text.contains("[secret]"))), "{said:?}");
+    assert_eq!(node.page("/status.json").await.0, 200);
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_refused_registration_by_url_shows_no_secret() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    for status in [500, 403, 409] {
+        rubbish.answer(BY_URL, 1, Bad::Echo(status));
+    }
+    let node = talkative(rubbish.node(&[fixtures::hello()]).reachable()).start().await;
+    node.says("leasing").await;
+    assert_eq!(node.said("registration failed").len(), 3);
+    assert_eq!(node.said("registration called back").len(), 1);
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn tasks_of_every_end_and_refused_reports_show_no_secret() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = talkative(rubbish.node(&[fixtures::hello(), fixtures::zoo()])).leasing().await;
+    let (complete, fail) = ("POST /v1/tasks/*/complete", "POST /v1/tasks/*/fail");
+    for (call, capability) in [
+        (complete, "/examples/hello/v1"),
+        ("POST /api/v1/domains/*/data", "/examples/hello/v1"),
+        ("POST /v1/tasks/*/heartbeat", "/examples/hello/v1"),
+        (fail, "/fixtures/fail/v1"),
+        (fail, "/fixtures/panic/v1"),
+    ] {
+        rubbish.answer(call, 1, Bad::Echo(500));
+        lab.run(&node, capability, json!({})).await;
+    }
+    // A refusal for good, and a token that is rejected with itself as the reason.
+    rubbish.answer(complete, 1, Bad::Echo(409));
+    rubbish.answer("GET /v1/tasks", 1, Bad::Echo(401));
+    let job = lab.task("/examples/hello/v1").submit();
+    rubbish.seen(complete, 3).await;
+    rubbish.seen(VERIFY, 2).await;
+    lab.world.cancel_job(job);
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn mistakes_and_shown_settings_hold_no_secret() {
+    let given = [("REG_SECRET", REG_SECRET), ("SECP256K1_PRIVHEX", "c0ffee00c0ffee00c0ffee00c0ffee")];
+    for (command, code) in [(&["run"][..], 78), (&["config", "show"], 0), (&["config", "check"], 78)] {
+        let cli =
+            given.iter().fold(Cli::new(command).set("RUST_LOG", "trace"), |cli, (name, value)| cli.set(name, *value));
+        cli.run().await.expect(code);
+    }
+}
+
+#[tokio::test]
+async fn the_search_sees_a_secret_that_got_out() {
+    let cli = Cli::new(&["config", "show"]).set("REG_SECRET", REG_SECRET).set("CLIENT_ID", REG_SECRET);
+    let process = cli.start();
+    assert_eq!(process.wait().await, 0, "{}", process.log());
+    let dropped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(process)));
+    let said = dropped.expect_err("the search fails the test");
+    assert!(said.downcast_ref::<String>().is_some_and(|said| said.starts_with("a secret got out: ")));
 }
 
 #[tokio::test]

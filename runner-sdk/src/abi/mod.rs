@@ -18,6 +18,8 @@
 //! Every host entry but `cancelled`, `log` and `complete` returns at once and answers through a
 //! [`Callback`], exactly once, from a thread of the host's choosing (the calling one included).
 //! `start` returns at once too; the plugin answers with exactly one `complete`, from any thread.
+//! The host makes its calls one after the other, until one does not return for some milliseconds:
+//! then the next comes on another thread.
 
 pub mod proof;
 

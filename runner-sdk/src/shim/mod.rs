@@ -2,9 +2,11 @@
 //!
 //! `export_runner!` exports [`module`]; everything else is reached through the table it returns. Every
 //! entry catches panics. The author's futures run on a small tokio runtime that belongs to the
-//! plugin: the host never polls them.
+//! plugin: the host never polls them. `first` is an exception in appearance: a run that is known to
+//! come quickly to its first wait, or to its end, gets that far on the thread that starts it.
 
 mod export;
+mod first;
 mod logging;
 mod manifest;
 mod panics;
@@ -24,7 +26,7 @@ use std::{
 use serde::Deserialize;
 use serde_json::json;
 use tokio::{
-    runtime::Runtime,
+    runtime::{Handle, Runtime},
     sync::{Notify, oneshot},
 };
 
@@ -49,9 +51,16 @@ static HOST: OnceLock<HostRef> = OnceLock::new();
 static PLUGIN: OnceLock<Plugin> = OnceLock::new();
 
 struct Plugin {
-    runners: HashMap<&'static str, Arc<dyn DynRunner>>,
+    runners: HashMap<&'static str, Served>,
+    handle: Handle,
+    /// `None` after the shutdown.
     runtime: Mutex<Option<Runtime>>,
     tasks: Mutex<HashMap<u64, Arc<Cancelled>>>,
+}
+
+struct Served {
+    runner: Arc<dyn DynRunner>,
+    pace: first::Pace,
 }
 
 /// One task's cancellation, on this side of the boundary.
@@ -97,16 +106,18 @@ fn prepare(host: HostRef, config: &str) -> Result<(), String> {
         .enable_all()
         .build()
         .map_err(|err| format!("the plugin's runtime did not start: {err}"))?;
-    let mut runners: HashMap<_, Arc<dyn DynRunner>> = HashMap::new();
+    let mut runners = HashMap::new();
     let entered = runtime.enter();
     for registration in registrations {
         let runner = (registration.build)(config).map_err(|err| err.chain())?;
-        if runners.insert(registration.capability, runner).is_some() {
+        let served = Served { runner, pace: first::Pace::default() };
+        if runners.insert(registration.capability, served).is_some() {
             return Err(format!("capability {} is exported twice by this library", registration.capability));
         }
     }
     drop(entered);
-    let plugin = Plugin { runners, runtime: Mutex::new(Some(runtime)), tasks: Mutex::default() };
+    let handle = runtime.handle().clone();
+    let plugin = Plugin { runners, handle, runtime: Mutex::new(Some(runtime)), tasks: Mutex::default() };
     PLUGIN.set(plugin).map_err(|_| "init was called twice".to_owned())
 }
 
@@ -144,15 +155,16 @@ fn begin(task: Task, request: &str) -> Result<(), String> {
     let plugin = PLUGIN.get().ok_or("start was called before init")?;
     let request: Request =
         serde_json::from_str(request).map_err(|err| format!("the host's request does not parse: {err}"))?;
-    let runner = plugin.runners.get(request.capability.as_str());
-    let runner = Arc::clone(runner.ok_or_else(|| format!("this plugin does not serve {}", request.capability))?);
-    let runtime = lock(&plugin.runtime);
-    let runtime = runtime.as_ref().ok_or("the plugin has been shut down")?;
+    let served = plugin.runners.get(request.capability.as_str());
+    let served = served.ok_or_else(|| format!("this plugin does not serve {}", request.capability))?;
+    if lock(&plugin.runtime).is_none() {
+        return Err("the plugin has been shut down".to_owned());
+    }
     let cancelled = Arc::new(Cancelled::default());
     lock(&plugin.tasks).insert(task.0, Arc::clone(&cancelled));
     let port = Arc::new(HostPort { task, cancelled });
     let ctx = TaskCtx::new(request.lease, request.dir, port);
-    let run = async move { runner.run_boxed(ctx).await };
+    let run = async move { served.runner.run_boxed(ctx).await };
     let attempt = async move {
         let ended = Guarded::new(run).await;
         lock(&plugin.tasks).remove(&task.0);
@@ -167,7 +179,8 @@ fn begin(task: Task, request: &str) -> Result<(), String> {
             Err(note) => complete(task, Status::PANICKED, &note.message, &place_json(&note.place)),
         }
     };
-    runtime.spawn(tracing::Instrument::instrument(attempt, logging::task_span(task.0)));
+    let attempt = tracing::Instrument::instrument(attempt, logging::task_span(task.0));
+    first::drive(&plugin.handle, &served.pace, attempt);
     Ok(())
 }
 

@@ -15,7 +15,7 @@ use runner_host::{
     transport,
 };
 use serde::Deserialize;
-use tokio::task::LocalSet;
+use tokio::{sync::watch, task::LocalSet};
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
@@ -104,12 +104,15 @@ async fn slot(mut wire: Wire<Small>, left: Rc<Cell<usize>>) -> anyhow::Result<Wi
 /// Registers a fresh wallet and signs in; the node token.
 async fn sign_in(args: &Args) -> anyhow::Result<String> {
     let (key, _) = NodeKey::generate();
+    let (_unchanged, capabilities) = watch::channel(vec![Capability::parse(&args.capability)?]);
     let config = auth::Config {
         dds: args.world.clone(),
         reg_secret: "bench".to_owned().into(),
         key,
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        capabilities: vec![Capability::parse(&args.capability)?],
+        capabilities,
+        form: auth::Form::Wallet,
+        sign_in_domain: None,
         register_interval: Duration::from_secs(1),
         register_max_retry: 3,
         token_safety_ratio: 0.75,

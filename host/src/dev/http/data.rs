@@ -11,7 +11,6 @@ use axum::{
 use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use http_body_util::BodyExt;
-use jiff::Timestamp;
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt, BufWriter};
 use tokio_util::io::ReaderStream;
@@ -188,7 +187,7 @@ async fn upload(world: Arc<Inner>, domain: &str, headers: &HeaderMap, mut body: 
             return Err(refusal);
         }
     };
-    let (store, now) = (world.store.clone(), Timestamp::now());
+    let (store, now) = (world.store.clone(), world.now());
     let items = blocking(move || store.commit(batch, now)).await?;
     world.changed();
     let data: Vec<Value> = items.iter().map(|item| metadata(item, world.domain_id)).collect();

@@ -1,18 +1,25 @@
-//! Sign-in and registration (posemesh contract 2.1 to 2.5 and 2.8).
+//! Sign-in and registration (posemesh contract 2.1 to 2.5, 2.8 and 2.9).
 
 use std::sync::Arc;
 
 use axum::{body::Body, extract::State, http::StatusCode};
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::json;
 
 use super::{Answer, IDENTITY_BYTES_MAX, Refusal, ok, read_json};
 use crate::{
-    dev::{Inner, identity::Denied, siwe},
+    dev::{
+        Inner, calls,
+        identity::{Denied, Entry},
+        siwe,
+    },
     model::Capability,
 };
 
+/// How far the timestamp of a registration by URL may lie from now, in seconds.
+const TIMESTAMP_WINDOW: i64 = 300;
 /// Most capabilities of one node (contract 10.2).
 const CAPABILITIES_MAX: usize = 100;
 
@@ -26,7 +33,7 @@ pub(super) async fn nonce(State(world): State<Arc<Inner>>, body: Body) -> Answer
     let request: NonceRequest = read_json(body, IDENTITY_BYTES_MAX).await?;
     let wallet = siwe::address_of(&request.wallet)
         .ok_or_else(|| Refusal::bad("wallet is no address, expected 0x and 40 hex digits"))?;
-    let now = Timestamp::now();
+    let now = world.now();
     let nonce = world.identity().nonce(&wallet, now);
     ok(&json!({
         "nonce": nonce, "domain": world.authority(), "uri": world.base, "version": "1", "chainId": 8453,
@@ -44,7 +51,7 @@ struct VerifyRequest {
 /// `POST /internal/v1/auth/siwe/verify`
 pub(super) async fn verify(State(world): State<Arc<Inner>>, body: Body) -> Answer {
     let request: VerifyRequest = read_json(body, IDENTITY_BYTES_MAX).await?;
-    let now = Timestamp::now();
+    let now = world.now();
     let wallet = signed_by(&world, &request.message, &request.signature, now)?;
     if siwe::address_of(&request.address).as_deref() != Some(&*wallet) {
         return Err(Refusal::new(StatusCode::UNAUTHORIZED, "address is not the one that signed the message"));
@@ -65,28 +72,85 @@ struct RegisterRequest {
 /// `POST /internal/v1/nodes/register-wallet`
 pub(super) async fn register(State(world): State<Arc<Inner>>, body: Body) -> Answer {
     let request: RegisterRequest = read_json(body, IDENTITY_BYTES_MAX).await?;
-    let now = Timestamp::now();
+    let now = world.now();
     let wallet = signed_by(&world, &request.message, &request.signature, now)?;
-    if world.config.reg_secret.as_ref().is_some_and(|secret| *secret != request.registration_credentials) {
-        return Err(Refusal::new(StatusCode::FORBIDDEN, "registration_credentials are not the ones of this world"));
+    credentials(&world, &[&request.registration_credentials])?;
+    let capabilities = capabilities(request.capabilities, 1)?;
+    let id = world.identity().id_of(&wallet);
+    enter(&world, Entry { id, wallet: &wallet, version: &request.version, capabilities, url: None })
+}
+
+#[derive(Deserialize)]
+struct UrlRequest {
+    url: String,
+    version: String,
+    registration_credentials: String,
+    signature: String,
+    timestamp: String,
+    public_key: String,
+    capabilities: Vec<String>,
+}
+
+/// `POST /internal/v1/nodes/register`: the form with a URL, which is called before this answers.
+pub(super) async fn register_url(State(world): State<Arc<Inner>>, body: Body) -> Answer {
+    let request: UrlRequest = read_json(body, IDENTITY_BYTES_MAX).await?;
+    let unauthorized = |text: String| Refusal::new(StatusCode::UNAUTHORIZED, text);
+    let wallet = siwe::url_signer(&request.url, &request.timestamp, &request.signature, &request.public_key);
+    let wallet = wallet.map_err(unauthorized)?;
+    let stamp: Timestamp = request.timestamp.parse().map_err(|_| Refusal::bad("timestamp is no RFC 3339 time"))?;
+    let age = world.now().duration_since(stamp).as_secs();
+    if age.abs() > TIMESTAMP_WINDOW {
+        let text = format!("timestamp lies {age} s in the past, expected at most {TIMESTAMP_WINDOW} to either side");
+        return Err(unauthorized(text));
     }
-    if request.version.trim().is_empty() {
+    // Nodes of the very first version send the secret as Base64.
+    let plain = BASE64.decode(&request.registration_credentials).ok().and_then(|bytes| String::from_utf8(bytes).ok());
+    credentials(&world, &[&request.registration_credentials, plain.as_deref().unwrap_or_default()])?;
+    let capabilities = capabilities(request.capabilities, 0)?;
+    let reached = |url: &str| calls::NodeUrl::parse(url).map_err(Refusal::bad);
+    let url = reached(&request.url)?;
+    let other = world.identity().other_url(&wallet, &request.url);
+    if let Some(other) = other
+        && reached(&other)?.healthy(&world).await.is_ok()
+    {
+        return Err(Refusal::new(StatusCode::CONFLICT, format!("a node with this identity is online at {other}")));
+    }
+    let id = world.identity().id_of(&wallet);
+    if let Err(why) = url.call_back(&world, id).await {
+        let text = format!("the node cannot be reached at its url: {why}");
+        return Err(Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, text));
+    }
+    let url = Some(request.url.as_str());
+    enter(&world, Entry { id, wallet: &wallet, version: &request.version, capabilities, url })
+}
+
+/// Compares the registration secret, of which a request may hold several spellings.
+fn credentials(world: &Inner, found: &[&str]) -> Result<(), Refusal> {
+    match &world.config.reg_secret {
+        Some(secret) if !found.contains(&secret.as_str()) => {
+            Err(Refusal::new(StatusCode::FORBIDDEN, "registration_credentials are not the ones of this world"))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn enter(world: &Inner, entry: Entry<'_>) -> Answer {
+    if entry.version.trim().is_empty() {
         return Err(Refusal::bad("version is empty, expected a version such as 1.2.3"));
     }
-    let capabilities = capabilities(request.capabilities)?;
+    let now = world.now();
     let holds_leases = |node| world.plane().held(node, now) > 0;
-    let registered = world.identity().register(&wallet, &request.version, capabilities, holds_leases, now);
-    let node = registered.map_err(denied)?;
-    tracing::info!(wallet = %wallet, capabilities = node.capabilities.len(), "node registered");
+    let node = world.identity().register(entry, holds_leases, now).map_err(denied)?;
+    tracing::info!(wallet = %node.wallet, capabilities = node.capabilities.len(), "node registered");
     world.changed();
     ok(&json!({ "ok": true, "node_id": node.id }))
 }
 
 /// Sorted and unique, or one line that says which one cannot be.
-fn capabilities(named: Vec<String>) -> Result<Vec<Arc<str>>, Refusal> {
-    if named.is_empty() || named.len() > CAPABILITIES_MAX {
+fn capabilities(named: Vec<String>, least: usize) -> Result<Vec<Arc<str>>, Refusal> {
+    if !(least..=CAPABILITIES_MAX).contains(&named.len()) {
         let found = named.len();
-        return Err(Refusal::bad(format!("capabilities has {found} entries, expected 1 to {CAPABILITIES_MAX}")));
+        return Err(Refusal::bad(format!("capabilities has {found} entries, expected {least} to {CAPABILITIES_MAX}")));
     }
     for name in &named {
         Capability::parse(name).map_err(|err| Refusal::bad(err.to_string()))?;

@@ -8,14 +8,13 @@ use axum::{
     http::{HeaderMap, StatusCode},
     response::{IntoResponse, Response},
 };
-use jiff::Timestamp;
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use super::{Answer, REPORT_BYTES_MAX, Refusal, empty_object, for_node, ok, pairs, read_json};
 use crate::{
     dev::{
-        Inner,
+        Inner, WireForm,
         plane::{Beat, Granted},
     },
     leases::dms::wire::{CompleteRequest, FailRequest, HeartbeatRequest, HeartbeatResponse, LeaseEnvelope, TaskSpec},
@@ -35,7 +34,7 @@ pub(super) async fn lease(State(world): State<Arc<Inner>>, headers: HeaderMap, R
         if asked("domain_id").is_some_and(|domain| Uuid::parse_str(domain) != Ok(world.domain_id)) {
             return Ok(StatusCode::NO_CONTENT.into_response());
         }
-        let now = Timestamp::now();
+        let now = world.now();
         let granted = world.plane().lease(node, asked("capability"), job, now);
         let Ok(granted) = granted else {
             return Err(Refusal::new(StatusCode::CONFLICT, "this node holds as many leases as it may"));
@@ -43,13 +42,14 @@ pub(super) async fn lease(State(world): State<Arc<Inner>>, headers: HeaderMap, R
         let Some(granted) = granted else { return Ok(StatusCode::NO_CONTENT.into_response()) };
         tracing::debug!(task_id = %granted.task, capability = %granted.request.capability, "leased");
         world.changed();
-        let token = world.tokens.for_task(granted.task, granted.token.serial, node.id, now, granted.token.expires);
+        let token = world.task_token(granted.task, &granted.token, node.id, now);
         ok(&envelope(&world, granted, token))
     })
 }
 
 fn envelope(world: &Inner, granted: Granted, token: String) -> LeaseEnvelope {
     let request = &granted.request;
+    let old = world.form() == WireForm::Old;
     // What this node reads is typed on the wire; the rest of the task travels beside it.
     let rest = [
         ("label", json!(request.label)),
@@ -63,10 +63,12 @@ fn envelope(world: &Inner, granted: Granted, token: String) -> LeaseEnvelope {
         ("status", json!("leased")),
         ("billing_units", json!("0")),
         ("estimated_credit_cost", json!("0")),
+        ("lease_expires_at", json!(granted.expires)),
     ];
+    let rest = rest.into_iter().filter(|(name, _)| !old || *name != "lease_expires_at");
     LeaseEnvelope {
         access_token: Some(token),
-        access_token_expires_at: Some(granted.token.expires),
+        access_token_expires_at: Some(granted.token.expires).filter(|_| !old),
         lease_expires_at: Some(granted.expires),
         cancel: false,
         status: Some("leased".to_owned()),
@@ -79,7 +81,7 @@ fn envelope(world: &Inner, granted: Granted, token: String) -> LeaseEnvelope {
             inputs_cids: request.inputs_cids.clone(),
             outputs_prefix: request.outputs_prefix.clone(),
             meta: request.meta.clone(),
-            extra: rest.into_iter().map(|(name, value)| (name.to_owned(), value)).collect(),
+            extra: rest.map(|(name, value)| (name.to_owned(), value)).collect(),
         },
         extra: Map::new(),
     }
@@ -95,24 +97,24 @@ pub(super) async fn heartbeat(
     let request: Result<HeartbeatRequest, Refusal> = read_json(body, REPORT_BYTES_MAX).await;
     for_node(&world, &headers, |node| {
         let (task, request) = (task_id(&task)?, request?);
-        let now = Timestamp::now();
+        let now = world.now();
         let beat = world.plane().beat(task, node.id, request.progress, request.events, now)?;
         world.changed();
+        let old = world.form() == WireForm::Old;
         let mut answer = HeartbeatResponse {
-            domain_id: Some(world.domain_id),
-            domain_server_url: Some(world.base.clone()),
+            domain_id: Some(world.domain_id).filter(|_| !old),
+            domain_server_url: Some(world.base.clone()).filter(|_| !old),
             ..HeartbeatResponse::default()
         };
         match beat {
             Beat::Cancel => answer.cancel = Some(true),
             Beat::Kept { expires, token } => {
                 answer.cancel = Some(false);
-                answer.status = Some("running".to_owned());
+                answer.status = Some("running".to_owned()).filter(|_| !old);
                 answer.lease_expires_at = Some(expires);
                 if let Some(token) = token {
-                    let text = world.tokens.for_task(task, token.serial, node.id, now, token.expires);
-                    answer.access_token = Some(text);
-                    answer.access_token_expires_at = Some(token.expires);
+                    answer.access_token = Some(world.task_token(task, &token, node.id, now));
+                    answer.access_token_expires_at = Some(token.expires).filter(|_| !old);
                 }
             }
         }
@@ -130,7 +132,7 @@ pub(super) async fn complete(
     let request: Result<CompleteRequest, Refusal> = read_json(body, REPORT_BYTES_MAX).await;
     for_node(&world, &headers, |node| {
         let (task, request) = (task_id(&task)?, request?);
-        world.plane().complete(task, node.id, request.output_cids, request.meta, Timestamp::now())?;
+        world.plane().complete(task, node.id, request.output_cids, request.meta, world.now())?;
         tracing::debug!(task_id = %task, "completed");
         world.changed();
         settled()
@@ -147,7 +149,7 @@ pub(super) async fn fail(
     let request: Result<FailRequest, Refusal> = read_json(body, REPORT_BYTES_MAX).await;
     for_node(&world, &headers, |node| {
         let (task, request) = (task_id(&task)?, request?);
-        world.plane().fail(task, node.id, &request.reason, request.details, Timestamp::now())?;
+        world.plane().fail(task, node.id, &request.reason, request.details, world.now())?;
         tracing::debug!(task_id = %task, "failed");
         world.changed();
         settled()

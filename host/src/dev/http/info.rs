@@ -7,14 +7,16 @@ use axum::{
     extract::{RawQuery, State},
     http::{HeaderMap, StatusCode, header},
 };
-use jiff::Timestamp;
 use serde_json::{Value, json};
 
 use super::{Answer, Refusal, ok, pairs};
-use crate::dev::Inner;
+use crate::dev::{Inner, WireForm};
 
 /// `GET /api/v1/info` (contract 6.6 and 10.6)
 pub(super) async fn uploads(State(world): State<Arc<Inner>>) -> Answer {
+    if world.form() == WireForm::Old {
+        return Err(Refusal::new(StatusCode::NOT_FOUND, "no such path"));
+    }
     let config = &world.config;
     ok(&json!({
         "upload": {
@@ -28,7 +30,7 @@ pub(super) async fn uploads(State(world): State<Arc<Inner>>) -> Answer {
 /// `GET /dev/v1/world`: everything `runner-host submit` needs, a fresh grant included.
 pub(super) async fn world(State(world): State<Arc<Inner>>, headers: HeaderMap) -> Answer {
     from_this_machine(&headers)?;
-    let now = Timestamp::now();
+    let now = world.now();
     let nodes: Vec<Value> = world
         .nodes_online()
         .into_iter()

@@ -8,7 +8,6 @@ use axum::{
     http::{HeaderMap, StatusCode},
 };
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
-use jiff::Timestamp;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -30,7 +29,7 @@ pub(super) async fn create(State(world): State<Arc<Inner>>, headers: HeaderMap, 
     let body: Value = read_json(body, JOB_BYTES_MAX).await?;
     let key = idempotency_key(&headers)?.map(|key| (key, fingerprint(&body)));
     let request = parse(body, world.domain_id).map_err(refused)?;
-    let now = Timestamp::now();
+    let now = world.now();
     let job = world.plane().create(request, key, now).map_err(refused)?;
     world.changed();
     ok(&json!({ "job_id": job }))
@@ -54,7 +53,7 @@ pub(super) async fn estimate(State(world): State<Arc<Inner>>, headers: HeaderMap
 pub(super) async fn list(State(world): State<Arc<Inner>>, headers: HeaderMap, RawQuery(query): RawQuery) -> Answer {
     world.author(&headers)?;
     let listing = listing(&pairs(query.as_deref()), world.domain_id)?;
-    let (items, next) = world.plane().list(&listing, Timestamp::now());
+    let (items, next) = world.plane().list(&listing, world.now());
     ok(&json!({ "items": items, "next_cursor": next.map(|serial| BASE64.encode(serial.to_be_bytes())) }))
 }
 
@@ -94,7 +93,7 @@ fn listing(query: &[(String, String)], domain_id: Uuid) -> Result<Listing, Refus
 pub(super) async fn get(State(world): State<Arc<Inner>>, Path(id): Path<String>, headers: HeaderMap) -> Answer {
     world.author(&headers)?;
     let id = job_id(&id)?;
-    let job = world.plane().job(id, Timestamp::now()).ok_or_else(no_job)?;
+    let job = world.plane().job(id, world.now()).ok_or_else(no_job)?;
     ok(&job)
 }
 
@@ -103,7 +102,7 @@ pub(super) async fn cancel(State(world): State<Arc<Inner>>, Path(id): Path<Strin
     world.author(&headers)?;
     let id = job_id(&id)?;
     let mut plane = world.plane();
-    let updated_at = plane.cancel(id, Timestamp::now()).ok_or_else(no_job)?;
+    let updated_at = plane.cancel(id, world.now()).ok_or_else(no_job)?;
     match plane.job_status(id) {
         None | Some("canceled") => {}
         Some(status) => {
@@ -118,7 +117,7 @@ pub(super) async fn cancel(State(world): State<Arc<Inner>>, Path(id): Path<Strin
 /// `GET /nodes/busy`
 pub(super) async fn busy(State(world): State<Arc<Inner>>, headers: HeaderMap) -> Answer {
     world.author(&headers)?;
-    let nodes = world.plane().busy(Timestamp::now());
+    let nodes = world.plane().busy(world.now());
     ok(&json!({ "nodes": nodes }))
 }
 

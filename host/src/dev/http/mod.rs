@@ -18,7 +18,6 @@ use axum::{
     routing::{get, post},
 };
 use http_body_util::{BodyExt, LengthLimitError, Limited};
-use jiff::Timestamp;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -62,6 +61,7 @@ pub(super) fn router(world: Arc<Inner>) -> Router {
         .route("/internal/v1/auth/siwe/request", post(dds::nonce))
         .route("/internal/v1/auth/siwe/verify", post(dds::verify))
         .route("/internal/v1/nodes/register-wallet", post(dds::register))
+        .route("/internal/v1/nodes/register", post(dds::register_url))
         .route("/api/v1/info", get(info::uploads))
         .nest("/api/v1/domains/{domain}", domain)
         .nest("/v1", plane)
@@ -146,7 +146,7 @@ fn for_node(world: &Inner, headers: &HeaderMap, handler: impl FnOnce(&Node) -> A
     response
 }
 
-fn bearer(headers: &HeaderMap) -> Option<&str> {
+pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
     let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
     let (scheme, token) = value.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
@@ -159,13 +159,13 @@ fn unauthorized(text: &str) -> Refusal {
 impl Inner {
     /// The node behind the bearer.
     fn node(&self, headers: &HeaderMap) -> Result<Node, Refusal> {
-        let node = bearer(headers).and_then(|token| self.identity().node(token, Timestamp::now()));
+        let node = bearer(headers).and_then(|token| self.identity().node(token, self.now()));
         node.ok_or_else(|| unauthorized("the node token is missing, unknown or expired"))
     }
 
     /// An author's grant, for jobs.
     fn author(&self, headers: &HeaderMap) -> Result<(), Refusal> {
-        let claims = bearer(headers).and_then(|token| self.tokens.read(token, Timestamp::now()));
+        let claims = bearer(headers).and_then(|token| self.tokens.read(token, self.now()));
         match claims {
             Some(claims) if claims.task.is_none() => Ok(()),
             _ => Err(unauthorized("the domain grant is missing, unknown or expired; GET /dev/v1/world issues one")),
@@ -175,7 +175,7 @@ impl Inner {
     /// A task's token or an author's grant, for data of `domain`.
     fn visitor(&self, headers: &HeaderMap, domain: &str) -> Result<(), Refusal> {
         let token = bearer(headers).ok_or_else(|| unauthorized("the domain token is missing"))?;
-        let now = Timestamp::now();
+        let now = self.now();
         let refused = || unauthorized("the domain token is unknown, expired, or its lease has ended");
         let Some(claims) = self.tokens.read(token, now) else {
             if let Some((task, _)) = self.tokens.read_expired(token).and_then(|claims| claims.task) {
@@ -210,7 +210,7 @@ async fn read_json<T: DeserializeOwned>(body: Body, limit: usize) -> Result<T, R
 }
 
 /// Reads on for a while after a refusal.
-async fn drain(body: Body) {
+pub(super) async fn drain(body: Body) {
     let mut body = Limited::new(body, REFUSED_BYTES_MAX);
     while let Some(Ok(_)) = body.frame().await {}
 }

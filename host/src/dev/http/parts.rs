@@ -8,7 +8,6 @@ use axum::{
     http::{HeaderMap, StatusCode},
 };
 use http_body_util::BodyExt;
-use jiff::Timestamp;
 use serde::Deserialize;
 use serde_json::json;
 use tokio::io::{AsyncSeekExt, AsyncWriteExt, BufWriter};
@@ -19,7 +18,7 @@ use super::{
     drain, empty_object, ok, pairs, read_json,
 };
 use crate::dev::{
-    Inner,
+    Inner, WireForm,
     store::StoreError,
     uploads::{ListedPart, Writing},
 };
@@ -42,7 +41,7 @@ pub(super) async fn post(
     let query = pairs(query.as_deref());
     if query.iter().any(|(name, _)| name == "uploads") {
         let request = read_json(body, REPORT_BYTES_MAX).await?;
-        let begun = world.store.initiate(request, Timestamp::now())?;
+        let begun = world.store.initiate(request, world.now())?;
         return ok(&json!({
             "upload_id": begun.upload_id, "data_id": begun.data_id, "part_size": world.config.part_size,
             "expires_at": begun.expires,
@@ -50,7 +49,7 @@ pub(super) async fn post(
     }
     let upload = upload_id(&query)?.to_owned();
     let request: Completion = read_json(body, REPORT_BYTES_MAX).await?;
-    let (store, now) = (world.store.clone(), Timestamp::now());
+    let (store, now) = (world.store.clone(), world.now());
     let item = blocking(move || store.complete_upload(&upload, &request.parts, now)).await?;
     world.changed();
     ok(&metadata(&item, world.domain_id))
@@ -69,7 +68,7 @@ pub(super) async fn put(
         let query = pairs(query.as_deref());
         let number = query.iter().find(|(name, _)| name == "partNumber").and_then(|(_, value)| value.parse().ok());
         let number = number.ok_or_else(|| Refusal::bad("partNumber is missing or no number"))?;
-        Ok(world.store.begin_part(upload_id(&query)?, number, Timestamp::now())?)
+        Ok(world.store.begin_part(upload_id(&query)?, number, world.now())?)
     });
     let written = match begun {
         Ok(writing) => write(&world, writing, &mut body).await,
@@ -117,14 +116,18 @@ pub(super) async fn abort(
 ) -> Answer {
     world.visitor(&headers, &domain)?;
     let upload = upload_id(&pairs(query.as_deref()))?.to_owned();
-    let (store, now) = (world.store.clone(), Timestamp::now());
+    let (store, now) = (world.store.clone(), world.now());
     blocking(move || store.abort_upload(&upload, now)).await?;
     ok(&empty_object())
 }
 
 /// A server without multipart answers 404, which makes writers fall back to one request.
 fn offered(world: &Inner) -> Result<(), Refusal> {
-    if world.config.multipart { Ok(()) } else { Err(Refusal::new(StatusCode::NOT_FOUND, "no uploads in parts here")) }
+    if world.config.multipart && world.form() == WireForm::New {
+        Ok(())
+    } else {
+        Err(Refusal::new(StatusCode::NOT_FOUND, "no uploads in parts here"))
+    }
 }
 
 fn upload_id(query: &[(String, String)]) -> Result<&str, Refusal> {

@@ -431,6 +431,34 @@ impl Plane {
         }
     }
 
+    /// Ends the token number `serial` of `task` before its time; the next heartbeat brings another.
+    pub(super) fn revoke(&mut self, task: Uuid, serial: u64, now: Timestamp) {
+        if let Some(State::Held(hold)) = self.tasks.get_mut(&task).map(|task| &mut task.state) {
+            let token = &mut hold.token;
+            token.old.retain(|(old, _)| *old != serial);
+            if token.serial == serial {
+                token.expires = token.expires.min(now);
+            }
+        }
+    }
+
+    /// Takes a held task from its node and leases it to one that nobody runs: it comes back when that
+    /// lease runs out. It costs an attempt.
+    pub(super) fn steal(&mut self, task: Uuid, now: Timestamp) {
+        self.expire(now);
+        let Some(State::Held(hold)) = self.tasks.get(&task).map(|task| &task.state) else { return };
+        self.release(task, hold.node);
+        let expires = now + self.config.lease_ttl;
+        let known = self.tasks.get_mut(&task).expect("just seen");
+        known.attempts += 1;
+        let token =
+            HeldToken { serial: known.next_token, issued: now, expires: now, old: VecDeque::new(), refused: false };
+        known.next_token += 1;
+        let hold = Hold { node: Uuid::new_v4(), expires, running: false, cancel_requested_at: None, token };
+        self.expiries.insert((expires, task));
+        self.enter(task, State::Held(hold), now);
+    }
+
     /// How many leases a node holds.
     pub(super) fn held(&mut self, node: Uuid, now: Timestamp) -> usize {
         self.expire(now);

@@ -41,11 +41,11 @@ async fn a_nonce_serves_once_and_a_signature_its_own_message_only() {
 }
 
 #[tokio::test]
-async fn a_repeated_registration_is_a_restart_and_strictness_refuses_it() {
+async fn a_repeated_registration_is_a_refresh_and_strictness_refuses_it() {
     let lab = Lab::start().await;
     let node = lab.node(1, &[HELLO]).await;
     assert_eq!(node.register(&lab, &[HELLO]).await.status, StatusCode::OK);
-    assert_eq!(node.poll(&lab, "").await.status, StatusCode::UNAUTHORIZED, "the old token is dead");
+    assert_eq!(node.poll(&lab, "").await.status, StatusCode::NO_CONTENT, "its token lives on");
 
     let strict = Lab::with(Config { strict_identity: true, ..Config::default() }).await;
     let node = strict.node(1, &[HELLO]).await;

@@ -1,7 +1,9 @@
 //! Tests that drive a started world over loopback, with requests written out by hand: what a node,
 //! an author or a runner of any make would send.
 
+mod by_url;
 mod data;
+mod faults;
 mod identity;
 mod jobs;
 mod leases;
@@ -9,6 +11,7 @@ mod leases;
 use std::time::Duration;
 
 use http::{Method, Request, StatusCode};
+use jiff::Timestamp;
 use k256::ecdsa::SigningKey;
 use serde_json::{Value, json};
 use uuid::Uuid;

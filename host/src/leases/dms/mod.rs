@@ -15,7 +15,6 @@ use async_trait::async_trait;
 use http::{HeaderValue, Method, Request, StatusCode, header};
 use jiff::Timestamp;
 use serde_json::{Map, Value};
-use tokio::time::Instant;
 use url::Url;
 use uuid::Uuid;
 
@@ -23,7 +22,7 @@ use self::wire::{HeartbeatRequest, HeartbeatResponse, LeaseEnvelope, TaskSpec};
 use super::{Kept, LeaseError, LeaseSource};
 use crate::{
     auth::TokenSource,
-    model::{Capability, Lease, Pending, TaskId, Token, Verdict, millis},
+    model::{Capability, CapabilityError, Lease, Moment, Outcome, Pending, TaskId, Token, Verdict, millis},
     transport::{self, Answer, Client},
 };
 
@@ -71,10 +70,10 @@ impl Dms {
         }
     }
 
-    async fn bearer(&self, deadline: Instant) -> Result<Token, LeaseError> {
-        match tokio::time::timeout_at(deadline, self.tokens.bearer()).await {
-            Ok(token) => token.map_err(|err| LeaseError::NoToken(err.to_string())),
-            Err(_) => Err(LeaseError::NoToken("the login takes longer than this call may".to_owned())),
+    async fn bearer(&self, until: Moment) -> Result<Token, LeaseError> {
+        match until.before(self.tokens.bearer()).await {
+            Some(token) => token.map_err(|err| LeaseError::NoToken(err.to_string())),
+            None => Err(LeaseError::NoToken("the login takes longer than this call may".to_owned())),
         }
     }
 
@@ -85,7 +84,7 @@ impl Dms {
         body: Option<&str>,
         token: &Token,
         need: Need,
-        deadline: Instant,
+        until: Moment,
     ) -> Result<Answer, LeaseError> {
         let unreachable = |err: transport::TransportError| LeaseError::Unreachable(err.to_string());
         // `url` is this base and a path.
@@ -100,14 +99,19 @@ impl Dms {
         let request = request
             .body(transport::full(body.unwrap_or_default().to_owned()))
             .map_err(|_| LeaseError::Unreachable(format!("{url}: expected a URL")))?;
-        let started = Instant::now();
-        let limit = deadline.saturating_duration_since(started);
-        let answer = match need {
-            Need::Body => self.client.call(request, limit).await,
-            Need::Status => self.client.call_for_status(request, limit).await,
-        }
-        .map_err(unreachable)?;
-        tracing::debug!(%method, url, status = answer.status.as_u16(), elapsed_ms = millis(started.elapsed()), "control plane answered");
+        let started = Moment::now();
+        let limit = until - started;
+        // Asked again at each step: what a stopped process had begun is not sent when it goes on.
+        let answer = until.before(async {
+            match need {
+                Need::Body => self.client.call(request, limit).await,
+                Need::Status => self.client.call_for_status(request, limit).await,
+            }
+        });
+        let late = || LeaseError::Unreachable(format!("no answer within {limit:?}"));
+        let answer = answer.await.ok_or_else(late)?.map_err(unreachable)?;
+        let elapsed_ms = millis(Moment::now() - started);
+        tracing::debug!(%method, url, status = answer.status.as_u16(), elapsed_ms, "control plane answered");
         Ok(answer)
     }
 
@@ -119,21 +123,28 @@ impl Dms {
         url: &str,
         body: Option<&str>,
         need: Need,
-        limit: Duration,
+        until: Moment,
     ) -> Result<(Answer, Token), LeaseError> {
-        let deadline = Instant::now() + limit.min(self.limit);
-        let token = self.bearer(deadline).await?;
-        let answer = self.once(&method, url, body, &token, need, deadline).await?;
+        let until = until.min(Moment::now() + self.limit);
+        let token = self.bearer(until).await?;
+        let answer = self.once(&method, url, body, &token, need, until).await?;
         if answer.status != StatusCode::UNAUTHORIZED {
             return Ok((answer, token));
         }
         self.tokens.rejected(&token);
-        let token = self.bearer(deadline).await?;
-        let answer = self.once(&method, url, body, &token, need, deadline).await?;
+        let token = self.bearer(until).await?;
+        let answer = self.once(&method, url, body, &token, need, until).await?;
         if answer.status == StatusCode::UNAUTHORIZED {
             return Err(LeaseError::Unauthorized);
         }
         Ok((answer, token))
+    }
+
+    async fn tell(&self, task: TaskId, report: &report::Report) -> Result<(), LeaseError> {
+        let url = self.task_url(task, report.verb());
+        let body = report.body();
+        let (answer, token) = self.exchange(Method::POST, &url, Some(&body), Need::Status, Moment::NEVER).await?;
+        if answer.status.is_success() { Ok(()) } else { Err(refused_for(task, &answer, &token)) }
     }
 
     fn task_url(&self, task: TaskId, verb: &str) -> String {
@@ -144,7 +155,7 @@ impl Dms {
 #[async_trait]
 impl LeaseSource for Dms {
     async fn take(&self) -> Result<Option<Lease>, LeaseError> {
-        let (answer, token) = self.exchange(Method::GET, &self.tasks, None, Need::Body, self.limit).await?;
+        let (answer, token) = self.exchange(Method::GET, &self.tasks, None, Need::Body, Moment::NEVER).await?;
         match answer.status {
             StatusCode::NO_CONTENT => Ok(None),
             StatusCode::CONFLICT => Err(LeaseError::Busy),
@@ -153,11 +164,11 @@ impl LeaseSource for Dms {
         }
     }
 
-    async fn keep(&self, task: TaskId, beat: &Pending, within: Duration) -> Result<Kept, LeaseError> {
+    async fn keep(&self, task: TaskId, beat: &Pending, until: Moment) -> Result<Kept, LeaseError> {
         let body = HeartbeatRequest { progress: beat.progress.clone(), events: beat.events.clone() };
         let body = serde_json::to_string(&body).expect("JSON values are JSON");
         let url = self.task_url(task, "heartbeat");
-        let (answer, token) = self.exchange(Method::POST, &url, Some(&body), Need::Body, within).await?;
+        let (answer, token) = self.exchange(Method::POST, &url, Some(&body), Need::Body, until).await?;
         if !answer.status.is_success() {
             return Err(refused_for(task, &answer, &token));
         }
@@ -171,16 +182,23 @@ impl LeaseSource for Dms {
             Err(err) => return Err(LeaseError::Malformed { task: None, reason: err.to_string() }),
         }
         match answer.json::<HeartbeatResponse>() {
-            Ok(response) => Ok(kept(response)),
+            Ok(response) => Ok(kept(response, &answer)),
             Err(err) => Err(LeaseError::Malformed { task: None, reason: err.to_string() }),
         }
     }
 
     async fn settle(&self, task: TaskId, lease: &Lease, verdict: &Verdict) -> Result<(), LeaseError> {
-        let Some(report) = report::report(task, lease, verdict) else { return Ok(()) };
-        let url = self.task_url(task, report.verb());
-        let (answer, token) = self.exchange(Method::POST, &url, Some(&report.body()), Need::Status, self.limit).await?;
-        if answer.status.is_success() { Ok(()) } else { Err(refused_for(task, &answer, &token)) }
+        match report::report(task, lease, verdict) {
+            Some(report) => self.tell(task, &report).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn refuse(&self, task: TaskId, why: &Outcome) -> Result<(), LeaseError> {
+        match report::setup_failure(why) {
+            Some(report) => self.tell(task, &report).await,
+            None => Ok(()),
+        }
     }
 }
 
@@ -202,17 +220,24 @@ fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
     let mut document: Map<String, Value> = answer.json().map_err(|err| malformed(err.to_string()))?;
     document.retain(|key, _| !key.to_ascii_lowercase().ends_with("token"));
     let task = envelope.task;
-    let capability = Capability::parse(&task.capability)
-        .map_err(|err| malformed(format!("the lease of {} bytes names no capability: {err}", answer.body.len())))?;
+    let capability = Capability::parse(&task.capability).map_err(|err| {
+        let why = match err {
+            // Of a lease that cannot be used nothing is repeated.
+            CapabilityError::Character(_) => "its capability holds white space or a control character".to_owned(),
+            other => other.to_string(),
+        };
+        malformed(format!("the lease of {} bytes names no capability: {why}", answer.body.len()))
+    })?;
     Ok(Lease {
         task: TaskId(task.id),
         job: task.job_id,
         capability,
-        expires_at: envelope.lease_expires_at.or_else(|| inner_expiry(&task)),
+        expires_at: moment(answer, envelope.lease_expires_at.or_else(|| inner_expiry(&task))),
         cancelled: envelope.cancel,
         domain_id: envelope.domain_id,
         domain_server: filled(envelope.domain_server_url).or_else(|| server_of_meta(&task.meta)),
         token: filled(envelope.access_token).map(Token::new),
+        token_expires_at: moment(answer, envelope.access_token_expires_at),
         inputs: task.inputs_cids,
         outputs_prefix: task.outputs_prefix,
         document,
@@ -225,17 +250,36 @@ fn task_id(answer: &Answer) -> Option<TaskId> {
     value.pointer("/task/id")?.as_str().and_then(|text| Uuid::try_parse(text).ok()).map(TaskId)
 }
 
-fn kept(response: HeartbeatResponse) -> Kept {
+fn kept(response: HeartbeatResponse, answer: &Answer) -> Kept {
     let inner = response.task.as_ref();
     Kept {
         token: filled(response.access_token).map(Token::new),
-        expires_at: response.lease_expires_at.or_else(|| inner.and_then(inner_expiry)),
-        cancel: response.cancel == Some(true),
+        token_expires_at: moment(answer, response.access_token_expires_at),
+        expires_at: moment(answer, response.lease_expires_at.or_else(|| inner.and_then(inner_expiry))),
+        cancel: response.cancel == Some(true) || response.status.as_deref().is_some_and(is_over),
         task: inner.map(|task| task.id).or(response.task_id).map(TaskId),
         job: inner.map_or(response.job_id, |task| task.job_id),
+        capability: inner.map(|task| task.capability.clone()),
         domain_id: response.domain_id,
         domain_server: filled(response.domain_server_url).or_else(|| inner.and_then(|task| server_of_meta(&task.meta))),
     }
+}
+
+/// A time of the plane by our clock. One that had passed before the plane was asked cannot be meant: what
+/// it is about has just been given.
+fn moment(answer: &Answer, at: Option<Timestamp>) -> Option<Moment> {
+    let at = at?;
+    let moment = answer.moment(at);
+    if moment.is_none() {
+        tracing::debug!(at = %at, "a time of the control plane lies in the past and is not counted");
+    }
+    moment
+}
+
+/// Words of a heartbeat's `status` that mean as much as a cancel (contract 10.3). The job API's `canceled`
+/// is none of them.
+fn is_over(status: &str) -> bool {
+    matches!(status, "cancelled" | "failed" | "completed")
 }
 
 /// Newer planes may send the lease's end inside the task only.

@@ -46,12 +46,7 @@ pub(super) fn report(task: TaskId, lease: &Lease, verdict: &Verdict) -> Option<R
                 meta: Value::Object(body_of(task, lease, verdict)),
             }));
         }
-        Outcome::Setup { stage, message } => {
-            let mut details = Map::new();
-            details.insert("stage".into(), (*stage).into());
-            details.insert("error".into(), cut(message).into());
-            return Some(fail("node_setup_failed", details, &verdict.outcome));
-        }
+        Outcome::Setup { .. } => return setup_failure(&verdict.outcome),
         Outcome::Failed { message, .. } => format!("runner failed: {message}"),
         Outcome::Panicked { message, place } => {
             // The place is what a reader needs most: it must survive the cut.
@@ -77,6 +72,15 @@ pub(super) fn report(task: TaskId, lease: &Lease, verdict: &Verdict) -> Option<R
         details.insert("details".into(), own);
     }
     Some(fail(&reason, details, &verdict.outcome))
+}
+
+/// The report for a task that could not be set up; it names no job (contract 4.8).
+pub(super) fn setup_failure(outcome: &Outcome) -> Option<Report> {
+    let Outcome::Setup { stage, message } = outcome else { return None };
+    let mut details = Map::new();
+    details.insert("stage".into(), (*stage).into());
+    details.insert("error".into(), cut(message).into());
+    Some(fail("node_setup_failed", details, outcome))
 }
 
 fn fail(reason: &str, mut details: Map<String, Value>, outcome: &Outcome) -> Report {
@@ -148,7 +152,7 @@ mod tests {
 
     fn sent(outcome: Outcome, artifacts: Vec<Artifact>) -> (&'static str, Value) {
         let task = TaskId(TASK.parse().expect("an id"));
-        let sent = report(task, &sample_lease(), &Verdict { outcome, artifacts }).expect("a report");
+        let sent = report(task, &sample_lease(), &Verdict { artifacts, ..Verdict::bare(outcome) }).expect("a report");
         (sent.verb(), serde_json::from_str(&sent.body()).expect("JSON"))
     }
 
@@ -230,7 +234,7 @@ mod tests {
     #[test]
     fn nothing_is_said_of_a_task_that_is_not_ours_any_more() {
         for outcome in [Outcome::Cancelled, Outcome::LeaseLost] {
-            let verdict = Verdict { outcome, artifacts: Vec::new() };
+            let verdict = Verdict::bare(outcome);
             assert!(report(TaskId(TASK.parse().expect("an id")), &sample_lease(), &verdict).is_none());
         }
     }

@@ -25,11 +25,12 @@ pub(in crate::leases) fn sample_lease() -> Lease {
         task: TaskId(envelope.task.id),
         job: None,
         capability: "/lab/echo/v1".parse().expect("a name"),
-        expires_at: envelope.lease_expires_at,
+        expires_at: None,
         cancelled: false,
         domain_id: envelope.domain_id,
         domain_server: None,
         token: None,
+        token_expires_at: None,
         inputs: Vec::new(),
         outputs_prefix: None,
         document: Map::new(),
@@ -57,7 +58,7 @@ async fn keep(answer: impl FnOnce(Call)) -> Result<Kept, LeaseError> {
     let mut plane = Service::start().await;
     let dms = dms(&plane, "v1");
     let beat = Pending { progress: json!({ "at": 1 }), events: vec![json!("e")], version: 1 };
-    let (kept, ()) = tokio::join!(dms.keep(task(), &beat, SOON), async {
+    let (kept, ()) = tokio::join!(dms.keep(task(), &beat, Moment::now() + SOON), async {
         let call = plane.expect(&format!("POST /v1/tasks/{TASK}/heartbeat")).await;
         assert_eq!(call.json(), json!({ "progress": { "at": 1 }, "events": ["e"] }));
         answer(call);
@@ -68,7 +69,7 @@ async fn keep(answer: impl FnOnce(Call)) -> Result<Kept, LeaseError> {
 async fn settle(outcome: Outcome, answer: impl FnOnce(Call)) -> Result<(), LeaseError> {
     let mut plane = Service::start().await;
     let dms = dms(&plane, "v1");
-    let verdict = Verdict { outcome, artifacts: Vec::new() };
+    let verdict = Verdict::bare(outcome);
     let lease = sample_lease();
     let (settled, ()) = tokio::join!(dms.settle(task(), &lease, &verdict), async { answer(plane.next().await) });
     settled
@@ -105,12 +106,35 @@ async fn a_lease_arrives_whole_and_its_document_without_credentials() {
     assert_eq!(lease.capability.as_str(), "/lab/echo/v1");
     assert_eq!(lease.token, Some(Token::new("dom-1")));
     assert_eq!(lease.domain_server.as_deref(), Some("https://ds.lab.test"));
-    assert_eq!(lease.expires_at, "2025-06-01T08:05:00Z".parse().ok());
+    assert_eq!(lease.expires_at, None, "it had passed long before the lease was asked for");
     assert_eq!((lease.inputs, lease.outputs_prefix.as_deref()), (vec!["a1".to_owned()], Some("out")));
     for key in ["access_token", "p2p_access_token", "Other_Token"] {
         envelope.as_object_mut().expect("an object").remove(key);
     }
     assert_eq!(Value::Object(lease.document), envelope);
+}
+
+// P-25, P-26: whatever the plane's clock says, a minute is a minute.
+#[tokio::test]
+async fn times_are_those_of_the_planes_clock() {
+    for off in [0, 1200, -1200] {
+        let now = Timestamp::now() + jiff::SignedDuration::from_secs(off);
+        let at = |seconds| (now + jiff::SignedDuration::from_secs(seconds)).to_string();
+        let minute = |moment: Option<Moment>| moment.map(|at| (58..=61).contains(&at.left().as_secs()));
+        let mut envelope = sample_envelope();
+        envelope["lease_expires_at"] = at(60).into();
+        envelope["access_token_expires_at"] = at(60).into();
+        let lease = take(|call| call.ok_at(now, envelope.clone())).await.expect("usable").expect("a lease");
+        assert_eq!((minute(lease.expires_at), minute(lease.token_expires_at)), (Some(true), Some(true)), "{off} s off");
+        // Newer planes say it inside the task.
+        envelope.as_object_mut().expect("an object").remove("lease_expires_at");
+        envelope["task"]["lease_expires_at"] = at(60).into();
+        let lease = take(|call| call.ok_at(now, envelope)).await.expect("usable").expect("a lease");
+        assert_eq!(minute(lease.expires_at), Some(true), "{off} s off");
+        let beat = json!({ "lease_expires_at": at(60), "access_token_expires_at": at(-60) });
+        let kept = keep(|call| call.ok_at(now, beat)).await.expect("usable");
+        assert_eq!((minute(kept.expires_at), kept.token_expires_at), (Some(true), None), "{off} s off");
+    }
 }
 
 #[tokio::test]
@@ -201,10 +225,12 @@ async fn a_heartbeat_reads_what_is_there_and_leaves_the_rest_alone() {
         kept,
         Kept {
             token: Some(Token::new("dom-2")),
-            expires_at: "2025-06-01T08:05:00Z".parse().ok(),
+            token_expires_at: None,
+            expires_at: None,
             cancel: true,
             task: Some(TaskId(id)),
             job: Some(id),
+            capability: None,
             domain_id: Some(id),
             domain_server: Some("https://other".into()),
         }
@@ -212,6 +238,16 @@ async fn a_heartbeat_reads_what_is_there_and_leaves_the_rest_alone() {
     let task = json!({ "id": other, "capability": "/x", "meta": { "legacy": { "domain_server_url": "https://l" } } });
     let kept = keep(|call| call.ok(json!({ "task": task, "task_id": TASK }))).await.expect("usable");
     assert_eq!((kept.task, kept.domain_server.as_deref()), (Some(TaskId(id)), Some("https://l")));
+}
+
+// Contract 10.3
+#[tokio::test]
+async fn a_status_that_says_the_task_is_over_is_a_cancel() {
+    for (status, cancel) in
+        [("cancelled", true), ("failed", true), ("completed", true), ("canceled", false), ("running", false)]
+    {
+        assert_eq!(keep(|call| call.ok(json!({ "status": status }))).await.expect("usable").cancel, cancel, "{status}");
+    }
 }
 
 #[tokio::test]
@@ -239,7 +275,7 @@ async fn a_heartbeat_ends_within_its_limit() {
     let mut plane = Service::start().await;
     let dms = dms(&plane, "v1");
     let beat = Pending { progress: json!({}), events: Vec::new(), version: 0 };
-    let (kept, held) = tokio::join!(dms.keep(task(), &beat, Duration::from_millis(200)), plane.next());
+    let (kept, held) = tokio::join!(dms.keep(task(), &beat, Moment::now() + Duration::from_millis(200)), plane.next());
     assert!(matches!(kept, Err(LeaseError::Unreachable(_))), "{kept:?}");
     drop(held);
 }
@@ -254,7 +290,9 @@ async fn with_login() -> (Service, Dms, tokio_util::task::AbortOnDropHandle<()>)
             reg_secret: "s".into(),
             key: NodeKey::from_hex(&"01".repeat(32)).expect("a key"),
             version: "1.0.0".into(),
-            capabilities: vec!["/lab/echo/v1".parse().expect("a name")],
+            form: crate::auth::Form::Wallet,
+            sign_in_domain: None,
+            capabilities: tokio::sync::watch::Sender::new(vec!["/lab/echo/v1".parse().expect("a name")]).subscribe(),
             register_interval: SOON,
             register_max_retry: -1,
             token_safety_ratio: 0.75,
@@ -300,7 +338,7 @@ async fn a_rejected_token_is_replaced_and_the_request_repeated_once() {
     assert!(taken.expect("usable").is_some());
 
     let beat = Pending { progress: json!({ "kept": true }), events: Vec::new(), version: 0 };
-    let (kept, ()) = tokio::join!(dms.keep(task(), &beat, SOON), async {
+    let (kept, ()) = tokio::join!(dms.keep(task(), &beat, Moment::now() + SOON), async {
         let path = format!("POST /tasks/{TASK}/heartbeat");
         let call = plane.expect(&path).await;
         assert_eq!(call.bearer(), "node-2");
@@ -316,7 +354,7 @@ async fn a_rejected_token_is_replaced_and_the_request_repeated_once() {
 #[tokio::test]
 async fn a_second_401_is_final() {
     let (mut plane, dms, _room) = with_login().await;
-    let verdict = Verdict { outcome: Outcome::Completed, artifacts: Vec::new() };
+    let verdict = Verdict::bare(Outcome::Completed);
     let lease = sample_lease();
     let (settled, ()) = tokio::join!(dms.settle(task(), &lease, &verdict), async {
         let path = format!("POST /tasks/{TASK}/complete");

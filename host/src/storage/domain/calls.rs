@@ -1,9 +1,10 @@
-//! One request to the domain server: headers, bearer, one repetition after a 401, statuses as errors.
+//! Requests to the domain server: headers, bearer, one repetition after a 401, statuses as errors,
+//! and how long a request that failed is repeated.
 
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{HeaderValue, Method, Request, Response, StatusCode, header};
+use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use serde::de::DeserializeOwned;
@@ -11,6 +12,7 @@ use url::Url;
 
 use super::{
     Inner,
+    retry::{Patience, passing, retry_after},
     source::{Pulse, Source, body},
 };
 use crate::{
@@ -25,6 +27,8 @@ pub(super) struct Call<'a> {
     pub(super) method: Method,
     pub(super) url: Url,
     pub(super) accept: &'static str,
+    /// Further headers, such as `Range`.
+    pub(super) headers: Vec<(HeaderName, String)>,
     pub(super) content_type: Option<String>,
     pub(super) payload: Vec<Source>,
     /// Whether it carries the lease's bearer.
@@ -35,7 +39,7 @@ impl<'a> Call<'a> {
     /// A request without a body.
     pub(super) fn new(what: &'a str, method: Method, url: Url) -> Self {
         let accept = "application/json";
-        Self { what, method, url, accept, content_type: None, payload: Vec::new(), bearer: true }
+        Self { what, method, url, accept, headers: Vec::new(), content_type: None, payload: Vec::new(), bearer: true }
     }
 
     /// With these bytes as its body.
@@ -61,22 +65,70 @@ impl<'a> Call<'a> {
     }
 }
 
+/// Why a request did not succeed, and whether the same one may be tried again.
+pub(super) struct Failed {
+    pub(super) err: PortError,
+    /// Trouble that may pass by itself: no answer or half of one, 5xx, 408, 425, 429.
+    pub(super) passing: bool,
+    /// How long the server asks to wait.
+    after: Option<Duration>,
+}
+
+impl From<PortError> for Failed {
+    fn from(err: PortError) -> Self {
+        let passing = err.kind == PortErrorKind::Network;
+        Self { err, passing, after: None }
+    }
+}
+
+impl Failed {
+    /// Waits before the next try, or gives the error back when there should be none.
+    pub(super) async fn wait(self, patience: &mut Patience) -> Result<(), PortError> {
+        match self.passing {
+            true => patience.pause(self.err, self.after).await,
+            false => Err(self.err),
+        }
+    }
+}
+
 impl Inner {
-    /// Sends `call` and returns the head of a 2xx answer; everything else is an error.
-    pub(super) async fn send(&self, call: &Call<'_>) -> Result<Response<Incoming>, PortError> {
+    /// For one request and its repetitions.
+    pub(super) fn patience(&self) -> Patience {
+        Patience::new(self.config.part_pause, self.config.patience)
+    }
+
+    /// Sends `call`, as often as it takes, and decodes a 2xx answer. For calls that may be repeated
+    /// whatever became of the one before.
+    pub(super) async fn json<T: DeserializeOwned>(&self, call: &Call<'_>) -> Result<T, PortError> {
+        let mut patience = self.patience();
+        loop {
+            match self.try_json(call).await {
+                Ok(answer) => return Ok(answer),
+                Err(failed) => failed.wait(&mut patience).await?,
+            }
+        }
+    }
+
+    /// Sends `call` once and decodes a 2xx answer.
+    pub(super) async fn try_json<T: DeserializeOwned>(&self, call: &Call<'_>) -> Result<T, Failed> {
         let response = self.exchange(call).await?;
+        let response = self.accepted(call, response).await?;
+        Ok(self.decode(call, response).await?)
+    }
+
+    /// Turns every answer but a 2xx one into its error.
+    pub(super) async fn accepted(
+        &self,
+        call: &Call<'_>,
+        response: Response<Incoming>,
+    ) -> Result<Response<Incoming>, Failed> {
         let status = response.status();
         if status.is_success() {
             return Ok(response);
         }
+        let after = retry_after(response.headers());
         let excerpt = self.excerpt(response).await;
-        Err(status_error(call.what, status, &excerpt))
-    }
-
-    /// Sends `call` and decodes a 2xx answer.
-    pub(super) async fn json<T: DeserializeOwned>(&self, call: &Call<'_>) -> Result<T, PortError> {
-        let response = self.send(call).await?;
-        self.decode(call, response).await
+        Err(Failed { err: status_error(call.what, status, &excerpt), passing: passing(status), after })
     }
 
     /// Decodes a JSON answer of at most [`JSON_BYTES_MAX`] bytes.
@@ -134,6 +186,9 @@ impl Inner {
         let pulse = Pulse::new();
         let length: u64 = call.payload.iter().map(Source::length).sum();
         let request = self.request(call, token, length, &pulse)?;
+        if !self.grant.is_ours() {
+            return Err(self.over().await);
+        }
         let (stall, answer) = (self.config.stall, self.config.request_timeout);
         // An upload may take as long as it moves; everything else has a fixed time.
         let limit = if length == 0 { answer } else { Duration::MAX };
@@ -166,6 +221,9 @@ impl Inner {
             .uri(call.url.as_str())
             .header(header::ACCEPT, call.accept)
             .header("posemesh-client-id", &self.config.client_id);
+        for (name, value) in &call.headers {
+            request = request.header(name, value);
+        }
         if let Some(kind) = &call.content_type {
             request = request.header(header::CONTENT_TYPE, kind);
         }
@@ -190,23 +248,21 @@ impl Inner {
 
     /// The beginning of an error answer on one line, without the bearer should the server echo it.
     pub(super) async fn excerpt(&self, response: Response<Incoming>) -> String {
+        let token = self.grant.token();
+        let token = token.as_ref().map_or("", |token| token.expose());
         let mut body = response.into_body();
         let mut text = Vec::new();
         let reading = async {
             while let Some(Ok(frame)) = body.frame().await {
                 text.extend_from_slice(frame.data_ref().map_or(&[][..], |data| data));
-                if text.len() > EXCERPT_BYTES_MAX {
+                if text.len() > EXCERPT_BYTES_MAX + token.len() {
                     break;
                 }
             }
         };
         // What has arrived by then is enough for an error text.
         let _ = tokio::time::timeout(self.config.request_timeout, reading).await;
-        let text = transport::excerpt(&text);
-        match self.grant.token() {
-            Some(token) if !token.expose().is_empty() => text.replace(token.expose(), "(token)"),
-            _ => text,
-        }
+        transport::excerpt_without(&text, &[token])
     }
 }
 

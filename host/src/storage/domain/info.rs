@@ -1,4 +1,4 @@
-//! What domain servers say about their limits, remembered for a minute per server.
+//! What domain servers say about their limits, remembered for a minute per server (contract 6.6, 10.5).
 
 use std::{collections::HashMap, sync::Mutex, time::Duration};
 
@@ -6,50 +6,153 @@ use http::{Method, StatusCode};
 use tokio::time::Instant;
 use url::Url;
 
-use super::{Inner, calls::Call, cid::api_url, wire::InfoJson};
+use super::{
+    Inner,
+    calls::Call,
+    cid::api_url,
+    upload::Plan,
+    wire::{InfoJson, UploadInfoJson},
+};
+use crate::model::{PortError, PortErrorKind};
 
 /// How long an answer is believed.
 const FRESH: Duration = Duration::from_secs(60);
 
-/// By base URL: when it was asked, and the largest request it takes (`None`: not said).
+/// What a server takes. `None`: it says no limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Limits {
+    /// The largest request, in bytes.
+    pub(super) request_bytes_max: Option<u64>,
+    /// The largest stored item, in bytes.
+    pub(super) item_bytes_max: Option<u64>,
+    /// Whether uploads in parts are worth a try. Only a plain "no" speaks against it.
+    pub(super) parts: bool,
+}
+
+impl Limits {
+    const UNKNOWN: Self = Self { request_bytes_max: None, item_bytes_max: None, parts: true };
+
+    fn read(info: &UploadInfoJson) -> Result<Self, String> {
+        let parts = info.multipart.as_ref();
+        let limit = |field: &str, value: Option<i64>| match value {
+            None | Some(0) => Ok(None),
+            Some(value) => {
+                let limit = u64::try_from(value);
+                limit.map(Some).map_err(|_| format!("{field} is {value}, expected 0 for no limit, or more"))
+            }
+        };
+        // We take parts as large as the answer to each upload says; here it only has to make sense.
+        limit("part_size_bytes", parts.and_then(|parts| parts.part_size_bytes))?;
+        Ok(Self {
+            request_bytes_max: limit("request_max_bytes", Some(info.request_max_bytes))?,
+            item_bytes_max: limit("domain_data_max_bytes", info.domain_data_max_bytes)?,
+            parts: parts.is_none_or(|parts| parts.enabled != Some(false)),
+        })
+    }
+
+    /// The largest payload of `plan` that fits one request.
+    pub(super) fn payload_bytes_max(&self, plan: &Plan) -> u64 {
+        // Boundary, part headers and line ends, generously.
+        let around = 512 + plan.name.len() as u64 + plan.data_type.len() as u64;
+        self.request_bytes_max.map_or(u64::MAX, |limit| limit.saturating_sub(around))
+    }
+
+    /// Refuses an artifact of at least `bytes` that the server would not store, before it travels.
+    pub(super) fn check(&self, plan: &Plan, bytes: u64) -> Result<(), PortError> {
+        match self.item_bytes_max {
+            Some(most) if bytes > most => {
+                let message = format!("{} refused: the domain server stores at most {most} bytes an item", plan.what);
+                Err(PortError::new(PortErrorKind::Limit, message))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// By base URL: when it was asked, and what it said.
 #[derive(Debug, Default)]
-pub(super) struct Cache(Mutex<HashMap<String, (Instant, Option<u64>)>>);
+pub(super) struct Cache(Mutex<HashMap<String, (Instant, Limits)>>);
 
 impl Inner {
-    /// The largest request `server` takes, if it says one. Asking never fails an upload: a server
-    /// that does not answer is unlimited here and says so itself when it gets too much.
-    pub(super) async fn request_bytes_max(&self, server: &Url) -> Option<u64> {
+    /// What `server` takes. Asking never fails an upload: a server that does not say is unlimited
+    /// here, and speaks for itself when it gets too much.
+    pub(super) async fn limits(&self, server: &Url) -> Limits {
         let key = server.as_str().trim_end_matches('/').to_owned();
         let cache = &self.config.info.0;
         let lock = || cache.lock().expect("the cache is only read and set");
-        if let Some((_, limit)) = lock().get(&key).filter(|(asked, _)| asked.elapsed() < FRESH) {
-            return *limit;
+        if let Some((_, limits)) = lock().get(&key).filter(|(asked, _)| asked.elapsed() < FRESH) {
+            return *limits;
         }
-        let mut call = Call::new("asking for the domain server's limits", Method::GET, api_url(server, &["info"]));
-        call.bearer = false;
-        let response = self.exchange(&call).await;
-        let limit = match response {
-            Ok(response) if response.status() == StatusCode::NOT_FOUND => None,
-            Ok(response) if response.status().is_success() => match self.decode::<InfoJson>(&call, response).await {
-                // Zero is "no limit" to newer servers and "unknown" to older clients: the same to us.
-                Ok(info) => u64::try_from(info.upload.request_max_bytes).ok().filter(|limit| *limit > 0),
-                Err(err) => {
-                    tracing::debug!(error = %err, "domain server's limits are unknown");
-                    return None;
-                }
-            },
-            Ok(response) => {
-                tracing::debug!(status = response.status().as_u16(), "domain server's limits are unknown");
-                return None;
-            }
-            Err(err) => {
-                tracing::debug!(error = %err, "domain server's limits are unknown");
-                return None;
+        let limits = match self.ask_limits(server).await {
+            Ok(limits) => limits,
+            Err(reason) => {
+                tracing::debug!(error = %reason, "domain server's limits are unknown");
+                return Limits::UNKNOWN;
             }
         };
         let mut known = lock();
         known.retain(|_, (asked, _)| asked.elapsed() < FRESH);
-        known.insert(key, (Instant::now(), limit));
-        limit
+        known.insert(key, (Instant::now(), limits));
+        limits
+    }
+
+    async fn ask_limits(&self, server: &Url) -> Result<Limits, String> {
+        let mut call = Call::new("asking for the domain server's limits", Method::GET, api_url(server, &["info"]));
+        call.bearer = false;
+        let response = self.exchange(&call).await.map_err(|err| err.to_string())?;
+        match response.status() {
+            // Servers from before there were limits to ask for.
+            StatusCode::NOT_FOUND => {
+                self.excerpt(response).await; // read to the end, so that the connection can be used again
+                Ok(Limits::UNKNOWN)
+            }
+            _ => {
+                let response = self.accepted(&call, response).await.map_err(|failed| failed.err.to_string())?;
+                let info: InfoJson = self.decode(&call, response).await.map_err(|err| err.to_string())?;
+                Limits::read(&info.upload)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// The limits read from an `upload` object: request, item, parts.
+    #[track_caller]
+    fn check(upload: serde_json::Value, expected: Result<(Option<u64>, Option<u64>, bool), &str>) {
+        let info: UploadInfoJson = serde_json::from_value(upload.clone()).expect("an answer of the protocol");
+        let read = Limits::read(&info).map(|read| (read.request_bytes_max, read.item_bytes_max, read.parts));
+        assert_eq!(read, expected.map_err(str::to_owned), "{upload}");
+    }
+
+    #[test]
+    fn older_and_newer_answers_are_read() {
+        check(json!({ "request_max_bytes": 50, "multipart": { "enabled": true } }), Ok((Some(50), None, true)));
+        check(json!({ "request_max_bytes": 0 }), Ok((None, None, true)));
+        check(json!({ "request_max_bytes": 9, "multipart": { "enabled": false } }), Ok((Some(9), None, false)));
+        check(
+            json!({ "request_max_bytes": 9, "domain_data_max_bytes": 0, "new": {},
+                "multipart": { "enabled": true, "part_size_bytes": 0 } }),
+            Ok((Some(9), None, true)),
+        );
+        check(json!({ "request_max_bytes": 9, "domain_data_max_bytes": 7 }), Ok((Some(9), Some(7), true)));
+    }
+
+    #[test]
+    fn negative_limits_are_no_limits_we_can_obey() {
+        let complaint = "request_max_bytes is -1, expected 0 for no limit, or more";
+        check(json!({ "request_max_bytes": -1 }), Err(complaint));
+        check(
+            json!({ "request_max_bytes": 1, "domain_data_max_bytes": -2 }),
+            Err("domain_data_max_bytes is -2, expected 0 for no limit, or more"),
+        );
+        check(
+            json!({ "request_max_bytes": 1, "multipart": { "part_size_bytes": -3 } }),
+            Err("part_size_bytes is -3, expected 0 for no limit, or more"),
+        );
     }
 }

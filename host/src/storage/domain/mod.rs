@@ -3,7 +3,8 @@
 //! [`DomainPorts`] is one task's view: it waits for the set-up heartbeat, speaks only to the
 //! server the lease names (and the operator allows), takes the newest bearer for each request, and
 //! stops for good when the lease is lost or the task is over. `calls` sends single requests,
-//! `download` and `upload` are what runners see, `uploads_in_parts` and `stream` carry large
+//! `download` and `upload` are what runners see, `transfer` brings an input through broken
+//! connections (`retry` paces that), `uploads_in_parts` and `stream` carry large
 //! artifacts, `parts`, `cid` and `wire` are pure. Nothing in here decides what is reported.
 
 mod calls;
@@ -11,8 +12,10 @@ mod cid;
 mod download;
 mod info;
 mod parts;
+mod retry;
 mod source;
 mod stream;
+mod transfer;
 mod upload;
 mod uploads_in_parts;
 mod wire;
@@ -34,7 +37,7 @@ use url::Url;
 
 use crate::{
     model::{
-        Artifact, ArtifactSpec, CancelReason, Coordinates, Grant, InputStream, Materialized, OutputStream, PortError,
+        Artifact, ArtifactSpec, Coordinates, Fetched, Grant, InputStream, Materialized, OutputStream, PortError,
         PortErrorKind, Ports, Setup,
     },
     transport::Client,
@@ -52,11 +55,14 @@ pub struct Config {
     pub request_timeout: Duration,
     /// How long a refused request waits for a newer bearer before it is repeated.
     pub token_wait: Duration,
-    /// Pause before the first repetition of a failed part; the second waits twice as long.
+    /// Pause before a failed request is sent again; it grows with each try.
     pub part_pause: Duration,
+    /// How long a transfer in which nothing moves is tried again.
+    pub patience: Duration,
     /// Hosts (or `host:port`) that may get a lease's token; empty allows any.
     pub domain_hosts: Vec<String>,
-    /// How many parts of one artifact travel at once; at least one.
+    /// How many parts of one artifact travel at once; at least one. Two fill a connection that has
+    /// to wait for answers, and bound what a stream holds in memory: they, and the one being filled.
     pub parallel_parts: usize,
     info: info::Cache,
 }
@@ -71,6 +77,7 @@ impl Config {
             request_timeout: Duration::from_secs(30),
             token_wait: Duration::from_secs(3),
             part_pause: Duration::from_millis(250),
+            patience: Duration::from_secs(120),
             domain_hosts: Vec::new(),
             parallel_parts: 2,
             info: info::Cache::default(),
@@ -96,13 +103,30 @@ struct Inner {
     books: Mutex<Books>,
 }
 
-/// What this task has stored.
+/// What this task has stored and fetched.
 #[derive(Default)]
 struct Books {
     /// Which logical path took a stored name and type.
     names: HashMap<(String, String), String>,
     /// By logical path.
-    published: BTreeMap<String, Artifact>,
+    published: BTreeMap<String, Published>,
+    /// In the order in which they came to their end.
+    fetched: Vec<Fetched>,
+}
+
+struct Published {
+    artifact: Artifact,
+    /// When the server last changed it, in its words.
+    updated_at: Option<String>,
+}
+
+impl Books {
+    /// Notes an input; one that was read before is not noted again.
+    fn fetch(&mut self, input: Fetched) {
+        if !self.fetched.contains(&input) {
+            self.fetched.push(input);
+        }
+    }
 }
 
 impl DomainPorts {
@@ -155,7 +179,11 @@ impl Ports for DomainPorts {
     }
 
     fn published(&self) -> Vec<Artifact> {
-        self.inner.books().published.values().cloned().collect()
+        self.inner.books().published.values().map(|published| published.artifact.clone()).collect()
+    }
+
+    fn fetched(&self) -> Vec<Fetched> {
+        self.inner.books().fetched.clone()
     }
 }
 
@@ -174,7 +202,7 @@ impl Inner {
     /// Waits until nothing more may be transferred.
     async fn over(&self) -> PortError {
         let why = tokio::select! {
-            () = self.grant.cancel.lost() => "the lease is lost",
+            () = self.grant.lost() => "the lease is lost",
             () = self.closed.cancelled() => "the task is over",
         };
         PortError::new(PortErrorKind::LeaseOver, format!("{why}: nothing more is transferred for it"))
@@ -182,7 +210,7 @@ impl Inner {
 
     /// An error if the lease is lost or the task is over.
     async fn still_ours(&self) -> Result<(), PortError> {
-        match self.closed.is_cancelled() || self.grant.cancel.reason() == Some(CancelReason::LeaseLost) {
+        match self.closed.is_cancelled() || !self.grant.is_ours() {
             true => Err(self.over().await),
             false => Ok(()),
         }

@@ -5,6 +5,7 @@
 //! rules: its body is counted, not searched, so boundary text inside is harmless. What is cut off,
 //! miscounted or not understood is an error and never a shorter success.
 
+use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::{Bytes, BytesMut};
 
 /// Largest header block of a part, in bytes.
@@ -37,6 +38,10 @@ pub(crate) struct PartHead {
     pub(crate) name: Option<String>,
     pub(crate) data_type: Option<String>,
     pub(crate) size: Option<u64>,
+    /// As given; never interpreted, only compared.
+    pub(crate) updated_at: Option<String>,
+    /// SHA-256 of the body, where a digest header gives one.
+    pub(crate) sha256: Option<[u8; 32]>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -329,6 +334,7 @@ fn line_end(bytes: &[u8]) -> Option<usize> {
 
 fn parse_head(lines: &[&[u8]]) -> Result<PartHead, PartsError> {
     let mut disposition = None;
+    let mut sha256 = None;
     for line in lines {
         let line = std::str::from_utf8(line).map_err(|_| PartsError::Head("they are not UTF-8"))?;
         let (name, value) = line.split_once(':').ok_or(PartsError::Head("a line has no colon"))?;
@@ -337,17 +343,20 @@ fn parse_head(lines: &[&[u8]]) -> Result<PartHead, PartsError> {
         }
         if name.eq_ignore_ascii_case("content-disposition") && disposition.is_none() {
             disposition = Some(value);
+        } else if DIGEST_HEADERS.iter().any(|digest| name.eq_ignore_ascii_case(digest)) {
+            sha256 = sha256.or_else(|| parse_digest(value));
         }
     }
     let disposition = disposition.ok_or(PartsError::Head("Content-Disposition is missing"))?;
     let given = disposition.split_once(';').map_or("", |(_, given)| given);
-    let mut head = PartHead::default();
+    let mut head = PartHead { sha256, ..PartHead::default() };
     for (name, value) in parameters(given)? {
         match name.to_ascii_lowercase().as_str() {
             "id" => head.id.get_or_insert(value),
             "domain-id" => head.domain_id.get_or_insert(value),
             "name" => head.name.get_or_insert(value),
             "data-type" => head.data_type.get_or_insert(value),
+            "updated-at" => head.updated_at.get_or_insert(value),
             "size" => {
                 // `parse` would take a leading plus sign as well.
                 let digits = !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit());
@@ -360,6 +369,19 @@ fn parse_head(lines: &[&[u8]]) -> Result<PartHead, PartsError> {
         };
     }
     Ok(head)
+}
+
+/// Headers that may carry a digest of what they describe (RFC 9530, RFC 3230).
+pub(crate) const DIGEST_HEADERS: [&str; 3] = ["repr-digest", "content-digest", "digest"];
+
+/// The SHA-256 in `sha-256=:<base64>:` or `SHA-256=<base64>`, among other algorithms or alone.
+pub(crate) fn parse_digest(value: &str) -> Option<[u8; 32]> {
+    value.split(',').find_map(|one| {
+        let (name, digest) = one.split_once('=')?;
+        let digest = digest.trim().trim_matches(':');
+        let decoded = STANDARD.decode(digest).ok().filter(|_| name.trim().eq_ignore_ascii_case("sha-256"))?;
+        decoded.try_into().ok()
+    })
 }
 
 /// `; name=value; name="quoted; value"`. A backslash protects a quote or itself inside quotes.

@@ -68,7 +68,7 @@ fn part(given: &str, body: &str) -> String {
 fn the_sample_of_the_wire_is_understood() {
     // S0-80
     let given =
-        r#"name="scan a"; data-type="ply"; id="d-7"; domain-id="dom-1"; size="4"; created-at="2025-06-01T08:00:00Z""#;
+        r#"name="scan a"; data-type="ply"; id="d-7"; domain-id="dom-1"; size="4"; updated-at="2025-06-01T08:00:00Z""#;
     let body = format!("{}--q7--\r\n", part(given, "abcd"));
     let parts = parse(TYPE, body.as_bytes(), || usize::MAX).expect("parses");
     let head = PartHead {
@@ -77,6 +77,8 @@ fn the_sample_of_the_wire_is_understood() {
         name: Some("scan a".into()),
         data_type: Some("ply".into()),
         size: Some(4),
+        updated_at: Some("2025-06-01T08:00:00Z".into()),
+        sha256: None,
     };
     assert_eq!(parts, [(head, b"abcd".to_vec())]);
 }

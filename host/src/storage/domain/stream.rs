@@ -13,13 +13,17 @@ use tokio::{sync::mpsc, task::JoinHandle};
 
 use super::{
     Inner,
+    info::Limits,
     source::Source,
-    upload::{Plan, SINGLE_BYTES_MAX},
+    upload::{Plan, SINGLE_BYTES_MAX, Stored},
     uploads_in_parts::PartsUpload,
 };
 use crate::{
     model::{ArtifactSpec, Coordinates, OutputStream, PortError, PortErrorKind},
-    storage::file::FileSink,
+    storage::{
+        digest::{Digester, hex},
+        file::FileSink,
+    },
 };
 
 /// Parts up to here are filled in memory, larger ones in a file.
@@ -31,11 +35,11 @@ enum Message {
 }
 
 pub(super) fn create(inner: &Arc<Inner>, spec: ArtifactSpec) -> Result<Box<dyn OutputStream>, PortError> {
-    let plan = Arc::new(inner.plan(spec)?);
+    let plan = inner.plan(spec)?;
     let (pieces, taken) = mpsc::channel(1);
     let shared = Arc::clone(inner);
     let driver = inner.tracker.spawn(async move {
-        let writing = write(&shared, plan, taken);
+        let writing = write(&shared, plan, Pieces { taken, digester: Digester::new() });
         shared.guarded(writing).await
     });
     Ok(Box::new(Writer { pieces, end: End::Running(driver), inner: Arc::clone(inner) }))
@@ -105,67 +109,99 @@ impl OutputStream for Writer {
     }
 }
 
+/// What the runner writes, and the digest of what was taken of it.
+struct Pieces {
+    taken: mpsc::Receiver<Message>,
+    digester: Digester,
+}
+
+impl Pieces {
+    async fn recv(&mut self) -> Option<Message> {
+        self.taken.recv().await
+    }
+
+    /// Hashes a piece, once.
+    async fn note(&mut self, piece: &Bytes) -> Result<(), PortError> {
+        self.digester.push(piece.clone()).await.map_err(|err| unhashed(&err))
+    }
+
+    async fn digest(&mut self) -> Result<String, PortError> {
+        self.digester.so_far().await.map(|digest| hex(&digest)).map_err(|err| unhashed(&err))
+    }
+}
+
+fn unhashed(err: &std::io::Error) -> PortError {
+    PortError::new(PortErrorKind::Other, format!("the upload could not be hashed: {err}"))
+}
+
 /// The store's side: everything up to the id of the published artifact.
-async fn write(inner: &Arc<Inner>, plan: Arc<Plan>, mut pieces: mpsc::Receiver<Message>) -> Result<String, PortError> {
+async fn write(inner: &Arc<Inner>, mut plan: Plan, mut pieces: Pieces) -> Result<String, PortError> {
     let mut held = BytesMut::new();
-    let mut single_max = None;
+    let mut limits = None;
     // Hold back until it is known to be long; `more` is the piece that shows it.
     let more = loop {
         match pieces.recv().await {
             None => return Err(abandoned(&plan)),
             Some(Message::Piece(piece)) => {
+                pieces.note(&piece).await?;
                 let length = held.len() as u64 + piece.len() as u64;
                 check_overrun(&plan, length)?;
-                if length > single_limit(inner, &plan, &mut single_max).await? {
+                let limits = known(inner, &mut limits).await?;
+                limits.check(&plan, length.max(plan.size.unwrap_or(0)))?;
+                if length > SINGLE_BYTES_MAX.min(limits.payload_bytes_max(&plan)) {
                     break piece;
                 }
                 held.extend_from_slice(&piece);
             }
             Some(Message::Finish) => {
-                plan.check_size(held.len() as u64)?;
+                let size = held.len() as u64;
+                plan.check_size(size)?;
                 let at = inner.coordinates().await?;
-                let existing = inner.existing(&at, &plan).await?;
-                let id = inner.put_single(&at, &plan, existing.as_deref(), held.freeze().into()).await?;
-                inner.record(&plan, &id);
-                return Ok(id);
+                let existing = inner.existing(&at, &mut plan).await?;
+                let stored = inner.put_single(&at, &plan, existing, held.freeze().into()).await?;
+                return Ok(inner.record(&plan, stored, size, pieces.digest().await?));
             }
         }
     };
     let opening = [held.freeze(), more];
     let at = inner.coordinates().await?;
-    let existing = inner.existing(&at, &plan).await?;
-    let upload = PartsUpload::begin(inner, &at, &plan, existing.as_deref(), plan.size).await?;
-    let id = match upload {
-        Some(upload) => write_parts(inner, &plan, upload, opening, &mut pieces).await?,
+    let existing = inner.existing(&at, &mut plan).await?;
+    let limits = known(inner, &mut limits).await?;
+    let plan = Arc::new(plan);
+    let upload = match limits.parts {
+        true => PartsUpload::begin(inner, &at, &plan, existing.as_ref(), plan.size).await?,
+        false => None,
+    };
+    let (stored, size) = match upload {
+        Some(upload) => write_parts(inner, &plan, limits, upload, opening, &mut pieces).await?,
         None => {
-            let source = spool(inner, &plan, opening, &mut pieces).await?;
-            inner.put_single(&at, &plan, existing.as_deref(), source).await?
+            let source = spool(inner, &plan, limits, opening, &mut pieces).await?;
+            let size = source.length();
+            (inner.put_single(&at, &plan, existing, source).await?, size)
         }
     };
-    inner.record(&plan, &id);
-    Ok(id)
+    Ok(inner.record(&plan, stored, size, pieces.digest().await?))
 }
 
-/// How much is held back: asked of the server only when there is enough to make a difference.
-async fn single_limit(inner: &Inner, plan: &Plan, known: &mut Option<u64>) -> Result<u64, PortError> {
-    if let Some(limit) = *known {
-        return Ok(limit);
+/// The server's limits: asked only when there is a piece they could matter to.
+async fn known(inner: &Inner, limits: &mut Option<Limits>) -> Result<Limits, PortError> {
+    if let Some(limits) = *limits {
+        return Ok(limits);
     }
     let at: Coordinates = inner.coordinates().await?;
-    let limit = SINGLE_BYTES_MAX.min(inner.single_bytes_max(&at, plan).await);
-    *known = Some(limit);
-    Ok(limit)
+    Ok(*limits.insert(inner.limits(&at.server).await))
 }
 
 async fn write_parts(
     inner: &Inner,
     plan: &Plan,
+    limits: Limits,
     mut upload: PartsUpload,
     opening: [Bytes; 2],
-    pieces: &mut mpsc::Receiver<Message>,
-) -> Result<String, PortError> {
-    match fill_parts(inner, plan, &mut upload, opening, pieces).await {
-        Ok(()) => upload.complete().await,
+    pieces: &mut Pieces,
+) -> Result<(Stored, u64), PortError> {
+    match fill_parts(inner, plan, limits, &mut upload, opening, pieces).await {
+        Ok(size) => Ok((upload.complete().await?, size)),
         Err(err) => upload.fail(err).await,
     }
 }
@@ -173,10 +209,11 @@ async fn write_parts(
 async fn fill_parts(
     inner: &Inner,
     plan: &Plan,
+    limits: Limits,
     upload: &mut PartsUpload,
     opening: [Bytes; 2],
-    pieces: &mut mpsc::Receiver<Message>,
-) -> Result<(), PortError> {
+    pieces: &mut Pieces,
+) -> Result<u64, PortError> {
     let mut total = 0;
     let mut part = Filling::new(inner, plan, upload.part_size)?;
     let mut opening = opening.into_iter();
@@ -185,7 +222,12 @@ async fn fill_parts(
             Some(piece) => Some(Message::Piece(piece)),
             // Parts under way move on, and fail early, while the runner works.
             None => tokio::select! {
-                message = pieces.recv() => message,
+                message = pieces.recv() => {
+                    if let Some(Message::Piece(piece)) = &message {
+                        pieces.note(piece).await?;
+                    }
+                    message
+                }
                 arrived = upload.arrived() => {
                     arrived?;
                     continue;
@@ -197,6 +239,7 @@ async fn fill_parts(
             Some(Message::Piece(mut piece)) => {
                 total += piece.len() as u64;
                 check_overrun(plan, total)?;
+                limits.check(plan, total)?;
                 while !piece.is_empty() {
                     if part.left == 0 {
                         let full = std::mem::replace(&mut part, Filling::new(inner, plan, upload.part_size)?);
@@ -208,7 +251,8 @@ async fn fill_parts(
             }
             Some(Message::Finish) => {
                 plan.check_size(total)?;
-                return upload.push(part.close(plan).await?).await;
+                upload.push(part.close(plan).await?).await?;
+                return Ok(total);
             }
         }
     }
@@ -263,8 +307,9 @@ impl Filling {
 async fn spool(
     inner: &Inner,
     plan: &Plan,
+    limits: Limits,
     opening: [Bytes; 2],
-    pieces: &mut mpsc::Receiver<Message>,
+    pieces: &mut Pieces,
 ) -> Result<Source, PortError> {
     let mut whole = Filling { left: u64::MAX, length: 0, store: Store::File(spool_file(inner, plan)?) };
     for piece in opening {
@@ -274,8 +319,10 @@ async fn spool(
         match pieces.recv().await {
             None => return Err(abandoned(plan)),
             Some(Message::Piece(piece)) => {
+                pieces.note(&piece).await?;
                 whole.take(plan, piece).await?;
                 check_overrun(plan, whole.length)?;
+                limits.check(plan, whole.length)?;
             }
             Some(Message::Finish) => {
                 plan.check_size(whole.length)?;

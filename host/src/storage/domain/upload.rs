@@ -1,14 +1,26 @@
-//! Artifacts: what they are called, what they replace, and the upload in one request.
+//! Artifacts: what they are called, what they replace, and the upload in one request (contract 6.4,
+//! 6.8, 6.11, 6.12).
 
-use std::{fs::File, io, path::Path, sync::Arc};
+use std::{path::Path, sync::Arc};
 
 use bytes::Bytes;
 use http::Method;
+use url::Url;
 
-use super::{Inner, calls::Call, cid::data_url, source::Source, uploads_in_parts::PartsUpload, wire::ListJson};
+use super::{
+    Inner, Published,
+    calls::Call,
+    cid::data_url,
+    source::Source,
+    uploads_in_parts::PartsUpload,
+    wire::{ListJson, MetadataJson},
+};
 use crate::{
     model::{Artifact, ArtifactSpec, Coordinates, PortError, PortErrorKind},
-    storage::naming::{data_type, distinct_name, logical_path, relative_path, shown, stored_name},
+    storage::{
+        naming::{data_type, logical_path, marked_name, relative_path, shown, stored_name},
+        runner_file::RunnerFile,
+    },
 };
 
 /// Up to here an artifact travels in one request, and a stream is held in memory until it is
@@ -21,6 +33,8 @@ pub(super) struct Plan {
     pub(super) logical_path: String,
     pub(super) name: String,
     pub(super) data_type: String,
+    /// Whether the name comes from the path, not from the runner.
+    pub(super) inferred: bool,
     /// Id the runner wants replaced.
     pub(super) existing: Option<String>,
     /// Size the runner promised.
@@ -39,44 +53,72 @@ impl Plan {
             _ => Ok(()),
         }
     }
+
+    /// What makes a stored name unique.
+    fn key(&self) -> (String, String) {
+        (self.name.clone(), self.data_type.clone())
+    }
+
+    /// Compares what the server says it stored with what was sent, as far as it says anything.
+    pub(super) fn check_stored(&self, stored: MetadataJson, size: u64, created: bool) -> Result<Stored, PortError> {
+        let what = &self.what;
+        let malformed = |message: String| Err(PortError::new(PortErrorKind::Malformed, message));
+        let id = check_id(what, stored.id)?;
+        match (stored.size, stored.name, stored.data_type) {
+            (Some(stored), ..) if stored != size => {
+                malformed(format!("{what} failed: {size} bytes were sent, the server stored {stored}"))
+            }
+            (_, Some(name), _) if created && name != self.name => {
+                malformed(format!("{what} failed: the server stored it under the name {}", shown(&name)))
+            }
+            (_, _, Some(data_type)) if created && data_type != self.data_type => {
+                malformed(format!("{what} failed: the server stored it as the type {}", shown(&data_type)))
+            }
+            _ => Ok(Stored { id, updated_at: stored.updated_at }),
+        }
+    }
+}
+
+/// Data on the server that an upload replaces.
+#[derive(Clone, Debug)]
+pub(super) struct Existing {
+    pub(super) id: String,
+    /// When the server last changed it, in its words.
+    pub(super) updated_at: Option<String>,
+}
+
+/// Data on the server that an upload made.
+#[derive(Debug)]
+pub(super) struct Stored {
+    pub(super) id: String,
+    pub(super) updated_at: Option<String>,
 }
 
 pub(super) async fn put_file(inner: &Arc<Inner>, spec: ArtifactSpec, path: &Path) -> Result<Option<String>, PortError> {
-    let plan = Arc::new(inner.plan(spec)?);
-    let (file, size) = open_file(path).await.map_err(|err| {
-        let message = format!("{} failed: cannot read file {}: {err}", plan.what, path.display());
-        PortError::new(PortErrorKind::Local, message)
-    })?;
+    let mut plan = inner.plan(spec)?;
+    let file = RunnerFile::open(&plan.what, path, &inner.dir).await?;
+    let size = file.size();
     plan.check_size(size)?;
-    let source = Source::File { file, offset: 0, length: size };
+    let source = Source::File { file: file.handle(), offset: 0, length: size };
     let at = inner.coordinates().await?;
-    let existing = inner.existing(&at, &plan).await?;
-    let single = size == 0 || (size <= SINGLE_BYTES_MAX && size <= inner.single_bytes_max(&at, &plan).await);
+    let existing = inner.existing(&at, &mut plan).await?;
+    let limits = inner.limits(&at.server).await;
+    limits.check(&plan, size)?;
+    let plan = Arc::new(plan);
+    let single = !limits.parts || size <= SINGLE_BYTES_MAX.min(limits.payload_bytes_max(&plan));
     let in_parts = match single {
         true => None,
-        false => PartsUpload::begin(inner, &at, &plan, existing.as_deref(), Some(size)).await?,
+        false => PartsUpload::begin(inner, &at, &plan, existing.as_ref(), Some(size)).await?,
     };
-    let id = match in_parts {
-        Some(upload) => upload.send_file(source).await?,
-        None => inner.put_single(&at, &plan, existing.as_deref(), source).await?,
-    };
-    inner.record(&plan, &id);
-    Ok(Some(id))
-}
-
-/// Opens a regular file and says how long it is.
-async fn open_file(path: &Path) -> io::Result<(Arc<File>, u64)> {
-    let path = path.to_owned();
-    let opened = tokio::task::spawn_blocking(move || {
-        // Asked before opening: opening a pipe would wait for its writer.
-        if !std::fs::metadata(&path)?.is_file() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "expected a regular file"));
+    let (stored, sha256) = match in_parts {
+        // Nothing is made of the parts before it is known that they are those of one file.
+        Some(upload) => upload.send_file(source, file).await?,
+        None => {
+            let stored = inner.put_single(&at, &plan, existing, source).await?;
+            (stored, file.digest(&plan.what).await?)
         }
-        let file = File::open(&path)?;
-        let size = file.metadata()?.len();
-        Ok((Arc::new(file), size))
-    });
-    opened.await.map_err(io::Error::other)?
+    };
+    Ok(Some(inner.record(&plan, stored, size, sha256)))
 }
 
 impl Inner {
@@ -91,105 +133,184 @@ impl Inner {
                 check_header_text(&what, field, value)?;
             }
         }
-        let explicit = spec.name.is_some();
+        let inferred = spec.name.is_none();
         let data_type = spec.data_type.unwrap_or_else(|| data_type(&relative));
         let name = spec.name.unwrap_or_else(|| stored_name(&logical_path, lease.task));
-        let mut key = (name, data_type);
+        let mut plan =
+            Plan { logical_path, name, data_type, inferred, existing: spec.existing_id, size: spec.size, what };
         let mut books = self.books();
         // Two paths of one task may reduce to one name; the second gets another name instead of
         // replacing the first. What the runner names itself is its own business.
-        if !explicit && books.names.get(&key).is_some_and(|path| *path != logical_path) {
-            key.0 = distinct_name(&logical_path, lease.task);
+        if inferred && books.names.get(&plan.key()).is_some_and(|path| *path != plan.logical_path) {
+            plan.name = marked_name(&plan.logical_path, lease.task);
         }
-        books.names.entry(key.clone()).or_insert_with(|| logical_path.clone());
-        let (name, data_type) = key;
-        Ok(Plan { logical_path, name, data_type, existing: spec.existing_id, size: spec.size, what })
+        books.names.entry(plan.key()).or_insert_with(|| plan.logical_path.clone());
+        Ok(plan)
     }
 
     /// What an upload replaces: what the runner says, what this task stored at the path before,
     /// or what an earlier attempt stored under the same name.
-    pub(super) async fn existing(&self, at: &Coordinates, plan: &Plan) -> Result<Option<String>, PortError> {
-        let recorded = || self.books().published.get(&plan.logical_path).and_then(|artifact| artifact.id.clone());
-        if let Some(id) = plan.existing.clone().or_else(recorded) {
-            return Ok(Some(id));
+    pub(super) async fn existing(&self, at: &Coordinates, plan: &mut Plan) -> Result<Option<Existing>, PortError> {
+        if let Some(id) = plan.existing.clone() {
+            return Ok(Some(Existing { id, updated_at: None }));
         }
+        if let Some(Published { artifact, updated_at }) = self.books().published.get(&plan.logical_path)
+            && let Some(id) = artifact.id.clone()
+        {
+            return Ok(Some(Existing { id, updated_at: updated_at.clone() }));
+        }
+        let found = self.find(at, plan).await?;
+        let marked = marked_name(&plan.logical_path, self.grant.lease.task);
+        if found.is_none() || !plan.inferred || plan.name == marked {
+            return Ok(found);
+        }
+        // An earlier attempt stored something under this name. It was another path's if it gave
+        // this one its own name; the paths then keep their names, whichever comes first this time.
+        let plain = std::mem::replace(&mut plan.name, marked);
+        let own = self.find(at, plan).await?;
+        let mut books = self.books();
+        if own.is_none() {
+            plan.name = plain;
+            return Ok(found);
+        }
+        books.names.retain(|(name, _), path| *path != plan.logical_path || *name != plain);
+        books.names.insert(plan.key(), plan.logical_path.clone());
+        Ok(own)
+    }
+
+    /// The data stored under the plan's name and type.
+    async fn find(&self, at: &Coordinates, plan: &Plan) -> Result<Option<Existing>, PortError> {
+        let Some(found) = self.entry(at, plan).await? else { return Ok(None) };
+        Ok(Some(Existing { id: check_id(&plan.what, found.id)?, updated_at: found.updated_at }))
+    }
+
+    async fn entry(&self, at: &Coordinates, plan: &Plan) -> Result<Option<MetadataJson>, PortError> {
         let mut url = data_url(&at.server, &at.domain.to_string());
         url.query_pairs_mut().append_pair("name", &plan.name).append_pair("data_type", &plan.data_type);
-        let what = format!("looking for an earlier {}", plan.logical_path);
-        let list: ListJson = match self.json(&Call::new(&what, Method::GET, url)).await {
-            Err(err) if err.kind == PortErrorKind::NotFound => return Ok(None),
-            list => list?,
-        };
         // Servers may match names partially.
-        let same = list.data.into_iter().find(|entry| {
+        let same = |entry: &MetadataJson| {
             entry.name.as_deref() == Some(&plan.name) && entry.data_type.as_deref() == Some(&plan.data_type)
-        });
-        match same {
-            Some(found) => check_id(&plan.what, found.id).map(Some),
-            None => Ok(None),
+        };
+        Ok(self.list(plan, url).await?.into_iter().find(same))
+    }
+
+    /// What a list says; "not found" is an empty one.
+    async fn list(&self, plan: &Plan, url: Url) -> Result<Vec<MetadataJson>, PortError> {
+        let what = format!("looking for an earlier {}", plan.logical_path);
+        match self.json::<ListJson>(&Call::new(&what, Method::GET, url)).await {
+            Err(err) if err.kind == PortErrorKind::NotFound => Ok(Vec::new()),
+            list => Ok(list?.data),
         }
     }
 
-    /// The largest payload the server takes in one request, or no limit.
-    pub(super) async fn single_bytes_max(&self, at: &Coordinates, plan: &Plan) -> u64 {
-        // Boundary, part headers and line ends, generously.
-        let around = 512 + plan.name.len() as u64 + plan.data_type.len() as u64;
-        self.request_bytes_max(&at.server).await.map_or(u64::MAX, |limit| limit.saturating_sub(around))
+    /// Whether the server shows that an upload became what it should, `size` bytes long, although
+    /// it did not say so itself. `None`: it cannot be told.
+    pub(super) async fn happened(
+        &self,
+        at: &Coordinates,
+        plan: &Plan,
+        replaced: Option<&Existing>,
+        size: u64,
+    ) -> Result<Option<MetadataJson>, PortError> {
+        let found = match replaced {
+            Some(Existing { id, updated_at: Some(before) }) => {
+                let mut url = data_url(&at.server, &at.domain.to_string());
+                url.query_pairs_mut().append_pair("ids", id);
+                let found = self.list(plan, url).await?.into_iter().find(|entry| entry.id == *id);
+                found.filter(|entry| entry.updated_at.as_ref().is_some_and(|now| now != before))
+            }
+            // Without a time to compare, the old content would pass for the new.
+            Some(Existing { updated_at: None, .. }) => None,
+            None => self.entry(at, plan).await?,
+        };
+        Ok(found.filter(|entry| entry.size == Some(size)))
     }
 
-    /// Stores an artifact in one request.
+    /// Stores an artifact in one request, repeated while that can help.
+    ///
+    /// A create whose answer got lost may have been done. What it made is then found by its name,
+    /// and the repetition replaces it instead of making a second one.
     pub(super) async fn put_single(
         &self,
         at: &Coordinates,
         plan: &Plan,
-        existing: Option<&str>,
+        mut existing: Option<Existing>,
         source: Source,
-    ) -> Result<String, PortError> {
-        // 128 random bits: no payload holds this boundary, nor can one be made to.
-        let boundary = format!("part-{:032x}", rand::random::<u128>());
-        let (method, given) = match existing {
-            Some(id) => (Method::PUT, format!("id=\"{id}\"")),
-            None => (Method::POST, format!("name=\"{}\"; data-type=\"{}\"", plan.name, plan.data_type)),
-        };
-        let head = format!(
-            "--{boundary}\r\nContent-Type: application/octet-stream\r\n\
-             Content-Disposition: form-data; {given}\r\n\r\n"
-        );
-        let tail = format!("\r\n--{boundary}--\r\n");
-        let payload = vec![Bytes::from(head).into(), source, Bytes::from(tail).into()];
-        let call = Call::new(&plan.what, method, data_url(&at.server, &at.domain.to_string()))
-            .with(format!("multipart/form-data; boundary={boundary}"), payload);
-        let answer: ListJson = self.json(&call).await?;
-        match answer.data.into_iter().next() {
-            Some(stored) => check_id(&plan.what, stored.id),
-            None => {
-                let message = format!("{} failed: the answer lists no data, expected one entry", plan.what);
-                Err(PortError::new(PortErrorKind::Malformed, message))
+    ) -> Result<Stored, PortError> {
+        let size = source.length();
+        let mut patience = self.patience();
+        let mut in_doubt = false;
+        loop {
+            let call = single(at, plan, existing.as_ref(), source.clone());
+            let mut failed = match self.try_json::<ListJson>(&call).await {
+                Ok(list) => {
+                    let Some(stored) = list.data.into_iter().next() else {
+                        let message = format!("{} failed: the answer lists no data, expected one entry", plan.what);
+                        return Err(PortError::new(PortErrorKind::Malformed, message));
+                    };
+                    return plan.check_stored(stored, size, existing.is_none());
+                }
+                Err(failed) => failed,
+            };
+            let created = existing.is_none();
+            // Ours, from a try before, which the search did not show yet.
+            failed.passing |= in_doubt && created && failed.err.kind == PortErrorKind::Conflict;
+            failed.wait(&mut patience).await?;
+            if created {
+                in_doubt = true;
+                existing = self.find(at, plan).await?;
             }
         }
     }
 
-    /// Lists an artifact as published. The last one at a path is the one that counts.
-    pub(super) fn record(&self, plan: &Plan, id: &str) {
+    /// Lists an artifact as published and returns its id. The last one at a path is the one that counts.
+    pub(super) fn record(&self, plan: &Plan, stored: Stored, size: u64, sha256: String) -> String {
+        let Stored { id, updated_at } = stored;
         let artifact = Artifact {
             logical_path: plan.logical_path.clone(),
             name: plan.name.clone(),
             data_type: plan.data_type.clone(),
-            id: Some(id.to_owned()),
-            size: None,
-            sha256: None,
+            id: Some(id.clone()),
+            size: Some(size),
+            sha256: Some(sha256.clone()),
         };
         tracing::debug!(path = %artifact.logical_path, data_id = id, "artifact published");
-        self.books().published.insert(artifact.logical_path.clone(), artifact);
+        let mut books = self.books();
+        // A runner may give two paths one name: then both stand for what is stored now.
+        for other in books.published.values_mut().filter(|other| other.artifact.id.as_ref() == Some(&id)) {
+            (other.artifact.size, other.artifact.sha256) = (Some(size), Some(sha256.clone()));
+            other.updated_at.clone_from(&updated_at);
+        }
+        books.published.insert(artifact.logical_path.clone(), Published { artifact, updated_at });
+        id
     }
+}
+
+/// A create, or an update of `existing`, in one request (contract 6.4).
+fn single<'a>(at: &Coordinates, plan: &'a Plan, existing: Option<&Existing>, source: Source) -> Call<'a> {
+    // 128 random bits: no payload holds this boundary, nor can one be made to.
+    let boundary = format!("part-{:032x}", rand::random::<u128>());
+    let (method, given) = match existing {
+        Some(Existing { id, .. }) => (Method::PUT, format!("id=\"{id}\"")),
+        None => (Method::POST, format!("name=\"{}\"; data-type=\"{}\"", plan.name, plan.data_type)),
+    };
+    let head = format!(
+        "--{boundary}\r\nContent-Type: application/octet-stream\r\n\
+         Content-Disposition: form-data; {given}\r\n\r\n"
+    );
+    let tail = format!("\r\n--{boundary}--\r\n");
+    let payload = vec![Bytes::from(head).into(), source, Bytes::from(tail).into()];
+    Call::new(&plan.what, method, data_url(&at.server, &at.domain.to_string()))
+        .with(format!("multipart/form-data; boundary={boundary}"), payload)
 }
 
 /// Whether `value` may stand between quotes in a part's header.
 fn check_header_text(what: &str, field: &str, value: &str) -> Result<(), PortError> {
     let why = if value.is_empty() {
         "is empty"
-    } else if value.contains(|c: char| c.is_control() || matches!(c, '"' | '\\')) {
-        "holds a control character, a quote or a backslash"
+    } else if value.contains(|c: char| c.is_control() || matches!(c, '"' | '\\' | ';')) {
+        // Nothing on this wire can escape them: the name would be cut, or reach into the next header.
+        "holds a control character, a quote, a backslash or a semicolon"
     } else {
         return Ok(());
     };

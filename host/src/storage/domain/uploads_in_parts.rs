@@ -1,7 +1,8 @@
-//! Large artifacts: begun, sent part by part, completed. Whatever goes wrong, the server is told
-//! once to forget the upload, also when it is simply dropped.
+//! Large artifacts: begun, sent part by part, completed (contract 6.7). Whatever goes wrong, the
+//! server is told to forget the upload, also when it is simply dropped; only for a lost lease nothing
+//! is sent any more.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{sync::Arc, time::Duration};
 
 use futures_util::{FutureExt, StreamExt, future::BoxFuture, stream::FuturesUnordered};
 use http::{Method, StatusCode};
@@ -10,16 +11,23 @@ use url::Url;
 
 use super::{
     Inner,
-    calls::{Call, status_error},
+    calls::Call,
     cid::data_url,
     source::Source,
-    upload::{Plan, check_id},
+    upload::{Existing, Plan, Stored},
     wire::{CompleteJson, EtagJson, InitiateJson, InitiatedJson, MetadataJson, PartJson},
 };
-use crate::model::{Coordinates, PortError, PortErrorKind, millis};
+use crate::{
+    model::{Coordinates, PortError, PortErrorKind},
+    storage::{naming::shown, runner_file::RunnerFile},
+};
 
-/// How often a part is tried.
-const TRIES: u32 = 3;
+/// Most parts of one upload, on any server (contract 10.5).
+const PARTS_MAX: u64 = 10_000;
+/// Longest etag of a part, in bytes (contract 10.5).
+const ETAG_BYTES_MAX: usize = 1024;
+/// How long an abort may take, with its repetitions. A task that is over waits for it.
+const ABORT_LIMIT: Duration = Duration::from_secs(5);
 
 /// An upload the server has begun. Dropped before it is completed, it is aborted.
 pub(super) struct PartsUpload {
@@ -28,7 +36,7 @@ pub(super) struct PartsUpload {
     pub(super) part_size: u64,
     running: FuturesUnordered<BoxFuture<'static, Result<PartJson, PortError>>>,
     sent: Vec<PartJson>,
-    begun: u32,
+    begun: u64,
     total: u64,
     /// Whether the server may still hold it.
     open: bool,
@@ -38,6 +46,8 @@ pub(super) struct PartsUpload {
 struct Target {
     inner: Arc<Inner>,
     plan: Arc<Plan>,
+    at: Coordinates,
+    replaced: Option<Existing>,
     url: Url,
     id: String,
     runtime: Handle,
@@ -45,11 +55,13 @@ struct Target {
 
 impl PartsUpload {
     /// Begins an upload. `None`: this server does not offer uploads in parts.
+    ///
+    /// One whose answer was lost is begun again: the server drops the first by itself in time.
     pub(super) async fn begin(
         inner: &Arc<Inner>,
         at: &Coordinates,
         plan: &Arc<Plan>,
-        existing: Option<&str>,
+        replaced: Option<&Existing>,
         size: Option<u64>,
     ) -> Result<Option<Self>, PortError> {
         let mut url = data_url(&at.server, &at.domain.to_string());
@@ -58,31 +70,39 @@ impl PartsUpload {
         begin.set_query(Some("uploads"));
         let (name, data_type) = (plan.name.as_str(), plan.data_type.as_str());
         let content_type = Some("application/octet-stream");
-        let json = InitiateJson { name, data_type, size, content_type, existing_id: existing };
+        let existing_id = replaced.map(|existing| existing.id.as_str());
+        let json = InitiateJson { name, data_type, size, content_type, existing_id };
         let call = Call::new(&plan.what, Method::POST, begin).with_json(&json);
-        let response = inner.exchange(&call).await?;
-        match response.status() {
-            StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED => {
-                inner.excerpt(response).await; // read to the end, so that the connection can be used again
-                return Ok(None);
-            }
-            status if !status.is_success() => {
-                let excerpt = inner.excerpt(response).await;
-                return Err(status_error(&plan.what, status, &excerpt));
-            }
-            _ => {}
-        }
-        let begun: InitiatedJson = inner.decode(&call, response).await?;
+        let mut patience = inner.patience();
+        let begun: InitiatedJson = loop {
+            let failed = match inner.exchange(&call).await {
+                Ok(response) if not_offered(response.status()) => {
+                    inner.excerpt(response).await; // read to the end, so that the connection can be used again
+                    return Ok(None);
+                }
+                Ok(response) => match inner.accepted(&call, response).await {
+                    Ok(response) => match inner.decode(&call, response).await {
+                        Ok(begun) => break begun,
+                        Err(err) => err.into(),
+                    },
+                    Err(failed) => failed,
+                },
+                Err(err) => err.into(),
+            };
+            failed.wait(&mut patience).await?;
+        };
         let target = Target {
             inner: Arc::clone(inner),
             plan: Arc::clone(plan),
+            at: at.clone(),
+            replaced: replaced.cloned(),
             url,
             id: begun.upload_id,
             runtime: Handle::current(),
         };
         let upload = Self {
             target: Arc::new(target),
-            part_size: u64::try_from(begun.part_size).unwrap_or(0),
+            part_size: begun.part_size.as_u64().unwrap_or(0),
             running: FuturesUnordered::new(),
             sent: Vec::new(),
             begun: 0,
@@ -90,27 +110,47 @@ impl PartsUpload {
             open: true,
         };
         if upload.part_size == 0 {
-            let message = format!("{} failed: part_size is {}, expected more than 0", plan.what, begun.part_size);
+            let found = shown(&begun.part_size.to_string());
+            let message = format!("{} failed: part_size is {found}, expected a whole number above 0", plan.what);
+            return upload.fail(PortError::new(PortErrorKind::Malformed, message)).await;
+        }
+        if let Some(parts) = size.map(|size| size.div_ceil(upload.part_size)).filter(|parts| *parts > PARTS_MAX) {
+            let message = format!(
+                "{} failed: part_size is {}, which makes {parts} parts of it; at most {PARTS_MAX} are allowed",
+                plan.what, upload.part_size
+            );
             return upload.fail(PortError::new(PortErrorKind::Malformed, message)).await;
         }
         Ok(Some(upload))
     }
 
-    /// Sends a file, its parts read as they are sent, and completes.
-    pub(super) async fn send_file(mut self, whole: Source) -> Result<String, PortError> {
-        let mut parts = split(whole, self.part_size);
-        while let Some(part) = parts.pop_front() {
-            if let Err(err) = self.push(part).await {
-                return self.fail(err).await;
+    /// Sends a file, its parts read as they are sent, and completes if it stayed what it was. With
+    /// what was stored comes the file's digest.
+    pub(super) async fn send_file(mut self, whole: Source, file: RunnerFile) -> Result<(Stored, String), PortError> {
+        let sent = async {
+            for part in split(whole, self.part_size) {
+                self.push(part).await?;
             }
+            self.all_arrived().await
+        };
+        if let Err(err) = sent.await {
+            return self.fail(err).await;
         }
-        self.complete().await
+        match file.digest(&self.target.plan.what).await {
+            Ok(sha256) => Ok((self.complete().await?, sha256)),
+            Err(err) => self.fail(err).await,
+        }
     }
 
     /// Starts the next part, after waiting until fewer than the allowed number are under way.
     pub(super) async fn push(&mut self, part: Source) -> Result<(), PortError> {
         while self.running.len() >= self.target.inner.config.parallel_parts.max(1) {
             self.arrived().await?;
+        }
+        if self.begun == PARTS_MAX {
+            let what = &self.target.plan.what;
+            let message = format!("{what} refused: it is longer than {PARTS_MAX} parts of {} bytes", self.part_size);
+            return Err(PortError::new(PortErrorKind::Limit, message));
         }
         self.begun += 1;
         self.total += part.length();
@@ -129,30 +169,49 @@ impl PartsUpload {
         }
     }
 
-    /// Waits for all parts and makes them one artifact; returns its id.
-    pub(super) async fn complete(mut self) -> Result<String, PortError> {
+    async fn all_arrived(&mut self) -> Result<(), PortError> {
         while !self.running.is_empty() {
-            if let Err(err) = self.arrived().await {
-                return self.fail(err).await;
-            }
+            self.arrived().await?;
+        }
+        Ok(())
+    }
+
+    /// Waits for all parts and makes them one artifact.
+    pub(super) async fn complete(mut self) -> Result<Stored, PortError> {
+        if let Err(err) = self.all_arrived().await {
+            return self.fail(err).await;
         }
         self.sent.sort_by_key(|part| part.part_number);
         let target = Arc::clone(&self.target);
-        let call = Call::new(&target.plan.what, Method::POST, target.url_with(None))
-            .with_json(&CompleteJson { parts: &self.sent });
-        let stored: MetadataJson = match target.inner.json(&call).await {
-            Ok(stored) => stored,
-            Err(err) => return self.fail(err).await,
+        let (plan, replaced) = (&target.plan, target.replaced.as_ref());
+        let call =
+            Call::new(&plan.what, Method::POST, target.url_with(None)).with_json(&CompleteJson { parts: &self.sent });
+        let mut patience = target.inner.patience();
+        // Whether a try before may have done it, although its answer did not say so.
+        let mut in_doubt = false;
+        let stored = loop {
+            let failed = match target.inner.try_json::<MetadataJson>(&call).await {
+                Ok(stored) => break stored,
+                Err(failed) => failed,
+            };
+            let passing = failed.passing;
+            let Err(err) = failed.wait(&mut patience).await else {
+                in_doubt = true;
+                continue;
+            };
+            // An upload that is complete is no upload any more: servers refuse the repetition, and
+            // then show what became of it.
+            if in_doubt || passing {
+                match target.inner.happened(&target.at, plan, replaced, self.total).await {
+                    Ok(Some(stored)) => break stored,
+                    Ok(None) => {}
+                    Err(search) => tracing::debug!(error = %search, "an upload's end stays unknown"),
+                }
+            }
+            return self.fail(err).await;
         };
         self.open = false;
-        let what = &target.plan.what;
-        match stored.size {
-            Some(size) if size != self.total => {
-                let message = format!("{what} failed: {} bytes were sent, the server stored {size}", self.total);
-                Err(PortError::new(PortErrorKind::Malformed, message))
-            }
-            _ => check_id(what, stored.id),
-        }
+        plan.check_stored(stored, self.total, replaced.is_none())
     }
 
     /// Aborts, waits for that, and returns the reason for it.
@@ -185,7 +244,7 @@ impl Drop for PartsUpload {
 
 impl Target {
     /// The URL of this upload, or of one of its parts.
-    fn url_with(&self, part: Option<u32>) -> Url {
+    fn url_with(&self, part: Option<u64>) -> Url {
         let mut url = self.url.clone();
         let mut query = url.query_pairs_mut();
         query.append_pair("uploadId", &self.id);
@@ -196,55 +255,68 @@ impl Target {
         url
     }
 
+    /// Has the server forget the upload. Not for a lost lease: by then the node may have been
+    /// stopped for long, and begins nothing for it; the server's own expiry has to do.
     async fn abort(&self) {
-        let lost = self.inner.grant.cancel.lost();
         let call = Call::new("abort of an upload", Method::DELETE, self.url_with(None));
-        let done = tokio::select! {
-            biased;
-            // The upload may already be somebody else's; the server's own expiry has to do.
-            () = lost => return,
-            done = self.inner.send(&call) => done,
+        let aborting = async {
+            let mut patience = self.inner.patience();
+            loop {
+                let failed = match self.inner.exchange(&call).await {
+                    // Gone is what it should be.
+                    Ok(response) if response.status() == StatusCode::NOT_FOUND => return Ok::<(), PortError>(()),
+                    Ok(response) => match self.inner.accepted(&call, response).await {
+                        Ok(_) => return Ok(()),
+                        Err(failed) => failed,
+                    },
+                    Err(err) => err.into(),
+                };
+                failed.wait(&mut patience).await?;
+            }
         };
-        if let Err(err) = done {
-            tracing::debug!(error = %err, "an upload could not be aborted");
+        let aborted = tokio::select! {
+            biased;
+            () = self.inner.grant.lost() => return,
+            aborted = tokio::time::timeout(ABORT_LIMIT, aborting) => aborted,
+        };
+        match aborted {
+            Ok(Ok(())) => {}
+            Ok(Err(err)) if err.kind == PortErrorKind::LeaseOver => {}
+            Ok(Err(err)) => {
+                tracing::warn!(error = %err, "upload could not be aborted, it stays until the server drops it")
+            }
+            Err(_) => tracing::warn!("upload could not be aborted in time, it stays until the server drops it"),
         }
     }
 }
 
-/// Sends one part, again if the network or the server failed, each time with the newest bearer.
-async fn send_part(target: Arc<Target>, number: u32, part: Source) -> Result<PartJson, PortError> {
+fn not_offered(status: StatusCode) -> bool {
+    matches!(status, StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED)
+}
+
+/// Sends one part, as often as it takes, each time with the newest bearer.
+async fn send_part(target: Arc<Target>, number: u64, part: Source) -> Result<PartJson, PortError> {
     let what = format!("{} (part {number})", target.plan.what);
-    let mut tried = 0;
-    loop {
-        let call = Call::new(&what, Method::PUT, target.url_with(Some(number)))
-            .with("application/octet-stream", vec![part.clone()]);
-        tried += 1;
-        match target.inner.json::<EtagJson>(&call).await {
-            Ok(answer) => return Ok(PartJson { part_number: number, etag: answer.etag }),
-            Err(err) if tried < TRIES && matches!(err.kind, PortErrorKind::Network | PortErrorKind::Server) => {
-                let pause = target.inner.config.part_pause * tried;
-                tracing::debug!(error = %err, retry_in_ms = millis(pause), "a part is sent again");
-                tokio::time::sleep(pause).await;
-            }
-            Err(err) => return Err(err),
-        }
+    let call =
+        Call::new(&what, Method::PUT, target.url_with(Some(number))).with("application/octet-stream", vec![part]);
+    let EtagJson { etag } = target.inner.json(&call).await?;
+    if etag.len() > ETAG_BYTES_MAX {
+        let message = format!("{what} failed: the etag has {} bytes, expected at most {ETAG_BYTES_MAX}", etag.len());
+        return Err(PortError::new(PortErrorKind::Malformed, message));
     }
+    Ok(PartJson { part_number: number, etag })
 }
 
 /// Cuts a source into parts. Only ranges are made; nothing is read or copied.
-fn split(whole: Source, part_size: u64) -> VecDeque<Source> {
+fn split(whole: Source, part_size: u64) -> impl Iterator<Item = Source> {
     let total = whole.length();
-    let ranges = (0..total.div_ceil(part_size)).map(|n| {
+    (0..total.div_ceil(part_size)).map(move |n| {
         let at = n * part_size;
-        (at, part_size.min(total - at))
-    });
-    match whole {
-        Source::File { file, offset, .. } => {
-            ranges.map(|(at, length)| Source::File { file: Arc::clone(&file), offset: offset + at, length }).collect()
+        let length = part_size.min(total - at);
+        match &whole {
+            Source::File { file, offset, .. } => Source::File { file: Arc::clone(file), offset: offset + at, length },
+            // A range of bytes in memory fits the address space.
+            Source::Memory(bytes) => bytes.slice(at as usize..(at + length) as usize).into(),
         }
-        // A range of bytes in memory fits the address space.
-        Source::Memory(bytes) => {
-            ranges.map(|(at, length)| bytes.slice(at as usize..(at + length) as usize).into()).collect()
-        }
-    }
+    })
 }

@@ -12,6 +12,9 @@ pub(super) struct MetadataJson {
     pub(super) data_type: Option<String>,
     #[serde(default)]
     pub(super) size: Option<u64>,
+    /// Never parsed: only compared.
+    #[serde(default)]
+    pub(super) updated_at: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -31,7 +34,9 @@ pub(super) struct InitiateJson<'a> {
 #[derive(Debug, Deserialize)]
 pub(super) struct InitiatedJson {
     pub(super) upload_id: String,
-    pub(super) part_size: i64,
+    /// Expected to be a number above 0. Anything else must not hide the id, by which it is aborted.
+    #[serde(default)]
+    pub(super) part_size: serde_json::Value,
 }
 
 #[derive(Debug, Deserialize)]
@@ -41,7 +46,7 @@ pub(super) struct EtagJson {
 
 #[derive(Clone, Debug, Serialize)]
 pub(super) struct PartJson {
-    pub(super) part_number: u32,
+    pub(super) part_number: u64,
     pub(super) etag: String,
 }
 
@@ -55,7 +60,21 @@ pub(super) struct InfoJson {
     pub(super) upload: UploadInfoJson,
 }
 
+/// Older servers send the first and whether there are uploads in parts, newer ones all of it.
+/// Contract 6.6 and 10.5.
 #[derive(Debug, Deserialize)]
 pub(super) struct UploadInfoJson {
     pub(super) request_max_bytes: i64,
+    #[serde(default)]
+    pub(super) domain_data_max_bytes: Option<i64>,
+    #[serde(default)]
+    pub(super) multipart: Option<PartsInfoJson>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct PartsInfoJson {
+    #[serde(default)]
+    pub(super) enabled: Option<bool>,
+    #[serde(default)]
+    pub(super) part_size_bytes: Option<i64>,
 }

@@ -6,6 +6,7 @@
 
 pub(crate) mod fixtures;
 pub(crate) mod folder;
+pub(crate) mod hygiene;
 pub(crate) mod node;
 pub(crate) mod rubbish;
 

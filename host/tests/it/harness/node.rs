@@ -7,11 +7,15 @@ use std::{
     io::{BufRead, BufReader, Read},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicU32, Ordering},
+    },
     thread,
     time::Duration,
 };
 
+use bytes::Bytes;
 use http::Request;
 use runner_host::{
     auth::NodeKey,
@@ -23,7 +27,7 @@ use tempfile::TempDir;
 use tokio::sync::watch;
 use url::Url;
 
-use super::{PATIENCE, fixtures, trimmed, within};
+use super::{PATIENCE, fixtures, hygiene::Hygiene, trimmed, within};
 
 /// A command line of the binary, with nothing in its environment but what is set here.
 pub(crate) struct Cli {
@@ -55,12 +59,13 @@ impl Cli {
 
     pub(crate) fn start(self) -> Process {
         let mut command = Command::new(env!("CARGO_BIN_EXE_runner-host"));
+        let hygiene = Hygiene::of(&self.env);
         command.args(self.args).env_clear().envs(self.env);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         if let Some(dir) = self.dir {
             command.current_dir(dir);
         }
-        Process::follow(command.spawn().expect("the binary starts"))
+        Process::follow(command.spawn().expect("the binary starts"), hygiene)
     }
 
     /// Runs it to its end.
@@ -87,16 +92,18 @@ impl Finished {
     }
 }
 
-/// A running process and what it has said so far. Killed when dropped.
+/// A running process and what it has said so far. Killed when dropped, and searched for secrets it has
+/// let out ([`super::hygiene`]).
 pub(crate) struct Process {
     child: Arc<Mutex<Child>>,
     stdout: watch::Receiver<Vec<String>>,
     stderr: watch::Receiver<Vec<String>>,
     code: watch::Receiver<Option<i32>>,
+    hygiene: Hygiene,
 }
 
 impl Process {
-    fn follow(mut child: Child) -> Self {
+    fn follow(mut child: Child, hygiene: Hygiene) -> Self {
         let stdout = child.stdout.take().expect("stdout is a pipe");
         let stderr = child.stderr.take().expect("stderr is a pipe");
         let (out_tell, out) = watch::channel(Vec::new());
@@ -112,7 +119,7 @@ impl Process {
             let status = ended.lock().expect("nobody panics with the child").wait().expect("a child can be waited for");
             code_tell.send_replace(Some(status.code().unwrap_or(-1)));
         });
-        Self { child, stdout: out, stderr: err, code }
+        Self { child, stdout: out, stderr: err, code, hygiene }
     }
 
     fn child(&self) -> MutexGuard<'_, Child> {
@@ -165,6 +172,16 @@ impl Drop for Process {
     fn drop(&mut self) {
         // It may have ended; then there is nothing to do.
         let _ = self.child().kill();
+        if thread::panicking() {
+            return;
+        }
+        // Its last lines are on their way, unless a child of its own still holds the pipe.
+        let patience = std::time::Instant::now() + Duration::from_secs(2);
+        while !self.has_ended() && std::time::Instant::now() < patience {
+            thread::sleep(Duration::from_millis(1));
+        }
+        let leak = self.hygiene.find(self.log().as_bytes()).or_else(|| self.hygiene.find_in_files());
+        assert!(leak.is_none(), "a secret got out: {}", leak.unwrap_or_default());
     }
 }
 
@@ -225,6 +242,12 @@ impl NodeSetup {
         self
     }
 
+    /// With a port of its own under which others reach its pages, for registrations with a callback.
+    pub(crate) fn reachable(self) -> Self {
+        let address = format!("127.0.0.1:{}", free_port());
+        self.set("NODE_URL", format!("http://{address}")).set("HTTP_BIND", address)
+    }
+
     /// The folder it loads plugins from.
     pub(crate) fn plugins(&self) -> &Path {
         self.plugins.path()
@@ -266,6 +289,18 @@ impl NodeSetup {
     /// Runs it to its end: for nodes that must not start.
     pub(crate) async fn refused(self) -> Finished {
         self.cli.run().await
+    }
+}
+
+/// A free port that no connection is given by itself: those are taken from higher ones.
+fn free_port() -> u16 {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        let next = std::process::id().wrapping_mul(101).wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+        let port = 20_000 + u16::try_from(next % 12_000).expect("below 12000");
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
     }
 }
 
@@ -314,6 +349,15 @@ impl TestNode {
 
     pub(crate) fn hang_up(&self) {
         self.process.signal(Signal::HUP);
+    }
+
+    /// Stops it as a debugger would: nothing of it runs until it is thawed.
+    pub(crate) fn freeze(&self) {
+        self.process.signal(Signal::STOP);
+    }
+
+    pub(crate) fn thaw(&self) {
+        self.process.signal(Signal::CONT);
     }
 
     pub(crate) fn kill(&self) {
@@ -365,7 +409,18 @@ impl TestNode {
         let request = Request::get(format!("http://{}{path}", self.address)).body(transport::full(""));
         let answer = self.client.call(request.expect("a request"), PATIENCE).await;
         let answer = answer.unwrap_or_else(|err| panic!("{path}: {err}\n{}", self.log()));
+        let leak = self.process.hygiene.find(&answer.body);
+        assert!(leak.is_none(), "a secret is on {path}: {}", leak.unwrap_or_default());
         (answer.status.as_u16(), answer.json().unwrap_or_default())
+    }
+
+    /// Posts to one of the node's pages; status, `Content-Type` and text of the answer.
+    pub(crate) async fn post(&self, path: &str, content_type: &str, body: impl Into<Bytes>) -> (u16, String, String) {
+        let request = Request::post(format!("http://{}{path}", self.address)).header("content-type", content_type);
+        let answer = self.client.call(request.body(transport::full(body)).expect("a request"), PATIENCE).await;
+        let answer = answer.unwrap_or_else(|err| panic!("{path}: {err}\n{}", self.log()));
+        let kind = answer.headers.get("content-type").and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+        (answer.status.as_u16(), kind.to_owned(), String::from_utf8_lossy(&answer.body).into_owned())
     }
 
     /// Asks for a page until it looks as `wanted`; pages have no bell to wait for.

@@ -13,6 +13,7 @@ use http::{Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
 use hyper::{body::Frame, body::Incoming, service::service_fn};
 use hyper_util::rt::TokioIo;
+use jiff::{SignedDuration, Timestamp};
 use runner_host::transport::{self, Client, JSON_BYTES_MAX};
 use serde_json::Value;
 use tokio::{net::TcpListener, sync::watch};
@@ -43,6 +44,8 @@ pub(crate) enum Bad {
     Redirect(u16, String),
     /// 200 and this.
     Json(Value),
+    /// 200 and what this makes, each time anew.
+    Make(Arc<dyn Fn() -> Value + Send + Sync>),
     /// The connection ends without an answer.
     Cut,
     /// No answer while the service lives.
@@ -58,6 +61,10 @@ pub(crate) enum Bad {
 impl Bad {
     pub(crate) fn edit(edit: impl Fn(&mut Value) + Send + Sync + 'static) -> Self {
         Self::Edit(Arc::new(edit))
+    }
+
+    pub(crate) fn make(make: impl Fn() -> Value + Send + Sync + 'static) -> Self {
+        Self::Make(Arc::new(make))
     }
 
     /// An answer that is held back until the token is cancelled.
@@ -89,6 +96,7 @@ struct Inner {
     own: String,
     client: Client,
     rules: Mutex<Vec<Rule>>,
+    clock: Mutex<SignedDuration>,
     seen: watch::Sender<Vec<String>>,
     connections: watch::Sender<usize>,
 }
@@ -111,6 +119,7 @@ impl Rubbish {
             own: format!("http://{address}"),
             client: Client::new(transport::Config::default()),
             rules: Mutex::default(),
+            clock: Mutex::default(),
             seen: watch::Sender::new(Vec::new()),
             connections: watch::Sender::new(0),
         });
@@ -133,6 +142,11 @@ impl Rubbish {
     /// the path; after a `?` follows what the query must hold.
     pub(crate) fn answer(&self, pattern: &str, times: usize, bad: Bad) {
         self.inner.rules().push(Rule { pattern: pattern.to_owned(), left: times, bad });
+    }
+
+    /// From now on its clock is ahead by this, or behind: the date of each answer and every time in it.
+    pub(crate) fn set_clock(&self, ahead: SignedDuration) {
+        *self.inner.clock() = ahead;
     }
 
     /// Passes everything on again.
@@ -166,6 +180,10 @@ impl Inner {
         self.rules.lock().expect("nobody panics with the rules")
     }
 
+    fn clock(&self) -> MutexGuard<'_, SignedDuration> {
+        self.clock.lock().expect("nobody panics with the clock")
+    }
+
     /// What stands against this request, counted down.
     fn rule(&self, request: &str) -> Option<Bad> {
         let mut rules = self.rules();
@@ -193,6 +211,14 @@ impl Inner {
         (head.status, kind, body.collect().await.expect("the world's answers are whole").to_bytes())
     }
 
+    async fn dated(&self, request: Request<Incoming>) -> Result<Response<Body>, std::io::Error> {
+        let mut response = self.answer(request).await?;
+        let now = Timestamp::now() + *self.clock();
+        let date = jiff::fmt::rfc2822::DateTimePrinter::new().timestamp_to_rfc9110_string(&now).expect("a date");
+        response.headers_mut().insert(header::DATE, date.parse().expect("a header"));
+        Ok(response)
+    }
+
     async fn answer(&self, request: Request<Incoming>) -> Result<Response<Body>, std::io::Error> {
         let name = format!("{} {}", request.method(), request.uri());
         let rule = self.rule(&name);
@@ -213,6 +239,12 @@ impl Inner {
                     gate.cancelled().await;
                 }
                 let plane = name.contains(" /v1/");
+                if let (Ok(mut value), ahead) = (serde_json::from_slice::<Value>(&body), *self.clock())
+                    && !ahead.is_zero()
+                {
+                    shift(&mut value, ahead);
+                    body = value.to_string().into();
+                }
                 if let (Ok(mut value), true) = (serde_json::from_slice::<Value>(&body), plane) {
                     // All further calls shall come here too.
                     if value["domain_server_url"] == self.world.as_str() {
@@ -250,6 +282,7 @@ impl Inner {
                         .body(whole(Bytes::new()))
                         .expect("a response"),
                     Bad::Json(value) => answer(200, json, value.to_string().into()),
+                    Bad::Make(make) => answer(200, json, make().to_string().into()),
                     Bad::Truncated => Response::builder()
                         .header(header::CONTENT_TYPE, json)
                         .header(header::CONTENT_LENGTH, 1000)
@@ -260,6 +293,23 @@ impl Inner {
                 }
             }
         })
+    }
+}
+
+/// Moves every time at which something expires.
+fn shift(value: &mut Value, ahead: SignedDuration) {
+    match value {
+        Value::Object(fields) => {
+            for (key, value) in fields {
+                let time = value.as_str().and_then(|text| text.parse::<Timestamp>().ok());
+                match time.filter(|_| key.ends_with("expires_at")) {
+                    Some(time) => *value = (time + ahead).to_string().into(),
+                    None => shift(value, ahead),
+                }
+            }
+        }
+        Value::Array(values) => values.iter_mut().for_each(|value| shift(value, ahead)),
+        _ => {}
     }
 }
 
@@ -290,7 +340,7 @@ async fn serve(inner: Arc<Inner>, listener: TcpListener, stop: CancellationToken
         inner.connections.send_modify(|count| *count += 1);
         let (inner, stopped) = (Arc::clone(&inner), stop.clone().cancelled_owned());
         tokio::spawn(async move {
-            let service = service_fn(|request| inner.answer(request));
+            let service = service_fn(|request| inner.dated(request));
             let connection = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(socket), service);
             tokio::select! {
                 // How a connection ends is the test's business.

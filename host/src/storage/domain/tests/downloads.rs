@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 
 use super::*;
-use crate::model::CancelReason;
+use crate::model::{CancelReason, Moment};
 
 const KIND: &str = "multipart/form-data; boundary=q7";
 
@@ -93,7 +93,10 @@ async fn what_does_not_exist_is_not_found_by_name() {
 #[tokio::test]
 async fn a_broken_answer_is_an_error_and_leaves_nothing_behind() {
     let world = world_with(|config| config.stall = Duration::from_secs(2)).await;
-    let whole = multipart("q7", &[("d".into(), Item { name: "n".into(), data_type: "t".into(), bytes: noise(5000) })]);
+    let whole = multipart(
+        "q7",
+        &[("d".into(), Item { name: "n".into(), data_type: "t".into(), bytes: noise(5000), version: 0 })],
+    );
     let longer = String::from_utf8_lossy(&multipart("q7", &[]))
         .replace("--q7--", "--q7\r\nContent-Disposition: f; size=1\r\n\r\nab\r\n--q7--");
     let cases: Vec<(&'static str, Body, PortErrorKind)> = vec![
@@ -154,6 +157,17 @@ async fn an_error_text_never_holds_the_bearer() {
     let err = world.ports.materialize("d").await.expect_err("refused");
     assert_eq!(err.kind, PortErrorKind::Unauthorized);
     assert!(err.message.contains("is not accepted") && !err.message.contains("very-secret"), "{err}");
+}
+
+#[tokio::test]
+async fn a_lease_whose_end_has_passed_is_lost_before_anyone_says_so() {
+    let world = world().await;
+    world.item("d", "n", "t", "bytes");
+    world.keys.fence.set(Moment::now());
+    refused(world.ports.materialize("d").await, PortErrorKind::LeaseOver, "lease is lost");
+    refused(world.put("x", b"y").await, PortErrorKind::LeaseOver, "lease is lost");
+    assert_eq!(world.grant.cancel.reason(), Some(CancelReason::LeaseLost));
+    assert!(world.log().is_empty(), "{:?}", world.log());
 }
 
 #[tokio::test]

@@ -2,7 +2,11 @@
 //! wire promises, and tests can make it misbehave once at a chosen request.
 
 mod downloads;
+mod files;
+mod names;
 mod refusals;
+mod repeats;
+mod resumes;
 mod streams;
 mod uploads;
 
@@ -18,7 +22,7 @@ use axum::{
     extract::{Request, State},
     response::{IntoResponse, Response},
 };
-use http::{Method, StatusCode, header};
+use http::{Method, StatusCode, header, request::Parts};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::{net::TcpListener, task::JoinHandle};
@@ -44,6 +48,8 @@ struct Item {
     name: String,
     data_type: String,
     bytes: Vec<u8>,
+    /// Counts changes; the time of the last one is made of it.
+    version: u32,
 }
 
 /// What the server does with one request instead of, or before, answering it properly.
@@ -56,18 +62,38 @@ enum Trick {
     Hang,
     /// Does something first, then answers properly.
     First(Box<dyn FnOnce() + Send>),
+    /// Does what was asked, and answers something else.
+    Lost(Response),
+}
+
+/// How content by id is served.
+#[derive(Clone, Copy)]
+struct Raw {
+    served: bool,
+    ranges: bool,
+    etags: bool,
 }
 
 struct Store {
     items: BTreeMap<String, Item>,
     uploads: BTreeMap<String, (Value, BTreeMap<u32, Vec<u8>>)>,
-    /// `METHOD what` of each request: list, data, info, initiate, part, complete, abort.
+    /// What each request was: list, download, raw, raw from <byte>, meta, info, initiate, part, complete, abort.
     log: Vec<String>,
     tokens: Vec<String>,
     tricks: VecDeque<(&'static str, Trick)>,
+    raw: Raw,
     part_size: i64,
     info: Value,
     next_id: u32,
+}
+
+impl Store {
+    fn put(&mut self, id: &str, mut item: Item) -> Value {
+        item.version = self.items.get(id).map_or(0, |old| old.version + 1);
+        let stored = metadata(id, &item);
+        self.items.insert(id.to_owned(), item);
+        stored
+    }
 }
 
 #[derive(Clone)]
@@ -109,6 +135,7 @@ fn lease(inputs: &[&str]) -> Lease {
         domain_id: Some(DOMAIN),
         domain_server: None,
         token: Some(Token::new("t1")),
+        token_expires_at: None,
         inputs: inputs.iter().map(ToString::to_string).collect(),
         outputs_prefix: Some("/out/".to_owned()),
         document: serde_json::Map::new(),
@@ -126,6 +153,7 @@ async fn world_with(change: impl FnOnce(&mut Config)) -> World {
         log: Vec::new(),
         tokens: vec!["t1".to_owned()],
         tricks: VecDeque::new(),
+        raw: Raw { served: true, ranges: true, etags: true },
         part_size: MIB as i64,
         info: json!({"upload": {"request_max_bytes": 8 * MIB, "multipart": {"enabled": true}}}),
         next_id: 1,
@@ -141,6 +169,7 @@ async fn world_with(change: impl FnOnce(&mut Config)) -> World {
     config.request_timeout = Duration::from_secs(30);
     config.token_wait = Duration::from_millis(20);
     config.part_pause = Duration::from_millis(1);
+    config.patience = Duration::ZERO;
     change(&mut config);
     let (grant, keys) = Grant::new(lease(&[]), Setup::Pending);
     keys.setup.send_replace(Setup::Ready(Ok(Coordinates { server: url.clone(), domain: DOMAIN })));
@@ -152,12 +181,19 @@ async fn world_with(change: impl FnOnce(&mut Config)) -> World {
 
 impl World {
     fn item(&self, id: &str, name: &str, data_type: &str, bytes: impl Into<Vec<u8>>) {
-        let item = Item { name: name.into(), data_type: data_type.into(), bytes: bytes.into() };
+        let item = Item { name: name.into(), data_type: data_type.into(), bytes: bytes.into(), version: 0 };
         self.server.store().items.insert(id.to_owned(), item);
     }
 
     fn stored(&self, id: &str) -> Item {
         self.server.store().items.get(id).cloned().unwrap_or_default()
+    }
+
+    /// The ports of another attempt at the same task, which knows nothing of the first.
+    fn another_attempt(&self) -> DomainPorts {
+        let config = Arc::new(Config::new("node/1"));
+        let client = Client::new(transport::Config::default());
+        DomainPorts::new(client, self.grant.clone(), self.dir.path().to_owned(), config)
     }
 
     /// The next request whose name begins with `at` meets `trick`.
@@ -219,18 +255,23 @@ async fn drain(stream: &mut Box<dyn InputStream>) -> Result<Vec<u8>, PortError> 
 
 fn metadata(id: &str, item: &Item) -> Value {
     json!({"id": id, "domain_id": DOMAIN, "name": item.name, "data_type": item.data_type, "size": item.bytes.len(),
-        "created_at": "2025-06-01T08:00:00Z", "updated_at": "2025-06-01T08:00:00Z"})
+        "created_at": "2025-06-01T08:00:00Z", "updated_at": changed(item.version), "of": "newer servers"})
+}
+
+fn changed(version: u32) -> String {
+    format!("2025-06-01T08:00:{version:02}Z")
 }
 
 /// The body of a download of these items.
 fn multipart(boundary: &str, items: &[(String, Item)]) -> Vec<u8> {
     let mut body = Vec::new();
-    for (id, Item { name, data_type, bytes }) in items {
+    for (id, Item { name, data_type, bytes, version }) in items {
         body.extend_from_slice(
             format!(
                 "--{boundary}\r\nContent-Type: application/octet-stream\r\nContent-Disposition: form-data; \
-                 name=\"{name}\"; data-type=\"{data_type}\"; id=\"{id}\"; domain-id=\"{DOMAIN}\"; size=\"{}\"\r\n\r\n",
-                bytes.len()
+                 name=\"{name}\"; data-type=\"{data_type}\"; id=\"{id}\"; domain-id=\"{DOMAIN}\"; size=\"{}\"; updated-at=\"{}\"\r\n\r\n",
+                bytes.len(),
+                changed(*version)
             )
             .as_bytes(),
         );
@@ -252,6 +293,10 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
         (&Method::GET, "/base/api/v1/info") => "info",
         (&Method::GET, path) if path == data && accept.as_deref() == Some("application/json") => "list",
         (&Method::GET, path) if path == data => "download",
+        (&Method::GET, path) if path.starts_with(&format!("{data}/")) => match query.contains_key("raw") {
+            true => "raw",
+            false => "meta",
+        },
         (&Method::POST, path) if path == data => "create",
         (&Method::PUT, path) if path == data => "update",
         (method, path) if path == format!("{data}/multipart") => match *method {
@@ -265,11 +310,16 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
     };
     let trick = {
         let mut store = server.store();
-        store.log.push(what.to_owned());
+        let range = head.headers.get(header::RANGE).map(|range| range.to_str().expect("text"));
+        store.log.push(match range {
+            Some(range) => format!("{what} from {}", range.trim_start_matches("bytes=").trim_end_matches('-')),
+            None => what.to_owned(),
+        });
         let meets = store.tricks.iter().position(|(at, _)| what.starts_with(at));
         meets.and_then(|at| store.tricks.remove(at)).map(|(_, trick)| trick)
     };
     server.calls.send_modify(|calls| *calls += 1);
+    let mut lost = None;
     match trick {
         Some(Trick::Answer(response)) => {
             let _ = axum::body::to_bytes(body, usize::MAX).await;
@@ -278,8 +328,14 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
         Some(Trick::Unread(answer)) => return answer(),
         Some(Trick::Hang) => return std::future::pending().await,
         Some(Trick::First(act)) => act(),
+        Some(Trick::Lost(answer)) => lost = Some(answer),
         None => {}
     }
+    let answer = work(&server, what, head, body, &query).await;
+    lost.unwrap_or(answer)
+}
+
+async fn work(server: &Server, what: &str, head: Parts, body: Body, query: &BTreeMap<String, String>) -> Response {
     let length: Option<usize> =
         head.headers.get(header::CONTENT_LENGTH).map(|v| v.to_str().expect("text").parse().expect("a number"));
     let Ok(body) = axum::body::to_bytes(body, usize::MAX).await else { return reply(400, "text/plain", "cut off") };
@@ -322,6 +378,31 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
                 _ => reply(200, "multipart/form-data; boundary=q7", multipart("q7", &found)),
             }
         }
+        "raw" | "meta" => {
+            let id = head.uri.path().rsplit('/').next().expect("a path has a last segment");
+            let Some(item) = store.items.get(id).filter(|_| store.raw.served) else {
+                return reply(404, "text/plain", "no such path");
+            };
+            if what == "meta" {
+                return axum::Json(metadata(id, item)).into_response();
+            }
+            let total = item.bytes.len();
+            let etag = format!("\"{id}-{}\"", item.version);
+            let number = |text: &str| text.strip_prefix("bytes=")?.strip_suffix('-')?.parse::<usize>().ok();
+            let from =
+                head.headers.get(header::RANGE).map(|range| number(range.to_str().expect("text")).expect("a range"));
+            let held = head.headers.get(header::IF_RANGE).is_none_or(|wanted| wanted == etag.as_str());
+            let mut answer = Response::builder();
+            if store.raw.etags {
+                answer = answer.header(header::ETAG, etag);
+            }
+            let from = from.filter(|from| store.raw.ranges && held && *from < total);
+            if let Some(from) = from {
+                answer =
+                    answer.status(206).header(header::CONTENT_RANGE, format!("bytes {from}-{}/{total}", total - 1));
+            }
+            answer.body(item.bytes[from.unwrap_or(0)..].to_vec().into()).expect("a response")
+        }
         "create" | "update" => {
             let boundary = kind.expect("a type").split_once("boundary=").expect("a boundary").1.to_owned();
             let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
@@ -347,20 +428,26 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
                         name: field("name").expect("a name"),
                         data_type: field("data-type").expect("a type"),
                         bytes: Vec::new(),
+                        version: 0,
                     };
+                    let same = |known: &Item| known.name == item.name && known.data_type == item.data_type;
+                    if store.items.values().any(same) {
+                        return reply(409, "text/plain", "exists");
+                    }
                     store.next_id += 1;
                     (format!("d-{}", store.next_id), item)
                 }
             };
             item.bytes = payload.to_vec();
-            store.items.insert(id.clone(), item.clone());
-            axum::Json(json!({"data": [metadata(&id, &item)]})).into_response()
+            axum::Json(json!({"data": [store.put(&id, item)]})).into_response()
         }
         "initiate" => {
             store.next_id += 1;
             let id = format!("u {}", store.next_id);
             store.uploads.insert(id.clone(), (serde_json::from_slice(&body).expect("JSON"), BTreeMap::new()));
-            axum::Json(json!({"upload_id": id, "part_size": store.part_size})).into_response()
+            // With what newer servers say besides.
+            let more = json!({"upload_id": id, "part_size": store.part_size, "data_id": "d", "expires_at": "later"});
+            axum::Json(more).into_response()
         }
         "part" => {
             let number: u32 = query["partNumber"].parse().expect("a number");
@@ -392,9 +479,8 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
                 return reply(400, "text/plain", "another size was announced");
             }
             let text = |field: &str| asked[field].as_str().expect("text").to_owned();
-            let item = Item { name: text("name"), data_type: text("data_type"), bytes };
-            store.items.insert(id.clone(), item.clone());
-            axum::Json(metadata(&id, &item)).into_response()
+            let item = Item { name: text("name"), data_type: text("data_type"), bytes, version: 0 };
+            axum::Json(store.put(&id, item)).into_response()
         }
         "abort" => {
             store.uploads.remove(&query["uploadId"]);

@@ -1,0 +1,312 @@
+//! The configuration file: TOML or JSON, the places of [`KEYS`], nothing else.
+//!
+//! Both forms become a list of entries with the line each stands on. Types are strict: a number in
+//! quotes is a mistake, since what is meant shows in the file. No message repeats a secret.
+
+use std::{collections::BTreeSet, io::Read as _, path::Path};
+
+use serde::{
+    Deserializer as _,
+    de::{MapAccess, Visitor},
+};
+use serde_json::value::RawValue;
+use toml::de::{DeTable, DeValue};
+
+use super::keys::{KEYS, Key, Kind};
+
+/// Far more than all settings need.
+const BYTES_MAX: u64 = 1024 * 1024;
+
+/// How deep JSON is looked into.
+const DEPTH_MAX: usize = 8;
+
+/// What one file says.
+#[derive(Default)]
+pub(super) struct Read {
+    pub(super) entries: Vec<Entry>,
+    pub(super) mistakes: Vec<String>,
+}
+
+/// One setting in a file.
+pub(super) struct Entry {
+    pub(super) key: &'static Key,
+    /// Counted from 1.
+    pub(super) line: usize,
+    pub(super) text: String,
+}
+
+/// A value of either form.
+enum Value {
+    Text(String),
+    Whole(String),
+    Number(String),
+    Switch(bool),
+    List(Vec<Value>),
+    Nothing,
+    Date,
+    Table(Members),
+}
+
+/// A table's keys in the file's order, each with its line.
+type Members = Vec<(String, usize, Value)>;
+
+/// Reads a file whole.
+///
+/// # Errors
+/// One line: the file cannot be read, or is neither form.
+pub(super) fn read(path: &Path) -> Result<Read, String> {
+    let text = read_text(path, BYTES_MAX)?;
+    let is_json = match path.extension().and_then(|extension| extension.to_str()) {
+        Some("json") => true,
+        Some("toml") => false,
+        _ => text.trim_start().starts_with('{'),
+    };
+    let members = if is_json { json(&text) } else { toml(&text) };
+    let members = members.map_err(|(line, problem)| format!("{}:{line}: {problem}", path.display()))?;
+    let mut found = Walk { path, seen: BTreeSet::new(), read: Read::default() };
+    found.table("", members);
+    Ok(found.read)
+}
+
+/// Reads a text file of at most `most` bytes; a mistake is one line that names it.
+pub(super) fn read_text(path: &Path, most: u64) -> Result<String, String> {
+    let fail = |problem: &str| Err(format!("{}: {problem}", path.display()));
+    let opened = std::fs::File::open(path).and_then(|file| Ok((file.metadata()?, file)));
+    let (facts, file) = match opened {
+        Ok(opened) => opened,
+        Err(err) => return fail(&err.to_string()),
+    };
+    if facts.is_dir() {
+        return fail("expected a file, found a folder");
+    }
+    let mut bytes = Vec::new();
+    if let Err(err) = file.take(most + 1).read_to_end(&mut bytes) {
+        return fail(&err.to_string());
+    }
+    if bytes.len() as u64 > most {
+        return fail(&format!("expected at most {most} bytes, found more"));
+    }
+    String::from_utf8(bytes).or_else(|_| fail("expected UTF-8 text, found other bytes"))
+}
+
+/// Whether other users of this machine may read the file.
+pub(super) fn others_can_read(path: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt as _;
+        std::fs::metadata(path).is_ok_and(|facts| facts.mode() & 0o044 != 0)
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = path;
+        false
+    }
+}
+
+/// Goes through a file's tables.
+struct Walk<'a> {
+    path: &'a Path,
+    seen: BTreeSet<&'static str>,
+    read: Read,
+}
+
+impl Walk<'_> {
+    fn mistake(&mut self, line: usize, place: &str, what: &str) {
+        self.read.mistakes.push(format!("{}:{line}: {place}: {what}", self.path.display()));
+    }
+
+    fn table(&mut self, prefix: &str, members: Members) {
+        for (name, line, value) in members {
+            let place = if prefix.is_empty() { name } else { format!("{prefix}.{name}") };
+            if let Some(key) = KEYS.iter().find(|key| key.file == place) {
+                self.leaf(key, line, value);
+                continue;
+            }
+            let is_table =
+                KEYS.iter().any(|key| key.file.strip_prefix(&place).is_some_and(|rest| rest.starts_with('.')));
+            match value {
+                Value::Table(members) if is_table => self.table(&place, members),
+                value if is_table => {
+                    self.mistake(line, &place, &format!("expected a table, found {}", value.describe()));
+                }
+                _ => self.mistake(line, &place, &format!("there is no such key{}", suggestion(&place))),
+            }
+        }
+    }
+
+    fn leaf(&mut self, key: &'static Key, line: usize, value: Value) {
+        if !self.seen.insert(key.file) {
+            return self.mistake(line, key.file, "is given twice; keep one");
+        }
+        let found = if key.is_secret() { value.kind().to_owned() } else { value.describe() };
+        let text = match (key.kind, value) {
+            (_, Value::Nothing) => return,
+            (Kind::Whole | Kind::Number | Kind::Size, Value::Whole(text)) | (Kind::Number, Value::Number(text)) => {
+                Some(text)
+            }
+            (Kind::Switch, Value::Switch(on)) => Some(on.to_string()),
+            (Kind::List, Value::List(words)) => {
+                words.into_iter().map(Value::into_text).collect::<Option<Vec<_>>>().map(|words| words.join(","))
+            }
+            (Kind::Whole | Kind::Number | Kind::Switch, _) => None,
+            (_, Value::Text(text)) => Some(text),
+            _ => None,
+        };
+        match text {
+            Some(text) => self.read.entries.push(Entry { key, line, text }),
+            None => self.mistake(line, key.file, &format!("expected {}, found {found}", expected(key.kind))),
+        }
+    }
+}
+
+fn expected(kind: Kind) -> &'static str {
+    match kind {
+        Kind::Whole => "a whole number",
+        Kind::Number => "a number",
+        Kind::Switch => "true or false",
+        Kind::Size => "a number of bytes, or a size in quotes, such as \"1GiB\"",
+        Kind::Duration => "a duration in quotes, such as \"30s\"",
+        Kind::List => "an array of texts",
+        Kind::Secret | Kind::Text | Kind::Url | Kind::Proxy | Kind::Address | Kind::Path => "a text in quotes",
+    }
+}
+
+/// The key that was probably meant; an environment name leads to its place too.
+fn suggestion(place: &str) -> String {
+    let likeness = |key: &Key| {
+        let last = |text: &str| text.rsplit('.').next().unwrap_or_default().to_owned();
+        let whole = strsim::jaro_winkler(place, key.file);
+        let variable = strsim::jaro_winkler(&place.to_ascii_uppercase(), key.name);
+        // A key in the wrong table.
+        let moved = if last(place) == last(key.file) { 0.9 } else { 0.0 };
+        whole.max(variable).max(moved)
+    };
+    let near = KEYS.iter().map(|key| (likeness(key), key.file)).max_by(|a, b| a.0.total_cmp(&b.0));
+    near.filter(|(likeness, _)| *likeness > 0.8).map_or_else(String::new, |(_, near)| format!(", did you mean {near}?"))
+}
+
+impl Value {
+    fn into_text(self) -> Option<String> {
+        if let Self::Text(text) = self { Some(text) } else { None }
+    }
+
+    /// What it is.
+    fn kind(&self) -> &'static str {
+        match self {
+            Self::Text(_) => "a text",
+            Self::Whole(_) | Self::Number(_) => "a number",
+            Self::Switch(_) => "true or false",
+            Self::List(_) => "an array",
+            Self::Nothing => "nothing",
+            Self::Date => "a date",
+            Self::Table(_) => "a table",
+        }
+    }
+
+    /// What it is and says.
+    fn describe(&self) -> String {
+        match self {
+            Self::Text(text) => format!("{text:?}"),
+            Self::Whole(text) | Self::Number(text) => text.clone(),
+            Self::Switch(on) => on.to_string(),
+            _ => self.kind().to_owned(),
+        }
+    }
+}
+
+fn line_of(text: &str, at: usize) -> usize {
+    text.as_bytes()[..at.min(text.len())].iter().filter(|byte| **byte == b'\n').count() + 1
+}
+
+fn toml(text: &str) -> Result<Members, (usize, String)> {
+    let table = DeTable::parse(text).map_err(|err| {
+        let at = err.span().map_or(0, |span| span.start);
+        (line_of(text, at), err.message().replace('\n', ", "))
+    })?;
+    Ok(toml_table(text, table.into_inner()))
+}
+
+fn toml_table(text: &str, table: DeTable<'_>) -> Members {
+    let members = table.into_iter().map(|(name, value)| {
+        let line = line_of(text, name.span().start);
+        (name.into_inner().into_owned(), line, toml_value(text, value.into_inner()))
+    });
+    let mut members: Vec<_> = members.collect();
+    members.sort_by_key(|(_, line, _)| *line);
+    members
+}
+
+fn toml_value(text: &str, value: DeValue<'_>) -> Value {
+    match value {
+        DeValue::String(text) => Value::Text(text.into_owned()),
+        DeValue::Integer(number) => match i128::from_str_radix(number.as_str(), number.radix()) {
+            Ok(number) => Value::Whole(number.to_string()),
+            Err(_) => Value::Number(number.to_string()),
+        },
+        DeValue::Float(number) => Value::Number(number.to_string()),
+        DeValue::Boolean(on) => Value::Switch(on),
+        DeValue::Datetime(_) => Value::Date,
+        DeValue::Array(items) => {
+            Value::List(items.into_iter().map(|item| toml_value(text, item.into_inner())).collect())
+        }
+        DeValue::Table(table) => Value::Table(toml_table(text, table)),
+    }
+}
+
+fn json(text: &str) -> Result<Members, (usize, String)> {
+    let raw: &RawValue = serde_json::from_str(text).map_err(|err| {
+        let said = err.to_string();
+        let problem = said.split(" at line ").next().unwrap_or_default();
+        (err.line().max(1), format!("is not JSON: {problem}"))
+    })?;
+    match json_value(text, raw, 0) {
+        Value::Table(members) => Ok(members),
+        value => Err((1, format!("expected an object, found {}", value.kind()))),
+    }
+}
+
+fn json_value(text: &str, raw: &RawValue, depth: usize) -> Value {
+    let said = raw.get();
+    match said.as_bytes().first() {
+        // No setting lies this deep; what it is says enough.
+        Some(b'{') if depth > DEPTH_MAX => Value::Table(Vec::new()),
+        Some(b'[') if depth > DEPTH_MAX => Value::List(Vec::new()),
+        Some(b'{') => {
+            let members = serde_json::Deserializer::from_str(said).deserialize_map(RawMembers).unwrap_or_default();
+            let member = |(name, raw): (String, &RawValue)| {
+                // The value is a slice of the whole text, so its address says where it stands.
+                let at = (raw.get().as_ptr() as usize).saturating_sub(text.as_ptr() as usize);
+                (name, line_of(text, at), json_value(text, raw, depth + 1))
+            };
+            Value::Table(members.into_iter().map(member).collect())
+        }
+        Some(b'[') => {
+            let items: Vec<&RawValue> = serde_json::from_str(said).unwrap_or_default();
+            Value::List(items.into_iter().map(|item| json_value(text, item, depth + 1)).collect())
+        }
+        Some(b'"') => serde_json::from_str(said).map_or(Value::Nothing, Value::Text),
+        Some(b't' | b'f') => Value::Switch(said == "true"),
+        Some(b'n') | None => Value::Nothing,
+        Some(_) if said.bytes().all(|byte| byte.is_ascii_digit() || byte == b'-') => Value::Whole(said.to_owned()),
+        Some(_) => Value::Number(said.to_owned()),
+    }
+}
+
+/// An object's members as they stand, doubles included.
+struct RawMembers;
+
+impl<'de> Visitor<'de> for RawMembers {
+    type Value = Vec<(String, &'de RawValue)>;
+
+    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+        let mut members = Vec::new();
+        while let Some(member) = map.next_entry()? {
+            members.push(member);
+        }
+        Ok(members)
+    }
+}

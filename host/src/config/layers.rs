@@ -1,0 +1,178 @@
+//! Where values come from: flags over environment over file over defaults.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use secrecy::SecretString;
+
+use super::{
+    Mistakes,
+    file::{self, Entry},
+    keys::{KEYS, Key, Kind},
+};
+
+/// Where a value came from. A later one goes over an earlier one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Origin {
+    /// Nowhere: there is no value.
+    Unset,
+    /// The built-in default.
+    Default,
+    /// The configuration file.
+    File {
+        /// Counted from 1.
+        line: usize,
+    },
+    /// An environment variable.
+    Environment,
+    /// Chosen by the command, such as `dev` for its own node.
+    Command,
+    /// A command-line flag.
+    Flag,
+}
+
+/// Raw values by name, each with its origin. Blank is unset.
+#[derive(Clone, Default)]
+pub struct Layers {
+    values: BTreeMap<&'static str, (String, Origin)>,
+    /// Secrets that stand in the file, with their lines.
+    secrets: BTreeMap<&'static str, (SecretString, usize)>,
+    file: Option<PathBuf>,
+    /// Mistakes in single values that are known already; told together with all others.
+    pub(super) mistakes: Vec<String>,
+    /// What works but should not stay so.
+    pub(super) warnings: Vec<String>,
+}
+
+impl Layers {
+    /// What the environment says, secrets excepted.
+    #[must_use]
+    pub fn from_environment() -> Self {
+        let mut layers = Self::default();
+        for key in KEYS.iter().filter(|key| !key.is_secret()) {
+            for name in [Some(key.name.to_owned()), key.lower_case()].into_iter().flatten() {
+                let Some(value) = std::env::var_os(&name) else { continue };
+                match value.to_str() {
+                    Some(value) => layers.set_below(key, value, Origin::Environment),
+                    None => layers.mistakes.push(format!("{name}: expected UTF-8, found other bytes")),
+                }
+            }
+        }
+        layers
+    }
+
+    /// Lays a configuration file under what is set already. Mistakes in single values are kept for
+    /// [`HostConfig::build`](super::HostConfig::build), which tells all of them at once.
+    ///
+    /// # Errors
+    /// When the file as a whole cannot be used; one line.
+    pub fn read_file(&mut self, path: &Path) -> Result<(), Mistakes> {
+        let read = file::read(path).map_err(|problem| Mistakes(vec![problem]))?;
+        self.file = Some(path.to_owned());
+        self.mistakes.extend(read.mistakes);
+        for Entry { key, line, text } in read.entries {
+            match key.kind {
+                Kind::Secret if text.trim().is_empty() => {}
+                Kind::Secret => {
+                    self.secrets.insert(key.name, (SecretString::from(text), line));
+                }
+                // What stands in a file is meant from where the file lies.
+                Kind::Path if !text.trim().is_empty() => {
+                    let folder = path.parent().unwrap_or(Path::new(""));
+                    self.set_below(key, &folder.join(text.trim()).to_string_lossy(), Origin::File { line });
+                }
+                _ => self.set_below(key, &text, Origin::File { line }),
+            }
+        }
+        if !self.secrets.is_empty() && file::others_can_read(path) {
+            let path = path.display();
+            self.warnings.push(format!("{path} holds a secret and can be read by others; chmod 600 {path}"));
+        }
+        Ok(())
+    }
+
+    /// Sets a value over whatever a lower layer said. Blank changes nothing.
+    ///
+    /// # Panics
+    /// When `name` is not in [`KEYS`].
+    pub fn set(&mut self, name: &str, value: &str, origin: Origin) {
+        let key = Key::find(name).expect("settings are named in KEYS");
+        if !value.trim().is_empty() {
+            self.values.insert(key.name, (value.trim().to_owned(), origin));
+        }
+    }
+
+    /// Sets a value unless a layer has one already.
+    ///
+    /// # Panics
+    /// When `name` is not in [`KEYS`].
+    pub fn set_default(&mut self, name: &str, value: &str) {
+        self.set_below(Key::find(name).expect("settings are named in KEYS"), value, Origin::Command);
+    }
+
+    fn set_below(&mut self, key: &'static Key, value: &str, origin: Origin) {
+        if !self.values.contains_key(key.name) {
+            self.set(key.name, value, origin);
+        }
+    }
+
+    /// The effective text and where it came from.
+    #[must_use]
+    pub fn get(&self, key: &Key) -> (Option<&str>, Origin) {
+        match (self.values.get(key.name), key.default) {
+            (Some((value, origin)), _) => (Some(value), *origin),
+            (None, Some(default)) => (Some(default), Origin::Default),
+            (None, None) => (None, Origin::Unset),
+        }
+    }
+
+    /// The effective text of the setting with this name.
+    #[must_use]
+    pub fn text(&self, name: &str) -> Option<&str> {
+        Key::find(name).and_then(|key| self.get(key).0)
+    }
+
+    /// A secret that stands in the file itself.
+    pub(super) fn secret(&self, key: &Key) -> Option<(&SecretString, Origin)> {
+        self.secrets.get(key.name).map(|(secret, line)| (secret, Origin::File { line: *line }))
+    }
+
+    /// How a mistake in this setting begins: its name where the operator wrote it.
+    #[must_use]
+    pub fn place(&self, key: &Key, origin: Origin) -> String {
+        match (origin, &self.file) {
+            (Origin::File { line }, Some(file)) => format!("{}:{line}: {}", file.display(), key.file),
+            _ => key.name.to_owned(),
+        }
+    }
+
+    /// An origin for people.
+    #[must_use]
+    pub fn describe(&self, origin: Origin) -> String {
+        match (origin, &self.file) {
+            (Origin::File { line }, Some(file)) => format!("{}:{line}", file.display()),
+            (Origin::File { .. }, None) => "file".to_owned(),
+            (Origin::Unset, _) => "unset".to_owned(),
+            (Origin::Default, _) => "default".to_owned(),
+            (Origin::Environment, _) => "environment".to_owned(),
+            (Origin::Command, _) => "command".to_owned(),
+            (Origin::Flag, _) => "flag".to_owned(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blank_is_unset_everywhere() {
+        let mut layers = Layers::default();
+        for key in KEYS {
+            layers.set(key.name, "  ", Origin::Environment);
+            assert_eq!(layers.get(key).0, key.default, "{}", key.name);
+        }
+    }
+}

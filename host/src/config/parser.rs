@@ -1,0 +1,233 @@
+//! From texts to values, with every mistake noted.
+
+use std::{net::SocketAddr, time::Duration};
+
+use url::Url;
+
+use super::{
+    keys::Key,
+    layers::{Layers, Origin},
+};
+
+/// Longer than any wait; beyond it clocks overflow.
+const SECS_MAX: u64 = 10 * 366 * 24 * 60 * 60;
+
+/// Parses values and collects every mistake.
+pub(super) struct Parser<'a> {
+    pub(super) layers: &'a Layers,
+    pub(super) mistakes: Vec<String>,
+    pub(super) warnings: Vec<String>,
+}
+
+impl<'a> Parser<'a> {
+    pub(super) fn new(layers: &'a Layers) -> Self {
+        Self { layers, mistakes: Vec::new(), warnings: Vec::new() }
+    }
+
+    fn found(&self, name: &str) -> (&'static Key, Option<&'a str>, Origin) {
+        let key = Key::find(name).expect("settings are named in KEYS");
+        let (text, origin) = self.layers.get(key);
+        (key, text, origin)
+    }
+
+    /// How a mistake in `name` begins.
+    pub(super) fn place(&self, name: &str) -> String {
+        let (key, _, origin) = self.found(name);
+        self.layers.place(key, origin)
+    }
+
+    /// Notes a mistake in the value of `name`.
+    pub(super) fn mistake(&mut self, name: &str, what: impl std::fmt::Display) {
+        self.mistakes.push(format!("{}: {what}", self.place(name)));
+    }
+
+    fn warning(&mut self, name: &str, what: impl std::fmt::Display) {
+        self.warnings.push(format!("{}: {what}", self.place(name)));
+    }
+
+    /// The text of a setting that may be unset.
+    pub(super) fn optional(&self, name: &str) -> Option<&'a str> {
+        self.found(name).1
+    }
+
+    /// A value `parse` understands; `fallback` stands in after a mistake, which is noted.
+    pub(super) fn value<T>(&mut self, name: &str, expected: &str, fallback: T, parse: impl Fn(&str) -> Option<T>) -> T {
+        let Some(text) = self.optional(name) else { return fallback };
+        if let Some(value) = parse(text) {
+            return value;
+        }
+        self.mistake(name, format_args!("expected {expected}, found {text:?}"));
+        fallback
+    }
+
+    pub(super) fn number<T: std::str::FromStr + Copy>(&mut self, name: &str, expected: &str, fallback: T) -> T {
+        self.value(name, expected, fallback, |text| text.parse().ok())
+    }
+
+    /// Whole seconds, at least 1: no call can end within no time.
+    pub(super) fn seconds(&mut self, name: &str) -> Duration {
+        let expected = format!("whole seconds, at most {SECS_MAX}");
+        let seconds = self.value(name, &expected, 1, |text| text.parse().ok().filter(|secs| *secs <= SECS_MAX));
+        if seconds == 0 {
+            self.warning(name, "0 is no time at all, using 1");
+        }
+        Duration::from_secs(seconds.max(1))
+    }
+
+    pub(super) fn milliseconds(&mut self, name: &str) -> Duration {
+        let most = SECS_MAX * 1000;
+        let expected = format!("whole milliseconds, at most {most}");
+        Duration::from_millis(self.value(name, &expected, 0, |text| text.parse().ok().filter(|ms| *ms <= most)))
+    }
+
+    /// A ratio, clamped to 0..=1 as posemesh contract 4.10 and 7.1 say; not a number is a mistake.
+    pub(super) fn ratio(&mut self, name: &str) -> f64 {
+        let ratio = self.value(name, "a number from 0 to 1", 0.5, |text| {
+            text.parse::<f64>().ok().filter(|ratio| ratio.is_finite())
+        });
+        let clamped = ratio.clamp(0.0, 1.0);
+        if clamped != ratio {
+            self.warning(name, format_args!("{ratio} lies outside 0 to 1, using {clamped}"));
+        }
+        clamped
+    }
+
+    /// Seconds with a fraction.
+    pub(super) fn fractional_seconds(&mut self, name: &str) -> f64 {
+        let expected = format!("seconds, at most {SECS_MAX}");
+        self.value(name, &expected, 0.0, |text| {
+            text.parse().ok().filter(|secs: &f64| (0.0..=SECS_MAX as f64).contains(secs))
+        })
+    }
+
+    pub(super) fn flag(&mut self, name: &str) -> bool {
+        self.value(name, "true or false", false, |text| match text {
+            "true" => Some(true),
+            "false" => Some(false),
+            _ => None,
+        })
+    }
+
+    pub(super) fn url(&mut self, name: &str) -> Option<Url> {
+        let text = self.optional(name)?;
+        match Url::parse(text) {
+            Ok(url) if matches!(url.scheme(), "http" | "https") && url.host().is_some() => {
+                if url.username().is_empty() && url.password().is_none() {
+                    return Some(url);
+                }
+                self.mistake(name, "expected a URL without user or password");
+                None
+            }
+            // What cannot be parsed may hold a password all the same.
+            _ if text.contains('@') => {
+                self.mistake(name, "expected an absolute http or https URL without user or password");
+                None
+            }
+            _ => {
+                self.mistake(name, format_args!("expected an absolute http or https URL, found {text:?}"));
+                None
+            }
+        }
+    }
+
+    pub(super) fn address(&mut self, name: &str) -> SocketAddr {
+        let fallback = SocketAddr::from(([127, 0, 0, 1], 0));
+        self.value(name, "an address such as 127.0.0.1:8080", fallback, |text| text.parse().ok())
+    }
+
+    pub(super) fn duration(&mut self, name: &str) -> Duration {
+        let time = self.value(name, "a duration such as 30s", Duration::ZERO, duration);
+        if time.as_secs() > SECS_MAX {
+            let text = self.optional(name).unwrap_or_default();
+            self.mistake(name, format_args!("expected at most {SECS_MAX} seconds, found {text:?}"));
+        }
+        time
+    }
+
+    /// A number of bytes.
+    pub(super) fn size(&mut self, name: &str) -> u64 {
+        self.value(name, "a size such as 1GiB, or bytes", 0, byte_size)
+    }
+
+    /// What goes into a header: visible ASCII and spaces.
+    pub(super) fn header_text(&mut self, name: &str) -> Option<String> {
+        let text = self.optional(name)?;
+        if text.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
+            return Some(text.to_owned());
+        }
+        self.mistake(name, format_args!("expected visible ASCII characters, found {text:?}"));
+        None
+    }
+
+    /// Words between commas, in lower case.
+    pub(super) fn list(&self, name: &str) -> Vec<String> {
+        let words = self.optional(name).unwrap_or_default().split(',');
+        words.map(|word| word.trim().to_ascii_lowercase()).filter(|word| !word.is_empty()).collect()
+    }
+
+    /// `v1.2.3` becomes `1.2.3`; what is no version becomes the host's own (posemesh contract 7.1).
+    pub(super) fn version(&mut self, name: &str) -> String {
+        let own = env!("CARGO_PKG_VERSION");
+        let Some(text) = self.optional(name) else { return own.to_owned() };
+        let bare = text.strip_prefix(['v', 'V']).unwrap_or(text);
+        if semver::Version::parse(bare).is_ok() {
+            return bare.to_owned();
+        }
+        self.warning(name, format_args!("{text:?} is not a semantic version, using {own}"));
+        own.to_owned()
+    }
+}
+
+/// `512MiB`, `1 GiB`, `20kB` or plain bytes.
+fn byte_size(text: &str) -> Option<u64> {
+    let split = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let unit: u64 = match text[split..].trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "kb" => 1000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        "tb" => 1_000_000_000_000,
+        "kib" => 1 << 10,
+        "mib" => 1 << 20,
+        "gib" => 1 << 30,
+        "tib" => 1 << 40,
+        _ => return None,
+    };
+    text[..split].parse::<u64>().ok()?.checked_mul(unit)
+}
+
+/// `30s`, `1m 30s`, `500ms`, or plain seconds.
+#[must_use]
+pub fn duration(text: &str) -> Option<Duration> {
+    if let Ok(seconds) = text.parse::<f64>() {
+        return Duration::try_from_secs_f64(seconds).ok();
+    }
+    let parsed: jiff::SignedDuration = text.parse().ok()?;
+    Duration::try_from(parsed).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_carry_units_or_are_seconds() {
+        assert_eq!(duration("30s"), Some(Duration::from_secs(30)));
+        assert_eq!(duration("1m 30s"), Some(Duration::from_secs(90)));
+        assert_eq!(duration("500ms"), Some(Duration::from_millis(500)));
+        assert_eq!(duration("0"), Some(Duration::ZERO));
+        assert_eq!(duration("-1s"), None);
+        assert_eq!(duration("soon"), None);
+    }
+
+    #[test]
+    fn sizes_carry_units_or_are_bytes() {
+        assert_eq!(byte_size("512MiB"), Some(512 << 20));
+        assert_eq!(byte_size("1 gib"), Some(1 << 30));
+        assert_eq!(byte_size("20kB"), Some(20_000));
+        assert_eq!(byte_size("7"), Some(7));
+        for bad in ["", "MiB", "-1", "1.5GiB", "1 parsec", "99999999999TiB"] {
+            assert_eq!(byte_size(bad), None, "{bad}");
+        }
+    }
+}

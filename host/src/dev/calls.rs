@@ -1,0 +1,72 @@
+//! Calls to nodes that registered with a URL (posemesh contract 2.7 and 2.9).
+//!
+//! A node is called back while its registration is answered, and asked for its health now and then.
+//! The world serves one machine, so it calls nobody elsewhere.
+
+use std::{sync::Arc, time::Duration};
+
+use http::{Request, header};
+use serde_json::json;
+use url::Url;
+use uuid::Uuid;
+
+use super::{Inner, siwe};
+use crate::transport::{self, Client};
+
+/// How long a node may take to answer.
+const LIMIT: Duration = Duration::from_secs(5);
+/// How a node knows the service (contract 2.7).
+const AGENT: &str = concat!("DDS v", env!("CARGO_PKG_VERSION"));
+
+/// Where a node is reached.
+pub(super) struct NodeUrl(String);
+
+impl NodeUrl {
+    /// Takes a base URL; the error is one clause.
+    pub(super) fn parse(text: &str) -> Result<Self, String> {
+        let url = Url::parse(text).map_err(|err| format!("url {text:?} is no URL: {err}"))?;
+        transport::Policy::default().check(&url).map_err(|err| format!("url: {err}"))?;
+        if url.scheme() != "http" || url.query().is_some() || url.fragment().is_some() {
+            return Err(format!("url {text:?}: the embedded world calls http URLs on loopback only"));
+        }
+        Ok(Self(text.trim_end_matches('/').to_owned()))
+    }
+
+    /// Tells the node its id and secret.
+    pub(super) async fn call_back(&self, world: &Inner, id: Uuid) -> Result<(), String> {
+        // Recognisable, so that a log in which one turns up can be found out.
+        let secret = format!("dev-callback-secret-{}", siwe::hex(&rand::random::<[u8; 32]>()));
+        let body = json!({
+            "id": id, "secret": secret, "organization_id": world.org, "lighthouses_in_domains": [], "domains": [],
+        });
+        let request = Request::post(format!("{}/internal/v1/registrations", self.0));
+        let request = request.header(header::CONTENT_TYPE, "application/json").body(transport::full(body.to_string()));
+        self.call(world, request).await
+    }
+
+    /// Whether a node answers.
+    pub(super) async fn healthy(&self, world: &Inner) -> Result<(), String> {
+        self.call(world, Request::get(format!("{}/health", self.0)).body(transport::full(""))).await
+    }
+
+    async fn call(&self, world: &Inner, request: http::Result<Request<transport::Body>>) -> Result<(), String> {
+        let mut request = request.map_err(|err| err.to_string())?;
+        request.headers_mut().insert(header::USER_AGENT, header::HeaderValue::from_static(AGENT));
+        let client = world.client.get_or_init(|| Client::new(transport::Config::default()));
+        let answer = client.call_for_status(request, LIMIT).await.map_err(|err| err.to_string())?;
+        if answer.status.is_success() { Ok(()) } else { Err(format!("it answered {}", answer.status)) }
+    }
+}
+
+/// Asks one node for its health and notes the answer.
+pub(super) async fn probe(world: Arc<Inner>, url: Arc<str>) {
+    let asked = match NodeUrl::parse(&url) {
+        Ok(node) => node.healthy(&world).await,
+        Err(why) => Err(why),
+    };
+    match asked {
+        Ok(()) => tracing::debug!(url = %url, "node is healthy"),
+        Err(why) => tracing::warn!(url = %url, error = %why, "node did not answer for its health"),
+    }
+    world.changed();
+}

@@ -1,0 +1,256 @@
+//! Trouble on order: what `runner-host dev --faults FILE` and tests make the world do wrong, and when.
+//!
+//! [`Faults`] is the checked content of such a file. It decides per request whether a rule strikes
+//! ([`Live::strike`]: pure, counted, repeatable by its seed); [`layer`] does it around the router, and
+//! [`wire`] breaks connections. `docs/operations/faults.md` is the reference for the format.
+
+mod endpoint;
+pub(super) mod layer;
+mod parse;
+pub(super) mod wire;
+
+use std::time::Duration;
+
+use ::http::{HeaderMap, StatusCode};
+use jiff::SignedDuration;
+use rand::{Rng, SeedableRng, rngs::StdRng};
+
+pub use endpoint::Endpoint;
+pub use parse::FaultsError;
+
+/// Rules, and how the world speaks.
+#[derive(Clone, Debug, Default)]
+pub struct Faults {
+    /// Draws for `probability`. Absent: a random one, which is logged.
+    pub seed: Option<u64>,
+    /// How the world speaks.
+    pub form: WireForm,
+    /// How far the world's clock is ahead.
+    clock_offset: SignedDuration,
+    rules: Vec<Rule>,
+}
+
+/// Which state of the contract the world speaks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum WireForm {
+    /// Everything newer clients insist on (posemesh contract 10).
+    #[default]
+    New,
+    /// What the oldest services answer: opaque domain tokens without expiry, no `/api/v1/info`, no
+    /// uploads in parts, heartbeat answers with nothing but the lease's end, no JSON content type.
+    Old,
+}
+
+/// What goes wrong with which requests.
+#[derive(Clone, Debug)]
+struct Rule {
+    /// Its `name`, or its place: `fault 2`.
+    name: String,
+    endpoints: Vec<Endpoint>,
+    kind: Kind,
+    /// Pause before the fault strikes.
+    delay: Duration,
+    /// How often it strikes at most.
+    count: u64,
+    /// Requests let through before.
+    skip: u64,
+    /// How likely each later one is struck.
+    probability: f64,
+    seed: Option<u64>,
+}
+
+/// What is done to a request.
+#[derive(Clone, Debug, PartialEq)]
+enum Kind {
+    /// Answered like this, nothing is done.
+    Status { code: StatusCode, headers: HeaderMap, body: String },
+    /// Done and answered after the rule's delay.
+    Delay,
+    /// Nothing is done; the connection is reset.
+    Reset,
+    /// Done; the connection is reset in the middle of the answer's body.
+    ResetBody { after: Option<usize> },
+    /// Done; the answer's body ends too early, in good form.
+    Malformed { after: Option<usize> },
+    /// Done; the answer is this many bytes of JSON.
+    Oversize { bytes: usize },
+    /// Done; the answer is a page for people.
+    WrongType,
+    /// Nothing is done, no answer comes.
+    Hang,
+    /// Done; the connection is reset before the answer.
+    LostAnswer,
+    /// The token shown is dead from now on.
+    RevokeToken,
+    /// The wallet that asks is not registered any more.
+    ForgetNode,
+    /// The task is another node's from now on.
+    StealLease,
+}
+
+impl Kind {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Status { .. } => "status",
+            Self::Delay => "delay",
+            Self::Reset => "reset",
+            Self::ResetBody { .. } => "reset_body",
+            Self::Malformed { .. } => "malformed",
+            Self::Oversize { .. } => "oversize",
+            Self::WrongType => "wrong_type",
+            Self::Hang => "hang",
+            Self::LostAnswer => "lost_answer",
+            Self::RevokeToken => "revoke_token",
+            Self::ForgetNode => "forget_node",
+            Self::StealLease => "steal_lease",
+        }
+    }
+}
+
+impl Faults {
+    /// Whether there is anything to do.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.rules.is_empty() && self.clock_offset.is_zero() && self.form == WireForm::New
+    }
+
+    /// How many rules there are.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.rules.len()
+    }
+
+    /// How far the world's clock is ahead of the true one.
+    #[must_use]
+    pub fn clock_offset(&self) -> SignedDuration {
+        self.clock_offset
+    }
+}
+
+/// Rules at work: what they have let through and struck so far.
+pub(super) struct Live {
+    rules: Vec<Armed>,
+    seed: u64,
+    clock_offset: SignedDuration,
+    form: WireForm,
+}
+
+struct Armed {
+    rule: Rule,
+    let_through: u64,
+    struck: u64,
+    draw: StdRng,
+}
+
+/// A rule that strikes.
+#[derive(Clone, Debug)]
+pub(super) struct Strike {
+    /// Name of the rule.
+    pub(super) rule: String,
+    kind: Kind,
+    delay: Duration,
+}
+
+impl Strike {
+    pub(super) fn kind(&self) -> &'static str {
+        self.kind.name()
+    }
+}
+
+impl Live {
+    pub(super) fn new(faults: Faults) -> Self {
+        let seed = faults.seed.unwrap_or_else(rand::random);
+        let arm = |(place, rule): (u64, Rule)| {
+            // Each rule draws on its own, so that one more rule does not change what the others do.
+            let draw = StdRng::seed_from_u64(rule.seed.unwrap_or_else(|| seed.wrapping_add(place)));
+            Armed { rule, let_through: 0, struck: 0, draw }
+        };
+        let rules = (0..).zip(faults.rules).map(arm).collect();
+        Self { rules, seed, clock_offset: faults.clock_offset, form: faults.form }
+    }
+
+    pub(super) fn clock_offset(&self) -> SignedDuration {
+        self.clock_offset
+    }
+
+    pub(super) fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    pub(super) fn form(&self) -> WireForm {
+        self.form
+    }
+
+    /// The first rule that strikes this request. Rules behind it do not see the request.
+    pub(super) fn strike(&mut self, endpoint: Endpoint) -> Option<Strike> {
+        self.rules.iter_mut().find_map(|armed| armed.strike(endpoint))
+    }
+}
+
+impl Armed {
+    fn strike(&mut self, endpoint: Endpoint) -> Option<Strike> {
+        let rule = &self.rule;
+        if !rule.endpoints.contains(&endpoint) || self.struck >= rule.count {
+            return None;
+        }
+        if self.let_through < rule.skip {
+            self.let_through += 1;
+            return None;
+        }
+        if rule.probability < 1.0 && !self.draw.random_bool(rule.probability) {
+            return None;
+        }
+        self.struck += 1;
+        Some(Strike { rule: rule.name.clone(), kind: rule.kind.clone(), delay: rule.delay })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Which of `requests` are struck: the rule's name, or `-`.
+    #[track_caller]
+    fn check(file: &str, requests: &str, struck: &str) {
+        let mut live = Live::new(Faults::parse(file).expect("a sound file"));
+        let strike = |word: &str| {
+            let endpoint = Endpoint::named(word).expect("a name")[0];
+            live.strike(endpoint).map_or("-".to_owned(), |strike| strike.rule)
+        };
+        assert_eq!(requests.split(' ').map(strike).collect::<Vec<_>>().join(" "), struck);
+    }
+
+    #[test]
+    fn skip_lets_requests_through_and_count_ends_the_rule() {
+        let file = "[[fault]]\nname = \"a\"\nendpoint = \"lease\"\nkind = \"reset\"\nskip = 1\ncount = 2";
+        check(file, "lease heartbeat lease lease lease", "- - a a -");
+    }
+
+    #[test]
+    fn the_first_rule_that_strikes_hides_the_request_from_the_others() {
+        let file = "
+            [[fault]]\nname = \"a\"\nendpoint = \"part\"\nkind = \"reset\"\ncount = 1
+            [[fault]]\nname = \"b\"\nendpoint = [\"part\", \"abort\"]\nkind = \"hang\"\nskip = 1";
+        check(file, "part part part abort", "a - b b");
+    }
+
+    #[test]
+    fn a_seed_makes_the_draws_repeatable_and_rules_draw_apart() {
+        let rule = |name: &str| {
+            format!("[[fault]]\nname = \"{name}\"\nendpoint = \"part\"\nkind = \"reset\"\nprobability = 0.5\n")
+        };
+        let draws = |file: String| {
+            let mut live = Live::new(Faults::parse(&file).expect("a sound file"));
+            let struck = (0..64).map(|_| live.strike(Endpoint::Part).map(|strike| strike.rule));
+            struck.collect::<Vec<_>>()
+        };
+        let one = draws(format!("seed = 7\n{}", rule("a")));
+        assert_eq!(one, draws(format!("seed = 7\n{}", rule("a"))));
+        assert_ne!(one, draws(format!("seed = 8\n{}", rule("a"))));
+        let struck = one.iter().flatten().count();
+        assert!((16..48).contains(&struck), "{struck} of 64 at a half");
+        let two = draws(format!("seed = 7\n{}{}", rule("a"), rule("b")));
+        let first: Vec<_> = two.into_iter().map(|rule| rule.filter(|rule| rule == "a")).collect();
+        assert_eq!(one, first, "a second rule does not change the first one's draws");
+    }
+}

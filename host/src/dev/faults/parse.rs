@@ -1,0 +1,358 @@
+//! Reads a fault file: every mistake is one line that names the rule and the key.
+
+use std::{path::Path, time::Duration};
+
+use ::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use jiff::SignedDuration;
+use toml::{Table, Value as Toml};
+
+use super::{Endpoint, Faults, Kind, Rule, WireForm};
+
+/// What is wrong with a fault file: one line.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("{0}")]
+pub struct FaultsError(String);
+
+/// Largest answer `oversize` makes, in bytes: it is built in memory.
+const OVERSIZE_MAX: i64 = 1 << 30;
+/// What `oversize` answers unless told: beyond the 2 MiB that nodes read of a lease (contract 10.3) and
+/// the 4 MiB that authors read.
+const OVERSIZE: usize = 5 << 20;
+
+/// Longest pause before a fault.
+const HOUR: Duration = Duration::from_secs(60 * 60);
+/// Largest offset of the clock.
+const YEAR: Duration = Duration::from_secs(366 * 24 * 60 * 60);
+
+const KINDS: [&str; 13] = [
+    "status",
+    "delay",
+    "reset",
+    "reset_body",
+    "malformed",
+    "oversize",
+    "wrong_type",
+    "hang",
+    "lost_answer",
+    "revoke_token",
+    "forget_node",
+    "steal_lease",
+    "clock_offset",
+];
+const KEYS: [&str; 13] = [
+    "name",
+    "endpoint",
+    "kind",
+    "count",
+    "skip",
+    "probability",
+    "seed",
+    "delay",
+    "code",
+    "headers",
+    "body",
+    "after_bytes",
+    "bytes",
+];
+
+impl Faults {
+    /// Reads a fault file.
+    pub fn read(file: &Path) -> Result<Self, FaultsError> {
+        let told = |problem: String| FaultsError(format!("{}: {problem}", file.display()));
+        let text = std::fs::read_to_string(file).map_err(|err| told(err.to_string()))?;
+        Self::parse(&text).map_err(|FaultsError(problem)| told(problem))
+    }
+
+    /// Reads the text of a fault file.
+    pub fn parse(text: &str) -> Result<Self, FaultsError> {
+        parse(text).map_err(FaultsError)
+    }
+}
+
+fn parse(text: &str) -> Result<Faults, String> {
+    let table: Table = text.parse().map_err(|err: toml::de::Error| {
+        let line = err.span().map_or(1, |span| text[..span.start.min(text.len())].lines().count().max(1));
+        format!("line {line}: {}", err.message().replace('\n', " "))
+    })?;
+    known("", &table, &["seed", "world", "fault"])?;
+    let mut faults = Faults::default();
+    if let Some(seed) = table.get("seed") {
+        faults.seed = Some(whole("seed", seed)?);
+    }
+    if let Some(world) = table.get("world") {
+        let world = world.as_table().ok_or_else(|| format!("expected [world] as a table, found {world}"))?;
+        known("[world] ", world, &["form"])?;
+        faults.form = match world.get("form").map(Toml::as_str) {
+            None | Some(Some("new")) => WireForm::New,
+            Some(Some("old")) => WireForm::Old,
+            Some(_) => return Err(format!("[world] form: expected \"old\" or \"new\", found {}", world["form"])),
+        };
+    }
+    let Some(rules) = table.get("fault") else { return Ok(faults) };
+    let rules = rules.as_array().ok_or("expected [[fault]] tables, found `fault` as something else")?;
+    let mut clocks = 0;
+    for (index, rule) in rules.iter().enumerate() {
+        let number = index + 1;
+        let rule = rule.as_table().ok_or_else(|| format!("[[fault]] {number}: expected a table"))?;
+        let place = Place::of(number, rule)?;
+        if rule.get("kind").and_then(Toml::as_str) == Some("clock_offset") {
+            clocks += 1;
+            if clocks > 1 {
+                return Err(place.say("kind", "clock_offset stands twice; the world has one clock"));
+            }
+            faults.clock_offset = clock_offset(&place, rule)?;
+        } else {
+            faults.rules.push(self::rule(&place, rule)?);
+        }
+    }
+    Ok(faults)
+}
+
+/// Where we are, for complaints.
+struct Place {
+    rule: String,
+    shown: String,
+}
+
+impl Place {
+    fn of(number: usize, rule: &Table) -> Result<Self, String> {
+        match rule.get("name") {
+            None => Ok(Self { rule: format!("fault {number}"), shown: format!("[[fault]] {number}") }),
+            Some(Toml::String(name)) if !name.trim().is_empty() => {
+                Ok(Self { rule: name.clone(), shown: format!("[[fault]] {number} {name:?}") })
+            }
+            Some(other) => Err(format!("[[fault]] {number} name: expected a word, found {other}")),
+        }
+    }
+
+    fn say(&self, key: &str, problem: impl std::fmt::Display) -> String {
+        format!("{} {key}: {problem}", self.shown)
+    }
+}
+
+fn rule(place: &Place, table: &Table) -> Result<Rule, String> {
+    known(&format!("{} ", place.shown), table, &KEYS)?;
+    let kind = kind(place, table)?;
+    let endpoints = endpoints(place, table)?;
+    let fitting: Vec<Endpoint> = endpoints.iter().copied().filter(|call| fits(&kind, *call).is_ok()).collect();
+    // A group stands for those of its calls that make sense; a name alone is meant.
+    if fitting.is_empty() || (named_alone(table) && fitting.len() < endpoints.len()) {
+        let call = endpoints.iter().find(|call| !fitting.contains(call)).expect("one does not fit");
+        let why = fits(&kind, *call).expect_err("it does not fit");
+        return Err(place.say("kind", format!("{} cannot strike {}: {why}", kind.name(), call.name())));
+    }
+    let delay = match table.get("delay") {
+        None if kind == Kind::Delay => {
+            return Err(format!("{}: the key \"delay\" is missing, such as delay = \"500ms\"", place.shown));
+        }
+        None => Duration::ZERO,
+        Some(text) => duration(place, "delay", text)?,
+    };
+    if !delay.is_zero() && kind == Kind::Hang {
+        return Err(place.say("delay", "a hang has no end; leave the key out"));
+    }
+    let number = |key: &str| table.get(key).map(|value| whole(&format!("{} {key}", place.shown), value)).transpose();
+    let count = number("count")?;
+    if count == Some(0) {
+        return Err(place.say("count", "is 0, so the rule never strikes; remove the rule"));
+    }
+    let probability = match table.get("probability") {
+        None => 1.0,
+        Some(value) => {
+            #[expect(clippy::cast_precision_loss, reason = "only 0 and 1 are let through")]
+            let share = value.as_float().or(value.as_integer().map(|whole| whole as f64));
+            let share = share.filter(|share| *share > 0.0 && *share <= 1.0);
+            share.ok_or_else(|| place.say("probability", format!("expected above 0, at most 1, found {value}")))?
+        }
+    };
+    Ok(Rule {
+        name: place.rule.clone(),
+        endpoints: fitting,
+        kind,
+        delay,
+        count: count.unwrap_or(u64::MAX),
+        skip: number("skip")?.unwrap_or(0),
+        probability,
+        seed: number("seed")?,
+    })
+}
+
+/// Whether only calls are named, no group.
+fn named_alone(table: &Table) -> bool {
+    let is_call = |word: &Toml| word.as_str().is_some_and(|word| Endpoint::ALL.iter().any(|call| call.name() == word));
+    match table.get("endpoint") {
+        Some(Toml::Array(words)) => words.iter().all(is_call),
+        Some(word) => is_call(word),
+        None => false,
+    }
+}
+
+fn endpoints(place: &Place, table: &Table) -> Result<Vec<Endpoint>, String> {
+    let word = |value: &Toml| {
+        let name = value.as_str().ok_or_else(|| place.say("endpoint", format!("expected a name, found {value}")))?;
+        Endpoint::named(name)
+            .ok_or_else(|| place.say("endpoint", unknown(name, &Endpoint::words().collect::<Vec<_>>())))
+    };
+    match table.get("endpoint") {
+        None => Err(format!("{}: the key \"endpoint\" is missing, such as endpoint = \"lease\"", place.shown)),
+        Some(Toml::Array(words)) if words.is_empty() => Err(place.say("endpoint", "is empty, expected names of calls")),
+        Some(Toml::Array(words)) => {
+            let calls = words.iter().map(word).collect::<Result<Vec<_>, _>>()?;
+            let mut calls = calls.concat();
+            calls.sort();
+            calls.dedup();
+            Ok(calls)
+        }
+        Some(one) => word(one),
+    }
+}
+
+fn kind(place: &Place, table: &Table) -> Result<Kind, String> {
+    let word = match table.get("kind") {
+        None => return Err(format!("{}: the key \"kind\" is missing, such as kind = \"status\"", place.shown)),
+        Some(Toml::String(word)) => word.as_str(),
+        Some(other) => return Err(place.say("kind", format!("expected a word, found {other}"))),
+    };
+    // Keys that only some kinds have.
+    let own: &[&str] = match word {
+        "status" => &["code", "headers", "body"],
+        "reset_body" | "malformed" => &["after_bytes"],
+        "oversize" => &["bytes"],
+        _ => &[],
+    };
+    let foreign = ["code", "headers", "body", "after_bytes", "bytes"];
+    if let Some(key) = foreign.iter().find(|key| table.contains_key(**key) && !own.contains(key))
+        && KINDS.contains(&word)
+    {
+        return Err(place.say(key, format!("says nothing to kind {word:?}; remove it")));
+    }
+    let after = || -> Result<Option<usize>, String> {
+        let Some(value) = table.get("after_bytes") else { return Ok(None) };
+        let bytes = whole(&format!("{} after_bytes", place.shown), value)?;
+        Ok(Some(usize::try_from(bytes).unwrap_or(usize::MAX)))
+    };
+    Ok(match word {
+        "status" => status(place, table)?,
+        "delay" => Kind::Delay,
+        "reset" => Kind::Reset,
+        "reset_body" => Kind::ResetBody { after: after()? },
+        "malformed" => Kind::Malformed { after: after()? },
+        "oversize" => {
+            let bytes = match table.get("bytes") {
+                None => OVERSIZE,
+                Some(Toml::Integer(bytes)) if (1..=OVERSIZE_MAX).contains(bytes) => {
+                    usize::try_from(*bytes).expect("a gibibyte fits")
+                }
+                Some(other) => {
+                    return Err(place.say("bytes", format!("expected 1 to {OVERSIZE_MAX}, found {other}")));
+                }
+            };
+            Kind::Oversize { bytes }
+        }
+        "wrong_type" => Kind::WrongType,
+        "hang" => Kind::Hang,
+        "lost_answer" => Kind::LostAnswer,
+        "revoke_token" => Kind::RevokeToken,
+        "forget_node" => Kind::ForgetNode,
+        "steal_lease" => Kind::StealLease,
+        other => return Err(place.say("kind", unknown(other, &KINDS))),
+    })
+}
+
+fn status(place: &Place, table: &Table) -> Result<Kind, String> {
+    let code = match table.get("code") {
+        None => return Err(format!("{}: the key \"code\" is missing, such as code = 503", place.shown)),
+        Some(Toml::Integer(code)) if (200..=599).contains(code) => {
+            let code = u16::try_from(*code).ok().and_then(|code| StatusCode::from_u16(code).ok());
+            code.expect("200 to 599 are statuses")
+        }
+        Some(other) => return Err(place.say("code", format!("expected a status from 200 to 599, found {other}"))),
+    };
+    let mut headers = HeaderMap::new();
+    if let Some(table) = table.get("headers") {
+        let table = table.as_table().ok_or_else(|| place.say("headers", format!("expected a table, found {table}")))?;
+        for (name, value) in table {
+            let wrong = |problem: &str| place.say("headers", format!("{name:?} {problem}"));
+            let text = match value {
+                Toml::String(text) => text.clone(),
+                Toml::Integer(number) => number.to_string(),
+                other => return Err(wrong(&format!("expected text, found {other}"))),
+            };
+            let known = HeaderName::try_from(name).map_err(|_| wrong("is no name of a header"))?;
+            if known == ::http::header::CONTENT_LENGTH || known == ::http::header::TRANSFER_ENCODING {
+                return Err(wrong("is set by the world; remove it"));
+            }
+            headers.append(known, HeaderValue::try_from(text).map_err(|_| wrong("holds what no header may"))?);
+        }
+    }
+    let body = match table.get("body") {
+        None => String::new(),
+        Some(Toml::String(body)) => body.clone(),
+        Some(other) => return Err(place.say("body", format!("expected text, found {other}"))),
+    };
+    if !body.is_empty() && [204, 205, 304].contains(&code.as_u16()) {
+        return Err(place.say("body", format!("an answer {} has none; remove it", code.as_u16())));
+    }
+    Ok(Kind::Status { code, headers, body })
+}
+
+/// Why a kind makes no sense for a call.
+fn fits(kind: &Kind, call: Endpoint) -> Result<(), &'static str> {
+    let task = matches!(call, Endpoint::Heartbeat | Endpoint::Complete | Endpoint::Fail) || call.is_of_domain();
+    match kind {
+        Kind::RevokeToken if !call.is_of_dms() && !call.is_of_domain() => Err("it shows no token of a node or a task"),
+        Kind::ForgetNode if !call.is_of_dms() && call != Endpoint::Verify => Err("it does not say which node asks"),
+        Kind::StealLease if !task => Err("it is not about a task"),
+        Kind::Oversize { .. } if matches!(call, Endpoint::Download | Endpoint::ById) => {
+            Err("data has the size it has; store a larger item")
+        }
+        _ => Ok(()),
+    }
+}
+
+fn clock_offset(place: &Place, table: &Table) -> Result<SignedDuration, String> {
+    known(&format!("{} ", place.shown), table, &["name", "kind", "endpoint", "offset"])?;
+    if let Some(other) = table.get("endpoint").filter(|value| value.as_str() != Some("any")) {
+        return Err(place.say("endpoint", format!("the world has one clock; expected \"any\", found {other}")));
+    }
+    let Some(offset) = table.get("offset") else {
+        return Err(format!("{}: the key \"offset\" is missing, such as offset = \"-20m\"", place.shown));
+    };
+    let length = offset.as_str().and_then(|text| text.parse::<SignedDuration>().ok());
+    length.filter(|length| length.unsigned_abs() <= YEAR).ok_or_else(|| {
+        let expected = "expected a time such as \"20m\" or \"-20m\", at most a year";
+        place.say("offset", format!("{expected}, found {offset}"))
+    })
+}
+
+fn duration(place: &Place, key: &str, value: &Toml) -> Result<Duration, String> {
+    let length = value.as_str().and_then(|text| text.parse::<SignedDuration>().ok());
+    let length = length.and_then(|length| Duration::try_from(length).ok()).filter(|length| *length <= HOUR);
+    length.ok_or_else(|| {
+        place.say(key, format!("expected a time such as \"500ms\" or \"2s\", at most 1h, found {value}"))
+    })
+}
+
+fn whole(place: &str, value: &Toml) -> Result<u64, String> {
+    let number = value.as_integer().and_then(|number| u64::try_from(number).ok());
+    number.ok_or_else(|| format!("{place}: expected a whole number, not negative, found {value}"))
+}
+
+fn known(place: &str, table: &Table, known: &[&str]) -> Result<(), String> {
+    match table.keys().find(|key| !known.contains(&key.as_str())) {
+        None => Ok(()),
+        Some(key) => Err(format!("{place}unknown key {}", unknown(key, known))),
+    }
+}
+
+fn unknown(word: &str, known: &[&str]) -> String {
+    let near = known.iter().map(|known| (strsim::jaro_winkler(word, known), known)).max_by(|a, b| a.0.total_cmp(&b.0));
+    match near {
+        Some((likeness, near)) if likeness > 0.7 => format!("{word:?}, did you mean {near:?}?"),
+        _ => format!("{word:?}, expected one of {}", known.join(", ")),
+    }
+}
+
+#[cfg(test)]
+#[path = "parse_tests.rs"]
+mod tests;

@@ -1,0 +1,114 @@
+//! Every mistake of a fault file in one line.
+
+use super::*;
+
+#[track_caller]
+fn check(text: &str, line: &str) {
+    let found = Faults::parse(text).map(|faults| faults.len()).expect_err("a mistake").to_string();
+    assert_eq!(found, line);
+    assert!(!found.contains('\n'));
+}
+
+fn rule(rest: &str) -> String {
+    format!("[[fault]]\nendpoint = \"lease\"\n{rest}")
+}
+
+#[test]
+fn mistakes_name_the_rule_and_the_key() {
+    check("[[fualt]]", "unknown key \"fualt\", did you mean \"fault\"?");
+    check("seed = -1", "seed: expected a whole number, not negative, found -1");
+    check("[world]\nform = 1", "[world] form: expected \"old\" or \"new\", found 1");
+    check("[[fault]]\nkind = \"reset\"", "[[fault]] 1: the key \"endpoint\" is missing, such as endpoint = \"lease\"");
+    check(&rule(""), "[[fault]] 1: the key \"kind\" is missing, such as kind = \"status\"");
+    check(&rule("kind = \"rest\""), "[[fault]] 1 kind: \"rest\", did you mean \"reset\"?");
+    check(&rule("kind = \"reset\"\ncuont = 1"), "[[fault]] 1 unknown key \"cuont\", did you mean \"count\"?");
+    check(&rule("kind = \"reset\"\ncount = 0"), "[[fault]] 1 count: is 0, so the rule never strikes; remove the rule");
+    check(
+        &rule("name = \"n\"\nkind = \"reset\"\nprobability = 1.5"),
+        "[[fault]] 1 \"n\" probability: expected above 0, at most 1, found 1.5",
+    );
+    check(&rule("kind = \"status\""), "[[fault]] 1: the key \"code\" is missing, such as code = 503");
+    check(&rule("kind = \"status\"\ncode = 99"), "[[fault]] 1 code: expected a status from 200 to 599, found 99");
+    check(
+        &rule("kind = \"status\"\ncode = 503\nheaders = { \"a b\" = \"1\" }"),
+        "[[fault]] 1 headers: \"a b\" is no name of a header",
+    );
+    check(&rule("kind = \"delay\""), "[[fault]] 1: the key \"delay\" is missing, such as delay = \"500ms\"");
+    check(
+        &rule("kind = \"delay\"\ndelay = 5"),
+        "[[fault]] 1 delay: expected a time such as \"500ms\" or \"2s\", at most 1h, found 5",
+    );
+    check(
+        "[[fault]]\nendpoint = \"laese\"\nkind = \"reset\"",
+        "[[fault]] 1 endpoint: \"laese\", did you mean \"lease\"?",
+    );
+    check("a = \n", "line 1: string values must be quoted, expected literal string");
+}
+
+#[test]
+fn combinations_without_sense_are_refused() {
+    check(&rule("kind = \"reset\"\ncode = 503"), "[[fault]] 1 code: says nothing to kind \"reset\"; remove it");
+    check(&rule("kind = \"hang\"\ndelay = \"1s\""), "[[fault]] 1 delay: a hang has no end; leave the key out");
+    check(&rule("kind = \"status\"\ncode = 204\nbody = \"x\""), "[[fault]] 1 body: an answer 204 has none; remove it");
+    check(&rule("kind = \"steal_lease\""), "[[fault]] 1 kind: steal_lease cannot strike lease: it is not about a task");
+    check(
+        "[[fault]]\nendpoint = [\"lease\", \"info\"]\nkind = \"revoke_token\"",
+        "[[fault]] 1 kind: revoke_token cannot strike info: it shows no token of a node or a task",
+    );
+    check(
+        "[[fault]]\nendpoint = \"nonce\"\nkind = \"forget_node\"",
+        "[[fault]] 1 kind: forget_node cannot strike nonce: it does not say which node asks",
+    );
+    check(
+        "[[fault]]\nendpoint = \"download\"\nkind = \"oversize\"",
+        "[[fault]] 1 kind: oversize cannot strike download: data has the size it has; store a larger item",
+    );
+    check(
+        "[[fault]]\nendpoint = \"lease\"\nkind = \"clock_offset\"\noffset = \"1m\"",
+        "[[fault]] 1 endpoint: the world has one clock; expected \"any\", found \"lease\"",
+    );
+    check(
+        "[[fault]]\nkind = \"clock_offset\"\noffset = \"soon\"",
+        "[[fault]] 1 offset: expected a time such as \"20m\" or \"-20m\", at most a year, found \"soon\"",
+    );
+}
+
+#[test]
+fn a_group_stands_for_those_of_its_calls_that_fit() {
+    let faults = Faults::parse("[[fault]]\nendpoint = \"any\"\nkind = \"revoke_token\"").expect("a sound file");
+    assert!(faults.rules[0].endpoints.contains(&Endpoint::Lease));
+    assert!(faults.rules[0].endpoints.contains(&Endpoint::Part));
+    assert!(!faults.rules[0].endpoints.contains(&Endpoint::Nonce));
+    assert!(Faults::parse("[[fault]]\nendpoint = \"dds\"\nkind = \"steal_lease\"").is_err());
+}
+
+#[test]
+fn everything_a_rule_can_say_is_read() {
+    let text = "
+        seed = 9
+        [world]
+        form = \"old\"
+        [[fault]]
+        name = \"busy\"
+        endpoint = [\"upload\", \"part\"]
+        kind = \"status\"
+        code = 429
+        headers = { Retry-After = 2 }
+        body = \"later\"
+        count = 3
+        skip = 1
+        probability = 0.25
+        seed = 4
+        delay = \"1.5s\"
+        [[fault]]
+        kind = \"clock_offset\"
+        offset = \"-20m\"";
+    let faults = Faults::parse(text).expect("a sound file");
+    assert_eq!((faults.seed, faults.form), (Some(9), WireForm::Old));
+    assert_eq!(faults.clock_offset(), SignedDuration::from_mins(-20));
+    let rule = &faults.rules[0];
+    assert_eq!(rule.endpoints, [Endpoint::Create, Endpoint::Replace, Endpoint::Part]);
+    assert_eq!((rule.count, rule.skip, rule.seed, rule.delay), (3, 1, Some(4), Duration::from_millis(1500)));
+    let Kind::Status { code, headers, body } = &rule.kind else { panic!("{:?}", rule.kind) };
+    assert_eq!((code.as_u16(), &headers["retry-after"], body.as_str()), (429, &HeaderValue::from(2), "later"));
+}

@@ -1,0 +1,254 @@
+//! Faults over the wire: each kind, as a client sees it.
+
+use std::time::Instant;
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+
+use super::*;
+use crate::dev::{Faults, Seen};
+
+impl Lab {
+    fn faults(&self, file: &str) {
+        self.world.set_faults(Faults::parse(file).expect("a sound file"));
+    }
+
+    /// One request on a connection of its own: what came, and how the connection ended.
+    async fn exchange(&self, head: &str, bearer: &str, body: &str) -> (String, std::io::Result<()>) {
+        let mut socket = TcpStream::connect(self.world.address()).await.expect("it listens");
+        let (host, length) = (self.world.address(), body.len());
+        let request = format!(
+            "{head} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {bearer}\r\nContent-Length: {length}\r\n\
+             Connection: close\r\n\r\n{body}"
+        );
+        socket.write_all(request.as_bytes()).await.expect("it reads");
+        let mut came = Vec::new();
+        let read = tokio::time::timeout(LIMIT, socket.read_to_end(&mut came)).await.expect("the connection ends");
+        (String::from_utf8_lossy(&came).into_owned(), read.map(drop))
+    }
+
+    fn last_seen(&self) -> Seen {
+        self.world.journal().pop().expect("a request")
+    }
+}
+
+fn is_reset(end: std::io::Result<()>) -> bool {
+    end.is_err_and(|err| err.kind() == std::io::ErrorKind::ConnectionReset)
+}
+
+/// A rule for one call, once.
+fn once(endpoint: &str, rest: &str) -> String {
+    format!("[[fault]]\nendpoint = \"{endpoint}\"\ncount = 1\n{rest}")
+}
+
+#[tokio::test]
+async fn a_status_comes_with_headers_and_body_and_nothing_is_done() {
+    let lab = Lab::start().await;
+    let node = lab.node(1, &[HELLO]).await;
+    let job = lab.job(HELLO, 1);
+    lab.faults(&once("lease", "kind = \"status\"\ncode = 503\nheaders = { Retry-After = \"7\" }\nbody = \"later\""));
+    let answer = node.poll(&lab, "").await;
+    assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
+    assert_eq!((&answer.headers["retry-after"], &answer.body[..]), (&"7".parse().expect("a value"), &b"later"[..]));
+    assert_eq!(lab.world.job(job).expect("known")["tasks"][0]["status"], "queued");
+    let seen = lab.last_seen();
+    assert_eq!((seen.endpoint, seen.fault, seen.status), (Some("lease"), Some("status"), 503));
+    node.lease(&lab).await;
+    assert_eq!(lab.last_seen().fault, None, "the rule is used up");
+}
+
+#[tokio::test]
+async fn a_reset_is_one_and_nothing_is_done() {
+    let lab = Lab::start().await;
+    let node = lab.node(1, &[HELLO]).await;
+    let job = lab.job(HELLO, 1);
+    lab.faults(&once("lease", "kind = \"reset\""));
+    let (came, end) = lab.exchange("GET /v1/tasks", &node.token, "").await;
+    assert!(is_reset(end) && came.is_empty(), "{came}");
+    assert_eq!(lab.world.job(job).expect("known")["tasks"][0]["status"], "queued");
+    let seen = lab.last_seen();
+    assert_eq!((seen.fault, seen.status), (Some("reset"), 0));
+}
+
+#[tokio::test]
+async fn a_lost_answer_has_done_its_work() {
+    let lab = Lab::start().await;
+    let node = lab.node(1, &[HELLO]).await;
+    let job = lab.job(HELLO, 1);
+    let lease = node.lease(&lab).await;
+    lab.faults(&once("complete", "kind = \"lost_answer\""));
+    let (came, end) = lab.exchange(&format!("POST {}", path(&lease, "complete")), &node.token, "{}").await;
+    assert!(is_reset(end) && came.is_empty(), "{came}");
+    assert_eq!(lab.world.job(job).expect("known")["job"]["status"], "completed");
+}
+
+#[tokio::test]
+async fn a_body_is_reset_in_its_middle() {
+    let lab = Lab::start().await;
+    let node = lab.node(1, &[HELLO]).await;
+    lab.job(HELLO, 1);
+    lab.faults(&once("lease", "kind = \"reset_body\""));
+    let (came, end) = lab.exchange("GET /v1/tasks", &node.token, "").await;
+    assert!(is_reset(end), "{came}");
+    let (head, body) = came.split_once("\r\n\r\n").expect("a head");
+    let promised = head.lines().find_map(|line| line.to_lowercase().strip_prefix("content-length: ")?.parse().ok());
+    assert_eq!(promised, Some(body.len() * 2 + body.len() % 2).filter(|_| body.len() > 100), "{came}");
+
+    let id = lab.world.put_data("long", "bin", &[7; 300_000]).await.expect("stored");
+    let ask = format!("GET /api/v1/domains/{}/data/{id}?raw=true", lab.world.domain_id());
+    lab.faults(&once("by_id", "kind = \"reset_body\"\nafter_bytes = 200000"));
+    let (came, end) = lab.exchange(&ask, &lab.world.grant(), "").await;
+    let (head, body) = came.split_once("\r\n\r\n").expect("a head");
+    assert!(is_reset(end) && head.to_lowercase().contains("content-length: 300000"), "{head}");
+    // What the client has not been sent yet goes with the connection.
+    assert!((1..=200_000).contains(&body.len()), "{}", body.len());
+}
+
+#[tokio::test]
+async fn spoilt_answers_come_in_good_form() {
+    let lab = Lab::start().await;
+    let node = lab.node(1, &[HELLO]).await;
+    let (first, second) = (lab.job(HELLO, 1), lab.job(HELLO, 1));
+    lab.faults(&once("lease", "kind = \"malformed\""));
+    let answer = node.poll(&lab, "").await;
+    assert_eq!(
+        (answer.status, &answer.headers["content-type"]),
+        (StatusCode::OK, &"application/json".parse().expect("a value"))
+    );
+    assert!(answer.body.starts_with(b"{") && answer.json::<Value>().is_err());
+    assert_eq!(lab.world.job(first).expect("known")["tasks"][0]["status"], "leased", "the work was done");
+    lab.faults(&once("lease", "kind = \"wrong_type\""));
+    let answer = node.poll(&lab, "").await;
+    assert_eq!(
+        (answer.status, &answer.headers["content-type"]),
+        (StatusCode::OK, &"text/html; charset=utf-8".parse().expect("a value"))
+    );
+    assert_eq!(lab.world.job(second).expect("known")["tasks"][0]["status"], "leased");
+    lab.faults(&once("lease", "kind = \"oversize\"\nbytes = 100000"));
+    let answer = node.poll(&lab, "").await;
+    assert_eq!((answer.status, answer.body.len()), (StatusCode::OK, 100_000), "also where there was no work");
+    assert!(answer.json::<String>().is_ok());
+    lab.faults(&once("by_id", "kind = \"malformed\""));
+    let id = lab.world.put_data("bytes", "bin", b"0123456789").await.expect("stored");
+    let ask = format!("/api/v1/domains/{}/data/{id}?raw=true", lab.world.domain_id());
+    assert_eq!(&lab.get(&ask, Some(&lab.world.grant())).await.body[..], b"01234");
+}
+
+#[tokio::test]
+async fn a_delay_passes_and_then_the_work_is_done() {
+    let lab = Lab::start().await;
+    let node = lab.node(1, &[HELLO]).await;
+    lab.faults(&once("lease", "kind = \"delay\"\ndelay = \"150ms\""));
+    let began = Instant::now();
+    assert_eq!(node.poll(&lab, "").await.status, StatusCode::NO_CONTENT);
+    assert!(began.elapsed() >= Duration::from_millis(150));
+}
+
+#[tokio::test]
+async fn a_hang_lasts_until_the_client_leaves_or_the_world_ends() {
+    let lab = Lab::start().await;
+    let node = lab.node(1, &[HELLO]).await;
+    lab.faults("[[fault]]\nendpoint = \"lease\"\nkind = \"hang\"");
+    let asked = lab.exchange("GET /v1/tasks", &node.token, "");
+    let stop = async {
+        lab.world.journal_until(|seen| seen.iter().any(|seen| seen.fault == Some("hang"))).await;
+        lab.world.stop.cancel();
+    };
+    let ((came, end), ()) = tokio::join!(asked, stop);
+    assert!(is_reset(end) && came.is_empty(), "{came}");
+}
+
+#[tokio::test]
+async fn a_revoked_token_is_dead_and_can_be_renewed() {
+    let lab = Lab::start().await;
+    let mut node = lab.node(1, &[HELLO]).await;
+    lab.job(HELLO, 1);
+    let lease = node.lease(&lab).await;
+    lab.faults(&once("heartbeat", "kind = \"revoke_token\""));
+    assert_eq!(node.beat(&lab, &lease, &json!({})).await.status, StatusCode::UNAUTHORIZED);
+    assert_eq!(node.beat(&lab, &lease, &json!({})).await.status, StatusCode::UNAUTHORIZED);
+    node.login(&lab).await;
+    assert_eq!(node.beat(&lab, &lease, &json!({})).await.status, StatusCode::OK);
+
+    let list = format!("/api/v1/domains/{}/data", lab.world.domain_id());
+    let old = lease["access_token"].as_str();
+    assert_eq!(lab.get(&list, old).await.status, StatusCode::OK);
+    lab.faults(&once("list", "kind = \"revoke_token\""));
+    assert_eq!(lab.get(&list, old).await.status, StatusCode::UNAUTHORIZED);
+    let beat = body(&node.beat(&lab, &lease, &json!({})).await);
+    assert_eq!(lab.get(&list, old).await.status, StatusCode::UNAUTHORIZED, "no grace for a revoked token");
+    assert_eq!(lab.get(&list, beat["access_token"].as_str()).await.status, StatusCode::OK);
+}
+
+#[tokio::test]
+async fn a_forgotten_node_must_register_again() {
+    for endpoint in ["lease", "verify"] {
+        let lab = Lab::start().await;
+        let mut node = lab.node(1, &[HELLO]).await;
+        lab.faults(&once(endpoint, "kind = \"forget_node\""));
+        if endpoint == "lease" {
+            assert_eq!(node.poll(&lab, "").await.status, StatusCode::UNAUTHORIZED);
+        }
+        assert_eq!(node.try_login(&lab).await.status, StatusCode::FORBIDDEN);
+        assert_eq!(node.register(&lab, &[HELLO]).await.status, StatusCode::OK);
+        node.login(&lab).await;
+        assert_eq!(node.poll(&lab, "").await.status, StatusCode::NO_CONTENT);
+    }
+}
+
+#[tokio::test]
+async fn a_stolen_lease_is_anothers_and_comes_back_by_expiry() {
+    let lab = Lab::with(Config { lease_ttl: Duration::from_millis(300), ..Config::default() }).await;
+    let node = lab.node(1, &[HELLO]).await;
+    let job = lab.job(HELLO, 4);
+    let lease = node.lease(&lab).await;
+    lab.faults(&once("heartbeat", "kind = \"steal_lease\""));
+    assert_eq!(node.beat(&lab, &lease, &json!({})).await.status, StatusCode::CONFLICT);
+    assert_eq!(node.complete(&lab, &lease, &[]).await.status, StatusCode::CONFLICT);
+    let back = lab.world.job_until(job, |job| job["tasks"][0]["status"] == "queued");
+    assert_eq!(tokio::time::timeout(LIMIT, back).await.expect("re-queued")["tasks"][0]["attempts"], 2);
+    let lease = node.lease(&lab).await;
+    lab.faults(&once("list", "kind = \"steal_lease\""));
+    let list = format!("/api/v1/domains/{}/data", lab.world.domain_id());
+    assert_eq!(lab.get(&list, lease["access_token"].as_str()).await.status, StatusCode::UNAUTHORIZED);
+}
+
+#[tokio::test]
+async fn a_clock_that_is_off_shows_in_every_time_and_the_world_still_works() {
+    for (offset, minutes) in [("20m", 20), ("-20m", -20)] {
+        let faults = Faults::parse(&format!("[[fault]]\nkind = \"clock_offset\"\noffset = \"{offset}\""));
+        let lab = Lab::with(Config { faults: faults.expect("a sound file"), ..Config::default() }).await;
+        let node = lab.node(1, &[HELLO]).await;
+        lab.job(HELLO, 1);
+        let answer = node.poll(&lab, "").await;
+        let lease = body(&answer);
+        let now = jiff::Timestamp::now() + jiff::SignedDuration::from_mins(minutes);
+        let near = |at: jiff::Timestamp, ahead: i64| {
+            (at.duration_since(now) - jiff::SignedDuration::from_secs(ahead)).abs()
+                < jiff::SignedDuration::from_secs(20)
+        };
+        let date = jiff::fmt::rfc2822::parse(answer.headers["date"].to_str().expect("text")).expect("a date");
+        assert!(near(date.timestamp(), 0), "{date}");
+        assert!(near(lease["lease_expires_at"].as_str().expect("text").parse().expect("a time"), 60));
+        let list = format!("/api/v1/domains/{}/data", lab.world.domain_id());
+        assert_eq!(lab.get(&list, lease["access_token"].as_str()).await.status, StatusCode::OK);
+        assert_eq!(node.beat(&lab, &lease, &json!({})).await.status, StatusCode::OK);
+        assert_eq!(node.complete(&lab, &lease, &[]).await.status, StatusCode::OK);
+    }
+}
+
+#[tokio::test]
+async fn the_journal_page_shows_what_was_struck() {
+    let lab = Lab::start().await;
+    let node = lab.node(1, &[HELLO]).await;
+    lab.faults(&once("lease", "kind = \"status\"\ncode = 500"));
+    node.poll(&lab, "").await;
+    let page = body(&lab.get("/dev/v1/requests", None).await);
+    let struck = page["requests"].as_array().expect("a list").last().expect("a request").clone();
+    assert_eq!(
+        (&struck["endpoint"], &struck["fault"], &struck["status"]),
+        (&json!("lease"), &json!("status"), &json!(500))
+    );
+}

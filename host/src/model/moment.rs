@@ -1,0 +1,132 @@
+//! A clock that nobody sets and nothing stops.
+//!
+//! It goes on while the process is stopped and while the machine sleeps: whoever asks it after either
+//! learns how much time is really gone. What must not happen after a moment is run by
+//! [`Moment::before`], which looks again each time it is woken.
+
+use std::{
+    future::poll_fn,
+    ops::{Add, Sub},
+    pin::pin,
+    task::Poll,
+    time::Duration,
+};
+
+/// A point on that clock. It means something only until the machine starts again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Moment(u64);
+
+impl Moment {
+    /// Later than every other one.
+    pub const NEVER: Self = Self(u64::MAX);
+
+    /// This moment.
+    #[must_use]
+    pub fn now() -> Self {
+        Self(nanoseconds())
+    }
+
+    /// What is left until `self`; zero once it has passed.
+    #[must_use]
+    pub fn left(self) -> Duration {
+        self - Self::now()
+    }
+
+    /// Whether it has come.
+    #[must_use]
+    pub fn has_passed(self) -> bool {
+        Self::now() >= self
+    }
+
+    /// The moment this long before `self`.
+    #[must_use]
+    pub fn back(self, by: Duration) -> Self {
+        Self(self.0.saturating_sub(whole(by)))
+    }
+
+    /// Runs `work` until this moment; `None` when it had not ended by then. The clock is asked before
+    /// each step of `work`, so that a process which was stopped midway does nothing late.
+    pub async fn before<T>(self, work: impl Future<Output = T>) -> Option<T> {
+        let mut work = pin!(work);
+        let mut timer = pin!(tokio::time::sleep(self.left()));
+        poll_fn(|context| {
+            if self.has_passed() {
+                return Poll::Ready(None);
+            }
+            if let Poll::Ready(done) = work.as_mut().poll(context) {
+                return Poll::Ready(Some(done));
+            }
+            timer.as_mut().poll(context).map(|()| None)
+        })
+        .await
+    }
+
+    pub(super) fn to_bits(self) -> u64 {
+        self.0
+    }
+
+    pub(super) fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+}
+
+impl Add<Duration> for Moment {
+    type Output = Self;
+
+    fn add(self, by: Duration) -> Self {
+        Self(self.0.saturating_add(whole(by)))
+    }
+}
+
+impl Sub for Moment {
+    type Output = Duration;
+
+    /// The time from `earlier` to `self`; zero if it is the other way round.
+    fn sub(self, earlier: Self) -> Duration {
+        Duration::from_nanos(self.0.saturating_sub(earlier.0))
+    }
+}
+
+fn whole(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+#[cfg(target_os = "linux")]
+fn nanoseconds() -> u64 {
+    // Unlike the monotonic clock of `Instant`, this one counts suspended time too.
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    whole(Duration::try_from(now).unwrap_or_default())
+}
+
+#[cfg(not(target_os = "linux"))]
+fn nanoseconds() -> u64 {
+    use std::{sync::OnceLock, time::Instant};
+    /// So that moments before the first question can be told.
+    const HEAD_START: Duration = Duration::from_secs(24 * 3600);
+    static START: OnceLock<Instant> = OnceLock::new();
+    whole(START.get_or_init(Instant::now).elapsed() + HEAD_START)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn moments_add_up_and_never_overflow() {
+        let now = Moment::now();
+        let later = now + Duration::from_secs(3);
+        assert_eq!((later - now, now - later), (Duration::from_secs(3), Duration::ZERO));
+        assert_eq!(later.back(Duration::from_secs(3)), now);
+        assert_eq!(now + Duration::MAX, Moment::NEVER);
+        assert_eq!(now.back(Duration::MAX), Moment(0));
+        assert!(now.has_passed() && !Moment::NEVER.has_passed() && Moment::now() >= now);
+    }
+
+    #[tokio::test]
+    async fn work_is_not_begun_after_its_moment() {
+        let (past, soon) = (Moment::now(), Moment::now() + Duration::from_millis(5));
+        assert_eq!(past.before(async { 1 }).await, None);
+        assert_eq!(soon.before(std::future::pending::<()>()).await, None);
+        assert_eq!(Moment::NEVER.before(async { 1 }).await, Some(1));
+    }
+}

@@ -1,0 +1,212 @@
+//! `POST /internal/v1/registrations`: the sign-in service calls back (posemesh contract 2.7).
+//!
+//! Anybody who reaches the pages can send this request, so it is bounded in every direction: size of
+//! the body, time to send it, requests at once, requests per sender. What it says is only handed
+//! on; whether it is wanted is known elsewhere ([`Visits`]). Nothing of a body is logged or repeated in
+//! an answer.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use axum::{
+    Json,
+    extract::{ConnectInfo, Request, State},
+    http::{HeaderMap, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use futures_util::StreamExt as _;
+use secrecy::{SecretString, zeroize::Zeroizing};
+use serde::{Deserialize, Deserializer, de::IgnoredAny};
+use serde_json::json;
+use tokio::sync::Semaphore;
+
+use crate::model::{Callback, Visits};
+
+/// Largest body, in bytes: the lists of domains and lighthouses may be long.
+const BODY_BYTES_MAX: usize = 256 * 1024;
+/// How much of a larger one is read, so that its sender gets to see the answer.
+const REFUSED_BYTES_MAX: usize = 4 * BODY_BYTES_MAX;
+/// Largest secret, in bytes.
+const SECRET_BYTES_MAX: usize = 4096;
+/// How long a body may take to arrive.
+const BODY_TIME_MAX: Duration = Duration::from_secs(5);
+/// Bodies read at once.
+const AT_ONCE_MAX: usize = 8;
+/// Requests of one sender in a row, and how long one takes to be forgotten.
+const BURST: u32 = 20;
+const FORGET_ONE: Duration = Duration::from_millis(500);
+/// Senders remembered.
+const SENDERS_MAX: usize = 256;
+
+/// What the handler needs.
+pub(super) struct Desk {
+    visits: Arc<dyn Visits>,
+    senders: Mutex<Senders>,
+    reading: Semaphore,
+}
+
+impl Desk {
+    pub(super) fn new(visits: Arc<dyn Visits>) -> Arc<Self> {
+        Arc::new(Self { visits, senders: Mutex::default(), reading: Semaphore::new(AT_ONCE_MAX) })
+    }
+
+    pub(super) fn visits(&self) -> &dyn Visits {
+        &*self.visits
+    }
+}
+
+/// The body. Unknown fields are passed over, so are the lists.
+#[derive(Deserialize)]
+struct Body {
+    id: String,
+    #[serde(deserialize_with = "wiped")]
+    secret: Zeroizing<String>,
+    #[serde(default)]
+    organization_id: Option<String>,
+    #[serde(default, rename = "lighthouses_in_domains")]
+    _lighthouses: IgnoredAny,
+    #[serde(default, rename = "domains")]
+    _domains: IgnoredAny,
+}
+
+fn wiped<'de, D: Deserializer<'de>>(from: D) -> Result<Zeroizing<String>, D::Error> {
+    String::deserialize(from).map(Zeroizing::new)
+}
+
+/// What a sender is told.
+type Refusal = (StatusCode, &'static str);
+
+/// See the module's text.
+pub(super) async fn registrations(
+    State(desk): State<Arc<Desk>>,
+    ConnectInfo(sender): ConnectInfo<SocketAddr>,
+    request: Request,
+) -> Response {
+    let admitted = desk.senders.lock().unwrap_or_else(PoisonError::into_inner).admit(sender.ip(), Instant::now());
+    let Some(_reading) = desk.reading.try_acquire().ok().filter(|_| admitted) else {
+        return (StatusCode::TOO_MANY_REQUESTS, [(header::RETRY_AFTER, "1")], "too many callbacks").into_response();
+    };
+    match read(request).await {
+        Ok(callback) => match desk.visits.called_back(callback) {
+            Ok(()) => Json(json!({ "ok": true })).into_response(),
+            Err(_) => (StatusCode::CONFLICT, "no registration is in flight").into_response(),
+        },
+        Err(refusal) => refusal.into_response(),
+    }
+}
+
+/// The callback, if the request is one.
+async fn read(request: Request) -> Result<Callback, Refusal> {
+    let (head, body) = request.into_parts();
+    if !is_json(&head.headers) {
+        return Err((StatusCode::UNSUPPORTED_MEDIA_TYPE, "expected Content-Type: application/json"));
+    }
+    let mut body = body.into_data_stream();
+    let whole = async {
+        let mut bytes = Zeroizing::new(Vec::with_capacity(4096));
+        let mut length = 0;
+        while let Some(data) = body.next().await {
+            let data = data.map_err(|_| (StatusCode::BAD_REQUEST, "the body broke off"))?;
+            length += data.len();
+            if length <= BODY_BYTES_MAX {
+                bytes.extend_from_slice(&data);
+            } else if length > REFUSED_BYTES_MAX {
+                break;
+            }
+        }
+        if length > BODY_BYTES_MAX {
+            return Err((StatusCode::PAYLOAD_TOO_LARGE, "the body is larger than 256 KiB"));
+        }
+        Ok::<_, Refusal>(bytes)
+    };
+    let late = |_| (StatusCode::REQUEST_TIMEOUT, "the body did not arrive within 5 s");
+    let bytes = tokio::time::timeout(BODY_TIME_MAX, whole).await.map_err(late)??;
+    let body: Body = serde_json::from_slice(&bytes).map_err(|err| match err.classify() {
+        // The decoder's own words may quote the secret.
+        serde_json::error::Category::Data => {
+            (StatusCode::UNPROCESSABLE_ENTITY, "a field is missing or has another type; expected id and secret as text")
+        }
+        _ => (StatusCode::BAD_REQUEST, "the body is not JSON"),
+    })?;
+    if body.id.trim().is_empty() {
+        return Err((StatusCode::UNPROCESSABLE_ENTITY, "missing id"));
+    }
+    if body.secret.trim().is_empty() {
+        return Err((StatusCode::UNPROCESSABLE_ENTITY, "missing secret"));
+    }
+    if body.secret.len() > SECRET_BYTES_MAX {
+        return Err((StatusCode::FORBIDDEN, "secret too large"));
+    }
+    let secret = SecretString::from(body.secret.as_str());
+    Ok(Callback { id: body.id, secret, organization_id: body.organization_id })
+}
+
+/// `application/json`, or a type that ends in `+json`.
+fn is_json(headers: &HeaderMap) -> bool {
+    let kind = headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    let essence = kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
+}
+
+/// How much each sender has asked lately: a count that falls by one every [`FORGET_ONE`].
+#[derive(Default)]
+struct Senders(HashMap<IpAddr, (u32, Instant)>);
+
+impl Senders {
+    fn admit(&mut self, sender: IpAddr, now: Instant) -> bool {
+        let left = |(count, since): (u32, Instant)| {
+            let forgotten = now.saturating_duration_since(since).as_millis() / FORGET_ONE.as_millis();
+            count.saturating_sub(u32::try_from(forgotten).unwrap_or(u32::MAX))
+        };
+        if !self.0.contains_key(&sender) && self.0.len() >= SENDERS_MAX {
+            self.0.retain(|_, seen| left(*seen) > 0);
+            if self.0.len() >= SENDERS_MAX {
+                return false;
+            }
+        }
+        let (count, since) = self.0.entry(sender).or_insert((0, now));
+        let still = left((*count, *since));
+        if still >= BURST {
+            return false;
+        }
+        if still != *count {
+            *since = now;
+        }
+        *count = still + 1;
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sender_gets_a_burst_and_then_two_a_second_and_others_are_not_disturbed() {
+        let (start, mut senders) = (Instant::now(), Senders::default());
+        let ip = |last: u8| IpAddr::from([192, 0, 2, last]);
+        let mut admitted = |sender: u8, count: usize, at_ms: u64| {
+            let now = start + Duration::from_millis(at_ms);
+            (0..count).filter(|_| senders.admit(ip(sender), now)).count()
+        };
+        assert_eq!(admitted(1, 100, 0), 20);
+        assert_eq!(admitted(2, 1, 0), 1);
+        assert_eq!(admitted(1, 100, 499), 0);
+        assert_eq!(admitted(1, 100, 1000), 2);
+        assert_eq!(admitted(1, 100, 60_000), 20);
+    }
+
+    #[test]
+    fn senders_are_forgotten_when_there_are_too_many() {
+        let (start, mut senders) = (Instant::now(), Senders::default());
+        let ip = |n: u32| IpAddr::from(n.to_be_bytes());
+        assert!((0..256).all(|n| senders.admit(ip(n), start)));
+        assert!(!senders.admit(ip(256), start), "nobody can be forgotten yet");
+        assert!(senders.admit(ip(256), start + FORGET_ONE));
+        assert_eq!(senders.0.len(), 1);
+    }
+}

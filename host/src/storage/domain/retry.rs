@@ -1,0 +1,104 @@
+//! How long a transfer that fails is tried again: pauses that grow and vary, an end to patience.
+
+use std::time::Duration;
+
+use http::{HeaderMap, StatusCode, header};
+use tokio::time::Instant;
+
+use crate::model::{PortError, millis};
+
+/// Longest pause, unless the server asks for a longer one.
+const PAUSE_MAX: Duration = Duration::from_secs(10);
+
+/// One transfer's patience. It is as good as new whenever something has moved.
+#[derive(Debug)]
+pub(super) struct Patience {
+    first: Duration,
+    limit: Duration,
+    /// When the trouble began; `None` while there is none.
+    since: Option<Instant>,
+    failures: u32,
+}
+
+impl Patience {
+    /// Pauses of `first`, twice that, and so on; given up when nothing has moved for `limit`.
+    pub(super) fn new(first: Duration, limit: Duration) -> Self {
+        Self { first, limit, since: None, failures: 0 }
+    }
+
+    /// Something has moved.
+    pub(super) fn progress(&mut self) {
+        self.since = None;
+        self.failures = 0;
+    }
+
+    /// Waits before the next try. `err` comes back once patience would end before that try.
+    pub(super) async fn pause(&mut self, err: PortError, asked: Option<Duration>) -> Result<(), PortError> {
+        let Some(pause) = self.next_pause(asked, Instant::now()) else {
+            let PortError { kind, message } = err;
+            let message = match self.failures {
+                1 => message,
+                tries => format!("{message} (given up after {tries} tries)"),
+            };
+            return Err(PortError { kind, message });
+        };
+        tracing::debug!(error = %err, attempt = self.failures, retry_in_ms = millis(pause), "transfer is tried again");
+        tokio::time::sleep(pause).await;
+        Ok(())
+    }
+
+    /// The pause after another failure; `None`: the next try would come too late.
+    fn next_pause(&mut self, asked: Option<Duration>, now: Instant) -> Option<Duration> {
+        let since = *self.since.get_or_insert(now);
+        self.failures += 1;
+        let grown = self.first.saturating_mul(1 << (self.failures - 1).min(16)).min(PAUSE_MAX);
+        // Nodes that lost the same server must not come back in step.
+        let pause = grown.mul_f64(rand::random_range(0.8..1.2)).max(asked.unwrap_or_default());
+        (now.duration_since(since) + pause <= self.limit).then_some(pause)
+    }
+}
+
+/// Whether the same request may succeed later.
+pub(super) fn passing(status: StatusCode) -> bool {
+    status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED || matches!(status.as_u16(), 408 | 425 | 429)
+}
+
+/// The pause a server asks for, in whole seconds. Dates are not taken: clocks differ.
+pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let seconds = headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
+    Some(Duration::from_secs(seconds))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn pauses_grow_and_end_with_patience() {
+        let mut patience = Patience::new(SECOND, 30 * SECOND);
+        let began = Instant::now();
+        let mut now = began;
+        let mut pauses = Vec::new();
+        while let Some(pause) = patience.next_pause(None, now) {
+            pauses.push(pause.as_secs_f64());
+            now += pause;
+        }
+        assert!((4..=6).contains(&pauses.len()), "{pauses:?}");
+        for (n, pause) in pauses.iter().enumerate() {
+            let middle = f64::from(1 << n).min(10.0);
+            assert!((middle * 0.8..middle * 1.2).contains(pause), "{pauses:?}");
+        }
+        patience.progress();
+        assert!(patience.next_pause(None, now).is_some(), "as good as new");
+    }
+
+    #[test]
+    fn the_pause_a_server_asks_for_is_kept_or_is_too_long() {
+        let mut patience = Patience::new(SECOND, 30 * SECOND);
+        let now = Instant::now();
+        assert_eq!(patience.next_pause(Some(20 * SECOND), now), Some(20 * SECOND));
+        assert_eq!(patience.next_pause(Some(20 * SECOND), now + 20 * SECOND), None);
+    }
+}

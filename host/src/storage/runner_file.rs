@@ -1,0 +1,201 @@
+//! A file that a runner wants to publish: checked, opened once, hashed beside the upload.
+//!
+//! A runner may publish files of its own, wherever they are. What lies in its task's directory has
+//! to stay in there, though: a link that came with an input must not carry other files out.
+
+use std::{
+    fs::{File, FileType, Metadata},
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::SystemTime,
+};
+
+use sha2::{Digest, Sha256};
+use tokio::task::{JoinHandle, spawn_blocking};
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use super::{
+    digest::hex,
+    file::{BLOCK_BYTES, read_exact_at},
+};
+use crate::model::{PortError, PortErrorKind};
+
+/// Files up to here are hashed before anything of them is sent. Larger ones are hashed meanwhile,
+/// which saves the time, but then a change in the middle of the hashing cannot be judged any more.
+const HASHED_FIRST_BYTES_MAX: u64 = 16 * 1024 * 1024;
+
+/// See the module's text. Dropped, the hashing ends too.
+pub(crate) struct RunnerFile {
+    file: Arc<File>,
+    stamp: Stamp,
+    hash: Hash,
+    _stop: DropGuard,
+}
+
+enum Hash {
+    Known(String),
+    Running(JoinHandle<io::Result<String>>),
+}
+
+/// By what a change of a file shows.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Stamp {
+    size: u64,
+    modified: Option<SystemTime>,
+}
+
+impl Stamp {
+    fn of(about: &Metadata) -> Self {
+        Self { size: about.len(), modified: about.modified().ok() }
+    }
+}
+
+/// Why a file is not taken.
+enum Refusal {
+    /// It cannot be published, whoever asks.
+    Unfit(&'static str),
+    Io(io::Error),
+}
+
+impl From<io::Error> for Refusal {
+    fn from(err: io::Error) -> Self {
+        Self::Io(err)
+    }
+}
+
+impl RunnerFile {
+    /// Opens `path` for the runner whose directory is `dir`. `what` is how errors begin.
+    ///
+    /// # Errors
+    /// `BadRequest` for what is no file, is empty, or is a link out of `dir`; `Local` for what cannot be read.
+    pub(crate) async fn open(what: &str, path: &Path, dir: &Path) -> Result<Self, PortError> {
+        let (from, within) = (path.to_owned(), dir.to_owned());
+        let opened = spawn_blocking(move || open(&from, &within)).await;
+        let (file, stamp) = opened.unwrap_or_else(|err| Err(io::Error::other(err).into())).map_err(|refusal| {
+            let path = path.display();
+            match refusal {
+                Refusal::Unfit(why) => {
+                    PortError::new(PortErrorKind::BadRequest, format!("{what} refused: file {path} {why}"))
+                }
+                Refusal::Io(err) => {
+                    PortError::new(PortErrorKind::Local, format!("{what} failed: cannot read file {path}: {err}"))
+                }
+            }
+        })?;
+        let stop = CancellationToken::new();
+        let hashing = begin_hash(&file, stamp.size, &stop);
+        let _stop = stop.drop_guard();
+        let hash = match stamp.size <= HASHED_FIRST_BYTES_MAX {
+            true => Hash::Known(hashed(hashing).await.map_err(|err| unreadable(what, &err))?),
+            false => Hash::Running(hashing),
+        };
+        Ok(Self { file, stamp, hash, _stop })
+    }
+
+    /// Its size when it was opened, in bytes; never 0.
+    pub(crate) fn size(&self) -> u64 {
+        self.stamp.size
+    }
+
+    pub(crate) fn handle(&self) -> Arc<File> {
+        Arc::clone(&self.file)
+    }
+
+    /// SHA-256 in hex of the first [`Self::size`] bytes. Call it after they were sent: it tells
+    /// whether they stayed the same.
+    ///
+    /// # Errors
+    /// `Local` when they changed since the file was opened. One of up to 16 MiB may have grown.
+    pub(crate) async fn digest(self, what: &str) -> Result<String, PortError> {
+        let stamp = |file: &File| file.metadata().map(|about| Stamp::of(&about)).map_err(|err| unreadable(what, &err));
+        let hash = match self.hash {
+            Hash::Known(hash) => hash,
+            Hash::Running(hashing) => {
+                let hash = hashed(hashing).await.map_err(|err| unreadable(what, &err))?;
+                return if stamp(&self.file)? == self.stamp { Ok(hash) } else { Err(changed(what)) };
+            }
+        };
+        if stamp(&self.file)? == self.stamp {
+            return Ok(hash);
+        }
+        // Touched since: what counts is whether the bytes are still those of before.
+        let stop = CancellationToken::new();
+        let _stop = stop.clone().drop_guard();
+        match hashed(begin_hash(&self.file, self.stamp.size, &stop)).await {
+            Ok(again) if again == hash => Ok(hash),
+            Err(err) if err.kind() != io::ErrorKind::UnexpectedEof => Err(unreadable(what, &err)),
+            _ => Err(changed(what)),
+        }
+    }
+}
+
+fn unreadable(what: &str, err: &io::Error) -> PortError {
+    PortError::new(PortErrorKind::Local, format!("{what} failed: its file could not be read: {err}"))
+}
+
+fn changed(what: &str) -> PortError {
+    let advice = "write to another file, and publish it when it is whole";
+    PortError::new(PortErrorKind::Local, format!("{what} failed: its file changed while it was uploaded; {advice}"))
+}
+
+async fn hashed(hashing: JoinHandle<io::Result<String>>) -> io::Result<String> {
+    hashing.await.map_err(io::Error::other)?
+}
+
+fn open(path: &Path, dir: &Path) -> Result<(Arc<File>, Stamp), Refusal> {
+    let real = path.canonicalize()?;
+    let real_dir = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
+    if (path.starts_with(dir) || path.starts_with(&real_dir)) && !real.starts_with(&real_dir) {
+        return Err(Refusal::Unfit("leads out of the task's directory"));
+    }
+    // Asked before opening: opening a pipe waits for its writer, opening a device may do anything.
+    fit(std::fs::symlink_metadata(&real)?.file_type())?;
+    let file = open_plain(&real)?;
+    let about = file.metadata()?;
+    fit(about.file_type())?;
+    match Stamp::of(&about) {
+        Stamp { size: 0, .. } => Err(Refusal::Unfit("is empty; expected at least one byte")),
+        stamp => Ok((Arc::new(file), stamp)),
+    }
+}
+
+fn fit(kind: FileType) -> Result<(), Refusal> {
+    match kind {
+        kind if kind.is_file() => Ok(()),
+        kind if kind.is_dir() => Err(Refusal::Unfit("is a directory, expected a regular file")),
+        _ => Err(Refusal::Unfit("is a pipe, socket, device or link, expected a regular file")),
+    }
+}
+
+/// Opens what was looked at: should it be another thing by now, this neither follows nor waits.
+fn open_plain(path: &PathBuf) -> io::Result<File> {
+    let mut options = File::options();
+    options.read(true);
+    #[cfg(unix)]
+    {
+        use rustix::fs::OFlags;
+        let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK;
+        std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, flags.bits() as i32);
+    }
+    options.open(path)
+}
+
+fn begin_hash(file: &Arc<File>, size: u64, stop: &CancellationToken) -> JoinHandle<io::Result<String>> {
+    let (file, stop) = (Arc::clone(file), stop.clone());
+    spawn_blocking(move || {
+        let mut hasher = Sha256::new();
+        let mut block = vec![0; usize::try_from(size).unwrap_or(BLOCK_BYTES).min(BLOCK_BYTES)];
+        let mut at = 0;
+        while at < size {
+            if stop.is_cancelled() {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            let take = usize::try_from(size - at).unwrap_or(BLOCK_BYTES).min(BLOCK_BYTES);
+            read_exact_at(&file, &mut block[..take], at)?;
+            hasher.update(&block[..take]);
+            at += take as u64;
+        }
+        Ok(hex(&hasher.finalize()))
+    })
+}

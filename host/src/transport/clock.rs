@@ -1,0 +1,207 @@
+//! How far another clock stands from ours, by the `Date` of what it answered.
+//!
+//! Services send absolute times: the end of a lease, of a token. They mean their own clock, and a
+//! node whose clock stands elsewhere would find a fresh lease expired, or an expired one fresh. So
+//! each answer's `Date` is held against our clock, which gives a range, because a date has whole
+//! seconds and the answer travelled; ranges of one host are cut with each other and become narrow.
+
+use std::{
+    collections::HashMap,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
+
+use http::{HeaderMap, header};
+use jiff::{SignedDuration, Timestamp};
+
+use crate::model::{Moment, millis};
+
+/// Up to here a difference is taken as noise between clocks that are kept well.
+const NOISE: SignedDuration = SignedDuration::from_secs(5);
+/// Hosts remembered; more are beyond what a node speaks to, and forgetting one costs a measurement.
+const HOSTS_MAX: usize = 64;
+/// What a date leaves open.
+const DATE_RESOLUTION: SignedDuration = SignedDuration::from_secs(1);
+
+/// The other clock is ahead of ours by at least `low` and at most `high`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Range {
+    low: SignedDuration,
+    high: SignedDuration,
+}
+
+impl Range {
+    /// From one answer: dated `date`, asked for at `sent` and here at `received`, by our clock.
+    fn measured(date: Timestamp, sent: Timestamp, received: Timestamp) -> Self {
+        Self { low: date.duration_since(received), high: date.duration_since(sent).saturating_add(DATE_RESOLUTION) }
+    }
+
+    /// What both allow; the newer one alone where they exclude each other: somebody set a clock.
+    fn and(self, newer: Self) -> Self {
+        let both = Self { low: self.low.max(newer.low), high: self.high.min(newer.high) };
+        if both.low <= both.high { both } else { newer }
+    }
+
+    /// By how much to correct, if the difference is certainly more than `noise`.
+    fn beyond(self, noise: SignedDuration) -> Option<SignedDuration> {
+        (self.low > noise || self.high < -noise).then(|| (self.low.saturating_add(self.high)) / 2)
+    }
+}
+
+/// What is known of the clocks of all hosts a client has heard.
+#[derive(Debug, Default)]
+pub(super) struct Clocks(Mutex<HashMap<String, Range>>);
+
+impl Clocks {
+    /// Takes note of an answer of `host` that was asked for at `sent` and has just come.
+    pub(super) fn note(&self, host: &str, headers: &HeaderMap, sent: Moment) -> Reading {
+        // First the moment, then the time of day: a stop in between makes the journey longer, not shorter.
+        let (journey, received) = (Moment::now() - sent, Timestamp::now());
+        let date = headers.get(header::DATE).and_then(|date| parse(date.to_str().ok()?));
+        let asked = received.checked_sub(journey).unwrap_or(received);
+        let measured = date.map(|date| Range::measured(date, asked, received));
+        Reading { sent, range: self.take(host, measured) }
+    }
+
+    /// The time as `host` has it: ours, unless its answers showed another clock.
+    pub(super) fn now(&self, host: &str) -> Timestamp {
+        let hosts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let ahead = hosts.get(host).and_then(|range| range.beyond(NOISE)).unwrap_or_default();
+        Timestamp::now().saturating_add(ahead).expect("a difference of clocks is no calendar unit")
+    }
+
+    fn take(&self, host: &str, measured: Option<Range>) -> Option<Range> {
+        let mut hosts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = hosts.get(host).copied();
+        let Some(measured) = measured else { return known };
+        let range = known.map_or(measured, |known| known.and(measured));
+        let (was, is) = (known.and_then(|known| known.beyond(NOISE)), range.beyond(NOISE));
+        if known.is_none() && hosts.len() >= HOSTS_MAX {
+            hosts.clear();
+        }
+        hosts.insert(host.to_owned(), range);
+        drop(hosts);
+        if let (None, Some(ahead)) = (was, is) {
+            let (off_ms, direction) =
+                (millis(ahead.unsigned_abs()), if ahead.is_negative() { "behind" } else { "ahead" });
+            tracing::warn!(host, off_ms, direction, "clock of a service differs from ours, its times are corrected");
+        }
+        Some(range)
+    }
+}
+
+/// When an answer was asked for, and how its sender's clock stood then.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Reading {
+    sent: Moment,
+    range: Option<Range>,
+}
+
+impl Reading {
+    /// The moment the sender calls `at`. `None` for one that lay in the past already when the answer
+    /// was asked for: such a time tells nothing of what it is about, which has just been given.
+    pub(super) fn moment(&self, at: Timestamp) -> Option<Moment> {
+        let (now, today) = (Moment::now(), Timestamp::now());
+        let plain = at.duration_since(today);
+        // What is short needs a clock that is right; what is long bears one that is a little off.
+        let noise = (plain / 10).clamp(SignedDuration::ZERO, NOISE);
+        let ahead = self.range.and_then(|range| range.beyond(noise)).unwrap_or_default();
+        let left = plain.saturating_sub(ahead);
+        let moment = if left.is_negative() { now.back(left.unsigned_abs()) } else { now + left.unsigned_abs() };
+        (moment > self.sent).then_some(moment)
+    }
+
+    /// What is left until the sender's `at`; `None` where nothing is.
+    pub(super) fn left(&self, at: Timestamp) -> Option<Duration> {
+        self.moment(at).map(Moment::left).filter(|left| !left.is_zero())
+    }
+}
+
+/// The three forms of a date in HTTP all say GMT; jiff reads the usual one.
+fn parse(text: &str) -> Option<Timestamp> {
+    jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(text).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn seconds(text: &str) -> SignedDuration {
+        SignedDuration::try_from_secs_f64(text.parse().expect("a number")).expect("a short time")
+    }
+
+    /// Answers as `date sent received` in seconds; expected is the range, and the correction beyond noise.
+    #[track_caller]
+    fn check(answers: &[&str], expected: &str) {
+        let at = |text: &str| Timestamp::UNIX_EPOCH + seconds("1000000000") + seconds(text);
+        let clocks = Clocks::default();
+        let mut last = None;
+        for answer in answers {
+            let [date, sent, received] = answer.split(' ').collect::<Vec<_>>()[..] else { panic!("three numbers") };
+            last = clocks.take("h", Some(Range::measured(at(date), at(sent), at(received))));
+        }
+        let range = last.expect("there was an answer");
+        let shown = |time: SignedDuration| format!("{:.1}", time.as_secs_f64());
+        let correction = range.beyond(NOISE).map_or("none".to_owned(), shown);
+        assert_eq!(format!("{} {} {correction}", shown(range.low), shown(range.high)), expected);
+    }
+
+    #[test]
+    fn clocks_that_agree_are_left_alone() {
+        check(&["100 100.2 100.4"], "-0.4 0.8 none");
+        check(&["104 100 100.2"], "3.8 5.0 none");
+    }
+
+    #[test]
+    fn clocks_that_differ_are_corrected_ever_more_exactly() {
+        check(&["1300 100.8 101.0"], "1199.0 1200.2 1199.6");
+        check(&["1300 100.8 101.0", "1310 110.1 110.2", "1320 119.9 120.0"], "1200.0 1200.2 1200.1");
+        check(&["-1100 100.5 100.5"], "-1200.5 -1199.5 -1200.0");
+    }
+
+    #[test]
+    fn an_answer_that_travelled_long_says_little() {
+        check(&["100 80 120"], "-20.0 21.0 none");
+        check(&["1300 100 100.1", "1350 100 160"], "1199.9 1201.0 1200.5");
+    }
+
+    #[test]
+    fn a_clock_that_was_set_is_measured_anew() {
+        check(&["1300 100 100.1", "200 200 200.1"], "-0.1 1.0 none");
+    }
+
+    /// What a time `at`, in seconds from now, becomes when the other clock is `ahead` by as much.
+    fn left(ahead: &str, at: &str) -> Option<f64> {
+        let range = Range { low: seconds(ahead), high: seconds(ahead) };
+        let reading = Reading { sent: Moment::now().back(Duration::from_secs(1)), range: Some(range) };
+        let left = reading.left(Timestamp::now() + seconds(at))?;
+        Some((left.as_secs_f64() * 10.0).round() / 10.0)
+    }
+
+    #[test]
+    fn times_are_corrected_where_it_matters() {
+        assert_eq!(left("0", "60"), Some(60.0));
+        assert_eq!(left("4", "60"), Some(60.0), "noise");
+        assert_eq!(left("4", "6"), Some(2.0), "noise is much of a short lease");
+        assert_eq!(left("1200", "1260"), Some(60.0));
+        assert_eq!(left("-1200", "-1140"), Some(60.0));
+        assert_eq!(left("-3", "-1"), Some(2.0));
+    }
+
+    #[test]
+    fn a_time_that_had_passed_before_anyone_asked_says_nothing() {
+        assert_eq!(left("0", "-60"), None);
+        let reading = Reading { sent: Moment::now().back(Duration::from_secs(5)), range: None };
+        let between = reading.moment(Timestamp::now() - SignedDuration::from_secs(2));
+        assert!(between.is_some_and(Moment::has_passed), "it ended while the answer was on its way");
+        assert_eq!(reading.left(Timestamp::now() - SignedDuration::from_secs(2)), None);
+        assert_eq!(reading.moment(Timestamp::MIN), None);
+        assert!(reading.moment(Timestamp::MAX).is_some());
+    }
+
+    #[test]
+    fn dates_of_http_are_read() {
+        assert_eq!(parse("Sat, 21 Nov 2026 05:55:12 GMT"), "2026-11-21T05:55:12Z".parse().ok());
+        assert_eq!(parse("yesterday"), None);
+    }
+}

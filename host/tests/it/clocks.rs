@@ -1,0 +1,111 @@
+//! Times of services whose clocks stand elsewhere, or that say none.
+
+use std::time::Duration;
+
+use jiff::SignedDuration;
+use serde_json::{Value, json};
+
+use crate::harness::{
+    Lab, fixtures,
+    rubbish::{Bad, Rubbish},
+};
+
+const LEASE: Duration = Duration::from_secs(2);
+const BEAT: &str = "POST /v1/tasks/*/heartbeat";
+
+/// A node whose services are `ahead` keeps a task longer than its lease, at a usual rate of requests.
+async fn kept_by_a_clock(ahead: SignedDuration) {
+    let lab = Lab::with(|config| config.lease_ttl = LEASE).await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.set_clock(ahead);
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    let files = tempfile::tempdir().expect("a folder");
+    let file = files.path().join("go");
+    let began = std::time::Instant::now();
+    let job = lab.task("/fixtures/wait-file/v1").meta(json!({ "file": file })).submit();
+    let end = |task: &Value| task["lease_expires_at"].as_str().and_then(|at| at.parse::<jiff::Timestamp>().ok());
+    let first = end(&lab.started(&node, job).await).expect("a lease has an end");
+    let later = SignedDuration::from_millis(2500);
+    lab.task_until(&node, job, |task| end(task).is_some_and(|end| end > first + later)).await;
+    std::fs::write(&file, "").expect("the folder is writable");
+    assert_eq!(lab.ended(&node, job).await.completed().task()["attempts"], 1, "{ahead:?}");
+    let most = 6 * (began.elapsed().as_secs() as usize + 1);
+    assert!((4..=most).contains(&rubbish.count(BEAT)), "{} heartbeats, {ahead:?}", rubbish.count(BEAT));
+    assert_eq!(rubbish.count("POST /internal/v1/auth/siwe/verify"), 1, "{ahead:?}");
+    let said = node.said("clock of a service differs from ours, its times are corrected");
+    assert!((1..=2).contains(&said.len()), "once a service: {said:?}");
+    node.stop().await;
+}
+
+// P-25
+#[tokio::test]
+async fn services_20_minutes_ahead_or_behind_lose_no_lease_and_get_no_storm() {
+    let minutes = SignedDuration::from_mins(20);
+    tokio::join!(kept_by_a_clock(minutes), kept_by_a_clock(-minutes));
+}
+
+/// Leases and heartbeats changed like this lose no lease and make no flood.
+async fn kept_whatever_is_said(change: impl Fn(&mut Value) + Clone + Send + Sync + 'static) {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer("GET /v1/tasks", usize::MAX, {
+        let change = change.clone();
+        Bad::edit(move |answer| {
+            if answer["task"].is_object() {
+                change(answer)
+            }
+        })
+    });
+    rubbish.answer(BEAT, usize::MAX, Bad::edit(change));
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    let ended = lab.run(&node, "/fixtures/progress-storm/v1", json!({ "count": 200 })).await;
+    assert_eq!(ended.completed().task()["attempts"], 1);
+    assert!(rubbish.count(BEAT) < 20, "{} heartbeats", rubbish.count(BEAT));
+    assert!(node.said("lease lost").is_empty(), "{}", node.log());
+}
+
+// P-26
+#[tokio::test]
+async fn answers_that_do_not_say_when_the_lease_ends_lose_nothing() {
+    kept_whatever_is_said(|answer| {
+        answer.as_object_mut().expect("an object").remove("lease_expires_at");
+    })
+    .await;
+}
+
+// P-25, S0-74
+#[tokio::test]
+async fn answers_that_say_the_lease_ended_long_ago_lose_nothing() {
+    kept_whatever_is_said(|answer| answer["lease_expires_at"] = json!("2020-01-01T00:00:00Z")).await;
+}
+
+#[tokio::test]
+async fn newer_planes_may_say_the_end_of_the_lease_inside_its_task() {
+    let lab = Lab::with(|config| config.lease_ttl = LEASE).await;
+    let rubbish = Rubbish::before(&lab).await;
+    let inside = |answer: &mut Value| {
+        let end = answer.as_object_mut().expect("an object").remove("lease_expires_at");
+        if answer["task"].is_object() {
+            answer["task"]["lease_expires_at"] = end.expect("the world says it");
+        }
+    };
+    rubbish.answer(
+        "GET /v1/tasks",
+        usize::MAX,
+        Bad::edit(move |answer| {
+            if answer["task"].is_object() {
+                inside(answer)
+            }
+        }),
+    );
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    let files = tempfile::tempdir().expect("a folder");
+    let file = files.path().join("go");
+    let job = lab.task("/fixtures/wait-file/v1").meta(json!({ "file": file })).submit();
+    // The second heartbeat on the timer comes in time for a lease of two seconds only.
+    rubbish.answer(BEAT, usize::MAX, Bad::edit(inside));
+    lab.started(&node, job).await;
+    rubbish.seen(BEAT, 5).await;
+    std::fs::write(&file, "").expect("the folder is writable");
+    assert_eq!(lab.ended(&node, job).await.completed().task()["attempts"], 1);
+}

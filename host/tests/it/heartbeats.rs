@@ -1,0 +1,66 @@
+//! What neither busy cores nor a stopped process may do to a lease.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::harness::{Lab, fixtures};
+
+const LEASE: Duration = Duration::from_secs(2);
+
+/// The one test that takes its time: ten periods of a lease of two seconds are twenty.
+#[tokio::test]
+async fn burnt_cores_and_a_process_that_runs_a_tenth_of_the_time_lose_no_lease() {
+    let lab = Lab::with(|config| config.lease_ttl = LEASE).await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let files = tempfile::tempdir().expect("a folder");
+    let file = files.path().join("go");
+    let job = lab.task("/fixtures/burn/v1").meta(json!({ "file": file })).submit();
+    lab.started(&node, job).await;
+    let began = Instant::now();
+    while began.elapsed() < LEASE * 10 {
+        node.freeze();
+        tokio::time::sleep(Duration::from_millis(90)).await;
+        node.thaw();
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    std::fs::write(&file, "").expect("the folder is writable");
+    let ended = lab.ended(&node, job).await;
+    assert_eq!(ended.completed().task()["attempts"], 1, "the lease lived through all of it");
+    assert!(node.said("lease lost").is_empty(), "{}", node.log());
+    let beats = lab.world.journal().iter().filter(|seen| seen.path.ends_with("/heartbeat")).count();
+    assert!((20..=120).contains(&beats), "{beats} heartbeats in ten lengths");
+}
+
+/// Stopped for two lengths of its lease in the middle of `capability`, the node sends nothing more for it.
+async fn silent_after_a_stop(capability: &str) {
+    let lab = Lab::with(|config| config.lease_ttl = LEASE).await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let job = lab.task(capability).submit();
+    let task = lab.started(&node, job).await;
+    node.freeze();
+    let frozen = Instant::now();
+    // The plane takes the task back meanwhile; it has no second attempt.
+    let over = lab.task_until(&node, job, |task| task["status"] == "failed").await;
+    tokio::time::sleep((LEASE * 2).saturating_sub(frozen.elapsed())).await;
+    let before = lab.world.journal().len();
+    node.thaw();
+    let line = node.says("task ended, nothing to report").await;
+    assert_eq!(line["outcome"], "lease-lost", "{line}");
+    // A task of its own proves that the node is back, and that what it sends is seen.
+    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+    let id = task["id"].as_str().expect("an id");
+    let journal = lab.world.journal();
+    let late: Vec<_> = journal[before..]
+        .iter()
+        .filter(|seen| seen.path.contains(id) || (seen.path.contains("/domains/") && seen.method != "GET"))
+        .collect();
+    assert!(late.is_empty(), "{late:#?}");
+    assert_eq!(over["attempts"], 1);
+    assert_eq!(lab.world.job(job).map(|job| job["job"]["status"].clone()), Some(Value::from("failed")));
+}
+
+#[tokio::test]
+async fn a_node_stopped_for_two_lengths_of_a_lease_sends_nothing_more_for_it() {
+    tokio::join!(silent_after_a_stop("/fixtures/chatter/v1"), silent_after_a_stop("/fixtures/slow/v1"));
+}

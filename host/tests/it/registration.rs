@@ -1,0 +1,206 @@
+//! Registration in both forms, and what comes of it: the gate, the callback, repetition, conflicts.
+
+use serde_json::{Value, json};
+
+use crate::harness::{
+    Lab, fixtures,
+    rubbish::{Bad, Rubbish},
+};
+
+const NONCE: &str = "POST /internal/v1/auth/siwe/request";
+const WALLET: &str = "POST /internal/v1/nodes/register-wallet";
+const BY_URL: &str = "POST /internal/v1/nodes/register";
+const LEASE: &str = "GET /v1/tasks";
+const CALLBACK: &str = "/internal/v1/registrations";
+const JSON: &str = "application/json";
+
+#[tokio::test]
+async fn s0_15b_s0_16b_s0_50_nothing_is_leased_before_the_callback_and_the_answer() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let (gate, held) = Bad::gate();
+    rubbish.answer(BY_URL, 1, held);
+    let node = rubbish.node(&[fixtures::hello()]).reachable().start().await;
+    node.says("registration called back").await;
+    assert_eq!(node.page("/health").await.0, 200, "the pages answer while the registration is in flight");
+    let status = node.status().await;
+    assert_eq!((&status["registration"], &status["registration_form"]), (&json!("registering"), &json!("callback")));
+    assert_eq!(node.page("/ready").await.1["reason"], "not signed in (registering)");
+    assert_eq!((rubbish.count(NONCE), rubbish.count(LEASE)), (0, 0), "the service has not answered yet");
+    gate.cancel();
+    node.says("leasing").await;
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    assert_eq!((rubbish.count(BY_URL), rubbish.count(WALLET)), (1, 0));
+    // S0-57: the world asks for the node's health after the registration.
+    let (_, status) = node.page_until("/status.json", |page| page.1["last_healthcheck"].is_string()).await;
+    assert_eq!(status["registration"], "registered");
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn the_form_follows_node_url_unless_it_is_named() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::hello()]).reachable().set("REGISTRATION", "wallet").leasing().await;
+    assert_eq!((rubbish.count(BY_URL), rubbish.count(WALLET)), (0, 1));
+    assert_eq!(node.status().await["registration_form"], "wallet");
+    node.stop().await;
+    let node = rubbish.node(&[fixtures::hello()]).reachable().set("REGISTRATION", "callback").leasing().await;
+    assert_eq!((rubbish.count(BY_URL), rubbish.count(WALLET)), (1, 1));
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+}
+
+/// The callback's contract (posemesh contract 2.7), as it must stay (S0-93).
+#[tokio::test]
+async fn s0_55_s0_93_the_callback_endpoint_answers_as_the_contract_says() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(BY_URL, usize::MAX, Bad::Hang);
+    let node = rubbish.node(&[fixtures::hello()]).reachable().start().await;
+    rubbish.seen(BY_URL, 1).await;
+    let text = |status: u16, text: &str| (status, text.to_owned());
+    let wrong = text(422, "a field is missing or has another type; expected id and secret as text");
+    let secret = |length: usize| json!({ "id": "a", "secret": "s".repeat(length) }).to_string();
+    let full = json!({
+        "id": "node-1", "secret": "s", "organization_id": null, "lighthouses_in_domains": [{ "a": 1 }], "domains": "x",
+        "something": { "newer": true },
+    });
+    let too_large = json!({ "id": "a", "secret": "s", "domains": "x".repeat(300_000) }).to_string();
+    for (kind, body, expected) in [
+        (JSON, json!({ "id": " ", "secret": "s" }).to_string(), text(422, "missing id")),
+        (JSON, json!({ "id": "a", "secret": "\t" }).to_string(), text(422, "missing secret")),
+        (JSON, secret(4097), text(403, "secret too large")),
+        (JSON, json!({ "secret": "top-secret" }).to_string(), wrong.clone()),
+        (JSON, json!({ "id": "a" }).to_string(), wrong.clone()),
+        (JSON, json!({ "id": 7, "secret": "top-secret" }).to_string(), wrong.clone()),
+        (JSON, json!({ "id": "a", "secret": ["top-secret"] }).to_string(), wrong.clone()),
+        (JSON, json!({ "id": "a", "secret": "s", "organization_id": 7 }).to_string(), wrong),
+        (JSON, "{\"id\":\"a\",".to_owned(), text(400, "the body is not JSON")),
+        ("text/plain", full.to_string(), text(415, "expected Content-Type: application/json")),
+        (JSON, too_large, text(413, "the body is larger than 256 KiB")),
+        (JSON, full.to_string(), text(200, "{\"ok\":true}")),
+        ("application/json; charset=utf-8", secret(4096), text(200, "{\"ok\":true}")),
+    ] {
+        let (status, answered, said) = node.post(CALLBACK, kind, body.clone()).await;
+        assert_eq!((status, said), expected, "{kind} {body:.80}");
+        assert!(status != 200 || answered == JSON, "{answered}");
+    }
+    let slashes = node.post(&format!("/{CALLBACK}"), JSON, secret(1)).await;
+    assert_eq!(slashes.0, 200, "a base URL may end in a slash");
+    assert_eq!(node.page(CALLBACK).await.0, 405);
+    let mut limited = 0;
+    for _ in 0..30 {
+        limited += usize::from(node.post(CALLBACK, JSON, secret(1)).await.0 == 429);
+    }
+    assert!(limited >= 5, "only {limited} of 44 were too many");
+    assert_eq!(rubbish.count(NONCE), 0, "a callback alone opens nothing");
+    assert!(!node.log().contains("sssss") && !node.log().contains("top-secret"), "no secret in the log");
+}
+
+#[tokio::test]
+async fn a_callback_nobody_waits_for_is_refused_and_leaves_no_trace() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::hello()]).await;
+    let body = json!({ "id": "a-stranger", "secret": "a-strangers-secret" }).to_string();
+    let (status, _, text) = node.post(CALLBACK, JSON, body).await;
+    assert_eq!((status, text.as_str()), (409, "no registration is in flight"));
+    assert_eq!(node.status().await["registration"], "registered");
+    assert!(!node.log().contains("stranger"), "{}", node.log());
+}
+
+#[tokio::test]
+async fn s0_35_a_registration_by_url_is_repeated_without_a_new_login() {
+    let lab = Lab::with(|config| config.health_interval = std::time::Duration::from_secs(3600)).await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::hello()]).reachable().set("REGISTER_INTERVAL_SECS", "1").leasing().await;
+    rubbish.seen(BY_URL, 3).await;
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    assert_eq!(rubbish.count(NONCE), 1, "the token lives on");
+}
+
+#[tokio::test]
+async fn s0_57_health_checks_of_the_service_put_the_repetition_off() {
+    let lab = Lab::with(|config| config.health_interval = std::time::Duration::from_millis(200)).await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::hello()]).reachable().set("REGISTER_INTERVAL_SECS", "1").leasing().await;
+    let time =
+        |status: &Value, field: &str| status[field].as_str().and_then(|text| text.parse::<jiff::Timestamp>().ok());
+    let probed_late = |page: &(u16, Value)| {
+        let since = time(&page.1, "registration_since");
+        since
+            .zip(time(&page.1, "last_healthcheck"))
+            .is_some_and(|(from, to)| to.duration_since(from).as_millis() > 1500)
+    };
+    node.page_until("/status.json", probed_late).await;
+    assert_eq!(rubbish.count(BY_URL), 1);
+    assert_eq!(node.page("/health").await.0, 200);
+}
+
+#[tokio::test]
+async fn a_second_node_with_the_same_wallet_says_conflict_until_the_first_has_gone() {
+    let lab = Lab::start().await;
+    let first = lab.node(&[fixtures::hello()]).reachable().leasing().await;
+    let second = lab.node(&[fixtures::hello()]).reachable().set("SECP256K1_PRIVHEX", first.key.as_str());
+    let second = second.set("REGISTER_INTERVAL_SECS", "1").start().await;
+    let conflict = |page: &(u16, Value)| {
+        let text = page.1["reason"].as_str().unwrap_or_default();
+        text.starts_with(
+            "not signed in (conflict): another node with this wallet is online; registration: answered 409",
+        )
+    };
+    assert_eq!(second.page_until("/ready", conflict).await.0, 503);
+    assert_eq!(second.status().await["registration"], "conflict");
+    lab.run(&first, "/examples/hello/v1", json!({})).await.completed();
+    first.stop().await;
+    second.says("leasing").await;
+    lab.run(&second, "/examples/hello/v1", json!({})).await.completed();
+}
+
+#[tokio::test]
+async fn a_conflict_while_working_is_shown_and_work_goes_on() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::hello()]).set("REGISTER_INTERVAL_SECS", "1").leasing().await;
+    assert_eq!(node.page("/ready").await.0, 200);
+    rubbish.answer(WALLET, 2, Bad::Status(409, "there are two of you"));
+    let conflict = |page: &(u16, Value)| page.1["reason"].as_str().is_some_and(|text| text.starts_with("conflict: "));
+    node.page_until("/ready", conflict).await;
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    node.page_until("/ready", |page| page.0 == 200).await;
+}
+
+#[tokio::test]
+async fn a_node_the_service_has_forgotten_registers_again() {
+    for by_url in [false, true] {
+        let lab = Lab::start().await;
+        let rubbish = Rubbish::before(&lab).await;
+        let node = rubbish.node(&[fixtures::hello()]);
+        let node = if by_url { node.reachable() } else { node }.leasing().await;
+        let wallet = node.status().await["node"].as_str().expect("an address").to_owned();
+        assert!(lab.world.forget_wallet(&wallet));
+        lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+        assert_eq!(rubbish.count(if by_url { BY_URL } else { WALLET }), 2);
+        assert_eq!(node.said("node is not registered any more").len(), 1);
+    }
+}
+
+/// P-10, P-11
+#[tokio::test]
+async fn a_signal_ends_a_node_that_waits_for_its_registration() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    for call in [BY_URL, WALLET] {
+        rubbish.answer(call, usize::MAX, Bad::Hang);
+    }
+    let node = rubbish.node(&[fixtures::hello()]).start().await;
+    rubbish.seen(WALLET, 1).await;
+    node.stop().await;
+    let node = rubbish.node(&[fixtures::hello()]).reachable().start().await;
+    rubbish.seen(BY_URL, 1).await;
+    node.stop().await;
+    rubbish.heal();
+    rubbish.answer(WALLET, usize::MAX, Bad::Status(403, "not on the list"));
+    let node = rubbish.node(&[fixtures::hello()]).start().await;
+    node.says("registration failed").await;
+    node.stop().await;
+}
