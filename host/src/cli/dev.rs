@@ -179,12 +179,15 @@ fn greeting(
          export REG_SECRET=dev\n\
          export SECP256K1_PRIVHEX={key}\n\
          export HTTP_BIND=127.0.0.1:0\n\
+         export STATE_DIR={}\n\
          \nJobs come from:\n\
          export RUNNER_HOST_DEV={}\n\
          runner-host submit CAPABILITY --input FILE --wait\n\
          \nFor development and tests, not for production.\n",
         trimmed(world.dds_url()),
         trimmed(world.dms_url()),
+        // Its own: two nodes do not share one.
+        std::env::temp_dir().join(format!("runner-host-{}", uuid::Uuid::new_v4().simple())).display(),
         trimmed(world.dds_url()),
     );
     Ok(text)
