@@ -126,8 +126,8 @@ async fn run_to_end(run: impl Future<Output = Verdict>, grant: &Grant, cancel_al
 /// What moves data and waits for the runner, on the workers: nothing here may delay a heartbeat.
 async fn run(rooms: Arc<Rooms>, grant: Grant, grace: Duration) -> Verdict {
     let nothing = Verdict::bare;
-    if !rooms.plugins.serves(&grant.lease.capability) {
-        return nothing(Outcome::NoRunner);
+    if let Some(refusal) = rooms.plugins.refusal(&grant.lease.capability) {
+        return nothing(refusal);
     }
     // A lease without coordinates may still get them with its set-up heartbeat. All others start at
     // once; their first input, output or token call waits for the heartbeat's answer.

@@ -3,10 +3,7 @@
 use std::{
     future::Future,
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
@@ -14,17 +11,15 @@ use runner_sdk::abi::Status;
 use serde::Serialize;
 use serde_json::{Map, Value};
 use tokio::sync::{Semaphore, oneshot};
-use tracing::warn;
 
 use super::{
     Plugins,
     dispatch::Dispatcher,
     ffi::{self, Completion, Entries},
     load::Loaded,
+    stuck::{self, Record},
 };
-use crate::model::{CancelReason, Grant, Outcome, Ports, millis};
-
-static STUCK: AtomicU64 = AtomicU64::new(0);
+use crate::model::{CancelReason, Grant, Outcome, Ports};
 
 /// One task to run.
 pub struct Job {
@@ -55,12 +50,13 @@ pub(super) struct Plugin {
     entries: Entries,
     grant_token: bool,
     slots: Semaphore,
+    record: Record,
 }
 
 impl Plugin {
     pub(super) fn new(name: &str, loaded: Loaded, grant_token: bool, slots: Semaphore) -> Self {
         let Loaded { dispatcher, entries } = loaded;
-        Self { name: name.into(), dispatcher, entries, grant_token, slots }
+        Self { name: name.into(), dispatcher, entries, grant_token, slots, record: Record::default() }
     }
 
     /// Begins the plugin's shutdown; the future waits for its end.
@@ -78,11 +74,26 @@ impl Plugin {
         }
     }
 
+    /// What is held against it.
+    pub(super) fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// Why it takes no work, if so: the end of a task leased for it.
+    pub(super) fn refusal(&self) -> Option<Outcome> {
+        let reason = self.record.out_of_service()?;
+        let message = format!("plugin {} is out of service: {reason}", self.name);
+        Some(Outcome::Setup { stage: "start_session", message })
+    }
+
     async fn run(&self, job: Job) -> Outcome {
         let Job { grant, ports, dir, cancel_grace, began } = job;
         let slot = tokio::select! {
-            slot = self.slots.acquire() => slot.expect("a plugin's slots are never closed"),
+            slot = self.slots.acquire() => slot,
             reason = grant.cancel.cancelled() => return cancelled(reason),
+        };
+        let Ok(slot) = slot else {
+            return self.refusal().expect("slots are closed when the plugin goes out of service");
         };
         began();
         let request = Request { capability: grant.lease.capability.as_str(), dir: &dir, lease: &grant.lease.document };
@@ -103,8 +114,11 @@ impl Plugin {
                 match tokio::time::timeout(cancel_grace, ended).await {
                     Ok(ended) => ended,
                     Err(_) => {
-                        STUCK.fetch_add(1, Ordering::Relaxed);
-                        warn!(plugin = %self.name, grace_ms = millis(cancel_grace), "runner ignored its cancellation, slot given back");
+                        self.record.give_up(&self.name, task, grant.lease.task, cancel_grace);
+                        if self.record.out_of_service().is_some() {
+                            // What waits for a slot shall not wait for ever.
+                            self.slots.close();
+                        }
                         drop(slot);
                         return cancelled(grant.cancel.reason().unwrap_or(CancelReason::Operator));
                     }
@@ -124,7 +138,14 @@ impl Plugins {
     /// cancellation, whatever the runner does.
     pub async fn run(&self, job: Job) -> Outcome {
         match self.plugin(&job.grant.lease.capability) {
-            Some(plugin) => plugin.run(job).await,
+            Some(plugin) => {
+                let strikes = plugin.record.strikes();
+                let outcome = plugin.run(job).await;
+                if plugin.record.strikes() != strikes {
+                    self.serving.send_modify(|serving| *serving = self.in_service());
+                }
+                outcome
+            }
             None => Outcome::NoRunner,
         }
     }
@@ -132,7 +153,7 @@ impl Plugins {
     /// Runners that ignored their cancellation, since the process began.
     #[must_use]
     pub fn stuck_runners() -> u64 {
-        STUCK.load(Ordering::Relaxed)
+        stuck::total()
     }
 }
 
