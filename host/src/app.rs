@@ -10,10 +10,15 @@ use tracing::{info, warn};
 use crate::{
     auth::{self, Auth, Registration},
     config::HostConfig,
+    control::Door,
     engine::{self, Ended, Engine, Rooms, Stops},
-    leases::dms::{self, Dms},
+    leases::{
+        LeaseSource,
+        dms::{self, Dms},
+    },
     model::{Budget, Live, Phase, StatusBoard},
     observe::pages::Pages,
+    outbox::{self, Outbox, StateDir},
     plugins::Plugins,
     session::{self, Sessions},
     storage::{self, Disk, Scratch, Storage},
@@ -23,10 +28,16 @@ use crate::{
 /// How long the plugins may take to shut down, all of them together.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(1);
 
+/// How long a stop goes on sending reports that wait.
+const LAST_ROUND: Duration = Duration::from_secs(2);
+
 /// A node that is built and listens, but has not spoken to anybody.
 pub struct Node {
     engine: Engine,
     auth: Auth,
+    outbox: Outbox,
+    #[cfg(unix)]
+    door: Option<Door>,
     pages: Pages,
     board: StatusBoard,
     disk: Disk,
@@ -40,6 +51,7 @@ impl Node {
     /// # Errors
     /// When a folder or an address cannot be used.
     pub async fn build(config: HostConfig, plugins: Arc<Plugins>) -> anyhow::Result<Self> {
+        let state = StateDir::open(&config.state_dir).context("STATE_DIR cannot be used")?;
         let scratch = Scratch::open(config.scratch_dir.clone()).context("SCRATCH_DIR cannot be used")?;
         let control = Control::start().context("start the control thread")?;
         let http = config.transport;
@@ -65,8 +77,9 @@ impl Node {
             },
             control_client.clone(),
         );
+        let plane = config.dms.to_string();
         let dms = dms::Config { base: config.dms, request_timeout: config.request_timeout };
-        let source = Arc::new(Dms::new(dms, control_client, auth.tokens()));
+        let source: Arc<dyn LeaseSource> = Arc::new(Dms::new(dms, control_client, auth.tokens()));
         let rhythm = session::Config {
             min_ratio: config.heartbeat_ratios.0,
             max_ratio: config.heartbeat_ratios.1,
@@ -78,6 +91,27 @@ impl Node {
         board.change(|status| status.registration_form = form);
         board.change(|status| status.stale_calls = Live(Plugins::stale_calls));
         board.change(|status| status.stuck_runners = Live(Plugins::stuck_runners));
+        #[cfg(unix)]
+        let door = match Door::open(state.path()) {
+            Ok(door) => Some(door),
+            Err(err) => {
+                warn!(state_dir = %state.path().display(), error = %err, "control socket cannot be made, commands will not reach this node");
+                None
+            }
+        };
+        let outbox = Outbox::open(
+            outbox::Config {
+                state,
+                plane,
+                node: config.key.address().to_owned(),
+                max: config.outbox_max,
+                // The next task of each slot may end while the last one's report is on its way.
+                senders: config.max_concurrency.saturating_mul(2).max(8),
+            },
+            Arc::clone(&source),
+            board.clone(),
+        )
+        .context("STATE_DIR cannot be used")?;
         let pages = Pages::bind(config.http_bind, board.watch(), auth.visits())
             .await
             .with_context(|| format!("HTTP_BIND {} cannot be bound", config.http_bind))?;
@@ -96,9 +130,10 @@ impl Node {
         let budget = storage.budget.clone();
         board.change(|status| status.memory = budget);
         let rooms = Rooms {
-            sessions: Sessions::new(Arc::clone(&source) as _, rhythm, control.handle.clone()),
+            sessions: Sessions::new(Arc::clone(&source), rhythm, control.handle.clone()),
             source,
             storage: Storage::new(scratch, disk.clone(), data_client, storage),
+            outbox: outbox.clone(),
             plugins: Arc::clone(&plugins),
             board: board.clone(),
             workers: Handle::current(),
@@ -112,7 +147,18 @@ impl Node {
                 cancel_grace: config.cancel_grace,
             },
         );
-        Ok(Self { engine, auth, pages, board, disk, control, plugins })
+        Ok(Self {
+            engine,
+            auth,
+            outbox,
+            #[cfg(unix)]
+            door,
+            pages,
+            board,
+            disk,
+            control,
+            plugins,
+        })
     }
 
     /// Where the node's pages are.
@@ -131,32 +177,47 @@ impl Node {
 
     /// Registers, leases and works until told to stop and everything has ended.
     pub async fn run(self, stops: Stops) -> Ended {
-        let Self { engine, auth, pages, board, disk, control, plugins } = self;
+        let Self { engine, auth, outbox, pages, board, disk, control, plugins, .. } = self;
         if let Ok(address) = pages.address() {
             info!(address = %address, "node started");
         }
         let over = CancellationToken::new();
         let pages = tokio::spawn(pages.run(over.clone()));
+        #[cfg(unix)]
+        let door = self.door.map(|door| tokio::spawn(door.run(outbox.clone(), over.clone())));
+        #[cfg(not(unix))]
+        let door: Option<tokio::task::JoinHandle<()>> = None;
         let watching = tokio::spawn(show_registration(auth.status(), board.clone(), over.clone()));
         let serving = tokio::spawn(show_plugins(Arc::clone(&plugins), board.clone(), over.clone()));
         let disk = tokio::spawn(disk.run(board.clone(), over.clone()));
         let tokens = auth.tokens();
         let auth = control.handle.spawn(auth.run(over.clone()));
-        let ended = tokio::select! {
+        let (mut ended, last_round) = tokio::select! {
             biased;
-            () = stops.drain.cancelled() => Ended::Drained,
+            () = stops.drain.cancelled() => (Ended::Drained, Duration::ZERO),
             _ = tokens.available() => {
                 board.change(|status| status.phase = Phase::Running);
                 info!("leasing");
-                match control.handle.spawn(engine.run(stops)).await {
+                let (outbox, enough) = (outbox.clone(), CancellationToken::new());
+                let enough_of_it = enough.clone();
+                let sending = control.handle.spawn(async move { outbox.run(enough_of_it).await });
+                let ended = match control.handle.spawn(engine.run(stops)).await {
                     Ok(ended) => ended,
                     Err(err) => std::panic::resume_unwind(err.into_panic()),
-                }
+                };
+                enough.cancel();
+                sending.await.unwrap_or_else(|err| std::panic::resume_unwind(err.into_panic()));
+                (ended, LAST_ROUND)
             }
         };
+        let reports = control.handle.spawn(async move { outbox.finish(last_round).await }).await.unwrap_or_default();
+        if reports > 0 {
+            warn!(reports, "reports are left in the outbox, the next start sends them");
+            ended = Ended::CutShort;
+        }
         plugins.shutdown(SHUTDOWN_LIMIT).await;
         over.cancel();
-        for task in [pages, watching, serving, disk, auth] {
+        for task in [pages, watching, serving, disk, auth].into_iter().chain(door) {
             if let Err(err) = task.await {
                 warn!(error = %err, "a part of the node ended unexpectedly");
             }

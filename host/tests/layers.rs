@@ -24,17 +24,50 @@ const RULES: &[Rule] = &[
     ("auth", &["model", "transport"], "signs in and keeps the node's token fresh"),
     ("leases", &["auth", "model", "transport"], "speaks to one control plane with the node's token"),
     ("session", &["leases", "model"], "keeps one lease, whoever gave it"),
-    ("engine", &["leases", "model", "plugins", "session", "storage"], "takes a task through the rooms"),
+    ("outbox", &["crash", "leases", "model"], "keeps reports until their plane has them"),
+    ("control", &["outbox"], "commands ask a running node about what it holds"),
+    ("crash", &[], "where tests let the process die"),
+    (
+        "engine",
+        &["crash", "leases", "model", "outbox", "plugins", "session", "storage"],
+        "takes a task through the rooms",
+    ),
     ("config", &["auth", "transport"], "checks keys and addresses with the types of those who use them"),
     ("dev", &["leases", "model", "transport"], "the other side of the wire, in the same wire types; calls nodes back"),
     (
         "app",
-        &["auth", "config", "engine", "leases", "model", "observe", "plugins", "session", "storage", "transport"],
+        &[
+            "auth",
+            "config",
+            "control",
+            "engine",
+            "leases",
+            "model",
+            "observe",
+            "outbox",
+            "plugins",
+            "session",
+            "storage",
+            "transport",
+        ],
         "the composition root builds all rooms",
     ),
     (
         "cli",
-        &["app", "auth", "config", "dev", "engine", "model", "observe", "plugins", "storage", "transport"],
+        &[
+            "app",
+            "auth",
+            "config",
+            "control",
+            "dev",
+            "engine",
+            "model",
+            "observe",
+            "outbox",
+            "plugins",
+            "storage",
+            "transport",
+        ],
         "commands start rooms; what they do lies in the rooms",
     ),
 ];
@@ -42,6 +75,7 @@ const RULES: &[Rule] = &[
 /// Arrows that only tests have: a room is tried against its real neighbours.
 const IN_TESTS: &[Rule] = &[
     ("cli", &["dev"], "`submit` is tried against the embedded world"),
+    ("outbox", &["auth", "transport"], "reports are sent over a real connection"),
     ("session", &["auth", "transport"], "a session is tried over a real connection"),
 ];
 

@@ -147,6 +147,7 @@ impl Node {
             .env("REG_SECRET", "bench")
             .env("SECP256K1_PRIVHEX", &key)
             .env("HTTP_BIND", "127.0.0.1:0")
+            .env("STATE_DIR", built.scratch().join(format!("state-{}", Uuid::new_v4())))
             .env("RUST_LOG", "info")
             .env("LOG_FORMAT", "json")
             .envs(settings.iter().copied())

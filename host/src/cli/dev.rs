@@ -1,6 +1,10 @@
 //! `runner-host dev`: a whole world on this machine, and a node in it.
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use anyhow::Context;
 
@@ -62,8 +66,10 @@ async fn live(args: Args, layers: Layers, plugins: Option<Arc<Plugins>>) -> anyh
     signals::listen(stops.clone())?;
     let faults = args.faults.as_deref().map(Faults::read).transpose()?.unwrap_or_default();
     let world = start(&args, &faults).await?;
+    let folder = tempfile::Builder::new().prefix("runner-host-dev-").tempdir().context("make a folder for the node")?;
+    let state = args.data.as_ref().map_or_else(|| folder.path().join("node"), |data| data.join("node"));
     let node = match &plugins {
-        Some(plugins) => Some(join(&args, layers, &world, plugins).await?),
+        Some(plugins) => Some(join(&args, &state, layers, &world, plugins).await?),
         None => None,
     };
     put(std::io::stdout(), &greeting(&args, &world, &faults, node.as_ref(), plugins.as_deref())?)?;
@@ -101,10 +107,17 @@ async fn start(args: &Args, faults: &Faults) -> anyhow::Result<World> {
 }
 
 /// A node that joins over HTTP like any other, with a key of its own.
-async fn join(args: &Args, mut layers: Layers, world: &World, plugins: &Arc<Plugins>) -> anyhow::Result<Node> {
+async fn join(
+    args: &Args,
+    state: &Path,
+    mut layers: Layers,
+    world: &World,
+    plugins: &Arc<Plugins>,
+) -> anyhow::Result<Node> {
     layers.set("DDS_BASE_URL", world.dds_url().as_str(), Origin::Command);
     layers.set("DMS_BASE_URL", world.dms_url().as_str(), Origin::Command);
     layers.set("HTTP_BIND", "127.0.0.1:0", Origin::Command);
+    layers.set("STATE_DIR", &state.to_string_lossy(), Origin::Command);
     layers.set_default("POLL_BACKOFF_MS_MIN", "50");
     layers.set_default("POLL_BACKOFF_MS_MAX", "250");
     layers.set_default("MAX_CONCURRENCY", "4");
@@ -166,12 +179,15 @@ fn greeting(
          export REG_SECRET=dev\n\
          export SECP256K1_PRIVHEX={key}\n\
          export HTTP_BIND=127.0.0.1:0\n\
+         export STATE_DIR={}\n\
          \nJobs come from:\n\
          export RUNNER_HOST_DEV={}\n\
          runner-host submit CAPABILITY --input FILE --wait\n\
          \nFor development and tests, not for production.\n",
         trimmed(world.dds_url()),
         trimmed(world.dms_url()),
+        // Its own: two nodes do not share one.
+        std::env::temp_dir().join(format!("runner-host-{}", uuid::Uuid::new_v4().simple())).display(),
         trimmed(world.dds_url()),
     );
     Ok(text)

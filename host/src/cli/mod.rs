@@ -4,6 +4,7 @@ mod completions;
 mod config;
 mod dev;
 mod invoke;
+mod outbox;
 mod plugins;
 mod run;
 mod signals;
@@ -81,6 +82,9 @@ enum Command {
     /// Look at the node's configuration
     #[command(subcommand)]
     Config(config::Command),
+    /// Look at finished work that no control plane has accepted yet
+    #[command(subcommand)]
+    Outbox(outbox::Command),
     /// Print a completion script for a shell
     Completions(completions::Args),
 }
@@ -125,6 +129,7 @@ pub fn main(secrets: &Secrets) -> ExitCode {
         Command::Invoke(args) => invoke::run(args, &layers),
         Command::Plugins(command) => plugins::run(command, &layers),
         Command::Config(command) => config::run(&command, &layers, secrets),
+        Command::Outbox(command) => outbox::run(&command, &layers),
         Command::Completions(args) => completions::run(&args),
     });
     let exit = ended.unwrap_or_else(|err| {

@@ -139,6 +139,8 @@ pub const KEYS: &[Key] = &[
     key("CANCEL_GRACE", "engine.cancel_grace", Duration, Some("10s"), "how long a cancelled runner may take to return"),
     key("SCRATCH_DIR", "storage.scratch_dir", Path, None, "where task directories are made; below the system's temporary folder where unset"),
     key("DISK_FREE_MIN", "storage.disk_free_min", Size, Some("1GiB"), "free space below SCRATCH_DIR under which nothing new is leased; 0: any"),
+    key("STATE_DIR", "state.dir", Path, None, "what must survive a restart, one folder a node; runner-host below $XDG_STATE_HOME or ~/.local/state where unset"),
+    key("OUTBOX_MAX", "outbox.max", Whole, Some("1000"), "reports not yet accepted from which on nothing new is leased"),
     key("TRANSFER_STALL_TIMEOUT", "storage.stall_timeout", Duration, Some("30s"), "how long a transfer may be silent before it counts as broken"),
     key("TRANSFER_PATIENCE", "storage.patience", Duration, Some("2m"), "how long a transfer in which nothing moves is tried again"),
     key("MEMORY_BUDGET", "storage.memory_budget", Size, Some("1GiB"), "most bytes of tasks' data in memory at once; objects beyond it are refused"),

@@ -76,7 +76,11 @@ pub struct HostConfig {
     pub cancel_grace: Duration,
     /// Where task directories are made.
     pub scratch_dir: PathBuf,
-    /// Free bytes there under which nothing new is leased; 0: any.
+    /// Where reports are kept until they are accepted; one node at a time.
+    pub state_dir: PathBuf,
+    /// Reports not yet accepted from which on nothing new is leased.
+    pub outbox_max: usize,
+    /// Free bytes below `scratch_dir` under which nothing new is leased; 0: any.
     pub disk_free_min: u64,
     /// Identifies the node to domain servers.
     pub client_id: String,
@@ -181,6 +185,10 @@ impl HostConfig {
             cancel_grace: parser.duration("CANCEL_GRACE"),
             disk_free_min: parser.size("DISK_FREE_MIN"),
             scratch_dir: parser.optional("SCRATCH_DIR").map_or_else(default_scratch_dir, PathBuf::from),
+            state_dir: parser.state_dir(),
+            outbox_max: parser.value("OUTBOX_MAX", "a number from 1 to 1000000", 1, |text| {
+                text.parse().ok().filter(|count| (1..=1_000_000).contains(count))
+            }),
             client_id: parser
                 .header_text("CLIENT_ID")
                 .unwrap_or_else(|| format!("runner-host/{}", uuid::Uuid::new_v4())),
@@ -212,6 +220,34 @@ pub fn plugin_init_timeout(layers: &Layers) -> Result<Duration, Mistakes> {
     let mut parser = Parser::new(layers);
     let limit = parser.duration("PLUGIN_INIT_TIMEOUT");
     if parser.mistakes.is_empty() { Ok(limit) } else { Err(Mistakes(parser.mistakes)) }
+}
+
+/// `STATE_DIR` alone, for commands that look at a node's state without its configuration.
+///
+/// # Errors
+/// One line when it is unset and there is no home folder.
+pub fn state_dir(layers: &Layers) -> Result<PathBuf, Mistakes> {
+    let mut parser = Parser::new(layers);
+    let dir = parser.state_dir();
+    if parser.mistakes.is_empty() { Ok(dir) } else { Err(Mistakes(parser.mistakes)) }
+}
+
+impl Parser<'_> {
+    fn state_dir(&mut self) -> PathBuf {
+        if let Some(dir) = self.optional("STATE_DIR") {
+            return PathBuf::from(dir);
+        }
+        // An empty or relative one counts as unset, as its specification says.
+        let xdg = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
+        let base = xdg.or_else(|| {
+            let home = std::env::home_dir().filter(|path| path.is_absolute());
+            home.map(|home| home.join(".local/state"))
+        });
+        base.map(|base| base.join("runner-host")).unwrap_or_else(|| {
+            self.mistake("STATE_DIR", "it is not set, and there is no home folder to put its default in");
+            PathBuf::new()
+        })
+    }
 }
 
 /// How the network is reached, for commands that need no more of the configuration.

@@ -1,6 +1,10 @@
 //! The path of one task.
 
-use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
+use std::{
+    panic::AssertUnwindSafe,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use futures_util::FutureExt as _;
 use tokio::sync::OwnedSemaphorePermit;
@@ -9,11 +13,25 @@ use tracing::{Instrument, info, info_span, warn};
 
 use super::Rooms;
 use crate::{
-    model::{CancelReason, Grant, Outcome, Ports, Setup, Verdict, millis},
+    crash,
+    model::{CancelReason, Grant, Outcome, Ports, ReportState, Setup, TaskRecord, Verdict, millis},
+    outbox::Sent,
     plugins::{Folder, Job},
-    session::{Session, Settled},
+    session::{Session, Silence},
     storage::TaskDir,
 };
+
+/// How long the last words and the first try of a report may take once the node is to stop: what is
+/// not said by then is in the outbox.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// How the report of an attempt ended.
+enum Settled {
+    /// It was sent, with this result.
+    Sent(Sent),
+    /// There was nothing to say.
+    Silent(CancelReason),
+}
 
 /// One task, top to bottom. Every early exit still settles the lease and frees the slot.
 pub(super) async fn attempt(
@@ -33,29 +51,72 @@ pub(super) async fn attempt(
         domain_id = lease.domain_id.map(tracing::field::display),
     );
     async {
-        let began = std::time::Instant::now();
+        let began = Instant::now();
         info!("task started");
         let run = AssertUnwindSafe(run(Arc::clone(&rooms), grant.clone(), grace)).catch_unwind();
         let ended = async {
             run.await.unwrap_or_else(|_| {
                 // A bug of ours must not leave a lease unsettled; the log has its words.
                 let message = "the node failed while it ran the task; see its log".to_owned();
-                Verdict { outcome: Outcome::HostFault { message }, artifacts: Vec::new() }
+                Verdict::bare(Outcome::HostFault { message })
             })
         };
-        let verdict = run_to_end(ended, &grant, cancel_all).await;
-        rooms.board.moved(grant.lease.task, "reporting");
-        let settled = session.settle(&verdict).await;
-        drop(permit); // the slot is free
-        rooms.board.ended(grant.lease.task, &verdict.outcome, !matches!(settled, Settled::GivenUp(_)));
+        let mut verdict = run_to_end(ended, &grant, &cancel_all).await;
+        verdict.outcome.redact(&grant.tokens());
+        rooms.board.moved(lease.task, "reporting");
+        let settled = settle(&rooms, permit, session, &verdict, &cancel_all).await;
+        rooms.board.ended(lease.task, TaskRecord::new(lease, &verdict, began.elapsed(), settled.state()));
         say(&verdict, &settled, began.elapsed());
     }
     .instrument(span)
     .await;
 }
 
+/// From the verdict to the first try of its report. The order matters: written down while the lease
+/// is ours, then the slot is free, then everything that may wait for the plane.
+async fn settle(
+    rooms: &Rooms,
+    permit: OwnedSemaphorePermit,
+    session: Session,
+    verdict: &Verdict,
+    cancel_all: &CancellationToken,
+) -> Settled {
+    if let Some(reason) = session.silence(&verdict.outcome) {
+        return Settled::Silent(reason);
+    }
+    crash::point("before-write");
+    let kept = rooms.outbox.keep(&session.grant().lease, verdict.clone()).await; // durable before anyone is told
+    crash::point("after-write");
+    drop(permit); // the slot is free: a plane that is away must not block it
+    let out_of_patience = async {
+        cancel_all.cancelled().await;
+        tokio::time::sleep(FAREWELL).await;
+    };
+    let said = async {
+        match session.close().await {
+            Ok(name) => {
+                crash::point("before-report");
+                Settled::Sent(kept.send(&name).await)
+            }
+            Err(silence) => {
+                kept.withdraw();
+                match silence {
+                    Silence::Over(reason) => Settled::Silent(reason),
+                    Silence::Gone(why) => Settled::Sent(Sent::Refused(why)),
+                }
+            }
+        }
+    };
+    tokio::select! {
+        biased;
+        settled = said => settled,
+        // Dropped, the report is the outbox's.
+        () = out_of_patience => Settled::Sent(Sent::Waiting("the node stops".to_owned())),
+    }
+}
+
 /// Lets `run` come to its end, passing on the node's own wish to stop.
-async fn run_to_end(run: impl Future<Output = Verdict>, grant: &Grant, cancel_all: CancellationToken) -> Verdict {
+async fn run_to_end(run: impl Future<Output = Verdict>, grant: &Grant, cancel_all: &CancellationToken) -> Verdict {
     tokio::pin!(run);
     tokio::select! {
         verdict = &mut run => return verdict,
@@ -67,7 +128,7 @@ async fn run_to_end(run: impl Future<Output = Verdict>, grant: &Grant, cancel_al
 /// Waits for the runner. What may take long, such as moving data, happens on the workers: this runs
 /// beside the heartbeats.
 async fn run(rooms: Arc<Rooms>, grant: Grant, grace: Duration) -> Verdict {
-    let nothing = |outcome| Verdict { outcome, artifacts: Vec::new() };
+    let nothing = Verdict::bare;
     if let Some(refusal) = rooms.plugins.refusal(&grant.lease.capability) {
         return nothing(refusal);
     }
@@ -92,7 +153,7 @@ async fn run(rooms: Arc<Rooms>, grant: Grant, grace: Duration) -> Verdict {
     };
     let outcome = rooms.plugins.run(job).await;
     ports.close().await; // ends or aborts what is still under way
-    let artifacts = ports.published();
+    let (artifacts, inputs) = (ports.published(), ports.fetched());
     if !dir.close_empty() {
         match rooms.workers.spawn_blocking(move || dir.close()).await {
             Ok(Ok(())) => {}
@@ -100,7 +161,7 @@ async fn run(rooms: Arc<Rooms>, grant: Grant, grace: Duration) -> Verdict {
             Err(err) => warn!(error = %err, "task directory could not be removed"),
         }
     }
-    Verdict { outcome: refused_setup(&grant, outcome), artifacts }
+    Verdict { outcome: refused_setup(&grant, outcome), artifacts, inputs }
 }
 
 /// The task's directory as plugins ask for it.
@@ -136,20 +197,36 @@ fn refused_setup(grant: &Grant, outcome: Outcome) -> Outcome {
     }
 }
 
+impl Settled {
+    /// As the status page shows it.
+    fn state(&self) -> ReportState {
+        match self {
+            Self::Sent(Sent::Accepted) => ReportState::Accepted,
+            Self::Sent(Sent::Refused(_)) => ReportState::Refused,
+            Self::Sent(Sent::Waiting(_)) => ReportState::Waiting,
+            Self::Sent(Sent::Dropped) => ReportState::Dropped,
+            Self::Silent(_) => ReportState::None,
+        }
+    }
+}
+
 /// The one line a task ends with.
 fn say(verdict: &Verdict, settled: &Settled, took: Duration) {
     let outcome = verdict.outcome.word();
     let (artifacts, elapsed_ms) = (verdict.artifacts.len(), millis(took));
     let reason = verdict.outcome.reason();
     match settled {
-        Settled::Accepted if reason.is_none() => info!(outcome, artifacts, elapsed_ms, "task ended"),
-        Settled::Accepted => warn!(outcome, artifacts, elapsed_ms, reason, "task ended"),
-        Settled::NotSent(_) => info!(outcome, elapsed_ms, "task ended, nothing to report"),
-        Settled::Refused(why) => {
+        Settled::Sent(Sent::Accepted) if reason.is_none() => info!(outcome, artifacts, elapsed_ms, "task ended"),
+        Settled::Sent(Sent::Accepted) => warn!(outcome, artifacts, elapsed_ms, reason, "task ended"),
+        Settled::Silent(why) => info!(outcome, elapsed_ms, cancelled = why.as_str(), "task ended, nothing to report"),
+        Settled::Sent(Sent::Refused(why)) => {
             warn!(outcome, artifacts, elapsed_ms, reason, error = %why, "task ended, its report was refused for good")
         }
-        Settled::GivenUp(why) => {
-            warn!(outcome, artifacts, elapsed_ms, reason, error = %why, "task ended, its report could not be delivered")
+        Settled::Sent(Sent::Waiting(why)) => {
+            warn!(outcome, artifacts, elapsed_ms, reason, error = %why, "task ended, its report waits in the outbox")
+        }
+        Settled::Sent(Sent::Dropped) => {
+            warn!(outcome, artifacts, elapsed_ms, reason, "task ended, its report was dropped by an operator")
         }
     }
 }

@@ -21,6 +21,7 @@ use tracing::{debug, error, info, warn};
 use crate::{
     leases::{Advice, LeaseError, LeaseSource},
     model::{CancelReason, Grant, Lease, Moment, Outcome, Phase, Setup, StatusBoard, TaskId, millis},
+    outbox::Outbox,
     plugins::Plugins,
     session::Sessions,
     storage::Storage,
@@ -43,6 +44,8 @@ pub struct Rooms {
     pub sessions: Sessions,
     /// Moves data.
     pub storage: Storage,
+    /// Keeps reports until they are accepted.
+    pub outbox: Outbox,
     /// Runs code.
     pub plugins: Arc<Plugins>,
     /// Shows what is running.
@@ -89,7 +92,7 @@ impl Stops {
 pub enum Ended {
     /// Every task came to its own end.
     Drained,
-    /// Tasks were cancelled because time ran out or a second signal came.
+    /// Tasks were cancelled because time ran out or a second signal came, or reports are left.
     CutShort,
 }
 
@@ -164,16 +167,21 @@ impl Engine {
         self.drain(&stops).await
     }
 
-    /// A permit, or `None` once no more work should be taken.
+    /// A permit, or `None` once no more work should be taken. Where too many reports wait for the
+    /// plane it takes no work either: finished tasks would pile up without bound.
     async fn free_slot(&mut self, stops: &Stops) -> Option<OwnedSemaphorePermit> {
+        let outbox = self.rooms.outbox.clone();
         loop {
+            let room = outbox.has_room();
             tokio::select! {
                 biased;
                 () = stops.drain.cancelled() => return None,
                 Some(ended) = self.attempts.join_next() => self.look_at(ended),
-                permit = Arc::clone(&self.slots).acquire_owned() => {
+                // The task whose slot this was may have filled the outbox.
+                permit = Arc::clone(&self.slots).acquire_owned(), if room => if outbox.has_room() {
                     return Some(permit.expect("the slots are never closed"));
-                }
+                },
+                () = outbox.until_room(), if !room => {}
             }
         }
     }
@@ -223,6 +231,9 @@ impl Engine {
             taken = self.rooms.source.take() => taken,
             () = stops.out_of_patience() => return Polled::Pause,
         };
+        if taken.is_ok() {
+            self.rooms.outbox.plane_answers();
+        }
         match taken {
             Ok(Some(lease)) => self.admit(lease),
             Ok(None) => Polled::Pause,

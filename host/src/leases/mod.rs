@@ -110,7 +110,10 @@ impl LeaseError {
             Self::Unreachable(_) | Self::NoToken(_) | Self::Unauthorized | Self::Busy | Self::Malformed { .. } => {
                 Advice::RetryLater
             }
-            Self::Refused { status, .. } if *status == 408 || *status == 429 || *status >= 500 => Advice::RetryLater,
+            // Beside trouble of its own, the plane may be hidden behind somebody who redirects.
+            Self::Refused { status, .. } if matches!(status, 408 | 425 | 429) || !(400..500).contains(status) => {
+                Advice::RetryLater
+            }
             Self::Refused { .. } => Advice::GiveUp,
             Self::Gone { .. } => Advice::StopTask,
         }

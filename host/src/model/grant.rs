@@ -8,7 +8,7 @@ use std::{
     future::poll_fn,
     pin::pin,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     task::Poll,
@@ -172,6 +172,7 @@ pub struct Grant {
     /// Progress and events on their way to the plane.
     pub mailbox: Arc<Mailbox>,
     fence: Fence,
+    replaced: Arc<Mutex<Vec<Token>>>,
     token: watch::Receiver<Option<Token>>,
     setup: watch::Receiver<Setup>,
 }
@@ -180,10 +181,36 @@ pub struct Grant {
 pub struct GrantKeys {
     /// Moves the end of the lease; [`Moment::NEVER`] in the beginning.
     pub fence: Fence,
-    /// Publishes a newer bearer.
+    /// The newest bearer; [`GrantKeys::renew`] changes it and remembers the one before.
     pub token: watch::Sender<Option<Token>>,
+    replaced: Arc<Mutex<Vec<Token>>>,
     /// Publishes the answer to the set-up heartbeat.
     pub setup: watch::Sender<Setup>,
+}
+
+/// Replaced bearers remembered of one lease: at one a minute, a working day.
+const REPLACED_MAX: usize = 512;
+
+impl GrantKeys {
+    /// Publishes a newer bearer. `false`: it is the one that is known.
+    pub fn renew(&self, token: Token) -> bool {
+        let mut old = None;
+        let newer = self.token.send_if_modified(|now| {
+            let newer = now.as_ref() != Some(&token);
+            if newer {
+                old = now.replace(token);
+            }
+            newer
+        });
+        if let Some(old) = old {
+            let mut replaced = self.replaced.lock().unwrap_or_else(PoisonError::into_inner);
+            if replaced.len() >= REPLACED_MAX {
+                replaced.remove(0);
+            }
+            replaced.push(old);
+        }
+        newer
+    }
 }
 
 impl Grant {
@@ -194,15 +221,25 @@ impl Grant {
         let fence = Fence::new(Moment::NEVER);
         let token = watch::Sender::new(lease.token.clone());
         let setup = watch::Sender::new(setup);
+        let replaced: Arc<Mutex<Vec<Token>>> = Arc::default();
         let grant = Self {
             lease: Arc::new(lease),
+            replaced: Arc::clone(&replaced),
             cancel: CancelSignal::default(),
             mailbox: Arc::default(),
             fence: fence.clone(),
             token: token.subscribe(),
             setup: setup.subscribe(),
         };
-        (grant, GrantKeys { fence, token, setup })
+        (grant, GrantKeys { fence, token, replaced, setup })
+    }
+
+    /// Every bearer the runner may have seen, the newest last; of very many the oldest are forgotten.
+    #[must_use]
+    pub fn tokens(&self) -> Vec<Token> {
+        let mut tokens = self.replaced.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        tokens.extend(self.token());
+        tokens
     }
 
     /// Whether the lease is ours at this very moment. Ask immediately before anything is sent for it: a

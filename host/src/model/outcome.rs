@@ -1,11 +1,22 @@
 //! How a task ended, in one vocabulary.
 
+use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 use serde_json::Value;
+use uuid::Uuid;
 
-use super::Artifact;
+use super::{Artifact, Fetched, TaskId, Token};
 
-/// How an attempt ended. The wire form is each adapter's business.
-#[derive(Clone, Debug, PartialEq)]
+/// What a [`Outcome::Setup`] may name as its stage (posemesh contract 4.8).
+const STAGES: [&str; 3] = ["start_session", "initial_heartbeat", "build_ports"];
+/// Tokens this short are words: taking them out would spoil texts and hide nothing.
+const SECRET_BYTES_MIN: usize = 4;
+
+/// One of [`STAGES`].
+pub type Stage = &'static str;
+
+/// How an attempt ended. The wire form is each adapter's business; the serde form is the outbox's file.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "end", rename_all = "kebab-case")]
 pub enum Outcome {
     /// The runner returned without error.
     Completed,
@@ -35,7 +46,8 @@ pub enum Outcome {
     /// The task could not be set up.
     Setup {
         /// `start_session`, `initial_heartbeat` or `build_ports` (posemesh contract 4.8).
-        stage: &'static str,
+        #[serde(deserialize_with = "stage")]
+        stage: Stage,
         /// What went wrong, one line.
         message: String,
     },
@@ -102,6 +114,32 @@ impl Outcome {
         }
     }
 
+    /// Takes these tokens out of everything people wrote: a runner may put the one it was given into
+    /// its error, and what is reported, logged and kept must not hold it.
+    pub fn redact(&mut self, tokens: &[Token]) {
+        let tokens: Vec<&str> =
+            tokens.iter().map(Token::expose).filter(|text| text.len() >= SECRET_BYTES_MIN).collect();
+        let clean = |text: &mut String| {
+            for token in tokens.iter().filter(|token| !token.is_empty()) {
+                if text.contains(*token) {
+                    *text = text.replace(*token, "(token)");
+                }
+            }
+        };
+        match self {
+            Self::Failed { message, details, .. } => {
+                clean(message);
+                clean_value(details, &clean);
+            }
+            Self::Panicked { message, place } => {
+                clean(message);
+                clean(place);
+            }
+            Self::Storage { message } | Self::Setup { message, .. } | Self::HostFault { message } => clean(message),
+            Self::Completed | Self::NoRunner | Self::Cancelled | Self::LeaseLost | Self::Drained => {}
+        }
+    }
+
     /// Whether somebody who repeats the task may hope for another end.
     #[must_use]
     pub fn retryable(&self) -> bool {
@@ -113,11 +151,108 @@ impl Outcome {
     }
 }
 
+fn clean_value(value: &mut Value, clean: &impl Fn(&mut String)) {
+    match value {
+        Value::String(text) => clean(text),
+        Value::Array(items) => items.iter_mut().for_each(|item| clean_value(item, clean)),
+        Value::Object(fields) => {
+            for (mut name, mut value) in std::mem::take(fields) {
+                clean(&mut name);
+                clean_value(&mut value, clean);
+                fields.insert(name, value);
+            }
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) => {}
+    }
+}
+
+fn stage<'de, D: Deserializer<'de>>(text: D) -> Result<Stage, D::Error> {
+    let text = String::deserialize(text)?;
+    let known = STAGES.into_iter().find(|stage| *stage == text);
+    known.ok_or_else(|| D::Error::custom(format!("stage {text:?} is none of {STAGES:?}")))
+}
+
+/// What a report calls its task: a heartbeat may have changed what the lease said.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReportName {
+    /// The id the plane uses now.
+    pub task: TaskId,
+    /// The job it belongs to.
+    pub job: Option<Uuid>,
+    /// The domain of its data.
+    pub domain_id: Option<Uuid>,
+}
+
 /// The end of an attempt together with what it published: what is reported, once.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Verdict {
     /// How it ended.
     pub outcome: Outcome,
     /// What was published, sorted by logical path, one entry a path.
     pub artifacts: Vec<Artifact>,
+    /// What was fetched whole, each input once.
+    #[serde(default)]
+    pub inputs: Vec<Fetched>,
+}
+
+impl Verdict {
+    /// An end without anything moved.
+    #[must_use]
+    pub fn bare(outcome: Outcome) -> Self {
+        Self { outcome, artifacts: Vec::new(), inputs: Vec::new() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_token_is_taken_out_of_every_text_and_every_depth_of_the_details() {
+        let tokens = [Token::new("tok-1"), Token::new("tok-2"), Token::new("a"), Token::new("")];
+        let mut failed = Outcome::Failed {
+            message: "401 for tok-1, then for tok-2: a pity".into(),
+            retryable: false,
+            invalid_input: false,
+            details: json!({ "tok-1": [{ "header": "Bearer tok-2" }], "n": 1 }),
+        };
+        failed.redact(&tokens);
+        assert_eq!(failed.reason().as_deref(), Some("401 for (token), then for (token): a pity"));
+        let text = serde_json::to_string(&failed).expect("JSON");
+        assert!(!text.contains("tok-") && text.contains("Bearer (token)"), "{text}");
+        for mut outcome in [
+            Outcome::Panicked { message: "tok-1".into(), place: "tok-2".into() },
+            Outcome::Storage { message: "tok-1".into() },
+            Outcome::Setup { stage: "build_ports", message: "tok-1".into() },
+            Outcome::HostFault { message: "tok-1".into() },
+        ] {
+            outcome.redact(&tokens);
+            assert!(!format!("{outcome:?}").contains("tok-"), "{outcome:?}");
+        }
+    }
+
+    #[test]
+    fn every_outcome_comes_back_from_its_file_form() {
+        let details = json!({ "points": 0 });
+        let mut all = vec![
+            Outcome::Completed,
+            Outcome::Failed { message: "m".into(), retryable: true, invalid_input: true, details },
+            Outcome::Panicked { message: "m".into(), place: "p".into() },
+            Outcome::Storage { message: "m".into() },
+            Outcome::NoRunner,
+            Outcome::Cancelled,
+            Outcome::LeaseLost,
+            Outcome::Drained,
+            Outcome::HostFault { message: "m".into() },
+        ];
+        all.extend(STAGES.map(|stage| Outcome::Setup { stage, message: "m".into() }));
+        for outcome in all {
+            let text = serde_json::to_string(&outcome).expect("JSON");
+            assert_eq!(serde_json::from_str::<Outcome>(&text).expect("read back"), outcome, "{text}");
+        }
+        let strange = r#"{"end":"setup","stage":"dance","message":"m"}"#;
+        assert!(serde_json::from_str::<Outcome>(strange).is_err());
+    }
 }

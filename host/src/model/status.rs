@@ -1,13 +1,20 @@
 //! What the node shows of itself: one value, changed by whoever knows, served by `observe`.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
 
 use jiff::Timestamp;
 use serde::{Serialize, Serializer};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::{Budget, Lease, Outcome, TaskId};
+use super::{Artifact, Budget, Fetched, Lease, TaskId, Verdict, millis};
+
+/// Ended tasks that are shown.
+const RECENT_MAX: usize = 100;
 
 /// The node as `/status.json` shows it.
 #[derive(Clone, Debug, Serialize)]
@@ -51,8 +58,12 @@ pub struct HostStatus {
     pub tasks: BTreeMap<String, TaskStatus>,
     /// Ended tasks by outcome, since the start.
     pub ended: BTreeMap<&'static str, u64>,
-    /// Verdicts the control plane refused or could not be told before the lease ran out.
+    /// Reports the control plane refused for good.
     pub unreported: u64,
+    /// Reports on their way.
+    pub outbox: OutboxStatus,
+    /// Tasks that ended lately, the newest last; at most 100.
+    pub recent: VecDeque<Arc<TaskRecord>>,
     /// Calls of plugins that named a task which was over or never was.
     pub stale_calls: Live,
     /// Runners that ignored their cancellation; their slots were given back.
@@ -112,6 +123,82 @@ pub struct TaskStatus {
     pub since: Timestamp,
 }
 
+/// Reports that were sent in vain so far.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct OutboxStatus {
+    /// How many wait to be sent again.
+    pub waiting: usize,
+    /// When the task of the oldest one ended.
+    pub oldest: Option<Timestamp>,
+    /// Why the last one sent was not accepted, one line; gone when none waits.
+    pub last_error: Option<String>,
+    /// Reports of another control plane or node that are kept, and not sent.
+    pub foreign: usize,
+    /// So many are not accepted that nothing new is leased.
+    pub full: bool,
+}
+
+/// What became of a report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ReportState {
+    /// The control plane took it.
+    Accepted,
+    /// It is in the outbox.
+    Waiting,
+    /// The control plane will never take it.
+    Refused,
+    /// An operator dropped it.
+    Dropped,
+    /// There was nothing to say: the task was cancelled or lost.
+    None,
+}
+
+/// One ended task.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct TaskRecord {
+    /// The task.
+    pub task_id: String,
+    /// The job it belonged to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub job_id: Option<Uuid>,
+    /// Which runner.
+    pub capability: String,
+    /// How it ended, one word.
+    pub outcome: &'static str,
+    /// The same, finer.
+    pub code: &'static str,
+    /// What it published.
+    pub artifacts: Vec<Artifact>,
+    /// What it fetched whole.
+    pub inputs: Vec<Fetched>,
+    /// When it ended.
+    pub ended_at: Timestamp,
+    /// How long it took, from the lease to its end.
+    pub elapsed_ms: u64,
+    /// What became of its report.
+    pub report: ReportState,
+}
+
+impl TaskRecord {
+    /// The record of a task that has just ended.
+    #[must_use]
+    pub fn new(lease: &Lease, verdict: &Verdict, took: Duration, report: ReportState) -> Self {
+        Self {
+            task_id: lease.task.to_string(),
+            job_id: lease.job,
+            capability: lease.capability.to_string(),
+            outcome: verdict.outcome.word(),
+            code: verdict.outcome.code(),
+            artifacts: verdict.artifacts.clone(),
+            inputs: verdict.inputs.clone(),
+            ended_at: Timestamp::now(),
+            elapsed_ms: millis(took),
+            report,
+        }
+    }
+}
+
 /// The writing side. Cheap to clone.
 #[derive(Clone)]
 pub struct StatusBoard(Arc<watch::Sender<HostStatus>>);
@@ -139,6 +226,8 @@ impl StatusBoard {
             tasks: BTreeMap::new(),
             ended: BTreeMap::new(),
             unreported: 0,
+            outbox: OutboxStatus::default(),
+            recent: VecDeque::new(),
             stale_calls: Live(|| 0),
             stuck_runners: Live(|| 0),
             memory: Budget::unlimited(),
@@ -179,12 +268,30 @@ impl StatusBoard {
         });
     }
 
-    /// Removes a task and counts its end.
-    pub fn ended(&self, task: TaskId, outcome: &Outcome, reported: bool) {
+    /// Moves a task from the held ones to the ended ones and counts its end.
+    pub fn ended(&self, task: TaskId, record: TaskRecord) {
         self.change(|status| {
             status.tasks.remove(&task.to_string());
-            *status.ended.entry(outcome.word()).or_default() += 1;
-            status.unreported += u64::from(!reported);
+            *status.ended.entry(record.outcome).or_default() += 1;
+            status.unreported += u64::from(record.report == ReportState::Refused);
+            if status.recent.len() >= RECENT_MAX {
+                status.recent.pop_front();
+            }
+            status.recent.push_back(Arc::new(record));
+        });
+    }
+
+    /// Says what became of a report that waited.
+    pub fn settled(&self, task: TaskId, report: ReportState) {
+        let task = task.to_string();
+        self.change(|status| {
+            status.unreported += u64::from(report == ReportState::Refused);
+            // The same task may have ended here twice: the plane gave it out again.
+            let waiting =
+                |record: &&mut Arc<TaskRecord>| record.task_id == task && record.report == ReportState::Waiting;
+            if let Some(record) = status.recent.iter_mut().find(waiting) {
+                Arc::make_mut(record).report = report;
+            }
         });
     }
 }

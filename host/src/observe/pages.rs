@@ -100,6 +100,9 @@ async fn ready(State(status): State<watch::Receiver<HostStatus>>) -> impl IntoRe
             Some(err) => format!("conflict: {err}"),
             None => "conflict".to_owned(),
         }),
+        Phase::Running if status.outbox.full => {
+            Some(format!("the outbox is full: {} reports wait for the control plane", status.outbox.waiting))
+        }
         Phase::Running if status.disk.full => Some(format!(
             "disk nearly full: {} bytes are free where tasks work, DISK_FREE_MIN is {}",
             status.disk.free_bytes.unwrap_or_default(),

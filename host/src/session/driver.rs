@@ -2,22 +2,17 @@
 
 use std::sync::Arc;
 
-use tokio::{
-    sync::oneshot,
-    time::{sleep, timeout},
-};
+use tokio::{sync::oneshot, time::sleep};
 use url::Url;
 use uuid::Uuid;
 
 use super::{
-    Settled,
-    pacing::{GAP_MIN, Pacing, PacingEvent, PacingStep, Rhythm, State, patience, pause_after},
+    Silence,
+    pacing::{GAP_MIN, Pacing, PacingEvent, PacingStep, Rhythm, State},
 };
 use crate::{
     leases::{Advice, Kept, LeaseError, LeaseSource},
-    model::{
-        CancelReason, Coordinates, Grant, GrantKeys, Lease, Moment, Outcome, Pending, Setup, TaskId, Verdict, millis,
-    },
+    model::{CancelReason, Coordinates, Grant, GrantKeys, Lease, Moment, Pending, ReportName, Setup, TaskId},
 };
 
 /// How often the last words of a task are tried before its report goes without them.
@@ -29,7 +24,7 @@ pub(super) struct Driver {
     source: Arc<dyn LeaseSource>,
     grant: Grant,
     keys: GrantKeys,
-    closed: oneshot::Receiver<Verdict>,
+    closed: oneshot::Receiver<()>,
     pacing: Pacing,
     /// The id the plane uses now.
     task: TaskId,
@@ -37,6 +32,8 @@ pub(super) struct Driver {
     renamed: Option<Lease>,
     /// The domain server as the plane named it last.
     server: Option<String>,
+    /// How the plane said that the lease is not ours any more.
+    gone: Option<String>,
 }
 
 impl Driver {
@@ -45,7 +42,7 @@ impl Driver {
         rhythm: Rhythm,
         grant: Grant,
         keys: GrantKeys,
-        closed: oneshot::Receiver<Verdict>,
+        closed: oneshot::Receiver<()>,
     ) -> Self {
         let task = grant.lease.task;
         let mut pacing = Pacing::new(rhythm, grant.lease.expires_at, grant.lease.token_expires_at, Moment::now());
@@ -55,14 +52,14 @@ impl Driver {
             pacing = pacing.cancelled();
         }
         let server = grant.lease.domain_server.clone();
-        let driver = Self { source, grant, keys, closed, pacing, task, renamed: None, server };
+        let driver = Self { source, grant, keys, closed, pacing, task, renamed: None, server, gone: None };
         driver.move_fence();
         driver
     }
 
-    pub(super) async fn run(mut self) -> Settled {
+    pub(super) async fn run(mut self) -> Result<ReportName, Silence> {
         let mut event = PacingEvent::Tick;
-        let verdict = loop {
+        loop {
             let step = self.pacing.on(event, Moment::now(), rand::random());
             self.move_fence();
             match step {
@@ -70,7 +67,7 @@ impl Driver {
                 PacingStep::Sleep { until } => {
                     event = tokio::select! {
                         biased;
-                        verdict = &mut self.closed => break verdict,
+                        _ = &mut self.closed => break,
                         () = sleep(until.left()) => PacingEvent::Tick,
                         () = self.grant.mailbox.changed() => PacingEvent::Tick,
                     };
@@ -79,18 +76,21 @@ impl Driver {
                         event = PacingEvent::Dirty;
                     }
                 }
-                PacingStep::Rest => break (&mut self.closed).await,
+                PacingStep::Rest => {
+                    // Who drops the session instead of closing it does not look at the result.
+                    let _ = (&mut self.closed).await;
+                    break;
+                }
                 end => {
                     self.tell(end);
                     event = PacingEvent::Tick;
                 }
             }
-        };
-        match verdict {
-            Ok(verdict) => self.settle(&verdict).await,
-            // Only while the session is being dropped: nobody will see this.
-            Err(_) => Settled::NotSent(CancelReason::LeaseLost),
         }
+        if self.pacing.left(Moment::now()).is_some() && self.grant.mailbox.is_dirty() {
+            self.flush().await;
+        }
+        self.end()
     }
 
     /// Says to everyone until when the lease is ours.
@@ -142,6 +142,7 @@ impl Driver {
         match failure.advice() {
             Advice::StopTask => {
                 tracing::warn!(task_id = %self.task, error = %failure, "heartbeat refused");
+                self.gone = Some(failure.to_string());
                 return PacingEvent::Gone;
             }
             Advice::GiveUp => self.set_up(Setup::Refused(failure.to_string())),
@@ -154,15 +155,8 @@ impl Driver {
     /// Takes over what an answer says, in the order of contract 4.10; cancel comes last.
     fn adopt(&mut self, sent: &Pending, kept: Kept) -> PacingEvent {
         self.grant.mailbox.acknowledge(sent);
-        if let Some(token) = kept.token {
-            let newer = self.keys.token.send_if_modified(|now| {
-                let newer = now.as_ref() != Some(&token);
-                *now = Some(token);
-                newer
-            });
-            if newer {
-                self.grant.mailbox.answered();
-            }
+        if kept.token.is_some_and(|token| self.keys.renew(token)) {
+            self.grant.mailbox.answered();
         }
         if let Some(task) = kept.task.filter(|task| *task != self.task) {
             tracing::info!(task_id = %task, formerly = %self.task, "control plane renamed the task");
@@ -213,30 +207,16 @@ impl Driver {
         self.renamed.as_ref().unwrap_or(&self.grant.lease)
     }
 
-    /// The way out: last words, then the report.
-    async fn settle(&mut self, verdict: &Verdict) -> Settled {
-        if self.silenced(verdict).is_none() && self.grant.mailbox.is_dirty() {
-            self.flush().await;
+    /// What the report is to call the task, or why there is to be none.
+    fn end(self) -> Result<ReportName, Silence> {
+        if let Some(why) = self.gone {
+            return Err(Silence::Gone(why));
         }
-        match self.silenced(verdict) {
-            Some(reason) => Settled::NotSent(reason),
-            None => self.report(verdict).await,
+        if matches!(self.pacing.state(), State::Cancelled { .. }) {
+            return Err(Silence::Over(CancelReason::Plane));
         }
-    }
-
-    /// Why nothing may be reported, if so.
-    fn silenced(&mut self, verdict: &Verdict) -> Option<CancelReason> {
-        if self.pacing.left(Moment::now()).is_none() {
-            let asked = matches!(self.pacing.state(), State::Cancelled { .. });
-            let reason = if asked { CancelReason::Plane } else { CancelReason::LeaseLost };
-            self.grant.cancel.cancel(reason);
-            return Some(reason);
-        }
-        match verdict.outcome {
-            Outcome::LeaseLost => Some(CancelReason::LeaseLost),
-            Outcome::Cancelled => Some(self.grant.cancel.reason().unwrap_or(CancelReason::Plane)),
-            _ => None,
-        }
+        let lease = self.lease();
+        Ok(ReportName { task: self.task, job: lease.job, domain_id: lease.domain_id })
     }
 
     /// Sends the last progress and events. It may take half of what is left of the lease; the
@@ -268,30 +248,6 @@ impl Driver {
             sleep(next.left()).await;
         }
         tracing::warn!(task_id = %self.task, "last progress and events were not delivered");
-    }
-
-    async fn report(&mut self, verdict: &Verdict) -> Settled {
-        let mut last = None;
-        let mut attempt = 0_u32;
-        while let Some(left) = self.pacing.left(Moment::now()) {
-            attempt = attempt.saturating_add(1);
-            let within = patience(left);
-            let failure = match timeout(within, self.source.settle(self.task, self.lease(), verdict)).await {
-                Ok(Ok(())) => return Settled::Accepted,
-                Ok(Err(err)) => err,
-                Err(_) => LeaseError::Unreachable(format!("no answer within {within:?}")),
-            };
-            let error = failure.to_string();
-            if failure.advice() != Advice::RetryLater {
-                tracing::warn!(task_id = %self.task, %error, "report refused");
-                return Settled::Refused(error);
-            }
-            let pause = pause_after(attempt, rand::random());
-            tracing::warn!(task_id = %self.task, %error, attempt, retry_in_ms = millis(pause), "report failed");
-            last = Some(error);
-            sleep(pause.min(self.pacing.left(Moment::now()).unwrap_or_default())).await;
-        }
-        Settled::GivenUp(last.unwrap_or_else(|| "the lease ended before its report was sent".to_owned()))
     }
 }
 

@@ -1,4 +1,4 @@
-//! One held lease: its heartbeats, its turning tokens, its end.
+//! One held lease: its heartbeats, its turning tokens, its last words. The report is the outbox's.
 //!
 //! [`Sessions::open`] starts a driver for a lease and hands out the [`Session`]; everyone who works
 //! on the task looks at its [`Grant`]. Drivers run on a runtime of their own, which busy runners
@@ -17,7 +17,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::{
     leases::LeaseSource,
-    model::{CancelReason, Grant, Lease, Setup, Verdict},
+    model::{CancelReason, Grant, Lease, Outcome, ReportName, Setup},
 };
 
 /// How leases are kept.
@@ -46,7 +46,7 @@ pub struct Sessions {
 }
 
 impl Sessions {
-    /// `runtime` drives the heartbeats and the final reports.
+    /// `runtime` drives the heartbeats.
     #[must_use]
     pub fn new(source: Arc<dyn LeaseSource>, config: Config, runtime: Handle) -> Self {
         let rhythm = pacing::Rhythm::new(config.min_ratio, config.max_ratio, config.coalesce);
@@ -65,25 +65,20 @@ impl Sessions {
     }
 }
 
-/// A lease being kept. Dropped without [`Session::settle`], its heartbeats end and nothing is
-/// reported.
+/// A lease being kept. Dropped without [`Session::close`], its heartbeats end at once.
 pub struct Session {
     grant: Grant,
-    close: oneshot::Sender<Verdict>,
-    driver: AbortOnDropHandle<Settled>,
+    close: oneshot::Sender<()>,
+    driver: AbortOnDropHandle<Result<ReportName, Silence>>,
 }
 
-/// What became of the report.
+/// Why nothing may be said about the end of a task.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Settled {
-    /// The plane took it.
-    Accepted,
-    /// There was nothing to say: the task was cancelled, or is not ours any more.
-    NotSent(CancelReason),
-    /// The plane will never take it; the text says why, in one line.
-    Refused(String),
-    /// The lease ended before the plane took it; the text is the last failure, in one line.
-    GivenUp(String),
+pub enum Silence {
+    /// The task was cancelled or its lease lost before it ended.
+    Over(CancelReason),
+    /// The plane has said that the task is not ours; the text says how, in one line.
+    Gone(String),
 }
 
 impl Session {
@@ -93,12 +88,34 @@ impl Session {
         self.grant.clone()
     }
 
-    /// Ends the heartbeats, sends the last progress and events where some are left, and reports
-    /// until the plane takes it, refuses for good, or the lease ends. Dropping the future ends
-    /// the report too.
-    pub async fn settle(self, verdict: &Verdict) -> Settled {
+    /// Why an end like this may not be reported, if so: asked in the moment the task has ended.
+    #[must_use]
+    pub fn silence(&self, outcome: &Outcome) -> Option<CancelReason> {
+        // Asking looks at the clock too: a process that was stopped may not have heard of the end yet.
+        let ours = self.grant.is_ours();
+        match (self.grant.cancel.reason(), outcome) {
+            _ if !ours => Some(CancelReason::LeaseLost),
+            (Some(reason @ (CancelReason::Plane | CancelReason::LeaseLost)), _) => Some(reason),
+            (_, Outcome::LeaseLost) => Some(CancelReason::LeaseLost),
+            (reason, Outcome::Cancelled) => Some(reason.unwrap_or(CancelReason::Plane)),
+            _ => None,
+        }
+    }
+
+    /// Ends the heartbeats, after one with the last progress and events where some are left and the
+    /// lease still lives. With what the report has to call the task, or why there is to be none. A
+    /// lease that runs out in here silences nothing: its task has ended before. Dropping the future
+    /// ends the heartbeats at once.
+    pub async fn close(self) -> Result<ReportName, Silence> {
         // The driver may have ended by a panic; then the join below says so.
-        let _ = self.close.send(verdict.clone());
-        self.driver.await.unwrap_or_else(|err| Settled::GivenUp(format!("the session ended early: {err}")))
+        let _ = self.close.send(());
+        match self.driver.await {
+            Ok(closed) => closed,
+            Err(err) => {
+                tracing::error!(error = %err, "a session ended unexpectedly");
+                let lease = &self.grant.lease;
+                Ok(ReportName { task: lease.task, job: lease.job, domain_id: lease.domain_id })
+            }
+        }
     }
 }

@@ -13,15 +13,13 @@ use crate::{
     model::{Coordinates, Moment, Outcome, TaskId, Token},
     transport::{
         self,
-        testing::{BAD_BODIES, Call, Service, assert_clean},
+        testing::{BAD_BODIES, Call, Service},
     },
 };
 
 const TASK: &str = "0b9f3c52-3b0e-4f0e-8f8e-6f2e9d0c7a01";
 const OTHER: &str = "11111111-2222-3333-4444-555555555555";
 const HEARTBEAT: &str = "POST /tasks/0b9f3c52-3b0e-4f0e-8f8e-6f2e9d0c7a01/heartbeat";
-const COMPLETE: &str = "POST /tasks/0b9f3c52-3b0e-4f0e-8f8e-6f2e9d0c7a01/complete";
-const FAIL: &str = "POST /tasks/0b9f3c52-3b0e-4f0e-8f8e-6f2e9d0c7a01/fail";
 const MINUTE: Duration = Duration::from_secs(60);
 
 fn in_future(left: Duration) -> Timestamp {
@@ -45,8 +43,9 @@ fn lease(left: Duration) -> Lease {
     }
 }
 
-fn completed() -> Verdict {
-    Verdict { outcome: Outcome::Completed, artifacts: Vec::new() }
+/// The name a report has when nothing was changed.
+fn named() -> ReportName {
+    ReportName { task: TaskId(TASK.parse().expect("an id")), job: None, domain_id: Some(Uuid::nil()) }
 }
 
 async fn open(lease: Lease) -> (Service, Session) {
@@ -67,13 +66,13 @@ async fn set_up(lease: Lease, answer: Value) -> (Service, Session) {
     (plane, session)
 }
 
-/// Settles while `answer` plays the plane.
-async fn settle(session: Session, verdict: Verdict, answer: impl AsyncFnOnce()) -> Settled {
-    tokio::join!(session.settle(&verdict), answer()).0
+/// Closes the session while `answer` plays the plane.
+async fn close(session: Session, answer: impl AsyncFnOnce()) -> Result<ReportName, Silence> {
+    tokio::join!(session.close(), answer()).0
 }
 
 #[tokio::test]
-async fn a_task_without_news_costs_one_heartbeat_and_one_report() {
+async fn a_task_without_news_costs_one_heartbeat() {
     let (mut plane, session) = open(lease(MINUTE)).await;
     let grant = session.grant();
     let call = plane.expect(HEARTBEAT).await;
@@ -82,8 +81,8 @@ async fn a_task_without_news_costs_one_heartbeat_and_one_report() {
     call.ok(json!({}));
     let coordinates = Coordinates { server: "https://ds.lab.test".parse().expect("a URL"), domain: Uuid::nil() };
     assert_eq!(grant.setup().await, Setup::Ready(Ok(coordinates)));
-    let settled = settle(session, completed(), async || plane.expect(COMPLETE).await.answer(204, "")).await;
-    assert_eq!(settled, Settled::Accepted);
+    assert_eq!(session.silence(&Outcome::Completed), None);
+    assert_eq!(session.close().await, Ok(named()));
     assert!(plane.waiting().is_none());
 }
 
@@ -95,8 +94,8 @@ async fn the_set_up_heartbeat_carries_what_is_known_by_then() {
     assert_eq!(call.json()["progress"], json!({ "early": 1 }));
     call.ok(json!({}));
     session.grant().setup().await;
-    let settled = settle(session, completed(), async || plane.expect(COMPLETE).await.ok(json!({}))).await;
-    assert_eq!(settled, Settled::Accepted, "nothing is sent twice");
+    assert_eq!(session.close().await, Ok(named()));
+    assert!(plane.waiting().is_none(), "nothing is sent twice");
 }
 
 #[tokio::test]
@@ -119,14 +118,9 @@ async fn coordinates_come_from_lease_and_set_up_heartbeat_together() {
 #[tokio::test]
 async fn the_report_names_job_and_domain_as_the_set_up_heartbeat_gave_them() {
     let taken = Lease { domain_id: None, ..lease(MINUTE) };
-    let (mut plane, session) = set_up(taken, json!({ "domain_id": OTHER, "job_id": OTHER })).await;
-    settle(session, completed(), async || {
-        let call = plane.expect(COMPLETE).await;
-        let job = json!({ "task_id": TASK, "job_id": OTHER, "domain_id": OTHER, "capability": "/lab/echo/v1" });
-        assert_eq!(call.json()["meta"]["job"], job);
-        call.ok(json!({}));
-    })
-    .await;
+    let (_plane, session) = set_up(taken, json!({ "domain_id": OTHER, "job_id": OTHER })).await;
+    let other = OTHER.parse().ok();
+    assert_eq!(session.close().await, Ok(ReportName { job: other, domain_id: other, ..named() }));
 }
 
 #[tokio::test]
@@ -158,14 +152,8 @@ async fn a_refused_set_up_is_told_and_the_end_still_reported() {
     plane.expect(HEARTBEAT).await.answer(403, "not you");
     let Setup::Refused(text) = session.grant().setup().await else { panic!("refused") };
     assert_eq!(text, "control plane answered 403: not you");
-    let outcome = Outcome::Setup { stage: "initial_heartbeat", message: text };
-    let verdict = Verdict { outcome, artifacts: Vec::new() };
-    let settled = settle(session, verdict, async || {
-        let call = plane.expect(FAIL).await;
-        assert_eq!(call.json()["details"]["stage"], "initial_heartbeat");
-        call.ok(json!({}));
-    });
-    assert_eq!(settled.await, Settled::Accepted);
+    assert_eq!(session.silence(&Outcome::Setup { stage: "initial_heartbeat", message: text }), None);
+    assert_eq!(session.close().await, Ok(named()));
 }
 
 // S0-72
@@ -177,7 +165,9 @@ async fn a_lease_held_by_another_node_is_lost() {
         plane.expect(HEARTBEAT).await.answer(status, "");
         assert_eq!(grant.cancel.cancelled().await, CancelReason::LeaseLost);
         assert!(matches!(grant.setup().await, Setup::Refused(_)), "nobody waits for a set-up that never comes");
-        assert_eq!(session.settle(&completed()).await, Settled::NotSent(CancelReason::LeaseLost));
+        assert_eq!(session.silence(&Outcome::Completed), Some(CancelReason::LeaseLost));
+        let gone = format!("lease of task {TASK} is gone ({status})");
+        assert_eq!(session.close().await, Err(Silence::Gone(gone)));
         assert!(plane.waiting().is_none(), "nothing is sent for a lease of somebody else");
     }
 }
@@ -189,7 +179,8 @@ async fn cancel_counts_in_every_answer() {
     let grant = session.grant();
     assert_eq!(grant.cancel.cancelled().await, CancelReason::Plane);
     assert_eq!(grant.setup().await, Setup::Refused("the task was cancelled".into()), "nothing is fetched for it");
-    assert_eq!(session.settle(&completed()).await, Settled::NotSent(CancelReason::Plane));
+    assert_eq!(session.silence(&Outcome::Completed), Some(CancelReason::Plane));
+    assert_eq!(session.close().await, Err(Silence::Over(CancelReason::Plane)));
     assert!(plane.waiting().is_none());
 
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
@@ -197,7 +188,8 @@ async fn cancel_counts_in_every_answer() {
     plane.expect(HEARTBEAT).await.ok(json!({ "cancel": true }));
     assert_eq!(session.grant().cancel.cancelled().await, CancelReason::Plane);
     session.grant().mailbox.progress(json!(2)).expect("room");
-    assert_eq!(session.settle(&completed()).await, Settled::NotSent(CancelReason::Plane));
+    assert_eq!(session.silence(&Outcome::Completed), Some(CancelReason::Plane));
+    assert_eq!(session.close().await, Err(Silence::Over(CancelReason::Plane)));
     assert!(plane.waiting().is_none());
 }
 
@@ -206,7 +198,8 @@ async fn a_lease_that_arrives_cancelled_makes_no_call() {
     let (mut plane, session) = open(Lease { cancelled: true, ..lease(MINUTE) }).await;
     assert_eq!(session.grant().cancel.cancelled().await, CancelReason::Plane);
     assert_eq!(session.grant().setup().await, Setup::Refused("the task was cancelled".into()));
-    assert_eq!(session.settle(&completed()).await, Settled::NotSent(CancelReason::Plane));
+    assert_eq!(session.silence(&Outcome::Completed), Some(CancelReason::Plane));
+    assert_eq!(session.close().await, Err(Silence::Over(CancelReason::Plane)));
     assert!(plane.waiting().is_none());
 }
 
@@ -235,12 +228,7 @@ async fn data_that_moves_is_followed_while_the_task_runs() {
         grant.newer_token(old.as_ref(), MINUTE).await;
         assert_eq!(grant.setup_now(), expected);
     }
-    settle(session, completed(), async || {
-        let call = plane.expect(COMPLETE).await;
-        assert_eq!(call.json()["meta"]["job"]["domain_id"], OTHER);
-        call.ok(json!({}));
-    })
-    .await;
+    assert_eq!(session.close().await, Ok(ReportName { domain_id: Some(other), ..named() }));
 }
 
 // S0-75
@@ -293,14 +281,14 @@ async fn last_words_go_before_the_report() {
     let mailbox = session.grant().mailbox;
     mailbox.progress(json!({ "done": true })).expect("room");
     mailbox.event(json!("end")).expect("room");
-    let settled = settle(session, completed(), async || {
+    let closed = close(session, async || {
         plane.expect(HEARTBEAT).await.answer(500, "once more, please");
         let call = plane.expect(HEARTBEAT).await;
         assert_eq!(call.json(), json!({ "progress": { "done": true }, "events": ["end"] }));
         call.ok(json!({}));
-        plane.expect(COMPLETE).await.ok(json!({}));
     });
-    assert_eq!(settled.await, Settled::Accepted);
+    assert_eq!(closed.await, Ok(named()));
+    assert!(plane.waiting().is_none());
 }
 
 // S0-70
@@ -328,7 +316,7 @@ async fn last_words_that_fill_several_heartbeats_all_go_before_the_report() {
     for n in 0..8 {
         mailbox.event(json!([n, text])).expect("room");
     }
-    let settled = settle(session, completed(), async || {
+    let closed = close(session, async || {
         let (mut seen, mut last) = (Vec::new(), None::<Instant>);
         while seen.len() < 8 {
             let call = plane.expect(HEARTBEAT).await;
@@ -339,26 +327,25 @@ async fn last_words_that_fill_several_heartbeats_all_go_before_the_report() {
             call.ok(json!({}));
         }
         assert_eq!(seen, (0..8).map(Some).collect::<Vec<_>>());
-        plane.expect(COMPLETE).await.ok(json!({}));
     });
-    assert_eq!(settled.await, Settled::Accepted);
+    assert_eq!(closed.await, Ok(named()));
 }
 
 #[tokio::test]
 async fn last_words_that_cannot_be_delivered_do_not_cost_the_verdict() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
     session.grant().mailbox.event(json!("end")).expect("room");
-    let settled = settle(session, completed(), async || {
+    let closed = close(session, async || {
         for _ in 0..3 {
             plane.expect(HEARTBEAT).await.answer(500, "");
         }
-        plane.expect(COMPLETE).await.ok(json!({}));
     });
-    assert_eq!(settled.await, Settled::Accepted);
+    assert_eq!(closed.await, Ok(named()));
+    assert!(plane.waiting().is_none());
 }
 
 #[tokio::test]
-async fn last_words_nobody_answers_leave_time_for_the_verdict() {
+async fn last_words_nobody_answers_take_half_of_the_lease() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
     // From here on the lease is short, as the plane says itself.
     session.grant().mailbox.progress(json!(1)).expect("room");
@@ -367,27 +354,26 @@ async fn last_words_nobody_answers_leave_time_for_the_verdict() {
     let old = Token::new("dom-1");
     session.grant().newer_token(Some(&old), MINUTE).await;
     session.grant().mailbox.event(json!("end")).expect("room");
-    let settled = settle(session, completed(), async || {
-        let mut held = Vec::new();
-        loop {
-            let call = plane.next().await;
-            match call.path.as_str() {
-                HEARTBEAT => held.push(call),
-                _ => break call.ok(json!({})),
-            }
+    let began = Instant::now();
+    let mut held = Vec::new();
+    let closing = session.close();
+    tokio::pin!(closing);
+    let closed = loop {
+        tokio::select! {
+            closed = &mut closing => break closed,
+            call = plane.expect(HEARTBEAT) => held.push(call),
         }
-        assert!(!held.is_empty());
-    });
-    assert_eq!(settled.await, Settled::Accepted);
+    };
+    assert_eq!(closed, Ok(named()));
+    assert!(!held.is_empty() && began.elapsed() < Duration::from_millis(2500), "{:?}", began.elapsed());
 }
 
 #[tokio::test]
 async fn a_cancel_in_the_last_heartbeat_silences_the_report() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
     session.grant().mailbox.event(json!("end")).expect("room");
-    let settled =
-        settle(session, completed(), async || plane.expect(HEARTBEAT).await.ok(json!({ "cancel": true }))).await;
-    assert_eq!(settled, Settled::NotSent(CancelReason::Plane));
+    let closed = close(session, async || plane.expect(HEARTBEAT).await.ok(json!({ "cancel": true }))).await;
+    assert_eq!(closed, Err(Silence::Over(CancelReason::Plane)));
     assert!(plane.waiting().is_none());
 }
 
@@ -395,64 +381,16 @@ async fn a_cancel_in_the_last_heartbeat_silences_the_report() {
 async fn the_end_waits_for_a_heartbeat_under_way() {
     let (mut plane, session) = open(lease(MINUTE)).await;
     let call = plane.expect(HEARTBEAT).await;
-    let settled = settle(session, completed(), async || {
-        assert!(plane.waiting().is_none());
-        call.ok(json!({ "task_id": OTHER }));
-        plane.expect(&COMPLETE.replace(TASK, OTHER)).await.ok(json!({}));
-    });
-    assert_eq!(settled.await, Settled::Accepted);
-}
-
-#[tokio::test]
-async fn the_report_is_repeated_until_it_is_taken() {
-    let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    let settled = settle(session, completed(), async || {
-        plane.expect(COMPLETE).await.answer(500, "");
-        plane.expect(COMPLETE).await.bad(503, "truncated");
-        plane.expect(COMPLETE).await.answer(429, "");
-        plane.expect(COMPLETE).await.answer(200, "");
-    });
-    assert_eq!(settled.await, Settled::Accepted);
-    assert!(plane.waiting().is_none());
-}
-
-#[tokio::test]
-async fn a_report_refused_for_good_is_not_repeated() {
-    for status in [400, 404, 409, 410, 422] {
-        let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-        let settled = settle(session, completed(), async || plane.expect(COMPLETE).await.answer(status, "no")).await;
-        let Settled::Refused(text) = settled else { panic!("{settled:?}") };
-        assert_clean(&text);
-        assert!(text.contains(&status.to_string()), "{text}");
-        assert!(plane.waiting().is_none());
-    }
-}
-
-#[tokio::test]
-async fn a_report_nobody_takes_ends_with_the_lease() {
-    let (mut plane, session) = set_up(lease(Duration::from_millis(1500)), json!({})).await;
-    let (verdict, mut count) = (completed(), 0);
-    let report = session.settle(&verdict);
-    tokio::pin!(report);
-    let settled = loop {
-        tokio::select! {
-            settled = &mut report => break settled,
-            call = plane.expect(COMPLETE) => call.answer(503, "later"),
-        }
-        count += 1;
-    };
-    assert_eq!(settled, Settled::GivenUp("control plane answered 503: later".into()));
-    assert!((2..=12).contains(&count), "{count} reports in a lease of 1.5 s");
+    let closed = close(session, async || call.ok(json!({ "task_id": OTHER }))).await;
+    assert_eq!(closed, Ok(ReportName { task: TaskId(OTHER.parse().expect("an id")), ..named() }));
 }
 
 #[tokio::test]
 async fn nothing_is_reported_for_a_task_that_ended_cancelled_or_lost() {
     for (outcome, reason) in [(Outcome::Cancelled, CancelReason::Plane), (Outcome::LeaseLost, CancelReason::LeaseLost)]
     {
-        let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-        let verdict = Verdict { outcome, artifacts: Vec::new() };
-        assert_eq!(session.settle(&verdict).await, Settled::NotSent(reason));
-        assert!(plane.waiting().is_none());
+        let (_plane, session) = set_up(lease(MINUTE), json!({})).await;
+        assert_eq!(session.silence(&outcome), Some(reason));
     }
 }
 
@@ -465,12 +403,12 @@ async fn heartbeats_and_report_follow_a_renamed_task() {
     session.grant().newer_token(Some(&Token::new("dom-1")), MINUTE).await;
     session.grant().mailbox.progress(json!(2)).expect("room");
     plane.expect(&HEARTBEAT.replace(TASK, OTHER)).await.ok(json!({}));
-    let settled = settle(session, completed(), async || {
-        let call = plane.expect(&COMPLETE.replace(TASK, OTHER)).await;
-        assert_eq!(call.json()["meta"]["job"]["task_id"], OTHER);
-        call.ok(json!({}));
+    let closed = close(session, async || {
+        if let Some(call) = plane.waiting() {
+            call.ok(json!({}));
+        }
     });
-    assert_eq!(settled.await, Settled::Accepted);
+    assert_eq!(closed.await, Ok(ReportName { task: TaskId(OTHER.parse().expect("an id")), ..named() }));
 }
 
 #[tokio::test]
@@ -485,7 +423,7 @@ async fn a_lease_nobody_extends_is_lost_when_it_expires_and_not_before() {
         held.push(call);
     }
     assert!((2..=4).contains(&held.len()), "a heartbeat nobody answers leaves room for another: {}", held.len());
-    assert_eq!(session.settle(&completed()).await, Settled::NotSent(CancelReason::LeaseLost));
+    assert_eq!(session.silence(&Outcome::Completed), Some(CancelReason::LeaseLost));
 }
 
 // S0-18b, S0-74, S0-75
@@ -511,8 +449,7 @@ async fn a_clock_that_is_wrong_makes_no_flood_and_loses_nothing() {
     let (mut plane, session) = set_up(taken, json!({ "lease_expires_at": past })).await;
     session.grant().mailbox.progress(json!(1)).expect("room");
     plane.expect(HEARTBEAT).await.ok(json!({ "lease_expires_at": past }));
-    let settled = settle(session, completed(), async || plane.expect(COMPLETE).await.ok(json!({}))).await;
-    assert_eq!(settled, Settled::Accepted);
+    assert_eq!(session.close().await, Ok(named()));
     assert!(plane.waiting().is_none());
 }
 
@@ -528,14 +465,30 @@ async fn a_dropped_session_ends_its_driver() {
 }
 
 #[tokio::test]
-async fn a_drained_task_is_reported_while_its_lease_lives() {
-    let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
+async fn a_drained_task_is_reported() {
+    let (_plane, session) = set_up(lease(MINUTE), json!({})).await;
     session.grant().cancel.cancel(CancelReason::Drained);
-    let verdict = Verdict { outcome: Outcome::Drained, artifacts: Vec::new() };
-    let settled = settle(session, verdict, async || {
-        let call = plane.expect(FAIL).await;
-        assert_eq!(call.json()["reason"], "drained");
-        call.ok(json!({}));
-    });
-    assert_eq!(settled.await, Settled::Accepted);
+    assert_eq!(session.silence(&Outcome::Drained), None);
+    assert_eq!(session.close().await, Ok(named()));
+}
+
+// What has ended in its lease may be said after it: whether it still counts is for the plane to say.
+#[tokio::test]
+async fn a_lease_that_runs_out_under_the_last_words_silences_nothing() {
+    let (mut plane, session) = set_up(lease(Duration::from_millis(1200)), json!({})).await;
+    session.grant().mailbox.event(json!("end")).expect("room");
+    assert_eq!(session.silence(&Outcome::Completed), None);
+    let mut held = Vec::new();
+    let closing = async {
+        tokio::time::sleep(Duration::from_millis(1300)).await;
+        session.close().await
+    };
+    tokio::pin!(closing);
+    let closed = loop {
+        tokio::select! {
+            closed = &mut closing => break closed,
+            call = plane.expect(HEARTBEAT) => held.push(call),
+        }
+    };
+    assert_eq!(closed, Ok(named()));
 }

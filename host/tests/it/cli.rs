@@ -124,7 +124,7 @@ async fn completions_and_help_name_every_command() {
     let ended = Cli::new(&["completions", "bash"]).run().await.expect(0);
     assert!(ended.stdout.contains("_runner__host()") && ended.stdout.contains("--plugins-file"), "{}", ended.stdout);
     let help = Cli::new(&["--help"]).run().await.expect(0);
-    for command in ["run", "dev", "submit", "invoke", "plugins", "config", "completions"] {
+    for command in ["run", "dev", "submit", "invoke", "plugins", "config", "outbox", "completions"] {
         assert!(help.stdout.lines().any(|line| line.trim_start().starts_with(command)), "{command}: {}", help.stdout);
     }
     let help = Cli::new(&["run", "--help"]).run().await.expect(0);
@@ -192,7 +192,8 @@ async fn a_node_joins_the_world_of_dev_by_the_lines_it_prints() {
     let value = |name: &str| exports.iter().find(|pair| pair.0 == name).map(|pair| pair.1.clone());
     let base = value("RUNNER_HOST_DEV").expect("where jobs come from");
     let node = exports.iter().fold(Cli::new(&["run"]).dir(dir.path()), |node, (name, value)| node.set(name, value));
-    let node = node.set("SCRATCH_DIR", dir.path().join("scratch").to_string_lossy()).start();
+    let node = node.set("SCRATCH_DIR", dir.path().join("scratch").to_string_lossy());
+    let node = node.set("STATE_DIR", dir.path().join("state").to_string_lossy()).start();
     node.stderr_line(|line| line.contains("\"leasing\"")).await;
     hello(&base, || node.log()).await;
     for process in [&node, &dev] {
@@ -276,6 +277,7 @@ async fn world(dir: &Path, flags: &[&str]) -> (Process, Vec<(String, String)>) {
 /// A node of that world.
 fn node(dir: &Path, exports: &[(String, String)], scratch: &str) -> Cli {
     let node = exports.iter().fold(Cli::new(&["run"]).dir(dir), |node, (name, value)| node.set(name, value));
+    let node = node.set("STATE_DIR", dir.join(format!("{scratch}-state")).to_string_lossy());
     node.set("SCRATCH_DIR", dir.join(scratch).to_string_lossy()).set("REGISTER_INTERVAL_SECS", "1")
 }
 
@@ -381,6 +383,7 @@ async fn s0_38_logs_are_text_where_asked_for() {
         .set("SECP256K1_PRIVHEX", "ab".repeat(32))
         .set("HTTP_BIND", "127.0.0.1:0")
         .set("SCRATCH_DIR", dir.path().join("scratch").to_string_lossy())
+        .set("STATE_DIR", dir.path().join("state").to_string_lossy())
         .start();
     let line = node.stderr_line(|line| line.contains("registration failed")).await;
     assert!(line.contains(" WARN ") && !line.starts_with('{') && !line.contains('\u{1b}'), "{line}");

@@ -69,7 +69,7 @@ async fn keep(answer: impl FnOnce(Call)) -> Result<Kept, LeaseError> {
 async fn settle(outcome: Outcome, answer: impl FnOnce(Call)) -> Result<(), LeaseError> {
     let mut plane = Service::start().await;
     let dms = dms(&plane, "v1");
-    let verdict = Verdict { outcome, artifacts: Vec::new() };
+    let verdict = Verdict::bare(outcome);
     let lease = sample_lease();
     let (settled, ()) = tokio::join!(dms.settle(task(), &lease, &verdict), async { answer(plane.next().await) });
     settled
@@ -354,7 +354,7 @@ async fn a_rejected_token_is_replaced_and_the_request_repeated_once() {
 #[tokio::test]
 async fn a_second_401_is_final() {
     let (mut plane, dms, _room) = with_login().await;
-    let verdict = Verdict { outcome: Outcome::Completed, artifacts: Vec::new() };
+    let verdict = Verdict::bare(Outcome::Completed);
     let lease = sample_lease();
     let (settled, ()) = tokio::join!(dms.settle(task(), &lease, &verdict), async {
         let path = format!("POST /tasks/{TASK}/complete");

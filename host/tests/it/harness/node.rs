@@ -237,6 +237,7 @@ async fn line(process: &Process, mut lines: watch::Receiver<Vec<String>>, wanted
 pub(crate) struct NodeSetup {
     cli: Cli,
     scratch: TempDir,
+    state: TempDir,
     plugins: TempDir,
     pub(crate) key: String,
 }
@@ -244,6 +245,7 @@ pub(crate) struct NodeSetup {
 impl NodeSetup {
     pub(crate) fn new(dds: &Url, dms: &Url, libraries: &[PathBuf]) -> Self {
         let scratch = tempfile::tempdir().expect("a folder below the system's temporary one");
+        let state = tempfile::tempdir().expect("a folder below the system's temporary one");
         let plugins = fixtures::plugins_dir(libraries);
         let (_, key) = NodeKey::generate();
         let cli = Cli::new(&["run"])
@@ -255,11 +257,12 @@ impl NodeSetup {
             .set("SECP256K1_PRIVHEX", key.as_str())
             .set("HTTP_BIND", "127.0.0.1:0")
             .set("SCRATCH_DIR", scratch.path().to_string_lossy())
+            .set("STATE_DIR", state.path().to_string_lossy())
             .set("POLL_BACKOFF_MS_MIN", "10")
             .set("POLL_BACKOFF_MS_MAX", "50")
             .set("HEARTBEAT_JITTER_MS", "10")
             .set("TRANSFER_PATIENCE", "1s");
-        Self { cli: cli.dir(plugins.path()), scratch, plugins, key }
+        Self { cli: cli.dir(plugins.path()), scratch, state, plugins, key }
     }
 
     pub(crate) fn set(mut self, name: &str, value: impl Into<String>) -> Self {
@@ -289,6 +292,14 @@ impl NodeSetup {
         self.plugins.path()
     }
 
+    /// A node in the place of one that has ended: its folders and its identity.
+    pub(crate) fn after(self, ended: &TestNode) -> Self {
+        let key = ended.key.clone();
+        let next = self.set("SCRATCH_DIR", ended.scratch_dir().to_string_lossy());
+        let next = next.set("STATE_DIR", ended.state_dir().to_string_lossy());
+        Self { key: key.clone(), ..next.set("SECP256K1_PRIVHEX", key) }
+    }
+
     /// Writes a plugins file and uses it.
     pub(crate) fn plugins_file(self, text: &str) -> Self {
         let file = self.plugins.path().join("plugins.toml");
@@ -302,9 +313,9 @@ impl NodeSetup {
         let started = process.stderr_line(|line| line.contains("\"node started\"")).await;
         let started: Value = serde_json::from_str(&started).expect("a node logs JSON");
         let address = started["address"].as_str().expect("an address").to_owned();
-        let (scratch, plugins, key) = (self.scratch, self.plugins, self.key);
+        let (scratch, state, plugins, key) = (self.scratch, self.state, self.plugins, self.key);
         let client = Client::new(transport::Config::default());
-        TestNode { process, address, scratch, _plugins: plugins, key, client }
+        TestNode { process, address, scratch, state, _plugins: plugins, key, client }
     }
 
     /// Starts it and waits until it asks for work.
@@ -337,6 +348,7 @@ pub(crate) struct TestNode {
     process: Process,
     pub(crate) address: String,
     scratch: TempDir,
+    state: TempDir,
     _plugins: TempDir,
     pub(crate) key: String,
     client: Client,
@@ -416,6 +428,10 @@ impl TestNode {
 
     pub(crate) fn scratch_dir(&self) -> &Path {
         self.scratch.path()
+    }
+
+    pub(crate) fn state_dir(&self) -> &Path {
+        self.state.path()
     }
 
     /// What lies in the node's own scratch folder; `None` when that is gone.

@@ -1,0 +1,143 @@
+//! `runner-host outbox list|retry|drop`: reports that no control plane has accepted yet.
+
+use std::{collections::HashSet, path::PathBuf};
+
+use anyhow::Context as _;
+use uuid::Uuid;
+
+use super::{Exit, Output, block_on, put};
+use crate::{
+    config::{self, Layers},
+    control::{Reports, Wanted, client},
+    outbox::{Listing, Shelf, ShelfError, StateError},
+};
+
+/// What to do with them.
+#[derive(clap::Subcommand)]
+pub(super) enum Command {
+    /// Show the reports that are not accepted yet
+    List {
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Send reports now instead of after their pause
+    Retry {
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Forget reports: their tasks' ends are never told to the control plane
+    Drop {
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        place: Place,
+    },
+}
+
+/// Whose outbox, and how it is shown.
+#[derive(clap::Args)]
+pub(super) struct Place {
+    /// The node's state folder [default: STATE_DIR]
+    #[arg(long, value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Form of the output
+    #[arg(short, long, value_enum, default_value_t)]
+    output: Output,
+}
+
+/// Which reports.
+#[derive(clap::Args)]
+#[group(required = true, multiple = false)]
+pub(super) struct Which {
+    /// Ids of tasks, as `list` shows them
+    #[arg(value_name = "TASK")]
+    tasks: Vec<Uuid>,
+    /// Every report
+    #[arg(long)]
+    all: bool,
+}
+
+impl Which {
+    fn tasks(&self) -> Option<Vec<Uuid>> {
+        (!self.all).then(|| self.tasks.clone())
+    }
+}
+
+pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
+    let (Command::List { place } | Command::Retry { place, .. } | Command::Drop { place, .. }) = command;
+    let folder = match &place.state_dir {
+        Some(folder) => folder.clone(),
+        None => config::state_dir(layers)?,
+    };
+    let tasks = match command {
+        Command::List { .. } => None,
+        Command::Retry { which, .. } | Command::Drop { which, .. } => which.tasks(),
+    };
+    let (reports, running) = match Shelf::open(&folder) {
+        Ok(shelf) => (stopped(command, shelf, tasks.as_deref())?, false),
+        Err(ShelfError::State(StateError::InUse { path, .. })) => {
+            let wanted = Wanted { tasks: tasks.clone() };
+            let asked = block_on(async {
+                Ok(match command {
+                    Command::List { .. } => client::ask::<Reports>(&path, "/outbox", None::<&Wanted>).await,
+                    Command::Retry { .. } => client::ask(&path, "/outbox/retry", Some(&wanted)).await,
+                    Command::Drop { .. } => client::ask(&path, "/outbox/drop", Some(&wanted)).await,
+                })
+            })?;
+            (asked.context(Exit::Temporary)?.reports, true)
+        }
+        Err(err) => return Err(err.into()),
+    };
+    put(std::io::stdout(), &shown(&reports, place.output)?)?;
+    say(command, reports.len(), running);
+    let found: HashSet<Uuid> = reports.iter().map(|report| report.task_id).collect();
+    let missing: Vec<Uuid> = tasks.unwrap_or_default().into_iter().filter(|task| !found.contains(task)).collect();
+    for task in &missing {
+        eprintln!("error: no report of task {task} is in the outbox; `runner-host outbox list` shows what is");
+    }
+    Ok(if missing.is_empty() { Exit::Done } else { Exit::Failed })
+}
+
+/// On a node that does not run. What waits there is sent when one starts.
+fn stopped(command: &Command, shelf: Option<Shelf>, tasks: Option<&[Uuid]>) -> anyhow::Result<Vec<Listing>> {
+    let tasks: Option<HashSet<Uuid>> = tasks.map(|tasks| tasks.iter().copied().collect());
+    let Some(mut shelf) = shelf else { return Ok(Vec::new()) };
+    Ok(match command {
+        Command::List { .. } | Command::Retry { .. } => shelf.listings(tasks.as_ref()),
+        Command::Drop { .. } => shelf.drop_reports(tasks.as_ref())?,
+    })
+}
+
+/// What was done, for people.
+fn say(command: &Command, count: usize, running: bool) {
+    let reports = if count == 1 { "1 report".to_owned() } else { format!("{count} reports") };
+    match command {
+        Command::List { .. } if count == 0 => eprintln!("the outbox is empty"),
+        Command::List { .. } => {}
+        Command::Retry { .. } if running => eprintln!("{reports} will be sent now"),
+        Command::Retry { .. } => eprintln!("no node runs here; {reports} will be sent when one starts"),
+        Command::Drop { .. } => eprintln!("dropped {reports}"),
+    }
+}
+
+fn shown(reports: &[Listing], output: Output) -> anyhow::Result<String> {
+    if output == Output::Json {
+        return Ok(format!("{}\n", serde_json::to_string(reports)?));
+    }
+    let rows = reports.iter().map(|report| {
+        let ended = report.ended_at.strftime("%Y-%m-%dT%H:%M:%SZ");
+        format!(
+            "{:<8} {} {} {:<10} {:>3} tries  {}  {}\n",
+            report.state.word(),
+            report.task_id,
+            ended,
+            report.outcome,
+            report.attempts,
+            report.capability,
+            report.last_error.as_deref().unwrap_or("-"),
+        )
+    });
+    Ok(rows.collect())
+}

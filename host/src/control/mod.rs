@@ -1,0 +1,115 @@
+//! How commands talk to a running node: HTTP over a socket in its state folder.
+//!
+//! Who may open the socket is who owns the folder; nothing of it is on the network. [`Door`] is the
+//! node's side, [`client`] the commands'.
+
+pub mod client;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::outbox::Listing;
+
+/// The socket's name in the state folder.
+pub const SOCKET: &str = "control.sock";
+
+/// Which reports a command is about.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wanted {
+    /// Their tasks; `null`: all.
+    pub tasks: Option<Vec<Uuid>>,
+}
+
+/// Reports, as they were listed or before they were dropped.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Reports {
+    /// The oldest first.
+    pub reports: Vec<Listing>,
+}
+
+#[cfg(unix)]
+pub use door::Door;
+
+#[cfg(unix)]
+mod door {
+    use std::{collections::HashSet, io, os::unix::fs::PermissionsExt, path::Path, time::Duration};
+
+    use axum::{
+        Json, Router,
+        extract::State,
+        routing::{get, post},
+    };
+    use tokio::net::UnixListener;
+    use tokio_util::sync::CancellationToken;
+
+    use super::{Reports, SOCKET, Wanted};
+    use crate::outbox::Outbox;
+
+    /// How long a stop waits for a command under way.
+    const LAST_ANSWERS: Duration = Duration::from_secs(1);
+
+    /// The node's side, listening.
+    pub struct Door {
+        listener: UnixListener,
+        path: std::path::PathBuf,
+    }
+
+    impl Door {
+        /// Listens in a state folder that this process holds.
+        ///
+        /// # Errors
+        /// When the socket cannot be made, for example below a path that is too long for one.
+        pub fn open(folder: &Path) -> io::Result<Self> {
+            let path = folder.join(SOCKET);
+            // Who holds the folder is alone with it: what lies there was left by a process that died.
+            match std::fs::remove_file(&path) {
+                Err(err) if err.kind() != io::ErrorKind::NotFound => return Err(err),
+                _ => {}
+            }
+            let listener = UnixListener::bind(&path)?;
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
+            Ok(Self { listener, path })
+        }
+
+        /// Serves until `stop`.
+        pub async fn run(self, outbox: Outbox, stop: CancellationToken) {
+            let router = Router::new()
+                .route("/outbox", get(list))
+                .route("/outbox/retry", post(retry))
+                .route("/outbox/drop", post(drop_reports))
+                .with_state(outbox);
+            let served = axum::serve(self.listener, router).with_graceful_shutdown(stop.clone().cancelled_owned());
+            let out_of_patience = async {
+                stop.cancelled().await;
+                tokio::time::sleep(LAST_ANSWERS).await;
+            };
+            tokio::select! {
+                served = served.into_future() => {
+                    if let Err(err) = served {
+                        tracing::warn!(error = %err, "control socket ended");
+                    }
+                }
+                () = out_of_patience => {}
+            }
+            if let Err(err) = std::fs::remove_file(&self.path) {
+                tracing::debug!(error = %err, "control socket was gone already");
+            }
+        }
+    }
+
+    async fn list(State(outbox): State<Outbox>) -> Json<Reports> {
+        Json(Reports { reports: outbox.listings() })
+    }
+
+    async fn retry(State(outbox): State<Outbox>, Json(wanted): Json<Wanted>) -> Json<Reports> {
+        Json(Reports { reports: outbox.retry(tasks(wanted).as_ref()) })
+    }
+
+    async fn drop_reports(State(outbox): State<Outbox>, Json(wanted): Json<Wanted>) -> Json<Reports> {
+        Json(Reports { reports: outbox.drop_reports(tasks(wanted).as_ref()).await })
+    }
+
+    fn tasks(wanted: Wanted) -> Option<HashSet<uuid::Uuid>> {
+        wanted.tasks.map(|tasks| tasks.into_iter().collect())
+    }
+}

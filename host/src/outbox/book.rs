@@ -1,0 +1,338 @@
+//! What is on its way and whose turn it is: a machine without clock, socket or disk.
+//!
+//! A report is *fresh* while the attempt that made it sends it for the first time. If that fails it
+//! waits, and waiting ones are sent again one after the other, the oldest whose pause is over first. A
+//! failure also quiets the whole outbox for a growing pause, so that a plane that is away costs one
+//! request a pause and not one a report; a success ends that.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use super::entry::{Entry, Listing, ListingState, Tries};
+
+/// First pause after a failure, before its jitter.
+const PAUSE_MIN: Duration = Duration::from_millis(200);
+/// Longest pause, before its jitter.
+const PAUSE_MAX: Duration = Duration::from_secs(300);
+
+/// The pause after failure number `count` in a row: doubling, jittered downwards by up to a half.
+/// `draw` lies in 0..1.
+pub(super) fn pause_after(count: u32, draw: f64) -> Duration {
+    (PAUSE_MIN * (1_u32 << count.saturating_sub(1).min(11))).min(PAUSE_MAX).mul_f64(0.5 + 0.5 * draw)
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Place {
+    Fresh,
+    Waiting { due: Instant },
+    Sending,
+    Foreign,
+}
+
+struct Held {
+    entry: Arc<Entry>,
+    tries: Tries,
+    place: Place,
+}
+
+/// What to do next.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Turn {
+    /// Send this one; it is marked as being sent.
+    Send(u64),
+    /// Nobody's pause is over before this.
+    At(Instant),
+    /// Nothing waits.
+    Idle,
+}
+
+/// See the module's text.
+#[derive(Default)]
+pub(super) struct Book {
+    held: BTreeMap<u64, Held>,
+    next: u64,
+    /// Failures in a row, whichever report.
+    failures: u32,
+    quiet_until: Option<Instant>,
+    last_error: Option<String>,
+}
+
+impl Book {
+    /// Takes in what was found at the start. What is ours is due at once.
+    pub(super) fn found(&mut self, number: u64, entry: Entry, tries: Tries, ours: bool, now: Instant) {
+        let place = if ours { Place::Waiting { due: now } } else { Place::Foreign };
+        self.held.insert(number, Held { entry: Arc::new(entry), tries, place });
+        self.skip(number);
+    }
+
+    /// Never gives this number to another.
+    pub(super) fn skip(&mut self, number: u64) {
+        self.next = self.next.max(number.saturating_add(1));
+    }
+
+    /// Takes in a report whose attempt will send it.
+    pub(super) fn add(&mut self, entry: Arc<Entry>) -> u64 {
+        let number = self.next;
+        self.next += 1;
+        self.held.insert(number, Held { entry, tries: Tries::default(), place: Place::Fresh });
+        number
+    }
+
+    /// Puts another version in the place of a report.
+    pub(super) fn replace(&mut self, number: u64, entry: Arc<Entry>) {
+        if let Some(held) = self.held.get_mut(&number) {
+            held.entry = entry;
+        }
+    }
+
+    /// Whose turn it is.
+    pub(super) fn turn(&mut self, now: Instant) -> Turn {
+        let waiting = |held: &Held| if let Place::Waiting { due } = held.place { Some(due) } else { None };
+        let quiet = self.quiet_until.filter(|until| *until > now);
+        let due = self.held.iter_mut().find(|(_, held)| waiting(held).is_some_and(|due| due <= now));
+        match (due, quiet) {
+            (Some((number, held)), None) => {
+                held.place = Place::Sending;
+                Turn::Send(*number)
+            }
+            (Some(_), Some(until)) => Turn::At(until),
+            (None, quiet) => match self.held.values().filter_map(waiting).min() {
+                Some(due) => Turn::At(quiet.map_or(due, |until| until.max(due))),
+                None => Turn::Idle,
+            },
+        }
+    }
+
+    pub(super) fn get(&self, number: u64) -> Option<(Arc<Entry>, Tries)> {
+        self.held.get(&number).map(|held| (Arc::clone(&held.entry), held.tries.clone()))
+    }
+
+    /// The plane took it or refused it for good: it is there, and the others need not wait for it.
+    pub(super) fn answered(&mut self, number: u64) -> Option<Arc<Entry>> {
+        self.failures = 0;
+        self.quiet_until = None;
+        self.remove(number)
+    }
+
+    /// Forgets a report, whatever became of it.
+    pub(super) fn remove(&mut self, number: u64) -> Option<Arc<Entry>> {
+        let held = self.held.remove(&number)?;
+        if self.waiting() == 0 {
+            self.last_error = None;
+        }
+        Some(held.entry)
+    }
+
+    /// It was sent in vain. `None` when it was dropped meanwhile; else its new tries, the pause it
+    /// gets, and whether this is the first failure after a success.
+    pub(super) fn failed(
+        &mut self,
+        number: u64,
+        error: &str,
+        at: Timestamp,
+        now: Instant,
+        draw: f64,
+    ) -> Option<(Tries, Duration, bool)> {
+        self.failures = self.failures.saturating_add(1);
+        let held = self.held.get_mut(&number)?;
+        let tries = &mut held.tries;
+        tries.count = tries.count.saturating_add(1);
+        tries.first.get_or_insert(at);
+        tries.last = Some(at);
+        tries.error = Some(error.to_owned());
+        // Twice the pause of all: a report that alone fails must not be the next one again and again.
+        let own = pause_after(tries.count + 1, draw);
+        held.place = Place::Waiting { due: now + own };
+        let all = pause_after(self.failures, draw);
+        self.quiet_until = Some(now + all);
+        self.last_error = Some(error.to_owned());
+        Some((held.tries.clone(), own.max(all), self.failures == 1))
+    }
+
+    /// A report that could not be sent by its attempt waits for its turn now.
+    pub(super) fn hand_over(&mut self, number: u64, now: Instant) {
+        if let Some(held) = self.held.get_mut(&number) {
+            held.place = Place::Waiting { due: now };
+        }
+    }
+
+    /// Ends all pauses, or those of some tasks.
+    pub(super) fn hurry(&mut self, tasks: Option<&HashSet<Uuid>>, now: Instant) -> Vec<Listing> {
+        let mut listings = Vec::new();
+        for held in self.held.values_mut().filter(|held| wanted(&held.entry, tasks)) {
+            if let Place::Waiting { due } = &mut held.place {
+                *due = now;
+            }
+            listings.push(held.listing());
+        }
+        if !listings.is_empty() {
+            self.quiet_until = None;
+        }
+        listings
+    }
+
+    /// The plane has answered something else: whoever waits for it need not wait longer.
+    /// `false`: nobody does.
+    pub(super) fn plane_answers(&mut self) -> bool {
+        self.quiet_until.take().is_some() && self.waiting() > 0
+    }
+
+    /// The numbers of all reports of these tasks, or of all.
+    pub(super) fn numbers(&self, tasks: Option<&HashSet<Uuid>>) -> Vec<u64> {
+        self.held.iter().filter(|(_, held)| wanted(&held.entry, tasks)).map(|(number, _)| *number).collect()
+    }
+
+    /// Every report, the oldest first.
+    pub(super) fn listings(&self) -> Vec<Listing> {
+        self.held.values().map(Held::listing).collect()
+    }
+
+    pub(super) fn listing(&self, number: u64) -> Option<Listing> {
+        self.held.get(&number).map(Held::listing)
+    }
+
+    /// Reports of this node that are not accepted yet.
+    pub(super) fn ours(&self) -> usize {
+        self.held.values().filter(|held| held.place != Place::Foreign).count()
+    }
+
+    pub(super) fn foreign(&self) -> usize {
+        self.held.len() - self.ours()
+    }
+
+    /// Reports that were sent in vain so far, or found at the start.
+    pub(super) fn waiting(&self) -> usize {
+        self.held.values().filter(|held| held.waits()).count()
+    }
+
+    /// When the oldest of them ended.
+    pub(super) fn oldest(&self) -> Option<Timestamp> {
+        self.held.values().find(|held| held.waits()).map(|held| held.entry.ended_at)
+    }
+
+    pub(super) fn last_error(&self) -> Option<&str> {
+        self.last_error.as_deref()
+    }
+}
+
+impl Held {
+    fn waits(&self) -> bool {
+        matches!(self.place, Place::Waiting { .. } | Place::Sending)
+    }
+
+    fn listing(&self) -> Listing {
+        let state = match self.place {
+            Place::Fresh | Place::Sending => ListingState::Sending,
+            Place::Waiting { .. } => ListingState::Waiting,
+            Place::Foreign => ListingState::Foreign,
+        };
+        Listing::new(&self.entry, &self.tries, state)
+    }
+}
+
+fn wanted(entry: &Entry, tasks: Option<&HashSet<Uuid>>) -> bool {
+    tasks.is_none_or(|tasks| tasks.contains(&entry.task_id))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Outcome, Verdict};
+
+    fn entry(number: u128) -> Entry {
+        Entry {
+            plane: "p".into(),
+            node: "n".into(),
+            task_id: Uuid::from_u128(number),
+            job_id: None,
+            domain_id: None,
+            capability: "/lab/echo/v1".into(),
+            verdict: Verdict::bare(Outcome::Completed),
+            ended_at: Timestamp::UNIX_EPOCH,
+        }
+    }
+
+    /// Plays a plane for `count` reports that wait, for at most `limit`: when each was sent, in
+    /// milliseconds, with its number and a `!` where it failed.
+    fn play(count: u64, limit: Duration, fails: impl Fn(u64, Duration) -> bool) -> Vec<(u128, String)> {
+        let (mut book, start) = (Book::default(), Instant::now());
+        for number in 0..count {
+            book.found(number, entry(u128::from(number)), Tries::default(), true, start);
+        }
+        let (mut now, mut seen) = (start, Vec::new());
+        loop {
+            match book.turn(now) {
+                Turn::Send(number) => {
+                    let at = now - start;
+                    let failed = fails(number, at);
+                    seen.push((at.as_millis(), format!("{number}{}", if failed { "!" } else { "" })));
+                    if failed {
+                        book.failed(number, "no", Timestamp::UNIX_EPOCH, now, 1.0);
+                    } else {
+                        book.answered(number);
+                    }
+                }
+                Turn::At(due) if due <= start + limit => now = due,
+                Turn::At(_) | Turn::Idle => return seen,
+            }
+        }
+    }
+
+    fn check(seen: &[(u128, String)], expected: &str) {
+        let seen: Vec<String> = seen.iter().map(|(at, what)| format!("{at} {what}")).collect();
+        assert_eq!(seen.join(", "), expected);
+    }
+
+    #[test]
+    fn reports_go_out_oldest_first() {
+        check(&play(3, Duration::ZERO, |_, _| false), "0 0, 0 1, 0 2");
+    }
+
+    #[test]
+    fn an_outage_costs_one_request_a_pause_and_ends_for_all_at_once() {
+        let back = Duration::from_secs(2);
+        let seen = play(4, Duration::from_secs(20), |_, at| at < back);
+        check(&seen, "0 0!, 200 1!, 600 0!, 1400 0!, 3000 0, 3000 1, 3000 2, 3000 3");
+    }
+
+    #[test]
+    fn a_report_that_alone_fails_holds_nobody_up() {
+        let seen = play(3, Duration::from_secs(3), |number, _| number == 0);
+        check(&seen, "0 0!, 200 1, 200 2, 400 0!, 1200 0!, 2800 0!");
+    }
+
+    #[test]
+    fn a_long_outage_of_many_reports_is_no_flood() {
+        let seen = play(1000, Duration::from_secs(3600), |_, _| true);
+        assert!((20..=40).contains(&seen.len()), "{} requests in an hour", seen.len());
+    }
+
+    #[test]
+    fn pauses_double_up_to_five_minutes_and_are_jittered_downwards() {
+        let pauses: Vec<u128> = (1..=4).map(|count| pause_after(count, 1.0).as_millis()).collect();
+        assert_eq!(pauses, [200, 400, 800, 1600]);
+        assert_eq!(pause_after(u32::MAX, 1.0), PAUSE_MAX);
+        assert_eq!(pause_after(1, 0.0), PAUSE_MIN / 2);
+    }
+
+    #[test]
+    fn what_is_fresh_or_foreign_is_nobodys_turn() {
+        let (mut book, now) = (Book::default(), Instant::now());
+        book.found(4, entry(4), Tries::default(), false, now);
+        let fresh = book.add(Arc::new(entry(5)));
+        assert_eq!((fresh, book.turn(now)), (5, Turn::Idle));
+        assert_eq!((book.ours(), book.foreign(), book.waiting()), (1, 1, 0));
+        book.hurry(None, now);
+        assert_eq!(book.turn(now), Turn::Idle);
+        book.hand_over(fresh, now);
+        assert_eq!(book.turn(now), Turn::Send(fresh));
+        assert_eq!(book.turn(now), Turn::Idle, "it is being sent");
+    }
+}

@@ -1,0 +1,421 @@
+//! Reports of ended tasks, kept on disk until the control plane has them.
+//!
+//! A verdict goes through three hands. [`Outbox::keep`] writes it down and returns when it is on the
+//! disk; from then on it survives this process, and its slot may serve the next task. [`Kept::send`]
+//! is the first try, by the attempt that made it. What fails then waits, and [`Outbox::run`] sends it
+//! again, the oldest first, until it is accepted or refused for good: through outages, restarts and new
+//! tokens. A lease that runs out meanwhile does not stop a report; whether it still counts is for the
+//! plane to say. Nothing is sent to another plane than the one that gave the task, nor by another node.
+//!
+//! `book` decides whose turn it is, `writer` and `store` own the file, `state` the folder, `shelf` is
+//! the outbox of a node that does not run. Pages see a summary on the status board.
+
+mod book;
+mod entry;
+mod shelf;
+mod state;
+mod store;
+#[cfg(test)]
+mod tests;
+mod writer;
+
+use std::{
+    collections::HashSet,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use jiff::{SignedDuration, Timestamp};
+use tokio::{
+    sync::{Notify, Semaphore},
+    time::{Instant, timeout_at},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+use uuid::Uuid;
+
+use self::{
+    book::{Book, Turn},
+    entry::{Entry, Tries},
+    store::Change,
+    writer::Writer,
+};
+pub use self::{
+    entry::{Listing, ListingState},
+    shelf::{Shelf, ShelfError},
+    state::{StateDir, StateError},
+};
+use crate::{
+    leases::{Advice, LeaseError, LeaseSource},
+    model::{Lease, OutboxStatus, ReportName, ReportState, StatusBoard, Verdict, millis},
+};
+
+/// How often the last round may fail before it is given up: a plane that is away would cost a
+/// shutdown a request for each report.
+const LAST_FAILURES_MAX: u32 = 3;
+
+/// Whose reports these are, and how many.
+pub struct Config {
+    /// Where they are kept.
+    pub state: StateDir,
+    /// Base URL of the control plane.
+    pub plane: String,
+    /// Address of this node on it.
+    pub node: String,
+    /// Reports not accepted yet from which on nothing new is leased; above 0.
+    pub max: usize,
+    /// First tries at once. More wait for their turn like those that failed.
+    pub senders: usize,
+}
+
+/// See the module's text. Cheap to clone.
+#[derive(Clone)]
+pub struct Outbox(Arc<Inner>);
+
+struct Inner {
+    plane: String,
+    node: String,
+    max: usize,
+    source: Arc<dyn LeaseSource>,
+    board: StatusBoard,
+    writer: Writer,
+    senders: Semaphore,
+    book: Mutex<Pages>,
+    /// There may be something to send.
+    turn: Notify,
+    /// There is room again.
+    room: Notify,
+    _state: StateDir,
+}
+
+/// The book, and what of it the status board shows.
+#[derive(Default)]
+struct Pages {
+    book: Book,
+    shown: OutboxStatus,
+    /// That nothing is leased was said.
+    paused: bool,
+}
+
+/// What became of a report, for now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Sent {
+    /// The plane took it.
+    Accepted,
+    /// The plane will never take it; the text says why, in one line.
+    Refused(String),
+    /// It waits in the outbox; the text is the failure, in one line.
+    Waiting(String),
+    /// An operator dropped it meanwhile.
+    Dropped,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sender {
+    Attempt,
+    Outbox,
+}
+
+/// A report that is on the disk. Dropped without a word, it waits for its turn in the outbox.
+pub struct Kept {
+    outbox: Outbox,
+    number: u64,
+    done: bool,
+}
+
+impl Outbox {
+    /// Opens the file in the state folder and finds what an earlier run left. Nothing is sent yet.
+    ///
+    /// # Errors
+    /// When the folder cannot be used. A file that cannot be read is set aside.
+    pub fn open(config: Config, source: Arc<dyn LeaseSource>, board: StatusBoard) -> Result<Self, StateError> {
+        let folder = config.state.path().to_owned();
+        let (store, rows) = store::open_or_set_aside(&folder)?;
+        let plane = config.plane.trim_end_matches('/').to_owned();
+        let mut book = Book::default();
+        for (number, bytes) in rows {
+            match Entry::decode(&bytes) {
+                Ok((entry, tries)) => {
+                    let ours = entry.plane == plane && entry.node == config.node;
+                    book.found(number, entry, tries, ours, Instant::now());
+                }
+                Err(err) => {
+                    book.skip(number);
+                    warn!(number, error = %err, "a report in the outbox cannot be read, it is kept and not sent");
+                }
+            }
+        }
+        if book.ours() > 0 {
+            info!(reports = book.ours(), "reports of an earlier run will be sent");
+        }
+        if book.foreign() > 0 {
+            warn!(
+                reports = book.foreign(),
+                state_dir = %folder.display(),
+                "reports for another control plane or from another node are kept and not sent"
+            );
+        }
+        let writer = Writer::start(folder.clone(), store).map_err(state::failed("start the writer of", &folder))?;
+        let outbox = Self(Arc::new(Inner {
+            plane,
+            node: config.node,
+            max: config.max.max(1),
+            source,
+            board,
+            writer,
+            senders: Semaphore::new(config.senders.max(1)),
+            book: Mutex::new(Pages { book, ..Pages::default() }),
+            turn: Notify::new(),
+            room: Notify::new(),
+            _state: config.state,
+        }));
+        outbox.with(|_| {});
+        Ok(outbox)
+    }
+
+    /// Writes a verdict down; it is on the disk when this returns. A disk that does not take it costs
+    /// an error in the log: the report then lives as long as this process.
+    pub async fn keep(&self, lease: &Lease, verdict: Verdict) -> Kept {
+        let entry = Arc::new(Entry {
+            plane: self.0.plane.clone(),
+            node: self.0.node.clone(),
+            task_id: lease.task.0,
+            job_id: lease.job,
+            domain_id: lease.domain_id,
+            capability: lease.capability.to_string(),
+            verdict,
+            ended_at: Timestamp::now(),
+        });
+        let bytes = entry.encode(&Tries::default());
+        let number = self.with(|book| book.add(entry));
+        let kept = Kept { outbox: self.clone(), number, done: false };
+        if let Err(err) = self.0.writer.write(Change::Put(number, bytes)).await {
+            debug!(task_id = %lease.task, error = %err, "report is kept in memory only");
+        }
+        kept
+    }
+
+    /// Whether another task may be taken on.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.lock().book.ours() < self.0.max
+    }
+
+    /// Waits until [`Outbox::has_room`].
+    pub async fn until_room(&self) {
+        loop {
+            let room = self.0.room.notified();
+            tokio::pin!(room);
+            room.as_mut().enable();
+            if self.has_room() {
+                return;
+            }
+            room.await;
+        }
+    }
+
+    /// The plane has answered: reports that wait for it need not wait longer.
+    pub fn plane_answers(&self) {
+        if self.lock().book.plane_answers() {
+            self.0.turn.notify_one();
+        }
+    }
+
+    /// Sends what waits until told to stop.
+    pub async fn run(&self, stop: CancellationToken) {
+        loop {
+            let turn = self.lock().book.turn(Instant::now());
+            match turn {
+                Turn::Send(number) => tokio::select! {
+                    () = stop.cancelled() => {
+                        self.with(|book| book.hand_over(number, Instant::now()));
+                        return;
+                    }
+                    _ = self.send(number, Sender::Outbox) => {}
+                },
+                Turn::At(due) => tokio::select! {
+                    () = stop.cancelled() => return,
+                    () = tokio::time::sleep_until(due) => {}
+                    () = self.0.turn.notified() => {}
+                },
+                Turn::Idle => tokio::select! {
+                    () = stop.cancelled() => return,
+                    () = self.0.turn.notified() => {}
+                },
+            }
+        }
+    }
+
+    /// A last round within `limit`, then the file is closed. Call it after [`Outbox::run`] has ended;
+    /// with how many reports are left for the next start.
+    pub async fn finish(&self, limit: Duration) -> usize {
+        let deadline = Instant::now() + limit;
+        let mut failures = 0;
+        let numbers = self.lock().book.numbers(None);
+        for number in numbers {
+            let ours = self.lock().book.listing(number).is_some_and(|report| report.state != ListingState::Foreign);
+            if !ours || failures >= LAST_FAILURES_MAX {
+                continue;
+            }
+            match timeout_at(deadline, self.send(number, Sender::Outbox)).await {
+                Ok(Some(Sent::Waiting(_))) => failures += 1,
+                Ok(_) => {}
+                Err(_) => break,
+            }
+        }
+        if let Err(err) = self.0.writer.close().await {
+            warn!(error = %err, "outbox was not closed in order");
+        }
+        self.lock().book.ours()
+    }
+
+    /// Every report, the oldest first.
+    #[must_use]
+    pub fn listings(&self) -> Vec<Listing> {
+        self.lock().book.listings()
+    }
+
+    /// Ends the pauses of these tasks' reports, or of all; with those that are sent now.
+    pub fn retry(&self, tasks: Option<&HashSet<Uuid>>) -> Vec<Listing> {
+        let listings = self.with(|book| book.hurry(tasks, Instant::now()));
+        self.0.turn.notify_one();
+        listings
+    }
+
+    /// Forgets these tasks' reports, or all; with those that are gone, for good and from the disk.
+    pub async fn drop_reports(&self, tasks: Option<&HashSet<Uuid>>) -> Vec<Listing> {
+        let mut gone = Vec::new();
+        let numbers = self.lock().book.numbers(tasks);
+        for number in numbers {
+            let listing = self.lock().book.listing(number);
+            let Some((entry, listing)) = self.with(|book| book.remove(number)).zip(listing) else { continue };
+            warn!(task_id = %entry.task(), outcome = entry.verdict.outcome.word(), "report dropped by an operator");
+            self.0.board.settled(entry.task(), ReportState::Dropped);
+            if let Err(err) = self.0.writer.write(Change::Remove(number)).await {
+                warn!(task_id = %entry.task(), error = %err, "dropped report is still in the file");
+            }
+            gone.push(listing);
+        }
+        gone
+    }
+
+    /// One try. An attempt says itself how its task ended; what the outbox sends gets a line here.
+    async fn send(&self, number: u64, who: Sender) -> Option<Sent> {
+        let (entry, tries) = self.lock().book.get(number)?;
+        let (task, verdict) = (entry.task(), &entry.verdict);
+        let Err(err) = self.0.source.settle(task, &entry.lease(), verdict).await else {
+            crate::crash::point("answer-read");
+            self.with(|book| book.answered(number));
+            self.0.writer.note(Change::Remove(number));
+            if who == Sender::Outbox {
+                let waited = Timestamp::now().duration_since(entry.ended_at).max(SignedDuration::ZERO);
+                let waited_ms = millis(waited.unsigned_abs());
+                info!(task_id = %task, outcome = verdict.outcome.word(), attempt = tries.count + 1, waited_ms, "report delivered");
+                self.0.board.settled(task, ReportState::Accepted);
+            }
+            return Some(Sent::Accepted);
+        };
+        let error = err.to_string();
+        if for_good(&err) {
+            self.with(|book| book.answered(number))?;
+            self.0.writer.note(Change::Remove(number));
+            if who == Sender::Outbox {
+                warn!(task_id = %task, outcome = verdict.outcome.word(), attempt = tries.count + 1, error, "report refused for good");
+                self.0.board.settled(task, ReportState::Refused);
+            }
+            return Some(Sent::Refused(error));
+        }
+        let failed =
+            self.with(|book| book.failed(number, &error, Timestamp::now(), Instant::now(), rand::random::<f64>()));
+        let (tries, pause, first) = failed?;
+        self.0.writer.note(Change::Put(number, entry.encode(&tries)));
+        self.0.turn.notify_one();
+        if first {
+            warn!(task_id = %task, error, retry_in_ms = millis(pause), "reports wait for the control plane");
+        } else {
+            debug!(task_id = %task, error, attempt = tries.count, retry_in_ms = millis(pause), "report failed");
+        }
+        Some(Sent::Waiting(error))
+    }
+
+    /// Changes the book, and what is shown of it.
+    fn with<T>(&self, change: impl FnOnce(&mut Book) -> T) -> T {
+        let mut pages = self.lock();
+        let result = change(&mut pages.book);
+        let book = &pages.book;
+        let full = book.ours() >= self.0.max;
+        let now = OutboxStatus {
+            waiting: book.waiting(),
+            oldest: book.oldest(),
+            last_error: book.last_error().map(str::to_owned),
+            foreign: book.foreign(),
+            full,
+        };
+        if full && now.waiting > 0 && !pages.paused {
+            pages.paused = true;
+            warn!(waiting = now.waiting, limit = self.0.max, "leasing paused, the outbox is full");
+        } else if !full && std::mem::take(&mut pages.paused) {
+            info!(waiting = now.waiting, "leasing again, the outbox has room");
+        }
+        if now != pages.shown {
+            pages.shown = now.clone();
+            self.0.board.change(|status| status.outbox = now);
+        }
+        drop(pages);
+        if !full {
+            self.0.room.notify_waiters();
+        }
+        result
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Pages> {
+        self.0.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Kept {
+    /// The first try, under the name the plane uses by now. Dropping the future leaves the report to
+    /// the outbox.
+    pub async fn send(mut self, name: &ReportName) -> Sent {
+        self.rename(name);
+        let outbox = self.outbox.clone();
+        let Ok(_sender) = outbox.0.senders.try_acquire() else {
+            return Sent::Waiting("too many other reports are being sent".to_owned());
+        };
+        let sent = outbox.send(self.number, Sender::Attempt).await;
+        self.done = true;
+        // Others may wait for a sign that the plane is there, or for their turn behind this one.
+        outbox.0.turn.notify_one();
+        sent.unwrap_or(Sent::Dropped)
+    }
+
+    /// Takes the report back: there is nothing to say any more.
+    pub fn withdraw(mut self) {
+        self.done = true;
+        if self.outbox.with(|book| book.remove(self.number)).is_some() {
+            self.outbox.0.writer.note(Change::Remove(self.number));
+        }
+    }
+
+    fn rename(&self, name: &ReportName) {
+        let Some((entry, tries)) = self.outbox.lock().book.get(self.number) else { return };
+        if let Some(renamed) = entry.renamed(name) {
+            self.outbox.0.writer.note(Change::Put(self.number, renamed.encode(&tries)));
+            self.outbox.with(|book| book.replace(self.number, Arc::new(renamed)));
+        }
+    }
+}
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        if !self.done {
+            self.outbox.with(|book| book.hand_over(self.number, Instant::now()));
+            self.outbox.0.turn.notify_one();
+        }
+    }
+}
+
+/// Whether the plane will never take this report.
+fn for_good(err: &LeaseError) -> bool {
+    matches!(err.advice(), Advice::StopTask | Advice::GiveUp)
+}

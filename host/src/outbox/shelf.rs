@@ -1,0 +1,81 @@
+//! The outbox of a node that does not run: what lies there can be looked at and dropped.
+
+use std::{collections::HashSet, path::Path};
+
+use uuid::Uuid;
+
+use super::{
+    entry::{Entry, Listing, ListingState, Tries},
+    state::{StateDir, StateError},
+    store::{Change, FILE, Store},
+};
+
+/// Why it cannot be opened: one line.
+#[derive(Debug, thiserror::Error)]
+pub enum ShelfError {
+    /// The folder cannot be used, or a node runs on it.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// The file cannot be read or written.
+    #[error("{path}: {reason}; a node that starts there sets a damaged file aside", path = path.display())]
+    File {
+        /// The file.
+        path: std::path::PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+}
+
+/// See the module's text. Holds the folder: no node starts there meanwhile.
+pub struct Shelf {
+    state: StateDir,
+    store: Store,
+    reports: Vec<(u64, Entry, Tries)>,
+}
+
+impl Shelf {
+    /// Opens the outbox in a state folder. Nothing is made where nothing is.
+    ///
+    /// # Errors
+    /// When the folder is in use (see [`StateError::InUse`]) or the file cannot be read.
+    pub fn open(folder: &Path) -> Result<Option<Self>, ShelfError> {
+        if !folder.join(FILE).exists() {
+            return Ok(None);
+        }
+        let state = StateDir::open(folder)?;
+        let (store, rows) = Store::open(&state.path().join(FILE)).map_err(|err| bad_file(&state, &err))?;
+        let reports = rows.into_iter().filter_map(|(number, bytes)| {
+            let (entry, tries) = Entry::decode(&bytes).ok()?;
+            Some((number, entry, tries))
+        });
+        Ok(Some(Self { reports: reports.collect(), store, state }))
+    }
+
+    /// Every report, the oldest first.
+    #[must_use]
+    pub fn listings(&self, tasks: Option<&HashSet<Uuid>>) -> Vec<Listing> {
+        let wanted = self.reports.iter().filter(|(_, entry, _)| wants(tasks, entry));
+        wanted.map(|(_, entry, tries)| Listing::new(entry, tries, ListingState::Waiting)).collect()
+    }
+
+    /// Forgets these tasks' reports, or all; with those that are gone.
+    ///
+    /// # Errors
+    /// When the file cannot be written; nothing is gone then.
+    pub fn drop_reports(&mut self, tasks: Option<&HashSet<Uuid>>) -> Result<Vec<Listing>, ShelfError> {
+        let listings = self.listings(tasks);
+        let gone = self.reports.iter().filter(|(_, entry, _)| wants(tasks, entry));
+        let gone: Vec<_> = gone.map(|(number, _, _)| Change::Remove(*number)).collect();
+        self.store.apply(gone).map_err(|err| bad_file(&self.state, &err))?;
+        self.reports.retain(|(_, entry, _)| !wants(tasks, entry));
+        Ok(listings)
+    }
+}
+
+fn wants(tasks: Option<&HashSet<Uuid>>, entry: &Entry) -> bool {
+    tasks.is_none_or(|tasks| tasks.contains(&entry.task_id))
+}
+
+fn bad_file(state: &StateDir, err: &impl ToString) -> ShelfError {
+    ShelfError::File { path: state.path().join(FILE), reason: err.to_string() }
+}

@@ -1,0 +1,155 @@
+//! The folder of what must survive a restart: one process at a time.
+
+use std::{
+    fmt,
+    fs::{self, DirBuilder, File},
+    io::{self, Read, Seek, Write},
+    path::{Path, PathBuf},
+};
+
+/// Held while the folder is in use; says by which process.
+const LOCK: &str = "lock";
+
+/// Why the folder cannot be used: one line that names it.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// Somebody else works in it.
+    #[error("{path} is in use by {owner}; give each node a folder of its own", path = path.display())]
+    InUse {
+        /// The folder.
+        path: PathBuf,
+        /// Who, as far as that is known.
+        owner: Owner,
+    },
+    /// The operating system refused something.
+    #[error("cannot {action} {path}: {source}", path = path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// With what.
+        path: PathBuf,
+        /// Why it did not work.
+        #[source]
+        source: io::Error,
+    },
+}
+
+pub(super) fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StateError {
+    let path = path.to_owned();
+    move |source| StateError::Io { action, path, source }
+}
+
+/// The process that holds a state folder.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Owner(Option<u32>);
+
+impl fmt::Display for Owner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(id) => write!(f, "another node (process {id})"),
+            None => f.write_str("another node"),
+        }
+    }
+}
+
+/// A state folder in use by this process until this is dropped.
+#[derive(Debug)]
+pub struct StateDir {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl StateDir {
+    /// Takes the folder, which is made for this user alone where it is missing.
+    ///
+    /// # Errors
+    /// When it cannot be made or written, or somebody else works in it.
+    pub fn open(path: &Path) -> Result<Self, StateError> {
+        if !path.is_dir() {
+            let mut builder = DirBuilder::new();
+            builder.recursive(true);
+            #[cfg(unix)]
+            std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+            builder.create(path).map_err(failed("make", path))?;
+        }
+        let path = fs::canonicalize(path).map_err(failed("open", path))?;
+        let lock_path = path.join(LOCK);
+        let mut lock = private(&lock_path).map_err(failed("open", &lock_path))?;
+        if !try_lock(&lock).map_err(failed("lock", &lock_path))? {
+            let mut text = String::new();
+            // Only for people: whoever holds it may be about to write it.
+            let _ = lock.read_to_string(&mut text);
+            return Err(StateError::InUse { path, owner: Owner(text.trim().parse().ok()) });
+        }
+        let note = |lock: &mut File| {
+            lock.set_len(0)?;
+            lock.rewind()?;
+            write!(lock, "{}", std::process::id())
+        };
+        note(&mut lock).map_err(failed("write", &lock_path))?;
+        Ok(Self { path, _lock: lock })
+    }
+
+    /// The folder, absolute.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// Opens a file of this user alone, made where it is missing.
+pub(super) fn private(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(false);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    options.open(path)
+}
+
+#[cfg(unix)]
+fn try_lock(file: &File) -> io::Result<bool> {
+    match rustix::fs::flock(file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(true),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
+        Err(err) => Err(err.into()),
+    }
+}
+
+/// The database below locks its own file everywhere.
+#[cfg(not(unix))]
+fn try_lock(_: &File) -> io::Result<bool> {
+    Ok(true)
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    #[test]
+    fn a_folder_has_one_owner_who_is_named() {
+        let base = tempfile::tempdir().expect("a folder");
+        let path = base.path().join("a/b");
+        let state = StateDir::open(&path).expect("made and taken");
+        let mode = |path: &Path| fs::metadata(path).expect("there").permissions().mode() & 0o777;
+        assert_eq!((mode(&path), mode(&path.join(LOCK))), (0o700, 0o600));
+        let said = StateDir::open(&path).expect_err("taken").to_string();
+        let wanted = format!(
+            "{} is in use by another node (process {}); give each node a folder of its own",
+            state.path().display(),
+            std::process::id()
+        );
+        assert_eq!(said, wanted);
+        drop(state);
+        StateDir::open(&path).expect("free again");
+    }
+
+    #[test]
+    fn a_path_that_is_a_file_is_one_line() {
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        let said = StateDir::open(file.path()).expect_err("refused").to_string();
+        assert!(said.starts_with(&format!("cannot make {}: ", file.path().display())), "{said}");
+        assert_eq!(said.lines().count(), 1);
+    }
+}

@@ -1,0 +1,332 @@
+//! The outbox through the real adapter, against a DMS that each test plays by hand.
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::*;
+use crate::{
+    auth::TokenSource,
+    leases::dms::{self, Dms},
+    model::{Artifact, Outcome, TaskId},
+    transport::{
+        self,
+        testing::{Call, Service, assert_clean},
+    },
+};
+
+const NODE: &str = "0x1a642f0e3c3af545e7acbd38b07251b3990914f1";
+
+fn id(number: u128) -> Uuid {
+    Uuid::from_u128(number)
+}
+
+fn lease(number: u128) -> Lease {
+    Lease {
+        task: TaskId(id(number)),
+        job: Some(id(900)),
+        capability: "/lab/echo/v1".parse().expect("a name"),
+        expires_at: None,
+        cancelled: false,
+        domain_id: Some(Uuid::nil()),
+        domain_server: None,
+        token: None,
+        token_expires_at: None,
+        inputs: Vec::new(),
+        outputs_prefix: None,
+        document: serde_json::Map::new(),
+    }
+}
+
+fn completed() -> Verdict {
+    let artifact = Artifact {
+        logical_path: "out/a.bin".into(),
+        name: "out_a_bin".into(),
+        data_type: "bin_data".into(),
+        id: Some("d-1".into()),
+        size: Some(3),
+        sha256: Some("ab".repeat(32)),
+    };
+    Verdict { artifacts: vec![artifact], ..Verdict::bare(Outcome::Completed) }
+}
+
+fn name(lease: &Lease) -> ReportName {
+    ReportName { task: lease.task, job: lease.job, domain_id: lease.domain_id }
+}
+
+fn complete(number: u128) -> String {
+    format!("POST /tasks/{}/complete", id(number))
+}
+
+/// A plane, and outboxes that are opened one after the other on one folder.
+struct Bench {
+    plane: Service,
+    state: TempDir,
+    board: StatusBoard,
+}
+
+impl Bench {
+    async fn new() -> Self {
+        let board = StatusBoard::new(NODE.into(), 1, Vec::new(), Value::Null);
+        Self { plane: Service::start().await, state: tempfile::tempdir().expect("a folder"), board }
+    }
+
+    fn open_as(&self, node: &str, max: usize) -> Outbox {
+        let config = dms::Config { base: self.plane.url.clone(), request_timeout: Duration::from_secs(20) };
+        let client = transport::Client::new(transport::Config::default());
+        let source = Arc::new(Dms::new(config, client, TokenSource::holding("node")));
+        let state = StateDir::open(self.state.path()).expect("a folder of our own");
+        let config = Config { state, plane: self.plane.url.to_string(), node: node.into(), max, senders: 2 };
+        Outbox::open(config, source, self.board.clone()).expect("opens")
+    }
+
+    fn open(&self) -> Outbox {
+        self.open_as(NODE, 100)
+    }
+
+    /// Keeps a verdict for each number.
+    async fn kept(&self, outbox: &Outbox, numbers: impl IntoIterator<Item = u128>) -> Vec<Kept> {
+        let mut all = Vec::new();
+        for number in numbers {
+            all.push(outbox.keep(&lease(number), completed()).await);
+        }
+        all
+    }
+
+    fn status(&self) -> OutboxStatus {
+        self.board.watch().borrow().outbox.clone()
+    }
+
+    async fn until(&self, wanted: impl Fn(&OutboxStatus) -> bool) {
+        let mut watch = self.board.watch();
+        let seen = watch.wait_for(|status| wanted(&status.outbox));
+        let seen = tokio::time::timeout(Duration::from_secs(20), seen).await;
+        assert!(seen.is_ok(), "waited for another status than {:?}", self.status());
+    }
+}
+
+/// Runs an outbox until this is dropped.
+struct Running(CancellationToken, tokio::task::JoinHandle<()>);
+
+impl Running {
+    fn start(outbox: &Outbox) -> Self {
+        let (stop, outbox) = (CancellationToken::new(), outbox.clone());
+        let stopped = stop.clone();
+        Self(stop, tokio::spawn(async move { outbox.run(stopped).await }))
+    }
+
+    async fn stop(self) {
+        self.0.cancel();
+        self.1.await.expect("it ends in order");
+    }
+}
+
+#[tokio::test]
+async fn s0_69_a_report_that_is_accepted_leaves_nothing() {
+    let mut bench = Bench::new().await;
+    let outbox = bench.open();
+    let kept = bench.kept(&outbox, [1]).await.remove(0);
+    let plane = async {
+        let call = bench.plane.expect(&complete(1)).await;
+        let job =
+            json!({ "task_id": id(1), "job_id": id(900), "domain_id": Uuid::nil(), "capability": "/lab/echo/v1" });
+        assert_eq!(call.json()["meta"]["job"], job);
+        assert_eq!(call.json()["output_cids"], json!(["d-1"]));
+        call.answer(204, "");
+    };
+    let name = name(&lease(1));
+    let (sent, ()) = tokio::join!(kept.send(&name), plane);
+    assert_eq!(sent, Sent::Accepted);
+    assert_eq!(bench.status(), OutboxStatus::default());
+    assert_eq!(outbox.finish(Duration::ZERO).await, 0);
+    drop(outbox);
+    assert_eq!(Shelf::open(bench.state.path()).expect("opens").expect("a file").listings(None), []);
+}
+
+#[tokio::test]
+async fn s0_69_reports_survive_the_process_and_go_out_oldest_first() {
+    let mut bench = Bench::new().await;
+    let outbox = bench.open();
+    drop(bench.kept(&outbox, [3, 1, 2]).await);
+    assert_eq!(bench.status().waiting, 3);
+    outbox.finish(Duration::ZERO).await;
+    drop(outbox);
+    while bench.plane.waiting().is_some() {}
+
+    let outbox = bench.open();
+    assert_eq!(bench.status().waiting, 3);
+    let running = Running::start(&outbox);
+    for number in [3, 1, 2] {
+        bench.plane.expect(&complete(number)).await.ok(json!({}));
+    }
+    bench.until(|status| status.waiting == 0).await;
+    running.stop().await;
+    assert_eq!(outbox.finish(Duration::ZERO).await, 0);
+}
+
+#[tokio::test]
+async fn p_22_what_is_not_accepted_is_repeated_without_flooding() {
+    let mut bench = Bench::new().await;
+    let outbox = bench.open();
+    let running = Running::start(&outbox);
+    drop(bench.kept(&outbox, 1..=20).await);
+    // The plane is away for all of them: the pauses grow, whichever report is tried.
+    let mut at = Vec::new();
+    for status in [500, 503, 429] {
+        let call: Call = bench.plane.next().await;
+        at.push(call.at);
+        call.answer(status, "later");
+    }
+    let gaps: Vec<_> = at.windows(2).map(|pair| pair[1] - pair[0]).collect();
+    assert!(gaps[0] >= Duration::from_millis(100) && gaps[1] >= Duration::from_millis(200), "{gaps:?}");
+    assert_eq!(bench.status().waiting, 20);
+    assert_clean(&bench.status().last_error.expect("the reason"));
+    // Back again: one success ends the pauses of those that were not tried.
+    for _ in 0..20 {
+        bench.plane.next().await.ok(json!({}));
+    }
+    bench.until(|status| *status == OutboxStatus::default()).await;
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_report_refused_for_good_is_sent_once() {
+    for status in [400, 403, 404, 409, 410, 422] {
+        let mut bench = Bench::new().await;
+        let outbox = bench.open();
+        let kept = bench.kept(&outbox, [1]).await.remove(0);
+        let name = name(&lease(1));
+        let (sent, ()) =
+            tokio::join!(kept.send(&name), async { bench.plane.expect(&complete(1)).await.answer(status, "no") });
+        let Sent::Refused(text) = sent else { panic!("{sent:?}") };
+        assert_clean(&text);
+        assert!(text.contains(&status.to_string()), "{text}");
+        assert_eq!(outbox.finish(Duration::from_secs(5)).await, 0);
+        assert!(bench.plane.waiting().is_none());
+    }
+}
+
+#[tokio::test]
+async fn one_report_that_fails_does_not_hold_up_the_others() {
+    let mut bench = Bench::new().await;
+    let outbox = bench.open();
+    let running = Running::start(&outbox);
+    drop(bench.kept(&outbox, 1..=4).await);
+    let mut done = std::collections::BTreeSet::new();
+    while done.len() < 3 {
+        let call = bench.plane.next().await;
+        if call.path == complete(1) {
+            call.answer(500, "this one is too much for me");
+        } else {
+            done.insert(call.path.clone());
+            call.ok(json!({}));
+        }
+    }
+    bench.until(|status| status.waiting == 1).await;
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn an_operator_ends_the_wait() {
+    let mut bench = Bench::new().await;
+    let outbox = bench.open();
+    let running = Running::start(&outbox);
+    drop(bench.kept(&outbox, [1, 2]).await);
+    for _ in 0..4 {
+        bench.plane.next().await.answer(503, "");
+    }
+    while outbox.listings().iter().map(|report| report.attempts).sum::<u32>() < 4 {
+        tokio::task::yield_now().await;
+    }
+    // The next pause is most of a second at least.
+    outbox.retry(None);
+    let began = std::time::Instant::now();
+    bench.plane.next().await.ok(json!({}));
+    bench.plane.next().await.ok(json!({}));
+    assert!(began.elapsed() < Duration::from_millis(700), "{:?}", began.elapsed());
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn reports_go_to_their_own_plane_by_their_own_node_only() {
+    let mut bench = Bench::new().await;
+    let outbox = bench.open_as("0xsomebody", 100);
+    drop(bench.kept(&outbox, [1]).await);
+    outbox.finish(Duration::ZERO).await;
+    drop(outbox);
+    while bench.plane.waiting().is_some() {}
+
+    let outbox = bench.open();
+    let running = Running::start(&outbox);
+    assert_eq!((bench.status().waiting, bench.status().foreign), (0, 1));
+    outbox.retry(None);
+    let kept = bench.kept(&outbox, [2]).await.remove(0);
+    let name = name(&lease(2));
+    let (sent, ()) = tokio::join!(kept.send(&name), async { bench.plane.expect(&complete(2)).await.ok(json!({})) });
+    assert_eq!(sent, Sent::Accepted);
+    running.stop().await;
+    assert_eq!(outbox.finish(Duration::from_secs(5)).await, 0, "what is not ours does not count");
+    assert!(bench.plane.waiting().is_none());
+    drop(outbox);
+    let shelf = Shelf::open(bench.state.path()).expect("opens").expect("a file");
+    assert_eq!(shelf.listings(None).iter().map(|report| report.task_id).collect::<Vec<_>>(), [id(1)]);
+}
+
+#[tokio::test]
+async fn a_full_outbox_has_no_room_until_something_is_accepted() {
+    let mut bench = Bench::new().await;
+    let outbox = bench.open_as(NODE, 2);
+    drop(bench.kept(&outbox, [1, 2]).await);
+    assert!(!outbox.has_room() && bench.status().full);
+    let running = Running::start(&outbox);
+    let (_, ()) = tokio::join!(outbox.until_room(), async {
+        bench.plane.expect(&complete(1)).await.ok(json!({}));
+        bench.plane.expect(&complete(2)).await.ok(json!({}));
+    });
+    bench.until(|status| !status.full).await;
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn a_renamed_task_keeps_its_new_name_over_a_restart() {
+    let bench = Bench::new().await;
+    let outbox = bench.open();
+    let kept = bench.kept(&outbox, [1]).await.remove(0);
+    let renamed = ReportName { task: TaskId(id(7)), job: None, domain_id: None };
+    // Nobody answers: the attempt is given up.
+    assert!(tokio::time::timeout(Duration::from_millis(100), kept.send(&renamed)).await.is_err());
+    outbox.finish(Duration::ZERO).await;
+    drop(outbox);
+    let shelf = Shelf::open(bench.state.path()).expect("opens").expect("a file");
+    let report = shelf.listings(None).remove(0);
+    assert_eq!((report.task_id, report.job_id, report.artifacts), (id(7), None, 1));
+}
+
+#[tokio::test]
+async fn what_is_dropped_or_withdrawn_is_gone_from_the_disk() {
+    let bench = Bench::new().await;
+    let outbox = bench.open();
+    let mut kept = bench.kept(&outbox, 1..=4).await;
+    kept.pop().expect("the fourth").withdraw();
+    drop(kept);
+    let gone = outbox.drop_reports(Some(&HashSet::from([id(2), id(99)]))).await;
+    assert_eq!(gone.iter().map(|report| report.task_id).collect::<Vec<_>>(), [id(2)]);
+    outbox.finish(Duration::ZERO).await;
+    drop(outbox);
+    let mut shelf = Shelf::open(bench.state.path()).expect("opens").expect("a file");
+    assert_eq!(shelf.listings(None).len(), 2);
+    assert_eq!(shelf.drop_reports(Some(&HashSet::from([id(1)]))).expect("written").len(), 1);
+    assert_eq!(shelf.drop_reports(None).expect("written").len(), 1);
+    drop(shelf);
+    assert_eq!(Shelf::open(bench.state.path()).expect("opens").expect("a file").listings(None), []);
+}
+
+#[tokio::test]
+async fn a_file_that_cannot_be_written_costs_no_report() {
+    let mut bench = Bench::new().await;
+    let outbox = bench.open();
+    outbox.0.writer.close().await.expect("closed");
+    let kept = bench.kept(&outbox, [1]).await.remove(0);
+    let name = name(&lease(1));
+    let (sent, ()) = tokio::join!(kept.send(&name), async { bench.plane.expect(&complete(1)).await.ok(json!({})) });
+    assert_eq!(sent, Sent::Accepted);
+}

@@ -1,0 +1,188 @@
+//! The node dies at every point of a task's way, as if the power went, and starts again: the plane has
+//! exactly one accepted verdict, every artifact once, and nothing is left on the disk.
+//!
+//! Where the world can hold an answer back while the node is killed, it does. Between two such points
+//! the node kills itself (`runner_host::crash`, debug builds only).
+
+use std::{path::PathBuf, time::Duration};
+
+use http::Request;
+use http_body_util::BodyExt;
+use runner_host::transport::{self, Client};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::harness::{
+    Lab, PATIENCE, fixtures,
+    node::{NodeSetup, TestNode},
+    rubbish::{Bad, Rubbish},
+};
+
+const COMPLETE: &str = "POST /v1/tasks/*/complete";
+const MIB: usize = 1024 * 1024;
+/// The task goes back into the queue soon: its verdict is not on the disk.
+const BRIEF: Duration = Duration::from_secs(2);
+/// It does not while the test runs: the verdict has to come from the disk.
+const LONG: Duration = Duration::from_secs(600);
+
+struct Scene {
+    lab: Lab,
+    rubbish: Rubbish,
+    job: Uuid,
+    bytes: Vec<u8>,
+}
+
+impl Scene {
+    async fn new(lease: Duration) -> Self {
+        let lab = Lab::with(|config| {
+            config.lease_ttl = lease;
+            config.request_max_bytes = MIB as i64;
+            config.part_size = MIB as u64;
+        })
+        .await;
+        let rubbish = Rubbish::before(&lab).await;
+        let bytes: Vec<u8> = (0..3 * MIB + 5).map(|n| (n % 251) as u8).collect();
+        let input = lab.put("in", &bytes).await;
+        let job = lab.task("/examples/echo-file/v1").inputs(&[input]).set("max_attempts", json!(3)).submit();
+        Self { lab, rubbish, job, bytes }
+    }
+
+    fn node(&self) -> NodeSetup {
+        self.rubbish.node(&[fixtures::echo()])
+    }
+
+    /// A node that kills itself at a point.
+    async fn dies_at(&self, point: &str) -> TestNode {
+        let node = self.node().set("RUNNER_HOST_CRASH_AT", point).start().await;
+        assert_eq!(node.wait().await, -1, "killed, not ended: {}", node.log());
+        node
+    }
+
+    /// A node that is killed once this many requests fit.
+    async fn killed_at(&self, request: &str, times: usize) -> TestNode {
+        let node = self.node().start().await;
+        self.rubbish.seen(request, times).await;
+        node.kill();
+        node.wait().await;
+        node
+    }
+
+    /// Starts the node again and looks at what became of everything.
+    async fn survives(self, dead: TestNode, attempts: u64) {
+        self.rubbish.heal();
+        let next = self.node().after(&dead).leasing().await;
+        let ended = self.lab.ended(&next, self.job).await;
+        assert_eq!(ended.completed().task()["attempts"], attempts, "{}", next.log());
+        let receipts = ended.0["receipts"].as_array().expect("a list");
+        assert_eq!(receipts.len(), 1, "one verdict: {receipts:#?}");
+        assert_eq!(ended.artifacts().len(), 1);
+        assert!(self.lab.artifact(&ended, "echo-0.bin").await == self.bytes, "the artifact is whole");
+        assert_eq!(self.stored().await, 1, "the artifact is there once");
+        next.page_until("/status.json", |page| page.1["outbox"]["waiting"] == 0 && page.1["tasks"] == json!({})).await;
+        next.stop().await;
+        assert_eq!(dead.scratch(), Vec::<PathBuf>::new(), "nothing stays in SCRATCH_DIR");
+    }
+
+    /// How many artifacts the domain holds.
+    async fn stored(&self) -> usize {
+        let world = &self.lab.world;
+        let url = format!("{}api/v1/domains/{}/data", world.dds_url(), world.domain_id());
+        let request = Request::get(url)
+            .header("authorization", format!("Bearer {}", world.grant()))
+            .header("accept", "application/json")
+            .body(transport::full(""))
+            .expect("a request");
+        let answer =
+            Client::new(transport::Config::default()).send(request, PATIENCE).await.expect("the world answers");
+        let body = answer.into_body().collect().await.expect("a whole body").to_bytes();
+        let value: Value = serde_json::from_slice(&body).unwrap_or_else(|err| panic!("{err}: {body:?}"));
+        let all = value["data"].as_array().or(value.as_array()).expect("a list of data");
+        all.iter().filter(|item| item["name"].as_str().is_some_and(|name| name.contains("echo"))).count()
+    }
+}
+
+#[tokio::test]
+async fn after_the_lease_before_its_answer_is_read() {
+    let scene = Scene::new(BRIEF).await;
+    scene.rubbish.answer("GET /v1/tasks", 1, Bad::gate().1);
+    let node = scene.node().start().await;
+    scene.lab.task_until(&node, scene.job, |task| task["status"] == "leased").await;
+    node.kill();
+    node.wait().await;
+    scene.survives(node, 2).await;
+}
+
+#[tokio::test]
+async fn after_the_lease_at_its_first_heartbeat() {
+    let scene = Scene::new(BRIEF).await;
+    scene.rubbish.answer("POST /v1/tasks/*/heartbeat", 1, Bad::gate().1);
+    let node = scene.killed_at("POST /v1/tasks/*/heartbeat", 1).await;
+    scene.survives(node, 2).await;
+}
+
+#[tokio::test]
+async fn after_the_start_while_the_input_comes() {
+    let scene = Scene::new(BRIEF).await;
+    scene.rubbish.answer("GET /api/v1/domains/*/data?ids=", usize::MAX, Bad::gate().1);
+    let node = scene.killed_at("GET /api/v1/domains/*/data?ids=", 1).await;
+    scene.survives(node, 2).await;
+}
+
+#[tokio::test]
+async fn between_two_parts() {
+    let scene = Scene::new(BRIEF).await;
+    let part = "PUT /api/v1/domains/*/data/multipart";
+    scene.rubbish.answer(part, 1, Bad::edit(|_| {}));
+    scene.rubbish.answer(part, usize::MAX, Bad::gate().1);
+    let node = scene.killed_at(part, 2).await;
+    scene.survives(node, 2).await;
+}
+
+#[tokio::test]
+async fn before_the_write() {
+    let scene = Scene::new(BRIEF).await;
+    let node = scene.dies_at("before-write").await;
+    scene.survives(node, 2).await;
+}
+
+#[tokio::test]
+async fn after_the_write() {
+    let scene = Scene::new(LONG).await;
+    let node = scene.dies_at("after-write").await;
+    assert_eq!(scene.rubbish.count(COMPLETE), 0);
+    scene.survives(node, 1).await;
+}
+
+#[tokio::test]
+async fn before_complete_is_sent() {
+    let scene = Scene::new(LONG).await;
+    let node = scene.dies_at("before-report").await;
+    assert_eq!(scene.rubbish.count(COMPLETE), 0);
+    scene.survives(node, 1).await;
+}
+
+#[tokio::test]
+async fn after_complete_is_sent_before_the_plane_takes_it() {
+    let scene = Scene::new(LONG).await;
+    scene.rubbish.answer(COMPLETE, usize::MAX, Bad::Hang);
+    let node = scene.killed_at(COMPLETE, 1).await;
+    scene.survives(node, 1).await;
+}
+
+#[tokio::test]
+async fn after_the_plane_took_it_before_its_answer_is_read() {
+    let scene = Scene::new(LONG).await;
+    scene.rubbish.answer(COMPLETE, usize::MAX, Bad::gate().1);
+    let node = scene.node().start().await;
+    scene.lab.ended(&node, scene.job).await.completed();
+    node.kill();
+    node.wait().await;
+    scene.survives(node, 1).await;
+}
+
+#[tokio::test]
+async fn after_the_answer_is_read() {
+    let scene = Scene::new(LONG).await;
+    let node = scene.dies_at("answer-read").await;
+    scene.survives(node, 1).await;
+}

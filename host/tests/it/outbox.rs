@@ -1,0 +1,295 @@
+//! Nothing finished is lost: reports are kept until the control plane takes them or refuses for good.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::harness::{
+    Lab, fixtures,
+    node::{Cli, TestNode},
+    rubbish::{Bad, Rubbish},
+};
+
+const COMPLETE: &str = "POST /v1/tasks/*/complete";
+
+/// Waits until this many reports wait.
+async fn waiting(node: &TestNode, count: usize) -> Value {
+    node.page_until("/status.json", |page| page.1["outbox"]["waiting"] == count).await.1
+}
+
+/// How often the world has accepted a report.
+fn accepted(lab: &Lab) -> usize {
+    let journal = lab.world.journal();
+    journal.iter().filter(|seen| seen.path.ends_with("/complete") && seen.status == 200).count()
+}
+
+#[tokio::test]
+async fn s0_69_p_37_finished_work_outlives_an_outage_of_several_leases_and_a_restart() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    // The plane is patient, but the node thinks that a lease lasts a second.
+    let brief = || {
+        Bad::edit(|answer| {
+            let soon = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(1);
+            answer["lease_expires_at"] = soon.to_string().into();
+        })
+    };
+    rubbish.answer("GET /v1/tasks", usize::MAX, brief());
+    rubbish.answer("POST /v1/tasks/*/heartbeat", usize::MAX, brief());
+    rubbish.answer(COMPLETE, usize::MAX, Bad::Cut);
+    let node = rubbish.node(&[fixtures::hello()]).set("MAX_CONCURRENCY", "2").leasing().await;
+    let input = lab.put("who", b"world").await;
+    let jobs: Vec<_> = (0..5).map(|_| lab.task("/examples/hello/v1").inputs(&[input]).submit()).collect();
+    let status = waiting(&node, 5).await;
+    assert!(status["outbox"]["last_error"].is_string() && status["outbox"]["oldest"].is_string(), "{status:#}");
+    let records = status["recent"].as_array().expect("a list");
+    assert_eq!(records.len(), 5);
+    assert!(
+        records.iter().all(|record| record["report"] == "waiting" && record["outcome"] == "completed"),
+        "{status:#}"
+    );
+    tokio::time::sleep(Duration::from_secs(2)).await; // two more leases
+    assert_eq!(accepted(&lab), 0);
+    // The process goes, with reports in its hands.
+    node.term();
+    assert_eq!(node.wait().await, 75, "{}", node.log());
+    assert_eq!(node.said("reports are left in the outbox, the next start sends them")[0]["reports"], 5);
+    assert_eq!(node.said("reports wait for the control plane").len(), 1, "an outage is said once: {}", node.log());
+
+    rubbish.heal();
+    let next = rubbish.node(&[fixtures::hello()]).after(&node).leasing().await;
+    for job in jobs {
+        let ended = lab.ended(&next, job).await;
+        assert_eq!(ended.completed().task()["attempts"], 1, "nothing is done twice");
+    }
+    assert_eq!(accepted(&lab), 5);
+    waiting(&next, 0).await;
+    next.stop().await;
+    assert_eq!(next.said("report delivered").len(), 5);
+}
+
+#[tokio::test]
+async fn a_token_that_dies_during_delivery_is_renewed() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(COMPLETE, 3, Bad::Status(401, "no"));
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    let job = lab.task("/fixtures/ok/v1").submit();
+    assert_eq!(lab.ended(&node, job).await.completed().task()["attempts"], 1);
+    let record = node.page_until("/status.json", |page| page.1["recent"][0]["report"] == "accepted").await.1;
+    assert_eq!(record["outbox"]["waiting"], 0);
+    assert!(rubbish.count("POST /internal/v1/auth/siwe/verify") > 1, "it signed in anew");
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_report_refused_for_good_is_said_once_and_not_repeated() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(COMPLETE, 1, Bad::Cut);
+    rubbish.answer(COMPLETE, 1, Bad::Status(410, "gone"));
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    lab.task("/fixtures/ok/v1").submit();
+    let line = node.says("report refused for good").await;
+    assert!(line["error"].as_str().is_some_and(|text| text.contains("410")), "{line}");
+    let status = waiting(&node, 0).await;
+    assert_eq!((&status["unreported"], &status["recent"][0]["report"]), (&json!(1), &json!("refused")));
+    assert_eq!(status["outbox"]["last_error"], Value::Null);
+    node.stop().await;
+    assert_eq!(rubbish.count(COMPLETE), 2);
+}
+
+#[tokio::test]
+async fn a_full_outbox_pauses_leasing_until_there_is_room() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    let node = rubbish.node(&[fixtures::zoo()]).set("OUTBOX_MAX", "2").leasing().await;
+    let jobs: Vec<_> = (0..3).map(|_| lab.task("/fixtures/ok/v1").submit()).collect();
+    node.says("leasing paused, the outbox is full").await;
+    let reason = "the outbox is full: 2 reports wait for the control plane";
+    let wanted = (503, json!({ "ready": false, "reason": reason }));
+    node.page_until("/ready", |page| *page == wanted).await;
+    assert_eq!(node.status().await["outbox"]["full"], true);
+    assert_eq!(lab.world.job(jobs[2]).expect("a job")["job"]["status"], "pending", "nothing new is leased");
+    rubbish.heal();
+    for job in jobs {
+        lab.ended(&node, job).await.completed();
+    }
+    node.says("leasing again, the outbox has room").await;
+    node.page_until("/ready", |page| page.0 == 200).await;
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_plane_that_is_away_blocks_no_slot() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let (gate, held) = Bad::gate();
+    rubbish.answer(COMPLETE, 1, held);
+    let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
+    let first = lab.task("/fixtures/ok/v1").submit();
+    rubbish.seen(COMPLETE, 1).await;
+    // Its report hangs; the one slot serves the next task.
+    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+    gate.cancel();
+    lab.ended(&node, first).await.completed();
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn no_token_is_in_the_file_the_log_or_a_report() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let token = std::sync::Arc::new(std::sync::Mutex::new(String::new()));
+    let seen = std::sync::Arc::clone(&token);
+    rubbish.answer(
+        "GET /v1/tasks",
+        usize::MAX,
+        Bad::edit(move |lease| {
+            if let Some(text) = lease["access_token"].as_str() {
+                *seen.lock().expect("nobody panics") = text.to_owned();
+            }
+        }),
+    );
+    rubbish.answer("POST /v1/tasks/*/fail", usize::MAX, Bad::Status(503, "later"));
+    let node = rubbish.node(&[fixtures::zoo()]).plugins_file("[[plugin]]\nfile = \"zoo\"\ngrant = [\"token\"]\n");
+    let node = node.leasing().await;
+    let job = lab.task("/fixtures/tells-token/v1").submit();
+    waiting(&node, 1).await;
+    node.kill();
+    node.wait().await;
+    let token = token.lock().expect("nobody panics").clone();
+    assert!(token.len() > 20, "a token was seen");
+    for file in std::fs::read_dir(node.state_dir()).expect("listed").flatten() {
+        let Ok(bytes) = std::fs::read(file.path()) else { continue };
+        for secret in [token.as_str(), node.key.as_str(), "a-registration-secret"] {
+            let found = bytes.windows(secret.len()).any(|window| window == secret.as_bytes());
+            assert!(!found, "{} holds a secret", file.path().display());
+        }
+        let mode = std::os::unix::fs::PermissionsExt::mode(&file.metadata().expect("there").permissions());
+        assert_eq!(mode & 0o077, 0, "{} is for others to read", file.path().display());
+    }
+    assert!(!node.log().contains(&token), "{}", node.log());
+    rubbish.heal();
+    let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
+    let ended = lab.ended(&next, job).await;
+    let (reason, details) = ended.failed();
+    assert_eq!(reason, "runner failed: refused with (token)");
+    assert_eq!(details["details"], json!({ "header": "Bearer (token)" }));
+    next.stop().await;
+}
+
+#[tokio::test]
+async fn a_second_node_on_the_same_folder_is_refused_in_one_line() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::hello()]).await;
+    let dir = node.state_dir().to_string_lossy().into_owned();
+    let said = lab.node(&[fixtures::hello()]).set("STATE_DIR", dir.as_str()).refused().await.expect(78);
+    let wanted = format!("error: STATE_DIR cannot be used: {dir} is in use by another node (process ");
+    let lines: Vec<&str> = said.stderr.lines().filter(|line| line.starts_with("error")).collect();
+    assert!(lines.len() == 1 && lines[0].starts_with(&wanted), "{}", said.stderr);
+    node.stop().await;
+    let file = tempfile::NamedTempFile::new().expect("a file");
+    let path = file.path().to_string_lossy().into_owned();
+    let said = lab.node(&[fixtures::hello()]).set("STATE_DIR", path.as_str()).refused().await.expect(78);
+    let wanted = format!("error: STATE_DIR cannot be used: cannot make {path}: ");
+    assert!(said.stderr.lines().last().is_some_and(|line| line.starts_with(&wanted)), "{}", said.stderr);
+}
+
+#[tokio::test]
+async fn a_damaged_file_is_set_aside_and_said_and_the_node_goes_on() {
+    let lab = Lab::start().await;
+    let state = tempfile::tempdir().expect("a folder");
+    std::fs::write(state.path().join("outbox.redb"), "no database").expect("written");
+    let node = lab.node(&[fixtures::hello()]).set("STATE_DIR", state.path().to_string_lossy()).leasing().await;
+    let line = node.says("outbox cannot be read, it was set aside").await;
+    assert_eq!(line["level"], "ERROR");
+    let aside = line["moved_to"].as_str().expect("a path");
+    assert_eq!(std::fs::read(aside).expect("kept"), b"no database");
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn reports_of_another_identity_are_kept_and_said() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(COMPLETE, usize::MAX, Bad::Cut);
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    lab.task("/fixtures/ok/v1").submit();
+    waiting(&node, 1).await;
+    node.term();
+    assert_eq!(node.wait().await, 75);
+    rubbish.heal();
+    let before = rubbish.count(COMPLETE);
+    let dir = node.state_dir().to_string_lossy().into_owned();
+    let other = rubbish.node(&[fixtures::zoo()]).set("STATE_DIR", dir).leasing().await;
+    let line = other.says("reports for another control plane or from another node are kept and not sent").await;
+    assert_eq!(line["reports"], 1);
+    let status = other.status().await;
+    assert_eq!((&status["outbox"]["foreign"], &status["outbox"]["waiting"]), (&json!(1), &json!(0)));
+    other.stop().await;
+    assert_eq!(rubbish.count(COMPLETE), before);
+}
+
+/// `runner-host outbox …` on a state folder.
+async fn outbox(node: &TestNode, words: &[&str], code: i32) -> (Value, String) {
+    let cli = Cli::new(&["outbox"]);
+    let cli = words.iter().fold(cli, |cli, word| cli.arg(*word));
+    let said = cli.arg("-o").arg("json").arg("--state-dir").arg(node.state_dir()).run().await.expect(code);
+    (serde_json::from_str(&said.stdout).unwrap_or_default(), said.stderr)
+}
+
+#[tokio::test]
+async fn outbox_list_retry_and_drop_work_on_a_running_node_and_on_a_stopped_one() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    assert_eq!(outbox(&node, &["list"], 0).await, (json!([]), "the outbox is empty".to_owned()));
+    let jobs: Vec<_> = (0..3).map(|_| lab.task("/fixtures/ok/v1").submit()).collect();
+    waiting(&node, 3).await;
+    let (listed, _) = outbox(&node, &["list"], 0).await;
+    let task = |at: usize| listed[at]["task_id"].as_str().expect("an id").to_owned();
+    assert_eq!(listed.as_array().map(Vec::len), Some(3));
+    assert_eq!((&listed[0]["outcome"], &listed[0]["capability"]), (&json!("completed"), &json!("/fixtures/ok/v1")));
+    assert!(listed[0]["last_error"].as_str().is_some_and(|text| text.contains("503")), "{listed}");
+
+    // A running node forgets one for good and says so.
+    let (dropped, said) = outbox(&node, &["drop", &task(0)], 0).await;
+    assert_eq!((dropped[0]["task_id"].as_str(), said.as_str()), (Some(task(0).as_str()), "dropped 1 report"));
+    assert_eq!(node.says("report dropped by an operator").await["task_id"], task(0).as_str());
+    waiting(&node, 2).await;
+    let (_, said) = outbox(&node, &["drop", &task(0)], 1).await;
+    assert!(
+        said.ends_with(&format!(
+            "no report of task {} is in the outbox; `runner-host outbox list` shows what is",
+            task(0)
+        )),
+        "{said}"
+    );
+    let tries = rubbish.count(COMPLETE);
+    let (_, said) = outbox(&node, &["retry", "--all"], 0).await;
+    assert_eq!(said, "2 reports will be sent now");
+    rubbish.seen(COMPLETE, tries + 1).await;
+    node.term();
+    assert_eq!(node.wait().await, 75);
+
+    // A stopped one: the file itself.
+    let (listed, _) = outbox(&node, &["list"], 0).await;
+    assert_eq!(listed.as_array().map(Vec::len), Some(2));
+    let (_, said) = outbox(&node, &["retry", &task(1)], 0).await;
+    assert_eq!(said, "no node runs here; 1 report will be sent when one starts");
+    assert_eq!(outbox(&node, &["drop", &task(1)], 0).await.1, "dropped 1 report");
+    rubbish.heal();
+    let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
+    lab.ended(&next, jobs[2]).await.completed();
+    assert_eq!(accepted(&lab), 1);
+    next.stop().await;
+    let text = Cli::new(&["outbox", "list"]).set("STATE_DIR", node.state_dir().to_string_lossy()).run().await.expect(0);
+    assert_eq!((text.stdout.as_str(), text.stderr.as_str()), ("", "the outbox is empty"));
+    let socket = node.state_dir().join("control.sock");
+    assert!(!socket.exists(), "a node that ends takes its socket with it");
+    Cli::new(&["outbox", "drop"]).run().await.expect(2);
+}
