@@ -12,16 +12,13 @@ use crate::{
     config::HostConfig,
     engine::{self, Ended, Engine, Rooms, Stops},
     leases::dms::{self, Dms},
-    model::{Live, Phase, StatusBoard},
+    model::{Budget, Live, Phase, StatusBoard},
     observe::pages::Pages,
     plugins::Plugins,
     session::{self, Sessions},
     storage::{self, Disk, Scratch, Storage},
     transport,
 };
-
-/// How long a connection may take to come up.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long the plugins may take to shut down, all of them together.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(1);
@@ -45,8 +42,7 @@ impl Node {
     pub async fn build(config: HostConfig, plugins: Arc<Plugins>) -> anyhow::Result<Self> {
         let scratch = Scratch::open(config.scratch_dir.clone()).context("SCRATCH_DIR cannot be used")?;
         let control = Control::start().context("start the control thread")?;
-        let http =
-            transport::Config { allow_insecure_http: config.allow_insecure_http, connect_timeout: CONNECT_TIMEOUT };
+        let http = config.transport;
         // Two clients: a connection is driven by the runtime that opened it, and the control plane's
         // must not wait for data.
         let (control_client, data_client) = (transport::Client::new(http.clone()), transport::Client::new(http));
@@ -88,6 +84,16 @@ impl Node {
         let disk = Disk::new(config.scratch_dir, config.disk_free_min);
         let mut storage = storage::Config::new(config.client_id);
         storage.domain_hosts = config.domain_hosts;
+        storage.stall = config.transfer_stall;
+        storage.patience = config.transfer_patience;
+        storage.budget = Budget::new(config.memory_budget);
+        storage.unpack = storage::UnpackLimits {
+            files: config.unpack_files_max,
+            bytes: config.unpack_bytes_max,
+            ratio: config.unpack_ratio_max,
+        };
+        let budget = storage.budget.clone();
+        board.change(|status| status.memory = budget);
         let rooms = Rooms {
             sessions: Sessions::new(Arc::clone(&source) as _, rhythm, control.handle.clone()),
             source,
@@ -169,6 +175,8 @@ async fn show_registration(mut status: watch::Receiver<Registration>, board: Sta
             status.registration_since = now.since;
             status.registration_error = now.error;
             status.last_healthcheck = now.probed_at;
+            status.token_expires_at = now.token_expires_at;
+            status.login_error = now.login_error;
         });
         tokio::select! {
             () = over.cancelled() => return,

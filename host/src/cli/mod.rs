@@ -20,7 +20,7 @@ use anyhow::Context as _;
 use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::{
-    config::{Key, Layers, Origin, Secrets},
+    config::{Key, Layers, Origin, Secrets, transport_settings},
     observe::logs::{self, Format},
     plugins::{Places, PluginsFile},
 };
@@ -121,7 +121,7 @@ pub fn main(secrets: &Secrets) -> ExitCode {
     let ended = laid.and_then(|()| match cli.command {
         Command::Run(args) => run::run(&args, &layers, secrets),
         Command::Dev(args) => dev::run(args, layers),
-        Command::Submit(args) => block_on(submit::run(*args)),
+        Command::Submit(args) => block_on(submit::run(*args, transport_settings(&layers)?)),
         Command::Invoke(args) => invoke::run(args, &layers),
         Command::Plugins(command) => plugins::run(command, &layers),
         Command::Config(command) => config::run(&command, &layers, secrets),

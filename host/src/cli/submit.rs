@@ -99,18 +99,19 @@ fn parse_json(text: &str) -> Result<Value, String> {
 ///
 /// # Errors
 /// What no exit code of its own stands for: a file that cannot be read or written.
-pub(super) async fn run(args: Args) -> anyhow::Result<Exit> {
+pub(super) async fn run(args: Args, http: transport::Config) -> anyhow::Result<Exit> {
     let interrupt = async {
         // Without a way to hear of it, Ctrl-C ends the process as usual.
         if tokio::signal::ctrl_c().await.is_err() {
             std::future::pending::<()>().await;
         }
     };
-    run_to(args, &mut std::io::stdout(), Notes::to_stderr(), NOBODY_AFTER, interrupt).await
+    run_to(args, http, &mut std::io::stdout(), Notes::to_stderr(), NOBODY_AFTER, interrupt).await
 }
 
 async fn run_to(
     args: Args,
+    http: transport::Config,
     out: &mut impl Write,
     mut notes: Notes,
     nobody_after: Duration,
@@ -118,7 +119,7 @@ async fn run_to(
 ) -> anyhow::Result<Exit> {
     let jobs = Mutex::new(Vec::new());
     let ended = tokio::select! {
-        ended = submit(&args, &jobs, out, &mut notes, nobody_after) => Some(ended),
+        ended = submit(&args, http, &jobs, out, &mut notes, nobody_after) => Some(ended),
         () = interrupt => None,
     };
     notes.clear();
@@ -162,6 +163,7 @@ impl From<anyhow::Error> for Stop {
 /// `submitted` tells an interrupted caller what goes on without it.
 async fn submit(
     args: &Args,
+    http: transport::Config,
     submitted: &Mutex<Vec<Uuid>>,
     out: &mut impl Write,
     notes: &mut Notes,
@@ -175,7 +177,7 @@ async fn submit(
             return Err(Stop::Usage(format!("input {} is no file", input.display())));
         }
     }
-    let plane = find_plane(args).await?;
+    let plane = find_plane(args, http).await?;
     let mut inputs = Vec::new();
     for input in &args.inputs {
         inputs.push(plane.upload(input, notes).await?);
@@ -212,8 +214,8 @@ fn interrupted(jobs: &[Uuid]) -> String {
     }
 }
 
-async fn find_plane(args: &Args) -> Result<Plane, Stop> {
-    let client = Client::new(transport::Config::default());
+async fn find_plane(args: &Args, http: transport::Config) -> Result<Plane, Stop> {
+    let client = Client::new(http);
     let Some(dms) = &args.dms else { return Ok(Plane::of_dev(client, &args.dev).await?) };
     let token = match (&args.token, &args.token_file) {
         (Some(token), _) => token.trim().to_owned(),

@@ -9,7 +9,12 @@ mod node_url;
 mod parser;
 mod secrets;
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use secrecy::{ExposeSecret, SecretString};
 use url::Url;
@@ -19,7 +24,10 @@ pub use layers::{Layers, Origin};
 pub use parser::duration;
 pub use secrets::Secrets;
 
-use crate::auth::{Form, NodeKey};
+use crate::{
+    auth::{Form, NodeKey},
+    transport::{self, Proxies, Roots},
+};
 use parser::Parser;
 
 /// Everything the node needs to know.
@@ -72,10 +80,22 @@ pub struct HostConfig {
     pub disk_free_min: u64,
     /// Identifies the node to domain servers.
     pub client_id: String,
+    /// How long a transfer may be silent.
+    pub transfer_stall: Duration,
+    /// How long a transfer in which nothing moves is tried again.
+    pub transfer_patience: Duration,
+    /// Most bytes of tasks' data in memory at once.
+    pub memory_budget: u64,
+    /// Most files and folders in a zip input.
+    pub unpack_files_max: u64,
+    /// Most bytes a zip input may unpack to.
+    pub unpack_bytes_max: u64,
+    /// How many times its own size that may be.
+    pub unpack_ratio_max: u64,
     /// Domain servers the node may talk to; empty: any.
     pub domain_hosts: Vec<String>,
-    /// Plain http beyond loopback.
-    pub allow_insecure_http: bool,
+    /// What may be spoken to, whom to believe, what goes through a proxy.
+    pub transport: transport::Config,
     /// Load the packaged noop plugin, with its sleep in seconds.
     pub noop: Option<f64>,
     /// What works but should not stay so, a line each.
@@ -115,8 +135,8 @@ impl HostConfig {
             }
         }
         let (dms, dds) = (parser.url("DMS_BASE_URL"), parser.url("DDS_BASE_URL"));
-        let allow_insecure_http = parser.flag("ALLOW_INSECURE_HTTP");
-        let client = crate::transport::Policy { allow_insecure_http };
+        let transport = transport(&mut parser);
+        let client = transport::Policy { allow_insecure_http: transport.allow_insecure_http };
         for (name, url) in [("DMS_BASE_URL", &dms), ("DDS_BASE_URL", &dds)] {
             if let Some(Err(err)) = url.as_ref().map(|url| client.check(url)) {
                 parser.mistake(name, err);
@@ -164,8 +184,14 @@ impl HostConfig {
             client_id: parser
                 .header_text("CLIENT_ID")
                 .unwrap_or_else(|| format!("runner-host/{}", uuid::Uuid::new_v4())),
+            transfer_stall: parser.duration_above_zero("TRANSFER_STALL_TIMEOUT"),
+            transfer_patience: parser.duration("TRANSFER_PATIENCE"),
+            memory_budget: parser.size_above_zero("MEMORY_BUDGET"),
+            unpack_files_max: parser.number("UNPACK_FILES_MAX", "a whole number", 0),
+            unpack_bytes_max: parser.size_above_zero("UNPACK_BYTES_MAX"),
+            unpack_ratio_max: parser.number("UNPACK_RATIO_MAX", "a whole number", 0),
             domain_hosts: parser.list("DOMAIN_HOSTS"),
-            allow_insecure_http,
+            transport,
             noop: parser.flag("ENABLE_NOOP").then_some(noop_sleep),
             dms: dms.unwrap_or_else(placeholder),
             dds: dds.unwrap_or_else(placeholder),
@@ -186,6 +212,42 @@ pub fn plugin_init_timeout(layers: &Layers) -> Result<Duration, Mistakes> {
     let mut parser = Parser::new(layers);
     let limit = parser.duration("PLUGIN_INIT_TIMEOUT");
     if parser.mistakes.is_empty() { Ok(limit) } else { Err(Mistakes(parser.mistakes)) }
+}
+
+/// How the network is reached, for commands that need no more of the configuration.
+///
+/// # Errors
+/// With all mistakes in these settings.
+pub fn transport_settings(layers: &Layers) -> Result<transport::Config, Mistakes> {
+    let mut parser = Parser::new(layers);
+    let config = transport(&mut parser);
+    if parser.mistakes.is_empty() { Ok(config) } else { Err(Mistakes(parser.mistakes)) }
+}
+
+fn transport(parser: &mut Parser<'_>) -> transport::Config {
+    let roots = parser.optional("CA_BUNDLE").map(|path| (path, Roots::with_bundle(Path::new(path))));
+    let roots = match roots {
+        Some((_, Ok(roots))) => roots,
+        Some((path, Err(why))) => {
+            parser.mistake("CA_BUNDLE", format_args!("{path}: {why}"));
+            Roots::default()
+        }
+        None => Roots::default(),
+    };
+    let mut proxy = |name: &str| {
+        let url = parser.optional(name)?;
+        match Proxies::check(url) {
+            Ok(()) => Some(url),
+            Err(expected) => {
+                parser.mistake(name, expected);
+                None
+            }
+        }
+    };
+    let (http, https, all) = (proxy("HTTP_PROXY"), proxy("HTTPS_PROXY"), proxy("ALL_PROXY"));
+    let proxies = Proxies::new(http, https, all, parser.optional("NO_PROXY").unwrap_or_default());
+    let allow_insecure_http = parser.flag("ALLOW_INSECURE_HTTP");
+    transport::Config { allow_insecure_http, roots, proxies, ..transport::Config::default() }
 }
 
 fn placeholder() -> Url {

@@ -7,7 +7,7 @@ use serde::{Serialize, Serializer};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::{Lease, Outcome, TaskId};
+use super::{Budget, Lease, Outcome, TaskId};
 
 /// The node as `/status.json` shows it.
 #[derive(Clone, Debug, Serialize)]
@@ -32,6 +32,12 @@ pub struct HostStatus {
     /// When the sign-in service last asked for this node's health.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_healthcheck: Option<Timestamp>,
+    /// Until when the node token in hand is good.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_expires_at: Option<Timestamp>,
+    /// Why the last login failed, one line.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub login_error: Option<String>,
     /// Room where tasks work.
     pub disk: DiskStatus,
     /// Most tasks at once.
@@ -51,6 +57,8 @@ pub struct HostStatus {
     pub stale_calls: Live,
     /// Runners that ignored their cancellation; their slots were given back.
     pub stuck_runners: Live,
+    /// Bytes of tasks' data in memory: now, at most so far, and the limit.
+    pub memory: Budget,
     /// Every library, loaded or refused.
     pub plugins: serde_json::Value,
 }
@@ -122,6 +130,8 @@ impl StatusBoard {
             registration_since: Timestamp::now(),
             registration_error: None,
             last_healthcheck: None,
+            token_expires_at: None,
+            login_error: None,
             disk: DiskStatus::default(),
             slots,
             capabilities,
@@ -131,6 +141,7 @@ impl StatusBoard {
             unreported: 0,
             stale_calls: Live(|| 0),
             stuck_runners: Live(|| 0),
+            memory: Budget::unlimited(),
             plugins,
         })))
     }

@@ -9,6 +9,7 @@ use axum::{
     response::IntoResponse,
     routing::{get, post},
 };
+use jiff::Timestamp;
 use serde_json::json;
 use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
@@ -104,7 +105,12 @@ async fn ready(State(status): State<watch::Receiver<HostStatus>>) -> impl IntoRe
             status.disk.free_bytes.unwrap_or_default(),
             status.disk.floor_bytes
         )),
-        Phase::Running => None,
+        // A token in hand is used to its end, whatever becomes of its renewal.
+        Phase::Running => match (&status.login_error, status.token_expires_at) {
+            (Some(err), None) => Some(format!("not signed in: {err}")),
+            (Some(err), Some(end)) if end <= Timestamp::now() => Some(format!("not signed in: {err}")),
+            _ => None,
+        },
         Phase::Starting => Some(match &status.registration_error {
             Some(err) => format!("not signed in ({}): {err}", status.registration),
             None => format!("not signed in ({})", status.registration),

@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Span, debug, error, info, trace, warn};
 
 use super::{InstallError, dispatch::Dispatcher, tasks::TaskTable};
-use crate::model::{ArtifactSpec, Grant, InputStream, OutputStream, PortError, PortErrorKind, Ports, Setup};
+use crate::model::{ArtifactSpec, Charge, Grant, InputStream, OutputStream, PortError, PortErrorKind, Ports, Setup};
 
 /// Most streams one task may hold open.
 const STREAMS_MAX: usize = 64;
@@ -193,6 +193,8 @@ enum Stream {
 struct Reading {
     stream: Box<dyn InputStream>,
     rest: Bytes,
+    /// For a caller that holds what it reads.
+    held: Option<Charge>,
 }
 
 /// Owns a handle; when dropped, the task is over for its plugin.
@@ -558,7 +560,7 @@ unsafe extern "C" fn input_open(task: Task, cid: Str, reply: Callback, user: *mu
         Ok(async move {
             let stream = running.ports.open(&cid).await?;
             let mut answer = serde_json::to_value(stream.meta()).map_err(internal)?;
-            let reading = Reading { stream, rest: Bytes::new() };
+            let reading = Reading { stream, rest: Bytes::new(), held: None };
             let id = running.add(Stream::Input(Arc::new(tokio::sync::Mutex::new(reading))))?;
             answer["stream"] = json!(id);
             Ok(Bytes::from(answer.to_string()))
@@ -569,16 +571,23 @@ unsafe extern "C" fn input_open(task: Task, cid: Str, reply: Callback, user: *mu
 unsafe extern "C" fn input_read(task: Task, stream: u64, max: u64, reply: Callback, user: *mut c_void) {
     answer_later(task, reply, user, |running| {
         let Stream::Input(reading) = running.stream(stream)? else { return Err(wrong_direction(stream)) };
-        let max = usize::try_from(max.clamp(1, PIECE_BYTES_MAX)).expect("a piece fits in memory");
+        let (holds, max) = (max > PIECE_BYTES_MAX, max.clamp(1, PIECE_BYTES_MAX));
+        let max = usize::try_from(max).expect("a piece fits in memory");
         Ok(async move {
             let mut reading = reading.lock().await;
+            let budget = running.ports.budget();
+            if holds && reading.held.is_none() {
+                let size = reading.stream.meta().size.unwrap_or_default();
+                reading.held = Some(budget.reserve(size).await.map_err(over_budget)?);
+            }
             // An empty answer means the end, so an empty piece is not passed on.
             while reading.rest.is_empty() {
                 let Some(piece) = reading.stream.next().await? else { break };
                 reading.rest = piece;
             }
             let take = reading.rest.len().min(max);
-            Ok(reading.rest.split_to(take))
+            let piece = reading.rest.split_to(take);
+            Ok(if piece.is_empty() { piece } else { budget.count(take as u64).tie(piece) })
         })
     });
 }
@@ -623,8 +632,13 @@ unsafe extern "C" fn output_write(task: Task, stream: u64, data: abi::Bytes, rep
         Ok(async move {
             let mut writing = writing.lock().await;
             let writer = writing.as_mut().ok_or_else(|| wrong_direction(stream))?;
-            if !data.as_ref().is_empty() {
-                writer.write(Bytes::from_owner(data)).await?;
+            let (size, budget) = (data.as_ref().len() as u64, running.ports.budget());
+            if size > 0 {
+                let charge = match size > PIECE_BYTES_MAX {
+                    true => budget.reserve(size).await.map_err(over_budget)?,
+                    false => budget.count(size),
+                };
+                writer.write(charge.tie(data)).await?;
             }
             Ok(Bytes::new())
         })
@@ -706,6 +720,11 @@ fn wrong_direction(stream: u64) -> PortError {
 
 #[allow(clippy::needless_pass_by_value, reason = "used as a function of map_err")]
 fn limit(err: crate::model::MailboxError) -> PortError {
+    PortError::new(PortErrorKind::Limit, err.to_string())
+}
+
+#[allow(clippy::needless_pass_by_value, reason = "used as a function of map_err")]
+fn over_budget(err: crate::model::OverBudget) -> PortError {
     PortError::new(PortErrorKind::Limit, err.to_string())
 }
 

@@ -14,6 +14,7 @@ mod local;
 mod naming;
 mod runner_file;
 mod task_dir;
+mod zip;
 
 use std::{path::Path, sync::Arc};
 
@@ -21,6 +22,7 @@ pub use disk::Disk;
 pub use domain::{Config, DomainPorts};
 pub use local::LocalPorts;
 pub use task_dir::{Scratch, ScratchError, TaskDir};
+pub use zip::UnpackLimits;
 
 use crate::{
     model::{Grant, TaskId},

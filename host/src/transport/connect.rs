@@ -1,41 +1,175 @@
-//! How a connection comes up: TCP, then TLS by the system's roots.
+//! How a connection comes up: TCP, a proxy where one is to be used, TLS.
 
-use std::sync::{Arc, OnceLock};
+use std::{
+    future::Future,
+    io,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
 
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
-use hyper_util::client::legacy::connect::HttpConnector;
+use http::Uri;
+use hyper::rt;
+use hyper_rustls::{HttpsConnector, MaybeHttpsStream};
+use hyper_util::{
+    client::legacy::connect::{Connected, Connection, HttpConnector, proxy::Tunnel},
+    rt::TokioIo,
+};
+use tokio::net::TcpStream;
+use tower_service::Service;
 
-use super::Config;
+use super::{Config, Proxies, Roots, innermost};
 
-/// Opens connections for the pool.
-pub(super) type Connector = HttpsConnector<HttpConnector>;
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+type Connecting<T> = Pin<Box<dyn Future<Output = Result<T, BoxError>> + Send>>;
 
-/// See [`Connector`].
-pub(super) fn connector(config: &Config) -> Connector {
-    let mut tcp = HttpConnector::new();
-    tcp.enforce_http(false);
-    tcp.set_nodelay(true);
-    tcp.set_connect_timeout(Some(config.connect_timeout));
-    HttpsConnectorBuilder::new()
-        .with_tls_config(TLS.get_or_init(tls_config).clone())
-        .https_or_http()
-        .enable_http1()
-        .wrap_connector(tcp)
+/// Opens connections for the pool. All of a connection's coming up has one limit.
+#[derive(Clone)]
+pub(super) struct Connector {
+    route: Route,
+    limit: Duration,
 }
 
-/// The system's certificates are read once: that takes milliseconds, and a node has two clients.
-static TLS: OnceLock<rustls::ClientConfig> = OnceLock::new();
-
-fn tls_config() -> rustls::ClientConfig {
-    let mut roots = rustls::RootCertStore::empty();
-    let found = rustls_native_certs::load_native_certs();
-    for problem in &found.errors {
-        tracing::debug!(error = %problem, "a system certificate store could not be read");
+impl Connector {
+    pub(super) fn new(config: &Config) -> Self {
+        let mut tcp = HttpConnector::new();
+        tcp.enforce_http(false);
+        tcp.set_nodelay(true);
+        tcp.set_connect_timeout(Some(config.connect_timeout));
+        let route = Route { tcp, roots: config.roots.clone(), proxies: config.proxies.clone() };
+        Self { route, limit: config.connect_timeout }
     }
-    roots.add_parsable_certificates(found.certs);
-    rustls::ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
-        .with_safe_default_protocol_versions()
-        .expect("ring serves the default protocol versions")
-        .with_root_certificates(roots)
-        .with_no_client_auth()
+}
+
+impl Service<Uri> for Connector {
+    type Response = MaybeHttpsStream<Link>;
+    type Error = BoxError;
+    type Future = Connecting<Self::Response>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.route.poll_ready(cx)
+    }
+
+    fn call(&mut self, to: Uri) -> Self::Future {
+        let limit = self.limit;
+        let opening: Connecting<_> = if to.scheme() == Some(&http::uri::Scheme::HTTPS) {
+            // Certificates are read when the first https connection needs them.
+            HttpsConnector::from((self.route.clone(), self.route.roots.tls())).call(to)
+        } else {
+            let opening = self.route.call(to);
+            Box::pin(async move { Ok(MaybeHttpsStream::Http(opening.await?)) })
+        };
+        Box::pin(async move {
+            let late = || io::Error::new(io::ErrorKind::TimedOut, format!("no connection within {limit:?}"));
+            tokio::time::timeout(limit, opening).await.map_err(|_| late())?
+        })
+    }
+}
+
+/// The way to a host, below its TLS: straight, or through a proxy.
+#[derive(Clone)]
+struct Route {
+    tcp: HttpConnector,
+    roots: Roots,
+    proxies: Proxies,
+}
+
+impl Route {
+    /// The connection to a proxy; TLS where its URL says https.
+    fn to_proxy(&self, proxy: &Uri) -> HttpsConnector<HttpConnector> {
+        let tls = if proxy.scheme_str() == Some("https") { self.roots.tls() } else { Roots::none() };
+        HttpsConnector::from((self.tcp.clone(), tls))
+    }
+}
+
+impl Service<Uri> for Route {
+    type Response = Link;
+    type Error = BoxError;
+    type Future = Connecting<Link>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.tcp.poll_ready(cx).map_err(Into::into)
+    }
+
+    fn call(&mut self, to: Uri) -> Self::Future {
+        let Some(proxy) = self.proxies.of(&to) else {
+            let opening = self.tcp.call(to);
+            return Box::pin(async move { Ok(Link { stream: opening.await?.into(), forwarded: false }) });
+        };
+        let at = proxy.uri().clone();
+        let failed = {
+            let host = at.authority().map_or_else(String::new, ToString::to_string);
+            move |reason: String| Box::new(ProxyFailed { host, reason })
+        };
+        let mut straight = self.to_proxy(&at);
+        if to.scheme() != Some(&http::uri::Scheme::HTTPS) {
+            let opening = straight.call(at);
+            return Box::pin(async move {
+                let stream = opening.await.map_err(|err| failed(innermost(&*err)))?;
+                Ok(Link { stream, forwarded: true })
+            });
+        }
+        let mut tunnel = Tunnel::new(at, straight);
+        if let Some(auth) = proxy.basic_auth() {
+            tunnel = tunnel.with_auth(auth.clone());
+        }
+        let opening = tunnel.call(to);
+        Box::pin(async move {
+            let stream = opening.await.map_err(|err| failed(innermost(&err)))?;
+            Ok(Link { stream, forwarded: false })
+        })
+    }
+}
+
+/// What went wrong at a proxy, which the host that was asked for is not to blame for.
+#[derive(Debug, thiserror::Error)]
+#[error("proxy {host}: {reason}")]
+struct ProxyFailed {
+    host: String,
+    reason: String,
+}
+
+/// A connection below the TLS of the host that was asked for.
+pub(super) struct Link {
+    stream: MaybeHttpsStream<TokioIo<TcpStream>>,
+    /// The other end is a proxy that wants to be told the whole URL.
+    forwarded: bool,
+}
+
+impl Connection for Link {
+    fn connected(&self) -> Connected {
+        self.stream.connected().proxy(self.forwarded)
+    }
+}
+
+impl rt::Read for Link {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: rt::ReadBufCursor<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_read(cx, buf)
+    }
+}
+
+impl rt::Write for Link {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write_vectored(cx, bufs)
+    }
 }

@@ -5,19 +5,23 @@
 #![allow(missing_docs, reason = "tests are named as statements")]
 
 mod abi_calls;
+mod artifacts;
 mod bad_answers;
 mod bad_config;
 mod bad_leases;
 mod cli;
 mod clocks;
 mod concurrency;
+mod disk;
 mod ends;
 mod faults;
 mod harness;
 mod heartbeats;
+mod inputs;
 mod ladder;
 mod lease_life;
 mod lease_path;
+mod login;
 mod pages;
 mod plugin_files;
 mod pointcloud;
@@ -27,3 +31,5 @@ mod registration;
 mod secrets;
 mod signals;
 mod strangers;
+mod tls_and_proxy;
+mod zip;

@@ -60,7 +60,7 @@ async fn submit_until(lab: Option<&Lab>, line: &[&str], interrupt: impl Future<O
     }
     let (mut stdout, said) = (Vec::new(), Said::default());
     let notes = Notes::to(Box::new(said.clone()));
-    let running = run_to(args(&line), &mut stdout, notes, Duration::from_millis(100), interrupt);
+    let running = run_to(args(&line), Default::default(), &mut stdout, notes, Duration::from_millis(100), interrupt);
     let code = tokio::time::timeout(LIMIT, running).await.expect("ends in time").expect("no unexpected error");
     let stderr = String::from_utf8(said.0.lock().expect("not poisoned").clone()).expect("text");
     Ended { code, stdout: String::from_utf8(stdout).expect("text"), stderr }

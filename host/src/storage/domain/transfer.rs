@@ -27,9 +27,10 @@ use super::{
     wire::MetadataJson,
 };
 use crate::{
-    model::{Coordinates, Fetched, PortError, PortErrorKind},
+    model::{Charge, Coordinates, Fetched, PortError, PortErrorKind},
     storage::{
         digest::{Digester, hex},
+        file::BLOCK_BYTES,
         naming::shown,
     },
     transport::innermost,
@@ -39,6 +40,9 @@ use crate::{
 const EPILOGUE_BYTES_MAX: usize = 64 * 1024;
 /// How long it is waited for.
 const EPILOGUE_WAIT: Duration = Duration::from_millis(200);
+
+/// What a transfer may hold in memory: two blocks for the digest, two for the disk.
+const TRANSFER_BYTES: u64 = 4 * BLOCK_BYTES as u64;
 
 /// What has arrived.
 pub(super) enum Arrived {
@@ -68,6 +72,8 @@ pub(super) struct Transfer {
     raw: bool,
     ranges: bool,
     patience: Patience,
+    /// What waits for disk and digest.
+    _charge: Charge,
 }
 
 /// Where bytes come from at the moment.
@@ -135,6 +141,7 @@ impl Transfer {
             done: Vec::new(),
             raw: true,
             ranges: true,
+            _charge: inner.config.budget.count(TRANSFER_BYTES),
             patience: Patience::new(inner.config.part_pause, inner.config.patience),
         };
         match transfer.next().await? {
@@ -446,14 +453,12 @@ impl Transfer {
         let Some(updated) = &part.head.updated_at else { return Ok(None) };
         // Asked after the answer with the rest began: data changed before then shows here.
         let call = Call::new(&self.what, Method::GET, self.by_id(id));
-        match self.inner.json::<MetadataJson>(&call).await {
+        match self.inner.try_json::<MetadataJson>(&call).await {
             Ok(MetadataJson { size: Some(now), updated_at: Some(changed), .. }) => {
                 Ok(Some(now == size && same_time(updated, &changed)))
             }
             Ok(_) => Ok(None),
-            Err(err) if matches!(err.kind, PortErrorKind::Network | PortErrorKind::Server) => {
-                Err(Trouble::Passing { err, asked: None })
-            }
+            Err(failed) if failed.passing => Err(Trouble::Passing { err: failed.err, asked: None }),
             Err(_) => Ok(None),
         }
     }

@@ -9,6 +9,7 @@ pub(crate) mod folder;
 pub(crate) mod hygiene;
 pub(crate) mod node;
 pub(crate) mod rubbish;
+pub(crate) mod tls;
 
 use std::{collections::BTreeMap, future::Future, path::PathBuf, time::Duration};
 
@@ -114,6 +115,25 @@ impl Lab {
         let answer = self.client.send(request, PATIENCE).await.expect("the world answers");
         assert_eq!(answer.status(), StatusCode::OK, "artifact {id}");
         answer.into_body().collect().await.expect("a whole body").to_bytes().to_vec()
+    }
+
+    /// What the world has stored: the metadata of everything.
+    pub(crate) async fn stored(&self) -> Vec<Value> {
+        let url = format!("{}api/v1/domains/{}/data", self.world.dds_url(), self.world.domain_id());
+        let request = Request::get(url).header("authorization", format!("Bearer {}", self.world.grant()));
+        let request = request.header("accept", "application/json").body(transport::full("")).expect("a request");
+        let answer = self.client.call(request, PATIENCE).await.expect("the world answers");
+        let list: Value = answer.json().expect("a list");
+        list["data"].as_array().expect("a list").clone()
+    }
+
+    /// How many bytes the world says it has stored under an id.
+    pub(crate) async fn size(&self, id: &str) -> u64 {
+        let url = format!("{}api/v1/domains/{}/data/{id}", self.world.dds_url(), self.world.domain_id());
+        let request = Request::get(url).header("authorization", format!("Bearer {}", self.world.grant()));
+        let request = request.body(transport::full("")).expect("a request");
+        let answer = self.client.call(request, PATIENCE).await.expect("the world answers");
+        answer.json::<Value>().expect("JSON")["size"].as_u64().expect("a size")
     }
 
     /// The artifact a finished job published under this logical path.

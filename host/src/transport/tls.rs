@@ -1,0 +1,83 @@
+//! Whom we believe: the system's certificate authorities, and those of a bundle beside them.
+
+use std::{
+    path::Path,
+    sync::{Arc, OnceLock},
+};
+
+use rustls::{
+    ClientConfig, RootCertStore,
+    pki_types::{CertificateDer, pem::PemObject as _},
+};
+
+/// Far larger than the bundles of operating systems, in bytes.
+const BUNDLE_BYTES_MAX: u64 = 16 * 1024 * 1024;
+
+/// Certificate authorities. The system's are read when they are first needed: that takes milliseconds
+/// and memory, and many nodes speak to loopback only. Clones share what was read.
+#[derive(Clone, Debug, Default)]
+pub struct Roots {
+    extra: Vec<CertificateDer<'static>>,
+    tls: Arc<OnceLock<Arc<ClientConfig>>>,
+}
+
+impl Roots {
+    /// The system's authorities and those of a PEM file.
+    ///
+    /// # Errors
+    /// One clause: what was expected in the file and what was found.
+    pub fn with_bundle(path: &Path) -> Result<Self, String> {
+        use std::io::Read as _;
+        let mut bytes = Vec::new();
+        let file = std::fs::File::open(path);
+        let read = file.and_then(|file| file.take(BUNDLE_BYTES_MAX + 1).read_to_end(&mut bytes));
+        read.map_err(|err| err.to_string())?;
+        if bytes.len() as u64 > BUNDLE_BYTES_MAX {
+            return Err(format!("expected PEM certificates of at most {BUNDLE_BYTES_MAX} bytes, found more"));
+        }
+        let mut extra = Vec::new();
+        for (at, certificate) in CertificateDer::pem_slice_iter(&bytes).enumerate() {
+            let certificate = certificate.map_err(|err| format!("certificate {} is no PEM: {err}", at + 1))?;
+            let tried = RootCertStore::empty().add(certificate.clone());
+            tried.map_err(|err| format!("certificate {} cannot be used: {err}", at + 1))?;
+            extra.push(certificate);
+        }
+        if extra.is_empty() {
+            return Err("expected certificates in PEM form (-----BEGIN CERTIFICATE-----), found none".to_owned());
+        }
+        Ok(Self { extra, tls: Arc::default() })
+    }
+
+    /// TLS by these authorities.
+    pub(super) fn tls(&self) -> Arc<ClientConfig> {
+        let made = self.tls.get_or_init(|| {
+            let mut roots = RootCertStore::empty();
+            let found = rustls_native_certs::load_native_certs();
+            for problem in &found.errors {
+                tracing::warn!(error = %problem, "a system certificate store could not be read");
+            }
+            roots.add_parsable_certificates(found.certs);
+            roots.add_parsable_certificates(self.extra.iter().cloned());
+            if roots.is_empty() {
+                tracing::warn!("no certificate authority was found, no https connection can be trusted; set CA_BUNDLE");
+            }
+            config(roots)
+        });
+        Arc::clone(made)
+    }
+
+    /// TLS that trusts nobody, where none is spoken.
+    pub(super) fn none() -> Arc<ClientConfig> {
+        static NONE: OnceLock<Arc<ClientConfig>> = OnceLock::new();
+        Arc::clone(NONE.get_or_init(|| config(RootCertStore::empty())))
+    }
+}
+
+fn config(roots: RootCertStore) -> Arc<ClientConfig> {
+    let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .expect("ring serves the default protocol versions")
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    Arc::new(config)
+}

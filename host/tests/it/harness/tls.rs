@@ -1,0 +1,111 @@
+//! Services behind TLS under a name only a proxy can resolve, and that proxy.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional},
+    net::{TcpListener, TcpStream},
+    sync::watch,
+};
+use tokio_rustls::TlsAcceptor;
+use tokio_util::task::AbortOnDropHandle;
+
+/// The only name, beside loopback's, that the test certificate is for. No resolver knows it.
+pub(crate) const NAME: &str = "plane.test";
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tls").join(name)
+}
+
+/// The authority that signed the test certificate.
+pub(crate) fn authority() -> String {
+    fixture("ca.pem").to_string_lossy().into_owned()
+}
+
+/// A listener of this machine; gone with what it serves when dropped.
+pub(crate) struct Front {
+    pub(crate) address: SocketAddr,
+    seen: watch::Receiver<Vec<String>>,
+    _server: AbortOnDropHandle<()>,
+}
+
+impl Front {
+    /// What it was asked for, a line each.
+    pub(crate) fn seen(&self) -> Vec<String> {
+        self.seen.borrow().clone()
+    }
+
+    async fn serve<F>(serve: impl Fn(TcpStream, watch::Sender<Vec<String>>) -> F + Send + 'static) -> Self
+    where
+        F: Future<Output = std::io::Result<()>> + Send + 'static,
+    {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
+        let address = listener.local_addr().expect("a bound listener has an address");
+        let (tell, seen) = watch::channel(Vec::new());
+        let server = tokio::spawn(async move {
+            let mut connections = tokio::task::JoinSet::new();
+            while let Ok((socket, _)) = listener.accept().await {
+                let serving = serve(socket, tell.clone());
+                // How a connection ends is the test's business.
+                connections.spawn(async move { serving.await.is_ok() });
+            }
+        });
+        Self { address, seen, _server: AbortOnDropHandle::new(server) }
+    }
+
+    /// Ends TLS and hands everything on to `to`.
+    pub(crate) async fn tls(to: SocketAddr) -> Self {
+        let certificate = CertificateDer::from_pem_file(fixture("server.pem")).expect("a certificate");
+        let key = PrivateKeyDer::from_pem_file(fixture("server.key")).expect("a key");
+        let config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .expect("ring serves them")
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate], key)
+            .expect("they fit");
+        let acceptor = TlsAcceptor::from(Arc::new(config));
+        Self::serve(move |socket, tell| {
+            let acceptor = acceptor.clone();
+            async move {
+                tell.send_modify(|seen| seen.push("connection".to_owned()));
+                let mut socket = acceptor.accept(socket).await?;
+                tell.send_modify(|seen| seen.push("handshake".to_owned()));
+                copy_bidirectional(&mut socket, &mut TcpStream::connect(to).await?).await.map(drop)
+            }
+        })
+        .await
+    }
+
+    /// An HTTP proxy that takes every host for `to`, and wants this `Proxy-Authorization` where it is given.
+    pub(crate) async fn proxy(to: SocketAddr, authorization: Option<&'static str>) -> Self {
+        Self::serve(move |mut socket, tell| async move {
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                head.push(socket.read_u8().await?);
+            }
+            let text = String::from_utf8_lossy(&head).into_owned();
+            let request = text.lines().next().unwrap_or_default().to_owned();
+            tell.send_modify(|seen| seen.push(request.clone()));
+            let shown = text.lines().find_map(|line| {
+                let (name, value) = line.split_once(": ")?;
+                name.eq_ignore_ascii_case("proxy-authorization").then_some(value)
+            });
+            if authorization.is_some_and(|wanted| shown != Some(wanted)) {
+                return socket.write_all(b"HTTP/1.1 407 Proxy Authentication Required\r\n\r\n").await;
+            }
+            let mut host = TcpStream::connect(to).await?;
+            if request.starts_with("CONNECT ") {
+                socket.write_all(b"HTTP/1.1 200 Connection established\r\n\r\n").await?;
+            } else {
+                host.write_all(&head).await?;
+            }
+            copy_bidirectional(&mut socket, &mut host).await.map(drop)
+        })
+        .await
+    }
+}

@@ -1,0 +1,162 @@
+//! Services behind TLS with an authority of their own, and proxies (posemesh contract 1.1, P-18, P-56).
+
+use crate::harness::{
+    Lab, fixtures,
+    node::{Cli, NodeSetup},
+    rubbish::Rubbish,
+    tls::{Front, NAME, authority},
+};
+
+const SECRET: &str = "pass%20word-nobody-may-see";
+/// The user and password of [`SECRET`] as they are sent.
+const BASIC: &str = "Basic bWU6cGFzcyB3b3JkLW5vYm9keS1tYXktc2Vl";
+
+/// A world that is found at `https://NAME` only.
+struct Walled {
+    lab: Lab,
+    _rubbish: Rubbish,
+    tls: Front,
+}
+
+impl Walled {
+    async fn new() -> Self {
+        let lab = Lab::start().await;
+        let rubbish = Rubbish::known_as(&lab, Some(&format!("https://{NAME}"))).await;
+        let tls = Front::tls(rubbish.address()).await;
+        Self { lab, _rubbish: rubbish, tls }
+    }
+
+    fn node(&self) -> NodeSetup {
+        let url = |path: &str| format!("https://{NAME}{path}").parse().expect("a URL");
+        NodeSetup::new(&url("/"), &url("/v1"), &[fixtures::echo()])
+            .set("SIGN_IN_DOMAIN", "127.0.0.1")
+            .set("REGISTER_INTERVAL_SECS", "1")
+    }
+}
+
+#[tokio::test]
+async fn p_56_a_whole_task_goes_over_tls_through_a_proxy() {
+    let walled = Walled::new().await;
+    let proxy = Front::proxy(walled.tls.address, Some(BASIC)).await;
+    let url = format!("http://me:{SECRET}@{}", proxy.address);
+    let node = walled.node().set("CA_BUNDLE", authority()).set("https_proxy", url).set("RUST_LOG", "trace");
+    let node = node.leasing().await;
+    let input = walled.lab.put("in", &[7; 300_000]).await;
+    let job = walled.lab.task("/examples/echo-stream/v1").inputs(&[input]).submit();
+    walled.lab.ended(&node, job).await.completed();
+    node.stop().await;
+    let asked = proxy.seen();
+    assert!(!asked.is_empty() && asked.iter().all(|line| line == "CONNECT plane.test:443 HTTP/1.1"), "{asked:?}");
+    let handshakes = walled.tls.seen().iter().filter(|line| *line == "handshake").count();
+    assert_eq!(handshakes, asked.len(), "everything went through the proxy, once");
+    for secret in [SECRET, "pass word", BASIC.trim_start_matches("Basic ")] {
+        assert!(!node.log().contains(secret), "a proxy's password is in the log");
+    }
+}
+
+#[tokio::test]
+async fn an_authority_nobody_named_is_not_believed() {
+    let walled = Walled::new().await;
+    let proxy = Front::proxy(walled.tls.address, None).await;
+    let node = walled.node().set("ALL_PROXY", proxy.address.to_string()).start().await;
+    let line = node.says("registration failed").await;
+    let error = line["error"].as_str().unwrap_or_default();
+    assert!(error.contains(NAME) && error.contains("UnknownIssuer"), "{line}");
+    node.stop().await;
+
+    // The variables every program on the system understands lead to the same place.
+    let node = walled.node().set("HTTPS_PROXY", proxy.address.to_string()).set("SSL_CERT_FILE", authority());
+    node.leasing().await.stop().await;
+}
+
+#[tokio::test]
+async fn a_proxy_that_refuses_is_named_without_its_password() {
+    let walled = Walled::new().await;
+    let proxy = Front::proxy(walled.tls.address, Some("Basic other")).await;
+    let url = format!("http://me:{SECRET}@{}", proxy.address);
+    let node = walled.node().set("CA_BUNDLE", authority()).set("HTTPS_PROXY", url).start().await;
+    let line = node.says("registration failed").await;
+    let wanted = format!("proxy {}: tunnel error: proxy authorization required", proxy.address);
+    assert!(line["error"].as_str().is_some_and(|error| error.contains(&wanted)), "{line}");
+    node.stop().await;
+    assert!(!node.log().contains(SECRET), "a proxy's password is in the log");
+    assert!(walled.tls.seen().is_empty(), "nothing went past the proxy");
+}
+
+#[tokio::test]
+async fn p_18_plain_http_goes_to_its_proxy_whole_and_loopback_to_none() {
+    let lab = Lab::start().await;
+    let proxy = Front::proxy(lab.world.address(), None).await;
+    let url = |path: &str| format!("http://{NAME}{path}").parse().expect("a URL");
+    let node = NodeSetup::new(&url("/"), &url("/v1"), &[fixtures::echo()])
+        .set("SIGN_IN_DOMAIN", "127.0.0.1")
+        .set("ALLOW_INSECURE_HTTP", "true")
+        .set("HTTP_PROXY", proxy.address.to_string())
+        .leasing()
+        .await;
+    // The lease names the domain server by its loopback address.
+    let input = lab.put("in", b"bytes").await;
+    lab.ended(&node, lab.task("/examples/echo-file/v1").inputs(&[input]).submit()).await.completed();
+    node.stop().await;
+    let asked = proxy.seen();
+    assert!(asked.iter().any(|line| line.contains("http://plane.test/")), "{asked:?}");
+    assert!(!asked.iter().any(|line| line.contains("127.0.0.1")), "{asked:?}");
+    let data = lab.seen(&node, |seen| seen.iter().any(|request| request.path.contains("/data"))).await;
+    assert!(!data.is_empty(), "the input was fetched");
+
+    // Named in NO_PROXY, the same host is asked directly, and nobody knows its name.
+    let node = NodeSetup::new(&url("/"), &url("/v1"), &[fixtures::echo()])
+        .set("ALLOW_INSECURE_HTTP", "true")
+        .set("HTTP_PROXY", proxy.address.to_string())
+        .set("NO_PROXY", "other.example, .test")
+        .start()
+        .await;
+    let before = proxy.seen().len();
+    node.says("registration failed").await;
+    assert_eq!(proxy.seen().len(), before, "the proxy was not asked");
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_bundle_or_proxy_that_cannot_be_used_is_one_line() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let write = |name: &str, text: &[u8]| {
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).expect("the folder is writable");
+        path.to_string_lossy().into_owned()
+    };
+    let pem = |what: &str| format!("-----BEGIN CERTIFICATE-----\n{what}\n-----END CERTIFICATE-----\n");
+    let missing = folder.path().join("missing.pem").to_string_lossy().into_owned();
+    for (bundle, wanted) in [
+        (missing, "No such file"),
+        (folder.path().to_string_lossy().into_owned(), "directory"),
+        (write("empty.pem", b""), "expected certificates in PEM form (-----BEGIN CERTIFICATE-----), found none"),
+        (write("rubbish.pem", &[0xff; 4096]), "expected certificates in PEM form"),
+        (write("base64.pem", pem("!!").as_bytes()), "certificate 1 is no PEM: "),
+        (write("der.pem", pem("AAAA").as_bytes()), "certificate 1 cannot be used: "),
+    ] {
+        let ended = check().set("CA_BUNDLE", &*bundle).run().await.expect(78);
+        let line = format!("error: CA_BUNDLE: {bundle}: ");
+        assert!(ended.stderr.starts_with(&line) && ended.stderr.contains(wanted), "{}", ended.stderr);
+        assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
+    }
+    check().set("CA_BUNDLE", authority()).run().await.expect(0);
+    for name in ["HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "all_proxy"] {
+        let ended = check().set(name, format!("socks5://me:{SECRET}@127.0.0.1:1")).run().await.expect(78);
+        let wanted = "expected the URL of an http or https proxy, such as http://proxy.example:3128";
+        assert_eq!(ended.stderr, format!("error: {}: {wanted}", name.to_uppercase()));
+    }
+    let shown = Cli::new(&["config", "show"]).set("HTTPS_PROXY", format!("http://me:{SECRET}@proxy.example:1"));
+    let shown = shown.set("NO_PROXY", "a.example").run().await.expect(0);
+    assert!(shown.stdout.contains("********@proxy.example:1") && !shown.stdout.contains(SECRET), "{}", shown.stdout);
+    assert!(shown.stdout.contains("a.example"), "{}", shown.stdout);
+}
+
+/// `config check` with everything it needs.
+fn check() -> Cli {
+    Cli::new(&["config", "check"])
+        .set("DMS_BASE_URL", "https://plane.example/v1")
+        .set("DDS_BASE_URL", "https://dds.example")
+        .set("REG_SECRET", "a-secret")
+        .set("SECP256K1_PRIVHEX", "11".repeat(32))
+}
