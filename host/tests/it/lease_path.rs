@@ -266,6 +266,7 @@ async fn a_domain_server_that_is_not_allowed_gets_no_token() {
     assert!(reason.contains("domain server 127.0.0.1 is not in DOMAIN_HOSTS; add it there to allow it"), "{reason}");
     let asked = lab.world.journal().into_iter().any(|seen| seen.path.contains("/domains/"));
     assert!(!asked, "nothing was sent there");
+    node.stop().await;
     let host = lab.world.address().to_string();
     let node = lab.node(&[fixtures::hello()]).set("DOMAIN_HOSTS", host).leasing().await;
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
