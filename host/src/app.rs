@@ -12,7 +12,7 @@ use crate::{
     config::HostConfig,
     engine::{self, Ended, Engine, Rooms, Stops},
     leases::dms::{self, Dms},
-    model::{Live, Phase, StatusBoard},
+    model::{Budget, Live, Phase, StatusBoard},
     observe::pages::Pages,
     plugins::Plugins,
     session::{self, Sessions},
@@ -46,7 +46,6 @@ impl Node {
         // Two clients: a connection is driven by the runtime that opened it, and the control plane's
         // must not wait for data.
         let (control_client, data_client) = (transport::Client::new(http.clone()), transport::Client::new(http));
-        let (capabilities, _) = watch::channel(plugins.capabilities());
         let form = config.registration.word();
         let auth = Auth::new(
             auth::Config {
@@ -56,7 +55,7 @@ impl Node {
                 reg_secret: config.reg_secret,
                 key: config.key.clone(),
                 version: config.version,
-                capabilities: capabilities.subscribe(),
+                capabilities: plugins.serving(),
                 register_interval: config.register_interval,
                 register_max_retry: config.register_max_retry,
                 token_safety_ratio: config.token_safety_ratio,
@@ -85,6 +84,16 @@ impl Node {
         let disk = Disk::new(config.scratch_dir, config.disk_free_min);
         let mut storage = storage::Config::new(config.client_id);
         storage.domain_hosts = config.domain_hosts;
+        storage.stall = config.transfer_stall;
+        storage.patience = config.transfer_patience;
+        storage.budget = Budget::new(config.memory_budget);
+        storage.unpack = storage::UnpackLimits {
+            files: config.unpack_files_max,
+            bytes: config.unpack_bytes_max,
+            ratio: config.unpack_ratio_max,
+        };
+        let budget = storage.budget.clone();
+        board.change(|status| status.memory = budget);
         let rooms = Rooms {
             sessions: Sessions::new(Arc::clone(&source) as _, rhythm, control.handle.clone()),
             source,
@@ -128,6 +137,7 @@ impl Node {
         let over = CancellationToken::new();
         let pages = tokio::spawn(pages.run(over.clone()));
         let watching = tokio::spawn(show_registration(auth.status(), board.clone(), over.clone()));
+        let serving = tokio::spawn(show_plugins(Arc::clone(&plugins), board.clone(), over.clone()));
         let disk = tokio::spawn(disk.run(board.clone(), over.clone()));
         let tokens = auth.tokens();
         let auth = control.handle.spawn(auth.run(over.clone()));
@@ -145,7 +155,7 @@ impl Node {
         };
         plugins.shutdown(SHUTDOWN_LIMIT).await;
         over.cancel();
-        for task in [pages, watching, disk, auth] {
+        for task in [pages, watching, serving, disk, auth] {
             if let Err(err) = task.await {
                 warn!(error = %err, "a part of the node ended unexpectedly");
             }
@@ -165,11 +175,38 @@ async fn show_registration(mut status: watch::Receiver<Registration>, board: Sta
             status.registration_since = now.since;
             status.registration_error = now.error;
             status.last_healthcheck = now.probed_at;
+            status.token_expires_at = now.token_expires_at;
+            status.login_error = now.login_error;
         });
         tokio::select! {
             () = over.cancelled() => return,
             changed = status.changed() => if changed.is_err() { return },
         }
+    }
+}
+
+/// Copies what became of the plugins to the status page.
+async fn show_plugins(plugins: Arc<Plugins>, board: StatusBoard, over: CancellationToken) {
+    let mut serving = plugins.serving();
+    loop {
+        tokio::select! {
+            () = over.cancelled() => return,
+            changed = serving.changed() => if changed.is_err() { return },
+        }
+        let served = serving.borrow_and_update().iter().map(ToString::to_string).collect();
+        let listings = plugins.listings();
+        let out = listings.iter().filter(|listing| listing.state == "out-of-service");
+        let degraded = out.map(|listing| {
+            let (name, reason) =
+                (listing.name.as_deref().unwrap_or("?"), listing.reason.as_deref().unwrap_or_default());
+            format!("plugin {name} is out of service: {reason}")
+        });
+        let degraded = degraded.collect();
+        board.change(|status| {
+            status.capabilities = served;
+            status.degraded = degraded;
+            status.plugins = serde_json::to_value(listings).unwrap_or_default();
+        });
     }
 }
 

@@ -71,6 +71,7 @@ typedef struct {
   void (*cancel_reason)(runner_task task, runner_callback reply, void *user);
   void (*token)(runner_task task, runner_callback reply, void *user);
   void (*input_open)(runner_task task, runner_str cid, runner_callback reply, void *user);
+  /* `max` above 1 MiB: the caller keeps all it reads in memory, which is charged to the host's budget (RUNNER_LIMIT). */
   void (*input_read)(runner_task task, uint64_t stream, uint64_t max, runner_callback reply, void *user);
   void (*input_close)(runner_task task, uint64_t stream, runner_callback reply, void *user);
   void (*input_file)(runner_task task, runner_str cid, runner_callback reply, void *user);

@@ -47,7 +47,7 @@ impl fmt::Display for RegistrationState {
     }
 }
 
-/// The registration for people.
+/// Registration and login for people.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Registration {
     /// Where it stands.
@@ -58,11 +58,22 @@ pub struct Registration {
     pub error: Option<String>,
     /// When the service last asked for this node's health.
     pub probed_at: Option<Timestamp>,
+    /// Until when the node token in hand is good, by our clock; `None` while there is none.
+    pub token_expires_at: Option<Timestamp>,
+    /// Why the last login failed, one line; `None` while all is well.
+    pub login_error: Option<String>,
 }
 
 impl Default for Registration {
     fn default() -> Self {
-        Self { state: RegistrationState::default(), since: Timestamp::now(), error: None, probed_at: None }
+        Self {
+            state: RegistrationState::default(),
+            since: Timestamp::now(),
+            error: None,
+            probed_at: None,
+            token_expires_at: None,
+            login_error: None,
+        }
     }
 }
 

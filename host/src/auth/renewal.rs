@@ -32,6 +32,7 @@ fn renew_in(ttl: Duration, ratio: f64, jitter: Duration, draw: f64) -> Duration 
 }
 
 /// Why the wait for a renewal ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Due {
     Planned,
     Rejected,
@@ -76,11 +77,18 @@ impl Auth {
             let ttl = login.ttl.min(Duration::from_secs(24 * 3600));
             let wait = renew_in(ttl, self.config.token_safety_ratio, self.config.token_jitter, rand::random());
             self.desk.hold(login.token, got + ttl);
+            self.status.send_modify(|now| {
+                now.token_expires_at = jiff::Timestamp::now().checked_add(ttl).ok();
+                now.login_error = None;
+            });
             tracing::debug!(ttl_ms = millis(ttl), renew_in_ms = millis(wait), "node token renewed");
             let due = tokio::select! {
                 () = tokio::time::sleep_until(got + wait) => Due::Planned,
                 () = self.desk.rejected() => Due::Rejected,
             };
+            if due == Due::Rejected {
+                self.status.send_modify(|now| now.token_expires_at = None);
+            }
             match due {
                 Due::Planned => rejections = 0,
                 Due::Rejected if got.elapsed() >= TOKEN_PROVEN => rejections = 1,
@@ -91,6 +99,7 @@ impl Auth {
             if rejections > 1 {
                 let pause = after_login(rejections - 1, self.config.token_jitter, rand::random());
                 let error = "the control plane rejects fresh node tokens";
+                self.status.send_modify(|now| now.login_error = Some(error.to_owned()));
                 tracing::warn!(error, retry_in_ms = millis(pause), "node token rejected");
                 // The control plane may reject tokens because it does not know this node: a repeated
                 // registration tells it. Once at first, then once every few minutes.
@@ -126,6 +135,7 @@ impl Auth {
                 .max(refusal.retry_after().unwrap_or_default());
             tracing::warn!(%error, attempt = failures, retry_in_ms = millis(pause), "login failed");
             let error = format!("login failed {failures} times: {error}");
+            self.status.send_modify(|now| now.login_error = Some(error.clone()));
             // Short pauses pass unseen. Beyond them users are told at once, and keep being told
             // while the service is asked again: nobody hangs on a service that is away.
             if failures > self.config.token_max_retries || pause >= TOLD_FROM {

@@ -37,7 +37,7 @@ pub(super) struct Args {
     /// Leases one node may hold at once [default: any number]
     #[arg(long, value_name = "N")]
     leases_per_node: Option<usize>,
-    /// Refuse (409) a wallet that registers while it is online, instead of taking it for a restart
+    /// Refuse (409) a wallet that registers again while it is online, be it another node or the same one
     #[arg(long)]
     strict_identity: bool,
     /// Settings of the node in TOML or JSON, under those of the environment

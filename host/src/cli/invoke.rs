@@ -10,7 +10,7 @@ use super::{Exit, Output, PluginArgs, block_on, nothing_to_serve, reserve_stdout
 use crate::{
     config::{Layers, default_scratch_dir, plugin_init_timeout},
     model::{CancelReason, Capability, Grant, Lease, Outcome, Ports, Setup, TaskId},
-    plugins::{Job, Plugins},
+    plugins::{Folder, Job, Plugins},
     storage::{LocalPorts, Scratch},
 };
 
@@ -73,14 +73,16 @@ async fn invoke(
 ) -> anyhow::Result<Exit> {
     let scratch = Scratch::open(default_scratch_dir())?;
     let task = TaskId(Uuid::new_v4());
-    let dir = scratch.task_dir(task)?;
+    let dir = scratch.task_dir(task);
+    dir.make()?;
     let (grant, _keys) =
         Grant::new(lease(task, capability, args.inputs.len(), meta), Setup::Ready(Err("no plane".to_owned())));
     let ports = Arc::new(LocalPorts::new(args.inputs, args.out.clone(), dir.path().to_owned()));
     let job = Job {
         grant: grant.clone(),
         ports: Arc::clone(&ports) as Arc<dyn Ports>,
-        dir: dir.path().to_owned(),
+        folder: Folder { path: dir.path().to_owned(), make: Arc::new(|| Ok(())) },
+        workers: tokio::runtime::Handle::current(),
         cancel_grace: CANCEL_GRACE,
         began: Box::new(|| {}),
     };

@@ -55,7 +55,7 @@ fn list(args: &PluginArgs, output: Output, layers: &Layers) -> anyhow::Result<Ex
     let plugins = args.load(1, None, plugin_init_timeout(layers)?)?;
     let listings = plugins.listings();
     match output {
-        Output::Json => put(data, &format!("{}\n", serde_json::to_string(listings)?))?,
+        Output::Json => put(data, &format!("{}\n", serde_json::to_string(&listings)?))?,
         Output::Text => {
             if listings.is_empty() {
                 eprintln!("no plugin was found");

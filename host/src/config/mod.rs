@@ -80,6 +80,18 @@ pub struct HostConfig {
     pub disk_free_min: u64,
     /// Identifies the node to domain servers.
     pub client_id: String,
+    /// How long a transfer may be silent.
+    pub transfer_stall: Duration,
+    /// How long a transfer in which nothing moves is tried again.
+    pub transfer_patience: Duration,
+    /// Most bytes of tasks' data in memory at once.
+    pub memory_budget: u64,
+    /// Most files and folders in a zip input.
+    pub unpack_files_max: u64,
+    /// Most bytes a zip input may unpack to.
+    pub unpack_bytes_max: u64,
+    /// How many times its own size that may be.
+    pub unpack_ratio_max: u64,
     /// Domain servers the node may talk to; empty: any.
     pub domain_hosts: Vec<String>,
     /// What may be spoken to, whom to believe, what goes through a proxy.
@@ -172,6 +184,12 @@ impl HostConfig {
             client_id: parser
                 .header_text("CLIENT_ID")
                 .unwrap_or_else(|| format!("runner-host/{}", uuid::Uuid::new_v4())),
+            transfer_stall: parser.duration_above_zero("TRANSFER_STALL_TIMEOUT"),
+            transfer_patience: parser.duration("TRANSFER_PATIENCE"),
+            memory_budget: parser.size_above_zero("MEMORY_BUDGET"),
+            unpack_files_max: parser.number("UNPACK_FILES_MAX", "a whole number", 0),
+            unpack_bytes_max: parser.size_above_zero("UNPACK_BYTES_MAX"),
+            unpack_ratio_max: parser.number("UNPACK_RATIO_MAX", "a whole number", 0),
             domain_hosts: parser.list("DOMAIN_HOSTS"),
             transport,
             noop: parser.flag("ENABLE_NOOP").then_some(noop_sleep),

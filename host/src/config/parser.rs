@@ -144,9 +144,21 @@ impl<'a> Parser<'a> {
         time
     }
 
+    /// A time that is not 0.
+    pub(super) fn duration_above_zero(&mut self, name: &str) -> Duration {
+        let expected = format!("a duration above 0 such as 30s, at most {SECS_MAX} seconds");
+        let sane = |time: &Duration| !time.is_zero() && time.as_secs() <= SECS_MAX;
+        self.value(name, &expected, Duration::from_secs(1), |text| duration(text).filter(sane))
+    }
+
     /// A number of bytes.
     pub(super) fn size(&mut self, name: &str) -> u64 {
         self.value(name, "a size such as 1GiB, or bytes", 0, byte_size)
+    }
+
+    /// A number of bytes that is not 0.
+    pub(super) fn size_above_zero(&mut self, name: &str) -> u64 {
+        self.value(name, "a size above 0 such as 512MiB", 1, |text| byte_size(text).filter(|bytes| *bytes > 0))
     }
 
     /// What goes into a header: visible ASCII and spaces.

@@ -1,16 +1,18 @@
 //! The path of one task.
 
-use std::{sync::Arc, time::Duration};
+use std::{panic::AssertUnwindSafe, sync::Arc, time::Duration};
 
+use futures_util::FutureExt as _;
 use tokio::sync::OwnedSemaphorePermit;
-use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
+use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, info, info_span, warn};
 
 use super::Rooms;
 use crate::{
     model::{CancelReason, Grant, Outcome, Ports, Setup, Verdict, millis},
-    plugins::Job,
+    plugins::{Folder, Job},
     session::{Session, Settled},
+    storage::TaskDir,
 };
 
 /// One task, top to bottom. Every early exit still settles the lease and frees the slot.
@@ -33,12 +35,11 @@ pub(super) async fn attempt(
     async {
         let began = std::time::Instant::now();
         info!("task started");
-        let run = run(Arc::clone(&rooms), grant.clone(), grace).in_current_span();
-        let run = AbortOnDropHandle::new(rooms.workers.spawn(run));
+        let run = AssertUnwindSafe(run(Arc::clone(&rooms), grant.clone(), grace)).catch_unwind();
         let ended = async {
-            run.await.unwrap_or_else(|err| {
-                // A bug of ours must not leave a lease unsettled.
-                let message = format!("the node failed while it ran the task: {err}");
+            run.await.unwrap_or_else(|_| {
+                // A bug of ours must not leave a lease unsettled; the log has its words.
+                let message = "the node failed while it ran the task; see its log".to_owned();
                 Verdict { outcome: Outcome::HostFault { message }, artifacts: Vec::new() }
             })
         };
@@ -63,11 +64,12 @@ async fn run_to_end(run: impl Future<Output = Verdict>, grant: &Grant, cancel_al
     run.await
 }
 
-/// What moves data and waits for the runner, on the workers: nothing here may delay a heartbeat.
+/// Waits for the runner. What may take long, such as moving data, happens on the workers: this runs
+/// beside the heartbeats.
 async fn run(rooms: Arc<Rooms>, grant: Grant, grace: Duration) -> Verdict {
     let nothing = |outcome| Verdict { outcome, artifacts: Vec::new() };
-    if !rooms.plugins.serves(&grant.lease.capability) {
-        return nothing(Outcome::NoRunner);
+    if let Some(refusal) = rooms.plugins.refusal(&grant.lease.capability) {
+        return nothing(refusal);
     }
     // A lease without coordinates may still get them with its set-up heartbeat. All others start at
     // once; their first input, output or token call waits for the heartbeat's answer.
@@ -76,27 +78,35 @@ async fn run(rooms: Arc<Rooms>, grant: Grant, grace: Duration) -> Verdict {
     {
         return nothing(outcome);
     }
-    let dir = match rooms.storage.task_dir(grant.lease.task) {
-        Ok(dir) => dir,
-        Err(err) => return nothing(Outcome::HostFault { message: format!("no task directory: {err}") }),
-    };
+    let dir = rooms.storage.task_dir(grant.lease.task); // made when somebody needs it
     let ports = rooms.storage.ports(&grant, dir.path()); // nothing is fetched before the runner asks
     rooms.board.moved(grant.lease.task, "waiting");
     let (board, task) = (rooms.board.clone(), grant.lease.task);
     let job = Job {
         grant: grant.clone(),
         ports: Arc::clone(&ports) as Arc<dyn Ports>,
-        dir: dir.path().to_owned(),
+        folder: folder(&dir),
+        workers: rooms.workers.clone(),
         cancel_grace: grace,
         began: Box::new(move || board.moved(task, "running")),
     };
     let outcome = rooms.plugins.run(job).await;
     ports.close().await; // ends or aborts what is still under way
     let artifacts = ports.published();
-    if let Err(err) = dir.close() {
-        warn!(error = %err, "task directory could not be removed");
+    if !dir.close_empty() {
+        match rooms.workers.spawn_blocking(move || dir.close()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(err)) => warn!(error = %err, "task directory could not be removed"),
+            Err(err) => warn!(error = %err, "task directory could not be removed"),
+        }
     }
     Verdict { outcome: refused_setup(&grant, outcome), artifacts }
+}
+
+/// The task's directory as plugins ask for it.
+fn folder(dir: &TaskDir) -> Folder {
+    let (path, dir) = (dir.path().to_owned(), dir.clone());
+    Folder { path, make: Arc::new(move || dir.make().map_err(|err| err.to_string())) }
 }
 
 /// Waits for the set-up heartbeat and says what is missing.

@@ -293,7 +293,7 @@ impl Engine {
 fn worth(grant: &Grant, plugins: &Plugins) -> Worth {
     let begun = matches!(grant.setup_now(), Setup::Pending | Setup::Ready(Ok(_)));
     let ours = grant.cancel.reason() != Some(CancelReason::LeaseLost);
-    if begun && ours && plugins.serves(&grant.lease.capability) { Worth::Work } else { Worth::Nothing }
+    if begun && ours && plugins.refusal(&grant.lease.capability).is_none() { Worth::Work } else { Worth::Nothing }
 }
 
 /// Gives back a lease that could not be read. Where the plane does not take that either, the lease

@@ -5,6 +5,7 @@
 //! need from each other is defined here instead.
 
 mod artifact;
+mod budget;
 mod capability;
 mod grant;
 mod lease;
@@ -17,6 +18,7 @@ mod status;
 mod visits;
 
 pub use artifact::{Artifact, ArtifactSpec};
+pub use budget::{Budget, Charge, OverBudget};
 pub use capability::{Capability, CapabilityError};
 pub use grant::{CancelReason, CancelSignal, Coordinates, Fence, Grant, GrantKeys, Setup, Token};
 pub use lease::{Lease, TaskId};

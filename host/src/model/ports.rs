@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::{Artifact, ArtifactSpec};
+use super::{Artifact, ArtifactSpec, Budget};
 
 /// What kind of trouble a port had. Callers branch on this, never on the text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,7 +35,7 @@ pub enum PortErrorKind {
     Setup,
     /// A local file could not be read or written.
     Local,
-    /// A bound was passed (size of progress, number of waiting events).
+    /// A bound was passed (size of progress, number of waiting events, bytes in memory, size of an archive).
     Limit,
     /// The task ended while the call was under way.
     TaskOver,
@@ -145,4 +145,6 @@ pub trait Ports: Send + Sync {
     /// Every input read to its end so far, each once, in the order in which their reading ended. An
     /// input of several parts is one entry a part.
     fn fetched(&self) -> Vec<Fetched>;
+    /// What bytes in memory are charged to.
+    fn budget(&self) -> &Budget;
 }

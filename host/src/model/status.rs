@@ -7,7 +7,7 @@ use serde::{Serialize, Serializer};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::{Lease, Outcome, TaskId};
+use super::{Budget, Lease, Outcome, TaskId};
 
 /// The node as `/status.json` shows it.
 #[derive(Clone, Debug, Serialize)]
@@ -32,12 +32,21 @@ pub struct HostStatus {
     /// When the sign-in service last asked for this node's health.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_healthcheck: Option<Timestamp>,
+    /// Until when the node token in hand is good.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_expires_at: Option<Timestamp>,
+    /// Why the last login failed, one line.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub login_error: Option<String>,
     /// Room where tasks work.
     pub disk: DiskStatus,
     /// Most tasks at once.
     pub slots: usize,
     /// What is served.
     pub capabilities: Vec<String>,
+    /// What does not work any more although the node runs, one line each.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub degraded: Vec<String>,
     /// Tasks held now, by id.
     pub tasks: BTreeMap<String, TaskStatus>,
     /// Ended tasks by outcome, since the start.
@@ -48,6 +57,8 @@ pub struct HostStatus {
     pub stale_calls: Live,
     /// Runners that ignored their cancellation; their slots were given back.
     pub stuck_runners: Live,
+    /// Bytes of tasks' data in memory: now, at most so far, and the limit.
+    pub memory: Budget,
     /// Every library, loaded or refused.
     pub plugins: serde_json::Value,
 }
@@ -119,14 +130,18 @@ impl StatusBoard {
             registration_since: Timestamp::now(),
             registration_error: None,
             last_healthcheck: None,
+            token_expires_at: None,
+            login_error: None,
             disk: DiskStatus::default(),
             slots,
             capabilities,
+            degraded: Vec::new(),
             tasks: BTreeMap::new(),
             ended: BTreeMap::new(),
             unreported: 0,
             stale_calls: Live(|| 0),
             stuck_runners: Live(|| 0),
+            memory: Budget::unlimited(),
             plugins,
         })))
     }

@@ -9,6 +9,7 @@ use axum::{
     response::IntoResponse,
     routing::{get, post},
 };
+use jiff::Timestamp;
 use serde_json::json;
 use tokio::{net::TcpListener, sync::watch};
 use tokio_util::sync::CancellationToken;
@@ -86,11 +87,15 @@ async fn health(State(desk): State<Arc<Desk>>, headers: HeaderMap) -> StatusCode
     StatusCode::OK
 }
 
-/// 200 while the node may get work, else 503, with the reason.
+/// 200 while the node may get work, else 503, with the reason. A node that has lost a part of what it
+/// serves says so beside the 200.
 async fn ready(State(status): State<watch::Receiver<HostStatus>>) -> impl IntoResponse {
     let status = status.borrow();
     let reason = match status.phase {
-        Phase::Running if status.capabilities.is_empty() => Some("no plugin is loaded".to_owned()),
+        Phase::Running if status.capabilities.is_empty() && status.degraded.is_empty() => {
+            Some("no plugin is loaded".to_owned())
+        }
+        Phase::Running if status.capabilities.is_empty() => Some(status.degraded.join("; ")),
         Phase::Running if status.registration == "conflict" => Some(match &status.registration_error {
             Some(err) => format!("conflict: {err}"),
             None => "conflict".to_owned(),
@@ -100,7 +105,12 @@ async fn ready(State(status): State<watch::Receiver<HostStatus>>) -> impl IntoRe
             status.disk.free_bytes.unwrap_or_default(),
             status.disk.floor_bytes
         )),
-        Phase::Running => None,
+        // A token in hand is used to its end, whatever becomes of its renewal.
+        Phase::Running => match (&status.login_error, status.token_expires_at) {
+            (Some(err), None) => Some(format!("not signed in: {err}")),
+            (Some(err), Some(end)) if end <= Timestamp::now() => Some(format!("not signed in: {err}")),
+            _ => None,
+        },
         Phase::Starting => Some(match &status.registration_error {
             Some(err) => format!("not signed in ({}): {err}", status.registration),
             None => format!("not signed in ({})", status.registration),
@@ -109,7 +119,8 @@ async fn ready(State(status): State<watch::Receiver<HostStatus>>) -> impl IntoRe
         Phase::Stopped => Some("stopped".to_owned()),
     };
     match reason {
-        None => (StatusCode::OK, Json(json!({ "ready": true }))),
+        None if status.degraded.is_empty() => (StatusCode::OK, Json(json!({ "ready": true }))),
+        None => (StatusCode::OK, Json(json!({ "ready": true, "degraded": status.degraded }))),
         Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, Json(json!({ "ready": false, "reason": reason }))),
     }
 }

@@ -40,6 +40,7 @@ impl Drop for Sender {
 
 struct Shared {
     plugin: Arc<str>,
+    patience: Duration,
     state: Mutex<State>,
     /// The lead waits here for calls.
     work: Condvar,
@@ -73,9 +74,19 @@ enum Watcher {
 impl Dispatcher {
     /// Starts the leading thread.
     pub(super) fn start(plugin: Arc<str>) -> std::io::Result<Self> {
+        Self::with_patience(plugin, PATIENCE)
+    }
+
+    fn with_patience(plugin: Arc<str>, patience: Duration) -> std::io::Result<Self> {
         let state =
             State { queue: VecDeque::new(), open: true, lead: 0, idle: false, begun: 0, watcher: Watcher::Missing };
-        let shared = Arc::new(Shared { plugin, state: Mutex::new(state), work: Condvar::new(), watch: Condvar::new() });
+        let shared = Arc::new(Shared {
+            plugin,
+            patience,
+            state: Mutex::new(state),
+            work: Condvar::new(),
+            watch: Condvar::new(),
+        });
         shared.thread(|shared| shared.lead(0))?;
         Ok(Self(Arc::new(Sender(shared))))
     }
@@ -136,11 +147,8 @@ impl Shared {
                 state = self.state();
             } else if state.open {
                 state.idle = true;
-                state = self
-                    .work
-                    .wait_while(state, |state| state.idle && state.open)
-                    .unwrap_or_else(PoisonError::into_inner);
-                state.idle = false;
+                let waits = |state: &mut State| state.idle && state.open && state.lead == own;
+                state = self.work.wait_while(state, waits).unwrap_or_else(PoisonError::into_inner);
             } else {
                 return;
             }
@@ -162,7 +170,7 @@ impl Shared {
         loop {
             let seen = state.begun;
             drop(state);
-            std::thread::sleep(PATIENCE);
+            std::thread::sleep(self.patience);
             state = self.state();
             if state.begun != seen {
                 continue;
@@ -180,6 +188,9 @@ impl Shared {
         state.lead += 1;
         let own = state.lead;
         drop(state);
+        // On a busy machine it may be that the lead has only not woken up yet. It must not wait on beside
+        // this thread, and be woken in its place.
+        self.work.notify_all();
         // The lead needs a watch in its turn.
         self.new_watcher();
         self.lead(own);
@@ -224,6 +235,17 @@ mod tests {
         dispatcher.run("cancel", move || tell.send(()).expect("listened to"));
         told.recv_timeout(LIMIT).expect("three calls hang, the fourth is made");
         drop(release);
+    }
+
+    #[test]
+    fn a_lead_that_changes_all_the_time_loses_no_call() {
+        let dispatcher = Dispatcher::with_patience("test".into(), Duration::ZERO).expect("a thread");
+        let (tell, told) = mpsc::channel();
+        for number in 0..5000 {
+            let tell = tell.clone();
+            dispatcher.run("start", move || tell.send(number).expect("listened to"));
+            assert_eq!(told.recv_timeout(LIMIT), Ok(number));
+        }
     }
 
     #[test]

@@ -25,8 +25,8 @@ use tokio::{runtime::Handle, sync::oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::{Span, debug, error, info, trace, warn};
 
-use super::{InstallError, dispatch::Dispatcher, tasks::TaskTable};
-use crate::model::{ArtifactSpec, Grant, InputStream, OutputStream, PortError, PortErrorKind, Ports, Setup};
+use super::{InstallError, dispatch::Dispatcher, run::Folder, tasks::TaskTable};
+use crate::model::{ArtifactSpec, Charge, Grant, InputStream, OutputStream, PortError, PortErrorKind, Ports, Setup};
 
 /// Most streams one task may hold open.
 const STREAMS_MAX: usize = 64;
@@ -167,14 +167,20 @@ pub(super) struct Completion {
     pub(super) details: String,
 }
 
+/// Where a task's data goes, and who moves it.
+pub(super) struct Place {
+    pub(super) ports: Arc<dyn Ports>,
+    pub(super) folder: Folder,
+    pub(super) runtime: Handle,
+}
+
 /// A task inside a plugin, as its calls find it.
 pub(super) struct Running {
     plugin: Arc<str>,
     dispatcher: Dispatcher,
     grant_token: bool,
     grant: Grant,
-    ports: Arc<dyn Ports>,
-    runtime: Handle,
+    place: Place,
     over: CancellationToken,
     span: Span,
     ended: Mutex<Option<oneshot::Sender<Completion>>>,
@@ -193,6 +199,8 @@ enum Stream {
 struct Reading {
     stream: Box<dyn InputStream>,
     rest: Bytes,
+    /// For a caller that holds what it reads.
+    held: Option<Charge>,
 }
 
 /// Owns a handle; when dropped, the task is over for its plugin.
@@ -215,7 +223,7 @@ pub(super) fn enter(
     dispatcher: Dispatcher,
     grant_token: bool,
     grant: Grant,
-    ports: Arc<dyn Ports>,
+    place: Place,
 ) -> (Entered, oneshot::Receiver<Completion>) {
     let (tell, ended) = oneshot::channel();
     let running = Arc::new(Running {
@@ -223,8 +231,7 @@ pub(super) fn enter(
         dispatcher,
         grant_token,
         grant,
-        ports,
-        runtime: Handle::current(),
+        place,
         over: CancellationToken::new(),
         span: Span::current(),
         ended: Mutex::new(Some(tell)),
@@ -236,6 +243,11 @@ pub(super) fn enter(
 }
 
 impl Running {
+    /// For calls that write to the task's directory. On a worker, where a file may be waited for.
+    fn make_folder(&self) -> Result<(), PortError> {
+        (self.place.folder.make)().map_err(|text| PortError::new(PortErrorKind::Local, text))
+    }
+
     fn add(&self, stream: Stream) -> Result<u64, PortError> {
         let mut streams = self.streams.lock().unwrap_or_else(PoisonError::into_inner);
         if streams.len() >= STREAMS_MAX {
@@ -407,7 +419,7 @@ fn answer_later<F>(
         owed.pay(answer);
     };
     // Not joined: `over` ends it with the task, and its last act is the answer the plugin is owed.
-    running.runtime.spawn(tracing::Instrument::instrument(work, span));
+    running.place.runtime.spawn(tracing::Instrument::instrument(work, span));
 }
 
 /// An answer a plugin is owed, exactly once: also when the work for it panicked, or its runtime ended.
@@ -560,9 +572,9 @@ unsafe extern "C" fn input_open(task: Task, cid: Str, reply: Callback, user: *mu
     answer_later(task, reply, user, |running| {
         let cid = cid?;
         Ok(async move {
-            let stream = running.ports.open(&cid).await?;
+            let stream = running.place.ports.open(&cid).await?;
             let mut answer = serde_json::to_value(stream.meta()).map_err(internal)?;
-            let reading = Reading { stream, rest: Bytes::new() };
+            let reading = Reading { stream, rest: Bytes::new(), held: None };
             let id = running.add(Stream::Input(Arc::new(tokio::sync::Mutex::new(reading))))?;
             answer["stream"] = json!(id);
             Ok(Bytes::from(answer.to_string()))
@@ -573,16 +585,23 @@ unsafe extern "C" fn input_open(task: Task, cid: Str, reply: Callback, user: *mu
 unsafe extern "C" fn input_read(task: Task, stream: u64, max: u64, reply: Callback, user: *mut c_void) {
     answer_later(task, reply, user, |running| {
         let Stream::Input(reading) = running.stream(stream)? else { return Err(wrong_direction(stream)) };
-        let max = usize::try_from(max.clamp(1, PIECE_BYTES_MAX)).expect("a piece fits in memory");
+        let (holds, max) = (max > PIECE_BYTES_MAX, max.clamp(1, PIECE_BYTES_MAX));
+        let max = usize::try_from(max).expect("a piece fits in memory");
         Ok(async move {
             let mut reading = reading.lock().await;
+            let budget = running.place.ports.budget();
+            if holds && reading.held.is_none() {
+                let size = reading.stream.meta().size.unwrap_or_default();
+                reading.held = Some(budget.reserve(size).await.map_err(over_budget)?);
+            }
             // An empty answer means the end, so an empty piece is not passed on.
             while reading.rest.is_empty() {
                 let Some(piece) = reading.stream.next().await? else { break };
                 reading.rest = piece;
             }
             let take = reading.rest.len().min(max);
-            Ok(reading.rest.split_to(take))
+            let piece = reading.rest.split_to(take);
+            Ok(if piece.is_empty() { piece } else { budget.count(take as u64).tie(piece) })
         })
     });
 }
@@ -600,7 +619,8 @@ unsafe extern "C" fn input_file(task: Task, cid: Str, reply: Callback, user: *mu
     answer_later(task, reply, user, |running| {
         let cid = cid?;
         Ok(async move {
-            let input = running.ports.materialize(&cid).await?;
+            running.make_folder()?;
+            let input = running.place.ports.materialize(&cid).await?;
             serde_json::to_vec(&input).map(Bytes::from).map_err(internal)
         })
     });
@@ -612,7 +632,8 @@ unsafe extern "C" fn output_open(task: Task, spec: Str, reply: Callback, user: *
     answer_later(task, reply, user, |running| {
         let spec = artifact_spec(&spec?)?;
         Ok(async move {
-            let stream = running.ports.create(spec).await?;
+            running.make_folder()?;
+            let stream = running.place.ports.create(spec).await?;
             let id = running.add(Stream::Output(Arc::new(tokio::sync::Mutex::new(Some(stream)))))?;
             Ok(Bytes::from(json!({ "stream": id }).to_string()))
         })
@@ -627,8 +648,13 @@ unsafe extern "C" fn output_write(task: Task, stream: u64, data: abi::Bytes, rep
         Ok(async move {
             let mut writing = writing.lock().await;
             let writer = writing.as_mut().ok_or_else(|| wrong_direction(stream))?;
-            if !data.as_ref().is_empty() {
-                writer.write(Bytes::from_owner(data)).await?;
+            let (size, budget) = (data.as_ref().len() as u64, running.place.ports.budget());
+            if size > 0 {
+                let charge = match size > PIECE_BYTES_MAX {
+                    true => budget.reserve(size).await.map_err(over_budget)?,
+                    false => budget.count(size),
+                };
+                writer.write(charge.tie(data)).await?;
             }
             Ok(Bytes::new())
         })
@@ -664,7 +690,7 @@ unsafe extern "C" fn output_file(task: Task, spec: Str, path: Str, reply: Callba
     let (spec, path) = unsafe { (copy(spec), copy(path)) };
     answer_later(task, reply, user, |running| {
         let (spec, path) = (artifact_spec(&spec?)?, path?);
-        Ok(async move { published(running.ports.put_file(spec, Path::new(&path)).await?) })
+        Ok(async move { published(running.place.ports.put_file(spec, Path::new(&path)).await?) })
     });
 }
 
@@ -673,13 +699,20 @@ unsafe extern "C" fn complete(task: Task, status: Status, text: Str, details: St
     let (text, details) = unsafe { (copy(text), copy(details)) };
     let ended = guarded(|| {
         // Retired at once: whatever the plugin still does for this task is stale.
-        let Some(running) = TASKS.get(task) else { return Ok(Status::STALE) };
+        let Some(running) = TASKS.get(task) else {
+            super::stuck::returned(task);
+            return Ok(Status::STALE);
+        };
         TASKS.remove(task);
         let tell = running.ended.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(tell) = tell else { return Ok(Status::STALE) };
         let completion = Completion { status, text: text.unwrap_or_default(), details: details.unwrap_or_default() };
         // Nobody waits any more when the task was given up as stuck.
-        Ok(if tell.send(completion).is_ok() { Status::OK } else { Status::STALE })
+        if tell.send(completion).is_ok() {
+            return Ok(Status::OK);
+        }
+        super::stuck::returned(task);
+        Ok(Status::STALE)
     });
     ended.unwrap_or(Status::FAILED)
 }
@@ -703,6 +736,11 @@ fn wrong_direction(stream: u64) -> PortError {
 
 #[allow(clippy::needless_pass_by_value, reason = "used as a function of map_err")]
 fn limit(err: crate::model::MailboxError) -> PortError {
+    PortError::new(PortErrorKind::Limit, err.to_string())
+}
+
+#[allow(clippy::needless_pass_by_value, reason = "used as a function of map_err")]
+fn over_budget(err: crate::model::OverBudget) -> PortError {
     PortError::new(PortErrorKind::Limit, err.to_string())
 }
 

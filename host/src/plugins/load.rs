@@ -42,6 +42,8 @@ pub(super) struct Verified {
 pub(super) struct Loaded {
     pub(super) dispatcher: Dispatcher,
     pub(super) entries: Entries,
+    /// Built with our SDK.
+    pub(super) rust: bool,
 }
 
 /// How much of a file tells whether it may be a library at all, in bytes.
@@ -194,7 +196,7 @@ pub(super) fn open(verified: Verified, limit: Duration, log_level: u32) -> Resul
     let entries = opened.recv_timeout(limit).map_err(|_| InstallError::OpenHung { limit })??;
     let left = limit.saturating_sub(began.elapsed());
     match answered.recv_timeout(left).map_err(hung)? {
-        (Status::OK, _) => Ok(Loaded { dispatcher, entries }),
+        (Status::OK, _) => Ok(Loaded { dispatcher, entries, rust }),
         (Status::PANICKED, reason) => Err(InstallError::InitPanicked { reason: one_line(&reason) }),
         (_, reason) if reason.trim().is_empty() => {
             Err(InstallError::InitFailed { reason: "the plugin gave no reason".to_owned() })

@@ -14,6 +14,7 @@ mod load;
 mod open;
 mod run;
 mod scaffold;
+mod stuck;
 mod tasks;
 
 use std::{
@@ -27,17 +28,17 @@ use std::{
 };
 
 use serde::{Serialize, Serializer};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tracing::{info, warn};
 
 pub use config::{ConfigError, Entry, PluginsFile, Settings};
 pub use discover::{PlaceError, Places};
 pub use error::InstallError;
 pub use inspect::{Facts, Manifest};
-pub use run::Job;
+pub use run::{Folder, Job};
 pub use scaffold::{ScaffoldError, SdkSource, create};
 
-use crate::model::Capability;
+use crate::model::{Capability, Outcome};
 use load::Verified;
 use run::Plugin;
 
@@ -70,9 +71,12 @@ pub struct Listing {
     pub sha256: Option<String>,
     /// What it serves here.
     pub capabilities: Vec<String>,
-    /// `loaded` or `refused`.
+    /// `loaded`, `refused`, or `out-of-service` after too many of its runners had to be given up.
     pub state: &'static str,
-    /// Why it was refused.
+    /// How many of its runners ignored their cancellation.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub stuck_runners: u32,
+    /// Why it was refused, or serves nothing any more.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
 }
@@ -87,8 +91,11 @@ const ENDED_BY_PLUGIN: u8 = 75;
 /// Everything that was loaded.
 pub struct Plugins {
     by_capability: BTreeMap<Capability, Arc<Plugin>>,
-    loaded: Vec<Arc<Plugin>>,
+    /// With the number of its listing.
+    loaded: Vec<(usize, Arc<Plugin>)>,
     listings: Vec<Listing>,
+    /// Every capability that is served, sorted. Sent whenever anything is held against a plugin.
+    serving: watch::Sender<Vec<Capability>>,
 }
 
 impl Plugins {
@@ -116,7 +123,7 @@ impl Plugins {
         share_out(&mut verified, &mut listings);
         let (mut loaded, mut by_capability) = (Vec::new(), BTreeMap::new());
         let mut hanging = None;
-        for (listing, plugin) in listings.iter_mut().zip(verified) {
+        for (number, (listing, plugin)) in listings.iter_mut().zip(verified).enumerate() {
             let Some(plugin) = plugin else { continue };
             if let Some(file) = &hanging {
                 // It holds the linker's lock, for all of them and for good.
@@ -136,7 +143,7 @@ impl Plugins {
                         by_capability.insert(capability.clone(), Arc::clone(&plugin));
                     }
                     info!(plugin = %name, file = %listing.file.display(), capabilities = ?capabilities, "plugin loaded");
-                    loaded.push(plugin);
+                    loaded.push((number, plugin));
                 }
                 Err(err) => {
                     if matches!(err, InstallError::OpenHung { .. }) {
@@ -152,25 +159,47 @@ impl Plugins {
                 warn!(file = %listing.file.display(), reason, "plugin refused");
             }
         }
-        Ok(Self { by_capability, loaded, listings })
+        let serving = watch::Sender::new(by_capability.keys().cloned().collect());
+        Ok(Self { by_capability, loaded, listings, serving })
     }
 
     /// Every capability that is served, sorted.
     #[must_use]
     pub fn capabilities(&self) -> Vec<Capability> {
-        self.by_capability.keys().cloned().collect()
+        self.serving.borrow().clone()
     }
 
-    /// Whether any plugin serves `capability`.
+    /// A live view of [`Plugins::capabilities`], which shrinks when a plugin goes out of service. It is
+    /// sent, changed or not, whenever [`Plugins::listings`] has changed.
     #[must_use]
-    pub fn serves(&self, capability: &Capability) -> bool {
-        self.by_capability.contains_key(capability)
+    pub fn serving(&self) -> watch::Receiver<Vec<Capability>> {
+        self.serving.subscribe()
+    }
+
+    fn in_service(&self) -> Vec<Capability> {
+        let serves = |plugin: &Plugin| plugin.record().out_of_service().is_none();
+        self.by_capability.iter().filter(|(_, plugin)| serves(plugin)).map(|(name, _)| name.clone()).collect()
+    }
+
+    /// Why a task for `capability` cannot run here, as its outcome; `None` where it can.
+    #[must_use]
+    pub fn refusal(&self, capability: &Capability) -> Option<Outcome> {
+        self.plugin(capability).map_or(Some(Outcome::NoRunner), |plugin| plugin.refusal())
     }
 
     /// Every library that was considered, in order.
     #[must_use]
-    pub fn listings(&self) -> &[Listing] {
-        &self.listings
+    pub fn listings(&self) -> Vec<Listing> {
+        let mut listings = self.listings.clone();
+        for (number, plugin) in &self.loaded {
+            let listing = &mut listings[*number];
+            listing.stuck_runners = plugin.record().strikes();
+            if let Some(reason) = plugin.record().out_of_service() {
+                listing.state = "out-of-service";
+                listing.reason = Some(reason.to_owned());
+            }
+        }
+        listings
     }
 
     /// Calls that named a task which was over or never was, since the process began.
@@ -181,7 +210,7 @@ impl Plugins {
 
     /// Tells every plugin that the process ends within `deadline`.
     pub async fn shutdown(&self, deadline: Duration) {
-        let waits: Vec<_> = self.loaded.iter().map(|plugin| plugin.shutdown(deadline)).collect();
+        let waits: Vec<_> = self.loaded.iter().map(|(_, plugin)| plugin.shutdown(deadline)).collect();
         for wait in waits {
             // A plugin that hangs costs the deadline, once for all of them.
             let _ = tokio::time::timeout(deadline, wait).await;
@@ -260,6 +289,11 @@ fn share_out(verified: &mut [Option<Verified>], listings: &mut [Listing]) {
     }
 }
 
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde asks with a reference")]
+fn is_zero(count: &u32) -> bool {
+    *count == 0
+}
+
 /// JSON has no bytes: what is not UTF-8 in a path is shown as �.
 fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&path.display())
@@ -274,6 +308,7 @@ impl Listing {
             sha256: None,
             capabilities: Vec::new(),
             state: "loaded",
+            stuck_runners: 0,
             reason: None,
         }
     }

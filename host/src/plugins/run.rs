@@ -3,28 +3,26 @@
 use std::{
     future::Future,
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
 use runner_sdk::abi::Status;
 use serde::Serialize;
 use serde_json::{Map, Value};
-use tokio::sync::{Semaphore, oneshot};
-use tracing::warn;
+use tokio::{
+    runtime::Handle,
+    sync::{Semaphore, oneshot},
+};
 
 use super::{
     Plugins,
     dispatch::Dispatcher,
     ffi::{self, Completion, Entries},
     load::Loaded,
+    stuck::{self, Record},
 };
-use crate::model::{CancelReason, Grant, Outcome, Ports, millis};
-
-static STUCK: AtomicU64 = AtomicU64::new(0);
+use crate::model::{CancelReason, Grant, Outcome, Ports};
 
 /// One task to run.
 pub struct Job {
@@ -33,11 +31,22 @@ pub struct Job {
     /// Its inputs and outputs.
     pub ports: Arc<dyn Ports>,
     /// Its directory.
-    pub dir: PathBuf,
+    pub folder: Folder,
+    /// Where its calls are worked on.
+    pub workers: Handle,
     /// How long a cancelled runner may take to return before its slot is given back.
     pub cancel_grace: Duration,
     /// Called when the plugin has room and the runner begins.
     pub began: Box<dyn FnOnce() + Send>,
+}
+
+/// A directory that is made when it is first needed.
+#[derive(Clone)]
+pub struct Folder {
+    /// Where it is or would be.
+    pub path: PathBuf,
+    /// Makes it unless it is there; the error is one line. May block.
+    pub make: Arc<dyn Fn() -> Result<(), String> + Send + Sync>,
 }
 
 /// What a plugin is told when a task starts.
@@ -55,12 +64,16 @@ pub(super) struct Plugin {
     entries: Entries,
     grant_token: bool,
     slots: Semaphore,
+    record: Record,
+    /// Its tasks' directories must be there when they start; our SDK makes them by itself.
+    needs_folder: bool,
 }
 
 impl Plugin {
     pub(super) fn new(name: &str, loaded: Loaded, grant_token: bool, slots: Semaphore) -> Self {
-        let Loaded { dispatcher, entries } = loaded;
-        Self { name: name.into(), dispatcher, entries, grant_token, slots }
+        let Loaded { dispatcher, entries, rust } = loaded;
+        let (name, record) = (name.into(), Record::default());
+        Self { name, dispatcher, entries, grant_token, slots, record, needs_folder: !rust }
     }
 
     /// Begins the plugin's shutdown; the future waits for its end.
@@ -78,21 +91,47 @@ impl Plugin {
         }
     }
 
+    /// What is held against it.
+    pub(super) fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// Why it takes no work, if so: the end of a task leased for it.
+    pub(super) fn refusal(&self) -> Option<Outcome> {
+        let reason = self.record.out_of_service()?;
+        let message = format!("plugin {} is out of service: {reason}", self.name);
+        Some(Outcome::Setup { stage: "start_session", message })
+    }
+
     async fn run(&self, job: Job) -> Outcome {
-        let Job { grant, ports, dir, cancel_grace, began } = job;
+        let Job { grant, ports, folder, workers, cancel_grace, began } = job;
         let slot = tokio::select! {
-            slot = self.slots.acquire() => slot.expect("a plugin's slots are never closed"),
+            slot = self.slots.acquire() => slot,
             reason = grant.cancel.cancelled() => return cancelled(reason),
         };
+        let Ok(slot) = slot else {
+            return self.refusal().expect("slots are closed when the plugin goes out of service");
+        };
         began();
-        let request = Request { capability: grant.lease.capability.as_str(), dir: &dir, lease: &grant.lease.document };
+        let request =
+            Request { capability: grant.lease.capability.as_str(), dir: &folder.path, lease: &grant.lease.document };
         let request = match serde_json::to_string(&request) {
             Ok(request) => request,
             // A folder whose name is no text: JSON cannot hold it.
-            Err(err) => return Outcome::HostFault { message: format!("task directory {}: {err}", dir.display()) },
+            Err(err) => {
+                return Outcome::HostFault { message: format!("task directory {}: {err}", folder.path.display()) };
+            }
         };
+        if self.needs_folder {
+            let make = Arc::clone(&folder.make);
+            let made = workers.spawn_blocking(move || make()).await;
+            if let Err(message) = made.unwrap_or_else(|err| Err(err.to_string())) {
+                return Outcome::HostFault { message };
+            }
+        }
+        let place = ffi::Place { ports, folder, runtime: workers };
         let (entered, mut ended) =
-            ffi::enter(Arc::clone(&self.name), self.dispatcher.clone(), self.grant_token, grant.clone(), ports);
+            ffi::enter(Arc::clone(&self.name), self.dispatcher.clone(), self.grant_token, grant.clone(), place);
         let (entries, task) = (self.entries, entered.task);
         self.dispatcher.run("start", move || entries.start(task, &request));
         let completion = tokio::select! {
@@ -103,8 +142,11 @@ impl Plugin {
                 match tokio::time::timeout(cancel_grace, ended).await {
                     Ok(ended) => ended,
                     Err(_) => {
-                        STUCK.fetch_add(1, Ordering::Relaxed);
-                        warn!(plugin = %self.name, grace_ms = millis(cancel_grace), "runner ignored its cancellation, slot given back");
+                        self.record.give_up(&self.name, task, grant.lease.task, cancel_grace);
+                        if self.record.out_of_service().is_some() {
+                            // What waits for a slot shall not wait for ever.
+                            self.slots.close();
+                        }
                         drop(slot);
                         return cancelled(grant.cancel.reason().unwrap_or(CancelReason::Operator));
                     }
@@ -124,7 +166,14 @@ impl Plugins {
     /// cancellation, whatever the runner does.
     pub async fn run(&self, job: Job) -> Outcome {
         match self.plugin(&job.grant.lease.capability) {
-            Some(plugin) => plugin.run(job).await,
+            Some(plugin) => {
+                let strikes = plugin.record.strikes();
+                let outcome = plugin.run(job).await;
+                if plugin.record.strikes() != strikes {
+                    self.serving.send_modify(|serving| *serving = self.in_service());
+                }
+                outcome
+            }
             None => Outcome::NoRunner,
         }
     }
@@ -132,7 +181,7 @@ impl Plugins {
     /// Runners that ignored their cancellation, since the process began.
     #[must_use]
     pub fn stuck_runners() -> u64 {
-        STUCK.load(Ordering::Relaxed)
+        stuck::total()
     }
 }
 

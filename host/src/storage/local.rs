@@ -23,10 +23,11 @@ use super::{
     file::{FileBlocks, FileSink},
     naming::{data_type, dataset_file, dataset_folder, logical_path, relative_path, safe, shown},
     runner_file::RunnerFile,
+    zip::{self, UnpackLimits},
 };
 use crate::model::{
-    Artifact, ArtifactSpec, Fetched, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind,
-    Ports,
+    Artifact, ArtifactSpec, Budget, Fetched, InputMeta, InputStream, Materialized, OutputStream, PortError,
+    PortErrorKind, Ports,
 };
 
 /// See the module's text.
@@ -34,6 +35,8 @@ pub struct LocalPorts {
     inputs: Vec<PathBuf>,
     dir: PathBuf,
     shelf: Arc<Shelf>,
+    /// Counts only: whoever runs something by hand sees what it takes.
+    budget: Budget,
 }
 
 /// Where outputs go, and which are there.
@@ -46,7 +49,7 @@ impl LocalPorts {
     /// Ports that read `inputs`, write below `out` and materialize below `dir`.
     #[must_use]
     pub fn new(inputs: Vec<PathBuf>, out: PathBuf, dir: PathBuf) -> Self {
-        Self { inputs, dir, shelf: Arc::new(Shelf { out, published: Mutex::default() }) }
+        Self { inputs, dir, shelf: Arc::new(Shelf { out, published: Mutex::default() }), budget: Budget::unlimited() }
     }
 
     fn find(&self, cid: &str) -> Result<&Path, PortError> {
@@ -116,7 +119,16 @@ impl Ports for LocalPorts {
             io::copy(&mut file, &mut File::create_new(target)?)
         });
         copied.await.map_err(|err| failed(&format!("copy input {}", source.display()), &err))?;
-        Ok(Materialized { meta, path, root_dir, related_files: Vec::new(), extracted_paths: Vec::new() })
+        let data_type = meta.data_type.as_deref().unwrap_or_default();
+        let extracted_paths = match zip::is_archive(data_type) {
+            false => Vec::new(),
+            true => {
+                let into = root_dir.join(zip::folder(data_type, name, 1));
+                let what = format!("archive {}", source.display());
+                zip::unpacked(&what, path.clone(), into, UnpackLimits::default(), None).await?
+            }
+        };
+        Ok(Materialized { meta, path, root_dir, related_files: Vec::new(), extracted_paths })
     }
 
     async fn put_file(&self, spec: ArtifactSpec, file: &Path) -> Result<Option<String>, PortError> {
@@ -151,6 +163,10 @@ impl Ports for LocalPorts {
     /// A run by hand has no record to stand in.
     fn fetched(&self) -> Vec<Fetched> {
         Vec::new()
+    }
+
+    fn budget(&self) -> &Budget {
+        &self.budget
     }
 }
 

@@ -14,6 +14,7 @@ mod local;
 mod naming;
 mod runner_file;
 mod task_dir;
+mod zip;
 
 use std::{path::Path, sync::Arc};
 
@@ -21,6 +22,7 @@ pub use disk::Disk;
 pub use domain::{Config, DomainPorts};
 pub use local::LocalPorts;
 pub use task_dir::{Scratch, ScratchError, TaskDir};
+pub use zip::UnpackLimits;
 
 use crate::{
     model::{Grant, TaskId},
@@ -42,8 +44,9 @@ impl Storage {
         Self { scratch, disk, client, config: Arc::new(config) }
     }
 
-    /// A fresh directory for a task, removed when it is dropped.
-    pub fn task_dir(&self, task: TaskId) -> Result<TaskDir, ScratchError> {
+    /// A directory for a task, made when it is first needed and removed when it is dropped.
+    #[must_use]
+    pub fn task_dir(&self, task: TaskId) -> TaskDir {
         self.scratch.task_dir(task)
     }
 

@@ -4,15 +4,15 @@
 //! as it lives. What a crashed process left behind has no held lock, and the next process that
 //! opens the same base sweeps it; folders of living processes and strangers' files stay.
 //!
-//! Making and removing a directory costs a file system far more than renaming one, and most tasks
-//! leave theirs empty. Such a directory goes under a name nobody knows and becomes the next task's.
+//! Many tasks need no directory, and making and removing one costs more than such a task does. So it
+//! is made when somebody first needs it.
 
 use std::{
     fs::{self, DirBuilder, File},
     io,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -27,8 +27,6 @@ const OWNER_PREFIX: &str = "node-";
 const OWNER_LOCK: &str = "owner.lock";
 /// Held while somebody sweeps or makes a folder, so that no sweep sees a folder before its lock.
 const BASE_LOCK: &str = ".lock";
-/// Most empty directories that are kept for the next tasks.
-const SPARES_MAX: usize = 64;
 
 /// Why a directory could not be made or removed.
 #[derive(Debug, thiserror::Error)]
@@ -55,46 +53,8 @@ pub struct Scratch {
 #[derive(Debug)]
 struct Home {
     path: PathBuf,
-    made: AtomicU64,
-    /// Empty directories of tasks that are over.
-    spares: Mutex<Vec<PathBuf>>,
+    named: AtomicU64,
     _lock: File,
-}
-
-impl Home {
-    /// A spare directory under the name `path`, if there is one.
-    fn reuse(&self, path: &Path) -> bool {
-        let spare = self.spares.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        spare.is_some_and(|spare| fs::rename(&spare, path).is_ok())
-    }
-
-    /// Ends a task's directory: it is kept if it is as empty as a new one, else removed.
-    fn retire(&self, path: &Path) -> io::Result<()> {
-        let number = self.made.fetch_add(1, Ordering::Relaxed);
-        let spare = self.path.join(format!("spare-{number}"));
-        // Renamed before the look into it: a runner that lives on has only the old name.
-        if self.spares.lock().unwrap_or_else(PoisonError::into_inner).len() >= SPARES_MAX
-            || fs::rename(path, &spare).is_err()
-        {
-            return remove_tree(path);
-        }
-        if !is_as_new(&spare) {
-            return remove_tree(&spare);
-        }
-        self.spares.lock().unwrap_or_else(PoisonError::into_inner).push(spare);
-        Ok(())
-    }
-}
-
-/// Whether a directory is private and empty.
-fn is_as_new(path: &Path) -> bool {
-    #[cfg(unix)]
-    let private =
-        |about: &fs::Metadata| std::os::unix::fs::PermissionsExt::mode(&about.permissions()) & 0o7777 == 0o700;
-    #[cfg(not(unix))]
-    let private = |_: &fs::Metadata| true;
-    fs::symlink_metadata(path).is_ok_and(|about| about.is_dir() && private(&about))
-        && fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none())
 }
 
 impl Drop for Home {
@@ -126,49 +86,99 @@ impl Scratch {
             return Err(failed("lock", &owner)(io::ErrorKind::WouldBlock.into()));
         }
         drop(turn);
-        Ok(Self { home: Arc::new(Home { path, made: AtomicU64::new(0), spares: Mutex::default(), _lock: held }) })
+        Ok(Self { home: Arc::new(Home { path, named: AtomicU64::new(0), _lock: held }) })
     }
 
-    /// A fresh directory for `task`, readable by this user only. Each call makes another one.
-    pub fn task_dir(&self, task: TaskId) -> Result<TaskDir, ScratchError> {
-        let number = self.home.made.fetch_add(1, Ordering::Relaxed);
+    /// A directory for `task`, not made yet. Each call names another one.
+    #[must_use]
+    pub fn task_dir(&self, task: TaskId) -> TaskDir {
+        let number = self.home.named.fetch_add(1, Ordering::Relaxed);
         let path = self.home.path.join(format!("{task}-{number}"));
-        if !self.home.reuse(&path) {
-            make_private(&path, false).map_err(failed("make task directory", &path))?;
-        }
-        Ok(TaskDir { path, home: Some(Arc::clone(&self.home)) })
+        TaskDir(Arc::new(Place { path, stage: Mutex::new(Stage::Named), _home: Arc::clone(&self.home) }))
     }
 }
 
-/// A task's directory. Removed on drop with everything in it; [`TaskDir::close`] does the same and
-/// says whether it worked. Both block while they delete.
+/// A task's directory. Cheap to clone; removed with everything in it when the last clone is dropped.
+/// [`TaskDir::close`] does the same for all of them and says whether it worked.
+#[derive(Clone, Debug)]
+pub struct TaskDir(Arc<Place>);
+
 #[derive(Debug)]
-pub struct TaskDir {
+struct Place {
     path: PathBuf,
-    /// `None` once closed.
-    home: Option<Arc<Home>>,
+    stage: Mutex<Stage>,
+    _home: Arc<Home>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// The runner may have made it, which its SDK does by itself.
+    Named,
+    Made,
+    Closed,
 }
 
 impl TaskDir {
-    /// The directory.
+    /// Where it is or would be.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.path
+        &self.0.path
     }
 
-    /// Removes the directory.
-    pub fn close(mut self) -> Result<(), ScratchError> {
-        match self.home.take() {
-            Some(home) => home.retire(&self.path).map_err(failed("remove task directory", &self.path)),
-            None => Ok(()),
+    /// Makes it, readable by this user only, unless it is there. Blocks for as long as that takes.
+    pub fn make(&self) -> Result<(), ScratchError> {
+        let mut stage = self.0.stage();
+        if *stage == Stage::Named {
+            match make_private(&self.0.path, false) {
+                Err(err) if err.kind() == io::ErrorKind::AlreadyExists => {}
+                made => made.map_err(failed("make task directory", &self.0.path))?,
+            }
+            *stage = Stage::Made;
         }
+        Ok(())
+    }
+
+    /// Removes the directory if it is empty, which is quick, and makes sure it is not made again.
+    /// `false` where more is to be done: by [`TaskDir::close`].
+    #[must_use]
+    pub fn close_empty(&self) -> bool {
+        self.0.close_empty()
+    }
+
+    /// Removes the directory, which blocks for as long as what is in it takes.
+    pub fn close(&self) -> Result<(), ScratchError> {
+        self.0.close().map_err(failed("remove task directory", &self.0.path))
     }
 }
 
-impl Drop for TaskDir {
+impl Place {
+    fn stage(&self) -> MutexGuard<'_, Stage> {
+        self.stage.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn close_empty(&self) -> bool {
+        let mut stage = self.stage();
+        let empty = match fs::remove_dir(&self.path) {
+            Err(err) => err.kind() == io::ErrorKind::NotFound,
+            Ok(()) => true,
+        };
+        *stage = if empty { Stage::Closed } else { Stage::Made };
+        empty
+    }
+
+    fn close(&self) -> io::Result<()> {
+        let mut stage = self.stage();
+        if *stage == Stage::Closed {
+            return Ok(());
+        }
+        *stage = Stage::Closed;
+        remove_tree(&self.path)
+    }
+}
+
+impl Drop for Place {
     fn drop(&mut self) {
-        let Some(home) = self.home.take() else { return };
-        if let Err(err) = home.retire(&self.path) {
+        if let Err(err) = self.close() {
             tracing::warn!(path = %self.path.display(), error = %err, "task directory could not be removed");
         }
     }
@@ -289,12 +299,18 @@ mod tests {
         entries.filter(|entry| entry.as_ref().expect("an entry").path().is_dir()).count()
     }
 
+    fn made(scratch: &Scratch) -> TaskDir {
+        let dir = scratch.task_dir(TASK);
+        dir.make().expect("made");
+        dir
+    }
+
     #[test]
     fn a_task_directory_is_private_fresh_and_gone_afterwards() {
         // S0-82
         let base = base();
         let scratch = Scratch::open(base.path().join("deep/er")).expect("opens");
-        let (one, two) = (scratch.task_dir(TASK).expect("made"), scratch.task_dir(TASK).expect("made"));
+        let (one, two) = (made(&scratch), made(&scratch));
         assert_ne!(one.path(), two.path(), "the same task twice gets two directories");
         for path in [one.path(), one.path().parent().expect("the process folder")] {
             let mode = fs::metadata(path).expect("exists").permissions().mode();
@@ -305,47 +321,35 @@ mod tests {
         drop(one);
         two.close().expect("closes");
         assert!(gone.iter().all(|path| !path.exists()));
-        drop(scratch);
+        drop((two, scratch));
         assert_eq!(folders(&base.path().join("deep/er")), 0, "a clean exit takes the process folder too");
     }
 
     #[test]
-    fn a_directory_is_used_again_only_if_it_is_as_new() {
+    fn a_directory_nobody_needs_is_never_made() {
         // S0-82
         let base = base();
         let scratch = Scratch::open(base.path().to_owned()).expect("opens");
-        let inode = |dir: &TaskDir| std::os::unix::fs::MetadataExt::ino(&fs::metadata(dir.path()).expect("exists"));
-        let dirt: [fn(&Path); 3] = [
-            |path| fs::write(path.join("file"), b"x").expect("written"),
-            |path| fs::create_dir(path.join("folder")).expect("made"),
-            |path| fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("changed"),
-        ];
-        for soil in dirt {
-            let clean = scratch.task_dir(TASK).expect("made");
-            let (path, first) = (clean.path().to_owned(), inode(&clean));
-            clean.close().expect("kept");
-            assert!(!path.exists());
-            let again = scratch.task_dir(TASK).expect("made");
-            assert_eq!(inode(&again), first, "an empty directory is used again");
-            assert_ne!(again.path(), path);
-            soil(again.path());
-            let kept_open = File::open(again.path()).expect("opened"); // keeps the inode's number from coming back
-            again.close().expect("removed");
-            let fresh = scratch.task_dir(TASK).expect("made");
-            assert_ne!(inode(&fresh), first);
-            assert_eq!(fs::metadata(fresh.path()).expect("exists").permissions().mode() & 0o777, 0o700);
-            assert_eq!(fs::read_dir(fresh.path()).expect("listed").count(), 0);
-            drop((fresh, kept_open));
-        }
-        drop(scratch);
-        assert_eq!(folders(base.path()), 0, "spare directories go with the process");
+        let dir = scratch.task_dir(TASK);
+        assert!(!dir.path().exists());
+        assert!(dir.close_empty());
+        dir.make().expect("nothing to do");
+        assert!(!dir.path().exists(), "what is over is not made again");
+
+        let dir = scratch.task_dir(TASK);
+        make_private(dir.path(), false).expect("made by a runner");
+        dir.make().expect("there already");
+        fs::write(dir.path().join("file"), b"x").expect("written");
+        assert!(!dir.close_empty(), "removing what is in it may take long");
+        dir.close().expect("removed");
+        assert!(!dir.path().exists());
     }
 
     #[test]
     fn read_only_directories_do_not_stay_behind() {
         let base = base();
         let scratch = Scratch::open(base.path().to_owned()).expect("opens");
-        let task = scratch.task_dir(TASK).expect("made");
+        let task = made(&scratch);
         let inner = task.path().join("a/b");
         fs::create_dir_all(&inner).expect("made");
         fs::write(inner.join("file"), b"x").expect("written");
@@ -360,9 +364,10 @@ mod tests {
     #[test]
     fn a_directory_the_runner_removed_itself_is_no_error() {
         let base = base();
-        let task = Scratch::open(base.path().to_owned()).expect("opens").task_dir(TASK).expect("made");
+        let task = made(&Scratch::open(base.path().to_owned()).expect("opens"));
         fs::remove_dir_all(task.path()).expect("removed");
         task.close().expect("nothing left to do");
+        drop(task);
         assert_eq!(folders(base.path()), 0, "the last task directory takes the process folder with it");
     }
 
@@ -370,7 +375,7 @@ mod tests {
     fn a_sweep_takes_dead_owners_and_nobody_else() {
         let base = base();
         let living = Scratch::open(base.path().to_owned()).expect("opens");
-        let task = living.task_dir(TASK).expect("made");
+        let task = made(&living);
         let dead = base.path().join("node-1-dead");
         let unlocked = base.path().join("node-2-before-its-lock");
         let stranger = base.path().join("somebody-else");

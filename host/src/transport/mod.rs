@@ -7,6 +7,7 @@
 
 mod clock;
 mod connect;
+mod pool;
 mod proxy;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -15,13 +16,9 @@ mod tls;
 use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{Request, Response, StatusCode};
+use http::{Request, Response, StatusCode, response};
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use hyper::body::Incoming;
-use hyper_util::{
-    client::legacy::Client as Pool,
-    rt::{TokioExecutor, TokioTimer},
-};
 use jiff::Timestamp;
 use serde::de::DeserializeOwned;
 use url::Url;
@@ -31,12 +28,15 @@ pub use tls::Roots;
 
 use crate::model::Moment;
 use clock::{Clocks, Reading};
+use pool::Pool;
 
 /// Largest JSON answer read, in bytes.
 pub const JSON_BYTES_MAX: usize = 2 * 1024 * 1024;
 /// How much of an error answer is kept for people, in bytes.
 pub const EXCERPT_BYTES_MAX: usize = 512;
 
+/// How long a connection stays open without a request.
+const IDLE_MAX: Duration = Duration::from_secs(60);
 /// Nothing shorter is taken for a token.
 const TOKEN_BYTES_MIN: usize = 12;
 
@@ -277,7 +277,7 @@ fn is_loopback(host: &str) -> bool {
 /// See the module's text. Cheap to clone; all clones share one pool.
 #[derive(Clone)]
 pub struct Client {
-    pool: Pool<connect::Connector, Body>,
+    pool: Pool,
     config: Arc<Config>,
     clocks: Arc<Clocks>,
 }
@@ -286,10 +286,7 @@ impl Client {
     /// A client with an empty pool. It must be used inside a tokio runtime.
     #[must_use]
     pub fn new(config: Config) -> Self {
-        let pool = Pool::builder(TokioExecutor::new())
-            .pool_timer(TokioTimer::new())
-            .pool_idle_timeout(Duration::from_secs(60))
-            .build(connect::Connector::new(&config));
+        let pool = Pool::new(connect::Connector::new(&config), IDLE_MAX);
         Self { pool, config: Arc::new(config), clocks: Arc::default() }
     }
 
@@ -301,20 +298,11 @@ impl Client {
     /// Sends a request and waits up to `limit` for the head of the answer; the body is the
     /// caller's to stream. Uploads that may take longer than any fixed time pass `Duration::MAX`
     /// and watch for stalls themselves.
-    pub async fn send(
-        &self,
-        mut request: Request<Body>,
-        limit: Duration,
-    ) -> Result<Response<Incoming>, TransportError> {
-        if let Some(authorization) = self.config.proxies.authorization(request.uri()) {
-            request.headers_mut().insert(http::header::PROXY_AUTHORIZATION, authorization);
-        }
-        let host = request.uri().authority().map_or_else(String::new, ToString::to_string);
-        match tokio::time::timeout(limit, self.pool.request(request)).await {
-            Ok(Ok(response)) => Ok(response),
-            Ok(Err(err)) => Err(TransportError::Unreachable { host, reason: innermost(&err) }),
-            Err(_) => Err(TransportError::Timeout { host, limit }),
-        }
+    pub async fn send(&self, request: Request<Body>, limit: Duration) -> Result<Response<Incoming>, TransportError> {
+        let host = host_of(&request);
+        let (response, connection) = within(limit, &host, self.request(request, &host)).await?;
+        self.pool.give_back_later(connection);
+        Ok(response)
     }
 
     /// The time as the service at `base` has it, as far as its answers have told.
@@ -326,51 +314,91 @@ impl Client {
 
     /// Sends a request and reads the whole answer, at most [`JSON_BYTES_MAX`] bytes, all within `limit`.
     pub async fn call(&self, request: Request<Body>, limit: Duration) -> Result<Answer, TransportError> {
-        let host = request.uri().authority().map_or_else(String::new, ToString::to_string);
-        let sent = Moment::now();
-        let whole = async {
-            let response = self.send(request, limit).await?;
-            let (head, body) = response.into_parts();
-            let clock = self.clocks.note(&host, &head.headers, sent);
-            let body = read_capped(body, JSON_BYTES_MAX, &host).await?;
-            Ok(Answer { status: head.status, headers: head.headers, body, host: host.clone(), clock })
-        };
-        match tokio::time::timeout(limit, whole).await {
-            Ok(answer) => answer,
-            Err(_) => Err(TransportError::Timeout { host, limit }),
-        }
+        let (host, mut head) = (host_of(&request), None);
+        let body = within(limit, &host, self.whole(request, &host, &mut head)).await?;
+        let (head, clock) = head.expect("a body comes after its head");
+        Ok(Answer { status: head.status, headers: head.headers, body, host, clock })
     }
 
     /// Like [`Client::call`] for callers to whom only the status matters: a body that breaks off,
     /// is too large or comes too late does not hide it. The answer's body is then empty.
     pub async fn call_for_status(&self, request: Request<Body>, limit: Duration) -> Result<Answer, TransportError> {
-        let (started, sent) = (tokio::time::Instant::now(), Moment::now());
-        let host = request.uri().authority().map_or_else(String::new, ToString::to_string);
-        let (head, body) = self.send(request, limit).await?.into_parts();
-        let clock = self.clocks.note(&host, &head.headers, sent);
-        let left = limit.saturating_sub(started.elapsed());
-        let body = match tokio::time::timeout(left, read_capped(body, JSON_BYTES_MAX, &host)).await {
-            Ok(Ok(body)) => body,
-            Ok(Err(_)) | Err(_) => Bytes::new(),
-        };
-        Ok(Answer { status: head.status, headers: head.headers, body, host, clock })
+        let (host, mut head) = (host_of(&request), None);
+        let body = within(limit, &host, self.whole(request, &host, &mut head)).await;
+        match head {
+            Some((head, clock)) => {
+                let body = body.unwrap_or_default();
+                Ok(Answer { status: head.status, headers: head.headers, body, host, clock })
+            }
+            None => Err(body.expect_err("there is no body without a head")),
+        }
     }
+
+    async fn request(
+        &self,
+        mut request: Request<Body>,
+        host: &str,
+    ) -> Result<(Response<Incoming>, pool::Taken), TransportError> {
+        if let Some(authorization) = self.config.proxies.authorization(request.uri()) {
+            request.headers_mut().insert(http::header::PROXY_AUTHORIZATION, authorization);
+        }
+        let sent = self.pool.request(request).await;
+        sent.map_err(|reason| TransportError::Unreachable { host: host.to_owned(), reason })
+    }
+
+    /// Sends a request and returns the answer's body. Its head is there as soon as it has come, also
+    /// when the body fails or this is dropped.
+    async fn whole(
+        &self,
+        request: Request<Body>,
+        host: &str,
+        head: &mut Option<(response::Parts, Reading)>,
+    ) -> Result<Bytes, TransportError> {
+        let sent = Moment::now();
+        let (response, connection) = self.request(request, host).await?;
+        let (parts, body) = response.into_parts();
+        let clock = self.clocks.note(host, &parts.headers, sent);
+        *head = Some((parts, clock));
+        let body = read_capped(body, JSON_BYTES_MAX, host).await?;
+        self.pool.give_back(connection);
+        Ok(body)
+    }
+}
+
+async fn within<T>(
+    limit: Duration,
+    host: &str,
+    work: impl Future<Output = Result<T, TransportError>>,
+) -> Result<T, TransportError> {
+    match tokio::time::timeout(limit, work).await {
+        Ok(done) => done,
+        Err(_) => Err(TransportError::Timeout { host: host.to_owned(), limit }),
+    }
+}
+
+fn host_of(request: &Request<Body>) -> String {
+    request.uri().authority().map_or_else(String::new, ToString::to_string)
 }
 
 /// Reads a body of at most `limit` bytes. `host` is for the error text.
 pub async fn read_capped(mut body: Incoming, limit: usize, host: &str) -> Result<Bytes, TransportError> {
-    let mut collected = Vec::new();
+    let (mut first, mut collected) = (Bytes::new(), Vec::new());
     while let Some(frame) = body.frame().await {
         let frame =
             frame.map_err(|err| TransportError::Truncated { host: host.to_owned(), reason: innermost(&err) })?;
-        if let Ok(data) = frame.into_data() {
-            if collected.len() + data.len() > limit {
-                return Err(TransportError::Oversize { host: host.to_owned(), limit });
-            }
-            collected.extend_from_slice(&data);
+        let Ok(data) = frame.into_data() else { continue };
+        if first.len() + collected.len() + data.len() > limit {
+            return Err(TransportError::Oversize { host: host.to_owned(), limit });
         }
+        // Most answers come in one piece, which need not be copied.
+        if first.is_empty() && collected.is_empty() {
+            first = data;
+            continue;
+        }
+        collected.extend_from_slice(&std::mem::take(&mut first));
+        collected.extend_from_slice(&data);
     }
-    Ok(collected.into())
+    Ok(if collected.is_empty() { first } else { collected.into() })
 }
 
 /// The innermost cause of an error: the outer ones of HTTP libraries say little.

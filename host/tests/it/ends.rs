@@ -140,16 +140,3 @@ async fn s1_16_a_cancel_shows_in_the_flag_that_a_runner_asks_without_waiting() {
     node.says("task ended, nothing to report").await;
     assert_silence(&lab);
 }
-
-#[tokio::test]
-async fn a_runner_that_ignores_its_cancel_costs_a_slot_for_the_grace_only() {
-    let lab = Lab::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
-    let node = lab.node(&[fixtures::zoo()]).set("CANCEL_GRACE", "200ms").leasing().await;
-    let job = lab.task("/fixtures/ignores-cancel/v1").meta(json!({ "sleep_ms": 3_600_000 })).submit();
-    lab.started(&node, job).await;
-    assert!(lab.world.cancel_job(job));
-    let line = node.says("runner ignored its cancellation, slot given back").await;
-    assert_eq!(line["plugin"], "zoo", "{line}");
-    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
-    node.stop().await;
-}

@@ -127,7 +127,8 @@ async fn a_node_does_its_work_under_every_example() {
             assert_eq!(ended.status(), "completed", "{}: {:#}\n{}", file.display(), ended.0, node.log());
         }
         node.stop().await;
-        assert_eq!((lab.world.open_uploads(), node.scratch()), (0, Vec::new()), "{}", file.display());
+        let left = (lab.stored().await, lab.world.open_uploads(), node.scratch());
+        assert_eq!(left, (4, 0, Vec::new()), "{}: items, open uploads, files", file.display());
     });
     futures_util::future::join_all(run).await;
 }

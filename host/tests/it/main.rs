@@ -5,6 +5,7 @@
 #![allow(missing_docs, reason = "tests are named as statements")]
 
 mod abi_calls;
+mod artifacts;
 mod bad_answers;
 mod bad_config;
 mod bad_leases;
@@ -12,12 +13,16 @@ mod cli;
 mod clocks;
 mod concurrency;
 mod config_files;
+mod disk;
 mod ends;
 mod faults;
 mod harness;
 mod heartbeats;
+mod inputs;
+mod ladder;
 mod lease_life;
 mod lease_path;
+mod login;
 mod logs;
 mod pages;
 mod plugin_files;
@@ -29,3 +34,4 @@ mod secrets;
 mod signals;
 mod strangers;
 mod tls_and_proxy;
+mod zip;

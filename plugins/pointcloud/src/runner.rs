@@ -2,7 +2,7 @@
 //!
 //! Everything about points is in [`crate::downsample`]; this file only connects it to a task.
 
-use std::fs::File;
+use std::{fs::File, path::Path};
 
 use runner_sdk::{Error, Runner, TaskCtx, export_runner};
 use serde_json::json;
@@ -11,7 +11,7 @@ use crate::downsample::{self, DownsampleError, FileSource, Progress, Settings};
 
 /// Thins point clouds: `/pointcloud/downsample/v1`.
 ///
-/// Inputs: one PLY file or more, merged into one cloud. `meta.voxel`: the side of a voxel in the unit of the
+/// Inputs: one PLY file or more, or zip archives of them (the host unpacks data of type `zip`), merged into one cloud. `meta.voxel`: the side of a voxel in the unit of the
 /// files; derived from the size of the cloud where absent. Outputs: `cloud.ply`, `preview.png`, `report.json`.
 #[derive(Default)]
 pub struct Downsample;
@@ -30,7 +30,18 @@ impl Runner for Downsample {
             let input = ctx.input.materialize_cid_with_meta(cid).await?;
             // The place in the task says more to its author than the id, and holds no secret.
             let label = format!("input {} of {}", index + 1, task.inputs_cids.len());
-            sources.push(FileSource::new(label, input.path)?);
+            if input.extracted_paths.is_empty() {
+                sources.push(FileSource::new(label, input.path)?);
+                continue;
+            }
+            let clouds: Vec<_> = input.extracted_paths.into_iter().filter(|path| is_cloud(path)).collect();
+            if clouds.is_empty() {
+                return Err(Error::msg(format!("{label}: the archive holds no .ply file")).invalid_input());
+            }
+            for cloud in clouds {
+                let name = cloud.file_name().unwrap_or_default().to_string_lossy().into_owned();
+                sources.push(FileSource::new(format!("{label}, {name}"), cloud)?);
+            }
         }
 
         let cloud_path = ctx.scratch_dir().join("cloud.ply");
@@ -54,6 +65,12 @@ impl Runner for Downsample {
         ctx.output.put_bytes("report.json", report).await?;
         Ok(())
     }
+}
+
+/// Whether a file out of an archive is a cloud; archives made on some systems hold others beside them.
+fn is_cloud(path: &Path) -> bool {
+    let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
+    !hidden && path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("ply"))
 }
 
 /// Tells the control plane whether trying the same input again could help.

@@ -157,7 +157,9 @@ pub struct Host {
     pub token: unsafe extern "C" fn(task: Task, reply: Callback, user: *mut c_void),
     /// Opens an input as a stream. Answer: JSON `{"stream":N,"cid":…,"data_id":…,"name":…,"data_type":…,"domain_id":…,"size":…}`.
     pub input_open: unsafe extern "C" fn(task: Task, cid: Str, reply: Callback, user: *mut c_void),
-    /// The next piece of an input, at most `max` bytes. Answer: bytes, none at the end.
+    /// The next piece of an input, at most `max` bytes. Answer: bytes, none at the end. A `max` above 1 MiB says
+    /// that the caller keeps what it reads in memory: the input's size is then charged to the host's memory budget
+    /// until the stream is closed; `LIMIT` if it can never fit.
     pub input_read: unsafe extern "C" fn(task: Task, stream: u64, max: u64, reply: Callback, user: *mut c_void),
     /// Closes an input before or after its end. Answer: nothing.
     pub input_close: unsafe extern "C" fn(task: Task, stream: u64, reply: Callback, user: *mut c_void),

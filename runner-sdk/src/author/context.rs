@@ -2,7 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, OnceLock},
 };
 
 use super::{ArtifactSink, ControlPlane, InputSource, LeaseEnvelope, Port};
@@ -20,7 +20,13 @@ pub struct TaskCtx {
     pub output: ArtifactSink,
     /// Progress, events, cancellation, token.
     pub ctrl: ControlPlane,
-    dir: Arc<PathBuf>,
+    dir: Arc<Dir>,
+}
+
+/// Where the task's directory is, and whether it has been asked for.
+struct Dir {
+    path: PathBuf,
+    made: OnceLock<()>,
 }
 
 impl TaskCtx {
@@ -30,7 +36,7 @@ impl TaskCtx {
             input: InputSource::new(Arc::clone(&port)),
             output: ArtifactSink::new(Arc::clone(&port)),
             ctrl: ControlPlane::new(port),
-            dir: Arc::new(dir),
+            dir: Arc::new(Dir { path: dir, made: OnceLock::new() }),
         }
     }
 
@@ -38,6 +44,14 @@ impl TaskCtx {
     /// when the task ends.
     #[must_use]
     pub fn scratch_dir(&self) -> &Path {
-        &self.dir
+        // Many tasks need none, and making and removing one is not free.
+        self.dir.made.get_or_init(|| {
+            let mut builder = std::fs::DirBuilder::new();
+            #[cfg(unix)]
+            std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+            // It may be there. Where it cannot be made, whoever writes to it is told why.
+            let _ = builder.create(&self.dir.path);
+        });
+        &self.dir.path
     }
 }

@@ -4,7 +4,7 @@ use std::sync::{Arc, atomic::Ordering};
 
 use serde::Serialize;
 
-use super::{Call, Payload, Port, PortError, PortErrorKind};
+use super::{Call, Payload, Port, PortError, PortErrorKind, asks::Asks};
 
 /// Why a task should stop.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -38,11 +38,12 @@ impl CancelReason {
 #[derive(Clone)]
 pub struct ControlPlane {
     port: Arc<dyn Port>,
+    asks: Arc<Asks>,
 }
 
 impl ControlPlane {
     pub(crate) fn new(port: Arc<dyn Port>) -> Self {
-        Self { port }
+        Self { port, asks: Arc::default() }
     }
 
     /// Replaces the task's progress with `value`, any JSON of at most 64 KiB. The plane sees the latest
@@ -64,10 +65,17 @@ impl ControlPlane {
         self.port.call(call).await.map(drop)
     }
 
-    /// Whether the task should stop. Cheap enough for an inner loop.
+    /// Whether the task should stop. Cheap enough for an inner loop that has work to do: asked some thousand
+    /// times in a row with less than a microsecond between two asks, it waits a millisecond after each
+    /// further thousand, so that a loop which does nothing but ask does not occupy a core. Who only waits
+    /// awaits [`Self::cancelled`].
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
-        self.port.cancelled().load(Ordering::Acquire)
+        let cancelled = self.port.cancelled().load(Ordering::Acquire);
+        if !cancelled {
+            self.asks.note();
+        }
+        cancelled
     }
 
     /// Waits until the task should stop, and says why.

@@ -167,7 +167,8 @@ pub enum PortErrorKind {
     LeaseOver,
     /// A local file could not be read or written.
     Local,
-    /// A bound was passed: size of progress, number of waiting events, number of open streams.
+    /// A bound was passed: size of progress, number of waiting events, number of open streams, bytes in
+    /// memory, contents of an archive.
     Limit,
     /// The task could not be set up on its control plane.
     Setup,

@@ -11,10 +11,12 @@ use std::{
 use serde::Deserialize;
 use tokio::io::{AsyncRead, ReadBuf};
 
-use super::{Call, Payload, Port, PortError, Reply, control::decode};
+use super::{Call, Payload, Port, PortError, PortErrorKind, Reply, control::decode};
 
 /// How much a reader asks for at a time, in bytes.
 const READ_BYTES: u64 = 256 * 1024;
+/// Asked for by who keeps everything in memory: the host then charges the input's size to its budget.
+const KEEPS_ALL: u64 = u64::MAX;
 
 /// What the store knows about an input, and where it lies on disk.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -45,7 +47,8 @@ pub struct MaterializedInput {
     /// Files of further parts that belong to the same input.
     #[serde(default)]
     pub related_files: Vec<PathBuf>,
-    /// Files unpacked from the input; a host of this version unpacks none, archives come as they are.
+    /// Files unpacked from the input, in the order of the archive, if its data type is `zip`, `zip_data` or
+    /// ends in `_zip`; `path` is the archive itself.
     #[serde(default)]
     pub extracted_paths: Vec<PathBuf>,
 }
@@ -61,14 +64,23 @@ impl InputSource {
         Self { port }
     }
 
-    /// The whole input in memory. For what may be large, use a file or the reader.
+    /// The whole input in memory, as it is stored: an archive comes packed. For what may be large, use a
+    /// file or the reader: this waits while the tasks of the node hold too much in memory together.
     ///
     /// # Errors
-    /// `NotFound` for an unknown input; see [`crate::PortErrorKind`] for the rest.
+    /// `NotFound` for an unknown input, `Limit` for one that is larger than all the memory the operator gives to
+    /// tasks' data; see [`crate::PortErrorKind`] for the rest.
     pub async fn get_bytes_by_cid(&self, cid: &str) -> Result<Vec<u8>, PortError> {
         let mut reader = self.open_reader_by_cid(cid).await?;
-        let mut bytes = Vec::with_capacity(reader.info.size.unwrap_or(0).min(64 << 20) as usize);
-        while let Some(piece) = reader.next_piece().await? {
+        let mut bytes = Vec::new();
+        while let Some(piece) = reader.next_piece(KEEPS_ALL).await? {
+            if bytes.is_empty() {
+                // The host has charged the whole size by now, so the announcement is worth an allocation.
+                let size = reader.info.size.and_then(|size| usize::try_from(size).ok()).unwrap_or(0);
+                bytes.try_reserve_exact(size.max(piece.len())).map_err(|_| {
+                    PortError::new(PortErrorKind::Limit, format!("no memory for an input of {size} bytes"))
+                })?;
+            }
             bytes.extend_from_slice(&piece);
         }
         Ok(bytes)
@@ -152,11 +164,11 @@ impl InputReader {
         self.info.size
     }
 
-    async fn next_piece(&mut self) -> Result<Option<Payload>, PortError> {
+    async fn next_piece(&mut self, max: u64) -> Result<Option<Payload>, PortError> {
         if self.ended {
             return Ok(None);
         }
-        let piece = self.port.call(Call::InputRead { stream: self.stream, max: READ_BYTES }).await?;
+        let piece = self.port.call(Call::InputRead { stream: self.stream, max }).await?;
         if piece.is_empty() {
             self.ended = true;
             return Ok(None);

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt, BufWriter};
+use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt, BufWriter};
 use tokio_util::io::ReaderStream;
 use uuid::Uuid;
 
@@ -123,13 +123,60 @@ pub(super) async fn by_id(
         let item = world.store.get(id).ok_or_else(|| StoreError::NoData(id.to_string()))?;
         return ok(&metadata(&item, world.domain_id));
     }
-    let (item, file) = world.store.read(id).await?;
-    let headers = [
-        (header::CONTENT_TYPE, "application/octet-stream".to_owned()),
-        (header::CONTENT_LENGTH, item.size.to_string()),
-    ];
-    let body = Body::from_stream(ReaderStream::with_capacity(file.take(item.size), CHUNK_BYTES));
-    Ok((headers, body).into_response())
+    let (item, mut file) = world.store.read(id).await?;
+    // An item that was replaced has another time.
+    let etag = format!("\"{}-{}\"", item.id.simple(), item.updated_at.as_nanosecond());
+    let (status, from, length) = match range(&headers, &etag, item.size) {
+        Range::All => (StatusCode::OK, 0, item.size),
+        Range::Some { from, to } => (StatusCode::PARTIAL_CONTENT, from, to + 1 - from),
+        Range::None => (StatusCode::RANGE_NOT_SATISFIABLE, 0, 0),
+    };
+    file.seek(std::io::SeekFrom::Start(from)).await.map_err(StoreError::from)?;
+    let body = Body::from_stream(ReaderStream::with_capacity(file.take(length), CHUNK_BYTES));
+    let mut response = Response::builder()
+        .status(status)
+        .header(header::CONTENT_TYPE, "application/octet-stream")
+        .header(header::CONTENT_LENGTH, length)
+        .header(header::ACCEPT_RANGES, "bytes")
+        .header(header::ETAG, etag);
+    if status == StatusCode::PARTIAL_CONTENT {
+        let to = from + length - 1;
+        response = response.header(header::CONTENT_RANGE, format!("bytes {from}-{to}/{}", item.size));
+    } else if status == StatusCode::RANGE_NOT_SATISFIABLE {
+        response = response.header(header::CONTENT_RANGE, format!("bytes */{}", item.size));
+    }
+    Ok(response.body(body).expect("headers of our own making"))
+}
+
+/// What of an item is asked for.
+#[derive(Debug, PartialEq, Eq)]
+enum Range {
+    All,
+    /// First and last byte.
+    Some {
+        from: u64,
+        to: u64,
+    },
+    /// Nothing the item has.
+    None,
+}
+
+/// Reads `Range` and `If-Range`. Several ranges, and what is not understood, mean the whole (RFC 9110).
+fn range(headers: &HeaderMap, etag: &str, size: u64) -> Range {
+    let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
+    if text(header::IF_RANGE).is_some_and(|wanted| wanted != etag) {
+        return Range::All;
+    }
+    let asked =
+        text(header::RANGE).and_then(|range| range.strip_prefix("bytes=")).and_then(|range| range.split_once('-'));
+    let Some((from, to)) = asked else { return Range::All };
+    let (from, to) = match (from.parse::<u64>(), to.parse::<u64>()) {
+        (Ok(from), Ok(to)) if from <= to => (from, to.min(size.saturating_sub(1))),
+        (Ok(from), Err(_)) if to.is_empty() => (from, size.saturating_sub(1)),
+        (Err(_), Ok(last)) if from.is_empty() => (size.saturating_sub(last), size.saturating_sub(1)),
+        _ => return Range::All,
+    };
+    if from < size { Range::Some { from, to } } else { Range::None }
 }
 
 /// `DELETE …/data/{id}`

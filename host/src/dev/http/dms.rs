@@ -35,7 +35,10 @@ pub(super) async fn lease(State(world): State<Arc<Inner>>, headers: HeaderMap, R
             return Ok(StatusCode::NO_CONTENT.into_response());
         }
         let now = world.now();
-        let granted = world.plane().lease(node, asked("capability"), job, now);
+        // Newer nodes name a capability; several are several wishes, none is any.
+        let wanted = query.iter().filter(|(name, _)| name == "capability");
+        let wanted: Vec<&str> = wanted.map(|(_, value)| &**value).collect();
+        let granted = world.plane().lease(node, &wanted, job, now);
         let Ok(granted) = granted else {
             return Err(Refusal::new(StatusCode::CONFLICT, "this node holds as many leases as it may"));
         };

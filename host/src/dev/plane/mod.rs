@@ -214,12 +214,12 @@ impl Plane {
         }
     }
 
-    /// Hands out the next task for `node`. `only` narrows its capabilities, `job` the jobs (the
-    /// oldest nodes ask so). Capabilities take turns; within one, the order of [`Turn`] holds.
+    /// Hands out the next task for `node`. `only` narrows its capabilities unless it is empty, `job` the
+    /// jobs (the oldest nodes ask so). Capabilities take turns; within one, the order of [`Turn`] holds.
     pub(super) fn lease(
         &mut self,
         node: &Node,
-        only: Option<&str>,
+        only: &[&str],
         job: Option<Uuid>,
         now: Timestamp,
     ) -> Result<Option<Granted>, Busy> {
@@ -233,7 +233,7 @@ impl Plane {
         let first = behind.map_or(0, |at| at + 1);
         let found = (0..names.len())
             .map(|step| &names[(first + step) % names.len()])
-            .filter(|name| only.is_none_or(|only| only == &***name))
+            .filter(|name| only.is_empty() || only.contains(&&***name))
             .find_map(|name| {
                 let queue = self.ready.get(name)?;
                 let turn = match job {

@@ -51,7 +51,7 @@ fn add(plane: &mut Plane, stages: &[(&str, &str)], edges: &[(&str, &str)], max_a
 }
 
 fn lease(plane: &mut Plane, node: &Node, now: u64) -> Option<Granted> {
-    plane.lease(node, None, None, at(now)).expect("not busy")
+    plane.lease(node, &[], None, at(now)).expect("not busy")
 }
 
 fn beat(plane: &mut Plane, task: Uuid, node: &Node, now: u64) -> Result<Beat, Gone> {
@@ -187,7 +187,7 @@ fn random_calls_keep_the_books_in_order() {
                     plane.cancel(jobs[random.random_range(0..jobs.len())], at(now));
                 }
                 (2 | 3, _) => {
-                    if let Ok(Some(granted)) = plane.lease(&nodes[who], None, None, at(now)) {
+                    if let Ok(Some(granted)) = plane.lease(&nodes[who], &[], None, at(now)) {
                         held.push((granted.task, who));
                     }
                 }

@@ -71,6 +71,43 @@ async fn data_is_created_found_read_replaced_and_deleted() {
 }
 
 #[tokio::test]
+async fn content_by_id_is_served_in_ranges() {
+    // Contract 6.5, 10.5: real runners read content themselves.
+    let lab = Lab::start().await;
+    let id = lab.world.put_data("scan", "ply", b"0123456789").await.expect("stored");
+    let path = lab.data(&format!("/{id}?raw=true"));
+    let ask = async |headers: &[(&str, &str)]| {
+        let answer = lab.send(Method::GET, &path, Some(&lab.world.grant()), headers, "").await;
+        let range = answer.headers.get("content-range").map(|range| range.to_str().expect("text").to_owned());
+        let body = String::from_utf8(answer.body.to_vec()).expect("text");
+        let etag = answer.headers["etag"].to_str().expect("text").to_owned();
+        assert_eq!(answer.headers["accept-ranges"], "bytes");
+        (answer.status.as_u16(), range.unwrap_or_default(), body, etag)
+    };
+    let (status, range, whole, etag) = ask(&[]).await;
+    assert_eq!((status, range.as_str(), whole.as_str()), (200, "", "0123456789"));
+    for (asked, status, range, body) in [
+        ("bytes=4-", 206, "bytes 4-9/10", "456789"),
+        ("bytes=4-4", 206, "bytes 4-4/10", "4"),
+        ("bytes=8-99", 206, "bytes 8-9/10", "89"),
+        ("bytes=-3", 206, "bytes 7-9/10", "789"),
+        ("bytes=-99", 206, "bytes 0-9/10", "0123456789"),
+        ("bytes=10-", 416, "bytes */10", ""),
+        ("bytes=5-4", 200, "", "0123456789"),
+        ("bytes=0-1,4-5", 200, "", "0123456789"),
+        ("lines=1-", 200, "", "0123456789"),
+    ] {
+        let found = ask(&[("range", asked), ("if-range", &etag)]).await;
+        assert_eq!((found.0, found.1.as_str(), found.2.as_str()), (status, range, body), "{asked}");
+    }
+    let update = format!("id=\"{id}\"");
+    lab.upload(Method::PUT, &[(&update, b"abcdefghij")]).await;
+    let found = ask(&[("range", "bytes=4-"), ("if-range", &etag)]).await;
+    assert_eq!((found.0, found.2.as_str()), (200, "abcdefghij"), "other data by now");
+    assert_ne!(found.3, etag);
+}
+
+#[tokio::test]
 async fn a_multipart_download_has_the_form_that_nodes_parse() {
     let lab = Lab::start().await;
     let first = lab.world.put_data("scan a", "ply", b"abcd").await.expect("stored");

@@ -7,6 +7,7 @@ mod faults;
 mod identity;
 mod jobs;
 mod leases;
+mod newer;
 
 use std::time::Duration;
 

@@ -19,7 +19,8 @@ use crate::{
     model::{InputMeta, InputStream, Materialized, PortError, PortErrorKind},
     storage::{
         file::FileSink,
-        naming::{dataset_file, dataset_folder},
+        naming::{dataset_file, dataset_folder, shown},
+        zip,
     },
 };
 
@@ -82,10 +83,12 @@ pub(super) async fn materialize(inner: &Arc<Inner>, cid: &str) -> Result<Materia
     let unfinished = Unfinished(Some(root.clone()));
     let mut taken = HashSet::new();
     let mut files = Vec::new();
+    let mut extracted_paths = Vec::new();
     let mut head = Some(first.clone());
     while let Some(part) = head.take() {
         let path = place(&root, &part, &mut taken);
         write_part(&mut transfer, &path).await.map_err(|err| named(err, &path))?;
+        extracted_paths.extend(unpack(inner, &root, &part, &path, &mut taken).await?);
         files.push(path);
         head = match transfer.next().await? {
             Arrived::Part(part) => Some(part),
@@ -96,7 +99,34 @@ pub(super) async fn materialize(inner: &Arc<Inner>, cid: &str) -> Result<Materia
     unfinished.keep();
     let path = files.remove(0);
     let meta = meta(cid, first);
-    Ok(Materialized { meta, path, root_dir: root, related_files: files, extracted_paths: Vec::new() })
+    Ok(Materialized { meta, path, root_dir: root, related_files: files, extracted_paths })
+}
+
+/// Unpacks a part that is an archive.
+async fn unpack(
+    inner: &Inner,
+    root: &Path,
+    part: &PartHead,
+    archive: &Path,
+    taken: &mut HashSet<PathBuf>,
+) -> Result<Vec<PathBuf>, PortError> {
+    let data_type = part.data_type.as_deref().unwrap_or_default();
+    if !zip::is_archive(data_type) {
+        return Ok(Vec::new());
+    }
+    let name = part.name.as_deref().unwrap_or_default();
+    let into = (1..).map(|number| root.join(zip::folder(data_type, name, number)));
+    let into = into.into_iter().find(|into| taken.insert(into.clone()));
+    let into = into.expect("numbers do not run out");
+    let what = format!("archive {}", shown(name));
+    let work = zip::unpacked(&what, archive.to_owned(), into, inner.config.unpack.clone(), Some(inner.tracker.token()));
+    tokio::select! {
+        biased;
+        _ = inner.grant.cancel.cancelled() => {
+            Err(PortError::new(PortErrorKind::LeaseOver, format!("{what} is not unpacked: the task is cancelled")))
+        }
+        files = work => files,
+    }
 }
 
 /// A folder that goes again unless the input is complete: half an input is no input.

@@ -37,9 +37,10 @@ use url::Url;
 
 use crate::{
     model::{
-        Artifact, ArtifactSpec, Coordinates, Fetched, Grant, InputStream, Materialized, OutputStream, PortError,
-        PortErrorKind, Ports, Setup,
+        Artifact, ArtifactSpec, Budget, Coordinates, Fetched, Grant, InputStream, Materialized, OutputStream,
+        PortError, PortErrorKind, Ports, Setup,
     },
+    storage::zip::UnpackLimits,
     transport::Client,
 };
 
@@ -59,6 +60,10 @@ pub struct Config {
     pub part_pause: Duration,
     /// How long a transfer in which nothing moves is tried again.
     pub patience: Duration,
+    /// What is held in memory is charged to it.
+    pub budget: Budget,
+    /// What a zip input may hold.
+    pub unpack: UnpackLimits,
     /// Hosts (or `host:port`) that may get a lease's token; empty allows any.
     pub domain_hosts: Vec<String>,
     /// How many parts of one artifact travel at once; at least one. Two fill a connection that has
@@ -78,6 +83,8 @@ impl Config {
             token_wait: Duration::from_secs(3),
             part_pause: Duration::from_millis(250),
             patience: Duration::from_secs(120),
+            budget: Budget::unlimited(),
+            unpack: UnpackLimits::default(),
             domain_hosts: Vec::new(),
             parallel_parts: 2,
             info: info::Cache::default(),
@@ -184,6 +191,10 @@ impl Ports for DomainPorts {
 
     fn fetched(&self) -> Vec<Fetched> {
         self.inner.books().fetched.clone()
+    }
+
+    fn budget(&self) -> &Budget {
+        &self.inner.config.budget
     }
 }
 

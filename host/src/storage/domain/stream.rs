@@ -19,7 +19,7 @@ use super::{
     uploads_in_parts::PartsUpload,
 };
 use crate::{
-    model::{ArtifactSpec, Coordinates, OutputStream, PortError, PortErrorKind},
+    model::{ArtifactSpec, Charge, Coordinates, OutputStream, PortError, PortErrorKind},
     storage::{
         digest::{Digester, hex},
         file::FileSink,
@@ -266,7 +266,7 @@ struct Filling {
 }
 
 enum Store {
-    Memory(BytesMut),
+    Memory(BytesMut, Charge),
     File(FileSink),
 }
 
@@ -274,7 +274,7 @@ impl Filling {
     fn new(inner: &Inner, plan: &Plan, size: u64) -> Result<Self, PortError> {
         let store = if size <= PART_MEMORY_BYTES_MAX {
             // The whole size at once: growing by doubling would take up to twice as much.
-            Store::Memory(BytesMut::with_capacity(size as usize))
+            Store::Memory(BytesMut::with_capacity(size as usize), inner.config.budget.count(size))
         } else {
             Store::File(spool_file(inner, plan)?)
         };
@@ -286,7 +286,7 @@ impl Filling {
         self.length += piece.len() as u64;
         match &mut self.store {
             // Copied, so that a small piece does not keep a large buffer of the runner alive.
-            Store::Memory(bytes) => bytes.extend_from_slice(&piece),
+            Store::Memory(bytes, _) => bytes.extend_from_slice(&piece),
             Store::File(sink) => sink.write(piece).await.map_err(|err| local(plan, &err))?,
         }
         Ok(())
@@ -294,7 +294,7 @@ impl Filling {
 
     async fn close(self, plan: &Plan) -> Result<Source, PortError> {
         match self.store {
-            Store::Memory(bytes) => Ok(bytes.freeze().into()),
+            Store::Memory(bytes, charge) => Ok(charge.tie(bytes).into()),
             Store::File(sink) => {
                 let file = sink.finish().await.map_err(|err| local(plan, &err))?;
                 Ok(Source::File { file: Arc::new(file), offset: 0, length: self.length })

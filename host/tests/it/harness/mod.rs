@@ -117,6 +117,25 @@ impl Lab {
         answer.into_body().collect().await.expect("a whole body").to_bytes().to_vec()
     }
 
+    /// How many items the domain holds.
+    pub(crate) async fn stored(&self) -> usize {
+        let url = format!("{}api/v1/domains/{}/data", self.world.dds_url(), self.world.domain_id());
+        let request = Request::get(url).header("authorization", format!("Bearer {}", self.world.grant()));
+        let request = request.body(transport::full("")).expect("a request");
+        let answer = self.client.call(request, PATIENCE).await.expect("the world answers");
+        let listed: Value = answer.json().expect("JSON");
+        listed["data"].as_array().expect("a list").len()
+    }
+
+    /// How many bytes the world says it has stored under an id.
+    pub(crate) async fn size(&self, id: &str) -> u64 {
+        let url = format!("{}api/v1/domains/{}/data/{id}", self.world.dds_url(), self.world.domain_id());
+        let request = Request::get(url).header("authorization", format!("Bearer {}", self.world.grant()));
+        let request = request.body(transport::full("")).expect("a request");
+        let answer = self.client.call(request, PATIENCE).await.expect("the world answers");
+        answer.json::<Value>().expect("JSON")["size"].as_u64().expect("a size")
+    }
+
     /// The artifact a finished job published under this logical path.
     pub(crate) async fn artifact(&self, ended: &Ended, path: &str) -> Vec<u8> {
         self.read(ended.artifacts()[path]["id"].as_str().expect("an artifact has an id")).await

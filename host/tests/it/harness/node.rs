@@ -34,12 +34,19 @@ pub(crate) struct Cli {
     args: Vec<OsString>,
     env: BTreeMap<String, String>,
     dir: Option<PathBuf>,
+    file_bytes_max: Option<u64>,
 }
 
 impl Cli {
     pub(crate) fn new(args: &[&str]) -> Self {
         let args = args.iter().map(OsString::from).collect();
-        Self { args, env: BTreeMap::new(), dir: None }
+        Self { args, env: BTreeMap::new(), dir: None, file_bytes_max: None }
+    }
+
+    /// No file of it can grow beyond this: writing more fails, as on a full disk.
+    pub(crate) fn file_bytes_max(mut self, bytes: u64) -> Self {
+        self.file_bytes_max = Some(bytes);
+        self
     }
 
     pub(crate) fn arg(mut self, arg: impl Into<OsString>) -> Self {
@@ -58,7 +65,17 @@ impl Cli {
     }
 
     pub(crate) fn start(self) -> Process {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_runner-host"));
+        let binary = env!("CARGO_BIN_EXE_runner-host");
+        let mut command = match self.file_bytes_max {
+            None => Command::new(binary),
+            Some(bytes) => {
+                // The signal that comes with it is ignored, which a program keeps when it is replaced.
+                let limited = format!("trap '' XFSZ; ulimit -f {}; exec \"$0\" \"$@\"", bytes / 512);
+                let mut shell = Command::new("/bin/sh");
+                shell.arg("-c").arg(limited).arg(binary);
+                shell
+            }
+        };
         let hygiene = Hygiene::of(&self.env);
         command.args(self.args).env_clear().envs(self.env);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -149,12 +166,27 @@ impl Process {
         self.code.borrow().is_some()
     }
 
+    fn id(&self) -> u32 {
+        self.child().id()
+    }
+
     pub(crate) fn signal(&self, signal: Signal) {
         let mut child = self.child();
         // One that has ended is not signalled: its number may be somebody else's.
         if matches!(child.try_wait(), Ok(None)) {
             rustix::process::kill_process(Pid::from_child(&child), signal).expect("our own child takes signals");
         }
+    }
+
+    /// Processor time it has used so far.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn processor_time(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child().id())).expect("it runs");
+        // Fields 14 and 15, counted behind the name, which may hold anything.
+        let (_, fields) = stat.rsplit_once(')').expect("a name in parentheses");
+        let ticks = fields.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().expect("a number"));
+        let a_second = rustix::param::clock_ticks_per_second();
+        Duration::from_millis(ticks.sum::<u64>() * 1000 / a_second)
     }
 
     /// Waits for a line on stdout.
@@ -225,7 +257,8 @@ impl NodeSetup {
             .set("SCRATCH_DIR", scratch.path().to_string_lossy())
             .set("POLL_BACKOFF_MS_MIN", "10")
             .set("POLL_BACKOFF_MS_MAX", "50")
-            .set("HEARTBEAT_JITTER_MS", "10");
+            .set("HEARTBEAT_JITTER_MS", "10")
+            .set("TRANSFER_PATIENCE", "1s");
         Self { cli: cli.dir(plugins.path()), scratch, plugins, key }
     }
 
@@ -236,6 +269,12 @@ impl NodeSetup {
 
     pub(crate) fn arg(mut self, arg: impl Into<OsString>) -> Self {
         self.cli = self.cli.arg(arg);
+        self
+    }
+
+    /// See [`Cli::file_bytes_max`].
+    pub(crate) fn file_bytes_max(mut self, bytes: u64) -> Self {
+        self.cli = self.cli.file_bytes_max(bytes);
         self
     }
 
@@ -331,6 +370,10 @@ impl TestNode {
         self.process.log()
     }
 
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
     pub(crate) fn term(&self) {
         self.process.signal(Signal::TERM);
     }
@@ -346,6 +389,11 @@ impl TestNode {
 
     pub(crate) fn thaw(&self) {
         self.process.signal(Signal::CONT);
+    }
+
+    #[cfg(target_os = "linux")]
+    pub(crate) fn processor_time(&self) -> Duration {
+        self.process.processor_time()
     }
 
     pub(crate) fn kill(&self) {

@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{Request, Response, StatusCode, header};
+use http::{HeaderMap, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
 use hyper::{body::Frame, body::Incoming, service::service_fn};
 use hyper_util::rt::TokioIo;
@@ -48,6 +48,10 @@ pub(crate) enum Bad {
     Make(Arc<dyn Fn() -> Value + Send + Sync>),
     /// The connection ends without an answer.
     Cut,
+    /// The world's answer, and an end of the connection after so many bytes of its body.
+    CutAfter(usize),
+    /// The world's answer, and silence after so many bytes of its body.
+    SilentAfter(usize),
     /// No answer while the service lives.
     Hang,
     /// The world's answer, changed.
@@ -98,6 +102,7 @@ struct Inner {
     rules: Mutex<Vec<Rule>>,
     clock: Mutex<SignedDuration>,
     seen: watch::Sender<Vec<String>>,
+    heads: Mutex<Vec<(String, HeaderMap)>>,
     connections: watch::Sender<usize>,
 }
 
@@ -126,6 +131,7 @@ impl Rubbish {
             rules: Mutex::default(),
             clock: Mutex::default(),
             seen: watch::Sender::new(Vec::new()),
+            heads: Mutex::default(),
             connections: watch::Sender::new(0),
         });
         let stop = CancellationToken::new();
@@ -164,6 +170,14 @@ impl Rubbish {
         self.inner.seen.borrow().iter().filter(|seen| fits(pattern, seen)).count()
     }
 
+    /// This header of every request so far that went to `path` or below, with the request.
+    pub(crate) fn headers(&self, path: &str, header: &str) -> Vec<(String, Option<String>)> {
+        let heads = self.inner.heads.lock().expect("nobody panics with the heads");
+        let value = |head: &HeaderMap| head.get(header).map(|value| String::from_utf8_lossy(value.as_bytes()).into());
+        let below = heads.iter().filter(|(name, _)| name.split(' ').nth(1).is_some_and(|url| url.starts_with(path)));
+        below.map(|(name, head)| (name.clone(), value(head))).collect()
+    }
+
     /// How many connections were opened so far.
     pub(crate) fn connections(&self) -> usize {
         *self.inner.connections.borrow()
@@ -197,10 +211,10 @@ impl Inner {
         Some(rule.bad.clone())
     }
 
-    async fn pass_on(&self, request: Request<Incoming>) -> (StatusCode, String, Bytes) {
+    async fn pass_on(&self, request: Request<Incoming>) -> (StatusCode, HeaderMap, Bytes) {
         let (head, body) = request.into_parts();
         let Ok(body) = body.collect().await else {
-            return (StatusCode::BAD_REQUEST, String::new(), Bytes::new());
+            return (StatusCode::BAD_REQUEST, HeaderMap::new(), Bytes::new());
         };
         let mut passed = Request::builder().method(head.method).uri(format!("{}{}", self.world, head.uri));
         for (name, value) in &head.headers {
@@ -211,9 +225,7 @@ impl Inner {
         let passed = passed.body(transport::full(body.to_bytes())).expect("a request that was one before");
         let answer = self.client.send(passed, PATIENCE).await.expect("the world answers");
         let (head, body) = answer.into_parts();
-        let kind = head.headers.get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
-        let kind = kind.unwrap_or_default().to_owned();
-        (head.status, kind, body.collect().await.expect("the world's answers are whole").to_bytes())
+        (head.status, head.headers, body.collect().await.expect("the world's answers are whole").to_bytes())
     }
 
     async fn dated(&self, request: Request<Incoming>) -> Result<Response<Body>, std::io::Error> {
@@ -227,6 +239,7 @@ impl Inner {
     async fn answer(&self, request: Request<Incoming>) -> Result<Response<Body>, std::io::Error> {
         let name = format!("{} {}", request.method(), request.uri());
         let rule = self.rule(&name);
+        self.heads.lock().expect("nobody panics with the heads").push((name.clone(), request.headers().clone()));
         self.seen.send_modify(|seen| seen.push(name.clone()));
         let json = "application/json";
         let answer = |status: u16, kind: &str, body: Bytes| {
@@ -238,8 +251,25 @@ impl Inner {
             return Err(std::io::Error::other("cut"));
         }
         Ok(match rule {
+            Some(Bad::CutAfter(bytes)) => {
+                let (status, headers, body) = self.pass_on(request).await;
+                let mut cut = Response::new(broken(body.slice(..bytes.min(body.len()))));
+                *cut.status_mut() = status;
+                *cut.headers_mut() = headers;
+                cut
+            }
+            Some(Bad::SilentAfter(bytes)) => {
+                let (status, headers, body) = self.pass_on(request).await;
+                let beginning = Frame::data(body.slice(..bytes.min(body.len())));
+                let pieces = futures_util::stream::iter([Ok(beginning)]);
+                let pieces = futures_util::StreamExt::chain(pieces, futures_util::stream::pending());
+                let mut silent = Response::new(BodyExt::boxed(StreamBody::new(pieces)));
+                *silent.status_mut() = status;
+                *silent.headers_mut() = headers;
+                silent
+            }
             None | Some(Bad::Edit(_) | Bad::Held(_)) => {
-                let (status, kind, mut body) = self.pass_on(request).await;
+                let (status, mut headers, mut body) = self.pass_on(request).await;
                 if let Some(Bad::Held(gate)) = &rule {
                     gate.cancelled().await;
                 }
@@ -261,7 +291,13 @@ impl Inner {
                     edit(&mut value);
                     body = value.to_string().into();
                 }
-                answer(status.as_u16(), &kind, body)
+                // It may be another body by now, and is sent whole.
+                headers.remove(header::CONTENT_LENGTH);
+                headers.remove(header::TRANSFER_ENCODING);
+                let mut passed_on = Response::new(whole(body));
+                *passed_on.status_mut() = status;
+                *passed_on.headers_mut() = headers;
+                passed_on
             }
             Some(Bad::Echo(status)) => {
                 let (head, body) = request.into_parts();
@@ -291,10 +327,12 @@ impl Inner {
                     Bad::Truncated => Response::builder()
                         .header(header::CONTENT_TYPE, json)
                         .header(header::CONTENT_LENGTH, 1000)
-                        .body(broken())
+                        .body(broken(Bytes::from_static(b"{\"access_token\":\"top-secr")))
                         .expect("a response"),
                     Bad::Hang => std::future::pending().await,
-                    Bad::Cut | Bad::Edit(_) | Bad::Held(_) | Bad::Echo(_) => unreachable!("answered above"),
+                    Bad::Cut | Bad::CutAfter(_) | Bad::SilentAfter(_) | Bad::Edit(_) | Bad::Held(_) | Bad::Echo(_) => {
+                        unreachable!("answered above")
+                    }
                 }
             }
         })
@@ -323,8 +361,8 @@ fn whole(body: Bytes) -> Body {
 }
 
 /// A beginning, and no end.
-fn broken() -> Body {
-    let beginning = Frame::data(Bytes::from_static(b"{\"access_token\":\"top-secr"));
+fn broken(beginning: Bytes) -> Body {
+    let beginning = Frame::data(beginning);
     let pieces = futures_util::stream::unfold(Some(beginning), |frame| async move {
         match frame {
             Some(frame) => Some((Ok(frame), None)),

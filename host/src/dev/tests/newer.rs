@@ -1,0 +1,264 @@
+//! What newer clients insist on, and what the oldest did without (posemesh contract 4.14, 6.6, 6.7, 10).
+
+use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
+
+use super::*;
+use crate::dev::Faults;
+
+const MINUTE: jiff::SignedDuration = jiff::SignedDuration::from_mins(1);
+
+/// The claims of a token, which must have the shape of a JWT.
+fn claims(token: &Value) -> Value {
+    let parts: Vec<&str> = token.as_str().expect("text").split('.').collect();
+    assert_eq!(parts.len(), 3, "a JWT has three parts");
+    serde_json::from_slice(&BASE64.decode(parts[1]).expect("base64url")).expect("JSON")
+}
+
+fn ahead(time: &Value) -> bool {
+    let at: jiff::Timestamp = time.as_str().expect("text").parse().expect("a time");
+    at > jiff::Timestamp::now() && at < jiff::Timestamp::now() + MINUTE * 20
+}
+
+/// 10.3: a lease with all coordinates and times, and a token with the claims that are looked at.
+#[tokio::test]
+async fn a_lease_has_everything_newer_nodes_require() {
+    let lab = Lab::start().await;
+    let node = lab.node(1, &[HELLO]).await;
+    lab.job(HELLO, 1);
+    let lease = node.lease(&lab).await;
+    assert_eq!(lease["domain_id"], lab.world.domain_id().to_string());
+    for time in [&lease["access_token_expires_at"], &lease["lease_expires_at"], &lease["task"]["lease_expires_at"]] {
+        assert!(ahead(time), "{lease:#}");
+    }
+    let claims = claims(&lease["access_token"]);
+    assert_eq!((&claims["iss"], &claims["domain_id"]), (&json!("dds"), &lease["domain_id"]));
+    assert_eq!(claims["aud"], json!([lease["domain_server_url"]]));
+    assert!(claims["exp"].as_i64().is_some_and(|exp| exp > jiff::Timestamp::now().as_second()));
+    // 4.14: what strict decoders fall over.
+    assert_eq!((&lease["cancel"], &lease["task"]["inputs_cids"]), (&json!(false), &json!([])));
+    for amount in ["billing_units", "estimated_credit_cost"] {
+        assert!(lease["task"][amount].is_string(), "{amount} is decimal text");
+    }
+    // 10.3: what an answer to a heartbeat must not change, and what it must bring.
+    let beat = body(&node.beat(&lab, &lease, &json!({})).await);
+    assert!(beat.is_object() && ahead(&beat["lease_expires_at"]));
+    assert_eq!(beat["domain_id"], lease["domain_id"]);
+    assert!(beat["task_id"].is_null() && beat["task"].is_null() && beat["status"] == "running", "{beat}");
+}
+
+/// 4.14, 10.3: one capability, several, or none named; never one that was not asked for.
+#[tokio::test]
+async fn a_poll_may_name_one_capability_or_several() {
+    let lab = Lab::start().await;
+    let node = lab.node(1, &["/a", "/b", "/c"]).await;
+    for capability in ["/a", "/b", "/c"] {
+        lab.job(capability, 1);
+    }
+    let ask = async |query: &str| {
+        let answer = node.poll(&lab, query).await;
+        (answer.status == StatusCode::OK).then(|| body(&answer)["task"]["capability"].clone())
+    };
+    assert_eq!(ask("?capability=%2Fb").await, Some(json!("/b")));
+    assert_eq!(ask("?capability=%2Fb").await, None);
+    assert_eq!(ask("?capability=%2Fb&capability=/c").await, Some(json!("/c")));
+    assert_eq!(ask("?capability=%2Fnot%2Fregistered").await, None);
+    assert_eq!(ask("").await, Some(json!("/a")));
+}
+
+/// 4.14, 10.1, 10.3, 10.6: what the oldest leave out and the newest send as null.
+#[tokio::test]
+async fn reports_need_no_progress_events_meta_or_details() {
+    let lab = Lab::start().await;
+    let node = lab.node(1, &[HELLO]).await;
+    let job = lab.job(HELLO, 9);
+    for report in [json!({"reason": "x"}), json!({"reason": "x", "details": null}), json!({"reason": "y".repeat(4096)})]
+    {
+        let lease = node.lease(&lab).await;
+        for beat in ["{}", "{\"progress\":null}", "{\"events\":[]}", "{\"progress\":{\"pct\":1}}", ""] {
+            let sent = lab.send(Method::POST, &path(&lease, "heartbeat"), Some(&node.token), &[], beat).await;
+            assert_eq!(sent.status, StatusCode::OK, "{beat:?}: {}", sent.excerpt());
+        }
+        assert_eq!(lab.post(&path(&lease, "fail"), Some(&node.token), &report).await.status, StatusCode::OK);
+    }
+    let lease = node.lease(&lab).await;
+    // As large as newer nodes let them grow.
+    let large = json!({"progress": {"text": "p".repeat(65_000)}, "events": vec![json!({"n": 1}); 1024]});
+    assert_eq!(node.beat(&lab, &lease, &large).await.status, StatusCode::OK);
+    let done = lab.post(&path(&lease, "complete"), Some(&node.token), &json!({"output_cids": ["d"]})).await;
+    assert_eq!(done.status, StatusCode::OK, "{}", done.excerpt());
+    assert_eq!(lab.world.job(job).expect("known")["receipts"][3]["outputs"], json!(["d"]));
+}
+
+/// 4.14: heartbeats as fast as progress comes, events that come again.
+#[tokio::test]
+async fn heartbeats_may_come_at_any_rate_and_repeat_events() {
+    let lab = Lab::start().await;
+    let node = lab.node(1, &[HELLO]).await;
+    let job = lab.job(HELLO, 1);
+    let lease = node.lease(&lab).await;
+    for n in 0..30 {
+        let beat = node.beat(&lab, &lease, &json!({"progress": {"n": n}, "events": [{"same": 1}]})).await;
+        assert_eq!(beat.status, StatusCode::OK);
+    }
+    let task = lab.world.job(job).expect("known")["tasks"][0].clone();
+    assert_eq!(
+        (&task["meta"]["progress"], task["meta"]["events"].as_array().map(Vec::len)),
+        (&json!({"n": 29}), Some(30))
+    );
+}
+
+/// 10.2, 10.6: registered every 120 s, by a wallet that is logged in and works.
+#[tokio::test]
+async fn registering_again_is_a_refresh_that_disturbs_nothing() {
+    let lab = Lab::start().await;
+    let node = lab.node(1, &[HELLO]).await;
+    lab.job(HELLO, 1);
+    let lease = node.lease(&lab).await;
+    for _ in 0..3 {
+        assert_eq!(node.register(&lab, &[HELLO, "/more"]).await.status, StatusCode::OK);
+    }
+    assert_eq!(node.beat(&lab, &lease, &json!({})).await.status, StatusCode::OK, "token and lease live on");
+    lab.job("/more", 1);
+    assert_eq!(node.lease(&lab).await["task"]["capability"], "/more", "a changed set counts at once");
+}
+
+/// 6.6, 6.7, 10.5, 10.6: limits and the start of an upload, in both spellings.
+#[tokio::test]
+async fn uploads_tell_all_that_newer_writers_need() {
+    let config =
+        Config { request_max_bytes: 9_000, domain_data_max_bytes: 70_000, part_size: 1_000, ..Config::default() };
+    let lab = Lab::with(config).await;
+    let limits = json!({
+        "upload": {"request_max_bytes": 9_000, "domain_data_max_bytes": 70_000,
+                   "multipart": {"enabled": true, "part_size_bytes": 1_000}},
+    });
+    // Without a token, with headers that newer clients send everywhere.
+    let headers =
+        [("posemesh-client-id", "it"), ("posemesh-sdk-version", "auki-sdk/1.0.0"), ("accept", "application/json")];
+    let path = "/api/v1/info";
+    assert_eq!(body(&lab.send(Method::GET, path, None, &headers, "").await), limits);
+    let base = format!("/api/v1/domains/{}/data", lab.world.domain_id());
+    let grant = lab.world.grant();
+    let send = async |method: Method, query: &str, sent: String| {
+        body(&lab.send(method, &format!("{base}/multipart{query}"), Some(&grant), &headers, sent).await)
+    };
+    let mut existing = json!(null);
+    for (spelling, fields) in [
+        // The reference sends every field, the newer SDK what it uses.
+        ("?uploads", json!({"name": "a", "data_type": "ply", "size": 3, "content_type": null, "existing_id": null})),
+        ("?uploads=", json!({"name": "b", "data_type": "ply", "size": 3, "content_type": "application/octet-stream"})),
+        ("?uploads=", json!({"existing_id": "", "size": 3, "content_type": "application/octet-stream"})),
+    ] {
+        let mut fields = fields;
+        if fields["existing_id"] == "" {
+            fields["existing_id"] = existing.clone();
+        }
+        let begun = send(Method::POST, spelling, fields.to_string()).await;
+        let upload = begun["upload_id"].as_str().and_then(|id| Uuid::parse_str(id).ok()).expect("a UUID");
+        let data = begun["data_id"].as_str().and_then(|id| Uuid::parse_str(id).ok()).expect("a UUID");
+        assert_eq!(begun["part_size"], 1_000);
+        assert!(begun["expires_at"].as_str().and_then(|at| at.parse::<jiff::Timestamp>().ok()).is_some(), "{begun}");
+        if !fields["existing_id"].is_null() {
+            assert_eq!(begun["data_id"], existing, "replacing keeps the id");
+        }
+        let part = send(Method::PUT, &format!("?uploadId={upload}&partNumber=1"), "abc".to_owned()).await;
+        let etag = part["etag"].as_str().expect("text").to_owned();
+        assert!((1..=1024).contains(&etag.len()));
+        let parts = json!({"parts": [{"part_number": 1, "etag": etag}]}).to_string();
+        let item = send(Method::POST, &format!("?uploadId={upload}"), parts).await;
+        assert_eq!((&item["id"], &item["size"]), (&json!(data), &json!(3)));
+        existing = item["id"].clone();
+    }
+}
+
+/// 10.5: content and metadata by id, lists with encoded ids, boundaries of the writer's choice.
+#[tokio::test]
+async fn data_is_served_in_the_newer_forms_beside_the_old() {
+    let lab = Lab::start().await;
+    let (base, grant) = (format!("/api/v1/domains/{}/data", lab.world.domain_id()), lab.world.grant());
+    let send = async |method: Method, rest: &str, headers: &[(&str, &str)], sent: &str| {
+        lab.send(method, &format!("{base}{rest}"), Some(&grant), headers, sent.to_owned()).await
+    };
+    let boundary = "auki-3f0c1c1e-8f57-4d0a-9a83-5f0f3f1b7c11";
+    let kind = format!("multipart/form-data; boundary={boundary}");
+    let form = format!(
+        "--{boundary}\r\nContent-Type: application/octet-stream\r\n\
+         Content-Disposition: form-data; name=\"a\"; data-type=\"ply\"\r\n\r\nabc\r\n--{boundary}--\r\n"
+    );
+    let created = body(&send(Method::POST, "", &[("content-type", &kind)], &form).await);
+    assert_eq!(created["data"].as_array().map(Vec::len), Some(1), "exactly one entry");
+    let id = created["data"][0]["id"].as_str().expect("text").to_owned();
+    assert!(Uuid::parse_str(&id).is_ok());
+    let again = send(Method::POST, "", &[("content-type", &kind)], &form).await;
+    assert_eq!((again.status, refusal(&again).contains("exists already")), (StatusCode::CONFLICT, true));
+
+    let json = [("accept", "application/json")];
+    let other = lab.world.put_data("b", "ply", b"b").await.expect("stored");
+    for query in [format!("?ids={id},{other}"), format!("?ids={id}%2C{other}")] {
+        let listed = body(&send(Method::GET, &query, &json, "").await);
+        assert_eq!(listed["data"].as_array().map(Vec::len), Some(2), "{query}");
+    }
+    assert_eq!(body(&send(Method::GET, &format!("/{id}"), &json, "").await), created["data"][0]);
+    let raw = send(Method::GET, &format!("/{id}?raw=true"), &[("accept", "application/octet-stream")], "").await;
+    assert_eq!((raw.status, &raw.body[..]), (StatusCode::OK, &b"abc"[..]));
+}
+
+/// 10.6: JSON content types everywhere, refusals included.
+#[tokio::test]
+async fn every_json_answer_says_so() {
+    let lab = Lab::start().await;
+    let node = lab.node(1, &[HELLO]).await;
+    let (domain, grant) = (lab.world.domain_id(), lab.world.grant());
+    let data = format!("/api/v1/domains/{domain}/data");
+    let unknown = format!("/v1/tasks/{}/heartbeat", Uuid::new_v4());
+    for (method, path, bearer) in [
+        (Method::POST, "/internal/v1/auth/siwe/request", ""),
+        (Method::POST, "/internal/v1/auth/siwe/verify", ""),
+        (Method::POST, "/internal/v1/nodes/register-wallet", ""),
+        (Method::GET, "/v1/tasks", "nobody"),
+        (Method::POST, &*unknown, &*node.token),
+        (Method::GET, "/api/v1/info", ""),
+        (Method::GET, &*data, &*grant),
+        (Method::GET, &*data, "nobody"),
+        (Method::POST, &*data, &*grant),
+        (Method::POST, &*format!("{data}/multipart?uploads"), &*grant),
+        (Method::GET, &*format!("{data}/{}", Uuid::new_v4()), &*grant),
+        (Method::GET, "/v1/jobs", &*grant),
+        (Method::GET, "/nowhere", ""),
+        (Method::PUT, "/v1/tasks", ""),
+    ] {
+        let answer = lab.send(method.clone(), path, Some(bearer), &[], "").await;
+        assert!(body(&answer).is_object(), "{method} {path}");
+    }
+}
+
+/// The world's old form: everything the reference does without.
+#[tokio::test]
+async fn the_old_form_leaves_out_what_is_newer() {
+    let lab = Lab::start().await;
+    let node = lab.node(1, &[HELLO]).await;
+    lab.world.set_faults(Faults::parse("[world]\nform = \"old\"").expect("a sound file"));
+    // Nothing says it is JSON here.
+    let plain = |answer: &Answer| {
+        assert_eq!(answer.headers["content-type"], "text/plain; charset=utf-8");
+        serde_json::from_slice::<Value>(&answer.body).expect("JSON all the same")
+    };
+    lab.job(HELLO, 1);
+    let lease = plain(&node.poll(&lab, "").await);
+    let opaque = lease["access_token"].as_str().expect("text");
+    assert!(!opaque.contains('.'), "no JWT");
+    assert!(lease["access_token_expires_at"].is_null() && lease["task"]["lease_expires_at"].is_null());
+    assert!(ahead(&lease["lease_expires_at"]));
+    let beat = plain(&node.beat(&lab, &lease, &json!({})).await);
+    let said: Vec<&String> =
+        beat.as_object().expect("an object").iter().filter(|(_, v)| !v.is_null()).map(|(k, _)| k).collect();
+    assert_eq!(said, ["cancel", "lease_expires_at"]);
+    assert_eq!(lab.get("/api/v1/info", None).await.status, StatusCode::NOT_FOUND);
+    let data = format!("/api/v1/domains/{}/data", lab.world.domain_id());
+    let begun =
+        lab.post(&format!("{data}/multipart?uploads"), Some(opaque), &json!({"name": "a", "data_type": "b"})).await;
+    assert_eq!(begun.status, StatusCode::NOT_FOUND);
+    assert_eq!(lab.get(&data, Some(opaque)).await.status, StatusCode::OK);
+    assert_eq!(node.complete(&lab, &lease, &[]).await.status, StatusCode::OK);
+    assert_eq!(lab.get(&data, Some(opaque)).await.status, StatusCode::UNAUTHORIZED, "no lease, no access");
+}

@@ -1,0 +1,254 @@
+//! How much of tasks' data may be in the node's memory at once.
+//!
+//! A [`Budget`] is charged through guards: [`Budget::reserve`] for a whole object somebody is going
+//! to hold, which waits for room, and [`Budget::count`] for the pieces of streams, which never
+//! waits. What waits holds nothing it waited for before, and a piece on its way waits for nobody, so
+//! transfers cannot block each other for good. An object alone always has room, pieces or not: the
+//! limit is passed by no more than the pieces of the streams that are open.
+
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use bytes::Bytes;
+use serde::{Serialize, Serializer, ser::SerializeStruct};
+use tokio::sync::oneshot;
+
+/// An object that is larger than the whole budget.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{bytes} bytes do not fit into MEMORY_BUDGET, {limit} bytes; use a file or a stream instead of bytes")]
+pub struct OverBudget {
+    bytes: u64,
+    limit: u64,
+}
+
+/// See the module's text. Cheap to clone; all clones are one budget.
+#[derive(Clone, Debug)]
+pub struct Budget(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    limit: u64,
+    books: Mutex<Books>,
+}
+
+#[derive(Debug, Default)]
+struct Books {
+    /// Everything charged.
+    in_flight: u64,
+    /// The part of it that was reserved.
+    reserved: u64,
+    peak: u64,
+    /// Who waits for room, in the order in which they came.
+    waiting: VecDeque<(u64, oneshot::Sender<Charge>)>,
+}
+
+impl Budget {
+    /// A budget of `limit` bytes.
+    #[must_use]
+    pub fn new(limit: u64) -> Self {
+        Self(Arc::new(Shared { limit, books: Mutex::default() }))
+    }
+
+    /// A budget that only counts.
+    #[must_use]
+    pub fn unlimited() -> Self {
+        Self::new(u64::MAX)
+    }
+
+    /// Charges an object of `bytes`. Waits until there is room, first come, first served; dropping
+    /// the future gives up the place.
+    ///
+    /// # Errors
+    /// At once when there can never be room.
+    pub async fn reserve(&self, bytes: u64) -> Result<Charge, OverBudget> {
+        let limit = self.0.limit;
+        if bytes > limit {
+            return Err(OverBudget { bytes, limit });
+        }
+        let turn = {
+            let mut books = self.0.books();
+            if books.waiting.is_empty() && books.fits(bytes, limit) {
+                return Ok(self.charge(&mut books, bytes, true));
+            }
+            let (tell, turn) = oneshot::channel();
+            books.waiting.push_back((bytes, tell));
+            turn
+        };
+        Ok(turn.await.expect("whoever waits is told before the budget is gone"))
+    }
+
+    /// Charges a piece of `bytes` that is on its way already.
+    #[must_use]
+    pub fn count(&self, bytes: u64) -> Charge {
+        self.charge(&mut self.0.books(), bytes, false)
+    }
+
+    /// Bytes charged at the moment.
+    #[must_use]
+    pub fn in_flight(&self) -> u64 {
+        self.0.books().in_flight
+    }
+
+    fn charge(&self, books: &mut Books, bytes: u64, reserved: bool) -> Charge {
+        books.in_flight += bytes;
+        books.reserved += if reserved { bytes } else { 0 };
+        books.peak = books.peak.max(books.in_flight);
+        Charge { budget: self.clone(), bytes, reserved }
+    }
+}
+
+impl Shared {
+    fn books(&self) -> MutexGuard<'_, Books> {
+        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Books {
+    fn fits(&self, bytes: u64, limit: u64) -> bool {
+        self.reserved == 0 || self.in_flight.saturating_add(bytes) <= limit
+    }
+}
+
+/// As `/status.json` shows it.
+impl Serialize for Budget {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let books = self.0.books();
+        let mut shown = serializer.serialize_struct("Budget", 3)?;
+        shown.serialize_field("in_flight_bytes", &books.in_flight)?;
+        shown.serialize_field("peak_bytes", &books.peak)?;
+        shown.serialize_field("limit_bytes", &self.0.limit)?;
+        shown.end()
+    }
+}
+
+/// Bytes charged to a [`Budget`] until this is dropped.
+#[derive(Debug)]
+pub struct Charge {
+    budget: Budget,
+    bytes: u64,
+    reserved: bool,
+}
+
+impl Charge {
+    /// Ties the charge to `bytes`: it ends when the last part of them is gone.
+    #[must_use]
+    pub fn tie(self, bytes: impl AsRef<[u8]> + Send + 'static) -> Bytes {
+        Bytes::from_owner(Tied { bytes, _charge: self })
+    }
+
+    /// How much is charged.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+struct Tied<T> {
+    bytes: T,
+    _charge: Charge,
+}
+
+impl<T: AsRef<[u8]>> AsRef<[u8]> for Tied<T> {
+    fn as_ref(&self) -> &[u8] {
+        self.bytes.as_ref()
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        let mut turns = Vec::new();
+        {
+            let mut books = self.budget.0.books();
+            books.in_flight -= self.bytes;
+            books.reserved -= if self.reserved { self.bytes } else { 0 };
+            books.waiting.retain(|(_, tell)| !tell.is_closed());
+            while let Some((bytes, _)) = books.waiting.front() {
+                if !books.fits(*bytes, self.budget.0.limit) {
+                    break;
+                }
+                let (bytes, tell) = books.waiting.pop_front().expect("just seen");
+                turns.push((tell, self.budget.charge(&mut books, bytes, true)));
+            }
+        }
+        for (tell, charge) in turns {
+            // Who has given up gets nothing: the charge ends here, and the next one has its turn.
+            drop(tell.send(charge));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        future::Future,
+        pin::pin,
+        task::{Context, Poll, Waker},
+    };
+
+    use super::*;
+
+    /// One look at whether a reservation has its turn.
+    fn poll(turn: std::pin::Pin<&mut impl Future<Output = Result<Charge, OverBudget>>>) -> Option<Charge> {
+        match turn.poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(charge) => Some(charge.expect("it can fit")),
+            Poll::Pending => None,
+        }
+    }
+
+    #[test]
+    fn objects_wait_for_room_in_order_and_pieces_do_not() {
+        let budget = Budget::new(100);
+        let (mut a, mut b, mut c) = (pin!(budget.reserve(60)), pin!(budget.reserve(60)), pin!(budget.reserve(10)));
+        let first = poll(a.as_mut()).expect("there is room");
+        assert!(poll(b.as_mut()).is_none() && poll(c.as_mut()).is_none(), "the third does not overtake");
+        let piece = budget.count(50);
+        assert_eq!(budget.in_flight(), 110);
+        drop(first);
+        let second = poll(b.as_mut()).expect("alone it has room, whatever the pieces");
+        assert!(poll(c.as_mut()).is_none());
+        drop(piece);
+        let third = poll(c.as_mut()).expect("now it fits");
+        assert_eq!(budget.in_flight(), 70);
+        drop((second, third));
+        assert_eq!(budget.in_flight(), 0);
+    }
+
+    #[test]
+    fn what_can_never_fit_is_refused_at_once() {
+        let budget = Budget::new(100);
+        let _held = budget.count(100);
+        let mut turn = pin!(budget.reserve(101));
+        let Poll::Ready(Err(err)) = turn.as_mut().poll(&mut Context::from_waker(Waker::noop())) else {
+            panic!("refused")
+        };
+        assert!(err.to_string().starts_with("101 bytes do not fit into MEMORY_BUDGET, 100 bytes"), "{err}");
+    }
+
+    #[test]
+    fn who_gives_up_waiting_holds_nobody_up() {
+        let budget = Budget::new(100);
+        let held = poll(pin!(budget.reserve(100))).expect("there is room");
+        let mut after = pin!(budget.reserve(100));
+        {
+            let mut gone = pin!(budget.reserve(50));
+            assert!(poll(gone.as_mut()).is_none());
+            assert!(poll(after.as_mut()).is_none());
+        }
+        drop(held);
+        assert!(poll(after.as_mut()).is_some());
+        assert_eq!(budget.in_flight(), 0);
+    }
+
+    #[test]
+    fn a_tied_charge_lasts_as_long_as_any_part_of_its_bytes() {
+        let budget = Budget::new(100);
+        let bytes = budget.count(4).tie(vec![1, 2, 3, 4]);
+        let part = bytes.slice(1..2);
+        drop(bytes);
+        assert_eq!((budget.in_flight(), &part[..]), (4, &[2][..]));
+        drop(part);
+        assert_eq!(budget.in_flight(), 0);
+    }
+}

@@ -1,0 +1,350 @@
+//! Zip inputs, unpacked beside the archive.
+//!
+//! [`unpack`] trusts nothing an archive says: names must stay below the folder they are unpacked to
+//! and differ in more than case, entries are plain files or folders that share no byte, and counts
+//! and sizes are bounded before and while they are written. What does not fit is refused as a whole
+//! with one line. Files are written one after the other in blocks, so an archive of any size takes
+//! the same memory; only its directory is held, and that is bounded too.
+
+use std::{
+    collections::HashSet,
+    fs::{self, File},
+    io::{self, Read, Seek, SeekFrom, Write},
+    path::{Path, PathBuf},
+};
+
+use tokio_util::{sync::CancellationToken, task::task_tracker::TaskTrackerToken};
+use zip::{CompressionMethod, ZipArchive, result::ZipError};
+
+use super::naming::{dataset_folder, shown};
+use crate::model::{PortError, PortErrorKind};
+
+/// Unpacked at once.
+const BLOCK_BYTES: usize = 128 * 1024;
+/// Up to here an archive may unpack to any multiple of its size.
+const RATIO_FREE_BYTES: u64 = 16 << 20;
+/// Largest directory of an archive, in bytes; it is held in memory.
+const DIRECTORY_BYTES_MAX: u64 = 64 << 20;
+/// Longest path of an entry, and longest name in it, in bytes; file systems take no longer names.
+const PATH_BYTES_MAX: usize = 1024;
+const NAME_BYTES_MAX: usize = 255;
+
+/// What an archive may hold.
+#[derive(Clone, Debug)]
+pub struct UnpackLimits {
+    /// Most files and folders.
+    pub files: u64,
+    /// Most bytes of all files together.
+    pub bytes: u64,
+    /// How many times the archive's own size they may be, beyond 16 MiB.
+    pub ratio: u64,
+}
+
+impl Default for UnpackLimits {
+    fn default() -> Self {
+        Self { files: 65_536, bytes: 16 << 30, ratio: 200 }
+    }
+}
+
+/// Why an archive was not unpacked.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum UnpackError {
+    #[error("it is no sound zip archive: {0}")]
+    Unsound(String),
+    #[error("its entry {name} {why}")]
+    Entry { name: String, why: String },
+    #[error("its directory lists {0} twice, or both as a file and as a folder")]
+    Twice(String),
+    #[error("its entries overlap")]
+    Overlap,
+    #[error("it holds {found} files and folders, at most {max} are allowed (UNPACK_FILES_MAX)")]
+    Files { found: u64, max: u64 },
+    #[error("its directory has {found} bytes, at most {DIRECTORY_BYTES_MAX} are read")]
+    Directory { found: u64 },
+    #[error("it unpacks to {found} bytes, at most {max} are allowed (UNPACK_BYTES_MAX)")]
+    Bytes { found: u64, max: u64 },
+    #[error("it unpacks to {found} bytes, more than {ratio} times its size (UNPACK_RATIO_MAX)")]
+    Ratio { found: u64, ratio: u64 },
+    #[error("it unpacks to {found} bytes, and {free} are free on the disk")]
+    Space { found: u64, free: u64 },
+    #[error("the task is over or cancelled")]
+    Stopped,
+    #[error("{path}: {source}", path = path.display())]
+    Disk {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl UnpackError {
+    fn kind(&self) -> PortErrorKind {
+        match self {
+            Self::Unsound(_) | Self::Entry { .. } | Self::Twice(_) | Self::Overlap => PortErrorKind::BadRequest,
+            Self::Files { .. } | Self::Directory { .. } | Self::Bytes { .. } | Self::Ratio { .. } => {
+                PortErrorKind::Limit
+            }
+            Self::Space { .. } | Self::Disk { .. } => PortErrorKind::Local,
+            Self::Stopped => PortErrorKind::LeaseOver,
+        }
+    }
+}
+
+impl From<ZipError> for UnpackError {
+    fn from(err: ZipError) -> Self {
+        Self::Unsound(err.to_string())
+    }
+}
+
+/// Whether data of this type is an archive to unpack. `zip_data` is what this wire calls a `.zip`
+/// nobody named otherwise.
+pub(crate) fn is_archive(data_type: &str) -> bool {
+    matches!(data_type, "zip" | "zip_data") || data_type.ends_with("_zip")
+}
+
+/// Where an archive is unpacked to, below the input's root: where later stages look for a refined
+/// scan, else beside the data.
+/// A `number` above 1 tells several archives of one name in one answer apart.
+pub(crate) fn folder(data_type: &str, name: &str, number: usize) -> PathBuf {
+    let name = match number {
+        1 => dataset_folder(name),
+        more => format!("{}_{more}", dataset_folder(name)),
+    };
+    match data_type {
+        "refined_scan_zip" => Path::new("refined/local").join(name).join("sfm"),
+        _ => Path::new("unpacked").join(name),
+    }
+}
+
+/// Runs [`unpack`] on a thread for blocking work, until it is done or this is dropped. The thread
+/// keeps `busy` until it has stopped.
+pub(crate) async fn unpacked(
+    what: &str,
+    archive: PathBuf,
+    into: PathBuf,
+    limits: UnpackLimits,
+    busy: Option<TaskTrackerToken>,
+) -> Result<Vec<PathBuf>, PortError> {
+    let stop = CancellationToken::new();
+    let _stops_when_dropped = stop.clone().drop_guard();
+    let work = tokio::task::spawn_blocking(move || {
+        let _busy = busy;
+        unpack(&archive, &into, &limits, &|| stop.is_cancelled())
+    });
+    let done = work.await.map_err(|err| PortError::new(PortErrorKind::Other, format!("{what} failed: {err}")))?;
+    done.map_err(|err| PortError::new(err.kind(), format!("{what} refused: {err}")))
+}
+
+/// Unpacks `archive` into the new folder `into`; returns its files in the archive's order. Blocks.
+pub(crate) fn unpack(
+    archive: &Path,
+    into: &Path,
+    limits: &UnpackLimits,
+    stopped: &dyn Fn() -> bool,
+) -> Result<Vec<PathBuf>, UnpackError> {
+    let disk = |path: &Path| {
+        let path = path.to_owned();
+        move |source| UnpackError::Disk { path, source }
+    };
+    let mut file = File::open(archive).map_err(disk(archive))?;
+    let size = file.metadata().map_err(disk(archive))?.len();
+    check_directory(&mut file, size, limits).map_err(disk(archive))??;
+    let mut zip = ZipArchive::new(file)?;
+    let entries = plan(&mut zip, size, limits)?;
+    fs::create_dir_all(into).map_err(disk(into))?;
+    check_space(&entries, into)?;
+
+    let mut block = vec![0; BLOCK_BYTES];
+    let mut files = Vec::new();
+    let mut made = HashSet::new();
+    for entry in entries {
+        let folders = entry.path.ancestors().skip(usize::from(!entry.folder)).collect::<Vec<_>>();
+        for folder in folders.into_iter().rev().filter(|folder| !folder.as_os_str().is_empty()) {
+            if made.insert(folder.to_owned()) {
+                // One at a time: when the task's directory has gone meanwhile, it does not come back.
+                fs::create_dir(into.join(folder)).map_err(disk(&into.join(folder)))?;
+            }
+        }
+        if entry.folder {
+            continue;
+        }
+        let path = into.join(&entry.path);
+        let mut target = File::create_new(&path).map_err(disk(&path))?;
+        let mut source = zip.by_index(entry.index)?;
+        let lies = |why: &str| UnpackError::Entry { name: quoted(&entry.path), why: why.to_owned() };
+        let mut left = entry.size;
+        loop {
+            if stopped() {
+                return Err(UnpackError::Stopped);
+            }
+            let read = match source.read(&mut block) {
+                Ok(0) => break,
+                Ok(read) => read,
+                Err(err) if err.kind() == io::ErrorKind::Interrupted => continue,
+                Err(err) => return Err(lies(&format!("cannot be unpacked: {err}"))),
+            };
+            left = left.checked_sub(read as u64).ok_or_else(|| lies("is longer than its directory says"))?;
+            target.write_all(&block[..read]).map_err(disk(&path))?;
+        }
+        if left > 0 {
+            return Err(lies("is shorter than its directory says"));
+        }
+        files.push(path);
+    }
+    Ok(files)
+}
+
+/// An entry that may be unpacked.
+struct Entry {
+    index: usize,
+    path: PathBuf,
+    folder: bool,
+    size: u64,
+}
+
+/// Judges a whole archive before anything of it is written.
+fn plan(zip: &mut ZipArchive<File>, archive_bytes: u64, limits: &UnpackLimits) -> Result<Vec<Entry>, UnpackError> {
+    let found = zip.len() as u64;
+    if found > limits.files {
+        return Err(UnpackError::Files { found, max: limits.files });
+    }
+    if zip.has_duplicate_names() {
+        return Err(UnpackError::Twice("a name".to_owned()));
+    }
+    if zip.has_overlapping_entries()? {
+        return Err(UnpackError::Overlap);
+    }
+    let mut entries = Vec::with_capacity(zip.len());
+    let (mut files, mut folders) = (HashSet::new(), HashSet::new());
+    let mut total: u64 = 0;
+    for index in 0..zip.len() {
+        let entry = zip.by_index_data(index)?;
+        let name = entry.name()?.into_owned();
+        let refuse = |why: &str| UnpackError::Entry { name: shown(&name), why: why.to_owned() };
+        let path = safe_path(&name).map_err(refuse)?;
+        let folder = name.ends_with('/');
+        // The upper bits of the mode name the kind of file; archives of some systems have none.
+        let kind = entry.unix_mode().unwrap_or_default() & 0o170_000;
+        match kind {
+            0 | 0o100_000 if !folder => {}
+            0 | 0o040_000 if folder => {}
+            0o120_000 => return Err(refuse("is a link; only files and folders are unpacked")),
+            _ => return Err(refuse("is a special file; only files and folders are unpacked")),
+        }
+        if entry.encrypted() {
+            return Err(refuse("is encrypted; upload it unencrypted"));
+        }
+        if !matches!(entry.compression(), CompressionMethod::Stored | CompressionMethod::Deflated) {
+            return Err(refuse("is packed by another method than deflate"));
+        }
+        // Two names that differ in case only are one file on some systems.
+        let key = |path: &Path| path.to_string_lossy().to_lowercase();
+        let twice = || UnpackError::Twice(shown(&name));
+        if path.as_os_str().is_empty() {
+            return Err(refuse("has no name"));
+        }
+        for parent in path.ancestors().skip(1).filter(|parent| !parent.as_os_str().is_empty()) {
+            folders.insert(key(parent));
+        }
+        if folder {
+            folders.insert(key(&path));
+        } else if !files.insert(key(&path)) {
+            return Err(twice());
+        }
+        total = total.saturating_add(entry.size());
+        entries.push(Entry { index, path, folder, size: entry.size() });
+    }
+    if let Some(both) = files.intersection(&folders).next() {
+        return Err(UnpackError::Twice(shown(both)));
+    }
+    if total > limits.bytes {
+        return Err(UnpackError::Bytes { found: total, max: limits.bytes });
+    }
+    if total > RATIO_FREE_BYTES && total > archive_bytes.saturating_mul(limits.ratio) {
+        return Err(UnpackError::Ratio { found: total, ratio: limits.ratio });
+    }
+    Ok(entries)
+}
+
+/// An entry's name as a path below the folder it is unpacked to.
+fn safe_path(name: &str) -> Result<PathBuf, &'static str> {
+    let drive = name.as_bytes().get(1) == Some(&b':') && name.as_bytes()[0].is_ascii_alphabetic();
+    if name.starts_with('/') || drive {
+        return Err("has an absolute path; only paths below the archive's folder are unpacked");
+    }
+    if name.contains(|c: char| c == '\\' || c.is_control()) {
+        return Err("has a backslash or a control character in its name");
+    }
+    if name.len() > PATH_BYTES_MAX {
+        return Err("has a path of more than 1024 bytes");
+    }
+    let mut path = PathBuf::new();
+    for part in name.split('/').filter(|part| !part.is_empty() && *part != ".") {
+        match part {
+            ".." => return Err("would leave the folder it is unpacked to"),
+            part if part.len() > NAME_BYTES_MAX => return Err("has a name of more than 255 bytes"),
+            part => path.push(part),
+        }
+    }
+    Ok(path)
+}
+
+/// Looks at how large the directory says it is, before it is read into memory.
+fn check_directory(file: &mut File, size: u64, limits: &UnpackLimits) -> io::Result<Result<(), UnpackError>> {
+    const END: &[u8] = b"PK\x05\x06";
+    const END_BYTES: u64 = 22;
+    const COMMENT_BYTES_MAX: u64 = 65_535;
+    let from = size.saturating_sub(END_BYTES + COMMENT_BYTES_MAX + 20);
+    let mut tail = Vec::new();
+    file.seek(SeekFrom::Start(from))?;
+    Read::by_ref(file).take(size - from).read_to_end(&mut tail)?;
+    let number = |bytes: &[u8], at: usize, length: usize| {
+        let bytes = bytes.get(at..at + length)?;
+        Some(bytes.iter().rev().fold(0_u64, |number, byte| number << 8 | u64::from(*byte)))
+    };
+    let mut end = None;
+    if let Some(at) = memchr::memmem::rfind(&tail, END) {
+        let record = &tail[at..];
+        end = number(record, 10, 2).zip(number(record, 12, 4));
+        // Large archives say it in a record of their own; where that is stands before this one.
+        let locator = at.checked_sub(20).map(|at| &tail[at..]).filter(|locator| locator.starts_with(b"PK\x06\x07"));
+        if let Some(at) = locator.and_then(|locator| number(locator, 8, 8)).filter(|at| *at < size) {
+            let mut record = Vec::new();
+            file.seek(SeekFrom::Start(at))?;
+            Read::by_ref(file).take(56).read_to_end(&mut record)?;
+            end = number(&record, 32, 8).zip(number(&record, 40, 8)).or(end);
+        }
+    }
+    file.seek(SeekFrom::Start(0))?;
+    Ok(match end {
+        None => Err(UnpackError::Unsound("its end is missing; was it uploaded whole?".to_owned())),
+        Some((found, _)) if found > limits.files => Err(UnpackError::Files { found, max: limits.files }),
+        Some((_, found)) if found > DIRECTORY_BYTES_MAX => Err(UnpackError::Directory { found }),
+        Some(_) => Ok(()),
+    })
+}
+
+/// Refuses what the disk cannot hold, instead of filling it first.
+fn check_space(entries: &[Entry], into: &Path) -> Result<(), UnpackError> {
+    #[cfg(unix)]
+    {
+        let about =
+            rustix::fs::statvfs(into).map_err(|err| UnpackError::Disk { path: into.to_owned(), source: err.into() })?;
+        let free = about.f_bavail.saturating_mul(about.f_frsize);
+        let found = entries.iter().map(|entry| entry.size).fold(0, u64::saturating_add);
+        if found > free {
+            return Err(UnpackError::Space { found, free });
+        }
+    }
+    #[cfg(not(unix))]
+    let _ = (entries, into);
+    Ok(())
+}
+
+fn quoted(path: &Path) -> String {
+    shown(&path.to_string_lossy())
+}
+
+#[cfg(test)]
+#[path = "zip_tests.rs"]
+mod tests;

@@ -1,0 +1,147 @@
+//! What the pool promises, against a server whose connections are counted.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+};
+use tokio_util::task::AbortOnDropHandle;
+
+use super::{
+    super::{Client, Config, TransportError, full, read_capped},
+    *,
+};
+
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// How a server answers the requests of one connection, after which it hangs up.
+#[derive(Clone, Copy)]
+struct Manners {
+    answers: usize,
+    head: &'static str,
+}
+
+struct Server {
+    url: String,
+    opened: Arc<AtomicUsize>,
+    closed: tokio::sync::mpsc::UnboundedReceiver<String>,
+    _task: AbortOnDropHandle<()>,
+}
+
+async fn server(manners: Manners) -> Server {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let url = format!("http://{}/path?query", listener.local_addr().expect("an address"));
+    let opened = Arc::new(AtomicUsize::new(0));
+    let (tell, closed) = tokio::sync::mpsc::unbounded_channel();
+    let count = Arc::clone(&opened);
+    let task = tokio::spawn(async move {
+        loop {
+            let (socket, _) = listener.accept().await.expect("a connection");
+            count.fetch_add(1, Ordering::Relaxed);
+            let tell = tell.clone();
+            tokio::spawn(async move {
+                let heard = serve(socket, manners).await;
+                let _ = tell.send(heard);
+            });
+        }
+    });
+    Server { url, opened, closed, _task: AbortOnDropHandle::new(task) }
+}
+
+/// Everything the connection said.
+async fn serve(mut socket: TcpStream, manners: Manners) -> String {
+    let mut heard = Vec::new();
+    for answer in 1..=manners.answers {
+        while heard.windows(4).filter(|end| end == b"\r\n\r\n").count() < answer {
+            if socket.read_buf(&mut heard).await.unwrap_or(0) == 0 {
+                return String::from_utf8_lossy(&heard).into_owned();
+            }
+        }
+        let text = format!("HTTP/1.1 200 OK\r\n{}\r\n\r\nyes", manners.head);
+        socket.write_all(text.as_bytes()).await.expect("written");
+    }
+    String::from_utf8_lossy(&heard).into_owned()
+}
+
+fn client() -> Client {
+    Client::new(Config::default())
+}
+
+fn ask(url: &str) -> Request<Body> {
+    Request::get(url).body(full("")).expect("a request")
+}
+
+async fn call(client: &Client, url: &str) -> String {
+    let answer = client.call(ask(url), LIMIT).await.expect("an answer");
+    String::from_utf8_lossy(&answer.body).into_owned()
+}
+
+#[tokio::test]
+async fn requests_one_after_the_other_use_one_connection() {
+    let mut server = server(Manners { answers: usize::MAX, head: "content-length: 3" }).await;
+    let client = client();
+    for _ in 0..20 {
+        assert_eq!(call(&client, &server.url).await, "yes");
+        let response = client.send(ask(&server.url), LIMIT).await.expect("an answer");
+        assert_eq!(read_capped(response.into_body(), 100, "host").await.expect("a body"), "yes");
+        tokio::task::yield_now().await; // whoever gives it back does so on its own
+        while client.pool.shared.state().servers.iter().all(|server| server.idle.is_empty()) {
+            tokio::task::yield_now().await;
+        }
+    }
+    assert_eq!(server.opened.load(Ordering::Relaxed), 1);
+    drop(client);
+    let heard = server.closed.recv().await.expect("the connection ends with its client");
+    let host = server.url.trim_start_matches("http://").trim_end_matches("/path?query");
+    assert!(heard.starts_with(&format!("GET /path?query HTTP/1.1\r\nhost: {host}\r\n")), "{heard}");
+}
+
+#[tokio::test]
+async fn a_connection_that_ended_while_it_was_idle_costs_no_request() {
+    let mut server = server(Manners { answers: 1, head: "content-length: 3" }).await;
+    let client = client();
+    for _ in 0..20 {
+        assert_eq!(call(&client, &server.url).await, "yes");
+        server.closed.recv().await.expect("the server hangs up");
+    }
+    assert_eq!(server.opened.load(Ordering::Relaxed), 20);
+}
+
+#[tokio::test]
+async fn an_answer_that_was_not_read_to_its_end_takes_its_connection_along() {
+    let mut server = server(Manners { answers: usize::MAX, head: "content-length: 300000" }).await;
+    let client = client();
+    drop(client.send(ask(&server.url), LIMIT).await.expect("a head"));
+    server.closed.recv().await.expect("hung up");
+    let limit = Duration::from_millis(50);
+    let answer = client.call_for_status(ask(&server.url), limit).await.expect("a status");
+    assert!(answer.status.is_success() && answer.body.is_empty());
+    server.closed.recv().await.expect("hung up");
+    assert!(matches!(client.call(ask(&server.url), limit).await, Err(TransportError::Timeout { .. })));
+    server.closed.recv().await.expect("hung up");
+    assert_eq!(server.opened.load(Ordering::Relaxed), 3);
+}
+
+#[tokio::test]
+async fn what_is_idle_for_long_is_closed() {
+    let mut server = server(Manners { answers: usize::MAX, head: "content-length: 3" }).await;
+    let mut client = client();
+    client.pool = Pool::new(client.pool.shared.connector.clone(), Duration::from_millis(20));
+    assert_eq!(call(&client, &server.url).await, "yes");
+    server.closed.recv().await.expect("closed by the client");
+}
+
+#[test]
+fn a_server_is_named_without_its_user_and_its_usual_port() {
+    let check = |url: &'static str, expected: &str| {
+        let uri = Uri::from_static(url);
+        let (scheme, authority) = (uri.scheme().expect("a scheme"), uri.authority().expect("an authority"));
+        assert_eq!(host_of(scheme, authority).expect("a header"), expected);
+    };
+    check("http://plane.example", "plane.example");
+    check("http://plane.example:80/", "plane.example");
+    check("https://plane.example:80/", "plane.example:80");
+    check("https://plane.example:443/", "plane.example");
+    check("https://who@[::1]:8443/", "[::1]:8443");
+}

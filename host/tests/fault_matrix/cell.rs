@@ -1,0 +1,202 @@
+//! One cell: a world, a node, a fault, and what must hold in the end.
+
+use std::{
+    collections::BTreeMap,
+    future::Future,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use runner_host::dev::{Faults, Seen};
+use serde_json::{Value, json};
+
+use crate::{
+    harness::{Ended, Lab, node::TestNode},
+    plan::{Cell, Length},
+};
+
+/// Short enough to run out in a test.
+const LEASE: Duration = Duration::from_secs(2);
+/// How long a lasting fault lasts: longer than a lease.
+const LONG: Duration = Duration::from_millis(2500);
+/// Far more than any part of a cell takes; a hang becomes a failed cell.
+const LIMIT: Duration = Duration::from_secs(45);
+/// Most requests of one kind that arrive within any second. A heartbeat may follow another after 100 ms, polls
+/// pause for at least 100 ms unless there is work, and a task has four parts.
+const BUSIEST: usize = 20;
+/// More parts than two, the last one smaller.
+const INPUT_BYTES: usize = 200_000;
+
+/// How a cell went.
+pub(crate) struct Report {
+    pub(crate) cell: Cell,
+    pub(crate) took: Duration,
+    /// Faults that struck.
+    pub(crate) struck: usize,
+    /// Most requests of one kind within a second.
+    pub(crate) busiest: usize,
+    failure: Option<String>,
+}
+
+impl Report {
+    /// What went wrong, with the cell's name.
+    pub(crate) fn complaint(&self) -> Option<String> {
+        self.failure.as_ref().map(|failure| format!("{}: {failure}", self.cell.name()))
+    }
+}
+
+pub(crate) async fn run(cell: Cell, plugin: PathBuf) -> Report {
+    let began = Instant::now();
+    let faults = Faults::parse(&cell.file()).expect("the plan's files are sound");
+    let at_start = cell.is_of_sign_in() || cell.is_of_the_clock();
+    let lab = Lab::with(|config| {
+        config.lease_ttl = LEASE;
+        config.part_size = 64 * 1024;
+        config.request_max_bytes = 100_000;
+        config.journal_max = 100_000;
+        if at_start {
+            config.faults = faults.clone();
+        }
+    })
+    .await;
+    let ended = tokio::time::timeout(LIMIT * 2, judged(&cell, &lab, faults, plugin)).await;
+    let journal = lab.world.journal();
+    let struck = journal.iter().filter(|seen| seen.fault.is_some()).count();
+    let (busiest, call) = busiest(&journal);
+    let failure = match ended {
+        Err(_) => Some("the cell did not end".to_owned()),
+        Ok(Err(failure)) => Some(failure),
+        Ok(Ok(())) if struck == 0 && !cell.is_of_the_clock() => Some("the fault never struck".to_owned()),
+        Ok(Ok(())) if busiest > BUSIEST => Some(format!("{busiest} times {call} within a second")),
+        Ok(Ok(())) => None,
+    };
+    lab.world.stop().await;
+    Report { cell, took: began.elapsed(), struck, busiest, failure }
+}
+
+async fn judged(cell: &Cell, lab: &Lab, faults: Faults, plugin: PathBuf) -> Result<(), String> {
+    let setup = lab
+        .node(&[plugin])
+        .set("REQUEST_TIMEOUT_SECS", "1")
+        .set("REGISTER_INTERVAL_SECS", "1")
+        .set("POLL_BACKOFF_MS_MIN", "100")
+        .set("POLL_BACKOFF_MS_MAX", "500")
+        .set("MAX_CONCURRENCY", "2");
+    let node = setup.start().await;
+    let told = |problem: String| format!("{problem}\n{}", node.log());
+    if !(cell.is_of_sign_in() || cell.is_of_the_clock()) {
+        within("the first poll", lab.world.journal_until(polled)).await.map_err(told)?;
+        lab.world.set_faults(faults);
+    }
+    let input: Vec<u8> = (0..INPUT_BYTES).map(|n| (n % 251) as u8).collect();
+    let cid = lab.put("in", &input).await;
+    let meta = json!({ "fail": cell.endpoint == "fail" });
+    let task = lab.task("/fixtures/everything/v1").inputs(&[cid]).meta(meta);
+    let job = task.set("max_attempts", json!(if cell.endpoint == "fail" { 2 } else { 30 })).submit();
+    if cell.length == Length::Long && !cell.is_of_the_clock() {
+        let struck = |seen: &[Seen]| seen.iter().any(|seen| seen.fault.is_some());
+        within("the first fault", lab.world.journal_until(struck)).await.map_err(told)?;
+        // Not an event: the fault itself is a stretch of time.
+        tokio::time::sleep(LONG).await;
+        lab.world.set_faults(Faults::default());
+    }
+    let over = |view: &Value| matches!(view["job"]["status"].as_str(), Some("completed" | "failed" | "canceled"));
+    let ended = within("the end of the task", lab.world.job_until(job, over)).await.map_err(told)?;
+    if cell.endpoint == "any" && !cell.is_of_the_clock() {
+        lab.world.set_faults(Faults::default());
+    }
+    one_verdict(cell, lab, &Ended(ended), &input).await.map_err(told)?;
+    nothing_left(cell, lab, &node).await.map_err(told)
+}
+
+/// One completion, or failures with a reason; artifacts whole and not doubled.
+async fn one_verdict(cell: &Cell, lab: &Lab, ended: &Ended, input: &[u8]) -> Result<(), String> {
+    let receipts = ended.0["receipts"].as_array().ok_or("no receipts")?;
+    let completed = receipts.iter().filter(|receipt| receipt["meta"]["artifacts"].is_array()).count();
+    let failures = receipts.iter().filter_map(|receipt| receipt["meta"]["reason"].as_str());
+    let failures: Vec<&str> = failures.collect();
+    if completed + failures.len() != receipts.len() || failures.iter().any(|reason| reason.is_empty()) {
+        return Err(format!("a receipt is neither a completion nor a failure with a reason: {:#}", ended.0));
+    }
+    let attempts = ended.task()["attempts"].as_u64().unwrap_or_default();
+    if receipts.len() as u64 > attempts {
+        return Err(format!("{} verdicts of {attempts} attempts: {:#}", receipts.len(), ended.0));
+    }
+    if cell.endpoint == "fail" {
+        let own = |reason: &&str| reason.starts_with("runner failed: as the task wanted");
+        let expired = |reason: &&str| reason.starts_with("lease expired");
+        let fine = completed == 0 && failures.iter().all(|reason| own(reason) || expired(reason));
+        return if fine && ended.status() == "failed" {
+            Ok(())
+        } else {
+            Err(format!("expected failures: {:#}", ended.0))
+        };
+    }
+    if (ended.status(), completed) != ("completed", 1) {
+        return Err(format!("expected one completion: {:#}", ended.0));
+    }
+    let artifacts = ended.artifacts();
+    if artifacts.keys().map(String::as_str).collect::<Vec<_>>() != ["large.bin", "small.txt"] {
+        return Err(format!("expected two artifacts: {:#}", ended.0));
+    }
+    if lab.artifact(ended, "large.bin").await != input || lab.artifact(ended, "small.txt").await != b"200000 bytes" {
+        return Err("an artifact is not what was published".to_owned());
+    }
+    let stored = lab.stored().await;
+    if stored != 3 {
+        return Err(format!("{stored} items are stored, expected the input and two artifacts"));
+    }
+    Ok(())
+}
+
+/// No upload, no file, no process.
+async fn nothing_left(cell: &Cell, lab: &Lab, node: &TestNode) -> Result<(), String> {
+    node.term();
+    let code = within("the end of the node", node.wait()).await?;
+    if code != 0 {
+        return Err(format!("the node ended with {code}"));
+    }
+    let left = node.scratch();
+    if !left.is_empty() {
+        return Err(format!("left in SCRATCH_DIR: {left:?}"));
+    }
+    if node.log().contains("panicked") {
+        return Err("something panicked".to_owned());
+    }
+    let open = lab.world.open_uploads();
+    if open > 0 && !may_leave_uploads(cell) {
+        return Err(format!("{open} uploads were left open"));
+    }
+    Ok(())
+}
+
+/// An upload stays open until it expires where the one abort is lost, or where its lease, and with it the token
+/// that could abort it, is gone.
+fn may_leave_uploads(cell: &Cell) -> bool {
+    cell.endpoint == "abort"
+}
+
+/// Most requests of one call that arrived within any second.
+fn busiest(journal: &[Seen]) -> (usize, &'static str) {
+    let mut arrivals: BTreeMap<&'static str, Vec<jiff::Timestamp>> = BTreeMap::new();
+    for seen in journal {
+        // What the test itself asks for shows no node and is little.
+        arrivals.entry(seen.endpoint.unwrap_or("other")).or_default().push(seen.at);
+    }
+    let second = jiff::SignedDuration::from_secs(1);
+    let most = |times: &mut Vec<jiff::Timestamp>| {
+        times.sort();
+        let within =
+            |at: usize| times[at..].iter().take_while(|later| later.duration_since(times[at]) < second).count();
+        (0..times.len()).map(within).max().unwrap_or_default()
+    };
+    arrivals.iter_mut().map(|(call, times)| (most(times), *call)).max().unwrap_or_default()
+}
+
+fn polled(seen: &[Seen]) -> bool {
+    seen.iter().any(|seen| seen.endpoint == Some("lease") && seen.status == 204)
+}
+
+async fn within<T>(what: &str, event: impl Future<Output = T>) -> Result<T, String> {
+    tokio::time::timeout(LIMIT, event).await.map_err(|_| format!("waited {LIMIT:?} for {what}"))
+}

@@ -1,0 +1,139 @@
+//! Which cells there are, and which make no sense.
+
+/// What goes wrong: its name in the table, and the keys of its rule.
+pub(crate) type Kind = (&'static str, &'static str);
+
+/// How long it goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Length {
+    /// For two requests.
+    Twice,
+    /// For longer than a lease.
+    Long,
+}
+
+/// One call, one kind of fault, one length.
+#[derive(Clone, Debug)]
+pub(crate) struct Cell {
+    pub(crate) endpoint: &'static str,
+    pub(crate) kind: Kind,
+    pub(crate) length: Length,
+}
+
+/// The calls of a node (posemesh contract 1), in the order of a task's life.
+pub(crate) const ENDPOINTS: [&str; 17] = [
+    "nonce",
+    "register_wallet",
+    "verify",
+    "lease",
+    "heartbeat",
+    "download",
+    "list",
+    "info",
+    "create",
+    "replace",
+    "initiate",
+    "part",
+    "complete_upload",
+    "abort",
+    "complete",
+    "fail",
+    "any",
+];
+
+/// Every kind of fault but the clock, which is a matter of the whole world.
+pub(crate) const KINDS: [Kind; 15] = [
+    ("503", "kind = \"status\"\ncode = 503"),
+    ("429", "kind = \"status\"\ncode = 429\nheaders = { Retry-After = \"1\" }"),
+    ("401", "kind = \"status\"\ncode = 401"),
+    ("404", "kind = \"status\"\ncode = 404"),
+    ("delay", "kind = \"delay\"\ndelay = \"1500ms\""),
+    ("reset", "kind = \"reset\""),
+    ("reset_body", "kind = \"reset_body\""),
+    ("malformed", "kind = \"malformed\""),
+    ("oversize", "kind = \"oversize\""),
+    ("wrong_type", "kind = \"wrong_type\""),
+    ("hang", "kind = \"hang\""),
+    ("lost_answer", "kind = \"lost_answer\""),
+    ("revoke_token", "kind = \"revoke_token\""),
+    ("forget_node", "kind = \"forget_node\""),
+    ("steal_lease", "kind = \"steal_lease\""),
+];
+
+/// What may also last: an outage, seen in five ways.
+const LASTING: [&str; 5] = ["503", "429", "reset", "malformed", "hang"];
+
+const SIGN_IN: [&str; 3] = ["nonce", "register_wallet", "verify"];
+const PLANE: [&str; 4] = ["lease", "heartbeat", "complete", "fail"];
+
+/// All cells, and the combinations that are none, with the reason.
+pub(crate) fn all() -> (Vec<Cell>, Vec<(&'static str, &'static str, &'static str)>) {
+    let (mut cells, mut senseless) = (Vec::new(), Vec::new());
+    for endpoint in ENDPOINTS {
+        for kind in KINDS {
+            if let Some(why) = no_sense(endpoint, kind.0) {
+                senseless.push((endpoint, kind.0, why));
+                continue;
+            }
+            cells.push(Cell { endpoint, kind, length: Length::Twice });
+            if LASTING.contains(&kind.0) && endpoint != "abort" {
+                cells.push(Cell { endpoint, kind, length: Length::Long });
+            }
+        }
+    }
+    for kind in [
+        ("ahead", "kind = \"clock_offset\"\noffset = \"20m\""),
+        ("behind", "kind = \"clock_offset\"\noffset = \"-20m\""),
+    ] {
+        cells.push(Cell { endpoint: "any", kind, length: Length::Long });
+    }
+    (cells, senseless)
+}
+
+fn no_sense(endpoint: &str, kind: &str) -> Option<&'static str> {
+    let (sign_in, plane) = (SIGN_IN.contains(&endpoint), PLANE.contains(&endpoint));
+    match kind {
+        "revoke_token" if sign_in || endpoint == "info" => Some("the call shows no token"),
+        "forget_node" if !plane && !["verify", "any"].contains(&endpoint) => {
+            Some("the call does not say which node asks")
+        }
+        "steal_lease" if sign_in || ["lease", "info"].contains(&endpoint) => Some("the call is not about a task"),
+        "oversize" if endpoint == "download" => Some("data has the size it has"),
+        _ => None,
+    }
+}
+
+impl Cell {
+    pub(crate) fn name(&self) -> String {
+        let length = if self.length == Length::Long { "/long" } else { "" };
+        format!("{}/{}{length}", self.endpoint, self.kind.0)
+    }
+
+    /// Its place in the table.
+    pub(crate) fn order(&self) -> (usize, usize, bool) {
+        let row = ENDPOINTS.iter().position(|endpoint| *endpoint == self.endpoint).unwrap_or(ENDPOINTS.len());
+        let column = KINDS.iter().position(|kind| kind.0 == self.kind.0).unwrap_or(KINDS.len());
+        (row, column, self.length == Length::Long)
+    }
+
+    /// Strikes before a node has signed in.
+    pub(crate) fn is_of_sign_in(&self) -> bool {
+        SIGN_IN.contains(&self.endpoint)
+    }
+
+    pub(crate) fn is_of_the_clock(&self) -> bool {
+        self.kind.1.contains("clock_offset")
+    }
+
+    /// The fault file.
+    pub(crate) fn file(&self) -> String {
+        if self.is_of_the_clock() {
+            return format!("[[fault]]\n{}", self.kind.1);
+        }
+        let count = if self.length == Length::Twice { "count = 2\n" } else { "" };
+        let rule = format!("[[fault]]\nname = \"cell\"\nendpoint = \"{}\"\n{count}{}\n", self.endpoint, self.kind.1);
+        // Nothing is aborted unless something fails for good.
+        let first = "[[fault]]\nname = \"first\"\nendpoint = \"part\"\nkind = \"status\"\ncode = 403\ncount = 1\n";
+        if self.endpoint == "abort" { format!("{first}{rule}") } else { rule }
+    }
+}

@@ -1,0 +1,56 @@
+//! What the matrix says at its end.
+
+use std::{collections::BTreeMap, fmt::Write as _, io::Write as _, time::Duration};
+
+use crate::{
+    cell::Report,
+    plan::{ENDPOINTS, KINDS, Length},
+};
+
+/// Prints the table past the test harness: it is wanted most when all went well.
+pub(crate) fn print(reports: &[Report], senseless: &[(&str, &str, &str)], took: Duration) {
+    let columns: Vec<&str> = KINDS.iter().map(|kind| kind.0).chain(["ahead", "behind"]).collect();
+    let mut cells: BTreeMap<(&str, &str), String> = BTreeMap::new();
+    for (endpoint, kind, _) in senseless {
+        cells.insert((endpoint, kind), "-".to_owned());
+    }
+    for report in reports {
+        let text = match &report.complaint() {
+            None => format!("{:.1}", report.took.as_secs_f64()),
+            Some(_) => "FAIL".to_owned(),
+        };
+        let cell = cells.entry((report.cell.endpoint, report.cell.kind.0)).or_default();
+        let bar = if cell.is_empty() { "" } else { "|" };
+        let _ = write!(cell, "{bar}{text}");
+    }
+    let mut text =
+        "\nseconds per cell; with two figures the second fault lasts longer than a lease; -: no sense\n".to_owned();
+    let _ = write!(text, "{:<16}", "");
+    for column in &columns {
+        let _ = write!(text, "{column:>13}");
+    }
+    for endpoint in ENDPOINTS {
+        let _ = write!(text, "\n{endpoint:<16}");
+        for column in &columns {
+            let _ = write!(text, "{:>13}", cells.get(&(endpoint, *column)).map_or("", String::as_str));
+        }
+    }
+    let long = reports.iter().filter(|report| report.cell.length == Length::Long).count();
+    let struck: usize = reports.iter().map(|report| report.struck).sum();
+    let most = reports.iter().map(|report| report.busiest).max().unwrap_or_default();
+    let _ = writeln!(
+        text,
+        "\n{} cells ({long} long) in {:.0} s, {struck} faults, at most {most} requests of one kind in a second",
+        reports.len(),
+        took.as_secs_f64()
+    );
+    let mut reasons: BTreeMap<&str, Vec<String>> = BTreeMap::new();
+    for (endpoint, kind, why) in senseless {
+        reasons.entry(why).or_default().push(format!("{kind} of {endpoint}"));
+    }
+    for (why, combinations) in reasons {
+        let _ = writeln!(text, "not run, {why}: {}", combinations.join(", "));
+    }
+    // Not through the macro, which the harness keeps to itself when a test passes.
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}

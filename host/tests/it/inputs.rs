@@ -1,0 +1,238 @@
+//! Inputs, through the binary: whatever form names them, whatever breaks on the way, they come whole
+//! or not at all, and nothing of them stays in memory.
+
+use serde_json::{Value, json};
+
+use crate::harness::{
+    Ended, Lab, fixtures,
+    node::TestNode,
+    rubbish::{Bad, Rubbish},
+};
+
+const LIST: &str = "GET /api/v1/domains/*/data?ids=";
+const RAW: &str = "GET /api/v1/domains/*/data/*?raw";
+
+fn pattern(length: usize) -> Vec<u8> {
+    (0..length).map(|n| ((n / 251) ^ (n * 7)) as u8).collect()
+}
+
+/// What `/fixtures/inputs/v1` saw.
+async fn seen(lab: &Lab, ended: &Ended) -> Vec<Value> {
+    serde_json::from_slice(&lab.artifact(ended.completed(), "inputs.json").await).expect("JSON")
+}
+
+/// How many inputs, or files of them, lie on disk.
+fn left(node: &TestNode) -> usize {
+    node.scratch().iter().filter(|path| path.is_file() || path.to_string_lossy().contains("input")).count()
+}
+
+/// Bytes of tasks' data in memory go back to nothing.
+async fn nothing_in_flight(node: &TestNode) {
+    node.page_until("/status.json", |page| page.1["memory"]["in_flight_bytes"] == 0).await;
+}
+
+#[tokio::test]
+async fn s0_81_every_form_of_an_input_brings_the_same_file() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let name = "dmt_2025-06-01_08-30-00";
+    let one = lab.world.put_data(name, "dmt_frames_csv", b"frames").await.expect("stored");
+    let two = lab.world.put_data(name, "dmt_gyro_csv", b"gyro").await.expect("stored");
+    let data = format!("{}api/v1/domains/{}/data", lab.world.dds_url(), lab.world.domain_id());
+    let path = url::Url::parse(&data).expect("a URL").path().to_owned();
+    let forms = [
+        one.to_string(),
+        format!("  {one} "),
+        format!("{data}/{one}"),
+        format!("{data}/{one}?raw=true"),
+        format!("{path}/{one}"),
+        format!("{path}?ids={one}"),
+        format!("{data}?name={name}&data_type=dmt_frames_csv"),
+        format!("{data}?ids={one}%2C{two}"),
+        format!("{data}?ids={one},{two}"),
+    ];
+    let ended = lab.ended(&node, lab.task("/fixtures/inputs/v1").set("inputs_cids", json!(forms)).submit()).await;
+    for (form, input) in forms.iter().zip(seen(&lab, &ended).await) {
+        // A scan's time is its folder, the data type its ending (contract 11.3).
+        let root = input["root_dir"].as_str().expect("a folder");
+        let path = input["path"].as_str().expect("a path").strip_prefix(root).expect("below its root");
+        assert_eq!(path, format!("/datasets/2025-06-01_08-30-00/{name}.dmt_frames_csv"), "{form}");
+        assert_eq!(json!([input["data_id"], input["on_disk"], input["inside"]]), json!([one, 6, true]), "{form}");
+        let related: Vec<&str> =
+            input["related_files"].as_array().expect("a list").iter().filter_map(Value::as_str).collect();
+        let expected = format!("{root}/datasets/2025-06-01_08-30-00/{name}.dmt_gyro_csv");
+        assert!(if form.contains(&two.to_string()) { related == [expected] } else { related.is_empty() }, "{form}");
+    }
+    nothing_in_flight(&node).await;
+}
+
+#[tokio::test]
+async fn s0_10_tasks_at_once_see_their_own_inputs_and_outputs_only() {
+    let lab = Lab::start().await;
+    let node = lab.node(&[fixtures::echo()]).set("MAX_CONCURRENCY", "6").leasing().await;
+    let mut jobs = Vec::new();
+    for n in 0..6_u8 {
+        let form = ["bytes", "file", "stream"][usize::from(n) % 3];
+        let input = lab.put(&format!("in {n}"), &vec![n; 300_000]).await;
+        jobs.push(lab.task(&format!("/examples/echo-{form}/v1")).inputs(&[input]).submit());
+    }
+    for (n, job) in (0_u8..).zip(jobs) {
+        let ended = lab.ended(&node, job).await;
+        assert_eq!(ended.completed().artifacts().len(), 1);
+        assert!(lab.artifact(&ended, "echo-0.bin").await == vec![n; 300_000], "task {n}");
+    }
+    nothing_in_flight(&node).await;
+}
+
+#[tokio::test]
+async fn p_47_inputs_of_other_servers_and_whole_domains_are_refused() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let own = lab.world.dds_url().to_string();
+    for (cid, text) in [
+        ("https://elsewhere.example/api/v1/domains/d/data/x".to_owned(), "the lease's domain server is"),
+        (format!("{own}api/v1/domains/{}/data", lab.world.domain_id()), "which would fetch a whole domain"),
+    ] {
+        let ended = lab.ended(&node, lab.task("/fixtures/inputs/v1").set("inputs_cids", json!([cid])).submit()).await;
+        let (reason, _) = ended.failed();
+        assert!(reason.starts_with("runner failed: input ") && reason.contains(text), "{reason}");
+    }
+}
+
+/// Contract 11.3: the names and types some runners put there are their own business.
+#[tokio::test]
+async fn names_as_inputs_are_not_looked_at_by_the_host() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let names = json!(["refined_scan_2025-06-01_08-30-00", "", "://", 7.to_string()]);
+    let ended = lab.ended(&node, lab.task("/fixtures/echo-meta/v1").set("inputs_cids", names.clone()).submit()).await;
+    let lease: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "lease.json").await).expect("JSON");
+    assert_eq!(lease["task"]["inputs_cids"], names);
+}
+
+#[tokio::test]
+async fn a_download_that_breaks_goes_on_where_it_stopped() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::echo()]).leasing().await;
+    let bytes = pattern(1_000_000);
+    let input = lab.put("in", &bytes).await;
+    for (n, form) in ["bytes", "file", "stream"].into_iter().enumerate() {
+        rubbish.answer(LIST, 1, Bad::Status(503, "later"));
+        rubbish.answer(LIST, 1, Bad::Cut);
+        rubbish.answer(LIST, 1, Bad::CutAfter(600_000));
+        rubbish.answer(RAW, 1, Bad::Status(429, "slowly"));
+        rubbish.answer(RAW, 1, Bad::CutAfter(200_000));
+        let ended = lab.ended(&node, lab.task(&format!("/examples/echo-{form}/v1")).inputs(&[input]).submit()).await;
+        assert!(lab.artifact(ended.completed(), "echo-0.bin").await == bytes, "{form}");
+        // Neither the list nor the content is asked for again from its beginning.
+        assert_eq!((rubbish.count(LIST), rubbish.count(RAW)), (3 * (n + 1), 3 * (n + 1)), "{form}");
+    }
+    nothing_in_flight(&node).await;
+}
+
+#[tokio::test]
+async fn patience_with_a_server_that_stays_away_ends() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::echo()]).set("TRANSFER_PATIENCE", "900ms").leasing().await;
+    let input = lab.put("in", &pattern(100_000)).await;
+    rubbish.answer(LIST, usize::MAX, Bad::Status(503, "closed"));
+    let ended = lab.ended(&node, lab.task("/examples/echo-file/v1").inputs(&[input]).submit()).await;
+    let (reason, details) = ended.failed();
+    assert!(reason.starts_with("storage: download of input "), "{reason}");
+    assert!(reason.ends_with("server error (503): closed (given up after 3 tries)"), "{reason}");
+    assert_eq!(details["retryable"], true);
+    assert_eq!(left(&node), 0, "half an input stays nowhere: {:?}", node.scratch());
+}
+
+#[tokio::test]
+async fn silence_is_given_up_and_asked_again() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::echo()]).set("TRANSFER_STALL_TIMEOUT", "300ms").leasing().await;
+    let bytes = pattern(300_000);
+    let input = lab.put("in", &bytes).await;
+    rubbish.answer(LIST, 1, Bad::SilentAfter(100_000));
+    let ended = lab.ended(&node, lab.task("/examples/echo-file/v1").inputs(&[input]).submit()).await;
+    assert!(lab.artifact(ended.completed(), "echo-0.bin").await == bytes);
+    assert_eq!((rubbish.count(LIST), rubbish.count(RAW)), (1, 1));
+}
+
+#[tokio::test]
+async fn bytes_that_can_never_fit_are_refused_and_others_wait_for_room() {
+    let lab = Lab::start().await;
+    let node = lab.node(&[fixtures::echo(), fixtures::zoo()]);
+    let node = node.set("MEMORY_BUDGET", "3MiB").set("MAX_CONCURRENCY", "4").leasing().await;
+    let large = lab.put("large", &pattern(4 << 20)).await;
+    let ended = lab.ended(&node, lab.task("/examples/echo-bytes/v1").inputs(&[large]).submit()).await;
+    let reason = ended.failed().0;
+    assert_eq!(
+        reason,
+        "runner failed: 4194304 bytes do not fit into MEMORY_BUDGET, 3145728 bytes; use a file or a stream instead of bytes"
+    );
+    // Files and streams of any size pass.
+    for form in ["file", "stream"] {
+        lab.ended(&node, lab.task(&format!("/examples/echo-{form}/v1")).inputs(&[large]).submit()).await.completed();
+    }
+    let output = |piece: usize| lab.run(&node, "/fixtures/big-output/v1", json!({ "bytes": 4 << 20, "piece": piece }));
+    let ended = output(4 << 20).await;
+    assert!(ended.failed().0.starts_with("runner failed: 4194304 bytes do not fit into MEMORY_BUDGET"), "{ended:?}");
+    output(2 << 20).await.completed();
+    // Four tasks that need two thirds of it each take their turns.
+    let medium = lab.put("medium", &pattern(2 << 20)).await;
+    let jobs: Vec<_> = (0..4).map(|_| lab.task("/examples/echo-bytes/v1").inputs(&[medium]).submit()).collect();
+    for job in jobs {
+        lab.ended(&node, job).await.completed();
+    }
+    nothing_in_flight(&node).await;
+    let memory = node.status().await["memory"].clone();
+    assert_eq!(memory["limit_bytes"], 3 << 20);
+    assert!(memory["peak_bytes"].as_u64() >= Some(2 << 20), "{memory}");
+}
+
+/// Peak resident memory of a process, in bytes.
+#[cfg(target_os = "linux")]
+fn peak(pid: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("a process of ours");
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).expect("Linux says so");
+    line.split_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok()).expect("a number") * 1024
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn p_39_the_byte_form_holds_one_copy_of_an_object() {
+    const OBJECT: usize = 256 << 20;
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::echo()]).await;
+    let small = lab.put("small", &pattern(1000)).await;
+    lab.ended(&node, lab.task("/examples/echo-bytes/v1").inputs(&[small]).submit()).await.completed();
+    let before = peak(node.pid());
+    let large = lab.put("large", &vec![7; OBJECT]).await;
+    let ended = lab.ended(&node, lab.task("/examples/echo-bytes/v1").inputs(&[large]).submit()).await;
+    let id = ended.completed().artifacts()["echo-0.bin"]["id"].clone();
+    let grown = peak(node.pid()) - before;
+    assert!(grown < OBJECT as u64 + (24 << 20), "{} MiB for an object of 256 MiB", grown >> 20);
+    assert!(grown > OBJECT as u64, "{grown}: it was not held at all?");
+    assert_eq!(lab.size(id.as_str().expect("an id")).await, OBJECT as u64);
+    nothing_in_flight(&node).await;
+}
+
+/// Contract 11.3: real runners remove what they were given, and read by id themselves.
+#[tokio::test]
+async fn the_folder_of_an_input_may_be_removed_by_its_runner() {
+    let lab = Lab::start().await;
+    let node = lab.node(&[fixtures::zoo()]).plugins_file("[defaults]\ngrant = [\"token\"]\n").leasing().await;
+    let input = lab.put("in", b"some input").await;
+    let ended = lab.ended(&node, lab.task("/fixtures/own-reads/v1").inputs(&[input]).submit()).await;
+    let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "own-reads.json").await).expect("JSON");
+    assert_eq!(seen["again"], 10, "an input comes again after its folder was removed");
+    assert_eq!(seen["raw"], "some input");
+    assert_eq!(seen["status"], json!([200, 200, 200]));
+    let first = json!({ "id": input, "name": "in", "size": 10 });
+    for listed in [&seen["metadata"], &seen["encoded"]["data"][0]] {
+        assert_eq!(json!({ "id": listed["id"], "name": listed["name"], "size": listed["size"] }), first);
+    }
+    node.page_until("/status.json", |page| page.1["tasks"] == json!({})).await;
+    assert_eq!(left(&node), 0, "{:?}", node.scratch());
+}

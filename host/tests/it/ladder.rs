@@ -1,0 +1,153 @@
+//! What happens to a runner that is asked to stop: told, given time, given up; and to its plugin.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::harness::{Lab, fixtures, node::TestNode};
+
+const GIVEN_UP: &str = "runner ignored its cancellation, slot given back";
+const LEASE: Duration = Duration::from_secs(2);
+
+async fn lab() -> Lab {
+    Lab::with(|config| config.lease_ttl = LEASE).await
+}
+
+/// Submits a task whose runner goes on for `sleep_ms` whatever it is told, and cancels it once it runs.
+async fn ignored(lab: &Lab, node: &TestNode, sleep_ms: u64) -> Uuid {
+    let job = lab.task("/fixtures/ignores-cancel/v1").meta(json!({ "sleep_ms": sleep_ms })).submit();
+    lab.started(node, job).await;
+    assert!(lab.world.cancel_job(job));
+    job
+}
+
+fn zoo(listing: &Value) -> &Value {
+    let plugins = listing["plugins"].as_array().expect("a list");
+    plugins.iter().find(|plugin| plugin["name"] == "zoo").expect("it was loaded")
+}
+
+#[tokio::test]
+async fn s1_16_a_runner_that_ignores_its_cancel_costs_a_slot_for_the_grace_only() {
+    let lab = lab().await;
+    let node = lab.node(&[fixtures::zoo()]).set("CANCEL_GRACE", "200ms").leasing().await;
+    ignored(&lab, &node, 3_600_000).await;
+    let line = node.says(GIVEN_UP).await;
+    assert_eq!((&line["plugin"], &line["strikes"]), (&json!("zoo"), &json!(1)), "{line}");
+    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+    let (code, status) = node.page_until("/status.json", |page| zoo(&page.1)["stuck_runners"] == 1).await;
+    assert_eq!((code, &status["stuck_runners"], &zoo(&status)["state"]), (200, &json!(1), &json!("loaded")));
+    assert_eq!(node.page("/ready").await, (200, json!({ "ready": true })));
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_runner_that_returns_within_the_grace_is_no_strike() {
+    let lab = lab().await;
+    let node = lab.node(&[fixtures::zoo()]).set("CANCEL_GRACE", "15s").leasing().await;
+    ignored(&lab, &node, 1500).await;
+    let line = node.says("task ended, nothing to report").await;
+    assert_eq!(line["outcome"], "cancelled", "{line}");
+    assert!(node.said(GIVEN_UP).is_empty());
+}
+
+#[tokio::test]
+async fn a_stuck_runner_that_returns_late_is_noted() {
+    let lab = lab().await;
+    let node = lab.node(&[fixtures::zoo()]).set("CANCEL_GRACE", "100ms").leasing().await;
+    let job = ignored(&lab, &node, 1000).await;
+    node.says(GIVEN_UP).await;
+    let line = node.says("stuck runner returned, too late for its task").await;
+    let task = lab.world.job(job).expect("a job")["tasks"][0]["id"].clone();
+    assert_eq!((&line["plugin"], &line["task_id"]), (&json!("zoo"), &task), "{line}");
+    assert!(line["late_ms"].is_u64(), "{line}");
+    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+}
+
+#[tokio::test]
+async fn after_three_stuck_runners_a_plugin_is_out_of_service_and_everyone_is_told() {
+    let lab = lab().await;
+    let node = lab.node(&[fixtures::zoo(), fixtures::hello()]).set("CANCEL_GRACE", "100ms");
+    let node = node.set("MAX_CONCURRENCY", "4").leasing().await;
+    for number in 1..=3_usize {
+        ignored(&lab, &node, 3_600_000).await;
+        node.line(|line| line["message"] == GIVEN_UP && line["strikes"] == number).await;
+    }
+    let line = node.says("plugin is out of service").await;
+    let reason = "3 of its runners ignored their cancellation; mend the plugin and restart the node";
+    assert_eq!((&line["plugin"], &line["reason"]), (&json!("zoo"), &json!(reason)), "{line}");
+
+    let degraded = json!([format!("plugin zoo is out of service: {reason}")]);
+    let (_, status) = node.page_until("/status.json", |page| page.1["degraded"] == degraded).await;
+    assert_eq!(status["capabilities"], json!(["/examples/hello/v1"]), "{status:#}");
+    let plugin = zoo(&status);
+    assert_eq!(
+        json!([plugin["state"], plugin["stuck_runners"], plugin["reason"]]),
+        json!(["out-of-service", 3, reason])
+    );
+    assert_eq!(node.page("/ready").await, (200, json!({ "ready": true, "degraded": degraded })));
+    // The plane is told of what is left, and the rest of the node works on.
+    lab.seen(&node, |seen| seen.iter().filter(|seen| seen.path.contains("/nodes/register")).count() >= 2).await;
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_lease_for_a_plugin_out_of_service_fails_its_set_up_also_while_it_waits_for_a_slot() {
+    let lab = lab().await;
+    let file = "[[plugin]]\nfile = \"zoo\"\nmax_concurrency = 3\n";
+    let node = lab.node(&[fixtures::zoo()]).set("CANCEL_GRACE", "100ms").set("MAX_CONCURRENCY", "6");
+    let node = node.plugins_file(file).leasing().await;
+    let jobs: Vec<Uuid> = (0..3)
+        .map(|_| lab.task("/fixtures/ignores-cancel/v1").meta(json!({ "sleep_ms": 3_600_000 })).submit())
+        .collect();
+    for job in &jobs {
+        lab.started(&node, *job).await;
+    }
+    // The first two of these get the slots of those that are given up first, and keep them.
+    let files = tempfile::tempdir().expect("a folder");
+    let file = files.path().join("go");
+    let waiting: Vec<Uuid> =
+        (0..3).map(|_| lab.task("/fixtures/wait-file/v1").meta(json!({ "file": file })).submit()).collect();
+    let all_wait = |page: &(u16, Value)| {
+        let tasks = page.1["tasks"].as_object();
+        tasks.is_some_and(|all| all.values().filter(|task| task["state"] == "waiting").count() == 3)
+    };
+    node.page_until("/status.json", all_wait).await;
+    for job in jobs {
+        assert!(lab.world.cancel_job(job));
+    }
+    node.says("plugin is out of service").await;
+    std::fs::write(&file, "").expect("the folder is writable");
+    let mut refused = Vec::new();
+    for job in waiting {
+        let ended = lab.ended(&node, job).await;
+        if ended.status() == "failed" {
+            refused.push(ended);
+        }
+    }
+    assert_eq!(refused.len(), 1, "who ran ran on, who waited was refused: {refused:#?}");
+    let (reason, details) = refused[0].failed();
+    assert_eq!((reason, &details["stage"]), ("node_setup_failed", &json!("start_session")), "{details}");
+    let error = details["error"].as_str().expect("text");
+    assert!(error.starts_with("plugin zoo is out of service: 3 of its runners ignored"), "{error}");
+    let (_, body) = node.page_until("/ready", |page| page.0 == 503).await;
+    assert_eq!(body["reason"], format!("{error}"));
+}
+
+// Contract 11.2
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_runner_that_asks_in_a_loop_occupies_no_core_and_hears_its_cancel() {
+    let lab = lab().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let job = lab.task("/fixtures/asks-cancel/v1").submit();
+    lab.started(&node, job).await;
+    let before = node.processor_time();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let used = node.processor_time() - before;
+    assert!(used < Duration::from_millis(400), "{used:?} of processor time in a second");
+    assert!(lab.world.cancel_job(job));
+    let line = node.says("task ended, nothing to report").await;
+    assert_eq!(line["outcome"], "cancelled", "{line}");
+}

@@ -1,0 +1,91 @@
+//! Node tokens on the wire: renewed in time, used to their end, asked for without a storm.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::harness::{
+    Lab, fixtures,
+    node::TestNode,
+    rubbish::{Bad, Rubbish},
+};
+
+const NONCE: &str = "POST /internal/v1/auth/siwe/request";
+const VERIFY: &str = "POST /internal/v1/auth/siwe/verify";
+
+/// A world whose node tokens live this long, and what stands before it.
+async fn lab(ttl: Duration) -> (Lab, Rubbish) {
+    let lab = Lab::with(|config| config.node_token_ttl = ttl).await;
+    let rubbish = Rubbish::before(&lab).await;
+    (lab, rubbish)
+}
+
+/// Until when the token in hand is good.
+async fn expiry(node: &TestNode) -> jiff::Timestamp {
+    let (_, status) = node.page_until("/status.json", |page| page.1["token_expires_at"].is_string()).await;
+    status["token_expires_at"].as_str().expect("a token is held").parse().expect("a timestamp")
+}
+
+/// S0-32
+#[tokio::test]
+async fn s0_32_a_token_is_renewed_at_three_quarters_of_its_life_and_never_lapses() {
+    let (lab, rubbish) = lab(Duration::from_secs(2)).await;
+    let node = rubbish.node(&[fixtures::hello()]).set("TOKEN_REAUTH_JITTER_MS", "0").leasing().await;
+    let first = expiry(&node).await;
+    rubbish.seen(VERIFY, 2).await;
+    let left = first.duration_since(jiff::Timestamp::now()).as_secs_f64();
+    assert!((0.0..=0.6).contains(&left), "{left} s were left of 2");
+    rubbish.seen(VERIFY, 3).await;
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    // The world ends a token with the next login, so a poll on its way may meet that; it is repeated.
+    assert!(node.said("poll failed").is_empty() && node.said("login failed").is_empty(), "{}", node.log());
+}
+
+/// P-6, P-7
+#[tokio::test]
+async fn a_token_is_used_to_its_real_end_while_the_service_is_away_and_is_asked_for_without_a_storm() {
+    let (lab, rubbish) = lab(Duration::from_secs(3)).await;
+    let setup = rubbish.node(&[fixtures::hello()]).set("TOKEN_REAUTH_JITTER_MS", "0").set("TOKEN_SAFETY_RATIO", "0.1");
+    let node = setup.leasing().await;
+    let end = expiry(&node).await;
+    rubbish.answer(NONCE, usize::MAX, Bad::Status(503, "away"));
+    node.says("login failed").await;
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    assert_eq!(node.page("/ready").await.0, 200, "the token works");
+    let away =
+        |page: &(u16, Value)| page.1["reason"].as_str().is_some_and(|text| text.starts_with("not signed in: login"));
+    let page = node.page_until("/ready", away).await;
+    assert_eq!(page.0, 503);
+    assert!(jiff::Timestamp::now() >= end, "the token was used to its end");
+    // 100 ms doubling, with a jitter of a half downwards: six to eight attempts in three seconds.
+    let asked = rubbish.count(NONCE);
+    assert!(asked <= 12, "{asked} logins in three seconds");
+    rubbish.heal();
+    node.page_until("/ready", |page| page.0 == 200).await;
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+}
+
+/// P-9
+#[tokio::test]
+async fn a_login_that_is_never_answered_ends_at_its_limit() {
+    let (lab, rubbish) = lab(Duration::from_secs(60)).await;
+    rubbish.answer(VERIFY, 1, Bad::Hang);
+    let node = rubbish.node(&[fixtures::hello()]).set("REQUEST_TIMEOUT_SECS", "1").start().await;
+    let line = node.says("login failed").await;
+    assert!(line["error"].as_str().is_some_and(|text| text.contains("did not answer within 1s")), "{line}");
+    node.says("leasing").await;
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+}
+
+/// P-13
+#[tokio::test]
+async fn a_service_that_asks_for_a_pause_gets_it() {
+    let (_lab, rubbish) = lab(Duration::from_secs(60)).await;
+    rubbish.answer("POST /internal/v1/nodes/register-wallet", 1, Bad::Status(401, "wrong secret"));
+    let node = rubbish.node(&[fixtures::hello()]).set("REGISTER_INTERVAL_SECS", "1").start().await;
+    let refused = node.says("registration failed").await;
+    assert_eq!((&refused["retry_in_ms"], &refused["state"]), (&json!(1000), &json!("disconnected")), "{refused}");
+    let began = Instant::now();
+    node.says("leasing").await;
+    assert!(began.elapsed() >= Duration::from_millis(900), "{:?}", began.elapsed());
+}

@@ -1,0 +1,114 @@
+//! Zip inputs, through the binary: unpacked where later stages look for them, or refused in one line.
+
+use std::io::{Cursor, Write};
+
+use serde_json::{Value, json};
+use zip::{CompressionMethod, ZipWriter, write::SimpleFileOptions};
+
+use crate::harness::{Ended, Lab, fixtures, folder::Folder, node::TestNode};
+
+fn archive(method: CompressionMethod, files: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut writer = ZipWriter::new(Cursor::new(Vec::new()));
+    for (name, bytes) in files {
+        writer.start_file(*name, SimpleFileOptions::default().compression_method(method)).expect("written");
+        writer.write_all(bytes).expect("written");
+    }
+    writer.finish().expect("written").into_inner()
+}
+
+async fn inputs(lab: &Lab, node: &TestNode, name: &str, data_type: &str, bytes: &[u8]) -> Ended {
+    let id = lab.world.put_data(name, data_type, bytes).await.expect("stored");
+    lab.ended(node, lab.task("/fixtures/inputs/v1").inputs(&[id]).submit()).await
+}
+
+#[tokio::test]
+async fn s0_83_a_refined_scan_is_unpacked_where_later_stages_look_for_it() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo(), fixtures::echo()]).await;
+    let files: [(&str, &[u8]); 4] =
+        [("images.bin", &[1; 70_000]), ("cameras.bin", b"c"), ("points3D.bin", b"p"), ("portals.csv", b"a,b\n")];
+    let bytes = archive(CompressionMethod::Stored, &files);
+    let ended = inputs(&lab, &node, "refined_scan_2025-06-01_08-30-00", "refined_scan_zip", &bytes).await;
+    let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "inputs.json").await).expect("JSON");
+    let input = &seen[0];
+    let root = input["root_dir"].as_str().expect("a folder");
+    let expected: Vec<String> =
+        files.iter().map(|(name, _)| format!("{root}/refined/local/2025-06-01_08-30-00/sfm/{name}")).collect();
+    assert_eq!(input["extracted_paths"], json!(expected), "in the archive's order");
+    assert_eq!(json!([input["inside"], input["on_disk"]]), json!([true, bytes.len()]), "the archive stays beside them");
+    assert!(input["path"].as_str().is_some_and(|path| path.ends_with(".refined_scan_zip")), "{input}");
+    // Real runners unpack what they get as bytes themselves (contract 11.4): it comes packed.
+    let ended =
+        lab.ended(&node, lab.task("/examples/echo-bytes/v1").set("inputs_cids", json!([input["cid"]])).submit()).await;
+    assert!(lab.artifact(ended.completed(), "echo-0.bin").await == bytes);
+    assert_eq!(node.scratch().iter().filter(|path| path.is_file()).count(), 0);
+}
+
+#[tokio::test]
+async fn an_archive_that_cannot_be_trusted_is_refused_in_one_line() {
+    let lab = Lab::start().await;
+    let node =
+        lab.node(&[fixtures::zoo()]).set("UNPACK_BYTES_MAX", "2MiB").set("UNPACK_FILES_MAX", "3").leasing().await;
+    let deflated = CompressionMethod::Deflated;
+    let mut escaping = archive(deflated, &[("qqqqqqq", b"x")]);
+    let places: Vec<usize> = (0..escaping.len() - 7).filter(|at| escaping[*at..].starts_with(b"qqqqqqq")).collect();
+    places.into_iter().for_each(|at| escaping[at..at + 7].copy_from_slice(b"../evil"));
+    let small: &[u8] = b"1";
+    for (bytes, text) in [
+        (escaping, "its entry ../evil would leave the folder it is unpacked to"),
+        (archive(deflated, &[("a", &[0; 3 << 20])]), "at most 2097152 are allowed (UNPACK_BYTES_MAX)"),
+        (
+            archive(deflated, &["a", "b", "c", "d"].map(|name| (name, small))),
+            "at most 3 are allowed (UNPACK_FILES_MAX)",
+        ),
+        (b"not an archive".to_vec(), "it is no sound zip archive: its end is missing; was it uploaded whole?"),
+    ] {
+        let name = format!("scans {}", bytes.len());
+        let ended = inputs(&lab, &node, &name, "zip_data", &bytes).await;
+        let (reason, details) = ended.failed();
+        assert!(reason.starts_with(&format!("runner failed: archive {name} refused: ")), "{reason}");
+        assert!(reason.ends_with(text) && !reason.contains('\n'), "{reason}");
+        assert_eq!(details["outcome"], "failed", "the input is at fault, not the node");
+    }
+    node.page_until("/status.json", |page| page.1["tasks"] == json!({})).await;
+    assert_eq!(node.scratch().iter().filter(|path| path.is_file()).count(), 0);
+}
+
+const PLY: &str =
+    "ply\nformat ascii 1.0\nelement vertex 2\nproperty float x\nproperty float y\nproperty float z\nend_header\n";
+
+#[tokio::test]
+async fn pointcloud_merges_the_clouds_of_an_archive() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::pointcloud()]).await;
+    let (one, two) = (format!("{PLY}0 0 0\n4 0 0\n"), format!("{PLY}0 4 0\n0 0 4\n"));
+    let clouds = archive(
+        CompressionMethod::Deflated,
+        &[("scans/a.ply", one.as_bytes()), ("notes.txt", b"no cloud"), ("scans/b.PLY", two.as_bytes())],
+    );
+    let task = async |bytes: &[u8], name: &str| {
+        let id = lab.world.put_data(name, "zip", bytes).await.expect("stored");
+        let task = lab.task("/pointcloud/downsample/v1").inputs(&[id]).meta(json!({ "voxel": 1.0 }));
+        lab.ended(&node, task.submit()).await
+    };
+    let ended = task(&clouds, "clouds").await;
+    let report: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "report.json").await).expect("JSON");
+    assert_eq!(json!([report["points_in"], report["points_out"]]), json!([4, 4]), "{report}");
+    let ended = task(&archive(CompressionMethod::Stored, &[("notes.txt", b"no cloud")]), "notes").await;
+    let (reason, details) = ended.failed();
+    assert_eq!(reason, "runner failed: input 1 of 1: the archive holds no .ply file");
+    assert_eq!(details["code"], "invalid_input");
+}
+
+#[tokio::test]
+async fn invoke_unpacks_too() {
+    let folder = Folder::new();
+    folder.put("libpointcloud.so", &fixtures::pointcloud());
+    let cloud = format!("{PLY}0 0 0\n4 0 0\n");
+    let path = folder.root().join("clouds.zip");
+    std::fs::write(&path, archive(CompressionMethod::Deflated, &[("a.ply", cloud.as_bytes())])).expect("written");
+    let args = ["--input", path.to_str().expect("text"), "--meta", "{\"voxel\":1.0}"];
+    folder.invoke("/pointcloud/downsample/v1", &args).await.expect(0);
+    let report: Value = serde_json::from_slice(&folder.output("report.json")).expect("JSON");
+    assert_eq!(report["points_in"], 2);
+}
