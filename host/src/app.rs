@@ -85,6 +85,7 @@ impl Node {
         let mut storage = storage::Config::new(config.client_id);
         storage.domain_hosts = config.domain_hosts;
         storage.stall = config.transfer_stall;
+        storage.request_timeout = config.transfer_stall; // an answer that does not come is silence too
         storage.patience = config.transfer_patience;
         storage.budget = Budget::new(config.memory_budget);
         storage.unpack = storage::UnpackLimits {

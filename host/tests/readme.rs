@@ -12,8 +12,14 @@ use std::{
 use runner_host::{cli::Exit, config::KEYS};
 
 /// Documents with commands in them.
-const DOCUMENTS: [&str; 5] =
-    ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "plugins.toml", "runner-sdk/README.md"];
+const DOCUMENTS: [&str; 6] = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "ARCHITECTURE.md",
+    "plugins.toml",
+    "runner-sdk/README.md",
+    "docs/operations/configuration.md",
+];
 
 #[test]
 fn every_runner_host_line_has_a_command_and_its_flags() {
@@ -76,18 +82,27 @@ fn every_cargo_line_names_something_of_the_workspace() {
 }
 
 #[test]
-fn the_settings_table_is_the_hosts_own() {
-    let mut table = "| name | default | |\n|---|---|---|\n".to_owned();
+fn the_settings_tables_are_the_hosts_own() {
+    let mut short = "| name | default | |\n|---|---|---|\n".to_owned();
+    let mut long = "| variable | key in a file | type | default | |\n|---|---|---|---|---|\n".to_owned();
     for key in KEYS {
         let default = match (key.default, key.required) {
             (Some(default), _) => format!("`{default}`"),
             (None, true) => "**required**".to_owned(),
             (None, false) => String::new(),
         };
-        writeln!(table, "| `{}` | {default} | {} |", key.name, key.help.replace('|', "\\|")).expect("memory takes it");
+        let (name, file, kind, help) = (key.name, key.file, key.kind.as_str(), key.help.replace('|', "\\|"));
+        writeln!(short, "| `{name}` | {default} | {help} |").expect("memory takes it");
+        writeln!(long, "| `{name}` | `{file}` | {kind} | {default} | {help} |").expect("memory takes it");
     }
-    let readme = read("README.md");
-    let (before, rest) = readme.split_once("<!-- settings").expect("the section begins");
+    table_is("README.md", &short);
+    table_is("docs/operations/configuration.md", &long);
+}
+
+/// The settings table of a document is this one; `UPDATE_DOCS` makes it so.
+fn table_is(document: &str, table: &str) {
+    let text = read(document);
+    let (before, rest) = text.split_once("<!-- settings").expect("the section begins");
     let (marker, rest) = rest.split_once("-->\n").expect("its marker closes");
     let (shown, after) = rest.split_once("<!-- /settings -->").expect("the section ends");
     if shown == table {
@@ -95,13 +110,13 @@ fn the_settings_table_is_the_hosts_own() {
     }
     if std::env::var_os("UPDATE_DOCS").is_some() {
         let updated = format!("{before}<!-- settings{marker}-->\n{table}<!-- /settings -->{after}");
-        fs::write(workspace().join("README.md"), updated).expect("README.md can be written");
+        fs::write(workspace().join(document), updated).expect("the document can be written");
         return;
     }
     let odd = table.lines().zip(shown.lines().chain(std::iter::repeat(""))).find(|(own, shown)| own != shown);
     let (own, shown) = odd.unwrap_or(("", "more rows than settings"));
     panic!(
-        "README.md shows\n  {shown}\nthe host has\n  {own}\nUPDATE_DOCS=1 cargo test -p runner-host --test readme puts it right"
+        "{document} shows\n  {shown}\nthe host has\n  {own}\nUPDATE_DOCS=1 cargo test -p runner-host --test readme puts it right"
     );
 }
 

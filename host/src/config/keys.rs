@@ -140,7 +140,7 @@ pub const KEYS: &[Key] = &[
     key("SCRATCH_DIR", "storage.scratch_dir", Path, None, "where task directories are made; below the system's temporary folder where unset"),
     key("DISK_FREE_MIN", "storage.disk_free_min", Size, Some("1GiB"), "free space below SCRATCH_DIR under which nothing new is leased; 0: any"),
     key("TRANSFER_STALL_TIMEOUT", "storage.stall_timeout", Duration, Some("30s"), "how long a transfer may be silent before it counts as broken"),
-    key("TRANSFER_PATIENCE", "storage.patience", Duration, Some("2m"), "how long a download in which nothing moves is tried again"),
+    key("TRANSFER_PATIENCE", "storage.patience", Duration, Some("2m"), "how long a transfer in which nothing moves is tried again"),
     key("MEMORY_BUDGET", "storage.memory_budget", Size, Some("1GiB"), "most bytes of tasks' data in memory at once; objects beyond it are refused"),
     key("UNPACK_FILES_MAX", "storage.unpack.files_max", Whole, Some("65536"), "most files and folders a zip input may hold"),
     key("UNPACK_BYTES_MAX", "storage.unpack.bytes_max", Size, Some("16GiB"), "most bytes a zip input may unpack to"),

@@ -82,7 +82,7 @@ pub struct HostConfig {
     pub client_id: String,
     /// How long a transfer may be silent.
     pub transfer_stall: Duration,
-    /// How long a download in which nothing moves is tried again.
+    /// How long a transfer in which nothing moves is tried again.
     pub transfer_patience: Duration,
     /// Most bytes of tasks' data in memory at once.
     pub memory_budget: u64,

@@ -133,6 +133,10 @@ impl Mailbox {
                 state.events_bytes -= bytes;
             }
         }
+        // What one heartbeat could not carry is news for the next.
+        if !state.events.is_empty() {
+            self.changed.notify_one();
+        }
     }
 
     /// True while there is progress or an event no answered heartbeat has carried, or an answer is

@@ -4,6 +4,8 @@ use std::io::IsTerminal;
 
 use tracing_subscriber::{EnvFilter, Layer, filter::LevelFilter, layer::SubscriberExt, util::SubscriberInitExt};
 
+use super::json::{JsonLines, JsonMembers};
+
 /// The form of a log line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
@@ -29,7 +31,7 @@ pub fn init(format: Format, filter: &str) {
     let filter = parsed.unwrap_or_else(|_| EnvFilter::new("info"));
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let lines: Box<dyn Layer<_> + Send + Sync> = match format {
-        Format::Json => lines.json().flatten_event(true).with_span_list(false).boxed(),
+        Format::Json => lines.event_format(JsonLines).fmt_fields(JsonMembers).boxed(),
         Format::Text => lines.with_ansi(std::io::stderr().is_terminal()).boxed(),
     };
     let _ = tracing_subscriber::registry().with(filter).with(lines).try_init();

@@ -481,10 +481,12 @@ fn host_table(log_level: u32) -> abi::Host {
     }
 }
 
-/// What the SDK adds to lines that belong to no task.
-#[derive(serde::Deserialize)]
-struct Named {
-    plugin: String,
+/// Takes the plugin's name out of what the SDK sends with a line that belongs to no task.
+fn named(fields: &str) -> Option<(String, String)> {
+    let mut fields: serde_json::Map<String, serde_json::Value> = serde_json::from_str(fields).ok()?;
+    let plugin = fields.remove("plugin")?.as_str()?.to_owned();
+    let rest = if fields.is_empty() { String::new() } else { serde_json::Value::Object(fields).to_string() };
+    Some((plugin, rest))
 }
 
 unsafe extern "C" fn log(task: Task, level: u32, target: Str, text: Str, fields: Str) {
@@ -493,19 +495,21 @@ unsafe extern "C" fn log(task: Task, level: u32, target: Str, text: Str, fields:
     let (Ok(target), Ok(text), Ok(fields)) = (target, text, fields) else { return };
     let _ = guarded(|| {
         let running = if task.0 == 0 { None } else { TASKS.get(task) };
-        let named: Option<Named> = if running.is_none() { serde_json::from_str(&fields).ok() } else { None };
-        let (plugin, span) = match (&running, &named) {
-            (Some(running), _) => (&*running.plugin, running.span.clone()),
-            (None, Some(named)) => (named.plugin.as_str(), Span::none()),
-            (None, None) => ("?", Span::none()),
+        let (plugin, span, fields) = match &running {
+            Some(running) => (running.plugin.to_string(), running.span.clone(), fields),
+            None => {
+                let (plugin, fields) = named(&fields).unwrap_or_else(|| ("?".to_owned(), fields));
+                (plugin, Span::none(), fields)
+            }
         };
         let _entered = span.enter();
+        let (plugin, plugin_fields) = (plugin.as_str(), Some(fields.as_str()).filter(|fields| !fields.is_empty()));
         match level {
-            1 => error!(plugin, plugin_target = target, fields, "{text}"),
-            2 => warn!(plugin, plugin_target = target, fields, "{text}"),
-            3 => info!(plugin, plugin_target = target, fields, "{text}"),
-            4 => debug!(plugin, plugin_target = target, fields, "{text}"),
-            _ => trace!(plugin, plugin_target = target, fields, "{text}"),
+            1 => error!(plugin, plugin_target = target, plugin_fields, "{text}"),
+            2 => warn!(plugin, plugin_target = target, plugin_fields, "{text}"),
+            3 => info!(plugin, plugin_target = target, plugin_fields, "{text}"),
+            4 => debug!(plugin, plugin_target = target, plugin_fields, "{text}"),
+            _ => trace!(plugin, plugin_target = target, plugin_fields, "{text}"),
         }
         Ok(())
     });

@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use super::{
     Settled,
-    pacing::{Pacing, PacingEvent, PacingStep, Rhythm, State, patience, pause_after},
+    pacing::{GAP_MIN, Pacing, PacingEvent, PacingStep, Rhythm, State, patience, pause_after},
 };
 use crate::{
     leases::{Advice, Kept, LeaseError, LeaseSource},
@@ -244,11 +244,13 @@ impl Driver {
     async fn flush(&mut self) {
         let started = Moment::now();
         let deadline = started + self.pacing.left(started).unwrap_or_default() / 2;
-        for attempt in 1..=FLUSHES_MAX {
-            let now = Moment::now();
-            let mut step = self.pacing.beat_now(now);
+        let mut failures = 0;
+        loop {
+            let mut step = self.pacing.beat_now(Moment::now());
+            let mut answered = false;
             if let PacingStep::Beat { until } = step {
                 let event = self.beat(until.min(deadline)).await;
+                answered = matches!(event, PacingEvent::Answered { .. });
                 step = self.pacing.on(event, Moment::now(), rand::random());
             }
             self.move_fence();
@@ -257,10 +259,13 @@ impl Driver {
             if !self.grant.mailbox.is_dirty() {
                 return;
             }
-            if attempt == FLUSHES_MAX || until >= deadline {
+            // What one heartbeat could not carry goes with the next one, at the least distance.
+            let next = if answered { Moment::now() + GAP_MIN } else { until };
+            failures += u32::from(!answered);
+            if failures >= FLUSHES_MAX || next >= deadline {
                 break;
             }
-            sleep(until.left()).await;
+            sleep(next.left()).await;
         }
         tracing::warn!(task_id = %self.task, "last progress and events were not delivered");
     }

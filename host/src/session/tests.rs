@@ -303,6 +303,47 @@ async fn last_words_go_before_the_report() {
     assert_eq!(settled.await, Settled::Accepted);
 }
 
+// S0-70
+#[tokio::test]
+async fn events_that_fill_several_heartbeats_follow_each_other_without_the_timer() {
+    let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
+    for n in 0..6 {
+        session.grant().mailbox.event(json!([n, "x".repeat(20_000)])).expect("room");
+    }
+    for sent in [[0, 1, 2], [3, 4, 5]] {
+        let call = plane.expect(HEARTBEAT).await;
+        let body = call.json();
+        let numbers = body["events"].as_array().expect("a list").iter().map(|event| event[0].as_u64());
+        assert_eq!(numbers.collect::<Vec<_>>(), sent.map(Some));
+        call.ok(json!({}));
+    }
+}
+
+// S0-70
+#[tokio::test]
+async fn last_words_that_fill_several_heartbeats_all_go_before_the_report() {
+    let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
+    let mailbox = session.grant().mailbox;
+    let text = "x".repeat(20_000);
+    for n in 0..8 {
+        mailbox.event(json!([n, text])).expect("room");
+    }
+    let settled = settle(session, completed(), async || {
+        let (mut seen, mut last) = (Vec::new(), None::<Instant>);
+        while seen.len() < 8 {
+            let call = plane.expect(HEARTBEAT).await;
+            assert!(call.body.len() < 70_000 && last.is_none_or(|last| call.at - last >= Duration::from_millis(95)));
+            last = Some(call.at);
+            let body = call.json();
+            seen.extend(body["events"].as_array().expect("a list").iter().map(|event| event[0].as_u64()));
+            call.ok(json!({}));
+        }
+        assert_eq!(seen, (0..8).map(Some).collect::<Vec<_>>());
+        plane.expect(COMPLETE).await.ok(json!({}));
+    });
+    assert_eq!(settled.await, Settled::Accepted);
+}
+
 #[tokio::test]
 async fn last_words_that_cannot_be_delivered_do_not_cost_the_verdict() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;

@@ -123,7 +123,7 @@ impl Ports for LocalPorts {
         let extracted_paths = match zip::is_archive(data_type) {
             false => Vec::new(),
             true => {
-                let into = root_dir.join(zip::folder(data_type, name));
+                let into = root_dir.join(zip::folder(data_type, name, 1));
                 let what = format!("archive {}", source.display());
                 zip::unpacked(&what, path.clone(), into, UnpackLimits::default(), None).await?
             }

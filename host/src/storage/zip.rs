@@ -104,8 +104,12 @@ pub(crate) fn is_archive(data_type: &str) -> bool {
 
 /// Where an archive is unpacked to, below the input's root: where later stages look for a refined
 /// scan, else beside the data.
-pub(crate) fn folder(data_type: &str, name: &str) -> PathBuf {
-    let name = dataset_folder(name);
+/// A `number` above 1 tells several archives of one name in one answer apart.
+pub(crate) fn folder(data_type: &str, name: &str, number: usize) -> PathBuf {
+    let name = match number {
+        1 => dataset_folder(name),
+        more => format!("{}_{more}", dataset_folder(name)),
+    };
     match data_type {
         "refined_scan_zip" => Path::new("refined/local").join(name).join("sfm"),
         _ => Path::new("unpacked").join(name),

@@ -208,8 +208,8 @@ fn archives_are_told_by_their_type_and_lie_where_later_stages_look() {
     {
         assert_eq!(is_archive(data_type), expected, "{data_type}");
     }
-    let refined = folder("refined_scan_zip", "refined_scan_2025-06-01_08-30-00");
+    let refined = folder("refined_scan_zip", "refined_scan_2025-06-01_08-30-00", 1);
     assert_eq!(refined, Path::new("refined/local/2025-06-01_08-30-00/sfm"));
-    assert_eq!(folder("refined_scan_zip", "../x"), Path::new("refined/local/___x/sfm"));
-    assert_eq!(folder("zip", "clouds"), Path::new("unpacked/clouds"));
+    assert_eq!(folder("refined_scan_zip", "../x", 1), Path::new("refined/local/___x/sfm"));
+    assert_eq!(folder("zip", "clouds", 1), Path::new("unpacked/clouds"));
 }

@@ -41,7 +41,13 @@ pub(crate) struct Report {
 impl Report {
     /// What went wrong, with the cell's name.
     pub(crate) fn complaint(&self) -> Option<String> {
-        self.failure.as_ref().map(|failure| format!("{}: {failure}", self.cell.name()))
+        let failure = self.failure.as_ref().filter(|_| self.cell.known().is_none());
+        failure.map(|failure| format!("{}: {failure}", self.cell.name()))
+    }
+
+    /// The known shortcoming of the node that this cell shows.
+    pub(crate) fn shortcoming(&self) -> Option<&'static str> {
+        self.failure.as_ref().and_then(|_| self.cell.known())
     }
 }
 
@@ -60,6 +66,11 @@ pub(crate) async fn run(cell: Cell, plugin: PathBuf) -> Report {
     })
     .await;
     let ended = tokio::time::timeout(LIMIT * 2, judged(&cell, &lab, faults, plugin)).await;
+    if !cell.is_of_the_clock() {
+        // A request whose client has left stands in the journal only when its fault is over.
+        let struck = |seen: &[Seen]| seen.iter().any(|seen| seen.fault.is_some());
+        let _ = tokio::time::timeout(LONG, lab.world.journal_until(struck)).await;
+    }
     let journal = lab.world.journal();
     let struck = journal.iter().filter(|seen| seen.fault.is_some()).count();
     let (busiest, call) = busiest(&journal);
@@ -79,6 +90,7 @@ async fn judged(cell: &Cell, lab: &Lab, faults: Faults, plugin: PathBuf) -> Resu
         .node(&[plugin])
         .set("REQUEST_TIMEOUT_SECS", "1")
         .set("REGISTER_INTERVAL_SECS", "1")
+        .set("TRANSFER_STALL_TIMEOUT", "1s")
         .set("POLL_BACKOFF_MS_MIN", "100")
         .set("POLL_BACKOFF_MS_MAX", "500")
         .set("MAX_CONCURRENCY", "2");
@@ -170,10 +182,15 @@ async fn nothing_left(cell: &Cell, lab: &Lab, node: &TestNode) -> Result<(), Str
     Ok(())
 }
 
-/// An upload stays open until it expires where the one abort is lost, or where its lease, and with it the token
-/// that could abort it, is gone.
+/// An upload stays open until it expires where the one abort is lost, where nobody ever heard of its id, or where
+/// its lease, and with it the token that could abort it, is gone.
 fn may_leave_uploads(cell: &Cell) -> bool {
-    cell.endpoint == "abort"
+    let unheard = ["reset_body", "malformed", "oversize", "wrong_type", "lost_answer"];
+    match cell.endpoint {
+        "abort" => true,
+        "initiate" => unheard.contains(&cell.kind.0),
+        _ => cell.kind.0 == "steal_lease",
+    }
 }
 
 /// Most requests of one call that arrived within any second.

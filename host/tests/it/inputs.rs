@@ -67,6 +67,24 @@ async fn s0_81_every_form_of_an_input_brings_the_same_file() {
 }
 
 #[tokio::test]
+async fn s0_10_tasks_at_once_see_their_own_inputs_and_outputs_only() {
+    let lab = Lab::start().await;
+    let node = lab.node(&[fixtures::echo()]).set("MAX_CONCURRENCY", "6").leasing().await;
+    let mut jobs = Vec::new();
+    for n in 0..6_u8 {
+        let form = ["bytes", "file", "stream"][usize::from(n) % 3];
+        let input = lab.put(&format!("in {n}"), &vec![n; 300_000]).await;
+        jobs.push(lab.task(&format!("/examples/echo-{form}/v1")).inputs(&[input]).submit());
+    }
+    for (n, job) in (0_u8..).zip(jobs) {
+        let ended = lab.ended(&node, job).await;
+        assert_eq!(ended.completed().artifacts().len(), 1);
+        assert!(lab.artifact(&ended, "echo-0.bin").await == vec![n; 300_000], "task {n}");
+    }
+    nothing_in_flight(&node).await;
+}
+
+#[tokio::test]
 async fn p_47_inputs_of_other_servers_and_whole_domains_are_refused() {
     let lab = Lab::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
@@ -157,6 +175,10 @@ async fn bytes_that_can_never_fit_are_refused_and_others_wait_for_room() {
     for form in ["file", "stream"] {
         lab.ended(&node, lab.task(&format!("/examples/echo-{form}/v1")).inputs(&[large]).submit()).await.completed();
     }
+    let output = |piece: usize| lab.run(&node, "/fixtures/big-output/v1", json!({ "bytes": 4 << 20, "piece": piece }));
+    let ended = output(4 << 20).await;
+    assert!(ended.failed().0.starts_with("runner failed: 4194304 bytes do not fit into MEMORY_BUDGET"), "{ended:?}");
+    output(2 << 20).await.completed();
     // Four tasks that need two thirds of it each take their turns.
     let medium = lab.put("medium", &pattern(2 << 20)).await;
     let jobs: Vec<_> = (0..4).map(|_| lab.task("/examples/echo-bytes/v1").inputs(&[medium]).submit()).collect();

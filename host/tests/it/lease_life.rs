@@ -75,6 +75,36 @@ async fn s0_18c_s0_88_a_token_turned_during_a_task_serves_its_later_upload() {
     assert_eq!(refused, None, "no call went out with a replaced token");
 }
 
+// S0-70, S1-17, S1-18
+#[tokio::test]
+async fn what_a_runner_says_is_bounded_with_a_typed_error_and_what_was_taken_arrives() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    // While no heartbeat is answered nothing leaves the queue.
+    let (gate, held) = Bad::gate();
+    rubbish.answer("POST /v1/tasks/*/heartbeat", 1, held);
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    let job = lab.task("/fixtures/limits/v1").submit();
+    rubbish.seen("POST /v1/tasks/*/heartbeat", 1).await;
+    // Its first upload waits for the set-up heartbeat, all its events come before.
+    node.says("task started").await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    gate.cancel();
+    let ended = lab.ended(&node, job).await;
+    let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "limits.json").await).expect("JSON");
+    assert_eq!(seen["progress"], "Limit: progress is 70002 bytes of JSON, at most 65536 are allowed");
+    assert_eq!(seen["event"], "Limit: event is 70002 bytes of JSON, at most 65536 are allowed");
+    let many = seen["many"].as_str().expect("text");
+    assert!(many.starts_with("Limit: too many events wait for the control plane (1024 events"), "{many}");
+    // The set-up heartbeat may have carried the first ones, which still wait for its answer.
+    assert_eq!(seen["taken"], 1024);
+    // The world remembers the last ones.
+    let events = ended.task()["meta"]["events"].as_array().expect("a list");
+    let numbers: Vec<Option<u64>> = events.iter().map(|event| event["n"].as_u64()).collect();
+    let wanted: Vec<Option<u64>> = (1024 - events.len() as u64..1024).map(Some).collect();
+    assert!(numbers.len() >= 32 && numbers == wanted, "in order, each once: {numbers:?}");
+}
+
 // Contract 10.3: the earlier of the two ends decides when the next heartbeat is due.
 #[tokio::test]
 async fn a_domain_token_that_ends_long_before_its_lease_is_turned_in_time() {
@@ -239,17 +269,6 @@ async fn s0_59_s0_60_a_token_taken_away_by_a_second_registration_is_renewed() {
     lab.run(&first, "/examples/hello/v1", json!({})).await.completed();
     let said = first.said("poll failed");
     assert!(said.is_empty(), "one rejection is repeated, not complained about: {said:?}");
-}
-
-#[tokio::test]
-async fn node_url_gets_one_warning_and_the_wallet_is_used() {
-    let lab = Lab::start().await;
-    let node = lab.node(&[fixtures::hello()]).set("NODE_URL", "https://node.example").leasing().await;
-    let warnings = node.lines().into_iter().filter(|line| line["level"] == "WARN").collect::<Vec<_>>();
-    assert_eq!(warnings.len(), 1, "{warnings:?}");
-    let text = warnings[0]["message"].as_str().expect("text");
-    assert!(text.contains("NODE_URL") && text.contains("wallet"), "{text}");
-    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
 }
 
 #[tokio::test]

@@ -5,12 +5,15 @@
 #![allow(missing_docs, reason = "tests are named as statements")]
 
 mod abi_calls;
+mod artifacts;
 mod bad_answers;
 mod bad_config;
 mod bad_leases;
 mod cli;
 mod clocks;
 mod concurrency;
+mod config_files;
+mod disk;
 mod ends;
 mod faults;
 mod harness;
@@ -20,6 +23,7 @@ mod ladder;
 mod lease_life;
 mod lease_path;
 mod login;
+mod logs;
 mod pages;
 mod plugin_files;
 mod pointcloud;

@@ -204,3 +204,18 @@ async fn a_signal_ends_a_node_that_waits_for_its_registration() {
     node.says("registration failed").await;
     node.stop().await;
 }
+
+#[tokio::test]
+async fn s0_22_the_version_is_announced_without_v_and_only_if_it_is_one() {
+    let own = env!("CARGO_PKG_VERSION");
+    for (given, announced) in [("v1.2.3", "1.2.3"), ("V2.0.0-rc.1", "2.0.0-rc.1"), (" ", own), ("soon", own)] {
+        let lab = Lab::start().await;
+        let rubbish = Rubbish::before(&lab).await;
+        rubbish.answer(BY_URL, usize::MAX, Bad::Echo(403));
+        let node = rubbish.node(&[fixtures::hello()]).reachable().set("NODE_VERSION", given).start().await;
+        let refused = node.says("registration failed").await;
+        let wanted = format!("\"version\":\"{announced}\"");
+        assert!(refused["error"].as_str().is_some_and(|text| text.contains(&wanted)), "{given:?}: {refused}");
+        assert_eq!(node.log().contains("is not a semantic version"), given == "soon");
+    }
+}

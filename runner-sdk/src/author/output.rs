@@ -13,6 +13,8 @@ use super::{
 ///
 /// Only the path is needed: name and data type follow from it (`outputs/cloud.ply` is stored as type
 /// `ply` under a name made of path and task id). A name or type given here reaches the store unchanged.
+/// Two paths of one task whose names would be the same, such as `a/b.ply` and `a_b.ply`, are two artifacts: the second gets a
+/// mark in its name. Names and types with a quote, a backslash, a semicolon or a control character are refused.
 ///
 /// ```
 /// use runner_sdk::Artifact;
@@ -110,7 +112,8 @@ impl ArtifactSink {
     /// Publishes a file at `path`; the host reads it as a stream, whatever its size.
     ///
     /// # Errors
-    /// `Local` when the file cannot be read; see [`crate::PortErrorKind`].
+    /// `BadRequest` for an empty file, a directory, a pipe, or a link that leads out of the task's directory; `Local` when
+    /// the file cannot be read or changes meanwhile; see [`crate::PortErrorKind`].
     pub async fn put_file(&self, path: &str, file: impl AsRef<Path>) -> Result<Option<String>, PortError> {
         self.put_domain_artifact_file(Artifact::new(path), file).await
     }

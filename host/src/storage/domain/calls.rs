@@ -16,7 +16,7 @@ use super::{
     source::{Pulse, Source, body},
 };
 use crate::{
-    model::{PortError, PortErrorKind, Token},
+    model::{CancelReason, PortError, PortErrorKind, Token},
     transport::{self, EXCERPT_BYTES_MAX, JSON_BYTES_MAX, TransportError},
 };
 
@@ -167,7 +167,10 @@ impl Inner {
         }
         self.excerpt(response).await; // read to the end, so that the connection can be used again
         tracing::debug!(what = call.what, "domain server refused the bearer; waiting for a newer one");
-        let newest = self.grant.newer_token(token.as_ref(), self.config.token_wait).await;
+        // A task that is over, or cancelled by the plane, gets no newer one: it has no heartbeats any more.
+        let over = self.closed.is_cancelled() || self.grant.cancel.reason() == Some(CancelReason::Plane);
+        let wait = if over { Duration::ZERO } else { self.config.token_wait };
+        let newest = self.grant.newer_token(token.as_ref(), wait).await;
         self.send_once(call, newest.as_ref()).await
     }
 

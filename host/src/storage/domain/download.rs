@@ -115,12 +115,8 @@ async fn unpack(
         return Ok(Vec::new());
     }
     let name = part.name.as_deref().unwrap_or_default();
-    let folder = |number: usize| match number {
-        1 => zip::folder(data_type, name),
-        // Two archives of one scan in one answer.
-        more => zip::folder(data_type, &format!("{}_{more}", dataset_folder(name))),
-    };
-    let into = (1..).map(|number| root.join(folder(number))).find(|into| taken.insert(into.clone()));
+    let into = (1..).map(|number| root.join(zip::folder(data_type, name, number)));
+    let into = into.into_iter().find(|into| taken.insert(into.clone()));
     let into = into.expect("numbers do not run out");
     let what = format!("archive {}", shown(name));
     let work = zip::unpacked(&what, archive.to_owned(), into, inner.config.unpack.clone(), Some(inner.tracker.token()));

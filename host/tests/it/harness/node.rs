@@ -34,12 +34,19 @@ pub(crate) struct Cli {
     args: Vec<OsString>,
     env: BTreeMap<String, String>,
     dir: Option<PathBuf>,
+    file_bytes_max: Option<u64>,
 }
 
 impl Cli {
     pub(crate) fn new(args: &[&str]) -> Self {
         let args = args.iter().map(OsString::from).collect();
-        Self { args, env: BTreeMap::new(), dir: None }
+        Self { args, env: BTreeMap::new(), dir: None, file_bytes_max: None }
+    }
+
+    /// No file of it can grow beyond this: writing more fails, as on a full disk.
+    pub(crate) fn file_bytes_max(mut self, bytes: u64) -> Self {
+        self.file_bytes_max = Some(bytes);
+        self
     }
 
     pub(crate) fn arg(mut self, arg: impl Into<OsString>) -> Self {
@@ -58,7 +65,17 @@ impl Cli {
     }
 
     pub(crate) fn start(self) -> Process {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_runner-host"));
+        let binary = env!("CARGO_BIN_EXE_runner-host");
+        let mut command = match self.file_bytes_max {
+            None => Command::new(binary),
+            Some(bytes) => {
+                // The signal that comes with it is ignored, which a program keeps when it is replaced.
+                let limited = format!("trap '' XFSZ; ulimit -f {}; exec \"$0\" \"$@\"", bytes / 512);
+                let mut shell = Command::new("/bin/sh");
+                shell.arg("-c").arg(limited).arg(binary);
+                shell
+            }
+        };
         let hygiene = Hygiene::of(&self.env);
         command.args(self.args).env_clear().envs(self.env);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -240,7 +257,8 @@ impl NodeSetup {
             .set("SCRATCH_DIR", scratch.path().to_string_lossy())
             .set("POLL_BACKOFF_MS_MIN", "10")
             .set("POLL_BACKOFF_MS_MAX", "50")
-            .set("HEARTBEAT_JITTER_MS", "10");
+            .set("HEARTBEAT_JITTER_MS", "10")
+            .set("TRANSFER_PATIENCE", "1s");
         Self { cli: cli.dir(plugins.path()), scratch, plugins, key }
     }
 
@@ -251,6 +269,12 @@ impl NodeSetup {
 
     pub(crate) fn arg(mut self, arg: impl Into<OsString>) -> Self {
         self.cli = self.cli.arg(arg);
+        self
+    }
+
+    /// See [`Cli::file_bytes_max`].
+    pub(crate) fn file_bytes_max(mut self, bytes: u64) -> Self {
+        self.cli = self.cli.file_bytes_max(bytes);
         self
     }
 

@@ -102,6 +102,7 @@ struct Inner {
     rules: Mutex<Vec<Rule>>,
     clock: Mutex<SignedDuration>,
     seen: watch::Sender<Vec<String>>,
+    heads: Mutex<Vec<(String, HeaderMap)>>,
     connections: watch::Sender<usize>,
 }
 
@@ -130,6 +131,7 @@ impl Rubbish {
             rules: Mutex::default(),
             clock: Mutex::default(),
             seen: watch::Sender::new(Vec::new()),
+            heads: Mutex::default(),
             connections: watch::Sender::new(0),
         });
         let stop = CancellationToken::new();
@@ -166,6 +168,14 @@ impl Rubbish {
     /// How many requests so far fit `pattern`.
     pub(crate) fn count(&self, pattern: &str) -> usize {
         self.inner.seen.borrow().iter().filter(|seen| fits(pattern, seen)).count()
+    }
+
+    /// This header of every request so far that went to `path` or below, with the request.
+    pub(crate) fn headers(&self, path: &str, header: &str) -> Vec<(String, Option<String>)> {
+        let heads = self.inner.heads.lock().expect("nobody panics with the heads");
+        let value = |head: &HeaderMap| head.get(header).map(|value| String::from_utf8_lossy(value.as_bytes()).into());
+        let below = heads.iter().filter(|(name, _)| name.split(' ').nth(1).is_some_and(|url| url.starts_with(path)));
+        below.map(|(name, head)| (name.clone(), value(head))).collect()
     }
 
     /// How many connections were opened so far.
@@ -229,6 +239,7 @@ impl Inner {
     async fn answer(&self, request: Request<Incoming>) -> Result<Response<Body>, std::io::Error> {
         let name = format!("{} {}", request.method(), request.uri());
         let rule = self.rule(&name);
+        self.heads.lock().expect("nobody panics with the heads").push((name.clone(), request.headers().clone()));
         self.seen.send_modify(|seen| seen.push(name.clone()));
         let json = "application/json";
         let answer = |status: u16, kind: &str, body: Bytes| {

@@ -205,3 +205,34 @@ async fn after_close_every_call_says_that_the_task_is_over() {
     refused(world.ports.open("d").await.map(|_| ()), PortErrorKind::LeaseOver, "task is over");
     refused(world.ports.create(spec("x")).await.map(|_| ()), PortErrorKind::LeaseOver, "task is over");
 }
+
+#[tokio::test]
+async fn archives_are_unpacked_for_a_task_that_goes_on_only() {
+    // S0-83
+    use std::io::Write as _;
+    let world = world().await;
+    let mut writer = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+    writer.start_file("a/b.csv", zip::write::SimpleFileOptions::default()).expect("written");
+    writer.write_all(b"1,2").expect("written");
+    let bytes = writer.finish().expect("written").into_inner();
+    for id in ["d", "e"] {
+        world.item(id, "refined_scan_2025-06-01_08-30-00", "refined_scan_zip", &*bytes);
+    }
+    world.item("f", "clouds", "my_zip", &*bytes);
+    let url = format!("{}api/v1/domains/{DOMAIN}/data?ids=d,e,f", world.url);
+    let input = world.ports.materialize(&url).await.expect("comes");
+    let below = |path: &std::path::PathBuf| {
+        assert_eq!(std::fs::read(path).expect("there"), b"1,2");
+        path.strip_prefix(&input.root_dir).expect("below the root").display().to_string()
+    };
+    let extracted: Vec<String> = input.extracted_paths.iter().map(below).collect();
+    let scan = "refined/local/2025-06-01_08-30-00";
+    // Two archives of one scan do not meet.
+    assert_eq!(extracted[0], format!("{scan}/sfm/a/b.csv"));
+    assert_eq!(extracted[1..], [format!("{scan}_2/sfm/a/b.csv"), "unpacked/clouds/a/b.csv".to_owned()]);
+    std::fs::remove_dir_all(&input.root_dir).expect("removed");
+
+    world.grant.cancel.cancel(CancelReason::Plane);
+    refused(world.ports.materialize("d").await, PortErrorKind::LeaseOver, "not unpacked: the task is cancelled");
+    assert_eq!(std::fs::read_dir(world.dir.path()).expect("listed").count(), 0);
+}

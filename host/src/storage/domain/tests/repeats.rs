@@ -122,6 +122,23 @@ async fn an_abort_is_repeated_too() {
     assert_eq!((world.count("abort"), world.server.store().uploads.len()), (2, 0));
 }
 
+#[tokio::test]
+async fn a_task_that_is_over_waits_for_no_newer_bearer() {
+    // Its lease may have ended with the cancellation, and the abort is refused.
+    let world = world_with(|config| config.token_wait = Duration::from_secs(60)).await;
+    for _ in 0..2 {
+        world.trick("part", Trick::Hang);
+    }
+    let bytes = noise(5 * MIB);
+    let (result, ()) = tokio::join!(world.put("x.ply", &bytes), async {
+        world.until("part").await;
+        world.server.store().tokens.clear();
+        world.ports.close().await;
+    });
+    refused(result, PortErrorKind::LeaseOver, "task is over");
+    assert_eq!(world.count("abort"), 2, "with the newest bearer once more, and no longer");
+}
+
 fn began_now() -> tokio::time::Instant {
     tokio::time::Instant::now()
 }

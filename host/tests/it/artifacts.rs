@@ -1,0 +1,197 @@
+//! What runners publish, through the binary: names, kinds of files, uploads in spite of trouble, and
+//! what the report says of them.
+
+use std::collections::BTreeSet;
+
+use runner_host::dev::{Faults, Seen};
+use serde_json::{Value, json};
+
+use crate::harness::{Ended, Lab, fixtures, node::TestNode, rubbish::Rubbish};
+
+const PUTS: &str = "/fixtures/puts/v1";
+
+/// A world with small requests and parts, so that little goes in parts.
+async fn small_parts() -> Lab {
+    Lab::with(|config| {
+        config.request_max_bytes = 100_000;
+        config.part_size = 64 * 1024;
+    })
+    .await
+}
+
+async fn puts(lab: &Lab, node: &TestNode, puts: Value) -> Ended {
+    lab.run(node, PUTS, json!({ "puts": puts })).await
+}
+
+/// What became of each entry, as the runner saw it.
+async fn told(lab: &Lab, ended: &Ended) -> Vec<Value> {
+    serde_json::from_slice(&lab.artifact(ended, "puts.json").await).expect("the runner's own JSON")
+}
+
+#[tokio::test]
+async fn s0_85_s0_86_paths_that_reduce_to_one_name_are_artifacts_of_their_own() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let paths = ["a/b.json", "a_b.json", "a.b.json"];
+    let mut list: Vec<Value> = paths.iter().map(|path| json!({ "path": path, "text": path })).collect();
+    list.push(json!({ "path": "a/b.json", "text": "the same path again" }));
+    let ended = puts(&lab, &node, json!(list)).await;
+    let artifacts = ended.completed().artifacts();
+    let ids: BTreeSet<&str> = paths.iter().filter_map(|path| artifacts[*path]["id"].as_str()).collect();
+    assert_eq!((artifacts.len(), ids.len()), (4, 3), "{artifacts:#?}");
+    assert_eq!(lab.artifact(&ended, "a/b.json").await, b"the same path again");
+    for path in &paths[1..] {
+        assert_eq!(lab.artifact(&ended, path).await, path.as_bytes());
+    }
+    let task = ended.task()["id"].as_str().expect("an id");
+    assert_eq!(artifacts["a/b.json"]["name"], format!("a_b_json_{task}"));
+}
+
+#[tokio::test]
+async fn s0_63_a_report_lists_each_artifact_once_in_order_with_four_fields() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let same = json!({ "path": "z", "text": "1", "name": "n", "data_type": "t" });
+    let other = json!({ "path": "m", "text": "2", "name": "n", "data_type": "t" });
+    let ended =
+        puts(&lab, &node, json!([same, other, { "path": "b", "file": "9 bytes" }, { "path": "b", "text": "b" }]));
+    let ended = ended.await;
+    let receipt = ended.completed().receipt();
+    let listed = receipt["artifacts"].as_array().expect("a list");
+    let paths: Vec<&str> = listed.iter().filter_map(|row| row["logical_path"].as_str()).collect();
+    assert_eq!(paths, ["b", "m", "puts.json", "z"]);
+    for row in listed {
+        let keys: Vec<&String> = row.as_object().expect("an object").keys().collect();
+        assert_eq!(keys, ["data_type", "id", "logical_path", "name"]);
+    }
+    let receipts = ended.0["receipts"].as_array().expect("receipts");
+    let cids = receipts[0]["outputs"].as_array().expect("ids");
+    assert_eq!(cids.len(), 3, "one id once: {receipts:#?}");
+}
+
+#[tokio::test]
+async fn s0_39b_the_client_id_goes_with_every_call_to_the_domain_server() {
+    let lab = small_parts().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::zoo(), fixtures::echo()]).set("CLIENT_ID", "billed-once").leasing().await;
+    let input = lab.put("in", b"some input").await;
+    lab.ended(&node, lab.task("/examples/echo-bytes/v1").inputs(&[input]).submit()).await.completed();
+    puts(&lab, &node, json!([{ "path": "large", "file": "200000 bytes" }])).await.completed();
+    let seen = rubbish.headers("/api/", "posemesh-client-id");
+    for call in ["GET /api/v1/info", "POST /api/v1/domains", "PUT /api/v1/domains", "GET /api/v1/domains"] {
+        assert!(seen.iter().any(|(name, _)| name.starts_with(call)), "no {call} in {seen:#?}");
+    }
+    assert!(seen.iter().all(|(_, id)| id.as_deref() == Some("billed-once")), "{seen:#?}");
+    let unbilled = rubbish.headers("/v1/", "posemesh-client-id");
+    assert!(unbilled.iter().all(|(_, id)| id.is_none()), "the plane is not told");
+}
+
+#[tokio::test]
+async fn s0_89_what_is_no_file_to_publish_is_refused_in_one_line() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let cases = [
+        ("folder", "is a directory, expected a regular file"),
+        ("empty", "is empty; expected at least one byte"),
+        ("pipe", "is a pipe, socket, device or link, expected a regular file"),
+        ("link /etc/hostname", "leads out of the task's directory"),
+    ];
+    let list: Vec<Value> = cases.iter().map(|(file, _)| json!({ "path": "x", "file": file })).collect();
+    let ended = puts(&lab, &node, json!(list)).await;
+    let told = told(&lab, ended.completed()).await;
+    for ((file, text), told) in cases.iter().zip(told) {
+        let said = told["text"].as_str().unwrap_or_default();
+        assert_eq!(told["kind"], "BadRequest", "{file}: {told}");
+        assert!(said.starts_with("upload of x refused: file ") && said.ends_with(text), "{file}: {said}");
+        assert!(!said.contains('\n'), "{said}");
+    }
+}
+
+#[tokio::test]
+async fn p_43_names_that_would_break_a_header_never_reach_the_wire() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let bad = ["a\r\nX-Other: y", "a\"; id=\"b", "a;b", "a\\"];
+    let mut list: Vec<Value> = bad.iter().map(|name| json!({ "path": "x", "text": "x", "name": name })).collect();
+    list.push(json!({ "path": "good", "text": "x", "name": "scan ä, 2", "data_type": "refined_scan_zip" }));
+    let ended = puts(&lab, &node, json!(list)).await;
+    let told = told(&lab, ended.completed()).await;
+    for told in &told[..bad.len()] {
+        assert_eq!(told["kind"], "BadRequest", "{told}");
+        assert!(told["text"].as_str().is_some_and(|text| text.starts_with("upload of x refused: the name ")), "{told}");
+    }
+    let good = &ended.artifacts()["good"];
+    assert_eq!((&good["name"], &good["data_type"]), (&json!("scan ä, 2"), &json!("refined_scan_zip")));
+    assert_eq!(lab.stored().await, 2);
+}
+
+#[tokio::test]
+async fn s0_84_s0_87_lost_answers_cost_no_artifact_and_double_none() {
+    let faults = |rules: &[(&str, &str)]| {
+        let rule =
+            |(endpoint, rest): &(&str, &str)| format!("[[fault]]\nendpoint = \"{endpoint}\"\ncount = 1\n{rest}\n");
+        Faults::parse(&rules.iter().map(rule).collect::<String>()).expect("sound rules")
+    };
+    let lab = small_parts().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let list = json!([
+        { "path": "small", "bytes": 1000 },
+        { "path": "file", "file": "200000 bytes" },
+        { "path": "stream", "stream": 200_000 },
+    ]);
+    let lost = "kind = \"lost_answer\"";
+    let busy = "kind = \"status\"\ncode = 503";
+    for rules in [
+        [("create", lost), ("initiate", lost), ("complete_upload", lost)],
+        [("part", lost), ("list", lost), ("create", busy)],
+        [("part", busy), ("initiate", busy), ("complete_upload", busy)],
+        [("part", "kind = \"reset\""), ("list", "kind = \"reset\""), ("complete_upload", "kind = \"reset\"")],
+    ] {
+        let before = lab.stored().await;
+        lab.world.set_faults(faults(&rules));
+        let ended = puts(&lab, &node, list.clone()).await;
+        for (path, size) in [("small", 1000), ("file", 200_000), ("stream", 200_000)] {
+            let back = lab.artifact(ended.completed(), path).await;
+            let same = back.iter().enumerate().all(|(n, byte)| usize::from(*byte) == n % 251);
+            assert!(back.len() == size && same, "{path} under {rules:?}");
+        }
+        assert_eq!(lab.stored().await - before, 4, "under {rules:?}");
+    }
+}
+
+#[tokio::test]
+async fn s0_87_an_upload_that_is_under_way_when_its_task_is_cut_short_is_removed_from_the_server() {
+    let lab = small_parts().await;
+    let node = lab.node(&[fixtures::zoo()]).set("DRAIN_TIMEOUT", "0").set("CANCEL_GRACE", "100ms").leasing().await;
+    // The second part is never answered.
+    let hang = "[[fault]]\nendpoint = \"part\"\nskip = 1\nkind = \"hang\"";
+    lab.world.set_faults(Faults::parse(hang).expect("a sound rule"));
+    lab.task(PUTS).meta(json!({ "puts": [{ "path": "x", "file": "300000 bytes" }] })).submit();
+    let part = |seen: &[Seen]| seen.iter().any(|seen| seen.endpoint == Some("part") && seen.status == 200);
+    lab.seen(&node, part).await;
+    assert_eq!(lab.world.open_uploads(), 1);
+    node.term();
+    node.wait().await;
+    assert_eq!(lab.world.open_uploads(), 0, "{}", node.log());
+}
+
+#[tokio::test]
+async fn limits_that_the_server_states_are_known_before_anything_travels() {
+    let lab = Lab::with(|config| config.domain_data_max_bytes = 100_000).await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let list = json!([
+        { "path": "file", "file": "100001 bytes" },
+        { "path": "stream", "stream": 100_001 },
+        { "path": "bytes", "bytes": 100_001 },
+        { "path": "fits", "file": "100000 bytes" },
+    ]);
+    let ended = puts(&lab, &node, list).await;
+    let told = told(&lab, ended.completed()).await;
+    for (told, path) in told.iter().zip(["file", "stream", "bytes"]) {
+        let text = format!("upload of {path} refused: the domain server stores at most 100000 bytes an item");
+        assert_eq!((&told["kind"], &told["text"]), (&json!("Limit"), &json!(text)));
+    }
+    assert_eq!(lab.artifact(&ended, "fits").await.len(), 100_000);
+    let uploads = lab.world.journal().into_iter().filter(|seen| seen.method == "POST" && seen.path.ends_with("/data"));
+    assert_eq!(uploads.count(), 2, "the one that fits, and the runner's own list");
+}

@@ -1,0 +1,391 @@
+//! Configuration files, secrets from files, and every variable of posemesh contract 7.1.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::harness::{
+    Lab, fixtures,
+    node::{Cli, Finished},
+    rubbish::Rubbish,
+    within,
+};
+
+const KEY: &str = "1111111111111111111111111111111111111111111111111111111111111111";
+
+/// What a node cannot do without, as environment.
+const NEEDED: [(&str, &str); 4] = [
+    ("DMS_BASE_URL", "https://plane.example/v1"),
+    ("DDS_BASE_URL", "https://dds.example"),
+    ("REG_SECRET", "a-registration-secret"),
+    ("SECP256K1_PRIVHEX", KEY),
+];
+
+/// A folder for files of one test.
+struct Files(TempDir);
+
+impl Files {
+    fn new() -> Self {
+        Self(tempfile::tempdir().expect("a folder below the system's temporary one"))
+    }
+
+    /// A file only its owner can read.
+    fn write(&self, name: &str, text: impl AsRef<[u8]>) -> PathBuf {
+        let path = self.0.path().join(name);
+        std::fs::write(&path, text).expect("the folder is writable");
+        self.mode(name, 0o600);
+        path
+    }
+
+    fn mode(&self, name: &str, mode: u32) {
+        use std::os::unix::fs::PermissionsExt as _;
+        let path = self.0.path().join(name);
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("our own file");
+    }
+}
+
+fn whole(command: &str) -> Cli {
+    NEEDED.iter().fold(Cli::new(&["config", command]), |cli, (name, value)| cli.set(name, *value))
+}
+
+fn with_file(command: &str, file: &Path) -> Cli {
+    Cli::new(&["config", command]).arg("--config").arg(file)
+}
+
+/// `config show -o json`.
+async fn shown(cli: Cli) -> Value {
+    let Finished { stdout, .. } = cli.arg("-o").arg("json").run().await.expect(0);
+    serde_json::from_str(&stdout).unwrap_or_else(|err| panic!("{err}: {stdout}"))
+}
+
+const TOML: &str = r#"
+[source.dms]
+base_url = "https://plane.example/v1"
+request_timeout_secs = 7
+poll_backoff_ms = { min = 5, max = 6 }
+[dds]
+base_url = "https://dds.example"
+reg_secret = "a-secret-of-the-file"
+secp256k1_privhex_file = "key.hex"
+token.safety_ratio = 0.5
+[engine]
+max_concurrency = 3
+drain_timeout = "2m"
+[storage]
+domain_hosts = ["a.example", "b.example"]
+[noop]
+enabled = false
+[heartbeat]
+coalesce_ms = 0
+"#;
+
+const JSON: &str = r#"{
+  "source": { "dms": { "base_url": "https://plane.example/v1", "request_timeout_secs": 7,
+    "poll_backoff_ms": { "min": 5, "max": 6 } } },
+  "dds": { "base_url": "https://dds.example", "reg_secret": "a-secret-of-the-file",
+    "secp256k1_privhex_file": "key.hex", "token": { "safety_ratio": 0.5 } },
+  "engine": { "max_concurrency": 3, "drain_timeout": "2m" },
+  "storage": { "domain_hosts": ["a.example", "b.example"], "client_id": null },
+  "noop": { "enabled": false }, "heartbeat": { "coalesce_ms": 0 }
+}"#;
+
+#[tokio::test]
+async fn s0_02_toml_and_json_say_the_same_and_each_value_shows_its_origin() {
+    let files = Files::new();
+    files.write("key.hex", format!("0x{KEY}\n"));
+    // By extension, and where that says nothing by content.
+    for (name, text, line) in [("a.toml", TOML, 4), ("b.json", JSON, 2), ("c.conf", TOML, 4), ("d.conf", JSON, 2)] {
+        let file = files.write(name, text);
+        let ended = with_file("check", &file).run().await.expect(0);
+        assert_eq!((&*ended.stdout, &*ended.stderr), ("the configuration is complete", ""));
+        let all =
+            shown(with_file("show", &file).set("MAX_CONCURRENCY", "9").arg("--set").arg("NODE_VERSION=v1.2.3")).await;
+        let of_file =
+            |value: &str, line: usize| json!({ "value": value, "origin": format!("{}:{line}", file.display()) });
+        assert_eq!(all["REQUEST_TIMEOUT_SECS"], of_file("7", line), "{name}");
+        assert_eq!(all["MAX_CONCURRENCY"], json!({ "value": "9", "origin": "environment" }));
+        assert_eq!(all["NODE_VERSION"], json!({ "value": "v1.2.3", "origin": "flag" }));
+        assert_eq!(all["CLIENT_ID"], json!({ "value": null, "origin": "unset" }));
+        assert_eq!(all["CANCEL_GRACE"], json!({ "value": "10s", "origin": "default" }));
+        assert_eq!(all["DOMAIN_HOSTS"]["value"], "a.example,b.example");
+        assert_eq!(all["POLL_BACKOFF_MS_MAX"]["value"], "6");
+        assert_eq!(all["HEARTBEAT_JITTER_MS"]["value"], "0");
+        assert_eq!(all["DRAIN_TIMEOUT"]["value"], "2m");
+        assert_eq!(all["TOKEN_SAFETY_RATIO"]["value"], "0.5");
+        assert_eq!(all["REG_SECRET"]["value"], "********");
+        let key = files.0.path().join("key.hex");
+        assert_eq!(all["SECP256K1_PRIVHEX"], json!({ "value": "********", "origin": key.to_string_lossy() }));
+        assert!(!all.to_string().contains("secret-of-the-file") && !all.to_string().contains(KEY), "{all}");
+    }
+}
+
+#[tokio::test]
+async fn mistakes_of_file_and_environment_are_told_together_with_their_places() {
+    let files = Files::new();
+    let file = files.write(
+        "node.toml",
+        r#"max_concurrency = 4
+[engine]
+max_concurency = 4
+max_concurrency = "4"
+drain_timeout = 30
+[dds]
+reg_secret = 17
+secp256k1_privhex = "c0ffee"
+token = "x"
+[source.dms]
+base_url = "plane.example"
+request_timeout_secs = 1.5
+[storage]
+domain_hosts = [1]
+[noop]
+enabled = "true"
+[weather]
+MAX_CONCURRENCY = 1
+"#,
+    );
+    let ended = with_file("check", &file).set("HTTP_BIND", "x").run().await.expect(78);
+    let at = file.display();
+    let wanted = [
+        format!("{at}:1: max_concurrency: there is no such key, did you mean engine.max_concurrency?"),
+        format!("{at}:3: engine.max_concurency: there is no such key, did you mean engine.max_concurrency?"),
+        format!("{at}:4: engine.max_concurrency: expected a whole number, found \"4\""),
+        format!("{at}:5: engine.drain_timeout: expected a duration in quotes, such as \"30s\", found 30"),
+        format!("{at}:7: dds.reg_secret: expected a text in quotes, found a number"),
+        format!("{at}:9: dds.token: expected a table, found \"x\""),
+        format!("{at}:12: source.dms.request_timeout_secs: expected a whole number, found 1.5"),
+        format!("{at}:14: storage.domain_hosts: expected an array of texts, found an array"),
+        format!("{at}:16: noop.enabled: expected true or false, found \"true\""),
+        format!("{at}:17: weather: there is no such key"),
+        format!("{at}:11: source.dms.base_url: expected an absolute http or https URL, found \"plane.example\""),
+        "DDS_BASE_URL is not set: base URL of the sign-in service".to_owned(),
+        "HTTP_BIND: expected an address such as 127.0.0.1:8080, found \"x\"".to_owned(),
+        format!("SECP256K1_PRIVHEX ({at}:8): private key has 6 characters"),
+    ];
+    for wanted in &wanted {
+        let told = ended.stderr.lines().any(|line| line.starts_with(&format!("error: {wanted}")));
+        assert!(told, "{wanted} is not in\n{}", ended.stderr);
+    }
+    // A registration secret of a wrong type is missing too.
+    assert_eq!(ended.stderr.lines().count(), wanted.len() + 1, "{}", ended.stderr);
+    assert!(!ended.stderr.contains("c0ffee"), "{}", ended.stderr);
+}
+
+#[tokio::test]
+async fn a_file_that_cannot_be_used_is_one_line() {
+    let files = Files::new();
+    let deep = format!("{}1{}", "{\"engine\":".repeat(100), "}".repeat(100));
+    for (name, text, wanted) in [
+        ("a.toml", "[engine", ":1: "),
+        ("b.toml", "\n\nx = = 1", ":3: "),
+        ("c.json", "{\n\"engine\": }", ":2: is not JSON: expected value"),
+        ("d.json", "[]", ":1: expected an object, found an array"),
+        ("e.json", "", ":1: is not JSON: EOF while parsing a value"),
+        ("f.toml", "[engine]\nmax_concurrency=1\nmax_concurrency=2", ":3: "),
+        ("g.json", "{\"noop\":{\"enabled\":true,\"enabled\":false}}", ":1: noop.enabled: is given twice; keep one"),
+        ("h.json", &deep, ":1: engine.engine: there is no such key"),
+        ("i.toml", "x = \"\0\"", ":1: "),
+    ] {
+        let file = files.write(name, text);
+        let ended = whole("check").arg("--config").arg(&file).run().await.expect(78);
+        let start = format!("error: {}{wanted}", file.display());
+        assert!(ended.stderr.starts_with(&start) && ended.stderr.lines().count() == 1, "{start}\n{}", ended.stderr);
+    }
+    let bytes = files.write("bytes.toml", [0xff, 0xfe]);
+    let huge = files.write("huge.toml", vec![b'#'; 1024 * 1024 + 1]);
+    for (file, wanted) in [
+        (files.0.path().to_owned(), "expected a file, found a folder"),
+        (files.0.path().join("none.toml"), "No such file"),
+        (bytes, "expected UTF-8 text, found other bytes"),
+        (huge, "expected at most 1048576 bytes, found more"),
+    ] {
+        for command in [&["config", "check"][..], &["config", "show"], &["run"], &["dev"]] {
+            let ended = Cli::new(command).arg("--config").arg(&file).run().await.expect(78);
+            let start = format!("error: {}: {wanted}", file.display());
+            assert!(ended.stderr.starts_with(&start) && ended.stderr.lines().count() == 1, "{start}\n{}", ended.stderr);
+        }
+    }
+}
+
+#[tokio::test]
+async fn s0_25_s0_26_secrets_come_from_files_and_never_from_two_places() {
+    let files = Files::new();
+    let secret = files.write("secret", "  a-secret-with-an-end\r\n");
+    let key = files.write("key", format!("{KEY}\n"));
+    let lab = Lab::with(|config| config.reg_secret = Some("a-secret-with-an-end".to_owned())).await;
+    let node = lab.node(&[fixtures::hello()]);
+    let blank = node.set("REG_SECRET", " ").set("SECP256K1_PRIVHEX", "");
+    let node =
+        blank.set("REG_SECRET_FILE", secret.to_string_lossy()).set("SECP256K1_PRIVHEX_FILE", key.to_string_lossy());
+    node.leasing().await.stop().await;
+
+    let text = |path: &Path| path.to_string_lossy().into_owned();
+    let ended = whole("check").set("REG_SECRET_FILE", text(&secret)).run().await.expect(78);
+    assert_eq!(ended.stderr, "error: REG_SECRET and REG_SECRET_FILE are both set; keep one");
+    let both = files.write("both.toml", "[dds]\nreg_secret = \"a\"\nreg_secret_file = \"secret\"\n");
+    let without = NEEDED.iter().filter(|(name, _)| *name != "REG_SECRET");
+    let cli = without.clone().fold(with_file("check", &both), |cli, (name, value)| cli.set(name, *value));
+    let ended = cli.run().await.expect(78);
+    let at = both.display();
+    assert_eq!(
+        ended.stderr,
+        format!("error: {at}:2: dds.reg_secret and {at}:3: dds.reg_secret_file are both set; keep one")
+    );
+    // The environment goes over the file, whichever of the two it names.
+    let one = files.write("one.toml", "[dds]\nreg_secret_file = \"none\"\n");
+    whole("check").arg("--config").arg(one).run().await.expect(0);
+
+    let empty = files.write("empty", " \n");
+    let two = files.write("two", "one\ntwo\n");
+    let huge = files.write("huge", vec![b'x'; 16 * 1024 + 1]);
+    let bytes = files.write("bytes", [0xff]);
+    for (path, wanted) in [
+        (empty, "expected a secret, found nothing"),
+        (two, "expected one line, found 2"),
+        (huge, "expected at most 16384 bytes, found more"),
+        (bytes, "expected UTF-8 text, found other bytes"),
+        (files.0.path().to_owned(), "expected a file, found a folder"),
+        (files.0.path().join("none"), "No such file or directory (os error 2)"),
+    ] {
+        let cli = without.clone().fold(Cli::new(&["config", "check"]), |cli, (name, value)| cli.set(name, *value));
+        let ended = cli.set("REG_SECRET_FILE", text(&path)).run().await.expect(78);
+        assert_eq!(ended.stderr, format!("error: REG_SECRET_FILE: {}: {wanted}", path.display()));
+    }
+}
+
+#[tokio::test]
+async fn a_secret_in_a_file_others_can_read_is_warned_of() {
+    let files = Files::new();
+    files.write("key.hex", KEY);
+    let file = files.write("node.toml", TOML);
+    files.mode("node.toml", 0o644);
+    let ended = with_file("check", &file).run().await.expect(0);
+    let at = file.display();
+    assert_eq!(ended.stderr, format!("warning: {at} holds a secret and can be read by others; chmod 600 {at}"));
+}
+
+/// A variable of contract 7.1: values that work, with how `check` warns of them, and values that do not.
+struct Variable {
+    name: &'static str,
+    good: &'static [&'static str],
+    warned: &'static [&'static str],
+    bad: &'static [&'static str],
+}
+
+const HUGE: &str = "99999999999999999999999999";
+
+const VARIABLES: &[Variable] = &[
+    Variable {
+        name: "DMS_BASE_URL",
+        good: &["https://a.example", " https://a.example/v1/ "],
+        warned: &[],
+        bad: &["a.example", "ftp://a.example", "https://"],
+    },
+    Variable { name: "DDS_BASE_URL", good: &["http://127.0.0.1:1"], warned: &[], bad: &["/x", "http://a.example"] },
+    Variable {
+        name: "REQUEST_TIMEOUT_SECS",
+        good: &["1", " 60 "],
+        warned: &["0"],
+        bad: &["-1", "1.5", "60s", HUGE, "316224001"],
+    },
+    Variable { name: "NODE_VERSION", good: &["1.2.3", "v1.2.3-rc.1", "V0.1.0+b"], warned: &["1.2", "new"], bad: &[] },
+    Variable { name: "REGISTER_INTERVAL_SECS", good: &["1", "120"], warned: &["0"], bad: &["-1", "soon", HUGE] },
+    Variable {
+        name: "REGISTER_MAX_RETRY",
+        good: &["-1", "0", "2147483647"],
+        warned: &[],
+        bad: &["-2", "2147483648", "x"],
+    },
+    Variable {
+        name: "HEARTBEAT_MIN_RATIO",
+        good: &["0", "0.9", "1", "1e-3"],
+        warned: &["1.5", "-0.5"],
+        bad: &["NaN", "inf", "-inf", "1e999", "a"],
+    },
+    Variable { name: "HEARTBEAT_MAX_RATIO", good: &["0.1"], warned: &["2"], bad: &["infinity", "nan", ","] },
+    Variable { name: "HEARTBEAT_JITTER_MS", good: &["0", " 250"], warned: &[], bad: &["-1", "0.5", HUGE] },
+    Variable { name: "POLL_BACKOFF_MS_MIN", good: &["0", "50000"], warned: &[], bad: &["-1", "1s", HUGE] },
+    Variable { name: "POLL_BACKOFF_MS_MAX", good: &["1"], warned: &[], bad: &["-1", HUGE] },
+    Variable { name: "TOKEN_SAFETY_RATIO", good: &["0", "0.75"], warned: &["-1", "7"], bad: &["NaN", "inf", "x"] },
+    Variable {
+        name: "TOKEN_REAUTH_MAX_RETRIES",
+        good: &["0", "4294967295"],
+        warned: &[],
+        bad: &["-1", "4294967296", "1.0"],
+    },
+    Variable { name: "TOKEN_REAUTH_JITTER_MS", good: &["0", "500"], warned: &[], bad: &["-1", HUGE, "x"] },
+    Variable { name: "MAX_CONCURRENCY", good: &["1", "65536"], warned: &[], bad: &["0", "-1", "65537", "many", HUGE] },
+    Variable { name: "LOG_FORMAT", good: &["json", "text", "TEXT", "other"], warned: &[], bad: &[] },
+    Variable { name: "ENABLE_NOOP", good: &["true", "false", " true "], warned: &[], bad: &["1", "yes", "TRUE"] },
+    Variable { name: "NOOP_SLEEP_SECS", good: &["0", "5", "0.25"], warned: &[], bad: &["-1", "NaN", "inf", HUGE] },
+    Variable { name: "CLIENT_ID", good: &["node-7", " a b "], warned: &[], bad: &["a\tb", "é"] },
+];
+
+#[tokio::test]
+async fn s0_02_s0_03_every_variable_takes_what_it_should_and_refuses_the_rest() {
+    for Variable { name, good, warned, bad } in VARIABLES {
+        let wanted = NEEDED.iter().any(|(needed, _)| needed == name);
+        for (value, code, lines) in (good.iter().map(|value| (*value, 0, 0)))
+            .chain(warned.iter().map(|value| (*value, 0, 1)))
+            .chain(bad.iter().map(|value| (*value, 78, 1)))
+            .chain([("  ", if wanted { 78 } else { 0 }, usize::from(wanted))])
+        {
+            let ended = whole("check").set(name, value).set("RUST_LOG", "warn").run().await;
+            assert_eq!((ended.code, ended.stderr.lines().count()), (code, lines), "{name}={value:?}: {}", ended.stderr);
+            assert!(ended.stderr.lines().all(|line| line.contains(name)), "{name}={value:?}: {}", ended.stderr);
+            let all = shown(whole("show").set(name, value)).await;
+            let (said, origin) = (&all[*name]["value"], &all[*name]["origin"]);
+            if value.trim().is_empty() {
+                assert_ne!(origin, "environment", "blank is unset: {name}");
+            } else {
+                assert_eq!((said, origin), (&json!(value.trim()), &json!("environment")), "{name}");
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn s0_15c_nothing_is_asked_of_anybody_before_the_file_is_whole() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let files = Files::new();
+    let file = files.write("node.toml", "[engine]\nmax_concurrency = true\n");
+    let ended = rubbish.node(&[fixtures::hello()]).arg("--config").arg(&file).refused().await.expect(78);
+    let wanted = format!("error: {}:2: engine.max_concurrency: expected a whole number, found true", file.display());
+    assert_eq!(ended.stderr, wanted);
+    assert_eq!(rubbish.connections(), 0);
+}
+
+#[tokio::test]
+async fn a_node_lives_by_its_file_alone() {
+    let lab = Lab::start().await;
+    let files = Files::new();
+    files.write("key.hex", KEY);
+    files.write("secret", "any");
+    let plugins = fixtures::plugins_dir(&[fixtures::noop()]);
+    let file = files.write(
+        "node.toml",
+        format!(
+            "source.dms = {{ base_url = \"{}\", poll_backoff_ms = {{ min = 10, max = 50 }} }}\n\
+             dds = {{ base_url = \"{}\", reg_secret_file = \"secret\", secp256k1_privhex_file = \"key.hex\" }}\n\
+             http.bind = \"127.0.0.1:0\"\nstorage.scratch_dir = \"scratch\"\n\
+             noop = {{ enabled = true, sleep_secs = 0.01 }}\ntelemetry.log_format = \"text\"\n",
+            lab.world.dms_url(),
+            lab.world.dds_url(),
+        ),
+    );
+    let cli = Cli::new(&["run", "--plugins"]).arg(plugins.path()).arg("--config").arg(&file).dir(plugins.path());
+    let node = cli.start();
+    let started = node.stderr_line(|line| line.contains("node started")).await;
+    assert!(!started.starts_with('{'), "text, as the file says: {started}");
+    let job = lab.world.create_job(json!({ "label": "it", "tasks": [
+        { "label": "one", "stage": "one", "capability": "/examples/noop/v1", "max_attempts": 1 }
+    ] }));
+    let job = job.expect("a job the world takes");
+    let done = lab.world.job_until(job, |view| view["job"]["status"] == "completed");
+    within("the end of a job", || node.log(), done).await;
+    assert!(files.0.path().join("scratch").is_dir(), "paths in a file are meant from where it lies");
+    node.signal(rustix::process::Signal::TERM);
+    assert_eq!(node.wait().await, 0);
+}

@@ -1,0 +1,149 @@
+//! Where tasks work: nothing stays, dead owners are swept, a disk without room gets no work.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::json;
+
+use crate::harness::{Lab, fixtures, within};
+
+#[tokio::test]
+async fn s0_82_two_hundred_tasks_leave_nothing_behind() {
+    let lab = Lab::start().await;
+    let node = lab.node(&[fixtures::zoo(), fixtures::echo()]).set("MAX_CONCURRENCY", "8").leasing().await;
+    let input = lab.put("in", b"some input").await;
+    let jobs: Vec<_> = (0..200)
+        .map(|n| match n % 4 {
+            0 => lab.task("/examples/echo-file/v1").inputs(&[input]),
+            1 => lab.task("/fixtures/scratch/v1"),
+            2 => lab.task("/fixtures/panic/v1"),
+            _ => lab.task("/fixtures/puts/v1").meta(json!({ "puts": [{ "path": "x", "file": "100000 bytes" }] })),
+        })
+        .map(crate::harness::TaskSetup::submit)
+        .collect();
+    for job in jobs {
+        lab.ended(&node, job).await;
+    }
+    node.page_until("/status.json", |page| page.1["tasks"] == json!({})).await;
+    let left: Vec<PathBuf> = node.scratch().into_iter().filter(|path| !is_own(path)).collect();
+    assert!(left.is_empty(), "{left:#?}");
+    let scratch = node.scratch_dir().to_owned();
+    node.stop().await;
+    assert_eq!(entries(&scratch), ["lock"; 0]);
+}
+
+/// The folder of a process, and empty ones it keeps for its next tasks.
+fn is_own(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let empty = std::fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none());
+    name.starts_with("node-") || name.starts_with("spare-") && empty
+}
+
+/// What lies in a folder, locks excepted.
+fn entries(dir: &Path) -> Vec<String> {
+    let names = std::fs::read_dir(dir).expect("a folder").map(|entry| entry.expect("an entry").file_name());
+    let mut names: Vec<String> = names.map(|name| name.to_string_lossy().into_owned()).collect();
+    names.retain(|name| name != ".lock");
+    names.sort();
+    names
+}
+
+#[tokio::test]
+async fn a_start_sweeps_what_dead_owners_left_and_only_that() {
+    let lab = Lab::start().await;
+    let base = tempfile::tempdir().expect("a folder");
+    let elsewhere = tempfile::tempdir().expect("a folder");
+    std::fs::write(elsewhere.path().join("kept"), b"x").expect("written");
+    let node = || lab.node(&[fixtures::zoo()]).set("SCRATCH_DIR", base.path().to_string_lossy());
+    let dead = node().leasing().await;
+    let file = json!({ "file": base.path().join("never") });
+    let job = lab.task("/fixtures/wait-file/v1").meta(file.clone()).submit();
+    lab.started(&dead, job).await;
+    assert_eq!(entries(base.path()).len(), 1);
+    dead.kill();
+    dead.wait().await;
+    let left = entries(base.path());
+    assert_eq!(left.len(), 1, "killed, it leaves its folder with the task's in it");
+    // Somebody else's things, in every shape.
+    std::fs::write(base.path().join("node-notes.txt"), b"x").expect("written");
+    std::fs::create_dir(base.path().join("foreign")).expect("made");
+    std::fs::create_dir(base.path().join("domain-input-7")).expect("made");
+    std::os::unix::fs::symlink(elsewhere.path(), base.path().join("node-link")).expect("linked");
+    let living = node().leasing().await;
+    let swept = living.says("left-over scratch folder removed").await;
+    assert!(swept["path"].as_str().is_some_and(|path| path.ends_with(&left[0])), "{swept}");
+    // A second one beside the living: nothing is left to sweep, and the first is not touched.
+    let job = lab.task("/fixtures/wait-file/v1").meta(file).submit();
+    lab.started(&living, job).await;
+    let before = entries(base.path());
+    let second = node().leasing().await;
+    let kept: Vec<String> = entries(base.path()).into_iter().filter(|name| before.contains(name)).collect();
+    assert_eq!(kept, before);
+    assert!(second.said("left-over scratch folder removed").is_empty(), "{}", second.log());
+    second.stop().await;
+    let names = entries(base.path());
+    let foreign: Vec<&String> = names.iter().filter(|name| !name.starts_with("node-") || name.len() < 20).collect();
+    assert_eq!(foreign, ["domain-input-7", "foreign", "node-link", "node-notes.txt"]);
+    assert!(elsewhere.path().join("kept").exists());
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn below_the_floor_nothing_is_leased_and_above_it_leasing_goes_on() {
+    // In memory, where nobody else writes meanwhile.
+    let base = tempfile::tempdir_in("/dev/shm").expect("Linux has it");
+    let about = rustix::fs::statvfs(base.path()).expect("a file system");
+    const MIB: u64 = 1 << 20;
+    let floor = about.f_bavail * about.f_frsize - 8 * MIB;
+    let filler = base.path().join("filler");
+    std::fs::write(&filler, vec![1; 16 * MIB as usize]).expect("written");
+    let lab = Lab::start().await;
+    let node = lab.node(&[fixtures::hello()]).set("SCRATCH_DIR", base.path().join("scratch").to_string_lossy());
+    let node = node.set("DISK_FREE_MIN", floor.to_string()).leasing().await;
+    let job = lab.task("/examples/hello/v1").submit();
+    let said = node.says("disk nearly full, nothing new is leased").await;
+    assert_eq!((&said["level"], &said["floor_bytes"]), (&json!("WARN"), &json!(floor)), "{said}");
+    let (status, ready) = node.page("/ready").await;
+    let reason = ready["reason"].as_str().unwrap_or_default().to_owned();
+    assert_eq!(status, 503);
+    assert!(
+        reason.starts_with("disk nearly full: ") && reason.ends_with(&format!("DISK_FREE_MIN is {floor}")),
+        "{reason}"
+    );
+    let disk = node.status().await["disk"].clone();
+    assert_eq!((&disk["full"], &disk["floor_bytes"]), (&json!(true), &json!(floor)));
+    assert!(disk["free_bytes"].as_u64().is_some_and(|free| free < floor), "{disk}");
+    let leased = |lab: &Lab| lab.world.journal().iter().any(|seen| seen.path.ends_with("/tasks"));
+    assert!(!leased(&lab), "not one poll");
+    std::fs::remove_file(&filler).expect("ours");
+    lab.ended(&node, job).await.completed();
+    assert_eq!(node.said("disk has room again, leasing goes on").len(), 1);
+    assert_eq!(node.page("/ready").await.0, 200);
+    // A node that waits for room ends as quickly as any.
+    std::fs::write(&filler, vec![1; 16 * MIB as usize]).expect("written");
+    node.page_until("/status.json", |page| page.1["disk"]["full"] == true).await;
+    within("a quick end", || node.log(), node.stop()).await;
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_disk_that_fills_up_under_a_transfer_is_a_storage_failure_and_leaves_nothing() {
+    const LIMIT: u64 = 24 << 20;
+    let lab = Lab::with(|config| config.part_size = 32 << 20).await;
+    let node = lab.node(&[fixtures::zoo(), fixtures::echo()]).file_bytes_max(LIMIT).leasing().await;
+    let input = lab.put("in", &vec![7; LIMIT as usize + 1]).await;
+    let download = lab.task("/examples/echo-file/v1").inputs(&[input]);
+    // A stream waits in a file until it is a part.
+    let stream = json!([{ "path": "x", "stream": LIMIT + 1 }]);
+    for (task, what) in [(download, "cannot write input "), (lab.task("/fixtures/big-output/v1"), "upload of big.bin ")]
+    {
+        let ended = lab.ended(&node, task.meta(json!({ "bytes": LIMIT + 1, "puts": stream })).submit()).await;
+        let (reason, details) = ended.failed();
+        assert!(reason.starts_with(&format!("storage: {what}")), "{reason}");
+        assert!(!reason.contains('\n') && details["outcome"] == "storage", "{reason} {details}");
+    }
+    node.page_until("/status.json", |page| page.1["tasks"] == json!({})).await;
+    let left: Vec<PathBuf> = node.scratch().into_iter().filter(|path| !is_own(path)).collect();
+    assert!(left.is_empty(), "{left:#?}");
+    assert_eq!(lab.world.open_uploads(), 0);
+    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+}

@@ -1,0 +1,59 @@
+//! Log lines: their form, their fields, and what is never in them (rows S0-04, S0-05, S0-15a, S0-38, S0-92).
+
+use serde_json::{Value, json};
+
+use crate::harness::{Lab, fixtures, node::Cli};
+
+#[tokio::test]
+async fn s0_04_s0_05_every_line_of_a_task_carries_its_ids() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let ended = lab.run(&node, "/fixtures/logs/v1", json!({})).await;
+    let task = &ended.completed().task()["id"];
+    node.says("task ended").await;
+    node.stop().await;
+    let lines: Vec<Value> = node.log().lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    assert_eq!(lines.len(), node.log().lines().filter(|line| !line.is_empty()).count(), "each line is JSON");
+    for line in &lines {
+        for (key, is_there) in [("timestamp", true), ("level", true), ("message", true), ("target", true)] {
+            assert_eq!(line[key].is_string(), is_there, "{key}: {line}");
+        }
+    }
+    let of_task: Vec<&Value> = lines.iter().filter(|line| &line["task_id"] == task).collect();
+    let said = |message: &str| of_task.iter().filter(|line| line["message"] == message).count();
+    assert_eq!((said("task started"), said("task ended")), (1, 1), "{of_task:#?}");
+    assert!(of_task.iter().any(|line| line["plugin"] == "zoo"), "the plugin's own lines are among them");
+    for line in &of_task {
+        assert_eq!(line["capability"], "/fixtures/logs/v1", "{line}");
+        assert!(line["job_id"].is_string() && line["domain_id"].is_string(), "{line}");
+    }
+    let end = of_task.iter().find(|line| line["message"] == "task ended").expect("counted above");
+    assert!(end["elapsed_ms"].is_u64() && end["outcome"] == "completed", "{end}");
+}
+
+#[tokio::test]
+async fn s0_38_s0_92_text_lines_are_for_people() {
+    let lab = Lab::start().await;
+    let node = lab.node(&[fixtures::hello()]).set("LOG_FORMAT", " TEXT ").set("HTTP_BIND", "999").refused().await;
+    let node = node.expect(78);
+    assert!(node.stderr.starts_with("error: HTTP_BIND: "), "{}", node.stderr);
+    for format in ["json", "JSON", "rubbish", ""] {
+        let ended = Cli::new(&["run"]).set("LOG_FORMAT", format).set("HTTP_BIND", "999").run().await.expect(78);
+        let as_json = ended.stderr.lines().all(|line| serde_json::from_str::<Value>(line).is_ok());
+        assert_eq!(as_json, !format.is_empty(), "s0_15a, LOG_FORMAT={format}: {}", ended.stderr);
+        assert!(ended.stderr.contains("HTTP_BIND: expected an address"), "{}", ended.stderr);
+    }
+}
+
+#[tokio::test]
+async fn a_filter_that_is_none_is_one_line() {
+    for filter in ["runner_host=loud", "a=b=c", "[", "info,runner_host[x=\"=debug"] {
+        let ended = Cli::new(&["config", "check"]).set("RUST_LOG", filter).run().await.expect(78);
+        let said = ended.stderr.lines().filter(|line| line.contains("RUST_LOG cannot be used")).count();
+        assert_eq!(said, 1, "{filter}: {}", ended.stderr);
+        assert!(!ended.stderr.lines().any(|line| line.trim().is_empty()), "{}", ended.stderr);
+    }
+    // Blank is unset.
+    let ended = Cli::new(&["config", "check"]).set("RUST_LOG", " ").run().await.expect(78);
+    assert!(!ended.stderr.contains("RUST_LOG"), "{}", ended.stderr);
+}
