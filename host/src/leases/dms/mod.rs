@@ -18,7 +18,7 @@ use serde_json::{Map, Value};
 use url::Url;
 use uuid::Uuid;
 
-use self::wire::{HeartbeatRequest, HeartbeatResponse, LeaseEnvelope, TaskSpec};
+use self::wire::{HeartbeatRequest, HeartbeatResponse, LeaseFacts};
 use super::{Kept, LeaseError, LeaseSource};
 use crate::{
     auth::TokenSource,
@@ -173,13 +173,9 @@ impl LeaseSource for Dms {
             return Err(refused_for(task, &answer, &token));
         }
         // Decoding a struct from `null` or a list fails with words about the struct; say what it is.
-        match answer.json::<Value>() {
-            Ok(Value::Object(_)) => {}
-            Ok(_) => {
-                let reason = format!("the heartbeat's answer is {} bytes of JSON, but no object", answer.body.len());
-                return Err(LeaseError::Malformed { task: None, reason });
-            }
-            Err(err) => return Err(LeaseError::Malformed { task: None, reason: err.to_string() }),
+        if !answer.body.trim_ascii_start().starts_with(b"{") && answer.json::<Value>().is_ok() {
+            let reason = format!("the heartbeat's answer is {} bytes of JSON, but no object", answer.body.len());
+            return Err(LeaseError::Malformed { task: None, reason });
         }
         match answer.json::<HeartbeatResponse>() {
             Ok(response) => Ok(kept(response, &answer)),
@@ -216,7 +212,7 @@ fn refused_for(task: TaskId, answer: &Answer, token: &Token) -> LeaseError {
 /// An answer to a poll as a lease. The size of an unusable one is all that is told of it.
 fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
     let malformed = |reason: String| LeaseError::Malformed { task: task_id(answer), reason };
-    let envelope: LeaseEnvelope = answer.json().map_err(|err| malformed(err.to_string()))?;
+    let envelope: LeaseFacts = answer.json().map_err(|err| malformed(err.to_string()))?;
     let mut document: Map<String, Value> = answer.json().map_err(|err| malformed(err.to_string()))?;
     document.retain(|key, _| !key.to_ascii_lowercase().ends_with("token"));
     let task = envelope.task;
@@ -232,7 +228,7 @@ fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
         task: TaskId(task.id),
         job: task.job_id,
         capability,
-        expires_at: moment(answer, envelope.lease_expires_at.or_else(|| inner_expiry(&task))),
+        expires_at: moment(answer, envelope.lease_expires_at.or_else(|| time(&task.lease_expires_at))),
         cancelled: envelope.cancel,
         domain_id: envelope.domain_id,
         domain_server: filled(envelope.domain_server_url).or_else(|| server_of_meta(&task.meta)),
@@ -255,7 +251,7 @@ fn kept(response: HeartbeatResponse, answer: &Answer) -> Kept {
     Kept {
         token: filled(response.access_token).map(Token::new),
         token_expires_at: moment(answer, response.access_token_expires_at),
-        expires_at: moment(answer, response.lease_expires_at.or_else(|| inner.and_then(inner_expiry))),
+        expires_at: moment(answer, response.lease_expires_at.or_else(|| time(inner?.extra.get("lease_expires_at")?))),
         cancel: response.cancel == Some(true) || response.status.as_deref().is_some_and(is_over),
         task: inner.map(|task| task.id).or(response.task_id).map(TaskId),
         job: inner.map_or(response.job_id, |task| task.job_id),
@@ -283,8 +279,8 @@ fn is_over(status: &str) -> bool {
 }
 
 /// Newer planes may send the lease's end inside the task only.
-fn inner_expiry(task: &TaskSpec) -> Option<Timestamp> {
-    task.extra.get("lease_expires_at")?.as_str()?.parse().ok()
+fn time(value: &Value) -> Option<Timestamp> {
+    value.as_str()?.parse().ok()
 }
 
 /// The fallback of contract 4.6: older planes put the domain server into the task's metadata.

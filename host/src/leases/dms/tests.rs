@@ -20,7 +20,7 @@ pub(in crate::leases) fn sample_envelope() -> Value {
 }
 
 pub(in crate::leases) fn sample_lease() -> Lease {
-    let envelope: LeaseEnvelope = serde_json::from_value(sample_envelope()).expect("a lease");
+    let envelope: wire::LeaseEnvelope = serde_json::from_value(sample_envelope()).expect("a lease");
     Lease {
         task: TaskId(envelope.task.id),
         job: None,

@@ -64,6 +64,43 @@ pub struct TaskSpec {
     pub extra: Map<String, Value>,
 }
 
+/// As much of a [`LeaseEnvelope`] as the node reads itself. Keeping the rest, as that type does, would
+/// put every field by first and decode it a second time.
+#[derive(Deserialize)]
+pub(super) struct LeaseFacts {
+    #[serde(default)]
+    pub(super) access_token: Option<String>,
+    #[serde(default)]
+    pub(super) access_token_expires_at: Option<Timestamp>,
+    #[serde(default)]
+    pub(super) lease_expires_at: Option<Timestamp>,
+    #[serde(default)]
+    pub(super) cancel: bool,
+    #[serde(default)]
+    pub(super) domain_id: Option<Uuid>,
+    #[serde(default)]
+    pub(super) domain_server_url: Option<String>,
+    pub(super) task: TaskFacts,
+}
+
+/// As much of a [`TaskSpec`].
+#[derive(Deserialize)]
+pub(super) struct TaskFacts {
+    pub(super) id: Uuid,
+    #[serde(default)]
+    pub(super) job_id: Option<Uuid>,
+    pub(super) capability: String,
+    #[serde(default)]
+    pub(super) inputs_cids: Vec<String>,
+    #[serde(default)]
+    pub(super) outputs_prefix: Option<String>,
+    #[serde(default)]
+    pub(super) meta: Value,
+    /// Newer planes only.
+    #[serde(default)]
+    pub(super) lease_expires_at: Value,
+}
+
 /// `POST /tasks/{id}/heartbeat` (4.5), request.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct HeartbeatRequest {
