@@ -11,7 +11,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, info, info_span, warn};
 
-use super::Rooms;
+use super::{Rooms, SharedPace, pace::Worth};
 use crate::{
     crash,
     model::{CancelReason, Grant, Outcome, Ports, ReportState, Setup, TaskRecord, Verdict, millis},
@@ -33,10 +33,16 @@ enum Settled {
     Silent(CancelReason),
 }
 
+/// Room to run one task, and whom to tell what came of it.
+pub(super) struct Slot {
+    pub(super) permit: OwnedSemaphorePermit,
+    pub(super) pace: SharedPace,
+}
+
 /// One task, top to bottom. Every early exit still settles the lease and frees the slot.
 pub(super) async fn attempt(
     rooms: Arc<Rooms>,
-    permit: OwnedSemaphorePermit,
+    slot: Slot,
     session: Session,
     grace: Duration,
     cancel_all: CancellationToken,
@@ -64,12 +70,29 @@ pub(super) async fn attempt(
         let mut verdict = run_to_end(ended, &grant, &cancel_all).await;
         verdict.outcome.redact(&grant.tokens());
         rooms.board.moved(lease.task, "reporting");
-        let settled = settle(&rooms, permit, session, &verdict, &cancel_all).await;
+        slot.pace.ended(worth(&grant, &verdict.outcome));
+        let settled = settle(&rooms, slot.permit, session, &verdict, &cancel_all).await;
         rooms.board.ended(lease.task, TaskRecord::new(lease, &verdict, began.elapsed(), settled.state()));
         say(&verdict, &settled, began.elapsed());
     }
     .instrument(span)
     .await;
+}
+
+/// What the lease behind `grant` was good for, now that its task has ended.
+fn worth(grant: &Grant, outcome: &Outcome) -> Worth {
+    let begun = matches!(grant.setup_now(), Setup::Pending | Setup::Ready(Ok(_)));
+    let ours = grant.cancel.reason() != Some(CancelReason::LeaseLost);
+    match outcome {
+        _ if !begun || !ours => Worth::Nothing,
+        Outcome::Completed | Outcome::Cancelled | Outcome::Drained => Worth::Work,
+        Outcome::Failed { .. } | Outcome::Panicked { .. } => Worth::Failure,
+        Outcome::Storage { .. }
+        | Outcome::Setup { .. }
+        | Outcome::NoRunner
+        | Outcome::LeaseLost
+        | Outcome::HostFault { .. } => Worth::Nothing,
+    }
 }
 
 /// From the verdict to the first try of its report. The order matters: written down while the lease

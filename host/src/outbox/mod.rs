@@ -35,7 +35,7 @@ use tracing::{debug, info, warn};
 use uuid::Uuid;
 
 use self::{
-    book::{Book, Turn},
+    book::{Book, Failure, Turn},
     entry::{Entry, Tries},
     store::Change,
     writer::Writer,
@@ -325,8 +325,8 @@ impl Outbox {
             }
             return Some(Sent::Refused(error));
         }
-        let failed =
-            self.with(|book| book.failed(number, &error, Timestamp::now(), Instant::now(), rand::random::<f64>()));
+        let failure = Failure { error: &error, retry_after: err.retry_after(), at: Timestamp::now() };
+        let failed = self.with(|book| book.failed(number, failure, Instant::now(), rand::random::<f64>()));
         let (tries, pause, first) = failed?;
         self.0.writer.note(Change::Put(number, entry.encode(&tries)));
         self.0.turn.notify_one();

@@ -149,7 +149,7 @@ impl Driver {
             Advice::RetryLater => {}
         }
         tracing::warn!(task_id = %self.task, error = %failure, "heartbeat failed");
-        PacingEvent::Failed
+        PacingEvent::Failed { retry_after: failure.retry_after() }
     }
 
     /// Takes over what an answer says, in the order of contract 4.10; cancel comes last.

@@ -1,6 +1,6 @@
 //! Nothing finished is lost: reports are kept until the control plane takes them or refuses for good.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -40,7 +40,10 @@ async fn s0_69_p_37_finished_work_outlives_an_outage_of_several_leases_and_a_res
     let node = rubbish.node(&[fixtures::hello()]).set("MAX_CONCURRENCY", "2").leasing().await;
     let input = lab.put("who", b"world").await;
     let jobs: Vec<_> = (0..5).map(|_| lab.task("/examples/hello/v1").inputs(&[input]).submit()).collect();
-    let status = waiting(&node, 5).await;
+    // A report waits a moment before its task stands among those that have ended.
+    let all =
+        |page: &Value| page["outbox"]["waiting"] == 5 && page["recent"].as_array().is_some_and(|all| all.len() == 5);
+    let status = node.page_until("/status.json", |page| all(&page.1)).await.1;
     assert!(status["outbox"]["last_error"].is_string() && status["outbox"]["oldest"].is_string(), "{status:#}");
     let records = status["recent"].as_array().expect("a list");
     assert_eq!(records.len(), 5);
@@ -97,6 +100,22 @@ async fn a_report_refused_for_good_is_said_once_and_not_repeated() {
     assert_eq!(status["outbox"]["last_error"], Value::Null);
     node.stop().await;
     assert_eq!(rubbish.count(COMPLETE), 2);
+}
+
+#[tokio::test]
+async fn a_plane_that_says_when_to_come_again_gets_the_report_then() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(COMPLETE, 1, Bad::Busy(429, 1));
+    rubbish.answer(COMPLETE, 1, Bad::Busy(503, 1));
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    let job = lab.task("/fixtures/ok/v1").submit();
+    rubbish.seen(COMPLETE, 1).await;
+    let began = Instant::now();
+    lab.ended(&node, job).await.completed();
+    assert!(began.elapsed() >= Duration::from_millis(1900), "two seconds were asked for: {:?}", began.elapsed());
+    assert_eq!(rubbish.count(COMPLETE), 3);
+    node.stop().await;
 }
 
 #[tokio::test]
