@@ -100,7 +100,7 @@ fn worth(grant: &Grant, outcome: &Outcome) -> Worth {
 async fn settle(
     rooms: &Rooms,
     permit: OwnedSemaphorePermit,
-    session: Session,
+    mut session: Session,
     verdict: &Verdict,
     cancel_all: &CancellationToken,
 ) -> Settled {
@@ -115,11 +115,11 @@ async fn settle(
         cancel_all.cancelled().await;
         tokio::time::sleep(FAREWELL).await;
     };
-    let said = async {
+    let said = async move {
         match session.close().await {
             Ok(name) => {
                 crash::point("before-report");
-                Settled::Sent(kept.send(&name).await)
+                Settled::Sent(kept.send(&name, session).await)
             }
             Err(silence) => {
                 kept.withdraw();

@@ -40,6 +40,8 @@ struct Held {
     entry: Arc<Entry>,
     tries: Tries,
     place: Place,
+    /// What keeps the lease of its task; none after a restart.
+    lease_kept: Option<Box<dyn Send>>,
 }
 
 /// Why a report was not accepted for now.
@@ -78,7 +80,7 @@ impl Book {
     /// Takes in what was found at the start. What is ours is due at once.
     pub(super) fn found(&mut self, number: u64, entry: Entry, tries: Tries, ours: bool, now: Instant) {
         let place = if ours { Place::Waiting { due: now } } else { Place::Foreign };
-        self.held.insert(number, Held { entry: Arc::new(entry), tries, place });
+        self.held.insert(number, Held { entry: Arc::new(entry), tries, place, lease_kept: None });
         self.skip(number);
     }
 
@@ -91,8 +93,22 @@ impl Book {
     pub(super) fn add(&mut self, entry: Arc<Entry>) -> u64 {
         let number = self.next;
         self.next += 1;
-        self.held.insert(number, Held { entry, tries: Tries::default(), place: Place::Fresh });
+        self.held.insert(number, Held { entry, tries: Tries::default(), place: Place::Fresh, lease_kept: None });
         number
+    }
+
+    /// Keeps what keeps a lease for as long as the report is here.
+    pub(super) fn hold(&mut self, number: u64, lease: Box<dyn Send>) {
+        if let Some(held) = self.held.get_mut(&number) {
+            held.lease_kept = Some(lease);
+        }
+    }
+
+    /// Keeps no lease any longer: the process ends.
+    pub(super) fn let_go(&mut self) {
+        for held in self.held.values_mut() {
+            held.lease_kept = None;
+        }
     }
 
     /// Puts another version in the place of a report.

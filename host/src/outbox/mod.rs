@@ -266,6 +266,7 @@ impl Outbox {
         if let Err(err) = self.0.writer.close().await {
             warn!(error = %err, "outbox was not closed in order");
         }
+        self.with(Book::let_go);
         self.lock().book.ours()
     }
 
@@ -375,9 +376,11 @@ impl Outbox {
 
 impl Kept {
     /// The first try, under the name the plane uses by now. Dropping the future leaves the report to
-    /// the outbox.
-    pub async fn send(mut self, name: &ReportName) -> Sent {
+    /// the outbox. `lease` is held as long as the report is on its way, and dropped with it: the plane
+    /// shall not give the task out again meanwhile.
+    pub async fn send(mut self, name: &ReportName, lease: impl Send + 'static) -> Sent {
         self.rename(name);
+        self.outbox.with(|book| book.hold(self.number, Box::new(lease)));
         let outbox = self.outbox.clone();
         let Ok(_sender) = outbox.0.senders.try_acquire() else {
             return Sent::Waiting("too many other reports are being sent".to_owned());

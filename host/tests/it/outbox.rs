@@ -118,6 +118,34 @@ async fn a_plane_that_says_when_to_come_again_gets_the_report_then() {
     node.stop().await;
 }
 
+// S2-24, contract 9: a report that is not accepted for long costs no second run while heartbeats work.
+#[tokio::test]
+async fn a_lease_is_kept_while_its_report_is_on_its_way_and_no_longer() {
+    const HEARTBEAT: &str = "POST /v1/tasks/*/heartbeat";
+    let ttl = Duration::from_secs(1);
+    let lab = Lab::with(|config| config.lease_ttl = ttl).await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
+    let job = lab.task("/fixtures/ok/v1").set("max_attempts", json!(5)).submit();
+    node.says("task ended, its report waits in the outbox").await;
+    let began = Instant::now();
+    // The slot is free meanwhile.
+    lab.run(&node, "/fixtures/fail/v1", json!({})).await.failed();
+    tokio::time::sleep((ttl * 3).saturating_sub(began.elapsed())).await; // three lengths of the lease
+    rubbish.heal();
+    let ended = lab.ended(&node, job).await;
+    assert_eq!(ended.completed().task()["attempts"], 1, "{:#}", ended.0);
+    assert_eq!(ended.0["receipts"].as_array().map(Vec::len), Some(1), "{:#}", ended.0);
+    waiting(&node, 0).await;
+    let beats = rubbish.count(HEARTBEAT);
+    assert!(beats >= 8, "{beats} heartbeats in three lengths of a lease");
+    tokio::time::sleep(ttl).await; // not an event: nothing is to happen
+    assert_eq!(rubbish.count(HEARTBEAT), beats, "no heartbeat for what is accepted");
+    assert!(node.said("lease lost").is_empty(), "{}", node.log());
+    node.stop().await;
+}
+
 #[tokio::test]
 async fn a_full_outbox_pauses_leasing_until_there_is_room() {
     let lab = Lab::start().await;
