@@ -19,7 +19,7 @@ use tokio::{
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, info, warn};
+use tracing::{Instrument as _, debug, error, info, warn};
 
 use crate::{
     leases::{Advice, LeaseError, LeaseSource},
@@ -250,10 +250,14 @@ impl Engine {
     }
 
     fn begin(&mut self, lease: Lease, permit: OwnedSemaphorePermit, stops: &Stops) {
-        let session = self.rooms.sessions.open(lease); // heartbeats start
+        let plugin = self.rooms.plugins.name_of(&lease.capability);
+        let span = attempt::span(&lease, plugin.as_deref());
+        let session = span.in_scope(|| self.rooms.sessions.open(lease)); // heartbeats start
+        self.rooms.board.began(&session.grant(), plugin);
         let slot = attempt::Slot { permit, pace: self.pace.clone() };
         let (rooms, grace) = (Arc::clone(&self.rooms), self.config.cancel_grace);
-        self.attempts.spawn(attempt::attempt(rooms, slot, session, grace, stops.cancel.clone()));
+        let attempt = attempt::attempt(rooms, slot, session, grace, stops.cancel.clone());
+        self.attempts.spawn(attempt.instrument(span));
     }
 
     async fn poll(&self, stops: &Stops) -> Polled {
@@ -291,7 +295,6 @@ impl Engine {
             warn!(task_id = %task, capability = %capability, "lease skipped, it expired before it was looked at");
             return Polled::Pause(None);
         }
-        self.rooms.board.began(&lease);
         Polled::Lease(Box::new(lease))
     }
 
@@ -338,13 +341,13 @@ async fn refuse(source: Arc<dyn LeaseSource>, task: TaskId, reason: String, canc
     warn!(task_id = %task, error = reason, "lease could not be read, its task is failed");
     let outcome = Outcome::Setup { stage: "start_session", message: reason };
     let telling = async {
-        for attempt in 1..=REFUSALS_MAX {
+        for tries in 1..=REFUSALS_MAX {
             let Err(err) = source.refuse(task, &outcome).await else { return };
-            warn!(task_id = %task, error = %err, attempt, "lease could not be given back");
+            warn!(task_id = %task, error = %err, tries, "lease could not be given back");
             if err.advice() != Advice::RetryLater {
                 return;
             }
-            tokio::time::sleep(REFUSAL_PAUSE * attempt).await;
+            tokio::time::sleep(REFUSAL_PAUSE * tries).await;
         }
     };
     tokio::select! {

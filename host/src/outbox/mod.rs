@@ -31,7 +31,7 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{Instrument as _, Span, debug, info, info_span, warn};
 use uuid::Uuid;
 
 use self::{
@@ -300,9 +300,24 @@ impl Outbox {
         gone
     }
 
-    /// One try. An attempt says itself how its task ended; what the outbox sends gets a line here.
+    /// One try. An attempt says itself how its task ended, in its own span; what the outbox sends gets a
+    /// line here.
     async fn send(&self, number: u64, who: Sender) -> Option<Sent> {
         let (entry, tries) = self.lock().book.get(number)?;
+        let span = match who {
+            Sender::Attempt => Span::current(),
+            Sender::Outbox => info_span!(
+                "report",
+                task_id = %entry.task(),
+                job_id = entry.job_id.map(tracing::field::display),
+                domain_id = entry.domain_id.map(tracing::field::display),
+                capability = entry.capability,
+            ),
+        };
+        self.send_entry(number, entry, tries, who).instrument(span).await
+    }
+
+    async fn send_entry(&self, number: u64, entry: Arc<Entry>, tries: Tries, who: Sender) -> Option<Sent> {
         let (task, verdict) = (entry.task(), &entry.verdict);
         let Err(err) = self.0.source.settle(task, &entry.lease(), verdict).await else {
             crate::crash::point("answer-read");
@@ -311,7 +326,7 @@ impl Outbox {
             if who == Sender::Outbox {
                 let waited = Timestamp::now().duration_since(entry.ended_at).max(SignedDuration::ZERO);
                 let waited_ms = millis(waited.unsigned_abs());
-                info!(task_id = %task, outcome = verdict.outcome.word(), attempt = tries.count + 1, waited_ms, "report delivered");
+                info!(task_id = %task, outcome = verdict.outcome.word(), tries = tries.count + 1, waited_ms, "report delivered");
                 self.0.board.settled(task, ReportState::Accepted);
             }
             return Some(Sent::Accepted);
@@ -321,7 +336,7 @@ impl Outbox {
             self.with(|book| book.answered(number))?;
             self.0.writer.note(Change::Remove(number));
             if who == Sender::Outbox {
-                warn!(task_id = %task, outcome = verdict.outcome.word(), attempt = tries.count + 1, error, "report refused for good");
+                warn!(task_id = %task, outcome = verdict.outcome.word(), tries = tries.count + 1, error, "report refused for good");
                 self.0.board.settled(task, ReportState::Refused);
             }
             return Some(Sent::Refused(error));
@@ -334,7 +349,7 @@ impl Outbox {
         if first {
             warn!(task_id = %task, error, retry_in_ms = millis(pause), "reports wait for the control plane");
         } else {
-            debug!(task_id = %task, error, attempt = tries.count, retry_in_ms = millis(pause), "report failed");
+            debug!(task_id = %task, error, tries = tries.count, retry_in_ms = millis(pause), "report failed");
         }
         Some(Sent::Waiting(error))
     }

@@ -195,13 +195,16 @@ impl Driver {
         if kept.token.is_some_and(|token| self.keys.renew(token)) {
             self.grant.mailbox.answered();
         }
+        if let Some(ends) = kept.token_expires_at {
+            self.keys.token_fence.set(ends);
+        }
         if let Some(task) = kept.task.filter(|task| *task != self.task) {
             info!(task_id = %task, formerly = %self.task, "control plane renamed the task");
             self.task = task;
         }
         if let Some(capability) = kept.capability.filter(|name| name != self.grant.lease.capability.as_str()) {
             // What runs stays what runs; a plane that wants another runner has to make another task.
-            warn!(task_id = %self.task, %capability, "control plane renamed the task's capability, the runner goes on");
+            warn!(task_id = %self.task, renamed = %capability, "control plane renamed the task's capability, the runner goes on");
         }
         self.rename(kept.job, kept.domain_id);
         // A cancelled task needs no coordinates: its runner shall not begin to fetch.

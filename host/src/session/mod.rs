@@ -15,6 +15,7 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::{runtime::Handle, sync::oneshot};
 use tokio_util::task::AbortOnDropHandle;
+use tracing::Instrument as _;
 
 use crate::{
     leases::LeaseSource,
@@ -55,13 +56,13 @@ impl Sessions {
     }
 
     /// Starts to keep `lease`, with a heartbeat at once. A lease that arrived cancelled gets none:
-    /// its grant is cancelled from the beginning.
+    /// its grant is cancelled from the beginning. Its log lines belong to the current span.
     #[must_use]
     pub fn open(&self, lease: Lease) -> Session {
         let (grant, keys) = Grant::new(lease, Setup::Pending);
         let (close, closed) = oneshot::channel();
         let driver = driver::Driver::new(Arc::clone(&self.source), self.rhythm, grant.clone(), keys, closed);
-        let driver = AbortOnDropHandle::new(self.runtime.spawn(driver.run()));
+        let driver = AbortOnDropHandle::new(self.runtime.spawn(driver.run().in_current_span()));
         Session { grant, close: Some(close), _driver: driver }
     }
 }
