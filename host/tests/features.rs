@@ -1,0 +1,114 @@
+//! `docs/features.md` maps every promised feature to the tests that hold it: no row is missing, and
+//! every test it names exists.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// Every promised row, in ranges as they are numbered.
+const ROWS: &[(&str, &[&str])] = &[
+    ("S0", &["01-14", "14b", "15a", "15b", "15c", "16a", "16b", "17a", "17b", "17c", "17d", "18a", "18b", "18c"]),
+    ("S0", &["19a", "19b", "20-26", "30-39", "39b", "50-77", "80-94"]),
+    ("S1", &["01-25"]),
+];
+
+#[test]
+fn every_row_names_tests_that_exist() {
+    let root = workspace();
+    let page = fs::read_to_string(root.join("docs/features.md")).expect("the page is there");
+    let tests = all_tests(&root);
+    let mut problems = Vec::new();
+    let mut seen = BTreeSet::new();
+    for line in page.lines().filter(|line| line.starts_with("| S")) {
+        let cells: Vec<&str> = line.trim_matches('|').split(" | ").map(str::trim).collect();
+        let [row, _feature, proof] = cells[..] else {
+            problems.push(format!("expected three cells, found {}: {line}", cells.len()));
+            continue;
+        };
+        if !seen.insert(row.to_owned()) {
+            problems.push(format!("{row} stands twice"));
+        }
+        let named: Vec<&str> =
+            proof.split('`').skip(1).step_by(2).filter(|name| name.contains("::") && !name.contains(' ')).collect();
+        if named.is_empty() || proof.contains('@') {
+            problems.push(format!("{row} names no test, or has a gap"));
+        }
+        for test in named {
+            if !exists(&tests, test) {
+                problems.push(format!("{row}: there is no test {test}"));
+            }
+        }
+    }
+    let promised = promised();
+    problems.extend(promised.difference(&seen).map(|row| format!("{row} is missing")));
+    problems.extend(seen.difference(&promised).map(|row| format!("{row} is no row")));
+    assert!(problems.is_empty(), "docs/features.md:\n{}", problems.join("\n"));
+}
+
+/// `it::signals::name` is the test `name` in a file whose path ends with `it/signals`.
+fn exists(tests: &BTreeMap<String, Vec<String>>, test: &str) -> bool {
+    let (modules, name) = test.rsplit_once("::").expect("looked at before");
+    let end = format!("/{}", modules.replace("::", "/"));
+    tests.get(name).is_some_and(|files| files.iter().any(|file| file.ends_with(&end)))
+}
+
+/// Names of all test functions, each with the files (without suffix, `mod.rs` as its folder) it stands in.
+fn all_tests(root: &Path) -> BTreeMap<String, Vec<String>> {
+    let mut tests: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for folder in ["host/src", "host/tests", "runner-sdk", "plugins", "examples"] {
+        for file in rust_files(&root.join(folder)) {
+            let text = fs::read_to_string(&file).expect("a readable file");
+            let place = file.with_extension("");
+            let place = place.to_string_lossy().trim_end_matches("/mod").to_owned();
+            let mut marked = false;
+            for line in text.lines().map(str::trim) {
+                if line.starts_with("#[test]") || line.starts_with("#[tokio::test") {
+                    marked = true;
+                } else if let Some((_, rest)) = line.split_once("fn ").filter(|_| marked) {
+                    marked = false;
+                    let name = rest.split('(').next().unwrap_or_default().to_owned();
+                    tests.entry(name).or_default().push(place.clone());
+                }
+            }
+        }
+    }
+    tests
+}
+
+fn promised() -> BTreeSet<String> {
+    let mut rows = BTreeSet::new();
+    for (seed, parts) in ROWS {
+        for part in *parts {
+            match part.split_once('-') {
+                None => drop(rows.insert(format!("{seed}-{part}"))),
+                Some((first, last)) => {
+                    let (first, last): (u32, u32) = (first.parse().expect("a number"), last.parse().expect("a number"));
+                    rows.extend((first..=last).map(|number| format!("{seed}-{number:02}")));
+                }
+            }
+        }
+    }
+    rows
+}
+
+fn rust_files(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).expect("a readable folder") {
+            let path = entry.expect("a readable entry").path();
+            if path.is_dir() && !path.ends_with("target") {
+                folders.push(path);
+            } else if path.extension().is_some_and(|suffix| suffix == "rs") {
+                found.push(path);
+            }
+        }
+    }
+    found
+}
+
+fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("host lies in the workspace").to_owned()
+}
