@@ -1,5 +1,5 @@
 //! `docs/features.md` maps every promised feature to the tests that hold it: no row is missing, and
-//! every test it names exists.
+//! every test it names exists. `docs/operations/troubleshooting.md` quotes messages that there are.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -45,6 +45,48 @@ fn every_row_names_tests_that_exist() {
     problems.extend(promised.difference(&seen).map(|row| format!("{row} is missing")));
     problems.extend(seen.difference(&promised).map(|row| format!("{row} is no row")));
     assert!(problems.is_empty(), "docs/features.md:\n{}", problems.join("\n"));
+}
+
+/// Every message of the troubleshooting page is one the program can say: what stands between its
+/// `…` occurs in the source.
+#[test]
+fn every_message_of_the_troubleshooting_page_is_in_the_source() {
+    let root = workspace();
+    let page = fs::read_to_string(root.join("docs/operations/troubleshooting.md")).expect("the page is there");
+    let source: String = ["host/src", "runner-sdk/src"]
+        .iter()
+        .flat_map(|folder| rust_files(&root.join(folder)))
+        .filter(|file| !file.to_string_lossy().contains("tests"))
+        .map(|file| joined(&fs::read_to_string(file).expect("a readable file")))
+        .collect();
+    let (mut seen, mut problems) = (0, Vec::new());
+    let rows = page.lines().filter_map(|line| line.strip_prefix("| `"));
+    for message in rows.filter_map(|row| row.split_once("` |")).map(|(message, _)| message) {
+        seen += 1;
+        let pieces: Vec<&str> = message.split('…').map(str::trim).filter(|piece| piece.len() > 2).collect();
+        if !pieces.iter().any(|piece| piece.len() >= 8) {
+            problems.push(format!("`{message}` says too little to be looked for"));
+        }
+        let missing = pieces.iter().filter(|piece| !source.contains(**piece));
+        problems.extend(missing.map(|piece| format!("`{message}`: nothing says `{piece}`")));
+    }
+    assert!(problems.is_empty(), "docs/operations/troubleshooting.md:\n{}", problems.join("\n"));
+    assert!(seen > 100, "{seen} messages were found; are they still rows that begin with one?");
+}
+
+/// The text of a source file with its broken literals joined.
+fn joined(text: &str) -> String {
+    let mut whole = String::with_capacity(text.len());
+    let mut continued = false;
+    for line in text.lines() {
+        let line = if continued { line.trim_start() } else { line };
+        continued = line.ends_with('\\');
+        whole.push_str(line.trim_end_matches('\\'));
+        if !continued {
+            whole.push('\n');
+        }
+    }
+    whole.replace("\\\"", "\"")
 }
 
 /// `it::signals::name` is the test `name` in a file whose path ends with `it/signals`.
