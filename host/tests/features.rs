@@ -74,6 +74,55 @@ fn every_message_of_the_troubleshooting_page_is_in_the_source() {
     assert!(seen > 100, "{seen} messages were found; are they still rows that begin with one?");
 }
 
+#[test]
+fn every_warning_of_the_node_is_on_the_troubleshooting_page() {
+    let root = workspace();
+    let page = fs::read_to_string(root.join("docs/operations/troubleshooting.md")).expect("the page is there");
+    let (mut seen, mut missing) = (0, Vec::new());
+    for file in rust_files(&root.join("host/src")) {
+        let inside = file.strip_prefix(&root).expect("found below it").to_string_lossy().into_owned();
+        if inside.contains("tests") || inside.starts_with("host/src/dev/") {
+            continue; // what the embedded world says is no operator's business
+        }
+        let text = fs::read_to_string(&file).expect("a readable file");
+        let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+        for call in code.split("warn!(").skip(1).chain(code.split("error!(").skip(1)) {
+            seen += 1;
+            let message = last_literal(call);
+            // A plugin's own lines are `{text}`.
+            if !message.starts_with('{') && !page.contains(&format!("`{message}`")) {
+                missing.push(format!("{inside}: {message}"));
+            }
+        }
+    }
+    assert!(missing.is_empty(), "docs/operations/troubleshooting.md lacks\n{}", missing.join("\n"));
+    assert!(seen > 50, "{seen} warnings and errors were found; are they still made by these macros?");
+}
+
+/// The last text literal before the parenthesis closes that was open at the start: a log call's message.
+fn last_literal(call: &str) -> &str {
+    let (mut depth, mut last) = (1, "");
+    let mut at = 0;
+    while depth > 0 {
+        match call.as_bytes().get(at) {
+            Some(b'(') => depth += 1,
+            Some(b')') => depth -= 1,
+            Some(b'"') => {
+                let begin = at + 1;
+                at = begin;
+                while call.as_bytes()[at] != b'"' {
+                    at += if call.as_bytes()[at] == b'\\' { 2 } else { 1 };
+                }
+                last = &call[begin..at];
+            }
+            Some(_) => {}
+            None => break,
+        }
+        at += 1;
+    }
+    last
+}
+
 /// The text of a source file with its broken literals joined.
 fn joined(text: &str) -> String {
     let mut whole = String::with_capacity(text.len());
