@@ -70,7 +70,7 @@ async fn s0_26_s0_53_a_key_that_is_no_key_is_refused_and_never_repeated() {
 async fn s0_03_values_that_cannot_be_read_are_told_together() {
     let silence = Silence::new().await;
     let wrong = [
-        ("MAX_CONCURRENCY", "0", "a number above 0"),
+        ("MAX_CONCURRENCY", "65537", "a number from 1 to 65536"),
         ("POLL_BACKOFF_MS_MIN", "soon", "whole milliseconds, at most 316224000000"),
         ("REQUEST_TIMEOUT_SECS", "-1", "whole seconds, at most 316224000"),
         ("REGISTER_MAX_RETRY", "-2", "-1 or a number of attempts"),
@@ -225,7 +225,10 @@ async fn a_key_without_effect_in_this_version_refuses_its_plugin() {
 async fn an_address_or_a_folder_that_cannot_be_used_is_told() {
     let silence = Silence::new().await;
     let taken = silence.rubbish.address().to_string();
-    let ended = silence.refuses(silence.node().set("HTTP_BIND", taken.as_str()), 78).await;
+    let state = tempfile::tempdir().expect("a folder");
+    let node = silence.node().set("HTTP_BIND", taken.as_str()).set("STATE_DIR", state.path().to_string_lossy());
+    let ended = silence.refuses(node, 78).await;
+    assert!(!state.path().join("control.sock").exists(), "a node that does not start takes its socket with it");
     let text = errors(&ended)[0].to_owned();
     assert!(text.starts_with(&format!("HTTP_BIND {taken} cannot be bound: ")), "{text}");
     let file = tempfile::NamedTempFile::new().expect("a file");
