@@ -49,6 +49,25 @@ async fn s0_02_s0_15c_every_missing_variable_is_named_at_once() {
 }
 
 #[tokio::test]
+async fn mistakes_in_flags_are_told_with_all_others_and_beside_what_is_shown() {
+    let flags = ["--set", "OUTBOXMAX=1", "--set", "REG_SECRET=x", "--set", "DRAIN_TIMEOUT"];
+    let mistakes = [
+        "--set OUTBOXMAX: there is no such setting, did you mean OUTBOX_MAX?",
+        "--set REG_SECRET: a secret on the command line is visible to others; use the environment or REG_SECRET_FILE",
+        "--set DRAIN_TIMEOUT: expected NAME=VALUE",
+    ];
+    for command in [&["run"][..], &["config", "check"]] {
+        let ended = flags.iter().fold(Cli::new(command), |cli, flag| cli.arg(*flag)).run().await.expect(78);
+        let errors = errors(&ended);
+        assert_eq!(errors[..3], mistakes);
+        assert_eq!(errors.len(), 7, "the four that are missing too: {errors:#?}");
+    }
+    let shown = flags.iter().fold(Cli::new(&["config", "show"]), |cli, flag| cli.arg(*flag)).run().await.expect(78);
+    assert_eq!(errors(&shown), mistakes);
+    assert!(shown.stdout.contains("OUTBOX_MAX                 1000 "), "{}", shown.stdout);
+}
+
+#[tokio::test]
 async fn s0_26_s0_53_a_key_that_is_no_key_is_refused_and_never_repeated() {
     let silence = Silence::new().await;
     for (key, wanted) in [
