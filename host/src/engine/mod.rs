@@ -252,7 +252,14 @@ impl Engine {
     fn begin(&mut self, lease: Lease, permit: OwnedSemaphorePermit, stops: &Stops) {
         let plugin = self.rooms.plugins.name_of(&lease.capability);
         let span = attempt::span(&lease, plugin.as_deref());
+        let task = lease.task;
         let session = span.in_scope(|| self.rooms.sessions.open(lease)); // heartbeats start
+        if self.rooms.outbox.owes(task) {
+            // The plane leased it again before it heard of its end, as after a crash.
+            span.in_scope(|| info!("task leased again, its report is still on its way"));
+            self.rooms.outbox.adopt(task, session);
+            return;
+        }
         self.rooms.board.began(&session.grant(), plugin);
         let slot = attempt::Slot { permit, pace: self.pace.clone() };
         let (rooms, grace) = (Arc::clone(&self.rooms), self.config.cancel_grace);

@@ -47,7 +47,7 @@ pub use self::{
 };
 use crate::{
     leases::{Advice, LeaseError, LeaseSource},
-    model::{Lease, OutboxStatus, ReportName, ReportState, StatusBoard, Verdict, millis},
+    model::{Lease, OutboxStatus, ReportName, ReportState, StatusBoard, TaskId, Verdict, millis},
 };
 
 /// How often the last round may fail before it is given up: a plane that is away would cost a
@@ -193,6 +193,24 @@ impl Outbox {
             debug!(task_id = %lease.task, error = %err, "report is kept in memory only");
         }
         kept
+    }
+
+    /// Whether a report about `task` waits to be sent: the task is done, whatever the plane knows of it.
+    #[must_use]
+    pub fn owes(&self, task: TaskId) -> bool {
+        self.lock().book.owed(task.0).is_some()
+    }
+
+    /// Holds `lease` as long as the report about `task` is on its way, and sends that now. Without
+    /// such a report the lease is dropped.
+    pub fn adopt(&self, task: TaskId, lease: impl Send + 'static) {
+        self.with(|book| {
+            if let Some(number) = book.owed(task.0) {
+                book.hold(number, Box::new(lease));
+            }
+            book.hurry(Some(&HashSet::from([task.0])), Instant::now())
+        });
+        self.0.turn.notify_one();
     }
 
     /// Whether another task may be taken on.
