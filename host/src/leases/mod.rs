@@ -6,6 +6,8 @@
 
 pub mod dms;
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use uuid::Uuid;
 
@@ -74,12 +76,14 @@ pub enum LeaseError {
     #[error("control plane considers this node busy")]
     Busy,
     /// Any other refusal.
-    #[error("control plane answered {status}: {excerpt}")]
+    #[error("control plane answered {status}{}", said(excerpt))]
     Refused {
         /// The status.
         status: u16,
         /// The beginning of the body.
         excerpt: String,
+        /// How long the plane asks to be left alone.
+        retry_after: Option<Duration>,
     },
     /// A 2xx whose body cannot be used.
     #[error("control plane sent an answer that cannot be used: {reason}")]
@@ -89,6 +93,10 @@ pub enum LeaseError {
         /// What is wrong with it.
         reason: String,
     },
+}
+
+fn said(excerpt: &str) -> String {
+    if excerpt.is_empty() { String::new() } else { format!(": {excerpt}") }
 }
 
 /// What to do about a [`LeaseError`].
@@ -116,6 +124,15 @@ impl LeaseError {
             }
             Self::Refused { .. } => Advice::GiveUp,
             Self::Gone { .. } => Advice::StopTask,
+        }
+    }
+
+    /// How long the plane asks to be left alone; at most ten minutes. Whoever asks it sets a bound of his own.
+    #[must_use]
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Refused { retry_after, .. } => *retry_after,
+            _ => None,
         }
     }
 }
