@@ -293,13 +293,13 @@ impl Engine {
 
     /// Leases that are over before they begin are neither run nor reported.
     fn admit(&self, lease: Lease) -> Polled {
-        let (task, capability) = (lease.task, &lease.capability);
+        let span = || attempt::span(&lease, self.rooms.plugins.name_of(&lease.capability).as_deref());
         if lease.cancelled {
-            info!(task_id = %task, capability = %capability, "lease skipped, it came already cancelled");
+            span().in_scope(|| info!("lease skipped, it came already cancelled"));
             return Polled::Pause(None);
         }
         if lease.expires_at.is_some_and(Moment::has_passed) {
-            warn!(task_id = %task, capability = %capability, "lease skipped, it expired before it was looked at");
+            span().in_scope(|| warn!("lease skipped, it expired before it was looked at"));
             return Polled::Pause(None);
         }
         Polled::Lease(Box::new(lease))
