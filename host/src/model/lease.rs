@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use serde_json::{Map, Value};
+use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::{Capability, Moment, Token};
@@ -50,6 +50,6 @@ pub struct Lease {
     /// Prefix of artifact paths, as received.
     pub outputs_prefix: Option<String>,
     /// The lease as the plane sent it, unknown fields included, every credential removed: what a
-    /// runner sees.
-    pub document: Map<String, Value>,
+    /// runner sees. Text that is passed on: nobody here looks into it.
+    pub document: Box<RawValue>,
 }
