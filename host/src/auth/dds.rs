@@ -13,7 +13,7 @@ use url::Url;
 use super::{
     NodeKey,
     audience::Audience,
-    refusal::{NONCE, REGISTER, Refusal, VERIFY, retry_after},
+    refusal::{NONCE, REGISTER, Refusal, VERIFY},
     siwe::{Challenge, Unsignable},
     visits::Door,
 };
@@ -180,7 +180,7 @@ impl Dds {
             step,
             status: answer.status,
             excerpt: self.excerpt(&answer, secrets),
-            retry_after: answer.headers.get(header::RETRY_AFTER).and_then(|value| retry_after(value.to_str().ok()?)),
+            retry_after: transport::retry_after(&answer.headers),
         })
     }
 

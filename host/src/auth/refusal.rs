@@ -3,12 +3,8 @@
 use std::time::Duration;
 
 use http::StatusCode;
-use jiff::Timestamp;
 
 use crate::transport::TransportError;
-
-/// Longest `Retry-After` obeyed. A service that asks for more is asked again earlier than it likes.
-const RETRY_AFTER_MAX: Duration = Duration::from_secs(600);
 
 /// The calls, as errors name them.
 pub(super) const NONCE: &str = "sign-in challenge";
@@ -91,31 +87,9 @@ impl Refusal {
     }
 }
 
-/// Reads `Retry-After` in both its forms.
-pub(super) fn retry_after(text: &str) -> Option<Duration> {
-    let text = text.trim();
-    let wait = match text.parse::<u64>() {
-        Ok(seconds) => Duration::from_secs(seconds),
-        Err(_) => {
-            let at = jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(text).ok()?;
-            Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default()
-        }
-    };
-    Some(wait.min(RETRY_AFTER_MAX))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn retry_after_is_read_as_seconds_and_as_a_date_and_has_a_bound() {
-        assert_eq!(retry_after("7"), Some(Duration::from_secs(7)));
-        assert_eq!(retry_after("999999"), Some(RETRY_AFTER_MAX));
-        assert_eq!(retry_after("Sun, 06 Nov 1994 08:49:37 GMT"), Some(Duration::ZERO));
-        assert_eq!(retry_after("Fri, 06 Nov 2893 08:49:37 GMT"), Some(RETRY_AFTER_MAX));
-        assert_eq!(retry_after("soon"), None);
-    }
 
     #[test]
     fn statuses_fall_into_their_classes() {

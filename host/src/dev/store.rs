@@ -8,7 +8,8 @@
 
 use std::{
     collections::HashMap,
-    fs, io,
+    fs::{self, TryLockError},
+    io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard},
 };
@@ -322,9 +323,12 @@ fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
 fn lock(root: &Path) -> Result<fs::File, DevError> {
     let path = root.join("lock");
     let file = fs::File::create(&path).map_err(|err| trouble(&path, &err))?;
-    #[cfg(unix)]
-    rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive)
-        .map_err(|_| trouble(root, &"another embedded world uses it; stop that one or choose another folder"))?;
+    file.try_lock().map_err(|err| match err {
+        TryLockError::WouldBlock => {
+            trouble(root, &"another embedded world uses it; stop that one or choose another folder")
+        }
+        TryLockError::Error(err) => trouble(&path, &err),
+    })?;
     Ok(file)
 }
 

@@ -9,12 +9,12 @@ use std::{
 use futures_util::FutureExt as _;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
-use tracing::{Instrument, info, info_span, warn};
+use tracing::{Span, info, info_span, warn};
 
-use super::Rooms;
+use super::{Rooms, SharedPace, pace::Worth};
 use crate::{
     crash,
-    model::{CancelReason, Grant, Outcome, Ports, ReportState, Setup, TaskRecord, Verdict, millis},
+    model::{CancelReason, Grant, Lease, Outcome, Ports, ReportState, Setup, TaskRecord, Verdict, millis},
     outbox::Sent,
     plugins::{Folder, Job},
     session::{Session, Silence},
@@ -33,43 +33,68 @@ enum Settled {
     Silent(CancelReason),
 }
 
-/// One task, top to bottom. Every early exit still settles the lease and frees the slot.
+/// Room to run one task, and whom to tell what came of it.
+pub(super) struct Slot {
+    pub(super) permit: OwnedSemaphorePermit,
+    pub(super) pace: SharedPace,
+}
+
+/// What every line about a task carries.
+pub(super) fn span(lease: &Lease, plugin: Option<&str>) -> Span {
+    info_span!(
+        "task",
+        task_id = %lease.task,
+        job_id = lease.job.map(tracing::field::display),
+        domain_id = lease.domain_id.map(tracing::field::display),
+        capability = %lease.capability,
+        plugin,
+        attempt = lease.attempt(),
+    )
+}
+
+/// One task, top to bottom. Run it in its [`span`]. Every early exit still settles the lease and frees the slot.
 pub(super) async fn attempt(
     rooms: Arc<Rooms>,
-    permit: OwnedSemaphorePermit,
+    slot: Slot,
     session: Session,
     grace: Duration,
     cancel_all: CancellationToken,
 ) {
     let grant = session.grant(); // the task, a token, cancel, a place to report progress
     let lease = &grant.lease;
-    let span = info_span!(
-        "task",
-        task_id = %lease.task,
-        job_id = lease.job.map(tracing::field::display),
-        capability = %lease.capability,
-        domain_id = lease.domain_id.map(tracing::field::display),
-    );
-    async {
-        let began = Instant::now();
-        info!("task started");
-        let run = AssertUnwindSafe(run(Arc::clone(&rooms), grant.clone(), grace)).catch_unwind();
-        let ended = async {
-            run.await.unwrap_or_else(|_| {
-                // A bug of ours must not leave a lease unsettled; the log has its words.
-                let message = "the node failed while it ran the task; see its log".to_owned();
-                Verdict::bare(Outcome::HostFault { message })
-            })
-        };
-        let mut verdict = run_to_end(ended, &grant, &cancel_all).await;
-        verdict.outcome.redact(&grant.tokens());
-        rooms.board.moved(lease.task, "reporting");
-        let settled = settle(&rooms, permit, session, &verdict, &cancel_all).await;
-        rooms.board.ended(lease.task, TaskRecord::new(lease, &verdict, began.elapsed(), settled.state()));
-        say(&verdict, &settled, began.elapsed());
+    let began = Instant::now();
+    info!("task started");
+    let run = AssertUnwindSafe(run(Arc::clone(&rooms), grant.clone(), grace)).catch_unwind();
+    let ended = async {
+        run.await.unwrap_or_else(|_| {
+            // A bug of ours must not leave a lease unsettled; the log has its words.
+            let message = "the node failed while it ran the task; see its log".to_owned();
+            Verdict::bare(Outcome::HostFault { message })
+        })
+    };
+    let mut verdict = run_to_end(ended, &grant, &cancel_all).await;
+    verdict.outcome.redact(&grant.tokens());
+    rooms.board.moved(lease.task, "reporting");
+    slot.pace.ended(worth(&grant, &verdict.outcome));
+    let settled = settle(&rooms, slot.permit, session, &verdict, &cancel_all).await;
+    rooms.board.ended(lease.task, TaskRecord::new(lease, &verdict, began.elapsed(), settled.state()));
+    say(&verdict, &settled, began.elapsed());
+}
+
+/// What the lease behind `grant` was good for, now that its task has ended.
+fn worth(grant: &Grant, outcome: &Outcome) -> Worth {
+    let begun = matches!(grant.setup_now(), Setup::Pending | Setup::Ready(Ok(_)));
+    let ours = grant.cancel.reason() != Some(CancelReason::LeaseLost);
+    match outcome {
+        _ if !begun || !ours => Worth::Nothing,
+        Outcome::Completed | Outcome::Cancelled | Outcome::Drained => Worth::Work,
+        Outcome::Failed { .. } | Outcome::Panicked { .. } => Worth::Failure,
+        Outcome::Storage { .. }
+        | Outcome::Setup { .. }
+        | Outcome::NoRunner
+        | Outcome::LeaseLost
+        | Outcome::HostFault { .. } => Worth::Nothing,
     }
-    .instrument(span)
-    .await;
 }
 
 /// From the verdict to the first try of its report. The order matters: written down while the lease
@@ -77,7 +102,7 @@ pub(super) async fn attempt(
 async fn settle(
     rooms: &Rooms,
     permit: OwnedSemaphorePermit,
-    session: Session,
+    mut session: Session,
     verdict: &Verdict,
     cancel_all: &CancellationToken,
 ) -> Settled {
@@ -92,11 +117,11 @@ async fn settle(
         cancel_all.cancelled().await;
         tokio::time::sleep(FAREWELL).await;
     };
-    let said = async {
+    let said = async move {
         match session.close().await {
             Ok(name) => {
                 crash::point("before-report");
-                Settled::Sent(kept.send(&name).await)
+                Settled::Sent(kept.send(&name, session).await)
             }
             Err(silence) => {
                 kept.withdraw();

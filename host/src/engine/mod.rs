@@ -7,7 +7,10 @@
 mod attempt;
 mod pace;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
 use tokio::{
     runtime::Handle,
@@ -16,11 +19,11 @@ use tokio::{
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, error, info, warn};
+use tracing::{Instrument as _, debug, error, info, warn};
 
 use crate::{
     leases::{Advice, LeaseError, LeaseSource},
-    model::{CancelReason, Grant, Lease, Moment, Outcome, Phase, Setup, StatusBoard, TaskId, millis},
+    model::{Lease, Moment, Outcome, Phase, StatusBoard, TaskId, millis},
     outbox::Outbox,
     plugins::Plugins,
     session::Sessions,
@@ -101,8 +104,42 @@ pub struct Engine {
     rooms: Arc<Rooms>,
     config: Config,
     slots: Arc<Semaphore>,
-    attempts: JoinSet<Worth>,
-    pace: Pace,
+    attempts: JoinSet<()>,
+    pace: SharedPace,
+}
+
+/// The pace of polling, which attempts change as they end.
+#[derive(Clone)]
+struct SharedPace(Arc<Mutex<Pace>>);
+
+impl SharedPace {
+    fn lock(&self) -> MutexGuard<'_, Pace> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn next(&self) -> Instant {
+        self.lock().next()
+    }
+
+    fn won(&self) {
+        self.lock().won(Instant::now());
+    }
+
+    fn pause(&self, asked: Option<Duration>) -> Duration {
+        let mut pace = self.lock();
+        if let Some(asked) = asked {
+            pace.leave_alone(asked, Instant::now());
+        }
+        pace.pause(Instant::now())
+    }
+
+    fn ended(&self, worth: Worth) {
+        self.lock().ended(worth, Instant::now());
+    }
+
+    fn hasten(&self) {
+        self.lock().hasten(Instant::now());
+    }
 }
 
 /// What became of one poll.
@@ -110,8 +147,8 @@ enum Polled {
     Lease(Box<Lease>),
     /// A lease for this task, and why it could not be read.
     Unreadable(TaskId, String),
-    /// Nothing to do now.
-    Pause,
+    /// Nothing to do now. The plane may have asked to be left alone for so long.
+    Pause(Option<Duration>),
     /// The plane wants us to end something first.
     Busy,
 }
@@ -121,7 +158,7 @@ impl Engine {
     #[must_use]
     pub fn new(rooms: Rooms, config: Config) -> Self {
         let slots = Arc::new(Semaphore::new(config.slots));
-        let pace = Pace::new(config.poll_backoff, Instant::now());
+        let pace = SharedPace(Arc::new(Mutex::new(Pace::new(config.poll_backoff, Instant::now()))));
         Self { rooms: Arc::new(rooms), config, slots, attempts: JoinSet::new(), pace }
     }
 
@@ -135,26 +172,25 @@ impl Engine {
         {
             match self.poll(&stops).await {
                 Polled::Lease(lease) => {
-                    self.pace.won(Instant::now());
+                    self.pace.won();
                     self.begin(*lease, permit, &stops);
                 }
                 Polled::Unreadable(task, reason) => {
-                    self.pace.ended(Worth::Nothing, Instant::now());
+                    self.pace.ended(Worth::Nothing);
                     let refusal = refuse(Arc::clone(&self.rooms.source), task, reason, stops.cancel.clone());
                     self.attempts.spawn(async move {
                         refusal.await;
                         drop(permit);
-                        Worth::Nothing
                     });
                 }
-                Polled::Pause => {
-                    let pause = self.pace.pause(Instant::now());
+                Polled::Pause(asked) => {
+                    let pause = self.pace.pause(asked);
                     debug!(retry_in_ms = millis(pause), "no work");
                 }
                 Polled::Busy => {
                     drop(permit);
                     if self.attempts.is_empty() {
-                        self.pace.pause(Instant::now());
+                        self.pace.pause(None);
                         continue;
                     }
                     tokio::select! {
@@ -214,14 +250,14 @@ impl Engine {
     }
 
     fn begin(&mut self, lease: Lease, permit: OwnedSemaphorePermit, stops: &Stops) {
-        let session = self.rooms.sessions.open(lease); // heartbeats start
-        let (rooms, grant) = (Arc::clone(&self.rooms), session.grant());
-        let attempt =
-            attempt::attempt(Arc::clone(&rooms), permit, session, self.config.cancel_grace, stops.cancel.clone());
-        self.attempts.spawn(async move {
-            attempt.await;
-            worth(&grant, &rooms.plugins)
-        });
+        let plugin = self.rooms.plugins.name_of(&lease.capability);
+        let span = attempt::span(&lease, plugin.as_deref());
+        let session = span.in_scope(|| self.rooms.sessions.open(lease)); // heartbeats start
+        self.rooms.board.began(&session.grant(), plugin);
+        let slot = attempt::Slot { permit, pace: self.pace.clone() };
+        let (rooms, grace) = (Arc::clone(&self.rooms), self.config.cancel_grace);
+        let attempt = attempt::attempt(rooms, slot, session, grace, stops.cancel.clone());
+        self.attempts.spawn(attempt.instrument(span));
     }
 
     async fn poll(&self, stops: &Stops) -> Polled {
@@ -229,21 +265,21 @@ impl Engine {
         let taken = tokio::select! {
             biased;
             taken = self.rooms.source.take() => taken,
-            () = stops.out_of_patience() => return Polled::Pause,
+            () = stops.out_of_patience() => return Polled::Pause(None),
         };
         if taken.is_ok() {
             self.rooms.outbox.plane_answers();
         }
         match taken {
             Ok(Some(lease)) => self.admit(lease),
-            Ok(None) => Polled::Pause,
+            Ok(None) => Polled::Pause(None),
             Err(LeaseError::Busy) => Polled::Busy,
             Err(LeaseError::Malformed { task: Some(task), reason }) => Polled::Unreadable(task, reason),
             Err(err) => {
                 if !stops.drain.is_cancelled() {
                     warn!(error = %err, "poll failed");
                 }
-                Polled::Pause
+                Polled::Pause(err.retry_after())
             }
         }
     }
@@ -253,20 +289,19 @@ impl Engine {
         let (task, capability) = (lease.task, &lease.capability);
         if lease.cancelled {
             info!(task_id = %task, capability = %capability, "lease skipped, it came already cancelled");
-            return Polled::Pause;
+            return Polled::Pause(None);
         }
         if lease.expires_at.is_some_and(Moment::has_passed) {
             warn!(task_id = %task, capability = %capability, "lease skipped, it expired before it was looked at");
-            return Polled::Pause;
+            return Polled::Pause(None);
         }
-        self.rooms.board.began(&lease);
         Polled::Lease(Box::new(lease))
     }
 
     /// An attempt settles its lease itself; only a bug of ours surfaces here.
-    fn look_at(&mut self, ended: Result<Worth, JoinError>) {
+    fn look_at(&self, ended: Result<(), JoinError>) {
         match ended {
-            Ok(worth) => self.pace.ended(worth, Instant::now()),
+            Ok(()) => self.pace.hasten(),
             Err(err) => error!(error = %err, "an attempt ended unexpectedly"),
         }
     }
@@ -300,26 +335,19 @@ impl Engine {
     }
 }
 
-/// What the lease behind `grant` was good for, once its attempt has ended.
-fn worth(grant: &Grant, plugins: &Plugins) -> Worth {
-    let begun = matches!(grant.setup_now(), Setup::Pending | Setup::Ready(Ok(_)));
-    let ours = grant.cancel.reason() != Some(CancelReason::LeaseLost);
-    if begun && ours && plugins.refusal(&grant.lease.capability).is_none() { Worth::Work } else { Worth::Nothing }
-}
-
 /// Gives back a lease that could not be read. Where the plane does not take that either, the lease
 /// expires by itself.
 async fn refuse(source: Arc<dyn LeaseSource>, task: TaskId, reason: String, cancel: CancellationToken) {
     warn!(task_id = %task, error = reason, "lease could not be read, its task is failed");
     let outcome = Outcome::Setup { stage: "start_session", message: reason };
     let telling = async {
-        for attempt in 1..=REFUSALS_MAX {
+        for tries in 1..=REFUSALS_MAX {
             let Err(err) = source.refuse(task, &outcome).await else { return };
-            warn!(task_id = %task, error = %err, attempt, "lease could not be given back");
+            warn!(task_id = %task, error = %err, tries, "lease could not be given back");
             if err.advice() != Advice::RetryLater {
                 return;
             }
-            tokio::time::sleep(REFUSAL_PAUSE * attempt).await;
+            tokio::time::sleep(REFUSAL_PAUSE * tries).await;
         }
     };
     tokio::select! {

@@ -4,6 +4,9 @@ use std::{ops::RangeInclusive, time::Duration};
 
 use tokio::time::Instant;
 
+/// Longest time the plane may ask to be left alone, unless the pauses are longer anyway.
+const ASKED_MAX: Duration = Duration::from_secs(60);
+
 /// A pause that doubles from the lower bound to the upper one, with jitter: each pause lies anywhere
 /// between the lower bound and the grown one, both included, so that nodes which start together drift
 /// apart.
@@ -39,29 +42,45 @@ impl Backoff {
 /// What a lease was good for, as far as polling is concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Worth {
-    /// Its runner could do its work, whatever came of it.
+    /// Its runner did its work.
     Work,
-    /// It could not be set up, was cancelled before it began, or was lost.
+    /// Its runner failed. One may; what fails in a row comes from the node, or is one task that comes
+    /// back each time.
+    Failure,
+    /// It could not be set up, its data could not be moved, it was cancelled before it began, or it was lost.
     Nothing,
 }
 
-/// Decides when to poll. Work is followed by the next poll at once; empty answers, failures and leases
-/// that were good for nothing are not, so that a plane which flaps is not polled in a tight loop.
+/// Decides when to poll. Work is followed by the next poll at once; empty answers, failures in a row and
+/// leases that were good for nothing are not, so that neither a plane which flaps nor a task which comes
+/// back as soon as it has failed is a tight loop.
 pub(super) struct Pace {
     backoff: Backoff,
     next: Instant,
+    /// Before this the plane wants no poll, whatever else happens.
+    not_before: Instant,
+    /// The end of the last pause after an end: what ends before it is the same misfortune.
+    paused_until: Instant,
+    /// The last lease did not work, but was no reason to wait yet.
+    suspicious: bool,
     /// The last lease that ended was good for nothing: the next ones are taken one by one.
     wary: bool,
 }
 
 impl Pace {
     pub(super) fn new(bounds: (Duration, Duration), now: Instant) -> Self {
-        Self { backoff: Backoff::new(bounds.0, bounds.1), next: now, wary: false }
+        let backoff = Backoff::new(bounds.0, bounds.1);
+        Self { backoff, next: now, not_before: now, paused_until: now, suspicious: false, wary: false }
     }
 
     /// When the next poll may be.
     pub(super) fn next(&self) -> Instant {
-        self.next
+        self.next.max(self.not_before)
+    }
+
+    /// The plane asks to be left alone for so long.
+    pub(super) fn leave_alone(&mut self, asked: Duration, now: Instant) {
+        self.not_before = now + asked.min(self.backoff.high.max(ASKED_MAX));
     }
 
     /// A poll brought a lease.
@@ -77,23 +96,34 @@ impl Pace {
     pub(super) fn pause(&mut self, now: Instant) -> Duration {
         let pause = self.backoff.next();
         self.next = now + pause;
-        pause
+        self.next() - now
     }
 
-    /// A lease ended.
+    /// A lease ended. Say it before its slot is free: what follows shall not be taken too early.
     pub(super) fn ended(&mut self, worth: Worth, now: Instant) {
         match worth {
             Worth::Work => {
                 self.wary = false;
+                self.suspicious = false;
                 self.backoff.reset();
-                self.next = now;
             }
+            Worth::Failure if !self.suspicious => self.suspicious = true,
             // Several that end together are one misfortune.
-            Worth::Nothing if self.wary && self.next > now => {}
-            Worth::Nothing => {
+            Worth::Failure | Worth::Nothing if self.wary && now < self.paused_until => {}
+            Worth::Failure | Worth::Nothing => {
                 self.wary = true;
+                self.suspicious = true;
                 self.pause(now);
+                self.paused_until = self.next;
             }
+        }
+    }
+
+    /// The plane knows of an end: there may be more work now.
+    pub(super) fn hasten(&mut self, now: Instant) {
+        if !self.wary {
+            self.backoff.reset();
+            self.next = now;
         }
     }
 }
@@ -138,7 +168,12 @@ mod tests {
                     "won" => pace.won(now),
                     "empty" => drop(pace.pause(now)),
                     "work" => pace.ended(Worth::Work, now),
-                    _ => pace.ended(Worth::Nothing, now),
+                    "failure" => pace.ended(Worth::Failure, now),
+                    "nothing" => pace.ended(Worth::Nothing, now),
+                    _ => {}
+                }
+                if !matches!(*event, "won" | "empty") {
+                    pace.hasten(now);
                 }
                 (pace.next() - start).as_millis()
             })
@@ -149,7 +184,45 @@ mod tests {
     #[test]
     fn work_is_followed_by_a_poll_at_once_and_nothing_else_is() {
         check(&[(0, "won"), (5, "won"), (9, "work"), (10, "empty"), (50, "work")], &[0, 0, 9, 110, 50]);
-        check(&[(0, "won"), (5, "nothing"), (6, "nothing"), (105, "won"), (110, "nothing")], &[0, 105, 105, 205, 205]);
+        check(&[(0, "won"), (5, "nothing"), (6, "nothing"), (105, "won"), (110, "nothing")], &[0, 105, 105, 205, 210]);
         check(&[(0, "nothing"), (100, "won"), (150, "work"), (151, "won")], &[100, 200, 150, 150]);
+    }
+
+    #[test]
+    fn one_failure_is_followed_by_a_poll_at_once_and_a_second_in_a_row_is_not() {
+        check(&[(0, "won"), (5, "failure"), (6, "won"), (7, "work"), (8, "won"), (9, "failure")], &[0, 5, 5, 7, 7, 9]);
+        check(&[(0, "failure"), (1, "won"), (2, "failure"), (102, "won"), (103, "failure")], &[0, 0, 102, 202, 203]);
+        check(
+            &[(0, "nothing"), (100, "won"), (101, "failure"), (201, "won"), (202, "work")],
+            &[100, 200, 201, 301, 202],
+        );
+    }
+
+    #[test]
+    fn a_plane_that_asks_to_be_left_alone_is_not_polled_before_within_bounds() {
+        for (high, asked, expected) in [(3, 7, 7), (3, 3600, 60), (300, 3600, 300)] {
+            let start = Instant::now();
+            let mut pace = Pace::new((100 * MS, high * 1000 * MS), start);
+            pace.leave_alone(asked * 1000 * MS, start);
+            assert_eq!(pace.pause(start), expected * 1000 * MS);
+            // Work that ends meanwhile does not change that.
+            pace.ended(Worth::Work, start + MS);
+            pace.hasten(start + MS);
+            assert_eq!(pace.next(), start + expected * 1000 * MS);
+        }
+    }
+
+    #[test]
+    fn pauses_after_leases_that_end_at_once_grow_too() {
+        let start = Instant::now();
+        let mut pace = Pace::new((100 * MS, 1600 * MS), start);
+        let mut now = start;
+        let longest = (0..6).map(|_| {
+            pace.won(now);
+            pace.ended(Worth::Nothing, now + MS);
+            now = pace.next();
+            pace.backoff.grown.as_millis()
+        });
+        assert_eq!(longest.collect::<Vec<_>>(), [200, 400, 800, 1600, 1600, 1600]);
     }
 }

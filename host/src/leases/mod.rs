@@ -6,6 +6,8 @@
 
 pub mod dms;
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use uuid::Uuid;
 
@@ -80,6 +82,8 @@ pub enum LeaseError {
         status: u16,
         /// The beginning of the body.
         excerpt: String,
+        /// How long the plane asks to be left alone.
+        retry_after: Option<Duration>,
     },
     /// A 2xx whose body cannot be used.
     #[error("control plane sent an answer that cannot be used: {reason}")]
@@ -116,6 +120,15 @@ impl LeaseError {
             }
             Self::Refused { .. } => Advice::GiveUp,
             Self::Gone { .. } => Advice::StopTask,
+        }
+    }
+
+    /// How long the plane asks to be left alone; at most ten minutes. Whoever asks it sets a bound of his own.
+    #[must_use]
+    pub fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Refused { retry_after, .. } => *retry_after,
+            _ => None,
         }
     }
 }

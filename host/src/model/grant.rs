@@ -172,6 +172,7 @@ pub struct Grant {
     /// Progress and events on their way to the plane.
     pub mailbox: Arc<Mailbox>,
     fence: Fence,
+    token_fence: Fence,
     replaced: Arc<Mutex<Vec<Token>>>,
     token: watch::Receiver<Option<Token>>,
     setup: watch::Receiver<Setup>,
@@ -181,6 +182,8 @@ pub struct Grant {
 pub struct GrantKeys {
     /// Moves the end of the lease; [`Moment::NEVER`] in the beginning.
     pub fence: Fence,
+    /// Moves the end of the newest bearer; [`Moment::NEVER`] where the plane has not said it.
+    pub token_fence: Fence,
     /// The newest bearer; [`GrantKeys::renew`] changes it and remembers the one before.
     pub token: watch::Sender<Option<Token>>,
     replaced: Arc<Mutex<Vec<Token>>>,
@@ -219,6 +222,7 @@ impl Grant {
     #[must_use]
     pub fn new(lease: Lease, setup: Setup) -> (Self, GrantKeys) {
         let fence = Fence::new(Moment::NEVER);
+        let token_fence = Fence::new(lease.token_expires_at.unwrap_or(Moment::NEVER));
         let token = watch::Sender::new(lease.token.clone());
         let setup = watch::Sender::new(setup);
         let replaced: Arc<Mutex<Vec<Token>>> = Arc::default();
@@ -228,10 +232,11 @@ impl Grant {
             cancel: CancelSignal::default(),
             mailbox: Arc::default(),
             fence: fence.clone(),
+            token_fence: token_fence.clone(),
             token: token.subscribe(),
             setup: setup.subscribe(),
         };
-        (grant, GrantKeys { fence, token, replaced, setup })
+        (grant, GrantKeys { fence, token_fence, token, replaced, setup })
     }
 
     /// Every bearer the runner may have seen, the newest last; of very many the oldest are forgotten.
@@ -263,6 +268,12 @@ impl Grant {
     #[must_use]
     pub fn fence(&self) -> &Fence {
         &self.fence
+    }
+
+    /// Until when the newest bearer is good, as far as the plane has said.
+    #[must_use]
+    pub fn token_fence(&self) -> &Fence {
+        &self.token_fence
     }
 
     /// The newest bearer towards the domain server. Take it anew for each request.

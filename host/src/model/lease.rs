@@ -53,3 +53,11 @@ pub struct Lease {
     /// runner sees. Text that is passed on: nobody here looks into it.
     pub document: Box<RawValue>,
 }
+
+impl Lease {
+    /// Which run of the task this is, as the plane counts them; most count from 1.
+    #[must_use]
+    pub fn attempt(&self) -> Option<u64> {
+        self.document.get("task")?.get("attempts")?.as_u64()
+    }
+}

@@ -8,6 +8,8 @@ use std::{collections::VecDeque, sync::Mutex};
 use serde_json::Value;
 use tokio::sync::Notify;
 
+use super::Moment;
+
 /// Largest progress value, in bytes of JSON (newer planes refuse more).
 pub(crate) const PROGRESS_BYTES_MAX: usize = 64 * 1024;
 /// Most events waiting for acknowledgement.
@@ -54,6 +56,7 @@ pub struct Mailbox {
 #[derive(Default)]
 struct State {
     progress: Option<Value>,
+    progress_at: Option<Moment>,
     version: u64,
     acknowledged: u64,
     /// Somebody waits for the answer to a heartbeat that has not been sent yet.
@@ -71,6 +74,7 @@ impl Mailbox {
         }
         let mut state = self.lock();
         state.progress = Some(value);
+        state.progress_at = Some(Moment::now());
         state.version += 1;
         drop(state);
         self.changed.notify_one();
@@ -92,6 +96,12 @@ impl Mailbox {
         drop(state);
         self.changed.notify_one();
         Ok(())
+    }
+
+    /// When the runner reported progress last.
+    #[must_use]
+    pub fn progress_at(&self) -> Option<Moment> {
+        self.lock().progress_at
     }
 
     /// Asks for a heartbeat soon although there is no news: its answer is waited for.

@@ -12,6 +12,8 @@ use std::{
     time::Duration,
 };
 
+use jiff::{SignedDuration, Timestamp};
+
 /// A point on that clock. It means something only until the machine starts again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Moment(u64);
@@ -36,6 +38,20 @@ impl Moment {
     #[must_use]
     pub fn has_passed(self) -> bool {
         Self::now() >= self
+    }
+
+    /// This moment as the node's calendar clock has it now, in whole milliseconds; `None` for one that
+    /// never comes.
+    #[must_use]
+    pub fn on_calendar(self) -> Option<Timestamp> {
+        if self == Self::NEVER {
+            return None;
+        }
+        let (now, today) = (Self::now(), Timestamp::now());
+        let ahead = SignedDuration::try_from(self - now).ok()?;
+        let behind = SignedDuration::try_from(now - self).ok()?;
+        let at = today.checked_add(ahead).ok()?.checked_sub(behind).ok()?;
+        Timestamp::from_millisecond(at.as_millisecond()).ok()
     }
 
     /// The moment this long before `self`.
@@ -119,6 +135,11 @@ mod tests {
         assert_eq!(later.back(Duration::from_secs(3)), now);
         assert_eq!(now + Duration::MAX, Moment::NEVER);
         assert_eq!(now.back(Duration::MAX), Moment(0));
+        assert_eq!(Moment::NEVER.on_calendar(), None);
+        for (at, off) in [(now + Duration::from_secs(60), 60), (now.back(Duration::from_secs(1)), -1)] {
+            let off = Timestamp::now() + SignedDuration::from_secs(off) - at.on_calendar().expect("a time");
+            assert!(off.get_milliseconds().abs() + off.get_seconds().abs() * 1000 < 5000, "{off}");
+        }
         assert!(now.has_passed() && !Moment::NEVER.has_passed() && Moment::now() >= now);
     }
 

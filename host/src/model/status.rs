@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, VecDeque},
+    fmt,
     sync::Arc,
     time::Duration,
 };
@@ -11,7 +12,7 @@ use serde::{Serialize, Serializer};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::{Artifact, Budget, Fetched, Lease, TaskId, Verdict, millis};
+use super::{Artifact, Budget, Fetched, Grant, Lease, Moment, TaskId, Verdict, millis};
 
 /// Ended tasks that are shown.
 const RECENT_MAX: usize = 100;
@@ -117,10 +118,45 @@ pub struct TaskStatus {
     /// The job it belongs to.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub job_id: Option<Uuid>,
+    /// The domain of its data.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub domain_id: Option<Uuid>,
+    /// The plugin that serves it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plugin: Option<Arc<str>>,
+    /// Which run of the task this is, as the plane counts them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attempt: Option<u64>,
     /// `setting-up`, `waiting` (its plugin is full), `running` or `reporting`.
     pub state: &'static str,
     /// When it was leased.
     pub since: Timestamp,
+    /// `lease_expires_at`, `token_expires_at` and `progress_at` (when the runner reported progress last): what
+    /// is known of them when the page is asked. Neither a token nor the progress itself is shown.
+    #[serde(flatten)]
+    pub times: TaskTimes,
+}
+
+/// The times of a held task, looked up when they are shown.
+#[derive(Clone)]
+pub struct TaskTimes(Grant);
+
+impl fmt::Debug for TaskTimes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("TaskTimes").field(&self.0.lease.task).finish()
+    }
+}
+
+impl Serialize for TaskTimes {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let Self(grant) = self;
+        let times = [
+            ("lease_expires_at", grant.fence().until().on_calendar()),
+            ("token_expires_at", grant.token_fence().until().on_calendar()),
+            ("progress_at", grant.mailbox.progress_at().and_then(Moment::on_calendar)),
+        ];
+        serializer.collect_map(times.into_iter().filter_map(|(name, at)| Some((name, at?))))
+    }
 }
 
 /// Reports that were sent in vain so far.
@@ -246,13 +282,18 @@ impl StatusBoard {
         self.0.send_modify(change);
     }
 
-    /// Enters a task.
-    pub fn began(&self, lease: &Lease) {
+    /// Enters a task, and the plugin that serves it.
+    pub fn began(&self, grant: &Grant, plugin: Option<Arc<str>>) {
+        let lease = &grant.lease;
         let task = TaskStatus {
             capability: lease.capability.to_string(),
             job_id: lease.job,
+            domain_id: lease.domain_id,
+            plugin,
+            attempt: lease.attempt(),
             state: "setting-up",
             since: Timestamp::now(),
+            times: TaskTimes(grant.clone()),
         };
         self.change(|status| {
             status.tasks.insert(lease.task.to_string(), task);

@@ -40,6 +40,18 @@ struct Held {
     entry: Arc<Entry>,
     tries: Tries,
     place: Place,
+    /// What keeps the lease of its task; none after a restart.
+    lease_kept: Option<Box<dyn Send>>,
+}
+
+/// Why a report was not accepted for now.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Failure<'a> {
+    /// The failure, in one line.
+    pub(super) error: &'a str,
+    /// How long the plane asks to be left alone; [`PAUSE_MAX`] is the most it gets.
+    pub(super) retry_after: Option<Duration>,
+    pub(super) at: Timestamp,
 }
 
 /// What to do next.
@@ -68,7 +80,7 @@ impl Book {
     /// Takes in what was found at the start. What is ours is due at once.
     pub(super) fn found(&mut self, number: u64, entry: Entry, tries: Tries, ours: bool, now: Instant) {
         let place = if ours { Place::Waiting { due: now } } else { Place::Foreign };
-        self.held.insert(number, Held { entry: Arc::new(entry), tries, place });
+        self.held.insert(number, Held { entry: Arc::new(entry), tries, place, lease_kept: None });
         self.skip(number);
     }
 
@@ -81,8 +93,22 @@ impl Book {
     pub(super) fn add(&mut self, entry: Arc<Entry>) -> u64 {
         let number = self.next;
         self.next += 1;
-        self.held.insert(number, Held { entry, tries: Tries::default(), place: Place::Fresh });
+        self.held.insert(number, Held { entry, tries: Tries::default(), place: Place::Fresh, lease_kept: None });
         number
+    }
+
+    /// Keeps what keeps a lease for as long as the report is here.
+    pub(super) fn hold(&mut self, number: u64, lease: Box<dyn Send>) {
+        if let Some(held) = self.held.get_mut(&number) {
+            held.lease_kept = Some(lease);
+        }
+    }
+
+    /// Keeps no lease any longer: the process ends.
+    pub(super) fn let_go(&mut self) {
+        for held in self.held.values_mut() {
+            held.lease_kept = None;
+        }
     }
 
     /// Puts another version in the place of a report.
@@ -135,11 +161,12 @@ impl Book {
     pub(super) fn failed(
         &mut self,
         number: u64,
-        error: &str,
-        at: Timestamp,
+        failure: Failure<'_>,
         now: Instant,
         draw: f64,
     ) -> Option<(Tries, Duration, bool)> {
+        let Failure { error, retry_after, at } = failure;
+        let asked = retry_after.unwrap_or_default().min(PAUSE_MAX);
         self.failures = self.failures.saturating_add(1);
         let held = self.held.get_mut(&number)?;
         let tries = &mut held.tries;
@@ -148,9 +175,9 @@ impl Book {
         tries.last = Some(at);
         tries.error = Some(error.to_owned());
         // Twice the pause of all: a report that alone fails must not be the next one again and again.
-        let own = pause_after(tries.count + 1, draw);
+        let own = pause_after(tries.count + 1, draw).max(asked);
         held.place = Place::Waiting { due: now + own };
-        let all = pause_after(self.failures, draw);
+        let all = pause_after(self.failures, draw).max(asked);
         self.quiet_until = Some(now + all);
         self.last_error = Some(error.to_owned());
         Some((held.tries.clone(), own.max(all), self.failures == 1))
@@ -259,6 +286,10 @@ mod tests {
         }
     }
 
+    fn refused(retry_after: Option<Duration>) -> Failure<'static> {
+        Failure { error: "no", retry_after, at: Timestamp::UNIX_EPOCH }
+    }
+
     /// Plays a plane for `count` reports that wait, for at most `limit`: when each was sent, in
     /// milliseconds, with its number and a `!` where it failed.
     fn play(count: u64, limit: Duration, fails: impl Fn(u64, Duration) -> bool) -> Vec<(u128, String)> {
@@ -274,7 +305,7 @@ mod tests {
                     let failed = fails(number, at);
                     seen.push((at.as_millis(), format!("{number}{}", if failed { "!" } else { "" })));
                     if failed {
-                        book.failed(number, "no", Timestamp::UNIX_EPOCH, now, 1.0);
+                        book.failed(number, refused(None), now, 1.0);
                     } else {
                         book.answered(number);
                     }
@@ -320,6 +351,27 @@ mod tests {
         assert_eq!(pauses, [200, 400, 800, 1600]);
         assert_eq!(pause_after(u32::MAX, 1.0), PAUSE_MAX);
         assert_eq!(pause_after(1, 0.0), PAUSE_MIN / 2);
+    }
+
+    #[test]
+    fn a_plane_that_says_when_to_come_again_is_left_alone_until_then_within_bounds() {
+        for (asked, pause) in [(Some(7), 7000), (Some(3600), 300_000), (Some(0), 400), (None, 400)] {
+            let (mut book, start) = (Book::default(), Instant::now());
+            for number in 0..2 {
+                book.found(number, entry(u128::from(number)), Tries::default(), true, start);
+            }
+            assert_eq!(book.turn(start), Turn::Send(0));
+            book.failed(0, refused(asked.map(Duration::from_secs)), start, 1.0);
+            // The other report waits as long, or for the pause of all, which is half as long.
+            let all = if pause == 400 { 200 } else { pause };
+            assert_eq!(book.turn(start), Turn::At(start + Duration::from_millis(all)));
+            // A poll that is answered ends the pause of all, and not that of the refused one.
+            assert!(book.plane_answers());
+            assert_eq!(
+                (book.turn(start), book.turn(start)),
+                (Turn::Send(1), Turn::At(start + Duration::from_millis(pause)))
+            );
+        }
     }
 
     #[test]

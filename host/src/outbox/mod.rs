@@ -31,11 +31,11 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{Instrument as _, Span, debug, info, info_span, warn};
 use uuid::Uuid;
 
 use self::{
-    book::{Book, Turn},
+    book::{Book, Failure, Turn},
     entry::{Entry, Tries},
     store::Change,
     writer::Writer,
@@ -266,6 +266,7 @@ impl Outbox {
         if let Err(err) = self.0.writer.close().await {
             warn!(error = %err, "outbox was not closed in order");
         }
+        self.with(Book::let_go);
         self.lock().book.ours()
     }
 
@@ -299,9 +300,24 @@ impl Outbox {
         gone
     }
 
-    /// One try. An attempt says itself how its task ended; what the outbox sends gets a line here.
+    /// One try. An attempt says itself how its task ended, in its own span; what the outbox sends gets a
+    /// line here.
     async fn send(&self, number: u64, who: Sender) -> Option<Sent> {
         let (entry, tries) = self.lock().book.get(number)?;
+        let span = match who {
+            Sender::Attempt => Span::current(),
+            Sender::Outbox => info_span!(
+                "report",
+                task_id = %entry.task(),
+                job_id = entry.job_id.map(tracing::field::display),
+                domain_id = entry.domain_id.map(tracing::field::display),
+                capability = entry.capability,
+            ),
+        };
+        self.send_entry(number, entry, tries, who).instrument(span).await
+    }
+
+    async fn send_entry(&self, number: u64, entry: Arc<Entry>, tries: Tries, who: Sender) -> Option<Sent> {
         let (task, verdict) = (entry.task(), &entry.verdict);
         let Err(err) = self.0.source.settle(task, &entry.lease(), verdict).await else {
             crate::crash::point("answer-read");
@@ -310,7 +326,7 @@ impl Outbox {
             if who == Sender::Outbox {
                 let waited = Timestamp::now().duration_since(entry.ended_at).max(SignedDuration::ZERO);
                 let waited_ms = millis(waited.unsigned_abs());
-                info!(task_id = %task, outcome = verdict.outcome.word(), attempt = tries.count + 1, waited_ms, "report delivered");
+                info!(task_id = %task, outcome = verdict.outcome.word(), tries = tries.count + 1, waited_ms, "report delivered");
                 self.0.board.settled(task, ReportState::Accepted);
             }
             return Some(Sent::Accepted);
@@ -320,20 +336,20 @@ impl Outbox {
             self.with(|book| book.answered(number))?;
             self.0.writer.note(Change::Remove(number));
             if who == Sender::Outbox {
-                warn!(task_id = %task, outcome = verdict.outcome.word(), attempt = tries.count + 1, error, "report refused for good");
+                warn!(task_id = %task, outcome = verdict.outcome.word(), tries = tries.count + 1, error, "report refused for good");
                 self.0.board.settled(task, ReportState::Refused);
             }
             return Some(Sent::Refused(error));
         }
-        let failed =
-            self.with(|book| book.failed(number, &error, Timestamp::now(), Instant::now(), rand::random::<f64>()));
+        let failure = Failure { error: &error, retry_after: err.retry_after(), at: Timestamp::now() };
+        let failed = self.with(|book| book.failed(number, failure, Instant::now(), rand::random::<f64>()));
         let (tries, pause, first) = failed?;
         self.0.writer.note(Change::Put(number, entry.encode(&tries)));
         self.0.turn.notify_one();
         if first {
             warn!(task_id = %task, error, retry_in_ms = millis(pause), "reports wait for the control plane");
         } else {
-            debug!(task_id = %task, error, attempt = tries.count, retry_in_ms = millis(pause), "report failed");
+            debug!(task_id = %task, error, tries = tries.count, retry_in_ms = millis(pause), "report failed");
         }
         Some(Sent::Waiting(error))
     }
@@ -375,9 +391,11 @@ impl Outbox {
 
 impl Kept {
     /// The first try, under the name the plane uses by now. Dropping the future leaves the report to
-    /// the outbox.
-    pub async fn send(mut self, name: &ReportName) -> Sent {
+    /// the outbox. `lease` is held as long as the report is on its way, and dropped with it: the plane
+    /// shall not give the task out again meanwhile.
+    pub async fn send(mut self, name: &ReportName, lease: impl Send + 'static) -> Sent {
         self.rename(name);
+        self.outbox.with(|book| book.hold(self.number, Box::new(lease)));
         let outbox = self.outbox.clone();
         let Ok(_sender) = outbox.0.senders.try_acquire() else {
             return Sent::Waiting("too many other reports are being sent".to_owned());

@@ -2,7 +2,7 @@
 
 use std::{
     fmt,
-    fs::{self, DirBuilder, File},
+    fs::{self, DirBuilder, File, TryLockError},
     io::{self, Read, Seek, Write},
     path::{Path, PathBuf},
 };
@@ -75,11 +75,15 @@ impl StateDir {
         let path = fs::canonicalize(path).map_err(failed("open", path))?;
         let lock_path = path.join(LOCK);
         let mut lock = private(&lock_path).map_err(failed("open", &lock_path))?;
-        if !try_lock(&lock).map_err(failed("lock", &lock_path))? {
-            let mut text = String::new();
-            // Only for people: whoever holds it may be about to write it.
-            let _ = lock.read_to_string(&mut text);
-            return Err(StateError::InUse { path, owner: Owner(text.trim().parse().ok()) });
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut text = String::new();
+                // Only for people: whoever holds it may be about to write it.
+                let _ = lock.read_to_string(&mut text);
+                return Err(StateError::InUse { path, owner: Owner(text.trim().parse().ok()) });
+            }
+            Err(TryLockError::Error(err)) => return Err(failed("lock", &lock_path)(err)),
         }
         let note = |lock: &mut File| {
             lock.set_len(0)?;
@@ -104,21 +108,6 @@ pub(super) fn private(path: &Path) -> io::Result<File> {
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
     options.open(path)
-}
-
-#[cfg(unix)]
-fn try_lock(file: &File) -> io::Result<bool> {
-    match rustix::fs::flock(file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(true),
-        Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
-        Err(err) => Err(err.into()),
-    }
-}
-
-/// The database below locks its own file everywhere.
-#[cfg(not(unix))]
-fn try_lock(_: &File) -> io::Result<bool> {
-    Ok(true)
 }
 
 #[cfg(all(test, unix))]

@@ -61,8 +61,7 @@ impl Store {
 
     fn open_sound(path: &Path) -> Result<(Self, Vec<Row>), StoreError> {
         let file = private(path).map_err(|err| StoreError(err.to_string()))?;
-        let mut database =
-            Builder::new().create_with_file_format_v3(true).set_cache_size(CACHE_BYTES).create_file(file)?;
+        let mut database = Builder::new().set_cache_size(CACHE_BYTES).create_file(file)?;
         if !database.check_integrity()? {
             tracing::warn!(path = %path.display(), "outbox was repaired");
         }

@@ -134,7 +134,7 @@ async fn s0_69_a_report_that_is_accepted_leaves_nothing() {
         call.answer(204, "");
     };
     let name = name(&lease(1));
-    let (sent, ()) = tokio::join!(kept.send(&name), plane);
+    let (sent, ()) = tokio::join!(kept.send(&name, ()), plane);
     assert_eq!(sent, Sent::Accepted);
     assert_eq!(bench.status(), OutboxStatus::default());
     assert_eq!(outbox.finish(Duration::ZERO).await, 0);
@@ -196,7 +196,7 @@ async fn a_report_refused_for_good_is_sent_once() {
         let kept = bench.kept(&outbox, [1]).await.remove(0);
         let name = name(&lease(1));
         let (sent, ()) =
-            tokio::join!(kept.send(&name), async { bench.plane.expect(&complete(1)).await.answer(status, "no") });
+            tokio::join!(kept.send(&name, ()), async { bench.plane.expect(&complete(1)).await.answer(status, "no") });
         let Sent::Refused(text) = sent else { panic!("{sent:?}") };
         assert_clean(&text);
         assert!(text.contains(&status.to_string()), "{text}");
@@ -261,7 +261,7 @@ async fn reports_go_to_their_own_plane_by_their_own_node_only() {
     outbox.retry(None);
     let kept = bench.kept(&outbox, [2]).await.remove(0);
     let name = name(&lease(2));
-    let (sent, ()) = tokio::join!(kept.send(&name), async { bench.plane.expect(&complete(2)).await.ok(json!({})) });
+    let (sent, ()) = tokio::join!(kept.send(&name, ()), async { bench.plane.expect(&complete(2)).await.ok(json!({})) });
     assert_eq!(sent, Sent::Accepted);
     running.stop().await;
     assert_eq!(outbox.finish(Duration::from_secs(5)).await, 0, "what is not ours does not count");
@@ -293,7 +293,7 @@ async fn a_renamed_task_keeps_its_new_name_over_a_restart() {
     let kept = bench.kept(&outbox, [1]).await.remove(0);
     let renamed = ReportName { task: TaskId(id(7)), job: None, domain_id: None };
     // Nobody answers: the attempt is given up.
-    assert!(tokio::time::timeout(Duration::from_millis(100), kept.send(&renamed)).await.is_err());
+    assert!(tokio::time::timeout(Duration::from_millis(100), kept.send(&renamed, ())).await.is_err());
     outbox.finish(Duration::ZERO).await;
     drop(outbox);
     let shelf = Shelf::open(bench.state.path()).expect("opens").expect("a file");
@@ -327,6 +327,6 @@ async fn a_file_that_cannot_be_written_costs_no_report() {
     outbox.0.writer.close().await.expect("closed");
     let kept = bench.kept(&outbox, [1]).await.remove(0);
     let name = name(&lease(1));
-    let (sent, ()) = tokio::join!(kept.send(&name), async { bench.plane.expect(&complete(1)).await.ok(json!({})) });
+    let (sent, ()) = tokio::join!(kept.send(&name, ()), async { bench.plane.expect(&complete(1)).await.ok(json!({})) });
     assert_eq!(sent, Sent::Accepted);
 }

@@ -187,6 +187,12 @@ impl Plugins {
         self.plugin(capability).map_or(Some(Outcome::NoRunner), |plugin| plugin.refusal())
     }
 
+    /// The name of the plugin that serves `capability`.
+    #[must_use]
+    pub fn name_of(&self, capability: &Capability) -> Option<Arc<str>> {
+        self.plugin(capability).map(|plugin| plugin.name())
+    }
+
     /// Every library that was considered, in order.
     #[must_use]
     pub fn listings(&self) -> Vec<Listing> {

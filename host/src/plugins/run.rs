@@ -76,6 +76,10 @@ impl Plugin {
         Self { name, dispatcher, entries, grant_token, slots, record, needs_folder: !rust }
     }
 
+    pub(super) fn name(&self) -> Arc<str> {
+        Arc::clone(&self.name)
+    }
+
     /// Begins the plugin's shutdown; the future waits for its end.
     pub(super) fn shutdown(&self, deadline: Duration) -> impl Future<Output = ()> + use<> {
         let (tell, done) = oneshot::channel();

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 
 use tokio::{sync::oneshot, time::sleep};
+use tracing::{debug, info, warn};
 use url::Url;
 use uuid::Uuid;
 
 use super::{
-    Silence,
+    Closing, Silence,
     pacing::{GAP_MIN, Pacing, PacingEvent, PacingStep, Rhythm, State},
 };
 use crate::{
@@ -24,7 +25,7 @@ pub(super) struct Driver {
     source: Arc<dyn LeaseSource>,
     grant: Grant,
     keys: GrantKeys,
-    closed: oneshot::Receiver<()>,
+    closed: oneshot::Receiver<Closing>,
     pacing: Pacing,
     /// The id the plane uses now.
     task: TaskId,
@@ -32,6 +33,8 @@ pub(super) struct Driver {
     renamed: Option<Lease>,
     /// The domain server as the plane named it last.
     server: Option<String>,
+    /// The task has ended and its last words are said.
+    ended: bool,
     /// How the plane said that the lease is not ours any more.
     gone: Option<String>,
 }
@@ -42,7 +45,7 @@ impl Driver {
         rhythm: Rhythm,
         grant: Grant,
         keys: GrantKeys,
-        closed: oneshot::Receiver<()>,
+        closed: oneshot::Receiver<Closing>,
     ) -> Self {
         let task = grant.lease.task;
         let mut pacing = Pacing::new(rhythm, grant.lease.expires_at, grant.lease.token_expires_at, Moment::now());
@@ -52,12 +55,29 @@ impl Driver {
             pacing = pacing.cancelled();
         }
         let server = grant.lease.domain_server.clone();
-        let driver = Self { source, grant, keys, closed, pacing, task, renamed: None, server, gone: None };
+        let driver =
+            Self { source, grant, keys, closed, pacing, task, renamed: None, server, ended: false, gone: None };
         driver.move_fence();
         driver
     }
 
-    pub(super) async fn run(mut self) -> Result<ReportName, Silence> {
+    /// Keeps the lease while its task runs, says the last words, and keeps it on while the report is on its
+    /// way. Who drops the session instead of closing it ends this wherever it is.
+    pub(super) async fn run(mut self) {
+        let Some(say) = self.keep_for_task().await else { return };
+        if self.pacing.left(Moment::now()).is_some() && self.grant.mailbox.is_dirty() {
+            self.flush().await;
+        }
+        let end = self.end();
+        let report = end.is_ok();
+        // Nobody listens any more: the node stops, and the report is the outbox's.
+        if say.send(end).is_ok() && report {
+            self.keep_for_report().await;
+        }
+    }
+
+    /// Until the session is closed.
+    async fn keep_for_task(&mut self) -> Option<Closing> {
         let mut event = PacingEvent::Tick;
         loop {
             let step = self.pacing.on(event, Moment::now(), rand::random());
@@ -67,7 +87,7 @@ impl Driver {
                 PacingStep::Sleep { until } => {
                     event = tokio::select! {
                         biased;
-                        _ = &mut self.closed => break,
+                        say = &mut self.closed => return say.ok(),
                         () = sleep(until.left()) => PacingEvent::Tick,
                         () = self.grant.mailbox.changed() => PacingEvent::Tick,
                     };
@@ -76,21 +96,33 @@ impl Driver {
                         event = PacingEvent::Dirty;
                     }
                 }
-                PacingStep::Rest => {
-                    // Who drops the session instead of closing it does not look at the result.
-                    let _ = (&mut self.closed).await;
-                    break;
-                }
+                PacingStep::Rest => return (&mut self.closed).await.ok(),
                 end => {
                     self.tell(end);
                     event = PacingEvent::Tick;
                 }
             }
         }
-        if self.pacing.left(Moment::now()).is_some() && self.grant.mailbox.is_dirty() {
-            self.flush().await;
+    }
+
+    /// Until the lease is over. What the plane says meanwhile changes nothing any more: whether the report
+    /// counts is for the answer to the report.
+    async fn keep_for_report(&mut self) {
+        self.ended = true;
+        let mut event = PacingEvent::Tick;
+        loop {
+            match self.pacing.on(event, Moment::now(), rand::random()) {
+                PacingStep::Beat { until } => event = self.beat(until).await,
+                PacingStep::Sleep { until } => {
+                    sleep(until.left()).await;
+                    event = PacingEvent::Tick;
+                }
+                PacingStep::Cancel | PacingStep::Lose | PacingStep::Rest => {
+                    debug!(task_id = %self.task, "lease ended before its report was accepted");
+                    return;
+                }
+            }
         }
-        self.end()
     }
 
     /// Says to everyone until when the lease is ours.
@@ -105,13 +137,13 @@ impl Driver {
     fn tell(&self, step: PacingStep) {
         match step {
             PacingStep::Cancel => {
-                tracing::info!(task_id = %self.task, "control plane cancelled the task");
+                info!(task_id = %self.task, "control plane cancelled the task");
                 self.grant.cancel.cancel(CancelReason::Plane);
                 self.set_up(Setup::Refused(CANCELLED.to_owned()));
             }
             PacingStep::Lose => {
                 if self.grant.cancel.reason() != Some(CancelReason::Plane) {
-                    tracing::warn!(task_id = %self.task, "lease lost");
+                    warn!(task_id = %self.task, "lease lost");
                 }
                 self.grant.cancel.cancel(CancelReason::LeaseLost);
                 self.set_up(Setup::Refused("the lease was lost before its set-up heartbeat was answered".to_owned()));
@@ -140,16 +172,21 @@ impl Driver {
             None => LeaseError::Unreachable(format!("no answer within {within:?}")),
         };
         match failure.advice() {
+            Advice::StopTask if self.ended => {
+                // The report may have arrived, and only its answer not.
+                debug!(task_id = %self.task, error = %failure, "heartbeat refused");
+                return PacingEvent::Gone;
+            }
             Advice::StopTask => {
-                tracing::warn!(task_id = %self.task, error = %failure, "heartbeat refused");
+                warn!(task_id = %self.task, error = %failure, "heartbeat refused");
                 self.gone = Some(failure.to_string());
                 return PacingEvent::Gone;
             }
             Advice::GiveUp => self.set_up(Setup::Refused(failure.to_string())),
             Advice::RetryLater => {}
         }
-        tracing::warn!(task_id = %self.task, error = %failure, "heartbeat failed");
-        PacingEvent::Failed
+        warn!(task_id = %self.task, error = %failure, "heartbeat failed");
+        PacingEvent::Failed { retry_after: failure.retry_after() }
     }
 
     /// Takes over what an answer says, in the order of contract 4.10; cancel comes last.
@@ -158,13 +195,16 @@ impl Driver {
         if kept.token.is_some_and(|token| self.keys.renew(token)) {
             self.grant.mailbox.answered();
         }
+        if let Some(ends) = kept.token_expires_at {
+            self.keys.token_fence.set(ends);
+        }
         if let Some(task) = kept.task.filter(|task| *task != self.task) {
-            tracing::info!(task_id = %task, formerly = %self.task, "control plane renamed the task");
+            info!(task_id = %task, formerly = %self.task, "control plane renamed the task");
             self.task = task;
         }
         if let Some(capability) = kept.capability.filter(|name| name != self.grant.lease.capability.as_str()) {
             // What runs stays what runs; a plane that wants another runner has to make another task.
-            tracing::warn!(task_id = %self.task, %capability, "control plane renamed the task's capability, the runner goes on");
+            warn!(task_id = %self.task, renamed = %capability, "control plane renamed the task's capability, the runner goes on");
         }
         self.rename(kept.job, kept.domain_id);
         // A cancelled task needs no coordinates: its runner shall not begin to fetch.
@@ -208,8 +248,8 @@ impl Driver {
     }
 
     /// What the report is to call the task, or why there is to be none.
-    fn end(self) -> Result<ReportName, Silence> {
-        if let Some(why) = self.gone {
+    fn end(&self) -> Result<ReportName, Silence> {
+        if let Some(why) = self.gone.clone() {
             return Err(Silence::Gone(why));
         }
         if matches!(self.pacing.state(), State::Cancelled { .. }) {
@@ -247,7 +287,7 @@ impl Driver {
             }
             sleep(next.left()).await;
         }
-        tracing::warn!(task_id = %self.task, "last progress and events were not delivered");
+        warn!(task_id = %self.task, "last progress and events were not delivered");
     }
 }
 

@@ -1,4 +1,5 @@
-//! One held lease: its heartbeats, its turning tokens, its last words. The report is the outbox's.
+//! One held lease: its heartbeats, its turning tokens, its last words. The report is the outbox's, which
+//! keeps the session until the report has arrived: the plane must not give the task out again meanwhile.
 //!
 //! [`Sessions::open`] starts a driver for a lease and hands out the [`Session`]; everyone who works
 //! on the task looks at its [`Grant`]. Drivers run on a runtime of their own, which busy runners
@@ -14,6 +15,7 @@ use std::{sync::Arc, time::Duration};
 
 use tokio::{runtime::Handle, sync::oneshot};
 use tokio_util::task::AbortOnDropHandle;
+use tracing::Instrument as _;
 
 use crate::{
     leases::LeaseSource,
@@ -54,23 +56,26 @@ impl Sessions {
     }
 
     /// Starts to keep `lease`, with a heartbeat at once. A lease that arrived cancelled gets none:
-    /// its grant is cancelled from the beginning.
+    /// its grant is cancelled from the beginning. Its log lines belong to the current span.
     #[must_use]
     pub fn open(&self, lease: Lease) -> Session {
         let (grant, keys) = Grant::new(lease, Setup::Pending);
         let (close, closed) = oneshot::channel();
         let driver = driver::Driver::new(Arc::clone(&self.source), self.rhythm, grant.clone(), keys, closed);
-        let driver = AbortOnDropHandle::new(self.runtime.spawn(driver.run()));
-        Session { grant, close, driver }
+        let driver = AbortOnDropHandle::new(self.runtime.spawn(driver.run().in_current_span()));
+        Session { grant, close: Some(close), _driver: driver }
     }
 }
 
-/// A lease being kept. Dropped without [`Session::close`], its heartbeats end at once.
+/// A lease being kept. Its heartbeats end at once when it is dropped.
 pub struct Session {
     grant: Grant,
-    close: oneshot::Sender<()>,
-    driver: AbortOnDropHandle<Result<ReportName, Silence>>,
+    close: Option<oneshot::Sender<Closing>>,
+    _driver: AbortOnDropHandle<()>,
 }
+
+/// Where the driver says how the last words went.
+type Closing = oneshot::Sender<Result<ReportName, Silence>>;
 
 /// Why nothing may be said about the end of a task.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,20 +107,21 @@ impl Session {
         }
     }
 
-    /// Ends the heartbeats, after one with the last progress and events where some are left and the
-    /// lease still lives. With what the report has to call the task, or why there is to be none. A
-    /// lease that runs out in here silences nothing: its task has ended before. Dropping the future
-    /// ends the heartbeats at once.
-    pub async fn close(self) -> Result<ReportName, Silence> {
-        // The driver may have ended by a panic; then the join below says so.
-        let _ = self.close.send(());
-        match self.driver.await {
-            Ok(closed) => closed,
-            Err(err) => {
-                tracing::error!(error = %err, "a session ended unexpectedly");
-                let lease = &self.grant.lease;
-                Ok(ReportName { task: lease.task, job: lease.job, domain_id: lease.domain_id })
-            }
+    /// Sends the last progress and events where some are left and the lease still lives. With what the
+    /// report has to call the task, or why there is to be none. A lease that runs out in here silences
+    /// nothing: its task has ended before. Where there is a report, heartbeats go on until the session is
+    /// dropped. Call it once.
+    pub async fn close(&mut self) -> Result<ReportName, Silence> {
+        let (say, said) = oneshot::channel();
+        if let Some(close) = self.close.take() {
+            // The driver may have ended by a panic; then nothing is said.
+            let _ = close.send(say);
         }
+        if let Ok(closed) = said.await {
+            return closed;
+        }
+        tracing::error!(task_id = %self.grant.lease.task, "a session ended unexpectedly");
+        let lease = &self.grant.lease;
+        Ok(ReportName { task: lease.task, job: lease.job, domain_id: lease.domain_id })
     }
 }

@@ -52,8 +52,9 @@ pub(super) enum PacingEvent {
     /// The heartbeat was answered. `expires` is the end of the lease, `token` that of its domain token,
     /// where the plane said them.
     Answered { expires: Option<Moment>, token: Option<Moment>, cancel: bool },
-    /// The heartbeat failed in a way that does not end the lease.
-    Failed,
+    /// The heartbeat failed in a way that does not end the lease. The plane may have asked to be left
+    /// alone for so long.
+    Failed { retry_after: Option<Duration> },
     /// The plane says the lease is not ours any more.
     Gone,
 }
@@ -151,10 +152,12 @@ impl Pacing {
                 self.token = token.or(self.token);
                 return self.answered(expires, cancel, old, now, draw);
             }
-            (PacingEvent::Failed, State::Beating { misses, expires }) => {
+            (PacingEvent::Failed { retry_after }, State::Beating { misses, expires }) => {
                 let misses = misses.saturating_add(1);
                 let left = expires - now;
-                let pause = pause_after(misses, draw).min(left / 4).max(GAP_MIN);
+                // What the plane asks for leaves the lease one more try in time.
+                let asked = retry_after.unwrap_or_default().min(left / 2);
+                let pause = pause_after(misses, draw).min(left / 4).max(asked).max(GAP_MIN);
                 self.state = State::Doubtful { misses, expires, next: now + pause };
             }
             (PacingEvent::Dirty, State::Held { expires, next }) => {
@@ -262,8 +265,14 @@ mod tests {
         Tick,
         Dirty,
         Failed,
+        /// Failed, and asked to come again after so many milliseconds.
+        Busy(u64),
         Gone,
-        Answered { left: Option<Duration>, token: Option<Duration>, cancel: bool },
+        Answered {
+            left: Option<Duration>,
+            token: Option<Duration>,
+            cancel: bool,
+        },
     }
     use Told::*;
 
@@ -272,7 +281,8 @@ mod tests {
             match self {
                 Tick => PacingEvent::Tick,
                 Dirty => PacingEvent::Dirty,
-                Failed => PacingEvent::Failed,
+                Failed => PacingEvent::Failed { retry_after: None },
+                Busy(ms) => PacingEvent::Failed { retry_after: Some(Duration::from_millis(ms)) },
                 Gone => PacingEvent::Gone,
                 Answered { left, token, cancel } => PacingEvent::Answered {
                     expires: left.map(|left| now + left),
@@ -340,6 +350,20 @@ mod tests {
             ],
             "0 beat(1000), 10 sleep(160), 160 beat(1000), 200 sleep(500), 500 beat(1000), 1600 sleep(1950), 2000 beat(1000), \
              3000 lose, 3001 rest",
+        );
+    }
+
+    #[test]
+    fn a_plane_that_says_when_to_come_again_is_left_alone_while_the_lease_allows_it() {
+        check(
+            Some(60_000),
+            &[(0, Tick), (10, Busy(7_000)), (7_010, Tick)],
+            "0 beat(20000), 10 sleep(7010), 7010 beat(17663)",
+        );
+        check(
+            Some(3_000),
+            &[(0, Tick), (10, Busy(7_000)), (1_505, Tick)],
+            "0 beat(1000), 10 sleep(1505), 1505 beat(1000)",
         );
     }
 
@@ -442,7 +466,7 @@ mod tests {
         let start = Moment::now();
         let mut pacing = pacing(Rhythm::new(0.25, 0.35, ms(250)), Some(ms(9_000)), start);
         assert_eq!(pacing.beat_now(start), PacingStep::Beat { until: start + ms(3_000) });
-        pacing.on(PacingEvent::Failed, start + ms(1), 0.5);
+        pacing.on(PacingEvent::Failed { retry_after: None }, start + ms(1), 0.5);
         assert_eq!(pacing.beat_now(start + ms(2)), PacingStep::Beat { until: start + ms(2) + ms(8_998) / 3 });
         assert_eq!(pacing.beat_now(start + ms(9_000)), PacingStep::Lose);
         assert_eq!(pacing.left(start + ms(9_000)), None);

@@ -66,9 +66,14 @@ async fn set_up(lease: Lease, answer: Value) -> (Service, Session) {
     (plane, session)
 }
 
+/// Closes the session and drops it.
+async fn ended(mut session: Session) -> Result<ReportName, Silence> {
+    session.close().await
+}
+
 /// Closes the session while `answer` plays the plane.
 async fn close(session: Session, answer: impl AsyncFnOnce()) -> Result<ReportName, Silence> {
-    tokio::join!(session.close(), answer()).0
+    tokio::join!(ended(session), answer()).0
 }
 
 #[tokio::test]
@@ -82,7 +87,7 @@ async fn a_task_without_news_costs_one_heartbeat() {
     let coordinates = Coordinates { server: "https://ds.lab.test".parse().expect("a URL"), domain: Uuid::nil() };
     assert_eq!(grant.setup().await, Setup::Ready(Ok(coordinates)));
     assert_eq!(session.silence(&Outcome::Completed), None);
-    assert_eq!(session.close().await, Ok(named()));
+    assert_eq!(ended(session).await, Ok(named()));
     assert!(plane.waiting().is_none());
 }
 
@@ -94,7 +99,7 @@ async fn the_set_up_heartbeat_carries_what_is_known_by_then() {
     assert_eq!(call.json()["progress"], json!({ "early": 1 }));
     call.ok(json!({}));
     session.grant().setup().await;
-    assert_eq!(session.close().await, Ok(named()));
+    assert_eq!(ended(session).await, Ok(named()));
     assert!(plane.waiting().is_none(), "nothing is sent twice");
 }
 
@@ -120,7 +125,7 @@ async fn the_report_names_job_and_domain_as_the_set_up_heartbeat_gave_them() {
     let taken = Lease { domain_id: None, ..lease(MINUTE) };
     let (_plane, session) = set_up(taken, json!({ "domain_id": OTHER, "job_id": OTHER })).await;
     let other = OTHER.parse().ok();
-    assert_eq!(session.close().await, Ok(ReportName { job: other, domain_id: other, ..named() }));
+    assert_eq!(ended(session).await, Ok(ReportName { job: other, domain_id: other, ..named() }));
 }
 
 #[tokio::test]
@@ -153,7 +158,7 @@ async fn a_refused_set_up_is_told_and_the_end_still_reported() {
     let Setup::Refused(text) = session.grant().setup().await else { panic!("refused") };
     assert_eq!(text, "control plane answered 403: not you");
     assert_eq!(session.silence(&Outcome::Setup { stage: "initial_heartbeat", message: text }), None);
-    assert_eq!(session.close().await, Ok(named()));
+    assert_eq!(ended(session).await, Ok(named()));
 }
 
 // S0-72
@@ -167,7 +172,7 @@ async fn a_lease_held_by_another_node_is_lost() {
         assert!(matches!(grant.setup().await, Setup::Refused(_)), "nobody waits for a set-up that never comes");
         assert_eq!(session.silence(&Outcome::Completed), Some(CancelReason::LeaseLost));
         let gone = format!("lease of task {TASK} is gone ({status})");
-        assert_eq!(session.close().await, Err(Silence::Gone(gone)));
+        assert_eq!(ended(session).await, Err(Silence::Gone(gone)));
         assert!(plane.waiting().is_none(), "nothing is sent for a lease of somebody else");
     }
 }
@@ -180,7 +185,7 @@ async fn cancel_counts_in_every_answer() {
     assert_eq!(grant.cancel.cancelled().await, CancelReason::Plane);
     assert_eq!(grant.setup().await, Setup::Refused("the task was cancelled".into()), "nothing is fetched for it");
     assert_eq!(session.silence(&Outcome::Completed), Some(CancelReason::Plane));
-    assert_eq!(session.close().await, Err(Silence::Over(CancelReason::Plane)));
+    assert_eq!(ended(session).await, Err(Silence::Over(CancelReason::Plane)));
     assert!(plane.waiting().is_none());
 
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
@@ -189,7 +194,7 @@ async fn cancel_counts_in_every_answer() {
     assert_eq!(session.grant().cancel.cancelled().await, CancelReason::Plane);
     session.grant().mailbox.progress(json!(2)).expect("room");
     assert_eq!(session.silence(&Outcome::Completed), Some(CancelReason::Plane));
-    assert_eq!(session.close().await, Err(Silence::Over(CancelReason::Plane)));
+    assert_eq!(ended(session).await, Err(Silence::Over(CancelReason::Plane)));
     assert!(plane.waiting().is_none());
 }
 
@@ -199,7 +204,7 @@ async fn a_lease_that_arrives_cancelled_makes_no_call() {
     assert_eq!(session.grant().cancel.cancelled().await, CancelReason::Plane);
     assert_eq!(session.grant().setup().await, Setup::Refused("the task was cancelled".into()));
     assert_eq!(session.silence(&Outcome::Completed), Some(CancelReason::Plane));
-    assert_eq!(session.close().await, Err(Silence::Over(CancelReason::Plane)));
+    assert_eq!(ended(session).await, Err(Silence::Over(CancelReason::Plane)));
     assert!(plane.waiting().is_none());
 }
 
@@ -228,7 +233,7 @@ async fn data_that_moves_is_followed_while_the_task_runs() {
         grant.newer_token(old.as_ref(), MINUTE).await;
         assert_eq!(grant.setup_now(), expected);
     }
-    assert_eq!(session.close().await, Ok(ReportName { domain_id: Some(other), ..named() }));
+    assert_eq!(ended(session).await, Ok(ReportName { domain_id: Some(other), ..named() }));
 }
 
 // S0-75
@@ -356,7 +361,7 @@ async fn last_words_nobody_answers_take_half_of_the_lease() {
     session.grant().mailbox.event(json!("end")).expect("room");
     let began = Instant::now();
     let mut held = Vec::new();
-    let closing = session.close();
+    let closing = ended(session);
     tokio::pin!(closing);
     let closed = loop {
         tokio::select! {
@@ -449,8 +454,36 @@ async fn a_clock_that_is_wrong_makes_no_flood_and_loses_nothing() {
     let (mut plane, session) = set_up(taken, json!({ "lease_expires_at": past })).await;
     session.grant().mailbox.progress(json!(1)).expect("room");
     plane.expect(HEARTBEAT).await.ok(json!({ "lease_expires_at": past }));
-    assert_eq!(session.close().await, Ok(named()));
+    assert_eq!(ended(session).await, Ok(named()));
     assert!(plane.waiting().is_none());
+}
+
+// S2-24: the plane must not give the task out again while its report is on its way.
+#[tokio::test]
+async fn a_closed_session_keeps_its_lease_until_it_is_dropped() {
+    let short = Duration::from_secs(2);
+    let (mut plane, mut session) = set_up(lease(short), json!({})).await;
+    assert_eq!(session.close().await, Ok(named()));
+    let closed = Instant::now();
+    while closed.elapsed() < short + short / 4 {
+        plane.expect(HEARTBEAT).await.ok(json!({ "lease_expires_at": in_future(short).to_string() }));
+    }
+    drop(session);
+    assert!(plane.waiting().is_none());
+
+    // Once the plane says that the lease is over, it is not asked again.
+    for answer in [json!({ "cancel": true }), Value::Null] {
+        let (mut plane, mut session) = set_up(lease(short), json!({})).await;
+        assert_eq!(session.close().await, Ok(named()));
+        let call = plane.expect(HEARTBEAT).await;
+        if answer.is_null() {
+            call.answer(410, "")
+        } else {
+            call.ok(answer)
+        }
+        tokio::time::sleep(short).await; // not an event: nothing is to happen
+        assert!(plane.waiting().is_none());
+    }
 }
 
 #[tokio::test]
@@ -469,7 +502,7 @@ async fn a_drained_task_is_reported() {
     let (_plane, session) = set_up(lease(MINUTE), json!({})).await;
     session.grant().cancel.cancel(CancelReason::Drained);
     assert_eq!(session.silence(&Outcome::Drained), None);
-    assert_eq!(session.close().await, Ok(named()));
+    assert_eq!(ended(session).await, Ok(named()));
 }
 
 // What has ended in its lease may be said after it: whether it still counts is for the plane to say.
@@ -481,7 +514,7 @@ async fn a_lease_that_runs_out_under_the_last_words_silences_nothing() {
     let mut held = Vec::new();
     let closing = async {
         tokio::time::sleep(Duration::from_millis(1300)).await;
-        session.close().await
+        ended(session).await
     };
     tokio::pin!(closing);
     let closed = loop {

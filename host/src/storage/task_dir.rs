@@ -75,16 +75,14 @@ impl Scratch {
         }
         let base_lock = base.join(BASE_LOCK);
         let turn = open_lock(&base_lock).map_err(failed("open", &base_lock))?;
-        lock(&turn).map_err(failed("lock", &base_lock))?;
+        turn.lock().map_err(failed("lock", &base_lock))?;
         sweep(&base).map_err(failed("read scratch folder", &base))?;
 
         let path = base.join(format!("{OWNER_PREFIX}{}-{}", std::process::id(), Uuid::new_v4().simple()));
         make_private(&path, false).map_err(failed("make", &path))?;
         let owner = path.join(OWNER_LOCK);
         let held = open_lock(&owner).map_err(failed("make", &owner))?;
-        if !try_lock(&held).map_err(failed("lock", &owner))? {
-            return Err(failed("lock", &owner)(io::ErrorKind::WouldBlock.into()));
-        }
+        held.try_lock().map_err(|err| failed("lock", &owner)(err.into()))?;
         drop(turn);
         Ok(Self { home: Arc::new(Home { path, named: AtomicU64::new(0), _lock: held }) })
     }
@@ -195,7 +193,7 @@ fn sweep(base: &Path) -> io::Result<()> {
         }
         let path = entry.path();
         let dead = match File::options().read(true).write(true).open(path.join(OWNER_LOCK)) {
-            Ok(file) => try_lock(&file).unwrap_or(false),
+            Ok(file) => file.try_lock().is_ok(),
             // Its owner died between the folder and the lock: we hold the base lock, nobody is in between now.
             Err(err) => err.kind() == io::ErrorKind::NotFound,
         };
@@ -252,34 +250,6 @@ fn make_private(path: &Path, parents: bool) -> io::Result<()> {
 
 fn open_lock(path: &Path) -> io::Result<File> {
     File::options().read(true).write(true).create(true).truncate(false).open(path)
-}
-
-/// Waits for the lock.
-#[cfg(unix)]
-fn lock(file: &File) -> io::Result<()> {
-    Ok(rustix::fs::flock(file, rustix::fs::FlockOperation::LockExclusive)?)
-}
-
-/// Takes the lock if nobody holds it.
-#[cfg(unix)]
-fn try_lock(file: &File) -> io::Result<bool> {
-    match rustix::fs::flock(file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(true),
-        Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
-        Err(err) => Err(err.into()),
-    }
-}
-
-/// Elsewhere an open file cannot be locked with the oldest toolchain we support. A sweep there
-/// removes only folders without a lock file, which is the safe side.
-#[cfg(not(unix))]
-fn lock(_: &File) -> io::Result<()> {
-    Ok(())
-}
-
-#[cfg(not(unix))]
-fn try_lock(_: &File) -> io::Result<bool> {
-    Ok(true)
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ mod clock;
 mod connect;
 mod pool;
 mod proxy;
+mod retry_after;
 #[cfg(test)]
 pub(crate) mod testing;
 mod tls;
@@ -24,6 +25,7 @@ use serde::Deserialize;
 use url::Url;
 
 pub use proxy::Proxies;
+pub use retry_after::{RETRY_AFTER_MAX, retry_after};
 pub use tls::Roots;
 
 use crate::model::Moment;

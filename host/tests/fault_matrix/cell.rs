@@ -41,13 +41,7 @@ pub(crate) struct Report {
 impl Report {
     /// What went wrong, with the cell's name.
     pub(crate) fn complaint(&self) -> Option<String> {
-        let failure = self.failure.as_ref().filter(|_| self.cell.known().is_none());
-        failure.map(|failure| format!("{}: {failure}", self.cell.name()))
-    }
-
-    /// The known shortcoming of the node that this cell shows.
-    pub(crate) fn shortcoming(&self) -> Option<&'static str> {
-        self.failure.as_ref().and_then(|_| self.cell.known())
+        self.failure.as_ref().map(|failure| format!("{}: {failure}", self.cell.name()))
     }
 }
 

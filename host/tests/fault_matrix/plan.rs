@@ -63,10 +63,6 @@ pub(crate) const KINDS: [Kind; 15] = [
 /// What may also last: an outage, seen in five ways.
 const LASTING: [&str; 5] = ["503", "429", "reset", "malformed", "hang"];
 
-const WITHOUT_LIMITS: &str = "while a server's limits are unknown, a file it refuses as too large for one request is not sent \
-     in parts, and its task fails at once, again and again";
-const UNREADABLE: &str = "an answer that cannot be read ends an upload, and its task fails at once, again and again";
-
 const SIGN_IN: [&str; 3] = ["nonce", "register_wallet", "verify"];
 const PLANE: [&str; 4] = ["lease", "heartbeat", "complete", "fail"];
 
@@ -111,17 +107,6 @@ impl Cell {
     pub(crate) fn name(&self) -> String {
         let length = if self.length == Length::Long { "/long" } else { "" };
         format!("{}/{}{length}", self.endpoint, self.kind.0)
-    }
-
-    /// Why the cell may fail: a shortcoming of the node that is known. It is run and shown all the same.
-    pub(crate) fn known(&self) -> Option<&'static str> {
-        let long = self.length == Length::Long;
-        match (self.endpoint, self.kind.0) {
-            ("info", "404") => Some(WITHOUT_LIMITS),
-            ("info", _) if long => Some(WITHOUT_LIMITS),
-            ("list" | "replace" | "initiate" | "part" | "complete_upload", "malformed") if long => Some(UNREADABLE),
-            _ => None,
-        }
     }
 
     /// Its place in the table.

@@ -16,7 +16,6 @@ pub(crate) fn print(reports: &[Report], senseless: &[(&str, &str, &str)], took: 
     }
     for report in reports {
         let text = match &report.complaint() {
-            _ if report.shortcoming().is_some() => "known".to_owned(),
             None => format!("{:.1}", report.took.as_secs_f64()),
             Some(_) => "FAIL".to_owned(),
         };
@@ -51,13 +50,6 @@ pub(crate) fn print(reports: &[Report], senseless: &[(&str, &str, &str)], took: 
     }
     for (why, combinations) in reasons {
         let _ = writeln!(text, "not run, {why}: {}", combinations.join(", "));
-    }
-    let mut known: BTreeMap<&str, Vec<String>> = BTreeMap::new();
-    for (why, report) in reports.iter().filter_map(|report| Some((report.shortcoming()?, report))) {
-        known.entry(why).or_default().push(report.cell.name());
-    }
-    for (why, cells) in known {
-        let _ = writeln!(text, "known, {why}: {}", cells.join(", "));
     }
     // Not through the macro, which the harness keeps to itself when a test passes.
     let _ = std::io::stderr().write_all(text.as_bytes());

@@ -91,17 +91,27 @@ async fn an_input_that_does_not_exist_is_named() {
 }
 
 #[tokio::test]
-async fn inputs_and_artifacts_of_0_bytes_are_empty_files() {
+async fn s0_89_inputs_of_0_bytes_are_inputs_and_only_an_empty_file_is_no_artifact() {
     let lab = Lab::start().await;
     let node = lab.joined(&[fixtures::echo(), fixtures::zoo()]).await;
     let input = lab.put("nothing", b"").await;
     let ended = lab.ended(&node, lab.task("/fixtures/inputs/v1").inputs(&[input]).submit()).await;
     let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "inputs.json").await).expect("JSON");
     assert_eq!((&seen[0]["on_disk"], &seen[0]["size"]), (&json!(0), &json!(0)), "{seen}");
+    for capability in ["/examples/echo-bytes/v1", "/examples/echo-stream/v1"] {
+        let ended = lab.ended(&node, lab.task(capability).inputs(&[input]).submit()).await;
+        assert_eq!(lab.artifact(ended.completed(), "echo-0.bin").await, b"", "{capability}");
+    }
+    // Contract 6.8: refused before any call to the store.
+    let before = lab.stored().await;
     let ended = lab.ended(&node, lab.task("/examples/echo-file/v1").inputs(&[input]).submit()).await;
-    assert_eq!(lab.artifact(ended.completed(), "echo-0.bin").await, b"");
+    let reason = ended.failed().0;
+    assert!(reason.starts_with("runner failed: upload of echo-0.bin refused: file "), "{reason}");
+    assert!(reason.ends_with(" is empty; expected at least one byte"), "{reason}");
+    assert!(ended.artifacts().is_empty());
+    assert_eq!(lab.stored().await, before);
     let parts = lab.world.journal().into_iter().filter(|seen| seen.path.ends_with("/multipart")).count();
-    assert_eq!(parts, 0, "an empty file goes in one request");
+    assert_eq!(parts, 0, "nothing of 0 bytes goes in parts");
 }
 
 #[tokio::test]

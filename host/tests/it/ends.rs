@@ -34,6 +34,20 @@ async fn s0_64_a_failure_carries_the_whole_chain_and_what_a_repeat_is_good_for()
 }
 
 #[tokio::test]
+async fn s0_19a_a_failure_lists_what_was_published_before_it() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::echo()]).await;
+    let inputs = [lab.put("there", b"some bytes").await, uuid::Uuid::new_v4()];
+    let ended = lab.ended(&node, lab.task("/examples/echo-bytes/v1").inputs(&inputs).submit()).await;
+    let (reason, details) = ended.failed();
+    assert!(reason.contains(&inputs[1].to_string()) && reason.ends_with("no such data"), "{reason}");
+    let listed = details["artifacts"].as_array().expect("a list");
+    assert_eq!(listed.len(), 1, "{details}");
+    assert_eq!((&listed[0]["logical_path"], &listed[0]["data_type"]), (&json!("echo-0.bin"), &json!("bin_data")));
+    assert!(listed[0]["id"].is_string() && listed[0]["name"].is_string(), "{details}");
+}
+
+#[tokio::test]
 async fn a_failed_task_is_repeated_by_the_plane_up_to_its_attempts() {
     let lab = Lab::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;

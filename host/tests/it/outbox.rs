@@ -1,6 +1,6 @@
 //! Nothing finished is lost: reports are kept until the control plane takes them or refuses for good.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -40,7 +40,10 @@ async fn s0_69_p_37_finished_work_outlives_an_outage_of_several_leases_and_a_res
     let node = rubbish.node(&[fixtures::hello()]).set("MAX_CONCURRENCY", "2").leasing().await;
     let input = lab.put("who", b"world").await;
     let jobs: Vec<_> = (0..5).map(|_| lab.task("/examples/hello/v1").inputs(&[input]).submit()).collect();
-    let status = waiting(&node, 5).await;
+    // A report waits a moment before its task stands among those that have ended.
+    let all =
+        |page: &Value| page["outbox"]["waiting"] == 5 && page["recent"].as_array().is_some_and(|all| all.len() == 5);
+    let status = node.page_until("/status.json", |page| all(&page.1)).await.1;
     assert!(status["outbox"]["last_error"].is_string() && status["outbox"]["oldest"].is_string(), "{status:#}");
     let records = status["recent"].as_array().expect("a list");
     assert_eq!(records.len(), 5);
@@ -97,6 +100,50 @@ async fn a_report_refused_for_good_is_said_once_and_not_repeated() {
     assert_eq!(status["outbox"]["last_error"], Value::Null);
     node.stop().await;
     assert_eq!(rubbish.count(COMPLETE), 2);
+}
+
+#[tokio::test]
+async fn a_plane_that_says_when_to_come_again_gets_the_report_then() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(COMPLETE, 1, Bad::Busy(429, 1));
+    rubbish.answer(COMPLETE, 1, Bad::Busy(503, 1));
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    let job = lab.task("/fixtures/ok/v1").submit();
+    rubbish.seen(COMPLETE, 1).await;
+    let began = Instant::now();
+    lab.ended(&node, job).await.completed();
+    assert!(began.elapsed() >= Duration::from_millis(1900), "two seconds were asked for: {:?}", began.elapsed());
+    assert_eq!(rubbish.count(COMPLETE), 3);
+    node.stop().await;
+}
+
+// S2-24, contract 9: a report that is not accepted for long costs no second run while heartbeats work.
+#[tokio::test]
+async fn a_lease_is_kept_while_its_report_is_on_its_way_and_no_longer() {
+    const HEARTBEAT: &str = "POST /v1/tasks/*/heartbeat";
+    let ttl = Duration::from_secs(1);
+    let lab = Lab::with(|config| config.lease_ttl = ttl).await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
+    let job = lab.task("/fixtures/ok/v1").set("max_attempts", json!(5)).submit();
+    node.says("task ended, its report waits in the outbox").await;
+    let began = Instant::now();
+    // The slot is free meanwhile.
+    lab.run(&node, "/fixtures/fail/v1", json!({})).await.failed();
+    tokio::time::sleep((ttl * 3).saturating_sub(began.elapsed())).await; // three lengths of the lease
+    rubbish.heal();
+    let ended = lab.ended(&node, job).await;
+    assert_eq!(ended.completed().task()["attempts"], 1, "{:#}", ended.0);
+    assert_eq!(ended.0["receipts"].as_array().map(Vec::len), Some(1), "{:#}", ended.0);
+    waiting(&node, 0).await;
+    let beats = rubbish.count(HEARTBEAT);
+    assert!(beats >= 8, "{beats} heartbeats in three lengths of a lease");
+    tokio::time::sleep(ttl).await; // not an event: nothing is to happen
+    assert_eq!(rubbish.count(HEARTBEAT), beats, "no heartbeat for what is accepted");
+    assert!(node.said("lease lost").is_empty(), "{}", node.log());
+    node.stop().await;
 }
 
 #[tokio::test]

@@ -7,6 +7,10 @@ use crate::harness::{
     rubbish::{Bad, Rubbish},
 };
 
+/// SHA-256 of `world` and of what `hello` makes of it.
+const WORLD: &str = "486ea46224d1bb4fb680f34f7c9ad96a8f24ec88be73ea8e5a6c65260e9cb8a7";
+const HELLO_WORLD: &str = "09ca7e4eaa6e8ae9c7d261167129184883644d07dfba7cbfbc4c8a2e08360d5b";
+
 #[tokio::test]
 async fn s0_14b_s0_15b_health_answers_before_registration_and_ready_says_what_is_missing() {
     let lab = Lab::start().await;
@@ -47,11 +51,51 @@ async fn the_status_page_tells_what_runs_what_ended_and_what_is_loaded() {
     let shown = &status["tasks"][task["id"].as_str().expect("an id")];
     assert_eq!((&shown["capability"], &shown["state"]), (&json!("/fixtures/wait-file/v1"), &json!("running")));
     assert_eq!(shown["job_id"], json!(job));
+    // S0-73
+    assert_eq!((&shown["plugin"], &shown["attempt"]), (&json!("zoo"), &json!(1)));
+    assert_eq!(shown["domain_id"], json!(lab.world.domain_id()));
+    let at = |key: &str| shown[key].as_str().and_then(|text| text.parse::<jiff::Timestamp>().ok());
+    let now = jiff::Timestamp::now();
+    assert!(
+        at("lease_expires_at").is_some_and(|at| at > now) && at("token_expires_at").is_some_and(|at| at > now),
+        "{shown}"
+    );
+    assert!(at("progress_at").is_some_and(|at| at <= now && Some(at) >= at_since(shown)), "{shown}");
+    assert!(shown.get("progress").is_none(), "what a runner reports is not for everyone: {shown}");
     let plugins = status["plugins"].as_array().expect("plugins");
     assert_eq!(plugins.len(), 2);
     let states: Vec<&str> = plugins.iter().filter_map(|plugin| plugin["state"].as_str()).collect();
     assert!(states.contains(&"loaded") && states.contains(&"refused"), "{states:?}");
     assert!(!status.to_string().contains(&node.key), "no secret on a page");
+}
+
+fn at_since(shown: &serde_json::Value) -> Option<jiff::Timestamp> {
+    // Shown in whole milliseconds, this one exactly.
+    let since: jiff::Timestamp = shown["since"].as_str()?.parse().ok()?;
+    jiff::Timestamp::from_millisecond(since.as_millisecond() - 1).ok()
+}
+
+#[tokio::test]
+async fn an_ended_task_shows_size_and_digest_of_all_that_was_moved() {
+    let lab = Lab::start().await;
+    let node = lab.node(&[fixtures::hello()]).leasing().await;
+    let input = lab.put("who", b"world").await;
+    let job = lab.task("/examples/hello/v1").inputs(&[input]).submit();
+    let ended = lab.ended(&node, job).await;
+    let id = ended.completed().artifacts()["outputs/hello.bin"]["id"].clone();
+    let page = node.page_until("/status.json", |page| page.1["recent"][0]["report"] == "accepted").await.1;
+    let record = &page["recent"][0];
+    assert_eq!((&record["task_id"], &record["job_id"]), (&ended.task()["id"], &json!(job)));
+    assert_eq!((&record["outcome"], &record["code"]), (&json!("completed"), &json!("ok")));
+    let (read, written) = (&record["inputs"][0], &record["artifacts"][0]);
+    assert_eq!((&read["cid"], &read["size"], &read["sha256"]), (&json!(input), &json!(5), &json!(WORLD)));
+    assert_eq!((&written["logical_path"], &written["id"]), (&json!("outputs/hello.bin"), &id));
+    assert_eq!((&written["size"], &written["sha256"]), (&json!(12), &json!(HELLO_WORLD)));
+    assert_eq!(
+        (record["inputs"].as_array().map(Vec::len), record["artifacts"].as_array().map(Vec::len)),
+        (Some(1), Some(1))
+    );
+    node.stop().await;
 }
 
 #[tokio::test]

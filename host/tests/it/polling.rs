@@ -66,6 +66,85 @@ async fn leases_that_are_good_for_nothing_are_not_taken_in_a_tight_loop() {
     );
 }
 
+/// A lease for `capability` as this service gives them, with one input.
+fn runnable(rubbish: &Rubbish, capability: &str) -> Value {
+    let id = uuid::Uuid::new_v4();
+    json!({
+        "domain_id": id, "domain_server_url": format!("http://{}", rubbish.address()), "access_token": "domain-token",
+        "task": { "id": "", "capability": capability, "inputs_cids": [id] },
+    })
+}
+
+/// How long a plane takes to get rid of ten leases for `capability`, one after the other, each failed at once.
+async fn ten_failures(capability: &str) -> Duration {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer("POST /v1/tasks/*/heartbeat", usize::MAX, Bad::Json(json!({})));
+    rubbish.answer(FAIL, usize::MAX, Bad::Json(json!({})));
+    rubbish.answer("GET /api/v1/domains/*/data/*", usize::MAX, Bad::Status(403, "not for you"));
+    let lease = runnable(&rubbish, capability);
+    rubbish.answer(POLL, usize::MAX, Bad::make(move || fresh(&lease)));
+    let node = node(&rubbish).await;
+    rubbish.seen(FAIL, 1).await;
+    let began = Instant::now();
+    rubbish.seen(FAIL, 11).await;
+    let took = began.elapsed();
+    let outcomes = node.status().await["ended"].clone();
+    assert!(outcomes.as_object().is_some_and(|ended| ended.len() == 1), "{outcomes}");
+    rubbish.heal();
+    // One that works ends the pauses.
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    node.stop().await;
+    took
+}
+
+// P-30: the plane gives a failed task out again at once.
+#[tokio::test]
+async fn tasks_that_fail_in_a_row_are_not_taken_in_a_tight_loop() {
+    let (runner, storage) = tokio::join!(ten_failures("/fixtures/fail/v1"), ten_failures("/examples/hello/v1"));
+    for took in [runner, storage] {
+        assert!(took >= PAUSE * 8, "ten failures in {took:?}");
+    }
+}
+
+#[tokio::test]
+async fn tasks_that_complete_follow_each_other_without_a_pause() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer("POST /v1/tasks/*/heartbeat", usize::MAX, Bad::Json(json!({})));
+    rubbish.answer("POST /v1/tasks/*/complete", usize::MAX, Bad::Json(json!({})));
+    rubbish.answer(FAIL, usize::MAX, Bad::Json(json!({})));
+    // Every third one fails, which alone is no reason to wait.
+    let (good, bad) = (runnable(&rubbish, "/fixtures/ok/v1"), runnable(&rubbish, "/fixtures/fail/v1"));
+    let count = std::sync::atomic::AtomicUsize::new(0);
+    let next = move || match count.fetch_add(1, std::sync::atomic::Ordering::Relaxed) % 3 {
+        0 => fresh(&bad),
+        _ => fresh(&good),
+    };
+    rubbish.answer(POLL, 60, Bad::make(next));
+    let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1");
+    let node = node.set("POLL_BACKOFF_MS_MIN", "1000").set("POLL_BACKOFF_MS_MAX", "1000").leasing().await;
+    rubbish.seen(FAIL, 1).await;
+    let began = Instant::now();
+    rubbish.seen(FAIL, 20).await;
+    assert!(began.elapsed() < Duration::from_secs(10), "sixty tasks in {:?}", began.elapsed());
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_plane_that_asks_to_be_left_alone_is_not_polled_before() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(POLL, 1, Bad::Busy(429, 1));
+    rubbish.answer(POLL, 1, Bad::Busy(503, 1));
+    let node = node(&rubbish).await;
+    rubbish.seen(POLL, 1).await;
+    let began = Instant::now();
+    rubbish.seen(POLL, 3).await;
+    assert!(began.elapsed() >= Duration::from_millis(1900), "two seconds were asked for: {:?}", began.elapsed());
+    node.stop().await;
+}
+
 // P-34
 #[tokio::test]
 async fn a_lease_that_cannot_be_read_is_failed_by_its_id_and_only_its_size_is_told() {

@@ -202,7 +202,11 @@ impl LeaseSource for Dms {
 }
 
 fn refused(answer: &Answer, token: &Token) -> LeaseError {
-    LeaseError::Refused { status: answer.status.as_u16(), excerpt: answer.excerpt_without(&[token.expose()]) }
+    LeaseError::Refused {
+        status: answer.status.as_u16(),
+        excerpt: answer.excerpt_without(&[token.expose()]),
+        retry_after: transport::retry_after(&answer.headers),
+    }
 }
 
 fn refused_for(task: TaskId, answer: &Answer, token: &Token) -> LeaseError {

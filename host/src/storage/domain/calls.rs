@@ -68,8 +68,10 @@ impl<'a> Call<'a> {
 /// Why a request did not succeed, and whether the same one may be tried again.
 pub(super) struct Failed {
     pub(super) err: PortError,
-    /// Trouble that may pass by itself: no answer or half of one, 5xx, 408, 425, 429.
+    /// Trouble that may pass by itself: no answer, half of one or one nobody can read, 5xx, 408, 425, 429.
     pub(super) passing: bool,
+    /// The server says that it takes no request as large as this one.
+    pub(super) too_large: bool,
     /// How long the server asks to wait.
     after: Option<Duration>,
 }
@@ -77,11 +79,16 @@ pub(super) struct Failed {
 impl From<PortError> for Failed {
     fn from(err: PortError) -> Self {
         let passing = err.kind == PortErrorKind::Network;
-        Self { err, passing, after: None }
+        Self { err, passing, too_large: false, after: None }
     }
 }
 
 impl Failed {
+    /// What the server answered does not tell what became of the request.
+    pub(super) fn unread(err: PortError) -> Self {
+        Self { err, passing: true, too_large: false, after: None }
+    }
+
     /// Waits before the next try, or gives the error back when there should be none.
     pub(super) async fn wait(self, patience: &mut Patience) -> Result<(), PortError> {
         match self.passing {
@@ -113,7 +120,7 @@ impl Inner {
     pub(super) async fn try_json<T: DeserializeOwned>(&self, call: &Call<'_>) -> Result<T, Failed> {
         let response = self.exchange(call).await?;
         let response = self.accepted(call, response).await?;
-        Ok(self.decode(call, response).await?)
+        self.decode(call, response).await
     }
 
     /// Turns every answer but a 2xx one into its error.
@@ -128,26 +135,33 @@ impl Inner {
         }
         let after = retry_after(response.headers());
         let excerpt = self.excerpt(response).await;
-        Err(Failed { err: status_error(call.what, status, &excerpt), passing: passing(status), after })
+        let too_large = status == StatusCode::PAYLOAD_TOO_LARGE;
+        Err(Failed { err: status_error(call.what, status, &excerpt), passing: passing(status), too_large, after })
     }
 
     /// Decodes a JSON answer of at most [`JSON_BYTES_MAX`] bytes.
+    ///
+    /// One that cannot be read is as good as lost: something between us and the server may have made it,
+    /// and what was asked may have been done.
     pub(super) async fn decode<T: DeserializeOwned>(
         &self,
         call: &Call<'_>,
         response: Response<Incoming>,
-    ) -> Result<T, PortError> {
+    ) -> Result<T, Failed> {
         let host = call.url.authority().to_owned();
         let limit = self.config.request_timeout;
         let reading = transport::read_capped(response.into_body(), JSON_BYTES_MAX, &host);
         let body = match tokio::time::timeout(limit, reading).await {
-            Ok(body) => body.map_err(|err| call.failed(&err))?,
-            Err(_) => return Err(call.failed(&TransportError::Timeout { host, limit })),
+            Ok(body) => body,
+            Err(_) => Err(TransportError::Timeout { host: host.clone(), limit }),
         };
-        serde_json::from_slice(&body).map_err(|err| {
-            let reason = transport::decode_complaint(&body, &err);
-            call.failed(&TransportError::NotJson { host, bytes: body.len(), reason })
-        })
+        let decoded = body.and_then(|body| {
+            serde_json::from_slice(&body).map_err(|err| {
+                let reason = transport::decode_complaint(&body, &err);
+                TransportError::NotJson { host, bytes: body.len(), reason }
+            })
+        });
+        decoded.map_err(|err| Failed::unread(call.failed(&err)))
     }
 
     /// Sends `call`, and once more with the newest bearer when the first one was not accepted.

@@ -18,6 +18,12 @@ use crate::model::{PortError, PortErrorKind};
 /// How long an answer is believed.
 const FRESH: Duration = Duration::from_secs(60);
 
+/// Up to here an artifact travels in one request, and a stream is held in memory until it is
+/// known to be longer.
+const SINGLE_BYTES_MAX: u64 = 4 * 1024 * 1024;
+/// Up to here a file does while the server has not said what it takes.
+const UNSTATED_BYTES_MAX: u64 = 64 * 1024;
+
 /// What a server takes. `None`: it says no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Limits {
@@ -27,10 +33,12 @@ pub(super) struct Limits {
     pub(super) item_bytes_max: Option<u64>,
     /// Whether uploads in parts are worth a try. Only a plain "no" speaks against it.
     pub(super) parts: bool,
+    /// Whether the server has said any of this.
+    stated: bool,
 }
 
 impl Limits {
-    const UNKNOWN: Self = Self { request_bytes_max: None, item_bytes_max: None, parts: true };
+    const UNKNOWN: Self = Self { request_bytes_max: None, item_bytes_max: None, parts: true, stated: false };
 
     fn read(info: &UploadInfoJson) -> Result<Self, String> {
         let parts = info.multipart.as_ref();
@@ -47,14 +55,23 @@ impl Limits {
             request_bytes_max: limit("request_max_bytes", Some(info.request_max_bytes))?,
             item_bytes_max: limit("domain_data_max_bytes", info.domain_data_max_bytes)?,
             parts: parts.is_none_or(|parts| parts.enabled != Some(false)),
+            stated: true,
         })
     }
 
-    /// The largest payload of `plan` that fits one request.
-    pub(super) fn payload_bytes_max(&self, plan: &Plan) -> u64 {
+    /// The largest payload of `plan` that is sent in one request without a try in parts.
+    pub(super) fn single_bytes_max(&self, plan: &Plan) -> u64 {
         // Boundary, part headers and line ends, generously.
         let around = 512 + plan.name.len() as u64 + plan.data_type.len() as u64;
-        self.request_bytes_max.map_or(u64::MAX, |limit| limit.saturating_sub(around))
+        let most = self.request_bytes_max.map_or(u64::MAX, |limit| limit.saturating_sub(around));
+        most.min(SINGLE_BYTES_MAX)
+    }
+
+    /// The same for a file. Files need no limits to go in parts (contract 6.8): while a server's are
+    /// unknown, all but small ones try that first, because the refusal of a request that is too large
+    /// may get lost with the connection.
+    pub(super) fn single_file_bytes_max(&self, plan: &Plan) -> u64 {
+        self.single_bytes_max(plan).min(if self.stated { u64::MAX } else { UNSTATED_BYTES_MAX })
     }
 
     /// Refuses an artifact of at least `bytes` that the server would not store, before it travels.
@@ -108,7 +125,7 @@ impl Inner {
             }
             _ => {
                 let response = self.accepted(&call, response).await.map_err(|failed| failed.err.to_string())?;
-                let info: InfoJson = self.decode(&call, response).await.map_err(|err| err.to_string())?;
+                let info: InfoJson = self.decode(&call, response).await.map_err(|failed| failed.err.to_string())?;
                 Limits::read(&info.upload)
             }
         }

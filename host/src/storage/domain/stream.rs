@@ -15,7 +15,7 @@ use super::{
     Inner,
     info::Limits,
     source::Source,
-    upload::{Plan, SINGLE_BYTES_MAX, Stored},
+    upload::{Plan, Stored, Whole},
     uploads_in_parts::PartsUpload,
 };
 use crate::{
@@ -148,7 +148,7 @@ async fn write(inner: &Arc<Inner>, mut plan: Plan, mut pieces: Pieces) -> Result
                 check_overrun(&plan, length)?;
                 let limits = known(inner, &mut limits).await?;
                 limits.check(&plan, length.max(plan.size.unwrap_or(0)))?;
-                if length > SINGLE_BYTES_MAX.min(limits.payload_bytes_max(&plan)) {
+                if length > limits.single_bytes_max(&plan) {
                     break piece;
                 }
                 held.extend_from_slice(&piece);
@@ -158,7 +158,11 @@ async fn write(inner: &Arc<Inner>, mut plan: Plan, mut pieces: Pieces) -> Result
                 plan.check_size(size)?;
                 let at = inner.coordinates().await?;
                 let existing = inner.existing(&at, &mut plan).await?;
-                let stored = inner.put_single(&at, &plan, existing, held.freeze().into()).await?;
+                let (plan, source) = (Arc::new(plan), Source::from(held.freeze()));
+                let stored = match inner.put_whole(&at, &plan, existing, source.clone(), true).await? {
+                    Whole::Stored(stored) => stored,
+                    Whole::InParts(upload) => upload.send(source).await?,
+                };
                 return Ok(inner.record(&plan, stored, size, pieces.digest().await?));
             }
         }
@@ -177,7 +181,11 @@ async fn write(inner: &Arc<Inner>, mut plan: Plan, mut pieces: Pieces) -> Result
         None => {
             let source = spool(inner, &plan, limits, opening, &mut pieces).await?;
             let size = source.length();
-            (inner.put_single(&at, &plan, existing, source).await?, size)
+            let stored = match inner.put_whole(&at, &plan, existing, source.clone(), !limits.parts).await? {
+                Whole::Stored(stored) => stored,
+                Whole::InParts(upload) => upload.send(source).await?,
+            };
+            (stored, size)
         }
     };
     Ok(inner.record(&plan, stored, size, pieces.digest().await?))

@@ -9,7 +9,7 @@ use url::Url;
 
 use super::{
     Inner, Published,
-    calls::Call,
+    calls::{Call, Failed},
     cid::data_url,
     source::Source,
     uploads_in_parts::PartsUpload,
@@ -22,10 +22,6 @@ use crate::{
         runner_file::RunnerFile,
     },
 };
-
-/// Up to here an artifact travels in one request, and a stream is held in memory until it is
-/// known to be longer.
-pub(super) const SINGLE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
 /// An artifact about to be stored.
 #[derive(Debug)]
@@ -87,6 +83,13 @@ pub(super) struct Existing {
     pub(super) updated_at: Option<String>,
 }
 
+/// How an upload in one request went.
+pub(super) enum Whole {
+    Stored(Stored),
+    /// It is too large for one; this one takes it in parts.
+    InParts(PartsUpload),
+}
+
 /// Data on the server that an upload made.
 #[derive(Debug)]
 pub(super) struct Stored {
@@ -105,18 +108,19 @@ pub(super) async fn put_file(inner: &Arc<Inner>, spec: ArtifactSpec, path: &Path
     let limits = inner.limits(&at.server).await;
     limits.check(&plan, size)?;
     let plan = Arc::new(plan);
-    let single = !limits.parts || size <= SINGLE_BYTES_MAX.min(limits.payload_bytes_max(&plan));
-    let in_parts = match single {
-        true => None,
-        false => PartsUpload::begin(inner, &at, &plan, existing.as_ref(), Some(size)).await?,
+    let parts_first = limits.parts && size > limits.single_file_bytes_max(&plan);
+    let begun = match parts_first {
+        true => PartsUpload::begin(inner, &at, &plan, existing.as_ref(), Some(size)).await?,
+        false => None,
     };
-    let (stored, sha256) = match in_parts {
+    let whole = match begun {
+        Some(upload) => Whole::InParts(upload),
+        None => inner.put_whole(&at, &plan, existing, source.clone(), !parts_first).await?,
+    };
+    let (stored, sha256) = match whole {
         // Nothing is made of the parts before it is known that they are those of one file.
-        Some(upload) => upload.send_file(source, file).await?,
-        None => {
-            let stored = inner.put_single(&at, &plan, existing, source).await?;
-            (stored, file.digest(&plan.what).await?)
-        }
+        Whole::InParts(upload) => upload.send_file(source, file).await?,
+        Whole::Stored(stored) => (stored, file.digest(&plan.what).await?),
     };
     Ok(Some(inner.record(&plan, stored, size, sha256)))
 }
@@ -226,39 +230,64 @@ impl Inner {
         Ok(found.filter(|entry| entry.size == Some(size)))
     }
 
+    /// Stores an artifact in one request. One that the server calls too large for that is begun in
+    /// parts if these are still worth a `try_parts`.
+    pub(super) async fn put_whole(
+        self: &Arc<Self>,
+        at: &Coordinates,
+        plan: &Arc<Plan>,
+        mut existing: Option<Existing>,
+        source: Source,
+        try_parts: bool,
+    ) -> Result<Whole, PortError> {
+        let size = source.length();
+        let failed = match self.put_single(at, plan, &mut existing, source).await {
+            Ok(stored) => return Ok(Whole::Stored(stored)),
+            Err(failed) => failed,
+        };
+        if !(failed.too_large && try_parts && size > 0) {
+            return Err(failed.err);
+        }
+        let begun = PartsUpload::begin(self, at, plan, existing.as_ref(), Some(size)).await?;
+        begun.map(Whole::InParts).ok_or(failed.err)
+    }
+
     /// Stores an artifact in one request, repeated while that can help.
     ///
     /// A create whose answer got lost may have been done. What it made is then found by its name,
     /// and the repetition replaces it instead of making a second one.
-    pub(super) async fn put_single(
+    async fn put_single(
         &self,
         at: &Coordinates,
         plan: &Plan,
-        mut existing: Option<Existing>,
+        existing: &mut Option<Existing>,
         source: Source,
-    ) -> Result<Stored, PortError> {
+    ) -> Result<Stored, Failed> {
         let size = source.length();
         let mut patience = self.patience();
         let mut in_doubt = false;
         loop {
             let call = single(at, plan, existing.as_ref(), source.clone());
             let mut failed = match self.try_json::<ListJson>(&call).await {
-                Ok(list) => {
-                    let Some(stored) = list.data.into_iter().next() else {
+                Ok(list) => match list.data.into_iter().next() {
+                    Some(stored) => return Ok(plan.check_stored(stored, size, existing.is_none())?),
+                    None => {
                         let message = format!("{} failed: the answer lists no data, expected one entry", plan.what);
-                        return Err(PortError::new(PortErrorKind::Malformed, message));
-                    };
-                    return plan.check_stored(stored, size, existing.is_none());
-                }
+                        Failed::unread(PortError::new(PortErrorKind::Malformed, message))
+                    }
+                },
                 Err(failed) => failed,
             };
             let created = existing.is_none();
             // Ours, from a try before, which the search did not show yet.
             failed.passing |= in_doubt && created && failed.err.kind == PortErrorKind::Conflict;
+            if !failed.passing {
+                return Err(failed);
+            }
             failed.wait(&mut patience).await?;
             if created {
                 in_doubt = true;
-                existing = self.find(at, plan).await?;
+                *existing = self.find(at, plan).await?;
             }
         }
     }

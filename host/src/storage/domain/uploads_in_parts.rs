@@ -83,7 +83,7 @@ impl PartsUpload {
                 Ok(response) => match inner.accepted(&call, response).await {
                     Ok(response) => match inner.decode(&call, response).await {
                         Ok(begun) => break begun,
-                        Err(err) => err.into(),
+                        Err(failed) => failed,
                     },
                     Err(failed) => failed,
                 },
@@ -128,9 +128,7 @@ impl PartsUpload {
     /// what was stored comes the file's digest.
     pub(super) async fn send_file(mut self, whole: Source, file: RunnerFile) -> Result<(Stored, String), PortError> {
         let sent = async {
-            for part in split(whole, self.part_size) {
-                self.push(part).await?;
-            }
+            self.push_all(whole).await?;
             self.all_arrived().await
         };
         if let Err(err) = sent.await {
@@ -140,6 +138,21 @@ impl PartsUpload {
             Ok(sha256) => Ok((self.complete().await?, sha256)),
             Err(err) => self.fail(err).await,
         }
+    }
+
+    /// Sends what is known to stay what it is, and completes.
+    pub(super) async fn send(mut self, whole: Source) -> Result<Stored, PortError> {
+        match self.push_all(whole).await {
+            Ok(()) => self.complete().await,
+            Err(err) => self.fail(err).await,
+        }
+    }
+
+    async fn push_all(&mut self, whole: Source) -> Result<(), PortError> {
+        for part in split(whole, self.part_size) {
+            self.push(part).await?;
+        }
+        Ok(())
     }
 
     /// Starts the next part, after waiting until fewer than the allowed number are under way.

@@ -40,6 +40,8 @@ pub(crate) enum Bad {
     Html,
     /// Any status with any text.
     Status(u16, &'static str),
+    /// This status, and after how many seconds to come again.
+    Busy(u16, u64),
     /// This status, and the address to ask instead.
     Redirect(u16, String),
     /// 200 and this.
@@ -317,6 +319,11 @@ impl Inner {
                     Bad::Garbage => answer(200, json, Bytes::from_static(b"top-secret, not JSON")),
                     Bad::Html => answer(200, "text/html", Bytes::from_static(b"<html><body>Sign in</body></html>")),
                     Bad::Status(status, text) => answer(status, "text/plain", Bytes::from_static(text.as_bytes())),
+                    Bad::Busy(status, seconds) => Response::builder()
+                        .status(status)
+                        .header(header::RETRY_AFTER, seconds)
+                        .body(whole(Bytes::new()))
+                        .expect("a response"),
                     Bad::Redirect(status, location) => Response::builder()
                         .status(status)
                         .header(header::LOCATION, location)

@@ -11,7 +11,7 @@ async fn statuses_become_kinds_and_keep_their_words() {
         (404, PortErrorKind::NotFound, "not found (404): why"),
         (409, PortErrorKind::Conflict, "upload of out/x.json refused: conflict (409): why"),
         (503, PortErrorKind::Server, "server error (503): why"),
-        (413, PortErrorKind::Other, "unexpected status (413): why"),
+        (403, PortErrorKind::Other, "unexpected status (403): why"),
         (429, PortErrorKind::Other, "unexpected status (429): why"),
         (302, PortErrorKind::Other, "unexpected redirect (302): why"),
     ] {

@@ -114,6 +114,40 @@ async fn a_completion_that_did_not_happen_is_an_error() {
 }
 
 #[tokio::test]
+async fn an_answer_nobody_can_read_is_as_good_as_lost() {
+    let world = patient().await;
+    let page = || reply(200, "text/html", "<html>welcome</html>");
+    let bytes = noise(5 * MIB);
+    // Whether the server did its work before ...
+    for at in ["list", "create", "update", "initiate", "part", "complete"] {
+        world.trick(at, Trick::Lost(page()));
+    }
+    let small = world.put("x.json", b"{}").await.expect("stored").expect("an id");
+    assert_eq!(world.log(), ["list", "list", "info", "create", "list", "update", "update"]);
+    let large = world.put("x.ply", &bytes).await.expect("stored").expect("an id");
+    assert_eq!((world.count("initiate"), world.count("part"), world.count("complete")), (2, 6, 2));
+    // ... or something else answered in its place.
+    for at in ["update", "initiate", "part", "complete"] {
+        world.trick(at, Trick::Answer(page()));
+    }
+    assert_eq!(world.put("x.json", b"[]").await.expect("stored").as_ref(), Some(&small));
+    assert_eq!(world.put("x.ply", &bytes).await.expect("stored").as_ref(), Some(&large));
+    assert_eq!((world.count("initiate"), world.count("part"), world.count("complete")), (4, 12, 4));
+    assert_eq!((world.stored(&small).bytes, world.stored(&large).bytes == bytes), (b"[]".to_vec(), true));
+    assert_eq!((world.count("abort"), world.server.store().items.len()), (0, 2), "nothing is doubled");
+    // An answer of the protocol that names nothing tells as little.
+    world.trick("create", Trick::Lost(reply(200, "application/json", r#"{"data":[]}"#)));
+    world.put("y.json", b"{}").await.expect("stored");
+    assert_eq!(world.server.store().items.len(), 3);
+    for _ in 0..100 {
+        world.trick("create", Trick::Answer(page()));
+    }
+    let hopeless = world.put("z.json", b"{}").await;
+    assert!(hopeless.as_ref().is_err_and(|err| err.message.contains("given up after ")), "{hopeless:?}");
+    refused(hopeless, PortErrorKind::Malformed, "is not the expected JSON");
+}
+
+#[tokio::test]
 async fn an_abort_is_repeated_too() {
     let world = patient().await;
     world.answer("abort", 503, "text/plain", "busy");

@@ -78,6 +78,68 @@ async fn a_servers_limit_on_requests_is_heeded() {
     assert_eq!((world.count("complete"), world.count("create"), world.count("info")), (1, 1, 1));
 }
 
+/// A world whose server says nothing of its limits.
+async fn silent_about_limits() -> World {
+    let world = world().await;
+    world.answer("info", 404, "text/plain", "");
+    world
+}
+
+#[tokio::test]
+async fn while_limits_are_unknown_files_try_parts_first() {
+    // Contract 6.8: files need no /info for that.
+    let world = silent_about_limits().await;
+    world.server.store().part_size = 50_000;
+    let bytes = noise(70_000);
+    let id = world.put("x.bin", &bytes).await.expect("stored").expect("an id");
+    assert!(world.stored(&id).bytes == bytes);
+    world.put("small.bin", &noise(60_000)).await.expect("stored");
+    world.answer("initiate", 404, "text/plain", "no");
+    world.put("old.bin", &bytes).await.expect("stored");
+    assert_eq!(
+        world.log(),
+        ["list", "info", "initiate", "part", "part", "complete", "list", "create", "list", "initiate", "create"]
+    );
+}
+
+#[tokio::test]
+async fn what_is_too_large_for_one_request_goes_in_parts() {
+    let world = silent_about_limits().await;
+    let bytes = noise(1000);
+    world.server.store().part_size = 600;
+    for trick in ["create", "create", "update"] {
+        world.answer(trick, 413, "text/plain", "too much");
+    }
+    let id = world.put("x.bin", &bytes).await.expect("stored").expect("an id");
+    assert!(world.stored(&id).bytes == bytes);
+    let in_parts = ["create", "initiate", "part", "part", "complete"];
+    assert_eq!(world.log()[2..], in_parts, "a file");
+    let mut stream = world.ports.create(spec("y.bin")).await.expect("opens");
+    stream.write(bytes.clone().into()).await.expect("taken");
+    let streamed = stream.finish().await.expect("stored").expect("an id");
+    assert!(world.stored(&streamed).bytes == bytes);
+    assert_eq!(world.log()[8..], in_parts, "bytes and streams");
+    assert_eq!(world.put("x.bin", &noise(1200)).await.expect("stored"), Some(id.clone()), "an update too");
+    assert!(world.stored(&id).bytes == noise(1200));
+    assert_eq!((world.count("abort"), world.server.store().items.len()), (0, 2));
+}
+
+#[tokio::test]
+async fn what_is_too_large_for_every_way_is_refused_as_such() {
+    let world = silent_about_limits().await;
+    for bytes in [noise(1000), noise(70_000)] {
+        world.answer("initiate", 405, "text/plain", "no");
+        world.answer("create", 413, "text/plain", "too much");
+        refused(world.put("x.bin", &bytes).await, PortErrorKind::Other, "unexpected status (413): too much");
+    }
+    assert_eq!(world.count("initiate"), 2, "asked once for each");
+    // Nothing cannot be cut.
+    world.answer("create", 413, "text/plain", "too much");
+    let stream = world.ports.create(spec("y.bin")).await.expect("opens");
+    refused(stream.finish().await, PortErrorKind::Other, "unexpected status (413)");
+    assert_eq!(world.count("initiate"), 2);
+}
+
 #[tokio::test]
 async fn without_uploads_in_parts_a_large_file_goes_in_one_request() {
     let world = world().await;

@@ -14,6 +14,7 @@ use super::{
     },
     Arrived, Flow, Skip, Transfer, Trouble, same_time,
 };
+use crate::model::PortErrorKind;
 
 impl Transfer {
     /// Asks for what is left of the part under way, or for all of it where its identity could not be checked.
@@ -96,6 +97,8 @@ impl Transfer {
                 Ok(Some(now == size && same_time(updated, &changed)))
             }
             Ok(_) => Ok(None),
+            // Not every server says this of one id, and some answer something else.
+            Err(failed) if failed.err.kind == PortErrorKind::Malformed => Ok(None),
             Err(failed) if failed.passing => Err(Trouble::Passing { err: failed.err, asked: None }),
             Err(_) => Ok(None),
         }

@@ -1,0 +1,205 @@
+//! `docs/features.md` maps every promised feature to the tests that hold it: no row is missing, and
+//! every test it names exists. `docs/operations/troubleshooting.md` quotes messages that there are.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// Every promised row, in ranges as they are numbered.
+const ROWS: &[(&str, &[&str])] = &[
+    ("S0", &["01-14", "14b", "15a", "15b", "15c", "16a", "16b", "17a", "17b", "17c", "17d", "18a", "18b", "18c"]),
+    ("S0", &["19a", "19b", "20-26", "30-39", "39b", "50-77", "80-94"]),
+    ("S1", &["01-25"]),
+];
+
+#[test]
+fn every_row_names_tests_that_exist() {
+    let root = workspace();
+    let page = fs::read_to_string(root.join("docs/features.md")).expect("the page is there");
+    let tests = all_tests(&root);
+    let mut problems = Vec::new();
+    let mut seen = BTreeSet::new();
+    for line in page.lines().filter(|line| line.starts_with("| S")) {
+        let cells: Vec<&str> = line.trim_matches('|').split(" | ").map(str::trim).collect();
+        let [row, _feature, proof] = cells[..] else {
+            problems.push(format!("expected three cells, found {}: {line}", cells.len()));
+            continue;
+        };
+        if !seen.insert(row.to_owned()) {
+            problems.push(format!("{row} stands twice"));
+        }
+        let named: Vec<&str> =
+            proof.split('`').skip(1).step_by(2).filter(|name| name.contains("::") && !name.contains(' ')).collect();
+        if named.is_empty() || proof.contains('@') {
+            problems.push(format!("{row} names no test, or has a gap"));
+        }
+        for test in named {
+            if !exists(&tests, test) {
+                problems.push(format!("{row}: there is no test {test}"));
+            }
+        }
+    }
+    let promised = promised();
+    problems.extend(promised.difference(&seen).map(|row| format!("{row} is missing")));
+    problems.extend(seen.difference(&promised).map(|row| format!("{row} is no row")));
+    assert!(problems.is_empty(), "docs/features.md:\n{}", problems.join("\n"));
+}
+
+/// Every message of the troubleshooting page is one the program can say: what stands between its
+/// `…` occurs in the source.
+#[test]
+fn every_message_of_the_troubleshooting_page_is_in_the_source() {
+    let root = workspace();
+    let page = fs::read_to_string(root.join("docs/operations/troubleshooting.md")).expect("the page is there");
+    let source: String = ["host/src", "runner-sdk/src"]
+        .iter()
+        .flat_map(|folder| rust_files(&root.join(folder)))
+        .filter(|file| !file.to_string_lossy().contains("tests"))
+        .map(|file| joined(&fs::read_to_string(file).expect("a readable file")))
+        .collect();
+    let (mut seen, mut problems) = (0, Vec::new());
+    let rows = page.lines().filter_map(|line| line.strip_prefix("| `"));
+    for message in rows.filter_map(|row| row.split_once("` |")).map(|(message, _)| message) {
+        seen += 1;
+        let pieces: Vec<&str> = message.split('…').map(str::trim).filter(|piece| piece.len() > 2).collect();
+        if !pieces.iter().any(|piece| piece.len() >= 8) {
+            problems.push(format!("`{message}` says too little to be looked for"));
+        }
+        let missing = pieces.iter().filter(|piece| !source.contains(**piece));
+        problems.extend(missing.map(|piece| format!("`{message}`: nothing says `{piece}`")));
+    }
+    assert!(problems.is_empty(), "docs/operations/troubleshooting.md:\n{}", problems.join("\n"));
+    assert!(seen > 100, "{seen} messages were found; are they still rows that begin with one?");
+}
+
+#[test]
+fn every_warning_of_the_node_is_on_the_troubleshooting_page() {
+    let root = workspace();
+    let page = fs::read_to_string(root.join("docs/operations/troubleshooting.md")).expect("the page is there");
+    let (mut seen, mut missing) = (0, Vec::new());
+    for file in rust_files(&root.join("host/src")) {
+        let inside = file.strip_prefix(&root).expect("found below it").to_string_lossy().into_owned();
+        if inside.contains("tests") || inside.starts_with("host/src/dev/") {
+            continue; // what the embedded world says is no operator's business
+        }
+        let text = fs::read_to_string(&file).expect("a readable file");
+        let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+        for call in code.split("warn!(").skip(1).chain(code.split("error!(").skip(1)) {
+            seen += 1;
+            let message = last_literal(call);
+            // A plugin's own lines are `{text}`.
+            if !message.starts_with('{') && !page.contains(&format!("`{message}`")) {
+                missing.push(format!("{inside}: {message}"));
+            }
+        }
+    }
+    assert!(missing.is_empty(), "docs/operations/troubleshooting.md lacks\n{}", missing.join("\n"));
+    assert!(seen > 50, "{seen} warnings and errors were found; are they still made by these macros?");
+}
+
+/// The last text literal before the parenthesis closes that was open at the start: a log call's message.
+fn last_literal(call: &str) -> &str {
+    let (mut depth, mut last) = (1, "");
+    let mut at = 0;
+    while depth > 0 {
+        match call.as_bytes().get(at) {
+            Some(b'(') => depth += 1,
+            Some(b')') => depth -= 1,
+            Some(b'"') => {
+                let begin = at + 1;
+                at = begin;
+                while call.as_bytes()[at] != b'"' {
+                    at += if call.as_bytes()[at] == b'\\' { 2 } else { 1 };
+                }
+                last = &call[begin..at];
+            }
+            Some(_) => {}
+            None => break,
+        }
+        at += 1;
+    }
+    last
+}
+
+/// The text of a source file with its broken literals joined.
+fn joined(text: &str) -> String {
+    let mut whole = String::with_capacity(text.len());
+    let mut continued = false;
+    for line in text.lines() {
+        let line = if continued { line.trim_start() } else { line };
+        continued = line.ends_with('\\');
+        whole.push_str(line.trim_end_matches('\\'));
+        if !continued {
+            whole.push('\n');
+        }
+    }
+    whole.replace("\\\"", "\"")
+}
+
+/// `it::signals::name` is the test `name` in a file whose path ends with `it/signals`.
+fn exists(tests: &BTreeMap<String, Vec<String>>, test: &str) -> bool {
+    let (modules, name) = test.rsplit_once("::").expect("looked at before");
+    let end = format!("/{}", modules.replace("::", "/"));
+    tests.get(name).is_some_and(|files| files.iter().any(|file| file.ends_with(&end)))
+}
+
+/// Names of all test functions, each with the files (without suffix, `mod.rs` as its folder) it stands in.
+fn all_tests(root: &Path) -> BTreeMap<String, Vec<String>> {
+    let mut tests: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for folder in ["host/src", "host/tests", "runner-sdk", "plugins", "examples"] {
+        for file in rust_files(&root.join(folder)) {
+            let text = fs::read_to_string(&file).expect("a readable file");
+            let place = file.with_extension("");
+            let place = place.to_string_lossy().trim_end_matches("/mod").to_owned();
+            let mut marked = false;
+            for line in text.lines().map(str::trim) {
+                if line.starts_with("#[test]") || line.starts_with("#[tokio::test") {
+                    marked = true;
+                } else if let Some((_, rest)) = line.split_once("fn ").filter(|_| marked) {
+                    marked = false;
+                    let name = rest.split('(').next().unwrap_or_default().to_owned();
+                    tests.entry(name).or_default().push(place.clone());
+                }
+            }
+        }
+    }
+    tests
+}
+
+fn promised() -> BTreeSet<String> {
+    let mut rows = BTreeSet::new();
+    for (seed, parts) in ROWS {
+        for part in *parts {
+            match part.split_once('-') {
+                None => drop(rows.insert(format!("{seed}-{part}"))),
+                Some((first, last)) => {
+                    let (first, last): (u32, u32) = (first.parse().expect("a number"), last.parse().expect("a number"));
+                    rows.extend((first..=last).map(|number| format!("{seed}-{number:02}")));
+                }
+            }
+        }
+    }
+    rows
+}
+
+fn rust_files(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).expect("a readable folder") {
+            let path = entry.expect("a readable entry").path();
+            if path.is_dir() && !path.ends_with("target") {
+                folders.push(path);
+            } else if path.extension().is_some_and(|suffix| suffix == "rs") {
+                found.push(path);
+            }
+        }
+    }
+    found
+}
+
+fn workspace() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("host lies in the workspace").to_owned()
+}
