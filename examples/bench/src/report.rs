@@ -226,24 +226,31 @@ mod tests {
         assert_eq!(series(&[7.0]).text(0), "7");
     }
 
+    /// Whether a run passes with this figure, which has to be at least, or at most, `wanted`.
+    fn passes(quick_run: bool, upwards: bool, seen: &[f64], wanted: f64, quick: Option<f64>) -> bool {
+        let (mut report, bound) = (Report::new(quick_run), Bound { wanted, quick });
+        if upwards {
+            report.at_least("rate", &series(seen), bound);
+        } else {
+            report.at_most("memory", &series(seen), bound);
+        }
+        report.reached()
+    }
+
     #[test]
-    fn a_quick_run_forgives_a_factor_of_two_and_nothing_forgives_no_number() {
-        for (quick, seen, passes) in
-            [(false, 0.31, true), (false, 0.29, false), (true, 0.16, true), (true, 0.14, false)]
+    fn a_full_run_wants_the_target_and_a_quick_one_what_it_can_tell() {
+        for (quick_run, seen, expected) in
+            [(false, 0.5, true), (false, 0.49, false), (true, 0.16, true), (true, 0.14, false)]
         {
-            let mut report = Report::new(quick);
-            report.at_least("rate", &series(&[seen]), Some(0.3));
-            assert_eq!(report.reached(), passes, "{quick} {seen}");
+            assert_eq!(passes(quick_run, true, &[seen], 0.5, Some(0.15)), expected, "{quick_run} {seen}");
         }
-        for (quick, seen, passes) in
-            [(false, 64.0, true), (false, 65.0, false), (true, 127.0, true), (true, 129.0, false)]
+        for (quick_run, seen, expected) in
+            [(false, 48.0, true), (false, 49.0, false), (true, 95.0, true), (true, 97.0, false)]
         {
-            let mut report = Report::new(quick);
-            report.at_most("memory", &series(&[seen]), Some(64.0));
-            assert_eq!(report.reached(), passes, "{quick} {seen}");
+            assert_eq!(passes(quick_run, false, &[seen], 48.0, Some(96.0)), expected, "{quick_run} {seen}");
         }
-        let mut report = Report::new(true);
-        report.at_most("memory", &series(&[]), Some(64.0));
-        assert!(!report.reached());
+        assert!(passes(true, true, &[0.01], 0.5, None), "a short look cannot tell");
+        assert!(!passes(false, true, &[0.01], 0.5, None));
+        assert!(!passes(true, false, &[], 48.0, Some(96.0)), "no number");
     }
 }

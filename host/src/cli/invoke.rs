@@ -143,6 +143,7 @@ fn lease(task: TaskId, capability: Capability, inputs: usize, meta: Value) -> Le
         token_expires_at: None,
         inputs,
         outputs_prefix: None,
+        attempt: None,
         document: to_raw_value(&document).expect("JSON values are JSON"),
     }
 }

@@ -85,6 +85,7 @@ impl Entry {
             token_expires_at: None,
             inputs: Vec::new(),
             outputs_prefix: None,
+            attempt: None,
             document: RawValue::NULL.to_owned(),
         }
     }

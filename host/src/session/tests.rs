@@ -39,6 +39,7 @@ fn lease(left: Duration) -> Lease {
         token_expires_at: None,
         inputs: Vec::new(),
         outputs_prefix: None,
+        attempt: None,
         document: serde_json::value::RawValue::NULL.to_owned(),
     }
 }

@@ -235,6 +235,7 @@ fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
     Ok(Lease {
         task: TaskId(task.id),
         job: task.job_id,
+        attempt: task.attempts.as_u64(),
         capability,
         expires_at: moment(answer, envelope.lease_expires_at.or_else(|| time(&task.lease_expires_at))),
         cancelled: envelope.cancel,

@@ -33,6 +33,7 @@ pub(in crate::leases) fn sample_lease() -> Lease {
         token_expires_at: None,
         inputs: Vec::new(),
         outputs_prefix: None,
+        attempt: None,
         document: serde_json::value::RawValue::NULL.to_owned(),
     }
 }
