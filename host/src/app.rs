@@ -31,6 +31,9 @@ const SHUTDOWN_LIMIT: Duration = Duration::from_secs(1);
 /// How long a stop goes on sending reports that wait.
 const LAST_ROUND: Duration = Duration::from_secs(2);
 
+/// How long a start waits for a command that works in the state folder.
+const CLAIM_PATIENCE: Duration = Duration::from_millis(500);
+
 /// A node that is built and listens, but has not spoken to anybody.
 pub struct Node {
     engine: Engine,
@@ -51,7 +54,7 @@ impl Node {
     /// # Errors
     /// When a folder or an address cannot be used.
     pub async fn build(config: HostConfig, plugins: Arc<Plugins>) -> anyhow::Result<Self> {
-        let state = StateDir::open(&config.state_dir).context("STATE_DIR cannot be used")?;
+        let state = StateDir::claim(&config.state_dir, CLAIM_PATIENCE).await.context("STATE_DIR cannot be used")?;
         let scratch = Scratch::open(config.scratch_dir.clone()).context("SCRATCH_DIR cannot be used")?;
         let control = Control::start().context("start the control thread")?;
         let http = config.transport;

@@ -88,5 +88,7 @@ fn show(layers: &Layers, secrets: &Secrets, output: Output) -> anyhow::Result<Ex
         }
     };
     put(std::io::stdout(), &text)?;
-    Ok(Exit::Done)
+    // What was given and is not among the rows.
+    layers.mistakes().iter().for_each(|mistake| complain(mistake));
+    Ok(if layers.mistakes().is_empty() { Exit::Done } else { Exit::Configuration })
 }

@@ -76,7 +76,14 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
         Command::Retry { which, .. } | Command::Drop { which, .. } => which.tasks(),
     };
     let (reports, running) = match Shelf::open(&folder) {
-        Ok(shelf) => (stopped(command, shelf, tasks.as_deref())?, false),
+        Ok(Some(shelf)) => (stopped(command, shelf, tasks.as_deref())?, false),
+        // A folder that is mistyped must not look like one in which all is well.
+        Ok(None) => {
+            put(std::io::stdout(), &shown(&[], place.output)?)?;
+            let named = "name a node's state folder with --state-dir or STATE_DIR";
+            eprintln!("there is no outbox in {}; {named}", folder.display());
+            return Ok(if tasks.is_some() { Exit::Failed } else { Exit::Done });
+        }
         Err(ShelfError::State(StateError::InUse { path, .. })) => {
             let wanted = Wanted { tasks: tasks.clone() };
             let asked = block_on(async {
@@ -101,9 +108,8 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
 }
 
 /// On a node that does not run. What waits there is sent when one starts.
-fn stopped(command: &Command, shelf: Option<Shelf>, tasks: Option<&[Uuid]>) -> anyhow::Result<Vec<Listing>> {
+fn stopped(command: &Command, mut shelf: Shelf, tasks: Option<&[Uuid]>) -> anyhow::Result<Vec<Listing>> {
     let tasks: Option<HashSet<Uuid>> = tasks.map(|tasks| tasks.iter().copied().collect());
-    let Some(mut shelf) = shelf else { return Ok(Vec::new()) };
     Ok(match command {
         Command::List { .. } | Command::Retry { .. } => shelf.listings(tasks.as_ref()),
         Command::Drop { .. } => shelf.drop_reports(tasks.as_ref())?,

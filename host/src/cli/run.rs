@@ -37,7 +37,8 @@ pub(super) struct Settings {
 }
 
 impl Settings {
-    /// Lays the flags over the environment and the file under it.
+    /// Lays the flags over the environment and the file under it. Mistakes in single flags are told
+    /// with all others.
     pub(super) fn apply(&self, layers: &mut Layers) -> anyhow::Result<()> {
         if let Some(file) = &self.config {
             layers.read_file(file)?;
@@ -48,16 +49,16 @@ impl Settings {
             }
         }
         for pair in &self.set {
-            let (name, value) =
-                pair.split_once('=').ok_or_else(|| anyhow::anyhow!("--set {pair}: expected NAME=VALUE"))?;
+            let Some((name, value)) = pair.split_once('=') else {
+                layers.mistake(format!("--set {pair}: expected NAME=VALUE"));
+                continue;
+            };
             match Key::find(name) {
-                Some(key) if key.is_secret() => {
-                    anyhow::bail!(
-                        "--set {name}: a secret on the command line is visible to others; use the environment or {name}_FILE"
-                    )
-                }
+                Some(key) if key.is_secret() => layers.mistake(format!(
+                    "--set {name}: a secret on the command line is visible to others; use the environment or {name}_FILE"
+                )),
                 Some(key) => layers.set(key.name, value, Origin::Flag),
-                None => anyhow::bail!("--set {name}: there is no such setting{}", suggestion(name)),
+                None => layers.mistake(format!("--set {name}: there is no such setting{}", suggestion(name))),
             }
         }
         Ok(())

@@ -104,6 +104,17 @@ impl Layers {
         }
     }
 
+    /// Notes a mistake, to be told together with all others.
+    pub fn mistake(&mut self, text: String) {
+        self.mistakes.push(text);
+    }
+
+    /// Mistakes known before values are looked at: what they are about is in no layer.
+    #[must_use]
+    pub fn mistakes(&self) -> &[String] {
+        &self.mistakes
+    }
+
     /// Sets a value unless a layer has one already.
     ///
     /// # Panics

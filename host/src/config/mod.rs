@@ -166,7 +166,7 @@ impl HostConfig {
             sign_in_domain: parser.optional("SIGN_IN_DOMAIN").map(str::to_owned),
             version: parser.version("NODE_VERSION"),
             http_bind,
-            max_concurrency: parser.value("MAX_CONCURRENCY", "a number above 0", 1, |text| {
+            max_concurrency: parser.value("MAX_CONCURRENCY", "a number from 1 to 65536", 1, |text| {
                 text.parse().ok().filter(|count| (1..=65_536).contains(count))
             }),
             request_timeout: parser.seconds("REQUEST_TIMEOUT_SECS"),

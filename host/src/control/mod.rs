@@ -32,7 +32,13 @@ pub use door::Door;
 
 #[cfg(unix)]
 mod door {
-    use std::{collections::HashSet, io, os::unix::fs::PermissionsExt, path::Path, time::Duration};
+    use std::{
+        collections::HashSet,
+        io,
+        os::unix::fs::PermissionsExt,
+        path::{Path, PathBuf},
+        time::Duration,
+    };
 
     use axum::{
         Json, Router,
@@ -51,7 +57,18 @@ mod door {
     /// The node's side, listening.
     pub struct Door {
         listener: UnixListener,
-        path: std::path::PathBuf,
+        socket: Socket,
+    }
+
+    /// The socket's file, gone with its node, also with one that never ran.
+    struct Socket(PathBuf);
+
+    impl Drop for Socket {
+        fn drop(&mut self) {
+            if let Err(err) = std::fs::remove_file(&self.0) {
+                tracing::debug!(error = %err, "control socket was gone already");
+            }
+        }
     }
 
     impl Door {
@@ -67,18 +84,20 @@ mod door {
                 _ => {}
             }
             let listener = UnixListener::bind(&path)?;
-            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600))?;
-            Ok(Self { listener, path })
+            let socket = Socket(path);
+            std::fs::set_permissions(&socket.0, std::fs::Permissions::from_mode(0o600))?;
+            Ok(Self { listener, socket })
         }
 
         /// Serves until `stop`.
         pub async fn run(self, outbox: Outbox, stop: CancellationToken) {
+            let Self { listener, socket: _socket } = self;
             let router = Router::new()
                 .route("/outbox", get(list))
                 .route("/outbox/retry", post(retry))
                 .route("/outbox/drop", post(drop_reports))
                 .with_state(outbox);
-            let served = axum::serve(self.listener, router).with_graceful_shutdown(stop.clone().cancelled_owned());
+            let served = axum::serve(listener, router).with_graceful_shutdown(stop.clone().cancelled_owned());
             let out_of_patience = async {
                 stop.cancelled().await;
                 tokio::time::sleep(LAST_ANSWERS).await;
@@ -90,9 +109,6 @@ mod door {
                     }
                 }
                 () = out_of_patience => {}
-            }
-            if let Err(err) = std::fs::remove_file(&self.path) {
-                tracing::debug!(error = %err, "control socket was gone already");
             }
         }
     }

@@ -76,7 +76,7 @@ pub enum LeaseError {
     #[error("control plane considers this node busy")]
     Busy,
     /// Any other refusal.
-    #[error("control plane answered {status}: {excerpt}")]
+    #[error("control plane answered {status}{}", said(excerpt))]
     Refused {
         /// The status.
         status: u16,
@@ -93,6 +93,10 @@ pub enum LeaseError {
         /// What is wrong with it.
         reason: String,
     },
+}
+
+fn said(excerpt: &str) -> String {
+    if excerpt.is_empty() { String::new() } else { format!(": {excerpt}") }
 }
 
 /// What to do about a [`LeaseError`].

@@ -321,8 +321,10 @@ impl Outbox {
         let (task, verdict) = (entry.task(), &entry.verdict);
         let Err(err) = self.0.source.settle(task, &entry.lease(), verdict).await else {
             crate::crash::point("answer-read");
-            self.with(|book| book.answered(number));
-            self.0.writer.note(Change::Remove(number));
+            self.with(|book| {
+                book.answered(number);
+                self.0.writer.note(Change::Remove(number));
+            });
             if who == Sender::Outbox {
                 let waited = Timestamp::now().duration_since(entry.ended_at).max(SignedDuration::ZERO);
                 let waited_ms = millis(waited.unsigned_abs());
@@ -342,9 +344,12 @@ impl Outbox {
             return Some(Sent::Refused(error));
         }
         let failure = Failure { error: &error, retry_after: err.retry_after(), at: Timestamp::now() };
-        let failed = self.with(|book| book.failed(number, failure, Instant::now(), rand::random::<f64>()));
-        let (tries, pause, first) = failed?;
-        self.0.writer.note(Change::Put(number, entry.encode(&tries)));
+        // Written in the same breath: what is dropped right after this must not come back to the disk.
+        let (tries, pause, first) = self.with(|book| {
+            let failed = book.failed(number, failure, Instant::now(), rand::random::<f64>())?;
+            self.0.writer.note(Change::Put(number, entry.encode(&failed.0)));
+            Some(failed)
+        })?;
         self.0.turn.notify_one();
         if first {
             warn!(task_id = %task, error, retry_in_ms = millis(pause), "reports wait for the control plane");
@@ -416,11 +421,13 @@ impl Kept {
     }
 
     fn rename(&self, name: &ReportName) {
-        let Some((entry, tries)) = self.outbox.lock().book.get(self.number) else { return };
-        if let Some(renamed) = entry.renamed(name) {
-            self.outbox.0.writer.note(Change::Put(self.number, renamed.encode(&tries)));
-            self.outbox.with(|book| book.replace(self.number, Arc::new(renamed)));
-        }
+        self.outbox.with(|book| {
+            let Some((entry, tries)) = book.get(self.number) else { return };
+            if let Some(renamed) = entry.renamed(name) {
+                self.outbox.0.writer.note(Change::Put(self.number, renamed.encode(&tries)));
+                book.replace(self.number, Arc::new(renamed));
+            }
+        });
     }
 }
 

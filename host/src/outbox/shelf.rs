@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::{
     entry::{Entry, Listing, ListingState, Tries},
-    state::{StateDir, StateError},
+    state::{StateDir, StateError, failed},
     store::{Change, FILE, Store},
 };
 
@@ -37,9 +37,11 @@ impl Shelf {
     /// Opens the outbox in a state folder. Nothing is made where nothing is.
     ///
     /// # Errors
-    /// When the folder is in use (see [`StateError::InUse`]) or the file cannot be read.
+    /// When the folder cannot be looked into, is in use (see [`StateError::InUse`]) or the file cannot be read.
     pub fn open(folder: &Path) -> Result<Option<Self>, ShelfError> {
-        if !folder.join(FILE).exists() {
+        let file = folder.join(FILE);
+        // What cannot be looked at is not empty.
+        if !file.try_exists().map_err(failed("open", &file))? {
             return Ok(None);
         }
         let state = StateDir::open(folder)?;

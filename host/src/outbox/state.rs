@@ -5,10 +5,15 @@ use std::{
     fs::{self, DirBuilder, File, TryLockError},
     io::{self, Read, Seek, Write},
     path::{Path, PathBuf},
+    time::Duration,
 };
+
+use tokio::time::Instant;
 
 /// Held while the folder is in use; says by which process.
 const LOCK: &str = "lock";
+/// How often a folder in use is looked at again.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Why the folder cannot be used: one line that names it.
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +99,21 @@ impl StateDir {
         Ok(Self { path, _lock: lock })
     }
 
+    /// Like [`StateDir::open`], but waits up to `patience` for whoever works in it: a command that
+    /// looks at the outbox is done in a moment, and must not keep a node from starting.
+    ///
+    /// # Errors
+    /// As [`StateDir::open`], once patience has ended.
+    pub async fn claim(path: &Path, patience: Duration) -> Result<Self, StateError> {
+        let deadline = Instant::now() + patience;
+        loop {
+            match Self::open(path) {
+                Err(StateError::InUse { .. }) if Instant::now() < deadline => tokio::time::sleep(LOOK_AGAIN).await,
+                opened => return opened,
+            }
+        }
+    }
+
     /// The folder, absolute.
     #[must_use]
     pub fn path(&self) -> &Path {
@@ -132,6 +152,20 @@ mod tests {
         assert_eq!(said, wanted);
         drop(state);
         StateDir::open(&path).expect("free again");
+    }
+
+    #[tokio::test]
+    async fn a_folder_that_is_left_in_time_can_be_claimed() {
+        let base = tempfile::tempdir().expect("a folder");
+        let state = StateDir::open(base.path()).expect("taken");
+        let said = StateDir::claim(base.path(), 3 * LOOK_AGAIN).await.expect_err("still in use").to_string();
+        assert!(said.contains("is in use by another node"), "{said}");
+        let leaving = async {
+            tokio::time::sleep(2 * LOOK_AGAIN).await;
+            drop(state);
+        };
+        let (claimed, ()) = tokio::join!(StateDir::claim(base.path(), Duration::from_secs(10)), leaving);
+        claimed.expect("free by now");
     }
 
     #[test]

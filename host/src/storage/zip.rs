@@ -243,13 +243,22 @@ fn plan(zip: &mut ZipArchive<File>, archive_bytes: u64, limits: &UnpackLimits) -
         if path.as_os_str().is_empty() {
             return Err(refuse("has no name"));
         }
+        // From the inside out: above a folder that is known, all are.
+        let known = |folders: &mut HashSet<String>, folder: &Path| !folders.insert(key(folder));
         for parent in path.ancestors().skip(1).filter(|parent| !parent.as_os_str().is_empty()) {
-            folders.insert(key(parent));
+            if known(&mut folders, parent) {
+                break;
+            }
         }
         if folder {
-            folders.insert(key(&path));
+            known(&mut folders, &path);
         } else if !files.insert(key(&path)) {
             return Err(twice());
+        }
+        // A name of a thousand bytes can ask for hundreds of folders.
+        let found = (files.len() + folders.len()) as u64;
+        if found > limits.files {
+            return Err(UnpackError::Files { found, max: limits.files });
         }
         total = total.saturating_add(entry.size());
         entries.push(Entry { index, path, folder, size: entry.size() });

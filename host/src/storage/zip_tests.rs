@@ -213,3 +213,13 @@ fn archives_are_told_by_their_type_and_lie_where_later_stages_look() {
     assert_eq!(folder("refined_scan_zip", "../x", 1), Path::new("refined/local/___x/sfm"));
     assert_eq!(folder("zip", "clouds", 1), Path::new("unpacked/clouds"));
 }
+
+#[test]
+fn folders_that_only_stand_in_names_count_too() {
+    let deep: Vec<String> = (0..40).map(|number| format!("{number}/{}f", "d/".repeat(400))).collect();
+    let files: Vec<(&str, &[u8])> = deep.iter().map(|name| (name.as_str(), b"".as_slice())).collect();
+    let limits = UnpackLimits { files: 1000, ..UnpackLimits::default() };
+    let err = check(&archive(&files), &limits).expect_err("refused");
+    assert!(err.ends_with("files and folders, at most 1000 are allowed (UNPACK_FILES_MAX)"), "{err}");
+    assert_eq!(check(&archive(&files[..2]), &limits).expect("few enough").len(), 2);
+}

@@ -49,6 +49,25 @@ async fn s0_02_s0_15c_every_missing_variable_is_named_at_once() {
 }
 
 #[tokio::test]
+async fn mistakes_in_flags_are_told_with_all_others_and_beside_what_is_shown() {
+    let flags = ["--set", "OUTBOXMAX=1", "--set", "REG_SECRET=x", "--set", "DRAIN_TIMEOUT"];
+    let mistakes = [
+        "--set OUTBOXMAX: there is no such setting, did you mean OUTBOX_MAX?",
+        "--set REG_SECRET: a secret on the command line is visible to others; use the environment or REG_SECRET_FILE",
+        "--set DRAIN_TIMEOUT: expected NAME=VALUE",
+    ];
+    for command in [&["run"][..], &["config", "check"]] {
+        let ended = flags.iter().fold(Cli::new(command), |cli, flag| cli.arg(*flag)).run().await.expect(78);
+        let errors = errors(&ended);
+        assert_eq!(errors[..3], mistakes);
+        assert_eq!(errors.len(), 7, "the four that are missing too: {errors:#?}");
+    }
+    let shown = flags.iter().fold(Cli::new(&["config", "show"]), |cli, flag| cli.arg(*flag)).run().await.expect(78);
+    assert_eq!(errors(&shown), mistakes);
+    assert!(shown.stdout.contains("OUTBOX_MAX                 1000 "), "{}", shown.stdout);
+}
+
+#[tokio::test]
 async fn s0_26_s0_53_a_key_that_is_no_key_is_refused_and_never_repeated() {
     let silence = Silence::new().await;
     for (key, wanted) in [
@@ -70,7 +89,7 @@ async fn s0_26_s0_53_a_key_that_is_no_key_is_refused_and_never_repeated() {
 async fn s0_03_values_that_cannot_be_read_are_told_together() {
     let silence = Silence::new().await;
     let wrong = [
-        ("MAX_CONCURRENCY", "0", "a number above 0"),
+        ("MAX_CONCURRENCY", "65537", "a number from 1 to 65536"),
         ("POLL_BACKOFF_MS_MIN", "soon", "whole milliseconds, at most 316224000000"),
         ("REQUEST_TIMEOUT_SECS", "-1", "whole seconds, at most 316224000"),
         ("REGISTER_MAX_RETRY", "-2", "-1 or a number of attempts"),
@@ -225,7 +244,10 @@ async fn a_key_without_effect_in_this_version_refuses_its_plugin() {
 async fn an_address_or_a_folder_that_cannot_be_used_is_told() {
     let silence = Silence::new().await;
     let taken = silence.rubbish.address().to_string();
-    let ended = silence.refuses(silence.node().set("HTTP_BIND", taken.as_str()), 78).await;
+    let state = tempfile::tempdir().expect("a folder");
+    let node = silence.node().set("HTTP_BIND", taken.as_str()).set("STATE_DIR", state.path().to_string_lossy());
+    let ended = silence.refuses(node, 78).await;
+    assert!(!state.path().join("control.sock").exists(), "a node that does not start takes its socket with it");
     let text = errors(&ended)[0].to_owned();
     assert!(text.starts_with(&format!("HTTP_BIND {taken} cannot be bound: ")), "{text}");
     let file = tempfile::NamedTempFile::new().expect("a file");

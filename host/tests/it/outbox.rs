@@ -340,3 +340,26 @@ async fn outbox_list_retry_and_drop_work_on_a_running_node_and_on_a_stopped_one(
     assert!(!socket.exists(), "a node that ends takes its socket with it");
     Cli::new(&["outbox", "drop"]).run().await.expect(2);
 }
+
+#[tokio::test]
+async fn a_folder_without_an_outbox_is_not_taken_for_an_empty_one() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let missing = folder.path().join("mistyped");
+    let list = |dir: &std::path::Path| Cli::new(&["outbox", "list", "--state-dir"]).arg(dir).run();
+    let said = list(&missing).await.expect(0);
+    let wanted = format!(
+        "there is no outbox in {}; name a node's state folder with --state-dir or STATE_DIR",
+        missing.display()
+    );
+    assert_eq!((said.stdout.as_str(), said.stderr), ("", wanted));
+    assert!(!missing.exists(), "nothing is made");
+    // What cannot be looked into is a mistake.
+    let file = folder.path().join("file");
+    std::fs::write(&file, "x").expect("written");
+    let said = list(&file).await.expect(78);
+    assert!(
+        said.stderr.starts_with(&format!("error: cannot open {}/outbox.redb: ", file.display())),
+        "{}",
+        said.stderr
+    );
+}

@@ -198,3 +198,15 @@ async fn s0_31_polls_keep_the_shorter_bound_whichever_comes_first() {
     assert!(took >= Duration::from_millis(400), "{took:?} for five pauses");
     node.stop().await;
 }
+
+#[tokio::test]
+async fn pauses_of_nothing_are_no_licence_to_storm() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::hello()]).set("POLL_BACKOFF_MS_MIN", "0").set("POLL_BACKOFF_MS_MAX", "0");
+    let node = node.leasing().await;
+    let (began, before) = (Instant::now(), rubbish.count(POLL));
+    rubbish.seen(POLL, before + 30).await;
+    assert!(began.elapsed() >= Duration::from_millis(250), "thirty polls in {:?}", began.elapsed());
+    node.stop().await;
+}

@@ -54,7 +54,7 @@ impl Patience {
         let grown = self.first.saturating_mul(1 << (self.failures - 1).min(16)).min(PAUSE_MAX);
         // Nodes that lost the same server must not come back in step.
         let pause = grown.mul_f64(rand::random_range(0.8..1.2)).max(asked.unwrap_or_default());
-        (now.duration_since(since) + pause <= self.limit).then_some(pause)
+        (now.duration_since(since).saturating_add(pause) <= self.limit).then_some(pause)
     }
 }
 
@@ -100,5 +100,6 @@ mod tests {
         let now = Instant::now();
         assert_eq!(patience.next_pause(Some(20 * SECOND), now), Some(20 * SECOND));
         assert_eq!(patience.next_pause(Some(20 * SECOND), now + 20 * SECOND), None);
+        assert_eq!(patience.next_pause(Some(Duration::MAX), now + 20 * SECOND), None, "any number can be asked for");
     }
 }
