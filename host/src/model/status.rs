@@ -290,7 +290,7 @@ impl StatusBoard {
             job_id: lease.job,
             domain_id: lease.domain_id,
             plugin,
-            attempt: lease.attempt(),
+            attempt: lease.attempt,
             state: "setting-up",
             since: Timestamp::now(),
             times: TaskTimes(grant.clone()),

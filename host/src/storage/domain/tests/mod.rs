@@ -141,7 +141,8 @@ fn lease(inputs: &[&str]) -> Lease {
         token_expires_at: None,
         inputs: inputs.iter().map(ToString::to_string).collect(),
         outputs_prefix: Some("/out/".to_owned()),
-        document: serde_json::Map::new(),
+        attempt: None,
+        document: serde_json::value::RawValue::NULL.to_owned(),
     }
 }
 
