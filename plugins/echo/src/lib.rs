@@ -82,19 +82,30 @@ mod tests {
 
     use super::*;
 
-    fn check<R: Runner>(runner: &R) {
-        let large: Vec<u8> = (0..1_000_000_u32).map(|n| n.to_le_bytes()[0]).collect();
-        let ended = TestHost::new().input("a", large.clone()).input("b", Vec::new()).run_blocking(runner);
+    fn check<R: Runner>(runner: &R, inputs: &[&[u8]]) {
+        let mut host = TestHost::new();
+        for (index, input) in inputs.iter().enumerate() {
+            host = host.input(&index.to_string(), input.to_vec());
+        }
+        let ended = host.run_blocking(runner);
         assert!(ended.is_ok(), "{:?}", ended.failure());
-        assert_eq!(ended.output("echo-0.bin"), Some(&large[..]));
-        assert_eq!(ended.output("echo-1.bin"), Some(&b""[..]));
+        for (index, input) in inputs.iter().enumerate() {
+            assert_eq!(ended.output(&format!("echo-{index}.bin")), Some(*input));
+        }
     }
 
     #[test]
     fn every_form_returns_what_it_was_given() {
-        check(&EchoBytes);
-        check(&EchoFile);
-        check(&EchoStream);
+        let large: Vec<u8> = (0..1_000_000_u32).map(|n| n.to_le_bytes()[0]).collect();
+        check(&EchoBytes, &[&large, b""]);
+        check(&EchoStream, &[&large, b""]);
+        check(&EchoFile, &[&large]);
+    }
+
+    #[test]
+    fn a_file_of_no_bytes_is_no_artifact() {
+        let ended = TestHost::new().input("a", Vec::new()).run_blocking(&EchoFile);
+        assert!(ended.failure().is_some_and(|failure| format!("{failure:?}").contains("is empty")), "{ended:?}");
     }
 
     #[test]
