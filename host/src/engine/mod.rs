@@ -253,8 +253,8 @@ impl Engine {
         let plugin = self.rooms.plugins.name_of(&lease.capability);
         let span = attempt::span(&lease, plugin.as_deref());
         let session = span.in_scope(|| self.rooms.sessions.open(lease)); // heartbeats start
-        self.rooms.board.began(&session.grant(), plugin);
-        let slot = attempt::Slot { permit, pace: self.pace.clone() };
+        let held = self.rooms.board.began(&session.grant(), plugin);
+        let slot = attempt::Slot { permit, pace: self.pace.clone(), held };
         let (rooms, grace) = (Arc::clone(&self.rooms), self.config.cancel_grace);
         let attempt = attempt::attempt(rooms, slot, session, grace, stops.cancel.clone());
         self.attempts.spawn(attempt.instrument(span));
