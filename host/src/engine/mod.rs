@@ -270,6 +270,9 @@ impl Engine {
         if taken.is_ok() {
             self.rooms.outbox.plane_answers();
         }
+        // A lease that cannot be read, or a word to end something first, is an answer too.
+        let answered = matches!(taken, Ok(_) | Err(LeaseError::Busy | LeaseError::Malformed { task: Some(_), .. }));
+        self.rooms.board.polled(taken.as_ref().err().filter(|_| !answered).map(ToString::to_string));
         match taken {
             Ok(Some(lease)) => self.admit(lease),
             Ok(None) => Polled::Pause(None),

@@ -46,6 +46,8 @@ pub struct HostStatus {
     /// Why the last login failed, one line.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub login_error: Option<String>,
+    /// How asking for work goes.
+    pub polls: PollStatus,
     /// Room where tasks work.
     pub disk: DiskStatus,
     /// Most tasks at once.
@@ -73,6 +75,16 @@ pub struct HostStatus {
     pub memory: Budget,
     /// Every library, loaded or refused.
     pub plugins: serde_json::Value,
+}
+
+/// How asking the control plane for work goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PollStatus {
+    /// Polls in a row that failed up to now.
+    pub failed: u32,
+    /// Why the last one failed, one line; gone with the first one that is answered.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<String>,
 }
 
 /// Room on the file system of `SCRATCH_DIR`.
@@ -276,6 +288,7 @@ impl StatusBoard {
             last_healthcheck: None,
             token_expires_at: None,
             login_error: None,
+            polls: PollStatus::default(),
             disk: DiskStatus::default(),
             slots,
             capabilities,
@@ -301,6 +314,18 @@ impl StatusBoard {
     /// Changes anything.
     pub fn change(&self, change: impl FnOnce(&mut HostStatus)) {
         self.0.send_modify(change);
+    }
+
+    /// Notes how a poll ended: with an answer, or why not.
+    pub fn polled(&self, error: Option<String>) {
+        self.0.send_if_modified(|HostStatus { polls, .. }| {
+            let news = error.is_some() || polls.failed > 0;
+            if news {
+                let failed = if error.is_some() { polls.failed.saturating_add(1) } else { 0 };
+                *polls = PollStatus { failed, last_error: error };
+            }
+            news
+        });
     }
 
     /// Enters a task, and the plugin that serves it.
