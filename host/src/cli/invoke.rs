@@ -3,7 +3,7 @@
 use std::{io::Write, path::PathBuf, sync::Arc};
 
 use anyhow::Context;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json, value::to_raw_value};
 use uuid::Uuid;
 
 use super::{Exit, Output, PluginArgs, block_on, nothing_to_serve, reserve_stdout, signals::Signals};
@@ -131,10 +131,6 @@ fn lease(task: TaskId, capability: Capability, inputs: usize, meta: Value) -> Le
     let document = json!({
         "task": { "id": task.to_string(), "capability": capability.as_str(), "inputs_cids": inputs, "meta": meta },
     });
-    let document = match document {
-        Value::Object(document) => document,
-        _ => Map::new(),
-    };
     Lease {
         task,
         job: None,
@@ -147,7 +143,8 @@ fn lease(task: TaskId, capability: Capability, inputs: usize, meta: Value) -> Le
         token_expires_at: None,
         inputs,
         outputs_prefix: None,
-        document,
+        attempt: None,
+        document: to_raw_value(&document).expect("JSON values are JSON"),
     }
 }
 

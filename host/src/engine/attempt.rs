@@ -50,7 +50,7 @@ pub(super) fn span(lease: &Lease, plugin: Option<&str>) -> Span {
         domain_id = lease.domain_id.map(tracing::field::display),
         capability = %lease.capability,
         plugin,
-        attempt = lease.attempt(),
+        attempt = lease.attempt,
     )
 }
 

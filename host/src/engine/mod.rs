@@ -252,7 +252,14 @@ impl Engine {
     fn begin(&mut self, lease: Lease, permit: OwnedSemaphorePermit, stops: &Stops) {
         let plugin = self.rooms.plugins.name_of(&lease.capability);
         let span = attempt::span(&lease, plugin.as_deref());
+        let task = lease.task;
         let session = span.in_scope(|| self.rooms.sessions.open(lease)); // heartbeats start
+        if self.rooms.outbox.owes(task) {
+            // The plane leased it again before it heard of its end, as after a crash.
+            span.in_scope(|| info!("task leased again, its report is still on its way"));
+            self.rooms.outbox.adopt(task, session);
+            return;
+        }
         let held = self.rooms.board.began(&session.grant(), plugin);
         let slot = attempt::Slot { permit, pace: self.pace.clone(), held };
         let (rooms, grace) = (Arc::clone(&self.rooms), self.config.cancel_grace);
@@ -289,13 +296,13 @@ impl Engine {
 
     /// Leases that are over before they begin are neither run nor reported.
     fn admit(&self, lease: Lease) -> Polled {
-        let (task, capability) = (lease.task, &lease.capability);
+        let span = || attempt::span(&lease, self.rooms.plugins.name_of(&lease.capability).as_deref());
         if lease.cancelled {
-            info!(task_id = %task, capability = %capability, "lease skipped, it came already cancelled");
+            span().in_scope(|| info!("lease skipped, it came already cancelled"));
             return Polled::Pause(None);
         }
         if lease.expires_at.is_some_and(Moment::has_passed) {
-            warn!(task_id = %task, capability = %capability, "lease skipped, it expired before it was looked at");
+            span().in_scope(|| warn!("lease skipped, it expired before it was looked at"));
             return Polled::Pause(None);
         }
         Polled::Lease(Box::new(lease))

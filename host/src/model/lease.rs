@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use serde_json::{Map, Value};
+use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::{Capability, Moment, Token};
@@ -31,6 +31,8 @@ pub struct Lease {
     pub task: TaskId,
     /// The job the task belongs to, echoed in reports.
     pub job: Option<Uuid>,
+    /// Which run of the task this is, as the plane counts them; most count from 1.
+    pub attempt: Option<u64>,
     /// Which runner is asked for.
     pub capability: Capability,
     /// When the plane gives the task to somebody else, as far as it said so in a time that can be meant.
@@ -50,14 +52,6 @@ pub struct Lease {
     /// Prefix of artifact paths, as received.
     pub outputs_prefix: Option<String>,
     /// The lease as the plane sent it, unknown fields included, every credential removed: what a
-    /// runner sees.
-    pub document: Map<String, Value>,
-}
-
-impl Lease {
-    /// Which run of the task this is, as the plane counts them; most count from 1.
-    #[must_use]
-    pub fn attempt(&self) -> Option<u64> {
-        self.document.get("task")?.get("attempts")?.as_u64()
-    }
+    /// runner sees. Text that is passed on: nobody here looks into it.
+    pub document: Box<RawValue>,
 }

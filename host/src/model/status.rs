@@ -336,7 +336,7 @@ impl StatusBoard {
             job_id: lease.job,
             domain_id: lease.domain_id,
             plugin,
-            attempt: lease.attempt(),
+            attempt: lease.attempt,
             state: "setting-up",
             since: Timestamp::now(),
             times: TaskTimes(grant.clone()),
@@ -405,7 +405,8 @@ mod tests {
             token_expires_at: None,
             inputs: Vec::new(),
             outputs_prefix: None,
-            document: serde_json::Map::new(),
+            attempt: None,
+            document: serde_json::value::RawValue::NULL.to_owned(),
         };
         Grant::new(lease, Setup::Pending).0
     }

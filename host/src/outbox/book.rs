@@ -40,7 +40,7 @@ struct Held {
     entry: Arc<Entry>,
     tries: Tries,
     place: Place,
-    /// What keeps the lease of its task; none after a restart.
+    /// What keeps the lease of its task; none after a restart, until the plane leases the task to us again.
     lease_kept: Option<Box<dyn Send>>,
 }
 
@@ -102,6 +102,12 @@ impl Book {
         if let Some(held) = self.held.get_mut(&number) {
             held.lease_kept = Some(lease);
         }
+    }
+
+    /// The newest report about `task` that will be sent.
+    pub(super) fn owed(&self, task: Uuid) -> Option<u64> {
+        let about = |held: &Held| held.entry.task_id == task && held.place != Place::Foreign;
+        self.held.iter().rev().find(|(_, held)| about(held)).map(|(number, _)| *number)
     }
 
     /// Keeps no lease any longer: the process ends.

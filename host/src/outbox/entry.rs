@@ -2,6 +2,7 @@
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use crate::model::{Capability, Lease, ReportName, TaskId, Verdict};
@@ -84,7 +85,8 @@ impl Entry {
             token_expires_at: None,
             inputs: Vec::new(),
             outputs_prefix: None,
-            document: serde_json::Map::new(),
+            attempt: None,
+            document: RawValue::NULL.to_owned(),
         }
     }
 }

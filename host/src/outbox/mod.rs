@@ -47,10 +47,10 @@ pub use self::{
 };
 use crate::{
     leases::{Advice, LeaseError, LeaseSource},
-    model::{Lease, OutboxStatus, ReportName, ReportState, StatusBoard, Verdict, millis},
+    model::{Lease, OutboxStatus, ReportName, ReportState, StatusBoard, TaskId, Verdict, millis},
 };
 
-/// How often the last round may fail before it is given up: a plane that is away would cost a
+/// How often the last rounds may fail before they are given up: a plane that is away would cost a
 /// shutdown a request for each report.
 const LAST_FAILURES_MAX: u32 = 3;
 
@@ -195,6 +195,24 @@ impl Outbox {
         kept
     }
 
+    /// Whether a report about `task` waits to be sent: the task is done, whatever the plane knows of it.
+    #[must_use]
+    pub fn owes(&self, task: TaskId) -> bool {
+        self.lock().book.owed(task.0).is_some()
+    }
+
+    /// Holds `lease` as long as the report about `task` is on its way, and sends that now. Without
+    /// such a report the lease is dropped.
+    pub fn adopt(&self, task: TaskId, lease: impl Send + 'static) {
+        self.with(|book| {
+            if let Some(number) = book.owed(task.0) {
+                book.hold(number, Box::new(lease));
+            }
+            book.hurry(Some(&HashSet::from([task.0])), Instant::now())
+        });
+        self.0.turn.notify_one();
+    }
+
     /// Whether another task may be taken on.
     #[must_use]
     pub fn has_room(&self) -> bool {
@@ -246,28 +264,41 @@ impl Outbox {
         }
     }
 
-    /// A last round within `limit`, then the file is closed. Call it after [`Outbox::run`] has ended;
-    /// with how many reports are left for the next start.
+    /// Last rounds within `limit`, then the file is closed. Call it after [`Outbox::run`] has ended; with
+    /// how many reports are left for the next start.
     pub async fn finish(&self, limit: Duration) -> usize {
         let deadline = Instant::now() + limit;
         let mut failures = 0;
-        let numbers = self.lock().book.numbers(None);
-        for number in numbers {
-            let ours = self.lock().book.listing(number).is_some_and(|report| report.state != ListingState::Foreign);
-            if !ours || failures >= LAST_FAILURES_MAX {
-                continue;
+        while self.lock().book.ours() > 0 {
+            let Some(failed) = self.last_round(deadline, LAST_FAILURES_MAX - failures).await else { break };
+            failures += failed;
+            let pause = book::pause_after(failures, rand::random());
+            if failed == 0 || failures >= LAST_FAILURES_MAX || Instant::now() + pause >= deadline {
+                break;
             }
-            match timeout_at(deadline, self.send(number, Sender::Outbox)).await {
-                Ok(Some(Sent::Waiting(_))) => failures += 1,
-                Ok(_) => {}
-                Err(_) => break,
-            }
+            tokio::time::sleep(pause).await;
         }
         if let Err(err) = self.0.writer.close().await {
             warn!(error = %err, "outbox was not closed in order");
         }
         self.with(Book::let_go);
         self.lock().book.ours()
+    }
+
+    /// Sends every report of ours once, until so many have failed; with how many did. `None`: time is up.
+    async fn last_round(&self, deadline: Instant, failures_max: u32) -> Option<u32> {
+        let mut failures = 0;
+        let numbers = self.lock().book.numbers(None);
+        for number in numbers {
+            let ours = self.lock().book.listing(number).is_some_and(|report| report.state != ListingState::Foreign);
+            if !ours || failures >= failures_max {
+                continue;
+            }
+            if let Some(Sent::Waiting(_)) = timeout_at(deadline, self.send(number, Sender::Outbox)).await.ok()? {
+                failures += 1;
+            }
+        }
+        Some(failures)
     }
 
     /// Every report, the oldest first.

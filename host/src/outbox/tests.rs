@@ -33,7 +33,8 @@ fn lease(number: u128) -> Lease {
         token_expires_at: None,
         inputs: Vec::new(),
         outputs_prefix: None,
-        document: serde_json::Map::new(),
+        attempt: None,
+        document: serde_json::value::RawValue::NULL.to_owned(),
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
 
 use runner_sdk::abi::Status;
 use serde::Serialize;
-use serde_json::{Map, Value};
+use serde_json::{Value, value::RawValue};
 use tokio::{
     runtime::Handle,
     sync::{Semaphore, oneshot},
@@ -54,7 +54,7 @@ pub struct Folder {
 struct Request<'a> {
     capability: &'a str,
     dir: &'a Path,
-    lease: &'a Map<String, Value>,
+    lease: &'a RawValue,
 }
 
 /// A loaded plugin.

@@ -39,7 +39,8 @@ fn lease(left: Duration) -> Lease {
         token_expires_at: None,
         inputs: Vec::new(),
         outputs_prefix: None,
-        document: serde_json::Map::new(),
+        attempt: None,
+        document: serde_json::value::RawValue::NULL.to_owned(),
     }
 }
 

@@ -21,7 +21,7 @@ use http::{Request, Response, StatusCode, response};
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use hyper::body::Incoming;
 use jiff::Timestamp;
-use serde::de::DeserializeOwned;
+use serde::Deserialize;
 use url::Url;
 
 pub use proxy::Proxies;
@@ -162,7 +162,7 @@ impl Answer {
     }
 
     /// Decodes the body as JSON.
-    pub fn json<T: DeserializeOwned>(&self) -> Result<T, TransportError> {
+    pub fn json<'a, T: Deserialize<'a>>(&'a self) -> Result<T, TransportError> {
         serde_json::from_slice(&self.body).map_err(|err| TransportError::NotJson {
             host: self.host.clone(),
             bytes: self.body.len(),

@@ -16,7 +16,7 @@ fn zoo() -> Folder {
 /// What a plugin sent along with a line.
 fn fields(line: &Value) -> Value {
     let ours = ["timestamp", "level", "message", "target", "plugin", "plugin_target"];
-    let task = ["task_id", "job_id", "capability", "domain_id"];
+    let task = ["task_id", "job_id", "capability", "domain_id", "attempt"];
     let mut fields = line.as_object().expect("a line is an object").clone();
     fields.retain(|name, _| !ours.contains(&name.as_str()) && !task.contains(&name.as_str()));
     Value::Object(fields)

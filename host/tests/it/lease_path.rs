@@ -249,6 +249,25 @@ async fn s2_24_many_tasks_are_each_done_and_reported_once() {
     assert_eq!(reports, 300);
 }
 
+/// Issue 3, section 6: a lease, a heartbeat, a report, and all of them over connections that stay open.
+#[tokio::test]
+async fn a_task_that_does_nothing_costs_three_requests_and_no_connection() {
+    const TASKS: usize = 150;
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
+    let tasks: Vec<Value> = (0..TASKS).map(|n| task("/fixtures/ok/v1", n)).collect();
+    let job = lab.world.create_job(json!({ "label": "many", "tasks": tasks })).expect("a job");
+    lab.ended(&node, job).await.completed();
+    node.stop().await;
+    let journal = lab.world.journal();
+    let about_tasks = journal.iter().filter(|seen| seen.path.starts_with("/v1/tasks") && seen.status != 204).count();
+    assert!((2 * TASKS..=3 * TASKS).contains(&about_tasks), "{about_tasks} requests for {TASKS} tasks");
+    // At once there are the requests of the running task, of the one before it, a poll and a login at most.
+    let connections = rubbish.connections();
+    assert!(connections <= 6, "{connections} connections for {TASKS} tasks");
+}
+
 #[tokio::test]
 async fn s0_39_the_packaged_noop_is_listed_by_a_switch() {
     let lab = Lab::start().await;

@@ -147,6 +147,27 @@ async fn a_lease_is_kept_while_its_report_is_on_its_way_and_no_longer() {
 }
 
 #[tokio::test]
+async fn a_node_that_stops_tries_its_reports_more_than_once() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let (gate, held) = Bad::gate();
+    rubbish.answer(COMPLETE, 1, held);
+    rubbish.answer(COMPLETE, 1, Bad::Cut);
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    let job = lab.task("/fixtures/ok/v1").submit();
+    rubbish.seen(COMPLETE, 1).await;
+    // The first try hangs when the second signal comes; the second fails.
+    node.term();
+    node.says("draining").await;
+    node.term();
+    assert_eq!(node.wait().await, 75, "tasks were cut short: {}", node.log());
+    drop(gate);
+    lab.ended(&node, job).await.completed();
+    assert_eq!(rubbish.count(COMPLETE), 3);
+    assert!(node.said("reports are left in the outbox, the next start sends them").is_empty(), "{}", node.log());
+}
+
+#[tokio::test]
 async fn a_full_outbox_pauses_leasing_until_there_is_room() {
     let lab = Lab::start().await;
     let rubbish = Rubbish::before(&lab).await;

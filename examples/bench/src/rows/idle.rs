@@ -7,10 +7,12 @@ use crate::{
     build::Built,
     calls::Author,
     procs::{Node, World},
-    report::{Cell, Report, Series},
+    report::{Bound, Cell, Report, Series},
 };
 
 const PLUGINS: usize = 10;
+const PERCENT: Bound = Bound { wanted: 0.1, quick: None };
+const RESIDENT_MIB: Bound = Bound { wanted: 20.0, quick: Some(40.0) };
 
 pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyhow::Result<()> {
     eprintln!("idle node, {:?}", sizes.idle);
@@ -37,6 +39,8 @@ pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyh
     );
     let percent = one(100.0 * used.as_secs_f64() / took.as_secs_f64());
     let resident = one(node.process.memory("VmRSS")? as f64 / 1024.0 / 1024.0);
+    report.at_most("processor of an idle node, %", &percent, PERCENT);
+    report.at_most("resident memory of an idle node, MiB", &resident, RESIDENT_MIB);
     report.row(table, vec![Cell::series(&percent, 3), Cell::series(&resident, 1), Cell::text(polls)]);
     Ok(())
 }

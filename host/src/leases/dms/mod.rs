@@ -9,12 +9,15 @@ mod report;
 mod tests;
 pub mod wire;
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use async_trait::async_trait;
 use http::{HeaderValue, Method, Request, StatusCode, header};
 use jiff::Timestamp;
-use serde_json::{Map, Value};
+use serde_json::{
+    Value,
+    value::{RawValue, to_raw_value},
+};
 use url::Url;
 use uuid::Uuid;
 
@@ -218,8 +221,9 @@ fn refused_for(task: TaskId, answer: &Answer, token: &Token) -> LeaseError {
 fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
     let malformed = |reason: String| LeaseError::Malformed { task: task_id(answer), reason };
     let envelope: LeaseFacts = answer.json().map_err(|err| malformed(err.to_string()))?;
-    let mut document: Map<String, Value> = answer.json().map_err(|err| malformed(err.to_string()))?;
-    document.retain(|key, _| !key.to_ascii_lowercase().ends_with("token"));
+    let mut document: BTreeMap<String, &RawValue> = answer.json().map_err(|err| malformed(err.to_string()))?;
+    document.retain(|key, _| !is_credential(key));
+    let document = to_raw_value(&document).expect("JSON is JSON");
     let task = envelope.task;
     let capability = Capability::parse(&task.capability).map_err(|err| {
         let why = match err {
@@ -232,6 +236,7 @@ fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
     Ok(Lease {
         task: TaskId(task.id),
         job: task.job_id,
+        attempt: task.attempts.as_u64(),
         capability,
         expires_at: moment(answer, envelope.lease_expires_at.or_else(|| time(&task.lease_expires_at))),
         cancelled: envelope.cancel,
@@ -243,6 +248,13 @@ fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
         outputs_prefix: task.outputs_prefix,
         document,
     })
+}
+
+/// Whether a member of a lease is for the node alone.
+fn is_credential(key: &str) -> bool {
+    const END: &str = "token";
+    let end = key.len().checked_sub(END.len()).and_then(|at| key.get(at..));
+    end.is_some_and(|end| end.eq_ignore_ascii_case(END))
 }
 
 /// The task's id in a lease that cannot be used otherwise.

@@ -96,6 +96,9 @@ pub(super) struct TaskFacts {
     pub(super) outputs_prefix: Option<String>,
     #[serde(default)]
     pub(super) meta: Value,
+    /// A number, where the plane says it.
+    #[serde(default)]
+    pub(super) attempts: Value,
     /// Newer planes only.
     #[serde(default)]
     pub(super) lease_expires_at: Value,

@@ -200,8 +200,8 @@ impl Inner {
     }
 
     async fn send_once(&self, call: &Call<'_>, token: Option<&Token>) -> Result<Response<Incoming>, PortError> {
-        let pulse = Pulse::new();
         let length: u64 = call.payload.iter().map(Source::length).sum();
+        let pulse = Pulse::new(length);
         let request = self.request(call, token, length, &pulse)?;
         if !self.grant.is_ours() {
             return Err(self.over().await);
@@ -211,7 +211,7 @@ impl Inner {
         let limit = if length == 0 { answer } else { Duration::MAX };
         let sent = tokio::select! {
             sent = self.client.send(request, limit) => sent.map_err(|err| call.failed(&err)),
-            limit = pulse.silent(stall, answer.max(stall)), if length > 0 => {
+            limit = pulse.silent(stall), if length > 0 => {
                 let host = call.url.authority().to_owned();
                 Err(call.failed(&TransportError::Timeout { host, limit }))
             }

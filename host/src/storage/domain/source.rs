@@ -13,10 +13,7 @@ use http_body::Frame;
 use http_body_util::{BodyExt, StreamBody};
 use tokio::time::Instant;
 
-use crate::{
-    storage::file::{BLOCK_BYTES, FileBlocks},
-    transport::Body,
-};
+use crate::{storage::file::FileBlocks, transport::Body};
 
 /// A piece of a request body.
 #[derive(Clone, Debug)]
@@ -40,38 +37,67 @@ impl From<Bytes> for Source {
     }
 }
 
+/// How much of a body is handed on at once. A pulse has to beat on slow connections too.
+const FRAME_BYTES: usize = 64 * 1024;
+/// What the two systems' buffers may hold of a body that was taken whole.
+const UNSENT_BYTES_MAX: u64 = 8 * 1024 * 1024;
+
 /// When a body moved last, and what went wrong in it on our side.
 #[derive(Debug)]
 pub(super) struct Pulse {
-    last: Mutex<(Instant, bool)>,
+    /// Bytes of the whole body.
+    length: u64,
+    began: Instant,
+    last: Mutex<Beat>,
     /// Why the file could not be read.
     pub(super) fault: OnceLock<String>,
 }
 
+#[derive(Clone, Copy, Debug)]
+struct Beat {
+    at: Instant,
+    /// Bytes taken until then.
+    taken: u64,
+}
+
 impl Pulse {
-    pub(super) fn new() -> Arc<Self> {
-        Arc::new(Self { last: Mutex::new((Instant::now(), false)), fault: OnceLock::new() })
+    /// Of a body of `length` bytes.
+    pub(super) fn new(length: u64) -> Arc<Self> {
+        let began = Instant::now();
+        let last = Mutex::new(Beat { at: began, taken: 0 });
+        Arc::new(Self { length, began, last, fault: OnceLock::new() })
     }
 
-    fn beat(&self, whole: bool) {
-        *self.last.lock().expect("a pulse is only read and set") = (Instant::now(), whole);
+    /// So many more bytes were taken.
+    fn beat(&self, bytes: usize) {
+        let mut last = self.last.lock().expect("a pulse is only read and set");
+        *last = Beat { at: Instant::now(), taken: last.taken + bytes as u64 };
     }
 
-    /// Waits until nothing has moved for `stall`, or nothing has been answered for `answer` after
-    /// the body was taken whole.
-    pub(super) async fn silent(&self, stall: Duration, answer: Duration) -> Duration {
+    /// Waits until nothing has moved for `stall`, nor been answered for so long after the body has
+    /// left. What was taken may still wait in the system's buffers; it leaves as slowly as the rest did.
+    pub(super) async fn silent(&self, stall: Duration) -> Duration {
         loop {
-            let (last, whole) = *self.last.lock().expect("a pulse is only read and set");
-            let limit = if whole { answer } else { stall };
-            if last.elapsed() >= limit {
+            let last = *self.last.lock().expect("a pulse is only read and set");
+            // Nobody asks a body of known length for more than that.
+            let limit = match last.taken >= self.length {
+                false => stall,
+                true => {
+                    // The first bytes went into those buffers at once and tell nothing of the pace.
+                    let paced = last.taken.saturating_sub(UNSENT_BYTES_MAX).max(UNSENT_BYTES_MAX);
+                    let unsent = last.taken.min(UNSENT_BYTES_MAX);
+                    stall + (last.at - self.began).mul_f64(unsent as f64 / paced as f64)
+                }
+            };
+            if last.at.elapsed() >= limit {
                 return limit;
             }
-            tokio::time::sleep_until(last + limit).await;
+            tokio::time::sleep_until(last.at + limit).await;
         }
     }
 }
 
-/// The sources one after the other as one body. It beats `pulse` whenever a block is taken.
+/// The sources one after the other as one body. It beats `pulse` whenever something of it is taken.
 pub(super) fn body(sources: Vec<Source>, pulse: Arc<Pulse>) -> Body {
     enum Now {
         Bytes(Bytes),
@@ -83,27 +109,25 @@ pub(super) fn body(sources: Vec<Source>, pulse: Arc<Pulse>) -> Body {
         Source::Memory(bytes) => Now::Bytes(bytes),
         Source::File { file, offset, length } => Now::Blocks(FileBlocks::new(file, offset, length)),
     };
-    let state = (first.map(begin), left, pulse);
-    let blocks = stream::unfold(state, move |(mut now, mut left, pulse)| async move {
+    let state = (first.map(begin), left, Bytes::new(), pulse);
+    let blocks = stream::unfold(state, move |(mut now, mut left, mut block, pulse)| async move {
         loop {
-            let block = match &mut now {
-                None => {
-                    pulse.beat(true);
-                    return None;
-                }
-                Some(Now::Bytes(bytes)) if bytes.is_empty() => Ok(None),
-                Some(Now::Bytes(bytes)) => Ok(Some(bytes.split_to(bytes.len().min(BLOCK_BYTES)))),
+            if !block.is_empty() {
+                let frame = block.split_to(block.len().min(FRAME_BYTES));
+                pulse.beat(frame.len());
+                return Some((Ok(Frame::data(frame)), (now, left, block, pulse)));
+            }
+            let next = match &mut now {
+                None => return None,
+                Some(Now::Bytes(bytes)) => Ok(Some(std::mem::take(bytes)).filter(|bytes| !bytes.is_empty())),
                 Some(Now::Blocks(blocks)) => blocks.next().await,
             };
-            match block {
-                Ok(Some(block)) => {
-                    pulse.beat(false);
-                    return Some((Ok(Frame::data(block)), (now, left, pulse)));
-                }
+            match next {
+                Ok(Some(next)) => block = next,
                 Ok(None) => now = left.next().map(begin),
                 Err(err) => {
                     let _ = pulse.fault.set(err.to_string());
-                    return Some((Err::<_, io::Error>(err), (None, Vec::new().into_iter(), pulse)));
+                    return Some((Err::<_, io::Error>(err), (None, Vec::new().into_iter(), Bytes::new(), pulse)));
                 }
             }
         }

@@ -7,6 +7,7 @@ mod names;
 mod refusals;
 mod repeats;
 mod resumes;
+mod slow;
 mod streams;
 mod uploads;
 
@@ -60,6 +61,8 @@ enum Trick {
     Unread(Box<dyn FnOnce() -> Response + Send>),
     /// Never answers.
     Hang,
+    /// Reads the body no faster than this many bytes a second, then answers properly.
+    Slow(u32),
     /// Does something first, then answers properly.
     First(Box<dyn FnOnce() + Send>),
     /// Does what was asked, and answers something else.
@@ -138,7 +141,8 @@ fn lease(inputs: &[&str]) -> Lease {
         token_expires_at: None,
         inputs: inputs.iter().map(ToString::to_string).collect(),
         outputs_prefix: Some("/out/".to_owned()),
-        document: serde_json::Map::new(),
+        attempt: None,
+        document: serde_json::value::RawValue::NULL.to_owned(),
     }
 }
 
@@ -320,6 +324,7 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
     };
     server.calls.send_modify(|calls| *calls += 1);
     let mut lost = None;
+    let mut body = body;
     match trick {
         Some(Trick::Answer(response)) => {
             let _ = axum::body::to_bytes(body, usize::MAX).await;
@@ -327,6 +332,7 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
         }
         Some(Trick::Unread(answer)) => return answer(),
         Some(Trick::Hang) => return std::future::pending().await,
+        Some(Trick::Slow(bytes_per_second)) => body = slow::read(body, bytes_per_second).await,
         Some(Trick::First(act)) => act(),
         Some(Trick::Lost(answer)) => lost = Some(answer),
         None => {}
