@@ -145,6 +145,9 @@ impl HostConfig {
             if let Some(Err(err)) = url.as_ref().map(|url| client.check(url)) {
                 parser.mistake(name, err);
             }
+            if url.as_ref().is_some_and(|url| url.query().is_some() || url.fragment().is_some()) {
+                parser.mistake(name, "expected a base URL without query or fragment: paths are added at its end");
+            }
         }
         let key = given.remove("SECP256K1_PRIVHEX").and_then(|(hex, place)| {
             let read = NodeKey::from_hex(hex.expose_secret());

@@ -14,7 +14,7 @@ use tracing::{Span, info, info_span, warn};
 use super::{Rooms, SharedPace, pace::Worth};
 use crate::{
     crash,
-    model::{CancelReason, Grant, Lease, Outcome, Ports, ReportState, Setup, TaskRecord, Verdict, millis},
+    model::{CancelReason, Grant, HeldNumber, Lease, Outcome, Ports, ReportState, Setup, TaskRecord, Verdict, millis},
     outbox::Sent,
     plugins::{Folder, Job},
     session::{Session, Silence},
@@ -37,6 +37,8 @@ enum Settled {
 pub(super) struct Slot {
     pub(super) permit: OwnedSemaphorePermit,
     pub(super) pace: SharedPace,
+    /// The task on the status board.
+    pub(super) held: HeldNumber,
 }
 
 /// What every line about a task carries.
@@ -64,7 +66,7 @@ pub(super) async fn attempt(
     let lease = &grant.lease;
     let began = Instant::now();
     info!("task started");
-    let run = AssertUnwindSafe(run(Arc::clone(&rooms), grant.clone(), grace)).catch_unwind();
+    let run = AssertUnwindSafe(run(Arc::clone(&rooms), slot.held, grant.clone(), grace)).catch_unwind();
     let ended = async {
         run.await.unwrap_or_else(|_| {
             // A bug of ours must not leave a lease unsettled; the log has its words.
@@ -74,10 +76,10 @@ pub(super) async fn attempt(
     };
     let mut verdict = run_to_end(ended, &grant, &cancel_all).await;
     verdict.outcome.redact(&grant.tokens());
-    rooms.board.moved(lease.task, "reporting");
+    rooms.board.moved(slot.held, "reporting");
     slot.pace.ended(worth(&grant, &verdict.outcome));
     let settled = settle(&rooms, slot.permit, session, &verdict, &cancel_all).await;
-    rooms.board.ended(lease.task, TaskRecord::new(lease, &verdict, began.elapsed(), settled.state()));
+    rooms.board.ended(slot.held, TaskRecord::new(lease, &verdict, began.elapsed(), settled.state()));
     say(&verdict, &settled, began.elapsed());
 }
 
@@ -152,7 +154,7 @@ async fn run_to_end(run: impl Future<Output = Verdict>, grant: &Grant, cancel_al
 
 /// Waits for the runner. What may take long, such as moving data, happens on the workers: this runs
 /// beside the heartbeats.
-async fn run(rooms: Arc<Rooms>, grant: Grant, grace: Duration) -> Verdict {
+async fn run(rooms: Arc<Rooms>, held: HeldNumber, grant: Grant, grace: Duration) -> Verdict {
     let nothing = Verdict::bare;
     if let Some(refusal) = rooms.plugins.refusal(&grant.lease.capability) {
         return nothing(refusal);
@@ -166,15 +168,15 @@ async fn run(rooms: Arc<Rooms>, grant: Grant, grace: Duration) -> Verdict {
     }
     let dir = rooms.storage.task_dir(grant.lease.task); // made when somebody needs it
     let ports = rooms.storage.ports(&grant, dir.path()); // nothing is fetched before the runner asks
-    rooms.board.moved(grant.lease.task, "waiting");
-    let (board, task) = (rooms.board.clone(), grant.lease.task);
+    rooms.board.moved(held, "waiting");
+    let board = rooms.board.clone();
     let job = Job {
         grant: grant.clone(),
         ports: Arc::clone(&ports) as Arc<dyn Ports>,
         folder: folder(&dir),
         workers: rooms.workers.clone(),
         cancel_grace: grace,
-        began: Box::new(move || board.moved(task, "running")),
+        began: Box::new(move || board.moved(held, "running")),
     };
     let outcome = rooms.plugins.run(job).await;
     ports.close().await; // ends or aborts what is still under way

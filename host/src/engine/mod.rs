@@ -260,8 +260,8 @@ impl Engine {
             self.rooms.outbox.adopt(task, session);
             return;
         }
-        self.rooms.board.began(&session.grant(), plugin);
-        let slot = attempt::Slot { permit, pace: self.pace.clone() };
+        let held = self.rooms.board.began(&session.grant(), plugin);
+        let slot = attempt::Slot { permit, pace: self.pace.clone(), held };
         let (rooms, grace) = (Arc::clone(&self.rooms), self.config.cancel_grace);
         let attempt = attempt::attempt(rooms, slot, session, grace, stops.cancel.clone());
         self.attempts.spawn(attempt.instrument(span));
@@ -277,6 +277,9 @@ impl Engine {
         if taken.is_ok() {
             self.rooms.outbox.plane_answers();
         }
+        // A lease that cannot be read, or a word to end something first, is an answer too.
+        let answered = matches!(taken, Ok(_) | Err(LeaseError::Busy | LeaseError::Malformed { task: Some(_), .. }));
+        self.rooms.board.polled(taken.as_ref().err().filter(|_| !answered).map(ToString::to_string));
         match taken {
             Ok(Some(lease)) => self.admit(lease),
             Ok(None) => Polled::Pause(None),

@@ -75,6 +75,15 @@ pub enum LeaseError {
     /// The plane considers this node busy (409 on a poll).
     #[error("control plane considers this node busy")]
     Busy,
+    /// The plane knows no such path (404 on a poll).
+    #[error(
+        "control plane answered 404 to the poll: is the path of DMS_BASE_URL right? it usually ends in /v1{}",
+        said(excerpt)
+    )]
+    NoSuchPath {
+        /// The beginning of the body.
+        excerpt: String,
+    },
     /// Any other refusal.
     #[error("control plane answered {status}{}", said(excerpt))]
     Refused {
@@ -122,7 +131,7 @@ impl LeaseError {
             Self::Refused { status, .. } if matches!(status, 408 | 425 | 429) || !(400..500).contains(status) => {
                 Advice::RetryLater
             }
-            Self::Refused { .. } => Advice::GiveUp,
+            Self::Refused { .. } | Self::NoSuchPath { .. } => Advice::GiveUp,
             Self::Gone { .. } => Advice::StopTask,
         }
     }

@@ -27,5 +27,8 @@ pub use millis::millis;
 pub use moment::Moment;
 pub use outcome::{Outcome, ReportName, Stage, Verdict};
 pub use ports::{Fetched, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports};
-pub use status::{DiskStatus, HostStatus, Live, OutboxStatus, Phase, ReportState, StatusBoard, TaskRecord, TaskStatus};
+pub use status::{
+    DiskStatus, HeldNumber, HeldTasks, HostStatus, Live, OutboxStatus, Phase, PollStatus, ReportState, StatusBoard,
+    TaskRecord, TaskStatus,
+};
 pub use visits::{Callback, Unexpected, Visits};

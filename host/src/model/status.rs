@@ -46,6 +46,8 @@ pub struct HostStatus {
     /// Why the last login failed, one line.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub login_error: Option<String>,
+    /// How asking for work goes.
+    pub polls: PollStatus,
     /// Room where tasks work.
     pub disk: DiskStatus,
     /// Most tasks at once.
@@ -55,8 +57,8 @@ pub struct HostStatus {
     /// What does not work any more although the node runs, one line each.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub degraded: Vec<String>,
-    /// Tasks held now, by id.
-    pub tasks: BTreeMap<String, TaskStatus>,
+    /// Tasks held now, shown by id.
+    pub tasks: HeldTasks,
     /// Ended tasks by outcome, since the start.
     pub ended: BTreeMap<&'static str, u64>,
     /// Reports the control plane refused for good.
@@ -73,6 +75,16 @@ pub struct HostStatus {
     pub memory: Budget,
     /// Every library, loaded or refused.
     pub plugins: serde_json::Value,
+}
+
+/// How asking the control plane for work goes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct PollStatus {
+    /// Polls in a row that failed up to now.
+    pub failed: u32,
+    /// Why the last one failed, one line; gone with the first one that is answered.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_error: Option<String>,
 }
 
 /// Room on the file system of `SCRATCH_DIR`.
@@ -108,6 +120,27 @@ pub enum Phase {
     Draining,
     /// All ended.
     Stopped,
+}
+
+/// What began and has not ended, each with a number of its own: a task may be leased again before its
+/// lost attempt has ended.
+#[derive(Clone, Debug, Default)]
+pub struct HeldTasks {
+    begun: u64,
+    by_number: BTreeMap<u64, TaskStatus>,
+}
+
+/// What the board calls something that began on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeldNumber(u64);
+
+impl Serialize for HeldTasks {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        // Of two with one id the newer one is shown: it is the one that still counts.
+        let newest: BTreeMap<String, &TaskStatus> =
+            self.by_number.values().map(|task| (task.times.0.lease.task.to_string(), task)).collect();
+        serializer.collect_map(newest)
+    }
 }
 
 /// One held task.
@@ -255,11 +288,12 @@ impl StatusBoard {
             last_healthcheck: None,
             token_expires_at: None,
             login_error: None,
+            polls: PollStatus::default(),
             disk: DiskStatus::default(),
             slots,
             capabilities,
             degraded: Vec::new(),
-            tasks: BTreeMap::new(),
+            tasks: HeldTasks::default(),
             ended: BTreeMap::new(),
             unreported: 0,
             outbox: OutboxStatus::default(),
@@ -282,8 +316,20 @@ impl StatusBoard {
         self.0.send_modify(change);
     }
 
+    /// Notes how a poll ended: with an answer, or why not.
+    pub fn polled(&self, error: Option<String>) {
+        self.0.send_if_modified(|HostStatus { polls, .. }| {
+            let news = error.is_some() || polls.failed > 0;
+            if news {
+                let failed = if error.is_some() { polls.failed.saturating_add(1) } else { 0 };
+                *polls = PollStatus { failed, last_error: error };
+            }
+            news
+        });
+    }
+
     /// Enters a task, and the plugin that serves it.
-    pub fn began(&self, grant: &Grant, plugin: Option<Arc<str>>) {
+    pub fn began(&self, grant: &Grant, plugin: Option<Arc<str>>) -> HeldNumber {
         let lease = &grant.lease;
         let task = TaskStatus {
             capability: lease.capability.to_string(),
@@ -295,24 +341,28 @@ impl StatusBoard {
             since: Timestamp::now(),
             times: TaskTimes(grant.clone()),
         };
-        self.change(|status| {
-            status.tasks.insert(lease.task.to_string(), task);
+        let mut held = HeldNumber(0);
+        self.change(|HostStatus { tasks, .. }| {
+            tasks.begun += 1;
+            held = HeldNumber(tasks.begun);
+            tasks.by_number.insert(tasks.begun, task);
         });
+        held
     }
 
     /// Moves a task on.
-    pub fn moved(&self, task: TaskId, state: &'static str) {
+    pub fn moved(&self, held: HeldNumber, state: &'static str) {
         self.change(|status| {
-            if let Some(task) = status.tasks.get_mut(&task.to_string()) {
+            if let Some(task) = status.tasks.by_number.get_mut(&held.0) {
                 task.state = state;
             }
         });
     }
 
     /// Moves a task from the held ones to the ended ones and counts its end.
-    pub fn ended(&self, task: TaskId, record: TaskRecord) {
+    pub fn ended(&self, held: HeldNumber, record: TaskRecord) {
         self.change(|status| {
-            status.tasks.remove(&task.to_string());
+            status.tasks.by_number.remove(&held.0);
             *status.ended.entry(record.outcome).or_default() += 1;
             status.unreported += u64::from(record.report == ReportState::Refused);
             if status.recent.len() >= RECENT_MAX {
@@ -334,5 +384,50 @@ impl StatusBoard {
                 Arc::make_mut(record).report = report;
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::{Capability, Outcome, Setup};
+
+    fn grant(task: TaskId) -> Grant {
+        let lease = Lease {
+            task,
+            job: None,
+            capability: Capability::parse("/examples/hello/v1").expect("a capability"),
+            expires_at: None,
+            cancelled: false,
+            domain_id: None,
+            domain_server: None,
+            token: None,
+            token_expires_at: None,
+            inputs: Vec::new(),
+            outputs_prefix: None,
+            attempt: None,
+            document: serde_json::value::RawValue::NULL.to_owned(),
+        };
+        Grant::new(lease, Setup::Pending).0
+    }
+
+    #[test]
+    fn a_task_leased_again_before_its_lost_attempt_has_ended_stays_on_the_page() {
+        let board = StatusBoard::new("node".to_owned(), 2, Vec::new(), serde_json::Value::Null);
+        let shown = || serde_json::to_value(&*board.watch().borrow()).expect("a page")["tasks"].clone();
+        let lost = grant(TaskId(Uuid::from_u128(7)));
+        let id = lost.lease.task.to_string();
+        let first = board.began(&lost, None);
+        let second = board.began(&grant(lost.lease.task), None);
+        board.moved(first, "reporting");
+        assert_eq!(shown()[&id]["state"], "setting-up", "what becomes of the lost one is not its own");
+        let verdict = Verdict::bare(Outcome::LeaseLost);
+        let record = || TaskRecord::new(&lost.lease, &verdict, Duration::ZERO, ReportState::None);
+        board.ended(first, record());
+        board.moved(first, "running"); // a word that comes too late
+        board.moved(second, "waiting");
+        assert_eq!(shown()[&id]["state"], "waiting");
+        board.ended(second, record());
+        assert_eq!(shown(), serde_json::json!({}));
     }
 }

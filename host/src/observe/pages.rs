@@ -20,6 +20,9 @@ use crate::model::{HostStatus, Phase, Visits};
 /// How long a stop waits for requests under way: a client that never ends its own must not keep the node.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
+/// From so many polls in a row that failed the node gets no work; fewer are no news.
+const FAILED_POLLS_MIN: u32 = 3;
+
 /// A listener that is up, so that `/health` answers before the node registers.
 pub struct Pages {
     listener: TcpListener,
@@ -112,6 +115,11 @@ async fn ready(State(status): State<watch::Receiver<HostStatus>>) -> impl IntoRe
         Phase::Running => match (&status.login_error, status.token_expires_at) {
             (Some(err), None) => Some(format!("not signed in: {err}")),
             (Some(err), Some(end)) if end <= Timestamp::now() => Some(format!("not signed in: {err}")),
+            _ if status.polls.failed >= FAILED_POLLS_MIN => Some(format!(
+                "the control plane does not give work, {} polls in a row failed: {}",
+                status.polls.failed,
+                status.polls.last_error.as_deref().unwrap_or_default()
+            )),
             _ => None,
         },
         Phase::Starting => Some(match &status.registration_error {

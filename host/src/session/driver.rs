@@ -35,6 +35,8 @@ pub(super) struct Driver {
     server: Option<String>,
     /// The task has ended and its last words are said.
     ended: bool,
+    /// What the latest heartbeat's failure asks for; `None` once one was answered. Each is told once.
+    trouble: Option<Advice>,
     /// How the plane said that the lease is not ours any more.
     gone: Option<String>,
 }
@@ -55,8 +57,19 @@ impl Driver {
             pacing = pacing.cancelled();
         }
         let server = grant.lease.domain_server.clone();
-        let driver =
-            Self { source, grant, keys, closed, pacing, task, renamed: None, server, ended: false, gone: None };
+        let driver = Self {
+            source,
+            grant,
+            keys,
+            closed,
+            pacing,
+            task,
+            renamed: None,
+            server,
+            ended: false,
+            trouble: None,
+            gone: None,
+        };
         driver.move_fence();
         driver
     }
@@ -185,12 +198,21 @@ impl Driver {
             Advice::GiveUp => self.set_up(Setup::Refused(failure.to_string())),
             Advice::RetryLater => {}
         }
-        warn!(task_id = %self.task, error = %failure, "heartbeat failed");
+        let advice = Some(failure.advice());
+        if self.trouble == advice {
+            debug!(task_id = %self.task, error = %failure, "heartbeat failed");
+        } else {
+            warn!(task_id = %self.task, error = %failure, "heartbeat failed");
+        }
+        self.trouble = advice;
         PacingEvent::Failed { retry_after: failure.retry_after() }
     }
 
     /// Takes over what an answer says, in the order of contract 4.10; cancel comes last.
     fn adopt(&mut self, sent: &Pending, kept: Kept) -> PacingEvent {
+        if self.trouble.take().is_some() {
+            info!(task_id = %self.task, "heartbeat answered again");
+        }
         self.grant.mailbox.acknowledge(sent);
         if kept.token.is_some_and(|token| self.keys.renew(token)) {
             self.grant.mailbox.answered();

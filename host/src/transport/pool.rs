@@ -134,8 +134,18 @@ impl Pool {
         Ok(Taken { sender, proxied, scheme: scheme.clone(), authority: authority.clone() })
     }
 
-    /// For an answer that was read to its end.
+    /// For an answer that was read to its end. A server may have answered before it read the whole request:
+    /// the connection is then taken back once the rest is sent.
     pub(super) fn give_back(&self, taken: Taken) {
+        if taken.sender.is_ready() {
+            self.keep(taken);
+        } else if !taken.sender.is_closed() {
+            self.give_back_later(taken);
+        }
+    }
+
+    /// Makes a connection idle that can take a request now.
+    fn keep(&self, taken: Taken) {
         if taken.sender.is_closed() {
             return;
         }
@@ -163,7 +173,7 @@ impl Pool {
         // Not joined: it ends with the answer's body, read or dropped, or with its connection.
         tokio::spawn(async move {
             if taken.sender.ready().await.is_ok() {
-                pool.give_back(taken);
+                pool.keep(taken);
             }
         });
     }

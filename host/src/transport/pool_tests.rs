@@ -124,6 +124,30 @@ async fn an_answer_that_was_not_read_to_its_end_takes_its_connection_along() {
 }
 
 #[tokio::test]
+async fn a_connection_whose_request_is_still_being_sent_holds_up_no_other_one() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let url = format!("http://{}/", listener.local_addr().expect("an address"));
+    let _server = AbortOnDropHandle::new(tokio::spawn(async move {
+        let mut open = Vec::new();
+        loop {
+            let (mut socket, _) = listener.accept().await.expect("a connection");
+            let mut heard = Vec::new();
+            while !heard.windows(4).any(|end| end == b"\r\n\r\n") {
+                assert_ne!(socket.read_buf(&mut heard).await.expect("a request"), 0);
+            }
+            socket.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nyes").await.expect("written");
+            open.push(socket); // nothing more is read from it
+        }
+    }));
+    let client = client();
+    let endless = http_body_util::StreamBody::new(futures_util::stream::pending());
+    let endless = Request::post(&url).body(http_body_util::BodyExt::boxed_unsync(endless)).expect("a request");
+    assert_eq!(client.call(endless, LIMIT).await.expect("an early answer").body, "yes");
+    let next = client.call(ask(&url), Duration::from_secs(2)).await;
+    assert_eq!(next.expect("an answer on a connection of its own").body, "yes");
+}
+
+#[tokio::test]
 async fn what_is_idle_for_long_is_closed() {
     let mut server = server(Manners { answers: usize::MAX, head: "content-length: 3" }).await;
     let mut client = client();

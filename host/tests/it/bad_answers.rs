@@ -98,7 +98,7 @@ async fn polls_that_fail_are_paced() {
 async fn the_task_service_answers_rubbish_to_heartbeats() {
     let lab = Lab::start().await;
     let rubbish = Rubbish::before(&lab).await;
-    let node = rubbish.node(&[fixtures::hello()]).leasing().await;
+    let node = rubbish.node(&[fixtures::hello()]).set("RUST_LOG", "info,runner_host::session=debug").leasing().await;
     for (bad, _) in Bad::answers() {
         rubbish.answer(BEAT, 1, bad);
     }
@@ -106,11 +106,11 @@ async fn the_task_service_answers_rubbish_to_heartbeats() {
     rubbish.answer(BEAT, 1, Bad::Status(502, "bad gateway"));
     // The set-up heartbeat is repeated inside the lease; the runner waits for it.
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
-    let said: Vec<String> = node
-        .said("heartbeat failed")
-        .iter()
-        .map(|line| line["error"].as_str().unwrap_or_default().to_owned())
-        .collect();
+    let failed = node.said("heartbeat failed");
+    let warned = failed.iter().filter(|line| line["level"] == "WARN").count();
+    assert_eq!(warned, 1, "one trouble is told once: {failed:#?}");
+    assert_eq!(node.said("heartbeat answered again").len(), 1, "and its end");
+    let said: Vec<String> = failed.iter().map(|line| line["error"].as_str().unwrap_or_default().to_owned()).collect();
     let texts = Bad::answers().into_iter().map(|(_, text)| text).chain(["but no object", "answered 502: bad gateway"]);
     assert_eq!(said.len(), 7, "{said:#?}");
     for (said, text) in said.iter().zip(texts) {

@@ -49,6 +49,15 @@ async fn s0_02_s0_15c_every_missing_variable_is_named_at_once() {
 }
 
 #[tokio::test]
+async fn a_base_url_with_a_query_or_a_fragment_is_a_mistake() {
+    let silence = Silence::new().await;
+    let node = silence.node().set("DMS_BASE_URL", "http://127.0.0.1:9/v1?x=top-secret");
+    let ended = silence.refuses(node.set("DDS_BASE_URL", "http://127.0.0.1:9/#here"), 78).await;
+    let wanted = "expected a base URL without query or fragment: paths are added at its end";
+    assert_eq!(errors(&ended), ["DMS_BASE_URL", "DDS_BASE_URL"].map(|name| format!("{name}: {wanted}")));
+}
+
+#[tokio::test]
 async fn mistakes_in_flags_are_told_with_all_others_and_beside_what_is_shown() {
     let flags = ["--set", "OUTBOXMAX=1", "--set", "REG_SECRET=x", "--set", "DRAIN_TIMEOUT"];
     let mistakes = [

@@ -30,6 +30,34 @@ async fn s0_14b_s0_15b_health_answers_before_registration_and_ready_says_what_is
 }
 
 #[tokio::test]
+async fn a_node_whose_polls_fail_is_not_ready_until_one_is_answered() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::hello()]).leasing().await;
+    node.page_until("/ready", |page| page.0 == 200).await;
+    rubbish.answer("GET /v1/tasks", usize::MAX, Bad::Status(404, "nothing here"));
+    let (_, page) = node.page_until("/ready", |page| page.0 == 503).await;
+    let reason = page["reason"].as_str().expect("a reason");
+    let (start, end) = ("the control plane does not give work, ", "it usually ends in /v1: nothing here");
+    assert!(reason.starts_with(start) && reason.ends_with(end), "{reason}");
+    let polls = node.status().await["polls"].clone();
+    assert!(polls["failed"].as_u64().is_some_and(|failed| failed >= 3), "{polls}");
+    assert!(polls["last_error"].as_str().is_some_and(|err| reason.contains(err)), "{polls}");
+    // The log says it too.
+    let line = node.says("poll failed").await;
+    let remedy = "control plane answered 404 to the poll: is the path of DMS_BASE_URL right? it usually ends in /v1";
+    assert!(line["error"].as_str().is_some_and(|err| err.starts_with(remedy)), "{line}");
+    rubbish.heal();
+    node.page_until("/ready", |page| page.0 == 200).await;
+    assert_eq!(node.status().await["polls"], json!({ "failed": 0 }));
+    // One alone is no news.
+    rubbish.answer("GET /v1/tasks", 1, Bad::Status(503, "later"));
+    node.line(|line| line["error"].as_str().is_some_and(|err| err.contains("503"))).await;
+    assert_eq!(node.page("/ready").await.0, 200);
+    node.stop().await;
+}
+
+#[tokio::test]
 async fn the_status_page_tells_what_runs_what_ended_and_what_is_loaded() {
     let lab = Lab::start().await;
     let files = tempfile::tempdir().expect("a folder");

@@ -114,6 +114,22 @@ mod tests {
         assert_ne!(once(runtime.handle(), pace, Duration::ZERO).0, here, "the latest one was slow");
     }
 
+    // What the README promises to code that needs a task around it.
+    #[test]
+    fn a_first_stretch_has_no_task_around_it_and_a_yield_gives_it_one() {
+        let (runtime, pace) = (runtime(), pace());
+        pace.quick.store(true, Ordering::Relaxed);
+        let (tell, told) = mpsc::channel();
+        let run = async move {
+            let first = tokio::task::try_id();
+            tokio::task::yield_now().await;
+            tell.send((first, tokio::task::try_id())).expect("listened to");
+        };
+        drive(runtime.handle(), pace, run);
+        let (first, then) = told.recv_timeout(LIMIT).expect("the run ends");
+        assert!(first.is_none() && then.is_some(), "{first:?}, then {then:?}");
+    }
+
     #[test]
     fn a_quick_run_without_a_wait_is_over_when_it_is_started() {
         let (runtime, pace) = (runtime(), pace());

@@ -162,6 +162,7 @@ impl LeaseSource for Dms {
         match answer.status {
             StatusCode::NO_CONTENT => Ok(None),
             StatusCode::CONFLICT => Err(LeaseError::Busy),
+            StatusCode::NOT_FOUND => Err(LeaseError::NoSuchPath { excerpt: answer.excerpt_without(&[token.expose()]) }),
             status if status.is_success() => lease(&answer).map(Some),
             _ => Err(refused(&answer, &token)),
         }

@@ -185,6 +185,9 @@ async fn statuses_of_a_poll_mean_what_the_contract_says() {
     let err = take(|call| call.answer(500, "sorry, top-secret-node\nis tired")).await.expect_err("refused");
     assert_eq!(err.to_string(), "control plane answered 500: sorry, [secret] is tired");
     assert_eq!(err.advice(), Advice::RetryLater);
+    let err = take(|call| call.answer(404, "no top-secret-node here")).await.expect_err("refused");
+    let remedy = "is the path of DMS_BASE_URL right? it usually ends in /v1: no [secret] here";
+    assert_eq!(err.to_string(), format!("control plane answered 404 to the poll: {remedy}"));
     // A redirect is not followed: the token would go along.
     assert!(matches!(take(|call| call.answer(302, "")).await, Err(LeaseError::Refused { status: 302, .. })));
 }
