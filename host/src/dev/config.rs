@@ -11,6 +11,8 @@ pub struct Config {
     pub bind: SocketAddr,
     /// Folder in which domain data survives a restart; absent: a temporary one, removed on stop.
     pub data: Option<PathBuf>,
+    /// Where that temporary folder is made; absent: where the system makes such.
+    pub temporary: Option<PathBuf>,
     /// How long a lease lives without a heartbeat.
     pub lease_ttl: Duration,
     /// How long a login lives.
@@ -59,6 +61,7 @@ impl Default for Config {
         Self {
             bind: SocketAddr::from(([127, 0, 0, 1], 0)),
             data: None,
+            temporary: None,
             lease_ttl: Duration::from_secs(60),
             node_token_ttl: Duration::from_secs(15 * 60),
             domain_token_ttl: Duration::from_secs(15 * 60),

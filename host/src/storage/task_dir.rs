@@ -87,6 +87,12 @@ impl Scratch {
         Ok(Self { home: Arc::new(Home { path, named: AtomicU64::new(0), _lock: held }) })
     }
 
+    /// The folder of this process, for what lasts as long as the process does.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.home.path
+    }
+
     /// A directory for `task`, not made yet. Each call names another one.
     #[must_use]
     pub fn task_dir(&self, task: TaskId) -> TaskDir {
