@@ -265,6 +265,21 @@ async fn a_second_node_on_the_same_folder_is_refused_in_one_line() {
     assert!(said.stderr.lines().last().is_some_and(|line| line.starts_with(&wanted)), "{}", said.stderr);
 }
 
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_node_hears_commands_however_long_the_path_of_its_state_is() {
+    let lab = Lab::start().await;
+    let base = tempfile::tempdir().expect("a folder");
+    let long = base.path().join("a".repeat(120)).join("b".repeat(120));
+    let node = lab.node(&[fixtures::hello()]).set("STATE_DIR", long.to_string_lossy()).leasing().await;
+    let list = || Cli::new(&["outbox", "list", "--state-dir"]).arg(&long).run();
+    let said = list().await.expect(0);
+    assert_eq!(said.stderr.lines().last(), Some("the outbox is empty"), "{}", said.stderr);
+    assert!(node.said("control socket cannot be made, commands will not reach this node").is_empty());
+    node.stop().await;
+    assert!(!long.join("control.sock").exists(), "the socket goes with its node");
+}
+
 #[tokio::test]
 async fn a_damaged_file_is_set_aside_and_said_and_the_node_goes_on() {
     let lab = Lab::start().await;
