@@ -42,7 +42,7 @@ pub(super) struct Args {
     /// Leases one node may hold at once [default: any number]
     #[arg(long, value_name = "N")]
     leases_per_node: Option<usize>,
-    /// Refuse (409) a wallet that registers again while it is online, be it another node or the same one
+    /// Refuse (409) a second node with the wallet of one that is online; a node is known by its connections
     #[arg(long)]
     strict_identity: bool,
     /// Settings of the node in TOML or JSON, under those of the environment

@@ -33,8 +33,8 @@ pub struct Config {
     pub leases_per_node: Option<usize>,
     /// How often a node that registered with a URL is asked for its health.
     pub health_interval: Duration,
-    /// Answer 409 to a registration without a URL while the same wallet has a live token or lease.
-    /// Otherwise a repeat is a refresh. With a URL, a second node is one that answers at another URL.
+    /// Answer 409 to a registration without a URL while the same wallet has a live token or lease, unless it
+    /// comes over a connection of that same node. Otherwise a repeat is a refresh. With a URL, a second node is one that answers at another URL.
     pub strict_identity: bool,
     /// The registration secret to insist on; absent: any.
     pub reg_secret: Option<String>,

@@ -311,8 +311,26 @@ async fn stopped(process: &Process) {
 async fn dev_with_strict_identity_refuses_a_second_node_of_one_key() {
     let dir = workplace(&[fixtures::hello()]);
     let (dev, exports) = world(dir.path(), &["--strict-identity"]).await;
-    let first = node(dir.path(), &exports, "first").start();
+    // One poll, so that no registration meets another.
+    let long = [("POLL_BACKOFF_MS_MIN", "60000"), ("POLL_BACKOFF_MS_MAX", "60000")];
+    let first = long.iter().fold(node(dir.path(), &exports, "first"), |node, (name, value)| node.set(name, *value));
+    let first = first.start();
     first.stderr_line(|line| line.contains("\"leasing\"")).await;
+    let base = &exports.iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1;
+    let refreshed = async {
+        loop {
+            let seen = call(Request::get(format!("{base}/dev/v1/requests")), &Value::Null).await;
+            let seen = seen["requests"].as_array().cloned().unwrap_or_default();
+            if seen.iter().filter(|one| one["endpoint"] == "register_wallet").count() >= 3 {
+                return seen;
+            }
+            // A journal over HTTP has no bell.
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    let seen = within("the first node to register again", || first.log(), refreshed).await;
+    let statuses = seen.iter().filter(|one| one["endpoint"] == "register_wallet").map(|one| &one["status"]);
+    assert!(statuses.into_iter().all(|status| *status == 200), "its own repeats are no second node: {seen:#?}");
     let second = node(dir.path(), &exports, "second").start();
     let started = second.stderr_line(|line| line.contains("\"node started\"")).await;
     let started: Value = serde_json::from_str(&started).expect("a node logs JSON");
