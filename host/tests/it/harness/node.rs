@@ -194,6 +194,14 @@ impl Process {
         Duration::from_millis(ticks.sum::<u64>() * 1000 / a_second)
     }
 
+    /// Most memory it has had so far, in bytes.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn peak_resident(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child().id())).expect("it runs");
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("Linux says it");
+        peak.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+    }
+
     /// Waits for a line on stdout.
     pub(crate) async fn stdout_line(&self, wanted: impl Fn(&str) -> bool) -> String {
         line(self, self.stdout.clone(), wanted).await
@@ -428,6 +436,11 @@ impl TestNode {
     #[cfg(target_os = "linux")]
     pub(crate) fn processor_time(&self) -> Duration {
         self.process.processor_time()
+    }
+
+    #[cfg(target_os = "linux")]
+    pub(crate) fn peak_resident(&self) -> u64 {
+        self.process.peak_resident()
     }
 
     pub(crate) fn kill(&self) {
