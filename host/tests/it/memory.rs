@@ -12,12 +12,15 @@ const MIB: u64 = 1024 * 1024;
 const OBJECT_BYTES: u64 = 64 * MIB;
 /// What they may hold of it together.
 const BUDGET_BYTES: u64 = 32 * MIB;
+/// Parts of the two streams, which the budget counts without letting them wait.
+const STREAMS_BYTES: u64 = 2 * PART_BYTES;
+const PART_BYTES: u64 = 4 * MIB;
 /// The node itself in a debug build, its plugins, and what the allocator keeps.
 const REST_BYTES: u64 = 64 * MIB;
 
 #[tokio::test]
 async fn a_quarter_of_a_gibibyte_in_files_and_streams_stays_within_the_budget() {
-    let lab = Lab::with(|config| config.part_size = 4 * MIB).await;
+    let lab = Lab::with(|config| config.part_size = PART_BYTES).await;
     let object: Vec<u8> = (0..OBJECT_BYTES).map(|n| (n % 251) as u8).collect();
     let input = lab.put("large", &object).await;
     let node = lab.node(&[fixtures::echo()]).set("MAX_CONCURRENCY", "4");
@@ -31,7 +34,7 @@ async fn a_quarter_of_a_gibibyte_in_files_and_streams_stays_within_the_budget() 
     }
     let (peak, status) = (node.peak_resident(), node.status().await);
     let charged = status["memory"]["peak_bytes"].as_u64().expect("a number");
-    assert!(charged > 0 && charged <= BUDGET_BYTES, "{}", status["memory"]);
+    assert!(charged > 0 && charged <= BUDGET_BYTES + STREAMS_BYTES, "{}", status["memory"]);
     assert!(peak < BUDGET_BYTES + REST_BYTES, "{} MiB resident, {}", peak / MIB, status["memory"]);
     let sha256: String = Sha256::digest(&object).iter().map(|byte| format!("{byte:02x}")).collect();
     let recent = status["recent"].as_array().expect("a list");
