@@ -13,6 +13,8 @@ use super::parser::Parser;
 
 /// Why no folder can be made or written to at `path`, if that shows by looking.
 pub(super) fn folder_trouble(path: &Path) -> Option<String> {
+    // Without a slash at its end, behind which no file is found.
+    let path: PathBuf = path.components().collect();
     for place in path.ancestors() {
         let place = if place.as_os_str().is_empty() { Path::new(".") } else { place };
         let shown = place.display();

@@ -73,12 +73,16 @@ impl RunnerFile {
         let (from, within) = (path.to_owned(), dir.to_owned());
         let opened = spawn_blocking(move || open(&from, &within)).await;
         let (file, stamp) = opened.unwrap_or_else(|err| Err(io::Error::other(err).into())).map_err(|refusal| {
-            // The text may go to the plane, which has no business with paths of this machine.
+            // The text may go to the plane, which has no business with paths of this machine. One that cannot be
+            // read is known to its runner by name.
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
             let refused = match refusal {
                 Refusal::Unfit(why) => {
                     PortError::new(PortErrorKind::BadRequest, format!("{what} refused: its file {why}"))
                 }
-                Refusal::Io(err) => unreadable(what, &err),
+                Refusal::Io(err) => {
+                    PortError::new(PortErrorKind::Local, format!("{what} failed: cannot read its file {name}: {err}"))
+                }
             };
             tracing::debug!(path = %path.display(), error = %refused, "file of an artifact refused");
             refused
