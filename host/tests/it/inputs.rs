@@ -213,7 +213,8 @@ async fn p_39_the_byte_form_holds_one_copy_of_an_object() {
     let id = ended.completed().artifacts()["echo-0.bin"]["id"].clone();
     let grown = peak(node.pid()) - before;
     assert!(grown < OBJECT as u64 + (24 << 20), "{} MiB for an object of 256 MiB", grown >> 20);
-    assert!(grown > OBJECT as u64, "{grown}: it was not held at all?");
+    // What was free before is used first.
+    assert!(grown > OBJECT as u64 - (16 << 20), "{grown}: it was not held at all?");
     assert_eq!(lab.size(id.as_str().expect("an id")).await, OBJECT as u64);
     nothing_in_flight(&node).await;
 }
