@@ -180,8 +180,7 @@ fn tasks_of(mut base: Url, client: &Client) -> Result<Uri, String> {
 #[async_trait]
 impl LeaseSource for Dms {
     async fn take(&self) -> Result<Option<Lease>, LeaseError> {
-        let call =
-            Call { method: Method::GET, uri: self.tasks()?.clone(), body: Bytes::new(), need: Need::Body };
+        let call = Call { method: Method::GET, uri: self.tasks()?.clone(), body: Bytes::new(), need: Need::Body };
         let (answer, token) = self.exchange(call, Moment::NEVER).await?;
         match answer.status {
             StatusCode::NO_CONTENT => Ok(None),
