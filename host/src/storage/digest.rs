@@ -1,76 +1,39 @@
 //! SHA-256 of what streams by.
 //!
-//! Hashing takes longer than copying, so it runs on the blocking pool, one block at a time, while
-//! the next block arrives. At most two blocks wait in memory.
+//! Hashing takes longer than copying, so it has a lane of its own.
 
 use std::io;
 
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
-use tokio::task::{JoinHandle, spawn_blocking};
 
-use super::file::BLOCK_BYTES;
-
-/// Fewer bytes than this are hashed in place: that takes less than handing them over.
-const IN_PLACE_BYTES_MAX: usize = 16 * 1024;
+use super::lane::{Lane, Stage};
 
 /// See the module's text.
-pub(crate) struct Digester {
-    /// `None` while a block is being hashed.
-    state: Option<Sha256>,
-    hashing: Option<JoinHandle<Sha256>>,
-    waiting: Vec<Bytes>,
-    waiting_bytes: usize,
+pub(crate) struct Digester(Lane<Sha256>);
+
+impl Stage for Sha256 {
+    const IN_PLACE_BYTES_MAX: usize = 16 * 1024;
+
+    fn take(&mut self, piece: &Bytes) -> io::Result<()> {
+        self.update(piece);
+        Ok(())
+    }
 }
 
 impl Digester {
     pub(crate) fn new() -> Self {
-        Self { state: Some(Sha256::new()), hashing: None, waiting: Vec::new(), waiting_bytes: 0 }
+        Self(Lane::new(Sha256::new()))
     }
 
     /// Takes the next piece; waits only while two blocks are on their way.
     pub(crate) async fn push(&mut self, piece: Bytes) -> io::Result<()> {
-        self.waiting_bytes += piece.len();
-        self.waiting.push(piece);
-        if self.waiting_bytes >= BLOCK_BYTES {
-            self.settle().await?;
-            let mut state = self.state.take().expect("settled, so the state is here");
-            let pieces = std::mem::take(&mut self.waiting);
-            self.waiting_bytes = 0;
-            self.hashing = Some(spawn_blocking(move || {
-                pieces.iter().for_each(|piece| state.update(piece));
-                state
-            }));
-        }
-        Ok(())
+        self.0.push(piece).await
     }
 
     /// The digest of all that was taken so far.
     pub(crate) async fn so_far(&mut self) -> io::Result<[u8; 32]> {
-        self.settle().await?;
-        let mut state = self.state.take().expect("settled, so the state is here");
-        let pieces = std::mem::take(&mut self.waiting);
-        let bytes = std::mem::take(&mut self.waiting_bytes);
-        let update = move || {
-            pieces.iter().for_each(|piece| state.update(piece));
-            state
-        };
-        let state = match bytes <= IN_PLACE_BYTES_MAX {
-            true => update(),
-            false => spawn_blocking(update).await.map_err(io::Error::other)?,
-        };
-        let digest = state.clone().finalize().into();
-        self.state = Some(state);
-        Ok(digest)
-    }
-
-    async fn settle(&mut self) -> io::Result<()> {
-        if let Some(hashing) = &mut self.hashing {
-            let state = hashing.await.map_err(io::Error::other);
-            self.hashing = None;
-            self.state = Some(state?);
-        }
-        Ok(())
+        self.0.settled(|state| state.clone().finalize().into()).await
     }
 }
 
@@ -81,7 +44,7 @@ pub(crate) fn hex(digest: &[u8]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::file::BLOCK_BYTES, *};
 
     #[tokio::test]
     async fn a_digest_is_that_of_the_pieces_joined_whenever_it_is_asked_for() {

@@ -1,7 +1,7 @@
 //! Files as streams: written behind the back of the network, read ahead of it.
 //!
-//! Disk calls run on the blocking pool, one at a time per file, and overlap with the transfer.
-//! At most two blocks of a file are in memory.
+//! Disk calls run on the blocking pool and overlap with the transfer. What the system holds in memory
+//! is read at once, which takes less than handing it over.
 
 use std::{
     fs::File,
@@ -12,80 +12,70 @@ use std::{
 use bytes::Bytes;
 use tokio::task::{JoinHandle, spawn_blocking};
 
+use super::lane::{Lane, Stage};
+
 /// How much is read or written at once.
 pub(crate) const BLOCK_BYTES: usize = 256 * 1024;
 
 /// Writes a stream of pieces to a file.
-pub(crate) struct FileSink {
-    /// `None` while a block is being written.
-    file: Option<File>,
-    writing: Option<JoinHandle<io::Result<File>>>,
-    waiting: Vec<Bytes>,
-    waiting_bytes: usize,
+pub(crate) struct FileSink(Lane<Disk>);
+
+/// `None` when it was given back.
+struct Disk(Option<File>);
+
+impl Stage for Disk {
+    fn take(&mut self, piece: &Bytes) -> io::Result<()> {
+        self.0.as_mut().ok_or(io::ErrorKind::NotFound)?.write_all(piece)
+    }
 }
 
 impl FileSink {
     pub(crate) fn new(file: File) -> Self {
-        Self { file: Some(file), writing: None, waiting: Vec::new(), waiting_bytes: 0 }
+        Self(Lane::new(Disk(Some(file))))
     }
 
-    /// Takes a piece; waits for the disk only when a whole block is waiting.
+    /// Takes a piece; waits only while two blocks wait for the disk.
     pub(crate) async fn write(&mut self, piece: Bytes) -> io::Result<()> {
-        self.waiting_bytes += piece.len();
-        self.waiting.push(piece);
-        if self.waiting_bytes >= BLOCK_BYTES {
-            self.settle().await?;
-            self.begin();
-        }
-        Ok(())
+        self.0.push(piece).await
     }
 
     /// Writes what is left and gives the file back.
     pub(crate) async fn finish(mut self) -> io::Result<File> {
-        self.settle().await?;
-        self.begin();
-        self.settle().await?;
-        Ok(self.file.take().expect("settled, so the file is here"))
-    }
-
-    async fn settle(&mut self) -> io::Result<()> {
-        if let Some(writing) = &mut self.writing {
-            let written = writing.await.map_err(io::Error::other);
-            self.writing = None;
-            self.file = Some(written??);
-        }
-        Ok(())
-    }
-
-    fn begin(&mut self) {
-        // After a failed write the file is gone with its error; there is nothing to write to.
-        let Some(mut file) = self.file.take() else { return };
-        let pieces = std::mem::take(&mut self.waiting);
-        self.waiting_bytes = 0;
-        self.writing = Some(spawn_blocking(move || {
-            for piece in pieces {
-                file.write_all(&piece)?;
-            }
-            Ok(file)
-        }));
+        let file = self.0.settled(|disk| disk.0.take()).await?;
+        Ok(file.expect("given back once"))
     }
 }
 
-/// Reads a range of a file block by block, one block ahead.
+/// Reads a range of a file block by block: at once as long as the system holds it in memory, then
+/// one block ahead.
 pub(crate) struct FileBlocks {
     file: Arc<File>,
     at: u64,
     left: u64,
     ahead: Option<JoinHandle<io::Result<Bytes>>>,
+    /// Nothing had to be waited for so far.
+    in_memory: bool,
 }
 
 impl FileBlocks {
     pub(crate) fn new(file: Arc<File>, offset: u64, length: u64) -> Self {
-        Self { file, at: offset, left: length, ahead: None }
+        Self { file, at: offset, left: length, ahead: None, in_memory: true }
     }
 
     /// The next block; `None` at the end. A file that became shorter is an error.
     pub(crate) async fn next(&mut self) -> io::Result<Option<Bytes>> {
+        if self.in_memory && self.left > 0 {
+            let mut block = vec![0; self.size()];
+            match read_from_memory(&self.file, &mut block, self.at) {
+                0 => self.in_memory = false,
+                read => {
+                    block.truncate(read);
+                    self.at += read as u64;
+                    self.left -= read as u64;
+                    return Ok(Some(block.into()));
+                }
+            }
+        }
         if self.ahead.is_none() {
             self.begin();
         }
@@ -101,7 +91,7 @@ impl FileBlocks {
         if self.left == 0 {
             return;
         }
-        let size = self.left.min(BLOCK_BYTES as u64) as usize;
+        let size = self.size();
         let (file, at) = (Arc::clone(&self.file), self.at);
         self.at += size as u64;
         self.left -= size as u64;
@@ -111,6 +101,23 @@ impl FileBlocks {
             Ok(block.into())
         }));
     }
+
+    /// Bytes of the next block.
+    fn size(&self) -> usize {
+        self.left.min(BLOCK_BYTES as u64) as usize
+    }
+}
+
+/// What can be read without waiting for a disk; 0 where that cannot be told, and at the end.
+#[cfg(target_os = "linux")]
+fn read_from_memory(file: &File, block: &mut [u8], at: u64) -> usize {
+    let mut into = [io::IoSliceMut::new(block)];
+    rustix::io::preadv2(file, &mut into, at, rustix::io::ReadWriteFlags::NOWAIT).unwrap_or(0)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn read_from_memory(_: &File, _: &mut [u8], _: u64) -> usize {
+    0
 }
 
 /// Fills `block` from `at` on. A file that ends before is an `UnexpectedEof` that says so.

@@ -10,6 +10,7 @@ mod digest;
 mod disk;
 mod domain;
 mod file;
+mod lane;
 mod local;
 mod naming;
 mod runner_file;
