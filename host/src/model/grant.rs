@@ -6,6 +6,7 @@
 use std::{
     fmt,
     future::poll_fn,
+    ops::Deref,
     pin::pin,
     sync::{
         Arc, Mutex, PoisonError,
@@ -79,12 +80,12 @@ impl CancelReason {
 
 /// Says once that a task should stop, and why. The first reason stays, except that a lost lease
 /// overrides every other one, since it forbids more.
-#[derive(Clone, Debug)]
-pub struct CancelSignal(Arc<watch::Sender<Option<CancelReason>>>);
+#[derive(Debug)]
+pub struct CancelSignal(watch::Sender<Option<CancelReason>>);
 
 impl Default for CancelSignal {
     fn default() -> Self {
-        Self(Arc::new(watch::Sender::new(None)))
+        Self(watch::Sender::new(None))
     }
 }
 
@@ -142,12 +143,12 @@ pub enum Setup {
 }
 
 /// Until when a lease is ours. Shared by everyone who works on its task, moved by the session alone.
-#[derive(Clone, Debug)]
-pub struct Fence(Arc<AtomicU64>);
+#[derive(Debug)]
+pub struct Fence(AtomicU64);
 
 impl Fence {
     fn new(until: Moment) -> Self {
-        Self(Arc::new(AtomicU64::new(until.to_bits())))
+        Self(AtomicU64::new(until.to_bits()))
     }
 
     /// The moment from which on nothing may be sent for the lease.
@@ -164,29 +165,36 @@ impl Fence {
 
 /// A live, read-only view of a held lease. Cheap to clone.
 #[derive(Clone)]
-pub struct Grant {
+pub struct Grant(Arc<Granted>);
+
+/// What a [`Grant`] shows.
+pub struct Granted {
     /// The lease as taken.
-    pub lease: Arc<Lease>,
+    pub lease: Lease,
     /// When and why to stop.
     pub cancel: CancelSignal,
     /// Progress and events on their way to the plane.
-    pub mailbox: Arc<Mailbox>,
+    pub mailbox: Mailbox,
     fence: Fence,
     token_fence: Fence,
-    replaced: Arc<Mutex<Vec<Token>>>,
+    replaced: Mutex<Vec<Token>>,
     token: watch::Receiver<Option<Token>>,
     setup: watch::Receiver<Setup>,
 }
 
+impl Deref for Grant {
+    type Target = Granted;
+
+    fn deref(&self) -> &Granted {
+        &self.0
+    }
+}
+
 /// The writing side of a [`Grant`], held by the session alone.
 pub struct GrantKeys {
-    /// Moves the end of the lease; [`Moment::NEVER`] in the beginning.
-    pub fence: Fence,
-    /// Moves the end of the newest bearer; [`Moment::NEVER`] where the plane has not said it.
-    pub token_fence: Fence,
+    granted: Arc<Granted>,
     /// The newest bearer; [`GrantKeys::renew`] changes it and remembers the one before.
     pub token: watch::Sender<Option<Token>>,
-    replaced: Arc<Mutex<Vec<Token>>>,
     /// Publishes the answer to the set-up heartbeat.
     pub setup: watch::Sender<Setup>,
 }
@@ -195,6 +203,18 @@ pub struct GrantKeys {
 const REPLACED_MAX: usize = 512;
 
 impl GrantKeys {
+    /// Moves the end of the lease; [`Moment::NEVER`] in the beginning.
+    #[must_use]
+    pub fn fence(&self) -> &Fence {
+        &self.granted.fence
+    }
+
+    /// Moves the end of the newest bearer; [`Moment::NEVER`] where the plane has not said it.
+    #[must_use]
+    pub fn token_fence(&self) -> &Fence {
+        &self.granted.token_fence
+    }
+
     /// Publishes a newer bearer. `false`: it is the one that is known.
     pub fn renew(&self, token: Token) -> bool {
         let mut old = None;
@@ -206,7 +226,7 @@ impl GrantKeys {
             newer
         });
         if let Some(old) = old {
-            let mut replaced = self.replaced.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut replaced = self.granted.replaced.lock().unwrap_or_else(PoisonError::into_inner);
             if replaced.len() >= REPLACED_MAX {
                 replaced.remove(0);
             }
@@ -221,22 +241,19 @@ impl Grant {
     /// will answer, `Ready` for local runs.
     #[must_use]
     pub fn new(lease: Lease, setup: Setup) -> (Self, GrantKeys) {
-        let fence = Fence::new(Moment::NEVER);
-        let token_fence = Fence::new(lease.token_expires_at.unwrap_or(Moment::NEVER));
         let token = watch::Sender::new(lease.token.clone());
         let setup = watch::Sender::new(setup);
-        let replaced: Arc<Mutex<Vec<Token>>> = Arc::default();
-        let grant = Self {
-            lease: Arc::new(lease),
-            replaced: Arc::clone(&replaced),
+        let granted = Arc::new(Granted {
+            fence: Fence::new(Moment::NEVER),
+            token_fence: Fence::new(lease.token_expires_at.unwrap_or(Moment::NEVER)),
+            lease,
             cancel: CancelSignal::default(),
-            mailbox: Arc::default(),
-            fence: fence.clone(),
-            token_fence: token_fence.clone(),
+            mailbox: Mailbox::default(),
+            replaced: Mutex::default(),
             token: token.subscribe(),
             setup: setup.subscribe(),
-        };
-        (grant, GrantKeys { fence, token_fence, token, replaced, setup })
+        });
+        (Self(Arc::clone(&granted)), GrantKeys { granted, token, setup })
     }
 
     /// Every bearer the runner may have seen, the newest last; of very many the oldest are forgotten.

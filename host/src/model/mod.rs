@@ -20,7 +20,7 @@ mod visits;
 pub use artifact::{Artifact, ArtifactSpec};
 pub use budget::{Budget, Charge, OverBudget};
 pub use capability::{Capability, CapabilityError};
-pub use grant::{CancelReason, CancelSignal, Coordinates, Fence, Grant, GrantKeys, Setup, Token};
+pub use grant::{CancelReason, CancelSignal, Coordinates, Fence, Grant, GrantKeys, Granted, Setup, Token};
 pub use lease::{Lease, TaskId};
 pub use mailbox::{Mailbox, MailboxError, Pending};
 pub use millis::millis;

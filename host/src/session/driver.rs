@@ -12,7 +12,7 @@ use super::{
     pacing::{GAP_MIN, Pacing, PacingEvent, PacingStep, Rhythm, State},
 };
 use crate::{
-    leases::{Advice, Kept, LeaseError, LeaseSource},
+    leases::{Advice, Kept, LeaseSource},
     model::{CancelReason, Coordinates, Grant, GrantKeys, Lease, Moment, Pending, ReportName, Setup, TaskId},
 };
 
@@ -142,7 +142,7 @@ impl Driver {
     fn move_fence(&self) {
         // A lost one is told by the cancel signal, which needs no clock.
         if let Some(expires) = self.pacing.expires() {
-            self.keys.fence.set(expires);
+            self.keys.fence().set(expires);
         }
     }
 
@@ -178,11 +178,9 @@ impl Driver {
 
     async fn beat(&mut self, until: Moment) -> PacingEvent {
         let sent = self.grant.mailbox.pending();
-        let within = until.left();
-        let failure = match until.before(self.source.keep(self.task, &sent, until)).await {
-            Some(Ok(kept)) => return self.adopt(&sent, kept),
-            Some(Err(err)) => err,
-            None => LeaseError::Unreachable(format!("no answer within {within:?}")),
+        let failure = match self.source.keep(self.task, &sent, until).await {
+            Ok(kept) => return self.adopt(&sent, kept),
+            Err(err) => err,
         };
         match failure.advice() {
             Advice::StopTask if self.ended => {
@@ -218,7 +216,7 @@ impl Driver {
             self.grant.mailbox.answered();
         }
         if let Some(ends) = kept.token_expires_at {
-            self.keys.token_fence.set(ends);
+            self.keys.token_fence().set(ends);
         }
         if let Some(task) = kept.task.filter(|task| *task != self.task) {
             info!(task_id = %task, formerly = %self.task, "control plane renamed the task");

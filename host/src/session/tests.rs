@@ -253,7 +253,8 @@ async fn a_newer_token_is_seen_at_once() {
 #[tokio::test]
 async fn progress_is_gathered_and_events_arrive_once() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    let mailbox = session.grant().mailbox;
+    let grant = session.grant();
+    let mailbox = &grant.mailbox;
     for n in 0..50 {
         mailbox.progress(json!({ "n": n })).expect("room");
         mailbox.event(json!(n)).expect("room");
@@ -284,7 +285,8 @@ async fn unacknowledged_events_come_again() {
 #[tokio::test]
 async fn last_words_go_before_the_report() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    let mailbox = session.grant().mailbox;
+    let grant = session.grant();
+    let mailbox = &grant.mailbox;
     mailbox.progress(json!({ "done": true })).expect("room");
     mailbox.event(json!("end")).expect("room");
     let closed = close(session, async || {
@@ -317,7 +319,8 @@ async fn events_that_fill_several_heartbeats_follow_each_other_without_the_timer
 #[tokio::test]
 async fn last_words_that_fill_several_heartbeats_all_go_before_the_report() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    let mailbox = session.grant().mailbox;
+    let grant = session.grant();
+    let mailbox = &grant.mailbox;
     let text = "x".repeat(20_000);
     for n in 0..8 {
         mailbox.event(json!([n, text])).expect("room");

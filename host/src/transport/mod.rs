@@ -302,7 +302,9 @@ impl Client {
     /// and watch for stalls themselves.
     pub async fn send(&self, request: Request<Body>, limit: Duration) -> Result<Response<Incoming>, TransportError> {
         let host = host_of(&request)?;
-        let (response, connection) = within(limit, &host, pin!(self.request(request, &host))).await?;
+        let work = pin!(self.pool.request(self.for_proxy(request)));
+        let sent = within(limit, &host, async { work.await.map_err(|reason| unreachable(&host, reason)) }).await;
+        let (response, connection) = sent?;
         self.pool.give_back_later(connection);
         Ok(response)
     }
@@ -343,16 +345,12 @@ impl Client {
         need.answer(host.clone(), head, body.unwrap_or_else(|| Err(late(&host, limit))))
     }
 
-    async fn request(
-        &self,
-        mut request: Request<Body>,
-        host: &Authority,
-    ) -> Result<(Response<Incoming>, pool::Taken), TransportError> {
+    /// Adds what a proxy on the way wants to be shown.
+    fn for_proxy(&self, mut request: Request<Body>) -> Request<Body> {
         if let Some(authorization) = self.config.proxies.authorization(request.uri()) {
             request.headers_mut().insert(http::header::PROXY_AUTHORIZATION, authorization);
         }
-        let sent = self.pool.request(request).await;
-        sent.map_err(|reason| TransportError::Unreachable { host: host.to_string(), reason })
+        request
     }
 
     /// Sends a request and returns the answer's body. Its head is there as soon as it has come, also
@@ -364,7 +362,8 @@ impl Client {
         head: &mut Option<Head>,
     ) -> Result<Bytes, TransportError> {
         let sent = Moment::now();
-        let (response, connection) = self.request(request, host).await?;
+        let answered = self.pool.request(self.for_proxy(request)).await;
+        let (response, connection) = answered.map_err(|reason| unreachable(host, reason))?;
         let (parts, body) = response.into_parts();
         let clock = self.clocks.note(host.as_str(), &parts.headers, sent);
         *head = Some((parts, clock));
@@ -408,6 +407,10 @@ async fn within<T>(
     work: impl Future<Output = Result<T, TransportError>>,
 ) -> Result<T, TransportError> {
     tokio::time::timeout(limit, work).await.unwrap_or_else(|_| Err(late(host, limit)))
+}
+
+fn unreachable(host: &Authority, reason: String) -> TransportError {
+    TransportError::Unreachable { host: host.to_string(), reason }
 }
 
 fn late(host: &Authority, limit: Duration) -> TransportError {

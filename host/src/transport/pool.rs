@@ -92,7 +92,8 @@ impl Pool {
                     }
                 }
                 None => {
-                    let taken = self.connect(&scheme, &authority).await?;
+                    // Boxed: it is large, and every request would be moved about with room for it.
+                    let taken = Box::pin(self.connect(&scheme, &authority)).await?;
                     request.headers_mut().entry(header::HOST).or_insert(host_of(&scheme, &authority)?);
                     taken
                 }

@@ -163,7 +163,7 @@ async fn an_error_text_never_holds_the_bearer() {
 async fn a_lease_whose_end_has_passed_is_lost_before_anyone_says_so() {
     let world = world().await;
     world.item("d", "n", "t", "bytes");
-    world.keys.fence.set(Moment::now());
+    world.keys.fence().set(Moment::now());
     refused(world.ports.materialize("d").await, PortErrorKind::LeaseOver, "lease is lost");
     refused(world.put("x", b"y").await, PortErrorKind::LeaseOver, "lease is lost");
     assert_eq!(world.grant.cancel.reason(), Some(CancelReason::LeaseLost));
@@ -177,8 +177,8 @@ async fn a_lost_lease_ends_a_running_transfer_and_forbids_new_ones() {
     world.answer("download", 200, KIND, unfinished(whole[..2000].to_vec(), false));
     let mut stream = world.ports.open("d").await.expect("opens");
     assert!(stream.next().await.expect("the first piece").is_some());
-    let cancel = world.grant.cancel.clone();
-    let (result, ()) = tokio::join!(stream.next(), async move { cancel.cancel(CancelReason::LeaseLost) });
+    let grant = world.grant.clone();
+    let (result, ()) = tokio::join!(stream.next(), async move { grant.cancel.cancel(CancelReason::LeaseLost) });
     refused(result, PortErrorKind::LeaseOver, "lease is lost");
     let before = world.log().len();
     refused(world.ports.materialize("d").await, PortErrorKind::LeaseOver, "lease is lost");

@@ -249,10 +249,10 @@ async fn a_lost_lease_ends_the_pause_before_the_next_try() {
     })
     .await;
     world.answer("download", 503, "text/plain", "later");
-    let cancel = world.grant.cancel.clone();
+    let grant = world.grant.clone();
     let (result, ()) = tokio::join!(world.ports.materialize("d"), async {
         world.until("download").await;
-        cancel.cancel(crate::model::CancelReason::LeaseLost);
+        grant.cancel.cancel(crate::model::CancelReason::LeaseLost);
     });
     refused(result, PortErrorKind::LeaseOver, "lease is lost");
 }
