@@ -19,7 +19,7 @@ use crate::{
     model::{Budget, Live, Phase, StatusBoard},
     observe::pages::Pages,
     outbox::{self, Outbox, StateDir},
-    plugins::{Desk, Plugins},
+    plugins::Plugins,
     session::{self, Sessions},
     storage::{self, Disk, Scratch, Storage},
     transport,
@@ -286,19 +286,11 @@ struct Control {
 
 impl Control {
     fn start() -> std::io::Result<Self> {
-        let desk = Arc::new(Desk::default());
-        let (sleeps, awakes) = (Arc::clone(&desk), Arc::clone(&desk));
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .on_thread_park(move || sleeps.sleeps())
-            .on_thread_unpark(move || awakes.awakes())
-            .build()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let (handle, stop) = (runtime.handle().clone(), CancellationToken::new());
         let stopped = stop.clone();
-        let thread = thread::Builder::new().name("control".to_owned()).spawn(move || {
-            runtime.spawn(desk.serve()); // as long as the loop
-            runtime.block_on(stopped.cancelled());
-        })?;
+        let thread =
+            thread::Builder::new().name("control".to_owned()).spawn(move || runtime.block_on(stopped.cancelled()))?;
         Ok(Self { handle, stop, thread })
     }
 

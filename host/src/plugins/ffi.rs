@@ -25,13 +25,7 @@ use tokio::{runtime::Handle, sync::oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::{Span, debug, error, info, trace, warn};
 
-use super::{
-    InstallError,
-    desk::{Desk, End},
-    dispatch::Dispatcher,
-    run::Folder,
-    tasks::TaskTable,
-};
+use super::{InstallError, dispatch::Dispatcher, run::Folder, tasks::TaskTable};
 use crate::model::{ArtifactSpec, Charge, Grant, InputStream, OutputStream, PortError, PortErrorKind, Ports, Setup};
 
 /// Most streams one task may hold open.
@@ -190,8 +184,6 @@ pub(super) struct Running {
     over: CancellationToken,
     span: Span,
     ended: Mutex<Option<oneshot::Sender<Completion>>>,
-    /// Where the loop that waits for its end looks for it.
-    desk: Option<Arc<Desk>>,
     streams: Mutex<HashMap<u64, Stream>>,
     next_stream: AtomicU64,
 }
@@ -243,7 +235,6 @@ pub(super) fn enter(
         over: CancellationToken::new(),
         span: Span::current(),
         ended: Mutex::new(Some(tell)),
-        desk: Desk::here(),
         streams: Mutex::default(),
         next_stream: AtomicU64::new(1),
     });
@@ -717,14 +708,7 @@ unsafe extern "C" fn complete(task: Task, status: Status, text: Str, details: St
         let Some(tell) = tell else { return Ok(Status::STALE) };
         let completion = Completion { status, text: text.unwrap_or_default(), details: details.unwrap_or_default() };
         // Nobody waits any more when the task was given up as stuck.
-        let waited_for = match &running.desk {
-            Some(desk) if !tell.is_closed() => {
-                desk.leave(End { task, tell, completion });
-                true
-            }
-            _ => tell.send(completion).is_ok(),
-        };
-        if waited_for {
+        if tell.send(completion).is_ok() {
             return Ok(Status::OK);
         }
         super::stuck::returned(task);

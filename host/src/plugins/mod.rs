@@ -5,7 +5,6 @@
 //! an [`InstallError`]. One bad plugin never stops the others.
 
 mod config;
-mod desk;
 mod discover;
 mod dispatch;
 mod error;
@@ -33,7 +32,6 @@ use tokio::sync::{Semaphore, watch};
 use tracing::{info, warn};
 
 pub use config::{ConfigError, Entry, PluginsFile, Settings};
-pub use desk::Desk;
 pub use discover::{PlaceError, Places};
 pub use error::InstallError;
 pub use inspect::{Facts, Manifest};
