@@ -71,7 +71,8 @@ pub(super) async fn attempt(
     let lease = &grant.lease;
     let began = Instant::now();
     info!("task started");
-    let run = AssertUnwindSafe(run(Arc::clone(&rooms), slot.held, grant.clone(), grace)).catch_unwind();
+    // Boxed: what goes around it would hold it several times over, and be copied with each move.
+    let run = AssertUnwindSafe(Box::pin(run(Arc::clone(&rooms), slot.held, grant.clone(), grace))).catch_unwind();
     let ended = async {
         run.await.unwrap_or_else(|_| {
             // A bug of ours must not leave a lease unsettled; the log has its words.

@@ -12,7 +12,7 @@ use serde::{Serialize, Serializer};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::{Artifact, Budget, Fetched, Grant, Lease, Moment, Setup, TaskId, Verdict, millis};
+use super::{Artifact, Budget, Capability, Fetched, Grant, Lease, Moment, Setup, TaskId, Verdict, millis};
 
 /// Ended tasks that are shown.
 const RECENT_MAX: usize = 100;
@@ -147,7 +147,8 @@ impl Serialize for HeldTasks {
 #[derive(Clone, Debug, Serialize)]
 pub struct TaskStatus {
     /// Which runner.
-    pub capability: String,
+    #[serde(serialize_with = "as_text")]
+    pub capability: Capability,
     /// The job it belongs to.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub job_id: Option<Uuid>,
@@ -209,6 +210,11 @@ pub struct OutboxStatus {
     pub full: bool,
 }
 
+/// Names are written when they are shown.
+fn as_text<S: Serializer>(name: &impl fmt::Display, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(name)
+}
+
 /// What became of a report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -229,12 +235,14 @@ pub enum ReportState {
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct TaskRecord {
     /// The task.
-    pub task_id: String,
+    #[serde(serialize_with = "as_text")]
+    pub task_id: TaskId,
     /// The job it belonged to.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub job_id: Option<Uuid>,
     /// Which runner.
-    pub capability: String,
+    #[serde(serialize_with = "as_text")]
+    pub capability: Capability,
     /// How it ended, one word.
     pub outcome: &'static str,
     /// The same, finer.
@@ -256,9 +264,9 @@ impl TaskRecord {
     #[must_use]
     pub fn new(lease: &Lease, verdict: &Verdict, took: Duration, report: ReportState) -> Self {
         Self {
-            task_id: lease.task.to_string(),
+            task_id: lease.task,
             job_id: lease.job,
-            capability: lease.capability.to_string(),
+            capability: lease.capability.clone(),
             outcome: verdict.outcome.word(),
             code: verdict.outcome.code(),
             artifacts: verdict.artifacts.clone(),
@@ -334,7 +342,7 @@ impl StatusBoard {
     pub fn began(&self, grant: &Grant, plugin: Option<Arc<str>>) -> HeldNumber {
         let lease = &grant.lease;
         let task = TaskStatus {
-            capability: lease.capability.to_string(),
+            capability: lease.capability.clone(),
             job_id: lease.job,
             plugin,
             attempt: lease.attempt,
@@ -375,7 +383,6 @@ impl StatusBoard {
 
     /// Says what became of a report that waited.
     pub fn settled(&self, task: TaskId, report: ReportState) {
-        let task = task.to_string();
         self.change(|status| {
             status.unreported += u64::from(report == ReportState::Refused);
             // The same task may have ended here twice: the plane gave it out again.
@@ -391,7 +398,7 @@ impl StatusBoard {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Capability, Outcome};
+    use crate::model::Outcome;
 
     fn grant(task: TaskId) -> Grant {
         let lease = Lease {

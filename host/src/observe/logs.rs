@@ -2,7 +2,13 @@
 
 use std::io::IsTerminal;
 
-use tracing_subscriber::{EnvFilter, Layer, filter::LevelFilter, layer::SubscriberExt, util::SubscriberInitExt};
+use tracing::Subscriber;
+use tracing_subscriber::{
+    EnvFilter, Layer,
+    filter::{LevelFilter, Targets},
+    layer::SubscriberExt,
+    util::SubscriberInitExt,
+};
 
 use super::json::{JsonLines, JsonMembers};
 
@@ -29,6 +35,7 @@ pub fn init(format: Format, filter: &str) {
     let parsed = EnvFilter::try_new(filter);
     let mistake = parsed.as_ref().err().map(ToString::to_string);
     let filter = parsed.unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = plain(filter);
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let lines: Box<dyn Layer<_> + Send + Sync> = match format {
         Format::Json => lines.event_format(JsonLines).fmt_fields(JsonMembers).boxed(),
@@ -37,6 +44,15 @@ pub fn init(format: Format, filter: &str) {
     let _ = tracing_subscriber::registry().with(filter).with(lines).try_init();
     if let Some(mistake) = mistake {
         tracing::warn!(error = %mistake, "RUST_LOG cannot be used, logging at info");
+    }
+}
+
+/// As `filter`, but without its book of spans, which costs whenever a task goes on, unless a directive names one.
+fn plain<S: Subscriber>(filter: EnvFilter) -> Box<dyn Layer<S> + Send + Sync> {
+    let text = filter.to_string();
+    match text.parse::<Targets>() {
+        Ok(targets) if !text.is_empty() && !text.contains('[') => targets.boxed(),
+        _ => filter.boxed(),
     }
 }
 
@@ -50,5 +66,73 @@ pub fn plugin_level() -> u32 {
         LevelFilter::INFO => 3,
         LevelFilter::DEBUG => 4,
         LevelFilter::TRACE => 5,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use tracing::{Event, debug, error, info, info_span, trace, warn};
+    use tracing_subscriber::layer::Context;
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Seen(Arc<Mutex<Vec<String>>>);
+
+    impl<S: Subscriber> Layer<S> for Seen {
+        fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
+            let about = event.metadata();
+            self.0.lock().expect("nobody panics with it").push(format!("{} {}", about.target(), about.level()));
+        }
+    }
+
+    /// What of everything the filter lets pass, and the level it announces.
+    fn seen(filter: impl Layer<tracing_subscriber::Registry> + Send + Sync) -> (Option<LevelFilter>, Vec<String>) {
+        let seen = Seen::default();
+        let announced = filter.max_level_hint();
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(filter).with(seen.clone()), || {
+            for _ in 0..2 {
+                let _task = info_span!("task", n = 1).entered();
+                error!("x");
+                warn!("x");
+                info!("x");
+                debug!("x");
+                trace!("x");
+                error!(target: "hyper::client", "x");
+                info!(target: "hyper::client", "x");
+                debug!(target: "hyper", "x");
+                trace!(target: "other", "x");
+            }
+        });
+        let lines = seen.0.lock().expect("nobody panics with it").clone();
+        (announced, lines)
+    }
+
+    #[test]
+    fn a_plain_filter_lets_the_same_pass() {
+        for text in [
+            "",
+            "info",
+            "off",
+            "WARN",
+            "2",
+            "hyper",
+            "hyper=debug",
+            "warn,hyper::client=info",
+            "runner_host=trace,hyper=off",
+            "info,,other",
+            "runner_host::observe=debug,info,hyper=error",
+            "trace",
+            "[task]=debug",
+            "info,[task{n=1}]=trace",
+            "hyper[task]=trace",
+            "info,other[{n}]=trace",
+        ] {
+            let filter = || EnvFilter::try_new(text).unwrap_or_else(|err| panic!("{text}: {err}"));
+            assert_eq!(seen(plain(filter())), seen(filter()), "{text}");
+        }
+        assert_eq!(seen(plain(EnvFilter::new("off"))).1, [""; 0]);
     }
 }
