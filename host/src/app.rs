@@ -194,7 +194,8 @@ impl Node {
         let serving = tokio::spawn(show_plugins(Arc::clone(&plugins), board.clone(), over.clone()));
         let disk = tokio::spawn(disk.run(board.clone(), over.clone()));
         let tokens = auth.tokens();
-        let auth = control.handle.spawn(auth.run(over.clone()));
+        // Who is told to stop before it has begun does not register first.
+        let auth = (!stops.drain.is_cancelled()).then(|| control.handle.spawn(auth.run(over.clone())));
         let (mut ended, last_round) = tokio::select! {
             biased;
             () = stops.drain.cancelled() => (Ended::Drained, Duration::ZERO),
@@ -220,7 +221,7 @@ impl Node {
         }
         plugins.shutdown(SHUTDOWN_LIMIT).await;
         over.cancel();
-        for task in [pages, watching, serving, disk, auth].into_iter().chain(door) {
+        for task in [pages, watching, serving, disk].into_iter().chain(auth).chain(door) {
             if let Err(err) = task.await {
                 warn!(error = %err, "a part of the node ended unexpectedly");
             }

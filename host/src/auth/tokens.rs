@@ -59,6 +59,12 @@ impl Slot {
 pub struct TokenSource(Arc<watch::Sender<Slot>>);
 
 impl TokenSource {
+    /// What [`TokenSource::bearer`] would say without waiting.
+    #[must_use]
+    pub fn now(&self) -> Option<Result<Token, AuthError>> {
+        self.0.borrow().look(Instant::now())
+    }
+
     /// The current token. Waits while a login is under way, fails while the service is away.
     pub async fn bearer(&self) -> Result<Token, AuthError> {
         let mut watch = self.0.subscribe();

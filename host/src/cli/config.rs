@@ -2,8 +2,8 @@
 
 use serde_json::json;
 
-use super::{Exit, Output, complain, put, run::Settings};
-use crate::config::{HostConfig, KEYS, Key, Kind, Layers, Secrets};
+use super::{Exit, Output, PluginArgs, complain, put, run::Settings};
+use crate::config::{HostConfig, KEYS, Key, Kind, Layers, Secrets, folder_mistakes};
 
 /// What to do with the configuration.
 #[derive(clap::Subcommand)]
@@ -19,13 +19,15 @@ pub(super) enum Command {
     /// Check the configuration and report all mistakes at once
     Check {
         #[command(flatten)]
+        plugins: PluginArgs,
+        #[command(flatten)]
         settings: Settings,
     },
 }
 
 impl Command {
     pub(super) fn settings(&self) -> &Settings {
-        let (Self::Show { settings, .. } | Self::Check { settings }) = self;
+        let (Self::Show { settings, .. } | Self::Check { settings, .. }) = self;
         settings
     }
 }
@@ -33,19 +35,23 @@ impl Command {
 pub(super) fn run(command: &Command, layers: &Layers, secrets: &Secrets) -> anyhow::Result<Exit> {
     match command {
         Command::Show { output, .. } => show(layers, secrets, *output),
-        Command::Check { .. } => match HostConfig::build(layers, secrets) {
-            Ok(config) => {
-                for warning in &config.warnings {
-                    eprintln!("warning: {warning}");
-                }
-                put(std::io::stdout(), "the configuration is complete\n")?;
-                Ok(Exit::Done)
+        Command::Check { plugins, .. } => {
+            let (warnings, mut mistakes) = match HostConfig::build(layers, secrets) {
+                Ok(config) => (config.warnings, Vec::new()),
+                Err(mistakes) => (Vec::new(), mistakes.0),
+            };
+            mistakes.extend(folder_mistakes(layers));
+            mistakes.extend(plugins.mistakes());
+            for warning in &warnings {
+                eprintln!("warning: {warning}");
             }
-            Err(mistakes) => {
-                mistakes.0.iter().for_each(|mistake| complain(mistake));
-                Ok(Exit::Configuration)
+            mistakes.iter().for_each(|mistake| complain(mistake));
+            if !mistakes.is_empty() {
+                return Ok(Exit::Configuration);
             }
-        },
+            put(std::io::stdout(), "the configuration is complete\n")?;
+            Ok(Exit::Done)
+        }
     }
 }
 

@@ -12,10 +12,11 @@ use super::{Exit, PluginArgs, block_on, put, signals};
 use crate::{
     app::Node,
     auth::NodeKey,
-    config::{HostConfig, Layers, Origin, Secrets, plugin_init_timeout},
+    config::{HostConfig, Layers, Origin, Secrets, default_scratch_dir, plugin_init_timeout},
     dev::{self, DevError, Faults, WireForm, World},
     engine::{Ended, Stops},
     plugins::Plugins,
+    storage::Scratch,
 };
 
 /// The port the world takes unless told otherwise.
@@ -41,7 +42,7 @@ pub(super) struct Args {
     /// Leases one node may hold at once [default: any number]
     #[arg(long, value_name = "N")]
     leases_per_node: Option<usize>,
-    /// Refuse (409) a wallet that registers again while it is online, be it another node or the same one
+    /// Refuse (409) a second node with the wallet of one that is online; a node is known by its connections
     #[arg(long)]
     strict_identity: bool,
     /// Settings of the node in TOML or JSON, under those of the environment
@@ -56,18 +57,19 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: Args, layers: Layers) -> anyhow::Result<Exit> {
-    let limit = plugin_init_timeout(&layers)?;
-    let plugins = if args.no_node { None } else { Some(Arc::new(args.plugins.load(64, None, limit)?)) };
-    block_on(live(args, layers, plugins))
+    block_on(live(args, layers))
 }
 
-async fn live(args: Args, layers: Layers, plugins: Option<Arc<Plugins>>) -> anyhow::Result<Exit> {
+async fn live(args: Args, layers: Layers) -> anyhow::Result<Exit> {
+    let limit = plugin_init_timeout(&layers)?;
     let stops = Stops::default();
     signals::listen(stops.clone())?;
+    let plugins = if args.no_node { None } else { Some(Arc::new(args.plugins.load(64, None, limit)?)) };
     let faults = args.faults.as_deref().map(Faults::read).transpose()?.unwrap_or_default();
-    let world = start(&args, &faults).await?;
-    let folder = tempfile::Builder::new().prefix("runner-host-dev-").tempdir().context("make a folder for the node")?;
-    let state = args.data.as_ref().map_or_else(|| folder.path().join("node"), |data| data.join("node"));
+    // What lasts no longer than this process; the next one removes what a killed one left.
+    let folder = Scratch::open(default_scratch_dir()).context("make a temporary folder")?;
+    let world = start(&args, &faults, folder.path()).await?;
+    let state = args.data.as_ref().map_or_else(|| folder.path().join("state"), |data| data.join("node"));
     let node = match &plugins {
         Some(plugins) => Some(join(&args, &state, layers, &world, plugins).await?),
         None => None,
@@ -84,10 +86,11 @@ async fn live(args: Args, layers: Layers, plugins: Option<Arc<Plugins>>) -> anyh
     Ok(if ended == Ended::Drained { Exit::Done } else { Exit::Temporary })
 }
 
-async fn start(args: &Args, faults: &Faults) -> anyhow::Result<World> {
+async fn start(args: &Args, faults: &Faults, temporary: &Path) -> anyhow::Result<World> {
     let config = |port| dev::Config {
         bind: SocketAddr::from(([127, 0, 0, 1], port)),
         data: args.data.clone(),
+        temporary: Some(temporary.to_owned()),
         lease_ttl: args.lease_ttl,
         leases_per_node: args.leases_per_node,
         strict_identity: args.strict_identity,

@@ -57,7 +57,7 @@ impl From<Exit> for ExitCode {
 #[command(
     name = "runner-host",
     version,
-    about = "A node for leased compute: leases tasks, runs them in plugins, reports each end once.",
+    about = "A node for leased compute: leases tasks, runs them in plugins, sends one verdict of each until it is accepted.",
     after_help = "Exit codes: 0 done, 1 task failed, 2 usage, 3 cancelled, 4 every plugin refused, 5 timed out, 75 try again later, 78 configuration.",
     propagate_version = true
 )]
@@ -243,6 +243,17 @@ impl PluginArgs {
         };
         let arguments = if self.plugins.is_empty() { vec![file.folder.join("plugins")] } else { self.plugins.clone() };
         Ok((Places::from_arguments(&arguments)?, file))
+    }
+
+    /// What is wrong with the places that are named, a line each. That none is named and the usual folder
+    /// does not exist is none: the node may be told with its own flags.
+    fn mistakes(&self) -> Vec<String> {
+        let file =
+            self.plugins_file.clone().or_else(|| Some(PathBuf::from("plugins.toml")).filter(|file| file.is_file()));
+        let unread = file.and_then(|file| PluginsFile::read(&file).err());
+        let places = self.plugins.iter().filter_map(|path| Places::from_arguments(std::slice::from_ref(path)).err());
+        let places: Vec<anyhow::Error> = places.map(Into::into).collect();
+        unread.into_iter().map(anyhow::Error::from).chain(places).map(|err| one_line(&err)).collect()
     }
 
     /// Loads the plugins. Refused ones are in the listings.

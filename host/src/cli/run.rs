@@ -5,7 +5,7 @@ use std::{path::PathBuf, sync::Arc};
 use super::{Exit, PluginArgs, block_on_beside_control, complain, nothing_to_serve, signals};
 use crate::{
     app::Node,
-    config::{HostConfig, KEYS, Key, Layers, Origin, Secrets},
+    config::{HostConfig, KEYS, Key, Layers, Origin, Secrets, folder_mistakes},
     engine::{Ended, Stops},
 };
 
@@ -90,20 +90,21 @@ pub(super) fn run(args: &Args, layers: &Layers, secrets: &Secrets) -> anyhow::Re
     let config = match HostConfig::build(layers, secrets) {
         Ok(config) => config,
         Err(mistakes) => {
-            mistakes.0.iter().for_each(|mistake| complain(mistake));
+            mistakes.0.iter().chain(&folder_mistakes(layers)).for_each(|mistake| complain(mistake));
             return Ok(Exit::Configuration);
         }
     };
     for warning in &config.warnings {
         tracing::warn!(reason = %warning, "a setting should be put right");
     }
-    let plugins = Arc::new(args.plugins.load(config.max_concurrency, config.noop, config.plugin_init_timeout)?);
-    if let Some(exit) = nothing_to_serve(&plugins) {
-        return Ok(exit);
-    }
     block_on_beside_control(async {
         let stops = Stops::default();
+        // Before the plugins: they may take their time, and a signal meanwhile ends a node that never began.
         signals::listen(stops.clone())?;
+        let plugins = Arc::new(args.plugins.load(config.max_concurrency, config.noop, config.plugin_init_timeout)?);
+        if let Some(exit) = nothing_to_serve(&plugins) {
+            return Ok(exit);
+        }
         let node = Node::build(config, plugins).await?;
         Ok(match node.run(stops).await {
             Ended::Drained => Exit::Done,

@@ -62,8 +62,8 @@ pub(super) struct Args {
     /// Wait for the end and show progress
     #[arg(long)]
     pub(super) wait: bool,
-    /// Stop waiting after this time, such as 90s, 15m or 2h; the job goes on
-    #[arg(long, value_name = "TIME", value_parser = super::parse_duration, requires = "wait")]
+    /// End after this time, such as 90s, 15m or 2h, whatever is under way; a job that was created goes on
+    #[arg(long, value_name = "TIME", value_parser = super::parse_duration)]
     pub(super) timeout: Option<Duration>,
     /// Folder to bring the artifacts to
     #[arg(long, value_name = "DIR", requires = "wait")]
@@ -117,15 +117,25 @@ async fn run_to(
     nobody_after: Duration,
     interrupt: impl Future<Output = ()>,
 ) -> anyhow::Result<Exit> {
-    let jobs = Mutex::new(Vec::new());
+    let reached = Mutex::new(Reached::default());
+    let out_of_time = async {
+        match args.timeout {
+            Some(limit) => tokio::time::sleep(limit).await,
+            None => std::future::pending().await,
+        }
+    };
     let ended = tokio::select! {
-        ended = submit(&args, http, &jobs, out, &mut notes, nobody_after) => Some(ended),
-        () = interrupt => None,
+        ended = submit(&args, http, &reached, out, &mut notes, nobody_after) => Ok(ended),
+        () = interrupt => Err(("interrupted".to_owned(), Exit::Cancelled)),
+        () = out_of_time => Err((format!("stopped after {:?}", args.timeout.unwrap_or_default()), Exit::TimedOut)),
     };
     notes.clear();
-    let Some(ended) = ended else {
-        notes.line(&interrupted(&jobs.into_inner().expect("nothing panics while it holds the list")));
-        return Ok(Exit::Cancelled);
+    let ended = match ended {
+        Ok(ended) => ended,
+        Err((what, exit)) => {
+            notes.line(&format!("{what}; {}", reached.into_inner().expect("nothing panics while it holds this")));
+            return Ok(exit);
+        }
     };
     match ended {
         Ok(code) => Ok(code),
@@ -160,11 +170,28 @@ impl From<anyhow::Error> for Stop {
     }
 }
 
-/// `submitted` tells an interrupted caller what goes on without it.
+/// How far a submission came: what goes on without a caller that ends early.
+#[derive(Default)]
+struct Reached {
+    jobs: Vec<Uuid>,
+    /// All of them have ended; what is left is to bring their artifacts.
+    ended: bool,
+}
+
+impl std::fmt::Display for Reached {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match (&self.jobs[..], self.ended) {
+            ([], _) => f.write_str("no job was submitted"),
+            (jobs, false) => write!(f, "the job goes on: {}", names(jobs)),
+            (jobs, true) => write!(f, "the job has ended, its artifacts were not all brought: {}", names(jobs)),
+        }
+    }
+}
+
 async fn submit(
     args: &Args,
     http: transport::Config,
-    submitted: &Mutex<Vec<Uuid>>,
+    reached: &Mutex<Reached>,
     out: &mut impl Write,
     notes: &mut Notes,
     nobody_after: Duration,
@@ -188,30 +215,16 @@ async fn submit(
         let tasks = left.min(TASKS_PER_JOB);
         let id = plane.create_job(&job(args, &plane, &inputs, tasks)).await?;
         jobs.push(id);
-        submitted.lock().expect("nothing panics while it holds the list").push(id);
+        reached.lock().expect("nothing panics while it holds this").jobs.push(id);
         left -= tasks;
     }
     if !args.wait {
         print_handed_in(args.output, out, &jobs)?;
         return Ok(Exit::Done);
     }
-    let watching = watch(args, &plane, &jobs, notes, nobody_after);
-    let patience = args.timeout.unwrap_or(Duration::MAX);
-    match tokio::time::timeout(patience, watching).await {
-        Ok(ended) => finish(args, &plane, &ended?, out, notes).await,
-        Err(_) => {
-            notes.line(&format!("stopped waiting after {patience:?}; the job goes on: {}", names(&jobs)));
-            Ok(Exit::TimedOut)
-        }
-    }
-}
-
-fn interrupted(jobs: &[Uuid]) -> String {
-    if jobs.is_empty() {
-        "interrupted; no job was submitted".to_owned()
-    } else {
-        format!("interrupted; the job goes on: {}", names(jobs))
-    }
+    let ended = watch(args, &plane, &jobs, notes, nobody_after).await?;
+    reached.lock().expect("nothing panics while it holds this").ended = true;
+    finish(args, &plane, &ended, out, notes).await
 }
 
 async fn find_plane(args: &Args, http: transport::Config) -> Result<Plane, Stop> {

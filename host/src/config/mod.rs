@@ -7,6 +7,7 @@ mod keys;
 mod layers;
 mod node_url;
 mod parser;
+mod places;
 mod secrets;
 
 use std::{
@@ -187,7 +188,7 @@ impl HostConfig {
             plugin_init_timeout: parser.duration("PLUGIN_INIT_TIMEOUT"),
             cancel_grace: parser.duration("CANCEL_GRACE"),
             disk_free_min: parser.size("DISK_FREE_MIN"),
-            scratch_dir: parser.optional("SCRATCH_DIR").map_or_else(default_scratch_dir, PathBuf::from),
+            scratch_dir: parser.scratch_dir(),
             state_dir: parser.state_dir(),
             outbox_max: parser.value("OUTBOX_MAX", "a number from 1 to 1000000", 1, |text| {
                 text.parse().ok().filter(|count| (1..=1_000_000).contains(count))
@@ -201,7 +202,7 @@ impl HostConfig {
             unpack_files_max: parser.number("UNPACK_FILES_MAX", "a whole number", 0),
             unpack_bytes_max: parser.size_above_zero("UNPACK_BYTES_MAX"),
             unpack_ratio_max: parser.number("UNPACK_RATIO_MAX", "a whole number", 0),
-            domain_hosts: parser.list("DOMAIN_HOSTS"),
+            domain_hosts: parser.hosts("DOMAIN_HOSTS"),
             transport,
             noop: parser.flag("ENABLE_NOOP").then_some(noop_sleep),
             dms: dms.unwrap_or_else(placeholder),
@@ -223,6 +224,19 @@ pub fn plugin_init_timeout(layers: &Layers) -> Result<Duration, Mistakes> {
     let mut parser = Parser::new(layers);
     let limit = parser.duration("PLUGIN_INIT_TIMEOUT");
     if parser.mistakes.is_empty() { Ok(limit) } else { Err(Mistakes(parser.mistakes)) }
+}
+
+/// What is wrong with the folders of a node as they are now, a line each. What [`HostConfig::build`] cannot
+/// know: they are another matter once a node has made them.
+#[must_use]
+pub fn folder_mistakes(layers: &Layers) -> Vec<String> {
+    let mut parser = Parser::new(layers);
+    let (scratch, state) = (parser.scratch_dir(), parser.state_dir());
+    // One that cannot even be named is a mistake already.
+    parser.mistakes.clear();
+    parser.look_at_folder("SCRATCH_DIR", &scratch);
+    parser.look_at_folder("STATE_DIR", &state);
+    parser.mistakes
 }
 
 /// `STATE_DIR` alone, for commands that look at a node's state without its configuration.
@@ -284,6 +298,9 @@ fn transport(parser: &mut Parser<'_>) -> transport::Config {
         }
     };
     let (http, https, all) = (proxy("HTTP_PROXY"), proxy("HTTPS_PROXY"), proxy("ALL_PROXY"));
+    if http.or(https).or(all).is_some() {
+        parser.look_at_unproxied("NO_PROXY");
+    }
     let proxies = Proxies::new(http, https, all, parser.optional("NO_PROXY").unwrap_or_default());
     let allow_insecure_http = parser.flag("ALLOW_INSECURE_HTTP");
     transport::Config { allow_insecure_http, roots, proxies, ..transport::Config::default() }

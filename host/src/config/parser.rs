@@ -41,7 +41,7 @@ impl<'a> Parser<'a> {
         self.mistakes.push(format!("{}: {what}", self.place(name)));
     }
 
-    fn warning(&mut self, name: &str, what: impl std::fmt::Display) {
+    pub(super) fn warning(&mut self, name: &str, what: impl std::fmt::Display) {
         self.warnings.push(format!("{}: {what}", self.place(name)));
     }
 

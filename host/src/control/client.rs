@@ -41,7 +41,8 @@ pub async fn ask<T: DeserializeOwned>(
 
     let socket = folder.join(super::SOCKET);
     let asking = async {
-        let stream = tokio::net::UnixStream::connect(&socket).await.map_err(|err| err.to_string())?;
+        let address = super::Address::of(folder).map_err(|err| err.to_string())?;
+        let stream = tokio::net::UnixStream::connect(&address.path).await.map_err(|err| err.to_string())?;
         let (mut sender, connection) =
             hyper::client::conn::http1::handshake(TokioIo::new(stream)).await.map_err(|err| err.to_string())?;
         let _connection = tokio_util::task::AbortOnDropHandle::new(tokio::spawn(connection));

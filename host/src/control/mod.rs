@@ -30,6 +30,34 @@ pub struct Reports {
 #[cfg(unix)]
 pub use door::Door;
 
+/// A path by which the socket of a folder can be reached.
+#[cfg(unix)]
+struct Address {
+    path: std::path::PathBuf,
+    /// Open for as long as the path leads through it.
+    _folder: Option<std::fs::File>,
+}
+
+#[cfg(unix)]
+impl Address {
+    /// The longest path a socket's address holds.
+    #[cfg(target_os = "linux")]
+    const BYTES_MAX: usize = 107;
+
+    /// Where the plain path is too long for an address, Linux has a short one through the opened folder.
+    fn of(folder: &std::path::Path) -> std::io::Result<Self> {
+        let path = folder.join(SOCKET);
+        #[cfg(target_os = "linux")]
+        if path.as_os_str().len() > Self::BYTES_MAX {
+            use std::os::fd::AsRawFd as _;
+            let folder = std::fs::File::open(folder)?;
+            let path = format!("/proc/self/fd/{}/{SOCKET}", folder.as_raw_fd()).into();
+            return Ok(Self { path, _folder: Some(folder) });
+        }
+        Ok(Self { path, _folder: None })
+    }
+}
+
 #[cfg(unix)]
 mod door {
     use std::{
@@ -48,7 +76,7 @@ mod door {
     use tokio::net::UnixListener;
     use tokio_util::sync::CancellationToken;
 
-    use super::{Reports, SOCKET, Wanted};
+    use super::{Address, Reports, SOCKET, Wanted};
     use crate::outbox::Outbox;
 
     /// How long a stop waits for a command under way.
@@ -75,7 +103,7 @@ mod door {
         /// Listens in a state folder that this process holds.
         ///
         /// # Errors
-        /// When the socket cannot be made, for example below a path that is too long for one.
+        /// When the socket cannot be made, for example below a path that is too long for one (not on Linux).
         pub fn open(folder: &Path) -> io::Result<Self> {
             let path = folder.join(SOCKET);
             // Who holds the folder is alone with it: what lies there was left by a process that died.
@@ -83,7 +111,7 @@ mod door {
                 Err(err) if err.kind() != io::ErrorKind::NotFound => return Err(err),
                 _ => {}
             }
-            let listener = UnixListener::bind(&path)?;
+            let listener = UnixListener::bind(&Address::of(folder)?.path)?;
             let socket = Socket(path);
             std::fs::set_permissions(&socket.0, std::fs::Permissions::from_mode(0o600))?;
             Ok(Self { listener, socket })

@@ -11,6 +11,8 @@ pub struct Config {
     pub bind: SocketAddr,
     /// Folder in which domain data survives a restart; absent: a temporary one, removed on stop.
     pub data: Option<PathBuf>,
+    /// Where that temporary folder is made; absent: where the system makes such.
+    pub temporary: Option<PathBuf>,
     /// How long a lease lives without a heartbeat.
     pub lease_ttl: Duration,
     /// How long a login lives.
@@ -31,8 +33,8 @@ pub struct Config {
     pub leases_per_node: Option<usize>,
     /// How often a node that registered with a URL is asked for its health.
     pub health_interval: Duration,
-    /// Answer 409 to a registration without a URL while the same wallet has a live token or lease.
-    /// Otherwise a repeat is a refresh. With a URL, a second node is one that answers at another URL.
+    /// Answer 409 to a registration without a URL while the same wallet has a live token or lease, unless it
+    /// comes over a connection of that same node. Otherwise a repeat is a refresh. With a URL, a second node is one that answers at another URL.
     pub strict_identity: bool,
     /// The registration secret to insist on; absent: any.
     pub reg_secret: Option<String>,
@@ -59,6 +61,7 @@ impl Default for Config {
         Self {
             bind: SocketAddr::from(([127, 0, 0, 1], 0)),
             data: None,
+            temporary: None,
             lease_ttl: Duration::from_secs(60),
             node_token_ttl: Duration::from_secs(15 * 60),
             domain_token_ttl: Duration::from_secs(15 * 60),

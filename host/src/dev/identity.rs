@@ -2,7 +2,10 @@
 //!
 //! Pure state: signatures are checked by the caller (`siwe`), time is passed in.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
 
 use jiff::Timestamp;
 use uuid::Uuid;
@@ -39,6 +42,23 @@ pub(super) struct Entry<'a> {
     pub(super) capabilities: Vec<Arc<str>>,
     /// Where the node is reached, in the form that has a callback.
     pub(super) url: Option<&'a str>,
+    /// The connection it came over.
+    pub(super) peer: &'a Peer,
+}
+
+/// Who is at the other end of a connection, as far as it has shown itself: the node of the last login or
+/// token. The wire has no name for an instance of a node, but two of them share no connection.
+#[derive(Clone, Default)]
+pub(super) struct Peer(Arc<Mutex<Option<Uuid>>>);
+
+impl Peer {
+    fn known(&self) -> MutexGuard<'_, Option<Uuid>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn is(&self, node: Uuid) {
+        *self.known() = Some(node);
+    }
 }
 
 /// See the module's text.
@@ -106,11 +126,12 @@ impl Identity {
         now: Timestamp,
     ) -> Result<Node, Denied> {
         let known = self.wallets.get(entry.wallet);
-        // With a URL the caller knows whether there is a second node; without one, strictness takes
-        // every repeat for one.
+        // With a URL the caller knows whether there is a second node; without one, strictness takes a
+        // repeat for one unless it comes from where the first has shown itself.
         if self.config.strict_identity
             && entry.url.is_none()
             && let Some(record) = known
+            && *entry.peer.known() != Some(record.node.id)
         {
             let live = record.token.as_ref().is_some_and(|(_, expires)| now < *expires);
             if live || holds_leases(record.node.id) {
@@ -127,6 +148,7 @@ impl Identity {
         let token = known.and_then(|record| record.token.clone());
         let url = entry.url.map(|url| (Arc::from(url), now));
         self.wallets.insert(node.wallet.clone(), Record { node: node.clone(), token, url });
+        entry.peer.is(node.id);
         Ok(node)
     }
 
@@ -218,12 +240,16 @@ mod tests {
         Identity::new(Arc::new(config))
     }
 
-    fn entry(id: Uuid, url: Option<&str>) -> Entry<'_> {
-        Entry { id, wallet: WALLET, version: "1.0.0", capabilities: vec!["/a".into()], url }
+    fn entry<'a>(id: Uuid, url: Option<&'a str>, peer: &'a Peer) -> Entry<'a> {
+        Entry { id, wallet: WALLET, version: "1.0.0", capabilities: vec!["/a".into()], url, peer }
     }
 
     fn register(identity: &mut Identity, now: u64) -> Result<Uuid, Denied> {
-        identity.register(entry(identity.id_of(WALLET), None), |_| false, at(now)).map(|node| node.id)
+        register_over(identity, now, &Peer::default())
+    }
+
+    fn register_over(identity: &mut Identity, now: u64, peer: &Peer) -> Result<Uuid, Denied> {
+        identity.register(entry(identity.id_of(WALLET), None, peer), |_| false, at(now)).map(|node| node.id)
     }
 
     #[test]
@@ -265,8 +291,22 @@ mod tests {
         assert_eq!(register(&mut identity, 1), Err(Denied::Conflict));
         assert!(identity.node(&token, at(2)).is_some(), "the first node is not disturbed");
         assert!(register(&mut identity, 100).is_ok(), "its token has run out");
-        let held = identity.register(entry(Uuid::new_v4(), None), |_| true, at(101));
+        let held = identity.register(entry(Uuid::new_v4(), None, &Peer::default()), |_| true, at(101));
         assert_eq!(held.map(drop), Err(Denied::Conflict));
+    }
+
+    #[test]
+    fn strict_identity_takes_a_repeat_of_the_same_node_for_a_refresh() {
+        let mut identity = identity(true);
+        let (its, another) = (Peer::default(), Peer::default());
+        let id = register_over(&mut identity, 0, &its).expect("first");
+        let (token, _) = identity.login(WALLET, at(0)).expect("registered");
+        assert_eq!(register_over(&mut identity, 1, &its), Ok(id));
+        assert_eq!(register_over(&mut identity, 1, &another), Err(Denied::Conflict));
+        assert_eq!(register_over(&mut identity, 2, &another), Err(Denied::Conflict), "asking again changes nothing");
+        another.is(id);
+        assert_eq!(register_over(&mut identity, 3, &another), Ok(id), "it has shown the token there");
+        assert!(identity.node(&token, at(4)).is_some());
     }
 
     #[test]
@@ -274,7 +314,8 @@ mod tests {
         let mut identity = identity(true);
         let url = "http://127.0.0.1:1";
         for second in [0, 10] {
-            let registered = identity.register(entry(identity.id_of(WALLET), Some(url)), |_| true, at(second));
+            let peer = Peer::default();
+            let registered = identity.register(entry(identity.id_of(WALLET), Some(url), &peer), |_| true, at(second));
             assert!(registered.is_ok(), "the caller knows better than strictness");
             assert_eq!(identity.due(at(second)), [url.into()]);
             assert_eq!(identity.due(at(second + 29)), []);

@@ -410,7 +410,11 @@ async fn connection(world: Arc<Inner>, router: Router, socket: TcpStream, stoppe
     // Small answers must not wait for an acknowledgement.
     let _ = socket.set_nodelay(true);
     let (wire, line) = Wire::new(socket);
-    let answer = move |request| faults::layer::answer(world.clone(), router.clone(), line.clone(), request);
+    let peer = identity::Peer::default();
+    let answer = move |mut request: hyper::Request<hyper::body::Incoming>| {
+        request.extensions_mut().insert(peer.clone());
+        faults::layer::answer(world.clone(), router.clone(), line.clone(), request)
+    };
     let service = hyper::service::service_fn(answer);
     let mut http = hyper::server::conn::http1::Builder::new();
     let connection =

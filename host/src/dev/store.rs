@@ -121,8 +121,9 @@ impl Store {
         let (root, temporary) = match &config.data {
             Some(root) => (root.clone(), None),
             None => {
-                let made = tempfile::Builder::new().prefix("runner-host-dev-").tempdir();
-                let made = made.map_err(|err| trouble(&std::env::temp_dir(), &err))?;
+                let place = config.temporary.clone().unwrap_or_else(std::env::temp_dir);
+                let made = tempfile::Builder::new().prefix("runner-host-dev-").tempdir_in(&place);
+                let made = made.map_err(|err| trouble(&place, &err))?;
                 (made.path().to_owned(), Some(made))
             }
         };

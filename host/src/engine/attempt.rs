@@ -24,6 +24,11 @@ use crate::{
 /// How long the last words and the first try of a report may take once the node is to stop: what is
 /// not said by then is in the outbox.
 const FAREWELL: Duration = Duration::from_secs(2);
+/// A task that took no longer than this and published nothing is soon done again: its report is sent before
+/// it is written, and never written where the plane takes it at once.
+const BRIEF: Duration = Duration::from_millis(50);
+/// How long the plane may take for that.
+const AT_ONCE: Duration = Duration::from_millis(25);
 
 /// How the report of an attempt ended.
 enum Settled {
@@ -78,7 +83,8 @@ pub(super) async fn attempt(
     verdict.outcome.redact(&grant.tokens());
     rooms.board.moved(slot.held, "reporting");
     slot.pace.ended(worth(&grant, &verdict.outcome));
-    let settled = settle(&rooms, slot.permit, session, &verdict, &cancel_all).await;
+    let brief = began.elapsed() <= BRIEF && verdict.artifacts.is_empty();
+    let settled = settle(&rooms, slot.permit, session, &verdict, brief, &cancel_all).await;
     rooms.board.ended(slot.held, TaskRecord::new(lease, &verdict, began.elapsed(), settled.state()));
     say(&verdict, &settled, began.elapsed());
 }
@@ -100,25 +106,22 @@ fn worth(grant: &Grant, outcome: &Outcome) -> Worth {
 }
 
 /// From the verdict to the first try of its report. The order matters: written down while the lease
-/// is ours, then the slot is free, then everything that may wait for the plane.
+/// is ours, then the slot is free, then everything that may wait for the plane. A brief task's report gets
+/// a moment to be accepted first: a slot is free when its verdict is with the plane or on the disk.
 async fn settle(
     rooms: &Rooms,
     permit: OwnedSemaphorePermit,
     mut session: Session,
     verdict: &Verdict,
+    brief: bool,
     cancel_all: &CancellationToken,
 ) -> Settled {
     if let Some(reason) = session.silence(&verdict.outcome) {
         return Settled::Silent(reason);
     }
     crash::point("before-write");
-    let kept = rooms.outbox.keep(&session.grant().lease, verdict.clone()).await; // durable before anyone is told
-    crash::point("after-write");
-    drop(permit); // the slot is free: a plane that is away must not block it
-    let out_of_patience = async {
-        cancel_all.cancelled().await;
-        tokio::time::sleep(FAREWELL).await;
-    };
+    let kept = rooms.outbox.enter(&session.grant().lease, verdict.clone());
+    let ticket = kept.ticket();
     let said = async move {
         match session.close().await {
             Ok(name) => {
@@ -133,6 +136,28 @@ async fn settle(
                 }
             }
         }
+    };
+    tokio::pin!(said);
+    let mut settled = None;
+    if brief {
+        tokio::select! {
+            biased;
+            now = &mut said => settled = Some(now),
+            () = tokio::time::sleep(AT_ONCE) => {}
+            () = cancel_all.cancelled() => {}
+        }
+    }
+    if !settled.as_ref().is_some_and(Settled::is_final) {
+        ticket.write().await; // durable before anyone is told
+        crash::point("after-write");
+    }
+    drop(permit); // the slot is free: a plane that is away must not block it
+    if let Some(settled) = settled {
+        return settled;
+    }
+    let out_of_patience = async {
+        cancel_all.cancelled().await;
+        tokio::time::sleep(FAREWELL).await;
     };
     tokio::select! {
         biased;
@@ -225,6 +250,11 @@ fn refused_setup(grant: &Grant, outcome: Outcome) -> Outcome {
 }
 
 impl Settled {
+    /// Whether nothing is left to be sent.
+    fn is_final(&self) -> bool {
+        !matches!(self, Self::Sent(Sent::Waiting(_)))
+    }
+
     /// As the status page shows it.
     fn state(&self) -> ReportState {
         match self {

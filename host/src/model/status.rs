@@ -12,7 +12,7 @@ use serde::{Serialize, Serializer};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::{Artifact, Budget, Fetched, Grant, Lease, Moment, TaskId, Verdict, millis};
+use super::{Artifact, Budget, Fetched, Grant, Lease, Moment, Setup, TaskId, Verdict, millis};
 
 /// Ended tasks that are shown.
 const RECENT_MAX: usize = 100;
@@ -138,7 +138,7 @@ impl Serialize for HeldTasks {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         // Of two with one id the newer one is shown: it is the one that still counts.
         let newest: BTreeMap<String, &TaskStatus> =
-            self.by_number.values().map(|task| (task.times.0.lease.task.to_string(), task)).collect();
+            self.by_number.values().map(|task| (task.turning.0.lease.task.to_string(), task)).collect();
         serializer.collect_map(newest)
     }
 }
@@ -151,9 +151,6 @@ pub struct TaskStatus {
     /// The job it belongs to.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub job_id: Option<Uuid>,
-    /// The domain of its data.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub domain_id: Option<Uuid>,
     /// The plugin that serves it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub plugin: Option<Arc<str>>,
@@ -164,31 +161,36 @@ pub struct TaskStatus {
     pub state: &'static str,
     /// When it was leased.
     pub since: Timestamp,
-    /// `lease_expires_at`, `token_expires_at` and `progress_at` (when the runner reported progress last): what
-    /// is known of them when the page is asked. Neither a token nor the progress itself is shown.
+    /// `domain_id`, `lease_expires_at`, `token_expires_at` and `progress_at` (when the runner reported progress
+    /// last): what is known of them when the page is asked. Neither a token nor the progress itself is shown.
     #[serde(flatten)]
-    pub times: TaskTimes,
+    pub turning: Turning,
 }
 
-/// The times of a held task, looked up when they are shown.
+/// What the plane and the runner may change while a task is held, looked up when it is shown.
 #[derive(Clone)]
-pub struct TaskTimes(Grant);
+pub struct Turning(Grant);
 
-impl fmt::Debug for TaskTimes {
+impl fmt::Debug for Turning {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("TaskTimes").field(&self.0.lease.task).finish()
+        f.debug_tuple("Turning").field(&self.0.lease.task).finish()
     }
 }
 
-impl Serialize for TaskTimes {
+impl Serialize for Turning {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let Self(grant) = self;
+        let domain = match grant.setup_now() {
+            Setup::Ready(Ok(at)) => Some(at.domain),
+            _ => grant.lease.domain_id,
+        };
         let times = [
             ("lease_expires_at", grant.fence().until().on_calendar()),
             ("token_expires_at", grant.token_fence().until().on_calendar()),
             ("progress_at", grant.mailbox.progress_at().and_then(Moment::on_calendar)),
         ];
-        serializer.collect_map(times.into_iter().filter_map(|(name, at)| Some((name, at?))))
+        let times = times.into_iter().filter_map(|(name, at)| Some((name, at?.to_string())));
+        serializer.collect_map(domain.map(|id| ("domain_id", id.to_string())).into_iter().chain(times))
     }
 }
 
@@ -334,12 +336,11 @@ impl StatusBoard {
         let task = TaskStatus {
             capability: lease.capability.to_string(),
             job_id: lease.job,
-            domain_id: lease.domain_id,
             plugin,
             attempt: lease.attempt,
             state: "setting-up",
             since: Timestamp::now(),
-            times: TaskTimes(grant.clone()),
+            turning: Turning(grant.clone()),
         };
         let mut held = HeldNumber(0);
         self.change(|HostStatus { tasks, .. }| {
@@ -390,7 +391,7 @@ impl StatusBoard {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Capability, Outcome, Setup};
+    use crate::model::{Capability, Outcome};
 
     fn grant(task: TaskId) -> Grant {
         let lease = Lease {

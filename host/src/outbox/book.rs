@@ -40,6 +40,8 @@ struct Held {
     entry: Arc<Entry>,
     tries: Tries,
     place: Place,
+    /// It stands in the file, or will soon.
+    written: bool,
     /// What keeps the lease of its task; none after a restart, until the plane leases the task to us again.
     lease_kept: Option<Box<dyn Send>>,
 }
@@ -52,6 +54,14 @@ pub(super) struct Failure<'a> {
     /// How long the plane asks to be left alone; [`PAUSE_MAX`] is the most it gets.
     pub(super) retry_after: Option<Duration>,
     pub(super) at: Timestamp,
+}
+
+/// A report that was taken out of the book.
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Gone {
+    pub(super) entry: Arc<Entry>,
+    /// It has to be taken out of the file too.
+    pub(super) written: bool,
 }
 
 /// What to do next.
@@ -80,7 +90,7 @@ impl Book {
     /// Takes in what was found at the start. What is ours is due at once.
     pub(super) fn found(&mut self, number: u64, entry: Entry, tries: Tries, ours: bool, now: Instant) {
         let place = if ours { Place::Waiting { due: now } } else { Place::Foreign };
-        self.held.insert(number, Held { entry: Arc::new(entry), tries, place, lease_kept: None });
+        self.held.insert(number, Held { entry: Arc::new(entry), tries, place, written: true, lease_kept: None });
         self.skip(number);
     }
 
@@ -89,12 +99,25 @@ impl Book {
         self.next = self.next.max(number.saturating_add(1));
     }
 
-    /// Takes in a report whose attempt will send it.
+    /// Takes in a report whose attempt will send it; it is in no file yet.
     pub(super) fn add(&mut self, entry: Arc<Entry>) -> u64 {
         let number = self.next;
         self.next += 1;
-        self.held.insert(number, Held { entry, tries: Tries::default(), place: Place::Fresh, lease_kept: None });
+        let (tries, place) = (Tries::default(), Place::Fresh);
+        self.held.insert(number, Held { entry, tries, place, written: false, lease_kept: None });
         number
+    }
+
+    /// What is to be written of a report, which counts as written from now on.
+    pub(super) fn write(&mut self, number: u64) -> Option<(Arc<Entry>, Tries)> {
+        let held = self.held.get_mut(&number)?;
+        held.written = true;
+        Some((Arc::clone(&held.entry), held.tries.clone()))
+    }
+
+    /// Whether it counts as written.
+    pub(super) fn is_written(&self, number: u64) -> bool {
+        self.held.get(&number).is_some_and(|held| held.written)
     }
 
     /// Keeps what keeps a lease for as long as the report is here.
@@ -147,22 +170,22 @@ impl Book {
     }
 
     /// The plane took it or refused it for good: it is there, and the others need not wait for it.
-    pub(super) fn answered(&mut self, number: u64) -> Option<Arc<Entry>> {
+    pub(super) fn answered(&mut self, number: u64) -> Option<Gone> {
         self.failures = 0;
         self.quiet_until = None;
         self.remove(number)
     }
 
     /// Forgets a report, whatever became of it.
-    pub(super) fn remove(&mut self, number: u64) -> Option<Arc<Entry>> {
+    pub(super) fn remove(&mut self, number: u64) -> Option<Gone> {
         let held = self.held.remove(&number)?;
         if self.waiting() == 0 {
             self.last_error = None;
         }
-        Some(held.entry)
+        Some(Gone { entry: held.entry, written: held.written })
     }
 
-    /// It was sent in vain. `None` when it was dropped meanwhile; else its new tries, the pause it
+    /// It was sent in vain, which is to be written. `None` when it was dropped meanwhile; else its new tries, the pause it
     /// gets, and whether this is the first failure after a success.
     pub(super) fn failed(
         &mut self,
@@ -183,6 +206,7 @@ impl Book {
         // Twice the pause of all: a report that alone fails must not be the next one again and again.
         let own = pause_after(tries.count + 1, draw).max(asked);
         held.place = Place::Waiting { due: now + own };
+        held.written = true;
         let all = pause_after(self.failures, draw).max(asked);
         self.quiet_until = Some(now + all);
         self.last_error = Some(error.to_owned());

@@ -1,5 +1,7 @@
 //! One report on its way: what is kept on disk of a task that has ended. No token is among it.
 
+use std::sync::Arc;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -11,9 +13,9 @@ use crate::model::{Capability, Lease, ReportName, TaskId, Verdict};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Entry {
     /// Base URL of the control plane that gave the task.
-    pub(super) plane: String,
+    pub(super) plane: Arc<str>,
     /// Address of the node that was given it.
-    pub(super) node: String,
+    pub(super) node: Arc<str>,
     /// The task, as the plane calls it.
     pub(super) task_id: Uuid,
     /// The job it belongs to.
@@ -156,8 +158,8 @@ impl Listing {
             attempts: tries.count,
             last_try: tries.last,
             last_error: tries.error.clone(),
-            plane: entry.plane.clone(),
-            node: entry.node.clone(),
+            plane: entry.plane.to_string(),
+            node: entry.node.to_string(),
             state,
         }
     }

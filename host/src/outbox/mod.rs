@@ -1,10 +1,10 @@
 //! Reports of ended tasks, kept on disk until the control plane has them.
 //!
-//! A verdict goes through three hands. [`Outbox::keep`] writes it down and returns when it is on the
-//! disk; from then on it survives this process, and its slot may serve the next task. [`Kept::send`]
-//! is the first try, by the attempt that made it. What fails then waits, and [`Outbox::run`] sends it
-//! again, the oldest first, until it is accepted or refused for good: through outages, restarts and new
-//! tokens. A lease that runs out meanwhile does not stop a report; whether it still counts is for the
+//! A verdict goes through three hands. [`Outbox::enter`] takes it in, and [`Ticket::write`] returns when it
+//! is on the disk; from then on it survives this process, and its slot may serve the next task.
+//! [`Kept::send`] is the first try, by the attempt that made it. What fails then waits, and
+//! [`Outbox::run`] sends it again, the oldest first, until it is accepted or refused for good: through
+//! outages, restarts and new tokens. What is accepted before anybody wrote it is never written. A lease that runs out meanwhile does not stop a report; whether it still counts is for the
 //! plane to say. Nothing is sent to another plane than the one that gave the task, nor by another node.
 //!
 //! `book` decides whose turn it is, `writer` and `store` own the file, `state` the folder, `shelf` is
@@ -35,7 +35,7 @@ use tracing::{Instrument as _, Span, debug, info, info_span, warn};
 use uuid::Uuid;
 
 use self::{
-    book::{Book, Failure, Turn},
+    book::{Book, Failure, Gone, Turn},
     entry::{Entry, Tries},
     store::Change,
     writer::Writer,
@@ -73,8 +73,8 @@ pub struct Config {
 pub struct Outbox(Arc<Inner>);
 
 struct Inner {
-    plane: String,
-    node: String,
+    plane: Arc<str>,
+    node: Arc<str>,
     max: usize,
     source: Arc<dyn LeaseSource>,
     board: StatusBoard,
@@ -116,11 +116,18 @@ enum Sender {
     Outbox,
 }
 
-/// A report that is on the disk. Dropped without a word, it waits for its turn in the outbox.
+/// A report whose first try is its attempt's. Dropped without a word, it is written and waits for its turn
+/// in the outbox.
 pub struct Kept {
     outbox: Outbox,
     number: u64,
     done: bool,
+}
+
+/// The place of a report in the outbox, for who has to know that it is safe.
+pub struct Ticket {
+    outbox: Outbox,
+    number: u64,
 }
 
 impl Outbox {
@@ -131,12 +138,12 @@ impl Outbox {
     pub fn open(config: Config, source: Arc<dyn LeaseSource>, board: StatusBoard) -> Result<Self, StateError> {
         let folder = config.state.path().to_owned();
         let (store, rows) = store::open_or_set_aside(&folder)?;
-        let plane = config.plane.trim_end_matches('/').to_owned();
+        let plane: Arc<str> = config.plane.trim_end_matches('/').into();
         let mut book = Book::default();
         for (number, bytes) in rows {
             match Entry::decode(&bytes) {
                 Ok((entry, tries)) => {
-                    let ours = entry.plane == plane && entry.node == config.node;
+                    let ours = entry.plane == plane && *entry.node == *config.node;
                     book.found(number, entry, tries, ours, Instant::now());
                 }
                 Err(err) => {
@@ -158,7 +165,7 @@ impl Outbox {
         let writer = Writer::start(folder.clone(), store).map_err(state::failed("start the writer of", &folder))?;
         let outbox = Self(Arc::new(Inner {
             plane,
-            node: config.node,
+            node: config.node.into(),
             max: config.max.max(1),
             source,
             board,
@@ -173,12 +180,12 @@ impl Outbox {
         Ok(outbox)
     }
 
-    /// Writes a verdict down; it is on the disk when this returns. A disk that does not take it costs
-    /// an error in the log: the report then lives as long as this process.
-    pub async fn keep(&self, lease: &Lease, verdict: Verdict) -> Kept {
+    /// Takes in a verdict. It is in memory only: see [`Kept::ticket`].
+    #[must_use]
+    pub fn enter(&self, lease: &Lease, verdict: Verdict) -> Kept {
         let entry = Arc::new(Entry {
-            plane: self.0.plane.clone(),
-            node: self.0.node.clone(),
+            plane: Arc::clone(&self.0.plane),
+            node: Arc::clone(&self.0.node),
             task_id: lease.task.0,
             job_id: lease.job,
             domain_id: lease.domain_id,
@@ -186,13 +193,8 @@ impl Outbox {
             verdict,
             ended_at: Timestamp::now(),
         });
-        let bytes = entry.encode(&Tries::default());
         let number = self.with(|book| book.add(entry));
-        let kept = Kept { outbox: self.clone(), number, done: false };
-        if let Err(err) = self.0.writer.write(Change::Put(number, bytes)).await {
-            debug!(task_id = %lease.task, error = %err, "report is kept in memory only");
-        }
-        kept
+        Kept { outbox: self.clone(), number, done: false }
     }
 
     /// Whether a report about `task` waits to be sent: the task is done, whatever the plane knows of it.
@@ -320,10 +322,12 @@ impl Outbox {
         let numbers = self.lock().book.numbers(tasks);
         for number in numbers {
             let listing = self.lock().book.listing(number);
-            let Some((entry, listing)) = self.with(|book| book.remove(number)).zip(listing) else { continue };
+            let Some((Gone { entry, written }, listing)) = self.with(|book| book.remove(number)).zip(listing) else {
+                continue;
+            };
             warn!(task_id = %entry.task(), outcome = entry.verdict.outcome.word(), "report dropped by an operator");
             self.0.board.settled(entry.task(), ReportState::Dropped);
-            if let Err(err) = self.0.writer.write(Change::Remove(number)).await {
+            if written && let Err(err) = self.0.writer.write(Change::Remove(number)).await {
                 warn!(task_id = %entry.task(), error = %err, "dropped report is still in the file");
             }
             gone.push(listing);
@@ -352,10 +356,7 @@ impl Outbox {
         let (task, verdict) = (entry.task(), &entry.verdict);
         let Err(err) = self.0.source.settle(task, &entry.lease(), verdict).await else {
             crate::crash::point("answer-read");
-            self.with(|book| {
-                book.answered(number);
-                self.0.writer.note(Change::Remove(number));
-            });
+            self.answered(number);
             if who == Sender::Outbox {
                 let waited = Timestamp::now().duration_since(entry.ended_at).max(SignedDuration::ZERO);
                 let waited_ms = millis(waited.unsigned_abs());
@@ -366,8 +367,7 @@ impl Outbox {
         };
         let error = err.to_string();
         if for_good(&err) {
-            self.with(|book| book.answered(number))?;
-            self.0.writer.note(Change::Remove(number));
+            self.answered(number)?;
             if who == Sender::Outbox {
                 warn!(task_id = %task, outcome = verdict.outcome.word(), tries = tries.count + 1, error, "report refused for good");
                 self.0.board.settled(task, ReportState::Refused);
@@ -390,12 +390,26 @@ impl Outbox {
         Some(Sent::Waiting(error))
     }
 
+    /// Forgets a report that the plane took or will never take, also on the disk.
+    fn answered(&self, number: u64) -> Option<()> {
+        self.with(|book| self.forget(number, book.answered(number)?))
+    }
+
+    /// Takes a report that has just left the book out of the file too, in the same breath: a write of it
+    /// must not come after this.
+    fn forget(&self, number: u64, gone: Gone) -> Option<()> {
+        if gone.written {
+            self.0.writer.note(Change::Remove(number));
+        }
+        Some(())
+    }
+
     /// Changes the book, and what is shown of it.
     fn with<T>(&self, change: impl FnOnce(&mut Book) -> T) -> T {
         let mut pages = self.lock();
         let result = change(&mut pages.book);
         let book = &pages.book;
-        let full = book.ours() >= self.0.max;
+        let (was_full, full) = (pages.shown.full, book.ours() >= self.0.max);
         let now = OutboxStatus {
             waiting: book.waiting(),
             oldest: book.oldest(),
@@ -414,7 +428,7 @@ impl Outbox {
             self.0.board.change(|status| status.outbox = now);
         }
         drop(pages);
-        if !full {
+        if was_full && !full {
             self.0.room.notify_waiters();
         }
         result
@@ -425,7 +439,30 @@ impl Outbox {
     }
 }
 
+impl Ticket {
+    /// Returns when the report is on the disk, or is not here any more. A disk that does not take it costs
+    /// an error in the log: the report then lives as long as this process.
+    pub async fn write(&self) {
+        let Self { outbox, number } = self;
+        let ordered = outbox.with(|book| {
+            let (entry, tries) = book.write(*number)?;
+            // In the same breath: what is answered right after this must not come back to the disk.
+            Some((outbox.0.writer.write(Change::Put(*number, entry.encode(&tries))), entry))
+        });
+        let Some((written, entry)) = ordered else { return };
+        if let Err(err) = written.await {
+            debug!(task_id = %entry.task(), error = %err, "report is kept in memory only");
+        }
+    }
+}
+
 impl Kept {
+    /// Where the report stands.
+    #[must_use]
+    pub fn ticket(&self) -> Ticket {
+        Ticket { outbox: self.outbox.clone(), number: self.number }
+    }
+
     /// The first try, under the name the plane uses by now. Dropping the future leaves the report to
     /// the outbox. `lease` is held as long as the report is on its way, and dropped with it: the plane
     /// shall not give the task out again meanwhile.
@@ -439,23 +476,26 @@ impl Kept {
         let sent = outbox.send(self.number, Sender::Attempt).await;
         self.done = true;
         // Others may wait for a sign that the plane is there, or for their turn behind this one.
-        outbox.0.turn.notify_one();
+        if outbox.lock().book.waiting() > 0 {
+            outbox.0.turn.notify_one();
+        }
         sent.unwrap_or(Sent::Dropped)
     }
 
     /// Takes the report back: there is nothing to say any more.
     pub fn withdraw(mut self) {
         self.done = true;
-        if self.outbox.with(|book| book.remove(self.number)).is_some() {
-            self.outbox.0.writer.note(Change::Remove(self.number));
-        }
+        let outbox = &self.outbox;
+        outbox.with(|book| outbox.forget(self.number, book.remove(self.number)?));
     }
 
     fn rename(&self, name: &ReportName) {
         self.outbox.with(|book| {
             let Some((entry, tries)) = book.get(self.number) else { return };
             if let Some(renamed) = entry.renamed(name) {
-                self.outbox.0.writer.note(Change::Put(self.number, renamed.encode(&tries)));
+                if book.is_written(self.number) {
+                    self.outbox.0.writer.note(Change::Put(self.number, renamed.encode(&tries)));
+                }
                 book.replace(self.number, Arc::new(renamed));
             }
         });
@@ -465,7 +505,14 @@ impl Kept {
 impl Drop for Kept {
     fn drop(&mut self) {
         if !self.done {
-            self.outbox.with(|book| book.hand_over(self.number, Instant::now()));
+            self.outbox.with(|book| {
+                if !book.is_written(self.number)
+                    && let Some((entry, tries)) = book.write(self.number)
+                {
+                    self.outbox.0.writer.note(Change::Put(self.number, entry.encode(&tries)));
+                }
+                book.hand_over(self.number, Instant::now());
+            });
             self.outbox.0.turn.notify_one();
         }
     }

@@ -88,7 +88,9 @@ impl Bench {
     async fn kept(&self, outbox: &Outbox, numbers: impl IntoIterator<Item = u128>) -> Vec<Kept> {
         let mut all = Vec::new();
         for number in numbers {
-            all.push(outbox.keep(&lease(number), completed()).await);
+            let kept = outbox.enter(&lease(number), completed());
+            kept.ticket().write().await;
+            all.push(kept);
         }
         all
     }
@@ -330,4 +332,42 @@ async fn a_file_that_cannot_be_written_costs_no_report() {
     let name = name(&lease(1));
     let (sent, ()) = tokio::join!(kept.send(&name, ()), async { bench.plane.expect(&complete(1)).await.ok(json!({})) });
     assert_eq!(sent, Sent::Accepted);
+}
+
+/// What stands in the file, under which task.
+fn on_disk(bench: &Bench) -> Vec<Uuid> {
+    let rows = store::open_or_set_aside(bench.state.path()).expect("opens").1;
+    rows.iter().map(|(_, bytes)| Entry::decode(bytes).expect("ours").0.task_id).collect()
+}
+
+#[tokio::test]
+async fn what_is_accepted_before_anybody_wrote_it_is_never_written() {
+    let mut bench = Bench::new().await;
+    let outbox = bench.open();
+    let file = bench.state.path().join(store::FILE);
+    let before = std::fs::read(&file).expect("read");
+    let kept = outbox.enter(&lease(1), completed());
+    let ticket = kept.ticket();
+    let plane = async { bench.plane.expect(&complete(1)).await.answer(204, "") };
+    let name = name(&lease(1));
+    let (sent, ()) = tokio::join!(kept.send(&name, ()), plane);
+    assert_eq!(sent, Sent::Accepted);
+    ticket.write().await; // too late: there is nothing to be kept
+    assert!(std::fs::read(&file).expect("read") == before, "the file was touched");
+    outbox.finish(Duration::ZERO).await;
+}
+
+#[tokio::test]
+async fn what_was_not_written_yet_is_written_when_its_attempt_fails_or_goes() {
+    let mut bench = Bench::new().await;
+    let outbox = bench.open();
+    let kept = outbox.enter(&lease(1), completed());
+    drop(outbox.enter(&lease(2), completed()));
+    let plane = async { bench.plane.expect(&complete(1)).await.answer(503, "later") };
+    let name = name(&lease(1));
+    let (sent, ()) = tokio::join!(kept.send(&name, ()), plane);
+    assert!(matches!(sent, Sent::Waiting(_)), "{sent:?}");
+    assert_eq!(outbox.finish(Duration::ZERO).await, 2);
+    drop(outbox);
+    assert_eq!(on_disk(&bench), [id(1), id(2)]);
 }

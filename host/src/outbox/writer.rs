@@ -47,14 +47,14 @@ impl Writer {
         Ok(Self { orders })
     }
 
-    /// The change is on the disk when this returns.
+    /// Orders a change, now; it is on the disk when the future returns.
     ///
     /// # Errors
     /// One line when the disk did not take it.
-    pub(super) async fn write(&self, change: Change) -> Result<(), String> {
+    pub(super) fn write(&self, change: Change) -> impl Future<Output = Result<(), String>> + use<> {
         let (done, written) = oneshot::channel();
         self.order(Order::Change(change, Some(done)));
-        answer(written).await
+        answer(written)
     }
 
     /// The change will be on the disk soon.

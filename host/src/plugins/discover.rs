@@ -51,6 +51,7 @@ impl Places {
         let mut places = Self::default();
         for path in arguments {
             if path.is_dir() {
+                std::fs::read_dir(path).map_err(unreadable(path))?;
                 places.folders.push(path.clone());
             } else if path.exists() {
                 places.files.push(path.clone());
@@ -60,6 +61,10 @@ impl Places {
         }
         Ok(places)
     }
+}
+
+fn unreadable(folder: &Path) -> impl Fn(std::io::Error) -> PlaceError + use<'_> {
+    |err| PlaceError::Unreadable { folder: folder.to_owned(), reason: err.to_string() }
 }
 
 /// Lists every candidate, listed ones first in the file's order, then the others by name.
@@ -113,10 +118,9 @@ fn identity(path: &Path) -> PathBuf {
 }
 
 fn libraries(folder: &Path) -> Result<Vec<PathBuf>, PlaceError> {
-    let fail = |err: std::io::Error| PlaceError::Unreadable { folder: folder.to_owned(), reason: err.to_string() };
     let mut paths = Vec::new();
-    for entry in std::fs::read_dir(folder).map_err(fail)? {
-        let path = entry.map_err(fail)?.path();
+    for entry in std::fs::read_dir(folder).map_err(unreadable(folder))? {
+        let path = entry.map_err(unreadable(folder))?.path();
         if path.extension().is_some_and(|extension| extension == std::env::consts::DLL_EXTENSION) {
             paths.push(path);
         }

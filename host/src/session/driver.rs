@@ -261,6 +261,10 @@ impl Driver {
         let now = self.lease();
         let (job, domain) = (job.or(now.job), domain.or(now.domain_id));
         if (job, domain) != (now.job, now.domain_id) {
+            if let (None, Some(domain)) = (now.domain_id, domain) {
+                // The task's span was made of the lease: from here on its lines say this too.
+                tracing::Span::current().record("domain_id", tracing::field::display(domain));
+            }
             self.renamed = Some(Lease { job, domain_id: domain, ..now.clone() });
         }
     }

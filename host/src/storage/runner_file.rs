@@ -73,15 +73,15 @@ impl RunnerFile {
         let (from, within) = (path.to_owned(), dir.to_owned());
         let opened = spawn_blocking(move || open(&from, &within)).await;
         let (file, stamp) = opened.unwrap_or_else(|err| Err(io::Error::other(err).into())).map_err(|refusal| {
-            let path = path.display();
-            match refusal {
+            // The text may go to the plane, which has no business with paths of this machine.
+            let refused = match refusal {
                 Refusal::Unfit(why) => {
-                    PortError::new(PortErrorKind::BadRequest, format!("{what} refused: file {path} {why}"))
+                    PortError::new(PortErrorKind::BadRequest, format!("{what} refused: its file {why}"))
                 }
-                Refusal::Io(err) => {
-                    PortError::new(PortErrorKind::Local, format!("{what} failed: cannot read file {path}: {err}"))
-                }
-            }
+                Refusal::Io(err) => unreadable(what, &err),
+            };
+            tracing::debug!(path = %path.display(), error = %refused, "file of an artifact refused");
+            refused
         })?;
         let stop = CancellationToken::new();
         let hashing = begin_hash(&file, stamp.size, &stop);

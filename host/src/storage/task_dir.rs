@@ -54,7 +54,50 @@ pub struct Scratch {
 struct Home {
     path: PathBuf,
     named: AtomicU64,
+    empty: Option<Empty>,
     _lock: File,
+}
+
+/// Knows a folder without folders in it by its number of links. Asking costs a tenth of a try to remove one
+/// that may not be there.
+#[derive(Debug)]
+struct Empty {
+    folder: File,
+    links: u64,
+}
+
+impl Empty {
+    /// For a folder that has none in it now. `None` where the file system does not count them.
+    #[cfg(unix)]
+    fn learn(path: &Path) -> io::Result<Option<Self>> {
+        let probe = path.join("probe");
+        let folder = File::open(path)?;
+        let before = links(&folder)?;
+        make_private(&probe, false)?;
+        let within = links(&folder);
+        fs::remove_dir(&probe)?;
+        let counted = within? == before + 1 && links(&folder)? == before;
+        Ok(counted.then_some(Self { folder, links: before }))
+    }
+
+    #[cfg(not(unix))]
+    fn learn(_path: &Path) -> io::Result<Option<Self>> {
+        Ok(None)
+    }
+
+    fn is_so(&self) -> bool {
+        links(&self.folder).is_ok_and(|links| links == self.links)
+    }
+}
+
+#[cfg(unix)]
+fn links(folder: &File) -> io::Result<u64> {
+    folder.metadata().map(|about| std::os::unix::fs::MetadataExt::nlink(&about))
+}
+
+#[cfg(not(unix))]
+fn links(_folder: &File) -> io::Result<u64> {
+    Err(io::ErrorKind::Unsupported.into())
 }
 
 impl Drop for Home {
@@ -84,7 +127,14 @@ impl Scratch {
         let held = open_lock(&owner).map_err(failed("make", &owner))?;
         held.try_lock().map_err(|err| failed("lock", &owner)(err.into()))?;
         drop(turn);
-        Ok(Self { home: Arc::new(Home { path, named: AtomicU64::new(0), _lock: held }) })
+        let empty = Empty::learn(&path).map_err(failed("use", &path))?;
+        Ok(Self { home: Arc::new(Home { path, named: AtomicU64::new(0), empty, _lock: held }) })
+    }
+
+    /// The folder of this process, for what lasts as long as the process does.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.home.path
     }
 
     /// A directory for `task`, not made yet. Each call names another one.
@@ -92,7 +142,7 @@ impl Scratch {
     pub fn task_dir(&self, task: TaskId) -> TaskDir {
         let number = self.home.named.fetch_add(1, Ordering::Relaxed);
         let path = self.home.path.join(format!("{task}-{number}"));
-        TaskDir(Arc::new(Place { path, stage: Mutex::new(Stage::Named), _home: Arc::clone(&self.home) }))
+        TaskDir(Arc::new(Place { path, stage: Mutex::new(Stage::Named), home: Arc::clone(&self.home) }))
     }
 }
 
@@ -105,7 +155,7 @@ pub struct TaskDir(Arc<Place>);
 struct Place {
     path: PathBuf,
     stage: Mutex<Stage>,
-    _home: Arc<Home>,
+    home: Arc<Home>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -156,10 +206,12 @@ impl Place {
 
     fn close_empty(&self) -> bool {
         let mut stage = self.stage();
-        let empty = match fs::remove_dir(&self.path) {
-            Err(err) => err.kind() == io::ErrorKind::NotFound,
-            Ok(()) => true,
-        };
+        let unmade = *stage == Stage::Named && self.home.empty.as_ref().is_some_and(Empty::is_so);
+        let empty = unmade
+            || match fs::remove_dir(&self.path) {
+                Err(err) => err.kind() == io::ErrorKind::NotFound,
+                Ok(()) => true,
+            };
         *stage = if empty { Stage::Closed } else { Stage::Made };
         empty
     }
@@ -313,6 +365,19 @@ mod tests {
         assert!(!dir.close_empty(), "removing what is in it may take long");
         dir.close().expect("removed");
         assert!(!dir.path().exists());
+    }
+
+    #[test]
+    fn a_folder_in_the_home_is_seen_by_its_link() {
+        let base = base();
+        let scratch = Scratch::open(base.path().to_owned()).expect("opens");
+        let Some(empty) = &scratch.home.empty else { return };
+        assert!(empty.is_so(), "the probe is gone");
+        let (other, dir) = (scratch.task_dir(TASK), scratch.task_dir(TASK));
+        make_private(dir.path(), false).expect("made by a runner");
+        assert!(!empty.is_so());
+        assert!(other.close_empty() && dir.close_empty() && !dir.path().exists());
+        assert!(empty.is_so());
     }
 
     #[test]

@@ -50,37 +50,59 @@ impl Range {
 
 /// What is known of the clocks of all hosts a client has heard.
 #[derive(Debug, Default)]
-pub(super) struct Clocks(Mutex<HashMap<String, Range>>);
+pub(super) struct Clocks {
+    hosts: Mutex<HashMap<String, Range>>,
+    /// The last date that was read: most answers bear that of the one before.
+    date: Mutex<Option<(Box<[u8]>, Timestamp)>>,
+}
 
 impl Clocks {
     /// Takes note of an answer of `host` that was asked for at `sent` and has just come.
     pub(super) fn note(&self, host: &str, headers: &HeaderMap, sent: Moment) -> Reading {
         // First the moment, then the time of day: a stop in between makes the journey longer, not shorter.
         let (journey, received) = (Moment::now() - sent, Timestamp::now());
-        let date = headers.get(header::DATE).and_then(|date| parse(date.to_str().ok()?));
+        let date = headers.get(header::DATE).and_then(|date| self.date(date.as_bytes()));
         let asked = received.checked_sub(journey).unwrap_or(received);
         let measured = date.map(|date| Range::measured(date, asked, received));
         Reading { sent, range: self.take(host, measured) }
     }
 
+    fn date(&self, text: &[u8]) -> Option<Timestamp> {
+        let mut last = self.date.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*last {
+            Some((known, date)) if **known == *text => Some(*date),
+            _ => {
+                let date = parse(std::str::from_utf8(text).ok()?)?;
+                *last = Some((text.into(), date));
+                Some(date)
+            }
+        }
+    }
+
     /// The time as `host` has it: ours, unless its answers showed another clock.
     pub(super) fn now(&self, host: &str) -> Timestamp {
-        let hosts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
         let ahead = hosts.get(host).and_then(|range| range.beyond(NOISE)).unwrap_or_default();
         Timestamp::now().saturating_add(ahead).expect("a difference of clocks is no calendar unit")
     }
 
     fn take(&self, host: &str, measured: Option<Range>) -> Option<Range> {
-        let mut hosts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = hosts.get(host).copied();
-        let Some(measured) = measured else { return known };
-        let range = known.map_or(measured, |known| known.and(measured));
-        let (was, is) = (known.and_then(|known| known.beyond(NOISE)), range.beyond(NOISE));
-        if known.is_none() && hosts.len() >= HOSTS_MAX {
-            hosts.clear();
+        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = hosts.get_mut(host);
+        let was = known.as_deref().copied();
+        let Some(measured) = measured else { return was };
+        let range = was.map_or(measured, |was| was.and(measured));
+        match &mut known {
+            Some(known) => **known = range,
+            None => {
+                if hosts.len() >= HOSTS_MAX {
+                    hosts.clear();
+                }
+                hosts.insert(host.to_owned(), range);
+            }
         }
-        hosts.insert(host.to_owned(), range);
         drop(hosts);
+        let (was, is) = (was.and_then(|was| was.beyond(NOISE)), range.beyond(NOISE));
         if let (None, Some(ahead)) = (was, is) {
             let (off_ms, direction) =
                 (millis(ahead.unsigned_abs()), if ahead.is_negative() { "behind" } else { "ahead" });
@@ -203,5 +225,14 @@ mod tests {
     fn dates_of_http_are_read() {
         assert_eq!(parse("Sat, 21 Nov 2026 05:55:12 GMT"), "2026-11-21T05:55:12Z".parse().ok());
         assert_eq!(parse("yesterday"), None);
+        let clocks = Clocks::default();
+        for (text, expected) in [
+            ("Sat, 21 Nov 2026 05:55:12 GMT", "2026-11-21T05:55:12Z".parse().ok()),
+            ("Sat, 21 Nov 2026 05:55:12 GMT", "2026-11-21T05:55:12Z".parse().ok()),
+            ("yesterday", None),
+            ("Sat, 21 Nov 2026 05:55:13 GMT", "2026-11-21T05:55:13Z".parse().ok()),
+        ] {
+            assert_eq!(clocks.date(text.as_bytes()), expected, "{text}");
+        }
     }
 }

@@ -14,10 +14,10 @@ mod retry_after;
 pub(crate) mod testing;
 mod tls;
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{Request, Response, StatusCode, response};
+use http::{Request, Response, StatusCode, response, uri::Authority};
 use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use hyper::body::Incoming;
 use jiff::Timestamp;
@@ -143,7 +143,7 @@ pub struct Answer {
     pub headers: http::HeaderMap,
     /// The body, at most [`JSON_BYTES_MAX`].
     pub body: Bytes,
-    host: String,
+    host: Authority,
     clock: Reading,
 }
 
@@ -164,7 +164,7 @@ impl Answer {
     /// Decodes the body as JSON.
     pub fn json<'a, T: Deserialize<'a>>(&'a self) -> Result<T, TransportError> {
         serde_json::from_slice(&self.body).map_err(|err| TransportError::NotJson {
-            host: self.host.clone(),
+            host: self.host.to_string(),
             bytes: self.body.len(),
             reason: decode_complaint(&self.body, &err),
         })
@@ -301,8 +301,8 @@ impl Client {
     /// caller's to stream. Uploads that may take longer than any fixed time pass `Duration::MAX`
     /// and watch for stalls themselves.
     pub async fn send(&self, request: Request<Body>, limit: Duration) -> Result<Response<Incoming>, TransportError> {
-        let host = host_of(&request);
-        let (response, connection) = within(limit, &host, self.request(request, &host)).await?;
+        let host = host_of(&request)?;
+        let (response, connection) = within(limit, &host, pin!(self.request(request, &host))).await?;
         self.pool.give_back_later(connection);
         Ok(response)
     }
@@ -316,36 +316,43 @@ impl Client {
 
     /// Sends a request and reads the whole answer, at most [`JSON_BYTES_MAX`] bytes, all within `limit`.
     pub async fn call(&self, request: Request<Body>, limit: Duration) -> Result<Answer, TransportError> {
-        let (host, mut head) = (host_of(&request), None);
-        let body = within(limit, &host, self.whole(request, &host, &mut head)).await?;
-        let (head, clock) = head.expect("a body comes after its head");
-        Ok(Answer { status: head.status, headers: head.headers, body, host, clock })
+        let (host, mut head) = (host_of(&request)?, None);
+        let body = within(limit, &host, pin!(self.whole(request, &host, &mut head))).await;
+        Need::Body.answer(host, head, body)
     }
 
     /// Like [`Client::call`] for callers to whom only the status matters: a body that breaks off,
     /// is too large or comes too late does not hide it. The answer's body is then empty.
     pub async fn call_for_status(&self, request: Request<Body>, limit: Duration) -> Result<Answer, TransportError> {
-        let (host, mut head) = (host_of(&request), None);
-        let body = within(limit, &host, self.whole(request, &host, &mut head)).await;
-        match head {
-            Some((head, clock)) => {
-                let body = body.unwrap_or_default();
-                Ok(Answer { status: head.status, headers: head.headers, body, host, clock })
-            }
-            None => Err(body.expect_err("there is no body without a head")),
-        }
+        let (host, mut head) = (host_of(&request)?, None);
+        let body = within(limit, &host, pin!(self.whole(request, &host, &mut head))).await;
+        Need::Status.answer(host, head, body)
+    }
+
+    /// One of the two above for who may say nothing after `until`. The clock is asked at each step: what a
+    /// stopped process had begun is not sent when it goes on.
+    pub async fn call_until(
+        &self,
+        request: Request<Body>,
+        need: Need,
+        until: Moment,
+    ) -> Result<Answer, TransportError> {
+        let (host, mut head) = (host_of(&request)?, None);
+        let limit = until.left();
+        let body = until.before(pin!(self.whole(request, &host, &mut head))).await;
+        need.answer(host.clone(), head, body.unwrap_or_else(|| Err(late(&host, limit))))
     }
 
     async fn request(
         &self,
         mut request: Request<Body>,
-        host: &str,
+        host: &Authority,
     ) -> Result<(Response<Incoming>, pool::Taken), TransportError> {
         if let Some(authorization) = self.config.proxies.authorization(request.uri()) {
             request.headers_mut().insert(http::header::PROXY_AUTHORIZATION, authorization);
         }
         let sent = self.pool.request(request).await;
-        sent.map_err(|reason| TransportError::Unreachable { host: host.to_owned(), reason })
+        sent.map_err(|reason| TransportError::Unreachable { host: host.to_string(), reason })
     }
 
     /// Sends a request and returns the answer's body. Its head is there as soon as it has come, also
@@ -353,33 +360,63 @@ impl Client {
     async fn whole(
         &self,
         request: Request<Body>,
-        host: &str,
-        head: &mut Option<(response::Parts, Reading)>,
+        host: &Authority,
+        head: &mut Option<Head>,
     ) -> Result<Bytes, TransportError> {
         let sent = Moment::now();
         let (response, connection) = self.request(request, host).await?;
         let (parts, body) = response.into_parts();
-        let clock = self.clocks.note(host, &parts.headers, sent);
+        let clock = self.clocks.note(host.as_str(), &parts.headers, sent);
         *head = Some((parts, clock));
-        let body = read_capped(body, JSON_BYTES_MAX, host).await?;
+        let body = read_capped(body, JSON_BYTES_MAX, host.as_str()).await?;
         self.pool.give_back(connection);
         Ok(body)
     }
 }
 
-async fn within<T>(
-    limit: Duration,
-    host: &str,
-    work: impl Future<Output = Result<T, TransportError>>,
-) -> Result<T, TransportError> {
-    match tokio::time::timeout(limit, work).await {
-        Ok(done) => done,
-        Err(_) => Err(TransportError::Timeout { host: host.to_owned(), limit }),
+/// The head of an answer, and when it came.
+type Head = (response::Parts, Reading);
+
+/// How much of an answer matters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// All of it; see [`Client::call`].
+    Body,
+    /// Its status; see [`Client::call_for_status`].
+    Status,
+}
+
+impl Need {
+    fn answer(
+        self,
+        host: Authority,
+        head: Option<Head>,
+        body: Result<Bytes, TransportError>,
+    ) -> Result<Answer, TransportError> {
+        let body = match (self, &head) {
+            (Self::Status, Some(_)) => body.unwrap_or_default(),
+            _ => body?,
+        };
+        let (head, clock) = head.expect("a body comes after its head");
+        Ok(Answer { status: head.status, headers: head.headers, body, host, clock })
     }
 }
 
-fn host_of(request: &Request<Body>) -> String {
-    request.uri().authority().map_or_else(String::new, ToString::to_string)
+async fn within<T>(
+    limit: Duration,
+    host: &Authority,
+    work: impl Future<Output = Result<T, TransportError>>,
+) -> Result<T, TransportError> {
+    tokio::time::timeout(limit, work).await.unwrap_or_else(|_| Err(late(host, limit)))
+}
+
+fn late(host: &Authority, limit: Duration) -> TransportError {
+    TransportError::Timeout { host: host.to_string(), limit }
+}
+
+fn host_of(request: &Request<Body>) -> Result<Authority, TransportError> {
+    let uri = request.uri();
+    uri.authority().cloned().ok_or_else(|| TransportError::BadUrl { url: uri.to_string() })
 }
 
 /// Reads a body of at most `limit` bytes. `host` is for the error text.
@@ -452,7 +489,7 @@ mod tests {
                 status: StatusCode::FORBIDDEN,
                 headers: http::HeaderMap::new(),
                 body: body.into(),
-                host: String::new(),
+                host: Authority::from_static("plane"),
                 clock: Clocks::default().note("", &http::HeaderMap::new(), Moment::now()),
             };
             let text = answer.excerpt_without(&["", "top-secret"]);

@@ -62,11 +62,11 @@ pub(crate) async fn run(cell: Cell, plugin: PathBuf) -> Report {
     let ended = tokio::time::timeout(LIMIT * 2, judged(&cell, &lab, faults, plugin)).await;
     if !cell.is_of_the_clock() {
         // A request whose client has left stands in the journal only when its fault is over.
-        let struck = |seen: &[Seen]| seen.iter().any(|seen| seen.fault.is_some());
+        let struck = |seen: &[Seen]| seen.iter().any(|seen| cell.struck(seen));
         let _ = tokio::time::timeout(LONG, lab.world.journal_until(struck)).await;
     }
     let journal = lab.world.journal();
-    let struck = journal.iter().filter(|seen| seen.fault.is_some()).count();
+    let struck = journal.iter().filter(|seen| cell.struck(seen)).count();
     let (busiest, call) = busiest(&journal);
     let failure = match ended {
         Err(_) => Some("the cell did not end".to_owned()),
@@ -88,6 +88,7 @@ async fn judged(cell: &Cell, lab: &Lab, faults: Faults, plugin: PathBuf) -> Resu
         .set("POLL_BACKOFF_MS_MIN", "100")
         .set("POLL_BACKOFF_MS_MAX", "500")
         .set("MAX_CONCURRENCY", "2");
+    let setup = if cell.is_by_url() { setup.reachable() } else { setup };
     let node = setup.start().await;
     let told = |problem: String| format!("{problem}\n{}", node.log());
     if !(cell.is_of_sign_in() || cell.is_of_the_clock()) {
@@ -100,7 +101,7 @@ async fn judged(cell: &Cell, lab: &Lab, faults: Faults, plugin: PathBuf) -> Resu
     let task = lab.task("/fixtures/everything/v1").inputs(&[cid]).meta(meta);
     let job = task.set("max_attempts", json!(if cell.endpoint == "fail" { 2 } else { 30 })).submit();
     if cell.length == Length::Long && !cell.is_of_the_clock() {
-        let struck = |seen: &[Seen]| seen.iter().any(|seen| seen.fault.is_some());
+        let struck = |seen: &[Seen]| seen.iter().any(|seen| cell.struck(seen));
         within("the first fault", lab.world.journal_until(struck)).await.map_err(told)?;
         // Not an event: the fault itself is a stretch of time.
         tokio::time::sleep(LONG).await;
@@ -108,7 +109,7 @@ async fn judged(cell: &Cell, lab: &Lab, faults: Faults, plugin: PathBuf) -> Resu
     }
     let over = |view: &Value| matches!(view["job"]["status"].as_str(), Some("completed" | "failed" | "canceled"));
     let ended = within("the end of the task", lab.world.job_until(job, over)).await.map_err(told)?;
-    if cell.endpoint == "any" && !cell.is_of_the_clock() {
+    if cell.strikes_the_test() {
         lab.world.set_faults(Faults::default());
     }
     one_verdict(cell, lab, &Ended(ended), &input).await.map_err(told)?;

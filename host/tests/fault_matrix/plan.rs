@@ -1,5 +1,7 @@
 //! Which cells there are, and which make no sense.
 
+use runner_host::dev::Seen;
+
 /// What goes wrong: its name in the table, and the keys of its rule.
 pub(crate) type Kind = (&'static str, &'static str);
 
@@ -21,13 +23,15 @@ pub(crate) struct Cell {
 }
 
 /// The calls of a node (posemesh contract 1), in the order of a task's life.
-pub(crate) const ENDPOINTS: [&str; 17] = [
+pub(crate) const ENDPOINTS: [&str; 19] = [
     "nonce",
     "register_wallet",
+    "register",
     "verify",
     "lease",
     "heartbeat",
     "download",
+    "by_id",
     "list",
     "info",
     "create",
@@ -63,7 +67,7 @@ pub(crate) const KINDS: [Kind; 15] = [
 /// What may also last: an outage, seen in five ways.
 const LASTING: [&str; 5] = ["503", "429", "reset", "malformed", "hang"];
 
-const SIGN_IN: [&str; 3] = ["nonce", "register_wallet", "verify"];
+const SIGN_IN: [&str; 4] = ["nonce", "register_wallet", "register", "verify"];
 const PLANE: [&str; 4] = ["lease", "heartbeat", "complete", "fail"];
 
 /// All cells, and the combinations that are none, with the reason.
@@ -98,7 +102,7 @@ fn no_sense(endpoint: &str, kind: &str) -> Option<&'static str> {
             Some("the call does not say which node asks")
         }
         "steal_lease" if sign_in || ["lease", "info"].contains(&endpoint) => Some("the call is not about a task"),
-        "oversize" if endpoint == "download" => Some("data has the size it has"),
+        "oversize" if ["download", "by_id"].contains(&endpoint) => Some("data has the size it has"),
         _ => None,
     }
 }
@@ -125,6 +129,21 @@ impl Cell {
         self.kind.1.contains("clock_offset")
     }
 
+    /// Whether this request was struck by what the cell is about.
+    pub(crate) fn struck(&self, seen: &Seen) -> bool {
+        seen.fault.is_some() && (self.endpoint == "any" || seen.endpoint == Some(self.endpoint))
+    }
+
+    /// Strikes what the test itself asks for, too.
+    pub(crate) fn strikes_the_test(&self) -> bool {
+        ["any", "by_id"].contains(&self.endpoint) && !self.is_of_the_clock()
+    }
+
+    /// The node registers with its URL.
+    pub(crate) fn is_by_url(&self) -> bool {
+        self.endpoint == "register"
+    }
+
     /// The fault file.
     pub(crate) fn file(&self) -> String {
         if self.is_of_the_clock() {
@@ -132,8 +151,13 @@ impl Cell {
         }
         let count = if self.length == Length::Twice { "count = 2\n" } else { "" };
         let rule = format!("[[fault]]\nname = \"cell\"\nendpoint = \"{}\"\n{count}{}\n", self.endpoint, self.kind.1);
-        // Nothing is aborted unless something fails for good.
-        let first = "[[fault]]\nname = \"first\"\nendpoint = \"part\"\nkind = \"status\"\ncode = 403\ncount = 1\n";
-        if self.endpoint == "abort" { format!("{first}{rule}") } else { rule }
+        let first = match self.endpoint {
+            // Nothing is aborted unless something fails for good,
+            "abort" => "endpoint = \"part\"\nkind = \"status\"\ncode = 403",
+            // and data is asked for by its id where a download broke off.
+            "by_id" => "endpoint = \"download\"\nkind = \"reset_body\"\nafter_bytes = 100_000",
+            _ => return rule,
+        };
+        format!("[[fault]]\nname = \"first\"\n{first}\ncount = 1\n{rule}")
     }
 }

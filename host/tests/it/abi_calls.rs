@@ -215,7 +215,7 @@ async fn outputs_of_no_and_of_many_bytes_arrive_whole() {
 
 #[tokio::test]
 async fn an_invoke_that_fails_says_why_and_leaves_nothing_behind() {
-    let folder = zoo();
+    let folder = zoo().usual_logs();
     let cases = [
         ("fail", "error: failed: cloud not written: shard 3 not written: disk full"),
         ("fail-details", "error: failed: the scan is empty"),

@@ -106,8 +106,9 @@ async fn s0_89_inputs_of_0_bytes_are_inputs_and_only_an_empty_file_is_no_artifac
     let before = lab.stored().await;
     let ended = lab.ended(&node, lab.task("/examples/echo-file/v1").inputs(&[input]).submit()).await;
     let reason = ended.failed().0;
-    assert!(reason.starts_with("runner failed: upload of echo-0.bin refused: file "), "{reason}");
-    assert!(reason.ends_with(" is empty; expected at least one byte"), "{reason}");
+    // No path of this machine: the plane has no business with it.
+    let said = "runner failed: upload of echo-0.bin refused: its file is empty; expected at least one byte";
+    assert_eq!(reason, said);
     assert!(ended.artifacts().is_empty());
     assert_eq!(lab.stored().await, before);
     let parts = lab.world.journal().into_iter().filter(|seen| seen.path.ends_with("/multipart")).count();

@@ -68,7 +68,7 @@ async fn an_interrupt_cancels_an_invoked_runner() {
 #[tokio::test]
 async fn invoke_used_wrongly_says_what_was_expected() {
     let dir = workplace(&[fixtures::hello()]);
-    let ended = invoke(dir.path(), "/no/such/v1").run().await.expect(2);
+    let ended = invoke(dir.path(), "/no/such/v1").set("RUST_LOG", "").run().await.expect(2);
     assert_eq!(ended.stderr, "error: no plugin serves /no/such/v1; these do: /examples/hello/v1");
     let ended = invoke(dir.path(), "/examples/hello/v1").arg("--meta").arg("{").run().await.expect(2);
     assert!(ended.stderr.contains("--meta: expected JSON"), "{}", ended.stderr);
@@ -241,12 +241,33 @@ async fn submit_finds_the_world_of_dev_and_brings_the_artifact() {
     assert_eq!(ended["tasks"].as_array().map(Vec::len), Some(2), "{ended}");
     let ended = submit("/fixtures/fail/v1").arg("--wait").run().await.expect(1);
     assert!(ended.stderr.contains("runner failed: cloud not written"), "{}", ended.stderr);
-    let ended = submit("/nobody/serves-this/v1").arg("--wait").arg("--timeout").arg("200ms").run().await.expect(5);
+    let ended = submit("/nobody/serves-this/v1").arg("--wait").arg("--timeout").arg("2s").run().await.expect(5);
     assert!(ended.stderr.contains("the job goes on"), "{}", ended.stderr);
     dev.signal(Signal::TERM);
     assert_eq!(dev.wait().await, 0, "{}", dev.log());
     let ended = submit("/examples/hello/v1").run().await.expect(75);
     assert!(ended.stderr.contains("start runner-host dev"), "{}", ended.stderr);
+}
+
+#[tokio::test]
+async fn submit_ends_in_its_time_whatever_is_under_way() {
+    let dir = workplace(&[fixtures::hello()]);
+    let hang = |endpoint: &str| format!("[[fault]]\nendpoint = \"{endpoint}\"\nkind = \"hang\"\n");
+    let faults = format!("{}count = 1\n{}", hang("create"), hang("by_id"));
+    std::fs::write(dir.path().join("faults.toml"), faults).expect("the folder is writable");
+    std::fs::write(dir.path().join("who.txt"), "reader").expect("the folder is writable");
+    let dev = Cli::new(&["dev", "--port", "0", "--faults", "faults.toml"]).dir(dir.path());
+    let dev = dev.set("TMPDIR", dir.path().to_string_lossy()).start();
+    dev.stdout_line(|line| line == "For development and tests, not for production.").await;
+    let exports = exports(&dev);
+    let base = &exports.iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1;
+    let submit = || Cli::new(&["submit", "/examples/hello/v1"]).dir(dir.path()).set("RUNNER_HOST_DEV", base.as_str());
+    let ended = submit().arg("--input").arg("who.txt").arg("--timeout").arg("1s").run().await.expect(5);
+    assert!(ended.stderr.ends_with("stopped after 1s; no job was submitted"), "{}", ended.stderr);
+    let ended = submit().arg("--wait").arg("--out").arg("brought").arg("--timeout").arg("5s").run().await.expect(5);
+    let said = "stopped after 5s; the job has ended, its artifacts were not all brought: ";
+    assert!(ended.stderr.contains(said), "{}", ended.stderr);
+    stopped(&dev).await;
 }
 
 /// A shell's pipe whose reader goes after the first line.
@@ -290,8 +311,26 @@ async fn stopped(process: &Process) {
 async fn dev_with_strict_identity_refuses_a_second_node_of_one_key() {
     let dir = workplace(&[fixtures::hello()]);
     let (dev, exports) = world(dir.path(), &["--strict-identity"]).await;
-    let first = node(dir.path(), &exports, "first").start();
+    // One poll, so that no registration meets another.
+    let long = [("POLL_BACKOFF_MS_MIN", "60000"), ("POLL_BACKOFF_MS_MAX", "60000")];
+    let first = long.iter().fold(node(dir.path(), &exports, "first"), |node, (name, value)| node.set(name, *value));
+    let first = first.start();
     first.stderr_line(|line| line.contains("\"leasing\"")).await;
+    let base = &exports.iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1;
+    let refreshed = async {
+        loop {
+            let seen = call(Request::get(format!("{base}/dev/v1/requests")), &Value::Null).await;
+            let seen = seen["requests"].as_array().cloned().unwrap_or_default();
+            if seen.iter().filter(|one| one["endpoint"] == "register_wallet").count() >= 3 {
+                return seen;
+            }
+            // A journal over HTTP has no bell.
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    let seen = within("the first node to register again", || first.log(), refreshed).await;
+    let statuses = seen.iter().filter(|one| one["endpoint"] == "register_wallet").map(|one| &one["status"]);
+    assert!(statuses.into_iter().all(|status| *status == 200), "its own repeats are no second node: {seen:#?}");
     let second = node(dir.path(), &exports, "second").start();
     let started = second.stderr_line(|line| line.contains("\"node started\"")).await;
     let started: Value = serde_json::from_str(&started).expect("a node logs JSON");
@@ -369,6 +408,36 @@ async fn dev_keeps_stored_data_in_its_folder_over_a_restart() {
         assert_eq!(list["data"].as_array().map(Vec::len), Some(1), "round {round}: {list}");
         stopped(&dev).await;
     }
+}
+
+#[tokio::test]
+async fn dev_removes_what_a_killed_one_left_and_only_that() {
+    let dir = workplace(&[]);
+    let start = async || {
+        let dev = Cli::new(&["dev", "--no-node", "--port", "0"]).dir(dir.path());
+        let dev = dev.set("TMPDIR", dir.path().to_string_lossy()).start();
+        dev.stdout_line(|line| line == "For development and tests, not for production.").await;
+        dev
+    };
+    let folders = || {
+        let below = |path: &Path| std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+        let ours = below(dir.path()).filter(|path| path.to_string_lossy().contains("/runner-host-"));
+        let owned = ours.flat_map(|path| below(&path).collect::<Vec<_>>()).filter(|path| path.is_dir());
+        owned.collect::<std::collections::BTreeSet<_>>()
+    };
+    let living = start().await;
+    let of_living = folders();
+    let killed = start().await;
+    let left: Vec<_> = folders().difference(&of_living).cloned().collect();
+    assert_eq!((of_living.len(), left.len()), (1, 1));
+    killed.signal(Signal::KILL);
+    killed.wait().await;
+    assert!(left[0].exists(), "killed, it leaves its folder");
+    let next = start().await;
+    assert!(!left[0].exists() && folders().is_superset(&of_living), "{:?}", folders());
+    stopped(&next).await;
+    stopped(&living).await;
+    assert!(folders().is_empty(), "{:?}", folders());
 }
 
 #[tokio::test]

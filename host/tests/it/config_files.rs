@@ -319,6 +319,12 @@ const VARIABLES: &[Variable] = &[
     Variable { name: "LOG_FORMAT", good: &["json", "text", "TEXT", "other"], warned: &[], bad: &[] },
     Variable { name: "ENABLE_NOOP", good: &["true", "false", " true "], warned: &[], bad: &["1", "yes", "TRUE"] },
     Variable { name: "NOOP_SLEEP_SECS", good: &["0", "5", "0.25"], warned: &[], bad: &["-1", "NaN", "inf", HUGE] },
+    Variable {
+        name: "DOMAIN_HOSTS",
+        good: &["a.example", "a.example:8443, [::1]"],
+        warned: &[],
+        bad: &["https://a.example", "*.example, a/b"],
+    },
     Variable { name: "CLIENT_ID", good: &["node-7", " a b "], warned: &[], bad: &["a\tb", "é"] },
 ];
 
@@ -343,6 +349,37 @@ async fn s0_02_s0_03_every_variable_takes_what_it_should_and_refuses_the_rest() 
             }
         }
     }
+}
+
+#[tokio::test]
+async fn check_tells_folders_hosts_and_plugins_that_cannot_be_used_at_once() {
+    let files = Files::new();
+    let file = files.write("file", "");
+    let plugins = files.write("plugins.toml", "[[plugin]]\nenabled = true\n");
+    let (at, toml) = (file.display(), plugins.display());
+    let check = || whole("check").set("HTTPS_PROXY", "http://proxy.example:3128");
+    let check = || check().set("NO_PROXY", "a.example, *.example, 10.0.0.0/33");
+    let below = file.join("below");
+    let ended = check().set("SCRATCH_DIR", file.to_string_lossy()).set("STATE_DIR", below.to_string_lossy());
+    let ended = ended.set("DOMAIN_HOSTS", "a.example, https://b.example").set("MAX_CONCURRENCY", "0");
+    let ended = ended.arg("--plugins").arg("/no/such").arg("--plugins-file").arg(&plugins).run().await.expect(78);
+    let wanted = [
+        "error: MAX_CONCURRENCY: expected a number from 1 to 65536, found \"0\"".to_owned(),
+        "error: DOMAIN_HOSTS: expected hosts such as data.example or data.example:8443, found \"https://b.example\""
+            .to_owned(),
+        format!("error: SCRATCH_DIR: expected a folder, found a file at {at}"),
+        format!("error: STATE_DIR: expected a folder, found a file at {at}"),
+        format!("error: {toml}: [[plugin]] 1: the key \"file\" is missing"),
+        "error: plugins folder /no/such does not exist; create it, or name another with --plugins".to_owned(),
+    ];
+    assert_eq!(ended.stderr.lines().collect::<Vec<_>>(), wanted);
+
+    let later = files.0.path().join("later");
+    let ended = check().set("SCRATCH_DIR", later.to_string_lossy()).run().await.expect(0);
+    let warned =
+        |entry: &str| format!("warning: NO_PROXY: \"{entry}\" is no host, domain or network and has no effect");
+    assert_eq!(ended.stderr.lines().collect::<Vec<_>>(), [warned("*.example"), warned("10.0.0.0/33")]);
+    assert!(!later.exists(), "a check makes nothing");
 }
 
 #[tokio::test]

@@ -89,3 +89,27 @@ async fn a_service_that_asks_for_a_pause_gets_it() {
     node.says("leasing").await;
     assert!(began.elapsed() >= Duration::from_millis(900), "{:?}", began.elapsed());
 }
+
+#[tokio::test]
+async fn s0_33_who_waits_for_a_token_is_told_after_so_many_repeats_and_the_node_goes_on_asking() {
+    for (retries, told) in [(0, "login failed 1 times: "), (2, "login failed 3 times: ")] {
+        let (lab, rubbish) = lab(Duration::from_secs(60)).await;
+        let node = rubbish.node(&[fixtures::hello()]).set("TOKEN_REAUTH_JITTER_MS", "0");
+        let node = node.set("TOKEN_REAUTH_MAX_RETRIES", retries.to_string()).leasing().await;
+        rubbish.answer(VERIFY, usize::MAX, Bad::Status(503, "later"));
+        // A poll whose token is rejected waits for the next one.
+        rubbish.answer("GET /v1/tasks", 1, Bad::Status(401, "who are you?"));
+        let first = node.says("poll failed").await;
+        assert!(first["error"].as_str().is_some_and(|error| error.contains(told)), "{retries}: {first}");
+        rubbish.seen(VERIFY, 1 + 6).await;
+        let failed = node.said("login failed");
+        let counts: Vec<_> = failed.iter().map(|line| line["attempt"].as_u64()).collect();
+        assert_eq!(counts, (1..=failed.len() as u64).map(Some).collect::<Vec<_>>(), "{failed:?}");
+        // Pauses double and are jittered downwards by up to a half: every other one is longer.
+        let pause = |line: &Value| line["retry_in_ms"].as_u64().expect("a pause");
+        assert!(failed.windows(3).all(|three| pause(&three[0]) < pause(&three[2])), "{failed:?}");
+        rubbish.heal();
+        lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+        node.stop().await;
+    }
+}

@@ -14,7 +14,7 @@ async fn s0_04_s0_05_every_line_of_a_task_carries_its_ids() {
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer("POST /v1/tasks/*/heartbeat", 1, Bad::Status(503, "later"));
     rubbish.answer("POST /v1/tasks/*/complete", 1, Bad::Cut);
-    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    let node = rubbish.node(&[fixtures::zoo()]).set("RUST_LOG", "info").leasing().await;
     let ended = lab.run(&node, "/fixtures/logs/v1", json!({})).await;
     let task = &ended.completed().task()["id"];
     node.says("report delivered").await;
@@ -75,4 +75,40 @@ async fn a_filter_that_is_none_is_one_line() {
     // Blank is unset.
     let ended = Cli::new(&["config", "check"]).set("RUST_LOG", " ").run().await.expect(78);
     assert!(!ended.stderr.contains("RUST_LOG"), "{}", ended.stderr);
+}
+
+#[test]
+fn s0_04_setting_logs_up_twice_neither_panics_nor_doubles_a_line() {
+    use runner_host::observe::logs::{Format, init};
+    // The subscriber is the process's own, so this test starts itself as one.
+    const TWICE: &str = "IT_LOGS_TWICE";
+    if std::env::var_os(TWICE).is_some() {
+        init(Format::Json, "info");
+        init(Format::Text, "trace");
+        tracing::info!("set up twice");
+        tracing::debug!("not asked for");
+        return;
+    }
+    let this = std::env::current_exe().expect("this program has a path");
+    let name = "logs::s0_04_setting_logs_up_twice_neither_panics_nor_doubles_a_line";
+    let ended = std::process::Command::new(this).args(["--exact", name, "--nocapture"]).env(TWICE, "1").output();
+    let ended = ended.expect("it starts");
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert!(ended.status.success(), "{said}");
+    let lines: Vec<Value> = said.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let messages: Vec<&Value> = lines.iter().map(|line| &line["message"]).collect();
+    assert_eq!((messages, said.lines().count()), (vec![&json!("set up twice")], 1), "{said}");
+}
+
+#[tokio::test]
+async fn s0_04_the_first_line_is_json_and_the_usual_level_is_info() {
+    let lab = Lab::start().await;
+    // Blank is unset.
+    let node = lab.node(&[fixtures::hello()]).set("RUST_LOG", "").leasing().await;
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    node.stop().await;
+    let lines = node.lines();
+    assert!(lines[0]["timestamp"].is_string() && lines[0]["message"].is_string(), "{}", lines[0]);
+    let levels: std::collections::BTreeSet<_> = lines.iter().filter_map(|line| line["level"].as_str()).collect();
+    assert!(levels.contains("INFO") && levels.iter().all(|level| ["INFO", "WARN"].contains(level)), "{levels:?}");
 }

@@ -25,6 +25,7 @@ mod lease_life;
 mod lease_path;
 mod login;
 mod logs;
+mod memory;
 mod outbox;
 mod pages;
 mod plugin_files;

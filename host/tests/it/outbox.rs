@@ -189,6 +189,71 @@ async fn a_full_outbox_pauses_leasing_until_there_is_room() {
     node.stop().await;
 }
 
+/// When the outbox' file was written last.
+fn written(node: &TestNode) -> std::time::SystemTime {
+    let file = std::fs::metadata(node.state_dir().join("outbox.redb")).expect("there");
+    file.modified().expect("a file system with times")
+}
+
+#[tokio::test]
+async fn a_brief_task_whose_report_is_taken_at_once_costs_no_write() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    // A busy machine can make any answer late; then the report is written, as it must be.
+    let mut unwritten = 0;
+    for _ in 0..50 {
+        let before = written(&node);
+        let job = lab.task("/fixtures/ok/v1").submit();
+        lab.ended(&node, job).await.completed();
+        node.page_until("/status.json", |page| page.1["tasks"] == json!({})).await;
+        unwritten += usize::from(written(&node) == before);
+    }
+    assert!(unwritten > 0, "every report was written: {}", node.log());
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_brief_task_whose_report_is_not_taken_at_once_is_on_the_disk_soon() {
+    let lab = Lab::with(|config| config.lease_ttl = Duration::from_secs(600)).await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(COMPLETE, usize::MAX, Bad::Hang);
+    let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
+    let first = lab.task("/fixtures/ok/v1").submit();
+    rubbish.seen(COMPLETE, 1).await;
+    // The one slot serves the next task only when the first one's verdict is safe.
+    lab.task("/fixtures/ok/v1").submit();
+    rubbish.seen(COMPLETE, 2).await;
+    node.kill();
+    node.wait().await;
+    rubbish.heal();
+    let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
+    // Its lease has not run out: the report comes from the disk.
+    let ended = lab.ended(&next, first).await;
+    assert_eq!(ended.completed().task()["attempts"], 1, "{}", next.log());
+    assert_eq!(ended.0["receipts"].as_array().map(Vec::len), Some(1));
+    next.stop().await;
+}
+
+#[tokio::test]
+async fn a_node_that_dies_with_an_unwritten_report_loses_and_doubles_none() {
+    for held in [Bad::Hang, Bad::gate().1] {
+        let lab = Lab::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
+        let rubbish = Rubbish::before(&lab).await;
+        rubbish.answer(COMPLETE, usize::MAX, held);
+        let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+        let job = lab.task("/fixtures/ok/v1").set("max_attempts", json!(3)).submit();
+        rubbish.seen(COMPLETE, 1).await;
+        node.kill();
+        node.wait().await;
+        rubbish.heal();
+        let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
+        let ended = lab.ended(&next, job).await;
+        assert_eq!(ended.completed().0["receipts"].as_array().map(Vec::len), Some(1), "{}", next.log());
+        next.page_until("/status.json", |page| page.1["outbox"]["waiting"] == 0 && page.1["tasks"] == json!({})).await;
+        next.stop().await;
+    }
+}
+
 #[tokio::test]
 async fn a_plane_that_is_away_blocks_no_slot() {
     let lab = Lab::start().await;
@@ -263,6 +328,21 @@ async fn a_second_node_on_the_same_folder_is_refused_in_one_line() {
     let said = lab.node(&[fixtures::hello()]).set("STATE_DIR", path.as_str()).refused().await.expect(78);
     let wanted = format!("error: STATE_DIR cannot be used: cannot make {path}: ");
     assert!(said.stderr.lines().last().is_some_and(|line| line.starts_with(&wanted)), "{}", said.stderr);
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_node_hears_commands_however_long_the_path_of_its_state_is() {
+    let lab = Lab::start().await;
+    let base = tempfile::tempdir().expect("a folder");
+    let long = base.path().join("a".repeat(120)).join("b".repeat(120));
+    let node = lab.node(&[fixtures::hello()]).set("STATE_DIR", long.to_string_lossy()).leasing().await;
+    let list = || Cli::new(&["outbox", "list", "--state-dir"]).arg(&long).run();
+    let said = list().await.expect(0);
+    assert_eq!(said.stderr.lines().last(), Some("the outbox is empty"), "{}", said.stderr);
+    assert!(node.said("control socket cannot be made, commands will not reach this node").is_empty());
+    node.stop().await;
+    assert!(!long.join("control.sock").exists(), "the socket goes with its node");
 }
 
 #[tokio::test]

@@ -97,6 +97,32 @@ async fn the_status_page_tells_what_runs_what_ended_and_what_is_loaded() {
     assert!(!status.to_string().contains(&node.key), "no secret on a page");
 }
 
+#[tokio::test]
+async fn s0_73_a_domain_that_comes_with_the_set_up_heartbeat_is_shown_and_logged() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let without = Bad::edit(|lease| {
+        if lease["task"].is_object() {
+            lease["domain_id"] = serde_json::Value::Null;
+        }
+    });
+    rubbish.answer("GET /v1/tasks", usize::MAX, without);
+    let files = tempfile::tempdir().expect("a folder");
+    let go = files.path().join("go");
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    let job = lab.task("/fixtures/wait-file/v1").meta(json!({ "file": go })).submit();
+    let task = lab.started(&node, job).await;
+    let id = task["id"].as_str().expect("an id");
+    let (domain, status) = (json!(lab.world.domain_id()), node.status().await);
+    assert_eq!(status["tasks"][id]["domain_id"], domain, "{status:#}");
+    std::fs::write(&go, "").expect("the folder is writable");
+    lab.ended(&node, job).await.completed();
+    let ended = node.says("task ended").await;
+    assert_eq!((&ended["task_id"], &ended["domain_id"]), (&json!(id), &domain), "{ended}");
+    assert!(node.says("task started").await.get("domain_id").is_none(), "the lease did not say it");
+    node.stop().await;
+}
+
 fn at_since(shown: &serde_json::Value) -> Option<jiff::Timestamp> {
     // Shown in whole milliseconds, this one exactly.
     let since: jiff::Timestamp = shown["since"].as_str()?.parse().ok()?;

@@ -347,7 +347,7 @@ async fn a_reason_that_names_a_file_stays_one_line() {
 
 #[tokio::test]
 async fn a_plugin_that_prints_while_it_loads_does_not_spoil_data() {
-    let folder = Folder::new();
+    let folder = Folder::new().usual_logs();
     folder.put("prints.so", &fixtures::c("refused", &["INIT_PRINTS"]));
     let listings = folder.listings(0).await;
     assert_eq!(listings[0]["state"], "loaded");
@@ -396,7 +396,7 @@ fn many(folder: &Folder, count: usize) {
 /// It cannot be lived with in this process, but it is no success, and the culprit is named.
 #[tokio::test]
 async fn a_plugin_that_ends_the_process_is_named_and_it_is_no_success() {
-    let folder = Folder::with_a_good_one();
+    let folder = Folder::with_a_good_one().usual_logs();
     let bad = folder.put("z.so", &fixtures::c("refused", &["INIT_EXITS"]));
     let said = folder.cli(&["plugins", "list"]).run().await.expect(75);
     let line = format!("error: plugin {} ended the process while it was loaded; remove it", bad.display());

@@ -39,6 +39,27 @@ async fn s0_19b_a_signal_ends_an_idle_node_at_once() {
 }
 
 #[tokio::test]
+async fn a_signal_before_the_start_is_over_ends_a_node_that_has_spoken_to_nobody() {
+    let lab = Lab::start().await;
+    let files = tempfile::tempdir().expect("a folder");
+    let mark = files.path().join("opened");
+    let slow = fixtures::c("refused", &["MARKS", "INIT_BLOCKS"]);
+    let node = lab.node(&[fixtures::hello(), slow]).set("PLUGIN_INIT_TIMEOUT", "1s");
+    let node = node.set("RH_FIXTURE_MARK", mark.to_string_lossy()).begun();
+    let opened = async {
+        while !mark.exists() {
+            // A file has no bell.
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    crate::harness::within("a plugin to be opened", || node.log(), opened).await;
+    node.term();
+    ends_promptly(&node, 0).await;
+    assert!(lab.world.journal().is_empty(), "{:?}", lab.world.journal());
+    assert_nothing_left(&node);
+}
+
+#[tokio::test]
 async fn a_signal_lets_a_running_task_finish_and_leases_nothing_more() {
     let lab = Lab::start().await;
     let files = tempfile::tempdir().expect("a folder");

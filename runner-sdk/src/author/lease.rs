@@ -1,34 +1,38 @@
 //! The lease as a runner sees it.
 
-use serde::{Deserialize, Serialize};
+use std::{borrow::Cow, fmt};
+
+use serde::{
+    Deserialize, Deserializer, Serialize,
+    de::{Error as _, MapAccess, Visitor},
+};
 use serde_json::{Map, Value};
 
 /// What the control plane handed out, as it was when the task started. Fields this version does
 /// not name are kept in `extra`, credentials are not part of it.
 ///
 /// Ids and times are text exactly as the plane sent them.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct LeaseEnvelope {
     /// Always absent in a task; kept so that stored leases parse. Ask [`crate::ControlPlane::token`].
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub access_token: Option<String>,
     /// When the token expires, RFC 3339.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub access_token_expires_at: Option<String>,
     /// When the lease expired at the time it was taken, RFC 3339; heartbeats move it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub lease_expires_at: Option<String>,
     /// True when the lease was already cancelled.
-    #[serde(default)]
     pub cancel: bool,
     /// The plane's word for its state.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub status: Option<String>,
     /// The domain the data belongs to.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub domain_id: Option<String>,
     /// Base URL of the domain server.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub domain_server_url: Option<String>,
     /// What to do.
     pub task: TaskSpec,
@@ -38,73 +42,125 @@ pub struct LeaseEnvelope {
 }
 
 /// The task inside a lease.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct TaskSpec {
     /// The task's id.
     pub id: String,
     /// The job it belongs to.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub job_id: Option<String>,
     /// The capability asked for.
     pub capability: String,
     /// Opaque to the host.
-    #[serde(default, skip_serializing_if = "Value::is_null")]
+    #[serde(skip_serializing_if = "Value::is_null")]
     pub capability_filters: Value,
     /// Inputs: ids, URLs or names, as the job's author wrote them.
-    #[serde(default)]
     pub inputs_cids: Vec<String>,
     /// Put before every artifact path.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub outputs_prefix: Option<String>,
     /// Free text.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub label: Option<String>,
     /// Step of the job.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub stage: Option<String>,
     /// Parameters of the job's author.
-    #[serde(default, skip_serializing_if = "Value::is_null")]
+    #[serde(skip_serializing_if = "Value::is_null")]
     pub meta: Value,
     /// May be negative.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub priority: Option<i64>,
     /// Which attempt this is.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub attempts: Option<u64>,
     /// After how many the plane gives up.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub max_attempts: Option<u64>,
     /// Tasks this one still waits for.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub deps_remaining: Option<u64>,
     /// The plane's word for its state.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub status: Option<String>,
     /// `public` or `dedicated`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub mode: Option<String>,
     /// Opaque to the host.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub organization_filter: Option<String>,
     /// Decimal text.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub billing_units: Option<String>,
     /// Decimal text.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub estimated_credit_cost: Option<String>,
     /// Decimal text.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub debited_amount: Option<String>,
     /// RFC 3339.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub debited_at: Option<String>,
     /// RFC 3339; not used for timing.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub lease_expires_at: Option<String>,
     /// Everything else.
     #[serde(flatten)]
     pub extra: Map<String, Value>,
 }
+
+/// Reads an object's members into the fields of their names, and what is left into `extra`. As serde does for
+/// a flattened map, but without a copy of everything in between: each task begins with this.
+macro_rules! read_members {
+    ($type:ident needs [$($needed:ident),*] and may have [$($name:ident),* $(,)?]) => {
+        impl<'de> Deserialize<'de> for $type {
+            fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+                struct Members;
+                impl<'de> Visitor<'de> for Members {
+                    type Value = $type;
+
+                    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                        f.write_str(concat!("an object, ", stringify!($type)))
+                    }
+
+                    fn visit_map<A: MapAccess<'de>>(self, mut members: A) -> Result<$type, A::Error> {
+                        let mut read = $type::default();
+                        $(let mut $needed = false;)*
+                        while let Some(Name(name)) = members.next_key()? {
+                            match &*name {
+                                $(stringify!($needed) => {
+                                    read.$needed = members.next_value()?;
+                                    $needed = true;
+                                })*
+                                $(stringify!($name) => read.$name = members.next_value()?,)*
+                                _ => drop(read.extra.insert(name.into_owned(), members.next_value()?)),
+                            }
+                        }
+                        $(if !$needed {
+                            return Err(A::Error::missing_field(stringify!($needed)));
+                        })*
+                        Ok(read)
+                    }
+                }
+                from.deserialize_map(Members)
+            }
+        }
+    };
+}
+
+/// A member's name, borrowed where it can be.
+#[derive(Deserialize)]
+struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
+
+read_members!(LeaseEnvelope needs [task] and may have [
+    access_token, access_token_expires_at, lease_expires_at, cancel, status, domain_id, domain_server_url
+]);
+
+read_members!(TaskSpec needs [id, capability] and may have [
+    job_id, capability_filters, inputs_cids, outputs_prefix, label, stage, meta, priority, attempts, max_attempts,
+    deps_remaining, status, mode, organization_filter, billing_units, estimated_credit_cost, debited_amount,
+    debited_at, lease_expires_at,
+]);
 
 #[cfg(test)]
 mod tests {
@@ -118,6 +174,62 @@ mod tests {
         assert_eq!(lease.task.extra["flavour"], "new");
         assert_eq!(lease.extra["p2p"]["x"], 1);
         assert_eq!(serde_json::to_string(&lease).expect("writes"), golden);
+    }
+
+    #[test]
+    fn every_field_is_read_from_its_member_and_none_goes_to_the_rest() {
+        let text = || Some("x".to_owned());
+        let task = TaskSpec {
+            id: "1".to_owned(),
+            job_id: text(),
+            capability: "/a".to_owned(),
+            capability_filters: 1.into(),
+            inputs_cids: vec!["a1".to_owned()],
+            outputs_prefix: text(),
+            label: text(),
+            stage: text(),
+            meta: 2.into(),
+            priority: Some(3),
+            attempts: Some(4),
+            max_attempts: Some(5),
+            deps_remaining: Some(6),
+            status: text(),
+            mode: text(),
+            organization_filter: text(),
+            billing_units: text(),
+            estimated_credit_cost: text(),
+            debited_amount: text(),
+            debited_at: text(),
+            lease_expires_at: text(),
+            extra: Map::new(),
+        };
+        let lease = LeaseEnvelope {
+            access_token: text(),
+            access_token_expires_at: text(),
+            lease_expires_at: text(),
+            cancel: true,
+            status: text(),
+            domain_id: text(),
+            domain_server_url: text(),
+            task,
+            extra: Map::new(),
+        };
+        let written = serde_json::to_string(&lease).expect("writes");
+        assert_eq!(serde_json::from_str::<LeaseEnvelope>(&written).expect("parses"), lease);
+        let value = serde_json::to_value(&lease).expect("writes");
+        assert_eq!(serde_json::from_value::<LeaseEnvelope>(value).expect("parses"), lease);
+    }
+
+    #[test]
+    fn a_lease_without_what_every_lease_has_says_what() {
+        for (document, expected) in [
+            (r#"{"cancel":true}"#, "missing field `task`"),
+            (r#"{"task":{"id":"1"}}"#, "missing field `capability`"),
+            (r#"{"task":7}"#, "invalid type: integer `7`, expected an object, TaskSpec"),
+        ] {
+            let err = serde_json::from_str::<LeaseEnvelope>(document).expect_err("refused").to_string();
+            assert!(err.starts_with(expected), "{err}");
+        }
     }
 
     #[test]

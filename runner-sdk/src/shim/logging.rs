@@ -48,10 +48,10 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Bridge {
         if attributes.metadata().name() != "runner_task" {
             return;
         }
-        let mut fields = Fields::default();
-        attributes.record(&mut fields);
-        if let (Some(task), Some(span)) = (fields.values.get("runner_task").and_then(Value::as_u64), ctx.span(id)) {
-            span.extensions_mut().insert(Mark(task));
+        let mut mark = None;
+        attributes.record(&mut Marked(&mut mark));
+        if let (Some(mark), Some(span)) = (mark, ctx.span(id)) {
+            span.extensions_mut().insert(mark);
         }
     }
 
@@ -80,6 +80,17 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Bridge {
         let target = logged.as_ref().and_then(Value::as_str).unwrap_or(event.metadata().target());
         send_log(marked.unwrap_or(0), level, target, &fields.message, &json);
     }
+}
+
+/// Reads the task out of its span.
+struct Marked<'a>(&'a mut Option<Mark>);
+
+impl Visit for Marked<'_> {
+    fn record_u64(&mut self, _field: &Field, task: u64) {
+        *self.0 = Some(Mark(task));
+    }
+
+    fn record_debug(&mut self, _field: &Field, _value: &dyn std::fmt::Debug) {}
 }
 
 #[derive(Default)]

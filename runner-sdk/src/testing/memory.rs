@@ -205,7 +205,7 @@ impl Memory {
                 let spec = checked_spec(&spec)?;
                 let bytes = std::fs::read(&path).map_err(local)?;
                 if bytes.is_empty() {
-                    let message = format!("upload of {} refused: file {path} is empty", spec.path);
+                    let message = format!("upload of {} refused: its file is empty", spec.path);
                     return Err(PortError::new(PortErrorKind::BadRequest, message));
                 }
                 let id = self.store(&mut state, spec, bytes);

@@ -185,7 +185,7 @@ async fn many_tasks_become_jobs_of_a_bounded_size() {
 #[tokio::test]
 async fn without_a_node_it_says_so_once_and_gives_up_in_time() {
     let lab = Lab::start().await;
-    let ended = submit_line(Some(&lab), &[ECHO, "--wait", "--timeout", "700ms"]).await;
+    let ended = submit_line(Some(&lab), &[ECHO, "--wait", "--timeout", "1500ms"]).await;
     assert_eq!(ended.code, Exit::TimedOut);
     assert_eq!(ended.stderr.matches("no node serves /lab/echo/v1").count(), 1, "{}", ended.stderr);
     assert!(ended.stderr.contains("the job goes on"), "{}", ended.stderr);

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::{body::Body, extract::State, http::StatusCode};
+use axum::{Extension, body::Body, extract::State, http::StatusCode};
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
 use jiff::Timestamp;
 use serde::Deserialize;
@@ -12,7 +12,7 @@ use super::{Answer, IDENTITY_BYTES_MAX, Refusal, ok, read_json};
 use crate::{
     dev::{
         Inner, calls,
-        identity::{Denied, Entry},
+        identity::{Denied, Entry, Peer},
         siwe,
     },
     model::Capability,
@@ -49,7 +49,7 @@ struct VerifyRequest {
 }
 
 /// `POST /internal/v1/auth/siwe/verify`
-pub(super) async fn verify(State(world): State<Arc<Inner>>, body: Body) -> Answer {
+pub(super) async fn verify(State(world): State<Arc<Inner>>, Extension(peer): Extension<Peer>, body: Body) -> Answer {
     let request: VerifyRequest = read_json(body, IDENTITY_BYTES_MAX).await?;
     let now = world.now();
     let wallet = signed_by(&world, &request.message, &request.signature, now)?;
@@ -57,6 +57,7 @@ pub(super) async fn verify(State(world): State<Arc<Inner>>, body: Body) -> Answe
         return Err(Refusal::new(StatusCode::UNAUTHORIZED, "address is not the one that signed the message"));
     }
     let (token, expires) = world.identity().login(&wallet, now).map_err(denied)?;
+    peer.is(world.identity().id_of(&wallet));
     ok(&json!({ "access_token": token, "access_expires_at": expires }))
 }
 
@@ -70,14 +71,14 @@ struct RegisterRequest {
 }
 
 /// `POST /internal/v1/nodes/register-wallet`
-pub(super) async fn register(State(world): State<Arc<Inner>>, body: Body) -> Answer {
+pub(super) async fn register(State(world): State<Arc<Inner>>, Extension(peer): Extension<Peer>, body: Body) -> Answer {
     let request: RegisterRequest = read_json(body, IDENTITY_BYTES_MAX).await?;
     let now = world.now();
     let wallet = signed_by(&world, &request.message, &request.signature, now)?;
     credentials(&world, &[&request.registration_credentials])?;
     let capabilities = capabilities(request.capabilities, 1)?;
     let id = world.identity().id_of(&wallet);
-    enter(&world, Entry { id, wallet: &wallet, version: &request.version, capabilities, url: None })
+    enter(&world, Entry { id, wallet: &wallet, version: &request.version, capabilities, url: None, peer: &peer })
 }
 
 #[derive(Deserialize)]
@@ -92,7 +93,11 @@ struct UrlRequest {
 }
 
 /// `POST /internal/v1/nodes/register`: the form with a URL, which is called before this answers.
-pub(super) async fn register_url(State(world): State<Arc<Inner>>, body: Body) -> Answer {
+pub(super) async fn register_url(
+    State(world): State<Arc<Inner>>,
+    Extension(peer): Extension<Peer>,
+    body: Body,
+) -> Answer {
     let request: UrlRequest = read_json(body, IDENTITY_BYTES_MAX).await?;
     let unauthorized = |text: String| Refusal::new(StatusCode::UNAUTHORIZED, text);
     let wallet = siwe::url_signer(&request.url, &request.timestamp, &request.signature, &request.public_key);
@@ -121,7 +126,7 @@ pub(super) async fn register_url(State(world): State<Arc<Inner>>, body: Body) ->
         return Err(Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, text));
     }
     let url = Some(request.url.as_str());
-    enter(&world, Entry { id, wallet: &wallet, version: &request.version, capabilities, url })
+    enter(&world, Entry { id, wallet: &wallet, version: &request.version, capabilities, url, peer: &peer })
 }
 
 /// Compares the registration secret, of which a request may hold several spellings.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use axum::{
+    Extension,
     body::Body,
     extract::{Path, RawQuery, State},
     http::{HeaderMap, StatusCode},
@@ -15,14 +16,21 @@ use super::{Answer, REPORT_BYTES_MAX, Refusal, empty_object, for_node, ok, pairs
 use crate::{
     dev::{
         Inner, WireForm,
+        identity::Peer,
         plane::{Beat, Granted},
     },
     leases::dms::wire::{CompleteRequest, FailRequest, HeartbeatRequest, HeartbeatResponse, LeaseEnvelope, TaskSpec},
 };
 
 /// `GET /tasks`
-pub(super) async fn lease(State(world): State<Arc<Inner>>, headers: HeaderMap, RawQuery(query): RawQuery) -> Response {
+pub(super) async fn lease(
+    State(world): State<Arc<Inner>>,
+    Extension(peer): Extension<Peer>,
+    headers: HeaderMap,
+    RawQuery(query): RawQuery,
+) -> Response {
     for_node(&world, &headers, |node| {
+        peer.is(node.id);
         let query = pairs(query.as_deref());
         let asked = |name: &str| query.iter().find(|(key, _)| key == name).map(|(_, value)| &**value);
         // The oldest nodes also name a job and a domain.

@@ -41,15 +41,18 @@ async fn a_nonce_serves_once_and_a_signature_its_own_message_only() {
 }
 
 #[tokio::test]
-async fn a_repeated_registration_is_a_refresh_and_strictness_refuses_it() {
+async fn a_repeated_registration_is_a_refresh_and_strictness_refuses_a_second_node() {
     let lab = Lab::start().await;
     let node = lab.node(1, &[HELLO]).await;
     assert_eq!(node.register(&lab, &[HELLO]).await.status, StatusCode::OK);
     assert_eq!(node.poll(&lab, "").await.status, StatusCode::NO_CONTENT, "its token lives on");
 
-    let strict = Lab::with(Config { strict_identity: true, ..Config::default() }).await;
+    let mut strict = Lab::with(Config { strict_identity: true, ..Config::default() }).await;
     let node = strict.node(1, &[HELLO]).await;
-    assert_eq!(node.register(&strict, &[HELLO]).await.status, StatusCode::CONFLICT);
+    assert_eq!(node.register(&strict, &[HELLO]).await.status, StatusCode::OK, "it is the same node");
+    let first = std::mem::replace(&mut strict.client, Client::new(transport::Config::default()));
+    assert_eq!(node.register(&strict, &[HELLO]).await.status, StatusCode::CONFLICT, "connections of another process");
+    strict.client = first;
     assert_eq!(node.poll(&strict, "").await.status, StatusCode::NO_CONTENT, "the first node is not disturbed");
 }
 

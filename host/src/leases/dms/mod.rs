@@ -9,10 +9,17 @@ mod report;
 mod tests;
 pub mod wire;
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use async_trait::async_trait;
-use http::{HeaderValue, Method, Request, StatusCode, header};
+use bytes::Bytes;
+use http::{
+    HeaderValue, Method, Request, StatusCode, Uri, header,
+    uri::{self, PathAndQuery},
+};
 use jiff::Timestamp;
 use serde_json::{
     Value,
@@ -21,12 +28,12 @@ use serde_json::{
 use url::Url;
 use uuid::Uuid;
 
-use self::wire::{HeartbeatRequest, HeartbeatResponse, LeaseFacts};
+use self::wire::{Beat, HeartbeatResponse, LeaseFacts, Members};
 use super::{Kept, LeaseError, LeaseSource};
 use crate::{
     auth::TokenSource,
     model::{Capability, CapabilityError, Lease, Moment, Outcome, Pending, TaskId, Token, Verdict, millis},
-    transport::{self, Answer, Client},
+    transport::{self, Answer, Client, Need},
 };
 
 /// Longest limit of one call; more would overflow no clock and help nobody.
@@ -43,122 +50,139 @@ pub struct Config {
 
 /// The task service as this node calls it.
 pub struct Dms {
-    base: Url,
-    tasks: String,
+    /// `…/tasks`, or why it may not be called.
+    tasks: Result<Uri, String>,
     limit: Duration,
     client: Client,
     tokens: TokenSource,
+    /// The latest token as a header.
+    bearer: Mutex<Option<(Token, HeaderValue)>>,
 }
 
-/// How much of an answer matters.
-#[derive(Clone, Copy)]
-enum Need {
-    Body,
-    Status,
+/// What is sent, as often as it takes.
+struct Call {
+    method: Method,
+    uri: Uri,
+    /// JSON, where there is one.
+    body: Bytes,
+    need: Need,
 }
 
 impl Dms {
     /// Makes the adapter; nothing is called yet.
     #[must_use]
     pub fn new(config: Config, client: Client, tokens: TokenSource) -> Self {
-        let mut base = config.base;
-        base.set_query(None);
-        base.set_fragment(None);
         Self {
-            tasks: format!("{}/tasks", base.as_str().trim_end_matches('/')),
-            base,
+            tasks: tasks_of(config.base, &client),
             limit: config.request_timeout.clamp(Duration::from_secs(1), LIMIT_MAX),
             client,
             tokens,
+            bearer: Mutex::default(),
         }
     }
 
-    async fn bearer(&self, until: Moment) -> Result<Token, LeaseError> {
-        match until.before(self.tokens.bearer()).await {
+    async fn token(&self, until: Moment) -> Result<Token, LeaseError> {
+        let token = match self.tokens.now() {
+            Some(token) => Some(token),
+            None => until.before(self.tokens.bearer()).await,
+        };
+        match token {
             Some(token) => token.map_err(|err| LeaseError::NoToken(err.to_string())),
             None => Err(LeaseError::NoToken("the login takes longer than this call may".to_owned())),
         }
     }
 
-    async fn once(
-        &self,
-        method: &Method,
-        url: &str,
-        body: Option<&str>,
-        token: &Token,
-        need: Need,
-        until: Moment,
-    ) -> Result<Answer, LeaseError> {
-        let unreachable = |err: transport::TransportError| LeaseError::Unreachable(err.to_string());
-        // `url` is this base and a path.
-        self.client.check(&self.base).map_err(unreachable)?;
-        let mut bearer = HeaderValue::from_str(&format!("Bearer {}", token.expose()))
+    /// `token` as a header.
+    fn bearer(&self, token: &Token) -> Result<HeaderValue, LeaseError> {
+        let mut last = self.bearer.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((known, bearer)) = &*last
+            && known == token
+        {
+            return Ok(bearer.clone());
+        }
+        let mut bearer = HeaderValue::try_from(format!("Bearer {}", token.expose()))
             .map_err(|_| LeaseError::NoToken("the node token holds characters that cannot stand in a header".into()))?;
         bearer.set_sensitive(true);
-        let mut request = Request::builder().method(method).uri(url).header(header::AUTHORIZATION, bearer);
-        if body.is_some() {
-            request = request.header(header::CONTENT_TYPE, "application/json");
-        }
-        let request = request
-            .body(transport::full(body.unwrap_or_default().to_owned()))
-            .map_err(|_| LeaseError::Unreachable(format!("{url}: expected a URL")))?;
-        let started = Moment::now();
-        let limit = until - started;
-        // Asked again at each step: what a stopped process had begun is not sent when it goes on.
-        let answer = until.before(async {
-            match need {
-                Need::Body => self.client.call(request, limit).await,
-                Need::Status => self.client.call_for_status(request, limit).await,
-            }
-        });
-        let late = || LeaseError::Unreachable(format!("no answer within {limit:?}"));
-        let answer = answer.await.ok_or_else(late)?.map_err(unreachable)?;
-        let elapsed_ms = millis(Moment::now() - started);
-        tracing::debug!(%method, url, status = answer.status.as_u16(), elapsed_ms, "control plane answered");
-        Ok(answer)
+        *last = Some((token.clone(), bearer.clone()));
+        Ok(bearer)
     }
 
     /// One call, repeated once with a fresh token after a 401. Any other status is the caller's,
     /// who gets the token that was used so that it can be kept out of excerpts.
-    async fn exchange(
-        &self,
-        method: Method,
-        url: &str,
-        body: Option<&str>,
-        need: Need,
-        until: Moment,
-    ) -> Result<(Answer, Token), LeaseError> {
-        let until = until.min(Moment::now() + self.limit);
-        let token = self.bearer(until).await?;
-        let answer = self.once(&method, url, body, &token, need, until).await?;
-        if answer.status != StatusCode::UNAUTHORIZED {
-            return Ok((answer, token));
+    async fn exchange(&self, call: Call, until: Moment) -> Result<(Answer, Token), LeaseError> {
+        let mut started = Moment::now();
+        let until = until.min(started + self.limit);
+        let mut repeated = false;
+        loop {
+            let token = self.token(until).await?;
+            let request = call.request(self.bearer(&token)?);
+            let answer = self.client.call_until(request, call.need, until).await;
+            let answer = answer.map_err(|err| LeaseError::Unreachable(err.to_string()))?;
+            let now = Moment::now();
+            let (method, url, elapsed_ms) = (&call.method, &call.uri, millis(now - started));
+            tracing::debug!(%method, %url, status = answer.status.as_u16(), elapsed_ms, "control plane answered");
+            if answer.status != StatusCode::UNAUTHORIZED {
+                return Ok((answer, token));
+            }
+            if std::mem::replace(&mut repeated, true) {
+                return Err(LeaseError::Unauthorized);
+            }
+            self.tokens.rejected(&token);
+            started = now;
         }
-        self.tokens.rejected(&token);
-        let token = self.bearer(until).await?;
-        let answer = self.once(&method, url, body, &token, need, until).await?;
-        if answer.status == StatusCode::UNAUTHORIZED {
-            return Err(LeaseError::Unauthorized);
-        }
-        Ok((answer, token))
     }
 
-    async fn tell(&self, task: TaskId, report: &report::Report) -> Result<(), LeaseError> {
-        let url = self.task_url(task, report.verb());
-        let body = report.body();
-        let (answer, token) = self.exchange(Method::POST, &url, Some(&body), Need::Status, Moment::NEVER).await?;
+    async fn tell(&self, task: TaskId, report: report::Report) -> Result<(), LeaseError> {
+        let call = self.post(task, report.verb, report.body, Need::Status)?;
+        let (answer, token) = self.exchange(call, Moment::NEVER).await?;
         if answer.status.is_success() { Ok(()) } else { Err(refused_for(task, &answer, &token)) }
     }
 
-    fn task_url(&self, task: TaskId, verb: &str) -> String {
-        format!("{}/{task}/{verb}", self.tasks)
+    fn post(&self, task: TaskId, verb: &str, body: String, need: Need) -> Result<Call, LeaseError> {
+        let mut parts = self.tasks()?.clone().into_parts();
+        let tasks = parts.path_and_query.as_ref().map_or("", PathAndQuery::as_str);
+        let path = PathAndQuery::from_maybe_shared(Bytes::from(format!("{tasks}/{task}/{verb}")));
+        parts.path_and_query = Some(path.expect("a path, an id and a word"));
+        let uri = Uri::from_parts(parts).expect("only the path was changed");
+        Ok(Call { method: Method::POST, uri, body: body.into(), need })
     }
+
+    fn tasks(&self) -> Result<&Uri, LeaseError> {
+        self.tasks.as_ref().map_err(|reason| LeaseError::Unreachable(reason.clone()))
+    }
+}
+
+impl Call {
+    fn request(&self, bearer: HeaderValue) -> Request<transport::Body> {
+        let mut request = Request::new(transport::full(self.body.clone()));
+        *request.method_mut() = self.method.clone();
+        *request.uri_mut() = self.uri.clone();
+        let headers = request.headers_mut();
+        headers.insert(header::AUTHORIZATION, bearer);
+        if !self.body.is_empty() {
+            headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        }
+        request
+    }
+}
+
+/// Where tasks are, below `base`; the text of an error says why nobody may go there.
+fn tasks_of(mut base: Url, client: &Client) -> Result<Uri, String> {
+    base.set_query(None);
+    base.set_fragment(None);
+    client.check(&base).map_err(|err| err.to_string())?;
+    let tasks = format!("{}/tasks", base.as_str().trim_end_matches('/'));
+    let expected_url = || format!("{tasks}: expected a URL");
+    let uri: Uri = tasks.parse().map_err(|_: uri::InvalidUri| expected_url())?;
+    if uri.authority().is_none() { Err(expected_url()) } else { Ok(uri) }
 }
 
 #[async_trait]
 impl LeaseSource for Dms {
     async fn take(&self) -> Result<Option<Lease>, LeaseError> {
-        let (answer, token) = self.exchange(Method::GET, &self.tasks, None, Need::Body, Moment::NEVER).await?;
+        let call =
+            Call { method: Method::GET, uri: self.tasks()?.clone(), body: Bytes::new(), need: Need::Body };
+        let (answer, token) = self.exchange(call, Moment::NEVER).await?;
         match answer.status {
             StatusCode::NO_CONTENT => Ok(None),
             StatusCode::CONFLICT => Err(LeaseError::Busy),
@@ -169,10 +193,9 @@ impl LeaseSource for Dms {
     }
 
     async fn keep(&self, task: TaskId, beat: &Pending, until: Moment) -> Result<Kept, LeaseError> {
-        let body = HeartbeatRequest { progress: beat.progress.clone(), events: beat.events.clone() };
+        let body = Beat { progress: &beat.progress, events: &beat.events };
         let body = serde_json::to_string(&body).expect("JSON values are JSON");
-        let url = self.task_url(task, "heartbeat");
-        let (answer, token) = self.exchange(Method::POST, &url, Some(&body), Need::Body, until).await?;
+        let (answer, token) = self.exchange(self.post(task, "heartbeat", body, Need::Body)?, until).await?;
         if !answer.status.is_success() {
             return Err(refused_for(task, &answer, &token));
         }
@@ -189,14 +212,14 @@ impl LeaseSource for Dms {
 
     async fn settle(&self, task: TaskId, lease: &Lease, verdict: &Verdict) -> Result<(), LeaseError> {
         match report::report(task, lease, verdict) {
-            Some(report) => self.tell(task, &report).await,
+            Some(report) => self.tell(task, report).await,
             None => Ok(()),
         }
     }
 
     async fn refuse(&self, task: TaskId, why: &Outcome) -> Result<(), LeaseError> {
         match report::setup_failure(why) {
-            Some(report) => self.tell(task, &report).await,
+            Some(report) => self.tell(task, report).await,
             None => Ok(()),
         }
     }
@@ -221,8 +244,8 @@ fn refused_for(task: TaskId, answer: &Answer, token: &Token) -> LeaseError {
 fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
     let malformed = |reason: String| LeaseError::Malformed { task: task_id(answer), reason };
     let envelope: LeaseFacts = answer.json().map_err(|err| malformed(err.to_string()))?;
-    let mut document: BTreeMap<String, &RawValue> = answer.json().map_err(|err| malformed(err.to_string()))?;
-    document.retain(|key, _| !is_credential(key));
+    let mut document: Members = answer.json().map_err(|err| malformed(err.to_string()))?;
+    document.0.retain(|(key, _)| !is_credential(key));
     let document = to_raw_value(&document).expect("JSON is JSON");
     let task = envelope.task;
     let capability = Capability::parse(&task.capability).map_err(|err| {
@@ -236,18 +259,23 @@ fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
     Ok(Lease {
         task: TaskId(task.id),
         job: task.job_id,
-        attempt: task.attempts.as_u64(),
+        attempt: task.attempts.and_then(|text| text.get().parse().ok()),
         capability,
-        expires_at: moment(answer, envelope.lease_expires_at.or_else(|| time(&task.lease_expires_at))),
+        expires_at: moment(answer, envelope.lease_expires_at.or_else(|| time(&value(task.lease_expires_at)))),
         cancelled: envelope.cancel,
         domain_id: envelope.domain_id,
-        domain_server: filled(envelope.domain_server_url).or_else(|| server_of_meta(&task.meta)),
+        domain_server: filled(envelope.domain_server_url).or_else(|| server_of_meta(&value(task.meta))),
         token: filled(envelope.access_token).map(Token::new),
         token_expires_at: moment(answer, envelope.access_token_expires_at),
         inputs: task.inputs_cids,
         outputs_prefix: task.outputs_prefix,
         document,
     })
+}
+
+/// What stands in a lease, for where it has to be looked into.
+fn value(text: Option<&RawValue>) -> Value {
+    text.and_then(|text| serde_json::from_str(text.get()).ok()).unwrap_or_default()
 }
 
 /// Whether a member of a lease is for the node alone.

@@ -1,9 +1,11 @@
 //! A task's end in the words of the DMS: which call, which reason, which details
 //! (posemesh contract 4.7 and 4.8, and the outcomes of this project).
 
+use serde::Serialize;
 use serde_json::{Map, Value, json};
+use uuid::Uuid;
 
-use super::wire::{CompleteRequest, FailRequest};
+use super::wire::FailRequest;
 use crate::model::{Artifact, Lease, Outcome, TaskId, Verdict};
 
 /// Longest reason planes are known to take, in bytes.
@@ -14,26 +16,42 @@ const OWN_DETAILS_BYTES_MAX: usize = 32 * 1024;
 
 /// What is sent.
 #[derive(Debug)]
-pub(super) enum Report {
-    Complete(CompleteRequest),
-    Fail(FailRequest),
+pub(super) struct Report {
+    /// Last part of the path.
+    pub(super) verb: &'static str,
+    /// JSON.
+    pub(super) body: String,
 }
 
-impl Report {
-    pub(super) fn verb(&self) -> &'static str {
-        match self {
-            Self::Complete(_) => "complete",
-            Self::Fail(_) => "fail",
-        }
-    }
+/// A [`super::wire::CompleteRequest`] as it is sent.
+#[derive(Serialize)]
+struct Complete<'a> {
+    output_cids: Vec<&'a str>,
+    meta: Ended<'a>,
+}
 
-    pub(super) fn body(&self) -> String {
-        match self {
-            Self::Complete(body) => serde_json::to_string(body),
-            Self::Fail(body) => serde_json::to_string(body),
-        }
-        .expect("strings and JSON values are JSON")
-    }
+/// What a completion and a failure both tell.
+#[derive(Serialize)]
+struct Ended<'a> {
+    job: Job<'a>,
+    artifacts: Vec<Listed<'a>>,
+}
+
+#[derive(Serialize)]
+struct Job<'a> {
+    task_id: Uuid,
+    job_id: Option<Uuid>,
+    domain_id: Option<Uuid>,
+    capability: &'a str,
+}
+
+/// An artifact as the wire lists it: these four fields, whatever else we know of it.
+#[derive(Serialize)]
+struct Listed<'a> {
+    logical_path: &'a str,
+    name: &'a str,
+    data_type: &'a str,
+    id: Option<&'a str>,
 }
 
 /// The report for `verdict`; `None` where nothing may be said.
@@ -41,10 +59,8 @@ pub(super) fn report(task: TaskId, lease: &Lease, verdict: &Verdict) -> Option<R
     let reason = match &verdict.outcome {
         Outcome::Cancelled | Outcome::LeaseLost => return None,
         Outcome::Completed => {
-            return Some(Report::Complete(CompleteRequest {
-                output_cids: output_cids(verdict),
-                meta: Value::Object(body_of(task, lease, verdict)),
-            }));
+            let body = Complete { output_cids: output_cids(verdict), meta: Ended::new(task, lease, verdict) };
+            return Some(Report { verb: "complete", body: text(&body) });
         }
         Outcome::Setup { .. } => return setup_failure(&verdict.outcome),
         Outcome::Failed { message, .. } => format!("runner failed: {message}"),
@@ -59,7 +75,8 @@ pub(super) fn report(task: TaskId, lease: &Lease, verdict: &Verdict) -> Option<R
         Outcome::Drained => "drained".to_owned(),
         Outcome::HostFault { message } => format!("host fault: {message}"),
     };
-    let mut details = body_of(task, lease, verdict);
+    let Ended { job, artifacts } = Ended::new(task, lease, verdict);
+    let mut details = Map::from_iter([("job".into(), json!(job)), ("artifacts".into(), json!(artifacts))]);
     if let Outcome::Failed { details: own, .. } = &verdict.outcome
         && !own.is_null()
     {
@@ -87,36 +104,42 @@ fn fail(reason: &str, mut details: Map<String, Value>, outcome: &Outcome) -> Rep
     details.insert("outcome".into(), outcome.word().into());
     details.insert("code".into(), outcome.code().into());
     details.insert("retryable".into(), outcome.retryable().into());
-    Report::Fail(FailRequest { reason: cut(reason).to_owned(), details: Value::Object(details) })
+    let body = FailRequest { reason: cut(reason).to_owned(), details: Value::Object(details) };
+    Report { verb: "fail", body: text(&body) }
 }
 
-/// `{"job": …, "artifacts": […]}`, the same for a completion and a failure.
-fn body_of(task: TaskId, lease: &Lease, verdict: &Verdict) -> Map<String, Value> {
-    let job = json!({
-        "task_id": task.0,
-        "job_id": lease.job,
-        "domain_id": lease.domain_id,
-        "capability": lease.capability.as_str(),
-    });
-    let artifacts: Vec<Value> = verdict.artifacts.iter().map(listed).collect();
-    Map::from_iter([("job".to_owned(), job), ("artifacts".to_owned(), artifacts.into())])
+impl<'a> Ended<'a> {
+    fn new(task: TaskId, lease: &'a Lease, verdict: &'a Verdict) -> Self {
+        let job = Job {
+            task_id: task.0,
+            job_id: lease.job,
+            domain_id: lease.domain_id,
+            capability: lease.capability.as_str(),
+        };
+        Self { job, artifacts: verdict.artifacts.iter().map(Listed::new).collect() }
+    }
 }
 
-/// An artifact as the wire lists it: these four fields, whatever else we know of it.
-fn listed(artifact: &Artifact) -> Value {
-    json!({
-        "logical_path": artifact.logical_path,
-        "name": artifact.name,
-        "data_type": artifact.data_type,
-        "id": artifact.id,
-    })
+impl<'a> Listed<'a> {
+    fn new(artifact: &'a Artifact) -> Self {
+        Self {
+            logical_path: &artifact.logical_path,
+            name: &artifact.name,
+            data_type: &artifact.data_type,
+            id: artifact.id.as_deref(),
+        }
+    }
+}
+
+fn text(body: &impl Serialize) -> String {
+    serde_json::to_string(body).expect("strings and JSON values are JSON")
 }
 
 /// Ids in the order of the artifacts, each once.
-fn output_cids(verdict: &Verdict) -> Vec<String> {
+fn output_cids(verdict: &Verdict) -> Vec<&str> {
     let mut seen = std::collections::HashSet::new();
     let ids = verdict.artifacts.iter().filter_map(|artifact| artifact.id.as_deref());
-    ids.filter(|id| seen.insert(*id)).map(str::to_owned).collect()
+    ids.filter(|id| seen.insert(*id)).collect()
 }
 
 fn cut(text: &str) -> &str {
@@ -153,7 +176,7 @@ mod tests {
     fn sent(outcome: Outcome, artifacts: Vec<Artifact>) -> (&'static str, Value) {
         let task = TaskId(TASK.parse().expect("an id"));
         let sent = report(task, &sample_lease(), &Verdict { artifacts, ..Verdict::bare(outcome) }).expect("a report");
-        (sent.verb(), serde_json::from_str(&sent.body()).expect("JSON"))
+        (sent.verb, serde_json::from_str(&sent.body).expect("JSON"))
     }
 
     #[test]

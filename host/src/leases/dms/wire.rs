@@ -3,9 +3,14 @@
 //! The adapter reads what it needs leniently: times with `T` or a space, UUIDs in any usual
 //! spelling, unknown fields kept. The embedded control plane (`dev`) writes the same types.
 
+use std::{borrow::Cow, fmt};
+
 use jiff::Timestamp;
-use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde::{
+    Deserialize, Deserializer, Serialize, Serializer,
+    de::{MapAccess, Visitor},
+};
+use serde_json::{Map, Value, value::RawValue};
 use uuid::Uuid;
 
 /// `GET /tasks` (4.3). Credentials are plain text here; they leave this type for
@@ -67,7 +72,7 @@ pub struct TaskSpec {
 /// As much of a [`LeaseEnvelope`] as the node reads itself. Keeping the rest, as that type does, would
 /// put every field by first and decode it a second time.
 #[derive(Deserialize)]
-pub(super) struct LeaseFacts {
+pub(super) struct LeaseFacts<'a> {
     #[serde(default)]
     pub(super) access_token: Option<String>,
     #[serde(default)]
@@ -80,12 +85,13 @@ pub(super) struct LeaseFacts {
     pub(super) domain_id: Option<Uuid>,
     #[serde(default)]
     pub(super) domain_server_url: Option<String>,
-    pub(super) task: TaskFacts,
+    #[serde(borrow)]
+    pub(super) task: TaskFacts<'a>,
 }
 
 /// As much of a [`TaskSpec`].
 #[derive(Deserialize)]
-pub(super) struct TaskFacts {
+pub(super) struct TaskFacts<'a> {
     pub(super) id: Uuid,
     #[serde(default)]
     pub(super) job_id: Option<Uuid>,
@@ -94,14 +100,51 @@ pub(super) struct TaskFacts {
     pub(super) inputs_cids: Vec<String>,
     #[serde(default)]
     pub(super) outputs_prefix: Option<String>,
-    #[serde(default)]
-    pub(super) meta: Value,
+    #[serde(default, borrow)]
+    pub(super) meta: Option<&'a RawValue>,
     /// A number, where the plane says it.
-    #[serde(default)]
-    pub(super) attempts: Value,
+    #[serde(default, borrow)]
+    pub(super) attempts: Option<&'a RawValue>,
     /// Newer planes only.
-    #[serde(default)]
-    pub(super) lease_expires_at: Value,
+    #[serde(default, borrow)]
+    pub(super) lease_expires_at: Option<&'a RawValue>,
+}
+
+/// The members of an object, each as it was sent.
+pub(super) struct Members<'a>(pub(super) Vec<(Cow<'a, str>, &'a RawValue)>);
+
+impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        /// Borrowed unless something in it is escaped.
+        #[derive(Deserialize)]
+        struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
+
+        struct Object;
+
+        impl<'de> Visitor<'de> for Object {
+            type Value = Vec<(Cow<'de, str>, &'de RawValue)>;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut members = Vec::with_capacity(16);
+                while let Some((Key(key), value)) = map.next_entry()? {
+                    members.push((key, value));
+                }
+                Ok(members)
+            }
+        }
+
+        from.deserialize_map(Object).map(Self)
+    }
+}
+
+impl Serialize for Members<'_> {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.collect_map(self.0.iter().map(|(key, value)| (key, value)))
+    }
 }
 
 /// `POST /tasks/{id}/heartbeat` (4.5), request.
@@ -113,6 +156,13 @@ pub struct HeartbeatRequest {
     /// Events not acknowledged yet; the oldest nodes leave it out.
     #[serde(default)]
     pub events: Vec<Value>,
+}
+
+/// A [`HeartbeatRequest`] as it is sent.
+#[derive(Serialize)]
+pub(super) struct Beat<'a> {
+    pub(super) progress: &'a Value,
+    pub(super) events: &'a [Value],
 }
 
 /// `POST /tasks/{id}/heartbeat`, answer. `null` is absent.

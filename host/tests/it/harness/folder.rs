@@ -64,6 +64,12 @@ impl Folder {
         self.env.push((name.to_owned(), value.into()));
     }
 
+    /// For tests of all that is said: logs as usual, whatever `IT_RUST_LOG` asks for.
+    pub(crate) fn usual_logs(mut self) -> Self {
+        self.set("RUST_LOG", "");
+        self
+    }
+
     /// A command on this folder.
     pub(crate) fn cli(&self, args: &[&str]) -> Cli {
         let mut cli = Cli::new(args).arg("--plugins").arg(self.root.path().join("plugins")).dir(self.root.path());

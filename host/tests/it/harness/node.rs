@@ -64,7 +64,12 @@ impl Cli {
         self
     }
 
-    pub(crate) fn start(self) -> Process {
+    /// Where the test sets no level, `IT_RUST_LOG` does: at `trace` all that a process could say is searched
+    /// for secrets ([`super::hygiene`]), which is how CI runs these tests.
+    pub(crate) fn start(mut self) -> Process {
+        if let (Ok(filter), false) = (std::env::var("IT_RUST_LOG"), self.env.contains_key("RUST_LOG")) {
+            self.env.insert("RUST_LOG".to_owned(), filter);
+        }
         let binary = env!("CARGO_BIN_EXE_runner-host");
         let mut command = match self.file_bytes_max {
             None => Command::new(binary),
@@ -189,6 +194,14 @@ impl Process {
         Duration::from_millis(ticks.sum::<u64>() * 1000 / a_second)
     }
 
+    /// Most memory it has had so far, in bytes.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn peak_resident(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child().id())).expect("it runs");
+        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("Linux says it");
+        peak.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+    }
+
     /// Waits for a line on stdout.
     pub(crate) async fn stdout_line(&self, wanted: impl Fn(&str) -> bool) -> String {
         line(self, self.stdout.clone(), wanted).await
@@ -226,9 +239,21 @@ fn read(from: impl Read, tell: &watch::Sender<Vec<String>>) {
 
 async fn line(process: &Process, mut lines: watch::Receiver<Vec<String>>, wanted: impl Fn(&str) -> bool) -> String {
     let found = async {
-        let found = lines.wait_for(|lines| lines.iter().any(|line| wanted(line))).await;
-        let found = found.unwrap_or_else(|_| panic!("the process ended without the line:\n{}", process.log()));
-        found.iter().find(|line| wanted(line)).expect("just found").clone()
+        // Each line is looked at once: at `trace` there are many.
+        let mut known = 0;
+        loop {
+            let at = {
+                let lines = lines.borrow_and_update();
+                let at = lines[known..].iter().position(|line| wanted(line)).map(|at| lines[known + at].clone());
+                known = lines.len();
+                at
+            };
+            if let Some(line) = at {
+                return line;
+            }
+            let ended = lines.changed().await.is_err();
+            assert!(!ended || lines.borrow().len() > known, "the process ended without the line:\n{}", process.log());
+        }
     };
     within("a line", || process.log(), found).await
 }
@@ -309,13 +334,18 @@ impl NodeSetup {
 
     /// Starts it and waits until its pages are served.
     pub(crate) async fn start(self) -> TestNode {
+        let mut node = self.begun();
+        let started = node.says("node started").await;
+        node.address = started["address"].as_str().expect("an address").to_owned();
+        node
+    }
+
+    /// Starts it and waits for nothing; it has no address yet.
+    pub(crate) fn begun(self) -> TestNode {
         let process = self.cli.start();
-        let started = process.stderr_line(|line| line.contains("\"node started\"")).await;
-        let started: Value = serde_json::from_str(&started).expect("a node logs JSON");
-        let address = started["address"].as_str().expect("an address").to_owned();
         let (scratch, state, plugins, key) = (self.scratch, self.state, self.plugins, self.key);
         let client = Client::new(transport::Config::default());
-        TestNode { process, address, scratch, state, _plugins: plugins, key, client }
+        TestNode { process, address: String::new(), scratch, state, _plugins: plugins, key, client }
     }
 
     /// Starts it and waits until it asks for work.
@@ -406,6 +436,11 @@ impl TestNode {
     #[cfg(target_os = "linux")]
     pub(crate) fn processor_time(&self) -> Duration {
         self.process.processor_time()
+    }
+
+    #[cfg(target_os = "linux")]
+    pub(crate) fn peak_resident(&self) -> u64 {
+        self.process.peak_resident()
     }
 
     pub(crate) fn kill(&self) {

@@ -86,7 +86,7 @@ async fn only_regular_files_with_content_are_taken() {
         refused(err, PortErrorKind::BadRequest, text);
     }
     let nowhere = world.ports.put_file(spec("x"), &dir.join("nowhere")).await;
-    refused(nowhere, PortErrorKind::Local, "upload of out/x failed: cannot read file ");
+    refused(nowhere, PortErrorKind::Local, "upload of out/x failed: its file could not be read: ");
     assert_eq!(world.log(), [""; 0], "refused before any request");
     // A workspace of the runner's own, and a link that stays inside, are its business.
     world.ports.put_file(spec("x"), &secret).await.expect("stored");

@@ -1,0 +1,44 @@
+//! What a whole node holds in memory while data moves through it (issue 3, sections 3 and 6).
+
+#![cfg(target_os = "linux")]
+
+use sha2::{Digest as _, Sha256};
+
+use crate::harness::{Lab, fixtures};
+
+const MIB: u64 = 1024 * 1024;
+
+/// Four tasks at once, each with as much in and out.
+const OBJECT_BYTES: u64 = 64 * MIB;
+/// What they may hold of it together.
+const BUDGET_BYTES: u64 = 32 * MIB;
+/// Parts of the two streams, which the budget counts without letting them wait.
+const STREAMS_BYTES: u64 = 2 * PART_BYTES;
+const PART_BYTES: u64 = 4 * MIB;
+/// The node itself in a debug build, its plugins, and what the allocator keeps.
+const REST_BYTES: u64 = 64 * MIB;
+
+#[tokio::test]
+async fn a_quarter_of_a_gibibyte_in_files_and_streams_stays_within_the_budget() {
+    let lab = Lab::with(|config| config.part_size = PART_BYTES).await;
+    let object: Vec<u8> = (0..OBJECT_BYTES).map(|n| (n % 251) as u8).collect();
+    let input = lab.put("large", &object).await;
+    let node = lab.node(&[fixtures::echo()]).set("MAX_CONCURRENCY", "4");
+    let node = node.set("MEMORY_BUDGET", BUDGET_BYTES.to_string()).set("RUST_LOG", "info").leasing().await;
+    let kinds = ["/examples/echo-file/v1", "/examples/echo-stream/v1"];
+    let jobs = [0, 1, 0, 1].map(|kind| lab.task(kinds[kind]).inputs(&[input]).submit());
+    for job in jobs {
+        let ended = lab.ended(&node, job).await;
+        let artifact = &ended.completed().artifacts()["echo-0.bin"];
+        assert_eq!(lab.size(artifact["id"].as_str().expect("an id")).await, OBJECT_BYTES);
+    }
+    let (peak, status) = (node.peak_resident(), node.status().await);
+    let charged = status["memory"]["peak_bytes"].as_u64().expect("a number");
+    assert!(charged > 0 && charged <= BUDGET_BYTES + STREAMS_BYTES, "{}", status["memory"]);
+    assert!(peak < BUDGET_BYTES + REST_BYTES, "{} MiB resident, {}", peak / MIB, status["memory"]);
+    let sha256: String = Sha256::digest(&object).iter().map(|byte| format!("{byte:02x}")).collect();
+    let recent = status["recent"].as_array().expect("a list");
+    let sums = recent.iter().flat_map(|one| [&one["inputs"][0]["sha256"], &one["artifacts"][0]["sha256"]]);
+    assert!(recent.len() == 4 && sums.into_iter().all(|sum| *sum == sha256.as_str()), "{recent:#?}");
+    node.stop().await;
+}
