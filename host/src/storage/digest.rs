@@ -26,7 +26,7 @@ impl Digester {
         Self(Lane::new(Sha256::new()))
     }
 
-    /// Takes the next piece; waits only while two blocks are on their way.
+    /// Takes the next piece; waits only while four blocks are on their way.
     pub(crate) async fn push(&mut self, piece: Bytes) -> io::Result<()> {
         self.0.push(piece).await
     }

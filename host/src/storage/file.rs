@@ -34,7 +34,7 @@ impl FileSink {
         Self(Lane::new(Disk(Some(file))))
     }
 
-    /// Takes a piece; waits only while two blocks wait for the disk.
+    /// Takes a piece; waits only while four blocks wait for the disk.
     pub(crate) async fn write(&mut self, piece: Bytes) -> io::Result<()> {
         self.0.push(piece).await
     }
@@ -158,13 +158,17 @@ mod tests {
             sink.write(Bytes::copy_from_slice(piece)).await.expect("written");
         }
         let file = Arc::new(sink.finish().await.expect("finished"));
-        let mut blocks = FileBlocks::new(Arc::clone(&file), 5, bytes.len() as u64 - 5);
-        let mut back = Vec::new();
-        while let Some(block) = blocks.next().await.expect("read") {
-            assert!(block.len() <= BLOCK_BYTES);
-            back.extend_from_slice(&block);
+        // As from memory, and as from a disk.
+        for in_memory in [true, false] {
+            let mut blocks = FileBlocks::new(Arc::clone(&file), 5, bytes.len() as u64 - 5);
+            blocks.in_memory = in_memory;
+            let mut back = Vec::new();
+            while let Some(block) = blocks.next().await.expect("read") {
+                assert!(block.len() <= BLOCK_BYTES);
+                back.extend_from_slice(&block);
+            }
+            assert!(back == bytes[5..]);
         }
-        assert_eq!(back, bytes[5..]);
         let mut beyond = FileBlocks::new(file, bytes.len() as u64, 1);
         assert_eq!(beyond.next().await.expect_err("too short").kind(), io::ErrorKind::UnexpectedEof);
     }

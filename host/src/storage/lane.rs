@@ -2,7 +2,7 @@
 //!
 //! A [`Lane`] takes pieces and hands them in order to its [`Stage`] on the blocking pool. A thread
 //! is held only while there is work, and goes on as long as there is: no hand-over between pieces.
-//! Whoever pushes waits while two blocks are on their way.
+//! Whoever pushes waits while four blocks are on their way.
 
 use std::{
     collections::VecDeque,
@@ -16,7 +16,9 @@ use tokio::{sync::Notify, task::spawn_blocking};
 use super::file::BLOCK_BYTES;
 
 /// From here on a push waits.
-const QUEUED_BYTES_MAX: usize = 2 * BLOCK_BYTES;
+const QUEUED_BYTES_MAX: usize = 4 * BLOCK_BYTES;
+/// With as much somebody begins to work, and goes on until nothing is left: fewer hand-overs.
+const BEGIN_BYTES: usize = 2 * BLOCK_BYTES;
 
 /// What is done with each piece. It may block.
 pub(crate) trait Stage: Send + 'static {
@@ -41,8 +43,6 @@ struct Queue<S> {
     pieces: VecDeque<Bytes>,
     /// Bytes in `pieces` and in work.
     bytes: usize,
-    /// Somebody waits for the end of all that is queued.
-    drain: bool,
     state: State<S>,
 }
 
@@ -55,58 +55,61 @@ enum State<S> {
 
 impl<S: Stage> Lane<S> {
     pub(crate) fn new(stage: S) -> Self {
-        let queue = Queue { pieces: VecDeque::new(), bytes: 0, drain: false, state: State::Idle(stage) };
+        let queue = Queue { pieces: VecDeque::new(), bytes: 0, state: State::Idle(stage) };
         Self { shared: Arc::new(Shared { queue: Mutex::new(queue), moved: Notify::new() }) }
     }
 
-    /// Takes the next piece; waits only while two blocks are on their way. After an error there is
+    /// Takes the next piece; waits only while four blocks are on their way. After an error there is
     /// nothing to hand pieces to.
     pub(crate) async fn push(&mut self, piece: Bytes) -> io::Result<()> {
-        loop {
-            {
-                let mut queue = self.shared.queue();
-                queue.check()?;
-                if queue.bytes < QUEUED_BYTES_MAX {
-                    queue.bytes += piece.len();
-                    queue.pieces.push_back(piece);
-                    if queue.bytes >= BLOCK_BYTES {
-                        self.begin(&mut queue);
-                    }
-                    return Ok(());
-                }
-            }
+        while !self.has_room()? {
             self.shared.moved.notified().await;
         }
+        let begun = {
+            let mut queue = self.shared.queue();
+            queue.bytes += piece.len();
+            queue.pieces.push_back(piece);
+            if queue.bytes >= BEGIN_BYTES { queue.begin() } else { None }
+        };
+        self.work(begun);
+        Ok(())
+    }
+
+    fn has_room(&self) -> io::Result<bool> {
+        let mut queue = self.shared.queue();
+        queue.check()?;
+        Ok(queue.bytes < QUEUED_BYTES_MAX)
     }
 
     /// Asks the stage, once everything that was pushed has been handed to it.
     pub(crate) async fn settled<T>(&mut self, ask: impl FnOnce(&mut S) -> T) -> io::Result<T> {
         loop {
-            {
+            let begun = {
                 let mut queue = self.shared.queue();
                 queue.check()?;
                 queue.take_in_place()?;
-                queue.drain = true;
-                self.begin(&mut queue);
-                if let State::Idle(stage) = &mut queue.state {
-                    let answer = ask(stage);
-                    queue.drain = false;
-                    return Ok(answer);
+                match queue.begin() {
+                    None => {
+                        if let State::Idle(stage) = &mut queue.state {
+                            return Ok(ask(stage));
+                        }
+                        None
+                    }
+                    begun => begun,
                 }
-            }
+            };
+            self.work(begun);
             self.shared.moved.notified().await;
         }
     }
 
-    /// Has somebody work, if there is something to do and nobody does.
-    fn begin(&self, queue: &mut Queue<S>) {
-        if queue.pieces.is_empty() || !matches!(queue.state, State::Idle(_)) {
-            return;
+    /// Not under the queue's lock: a runtime that ends drops the worker at once, and that locks it.
+    fn work(&self, begun: Option<S>) {
+        if let Some(stage) = begun {
+            let worker = Worker { shared: Arc::clone(&self.shared), ended: false };
+            // Not joined: its end is told through the queue, whatever it is.
+            spawn_blocking(move || worker.work(stage));
         }
-        let State::Idle(stage) = mem::replace(&mut queue.state, State::Busy) else { return };
-        let worker = Worker { shared: Arc::clone(&self.shared), ended: false };
-        // Not joined: its end is told through the queue, whatever it is.
-        spawn_blocking(move || worker.work(stage));
     }
 }
 
@@ -117,6 +120,17 @@ impl<S> Shared<S> {
 }
 
 impl<S: Stage> Queue<S> {
+    /// The stage for a worker, if there is something to do and nobody does.
+    fn begin(&mut self) -> Option<S> {
+        if self.pieces.is_empty() || !matches!(self.state, State::Idle(_)) {
+            return None;
+        }
+        match mem::replace(&mut self.state, State::Busy) {
+            State::Idle(stage) => Some(stage),
+            _ => None,
+        }
+    }
+
     /// Hands over the little that is left.
     fn take_in_place(&mut self) -> io::Result<()> {
         if self.bytes <= S::IN_PLACE_BYTES_MAX
@@ -156,11 +170,13 @@ impl<S: Stage> Worker<S> {
                 if done > 0 && queue.bytes <= QUEUED_BYTES_MAX / 2 {
                     self.shared.moved.notify_one();
                 }
-                if queue.bytes < BLOCK_BYTES && !queue.drain || queue.pieces.is_empty() {
-                    queue.state = State::Idle(stage);
-                    break;
+                match queue.pieces.pop_front() {
+                    Some(piece) => piece,
+                    None => {
+                        queue.state = State::Idle(stage);
+                        break;
+                    }
                 }
-                queue.pieces.pop_front().expect("asked a moment ago")
             };
             done = piece.len();
             if let Err(err) = stage.take(&piece) {
@@ -235,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn no_more_than_two_blocks_wait_for_a_stage_that_hangs() {
+    fn no_more_than_four_blocks_wait_for_a_stage_that_hangs() {
         struct Hangs(std::sync::mpsc::Receiver<()>);
         impl Stage for Hangs {
             fn take(&mut self, _: &Bytes) -> io::Result<()> {
@@ -247,7 +263,7 @@ mod tests {
             let (go, wait) = std::sync::mpsc::channel();
             let mut lane = Lane::new(Hangs(wait));
             let piece = Bytes::from(vec![1; BLOCK_BYTES / 4]);
-            for _ in 0..8 {
+            for _ in 0..16 {
                 lane.push(piece.clone()).await.expect("there is room");
             }
             let mut next = Box::pin(lane.push(piece));

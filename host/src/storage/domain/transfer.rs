@@ -42,7 +42,7 @@ const EPILOGUE_BYTES_MAX: usize = 64 * 1024;
 /// How long it is waited for.
 const EPILOGUE_WAIT: Duration = Duration::from_millis(200);
 
-/// What a transfer may hold in memory: two blocks for the digest, two for the disk.
+/// What a transfer may hold in memory: the same four blocks wait for disk and digest.
 const TRANSFER_BYTES: u64 = 4 * BLOCK_BYTES as u64;
 
 /// What has arrived.
