@@ -1,6 +1,6 @@
 //! Does what `pacing` says: one task for each session, which owns everything that changes.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::{sync::oneshot, time::sleep};
 use tracing::{debug, info, warn};
@@ -23,6 +23,7 @@ const CANCELLED: &str = "the task was cancelled";
 
 pub(super) struct Driver {
     source: Arc<dyn LeaseSource>,
+    servers: Arc<Servers>,
     grant: Grant,
     keys: GrantKeys,
     closed: oneshot::Receiver<Closing>,
@@ -44,6 +45,7 @@ pub(super) struct Driver {
 impl Driver {
     pub(super) fn new(
         source: Arc<dyn LeaseSource>,
+        servers: Arc<Servers>,
         rhythm: Rhythm,
         grant: Grant,
         keys: GrantKeys,
@@ -59,6 +61,7 @@ impl Driver {
         let server = grant.lease.domain_server.clone();
         let driver = Self {
             source,
+            servers,
             grant,
             keys,
             closed,
@@ -239,7 +242,7 @@ impl Driver {
         if server.is_some() {
             self.server = server;
         }
-        let now = coordinates(self.lease().domain_id, self.server.as_deref());
+        let now = coordinates(self.lease().domain_id, self.server.as_deref(), &self.servers);
         self.keys.setup.send_if_modified(|known| match (known, now) {
             (known @ Setup::Pending, now) => {
                 *known = Setup::Ready(now);
@@ -315,15 +318,32 @@ impl Driver {
     }
 }
 
+/// Reads the URLs of domain servers. Most tasks name the server of the one before, which is read once.
+#[derive(Default)]
+pub(super) struct Servers(Mutex<Option<(String, Url)>>);
+
+impl Servers {
+    /// `None` for what is no absolute http or https URL.
+    fn read(&self, text: &str) -> Option<Url> {
+        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((known, server)) = &*last
+            && known == text
+        {
+            return Some(server.clone());
+        }
+        let server = Url::parse(text).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host())?;
+        *last = Some((text.to_owned(), server.clone()));
+        Some(server)
+    }
+}
+
 /// Where the task's data lives, or which part of that is missing.
-fn coordinates(domain: Option<Uuid>, server: Option<&str>) -> Result<Coordinates, String> {
+fn coordinates(domain: Option<Uuid>, server: Option<&str>, servers: &Servers) -> Result<Coordinates, String> {
     let text = server.filter(|text| !text.trim().is_empty()).ok_or("lease missing domain_server_url")?;
     let domain = domain.ok_or("lease missing domain_id")?;
-    match Url::parse(text) {
-        Ok(server) if matches!(server.scheme(), "http" | "https") && server.has_host() => {
-            Ok(Coordinates { server, domain })
-        }
-        _ => {
+    match servers.read(text) {
+        Some(server) => Ok(Coordinates { server, domain }),
+        None => {
             let shown: String = text.chars().take(200).collect();
             Err(format!("domain_server_url {shown:?} is not an absolute http(s) URL"))
         }
@@ -337,11 +357,15 @@ mod tests {
     #[test]
     fn coordinates_name_what_is_missing() {
         let domain = Some(Uuid::nil());
+        let servers = Servers::default();
         let check = |domain, server, expected: &str| {
-            let seen = coordinates(domain, server).map(|found| found.server.to_string()).unwrap_or_else(|text| text);
+            let seen =
+                coordinates(domain, server, &servers).map(|found| found.server.to_string()).unwrap_or_else(|text| text);
             assert_eq!(seen, expected);
         };
         check(domain, Some("https://ds.lab.test"), "https://ds.lab.test/");
+        check(domain, Some("https://ds.lab.test"), "https://ds.lab.test/");
+        check(domain, Some("https://other.lab.test"), "https://other.lab.test/");
         check(domain, None, "lease missing domain_server_url");
         check(domain, Some(" "), "lease missing domain_server_url");
         check(None, None, "lease missing domain_server_url");

@@ -43,6 +43,7 @@ impl Default for Config {
 /// Opens sessions.
 pub struct Sessions {
     source: Arc<dyn LeaseSource>,
+    servers: Arc<driver::Servers>,
     rhythm: pacing::Rhythm,
     runtime: Handle,
 }
@@ -52,7 +53,7 @@ impl Sessions {
     #[must_use]
     pub fn new(source: Arc<dyn LeaseSource>, config: Config, runtime: Handle) -> Self {
         let rhythm = pacing::Rhythm::new(config.min_ratio, config.max_ratio, config.coalesce);
-        Self { source, rhythm, runtime }
+        Self { source, servers: Arc::default(), rhythm, runtime }
     }
 
     /// Starts to keep `lease`, with a heartbeat at once. A lease that arrived cancelled gets none:
@@ -61,7 +62,14 @@ impl Sessions {
     pub fn open(&self, lease: Lease) -> Session {
         let (grant, keys) = Grant::new(lease, Setup::Pending);
         let (close, closed) = oneshot::channel();
-        let driver = driver::Driver::new(Arc::clone(&self.source), self.rhythm, grant.clone(), keys, closed);
+        let driver = driver::Driver::new(
+            Arc::clone(&self.source),
+            Arc::clone(&self.servers),
+            self.rhythm,
+            grant.clone(),
+            keys,
+            closed,
+        );
         let driver = AbortOnDropHandle::new(self.runtime.spawn(driver.run().in_current_span()));
         Session { grant, close: Some(close), _driver: driver }
     }
