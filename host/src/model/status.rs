@@ -326,6 +326,14 @@ impl StatusBoard {
         self.0.send_modify(change);
     }
 
+    /// Changes what nobody waits for: pages look when they are asked.
+    fn change_quietly(&self, change: impl FnOnce(&mut HostStatus)) {
+        self.0.send_if_modified(|status| {
+            change(status);
+            false
+        });
+    }
+
     /// Notes how a poll ended: with an answer, or why not.
     pub fn polled(&self, error: Option<String>) {
         self.0.send_if_modified(|HostStatus { polls, .. }| {
@@ -351,7 +359,7 @@ impl StatusBoard {
             turning: Turning(grant.clone()),
         };
         let mut held = HeldNumber(0);
-        self.change(|HostStatus { tasks, .. }| {
+        self.change_quietly(|HostStatus { tasks, .. }| {
             tasks.begun += 1;
             held = HeldNumber(tasks.begun);
             tasks.by_number.insert(tasks.begun, task);
@@ -361,7 +369,7 @@ impl StatusBoard {
 
     /// Moves a task on.
     pub fn moved(&self, held: HeldNumber, state: &'static str) {
-        self.change(|status| {
+        self.change_quietly(|status| {
             if let Some(task) = status.tasks.by_number.get_mut(&held.0) {
                 task.state = state;
             }
@@ -370,7 +378,7 @@ impl StatusBoard {
 
     /// Moves a task from the held ones to the ended ones and counts its end.
     pub fn ended(&self, held: HeldNumber, record: TaskRecord) {
-        self.change(|status| {
+        self.change_quietly(|status| {
             status.tasks.by_number.remove(&held.0);
             *status.ended.entry(record.outcome).or_default() += 1;
             status.unreported += u64::from(record.report == ReportState::Refused);
