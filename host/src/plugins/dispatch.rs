@@ -12,6 +12,7 @@ use std::{
 
 use tracing::{error, warn};
 
+use super::threads;
 use crate::model::millis;
 
 /// How long calls wait behind one that does not return. Each look of the watching thread costs a
@@ -125,7 +126,11 @@ impl Shared {
     fn thread(self: &Arc<Self>, role: impl FnOnce(Arc<Self>) + Send + 'static) -> std::io::Result<()> {
         let name: String = format!("plugin-{}", self.plugin).chars().take(15).collect();
         let shared = Arc::clone(self);
-        std::thread::Builder::new().name(name).spawn(move || role(shared)).map(drop)
+        let thread = std::thread::Builder::new().name(name).spawn(move || {
+            threads::batch();
+            role(shared);
+        });
+        thread.map(drop)
     }
 
     fn new_watcher(self: &Arc<Self>) {

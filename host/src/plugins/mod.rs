@@ -16,6 +16,7 @@ mod run;
 mod scaffold;
 mod stuck;
 mod tasks;
+mod threads;
 
 use std::{
     collections::{BTreeMap, HashMap},

@@ -86,6 +86,7 @@ async fn s0_37_as_many_tasks_run_at_once_as_there_are_slots_and_never_one_more()
         held.release(ended);
     }
     lab.ended(&node, held.job).await.completed();
+    at_once.sort_unstable(); // of tasks that begin together, either may be the first
     assert_eq!(at_once, [1, 2, 3, 3, 3, 3, 3], "runs at once when each began");
 }
 
@@ -128,4 +129,28 @@ async fn a_busy_answer_stops_polling_until_a_lease_ends() {
         held.release(n);
     }
     lab.ended(&node, held.job).await.completed();
+}
+
+/// The thread that keeps the leases is not put aside each time a runner wakes up.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn threads_of_plugins_are_batch_work_and_the_hosts_own_are_not() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+    let threads = std::fs::read_dir(format!("/proc/{}/task", node.pid())).expect("a process").flatten();
+    let mut seen = std::collections::BTreeMap::new();
+    for thread in threads {
+        let Ok(stat) = std::fs::read_to_string(thread.path().join("stat")) else { continue };
+        let (name, rest) = stat.rsplit_once(") ").expect("a name in parentheses");
+        let name = name.rsplit_once('(').expect("a name in parentheses").1.to_owned();
+        // Field 41 of the line, counted from 1 with the number and the name before `rest`.
+        let policy = rest.split(' ').nth(38).expect("a policy").to_owned();
+        seen.insert(name, policy);
+    }
+    for (kind, policy) in [("plugin-", "3"), ("runner-", "3"), ("control", "0")] {
+        let mut threads = seen.iter().filter(|(name, _)| name.starts_with(kind)).peekable();
+        assert!(threads.peek().is_some() && threads.all(|(_, seen)| seen == policy), "{kind}: {seen:?}");
+    }
+    node.stop().await;
 }
