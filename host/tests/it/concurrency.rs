@@ -148,7 +148,7 @@ async fn threads_of_plugins_are_batch_work_and_the_hosts_own_are_not() {
         let policy = rest.split(' ').nth(38).expect("a policy").to_owned();
         seen.insert(name, policy);
     }
-    for (kind, policy) in [("plugin-", "3"), ("runner-", "3"), ("control", "0")] {
+    for (kind, policy) in [("plugin-zoo", "3"), ("runner-zoo", "3"), ("control", "0")] {
         let mut threads = seen.iter().filter(|(name, _)| name.starts_with(kind)).peekable();
         assert!(threads.peek().is_some() && threads.all(|(_, seen)| seen == policy), "{kind}: {seen:?}");
     }
