@@ -68,15 +68,17 @@ fn row(key: &Key, layers: &Layers, secrets: &Secrets) -> (&'static str, Option<S
         };
     }
     let (value, origin) = layers.get(key);
-    let shown = value.map(|value| if key.kind == Kind::Proxy { without_password(value) } else { value.to_owned() });
+    let is_url = matches!(key.kind, Kind::Proxy | Kind::Url);
+    let shown = value.map(|value| if is_url { without_password(value) } else { value.to_owned() });
     (key.name, shown, layers.describe(origin))
 }
 
-/// A proxy's URL without its user and password, also where it is no URL at all.
+/// A URL without its user, password and query, also where it is no URL at all.
 fn without_password(url: &str) -> String {
-    match url.rsplit_once('@') {
-        Some((_, host)) => format!("********@{host}"),
-        None => url.to_owned(),
+    let (place, query) = url.split_once('?').map_or((url, ""), |(place, _)| (place, "?********"));
+    match place.rsplit_once('@') {
+        Some((_, host)) => format!("********@{host}{query}"),
+        None => format!("{place}{query}"),
     }
 }
 

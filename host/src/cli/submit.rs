@@ -174,6 +174,8 @@ impl From<anyhow::Error> for Stop {
 #[derive(Default)]
 struct Reached {
     jobs: Vec<Uuid>,
+    /// Another was sent, and its answer has not come.
+    unsure: bool,
     /// All of them have ended; what is left is to bring their artifacts.
     ended: bool,
 }
@@ -181,6 +183,9 @@ struct Reached {
 impl std::fmt::Display for Reached {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match (&self.jobs[..], self.ended) {
+            ([], _) if self.unsure => {
+                f.write_str("a job was sent and not answered; whether it was created is not known")
+            }
             ([], _) => f.write_str("no job was submitted"),
             (jobs, false) => write!(f, "the job goes on: {}", names(jobs)),
             (jobs, true) => write!(f, "the job has ended, its artifacts were not all brought: {}", names(jobs)),
@@ -213,9 +218,13 @@ async fn submit(
     let mut left = args.count as usize;
     while left > 0 {
         let tasks = left.min(TASKS_PER_JOB);
+        reached.lock().expect("nothing panics while it holds this").unsure = true;
         let id = plane.create_job(&job(args, &plane, &inputs, tasks)).await?;
         jobs.push(id);
-        reached.lock().expect("nothing panics while it holds this").jobs.push(id);
+        let mut reached = reached.lock().expect("nothing panics while it holds this");
+        reached.unsure = false;
+        reached.jobs.push(id);
+        drop(reached);
         left -= tasks;
     }
     if !args.wait {

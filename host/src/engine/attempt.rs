@@ -220,7 +220,13 @@ async fn run(rooms: Arc<Rooms>, held: HeldNumber, grant: Grant, grace: Duration)
 /// The task's directory as plugins ask for it.
 fn folder(dir: &TaskDir) -> Folder {
     let (path, dir) = (dir.path().to_owned(), dir.clone());
-    Folder { path, make: Arc::new(move || dir.make().map_err(|err| err.to_string())) }
+    let make = move || {
+        dir.make().map_err(|err| {
+            warn!(error = %err, "task directory could not be made");
+            err.without_path()
+        })
+    };
+    Folder { path, make: Arc::new(make) }
 }
 
 /// Waits for the set-up heartbeat and says what is missing.

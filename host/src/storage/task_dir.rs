@@ -38,6 +38,14 @@ pub struct ScratchError {
     source: io::Error,
 }
 
+impl ScratchError {
+    /// The same for others, who have no use for a path of this machine.
+    #[must_use]
+    pub fn without_path(&self) -> String {
+        format!("cannot {}: {}", self.action, self.source)
+    }
+}
+
 fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ScratchError {
     let path = path.to_owned();
     move |source| ScratchError { action, path, source }
@@ -52,10 +60,51 @@ pub struct Scratch {
 
 #[derive(Debug)]
 struct Home {
+    base: PathBuf,
     path: PathBuf,
     named: AtomicU64,
     empty: Option<Empty>,
-    _lock: File,
+    /// Held as long as the folder is ours.
+    lock: Mutex<File>,
+}
+
+impl Home {
+    /// Makes the folder again that somebody has removed, as cleaners of temporary folders do.
+    fn restore(&self) -> Result<(), ScratchError> {
+        let mut lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.path.join(OWNER_LOCK).exists() {
+            return Ok(()); // another task was quicker
+        }
+        let turn = enter(&self.base)?;
+        *lock = own(&self.path)?;
+        drop(turn);
+        tracing::warn!(path = %self.path.display(), "scratch folder had been removed, it was made again");
+        Ok(())
+    }
+}
+
+/// Makes the folder of all processes, unless it is there, and waits for a turn in it.
+fn enter(base: &Path) -> Result<File, ScratchError> {
+    match make_private(base, true) {
+        Err(err) if err.kind() == io::ErrorKind::AlreadyExists && base.is_dir() => {}
+        made => made.map_err(failed("make scratch folder", base))?,
+    }
+    let lock = base.join(BASE_LOCK);
+    let turn = open_lock(&lock).map_err(failed("open", &lock))?;
+    turn.lock().map_err(failed("lock", &lock))?;
+    Ok(turn)
+}
+
+/// Makes the folder of this process and holds it.
+fn own(path: &Path) -> Result<File, ScratchError> {
+    match make_private(path, false) {
+        Err(err) if err.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}
+        made => made.map_err(failed("make", path))?,
+    }
+    let owner = path.join(OWNER_LOCK);
+    let held = open_lock(&owner).map_err(failed("make", &owner))?;
+    held.try_lock().map_err(|err| failed("lock", &owner)(err.into()))?;
+    Ok(held)
 }
 
 /// Knows a folder without folders in it by its number of links. Asking costs a tenth of a try to remove one
@@ -112,23 +161,14 @@ impl Scratch {
     /// Makes this process's folder below `base` (made if missing) and removes what dead processes
     /// left there. Touches the disk; call it before serving.
     pub fn open(base: PathBuf) -> Result<Self, ScratchError> {
-        match make_private(&base, true) {
-            Err(err) if err.kind() == io::ErrorKind::AlreadyExists && base.is_dir() => {}
-            made => made.map_err(failed("make scratch folder", &base))?,
-        }
-        let base_lock = base.join(BASE_LOCK);
-        let turn = open_lock(&base_lock).map_err(failed("open", &base_lock))?;
-        turn.lock().map_err(failed("lock", &base_lock))?;
+        let turn = enter(&base)?;
         sweep(&base).map_err(failed("read scratch folder", &base))?;
 
         let path = base.join(format!("{OWNER_PREFIX}{}-{}", std::process::id(), Uuid::new_v4().simple()));
-        make_private(&path, false).map_err(failed("make", &path))?;
-        let owner = path.join(OWNER_LOCK);
-        let held = open_lock(&owner).map_err(failed("make", &owner))?;
-        held.try_lock().map_err(|err| failed("lock", &owner)(err.into()))?;
+        let lock = Mutex::new(own(&path)?);
         drop(turn);
         let empty = Empty::learn(&path).map_err(failed("use", &path))?;
-        Ok(Self { home: Arc::new(Home { path, named: AtomicU64::new(0), empty, _lock: held }) })
+        Ok(Self { home: Arc::new(Home { base, path, named: AtomicU64::new(0), empty, lock }) })
     }
 
     /// The folder of this process, for what lasts as long as the process does.
@@ -177,7 +217,12 @@ impl TaskDir {
     pub fn make(&self) -> Result<(), ScratchError> {
         let mut stage = self.0.stage();
         if *stage == Stage::Named {
-            match make_private(&self.0.path, false) {
+            let mut made = make_private(&self.0.path, false);
+            if made.as_ref().is_err_and(|err| err.kind() == io::ErrorKind::NotFound) {
+                self.0.home.restore()?;
+                made = make_private(&self.0.path, false);
+            }
+            match made {
                 Err(err) if err.kind() == io::ErrorKind::AlreadyExists => {}
                 made => made.map_err(failed("make task directory", &self.0.path))?,
             }

@@ -253,7 +253,7 @@ async fn submit_finds_the_world_of_dev_and_brings_the_artifact() {
 async fn submit_ends_in_its_time_whatever_is_under_way() {
     let dir = workplace(&[fixtures::hello()]);
     let hang = |endpoint: &str| format!("[[fault]]\nendpoint = \"{endpoint}\"\nkind = \"hang\"\n");
-    let faults = format!("{}count = 1\n{}", hang("create"), hang("by_id"));
+    let faults = format!("{}count = 1\n{}count = 1\n{}", hang("create"), hang("jobs"), hang("by_id"));
     std::fs::write(dir.path().join("faults.toml"), faults).expect("the folder is writable");
     std::fs::write(dir.path().join("who.txt"), "reader").expect("the folder is writable");
     let dev = Cli::new(&["dev", "--port", "0", "--faults", "faults.toml"]).dir(dir.path());
@@ -264,6 +264,9 @@ async fn submit_ends_in_its_time_whatever_is_under_way() {
     let submit = || Cli::new(&["submit", "/examples/hello/v1"]).dir(dir.path()).set("RUNNER_HOST_DEV", base.as_str());
     let ended = submit().arg("--input").arg("who.txt").arg("--timeout").arg("1s").run().await.expect(5);
     assert!(ended.stderr.ends_with("stopped after 1s; no job was submitted"), "{}", ended.stderr);
+    let ended = submit().arg("--timeout").arg("1s").run().await.expect(5);
+    let said = "stopped after 1s; a job was sent and not answered; whether it was created is not known";
+    assert!(ended.stderr.ends_with(said), "{}", ended.stderr);
     let ended = submit().arg("--wait").arg("--out").arg("brought").arg("--timeout").arg("5s").run().await.expect(5);
     let said = "stopped after 5s; the job has ended, its artifacts were not all brought: ";
     assert!(ended.stderr.contains(said), "{}", ended.stderr);

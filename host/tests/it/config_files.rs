@@ -116,6 +116,8 @@ async fn s0_02_toml_and_json_say_the_same_and_each_value_shows_its_origin() {
         assert_eq!(all["REG_SECRET"]["value"], "********");
         let key = files.0.path().join("key.hex");
         assert_eq!(all["SECP256K1_PRIVHEX"], json!({ "value": "********", "origin": key.to_string_lossy() }));
+        let with = with_file("show", &file).set("NODE_URL", "https://user:word@node.example/in?key=word");
+        assert_eq!(shown(with).await["NODE_URL"]["value"], "********@node.example/in?********");
         assert!(!all.to_string().contains("secret-of-the-file") && !all.to_string().contains(KEY), "{all}");
     }
 }

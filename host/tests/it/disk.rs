@@ -31,6 +31,36 @@ async fn s0_82_two_hundred_tasks_leave_nothing_behind() {
     assert_eq!(entries(&scratch), ["lock"; 0]);
 }
 
+#[tokio::test]
+async fn a_scratch_folder_that_somebody_removed_is_made_again() {
+    let lab = Lab::start().await;
+    let base = tempfile::tempdir().expect("a folder");
+    let scratch = base.path().join("scratch");
+    let node = || lab.node(&[fixtures::echo()]).set("SCRATCH_DIR", scratch.to_string_lossy());
+    let first = node().leasing().await;
+    std::fs::remove_dir_all(&scratch).expect("removed");
+    let input = lab.put("in", b"some input").await;
+    let echo = || lab.task("/examples/echo-file/v1").inputs(&[input]).submit();
+    lab.ended(&first, echo()).await.completed();
+    first.says("scratch folder had been removed, it was made again").await;
+    // It is held as before: another start on it sweeps nothing away.
+    let second = node().leasing().await;
+    assert_eq!(second.said("left-over scratch folder removed").len(), 0, "{}", second.log());
+    second.stop().await;
+    lab.ended(&first, echo()).await.completed();
+    // What is in its way is told without a path of this machine.
+    std::fs::remove_dir_all(&scratch).expect("removed");
+    std::fs::write(&scratch, b"").expect("written");
+    let once = lab.task("/examples/echo-file/v1").inputs(&[input]).set("max_attempts", json!(1)).submit();
+    let ended = lab.ended(&first, once).await;
+    let (reason, _) = ended.failed();
+    assert!(reason.starts_with("storage: cannot "), "{reason}");
+    assert!(!reason.contains(&*base.path().to_string_lossy()), "{reason}");
+    first.says("task directory could not be made").await;
+    first.term();
+    first.wait().await;
+}
+
 /// The folder of a process, and empty ones it keeps for its next tasks.
 fn is_own(path: &Path) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();

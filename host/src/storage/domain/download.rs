@@ -157,7 +157,10 @@ fn named(err: WriteError, path: &Path) -> PortError {
     match err {
         WriteError::Port(err) => err,
         WriteError::Local(err) => {
-            PortError::new(PortErrorKind::Local, format!("cannot write input file {}: {err}", path.display()))
+            // The plane hears of it, and has no use for a path of this machine.
+            tracing::debug!(path = %path.display(), error = %err, "input file could not be written");
+            let name = path.file_name().unwrap_or_default().display();
+            PortError::new(PortErrorKind::Local, format!("cannot write input file {name}: {err}"))
         }
     }
 }
