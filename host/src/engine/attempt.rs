@@ -11,7 +11,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 use tracing::{Span, info, info_span, warn};
 
-use super::{Rooms, SharedPace, pace::Worth};
+use super::{Rooms, SharedPace, Stops, pace::Worth};
 use crate::{
     crash,
     model::{CancelReason, Grant, HeldNumber, Lease, Outcome, Ports, ReportState, Setup, TaskRecord, Verdict, millis},
@@ -60,13 +60,7 @@ pub(super) fn span(lease: &Lease, plugin: Option<&str>) -> Span {
 }
 
 /// One task, top to bottom. Run it in its [`span`]. Every early exit still settles the lease and frees the slot.
-pub(super) async fn attempt(
-    rooms: Arc<Rooms>,
-    slot: Slot,
-    session: Session,
-    grace: Duration,
-    cancel_all: CancellationToken,
-) {
+pub(super) async fn attempt(rooms: Arc<Rooms>, slot: Slot, session: Session, grace: Duration, stops: Stops) {
     let grant = session.grant(); // the task, a token, cancel, a place to report progress
     let lease = &grant.lease;
     let began = Instant::now();
@@ -80,12 +74,12 @@ pub(super) async fn attempt(
             Verdict::bare(Outcome::HostFault { message })
         })
     };
-    let mut verdict = run_to_end(ended, &grant, &cancel_all).await;
+    let mut verdict = run_to_end(ended, &grant, &stops.cancel).await;
     verdict.outcome.redact(&grant.tokens());
     rooms.board.moved(slot.held, "reporting");
     slot.pace.ended(worth(&grant, &verdict.outcome));
     let brief = began.elapsed() <= BRIEF && verdict.artifacts.is_empty();
-    let settled = settle(&rooms, slot.permit, session, &verdict, brief, &cancel_all).await;
+    let settled = settle(&rooms, slot.permit, session, &verdict, brief, &stops).await;
     rooms.board.ended(slot.held, TaskRecord::new(lease, &verdict, began.elapsed(), settled.state()));
     say(&verdict, &settled, began.elapsed());
 }
@@ -115,7 +109,7 @@ async fn settle(
     mut session: Session,
     verdict: &Verdict,
     brief: bool,
-    cancel_all: &CancellationToken,
+    stops: &Stops,
 ) -> Settled {
     if let Some(reason) = session.silence(&verdict.outcome) {
         return Settled::Silent(reason);
@@ -145,7 +139,7 @@ async fn settle(
             biased;
             now = &mut said => settled = Some(now),
             () = tokio::time::sleep(AT_ONCE) => {}
-            () = cancel_all.cancelled() => {}
+            () = stops.cancel.cancelled() => {}
         }
     }
     if !settled.as_ref().is_some_and(Settled::is_final) {
@@ -157,7 +151,7 @@ async fn settle(
         return settled;
     }
     let out_of_patience = async {
-        cancel_all.cancelled().await;
+        stops.drain.cancelled().await;
         tokio::time::sleep(FAREWELL).await;
     };
     tokio::select! {

@@ -263,7 +263,7 @@ impl Engine {
         let held = self.rooms.board.began(&session.grant(), plugin);
         let slot = attempt::Slot { permit, pace: self.pace.clone(), held };
         let (rooms, grace) = (Arc::clone(&self.rooms), self.config.cancel_grace);
-        let attempt = attempt::attempt(rooms, slot, session, grace, stops.cancel.clone());
+        let attempt = attempt::attempt(rooms, slot, session, grace, stops.clone());
         self.attempts.spawn(attempt.instrument(span));
     }
 

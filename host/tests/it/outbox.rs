@@ -168,6 +168,24 @@ async fn a_node_that_stops_tries_its_reports_more_than_once() {
 }
 
 #[tokio::test]
+async fn a_node_that_stops_does_not_wait_for_reports_that_are_safe() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(COMPLETE, usize::MAX, Bad::Hang);
+    let node = rubbish.node(&[fixtures::zoo()]).set("DRAIN_TIMEOUT", "10m").leasing().await;
+    let job = lab.task("/fixtures/ok/v1").submit();
+    rubbish.seen(COMPLETE, 1).await;
+    node.term();
+    // The test has a limit for this that is far below ten minutes.
+    assert_eq!(node.wait().await, 75, "{}", node.log());
+    assert_eq!(node.said("reports are left in the outbox, the next start sends them")[0]["reports"], 1);
+    rubbish.heal();
+    let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
+    assert_eq!(lab.ended(&next, job).await.completed().task()["attempts"], 1);
+    next.stop().await;
+}
+
+#[tokio::test]
 async fn a_full_outbox_pauses_leasing_until_there_is_room() {
     let lab = Lab::start().await;
     let rubbish = Rubbish::before(&lab).await;
