@@ -58,7 +58,11 @@ impl Parser<'_> {
     /// Hosts, with or without a port each.
     pub(super) fn hosts(&mut self, name: &str) -> Vec<String> {
         let hosts = self.list(name);
-        let odd: Vec<String> = hosts.iter().filter(|host| !is_host(host)).map(|host| format!("{host:?}")).collect();
+        let mut odd: Vec<String> = hosts.iter().filter(|host| !is_host(host)).map(|host| format!("{host:?}")).collect();
+        if hosts.is_empty() {
+            // Who lists nothing but commas does not mean that every host is allowed.
+            odd.extend(self.optional(name).map(|text| format!("{text:?}")));
+        }
         if !odd.is_empty() {
             let odd = odd.join(", ");
             self.mistake(name, format_args!("expected hosts such as data.example or data.example:8443, found {odd}"));

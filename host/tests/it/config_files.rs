@@ -376,6 +376,10 @@ async fn check_tells_folders_hosts_and_plugins_that_cannot_be_used_at_once() {
     ];
     assert_eq!(ended.stderr.lines().collect::<Vec<_>>(), wanted);
 
+    let ended = check().set("DOMAIN_HOSTS", ", ,").run().await.expect(78);
+    let said = "error: DOMAIN_HOSTS: expected hosts such as data.example or data.example:8443, found \", ,\"";
+    assert_eq!(ended.stderr.lines().collect::<Vec<_>>(), [said], "a list of nothing allows nobody");
+
     let later = files.0.path().join("later");
     let ended = check().set("SCRATCH_DIR", later.to_string_lossy()).run().await.expect(0);
     let warned =
