@@ -131,21 +131,8 @@ fn lease(task: TaskId, capability: Capability, inputs: usize, meta: Value) -> Le
     let document = json!({
         "task": { "id": task.to_string(), "capability": capability.as_str(), "inputs_cids": inputs, "meta": meta },
     });
-    Lease {
-        task,
-        job: None,
-        capability,
-        expires_at: None,
-        cancelled: false,
-        domain_id: None,
-        domain_server: None,
-        token: None,
-        token_expires_at: None,
-        inputs,
-        outputs_prefix: None,
-        attempt: None,
-        document: to_raw_value(&document).expect("JSON values are JSON"),
-    }
+    let document = to_raw_value(&document).expect("JSON values are JSON");
+    Lease { inputs, document, ..Lease::bare(task, capability) }
 }
 
 /// Prints progress and events as they come, a line each.

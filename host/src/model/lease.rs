@@ -55,3 +55,25 @@ pub struct Lease {
     /// runner sees. Text that is passed on: nobody here looks into it.
     pub document: Box<RawValue>,
 }
+
+impl Lease {
+    /// A lease that says which task it is for and nothing else; its document is `null`.
+    #[must_use]
+    pub fn bare(task: TaskId, capability: Capability) -> Self {
+        Self {
+            task,
+            job: None,
+            attempt: None,
+            capability,
+            expires_at: None,
+            cancelled: false,
+            domain_id: None,
+            domain_server: None,
+            token: None,
+            token_expires_at: None,
+            inputs: Vec::new(),
+            outputs_prefix: None,
+            document: RawValue::NULL.to_owned(),
+        }
+    }
+}

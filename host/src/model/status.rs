@@ -409,22 +409,8 @@ mod tests {
     use crate::model::Outcome;
 
     fn grant(task: TaskId) -> Grant {
-        let lease = Lease {
-            task,
-            job: None,
-            capability: Capability::parse("/examples/hello/v1").expect("a capability"),
-            expires_at: None,
-            cancelled: false,
-            domain_id: None,
-            domain_server: None,
-            token: None,
-            token_expires_at: None,
-            inputs: Vec::new(),
-            outputs_prefix: None,
-            attempt: None,
-            document: serde_json::value::RawValue::NULL.to_owned(),
-        };
-        Grant::new(lease, Setup::Pending).0
+        let capability = Capability::parse("/examples/hello/v1").expect("a capability");
+        Grant::new(Lease::bare(task, capability), Setup::Pending).0
     }
 
     #[test]

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use crate::model::{Capability, Lease, ReportName, TaskId, Verdict};
@@ -75,21 +74,8 @@ impl Entry {
 
     /// As much of the lease as a report says.
     pub(super) fn lease(&self) -> Lease {
-        Lease {
-            task: self.task(),
-            job: self.job_id,
-            capability: Capability::parse(&self.capability).expect("it was parsed when it came in"),
-            expires_at: None,
-            cancelled: false,
-            domain_id: self.domain_id,
-            domain_server: None,
-            token: None,
-            token_expires_at: None,
-            inputs: Vec::new(),
-            outputs_prefix: None,
-            attempt: None,
-            document: RawValue::NULL.to_owned(),
-        }
+        let capability = Capability::parse(&self.capability).expect("it was parsed when it came in");
+        Lease { job: self.job_id, domain_id: self.domain_id, ..Lease::bare(self.task(), capability) }
     }
 }
 

@@ -21,21 +21,8 @@ fn id(number: u128) -> Uuid {
 }
 
 fn lease(number: u128) -> Lease {
-    Lease {
-        task: TaskId(id(number)),
-        job: Some(id(900)),
-        capability: "/lab/echo/v1".parse().expect("a name"),
-        expires_at: None,
-        cancelled: false,
-        domain_id: Some(Uuid::nil()),
-        domain_server: None,
-        token: None,
-        token_expires_at: None,
-        inputs: Vec::new(),
-        outputs_prefix: None,
-        attempt: None,
-        document: serde_json::value::RawValue::NULL.to_owned(),
-    }
+    let capability = "/lab/echo/v1".parse().expect("a name");
+    Lease { job: Some(id(900)), domain_id: Some(Uuid::nil()), ..Lease::bare(TaskId(id(number)), capability) }
 }
 
 fn completed() -> Verdict {

@@ -21,21 +21,8 @@ pub(in crate::leases) fn sample_envelope() -> Value {
 
 pub(in crate::leases) fn sample_lease() -> Lease {
     let envelope: wire::LeaseEnvelope = serde_json::from_value(sample_envelope()).expect("a lease");
-    Lease {
-        task: TaskId(envelope.task.id),
-        job: None,
-        capability: "/lab/echo/v1".parse().expect("a name"),
-        expires_at: None,
-        cancelled: false,
-        domain_id: envelope.domain_id,
-        domain_server: None,
-        token: None,
-        token_expires_at: None,
-        inputs: Vec::new(),
-        outputs_prefix: None,
-        attempt: None,
-        document: serde_json::value::RawValue::NULL.to_owned(),
-    }
+    let capability = "/lab/echo/v1".parse().expect("a name");
+    Lease { domain_id: envelope.domain_id, ..Lease::bare(TaskId(envelope.task.id), capability) }
 }
 
 fn task() -> TaskId {
