@@ -4,8 +4,9 @@
 //! is on the disk; from then on it survives this process, and its slot may serve the next task.
 //! [`Kept::send`] is the first try, by the attempt that made it. What fails then waits, and
 //! [`Outbox::run`] sends it again, the oldest first, until it is accepted or refused for good: through
-//! outages, restarts and new tokens. What is accepted before anybody wrote it is never written. A lease that runs out meanwhile does not stop a report; whether it still counts is for the
-//! plane to say. Nothing is sent to another plane than the one that gave the task, nor by another node.
+//! outages, restarts and new tokens. What is accepted before anybody wrote it is never written. A lease
+//! that runs out meanwhile does not stop a report; whether it still counts is for the plane to say.
+//! Nothing is sent to another plane than the one that gave the task, nor by another node.
 //!
 //! `book` decides whose turn it is, `writer` and `store` own the file, `state` the folder, `shelf` is
 //! the outbox of a node that does not run. Pages see a summary on the status board.
