@@ -58,6 +58,28 @@ enum {
  * data belongs to the callback. */
 typedef void (*runner_callback)(void *user, runner_status status, runner_bytes data);
 
+/* What crosses as text. Fields may be added to what the host sends; null stands for what is not known.
+ *
+ * init        config_json: the plugin's config of plugins.toml, {} where there is none. Answer RUNNER_OK, or a
+ *             status and one line of text: the plugin is refused with it.
+ * start       request_json: {"capability", "dir", "lease"}. dir is a folder of this task's own, gone with it;
+ *             lease is what the plane sent, without tokens: lease.task.inputs_cids, lease.task.meta, and so on.
+ * log         level 1 to 5 as in log_level; fields_json is an object or empty. task may be 0: then
+ *             {"plugin": name} in it says whose line it is.
+ * progress, event   any JSON of at most 64 KiB.
+ * cancel_reason     answers plane, lease-lost, drained or operator; nothing while the task may go on.
+ * token             answers the bearer; RUNNER_UNSUPPORTED unless it was granted.
+ * input_open  answers {"stream": number, "cid", "data_id", "name", "data_type", "domain_id", "size"}.
+ * input_read  answers at most max bytes; none is the end.
+ * input_file  answers {"path", "root_dir", "related_files": [], "extracted_paths": []} and what input_open says,
+ *             without stream.
+ * output_open, output_file   take {"path"} and, where wanted, "name", "data_type", "existing_id", "size".
+ * output_open answers {"stream": number}; output_finish and output_file answer {"id": text or null}.
+ * complete    RUNNER_OK, or a status with text, one line, and details_json, any JSON for the job's author or empty.
+ *             RUNNER_RETRYABLE, RUNNER_INVALID_INPUT and RUNNER_STORAGE say what a repeat is good for.
+ *             Returns RUNNER_STALE where the task was over already.
+ */
+
 /* What the host offers; valid until the process ends. */
 typedef struct {
   uint64_t present; /* one bit per entry, the first entry lowest */

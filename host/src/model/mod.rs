@@ -25,6 +25,7 @@ pub use lease::{Lease, TaskId};
 pub use mailbox::{Mailbox, MailboxError, Pending};
 pub use millis::millis;
 pub use moment::Moment;
+pub(crate) use outcome::redact;
 pub use outcome::{Outcome, ReportName, Stage, Verdict};
 pub use ports::{Fetched, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports};
 pub use status::{

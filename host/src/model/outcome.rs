@@ -117,15 +117,7 @@ impl Outcome {
     /// Takes these tokens out of everything people wrote: a runner may put the one it was given into
     /// its error, and what is reported, logged and kept must not hold it.
     pub fn redact(&mut self, tokens: &[Token]) {
-        let tokens: Vec<&str> =
-            tokens.iter().map(Token::expose).filter(|text| text.len() >= SECRET_BYTES_MIN).collect();
-        let clean = |text: &mut String| {
-            for token in tokens.iter().filter(|token| !token.is_empty()) {
-                if text.contains(*token) {
-                    *text = text.replace(*token, "(token)");
-                }
-            }
-        };
+        let clean = |text: &mut String| redact(text, tokens);
         match self {
             Self::Failed { message, details, .. } => {
                 clean(message);
@@ -147,6 +139,15 @@ impl Outcome {
             Self::Failed { retryable, .. } => *retryable,
             Self::Storage { .. } | Self::Setup { .. } | Self::NoRunner | Self::Drained | Self::HostFault { .. } => true,
             Self::Completed | Self::Panicked { .. } | Self::Cancelled | Self::LeaseLost => false,
+        }
+    }
+}
+
+/// Takes these tokens out of `text`.
+pub(crate) fn redact(text: &mut String, tokens: &[Token]) {
+    for token in tokens.iter().map(Token::expose).filter(|token| token.len() >= SECRET_BYTES_MIN) {
+        if text.contains(token) {
+            *text = text.replace(token, "(token)");
         }
     }
 }

@@ -1,24 +1,40 @@
 //! `/health`, `/ready`, `/status.json`, and the door for the sign-in service's callback.
+//!
+//! Strangers may reach them, so connections are bounded in number and in the time they may be silent: who
+//! opens many gets in the way of other visitors, and never of the node's own work.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use axum::{
     Json, Router,
-    extract::State,
-    http::{HeaderMap, StatusCode, header},
+    extract::{ConnectInfo, State},
+    http::{HeaderMap, Request, StatusCode, header},
     response::IntoResponse,
     routing::{get, post},
 };
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioIo, TokioTimer};
 use jiff::Timestamp;
 use serde_json::json;
-use tokio::{net::TcpListener, sync::watch};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{Semaphore, watch},
+    task::JoinSet,
+};
 use tokio_util::sync::CancellationToken;
+use tower_service::Service as _;
 
 use super::callback::{self, Desk};
 use crate::model::{HostStatus, Phase, Visits};
 
 /// How long a stop waits for requests under way: a client that never ends its own must not keep the node.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
+/// Connections at once; who comes later waits in the system's queue.
+const CONNECTIONS_MAX: usize = 256;
+/// How long a connection may take to send the head of a request, its next one too.
+const HEAD_TIME_MAX: Duration = Duration::from_secs(5);
+/// The pause when the system gives no connection: one that is open has to end first.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(500);
 
 /// From so many polls in a row that failed the node gets no work; fewer are no news.
 const FAILED_POLLS_MIN: u32 = 3;
@@ -65,20 +81,53 @@ impl Pages {
             .route("/status.json", get(status))
             .with_state(self.status)
             .merge(visited);
-        let router = router.into_make_service_with_connect_info::<SocketAddr>();
-        let served = axum::serve(self.listener, router).with_graceful_shutdown(stop.clone().cancelled_owned());
-        let out_of_patience = async {
-            stop.cancelled().await;
-            tokio::time::sleep(LAST_ANSWERS).await;
-        };
-        tokio::select! {
-            served = served.into_future() => {
-                if let Err(err) = served {
-                    tracing::warn!(error = %err, "status pages ended");
-                }
-            }
-            () = out_of_patience => {}
+        let (room, mut connections) = (Arc::new(Semaphore::new(CONNECTIONS_MAX)), JoinSet::new());
+        loop {
+            let next = async {
+                let room = Arc::clone(&room).acquire_owned().await.expect("never closed");
+                (room, self.listener.accept().await)
+            };
+            let (room, socket, sender) = tokio::select! {
+                () = stop.cancelled() => break,
+                Some(_) = connections.join_next() => continue,
+                next = next => match next {
+                    (room, Ok((socket, sender))) => (room, socket, sender),
+                    (_, Err(err)) => {
+                        tracing::warn!(error = %err, "connection could not be accepted");
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                        continue;
+                    }
+                },
+            };
+            let (router, stop) = (router.clone(), stop.clone());
+            connections.spawn(async move {
+                let _room = room;
+                connection(router, socket, sender, stop).await;
+            });
         }
+        let all = async { while connections.join_next().await.is_some() {} };
+        let _ = tokio::time::timeout(LAST_ANSWERS, all).await;
+    }
+}
+
+/// Answers one visitor until he leaves, or until `stop`.
+async fn connection(router: Router, socket: TcpStream, sender: SocketAddr, stop: CancellationToken) {
+    let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(ConnectInfo(sender));
+        router.clone().call(request)
+    });
+    let mut http = hyper::server::conn::http1::Builder::new();
+    let http = http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME_MAX);
+    let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(socket), service));
+    let ended = tokio::select! {
+        ended = &mut connection => ended,
+        () = stop.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(err) = ended {
+        tracing::debug!(error = %err, "connection broke");
     }
 }
 

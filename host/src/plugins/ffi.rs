@@ -26,7 +26,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Span, debug, error, info, trace, warn};
 
 use super::{InstallError, dispatch::Dispatcher, run::Folder, tasks::TaskTable};
-use crate::model::{ArtifactSpec, Charge, Grant, InputStream, OutputStream, PortError, PortErrorKind, Ports, Setup};
+use crate::model::{
+    ArtifactSpec, Charge, Grant, InputStream, OutputStream, PortError, PortErrorKind, Ports, Setup, Token, redact,
+};
 
 /// Most streams one task may hold open.
 const STREAMS_MAX: usize = 64;
@@ -243,6 +245,11 @@ pub(super) fn enter(
 }
 
 impl Running {
+    /// What its runner may know and nobody else shall.
+    fn bearers(&self) -> Vec<Token> {
+        if self.grant_token { self.grant.tokens() } else { Vec::new() }
+    }
+
     /// For calls that write to the task's directory. On a worker, where a file may be waited for.
     fn make_folder(&self) -> Result<(), PortError> {
         (self.place.folder.make)().map_err(|text| PortError::new(PortErrorKind::Local, text))
@@ -495,6 +502,15 @@ unsafe extern "C" fn log(task: Task, level: u32, target: Str, text: Str, fields:
     let (Ok(target), Ok(text), Ok(fields)) = (target, text, fields) else { return };
     let _ = guarded(|| {
         let running = if task.0 == 0 { None } else { TASKS.get(task) };
+        // A runner may say what it was given, in a line or in the text of a panic; also on a thread whose task
+        // nobody knows.
+        let tokens = match &running {
+            Some(running) => running.bearers(),
+            None => TASKS.all().iter().flat_map(|running| running.bearers()).collect(),
+        };
+        let (mut text, mut fields) = (text, fields);
+        redact(&mut text, &tokens);
+        redact(&mut fields, &tokens);
         let (plugin, span, fields) = match &running {
             Some(running) => (running.plugin.to_string(), running.span.clone(), fields),
             None => {

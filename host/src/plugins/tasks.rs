@@ -59,6 +59,12 @@ impl<T> TaskTable<T> {
         found
     }
 
+    /// Every task there is just now.
+    pub(super) fn all(&self) -> Vec<Arc<T>> {
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        slots.entries.iter().filter_map(|slot| slot.running.clone()).collect()
+    }
+
     /// Retires a handle.
     pub(super) fn remove(&self, task: Task) -> Option<Arc<T>> {
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);

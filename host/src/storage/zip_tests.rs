@@ -135,6 +135,17 @@ fn entries_do_not_share_bytes() {
     let at = listed(&shared, 1);
     shared[at + 42..at + 46].copy_from_slice(&0_u32.to_le_bytes());
     refused(&shared, "overlap");
+
+    // The first one's data goes on over the second with its header, as in archives that unpack to far more than
+    // the sum of what they hold.
+    let stored = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
+    let mut quoting = archive_with(&[("a", b"1"), ("b", &[2; 100])], stored);
+    let (first, second) = (listed(&quoting, 0), memchr::memmem::rfind(&quoting, b"PK\x03\x04").expect("a header"));
+    let data = u32::try_from(first - second + 1).expect("small");
+    for at in [20, 24] {
+        quoting[first + at..first + at + 4].copy_from_slice(&data.to_le_bytes());
+    }
+    refused(&quoting, "overlap");
 }
 
 #[test]

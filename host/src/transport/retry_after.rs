@@ -2,28 +2,31 @@
 
 use std::time::Duration;
 
-use http::{HeaderMap, header};
+use http::{HeaderMap, HeaderName, header};
 use jiff::Timestamp;
 
 /// Longest `Retry-After` obeyed. A service that asks for more is asked again earlier than it likes.
 pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(600);
 
-/// Reads `Retry-After` in both its forms, bounded by [`RETRY_AFTER_MAX`].
+/// Reads `Retry-After` in both its forms, bounded by [`RETRY_AFTER_MAX`]. A date is one of the service's clock,
+/// which its own `Date` tells.
 #[must_use]
 pub fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    read(headers.get(header::RETRY_AFTER)?.to_str().ok()?)
+    let text = |name: HeaderName| headers.get(name)?.to_str().ok();
+    read(text(header::RETRY_AFTER)?, text(header::DATE).and_then(date).unwrap_or_else(Timestamp::now))
 }
 
-fn read(text: &str) -> Option<Duration> {
+fn read(text: &str, now: Timestamp) -> Option<Duration> {
     let text = text.trim();
     let wait = match text.parse::<u64>() {
         Ok(seconds) => Duration::from_secs(seconds),
-        Err(_) => {
-            let at = jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(text).ok()?;
-            Duration::try_from(at.duration_since(Timestamp::now())).unwrap_or_default()
-        }
+        Err(_) => Duration::try_from(date(text)?.duration_since(now)).unwrap_or_default(),
     };
     Some(wait.min(RETRY_AFTER_MAX))
+}
+
+fn date(text: &str) -> Option<Timestamp> {
+    jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(text.trim()).ok()
 }
 
 #[cfg(test)]
@@ -32,10 +35,21 @@ mod tests {
 
     #[test]
     fn retry_after_is_read_as_seconds_and_as_a_date_and_has_a_bound() {
-        assert_eq!(read("7"), Some(Duration::from_secs(7)));
-        assert_eq!(read("999999"), Some(RETRY_AFTER_MAX));
-        assert_eq!(read("Sun, 06 Nov 1994 08:49:37 GMT"), Some(Duration::ZERO));
-        assert_eq!(read("Fri, 06 Nov 2893 08:49:37 GMT"), Some(RETRY_AFTER_MAX));
-        assert_eq!(read("soon"), None);
+        let date = |text: &'static str| [("date", "Sun, 06 Nov 1994 08:49:37 GMT"), ("retry-after", text)];
+        let check = |given: &[(&'static str, &'static str)], expected: Option<u64>| {
+            let headers =
+                given.iter().map(|(name, value)| (HeaderName::from_static(name), value.parse().expect("text")));
+            assert_eq!(retry_after(&headers.collect()), expected.map(Duration::from_secs), "{given:?}");
+        };
+        check(&[], None);
+        check(&[("retry-after", "7")], Some(7));
+        check(&[("retry-after", "999999")], Some(600));
+        check(&[("retry-after", "soon")], None);
+        check(&[("retry-after", "Sun, 06 Nov 1994 08:49:37 GMT")], Some(0));
+        check(&[("retry-after", "Fri, 06 Nov 2893 08:49:37 GMT")], Some(600));
+        // By the clock of the service, whatever ours says.
+        check(&date("Sun, 06 Nov 1994 08:49:44 GMT"), Some(7));
+        check(&date("Sun, 06 Nov 1994 08:49:30 GMT"), Some(0));
+        check(&date("7"), Some(7));
     }
 }

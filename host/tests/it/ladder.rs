@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use futures_util::FutureExt as _;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -89,6 +90,9 @@ async fn after_three_stuck_runners_a_plugin_is_out_of_service_and_everyone_is_to
     // The plane is told of what is left, and the rest of the node works on.
     lab.seen(&node, |seen| seen.iter().filter(|seen| seen.path.contains("/nodes/register")).count() >= 2).await;
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    lab.world.node_online("/examples/hello/v1").await;
+    let still = lab.world.node_online("/fixtures/ok/v1").now_or_never();
+    assert_eq!(still, None, "a node that serves what is out of service");
     node.stop().await;
 }
 

@@ -105,6 +105,53 @@ async fn what_a_runner_says_is_bounded_with_a_typed_error_and_what_was_taken_arr
     assert!(numbers.len() >= 32 && numbers == wanted, "in order, each once: {numbers:?}");
 }
 
+// S0-70, S1-18: what waits is bounded by its bytes too.
+#[tokio::test]
+async fn large_events_are_bounded_by_their_bytes() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let (gate, held) = Bad::gate();
+    rubbish.answer("POST /v1/tasks/*/heartbeat", 1, held);
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    let job = lab.task("/fixtures/limits/v1").meta(json!({ "event_bytes": 30_000 })).submit();
+    rubbish.seen("POST /v1/tasks/*/heartbeat", 1).await;
+    node.says("task started").await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    gate.cancel();
+    let ended = lab.ended(&node, job).await;
+    let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "limits.json").await).expect("JSON");
+    let many = seen["many"].as_str().expect("text");
+    assert!(many.starts_with("Limit: ") && many.contains("or 262144 bytes at most"), "{many}");
+    assert_eq!(seen["taken"], 8, "eight times 30 kB, not nine");
+    let events = ended.task()["meta"]["events"].as_array().expect("a list");
+    let numbers: Vec<Option<u64>> = events.iter().map(|event| event["n"].as_u64()).collect();
+    assert_eq!(numbers, (0..8).map(Some).collect::<Vec<_>>(), "over several heartbeats, in order, each once");
+}
+
+// S0-70
+#[tokio::test]
+async fn events_whose_heartbeat_failed_come_again_in_their_order_and_none_is_lost() {
+    const BEAT: &str = "POST /v1/tasks/*/heartbeat";
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    // Heard and not answered, so the plane has them twice; then not heard.
+    rubbish.answer(BEAT, 2, Bad::CutAfter(0));
+    rubbish.answer(BEAT, 1, Bad::Status(503, "later"));
+    let ended = lab.run(&node, "/fixtures/events/v1", json!({ "count": 20 })).await;
+    let events = ended.completed().task()["meta"]["events"].as_array().expect("a list");
+    let numbers: Vec<u64> = events.iter().filter_map(|event| event["n"].as_u64()).collect();
+    let mut first = Vec::new();
+    for n in &numbers {
+        if !first.contains(n) {
+            first.push(*n);
+        }
+    }
+    assert_eq!(first, (1..=20).collect::<Vec<_>>(), "{numbers:?}");
+    assert!(numbers.len() > 20, "what was heard and not answered came again: {numbers:?}");
+    assert_eq!(rubbish.count(BEAT), 4);
+}
+
 // Contract 10.3: the earlier of the two ends decides when the next heartbeat is due.
 #[tokio::test]
 async fn a_domain_token_that_ends_long_before_its_lease_is_turned_in_time() {

@@ -34,6 +34,7 @@ mod polling;
 mod refusals;
 mod registration;
 mod secrets;
+mod settings;
 mod signals;
 mod strangers;
 mod tls_and_proxy;

@@ -5,6 +5,7 @@ use serde_json::json;
 use crate::harness::{
     Lab, fixtures,
     rubbish::{Bad, Rubbish},
+    within,
 };
 
 /// SHA-256 of `world` and of what `hello` makes of it.
@@ -149,6 +150,32 @@ async fn an_ended_task_shows_size_and_digest_of_all_that_was_moved() {
         (record["inputs"].as_array().map(Vec::len), record["artifacts"].as_array().map(Vec::len)),
         (Some(1), Some(1))
     );
+    node.stop().await;
+}
+
+/// P-16: strangers may reach the pages.
+#[tokio::test]
+async fn visitors_who_say_nothing_are_bounded_and_sent_away() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::hello()]).await;
+    let began = std::time::Instant::now();
+    let mut visitors = Vec::new();
+    for _ in 0..300 {
+        visitors.push(tokio::net::TcpStream::connect(&node.address).await.expect("the system's queue takes it"));
+    }
+    // The node works on meanwhile.
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    // Who comes behind them gets in when they have been sent away.
+    let last = visitors.last_mut().expect("there are many");
+    last.write_all(b"GET /health HTTP/1.1\r\nhost: node\r\nconnection: close\r\n\r\n").await.expect("sent");
+    let mut answer = Vec::new();
+    within("an answer", || node.log(), last.read_to_end(&mut answer)).await.expect("an answer");
+    assert!(answer.starts_with(b"HTTP/1.1 200 "), "{}", String::from_utf8_lossy(&answer));
+    assert!(began.elapsed() >= std::time::Duration::from_secs(4), "{:?}: everybody was let in", began.elapsed());
+    let mut nothing = [0; 16];
+    let gone = within("the end of a silence", || node.log(), visitors[0].read(&mut nothing)).await;
+    assert!(matches!(gone, Ok(0) | Err(_)), "nobody asked for anything: {gone:?}");
     node.stop().await;
 }
 

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use jiff::SignedDuration;
 use serde_json::{Value, json};
 
 use crate::harness::{
@@ -174,6 +175,26 @@ async fn a_plane_that_asks_to_be_left_alone_is_not_polled_before() {
     rubbish.seen(POLL, 3).await;
     assert!(began.elapsed() >= Duration::from_millis(1900), "two seconds were asked for: {:?}", began.elapsed());
     node.stop().await;
+}
+
+// P-13: a date is one of the clock that wrote it.
+#[tokio::test]
+async fn a_date_to_come_again_is_one_of_the_services_clock() {
+    let asked_again = async |ahead: SignedDuration| {
+        let lab = Lab::start().await;
+        let rubbish = Rubbish::before(&lab).await;
+        rubbish.set_clock(ahead);
+        rubbish.answer(POLL, 1, Bad::BusyUntil(503, 3));
+        let node = node(&rubbish).await;
+        rubbish.seen(POLL, 1).await;
+        let began = Instant::now();
+        rubbish.seen(POLL, 2).await;
+        // Both dates have whole seconds.
+        assert!(began.elapsed() >= Duration::from_millis(1900), "{ahead:?}: {:?}", began.elapsed());
+        node.stop().await;
+    };
+    let minutes = SignedDuration::from_mins(20);
+    tokio::join!(asked_again(minutes), asked_again(-minutes));
 }
 
 // P-34

@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use crate::harness::{
     Lab, fixtures,
     rubbish::{Bad, Rubbish},
+    within,
 };
 
 const NONCE: &str = "POST /internal/v1/auth/siwe/request";
@@ -95,6 +96,37 @@ async fn s0_55_s0_93_the_callback_endpoint_answers_as_the_contract_says() {
     assert!(limited >= 5, "only {limited} of 44 were too many");
     assert_eq!(rubbish.count(NONCE), 0, "a callback alone opens nothing");
     assert!(!node.log().contains("sssss") && !node.log().contains("top-secret"), "no secret in the log");
+}
+
+/// Bodies that do not come are not waited for by many, nor for long.
+#[tokio::test]
+async fn a_callback_whose_body_stays_away_is_given_up() {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::hello()]).await;
+    let head =
+        format!("POST {CALLBACK} HTTP/1.1\r\nhost: node\r\ncontent-type: {JSON}\r\ncontent-length: 100\r\n\r\n{{");
+    let mut slow = Vec::new();
+    for _ in 0..8 {
+        let mut visitor = tokio::net::TcpStream::connect(&node.address).await.expect("the pages answer");
+        visitor.write_all(head.as_bytes()).await.expect("sent");
+        slow.push(visitor);
+    }
+    // With eight bodies on their way another one is too many.
+    let mut answered = 0;
+    while node.post(CALLBACK, JSON, "{}").await.0 != 429 {
+        answered += 1;
+        assert!(answered < 11, "of twenty in a row none would be too many");
+    }
+    let mut answer = [0; 64];
+    let first = within("an end of the wait", || node.log(), slow[0].read(&mut answer)).await.expect("an answer");
+    assert!(answer[..first].starts_with(b"HTTP/1.1 408 "), "{}", String::from_utf8_lossy(&answer[..first]));
+    let room = async {
+        while node.post(CALLBACK, JSON, "{}").await.0 != 422 {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await; // pages have no bell
+        }
+    };
+    within("room again", || node.log(), room).await;
 }
 
 #[tokio::test]

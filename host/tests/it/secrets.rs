@@ -11,6 +11,8 @@ use crate::harness::{
 };
 
 const REG_SECRET: &str = "a-registration-secret-nobody-may-see";
+/// Stands in bodies of every kind, which no line shows either.
+const CONTENT: &str = "what-only-the-jobs-author-knows";
 
 #[tokio::test]
 async fn s0_25_s0_26_a_plugin_finds_no_secret_in_the_environment() {
@@ -52,10 +54,12 @@ async fn no_log_line_holds_a_key_a_secret_or_a_token() {
     }
     let node = rubbish.node(&[fixtures::hello(), fixtures::echo(), fixtures::zoo()]);
     let node = node.set("REG_SECRET", REG_SECRET).set("RUST_LOG", "trace").leasing().await;
-    let input = lab.put("in", &[7; 300_000]).await;
+    let input = lab.put("in", CONTENT.repeat(10_000).as_bytes()).await;
+    let note = json!({ "note": CONTENT, "path": CONTENT });
     for capability in ["/examples/hello/v1", "/examples/echo-file/v1", "/examples/echo-stream/v1"] {
-        lab.ended(&node, lab.task(capability).inputs(&[input]).submit()).await.completed();
+        lab.ended(&node, lab.task(capability).inputs(&[input]).meta(note.clone()).submit()).await.completed();
     }
+    lab.run(&node, "/fixtures/echo-meta/v1", note).await.completed();
     lab.run(&node, "/fixtures/fail/v1", json!({})).await.failed();
     // Refusals that repeat what they were sent are the usual way for a secret to get into a log.
     rubbish.answer("GET /api/v1/domains/*/data", 1, Bad::Echo(403));
@@ -68,7 +72,7 @@ async fn no_log_line_holds_a_key_a_secret_or_a_token() {
     let log = node.log();
     let tokens = tokens.lock().expect("notes").clone();
     assert!(tokens.len() >= 6, "node, domain and renewed tokens were seen: {}", tokens.len());
-    for secret in tokens.iter().map(String::as_str).chain([REG_SECRET, node.key.as_str()]) {
+    for secret in tokens.iter().map(String::as_str).chain([REG_SECRET, node.key.as_str(), CONTENT]) {
         let at = log.find(secret);
         assert!(at.is_none(), "a secret is in: {}", log.lines().find(|line| line.contains(secret)).unwrap_or_default());
     }
@@ -152,6 +156,37 @@ async fn tasks_of_every_end_and_refused_reports_show_no_secret() {
     node.stop().await;
 }
 
+const GRANTED: &str = "[[plugin]]\nfile = \"zoo\"\ngrant = [\"token\"]\n";
+
+#[tokio::test]
+async fn a_token_in_a_runners_lines_or_in_the_text_of_its_panic_goes_no_further() {
+    let lab = Lab::start().await;
+    let node = lab.node(&[fixtures::zoo()]).plugins_file(GRANTED).set("RUST_LOG", "trace").leasing().await;
+    let ended = lab.run(&node, "/fixtures/says-token/v1", json!({})).await;
+    let (reason, _) = ended.failed();
+    assert!(reason.starts_with("runner panicked: refused with (token) at "), "{reason}");
+    let line = node.says("granted (token)").await;
+    assert_eq!(line["header"], "Bearer (token)", "{line}");
+    assert_eq!(node.says("elsewhere (token)").await["plugin"], "zoo");
+    node.says("refused with (token)").await;
+    // What else it said is searched when it goes.
+    node.stop().await;
+}
+
+// S1-08
+#[tokio::test]
+async fn a_runner_that_asks_for_its_token_gets_the_newest() {
+    let lab = Lab::with(|config| {
+        config.lease_ttl = std::time::Duration::from_secs(2);
+        config.domain_token_renew_after = std::time::Duration::from_millis(500);
+    })
+    .await;
+    let node = lab.node(&[fixtures::zoo()]).plugins_file(GRANTED).leasing().await;
+    let ended = lab.run(&node, "/fixtures/turned-token/v1", json!({})).await;
+    let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "turned.json").await).expect("JSON");
+    assert!(seen["asked"].as_u64() > Some(0), "{seen}");
+}
+
 #[tokio::test]
 async fn mistakes_and_shown_settings_hold_no_secret() {
     let given = [("REG_SECRET", REG_SECRET), ("SECP256K1_PRIVHEX", "c0ffee00c0ffee00c0ffee00c0ffee")];
@@ -181,8 +216,7 @@ async fn a_runner_gets_the_token_only_where_plugins_toml_grants_it() {
     assert_eq!((&seen["granted"], &seen["kind"]), (&json!(false), &json!("Unsupported")), "{seen}");
     node.stop().await;
 
-    let granted = "[[plugin]]\nfile = \"zoo\"\ngrant = [\"token\"]\n";
-    let node = lab.node(&[fixtures::zoo()]).plugins_file(granted).leasing().await;
+    let node = lab.node(&[fixtures::zoo()]).plugins_file(GRANTED).leasing().await;
     let ended = lab.run(&node, "/fixtures/token/v1", json!({})).await;
     let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "token.json").await).expect("JSON");
     assert_eq!(seen["granted"], true, "{seen}");

@@ -74,6 +74,22 @@ async fn an_archive_that_cannot_be_trusted_is_refused_in_one_line() {
     assert_eq!(node.scratch().iter().filter(|path| path.is_file()).count(), 0);
 }
 
+#[tokio::test]
+async fn how_much_larger_an_archive_may_become_is_the_operators_to_say() {
+    let lab = Lab::start().await;
+    let bomb = archive(CompressionMethod::Deflated, &[("zeros", &vec![0; 20 << 20])]);
+    let strict = lab.joined(&[fixtures::zoo()]).await;
+    let ended = inputs(&lab, &strict, "few zeros", "zip", &bomb).await;
+    let reason = ended.failed().0;
+    assert!(
+        reason.ends_with("it unpacks to 20971520 bytes, more than 200 times its size (UNPACK_RATIO_MAX)"),
+        "{reason}"
+    );
+    strict.stop().await;
+    let node = lab.node(&[fixtures::zoo()]).set("UNPACK_RATIO_MAX", "5000").leasing().await;
+    inputs(&lab, &node, "zeros", "zip", &bomb).await.completed();
+}
+
 const PLY: &str =
     "ply\nformat ascii 1.0\nelement vertex 2\nproperty float x\nproperty float y\nproperty float z\nend_header\n";
 

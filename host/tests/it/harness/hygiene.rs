@@ -13,9 +13,9 @@ use std::{
 const SECRET_BYTES_MIN: usize = 12;
 /// Larger files hold data.
 const FILE_BYTES_MAX: u64 = 16 * 1024 * 1024;
-/// Settings that hold secrets, and those that name folders a node writes to.
+/// Settings that hold secrets, and those that name folders a process writes to.
 const SECRETS: [&str; 2] = ["REG_SECRET", "SECP256K1_PRIVHEX"];
-const FOLDERS: [&str; 2] = ["SCRATCH_DIR", "STATE_DIR"];
+const FOLDERS: [&str; 3] = ["SCRATCH_DIR", "STATE_DIR", "TMPDIR"];
 /// Node tokens and callback secrets of the embedded world, and its domain tokens in both their forms.
 const MARKS: [&str; 4] = ["dev-node-token-", "dev-callback-secret-", ".eyJ", "dom-ZXlK"];
 

@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt, Full, StreamBody, combinators::BoxBody};
 use hyper::{body::Frame, body::Incoming, service::service_fn};
 use hyper_util::rt::TokioIo;
@@ -42,6 +42,8 @@ pub(crate) enum Bad {
     Status(u16, &'static str),
     /// This status, and after how many seconds to come again.
     Busy(u16, u64),
+    /// As [`Bad::Busy`], as a date of this service's clock.
+    BusyUntil(u16, i64),
     /// This status, and the address to ask instead.
     Redirect(u16, String),
     /// 200 and this.
@@ -232,10 +234,15 @@ impl Inner {
 
     async fn dated(&self, request: Request<Incoming>) -> Result<Response<Body>, std::io::Error> {
         let mut response = self.answer(request).await?;
-        let now = Timestamp::now() + *self.clock();
-        let date = jiff::fmt::rfc2822::DateTimePrinter::new().timestamp_to_rfc9110_string(&now).expect("a date");
-        response.headers_mut().insert(header::DATE, date.parse().expect("a header"));
+        response.headers_mut().insert(header::DATE, self.date(0));
         Ok(response)
+    }
+
+    /// What this service's clock shows in so many seconds.
+    fn date(&self, seconds: i64) -> HeaderValue {
+        let at = Timestamp::now() + *self.clock() + SignedDuration::from_secs(seconds);
+        let date = jiff::fmt::rfc2822::DateTimePrinter::new().timestamp_to_rfc9110_string(&at).expect("a date");
+        date.parse().expect("a header")
     }
 
     async fn answer(&self, request: Request<Incoming>) -> Result<Response<Body>, std::io::Error> {
@@ -322,6 +329,11 @@ impl Inner {
                     Bad::Busy(status, seconds) => Response::builder()
                         .status(status)
                         .header(header::RETRY_AFTER, seconds)
+                        .body(whole(Bytes::new()))
+                        .expect("a response"),
+                    Bad::BusyUntil(status, seconds) => Response::builder()
+                        .status(status)
+                        .header(header::RETRY_AFTER, self.date(seconds))
                         .body(whole(Bytes::new()))
                         .expect("a response"),
                     Bad::Redirect(status, location) => Response::builder()

@@ -1,0 +1,118 @@
+//! Settings reach what they are for: each is seen from outside, at a value far from its default.
+
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::harness::{
+    Lab, fixtures,
+    node::TestNode,
+    rubbish::{Bad, Rubbish},
+};
+
+const NONCE: &str = "POST /internal/v1/auth/siwe/request";
+const VERIFY: &str = "POST /internal/v1/auth/siwe/verify";
+
+/// When the heartbeats so far arrived.
+fn beats(lab: &Lab) -> Vec<Timestamp> {
+    lab.world.journal().iter().filter(|seen| seen.path.ends_with("/heartbeat")).map(|seen| seen.at).collect()
+}
+
+/// Waits for so many heartbeats; the time from the `from`th of them to the last.
+async fn span(lab: &Lab, node: &TestNode, from: usize, count: usize) -> Duration {
+    lab.seen(node, |seen| seen.iter().filter(|seen| seen.path.ends_with("/heartbeat")).count() >= count).await;
+    let all = beats(lab);
+    Duration::try_from(all[count - 1].duration_since(all[from])).expect("they are in order")
+}
+
+/// A task that is held open and says nothing more once it has begun.
+async fn held(lab: &Lab, node: &TestNode) -> (tempfile::TempDir, Uuid) {
+    let files = tempfile::tempdir().expect("a folder");
+    let job = lab.task("/fixtures/wait-file/v1").meta(json!({ "file": files.path().join("go") })).submit();
+    lab.started(node, job).await;
+    (files, job)
+}
+
+// S0-39b
+#[tokio::test]
+async fn s0_39b_heartbeats_come_at_the_share_of_the_lease_that_was_set() {
+    let timed = async |ratios: [&str; 2], lease: u64, count: usize| {
+        let lab = Lab::with(|config| config.lease_ttl = Duration::from_secs(lease)).await;
+        let node = lab.node(&[fixtures::zoo()]).set("HEARTBEAT_MIN_RATIO", ratios[0]);
+        let node = node.set("HEARTBEAT_MAX_RATIO", ratios[1]).leasing().await;
+        let (_files, _job) = held(&lab, &node).await;
+        let from = beats(&lab).len() - 1;
+        span(&lab, &node, from, from + 1 + count).await
+    };
+    let (often, seldom) = tokio::join!(timed(["0.01", "0.02"], 30, 3), timed(["0.9", "0.8"], 3, 1));
+    // A usual third would be ten seconds each, and one second.
+    assert!(often >= Duration::from_millis(850) && often < Duration::from_secs(5), "{often:?}");
+    assert!(seldom >= Duration::from_millis(2300), "{seldom:?}");
+}
+
+// S0-30, P-27
+#[tokio::test]
+async fn s0_30_however_fast_progress_comes_heartbeats_keep_their_distance() {
+    // How many there were, and the time from the first to the last.
+    let counted = async |jitter: &str, reports: u64| {
+        let lab = Lab::start().await;
+        let node = lab.node(&[fixtures::zoo()]).set("HEARTBEAT_JITTER_MS", jitter).leasing().await;
+        let meta = json!({ "count": reports, "pause_ms": 5 });
+        lab.run(&node, "/fixtures/progress-storm/v1", meta).await.completed();
+        let all = beats(&lab);
+        (all.len() as f64, all[all.len() - 1].duration_since(all[0]).as_secs_f64())
+    };
+    let (at_once, gathered) = tokio::join!(counted("0", 500), counted("1500", 900));
+    // The last words need not wait.
+    let (count, span) = at_once;
+    assert!(span / 0.4 < count && count <= span / 0.1 + 2.0, "{count} heartbeats in {span} s");
+    let (count, span) = gathered;
+    assert!(count >= 3.0 && count <= span / 1.5 + 2.0, "{count} heartbeats in {span} s");
+}
+
+#[tokio::test]
+async fn s0_34_s0_36_pauses_after_failed_sign_ins_are_those_that_were_set() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(NONCE, 1, Bad::Status(503, "later"));
+    rubbish.answer(VERIFY, 1, Bad::Status(503, "later"));
+    let node = rubbish.node(&[fixtures::hello()]).set("REGISTER_MAX_RETRY", "1").set("REGISTER_INTERVAL_SECS", "1");
+    let node = node.set("TOKEN_REAUTH_JITTER_MS", "4000").leasing().await;
+    let pause = |message: &str| node.said(message)[0]["retry_in_ms"].as_u64().expect("a pause");
+    assert_eq!(pause("registration failed"), 1000, "the interval, not the growing pause");
+    let login = pause("login failed");
+    assert!((1000..=2000).contains(&login), "half of the jitter, less up to a half: {login}");
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn s0_39_the_noop_is_there_by_a_switch_sleeps_as_long_as_was_set_and_heeds_a_cancel() {
+    const NOOP: &str = "/examples/noop/v1";
+    let lab = Lab::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
+    // Where nothing unlisted is loaded, the switch is what lists it.
+    let listed = |plugins: &[std::path::PathBuf]| {
+        lab.node(plugins).plugins_file("[trust]\nunlisted = \"refuse\"\n[[plugin]]\nfile = \"hello\"\n")
+    };
+    let plugins = [fixtures::noop(), fixtures::hello()];
+    let node = listed(&plugins).leasing().await;
+    assert_eq!(node.status().await["capabilities"], json!(["/examples/hello/v1"]));
+    node.stop().await;
+
+    let node = listed(&plugins).set("ENABLE_NOOP", "true").set("NOOP_SLEEP_SECS", "0.7").leasing().await;
+    let began = Instant::now();
+    let ended = lab.run(&node, NOOP, json!({})).await;
+    assert!(ended.completed().artifacts().is_empty());
+    let took = began.elapsed();
+    assert!(took >= Duration::from_millis(700) && took < Duration::from_millis(4500), "{took:?}");
+    node.stop().await;
+
+    let node = listed(&plugins).set("ENABLE_NOOP", "true").set("NOOP_SLEEP_SECS", "3600").leasing().await;
+    let job = lab.task(NOOP).submit();
+    lab.task_until(&node, job, |task: &Value| task["status"] == "running").await;
+    assert!(lab.world.cancel_job(job));
+    let line = node.says("task ended, nothing to report").await;
+    assert_eq!(line["outcome"], "cancelled", "{line}");
+    node.stop().await;
+}
