@@ -25,7 +25,7 @@ pub use lease::{Lease, TaskId};
 pub use mailbox::{Mailbox, MailboxError, Pending};
 pub use millis::millis;
 pub use moment::Moment;
-pub use outcome::{Outcome, ReportName, Stage, Verdict};
+pub use outcome::{KeptLease, Outcome, ReportName, Stage, Verdict};
 pub use ports::{Fetched, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports};
 pub use status::{
     DiskStatus, HeldNumber, HeldTasks, HostStatus, Live, OutboxStatus, Phase, PollStatus, ReportState, StatusBoard,

@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::entry::{Entry, Listing, ListingState, Tries};
+use crate::model::{KeptLease, TaskId};
 
 /// First pause after a failure, before its jitter.
 const PAUSE_MIN: Duration = Duration::from_millis(200);
@@ -41,6 +42,8 @@ enum Place {
 
 struct Held {
     entry: Arc<Entry>,
+    /// What its task was called when it ended, and is called where ended tasks are shown.
+    ended_as: TaskId,
     tries: Tries,
     place: Place,
     /// Failures in a row when it was sent last.
@@ -48,7 +51,7 @@ struct Held {
     /// It stands in the file, or will soon.
     written: bool,
     /// What keeps the lease of its task; none after a restart, until the plane leases the task to us again.
-    lease_kept: Option<Box<dyn Send>>,
+    lease_kept: Option<Box<dyn KeptLease>>,
 }
 
 /// Why a report was not accepted for now.
@@ -64,6 +67,8 @@ pub(super) struct Failure<'a> {
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Gone {
     pub(super) entry: Arc<Entry>,
+    /// See [`Held::ended_as`].
+    pub(super) ended_as: TaskId,
     /// It has to be taken out of the file too.
     pub(super) written: bool,
 }
@@ -96,10 +101,7 @@ impl Book {
     /// Takes in what was found at the start. What is ours is due at once.
     pub(super) fn found(&mut self, number: u64, entry: Entry, tries: Tries, ours: bool, now: Instant) {
         let place = if ours { Place::Waiting { due: now } } else { Place::Foreign };
-        self.held.insert(
-            number,
-            Held { entry: Arc::new(entry), tries, place, failures: 0, written: true, lease_kept: None },
-        );
+        self.held.insert(number, Held { tries, written: true, ..Held::new(Arc::new(entry), place) });
         self.skip(number);
     }
 
@@ -112,8 +114,7 @@ impl Book {
     pub(super) fn add(&mut self, entry: Arc<Entry>) -> u64 {
         let number = self.next;
         self.next += 1;
-        let (tries, place) = (Tries::default(), Place::Fresh);
-        self.held.insert(number, Held { entry, tries, place, failures: 0, written: false, lease_kept: None });
+        self.held.insert(number, Held::new(entry, Place::Fresh));
         number
     }
 
@@ -130,7 +131,7 @@ impl Book {
     }
 
     /// Keeps what keeps a lease for as long as the report is here.
-    pub(super) fn hold(&mut self, number: u64, lease: Box<dyn Send>) {
+    pub(super) fn hold(&mut self, number: u64, lease: Box<dyn KeptLease>) {
         if let Some(held) = self.held.get_mut(&number) {
             held.lease_kept = Some(lease);
         }
@@ -149,11 +150,13 @@ impl Book {
         }
     }
 
-    /// Puts another version in the place of a report.
-    pub(super) fn replace(&mut self, number: u64, entry: Arc<Entry>) {
-        if let Some(held) = self.held.get_mut(&number) {
-            held.entry = entry;
-        }
+    /// Takes over what the plane calls the task of a report by now. `true`: that is to be written.
+    pub(super) fn rename(&mut self, number: u64) -> bool {
+        let Some(held) = self.held.get_mut(&number) else { return false };
+        let name = held.lease_kept.as_ref().map(|lease| lease.name());
+        let Some(renamed) = name.and_then(|name| held.entry.renamed(&name)) else { return false };
+        held.entry = Arc::new(renamed);
+        held.written
     }
 
     /// How many waiting reports may be under way at once.
@@ -203,10 +206,6 @@ impl Book {
         Some((Arc::clone(&held.entry), tries.clone()))
     }
 
-    pub(super) fn get(&self, number: u64) -> Option<(Arc<Entry>, Tries)> {
-        self.held.get(&number).map(|held| (Arc::clone(&held.entry), held.tries.clone()))
-    }
-
     /// The plane took it or refused it for good: it is there, and the others need not wait for it.
     pub(super) fn answered(&mut self, number: u64) -> Option<Gone> {
         self.failures = 0;
@@ -221,7 +220,7 @@ impl Book {
         if self.waiting() == 0 {
             self.last_error = None;
         }
-        Some(Gone { entry: held.entry, written: held.written })
+        Some(Gone { entry: held.entry, ended_as: held.ended_as, written: held.written })
     }
 
     /// It was sent in vain, which is to be written. `None` when it was dropped meanwhile; else its new tries, the pause it
@@ -328,6 +327,12 @@ impl Book {
 }
 
 impl Held {
+    /// One that was never sent nor written.
+    fn new(entry: Arc<Entry>, place: Place) -> Self {
+        let ended_as = entry.task();
+        Self { entry, ended_as, tries: Tries::default(), place, failures: 0, written: false, lease_kept: None }
+    }
+
     /// Somebody sends it, or is about to.
     fn is_sent(&self) -> bool {
         matches!(self.place, Place::Fresh | Place::Sending)

@@ -49,7 +49,7 @@ pub use self::{
 };
 use crate::{
     leases::{Advice, LeaseError, LeaseSource},
-    model::{Lease, OutboxStatus, ReportName, ReportState, StatusBoard, TaskId, Verdict, millis},
+    model::{KeptLease, Lease, OutboxStatus, ReportState, StatusBoard, TaskId, Verdict, millis},
 };
 
 /// What is noted of a try that ended with its sender.
@@ -210,7 +210,7 @@ impl Outbox {
 
     /// Holds `lease` as long as the report about `task` is on its way, and sends that now. Without
     /// such a report the lease is dropped.
-    pub fn adopt(&self, task: TaskId, lease: impl Send + 'static) {
+    pub fn adopt(&self, task: TaskId, lease: impl KeptLease + 'static) {
         self.with(|book| {
             if let Some(number) = book.owed(task.0) {
                 book.hold(number, Box::new(lease));
@@ -324,11 +324,12 @@ impl Outbox {
         let numbers = self.lock().book.numbers(tasks);
         for number in numbers {
             let listing = self.lock().book.listing(number);
-            let Some((Gone { entry, written }, listing)) = self.with(|book| book.remove(number)).zip(listing) else {
+            let Some((Gone { entry, ended_as, written }, listing)) = self.with(|book| book.remove(number)).zip(listing)
+            else {
                 continue;
             };
             warn!(task_id = %entry.task(), outcome = entry.verdict.outcome.word(), "report dropped by an operator");
-            self.0.board.settled(entry.task(), ReportState::Dropped);
+            self.0.board.settled(ended_as, ReportState::Dropped);
             if written && let Err(err) = self.0.writer.write(Change::Remove(number)).await {
                 warn!(task_id = %entry.task(), error = %err, "dropped report is still in the file");
             }
@@ -338,17 +339,17 @@ impl Outbox {
     }
 
     /// Forgets a report that the plane took or will never take, also on the disk.
-    fn answered(&self, number: u64) -> Option<()> {
-        self.with(|book| self.forget(number, book.answered(number)?))
+    fn answered(&self, number: u64) -> Option<TaskId> {
+        self.with(|book| Some(self.forget(number, book.answered(number)?)))
     }
 
     /// Takes a report that has just left the book out of the file too, in the same breath: a write of it
-    /// must not come after this.
-    fn forget(&self, number: u64, gone: Gone) -> Option<()> {
+    /// must not come after this. With what its task is called among those that ended.
+    fn forget(&self, number: u64, gone: Gone) -> TaskId {
         if gone.written {
             self.0.writer.note(Change::Remove(number));
         }
-        Some(())
+        gone.ended_as
     }
 
     /// Changes the book, and what is shown of it.
@@ -402,7 +403,14 @@ struct Try {
 impl Try {
     /// `None` when there is nothing to be sent.
     fn begin(outbox: &Outbox, number: u64, who: Sender) -> Option<Self> {
-        let (entry, tries) = outbox.with(|book| book.begin(number, Timestamp::now()))?;
+        let (entry, tries) = outbox.with(|book| {
+            let renamed = book.rename(number);
+            let (entry, tries) = book.begin(number, Timestamp::now())?;
+            if renamed {
+                outbox.0.writer.note(Change::Put(number, entry.encode(&tries)));
+            }
+            Some((entry, tries))
+        })?;
         Some(Self { outbox: outbox.clone(), number, entry, tries, who, ended: false })
     }
 
@@ -430,21 +438,21 @@ impl Try {
         let (task, verdict, tries) = (entry.task(), &entry.verdict, tries.count);
         let Err(err) = settled else {
             crate::crash::point("answer-read");
-            outbox.answered(*number);
+            let ended_as = outbox.answered(*number);
             if *who == Sender::Outbox {
                 let waited = Timestamp::now().duration_since(entry.ended_at).max(SignedDuration::ZERO);
                 let waited_ms = millis(waited.unsigned_abs());
                 info!(task_id = %task, outcome = verdict.outcome.word(), tries, waited_ms, "report delivered");
-                outbox.0.board.settled(task, ReportState::Accepted);
+                outbox.0.board.settled(ended_as.unwrap_or(task), ReportState::Accepted);
             }
             return Some(Sent::Accepted);
         };
         let error = err.to_string();
         if for_good(&err) {
-            outbox.answered(*number)?;
+            let ended_as = outbox.answered(*number)?;
             if *who == Sender::Outbox {
                 warn!(task_id = %task, outcome = verdict.outcome.word(), tries, error, "report refused for good");
-                outbox.0.board.settled(task, ReportState::Refused);
+                outbox.0.board.settled(ended_as, ReportState::Refused);
             }
             return Some(Sent::Refused(error));
         }
@@ -503,11 +511,10 @@ impl Kept {
         Ticket { outbox: self.outbox.clone(), number: self.number }
     }
 
-    /// The first try, under the name the plane uses by now. Dropping the future leaves the report to
-    /// the outbox. `lease` is held as long as the report is on its way, and dropped with it: the plane
+    /// The first try. Dropping the future leaves the report to the outbox. `lease` says before each try what
+    /// the plane calls the task by now. It is held as long as the report is on its way, and dropped with it: the plane
     /// shall not give the task out again meanwhile.
-    pub async fn send(mut self, name: &ReportName, lease: impl Send + 'static) -> Sent {
-        self.rename(name);
+    pub async fn send(mut self, lease: impl KeptLease + 'static) -> Sent {
         self.outbox.with(|book| book.hold(self.number, Box::new(lease)));
         let outbox = self.outbox.clone();
         let Ok(_sender) = outbox.0.senders.try_acquire() else {
@@ -529,19 +536,7 @@ impl Kept {
     pub fn withdraw(mut self) {
         self.done = true;
         let outbox = &self.outbox;
-        outbox.with(|book| outbox.forget(self.number, book.remove(self.number)?));
-    }
-
-    fn rename(&self, name: &ReportName) {
-        self.outbox.with(|book| {
-            let Some((entry, tries)) = book.get(self.number) else { return };
-            if let Some(renamed) = entry.renamed(name) {
-                if book.is_written(self.number) {
-                    self.outbox.0.writer.note(Change::Put(self.number, renamed.encode(&tries)));
-                }
-                book.replace(self.number, Arc::new(renamed));
-            }
-        });
+        outbox.with(|book| Some(outbox.forget(self.number, book.remove(self.number)?)));
     }
 }
 

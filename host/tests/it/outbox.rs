@@ -217,6 +217,26 @@ async fn a_lease_is_kept_while_its_report_is_on_its_way_and_no_longer() {
 }
 
 #[tokio::test]
+async fn a_waiting_report_follows_its_task_when_a_heartbeat_renames_it() {
+    let other = "11111111-2222-4333-8444-555555555555";
+    let lab = Lab::with(|config| config.lease_ttl = Duration::from_secs(1)).await;
+    let rubbish = Rubbish::before(&lab).await;
+    let complete = format!("POST /v1/tasks/{other}/complete");
+    // Calls for the new name are answered here: the world knows the task by its old one.
+    rubbish.answer(&complete, 1, Bad::Json(json!({})));
+    rubbish.answer(&format!("POST /v1/tasks/{other}/heartbeat"), usize::MAX, Bad::Json(json!({})));
+    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    lab.task("/fixtures/ok/v1").submit();
+    waiting(&node, 1).await;
+    rubbish.answer("POST /v1/tasks/*/heartbeat", usize::MAX, Bad::Json(json!({ "task_id": other })));
+    let line = node.says("report delivered").await;
+    assert_eq!((line["task_id"].as_str(), rubbish.count(&complete)), (Some(other), 1), "{}", node.log());
+    node.page_until("/status.json", |page| page.1["recent"][0]["report"] == "accepted").await;
+    node.stop().await;
+}
+
+#[tokio::test]
 async fn a_node_that_stops_tries_its_reports_more_than_once() {
     let lab = Lab::start().await;
     let rubbish = Rubbish::before(&lab).await;
