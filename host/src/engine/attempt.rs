@@ -119,9 +119,9 @@ async fn settle(
     let ticket = kept.ticket();
     let said = async move {
         match session.close().await {
-            Ok(name) => {
+            Ok(_) => {
                 crash::point("before-report");
-                Settled::Sent(kept.send(&name, session).await)
+                Settled::Sent(kept.send(session).await)
             }
             Err(silence) => {
                 kept.withdraw();

@@ -20,7 +20,7 @@ use tokio::sync::watch;
 use url::Url;
 use uuid::Uuid;
 
-use super::{Lease, Mailbox, Moment};
+use super::{Lease, Mailbox, Moment, ReportName};
 
 /// A bearer token. Never printed; compared only for change.
 #[derive(Clone)]
@@ -178,6 +178,8 @@ pub struct Granted {
     fence: Fence,
     token_fence: Fence,
     replaced: Mutex<Vec<Token>>,
+    /// What the plane calls the task since it has changed that.
+    renamed: Mutex<Option<ReportName>>,
     token: watch::Receiver<Option<Token>>,
     setup: watch::Receiver<Setup>,
 }
@@ -215,6 +217,11 @@ impl GrantKeys {
         &self.granted.token_fence
     }
 
+    /// Publishes what the plane calls the task from now on.
+    pub fn rename(&self, name: ReportName) {
+        *self.granted.renamed.lock().unwrap_or_else(PoisonError::into_inner) = Some(name);
+    }
+
     /// Publishes a newer bearer. `false`: it is the one that is known.
     pub fn renew(&self, token: Token) -> bool {
         let mut old = None;
@@ -250,6 +257,7 @@ impl Grant {
             cancel: CancelSignal::default(),
             mailbox: Mailbox::default(),
             replaced: Mutex::default(),
+            renamed: Mutex::default(),
             token: token.subscribe(),
             setup: setup.subscribe(),
         });
@@ -262,6 +270,14 @@ impl Grant {
         let mut tokens = self.replaced.lock().unwrap_or_else(PoisonError::into_inner).clone();
         tokens.extend(self.token());
         tokens
+    }
+
+    /// What a report is to call the task, as far as the plane has said.
+    #[must_use]
+    pub fn name(&self) -> ReportName {
+        let Lease { task, job, domain_id, .. } = self.lease;
+        let renamed = self.renamed.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        renamed.unwrap_or(ReportName { task, job, domain_id })
     }
 
     /// Whether the lease is ours at this very moment. Ask immediately before anything is sent for it: a

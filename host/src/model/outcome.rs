@@ -184,6 +184,12 @@ pub struct ReportName {
     pub domain_id: Option<Uuid>,
 }
 
+/// What keeps a lease while the report of its task is on its way.
+pub trait KeptLease: Send {
+    /// What the report is to call the task by now.
+    fn name(&self) -> ReportName;
+}
+
 /// The end of an attempt together with what it published: what is reported, once.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Verdict {

@@ -195,13 +195,15 @@ impl Serialize for Turning {
     }
 }
 
-/// Reports that were sent in vain so far.
+/// Reports the control plane has not accepted yet.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct OutboxStatus {
-    /// How many wait to be sent again.
+    /// How many there are, from the end of their tasks on.
     pub waiting: usize,
     /// When the task of the oldest one ended.
     pub oldest: Option<Timestamp>,
+    /// How often that one was sent.
+    pub oldest_tries: Option<u32>,
     /// Why the last one sent was not accepted, one line; gone when none waits.
     pub last_error: Option<String>,
     /// Reports of another control plane or node that are kept, and not sent.

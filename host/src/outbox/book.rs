@@ -1,9 +1,10 @@
 //! What is on its way and whose turn it is: a machine without clock, socket or disk.
 //!
 //! A report is *fresh* while the attempt that made it sends it for the first time. If that fails it
-//! waits, and waiting ones are sent again one after the other, the oldest whose pause is over first. A
-//! failure also quiets the whole outbox for a growing pause, so that a plane that is away costs one
-//! request a pause and not one a report; a success ends that.
+//! waits, and waiting ones are sent again, the oldest whose pause is over first: several at once while the
+//! plane takes them, one of each task. A failure quiets the whole outbox for a growing pause, after which one
+//! alone is tried, so that a plane that is away costs one request a pause and not one a report; a success
+//! ends that.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -16,11 +17,14 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::entry::{Entry, Listing, ListingState, Tries};
+use crate::model::{KeptLease, TaskId};
 
 /// First pause after a failure, before its jitter.
 const PAUSE_MIN: Duration = Duration::from_millis(200);
 /// Longest pause, before its jitter.
 const PAUSE_MAX: Duration = Duration::from_secs(300);
+/// Waiting reports sent at once to a plane that takes them.
+const ABREAST: usize = 8;
 
 /// The pause after failure number `count` in a row: doubling, jittered downwards by up to a half.
 /// `draw` lies in 0..1.
@@ -38,12 +42,16 @@ enum Place {
 
 struct Held {
     entry: Arc<Entry>,
+    /// What its task was called when it ended, and is called where ended tasks are shown.
+    ended_as: TaskId,
     tries: Tries,
     place: Place,
+    /// Failures in a row when it was sent last.
+    failures: u32,
     /// It stands in the file, or will soon.
     written: bool,
     /// What keeps the lease of its task; none after a restart, until the plane leases the task to us again.
-    lease_kept: Option<Box<dyn Send>>,
+    lease_kept: Option<Box<dyn KeptLease>>,
 }
 
 /// Why a report was not accepted for now.
@@ -53,13 +61,14 @@ pub(super) struct Failure<'a> {
     pub(super) error: &'a str,
     /// How long the plane asks to be left alone; [`PAUSE_MAX`] is the most it gets.
     pub(super) retry_after: Option<Duration>,
-    pub(super) at: Timestamp,
 }
 
 /// A report that was taken out of the book.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Gone {
     pub(super) entry: Arc<Entry>,
+    /// See [`Held::ended_as`].
+    pub(super) ended_as: TaskId,
     /// It has to be taken out of the file too.
     pub(super) written: bool,
 }
@@ -67,11 +76,11 @@ pub(super) struct Gone {
 /// What to do next.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Turn {
-    /// Send this one; it is marked as being sent.
+    /// Send this one: see [`Book::begin`].
     Send(u64),
     /// Nobody's pause is over before this.
     At(Instant),
-    /// Nothing waits.
+    /// Nothing waits for a moment: an answer comes first, or another report.
     Idle,
 }
 
@@ -83,6 +92,8 @@ pub(super) struct Book {
     /// Failures in a row, whichever report.
     failures: u32,
     quiet_until: Option<Instant>,
+    /// The last answer to a report was one that ended it.
+    flows: bool,
     last_error: Option<String>,
 }
 
@@ -90,7 +101,7 @@ impl Book {
     /// Takes in what was found at the start. What is ours is due at once.
     pub(super) fn found(&mut self, number: u64, entry: Entry, tries: Tries, ours: bool, now: Instant) {
         let place = if ours { Place::Waiting { due: now } } else { Place::Foreign };
-        self.held.insert(number, Held { entry: Arc::new(entry), tries, place, written: true, lease_kept: None });
+        self.held.insert(number, Held { tries, written: true, ..Held::new(Arc::new(entry), place) });
         self.skip(number);
     }
 
@@ -103,8 +114,7 @@ impl Book {
     pub(super) fn add(&mut self, entry: Arc<Entry>) -> u64 {
         let number = self.next;
         self.next += 1;
-        let (tries, place) = (Tries::default(), Place::Fresh);
-        self.held.insert(number, Held { entry, tries, place, written: false, lease_kept: None });
+        self.held.insert(number, Held::new(entry, Place::Fresh));
         number
     }
 
@@ -121,7 +131,7 @@ impl Book {
     }
 
     /// Keeps what keeps a lease for as long as the report is here.
-    pub(super) fn hold(&mut self, number: u64, lease: Box<dyn Send>) {
+    pub(super) fn hold(&mut self, number: u64, lease: Box<dyn KeptLease>) {
         if let Some(held) = self.held.get_mut(&number) {
             held.lease_kept = Some(lease);
         }
@@ -140,23 +150,35 @@ impl Book {
         }
     }
 
-    /// Puts another version in the place of a report.
-    pub(super) fn replace(&mut self, number: u64, entry: Arc<Entry>) {
-        if let Some(held) = self.held.get_mut(&number) {
-            held.entry = entry;
-        }
+    /// Takes over what the plane calls the task of a report by now. `true`: that is to be written.
+    pub(super) fn rename(&mut self, number: u64) -> bool {
+        let Some(held) = self.held.get_mut(&number) else { return false };
+        let name = held.lease_kept.as_ref().map(|lease| lease.name());
+        let Some(renamed) = name.and_then(|name| held.entry.renamed(&name)) else { return false };
+        held.entry = Arc::new(renamed);
+        held.written
+    }
+
+    /// How many waiting reports may be under way at once.
+    pub(super) fn abreast(&self) -> usize {
+        if self.flows { ABREAST } else { 1 }
     }
 
     /// Whose turn it is.
-    pub(super) fn turn(&mut self, now: Instant) -> Turn {
-        let waiting = |held: &Held| if let Place::Waiting { due } = held.place { Some(due) } else { None };
+    pub(super) fn turn(&self, now: Instant) -> Turn {
+        if self.held.values().filter(|held| held.place == Place::Sending).count() >= self.abreast() {
+            return Turn::Idle;
+        }
+        let under_way: Vec<Uuid> =
+            self.held.values().filter(|held| held.is_sent()).map(|held| held.entry.task_id).collect();
+        let waiting = |held: &Held| match held.place {
+            Place::Waiting { due } if !under_way.contains(&held.entry.task_id) => Some(due),
+            _ => None,
+        };
         let quiet = self.quiet_until.filter(|until| *until > now);
-        let due = self.held.iter_mut().find(|(_, held)| waiting(held).is_some_and(|due| due <= now));
+        let due = self.held.iter().find(|(_, held)| waiting(held).is_some_and(|due| due <= now));
         match (due, quiet) {
-            (Some((number, held)), None) => {
-                held.place = Place::Sending;
-                Turn::Send(*number)
-            }
+            (Some((number, _)), None) => Turn::Send(*number),
             (Some(_), Some(until)) => Turn::At(until),
             (None, quiet) => match self.held.values().filter_map(waiting).min() {
                 Some(due) => Turn::At(quiet.map_or(due, |until| until.max(due))),
@@ -165,14 +187,30 @@ impl Book {
         }
     }
 
-    pub(super) fn get(&self, number: u64) -> Option<(Arc<Entry>, Tries)> {
-        self.held.get(&number).map(|held| (Arc::clone(&held.entry), held.tries.clone()))
+    /// Begins a try, which counts from now on. `None` when there is nothing to be sent: the report is gone,
+    /// or one of its task is under way.
+    pub(super) fn begin(&mut self, number: u64, at: Timestamp) -> Option<(Arc<Entry>, Tries)> {
+        let task = self.held.get(&number)?.entry.task_id;
+        let busy = self.held.values().any(|held| held.is_sent() && held.entry.task_id == task);
+        let held = self.held.get_mut(&number)?;
+        match held.place {
+            Place::Fresh => {}
+            Place::Waiting { .. } if !busy => held.place = Place::Sending,
+            Place::Waiting { .. } | Place::Sending | Place::Foreign => return None,
+        }
+        held.failures = self.failures;
+        let tries = &mut held.tries;
+        tries.count = tries.count.saturating_add(1);
+        tries.first.get_or_insert(at);
+        tries.last = Some(at);
+        Some((Arc::clone(&held.entry), tries.clone()))
     }
 
     /// The plane took it or refused it for good: it is there, and the others need not wait for it.
     pub(super) fn answered(&mut self, number: u64) -> Option<Gone> {
         self.failures = 0;
         self.quiet_until = None;
+        self.flows = true;
         self.remove(number)
     }
 
@@ -182,7 +220,7 @@ impl Book {
         if self.waiting() == 0 {
             self.last_error = None;
         }
-        Some(Gone { entry: held.entry, written: held.written })
+        Some(Gone { entry: held.entry, ended_as: held.ended_as, written: held.written })
     }
 
     /// It was sent in vain, which is to be written. `None` when it was dropped meanwhile; else its new tries, the pause it
@@ -194,23 +232,31 @@ impl Book {
         now: Instant,
         draw: f64,
     ) -> Option<(Tries, Duration, bool)> {
-        let Failure { error, retry_after, at } = failure;
+        let Failure { error, retry_after } = failure;
         let asked = retry_after.unwrap_or_default().min(PAUSE_MAX);
-        self.failures = self.failures.saturating_add(1);
+        self.flows = false;
         let held = self.held.get_mut(&number)?;
-        let tries = &mut held.tries;
-        tries.count = tries.count.saturating_add(1);
-        tries.first.get_or_insert(at);
-        tries.last = Some(at);
-        tries.error = Some(error.to_owned());
+        // Those sent side by side fail together, and that is one failure.
+        let news = held.failures == self.failures;
+        self.failures = self.failures.saturating_add(u32::from(news));
+        held.tries.error = Some(error.to_owned());
         // Twice the pause of all: a report that alone fails must not be the next one again and again.
-        let own = pause_after(tries.count + 1, draw).max(asked);
+        let own = pause_after(held.tries.count.saturating_add(1), draw).max(asked);
         held.place = Place::Waiting { due: now + own };
         held.written = true;
         let all = pause_after(self.failures, draw).max(asked);
-        self.quiet_until = Some(now + all);
+        self.quiet_until = self.quiet_until.max(Some(now + all));
         self.last_error = Some(error.to_owned());
-        Some((held.tries.clone(), own.max(all), self.failures == 1))
+        Some((held.tries.clone(), own.max(all), news && self.failures == 1))
+    }
+
+    /// A try ended without an answer because its sender did, which is to be written.
+    pub(super) fn broken_off(&mut self, number: u64, why: &str, now: Instant) -> Option<(Arc<Entry>, Tries)> {
+        let held = self.held.get_mut(&number)?;
+        held.tries.error = Some(why.to_owned());
+        held.place = Place::Waiting { due: now };
+        held.written = true;
+        Some((Arc::clone(&held.entry), held.tries.clone()))
     }
 
     /// A report that could not be sent by its attempt waits for its turn now.
@@ -269,9 +315,10 @@ impl Book {
         self.held.values().filter(|held| held.waits()).count()
     }
 
-    /// When the oldest of them ended.
-    pub(super) fn oldest(&self) -> Option<Timestamp> {
-        self.held.values().find(|held| held.waits()).map(|held| held.entry.ended_at)
+    /// When the task of the oldest report of ours ended, and how often that was sent.
+    pub(super) fn oldest(&self) -> Option<(Timestamp, u32)> {
+        let oldest = self.held.values().find(|held| held.place != Place::Foreign)?;
+        Some((oldest.entry.ended_at, oldest.tries.count))
     }
 
     pub(super) fn last_error(&self) -> Option<&str> {
@@ -280,6 +327,17 @@ impl Book {
 }
 
 impl Held {
+    /// One that was never sent nor written.
+    fn new(entry: Arc<Entry>, place: Place) -> Self {
+        let ended_as = entry.task();
+        Self { entry, ended_as, tries: Tries::default(), place, failures: 0, written: false, lease_kept: None }
+    }
+
+    /// Somebody sends it, or is about to.
+    fn is_sent(&self) -> bool {
+        matches!(self.place, Place::Fresh | Place::Sending)
+    }
+
     fn waits(&self) -> bool {
         matches!(self.place, Place::Waiting { .. } | Place::Sending)
     }
@@ -317,7 +375,20 @@ mod tests {
     }
 
     fn refused(retry_after: Option<Duration>) -> Failure<'static> {
-        Failure { error: "no", retry_after, at: Timestamp::UNIX_EPOCH }
+        Failure { error: "no", retry_after }
+    }
+
+    fn begin(book: &mut Book, number: u64) {
+        book.begin(number, Timestamp::UNIX_EPOCH).expect("there to be sent");
+    }
+
+    /// Whose turn it is; it is sent.
+    fn turn(book: &mut Book, now: Instant) -> Turn {
+        let turn = book.turn(now);
+        if let Turn::Send(number) = turn {
+            begin(book, number);
+        }
+        turn
     }
 
     /// Plays a plane for `count` reports that wait, for at most `limit`: when each was sent, in
@@ -329,7 +400,7 @@ mod tests {
         }
         let (mut now, mut seen) = (start, Vec::new());
         loop {
-            match book.turn(now) {
+            match turn(&mut book, now) {
                 Turn::Send(number) => {
                     let at = now - start;
                     let failed = fails(number, at);
@@ -390,17 +461,17 @@ mod tests {
             for number in 0..2 {
                 book.found(number, entry(u128::from(number)), Tries::default(), true, start);
             }
-            assert_eq!(book.turn(start), Turn::Send(0));
+            assert_eq!(turn(&mut book, start), Turn::Send(0));
             book.failed(0, refused(asked.map(Duration::from_secs)), start, 1.0);
             // The other report waits as long, or for the pause of all, which is half as long.
             let all = if pause == 400 { 200 } else { pause };
             assert_eq!(book.turn(start), Turn::At(start + Duration::from_millis(all)));
             // A poll that is answered ends the pause of all, and not that of the refused one.
             assert!(book.plane_answers());
-            assert_eq!(
-                (book.turn(start), book.turn(start)),
-                (Turn::Send(1), Turn::At(start + Duration::from_millis(pause)))
-            );
+            assert_eq!(turn(&mut book, start), Turn::Send(1));
+            assert_eq!(book.turn(start), Turn::Idle, "one alone, as the plane has not taken any");
+            book.answered(1);
+            assert_eq!(book.turn(start), Turn::At(start + Duration::from_millis(pause)));
         }
     }
 
@@ -414,7 +485,57 @@ mod tests {
         book.hurry(None, now);
         assert_eq!(book.turn(now), Turn::Idle);
         book.hand_over(fresh, now);
-        assert_eq!(book.turn(now), Turn::Send(fresh));
+        assert_eq!(turn(&mut book, now), Turn::Send(fresh));
         assert_eq!(book.turn(now), Turn::Idle, "it is being sent");
+    }
+
+    #[test]
+    fn several_are_sent_at_once_while_the_plane_takes_them_and_one_alone_before_and_after_a_failure() {
+        let (mut book, now) = (Book::default(), Instant::now());
+        for number in 0..20 {
+            book.found(number, entry(u128::from(number)), Tries::default(), true, now);
+        }
+        let round = |book: &mut Book, now| -> Vec<u64> {
+            std::iter::from_fn(|| if let Turn::Send(number) = turn(book, now) { Some(number) } else { None }).collect()
+        };
+        assert_eq!(round(&mut book, now), [0]);
+        book.answered(0);
+        assert_eq!(round(&mut book, now), (1..9).collect::<Vec<_>>());
+        book.answered(5);
+        assert_eq!(round(&mut book, now), [9]);
+        // The plane goes away: eight failures side by side are one, and cost the pause of one.
+        let mut first = 0;
+        for number in [1, 2, 3, 4, 6, 7, 8, 9] {
+            let (_, _, said) = book.failed(number, refused(None), now, 1.0).expect("still there");
+            first += u32::from(said);
+        }
+        assert_eq!((first, book.turn(now)), (1, Turn::At(now + PAUSE_MIN)));
+        assert_eq!(round(&mut book, now + PAUSE_MIN), [10]);
+    }
+
+    #[test]
+    fn of_one_task_one_report_is_under_way() {
+        let (mut book, now) = (Book::default(), Instant::now());
+        for (number, task) in [(0, 8), (1, 7), (2, 7), (3, 9)] {
+            book.found(number, entry(task), Tries::default(), true, now);
+        }
+        begin(&mut book, 0);
+        book.answered(0);
+        assert_eq!((turn(&mut book, now), turn(&mut book, now)), (Turn::Send(1), Turn::Send(3)));
+        assert_eq!((book.turn(now), book.begin(2, Timestamp::UNIX_EPOCH)), (Turn::Idle, None));
+        book.answered(1);
+        assert_eq!(book.turn(now), Turn::Send(2));
+    }
+
+    #[test]
+    fn a_try_counts_from_its_beginning_and_also_when_it_is_broken_off() {
+        let (mut book, now) = (Book::default(), Instant::now());
+        let number = book.add(Arc::new(entry(1)));
+        assert_eq!(book.oldest(), Some((Timestamp::UNIX_EPOCH, 0)));
+        begin(&mut book, number);
+        assert_eq!(book.oldest(), Some((Timestamp::UNIX_EPOCH, 1)));
+        let (_, tries) = book.broken_off(number, "the node stopped", now).expect("there");
+        assert_eq!((tries.count, tries.error.as_deref()), (1, Some("the node stopped")));
+        assert_eq!(book.turn(now), Turn::Send(number));
     }
 }

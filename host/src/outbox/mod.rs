@@ -26,6 +26,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use jiff::{SignedDuration, Timestamp};
 use tokio::{
     sync::{Notify, Semaphore},
@@ -48,8 +49,11 @@ pub use self::{
 };
 use crate::{
     leases::{Advice, LeaseError, LeaseSource},
-    model::{Lease, OutboxStatus, ReportName, ReportState, StatusBoard, TaskId, Verdict, millis},
+    model::{KeptLease, Lease, OutboxStatus, ReportState, StatusBoard, TaskId, Verdict, millis},
 };
+
+/// What is noted of a try that ended with its sender.
+const BROKEN_OFF: &str = "the node stopped before the control plane answered";
 
 /// How often the last rounds may fail before they are given up: a plane that is away would cost a
 /// shutdown a request for each report.
@@ -206,7 +210,7 @@ impl Outbox {
 
     /// Holds `lease` as long as the report about `task` is on its way, and sends that now. Without
     /// such a report the lease is dropped.
-    pub fn adopt(&self, task: TaskId, lease: impl Send + 'static) {
+    pub fn adopt(&self, task: TaskId, lease: impl KeptLease + 'static) {
         self.with(|book| {
             if let Some(number) = book.owed(task.0) {
                 book.hold(number, Box::new(lease));
@@ -244,25 +248,22 @@ impl Outbox {
 
     /// Sends what waits until told to stop.
     pub async fn run(&self, stop: CancellationToken) {
+        let mut under_way = FuturesUnordered::new();
         loop {
             let turn = self.lock().book.turn(Instant::now());
-            match turn {
-                Turn::Send(number) => tokio::select! {
-                    () = stop.cancelled() => {
-                        self.with(|book| book.hand_over(number, Instant::now()));
-                        return;
-                    }
-                    _ = self.send(number, Sender::Outbox) => {}
-                },
-                Turn::At(due) => tokio::select! {
-                    () = stop.cancelled() => return,
-                    () = tokio::time::sleep_until(due) => {}
-                    () = self.0.turn.notified() => {}
-                },
-                Turn::Idle => tokio::select! {
-                    () = stop.cancelled() => return,
-                    () = self.0.turn.notified() => {}
-                },
+            let due = match turn {
+                Turn::Send(number) => {
+                    under_way.extend(Try::begin(self, number, Sender::Outbox).map(Try::run));
+                    continue;
+                }
+                Turn::At(due) => Some(due),
+                Turn::Idle => None,
+            };
+            tokio::select! {
+                () = stop.cancelled() => return,
+                Some(_) = under_way.next() => {}
+                () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
+                () = self.0.turn.notified() => {}
             }
         }
     }
@@ -290,18 +291,18 @@ impl Outbox {
 
     /// Sends every report of ours once, until so many have failed; with how many did. `None`: time is up.
     async fn last_round(&self, deadline: Instant, failures_max: u32) -> Option<u32> {
-        let mut failures = 0;
-        let numbers = self.lock().book.numbers(None);
-        for number in numbers {
-            let ours = self.lock().book.listing(number).is_some_and(|report| report.state != ListingState::Foreign);
-            if !ours || failures >= failures_max {
+        let (mut failures, mut under_way) = (0, FuturesUnordered::new());
+        let mut numbers = self.lock().book.numbers(None).into_iter().peekable();
+        loop {
+            let next = numbers.peek().is_some() && failures < failures_max;
+            if next && under_way.len() < self.lock().book.abreast() {
+                let number = numbers.next().expect("it was looked at");
+                under_way.extend(Try::begin(self, number, Sender::Outbox).map(Try::run));
                 continue;
             }
-            if let Some(Sent::Waiting(_)) = timeout_at(deadline, self.send(number, Sender::Outbox)).await.ok()? {
-                failures += 1;
-            }
+            let Some(sent) = timeout_at(deadline, under_way.next()).await.ok()? else { return Some(failures) };
+            failures += u32::from(matches!(sent, Some(Sent::Waiting(_))));
         }
-        Some(failures)
     }
 
     /// Every report, the oldest first.
@@ -323,11 +324,12 @@ impl Outbox {
         let numbers = self.lock().book.numbers(tasks);
         for number in numbers {
             let listing = self.lock().book.listing(number);
-            let Some((Gone { entry, written }, listing)) = self.with(|book| book.remove(number)).zip(listing) else {
+            let Some((Gone { entry, ended_as, written }, listing)) = self.with(|book| book.remove(number)).zip(listing)
+            else {
                 continue;
             };
             warn!(task_id = %entry.task(), outcome = entry.verdict.outcome.word(), "report dropped by an operator");
-            self.0.board.settled(entry.task(), ReportState::Dropped);
+            self.0.board.settled(ended_as, ReportState::Dropped);
             if written && let Err(err) = self.0.writer.write(Change::Remove(number)).await {
                 warn!(task_id = %entry.task(), error = %err, "dropped report is still in the file");
             }
@@ -336,73 +338,18 @@ impl Outbox {
         gone
     }
 
-    /// One try. An attempt says itself how its task ended, in its own span; what the outbox sends gets a
-    /// line here.
-    async fn send(&self, number: u64, who: Sender) -> Option<Sent> {
-        let (entry, tries) = self.lock().book.get(number)?;
-        let span = match who {
-            Sender::Attempt => Span::current(),
-            Sender::Outbox => info_span!(
-                "report",
-                task_id = %entry.task(),
-                job_id = entry.job_id.map(tracing::field::display),
-                domain_id = entry.domain_id.map(tracing::field::display),
-                capability = entry.capability,
-            ),
-        };
-        self.send_entry(number, entry, tries, who).instrument(span).await
-    }
-
-    async fn send_entry(&self, number: u64, entry: Arc<Entry>, tries: Tries, who: Sender) -> Option<Sent> {
-        let (task, verdict) = (entry.task(), &entry.verdict);
-        let Err(err) = self.0.source.settle(task, &entry.lease(), verdict).await else {
-            crate::crash::point("answer-read");
-            self.answered(number);
-            if who == Sender::Outbox {
-                let waited = Timestamp::now().duration_since(entry.ended_at).max(SignedDuration::ZERO);
-                let waited_ms = millis(waited.unsigned_abs());
-                info!(task_id = %task, outcome = verdict.outcome.word(), tries = tries.count + 1, waited_ms, "report delivered");
-                self.0.board.settled(task, ReportState::Accepted);
-            }
-            return Some(Sent::Accepted);
-        };
-        let error = err.to_string();
-        if for_good(&err) {
-            self.answered(number)?;
-            if who == Sender::Outbox {
-                warn!(task_id = %task, outcome = verdict.outcome.word(), tries = tries.count + 1, error, "report refused for good");
-                self.0.board.settled(task, ReportState::Refused);
-            }
-            return Some(Sent::Refused(error));
-        }
-        let failure = Failure { error: &error, retry_after: err.retry_after(), at: Timestamp::now() };
-        // Written in the same breath: what is dropped right after this must not come back to the disk.
-        let (tries, pause, first) = self.with(|book| {
-            let failed = book.failed(number, failure, Instant::now(), rand::random::<f64>())?;
-            self.0.writer.note(Change::Put(number, entry.encode(&failed.0)));
-            Some(failed)
-        })?;
-        self.0.turn.notify_one();
-        if first {
-            warn!(task_id = %task, error, retry_in_ms = millis(pause), "reports wait for the control plane");
-        } else {
-            debug!(task_id = %task, error, tries = tries.count, retry_in_ms = millis(pause), "report failed");
-        }
-        Some(Sent::Waiting(error))
-    }
-
     /// Forgets a report that the plane took or will never take, also on the disk.
-    fn answered(&self, number: u64) -> Option<()> {
-        self.with(|book| self.forget(number, book.answered(number)?))
+    fn answered(&self, number: u64) -> Option<TaskId> {
+        self.with(|book| Some(self.forget(number, book.answered(number)?)))
     }
 
     /// Takes a report that has just left the book out of the file too, in the same breath: a write of it
-    /// must not come after this.
-    fn forget(&self, number: u64, gone: Gone) -> Option<()> {
+    /// must not come after this. With what its task is called among those that ended.
+    fn forget(&self, number: u64, gone: Gone) -> TaskId {
         if gone.written {
             self.0.writer.note(Change::Remove(number));
         }
-        Some(())
+        gone.ended_as
     }
 
     /// Changes the book, and what is shown of it.
@@ -411,14 +358,17 @@ impl Outbox {
         let result = change(&mut pages.book);
         let book = &pages.book;
         let (was_full, full) = (pages.shown.full, book.ours() >= self.0.max);
+        let (oldest, oldest_tries) = book.oldest().unzip();
         let now = OutboxStatus {
-            waiting: book.waiting(),
-            oldest: book.oldest(),
+            waiting: book.ours(),
+            oldest,
+            oldest_tries,
             last_error: book.last_error().map(str::to_owned),
             foreign: book.foreign(),
             full,
         };
-        if full && now.waiting > 0 && !pages.paused {
+        // One that is on its way for the first time is no outage.
+        if full && book.waiting() > 0 && !pages.paused {
             pages.paused = true;
             warn!(waiting = now.waiting, limit = self.0.max, "leasing paused, the outbox is full");
         } else if !full && std::mem::take(&mut pages.paused) {
@@ -437,6 +387,103 @@ impl Outbox {
 
     fn lock(&self) -> MutexGuard<'_, Pages> {
         self.0.book.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One try under way, which counts. Dropped before its end, its report waits for its turn again.
+struct Try {
+    outbox: Outbox,
+    number: u64,
+    entry: Arc<Entry>,
+    tries: Tries,
+    who: Sender,
+    ended: bool,
+}
+
+impl Try {
+    /// `None` when there is nothing to be sent.
+    fn begin(outbox: &Outbox, number: u64, who: Sender) -> Option<Self> {
+        let (entry, tries) = outbox.with(|book| {
+            let renamed = book.rename(number);
+            let (entry, tries) = book.begin(number, Timestamp::now())?;
+            if renamed {
+                outbox.0.writer.note(Change::Put(number, entry.encode(&tries)));
+            }
+            Some((entry, tries))
+        })?;
+        Some(Self { outbox: outbox.clone(), number, entry, tries, who, ended: false })
+    }
+
+    /// An attempt says itself how its task ended, in its own span; what the outbox sends gets a line here.
+    /// `None` when the report was dropped meanwhile.
+    async fn run(self) -> Option<Sent> {
+        let entry = &self.entry;
+        let span = match self.who {
+            Sender::Attempt => Span::current(),
+            Sender::Outbox => info_span!(
+                "report",
+                task_id = %entry.task(),
+                job_id = entry.job_id.map(tracing::field::display),
+                domain_id = entry.domain_id.map(tracing::field::display),
+                capability = entry.capability,
+            ),
+        };
+        self.send().instrument(span).await
+    }
+
+    async fn send(mut self) -> Option<Sent> {
+        let settled = self.outbox.0.source.settle(self.entry.task(), &self.entry.lease(), &self.entry.verdict).await;
+        self.ended = true;
+        let Self { outbox, number, entry, tries, who, .. } = &self;
+        let (task, verdict, tries) = (entry.task(), &entry.verdict, tries.count);
+        let Err(err) = settled else {
+            crate::crash::point("answer-read");
+            let ended_as = outbox.answered(*number);
+            if *who == Sender::Outbox {
+                let waited = Timestamp::now().duration_since(entry.ended_at).max(SignedDuration::ZERO);
+                let waited_ms = millis(waited.unsigned_abs());
+                info!(task_id = %task, outcome = verdict.outcome.word(), tries, waited_ms, "report delivered");
+                outbox.0.board.settled(ended_as.unwrap_or(task), ReportState::Accepted);
+            }
+            return Some(Sent::Accepted);
+        };
+        let error = err.to_string();
+        if for_good(&err) {
+            let ended_as = outbox.answered(*number)?;
+            if *who == Sender::Outbox {
+                warn!(task_id = %task, outcome = verdict.outcome.word(), tries, error, "report refused for good");
+                outbox.0.board.settled(ended_as, ReportState::Refused);
+            }
+            return Some(Sent::Refused(error));
+        }
+        let failure = Failure { error: &error, retry_after: err.retry_after() };
+        // Written in the same breath: what is dropped right after this must not come back to the disk.
+        let (pause, first) = outbox.with(|book| {
+            let (failed, pause, first) = book.failed(*number, failure, Instant::now(), rand::random::<f64>())?;
+            outbox.0.writer.note(Change::Put(*number, entry.encode(&failed)));
+            Some((pause, first))
+        })?;
+        outbox.0.turn.notify_one();
+        if first {
+            warn!(task_id = %task, error, retry_in_ms = millis(pause), "reports wait for the control plane");
+        } else {
+            debug!(task_id = %task, error, tries, retry_in_ms = millis(pause), "report failed");
+        }
+        Some(Sent::Waiting(error))
+    }
+}
+
+impl Drop for Try {
+    fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
+        self.outbox.with(|book| {
+            if let Some((entry, tries)) = book.broken_off(self.number, BROKEN_OFF, Instant::now()) {
+                self.outbox.0.writer.note(Change::Put(self.number, entry.encode(&tries)));
+            }
+        });
+        self.outbox.0.turn.notify_one();
     }
 }
 
@@ -464,17 +511,19 @@ impl Kept {
         Ticket { outbox: self.outbox.clone(), number: self.number }
     }
 
-    /// The first try, under the name the plane uses by now. Dropping the future leaves the report to
-    /// the outbox. `lease` is held as long as the report is on its way, and dropped with it: the plane
+    /// The first try. Dropping the future leaves the report to the outbox. `lease` says before each try what
+    /// the plane calls the task by now. It is held as long as the report is on its way, and dropped with it: the plane
     /// shall not give the task out again meanwhile.
-    pub async fn send(mut self, name: &ReportName, lease: impl Send + 'static) -> Sent {
-        self.rename(name);
+    pub async fn send(mut self, lease: impl KeptLease + 'static) -> Sent {
         self.outbox.with(|book| book.hold(self.number, Box::new(lease)));
         let outbox = self.outbox.clone();
         let Ok(_sender) = outbox.0.senders.try_acquire() else {
             return Sent::Waiting("too many other reports are being sent".to_owned());
         };
-        let sent = outbox.send(self.number, Sender::Attempt).await;
+        let sent = match Try::begin(&outbox, self.number, Sender::Attempt) {
+            Some(one) => one.run().await,
+            None => None,
+        };
         self.done = true;
         // Others may wait for a sign that the plane is there, or for their turn behind this one.
         if outbox.lock().book.waiting() > 0 {
@@ -487,19 +536,7 @@ impl Kept {
     pub fn withdraw(mut self) {
         self.done = true;
         let outbox = &self.outbox;
-        outbox.with(|book| outbox.forget(self.number, book.remove(self.number)?));
-    }
-
-    fn rename(&self, name: &ReportName) {
-        self.outbox.with(|book| {
-            let Some((entry, tries)) = book.get(self.number) else { return };
-            if let Some(renamed) = entry.renamed(name) {
-                if book.is_written(self.number) {
-                    self.outbox.0.writer.note(Change::Put(self.number, renamed.encode(&tries)));
-                }
-                book.replace(self.number, Arc::new(renamed));
-            }
-        });
+        outbox.with(|book| Some(outbox.forget(self.number, book.remove(self.number)?)));
     }
 }
 

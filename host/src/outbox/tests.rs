@@ -7,7 +7,7 @@ use super::*;
 use crate::{
     auth::TokenSource,
     leases::dms::{self, Dms},
-    model::{Artifact, Outcome, TaskId},
+    model::{Artifact, Outcome, ReportName, TaskId},
     transport::{
         self,
         testing::{Call, Service, assert_clean},
@@ -37,8 +37,15 @@ fn completed() -> Verdict {
     Verdict { artifacts: vec![artifact], ..Verdict::bare(Outcome::Completed) }
 }
 
-fn name(lease: &Lease) -> ReportName {
-    ReportName { task: lease.task, job: lease.job, domain_id: lease.domain_id }
+/// A lease whose task has this name.
+fn named(lease: &Lease) -> impl KeptLease + use<> {
+    struct Named(ReportName);
+    impl KeptLease for Named {
+        fn name(&self) -> ReportName {
+            self.0.clone()
+        }
+    }
+    Named(ReportName { task: lease.task, job: lease.job, domain_id: lease.domain_id })
 }
 
 fn complete(number: u128) -> String {
@@ -123,8 +130,7 @@ async fn s0_69_a_report_that_is_accepted_leaves_nothing() {
         assert_eq!(call.json()["output_cids"], json!(["d-1"]));
         call.answer(204, "");
     };
-    let name = name(&lease(1));
-    let (sent, ()) = tokio::join!(kept.send(&name, ()), plane);
+    let (sent, ()) = tokio::join!(kept.send(named(&lease(1))), plane);
     assert_eq!(sent, Sent::Accepted);
     assert_eq!(bench.status(), OutboxStatus::default());
     assert_eq!(outbox.finish(Duration::ZERO).await, 0);
@@ -145,9 +151,13 @@ async fn s0_69_reports_survive_the_process_and_go_out_oldest_first() {
     let outbox = bench.open();
     assert_eq!(bench.status().waiting, 3);
     let running = Running::start(&outbox);
-    for number in [3, 1, 2] {
-        bench.plane.expect(&complete(number)).await.ok(json!({}));
-    }
+    bench.plane.expect(&complete(3)).await.ok(json!({}));
+    // The plane takes them: the others come side by side.
+    let others = [bench.plane.next().await, bench.plane.next().await];
+    let mut paths = others.each_ref().map(|call| call.path.clone());
+    paths.sort();
+    assert_eq!(paths, [complete(1), complete(2)]);
+    others.into_iter().for_each(|call| call.ok(json!({})));
     bench.until(|status| status.waiting == 0).await;
     running.stop().await;
     assert_eq!(outbox.finish(Duration::ZERO).await, 0);
@@ -184,9 +194,9 @@ async fn a_report_refused_for_good_is_sent_once() {
         let mut bench = Bench::new().await;
         let outbox = bench.open();
         let kept = bench.kept(&outbox, [1]).await.remove(0);
-        let name = name(&lease(1));
-        let (sent, ()) =
-            tokio::join!(kept.send(&name, ()), async { bench.plane.expect(&complete(1)).await.answer(status, "no") });
+        let (sent, ()) = tokio::join!(kept.send(named(&lease(1))), async {
+            bench.plane.expect(&complete(1)).await.answer(status, "no")
+        });
         let Sent::Refused(text) = sent else { panic!("{sent:?}") };
         assert_clean(&text);
         assert!(text.contains(&status.to_string()), "{text}");
@@ -224,7 +234,11 @@ async fn an_operator_ends_the_wait() {
     for _ in 0..4 {
         bench.plane.next().await.answer(503, "");
     }
-    while outbox.listings().iter().map(|report| report.attempts).sum::<u32>() < 4 {
+    let failed = |all: &[Listing]| {
+        let at_rest = all.iter().all(|report| report.state == ListingState::Waiting);
+        at_rest && all.iter().map(|report| report.attempts).sum::<u32>() == 4
+    };
+    while !failed(&outbox.listings()) {
         tokio::task::yield_now().await;
     }
     // The next pause is most of a second at least.
@@ -250,8 +264,8 @@ async fn reports_go_to_their_own_plane_by_their_own_node_only() {
     assert_eq!((bench.status().waiting, bench.status().foreign), (0, 1));
     outbox.retry(None);
     let kept = bench.kept(&outbox, [2]).await.remove(0);
-    let name = name(&lease(2));
-    let (sent, ()) = tokio::join!(kept.send(&name, ()), async { bench.plane.expect(&complete(2)).await.ok(json!({})) });
+    let (sent, ()) =
+        tokio::join!(kept.send(named(&lease(2))), async { bench.plane.expect(&complete(2)).await.ok(json!({})) });
     assert_eq!(sent, Sent::Accepted);
     running.stop().await;
     assert_eq!(outbox.finish(Duration::from_secs(5)).await, 0, "what is not ours does not count");
@@ -281,9 +295,9 @@ async fn a_renamed_task_keeps_its_new_name_over_a_restart() {
     let bench = Bench::new().await;
     let outbox = bench.open();
     let kept = bench.kept(&outbox, [1]).await.remove(0);
-    let renamed = ReportName { task: TaskId(id(7)), job: None, domain_id: None };
+    let renamed = named(&Lease { job: None, domain_id: None, ..lease(7) });
     // Nobody answers: the attempt is given up.
-    assert!(tokio::time::timeout(Duration::from_millis(100), kept.send(&renamed, ())).await.is_err());
+    assert!(tokio::time::timeout(Duration::from_millis(100), kept.send(renamed)).await.is_err());
     outbox.finish(Duration::ZERO).await;
     drop(outbox);
     let shelf = Shelf::open(bench.state.path()).expect("opens").expect("a file");
@@ -316,8 +330,8 @@ async fn a_file_that_cannot_be_written_costs_no_report() {
     let outbox = bench.open();
     outbox.0.writer.close().await.expect("closed");
     let kept = bench.kept(&outbox, [1]).await.remove(0);
-    let name = name(&lease(1));
-    let (sent, ()) = tokio::join!(kept.send(&name, ()), async { bench.plane.expect(&complete(1)).await.ok(json!({})) });
+    let (sent, ()) =
+        tokio::join!(kept.send(named(&lease(1))), async { bench.plane.expect(&complete(1)).await.ok(json!({})) });
     assert_eq!(sent, Sent::Accepted);
 }
 
@@ -336,8 +350,7 @@ async fn what_is_accepted_before_anybody_wrote_it_is_never_written() {
     let kept = outbox.enter(&lease(1), completed());
     let ticket = kept.ticket();
     let plane = async { bench.plane.expect(&complete(1)).await.answer(204, "") };
-    let name = name(&lease(1));
-    let (sent, ()) = tokio::join!(kept.send(&name, ()), plane);
+    let (sent, ()) = tokio::join!(kept.send(named(&lease(1))), plane);
     assert_eq!(sent, Sent::Accepted);
     ticket.write().await; // too late: there is nothing to be kept
     assert!(std::fs::read(&file).expect("read") == before, "the file was touched");
@@ -351,8 +364,7 @@ async fn what_was_not_written_yet_is_written_when_its_attempt_fails_or_goes() {
     let kept = outbox.enter(&lease(1), completed());
     drop(outbox.enter(&lease(2), completed()));
     let plane = async { bench.plane.expect(&complete(1)).await.answer(503, "later") };
-    let name = name(&lease(1));
-    let (sent, ()) = tokio::join!(kept.send(&name, ()), plane);
+    let (sent, ()) = tokio::join!(kept.send(named(&lease(1))), plane);
     assert!(matches!(sent, Sent::Waiting(_)), "{sent:?}");
     assert_eq!(outbox.finish(Duration::ZERO).await, 2);
     drop(outbox);

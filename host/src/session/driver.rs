@@ -224,6 +224,7 @@ impl Driver {
         if let Some(task) = kept.task.filter(|task| *task != self.task) {
             info!(task_id = %task, formerly = %self.task, "control plane renamed the task");
             self.task = task;
+            self.keys.rename(self.name());
         }
         if let Some(capability) = kept.capability.filter(|name| name != self.grant.lease.capability.as_str()) {
             // What runs stays what runs; a plane that wants another runner has to make another task.
@@ -267,6 +268,7 @@ impl Driver {
                 tracing::Span::current().record("domain_id", tracing::field::display(domain));
             }
             self.renamed = Some(Lease { job, domain_id: domain, ..now.clone() });
+            self.keys.rename(self.name());
         }
     }
 
@@ -282,8 +284,12 @@ impl Driver {
         if matches!(self.pacing.state(), State::Cancelled { .. }) {
             return Err(Silence::Over(CancelReason::Plane));
         }
+        Ok(self.name())
+    }
+
+    fn name(&self) -> ReportName {
         let lease = self.lease();
-        Ok(ReportName { task: self.task, job: lease.job, domain_id: lease.domain_id })
+        ReportName { task: self.task, job: lease.job, domain_id: lease.domain_id }
     }
 
     /// Sends the last progress and events. It may take half of what is left of the lease; the

@@ -19,7 +19,7 @@ use tracing::Instrument as _;
 
 use crate::{
     leases::LeaseSource,
-    model::{CancelReason, Grant, Lease, Outcome, ReportName, Setup},
+    model::{CancelReason, Grant, KeptLease, Lease, Outcome, ReportName, Setup},
 };
 
 /// How leases are kept.
@@ -129,7 +129,12 @@ impl Session {
             return closed;
         }
         tracing::error!(task_id = %self.grant.lease.task, "a session ended unexpectedly");
-        let lease = &self.grant.lease;
-        Ok(ReportName { task: lease.task, job: lease.job, domain_id: lease.domain_id })
+        Ok(self.grant.name())
+    }
+}
+
+impl KeptLease for Session {
+    fn name(&self) -> ReportName {
+        self.grant.name()
     }
 }

@@ -12,9 +12,10 @@ use crate::harness::{
 
 const COMPLETE: &str = "POST /v1/tasks/*/complete";
 
-/// Waits until this many reports wait.
+/// Waits until this many reports wait, of tasks that are over.
 async fn waiting(node: &TestNode, count: usize) -> Value {
-    node.page_until("/status.json", |page| page.1["outbox"]["waiting"] == count).await.1
+    let waits = |page: &Value| page["outbox"]["waiting"] == count && page["tasks"] == json!({});
+    node.page_until("/status.json", |page| waits(&page.1)).await.1
 }
 
 /// How often the world has accepted a report.
@@ -69,6 +70,75 @@ async fn s0_69_p_37_finished_work_outlives_an_outage_of_several_leases_and_a_res
     waiting(&next, 0).await;
     next.stop().await;
     assert_eq!(next.said("report delivered").len(), 5);
+}
+
+#[tokio::test]
+async fn a_report_is_owed_from_the_end_of_its_task_and_each_try_counts_however_it_ends() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(COMPLETE, usize::MAX, Bad::Hang);
+    let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
+    // The first one is done in no time, the second takes longer, and is written first.
+    for (count, nap) in [(1, 0), (2, 100)] {
+        lab.task("/fixtures/ignores-cancel/v1").meta(json!({ "sleep_ms": nap })).submit();
+        rubbish.seen(COMPLETE, count).await;
+        let outbox = node.status().await["outbox"].clone();
+        assert_eq!((&outbox["waiting"], &outbox["oldest_tries"]), (&json!(count), &json!(1)), "{outbox:#}");
+        assert!(outbox["oldest"].is_string() && outbox["last_error"].is_null(), "{outbox:#}");
+    }
+    node.term();
+    assert_eq!(node.wait().await, 75, "{}", node.log());
+    let (listed, _) = self::outbox(&node, &["list"], 0).await;
+    for report in listed.as_array().expect("a list") {
+        // By its attempt, and once more before the end; of two that get no answer one is enough.
+        assert!(report["attempts"].as_u64().is_some_and(|tries| tries >= 1), "{listed:#}");
+        assert_eq!(report["last_error"], "the node stopped before the control plane answered", "{listed:#}");
+    }
+}
+
+#[tokio::test]
+async fn a_backlog_goes_out_several_at_once_the_oldest_first() {
+    const COUNT: usize = 20;
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
+    let jobs: Vec<_> = (0..COUNT).map(|_| lab.task("/fixtures/ok/v1").submit()).collect();
+    waiting(&node, COUNT).await;
+    node.term();
+    assert_eq!(node.wait().await, 75);
+    let (listed, _) = outbox(&node, &["list"], 0).await;
+    let tasks = listed.as_array().expect("a list").iter().map(|report| report["task_id"].as_str().expect("an id"));
+    let tasks: Vec<String> = tasks.map(|task| format!("POST /v1/tasks/{task}/complete")).collect();
+
+    rubbish.heal();
+    let (first, held) = Bad::gate();
+    rubbish.answer(COMPLETE, 1, held);
+    let (others, held) = Bad::gate();
+    rubbish.answer(COMPLETE, usize::MAX, held);
+    let before: Vec<usize> = tasks.iter().map(|task| rubbish.count(task)).collect();
+    let sent = |rubbish: &Rubbish| -> Vec<bool> {
+        tasks.iter().zip(&before).map(|(task, before)| rubbish.count(task) > *before).collect()
+    };
+    let so_far = before.iter().sum::<usize>();
+    let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
+    // Whether the plane takes reports is seen by one.
+    rubbish.seen(COMPLETE, so_far + 1).await;
+    assert_eq!(sent(&rubbish).iter().position(|sent| !sent), Some(1));
+    first.cancel();
+    rubbish.seen(COMPLETE, so_far + 9).await;
+    // Time for more than there may be.
+    next.page_until("/status.json", |page| page.1["outbox"]["waiting"] == COUNT - 1).await;
+    let sent: Vec<usize> = (0..COUNT).filter(|at| sent(&rubbish)[*at]).collect();
+    assert_eq!(sent, (0..9).collect::<Vec<_>>(), "the oldest eight more, and each once");
+    assert_eq!(rubbish.count(COMPLETE), so_far + 9);
+    others.cancel();
+    for job in jobs {
+        lab.ended(&next, job).await.completed();
+    }
+    waiting(&next, 0).await;
+    next.stop().await;
+    assert_eq!(accepted(&lab), COUNT);
 }
 
 #[tokio::test]
@@ -143,6 +213,26 @@ async fn a_lease_is_kept_while_its_report_is_on_its_way_and_no_longer() {
     tokio::time::sleep(ttl).await; // not an event: nothing is to happen
     assert_eq!(rubbish.count(HEARTBEAT), beats, "no heartbeat for what is accepted");
     assert!(node.said("lease lost").is_empty(), "{}", node.log());
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_waiting_report_follows_its_task_when_a_heartbeat_renames_it() {
+    let other = "11111111-2222-4333-8444-555555555555";
+    let lab = Lab::with(|config| config.lease_ttl = Duration::from_secs(1)).await;
+    let rubbish = Rubbish::before(&lab).await;
+    let complete = format!("POST /v1/tasks/{other}/complete");
+    // Calls for the new name are answered here: the world knows the task by its old one.
+    rubbish.answer(&complete, 1, Bad::Json(json!({})));
+    rubbish.answer(&format!("POST /v1/tasks/{other}/heartbeat"), usize::MAX, Bad::Json(json!({})));
+    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    lab.task("/fixtures/ok/v1").submit();
+    waiting(&node, 1).await;
+    rubbish.answer("POST /v1/tasks/*/heartbeat", usize::MAX, Bad::Json(json!({ "task_id": other })));
+    let line = node.says("report delivered").await;
+    assert_eq!((line["task_id"].as_str(), rubbish.count(&complete)), (Some(other), 1), "{}", node.log());
+    node.page_until("/status.json", |page| page.1["recent"][0]["report"] == "accepted").await;
     node.stop().await;
 }
 
