@@ -1,17 +1,19 @@
 //! Slots, polling, dispatch, drain. Owns what is running.
 //!
 //! [`attempt::attempt`] is the path of one task. [`Engine::run`] polls for leases while slots are
-//! free and stops in two steps: first nothing new is leased and running tasks may end, then they are
+//! free, one at a time or several while leases come, and stops in two steps: first nothing new is leased and running tasks may end, then they are
 //! cancelled.
 
 mod attempt;
 mod pace;
 
 use std::{
+    pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use tokio::{
     runtime::Handle,
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -106,6 +108,8 @@ pub struct Engine {
     slots: Arc<Semaphore>,
     attempts: JoinSet<()>,
     pace: SharedPace,
+    /// The plane wants one of the attempts to end before it gives us more.
+    busy: bool,
 }
 
 /// The pace of polling, which attempts change as they end.
@@ -125,12 +129,20 @@ impl SharedPace {
         self.lock().won(Instant::now());
     }
 
-    fn pause(&self, asked: Option<Duration>) -> Duration {
+    fn width(&self) -> usize {
+        self.lock().width()
+    }
+
+    fn alone(&self) {
+        self.lock().alone();
+    }
+
+    fn pause(&self, sent: Instant, asked: Option<Duration>) -> Option<Duration> {
         let mut pace = self.lock();
         if let Some(asked) = asked {
             pace.leave_alone(asked, Instant::now());
         }
-        pace.pause(Instant::now())
+        pace.pause(sent, Instant::now())
     }
 
     fn ended(&self, worth: Worth) {
@@ -142,15 +154,12 @@ impl SharedPace {
     }
 }
 
-/// What became of one poll.
-enum Polled {
-    Lease(Box<Lease>),
-    /// A lease for this task, and why it could not be read.
-    Unreadable(TaskId, String),
-    /// Nothing to do now. The plane may have asked to be left alone for so long.
-    Pause(Option<Duration>),
-    /// The plane wants us to end something first.
-    Busy,
+/// A poll that has come to its end.
+struct Polled {
+    /// The slot it was sent for.
+    permit: OwnedSemaphorePermit,
+    sent: Instant,
+    taken: Result<Option<Lease>, LeaseError>,
 }
 
 impl Engine {
@@ -159,94 +168,78 @@ impl Engine {
     pub fn new(rooms: Rooms, config: Config) -> Self {
         let slots = Arc::new(Semaphore::new(config.slots));
         let pace = SharedPace(Arc::new(Mutex::new(Pace::new(config.poll_backoff, Instant::now()))));
-        Self { rooms: Arc::new(rooms), config, slots, attempts: JoinSet::new(), pace }
+        Self { rooms: Arc::new(rooms), config, slots, attempts: JoinSet::new(), pace, busy: false }
     }
 
     /// Polls and runs until told to stop and everything has ended. Spawn it on the runtime that
     /// drives the sessions: a poll, its lease and the first heartbeat then need no other thread.
     pub async fn run(mut self, stops: Stops) -> Ended {
-        // The slot is taken before polling: a lease we hold can always be run.
-        while let Some(permit) = self.free_slot(&stops).await
-            && self.rested(&stops).await
-            && self.finds_room(&stops).await
-        {
-            match self.poll(&stops).await {
-                Polled::Lease(lease) => {
-                    self.pace.won();
-                    self.begin(*lease, permit, &stops);
-                }
-                Polled::Unreadable(task, reason) => {
-                    self.pace.ended(Worth::Nothing);
-                    let refusal = refuse(Arc::clone(&self.rooms.source), task, reason, stops.cancel.clone());
-                    self.attempts.spawn(async move {
-                        refusal.await;
-                        drop(permit);
-                    });
-                }
-                Polled::Pause(asked) => {
-                    let pause = self.pace.pause(asked);
-                    debug!(retry_in_ms = millis(pause), "no work");
-                }
-                Polled::Busy => {
-                    drop(permit);
-                    if self.attempts.is_empty() {
-                        self.pace.pause(None);
-                        continue;
-                    }
-                    tokio::select! {
-                        () = stops.drain.cancelled() => {}
-                        Some(ended) = self.attempts.join_next() => self.look_at(ended),
-                    }
-                }
+        let source = Arc::clone(&self.rooms.source);
+        let mut polls = FuturesUnordered::new();
+        loop {
+            let more = !self.busy && polls.len() < self.pace.width();
+            tokio::select! {
+                biased;
+                () = stops.drain.cancelled() => break,
+                Some(polled) = polls.next() => self.found(polled, &stops),
+                // After a finished task the next poll follows at once.
+                Some(ended) = self.attempts.join_next() => self.look_at(ended),
+                permit = turn(&self.rooms, &self.slots, &self.pace), if more => polls.push(poll(&*source, permit)),
+            }
+        }
+        // Dropped midway only when a stop runs out of patience: the plane may have given us leases.
+        let mut patience = pin!(stops.out_of_patience());
+        while !polls.is_empty() {
+            tokio::select! {
+                biased;
+                Some(polled) = polls.next() => self.found(polled, &stops),
+                () = &mut patience => break,
             }
         }
         self.drain(&stops).await
     }
 
-    /// A permit, or `None` once no more work should be taken. Where too many reports wait for the
-    /// plane it takes no work either: finished tasks would pile up without bound.
-    async fn free_slot(&mut self, stops: &Stops) -> Option<OwnedSemaphorePermit> {
-        let outbox = self.rooms.outbox.clone();
-        loop {
-            let room = outbox.has_room();
-            tokio::select! {
-                biased;
-                () = stops.drain.cancelled() => return None,
-                Some(ended) = self.attempts.join_next() => self.look_at(ended),
-                // The task whose slot this was may have filled the outbox.
-                permit = Arc::clone(&self.slots).acquire_owned(), if room => if outbox.has_room() {
-                    return Some(permit.expect("the slots are never closed"));
-                },
-                () = outbox.until_room(), if !room => {}
+    /// Looks at what a poll brought.
+    fn found(&mut self, polled: Polled, stops: &Stops) {
+        let Polled { permit, sent, taken } = polled;
+        if taken.is_ok() {
+            self.rooms.outbox.plane_answers();
+        }
+        // A lease that cannot be read, or a word to end something first, is an answer too.
+        if matches!(taken, Ok(_) | Err(LeaseError::Busy | LeaseError::Malformed { task: Some(_), .. })) {
+            self.rooms.board.polled(None);
+        }
+        match taken {
+            Ok(Some(lease)) if self.admits(&lease) => {
+                self.pace.won();
+                self.begin(lease, permit, stops);
+            }
+            Err(LeaseError::Busy) if !self.attempts.is_empty() => {
+                self.pace.alone();
+                self.busy = true;
+            }
+            Ok(_) | Err(LeaseError::Busy) => {
+                if let Some(pause) = self.pace.pause(sent, None) {
+                    debug!(retry_in_ms = millis(pause), "no work");
+                }
+            }
+            Err(LeaseError::Malformed { task: Some(task), reason }) => {
+                self.pace.ended(Worth::Nothing);
+                let refusal = refuse(Arc::clone(&self.rooms.source), task, reason, stops.cancel.clone());
+                self.attempts.spawn(async move {
+                    refusal.await;
+                    drop(permit);
+                });
+            }
+            Err(err) => {
+                // Polls that were under way together fail together, and are told once.
+                let Some(pause) = self.pace.pause(sent, err.retry_after()) else { return };
+                self.rooms.board.polled(Some(err.to_string()));
+                if !stops.drain.is_cancelled() {
+                    warn!(error = %err, retry_in_ms = millis(pause), "poll failed");
+                }
             }
         }
-    }
-
-    /// Waits until the next poll is due; false once no more work should be taken.
-    async fn rested(&mut self, stops: &Stops) -> bool {
-        while Instant::now() < self.pace.next() {
-            tokio::select! {
-                biased;
-                () = stops.drain.cancelled() => return false,
-                // After a finished task the next poll follows at once.
-                Some(ended) = self.attempts.join_next() => self.look_at(ended),
-                () = tokio::time::sleep_until(self.pace.next()) => {}
-            }
-        }
-        true
-    }
-
-    /// Waits until the disk has room for another task; false once no more work should be taken.
-    async fn finds_room(&mut self, stops: &Stops) -> bool {
-        let disk = self.rooms.storage.disk().clone();
-        while !disk.has_room() {
-            tokio::select! {
-                () = stops.drain.cancelled() => return false,
-                Some(ended) = self.attempts.join_next() => self.look_at(ended),
-                () = disk.until_room() => {}
-            }
-        }
-        true
     }
 
     fn begin(&mut self, lease: Lease, permit: OwnedSemaphorePermit, stops: &Stops) {
@@ -267,49 +260,23 @@ impl Engine {
         self.attempts.spawn(attempt.instrument(span));
     }
 
-    async fn poll(&self, stops: &Stops) -> Polled {
-        // Dropped midway only when a stop runs out of patience: the plane may have given us a lease.
-        let taken = tokio::select! {
-            biased;
-            taken = self.rooms.source.take() => taken,
-            () = stops.out_of_patience() => return Polled::Pause(None),
-        };
-        if taken.is_ok() {
-            self.rooms.outbox.plane_answers();
-        }
-        // A lease that cannot be read, or a word to end something first, is an answer too.
-        let answered = matches!(taken, Ok(_) | Err(LeaseError::Busy | LeaseError::Malformed { task: Some(_), .. }));
-        self.rooms.board.polled(taken.as_ref().err().filter(|_| !answered).map(ToString::to_string));
-        match taken {
-            Ok(Some(lease)) => self.admit(lease),
-            Ok(None) => Polled::Pause(None),
-            Err(LeaseError::Busy) => Polled::Busy,
-            Err(LeaseError::Malformed { task: Some(task), reason }) => Polled::Unreadable(task, reason),
-            Err(err) => {
-                if !stops.drain.is_cancelled() {
-                    warn!(error = %err, "poll failed");
-                }
-                Polled::Pause(err.retry_after())
-            }
-        }
-    }
-
     /// Leases that are over before they begin are neither run nor reported.
-    fn admit(&self, lease: Lease) -> Polled {
-        let span = || attempt::span(&lease, self.rooms.plugins.name_of(&lease.capability).as_deref());
+    fn admits(&self, lease: &Lease) -> bool {
+        let span = || attempt::span(lease, self.rooms.plugins.name_of(&lease.capability).as_deref());
         if lease.cancelled {
             span().in_scope(|| info!("lease skipped, it came already cancelled"));
-            return Polled::Pause(None);
+            return false;
         }
         if lease.expires_at.is_some_and(Moment::has_passed) {
             span().in_scope(|| warn!("lease skipped, it expired before it was looked at"));
-            return Polled::Pause(None);
+            return false;
         }
-        Polled::Lease(Box::new(lease))
+        true
     }
 
     /// An attempt settles its lease itself; only a bug of ours surfaces here.
-    fn look_at(&self, ended: Result<(), JoinError>) {
+    fn look_at(&mut self, ended: Result<(), JoinError>) {
+        self.busy = false;
         match ended {
             Ok(()) => self.pace.hasten(),
             Err(err) => error!(error = %err, "an attempt ended unexpectedly"),
@@ -343,6 +310,31 @@ impl Engine {
         self.rooms.board.change(|status| status.phase = Phase::Stopped);
         ended
     }
+}
+
+/// Waits until one more poll may be sent, and holds the slot for it: a lease we hold can always be run.
+/// Where too many reports wait for the plane there is none, or finished tasks would pile up without bound.
+async fn turn(rooms: &Rooms, slots: &Arc<Semaphore>, pace: &SharedPace) -> OwnedSemaphorePermit {
+    let (outbox, disk) = (&rooms.outbox, rooms.storage.disk());
+    loop {
+        let permit = Arc::clone(slots).acquire_owned().await.expect("the slots are never closed");
+        // The task whose slot this was may have filled the one or the other.
+        if !outbox.has_room() {
+            outbox.until_room().await;
+        } else if !disk.has_room() {
+            disk.until_room().await;
+        } else if pace.next() > Instant::now() {
+            tokio::time::sleep_until(pace.next()).await;
+        } else {
+            return permit;
+        }
+    }
+}
+
+/// Asks for a lease.
+async fn poll(source: &dyn LeaseSource, permit: OwnedSemaphorePermit) -> Polled {
+    let sent = Instant::now();
+    Polled { permit, sent, taken: source.take().await }
 }
 
 /// Gives back a lease that could not be read. Where the plane does not take that either, the lease

@@ -8,6 +8,9 @@ use tokio::time::Instant;
 const ASKED_MAX: Duration = Duration::from_secs(60);
 /// No pause is shorter, whatever the bounds say: a plane without work is asked a hundred times a second at most.
 const PAUSE_MIN: Duration = Duration::from_millis(10);
+/// Most polls under way at once: slots fill in few round trips of a plane far away, and an empty one is not
+/// asked by all of them.
+const WIDTH_MAX: usize = 8;
 
 /// A pause that doubles from the lower bound to the upper one, with jitter: each pause lies anywhere
 /// between the lower bound and the grown one, both included, so that nodes which start together drift
@@ -52,7 +55,7 @@ pub(super) enum Worth {
     Nothing,
 }
 
-/// Decides when to poll. Work is followed by the next poll at once; empty answers, failures in a row and
+/// Decides when to poll, and how often at once. Work is followed by the next poll at once; empty answers, failures in a row and
 /// leases that were good for nothing are not, so that neither a plane which flaps nor a task which comes
 /// back as soon as it has failed is a tight loop.
 pub(super) struct Pace {
@@ -60,8 +63,12 @@ pub(super) struct Pace {
     next: Instant,
     /// Before this the plane wants no poll, whatever else happens.
     not_before: Instant,
+    /// When the last pause after a poll began: polls that were on their way then have the same answer.
+    paused_at: Instant,
     /// The end of the last pause after an end: what ends before it is the same misfortune.
     paused_until: Instant,
+    /// Leases since a poll brought none.
+    wins: usize,
     /// The last lease did not work, but was no reason to wait yet.
     suspicious: bool,
     /// The last lease that ended was good for nothing: the next ones are taken one by one.
@@ -71,7 +78,26 @@ pub(super) struct Pace {
 impl Pace {
     pub(super) fn new(bounds: (Duration, Duration), now: Instant) -> Self {
         let backoff = Backoff::new(bounds.0, bounds.1);
-        Self { backoff, next: now, not_before: now, paused_until: now, suspicious: false, wary: false }
+        Self {
+            backoff,
+            next: now,
+            not_before: now,
+            paused_at: now,
+            paused_until: now,
+            wins: 0,
+            suspicious: false,
+            wary: false,
+        }
+    }
+
+    /// How many polls may be under way. One where there is no work; while leases come, one more with each.
+    pub(super) fn width(&self) -> usize {
+        if self.wary { 1 } else { self.wins.clamp(1, WIDTH_MAX) }
+    }
+
+    /// The next poll goes alone.
+    pub(super) fn alone(&mut self) {
+        self.wins = 0;
     }
 
     /// When the next poll may be.
@@ -90,14 +116,24 @@ impl Pace {
             self.next = now + self.backoff.low;
         } else {
             self.backoff.reset();
+            self.wins += 1;
         }
     }
 
-    /// A poll brought nothing that could be run. Returns the pause.
-    pub(super) fn pause(&mut self, now: Instant) -> Duration {
-        let pause = self.backoff.next();
-        self.next = now + pause;
-        self.next() - now
+    /// A poll of the moment `sent` brought nothing that could be run. Returns the pause, or `None` where a
+    /// poll that was under way beside it has said so already.
+    pub(super) fn pause(&mut self, sent: Instant, now: Instant) -> Option<Duration> {
+        self.alone();
+        if sent < self.paused_at {
+            return None;
+        }
+        self.paused_at = now;
+        self.wait(now);
+        Some(self.next() - now)
+    }
+
+    fn wait(&mut self, now: Instant) {
+        self.next = now + self.backoff.next();
     }
 
     /// A lease ended. Say it before its slot is free: what follows shall not be taken too early.
@@ -114,7 +150,8 @@ impl Pace {
             Worth::Failure | Worth::Nothing => {
                 self.wary = true;
                 self.suspicious = true;
-                self.pause(now);
+                self.alone();
+                self.wait(now);
                 self.paused_until = self.next;
             }
         }
@@ -167,7 +204,7 @@ mod tests {
                 let now = start + *at * MS;
                 match *event {
                     "won" => pace.won(now),
-                    "empty" => drop(pace.pause(now)),
+                    "empty" => drop(pace.pause(now, now)),
                     "work" => pace.ended(Worth::Work, now),
                     "failure" => pace.ended(Worth::Failure, now),
                     "nothing" => pace.ended(Worth::Nothing, now),
@@ -205,12 +242,38 @@ mod tests {
             let start = Instant::now();
             let mut pace = Pace::new((100 * MS, high * 1000 * MS), start);
             pace.leave_alone(asked * 1000 * MS, start);
-            assert_eq!(pace.pause(start), expected * 1000 * MS);
+            assert_eq!(pace.pause(start, start), Some(expected * 1000 * MS));
             // Work that ends meanwhile does not change that.
             pace.ended(Worth::Work, start + MS);
             pace.hasten(start + MS);
             assert_eq!(pace.next(), start + expected * 1000 * MS);
         }
+    }
+
+    #[test]
+    fn leases_in_a_row_widen_the_polling_and_anything_else_narrows_it() {
+        let start = Instant::now();
+        let mut pace = Pace::new((100 * MS, 1600 * MS), start);
+        let widths = |pace: &mut Pace, wins: usize| {
+            let won = (0..wins).map(|_| {
+                pace.won(start);
+                pace.width()
+            });
+            won.collect::<Vec<_>>()
+        };
+        assert_eq!(pace.width(), 1);
+        assert_eq!(widths(&mut pace, 10), [1, 2, 3, 4, 5, 6, 7, 8, 8, 8]);
+        pace.alone();
+        assert_eq!(widths(&mut pace, 3), [1, 2, 3]);
+        // Three polls that were under way together found nothing: one pause, not a third one.
+        assert!(pace.pause(start, start + 5 * MS).is_some());
+        let next = pace.next();
+        assert_eq!((pace.pause(start, start + 6 * MS), pace.next()), (None, next));
+        assert_eq!((pace.pause(start + 4 * MS, start + 7 * MS), pace.next()), (None, next));
+        assert!(pace.pause(start + 300 * MS, start + 301 * MS).is_some());
+        assert_eq!(widths(&mut pace, 3), [1, 2, 3]);
+        pace.ended(Worth::Nothing, start + 302 * MS);
+        assert_eq!(widths(&mut pace, 3), [1, 1, 1], "after a lease that was good for nothing, one by one");
     }
 
     #[test]

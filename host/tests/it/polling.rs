@@ -133,6 +133,36 @@ async fn tasks_that_complete_follow_each_other_without_a_pause() {
     node.stop().await;
 }
 
+/// Slots fill in few round trips of a plane far away; one that has nothing is asked by one poll at a time.
+#[tokio::test]
+async fn while_leases_come_several_polls_are_under_way_and_else_one() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer("POST /v1/tasks/*/heartbeat", usize::MAX, Bad::Json(json!({})));
+    rubbish.answer("POST /v1/tasks/*/complete", usize::MAX, Bad::Json(json!({})));
+    let files = tempfile::tempdir().expect("a folder");
+    let release = files.path().join("release");
+    let mut lease = runnable(&rubbish, "/fixtures/wait-file/v1");
+    lease["task"]["meta"] = json!({ "file": release });
+    rubbish.answer(POLL, 3, Bad::make(move || fresh(&lease)));
+    let (empty, held) = Bad::gate();
+    rubbish.answer(POLL, 3, held);
+    let (end, held) = Bad::gate();
+    rubbish.answer(POLL, usize::MAX, held);
+    let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "8");
+    let node = node.set("POLL_BACKOFF_MS_MIN", "50").set("POLL_BACKOFF_MS_MAX", "50").leasing().await;
+    rubbish.seen(POLL, 6).await; // three leases, and after them three polls at once
+    empty.cancel();
+    rubbish.seen(POLL, 7).await;
+    std::fs::write(release, "").expect("the folder is writable");
+    // After each end the next poll would follow at once, were there none under way.
+    rubbish.seen("POST /v1/tasks/*/complete", 3).await;
+    node.page_until("/status.json", |(_, status)| status["ended"]["completed"] == 3).await;
+    assert_eq!(rubbish.count(POLL), 7);
+    end.cancel();
+    node.stop().await;
+}
+
 #[tokio::test]
 async fn a_plane_that_asks_to_be_left_alone_is_not_polled_before() {
     let lab = Lab::start().await;
