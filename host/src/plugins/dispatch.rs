@@ -79,8 +79,9 @@ impl Dispatcher {
     }
 
     fn with_patience(plugin: Arc<str>, patience: Duration) -> std::io::Result<Self> {
+        // The lead is as good as waiting: its first call needs no watch.
         let state =
-            State { queue: VecDeque::new(), open: true, lead: 0, idle: false, begun: 0, watcher: Watcher::Missing };
+            State { queue: VecDeque::new(), open: true, lead: 0, idle: true, begun: 0, watcher: Watcher::Missing };
         let shared = Arc::new(Shared {
             plugin,
             patience,
@@ -225,6 +226,15 @@ mod tests {
         let seen: Vec<_> = (0..100).map(|_| told.recv_timeout(LIMIT).expect("called")).collect();
         assert!(seen.iter().map(|(number, _)| *number).eq(0..100));
         assert!(seen.iter().all(|(_, thread)| *thread == seen[0].1), "no call blocked");
+    }
+
+    #[test]
+    fn a_first_call_needs_no_watching_thread() {
+        let dispatcher = dispatcher();
+        let (tell, told) = mpsc::channel();
+        dispatcher.run("init", move || tell.send(()).expect("listened to"));
+        told.recv_timeout(LIMIT).expect("called");
+        assert!(dispatcher.0.0.state().watcher == Watcher::Missing);
     }
 
     #[test]
