@@ -95,7 +95,6 @@ async fn a_panic_where_nobody_looks_for_one_ends_its_task_with_its_own_text() {
 async fn s0_17d_a_lease_for_a_capability_nobody_serves_is_refused_by_name() {
     let lab = Lab::start().await;
     let rubbish = Rubbish::before(&lab).await;
-    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
     rubbish.answer(
         "GET /v1/tasks",
         usize::MAX,
@@ -105,6 +104,7 @@ async fn s0_17d_a_lease_for_a_capability_nobody_serves_is_refused_by_name() {
             }
         }),
     );
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await; // its first poll is answered like all others
     let ended = lab.run(&node, "/fixtures/ok/v1", json!({})).await;
     let (reason, details) = ended.failed();
     assert_eq!(reason, "no runner registered for capability: /nobody/serves-this/v1");
