@@ -5,7 +5,7 @@ use std::{net::SocketAddr, sync::Arc, thread, time::Duration};
 use anyhow::Context;
 use tokio::{runtime::Handle, sync::watch};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::{
     auth::{self, Auth, Registration},
@@ -18,7 +18,7 @@ use crate::{
     },
     model::{Budget, Live, Phase, StatusBoard},
     observe::pages::Pages,
-    outbox::{self, Outbox, StateDir},
+    outbox::{self, Left, Outbox, StateDir},
     plugins::Plugins,
     session::{self, Sessions},
     storage::{self, Disk, Scratch, Storage},
@@ -98,7 +98,7 @@ impl Node {
         let door = match Door::open(state.path()) {
             Ok(door) => Some(door),
             Err(err) => {
-                warn!(state_dir = %state.path().display(), error = %err, "control socket cannot be made, commands will not reach this node");
+                no_door(state.path(), &err);
                 None
             }
         };
@@ -187,7 +187,7 @@ impl Node {
         let over = CancellationToken::new();
         let pages = tokio::spawn(pages.run(over.clone()));
         #[cfg(unix)]
-        let door = self.door.map(|door| tokio::spawn(door.run(outbox.clone(), over.clone())));
+        let door = self.door.map(|door| tokio::spawn(keep_open(door, outbox.clone(), over.clone())));
         #[cfg(not(unix))]
         let door: Option<tokio::task::JoinHandle<()>> = None;
         let watching = tokio::spawn(show_registration(auth.status(), board.clone(), over.clone()));
@@ -214,9 +214,16 @@ impl Node {
                 (ended, LAST_ROUND)
             }
         };
-        let reports = control.handle.spawn(async move { outbox.finish(last_round).await }).await.unwrap_or_default();
-        if reports > 0 {
-            warn!(reports, "reports are left in the outbox, the next start sends them");
+        let left = control.handle.spawn(async move { outbox.finish(last_round).await }).await.unwrap_or_default();
+        match left {
+            Left { reports: 0, lost: None } => {}
+            Left { reports: 0, lost: Some(err) } => warn!(error = %err, "outbox was not closed in order"),
+            Left { reports, lost: None } => warn!(reports, "reports are left in the outbox, the next start sends them"),
+            Left { reports, lost: Some(err) } => {
+                error!(reports, error = %err, "reports are left that are not all on the disk, they end with this node");
+            }
+        }
+        if left.reports > 0 {
             ended = Ended::CutShort;
         }
         plugins.shutdown(SHUTDOWN_LIMIT).await;
@@ -230,6 +237,26 @@ impl Node {
         info!(cut_short = ended == Ended::CutShort, "node stopped");
         ended
     }
+}
+
+/// Listens to commands, in the state folder that is there now.
+#[cfg(unix)]
+async fn keep_open(mut door: Door, outbox: Outbox, over: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = door.run(outbox.clone(), over.clone()) => return,
+            () = outbox.moved() => {}
+        }
+        door = match Door::open(outbox.folder()) {
+            Ok(door) => door,
+            Err(err) => return no_door(outbox.folder(), &err),
+        };
+    }
+}
+
+#[cfg(unix)]
+fn no_door(folder: &std::path::Path, err: &std::io::Error) {
+    warn!(state_dir = %folder.display(), error = %err, "control socket cannot be made, commands will not reach this node");
 }
 
 /// Copies the standing with the sign-in service to the status page.

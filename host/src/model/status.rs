@@ -210,6 +210,9 @@ pub struct OutboxStatus {
     pub foreign: usize,
     /// So many are not accepted that nothing new is leased.
     pub full: bool,
+    /// Why they cannot be written down, one line; nothing new is leased until they can.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub not_written: Option<String>,
 }
 
 /// Names are written when they are shown.

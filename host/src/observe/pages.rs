@@ -155,6 +155,9 @@ async fn ready(State(status): State<watch::Receiver<HostStatus>>) -> impl IntoRe
         Phase::Running if status.outbox.full => {
             Some(format!("the outbox is full: {} reports wait for the control plane", status.outbox.waiting))
         }
+        Phase::Running if status.outbox.not_written.is_some() => {
+            Some(format!("the outbox cannot be written: {}", status.outbox.not_written.as_deref().unwrap_or_default()))
+        }
         Phase::Running if status.disk.full => Some(format!(
             "disk nearly full: {} bytes are free where tasks work, DISK_FREE_MIN is {}",
             status.disk.free_bytes.unwrap_or_default(),

@@ -13,6 +13,7 @@
 
 mod book;
 mod entry;
+mod sending;
 mod shelf;
 mod state;
 mod store;
@@ -22,25 +23,27 @@ mod writer;
 
 use std::{
     collections::HashSet,
+    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use tokio::{
     sync::{Notify, Semaphore},
     time::{Instant, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{Instrument as _, Span, debug, info, info_span, warn};
+use tracing::{debug, info, warn};
 use uuid::Uuid;
 
 use self::{
-    book::{Book, Failure, Gone, Turn},
-    entry::{Entry, Tries},
+    book::{Book, Gone, Turn},
+    entry::Entry,
+    sending::{Sender, Try},
     store::Change,
-    writer::Writer,
+    writer::{News, Writer},
 };
 pub use self::{
     entry::{Listing, ListingState},
@@ -48,12 +51,9 @@ pub use self::{
     state::{StateDir, StateError},
 };
 use crate::{
-    leases::{Advice, LeaseError, LeaseSource},
-    model::{KeptLease, Lease, OutboxStatus, ReportState, StatusBoard, TaskId, Verdict, millis},
+    leases::LeaseSource,
+    model::{KeptLease, Lease, OutboxStatus, ReportState, StatusBoard, TaskId, Verdict},
 };
-
-/// What is noted of a try that ended with its sender.
-const BROKEN_OFF: &str = "the node stopped before the control plane answered";
 
 /// How often the last rounds may fail before they are given up: a plane that is away would cost a
 /// shutdown a request for each report.
@@ -85,12 +85,14 @@ struct Inner {
     board: StatusBoard,
     writer: Writer,
     senders: Semaphore,
-    book: Mutex<Pages>,
+    book: Arc<Mutex<Pages>>,
     /// There may be something to send.
     turn: Notify,
     /// There is room again.
-    room: Notify,
-    _state: StateDir,
+    room: Arc<Notify>,
+    /// The state folder was made again.
+    moved: Arc<Notify>,
+    state: Arc<StateDir>,
 }
 
 /// The book, and what of it the status board shows.
@@ -115,10 +117,13 @@ pub enum Sent {
     Dropped,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Sender {
-    Attempt,
-    Outbox,
+/// What an outbox leaves behind when it ends.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Left {
+    /// Reports the control plane has not accepted.
+    pub reports: usize,
+    /// Why not all of that is on the disk, in one line.
+    pub lost: Option<String>,
 }
 
 /// A report whose first try is its attempt's. Dropped without a word, it is written and waits for its turn
@@ -141,18 +146,19 @@ impl Outbox {
     /// # Errors
     /// When the folder cannot be used. A file that cannot be read is set aside.
     pub fn open(config: Config, source: Arc<dyn LeaseSource>, board: StatusBoard) -> Result<Self, StateError> {
-        let folder = config.state.path().to_owned();
+        let state = Arc::new(config.state);
+        let folder = state.path().to_owned();
         let (store, rows) = store::open_or_set_aside(&folder)?;
         let plane: Arc<str> = config.plane.trim_end_matches('/').into();
         let mut book = Book::default();
-        for (number, bytes) in rows {
-            match Entry::decode(&bytes) {
+        for (number, bytes) in &rows {
+            match Entry::decode(bytes) {
                 Ok((entry, tries)) => {
                     let ours = entry.plane == plane && *entry.node == *config.node;
-                    book.found(number, entry, tries, ours, Instant::now());
+                    book.found(*number, entry, tries, ours, Instant::now());
                 }
                 Err(err) => {
-                    book.skip(number);
+                    book.skip(*number);
                     warn!(number, error = %err, "a report in the outbox cannot be read, it is kept and not sent");
                 }
             }
@@ -167,7 +173,11 @@ impl Outbox {
                 "reports for another control plane or from another node are kept and not sent"
             );
         }
-        let writer = Writer::start(folder.clone(), store).map_err(state::failed("start the writer of", &folder))?;
+        let book = Arc::new(Mutex::new(Pages { book, ..Pages::default() }));
+        let (room, moved) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
+        let listener = listener(Arc::clone(&book), board.clone(), Arc::clone(&room), Arc::clone(&moved));
+        let writer = Writer::start(Arc::clone(&state), store, rows, listener);
+        let writer = writer.map_err(state::failed("start the writer of", &folder))?;
         let outbox = Self(Arc::new(Inner {
             plane,
             node: config.node.into(),
@@ -176,10 +186,11 @@ impl Outbox {
             board,
             writer,
             senders: Semaphore::new(config.senders.max(1)),
-            book: Mutex::new(Pages { book, ..Pages::default() }),
+            book,
             turn: Notify::new(),
-            room: Notify::new(),
-            _state: config.state,
+            room,
+            moved,
+            state,
         }));
         outbox.with(|_| {});
         Ok(outbox)
@@ -220,10 +231,11 @@ impl Outbox {
         self.0.turn.notify_one();
     }
 
-    /// Whether another task may be taken on.
+    /// Whether another task may be taken on: its end could be kept.
     #[must_use]
     pub fn has_room(&self) -> bool {
-        self.lock().book.ours() < self.0.max
+        let pages = self.lock();
+        pages.book.ours() < self.0.max && pages.shown.not_written.is_none()
     }
 
     /// Waits until [`Outbox::has_room`].
@@ -268,9 +280,20 @@ impl Outbox {
         }
     }
 
+    /// The state folder.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        self.0.state.path()
+    }
+
+    /// Returns when the state folder was made again, because somebody had removed it.
+    pub async fn moved(&self) {
+        self.0.moved.notified().await;
+    }
+
     /// Last rounds within `limit`, then the file is closed. Call it after [`Outbox::run`] has ended; with
-    /// how many reports are left for the next start.
-    pub async fn finish(&self, limit: Duration) -> usize {
+    /// what is left.
+    pub async fn finish(&self, limit: Duration) -> Left {
         let deadline = Instant::now() + limit;
         let mut failures = 0;
         while self.lock().book.ours() > 0 {
@@ -282,11 +305,9 @@ impl Outbox {
             }
             tokio::time::sleep(pause).await;
         }
-        if let Err(err) = self.0.writer.close().await {
-            warn!(error = %err, "outbox was not closed in order");
-        }
+        let lost = self.0.writer.close().await.err();
         self.with(Book::let_go);
-        self.lock().book.ours()
+        Left { reports: self.lock().book.ours(), lost }
     }
 
     /// Sends every report of ours once, until so many have failed; with how many did. `None`: time is up.
@@ -366,6 +387,7 @@ impl Outbox {
             last_error: book.last_error().map(str::to_owned),
             foreign: book.foreign(),
             full,
+            not_written: pages.shown.not_written.clone(),
         };
         // One that is on its way for the first time is no outage.
         if full && book.waiting() > 0 && !pages.paused {
@@ -387,103 +409,6 @@ impl Outbox {
 
     fn lock(&self) -> MutexGuard<'_, Pages> {
         self.0.book.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// One try under way, which counts. Dropped before its end, its report waits for its turn again.
-struct Try {
-    outbox: Outbox,
-    number: u64,
-    entry: Arc<Entry>,
-    tries: Tries,
-    who: Sender,
-    ended: bool,
-}
-
-impl Try {
-    /// `None` when there is nothing to be sent.
-    fn begin(outbox: &Outbox, number: u64, who: Sender) -> Option<Self> {
-        let (entry, tries) = outbox.with(|book| {
-            let renamed = book.rename(number);
-            let (entry, tries) = book.begin(number, Timestamp::now())?;
-            if renamed {
-                outbox.0.writer.note(Change::Put(number, entry.encode(&tries)));
-            }
-            Some((entry, tries))
-        })?;
-        Some(Self { outbox: outbox.clone(), number, entry, tries, who, ended: false })
-    }
-
-    /// An attempt says itself how its task ended, in its own span; what the outbox sends gets a line here.
-    /// `None` when the report was dropped meanwhile.
-    async fn run(self) -> Option<Sent> {
-        let entry = &self.entry;
-        let span = match self.who {
-            Sender::Attempt => Span::current(),
-            Sender::Outbox => info_span!(
-                "report",
-                task_id = %entry.task(),
-                job_id = entry.job_id.map(tracing::field::display),
-                domain_id = entry.domain_id.map(tracing::field::display),
-                capability = entry.capability,
-            ),
-        };
-        self.send().instrument(span).await
-    }
-
-    async fn send(mut self) -> Option<Sent> {
-        let settled = self.outbox.0.source.settle(self.entry.task(), &self.entry.lease(), &self.entry.verdict).await;
-        self.ended = true;
-        let Self { outbox, number, entry, tries, who, .. } = &self;
-        let (task, verdict, tries) = (entry.task(), &entry.verdict, tries.count);
-        let Err(err) = settled else {
-            crate::crash::point("answer-read");
-            let ended_as = outbox.answered(*number);
-            if *who == Sender::Outbox {
-                let waited = Timestamp::now().duration_since(entry.ended_at).max(SignedDuration::ZERO);
-                let waited_ms = millis(waited.unsigned_abs());
-                info!(task_id = %task, outcome = verdict.outcome.word(), tries, waited_ms, "report delivered");
-                outbox.0.board.settled(ended_as.unwrap_or(task), ReportState::Accepted);
-            }
-            return Some(Sent::Accepted);
-        };
-        let error = err.to_string();
-        if for_good(&err) {
-            let ended_as = outbox.answered(*number)?;
-            if *who == Sender::Outbox {
-                warn!(task_id = %task, outcome = verdict.outcome.word(), tries, error, "report refused for good");
-                outbox.0.board.settled(ended_as, ReportState::Refused);
-            }
-            return Some(Sent::Refused(error));
-        }
-        let failure = Failure { error: &error, retry_after: err.retry_after() };
-        // Written in the same breath: what is dropped right after this must not come back to the disk.
-        let (pause, first) = outbox.with(|book| {
-            let (failed, pause, first) = book.failed(*number, failure, Instant::now(), rand::random::<f64>())?;
-            outbox.0.writer.note(Change::Put(*number, entry.encode(&failed)));
-            Some((pause, first))
-        })?;
-        outbox.0.turn.notify_one();
-        if first {
-            warn!(task_id = %task, error, retry_in_ms = millis(pause), "reports wait for the control plane");
-        } else {
-            debug!(task_id = %task, error, tries, retry_in_ms = millis(pause), "report failed");
-        }
-        Some(Sent::Waiting(error))
-    }
-}
-
-impl Drop for Try {
-    fn drop(&mut self) {
-        if self.ended {
-            return;
-        }
-        self.outbox.with(|book| {
-            if let Some((entry, tries)) = book.broken_off(self.number, BROKEN_OFF, Instant::now()) {
-                self.outbox.0.writer.note(Change::Put(self.number, entry.encode(&tries)));
-            }
-        });
-        self.outbox.0.turn.notify_one();
     }
 }
 
@@ -556,7 +481,24 @@ impl Drop for Kept {
     }
 }
 
-/// Whether the plane will never take this report.
-fn for_good(err: &LeaseError) -> bool {
-    matches!(err.advice(), Advice::StopTask | Advice::GiveUp)
+/// What the writer's news change for all others.
+fn listener(
+    book: Arc<Mutex<Pages>>,
+    board: StatusBoard,
+    room: Arc<Notify>,
+    moved: Arc<Notify>,
+) -> impl Fn(News) + Send + 'static {
+    move |news| {
+        let not_written = match news {
+            News::Moved => return moved.notify_one(),
+            News::Broken(why) => Some(why),
+            News::Mended => None,
+        };
+        let mut pages = book.lock().unwrap_or_else(PoisonError::into_inner);
+        pages.shown.not_written = not_written;
+        let now = pages.shown.clone();
+        board.change(|status| status.outbox = now);
+        drop(pages);
+        room.notify_waiters();
+    }
 }

@@ -2,9 +2,10 @@
 
 use std::{
     fmt,
-    fs::{self, DirBuilder, File, TryLockError},
+    fs::{self, DirBuilder, File, Metadata, TryLockError},
     io::{self, Read, Seek, Write},
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
@@ -61,7 +62,7 @@ impl fmt::Display for Owner {
 #[derive(Debug)]
 pub struct StateDir {
     path: PathBuf,
-    _lock: File,
+    lock: Mutex<File>,
 }
 
 impl StateDir {
@@ -96,7 +97,7 @@ impl StateDir {
             write!(lock, "{}", std::process::id())
         };
         note(&mut lock).map_err(failed("write", &lock_path))?;
-        Ok(Self { path, _lock: lock })
+        Ok(Self { path, lock: Mutex::new(lock) })
     }
 
     /// Like [`StateDir::open`], but waits up to `patience` for whoever works in it: a command that
@@ -114,11 +115,37 @@ impl StateDir {
         }
     }
 
+    /// Takes the folder again where it was removed or replaced while it was in use.
+    ///
+    /// # Errors
+    /// As [`StateDir::open`].
+    pub(super) fn take_again(&self) -> Result<(), StateError> {
+        let mut lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        let ours = lock.metadata().map(|about| identity(&about)).ok();
+        if fs::metadata(self.path.join(LOCK)).map(|about| identity(&about)).ok() != ours {
+            *lock = Self::open(&self.path)?.lock.into_inner().unwrap_or_else(PoisonError::into_inner);
+        }
+        Ok(())
+    }
+
     /// The folder, absolute.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
+}
+
+/// Which file it is, whatever lies at its path by now.
+#[cfg(unix)]
+pub(super) fn identity(about: &Metadata) -> (u64, u64) {
+    use std::os::unix::fs::MetadataExt as _;
+    (about.dev(), about.ino())
+}
+
+/// One at the same path is taken for the same.
+#[cfg(not(unix))]
+pub(super) fn identity(_: &Metadata) -> (u64, u64) {
+    (0, 0)
 }
 
 /// Opens a file of this user alone, made where it is missing.

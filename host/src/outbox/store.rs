@@ -9,7 +9,7 @@ use std::{
 use jiff::Timestamp;
 use redb::{Builder, Database, ReadableTable, TableDefinition};
 
-use super::state::{StateError, failed, private};
+use super::state::{StateError, failed, identity, private};
 
 /// Its name in the state folder.
 pub(super) const FILE: &str = "outbox.redb";
@@ -22,7 +22,7 @@ const REPORTS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("reports")
 const CACHE_BYTES: usize = 512 * 1024;
 
 /// A report's number and what stands under it.
-type Row = (u64, Vec<u8>);
+pub(super) type Row = (u64, Vec<u8>);
 
 /// One change.
 #[derive(Debug)]
@@ -46,6 +46,8 @@ impl<E: Into<redb::Error>> From<E> for StoreError {
 /// See the module's text.
 pub(super) struct Store {
     database: Database,
+    /// See [`identity`].
+    pub(super) file: (u64, u64),
 }
 
 impl Store {
@@ -61,6 +63,7 @@ impl Store {
 
     fn open_sound(path: &Path) -> Result<(Self, Vec<Row>), StoreError> {
         let file = private(path).map_err(|err| StoreError(err.to_string()))?;
+        let identity = identity(&file.metadata().map_err(|err| StoreError(err.to_string()))?);
         let mut database = Builder::new().set_cache_size(CACHE_BYTES).create_file(file)?;
         if !database.check_integrity()? {
             tracing::warn!(path = %path.display(), "outbox was repaired");
@@ -83,7 +86,7 @@ impl Store {
             }
         }
         change.commit()?;
-        Ok((Self { database }, rows))
+        Ok((Self { database, file: identity }, rows))
     }
 
     /// All changes or none; they are on the disk when this returns.

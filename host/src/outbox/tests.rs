@@ -133,7 +133,7 @@ async fn s0_69_a_report_that_is_accepted_leaves_nothing() {
     let (sent, ()) = tokio::join!(kept.send(named(&lease(1))), plane);
     assert_eq!(sent, Sent::Accepted);
     assert_eq!(bench.status(), OutboxStatus::default());
-    assert_eq!(outbox.finish(Duration::ZERO).await, 0);
+    assert_eq!(outbox.finish(Duration::ZERO).await.reports, 0);
     drop(outbox);
     assert_eq!(Shelf::open(bench.state.path()).expect("opens").expect("a file").listings(None), []);
 }
@@ -160,7 +160,7 @@ async fn s0_69_reports_survive_the_process_and_go_out_oldest_first() {
     others.into_iter().for_each(|call| call.ok(json!({})));
     bench.until(|status| status.waiting == 0).await;
     running.stop().await;
-    assert_eq!(outbox.finish(Duration::ZERO).await, 0);
+    assert_eq!(outbox.finish(Duration::ZERO).await.reports, 0);
 }
 
 #[tokio::test]
@@ -200,7 +200,7 @@ async fn a_report_refused_for_good_is_sent_once() {
         let Sent::Refused(text) = sent else { panic!("{sent:?}") };
         assert_clean(&text);
         assert!(text.contains(&status.to_string()), "{text}");
-        assert_eq!(outbox.finish(Duration::from_secs(5)).await, 0);
+        assert_eq!(outbox.finish(Duration::from_secs(5)).await.reports, 0);
         assert!(bench.plane.waiting().is_none());
     }
 }
@@ -268,7 +268,7 @@ async fn reports_go_to_their_own_plane_by_their_own_node_only() {
         tokio::join!(kept.send(named(&lease(2))), async { bench.plane.expect(&complete(2)).await.ok(json!({})) });
     assert_eq!(sent, Sent::Accepted);
     running.stop().await;
-    assert_eq!(outbox.finish(Duration::from_secs(5)).await, 0, "what is not ours does not count");
+    assert_eq!(outbox.finish(Duration::from_secs(5)).await.reports, 0, "what is not ours does not count");
     assert!(bench.plane.waiting().is_none());
     drop(outbox);
     let shelf = Shelf::open(bench.state.path()).expect("opens").expect("a file");
@@ -366,7 +366,7 @@ async fn what_was_not_written_yet_is_written_when_its_attempt_fails_or_goes() {
     let plane = async { bench.plane.expect(&complete(1)).await.answer(503, "later") };
     let (sent, ()) = tokio::join!(kept.send(named(&lease(1))), plane);
     assert!(matches!(sent, Sent::Waiting(_)), "{sent:?}");
-    assert_eq!(outbox.finish(Duration::ZERO).await, 2);
+    assert_eq!(outbox.finish(Duration::ZERO).await.reports, 2);
     drop(outbox);
     assert_eq!(on_disk(&bench), [id(1), id(2)]);
 }

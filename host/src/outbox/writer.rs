@@ -4,18 +4,28 @@
 //! while the last one was written goes into the next. Removals nobody waits for give others a moment
 //! to come along, and so do writes that somebody waits for, once the last transaction has shown that they
 //! come in company.
+//!
+//! It knows what is to stand in the file. What the disk does not take is tried again, and where the folder
+//! was removed under it, it is made again with all that is owed.
 
 use std::{
-    io,
-    path::PathBuf,
-    sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
+    path::Path,
+    sync::{
+        Arc,
+        mpsc::{Receiver, RecvTimeoutError, Sender, channel},
+    },
     thread,
     time::{Duration, Instant},
 };
 
 use tokio::sync::oneshot;
 
-use super::store::{Change, FILE, Store};
+use super::{
+    state::{StateDir, identity},
+    store::{Change, FILE, Row, Store},
+};
 
 /// How long a removal waits for company. A crash in this time sends a report again that was accepted.
 const LINGER: Duration = Duration::from_millis(10);
@@ -24,8 +34,20 @@ const LINGER: Duration = Duration::from_millis(10);
 const GATHER: Duration = Duration::from_micros(300);
 /// Most changes in one transaction.
 const BATCH_MAX: usize = 256;
+/// When a write that the disk did not take is tried again.
+const AGAIN: Duration = Duration::from_secs(1);
 
 type Done = oneshot::Sender<Result<(), String>>;
+
+/// What its owner has to hear of.
+pub(super) enum News {
+    /// The file cannot be written, for this reason.
+    Broken(String),
+    /// It can be written again.
+    Mended,
+    /// The folder was made again.
+    Moved,
+}
 
 enum Order {
     Change(Change, Option<Done>),
@@ -39,10 +61,26 @@ pub(super) struct Writer {
 }
 
 impl Writer {
-    pub(super) fn start(folder: PathBuf, store: Store) -> io::Result<Self> {
+    /// `rows` stand in the file already. `tell` is called on the thread.
+    pub(super) fn start(
+        state: Arc<StateDir>,
+        store: Store,
+        rows: Vec<Row>,
+        tell: impl Fn(News) + Send + 'static,
+    ) -> io::Result<Self> {
         let (orders, incoming) = channel();
         // Bounded by the outbox: a change for each report that is not accepted yet, and its removal.
-        let thread = Thread { path: folder.join(FILE), store: Some(store), broken: false };
+        let (file, rows) = (store.file, rows.into_iter().collect());
+        let thread = Thread {
+            state,
+            store: Some(store),
+            file,
+            rows,
+            behind: BTreeSet::new(),
+            broken: false,
+            moved: false,
+            tell: Box::new(tell),
+        };
         thread::Builder::new().name("outbox".to_owned()).spawn(move || thread.run(&incoming))?;
         Ok(Self { orders })
     }
@@ -63,6 +101,9 @@ impl Writer {
     }
 
     /// Waits until every change so far is on the disk and the file is closed; nothing is written after that.
+    ///
+    /// # Errors
+    /// One line when not all that is owed is on the disk.
     pub(super) async fn close(&self) -> Result<(), String> {
         let (done, written) = oneshot::channel();
         self.order(Order::Close(done));
@@ -80,50 +121,76 @@ async fn answer(written: oneshot::Receiver<Result<(), String>>) -> Result<(), St
 }
 
 struct Thread {
-    path: PathBuf,
+    state: Arc<StateDir>,
     /// `None` after an error, until it could be opened again.
     store: Option<Store>,
+    /// Which file is ours.
+    file: (u64, u64),
+    /// What is to stand in it.
+    rows: BTreeMap<u64, Vec<u8>>,
+    /// Of which of it the file may say something else.
+    behind: BTreeSet<u64>,
     /// The last transaction failed, and that was said.
     broken: bool,
+    /// A new file was begun, and that was not said.
+    moved: bool,
+    tell: Box<dyn Fn(News) + Send>,
 }
 
 impl Thread {
     fn run(mut self, incoming: &Receiver<Order>) {
         let mut company = false;
-        while let Some(batch) = next_batch(incoming, company) {
-            let (mut changes, mut waiting, mut last) = (Vec::with_capacity(batch.len()), Vec::new(), None);
+        while let Some(batch) = next_batch(incoming, company, self.broken.then_some(AGAIN)) {
+            let (mut waiting, mut last) = (Vec::new(), None);
             for order in batch {
                 match order {
                     Order::Change(change, done) => {
-                        changes.push(change);
+                        self.note(change);
                         waiting.extend(done);
                     }
                     Order::Close(done) => last = Some(done),
                 }
             }
             company = waiting.len() > 1;
-            let result = self.apply(changes);
+            if last.is_some() && !self.rows.is_empty() && !self.is_in_place(&self.path()) {
+                self.behind.extend(self.rows.keys());
+            }
+            let result = self.catch_up();
             for done in waiting {
                 // Who asked may have gone.
                 let _ = done.send(result.clone());
             }
             if let Some(done) = last {
-                self.store = None;
+                drop(self); // whoever hears it may take the folder
                 let _ = done.send(result);
                 return;
             }
         }
     }
 
-    fn apply(&mut self, changes: Vec<Change>) -> Result<(), String> {
-        if changes.is_empty() {
+    fn note(&mut self, change: Change) {
+        let (Change::Put(number, _) | Change::Remove(number)) = change;
+        self.behind.insert(number);
+        match change {
+            Change::Put(_, bytes) => drop(self.rows.insert(number, bytes)),
+            Change::Remove(_) => drop(self.rows.remove(&number)),
+        }
+    }
+
+    /// Brings the file up to date.
+    fn catch_up(&mut self) -> Result<(), String> {
+        if self.behind.is_empty() {
             return Ok(());
         }
-        let result = self.try_apply(changes);
+        let result = self.try_catch_up();
         match &result {
-            Ok(()) if self.broken => tracing::info!("outbox is written again"),
+            Ok(()) if self.broken => {
+                tracing::info!("outbox is written again");
+                (self.tell)(News::Mended);
+            }
             Err(err) if !self.broken => {
                 tracing::error!(error = %err, "outbox cannot be written, reports are kept in memory only");
+                (self.tell)(News::Broken(err.clone()));
             }
             Ok(()) | Err(_) => {}
         }
@@ -131,24 +198,73 @@ impl Thread {
         result
     }
 
-    fn try_apply(&mut self, changes: Vec<Change>) -> Result<(), String> {
-        if self.store.is_none() {
-            // What it holds is known here already.
-            self.store = Some(Store::open(&self.path).map_err(|err| err.to_string())?.0);
-        }
-        let store = self.store.as_ref().expect("just opened");
-        let result = store.apply(changes).map_err(|err| err.to_string());
-        if result.is_err() {
+    fn try_catch_up(&mut self) -> Result<(), String> {
+        let path = self.path();
+        if !self.is_in_place(&path) {
             self.store = None;
+            if !self.rows.is_empty() {
+                self.move_in(&path)?;
+            }
+        } else if self.store.is_none() {
+            self.store = Some(Store::open(&path).map_err(|err| err.to_string())?.0);
         }
-        result
+        // There is none where the file is gone and nothing is owed.
+        if let Some(store) = self.store.take() {
+            let changes = self.behind.iter().map(|number| match self.rows.get(number) {
+                Some(bytes) => Change::Put(*number, bytes.clone()),
+                None => Change::Remove(*number),
+            });
+            store.apply(changes).map_err(|err| err.to_string())?;
+            self.store = Some(store);
+            if std::mem::take(&mut self.moved) {
+                tracing::error!(
+                    state_dir = %self.state.path().display(),
+                    reports = self.rows.len(),
+                    "state folder was removed under this node, it was made again with the reports that wait"
+                );
+                (self.tell)(News::Moved);
+            }
+        }
+        self.behind.clear();
+        Ok(())
+    }
+
+    /// Begins a new file where ours is gone. Reports of others that lie there by now are not touched.
+    fn move_in(&mut self, path: &Path) -> Result<(), String> {
+        self.state.take_again().map_err(|err| err.to_string())?;
+        let (store, found) = Store::open(path).map_err(|err| err.to_string())?;
+        if found.iter().any(|(number, bytes)| self.rows.get(number) != Some(bytes)) {
+            return Err(format!("another outbox lies at {} by now; move it away, or restart the node", path.display()));
+        }
+        self.behind.extend(self.rows.keys());
+        self.file = store.file;
+        self.store = Some(store);
+        self.moved = true;
+        Ok(())
+    }
+
+    fn path(&self) -> std::path::PathBuf {
+        self.state.path().join(FILE)
+    }
+
+    /// Whether what lies at its path is our file: one that was removed can be written, and nobody finds it.
+    fn is_in_place(&self, path: &Path) -> bool {
+        fs::metadata(path).is_ok_and(|about| identity(&about) == self.file)
     }
 }
 
-/// The next orders, at least one; `None` when nobody is left to give any. In `company`, a write waits a
-/// little for others.
-fn next_batch(incoming: &Receiver<Order>, company: bool) -> Option<Vec<Order>> {
-    let mut batch = vec![incoming.recv().ok()?];
+/// The next orders; `None` when nobody is left to give any. There is at least one, unless `limit` has
+/// passed. In `company`, a write waits a little for others.
+fn next_batch(incoming: &Receiver<Order>, company: bool, limit: Option<Duration>) -> Option<Vec<Order>> {
+    let first = match limit {
+        None => incoming.recv().ok()?,
+        Some(limit) => match incoming.recv_timeout(limit) {
+            Ok(order) => order,
+            Err(RecvTimeoutError::Timeout) => return Some(Vec::new()),
+            Err(RecvTimeoutError::Disconnected) => return None,
+        },
+    };
+    let mut batch = vec![first];
     let patience = Instant::now() + LINGER;
     let hurried = |order: &Order| !matches!(order, Order::Change(_, None));
     let mut hurry = hurried(&batch[0]);
@@ -175,8 +291,9 @@ mod tests {
     use super::*;
 
     fn start(folder: &tempfile::TempDir) -> Writer {
-        let (store, _) = Store::open(&folder.path().join(FILE)).expect("made");
-        Writer::start(folder.path().to_owned(), store).expect("started")
+        let state = StateDir::open(folder.path()).expect("ours");
+        let (store, rows) = Store::open(&folder.path().join(FILE)).expect("made");
+        Writer::start(Arc::new(state), store, rows, |_| {}).expect("started")
     }
 
     #[tokio::test]

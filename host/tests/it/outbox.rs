@@ -467,6 +467,77 @@ async fn a_damaged_file_is_set_aside_and_said_and_the_node_goes_on() {
     node.stop().await;
 }
 
+const MADE_AGAIN: &str = "state folder was removed under this node, it was made again with the reports that wait";
+
+#[tokio::test]
+async fn a_state_folder_that_is_removed_under_a_node_is_made_again_with_what_is_owed() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    let first = lab.task("/fixtures/ok/v1").submit();
+    waiting(&node, 1).await;
+    std::fs::remove_dir_all(node.state_dir()).expect("removed");
+    let second = lab.task("/fixtures/ok/v1").submit();
+    let line = node.says(MADE_AGAIN).await;
+    assert_eq!(line["level"], "ERROR", "{line}");
+    waiting(&node, 2).await;
+    // Commands reach it in the new folder, which is nobody else's.
+    let socket = node.state_dir().join("control.sock");
+    node.page_until("/status.json", |_| socket.exists()).await;
+    assert_eq!(outbox(&node, &["list"], 0).await.0.as_array().map(Vec::len), Some(2));
+    let mode = std::fs::metadata(node.state_dir()).expect("there").permissions();
+    assert_eq!(std::os::unix::fs::PermissionsExt::mode(&mode) & 0o777, 0o700);
+    node.term();
+    assert_eq!(node.wait().await, 75, "{}", node.log());
+    assert_eq!(node.said("reports are left in the outbox, the next start sends them")[0]["reports"], 2);
+    assert_eq!(node.said(MADE_AGAIN).len(), 1, "{}", node.log());
+    rubbish.heal();
+    let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
+    for job in [first, second] {
+        assert_eq!(lab.ended(&next, job).await.completed().task()["attempts"], 1, "nothing is done twice");
+    }
+    next.stop().await;
+}
+
+#[tokio::test]
+async fn while_reports_cannot_be_written_nothing_is_leased_and_none_is_called_safe() {
+    let lab = Lab::start().await;
+    let base = tempfile::tempdir().expect("a folder");
+    let state = base.path().join("state");
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    let node = rubbish.node(&[fixtures::zoo()]).set("STATE_DIR", state.to_string_lossy()).leasing().await;
+    let in_the_way = || {
+        std::fs::remove_dir_all(&state).expect("removed");
+        std::fs::write(&state, "in the way").expect("written");
+    };
+    in_the_way();
+    lab.task("/fixtures/ok/v1").submit();
+    let broken = "outbox cannot be written, reports are kept in memory only";
+    assert_eq!(node.says(broken).await["level"], "ERROR");
+    let page = node.page_until("/ready", |page| page.0 == 503).await.1;
+    let reason = page["reason"].as_str().unwrap_or_default();
+    assert!(reason.starts_with("the outbox cannot be written: cannot make "), "{reason}");
+    waiting(&node, 1).await;
+    let second = lab.task("/fixtures/ok/v1").submit();
+    // The pause after a report that failed is longer than several between two polls.
+    rubbish.seen(COMPLETE, rubbish.count(COMPLETE) + 2).await;
+    assert_eq!(lab.world.job(second).expect("a job")["job"]["status"], "pending", "nothing new is leased");
+    std::fs::remove_file(&state).expect("removed");
+    // That is found by itself, and then the second task.
+    node.says("outbox is written again").await;
+    waiting(&node, 2).await;
+    assert_eq!(node.page("/ready").await.0, 200);
+    assert_eq!(node.said(broken).len(), 1, "{}", node.log());
+    in_the_way();
+    node.term();
+    assert_eq!(node.wait().await, 75, "{}", node.log());
+    let lost = node.said("reports are left that are not all on the disk, they end with this node");
+    assert_eq!((&lost[0]["level"], &lost[0]["reports"]), (&json!("ERROR"), &json!(2)), "{lost:?}");
+    assert!(node.said("reports are left in the outbox, the next start sends them").is_empty(), "{}", node.log());
+}
+
 #[tokio::test]
 async fn reports_of_another_identity_are_kept_and_said() {
     let lab = Lab::start().await;

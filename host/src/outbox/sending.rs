@@ -1,0 +1,130 @@
+//! One try to hand a report to the plane, and what its answer means.
+
+use std::sync::Arc;
+
+use jiff::{SignedDuration, Timestamp};
+use tokio::time::Instant;
+use tracing::{Instrument as _, Span, debug, info, info_span, warn};
+
+use super::{
+    Outbox, Sent,
+    book::Failure,
+    entry::{Entry, Tries},
+    store::Change,
+};
+use crate::{
+    leases::{Advice, LeaseError},
+    model::{ReportState, millis},
+};
+
+/// What is noted of a try that ended with its sender.
+const BROKEN_OFF: &str = "the node stopped before the control plane answered";
+
+/// Who sends a report.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Sender {
+    Attempt,
+    Outbox,
+}
+
+/// One try under way, which counts. Dropped before its end, its report waits for its turn again.
+pub(super) struct Try {
+    outbox: Outbox,
+    number: u64,
+    entry: Arc<Entry>,
+    tries: Tries,
+    who: Sender,
+    ended: bool,
+}
+
+impl Try {
+    /// `None` when there is nothing to be sent.
+    pub(super) fn begin(outbox: &Outbox, number: u64, who: Sender) -> Option<Self> {
+        let (entry, tries) = outbox.with(|book| {
+            let renamed = book.rename(number);
+            let (entry, tries) = book.begin(number, Timestamp::now())?;
+            if renamed {
+                outbox.0.writer.note(Change::Put(number, entry.encode(&tries)));
+            }
+            Some((entry, tries))
+        })?;
+        Some(Self { outbox: outbox.clone(), number, entry, tries, who, ended: false })
+    }
+
+    /// An attempt says itself how its task ended, in its own span; what the outbox sends gets a line here.
+    /// `None` when the report was dropped meanwhile.
+    pub(super) async fn run(self) -> Option<Sent> {
+        let entry = &self.entry;
+        let span = match self.who {
+            Sender::Attempt => Span::current(),
+            Sender::Outbox => info_span!(
+                "report",
+                task_id = %entry.task(),
+                job_id = entry.job_id.map(tracing::field::display),
+                domain_id = entry.domain_id.map(tracing::field::display),
+                capability = entry.capability,
+            ),
+        };
+        self.send().instrument(span).await
+    }
+
+    async fn send(mut self) -> Option<Sent> {
+        let settled = self.outbox.0.source.settle(self.entry.task(), &self.entry.lease(), &self.entry.verdict).await;
+        self.ended = true;
+        let Self { outbox, number, entry, tries, who, .. } = &self;
+        let (task, verdict, tries) = (entry.task(), &entry.verdict, tries.count);
+        let Err(err) = settled else {
+            crate::crash::point("answer-read");
+            let ended_as = outbox.answered(*number);
+            if *who == Sender::Outbox {
+                let waited = Timestamp::now().duration_since(entry.ended_at).max(SignedDuration::ZERO);
+                let waited_ms = millis(waited.unsigned_abs());
+                info!(task_id = %task, outcome = verdict.outcome.word(), tries, waited_ms, "report delivered");
+                outbox.0.board.settled(ended_as.unwrap_or(task), ReportState::Accepted);
+            }
+            return Some(Sent::Accepted);
+        };
+        let error = err.to_string();
+        if for_good(&err) {
+            let ended_as = outbox.answered(*number)?;
+            if *who == Sender::Outbox {
+                warn!(task_id = %task, outcome = verdict.outcome.word(), tries, error, "report refused for good");
+                outbox.0.board.settled(ended_as, ReportState::Refused);
+            }
+            return Some(Sent::Refused(error));
+        }
+        let failure = Failure { error: &error, retry_after: err.retry_after() };
+        // Written in the same breath: what is dropped right after this must not come back to the disk.
+        let (pause, first) = outbox.with(|book| {
+            let (failed, pause, first) = book.failed(*number, failure, Instant::now(), rand::random::<f64>())?;
+            outbox.0.writer.note(Change::Put(*number, entry.encode(&failed)));
+            Some((pause, first))
+        })?;
+        outbox.0.turn.notify_one();
+        if first {
+            warn!(task_id = %task, error, retry_in_ms = millis(pause), "reports wait for the control plane");
+        } else {
+            debug!(task_id = %task, error, tries, retry_in_ms = millis(pause), "report failed");
+        }
+        Some(Sent::Waiting(error))
+    }
+}
+
+impl Drop for Try {
+    fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
+        self.outbox.with(|book| {
+            if let Some((entry, tries)) = book.broken_off(self.number, BROKEN_OFF, Instant::now()) {
+                self.outbox.0.writer.note(Change::Put(self.number, entry.encode(&tries)));
+            }
+        });
+        self.outbox.0.turn.notify_one();
+    }
+}
+
+/// Whether the plane will never take this report.
+fn for_good(err: &LeaseError) -> bool {
+    matches!(err.advice(), Advice::StopTask | Advice::GiveUp)
+}
