@@ -7,12 +7,16 @@ use std::{collections::BTreeMap, fs, io, sync::Arc};
 
 use jiff::Timestamp;
 use serde::Deserialize;
+use tokio::sync::Mutex;
 use uuid::Uuid;
 
 use super::store::{Item, Store, StoreError, check_name, exists};
 
 /// Most parts of one upload.
 const PARTS_MAX: u64 = 10_000;
+
+/// Held by who writes to a file. The system lets in one at a time, and who waits there spins.
+pub(super) type Turn = Arc<Mutex<()>>;
 
 /// An upload under way, or finished and remembered until it expires: the answer to the last call
 /// may have been lost.
@@ -23,6 +27,7 @@ pub(super) struct Upload {
     size: Option<u64>,
     expires: Timestamp,
     parts: BTreeMap<u64, Part>,
+    turn: Turn,
     done: Option<Item>,
 }
 
@@ -61,6 +66,7 @@ pub(super) struct Writing {
     number: u64,
     pub(super) path: std::path::PathBuf,
     pub(super) offset: u64,
+    pub(super) turn: Turn,
     finished: bool,
 }
 
@@ -95,8 +101,8 @@ impl Store {
         };
         let upload_id = Uuid::new_v4();
         let expires = now + self.config.upload_ttl;
-        let (size, parts, done) = (request.size, BTreeMap::new(), None);
-        index.uploads.insert(upload_id, Upload { data_id, name, data_type, size, expires, parts, done });
+        let (size, parts, turn, done) = (request.size, BTreeMap::new(), Turn::default(), None);
+        index.uploads.insert(upload_id, Upload { data_id, name, data_type, size, expires, parts, turn, done });
         Ok(Initiated { upload_id, data_id, expires })
     }
 
@@ -113,12 +119,14 @@ impl Store {
             return Err(StoreError::Conflict(format!("part {number} is being written by another request")));
         }
         upload.parts.insert(number, Part::Writing);
+        let turn = Arc::clone(&upload.turn);
         Ok(Writing {
             store: self.clone(),
             upload: upload_id,
             number,
             path: self.upload_path(upload_id),
             offset: (number - 1) * part_size,
+            turn,
             finished: false,
         })
     }

@@ -12,19 +12,18 @@ use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt, BufWriter};
-use tokio_util::io::ReaderStream;
 use uuid::Uuid;
 
-use super::{Answer, Refusal, blocking, drain, empty_object, ok, pairs};
+use super::{
+    Answer, Refusal, blocking, drain, empty_object, ok, pairs,
+    spool::{Spool, chunks},
+};
 use crate::dev::{
     Inner,
     form::{self, Form, PartHead, Piece},
     store::{Filter, Item, Staged, StoreError, Target, check_name},
+    uploads::Turn,
 };
-
-/// Bytes read from or written to a file at once.
-pub(super) const CHUNK_BYTES: usize = 256 * 1024;
 
 /// An item as answers show it.
 pub(super) fn metadata(item: &Item, domain: Uuid) -> Value {
@@ -88,7 +87,7 @@ fn download(world: &Arc<Inner>, items: Vec<Item>) -> Response {
                 Err(err) => return Err(std::io::Error::other(err.to_string())),
             };
             let head = Bytes::from(part_head(&boundary, &item, domain));
-            let content = ReaderStream::with_capacity(file.take(item.size), CHUNK_BYTES);
+            let content = chunks(file.into_std().await, 0, item.size);
             let whole = stream::iter([Ok(head)]).chain(content).chain(stream::iter([Ok(Bytes::from_static(b"\r\n"))]));
             Ok(whole.boxed())
         }
@@ -123,7 +122,7 @@ pub(super) async fn by_id(
         let item = world.store.get(id).ok_or_else(|| StoreError::NoData(id.to_string()))?;
         return ok(&metadata(&item, world.domain_id));
     }
-    let (item, mut file) = world.store.read(id).await?;
+    let (item, file) = world.store.read(id).await?;
     // An item that was replaced has another time.
     let etag = format!("\"{}-{}\"", item.id.simple(), item.updated_at.as_nanosecond());
     let (status, from, length) = match range(&headers, &etag, item.size) {
@@ -131,8 +130,7 @@ pub(super) async fn by_id(
         Range::Some { from, to } => (StatusCode::PARTIAL_CONTENT, from, to + 1 - from),
         Range::None => (StatusCode::RANGE_NOT_SATISFIABLE, 0, 0),
     };
-    file.seek(std::io::SeekFrom::Start(from)).await.map_err(StoreError::from)?;
-    let body = Body::from_stream(ReaderStream::with_capacity(file.take(length), CHUNK_BYTES));
+    let body = Body::from_stream(chunks(file.into_std().await, from, length));
     let mut response = Response::builder()
         .status(status)
         .header(header::CONTENT_TYPE, "application/octet-stream")
@@ -252,7 +250,7 @@ async fn receive(
     let mut form = Form::new(&form::boundary(content_type).map_err(Refusal::bad)?);
     let mut budget = Budget::new(world, headers)?;
     let mut batch: Vec<(Target, u64, Staged)> = Vec::new();
-    let mut file: Option<BufWriter<tokio::fs::File>> = None;
+    let mut spool: Option<Spool> = None;
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|_| Refusal::bad("the body broke off"))?;
         let Ok(bytes) = frame.into_data() else { continue };
@@ -263,20 +261,21 @@ async fn receive(
                 Piece::Part(head) => {
                     let target = target(world, head, kind)?;
                     let staged = world.store.stage();
-                    let opened = tokio::fs::File::create(staged.path()).await.map_err(StoreError::from)?;
-                    file = Some(BufWriter::with_capacity(CHUNK_BYTES, opened));
+                    let path = staged.path().to_owned();
+                    let file = blocking(move || Ok(std::fs::File::create(path)?)).await?;
+                    spool = Some(Spool::new(file, Turn::default()));
                     batch.push((target, 0, staged));
                 }
                 Piece::Data(data) => {
                     let (_, size, _) = batch.last_mut().expect("data follows a head");
                     *size += data.len() as u64;
                     budget.item(*size)?;
-                    let file = file.as_mut().expect("data follows a head");
-                    file.write_all(&data).await.map_err(StoreError::from)?;
+                    let spool = spool.as_mut().expect("data follows a head");
+                    spool.push(data).await.map_err(StoreError::from)?;
                 }
                 Piece::PartEnd => {
-                    let mut file = file.take().expect("an end follows a head");
-                    file.flush().await.map_err(StoreError::from)?;
+                    let mut spool = spool.take().expect("an end follows a head");
+                    spool.flush().await.map_err(StoreError::from)?;
                 }
             }
         }

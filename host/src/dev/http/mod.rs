@@ -7,6 +7,7 @@ mod dms;
 mod info;
 mod jobs;
 mod parts;
+mod spool;
 
 use std::sync::Arc;
 

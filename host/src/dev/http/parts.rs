@@ -1,6 +1,10 @@
 //! Uploads in parts (posemesh contract 6.7).
 
-use std::{io::SeekFrom, sync::Arc};
+use std::{
+    fs,
+    io::{Seek, SeekFrom},
+    sync::Arc,
+};
 
 use axum::{
     body::Body,
@@ -10,12 +14,10 @@ use axum::{
 use http_body_util::BodyExt;
 use serde::Deserialize;
 use serde_json::json;
-use tokio::io::{AsyncSeekExt, AsyncWriteExt, BufWriter};
 
 use super::{
-    Answer, REPORT_BYTES_MAX, Refusal, blocking,
-    data::{CHUNK_BYTES, metadata},
-    drain, empty_object, ok, pairs, read_json,
+    Answer, REPORT_BYTES_MAX, Refusal, blocking, data::metadata, drain, empty_object, ok, pairs, read_json,
+    spool::Spool,
 };
 use crate::dev::{
     Inner, WireForm,
@@ -86,10 +88,13 @@ pub(super) async fn put(
 /// Streams a part to its place in the upload's file.
 async fn write(world: &Inner, writing: Writing, body: &mut Body) -> Result<String, Refusal> {
     let most = world.config.part_size;
-    let opened = tokio::fs::OpenOptions::new().create(true).truncate(false).write(true).open(&writing.path).await;
-    let mut file = opened.map_err(StoreError::from)?;
-    file.seek(SeekFrom::Start(writing.offset)).await.map_err(StoreError::from)?;
-    let mut file = BufWriter::with_capacity(CHUNK_BYTES, file);
+    let (path, offset) = (writing.path.clone(), writing.offset);
+    let open = move || {
+        let mut file = fs::OpenOptions::new().create(true).truncate(false).write(true).open(path)?;
+        file.seek(SeekFrom::Start(offset))?;
+        Ok(file)
+    };
+    let mut spool = Spool::new(blocking(open).await?, writing.turn.clone());
     let mut size = 0;
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|_| Refusal::bad("the part broke off"))?;
@@ -98,12 +103,12 @@ async fn write(world: &Inner, writing: Writing, body: &mut Body) -> Result<Strin
         if size > most {
             return Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, format!("a part has at most {most} bytes")));
         }
-        file.write_all(&bytes).await.map_err(StoreError::from)?;
+        spool.push(bytes).await.map_err(StoreError::from)?;
     }
     if size == 0 {
         return Err(Refusal::bad("the part is empty"));
     }
-    file.flush().await.map_err(StoreError::from)?;
+    spool.flush().await.map_err(StoreError::from)?;
     Ok(writing.finish(size)?)
 }
 

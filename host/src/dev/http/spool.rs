@@ -1,0 +1,75 @@
+//! Bodies to and from the disk, a chunk at a time. Each chunk is handed over, not copied.
+
+use std::{
+    fs::File,
+    io::{self, Read, Seek, SeekFrom, Write},
+    mem,
+    sync::Arc,
+};
+
+use bytes::Bytes;
+use futures_util::{Stream, stream};
+use tokio::task::spawn_blocking;
+
+use crate::dev::uploads::Turn;
+
+/// Bytes read from or written to a file at once.
+const CHUNK_BYTES: usize = 256 * 1024;
+
+/// A range of a file; it ends early where the file does.
+pub(super) fn chunks(file: File, from: u64, length: u64) -> impl Stream<Item = io::Result<Bytes>> + Send {
+    stream::try_unfold((file, from, length), |(mut file, at, left)| async move {
+        if left == 0 {
+            return Ok(None);
+        }
+        let read = move || {
+            let size = left.min(CHUNK_BYTES as u64);
+            let mut chunk = Vec::with_capacity(size as usize);
+            file.seek(SeekFrom::Start(at))?;
+            (&mut file).take(size).read_to_end(&mut chunk)?;
+            Ok::<_, io::Error>((file, Bytes::from(chunk)))
+        };
+        let (file, chunk) = spawn_blocking(read).await.map_err(io::Error::other)??;
+        let size = chunk.len() as u64;
+        Ok((size > 0).then_some((chunk, (file, at + size, left - size))))
+    })
+}
+
+/// Writes pieces to a file, from the file's position on.
+pub(super) struct Spool {
+    /// `None` after an error.
+    file: Option<File>,
+    turn: Turn,
+    pieces: Vec<Bytes>,
+    /// In `pieces`.
+    bytes: usize,
+}
+
+impl Spool {
+    pub(super) fn new(file: File, turn: Turn) -> Self {
+        Self { file: Some(file), turn, pieces: Vec::new(), bytes: 0 }
+    }
+
+    /// Takes a piece, and writes when there is a chunk.
+    pub(super) async fn push(&mut self, piece: Bytes) -> io::Result<()> {
+        self.bytes += piece.len();
+        self.pieces.push(piece);
+        if self.bytes >= CHUNK_BYTES { self.flush().await } else { Ok(()) }
+    }
+
+    /// Writes what is left.
+    pub(super) async fn flush(&mut self) -> io::Result<()> {
+        let mut file = self.file.take().ok_or(io::ErrorKind::BrokenPipe)?;
+        let pieces = mem::take(&mut self.pieces);
+        self.bytes = 0;
+        let turn = Arc::clone(&self.turn).lock_owned().await;
+        let write = move || {
+            let _turn = turn; // until it is written, also where nobody waits for that any more
+            pieces.iter().try_for_each(|piece| file.write_all(piece))?;
+            Ok::<_, io::Error>(file)
+        };
+        let file = spawn_blocking(write).await.map_err(io::Error::other)??;
+        self.file = Some(file);
+        Ok(())
+    }
+}
