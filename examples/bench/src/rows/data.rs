@@ -1,6 +1,6 @@
 //! One large object in as a file and out as a file.
 
-use std::time::Duration;
+use std::{fs::File, io::Write, path::Path, time::Duration};
 
 use anyhow::Context;
 
@@ -26,6 +26,7 @@ pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyh
     let mib = sizes.object >> 20;
     eprintln!("{mib} MiB in as a file and out as a file");
     let input = author.store("bench-input", sizes.object)?;
+    let warmth = built.scratch().join("warmth");
     let file = built.scratch().join("bare-copy");
     let file = file.to_str().context("the target folder's name is no text")?;
     let domain = world.domain.to_string();
@@ -36,6 +37,7 @@ pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyh
         // A fresh process each time: its peak begins at nothing.
         let settings = [("MAX_CONCURRENCY", "1"), ("POLL_BACKOFF_MS_MIN", "20"), ("POLL_BACKOFF_MS_MAX", "200")];
         let node = Node::start(built, &world, &[&built.library("echo")], None, &settings)?;
+        warm(&warmth, 2 * sizes.object)?;
         let job = author.create(ECHO_FILE, &[&input], 1)?;
         author
             .wait(&job, Duration::from_millis(100), LIMIT)
@@ -47,6 +49,7 @@ pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyh
         forget(&author, &input, sizes.object)?;
 
         let mut bare = Bare::start(built, &["data", world.base.as_str(), &domain, file], &grant)?;
+        warm(&warmth, 2 * sizes.object)?;
         let nanos: u64 = bare.order(&input)?.parse().context("the bare client's time")?;
         bare_times.add(nanos as f64 / 1e9);
         costs.1.add(bare.process.cpu()?.as_secs_f64());
@@ -84,6 +87,18 @@ pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyh
         ],
     );
     Ok(())
+}
+
+/// Lets each side begin with as much memory at hand as its files will take. A virtual machine may give
+/// free memory back to its host, and gets it again far more slowly than files are written.
+fn warm(file: &Path, bytes: u64) -> anyhow::Result<()> {
+    let block = vec![0; 1 << 20];
+    let write = || {
+        let mut written = File::create(file)?;
+        (0..bytes >> 20).try_for_each(|_| written.write_all(&block))
+    };
+    write().context("write a file that is as large as both copies")?;
+    std::fs::remove_file(file).context("remove it")
 }
 
 /// Checks that there is one copy of the whole object, and deletes it.
