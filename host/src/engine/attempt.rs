@@ -7,7 +7,7 @@ use std::{
 };
 
 use futures_util::FutureExt as _;
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::{sync::OwnedSemaphorePermit, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tracing::{Span, info, info_span, warn};
 
@@ -18,7 +18,7 @@ use crate::{
     outbox::Sent,
     plugins::{Folder, Job},
     session::{Session, Silence},
-    storage::TaskDir,
+    storage::{ScratchError, TaskDir},
 };
 
 /// How long the last words and the first try of a report may take once the node is to stop: what is
@@ -29,6 +29,15 @@ const FAREWELL: Duration = Duration::from_secs(2);
 const BRIEF: Duration = Duration::from_millis(50);
 /// How long the plane may take for that.
 const AT_ONCE: Duration = Duration::from_millis(25);
+
+/// What a run leaves behind.
+struct End {
+    verdict: Verdict,
+    /// Its folder is being removed.
+    tidying: Option<Tidying>,
+}
+
+type Tidying = JoinHandle<Result<(), ScratchError>>;
 
 /// How the report of an attempt ended.
 enum Settled {
@@ -71,15 +80,16 @@ pub(super) async fn attempt(rooms: Arc<Rooms>, slot: Slot, session: Session, gra
         run.await.unwrap_or_else(|_| {
             // A bug of ours must not leave a lease unsettled; the log has its words.
             let message = "the node failed while it ran the task; see its log".to_owned();
-            Verdict::bare(Outcome::HostFault { message })
+            End::bare(Outcome::HostFault { message })
         })
     };
-    let mut verdict = run_to_end(ended, &grant, &stops.cancel).await;
+    let End { mut verdict, tidying } = run_to_end(ended, &grant, &stops.cancel).await;
     verdict.outcome.redact(&grant.tokens());
     rooms.board.moved(slot.held, "reporting");
     slot.pace.ended(worth(&grant, &verdict.outcome));
     let brief = began.elapsed() <= BRIEF && verdict.artifacts.is_empty();
-    let settled = settle(&rooms, slot.permit, session, &verdict, brief, &stops).await;
+    let freed = free(slot.permit, tidying);
+    let settled = settle(&rooms, freed, session, &verdict, brief, &stops).await;
     rooms.board.ended(slot.held, TaskRecord::new(lease, &verdict, began.elapsed(), settled.state()));
     say(&verdict, &settled, began.elapsed());
 }
@@ -101,17 +111,18 @@ fn worth(grant: &Grant, outcome: &Outcome) -> Worth {
 }
 
 /// From the verdict to the first try of its report. The order matters: written down while the lease
-/// is ours, then the slot is free, then everything that may wait for the plane. A brief task's report gets
+/// is ours, then the slot is `freed`, beside everything that may wait for the plane. A brief task's report gets
 /// a moment to be accepted first: a slot is free when its verdict is with the plane or on the disk.
 async fn settle(
     rooms: &Rooms,
-    permit: OwnedSemaphorePermit,
+    freed: impl Future<Output = ()>,
     mut session: Session,
     verdict: &Verdict,
     brief: bool,
     stops: &Stops,
 ) -> Settled {
     if let Some(reason) = session.silence(&verdict.outcome) {
+        freed.await;
         return Settled::Silent(reason);
     }
     crash::point("before-write");
@@ -146,27 +157,44 @@ async fn settle(
         ticket.write().await; // durable before anyone is told
         crash::point("after-write");
     }
-    drop(permit); // the slot is free: a plane that is away must not block it
     if let Some(settled) = settled {
+        freed.await;
         return settled;
     }
     let out_of_patience = async {
         stops.drain.cancelled().await;
         tokio::time::sleep(FAREWELL).await;
     };
-    tokio::select! {
-        biased;
-        settled = said => settled,
-        // Dropped, the report is the outbox's.
-        () = out_of_patience => Settled::Sent(Sent::Waiting("the node stops".to_owned())),
+    let said = async {
+        tokio::select! {
+            biased;
+            settled = said => settled,
+            // Dropped, the report is the outbox's.
+            () = out_of_patience => Settled::Sent(Sent::Waiting("the node stops".to_owned())),
+        }
+    };
+    // A plane that is away must not block the slot, and a folder that takes long must not delay the report.
+    let ((), settled) = tokio::join!(freed, said);
+    settled
+}
+
+/// Frees the slot, once its task's folder is gone.
+async fn free(permit: OwnedSemaphorePermit, tidying: Option<Tidying>) {
+    if let Some(tidying) = tidying {
+        match tidying.await {
+            Ok(Ok(())) => {}
+            Ok(Err(err)) => warn!(error = %err, "task directory could not be removed"),
+            Err(err) => warn!(error = %err, "task directory could not be removed"),
+        }
     }
+    drop(permit);
 }
 
 /// Lets `run` come to its end, passing on the node's own wish to stop.
-async fn run_to_end(run: impl Future<Output = Verdict>, grant: &Grant, cancel_all: &CancellationToken) -> Verdict {
+async fn run_to_end(run: impl Future<Output = End>, grant: &Grant, cancel_all: &CancellationToken) -> End {
     tokio::pin!(run);
     tokio::select! {
-        verdict = &mut run => return verdict,
+        end = &mut run => return end,
         () = cancel_all.cancelled() => grant.cancel.cancel(CancelReason::Drained),
     }
     run.await
@@ -174,8 +202,8 @@ async fn run_to_end(run: impl Future<Output = Verdict>, grant: &Grant, cancel_al
 
 /// Waits for the runner. What may take long, such as moving data, happens on the workers: this runs
 /// beside the heartbeats.
-async fn run(rooms: Arc<Rooms>, held: HeldNumber, grant: Grant, grace: Duration) -> Verdict {
-    let nothing = Verdict::bare;
+async fn run(rooms: Arc<Rooms>, held: HeldNumber, grant: Grant, grace: Duration) -> End {
+    let nothing = End::bare;
     if let Some(refusal) = rooms.plugins.refusal(&grant.lease.capability) {
         return nothing(refusal);
     }
@@ -201,14 +229,8 @@ async fn run(rooms: Arc<Rooms>, held: HeldNumber, grant: Grant, grace: Duration)
     let outcome = rooms.plugins.run(job).await;
     ports.close().await; // ends or aborts what is still under way
     let (artifacts, inputs) = (ports.published(), ports.fetched());
-    if !dir.close_empty() {
-        match rooms.workers.spawn_blocking(move || dir.close()).await {
-            Ok(Ok(())) => {}
-            Ok(Err(err)) => warn!(error = %err, "task directory could not be removed"),
-            Err(err) => warn!(error = %err, "task directory could not be removed"),
-        }
-    }
-    Verdict { outcome: refused_setup(&grant, outcome), artifacts, inputs }
+    let tidying = (!dir.close_empty()).then(|| rooms.workers.spawn_blocking(move || dir.close()));
+    End { verdict: Verdict { outcome: refused_setup(&grant, outcome), artifacts, inputs }, tidying }
 }
 
 /// The task's directory as plugins ask for it.
@@ -247,6 +269,13 @@ fn refused_setup(grant: &Grant, outcome: Outcome) -> Outcome {
         Setup::Refused(message) => Outcome::Setup { stage: "initial_heartbeat", message },
         Setup::Ready(Err(message)) => Outcome::Setup { stage: "build_ports", message },
         Setup::Ready(Ok(_)) | Setup::Pending => outcome,
+    }
+}
+
+impl End {
+    /// One without data.
+    fn bare(outcome: Outcome) -> Self {
+        Self { verdict: Verdict::bare(outcome), tidying: None }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::harness::{Lab, fixtures, within};
 
@@ -29,6 +29,20 @@ async fn s0_82_two_hundred_tasks_leave_nothing_behind() {
     let scratch = node.scratch_dir().to_owned();
     node.stop().await;
     assert_eq!(entries(&scratch), ["lock"; 0]);
+}
+
+#[tokio::test]
+async fn s0_82_a_slot_is_free_when_the_folder_of_its_task_is_gone() {
+    let lab = Lab::start().await;
+    let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
+    let task = || lab.task("/fixtures/scratch/v1").meta(json!({ "files": 5000 })).submit();
+    for job in [task(), task()] {
+        let ended = lab.ended(&node, job).await;
+        let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "scratch.json").await).expect("JSON");
+        let mut beside: Vec<String> = serde_json::from_value(seen["beside"].clone()).expect("paths");
+        beside.retain(|path| ["/spare-", "lock"].iter().all(|other| !path.contains(other)));
+        assert_eq!(json!(beside), json!([seen["dir"]]), "its own folder is the only one of a task");
+    }
 }
 
 #[tokio::test]

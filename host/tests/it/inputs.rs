@@ -143,6 +143,7 @@ async fn patience_with_a_server_that_stays_away_ends() {
     assert!(reason.starts_with("storage: download of input "), "{reason}");
     assert!(reason.ends_with("server error (503): closed (given up after 3 tries)"), "{reason}");
     assert_eq!(details["retryable"], true);
+    node.page_until("/status.json", |page| page.1["tasks"] == json!({})).await;
     assert_eq!(left(&node), 0, "half an input stays nowhere: {:?}", node.scratch());
 }
 

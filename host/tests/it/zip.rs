@@ -41,6 +41,7 @@ async fn s0_83_a_refined_scan_is_unpacked_where_later_stages_look_for_it() {
     let ended =
         lab.ended(&node, lab.task("/examples/echo-bytes/v1").set("inputs_cids", json!([input["cid"]])).submit()).await;
     assert!(lab.artifact(ended.completed(), "echo-0.bin").await == bytes);
+    node.page_until("/status.json", |page| page.1["tasks"] == json!({})).await;
     assert_eq!(node.scratch().iter().filter(|path| path.is_file()).count(), 0);
 }
 
