@@ -21,7 +21,8 @@ const CANCEL_GRACE: std::time::Duration = std::time::Duration::from_secs(10);
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// What to run, such as /examples/hello/v1
-    capability: String,
+    #[arg(value_parser = super::parse_capability)]
+    capability: Capability,
     #[command(flatten)]
     plugins: PluginArgs,
     /// A file the runner gets as input; may be given more than once
@@ -39,7 +40,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: Args, layers: &Layers) -> anyhow::Result<Exit> {
-    let capability = Capability::parse(&args.capability).context(Exit::Usage)?;
+    let capability = args.capability.clone();
     let meta: Value = serde_json::from_str(&args.meta)
         .map_err(|err| anyhow::anyhow!("--meta: expected JSON: {err}"))
         .context(Exit::Usage)?;

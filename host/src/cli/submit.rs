@@ -45,7 +45,7 @@ const LOOK_PAUSE_MAX: Duration = Duration::from_millis(500);
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct Args {
     /// What the task needs, such as /examples/hello/v1
-    #[arg(value_parser = Capability::parse)]
+    #[arg(value_parser = super::parse_capability)]
     pub(super) capability: Capability,
     /// A file to upload as input; may be given several times
     #[arg(long = "input", short, value_name = "FILE")]
@@ -63,7 +63,7 @@ pub(super) struct Args {
     #[arg(long)]
     pub(super) wait: bool,
     /// End after this time, such as 90s, 15m or 2h, whatever is under way; a job that was created goes on
-    #[arg(long, value_name = "TIME", value_parser = super::parse_duration)]
+    #[arg(long, value_name = "TIME", value_parser = super::parse_duration_above_zero)]
     pub(super) timeout: Option<Duration>,
     /// Folder to bring the artifacts to
     #[arg(long, value_name = "DIR", requires = "wait")]

@@ -138,7 +138,19 @@ async fn wrong_flags_get_suggestions() {
         (&["dev", "--lease-tll", "3s"], "'--lease-ttl'"),
         (&["invok"], "'invoke'"),
         (&["config", "shw"], "'show'"),
-        (&["dev", "--lease-ttl", "soon"], "expected a duration such as 90s"),
+        (&["dev", "--lease-ttl", "soon"], "expected a duration above 0, such as 90s"),
+        (&["dev", "--lease-ttl", "0"], "expected a duration above 0, such as 90s"),
+        (&["submit", "/a/b/v1", "--timeout", "0s"], "'--timeout <TIME>': expected a duration above 0, such as 90s"),
+        (&["submit", "/a/b/v1", "--timeout=-1s"], "expected a duration above 0, such as 90s"),
+        (
+            &["submit", "hello"],
+            "'hello' for '<CAPABILITY>': expected a capability, a name that begins with a slash, such as /examples/",
+        ),
+        (&["submit", "/"], "begins with a slash, such as /examples/hello/v1"),
+        (&["submit", "/a//v1"], "begins with a slash, such as /examples/hello/v1"),
+        (&["submit", "/a/v1/"], "begins with a slash, such as /examples/hello/v1"),
+        (&["submit", "/a b"], "holds white space"),
+        (&["invoke", "hello"], "begins with a slash, such as /examples/hello/v1"),
     ] {
         let ended = Cli::new(args).run().await.expect(2);
         assert!(ended.stderr.contains(wanted), "{args:?}: {}", ended.stderr);
