@@ -6,7 +6,7 @@ use anyhow::Context;
 use serde_json::{Value, json, value::to_raw_value};
 use uuid::Uuid;
 
-use super::{Exit, Output, PluginArgs, block_on, nothing_to_serve, reserve_stdout, signals::Signals};
+use super::{Exit, Output, PluginArgs, block_on, nothing_to_serve, reserve_stdout, signals::Signals, unreadable};
 use crate::{
     config::{Layers, default_scratch_dir, plugin_init_timeout},
     model::{CancelReason, Capability, Grant, Lease, Outcome, Ports, Setup, TaskId},
@@ -45,7 +45,9 @@ pub(super) fn run(args: Args, layers: &Layers) -> anyhow::Result<Exit> {
         .map_err(|err| anyhow::anyhow!("--meta: expected JSON: {err}"))
         .context(Exit::Usage)?;
     for input in &args.inputs {
-        std::fs::File::open(input).with_context(|| format!("--input {}", input.display())).context(Exit::Usage)?;
+        if let Some(why) = unreadable("--input", input) {
+            return Err(anyhow::anyhow!(why).context(Exit::Usage));
+        }
     }
     let data = reserve_stdout()?;
     let plugins = args.plugins.load(1, None, plugin_init_timeout(layers)?)?;

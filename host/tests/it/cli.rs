@@ -285,6 +285,126 @@ async fn submit_ends_in_its_time_whatever_is_under_way() {
     stopped(&dev).await;
 }
 
+/// The calls a world has seen, by name, with their statuses.
+async fn calls(base: &str) -> Vec<(String, u64)> {
+    let seen = call(Request::get(format!("{base}/dev/v1/requests")), &Value::Null).await;
+    let seen = seen["requests"].as_array().cloned().unwrap_or_default();
+    let name = |one: &Value| one["endpoint"].as_str().map(str::to_owned);
+    seen.iter().filter_map(|one| Some((name(one)?, one["status"].as_u64().expect("a status")))).collect()
+}
+
+#[tokio::test]
+async fn a_submit_that_ends_early_gives_up_its_upload_and_says_so_in_json() {
+    let dir = workplace(&[]);
+    let hang = |endpoint: &str, count: u32| {
+        format!("[[fault]]\nendpoint = \"{endpoint}\"\nkind = \"hang\"\ncount = {count}\n")
+    };
+    std::fs::write(dir.path().join("faults.toml"), hang("part", 3) + &hang("abort", 1))
+        .expect("the folder is writable");
+    // Larger than one request may be; nothing of it is on the disk.
+    let large = std::fs::File::create(dir.path().join("large.bin")).expect("the folder is writable");
+    large.set_len(9 * 1024 * 1024).expect("the folder is writable");
+    let (dev, exports) = world(dir.path(), &["--faults", "faults.toml"]).await;
+    let base = &exports.iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1;
+    let submit = || {
+        let submit = Cli::new(&["submit", "/examples/hello/v1", "-o", "json"]);
+        submit.dir(dir.path()).set("RUNNER_HOST_DEV", base.as_str())
+    };
+    let aborts = async |status: u64| {
+        let all = calls(base).await;
+        all.iter().filter(|(name, said)| name == "abort" && *said == status).count()
+    };
+    // The abort hangs as well: the command ends all the same.
+    let began = std::time::Instant::now();
+    let ended = submit().arg("--input").arg("large.bin").arg("--timeout").arg("1s").run().await.expect(5);
+    assert!(began.elapsed() < std::time::Duration::from_secs(8), "{:?}", began.elapsed());
+    let said: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+    let wanted = json!({
+        "status": "timed_out", "reason": "stopped after 1s", "during": "upload", "jobs": [], "unanswered": false,
+        "tasks": [],
+    });
+    assert_eq!(said, wanted);
+    submit().arg("--input").arg("large.bin").arg("--timeout").arg("1s").run().await.expect(5);
+    assert_eq!(aborts(200).await, 1, "{:?}", calls(base).await);
+
+    let process = submit().arg("--input").arg("large.bin").start();
+    let begun = async {
+        while calls(base).await.iter().filter(|(name, _)| name == "part").count() < 3 {
+            // A journal over HTTP has no bell.
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    within("a part that hangs", || process.log(), begun).await;
+    process.signal(Signal::INT);
+    assert_eq!(process.wait().await, 3, "{}", process.log());
+    let said: Value = serde_json::from_str(&process.stdout().join("\n")).expect("JSON");
+    assert_eq!((&said["status"], &said["during"]), (&json!("interrupted"), &json!("upload")), "{said}");
+    assert_eq!(aborts(200).await, 2, "{:?}", calls(base).await);
+
+    let ended = submit().arg("--wait").arg("--timeout").arg("1s").run().await.expect(5);
+    let said: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+    assert_eq!((&said["status"], &said["during"]), (&json!("timed_out"), &json!("wait")), "{said}");
+    let (jobs, task) = (said["jobs"].as_array().expect("jobs"), &said["tasks"][0]);
+    assert_eq!((jobs.len(), &task["job_id"], &task["status"]), (1, &jobs[0], &json!("queued")), "{said}");
+    stopped(&dev).await;
+}
+
+#[tokio::test]
+async fn what_cannot_be_read_or_written_is_told_with_its_flag_before_anything_is_sent() {
+    let dir = workplace(&[fixtures::hello()]);
+    let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).expect("the folder is writable");
+    write("file", "");
+    write("two", "a\nb\n");
+    let elsewhere = |more: &str| {
+        format!(
+            "submit /a --dms http://127.0.0.1:9/v1 --domain-server http://127.0.0.1:9 --domain {} {more}",
+            uuid::Uuid::nil()
+        )
+    };
+    let none = "No such file or directory (os error 2)";
+    for (line, code, wanted) in [
+        ("submit /a --input none".to_owned(), 2, format!("--input none: {none}")),
+        ("submit /a --input plugins".to_owned(), 2, "--input plugins: expected a file, found a folder".to_owned()),
+        (
+            "submit /a --input /dev/null".to_owned(),
+            2,
+            "--input /dev/null: expected a file, found something else".to_owned(),
+        ),
+        (
+            "submit /a --wait --out file/x".to_owned(),
+            2,
+            "--out file/x: expected a folder, found a file at file".to_owned(),
+        ),
+        ("submit /a --dev http://a..b".to_owned(), 2, "'--dev <URL>': expected a host of names".to_owned()),
+        ("submit /a --dev here".to_owned(), 2, "'--dev <URL>': expected a base URL, such as https://".to_owned()),
+        (elsewhere("--token-file none"), 2, format!("--token-file none: {none}")),
+        (elsewhere("--token-file plugins"), 2, "--token-file plugins: expected a file, found a folder".to_owned()),
+        (elsewhere("--token-file file"), 2, "--token-file file: expected one word of visible ASCII".to_owned()),
+        (elsewhere("--token-file two"), 2, "--token-file two: expected one word of visible ASCII".to_owned()),
+        ("invoke /examples/hello/v1 --input none".to_owned(), 2, format!("--input none: {none}")),
+        (
+            "invoke /examples/hello/v1 --input plugins".to_owned(),
+            2,
+            "--input plugins: expected a file, found a".to_owned(),
+        ),
+        ("dev --faults none".to_owned(), 78, format!("--faults none: {none}")),
+        ("dev --config none".to_owned(), 78, format!("--config none: {none}")),
+        ("dev --data file".to_owned(), 78, "--data file: expected a folder, found a file at file".to_owned()),
+        ("plugins list --plugins-file none".to_owned(), 78, format!("--plugins-file none: {none}")),
+        (
+            "plugins list --plugins none".to_owned(),
+            78,
+            "plugins folder none does not exist; create it, or name".to_owned(),
+        ),
+    ] {
+        let words: Vec<&str> = line.split(' ').collect();
+        let ended = Cli::new(&words).dir(dir.path()).run().await.expect(code);
+        let first = ended.stderr.lines().next().unwrap_or_default();
+        assert!(first.starts_with("error: ") && first.contains(&wanted), "{line}: {}", ended.stderr);
+        assert!(ended.stdout.is_empty(), "{line}: {}", ended.stdout);
+    }
+}
+
 /// A shell's pipe whose reader goes after the first line.
 #[tokio::test]
 async fn a_reader_that_leaves_early_causes_no_panic() {
