@@ -9,7 +9,7 @@ use std::{
 use anyhow::Context;
 use url::Url;
 
-use super::{Exit, PluginArgs, block_on, put, run::checked, signals, unreadable};
+use super::{Exit, PluginArgs, block_on, counted, put, run::checked, signals, unreadable};
 use crate::{
     app::Node,
     auth::NodeKey,
@@ -185,8 +185,8 @@ fn greeting(
     };
     row("state", state);
     if let Some(file) = &args.faults {
-        let (rules, seed) = (faults.len(), world.faults_seed());
-        let mut text = format!("{rules} rules of {}, seed {seed}", file.display());
+        let (rules, seed) = (counted(faults.len(), "rule", "rules"), world.faults_seed());
+        let mut text = format!("{rules} of {}, seed {seed}", file.display());
         if !faults.clock_offset().is_zero() {
             let _ = write!(text, ", clock {:#} off", faults.clock_offset());
         }

@@ -334,6 +334,11 @@ impl PluginArgs {
     }
 }
 
+/// A number with its noun.
+fn counted<N: std::fmt::Display + PartialEq + From<u8>>(count: N, one: &str, many: &str) -> String {
+    format!("{count} {}", if count == N::from(1) { one } else { many })
+}
+
 /// Why a file that `flag` names cannot be read, if that shows by opening it.
 fn unreadable(flag: &str, file: &Path) -> Option<String> {
     let shown = file.display();
