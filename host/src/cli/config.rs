@@ -5,6 +5,7 @@ use serde_json::json;
 use super::{
     Exit, Output, PluginArgs, complain, put,
     run::{Settings, checked},
+    tell,
 };
 use crate::{
     config::{KEYS, Key, Kind, Layers, Remark, Secrets, remarks},
@@ -44,7 +45,7 @@ pub(super) fn run(command: &Command, layers: &Layers, secrets: &Secrets) -> anyh
         Command::Check { plugins, .. } => {
             let config = checked(layers, secrets, plugins)?;
             for warning in &config.warnings {
-                eprintln!("warning: {warning}");
+                tell(format_args!("warning: {warning}"));
             }
             put(std::io::stdout(), "the configuration is complete\n")?;
             Ok(Exit::Done)

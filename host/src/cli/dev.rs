@@ -9,7 +9,7 @@ use std::{
 use anyhow::Context;
 use url::Url;
 
-use super::{Exit, PluginArgs, block_on, counted, put, run::checked, signals, unreadable};
+use super::{Exit, PluginArgs, block_on, counted, no_text, put, run::checked, signals, tell};
 use crate::{
     app::Node,
     auth::NodeKey,
@@ -32,16 +32,16 @@ pub(super) struct Args {
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
     /// Port of the world [default: 8700, or a free one if that is taken]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     port: Option<u16>,
     /// Start the services alone, without a node
     #[arg(long)]
     no_node: bool,
     /// How long a lease lives without a heartbeat
-    #[arg(long, value_name = "DURATION", value_parser = super::parse_duration_above_zero, default_value = "60s")]
+    #[arg(long, value_name = "DURATION", allow_hyphen_values = true, value_parser = super::parse_duration_above_zero, default_value = "60s")]
     lease_ttl: std::time::Duration,
     /// Leases one node may hold at once [default: any number]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = super::parse_count)]
     leases_per_node: Option<usize>,
     /// Refuse (409) a second node with the wallet of one that is online; a node is known by its connections
     #[arg(long)]
@@ -53,7 +53,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "FILE")]
     faults: Option<PathBuf>,
     /// Tasks the node runs at once [default: MAX_CONCURRENCY, or 4]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     max_concurrency: Option<String>,
 }
 
@@ -91,7 +91,7 @@ async fn live(args: Args, layers: Layers) -> anyhow::Result<Exit> {
 /// Looks at everything that was named, before anything is loaded or made: all mistakes are told at once.
 fn look(args: &Args, layers: &Layers) -> Result<(), Mistakes> {
     let mut mistakes = Vec::new();
-    mistakes.extend(args.faults.as_deref().and_then(|file| unreadable("--faults", file)));
+    mistakes.extend(args.faults.as_deref().and_then(|file| no_text("--faults", file)));
     let data = args.data.as_deref().and_then(|data| Some((data, folder_trouble(data)?)));
     mistakes.extend(data.map(|(data, why)| format!("--data {}: {why}", data.display())));
     if !args.no_node {
@@ -119,7 +119,7 @@ async fn start(args: &Args, faults: &Faults, temporary: &Path) -> anyhow::Result
     }
     match World::start(config(USUAL_PORT)).await {
         Err(DevError::Listen { source, .. }) if source.kind() == std::io::ErrorKind::AddrInUse => {
-            eprintln!("port {USUAL_PORT} is taken, using a free one");
+            tell(format_args!("port {USUAL_PORT} is taken, using a free one"));
             World::start(config(0)).await.context("the world did not start")
         }
         other => other.context("the world did not start"),

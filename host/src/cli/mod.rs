@@ -11,6 +11,7 @@ mod signals;
 mod submit;
 
 use std::{
+    io::Write as _,
     path::{Path, PathBuf},
     process::ExitCode,
     sync::atomic::{AtomicBool, Ordering},
@@ -182,7 +183,7 @@ fn complain(problem: &str) {
     if COMPLAIN_AS_JSON.load(Ordering::Relaxed) && tracing::enabled!(tracing::Level::ERROR) {
         tracing::error!(error = %problem, "cannot go on");
     } else {
-        eprintln!("error: {problem}");
+        tell(format_args!("error: {problem}"));
     }
 }
 
@@ -212,10 +213,22 @@ impl std::fmt::Display for Exit {
     }
 }
 
+/// Most of a file that is read whole: far more than any needs.
+const TEXT_BYTES_MAX: u64 = 16 * 1024 * 1024;
+
+/// Longer than anybody waits.
+const YEAR: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
 /// A duration on the command line. In no time at all nothing can be done.
 fn parse_duration_above_zero(text: &str) -> Result<Duration, String> {
-    let time = crate::config::duration(text).filter(|time| !time.is_zero());
-    time.ok_or_else(|| "expected a duration above 0, such as 90s, 15m or 2h".to_owned())
+    let time = crate::config::duration(text).filter(|time| !time.is_zero() && *time <= YEAR);
+    time.ok_or_else(|| "expected a duration above 0 and of at most a year, such as 90s, 15m or 2h".to_owned())
+}
+
+/// A number of things, at least one.
+fn parse_count(text: &str) -> Result<usize, String> {
+    let count = text.parse().ok().filter(|count| *count > 0);
+    count.ok_or_else(|| "expected a whole number above 0".to_owned())
 }
 
 /// A capability on the command line. The wire knows others, which nobody means here.
@@ -274,7 +287,7 @@ impl PluginArgs {
         let mut mistakes = Vec::new();
         let usual = PathBuf::from("plugins.toml");
         let file = match &self.plugins_file {
-            Some(file) => unreadable("--plugins-file", file).map_or_else(
+            Some(file) => no_text("--plugins-file", file).map_or_else(
                 || Some(file.clone()),
                 |why| {
                     mistakes.push(why);
@@ -348,6 +361,34 @@ fn unreadable(flag: &str, file: &Path) -> Option<String> {
         Ok(about) if about.is_dir() => Some(format!("{flag} {shown}: expected a file, found a folder")),
         about => about.and_then(opened).err().map(|err| format!("{flag} {shown}: {err}")),
     }
+}
+
+/// The same for a file that is read whole: a device has no end, and nobody writes so much.
+fn no_text(flag: &str, file: &Path) -> Option<String> {
+    let shown = file.display();
+    unreadable(flag, file).or_else(|| match std::fs::metadata(file).ok()? {
+        about if is_device(&about) => Some(format!("{flag} {shown}: expected a file, found a device")),
+        about if about.len() > TEXT_BYTES_MAX => {
+            Some(format!("{flag} {shown}: expected at most {TEXT_BYTES_MAX} bytes, found more"))
+        }
+        _ => None,
+    })
+}
+
+#[cfg(unix)]
+fn is_device(about: &std::fs::Metadata) -> bool {
+    use std::os::unix::fs::FileTypeExt as _;
+    about.file_type().is_char_device() || about.file_type().is_block_device()
+}
+
+#[cfg(not(unix))]
+fn is_device(_: &std::fs::Metadata) -> bool {
+    false
+}
+
+/// A line for people, on stderr. That nobody reads it any more is no reason to end.
+fn tell(line: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// Writes a command's data. A reader that has seen enough (`| head`) is no failure; a full disk is one.

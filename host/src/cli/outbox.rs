@@ -5,7 +5,7 @@ use std::{collections::HashSet, path::PathBuf};
 use anyhow::Context as _;
 use uuid::Uuid;
 
-use super::{Exit, Output, block_on, counted, put};
+use super::{Exit, Output, block_on, counted, put, tell};
 use crate::{
     config::{self, Layers},
     control::{Reports, Wanted, client},
@@ -82,7 +82,7 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
             put(std::io::stdout(), &shown(&[], place.output)?)?;
             let (error, exit) = if tasks.is_some() { ("error: ", Exit::Failed) } else { ("", Exit::Done) };
             let named = "name a node's state folder with --state-dir or STATE_DIR";
-            eprintln!("{error}there is no outbox in {}; {named}", folder.display());
+            tell(format_args!("{error}there is no outbox in {}; {named}", folder.display()));
             return Ok(exit);
         }
         Err(ShelfError::State(StateError::InUse { path, .. })) => {
@@ -106,7 +106,7 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
     let found: HashSet<Uuid> = reports.iter().map(|report| report.task_id).collect();
     let missing: Vec<Uuid> = tasks.unwrap_or_default().into_iter().filter(|task| !found.contains(task)).collect();
     for task in &missing {
-        eprintln!("error: no report of task {task} is in the outbox; `runner-host outbox list` shows what is");
+        tell(format_args!("error: no report of task {task} is in the outbox; `runner-host outbox list` shows what is"));
     }
     Ok(if missing.is_empty() { Exit::Done } else { Exit::Failed })
 }
@@ -124,11 +124,11 @@ fn stopped(command: &Command, mut shelf: Shelf, tasks: Option<&[Uuid]>) -> anyho
 fn say(command: &Command, count: usize, running: bool) {
     let reports = counted(count, "report", "reports");
     match command {
-        _ if count == 0 => eprintln!("the outbox is empty"),
+        _ if count == 0 => tell(format_args!("the outbox is empty")),
         Command::List { .. } => {}
-        Command::Retry { .. } if running => eprintln!("{reports} will be sent now"),
-        Command::Retry { .. } => eprintln!("no node runs here; {reports} will be sent when one starts"),
-        Command::Drop { .. } => eprintln!("dropped {reports}"),
+        Command::Retry { .. } if running => tell(format_args!("{reports} will be sent now")),
+        Command::Retry { .. } => tell(format_args!("no node runs here; {reports} will be sent when one starts")),
+        Command::Drop { .. } => tell(format_args!("dropped {reports}")),
     }
 }
 

@@ -26,7 +26,7 @@ pub(super) struct Settings {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Tasks run at once; MAX_CONCURRENCY
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     max_concurrency: Option<String>,
     /// Where the node's pages are served; HTTP_BIND
     #[arg(long, value_name = "ADDR")]

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use url::Url;
 use uuid::Uuid;
 
-use super::{Exit, Output, put, unreadable};
+use super::{Exit, Output, no_text, put, unreadable};
 use crate::{
     config::{folder_trouble, host_trouble},
     model::Capability,
@@ -54,16 +54,16 @@ pub(super) struct Args {
     #[arg(long, value_name = "JSON", value_parser = parse_json, default_value = "{}")]
     pub(super) meta: Value,
     /// How many equal tasks
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub(super) count: u32,
     /// Attempts each task may cost
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 3, allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     pub(super) attempts: u32,
     /// Wait for the end and show progress
     #[arg(long)]
     pub(super) wait: bool,
     /// End after this time, such as 90s, 15m or 2h, whatever is under way; a job that was created goes on
-    #[arg(long, value_name = "TIME", value_parser = super::parse_duration_above_zero)]
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true, value_parser = super::parse_duration_above_zero)]
     pub(super) timeout: Option<Duration>,
     /// Folder to bring the artifacts to
     #[arg(long, value_name = "DIR", requires = "wait")]
@@ -314,7 +314,7 @@ async fn find_plane(args: &Args, http: transport::Config) -> Result<Plane, Stop>
     let token = match (&args.token, &args.token_file) {
         (Some(token), _) => token.trim().to_owned(),
         (None, Some(file)) => {
-            if let Some(why) = unreadable("--token-file", file) {
+            if let Some(why) = no_text("--token-file", file) {
                 return Err(Stop::Usage(why));
             }
             let text = std::fs::read_to_string(file);

@@ -138,10 +138,13 @@ async fn wrong_flags_get_suggestions() {
         (&["dev", "--lease-tll", "3s"], "'--lease-ttl'"),
         (&["invok"], "'invoke'"),
         (&["config", "shw"], "'show'"),
-        (&["dev", "--lease-ttl", "soon"], "expected a duration above 0, such as 90s"),
-        (&["dev", "--lease-ttl", "0"], "expected a duration above 0, such as 90s"),
-        (&["submit", "/a/b/v1", "--timeout", "0s"], "'--timeout <TIME>': expected a duration above 0, such as 90s"),
-        (&["submit", "/a/b/v1", "--timeout=-1s"], "expected a duration above 0, such as 90s"),
+        (&["dev", "--lease-ttl", "soon"], "expected a duration above 0 and of at most a year, such as 90s"),
+        (&["dev", "--lease-ttl", "0"], "expected a duration above 0 and of at most a year, such as 90s"),
+        (
+            &["submit", "/a/b/v1", "--timeout", "0s"],
+            "'--timeout <TIME>': expected a duration above 0 and of at most a year, such as 90s",
+        ),
+        (&["submit", "/a/b/v1", "--timeout=-1s"], "expected a duration above 0 and of at most a year, such as 90s"),
         (
             &["submit", "hello"],
             "'hello' for '<CAPABILITY>': expected a capability, a name that begins with a slash, such as /examples/",
@@ -379,6 +382,13 @@ async fn what_cannot_be_read_or_written_is_told_with_its_flag_before_anything_is
         ("submit /a --dev here".to_owned(), 2, "'--dev <URL>': expected a base URL, such as https://".to_owned()),
         (elsewhere("--token-file none"), 2, format!("--token-file none: {none}")),
         (elsewhere("--token-file plugins"), 2, "--token-file plugins: expected a file, found a folder".to_owned()),
+        (elsewhere("--token-file /dev/zero"), 2, "--token-file /dev/zero: expected a file, found a device".to_owned()),
+        ("dev --faults /dev/zero".to_owned(), 78, "--faults /dev/zero: expected a file, found a device".to_owned()),
+        (
+            "plugins list --plugins-file /dev/zero".to_owned(),
+            78,
+            "--plugins-file /dev/zero: expected a file, found a device".to_owned(),
+        ),
         (elsewhere("--token-file file"), 2, "--token-file file: expected one word of visible ASCII".to_owned()),
         (elsewhere("--token-file two"), 2, "--token-file two: expected one word of visible ASCII".to_owned()),
         ("invoke /examples/hello/v1 --input none".to_owned(), 2, format!("--input none: {none}")),
@@ -387,6 +397,12 @@ async fn what_cannot_be_read_or_written_is_told_with_its_flag_before_anything_is
             2,
             "--input plugins: expected a file, found a".to_owned(),
         ),
+        (
+            "invoke /examples/hello/v1 --out file".to_owned(),
+            2,
+            "--out file: expected a folder, found a file at file".to_owned(),
+        ),
+        ("plugins new x --dir /proc/x".to_owned(), 1, "cannot write /proc/x".to_owned()),
         ("dev --faults none".to_owned(), 78, format!("--faults none: {none}")),
         ("dev --config none".to_owned(), 78, format!("--config none: {none}")),
         ("dev --data file".to_owned(), 78, "--data file: expected a folder, found a file at file".to_owned()),
@@ -418,6 +434,55 @@ async fn a_reader_that_leaves_early_causes_no_panic() {
         let stderr = String::from_utf8_lossy(&ended.stderr);
         assert!(!stderr.contains("panicked"), "{command}: {stderr}");
         assert_eq!(String::from_utf8_lossy(&ended.stdout).lines().count(), 1, "{command}: {stderr}");
+    }
+}
+
+#[tokio::test]
+async fn bytes_that_are_no_text_are_told_and_not_replaced() {
+    let dir = workplace(&[]);
+    let binary = env!("CARGO_BIN_EXE_runner-host");
+    for (script, code, wanted) in [
+        ("REG_SECRET=$(printf 'a\\377') '$0' config check", 78, "error: REG_SECRET: expected UTF-8, found other bytes"),
+        ("STATE_DIR=$(printf '/a\\377') '$0' config check", 78, "error: STATE_DIR: expected UTF-8, found other bytes"),
+        ("'$0' submit /$(printf 'a\\377')", 2, "error: invalid UTF-8 was detected in one or more arguments"),
+        ("'$0' run --set X=$(printf 'a\\377')", 2, "error: invalid UTF-8 was detected in one or more arguments"),
+        ("'$0' plugins list --plugins /$(printf 'a\\377')", 78, "error: plugins folder /a\u{fffd} does not exist"),
+    ] {
+        let mut shell = std::process::Command::new("sh");
+        shell.arg("-c").arg(script.replace("$0", binary)).current_dir(dir.path());
+        let ended = tokio::task::spawn_blocking(move || shell.output());
+        let ended = within(script, String::new, ended).await.expect("it does not panic").expect("a shell runs");
+        let stderr = String::from_utf8_lossy(&ended.stderr);
+        assert!(stderr.lines().any(|line| line.starts_with(wanted)), "{script}: {stderr}");
+        assert_eq!(ended.status.code(), Some(code), "{script}: {stderr}");
+    }
+}
+
+/// Streams that take nothing, as a full disk or a reader that is gone.
+#[tokio::test]
+async fn a_stderr_that_takes_nothing_causes_no_panic() {
+    let dir = workplace(&[]);
+    for (command, code) in [
+        ("outbox list", 0),
+        ("outbox drop 00000000-0000-0000-0000-000000000000", 1),
+        ("plugins list", 0),
+        ("plugins inspect plugins", 4),
+        ("plugins new x", 0),
+        ("plugins new ..", 2),
+        ("config check --max-concurrency -1", 78),
+        ("run --max-concurrency 0", 78),
+        ("submit /a --input none", 2),
+        ("invoke /a", 78),
+    ] {
+        for stream in ["2>/dev/full", "2>&-"] {
+            let script = format!("'{}' {command} {stream}", env!("CARGO_BIN_EXE_runner-host"));
+            let mut shell = std::process::Command::new("sh");
+            shell.arg("-c").arg(script).current_dir(dir.path()).env("STATE_DIR", dir.path().join("state"));
+            let ended = tokio::task::spawn_blocking(move || shell.output());
+            let ended = within(command, String::new, ended).await.expect("it does not panic").expect("a shell runs");
+            assert_eq!(ended.status.code(), Some(code), "{command} {stream}: {ended:?}");
+            let _ = std::fs::remove_dir_all(dir.path().join("x")); // made anew by the next
+        }
     }
 }
 
