@@ -20,6 +20,7 @@ use std::{
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand, ValueEnum};
+use uuid::Uuid;
 
 use crate::{
     config::{Key, Layers, Mistakes, Origin, Secrets, kernel_trouble, transport_settings},
@@ -223,6 +224,11 @@ const YEAR: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 fn parse_duration_above_zero(text: &str) -> Result<Duration, String> {
     let time = crate::config::duration(text).filter(|time| !time.is_zero() && *time <= YEAR);
     time.ok_or_else(|| "expected a duration above 0 and of at most a year, such as 90s, 15m or 2h".to_owned())
+}
+
+/// An id on the command line.
+fn parse_id(text: &str) -> Result<Uuid, String> {
+    text.parse().map_err(|_| format!("expected an id such as {}", Uuid::nil()))
 }
 
 /// A number of things, at least one.

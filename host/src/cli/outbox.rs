@@ -52,7 +52,7 @@ pub(super) struct Place {
 #[group(required = true, multiple = false)]
 pub(super) struct Which {
     /// Ids of tasks, as `list` shows them
-    #[arg(value_name = "TASK")]
+    #[arg(value_name = "TASK", value_parser = super::parse_id)]
     tasks: Vec<Uuid>,
     /// Every report
     #[arg(long)]

@@ -78,7 +78,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "URL", requires_all = ["domain", "domain_server"], value_parser = parse_base_url)]
     pub(super) dms: Option<Url>,
     /// Domain to work in
-    #[arg(long, value_name = "UUID", requires = "dms")]
+    #[arg(long, value_name = "UUID", requires = "dms", value_parser = super::parse_id)]
     pub(super) domain: Option<Uuid>,
     /// Base URL of the domain's server
     #[arg(long, value_name = "URL", requires = "dms", value_parser = parse_base_url)]
