@@ -231,7 +231,7 @@ mod tests {
         }
     }
 
-    #[cfg(unix)]
+    #[cfg(target_os = "linux")]
     #[test]
     fn folders_are_compared_by_where_they_lead() {
         let base = tempfile::tempdir().expect("a folder");
