@@ -2,8 +2,15 @@
 
 use serde_json::json;
 
-use super::{Exit, Output, PluginArgs, complain, put, run::Settings};
-use crate::config::{HostConfig, KEYS, Key, Kind, Layers, Secrets, folder_mistakes};
+use super::{
+    Exit, Output, PluginArgs, complain, put,
+    run::{Settings, checked},
+    tell,
+};
+use crate::{
+    config::{KEYS, Key, Kind, Layers, Remark, Secrets, remarks},
+    observe::logs,
+};
 
 /// What to do with the configuration.
 #[derive(clap::Subcommand)]
@@ -36,18 +43,9 @@ pub(super) fn run(command: &Command, layers: &Layers, secrets: &Secrets) -> anyh
     match command {
         Command::Show { output, .. } => show(layers, secrets, *output),
         Command::Check { plugins, .. } => {
-            let (warnings, mut mistakes) = match HostConfig::build(layers, secrets) {
-                Ok(config) => (config.warnings, Vec::new()),
-                Err(mistakes) => (Vec::new(), mistakes.0),
-            };
-            mistakes.extend(folder_mistakes(layers));
-            mistakes.extend(plugins.mistakes());
-            for warning in &warnings {
-                eprintln!("warning: {warning}");
-            }
-            mistakes.iter().for_each(|mistake| complain(mistake));
-            if !mistakes.is_empty() {
-                return Ok(Exit::Configuration);
+            let config = checked(layers, secrets, plugins)?;
+            for warning in &config.warnings {
+                tell(format_args!("warning: {warning}"));
             }
             put(std::io::stdout(), "the configuration is complete\n")?;
             Ok(Exit::Done)
@@ -55,22 +53,69 @@ pub(super) fn run(command: &Command, layers: &Layers, secrets: &Secrets) -> anyh
     }
 }
 
-/// Name, value as it may be shown, and origin.
-fn row(key: &Key, layers: &Layers, secrets: &Secrets) -> (&'static str, Option<String>, String) {
-    if key.is_secret() {
-        return match secrets.find(key, layers) {
-            Ok(Some((_, origin))) => (key.name, Some("********".to_owned()), origin),
-            Ok(None) => (key.name, None, "unset".to_owned()),
+/// A setting as it is shown.
+struct Row {
+    name: &'static str,
+    value: Option<String>,
+    origin: String,
+    /// Why the value cannot be used, or what counts in its place.
+    mistake: Option<String>,
+    warning: Option<String>,
+}
+
+fn row(key: &Key, layers: &Layers, secrets: &Secrets, mistakes: &[Remark], warnings: &[Remark]) -> Row {
+    let (value, origin) = if key.is_secret() {
+        match secrets.find(key, layers) {
+            Ok(Some((_, origin))) => (Some("********".to_owned()), origin),
+            Ok(None) => (None, "unset".to_owned()),
             Err(problem) => {
                 complain(&problem);
-                (key.name, None, "mistake".to_owned())
+                (None, "mistake".to_owned())
             }
-        };
+        }
+    } else {
+        let (value, origin) = layers.get(key);
+        (value.map(|value| as_shown(key, value)), layers.describe(origin))
+    };
+    let masked = |what: &str| match (key.is_secret(), layers.get(key).0) {
+        // What is said of a value repeats no more of it than is shown.
+        (false, Some(raw)) => {
+            let shown = as_shown(key, raw);
+            what.replace(&format!("{raw:?}"), &format!("{shown:?}")).replace(raw, &shown)
+        }
+        _ => what.to_owned(),
+    };
+    let about = |remarks: &[Remark]| {
+        let all = remarks.iter().filter(|remark| remark.setting == Some(key.name));
+        let all: Vec<String> = all.map(|remark| masked(&remark.what)).collect();
+        (!all.is_empty()).then(|| all.join("; "))
+    };
+    Row { name: key.name, value, origin, mistake: about(mistakes), warning: about(warnings) }
+}
+
+fn as_shown(key: &Key, value: &str) -> String {
+    if matches!(key.kind, Kind::Proxy | Kind::Url) { without_password(value) } else { value.to_owned() }
+}
+
+impl Row {
+    fn text(&self) -> String {
+        let value = self.value.as_deref().unwrap_or("-");
+        let said = [("mistake", &self.mistake), ("warning", &self.warning)];
+        let said: String =
+            said.iter().filter_map(|(word, said)| said.as_ref().map(|said| format!("  {word}: {said}"))).collect();
+        format!("{:<26} {value:<34} {}{said}\n", self.name, self.origin)
     }
-    let (value, origin) = layers.get(key);
-    let is_url = matches!(key.kind, Kind::Proxy | Kind::Url);
-    let shown = value.map(|value| if is_url { without_password(value) } else { value.to_owned() });
-    (key.name, shown, layers.describe(origin))
+
+    /// `mistake` and `warning` stand only where there is one.
+    fn json(self) -> serde_json::Value {
+        let mut row = json!({ "value": self.value, "origin": self.origin });
+        for (word, said) in [("mistake", self.mistake), ("warning", self.warning)] {
+            if let Some(said) = said {
+                row[word] = said.into();
+            }
+        }
+        row
+    }
 }
 
 /// A URL without its user, password and query, also where it is no URL at all.
@@ -83,15 +128,14 @@ fn without_password(url: &str) -> String {
 }
 
 fn show(layers: &Layers, secrets: &Secrets, output: Output) -> anyhow::Result<Exit> {
-    let rows = KEYS.iter().map(|key| row(key, layers, secrets));
+    let (mistakes, mut warnings) = remarks(layers, secrets);
+    let filter = layers.text("RUST_LOG").and_then(logs::filter_mistake);
+    warnings.extend(filter.map(|why| Remark::at("RUST_LOG", "", format_args!("{why}, using info"))));
+    let rows = KEYS.iter().map(|key| row(key, layers, secrets, &mistakes, &warnings));
     let text: String = match output {
-        Output::Text => rows
-            .map(|(name, value, origin)| format!("{name:<26} {:<34} {origin}\n", value.as_deref().unwrap_or("-")))
-            .collect(),
+        Output::Text => rows.map(|row| row.text()).collect(),
         Output::Json => {
-            let all: serde_json::Map<_, _> = rows
-                .map(|(name, value, origin)| (name.to_owned(), json!({ "value": value, "origin": origin })))
-                .collect();
+            let all: serde_json::Map<_, _> = rows.map(|row| (row.name.to_owned(), row.json())).collect();
             format!("{}\n", serde_json::Value::Object(all))
         }
     };

@@ -7,12 +7,13 @@ use std::{
 };
 
 use anyhow::Context;
+use url::Url;
 
-use super::{Exit, PluginArgs, block_on, put, signals};
+use super::{Exit, PluginArgs, block_on, counted, no_text, put, run::checked, signals, tell};
 use crate::{
     app::Node,
     auth::NodeKey,
-    config::{HostConfig, Layers, Origin, Secrets, default_scratch_dir, plugin_init_timeout},
+    config::{HostConfig, Layers, Mistakes, Origin, Secrets, default_scratch_dir, folder_trouble, plugin_init_timeout},
     dev::{self, DevError, Faults, WireForm, World},
     engine::{Ended, Stops},
     plugins::Plugins,
@@ -31,16 +32,16 @@ pub(super) struct Args {
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
     /// Port of the world [default: 8700, or a free one if that is taken]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     port: Option<u16>,
     /// Start the services alone, without a node
     #[arg(long)]
     no_node: bool,
     /// How long a lease lives without a heartbeat
-    #[arg(long, value_name = "DURATION", value_parser = super::parse_duration, default_value = "60s")]
+    #[arg(long, value_name = "DURATION", allow_hyphen_values = true, value_parser = super::parse_duration_above_zero, default_value = "60s")]
     lease_ttl: std::time::Duration,
     /// Leases one node may hold at once [default: any number]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = super::parse_count)]
     leases_per_node: Option<usize>,
     /// Refuse (409) a second node with the wallet of one that is online; a node is known by its connections
     #[arg(long)]
@@ -52,7 +53,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "FILE")]
     faults: Option<PathBuf>,
     /// Tasks the node runs at once [default: MAX_CONCURRENCY, or 4]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     max_concurrency: Option<String>,
 }
 
@@ -62,10 +63,11 @@ pub(super) fn run(args: Args, layers: Layers) -> anyhow::Result<Exit> {
 
 async fn live(args: Args, layers: Layers) -> anyhow::Result<Exit> {
     let limit = plugin_init_timeout(&layers)?;
+    look(&args, &layers)?;
+    let faults = args.faults.as_deref().map(Faults::read).transpose()?.unwrap_or_default();
     let stops = Stops::default();
     signals::listen(stops.clone())?;
     let plugins = if args.no_node { None } else { Some(Arc::new(args.plugins.load(64, None, limit)?)) };
-    let faults = args.faults.as_deref().map(Faults::read).transpose()?.unwrap_or_default();
     // What lasts no longer than this process; the next one removes what a killed one left.
     let folder = Scratch::open(default_scratch_dir()).context("make a temporary folder")?;
     let world = start(&args, &faults, folder.path()).await?;
@@ -86,6 +88,21 @@ async fn live(args: Args, layers: Layers) -> anyhow::Result<Exit> {
     Ok(if ended == Ended::Drained { Exit::Done } else { Exit::Temporary })
 }
 
+/// Looks at everything that was named, before anything is loaded or made: all mistakes are told at once.
+fn look(args: &Args, layers: &Layers) -> Result<(), Mistakes> {
+    let mut mistakes = Vec::new();
+    mistakes.extend(args.faults.as_deref().and_then(|file| no_text("--faults", file)));
+    let data = args.data.as_deref().and_then(|data| Some((data, folder_trouble(data)?)));
+    mistakes.extend(data.map(|(data, why)| format!("--data {}: {why}", data.display())));
+    if !args.no_node {
+        // The world's own URLs are not known yet; any on this machine will do for a look.
+        let place = Url::parse("http://127.0.0.1:9").expect("a constant URL");
+        let (layers, secrets) = of_node(args, Path::new("node"), layers.clone(), &place, &place);
+        mistakes.extend(checked(&layers, &secrets, &args.plugins).err().into_iter().flat_map(|of| of.0));
+    }
+    if mistakes.is_empty() { Ok(()) } else { Err(Mistakes(mistakes)) }
+}
+
 async fn start(args: &Args, faults: &Faults, temporary: &Path) -> anyhow::Result<World> {
     let config = |port| dev::Config {
         bind: SocketAddr::from(([127, 0, 0, 1], port)),
@@ -102,7 +119,7 @@ async fn start(args: &Args, faults: &Faults, temporary: &Path) -> anyhow::Result
     }
     match World::start(config(USUAL_PORT)).await {
         Err(DevError::Listen { source, .. }) if source.kind() == std::io::ErrorKind::AddrInUse => {
-            eprintln!("port {USUAL_PORT} is taken, using a free one");
+            tell(format_args!("port {USUAL_PORT} is taken, using a free one"));
             World::start(config(0)).await.context("the world did not start")
         }
         other => other.context("the world did not start"),
@@ -113,12 +130,19 @@ async fn start(args: &Args, faults: &Faults, temporary: &Path) -> anyhow::Result
 async fn join(
     args: &Args,
     state: &Path,
-    mut layers: Layers,
+    layers: Layers,
     world: &World,
     plugins: &Arc<Plugins>,
 ) -> anyhow::Result<Node> {
-    layers.set("DDS_BASE_URL", world.dds_url().as_str(), Origin::Command);
-    layers.set("DMS_BASE_URL", world.dms_url().as_str(), Origin::Command);
+    let (layers, secrets) = of_node(args, state, layers, &world.dds_url(), &world.dms_url());
+    let config = HostConfig::build(&layers, &secrets)?;
+    Node::build(config, Arc::clone(plugins)).await
+}
+
+/// The node's settings, with a fresh key.
+fn of_node(args: &Args, state: &Path, mut layers: Layers, dds: &Url, dms: &Url) -> (Layers, Secrets) {
+    layers.set("DDS_BASE_URL", dds.as_str(), Origin::Command);
+    layers.set("DMS_BASE_URL", dms.as_str(), Origin::Command);
     layers.set("HTTP_BIND", "127.0.0.1:0", Origin::Command);
     layers.set("STATE_DIR", &state.to_string_lossy(), Origin::Command);
     layers.set_default("POLL_BACKOFF_MS_MIN", "50");
@@ -128,9 +152,7 @@ async fn join(
         layers.set("MAX_CONCURRENCY", count, Origin::Flag);
     }
     let (_, key) = NodeKey::generate();
-    let secrets = Secrets::from_pairs([("REG_SECRET", "dev"), ("SECP256K1_PRIVHEX", key.as_str())]);
-    let config = HostConfig::build(&layers, &secrets)?;
-    Node::build(config, Arc::clone(plugins)).await
+    (layers, Secrets::from_pairs([("REG_SECRET", "dev"), ("SECP256K1_PRIVHEX", key.as_str())]))
 }
 
 /// What a person needs to know, on stdout.
@@ -163,8 +185,8 @@ fn greeting(
     };
     row("state", state);
     if let Some(file) = &args.faults {
-        let (rules, seed) = (faults.len(), world.faults_seed());
-        let mut text = format!("{rules} rules of {}, seed {seed}", file.display());
+        let (rules, seed) = (counted(faults.len(), "rule", "rules"), world.faults_seed());
+        let mut text = format!("{rules} of {}, seed {seed}", file.display());
         if !faults.clock_offset().is_zero() {
             let _ = write!(text, ", clock {:#} off", faults.clock_offset());
         }
@@ -196,6 +218,6 @@ fn greeting(
     Ok(text)
 }
 
-fn trimmed(url: url::Url) -> String {
+fn trimmed(url: Url) -> String {
     url.as_str().trim_end_matches('/').to_owned()
 }

@@ -6,9 +6,11 @@ use anyhow::Context;
 use serde_json::{Value, json, value::to_raw_value};
 use uuid::Uuid;
 
-use super::{Exit, Output, PluginArgs, block_on, nothing_to_serve, reserve_stdout, signals::Signals};
+use super::{
+    Exit, Output, PluginArgs, block_on, nothing_to_serve, put, reserve_stdout, signals::Signals, tell, unreadable,
+};
 use crate::{
-    config::{Layers, default_scratch_dir, plugin_init_timeout},
+    config::{Layers, default_scratch_dir, folder_trouble, plugin_init_timeout},
     model::{CancelReason, Capability, Grant, Lease, Outcome, Ports, Setup, TaskId},
     plugins::{Folder, Job, Plugins},
     storage::{LocalPorts, Scratch},
@@ -21,7 +23,8 @@ const CANCEL_GRACE: std::time::Duration = std::time::Duration::from_secs(10);
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// What to run, such as /examples/hello/v1
-    capability: String,
+    #[arg(value_parser = super::parse_capability)]
+    capability: Capability,
     #[command(flatten)]
     plugins: PluginArgs,
     /// A file the runner gets as input; may be given more than once
@@ -39,12 +42,17 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: Args, layers: &Layers) -> anyhow::Result<Exit> {
-    let capability = Capability::parse(&args.capability).context(Exit::Usage)?;
+    let capability = args.capability.clone();
     let meta: Value = serde_json::from_str(&args.meta)
         .map_err(|err| anyhow::anyhow!("--meta: expected JSON: {err}"))
         .context(Exit::Usage)?;
     for input in &args.inputs {
-        std::fs::File::open(input).with_context(|| format!("--input {}", input.display())).context(Exit::Usage)?;
+        if let Some(why) = unreadable("--input", input) {
+            return Err(anyhow::anyhow!(why).context(Exit::Usage));
+        }
+    }
+    if let Some(why) = folder_trouble(&args.out) {
+        return Err(anyhow::anyhow!("--out {}: {why}", args.out.display()).context(Exit::Usage));
     }
     let data = reserve_stdout()?;
     let plugins = args.plugins.load(1, None, plugin_init_timeout(layers)?)?;
@@ -53,10 +61,10 @@ pub(super) fn run(args: Args, layers: &Layers) -> anyhow::Result<Exit> {
     }
     if !plugins.capabilities().contains(&capability) {
         let served: Vec<String> = plugins.capabilities().iter().map(ToString::to_string).collect();
-        eprintln!("error: no plugin serves {capability}; these do: {}", served.join(", "));
+        tell(format_args!("error: no plugin serves {capability}; these do: {}", served.join(", ")));
         for listing in plugins.listings() {
             if let Some(reason) = &listing.reason {
-                eprintln!("note: plugin {} was refused: {reason}", listing.file.display());
+                tell(format_args!("note: plugin {} was refused: {reason}", listing.file.display()));
             }
         }
         return Ok(Exit::Usage);
@@ -102,24 +110,24 @@ async fn invoke(
     match &outcome {
         Outcome::Completed => {}
         Outcome::Cancelled => {
-            eprintln!("cancelled");
+            tell(format_args!("cancelled"));
             return Ok(Exit::Cancelled);
         }
         other => {
-            eprintln!("error: {}: {}", other.word(), other.reason().unwrap_or_default());
+            tell(format_args!("error: {}: {}", other.word(), other.reason().unwrap_or_default()));
             return Ok(Exit::Failed);
         }
     }
     for artifact in ports.published() {
         let path = args.out.join(&artifact.logical_path);
         match args.output {
-            Output::Text => writeln!(data, "{}", path.display())?,
+            Output::Text => put(&mut data, &format!("{}\n", path.display()))?,
             Output::Json => {
                 let row = json!({
                     "path": path, "data_type": artifact.data_type, "name": artifact.name,
                     "size": artifact.size, "sha256": artifact.sha256,
                 });
-                writeln!(data, "{row}")?;
+                put(&mut data, &format!("{row}\n"))?;
             }
         }
     }
@@ -143,9 +151,9 @@ fn show_news(grant: &Grant) {
     let news = grant.mailbox.pending();
     grant.mailbox.acknowledge(&news);
     for event in &news.events {
-        eprintln!("event    {event}");
+        tell(format_args!("event    {event}"));
     }
     if news.progress != json!({}) {
-        eprintln!("progress {}", news.progress);
+        tell(format_args!("progress {}", news.progress));
     }
 }

@@ -11,7 +11,8 @@ mod signals;
 mod submit;
 
 use std::{
-    path::PathBuf,
+    io::Write as _,
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::atomic::{AtomicBool, Ordering},
     time::Duration,
@@ -19,9 +20,11 @@ use std::{
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand, ValueEnum};
+use uuid::Uuid;
 
 use crate::{
-    config::{Key, Layers, Origin, Secrets, transport_settings},
+    config::{Key, Layers, Mistakes, Origin, Secrets, kernel_trouble, transport_settings},
+    model::Capability,
     observe::logs::{self, Format},
     plugins::{Places, PluginsFile},
 };
@@ -133,7 +136,10 @@ pub fn main(secrets: &Secrets) -> ExitCode {
         Command::Completions(args) => completions::run(&args),
     });
     let exit = ended.unwrap_or_else(|err| {
-        complain(&one_line(&err));
+        match err.downcast_ref::<Mistakes>() {
+            Some(Mistakes(lines)) => lines.iter().for_each(|line| complain(line)),
+            None => complain(&one_line(&err)),
+        }
         let usual = if err.is::<std::io::Error>() { on_io } else { Exit::Configuration };
         err.downcast_ref::<Exit>().copied().unwrap_or(usual)
     });
@@ -178,7 +184,7 @@ fn complain(problem: &str) {
     if COMPLAIN_AS_JSON.load(Ordering::Relaxed) && tracing::enabled!(tracing::Level::ERROR) {
         tracing::error!(error = %problem, "cannot go on");
     } else {
-        eprintln!("error: {problem}");
+        tell(format_args!("error: {problem}"));
     }
 }
 
@@ -208,9 +214,37 @@ impl std::fmt::Display for Exit {
     }
 }
 
-/// A duration on the command line.
-fn parse_duration(text: &str) -> Result<std::time::Duration, String> {
-    crate::config::duration(text).ok_or_else(|| "expected a duration such as 90s, 15m or 2h".to_owned())
+/// Most of a file that is read whole: far more than any needs.
+const TEXT_BYTES_MAX: u64 = 16 * 1024 * 1024;
+
+/// Longer than anybody waits.
+const YEAR: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// A duration on the command line. In no time at all nothing can be done.
+fn parse_duration_above_zero(text: &str) -> Result<Duration, String> {
+    let time = crate::config::duration(text).filter(|time| !time.is_zero() && *time <= YEAR);
+    time.ok_or_else(|| "expected a duration above 0 and of at most a year, such as 90s, 15m or 2h".to_owned())
+}
+
+/// An id on the command line.
+fn parse_id(text: &str) -> Result<Uuid, String> {
+    text.parse().map_err(|_| format!("expected an id such as {}", Uuid::nil()))
+}
+
+/// A number of things, at least one.
+fn parse_count(text: &str) -> Result<usize, String> {
+    let count = text.parse().ok().filter(|count| *count > 0);
+    count.ok_or_else(|| "expected a whole number above 0".to_owned())
+}
+
+/// A capability on the command line. The wire knows others, which nobody means here.
+fn parse_capability(text: &str) -> Result<Capability, String> {
+    let capability = Capability::parse(text).map_err(|err| err.to_string())?;
+    let parts = text.strip_prefix('/').map(|parts| parts.split('/').all(|part| !part.is_empty()));
+    match parts {
+        Some(true) => Ok(capability),
+        _ => Err("expected a capability, a name that begins with a slash, such as /examples/hello/v1".to_owned()),
+    }
 }
 
 /// Runs a command's future on a runtime of its own.
@@ -234,26 +268,68 @@ fn on_runtime<T>(runtime: tokio::runtime::Runtime, work: impl Future<Output = an
 
 impl PluginArgs {
     /// Reads the plugins file and finds the folders. `--plugins` replaces the default folder.
-    fn resolve(&self) -> anyhow::Result<(Places, PluginsFile)> {
-        let usual = PathBuf::from("plugins.toml");
-        let file = match &self.plugins_file {
-            Some(file) => PluginsFile::read(file)?,
-            None if usual.is_file() => PluginsFile::read(&usual)?,
-            None => PluginsFile { folder: PathBuf::from("."), ..PluginsFile::default() },
-        };
-        let arguments = if self.plugins.is_empty() { vec![file.folder.join("plugins")] } else { self.plugins.clone() };
-        Ok((Places::from_arguments(&arguments)?, file))
+    ///
+    /// # Errors
+    /// With every mistake in what is named, and in the usual folder.
+    fn resolve(&self) -> Result<(Places, PluginsFile), Mistakes> {
+        let (places, file, mut mistakes) = self.look();
+        if mistakes.is_empty() {
+            match Places::from_arguments(&places) {
+                Ok(places) => return Ok((places, file)),
+                Err(err) => mistakes.push(err.to_string()),
+            }
+        }
+        Err(Mistakes(mistakes))
     }
 
-    /// What is wrong with the places that are named, a line each. That none is named and the usual folder
-    /// does not exist is none: the node may be told with its own flags.
+    /// What is wrong with the places that are named, a line each. That none is, and the usual folder does not
+    /// exist, is none: it shows when the plugins are loaded, and a node that is checked may be told with its own flags.
     fn mistakes(&self) -> Vec<String> {
-        let file =
-            self.plugins_file.clone().or_else(|| Some(PathBuf::from("plugins.toml")).filter(|file| file.is_file()));
-        let unread = file.and_then(|file| PluginsFile::read(&file).err());
-        let places = self.plugins.iter().filter_map(|path| Places::from_arguments(std::slice::from_ref(path)).err());
-        let places: Vec<anyhow::Error> = places.map(Into::into).collect();
-        unread.into_iter().map(anyhow::Error::from).chain(places).map(|err| one_line(&err)).collect()
+        self.look().2
+    }
+
+    /// Where to look, what the plugins file says, and what is wrong with both as far as somebody named them.
+    fn look(&self) -> (Vec<PathBuf>, PluginsFile, Vec<String>) {
+        let mut mistakes = Vec::new();
+        let usual = PathBuf::from("plugins.toml");
+        let file = match &self.plugins_file {
+            Some(file) => no_text("--plugins-file", file).map_or_else(
+                || Some(file.clone()),
+                |why| {
+                    mistakes.push(why);
+                    None
+                },
+            ),
+            None => Some(usual).filter(|file| file.is_file()),
+        };
+        let read = file.map(|file| PluginsFile::read(&file));
+        let file = match read {
+            Some(Ok(file)) => file,
+            Some(Err(err)) => {
+                mistakes.push(err.to_string());
+                PluginsFile::default()
+            }
+            None => PluginsFile { folder: PathBuf::from("."), ..PluginsFile::default() },
+        };
+        let (places, named) = match &self.plugins[..] {
+            [] => (vec![file.folder.join("plugins")], false),
+            named => (named.to_vec(), true),
+        };
+        for place in &places {
+            let trouble = if place.is_dir() {
+                kernel_trouble(place).map(|why| format!("plugins folder: {why}"))
+            } else if !named && place.exists() {
+                let shown = place.display();
+                Some(format!(
+                    "plugins folder {shown}: expected a folder, found a file; name it with --plugins if it is a library"
+                ))
+            } else {
+                None
+            };
+            let unfound = || Places::from_arguments(std::slice::from_ref(place)).err().map(|err| err.to_string());
+            mistakes.extend(trouble.or_else(|| named.then(unfound).flatten()));
+        }
+        (places, file, mistakes)
     }
 
     /// Loads the plugins. Refused ones are in the listings.
@@ -275,6 +351,50 @@ impl PluginArgs {
             init_limit,
         })?)
     }
+}
+
+/// A number with its noun.
+fn counted<N: std::fmt::Display + PartialEq + From<u8>>(count: N, one: &str, many: &str) -> String {
+    format!("{count} {}", if count == N::from(1) { one } else { many })
+}
+
+/// Why a file that `flag` names cannot be read, if that shows by opening it.
+fn unreadable(flag: &str, file: &Path) -> Option<String> {
+    let shown = file.display();
+    // A pipe is opened once, by who reads it.
+    let opened = |about: std::fs::Metadata| if about.is_file() { std::fs::File::open(file).map(drop) } else { Ok(()) };
+    match std::fs::metadata(file) {
+        Ok(about) if about.is_dir() => Some(format!("{flag} {shown}: expected a file, found a folder")),
+        about => about.and_then(opened).err().map(|err| format!("{flag} {shown}: {err}")),
+    }
+}
+
+/// The same for a file that is read whole: a device has no end, and nobody writes so much.
+fn no_text(flag: &str, file: &Path) -> Option<String> {
+    let shown = file.display();
+    unreadable(flag, file).or_else(|| match std::fs::metadata(file).ok()? {
+        about if is_device(&about) => Some(format!("{flag} {shown}: expected a file, found a device")),
+        about if about.len() > TEXT_BYTES_MAX => {
+            Some(format!("{flag} {shown}: expected at most {TEXT_BYTES_MAX} bytes, found more"))
+        }
+        _ => None,
+    })
+}
+
+#[cfg(unix)]
+fn is_device(about: &std::fs::Metadata) -> bool {
+    use std::os::unix::fs::FileTypeExt as _;
+    about.file_type().is_char_device() || about.file_type().is_block_device()
+}
+
+#[cfg(not(unix))]
+fn is_device(_: &std::fs::Metadata) -> bool {
+    false
+}
+
+/// A line for people, on stderr. That nobody reads it any more is no reason to end.
+fn tell(line: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// Writes a command's data. A reader that has seen enough (`| head`) is no failure; a full disk is one.

@@ -5,7 +5,7 @@ use std::{collections::HashSet, path::PathBuf};
 use anyhow::Context as _;
 use uuid::Uuid;
 
-use super::{Exit, Output, block_on, put};
+use super::{Exit, Output, block_on, counted, put, tell};
 use crate::{
     config::{self, Layers},
     control::{Reports, Wanted, client},
@@ -52,7 +52,7 @@ pub(super) struct Place {
 #[group(required = true, multiple = false)]
 pub(super) struct Which {
     /// Ids of tasks, as `list` shows them
-    #[arg(value_name = "TASK")]
+    #[arg(value_name = "TASK", value_parser = super::parse_id)]
     tasks: Vec<Uuid>,
     /// Every report
     #[arg(long)]
@@ -80,9 +80,10 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
         // A folder that is mistyped must not look like one in which all is well.
         Ok(None) => {
             put(std::io::stdout(), &shown(&[], place.output)?)?;
+            let (error, exit) = if tasks.is_some() { ("error: ", Exit::Failed) } else { ("", Exit::Done) };
             let named = "name a node's state folder with --state-dir or STATE_DIR";
-            eprintln!("there is no outbox in {}; {named}", folder.display());
-            return Ok(if tasks.is_some() { Exit::Failed } else { Exit::Done });
+            tell(format_args!("{error}there is no outbox in {}; {named}", folder.display()));
+            return Ok(exit);
         }
         Err(ShelfError::State(StateError::InUse { path, .. })) => {
             let wanted = Wanted { tasks: tasks.clone() };
@@ -98,11 +99,14 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
         Err(err) => return Err(err.into()),
     };
     put(std::io::stdout(), &shown(&reports, place.output)?)?;
-    say(command, reports.len(), running);
+    // Of reports that were named, each one that is missing is told below.
+    if tasks.is_none() || !reports.is_empty() {
+        say(command, reports.len(), running);
+    }
     let found: HashSet<Uuid> = reports.iter().map(|report| report.task_id).collect();
     let missing: Vec<Uuid> = tasks.unwrap_or_default().into_iter().filter(|task| !found.contains(task)).collect();
     for task in &missing {
-        eprintln!("error: no report of task {task} is in the outbox; `runner-host outbox list` shows what is");
+        tell(format_args!("error: no report of task {task} is in the outbox; `runner-host outbox list` shows what is"));
     }
     Ok(if missing.is_empty() { Exit::Done } else { Exit::Failed })
 }
@@ -118,13 +122,13 @@ fn stopped(command: &Command, mut shelf: Shelf, tasks: Option<&[Uuid]>) -> anyho
 
 /// What was done, for people.
 fn say(command: &Command, count: usize, running: bool) {
-    let reports = if count == 1 { "1 report".to_owned() } else { format!("{count} reports") };
+    let reports = counted(count, "report", "reports");
     match command {
-        Command::List { .. } if count == 0 => eprintln!("the outbox is empty"),
+        _ if count == 0 => tell(format_args!("the outbox is empty")),
         Command::List { .. } => {}
-        Command::Retry { .. } if running => eprintln!("{reports} will be sent now"),
-        Command::Retry { .. } => eprintln!("no node runs here; {reports} will be sent when one starts"),
-        Command::Drop { .. } => eprintln!("dropped {reports}"),
+        Command::Retry { .. } if running => tell(format_args!("{reports} will be sent now")),
+        Command::Retry { .. } => tell(format_args!("no node runs here; {reports} will be sent when one starts")),
+        Command::Drop { .. } => tell(format_args!("dropped {reports}")),
     }
 }
 
@@ -135,12 +139,12 @@ fn shown(reports: &[Listing], output: Output) -> anyhow::Result<String> {
     let rows = reports.iter().map(|report| {
         let ended = report.ended_at.strftime("%Y-%m-%dT%H:%M:%SZ");
         format!(
-            "{:<8} {} {} {:<10} {:>3} tries  {}  {}\n",
+            "{:<8} {} {} {:<10} {:>9}  {}  {}\n",
             report.state.word(),
             report.task_id,
             ended,
             report.outcome,
-            report.attempts,
+            counted(report.attempts, "try", "tries"),
             report.capability,
             report.last_error.as_deref().unwrap_or("-"),
         )

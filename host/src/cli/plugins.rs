@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use super::{Exit, Output, PluginArgs, put, reserve_stdout};
+use super::{Exit, Output, PluginArgs, complain, one_line, put, reserve_stdout, tell};
 use crate::{
     config::{Layers, plugin_init_timeout},
     plugins::{Listing, ScaffoldError, SdkSource, create, inspect_file},
@@ -58,7 +58,7 @@ fn list(args: &PluginArgs, output: Output, layers: &Layers) -> anyhow::Result<Ex
         Output::Json => put(data, &format!("{}\n", serde_json::to_string(&listings)?))?,
         Output::Text => {
             if listings.is_empty() {
-                eprintln!("no plugin was found");
+                tell(format_args!("no plugin was found"));
             }
             put(data, &listings.iter().map(|listing| row(listing) + "\n").collect::<String>())?;
         }
@@ -81,7 +81,7 @@ fn inspect(file: &std::path::Path, output: Output) -> anyhow::Result<Exit> {
     let (sha256, facts) = match inspect_file(file) {
         Ok(facts) => facts,
         Err(err) => {
-            eprintln!("error: plugin {}: {err}", file.display());
+            tell(format_args!("error: plugin {}: {err}", file.display()));
             return Ok(Exit::PluginsRefused);
         }
     };
@@ -116,11 +116,16 @@ fn new(name: &str, dir: Option<PathBuf>, sdk: Option<PathBuf>) -> anyhow::Result
         Some(path) => SdkSource::Path(path),
         None => SdkSource::Version(env!("CARGO_PKG_VERSION").to_owned()),
     };
-    let files = create(&dir, name, &sdk).map_err(|err| match err {
-        ScaffoldError::Write { .. } => anyhow::Error::from(err),
-        _ => anyhow::Error::from(err).context(Exit::Usage),
-    })?;
+    let files = match create(&dir, name, &sdk) {
+        Ok(files) => files,
+        Err(err) => {
+            // What cannot be written is no mistake in the command.
+            let exit = if matches!(err, ScaffoldError::Write { .. }) { Exit::Failed } else { Exit::Usage };
+            complain(&one_line(&err.into()));
+            return Ok(exit);
+        }
+    };
     put(std::io::stdout(), &files.iter().map(|file| format!("{}\n", file.display())).collect::<String>())?;
-    eprintln!("next: cd {} && cargo test && cargo build --release", dir.display());
+    tell(format_args!("next: cd {} && cargo test && cargo build --release", dir.display()));
     Ok(Exit::Done)
 }

@@ -2,10 +2,10 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use super::{Exit, PluginArgs, block_on_beside_control, complain, nothing_to_serve, signals};
+use super::{Exit, PluginArgs, block_on_beside_control, nothing_to_serve, signals};
 use crate::{
     app::Node,
-    config::{HostConfig, KEYS, Key, Layers, Origin, Secrets, folder_mistakes},
+    config::{HostConfig, KEYS, Key, Layers, Mistakes, Origin, Secrets, folder_mistakes},
     engine::{Ended, Stops},
 };
 
@@ -26,7 +26,7 @@ pub(super) struct Settings {
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Tasks run at once; MAX_CONCURRENCY
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     max_concurrency: Option<String>,
     /// Where the node's pages are served; HTTP_BIND
     #[arg(long, value_name = "ADDR")]
@@ -86,14 +86,27 @@ fn settings_help() -> String {
     help
 }
 
-pub(super) fn run(args: &Args, layers: &Layers, secrets: &Secrets) -> anyhow::Result<Exit> {
-    let config = match HostConfig::build(layers, secrets) {
-        Ok(config) => config,
-        Err(mistakes) => {
-            mistakes.0.iter().chain(&folder_mistakes(layers)).for_each(|mistake| complain(mistake));
-            return Ok(Exit::Configuration);
+/// The node's configuration, once its folders and the named places of its plugins have been looked at too.
+/// All commands that start or check a node begin with it.
+///
+/// # Errors
+/// With every mistake in all of it.
+pub(super) fn checked(layers: &Layers, secrets: &Secrets, plugins: &PluginArgs) -> Result<HostConfig, Mistakes> {
+    let built = HostConfig::build(layers, secrets);
+    let mut others = folder_mistakes(layers);
+    others.extend(plugins.mistakes());
+    match built {
+        Ok(config) if others.is_empty() => Ok(config),
+        Ok(_) => Err(Mistakes(others)),
+        Err(Mistakes(mut mistakes)) => {
+            mistakes.extend(others);
+            Err(Mistakes(mistakes))
         }
-    };
+    }
+}
+
+pub(super) fn run(args: &Args, layers: &Layers, secrets: &Secrets) -> anyhow::Result<Exit> {
+    let config = checked(layers, secrets, &args.plugins)?;
     for warning in &config.warnings {
         tracing::warn!(reason = %warning, "a setting should be put right");
     }

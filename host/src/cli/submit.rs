@@ -10,17 +10,17 @@ mod plane;
 use std::{
     io::Write,
     path::PathBuf,
-    sync::Mutex,
+    sync::{Mutex, OnceLock},
     time::{Duration, Instant},
 };
 
-use anyhow::Context;
 use serde_json::{Value, json};
 use url::Url;
 use uuid::Uuid;
 
-use super::{Exit, Output};
+use super::{Exit, Output, no_text, put, unreadable};
 use crate::{
+    config::{folder_trouble, host_trouble},
     model::Capability,
     transport::{self, Client},
 };
@@ -45,7 +45,7 @@ const LOOK_PAUSE_MAX: Duration = Duration::from_millis(500);
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct Args {
     /// What the task needs, such as /examples/hello/v1
-    #[arg(value_parser = Capability::parse)]
+    #[arg(value_parser = super::parse_capability)]
     pub(super) capability: Capability,
     /// A file to upload as input; may be given several times
     #[arg(long = "input", short, value_name = "FILE")]
@@ -54,34 +54,34 @@ pub(super) struct Args {
     #[arg(long, value_name = "JSON", value_parser = parse_json, default_value = "{}")]
     pub(super) meta: Value,
     /// How many equal tasks
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub(super) count: u32,
     /// Attempts each task may cost
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 3, allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     pub(super) attempts: u32,
     /// Wait for the end and show progress
     #[arg(long)]
     pub(super) wait: bool,
     /// End after this time, such as 90s, 15m or 2h, whatever is under way; a job that was created goes on
-    #[arg(long, value_name = "TIME", value_parser = super::parse_duration)]
+    #[arg(long, value_name = "TIME", allow_hyphen_values = true, value_parser = super::parse_duration_above_zero)]
     pub(super) timeout: Option<Duration>,
     /// Folder to bring the artifacts to
     #[arg(long, value_name = "DIR", requires = "wait")]
     pub(super) out: Option<PathBuf>,
-    /// Form of what is printed
+    /// Form of what is printed; JSON also where time runs out or somebody interrupts
     #[arg(long = "output", short, value_name = "FORM", value_enum, default_value_t = Output::Text)]
     pub(super) output: Output,
     /// Address of a running `runner-host dev`
-    #[arg(long, value_name = "URL", env = "RUNNER_HOST_DEV", default_value = "http://127.0.0.1:8700")]
+    #[arg(long, value_name = "URL", env = "RUNNER_HOST_DEV", default_value = "http://127.0.0.1:8700", value_parser = parse_base_url)]
     pub(super) dev: Url,
     /// Base URL of another task service, with its /v1
-    #[arg(long, value_name = "URL", requires_all = ["domain", "domain_server"])]
+    #[arg(long, value_name = "URL", requires_all = ["domain", "domain_server"], value_parser = parse_base_url)]
     pub(super) dms: Option<Url>,
     /// Domain to work in
-    #[arg(long, value_name = "UUID", requires = "dms")]
+    #[arg(long, value_name = "UUID", requires = "dms", value_parser = super::parse_id)]
     pub(super) domain: Option<Uuid>,
     /// Base URL of the domain's server
-    #[arg(long, value_name = "URL", requires = "dms")]
+    #[arg(long, value_name = "URL", requires = "dms", value_parser = parse_base_url)]
     pub(super) domain_server: Option<Url>,
     /// Domain grant with write scope; others on this machine can read it there, --token-file is better
     #[arg(long, value_name = "TOKEN", requires = "dms", conflicts_with = "token_file")]
@@ -89,6 +89,16 @@ pub(super) struct Args {
     /// File that holds the domain grant
     #[arg(long, value_name = "FILE", requires = "dms")]
     pub(super) token_file: Option<PathBuf>,
+}
+
+fn parse_base_url(text: &str) -> Result<Url, String> {
+    let url = Url::parse(text).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.host().is_some());
+    let url = url.filter(|url| url.query().is_none() && url.fragment().is_none());
+    let url = url.ok_or("expected a base URL, such as https://plane.example/v1, without query or fragment")?;
+    match host_trouble(&url) {
+        Some(trouble) => Err(trouble),
+        None => Ok(url),
+    }
 }
 
 fn parse_json(text: &str) -> Result<Value, String> {
@@ -117,7 +127,7 @@ async fn run_to(
     nobody_after: Duration,
     interrupt: impl Future<Output = ()>,
 ) -> anyhow::Result<Exit> {
-    let reached = Mutex::new(Reached::default());
+    let (reached, plane) = (Mutex::new(Reached::default()), OnceLock::new());
     let out_of_time = async {
         match args.timeout {
             Some(limit) => tokio::time::sleep(limit).await,
@@ -125,7 +135,7 @@ async fn run_to(
         }
     };
     let ended = tokio::select! {
-        ended = submit(&args, http, &reached, out, &mut notes, nobody_after) => Ok(ended),
+        ended = submit(&args, http, &plane, &reached, out, &mut notes, nobody_after) => Ok(ended),
         () = interrupt => Err(("interrupted".to_owned(), Exit::Cancelled)),
         () = out_of_time => Err((format!("stopped after {:?}", args.timeout.unwrap_or_default()), Exit::TimedOut)),
     };
@@ -133,7 +143,14 @@ async fn run_to(
     let ended = match ended {
         Ok(ended) => ended,
         Err((what, exit)) => {
-            notes.line(&format!("{what}; {}", reached.into_inner().expect("nothing panics while it holds this")));
+            let reached = reached.into_inner().expect("nothing panics while it holds this");
+            notes.line(&format!("{what}; {reached}"));
+            if args.output == Output::Json {
+                put(out, &format!("{}\n", reached.to_json(exit, &what)))?;
+            }
+            if let Some(plane) = plane.get() {
+                plane.give_up().await;
+            }
             return Ok(exit);
         }
     };
@@ -173,67 +190,122 @@ impl From<anyhow::Error> for Stop {
 /// How far a submission came: what goes on without a caller that ends early.
 #[derive(Default)]
 struct Reached {
+    stage: Stage,
     jobs: Vec<Uuid>,
     /// Another was sent, and its answer has not come.
     unsure: bool,
-    /// All of them have ended; what is left is to bring their artifacts.
-    ended: bool,
+    /// Where each task stood when it was looked at last; for JSON alone.
+    tasks: Vec<Value>,
+}
+
+/// What a submission is at.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+enum Stage {
+    #[default]
+    Connect,
+    Upload,
+    Create,
+    Wait,
+    /// All jobs have ended; what is left is to bring their artifacts.
+    Download,
+}
+
+impl Stage {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Connect => "connect",
+            Self::Upload => "upload",
+            Self::Create => "create",
+            Self::Wait => "wait",
+            Self::Download => "download",
+        }
+    }
+}
+
+impl Reached {
+    fn to_json(&self, exit: Exit, reason: &str) -> Value {
+        json!({
+            "status": if exit == Exit::TimedOut { "timed_out" } else { "interrupted" }, "reason": reason,
+            "during": self.stage.word(), "jobs": self.jobs, "unanswered": self.unsure, "tasks": self.tasks,
+        })
+    }
 }
 
 impl std::fmt::Display for Reached {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match (&self.jobs[..], self.ended) {
+        match (&self.jobs[..], self.stage) {
             ([], _) if self.unsure => {
                 f.write_str("a job was sent and not answered; whether it was created is not known")
             }
             ([], _) => f.write_str("no job was submitted"),
-            (jobs, false) => write!(f, "the job goes on: {}", names(jobs)),
-            (jobs, true) => write!(f, "the job has ended, its artifacts were not all brought: {}", names(jobs)),
+            (jobs, Stage::Download) => {
+                write!(f, "the job has ended, its artifacts were not all brought: {}", names(jobs))
+            }
+            (jobs, _) => write!(f, "the job goes on: {}", names(jobs)),
         }
     }
+}
+
+/// Looks at and changes what was reached.
+fn at<T>(reached: &Mutex<Reached>, change: impl FnOnce(&mut Reached) -> T) -> T {
+    change(&mut reached.lock().expect("nothing panics while it holds this"))
 }
 
 async fn submit(
     args: &Args,
     http: transport::Config,
+    place: &OnceLock<Plane>,
     reached: &Mutex<Reached>,
     out: &mut impl Write,
     notes: &mut Notes,
     nobody_after: Duration,
 ) -> Result<Exit, Stop> {
-    // What cannot be read is said before anything is sent.
-    for input in &args.inputs {
-        let about = std::fs::metadata(input);
-        let about = about.map_err(|err| Stop::Usage(format!("input {}: {err}", input.display())))?;
-        if !about.is_file() {
-            return Err(Stop::Usage(format!("input {} is no file", input.display())));
-        }
-    }
-    let plane = find_plane(args, http).await?;
+    look(args).map_err(Stop::Usage)?;
+    let found = find_plane(args, http).await?;
+    let plane = place.get_or_init(|| found);
+    at(reached, |reached| reached.stage = Stage::Upload);
     let mut inputs = Vec::new();
     for input in &args.inputs {
         inputs.push(plane.upload(input, notes).await?);
     }
+    at(reached, |reached| reached.stage = Stage::Create);
     let mut jobs = Vec::new();
     let mut left = args.count as usize;
     while left > 0 {
         let tasks = left.min(TASKS_PER_JOB);
-        reached.lock().expect("nothing panics while it holds this").unsure = true;
-        let id = plane.create_job(&job(args, &plane, &inputs, tasks)).await?;
+        at(reached, |reached| reached.unsure = true);
+        let id = plane.create_job(&job(args, plane, &inputs, tasks)).await?;
         jobs.push(id);
-        let mut reached = reached.lock().expect("nothing panics while it holds this");
-        reached.unsure = false;
-        reached.jobs.push(id);
-        drop(reached);
+        at(reached, |reached| {
+            reached.unsure = false;
+            reached.jobs.push(id);
+        });
         left -= tasks;
     }
     if !args.wait {
         print_handed_in(args.output, out, &jobs)?;
         return Ok(Exit::Done);
     }
-    let ended = watch(args, &plane, &jobs, notes, nobody_after).await?;
-    reached.lock().expect("nothing panics while it holds this").ended = true;
-    finish(args, &plane, &ended, out, notes).await
+    at(reached, |reached| reached.stage = Stage::Wait);
+    let ended = watch(args, plane, &jobs, reached, notes, nobody_after).await?;
+    at(reached, |reached| reached.stage = Stage::Download);
+    finish(args, plane, &ended, out, notes).await
+}
+
+/// Looks at every file and folder that is named, before anything is sent; why one cannot be used.
+fn look(args: &Args) -> Result<(), String> {
+    for input in &args.inputs {
+        if let Some(why) = unreadable("--input", input) {
+            return Err(why);
+        }
+        if !input.is_file() {
+            return Err(format!("--input {}: expected a file, found something else", input.display()));
+        }
+    }
+    match args.out.as_deref().and_then(|out| Some((out, folder_trouble(out)?))) {
+        Some((out, why)) => Err(format!("--out {}: {why}", out.display())),
+        None => Ok(()),
+    }
 }
 
 async fn find_plane(args: &Args, http: transport::Config) -> Result<Plane, Stop> {
@@ -242,11 +314,21 @@ async fn find_plane(args: &Args, http: transport::Config) -> Result<Plane, Stop>
     let token = match (&args.token, &args.token_file) {
         (Some(token), _) => token.trim().to_owned(),
         (None, Some(file)) => {
+            if let Some(why) = no_text("--token-file", file) {
+                return Err(Stop::Usage(why));
+            }
             let text = std::fs::read_to_string(file);
-            text.map_err(|err| Stop::Usage(format!("token file {}: {err}", file.display())))?.trim().to_owned()
+            text.map_err(|err| Stop::Usage(format!("--token-file {}: {err}", file.display())))?.trim().to_owned()
         }
         (None, None) => return Err(Stop::Usage("--dms needs --token or --token-file".to_owned())),
     };
+    if token.is_empty() || !token.bytes().all(|byte| byte.is_ascii_graphic()) {
+        let given =
+            args.token_file.as_ref().map_or("--token".to_owned(), |file| format!("--token-file {}", file.display()));
+        return Err(Stop::Usage(format!(
+            "{given}: expected one word of visible ASCII characters, found something else"
+        )));
+    }
     let (domain, server) = (args.domain.expect("clap requires it"), args.domain_server.as_ref());
     Ok(Plane::new(client, dms, server.expect("clap requires it"), domain, token)?)
 }
@@ -272,10 +354,9 @@ fn names(jobs: &[Uuid]) -> String {
 
 fn print_handed_in(form: Output, out: &mut impl Write, jobs: &[Uuid]) -> anyhow::Result<()> {
     match form {
-        Output::Json => writeln!(out, "{}", json!({ "jobs": jobs })),
-        Output::Text => jobs.iter().try_for_each(|job| writeln!(out, "{job}")),
+        Output::Json => put(out, &format!("{}\n", json!({ "jobs": jobs }))),
+        Output::Text => put(out, &jobs.iter().map(|job| format!("{job}\n")).collect::<String>()),
     }
-    .context("write to stdout")
 }
 
 /// Looks at the jobs until all have ended.
@@ -283,6 +364,7 @@ async fn watch(
     args: &Args,
     plane: &Plane,
     jobs: &[Uuid],
+    reached: &Mutex<Reached>,
     notes: &mut Notes,
     nobody_after: Duration,
 ) -> Result<Vec<Value>, Stop> {
@@ -310,6 +392,10 @@ async fn watch(
                 Err(err) => return Err(err.into()),
             }
         }
+        if args.output == Output::Json {
+            let rows = seen.iter().flat_map(|job| tasks(job).map(|task| row(job, task))).collect();
+            at(reached, |reached| reached.tasks = rows);
+        }
         notes.show(args.count as usize, &seen);
         if seen.iter().all(has_ended) {
             return Ok(seen);
@@ -324,6 +410,11 @@ async fn watch(
         tokio::time::sleep(pause).await;
         pause = (pause * 2).min(LOOK_PAUSE_MAX);
     }
+}
+
+/// A task as it stands.
+fn row(job: &Value, task: &Value) -> Value {
+    json!({ "task_id": task["id"], "job_id": job["job"]["id"], "status": task["status"] })
 }
 
 fn tasks(job: &Value) -> impl Iterator<Item = &Value> {
@@ -384,11 +475,11 @@ async fn finish(
             "artifacts": artifacts.iter().map(Artifact::to_json).collect::<Vec<_>>(),
         }));
         if args.output == Output::Text {
-            artifacts.iter().try_for_each(|artifact| writeln!(out, "{artifact}")).context("write to stdout")?;
+            put(&mut *out, &artifacts.iter().map(|artifact| format!("{artifact}\n")).collect::<String>())?;
         }
     }
     if args.output == Output::Json {
-        writeln!(out, "{}", json!({ "tasks": results })).context("write to stdout")?;
+        put(out, &format!("{}\n", json!({ "tasks": results })))?;
     }
     Ok(code)
 }

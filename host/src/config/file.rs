@@ -55,7 +55,7 @@ type Members = Vec<(String, usize, Value)>;
 /// # Errors
 /// One line: the file cannot be read, or is neither form.
 pub(super) fn read(path: &Path) -> Result<Read, String> {
-    let text = read_text(path, BYTES_MAX)?;
+    let text = read_text(path, BYTES_MAX).map_err(|problem| format!("--config {problem}"))?;
     let is_json = match path.extension().and_then(|extension| extension.to_str()) {
         Some("json") => true,
         Some("toml") => false,

@@ -22,7 +22,8 @@ use url::Url;
 
 pub use keys::{KEYS, Key, Kind};
 pub use layers::{Layers, Origin};
-pub use parser::duration;
+pub use parser::{Remark, duration};
+pub use places::{folder_trouble, host_trouble, kernel_trouble};
 pub use secrets::Secrets;
 
 use crate::{
@@ -118,9 +119,17 @@ impl HostConfig {
     /// # Errors
     /// With all mistakes at once. A secret's value is in none of them.
     pub fn build(layers: &Layers, secrets: &Secrets) -> Result<Self, Mistakes> {
+        let (mut built, parser) = Self::examine(layers, secrets);
+        built.warnings = parser::lines(&parser.warnings);
+        // The placeholders stand only where a mistake was noted.
+        parser.end(built)
+    }
+
+    /// A configuration with placeholders for what cannot be used, and what there is to say about it.
+    fn examine<'a>(layers: &'a Layers, secrets: &Secrets) -> (Self, Parser<'a>) {
         let mut parser = Parser::new(layers);
-        parser.mistakes.clone_from(&layers.mistakes);
-        parser.warnings.clone_from(&layers.warnings);
+        parser.mistakes = layers.mistakes.iter().map(Remark::plain).collect();
+        parser.warnings = layers.warnings.iter().map(Remark::plain).collect();
         let mut given = BTreeMap::new();
         for key in KEYS {
             let present = if key.is_secret() {
@@ -128,7 +137,7 @@ impl HostConfig {
                     Ok(found) => found.is_some_and(|found| given.insert(key.name, found).is_none()),
                     // What cannot be read is not missing as well.
                     Err(problem) => {
-                        parser.mistakes.push(problem);
+                        parser.mistakes.push(Remark::at(key.name, "", problem));
                         true
                     }
                 }
@@ -136,7 +145,7 @@ impl HostConfig {
                 layers.get(key).0.is_some()
             };
             if key.required && !present {
-                parser.mistakes.push(format!("{} is not set: {}", key.name, key.help));
+                parser.mistakes.push(Remark::plain(format!("{} is not set: {}", key.name, key.help)));
             }
         }
         let (dms, dds) = (parser.url("DMS_BASE_URL"), parser.url("DDS_BASE_URL"));
@@ -153,10 +162,11 @@ impl HostConfig {
         let key = given.remove("SECP256K1_PRIVHEX").and_then(|(hex, place)| {
             let read = NodeKey::from_hex(hex.expose_secret());
             read.map_err(|err| {
-                parser.mistakes.push(match place.as_str() {
-                    "environment" => format!("SECP256K1_PRIVHEX: {err}"),
-                    _ => format!("SECP256K1_PRIVHEX ({place}): {err}"),
-                })
+                let place = match place.as_str() {
+                    "environment" => "SECP256K1_PRIVHEX".to_owned(),
+                    _ => format!("SECP256K1_PRIVHEX ({place})"),
+                };
+                parser.mistakes.push(Remark::at("SECP256K1_PRIVHEX", place, err));
             })
             .ok()
         });
@@ -165,6 +175,7 @@ impl HostConfig {
             (parser.milliseconds("POLL_BACKOFF_MS_MIN"), parser.milliseconds("POLL_BACKOFF_MS_MAX"));
         let noop_sleep = parser.fractional_seconds("NOOP_SLEEP_SECS");
         let http_bind = parser.address("HTTP_BIND");
+        parser.look_at_log_format();
         let built = Self {
             registration: node_url::registration(&mut parser, http_bind, dds.as_ref()),
             sign_in_domain: parser.optional("SIGN_IN_DOMAIN").map(str::to_owned),
@@ -185,7 +196,7 @@ impl HostConfig {
             token_max_retries: parser.number("TOKEN_REAUTH_MAX_RETRIES", "a number of repeats", 3),
             token_jitter: parser.milliseconds("TOKEN_REAUTH_JITTER_MS"),
             drain_timeout: parser.duration("DRAIN_TIMEOUT"),
-            plugin_init_timeout: parser.duration("PLUGIN_INIT_TIMEOUT"),
+            plugin_init_timeout: parser.duration_above_zero("PLUGIN_INIT_TIMEOUT"),
             cancel_grace: parser.duration("CANCEL_GRACE"),
             disk_free_min: parser.size("DISK_FREE_MIN"),
             scratch_dir: parser.scratch_dir(),
@@ -209,11 +220,19 @@ impl HostConfig {
             dds: dds.unwrap_or_else(placeholder),
             reg_secret: given.remove("REG_SECRET").map(|(secret, _)| secret).unwrap_or_default(),
             key: key.unwrap_or_else(|| NodeKey::generate().0),
-            warnings: std::mem::take(&mut parser.warnings),
+            warnings: Vec::new(),
         };
-        // The placeholders above stand only where a mistake was noted.
-        if parser.mistakes.is_empty() { Ok(built) } else { Err(Mistakes(parser.mistakes)) }
+        (built, parser)
     }
+}
+
+/// What is wrong with single values, and what counts in the place of others, for who shows them all.
+#[must_use]
+pub fn remarks(layers: &Layers, secrets: &Secrets) -> (Vec<Remark>, Vec<Remark>) {
+    let (_, parser) = HostConfig::examine(layers, secrets);
+    let mut mistakes = parser.mistakes;
+    mistakes.extend(folder_remarks(layers));
+    (mistakes, parser.warnings)
 }
 
 /// `PLUGIN_INIT_TIMEOUT` alone, for commands that load plugins without a node's configuration.
@@ -222,20 +241,31 @@ impl HostConfig {
 /// One line when its value is no duration.
 pub fn plugin_init_timeout(layers: &Layers) -> Result<Duration, Mistakes> {
     let mut parser = Parser::new(layers);
-    let limit = parser.duration("PLUGIN_INIT_TIMEOUT");
-    if parser.mistakes.is_empty() { Ok(limit) } else { Err(Mistakes(parser.mistakes)) }
+    let limit = parser.duration_above_zero("PLUGIN_INIT_TIMEOUT");
+    parser.end(limit)
 }
 
 /// What is wrong with the folders of a node as they are now, a line each. What [`HostConfig::build`] cannot
 /// know: they are another matter once a node has made them.
 #[must_use]
 pub fn folder_mistakes(layers: &Layers) -> Vec<String> {
+    parser::lines(&folder_remarks(layers))
+}
+
+fn folder_remarks(layers: &Layers) -> Vec<Remark> {
     let mut parser = Parser::new(layers);
     let (scratch, state) = (parser.scratch_dir(), parser.state_dir());
+    let named = parser.mistakes.is_empty();
     // One that cannot even be named is a mistake already.
     parser.mistakes.clear();
     parser.look_at_folder("SCRATCH_DIR", &scratch);
-    parser.look_at_folder("STATE_DIR", &state);
+    // What a command has chosen for its own node is its own business.
+    if named && parser.origin("STATE_DIR") != Origin::Command {
+        parser.look_at_folder("STATE_DIR", &state);
+        if let Some(trouble) = places::clash(&scratch, &state) {
+            parser.mistake("STATE_DIR", trouble);
+        }
+    }
     parser.mistakes
 }
 
@@ -246,7 +276,7 @@ pub fn folder_mistakes(layers: &Layers) -> Vec<String> {
 pub fn state_dir(layers: &Layers) -> Result<PathBuf, Mistakes> {
     let mut parser = Parser::new(layers);
     let dir = parser.state_dir();
-    if parser.mistakes.is_empty() { Ok(dir) } else { Err(Mistakes(parser.mistakes)) }
+    parser.end(dir)
 }
 
 impl Parser<'_> {
@@ -274,7 +304,7 @@ impl Parser<'_> {
 pub fn transport_settings(layers: &Layers) -> Result<transport::Config, Mistakes> {
     let mut parser = Parser::new(layers);
     let config = transport(&mut parser);
-    if parser.mistakes.is_empty() { Ok(config) } else { Err(Mistakes(parser.mistakes)) }
+    parser.end(config)
 }
 
 fn transport(parser: &mut Parser<'_>) -> transport::Config {
@@ -289,10 +319,11 @@ fn transport(parser: &mut Parser<'_>) -> transport::Config {
     };
     let mut proxy = |name: &str| {
         let url = parser.optional(name)?;
-        match Proxies::check(url) {
-            Ok(()) => Some(url),
-            Err(expected) => {
-                parser.mistake(name, expected);
+        let trouble = Proxies::check(url).map_err(str::to_owned).err().or_else(|| places::proxy_trouble(url));
+        match trouble {
+            None => Some(url),
+            Some(trouble) => {
+                parser.mistake(name, trouble);
                 None
             }
         }

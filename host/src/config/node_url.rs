@@ -9,7 +9,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
 use url::{Host, Url};
 
-use super::parser::Parser;
+use super::parser::{Parser, Remark};
 use crate::auth::Form;
 
 /// Reads `REGISTRATION` and `NODE_URL`; mistakes are noted and the wallet form stands in for them.
@@ -27,7 +27,8 @@ pub(super) fn registration(parser: &mut Parser<'_>, bind: SocketAddr, dds: Optio
         }
         (Some(false) | None, None) => Form::Wallet,
         (Some(true), None) => {
-            parser.mistakes.push("NODE_URL is not set: REGISTRATION=callback needs the URL of this node".to_owned());
+            let needed = "NODE_URL is not set: REGISTRATION=callback needs the URL of this node";
+            parser.mistakes.push(Remark::plain(needed));
             Form::Wallet
         }
         (None | Some(true), Some(text)) => {
@@ -37,7 +38,7 @@ pub(super) fn registration(parser: &mut Parser<'_>, bind: SocketAddr, dds: Optio
                 Ok(()) => Form::Callback { url: text.to_owned() },
                 Err(why) => {
                     let place = parser.place("NODE_URL");
-                    parser.mistakes.push(format!("{place} {text}: {why}"));
+                    parser.mistakes.push(Remark::at("NODE_URL", format!("{place} {text}"), why));
                     Form::Wallet
                 }
             }

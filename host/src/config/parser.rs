@@ -5,18 +5,49 @@ use std::{net::SocketAddr, time::Duration};
 use url::Url;
 
 use super::{
+    Mistakes,
     keys::Key,
     layers::{Layers, Origin},
+    places::host_trouble,
 };
 
 /// Longer than any wait; beyond it clocks overflow.
 const SECS_MAX: u64 = 10 * 366 * 24 * 60 * 60;
 
+/// Something to be said about the configuration: one line, without a secret in it.
+#[derive(Clone, Debug)]
+pub struct Remark {
+    /// The setting it is about, where it is about one.
+    pub setting: Option<&'static str>,
+    /// Where the operator wrote it.
+    place: String,
+    /// What was expected and found, or what counts instead.
+    pub what: String,
+}
+
+impl Remark {
+    /// About no setting that could be shown.
+    pub(super) fn plain(line: impl Into<String>) -> Self {
+        Self { setting: None, place: String::new(), what: line.into() }
+    }
+
+    /// About a setting, with words of its own for where it was written.
+    pub fn at(setting: &'static str, place: impl Into<String>, what: impl std::fmt::Display) -> Self {
+        Self { setting: Some(setting), place: place.into(), what: what.to_string() }
+    }
+}
+
+impl std::fmt::Display for Remark {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.place.is_empty() { f.write_str(&self.what) } else { write!(f, "{}: {}", self.place, self.what) }
+    }
+}
+
 /// Parses values and collects every mistake.
 pub(super) struct Parser<'a> {
     pub(super) layers: &'a Layers,
-    pub(super) mistakes: Vec<String>,
-    pub(super) warnings: Vec<String>,
+    pub(super) mistakes: Vec<Remark>,
+    pub(super) warnings: Vec<Remark>,
 }
 
 impl<'a> Parser<'a> {
@@ -30,6 +61,10 @@ impl<'a> Parser<'a> {
         (key, text, origin)
     }
 
+    pub(super) fn origin(&self, name: &str) -> Origin {
+        self.found(name).2
+    }
+
     /// How a mistake in `name` begins.
     pub(super) fn place(&self, name: &str) -> String {
         let (key, _, origin) = self.found(name);
@@ -38,11 +73,18 @@ impl<'a> Parser<'a> {
 
     /// Notes a mistake in the value of `name`.
     pub(super) fn mistake(&mut self, name: &str, what: impl std::fmt::Display) {
-        self.mistakes.push(format!("{}: {what}", self.place(name)));
+        let (key, _, _) = self.found(name);
+        self.mistakes.push(Remark::at(key.name, self.place(name), what));
     }
 
     pub(super) fn warning(&mut self, name: &str, what: impl std::fmt::Display) {
-        self.warnings.push(format!("{}: {what}", self.place(name)));
+        let (key, _, _) = self.found(name);
+        self.warnings.push(Remark::at(key.name, self.place(name), what));
+    }
+
+    /// `value`, unless there was a mistake.
+    pub(super) fn end<T>(self, value: T) -> Result<T, Mistakes> {
+        if self.mistakes.is_empty() { Ok(value) } else { Err(Mistakes(lines(&self.mistakes))) }
     }
 
     /// The text of a setting that may be unset.
@@ -112,11 +154,15 @@ impl<'a> Parser<'a> {
         let text = self.optional(name)?;
         match Url::parse(text) {
             Ok(url) if matches!(url.scheme(), "http" | "https") && url.host().is_some() => {
-                if url.username().is_empty() && url.password().is_none() {
-                    return Some(url);
+                if !url.username().is_empty() || url.password().is_some() {
+                    self.mistake(name, "expected a URL without user or password");
+                    return None;
                 }
-                self.mistake(name, "expected a URL without user or password");
-                None
+                if let Some(trouble) = host_trouble(&url) {
+                    self.mistake(name, trouble);
+                    return None;
+                }
+                Some(url)
             }
             // What cannot be parsed may hold a password all the same.
             _ if text.contains('@') => {
@@ -177,6 +223,14 @@ impl<'a> Parser<'a> {
         words.map(|word| word.trim().to_ascii_lowercase()).filter(|word| !word.is_empty()).collect()
     }
 
+    /// Warns of a word that is neither form: `json` counts then (posemesh contract 7.1).
+    pub(super) fn look_at_log_format(&mut self) {
+        let Some(text) = self.optional("LOG_FORMAT") else { return };
+        if !["json", "text"].iter().any(|form| text.eq_ignore_ascii_case(form)) {
+            self.warning("LOG_FORMAT", format_args!("expected json or text, found {text:?}, using json"));
+        }
+    }
+
     /// `v1.2.3` becomes `1.2.3`; what is no version becomes the host's own (posemesh contract 7.1).
     pub(super) fn version(&mut self, name: &str) -> String {
         let own = env!("CARGO_PKG_VERSION");
@@ -188,6 +242,10 @@ impl<'a> Parser<'a> {
         self.warning(name, format_args!("{text:?} is not a semantic version, using {own}"));
         own.to_owned()
     }
+}
+
+pub(super) fn lines(remarks: &[Remark]) -> Vec<String> {
+    remarks.iter().map(ToString::to_string).collect()
 }
 
 /// `512MiB`, `1 GiB`, `20kB` or plain bytes.

@@ -4,21 +4,100 @@
 use std::{
     io::ErrorKind,
     net::IpAddr,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
-use url::Url;
+use url::{Host, Url};
 
 use super::parser::Parser;
 
+/// What lies below these is the kernel's, except for what lies below [`SHARED_MEMORY`].
+const KERNELS: [&str; 3] = ["/proc", "/sys", "/dev"];
+const SHARED_MEMORY: &str = "/dev/shm";
+
+/// A node removes folders of SCRATCH_DIR whose names begin so when their process is gone (`storage::Scratch`).
+const SWEPT_PREFIX: &str = "node-";
+
+/// Longest label and longest name of a host.
+const LABEL_BYTES_MAX: usize = 63;
+const HOST_BYTES_MAX: usize = 253;
+
 /// Why no folder can be made or written to at `path`, if that shows by looking.
-pub(super) fn folder_trouble(path: &Path) -> Option<String> {
+#[must_use]
+pub fn folder_trouble(path: &Path) -> Option<String> {
+    kernel_trouble(path).or_else(|| writable_trouble(path))
+}
+
+/// Why nothing is to be looked for or written below `path`: it is the kernel's own.
+#[must_use]
+pub fn kernel_trouble(path: &Path) -> Option<String> {
+    let real = resolved(path);
+    let kernels = KERNELS.iter().find(|kernels| real.starts_with(kernels) && !real.starts_with(SHARED_MEMORY))?;
+    let shown = path.display();
+    let leads = if path.starts_with(kernels) { String::new() } else { format!(", which is {}", real.display()) };
+    Some(format!("expected a folder for files, found {shown}{leads}; name one that is not below {kernels}"))
+}
+
+/// Why one folder cannot be both of these, or the second not lie in the first.
+pub(super) fn clash(scratch: &Path, state: &Path) -> Option<String> {
+    let (real_scratch, real_state) = (resolved(scratch), resolved(state));
+    let (scratch, shown) = (scratch.display(), state.display());
+    if is_same(&real_scratch, &real_state) {
+        return Some(format!(
+            "expected another folder than SCRATCH_DIR, which is {scratch}, found {shown}; name two folders"
+        ));
+    }
+    let inside = real_state.strip_prefix(&real_scratch).ok()?;
+    let first = inside.components().next()?.as_os_str().to_string_lossy();
+    first.starts_with(SWEPT_PREFIX).then(|| {
+        format!(
+            "expected a folder that stays, found {shown}: {SWEPT_PREFIX}… in SCRATCH_DIR {scratch} is removed at a start; \
+             name another"
+        )
+    })
+}
+
+#[cfg(unix)]
+fn is_same(one: &Path, other: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt as _;
+    let about = |path: &Path| std::fs::metadata(path).ok().map(|about| (about.dev(), about.ino()));
+    one == other || about(one).is_some_and(|one| about(other) == Some(one))
+}
+
+#[cfg(not(unix))]
+fn is_same(one: &Path, other: &Path) -> bool {
+    one == other
+}
+
+/// Where `path` leads, links followed. What is not there yet is taken as it is written.
+fn resolved(path: &Path) -> PathBuf {
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    let mut rest = Vec::new();
+    for place in path.ancestors() {
+        if let Ok(mut real) = std::fs::canonicalize(place) {
+            for part in rest.into_iter().rev() {
+                match part {
+                    Component::ParentDir => drop(real.pop()),
+                    part => real.push(part),
+                }
+            }
+            return real;
+        }
+        rest.extend(place.components().next_back());
+    }
+    path
+}
+
+fn writable_trouble(path: &Path) -> Option<String> {
     // Without a slash at its end, behind which no file is found.
     let path: PathBuf = path.components().collect();
     for place in path.ancestors() {
         let place = if place.as_os_str().is_empty() { Path::new(".") } else { place };
         let shown = place.display();
         return match std::fs::metadata(place) {
+            Err(err) if err.kind() == ErrorKind::NotFound && place.is_symlink() => {
+                Some(format!("expected a folder, found a link to nothing at {shown}"))
+            }
             Ok(about) if !about.is_dir() => Some(format!("expected a folder, found a file at {shown}")),
             Ok(_) => {
                 may_write(place).map(|err| format!("expected a folder this user can write to, found {shown}: {err}"))
@@ -41,6 +120,34 @@ fn may_write(folder: &Path) -> Option<std::io::Error> {
 #[cfg(not(unix))]
 fn may_write(_: &Path) -> Option<std::io::Error> {
     None
+}
+
+/// What is wrong with the name of a URL's host, which no look-up could find.
+#[must_use]
+pub fn host_trouble(url: &Url) -> Option<String> {
+    let Some(Host::Domain(name)) = url.host() else { return None };
+    (!is_name(name)).then(|| {
+        format!(
+            "expected a host of names with 1 to {LABEL_BYTES_MAX} characters between dots, none with a hyphen at its start \
+             or end, found {name:?}; correct the host"
+        )
+    })
+}
+
+/// The same for a proxy, of whose URL nothing may be repeated.
+pub(super) fn proxy_trouble(url: &str) -> Option<String> {
+    let whole = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
+    let trouble = Url::parse(&whole).ok().and_then(|url| host_trouble(&url))?;
+    let (expected, _) = trouble.split_once(", found ")?;
+    Some(format!("{expected}; correct the host of the proxy"))
+}
+
+/// Names between dots; the last one may be followed by a dot.
+fn is_name(host: &str) -> bool {
+    let name = host.strip_suffix('.').unwrap_or(host);
+    let is_label =
+        |label: &str| (1..=LABEL_BYTES_MAX).contains(&label.len()) && !label.starts_with('-') && !label.ends_with('-');
+    name.len() <= HOST_BYTES_MAX && name.split('.').all(is_label)
 }
 
 impl Parser<'_> {
@@ -86,6 +193,9 @@ fn is_host(text: &str) -> bool {
     // What is not written as it is compared is never met.
     let port = url.host_str().and_then(|host| text.strip_prefix(host));
     let is_port = |port: &str| port.strip_prefix(':').is_some_and(|port| port.parse::<u16>().is_ok());
+    if host_trouble(&url).is_some() {
+        return false;
+    }
     port.is_some_and(|port| port.is_empty() || is_port(port)) && !text.contains('*')
 }
 
@@ -121,6 +231,54 @@ mod tests {
         }
     }
 
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn folders_are_compared_by_where_they_lead() {
+        let base = tempfile::tempdir().expect("a folder");
+        let at = |inside: &str| base.path().join(inside);
+        std::fs::create_dir(at("a")).expect("made");
+        std::os::unix::fs::symlink(at("a"), at("link")).expect("made");
+        std::os::unix::fs::symlink("/proc", at("kernel")).expect("made");
+        std::os::unix::fs::symlink(at("none"), at("lost")).expect("made");
+        for same in ["a", "a/", "a/.", "link", "link/../a", "not/../a", "a/not/.."] {
+            assert!(clash(&at("a"), &at(same)).is_some_and(|said| said.contains("name two folders")), "{same}");
+        }
+        for apart in ["b", "a/state", "link/x/node-1", "not/there"] {
+            assert_eq!(clash(&at("a"), &at(apart)), None, "{apart}");
+        }
+        assert_eq!(clash(&at("a/node-1"), &at("a")), None, "what is swept lies in the scratch folder");
+        for swept in ["a/node-1", "link/node-x/deep"] {
+            assert!(clash(&at("a"), &at(swept)).is_some_and(|said| said.contains("is removed at a start")), "{swept}");
+        }
+        for kernels in ["/proc", "/proc/self/x", "/sys/none", "/dev/", "/dev/shm/../x", "/dev/null"] {
+            let said = folder_trouble(Path::new(kernels)).expect(kernels);
+            assert!(said.contains("expected a folder for files, found "), "{said}");
+        }
+        let said = folder_trouble(&at("kernel/x")).expect("the kernel's");
+        assert!(said.ends_with(", which is /proc/x; name one that is not below /proc"), "{said}");
+        let said = folder_trouble(&at("lost/x")).expect("a link to nothing");
+        assert_eq!(said, format!("expected a folder, found a link to nothing at {}", at("lost").display()));
+        assert_eq!(kernel_trouble(Path::new("/dev/shm/x")), None);
+        assert_eq!(kernel_trouble(Path::new("/process")), None);
+    }
+
+    #[test]
+    fn names_no_look_up_could_find_are_told() {
+        let trouble = |host: &str| host_trouble(&Url::parse(&format!("http://{host}/x")).expect("a URL"));
+        let long = "a".repeat(63);
+        for good in ["a", "a.b", "a.b.", "a_b", "a--b", "xn--bcher-kva.example", "1.2.3.4", "[::1]", &long] {
+            assert_eq!(trouble(good), None, "{good}");
+        }
+        let longer = "a".repeat(64);
+        let deep = format!("{}e", "a.".repeat(127));
+        for bad in ["a..b", ".a", "-x", "x-", "a.-b", "a..", &longer, &deep] {
+            let said = trouble(bad).expect(bad);
+            assert!(said.ends_with(&format!("found {bad:?}; correct the host")), "{said}");
+        }
+        let said = proxy_trouble("http://me:secret@a..b:1").expect("no host");
+        assert!(!said.contains("secret") && !said.contains("a..b"), "{said}");
+    }
+
     #[cfg(unix)]
     #[test]
     fn a_folder_of_others_is_told() {
@@ -153,6 +311,9 @@ mod tests {
             "a:70000",
             "b\u{fc}cher.example",
             ":1",
+            "a..b",
+            "-a.example",
+            "a-:80",
         ] {
             assert!(!is_host(bad), "{bad}");
         }

@@ -20,6 +20,8 @@ const BYTES_MAX: u64 = 16 * 1024;
 /// Secrets found in the environment, or chosen by a command, by variable.
 pub struct Secrets {
     values: BTreeMap<&'static str, SecretString>,
+    /// Those that were given and are no text.
+    garbled: Vec<&'static str>,
     origin: Origin,
 }
 
@@ -30,10 +32,13 @@ impl Secrets {
     /// No other thread may be running: call it first in `main`.
     #[must_use]
     pub unsafe fn take() -> Self {
-        let mut found = BTreeMap::new();
+        let (mut found, mut garbled) = (BTreeMap::new(), Vec::new());
         for name in KEYS.iter().filter(|key| key.is_secret()).map(|key| key.name) {
             if let Some(value) = std::env::var_os(name) {
-                found.insert(name, SecretString::from(value.to_string_lossy().into_owned()));
+                match value.into_string() {
+                    Ok(value) => drop(found.insert(name, SecretString::from(value))),
+                    Err(_) => garbled.push(name),
+                }
                 // SAFETY: the caller's promise: nobody else reads or writes the environment now.
                 unsafe {
                     overwrite(name);
@@ -41,7 +46,7 @@ impl Secrets {
                 }
             }
         }
-        Self { values: found, origin: Origin::Environment }
+        Self { values: found, garbled, origin: Origin::Environment }
     }
 
     /// Secrets that do not come from the environment. Unknown names are passed over.
@@ -49,7 +54,7 @@ impl Secrets {
         let known = |name: &str| Key::find(name).filter(|key| key.is_secret()).map(|key| key.name);
         let pairs = pairs.into_iter();
         let values = pairs.filter_map(|(name, value)| Some((known(name)?, SecretString::from(value.to_owned()))));
-        Self { values: values.collect(), origin: Origin::Command }
+        Self { values: values.collect(), garbled: Vec::new(), origin: Origin::Command }
     }
 
     /// The secret itself, where it was given directly. Blank is unset.
@@ -62,8 +67,11 @@ impl Secrets {
     /// stands in the higher layer. `None`: there is none.
     ///
     /// # Errors
-    /// One line without the secret: both were given in one layer, or the file cannot be used.
+    /// One line without the secret: both were given in one layer, it is no text, or the file cannot be used.
     pub fn find(&self, key: &Key, layers: &Layers) -> Result<Option<(SecretString, String)>, String> {
+        if self.garbled.contains(&key.name) {
+            return Err(format!("{}: expected UTF-8, found other bytes", key.name));
+        }
         let direct = self.direct(key).or_else(|| layers.secret(key));
         let named = key.file_variant().and_then(|variant| {
             let (path, origin) = layers.get(variant);

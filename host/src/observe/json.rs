@@ -25,6 +25,9 @@ use tracing_subscriber::{
 /// The field that holds what a plugin sent along with a line: a JSON object, whose members become fields.
 const PLUGIN_FIELDS: &str = "plugin_fields";
 
+/// Fields that hold words with a space between each two: JSON arrays here, plain text in lines for people.
+const LISTS: [&str; 1] = ["capabilities"];
+
 /// Names every line has from us.
 const OURS: [&str; 4] = ["timestamp", "level", "message", "target"];
 
@@ -141,6 +144,10 @@ impl Visit for Members<'_> {
         match field.name() {
             PLUGIN_FIELDS => self.plugin_fields = Some(value.to_owned()),
             "log.target" => self.target = Some(value.to_owned()),
+            name if LISTS.contains(&name) && self.begin(field) => {
+                let words = value.split_ascii_whitespace().map(Value::from).collect();
+                let _ = write!(self.line, "{}", Value::Array(words)); // memory takes it
+            }
             _ if self.begin(field) => push_text(self.line, value),
             _ => {}
         }
@@ -294,6 +301,20 @@ mod tests {
                 r#""level":"INFO","message":"said 1","n":7,"on":true,"share":0.5,"nan":null,"text":"a\"b\\\n\u0001é""#,
                 r#""level":"WARN","message":"in spans","task_id":"mine","error":"Some(\"e\")","job_id":"own","late":"x""#,
                 r#""level":"INFO","message":"again","job_id":"own","late":"x","task_id":"t""#,
+            ],
+        );
+    }
+
+    #[test]
+    fn a_list_is_an_array() {
+        check(
+            || {
+                tracing::info!(capabilities = "/a/v1 /b/\"v1", "two");
+                tracing::info!(capabilities = "", "none");
+            },
+            &[
+                r#""level":"INFO","message":"two","capabilities":["/a/v1","/b/\"v1"]"#,
+                r#""level":"INFO","message":"none","capabilities":[]"#,
             ],
         );
     }

@@ -47,6 +47,12 @@ pub fn init(format: Format, filter: &str) {
     }
 }
 
+/// Why `filter` is none; `info` counts then.
+#[must_use]
+pub fn filter_mistake(filter: &str) -> Option<String> {
+    EnvFilter::try_new(filter).err().map(|err| err.to_string())
+}
+
 /// As `filter`, but without its book of spans, which costs whenever a task goes on, unless a directive names one.
 fn plain<S: Subscriber>(filter: EnvFilter) -> Box<dyn Layer<S> + Send + Sync> {
     let text = filter.to_string();

@@ -143,7 +143,9 @@ impl Plugins {
                     for capability in &capabilities {
                         by_capability.insert(capability.clone(), Arc::clone(&plugin));
                     }
-                    info!(plugin = %name, file = %listing.file.display(), capabilities = ?capabilities, "plugin loaded");
+                    let capabilities: Vec<&str> = capabilities.iter().map(Capability::as_str).collect();
+                    let (file, capabilities) = (listing.file.display(), capabilities.join(" "));
+                    info!(plugin = %name, file = %file, capabilities, "plugin loaded");
                     loaded.push((number, plugin));
                 }
                 Err(err) => {

@@ -237,7 +237,7 @@ async fn mistakes_in_plugins_toml_name_place_and_remedy() {
         assert!(errors.len() == 1 && errors[0].starts_with(&format!("{}: {wanted}", file.display())), "{errors:#?}");
     }
     let ended = silence.refuses(silence.node().arg("--plugins-file").arg("/no/such/plugins.toml"), 78).await;
-    assert!(errors(&ended)[0].starts_with("/no/such/plugins.toml: No such file"), "{}", ended.stderr);
+    assert!(errors(&ended)[0].starts_with("--plugins-file /no/such/plugins.toml: No such file"), "{}", ended.stderr);
 }
 
 #[tokio::test]
@@ -261,5 +261,118 @@ async fn an_address_or_a_folder_that_cannot_be_used_is_told() {
     assert!(text.starts_with(&format!("HTTP_BIND {taken} cannot be bound: ")), "{text}");
     let file = tempfile::NamedTempFile::new().expect("a file");
     let ended = silence.refuses(silence.node().set("SCRATCH_DIR", file.path().to_string_lossy()), 78).await;
-    assert!(errors(&ended)[0].starts_with("SCRATCH_DIR cannot be used: "), "{}", ended.stderr);
+    assert_eq!(errors(&ended), [format!("SCRATCH_DIR: expected a folder, found a file at {}", file.path().display())]);
+}
+
+#[tokio::test]
+async fn run_dev_and_check_tell_the_same_of_folders_before_any_plugin_is_loaded() {
+    let silence = Silence::new().await;
+    let folder = tempfile::tempdir().expect("a folder");
+    let at = |inside: &str| folder.path().join(inside).to_string_lossy().into_owned();
+    std::fs::write(at("file"), "").expect("the folder is writable");
+    std::os::unix::fs::symlink("/proc", at("link")).expect("the folder is writable");
+    std::os::unix::fs::symlink(at("scratch"), at("same")).expect("the folder is writable");
+    std::fs::create_dir(at("scratch")).expect("the folder is writable");
+    let (link, same, scratch, swept) = (at("link/x"), at("same/"), at("scratch"), at("scratch/node-7/state"));
+    let kernels = |shown: &str, below: &str| {
+        format!("expected a folder for files, found {shown}; name one that is not below {below}")
+    };
+    for (scratch_dir, state_dir, wanted) in [
+        (
+            &*at("file/below"),
+            "/proc/x",
+            vec![
+                format!("SCRATCH_DIR: expected a folder, found a file at {}", at("file")),
+                format!("STATE_DIR: {}", kernels("/proc/x", "/proc")),
+            ],
+        ),
+        (
+            "/sys/x",
+            &*link,
+            vec![
+                format!("SCRATCH_DIR: {}", kernels("/sys/x", "/sys")),
+                format!("STATE_DIR: {}", kernels(&format!("{link}, which is /proc/x"), "/proc")),
+            ],
+        ),
+        ("/dev/x", "/dev/shm", vec![format!("SCRATCH_DIR: {}", kernels("/dev/x", "/dev"))]),
+        (
+            &*scratch,
+            &*same,
+            vec![format!(
+                "STATE_DIR: expected another folder than SCRATCH_DIR, which is {scratch}, found {same}; name two folders"
+            )],
+        ),
+        (
+            &*scratch,
+            &*swept,
+            vec![format!(
+                "STATE_DIR: expected a folder that stays, found {swept}: node-… in SCRATCH_DIR {scratch} is removed at a \
+                 start; name another"
+            )],
+        ),
+    ] {
+        let set = |node: NodeSetup| node.set("SCRATCH_DIR", scratch_dir).set("STATE_DIR", state_dir);
+        // A library that would be said if it were looked at.
+        let node = set(silence.node());
+        std::fs::write(node.plugins().join("y.so"), "no library").expect("the folder is writable");
+        let ended = silence.refuses(node, 78).await;
+        assert_eq!(errors(&ended), wanted);
+        assert_eq!(ended.stderr.lines().count(), wanted.len(), "{}", ended.stderr);
+        let check = Cli::new(&["config", "check"])
+            .set("DMS_BASE_URL", "https://plane.example/v1")
+            .set("DDS_BASE_URL", "https://dds.example")
+            .set("REG_SECRET", "s")
+            .set("SECP256K1_PRIVHEX", "ab".repeat(32));
+        let ended = check.set("SCRATCH_DIR", scratch_dir).set("STATE_DIR", state_dir).run().await.expect(78);
+        assert_eq!(errors(&ended), wanted);
+        // The node of `dev` has its state where the world has its data.
+        let wanted: Vec<&String> = wanted.iter().filter(|line| line.starts_with("SCRATCH_DIR")).collect();
+        if !wanted.is_empty() {
+            let dev = Cli::new(&["dev", "--port", "0", "--plugins"]).arg(folder.path());
+            let ended = dev.set("SCRATCH_DIR", scratch_dir).run().await.expect(78);
+            assert_eq!(errors(&ended).iter().collect::<Vec<_>>(), wanted);
+        }
+    }
+    let ended = Cli::new(&["dev", "--port", "0", "--no-node", "--data", "/proc/x"]).run().await.expect(78);
+    assert_eq!(errors(&ended), [format!("--data /proc/x: {}", kernels("/proc/x", "/proc"))]);
+}
+
+#[tokio::test]
+async fn a_folder_of_plugins_that_is_none_is_told_with_all_others() {
+    let silence = Silence::new().await;
+    let folder = tempfile::tempdir().expect("a folder");
+    std::fs::write(folder.path().join("plugins"), "").expect("the folder is writable");
+    let wanted = "plugins folder plugins: expected a folder, found a file; name it with --plugins if it is a library";
+    for command in [&["run"][..], &["config", "check"], &["dev"], &["plugins", "list"], &["invoke", "/a"]] {
+        let ended = Cli::new(command).dir(folder.path()).run().await.expect(78);
+        let said = errors(&ended);
+        assert_eq!(said.last().map(|said| said.replace("./", "")).as_deref(), Some(wanted), "{command:?}");
+    }
+    let node = silence.node().set("MAX_CONCURRENCY", "0").set("SCRATCH_DIR", "/proc/x").arg("--plugins").arg("/sys");
+    let ended = silence.refuses(node.arg("--plugins-file").arg("/no/such"), 78).await;
+    let starts = ["MAX_CONCURRENCY: ", "SCRATCH_DIR: ", "--plugins-file /no/such: No such file", "plugins folder: "];
+    let said = errors(&ended);
+    assert!(said.len() == 4 && said.iter().zip(starts).all(|(said, start)| said.starts_with(start)), "{said:#?}");
+}
+
+#[tokio::test]
+async fn hosts_no_look_up_could_find_are_refused() {
+    let silence = Silence::new().await;
+    let long = "a".repeat(64);
+    for host in ["a..b", "-x", ".a.example", &long] {
+        let url = format!("https://{host}/v1");
+        let node = silence.node().set("DMS_BASE_URL", &*url).set("DDS_BASE_URL", &*url).set("NODE_URL", &*url);
+        let ended = silence.refuses(node.set("HTTPS_PROXY", &*url).set("DOMAIN_HOSTS", host), 78).await;
+        let expected =
+            "expected a host of names with 1 to 63 characters between dots, none with a hyphen at its start or end";
+        let urls = ["DMS_BASE_URL", "DDS_BASE_URL", "NODE_URL"];
+        for name in urls {
+            let wanted = format!("{name}: {expected}, found {host:?}; correct the host");
+            assert!(errors(&ended).contains(&&*wanted), "{wanted}: {}", ended.stderr);
+        }
+        let wanted = format!("HTTPS_PROXY: {expected}; correct the host of the proxy");
+        assert!(errors(&ended).contains(&&*wanted), "{}", ended.stderr);
+        assert!(errors(&ended).iter().any(|said| said.starts_with("DOMAIN_HOSTS: expected hosts such as ")));
+        assert_eq!(errors(&ended).len(), 5, "{}", ended.stderr);
+    }
 }

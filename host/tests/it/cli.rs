@@ -138,7 +138,32 @@ async fn wrong_flags_get_suggestions() {
         (&["dev", "--lease-tll", "3s"], "'--lease-ttl'"),
         (&["invok"], "'invoke'"),
         (&["config", "shw"], "'show'"),
-        (&["dev", "--lease-ttl", "soon"], "expected a duration such as 90s"),
+        (&["dev", "--lease-ttl", "soon"], "expected a duration above 0 and of at most a year, such as 90s"),
+        (&["dev", "--lease-ttl", "0"], "expected a duration above 0 and of at most a year, such as 90s"),
+        (
+            &["submit", "/a/b/v1", "--timeout", "0s"],
+            "'--timeout <TIME>': expected a duration above 0 and of at most a year, such as 90s",
+        ),
+        (&["submit", "/a/b/v1", "--timeout=-1s"], "expected a duration above 0 and of at most a year, such as 90s"),
+        (
+            &["submit", "hello"],
+            "'hello' for '<CAPABILITY>': expected a capability, a name that begins with a slash, such as /examples/",
+        ),
+        (&["submit", "/a", "--timeout", "-1s"], "expected a duration above 0 and of at most a year, such as 90s"),
+        (&["dev", "--lease-ttl", "1e18"], "expected a duration above 0 and of at most a year, such as 90s"),
+        (&["submit", "/a", "--timeout", "18446744073709551616"], "expected a duration above 0 and of at most a year"),
+        (&["submit", "/a", "--count", "-1"], "-1 is not in 1..=1000000"),
+        (&["submit", "/a", "--attempts", "18446744073709551616"], "'--attempts <N>'"),
+        (&["dev", "--leases-per-node", "0"], "expected a whole number above 0"),
+        (&["dev", "--leases-per-node", "-1"], "expected a whole number above 0"),
+        (&["dev", "--port", "-1"], "-1 is not in 0..=65535"),
+        (&["outbox", "drop", "x"], "'x' for '[TASK]...': expected an id such as 00000000-0000-"),
+        (&["submit", "/a", "--domain", "x"], "'x' for '--domain <UUID>': expected an id such as 00000000-"),
+        (&["submit", "/"], "begins with a slash, such as /examples/hello/v1"),
+        (&["submit", "/a//v1"], "begins with a slash, such as /examples/hello/v1"),
+        (&["submit", "/a/v1/"], "begins with a slash, such as /examples/hello/v1"),
+        (&["submit", "/a b"], "holds white space"),
+        (&["invoke", "hello"], "begins with a slash, such as /examples/hello/v1"),
     ] {
         let ended = Cli::new(args).run().await.expect(2);
         assert!(ended.stderr.contains(wanted), "{args:?}: {}", ended.stderr);
@@ -273,6 +298,139 @@ async fn submit_ends_in_its_time_whatever_is_under_way() {
     stopped(&dev).await;
 }
 
+/// The calls a world has seen, by name, with their statuses.
+async fn calls(base: &str) -> Vec<(String, u64)> {
+    let seen = call(Request::get(format!("{base}/dev/v1/requests")), &Value::Null).await;
+    let seen = seen["requests"].as_array().cloned().unwrap_or_default();
+    let name = |one: &Value| one["endpoint"].as_str().map(str::to_owned);
+    seen.iter().filter_map(|one| Some((name(one)?, one["status"].as_u64().expect("a status")))).collect()
+}
+
+#[tokio::test]
+async fn a_submit_that_ends_early_gives_up_its_upload_and_says_so_in_json() {
+    let dir = workplace(&[]);
+    let hang = |endpoint: &str, count: u32| {
+        format!("[[fault]]\nendpoint = \"{endpoint}\"\nkind = \"hang\"\ncount = {count}\n")
+    };
+    std::fs::write(dir.path().join("faults.toml"), hang("part", 3) + &hang("abort", 1))
+        .expect("the folder is writable");
+    // Larger than one request may be; nothing of it is on the disk.
+    let large = std::fs::File::create(dir.path().join("large.bin")).expect("the folder is writable");
+    large.set_len(9 * 1024 * 1024).expect("the folder is writable");
+    let (dev, exports) = world(dir.path(), &["--faults", "faults.toml"]).await;
+    let base = &exports.iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1;
+    let submit = || {
+        let submit = Cli::new(&["submit", "/examples/hello/v1", "-o", "json"]);
+        submit.dir(dir.path()).set("RUNNER_HOST_DEV", base.as_str())
+    };
+    let aborts = async |status: u64| {
+        let all = calls(base).await;
+        all.iter().filter(|(name, said)| name == "abort" && *said == status).count()
+    };
+    // The abort hangs as well: the command ends all the same.
+    let began = std::time::Instant::now();
+    let ended = submit().arg("--input").arg("large.bin").arg("--timeout").arg("1s").run().await.expect(5);
+    assert!(began.elapsed() < std::time::Duration::from_secs(8), "{:?}", began.elapsed());
+    let said: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+    let wanted = json!({
+        "status": "timed_out", "reason": "stopped after 1s", "during": "upload", "jobs": [], "unanswered": false,
+        "tasks": [],
+    });
+    assert_eq!(said, wanted);
+    submit().arg("--input").arg("large.bin").arg("--timeout").arg("1s").run().await.expect(5);
+    assert_eq!(aborts(200).await, 1, "{:?}", calls(base).await);
+
+    let process = submit().arg("--input").arg("large.bin").start();
+    let begun = async {
+        while calls(base).await.iter().filter(|(name, _)| name == "part").count() < 3 {
+            // A journal over HTTP has no bell.
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    within("a part that hangs", || process.log(), begun).await;
+    process.signal(Signal::INT);
+    assert_eq!(process.wait().await, 3, "{}", process.log());
+    let said: Value = serde_json::from_str(&process.stdout().join("\n")).expect("JSON");
+    assert_eq!((&said["status"], &said["during"]), (&json!("interrupted"), &json!("upload")), "{said}");
+    assert_eq!(aborts(200).await, 2, "{:?}", calls(base).await);
+
+    let ended = submit().arg("--wait").arg("--timeout").arg("1s").run().await.expect(5);
+    let said: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+    assert_eq!((&said["status"], &said["during"]), (&json!("timed_out"), &json!("wait")), "{said}");
+    let (jobs, task) = (said["jobs"].as_array().expect("jobs"), &said["tasks"][0]);
+    assert_eq!((jobs.len(), &task["job_id"], &task["status"]), (1, &jobs[0], &json!("queued")), "{said}");
+    stopped(&dev).await;
+}
+
+#[tokio::test]
+async fn what_cannot_be_read_or_written_is_told_with_its_flag_before_anything_is_sent() {
+    let dir = workplace(&[fixtures::hello()]);
+    let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).expect("the folder is writable");
+    write("file", "");
+    write("two", "a\nb\n");
+    let elsewhere = |more: &str| {
+        format!(
+            "submit /a --dms http://127.0.0.1:9/v1 --domain-server http://127.0.0.1:9 --domain {} {more}",
+            uuid::Uuid::nil()
+        )
+    };
+    let none = "No such file or directory (os error 2)";
+    for (line, code, wanted) in [
+        ("submit /a --input none".to_owned(), 2, format!("--input none: {none}")),
+        ("submit /a --input plugins".to_owned(), 2, "--input plugins: expected a file, found a folder".to_owned()),
+        (
+            "submit /a --input /dev/null".to_owned(),
+            2,
+            "--input /dev/null: expected a file, found something else".to_owned(),
+        ),
+        (
+            "submit /a --wait --out file/x".to_owned(),
+            2,
+            "--out file/x: expected a folder, found a file at file".to_owned(),
+        ),
+        ("submit /a --dev http://a..b".to_owned(), 2, "'--dev <URL>': expected a host of names".to_owned()),
+        ("submit /a --dev here".to_owned(), 2, "'--dev <URL>': expected a base URL, such as https://".to_owned()),
+        (elsewhere("--token-file none"), 2, format!("--token-file none: {none}")),
+        (elsewhere("--token-file plugins"), 2, "--token-file plugins: expected a file, found a folder".to_owned()),
+        (elsewhere("--token-file /dev/zero"), 2, "--token-file /dev/zero: expected a file, found a device".to_owned()),
+        ("dev --faults /dev/zero".to_owned(), 78, "--faults /dev/zero: expected a file, found a device".to_owned()),
+        (
+            "plugins list --plugins-file /dev/zero".to_owned(),
+            78,
+            "--plugins-file /dev/zero: expected a file, found a device".to_owned(),
+        ),
+        (elsewhere("--token-file file"), 2, "--token-file file: expected one word of visible ASCII".to_owned()),
+        (elsewhere("--token-file two"), 2, "--token-file two: expected one word of visible ASCII".to_owned()),
+        ("invoke /examples/hello/v1 --input none".to_owned(), 2, format!("--input none: {none}")),
+        (
+            "invoke /examples/hello/v1 --input plugins".to_owned(),
+            2,
+            "--input plugins: expected a file, found a".to_owned(),
+        ),
+        (
+            "invoke /examples/hello/v1 --out file".to_owned(),
+            2,
+            "--out file: expected a folder, found a file at file".to_owned(),
+        ),
+        ("plugins new x --dir /proc/x".to_owned(), 1, "cannot write /proc/x".to_owned()),
+        ("dev --faults none".to_owned(), 78, format!("--faults none: {none}")),
+        ("dev --config none".to_owned(), 78, format!("--config none: {none}")),
+        ("dev --data file".to_owned(), 78, "--data file: expected a folder, found a file at file".to_owned()),
+        ("plugins list --plugins-file none".to_owned(), 78, format!("--plugins-file none: {none}")),
+        (
+            "plugins list --plugins none".to_owned(),
+            78,
+            "plugins folder none does not exist; create it, or name".to_owned(),
+        ),
+    ] {
+        let words: Vec<&str> = line.split(' ').collect();
+        let ended = Cli::new(&words).dir(dir.path()).run().await.expect(code);
+        let first = ended.stderr.lines().next().unwrap_or_default();
+        assert!(first.starts_with("error: ") && first.contains(&wanted), "{line}: {}", ended.stderr);
+        assert!(ended.stdout.is_empty(), "{line}: {}", ended.stdout);
+    }
+}
+
 /// A shell's pipe whose reader goes after the first line.
 #[tokio::test]
 async fn a_reader_that_leaves_early_causes_no_panic() {
@@ -286,6 +444,55 @@ async fn a_reader_that_leaves_early_causes_no_panic() {
         let stderr = String::from_utf8_lossy(&ended.stderr);
         assert!(!stderr.contains("panicked"), "{command}: {stderr}");
         assert_eq!(String::from_utf8_lossy(&ended.stdout).lines().count(), 1, "{command}: {stderr}");
+    }
+}
+
+#[tokio::test]
+async fn bytes_that_are_no_text_are_told_and_not_replaced() {
+    let dir = workplace(&[]);
+    let binary = env!("CARGO_BIN_EXE_runner-host");
+    for (script, code, wanted) in [
+        ("REG_SECRET=$(printf 'a\\377') '$0' config check", 78, "error: REG_SECRET: expected UTF-8, found other bytes"),
+        ("STATE_DIR=$(printf '/a\\377') '$0' config check", 78, "error: STATE_DIR: expected UTF-8, found other bytes"),
+        ("'$0' submit /$(printf 'a\\377')", 2, "error: invalid UTF-8 was detected in one or more arguments"),
+        ("'$0' run --set X=$(printf 'a\\377')", 2, "error: invalid UTF-8 was detected in one or more arguments"),
+        ("'$0' plugins list --plugins /$(printf 'a\\377')", 78, "error: plugins folder /a\u{fffd} does not exist"),
+    ] {
+        let mut shell = std::process::Command::new("sh");
+        shell.arg("-c").arg(script.replace("$0", binary)).current_dir(dir.path());
+        let ended = tokio::task::spawn_blocking(move || shell.output());
+        let ended = within(script, String::new, ended).await.expect("it does not panic").expect("a shell runs");
+        let stderr = String::from_utf8_lossy(&ended.stderr);
+        assert!(stderr.lines().any(|line| line.starts_with(wanted)), "{script}: {stderr}");
+        assert_eq!(ended.status.code(), Some(code), "{script}: {stderr}");
+    }
+}
+
+/// Streams that take nothing, as a full disk or a reader that is gone.
+#[tokio::test]
+async fn a_stderr_that_takes_nothing_causes_no_panic() {
+    let dir = workplace(&[]);
+    for (command, code) in [
+        ("outbox list", 0),
+        ("outbox drop 00000000-0000-0000-0000-000000000000", 1),
+        ("plugins list", 0),
+        ("plugins inspect plugins", 4),
+        ("plugins new x", 0),
+        ("plugins new ..", 2),
+        ("config check --max-concurrency -1", 78),
+        ("run --max-concurrency 0", 78),
+        ("submit /a --input none", 2),
+        ("invoke /a", 78),
+    ] {
+        for stream in ["2>/dev/full", "2>&-"] {
+            let script = format!("'{}' {command} {stream}", env!("CARGO_BIN_EXE_runner-host"));
+            let mut shell = std::process::Command::new("sh");
+            shell.arg("-c").arg(script).current_dir(dir.path()).env("STATE_DIR", dir.path().join("state"));
+            let ended = tokio::task::spawn_blocking(move || shell.output());
+            let ended = within(command, String::new, ended).await.expect("it does not panic").expect("a shell runs");
+            assert_eq!(ended.status.code(), Some(code), "{command} {stream}: {ended:?}");
+            let _ = std::fs::remove_dir_all(dir.path().join("x")); // made anew by the next
+        }
     }
 }
 

@@ -204,7 +204,7 @@ async fn a_file_that_cannot_be_used_is_one_line() {
     ] {
         for command in [&["config", "check"][..], &["config", "show"], &["run"], &["dev"]] {
             let ended = Cli::new(command).arg("--config").arg(&file).run().await.expect(78);
-            let start = format!("error: {}: {wanted}", file.display());
+            let start = format!("error: --config {}: {wanted}", file.display());
             assert!(ended.stderr.starts_with(&start) && ended.stderr.lines().count() == 1, "{start}\n{}", ended.stderr);
         }
     }
@@ -318,7 +318,7 @@ const VARIABLES: &[Variable] = &[
     },
     Variable { name: "TOKEN_REAUTH_JITTER_MS", good: &["0", "500"], warned: &[], bad: &["-1", HUGE, "x"] },
     Variable { name: "MAX_CONCURRENCY", good: &["1", "65536"], warned: &[], bad: &["0", "-1", "65537", "many", HUGE] },
-    Variable { name: "LOG_FORMAT", good: &["json", "text", "TEXT", "other"], warned: &[], bad: &[] },
+    Variable { name: "LOG_FORMAT", good: &["json", "text", "TEXT"], warned: &["xml"], bad: &[] },
     Variable { name: "ENABLE_NOOP", good: &["true", "false", " true "], warned: &[], bad: &["1", "yes", "TRUE"] },
     Variable { name: "NOOP_SLEEP_SECS", good: &["0", "5", "0.25"], warned: &[], bad: &["-1", "NaN", "inf", HUGE] },
     Variable {
@@ -349,7 +349,47 @@ async fn s0_02_s0_03_every_variable_takes_what_it_should_and_refuses_the_rest() 
             } else {
                 assert_eq!((said, origin), (&json!(value.trim()), &json!("environment")), "{name}");
             }
+            let marked = [(78, "mistake"), (0, "warning")]
+                .map(|(with, word)| code == with && lines == 1 && all[*name][word].is_string());
+            let none = all[*name]["mistake"].is_null() && all[*name]["warning"].is_null();
+            let missing = value.trim().is_empty();
+            assert_eq!(marked.contains(&true), lines == 1 && !missing, "{name}={value:?}: {}", all[*name]);
+            assert_eq!(none, lines == 0 || missing, "{name}={value:?}: {}", all[*name]);
         }
+    }
+}
+
+#[tokio::test]
+async fn show_lists_everything_and_marks_what_cannot_be_used() {
+    let files = Files::new();
+    let file = files.write("node.toml", "[engine]\nmax_concurrency = 0\n");
+    let show = || {
+        let show = whole("show").set("LOG_FORMAT", "xml").set("SCRATCH_DIR", "/proc/x").set("RUST_LOG", "a=loud");
+        let show = show.set("SECP256K1_PRIVHEX", "c0ffee").set("NODE_URL", "node.example?key=not-shown");
+        show.arg("--config").arg(&file)
+    };
+    let Finished { stdout: text, stderr, .. } = show().run().await.expect(0);
+    let row = |name: &str| {
+        let row = text.lines().find(|line| line.split_whitespace().next() == Some(name));
+        row.unwrap_or_else(|| panic!("{name} is not in\n{text}"))
+    };
+    let ends = |name: &str, end: &str| assert!(row(name).ends_with(end), "{}", row(name));
+    ends("MAX_CONCURRENCY", &format!("{}:2  mistake: expected a number from 1 to 65536, found \"0\"", file.display()));
+    ends("LOG_FORMAT", "environment  warning: expected json or text, found \"xml\", using json");
+    ends("SCRATCH_DIR", "mistake: expected a folder for files, found /proc/x; name one that is not below /proc");
+    ends("RUST_LOG", ", using info");
+    ends(
+        "SECP256K1_PRIVHEX",
+        "mistake: private key has 6 characters, expected 64 hex digits, with or without 0x in front",
+    );
+    ends("NODE_URL", "mistake: expected an absolute http or https URL, found \"node.example?********\"");
+    ends("DRAIN_TIMEOUT", "default");
+    let all = shown(show()).await;
+    assert_eq!(text.lines().count(), all.as_object().expect("an object").len());
+    assert_eq!(all["MAX_CONCURRENCY"]["mistake"], "expected a number from 1 to 65536, found \"0\"");
+    assert_eq!(all["DRAIN_TIMEOUT"], json!({ "value": "30s", "origin": "default" }));
+    for said in [&text, &stderr, &all.to_string()] {
+        assert!(!said.contains("c0ffee") && !said.contains("not-shown"), "{said}");
     }
 }
 

@@ -87,7 +87,7 @@ async fn a_bad_fault_file_is_refused_in_one_line_before_anything_starts() {
         assert_eq!((ended.stderr.as_str(), ended.stdout.as_str()), (&*format!("error: {problem}"), ""));
     }
     let missing = Cli::new(&["dev", "--no-node", "--faults", "nowhere.toml"]).run().await.expect(78);
-    assert!(missing.stderr.starts_with("error: nowhere.toml: No such file"), "{}", missing.stderr);
+    assert!(missing.stderr.starts_with("error: --faults nowhere.toml: No such file"), "{}", missing.stderr);
 }
 
 #[test]

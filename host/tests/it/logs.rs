@@ -65,6 +65,29 @@ async fn s0_38_s0_92_text_lines_are_for_people() {
 }
 
 #[tokio::test]
+async fn capabilities_of_a_loaded_plugin_are_a_list_in_json_and_words_in_text() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let zoo = fixtures::zoo();
+    let run = |format: &str| {
+        // It ends once its plugins are loaded: that address is no machine's.
+        let run = Cli::new(&["run", "--plugins"]).arg(&zoo).set("LOG_FORMAT", format).set("RUST_LOG", "info");
+        let run = run.set("DMS_BASE_URL", "http://127.0.0.1:9/v1").set("DDS_BASE_URL", "http://127.0.0.1:9");
+        let run = run.set("REG_SECRET", "s").set("SECP256K1_PRIVHEX", "ab".repeat(32)).set("HTTP_BIND", "192.0.2.1:1");
+        let run = run.set("SCRATCH_DIR", dir.path().join("scratch").to_string_lossy());
+        run.set("STATE_DIR", dir.path().join("state").to_string_lossy()).run()
+    };
+    let ended = run("json").await.expect(78);
+    let lines = ended.stderr.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
+    let loaded = lines.into_iter().find(|line| line["message"] == "plugin loaded").expect("it is loaded");
+    let names: Vec<&str> = loaded["capabilities"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    assert!(names.len() > 2 && names.contains(&"/fixtures/fail/v1"), "{loaded}");
+    let ended = run("text").await.expect(78);
+    let loaded = ended.stderr.lines().find(|line| line.contains("plugin loaded")).expect("it is loaded");
+    // Text quotes what holds spaces.
+    assert!(loaded.contains(&format!("capabilities=\"{}\"", names.join(" "))), "{loaded}");
+}
+
+#[tokio::test]
 async fn a_filter_that_is_none_is_one_line() {
     for filter in ["runner_host=loud", "a=b=c", "[", "info,runner_host[x=\"=debug"] {
         let ended = Cli::new(&["config", "check"]).set("RUST_LOG", filter).run().await.expect(78);

@@ -298,10 +298,16 @@ async fn an_init_limit_that_is_no_duration_is_one_line() {
     let mut folder = Folder::with_a_good_one();
     folder.set("PLUGIN_INIT_TIMEOUT", "soon");
     let said = folder.cli(&["plugins", "list"]).run().await.expect(78);
-    assert_eq!(said.stderr, "error: PLUGIN_INIT_TIMEOUT: expected a duration such as 30s, found \"soon\"");
+    assert_eq!(
+        said.stderr,
+        "error: PLUGIN_INIT_TIMEOUT: expected a duration above 0 such as 30s, at most 316224000 seconds, found \"soon\""
+    );
     folder.set("PLUGIN_INIT_TIMEOUT", "1e18");
     let said = folder.cli(&["plugins", "list"]).run().await.expect(78);
-    assert_eq!(said.stderr, "error: PLUGIN_INIT_TIMEOUT: expected at most 316224000 seconds, found \"1e18\"");
+    assert_eq!(
+        said.stderr,
+        "error: PLUGIN_INIT_TIMEOUT: expected a duration above 0 such as 30s, at most 316224000 seconds, found \"1e18\""
+    );
     folder.set("PLUGIN_INIT_TIMEOUT", "316224000s");
     folder.rows(0).await;
 }

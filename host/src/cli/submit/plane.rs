@@ -1,7 +1,7 @@
 //! The control plane and the domain server as an author's client sees them
 //! (posemesh contract 4.13 and 6). Bodies are streamed from and to files.
 
-use std::{io::SeekFrom, path::Path, time::Duration};
+use std::{io::SeekFrom, path::Path, sync::Mutex, time::Duration};
 
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -23,6 +23,8 @@ use crate::{
 
 /// How long a call with a small body may take.
 const CALL_LIMIT: Duration = Duration::from_secs(30);
+/// How long a command that ends may still take to give up an upload in parts.
+const ABORT_LIMIT: Duration = Duration::from_secs(2);
 /// How long an upload may take to be answered; its size is not known here.
 const UPLOAD_LIMIT: Duration = Duration::from_secs(60 * 60);
 /// Largest description of a job read: [`super::TASKS_PER_JOB`] tasks with their events.
@@ -74,6 +76,8 @@ pub(super) struct Plane {
     token: String,
     /// The world's own address, where it is an embedded one.
     dev: Option<String>,
+    /// An upload in parts that has begun and not ended, as it stands in a query.
+    begun: Mutex<Option<String>>,
 }
 
 #[derive(Deserialize)]
@@ -100,7 +104,7 @@ impl Plane {
     ) -> Result<Self, PlaneError> {
         client.check(dms)?;
         client.check(server)?;
-        Ok(Self { client, dms: base(dms), server: base(server), domain, token, dev: None })
+        Ok(Self { client, dms: base(dms), server: base(server), domain, token, dev: None, begun: Mutex::default() })
     }
 
     /// The world that listens at `url`.
@@ -206,13 +210,26 @@ impl Plane {
         let request = self.request(Method::POST, &self.data("/multipart?uploads")).header(header::CONTENT_TYPE, JSON);
         let begun = self.call(request, full(initiate.to_string()), CALL_LIMIT, "the upload").await?.json::<Begun>()?;
         let upload: String = url::form_urlencoded::byte_serialize(begun.upload_id.as_bytes()).collect();
+        drop(self.note(Some(upload.clone())));
         let stored = self.upload_begun(file, size, &upload, begun.part_size.max(1), notes).await;
-        if stored.is_err() {
-            // The server drops it by itself later; a failed attempt to help changes nothing.
-            let request = self.request(Method::DELETE, &self.data(&format!("/multipart?uploadId={upload}")));
-            let _ = self.call(request, full(""), CALL_LIMIT, "the abort").await;
+        match stored {
+            Ok(_) => drop(self.note(None)),
+            Err(_) => self.give_up().await,
         }
         stored
+    }
+
+    fn note(&self, upload: Option<String>) -> Option<String> {
+        std::mem::replace(&mut *self.begun.lock().expect("nothing panics while it holds this"), upload)
+    }
+
+    /// Aborts the upload in parts that is under way, if one is, in bounded time. The server drops it by itself
+    /// later; a failed attempt to help changes nothing.
+    pub(super) async fn give_up(&self) {
+        let Some(upload) = self.note(None) else { return };
+        let request = self.request(Method::DELETE, &self.data(&format!("/multipart?uploadId={upload}")));
+        // Connecting has limits of its own, and who waits here has been told to end.
+        let _ = tokio::time::timeout(ABORT_LIMIT, self.call(request, full(""), ABORT_LIMIT, "the abort")).await;
     }
 
     async fn upload_begun(
@@ -343,7 +360,7 @@ fn refused(what: &str, status: StatusCode, excerpt: String) -> PlaneError {
 }
 
 fn unreadable(file: &Path, err: &std::io::Error) -> PlaneError {
-    PlaneError::File { what: format!("input {}", file.display()), reason: err.to_string() }
+    PlaneError::File { what: format!("--input {}", file.display()), reason: err.to_string() }
 }
 
 fn id_in(data: &Value) -> Result<String, PlaneError> {

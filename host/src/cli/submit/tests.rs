@@ -267,9 +267,12 @@ fn lines_are_checked_before_anything_is_sent() {
     assert!(refused(&[ECHO, "--meta", "{"]).contains("not JSON"));
     assert!(refused(&[ECHO, "--count", "0"]).contains("1..="));
     assert!(refused(&[ECHO, "--out", "x"]).contains("--wait"));
-    assert!(refused(&[ECHO, "--wait", "--timeout", "soon"]).contains("expected a duration such as 90s"));
+    assert!(
+        refused(&[ECHO, "--wait", "--timeout", "soon"])
+            .contains("expected a duration above 0 and of at most a year, such as 90s")
+    );
     assert!(refused(&[ECHO, "--dms", "http://127.0.0.1:1/v1"]).contains("--domain"));
-    assert_eq!(crate::cli::parse_duration("1.5m"), Ok(Duration::from_secs(90)));
-    assert_eq!(crate::cli::parse_duration("250ms"), Ok(Duration::from_millis(250)));
-    assert_eq!(crate::cli::parse_duration("7"), Ok(Duration::from_secs(7)));
+    assert_eq!(crate::cli::parse_duration_above_zero("1.5m"), Ok(Duration::from_secs(90)));
+    assert_eq!(crate::cli::parse_duration_above_zero("250ms"), Ok(Duration::from_millis(250)));
+    assert_eq!(crate::cli::parse_duration_above_zero("7"), Ok(Duration::from_secs(7)));
 }
