@@ -17,8 +17,14 @@ const TOLD_FROM: Duration = Duration::from_secs(5);
 /// At which fresh token rejected in a row the registration itself is doubted, and how often again.
 const DOUBTED_FROM: u32 = 3;
 const DOUBTED_EVERY: u32 = 16;
-/// A token that lived this long was accepted by the control plane: its rejection is the first.
+/// A token that lived this long was good: its rejection is the first.
 const TOKEN_PROVEN: Duration = Duration::from_secs(30);
+/// Longest pause after tokens that the control plane had taken: it gives work, and leases run out meanwhile.
+const TAKEN_PAUSE_MAX: Duration = Duration::from_secs(1);
+
+const REJECTED_FRESH: &str = "the control plane rejects fresh node tokens";
+const REJECTED_SOON: &str =
+    "the control plane rejects node tokens soon after it took them, as when another node signs in with the same key";
 
 /// When to renew a token got now with `ttl` to live. The answer is never beyond `ttl`, except
 /// that two logins keep their distance. `draw` lies in 0..1.
@@ -35,7 +41,37 @@ fn renew_in(ttl: Duration, ratio: f64, jitter: Duration, draw: f64) -> Duration 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Due {
     Planned,
-    Rejected,
+    Rejected { taken: bool },
+}
+
+/// Tokens rejected in a row before their time.
+#[derive(Default)]
+struct Rejections {
+    /// That were never taken, and one before them.
+    fresh: u32,
+    /// That had been taken.
+    soon: u32,
+}
+
+impl Rejections {
+    fn count(&mut self, taken: bool, lived: Duration) {
+        *self = match (taken, lived >= TOKEN_PROVEN) {
+            (_, true) => Self { fresh: 1, soon: u32::from(taken) },
+            (true, false) => Self { fresh: 1, soon: self.soon.saturating_add(1) },
+            (false, false) => Self { fresh: self.fresh.saturating_add(1), soon: self.soon },
+        };
+    }
+
+    /// How long to wait before the next login, and why. The first rejection may have any innocent cause.
+    fn pause(&self, jitter: Duration, draw: f64) -> Option<(Duration, &'static str)> {
+        if self.fresh > 1 {
+            Some((after_login(self.fresh - 1, jitter, draw), REJECTED_FRESH))
+        } else if self.soon > 1 {
+            Some((after_login(self.soon - 1, jitter, draw).min(TAKEN_PAUSE_MAX), REJECTED_SOON))
+        } else {
+            None
+        }
+    }
 }
 
 impl Auth {
@@ -69,7 +105,7 @@ impl Auth {
     /// Logs in and renews until the service does not know the wallet any more; whether it ever did.
     async fn renew(&self) -> bool {
         let mut logged_in = false;
-        let mut rejections = 0_u32;
+        let mut rejections = Rejections::default();
         while let Some(login) = self.log_in().await {
             let got = Instant::now();
             logged_in = true;
@@ -84,26 +120,21 @@ impl Auth {
             tracing::debug!(ttl_ms = millis(ttl), renew_in_ms = millis(wait), "node token renewed");
             let due = tokio::select! {
                 () = tokio::time::sleep_until(got + wait) => Due::Planned,
-                () = self.desk.rejected() => Due::Rejected,
+                taken = self.desk.rejected() => Due::Rejected { taken },
             };
-            if due == Due::Rejected {
-                self.status.send_modify(|now| now.token_expires_at = None);
-            }
-            match due {
-                Due::Planned => rejections = 0,
-                Due::Rejected if got.elapsed() >= TOKEN_PROVEN => rejections = 1,
-                Due::Rejected => rejections += 1,
-            }
-            // The first rejection may have any innocent cause. When fresh tokens are rejected
-            // too, logging in faster does not help.
-            if rejections > 1 {
-                let pause = after_login(rejections - 1, self.config.token_jitter, rand::random());
-                let error = "the control plane rejects fresh node tokens";
+            let Due::Rejected { taken } = due else {
+                rejections = Rejections::default();
+                continue;
+            };
+            self.status.send_modify(|now| now.token_expires_at = None);
+            rejections.count(taken, got.elapsed());
+            // Logging in faster does not help.
+            if let Some((pause, error)) = rejections.pause(self.config.token_jitter, rand::random()) {
                 self.status.send_modify(|now| now.login_error = Some(error.to_owned()));
                 tracing::warn!(error, retry_in_ms = millis(pause), "node token rejected");
                 // The control plane may reject tokens because it does not know this node: a repeated
                 // registration tells it. Once at first, then once every few minutes.
-                if rejections % DOUBTED_EVERY == DOUBTED_FROM {
+                if rejections.fresh % DOUBTED_EVERY == DOUBTED_FROM {
                     self.doubted.notify_one();
                 }
                 if pause >= TOLD_FROM {
@@ -172,6 +203,23 @@ mod tests {
         assert_eq!(renew_in(millis(100_000), 0.75, millis(500), 1.0), millis(75_500));
         assert_eq!(renew_in(millis(100_000), 7.0, millis(500), 1.0), millis(100_000));
         assert_eq!(renew_in(millis(100_000), f64::NAN, millis(0), 0.5), millis(75_000));
+    }
+
+    #[test]
+    fn tokens_that_were_taken_cost_a_second_at_most_and_fresh_ones_ever_more() {
+        let (soon, long) = (millis(500), TOKEN_PROVEN);
+        let mut rejections = Rejections::default();
+        let mut pauses = |tokens: &[(bool, Duration)]| -> Vec<Option<u128>> {
+            let pause = |(taken, lived): &(bool, Duration)| {
+                rejections.count(*taken, *lived);
+                rejections.pause(millis(500), 0.0).map(|(pause, _)| pause.as_millis())
+            };
+            tokens.iter().map(pause).collect()
+        };
+        assert_eq!(pauses(&[(true, soon); 5]), [None, Some(250), Some(500), Some(1000), Some(1000)]);
+        assert_eq!(pauses(&[(false, soon); 4]), [Some(250), Some(500), Some(1000), Some(2000)]);
+        assert_eq!(pauses(&[(true, soon), (true, long), (true, soon)]), [Some(1000), None, Some(250)]);
+        assert_eq!(pauses(&[(false, long), (false, soon), (false, soon)]), [None, Some(250), Some(500)]);
     }
 
     #[test]

@@ -34,9 +34,14 @@ pub(super) enum Slot {
         expires: Instant,
         /// Why renewal fails at the moment.
         trouble: Option<Arc<str>>,
+        /// The control plane has taken it.
+        taken: bool,
     },
     /// The control plane rejected the token; the owner has not acted on that yet.
-    Rejected,
+    Rejected {
+        /// After it had taken it.
+        taken: bool,
+    },
     /// Nothing will ever come again.
     Stopped,
 }
@@ -48,7 +53,7 @@ impl Slot {
             Self::Held { trouble: Some(trouble), .. } | Self::Failed(trouble) => {
                 Some(Err(AuthError::Unavailable(Arc::clone(trouble))))
             }
-            Self::Held { .. } | Self::Working | Self::Rejected => None,
+            Self::Held { .. } | Self::Working | Self::Rejected { .. } => None,
             Self::Stopped => Some(Err(AuthError::Stopped)),
         }
     }
@@ -97,12 +102,25 @@ impl TokenSource {
     /// Says that the control plane rejected `token`. It is not handed out again, and a login
     /// follows. Tokens other than the current one are old news.
     pub fn rejected(&self, token: &Token) {
-        self.0.send_if_modified(|slot| {
-            let current = matches!(slot, Slot::Held { token: held, .. } if held == token);
-            if current {
-                *slot = Slot::Rejected;
+        self.0.send_if_modified(|slot| match slot {
+            Slot::Held { token: held, taken, .. } if held == token => {
+                *slot = Slot::Rejected { taken: *taken };
+                true
             }
-            current
+            _ => false,
+        });
+    }
+
+    /// Says that the control plane took `token`.
+    pub fn taken(&self, token: &Token) {
+        if matches!(&*self.0.borrow(), Slot::Held { taken: true, .. }) {
+            return;
+        }
+        self.0.send_if_modified(|slot| {
+            if let Slot::Held { token: held, taken, .. } = slot {
+                *taken = held == token;
+            }
+            false // nobody waits for this
         });
     }
 
@@ -110,7 +128,12 @@ impl TokenSource {
     #[cfg(test)]
     pub(crate) fn holding(token: &str) -> Self {
         let expires = Instant::now() + std::time::Duration::from_secs(3600);
-        Self(Arc::new(watch::Sender::new(Slot::Held { token: Token::new(token), expires, trouble: None })))
+        Self(Arc::new(watch::Sender::new(Slot::Held {
+            token: Token::new(token),
+            expires,
+            trouble: None,
+            taken: false,
+        })))
     }
 }
 
@@ -144,13 +167,14 @@ impl Desk {
     }
 
     pub(super) fn hold(&self, token: Token, expires: Instant) {
-        self.0.send_replace(Slot::Held { token, expires, trouble: None });
+        self.0.send_replace(Slot::Held { token, expires, trouble: None, taken: false });
     }
 
-    /// Waits until the token is rejected.
-    pub(super) async fn rejected(&self) {
+    /// Waits until the token is rejected; whether it had been taken.
+    pub(super) async fn rejected(&self) -> bool {
         let mut watch = self.0.subscribe();
-        let _ = watch.wait_for(|slot| matches!(slot, Slot::Rejected)).await.expect("the desk holds the sender");
+        let slot = watch.wait_for(|slot| matches!(slot, Slot::Rejected { .. })).await;
+        matches!(&*slot.expect("the desk holds the sender"), Slot::Rejected { taken: true })
     }
 }
 
@@ -173,6 +197,7 @@ mod tests {
             token: Token::new("t"),
             expires: now + Duration::from_secs(10),
             trouble: trouble.map(Into::into),
+            taken: false,
         };
         let told = Some(Err(AuthError::Unavailable("away".into())));
         for (slot, after_s, expected) in [
@@ -182,7 +207,7 @@ mod tests {
             (held(Some("away")), 10, told.clone()),
             (Slot::Failed("away".into()), 0, told),
             (Slot::Working, 0, None),
-            (Slot::Rejected, 0, None),
+            (Slot::Rejected { taken: true }, 0, None),
             (Slot::Stopped, 0, Some(Err(AuthError::Stopped))),
         ] {
             assert_eq!(slot.look(now + Duration::from_secs(after_s)), expected, "{slot:?} after {after_s} s");

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use runner_host::dev::Faults;
 use serde_json::{Value, json};
 
 use crate::harness::{
@@ -112,4 +113,27 @@ async fn s0_33_who_waits_for_a_token_is_told_after_so_many_repeats_and_the_node_
         lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
         node.stop().await;
     }
+}
+
+#[tokio::test]
+async fn tokens_that_are_revoked_after_they_were_taken_cost_a_second_each_at_most_and_no_report() {
+    let lab = Lab::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
+    let rule = |skip| format!("[[fault]]\nendpoint = \"lease\"\nkind = \"revoke_token\"\ncount = 1\nskip = {skip}\n\n");
+    let rules: String = (1..=6).map(|n| rule(n * 10)).collect();
+    lab.world.set_faults(Faults::parse(&rules).expect("sound rules"));
+    let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "4").set("TOKEN_REAUTH_JITTER_MS", "200");
+    let node = node.leasing().await;
+    let naps = || lab.task("/fixtures/ignores-cancel/v1").meta(json!({ "sleep_ms": 20 })).submit();
+    for job in (0..70).map(|_| naps()).collect::<Vec<_>>() {
+        lab.ended(&node, job).await.completed();
+    }
+    let rejected = node.said("node token rejected");
+    assert!(rejected.len() >= 3, "{rejected:#?}");
+    for line in &rejected {
+        let error = "the control plane rejects node tokens soon after it took them, as when another node signs in";
+        assert!(line["error"].as_str().is_some_and(|said| said.starts_with(error)), "{line}");
+        assert!(line["retry_in_ms"].as_u64() <= Some(1000), "{line}");
+    }
+    node.stop().await;
+    assert!(node.said("report refused for good").is_empty(), "{}", node.log());
 }

@@ -121,6 +121,9 @@ impl Dms {
             let now = Moment::now();
             let (method, url, elapsed_ms) = (&call.method, &call.uri, millis(now - started));
             tracing::debug!(%method, %url, status = answer.status.as_u16(), elapsed_ms, "control plane answered");
+            if answer.status.is_success() {
+                self.tokens.taken(&token);
+            }
             if answer.status != StatusCode::UNAUTHORIZED {
                 return Ok((answer, token));
             }
