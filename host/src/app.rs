@@ -215,14 +215,7 @@ impl Node {
             }
         };
         let left = control.handle.spawn(async move { outbox.finish(last_round).await }).await.unwrap_or_default();
-        match left {
-            Left { reports: 0, lost: None } => {}
-            Left { reports: 0, lost: Some(err) } => warn!(error = %err, "outbox was not closed in order"),
-            Left { reports, lost: None } => warn!(reports, "reports are left in the outbox, the next start sends them"),
-            Left { reports, lost: Some(err) } => {
-                error!(reports, error = %err, "reports are left that are not all on the disk, they end with this node");
-            }
-        }
+        say_left(&left);
         if left.reports > 0 {
             ended = Ended::CutShort;
         }
@@ -236,6 +229,30 @@ impl Node {
         control.stop();
         info!(cut_short = ended == Ended::CutShort, "node stopped");
         ended
+    }
+}
+
+/// Most tasks of lost reports that are named.
+const NAMED_MAX: usize = 100;
+
+/// Says what of the reports that are left the next start finds.
+fn say_left(left: &Left) {
+    let Left { reports, unwritten, lost } = left;
+    if !lost.is_empty() {
+        let tasks: Vec<String> = lost.iter().take(NAMED_MAX).map(ToString::to_string).collect();
+        let error = unwritten.as_deref();
+        error!(
+            reports,
+            lost = lost.len(),
+            tasks = tasks.join(" "),
+            error,
+            "reports that are not on the disk end with this node"
+        );
+    } else if let Some(error) = unwritten {
+        warn!(error, "outbox was not closed in order");
+    }
+    if *reports > lost.len() {
+        warn!(reports = reports - lost.len(), "reports are left in the outbox, the next start sends them");
     }
 }
 

@@ -43,7 +43,7 @@ use self::{
     entry::Entry,
     sending::{Sender, Try},
     store::Change,
-    writer::{News, Writer},
+    writer::{News, Unwritten, Writer},
 };
 pub use self::{
     entry::{Listing, ListingState},
@@ -122,8 +122,10 @@ pub enum Sent {
 pub struct Left {
     /// Reports the control plane has not accepted.
     pub reports: usize,
-    /// Why not all of that is on the disk, in one line.
-    pub lost: Option<String>,
+    /// Why the disk does not say all of that, in one line.
+    pub unwritten: Option<String>,
+    /// Of which tasks it says nothing: their reports end with this process.
+    pub lost: Vec<Uuid>,
 }
 
 /// A report whose first try is its attempt's. Dropped without a word, it is written and waits for its turn
@@ -305,9 +307,15 @@ impl Outbox {
             }
             tokio::time::sleep(pause).await;
         }
-        let lost = self.0.writer.close().await.err();
+        let closed = self.0.writer.close().await;
         self.with(Book::let_go);
-        Left { reports: self.lock().book.ours(), lost }
+        let book = &self.lock().book;
+        let Err(Unwritten { error, numbers }) = closed else {
+            return Left { reports: book.ours(), ..Left::default() };
+        };
+        let numbers = numbers.map_or_else(|| book.numbers(None), |numbers| numbers.into_iter().collect());
+        let lost = numbers.into_iter().filter_map(|number| book.listing(number)).map(|report| report.task_id).collect();
+        Left { reports: book.ours(), unwritten: Some(error), lost }
     }
 
     /// Sends every report of ours once, until so many have failed; with how many did. `None`: time is up.

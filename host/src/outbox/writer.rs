@@ -37,6 +37,9 @@ const BATCH_MAX: usize = 256;
 /// When a write that the disk did not take is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
 
+/// What is heard of a thread that panicked.
+const GONE: &str = "the outbox's writer has ended";
+
 type Done = oneshot::Sender<Result<(), String>>;
 
 /// What its owner has to hear of.
@@ -49,10 +52,19 @@ pub(super) enum News {
     Moved,
 }
 
+/// What a file that was closed does not say.
+#[derive(Debug)]
+pub(super) struct Unwritten {
+    /// Why, in one line.
+    pub(super) error: String,
+    /// The numbers of reports that do not stand in it; `None` where nobody can tell.
+    pub(super) numbers: Option<BTreeSet<u64>>,
+}
+
 enum Order {
     Change(Change, Option<Done>),
     /// Everything before it is on the disk and the file is closed when this is answered.
-    Close(Done),
+    Close(oneshot::Sender<Result<(), Unwritten>>),
 }
 
 /// Hands changes to the thread, which ends when this is dropped.
@@ -70,11 +82,13 @@ impl Writer {
     ) -> io::Result<Self> {
         let (orders, incoming) = channel();
         // Bounded by the outbox: a change for each report that is not accepted yet, and its removal.
-        let (file, rows) = (store.file, rows.into_iter().collect());
+        let file = store.file;
+        let rows: BTreeMap<_, _> = rows.into_iter().collect();
         let thread = Thread {
             state,
             store: Some(store),
             file,
+            stored: rows.keys().copied().collect(),
             rows,
             behind: BTreeSet::new(),
             broken: false,
@@ -103,11 +117,12 @@ impl Writer {
     /// Waits until every change so far is on the disk and the file is closed; nothing is written after that.
     ///
     /// # Errors
-    /// One line when not all that is owed is on the disk.
-    pub(super) async fn close(&self) -> Result<(), String> {
-        let (done, written) = oneshot::channel();
+    /// When not all that is owed is on the disk; or nobody can tell.
+    pub(super) async fn close(&self) -> Result<(), Unwritten> {
+        let (done, closed) = oneshot::channel();
         self.order(Order::Close(done));
-        answer(written).await
+        let gone = |_| Err(Unwritten { error: GONE.to_owned(), numbers: None });
+        closed.await.unwrap_or_else(gone)
     }
 
     fn order(&self, order: Order) {
@@ -117,7 +132,7 @@ impl Writer {
 }
 
 async fn answer(written: oneshot::Receiver<Result<(), String>>) -> Result<(), String> {
-    written.await.unwrap_or_else(|_| Err("the outbox's writer has ended".to_owned()))
+    written.await.unwrap_or_else(|_| Err(GONE.to_owned()))
 }
 
 struct Thread {
@@ -130,6 +145,8 @@ struct Thread {
     rows: BTreeMap<u64, Vec<u8>>,
     /// Of which of it the file may say something else.
     behind: BTreeSet<u64>,
+    /// Of which of it the file says anything.
+    stored: BTreeSet<u64>,
     /// The last transaction failed, and that was said.
     broken: bool,
     /// A new file was begun, and that was not said.
@@ -154,6 +171,7 @@ impl Thread {
             company = waiting.len() > 1;
             if last.is_some() && !self.rows.is_empty() && !self.is_in_place(&self.path()) {
                 self.behind.extend(self.rows.keys());
+                self.stored.clear();
             }
             let result = self.catch_up();
             for done in waiting {
@@ -161,8 +179,10 @@ impl Thread {
                 let _ = done.send(result.clone());
             }
             if let Some(done) = last {
+                let missing = |number: &u64| !self.stored.contains(number);
+                let numbers = Some(self.rows.keys().copied().filter(missing).collect());
                 drop(self); // whoever hears it may take the folder
-                let _ = done.send(result);
+                let _ = done.send(result.map_err(|error| Unwritten { error, numbers }));
                 return;
             }
         }
@@ -216,6 +236,13 @@ impl Thread {
             });
             store.apply(changes).map_err(|err| err.to_string())?;
             self.store = Some(store);
+            for number in &self.behind {
+                if self.rows.contains_key(number) {
+                    self.stored.insert(*number);
+                } else {
+                    self.stored.remove(number);
+                }
+            }
             if std::mem::take(&mut self.moved) {
                 tracing::error!(
                     state_dir = %self.state.path().display(),
@@ -237,6 +264,7 @@ impl Thread {
             return Err(format!("another outbox lies at {} by now; move it away, or restart the node", path.display()));
         }
         self.behind.extend(self.rows.keys());
+        self.stored.clear();
         self.file = store.file;
         self.store = Some(store);
         self.moved = true;

@@ -512,7 +512,7 @@ async fn while_reports_cannot_be_written_nothing_is_leased_and_none_is_called_sa
         std::fs::write(&state, "in the way").expect("written");
     };
     in_the_way();
-    lab.task("/fixtures/ok/v1").submit();
+    let first = lab.task("/fixtures/ok/v1").submit();
     let broken = "outbox cannot be written, reports are kept in memory only";
     assert_eq!(node.says(broken).await["level"], "ERROR");
     let page = node.page_until("/ready", |page| page.0 == 503).await.1;
@@ -532,8 +532,10 @@ async fn while_reports_cannot_be_written_nothing_is_leased_and_none_is_called_sa
     in_the_way();
     node.term();
     assert_eq!(node.wait().await, 75, "{}", node.log());
-    let lost = node.said("reports are left that are not all on the disk, they end with this node");
-    assert_eq!((&lost[0]["level"], &lost[0]["reports"]), (&json!("ERROR"), &json!(2)), "{lost:?}");
+    let lost = node.said("reports that are not on the disk end with this node");
+    assert_eq!((&lost[0]["level"], &lost[0]["lost"]), (&json!("ERROR"), &json!(2)), "{lost:?}");
+    let tasks = [first, second].map(|job| lab.world.job(job).expect("a job")["tasks"][0]["id"].clone());
+    assert_eq!(lost[0]["tasks"], tasks.map(|id| id.as_str().expect("an id").to_owned()).join(" "));
     assert!(node.said("reports are left in the outbox, the next start sends them").is_empty(), "{}", node.log());
 }
 
