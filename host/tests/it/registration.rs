@@ -118,6 +118,13 @@ async fn a_callback_whose_body_stays_away_is_given_up() {
         answered += 1;
         assert!(answered < 11, "of twenty in a row none would be too many");
     }
+    // Its body is not waited for, so its connection ends, and it is told so.
+    let mut refused = tokio::net::TcpStream::connect(&node.address).await.expect("the pages answer");
+    refused.write_all(head.as_bytes()).await.expect("sent");
+    let mut answer = Vec::new();
+    within("a refusal", || node.log(), refused.read_to_end(&mut answer)).await.expect("an answer");
+    let answer = String::from_utf8_lossy(&answer);
+    assert!(answer.starts_with("HTTP/1.1 429 ") && answer.contains("\r\nconnection: close\r\n"), "{answer}");
     let mut answer = [0; 64];
     let first = within("an end of the wait", || node.log(), slow[0].read(&mut answer)).await.expect("an answer");
     assert!(answer[..first].starts_with(b"HTTP/1.1 408 "), "{}", String::from_utf8_lossy(&answer[..first]));
