@@ -12,6 +12,7 @@ use crate::harness::{
 };
 
 const POLL: &str = "GET /v1/tasks";
+const COMPLETE: &str = "POST /v1/tasks/*/complete";
 const FAIL: &str = "POST /v1/tasks/*/fail";
 const PAUSE: Duration = Duration::from_millis(150);
 
@@ -261,4 +262,25 @@ async fn pauses_of_nothing_are_no_licence_to_storm() {
     rubbish.seen(POLL, before + 30).await;
     assert!(began.elapsed() >= Duration::from_millis(250), "thirty polls in {:?}", began.elapsed());
     node.stop().await;
+}
+
+/// A limit of nothing is a second: with none every call would fail.
+#[tokio::test]
+async fn s0_21_a_poll_or_a_report_that_is_never_answered_ends_at_its_limit_and_is_repeated() {
+    let ended_and_repeated = async |limit: &str| {
+        let lab = Lab::start().await;
+        let rubbish = Rubbish::before(&lab).await;
+        rubbish.answer(POLL, 1, Bad::Hang);
+        rubbish.answer(COMPLETE, 1, Bad::Hang);
+        let node = rubbish.node(&[fixtures::hello()]).set("REQUEST_TIMEOUT_SECS", limit).leasing().await;
+        rubbish.seen(POLL, 1).await;
+        let began = Instant::now();
+        let line = node.says("poll failed").await;
+        assert!(line["error"].as_str().is_some_and(|error| error.contains("did not answer within ")), "{line}");
+        lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+        assert!(began.elapsed() >= Duration::from_millis(1800), "a second each: {:?}", began.elapsed());
+        assert_eq!(node.said("poll failed").len(), 1);
+        node.stop().await;
+    };
+    tokio::join!(ended_and_repeated("1"), ended_and_repeated("0"));
 }
