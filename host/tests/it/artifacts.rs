@@ -169,6 +169,23 @@ async fn p_43_names_that_would_break_a_header_never_reach_the_wire() {
 }
 
 #[tokio::test]
+async fn p_44_content_that_looks_like_the_end_of_an_upload_comes_back_whole() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    let texts = ["\r\n--boundary--\r\n", "a\r\n--boundary\r\nContent-Disposition: form-data; id=\"x\"\r\n\r\nb"];
+    let list: Vec<Value> = (0..).zip(texts).map(|(n, text)| json!({ "path": n.to_string(), "text": text })).collect();
+    let ended = puts(&lab, &node, json!(list)).await;
+    for (n, text) in (0..).zip(texts) {
+        assert_eq!(lab.artifact(ended.completed(), &format!("{n}")).await, text.as_bytes());
+    }
+    // Nobody can make content for a boundary that is drawn anew each time.
+    let kinds = rubbish.headers("/api/", "content-type").into_iter().filter(|(call, _)| call.starts_with("POST "));
+    let kinds: Vec<String> = kinds.filter_map(|(_, kind)| kind).collect();
+    assert_eq!((kinds.len(), BTreeSet::from_iter(&kinds).len()), (3, 3), "{kinds:?}");
+}
+
+#[tokio::test]
 async fn s0_84_s0_87_lost_answers_cost_no_artifact_and_double_none() {
     let faults = |rules: &[(&str, &str)]| {
         let rule =

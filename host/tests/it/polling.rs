@@ -77,13 +77,13 @@ fn runnable(rubbish: &Rubbish, capability: &str) -> Value {
     })
 }
 
-/// How long a node takes for ten polls, each answered with a lease for `capability` that fails at once.
-async fn ten_failures(capability: &str) -> Duration {
+/// How long a node takes for ten polls, each answered with a lease for `capability` that ends at once as `outcome`.
+async fn ten_failures(capability: &str, outcome: &str) -> Duration {
     let lab = Lab::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer("POST /v1/tasks/*/heartbeat", usize::MAX, Bad::Json(json!({})));
     rubbish.answer(FAIL, usize::MAX, Bad::Json(json!({})));
-    rubbish.answer("GET /api/v1/domains/*/data/*", usize::MAX, Bad::Status(403, "not for you"));
+    rubbish.answer("GET /api/v1/domains/*/data?ids=", usize::MAX, Bad::Status(403, "not for you"));
     let lease = runnable(&rubbish, capability);
     rubbish.answer(POLL, usize::MAX, Bad::make(move || fresh(&lease)));
     let node = node(&rubbish).await;
@@ -93,7 +93,7 @@ async fn ten_failures(capability: &str) -> Duration {
     rubbish.seen(POLL, before + 10).await;
     let took = began.elapsed();
     let outcomes = node.status().await["ended"].clone();
-    assert!(outcomes.as_object().is_some_and(|ended| ended.len() == 1), "{outcomes}");
+    assert!(outcomes.as_object().is_some_and(|ended| ended.keys().eq([outcome])), "{outcomes}");
     rubbish.heal();
     // One that works ends the pauses.
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
@@ -104,7 +104,8 @@ async fn ten_failures(capability: &str) -> Duration {
 // P-30: the plane gives a failed task out again at once.
 #[tokio::test]
 async fn tasks_that_fail_in_a_row_are_not_taken_in_a_tight_loop() {
-    let (runner, storage) = tokio::join!(ten_failures("/fixtures/fail/v1"), ten_failures("/examples/hello/v1"));
+    let runner = ten_failures("/fixtures/fail/v1", "failed");
+    let (runner, storage) = tokio::join!(runner, ten_failures("/examples/hello/v1", "storage"));
     for took in [runner, storage] {
         assert!(took >= PAUSE * 8, "ten polls in {took:?}");
     }
@@ -131,6 +132,24 @@ async fn tasks_that_complete_follow_each_other_without_a_pause() {
     let began = Instant::now();
     rubbish.seen(FAIL, 20).await;
     assert!(began.elapsed() < Duration::from_secs(10), "sixty tasks in {:?}", began.elapsed());
+    node.stop().await;
+}
+
+// S0-19b
+#[tokio::test]
+async fn a_task_that_ends_is_followed_by_a_poll_whatever_pause_had_begun() {
+    let lab = Lab::start().await;
+    let files = tempfile::tempdir().expect("a folder");
+    let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "2");
+    let first = lab.task("/fixtures/wait-file/v1").meta(json!({ "file": files.path().join("go") })).submit();
+    let node = node.set("POLL_BACKOFF_MS_MIN", "60000").set("POLL_BACKOFF_MS_MAX", "60000").leasing().await;
+    lab.started(&node, first).await;
+    // The other slot has asked in vain and would ask again in a minute.
+    lab.seen(&node, |seen| seen.iter().any(|seen| seen.path == "/v1/tasks" && seen.status == 204)).await;
+    let second = lab.task("/fixtures/ok/v1").submit();
+    std::fs::write(files.path().join("go"), "").expect("the folder is writable");
+    lab.ended(&node, first).await.completed();
+    lab.ended(&node, second).await.completed();
     node.stop().await;
 }
 

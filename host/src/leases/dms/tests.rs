@@ -268,8 +268,11 @@ async fn a_heartbeat_ends_within_its_limit() {
     let mut plane = Service::start().await;
     let dms = dms(&plane, "v1");
     let beat = Pending { progress: json!({}), events: Vec::new(), version: 0 };
-    let (kept, held) = tokio::join!(dms.keep(task(), &beat, Moment::now() + Duration::from_millis(200)), plane.next());
+    let began = Moment::now();
+    let (kept, held) = tokio::join!(dms.keep(task(), &beat, began + Duration::from_millis(200)), plane.next());
     assert!(matches!(kept, Err(LeaseError::Unreachable(_))), "{kept:?}");
+    let took = Moment::now() - began;
+    assert!(took < SOON / 2, "the limit of other calls is {SOON:?}, this one took {took:?}");
     drop(held);
 }
 

@@ -425,6 +425,10 @@ impl TestNode {
         self.process.signal(Signal::TERM);
     }
 
+    pub(crate) fn interrupt(&self) {
+        self.process.signal(Signal::INT);
+    }
+
     pub(crate) fn hang_up(&self) {
         self.process.signal(Signal::HUP);
     }
