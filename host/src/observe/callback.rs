@@ -15,7 +15,7 @@ use std::{
 use axum::{
     Json,
     extract::{ConnectInfo, Request, State},
-    http::{HeaderMap, StatusCode, header},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
 };
 use futures_util::StreamExt as _;
@@ -88,15 +88,23 @@ pub(super) async fn registrations(
 ) -> Response {
     let admitted = desk.senders.lock().unwrap_or_else(PoisonError::into_inner).admit(sender.ip(), Instant::now());
     let Some(_reading) = desk.reading.try_acquire().ok().filter(|_| admitted) else {
-        return (StatusCode::TOO_MANY_REQUESTS, [(header::RETRY_AFTER, "1")], "too many callbacks").into_response();
+        return unread((StatusCode::TOO_MANY_REQUESTS, [(header::RETRY_AFTER, "1")], "too many callbacks"));
     };
     match read(request).await {
         Ok(callback) => match desk.visits.called_back(callback) {
             Ok(()) => Json(json!({ "ok": true })).into_response(),
             Err(_) => (StatusCode::CONFLICT, "no registration is in flight").into_response(),
         },
-        Err(refusal) => refusal.into_response(),
+        Err(refusal) => unread(refusal),
     }
+}
+
+/// An answer to a request that may not have been read to its end. The connection ends with it, which its
+/// sender has to know: the next request on it would get lost.
+fn unread(answer: impl IntoResponse) -> Response {
+    let mut answer = answer.into_response();
+    answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    answer
 }
 
 /// The callback, if the request is one.

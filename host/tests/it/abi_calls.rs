@@ -52,6 +52,21 @@ async fn s1_01_calls_after_the_end_and_forged_ones_are_answered_stale_each_once(
     node.stop().await;
 }
 
+// S1-17, S1-18
+#[tokio::test]
+async fn s1_17_progress_and_events_that_are_no_json_are_refused_and_go_nowhere() {
+    let lab = Lab::start().await;
+    let node = lab.joined(&[fixtures::c("behave", &[])]).await;
+    let ended = lab.run(&node, "/fixtures/c-words/v1", json!({})).await;
+    let line = node.says("words that are no JSON").await;
+    let (ok, refused) = (runner_sdk::abi::Status::OK.0, runner_sdk::abi::Status::BAD_REQUEST.0);
+    assert_eq!(fields(&line), json!({ "progress": refused, "event": refused, "sound": ok }));
+    let meta = &ended.completed().task()["meta"];
+    assert_eq!(meta["progress"], json!({ "sound": true }));
+    assert!(meta["events"].as_array().is_none_or(Vec::is_empty), "{meta}");
+    node.stop().await;
+}
+
 #[tokio::test]
 async fn s1_01_a_context_that_outlives_its_task_gets_task_over() {
     let lab = Lab::start().await;

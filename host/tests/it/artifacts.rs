@@ -86,6 +86,49 @@ async fn s0_39b_the_client_id_goes_with_every_call_to_the_domain_server() {
     assert!(unbilled.iter().all(|(_, id)| id.is_none()), "the plane is not told");
 }
 
+// S0-39b, P-53
+#[tokio::test]
+async fn without_a_client_id_a_node_makes_one_and_keeps_it() {
+    let mut ids = BTreeSet::new();
+    for _ in 0..2 {
+        let lab = Lab::start().await;
+        let rubbish = Rubbish::before(&lab).await;
+        let node = rubbish.node(&[fixtures::echo()]).leasing().await;
+        let input = lab.put("in", b"some input").await;
+        for _ in 0..2 {
+            lab.ended(&node, lab.task("/examples/echo-bytes/v1").inputs(&[input]).submit()).await.completed();
+        }
+        let seen: BTreeSet<Option<String>> =
+            rubbish.headers("/api/", "posemesh-client-id").into_iter().map(|(_, id)| id).collect();
+        assert_eq!(seen.len(), 1, "one id for all of its calls: {seen:?}");
+        let id = seen.into_iter().next().flatten().expect("each call says it");
+        let own = id.strip_prefix("runner-host/").and_then(|rest| rest.parse::<uuid::Uuid>().ok());
+        assert!(own.is_some(), "{id}");
+        ids.insert(id);
+    }
+    assert_eq!(ids.len(), 2, "no two nodes share one");
+}
+
+// S1-15, S0-84
+#[tokio::test]
+async fn an_artifact_with_an_id_replaces_what_is_stored_under_it() {
+    let lab = small_parts().await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let (text, file, stream) = (lab.put("one", b"1").await, lab.put("two", b"2").await, lab.put("three", b"3").await);
+    let before = lab.stored().await;
+    let list = json!([
+        { "path": "a", "text": "new", "id": text },
+        { "path": "b", "file": "9 bytes", "id": file },
+        { "path": "c", "stream": 200_000, "id": stream },
+    ]);
+    let ended = puts(&lab, &node, list).await;
+    for (path, id, size) in [("a", text, 3), ("b", file, 9), ("c", stream, 200_000)] {
+        assert_eq!(ended.completed().artifacts()[path]["id"], json!(id), "{path}");
+        assert_eq!(lab.size(&id.to_string()).await, size, "{path}");
+    }
+    assert_eq!(lab.stored().await - before, 1, "only the runner's own list is new");
+}
+
 #[tokio::test]
 async fn s0_89_what_is_no_file_to_publish_is_refused_in_one_line() {
     let lab = Lab::start().await;
@@ -123,6 +166,23 @@ async fn p_43_names_that_would_break_a_header_never_reach_the_wire() {
     let good = &ended.artifacts()["good"];
     assert_eq!((&good["name"], &good["data_type"]), (&json!("scan ä, 2"), &json!("refined_scan_zip")));
     assert_eq!(lab.stored().await, 2);
+}
+
+#[tokio::test]
+async fn p_44_content_that_looks_like_the_end_of_an_upload_comes_back_whole() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    let texts = ["\r\n--boundary--\r\n", "a\r\n--boundary\r\nContent-Disposition: form-data; id=\"x\"\r\n\r\nb"];
+    let list: Vec<Value> = (0..).zip(texts).map(|(n, text)| json!({ "path": n.to_string(), "text": text })).collect();
+    let ended = puts(&lab, &node, json!(list)).await;
+    for (n, text) in (0..).zip(texts) {
+        assert_eq!(lab.artifact(ended.completed(), &format!("{n}")).await, text.as_bytes());
+    }
+    // Nobody can make content for a boundary that is drawn anew each time.
+    let kinds = rubbish.headers("/api/", "content-type").into_iter().filter(|(call, _)| call.starts_with("POST "));
+    let kinds: Vec<String> = kinds.filter_map(|(_, kind)| kind).collect();
+    assert_eq!((kinds.len(), BTreeSet::from_iter(&kinds).len()), (3, 3), "{kinds:?}");
 }
 
 #[tokio::test]

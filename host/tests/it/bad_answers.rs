@@ -57,6 +57,19 @@ async fn a_challenge_that_would_sign_something_else_is_not_signed() {
     node.says("leasing").await;
 }
 
+// P-17
+#[tokio::test]
+async fn a_challenge_for_another_domain_than_the_one_that_was_set_is_not_signed() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::hello()]).set("SIGN_IN_DOMAIN", "login.example").start().await;
+    let line = node.says("registration failed").await;
+    let error = line["error"].as_str().expect("text");
+    assert!(error.starts_with("sign-in challenge: field domain names ") && error.contains("expected login.example"));
+    assert_eq!(rubbish.count("POST /internal/v1/nodes/register-wallet"), 0, "{line}");
+    node.stop().await;
+}
+
 #[tokio::test]
 async fn the_task_service_answers_rubbish_to_a_poll() {
     let lab = Lab::start().await;

@@ -154,3 +154,22 @@ async fn s1_16_a_cancel_shows_in_the_flag_that_a_runner_asks_without_waiting() {
     node.says("task ended, nothing to report").await;
     assert_silence(&lab);
 }
+
+#[tokio::test]
+async fn s1_16_a_runner_hears_why_it_shall_end() {
+    let lab = Lab::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::zoo()]).set("DRAIN_TIMEOUT", "0").leasing().await;
+    let task = || lab.task("/fixtures/polls-cancel/v1").submit();
+    lab.started(&node, task()).await;
+    rubbish.answer("POST /v1/tasks/*/heartbeat", 1, Bad::Status(410, "gone"));
+    let line = node.says("flag seen").await;
+    assert!(line.to_string().contains("LeaseLost"), "{line}");
+    node.says("task ended, nothing to report").await;
+    let job = task();
+    lab.started(&node, job).await;
+    node.term();
+    node.line(|line| line["message"] == "flag seen" && line.to_string().contains("Drained")).await;
+    assert_eq!(lab.ended(&node, job).await.failed().0, "drained");
+    node.wait().await;
+}

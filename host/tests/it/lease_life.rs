@@ -243,6 +243,25 @@ async fn the_report_follows_a_task_renamed_by_any_heartbeat() {
     assert_eq!(rubbish.count(&format!("POST /v1/tasks/{old}/complete")), 0);
 }
 
+// S0-76
+#[tokio::test]
+async fn a_capability_that_changes_under_a_running_task_is_told_and_its_runner_goes_on() {
+    const BEAT: &str = "POST /v1/tasks/*/heartbeat";
+    let lab = Lab::with(|config| config.lease_ttl = LEASE).await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    let (files, meta) = go();
+    let job = lab.task("/fixtures/wait-file/v1").meta(meta).submit();
+    let task = lab.started(&node, job).await["id"].clone();
+    let other = json!({ "id": task, "capability": "/fixtures/other/v1", "job_id": job, "inputs_cids": [] });
+    rubbish.answer(BEAT, usize::MAX, Bad::edit(move |answer| answer["task"] = other.clone()));
+    let line = node.says("control plane renamed the task's capability, the runner goes on").await;
+    assert_eq!((&line["task_id"], &line["renamed"]), (&task, &json!("/fixtures/other/v1")), "{line}");
+    release(&files);
+    let ended = lab.ended(&node, job).await;
+    assert_eq!(ended.completed().receipt()["job"]["capability"], "/fixtures/wait-file/v1");
+}
+
 // P-31, S0-77
 #[tokio::test]
 async fn the_domain_server_may_stand_in_the_tasks_metadata() {
@@ -263,6 +282,9 @@ async fn the_domain_server_may_stand_in_the_tasks_metadata() {
                 }
             }),
         );
+        // Nor does a heartbeat say it.
+        let silent = |answer: &mut Value| answer["domain_server_url"] = Value::Null;
+        rubbish.answer("POST /v1/tasks/*/heartbeat", usize::MAX, Bad::edit(silent));
         let input = lab.put("who", b"world").await;
         let ended = lab.ended(&node, lab.task("/examples/hello/v1").inputs(&[input]).submit()).await;
         assert_eq!(lab.artifact(ended.completed(), "outputs/hello.bin").await, b"hello, world", "{pointer}");
@@ -327,7 +349,11 @@ async fn s0_32_node_tokens_are_renewed_before_they_end() {
     let job = lab.task("/fixtures/wait-file/v1").meta(meta).submit();
     lab.started(&node, job).await;
     // Five logins at half a second each outlive the first token.
-    lab.seen(&node, |seen| seen.iter().filter(|seen| seen.path.ends_with("/siwe/verify")).count() >= 6).await;
+    let login = |seen: &&runner_host::dev::Seen| seen.path.ends_with("/siwe/verify");
+    let seen = lab.seen(&node, |seen| seen.iter().filter(login).count() >= 6).await;
+    let at: Vec<jiff::Timestamp> = seen.iter().filter(login).map(|seen| seen.at).collect();
+    let five = at[5].duration_since(at[0]);
+    assert!(five < jiff::SignedDuration::from_secs(5), "at three quarters, as usual, they take 7.5 s: {five:?}");
     release(&files);
     lab.ended(&node, job).await.completed();
     let refused = lab.world.journal().into_iter().find(|seen| seen.status == 401);

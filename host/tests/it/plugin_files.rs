@@ -103,7 +103,7 @@ async fn s3_05_a_part_of_a_librarys_capabilities_can_be_chosen() {
     folder.plugins_file("[[plugin]]\nfile = \"behave\"\ncapabilities = [\"/fixtures/c-four/v1\"]\n");
     assert_eq!(
         row(&folder, 4, "libbehave.so").await,
-        "refused libbehave.so does not serve /fixtures/c-four/v1, which plugins.toml lists for it; it serves /fixtures/c-double/v1, /fixtures/c-late/v1, /fixtures/c-thread/v1"
+        "refused libbehave.so does not serve /fixtures/c-four/v1, which plugins.toml lists for it; it serves /fixtures/c-double/v1, /fixtures/c-late/v1, /fixtures/c-thread/v1, /fixtures/c-words/v1"
     );
     folder.plugins_file("[[plugin]]\nfile = \"behave\"\ncapabilities = []\n");
     assert_eq!(
@@ -203,7 +203,7 @@ async fn one_file_under_two_names_is_one_plugin() {
 #[tokio::test]
 async fn a_refused_claimant_leaves_its_other_capabilities_to_others() {
     let folder = Folder::new();
-    // behave serves three; a first library takes one of them, so behave is refused, so a third may have another.
+    // behave serves four; a first library takes one of them, so behave is refused, so a third may have another.
     folder.put("a.so", &fixtures::c("refused", &["CAPABILITY=\"/fixtures/c-double/v1\""]));
     folder.put("b.so", &fixtures::c("behave", &[]));
     folder.put("c.so", &fixtures::c("refused", &["CAPABILITY=\"/fixtures/c-late/v1\""]));
@@ -220,7 +220,10 @@ async fn s3_06_an_override_takes_only_what_it_serves() {
     folder.put("z.so", &fixtures::c("refused", &["CAPABILITY=\"/fixtures/c-late/v1\""]));
     folder.plugins_file("[[plugin]]\nfile = \"z.so\"\noverride = true\n");
     assert_eq!(row(&folder, 0, "z.so").await, "loaded z.so /fixtures/c-late/v1");
-    assert_eq!(row(&folder, 0, "b.so").await, "loaded b.so /fixtures/c-double/v1, /fixtures/c-thread/v1");
+    assert_eq!(
+        row(&folder, 0, "b.so").await,
+        "loaded b.so /fixtures/c-double/v1, /fixtures/c-thread/v1, /fixtures/c-words/v1"
+    );
 }
 
 /// A's constructor overwrites B's file. B runs as it was hashed.

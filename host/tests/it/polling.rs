@@ -12,6 +12,7 @@ use crate::harness::{
 };
 
 const POLL: &str = "GET /v1/tasks";
+const COMPLETE: &str = "POST /v1/tasks/*/complete";
 const FAIL: &str = "POST /v1/tasks/*/fail";
 const PAUSE: Duration = Duration::from_millis(150);
 
@@ -76,13 +77,13 @@ fn runnable(rubbish: &Rubbish, capability: &str) -> Value {
     })
 }
 
-/// How long a node takes for ten polls, each answered with a lease for `capability` that fails at once.
-async fn ten_failures(capability: &str) -> Duration {
+/// How long a node takes for ten polls, each answered with a lease for `capability` that ends at once as `outcome`.
+async fn ten_failures(capability: &str, outcome: &str) -> Duration {
     let lab = Lab::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer("POST /v1/tasks/*/heartbeat", usize::MAX, Bad::Json(json!({})));
     rubbish.answer(FAIL, usize::MAX, Bad::Json(json!({})));
-    rubbish.answer("GET /api/v1/domains/*/data/*", usize::MAX, Bad::Status(403, "not for you"));
+    rubbish.answer("GET /api/v1/domains/*/data?ids=", usize::MAX, Bad::Status(403, "not for you"));
     let lease = runnable(&rubbish, capability);
     rubbish.answer(POLL, usize::MAX, Bad::make(move || fresh(&lease)));
     let node = node(&rubbish).await;
@@ -92,7 +93,7 @@ async fn ten_failures(capability: &str) -> Duration {
     rubbish.seen(POLL, before + 10).await;
     let took = began.elapsed();
     let outcomes = node.status().await["ended"].clone();
-    assert!(outcomes.as_object().is_some_and(|ended| ended.len() == 1), "{outcomes}");
+    assert!(outcomes.as_object().is_some_and(|ended| ended.keys().eq([outcome])), "{outcomes}");
     rubbish.heal();
     // One that works ends the pauses.
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
@@ -103,7 +104,8 @@ async fn ten_failures(capability: &str) -> Duration {
 // P-30: the plane gives a failed task out again at once.
 #[tokio::test]
 async fn tasks_that_fail_in_a_row_are_not_taken_in_a_tight_loop() {
-    let (runner, storage) = tokio::join!(ten_failures("/fixtures/fail/v1"), ten_failures("/examples/hello/v1"));
+    let runner = ten_failures("/fixtures/fail/v1", "failed");
+    let (runner, storage) = tokio::join!(runner, ten_failures("/examples/hello/v1", "storage"));
     for took in [runner, storage] {
         assert!(took >= PAUSE * 8, "ten polls in {took:?}");
     }
@@ -130,6 +132,24 @@ async fn tasks_that_complete_follow_each_other_without_a_pause() {
     let began = Instant::now();
     rubbish.seen(FAIL, 20).await;
     assert!(began.elapsed() < Duration::from_secs(10), "sixty tasks in {:?}", began.elapsed());
+    node.stop().await;
+}
+
+// S0-19b
+#[tokio::test]
+async fn a_task_that_ends_is_followed_by_a_poll_whatever_pause_had_begun() {
+    let lab = Lab::start().await;
+    let files = tempfile::tempdir().expect("a folder");
+    let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "2");
+    let first = lab.task("/fixtures/wait-file/v1").meta(json!({ "file": files.path().join("go") })).submit();
+    let node = node.set("POLL_BACKOFF_MS_MIN", "60000").set("POLL_BACKOFF_MS_MAX", "60000").leasing().await;
+    lab.started(&node, first).await;
+    // The other slot has asked in vain and would ask again in a minute.
+    lab.seen(&node, |seen| seen.iter().any(|seen| seen.path == "/v1/tasks" && seen.status == 204)).await;
+    let second = lab.task("/fixtures/ok/v1").submit();
+    std::fs::write(files.path().join("go"), "").expect("the folder is writable");
+    lab.ended(&node, first).await.completed();
+    lab.ended(&node, second).await.completed();
     node.stop().await;
 }
 
@@ -261,4 +281,25 @@ async fn pauses_of_nothing_are_no_licence_to_storm() {
     rubbish.seen(POLL, before + 30).await;
     assert!(began.elapsed() >= Duration::from_millis(250), "thirty polls in {:?}", began.elapsed());
     node.stop().await;
+}
+
+/// A limit of nothing is a second: with none every call would fail.
+#[tokio::test]
+async fn s0_21_a_poll_or_a_report_that_is_never_answered_ends_at_its_limit_and_is_repeated() {
+    let ended_and_repeated = async |limit: &str| {
+        let lab = Lab::start().await;
+        let rubbish = Rubbish::before(&lab).await;
+        rubbish.answer(POLL, 1, Bad::Hang);
+        rubbish.answer(COMPLETE, 1, Bad::Hang);
+        let node = rubbish.node(&[fixtures::hello()]).set("REQUEST_TIMEOUT_SECS", limit).leasing().await;
+        rubbish.seen(POLL, 1).await;
+        let began = Instant::now();
+        let line = node.says("poll failed").await;
+        assert!(line["error"].as_str().is_some_and(|error| error.contains("did not answer within ")), "{line}");
+        lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+        assert!(began.elapsed() >= Duration::from_millis(1800), "a second each: {:?}", began.elapsed());
+        assert_eq!(node.said("poll failed").len(), 1);
+        node.stop().await;
+    };
+    tokio::join!(ended_and_repeated("1"), ended_and_repeated("0"));
 }

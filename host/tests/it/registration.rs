@@ -38,6 +38,39 @@ async fn s0_15b_s0_16b_s0_50_nothing_is_leased_before_the_callback_and_the_answe
     node.stop().await;
 }
 
+// S0-16b, S0-56
+#[tokio::test]
+async fn an_accepted_registration_that_nobody_calls_back_opens_nothing() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(BY_URL, 1, Bad::Json(json!({})));
+    let node = rubbish.node(&[fixtures::hello()]).reachable().set("REQUEST_TIMEOUT_SECS", "1").start().await;
+    let line = node.says("registration failed").await;
+    let error = line["error"].as_str().expect("text");
+    assert!(
+        error.starts_with("registration: accepted, but nobody called back at NODE_URL http://127.0.0.1:"),
+        "{line}"
+    );
+    assert_eq!((rubbish.count(NONCE), rubbish.count(LEASE)), (0, 0), "neither a login nor a poll");
+    node.says("leasing").await;
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+}
+
+// S0-24, S0-50: what is signed is what stands in NODE_URL, byte for byte.
+#[tokio::test]
+async fn node_url_is_registered_as_it_was_written() {
+    for written in ["http://LocalHost:PORT", "http://127.0.0.1:PORT/", "http://127.0.0.1:PORT/a/../b"] {
+        let lab = Lab::start().await;
+        let rubbish = Rubbish::before(&lab).await;
+        rubbish.answer(BY_URL, usize::MAX, Bad::Echo(403));
+        let node = rubbish.node(&[fixtures::hello()]).reachable_as(written).start().await;
+        let refused = node.says("registration failed").await;
+        let port = node.address.rsplit_once(':').expect("an address").1;
+        let wanted = format!("\"url\":\"{}\"", written.replace("PORT", port));
+        assert!(refused["error"].as_str().is_some_and(|text| text.contains(&wanted)), "{wanted}: {refused}");
+    }
+}
+
 #[tokio::test]
 async fn the_form_follows_node_url_unless_it_is_named() {
     let lab = Lab::start().await;
@@ -118,6 +151,13 @@ async fn a_callback_whose_body_stays_away_is_given_up() {
         answered += 1;
         assert!(answered < 11, "of twenty in a row none would be too many");
     }
+    // Its body is not waited for, so its connection ends, and it is told so.
+    let mut refused = tokio::net::TcpStream::connect(&node.address).await.expect("the pages answer");
+    refused.write_all(head.as_bytes()).await.expect("sent");
+    let mut answer = Vec::new();
+    within("a refusal", || node.log(), refused.read_to_end(&mut answer)).await.expect("an answer");
+    let answer = String::from_utf8_lossy(&answer);
+    assert!(answer.starts_with("HTTP/1.1 429 ") && answer.contains("\r\nconnection: close\r\n"), "{answer}");
     let mut answer = [0; 64];
     let first = within("an end of the wait", || node.log(), slow[0].read(&mut answer)).await.expect("an answer");
     assert!(answer[..first].starts_with(b"HTTP/1.1 408 "), "{}", String::from_utf8_lossy(&answer[..first]));
@@ -145,7 +185,14 @@ async fn s0_35_a_registration_by_url_is_repeated_without_a_new_login() {
     let lab = Lab::with(|config| config.health_interval = std::time::Duration::from_secs(3600)).await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).reachable().set("REGISTER_INTERVAL_SECS", "1").leasing().await;
-    rubbish.seen(BY_URL, 3).await;
+    // S0-57: others who ask for the node's health do not show that the service knows it.
+    let asked = async {
+        while rubbish.count(BY_URL) < 3 {
+            assert_eq!(node.page("/health").await.0, 200);
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await; // often, within the interval
+        }
+    };
+    within("two repetitions", || node.log(), asked).await;
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
     assert_eq!(rubbish.count(NONCE), 1, "the token lives on");
 }

@@ -28,14 +28,16 @@ fn assert_nothing_left(node: &TestNode) {
 
 #[tokio::test]
 async fn s0_19b_a_signal_ends_an_idle_node_at_once() {
-    let lab = Lab::start().await;
-    // A long pause between polls must not delay the end.
-    let node = lab.node(&[fixtures::hello()]).set("POLL_BACKOFF_MS_MIN", "25000").set("POLL_BACKOFF_MS_MAX", "30000");
-    let node = node.leasing().await;
-    lab.seen(&node, |seen| seen.iter().any(|seen| seen.path == "/v1/tasks")).await;
-    node.term();
-    ends_promptly(&node, 0).await;
-    assert_nothing_left(&node);
+    for signal in [TestNode::term, TestNode::interrupt] {
+        let lab = Lab::start().await;
+        // A long pause between polls must not delay the end.
+        let node = lab.node(&[fixtures::hello()]).set("POLL_BACKOFF_MS_MIN", "25000");
+        let node = node.set("POLL_BACKOFF_MS_MAX", "30000").leasing().await;
+        lab.seen(&node, |seen| seen.iter().any(|seen| seen.path == "/v1/tasks")).await;
+        signal(&node);
+        ends_promptly(&node, 0).await;
+        assert_nothing_left(&node);
+    }
 }
 
 #[tokio::test]

@@ -49,6 +49,7 @@ async fn keep(answer: impl FnOnce(Call)) -> Result<Kept, LeaseError> {
     let (kept, ()) = tokio::join!(dms.keep(task(), &beat, Moment::now() + SOON), async {
         let call = plane.expect(&format!("POST /v1/tasks/{TASK}/heartbeat")).await;
         assert_eq!(call.json(), json!({ "progress": { "at": 1 }, "events": ["e"] }));
+        assert_eq!(call.headers["content-type"], "application/json");
         answer(call);
     });
     kept
@@ -267,8 +268,11 @@ async fn a_heartbeat_ends_within_its_limit() {
     let mut plane = Service::start().await;
     let dms = dms(&plane, "v1");
     let beat = Pending { progress: json!({}), events: Vec::new(), version: 0 };
-    let (kept, held) = tokio::join!(dms.keep(task(), &beat, Moment::now() + Duration::from_millis(200)), plane.next());
+    let began = Moment::now();
+    let (kept, held) = tokio::join!(dms.keep(task(), &beat, began + Duration::from_millis(200)), plane.next());
     assert!(matches!(kept, Err(LeaseError::Unreachable(_))), "{kept:?}");
+    let took = Moment::now() - began;
+    assert!(took < SOON / 2, "the limit of other calls is {SOON:?}, this one took {took:?}");
     drop(held);
 }
 
@@ -341,6 +345,14 @@ async fn a_rejected_token_is_replaced_and_the_request_repeated_once() {
         call.ok(json!({}));
     });
     assert_eq!(kept.expect("usable"), Kept::default());
+}
+
+// S0-60: whoever prints a request shows no token.
+#[tokio::test]
+async fn the_bearer_is_marked_as_a_secret() {
+    let plane = Service::start().await;
+    let bearer = dms(&plane, "v1").bearer(&Token::new("top-secret-node")).expect("a header");
+    assert_eq!(format!("{bearer:?}"), "Sensitive");
 }
 
 #[tokio::test]

@@ -35,8 +35,13 @@ impl Hygiene {
         let given = given.map(|secret| secret.trim().to_owned()).filter(|secret| secret.len() >= SECRET_BYTES_MIN);
         let spellings = |secret: String| {
             let bare = secret.strip_prefix("0x").unwrap_or(&secret).to_owned();
-            let json = serde_json::Value::from(bare.as_str()).to_string().trim_matches('"').to_owned();
-            [bare.to_lowercase(), bare.to_uppercase(), json, bare]
+            let escaped = |text: &str| {
+                let json = serde_json::Value::from(text).to_string();
+                json[1..json.len() - 1].to_owned()
+            };
+            // A body that is JSON, in a log line that is JSON too, escapes it twice.
+            let (once, twice) = (escaped(&bare), escaped(&escaped(&bare)));
+            [bare.to_lowercase(), bare.to_uppercase(), once, twice, bare]
         };
         let mut texts: Vec<String> = given.flat_map(spellings).collect();
         texts.extend(MARKS.map(str::to_owned));
@@ -86,6 +91,7 @@ fn every_spelling_is_found_and_what_is_no_secret_is_not() {
         key,
         "it is planted-\"secret\"".to_owned(),
         r#"{"registration_credentials":"planted-\"secret\""}"#.to_owned(),
+        r#"{"error":"got {\"secret\":\"planted-\\\"secret\\\"\"}"}"#.to_owned(),
         "dev-node-token-00".to_owned(),
         "bearer eyJhbGciOiJIUzI1NiJ9.eyJpc3MiOiJkZHMifQ.c2ln".to_owned(),
     ] {

@@ -308,8 +308,13 @@ impl NodeSetup {
 
     /// With a port of its own under which others reach its pages, for registrations with a callback.
     pub(crate) fn reachable(self) -> Self {
-        let address = format!("127.0.0.1:{}", free_port());
-        self.set("NODE_URL", format!("http://{address}")).set("HTTP_BIND", address)
+        self.reachable_as("http://127.0.0.1:PORT")
+    }
+
+    /// As [`NodeSetup::reachable`], under this URL; `PORT` in it becomes the port.
+    pub(crate) fn reachable_as(self, url: &str) -> Self {
+        let port = free_port().to_string();
+        self.set("NODE_URL", url.replace("PORT", &port)).set("HTTP_BIND", format!("127.0.0.1:{port}"))
     }
 
     /// The folder it loads plugins from.
@@ -418,6 +423,10 @@ impl TestNode {
 
     pub(crate) fn term(&self) {
         self.process.signal(Signal::TERM);
+    }
+
+    pub(crate) fn interrupt(&self) {
+        self.process.signal(Signal::INT);
     }
 
     pub(crate) fn hang_up(&self) {
