@@ -25,8 +25,8 @@ pub use lease::{Lease, TaskId};
 pub use mailbox::{Mailbox, MailboxError, Pending};
 pub use millis::millis;
 pub use moment::Moment;
-pub(crate) use outcome::redact;
 pub use outcome::{KeptLease, Outcome, ReportName, Stage, Verdict};
+pub(crate) use outcome::{holds_token, redact};
 pub use ports::{Fetched, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports};
 pub use status::{
     DiskStatus, HeldNumber, HeldTasks, HostStatus, Live, OutboxStatus, Phase, PollStatus, ReportState, StatusBoard,

@@ -10,6 +10,8 @@ use super::{Artifact, Fetched, TaskId, Token};
 const STAGES: [&str; 3] = ["start_session", "initial_heartbeat", "build_ports"];
 /// Tokens this short are words: taking them out would spoil texts and hide nothing.
 const SECRET_BYTES_MIN: usize = 4;
+/// As much of a longer one is taken for it.
+const HEAD_BYTES: usize = 24;
 
 /// One of [`STAGES`].
 pub type Stage = &'static str;
@@ -143,13 +145,33 @@ impl Outcome {
     }
 }
 
-/// Takes these tokens out of `text`.
+/// Takes these tokens out of `text`, also where it was shortened in the midst of one.
 pub(crate) fn redact(text: &mut String, tokens: &[Token]) {
-    for token in tokens.iter().map(Token::expose).filter(|token| token.len() >= SECRET_BYTES_MIN) {
-        if text.contains(token) {
-            *text = text.replace(token, "(token)");
+    for token in secrets(tokens) {
+        let head = token.get(..HEAD_BYTES).unwrap_or(token);
+        if !text.contains(head) {
+            continue;
         }
+        let (mut clean, mut rest) = (String::with_capacity(text.len()), text.as_str());
+        while let Some(at) = rest.find(head) {
+            let same = |(a, b): &(char, char)| a == b;
+            let found =
+                rest[at..].chars().zip(token.chars()).take_while(same).map(|(a, _)| a.len_utf8()).sum::<usize>();
+            clean.extend([&rest[..at], "(token)"]);
+            rest = &rest[at + found..];
+        }
+        clean.push_str(rest);
+        *text = clean;
     }
+}
+
+/// Whether one of these tokens stands in `text`.
+pub(crate) fn holds_token(text: &str, tokens: &[Token]) -> bool {
+    secrets(tokens).any(|token| text.contains(token))
+}
+
+fn secrets(tokens: &[Token]) -> impl Iterator<Item = &str> {
+    tokens.iter().map(Token::expose).filter(|token| token.len() >= SECRET_BYTES_MIN)
 }
 
 fn clean_value(value: &mut Value, clean: &impl Fn(&mut String)) {
@@ -237,6 +259,21 @@ mod tests {
         ] {
             outcome.redact(&tokens);
             assert!(!format!("{outcome:?}").contains("tok-"), "{outcome:?}");
+        }
+    }
+
+    #[test]
+    fn a_token_is_taken_out_where_a_text_ends_in_the_midst_of_it() {
+        let tokens = [Token::new("eyJhbGciOiJFUzI1NiJ9.body-ÄÖ.signature")];
+        for (text, expected) in [
+            ("input eyJhbGciOiJFUzI1NiJ9.body… not found", "input (token)… not found"),
+            ("eyJhbGciOiJFUzI1NiJ9.body-ÄÖ.signature, eyJhbGciOiJFUzI1NiJ9.body-ÄÜ", "(token), (token)Ü"),
+            ("eyJhbGciOiJFUzI1NiJ9.other", "eyJhbGciOiJFUzI1NiJ9.other"),
+            ("eyJhbGciOi", "eyJhbGciOi"),
+        ] {
+            let mut text = text.to_owned();
+            redact(&mut text, &tokens);
+            assert_eq!(text, expected);
         }
     }
 

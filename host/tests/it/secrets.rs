@@ -169,6 +169,15 @@ async fn a_token_in_a_runners_lines_or_in_the_text_of_its_panic_goes_no_further(
     assert_eq!(line["header"], "Bearer (token)", "{line}");
     assert_eq!(node.says("elsewhere (token)").await["plugin"], "zoo");
     node.says("refused with (token)").await;
+    // An id is shortened before it is told, a path is kept.
+    for (place, expected) in [
+        ("input", "download of input (token)"),
+        ("path", "the path, name or data type of an artifact holds the task's token; use one without it"),
+    ] {
+        let ended = lab.run(&node, "/fixtures/tells-token/v1", json!({ "as": place })).await;
+        let (reason, _) = ended.failed();
+        assert!(reason.contains(expected), "{reason}");
+    }
     // What else it said is searched when it goes.
     node.stop().await;
 }

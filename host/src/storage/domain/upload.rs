@@ -16,7 +16,7 @@ use super::{
     wire::{ListJson, MetadataJson},
 };
 use crate::{
-    model::{Artifact, ArtifactSpec, Coordinates, PortError, PortErrorKind},
+    model::{Artifact, ArtifactSpec, Coordinates, PortError, PortErrorKind, holds_token},
     storage::{
         naming::{data_type, logical_path, marked_name, relative_path, shown, stored_name},
         runner_file::RunnerFile,
@@ -131,6 +131,12 @@ impl Inner {
         let lease = &self.grant.lease;
         let relative = relative_path(&spec.path)?;
         let logical_path = logical_path(lease.outputs_prefix.as_deref(), &relative);
+        // Paths and names are kept, listed and logged; nobody looks for secrets there.
+        let texts = [Some(&logical_path), spec.name.as_ref(), spec.data_type.as_ref()];
+        if texts.into_iter().flatten().any(|text| holds_token(text, &self.grant.tokens())) {
+            let why = "the path, name or data type of an artifact holds the task's token; use one without it";
+            return Err(PortError::new(PortErrorKind::InvalidPath, why.to_owned()));
+        }
         let what = format!("upload of {}", shown(&logical_path));
         for (field, value) in [("name", &spec.name), ("data type", &spec.data_type), ("id", &spec.existing_id)] {
             if let Some(value) = value {
