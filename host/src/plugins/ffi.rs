@@ -250,7 +250,8 @@ impl Running {
         if self.grant_token { self.grant.tokens() } else { Vec::new() }
     }
 
-    /// For calls that write to the task's directory. On a worker, where a file may be waited for.
+    /// For calls that write to the task's directory, where a file may be waited for: on a worker, or on a thread of the
+    /// plugin's own.
     fn make_folder(&self) -> Result<(), PortError> {
         (self.place.folder.make)().map_err(|text| PortError::new(PortErrorKind::Local, text))
     }
@@ -485,6 +486,7 @@ fn host_table(log_level: u32) -> abi::Host {
         output_abort,
         output_file,
         complete,
+        task_dir,
     }
 }
 
@@ -731,6 +733,11 @@ unsafe extern "C" fn complete(task: Task, status: Status, text: Str, details: St
         Ok(Status::STALE)
     });
     ended.unwrap_or(Status::FAILED)
+}
+
+unsafe extern "C" fn task_dir(task: Task, reply: Callback, user: *mut c_void) {
+    // In place: who asks is a thread of the plugin that would make the directory itself, and waits as long.
+    answer_in_place(task, reply, user, |running| running.make_folder().map(|()| Bytes::new()));
 }
 
 fn parse(json: &str) -> Result<serde_json::Value, PortError> {

@@ -34,7 +34,7 @@ pub const MAGIC: u64 = 0x5255_4e4e_4552_7631;
 /// Major version; a host refuses a plugin of another one.
 pub const ABI_MAJOR: u16 = 1;
 /// Minor version; grows with every appended entry.
-pub const ABI_MINOR: u16 = 0;
+pub const ABI_MINOR: u16 = 1;
 /// `major << 16 | minor`, as the tables carry it.
 pub const ABI_VERSION: u32 = (ABI_MAJOR as u32) << 16 | ABI_MINOR as u32;
 /// Section that holds the manifest, a JSON object readable without running the file.
@@ -181,6 +181,10 @@ pub struct Host {
     /// `STALE` when the task is over already.
     #[sabi(last_prefix_field)]
     pub complete: unsafe extern "C" fn(task: Task, status: Status, text: Str, details: Str) -> Status,
+    /// Makes the task's directory unless it is there, also where somebody has removed what it lies in. Answers
+    /// before it returns: nothing, or why it cannot be made. Since 1.1.
+    #[sabi(missing_field(option))]
+    pub task_dir: unsafe extern "C" fn(task: Task, reply: Callback, user: *mut c_void),
 }
 
 /// What a plugin offers. `runner_module_v1` returns a pointer to it, valid until the process ends.
@@ -208,8 +212,8 @@ pub struct Module {
 
 /// Bits of [`Module`]'s mask that this version needs: all six.
 pub const MODULE_MASK: u64 = 0b11_1111;
-/// Bits of [`Host`]'s mask that this version writes: all eighteen.
-pub const HOST_MASK: u64 = 0x3_ffff;
+/// Bits of [`Host`]'s mask that this version writes: all nineteen.
+pub const HOST_MASK: u64 = 0x7_ffff;
 
 /// A table as it lies in memory: the two leading words, then the entries. Read an entry only
 /// through a raw place and only if its bit is set: the table behind the pointer may be shorter
