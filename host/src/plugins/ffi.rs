@@ -27,7 +27,8 @@ use tracing::{Span, debug, error, info, trace, warn};
 
 use super::{InstallError, dispatch::Dispatcher, run::Folder, tasks::TaskTable};
 use crate::model::{
-    ArtifactSpec, Charge, Grant, InputStream, OutputStream, PortError, PortErrorKind, Ports, Setup, Token, redact,
+    ArtifactSpec, Charge, Grant, InputStream, OutputStream, PortError, PortErrorKind, Ports, Setup, TaskId, Token,
+    redact,
 };
 
 /// Most streams one task may hold open.
@@ -43,6 +44,11 @@ static INITS: Mutex<BTreeMap<usize, mpsc::Sender<InitAnswer>>> = Mutex::new(BTre
 /// How many calls named a task that was over or never was.
 pub(super) fn stale_calls() -> u64 {
     TASKS.stale_calls()
+}
+
+/// Every task that runs, with the name of its plugin.
+pub(super) fn running() -> Vec<(Arc<str>, TaskId)> {
+    TASKS.all().iter().map(|running| (Arc::clone(&running.plugin), running.grant.lease.task)).collect()
 }
 
 // ---------------------------------------------------------------------------------------------
