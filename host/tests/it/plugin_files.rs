@@ -521,6 +521,10 @@ async fn a_new_plugin_needs_a_name_a_place_and_an_sdk() {
     let said = new(&folder, &["mine", "--dir", "plugins", "--sdk", &sdk]).await.expect(2);
     assert!(said.stderr.contains("is there already and not an empty folder"), "{}", said.stderr);
     assert_eq!(said.stderr.lines().count(), 1);
+    let said = new(&folder, &["mine", "--dir", "plugins/something/deep/er", "--sdk", &sdk]).await.expect(2);
+    let blocked =
+        "error: plugins/something/deep/er: expected a folder, found a file at plugins/something; name another place";
+    assert_eq!(said.stderr, blocked);
     assert!(!folder.root().join("mine").exists());
 }
 
