@@ -89,9 +89,9 @@ extern "C" fn ended_by_plugin() {
     open::leave(ENDED_BY_PLUGIN);
 }
 
-/// In the log where it is told what happens; else as every command says why it ends.
+/// In the log of a node; as a command says why it ends where only errors are worth a line.
 fn say(thread: &str) {
-    let logged = tracing::enabled!(tracing::Level::INFO);
+    let logged = tracing::enabled!(tracing::Level::WARN);
     if let Some(file) = lock(&OPENING).clone() {
         let file = file.display();
         if logged {

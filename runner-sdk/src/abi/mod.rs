@@ -16,7 +16,8 @@
 //!
 //! # Start and complete
 //! Every host entry but `cancelled`, `log` and `complete` returns at once and answers through a
-//! [`Callback`], exactly once, from a thread of the host's choosing (the calling one included).
+//! [`Callback`], exactly once, from a thread of the host's choosing (the calling one included); `task_dir` answers
+//! before it returns.
 //! `start` returns at once too; the plugin answers with exactly one `complete`, from any thread.
 //! The host makes its calls one after the other, until one does not return for some milliseconds:
 //! then the next comes on another thread.
@@ -148,8 +149,8 @@ pub struct Host {
     pub progress: unsafe extern "C" fn(task: Task, json: Str, reply: Callback, user: *mut c_void),
     /// Appends an event; `json` is any JSON value. Answer: nothing.
     pub event: unsafe extern "C" fn(task: Task, json: Str, reply: Callback, user: *mut c_void),
-    /// 0 while the task should go on, 1 once it should stop, [`Status::STALE`] after its end. The only
-    /// call that answers in place.
+    /// 0 while the task should go on, 1 once it should stop, [`Status::STALE`] after its end. The
+    /// answer is what it returns.
     pub cancelled: unsafe extern "C" fn(task: Task) -> i32,
     /// Why the task should stop. Answer: a word such as `plane`, `lease-lost`, `drained`; empty when it should not.
     pub cancel_reason: unsafe extern "C" fn(task: Task, reply: Callback, user: *mut c_void),
