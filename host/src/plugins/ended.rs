@@ -46,7 +46,7 @@ pub(super) fn opening(name: &str, file: &Path) {
         names.push(name.to_owned());
     }
     drop(names);
-    info!(plugin = name, file = %file.display(), "loading plugin");
+    info!(plugin = %name, file = %file.display(), "loading plugin");
 }
 
 /// All libraries have been opened.

@@ -412,21 +412,29 @@ async fn a_plugin_that_ends_the_process_is_named_and_it_is_no_success() {
 
 #[tokio::test]
 async fn a_node_that_a_plugin_ends_says_which_and_what_was_running() {
-    let lab = Lab::start().await;
-    let node = lab
-        .node(&[fixtures::zoo(), fixtures::c("refused", &["TASK_EXITS"])])
-        .set("MAX_CONCURRENCY", "2")
-        .leasing()
-        .await;
-    let other = lab.task("/fixtures/wait-file/v1").meta(serde_json::json!({ "file": "/never" })).submit();
-    let other = lab.started(&node, other).await["id"].clone();
-    lab.task("/fixtures/refused/v1").submit();
-    assert_eq!(node.wait().await, 75);
-    let line = node.says("a plugin ended the process; a runner must never call exit").await;
-    let running = node.line(|line| line["message"] == "task started" && line["plugin"] == "refused").await;
-    assert_eq!((&line["level"], &line["plugin"]), (&"ERROR".into(), &"refused".into()), "{line}");
-    assert_eq!(line["task_ids"], running["task_id"], "{line}");
-    assert!(line["task_ids"] != other && line["timestamp"].is_string(), "{line}");
+    let plugins = [fixtures::zoo(), fixtures::hello(), fixtures::c("refused", &["TASK_EXITS"])];
+    let wait = "/fixtures/wait-file/v1";
+    for (exits, plugin, thread, named) in [
+        ("/fixtures/refused/v1", "refused", "plugin-refused", vec!["/fixtures/refused/v1"]),
+        ("/fixtures/exits/v1", "zoo", "runner-zoo", vec![wait, "/fixtures/exits/v1"]),
+    ] {
+        let lab = Lab::start().await;
+        let node = lab.node(&plugins).set("MAX_CONCURRENCY", "2").leasing().await;
+        let other = lab.task(wait).meta(serde_json::json!({ "file": "/never" })).submit();
+        lab.started(&node, other).await;
+        lab.task(exits).submit();
+        assert_eq!(node.wait().await, 75);
+        let line = node.says("a plugin ended the process; a runner must never call exit").await;
+        let told = [&line["level"], &line["plugin"], &line["thread"]];
+        assert_eq!(told, ["ERROR", plugin, thread], "{line}");
+        let ids = line["task_ids"].as_str().unwrap_or_default().split(' ');
+        let mut running: Vec<Value> = Vec::new();
+        for id in ids {
+            let started = node.line(|line| line["message"] == "task started" && line["task_id"] == id).await;
+            running.push(started["capability"].clone());
+        }
+        assert_eq!(running, named, "{}", node.log());
+    }
 }
 
 /// Nothing of ours runs once a signal or `_exit` has ended the process, so what was said before has to tell.
