@@ -26,7 +26,7 @@ extern "C" {
 
 #define RUNNER_MAGIC UINT64_C(0x52554e4e45527631) /* "RUNNERv1" */
 #define RUNNER_ABI_MAJOR 1
-#define RUNNER_ABI_MINOR 0
+#define RUNNER_ABI_MINOR 1
 #define RUNNER_ABI_VERSION ((uint32_t)((RUNNER_ABI_MAJOR << 16) | RUNNER_ABI_MINOR))
 
 /* Borrowed UTF-8 text; ptr may be NULL when len is 0. */
@@ -75,6 +75,7 @@ typedef void (*runner_callback)(void *user, runner_status status, runner_bytes d
  *             without stream.
  * output_open, output_file   take {"path"} and, where wanted, "name", "data_type", "existing_id", "size".
  * output_open answers {"stream": number}; output_finish and output_file answer {"id": text or null}.
+ * task_dir    answers nothing, or why the directory cannot be made. Ask RUNNER_HAS(host, 18) first.
  * complete    RUNNER_OK, or a status with text, one line, and details_json, any JSON for the job's author or empty.
  *             RUNNER_RETRYABLE, RUNNER_INVALID_INPUT and RUNNER_STORAGE say what a repeat is good for.
  *             Returns RUNNER_STALE where the task was over already.
@@ -103,6 +104,9 @@ typedef struct {
   void (*output_abort)(runner_task task, uint64_t stream, runner_callback reply, void *user);
   void (*output_file)(runner_task task, runner_str spec_json, runner_str path, runner_callback reply, void *user);
   runner_status (*complete)(runner_task task, runner_status status, runner_str text, runner_str details_json);
+  /* Since 1.1, entry 18. Makes the task's directory, which is there when `start` is called, again where somebody has
+   * removed it. Answers before it returns. */
+  void (*task_dir)(runner_task task, runner_callback reply, void *user);
 } runner_host;
 
 /* What a plugin offers. */
@@ -119,8 +123,8 @@ typedef struct {
 
 /* All six entries of runner_module, from magic to shutdown. */
 #define RUNNER_MODULE_MASK UINT64_C(0x3f)
-/* All eighteen entries of runner_host, from abi to complete. */
-#define RUNNER_HOST_MASK UINT64_C(0x3ffff)
+/* All nineteen entries of runner_host, from abi to task_dir. */
+#define RUNNER_HOST_MASK UINT64_C(0x7ffff)
 /* Whether entry number n (from 0) of a table is there. */
 #define RUNNER_HAS(table, n) (((table)->present >> (n)) & 1u)
 

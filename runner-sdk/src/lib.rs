@@ -34,5 +34,5 @@ pub mod __private {
     };
 
     pub const SDK_VERSION: &str = env!("CARGO_PKG_VERSION");
-    pub const ABI_TEXT: &str = "1.0";
+    pub const ABI_TEXT: &str = "1.1";
 }

@@ -27,7 +27,8 @@ use tracing::{Span, debug, error, info, trace, warn};
 
 use super::{InstallError, dispatch::Dispatcher, run::Folder, tasks::TaskTable};
 use crate::model::{
-    ArtifactSpec, Charge, Grant, InputStream, OutputStream, PortError, PortErrorKind, Ports, Setup, Token, redact,
+    ArtifactSpec, Charge, Grant, InputStream, OutputStream, PortError, PortErrorKind, Ports, Setup, TaskId, Token,
+    redact,
 };
 
 /// Most streams one task may hold open.
@@ -43,6 +44,11 @@ static INITS: Mutex<BTreeMap<usize, mpsc::Sender<InitAnswer>>> = Mutex::new(BTre
 /// How many calls named a task that was over or never was.
 pub(super) fn stale_calls() -> u64 {
     TASKS.stale_calls()
+}
+
+/// Every task that runs, with the name of its plugin.
+pub(super) fn running() -> Vec<(Arc<str>, TaskId)> {
+    TASKS.all().iter().map(|running| (Arc::clone(&running.plugin), running.grant.lease.task)).collect()
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -250,7 +256,8 @@ impl Running {
         if self.grant_token { self.grant.tokens() } else { Vec::new() }
     }
 
-    /// For calls that write to the task's directory. On a worker, where a file may be waited for.
+    /// For calls that write to the task's directory, where a file may be waited for: on a worker, or on a thread of the
+    /// plugin's own.
     fn make_folder(&self) -> Result<(), PortError> {
         (self.place.folder.make)().map_err(|text| PortError::new(PortErrorKind::Local, text))
     }
@@ -485,6 +492,7 @@ fn host_table(log_level: u32) -> abi::Host {
         output_abort,
         output_file,
         complete,
+        task_dir,
     }
 }
 
@@ -731,6 +739,11 @@ unsafe extern "C" fn complete(task: Task, status: Status, text: Str, details: St
         Ok(Status::STALE)
     });
     ended.unwrap_or(Status::FAILED)
+}
+
+unsafe extern "C" fn task_dir(task: Task, reply: Callback, user: *mut c_void) {
+    // In place: who asks is a thread of the plugin that would make the directory itself, and waits as long.
+    answer_in_place(task, reply, user, |running| running.make_folder().map(|()| Bytes::new()));
 }
 
 fn parse(json: &str) -> Result<serde_json::Value, PortError> {

@@ -7,6 +7,7 @@
 mod config;
 mod discover;
 mod dispatch;
+mod ended;
 mod error;
 mod ffi;
 mod inspect;
@@ -21,10 +22,7 @@ mod threads;
 use std::{
     collections::{BTreeMap, HashMap},
     path::{Path, PathBuf},
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
     time::Duration,
 };
 
@@ -34,6 +32,7 @@ use tracing::{info, warn};
 
 pub use config::{ConfigError, Entry, PluginsFile, Settings};
 pub use discover::{PlaceError, Places};
+pub use ended::{leave, watch_exit};
 pub use error::InstallError;
 pub use inspect::{Facts, Manifest};
 pub use run::{Folder, Job};
@@ -82,13 +81,6 @@ pub struct Listing {
     pub reason: Option<String>,
 }
 
-/// A library was opened in this process.
-static OPENED: AtomicBool = AtomicBool::new(false);
-/// The library that is being opened or initialised.
-static OPENING: Mutex<Option<PathBuf>> = Mutex::new(None);
-/// Exit code after a plugin ended the process: a supervisor should start it again.
-const ENDED_BY_PLUGIN: u8 = 75;
-
 /// Everything that was loaded.
 pub struct Plugins {
     by_capability: BTreeMap<Capability, Arc<Plugin>>,
@@ -134,8 +126,7 @@ impl Plugins {
             }
             let (name, capabilities) = (plugin.facts.manifest.name.clone(), plugin.capabilities.clone());
             let settings = plugin.settings.clone();
-            OPENED.store(true, Ordering::Relaxed);
-            *OPENING.lock().unwrap_or_else(PoisonError::into_inner) = Some(listing.file.clone());
+            ended::opening(&name, &listing.file);
             match load::open(plugin, config.init_limit, config.log_level) {
                 Ok(opened) => {
                     let slots = settings.max_concurrency.unwrap_or(config.max_concurrency);
@@ -156,7 +147,7 @@ impl Plugins {
                 }
             }
         }
-        *OPENING.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        ended::opened();
         for listing in &listings {
             if let Some(reason) = &listing.reason {
                 warn!(file = %listing.file.display(), reason, "plugin refused");
@@ -229,35 +220,6 @@ impl Plugins {
     fn plugin(&self, capability: &Capability) -> Option<&Arc<Plugin>> {
         self.by_capability.get(capability)
     }
-}
-
-/// Ends the process with `code` when a library was opened in it, without that library's exit
-/// handlers; returns when none was.
-pub fn leave(code: u8) {
-    use std::io::Write as _;
-    if OPENED.load(Ordering::Relaxed) {
-        // Nobody is left to be told when that fails.
-        let _ = std::io::stdout().flush();
-        open::leave(code);
-    }
-}
-
-/// For a program that ends by [`leave`]: an exit in another way, after a library was opened, is told as
-/// that library's doing and never has the code of a success.
-pub fn watch_exit() {
-    open::on_exit(ended_by_plugin);
-}
-
-extern "C" fn ended_by_plugin() {
-    if !OPENED.load(Ordering::Relaxed) {
-        return;
-    }
-    let opening = OPENING.try_lock().ok().and_then(|opening| opening.clone());
-    match opening {
-        Some(file) => eprintln!("error: plugin {} ended the process while it was loaded; remove it", file.display()),
-        None => eprintln!("error: a plugin ended the process; a runner must never call exit"),
-    }
-    open::leave(ENDED_BY_PLUGIN);
 }
 
 /// Reads what a library says about itself without running any of its code.

@@ -130,7 +130,7 @@ impl Plugin {
             let make = Arc::clone(&folder.make);
             let made = workers.spawn_blocking(move || make()).await;
             if let Err(message) = made.unwrap_or_else(|err| Err(err.to_string())) {
-                return Outcome::HostFault { message };
+                return Outcome::Storage { message };
             }
         }
         let place = ffi::Place { ports, folder, runtime: workers };

@@ -34,6 +34,14 @@ pub enum ScaffoldError {
         /// The folder.
         path: PathBuf,
     },
+    /// It cannot be made there.
+    #[error("{}: expected a folder, found a file at {}; name another place", path.display(), file.display())]
+    InTheWay {
+        /// The folder.
+        path: PathBuf,
+        /// What a part of its path is.
+        file: PathBuf,
+    },
     /// The SDK is not where it was said to be.
     #[error("{} holds no runner-sdk (no Cargo.toml of that package); pass the folder that does", path.display())]
     NoSdk {
@@ -66,6 +74,9 @@ pub enum ScaffoldError {
 pub fn create(dir: &Path, name: &str, sdk: &SdkSource) -> Result<Vec<PathBuf>, ScaffoldError> {
     check_name(name)?;
     let dependency = dependency(sdk)?;
+    if let Some(file) = dir.ancestors().skip(1).find(|above| above.is_file()) {
+        return Err(ScaffoldError::InTheWay { path: dir.to_owned(), file: file.to_owned() });
+    }
     if !is_free(dir) {
         return Err(ScaffoldError::Occupied { path: dir.to_owned() });
     }

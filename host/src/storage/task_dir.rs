@@ -12,7 +12,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -63,7 +63,7 @@ struct Home {
     base: PathBuf,
     path: PathBuf,
     named: AtomicU64,
-    empty: Option<Empty>,
+    empty: RwLock<Option<Empty>>,
     /// Held as long as the folder is ours.
     lock: Mutex<File>,
 }
@@ -78,6 +78,9 @@ impl Home {
         let turn = enter(&self.base)?;
         *lock = own(&self.path)?;
         drop(turn);
+        let mut empty = self.empty.write().unwrap_or_else(PoisonError::into_inner);
+        *empty = empty.take().and_then(|before| before.again(&self.path));
+        drop(empty);
         tracing::warn!(path = %self.path.display(), "scratch folder had been removed, it was made again");
         Ok(())
     }
@@ -134,6 +137,21 @@ impl Empty {
         Ok(None)
     }
 
+    /// For a folder made again in the same place. Tasks may work in there already, so nothing is tried out; what
+    /// was learned holds on the same file system.
+    #[cfg(unix)]
+    fn again(self, path: &Path) -> Option<Self> {
+        use std::os::unix::fs::MetadataExt as _;
+        let folder = File::open(path).ok()?;
+        let (was, is) = (self.folder.metadata().ok()?, folder.metadata().ok()?);
+        (was.dev() == is.dev()).then_some(Self { folder, links: self.links })
+    }
+
+    #[cfg(not(unix))]
+    fn again(self, _path: &Path) -> Option<Self> {
+        None
+    }
+
     fn is_so(&self) -> bool {
         links(&self.folder).is_ok_and(|links| links == self.links)
     }
@@ -147,6 +165,14 @@ fn links(folder: &File) -> io::Result<u64> {
 #[cfg(not(unix))]
 fn links(_folder: &File) -> io::Result<u64> {
     Err(io::ErrorKind::Unsupported.into())
+}
+
+impl Home {
+    /// Whether no task has a directory. `false` where that cannot be told.
+    fn is_empty(&self) -> bool {
+        let empty = self.empty.read().unwrap_or_else(PoisonError::into_inner);
+        empty.as_ref().is_some_and(Empty::is_so)
+    }
 }
 
 impl Drop for Home {
@@ -167,7 +193,7 @@ impl Scratch {
         let path = base.join(format!("{OWNER_PREFIX}{}-{}", std::process::id(), Uuid::new_v4().simple()));
         let lock = Mutex::new(own(&path)?);
         drop(turn);
-        let empty = Empty::learn(&path).map_err(failed("use", &path))?;
+        let empty = RwLock::new(Empty::learn(&path).map_err(failed("use", &path))?);
         Ok(Self { home: Arc::new(Home { base, path, named: AtomicU64::new(0), empty, lock }) })
     }
 
@@ -216,9 +242,13 @@ impl TaskDir {
     /// Makes it, readable by this user only, unless it is there. Blocks for as long as that takes.
     pub fn make(&self) -> Result<(), ScratchError> {
         let mut stage = self.0.stage();
-        if *stage == Stage::Named {
+        // Made before, it may have been removed since.
+        if *stage != Stage::Closed {
             let mut made = make_private(&self.0.path, false);
-            if made.as_ref().is_err_and(|err| err.kind() == io::ErrorKind::NotFound) {
+            if made
+                .as_ref()
+                .is_err_and(|err| matches!(err.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory))
+            {
                 self.0.home.restore()?;
                 made = make_private(&self.0.path, false);
             }
@@ -251,7 +281,7 @@ impl Place {
 
     fn close_empty(&self) -> bool {
         let mut stage = self.stage();
-        let unmade = *stage == Stage::Named && self.home.empty.as_ref().is_some_and(Empty::is_so);
+        let unmade = *stage == Stage::Named && self.home.is_empty();
         let empty = unmade
             || match fs::remove_dir(&self.path) {
                 Err(err) => err.kind() == io::ErrorKind::NotFound,
@@ -416,7 +446,8 @@ mod tests {
     fn a_folder_in_the_home_is_seen_by_its_link() {
         let base = base();
         let scratch = Scratch::open(base.path().to_owned()).expect("opens");
-        let Some(empty) = &scratch.home.empty else { return };
+        let empty = scratch.home.empty.read().expect("unharmed");
+        let Some(empty) = empty.as_ref() else { return };
         assert!(empty.is_so(), "the probe is gone");
         let (other, dir) = (scratch.task_dir(TASK), scratch.task_dir(TASK));
         make_private(dir.path(), false).expect("made by a runner");

@@ -75,6 +75,52 @@ async fn a_scratch_folder_that_somebody_removed_is_made_again() {
     first.wait().await;
 }
 
+#[tokio::test]
+async fn a_runner_gets_its_directory_also_when_the_nodes_folder_is_gone() {
+    let lab = Lab::start().await;
+    let base = tempfile::tempdir().expect("a folder");
+    let scratch = base.path().join("scratch");
+    let plugins = [fixtures::zoo(), fixtures::c("hello", &[])];
+    let node = lab.node(&plugins).set("SCRATCH_DIR", scratch.to_string_lossy()).leasing().await;
+    let task = || lab.task("/fixtures/scratch/v1").set("max_attempts", json!(1));
+    let own = || {
+        let names = entries(&scratch);
+        assert_eq!(names.len(), 1, "{names:?}");
+        scratch.join(&names[0])
+    };
+    let home = own();
+    let again = "scratch folder had been removed, it was made again";
+    for (removed, times) in [(&scratch, 1), (&home, 2)] {
+        std::fs::remove_dir_all(removed).expect("removed");
+        for _ in 0..2 {
+            let ended = lab.ended(&node, task().submit()).await;
+            let seen = lab.artifact(ended.completed(), "scratch.json").await;
+            let seen: Value = serde_json::from_slice(&seen).expect("JSON");
+            assert_eq!(seen["mode"], "700");
+        }
+        assert_eq!((own(), node.said(again).len()), (home.clone(), times), "{}", node.log());
+    }
+    // With a file in its place nothing can be made, and no runner is to blame.
+    for place in [&home, &scratch] {
+        std::fs::remove_dir_all(place).expect("removed");
+        std::fs::write(place, b"").expect("written");
+        // The second one's plugin is not built with our SDK: its directory is made before it starts.
+        for task in [task(), lab.task("/fixtures/c-hello/v1").set("max_attempts", json!(1))] {
+            let ended = lab.ended(&node, task.submit()).await;
+            let (reason, details) = ended.failed();
+            assert!(reason.starts_with("storage: cannot make"), "{reason}");
+            assert_eq!(details["outcome"], "storage");
+            assert!(!reason.contains(&*base.path().to_string_lossy()), "{reason}");
+        }
+        node.says("task directory could not be made").await;
+        std::fs::remove_file(place).expect("removed");
+        lab.ended(&node, task().submit()).await.completed();
+    }
+    assert_eq!(own(), home);
+    node.stop().await;
+    assert_eq!(entries(&scratch), ["lock"; 0]);
+}
+
 /// The folder of a process, and empty ones it keeps for its next tasks.
 fn is_own(path: &Path) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();

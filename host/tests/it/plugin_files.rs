@@ -8,9 +8,10 @@ use std::{
 
 use serde_json::Value;
 use sha2::{Digest, Sha256};
+use uuid::Uuid;
 
 use crate::harness::{
-    fixtures,
+    Lab, fixtures,
     folder::Folder,
     node::{Cli, Finished},
 };
@@ -406,7 +407,51 @@ async fn a_plugin_that_ends_the_process_is_named_and_it_is_no_success() {
     assert_eq!(said.stderr, line);
     folder.put("z.so", &fixtures::c("refused", &["TASK_EXITS"]));
     let said = folder.invoke("/fixtures/refused/v1", &[]).await.expect(75);
-    assert_eq!(said.stderr, "error: a plugin ended the process; a runner must never call exit");
+    let why = "error: a plugin ended the process; a runner must never call exit; plugin: refused; running tasks: ";
+    let rest = said.stderr.strip_prefix(why).unwrap_or_else(|| panic!("{}", said.stderr));
+    let (task, thread) = rest.split_once("; ").expect("two parts");
+    assert!(task.parse::<Uuid>().is_ok() && thread == "thread: plugin-refused", "{}", said.stderr);
+}
+
+#[tokio::test]
+async fn a_node_that_a_plugin_ends_says_which_and_what_was_running() {
+    let lab = Lab::start().await;
+    let node = lab
+        .node(&[fixtures::zoo(), fixtures::c("refused", &["TASK_EXITS"])])
+        .set("MAX_CONCURRENCY", "2")
+        .leasing()
+        .await;
+    let other = lab.task("/fixtures/wait-file/v1").meta(serde_json::json!({ "file": "/never" })).submit();
+    let other = lab.started(&node, other).await["id"].clone();
+    lab.task("/fixtures/refused/v1").submit();
+    assert_eq!(node.wait().await, 75);
+    let line = node.says("a plugin ended the process; a runner must never call exit").await;
+    let running = node.line(|line| line["message"] == "task started" && line["plugin"] == "refused").await;
+    assert_eq!((&line["level"], &line["plugin"]), (&"ERROR".into(), &"refused".into()), "{line}");
+    assert_eq!(line["task_ids"], running["task_id"], "{line}");
+    assert!(line["task_ids"] != other && line["timestamp"].is_string(), "{line}");
+}
+
+/// Nothing of ours runs once a signal or `_exit` has ended the process, so what was said before has to tell.
+#[tokio::test]
+async fn a_plugin_that_crashes_while_it_is_loaded_is_the_last_one_named() {
+    for (crash, code) in [("INIT_CRASHES", -1), ("INIT_EXITS_AT_ONCE", 0)] {
+        let folder = Folder::with_a_good_one();
+        let bad = folder.put("z.so", &fixtures::c("refused", &[crash]));
+        let named = |stderr: &str| {
+            let last = stderr.lines().last().unwrap_or_default();
+            last.contains("loading plugin") && last.contains(&*bad.to_string_lossy())
+        };
+        let list = folder.cli(&["plugins", "list"]).set("RUST_LOG", "info").run().await.expect(code);
+        assert!(named(&list.stderr), "{}", list.stderr);
+        let lab = Lab::start().await;
+        let node = lab.node(&[fixtures::hello(), bad.clone()]).begun();
+        assert_eq!(node.wait().await, code);
+        let lines = node.lines();
+        let last = lines.last().expect("it said something");
+        assert_eq!((&last["message"], &last["plugin"]), (&"loading plugin".into(), &"refused".into()), "{last}");
+        assert_eq!(node.said("plugin loaded").len(), 1);
+    }
 }
 
 #[tokio::test]
@@ -479,6 +524,10 @@ async fn a_new_plugin_needs_a_name_a_place_and_an_sdk() {
     let said = new(&folder, &["mine", "--dir", "plugins", "--sdk", &sdk]).await.expect(2);
     assert!(said.stderr.contains("is there already and not an empty folder"), "{}", said.stderr);
     assert_eq!(said.stderr.lines().count(), 1);
+    let said = new(&folder, &["mine", "--dir", "plugins/something/deep/er", "--sdk", &sdk]).await.expect(2);
+    let blocked =
+        "error: plugins/something/deep/er: expected a folder, found a file at plugins/something; name another place";
+    assert_eq!(said.stderr, blocked);
     assert!(!folder.root().join("mine").exists());
 }
 

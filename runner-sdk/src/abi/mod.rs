@@ -16,7 +16,8 @@
 //!
 //! # Start and complete
 //! Every host entry but `cancelled`, `log` and `complete` returns at once and answers through a
-//! [`Callback`], exactly once, from a thread of the host's choosing (the calling one included).
+//! [`Callback`], exactly once, from a thread of the host's choosing (the calling one included); `task_dir` answers
+//! before it returns.
 //! `start` returns at once too; the plugin answers with exactly one `complete`, from any thread.
 //! The host makes its calls one after the other, until one does not return for some milliseconds:
 //! then the next comes on another thread.
@@ -34,7 +35,7 @@ pub const MAGIC: u64 = 0x5255_4e4e_4552_7631;
 /// Major version; a host refuses a plugin of another one.
 pub const ABI_MAJOR: u16 = 1;
 /// Minor version; grows with every appended entry.
-pub const ABI_MINOR: u16 = 0;
+pub const ABI_MINOR: u16 = 1;
 /// `major << 16 | minor`, as the tables carry it.
 pub const ABI_VERSION: u32 = (ABI_MAJOR as u32) << 16 | ABI_MINOR as u32;
 /// Section that holds the manifest, a JSON object readable without running the file.
@@ -148,8 +149,8 @@ pub struct Host {
     pub progress: unsafe extern "C" fn(task: Task, json: Str, reply: Callback, user: *mut c_void),
     /// Appends an event; `json` is any JSON value. Answer: nothing.
     pub event: unsafe extern "C" fn(task: Task, json: Str, reply: Callback, user: *mut c_void),
-    /// 0 while the task should go on, 1 once it should stop, [`Status::STALE`] after its end. The only
-    /// call that answers in place.
+    /// 0 while the task should go on, 1 once it should stop, [`Status::STALE`] after its end. The
+    /// answer is what it returns.
     pub cancelled: unsafe extern "C" fn(task: Task) -> i32,
     /// Why the task should stop. Answer: a word such as `plane`, `lease-lost`, `drained`; empty when it should not.
     pub cancel_reason: unsafe extern "C" fn(task: Task, reply: Callback, user: *mut c_void),
@@ -181,6 +182,10 @@ pub struct Host {
     /// `STALE` when the task is over already.
     #[sabi(last_prefix_field)]
     pub complete: unsafe extern "C" fn(task: Task, status: Status, text: Str, details: Str) -> Status,
+    /// Makes the task's directory unless it is there, also where somebody has removed what it lies in. Answers
+    /// before it returns: nothing, or why it cannot be made. Since 1.1.
+    #[sabi(missing_field(option))]
+    pub task_dir: unsafe extern "C" fn(task: Task, reply: Callback, user: *mut c_void),
 }
 
 /// What a plugin offers. `runner_module_v1` returns a pointer to it, valid until the process ends.
@@ -208,8 +213,8 @@ pub struct Module {
 
 /// Bits of [`Module`]'s mask that this version needs: all six.
 pub const MODULE_MASK: u64 = 0b11_1111;
-/// Bits of [`Host`]'s mask that this version writes: all eighteen.
-pub const HOST_MASK: u64 = 0x3_ffff;
+/// Bits of [`Host`]'s mask that this version writes: all nineteen.
+pub const HOST_MASK: u64 = 0x7_ffff;
 
 /// A table as it lies in memory: the two leading words, then the entries. Read an entry only
 /// through a raw place and only if its bit is set: the table behind the pointer may be shorter

@@ -11,6 +11,7 @@ pub(crate) enum Call {
     Event(String),
     CancelReason,
     Token,
+    TaskDir,
     InputOpen { cid: String },
     InputRead { stream: u64, max: u64 },
     InputClose { stream: u64 },

@@ -164,11 +164,15 @@ fn begin(task: Task, request: &str) -> Result<(), String> {
     lock(&plugin.tasks).insert(task.0, Arc::clone(&cancelled));
     let port = Arc::new(HostPort { task, cancelled });
     let ctx = TaskCtx::new(request.lease, request.dir, port);
+    let dir = ctx.dir();
     let run = async move { served.runner.run_boxed(ctx).await };
     let attempt = async move {
         let ended = Guarded::new(run).await;
         lock(&plugin.tasks).remove(&task.0);
+        // Whatever a runner makes of a directory it was not given is not its own failure.
+        let without_dir = dir.failure().filter(|_| !matches!(ended, Ok(Ok(()))));
         match ended {
+            _ if without_dir.is_some() => complete(task, Status::STORAGE, without_dir.unwrap_or_default(), ""),
             Ok(Ok(())) => complete(task, Status::OK, "", ""),
             // The error's own words are the author's code too.
             Ok(Err(err)) => {
@@ -271,7 +275,7 @@ type Tell = oneshot::Sender<Result<Payload, PortError>>;
 fn dispatch(host: HostRef, task: Task, call: Call, tell: Tell) {
     let reply = Callback { call: answered };
     let user = Box::into_raw(Box::new(tell)).cast::<c_void>();
-    // SAFETY: every entry of `host` used here is a mandatory one of version 1. Borrowed texts live
+    // SAFETY: every entry of `host` used here is a mandatory one of version 1, or looked up. Borrowed texts live
     // until the call returns, which is all the host may use them for. `user` is the box above, and the
     // host hands it to `reply` exactly once.
     unsafe {
@@ -280,6 +284,10 @@ fn dispatch(host: HostRef, task: Task, call: Call, tell: Tell) {
             Call::Event(json) => host.event()(task, lend(json), reply, user),
             Call::CancelReason => host.cancel_reason()(task, reply, user),
             Call::Token => host.token()(task, reply, user),
+            Call::TaskDir => match host.task_dir() {
+                Some(task_dir) => task_dir(task, reply, user),
+                None => (reply.call)(user, Status::UNSUPPORTED, owned(Vec::new())),
+            },
             Call::InputOpen { cid } => host.input_open()(task, lend(cid), reply, user),
             Call::InputRead { stream, max } => host.input_read()(task, *stream, *max, reply, user),
             Call::InputClose { stream } => host.input_close()(task, *stream, reply, user),

@@ -122,7 +122,7 @@ impl Memory {
         if !state.running {
             return Err(PortError::new(PortErrorKind::TaskOver, "the task is over"));
         }
-        let moves_data = !matches!(call, Call::Progress(_) | Call::Event(_) | Call::CancelReason);
+        let moves_data = !matches!(call, Call::Progress(_) | Call::Event(_) | Call::CancelReason | Call::TaskDir);
         if moves_data && state.reason == Some(CancelReason::LeaseLost) {
             return Err(PortError::new(PortErrorKind::LeaseOver, "the lease is over"));
         }
@@ -146,6 +146,7 @@ impl Memory {
                 Some(token) => Ok(Payload::Local(token.clone().into_bytes())),
                 None => Err(PortError::new(PortErrorKind::Unsupported, "this task was not granted a token")),
             },
+            Call::TaskDir => std::fs::create_dir_all(&state.dir).map_err(local).and_then(|()| nothing()),
             Call::InputOpen { cid } => {
                 let bytes = input(&state, &cid)?.clone();
                 let stream = self.next_id();
