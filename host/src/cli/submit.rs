@@ -494,8 +494,16 @@ async fn bring(
         notes.line(&format!("artifact {} has no id, it cannot be brought", artifact.logical_path));
         return Ok(());
     };
-    let path = artifacts::place(folder, &artifact.logical_path).unwrap_or_else(|| {
-        notes.line(&format!("artifact path {:?} would leave the folder; stored as {id}", artifact.logical_path));
+    let own = match artifacts::place(folder, &artifact.logical_path) {
+        Ok(path) => match artifacts::make_way(&path) {
+            Ok(None) => Ok(path),
+            Ok(Some(why)) => Err(why),
+            Err(err) => return Err(PlaneError::file(&path, &err).into()),
+        },
+        Err(why) => Err(why),
+    };
+    let path = own.unwrap_or_else(|why| {
+        notes.line(&format!("artifact path {:?} {why}; stored as {id}", artifact.logical_path));
         folder.join(artifacts::plain(&id))
     });
     plane.download(&id, &path, notes).await?;

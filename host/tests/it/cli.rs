@@ -275,6 +275,51 @@ async fn submit_finds_the_world_of_dev_and_brings_the_artifact() {
 }
 
 #[tokio::test]
+async fn artifacts_without_a_place_of_their_own_are_brought_under_their_ids() {
+    let dir = workplace(&[fixtures::zoo()]);
+    let dev = Cli::new(&["dev", "--port", "0"]).dir(dir.path()).set("TMPDIR", dir.path().to_string_lossy()).start();
+    dev.stdout_line(|line| line == "For development and tests, not for production.").await;
+    let base = exports(&dev).into_iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1;
+    std::fs::create_dir_all(dir.path().join("brought/folder")).expect("the folder is writable");
+    let long = format!("long/{}", "x".repeat(300));
+    let cases = [
+        ("a", None),
+        ("a/b", Some("leads through a file that is there")),
+        ("a/b/c", Some("leads through a file that is there")),
+        ("d/e", None),
+        ("folder", Some("is that of a folder that is there")),
+        ("", Some("names no file")),
+        (&*long, Some("has a name that is too long for a file")),
+        ("C:x", Some("holds a character that no file name should")),
+        ("last", None),
+    ];
+    let puts = cases.map(|(path, _)| json!({ "path": path, "text": path }));
+    let submit =
+        Cli::new(&["submit", "/fixtures/puts/v1", "--wait", "--out", "brought", "-o", "json", "--attempts", "1"]);
+    let submit = submit.arg("--meta").arg(json!({ "puts": puts }).to_string()).dir(dir.path());
+    let ended = submit.set("RUNNER_HOST_DEV", base.as_str()).run().await.expect(0);
+    let printed: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+    let artifacts = printed["tasks"][0]["artifacts"].as_array().expect("a list");
+    assert_eq!(artifacts.len(), cases.len() + 1, "{printed:#}");
+    let notes: Vec<&str> = ended.stderr.lines().filter(|line| line.contains("; stored as ")).collect();
+    assert_eq!(notes.len(), cases.iter().filter(|(_, why)| why.is_some()).count(), "{}", ended.stderr);
+    for (path, why) in cases {
+        let artifact = artifacts.iter().find(|one| one["logical_path"] == *path).expect(path);
+        let (at, id) = (artifact["path"].as_str().expect("a path"), artifact["id"].as_str().expect("an id"));
+        assert_eq!(std::fs::read(dir.path().join(at)).expect(path), path.as_bytes());
+        match why {
+            None => assert_eq!(at, format!("brought/{path}")),
+            Some(why) => {
+                assert_eq!(at, format!("brought/{id}"));
+                let note = format!("artifact path {path:?} {why}; stored as {id}");
+                assert!(notes.contains(&&*note), "{note}\n{}", ended.stderr);
+            }
+        }
+    }
+    stopped(&dev).await;
+}
+
+#[tokio::test]
 async fn submit_ends_in_its_time_whatever_is_under_way() {
     let dir = workplace(&[fixtures::hello()]);
     let hang = |endpoint: &str| format!("[[fault]]\nendpoint = \"{endpoint}\"\nkind = \"hang\"\n");
