@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use url::Url;
 use uuid::Uuid;
 
-use super::{Exit, Output, no_text, put, unreadable};
+use super::{Exit, Output, no_text, put, table, unreadable};
 use crate::{
     config::{folder_trouble, host_trouble},
     model::Capability,
@@ -355,7 +355,7 @@ fn names(jobs: &[Uuid]) -> String {
 fn print_handed_in(form: Output, out: &mut impl Write, jobs: &[Uuid]) -> anyhow::Result<()> {
     match form {
         Output::Json => put(out, &format!("{}\n", json!({ "jobs": jobs }))),
-        Output::Text => put(out, &jobs.iter().map(|job| format!("{job}\n")).collect::<String>()),
+        Output::Text => put(out, &table(jobs)),
     }
 }
 
@@ -475,7 +475,7 @@ async fn finish(
             "artifacts": artifacts.iter().map(Artifact::to_json).collect::<Vec<_>>(),
         }));
         if args.output == Output::Text {
-            put(&mut *out, &artifacts.iter().map(|artifact| format!("{artifact}\n")).collect::<String>())?;
+            put(&mut *out, &table(&artifacts))?;
         }
     }
     if args.output == Output::Json {

@@ -319,6 +319,59 @@ async fn artifacts_without_a_place_of_their_own_are_brought_under_their_ids() {
     stopped(&dev).await;
 }
 
+/// What a runner says and what it names ends up on somebody's terminal.
+#[tokio::test]
+async fn what_a_runner_says_stays_in_its_line_and_commands_no_terminal() {
+    let dir = workplace(&[fixtures::zoo()]);
+    std::fs::write(dir.path().join("plugins/a\n\u{1b}[2J.so"), "no library").expect("the folder is writable");
+    let dev = Cli::new(&["dev", "--port", "0"]).dir(dir.path()).set("TMPDIR", dir.path().to_string_lossy()).start();
+    dev.stdout_line(|line| line == "For development and tests, not for production.").await;
+    let base = exports(&dev).into_iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1;
+    let bad = "boom \u{1b}[31mred\u{9b}0m \u{202e}back\u{7f}";
+    let bad_path = format!("{bad}\nsecond line");
+    let shown = "boom \u{fffd}[31mred\u{fffd}0m \u{fffd}back\u{fffd}";
+    let shown_path = format!("{shown}\u{fffd}second line");
+    let puts = |put: Value| json!({ "puts": [put] }).to_string();
+    let (fails, works) = (puts(json!({ "path": "x", "file": bad })), puts(json!({ "path": bad_path, "text": "x" })));
+    let submit = |meta: &str| {
+        let submit = Cli::new(&["submit", "/fixtures/puts/v1", "--wait", "--attempts", "1", "--meta", meta]);
+        submit.dir(dir.path()).set("RUNNER_HOST_DEV", base.as_str())
+    };
+    let invoke = |meta: &str| invoke(dir.path(), "/fixtures/puts/v1").arg("--meta").arg(meta);
+    let list = Cli::new(&["plugins", "list"]).dir(dir.path());
+
+    let mut all = Vec::new();
+    for (command, code, wanted) in [
+        (submit(&fails), 1, format!("failed: runner failed: no file of kind {shown}")),
+        (submit(&works), 0, shown_path.clone()),
+        (submit(&works).arg("--out").arg("on"), 0, format!("on/{shown_path}")),
+        (invoke(&fails), 1, format!("no file of kind {shown}")),
+        (invoke(&works), 0, format!("out/{shown_path}")),
+        (list, 0, "refused  a\u{fffd}\u{fffd}[2J.so".to_owned()),
+    ] {
+        let ended = command.run().await.expect(code);
+        assert!(ended.stdout.contains(&wanted) || ended.stderr.contains(&wanted), "{wanted}: {ended:?}");
+        all.push(ended);
+    }
+    for ended in &all {
+        let text = format!("{}{}", ended.stdout, ended.stderr);
+        let raw = text.find(|c: char| (c.is_control() && c != '\n') || c == '\u{202e}');
+        assert_eq!(raw, None, "{ended:?}");
+        assert!(!text.lines().any(|line| line.starts_with("second ")), "{ended:?}");
+    }
+    // Programs get it as it is.
+    let ended = submit(&fails).arg("-o").arg("json").run().await.expect(1);
+    let printed: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+    assert_eq!(printed["tasks"][0]["reason"], format!("runner failed: no file of kind {bad}"));
+    let ended = submit(&works).arg("-o").arg("json").run().await.expect(0);
+    let printed: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+    assert_eq!(printed["tasks"][0]["artifacts"][0]["logical_path"], bad_path);
+    let ended = invoke(&works).arg("-o").arg("json").run().await.expect(0);
+    let row: Value = serde_json::from_str(ended.stdout.lines().next().expect("a row")).expect("JSON");
+    assert_eq!(row["path"], format!("out/{bad_path}"));
+    stopped(&dev).await;
+}
+
 #[tokio::test]
 async fn submit_ends_in_its_time_whatever_is_under_way() {
     let dir = workplace(&[fixtures::hello()]);
