@@ -369,6 +369,9 @@ async fn what_a_runner_says_stays_in_its_line_and_commands_no_terminal() {
     let ended = invoke(&works).arg("-o").arg("json").run().await.expect(0);
     let row: Value = serde_json::from_str(ended.stdout.lines().next().expect("a row")).expect("JSON");
     assert_eq!(row["path"], format!("out/{bad_path}"));
+    // Neither does the log for people.
+    dev.stderr_line(|line| line.contains("plugin refused file=./plugins/a\u{fffd}\u{fffd}[2J.so reason=")).await;
+    assert_eq!(dev.log().find(|c: char| c.is_control() && c != '\n'), None, "{}", dev.log());
     stopped(&dev).await;
 }
 

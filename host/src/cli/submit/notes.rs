@@ -8,7 +8,7 @@ use std::{
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 
-use super::super::in_a_line;
+use crate::model::in_a_line;
 
 /// Progress lines come at most this often where there is no terminal.
 const LINE_PAUSE: Duration = Duration::from_secs(1);
