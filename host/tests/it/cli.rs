@@ -569,6 +569,37 @@ async fn bytes_that_are_no_text_are_told_and_not_replaced() {
     }
 }
 
+/// With stderr a terminal, where people read: other tests read from a pipe.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn on_a_terminal_commands_say_the_same() {
+    let dir = workplace(&[fixtures::zoo()]);
+    let binary = env!("CARGO_BIN_EXE_runner-host");
+    for (command, code, wanted) in [
+        ("plugins list", 0, "loaded   libzoo.so"),
+        ("invoke /fixtures/fail/v1", 1, "error: failed: cloud not written"),
+        ("config check", 78, "error: REG_SECRET is not set"),
+        ("run --set LOG_FORMAT=text", 78, "error: REG_SECRET is not set"),
+        ("submit /a/v1 --dev http://127.0.0.1:9", 75, "error: no world answers at http://127.0.0.1:9"),
+    ] {
+        let mut terminal = std::process::Command::new("script");
+        terminal.args(["-q", "-e", "-c"]).arg(format!("'{binary}' {command}")).arg("/dev/null");
+        terminal.current_dir(dir.path()).env("RUST_LOG", "info").env_remove("RUNNER_HOST_DEV");
+        for name in ["REG_SECRET", "DDS_BASE_URL", "DMS_BASE_URL", "SECP256K1_PRIVHEX"] {
+            terminal.env_remove(name);
+        }
+        let ended = tokio::task::spawn_blocking(move || terminal.output());
+        let ended = within(command, String::new, ended).await.expect("it does not panic");
+        let Ok(ended) = ended else {
+            eprintln!("skipped: there is no script(1)");
+            return;
+        };
+        let said = String::from_utf8_lossy(&ended.stdout).into_owned();
+        assert_eq!(ended.status.code(), Some(code), "{command}: {said}");
+        assert!(said.contains(wanted) && !said.contains("tracing-subscriber"), "{command}: {said}");
+    }
+}
+
 /// Streams that take nothing, as a full disk or a reader that is gone.
 #[tokio::test]
 async fn a_stderr_that_takes_nothing_causes_no_panic() {
