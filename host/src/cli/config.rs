@@ -5,7 +5,7 @@ use serde_json::json;
 use super::{
     Exit, Output, PluginArgs, complain, put,
     run::{Settings, checked},
-    tell,
+    table, tell,
 };
 use crate::{
     config::{KEYS, Key, Kind, Layers, Remark, Secrets, remarks},
@@ -103,7 +103,7 @@ impl Row {
         let said = [("mistake", &self.mistake), ("warning", &self.warning)];
         let said: String =
             said.iter().filter_map(|(word, said)| said.as_ref().map(|said| format!("  {word}: {said}"))).collect();
-        format!("{:<26} {value:<34} {}{said}\n", self.name, self.origin)
+        format!("{:<26} {value:<34} {}{said}", self.name, self.origin)
     }
 
     /// `mistake` and `warning` stand only where there is one.
@@ -133,7 +133,7 @@ fn show(layers: &Layers, secrets: &Secrets, output: Output) -> anyhow::Result<Ex
     warnings.extend(filter.map(|why| Remark::at("RUST_LOG", "", format_args!("{why}, using info"))));
     let rows = KEYS.iter().map(|key| row(key, layers, secrets, &mistakes, &warnings));
     let text: String = match output {
-        Output::Text => rows.map(|row| row.text()).collect(),
+        Output::Text => table(rows.map(|row| row.text())),
         Output::Json => {
             let all: serde_json::Map<_, _> = rows.map(|row| (row.name.to_owned(), row.json())).collect();
             format!("{}\n", serde_json::Value::Object(all))

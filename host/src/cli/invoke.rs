@@ -7,7 +7,8 @@ use serde_json::{Value, json, value::to_raw_value};
 use uuid::Uuid;
 
 use super::{
-    Exit, Output, PluginArgs, block_on, nothing_to_serve, put, reserve_stdout, signals::Signals, tell, unreadable,
+    Exit, Output, PluginArgs, block_on, nothing_to_serve, put, reserve_stdout, signals::Signals, table, tell,
+    unreadable,
 };
 use crate::{
     config::{Layers, default_scratch_dir, folder_trouble, plugin_init_timeout},
@@ -121,7 +122,7 @@ async fn invoke(
     for artifact in ports.published() {
         let path = args.out.join(&artifact.logical_path);
         match args.output {
-            Output::Text => put(&mut data, &format!("{}\n", path.display()))?,
+            Output::Text => put(&mut data, &table([path.display()]))?,
             Output::Json => {
                 let row = json!({
                     "path": path, "data_type": artifact.data_type, "name": artifact.name,

@@ -11,7 +11,7 @@ mod signals;
 mod submit;
 
 use std::{
-    io::Write as _,
+    io::{self, Write as _},
     path::{Path, PathBuf},
     process::ExitCode,
     sync::atomic::{AtomicBool, Ordering},
@@ -24,8 +24,9 @@ use uuid::Uuid;
 
 use crate::{
     config::{Key, Layers, Mistakes, Origin, Secrets, kernel_trouble, transport_settings},
-    model::Capability,
+    model::{Capability, in_a_line},
     observe::logs::{self, Format},
+    outbox::StateError,
     plugins::{Places, PluginsFile},
 };
 
@@ -44,9 +45,9 @@ pub enum Exit {
     PluginsRefused = 4,
     /// Time ran out.
     TimedOut = 5,
-    /// Temporary: the control plane is away, or a drain was cut short.
+    /// Temporary: the control plane is away, the machine has no room or port just now, or a drain was cut short.
     Temporary = 75,
-    /// The configuration cannot be used.
+    /// The configuration cannot be used, or a place it names is closed to us.
     Configuration = 78,
 }
 
@@ -123,8 +124,6 @@ pub fn main(secrets: &Secrets) -> ExitCode {
     let laid = cli.command.lay(&mut layers);
     start_logs(&cli.command, &layers);
     let quiet = cli.command.is_quiet();
-    // What a node cannot open or bind is its configuration; elsewhere it is work that failed.
-    let on_io = if quiet { Exit::Failed } else { Exit::Configuration };
     let ended = laid.and_then(|()| match cli.command {
         Command::Run(args) => run::run(&args, &layers, secrets),
         Command::Dev(args) => dev::run(args, layers),
@@ -140,8 +139,7 @@ pub fn main(secrets: &Secrets) -> ExitCode {
             Some(Mistakes(lines)) => lines.iter().for_each(|line| complain(line)),
             None => complain(&one_line(&err)),
         }
-        let usual = if err.is::<std::io::Error>() { on_io } else { Exit::Configuration };
-        err.downcast_ref::<Exit>().copied().unwrap_or(usual)
+        exit_of(&err, quiet)
     });
     crate::plugins::leave(exit as u8);
     exit.into()
@@ -197,6 +195,45 @@ fn one_line(err: &anyhow::Error) -> String {
         }
     }
     text
+}
+
+/// The exit code of a command that ended with `err`. A supervisor starts a node again after [`Exit::Temporary`]
+/// and leaves it down after [`Exit::Configuration`], so the latter is for what does not change by itself.
+fn exit_of(err: &anyhow::Error, quiet: bool) -> Exit {
+    let refused = |cause: &(dyn std::error::Error + 'static)| {
+        let by_owner = matches!(cause.downcast_ref(), Some(StateError::InUse { .. }));
+        by_owner || cause.downcast_ref().is_some_and(|err| !is_for_operator(err))
+    };
+    match err.downcast_ref::<Exit>() {
+        Some(exit) => *exit,
+        // A command that does one thing has failed at it; a node cannot open or bind what it needs.
+        None if quiet && err.is::<io::Error>() => Exit::Failed,
+        None if err.chain().any(refused) => Exit::Temporary,
+        None => Exit::Configuration,
+    }
+}
+
+/// Whether only the operator can change what the operating system refused. Everything else may be otherwise in a
+/// minute: a full disk, a quota, a port in use, too many open files, a disk that does not answer.
+fn is_for_operator(err: &io::Error) -> bool {
+    use io::ErrorKind as Kind;
+    #[cfg(unix)]
+    if err.raw_os_error() == Some(rustix::io::Errno::AFNOSUPPORT.raw_os_error()) {
+        return true;
+    }
+    matches!(
+        err.kind(),
+        Kind::NotFound
+            | Kind::PermissionDenied
+            | Kind::AlreadyExists
+            | Kind::NotADirectory
+            | Kind::IsADirectory
+            | Kind::ReadOnlyFilesystem
+            | Kind::AddrNotAvailable
+            | Kind::InvalidInput
+            | Kind::InvalidFilename
+            | Kind::Unsupported
+    )
 }
 
 impl std::fmt::Display for Exit {
@@ -394,7 +431,12 @@ fn is_device(_: &std::fs::Metadata) -> bool {
 
 /// A line for people, on stderr. That nobody reads it any more is no reason to end.
 fn tell(line: impl std::fmt::Display) {
-    let _ = writeln!(std::io::stderr(), "{line}");
+    let _ = writeln!(std::io::stderr(), "{}", in_a_line(&line.to_string()));
+}
+
+/// Rows of a table for people, a line each.
+fn table(rows: impl IntoIterator<Item = impl std::fmt::Display>) -> String {
+    rows.into_iter().map(|row| in_a_line(&row.to_string()) + "\n").collect()
 }
 
 /// Writes a command's data. A reader that has seen enough (`| head`) is no failure; a full disk is one.
@@ -447,5 +489,53 @@ mod tests {
         let text = cause.to_string();
         let err = anyhow::Error::from(cause).context(format!("open x: {text}")).context("start");
         assert_eq!(one_line(&err), format!("start: open x: {text}"));
+    }
+
+    #[test]
+    fn a_row_stays_a_row() {
+        assert_eq!(table(["a\nb", "c"]), "a\u{fffd}b\nc\n");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn what_may_be_otherwise_in_a_minute_is_tried_again_and_the_rest_is_for_the_operator() {
+        use rustix::io::Errno;
+        let exit = |no: Errno, quiet| {
+            let source = io::Error::from(no);
+            let refused = StateError::Io { action: "write", path: PathBuf::from("lock"), source };
+            exit_of(&anyhow::Error::from(refused).context("STATE_DIR cannot be used"), quiet)
+        };
+        for no in [
+            Errno::NOSPC,
+            Errno::DQUOT,
+            Errno::ADDRINUSE,
+            Errno::MFILE,
+            Errno::NFILE,
+            Errno::NOMEM,
+            Errno::NOBUFS,
+            Errno::IO,
+            Errno::STALE,
+            Errno::AGAIN,
+            Errno::BUSY,
+        ] {
+            assert_eq!((exit(no, false), exit(no, true)), (Exit::Temporary, Exit::Temporary), "{no:?}");
+        }
+        for no in [
+            Errno::NOENT,
+            Errno::ACCESS,
+            Errno::PERM,
+            Errno::NOTDIR,
+            Errno::ISDIR,
+            Errno::ROFS,
+            Errno::ADDRNOTAVAIL,
+            Errno::AFNOSUPPORT,
+            Errno::INVAL,
+            Errno::NAMETOOLONG,
+        ] {
+            assert_eq!((exit(no, false), exit(no, true)), (Exit::Configuration, Exit::Configuration), "{no:?}");
+        }
+        let stdout = anyhow::Error::from(io::Error::from(Errno::NOSPC)).context("write to stdout");
+        assert_eq!((exit_of(&stdout, true), exit_of(&stdout, false)), (Exit::Failed, Exit::Temporary));
+        assert_eq!(exit_of(&anyhow::anyhow!("x").context(Exit::Usage), false), Exit::Usage);
     }
 }

@@ -5,7 +5,7 @@ use std::{collections::HashSet, path::PathBuf};
 use anyhow::Context as _;
 use uuid::Uuid;
 
-use super::{Exit, Output, block_on, counted, put, tell};
+use super::{Exit, Output, block_on, counted, put, table, tell};
 use crate::{
     config::{self, Layers},
     control::{Reports, Wanted, client},
@@ -139,7 +139,7 @@ fn shown(reports: &[Listing], output: Output) -> anyhow::Result<String> {
     let rows = reports.iter().map(|report| {
         let ended = report.ended_at.strftime("%Y-%m-%dT%H:%M:%SZ");
         format!(
-            "{:<8} {} {} {:<10} {:>9}  {}  {}\n",
+            "{:<8} {} {} {:<10} {:>9}  {}  {}",
             report.state.word(),
             report.task_id,
             ended,
@@ -149,5 +149,5 @@ fn shown(reports: &[Listing], output: Output) -> anyhow::Result<String> {
             report.last_error.as_deref().unwrap_or("-"),
         )
     });
-    Ok(rows.collect())
+    Ok(table(rows))
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use super::{Exit, Output, PluginArgs, complain, one_line, put, reserve_stdout, tell};
+use super::{Exit, Output, PluginArgs, complain, one_line, put, reserve_stdout, table, tell};
 use crate::{
     config::{Layers, plugin_init_timeout},
     plugins::{Listing, ScaffoldError, SdkSource, create, inspect_file},
@@ -60,7 +60,7 @@ fn list(args: &PluginArgs, output: Output, layers: &Layers) -> anyhow::Result<Ex
             if listings.is_empty() {
                 tell(format_args!("no plugin was found"));
             }
-            put(data, &listings.iter().map(|listing| row(listing) + "\n").collect::<String>())?;
+            put(data, &table(listings.iter().map(row)))?;
         }
     }
     let refused_all = !listings.is_empty() && plugins.capabilities().is_empty();
@@ -69,8 +69,6 @@ fn list(args: &PluginArgs, output: Output, layers: &Layers) -> anyhow::Result<Ex
 
 fn row(listing: &Listing) -> String {
     let file = listing.file.file_name().unwrap_or(listing.file.as_os_str()).to_string_lossy();
-    // A file name may hold anything; a row stays one row.
-    let file = file.replace(char::is_control, "\u{fffd}");
     match &listing.reason {
         Some(reason) => format!("refused  {file:<24} {reason}"),
         None => format!("loaded   {file:<24} {}", listing.capabilities.join(", ")),
@@ -105,8 +103,7 @@ fn inspect(file: &std::path::Path, output: Output) -> anyhow::Result<Exit> {
         ("layout proof", facts.rust.to_string()),
         ("needs", facts.needed.join(", ")),
     ];
-    let text: String = rows.iter().map(|(name, value)| format!("{name:<16} {value}\n")).collect();
-    put(std::io::stdout(), &text)?;
+    put(std::io::stdout(), &table(rows.iter().map(|(name, value)| format!("{name:<16} {value}"))))?;
     Ok(Exit::Done)
 }
 
@@ -125,7 +122,7 @@ fn new(name: &str, dir: Option<PathBuf>, sdk: Option<PathBuf>) -> anyhow::Result
             return Ok(exit);
         }
     };
-    put(std::io::stdout(), &files.iter().map(|file| format!("{}\n", file.display())).collect::<String>())?;
+    put(std::io::stdout(), &table(files.iter().map(|file| file.display())))?;
     tell(format_args!("next: cd {} && cargo test && cargo build --release", dir.display()));
     Ok(Exit::Done)
 }

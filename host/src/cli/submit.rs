@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use url::Url;
 use uuid::Uuid;
 
-use super::{Exit, Output, no_text, put, unreadable};
+use super::{Exit, Output, no_text, put, table, unreadable};
 use crate::{
     config::{folder_trouble, host_trouble},
     model::Capability,
@@ -355,7 +355,7 @@ fn names(jobs: &[Uuid]) -> String {
 fn print_handed_in(form: Output, out: &mut impl Write, jobs: &[Uuid]) -> anyhow::Result<()> {
     match form {
         Output::Json => put(out, &format!("{}\n", json!({ "jobs": jobs }))),
-        Output::Text => put(out, &jobs.iter().map(|job| format!("{job}\n")).collect::<String>()),
+        Output::Text => put(out, &table(jobs)),
     }
 }
 
@@ -475,7 +475,7 @@ async fn finish(
             "artifacts": artifacts.iter().map(Artifact::to_json).collect::<Vec<_>>(),
         }));
         if args.output == Output::Text {
-            put(&mut *out, &artifacts.iter().map(|artifact| format!("{artifact}\n")).collect::<String>())?;
+            put(&mut *out, &table(&artifacts))?;
         }
     }
     if args.output == Output::Json {
@@ -494,8 +494,16 @@ async fn bring(
         notes.line(&format!("artifact {} has no id, it cannot be brought", artifact.logical_path));
         return Ok(());
     };
-    let path = artifacts::place(folder, &artifact.logical_path).unwrap_or_else(|| {
-        notes.line(&format!("artifact path {:?} would leave the folder; stored as {id}", artifact.logical_path));
+    let own = match artifacts::place(folder, &artifact.logical_path) {
+        Ok(path) => match artifacts::make_way(&path) {
+            Ok(None) => Ok(path),
+            Ok(Some(why)) => Err(why),
+            Err(err) => return Err(PlaneError::file(&path, &err).into()),
+        },
+        Err(why) => Err(why),
+    };
+    let path = own.unwrap_or_else(|why| {
+        notes.line(&format!("artifact path {:?} {why}; stored as {id}", artifact.logical_path));
         folder.join(artifacts::plain(&id))
     });
     plane.download(&id, &path, notes).await?;

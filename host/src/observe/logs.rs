@@ -1,16 +1,22 @@
 //! Log lines on stderr, JSON or text.
 
-use std::io::IsTerminal;
+use std::fmt::{self, Debug};
 
-use tracing::Subscriber;
+use tracing::{
+    Subscriber,
+    field::{Field, Visit},
+};
 use tracing_subscriber::{
     EnvFilter, Layer,
+    field::RecordFields,
     filter::{LevelFilter, Targets},
+    fmt::{FormatFields, format::Writer},
     layer::SubscriberExt,
     util::SubscriberInitExt,
 };
 
 use super::json::{JsonLines, JsonMembers};
+use crate::model::in_a_line;
 
 /// The form of a log line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,11 +45,38 @@ pub fn init(format: Format, filter: &str) {
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let lines: Box<dyn Layer<_> + Send + Sync> = match format {
         Format::Json => lines.event_format(JsonLines).fmt_fields(JsonMembers).boxed(),
-        Format::Text => lines.with_ansi(std::io::stderr().is_terminal()).boxed(),
+        // Colours are a feature of the crate that is left out; to ask for them without it is a panic.
+        Format::Text => lines.with_ansi(false).fmt_fields(TextFields).boxed(),
     };
     let _ = tracing_subscriber::registry().with(filter).with(lines).try_init();
     if let Some(mistake) = mistake {
         tracing::warn!(error = %mistake, "RUST_LOG cannot be used, logging at info");
+    }
+}
+
+/// Fields for people: a line stays a line, whatever a plugin or a service has said.
+struct TextFields;
+
+impl<'a> FormatFields<'a> for TextFields {
+    fn format_fields<R: RecordFields>(&self, mut writer: Writer<'a>, fields: R) -> fmt::Result {
+        let mut words = Words(String::new());
+        fields.record(&mut words);
+        writer.write_str(&words.0)
+    }
+}
+
+struct Words(String);
+
+impl Visit for Words {
+    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
+        let value = in_a_line(&format!("{value:?}"));
+        let space = if self.0.is_empty() { "" } else { " " };
+        self.0.push_str(&match field.name() {
+            "message" => format!("{space}{value}"),
+            // Where a record of the `log` crate comes from; its target stands in the line.
+            name if name.starts_with("log.") => return,
+            name => format!("{space}{name}={value}"),
+        });
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::harness::{
     Lab, fixtures,
-    node::{Cli, Finished, NodeSetup},
+    node::{Cli, Finished, NodeSetup, can_mount},
     rubbish::Rubbish,
 };
 
@@ -255,13 +255,33 @@ async fn an_address_or_a_folder_that_cannot_be_used_is_told() {
     let taken = silence.rubbish.address().to_string();
     let state = tempfile::tempdir().expect("a folder");
     let node = silence.node().set("HTTP_BIND", taken.as_str()).set("STATE_DIR", state.path().to_string_lossy());
-    let ended = silence.refuses(node, 78).await;
+    let ended = silence.refuses(node, 75).await;
     assert!(!state.path().join("control.sock").exists(), "a node that does not start takes its socket with it");
     let text = errors(&ended)[0].to_owned();
-    assert!(text.starts_with(&format!("HTTP_BIND {taken} cannot be bound: ")), "{text}");
+    assert!(text.starts_with(&format!("HTTP_BIND {taken} cannot be bound: Address already in use")), "{text}");
+    // Nobody takes that one away by itself: it is set aside for documents.
+    let ended = silence.refuses(silence.node().set("HTTP_BIND", "192.0.2.1:8080"), 78).await;
+    let text = errors(&ended)[0].to_owned();
+    assert!(text.starts_with("HTTP_BIND 192.0.2.1:8080 cannot be bound: "), "{text}");
     let file = tempfile::NamedTempFile::new().expect("a file");
     let ended = silence.refuses(silence.node().set("SCRATCH_DIR", file.path().to_string_lossy()), 78).await;
     assert_eq!(errors(&ended), [format!("SCRATCH_DIR: expected a folder, found a file at {}", file.path().display())]);
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_disk_without_room_at_the_start_is_tried_again_later() {
+    if !can_mount() {
+        eprintln!("skipped: this user may not mount");
+        return;
+    }
+    let silence = Silence::new().await;
+    let folder = tempfile::tempdir().expect("a folder");
+    let node = silence.node().set("STATE_DIR", folder.path().to_string_lossy()).full_disk(folder.path());
+    let ended = silence.refuses(node, 75).await;
+    let lock = folder.path().join("lock").display().to_string();
+    let wanted = format!("STATE_DIR cannot be used: cannot write {lock}: No space left on device (os error 28)");
+    assert_eq!(errors(&ended), [wanted]);
 }
 
 #[tokio::test]

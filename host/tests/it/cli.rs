@@ -275,6 +275,107 @@ async fn submit_finds_the_world_of_dev_and_brings_the_artifact() {
 }
 
 #[tokio::test]
+async fn artifacts_without_a_place_of_their_own_are_brought_under_their_ids() {
+    let dir = workplace(&[fixtures::zoo()]);
+    let dev = Cli::new(&["dev", "--port", "0"]).dir(dir.path()).set("TMPDIR", dir.path().to_string_lossy()).start();
+    dev.stdout_line(|line| line == "For development and tests, not for production.").await;
+    let base = exports(&dev).into_iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1;
+    std::fs::create_dir_all(dir.path().join("brought/folder")).expect("the folder is writable");
+    let long = format!("long/{}", "x".repeat(300));
+    let cases = [
+        ("a", None),
+        ("a/b", Some("leads through a file that is there")),
+        ("a/b/c", Some("leads through a file that is there")),
+        ("d/e", None),
+        ("folder", Some("is that of a folder that is there")),
+        ("", Some("names no file")),
+        (&*long, Some("has a name that is too long for a file")),
+        ("C:x", Some("holds a character that no file name should")),
+        ("last", None),
+    ];
+    let puts = cases.map(|(path, _)| json!({ "path": path, "text": path }));
+    let submit =
+        Cli::new(&["submit", "/fixtures/puts/v1", "--wait", "--out", "brought", "-o", "json", "--attempts", "1"]);
+    let submit = submit.arg("--meta").arg(json!({ "puts": puts }).to_string()).dir(dir.path());
+    let ended = submit.set("RUNNER_HOST_DEV", base.as_str()).run().await.expect(0);
+    let printed: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+    let artifacts = printed["tasks"][0]["artifacts"].as_array().expect("a list");
+    assert_eq!(artifacts.len(), cases.len() + 1, "{printed:#}");
+    let notes: Vec<&str> = ended.stderr.lines().filter(|line| line.contains("; stored as ")).collect();
+    assert_eq!(notes.len(), cases.iter().filter(|(_, why)| why.is_some()).count(), "{}", ended.stderr);
+    for (path, why) in cases {
+        let artifact = artifacts.iter().find(|one| one["logical_path"] == *path).expect(path);
+        let (at, id) = (artifact["path"].as_str().expect("a path"), artifact["id"].as_str().expect("an id"));
+        assert_eq!(std::fs::read(dir.path().join(at)).expect(path), path.as_bytes());
+        match why {
+            None => assert_eq!(at, format!("brought/{path}")),
+            Some(why) => {
+                assert_eq!(at, format!("brought/{id}"));
+                let note = format!("artifact path {path:?} {why}; stored as {id}");
+                assert!(notes.contains(&&*note), "{note}\n{}", ended.stderr);
+            }
+        }
+    }
+    stopped(&dev).await;
+}
+
+/// What a runner says and what it names ends up on somebody's terminal.
+#[tokio::test]
+async fn what_a_runner_says_stays_in_its_line_and_commands_no_terminal() {
+    let dir = workplace(&[fixtures::zoo()]);
+    std::fs::write(dir.path().join("plugins/a\n\u{1b}[2J.so"), "no library").expect("the folder is writable");
+    let dev = Cli::new(&["dev", "--port", "0"]).dir(dir.path()).set("TMPDIR", dir.path().to_string_lossy()).start();
+    dev.stdout_line(|line| line == "For development and tests, not for production.").await;
+    let base = exports(&dev).into_iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1;
+    let bad = "boom \u{1b}[31mred\u{9b}0m \u{202e}back\u{7f}";
+    let bad_path = format!("{bad}\nsecond line");
+    let shown = "boom \u{fffd}[31mred\u{fffd}0m \u{fffd}back\u{fffd}";
+    let shown_path = format!("{shown}\u{fffd}second line");
+    let puts = |put: Value| json!({ "puts": [put] }).to_string();
+    let (fails, works) = (puts(json!({ "path": "x", "file": bad })), puts(json!({ "path": bad_path, "text": "x" })));
+    let submit = |meta: &str| {
+        let submit = Cli::new(&["submit", "/fixtures/puts/v1", "--wait", "--attempts", "1", "--meta", meta]);
+        submit.dir(dir.path()).set("RUNNER_HOST_DEV", base.as_str())
+    };
+    let invoke = |meta: &str| invoke(dir.path(), "/fixtures/puts/v1").arg("--meta").arg(meta);
+    let list = Cli::new(&["plugins", "list"]).dir(dir.path());
+
+    let mut all = Vec::new();
+    for (command, code, wanted) in [
+        (submit(&fails), 1, format!("failed: runner failed: no file of kind {shown}")),
+        (submit(&works), 0, shown_path.clone()),
+        (submit(&works).arg("--out").arg("on"), 0, format!("on/{shown_path}")),
+        (invoke(&fails), 1, format!("no file of kind {shown}")),
+        (invoke(&works), 0, format!("out/{shown_path}")),
+        (list, 0, "refused  a\u{fffd}\u{fffd}[2J.so".to_owned()),
+    ] {
+        let ended = command.run().await.expect(code);
+        assert!(ended.stdout.contains(&wanted) || ended.stderr.contains(&wanted), "{wanted}: {ended:?}");
+        all.push(ended);
+    }
+    for ended in &all {
+        let text = format!("{}{}", ended.stdout, ended.stderr);
+        let raw = text.find(|c: char| (c.is_control() && c != '\n') || c == '\u{202e}');
+        assert_eq!(raw, None, "{ended:?}");
+        assert!(!text.lines().any(|line| line.starts_with("second ")), "{ended:?}");
+    }
+    // Programs get it as it is.
+    let ended = submit(&fails).arg("-o").arg("json").run().await.expect(1);
+    let printed: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+    assert_eq!(printed["tasks"][0]["reason"], format!("runner failed: no file of kind {bad}"));
+    let ended = submit(&works).arg("-o").arg("json").run().await.expect(0);
+    let printed: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+    assert_eq!(printed["tasks"][0]["artifacts"][0]["logical_path"], bad_path);
+    let ended = invoke(&works).arg("-o").arg("json").run().await.expect(0);
+    let row: Value = serde_json::from_str(ended.stdout.lines().next().expect("a row")).expect("JSON");
+    assert_eq!(row["path"], format!("out/{bad_path}"));
+    // Neither does the log for people.
+    dev.stderr_line(|line| line.contains("plugin refused file=./plugins/a\u{fffd}\u{fffd}[2J.so reason=")).await;
+    assert_eq!(dev.log().find(|c: char| c.is_control() && c != '\n'), None, "{}", dev.log());
+    stopped(&dev).await;
+}
+
+#[tokio::test]
 async fn submit_ends_in_its_time_whatever_is_under_way() {
     let dir = workplace(&[fixtures::hello()]);
     let hang = |endpoint: &str| format!("[[fault]]\nendpoint = \"{endpoint}\"\nkind = \"hang\"\n");
@@ -465,6 +566,37 @@ async fn bytes_that_are_no_text_are_told_and_not_replaced() {
         let stderr = String::from_utf8_lossy(&ended.stderr);
         assert!(stderr.lines().any(|line| line.starts_with(wanted)), "{script}: {stderr}");
         assert_eq!(ended.status.code(), Some(code), "{script}: {stderr}");
+    }
+}
+
+/// With stderr a terminal, where people read: other tests read from a pipe.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn on_a_terminal_commands_say_the_same() {
+    let dir = workplace(&[fixtures::zoo()]);
+    let binary = env!("CARGO_BIN_EXE_runner-host");
+    for (command, code, wanted) in [
+        ("plugins list", 0, "loaded   libzoo.so"),
+        ("invoke /fixtures/fail/v1", 1, "error: failed: cloud not written"),
+        ("config check", 78, "error: REG_SECRET is not set"),
+        ("run --set LOG_FORMAT=text", 78, "error: REG_SECRET is not set"),
+        ("submit /a/v1 --dev http://127.0.0.1:9", 75, "error: no world answers at http://127.0.0.1:9"),
+    ] {
+        let mut terminal = std::process::Command::new("script");
+        terminal.args(["-q", "-e", "-c"]).arg(format!("'{binary}' {command}")).arg("/dev/null");
+        terminal.current_dir(dir.path()).env("RUST_LOG", "info").env_remove("RUNNER_HOST_DEV");
+        for name in ["REG_SECRET", "DDS_BASE_URL", "DMS_BASE_URL", "SECP256K1_PRIVHEX"] {
+            terminal.env_remove(name);
+        }
+        let ended = tokio::task::spawn_blocking(move || terminal.output());
+        let ended = within(command, String::new, ended).await.expect("it does not panic");
+        let Ok(ended) = ended else {
+            eprintln!("skipped: there is no script(1)");
+            return;
+        };
+        let said = String::from_utf8_lossy(&ended.stdout).into_owned();
+        assert_eq!(ended.status.code(), Some(code), "{command}: {said}");
+        assert!(said.contains(wanted) && !said.contains("tracing-subscriber"), "{command}: {said}");
     }
 }
 

@@ -426,7 +426,7 @@ async fn a_second_node_on_the_same_folder_is_refused_in_one_line() {
     let lab = Lab::start().await;
     let node = lab.joined(&[fixtures::hello()]).await;
     let dir = node.state_dir().to_string_lossy().into_owned();
-    let said = lab.node(&[fixtures::hello()]).set("STATE_DIR", dir.as_str()).refused().await.expect(78);
+    let said = lab.node(&[fixtures::hello()]).set("STATE_DIR", dir.as_str()).refused().await.expect(75);
     let wanted = format!("error: STATE_DIR cannot be used: {dir} is in use by another node (process ");
     let lines: Vec<&str> = said.stderr.lines().filter(|line| line.starts_with("error")).collect();
     assert!(lines.len() == 1 && lines[0].starts_with(&wanted), "{}", said.stderr);

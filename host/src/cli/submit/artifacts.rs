@@ -1,7 +1,8 @@
 //! What a finished job's receipts say, and where its artifacts may go.
 
 use std::{
-    fmt,
+    fmt, fs,
+    io::{self, ErrorKind},
     path::{Path, PathBuf},
 };
 
@@ -65,19 +66,59 @@ fn receipts<'a>(job: &'a Value, task: &'a str) -> impl Iterator<Item = &'a Value
     job["receipts"].as_array().into_iter().flatten().filter(move |receipt| receipt["task_id"] == task)
 }
 
-/// A path below `folder`, or `None` when a logical path tries to be anything else.
-pub(super) fn place(folder: &Path, logical_path: &str) -> Option<PathBuf> {
+/// Why an artifact cannot lie in the folder under its own path.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub(super) enum NoPlace {
+    #[error("names no file")]
+    Empty,
+    #[error("would leave the folder")]
+    Leaves,
+    /// On other systems a backslash or a colon begins a path of its own.
+    #[error("holds a character that no file name should")]
+    Odd,
+    #[error("has a name that is too long for a file")]
+    TooLong,
+    #[error("leads through a file that is there")]
+    ThroughFile,
+    #[error("is that of a folder that is there")]
+    Folder,
+}
+
+/// A path below `folder` for a logical path.
+///
+/// # Errors
+/// When a logical path tries to be anything else.
+pub(super) fn place(folder: &Path, logical_path: &str) -> Result<PathBuf, NoPlace> {
     let mut path = folder.to_owned();
     let mut deeper = false;
     for segment in logical_path.split('/').filter(|segment| !segment.is_empty() && *segment != ".") {
-        // On other systems a backslash or a colon begins a path of its own.
-        if segment == ".." || segment.contains(['\0', '\\', ':']) {
-            return None;
+        if segment == ".." {
+            return Err(NoPlace::Leaves);
+        }
+        if segment.contains(['\0', '\\', ':']) {
+            return Err(NoPlace::Odd);
         }
         path.push(segment);
         deeper = true;
     }
-    deeper.then_some(path)
+    if deeper { Ok(path) } else { Err(NoPlace::Empty) }
+}
+
+/// Makes the folders above `path` and looks whether a file can lie there; `Some` when something is in the way.
+///
+/// # Errors
+/// What has nothing to do with the path, such as a full disk.
+pub(super) fn make_way(path: &Path) -> io::Result<Option<NoPlace>> {
+    let made = path.parent().map_or(Ok(()), fs::create_dir_all);
+    match made.and_then(|()| fs::symlink_metadata(path)) {
+        Ok(about) => Ok(about.is_dir().then_some(NoPlace::Folder)),
+        Err(err) => match err.kind() {
+            ErrorKind::NotFound => Ok(None),
+            ErrorKind::AlreadyExists | ErrorKind::NotADirectory => Ok(Some(NoPlace::ThroughFile)),
+            ErrorKind::InvalidFilename => Ok(Some(NoPlace::TooLong)),
+            _ => Err(err),
+        },
+    }
 }
 
 /// `text` as one harmless file name.
@@ -92,10 +133,16 @@ mod tests {
     #[test]
     fn artifacts_stay_below_the_folder() {
         let place = |path: &str| place(Path::new("out"), path);
-        assert_eq!(place("a/b.json"), Some(PathBuf::from("out/a/b.json")));
-        assert_eq!(place("/abs//x/./y"), Some(PathBuf::from("out/abs/x/y")));
-        for bad in ["../x", "a/../../x", "", "/", ".", "a\0b", "a\\..\\b", "C:x"] {
-            assert_eq!(place(bad), None, "{bad:?}");
+        assert_eq!(place("a/b.json"), Ok(PathBuf::from("out/a/b.json")));
+        assert_eq!(place("/abs//x/./y"), Ok(PathBuf::from("out/abs/x/y")));
+        for (why, bad) in [
+            (NoPlace::Leaves, &["../x", "a/../../x"][..]),
+            (NoPlace::Empty, &["", "/", ".", "//./"]),
+            (NoPlace::Odd, &["a\0b", "a\\..\\b", "C:x"]),
+        ] {
+            for path in bad {
+                assert_eq!(place(path).as_ref(), Err(&why), "{path:?}");
+            }
         }
         assert_eq!(plain("../a b"), "___a_b");
     }

@@ -8,6 +8,8 @@ use std::{
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 
+use crate::model::in_a_line;
+
 /// Progress lines come at most this often where there is no terminal.
 const LINE_PAUSE: Duration = Duration::from_secs(1);
 
@@ -36,8 +38,9 @@ impl Notes {
         Self { lines, bar: None, shown: None, shown_at: None }
     }
 
-    /// A line of its own. A terminal that is gone is no reason to stop.
+    /// A line of its own, whatever is in it. A terminal that is gone is no reason to stop.
     pub(super) fn line(&mut self, text: &str) {
+        let text = in_a_line(text);
         let lines = &mut self.lines;
         let mut write = || {
             let _ = writeln!(lines, "{text}");
@@ -85,7 +88,7 @@ impl Notes {
         if let Some(bar) = &self.bar {
             bar.set_length(total);
             bar.set_position(done);
-            bar.set_message(text);
+            bar.set_message(in_a_line(&text));
             return;
         }
         let news = self.shown.as_ref() != Some(&text);
@@ -105,7 +108,7 @@ fn progress(progress: &Value) -> (u64, String) {
     let share = share.unwrap_or(0.0).clamp(0.0, 100.0);
     let text = ["message", "stage", "status"].iter().find_map(|name| progress[*name].as_str()).unwrap_or_default();
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped to 0..=100 just above")]
-    (share as u64, text.chars().filter(|c| !c.is_control()).take(60).collect())
+    (share as u64, text.chars().take(60).collect())
 }
 
 fn size(bytes: u64) -> String {
@@ -125,6 +128,6 @@ mod tests {
         check(json!({"progress": 100, "status": "succeeded"}), 100, "succeeded");
         check(json!({"percent": 250.0}), 100, "");
         check(Value::Null, 0, "");
-        check(json!({"pct": -1, "message": "a\u{7}b"}), 0, "ab");
+        check(json!({"pct": -1, "message": "a".repeat(61)}), 0, &"a".repeat(60));
     }
 }

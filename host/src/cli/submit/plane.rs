@@ -48,6 +48,11 @@ pub(super) enum PlaneError {
 }
 
 impl PlaneError {
+    /// What the system says of a file.
+    pub(super) fn file(path: &Path, err: &std::io::Error) -> Self {
+        Self::File { what: path.display().to_string(), reason: err.to_string() }
+    }
+
     /// Whether a repeat may help.
     pub(super) fn is_temporary(&self) -> bool {
         match self {
@@ -276,8 +281,7 @@ impl Plane {
             return Err(refused(&format!("artifact {id}"), head.status, transport::excerpt(&text)));
         }
         let total = head.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
-        let trouble =
-            |err: std::io::Error| PlaneError::File { what: path.display().to_string(), reason: err.to_string() };
+        let trouble = |err: std::io::Error| PlaneError::file(path, &err);
         let folder = path.parent().unwrap_or(Path::new("."));
         tokio::fs::create_dir_all(folder).await.map_err(trouble)?;
         let beside = new_file(folder).map_err(trouble)?;

@@ -35,17 +35,24 @@ pub(crate) struct Cli {
     env: BTreeMap<String, String>,
     dir: Option<PathBuf>,
     file_bytes_max: Option<u64>,
+    full: Option<PathBuf>,
 }
 
 impl Cli {
     pub(crate) fn new(args: &[&str]) -> Self {
         let args = args.iter().map(OsString::from).collect();
-        Self { args, env: BTreeMap::new(), dir: None, file_bytes_max: None }
+        Self { args, env: BTreeMap::new(), dir: None, file_bytes_max: None, full: None }
     }
 
     /// No file of it can grow beyond this: writing more fails, as on a full disk.
     pub(crate) fn file_bytes_max(mut self, bytes: u64) -> Self {
         self.file_bytes_max = Some(bytes);
+        self
+    }
+
+    /// What it finds at this folder is a disk of its own without room. Only where [`can_mount`].
+    pub(crate) fn full_disk(mut self, folder: &Path) -> Self {
+        self.full = Some(folder.to_owned());
         self
     }
 
@@ -71,9 +78,14 @@ impl Cli {
             self.env.insert("RUST_LOG".to_owned(), filter);
         }
         let binary = env!("CARGO_BIN_EXE_runner-host");
-        let mut command = match self.file_bytes_max {
-            None => Command::new(binary),
-            Some(bytes) => {
+        let mut command = match (self.file_bytes_max, self.full) {
+            (None, None) => Command::new(binary),
+            (None, Some(folder)) => {
+                let mut shell = Command::new(MOUNTING[0]);
+                shell.args(&MOUNTING[1..]).arg(FILL_AND_RUN).arg(folder).arg(binary);
+                shell
+            }
+            (Some(bytes), _) => {
                 // The signal that comes with it is ignored, which a program keeps when it is replaced.
                 let limited = format!("trap '' XFSZ; ulimit -f {}; exec \"$0\" \"$@\"", bytes / 512);
                 let mut shell = Command::new("/bin/sh");
@@ -96,6 +108,19 @@ impl Cli {
         let code = process.wait().await;
         Finished { code, stdout: process.stdout().join("\n"), stderr: process.stderr().join("\n") }
     }
+}
+
+/// A shell that may mount, for itself and what it starts.
+const MOUNTING: [&str; 6] = ["unshare", "--user", "--map-root-user", "--mount", "/bin/sh", "-c"];
+
+/// A disk of four pages at `$0`, all of them taken; then the program.
+const FILL_AND_RUN: &str =
+    "mount -t tmpfs -o size=16k none \"$0\" && { cat /dev/zero >\"$0/full\" 2>/dev/null; exec \"$@\"; }";
+
+/// Whether this user may have mounts of its own: not every system lets one.
+pub(crate) fn can_mount() -> bool {
+    let tried = Command::new(MOUNTING[0]).args(&MOUNTING[1..]).arg("mount -t tmpfs none /tmp").output();
+    tried.is_ok_and(|ended| ended.status.success())
 }
 
 /// A process that has ended.
@@ -303,6 +328,12 @@ impl NodeSetup {
     /// See [`Cli::file_bytes_max`].
     pub(crate) fn file_bytes_max(mut self, bytes: u64) -> Self {
         self.cli = self.cli.file_bytes_max(bytes);
+        self
+    }
+
+    /// See [`Cli::full_disk`].
+    pub(crate) fn full_disk(mut self, folder: &Path) -> Self {
+        self.cli = self.cli.full_disk(folder);
         self
     }
 

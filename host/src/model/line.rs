@@ -1,0 +1,23 @@
+//! Text of others in a line for people.
+
+/// `text` as it may stand in a line that people read, whoever wrote it: what would end the line, command the terminal
+/// or turn the order of letters around shows as U+FFFD. JSON has the text as it is.
+#[must_use]
+pub fn in_a_line(text: &str) -> String {
+    let commands = |c: char| c.is_control() || matches!(c, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    text.replace(commands, "\u{fffd}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_stays_a_line_whatever_is_in_it() {
+        assert_eq!(
+            in_a_line("a\nb\r\u{1b}[31m\u{9b}2J\u{202e}c\t\u{7f}"),
+            "a\u{fffd}b\u{fffd}\u{fffd}[31m\u{fffd}2J\u{fffd}c\u{fffd}\u{fffd}"
+        );
+        assert_eq!(in_a_line("h\u{e9}llo \u{4e16}\u{754c}"), "h\u{e9}llo \u{4e16}\u{754c}");
+    }
+}
