@@ -92,40 +92,10 @@ fn enter(base: &Path) -> Result<File, ScratchError> {
         Err(err) if err.kind() == io::ErrorKind::AlreadyExists && base.is_dir() => {}
         made => made.map_err(failed("make scratch folder", base))?,
     }
-    #[cfg(unix)]
-    trusted(base).map_err(failed("use scratch folder", base))?;
     let lock = base.join(BASE_LOCK);
     let turn = open_lock(&lock).map_err(failed("open", &lock))?;
     turn.lock().map_err(failed("lock", &lock))?;
     Ok(turn)
-}
-
-/// Where anybody may make folders, as in the system's temporary one, somebody may have made ours before us, to look
-/// into it or to change what tasks work with.
-#[cfg(unix)]
-fn trusted(base: &Path) -> io::Result<()> {
-    use std::os::unix::fs::MetadataExt as _;
-    const ANYBODY: u32 = 0o002;
-    const STICKY: u32 = 0o1000;
-    let anybody = |mode: u32| mode & ANYBODY != 0;
-    let parent = base.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    if !anybody(std::fs::metadata(parent)?.mode()) {
-        return Ok(());
-    }
-    let us = rustix::process::geteuid().as_raw();
-    // Where it is a link, whoever made that decides where it leads.
-    let (link, folder) = (std::fs::symlink_metadata(base)?, std::fs::metadata(base)?);
-    let others = |uid: u32| uid != us && uid != 0;
-    if others(link.uid()) || others(folder.uid()) {
-        let why =
-            "it belongs to another user, in a folder where anybody may make one; set SCRATCH_DIR to one of your own";
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
-    }
-    if folder.uid() != us && anybody(folder.mode()) && folder.mode() & STICKY == 0 {
-        let why = "anybody may rename what lies in it; set SCRATCH_DIR to a folder of your own";
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
-    }
-    Ok(())
 }
 
 /// Makes the folder of this process and holds it.

@@ -45,34 +45,6 @@ async fn s0_82_a_slot_is_free_when_the_folder_of_its_task_is_gone() {
     }
 }
 
-/// Only root can give folders away; for others there is nothing to be seen here.
-#[cfg(unix)]
-#[tokio::test]
-async fn a_scratch_folder_that_another_user_made_first_is_not_used() {
-    use std::os::unix::fs::{PermissionsExt as _, chown, symlink};
-    const STRANGER: u32 = 12_345;
-    let lab = Lab::start().await;
-    let base = tempfile::tempdir().expect("a folder");
-    std::fs::set_permissions(base.path(), std::fs::Permissions::from_mode(0o1777)).expect("changed");
-    let (theirs, link, ours) = (base.path().join("theirs"), base.path().join("link"), base.path().join("ours"));
-    for folder in [&theirs, &ours] {
-        std::fs::create_dir(folder).expect("made");
-    }
-    symlink(&ours, &link).expect("made");
-    let given =
-        chown(&theirs, Some(STRANGER), None).and_then(|()| std::os::unix::fs::lchown(&link, Some(STRANGER), None));
-    let refused: &[&PathBuf] = if given.is_ok() { &[&theirs, &link] } else { &[] };
-    for folder in refused {
-        let node = lab.node(&[fixtures::hello()]).set("SCRATCH_DIR", folder.to_string_lossy()).start().await;
-        assert_eq!(node.wait().await, 78, "{}", node.log());
-        let reason =
-            "it belongs to another user, in a folder where anybody may make one; set SCRATCH_DIR to one of your own";
-        assert!(node.log().contains(reason), "{}", node.log());
-        assert_eq!(std::fs::read_dir(folder).expect("listed").count(), 0, "nothing was put there");
-    }
-    lab.node(&[fixtures::hello()]).set("SCRATCH_DIR", ours.to_string_lossy()).leasing().await.stop().await;
-}
-
 #[tokio::test]
 async fn a_scratch_folder_that_somebody_removed_is_made_again() {
     let lab = Lab::start().await;
