@@ -361,6 +361,7 @@ pub fn default_scratch_dir() -> PathBuf {
 pub fn own_scratch_dir() -> Result<PathBuf, Mistakes> {
     let dir = default_scratch_dir();
     let mut builder = std::fs::DirBuilder::new();
+    builder.recursive(true);
     #[cfg(unix)]
     std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
     // It may be there; why it cannot be made is told when it is used.
