@@ -13,7 +13,7 @@ use super::{Exit, PluginArgs, block_on, counted, no_text, put, run::checked, sig
 use crate::{
     app::Node,
     auth::NodeKey,
-    config::{HostConfig, Layers, Mistakes, Origin, Secrets, default_scratch_dir, folder_trouble, plugin_init_timeout},
+    config::{HostConfig, Layers, Mistakes, Origin, Secrets, folder_trouble, own_scratch_dir, plugin_init_timeout},
     dev::{self, DevError, Faults, WireForm, World},
     engine::{Ended, Stops},
     plugins::Plugins,
@@ -69,7 +69,7 @@ async fn live(args: Args, layers: Layers) -> anyhow::Result<Exit> {
     signals::listen(stops.clone())?;
     let plugins = if args.no_node { None } else { Some(Arc::new(args.plugins.load(64, None, limit)?)) };
     // What lasts no longer than this process; the next one removes what a killed one left.
-    let folder = Scratch::open(default_scratch_dir()).context("make a temporary folder")?;
+    let folder = Scratch::open(own_scratch_dir()?).context("make a temporary folder")?;
     let world = start(&args, &faults, folder.path()).await?;
     let state = args.data.as_ref().map_or_else(|| folder.path().join("state"), |data| data.join("node"));
     let node = match &plugins {

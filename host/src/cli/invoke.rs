@@ -11,7 +11,7 @@ use super::{
     unreadable,
 };
 use crate::{
-    config::{Layers, default_scratch_dir, folder_trouble, plugin_init_timeout},
+    config::{Layers, folder_trouble, own_scratch_dir, plugin_init_timeout},
     model::{CancelReason, Capability, Grant, Lease, Outcome, Ports, Setup, TaskId},
     plugins::{Folder, Job, Plugins},
     storage::{LocalPorts, Scratch},
@@ -80,7 +80,7 @@ async fn invoke(
     plugins: Plugins,
     mut data: impl Write,
 ) -> anyhow::Result<Exit> {
-    let scratch = Scratch::open(default_scratch_dir())?;
+    let scratch = Scratch::open(own_scratch_dir()?)?;
     let task = TaskId(Uuid::new_v4());
     let dir = scratch.task_dir(task);
     dir.make()?;

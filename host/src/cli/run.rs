@@ -5,7 +5,9 @@ use std::{path::PathBuf, sync::Arc};
 use super::{Exit, PluginArgs, block_on_beside_control, nothing_to_serve, signals};
 use crate::{
     app::Node,
-    config::{HostConfig, KEYS, Key, Layers, Mistakes, Origin, Secrets, folder_mistakes},
+    config::{
+        HostConfig, KEYS, Key, Layers, Mistakes, Origin, Secrets, default_scratch_dir, folder_mistakes, own_scratch_dir,
+    },
     engine::{Ended, Stops},
 };
 
@@ -107,6 +109,9 @@ pub(super) fn checked(layers: &Layers, secrets: &Secrets, plugins: &PluginArgs) 
 
 pub(super) fn run(args: &Args, layers: &Layers, secrets: &Secrets) -> anyhow::Result<Exit> {
     let config = checked(layers, secrets, &args.plugins)?;
+    if config.scratch_dir == default_scratch_dir() {
+        own_scratch_dir()?;
+    }
     for warning in &config.warnings {
         tracing::warn!(reason = %warning, "a setting should be put right");
     }

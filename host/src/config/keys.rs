@@ -143,7 +143,7 @@ pub const KEYS: &[Key] = &[
     key("OUTBOX_MAX", "outbox.max", Whole, Some("1000"), "reports not yet accepted from which on nothing new is leased"),
     key("TRANSFER_STALL_TIMEOUT", "storage.stall_timeout", Duration, Some("30s"), "how long a transfer may be silent before it counts as broken"),
     key("TRANSFER_PATIENCE", "storage.patience", Duration, Some("2m"), "how long a transfer in which nothing moves is tried again"),
-    key("MEMORY_BUDGET", "storage.memory_budget", Size, Some("1GiB"), "most bytes of tasks' data on their way through the node at once; objects beyond it are refused"),
+    key("MEMORY_BUDGET", "storage.memory_budget", Size, Some("1GiB"), "most bytes on their way to and from runners in memory at once; objects beyond it are refused"),
     key("UNPACK_FILES_MAX", "storage.unpack.files_max", Whole, Some("65536"), "most files and folders a zip input may hold"),
     key("UNPACK_BYTES_MAX", "storage.unpack.bytes_max", Size, Some("16GiB"), "most bytes a zip input may unpack to"),
     key("UNPACK_RATIO_MAX", "storage.unpack.ratio_max", Whole, Some("200"), "how many times its own size a zip input may unpack to, beyond 16 MiB"),

@@ -259,6 +259,7 @@ fn folder_remarks(layers: &Layers) -> Vec<Remark> {
     // One that cannot even be named is a mistake already.
     parser.mistakes.clear();
     parser.look_at_folder("SCRATCH_DIR", &scratch);
+    parser.look_at_own_folder();
     // What a command has chosen for its own node is its own business.
     if named && parser.origin("STATE_DIR") != Origin::Command {
         parser.look_at_folder("STATE_DIR", &state);
@@ -341,7 +342,8 @@ fn placeholder() -> Url {
     Url::parse("http://127.0.0.1").expect("a constant URL")
 }
 
-/// Below the system's temporary folder, a folder per user: others must not be able to claim it.
+/// Below the system's temporary folder, a folder per user: others must not be able to claim it, see
+/// [`own_scratch_dir`].
 #[must_use]
 pub fn default_scratch_dir() -> PathBuf {
     #[cfg(unix)]
@@ -349,4 +351,23 @@ pub fn default_scratch_dir() -> PathBuf {
     #[cfg(not(unix))]
     let user = std::env::var("USERNAME").unwrap_or_else(|_| "user".to_owned());
     std::env::temp_dir().join(format!("runner-host-{user}"))
+}
+
+/// [`default_scratch_dir`], made for this user alone. Once it is ours, nobody can put another in its place: that is
+/// what the sticky bit of a temporary folder is for.
+///
+/// # Errors
+/// One line when somebody else was quicker.
+pub fn own_scratch_dir() -> Result<PathBuf, Mistakes> {
+    let dir = default_scratch_dir();
+    let mut builder = std::fs::DirBuilder::new();
+    builder.recursive(true);
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    // It may be there; why it cannot be made is told when it is used.
+    let _ = builder.create(&dir);
+    match places::foreign_trouble(&dir) {
+        Some(trouble) => Err(Mistakes(vec![format!("SCRATCH_DIR: {trouble}")])),
+        None => Ok(dir),
+    }
 }

@@ -38,6 +38,29 @@ pub fn kernel_trouble(path: &Path) -> Option<String> {
     Some(format!("expected a folder for files, found {shown}{leads}; name one that is not below {kernels}"))
 }
 
+/// Why the folder that is taken where none is named cannot be: it lies where everybody may make folders, and one of
+/// somebody else, or a link, is a trap.
+#[cfg(unix)]
+pub(super) fn foreign_trouble(path: &Path) -> Option<String> {
+    use std::os::unix::fs::MetadataExt as _;
+    let about = std::fs::symlink_metadata(path).ok()?;
+    let found = match () {
+        () if about.is_symlink() => "a link",
+        () if about.uid() != rustix::process::geteuid().as_raw() => "one of somebody else",
+        () if about.mode() & 0o022 != 0 => "one that others can write to",
+        () => return None,
+    };
+    let shown = path.display();
+    Some(format!(
+        "expected a folder of this user alone, found {found} at {shown}; have it removed, or set TMPDIR to a folder of your own"
+    ))
+}
+
+#[cfg(not(unix))]
+pub(super) fn foreign_trouble(_: &Path) -> Option<String> {
+    None
+}
+
 /// Why one folder cannot be both of these, or the second not lie in the first.
 pub(super) fn clash(scratch: &Path, state: &Path) -> Option<String> {
     let (real_scratch, real_state) = (resolved(scratch), resolved(state));
@@ -155,6 +178,15 @@ impl Parser<'_> {
     pub(super) fn look_at_folder(&mut self, name: &str, path: &Path) {
         if let Some(trouble) = folder_trouble(path) {
             self.mistake(name, trouble);
+        }
+    }
+
+    /// Notes that the folder of this user belongs to another, where it is to be used.
+    pub(super) fn look_at_own_folder(&mut self) {
+        if self.optional("SCRATCH_DIR").is_none()
+            && let Some(trouble) = foreign_trouble(&super::default_scratch_dir())
+        {
+            self.mistake("SCRATCH_DIR", trouble);
         }
     }
 

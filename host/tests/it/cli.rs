@@ -569,6 +569,49 @@ async fn bytes_that_are_no_text_are_told_and_not_replaced() {
     }
 }
 
+/// The folder that is taken where none is named lies where everybody may make one.
+#[tokio::test]
+async fn a_temporary_folder_that_somebody_else_has_laid_out_is_not_used() {
+    use std::os::unix::fs::{PermissionsExt as _, chown, symlink};
+    let dir = workplace(&[fixtures::hello()]);
+    let elsewhere = tempfile::tempdir().expect("a folder");
+    let user = rustix::process::geteuid();
+    let trap = dir.path().join(format!("runner-host-{}", user.as_raw()));
+    let open = std::fs::Permissions::from_mode(0o777);
+    let commands = [
+        &["invoke", "/examples/hello/v1"][..],
+        &["dev", "--port", "0", "--no-node"],
+        &["config", "check"],
+        &["run", "--set", "MAX_CONCURRENCY=1"],
+    ];
+    for (found, laid) in [("a link", 0), ("one that others can write to", 1), ("one of somebody else", 2)] {
+        let _ = std::fs::remove_file(&trap).or_else(|_| std::fs::remove_dir(&trap));
+        match laid {
+            0 => symlink(elsewhere.path(), &trap).expect("the folder is writable"),
+            1 => {
+                std::fs::create_dir(&trap).expect("the folder is writable");
+                std::fs::set_permissions(&trap, open.clone()).expect("ours");
+            }
+            // Only the superuser can give a folder away.
+            _ if !user.is_root() => continue,
+            _ => {
+                std::fs::create_dir(&trap).expect("the folder is writable");
+                chown(&trap, Some(65_534), None).expect("given away");
+            }
+        }
+        for command in commands {
+            let ended = Cli::new(command).dir(dir.path()).set("TMPDIR", dir.path().to_string_lossy());
+            let ended = ended.set("HOME", dir.path().to_string_lossy()).run().await.expect(78);
+            let wanted = format!(
+                "error: SCRATCH_DIR: expected a folder of this user alone, found {found} at {}; have it removed, or set",
+                trap.display()
+            );
+            assert!(ended.stderr.lines().any(|line| line.starts_with(&wanted)), "{command:?}: {}", ended.stderr);
+        }
+        assert_eq!(std::fs::read_dir(elsewhere.path()).expect("listed").count(), 0, "{found}");
+    }
+}
+
 /// With stderr a terminal, where people read: other tests read from a pipe.
 #[cfg(target_os = "linux")]
 #[tokio::test]
