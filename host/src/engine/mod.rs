@@ -18,7 +18,7 @@ use tokio::{
     runtime::Handle,
     sync::{OwnedSemaphorePermit, Semaphore},
     task::{JoinError, JoinSet},
-    time::Instant,
+    time::{Instant, MissedTickBehavior},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, debug, error, info, warn};
@@ -36,6 +36,8 @@ use pace::{Pace, Worth};
 /// How long a stop waits for the answer to a poll under way. A lease that comes later expires and
 /// goes to another node.
 const LAST_POLL: Duration = Duration::from_secs(5);
+/// A plane that answers no poll for as long is shown to hang.
+const UNANSWERED: Duration = Duration::from_secs(10);
 /// How often a lease that could not be read is given back.
 const REFUSALS_MAX: u32 = 3;
 /// Pause after the first try of that; it grows by as much with each.
@@ -176,15 +178,31 @@ impl Engine {
     pub async fn run(mut self, stops: Stops) -> Ended {
         let source = Arc::clone(&self.rooms.source);
         let mut polls = FuturesUnordered::new();
+        // The last answer, or the first poll after it.
+        let mut since = Instant::now();
+        let mut look = tokio::time::interval(UNANSWERED / 5);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let more = !self.busy && polls.len() < self.pace.width();
             tokio::select! {
                 biased;
                 () = stops.drain.cancelled() => break,
-                Some(polled) = polls.next() => self.found(polled, &stops),
+                Some(polled) = polls.next() => {
+                    since = Instant::now();
+                    self.found(polled, &stops);
+                }
                 // After a finished task the next poll follows at once.
                 Some(ended) = self.attempts.join_next() => self.look_at(ended),
-                permit = turn(&self.rooms, &self.slots, &self.pace), if more => polls.push(poll(&*source, permit)),
+                permit = turn(&self.rooms, &self.slots, &self.pace), if more => {
+                    if polls.is_empty() {
+                        since = Instant::now();
+                    }
+                    polls.push(poll(&*source, permit));
+                }
+                // A plane that hangs gives no work long before the call has failed.
+                _ = look.tick(), if !polls.is_empty() => if since.elapsed() >= UNANSWERED {
+                    self.rooms.board.unanswered();
+                },
             }
         }
         // Dropped midway only when a stop runs out of patience: the plane may have given us leases.

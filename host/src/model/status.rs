@@ -85,6 +85,9 @@ pub struct PollStatus {
     /// Why the last one failed, one line; gone with the first one that is answered.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
+    /// One has waited for its answer for long; `false` with the first one that is answered.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub unanswered: bool,
 }
 
 /// Room on the file system of `SCRATCH_DIR`.
@@ -342,13 +345,24 @@ impl StatusBoard {
     /// Notes how a poll ended: with an answer, or why not.
     pub fn polled(&self, error: Option<String>) {
         self.0.send_if_modified(|HostStatus { polls, .. }| {
-            let news = error.is_some() || polls.failed > 0;
+            let news = error.is_some() || *polls != PollStatus::default();
             if news {
-                let failed = if error.is_some() { polls.failed.saturating_add(1) } else { 0 };
-                *polls = PollStatus { failed, last_error: error };
+                *polls = match &error {
+                    Some(_) => PollStatus {
+                        failed: polls.failed.saturating_add(1),
+                        last_error: error,
+                        unanswered: polls.unanswered,
+                    },
+                    None => PollStatus::default(),
+                };
             }
             news
         });
+    }
+
+    /// Notes that a poll has waited for its answer for long.
+    pub fn unanswered(&self) {
+        self.change(|status| status.polls.unanswered = true);
     }
 
     /// Enters a task, and the plugin that serves it.

@@ -172,6 +172,7 @@ async fn ready(State(status): State<watch::Receiver<HostStatus>>) -> impl IntoRe
                 status.polls.failed,
                 status.polls.last_error.as_deref().unwrap_or_default()
             )),
+            _ if status.polls.unanswered => Some("the control plane does not answer the poll".to_owned()),
             _ => None,
         },
         Phase::Starting => Some(match &status.registration_error {

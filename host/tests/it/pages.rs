@@ -31,6 +31,21 @@ async fn s0_14b_s0_15b_health_answers_before_registration_and_ready_says_what_is
 }
 
 #[tokio::test]
+async fn a_node_whose_polls_are_not_answered_is_not_ready_long_before_they_fail() {
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::hello()]).set("REQUEST_TIMEOUT_SECS", "15").leasing().await;
+    node.page_until("/ready", |page| page.0 == 200).await;
+    rubbish.answer("GET /v1/tasks", usize::MAX, Bad::Hang);
+    let (_, page) = node.page_until("/ready", |page| page.0 == 503).await;
+    assert_eq!(page["reason"], "the control plane does not answer the poll");
+    assert_eq!(node.status().await["polls"], json!({ "failed": 0, "unanswered": true }));
+    rubbish.heal();
+    node.page_until("/ready", |page| page.0 == 200).await;
+    assert_eq!(node.status().await["polls"], json!({ "failed": 0 }));
+}
+
+#[tokio::test]
 async fn a_node_whose_polls_fail_is_not_ready_until_one_is_answered() {
     let lab = Lab::start().await;
     let rubbish = Rubbish::before(&lab).await;
