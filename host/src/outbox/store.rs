@@ -1,7 +1,7 @@
 //! The file: a small database that is either as it was before a change or as it is after it.
 
 use std::{
-    fs,
+    fs, io,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
 };
@@ -33,13 +33,22 @@ pub(super) enum Change {
 
 /// Why the file was not read or written: one line.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub(super) struct StoreError(String);
+pub(super) enum StoreError {
+    /// The operating system refused something: the file may be as sound as before.
+    #[error("{0}")]
+    System(io::Error),
+    /// It is not what this version wrote.
+    #[error("{0}")]
+    Damaged(String),
+}
 
 impl<E: Into<redb::Error>> From<E> for StoreError {
     fn from(err: E) -> Self {
-        let text: redb::Error = err.into();
-        Self(text.to_string().replace('\n', " "))
+        match err.into() {
+            // Without a number it is the library's own: a file that ends too early.
+            redb::Error::Io(err) if err.raw_os_error().is_some() => Self::System(err),
+            err => Self::Damaged(err.to_string().replace('\n', " ")),
+        }
     }
 }
 
@@ -58,12 +67,12 @@ impl Store {
     pub(super) fn open(path: &Path) -> Result<(Self, Vec<Row>), StoreError> {
         // A damaged page can be met where the library expects none.
         let opened = catch_unwind(AssertUnwindSafe(|| Self::open_sound(path)));
-        opened.unwrap_or_else(|_| Err(StoreError("its pages contradict each other".to_owned())))
+        opened.unwrap_or_else(|_| Err(StoreError::Damaged("its pages contradict each other".to_owned())))
     }
 
     fn open_sound(path: &Path) -> Result<(Self, Vec<Row>), StoreError> {
-        let file = private(path).map_err(|err| StoreError(err.to_string()))?;
-        let identity = identity(&file.metadata().map_err(|err| StoreError(err.to_string()))?);
+        let file = private(path).map_err(StoreError::System)?;
+        let identity = identity(&file.metadata().map_err(StoreError::System)?);
         let mut database = Builder::new().set_cache_size(CACHE_BYTES).create_file(file)?;
         if !database.check_integrity()? {
             tracing::warn!(path = %path.display(), "outbox was repaired");
@@ -76,7 +85,7 @@ impl Store {
             match found {
                 Some(FORMAT) => {}
                 Some(format) => {
-                    return Err(StoreError(format!("it has format {format}, this version reads {FORMAT}")));
+                    return Err(StoreError::Damaged(format!("it has format {format}, this version reads {FORMAT}")));
                 }
                 None => drop(about.insert("format", FORMAT)?),
             }
@@ -108,7 +117,7 @@ impl Store {
     }
 }
 
-/// Opens the file of a node. One that cannot be used is set aside under a name with the time, and a
+/// Opens the file of a node. One that is damaged is set aside under a name with the time, and a
 /// new one begun: finished work goes on being kept.
 ///
 /// # Errors
@@ -117,15 +126,15 @@ pub(super) fn open_or_set_aside(folder: &Path) -> Result<(Store, Vec<Row>), Stat
     let path = folder.join(FILE);
     let why = match Store::open(&path) {
         Ok(opened) => return Ok(opened),
+        // A full disk, or a folder that cannot be written, does not make a file a damaged one.
+        Err(StoreError::System(err)) => return Err(failed("open", &path)(err)),
         Err(err) => err,
     };
-    // A folder that cannot be written is a mistake of configuration, not a damaged file.
-    private(&path).map_err(failed("open", &path))?;
     let aside = free_name(folder);
     fs::rename(&path, &aside).map_err(failed("set aside", &path))?;
     tracing::error!(path = %path.display(), moved_to = %aside.display(), error = %why, "outbox cannot be read, it was set aside");
     let again = Store::open(&path);
-    again.map_err(|err| failed("make", &path)(std::io::Error::other(err)))
+    again.map_err(|err| failed("make", &path)(io::Error::other(err)))
 }
 
 fn free_name(folder: &Path) -> PathBuf {

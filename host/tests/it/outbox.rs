@@ -466,6 +466,23 @@ async fn a_damaged_file_is_set_aside_and_said_and_the_node_goes_on() {
     node.stop().await;
 }
 
+/// A device takes the place of a disk that gives errors.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_file_the_system_gives_no_access_to_is_not_taken_for_a_damaged_one() {
+    let lab = Lab::start().await;
+    let state = tempfile::tempdir().expect("a folder");
+    let file = state.path().join("outbox.redb");
+    std::os::unix::fs::symlink("/dev/full", &file).expect("made");
+    let node = lab.node(&[fixtures::hello()]).set("STATE_DIR", state.path().to_string_lossy()).refused().await;
+    let said = node.stderr.lines().filter(|line| line.starts_with("error: ")).collect::<Vec<_>>();
+    let start = format!("error: STATE_DIR cannot be used: cannot open {}: ", file.display());
+    assert!(said.len() == 1 && said[0].starts_with(&start), "{}", node.stderr);
+    assert!([75, 78].contains(&node.code), "{node:?}");
+    let left = std::fs::read_dir(state.path()).expect("listed").flatten().map(|entry| entry.file_name());
+    assert!(left.into_iter().all(|name| !name.to_string_lossy().contains("damaged")), "nothing is set aside");
+}
+
 const MADE_AGAIN: &str = "state folder was removed under this node, it was made again with the reports that wait";
 
 #[tokio::test]
