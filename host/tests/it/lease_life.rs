@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::harness::{
-    Lab, fixtures,
+    Ended, Lab, fixtures,
     rubbish::{Bad, Rubbish},
 };
 
@@ -75,23 +75,27 @@ async fn s0_18c_s0_88_a_token_turned_during_a_task_serves_its_later_upload() {
     assert_eq!(refused, None, "no call went out with a replaced token");
 }
 
-// S0-70, S1-17, S1-18
-#[tokio::test]
-async fn what_a_runner_says_is_bounded_with_a_typed_error_and_what_was_taken_arrives() {
+/// Lets a runner say all it can while no heartbeat is answered, so that nothing leaves its queue; how its task ended, and
+/// what it was told.
+async fn says_too_much(meta: Value) -> (Ended, Value) {
     let lab = Lab::start().await;
     let rubbish = Rubbish::before(&lab).await;
-    // While no heartbeat is answered nothing leaves the queue.
     let (gate, held) = Bad::gate();
     rubbish.answer("POST /v1/tasks/*/heartbeat", 1, held);
     let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
-    let job = lab.task("/fixtures/limits/v1").submit();
+    let job = lab.task("/fixtures/limits/v1").meta(meta).submit();
     rubbish.seen("POST /v1/tasks/*/heartbeat", 1).await;
-    // Its first upload waits for the set-up heartbeat, all its events come before.
-    node.says("task started").await;
-    tokio::time::sleep(Duration::from_millis(500)).await;
+    node.says("said all I could").await;
     gate.cancel();
     let ended = lab.ended(&node, job).await;
-    let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "limits.json").await).expect("JSON");
+    let seen = lab.artifact(ended.completed(), "limits.json").await;
+    (ended, serde_json::from_slice(&seen).expect("JSON"))
+}
+
+// S0-70, S1-17, S1-18
+#[tokio::test]
+async fn what_a_runner_says_is_bounded_with_a_typed_error_and_what_was_taken_arrives() {
+    let (ended, seen) = says_too_much(json!({})).await;
     assert_eq!(seen["progress"], "Limit: progress is 70002 bytes of JSON, at most 65536 are allowed");
     assert_eq!(seen["event"], "Limit: event is 70002 bytes of JSON, at most 65536 are allowed");
     let many = seen["many"].as_str().expect("text");
@@ -108,18 +112,7 @@ async fn what_a_runner_says_is_bounded_with_a_typed_error_and_what_was_taken_arr
 // S0-70, S1-18: what waits is bounded by its bytes too.
 #[tokio::test]
 async fn large_events_are_bounded_by_their_bytes() {
-    let lab = Lab::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    let (gate, held) = Bad::gate();
-    rubbish.answer("POST /v1/tasks/*/heartbeat", 1, held);
-    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
-    let job = lab.task("/fixtures/limits/v1").meta(json!({ "event_bytes": 30_000 })).submit();
-    rubbish.seen("POST /v1/tasks/*/heartbeat", 1).await;
-    node.says("task started").await;
-    tokio::time::sleep(Duration::from_millis(500)).await;
-    gate.cancel();
-    let ended = lab.ended(&node, job).await;
-    let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "limits.json").await).expect("JSON");
+    let (ended, seen) = says_too_much(json!({ "event_bytes": 30_000 })).await;
     let many = seen["many"].as_str().expect("text");
     assert!(many.starts_with("Limit: ") && many.contains("or 262144 bytes at most"), "{many}");
     assert_eq!(seen["taken"], 8, "eight times 30 kB, not nine");
