@@ -237,7 +237,7 @@ const NAMED_MAX: usize = 100;
 
 /// Says what of the reports that are left the next start finds.
 fn say_left(left: &Left) {
-    let Left { reports, unwritten, lost } = left;
+    let Left { reports, kept, unwritten, lost } = left;
     if !lost.is_empty() {
         let tasks: Vec<String> = lost.iter().take(NAMED_MAX).map(ToString::to_string).collect();
         let error = unwritten.as_deref();
@@ -251,8 +251,8 @@ fn say_left(left: &Left) {
     } else if let Some(error) = unwritten {
         warn!(error, "outbox was not closed in order");
     }
-    if *reports > lost.len() {
-        warn!(reports = reports - lost.len(), "reports are left in the outbox, the next start sends them");
+    if *kept > 0 {
+        warn!(reports = kept, "reports are left in the outbox, the next start sends them");
     }
 }
 

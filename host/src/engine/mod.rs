@@ -1,8 +1,8 @@
 //! Slots, polling, dispatch, drain. Owns what is running.
 //!
 //! [`attempt::attempt`] is the path of one task. [`Engine::run`] polls for leases while slots are
-//! free, one at a time or several while leases come, and stops in two steps: first nothing new is leased and running tasks may end, then they are
-//! cancelled.
+//! free, one at a time or several while leases come, and stops in two steps: first nothing new is leased
+//! and running tasks may end, then they are cancelled.
 
 mod attempt;
 mod pace;

@@ -55,9 +55,9 @@ pub(super) enum Worth {
     Nothing,
 }
 
-/// Decides when to poll, and how often at once. Work is followed by the next poll at once; empty answers, failures in a row and
-/// leases that were good for nothing are not, so that neither a plane which flaps nor a task which comes
-/// back as soon as it has failed is a tight loop.
+/// Decides when to poll, and how often at once. Work is followed by the next poll at once; empty answers,
+/// failures in a row and leases that were good for nothing are not, so that neither a plane which flaps nor
+/// a task which comes back as soon as it has failed is a tight loop.
 pub(super) struct Pace {
     backoff: Backoff,
     next: Instant,

@@ -120,8 +120,10 @@ pub enum Sent {
 /// What an outbox leaves behind when it ends.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Left {
-    /// Reports the control plane has not accepted.
+    /// Reports of ours the control plane has not accepted.
     pub reports: usize,
+    /// How many of them the next start finds.
+    pub kept: usize,
     /// Why the disk does not say all of that, in one line.
     pub unwritten: Option<String>,
     /// Of which tasks it says nothing: their reports end with this process.
@@ -310,12 +312,15 @@ impl Outbox {
         let closed = self.0.writer.close().await;
         self.with(Book::let_go);
         let book = &self.lock().book;
+        let reports = book.ours();
         let Err(Unwritten { error, numbers }) = closed else {
-            return Left { reports: book.ours(), ..Left::default() };
+            return Left { reports, kept: reports, ..Left::default() };
         };
         let numbers = numbers.map_or_else(|| book.numbers(None), |numbers| numbers.into_iter().collect());
-        let lost = numbers.into_iter().filter_map(|number| book.listing(number)).map(|report| report.task_id).collect();
-        Left { reports: book.ours(), unwritten: Some(error), lost }
+        let lost: Vec<Listing> = numbers.into_iter().filter_map(|number| book.listing(number)).collect();
+        let ours = lost.iter().filter(|report| report.state != ListingState::Foreign).count();
+        let lost = lost.into_iter().map(|report| report.task_id).collect();
+        Left { reports, kept: reports - ours, unwritten: Some(error), lost }
     }
 
     /// Sends every report of ours once, until so many have failed; with how many did. `None`: time is up.

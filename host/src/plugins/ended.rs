@@ -19,6 +19,7 @@ use std::{
 use tracing::{error, info};
 
 use super::{ffi, open};
+use crate::model::in_a_line;
 
 /// A library was opened in this process.
 static OPENED: AtomicBool = AtomicBool::new(false);
@@ -117,8 +118,7 @@ fn say(thread: &str) {
 
 /// Unlike `eprintln!` it does not panic where nobody reads.
 fn complain(line: &str) {
-    let line = line.replace(char::is_control, "\u{fffd}");
-    let _ = writeln!(std::io::stderr(), "error: {line}");
+    let _ = writeln!(std::io::stderr(), "error: {}", in_a_line(line));
 }
 
 /// The plugins a thread of this name may belong to.

@@ -38,7 +38,7 @@ pub use inspect::{Facts, Manifest};
 pub use run::{Folder, Job};
 pub use scaffold::{ScaffoldError, SdkSource, create};
 
-use crate::model::{Capability, Outcome};
+use crate::model::{Capability, Outcome, in_a_line};
 use load::Verified;
 use run::Plugin;
 
@@ -295,6 +295,6 @@ impl Listing {
     fn refuse(&mut self, err: &InstallError) {
         self.state = "refused";
         // A path in it may hold anything; a reason stays one line.
-        self.reason = Some(err.to_string().replace(char::is_control, "\u{fffd}"));
+        self.reason = Some(in_a_line(&err.to_string()));
     }
 }

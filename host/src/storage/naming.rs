@@ -8,7 +8,7 @@ use std::path::Path;
 use sha2::{Digest, Sha256};
 
 use super::digest::hex;
-use crate::model::{PortError, PortErrorKind, TaskId};
+use crate::model::{PortError, PortErrorKind, TaskId, in_a_line};
 
 /// Longest artifact path taken from a runner, in bytes.
 pub(crate) const PATH_BYTES_MAX: usize = 1024;
@@ -117,7 +117,7 @@ fn cut(mut ascii: String, limit: usize) -> String {
 /// `text` as it may stand in an error line: one line, not endless.
 pub(crate) fn shown(text: &str) -> String {
     const CHARS_MAX: usize = 200;
-    let mut shown: String = text.chars().take(CHARS_MAX).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
+    let mut shown = in_a_line(&text.chars().take(CHARS_MAX).collect::<String>());
     if text.chars().nth(CHARS_MAX).is_some() {
         shown.push('…');
     }
