@@ -207,12 +207,15 @@ impl Inner {
         self.clock.lock().expect("nobody panics with the clock")
     }
 
-    /// What stands against this request, counted down.
-    fn rule(&self, request: &str) -> Option<Bad> {
+    /// What stands against this request, counted down. An edit is one of the answer and is taken when that
+    /// is there: a poll may be under way at the world when a test asks for other leases from now on.
+    fn rule(&self, request: &str, answered: bool) -> Option<Bad> {
         let mut rules = self.rules();
         let rule = rules.iter_mut().find(|rule| rule.left > 0 && fits(&rule.pattern, request))?;
-        rule.left -= 1;
-        Some(rule.bad.clone())
+        (matches!(rule.bad, Bad::Edit(_)) == answered).then(|| {
+            rule.left -= 1;
+            rule.bad.clone()
+        })
     }
 
     async fn pass_on(&self, request: Request<Incoming>) -> (StatusCode, HeaderMap, Bytes) {
@@ -247,7 +250,7 @@ impl Inner {
 
     async fn answer(&self, request: Request<Incoming>) -> Result<Response<Body>, std::io::Error> {
         let name = format!("{} {}", request.method(), request.uri());
-        let rule = self.rule(&name);
+        let rule = self.rule(&name, false);
         self.heads.lock().expect("nobody panics with the heads").push((name.clone(), request.headers().clone()));
         self.seen.send_modify(|seen| seen.push(name.clone()));
         let json = "application/json";
@@ -277,7 +280,7 @@ impl Inner {
                 *silent.headers_mut() = headers;
                 silent
             }
-            None | Some(Bad::Edit(_) | Bad::Held(_)) => {
+            None | Some(Bad::Held(_)) => {
                 let (status, mut headers, mut body) = self.pass_on(request).await;
                 if let Some(Bad::Held(gate)) = &rule {
                     gate.cancelled().await;
@@ -296,7 +299,8 @@ impl Inner {
                     }
                     body = value.to_string().into();
                 }
-                if let (Some(Bad::Edit(edit)), Ok(mut value)) = (rule, serde_json::from_slice::<Value>(&body)) {
+                let edit = if rule.is_none() { self.rule(&name, true) } else { None };
+                if let (Some(Bad::Edit(edit)), Ok(mut value)) = (edit, serde_json::from_slice::<Value>(&body)) {
                     edit(&mut value);
                     body = value.to_string().into();
                 }
@@ -350,7 +354,7 @@ impl Inner {
                         .expect("a response"),
                     Bad::Hang => std::future::pending().await,
                     Bad::Cut | Bad::CutAfter(_) | Bad::SilentAfter(_) | Bad::Edit(_) | Bad::Held(_) | Bad::Echo(_) => {
-                        unreachable!("answered above")
+                        unreachable!("answered above, or an edit")
                     }
                 }
             }
