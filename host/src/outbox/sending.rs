@@ -79,8 +79,8 @@ impl Try {
             if *who == Sender::Outbox {
                 let waited = Timestamp::now().duration_since(entry.ended_at).max(SignedDuration::ZERO);
                 let waited_ms = millis(waited.unsigned_abs());
-                info!(task_id = %task, outcome = verdict.outcome.word(), tries, waited_ms, "report delivered");
                 outbox.0.board.settled(ended_as.unwrap_or(task), ReportState::Accepted);
+                info!(task_id = %task, outcome = verdict.outcome.word(), tries, waited_ms, "report delivered");
             }
             return Some(Sent::Accepted);
         };
@@ -88,8 +88,8 @@ impl Try {
         if for_good(&err) {
             let ended_as = outbox.answered(*number)?;
             if *who == Sender::Outbox {
-                warn!(task_id = %task, outcome = verdict.outcome.word(), tries, error, "report refused for good");
                 outbox.0.board.settled(ended_as, ReportState::Refused);
+                warn!(task_id = %task, outcome = verdict.outcome.word(), tries, error, "report refused for good");
             }
             return Some(Sent::Refused(error));
         }
