@@ -148,6 +148,45 @@ async fn s0_05_a_plugins_log_lines_are_in_the_hosts_log_with_plugin_and_task() {
 }
 
 #[tokio::test]
+async fn s0_05_a_line_belongs_to_the_task_whose_spans_it_is_in() {
+    let lab = Lab::start().await;
+    let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "2").leasing().await;
+    let jobs = [lab.task("/fixtures/spans/v1").submit(), lab.task("/fixtures/spans/v1").submit()];
+    let mut tasks = Vec::new();
+    for job in jobs {
+        tasks.push(lab.ended(&node, job).await.completed().task()["id"].clone());
+    }
+    node.stop().await;
+    let spoken = |line: &Value| line["plugin_target"] == "zoo::calls";
+    let said = |task: &Value| -> Vec<String> {
+        let own = node.lines().into_iter().filter(|line| spoken(line) && &line["task_id"] == task);
+        let mut texts: Vec<String> = own.map(|line| line["message"].as_str().expect("a text").to_owned()).collect();
+        texts.sort();
+        texts
+    };
+    for task in &tasks {
+        let wanted = [
+            "at the end",
+            "back in the span",
+            "in a child of a span",
+            "in a span",
+            "in a spawned task that was given the span",
+            "in spans within spans",
+            "out of one of them",
+            "with the span as its parent",
+        ];
+        assert_eq!(said(task), wanted, "{}", node.log());
+    }
+    let nobodys = [
+        "in a span of nobody",
+        "in a span of nobody",
+        "in a spawned task that was not",
+        "in a spawned task that was not",
+    ];
+    assert_eq!(said(&Value::Null), [&nobodys[..], &["with no parent", "with no parent"]].concat(), "{}", node.log());
+}
+
+#[tokio::test]
 async fn log_lines_of_plugins_obey_the_hosts_filter() {
     let lab = Lab::start().await;
     let node = lab.node(&[fixtures::zoo()]).set("RUST_LOG", "warn,runner_host::app=info").leasing().await;

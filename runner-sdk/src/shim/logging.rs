@@ -2,21 +2,17 @@
 //!
 //! Every library has its own copy of tracing's dispatcher, so without this they would vanish.
 
-use std::fmt::Write as _;
+use std::{cell::RefCell, fmt::Write as _, sync::OnceLock};
 
 use serde_json::{Map, Value};
 use tracing::{
-    Event, Id, Level, Subscriber,
+    Event, Id, Level, Metadata, Subscriber,
     field::{Field, Visit},
     level_filters::LevelFilter,
-    span::Attributes,
+    span::{Attributes, Record},
 };
-use tracing_subscriber::{
-    Layer,
-    layer::{Context, SubscriberExt},
-    registry::LookupSpan,
-    util::SubscriberInitExt,
-};
+use tracing_core::span::Current;
+use tracing_log::{AsLog as _, LogTracer};
 
 use super::{plugin_name, send_log};
 
@@ -27,7 +23,7 @@ pub(crate) fn task_span(task: u64) -> tracing::Span {
 
 /// Installs the bridge unless the plugin's author has installed a subscriber.
 pub(crate) fn install(level: u32) {
-    let filter = match level {
+    let most = match level {
         0 => LevelFilter::OFF,
         1 => LevelFilter::ERROR,
         2 => LevelFilter::WARN,
@@ -35,32 +31,92 @@ pub(crate) fn install(level: u32) {
         4 => LevelFilter::DEBUG,
         _ => LevelFilter::TRACE,
     };
-    let _ = tracing_subscriber::registry().with(filter).with(Bridge).try_init();
+    if tracing::subscriber::set_global_default(Bridge { most }).is_ok() {
+        // Refused when the author has a logger of the `log` crate: its records are the author's then.
+        let _ = LogTracer::builder().with_max_level(most.as_log()).init();
+    }
 }
 
-struct Bridge;
+/// All it has to know of a span is its task, so a span's id *is* its task: there is no book of spans,
+/// which would cost each plugin a tenth of its memory.
+struct Bridge {
+    most: LevelFilter,
+}
 
-/// The task a span belongs to, kept in its extensions.
-struct Mark(u64);
+thread_local! {
+    /// The spans this thread is in, the innermost last.
+    static ENTERED: RefCell<Vec<Id>> = const { RefCell::new(Vec::new()) };
+}
 
-impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Bridge {
-    fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, ctx: Context<'_, S>) {
-        if attributes.metadata().name() != "runner_task" {
-            return;
+/// What [`Span::current`](tracing::Span::current) says of a task's span.
+static TASK: OnceLock<&'static Metadata<'static>> = OnceLock::new();
+
+const NO_TASK: u64 = u64::MAX;
+
+fn id_of(task: Option<u64>) -> Id {
+    // 0 is no id.
+    Id::from_u64(task.map_or(NO_TASK, |task| task.saturating_add(1)))
+}
+
+fn task_of(id: &Id) -> Option<u64> {
+    Some(id.into_u64()).filter(|id| *id != NO_TASK).map(|id| id - 1)
+}
+
+/// The innermost span of this thread; none in a thread that is going.
+fn innermost() -> Option<Id> {
+    ENTERED.try_with(|entered| entered.borrow().last().cloned()).ok().flatten()
+}
+
+impl Subscriber for Bridge {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        *metadata.level() <= self.most
+    }
+
+    fn max_level_hint(&self) -> Option<LevelFilter> {
+        Some(self.most)
+    }
+
+    fn new_span(&self, attributes: &Attributes<'_>) -> Id {
+        let metadata = attributes.metadata();
+        if metadata.target() == module_path!() {
+            let mut marked = Marked(None);
+            attributes.record(&mut marked);
+            TASK.get_or_init(|| metadata);
+            return id_of(marked.0);
         }
-        let mut mark = None;
-        attributes.record(&mut Marked(&mut mark));
-        if let (Some(mark), Some(span)) = (mark, ctx.span(id)) {
-            span.extensions_mut().insert(mark);
+        let around = if attributes.is_contextual() { innermost() } else { attributes.parent().cloned() };
+        around.unwrap_or_else(|| id_of(None))
+    }
+
+    fn record(&self, _span: &Id, _values: &Record<'_>) {}
+
+    fn record_follows_from(&self, _span: &Id, _follows: &Id) {}
+
+    fn enter(&self, span: &Id) {
+        let _ = ENTERED.try_with(|entered| entered.borrow_mut().push(span.clone()));
+    }
+
+    fn exit(&self, span: &Id) {
+        let _ = ENTERED.try_with(|entered| {
+            let mut entered = entered.borrow_mut();
+            if let Some(last) = entered.iter().rposition(|id| id == span) {
+                entered.remove(last);
+            }
+        });
+    }
+
+    fn current_span(&self) -> Current {
+        match (innermost(), TASK.get()) {
+            (Some(id), Some(metadata)) if task_of(&id).is_some() => Current::new(id, metadata),
+            _ => Current::none(),
         }
     }
 
-    fn on_event(&self, event: &Event<'_>, ctx: Context<'_, S>) {
+    fn event(&self, event: &Event<'_>) {
         let mut fields = Fields::default();
         event.record(&mut fields);
-        let marked = ctx
-            .event_scope(event)
-            .and_then(|scope| scope.from_root().find_map(|span| span.extensions().get::<Mark>().map(|mark| mark.0)));
+        let around = if event.is_contextual() { innermost() } else { event.parent().cloned() };
+        let task = around.as_ref().and_then(task_of);
         let level = match *event.metadata().level() {
             Level::ERROR => 1,
             Level::WARN => 2,
@@ -73,21 +129,21 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Bridge {
         for fact in ["log.module_path", "log.file", "log.line"] {
             fields.values.remove(fact);
         }
-        if marked.is_none() {
+        if task.is_none() {
             fields.values.insert("plugin".to_owned(), plugin_name().into());
         }
         let json = if fields.values.is_empty() { String::new() } else { Value::Object(fields.values).to_string() };
         let target = logged.as_ref().and_then(Value::as_str).unwrap_or(event.metadata().target());
-        send_log(marked.unwrap_or(0), level, target, &fields.message, &json);
+        send_log(task.unwrap_or(0), level, target, &fields.message, &json);
     }
 }
 
 /// Reads the task out of its span.
-struct Marked<'a>(&'a mut Option<Mark>);
+struct Marked(Option<u64>);
 
-impl Visit for Marked<'_> {
+impl Visit for Marked {
     fn record_u64(&mut self, _field: &Field, task: u64) {
-        *self.0 = Some(Mark(task));
+        self.0 = Some(task);
     }
 
     fn record_debug(&mut self, _field: &Field, _value: &dyn std::fmt::Debug) {}
