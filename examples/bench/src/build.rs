@@ -22,19 +22,25 @@ impl Built {
         let folder = own.parent().context("this binary lies in no folder")?.to_owned();
         let target = folder.parent().context("this binary lies in no target folder")?;
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        let mut build = Command::new(cargo);
-        // `cargo run` names this package in the environment, and the build scripts of some
-        // dependencies look: left there, each build would undo the other one's work.
-        for (name, _) in std::env::vars_os() {
-            let text = name.to_string_lossy();
-            if ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_"].iter().any(|own| text.starts_with(own)) {
-                build.env_remove(&name);
+        // Plugins are built apart, as their authors do: in one go they would get whatever the host asks of the
+        // dependencies they share.
+        for packages in [&["runner-host"][..], &["noop", "echo"]] {
+            let mut build = Command::new(&cargo);
+            // `cargo run` names this package in the environment, and the build scripts of some
+            // dependencies look: left there, each build would undo the other one's work.
+            for (name, _) in std::env::vars_os() {
+                let text = name.to_string_lossy();
+                let own = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_"];
+                if own.iter().any(|own| text.starts_with(own)) {
+                    build.env_remove(&name);
+                }
             }
+            build.args(["build", "--release", "--quiet", "--manifest-path"]);
+            build.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml")).arg("--target-dir").arg(target);
+            build.args(packages.iter().flat_map(|package| ["--package", package]));
+            let status = build.status().context("start cargo")?;
+            anyhow::ensure!(status.success(), "{} could not be built", packages.join(" and "));
         }
-        build.args(["build", "--release", "--quiet", "--package", "runner-host", "--package", "noop"]);
-        build.args(["--package", "echo", "--manifest-path"]).arg(concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml"));
-        let status = build.arg("--target-dir").arg(target).status().context("start cargo")?;
-        anyhow::ensure!(status.success(), "the node or its plugins could not be built");
         // Beside the binaries and not in the system's temporary folder, which may lie in memory.
         let scratch = tempfile::Builder::new().prefix("bench-").tempdir_in(target).context("make a scratch folder")?;
         Ok(Self { folder, scratch })
