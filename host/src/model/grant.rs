@@ -142,6 +142,15 @@ pub enum Setup {
     Refused(String),
 }
 
+/// What the plane may change about a lease. One channel for all of it: each costs a task as much as a call
+/// into its plugin.
+pub struct News {
+    /// The newest bearer; [`GrantKeys::renew`] changes it and remembers the one before.
+    pub token: Option<Token>,
+    /// The answer to the set-up heartbeat.
+    pub setup: Setup,
+}
+
 /// Until when a lease is ours. Shared by everyone who works on its task, moved by the session alone.
 #[derive(Debug)]
 pub struct Fence(AtomicU64);
@@ -180,8 +189,7 @@ pub struct Granted {
     replaced: Mutex<Vec<Token>>,
     /// What the plane calls the task since it has changed that.
     renamed: Mutex<Option<ReportName>>,
-    token: watch::Receiver<Option<Token>>,
-    setup: watch::Receiver<Setup>,
+    news: watch::Receiver<News>,
 }
 
 impl Deref for Grant {
@@ -195,10 +203,8 @@ impl Deref for Grant {
 /// The writing side of a [`Grant`], held by the session alone.
 pub struct GrantKeys {
     granted: Arc<Granted>,
-    /// The newest bearer; [`GrantKeys::renew`] changes it and remembers the one before.
-    pub token: watch::Sender<Option<Token>>,
-    /// Publishes the answer to the set-up heartbeat.
-    pub setup: watch::Sender<Setup>,
+    /// Publishes what the plane says.
+    pub news: watch::Sender<News>,
 }
 
 /// Replaced bearers remembered of one lease: at one a minute, a working day.
@@ -225,10 +231,10 @@ impl GrantKeys {
     /// Publishes a newer bearer. `false`: it is the one that is known.
     pub fn renew(&self, token: Token) -> bool {
         let mut old = None;
-        let newer = self.token.send_if_modified(|now| {
-            let newer = now.as_ref() != Some(&token);
+        let newer = self.news.send_if_modified(|now| {
+            let newer = now.token.as_ref() != Some(&token);
             if newer {
-                old = now.replace(token);
+                old = now.token.replace(token);
             }
             newer
         });
@@ -241,6 +247,11 @@ impl GrantKeys {
         }
         newer
     }
+
+    /// Publishes what is known of the set-up, if `change` makes anything of what was.
+    pub fn set_up(&self, change: impl FnOnce(&mut Setup) -> bool) {
+        self.news.send_if_modified(|now| change(&mut now.setup));
+    }
 }
 
 impl Grant {
@@ -248,8 +259,7 @@ impl Grant {
     /// will answer, `Ready` for local runs.
     #[must_use]
     pub fn new(lease: Lease, setup: Setup) -> (Self, GrantKeys) {
-        let token = watch::Sender::new(lease.token.clone());
-        let setup = watch::Sender::new(setup);
+        let news = watch::Sender::new(News { token: lease.token.clone(), setup });
         let granted = Arc::new(Granted {
             fence: Fence::new(Moment::NEVER),
             token_fence: Fence::new(lease.token_expires_at.unwrap_or(Moment::NEVER)),
@@ -258,10 +268,9 @@ impl Grant {
             mailbox: Mailbox::default(),
             replaced: Mutex::default(),
             renamed: Mutex::default(),
-            token: token.subscribe(),
-            setup: setup.subscribe(),
+            news: news.subscribe(),
         });
-        (Self(Arc::clone(&granted)), GrantKeys { granted, token, setup })
+        (Self(Arc::clone(&granted)), GrantKeys { granted, news })
     }
 
     /// Every bearer the runner may have seen, the newest last; of very many the oldest are forgotten.
@@ -312,32 +321,32 @@ impl Grant {
     /// The newest bearer towards the domain server. Take it anew for each request.
     #[must_use]
     pub fn token(&self) -> Option<Token> {
-        self.token.borrow().clone()
+        self.news.borrow().token.clone()
     }
 
     /// Waits up to `limit` for a bearer other than `old` (after a 401), then returns the newest. A
     /// heartbeat is asked for: its answer should bring one (contract 10.3).
     pub async fn newer_token(&self, old: Option<&Token>, limit: std::time::Duration) -> Option<Token> {
-        let mut watch = self.token.clone();
-        if watch.borrow_and_update().as_ref() == old {
+        let mut watch = self.news.clone();
+        if watch.borrow_and_update().token.as_ref() == old {
             self.mailbox.ask();
         }
-        let _ = tokio::time::timeout(limit, watch.wait_for(|now| now.as_ref() != old)).await;
+        let _ = tokio::time::timeout(limit, watch.wait_for(|now| now.token.as_ref() != old)).await;
         self.token()
     }
 
     /// What is known of the set-up heartbeat at the moment.
     #[must_use]
     pub fn setup_now(&self) -> Setup {
-        self.setup.borrow().clone()
+        self.news.borrow().setup.clone()
     }
 
     /// Waits for the answer to the set-up heartbeat. Never returns [`Setup::Pending`], and ends
     /// early with `Refused` when the session is gone.
     pub async fn setup(&self) -> Setup {
-        let mut watch = self.setup.clone();
-        match watch.wait_for(|setup| *setup != Setup::Pending).await {
-            Ok(setup) => setup.clone(),
+        let mut watch = self.news.clone();
+        match watch.wait_for(|now| now.setup != Setup::Pending).await {
+            Ok(now) => now.setup.clone(),
             Err(_) => Setup::Refused("the lease ended before its set-up heartbeat was answered".to_owned()),
         }
     }

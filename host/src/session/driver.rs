@@ -55,7 +55,7 @@ impl Driver {
         let mut pacing = Pacing::new(rhythm, grant.lease.expires_at, grant.lease.token_expires_at, Moment::now());
         if grant.lease.cancelled {
             grant.cancel.cancel(CancelReason::Plane);
-            keys.setup.send_replace(Setup::Refused(CANCELLED.to_owned()));
+            keys.news.send_modify(|now| now.setup = Setup::Refused(CANCELLED.to_owned()));
             pacing = pacing.cancelled();
         }
         let server = grant.lease.domain_server.clone();
@@ -170,7 +170,7 @@ impl Driver {
 
     /// Publishes the result of the set-up; only the first one counts.
     fn set_up(&self, result: Setup) {
-        self.keys.setup.send_if_modified(|now| {
+        self.keys.set_up(|now| {
             let first = *now == Setup::Pending;
             if first {
                 *now = result;
@@ -244,7 +244,7 @@ impl Driver {
             self.server = server;
         }
         let now = coordinates(self.lease().domain_id, self.server.as_deref(), &self.servers);
-        self.keys.setup.send_if_modified(|known| match (known, now) {
+        self.keys.set_up(|known| match (known, now) {
             (known @ Setup::Pending, now) => {
                 *known = Setup::Ready(now);
                 true

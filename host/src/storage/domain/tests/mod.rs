@@ -176,7 +176,7 @@ async fn world_with(change: impl FnOnce(&mut Config)) -> World {
     config.patience = Duration::ZERO;
     change(&mut config);
     let (grant, keys) = Grant::new(lease(&[]), Setup::Pending);
-    keys.setup.send_replace(Setup::Ready(Ok(Coordinates { server: url.clone(), domain: DOMAIN })));
+    keys.news.send_modify(|now| now.setup = Setup::Ready(Ok(Coordinates { server: url.clone(), domain: DOMAIN })));
     let dir = tempfile::tempdir().expect("a temporary directory");
     let client = Client::new(transport::Config::default());
     let ports = DomainPorts::new(client, grant.clone(), dir.path().to_owned(), Arc::new(config));
