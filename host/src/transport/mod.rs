@@ -14,7 +14,7 @@ mod retry_after;
 pub(crate) mod testing;
 mod tls;
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{fmt, pin::pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{Request, Response, StatusCode, response, uri::Authority};
@@ -121,6 +121,8 @@ pub enum TransportError {
         host: String,
         /// The limit.
         limit: usize,
+        /// What came before the limit.
+        begin: Beginning,
     },
     /// The body is not the JSON that was expected.
     #[error("the answer of {host} is not the expected JSON ({bytes} bytes): {reason}")]
@@ -373,6 +375,15 @@ impl Client {
     }
 }
 
+/// The first bytes of a body. Never printed: a token may be among them.
+pub struct Beginning(pub Vec<u8>);
+
+impl fmt::Debug for Beginning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes", self.0.len())
+    }
+}
+
 /// The head of an answer, and when it came.
 type Head = (response::Parts, Reading);
 
@@ -430,7 +441,9 @@ pub async fn read_capped(mut body: Incoming, limit: usize, host: &str) -> Result
             frame.map_err(|err| TransportError::Truncated { host: host.to_owned(), reason: innermost(&err) })?;
         let Ok(data) = frame.into_data() else { continue };
         if first.len() + collected.len() + data.len() > limit {
-            return Err(TransportError::Oversize { host: host.to_owned(), limit });
+            collected.splice(..0, std::mem::take(&mut first));
+            collected.extend_from_slice(&data[..limit - collected.len()]);
+            return Err(TransportError::Oversize { host: host.to_owned(), limit, begin: Beginning(collected) });
         }
         // Most answers come in one piece, which need not be copied.
         if first.is_empty() && collected.is_empty() {

@@ -222,24 +222,33 @@ async fn a_date_to_come_again_is_one_of_the_services_clock() {
 async fn a_lease_that_cannot_be_read_is_failed_by_its_id_and_only_its_size_is_told() {
     let lab = Lab::start().await;
     let rubbish = Rubbish::before(&lab).await;
-    let spoilt = |lease: &mut Value| {
-        if lease["task"].is_object() {
-            lease["task"]["inputs_cids"] = json!("top-secret");
-            lease["access_token"] = json!("top-secret");
-        }
+    let spoilt = |change: fn(&mut Value)| {
+        Bad::edit(move |lease| {
+            if lease["task"].is_object() {
+                lease["access_token"] = json!("top-secret");
+                change(lease);
+            }
+        })
     };
-    rubbish.answer(POLL, usize::MAX, Bad::edit(spoilt));
     let node = node(&rubbish).await;
-    let ended = lab.run(&node, "/examples/hello/v1", json!({})).await;
-    let (reason, details) = ended.failed();
-    assert_eq!((reason, &details["stage"]), ("node_setup_failed", &json!("start_session")));
-    let line = node.says("lease could not be read, its task is failed").await;
-    assert_eq!((&line["task_id"], &line["error"]), (&ended.task()["id"], &details["error"]));
-    let error = details["error"].as_str().expect("text");
-    assert!(error.contains("bytes") && error.contains("expected a sequence"), "{error}");
+    for (bad, why) in [
+        (spoilt(|lease| lease["task"]["inputs_cids"] = json!("top-secret")), "expected a sequence"),
+        (spoilt(|lease| lease["zeal"] = json!("top-secret".repeat(300_000))), "is larger than 2097152"),
+        (Bad::Shortened(1), "not the expected JSON"),
+    ] {
+        rubbish.answer(POLL, usize::MAX, bad);
+        let ended = lab.run(&node, "/examples/hello/v1", json!({})).await;
+        let (reason, details) = ended.failed();
+        assert_eq!((reason, &details["stage"]), ("node_setup_failed", &json!("start_session")));
+        let error = details["error"].as_str().expect("text");
+        assert!(error.contains("bytes") && error.contains(why), "{error}");
+        let line = node.line(|line| line["error"] == error).await;
+        assert_eq!(line["message"], "lease could not be read, its task is failed");
+        assert_eq!(line["task_id"], ended.task()["id"]);
+        rubbish.heal();
+        lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    }
     assert!(!node.log().contains("top-secret"), "{}", node.log());
-    rubbish.heal();
-    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
 }
 
 #[tokio::test]

@@ -10,6 +10,7 @@ mod tests;
 pub mod wire;
 
 use std::{
+    cell::Cell,
     sync::{Mutex, PoisonError},
     time::Duration,
 };
@@ -21,19 +22,19 @@ use http::{
     uri::{self, PathAndQuery},
 };
 use jiff::Timestamp;
+use serde::de::DeserializeSeed as _;
 use serde_json::{
     Value,
     value::{RawValue, to_raw_value},
 };
 use url::Url;
-use uuid::Uuid;
 
-use self::wire::{Beat, HeartbeatResponse, LeaseFacts, Members};
+use self::wire::{Beat, HeartbeatResponse, LeaseFacts, Members, Seek};
 use super::{Kept, LeaseError, LeaseSource};
 use crate::{
     auth::TokenSource,
     model::{Capability, CapabilityError, Lease, Moment, Outcome, Pending, TaskId, Token, Verdict, millis},
-    transport::{self, Answer, Client, Need},
+    transport::{self, Answer, Client, Need, TransportError},
 };
 
 /// Longest limit of one call; more would overflow no clock and help nobody.
@@ -117,7 +118,7 @@ impl Dms {
             let token = self.token(until).await?;
             let request = call.request(self.bearer(&token)?);
             let answer = self.client.call_until(request, call.need, until).await;
-            let answer = answer.map_err(|err| LeaseError::Unreachable(err.to_string()))?;
+            let answer = answer.map_err(|err| call.unread(err))?;
             let now = Moment::now();
             let (method, url, elapsed_ms) = (&call.method, &call.uri, millis(now - started));
             tracing::debug!(%method, %url, status = answer.status.as_u16(), elapsed_ms, "control plane answered");
@@ -156,6 +157,18 @@ impl Dms {
 }
 
 impl Call {
+    /// Why it has no answer. The beginning of a lease that is too large may still name its task.
+    fn unread(&self, err: TransportError) -> LeaseError {
+        let reason = err.to_string();
+        match err {
+            TransportError::Oversize { begin, .. } if self.method == Method::GET => match task_id(&begin.0) {
+                None => LeaseError::Unreachable(reason),
+                task => LeaseError::Malformed { task, reason },
+            },
+            _ => LeaseError::Unreachable(reason),
+        }
+    }
+
     fn request(&self, bearer: HeaderValue) -> Request<transport::Body> {
         let mut request = Request::new(transport::full(self.body.clone()));
         *request.method_mut() = self.method.clone();
@@ -244,7 +257,7 @@ fn refused_for(task: TaskId, answer: &Answer, token: &Token) -> LeaseError {
 
 /// An answer to a poll as a lease. The size of an unusable one is all that is told of it.
 fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
-    let malformed = |reason: String| LeaseError::Malformed { task: task_id(answer), reason };
+    let malformed = |reason: String| LeaseError::Malformed { task: task_id(&answer.body), reason };
     let envelope: LeaseFacts = answer.json().map_err(|err| malformed(err.to_string()))?;
     let mut document: Members = answer.json().map_err(|err| malformed(err.to_string()))?;
     document.0.retain(|(key, _)| !is_credential(key));
@@ -287,10 +300,13 @@ fn is_credential(key: &str) -> bool {
     end.is_some_and(|end| end.eq_ignore_ascii_case(END))
 }
 
-/// The task's id in a lease that cannot be used otherwise.
-fn task_id(answer: &Answer) -> Option<TaskId> {
-    let value: Value = answer.json().ok()?;
-    value.pointer("/task/id")?.as_str().and_then(|text| Uuid::try_parse(text).ok()).map(TaskId)
+/// The task's id in a lease that cannot be used otherwise, also where the rest of it is missing or no JSON.
+fn task_id(body: &[u8]) -> Option<TaskId> {
+    let id = Cell::new(None);
+    let lease = Seek { path: &["task", "id"], id: &id };
+    // How it goes on does not matter.
+    let _ = lease.deserialize(&mut serde_json::Deserializer::from_slice(body));
+    id.get().map(TaskId)
 }
 
 fn kept(response: HeartbeatResponse, answer: &Answer) -> Kept {

@@ -213,7 +213,7 @@ async fn a_heartbeat_reads_what_is_there_and_leaves_the_rest_alone() {
     let all = json!({ "access_token": "dom-2", "lease_expires_at": "2025-06-01 08:05:00Z", "cancel": true, "task_id": other,
         "job_id": other, "domain_id": other, "domain_server_url": "https://other" });
     let kept = keep(|call| call.ok(all)).await.expect("usable");
-    let id: Uuid = other.parse().expect("an id");
+    let id: uuid::Uuid = other.parse().expect("an id");
     assert_eq!(
         kept,
         Kept {

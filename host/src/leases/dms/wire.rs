@@ -3,12 +3,12 @@
 //! The adapter reads what it needs leniently: times with `T` or a space, UUIDs in any usual
 //! spelling, unknown fields kept. The embedded control plane (`dev`) writes the same types.
 
-use std::{borrow::Cow, fmt};
+use std::{borrow::Cow, cell::Cell, fmt};
 
 use jiff::Timestamp;
 use serde::{
     Deserialize, Deserializer, Serialize, Serializer,
-    de::{MapAccess, Visitor},
+    de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor},
 };
 use serde_json::{Map, Value, value::RawValue};
 use uuid::Uuid;
@@ -144,6 +144,41 @@ impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
 impl Serialize for Members<'_> {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         to.collect_map(self.0.iter().map(|(key, value)| (key, value)))
+    }
+}
+
+/// Looks for an id below the members of `path`, and keeps it though the document may break off after it.
+pub(super) struct Seek<'a> {
+    pub(super) path: &'static [&'static str],
+    pub(super) id: &'a Cell<Option<Uuid>>,
+}
+
+impl<'de> DeserializeSeed<'de> for Seek<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<(), D::Error> {
+        match self.path {
+            [] => Uuid::deserialize(from).map(|id| self.id.set(Some(id))),
+            _ => from.deserialize_map(self),
+        }
+    }
+}
+
+impl<'de> Visitor<'de> for Seek<'_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some(key) = map.next_key::<String>()? {
+            match self.path {
+                [name, path @ ..] if *name == key => map.next_value_seed(Seek { path, id: self.id })?,
+                _ => map.next_value::<IgnoredAny>().map(drop)?,
+            }
+        }
+        Ok(())
     }
 }
 

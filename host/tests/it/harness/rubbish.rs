@@ -60,6 +60,8 @@ pub(crate) enum Bad {
     Hang,
     /// The world's answer, changed.
     Edit(Edit),
+    /// The world's answer without so many bytes at its end.
+    Shortened(usize),
     /// The world's answer, once this is turned.
     Held(CancellationToken),
     /// This status, and in the body everything that was sent, headers included.
@@ -212,7 +214,7 @@ impl Inner {
     fn rule(&self, request: &str, answered: bool) -> Option<Bad> {
         let mut rules = self.rules();
         let rule = rules.iter_mut().find(|rule| rule.left > 0 && fits(&rule.pattern, request))?;
-        (matches!(rule.bad, Bad::Edit(_)) == answered).then(|| {
+        (matches!(rule.bad, Bad::Edit(_) | Bad::Shortened(_)) == answered).then(|| {
             rule.left -= 1;
             rule.bad.clone()
         })
@@ -300,9 +302,13 @@ impl Inner {
                     body = value.to_string().into();
                 }
                 let edit = if rule.is_none() { self.rule(&name, true) } else { None };
-                if let (Some(Bad::Edit(edit)), Ok(mut value)) = (edit, serde_json::from_slice::<Value>(&body)) {
-                    edit(&mut value);
-                    body = value.to_string().into();
+                match (edit, serde_json::from_slice::<Value>(&body)) {
+                    (Some(Bad::Edit(edit)), Ok(mut value)) => {
+                        edit(&mut value);
+                        body = value.to_string().into();
+                    }
+                    (Some(Bad::Shortened(bytes)), _) => body.truncate(body.len().saturating_sub(bytes)),
+                    _ => {}
                 }
                 // It may be another body by now, and is sent whole.
                 headers.remove(header::CONTENT_LENGTH);
@@ -353,9 +359,10 @@ impl Inner {
                         .body(broken(Bytes::from_static(b"{\"access_token\":\"top-secr")))
                         .expect("a response"),
                     Bad::Hang => std::future::pending().await,
-                    Bad::Cut | Bad::CutAfter(_) | Bad::SilentAfter(_) | Bad::Edit(_) | Bad::Held(_) | Bad::Echo(_) => {
-                        unreachable!("answered above, or an edit")
+                    Bad::Cut | Bad::CutAfter(_) | Bad::SilentAfter(_) | Bad::Held(_) | Bad::Echo(_) => {
+                        unreachable!("answered above")
                     }
+                    Bad::Edit(_) | Bad::Shortened(_) => unreachable!("left for the answer"),
                 }
             }
         })
