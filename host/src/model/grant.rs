@@ -142,8 +142,8 @@ pub enum Setup {
     Refused(String),
 }
 
-/// What the plane may change about a lease. One channel for all of it: each costs a task as much as a call
-/// into its plugin.
+/// What the plane may change about a lease. It comes through one channel: to make and to drop one is a good
+/// part of what a grant costs.
 pub struct News {
     /// The newest bearer; [`GrantKeys::renew`] changes it and remembers the one before.
     pub token: Option<Token>,
