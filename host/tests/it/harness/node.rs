@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeMap,
     ffi::OsString,
-    io::{BufRead, BufReader, Read},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
@@ -21,7 +21,11 @@ use runner_host::{
     auth::NodeKey,
     transport::{self, Client},
 };
-use rustix::process::{Pid, Signal};
+use rustix::{
+    event::{PollFd, PollFlags},
+    io::Errno,
+    process::{Pid, Signal},
+};
 use serde_json::Value;
 use tempfile::TempDir;
 use tokio::sync::watch;
@@ -143,30 +147,99 @@ impl Finished {
 /// let out ([`super::hygiene`]).
 pub(crate) struct Process {
     child: Arc<Mutex<Child>>,
-    stdout: watch::Receiver<Vec<String>>,
-    stderr: watch::Receiver<Vec<String>>,
+    stdout: Said,
+    stderr: Said,
     code: watch::Receiver<Option<i32>>,
     hygiene: Hygiene,
+}
+
+/// The lines that came out of a pipe.
+struct Said {
+    pipe: Arc<Pipe>,
+    lines: watch::Receiver<Vec<String>>,
+}
+
+struct Pipe {
+    from: OwnedFd,
+    state: Mutex<Unread>,
+}
+
+struct Unread {
+    /// The beginning of a line.
+    rest: Vec<u8>,
+    /// Gone when the pipe has ended.
+    tell: Option<watch::Sender<Vec<String>>>,
+}
+
+impl Said {
+    fn follow(from: impl Into<OwnedFd>) -> (Self, thread::JoinHandle<()>) {
+        let (tell, lines) = watch::channel(Vec::new());
+        let state = Mutex::new(Unread { rest: Vec::new(), tell: Some(tell) });
+        let pipe = Arc::new(Pipe { from: from.into(), state });
+        rustix::io::ioctl_fionbio(&pipe.from, true).expect("a pipe need not block");
+        let reader = Arc::clone(&pipe);
+        let reading = thread::spawn(move || {
+            while !reader.catch_up() {
+                let mut pipes = [PollFd::new(&reader.from, PollFlags::IN)];
+                // An interrupted wait looks once more than it must.
+                let _ = rustix::event::poll(&mut pipes, None);
+            }
+        });
+        (Self { pipe, lines }, reading)
+    }
+
+    /// All so far: also what this process has been too busy to read.
+    fn now(&self) -> Vec<String> {
+        self.pipe.catch_up();
+        self.lines.borrow().clone()
+    }
+}
+
+impl Pipe {
+    /// Reads what is there. `true` when no more will come.
+    fn catch_up(&self) -> bool {
+        let mut state = self.state.lock().expect("nobody panics with it");
+        let Unread { rest, tell } = &mut *state;
+        let Some(sender) = tell else { return true };
+        let mut bytes = [0; 16 * 1024];
+        let ended = loop {
+            match rustix::io::read(&self.from, &mut bytes) {
+                Ok(0) => break true,
+                Ok(count) => rest.extend_from_slice(&bytes[..count]),
+                Err(Errno::INTR) => {}
+                Err(err) => break err != Errno::AGAIN,
+            }
+        };
+        let end = if ended { rest.len() } else { rest.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1) };
+        let whole: Vec<u8> = rest.drain(..end).collect();
+        let lines = whole.split_inclusive(|byte| *byte == b'\n');
+        let lines = lines.map(|line| String::from_utf8_lossy(line.strip_suffix(b"\n").unwrap_or(line)).into_owned());
+        if !whole.is_empty() {
+            sender.send_modify(|known| known.extend(lines));
+        }
+        if ended {
+            *tell = None;
+        }
+        ended
+    }
 }
 
 impl Process {
     fn follow(mut child: Child, hygiene: Hygiene) -> Self {
         let stdout = child.stdout.take().expect("stdout is a pipe");
         let stderr = child.stderr.take().expect("stderr is a pipe");
-        let (out_tell, out) = watch::channel(Vec::new());
-        let (err_tell, err) = watch::channel(Vec::new());
+        let (stdout, out) = Said::follow(stdout);
+        let (stderr, err) = Said::follow(stderr);
         let (code_tell, code) = watch::channel(None);
         let child = Arc::new(Mutex::new(child));
         let ended = Arc::clone(&child);
-        let reading = thread::spawn(move || read(stdout, &out_tell));
         thread::spawn(move || {
-            read(stderr, &err_tell);
             // Both ends of file come when the process ends, so the wait below is short.
-            let _ = reading.join();
+            let _ = (out.join(), err.join());
             let status = ended.lock().expect("nobody panics with the child").wait().expect("a child can be waited for");
             code_tell.send_replace(Some(status.code().unwrap_or(-1)));
         });
-        Self { child, stdout: out, stderr: err, code, hygiene }
+        Self { child, stdout, stderr, code, hygiene }
     }
 
     fn child(&self) -> MutexGuard<'_, Child> {
@@ -174,11 +247,11 @@ impl Process {
     }
 
     pub(crate) fn stdout(&self) -> Vec<String> {
-        self.stdout.borrow().clone()
+        self.stdout.now()
     }
 
     pub(crate) fn stderr(&self) -> Vec<String> {
-        self.stderr.borrow().clone()
+        self.stderr.now()
     }
 
     /// Everything it said.
@@ -229,12 +302,12 @@ impl Process {
 
     /// Waits for a line on stdout.
     pub(crate) async fn stdout_line(&self, wanted: impl Fn(&str) -> bool) -> String {
-        line(self, self.stdout.clone(), wanted).await
+        line(self, self.stdout.lines.clone(), wanted).await
     }
 
     /// Waits for a line on stderr.
     pub(crate) async fn stderr_line(&self, wanted: impl Fn(&str) -> bool) -> String {
-        line(self, self.stderr.clone(), wanted).await
+        line(self, self.stderr.lines.clone(), wanted).await
     }
 }
 
@@ -252,13 +325,6 @@ impl Drop for Process {
         }
         let leak = self.hygiene.find(self.log().as_bytes()).or_else(|| self.hygiene.find_in_files());
         assert!(leak.is_none(), "a secret got out: {}", leak.unwrap_or_default());
-    }
-}
-
-fn read(from: impl Read, tell: &watch::Sender<Vec<String>>) {
-    for line in BufReader::new(from).split(b'\n') {
-        let Ok(line) = line else { return };
-        tell.send_modify(|lines| lines.push(String::from_utf8_lossy(&line).into_owned()));
     }
 }
 
