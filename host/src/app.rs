@@ -115,7 +115,7 @@ impl Node {
             board.clone(),
         )
         .context("STATE_DIR cannot be used")?;
-        let pages = Pages::bind(config.http_bind, board.watch(), auth.visits())
+        let pages = Pages::bind(config.http_bind, board.clone(), auth.visits())
             .await
             .with_context(|| format!("HTTP_BIND {} cannot be bound", config.http_bind))?;
         let disk = Disk::new(config.scratch_dir, config.disk_free_min);

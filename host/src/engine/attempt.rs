@@ -96,7 +96,7 @@ pub(super) async fn attempt(rooms: Arc<Rooms>, slot: Slot, session: Session, gra
 
 /// What the lease behind `grant` was good for, now that its task has ended.
 fn worth(grant: &Grant, outcome: &Outcome) -> Worth {
-    let begun = matches!(grant.setup_now(), Setup::Pending | Setup::Ready(Ok(_)));
+    let begun = !grant.is_refused();
     let ours = grant.cancel.reason() != Some(CancelReason::LeaseLost);
     match outcome {
         _ if !begun || !ours => Worth::Nothing,

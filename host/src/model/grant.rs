@@ -16,11 +16,10 @@ use std::{
 };
 
 use secrecy::{ExposeSecret, SecretString};
-use tokio::sync::watch;
 use url::Url;
 use uuid::Uuid;
 
-use super::{Lease, Mailbox, Moment, ReportName};
+use super::{Lease, Mailbox, Moment, ReportName, watched::Watched};
 
 /// A bearer token. Never printed; compared only for change.
 #[derive(Clone)]
@@ -80,19 +79,13 @@ impl CancelReason {
 
 /// Says once that a task should stop, and why. The first reason stays, except that a lost lease
 /// overrides every other one, since it forbids more.
-#[derive(Debug)]
-pub struct CancelSignal(watch::Sender<Option<CancelReason>>);
-
-impl Default for CancelSignal {
-    fn default() -> Self {
-        Self(watch::Sender::new(None))
-    }
-}
+#[derive(Debug, Default)]
+pub struct CancelSignal(Watched<Option<CancelReason>>);
 
 impl CancelSignal {
     /// Cancels for `reason`. Later calls change nothing unless they bring `LeaseLost`.
     pub fn cancel(&self, reason: CancelReason) {
-        self.0.send_if_modified(|now| {
+        self.0.change(|now| {
             let change = now.is_none() || (reason == CancelReason::LeaseLost && *now != Some(reason));
             if change {
                 *now = Some(reason);
@@ -104,21 +97,17 @@ impl CancelSignal {
     /// The reason, once there is one. Never blocks.
     #[must_use]
     pub fn reason(&self) -> Option<CancelReason> {
-        *self.0.borrow()
+        *self.0.lock()
     }
 
     /// Waits for the first reason.
     pub async fn cancelled(&self) -> CancelReason {
-        let mut watch = self.0.subscribe();
-        let reason = watch.wait_for(Option::is_some).await.expect("the signal holds its own sender");
-        reason.expect("waited for a reason")
+        self.0.until(|reason| *reason).await
     }
 
     /// Waits until the lease is lost; other reasons do not end the wait.
     pub async fn lost(&self) {
-        let mut watch = self.0.subscribe();
-        let lost = watch.wait_for(|reason| *reason == Some(CancelReason::LeaseLost)).await;
-        lost.expect("the signal holds its own sender");
+        self.0.until(|reason| (*reason == Some(CancelReason::LeaseLost)).then_some(())).await;
     }
 }
 
@@ -142,13 +131,14 @@ pub enum Setup {
     Refused(String),
 }
 
-/// What the plane may change about a lease. It comes through one channel: to make and to drop one is a good
-/// part of what a grant costs.
+/// What the plane may change about a lease.
 pub struct News {
     /// The newest bearer; [`GrantKeys::renew`] changes it and remembers the one before.
     pub token: Option<Token>,
     /// The answer to the set-up heartbeat.
     pub setup: Setup,
+    /// The session is gone: nothing changes any more.
+    over: bool,
 }
 
 /// Until when a lease is ours. Shared by everyone who works on its task, moved by the session alone.
@@ -189,7 +179,7 @@ pub struct Granted {
     replaced: Mutex<Vec<Token>>,
     /// What the plane calls the task since it has changed that.
     renamed: Mutex<Option<ReportName>>,
-    news: watch::Receiver<News>,
+    news: Watched<News>,
 }
 
 impl Deref for Grant {
@@ -201,10 +191,12 @@ impl Deref for Grant {
 }
 
 /// The writing side of a [`Grant`], held by the session alone.
-pub struct GrantKeys {
-    granted: Arc<Granted>,
-    /// Publishes what the plane says.
-    pub news: watch::Sender<News>,
+pub struct GrantKeys(Arc<Granted>);
+
+impl Drop for GrantKeys {
+    fn drop(&mut self) {
+        self.publish(|now| now.over = true);
+    }
 }
 
 /// Replaced bearers remembered of one lease: at one a minute, a working day.
@@ -214,24 +206,32 @@ impl GrantKeys {
     /// Moves the end of the lease; [`Moment::NEVER`] in the beginning.
     #[must_use]
     pub fn fence(&self) -> &Fence {
-        &self.granted.fence
+        &self.0.fence
     }
 
     /// Moves the end of the newest bearer; [`Moment::NEVER`] where the plane has not said it.
     #[must_use]
     pub fn token_fence(&self) -> &Fence {
-        &self.granted.token_fence
+        &self.0.token_fence
     }
 
     /// Publishes what the plane calls the task from now on.
     pub fn rename(&self, name: ReportName) {
-        *self.granted.renamed.lock().unwrap_or_else(PoisonError::into_inner) = Some(name);
+        *self.0.renamed.lock().unwrap_or_else(PoisonError::into_inner) = Some(name);
+    }
+
+    /// Publishes what the plane says.
+    pub fn publish(&self, change: impl FnOnce(&mut News)) {
+        self.0.news.change(|now| {
+            change(now);
+            true
+        });
     }
 
     /// Publishes a newer bearer. `false`: it is the one that is known.
     pub fn renew(&self, token: Token) -> bool {
         let mut old = None;
-        let newer = self.news.send_if_modified(|now| {
+        let newer = self.0.news.change(|now| {
             let newer = now.token.as_ref() != Some(&token);
             if newer {
                 old = now.token.replace(token);
@@ -239,7 +239,7 @@ impl GrantKeys {
             newer
         });
         if let Some(old) = old {
-            let mut replaced = self.granted.replaced.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut replaced = self.0.replaced.lock().unwrap_or_else(PoisonError::into_inner);
             if replaced.len() >= REPLACED_MAX {
                 replaced.remove(0);
             }
@@ -250,7 +250,7 @@ impl GrantKeys {
 
     /// Publishes what is known of the set-up, if `change` makes anything of what was.
     pub fn set_up(&self, change: impl FnOnce(&mut Setup) -> bool) {
-        self.news.send_if_modified(|now| change(&mut now.setup));
+        self.0.news.change(|now| change(&mut now.setup));
     }
 }
 
@@ -259,7 +259,7 @@ impl Grant {
     /// will answer, `Ready` for local runs.
     #[must_use]
     pub fn new(lease: Lease, setup: Setup) -> (Self, GrantKeys) {
-        let news = watch::Sender::new(News { token: lease.token.clone(), setup });
+        let news = Watched::new(News { token: lease.token.clone(), setup, over: false });
         let granted = Arc::new(Granted {
             fence: Fence::new(Moment::NEVER),
             token_fence: Fence::new(lease.token_expires_at.unwrap_or(Moment::NEVER)),
@@ -268,9 +268,9 @@ impl Grant {
             mailbox: Mailbox::default(),
             replaced: Mutex::default(),
             renamed: Mutex::default(),
-            news: news.subscribe(),
+            news,
         });
-        (Self(Arc::clone(&granted)), GrantKeys { granted, news })
+        (Self(Arc::clone(&granted)), GrantKeys(granted))
     }
 
     /// Every bearer the runner may have seen, the newest last; of very many the oldest are forgotten.
@@ -321,33 +321,43 @@ impl Grant {
     /// The newest bearer towards the domain server. Take it anew for each request.
     #[must_use]
     pub fn token(&self) -> Option<Token> {
-        self.news.borrow().token.clone()
+        self.news.lock().token.clone()
     }
 
     /// Waits up to `limit` for a bearer other than `old` (after a 401), then returns the newest. A
     /// heartbeat is asked for: its answer should bring one (contract 10.3).
     pub async fn newer_token(&self, old: Option<&Token>, limit: std::time::Duration) -> Option<Token> {
-        let mut watch = self.news.clone();
-        if watch.borrow_and_update().token.as_ref() == old {
+        if self.news.lock().token.as_ref() == old {
             self.mailbox.ask();
         }
-        let _ = tokio::time::timeout(limit, watch.wait_for(|now| now.token.as_ref() != old)).await;
+        let newer = self.news.until(|now| (now.over || now.token.as_ref() != old).then_some(()));
+        let _ = tokio::time::timeout(limit, newer).await;
         self.token()
     }
 
     /// What is known of the set-up heartbeat at the moment.
     #[must_use]
     pub fn setup_now(&self) -> Setup {
-        self.news.borrow().setup.clone()
+        self.news.lock().setup.clone()
+    }
+
+    /// Whether the plane has refused the set-up, or answered it with coordinates that cannot be used.
+    #[must_use]
+    pub fn is_refused(&self) -> bool {
+        matches!(self.news.lock().setup, Setup::Refused(_) | Setup::Ready(Err(_)))
     }
 
     /// Waits for the answer to the set-up heartbeat. Never returns [`Setup::Pending`], and ends
     /// early with `Refused` when the session is gone.
     pub async fn setup(&self) -> Setup {
-        let mut watch = self.news.clone();
-        match watch.wait_for(|now| now.setup != Setup::Pending).await {
-            Ok(now) => now.setup.clone(),
-            Err(_) => Setup::Refused("the lease ended before its set-up heartbeat was answered".to_owned()),
-        }
+        let answered = |now: &News| match &now.setup {
+            Setup::Pending if now.over => {
+                let message = "the lease ended before its set-up heartbeat was answered";
+                Some(Setup::Refused(message.to_owned()))
+            }
+            Setup::Pending => None,
+            setup => Some(setup.clone()),
+        };
+        self.news.until(answered).await
     }
 }

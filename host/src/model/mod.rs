@@ -17,6 +17,7 @@ mod outcome;
 mod ports;
 mod status;
 mod visits;
+mod watched;
 
 pub use artifact::{Artifact, ArtifactSpec};
 pub use budget::{Budget, Charge, OverBudget};

@@ -64,9 +64,12 @@ impl Moment {
     /// each step of `work`, so that a process which was stopped midway does nothing late.
     pub async fn before<T>(self, work: impl Future<Output = T>) -> Option<T> {
         let mut work = pin!(work);
-        let mut timer = pin!(tokio::time::sleep(self.left()));
+        let now = Self::now();
+        let mut timer = pin!(tokio::time::sleep(self - now));
+        let mut asked = Some(now);
         poll_fn(|context| {
-            if self.has_passed() {
+            // The first step follows at once.
+            if asked.take().unwrap_or_else(Self::now) >= self {
                 return Poll::Ready(None);
             }
             if let Poll::Ready(done) = work.as_mut().poll(context) {

@@ -3,16 +3,17 @@
 use std::{
     collections::{BTreeMap, VecDeque},
     fmt,
-    sync::Arc,
+    sync::{Arc, MutexGuard},
     time::Duration,
 };
 
 use jiff::Timestamp;
 use serde::{Serialize, Serializer};
-use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::{Artifact, Budget, Capability, Fetched, Grant, Lease, Moment, Setup, TaskId, Verdict, millis};
+use super::{
+    Artifact, Budget, Capability, Fetched, Grant, Lease, Moment, Setup, TaskId, Verdict, millis, watched::Watched,
+};
 
 /// Ended tasks that are shown.
 const RECENT_MAX: usize = 100;
@@ -286,15 +287,15 @@ impl TaskRecord {
     }
 }
 
-/// The writing side. Cheap to clone.
+/// Where it is written and read. Cheap to clone.
 #[derive(Clone)]
-pub struct StatusBoard(Arc<watch::Sender<HostStatus>>);
+pub struct StatusBoard(Arc<Watched<HostStatus>>);
 
 impl StatusBoard {
     /// A board for a node that is starting.
     #[must_use]
     pub fn new(node: String, slots: usize, capabilities: Vec<String>, plugins: serde_json::Value) -> Self {
-        Self(Arc::new(watch::Sender::new(HostStatus {
+        Self(Arc::new(Watched::new(HostStatus {
             version: env!("CARGO_PKG_VERSION"),
             node,
             started_at: Timestamp::now(),
@@ -323,40 +324,37 @@ impl StatusBoard {
         })))
     }
 
-    /// A live view.
+    /// The status as it is now. Who holds it keeps all those waiting who would change it.
     #[must_use]
-    pub fn watch(&self) -> watch::Receiver<HostStatus> {
-        self.0.subscribe()
+    pub fn now(&self) -> MutexGuard<'_, HostStatus> {
+        self.0.lock()
+    }
+
+    /// Waits until the status is as `wanted`.
+    #[cfg(test)]
+    pub(crate) async fn until(&self, mut wanted: impl FnMut(&HostStatus) -> bool) {
+        self.0.until(|status| wanted(status).then_some(())).await;
     }
 
     /// Changes anything.
     pub fn change(&self, change: impl FnOnce(&mut HostStatus)) {
-        self.0.send_modify(change);
-    }
-
-    /// Changes what nobody waits for: pages look when they are asked.
-    fn change_quietly(&self, change: impl FnOnce(&mut HostStatus)) {
-        self.0.send_if_modified(|status| {
+        self.0.change(|status| {
             change(status);
-            false
+            true
         });
     }
 
     /// Notes how a poll ended: with an answer, or why not.
     pub fn polled(&self, error: Option<String>) {
-        self.0.send_if_modified(|HostStatus { polls, .. }| {
-            let news = error.is_some() || *polls != PollStatus::default();
-            if news {
-                *polls = match &error {
-                    Some(_) => PollStatus {
-                        failed: polls.failed.saturating_add(1),
-                        last_error: error,
-                        unanswered: polls.unanswered,
-                    },
-                    None => PollStatus::default(),
-                };
-            }
-            news
+        self.change(|HostStatus { polls, .. }| {
+            *polls = match &error {
+                Some(_) => PollStatus {
+                    failed: polls.failed.saturating_add(1),
+                    last_error: error,
+                    unanswered: polls.unanswered,
+                },
+                None => PollStatus::default(),
+            };
         });
     }
 
@@ -378,7 +376,7 @@ impl StatusBoard {
             turning: Turning(grant.clone()),
         };
         let mut held = HeldNumber(0);
-        self.change_quietly(|HostStatus { tasks, .. }| {
+        self.change(|HostStatus { tasks, .. }| {
             tasks.begun += 1;
             held = HeldNumber(tasks.begun);
             tasks.by_number.insert(tasks.begun, task);
@@ -388,7 +386,7 @@ impl StatusBoard {
 
     /// Moves a task on.
     pub fn moved(&self, held: HeldNumber, state: &'static str) {
-        self.change_quietly(|status| {
+        self.change(|status| {
             if let Some(task) = status.tasks.by_number.get_mut(&held.0) {
                 task.state = state;
             }
@@ -397,7 +395,7 @@ impl StatusBoard {
 
     /// Moves a task from the held ones to the ended ones and counts its end.
     pub fn ended(&self, held: HeldNumber, record: TaskRecord) {
-        self.change_quietly(|status| {
+        self.change(|status| {
             status.tasks.by_number.remove(&held.0);
             *status.ended.entry(record.outcome).or_default() += 1;
             status.unreported += u64::from(record.report == ReportState::Refused);
@@ -435,7 +433,7 @@ mod tests {
     #[test]
     fn a_task_leased_again_before_its_lost_attempt_has_ended_stays_on_the_page() {
         let board = StatusBoard::new("node".to_owned(), 2, Vec::new(), serde_json::Value::Null);
-        let shown = || serde_json::to_value(&*board.watch().borrow()).expect("a page")["tasks"].clone();
+        let shown = || serde_json::to_value(&*board.now()).expect("a page")["tasks"].clone();
         let lost = grant(TaskId(Uuid::from_u128(7)));
         let id = lost.lease.task.to_string();
         let first = board.began(&lost, None);

@@ -83,7 +83,7 @@ where
 
 impl<'a> FormatFields<'a> for JsonMembers {
     fn format_fields<R: RecordFields>(&self, mut writer: Writer<'a>, fields: R) -> fmt::Result {
-        let mut line = String::new();
+        let mut line = String::with_capacity(512);
         fields.record(&mut Members { line: &mut line, plugin_fields: None, target: None });
         writer.write_str(&line)
     }

@@ -18,14 +18,14 @@ use jiff::Timestamp;
 use serde_json::json;
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, watch},
+    sync::Semaphore,
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
 use tower_service::Service as _;
 
 use super::callback::{self, Desk};
-use crate::model::{HostStatus, Phase, Visits};
+use crate::model::{Phase, StatusBoard, Visits};
 
 /// How long a stop waits for requests under way: a client that never ends its own must not keep the node.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
@@ -42,7 +42,7 @@ const FAILED_POLLS_MIN: u32 = 3;
 /// A listener that is up, so that `/health` answers before the node registers.
 pub struct Pages {
     listener: TcpListener,
-    status: watch::Receiver<HostStatus>,
+    board: StatusBoard,
     desk: Arc<Desk>,
 }
 
@@ -51,12 +51,8 @@ impl Pages {
     ///
     /// # Errors
     /// When the address cannot be bound.
-    pub async fn bind(
-        address: SocketAddr,
-        status: watch::Receiver<HostStatus>,
-        visits: Arc<dyn Visits>,
-    ) -> std::io::Result<Self> {
-        Ok(Self { listener: TcpListener::bind(address).await?, status, desk: Desk::new(visits) })
+    pub async fn bind(address: SocketAddr, board: StatusBoard, visits: Arc<dyn Visits>) -> std::io::Result<Self> {
+        Ok(Self { listener: TcpListener::bind(address).await?, board, desk: Desk::new(visits) })
     }
 
     /// Where it listens.
@@ -79,7 +75,7 @@ impl Pages {
         let router = Router::new()
             .route("/ready", get(ready))
             .route("/status.json", get(status))
-            .with_state(self.status)
+            .with_state(self.board)
             .merge(visited);
         let (room, mut connections) = (Arc::new(Semaphore::new(CONNECTIONS_MAX)), JoinSet::new());
         loop {
@@ -141,8 +137,8 @@ async fn health(State(desk): State<Arc<Desk>>, headers: HeaderMap) -> StatusCode
 
 /// 200 while the node may get work, else 503, with the reason. A node that has lost a part of what it
 /// serves says so beside the 200.
-async fn ready(State(status): State<watch::Receiver<HostStatus>>) -> impl IntoResponse {
-    let status = status.borrow();
+async fn ready(State(board): State<StatusBoard>) -> impl IntoResponse {
+    let status = board.now();
     let reason = match status.phase {
         Phase::Running if status.capabilities.is_empty() && status.degraded.is_empty() => {
             Some("no plugin is loaded".to_owned())
@@ -189,7 +185,7 @@ async fn ready(State(status): State<watch::Receiver<HostStatus>>) -> impl IntoRe
     }
 }
 
-async fn status(State(status): State<watch::Receiver<HostStatus>>) -> impl IntoResponse {
-    let status = status.borrow().clone();
+async fn status(State(board): State<StatusBoard>) -> impl IntoResponse {
+    let status = board.now().clone();
     Json(status)
 }

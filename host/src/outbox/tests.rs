@@ -90,12 +90,11 @@ impl Bench {
     }
 
     fn status(&self) -> OutboxStatus {
-        self.board.watch().borrow().outbox.clone()
+        self.board.now().outbox.clone()
     }
 
     async fn until(&self, wanted: impl Fn(&OutboxStatus) -> bool) {
-        let mut watch = self.board.watch();
-        let seen = watch.wait_for(|status| wanted(&status.outbox));
+        let seen = self.board.until(|status| wanted(&status.outbox));
         let seen = tokio::time::timeout(Duration::from_secs(20), seen).await;
         assert!(seen.is_ok(), "waited for another status than {:?}", self.status());
     }

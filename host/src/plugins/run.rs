@@ -57,6 +57,16 @@ struct Request<'a> {
     lease: &'a RawValue,
 }
 
+impl Request<'_> {
+    /// As JSON.
+    fn text(&self) -> serde_json::Result<String> {
+        let bytes = self.lease.get().len() + 2 * self.dir.as_os_str().len() + self.capability.len() + 64;
+        let mut text = Vec::with_capacity(bytes);
+        serde_json::to_writer(&mut text, self)?;
+        Ok(String::from_utf8(text).expect("JSON is text"))
+    }
+}
+
 /// A loaded plugin.
 pub(super) struct Plugin {
     name: Arc<str>,
@@ -119,7 +129,7 @@ impl Plugin {
         began();
         let request =
             Request { capability: grant.lease.capability.as_str(), dir: &folder.path, lease: &grant.lease.document };
-        let request = match serde_json::to_string(&request) {
+        let request = match request.text() {
             Ok(request) => request,
             // A folder whose name is no text: JSON cannot hold it.
             Err(err) => {

@@ -55,7 +55,7 @@ impl Driver {
         let mut pacing = Pacing::new(rhythm, grant.lease.expires_at, grant.lease.token_expires_at, Moment::now());
         if grant.lease.cancelled {
             grant.cancel.cancel(CancelReason::Plane);
-            keys.news.send_modify(|now| now.setup = Setup::Refused(CANCELLED.to_owned()));
+            keys.publish(|now| now.setup = Setup::Refused(CANCELLED.to_owned()));
             pacing = pacing.cancelled();
         }
         let server = grant.lease.domain_server.clone();

@@ -6,7 +6,6 @@
 //! seconds and the answer travelled; ranges of one host are cut with each other and become narrow.
 
 use std::{
-    collections::HashMap,
     sync::{Mutex, PoisonError},
     time::Duration,
 };
@@ -51,7 +50,8 @@ impl Range {
 /// What is known of the clocks of all hosts a client has heard.
 #[derive(Debug, Default)]
 pub(super) struct Clocks {
-    hosts: Mutex<HashMap<String, Range>>,
+    /// A handful: looking through them is quicker than hashing a name.
+    hosts: Mutex<Vec<(String, Range)>>,
     /// The last date that was read: most answers bear that of the one before.
     date: Mutex<Option<(Box<[u8]>, Timestamp)>>,
 }
@@ -82,13 +82,14 @@ impl Clocks {
     /// The time as `host` has it: ours, unless its answers showed another clock.
     pub(super) fn now(&self, host: &str) -> Timestamp {
         let hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
-        let ahead = hosts.get(host).and_then(|range| range.beyond(NOISE)).unwrap_or_default();
+        let range = hosts.iter().find(|(known, _)| known == host).map(|(_, range)| *range);
+        let ahead = range.and_then(|range| range.beyond(NOISE)).unwrap_or_default();
         Timestamp::now().saturating_add(ahead).expect("a difference of clocks is no calendar unit")
     }
 
     fn take(&self, host: &str, measured: Option<Range>) -> Option<Range> {
         let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut known = hosts.get_mut(host);
+        let mut known = hosts.iter_mut().find(|(known, _)| known == host).map(|(_, range)| range);
         let was = known.as_deref().copied();
         let Some(measured) = measured else { return was };
         let range = was.map_or(measured, |was| was.and(measured));
@@ -98,7 +99,7 @@ impl Clocks {
                 if hosts.len() >= HOSTS_MAX {
                     hosts.clear();
                 }
-                hosts.insert(host.to_owned(), range);
+                hosts.push((host.to_owned(), range));
             }
         }
         drop(hosts);

@@ -321,7 +321,7 @@ impl Client {
     /// Sends a request and reads the whole answer, at most [`JSON_BYTES_MAX`] bytes, all within `limit`.
     pub async fn call(&self, request: Request<Body>, limit: Duration) -> Result<Answer, TransportError> {
         let (host, mut head) = (host_of(&request)?, None);
-        let body = within(limit, &host, pin!(self.whole(request, &host, &mut head))).await;
+        let body = within(limit, &host, pin!(self.whole(request, &host, Moment::now(), &mut head))).await;
         Need::Body.answer(host, head, body)
     }
 
@@ -329,7 +329,7 @@ impl Client {
     /// is too large or comes too late does not hide it. The answer's body is then empty.
     pub async fn call_for_status(&self, request: Request<Body>, limit: Duration) -> Result<Answer, TransportError> {
         let (host, mut head) = (host_of(&request)?, None);
-        let body = within(limit, &host, pin!(self.whole(request, &host, &mut head))).await;
+        let body = within(limit, &host, pin!(self.whole(request, &host, Moment::now(), &mut head))).await;
         Need::Status.answer(host, head, body)
     }
 
@@ -341,10 +341,10 @@ impl Client {
         need: Need,
         until: Moment,
     ) -> Result<Answer, TransportError> {
-        let (host, mut head) = (host_of(&request)?, None);
-        let limit = until.left();
-        let body = until.before(pin!(self.whole(request, &host, &mut head))).await;
-        need.answer(host.clone(), head, body.unwrap_or_else(|| Err(late(&host, limit))))
+        let (host, mut head, began) = (host_of(&request)?, None, Moment::now());
+        let body = until.before(pin!(self.whole(request, &host, began, &mut head))).await;
+        let body = body.unwrap_or_else(|| Err(late(&host, until - began)));
+        need.answer(host, head, body)
     }
 
     /// Adds what a proxy on the way wants to be shown.
@@ -361,9 +361,9 @@ impl Client {
         &self,
         request: Request<Body>,
         host: &Authority,
+        sent: Moment,
         head: &mut Option<Head>,
     ) -> Result<Bytes, TransportError> {
-        let sent = Moment::now();
         let answered = self.pool.request(self.for_proxy(request)).await;
         let (response, connection) = answered.map_err(|reason| unreachable(host, reason))?;
         let (parts, body) = response.into_parts();

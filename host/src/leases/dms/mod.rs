@@ -28,6 +28,7 @@ use serde_json::{
     value::{RawValue, to_raw_value},
 };
 use url::Url;
+use uuid::fmt::Hyphenated;
 
 use self::wire::{Beat, HeartbeatResponse, LeaseFacts, Members, Seek};
 use super::{Kept, LeaseError, LeaseSource};
@@ -145,7 +146,9 @@ impl Dms {
     fn post(&self, task: TaskId, verb: &str, body: String, need: Need) -> Result<Call, LeaseError> {
         let mut parts = self.tasks()?.clone().into_parts();
         let tasks = parts.path_and_query.as_ref().map_or("", PathAndQuery::as_str);
-        let path = PathAndQuery::from_maybe_shared(Bytes::from(format!("{tasks}/{task}/{verb}")));
+        let mut id = [0; Hyphenated::LENGTH];
+        let path = [tasks, "/", task.0.as_hyphenated().encode_lower(&mut id), "/", verb].concat();
+        let path = PathAndQuery::from_maybe_shared(Bytes::from(path));
         parts.path_and_query = Some(path.expect("a path, an id and a word"));
         let uri = Uri::from_parts(parts).expect("only the path was changed");
         Ok(Call { method: Method::POST, uri, body: body.into(), need })

@@ -136,7 +136,7 @@ async fn a_refused_bearer_is_waited_for_and_replaced_once() {
     world.server.store().tokens = vec!["t2".to_owned()];
     let (input, ()) = tokio::join!(world.ports.materialize("d"), async {
         world.until("download").await;
-        world.keys.news.send_modify(|now| now.token = Some(Token::new("t2")));
+        world.keys.publish(|now| now.token = Some(Token::new("t2")));
     });
     input.expect("comes with the newer bearer");
     assert_eq!(world.count("download"), 2);
@@ -153,7 +153,7 @@ async fn a_bearer_refused_twice_is_the_end() {
 #[tokio::test]
 async fn an_error_text_never_holds_the_bearer() {
     let world = world().await;
-    world.keys.news.send_modify(|now| now.token = Some(Token::new("very-secret")));
+    world.keys.publish(|now| now.token = Some(Token::new("very-secret")));
     let err = world.ports.materialize("d").await.expect_err("refused");
     assert_eq!(err.kind, PortErrorKind::Unauthorized);
     assert!(err.message.contains("is not accepted") && !err.message.contains("very-secret"), "{err}");

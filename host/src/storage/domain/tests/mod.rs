@@ -117,7 +117,7 @@ struct World {
     url: Url,
     ports: DomainPorts,
     grant: Grant,
-    keys: GrantKeys,
+    keys: Arc<GrantKeys>,
     dir: TempDir,
     serving: JoinHandle<()>,
 }
@@ -176,11 +176,11 @@ async fn world_with(change: impl FnOnce(&mut Config)) -> World {
     config.patience = Duration::ZERO;
     change(&mut config);
     let (grant, keys) = Grant::new(lease(&[]), Setup::Pending);
-    keys.news.send_modify(|now| now.setup = Setup::Ready(Ok(Coordinates { server: url.clone(), domain: DOMAIN })));
+    keys.publish(|now| now.setup = Setup::Ready(Ok(Coordinates { server: url.clone(), domain: DOMAIN })));
     let dir = tempfile::tempdir().expect("a temporary directory");
     let client = Client::new(transport::Config::default());
     let ports = DomainPorts::new(client, grant.clone(), dir.path().to_owned(), Arc::new(config));
-    World { server, url, ports, grant, keys, dir, serving }
+    World { server, url, ports, grant, keys: Arc::new(keys), dir, serving }
 }
 
 impl World {

@@ -96,7 +96,7 @@ async fn without_set_up_nothing_is_requested() {
         (Setup::Ready(Ok(at("http://ds.example"))), "https"),
         (Setup::Ready(Ok(at("https://user:secret@ds.example"))), "credentials"),
     ] {
-        world.keys.news.send_modify(|now| now.setup = setup);
+        world.keys.publish(|now| now.setup = setup);
         let result = world.ports.materialize("d").await;
         assert!(!format!("{result:?}").contains("secret"));
         refused(result, PortErrorKind::Setup, text);
@@ -110,11 +110,11 @@ async fn the_first_call_waits_for_the_set_up() {
     let world = world().await;
     world.item("d", "n", "t", "body");
     let mut ready = Setup::Pending;
-    world.keys.news.send_modify(|now| std::mem::swap(&mut now.setup, &mut ready));
+    world.keys.publish(|now| std::mem::swap(&mut now.setup, &mut ready));
     let (input, ()) = tokio::join!(world.ports.materialize("d"), async {
         tokio::task::yield_now().await;
         assert_eq!(world.log(), [""; 0]);
-        world.keys.news.send_modify(|now| now.setup = ready);
+        world.keys.publish(|now| now.setup = ready);
     });
     input.expect("comes");
 }
@@ -135,9 +135,9 @@ async fn only_allowed_hosts_get_the_bearer() {
 #[tokio::test]
 async fn without_a_bearer_nothing_is_requested() {
     let world = world().await;
-    world.keys.news.send_modify(|now| now.token = None);
+    world.keys.publish(|now| now.token = None);
     refused(world.ports.materialize("d").await, PortErrorKind::Setup, "no domain token");
-    world.keys.news.send_modify(|now| now.token = Some(Token::new("a\nb")));
+    world.keys.publish(|now| now.token = Some(Token::new("a\nb")));
     let err = world.ports.materialize("d").await.expect_err("refused");
     assert!(err.kind == PortErrorKind::Setup && !err.message.contains("a\nb"), "{err}");
     assert_eq!(world.log(), [""; 0]);
@@ -150,7 +150,7 @@ async fn a_server_that_is_not_there_is_a_network_error() {
     let address = listener.local_addr().expect("bound");
     drop(listener);
     let server = Url::parse(&format!("http://{address}")).expect("a URL");
-    world.keys.news.send_modify(|now| now.setup = Setup::Ready(Ok(Coordinates { server, domain: DOMAIN })));
+    world.keys.publish(|now| now.setup = Setup::Ready(Ok(Coordinates { server, domain: DOMAIN })));
     refused(world.ports.materialize("d").await, PortErrorKind::Network, &address.to_string());
 }
 

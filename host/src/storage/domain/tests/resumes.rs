@@ -237,7 +237,7 @@ async fn a_newer_bearer_is_taken_for_a_continuation() {
     let mut stream = world.ports.open("d").await.expect("opens");
     assert!(stream.next().await.expect("the first piece").is_some());
     world.server.store().tokens = vec!["t2".to_owned()];
-    world.keys.news.send_modify(|now| now.token = Some(Token::new("t2")));
+    world.keys.publish(|now| now.token = Some(Token::new("t2")));
     drain(&mut stream).await.expect("comes with the newer bearer");
 }
 

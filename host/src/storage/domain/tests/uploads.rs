@@ -1,6 +1,6 @@
 //! Files as artifacts: names, one request or parts, failures on the way.
 
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use super::*;
 use crate::model::CancelReason;
@@ -158,7 +158,7 @@ async fn without_uploads_in_parts_a_large_file_goes_in_one_request() {
 async fn a_bearer_turned_between_two_parts_is_used_by_the_next() {
     // S0-88: with one part at a time, the old bearer is refused from the third on.
     let world = world_with(|config| config.parallel_parts = 1).await;
-    let (server, news) = (world.server.clone(), world.keys.news.clone());
+    let (server, keys) = (world.server.clone(), Arc::clone(&world.keys));
     for _ in 0..2 {
         world.trick("part", Trick::First(Box::new(|| {})));
     }
@@ -166,7 +166,7 @@ async fn a_bearer_turned_between_two_parts_is_used_by_the_next() {
         "part",
         Trick::First(Box::new(move || {
             server.store().tokens = vec!["t2".to_owned()];
-            news.send_modify(|now| now.token = Some(Token::new("t2")));
+            keys.publish(|now| now.token = Some(Token::new("t2")));
         })),
     );
     let bytes = noise(6 * MIB);
@@ -265,12 +265,12 @@ async fn a_lost_lease_sends_nothing_more_not_even_an_abort() {
 async fn a_bearer_refused_without_reading_the_body_is_replaced_too() {
     // The refusal itself may be lost when the server closes on a body it does not want.
     let world = world().await;
-    let (server, news) = (world.server.clone(), world.keys.news.clone());
+    let (server, keys) = (world.server.clone(), Arc::clone(&world.keys));
     world.trick(
         "create",
         Trick::Unread(Box::new(move || {
             server.store().tokens = vec!["t2".to_owned()];
-            news.send_modify(|now| now.token = Some(Token::new("t2")));
+            keys.publish(|now| now.token = Some(Token::new("t2")));
             reply(401, "text/plain", "old")
         })),
     );

@@ -1,0 +1,80 @@
+//! A value that a few wait for.
+//!
+//! Made for what comes and goes with every task. tokio's watch channel does the same for many waiters at a
+//! time, with eight lists of them that each change goes through and each task would have to make.
+
+use std::{
+    pin::pin,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::sync::Notify;
+
+/// See the module's text.
+#[derive(Debug, Default)]
+pub(super) struct Watched<T> {
+    value: Mutex<T>,
+    changed: Notify,
+}
+
+impl<T> Watched<T> {
+    pub(super) fn new(value: T) -> Self {
+        Self { value: Mutex::new(value), changed: Notify::new() }
+    }
+
+    /// The value as it is now. Who holds it keeps all others waiting.
+    pub(super) fn lock(&self) -> MutexGuard<'_, T> {
+        self.value.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Wakes those who wait, if `change` says that it made anything of the value. With what it said.
+    pub(super) fn change(&self, change: impl FnOnce(&mut T) -> bool) -> bool {
+        let changed = change(&mut self.lock());
+        if changed {
+            self.changed.notify_waiters();
+        }
+        changed
+    }
+
+    /// Waits until `look` finds what it looks for.
+    pub(super) async fn until<R>(&self, mut look: impl FnMut(&T) -> Option<R>) -> R {
+        loop {
+            // Before the look, so that no change between the two is missed.
+            let mut changed = pin!(self.changed.notified());
+            changed.as_mut().enable();
+            if let Some(found) = look(&self.lock()) {
+                return found;
+            }
+            changed.await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn who_waits_hears_of_each_change_that_is_one() {
+        let number = Watched::new(0);
+        let mut looks = 0;
+        let waiting = number.until(|now| {
+            looks += 1;
+            (*now == 3).then_some("three")
+        });
+        let changing = async {
+            for next in 1..=3 {
+                tokio::task::yield_now().await;
+                assert!(!number.change(|_| false), "nobody is woken");
+                assert!(number.change(|now| std::mem::replace(now, next) != next));
+            }
+        };
+        assert_eq!(tokio::join!(biased; waiting, changing).0, "three");
+        assert_eq!(looks, 4, "once before it waited, once for each change");
+    }
+
+    #[tokio::test]
+    async fn what_is_so_already_is_not_waited_for() {
+        assert_eq!(Watched::new(7).until(|now| Some(*now)).await, 7);
+    }
+}
