@@ -60,10 +60,20 @@ impl Built {
     }
 
     /// A folder of `count` plugins, all of them the noop runner without its sleep, and the file
-    /// that configures them. No two may serve one capability, so the copies get other names of the
-    /// same length: in the manifest as in the code.
+    /// that configures them.
     pub(crate) fn noops(&self, count: usize) -> anyhow::Result<(PathBuf, PathBuf)> {
-        let folder = self.scratch.path().join(format!("{count}-plugins"));
+        self.plugins(&format!("{count}-plugins"), count, "sleep_secs = 0.0")
+    }
+
+    /// The same with one noop runner, and `config` for it.
+    pub(crate) fn noop(&self, folder: &str, config: &str) -> anyhow::Result<(PathBuf, PathBuf)> {
+        self.plugins(folder, 1, config)
+    }
+
+    /// No two plugins may serve one capability, so the copies get other names of the same length: in the manifest
+    /// as in the code.
+    fn plugins(&self, folder: &str, count: usize, config: &str) -> anyhow::Result<(PathBuf, PathBuf)> {
+        let folder = self.scratch.path().join(folder);
         let listing = folder.join("plugins.toml");
         if listing.is_file() {
             return Ok((folder, listing));
@@ -83,7 +93,7 @@ impl Built {
             }
             let file = format!("noop{number}.so");
             std::fs::write(folder.join(&file), library)?;
-            entries.push_str(&format!("[[plugin]]\nfile = \"{file}\"\nconfig = {{ sleep_secs = 0.0 }}\n\n"));
+            entries.push_str(&format!("[[plugin]]\nfile = \"{file}\"\nconfig = {{ {config} }}\n\n"));
         }
         std::fs::write(&listing, entries)?;
         Ok((folder, listing))

@@ -88,6 +88,22 @@ impl Author {
         }
     }
 
+    /// Waits until every task of the newest job, which must be `job`, is running.
+    pub(crate) fn wait_running(&self, job: &str, tasks: usize, limit: Duration) -> anyhow::Result<()> {
+        let began = Instant::now();
+        loop {
+            let page = self.call(Method::GET, "/v1/jobs?limit=1", None)?;
+            let newest = &page["items"][0];
+            anyhow::ensure!(newest["job"]["id"] == job, "another job came in between");
+            let summary = &newest["tasks_summary"];
+            if summary["running"] == tasks {
+                return Ok(());
+            }
+            anyhow::ensure!(began.elapsed() < limit, "not all of {tasks} tasks run after {limit:?}: {summary}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
     /// When an ended job began and how long it took.
     pub(crate) fn times(&self, job: &str) -> anyhow::Result<Ended> {
         let job = self.call(Method::GET, &format!("/v1/jobs/{job}"), None)?;

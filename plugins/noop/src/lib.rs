@@ -9,6 +9,7 @@ use serde_json::json;
 /// Serves `/examples/noop/v1`.
 pub struct Noop {
     sleep: Duration,
+    fetch_inputs: bool,
 }
 
 /// The plugin's config.
@@ -18,6 +19,9 @@ pub struct Config {
     /// How long a task takes, in seconds; fractions are allowed.
     #[serde(default = "five_seconds")]
     sleep_secs: f64,
+    /// Whether a task brings its inputs to disk before that, one after the other.
+    #[serde(default)]
+    fetch_inputs: bool,
 }
 
 fn five_seconds() -> f64 {
@@ -32,7 +36,7 @@ impl Noop {
     pub fn new(config: Config) -> Result<Self, Error> {
         let sleep = Duration::try_from_secs_f64(config.sleep_secs)
             .map_err(|err| Error::msg(format!("config: sleep_secs = {}: {err}", config.sleep_secs)))?;
-        Ok(Self { sleep })
+        Ok(Self { sleep, fetch_inputs: config.fetch_inputs })
     }
 }
 
@@ -40,6 +44,11 @@ impl Runner for Noop {
     const CAPABILITY: &'static str = "/examples/noop/v1";
 
     async fn run(&self, ctx: TaskCtx) -> Result<(), Error> {
+        if self.fetch_inputs {
+            for cid in &ctx.lease.task.inputs_cids {
+                ctx.input.materialize_cid_to_temp(cid).await?;
+            }
+        }
         if self.sleep.is_zero() {
             // Even a sleep of nothing waits for the timer's next millisecond.
             return Ok(());
@@ -60,7 +69,7 @@ mod tests {
     use super::*;
 
     fn noop(sleep_secs: f64) -> Result<Noop, Error> {
-        Noop::new(Config { sleep_secs })
+        Noop::new(Config { sleep_secs, fetch_inputs: false })
     }
 
     #[test]
@@ -75,6 +84,18 @@ mod tests {
         host.cancel(CancelReason::Plane);
         let ended = host.run_blocking(&noop(3600.0).expect("a config"));
         assert_eq!(ended.error().chain(), "cancelled: Plane");
+    }
+
+    #[test]
+    fn inputs_are_fetched_where_the_config_says_so() {
+        let runs = |fetch_inputs, host: TestHost| {
+            let noop = Noop::new(Config { sleep_secs: 0.0, fetch_inputs }).expect("a config");
+            host.run_blocking(&noop).is_ok()
+        };
+        let missing = || TestHost::new().lease(|lease| lease.task.inputs_cids.push("d-1".to_owned()));
+        assert!(runs(true, TestHost::new().input("d-1", b"some")));
+        assert!(!runs(true, missing()), "an input that is not there is noticed");
+        assert!(runs(false, missing()));
     }
 
     #[test]

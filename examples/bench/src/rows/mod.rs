@@ -1,9 +1,11 @@
 //! What is measured, and how much of it.
 
+mod boundary;
 mod data;
 mod idle;
 mod start;
 mod tasks;
+mod waiting;
 
 use std::time::Duration;
 
@@ -20,6 +22,10 @@ pub(crate) enum Row {
     Start,
     /// A node without work
     Idle,
+    /// A node with ten thousand tasks that wait
+    Waiting,
+    /// From the start of a run in a plugin to its end, with one call of the host
+    Boundary,
 }
 
 /// How much is measured.
@@ -34,6 +40,10 @@ pub(crate) struct Sizes {
     pub(crate) objects: usize,
     /// How long an idle node is watched.
     pub(crate) idle: Duration,
+    /// Tasks that wait at once.
+    pub(crate) waiting: usize,
+    /// Runs in a plugin, one after the other, in one repetition.
+    pub(crate) runs: u32,
 }
 
 impl Sizes {
@@ -41,8 +51,10 @@ impl Sizes {
         repetitions: 5,
         tasks: Duration::from_millis(1500),
         object: 1 << 30,
-        objects: 3,
+        objects: 5,
         idle: Duration::from_secs(30),
+        waiting: 10_000,
+        runs: 10_000,
     };
     pub(crate) const QUICK: Self = Self {
         repetitions: 1,
@@ -50,6 +62,8 @@ impl Sizes {
         object: 256 << 20,
         objects: 1,
         idle: Duration::from_secs(3),
+        waiting: 1_000,
+        runs: 1_000,
     };
 }
 
@@ -59,5 +73,7 @@ pub(crate) fn measure(row: Row, built: &Built, sizes: &Sizes, report: &mut Repor
         Row::Data => data::measure(built, sizes, report),
         Row::Start => start::measure(built, sizes, report),
         Row::Idle => idle::measure(built, sizes, report),
+        Row::Waiting => waiting::measure(built, sizes, report),
+        Row::Boundary => boundary::measure(built, sizes, report),
     }
 }

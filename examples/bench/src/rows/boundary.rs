@@ -1,0 +1,202 @@
+//! From the start of a run in a plugin to its end, with one call of the host in between.
+//!
+//! The library is loaded into this process, as a node loads it into its own; the one call brings an input to
+//! disk, which is there at once. Beside it two threads pass a word to and fro, each with a runtime of its
+//! own: what it costs to wake the other side twice is the least that a run on threads of its own can cost.
+
+use std::{
+    path::Path,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::Context;
+use async_trait::async_trait;
+use runner_host::{
+    model::{
+        Artifact, ArtifactSpec, Budget, Capability, Fetched, Grant, InputMeta, InputStream, Lease, Materialized,
+        Outcome, OutputStream, PortError, PortErrorKind, Ports, Setup, TaskId,
+    },
+    plugins::{self, Folder, Job, Places, Plugins, PluginsFile},
+};
+use serde_json::value::to_raw_value;
+use tokio::{
+    runtime::{Builder, Handle},
+    sync::{mpsc, oneshot},
+};
+use uuid::Uuid;
+
+use super::Sizes;
+use crate::{
+    build::Built,
+    report::{Bound, Cell, Report, Series},
+};
+
+const CAPABILITY: &str = "/examples/noop/v1";
+/// Over the ping-pong.
+const TIMES: Bound = Bound { wanted: 3.0, quick: Some(12.0) };
+/// How long a run or a word may take, however slow this machine is.
+const LIMIT: Duration = Duration::from_secs(10);
+
+pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyhow::Result<()> {
+    eprintln!("runs in a plugin");
+    let (folder, listing) = built.noop("boundary", "sleep_secs = 0.0, fetch_inputs = true")?;
+    let config = plugins::Config {
+        places: Places { folders: vec![folder], files: Vec::new() },
+        file: PluginsFile::read(&listing)?,
+        max_concurrency: 1,
+        log_level: 3,
+        init_limit: LIMIT,
+    };
+    let plugins = Plugins::load(&config)?;
+    // As in a node: one thread for leases, others for what moves data.
+    let workers = Builder::new_multi_thread().enable_all().build()?;
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    let (mut own, mut least) = <(Series, Series)>::default();
+    runtime.block_on(async {
+        let runs = Runs::new(&plugins, workers.handle().clone(), built.scratch())?;
+        let words = Words::start()?;
+        for repetition in 0..=sizes.repetitions {
+            let (run, word) = (timed(sizes.runs, || runs.one()).await?, timed(sizes.runs, || words.one()).await?);
+            // The first warms up.
+            if repetition > 0 {
+                own.add(run);
+                least.add(word);
+            }
+        }
+        plugins.shutdown(LIMIT).await;
+        anyhow::Ok(())
+    })?;
+    let times = own.over(&least);
+    let table = report.table(
+        "Start of a run in a plugin to its end, one call of the host in between, over a ping-pong of two threads",
+        &["ratio of times", "run, µs", "ping-pong, µs"],
+    );
+    report.at_most("run in a plugin over a ping-pong", &times, TIMES);
+    report.row(table, vec![Cell::series(&times, 2), Cell::series(&own, 1), Cell::series(&least, 1)]);
+    Ok(())
+}
+
+/// How long one takes, in microseconds, when so many are done one after the other.
+async fn timed<F: Future<Output = anyhow::Result<()>>>(count: u32, one: impl Fn() -> F) -> anyhow::Result<f64> {
+    let began = Instant::now();
+    for _ in 0..count {
+        tokio::time::timeout(LIMIT, one()).await.context("took too long")??;
+    }
+    Ok(began.elapsed().as_secs_f64() * 1e6 / f64::from(count))
+}
+
+/// Runs in a plugin.
+struct Runs<'a> {
+    plugins: &'a Plugins,
+    lease: Lease,
+    ports: Arc<Ready>,
+    folder: Folder,
+    workers: Handle,
+}
+
+impl<'a> Runs<'a> {
+    fn new(plugins: &'a Plugins, workers: Handle, scratch: &Path) -> anyhow::Result<Self> {
+        let capability = Capability::parse(CAPABILITY)?;
+        let document = serde_json::json!({
+            "task": { "id": Uuid::nil(), "capability": CAPABILITY, "inputs_cids": ["d-1"] },
+        });
+        let lease = Lease {
+            document: to_raw_value(&document)?,
+            inputs: vec!["d-1".to_owned()],
+            ..Lease::bare(TaskId(Uuid::nil()), capability)
+        };
+        let folder = Folder { path: scratch.join("task"), make: Arc::new(|| Ok(())) };
+        let ports = Arc::new(Ready { input: scratch.join("task/input"), budget: Budget::unlimited() });
+        Ok(Self { plugins, lease, ports, folder, workers })
+    }
+
+    async fn one(&self) -> anyhow::Result<()> {
+        let (grant, _keys) = Grant::new(self.lease.clone(), Setup::Pending);
+        let job = Job {
+            grant,
+            ports: Arc::clone(&self.ports) as Arc<dyn Ports>,
+            folder: self.folder.clone(),
+            workers: self.workers.clone(),
+            cancel_grace: LIMIT,
+            began: Box::new(|| {}),
+        };
+        match self.plugins.run(job).await {
+            Outcome::Completed => Ok(()),
+            other => anyhow::bail!("a run ended as {other:?}"),
+        }
+    }
+}
+
+/// Ports whose inputs are there.
+struct Ready {
+    input: std::path::PathBuf,
+    budget: Budget,
+}
+
+fn unsupported<T>() -> Result<T, PortError> {
+    Err(PortError::new(PortErrorKind::Unsupported, "only files come in here"))
+}
+
+#[async_trait]
+impl Ports for Ready {
+    async fn open(&self, _cid: &str) -> Result<Box<dyn InputStream>, PortError> {
+        unsupported()
+    }
+
+    async fn materialize(&self, cid: &str) -> Result<Materialized, PortError> {
+        Ok(Materialized {
+            meta: InputMeta { cid: cid.to_owned(), ..InputMeta::default() },
+            path: self.input.clone(),
+            root_dir: self.input.parent().unwrap_or(&self.input).to_owned(),
+            related_files: Vec::new(),
+            extracted_paths: Vec::new(),
+        })
+    }
+
+    async fn put_file(&self, _spec: ArtifactSpec, _file: &Path) -> Result<Option<String>, PortError> {
+        unsupported()
+    }
+
+    async fn create(&self, _spec: ArtifactSpec) -> Result<Box<dyn OutputStream>, PortError> {
+        unsupported()
+    }
+
+    fn published(&self) -> Vec<Artifact> {
+        Vec::new()
+    }
+
+    fn fetched(&self) -> Vec<Fetched> {
+        Vec::new()
+    }
+
+    fn budget(&self) -> &Budget {
+        &self.budget
+    }
+}
+
+/// Words to another thread and back.
+struct Words(mpsc::UnboundedSender<oneshot::Sender<()>>);
+
+impl Words {
+    fn start() -> anyhow::Result<Self> {
+        let (say, mut said) = mpsc::unbounded_channel::<oneshot::Sender<()>>();
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        // Not joined: it ends with the sender.
+        thread::Builder::new().name("ping-pong".to_owned()).spawn(move || {
+            runtime.block_on(async {
+                while let Some(answer) = said.recv().await {
+                    let _ = answer.send(());
+                }
+            });
+        })?;
+        Ok(Self(say))
+    }
+
+    async fn one(&self) -> anyhow::Result<()> {
+        let (answer, answered) = oneshot::channel();
+        self.0.send(answer).context("the other thread has ended")?;
+        answered.await.context("the other thread gave no answer")
+    }
+}
