@@ -7,7 +7,7 @@
 //! ends that.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     sync::Arc,
     time::Duration,
 };
@@ -88,6 +88,10 @@ pub(super) enum Turn {
 #[derive(Default)]
 pub(super) struct Book {
     held: BTreeMap<u64, Held>,
+    /// By task, those that will be sent: with each lease it is asked whether one of its task is here.
+    by_task: BTreeSet<(Uuid, u64)>,
+    /// How many of them were sent in vain so far, or found at the start.
+    waiting: usize,
     next: u64,
     /// Failures in a row, whichever report.
     failures: u32,
@@ -101,7 +105,7 @@ impl Book {
     /// Takes in what was found at the start. What is ours is due at once.
     pub(super) fn found(&mut self, number: u64, entry: Entry, tries: Tries, ours: bool, now: Instant) {
         let place = if ours { Place::Waiting { due: now } } else { Place::Foreign };
-        self.held.insert(number, Held { tries, written: true, ..Held::new(Arc::new(entry), place) });
+        self.insert(number, Held { tries, written: true, ..Held::new(Arc::new(entry), place) });
         self.skip(number);
     }
 
@@ -114,8 +118,30 @@ impl Book {
     pub(super) fn add(&mut self, entry: Arc<Entry>) -> u64 {
         let number = self.next;
         self.next += 1;
-        self.held.insert(number, Held::new(entry, Place::Fresh));
+        self.insert(number, Held::new(entry, Place::Fresh));
         number
+    }
+
+    fn insert(&mut self, number: u64, held: Held) {
+        if held.place != Place::Foreign {
+            self.by_task.insert((held.entry.task_id, number));
+        }
+        self.waiting += usize::from(held.waits());
+        self.held.insert(number, held);
+    }
+
+    /// Moves a report to another place. `None`: it is gone.
+    fn place(&mut self, number: u64, place: Place) -> Option<&mut Held> {
+        let held = self.held.get_mut(&number)?;
+        self.waiting -= usize::from(held.waits());
+        held.place = place;
+        self.waiting += usize::from(held.waits());
+        Some(held)
+    }
+
+    /// The reports about `task` that will be sent.
+    fn about(&self, task: Uuid) -> impl DoubleEndedIterator<Item = u64> {
+        self.by_task.range((task, 0)..=(task, u64::MAX)).map(|(_, number)| *number)
     }
 
     /// What is to be written of a report, which counts as written from now on.
@@ -139,8 +165,7 @@ impl Book {
 
     /// The newest report about `task` that will be sent.
     pub(super) fn owed(&self, task: Uuid) -> Option<u64> {
-        let about = |held: &Held| held.entry.task_id == task && held.place != Place::Foreign;
-        self.held.iter().rev().find(|(_, held)| about(held)).map(|(number, _)| *number)
+        self.about(task).next_back()
     }
 
     /// Keeps no lease any longer: the process ends.
@@ -155,6 +180,8 @@ impl Book {
         let Some(held) = self.held.get_mut(&number) else { return false };
         let name = held.lease_kept.as_ref().map(|lease| lease.name());
         let Some(renamed) = name.and_then(|name| held.entry.renamed(&name)) else { return false };
+        self.by_task.remove(&(held.entry.task_id, number));
+        self.by_task.insert((renamed.task_id, number));
         held.entry = Arc::new(renamed);
         held.written
     }
@@ -190,15 +217,16 @@ impl Book {
     /// Begins a try, which counts from now on. `None` when there is nothing to be sent: the report is gone,
     /// or one of its task is under way.
     pub(super) fn begin(&mut self, number: u64, at: Timestamp) -> Option<(Arc<Entry>, Tries)> {
-        let task = self.held.get(&number)?.entry.task_id;
-        let busy = self.held.values().any(|held| held.is_sent() && held.entry.task_id == task);
-        let held = self.held.get_mut(&number)?;
-        match held.place {
-            Place::Fresh => {}
-            Place::Waiting { .. } if !busy => held.place = Place::Sending,
+        let Held { entry, place, .. } = self.held.get(&number)?;
+        let busy = || self.about(entry.task_id).any(|number| self.held.get(&number).is_some_and(Held::is_sent));
+        let place = match place {
+            Place::Fresh => Place::Fresh,
+            Place::Waiting { .. } if !busy() => Place::Sending,
             Place::Waiting { .. } | Place::Sending | Place::Foreign => return None,
-        }
-        held.failures = self.failures;
+        };
+        let failures = self.failures;
+        let held = self.place(number, place)?;
+        held.failures = failures;
         let tries = &mut held.tries;
         tries.count = tries.count.saturating_add(1);
         tries.first.get_or_insert(at);
@@ -217,7 +245,9 @@ impl Book {
     /// Forgets a report, whatever became of it.
     pub(super) fn remove(&mut self, number: u64) -> Option<Gone> {
         let held = self.held.remove(&number)?;
-        if self.waiting() == 0 {
+        self.by_task.remove(&(held.entry.task_id, number));
+        self.waiting -= usize::from(held.waits());
+        if self.waiting == 0 {
             self.last_error = None;
         }
         Some(Gone { entry: held.entry, ended_as: held.ended_as, written: held.written })
@@ -242,28 +272,26 @@ impl Book {
         held.tries.error = Some(error.to_owned());
         // Twice the pause of all: a report that alone fails must not be the next one again and again.
         let own = pause_after(held.tries.count.saturating_add(1), draw).max(asked);
-        held.place = Place::Waiting { due: now + own };
         held.written = true;
         let all = pause_after(self.failures, draw).max(asked);
         self.quiet_until = self.quiet_until.max(Some(now + all));
         self.last_error = Some(error.to_owned());
-        Some((held.tries.clone(), own.max(all), news && self.failures == 1))
+        let first = news && self.failures == 1;
+        let held = self.place(number, Place::Waiting { due: now + own })?;
+        Some((held.tries.clone(), own.max(all), first))
     }
 
     /// A try ended without an answer because its sender did, which is to be written.
     pub(super) fn broken_off(&mut self, number: u64, why: &str, now: Instant) -> Option<(Arc<Entry>, Tries)> {
-        let held = self.held.get_mut(&number)?;
+        let held = self.place(number, Place::Waiting { due: now })?;
         held.tries.error = Some(why.to_owned());
-        held.place = Place::Waiting { due: now };
         held.written = true;
         Some((Arc::clone(&held.entry), held.tries.clone()))
     }
 
     /// A report that could not be sent by its attempt waits for its turn now.
     pub(super) fn hand_over(&mut self, number: u64, now: Instant) {
-        if let Some(held) = self.held.get_mut(&number) {
-            held.place = Place::Waiting { due: now };
-        }
+        self.place(number, Place::Waiting { due: now });
     }
 
     /// Ends all pauses, or those of some tasks.
@@ -284,7 +312,7 @@ impl Book {
     /// The plane has answered something else: whoever waits for it need not wait longer.
     /// `false`: nobody does.
     pub(super) fn plane_answers(&mut self) -> bool {
-        self.quiet_until.take().is_some() && self.waiting() > 0
+        self.quiet_until.take().is_some() && self.waiting > 0
     }
 
     /// The numbers of all reports of these tasks, or of all.
@@ -303,7 +331,7 @@ impl Book {
 
     /// Reports of this node that are not accepted yet.
     pub(super) fn ours(&self) -> usize {
-        self.held.values().filter(|held| held.place != Place::Foreign).count()
+        self.by_task.len()
     }
 
     pub(super) fn foreign(&self) -> usize {
@@ -312,7 +340,7 @@ impl Book {
 
     /// Reports that were sent in vain so far, or found at the start.
     pub(super) fn waiting(&self) -> usize {
-        self.held.values().filter(|held| held.waits()).count()
+        self.waiting
     }
 
     /// When the task of the oldest report of ours ended, and how often that was sent.
@@ -359,7 +387,7 @@ fn wanted(entry: &Entry, tasks: Option<&HashSet<Uuid>>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Outcome, Verdict};
+    use crate::model::{Outcome, ReportName, Verdict};
 
     fn entry(number: u128) -> Entry {
         Entry {
@@ -525,6 +553,52 @@ mod tests {
         assert_eq!((book.turn(now), book.begin(2, Timestamp::UNIX_EPOCH)), (Turn::Idle, None));
         book.answered(1);
         assert_eq!(book.turn(now), Turn::Send(2));
+    }
+
+    struct Named(u128);
+
+    impl KeptLease for Named {
+        fn name(&self) -> ReportName {
+            ReportName { task: TaskId(Uuid::from_u128(self.0)), job: None, domain_id: None }
+        }
+    }
+
+    #[test]
+    fn what_is_counted_and_looked_up_is_what_is_there_whatever_was_done() {
+        let (mut book, now) = (Book::default(), Instant::now());
+        let mut state = 7_u32;
+        let mut draw = |below: u32| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 16) % below
+        };
+        for step in 0..20_000 {
+            // Few tasks and few numbers, so that some are met again.
+            let (task, number) = (u128::from(draw(5)), u64::from(draw(12)) + book.next.saturating_sub(10));
+            let foreign = book.held.get(&number).is_some_and(|held| held.place == Place::Foreign);
+            match draw(10) {
+                // Nobody sends what is for another plane, so nothing comes of it.
+                2..=8 if foreign => assert_eq!(book.begin(number, Timestamp::UNIX_EPOCH), None),
+                0 => drop(book.add(Arc::new(entry(task)))),
+                1 if !book.held.contains_key(&number) => {
+                    book.found(number, entry(task), Tries::default(), draw(2) == 0, now);
+                }
+                2 => book.hold(number, Box::new(Named(task))),
+                3 => drop(book.rename(number)),
+                4 | 5 => drop(book.begin(number, Timestamp::UNIX_EPOCH)),
+                6 => drop(book.failed(number, refused(None), now, 1.0)),
+                7 => drop(book.broken_off(number, "stopped", now)),
+                8 => book.hand_over(number, now),
+                _ => drop(book.answered(number)),
+            }
+            let all = || book.held.iter().filter(|(_, held)| held.place != Place::Foreign);
+            let waiting = all().filter(|(_, held)| held.waits()).count();
+            assert_eq!((book.ours(), book.waiting()), (all().count(), waiting), "step {step}");
+            assert_eq!(book.foreign(), book.held.len() - all().count());
+            for task in (0..5).map(Uuid::from_u128) {
+                let newest = all().rfind(|(_, held)| held.entry.task_id == task);
+                assert_eq!(book.owed(task), newest.map(|(number, _)| *number), "step {step}");
+            }
+        }
     }
 
     #[test]
