@@ -176,6 +176,7 @@ pub struct Granted {
     pub mailbox: Mailbox,
     fence: Fence,
     token_fence: Fence,
+    missed: Mutex<Missed>,
     replaced: Mutex<Vec<Token>>,
     /// What the plane calls the task since it has changed that.
     renamed: Mutex<Option<ReportName>>,
@@ -188,6 +189,15 @@ impl Deref for Grant {
     fn deref(&self) -> &Granted {
         &self.0
     }
+}
+
+/// Heartbeats in a row that were not answered.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Missed {
+    /// How many, up to now.
+    pub count: u32,
+    /// Why the last one was not, in one line.
+    pub error: String,
 }
 
 /// The writing side of a [`Grant`], held by the session alone.
@@ -213,6 +223,17 @@ impl GrantKeys {
     #[must_use]
     pub fn token_fence(&self) -> &Fence {
         &self.0.token_fence
+    }
+
+    /// Notes a heartbeat that was not answered.
+    pub fn missed(&self, error: String) {
+        let mut missed = self.0.missed.lock().unwrap_or_else(PoisonError::into_inner);
+        *missed = Missed { count: missed.count.saturating_add(1), error };
+    }
+
+    /// Notes that heartbeats are answered again.
+    pub fn answered(&self) {
+        *self.0.missed.lock().unwrap_or_else(PoisonError::into_inner) = Missed::default();
     }
 
     /// Publishes what the plane calls the task from now on.
@@ -266,6 +287,7 @@ impl Grant {
             lease,
             cancel: CancelSignal::default(),
             mailbox: Mailbox::default(),
+            missed: Mutex::default(),
             replaced: Mutex::default(),
             renamed: Mutex::default(),
             news,
@@ -304,6 +326,12 @@ impl Grant {
     pub async fn lost(&self) {
         let mut lost = pin!(self.cancel.lost());
         poll_fn(|context| if self.is_ours() { lost.as_mut().poll(context) } else { Poll::Ready(()) }).await;
+    }
+
+    /// How many heartbeats in a row were not answered up to now.
+    #[must_use]
+    pub fn missed(&self) -> Missed {
+        self.missed.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Until when the lease is ours, as far as the plane has said.

@@ -22,7 +22,9 @@ mod watched;
 pub use artifact::{Artifact, ArtifactSpec};
 pub use budget::{Budget, Charge, OverBudget};
 pub use capability::{Capability, CapabilityError};
-pub use grant::{CancelReason, CancelSignal, Coordinates, Fence, Grant, GrantKeys, Granted, News, Setup, Token};
+pub use grant::{
+    CancelReason, CancelSignal, Coordinates, Fence, Grant, GrantKeys, Granted, Missed, News, Setup, Token,
+};
 pub use lease::{Lease, TaskId};
 pub use line::in_a_line;
 pub use mailbox::{Mailbox, MailboxError, Pending};

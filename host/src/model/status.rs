@@ -8,11 +8,12 @@ use std::{
 };
 
 use jiff::Timestamp;
-use serde::{Serialize, Serializer};
+use serde::{Serialize, Serializer, ser::SerializeMap as _};
 use uuid::Uuid;
 
 use super::{
-    Artifact, Budget, Capability, Fetched, Grant, Lease, Moment, Setup, TaskId, Verdict, millis, watched::Watched,
+    Artifact, Budget, Capability, Fetched, Grant, Lease, Missed, Moment, Setup, TaskId, Verdict, millis,
+    watched::Watched,
 };
 
 /// Ended tasks that are shown.
@@ -138,6 +139,15 @@ pub struct HeldTasks {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeldNumber(u64);
 
+impl HeldTasks {
+    /// What stands against keeping the leases, where that is so for all of them: the least that one of them
+    /// has missed.
+    #[must_use]
+    pub fn missed(&self) -> Option<Missed> {
+        self.by_number.values().map(|task| task.turning.0.missed()).min_by_key(|missed| missed.count)
+    }
+}
+
 impl Serialize for HeldTasks {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         // Of two with one id the newer one is shown: it is the one that still counts.
@@ -168,6 +178,7 @@ pub struct TaskStatus {
     pub since: Timestamp,
     /// `domain_id`, `lease_expires_at`, `token_expires_at` and `progress_at` (when the runner reported progress
     /// last): what is known of them when the page is asked. Neither a token nor the progress itself is shown.
+    /// While heartbeats fail, `heartbeats_failed` (how many in a row) and `heartbeat_error`.
     #[serde(flatten)]
     pub turning: Turning,
 }
@@ -194,8 +205,21 @@ impl Serialize for Turning {
             ("token_expires_at", grant.token_fence().until().on_calendar()),
             ("progress_at", grant.mailbox.progress_at().and_then(Moment::on_calendar)),
         ];
-        let times = times.into_iter().filter_map(|(name, at)| Some((name, at?.to_string())));
-        serializer.collect_map(domain.map(|id| ("domain_id", id.to_string())).into_iter().chain(times))
+        let missed = Some(grant.missed()).filter(|missed| missed.count > 0);
+        let mut shown = serializer.serialize_map(None)?;
+        if let Some(id) = domain {
+            shown.serialize_entry("domain_id", &id)?;
+        }
+        for (name, at) in times {
+            if let Some(at) = at {
+                shown.serialize_entry(name, &at)?;
+            }
+        }
+        if let Some(Missed { count, error }) = missed {
+            shown.serialize_entry("heartbeats_failed", &count)?;
+            shown.serialize_entry("heartbeat_error", &error)?;
+        }
+        shown.end()
     }
 }
 
@@ -325,7 +349,6 @@ impl StatusBoard {
     }
 
     /// The status as it is now. Who holds it keeps all those waiting who would change it.
-    #[must_use]
     pub fn now(&self) -> MutexGuard<'_, HostStatus> {
         self.0.lock()
     }

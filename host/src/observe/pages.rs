@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tower_service::Service as _;
 
 use super::callback::{self, Desk};
-use crate::model::{Phase, StatusBoard, Visits};
+use crate::model::{Missed, Phase, StatusBoard, Visits};
 
 /// How long a stop waits for requests under way: a client that never ends its own must not keep the node.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
@@ -38,6 +38,8 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(500);
 
 /// From so many polls in a row that failed the node gets no work; fewer are no news.
 const FAILED_POLLS_MIN: u32 = 3;
+/// The same of heartbeats of every lease that is held: with all slots taken there are no polls to tell.
+const FAILED_HEARTBEATS_MIN: u32 = 3;
 
 /// A listener that is up, so that `/health` answers before the node registers.
 pub struct Pages {
@@ -169,7 +171,10 @@ async fn ready(State(board): State<StatusBoard>) -> impl IntoResponse {
                 status.polls.last_error.as_deref().unwrap_or_default()
             )),
             _ if status.polls.unanswered => Some("the control plane does not answer the poll".to_owned()),
-            _ => None,
+            _ => status.tasks.missed().filter(|missed| missed.count >= FAILED_HEARTBEATS_MIN).map(|missed| {
+                let Missed { count, error } = missed;
+                format!("the control plane does not take heartbeats, {count} in a row failed: {error}")
+            }),
         },
         Phase::Starting => Some(match &status.registration_error {
             Some(err) => format!("not signed in ({}): {err}", status.registration),

@@ -199,6 +199,7 @@ impl Driver {
             Advice::GiveUp => self.set_up(Setup::Refused(failure.to_string())),
             Advice::RetryLater => {}
         }
+        self.keys.missed(failure.to_string());
         let advice = Some(failure.advice());
         if self.trouble == advice {
             debug!(task_id = %self.task, error = %failure, "heartbeat failed");
@@ -212,6 +213,7 @@ impl Driver {
     /// Takes over what an answer says, in the order of contract 4.10; cancel comes last.
     fn adopt(&mut self, sent: &Pending, kept: Kept) -> PacingEvent {
         if self.trouble.take().is_some() {
+            self.keys.answered();
             info!(task_id = %self.task, "heartbeat answered again");
         }
         self.grant.mailbox.acknowledge(sent);

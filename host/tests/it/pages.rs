@@ -1,5 +1,7 @@
 //! The node's own pages.
 
+use std::time::Duration;
+
 use serde_json::json;
 
 use crate::harness::{
@@ -71,6 +73,33 @@ async fn a_node_whose_polls_fail_is_not_ready_until_one_is_answered() {
     node.line(|line| line["error"].as_str().is_some_and(|err| err.contains("503"))).await;
     assert_eq!(node.page("/ready").await.0, 200);
     node.stop().await;
+}
+
+#[tokio::test]
+async fn a_full_node_whose_heartbeats_fail_is_not_ready_until_one_is_answered() {
+    // Long enough for three heartbeats to fail on a busy machine, short enough not to wait for the first.
+    let lab = Lab::with(|config| config.lease_ttl = Duration::from_secs(10)).await;
+    let rubbish = Rubbish::before(&lab).await;
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    let files = tempfile::tempdir().expect("a folder");
+    let task = |name: &str| lab.task("/fixtures/wait-file/v1").meta(json!({ "file": files.path().join(name) }));
+    let job = task("first").submit();
+    let id = lab.started(&node, job).await["id"].as_str().expect("an id").to_owned();
+    assert_eq!(node.page("/ready").await.0, 200);
+    rubbish.answer("POST /v1/tasks/*/heartbeat", usize::MAX, Bad::Status(503, "under repair"));
+    let (_, page) = node.page_until("/ready", |page| page.0 == 503).await;
+    let reason = page["reason"].as_str().expect("a reason");
+    assert!(reason.starts_with("the control plane does not take heartbeats, "), "{reason}");
+    let shown = node.status().await["tasks"][&id].clone();
+    assert!(shown["heartbeats_failed"].as_u64().is_some_and(|failed| failed >= 3), "{shown}");
+    let error = shown["heartbeat_error"].as_str().expect("an error");
+    assert!(error.contains("503") && reason.ends_with(error), "{reason}: {shown}");
+    rubbish.heal();
+    node.page_until("/ready", |page| page.0 == 200).await;
+    let shown = node.status().await["tasks"][&id].clone();
+    assert!(shown["state"] == "running" && shown.get("heartbeats_failed").is_none(), "{shown}");
+    std::fs::write(files.path().join("first"), "").expect("the folder is writable");
+    lab.ended(&node, job).await.completed();
 }
 
 #[tokio::test]
