@@ -54,6 +54,8 @@ impl Node {
     /// # Errors
     /// When a folder or an address cannot be used.
     pub async fn build(config: HostConfig, plugins: Arc<Plugins>) -> anyhow::Result<Self> {
+        #[cfg(unix)]
+        crate::open_files::allow(config.max_concurrency);
         let state = StateDir::claim(&config.state_dir, CLAIM_PATIENCE).await.context("STATE_DIR cannot be used")?;
         let scratch = Scratch::open(config.scratch_dir.clone()).context("SCRATCH_DIR cannot be used")?;
         let control = Control::start().context("start the control thread")?;

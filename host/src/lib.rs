@@ -15,6 +15,8 @@ pub mod engine;
 pub mod leases;
 pub mod model;
 pub mod observe;
+#[cfg(unix)]
+mod open_files;
 pub mod outbox;
 pub mod plugins;
 pub mod session;

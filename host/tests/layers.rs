@@ -27,6 +27,7 @@ const RULES: &[Rule] = &[
     ("outbox", &["crash", "leases", "model"], "keeps reports until their plane has them"),
     ("control", &["outbox"], "commands ask a running node about what it holds"),
     ("crash", &[], "where tests let the process die"),
+    ("open_files", &[], "asks the system for room, once"),
     (
         "engine",
         &["crash", "leases", "model", "outbox", "plugins", "session", "storage"],
@@ -44,6 +45,7 @@ const RULES: &[Rule] = &[
             "leases",
             "model",
             "observe",
+            "open_files",
             "outbox",
             "plugins",
             "session",

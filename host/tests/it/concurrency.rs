@@ -154,3 +154,34 @@ async fn threads_of_plugins_are_batch_work_and_the_hosts_own_are_not() {
     }
     node.stop().await;
 }
+
+/// Files that this node may have open, now and at most.
+#[cfg(target_os = "linux")]
+fn open_files(node: &TestNode) -> (u64, u64) {
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", node.pid())).expect("the node runs");
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).expect("a line about files");
+    let mut numbers = line.split_whitespace().filter_map(|word| word.parse().ok());
+    (numbers.next().expect("a soft limit"), numbers.next().expect("a hard limit"))
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_node_of_many_slots_asks_for_as_many_open_files_and_says_so_where_it_cannot_have_them() {
+    const SAID: &str = "fewer files may be open than so many slots may need";
+    let lab = Lab::start().await;
+    // One of few slots leaves the limit as it is.
+    for (slots, limits, expected) in
+        [("100", (300, 2048), (1056, 2048)), ("4", (300, 2048), (300, 2048)), ("100", (300, 500), (500, 500))]
+    {
+        let setup = lab.node(&[fixtures::hello()]).set("MAX_CONCURRENCY", slots);
+        let node = setup.open_files(limits.0, limits.1).leasing().await;
+        assert_eq!(open_files(&node), expected, "{slots} slots");
+        let said = node.said(SAID);
+        assert_eq!(said.len(), usize::from(expected.0 < 1056 && slots == "100"), "{}", node.log());
+        if let [line] = &said[..] {
+            assert_eq!((&line["limit"], &line["wanted"], &line["slots"]), (&json!(500), &json!(1056), &json!(100)));
+        }
+        lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+        node.stop().await;
+    }
+}

@@ -39,13 +39,14 @@ pub(crate) struct Cli {
     env: BTreeMap<String, String>,
     dir: Option<PathBuf>,
     file_bytes_max: Option<u64>,
+    open_files: Option<(u64, u64)>,
     full: Option<PathBuf>,
 }
 
 impl Cli {
     pub(crate) fn new(args: &[&str]) -> Self {
         let args = args.iter().map(OsString::from).collect();
-        Self { args, env: BTreeMap::new(), dir: None, file_bytes_max: None, full: None }
+        Self { args, env: BTreeMap::new(), dir: None, file_bytes_max: None, open_files: None, full: None }
     }
 
     /// No file of it can grow beyond this: writing more fails, as on a full disk.
@@ -83,7 +84,15 @@ impl Cli {
         }
         let binary = env!("CARGO_BIN_EXE_runner-host");
         let mut command = match (self.file_bytes_max, self.full) {
-            (None, None) => Command::new(binary),
+            (None, None) => match self.open_files {
+                None => Command::new(binary),
+                Some((now, most)) => {
+                    let limited = format!("ulimit -S -n {now} && ulimit -H -n {most} && exec \"$0\" \"$@\"");
+                    let mut shell = Command::new("/bin/sh");
+                    shell.arg("-c").arg(limited).arg(binary);
+                    shell
+                }
+            },
             (None, Some(folder)) => {
                 let mut shell = Command::new(MOUNTING[0]);
                 shell.args(&MOUNTING[1..]).arg(FILL_AND_RUN).arg(folder).arg(binary);
@@ -388,6 +397,12 @@ impl NodeSetup {
 
     pub(crate) fn arg(mut self, arg: impl Into<OsString>) -> Self {
         self.cli = self.cli.arg(arg);
+        self
+    }
+
+    /// So many files may be open now, and so many where it asks for more.
+    pub(crate) fn open_files(mut self, now: u64, most: u64) -> Self {
+        self.cli.open_files = Some((now, most));
         self
     }
 
