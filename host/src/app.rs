@@ -28,6 +28,10 @@ use crate::{
 /// How long the plugins may take to shut down, all of them together.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(1);
 
+/// Calls of the control plane and the sign-in service at once. One that hangs is not to be met by a connection for
+/// each of very many leases.
+const CALLS_MAX: usize = 256;
+
 /// How long a stop goes on sending reports that wait.
 const LAST_ROUND: Duration = Duration::from_secs(2);
 
@@ -62,7 +66,8 @@ impl Node {
         let http = config.transport;
         // Two clients: a connection is driven by the runtime that opened it, and the control plane's
         // must not wait for data.
-        let (control_client, data_client) = (transport::Client::new(http.clone()), transport::Client::new(http));
+        let control_client = transport::Client::new(transport::Config { at_once: CALLS_MAX, ..http.clone() });
+        let data_client = transport::Client::new(http);
         let form = config.registration.word();
         let auth = Auth::new(
             auth::Config {

@@ -22,6 +22,7 @@ use http_body_util::{BodyExt, Full, combinators::UnsyncBoxBody};
 use hyper::body::Incoming;
 use jiff::Timestamp;
 use serde::Deserialize;
+use tokio::sync::Semaphore;
 use url::Url;
 
 pub use proxy::Proxies;
@@ -62,6 +63,8 @@ pub struct Config {
     pub roots: Roots,
     /// What goes through a proxy.
     pub proxies: Proxies,
+    /// Requests under way at once, and so connections; more wait for their turn. 1 at least.
+    pub at_once: usize,
 }
 
 impl Default for Config {
@@ -71,6 +74,7 @@ impl Default for Config {
             connect_timeout: Duration::from_secs(10),
             roots: Roots::default(),
             proxies: Proxies::default(),
+            at_once: Semaphore::MAX_PERMITS,
         }
     }
 }
@@ -290,7 +294,7 @@ impl Client {
     /// A client with an empty pool. It must be used inside a tokio runtime.
     #[must_use]
     pub fn new(config: Config) -> Self {
-        let pool = Pool::new(connect::Connector::new(&config), IDLE_MAX);
+        let pool = Pool::new(connect::Connector::new(&config), IDLE_MAX, config.at_once);
         Self { pool, config: Arc::new(config), clocks: Arc::default() }
     }
 

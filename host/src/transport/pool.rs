@@ -14,7 +14,10 @@ use hyper::{
     client::conn::http1::{self, SendRequest},
 };
 use hyper_util::client::legacy::connect::Connection;
-use tokio::time::Instant;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::Instant,
+};
 use tower_service::Service;
 
 use super::{Body, connect::Connector, innermost};
@@ -29,6 +32,8 @@ struct Shared {
     connector: Connector,
     /// How long a connection stays open without a request.
     idle_max: Duration,
+    /// One for each request that may be under way.
+    turns: Arc<Semaphore>,
     state: Mutex<State>,
 }
 
@@ -62,22 +67,27 @@ pub(super) struct Taken {
     proxied: bool,
     scheme: uri::Scheme,
     authority: uri::Authority,
+    /// Held until the answer was read; none before the request is sent.
+    turn: Option<OwnedSemaphorePermit>,
 }
 
 impl Pool {
-    /// A pool without connections, which keeps one open for `idle_max` without a request.
-    pub(super) fn new(connector: Connector, idle_max: Duration) -> Self {
-        Self { shared: Arc::new(Shared { connector, idle_max, state: Mutex::default() }) }
+    /// A pool without connections, which keeps one open for `idle_max` without a request and has at most `at_once`
+    /// requests under way.
+    pub(super) fn new(connector: Connector, idle_max: Duration, at_once: usize) -> Self {
+        let turns = Arc::new(Semaphore::new(at_once.clamp(1, Semaphore::MAX_PERMITS)));
+        Self { shared: Arc::new(Shared { connector, idle_max, turns, state: Mutex::default() }) }
     }
 
-    /// Sends `request`, whose URI must be absolute, and waits for the head of its answer. The text of
-    /// an error is its innermost cause.
+    /// Waits for its turn, sends `request`, whose URI must be absolute, and waits for the head of its answer. The
+    /// text of an error is its innermost cause.
     pub(super) async fn request(&self, mut request: Request<Body>) -> Result<(Response<Incoming>, Taken), String> {
         let uri::Parts { scheme, authority, path_and_query, .. } = std::mem::take(request.uri_mut()).into_parts();
         let (Some(scheme), Some(authority)) = (scheme, authority) else {
             return Err("expected an absolute URL".to_owned());
         };
         let path = path_and_query.unwrap_or_else(|| uri::PathAndQuery::from_static("/"));
+        let turn = Arc::clone(&self.shared.turns).acquire_owned().await.expect("nobody closes it");
         loop {
             let idle = self.shared.idle(&scheme, &authority);
             let fresh = idle.is_none();
@@ -89,6 +99,7 @@ impl Pool {
                         proxied: idle.proxied,
                         scheme: scheme.clone(),
                         authority: authority.clone(),
+                        turn: None,
                     }
                 }
                 None => {
@@ -106,7 +117,10 @@ impl Pool {
                 Err(err) => return Err(innermost(&err)),
             };
             match sent {
-                Ok(response) => return Ok((response, taken)),
+                Ok(response) => {
+                    taken.turn = Some(turn);
+                    return Ok((response, taken));
+                }
                 Err(mut err) => match err.take_message() {
                     // Nothing of it was sent.
                     Some(unsent) if !fresh => request = unsent,
@@ -132,7 +146,7 @@ impl Pool {
                 tracing::debug!(error = %innermost(&err), "a connection ended");
             }
         });
-        Ok(Taken { sender, proxied, scheme: scheme.clone(), authority: authority.clone() })
+        Ok(Taken { sender, proxied, scheme: scheme.clone(), authority: authority.clone(), turn: None })
     }
 
     /// For an answer that was read to its end. A server may have answered before it read the whole request:

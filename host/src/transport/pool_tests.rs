@@ -78,6 +78,31 @@ async fn call(client: &Client, url: &str) -> String {
 }
 
 #[tokio::test]
+async fn no_more_requests_are_under_way_than_may_be() {
+    const ANSWER: &str = "content-length: 3";
+    for (at_once, connections) in [(3, 3), (0, 1), (20, 10)] {
+        let server = server(Manners { answers: 10, head: ANSWER }).await;
+        let client = Client::new(Config { at_once, ..Config::default() });
+        // Each begins before any has an answer.
+        let calls = (0..10).map(|_| call(&client, &server.url));
+        let answers = futures_util::future::join_all(calls).await;
+        assert_eq!(answers, ["yes"; 10]);
+        assert_eq!(server.opened.load(Ordering::Relaxed), connections, "{at_once} at once");
+    }
+}
+
+#[tokio::test]
+async fn who_gives_up_leaves_the_turn_to_the_next() {
+    let silent = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let url = format!("http://{}", silent.local_addr().expect("an address"));
+    let server = server(Manners { answers: 1, head: "content-length: 3" }).await;
+    let client = Client::new(Config { at_once: 1, ..Config::default() });
+    let hangs = client.call(ask(&url), Duration::from_millis(20)).await;
+    assert!(matches!(hangs, Err(TransportError::Timeout { .. })), "{hangs:?}");
+    assert_eq!(call(&client, &server.url).await, "yes");
+}
+
+#[tokio::test]
 async fn requests_one_after_the_other_use_one_connection() {
     let mut server = server(Manners { answers: usize::MAX, head: "content-length: 3" }).await;
     let client = client();
@@ -151,7 +176,7 @@ async fn a_connection_whose_request_is_still_being_sent_holds_up_no_other_one() 
 async fn what_is_idle_for_long_is_closed() {
     let mut server = server(Manners { answers: usize::MAX, head: "content-length: 3" }).await;
     let mut client = client();
-    client.pool = Pool::new(client.pool.shared.connector.clone(), Duration::from_millis(20));
+    client.pool = Pool::new(client.pool.shared.connector.clone(), Duration::from_millis(20), 8);
     assert_eq!(call(&client, &server.url).await, "yes");
     server.closed.recv().await.expect("closed by the client");
 }

@@ -6,7 +6,12 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use crate::harness::{Lab, fixtures, node::TestNode, within};
+use crate::harness::{
+    Lab, fixtures,
+    node::TestNode,
+    rubbish::{Bad, Rubbish},
+    within,
+};
 
 /// A job of tasks that end one by one as their files appear.
 struct Held {
@@ -184,4 +189,24 @@ async fn a_node_of_many_slots_asks_for_as_many_open_files_and_says_so_where_it_c
         lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
         node.stop().await;
     }
+}
+
+#[tokio::test]
+async fn a_plane_that_hangs_is_not_met_by_a_connection_for_each_of_very_many_leases() {
+    const SLOTS: usize = 300;
+    const CALLS: usize = 256;
+    let lab = Lab::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let setup = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", SLOTS.to_string());
+    let node = setup.set("DRAIN_TIMEOUT", "0").leasing().await;
+    let held = Held::submit(&lab, SLOTS);
+    held.until(&lab, &node, SLOTS, 0).await;
+    // All of them end at once, and nobody hears an answer to that.
+    let (gate, bad) = Bad::gate();
+    rubbish.answer("POST /v1/tasks/*/fail", usize::MAX, bad);
+    node.term();
+    rubbish.seen("POST /v1/tasks/*/fail", CALLS - 20).await;
+    gate.cancel();
+    node.wait().await;
+    assert!(rubbish.connections() <= CALLS, "{} connections", rubbish.connections());
 }
