@@ -74,9 +74,7 @@ impl Author {
     pub(crate) fn wait(&self, job: &str, pause: Duration, limit: Duration) -> anyhow::Result<()> {
         let began = Instant::now();
         loop {
-            let page = self.call(Method::GET, "/v1/jobs?limit=1", None)?;
-            let newest = &page["items"][0];
-            anyhow::ensure!(newest["job"]["id"] == job, "another job came in between");
+            let newest = self.newest(job)?;
             match newest["job"]["status"].as_str() {
                 Some("completed") => return Ok(()),
                 Some("pending" | "running") => {}
@@ -92,9 +90,7 @@ impl Author {
     pub(crate) fn wait_running(&self, job: &str, tasks: usize, limit: Duration) -> anyhow::Result<()> {
         let began = Instant::now();
         loop {
-            let page = self.call(Method::GET, "/v1/jobs?limit=1", None)?;
-            let newest = &page["items"][0];
-            anyhow::ensure!(newest["job"]["id"] == job, "another job came in between");
+            let newest = self.newest(job)?;
             let summary = &newest["tasks_summary"];
             if summary["running"] == tasks {
                 return Ok(());
@@ -102,6 +98,14 @@ impl Author {
             anyhow::ensure!(began.elapsed() < limit, "not all of {tasks} tasks run after {limit:?}: {summary}");
             std::thread::sleep(Duration::from_millis(50));
         }
+    }
+
+    /// The newest job in short, which must be `job`.
+    fn newest(&self, job: &str) -> anyhow::Result<Value> {
+        let mut page = self.call(Method::GET, "/v1/jobs?limit=1", None)?;
+        let newest = page["items"][0].take();
+        anyhow::ensure!(newest["job"]["id"] == job, "another job came in between");
+        Ok(newest)
     }
 
     /// When an ended job began and how long it took.
