@@ -59,14 +59,18 @@ impl Node {
     /// When a folder or an address cannot be used.
     pub async fn build(config: HostConfig, plugins: Arc<Plugins>) -> anyhow::Result<Self> {
         #[cfg(unix)]
-        crate::open_files::allow(config.max_concurrency);
+        let files = crate::open_files::allow(config.max_concurrency);
+        #[cfg(not(unix))]
+        let files = u64::MAX;
         let state = StateDir::claim(&config.state_dir, CLAIM_PATIENCE).await.context("STATE_DIR cannot be used")?;
         let scratch = Scratch::open(config.scratch_dir.clone()).context("SCRATCH_DIR cannot be used")?;
         let control = Control::start().context("start the control thread")?;
         let http = config.transport;
         // Two clients: a connection is driven by the runtime that opened it, and the control plane's
         // must not wait for data.
-        let control_client = transport::Client::new(transport::Config { at_once: CALLS_MAX, ..http.clone() });
+        // The pages, the outbox and what moves data need some too.
+        let at_once = usize::try_from(files / 4).unwrap_or(usize::MAX).min(CALLS_MAX);
+        let control_client = transport::Client::new(transport::Config { at_once, ..http.clone() });
         let data_client = transport::Client::new(http);
         let form = config.registration.word();
         let auth = Auth::new(

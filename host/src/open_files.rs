@@ -12,14 +12,14 @@ const PER_SLOT: u64 = 8;
 /// What the rest of the node may: plugins, pages, the outbox, logs.
 const BESIDES: u64 = 256;
 
-/// Allows as many as `slots` may need, as far as the system lets.
-pub(crate) fn allow(slots: usize) {
+/// Allows as many as `slots` may need, as far as the system lets; with how many it lets.
+pub(crate) fn allow(slots: usize) -> u64 {
     let wanted = u64::try_from(slots).unwrap_or(u64::MAX).saturating_mul(PER_SLOT).saturating_add(BESIDES);
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     // No number is no limit.
     let (now, most) = (current.unwrap_or(u64::MAX), maximum.unwrap_or(u64::MAX));
     if now >= wanted {
-        return;
+        return now;
     }
     let next = wanted.min(most);
     let raised = setrlimit(Resource::Nofile, Rlimit { current: Some(next), maximum });
@@ -29,4 +29,5 @@ pub(crate) fn allow(slots: usize) {
     } else {
         debug!(limit, before = now, "more files may be open now");
     }
+    limit
 }

@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::harness::{
     Lab, fixtures,
-    node::TestNode,
+    node::{NodeSetup, TestNode},
     rubbish::{Bad, Rubbish},
     within,
 };
@@ -191,22 +191,34 @@ async fn a_node_of_many_slots_asks_for_as_many_open_files_and_says_so_where_it_c
     }
 }
 
-#[tokio::test]
-async fn a_plane_that_hangs_is_not_met_by_a_connection_for_each_of_very_many_leases() {
-    const SLOTS: usize = 300;
-    const CALLS: usize = 256;
+/// All of so many tasks end at once, and no report is answered for a while: there are at most `calls` connections,
+/// and the node goes on to answer on its pages.
+async fn hang(setup: impl FnOnce(NodeSetup) -> NodeSetup, slots: usize, calls: usize) {
     let lab = Lab::start().await;
     let rubbish = Rubbish::before(&lab).await;
-    let setup = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", SLOTS.to_string());
-    let node = setup.set("DRAIN_TIMEOUT", "0").leasing().await;
-    let held = Held::submit(&lab, SLOTS);
-    held.until(&lab, &node, SLOTS, 0).await;
-    // All of them end at once, and nobody hears an answer to that.
+    let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", slots.to_string());
+    let node = setup(node).leasing().await;
+    let held = Held::submit(&lab, slots);
+    held.until(&lab, &node, slots, 0).await;
     let (gate, bad) = Bad::gate();
-    rubbish.answer("POST /v1/tasks/*/fail", usize::MAX, bad);
-    node.term();
-    rubbish.seen("POST /v1/tasks/*/fail", CALLS - 20).await;
+    rubbish.answer("POST /v1/tasks/*/complete", usize::MAX, bad);
+    (0..slots).for_each(|n| held.release(n));
+    // A poll and heartbeats may take some of the turns.
+    rubbish.seen("POST /v1/tasks/*/complete", calls - calls / 4).await;
+    assert_eq!(node.page("/health").await.0, 200);
     gate.cancel();
-    node.wait().await;
-    assert!(rubbish.connections() <= CALLS, "{} connections", rubbish.connections());
+    held.until(&lab, &node, 0, slots).await;
+    assert!(rubbish.connections() <= calls, "{} connections", rubbish.connections());
+    assert_eq!(node.page("/health").await.0, 200);
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn a_plane_that_hangs_is_not_met_by_a_connection_for_each_of_very_many_leases() {
+    hang(|node| node, 300, 256).await;
+}
+
+#[tokio::test]
+async fn where_few_files_may_be_open_the_plane_gets_a_quarter_of_them() {
+    hang(|node| node.open_files(64, 64), 60, 16).await;
 }
