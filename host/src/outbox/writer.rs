@@ -10,7 +10,8 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs, io,
+    fs,
+    io::{self, Write as _},
     path::Path,
     sync::{
         Arc,
@@ -36,6 +37,8 @@ const GATHER: Duration = Duration::from_micros(300);
 const BATCH_MAX: usize = 256;
 /// When a write that the disk did not take is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
+/// What the disk has to take before it counts as good again.
+const ROOM_BYTES: usize = 256 * 1024;
 
 /// What is heard of a thread that panicked.
 const GONE: &str = "the outbox's writer has ended";
@@ -199,23 +202,34 @@ impl Thread {
 
     /// Brings the file up to date.
     fn catch_up(&mut self) -> Result<(), String> {
-        if self.behind.is_empty() {
-            return Ok(());
-        }
-        let result = self.try_catch_up();
+        let result = if self.behind.is_empty() { Ok(()) } else { self.try_catch_up() };
         match &result {
-            Ok(()) if self.broken => {
+            Ok(()) if self.broken && self.has_room() => {
+                self.broken = false;
                 tracing::info!("outbox is written again");
                 (self.tell)(News::Mended);
             }
             Err(err) if !self.broken => {
+                self.broken = true;
                 tracing::error!(error = %err, "outbox cannot be written, reports are kept in memory only");
                 (self.tell)(News::Broken(err.clone()));
             }
             Ok(()) | Err(_) => {}
         }
-        self.broken = result.is_err();
         result
+    }
+
+    /// Whether the disk takes more than a change or two: a full one still takes those that fit into what the file
+    /// holds already, and the next one not.
+    fn has_room(&self) -> bool {
+        let probe = || {
+            let mut file = tempfile::tempfile_in(self.state.path())?;
+            file.write_all(&vec![0; ROOM_BYTES])?;
+            file.sync_all()
+        };
+        // A folder that is gone is made again for the next report.
+        let probe: io::Result<()> = probe();
+        probe.is_ok() || !self.state.path().exists()
     }
 
     fn try_catch_up(&mut self) -> Result<(), String> {

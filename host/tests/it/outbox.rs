@@ -1,12 +1,17 @@
 //! Nothing finished is lost: reports are kept until the control plane takes them or refuses for good.
 
-use std::time::{Duration, Instant};
+use std::{
+    fs::File,
+    io,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use serde_json::{Value, json};
 
 use crate::harness::{
     Lab, fixtures,
-    node::{Cli, TestNode},
+    node::{Cli, TestNode, can_mount},
     rubbish::{Bad, Rubbish},
 };
 
@@ -554,6 +559,51 @@ async fn while_reports_cannot_be_written_nothing_is_leased_and_none_is_called_sa
     let tasks = [first, second].map(|job| lab.world.job(job).expect("a job")["tasks"][0]["id"].clone());
     assert_eq!(lost[0]["tasks"], tasks.map(|id| id.as_str().expect("an id").to_owned()).join(" "));
     assert!(node.said("reports are left in the outbox, the next start sends them").is_empty(), "{}", node.log());
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_full_disk_is_one_trouble_that_lasts_until_there_is_room() {
+    if !can_mount() {
+        eprintln!("skipped: this user may not mount");
+        return;
+    }
+    let lab = Lab::start().await;
+    let folder = tempfile::tempdir().expect("a folder");
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    let node = rubbish.node(&[fixtures::zoo()]).set("STATE_DIR", folder.path().to_string_lossy());
+    let node = node.small_disk(folder.path()).leasing().await;
+    // What these took of the file others can use when they have gone.
+    for _ in 0..20 {
+        lab.task("/fixtures/ok/v1").submit();
+    }
+    waiting(&node, 20).await;
+    // The disk as the node sees it.
+    let inside = PathBuf::from(format!("/proc/{}/root", node.pid()));
+    let filler = inside.join(folder.path().strip_prefix("/").expect("an absolute path")).join("filler");
+    let filled = File::create(&filler).and_then(|mut file| io::copy(&mut io::repeat(1), &mut file));
+    assert_eq!(filled.map_err(|err| err.kind()), Err(io::ErrorKind::StorageFull));
+    let (broken, mended) = ("outbox cannot be written, reports are kept in memory only", "outbox is written again");
+    // The file takes some of them, and others not.
+    for _ in 0..200 {
+        lab.task("/fixtures/ok/v1").submit();
+    }
+    node.says(broken).await;
+    node.page_until("/ready", |page| page.0 == 503).await;
+    // A second passes from one try to write to the next.
+    let enough = Instant::now() + Duration::from_millis(2500);
+    node.page_until("/ready", |page| {
+        assert_eq!(page.0, 503, "{}", node.log());
+        Instant::now() >= enough
+    })
+    .await;
+    assert_eq!((node.said(broken).len(), node.said(mended).len()), (1, 0), "{}", node.log());
+    std::fs::remove_file(&filler).expect("removed");
+    node.says(mended).await;
+    node.page_until("/ready", |page| page.0 == 200).await;
+    node.term();
+    assert_eq!(node.wait().await, 75, "{}", node.log());
 }
 
 #[tokio::test]

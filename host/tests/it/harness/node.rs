@@ -40,13 +40,14 @@ pub(crate) struct Cli {
     dir: Option<PathBuf>,
     file_bytes_max: Option<u64>,
     open_files: Option<(u64, u64)>,
-    full: Option<PathBuf>,
+    /// Where a disk of its own is mounted, and how that is made.
+    disk: Option<(PathBuf, &'static str)>,
 }
 
 impl Cli {
     pub(crate) fn new(args: &[&str]) -> Self {
         let args = args.iter().map(OsString::from).collect();
-        Self { args, env: BTreeMap::new(), dir: None, file_bytes_max: None, open_files: None, full: None }
+        Self { args, env: BTreeMap::new(), dir: None, file_bytes_max: None, open_files: None, disk: None }
     }
 
     /// No file of it can grow beyond this: writing more fails, as on a full disk.
@@ -57,7 +58,13 @@ impl Cli {
 
     /// What it finds at this folder is a disk of its own without room. Only where [`can_mount`].
     pub(crate) fn full_disk(mut self, folder: &Path) -> Self {
-        self.full = Some(folder.to_owned());
+        self.disk = Some((folder.to_owned(), FILL_AND_RUN));
+        self
+    }
+
+    /// What it finds at this folder is a disk of its own of four megabytes. Only where [`can_mount`].
+    pub(crate) fn small_disk(mut self, folder: &Path) -> Self {
+        self.disk = Some((folder.to_owned(), MOUNT_AND_RUN));
         self
     }
 
@@ -83,7 +90,7 @@ impl Cli {
             self.env.insert("RUST_LOG".to_owned(), filter);
         }
         let binary = env!("CARGO_BIN_EXE_runner-host");
-        let mut command = match (self.file_bytes_max, self.full) {
+        let mut command = match (self.file_bytes_max, self.disk) {
             (None, None) => match self.open_files {
                 None => Command::new(binary),
                 Some((now, most)) => {
@@ -93,9 +100,9 @@ impl Cli {
                     shell
                 }
             },
-            (None, Some(folder)) => {
+            (None, Some((folder, how))) => {
                 let mut shell = Command::new(MOUNTING[0]);
-                shell.args(&MOUNTING[1..]).arg(FILL_AND_RUN).arg(folder).arg(binary);
+                shell.args(&MOUNTING[1..]).arg(how).arg(folder).arg(binary);
                 shell
             }
             (Some(bytes), _) => {
@@ -129,6 +136,9 @@ const MOUNTING: [&str; 6] = ["unshare", "--user", "--map-root-user", "--mount", 
 /// A disk of four pages at `$0`, all of them taken; then the program.
 const FILL_AND_RUN: &str =
     "mount -t tmpfs -o size=16k none \"$0\" && { cat /dev/zero >\"$0/full\" 2>/dev/null; exec \"$@\"; }";
+
+/// A disk of four megabytes at `$0`; then the program.
+const MOUNT_AND_RUN: &str = "mount -t tmpfs -o size=4m none \"$0\" && exec \"$@\"";
 
 /// Whether this user may have mounts of its own: not every system lets one.
 pub(crate) fn can_mount() -> bool {
@@ -415,6 +425,12 @@ impl NodeSetup {
     /// See [`Cli::full_disk`].
     pub(crate) fn full_disk(mut self, folder: &Path) -> Self {
         self.cli = self.cli.full_disk(folder);
+        self
+    }
+
+    /// See [`Cli::small_disk`].
+    pub(crate) fn small_disk(mut self, folder: &Path) -> Self {
+        self.cli = self.cli.small_disk(folder);
         self
     }
 
