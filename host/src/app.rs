@@ -28,8 +28,7 @@ use crate::{
 /// How long the plugins may take to shut down, all of them together.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(1);
 
-/// Calls of the control plane and the sign-in service at once. One that hangs is not to be met by a connection for
-/// each of very many leases.
+/// Calls of the control plane at once. One that hangs is not to be met by a connection for each of very many leases.
 const CALLS_MAX: usize = 256;
 
 /// How long a stop goes on sending reports that wait.
@@ -66,10 +65,11 @@ impl Node {
         let scratch = Scratch::open(config.scratch_dir.clone()).context("SCRATCH_DIR cannot be used")?;
         let control = Control::start().context("start the control thread")?;
         let http = config.transport;
-        // Two clients: a connection is driven by the runtime that opened it, and the control plane's
-        // must not wait for data.
-        // The pages, the outbox and what moves data need some too.
+        // The pages, the outbox and what moves data need files too.
         let at_once = usize::try_from(files / 4).unwrap_or(usize::MAX).min(CALLS_MAX);
+        // Three clients: a sign-in must not wait for its turn behind a control plane that hangs; and a connection is
+        // driven by the runtime that opened it, and those two's must not wait for data.
+        let sign_in_client = transport::Client::new(http.clone());
         let control_client = transport::Client::new(transport::Config { at_once, ..http.clone() });
         let data_client = transport::Client::new(http);
         let form = config.registration.word();
@@ -89,7 +89,7 @@ impl Node {
                 token_jitter: config.token_jitter,
                 request_timeout: config.request_timeout,
             },
-            control_client.clone(),
+            sign_in_client,
         );
         let plane = config.dms.to_string();
         let dms = dms::Config { base: config.dms, request_timeout: config.request_timeout };

@@ -222,13 +222,11 @@ impl Thread {
     /// Whether the disk takes more than a change or two: a full one still takes those that fit into what the file
     /// holds already, and the next one not.
     fn has_room(&self) -> bool {
-        let probe = || {
-            let mut file = tempfile::tempfile_in(self.state.path())?;
+        let probe = tempfile::tempfile_in(self.state.path()).and_then(|mut file| {
             file.write_all(&vec![0; ROOM_BYTES])?;
             file.sync_all()
-        };
+        });
         // A folder that is gone is made again for the next report.
-        let probe: io::Result<()> = probe();
         probe.is_ok() || !self.state.path().exists()
     }
 

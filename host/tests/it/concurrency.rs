@@ -208,7 +208,8 @@ async fn hang(setup: impl FnOnce(NodeSetup) -> NodeSetup, slots: usize, calls: u
     assert_eq!(node.page("/health").await.0, 200);
     gate.cancel();
     held.until(&lab, &node, 0, slots).await;
-    assert!(rubbish.connections() <= calls, "{} connections", rubbish.connections());
+    // One more is for the sign-in.
+    assert!(rubbish.connections() <= calls + 1, "{} connections", rubbish.connections());
     assert_eq!(node.page("/health").await.0, 200);
     node.stop().await;
 }
