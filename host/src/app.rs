@@ -10,15 +10,15 @@ use tracing::{error, info, warn};
 use crate::{
     auth::{self, Auth, Registration},
     config::HostConfig,
-    control::Door,
-    engine::{self, Ended, Engine, Rooms, Stops},
+    control::ControlSocket,
+    engine::{self, Ended, Engine, Modules, StopSignals},
     leases::{
         LeaseSource,
         dms::{self, Dms},
     },
     model::{Budget, Live, Phase, StatusBoard},
     observe::pages::Pages,
-    outbox::{self, Left, Outbox, StateDir},
+    outbox::{self, Outbox, Remaining, StateDir},
     plugins::Plugins,
     session::{self, Sessions},
     storage::{self, Disk, Scratch, Storage},
@@ -43,7 +43,7 @@ pub struct Node {
     auth: Auth,
     outbox: Outbox,
     #[cfg(unix)]
-    door: Option<Door>,
+    socket: Option<ControlSocket>,
     pages: Pages,
     board: StatusBoard,
     disk: Disk,
@@ -94,7 +94,7 @@ impl Node {
         let plane = config.dms.to_string();
         let dms = dms::Config { base: config.dms, request_timeout: config.request_timeout };
         let source: Arc<dyn LeaseSource> = Arc::new(Dms::new(dms, control_client, auth.tokens()));
-        let rhythm = session::Config {
+        let timing = session::Config {
             min_ratio: config.heartbeat_ratios.0,
             max_ratio: config.heartbeat_ratios.1,
             coalesce: config.heartbeat_coalesce,
@@ -106,10 +106,10 @@ impl Node {
         board.change(|status| status.stale_calls = Live(Plugins::stale_calls));
         board.change(|status| status.stuck_runners = Live(Plugins::stuck_runners));
         #[cfg(unix)]
-        let door = match Door::open(state.path()) {
-            Ok(door) => Some(door),
+        let socket = match ControlSocket::open(state.path()) {
+            Ok(socket) => Some(socket),
             Err(err) => {
-                no_door(state.path(), &err);
+                no_control_socket(state.path(), &err);
                 None
             }
         };
@@ -143,8 +143,8 @@ impl Node {
         };
         let budget = storage.budget.clone();
         board.change(|status| status.memory = budget);
-        let rooms = Rooms {
-            sessions: Sessions::new(Arc::clone(&source), rhythm, control.handle.clone()),
+        let modules = Modules {
+            sessions: Sessions::new(Arc::clone(&source), timing, control.handle.clone()),
             source,
             storage: Storage::new(scratch, disk.clone(), data_client, storage),
             outbox: outbox.clone(),
@@ -153,7 +153,7 @@ impl Node {
             workers: Handle::current(),
         };
         let engine = Engine::new(
-            rooms,
+            modules,
             engine::Config {
                 slots: config.max_concurrency,
                 poll_backoff: config.poll_backoff,
@@ -166,7 +166,7 @@ impl Node {
             auth,
             outbox,
             #[cfg(unix)]
-            door,
+            socket,
             pages,
             board,
             disk,
@@ -190,7 +190,7 @@ impl Node {
     }
 
     /// Registers, leases and works until told to stop and everything has ended.
-    pub async fn run(self, stops: Stops) -> Ended {
+    pub async fn run(self, stops: StopSignals) -> Ended {
         let Self { engine, auth, outbox, pages, board, disk, control, plugins, .. } = self;
         if let Ok(address) = pages.address() {
             info!(address = %address, "node started");
@@ -198,9 +198,9 @@ impl Node {
         let over = CancellationToken::new();
         let pages = tokio::spawn(pages.run(over.clone()));
         #[cfg(unix)]
-        let door = self.door.map(|door| tokio::spawn(keep_open(door, outbox.clone(), over.clone())));
+        let socket = self.socket.map(|socket| tokio::spawn(keep_open(socket, outbox.clone(), over.clone())));
         #[cfg(not(unix))]
-        let door: Option<tokio::task::JoinHandle<()>> = None;
+        let socket: Option<tokio::task::JoinHandle<()>> = None;
         let watching = tokio::spawn(show_registration(auth.status(), board.clone(), over.clone()));
         let serving = tokio::spawn(show_plugins(Arc::clone(&plugins), board.clone(), over.clone()));
         let disk = tokio::spawn(disk.run(board.clone(), over.clone()));
@@ -232,7 +232,7 @@ impl Node {
         }
         plugins.shutdown(SHUTDOWN_LIMIT).await;
         over.cancel();
-        for task in [pages, watching, serving, disk].into_iter().chain(auth).chain(door) {
+        for task in [pages, watching, serving, disk].into_iter().chain(auth).chain(socket) {
             if let Err(err) = task.await {
                 warn!(error = %err, "a part of the node ended unexpectedly");
             }
@@ -247,8 +247,8 @@ impl Node {
 const NAMED_MAX: usize = 100;
 
 /// Says what of the reports that are left the next start finds.
-fn say_left(left: &Left) {
-    let Left { reports, kept, unwritten, lost } = left;
+fn say_left(left: &Remaining) {
+    let Remaining { reports, kept, unwritten, lost } = left;
     if !lost.is_empty() {
         let tasks: Vec<String> = lost.iter().take(NAMED_MAX).map(ToString::to_string).collect();
         let error = unwritten.as_deref();
@@ -269,21 +269,21 @@ fn say_left(left: &Left) {
 
 /// Listens to commands, in the state folder that is there now.
 #[cfg(unix)]
-async fn keep_open(mut door: Door, outbox: Outbox, over: CancellationToken) {
+async fn keep_open(mut socket: ControlSocket, outbox: Outbox, over: CancellationToken) {
     loop {
         tokio::select! {
-            () = door.run(outbox.clone(), over.clone()) => return,
+            () = socket.run(outbox.clone(), over.clone()) => return,
             () = outbox.moved() => {}
         }
-        door = match Door::open(outbox.folder()) {
-            Ok(door) => door,
-            Err(err) => return no_door(outbox.folder(), &err),
+        socket = match ControlSocket::open(outbox.folder()) {
+            Ok(socket) => socket,
+            Err(err) => return no_control_socket(outbox.folder(), &err),
         };
     }
 }
 
 #[cfg(unix)]
-fn no_door(folder: &std::path::Path, err: &std::io::Error) {
+fn no_control_socket(folder: &std::path::Path, err: &std::io::Error) {
     warn!(state_dir = %folder.display(), error = %err, "control socket cannot be made, commands will not reach this node");
 }
 

@@ -191,7 +191,7 @@ fn the_sdk_knows_no_network_and_no_host() {
 #[test]
 fn imports_are_found_in_every_form() {
     let code = code_of(
-        "use crate::model::{Lease, Grant};\nuse crate::{\n    auth::{self, Auth},\n    storage,\n};\n\
+        "use crate::model::{Lease, HeldLease};\nuse crate::{\n    auth::{self, Auth},\n    storage,\n};\n\
          // use crate::dev;\nlet text = \"crate::cli\"; let quote = '\"'; pub(in crate::leases) fn f<'a>() { crate::engine::go() }",
     );
     let found: Vec<String> = imports(&code).into_iter().collect();

@@ -109,7 +109,7 @@ fn facts() -> Facts {
 }
 
 #[test]
-fn s1_24_the_rust_tables_are_the_committed_ones() {
+fn the_rust_tables_are_the_committed_ones() {
     let rust = facts().rust;
     if std::env::var_os("RUNNER_SDK_BLESS").is_some() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/abi_v1.golden");
@@ -120,7 +120,7 @@ fn s1_24_the_rust_tables_are_the_committed_ones() {
 }
 
 #[test]
-fn s1_24_runner_h_declares_the_committed_tables() {
+fn runner_h_declares_the_committed_tables() {
     let dir = Scratch::new("c");
     let source = format!(
         "#include <stdio.h>\n#include <stddef.h>\n#include \"runner.h\"\n\n\

@@ -48,13 +48,13 @@ fn panic_of(ended: &Ended) -> (&str, &str) {
 }
 
 #[test]
-fn s1_19_the_crate_says_its_name() {
+fn the_crate_says_its_name() {
     assert_eq!(runner_sdk::CRATE_NAME, "runner-sdk");
     assert!(runner_sdk::RUNNER_H.contains("runner_module_v1"));
 }
 
 #[test]
-fn s1_06_every_kind_of_error_comes_through_the_question_mark() {
+fn every_kind_of_error_comes_through_the_question_mark() {
     let std_error = act(|_| async { Ok("x".parse::<u8>().map(drop)?) });
     assert_eq!(std_error.error().chain(), "invalid digit found in string");
 
@@ -72,7 +72,7 @@ fn s1_06_every_kind_of_error_comes_through_the_question_mark() {
 }
 
 #[test]
-fn s1_06_an_error_carries_its_advice() {
+fn an_error_carries_its_advice() {
     let plain = act(|_| async { Err(Error::msg("broken")) });
     assert!(!plain.error().is_retryable() && !plain.error().is_invalid_input());
 
@@ -98,7 +98,7 @@ fn trouble_of_a_port_is_recognised_below_what_the_author_wraps_around_it() {
 }
 
 #[test]
-fn s1_06_a_panic_is_caught_with_text_and_place() {
+fn a_panic_is_caught_with_text_and_place() {
     let ended = act(|ctx| async move { panic!("boom {}", ctx.lease.task.inputs_cids.len()) });
     let (message, place) = panic_of(&ended);
     assert_eq!(message, "boom 0");
@@ -106,7 +106,7 @@ fn s1_06_a_panic_is_caught_with_text_and_place() {
 }
 
 #[test]
-fn s1_06_a_panic_on_a_blocking_thread_keeps_its_place() {
+fn a_panic_on_a_blocking_thread_keeps_its_place() {
     let ended = act(|_| async { spawn_blocking(|| panic!("boom while computing")).await });
     let (message, place) = panic_of(&ended);
     assert_eq!(message, "boom while computing");
@@ -122,7 +122,7 @@ impl Drop for Bomb {
 }
 
 #[test]
-fn s1_06_a_panic_in_a_destructor_is_a_panic_of_the_run() {
+fn a_panic_in_a_destructor_is_a_panic_of_the_run() {
     let at_the_end = act(|_| async {
         let _bomb = Bomb;
         tokio::task::yield_now().await;
@@ -132,7 +132,7 @@ fn s1_06_a_panic_in_a_destructor_is_a_panic_of_the_run() {
 }
 
 #[test]
-fn s1_06_one_panic_does_not_touch_the_next_run() {
+fn one_panic_does_not_touch_the_next_run() {
     let host = TestHost::new();
     let calls = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&calls);
@@ -145,7 +145,7 @@ fn s1_06_one_panic_does_not_touch_the_next_run() {
 }
 
 #[test]
-fn s1_16_cancellation_is_a_flag_and_a_future_with_a_reason() {
+fn cancellation_is_a_flag_and_a_future_with_a_reason() {
     for reason in [CancelReason::Plane, CancelReason::Drained, CancelReason::Other("quota".to_owned())] {
         let host = TestHost::new().cancel_after_progress(1);
         let ended = host.run_blocking(&Act(|ctx: TaskCtx| async move {
@@ -180,7 +180,7 @@ fn s1_16_cancellation_is_a_flag_and_a_future_with_a_reason() {
 }
 
 #[test]
-fn s1_16_a_clone_of_the_host_cancels_a_run_from_outside() {
+fn a_clone_of_the_host_cancels_a_run_from_outside() {
     let host = TestHost::new();
     let outside = host.clone();
     let ended = host.run_blocking(&Act(move |ctx: TaskCtx| {
@@ -216,7 +216,7 @@ fn a_lost_lease_moves_no_more_data() {
 }
 
 #[test]
-fn s1_09_s1_10_s1_11_an_input_comes_as_bytes_as_a_stream_and_as_a_file() {
+fn an_input_comes_as_bytes_as_a_stream_and_as_a_file() {
     let content: Vec<u8> = (0..700_000_u32).map(|n| (n % 251) as u8).collect();
     let expected = content.clone();
     let kept = Arc::new(Mutex::new(None));
@@ -252,7 +252,7 @@ fn s1_09_s1_10_s1_11_an_input_comes_as_bytes_as_a_stream_and_as_a_file() {
 }
 
 #[test]
-fn s1_12_s1_13_s1_14_s1_15_an_artifact_goes_as_bytes_as_a_file_as_a_stream_and_with_metadata() {
+fn an_artifact_goes_as_bytes_as_a_file_as_a_stream_and_with_metadata() {
     let ended = act(|ctx| async move {
         ctx.output.put_bytes("/plain//a.txt", "bytes").await?;
 
@@ -294,7 +294,7 @@ fn s1_12_s1_13_s1_14_s1_15_an_artifact_goes_as_bytes_as_a_file_as_a_stream_and_w
 }
 
 #[test]
-fn s1_17_s1_18_progress_and_events_arrive_in_order() {
+fn progress_and_events_arrive_in_order() {
     let ended = act(|ctx| async move {
         for n in 0..3 {
             ctx.ctrl.progress(json!({ "n": n })).await?;
@@ -307,7 +307,7 @@ fn s1_17_s1_18_progress_and_events_arrive_in_order() {
 }
 
 #[test]
-fn s1_08_a_token_needs_a_grant() {
+fn a_token_needs_a_grant() {
     let token = |ctx: TaskCtx| async move {
         Err(Error::msg(format!("{:?}", ctx.ctrl.token().await.map_err(|err| err.kind()))))
     };
@@ -317,7 +317,7 @@ fn s1_08_a_token_needs_a_grant() {
 }
 
 #[tokio::test]
-async fn s1_07_a_context_that_outlives_its_run_is_refused_and_harmless() {
+async fn a_context_that_outlives_its_run_is_refused_and_harmless() {
     let (give, kept) = tokio::sync::oneshot::channel();
     let give = Mutex::new(Some(give));
     let runner = Act(move |ctx: TaskCtx| {
@@ -348,7 +348,7 @@ async fn s1_07_a_context_that_outlives_its_run_is_refused_and_harmless() {
 }
 
 #[tokio::test]
-async fn s1_21_runners_are_objects_that_threads_share() {
+async fn runners_are_objects_that_threads_share() {
     fn is_shared<T: Send + Sync + ?Sized>() {}
     is_shared::<dyn DynRunner>();
     is_shared::<TaskCtx>();
@@ -367,7 +367,7 @@ async fn s1_21_runners_are_objects_that_threads_share() {
 }
 
 #[test]
-fn s1_21_one_runner_serves_two_threads_at_once() {
+fn one_runner_serves_two_threads_at_once() {
     let meeting = Arc::new(tokio::sync::Barrier::new(2));
     let runner = Arc::new(Act(move |ctx: TaskCtx| {
         let meeting = Arc::clone(&meeting);
@@ -425,7 +425,7 @@ mod exported {
 }
 
 #[test]
-fn s1_05_an_exported_plugin_has_a_table_of_this_version() {
+fn an_exported_plugin_has_a_table_of_this_version() {
     #[allow(improper_ctypes, reason = "a transparent pointer; the lint looks into what it points to")]
     unsafe extern "C" {
         fn runner_module_v1() -> runner_sdk::abi::ModuleRef;

@@ -13,9 +13,9 @@ use url::Url;
 use super::{
     NodeKey,
     audience::Audience,
+    health_checks::ControlSocket,
     refusal::{NONCE, REGISTER, Refusal, VERIFY},
     siwe::{Challenge, Unsignable},
-    visits::Door,
 };
 use crate::{
     model::Token,
@@ -47,7 +47,7 @@ pub(super) struct Dds {
     audience: Audience,
     reg_secret: SecretString,
     /// Knows the secret of the last callback.
-    door: Arc<Door>,
+    door: Arc<ControlSocket>,
 }
 
 #[derive(Serialize)]
@@ -71,7 +71,7 @@ struct UrlBody<'a> {
 }
 
 impl Dds {
-    pub(super) fn new(config: &super::Config, client: Client, door: Arc<Door>) -> Self {
+    pub(super) fn new(config: &super::Config, client: Client, door: Arc<ControlSocket>) -> Self {
         Self {
             base: config.dds.as_str().trim_end_matches('/').to_owned(),
             client,

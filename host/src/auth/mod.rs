@@ -8,6 +8,7 @@
 
 mod audience;
 mod dds;
+mod health_checks;
 mod key;
 mod pauses;
 mod refusal;
@@ -17,7 +18,6 @@ mod siwe;
 #[cfg(test)]
 mod tests;
 mod tokens;
-mod visits;
 
 use std::{sync::Arc, time::Duration};
 
@@ -27,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 use url::Url;
 
 use crate::{
-    model::{Capability, Visits},
+    model::{Capability, HealthChecks},
     transport,
 };
 
@@ -94,8 +94,8 @@ pub struct Config {
 pub struct Auth {
     config: Config,
     dds: dds::Dds,
-    desk: tokens::Desk,
-    door: Arc<visits::Door>,
+    desk: tokens::TokenIssuer,
+    door: Arc<health_checks::ControlSocket>,
     status: watch::Sender<Registration>,
     /// Somebody has reason to believe that the registration is gone.
     doubted: Notify,
@@ -105,10 +105,10 @@ impl Auth {
     /// Makes the room; no call is made before [`Auth::run`].
     #[must_use]
     pub fn new(config: Config, client: transport::Client) -> Self {
-        let door = visits::Door::new();
+        let door = health_checks::ControlSocket::new();
         let dds = dds::Dds::new(&config, client, Arc::clone(&door));
         let status = watch::Sender::new(Registration::default());
-        Self { config, dds, desk: tokens::Desk::new(), door, status, doubted: Notify::new() }
+        Self { config, dds, desk: tokens::TokenIssuer::new(), door, status, doubted: Notify::new() }
     }
 
     /// Where others get the node token.
@@ -125,7 +125,7 @@ impl Auth {
 
     /// Takes what the service says on the node's own pages.
     #[must_use]
-    pub fn visits(&self) -> Arc<dyn Visits> {
+    pub fn visits(&self) -> Arc<dyn HealthChecks> {
         Arc::clone(&self.door) as _
     }
 

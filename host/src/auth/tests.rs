@@ -23,7 +23,7 @@ struct World {
     status: watch::Receiver<Registration>,
     stop: CancellationToken,
     room: AbortOnDropHandle<()>,
-    visits: Arc<dyn Visits>,
+    visits: Arc<dyn HealthChecks>,
     capabilities: watch::Sender<Vec<Capability>>,
 }
 

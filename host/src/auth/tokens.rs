@@ -139,9 +139,9 @@ impl TokenSource {
 
 /// The writing side, held by the one task that logs in. When it goes, users get
 /// [`AuthError::Stopped`] and do not wait.
-pub(super) struct Desk(Arc<watch::Sender<Slot>>);
+pub(super) struct TokenIssuer(Arc<watch::Sender<Slot>>);
 
-impl Desk {
+impl TokenIssuer {
     pub(super) fn new() -> Self {
         Self(Arc::new(watch::Sender::new(Slot::Working)))
     }
@@ -178,7 +178,7 @@ impl Desk {
     }
 }
 
-impl Drop for Desk {
+impl Drop for TokenIssuer {
     fn drop(&mut self) {
         self.0.send_replace(Slot::Stopped);
     }

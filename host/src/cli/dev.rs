@@ -15,7 +15,7 @@ use crate::{
     auth::NodeKey,
     config::{HostConfig, Layers, Mistakes, Origin, Secrets, folder_trouble, own_scratch_dir, plugin_init_timeout},
     dev::{self, DevError, Faults, WireForm, World},
-    engine::{Ended, Stops},
+    engine::{Ended, StopSignals},
     plugins::Plugins,
     storage::Scratch,
 };
@@ -65,7 +65,7 @@ async fn live(args: Args, layers: Layers) -> anyhow::Result<Exit> {
     let limit = plugin_init_timeout(&layers)?;
     look(&args, &layers)?;
     let faults = args.faults.as_deref().map(Faults::read).transpose()?.unwrap_or_default();
-    let stops = Stops::default();
+    let stops = StopSignals::default();
     signals::listen(stops.clone())?;
     let plugins = if args.no_node { None } else { Some(Arc::new(args.plugins.load(64, None, limit)?)) };
     // What lasts no longer than this process; the next one removes what a killed one left.

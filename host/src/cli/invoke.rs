@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     config::{Layers, folder_trouble, own_scratch_dir, plugin_init_timeout},
-    model::{CancelReason, Capability, Grant, Lease, Outcome, Ports, Setup, TaskId},
+    model::{CancelReason, Capability, HeldLease, Lease, Outcome, Ports, Setup, TaskId},
     plugins::{Folder, Job, Plugins},
     storage::{LocalPorts, Scratch},
 };
@@ -85,7 +85,7 @@ async fn invoke(
     let dir = scratch.task_dir(task);
     dir.make()?;
     let (grant, _keys) =
-        Grant::new(lease(task, capability, args.inputs.len(), meta), Setup::Ready(Err("no plane".to_owned())));
+        HeldLease::new(lease(task, capability, args.inputs.len(), meta), Setup::Ready(Err("no plane".to_owned())));
     let ports = Arc::new(LocalPorts::new(args.inputs, args.out.clone(), dir.path().to_owned()));
     let job = Job {
         grant: grant.clone(),
@@ -101,7 +101,7 @@ async fn invoke(
     let outcome = loop {
         tokio::select! {
             outcome = &mut running => break outcome,
-            () = grant.mailbox.changed() => show_news(&grant),
+            () = grant.progress.changed() => show_news(&grant),
             _ = signals.next() => grant.cancel.cancel(CancelReason::Operator),
         }
     };
@@ -145,12 +145,12 @@ fn lease(task: TaskId, capability: Capability, inputs: usize, meta: Value) -> Le
 }
 
 /// Prints progress and events as they come, a line each.
-fn show_news(grant: &Grant) {
-    if !grant.mailbox.is_dirty() {
+fn show_news(grant: &HeldLease) {
+    if !grant.progress.is_dirty() {
         return;
     }
-    let news = grant.mailbox.pending();
-    grant.mailbox.acknowledge(&news);
+    let news = grant.progress.pending();
+    grant.progress.acknowledge(&news);
     for event in &news.events {
         tell(format_args!("event    {event}"));
     }

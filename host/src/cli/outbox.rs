@@ -9,7 +9,7 @@ use super::{Exit, Output, block_on, counted, put, table, tell};
 use crate::{
     config::{self, Layers},
     control::{Reports, Wanted, client},
-    outbox::{Listing, Shelf, ShelfError, StateError},
+    outbox::{Listing, OfflineOutbox, OfflineOutboxError, StateError},
 };
 
 /// What to do with them.
@@ -75,7 +75,7 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
         Command::List { .. } => None,
         Command::Retry { which, .. } | Command::Drop { which, .. } => which.tasks(),
     };
-    let (reports, running) = match Shelf::open(&folder) {
+    let (reports, running) = match OfflineOutbox::open(&folder) {
         Ok(Some(shelf)) => (stopped(command, shelf, tasks.as_deref())?, false),
         // A folder that is mistyped must not look like one in which all is well.
         Ok(None) => {
@@ -85,7 +85,7 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
             tell(format_args!("{error}there is no outbox in {}; {named}", folder.display()));
             return Ok(exit);
         }
-        Err(ShelfError::State(StateError::InUse { path, .. })) => {
+        Err(OfflineOutboxError::State(StateError::InUse { path, .. })) => {
             let wanted = Wanted { tasks: tasks.clone() };
             let asked = block_on(async {
                 Ok(match command {
@@ -112,7 +112,7 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
 }
 
 /// On a node that does not run. What waits there is sent when one starts.
-fn stopped(command: &Command, mut shelf: Shelf, tasks: Option<&[Uuid]>) -> anyhow::Result<Vec<Listing>> {
+fn stopped(command: &Command, mut shelf: OfflineOutbox, tasks: Option<&[Uuid]>) -> anyhow::Result<Vec<Listing>> {
     let tasks: Option<HashSet<Uuid>> = tasks.map(|tasks| tasks.iter().copied().collect());
     Ok(match command {
         Command::List { .. } | Command::Retry { .. } => shelf.listings(tasks.as_ref()),

@@ -8,7 +8,7 @@ use crate::{
     config::{
         HostConfig, KEYS, Key, Layers, Mistakes, Origin, Secrets, default_scratch_dir, folder_mistakes, own_scratch_dir,
     },
-    engine::{Ended, Stops},
+    engine::{Ended, StopSignals},
 };
 
 /// Flags of `run`.
@@ -116,7 +116,7 @@ pub(super) fn run(args: &Args, layers: &Layers, secrets: &Secrets) -> anyhow::Re
         tracing::warn!(reason = %warning, "a setting should be put right");
     }
     block_on_beside_control(async {
-        let stops = Stops::default();
+        let stops = StopSignals::default();
         // Before the plugins: they may take their time, and a signal meanwhile ends a node that never began.
         signals::listen(stops.clone())?;
         let plugins = Arc::new(args.plugins.load(config.max_concurrency, config.noop, config.plugin_init_timeout)?);

@@ -3,13 +3,13 @@
 use tracing::{info, warn};
 
 use super::Exit;
-use crate::engine::Stops;
+use crate::engine::StopSignals;
 
 /// Turns signals into stops until the process ends.
 ///
 /// # Errors
 /// When the handlers cannot be installed.
-pub(super) fn listen(stops: Stops) -> std::io::Result<()> {
+pub(super) fn listen(stops: StopSignals) -> std::io::Result<()> {
     let mut signals = Signals::install()?;
     // Ends with the process: signals matter until the last moment.
     tokio::spawn(async move {

@@ -1,6 +1,6 @@
 //! How commands talk to a running node: HTTP over a socket in its state folder.
 //!
-//! Who may open the socket is who owns the folder; nothing of it is on the network. [`Door`] is the
+//! Who may open the socket is who owns the folder; nothing of it is on the network. [`ControlSocket`] is the
 //! node's side, [`client`] the commands'.
 
 pub mod client;
@@ -28,7 +28,7 @@ pub struct Reports {
 }
 
 #[cfg(unix)]
-pub use door::Door;
+pub use socket::ControlSocket;
 
 /// A path by which the socket of a folder can be reached.
 #[cfg(unix)]
@@ -59,7 +59,7 @@ impl Address {
 }
 
 #[cfg(unix)]
-mod door {
+mod socket {
     use std::{
         collections::HashSet,
         io,
@@ -83,7 +83,7 @@ mod door {
     const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
     /// The node's side, listening.
-    pub struct Door {
+    pub struct ControlSocket {
         listener: UnixListener,
         socket: Socket,
     }
@@ -99,7 +99,7 @@ mod door {
         }
     }
 
-    impl Door {
+    impl ControlSocket {
         /// Listens in a state folder that this process holds.
         ///
         /// # Errors

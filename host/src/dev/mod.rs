@@ -255,7 +255,7 @@ impl World {
         self.inner.identity().forget(&wallet.to_ascii_lowercase())
     }
 
-    /// Stops taking requests, lets open ones end within [`Config::stop_grace`], removes what does
+    /// StopSignals taking requests, lets open ones end within [`Config::stop_grace`], removes what does
     /// not survive, and waits for all of it.
     pub async fn stop(mut self) {
         self.stop.cancel();

@@ -11,13 +11,15 @@ use tokio::{sync::OwnedSemaphorePermit, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tracing::{Span, info, info_span, warn};
 
-use super::{Rooms, SharedPace, Stops, pace::Worth};
+use super::{Modules, SharedPace, StopSignals, pace::LeaseValue};
 use crate::{
     crash,
-    model::{CancelReason, Grant, HeldNumber, Lease, Outcome, Ports, ReportState, Setup, TaskRecord, Verdict, millis},
+    model::{
+        CancelReason, HeldLease, HeldNumber, Lease, Outcome, Ports, ReportState, Setup, TaskRecord, TaskResult, millis,
+    },
     outbox::Sent,
     plugins::{Folder, Job},
-    session::{Session, Silence},
+    session::{NoReport, Session},
     storage::{ScratchError, TaskDir},
 };
 
@@ -32,7 +34,7 @@ const AT_ONCE: Duration = Duration::from_millis(25);
 
 /// What a run leaves behind.
 struct End {
-    verdict: Verdict,
+    result: TaskResult,
     /// Its folder is being removed.
     tidying: Option<Tidying>,
 }
@@ -69,13 +71,13 @@ pub(super) fn span(lease: &Lease, plugin: Option<&str>) -> Span {
 }
 
 /// One task, top to bottom. Run it in its [`span`]. Every early exit still settles the lease and frees the slot.
-pub(super) async fn attempt(rooms: Arc<Rooms>, slot: Slot, session: Session, grace: Duration, stops: Stops) {
+pub(super) async fn attempt(modules: Arc<Modules>, slot: Slot, session: Session, grace: Duration, stops: StopSignals) {
     let grant = session.grant(); // the task, a token, cancel, a place to report progress
     let lease = &grant.lease;
     let began = Instant::now();
     info!("task started");
     // Boxed: what goes around it would hold it several times over, and be copied with each move.
-    let run = AssertUnwindSafe(Box::pin(run(Arc::clone(&rooms), slot.held, grant.clone(), grace))).catch_unwind();
+    let run = AssertUnwindSafe(Box::pin(run(Arc::clone(&modules), slot.held, grant.clone(), grace))).catch_unwind();
     let ended = async {
         run.await.unwrap_or_else(|_| {
             // A bug of ours must not leave a lease unsettled; the log has its words.
@@ -83,30 +85,30 @@ pub(super) async fn attempt(rooms: Arc<Rooms>, slot: Slot, session: Session, gra
             End::bare(Outcome::HostFault { message })
         })
     };
-    let End { mut verdict, tidying } = run_to_end(ended, &grant, &stops.cancel).await;
-    verdict.outcome.redact(&grant.tokens());
-    rooms.board.moved(slot.held, "reporting");
-    slot.pace.ended(worth(&grant, &verdict.outcome));
-    let brief = began.elapsed() <= BRIEF && verdict.artifacts.is_empty();
+    let End { mut result, tidying } = run_to_end(ended, &grant, &stops.cancel).await;
+    result.outcome.redact(&grant.tokens());
+    modules.board.moved(slot.held, "reporting");
+    slot.pace.ended(lease_value(&grant, &result.outcome));
+    let brief = began.elapsed() <= BRIEF && result.artifacts.is_empty();
     let freed = free(slot.permit, tidying);
-    let settled = settle(&rooms, freed, session, &verdict, brief, &stops).await;
-    rooms.board.ended(slot.held, TaskRecord::new(lease, &verdict, began.elapsed(), settled.state()));
-    say(&verdict, &settled, began.elapsed());
+    let settled = settle(&modules, freed, session, &result, brief, &stops).await;
+    modules.board.ended(slot.held, TaskRecord::new(lease, &result, began.elapsed(), settled.state()));
+    say(&result, &settled, began.elapsed());
 }
 
 /// What the lease behind `grant` was good for, now that its task has ended.
-fn worth(grant: &Grant, outcome: &Outcome) -> Worth {
+fn lease_value(grant: &HeldLease, outcome: &Outcome) -> LeaseValue {
     let begun = !grant.is_refused();
     let ours = grant.cancel.reason() != Some(CancelReason::LeaseLost);
     match outcome {
-        _ if !begun || !ours => Worth::Nothing,
-        Outcome::Completed | Outcome::Cancelled | Outcome::Drained => Worth::Work,
-        Outcome::Failed { .. } | Outcome::Panicked { .. } => Worth::Failure,
+        _ if !begun || !ours => LeaseValue::Nothing,
+        Outcome::Completed | Outcome::Cancelled | Outcome::Drained => LeaseValue::Work,
+        Outcome::Failed { .. } | Outcome::Panicked { .. } => LeaseValue::Failure,
         Outcome::Storage { .. }
         | Outcome::Setup { .. }
         | Outcome::NoRunner
         | Outcome::LeaseLost
-        | Outcome::HostFault { .. } => Worth::Nothing,
+        | Outcome::HostFault { .. } => LeaseValue::Nothing,
     }
 }
 
@@ -114,19 +116,19 @@ fn worth(grant: &Grant, outcome: &Outcome) -> Worth {
 /// is ours, then the slot is `freed`, beside everything that may wait for the plane. A brief task's report gets
 /// a moment to be accepted first: a slot is free when its verdict is with the plane or on the disk.
 async fn settle(
-    rooms: &Rooms,
+    modules: &Modules,
     freed: impl Future<Output = ()>,
     mut session: Session,
-    verdict: &Verdict,
+    result: &TaskResult,
     brief: bool,
-    stops: &Stops,
+    stops: &StopSignals,
 ) -> Settled {
-    if let Some(reason) = session.silence(&verdict.outcome) {
+    if let Some(reason) = session.no_report(&result.outcome) {
         freed.await;
         return Settled::Silent(reason);
     }
     crash::point("before-write");
-    let kept = rooms.outbox.enter(&session.grant().lease, verdict.clone());
+    let kept = modules.outbox.enter(&session.grant().lease, result.clone());
     let ticket = kept.ticket();
     let said = async move {
         match session.close().await {
@@ -134,11 +136,11 @@ async fn settle(
                 crash::point("before-report");
                 Settled::Sent(kept.send(session).await)
             }
-            Err(silence) => {
+            Err(no_report) => {
                 kept.withdraw();
-                match silence {
-                    Silence::Over(reason) => Settled::Silent(reason),
-                    Silence::Gone(why) => Settled::Sent(Sent::Refused(why)),
+                match no_report {
+                    NoReport::Over(reason) => Settled::Silent(reason),
+                    NoReport::Gone(why) => Settled::Sent(Sent::Refused(why)),
                 }
             }
         }
@@ -191,7 +193,7 @@ async fn free(permit: OwnedSemaphorePermit, tidying: Option<Tidying>) {
 }
 
 /// Lets `run` come to its end, passing on the node's own wish to stop.
-async fn run_to_end(run: impl Future<Output = End>, grant: &Grant, cancel_all: &CancellationToken) -> End {
+async fn run_to_end(run: impl Future<Output = End>, grant: &HeldLease, cancel_all: &CancellationToken) -> End {
     tokio::pin!(run);
     tokio::select! {
         end = &mut run => return end,
@@ -202,9 +204,9 @@ async fn run_to_end(run: impl Future<Output = End>, grant: &Grant, cancel_all: &
 
 /// Waits for the runner. What may take long, such as moving data, happens on the workers: this runs
 /// beside the heartbeats.
-async fn run(rooms: Arc<Rooms>, held: HeldNumber, grant: Grant, grace: Duration) -> End {
+async fn run(modules: Arc<Modules>, held: HeldNumber, grant: HeldLease, grace: Duration) -> End {
     let nothing = End::bare;
-    if let Some(refusal) = rooms.plugins.refusal(&grant.lease.capability) {
+    if let Some(refusal) = modules.plugins.refusal(&grant.lease.capability) {
         return nothing(refusal);
     }
     // A lease without coordinates may still get them with its set-up heartbeat. All others start at
@@ -214,23 +216,23 @@ async fn run(rooms: Arc<Rooms>, held: HeldNumber, grant: Grant, grace: Duration)
     {
         return nothing(outcome);
     }
-    let dir = rooms.storage.task_dir(grant.lease.task); // made when somebody needs it
-    let ports = rooms.storage.ports(&grant, dir.path()); // nothing is fetched before the runner asks
-    rooms.board.moved(held, "waiting");
-    let board = rooms.board.clone();
+    let dir = modules.storage.task_dir(grant.lease.task); // made when somebody needs it
+    let ports = modules.storage.ports(&grant, dir.path()); // nothing is fetched before the runner asks
+    modules.board.moved(held, "waiting");
+    let board = modules.board.clone();
     let job = Job {
         grant: grant.clone(),
         ports: Arc::clone(&ports) as Arc<dyn Ports>,
         folder: folder(&dir),
-        workers: rooms.workers.clone(),
+        workers: modules.workers.clone(),
         cancel_grace: grace,
         began: Box::new(move || board.moved(held, "running")),
     };
-    let outcome = rooms.plugins.run(job).await;
+    let outcome = modules.plugins.run(job).await;
     ports.close().await; // ends or aborts what is still under way
     let (artifacts, inputs) = (ports.published(), ports.fetched());
-    let tidying = (!dir.close_empty()).then(|| rooms.workers.spawn_blocking(move || dir.close()));
-    End { verdict: Verdict { outcome: refused_setup(&grant, outcome), artifacts, inputs }, tidying }
+    let tidying = (!dir.close_empty()).then(|| modules.workers.spawn_blocking(move || dir.close()));
+    End { result: TaskResult { outcome: refused_setup(&grant, outcome), artifacts, inputs }, tidying }
 }
 
 /// The task's directory as plugins ask for it.
@@ -246,7 +248,7 @@ fn folder(dir: &TaskDir) -> Folder {
 }
 
 /// Waits for the set-up heartbeat and says what is missing.
-async fn setup(grant: &Grant) -> Result<(), Outcome> {
+async fn setup(grant: &HeldLease) -> Result<(), Outcome> {
     match grant.setup().await {
         Setup::Ready(Ok(_)) => Ok(()),
         Setup::Ready(Err(message)) => Err(Outcome::Setup { stage: "build_ports", message }),
@@ -261,7 +263,7 @@ async fn setup(grant: &Grant) -> Result<(), Outcome> {
 }
 
 /// A runner that failed because the lease was never set up is not to blame.
-fn refused_setup(grant: &Grant, outcome: Outcome) -> Outcome {
+fn refused_setup(grant: &HeldLease, outcome: Outcome) -> Outcome {
     if !matches!(outcome, Outcome::Failed { .. } | Outcome::Storage { .. }) {
         return outcome;
     }
@@ -275,7 +277,7 @@ fn refused_setup(grant: &Grant, outcome: Outcome) -> Outcome {
 impl End {
     /// One without data.
     fn bare(outcome: Outcome) -> Self {
-        Self { verdict: Verdict::bare(outcome), tidying: None }
+        Self { result: TaskResult::bare(outcome), tidying: None }
     }
 }
 
@@ -298,10 +300,10 @@ impl Settled {
 }
 
 /// The one line a task ends with.
-fn say(verdict: &Verdict, settled: &Settled, took: Duration) {
-    let outcome = verdict.outcome.word();
-    let (artifacts, elapsed_ms) = (verdict.artifacts.len(), millis(took));
-    let reason = verdict.outcome.reason();
+fn say(result: &TaskResult, settled: &Settled, took: Duration) {
+    let outcome = result.outcome.word();
+    let (artifacts, elapsed_ms) = (result.artifacts.len(), millis(took));
+    let reason = result.outcome.reason();
     match settled {
         Settled::Sent(Sent::Accepted) if reason.is_none() => info!(outcome, artifacts, elapsed_ms, "task ended"),
         Settled::Sent(Sent::Accepted) => warn!(outcome, artifacts, elapsed_ms, reason, "task ended"),

@@ -25,13 +25,13 @@ use tracing::{Instrument as _, debug, error, info, warn};
 
 use crate::{
     leases::{Advice, LeaseError, LeaseSource},
-    model::{Lease, Moment, Outcome, Phase, StatusBoard, TaskId, millis},
+    model::{BootInstant, Lease, Outcome, Phase, StatusBoard, TaskId, millis},
     outbox::Outbox,
     plugins::Plugins,
     session::Sessions,
     storage::Storage,
 };
-use pace::{Pace, Worth};
+use pace::{LeaseValue, Pace};
 
 /// How long a stop waits for the answer to a poll under way. A lease that comes later expires and
 /// goes to another node.
@@ -44,7 +44,7 @@ const REFUSALS_MAX: u32 = 3;
 const REFUSAL_PAUSE: Duration = Duration::from_millis(500);
 
 /// What the engine works with.
-pub struct Rooms {
+pub struct Modules {
     /// Where leases come from.
     pub source: Arc<dyn LeaseSource>,
     /// Keeps them.
@@ -76,14 +76,14 @@ pub struct Config {
 
 /// How a stop is asked for.
 #[derive(Clone, Default)]
-pub struct Stops {
+pub struct StopSignals {
     /// Lease nothing new; let running tasks end within the drain timeout.
     pub drain: CancellationToken,
     /// Cancel what is running.
     pub cancel: CancellationToken,
 }
 
-impl Stops {
+impl StopSignals {
     /// Ends some time after the first stop, or with the second one.
     async fn out_of_patience(&self) {
         self.drain.cancelled().await;
@@ -105,7 +105,7 @@ pub enum Ended {
 
 /// See the module's text.
 pub struct Engine {
-    rooms: Arc<Rooms>,
+    modules: Arc<Modules>,
     config: Config,
     slots: Arc<Semaphore>,
     attempts: JoinSet<()>,
@@ -147,8 +147,8 @@ impl SharedPace {
         pace.pause(sent, Instant::now())
     }
 
-    fn ended(&self, worth: Worth) {
-        self.lock().ended(worth, Instant::now());
+    fn ended(&self, lease_value: LeaseValue) {
+        self.lock().ended(lease_value, Instant::now());
     }
 
     fn hasten(&self) {
@@ -167,16 +167,16 @@ struct Polled {
 impl Engine {
     /// An engine that has not started.
     #[must_use]
-    pub fn new(rooms: Rooms, config: Config) -> Self {
+    pub fn new(modules: Modules, config: Config) -> Self {
         let slots = Arc::new(Semaphore::new(config.slots));
         let pace = SharedPace(Arc::new(Mutex::new(Pace::new(config.poll_backoff, Instant::now()))));
-        Self { rooms: Arc::new(rooms), config, slots, attempts: JoinSet::new(), pace, busy: false }
+        Self { modules: Arc::new(modules), config, slots, attempts: JoinSet::new(), pace, busy: false }
     }
 
     /// Polls and runs until told to stop and everything has ended. Spawn it on the runtime that
     /// drives the sessions: a poll, its lease and the first heartbeat then need no other thread.
-    pub async fn run(mut self, stops: Stops) -> Ended {
-        let source = Arc::clone(&self.rooms.source);
+    pub async fn run(mut self, stops: StopSignals) -> Ended {
+        let source = Arc::clone(&self.modules.source);
         let mut polls = FuturesUnordered::new();
         // The last answer, or the first poll after it.
         let mut since = Instant::now();
@@ -193,7 +193,7 @@ impl Engine {
                 }
                 // After a finished task the next poll follows at once.
                 Some(ended) = self.attempts.join_next() => self.look_at(ended),
-                permit = turn(&self.rooms, &self.slots, &self.pace), if more => {
+                permit = turn(&self.modules, &self.slots, &self.pace), if more => {
                     if polls.is_empty() {
                         since = Instant::now();
                     }
@@ -201,7 +201,7 @@ impl Engine {
                 }
                 // A plane that hangs gives no work long before the call has failed.
                 _ = look.tick(), if !polls.is_empty() => if since.elapsed() >= UNANSWERED {
-                    self.rooms.board.unanswered();
+                    self.modules.board.unanswered();
                 },
             }
         }
@@ -218,14 +218,14 @@ impl Engine {
     }
 
     /// Looks at what a poll brought.
-    fn found(&mut self, polled: Polled, stops: &Stops) {
+    fn found(&mut self, polled: Polled, stops: &StopSignals) {
         let Polled { permit, sent, taken } = polled;
         if taken.is_ok() {
-            self.rooms.outbox.plane_answers();
+            self.modules.outbox.plane_answers();
         }
         // A lease that cannot be read, or a word to end something first, is an answer too.
         if matches!(taken, Ok(_) | Err(LeaseError::Busy | LeaseError::Malformed { task: Some(_), .. })) {
-            self.rooms.board.polled(None);
+            self.modules.board.polled(None);
         }
         match taken {
             Ok(Some(lease)) if self.admits(&lease) => {
@@ -242,8 +242,8 @@ impl Engine {
                 }
             }
             Err(LeaseError::Malformed { task: Some(task), reason }) => {
-                self.pace.ended(Worth::Nothing);
-                let refusal = refuse(Arc::clone(&self.rooms.source), task, reason, stops.cancel.clone());
+                self.pace.ended(LeaseValue::Nothing);
+                let refusal = refuse(Arc::clone(&self.modules.source), task, reason, stops.cancel.clone());
                 self.attempts.spawn(async move {
                     refusal.await;
                     drop(permit);
@@ -252,7 +252,7 @@ impl Engine {
             Err(err) => {
                 // Polls that were under way together fail together, and are told once.
                 let Some(pause) = self.pace.pause(sent, err.retry_after()) else { return };
-                self.rooms.board.polled(Some(err.to_string()));
+                self.modules.board.polled(Some(err.to_string()));
                 if !stops.drain.is_cancelled() {
                     warn!(error = %err, retry_in_ms = millis(pause), "poll failed");
                 }
@@ -260,32 +260,32 @@ impl Engine {
         }
     }
 
-    fn begin(&mut self, lease: Lease, permit: OwnedSemaphorePermit, stops: &Stops) {
-        let plugin = self.rooms.plugins.name_of(&lease.capability);
+    fn begin(&mut self, lease: Lease, permit: OwnedSemaphorePermit, stops: &StopSignals) {
+        let plugin = self.modules.plugins.name_of(&lease.capability);
         let span = attempt::span(&lease, plugin.as_deref());
         let task = lease.task;
-        let session = span.in_scope(|| self.rooms.sessions.open(lease)); // heartbeats start
-        if self.rooms.outbox.owes(task) {
+        let session = span.in_scope(|| self.modules.sessions.open(lease)); // heartbeats start
+        if self.modules.outbox.owes(task) {
             // The plane leased it again before it heard of its end, as after a crash.
             span.in_scope(|| info!("task leased again, its report is still on its way"));
-            self.rooms.outbox.adopt(task, session);
+            self.modules.outbox.adopt(task, session);
             return;
         }
-        let held = self.rooms.board.began(&session.grant(), plugin);
+        let held = self.modules.board.began(&session.grant(), plugin);
         let slot = attempt::Slot { permit, pace: self.pace.clone(), held };
-        let (rooms, grace) = (Arc::clone(&self.rooms), self.config.cancel_grace);
-        let attempt = attempt::attempt(rooms, slot, session, grace, stops.clone());
+        let (modules, grace) = (Arc::clone(&self.modules), self.config.cancel_grace);
+        let attempt = attempt::attempt(modules, slot, session, grace, stops.clone());
         self.attempts.spawn(attempt.instrument(span));
     }
 
     /// Leases that are over before they begin are neither run nor reported.
     fn admits(&self, lease: &Lease) -> bool {
-        let span = || attempt::span(lease, self.rooms.plugins.name_of(&lease.capability).as_deref());
+        let span = || attempt::span(lease, self.modules.plugins.name_of(&lease.capability).as_deref());
         if lease.cancelled {
             span().in_scope(|| info!("lease skipped, it came already cancelled"));
             return false;
         }
-        if lease.expires_at.is_some_and(Moment::has_passed) {
+        if lease.expires_at.is_some_and(BootInstant::has_passed) {
             span().in_scope(|| warn!("lease skipped, it expired before it was looked at"));
             return false;
         }
@@ -302,8 +302,8 @@ impl Engine {
     }
 
     /// Waits for the running tasks, first patiently, then with a cancel.
-    async fn drain(mut self, stops: &Stops) -> Ended {
-        self.rooms.board.change(|status| status.phase = Phase::Draining);
+    async fn drain(mut self, stops: &StopSignals) -> Ended {
+        self.modules.board.change(|status| status.phase = Phase::Draining);
         if !self.attempts.is_empty() {
             info!(tasks = self.attempts.len(), limit_ms = millis(self.config.drain_timeout), "draining");
         }
@@ -325,15 +325,15 @@ impl Engine {
                 () = stops.cancel.cancelled(), if ended == Ended::Drained => ended = Ended::CutShort,
             }
         }
-        self.rooms.board.change(|status| status.phase = Phase::Stopped);
+        self.modules.board.change(|status| status.phase = Phase::Stopped);
         ended
     }
 }
 
 /// Waits until one more poll may be sent, and holds the slot for it: a lease we hold can always be run.
 /// Where too many reports wait for the plane there is none, or finished tasks would pile up without bound.
-async fn turn(rooms: &Rooms, slots: &Arc<Semaphore>, pace: &SharedPace) -> OwnedSemaphorePermit {
-    let (outbox, disk) = (&rooms.outbox, rooms.storage.disk());
+async fn turn(modules: &Modules, slots: &Arc<Semaphore>, pace: &SharedPace) -> OwnedSemaphorePermit {
+    let (outbox, disk) = (&modules.outbox, modules.storage.disk());
     loop {
         let permit = Arc::clone(slots).acquire_owned().await.expect("the slots are never closed");
         // The task whose slot this was may have filled the one or the other.
@@ -352,7 +352,7 @@ async fn turn(rooms: &Rooms, slots: &Arc<Semaphore>, pace: &SharedPace) -> Owned
 /// Asks for a lease.
 async fn poll(source: &dyn LeaseSource, permit: OwnedSemaphorePermit) -> Polled {
     let sent = Instant::now();
-    Polled { permit, sent, taken: source.take().await }
+    Polled { permit, sent, taken: source.poll().await }
 }
 
 /// Gives back a lease that could not be read. Where the plane does not take that either, the lease
@@ -362,7 +362,7 @@ async fn refuse(source: Arc<dyn LeaseSource>, task: TaskId, reason: String, canc
     let outcome = Outcome::Setup { stage: "start_session", message: reason };
     let telling = async {
         for tries in 1..=REFUSALS_MAX {
-            let Err(err) = source.refuse(task, &outcome).await else { return };
+            let Err(err) = source.reject(task, &outcome).await else { return };
             warn!(task_id = %task, error = %err, tries, "lease could not be given back");
             if err.advice() != Advice::RetryLater {
                 return;

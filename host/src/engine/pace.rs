@@ -45,7 +45,7 @@ impl Backoff {
 
 /// What a lease was good for, as far as polling is concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Worth {
+pub(super) enum LeaseValue {
     /// Its runner did its work.
     Work,
     /// Its runner failed. One may; what fails in a row comes from the node, or is one task that comes
@@ -137,17 +137,17 @@ impl Pace {
     }
 
     /// A lease ended. Say it before its slot is free: what follows shall not be taken too early.
-    pub(super) fn ended(&mut self, worth: Worth, now: Instant) {
-        match worth {
-            Worth::Work => {
+    pub(super) fn ended(&mut self, lease_value: LeaseValue, now: Instant) {
+        match lease_value {
+            LeaseValue::Work => {
                 self.wary = false;
                 self.suspicious = false;
                 self.backoff.reset();
             }
-            Worth::Failure if !self.suspicious => self.suspicious = true,
+            LeaseValue::Failure if !self.suspicious => self.suspicious = true,
             // Several that end together are one misfortune.
-            Worth::Failure | Worth::Nothing if self.wary && now < self.paused_until => {}
-            Worth::Failure | Worth::Nothing => {
+            LeaseValue::Failure | LeaseValue::Nothing if self.wary && now < self.paused_until => {}
+            LeaseValue::Failure | LeaseValue::Nothing => {
                 self.wary = true;
                 self.suspicious = true;
                 self.alone();
@@ -173,7 +173,7 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     #[test]
-    fn s0_31_pauses_grow_from_one_bound_to_the_other_and_may_meet_both() {
+    fn pauses_grow_from_one_bound_to_the_other_and_may_meet_both() {
         for (a, b) in [(100, 3000), (3000, 100)] {
             let mut backoff = Backoff::new(a * MS, b * MS);
             let ranges: Vec<_> = (0..6).map(|_| backoff.range()).collect();
@@ -188,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn s0_31_equal_bounds_give_a_fixed_pause() {
+    fn equal_bounds_give_a_fixed_pause() {
         let mut backoff = Backoff::new(50 * MS, 50 * MS);
         assert!((0..10).all(|_| backoff.next() == 50 * MS));
     }
@@ -205,9 +205,9 @@ mod tests {
                 match *event {
                     "won" => pace.won(now),
                     "empty" => drop(pace.pause(now, now)),
-                    "work" => pace.ended(Worth::Work, now),
-                    "failure" => pace.ended(Worth::Failure, now),
-                    "nothing" => pace.ended(Worth::Nothing, now),
+                    "work" => pace.ended(LeaseValue::Work, now),
+                    "failure" => pace.ended(LeaseValue::Failure, now),
+                    "nothing" => pace.ended(LeaseValue::Nothing, now),
                     _ => {}
                 }
                 if !matches!(*event, "won" | "empty") {
@@ -244,7 +244,7 @@ mod tests {
             pace.leave_alone(asked * 1000 * MS, start);
             assert_eq!(pace.pause(start, start), Some(expected * 1000 * MS));
             // Work that ends meanwhile does not change that.
-            pace.ended(Worth::Work, start + MS);
+            pace.ended(LeaseValue::Work, start + MS);
             pace.hasten(start + MS);
             assert_eq!(pace.next(), start + expected * 1000 * MS);
         }
@@ -272,7 +272,7 @@ mod tests {
         assert_eq!((pace.pause(start + 4 * MS, start + 7 * MS), pace.next()), (None, next));
         assert!(pace.pause(start + 300 * MS, start + 301 * MS).is_some());
         assert_eq!(widths(&mut pace, 3), [1, 2, 3]);
-        pace.ended(Worth::Nothing, start + 302 * MS);
+        pace.ended(LeaseValue::Nothing, start + 302 * MS);
         assert_eq!(widths(&mut pace, 3), [1, 1, 1], "after a lease that was good for nothing, one by one");
     }
 
@@ -283,7 +283,7 @@ mod tests {
         let mut now = start;
         let longest = (0..6).map(|_| {
             pace.won(now);
-            pace.ended(Worth::Nothing, now + MS);
+            pace.ended(LeaseValue::Nothing, now + MS);
             now = pace.next();
             pace.backoff.grown.as_millis()
         });

@@ -11,33 +11,33 @@ use std::time::Duration;
 use async_trait::async_trait;
 use uuid::Uuid;
 
-use crate::model::{Lease, Moment, Outcome, Pending, TaskId, Token, Verdict};
+use crate::model::{BootInstant, Lease, Outcome, Pending, TaskId, TaskResult, Token};
 
 /// One control plane.
 #[async_trait]
 pub trait LeaseSource: Send + Sync {
     /// Takes the next lease we can serve. `Ok(None)`: asked, and there is nothing; back off quietly.
     /// Let it finish: dropping this future may lose a lease the plane has already given us.
-    async fn take(&self) -> Result<Option<Lease>, LeaseError>;
+    async fn poll(&self) -> Result<Option<Lease>, LeaseError>;
     /// Extends a lease we hold. The answer may carry a newer token or a request to cancel. Sends nothing
     /// after `until`, which the session takes from what is left of the lease, and waits no longer.
-    async fn keep(&self, task: TaskId, beat: &Pending, until: Moment) -> Result<Kept, LeaseError>;
+    async fn heartbeat(&self, task: TaskId, beat: &Pending, until: BootInstant) -> Result<Renewal, LeaseError>;
     /// Reports the end. `task` is the id the plane uses now (a heartbeat may have changed it);
     /// `lease` gives job, domain and capability.
-    async fn settle(&self, task: TaskId, lease: &Lease, verdict: &Verdict) -> Result<(), LeaseError>;
+    async fn report(&self, task: TaskId, lease: &Lease, task_result: &TaskResult) -> Result<(), LeaseError>;
     /// Gives back a lease of which only the task is known: `why` is an [`Outcome::Setup`].
-    async fn refuse(&self, task: TaskId, why: &Outcome) -> Result<(), LeaseError>;
+    async fn reject(&self, task: TaskId, why: &Outcome) -> Result<(), LeaseError>;
 }
 
 /// What a heartbeat's answer said; absent means unchanged.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub struct Kept {
+pub struct Renewal {
     /// Newer bearer towards the domain server.
     pub token: Option<Token>,
     /// When that bearer ends.
-    pub token_expires_at: Option<Moment>,
+    pub token_expires_at: Option<BootInstant>,
     /// New end of the lease.
-    pub expires_at: Option<Moment>,
+    pub expires_at: Option<BootInstant>,
     /// The plane asks to stop.
     pub cancel: bool,
     /// The task's id from now on.

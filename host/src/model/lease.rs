@@ -5,7 +5,7 @@ use std::fmt;
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
-use super::{Capability, Moment, Token};
+use super::{BootInstant, Capability, Token};
 
 /// Names one task on its control plane. Prints lower case and hyphenated.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -24,7 +24,7 @@ impl fmt::Debug for TaskId {
 }
 
 /// A lease as it was taken. Later news about it (token, expiry, cancel) live in its session and
-/// reach a runner through the [`super::Grant`].
+/// reach a runner through the [`super::HeldLease`].
 #[derive(Clone, Debug)]
 pub struct Lease {
     /// The task it is for.
@@ -36,7 +36,7 @@ pub struct Lease {
     /// Which runner is asked for.
     pub capability: Capability,
     /// When the plane gives the task to somebody else, as far as it said so in a time that can be meant.
-    pub expires_at: Option<Moment>,
+    pub expires_at: Option<BootInstant>,
     /// True when the plane handed the lease out already cancelled.
     pub cancelled: bool,
     /// The domain whose data the task may touch.
@@ -46,7 +46,7 @@ pub struct Lease {
     /// Bearer towards the domain server.
     pub token: Option<Token>,
     /// When that bearer ends, where the plane said so.
-    pub token_expires_at: Option<Moment>,
+    pub token_expires_at: Option<BootInstant>,
     /// Input ids, URLs or names, passed on unchanged.
     pub inputs: Vec<String>,
     /// Prefix of artifact paths, as received.

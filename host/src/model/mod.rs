@@ -5,36 +5,37 @@
 //! need from each other is defined here instead.
 
 mod artifact;
+mod boot_instant;
 mod budget;
 mod capability;
-mod grant;
+mod health_checks;
+mod held_lease;
 mod lease;
 mod line;
-mod mailbox;
 mod millis;
-mod moment;
 mod outcome;
 mod ports;
+mod progress_queue;
 mod status;
-mod visits;
 mod watched;
 
 pub use artifact::{Artifact, ArtifactSpec};
+pub use boot_instant::BootInstant;
 pub use budget::{Budget, Charge, OverBudget};
 pub use capability::{Capability, CapabilityError};
-pub use grant::{
-    CancelReason, CancelSignal, Coordinates, Fence, Grant, GrantKeys, Granted, Missed, News, Setup, Token,
+pub use health_checks::{Callback, HealthChecks, Unexpected};
+pub use held_lease::{
+    CancelReason, CancelSignal, Coordinates, Deadline, HeldLease, HeldLeaseState, HeldLeaseWriter, LeaseUpdates,
+    MissedHeartbeats, Setup, Token,
 };
 pub use lease::{Lease, TaskId};
 pub use line::in_a_line;
-pub use mailbox::{Mailbox, MailboxError, Pending};
 pub use millis::millis;
-pub use moment::Moment;
-pub use outcome::{KeptLease, Outcome, ReportName, Stage, Verdict};
+pub use outcome::{LeaseKeeper, Outcome, ReportName, Stage, TaskResult};
 pub(crate) use outcome::{holds_token, redact};
 pub use ports::{Fetched, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports};
+pub use progress_queue::{Pending, ProgressError, ProgressQueue};
 pub use status::{
     DiskStatus, HeldNumber, HeldTasks, HostStatus, Live, OutboxStatus, Phase, PollStatus, ReportState, StatusBoard,
     TaskRecord, TaskStatus,
 };
-pub use visits::{Callback, Unexpected, Visits};

@@ -207,14 +207,14 @@ pub struct ReportName {
 }
 
 /// What keeps a lease while the report of its task is on its way.
-pub trait KeptLease: Send {
+pub trait LeaseKeeper: Send {
     /// What the report is to call the task by now.
     fn name(&self) -> ReportName;
 }
 
 /// The end of an attempt together with what it published: what is reported, once.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Verdict {
+pub struct TaskResult {
     /// How it ended.
     pub outcome: Outcome,
     /// What was published, sorted by logical path, one entry a path.
@@ -224,7 +224,7 @@ pub struct Verdict {
     pub inputs: Vec<Fetched>,
 }
 
-impl Verdict {
+impl TaskResult {
     /// An end without anything moved.
     #[must_use]
     pub fn bare(outcome: Outcome) -> Self {

@@ -12,8 +12,8 @@ use serde::{Serialize, Serializer, ser::SerializeMap as _};
 use uuid::Uuid;
 
 use super::{
-    Artifact, Budget, Capability, Fetched, Grant, Lease, Missed, Moment, Setup, TaskId, Verdict, millis,
-    watched::Watched,
+    Artifact, BootInstant, Budget, Capability, Fetched, HeldLease, Lease, MissedHeartbeats, Setup, TaskId, TaskResult,
+    millis, watched::Watched,
 };
 
 /// Ended tasks that are shown.
@@ -143,7 +143,7 @@ impl HeldTasks {
     /// What stands against keeping the leases, where that is so for all of them: the least that one of them
     /// has missed.
     #[must_use]
-    pub fn missed(&self) -> Option<Missed> {
+    pub fn missed(&self) -> Option<MissedHeartbeats> {
         self.by_number.values().map(|task| task.turning.0.missed()).min_by_key(|missed| missed.count)
     }
 }
@@ -180,20 +180,20 @@ pub struct TaskStatus {
     /// last): what is known of them when the page is asked. Neither a token nor the progress itself is shown.
     /// While heartbeats fail, `heartbeats_failed` (how many in a row) and `heartbeat_error`.
     #[serde(flatten)]
-    pub turning: Turning,
+    pub turning: RunningTask,
 }
 
 /// What the plane and the runner may change while a task is held, looked up when it is shown.
 #[derive(Clone)]
-pub struct Turning(Grant);
+pub struct RunningTask(HeldLease);
 
-impl fmt::Debug for Turning {
+impl fmt::Debug for RunningTask {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("Turning").field(&self.0.lease.task).finish()
+        f.debug_tuple("RunningTask").field(&self.0.lease.task).finish()
     }
 }
 
-impl Serialize for Turning {
+impl Serialize for RunningTask {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let Self(grant) = self;
         let domain = match grant.setup_now() {
@@ -201,9 +201,9 @@ impl Serialize for Turning {
             _ => grant.lease.domain_id,
         };
         let times = [
-            ("lease_expires_at", grant.fence().until().on_calendar()),
-            ("token_expires_at", grant.token_fence().until().on_calendar()),
-            ("progress_at", grant.mailbox.progress_at().and_then(Moment::on_calendar)),
+            ("lease_expires_at", grant.deadline().until().on_calendar()),
+            ("token_expires_at", grant.token_deadline().until().on_calendar()),
+            ("progress_at", grant.progress.progress_at().and_then(BootInstant::on_calendar)),
         ];
         let missed = Some(grant.missed()).filter(|missed| missed.count > 0);
         let mut shown = serializer.serialize_map(None)?;
@@ -215,7 +215,7 @@ impl Serialize for Turning {
                 shown.serialize_entry(name, &at)?;
             }
         }
-        if let Some(Missed { count, error }) = missed {
+        if let Some(MissedHeartbeats { count, error }) = missed {
             shown.serialize_entry("heartbeats_failed", &count)?;
             shown.serialize_entry("heartbeat_error", &error)?;
         }
@@ -295,15 +295,15 @@ pub struct TaskRecord {
 impl TaskRecord {
     /// The record of a task that has just ended.
     #[must_use]
-    pub fn new(lease: &Lease, verdict: &Verdict, took: Duration, report: ReportState) -> Self {
+    pub fn new(lease: &Lease, task_result: &TaskResult, took: Duration, report: ReportState) -> Self {
         Self {
             task_id: lease.task,
             job_id: lease.job,
             capability: lease.capability.clone(),
-            outcome: verdict.outcome.word(),
-            code: verdict.outcome.code(),
-            artifacts: verdict.artifacts.clone(),
-            inputs: verdict.inputs.clone(),
+            outcome: task_result.outcome.word(),
+            code: task_result.outcome.code(),
+            artifacts: task_result.artifacts.clone(),
+            inputs: task_result.inputs.clone(),
             ended_at: Timestamp::now(),
             elapsed_ms: millis(took),
             report,
@@ -387,7 +387,7 @@ impl StatusBoard {
     }
 
     /// Enters a task, and the plugin that serves it.
-    pub fn began(&self, grant: &Grant, plugin: Option<Arc<str>>) -> HeldNumber {
+    pub fn began(&self, grant: &HeldLease, plugin: Option<Arc<str>>) -> HeldNumber {
         let lease = &grant.lease;
         let task = TaskStatus {
             capability: lease.capability.clone(),
@@ -396,7 +396,7 @@ impl StatusBoard {
             attempt: lease.attempt,
             state: "setting-up",
             since: Timestamp::now(),
-            turning: Turning(grant.clone()),
+            turning: RunningTask(grant.clone()),
         };
         let mut held = HeldNumber(0);
         self.change(|HostStatus { tasks, .. }| {
@@ -448,9 +448,9 @@ mod tests {
     use super::*;
     use crate::model::Outcome;
 
-    fn grant(task: TaskId) -> Grant {
+    fn grant(task: TaskId) -> HeldLease {
         let capability = Capability::parse("/examples/hello/v1").expect("a capability");
-        Grant::new(Lease::bare(task, capability), Setup::Pending).0
+        HeldLease::new(Lease::bare(task, capability), Setup::Pending).0
     }
 
     #[test]
@@ -463,8 +463,8 @@ mod tests {
         let second = board.began(&grant(lost.lease.task), None);
         board.moved(first, "reporting");
         assert_eq!(shown()[&id]["state"], "setting-up", "what becomes of the lost one is not its own");
-        let verdict = Verdict::bare(Outcome::LeaseLost);
-        let record = || TaskRecord::new(&lost.lease, &verdict, Duration::ZERO, ReportState::None);
+        let task_result = TaskResult::bare(Outcome::LeaseLost);
+        let record = || TaskRecord::new(&lost.lease, &task_result, Duration::ZERO, ReportState::None);
         board.ended(first, record());
         board.moved(first, "running"); // a word that comes too late
         board.moved(second, "waiting");

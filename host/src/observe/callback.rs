@@ -2,7 +2,7 @@
 //!
 //! Anybody who reaches the pages can send this request, so it is bounded in every direction: size of
 //! the body, time to send it, requests at once, requests per sender. What it says is only handed
-//! on; whether it is wanted is known elsewhere ([`Visits`]). Nothing of a body is logged or repeated in
+//! on; whether it is wanted is known elsewhere ([`HealthChecks`]). Nothing of a body is logged or repeated in
 //! an answer.
 
 use std::{
@@ -24,7 +24,7 @@ use serde::{Deserialize, Deserializer, de::IgnoredAny};
 use serde_json::json;
 use tokio::sync::Semaphore;
 
-use crate::model::{Callback, Visits};
+use crate::model::{Callback, HealthChecks};
 
 /// Largest body, in bytes: the lists of domains and lighthouses may be long.
 const BODY_BYTES_MAX: usize = 256 * 1024;
@@ -43,18 +43,18 @@ const FORGET_ONE: Duration = Duration::from_millis(500);
 const SENDERS_MAX: usize = 256;
 
 /// What the handler needs.
-pub(super) struct Desk {
-    visits: Arc<dyn Visits>,
+pub(super) struct CallbackQueue {
+    visits: Arc<dyn HealthChecks>,
     senders: Mutex<Senders>,
     reading: Semaphore,
 }
 
-impl Desk {
-    pub(super) fn new(visits: Arc<dyn Visits>) -> Arc<Self> {
+impl CallbackQueue {
+    pub(super) fn new(visits: Arc<dyn HealthChecks>) -> Arc<Self> {
         Arc::new(Self { visits, senders: Mutex::default(), reading: Semaphore::new(AT_ONCE_MAX) })
     }
 
-    pub(super) fn visits(&self) -> &dyn Visits {
+    pub(super) fn visits(&self) -> &dyn HealthChecks {
         &*self.visits
     }
 }
@@ -82,7 +82,7 @@ type Refusal = (StatusCode, &'static str);
 
 /// See the module's text.
 pub(super) async fn registrations(
-    State(desk): State<Arc<Desk>>,
+    State(desk): State<Arc<CallbackQueue>>,
     ConnectInfo(sender): ConnectInfo<SocketAddr>,
     request: Request,
 ) -> Response {

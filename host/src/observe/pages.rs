@@ -24,8 +24,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tower_service::Service as _;
 
-use super::callback::{self, Desk};
-use crate::model::{Missed, Phase, StatusBoard, Visits};
+use super::callback::{self, CallbackQueue};
+use crate::model::{HealthChecks, MissedHeartbeats, Phase, StatusBoard};
 
 /// How long a stop waits for requests under way: a client that never ends its own must not keep the node.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
@@ -45,7 +45,7 @@ const FAILED_HEARTBEATS_MIN: u32 = 3;
 pub struct Pages {
     listener: TcpListener,
     board: StatusBoard,
-    desk: Arc<Desk>,
+    desk: Arc<CallbackQueue>,
 }
 
 impl Pages {
@@ -53,8 +53,8 @@ impl Pages {
     ///
     /// # Errors
     /// When the address cannot be bound.
-    pub async fn bind(address: SocketAddr, board: StatusBoard, visits: Arc<dyn Visits>) -> std::io::Result<Self> {
-        Ok(Self { listener: TcpListener::bind(address).await?, board, desk: Desk::new(visits) })
+    pub async fn bind(address: SocketAddr, board: StatusBoard, visits: Arc<dyn HealthChecks>) -> std::io::Result<Self> {
+        Ok(Self { listener: TcpListener::bind(address).await?, board, desk: CallbackQueue::new(visits) })
     }
 
     /// Where it listens.
@@ -130,7 +130,7 @@ async fn connection(router: Router, socket: TcpStream, sender: SocketAddr, stop:
 }
 
 /// Always 200. The sign-in service is known by its name in front of a version (posemesh contract 2.7).
-async fn health(State(desk): State<Arc<Desk>>, headers: HeaderMap) -> StatusCode {
+async fn health(State(desk): State<Arc<CallbackQueue>>, headers: HeaderMap) -> StatusCode {
     if headers.get(header::USER_AGENT).is_some_and(|agent| agent.as_bytes().starts_with(b"DDS v")) {
         desk.visits().probed();
     }
@@ -172,7 +172,7 @@ async fn ready(State(board): State<StatusBoard>) -> impl IntoResponse {
             )),
             _ if status.polls.unanswered => Some("the control plane does not answer the poll".to_owned()),
             _ => status.tasks.missed().filter(|missed| missed.count >= FAILED_HEARTBEATS_MIN).map(|missed| {
-                let Missed { count, error } = missed;
+                let MissedHeartbeats { count, error } = missed;
                 format!("the control plane does not take heartbeats, {count} in a row failed: {error}")
             }),
         },

@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::model::{Capability, Lease, ReportName, TaskId, Verdict};
+use crate::model::{Capability, Lease, ReportName, TaskId, TaskResult};
 
 /// A report: whose it is, what it is about, what it says.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -24,7 +24,8 @@ pub(super) struct Entry {
     /// Which runner it asked for.
     pub(super) capability: String,
     /// How it ended and what it published.
-    pub(super) verdict: Verdict,
+    #[serde(rename = "verdict")]
+    pub(super) task_result: TaskResult,
     /// When it ended.
     pub(super) ended_at: Timestamp,
 }
@@ -138,8 +139,8 @@ impl Listing {
             task_id: entry.task_id,
             job_id: entry.job_id,
             capability: entry.capability.clone(),
-            outcome: entry.verdict.outcome.word().to_owned(),
-            artifacts: entry.verdict.artifacts.len(),
+            outcome: entry.task_result.outcome.word().to_owned(),
+            artifacts: entry.task_result.artifacts.len(),
             ended_at: entry.ended_at,
             attempts: tries.count,
             last_try: tries.last,

@@ -2,7 +2,7 @@
 //!
 //! A verdict goes through three hands. [`Outbox::enter`] takes it in, and [`Ticket::write`] returns when it
 //! is on the disk; from then on it survives this process, and its slot may serve the next task.
-//! [`Kept::send`] is the first try, by the attempt that made it. What fails then waits, and
+//! [`PendingReport::send`] is the first try, by the attempt that made it. What fails then waits, and
 //! [`Outbox::run`] sends it again, the oldest first, until it is accepted or refused for good: through
 //! outages, restarts and new tokens. What is accepted before anybody wrote it is never written. A lease
 //! that runs out meanwhile does not stop a report; whether it still counts is for the plane to say.
@@ -11,10 +11,10 @@
 //! `book` decides whose turn it is, `writer` and `store` own the file, `state` the folder, `shelf` is
 //! the outbox of a node that does not run. Pages see a summary on the status board.
 
-mod book;
 mod entry;
+mod offline;
+mod queue;
 mod sending;
-mod shelf;
 mod state;
 mod store;
 #[cfg(test)]
@@ -39,20 +39,20 @@ use tracing::{debug, info, warn};
 use uuid::Uuid;
 
 use self::{
-    book::{Book, Gone, Turn},
     entry::Entry,
+    queue::{Gone, ReportQueue, Turn},
     sending::{Sender, Try},
     store::Change,
-    writer::{News, Unwritten, Writer},
+    writer::{Unwritten, Writer, WriterEvent},
 };
 pub use self::{
     entry::{Listing, ListingState},
-    shelf::{Shelf, ShelfError},
+    offline::{OfflineOutbox, OfflineOutboxError},
     state::{StateDir, StateError},
 };
 use crate::{
     leases::LeaseSource,
-    model::{KeptLease, Lease, OutboxStatus, ReportState, StatusBoard, TaskId, Verdict},
+    model::{Lease, LeaseKeeper, OutboxStatus, ReportState, StatusBoard, TaskId, TaskResult},
 };
 
 /// How often the last rounds may fail before they are given up: a plane that is away would cost a
@@ -98,7 +98,7 @@ struct Inner {
 /// The book, and what of it the status board shows.
 #[derive(Default)]
 struct Pages {
-    book: Book,
+    book: ReportQueue,
     shown: OutboxStatus,
     /// That nothing is leased was said.
     paused: bool,
@@ -119,7 +119,7 @@ pub enum Sent {
 
 /// What an outbox leaves behind when it ends.
 #[derive(Debug, Default, PartialEq, Eq)]
-pub struct Left {
+pub struct Remaining {
     /// Reports of ours the control plane has not accepted.
     pub reports: usize,
     /// How many of them the next start finds.
@@ -132,7 +132,7 @@ pub struct Left {
 
 /// A report whose first try is its attempt's. Dropped without a word, it is written and waits for its turn
 /// in the outbox.
-pub struct Kept {
+pub struct PendingReport {
     outbox: Outbox,
     number: u64,
     done: bool,
@@ -154,7 +154,7 @@ impl Outbox {
         let folder = state.path().to_owned();
         let (store, rows) = store::open_or_set_aside(&folder)?;
         let plane: Arc<str> = config.plane.trim_end_matches('/').into();
-        let mut book = Book::default();
+        let mut book = ReportQueue::default();
         for (number, bytes) in &rows {
             match Entry::decode(bytes) {
                 Ok((entry, tries)) => {
@@ -200,9 +200,9 @@ impl Outbox {
         Ok(outbox)
     }
 
-    /// Takes in a verdict. It is in memory only: see [`Kept::ticket`].
+    /// Takes in a verdict. It is in memory only: see [`PendingReport::ticket`].
     #[must_use]
-    pub fn enter(&self, lease: &Lease, verdict: Verdict) -> Kept {
+    pub fn enter(&self, lease: &Lease, task_result: TaskResult) -> PendingReport {
         let entry = Arc::new(Entry {
             plane: Arc::clone(&self.0.plane),
             node: Arc::clone(&self.0.node),
@@ -210,11 +210,11 @@ impl Outbox {
             job_id: lease.job,
             domain_id: lease.domain_id,
             capability: lease.capability.to_string(),
-            verdict,
+            task_result,
             ended_at: Timestamp::now(),
         });
         let number = self.with(|book| book.add(entry));
-        Kept { outbox: self.clone(), number, done: false }
+        PendingReport { outbox: self.clone(), number, done: false }
     }
 
     /// Whether a report about `task` waits to be sent: the task is done, whatever the plane knows of it.
@@ -225,7 +225,7 @@ impl Outbox {
 
     /// Holds `lease` as long as the report about `task` is on its way, and sends that now. Without
     /// such a report the lease is dropped.
-    pub fn adopt(&self, task: TaskId, lease: impl KeptLease + 'static) {
+    pub fn adopt(&self, task: TaskId, lease: impl LeaseKeeper + 'static) {
         self.with(|book| {
             if let Some(number) = book.owed(task.0) {
                 book.hold(number, Box::new(lease));
@@ -297,30 +297,30 @@ impl Outbox {
 
     /// Last rounds within `limit`, then the file is closed. Call it after [`Outbox::run`] has ended; with
     /// what is left.
-    pub async fn finish(&self, limit: Duration) -> Left {
+    pub async fn finish(&self, limit: Duration) -> Remaining {
         let deadline = Instant::now() + limit;
         let mut failures = 0;
         while self.lock().book.ours() > 0 {
             let Some(failed) = self.last_round(deadline, LAST_FAILURES_MAX - failures).await else { break };
             failures += failed;
-            let pause = book::pause_after(failures, rand::random());
+            let pause = queue::pause_after(failures, rand::random());
             if failed == 0 || failures >= LAST_FAILURES_MAX || Instant::now() + pause >= deadline {
                 break;
             }
             tokio::time::sleep(pause).await;
         }
         let closed = self.0.writer.close().await;
-        self.with(Book::let_go);
+        self.with(ReportQueue::let_go);
         let book = &self.lock().book;
         let reports = book.ours();
         let Err(Unwritten { error, numbers }) = closed else {
-            return Left { reports, kept: reports, ..Left::default() };
+            return Remaining { reports, kept: reports, ..Remaining::default() };
         };
         let numbers = numbers.map_or_else(|| book.numbers(None), |numbers| numbers.into_iter().collect());
         let lost: Vec<Listing> = numbers.into_iter().filter_map(|number| book.listing(number)).collect();
         let ours = lost.iter().filter(|report| report.state != ListingState::Foreign).count();
         let lost = lost.into_iter().map(|report| report.task_id).collect();
-        Left { reports, kept: reports - ours, unwritten: Some(error), lost }
+        Remaining { reports, kept: reports - ours, unwritten: Some(error), lost }
     }
 
     /// Sends every report of ours once, until so many have failed; with how many did. `None`: time is up.
@@ -362,7 +362,7 @@ impl Outbox {
             else {
                 continue;
             };
-            warn!(task_id = %entry.task(), outcome = entry.verdict.outcome.word(), "report dropped by an operator");
+            warn!(task_id = %entry.task(), outcome = entry.task_result.outcome.word(), "report dropped by an operator");
             self.0.board.settled(ended_as, ReportState::Dropped);
             if written && let Err(err) = self.0.writer.write(Change::Remove(number)).await {
                 warn!(task_id = %entry.task(), error = %err, "dropped report is still in the file");
@@ -387,7 +387,7 @@ impl Outbox {
     }
 
     /// Changes the book, and what is shown of it.
-    fn with<T>(&self, change: impl FnOnce(&mut Book) -> T) -> T {
+    fn with<T>(&self, change: impl FnOnce(&mut ReportQueue) -> T) -> T {
         let mut pages = self.lock();
         let result = change(&mut pages.book);
         let book = &pages.book;
@@ -442,7 +442,7 @@ impl Ticket {
     }
 }
 
-impl Kept {
+impl PendingReport {
     /// Where the report stands.
     #[must_use]
     pub fn ticket(&self) -> Ticket {
@@ -452,7 +452,7 @@ impl Kept {
     /// The first try. Dropping the future leaves the report to the outbox. `lease` says before each try what
     /// the plane calls the task by now. It is held as long as the report is on its way, and dropped with it: the plane
     /// shall not give the task out again meanwhile.
-    pub async fn send(mut self, lease: impl KeptLease + 'static) -> Sent {
+    pub async fn send(mut self, lease: impl LeaseKeeper + 'static) -> Sent {
         self.outbox.with(|book| book.hold(self.number, Box::new(lease)));
         let outbox = self.outbox.clone();
         let Ok(_sender) = outbox.0.senders.try_acquire() else {
@@ -478,7 +478,7 @@ impl Kept {
     }
 }
 
-impl Drop for Kept {
+impl Drop for PendingReport {
     fn drop(&mut self) {
         if !self.done {
             self.outbox.with(|book| {
@@ -500,12 +500,12 @@ fn listener(
     board: StatusBoard,
     room: Arc<Notify>,
     moved: Arc<Notify>,
-) -> impl Fn(News) + Send + 'static {
+) -> impl Fn(WriterEvent) + Send + 'static {
     move |news| {
         let not_written = match news {
-            News::Moved => return moved.notify_one(),
-            News::Broken(why) => Some(why),
-            News::Mended => None,
+            WriterEvent::Moved => return moved.notify_one(),
+            WriterEvent::Broken(why) => Some(why),
+            WriterEvent::Mended => None,
         };
         let mut pages = book.lock().unwrap_or_else(PoisonError::into_inner);
         pages.shown.not_written = not_written;

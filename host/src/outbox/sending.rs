@@ -8,8 +8,8 @@ use tracing::{Instrument as _, Span, debug, info, info_span, warn};
 
 use super::{
     Outbox, Sent,
-    book::Failure,
     entry::{Entry, Tries},
+    queue::Failure,
     store::Change,
 };
 use crate::{
@@ -69,10 +69,11 @@ impl Try {
     }
 
     async fn send(mut self) -> Option<Sent> {
-        let settled = self.outbox.0.source.settle(self.entry.task(), &self.entry.lease(), &self.entry.verdict).await;
+        let settled =
+            self.outbox.0.source.report(self.entry.task(), &self.entry.lease(), &self.entry.task_result).await;
         self.ended = true;
         let Self { outbox, number, entry, tries, who, .. } = &self;
-        let (task, verdict, tries) = (entry.task(), &entry.verdict, tries.count);
+        let (task, task_result, tries) = (entry.task(), &entry.task_result, tries.count);
         let Err(err) = settled else {
             crate::crash::point("answer-read");
             let ended_as = outbox.answered(*number);
@@ -80,7 +81,7 @@ impl Try {
                 let waited = Timestamp::now().duration_since(entry.ended_at).max(SignedDuration::ZERO);
                 let waited_ms = millis(waited.unsigned_abs());
                 outbox.0.board.settled(ended_as.unwrap_or(task), ReportState::Accepted);
-                info!(task_id = %task, outcome = verdict.outcome.word(), tries, waited_ms, "report delivered");
+                info!(task_id = %task, outcome = task_result.outcome.word(), tries, waited_ms, "report delivered");
             }
             return Some(Sent::Accepted);
         };
@@ -89,7 +90,7 @@ impl Try {
             let ended_as = outbox.answered(*number)?;
             if *who == Sender::Outbox {
                 outbox.0.board.settled(ended_as, ReportState::Refused);
-                warn!(task_id = %task, outcome = verdict.outcome.word(), tries, error, "report refused for good");
+                warn!(task_id = %task, outcome = task_result.outcome.word(), tries, error, "report refused for good");
             }
             return Some(Sent::Refused(error));
         }

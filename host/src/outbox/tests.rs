@@ -25,7 +25,7 @@ fn lease(number: u128) -> Lease {
     Lease { job: Some(id(900)), domain_id: Some(Uuid::nil()), ..Lease::bare(TaskId(id(number)), capability) }
 }
 
-fn completed() -> Verdict {
+fn completed() -> TaskResult {
     let artifact = Artifact {
         logical_path: "out/a.bin".into(),
         name: "out_a_bin".into(),
@@ -34,13 +34,13 @@ fn completed() -> Verdict {
         size: Some(3),
         sha256: Some("ab".repeat(32)),
     };
-    Verdict { artifacts: vec![artifact], ..Verdict::bare(Outcome::Completed) }
+    TaskResult { artifacts: vec![artifact], ..TaskResult::bare(Outcome::Completed) }
 }
 
 /// A lease whose task has this name.
-fn named(lease: &Lease) -> impl KeptLease + use<> {
+fn named(lease: &Lease) -> impl LeaseKeeper + use<> {
     struct Named(ReportName);
-    impl KeptLease for Named {
+    impl LeaseKeeper for Named {
         fn name(&self) -> ReportName {
             self.0.clone()
         }
@@ -79,7 +79,7 @@ impl Bench {
     }
 
     /// Keeps a verdict for each number.
-    async fn kept(&self, outbox: &Outbox, numbers: impl IntoIterator<Item = u128>) -> Vec<Kept> {
+    async fn kept(&self, outbox: &Outbox, numbers: impl IntoIterator<Item = u128>) -> Vec<PendingReport> {
         let mut all = Vec::new();
         for number in numbers {
             let kept = outbox.enter(&lease(number), completed());
@@ -117,7 +117,7 @@ impl Running {
 }
 
 #[tokio::test]
-async fn s0_69_a_report_that_is_accepted_leaves_nothing() {
+async fn a_report_that_is_accepted_leaves_nothing() {
     let mut bench = Bench::new().await;
     let outbox = bench.open();
     let kept = bench.kept(&outbox, [1]).await.remove(0);
@@ -134,11 +134,11 @@ async fn s0_69_a_report_that_is_accepted_leaves_nothing() {
     assert_eq!(bench.status(), OutboxStatus::default());
     assert_eq!(outbox.finish(Duration::ZERO).await.reports, 0);
     drop(outbox);
-    assert_eq!(Shelf::open(bench.state.path()).expect("opens").expect("a file").listings(None), []);
+    assert_eq!(OfflineOutbox::open(bench.state.path()).expect("opens").expect("a file").listings(None), []);
 }
 
 #[tokio::test]
-async fn s0_69_reports_survive_the_process_and_go_out_oldest_first() {
+async fn reports_survive_the_process_and_go_out_oldest_first() {
     let mut bench = Bench::new().await;
     let outbox = bench.open();
     drop(bench.kept(&outbox, [3, 1, 2]).await);
@@ -163,7 +163,7 @@ async fn s0_69_reports_survive_the_process_and_go_out_oldest_first() {
 }
 
 #[tokio::test]
-async fn p_22_what_is_not_accepted_is_repeated_without_flooding() {
+async fn what_is_not_accepted_is_repeated_without_flooding() {
     let mut bench = Bench::new().await;
     let outbox = bench.open();
     let running = Running::start(&outbox);
@@ -270,7 +270,7 @@ async fn reports_go_to_their_own_plane_by_their_own_node_only() {
     assert_eq!(outbox.finish(Duration::from_secs(5)).await.reports, 0, "what is not ours does not count");
     assert!(bench.plane.waiting().is_none());
     drop(outbox);
-    let shelf = Shelf::open(bench.state.path()).expect("opens").expect("a file");
+    let shelf = OfflineOutbox::open(bench.state.path()).expect("opens").expect("a file");
     assert_eq!(shelf.listings(None).iter().map(|report| report.task_id).collect::<Vec<_>>(), [id(1)]);
 }
 
@@ -299,7 +299,7 @@ async fn a_renamed_task_keeps_its_new_name_over_a_restart() {
     assert!(tokio::time::timeout(Duration::from_millis(100), kept.send(renamed)).await.is_err());
     outbox.finish(Duration::ZERO).await;
     drop(outbox);
-    let shelf = Shelf::open(bench.state.path()).expect("opens").expect("a file");
+    let shelf = OfflineOutbox::open(bench.state.path()).expect("opens").expect("a file");
     let report = shelf.listings(None).remove(0);
     assert_eq!((report.task_id, report.job_id, report.artifacts), (id(7), None, 1));
 }
@@ -315,12 +315,12 @@ async fn what_is_dropped_or_withdrawn_is_gone_from_the_disk() {
     assert_eq!(gone.iter().map(|report| report.task_id).collect::<Vec<_>>(), [id(2)]);
     outbox.finish(Duration::ZERO).await;
     drop(outbox);
-    let mut shelf = Shelf::open(bench.state.path()).expect("opens").expect("a file");
+    let mut shelf = OfflineOutbox::open(bench.state.path()).expect("opens").expect("a file");
     assert_eq!(shelf.listings(None).len(), 2);
     assert_eq!(shelf.drop_reports(Some(&HashSet::from([id(1)]))).expect("written").len(), 1);
     assert_eq!(shelf.drop_reports(None).expect("written").len(), 1);
     drop(shelf);
-    assert_eq!(Shelf::open(bench.state.path()).expect("opens").expect("a file").listings(None), []);
+    assert_eq!(OfflineOutbox::open(bench.state.path()).expect("opens").expect("a file").listings(None), []);
 }
 
 #[tokio::test]

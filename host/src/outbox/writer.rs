@@ -46,7 +46,7 @@ const GONE: &str = "the outbox's writer has ended";
 type Done = oneshot::Sender<Result<(), String>>;
 
 /// What its owner has to hear of.
-pub(super) enum News {
+pub(super) enum WriterEvent {
     /// The file cannot be written, for this reason.
     Broken(String),
     /// It can be written again.
@@ -81,7 +81,7 @@ impl Writer {
         state: Arc<StateDir>,
         store: Store,
         rows: Vec<Row>,
-        tell: impl Fn(News) + Send + 'static,
+        tell: impl Fn(WriterEvent) + Send + 'static,
     ) -> io::Result<Self> {
         let (orders, incoming) = channel();
         // Bounded by the outbox: a change for each report that is not accepted yet, and its removal.
@@ -154,7 +154,7 @@ struct Thread {
     broken: bool,
     /// A new file was begun, and that was not said.
     moved: bool,
-    tell: Box<dyn Fn(News) + Send>,
+    tell: Box<dyn Fn(WriterEvent) + Send>,
 }
 
 impl Thread {
@@ -207,12 +207,12 @@ impl Thread {
             Ok(()) if self.broken && self.has_room() => {
                 self.broken = false;
                 tracing::info!("outbox is written again");
-                (self.tell)(News::Mended);
+                (self.tell)(WriterEvent::Mended);
             }
             Err(err) if !self.broken => {
                 self.broken = true;
                 tracing::error!(error = %err, "outbox cannot be written, reports are kept in memory only");
-                (self.tell)(News::Broken(err.clone()));
+                (self.tell)(WriterEvent::Broken(err.clone()));
             }
             Ok(()) | Err(_) => {}
         }
@@ -261,7 +261,7 @@ impl Thread {
                     reports = self.rows.len(),
                     "state folder was removed under this node, it was made again with the reports that wait"
                 );
-                (self.tell)(News::Moved);
+                (self.tell)(WriterEvent::Moved);
             }
         }
         self.behind.clear();

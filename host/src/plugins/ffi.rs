@@ -27,7 +27,7 @@ use tracing::{Span, debug, error, info, trace, warn};
 
 use super::{InstallError, dispatch::Dispatcher, run::Folder, tasks::TaskTable};
 use crate::model::{
-    ArtifactSpec, Charge, Grant, InputStream, OutputStream, PortError, PortErrorKind, Ports, Setup, TaskId, Token,
+    ArtifactSpec, Charge, HeldLease, InputStream, OutputStream, PortError, PortErrorKind, Ports, Setup, TaskId, Token,
     redact,
 };
 
@@ -187,7 +187,7 @@ pub(super) struct Running {
     plugin: Arc<str>,
     dispatcher: Dispatcher,
     grant_token: bool,
-    grant: Grant,
+    grant: HeldLease,
     place: Place,
     over: CancellationToken,
     span: Span,
@@ -230,7 +230,7 @@ pub(super) fn enter(
     plugin: Arc<str>,
     dispatcher: Dispatcher,
     grant_token: bool,
-    grant: Grant,
+    grant: HeldLease,
     place: Place,
 ) -> (Entered, oneshot::Receiver<Completion>) {
     let (tell, ended) = oneshot::channel();
@@ -543,7 +543,7 @@ unsafe extern "C" fn progress(task: Task, json: Str, reply: Callback, user: *mut
     // SAFETY: lent for this call.
     let json = unsafe { copy(json) };
     answer_in_place(task, reply, user, |running| {
-        running.grant.mailbox.progress(parse(&json?)?).map_err(limit)?;
+        running.grant.progress.progress(parse(&json?)?).map_err(limit)?;
         Ok(Bytes::new())
     });
 }
@@ -552,7 +552,7 @@ unsafe extern "C" fn event(task: Task, json: Str, reply: Callback, user: *mut c_
     // SAFETY: lent for this call.
     let json = unsafe { copy(json) };
     answer_in_place(task, reply, user, |running| {
-        running.grant.mailbox.event(parse(&json?)?).map_err(limit)?;
+        running.grant.progress.event(parse(&json?)?).map_err(limit)?;
         Ok(Bytes::new())
     });
 }
@@ -764,7 +764,7 @@ fn wrong_direction(stream: u64) -> PortError {
 }
 
 #[allow(clippy::needless_pass_by_value, reason = "used as a function of map_err")]
-fn limit(err: crate::model::MailboxError) -> PortError {
+fn limit(err: crate::model::ProgressError) -> PortError {
     PortError::new(PortErrorKind::Limit, err.to_string())
 }
 

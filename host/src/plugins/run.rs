@@ -22,12 +22,12 @@ use super::{
     load::Loaded,
     stuck::{self, Record},
 };
-use crate::model::{CancelReason, Grant, Outcome, Ports};
+use crate::model::{CancelReason, HeldLease, Outcome, Ports};
 
 /// One task to run.
 pub struct Job {
     /// What was leased.
-    pub grant: Grant,
+    pub grant: HeldLease,
     /// Its inputs and outputs.
     pub ports: Arc<dyn Ports>,
     /// Its directory.
@@ -207,7 +207,7 @@ fn cancelled(reason: CancelReason) -> Outcome {
     }
 }
 
-fn outcome(grant: &Grant, completion: Completion) -> Outcome {
+fn outcome(grant: &HeldLease, completion: Completion) -> Outcome {
     let Completion { status, text, details } = completion;
     match grant.cancel.reason() {
         // Work that was finished in spite of a drain is worth reporting.

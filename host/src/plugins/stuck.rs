@@ -16,7 +16,7 @@ use std::{
 use runner_sdk::abi::Task;
 use tracing::{error, info, warn};
 
-use crate::model::{Moment, TaskId, millis};
+use crate::model::{BootInstant, TaskId, millis};
 
 /// Runners given up until their plugin gets no more work.
 const STRIKES_MAX: u32 = 3;
@@ -30,7 +30,7 @@ static GIVEN_UP: LazyLock<Mutex<HashMap<Task, GivenUp>>> = LazyLock::new(Mutex::
 struct GivenUp {
     plugin: Arc<str>,
     task: TaskId,
-    since: Moment,
+    since: BootInstant,
 }
 
 /// Runners given up since the process began.
@@ -42,7 +42,7 @@ pub(super) fn total() -> u64 {
 pub(super) fn returned(handle: Task) {
     let found = GIVEN_UP.lock().unwrap_or_else(PoisonError::into_inner).remove(&handle);
     if let Some(GivenUp { plugin, task, since }) = found {
-        let late_ms = millis(Moment::now() - since);
+        let late_ms = millis(BootInstant::now() - since);
         info!(plugin = %plugin, task_id = %task, late_ms, "stuck runner returned, too late for its task");
     }
 }
@@ -68,7 +68,7 @@ impl Record {
     /// Gives up the runner of `task` behind `handle`.
     pub(super) fn give_up(&self, plugin: &Arc<str>, handle: Task, task: TaskId, grace: Duration) {
         TOTAL.fetch_add(1, Ordering::Relaxed);
-        let given_up = GivenUp { plugin: Arc::clone(plugin), task, since: Moment::now() };
+        let given_up = GivenUp { plugin: Arc::clone(plugin), task, since: BootInstant::now() };
         GIVEN_UP.lock().unwrap_or_else(PoisonError::into_inner).insert(handle, given_up);
         let strikes = self.strikes.fetch_add(1, Ordering::AcqRel) + 1;
         let grace_ms = millis(grace);

@@ -8,12 +8,14 @@ use url::Url;
 use uuid::Uuid;
 
 use super::{
-    Closing, Silence,
-    pacing::{GAP_MIN, Pacing, PacingEvent, PacingStep, Rhythm, State},
+    Closing, NoReport,
+    pacing::{GAP_MIN, HeartbeatTiming, Pacing, PacingEvent, PacingStep, State},
 };
 use crate::{
-    leases::{Advice, Kept, LeaseSource},
-    model::{CancelReason, Coordinates, Grant, GrantKeys, Lease, Moment, Pending, ReportName, Setup, TaskId},
+    leases::{Advice, LeaseSource, Renewal},
+    model::{
+        BootInstant, CancelReason, Coordinates, HeldLease, HeldLeaseWriter, Lease, Pending, ReportName, Setup, TaskId,
+    },
 };
 
 /// How often the last words of a task are tried before its report goes without them.
@@ -24,8 +26,8 @@ const CANCELLED: &str = "the task was cancelled";
 pub(super) struct Driver {
     source: Arc<dyn LeaseSource>,
     servers: Arc<Servers>,
-    grant: Grant,
-    keys: GrantKeys,
+    grant: HeldLease,
+    keys: HeldLeaseWriter,
     closed: oneshot::Receiver<Closing>,
     pacing: Pacing,
     /// The id the plane uses now.
@@ -46,13 +48,13 @@ impl Driver {
     pub(super) fn new(
         source: Arc<dyn LeaseSource>,
         servers: Arc<Servers>,
-        rhythm: Rhythm,
-        grant: Grant,
-        keys: GrantKeys,
+        timing: HeartbeatTiming,
+        grant: HeldLease,
+        keys: HeldLeaseWriter,
         closed: oneshot::Receiver<Closing>,
     ) -> Self {
         let task = grant.lease.task;
-        let mut pacing = Pacing::new(rhythm, grant.lease.expires_at, grant.lease.token_expires_at, Moment::now());
+        let mut pacing = Pacing::new(timing, grant.lease.expires_at, grant.lease.token_expires_at, BootInstant::now());
         if grant.lease.cancelled {
             grant.cancel.cancel(CancelReason::Plane);
             keys.publish(|now| now.setup = Setup::Refused(CANCELLED.to_owned()));
@@ -73,7 +75,7 @@ impl Driver {
             trouble: None,
             gone: None,
         };
-        driver.move_fence();
+        driver.publish_deadline();
         driver
     }
 
@@ -81,7 +83,7 @@ impl Driver {
     /// way. Who drops the session instead of closing it ends this wherever it is.
     pub(super) async fn run(mut self) {
         let Some(say) = self.keep_for_task().await else { return };
-        if self.pacing.left(Moment::now()).is_some() && self.grant.mailbox.is_dirty() {
+        if self.pacing.left(BootInstant::now()).is_some() && self.grant.progress.is_dirty() {
             self.flush().await;
         }
         let end = self.end();
@@ -96,8 +98,8 @@ impl Driver {
     async fn keep_for_task(&mut self) -> Option<Closing> {
         let mut event = PacingEvent::Tick;
         loop {
-            let step = self.pacing.on(event, Moment::now(), rand::random());
-            self.move_fence();
+            let step = self.pacing.on(event, BootInstant::now(), rand::random());
+            self.publish_deadline();
             match step {
                 PacingStep::Beat { until } => event = self.beat(until).await,
                 PacingStep::Sleep { until } => {
@@ -105,10 +107,10 @@ impl Driver {
                         biased;
                         say = &mut self.closed => return say.ok(),
                         () = sleep(until.left()) => PacingEvent::Tick,
-                        () = self.grant.mailbox.changed() => PacingEvent::Tick,
+                        () = self.grant.progress.changed() => PacingEvent::Tick,
                     };
                     // A change may have left with a heartbeat already.
-                    if self.grant.mailbox.is_dirty() {
+                    if self.grant.progress.is_dirty() {
                         event = PacingEvent::Dirty;
                     }
                 }
@@ -127,7 +129,7 @@ impl Driver {
         self.ended = true;
         let mut event = PacingEvent::Tick;
         loop {
-            match self.pacing.on(event, Moment::now(), rand::random()) {
+            match self.pacing.on(event, BootInstant::now(), rand::random()) {
                 PacingStep::Beat { until } => event = self.beat(until).await,
                 PacingStep::Sleep { until } => {
                     sleep(until.left()).await;
@@ -142,10 +144,10 @@ impl Driver {
     }
 
     /// Says to everyone until when the lease is ours.
-    fn move_fence(&self) {
+    fn publish_deadline(&self) {
         // A lost one is told by the cancel signal, which needs no clock.
         if let Some(expires) = self.pacing.expires() {
-            self.keys.fence().set(expires);
+            self.keys.deadline().set(expires);
         }
     }
 
@@ -179,9 +181,9 @@ impl Driver {
         });
     }
 
-    async fn beat(&mut self, until: Moment) -> PacingEvent {
-        let sent = self.grant.mailbox.pending();
-        let failure = match self.source.keep(self.task, &sent, until).await {
+    async fn beat(&mut self, until: BootInstant) -> PacingEvent {
+        let sent = self.grant.progress.pending();
+        let failure = match self.source.heartbeat(self.task, &sent, until).await {
             Ok(kept) => return self.adopt(&sent, kept),
             Err(err) => err,
         };
@@ -211,17 +213,17 @@ impl Driver {
     }
 
     /// Takes over what an answer says, in the order of contract 4.10; cancel comes last.
-    fn adopt(&mut self, sent: &Pending, kept: Kept) -> PacingEvent {
+    fn adopt(&mut self, sent: &Pending, kept: Renewal) -> PacingEvent {
         if self.trouble.take().is_some() {
             self.keys.answered();
             info!(task_id = %self.task, "heartbeat answered again");
         }
-        self.grant.mailbox.acknowledge(sent);
+        self.grant.progress.acknowledge(sent);
         if kept.token.is_some_and(|token| self.keys.renew(token)) {
-            self.grant.mailbox.answered();
+            self.grant.progress.answered();
         }
         if let Some(ends) = kept.token_expires_at {
-            self.keys.token_fence().set(ends);
+            self.keys.token_deadline().set(ends);
         }
         if let Some(task) = kept.task.filter(|task| *task != self.task) {
             info!(task_id = %task, formerly = %self.task, "control plane renamed the task");
@@ -279,12 +281,12 @@ impl Driver {
     }
 
     /// What the report is to call the task, or why there is to be none.
-    fn end(&self) -> Result<ReportName, Silence> {
+    fn end(&self) -> Result<ReportName, NoReport> {
         if let Some(why) = self.gone.clone() {
-            return Err(Silence::Gone(why));
+            return Err(NoReport::Gone(why));
         }
         if matches!(self.pacing.state(), State::Cancelled { .. }) {
-            return Err(Silence::Over(CancelReason::Plane));
+            return Err(NoReport::Over(CancelReason::Plane));
         }
         Ok(self.name())
     }
@@ -297,25 +299,25 @@ impl Driver {
     /// Sends the last progress and events. It may take half of what is left of the lease; the
     /// other half belongs to the report, which goes out in any case.
     async fn flush(&mut self) {
-        let started = Moment::now();
+        let started = BootInstant::now();
         let deadline = started + self.pacing.left(started).unwrap_or_default() / 2;
         let mut failures = 0;
         loop {
-            let mut step = self.pacing.beat_now(Moment::now());
+            let mut step = self.pacing.beat_now(BootInstant::now());
             let mut answered = false;
             if let PacingStep::Beat { until } = step {
                 let event = self.beat(until.min(deadline)).await;
                 answered = matches!(event, PacingEvent::Answered { .. });
-                step = self.pacing.on(event, Moment::now(), rand::random());
+                step = self.pacing.on(event, BootInstant::now(), rand::random());
             }
-            self.move_fence();
+            self.publish_deadline();
             self.tell(step);
             let PacingStep::Sleep { until } = step else { return };
-            if !self.grant.mailbox.is_dirty() {
+            if !self.grant.progress.is_dirty() {
                 return;
             }
             // What one heartbeat could not carry goes with the next one, at the least distance.
-            let next = if answered { Moment::now() + GAP_MIN } else { until };
+            let next = if answered { BootInstant::now() + GAP_MIN } else { until };
             failures += u32::from(!answered);
             if failures >= FLUSHES_MAX || next >= deadline {
                 break;

@@ -2,7 +2,7 @@
 //! keeps the session until the report has arrived: the plane must not give the task out again meanwhile.
 //!
 //! [`Sessions::open`] starts a driver for a lease and hands out the [`Session`]; everyone who works
-//! on the task looks at its [`Grant`]. Drivers run on a runtime of their own, which busy runners
+//! on the task looks at its [`HeldLease`]. Drivers run on a runtime of their own, which busy runners
 //! cannot starve. When to beat is decided in `pacing`, without clock or socket; `driver` does it.
 //! Which plane is spoken to is not known here.
 
@@ -19,7 +19,7 @@ use tracing::Instrument as _;
 
 use crate::{
     leases::LeaseSource,
-    model::{CancelReason, Grant, KeptLease, Lease, Outcome, ReportName, Setup},
+    model::{CancelReason, HeldLease, Lease, LeaseKeeper, Outcome, ReportName, Setup},
 };
 
 /// How leases are kept.
@@ -44,7 +44,7 @@ impl Default for Config {
 pub struct Sessions {
     source: Arc<dyn LeaseSource>,
     servers: Arc<driver::Servers>,
-    rhythm: pacing::Rhythm,
+    timing: pacing::HeartbeatTiming,
     runtime: Handle,
 }
 
@@ -52,20 +52,20 @@ impl Sessions {
     /// `runtime` drives the heartbeats.
     #[must_use]
     pub fn new(source: Arc<dyn LeaseSource>, config: Config, runtime: Handle) -> Self {
-        let rhythm = pacing::Rhythm::new(config.min_ratio, config.max_ratio, config.coalesce);
-        Self { source, servers: Arc::default(), rhythm, runtime }
+        let timing = pacing::HeartbeatTiming::new(config.min_ratio, config.max_ratio, config.coalesce);
+        Self { source, servers: Arc::default(), timing, runtime }
     }
 
     /// Starts to keep `lease`, with a heartbeat at once. A lease that arrived cancelled gets none:
     /// its grant is cancelled from the beginning. Its log lines belong to the current span.
     #[must_use]
     pub fn open(&self, lease: Lease) -> Session {
-        let (grant, keys) = Grant::new(lease, Setup::Pending);
+        let (grant, keys) = HeldLease::new(lease, Setup::Pending);
         let (close, closed) = oneshot::channel();
         let driver = driver::Driver::new(
             Arc::clone(&self.source),
             Arc::clone(&self.servers),
-            self.rhythm,
+            self.timing,
             grant.clone(),
             keys,
             closed,
@@ -77,17 +77,17 @@ impl Sessions {
 
 /// A lease being kept. Its heartbeats end at once when it is dropped.
 pub struct Session {
-    grant: Grant,
+    grant: HeldLease,
     close: Option<oneshot::Sender<Closing>>,
     _driver: AbortOnDropHandle<()>,
 }
 
 /// Where the driver says how the last words went.
-type Closing = oneshot::Sender<Result<ReportName, Silence>>;
+type Closing = oneshot::Sender<Result<ReportName, NoReport>>;
 
 /// Why nothing may be said about the end of a task.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Silence {
+pub enum NoReport {
     /// The task was cancelled or its lease lost before it ended.
     Over(CancelReason),
     /// The plane has said that the task is not ours; the text says how, in one line.
@@ -97,13 +97,13 @@ pub enum Silence {
 impl Session {
     /// The live view of the lease.
     #[must_use]
-    pub fn grant(&self) -> Grant {
+    pub fn grant(&self) -> HeldLease {
         self.grant.clone()
     }
 
     /// Why an end like this may not be reported, if so: asked in the moment the task has ended.
     #[must_use]
-    pub fn silence(&self, outcome: &Outcome) -> Option<CancelReason> {
+    pub fn no_report(&self, outcome: &Outcome) -> Option<CancelReason> {
         // Asking looks at the clock too: a process that was stopped may not have heard of the end yet.
         let ours = self.grant.is_ours();
         match (self.grant.cancel.reason(), outcome) {
@@ -119,7 +119,7 @@ impl Session {
     /// report has to call the task, or why there is to be none. A lease that runs out in here silences
     /// nothing: its task has ended before. Where there is a report, heartbeats go on until the session is
     /// dropped. Call it once.
-    pub async fn close(&mut self) -> Result<ReportName, Silence> {
+    pub async fn close(&mut self) -> Result<ReportName, NoReport> {
         let (say, said) = oneshot::channel();
         if let Some(close) = self.close.take() {
             // The driver may have ended by a panic; then nothing is said.
@@ -133,7 +133,7 @@ impl Session {
     }
 }
 
-impl KeptLease for Session {
+impl LeaseKeeper for Session {
     fn name(&self) -> ReportName {
         self.grant.name()
     }

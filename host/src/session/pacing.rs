@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use crate::model::Moment;
+use crate::model::BootInstant;
 
 /// Least time between the starts of two paced heartbeats, however fast progress comes and
 /// whatever the plane says about time.
@@ -23,13 +23,13 @@ const PAUSE_MIN: Duration = Duration::from_millis(200);
 
 /// How often to keep a lease.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Rhythm {
+pub(super) struct HeartbeatTiming {
     min_ratio: f64,
     max_ratio: f64,
     coalesce: Duration,
 }
 
-impl Rhythm {
+impl HeartbeatTiming {
     /// Ratios in any order and outside 0..1 are put right.
     pub(super) fn new(a: f64, b: f64, coalesce: Duration) -> Self {
         let sane = |ratio: f64| if ratio.is_nan() { 0.3 } else { ratio.clamp(0.0, 1.0) };
@@ -51,7 +51,7 @@ pub(super) enum PacingEvent {
     Dirty,
     /// The heartbeat was answered. `expires` is the end of the lease, `token` that of its domain token,
     /// where the plane said them.
-    Answered { expires: Option<Moment>, token: Option<Moment>, cancel: bool },
+    Answered { expires: Option<BootInstant>, token: Option<BootInstant>, cancel: bool },
     /// The heartbeat failed in a way that does not end the lease. The plane may have asked to be left
     /// alone for so long.
     Failed { retry_after: Option<Duration> },
@@ -63,9 +63,9 @@ pub(super) enum PacingEvent {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum PacingStep {
     /// Send a heartbeat, which must be over by this moment; its result is the next event.
-    Beat { until: Moment },
+    Beat { until: BootInstant },
     /// Nothing before this moment.
-    Sleep { until: Moment },
+    Sleep { until: BootInstant },
     /// Tell everyone that the plane asks to stop.
     Cancel,
     /// Tell everyone that the lease is lost.
@@ -78,13 +78,13 @@ pub(super) enum PacingStep {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum State {
     /// Ours; the last heartbeat was answered, or none was needed yet.
-    Held { expires: Moment, next: Moment },
+    Held { expires: BootInstant, next: BootInstant },
     /// Still ours until it expires, but heartbeats fail.
-    Doubtful { misses: u32, expires: Moment, next: Moment },
+    Doubtful { misses: u32, expires: BootInstant, next: BootInstant },
     /// A heartbeat is under way.
-    Beating { misses: u32, expires: Moment },
+    Beating { misses: u32, expires: BootInstant },
     /// The plane asked to stop: no more heartbeats, and lost when it expires.
-    Cancelled { expires: Moment },
+    Cancelled { expires: BootInstant },
     /// Not ours any more.
     Lost,
 }
@@ -92,21 +92,26 @@ pub(super) enum State {
 /// See the module's text.
 #[derive(Debug)]
 pub(super) struct Pacing {
-    rhythm: Rhythm,
+    timing: HeartbeatTiming,
     /// What the plane granted last; what an answer without a time is taken to grant again.
     term: Duration,
     /// When the domain token ends, as far as the plane has said.
-    token: Option<Moment>,
-    last_beat: Option<Moment>,
+    token: Option<BootInstant>,
+    last_beat: Option<BootInstant>,
     state: State,
 }
 
 impl Pacing {
     /// A lease just taken that ends at `expires`, its domain token at `token`. Its first heartbeat is due
     /// at once.
-    pub(super) fn new(rhythm: Rhythm, expires: Option<Moment>, token: Option<Moment>, now: Moment) -> Self {
+    pub(super) fn new(
+        timing: HeartbeatTiming,
+        expires: Option<BootInstant>,
+        token: Option<BootInstant>,
+        now: BootInstant,
+    ) -> Self {
         let term = expires.map_or(TERM_ASSUMED, |at| at - now).min(TERM_MAX);
-        Self { rhythm, term, token, last_beat: None, state: State::Held { expires: now + term, next: now } }
+        Self { timing, term, token, last_beat: None, state: State::Held { expires: now + term, next: now } }
     }
 
     /// A lease that arrived cancelled.
@@ -122,7 +127,7 @@ impl Pacing {
     }
 
     /// Until when the lease is ours. The past, once it is lost.
-    pub(super) fn expires(&self) -> Option<Moment> {
+    pub(super) fn expires(&self) -> Option<BootInstant> {
         match self.state {
             State::Held { expires, .. }
             | State::Doubtful { expires, .. }
@@ -133,7 +138,7 @@ impl Pacing {
     }
 
     /// What is left of the lease, while it is ours and nobody cancelled it.
-    pub(super) fn left(&self, now: Moment) -> Option<Duration> {
+    pub(super) fn left(&self, now: BootInstant) -> Option<Duration> {
         match self.state {
             State::Held { expires, .. } | State::Doubtful { expires, .. } | State::Beating { expires, .. } => {
                 Some(expires - now).filter(|left| !left.is_zero())
@@ -143,7 +148,7 @@ impl Pacing {
     }
 
     /// The machine. `draw` lies in 0..1 and decides the jitter, where there is one.
-    pub(super) fn on(&mut self, event: PacingEvent, now: Moment, draw: f64) -> PacingStep {
+    pub(super) fn on(&mut self, event: PacingEvent, now: BootInstant, draw: f64) -> PacingStep {
         match (event, self.state) {
             (PacingEvent::Gone, State::Held { .. } | State::Doubtful { .. } | State::Beating { .. }) => {
                 return self.lose();
@@ -161,7 +166,7 @@ impl Pacing {
                 self.state = State::Doubtful { misses, expires, next: now + pause };
             }
             (PacingEvent::Dirty, State::Held { expires, next }) => {
-                let soon = self.not_before(now + self.rhythm.coalesce);
+                let soon = self.not_before(now + self.timing.coalesce);
                 self.state = State::Held { expires, next: next.min(soon) };
             }
             // While heartbeats fail, progress does not hasten them; it goes with the next one.
@@ -171,7 +176,7 @@ impl Pacing {
     }
 
     /// Sends one heartbeat out of turn (the last words of a task), if there still is a lease.
-    pub(super) fn beat_now(&mut self, now: Moment) -> PacingStep {
+    pub(super) fn beat_now(&mut self, now: BootInstant) -> PacingStep {
         match self.state {
             State::Held { expires, .. } => self.state = State::Held { expires, next: now },
             State::Doubtful { misses, expires, .. } => self.state = State::Doubtful { misses, expires, next: now },
@@ -180,7 +185,7 @@ impl Pacing {
         self.tick(now)
     }
 
-    fn tick(&mut self, now: Moment) -> PacingStep {
+    fn tick(&mut self, now: BootInstant) -> PacingStep {
         let (misses, expires, next) = match self.state {
             State::Held { expires, next } => (0, expires, next),
             State::Doubtful { misses, expires, next } => (misses, expires, next),
@@ -201,7 +206,14 @@ impl Pacing {
         PacingStep::Beat { until: now + patience(expires - now) }
     }
 
-    fn answered(&mut self, said: Option<Moment>, cancel: bool, old: Moment, now: Moment, draw: f64) -> PacingStep {
+    fn answered(
+        &mut self,
+        said: Option<BootInstant>,
+        cancel: bool,
+        old: BootInstant,
+        now: BootInstant,
+        draw: f64,
+    ) -> PacingStep {
         let expires = match said {
             Some(at) => {
                 self.term = (at - now).min(TERM_MAX);
@@ -219,10 +231,10 @@ impl Pacing {
             self.state = State::Cancelled { expires };
             return PacingStep::Cancel;
         }
-        let mut interval = self.rhythm.interval(expires - now, draw);
+        let mut interval = self.timing.interval(expires - now, draw);
         // The answer shall bring a newer domain token before the old one ends.
         if let Some(left) = self.token.map(|token| token - now).filter(|left| !left.is_zero()) {
-            interval = interval.min(self.rhythm.interval(left, draw).max(TOKEN_GAP));
+            interval = interval.min(self.timing.interval(left, draw).max(TOKEN_GAP));
         }
         self.state = State::Held { expires, next: self.not_before(now + interval.max(GAP_MIN)) };
         self.tick(now)
@@ -233,7 +245,7 @@ impl Pacing {
         PacingStep::Lose
     }
 
-    fn not_before(&self, wanted: Moment) -> Moment {
+    fn not_before(&self, wanted: BootInstant) -> BootInstant {
         self.last_beat.map_or(wanted, |last| wanted.max(last + GAP_MIN))
     }
 }
@@ -277,7 +289,7 @@ mod tests {
     use Told::*;
 
     impl Told {
-        fn at(self, now: Moment) -> PacingEvent {
+        fn at(self, now: BootInstant) -> PacingEvent {
             match self {
                 Tick => PacingEvent::Tick,
                 Dirty => PacingEvent::Dirty,
@@ -297,16 +309,16 @@ mod tests {
         Answered { left: Some(ms(left_ms)), token: None, cancel: false }
     }
 
-    fn pacing(rhythm: Rhythm, left: Option<Duration>, start: Moment) -> Pacing {
-        Pacing::new(rhythm, left.map(|left| start + left), None, start)
+    fn pacing(timing: HeartbeatTiming, left: Option<Duration>, start: BootInstant) -> Pacing {
+        Pacing::new(timing, left.map(|left| start + left), None, start)
     }
 
     /// Runs events at their milliseconds against a lease of `left`; the expected text lists what
     /// came out, with instants as milliseconds since the start. Draws are always in the middle.
     #[track_caller]
     fn check(left: Option<u64>, events: &[(u64, Told)], expected: &str) {
-        let start = Moment::now();
-        let mut pacing = pacing(Rhythm::new(0.35, 0.25, ms(250)), left.map(ms), start);
+        let start = BootInstant::now();
+        let mut pacing = pacing(HeartbeatTiming::new(0.35, 0.25, ms(250)), left.map(ms), start);
         let seen: Vec<String> = events
             .iter()
             .map(|(at, event)| {
@@ -463,8 +475,8 @@ mod tests {
 
     #[test]
     fn last_words_go_out_of_turn() {
-        let start = Moment::now();
-        let mut pacing = pacing(Rhythm::new(0.25, 0.35, ms(250)), Some(ms(9_000)), start);
+        let start = BootInstant::now();
+        let mut pacing = pacing(HeartbeatTiming::new(0.25, 0.35, ms(250)), Some(ms(9_000)), start);
         assert_eq!(pacing.beat_now(start), PacingStep::Beat { until: start + ms(3_000) });
         pacing.on(PacingEvent::Failed { retry_after: None }, start + ms(1), 0.5);
         assert_eq!(pacing.beat_now(start + ms(2)), PacingStep::Beat { until: start + ms(2) + ms(8_998) / 3 });
@@ -474,16 +486,16 @@ mod tests {
 
     #[test]
     fn odd_ratios_are_put_right() {
-        assert_eq!(Rhythm::new(0.35, 0.25, ms(0)), Rhythm::new(0.25, 0.35, ms(0)));
-        assert_eq!(Rhythm::new(-1.0, f64::INFINITY, ms(0)), Rhythm::new(0.0, 1.0, ms(0)));
-        assert_eq!(Rhythm::new(f64::NAN, 0.3, ms(0)), Rhythm::new(0.3, 0.3, ms(0)));
+        assert_eq!(HeartbeatTiming::new(0.35, 0.25, ms(0)), HeartbeatTiming::new(0.25, 0.35, ms(0)));
+        assert_eq!(HeartbeatTiming::new(-1.0, f64::INFINITY, ms(0)), HeartbeatTiming::new(0.0, 1.0, ms(0)));
+        assert_eq!(HeartbeatTiming::new(f64::NAN, 0.3, ms(0)), HeartbeatTiming::new(0.3, 0.3, ms(0)));
     }
 
     #[test]
     fn a_storm_of_progress_makes_few_beats() {
         for (coalesce, most) in [(0, 101), (250, 41)] {
-            let start = Moment::now();
-            let mut pacing = pacing(Rhythm::new(0.25, 0.35, ms(coalesce)), Some(ms(60_000)), start);
+            let start = BootInstant::now();
+            let mut pacing = pacing(HeartbeatTiming::new(0.25, 0.35, ms(coalesce)), Some(ms(60_000)), start);
             let mut beats = 0;
             for at in 0..10_000 {
                 if matches!(pacing.on(PacingEvent::Dirty, start + ms(at), 0.5), PacingStep::Beat { .. }) {
@@ -501,11 +513,14 @@ mod tests {
     fn no_sequence_breaks_the_promises() {
         for seed in 0..2_000 {
             let mut chance = rand::rngs::StdRng::seed_from_u64(seed);
-            let start = Moment::now();
+            let start = BootInstant::now();
             let left = chance.random_bool(0.8).then(|| ms(chance.random_range(0..5_000)));
-            let mut pacing =
-                pacing(Rhythm::new(chance.random(), chance.random(), ms(chance.random_range(0..500))), left, start);
-            let (mut now, mut last_beat, mut beating) = (start, None::<Moment>, false);
+            let mut pacing = pacing(
+                HeartbeatTiming::new(chance.random(), chance.random(), ms(chance.random_range(0..500))),
+                left,
+                start,
+            );
+            let (mut now, mut last_beat, mut beating) = (start, None::<BootInstant>, false);
             let (mut lost, mut cancelled) = (false, false);
             for _ in 0..200 {
                 now = now + ms(chance.random_range(0..400));

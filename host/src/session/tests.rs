@@ -10,7 +10,7 @@ use super::*;
 use crate::{
     auth::TokenSource,
     leases::dms::{self, Dms},
-    model::{Coordinates, Moment, Outcome, TaskId, Token},
+    model::{BootInstant, Coordinates, Outcome, TaskId, Token},
     transport::{
         self,
         testing::{BAD_BODIES, Call, Service},
@@ -31,7 +31,7 @@ fn lease(left: Duration) -> Lease {
         task: TaskId(TASK.parse().expect("an id")),
         job: None,
         capability: "/lab/echo/v1".parse().expect("a name"),
-        expires_at: Some(Moment::now() + left),
+        expires_at: Some(BootInstant::now() + left),
         cancelled: false,
         domain_id: Some(Uuid::nil()),
         domain_server: Some("https://ds.lab.test".into()),
@@ -68,12 +68,12 @@ async fn set_up(lease: Lease, answer: Value) -> (Service, Session) {
 }
 
 /// Closes the session and drops it.
-async fn ended(mut session: Session) -> Result<ReportName, Silence> {
+async fn ended(mut session: Session) -> Result<ReportName, NoReport> {
     session.close().await
 }
 
 /// Closes the session while `answer` plays the plane.
-async fn close(session: Session, answer: impl AsyncFnOnce()) -> Result<ReportName, Silence> {
+async fn close(session: Session, answer: impl AsyncFnOnce()) -> Result<ReportName, NoReport> {
     tokio::join!(ended(session), answer()).0
 }
 
@@ -87,7 +87,7 @@ async fn a_task_without_news_costs_one_heartbeat() {
     call.ok(json!({}));
     let coordinates = Coordinates { server: "https://ds.lab.test".parse().expect("a URL"), domain: Uuid::nil() };
     assert_eq!(grant.setup().await, Setup::Ready(Ok(coordinates)));
-    assert_eq!(session.silence(&Outcome::Completed), None);
+    assert_eq!(session.no_report(&Outcome::Completed), None);
     assert_eq!(ended(session).await, Ok(named()));
     assert!(plane.waiting().is_none());
 }
@@ -95,7 +95,7 @@ async fn a_task_without_news_costs_one_heartbeat() {
 #[tokio::test]
 async fn the_set_up_heartbeat_carries_what_is_known_by_then() {
     let (mut plane, session) = open(lease(MINUTE)).await;
-    session.grant().mailbox.progress(json!({ "early": 1 })).expect("room");
+    session.grant().progress.progress(json!({ "early": 1 })).expect("room");
     let call = plane.expect(HEARTBEAT).await;
     assert_eq!(call.json()["progress"], json!({ "early": 1 }));
     call.ok(json!({}));
@@ -158,7 +158,7 @@ async fn a_refused_set_up_is_told_and_the_end_still_reported() {
     plane.expect(HEARTBEAT).await.answer(403, "not you");
     let Setup::Refused(text) = session.grant().setup().await else { panic!("refused") };
     assert_eq!(text, "control plane answered 403: not you");
-    assert_eq!(session.silence(&Outcome::Setup { stage: "initial_heartbeat", message: text }), None);
+    assert_eq!(session.no_report(&Outcome::Setup { stage: "initial_heartbeat", message: text }), None);
     assert_eq!(ended(session).await, Ok(named()));
 }
 
@@ -171,9 +171,9 @@ async fn a_lease_held_by_another_node_is_lost() {
         plane.expect(HEARTBEAT).await.answer(status, "");
         assert_eq!(grant.cancel.cancelled().await, CancelReason::LeaseLost);
         assert!(matches!(grant.setup().await, Setup::Refused(_)), "nobody waits for a set-up that never comes");
-        assert_eq!(session.silence(&Outcome::Completed), Some(CancelReason::LeaseLost));
+        assert_eq!(session.no_report(&Outcome::Completed), Some(CancelReason::LeaseLost));
         let gone = format!("lease of task {TASK} is gone ({status})");
-        assert_eq!(ended(session).await, Err(Silence::Gone(gone)));
+        assert_eq!(ended(session).await, Err(NoReport::Gone(gone)));
         assert!(plane.waiting().is_none(), "nothing is sent for a lease of somebody else");
     }
 }
@@ -185,17 +185,17 @@ async fn cancel_counts_in_every_answer() {
     let grant = session.grant();
     assert_eq!(grant.cancel.cancelled().await, CancelReason::Plane);
     assert_eq!(grant.setup().await, Setup::Refused("the task was cancelled".into()), "nothing is fetched for it");
-    assert_eq!(session.silence(&Outcome::Completed), Some(CancelReason::Plane));
-    assert_eq!(ended(session).await, Err(Silence::Over(CancelReason::Plane)));
+    assert_eq!(session.no_report(&Outcome::Completed), Some(CancelReason::Plane));
+    assert_eq!(ended(session).await, Err(NoReport::Over(CancelReason::Plane)));
     assert!(plane.waiting().is_none());
 
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    session.grant().mailbox.progress(json!(1)).expect("room");
+    session.grant().progress.progress(json!(1)).expect("room");
     plane.expect(HEARTBEAT).await.ok(json!({ "cancel": true }));
     assert_eq!(session.grant().cancel.cancelled().await, CancelReason::Plane);
-    session.grant().mailbox.progress(json!(2)).expect("room");
-    assert_eq!(session.silence(&Outcome::Completed), Some(CancelReason::Plane));
-    assert_eq!(ended(session).await, Err(Silence::Over(CancelReason::Plane)));
+    session.grant().progress.progress(json!(2)).expect("room");
+    assert_eq!(session.no_report(&Outcome::Completed), Some(CancelReason::Plane));
+    assert_eq!(ended(session).await, Err(NoReport::Over(CancelReason::Plane)));
     assert!(plane.waiting().is_none());
 }
 
@@ -204,8 +204,8 @@ async fn a_lease_that_arrives_cancelled_makes_no_call() {
     let (mut plane, session) = open(Lease { cancelled: true, ..lease(MINUTE) }).await;
     assert_eq!(session.grant().cancel.cancelled().await, CancelReason::Plane);
     assert_eq!(session.grant().setup().await, Setup::Refused("the task was cancelled".into()));
-    assert_eq!(session.silence(&Outcome::Completed), Some(CancelReason::Plane));
-    assert_eq!(ended(session).await, Err(Silence::Over(CancelReason::Plane)));
+    assert_eq!(session.no_report(&Outcome::Completed), Some(CancelReason::Plane));
+    assert_eq!(ended(session).await, Err(NoReport::Over(CancelReason::Plane)));
     assert!(plane.waiting().is_none());
 }
 
@@ -227,7 +227,7 @@ async fn data_that_moves_is_followed_while_the_task_runs() {
         (json!({ "domain_id": OTHER }), at("https://meta", other)),
     ] {
         let old = grant.token();
-        grant.mailbox.event(json!("go on")).expect("room");
+        grant.progress.event(json!("go on")).expect("room");
         let mut answer = answer;
         answer["access_token"] = Uuid::new_v4().to_string().into();
         plane.expect(HEARTBEAT).await.ok(answer);
@@ -244,7 +244,7 @@ async fn a_newer_token_is_seen_at_once() {
     let grant = session.grant();
     let old = grant.token();
     assert_eq!(old, Some(Token::new("dom-1")));
-    grant.mailbox.event(json!("go on")).expect("room");
+    grant.progress.event(json!("go on")).expect("room");
     plane.expect(HEARTBEAT).await.ok(json!({ "access_token": "dom-2" }));
     assert_eq!(grant.newer_token(old.as_ref(), Duration::from_secs(20)).await, Some(Token::new("dom-2")));
 }
@@ -254,7 +254,7 @@ async fn a_newer_token_is_seen_at_once() {
 async fn progress_is_gathered_and_events_arrive_once() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
     let grant = session.grant();
-    let mailbox = &grant.mailbox;
+    let mailbox = &grant.progress;
     for n in 0..50 {
         mailbox.progress(json!({ "n": n })).expect("room");
         mailbox.event(json!(n)).expect("room");
@@ -274,7 +274,7 @@ async fn progress_is_gathered_and_events_arrive_once() {
 #[tokio::test]
 async fn unacknowledged_events_come_again() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    session.grant().mailbox.event(json!("kept")).expect("room");
+    session.grant().progress.event(json!("kept")).expect("room");
     plane.expect(HEARTBEAT).await.answer(502, "");
     let call = plane.expect(HEARTBEAT).await;
     assert_eq!(call.json()["events"], json!(["kept"]));
@@ -286,7 +286,7 @@ async fn unacknowledged_events_come_again() {
 async fn last_words_go_before_the_report() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
     let grant = session.grant();
-    let mailbox = &grant.mailbox;
+    let mailbox = &grant.progress;
     mailbox.progress(json!({ "done": true })).expect("room");
     mailbox.event(json!("end")).expect("room");
     let closed = close(session, async || {
@@ -304,7 +304,7 @@ async fn last_words_go_before_the_report() {
 async fn events_that_fill_several_heartbeats_follow_each_other_without_the_timer() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
     for n in 0..6 {
-        session.grant().mailbox.event(json!([n, "x".repeat(20_000)])).expect("room");
+        session.grant().progress.event(json!([n, "x".repeat(20_000)])).expect("room");
     }
     for sent in [[0, 1, 2], [3, 4, 5]] {
         let call = plane.expect(HEARTBEAT).await;
@@ -320,7 +320,7 @@ async fn events_that_fill_several_heartbeats_follow_each_other_without_the_timer
 async fn last_words_that_fill_several_heartbeats_all_go_before_the_report() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
     let grant = session.grant();
-    let mailbox = &grant.mailbox;
+    let mailbox = &grant.progress;
     let text = "x".repeat(20_000);
     for n in 0..8 {
         mailbox.event(json!([n, text])).expect("room");
@@ -343,7 +343,7 @@ async fn last_words_that_fill_several_heartbeats_all_go_before_the_report() {
 #[tokio::test]
 async fn last_words_that_cannot_be_delivered_do_not_cost_the_verdict() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    session.grant().mailbox.event(json!("end")).expect("room");
+    session.grant().progress.event(json!("end")).expect("room");
     let closed = close(session, async || {
         for _ in 0..3 {
             plane.expect(HEARTBEAT).await.answer(500, "");
@@ -357,12 +357,12 @@ async fn last_words_that_cannot_be_delivered_do_not_cost_the_verdict() {
 async fn last_words_nobody_answers_take_half_of_the_lease() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
     // From here on the lease is short, as the plane says itself.
-    session.grant().mailbox.progress(json!(1)).expect("room");
+    session.grant().progress.progress(json!(1)).expect("room");
     let short = in_future(Duration::from_secs(3)).to_string();
     plane.expect(HEARTBEAT).await.ok(json!({ "lease_expires_at": short, "access_token": "short" }));
     let old = Token::new("dom-1");
     session.grant().newer_token(Some(&old), MINUTE).await;
-    session.grant().mailbox.event(json!("end")).expect("room");
+    session.grant().progress.event(json!("end")).expect("room");
     let began = Instant::now();
     let mut held = Vec::new();
     let closing = ended(session);
@@ -380,9 +380,9 @@ async fn last_words_nobody_answers_take_half_of_the_lease() {
 #[tokio::test]
 async fn a_cancel_in_the_last_heartbeat_silences_the_report() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    session.grant().mailbox.event(json!("end")).expect("room");
+    session.grant().progress.event(json!("end")).expect("room");
     let closed = close(session, async || plane.expect(HEARTBEAT).await.ok(json!({ "cancel": true }))).await;
-    assert_eq!(closed, Err(Silence::Over(CancelReason::Plane)));
+    assert_eq!(closed, Err(NoReport::Over(CancelReason::Plane)));
     assert!(plane.waiting().is_none());
 }
 
@@ -399,18 +399,18 @@ async fn nothing_is_reported_for_a_task_that_ended_cancelled_or_lost() {
     for (outcome, reason) in [(Outcome::Cancelled, CancelReason::Plane), (Outcome::LeaseLost, CancelReason::LeaseLost)]
     {
         let (_plane, session) = set_up(lease(MINUTE), json!({})).await;
-        assert_eq!(session.silence(&outcome), Some(reason));
+        assert_eq!(session.no_report(&outcome), Some(reason));
     }
 }
 
 #[tokio::test]
 async fn heartbeats_and_report_follow_a_renamed_task() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    session.grant().mailbox.progress(json!(1)).expect("room");
+    session.grant().progress.progress(json!(1)).expect("room");
     let task = json!({ "id": OTHER, "capability": "/lab/echo/v1" });
     plane.expect(HEARTBEAT).await.ok(json!({ "task": task, "access_token": "seen" }));
     session.grant().newer_token(Some(&Token::new("dom-1")), MINUTE).await;
-    session.grant().mailbox.progress(json!(2)).expect("room");
+    session.grant().progress.progress(json!(2)).expect("room");
     plane.expect(&HEARTBEAT.replace(TASK, OTHER)).await.ok(json!({}));
     let closed = close(session, async || {
         if let Some(call) = plane.waiting() {
@@ -432,7 +432,7 @@ async fn a_lease_nobody_extends_is_lost_when_it_expires_and_not_before() {
         held.push(call);
     }
     assert!((2..=4).contains(&held.len()), "a heartbeat nobody answers leaves room for another: {}", held.len());
-    assert_eq!(session.silence(&Outcome::Completed), Some(CancelReason::LeaseLost));
+    assert_eq!(session.no_report(&Outcome::Completed), Some(CancelReason::LeaseLost));
 }
 
 // S0-18b, S0-74, S0-75
@@ -456,7 +456,7 @@ async fn a_clock_that_is_wrong_makes_no_flood_and_loses_nothing() {
     let past = (Timestamp::now() - SignedDuration::from_secs(3600)).to_string();
     let taken = Lease { expires_at: None, ..lease(MINUTE) };
     let (mut plane, session) = set_up(taken, json!({ "lease_expires_at": past })).await;
-    session.grant().mailbox.progress(json!(1)).expect("room");
+    session.grant().progress.progress(json!(1)).expect("room");
     plane.expect(HEARTBEAT).await.ok(json!({ "lease_expires_at": past }));
     assert_eq!(ended(session).await, Ok(named()));
     assert!(plane.waiting().is_none());
@@ -505,7 +505,7 @@ async fn a_dropped_session_ends_its_driver() {
 async fn a_drained_task_is_reported() {
     let (_plane, session) = set_up(lease(MINUTE), json!({})).await;
     session.grant().cancel.cancel(CancelReason::Drained);
-    assert_eq!(session.silence(&Outcome::Drained), None);
+    assert_eq!(session.no_report(&Outcome::Drained), None);
     assert_eq!(ended(session).await, Ok(named()));
 }
 
@@ -513,8 +513,8 @@ async fn a_drained_task_is_reported() {
 #[tokio::test]
 async fn a_lease_that_runs_out_under_the_last_words_silences_nothing() {
     let (mut plane, session) = set_up(lease(Duration::from_millis(1200)), json!({})).await;
-    session.grant().mailbox.event(json!("end")).expect("room");
-    assert_eq!(session.silence(&Outcome::Completed), None);
+    session.grant().progress.event(json!("end")).expect("room");
+    assert_eq!(session.no_report(&Outcome::Completed), None);
     let mut held = Vec::new();
     let closing = async {
         tokio::time::sleep(Duration::from_millis(1300)).await;

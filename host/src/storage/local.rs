@@ -34,13 +34,13 @@ use crate::model::{
 pub struct LocalPorts {
     inputs: Vec<PathBuf>,
     dir: PathBuf,
-    shelf: Arc<Shelf>,
+    shelf: Arc<OfflineOutbox>,
     /// Counts only: whoever runs something by hand sees what it takes.
     budget: Budget,
 }
 
 /// Where outputs go, and which are there.
-struct Shelf {
+struct OfflineOutbox {
     out: PathBuf,
     published: Mutex<BTreeMap<String, Artifact>>,
 }
@@ -49,7 +49,12 @@ impl LocalPorts {
     /// Ports that read `inputs`, write below `out` and materialize below `dir`.
     #[must_use]
     pub fn new(inputs: Vec<PathBuf>, out: PathBuf, dir: PathBuf) -> Self {
-        Self { inputs, dir, shelf: Arc::new(Shelf { out, published: Mutex::default() }), budget: Budget::unlimited() }
+        Self {
+            inputs,
+            dir,
+            shelf: Arc::new(OfflineOutbox { out, published: Mutex::default() }),
+            budget: Budget::unlimited(),
+        }
     }
 
     fn find(&self, cid: &str) -> Result<&Path, PortError> {
@@ -189,13 +194,13 @@ impl InputStream for Reader {
 
 /// Where one output will be.
 struct Place {
-    shelf: Arc<Shelf>,
+    shelf: Arc<OfflineOutbox>,
     artifact: Artifact,
     size: Option<u64>,
     target: PathBuf,
 }
 
-impl Shelf {
+impl OfflineOutbox {
     fn place(self: &Arc<Self>, spec: ArtifactSpec) -> Result<Place, PortError> {
         let relative = relative_path(&spec.path)?;
         if relative.is_empty() {

@@ -26,7 +26,7 @@ pub use task_dir::{Scratch, ScratchError, TaskDir};
 pub use zip::UnpackLimits;
 
 use crate::{
-    model::{Grant, TaskId},
+    model::{HeldLease, TaskId},
     transport::Client,
 };
 
@@ -59,7 +59,7 @@ impl Storage {
 
     /// Ports to the domain of `grant`, with `dir` to put inputs into.
     #[must_use]
-    pub fn ports(&self, grant: &Grant, dir: &Path) -> Arc<DomainPorts> {
+    pub fn ports(&self, grant: &HeldLease, dir: &Path) -> Arc<DomainPorts> {
         Arc::new(DomainPorts::new(self.client.clone(), grant.clone(), dir.to_owned(), Arc::clone(&self.config)))
     }
 }

@@ -13,7 +13,7 @@ use std::{
 use http::{HeaderMap, header};
 use jiff::{SignedDuration, Timestamp};
 
-use crate::model::{Moment, millis};
+use crate::model::{BootInstant, millis};
 
 /// Up to here a difference is taken as noise between clocks that are kept well.
 const NOISE: SignedDuration = SignedDuration::from_secs(5);
@@ -58,9 +58,9 @@ pub(super) struct Clocks {
 
 impl Clocks {
     /// Takes note of an answer of `host` that was asked for at `sent` and has just come.
-    pub(super) fn note(&self, host: &str, headers: &HeaderMap, sent: Moment) -> Reading {
+    pub(super) fn note(&self, host: &str, headers: &HeaderMap, sent: BootInstant) -> Reading {
         // First the moment, then the time of day: a stop in between makes the journey longer, not shorter.
-        let (journey, received) = (Moment::now() - sent, Timestamp::now());
+        let (journey, received) = (BootInstant::now() - sent, Timestamp::now());
         let date = headers.get(header::DATE).and_then(|date| self.date(date.as_bytes()));
         let asked = received.checked_sub(journey).unwrap_or(received);
         let measured = date.map(|date| Range::measured(date, asked, received));
@@ -116,15 +116,15 @@ impl Clocks {
 /// When an answer was asked for, and how its sender's clock stood then.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reading {
-    sent: Moment,
+    sent: BootInstant,
     range: Option<Range>,
 }
 
 impl Reading {
     /// The moment the sender calls `at`. `None` for one that lay in the past already when the answer
     /// was asked for: such a time tells nothing of what it is about, which has just been given.
-    pub(super) fn moment(&self, at: Timestamp) -> Option<Moment> {
-        let (now, today) = (Moment::now(), Timestamp::now());
+    pub(super) fn moment(&self, at: Timestamp) -> Option<BootInstant> {
+        let (now, today) = (BootInstant::now(), Timestamp::now());
         let plain = at.duration_since(today);
         // What is short needs a clock that is right; what is long bears one that is a little off.
         let noise = (plain / 10).clamp(SignedDuration::ZERO, NOISE);
@@ -136,7 +136,7 @@ impl Reading {
 
     /// What is left until the sender's `at`; `None` where nothing is.
     pub(super) fn left(&self, at: Timestamp) -> Option<Duration> {
-        self.moment(at).map(Moment::left).filter(|left| !left.is_zero())
+        self.moment(at).map(BootInstant::left).filter(|left| !left.is_zero())
     }
 }
 
@@ -196,7 +196,7 @@ mod tests {
     /// What a time `at`, in seconds from now, becomes when the other clock is `ahead` by as much.
     fn left(ahead: &str, at: &str) -> Option<f64> {
         let range = Range { low: seconds(ahead), high: seconds(ahead) };
-        let reading = Reading { sent: Moment::now().back(Duration::from_secs(1)), range: Some(range) };
+        let reading = Reading { sent: BootInstant::now().back(Duration::from_secs(1)), range: Some(range) };
         let left = reading.left(Timestamp::now() + seconds(at))?;
         Some((left.as_secs_f64() * 10.0).round() / 10.0)
     }
@@ -214,9 +214,9 @@ mod tests {
     #[test]
     fn a_time_that_had_passed_before_anyone_asked_says_nothing() {
         assert_eq!(left("0", "-60"), None);
-        let reading = Reading { sent: Moment::now().back(Duration::from_secs(5)), range: None };
+        let reading = Reading { sent: BootInstant::now().back(Duration::from_secs(5)), range: None };
         let between = reading.moment(Timestamp::now() - SignedDuration::from_secs(2));
-        assert!(between.is_some_and(Moment::has_passed), "it ended while the answer was on its way");
+        assert!(between.is_some_and(BootInstant::has_passed), "it ended while the answer was on its way");
         assert_eq!(reading.left(Timestamp::now() - SignedDuration::from_secs(2)), None);
         assert_eq!(reading.moment(Timestamp::MIN), None);
         assert!(reading.moment(Timestamp::MAX).is_some());

@@ -1,6 +1,6 @@
 //! The one HTTP client of the node: pooled connections, no redirects.
 //!
-//! Rooms build requests and read answers; what may be spoken to whom ([`Client::check`]), how
+//! Modules build requests and read answers; what may be spoken to whom ([`Client::check`]), how
 //! long it may take and how large an answer may be are decided here. Nothing in here knows a
 //! path, a token or a wire format. `connect` brings connections up, by the authorities of `tls` and
 //! through the proxies of `proxy`.
@@ -29,7 +29,7 @@ pub use proxy::Proxies;
 pub use retry_after::{RETRY_AFTER_MAX, retry_after};
 pub use tls::Roots;
 
-use crate::model::Moment;
+use crate::model::BootInstant;
 use clock::{Clocks, Reading};
 use pool::Pool;
 
@@ -157,7 +157,7 @@ impl Answer {
     /// The moment that whoever answered calls `at`, be its clock right or wrong. `None` for a time that
     /// had passed before the answer was asked for: it says more of a clock than of what it is about.
     #[must_use]
-    pub fn moment(&self, at: Timestamp) -> Option<Moment> {
+    pub fn moment(&self, at: Timestamp) -> Option<BootInstant> {
         self.clock.moment(at)
     }
 
@@ -325,7 +325,7 @@ impl Client {
     /// Sends a request and reads the whole answer, at most [`JSON_BYTES_MAX`] bytes, all within `limit`.
     pub async fn call(&self, request: Request<Body>, limit: Duration) -> Result<Answer, TransportError> {
         let (host, mut head) = (host_of(&request)?, None);
-        let body = within(limit, &host, pin!(self.whole(request, &host, Moment::now(), &mut head))).await;
+        let body = within(limit, &host, pin!(self.whole(request, &host, BootInstant::now(), &mut head))).await;
         Need::Body.answer(host, head, body)
     }
 
@@ -333,7 +333,7 @@ impl Client {
     /// is too large or comes too late does not hide it. The answer's body is then empty.
     pub async fn call_for_status(&self, request: Request<Body>, limit: Duration) -> Result<Answer, TransportError> {
         let (host, mut head) = (host_of(&request)?, None);
-        let body = within(limit, &host, pin!(self.whole(request, &host, Moment::now(), &mut head))).await;
+        let body = within(limit, &host, pin!(self.whole(request, &host, BootInstant::now(), &mut head))).await;
         Need::Status.answer(host, head, body)
     }
 
@@ -343,9 +343,9 @@ impl Client {
         &self,
         request: Request<Body>,
         need: Need,
-        until: Moment,
+        until: BootInstant,
     ) -> Result<Answer, TransportError> {
-        let (host, mut head, began) = (host_of(&request)?, None, Moment::now());
+        let (host, mut head, began) = (host_of(&request)?, None, BootInstant::now());
         let body = until.before(pin!(self.whole(request, &host, began, &mut head))).await;
         let body = body.unwrap_or_else(|| Err(late(&host, until - began)));
         need.answer(host, head, body)
@@ -365,7 +365,7 @@ impl Client {
         &self,
         request: Request<Body>,
         host: &Authority,
-        sent: Moment,
+        sent: BootInstant,
         head: &mut Option<Head>,
     ) -> Result<Bytes, TransportError> {
         let answered = self.pool.request(self.for_proxy(request)).await;
@@ -474,7 +474,7 @@ pub fn innermost(err: &(dyn std::error::Error + 'static)) -> String {
 mod tests {
     use super::*;
 
-    fn verdict(url: &str) -> &'static str {
+    fn check_result(url: &str) -> &'static str {
         let client = Client::new(Config::default());
         match client.check(&Url::parse(url).expect("a URL")) {
             Ok(()) => "ok",
@@ -485,13 +485,13 @@ mod tests {
 
     #[tokio::test]
     async fn plain_http_is_for_loopback_only() {
-        assert_eq!(verdict("https://plane.example/v1"), "ok");
-        assert_eq!(verdict("http://127.0.0.9:8700"), "ok");
-        assert_eq!(verdict("http://[::1]:8700"), "ok");
-        assert_eq!(verdict("http://localhost:1"), "ok");
-        assert_eq!(verdict("http://plane.example"), "insecure");
-        assert_eq!(verdict("http://localhost.example"), "insecure");
-        assert_eq!(verdict("ftp://127.0.0.1"), "bad");
+        assert_eq!(check_result("https://plane.example/v1"), "ok");
+        assert_eq!(check_result("http://127.0.0.9:8700"), "ok");
+        assert_eq!(check_result("http://[::1]:8700"), "ok");
+        assert_eq!(check_result("http://localhost:1"), "ok");
+        assert_eq!(check_result("http://plane.example"), "insecure");
+        assert_eq!(check_result("http://localhost.example"), "insecure");
+        assert_eq!(check_result("ftp://127.0.0.1"), "bad");
     }
 
     #[test]
@@ -510,7 +510,7 @@ mod tests {
                 headers: http::HeaderMap::new(),
                 body: body.into(),
                 host: Authority::from_static("plane"),
-                clock: Clocks::default().note("", &http::HeaderMap::new(), Moment::now()),
+                clock: Clocks::default().note("", &http::HeaderMap::new(), BootInstant::now()),
             };
             let text = answer.excerpt_without(&["", "top-secret"]);
             assert!(!text.contains("top-"), "{text}");

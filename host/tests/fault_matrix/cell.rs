@@ -11,7 +11,7 @@ use runner_host::dev::{Faults, Seen};
 use serde_json::{Value, json};
 
 use crate::{
-    harness::{Ended, Lab, node::TestNode},
+    harness::{Ended, TestServer, node::TestNode},
     plan::{Cell, Length},
 };
 
@@ -49,7 +49,7 @@ pub(crate) async fn run(cell: Cell, plugin: PathBuf) -> Report {
     let began = Instant::now();
     let faults = Faults::parse(&cell.file()).expect("the plan's files are sound");
     let at_start = cell.is_of_sign_in() || cell.is_of_the_clock();
-    let lab = Lab::with(|config| {
+    let lab = TestServer::with(|config| {
         config.lease_ttl = LEASE;
         config.part_size = 64 * 1024;
         config.request_max_bytes = 100_000;
@@ -79,7 +79,7 @@ pub(crate) async fn run(cell: Cell, plugin: PathBuf) -> Report {
     Report { cell, took: began.elapsed(), struck, busiest, failure }
 }
 
-async fn judged(cell: &Cell, lab: &Lab, faults: Faults, plugin: PathBuf) -> Result<(), String> {
+async fn judged(cell: &Cell, lab: &TestServer, faults: Faults, plugin: PathBuf) -> Result<(), String> {
     let setup = lab
         .node(&[plugin])
         .set("REQUEST_TIMEOUT_SECS", "1")
@@ -117,7 +117,7 @@ async fn judged(cell: &Cell, lab: &Lab, faults: Faults, plugin: PathBuf) -> Resu
 }
 
 /// One completion, or failures with a reason; artifacts whole and not doubled.
-async fn one_verdict(cell: &Cell, lab: &Lab, ended: &Ended, input: &[u8]) -> Result<(), String> {
+async fn one_verdict(cell: &Cell, lab: &TestServer, ended: &Ended, input: &[u8]) -> Result<(), String> {
     let receipts = ended.0["receipts"].as_array().ok_or("no receipts")?;
     let completed = receipts.iter().filter(|receipt| receipt["meta"]["artifacts"].is_array()).count();
     let failures = receipts.iter().filter_map(|receipt| receipt["meta"]["reason"].as_str());
@@ -157,7 +157,7 @@ async fn one_verdict(cell: &Cell, lab: &Lab, ended: &Ended, input: &[u8]) -> Res
 }
 
 /// No upload, no file, no process.
-async fn nothing_left(cell: &Cell, lab: &Lab, node: &TestNode) -> Result<(), String> {
+async fn nothing_left(cell: &Cell, lab: &TestServer, node: &TestNode) -> Result<(), String> {
     node.term();
     let code = within("the end of the node", node.wait()).await?;
     if code != 0 {

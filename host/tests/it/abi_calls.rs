@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::Path, time::Duration};
 
 use serde_json::{Value, json};
 
-use crate::harness::{Ended, Lab, fixtures, folder::Folder};
+use crate::harness::{Ended, TestServer, fixtures, folder::Folder};
 
 /// A folder with the zoo in it, for `invoke`.
 fn zoo() -> Folder {
@@ -23,8 +23,8 @@ fn fields(line: &Value) -> Value {
 }
 
 #[tokio::test]
-async fn s1_01_a_second_completion_is_stale_and_counted() {
-    let lab = Lab::start().await;
+async fn a_second_completion_is_stale_and_counted() {
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::c("behave", &[])]).await;
     lab.run(&node, "/fixtures/c-double/v1", json!({})).await.completed();
     let line = node.says("completed twice").await;
@@ -35,8 +35,8 @@ async fn s1_01_a_second_completion_is_stale_and_counted() {
 }
 
 #[tokio::test]
-async fn s1_01_calls_after_the_end_and_forged_ones_are_answered_stale_each_once() {
-    let lab = Lab::start().await;
+async fn calls_after_the_end_and_forged_ones_are_answered_stale_each_once() {
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::c("behave", &[])]).await;
     lab.run(&node, "/fixtures/c-late/v1", json!({})).await.completed();
     let stale = runner_sdk::abi::Status::STALE.0;
@@ -54,8 +54,8 @@ async fn s1_01_calls_after_the_end_and_forged_ones_are_answered_stale_each_once(
 
 // S1-17, S1-18
 #[tokio::test]
-async fn s1_17_progress_and_events_that_are_no_json_are_refused_and_go_nowhere() {
-    let lab = Lab::start().await;
+async fn progress_and_events_that_are_no_json_are_refused_and_go_nowhere() {
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::c("behave", &[])]).await;
     let ended = lab.run(&node, "/fixtures/c-words/v1", json!({})).await;
     let line = node.says("words that are no JSON").await;
@@ -68,8 +68,8 @@ async fn s1_17_progress_and_events_that_are_no_json_are_refused_and_go_nowhere()
 }
 
 #[tokio::test]
-async fn s1_01_a_context_that_outlives_its_task_gets_task_over() {
-    let lab = Lab::start().await;
+async fn a_context_that_outlives_its_task_gets_task_over() {
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let ended = lab.run(&node, "/fixtures/use-after-end/v1", json!({})).await;
     let line = node.says("call after the end").await;
@@ -88,8 +88,8 @@ fn failure(ended: &Ended) -> (String, Value, Value) {
 }
 
 #[tokio::test]
-async fn s0_19a_a_panic_ends_its_task_with_text_and_place_and_nothing_else() {
-    let lab = Lab::start().await;
+async fn a_panic_ends_its_task_with_text_and_place_and_nothing_else() {
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let cases = [
         ("/fixtures/panic/v1", "boom 42"),
@@ -115,8 +115,8 @@ async fn s0_19a_a_panic_ends_its_task_with_text_and_place_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn s0_05_a_plugins_log_lines_are_in_the_hosts_log_with_plugin_and_task() {
-    let lab = Lab::start().await;
+async fn a_plugins_log_lines_are_in_the_hosts_log_with_plugin_and_task() {
+    let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo()]).set("RUST_LOG", "trace").leasing().await;
     let job = lab.task("/fixtures/logs/v1").submit();
     let ended = lab.ended(&node, job).await;
@@ -148,8 +148,8 @@ async fn s0_05_a_plugins_log_lines_are_in_the_hosts_log_with_plugin_and_task() {
 }
 
 #[tokio::test]
-async fn s0_05_a_line_belongs_to_the_task_whose_spans_it_is_in() {
-    let lab = Lab::start().await;
+async fn a_line_belongs_to_the_task_whose_spans_it_is_in() {
+    let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "2").leasing().await;
     let jobs = [lab.task("/fixtures/spans/v1").submit(), lab.task("/fixtures/spans/v1").submit()];
     let mut tasks = Vec::new();
@@ -188,7 +188,7 @@ async fn s0_05_a_line_belongs_to_the_task_whose_spans_it_is_in() {
 
 #[tokio::test]
 async fn log_lines_of_plugins_obey_the_hosts_filter() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo()]).set("RUST_LOG", "warn,runner_host::app=info").leasing().await;
     lab.run(&node, "/fixtures/logs/v1", json!({})).await.completed();
     let said = |text: &str| !node.said(text).is_empty();
@@ -198,7 +198,7 @@ async fn log_lines_of_plugins_obey_the_hosts_filter() {
 }
 
 #[tokio::test]
-async fn s1_23_a_runner_uses_tokio_and_blocks_as_anywhere() {
+async fn a_runner_uses_tokio_and_blocks_as_anywhere() {
     let folder = zoo();
     folder.invoke("/fixtures/tokio-net/v1", &[]).await.expect(0);
     assert_eq!(folder.output("net.txt"), b"through the loopback");
@@ -237,7 +237,7 @@ async fn a_writer_that_is_dropped_publishes_nothing() {
     assert_eq!(said.stdout.lines().count(), 1, "{}", said.stdout);
     assert_eq!(folder.output("kept.txt"), b"kept");
 
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let ended = lab.run(&node, "/fixtures/drop-writer/v1", json!({})).await;
     let artifacts = ended.completed().artifacts();
@@ -299,7 +299,7 @@ fn walk(dir: &Path) -> Vec<String> {
 #[tokio::test]
 async fn a_start_that_blocks_costs_its_own_plugin_only() {
     // A short lease, so that the heartbeat which brings the cancellation comes soon.
-    let lab = Lab::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
+    let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
     let plugins = [fixtures::c("refused", &["START_BLOCKS"]), fixtures::zoo()];
     let node = lab.node(&plugins).set("CANCEL_GRACE", "200ms").set("MAX_CONCURRENCY", "2").leasing().await;
     let stuck = lab.task("/fixtures/refused/v1").submit();

@@ -6,31 +6,31 @@ use std::collections::BTreeSet;
 use runner_host::dev::{Faults, Seen};
 use serde_json::{Value, json};
 
-use crate::harness::{Ended, Lab, fixtures, node::TestNode, rubbish::Rubbish};
+use crate::harness::{Ended, TestServer, fixtures, node::TestNode, rubbish::Rubbish};
 
 const PUTS: &str = "/fixtures/puts/v1";
 
 /// A world with small requests and parts, so that little goes in parts.
-async fn small_parts() -> Lab {
-    Lab::with(|config| {
+async fn small_parts() -> TestServer {
+    TestServer::with(|config| {
         config.request_max_bytes = 100_000;
         config.part_size = 64 * 1024;
     })
     .await
 }
 
-async fn puts(lab: &Lab, node: &TestNode, puts: Value) -> Ended {
+async fn puts(lab: &TestServer, node: &TestNode, puts: Value) -> Ended {
     lab.run(node, PUTS, json!({ "puts": puts })).await
 }
 
 /// What became of each entry, as the runner saw it.
-async fn told(lab: &Lab, ended: &Ended) -> Vec<Value> {
+async fn told(lab: &TestServer, ended: &Ended) -> Vec<Value> {
     serde_json::from_slice(&lab.artifact(ended, "puts.json").await).expect("the runner's own JSON")
 }
 
 #[tokio::test]
-async fn s0_85_s0_86_paths_that_reduce_to_one_name_are_artifacts_of_their_own() {
-    let lab = Lab::start().await;
+async fn paths_that_reduce_to_one_name_are_artifacts_of_their_own() {
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let paths = ["a/b.json", "a_b.json", "a.b.json"];
     let mut list: Vec<Value> = paths.iter().map(|path| json!({ "path": path, "text": path })).collect();
@@ -48,8 +48,8 @@ async fn s0_85_s0_86_paths_that_reduce_to_one_name_are_artifacts_of_their_own() 
 }
 
 #[tokio::test]
-async fn s0_63_a_report_lists_each_artifact_once_in_order_with_four_fields() {
-    let lab = Lab::start().await;
+async fn a_report_lists_each_artifact_once_in_order_with_four_fields() {
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let same = json!({ "path": "z", "text": "1", "name": "n", "data_type": "t" });
     let other = json!({ "path": "m", "text": "2", "name": "n", "data_type": "t" });
@@ -70,7 +70,7 @@ async fn s0_63_a_report_lists_each_artifact_once_in_order_with_four_fields() {
 }
 
 #[tokio::test]
-async fn s0_39b_the_client_id_goes_with_every_call_to_the_domain_server() {
+async fn the_client_id_goes_with_every_call_to_the_domain_server() {
     let lab = small_parts().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::zoo(), fixtures::echo()]).set("CLIENT_ID", "billed-once").leasing().await;
@@ -91,7 +91,7 @@ async fn s0_39b_the_client_id_goes_with_every_call_to_the_domain_server() {
 async fn without_a_client_id_a_node_makes_one_and_keeps_it() {
     let mut ids = BTreeSet::new();
     for _ in 0..2 {
-        let lab = Lab::start().await;
+        let lab = TestServer::start().await;
         let rubbish = Rubbish::before(&lab).await;
         let node = rubbish.node(&[fixtures::echo()]).leasing().await;
         let input = lab.put("in", b"some input").await;
@@ -130,8 +130,8 @@ async fn an_artifact_with_an_id_replaces_what_is_stored_under_it() {
 }
 
 #[tokio::test]
-async fn s0_89_what_is_no_file_to_publish_is_refused_in_one_line() {
-    let lab = Lab::start().await;
+async fn what_is_no_file_to_publish_is_refused_in_one_line() {
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let cases = [
         ("folder", "is a directory, expected a regular file"),
@@ -151,8 +151,8 @@ async fn s0_89_what_is_no_file_to_publish_is_refused_in_one_line() {
 }
 
 #[tokio::test]
-async fn p_43_names_that_would_break_a_header_never_reach_the_wire() {
-    let lab = Lab::start().await;
+async fn names_that_would_break_a_header_never_reach_the_wire() {
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let bad = ["a\r\nX-Other: y", "a\"; id=\"b", "a;b", "a\\"];
     let mut list: Vec<Value> = bad.iter().map(|name| json!({ "path": "x", "text": "x", "name": name })).collect();
@@ -169,8 +169,8 @@ async fn p_43_names_that_would_break_a_header_never_reach_the_wire() {
 }
 
 #[tokio::test]
-async fn p_44_content_that_looks_like_the_end_of_an_upload_comes_back_whole() {
-    let lab = Lab::start().await;
+async fn content_that_looks_like_the_end_of_an_upload_comes_back_whole() {
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
     let texts = ["\r\n--boundary--\r\n", "a\r\n--boundary\r\nContent-Disposition: form-data; id=\"x\"\r\n\r\nb"];
@@ -186,7 +186,7 @@ async fn p_44_content_that_looks_like_the_end_of_an_upload_comes_back_whole() {
 }
 
 #[tokio::test]
-async fn s0_84_s0_87_lost_answers_cost_no_artifact_and_double_none() {
+async fn lost_answers_cost_no_artifact_and_double_none() {
     let faults = |rules: &[(&str, &str)]| {
         let rule =
             |(endpoint, rest): &(&str, &str)| format!("[[fault]]\nendpoint = \"{endpoint}\"\ncount = 1\n{rest}\n");
@@ -220,7 +220,7 @@ async fn s0_84_s0_87_lost_answers_cost_no_artifact_and_double_none() {
 }
 
 #[tokio::test]
-async fn s0_87_an_upload_that_is_under_way_when_its_task_is_cut_short_is_removed_from_the_server() {
+async fn an_upload_that_is_under_way_when_its_task_is_cut_short_is_removed_from_the_server() {
     let lab = small_parts().await;
     let node = lab.node(&[fixtures::zoo()]).set("DRAIN_TIMEOUT", "0").set("CANCEL_GRACE", "100ms").leasing().await;
     // The second part is never answered.
@@ -237,7 +237,7 @@ async fn s0_87_an_upload_that_is_under_way_when_its_task_is_cut_short_is_removed
 
 #[tokio::test]
 async fn limits_that_the_server_states_are_known_before_anything_travels() {
-    let lab = Lab::with(|config| config.domain_data_max_bytes = 100_000).await;
+    let lab = TestServer::with(|config| config.domain_data_max_bytes = 100_000).await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let list = json!([
         { "path": "file", "file": "100001 bytes" },

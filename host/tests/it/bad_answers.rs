@@ -7,7 +7,7 @@ use futures_util::future::join_all;
 use serde_json::json;
 
 use crate::harness::{
-    Lab, fixtures,
+    TestServer, fixtures,
     rubbish::{Bad, Rubbish},
 };
 
@@ -20,7 +20,7 @@ const DATA: &str = "GET /api/v1/domains/*/data";
 
 /// A node that gets `bad` once as the answer to `call` says `message` with `text`, and then works.
 async fn signs_in_after(call: &str, bad: Bad, message: &str, text: &str) {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(call, 1, bad);
     let node = rubbish.node(&[fixtures::hello()]).set("REGISTER_MAX_RETRY", "1").set("REGISTER_INTERVAL_SECS", "1");
@@ -51,7 +51,7 @@ async fn the_sign_in_service_answers_rubbish_to_a_login() {
 
 #[tokio::test]
 async fn a_challenge_that_would_sign_something_else_is_not_signed() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(NONCE, 1, Bad::edit(|challenge| challenge["nonce"] = json!("1\nURI: https://elsewhere.example")));
     let node = rubbish.node(&[fixtures::hello()]).set("REGISTER_MAX_RETRY", "1").set("REGISTER_INTERVAL_SECS", "1");
@@ -65,7 +65,7 @@ async fn a_challenge_that_would_sign_something_else_is_not_signed() {
 // P-17
 #[tokio::test]
 async fn a_challenge_for_another_domain_than_the_one_that_was_set_is_not_signed() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).set("SIGN_IN_DOMAIN", "login.example").start().await;
     let line = node.says("registration failed").await;
@@ -77,7 +77,7 @@ async fn a_challenge_for_another_domain_than_the_one_that_was_set_is_not_signed(
 
 #[tokio::test]
 async fn the_task_service_answers_rubbish_to_a_poll() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).leasing().await;
     for (bad, text) in Bad::answers().into_iter().chain([
@@ -100,7 +100,7 @@ async fn the_task_service_answers_rubbish_to_a_poll() {
 
 #[tokio::test]
 async fn polls_that_fail_are_paced() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).set("POLL_BACKOFF_MS_MIN", "300").set("POLL_BACKOFF_MS_MAX", "300");
     rubbish.answer(LEASE, usize::MAX, Bad::Status(503, "later"));
@@ -114,7 +114,7 @@ async fn polls_that_fail_are_paced() {
 
 #[tokio::test]
 async fn the_task_service_answers_rubbish_to_heartbeats() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).set("RUST_LOG", "info,runner_host::session=debug").leasing().await;
     for (bad, _) in Bad::answers() {
@@ -138,8 +138,8 @@ async fn the_task_service_answers_rubbish_to_heartbeats() {
 }
 
 #[tokio::test]
-async fn s0_65_a_setup_heartbeat_refused_for_good_fails_the_setup() {
-    let lab = Lab::start().await;
+async fn a_setup_heartbeat_refused_for_good_fails_the_setup() {
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).leasing().await;
     rubbish.answer(BEAT, 1, Bad::Status(422, "this lease is not for you"));
@@ -152,8 +152,8 @@ async fn s0_65_a_setup_heartbeat_refused_for_good_fails_the_setup() {
 }
 
 #[tokio::test]
-async fn s0_63_any_2xx_takes_a_report_and_other_answers_are_repeated() {
-    let lab = Lab::start().await;
+async fn any_2xx_takes_a_report_and_other_answers_are_repeated() {
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).leasing().await;
     rubbish.answer(COMPLETE, 1, Bad::Status(500, "out of order"));
@@ -180,7 +180,7 @@ async fn s0_63_any_2xx_takes_a_report_and_other_answers_are_repeated() {
 /// One task whose call to the domain server got a bad answer fails with `storage: <what> …<text>`, and
 /// the next task succeeds.
 async fn storage_fails(call: &str, capability: &str, what: &str) {
-    let lab = Lab::with(|config| {
+    let lab = TestServer::with(|config| {
         config.request_max_bytes = 100_000;
         config.part_size = 64 * 1024;
     })
@@ -238,7 +238,7 @@ async fn the_domain_server_answers_rubbish_to_the_end_of_an_upload_in_parts() {
 
 #[tokio::test]
 async fn a_part_that_fails_once_is_sent_again_and_one_that_keeps_failing_ends_the_upload() {
-    let lab = Lab::with(|config| {
+    let lab = TestServer::with(|config| {
         config.request_max_bytes = 100_000;
         config.part_size = 64 * 1024;
     })
@@ -266,7 +266,7 @@ async fn a_part_that_fails_once_is_sent_again_and_one_that_keeps_failing_ends_th
 #[tokio::test]
 async fn limits_that_cannot_be_read_hold_no_upload_up() {
     for (bad, _) in Bad::answers().into_iter().chain([(Bad::Status(500, "no"), ""), (Bad::Cut, "")]) {
-        let lab = Lab::start().await;
+        let lab = TestServer::start().await;
         let rubbish = Rubbish::before(&lab).await;
         rubbish.answer("GET /api/v1/info", usize::MAX, bad);
         let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
@@ -276,8 +276,8 @@ async fn limits_that_cannot_be_read_hold_no_upload_up() {
 }
 
 #[tokio::test]
-async fn s0_89_refusals_of_the_domain_server_are_told_apart() {
-    let lab = Lab::start().await;
+async fn refusals_of_the_domain_server_are_told_apart() {
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::echo()]).set("TRANSFER_PATIENCE", "0s").leasing().await;
     let input = lab.put("in", b"some input").await;
@@ -301,7 +301,7 @@ async fn s0_89_refusals_of_the_domain_server_are_told_apart() {
 
 #[tokio::test]
 async fn no_redirect_takes_a_token_elsewhere() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let elsewhere = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
     elsewhere.set_nonblocking(true).expect("a listener can do that");

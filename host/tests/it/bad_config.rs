@@ -1,7 +1,7 @@
 //! Mistakes of operators: all of them at once, by name, before anything goes over the network.
 
 use crate::harness::{
-    Lab, fixtures,
+    TestServer, fixtures,
     node::{Cli, Finished, NodeSetup, can_mount},
     rubbish::Rubbish,
 };
@@ -9,12 +9,12 @@ use crate::harness::{
 /// A node of a world it must never speak to.
 struct Silence {
     rubbish: Rubbish,
-    _lab: Lab,
+    _lab: TestServer,
 }
 
 impl Silence {
     async fn new() -> Self {
-        let lab = Lab::start().await;
+        let lab = TestServer::start().await;
         Self { rubbish: Rubbish::before(&lab).await, _lab: lab }
     }
 
@@ -35,7 +35,7 @@ fn errors(ended: &Finished) -> Vec<&str> {
 }
 
 #[tokio::test]
-async fn s0_02_s0_15c_every_missing_variable_is_named_at_once() {
+async fn every_missing_variable_is_named_at_once() {
     let ended = Cli::new(&["run"]).run().await.expect(78);
     let errors = errors(&ended);
     assert_eq!(errors.len(), 4, "{errors:#?}");
@@ -77,7 +77,7 @@ async fn mistakes_in_flags_are_told_with_all_others_and_beside_what_is_shown() {
 }
 
 #[tokio::test]
-async fn s0_26_s0_53_a_key_that_is_no_key_is_refused_and_never_repeated() {
+async fn a_key_that_is_no_key_is_refused_and_never_repeated() {
     let silence = Silence::new().await;
     for (key, wanted) in [
         ("c0ffee", "private key has 6 characters, expected 64 hex digits, with or without 0x in front"),
@@ -95,7 +95,7 @@ async fn s0_26_s0_53_a_key_that_is_no_key_is_refused_and_never_repeated() {
 }
 
 #[tokio::test]
-async fn s0_03_values_that_cannot_be_read_are_told_together() {
+async fn values_that_cannot_be_read_are_told_together() {
     let silence = Silence::new().await;
     let wrong = [
         ("MAX_CONCURRENCY", "65537", "a number from 1 to 65536"),
@@ -132,7 +132,7 @@ async fn plain_http_is_for_loopback_only() {
 }
 
 #[tokio::test]
-async fn s0_24_a_node_url_the_node_cannot_serve_is_refused() {
+async fn a_node_url_the_node_cannot_serve_is_refused() {
     let silence = Silence::new().await;
     for (url, bind, wanted) in [
         ("node.example", "127.0.0.1:8080", "expected an absolute http or https URL, found \"node.example\""),
@@ -198,7 +198,7 @@ async fn plugin_folders_that_do_not_exist_or_hold_nothing_are_told() {
 
 #[tokio::test]
 async fn one_bad_library_does_not_stop_the_others() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let setup = lab.node(&[fixtures::hello()]);
     std::fs::create_dir(setup.plugins().join("x.so")).expect("the folder is writable");
     std::fs::write(setup.plugins().join("y.so"), "no library").expect("the folder is writable");

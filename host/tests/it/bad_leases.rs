@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Lab, fixtures,
+    TestServer, fixtures,
     rubbish::{Bad, Rubbish},
 };
 
@@ -21,7 +21,7 @@ fn lease(change: impl Fn(&mut Value) + Send + Sync + 'static) -> Bad {
 
 /// What hello's set-up fails with when its coordinates are changed like this.
 async fn setup_failure(change: impl Fn(&mut Value) + Clone + Send + Sync + 'static) -> Value {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).leasing().await;
     rubbish.answer(LEASE, usize::MAX, lease(change.clone()));
@@ -36,7 +36,7 @@ async fn setup_failure(change: impl Fn(&mut Value) + Clone + Send + Sync + 'stat
 }
 
 #[tokio::test]
-async fn s0_65_a_lease_without_a_domain_fails_its_setup() {
+async fn a_lease_without_a_domain_fails_its_setup() {
     let failure = setup_failure(|answer| answer["domain_id"] = Value::Null).await;
     assert_eq!(failure, json!(["build_ports", "lease missing domain_id"]));
     let failure = setup_failure(|answer| answer["domain_server_url"] = Value::Null).await;
@@ -52,7 +52,7 @@ async fn a_lease_with_a_relative_server_url_fails_its_setup() {
 /// A lease changed like this is passed over with `message`: neither run, kept nor reported, and the next
 /// poll waits as after any empty one.
 async fn passed_over(change: impl Fn(&mut Value) + Send + Sync + 'static, message: &str) {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(LEASE, usize::MAX, lease(change));
     let job = lab.task("/examples/hello/v1").submit();
@@ -74,13 +74,13 @@ async fn passed_over(change: impl Fn(&mut Value) + Send + Sync + 'static, messag
 }
 
 #[tokio::test]
-async fn s0_67_a_lease_that_comes_cancelled_is_passed_over() {
+async fn a_lease_that_comes_cancelled_is_passed_over() {
     passed_over(|lease| lease["cancel"] = json!(true), "lease skipped, it came already cancelled").await;
 }
 
 #[tokio::test]
 async fn an_input_that_does_not_exist_is_named() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::echo()]).await;
     let nobody = uuid::Uuid::new_v4();
     for capability in ["/examples/echo-bytes/v1", "/examples/echo-file/v1", "/examples/echo-stream/v1"] {
@@ -91,8 +91,8 @@ async fn an_input_that_does_not_exist_is_named() {
 }
 
 #[tokio::test]
-async fn s0_89_inputs_of_0_bytes_are_inputs_and_only_an_empty_file_is_no_artifact() {
-    let lab = Lab::start().await;
+async fn inputs_of_0_bytes_are_inputs_and_only_an_empty_file_is_no_artifact() {
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::echo(), fixtures::zoo()]).await;
     let input = lab.put("nothing", b"").await;
     let ended = lab.ended(&node, lab.task("/fixtures/inputs/v1").inputs(&[input]).submit()).await;
@@ -116,8 +116,8 @@ async fn s0_89_inputs_of_0_bytes_are_inputs_and_only_an_empty_file_is_no_artifac
 }
 
 #[tokio::test]
-async fn s0_85_artifact_paths_are_named_as_the_wire_has_it() {
-    let lab = Lab::start().await;
+async fn artifact_paths_are_named_as_the_wire_has_it() {
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     for (prefix, path, logical, name, data_type) in [
         (Some("/a/b/"), "/x/y.PLY", "a/b/x/y.PLY", "a_b_x_y_PLY_TASK", "ply"),
@@ -140,7 +140,7 @@ async fn s0_85_artifact_paths_are_named_as_the_wire_has_it() {
 
 #[tokio::test]
 async fn impossible_artifact_paths_are_refused_by_what_is_wrong_with_them() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let long = "x".repeat(1025);
     for (path, wanted) in [

@@ -826,7 +826,7 @@ async fn dev_removes_what_a_killed_one_left_and_only_that() {
 }
 
 #[tokio::test]
-async fn s0_38_logs_are_text_where_asked_for() {
+async fn logs_are_text_where_asked_for() {
     let dir = workplace(&[fixtures::hello()]);
     let node = Cli::new(&["run"])
         .dir(dir.path())

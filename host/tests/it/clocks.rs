@@ -6,7 +6,7 @@ use jiff::SignedDuration;
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Lab, fixtures,
+    TestServer, fixtures,
     rubbish::{Bad, Rubbish},
 };
 
@@ -15,7 +15,7 @@ const BEAT: &str = "POST /v1/tasks/*/heartbeat";
 
 /// A node whose services are `ahead` keeps a task longer than its lease, at a usual rate of requests.
 async fn kept_by_a_clock(ahead: SignedDuration) {
-    let lab = Lab::with(|config| config.lease_ttl = LEASE).await;
+    let lab = TestServer::with(|config| config.lease_ttl = LEASE).await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.set_clock(ahead);
     let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
@@ -46,7 +46,7 @@ async fn services_20_minutes_ahead_or_behind_lose_no_lease_and_get_no_storm() {
 
 /// Leases and heartbeats changed like this lose no lease and make no flood.
 async fn kept_whatever_is_said(change: impl Fn(&mut Value) + Clone + Send + Sync + 'static) {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer("GET /v1/tasks", usize::MAX, {
         let change = change.clone();
@@ -81,7 +81,7 @@ async fn answers_that_say_the_lease_ended_long_ago_lose_nothing() {
 
 #[tokio::test]
 async fn newer_planes_may_say_the_end_of_the_lease_inside_its_task() {
-    let lab = Lab::with(|config| config.lease_ttl = LEASE).await;
+    let lab = TestServer::with(|config| config.lease_ttl = LEASE).await;
     let rubbish = Rubbish::before(&lab).await;
     let inside = |answer: &mut Value| {
         let end = answer.as_object_mut().expect("an object").remove("lease_expires_at");

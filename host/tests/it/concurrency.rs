@@ -7,7 +7,7 @@ use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::harness::{
-    Lab, fixtures,
+    TestServer, fixtures,
     node::{NodeSetup, TestNode},
     rubbish::{Bad, Rubbish},
     within,
@@ -20,7 +20,7 @@ struct Held {
 }
 
 impl Held {
-    fn submit(lab: &Lab, tasks: usize) -> Self {
+    fn submit(lab: &TestServer, tasks: usize) -> Self {
         let files = tempfile::tempdir().expect("a folder");
         let task = |n: usize| {
             json!({ "label": n.to_string(), "stage": "s", "capability": "/fixtures/wait-file/v1", "max_attempts": 1,
@@ -37,7 +37,7 @@ impl Held {
     }
 
     /// Waits for `started` tasks whose runners have begun and `ended` that are over.
-    async fn until(&self, lab: &Lab, node: &TestNode, started: usize, ended: usize) -> Value {
+    async fn until(&self, lab: &TestServer, node: &TestNode, started: usize, ended: usize) -> Value {
         let reached = lab.world.job_until(self.job, |job| {
             (running(job), job["tasks_summary"]["completed"].as_u64()) == (started, u64::try_from(ended).ok())
         });
@@ -67,8 +67,8 @@ fn leased(job: &Value) -> usize {
 }
 
 #[tokio::test]
-async fn s0_37_as_many_tasks_run_at_once_as_there_are_slots_and_never_one_more() {
-    let lab = Lab::start().await;
+async fn as_many_tasks_run_at_once_as_there_are_slots_and_never_one_more() {
+    let lab = TestServer::start().await;
     let held = Held::submit(&lab, 7);
     let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "3").leasing().await;
     let mut at_once = [0; 7];
@@ -97,7 +97,7 @@ async fn s0_37_as_many_tasks_run_at_once_as_there_are_slots_and_never_one_more()
 
 #[tokio::test]
 async fn a_lease_for_a_full_plugin_is_kept_alive_and_shown_as_waiting() {
-    let lab = Lab::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
+    let lab = TestServer::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
     let held = Held::submit(&lab, 2);
     let zoo = "[[plugin]]\nfile = \"zoo\"\nmax_concurrency = 1\n";
     let node = lab.node(&[fixtures::zoo(), fixtures::hello()]).set("MAX_CONCURRENCY", "3").plugins_file(zoo);
@@ -121,7 +121,7 @@ async fn a_lease_for_a_full_plugin_is_kept_alive_and_shown_as_waiting() {
 
 #[tokio::test]
 async fn a_busy_answer_stops_polling_until_a_lease_ends() {
-    let lab = Lab::with(|config| config.leases_per_node = Some(1)).await;
+    let lab = TestServer::with(|config| config.leases_per_node = Some(1)).await;
     let held = Held::submit(&lab, 3);
     let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "3").leasing().await;
     let refused = |seen: &[runner_host::dev::Seen]| {
@@ -140,7 +140,7 @@ async fn a_busy_answer_stops_polling_until_a_lease_ends() {
 #[cfg(target_os = "linux")]
 #[tokio::test]
 async fn threads_of_plugins_are_batch_work_and_the_hosts_own_are_not() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
     let threads = std::fs::read_dir(format!("/proc/{}/task", node.pid())).expect("a process").flatten();
@@ -173,7 +173,7 @@ fn open_files(node: &TestNode) -> (u64, u64) {
 #[tokio::test]
 async fn a_node_of_many_slots_asks_for_as_many_open_files_and_says_so_where_it_cannot_have_them() {
     const SAID: &str = "fewer files may be open than so many slots may need";
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     // One of few slots leaves the limit as it is.
     for (slots, limits, expected) in
         [("100", (300, 2048), (1056, 2048)), ("4", (300, 2048), (300, 2048)), ("100", (300, 500), (500, 500))]
@@ -194,7 +194,7 @@ async fn a_node_of_many_slots_asks_for_as_many_open_files_and_says_so_where_it_c
 /// All of so many tasks end at once, and no report is answered for a while: there are at most `calls` connections,
 /// and the node goes on to answer on its pages.
 async fn hang(setup: impl FnOnce(NodeSetup) -> NodeSetup, slots: usize, calls: usize) {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", slots.to_string());
     let node = setup(node).leasing().await;

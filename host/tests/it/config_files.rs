@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::harness::{
-    Lab, fixtures,
+    TestServer, fixtures,
     node::{Cli, Finished},
     rubbish::Rubbish,
     within,
@@ -91,7 +91,7 @@ const JSON: &str = r#"{
 }"#;
 
 #[tokio::test]
-async fn s0_02_toml_and_json_say_the_same_and_each_value_shows_its_origin() {
+async fn toml_and_json_say_the_same_and_each_value_shows_its_origin() {
     let files = Files::new();
     files.write("key.hex", format!("0x{KEY}\n"));
     // By extension, and where that says nothing by content.
@@ -211,11 +211,11 @@ async fn a_file_that_cannot_be_used_is_one_line() {
 }
 
 #[tokio::test]
-async fn s0_25_s0_26_secrets_come_from_files_and_never_from_two_places() {
+async fn secrets_come_from_files_and_never_from_two_places() {
     let files = Files::new();
     let secret = files.write("secret", "  a-secret-with-an-end\r\n");
     let key = files.write("key", format!("{KEY}\n"));
-    let lab = Lab::with(|config| config.reg_secret = Some("a-secret-with-an-end".to_owned())).await;
+    let lab = TestServer::with(|config| config.reg_secret = Some("a-secret-with-an-end".to_owned())).await;
     let node = lab.node(&[fixtures::hello()]);
     let blank = node.set("REG_SECRET", " ").set("SECP256K1_PRIVHEX", "");
     let node =
@@ -331,7 +331,7 @@ const VARIABLES: &[Variable] = &[
 ];
 
 #[tokio::test]
-async fn s0_02_s0_03_every_variable_takes_what_it_should_and_refuses_the_rest() {
+async fn every_variable_takes_what_it_should_and_refuses_the_rest() {
     for Variable { name, good, warned, bad } in VARIABLES {
         let wanted = NEEDED.iter().any(|(needed, _)| needed == name);
         for (value, code, lines) in (good.iter().map(|value| (*value, 0, 0)))
@@ -429,8 +429,8 @@ async fn check_tells_folders_hosts_and_plugins_that_cannot_be_used_at_once() {
 }
 
 #[tokio::test]
-async fn s0_15c_nothing_is_asked_of_anybody_before_the_file_is_whole() {
-    let lab = Lab::start().await;
+async fn nothing_is_asked_of_anybody_before_the_file_is_whole() {
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let files = Files::new();
     let file = files.write("node.toml", "[engine]\nmax_concurrency = true\n");
@@ -442,7 +442,7 @@ async fn s0_15c_nothing_is_asked_of_anybody_before_the_file_is_whole() {
 
 #[tokio::test]
 async fn a_node_lives_by_its_file_alone() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let files = Files::new();
     files.write("key.hex", KEY);
     files.write("secret", "any");

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::harness::{
-    Lab, PATIENCE, fixtures,
+    PATIENCE, TestServer, fixtures,
     node::{NodeSetup, TestNode},
     rubbish::{Bad, Rubbish},
 };
@@ -26,7 +26,7 @@ const BRIEF: Duration = Duration::from_secs(2);
 const LONG: Duration = Duration::from_secs(600);
 
 struct Scene {
-    lab: Lab,
+    lab: TestServer,
     rubbish: Rubbish,
     job: Uuid,
     bytes: Vec<u8>,
@@ -34,7 +34,7 @@ struct Scene {
 
 impl Scene {
     async fn new(lease: Duration) -> Self {
-        let lab = Lab::with(|config| {
+        let lab = TestServer::with(|config| {
             config.lease_ttl = lease;
             config.request_max_bytes = MIB as i64;
             config.part_size = MIB as u64;

@@ -4,11 +4,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::harness::{Lab, fixtures, within};
+use crate::harness::{TestServer, fixtures, within};
 
 #[tokio::test]
-async fn s0_82_two_hundred_tasks_leave_nothing_behind() {
-    let lab = Lab::start().await;
+async fn two_hundred_tasks_leave_nothing_behind() {
+    let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo(), fixtures::echo()]).set("MAX_CONCURRENCY", "8").leasing().await;
     let input = lab.put("in", b"some input").await;
     let jobs: Vec<_> = (0..200)
@@ -32,8 +32,8 @@ async fn s0_82_two_hundred_tasks_leave_nothing_behind() {
 }
 
 #[tokio::test]
-async fn s0_82_a_slot_is_free_when_the_folder_of_its_task_is_gone() {
-    let lab = Lab::start().await;
+async fn a_slot_is_free_when_the_folder_of_its_task_is_gone() {
+    let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
     let task = || lab.task("/fixtures/scratch/v1").meta(json!({ "files": 5000 })).submit();
     for job in [task(), task()] {
@@ -47,7 +47,7 @@ async fn s0_82_a_slot_is_free_when_the_folder_of_its_task_is_gone() {
 
 #[tokio::test]
 async fn a_scratch_folder_that_somebody_removed_is_made_again() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let base = tempfile::tempdir().expect("a folder");
     let scratch = base.path().join("scratch");
     let node = || lab.node(&[fixtures::echo()]).set("SCRATCH_DIR", scratch.to_string_lossy());
@@ -77,7 +77,7 @@ async fn a_scratch_folder_that_somebody_removed_is_made_again() {
 
 #[tokio::test]
 async fn a_runner_gets_its_directory_also_when_the_nodes_folder_is_gone() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let base = tempfile::tempdir().expect("a folder");
     let scratch = base.path().join("scratch");
     let plugins = [fixtures::zoo(), fixtures::c("hello", &[])];
@@ -139,7 +139,7 @@ fn entries(dir: &Path) -> Vec<String> {
 
 #[tokio::test]
 async fn a_start_sweeps_what_dead_owners_left_and_only_that() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let base = tempfile::tempdir().expect("a folder");
     let elsewhere = tempfile::tempdir().expect("a folder");
     std::fs::write(elsewhere.path().join("kept"), b"x").expect("written");
@@ -186,7 +186,7 @@ async fn below_the_floor_nothing_is_leased_and_above_it_leasing_goes_on() {
     let floor = about.f_bavail * about.f_frsize - 8 * MIB;
     let filler = base.path().join("filler");
     std::fs::write(&filler, vec![1; 16 * MIB as usize]).expect("written");
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::hello()]).set("SCRATCH_DIR", base.path().join("scratch").to_string_lossy());
     let node = node.set("DISK_FREE_MIN", floor.to_string()).leasing().await;
     let job = lab.task("/examples/hello/v1").submit();
@@ -202,7 +202,7 @@ async fn below_the_floor_nothing_is_leased_and_above_it_leasing_goes_on() {
     let disk = node.status().await["disk"].clone();
     assert_eq!((&disk["full"], &disk["floor_bytes"]), (&json!(true), &json!(floor)));
     assert!(disk["free_bytes"].as_u64().is_some_and(|free| free < floor), "{disk}");
-    let leased = |lab: &Lab| lab.world.journal().iter().any(|seen| seen.path.ends_with("/tasks"));
+    let leased = |lab: &TestServer| lab.world.journal().iter().any(|seen| seen.path.ends_with("/tasks"));
     assert!(!leased(&lab), "not one poll");
     std::fs::remove_file(&filler).expect("ours");
     lab.ended(&node, job).await.completed();
@@ -218,7 +218,7 @@ async fn below_the_floor_nothing_is_leased_and_above_it_leasing_goes_on() {
 #[tokio::test]
 async fn a_disk_that_fills_up_under_a_transfer_is_a_storage_failure_and_leaves_nothing() {
     const LIMIT: u64 = 24 << 20;
-    let lab = Lab::with(|config| config.part_size = 32 << 20).await;
+    let lab = TestServer::with(|config| config.part_size = 32 << 20).await;
     let node = lab.node(&[fixtures::zoo(), fixtures::echo()]).file_bytes_max(LIMIT).leasing().await;
     let input = lab.put("in", &vec![7; LIMIT as usize + 1]).await;
     let download = lab.task("/examples/echo-file/v1").inputs(&[input]);

@@ -3,13 +3,13 @@
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Lab, fixtures,
+    TestServer, fixtures,
     rubbish::{Bad, Rubbish},
 };
 
 #[tokio::test]
-async fn s0_64_a_failure_carries_the_whole_chain_and_what_a_repeat_is_good_for() {
-    let lab = Lab::start().await;
+async fn a_failure_carries_the_whole_chain_and_what_a_repeat_is_good_for() {
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let ended = lab.run(&node, "/fixtures/fail/v1", json!({})).await;
     let (reason, details) = ended.failed();
@@ -34,8 +34,8 @@ async fn s0_64_a_failure_carries_the_whole_chain_and_what_a_repeat_is_good_for()
 }
 
 #[tokio::test]
-async fn s0_19a_a_failure_lists_what_was_published_before_it() {
-    let lab = Lab::start().await;
+async fn a_failure_lists_what_was_published_before_it() {
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::echo()]).await;
     let inputs = [lab.put("there", b"some bytes").await, uuid::Uuid::new_v4()];
     let ended = lab.ended(&node, lab.task("/examples/echo-bytes/v1").inputs(&inputs).submit()).await;
@@ -49,7 +49,7 @@ async fn s0_19a_a_failure_lists_what_was_published_before_it() {
 
 #[tokio::test]
 async fn a_failed_task_is_repeated_by_the_plane_up_to_its_attempts() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let job = lab.task("/fixtures/retryable/v1").set("max_attempts", json!(3)).submit();
     let ended = lab.ended(&node, job).await;
@@ -59,8 +59,8 @@ async fn a_failed_task_is_repeated_by_the_plane_up_to_its_attempts() {
 }
 
 #[tokio::test]
-async fn s1_06_a_panic_fails_its_task_with_text_and_place_and_nothing_else() {
-    let lab = Lab::start().await;
+async fn a_panic_fails_its_task_with_text_and_place_and_nothing_else() {
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     for (name, text) in
         [("panic", "boom 42"), ("panic-in-drop", "boom in drop"), ("panic-blocking", "boom on a blocking thread")]
@@ -79,7 +79,7 @@ async fn s1_06_a_panic_fails_its_task_with_text_and_place_and_nothing_else() {
 
 #[tokio::test]
 async fn a_panic_where_nobody_looks_for_one_ends_its_task_with_its_own_text() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     for (name, text) in [("panic-in-error", "boom in an error's text"), ("panic-passed-on", "boom in a spawned task")] {
         let ended = lab.run(&node, &format!("/fixtures/{name}/v1"), json!({})).await;
@@ -92,8 +92,8 @@ async fn a_panic_where_nobody_looks_for_one_ends_its_task_with_its_own_text() {
 }
 
 #[tokio::test]
-async fn s0_17d_a_lease_for_a_capability_nobody_serves_is_refused_by_name() {
-    let lab = Lab::start().await;
+async fn a_lease_for_a_capability_nobody_serves_is_refused_by_name() {
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(
         "GET /v1/tasks",
@@ -115,7 +115,7 @@ async fn s0_17d_a_lease_for_a_capability_nobody_serves_is_refused_by_name() {
 }
 
 /// Nothing was said of the end of any task.
-fn assert_silence(lab: &Lab) {
+fn assert_silence(lab: &TestServer) {
     let told: Vec<_> = lab
         .world
         .journal()
@@ -126,8 +126,8 @@ fn assert_silence(lab: &Lab) {
 }
 
 #[tokio::test]
-async fn s0_71_a_cancelled_job_stops_its_runner_and_nothing_is_reported() {
-    let lab = Lab::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
+async fn a_cancelled_job_stops_its_runner_and_nothing_is_reported() {
+    let lab = TestServer::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let job = lab.task("/fixtures/slow/v1").submit();
     lab.started(&node, job).await;
@@ -142,8 +142,8 @@ async fn s0_71_a_cancelled_job_stops_its_runner_and_nothing_is_reported() {
 }
 
 #[tokio::test]
-async fn s1_16_a_cancel_shows_in_the_flag_that_a_runner_asks_without_waiting() {
-    let lab = Lab::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
+async fn a_cancel_shows_in_the_flag_that_a_runner_asks_without_waiting() {
+    let lab = TestServer::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let job = lab.task("/fixtures/polls-cancel/v1").submit();
     lab.started(&node, job).await;
@@ -156,8 +156,8 @@ async fn s1_16_a_cancel_shows_in_the_flag_that_a_runner_asks_without_waiting() {
 }
 
 #[tokio::test]
-async fn s1_16_a_runner_hears_why_it_shall_end() {
-    let lab = Lab::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
+async fn a_runner_hears_why_it_shall_end() {
+    let lab = TestServer::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::zoo()]).set("DRAIN_TIMEOUT", "0").leasing().await;
     let task = || lab.task("/fixtures/polls-cancel/v1").submit();

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::harness::{
-    Lab, PATIENCE, fixtures,
+    PATIENCE, TestServer, fixtures,
     node::{Cli, Process},
 };
 
@@ -112,7 +112,7 @@ async fn a_node_does_its_work_under_every_example() {
     let examples = std::fs::read_dir(docs().join("faults")).expect("the examples");
     let run = examples.map(|entry| async {
         let file = entry.expect("an entry").path();
-        let lab = Lab::with(|config| {
+        let lab = TestServer::with(|config| {
             config.lease_ttl = Duration::from_secs(2);
             config.part_size = 64 * 1024;
             config.faults = Faults::read(&file).expect("a sound file");

@@ -4,14 +4,14 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::harness::{Lab, fixtures};
+use crate::harness::{TestServer, fixtures};
 
 const LEASE: Duration = Duration::from_secs(2);
 
 /// The one test that takes its time: ten periods of a lease of two seconds are twenty.
 #[tokio::test]
 async fn burnt_cores_and_a_process_that_runs_a_tenth_of_the_time_lose_no_lease() {
-    let lab = Lab::with(|config| config.lease_ttl = LEASE).await;
+    let lab = TestServer::with(|config| config.lease_ttl = LEASE).await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let files = tempfile::tempdir().expect("a folder");
     let file = files.path().join("go");
@@ -34,7 +34,7 @@ async fn burnt_cores_and_a_process_that_runs_a_tenth_of_the_time_lose_no_lease()
 
 /// Stopped for two lengths of its lease in the middle of `capability`, the node sends nothing more for it.
 async fn silent_after_a_stop(capability: &str) {
-    let lab = Lab::with(|config| config.lease_ttl = LEASE).await;
+    let lab = TestServer::with(|config| config.lease_ttl = LEASE).await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let job = lab.task(capability).submit();
     let task = lab.started(&node, job).await;

@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Ended, Lab, fixtures,
+    Ended, TestServer, fixtures,
     node::TestNode,
     rubbish::{Bad, Rubbish},
 };
@@ -17,7 +17,7 @@ fn pattern(length: usize) -> Vec<u8> {
 }
 
 /// What `/fixtures/inputs/v1` saw.
-async fn seen(lab: &Lab, ended: &Ended) -> Vec<Value> {
+async fn seen(lab: &TestServer, ended: &Ended) -> Vec<Value> {
     serde_json::from_slice(&lab.artifact(ended.completed(), "inputs.json").await).expect("JSON")
 }
 
@@ -32,8 +32,8 @@ async fn nothing_in_flight(node: &TestNode) {
 }
 
 #[tokio::test]
-async fn s0_81_every_form_of_an_input_brings_the_same_file() {
-    let lab = Lab::start().await;
+async fn every_form_of_an_input_brings_the_same_file() {
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let name = "dmt_2025-06-01_08-30-00";
     let one = lab.world.put_data(name, "dmt_frames_csv", b"frames").await.expect("stored");
@@ -67,8 +67,8 @@ async fn s0_81_every_form_of_an_input_brings_the_same_file() {
 }
 
 #[tokio::test]
-async fn s0_10_tasks_at_once_see_their_own_inputs_and_outputs_only() {
-    let lab = Lab::start().await;
+async fn tasks_at_once_see_their_own_inputs_and_outputs_only() {
+    let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::echo()]).set("MAX_CONCURRENCY", "6").leasing().await;
     let mut jobs = Vec::new();
     for n in 0..6_u8 {
@@ -85,8 +85,8 @@ async fn s0_10_tasks_at_once_see_their_own_inputs_and_outputs_only() {
 }
 
 #[tokio::test]
-async fn p_47_inputs_of_other_servers_and_whole_domains_are_refused() {
-    let lab = Lab::start().await;
+async fn inputs_of_other_servers_and_whole_domains_are_refused() {
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let own = lab.world.dds_url().to_string();
     for (cid, text) in [
@@ -102,7 +102,7 @@ async fn p_47_inputs_of_other_servers_and_whole_domains_are_refused() {
 /// Contract 11.3: the names and types some runners put there are their own business.
 #[tokio::test]
 async fn names_as_inputs_are_not_looked_at_by_the_host() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let names = json!(["refined_scan_2025-06-01_08-30-00", "", "://", 7.to_string()]);
     let ended = lab.ended(&node, lab.task("/fixtures/echo-meta/v1").set("inputs_cids", names.clone()).submit()).await;
@@ -112,7 +112,7 @@ async fn names_as_inputs_are_not_looked_at_by_the_host() {
 
 #[tokio::test]
 async fn a_download_that_breaks_goes_on_where_it_stopped() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::echo()]).leasing().await;
     let bytes = pattern(1_000_000);
@@ -133,7 +133,7 @@ async fn a_download_that_breaks_goes_on_where_it_stopped() {
 
 #[tokio::test]
 async fn patience_with_a_server_that_stays_away_ends() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::echo()]).set("TRANSFER_PATIENCE", "900ms").leasing().await;
     let input = lab.put("in", &pattern(100_000)).await;
@@ -149,7 +149,7 @@ async fn patience_with_a_server_that_stays_away_ends() {
 
 #[tokio::test]
 async fn silence_is_given_up_and_asked_again() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::echo()]).set("TRANSFER_STALL_TIMEOUT", "300ms").leasing().await;
     let bytes = pattern(300_000);
@@ -162,7 +162,7 @@ async fn silence_is_given_up_and_asked_again() {
 
 #[tokio::test]
 async fn bytes_that_can_never_fit_are_refused_and_others_wait_for_room() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::echo(), fixtures::zoo()]);
     let node = node.set("MEMORY_BUDGET", "3MiB").set("MAX_CONCURRENCY", "4").leasing().await;
     let large = lab.put("large", &pattern(4 << 20)).await;
@@ -202,9 +202,9 @@ fn peak(pid: u32) -> u64 {
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn p_39_the_byte_form_holds_one_copy_of_an_object() {
+async fn the_byte_form_holds_one_copy_of_an_object() {
     const OBJECT: usize = 256 << 20;
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::echo()]).await;
     let small = lab.put("small", &pattern(1000)).await;
     lab.ended(&node, lab.task("/examples/echo-bytes/v1").inputs(&[small]).submit()).await.completed();
@@ -223,7 +223,7 @@ async fn p_39_the_byte_form_holds_one_copy_of_an_object() {
 /// Contract 11.3: real runners remove what they were given, and read by id themselves.
 #[tokio::test]
 async fn the_folder_of_an_input_may_be_removed_by_its_runner() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo()]).plugins_file("[defaults]\ngrant = [\"token\"]\n").leasing().await;
     let input = lab.put("in", b"some input").await;
     let ended = lab.ended(&node, lab.task("/fixtures/own-reads/v1").inputs(&[input]).submit()).await;

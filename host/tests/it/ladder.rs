@@ -6,17 +6,17 @@ use futures_util::FutureExt as _;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::harness::{Lab, fixtures, node::TestNode};
+use crate::harness::{TestServer, fixtures, node::TestNode};
 
 const GIVEN_UP: &str = "runner ignored its cancellation, slot given back";
 const LEASE: Duration = Duration::from_secs(2);
 
-async fn lab() -> Lab {
-    Lab::with(|config| config.lease_ttl = LEASE).await
+async fn lab() -> TestServer {
+    TestServer::with(|config| config.lease_ttl = LEASE).await
 }
 
 /// Submits a task whose runner goes on for `sleep_ms` whatever it is told, and cancels it once it runs.
-async fn ignored(lab: &Lab, node: &TestNode, sleep_ms: u64) -> Uuid {
+async fn ignored(lab: &TestServer, node: &TestNode, sleep_ms: u64) -> Uuid {
     let job = lab.task("/fixtures/ignores-cancel/v1").meta(json!({ "sleep_ms": sleep_ms })).submit();
     lab.started(node, job).await;
     assert!(lab.world.cancel_job(job));
@@ -29,7 +29,7 @@ fn zoo(listing: &Value) -> &Value {
 }
 
 #[tokio::test]
-async fn s1_16_a_runner_that_ignores_its_cancel_costs_a_slot_for_the_grace_only() {
+async fn a_runner_that_ignores_its_cancel_costs_a_slot_for_the_grace_only() {
     let lab = lab().await;
     let node = lab.node(&[fixtures::zoo()]).set("CANCEL_GRACE", "200ms").leasing().await;
     ignored(&lab, &node, 3_600_000).await;

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::harness::{
-    Ended, Lab, fixtures,
+    Ended, TestServer, fixtures,
     rubbish::{Bad, Rubbish},
 };
 
@@ -25,8 +25,8 @@ fn release(files: &TempDir) {
 }
 
 #[tokio::test]
-async fn s0_18b_s0_75_heartbeats_keep_a_task_for_several_lengths_of_its_lease() {
-    let lab = Lab::with(|config| config.lease_ttl = LEASE).await;
+async fn heartbeats_keep_a_task_for_several_lengths_of_its_lease() {
+    let lab = TestServer::with(|config| config.lease_ttl = LEASE).await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let (files, meta) = go();
     let job = lab.task("/fixtures/wait-file/v1").meta(meta).submit();
@@ -42,8 +42,8 @@ async fn s0_18b_s0_75_heartbeats_keep_a_task_for_several_lengths_of_its_lease() 
 }
 
 #[tokio::test]
-async fn s0_18c_s0_88_a_token_turned_during_a_task_serves_its_later_upload() {
-    let lab = Lab::with(|config| {
+async fn a_token_turned_during_a_task_serves_its_later_upload() {
+    let lab = TestServer::with(|config| {
         config.lease_ttl = LEASE;
         config.domain_token_ttl = Duration::from_secs(2);
         config.domain_token_renew_after = Duration::from_millis(500);
@@ -78,7 +78,7 @@ async fn s0_18c_s0_88_a_token_turned_during_a_task_serves_its_later_upload() {
 /// Lets a runner say all it can while no heartbeat is answered, so that nothing leaves its queue; how its task ended, and
 /// what it was told.
 async fn says_too_much(meta: Value) -> (Ended, Value) {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let (gate, held) = Bad::gate();
     rubbish.answer("POST /v1/tasks/*/heartbeat", 1, held);
@@ -125,7 +125,7 @@ async fn large_events_are_bounded_by_their_bytes() {
 #[tokio::test]
 async fn events_whose_heartbeat_failed_come_again_in_their_order_and_none_is_lost() {
     const BEAT: &str = "POST /v1/tasks/*/heartbeat";
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
     // Heard and not answered, so the plane has them twice; then not heard.
@@ -148,7 +148,7 @@ async fn events_whose_heartbeat_failed_come_again_in_their_order_and_none_is_los
 // Contract 10.3: the earlier of the two ends decides when the next heartbeat is due.
 #[tokio::test]
 async fn a_domain_token_that_ends_long_before_its_lease_is_turned_in_time() {
-    let lab = Lab::with(|config| {
+    let lab = TestServer::with(|config| {
         config.domain_token_ttl = Duration::from_secs(3);
         config.domain_token_renew_after = Duration::from_millis(500);
         config.domain_token_grace = Duration::ZERO;
@@ -169,7 +169,7 @@ async fn a_domain_token_that_ends_long_before_its_lease_is_turned_in_time() {
 // Contract 10.3: a 401 of the domain server asks for a heartbeat, which brings a newer token.
 #[tokio::test]
 async fn a_refused_domain_token_is_replaced_by_a_heartbeat_asked_for_at_once() {
-    let lab = Lab::with(|config| config.domain_token_ttl = Duration::from_millis(300)).await;
+    let lab = TestServer::with(|config| config.domain_token_ttl = Duration::from_millis(300)).await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(
         "GET /v1/tasks",
@@ -200,7 +200,7 @@ async fn a_refused_domain_token_is_replaced_by_a_heartbeat_asked_for_at_once() {
 #[tokio::test]
 async fn a_cancel_in_the_set_up_heartbeat_is_heeded_before_anything_is_fetched() {
     for cancel in [json!({ "cancel": true }), json!({ "status": "cancelled" })] {
-        let lab = Lab::start().await;
+        let lab = TestServer::start().await;
         let rubbish = Rubbish::before(&lab).await;
         let node = rubbish.node(&[fixtures::hello()]).leasing().await;
         rubbish.answer("POST /v1/tasks/*/heartbeat", 1, Bad::Json(cancel));
@@ -216,7 +216,7 @@ async fn a_cancel_in_the_set_up_heartbeat_is_heeded_before_anything_is_fetched()
 // P-32
 #[tokio::test]
 async fn the_report_follows_a_task_renamed_by_any_heartbeat() {
-    let lab = Lab::with(|config| config.lease_ttl = LEASE).await;
+    let lab = TestServer::with(|config| config.lease_ttl = LEASE).await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
     let (files, meta) = go();
@@ -240,7 +240,7 @@ async fn the_report_follows_a_task_renamed_by_any_heartbeat() {
 #[tokio::test]
 async fn a_capability_that_changes_under_a_running_task_is_told_and_its_runner_goes_on() {
     const BEAT: &str = "POST /v1/tasks/*/heartbeat";
-    let lab = Lab::with(|config| config.lease_ttl = LEASE).await;
+    let lab = TestServer::with(|config| config.lease_ttl = LEASE).await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
     let (files, meta) = go();
@@ -259,7 +259,7 @@ async fn a_capability_that_changes_under_a_running_task_is_told_and_its_runner_g
 #[tokio::test]
 async fn the_domain_server_may_stand_in_the_tasks_metadata() {
     for pointer in ["/domain_server_url", "/legacy/domain_server_url"] {
-        let lab = Lab::start().await;
+        let lab = TestServer::start().await;
         let rubbish = Rubbish::before(&lab).await;
         let node = rubbish.node(&[fixtures::hello()]).leasing().await;
         rubbish.answer(
@@ -285,8 +285,8 @@ async fn the_domain_server_may_stand_in_the_tasks_metadata() {
 }
 
 #[tokio::test]
-async fn s0_72_a_lease_the_plane_forgot_is_dropped_without_a_report() {
-    let lab = Lab::with(|config| config.lease_ttl = LEASE).await;
+async fn a_lease_the_plane_forgot_is_dropped_without_a_report() {
+    let lab = TestServer::with(|config| config.lease_ttl = LEASE).await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
     let job = lab.task("/fixtures/slow/v1").submit();
@@ -301,14 +301,14 @@ async fn s0_72_a_lease_the_plane_forgot_is_dropped_without_a_report() {
 
 #[tokio::test]
 async fn a_restarted_world_gets_its_node_back_by_itself() {
-    let lab = Lab::with(|config| config.lease_ttl = LEASE).await;
+    let lab = TestServer::with(|config| config.lease_ttl = LEASE).await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let job = lab.task("/fixtures/slow/v1").submit();
     lab.started(&node, job).await;
     let bind = lab.world.address();
     lab.world.stop().await;
     let world = World::start(Config { bind, lease_ttl: LEASE, ..Config::default() }).await.expect("the port is free");
-    let lab = Lab::around(world);
+    let lab = TestServer::around(world);
     let line = node.says("task ended, nothing to report").await;
     assert_eq!(line["outcome"], "lease-lost", "{line}");
     lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
@@ -317,8 +317,8 @@ async fn a_restarted_world_gets_its_node_back_by_itself() {
 }
 
 #[tokio::test]
-async fn s0_59_s0_60_a_token_taken_away_by_a_second_registration_is_renewed() {
-    let lab = Lab::start().await;
+async fn a_token_taken_away_by_a_second_registration_is_renewed() {
+    let lab = TestServer::start().await;
     let first = lab.joined(&[fixtures::hello()]).await;
     // The same wallet elsewhere: the first token dies.
     let second = lab.node(&[fixtures::hello()]).set("SECP256K1_PRIVHEX", first.key.as_str()).leasing().await;
@@ -334,8 +334,8 @@ async fn s0_59_s0_60_a_token_taken_away_by_a_second_registration_is_renewed() {
 }
 
 #[tokio::test]
-async fn s0_32_node_tokens_are_renewed_before_they_end() {
-    let lab = Lab::with(|config| config.node_token_ttl = Duration::from_secs(2)).await;
+async fn node_tokens_are_renewed_before_they_end() {
+    let lab = TestServer::with(|config| config.node_token_ttl = Duration::from_secs(2)).await;
     let node = lab.node(&[fixtures::zoo()]).set("TOKEN_SAFETY_RATIO", "0.25").set("TOKEN_REAUTH_JITTER_MS", "0");
     let node = node.leasing().await;
     let (files, meta) = go();
@@ -354,8 +354,8 @@ async fn s0_32_node_tokens_are_renewed_before_they_end() {
 }
 
 #[tokio::test]
-async fn s0_31_polls_of_a_node_without_work_are_few() {
-    let lab = Lab::start().await;
+async fn polls_of_a_node_without_work_are_few() {
+    let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::hello()]).set("POLL_BACKOFF_MS_MIN", "100").set("POLL_BACKOFF_MS_MAX", "100");
     let node = node.leasing().await;
     let polls = |seen: &[runner_host::dev::Seen]| seen.iter().filter(|seen| seen.path == "/v1/tasks").count();

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Lab, fixtures,
+    TestServer, fixtures,
     rubbish::{Bad, Rubbish},
 };
 
@@ -14,8 +14,8 @@ fn pattern(bytes: usize) -> Vec<u8> {
 }
 
 #[tokio::test]
-async fn s1_20_hello_reads_its_input_and_publishes_its_greeting() {
-    let lab = Lab::start().await;
+async fn hello_reads_its_input_and_publishes_its_greeting() {
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::hello()]).await;
     let input = lab.put("who", b"world").await;
     let job = lab.task("/examples/hello/v1").inputs(&[input]).set("outputs_prefix", json!("/greetings/")).submit();
@@ -49,7 +49,7 @@ async fn s1_20_hello_reads_its_input_and_publishes_its_greeting() {
 
 /// Inputs of these sizes come back unchanged.
 async fn echoed(capability: &str, sizes: [usize; 3]) {
-    let lab = Lab::with(|config| {
+    let lab = TestServer::with(|config| {
         config.request_max_bytes = 2 * MIB as i64;
         config.part_size = MIB as u64;
     })
@@ -72,24 +72,24 @@ async fn echoed(capability: &str, sizes: [usize; 3]) {
 }
 
 #[tokio::test]
-async fn s0_80_s0_84_bytes_come_back_unchanged() {
+async fn bytes_come_back_unchanged() {
     echoed("/examples/echo-bytes/v1", [0, 1, 5 * MIB + 7]).await;
 }
 
 #[tokio::test]
-async fn s0_80_s0_87_files_come_back_unchanged() {
+async fn files_come_back_unchanged() {
     // S0-89: a file of 0 bytes is none to publish, see `bad_leases`.
     echoed("/examples/echo-file/v1", [1, 2, 5 * MIB + 7]).await;
 }
 
 #[tokio::test]
-async fn s0_80_s0_87_streams_come_back_unchanged() {
+async fn streams_come_back_unchanged() {
     echoed("/examples/echo-stream/v1", [0, 1, 5 * MIB + 7]).await;
 }
 
 #[tokio::test]
-async fn s0_16a_every_capability_of_every_plugin_is_served_in_turn() {
-    let lab = Lab::start().await;
+async fn every_capability_of_every_plugin_is_served_in_turn() {
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::hello(), fixtures::echo(), fixtures::zoo()]).await;
     let served: Vec<String> = serde_json::from_value(node.status().await["capabilities"].clone()).expect("names");
     assert!(served.is_sorted() && served.len() > 20, "{served:?}");
@@ -108,8 +108,8 @@ fn task(capability: &str, number: usize) -> Value {
 }
 
 #[tokio::test]
-async fn s0_18a_s0_70_a_storm_of_progress_is_gathered_and_events_arrive_once_and_in_order() {
-    let lab = Lab::start().await;
+async fn a_storm_of_progress_is_gathered_and_events_arrive_once_and_in_order() {
+    let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo()]).set("HEARTBEAT_JITTER_MS", "100").leasing().await;
     let ended = lab.run(&node, "/fixtures/progress-storm/v1", json!({ "count": 500 })).await;
     assert_eq!(ended.completed().task()["meta"]["progress"], json!({ "n": 500 }));
@@ -122,7 +122,7 @@ async fn s0_18a_s0_70_a_storm_of_progress_is_gathered_and_events_arrive_once_and
 
 #[tokio::test]
 async fn a_plugin_may_use_its_own_tokio_sockets_and_threads() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let ended = lab.run(&node, "/fixtures/tokio-net/v1", json!({})).await;
     assert_eq!(lab.artifact(ended.completed(), "net.txt").await, b"through the loopback");
@@ -138,8 +138,8 @@ async fn a_plugin_may_use_its_own_tokio_sockets_and_threads() {
 }
 
 #[tokio::test]
-async fn s0_05_lines_of_a_runner_carry_the_task() {
-    let lab = Lab::start().await;
+async fn lines_of_a_runner_carry_the_task() {
+    let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo()]).set("RUST_LOG", "").leasing().await;
     let ended = lab.run(&node, "/fixtures/logs/v1", json!({})).await;
     let line = node.says("tracing at info").await;
@@ -153,8 +153,8 @@ async fn s0_05_lines_of_a_runner_carry_the_task() {
 }
 
 #[tokio::test]
-async fn s1_04_a_runner_sees_its_lease_with_unknown_fields_and_without_tokens() {
-    let lab = Lab::start().await;
+async fn a_runner_sees_its_lease_with_unknown_fields_and_without_tokens() {
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let meta = json!({ "voxel": 0.25, "nested": { "a": [1, "é"] } });
     let ended = lab.run(&node, "/fixtures/echo-meta/v1", meta.clone()).await;
@@ -166,8 +166,8 @@ async fn s1_04_a_runner_sees_its_lease_with_unknown_fields_and_without_tokens() 
 }
 
 #[tokio::test]
-async fn s1_10_s1_11_inputs_on_disk_come_with_what_is_known_of_them() {
-    let lab = Lab::start().await;
+async fn inputs_on_disk_come_with_what_is_known_of_them() {
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let id = lab.world.put_data("scan_2025-06-01_08-30-00", "dmt_manifest_json", b"{}").await.expect("stored");
     let ended = lab.ended(&node, lab.task("/fixtures/inputs/v1").inputs(&[id]).submit()).await;
@@ -183,8 +183,8 @@ async fn s1_10_s1_11_inputs_on_disk_come_with_what_is_known_of_them() {
 }
 
 #[tokio::test]
-async fn s0_82_a_task_works_in_a_private_folder_that_goes_with_it() {
-    let lab = Lab::start().await;
+async fn a_task_works_in_a_private_folder_that_goes_with_it() {
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let ended = lab.run(&node, "/fixtures/scratch/v1", json!({})).await;
     let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "scratch.json").await).expect("JSON");
@@ -195,8 +195,8 @@ async fn s0_82_a_task_works_in_a_private_folder_that_goes_with_it() {
 }
 
 #[tokio::test]
-async fn s0_87_a_server_without_uploads_in_parts_gets_one_request() {
-    let lab = Lab::with(|config| {
+async fn a_server_without_uploads_in_parts_gets_one_request() {
+    let lab = TestServer::with(|config| {
         config.multipart = false;
         config.request_max_bytes = 0;
     })
@@ -212,7 +212,7 @@ async fn s0_87_a_server_without_uploads_in_parts_gets_one_request() {
 
 #[tokio::test]
 async fn a_repeated_attempt_replaces_what_the_first_one_stored() {
-    let lab = Lab::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
+    let lab = TestServer::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).leasing().await;
     // The first report gets lost for good, so the plane gives the task out again.
@@ -226,8 +226,8 @@ async fn a_repeated_attempt_replaces_what_the_first_one_stored() {
 }
 
 #[tokio::test]
-async fn s2_24_many_tasks_are_each_done_and_reported_once() {
-    let lab = Lab::start().await;
+async fn many_tasks_are_each_done_and_reported_once() {
+    let lab = TestServer::start().await;
     let nodes = [
         lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "8").leasing().await,
         lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "8").leasing().await,
@@ -254,7 +254,7 @@ async fn s2_24_many_tasks_are_each_done_and_reported_once() {
 #[tokio::test]
 async fn a_task_that_does_nothing_costs_three_requests_and_no_connection() {
     const TASKS: usize = 150;
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
     let tasks: Vec<Value> = (0..TASKS).map(|n| task("/fixtures/ok/v1", n)).collect();
@@ -270,8 +270,8 @@ async fn a_task_that_does_nothing_costs_three_requests_and_no_connection() {
 }
 
 #[tokio::test]
-async fn s0_39_the_packaged_noop_is_listed_by_a_switch() {
-    let lab = Lab::start().await;
+async fn the_packaged_noop_is_listed_by_a_switch() {
+    let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::noop()]).set("ENABLE_NOOP", "true").set("NOOP_SLEEP_SECS", "0.01").leasing().await;
     let ended = lab.run(&node, "/examples/noop/v1", json!({})).await;
     assert!(ended.completed().artifacts().is_empty());
@@ -279,7 +279,7 @@ async fn s0_39_the_packaged_noop_is_listed_by_a_switch() {
 
 #[tokio::test]
 async fn a_domain_server_that_is_not_allowed_gets_no_token() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::hello()]).set("DOMAIN_HOSTS", "data.example, 127.0.0.1:1").leasing().await;
     let ended = lab.run(&node, "/examples/hello/v1", json!({})).await;
     let reason = ended.failed().0;

@@ -6,7 +6,7 @@ use runner_host::dev::Faults;
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Lab, fixtures,
+    TestServer, fixtures,
     node::TestNode,
     rubbish::{Bad, Rubbish},
 };
@@ -15,8 +15,8 @@ const NONCE: &str = "POST /internal/v1/auth/siwe/request";
 const VERIFY: &str = "POST /internal/v1/auth/siwe/verify";
 
 /// A world whose node tokens live this long, and what stands before it.
-async fn lab(ttl: Duration) -> (Lab, Rubbish) {
-    let lab = Lab::with(|config| config.node_token_ttl = ttl).await;
+async fn lab(ttl: Duration) -> (TestServer, Rubbish) {
+    let lab = TestServer::with(|config| config.node_token_ttl = ttl).await;
     let rubbish = Rubbish::before(&lab).await;
     (lab, rubbish)
 }
@@ -29,7 +29,7 @@ async fn expiry(node: &TestNode) -> jiff::Timestamp {
 
 /// S0-32
 #[tokio::test]
-async fn s0_32_a_token_is_renewed_at_three_quarters_of_its_life_and_never_lapses() {
+async fn a_token_is_renewed_at_three_quarters_of_its_life_and_never_lapses() {
     let (lab, rubbish) = lab(Duration::from_secs(2)).await;
     let node = rubbish.node(&[fixtures::hello()]).set("TOKEN_REAUTH_JITTER_MS", "0").leasing().await;
     let first = expiry(&node).await;
@@ -92,7 +92,7 @@ async fn a_service_that_asks_for_a_pause_gets_it() {
 }
 
 #[tokio::test]
-async fn s0_33_who_waits_for_a_token_is_told_after_so_many_repeats_and_the_node_goes_on_asking() {
+async fn who_waits_for_a_token_is_told_after_so_many_repeats_and_the_node_goes_on_asking() {
     for (retries, told) in [(0, "login failed 1 times: "), (2, "login failed 3 times: ")] {
         let (lab, rubbish) = lab(Duration::from_secs(60)).await;
         let node = rubbish.node(&[fixtures::hello()]).set("TOKEN_REAUTH_JITTER_MS", "0");
@@ -117,7 +117,7 @@ async fn s0_33_who_waits_for_a_token_is_told_after_so_many_repeats_and_the_node_
 
 #[tokio::test]
 async fn tokens_that_are_revoked_after_they_were_taken_cost_a_second_each_at_most_and_no_report() {
-    let lab = Lab::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
+    let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
     let rule = |skip| format!("[[fault]]\nendpoint = \"lease\"\nkind = \"revoke_token\"\ncount = 1\nskip = {skip}\n\n");
     let rules: String = (1..=6).map(|n| rule(n * 10)).collect();
     lab.world.set_faults(Faults::parse(&rules).expect("sound rules"));

@@ -3,14 +3,14 @@
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Lab, fixtures,
+    TestServer, fixtures,
     node::Cli,
     rubbish::{Bad, Rubbish},
 };
 
 #[tokio::test]
-async fn s0_04_s0_05_every_line_of_a_task_carries_its_ids() {
-    let lab = Lab::start().await;
+async fn every_line_of_a_task_carries_its_ids() {
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer("POST /v1/tasks/*/heartbeat", 1, Bad::Status(503, "later"));
     rubbish.answer("POST /v1/tasks/*/complete", 1, Bad::Cut);
@@ -51,8 +51,8 @@ async fn s0_04_s0_05_every_line_of_a_task_carries_its_ids() {
 }
 
 #[tokio::test]
-async fn s0_38_s0_92_text_lines_are_for_people() {
-    let lab = Lab::start().await;
+async fn text_lines_are_for_people() {
+    let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::hello()]).set("LOG_FORMAT", " TEXT ").set("HTTP_BIND", "999").refused().await;
     let node = node.expect(78);
     assert!(node.stderr.starts_with("error: HTTP_BIND: "), "{}", node.stderr);
@@ -101,7 +101,7 @@ async fn a_filter_that_is_none_is_one_line() {
 }
 
 #[test]
-fn s0_04_setting_logs_up_twice_neither_panics_nor_doubles_a_line() {
+fn setting_logs_up_twice_neither_panics_nor_doubles_a_line() {
     use runner_host::observe::logs::{Format, init};
     // The subscriber is the process's own, so this test starts itself as one.
     const TWICE: &str = "IT_LOGS_TWICE";
@@ -113,7 +113,7 @@ fn s0_04_setting_logs_up_twice_neither_panics_nor_doubles_a_line() {
         return;
     }
     let this = std::env::current_exe().expect("this program has a path");
-    let name = "logs::s0_04_setting_logs_up_twice_neither_panics_nor_doubles_a_line";
+    let name = "logs::setting_logs_up_twice_neither_panics_nor_doubles_a_line";
     let ended = std::process::Command::new(this).args(["--exact", name, "--nocapture"]).env(TWICE, "1").output();
     let ended = ended.expect("it starts");
     let said = String::from_utf8_lossy(&ended.stderr);
@@ -124,8 +124,8 @@ fn s0_04_setting_logs_up_twice_neither_panics_nor_doubles_a_line() {
 }
 
 #[tokio::test]
-async fn s0_04_the_first_line_is_json_and_the_usual_level_is_info() {
-    let lab = Lab::start().await;
+async fn the_first_line_is_json_and_the_usual_level_is_info() {
+    let lab = TestServer::start().await;
     // Blank is unset.
     let node = lab.node(&[fixtures::hello()]).set("RUST_LOG", "").leasing().await;
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();

@@ -5,7 +5,7 @@
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 
-use crate::harness::{Lab, fixtures};
+use crate::harness::{TestServer, fixtures};
 
 const MIB: u64 = 1024 * 1024;
 
@@ -21,7 +21,7 @@ const REST_BYTES: u64 = 64 * MIB;
 
 #[tokio::test]
 async fn a_quarter_of_a_gibibyte_in_files_and_streams_stays_within_the_budget() {
-    let lab = Lab::with(|config| config.part_size = PART_BYTES).await;
+    let lab = TestServer::with(|config| config.part_size = PART_BYTES).await;
     let object: Vec<u8> = (0..OBJECT_BYTES).map(|n| (n % 251) as u8).collect();
     let input = lab.put("large", &object).await;
     let node = lab.node(&[fixtures::echo()]).set("MAX_CONCURRENCY", "4");

@@ -10,7 +10,7 @@ use std::{
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Lab, fixtures,
+    TestServer, fixtures,
     node::{Cli, TestNode, can_mount},
     rubbish::{Bad, Rubbish},
 };
@@ -24,14 +24,14 @@ async fn waiting(node: &TestNode, count: usize) -> Value {
 }
 
 /// How often the world has accepted a report.
-fn accepted(lab: &Lab) -> usize {
+fn accepted(lab: &TestServer) -> usize {
     let journal = lab.world.journal();
     journal.iter().filter(|seen| seen.path.ends_with("/complete") && seen.status == 200).count()
 }
 
 #[tokio::test]
-async fn s0_69_p_37_finished_work_outlives_an_outage_of_several_leases_and_a_restart() {
-    let lab = Lab::start().await;
+async fn finished_work_outlives_an_outage_of_several_leases_and_a_restart() {
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     // The plane is patient, but the node thinks that a lease lasts a second.
     let brief = || {
@@ -79,7 +79,7 @@ async fn s0_69_p_37_finished_work_outlives_an_outage_of_several_leases_and_a_res
 
 #[tokio::test]
 async fn a_report_is_owed_from_the_end_of_its_task_and_each_try_counts_however_it_ends() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(COMPLETE, usize::MAX, Bad::Hang);
     let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
@@ -104,7 +104,7 @@ async fn a_report_is_owed_from_the_end_of_its_task_and_each_try_counts_however_i
 #[tokio::test]
 async fn a_backlog_goes_out_several_at_once_the_oldest_first() {
     const COUNT: usize = 20;
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
     let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
@@ -148,7 +148,7 @@ async fn a_backlog_goes_out_several_at_once_the_oldest_first() {
 
 #[tokio::test]
 async fn a_token_that_dies_during_delivery_is_renewed() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(COMPLETE, 3, Bad::Status(401, "no"));
     let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
@@ -162,7 +162,7 @@ async fn a_token_that_dies_during_delivery_is_renewed() {
 
 #[tokio::test]
 async fn a_report_refused_for_good_is_said_once_and_not_repeated() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(COMPLETE, 1, Bad::Cut);
     rubbish.answer(COMPLETE, 1, Bad::Status(410, "gone"));
@@ -179,7 +179,7 @@ async fn a_report_refused_for_good_is_said_once_and_not_repeated() {
 
 #[tokio::test]
 async fn a_plane_that_says_when_to_come_again_gets_the_report_then() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(COMPLETE, 1, Bad::Busy(429, 1));
     rubbish.answer(COMPLETE, 1, Bad::Busy(503, 1));
@@ -198,7 +198,7 @@ async fn a_plane_that_says_when_to_come_again_gets_the_report_then() {
 async fn a_lease_is_kept_while_its_report_is_on_its_way_and_no_longer() {
     const HEARTBEAT: &str = "POST /v1/tasks/*/heartbeat";
     let ttl = Duration::from_secs(1);
-    let lab = Lab::with(|config| config.lease_ttl = ttl).await;
+    let lab = TestServer::with(|config| config.lease_ttl = ttl).await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
     let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
@@ -224,7 +224,7 @@ async fn a_lease_is_kept_while_its_report_is_on_its_way_and_no_longer() {
 #[tokio::test]
 async fn a_waiting_report_follows_its_task_when_a_heartbeat_renames_it() {
     let other = "11111111-2222-4333-8444-555555555555";
-    let lab = Lab::with(|config| config.lease_ttl = Duration::from_secs(1)).await;
+    let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(1)).await;
     let rubbish = Rubbish::before(&lab).await;
     let complete = format!("POST /v1/tasks/{other}/complete");
     // Calls for the new name are answered here: the world knows the task by its old one.
@@ -243,7 +243,7 @@ async fn a_waiting_report_follows_its_task_when_a_heartbeat_renames_it() {
 
 #[tokio::test]
 async fn a_node_that_stops_tries_its_reports_more_than_once() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let (gate, held) = Bad::gate();
     rubbish.answer(COMPLETE, 1, held);
@@ -264,7 +264,7 @@ async fn a_node_that_stops_tries_its_reports_more_than_once() {
 
 #[tokio::test]
 async fn a_node_that_stops_does_not_wait_for_reports_that_are_safe() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(COMPLETE, usize::MAX, Bad::Hang);
     let node = rubbish.node(&[fixtures::zoo()]).set("DRAIN_TIMEOUT", "10m").leasing().await;
@@ -282,7 +282,7 @@ async fn a_node_that_stops_does_not_wait_for_reports_that_are_safe() {
 
 #[tokio::test]
 async fn a_full_outbox_pauses_leasing_until_there_is_room() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
     let node = rubbish.node(&[fixtures::zoo()]).set("OUTBOX_MAX", "2").leasing().await;
@@ -310,7 +310,7 @@ fn written(node: &TestNode) -> std::time::SystemTime {
 
 #[tokio::test]
 async fn a_brief_task_whose_report_is_taken_at_once_costs_no_write() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     // A busy machine can make any answer late; then the report is written, as it must be.
     let mut unwritten = 0;
@@ -327,7 +327,7 @@ async fn a_brief_task_whose_report_is_taken_at_once_costs_no_write() {
 
 #[tokio::test]
 async fn a_brief_task_whose_report_is_not_taken_at_once_is_on_the_disk_soon() {
-    let lab = Lab::with(|config| config.lease_ttl = Duration::from_secs(600)).await;
+    let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(600)).await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(COMPLETE, usize::MAX, Bad::Hang);
     let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
@@ -350,7 +350,7 @@ async fn a_brief_task_whose_report_is_not_taken_at_once_is_on_the_disk_soon() {
 #[tokio::test]
 async fn a_node_that_dies_with_an_unwritten_report_loses_and_doubles_none() {
     for held in [Bad::Hang, Bad::gate().1] {
-        let lab = Lab::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
+        let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
         let rubbish = Rubbish::before(&lab).await;
         rubbish.answer(COMPLETE, usize::MAX, held);
         let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
@@ -369,7 +369,7 @@ async fn a_node_that_dies_with_an_unwritten_report_loses_and_doubles_none() {
 
 #[tokio::test]
 async fn a_plane_that_is_away_blocks_no_slot() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let (gate, held) = Bad::gate();
     rubbish.answer(COMPLETE, 1, held);
@@ -385,7 +385,7 @@ async fn a_plane_that_is_away_blocks_no_slot() {
 
 #[tokio::test]
 async fn no_token_is_in_the_file_the_log_or_a_report() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let token = std::sync::Arc::new(std::sync::Mutex::new(String::new()));
     let seen = std::sync::Arc::clone(&token);
@@ -428,7 +428,7 @@ async fn no_token_is_in_the_file_the_log_or_a_report() {
 
 #[tokio::test]
 async fn a_second_node_on_the_same_folder_is_refused_in_one_line() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::hello()]).await;
     let dir = node.state_dir().to_string_lossy().into_owned();
     let said = lab.node(&[fixtures::hello()]).set("STATE_DIR", dir.as_str()).refused().await.expect(75);
@@ -445,7 +445,7 @@ async fn a_second_node_on_the_same_folder_is_refused_in_one_line() {
 #[cfg(target_os = "linux")]
 #[tokio::test]
 async fn a_node_hears_commands_however_long_the_path_of_its_state_is() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let base = tempfile::tempdir().expect("a folder");
     let long = base.path().join("a".repeat(120)).join("b".repeat(120));
     let node = lab.node(&[fixtures::hello()]).set("STATE_DIR", long.to_string_lossy()).leasing().await;
@@ -459,7 +459,7 @@ async fn a_node_hears_commands_however_long_the_path_of_its_state_is() {
 
 #[tokio::test]
 async fn a_damaged_file_is_set_aside_and_said_and_the_node_goes_on() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let state = tempfile::tempdir().expect("a folder");
     std::fs::write(state.path().join("outbox.redb"), "no database").expect("written");
     let node = lab.node(&[fixtures::hello()]).set("STATE_DIR", state.path().to_string_lossy()).leasing().await;
@@ -475,7 +475,7 @@ async fn a_damaged_file_is_set_aside_and_said_and_the_node_goes_on() {
 #[cfg(target_os = "linux")]
 #[tokio::test]
 async fn a_file_the_system_gives_no_access_to_is_not_taken_for_a_damaged_one() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let state = tempfile::tempdir().expect("a folder");
     let file = state.path().join("outbox.redb");
     std::os::unix::fs::symlink("/dev/full", &file).expect("made");
@@ -492,7 +492,7 @@ const MADE_AGAIN: &str = "state folder was removed under this node, it was made 
 
 #[tokio::test]
 async fn a_state_folder_that_is_removed_under_a_node_is_made_again_with_what_is_owed() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
     let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
@@ -523,7 +523,7 @@ async fn a_state_folder_that_is_removed_under_a_node_is_made_again_with_what_is_
 
 #[tokio::test]
 async fn while_reports_cannot_be_written_nothing_is_leased_and_none_is_called_safe() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let base = tempfile::tempdir().expect("a folder");
     let state = base.path().join("state");
     let rubbish = Rubbish::before(&lab).await;
@@ -568,7 +568,7 @@ async fn a_full_disk_is_one_trouble_that_lasts_until_there_is_room() {
         eprintln!("skipped: this user may not mount");
         return;
     }
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let folder = tempfile::tempdir().expect("a folder");
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
@@ -608,7 +608,7 @@ async fn a_full_disk_is_one_trouble_that_lasts_until_there_is_room() {
 
 #[tokio::test]
 async fn reports_of_another_identity_are_kept_and_said() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(COMPLETE, usize::MAX, Bad::Cut);
     let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
@@ -638,7 +638,7 @@ async fn outbox(node: &TestNode, words: &[&str], code: i32) -> (Value, String) {
 
 #[tokio::test]
 async fn outbox_list_retry_and_drop_work_on_a_running_node_and_on_a_stopped_one() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
     let node = rubbish.node(&[fixtures::zoo()]).leasing().await;

@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::harness::{
-    Lab, fixtures,
+    TestServer, fixtures,
     rubbish::{Bad, Rubbish},
     within,
 };
@@ -15,8 +15,8 @@ const WORLD: &str = "486ea46224d1bb4fb680f34f7c9ad96a8f24ec88be73ea8e5a6c65260e9
 const HELLO_WORLD: &str = "09ca7e4eaa6e8ae9c7d261167129184883644d07dfba7cbfbc4c8a2e08360d5b";
 
 #[tokio::test]
-async fn s0_14b_s0_15b_health_answers_before_registration_and_ready_says_what_is_missing() {
-    let lab = Lab::start().await;
+async fn health_answers_before_registration_and_ready_says_what_is_missing() {
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer("POST /internal/v1/nodes/register-wallet", usize::MAX, Bad::Status(403, "not on the list"));
     let node = rubbish.node(&[fixtures::hello()]).set("REGISTER_INTERVAL_SECS", "1").start().await;
@@ -34,7 +34,7 @@ async fn s0_14b_s0_15b_health_answers_before_registration_and_ready_says_what_is
 
 #[tokio::test]
 async fn a_node_whose_polls_are_not_answered_is_not_ready_long_before_they_fail() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).set("REQUEST_TIMEOUT_SECS", "15").leasing().await;
     node.page_until("/ready", |page| page.0 == 200).await;
@@ -49,7 +49,7 @@ async fn a_node_whose_polls_are_not_answered_is_not_ready_long_before_they_fail(
 
 #[tokio::test]
 async fn a_node_whose_polls_fail_is_not_ready_until_one_is_answered() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).leasing().await;
     node.page_until("/ready", |page| page.0 == 200).await;
@@ -78,7 +78,7 @@ async fn a_node_whose_polls_fail_is_not_ready_until_one_is_answered() {
 #[tokio::test]
 async fn a_full_node_whose_heartbeats_fail_is_not_ready_until_one_is_answered() {
     // Long enough for three heartbeats to fail on a busy machine, short enough not to wait for the first.
-    let lab = Lab::with(|config| config.lease_ttl = Duration::from_secs(10)).await;
+    let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(10)).await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
     let files = tempfile::tempdir().expect("a folder");
@@ -104,7 +104,7 @@ async fn a_full_node_whose_heartbeats_fail_is_not_ready_until_one_is_answered() 
 
 #[tokio::test]
 async fn the_status_page_tells_what_runs_what_ended_and_what_is_loaded() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let files = tempfile::tempdir().expect("a folder");
     let refused = files.path().join("broken.so");
     std::fs::write(&refused, "no library").expect("the folder is writable");
@@ -143,8 +143,8 @@ async fn the_status_page_tells_what_runs_what_ended_and_what_is_loaded() {
 }
 
 #[tokio::test]
-async fn s0_73_a_domain_that_comes_with_the_set_up_heartbeat_is_shown_and_logged() {
-    let lab = Lab::start().await;
+async fn a_domain_that_comes_with_the_set_up_heartbeat_is_shown_and_logged() {
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let without = Bad::edit(|lease| {
         if lease["task"].is_object() {
@@ -176,7 +176,7 @@ fn at_since(shown: &serde_json::Value) -> Option<jiff::Timestamp> {
 
 #[tokio::test]
 async fn an_ended_task_shows_size_and_digest_of_all_that_was_moved() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::hello()]).leasing().await;
     let input = lab.put("who", b"world").await;
     let job = lab.task("/examples/hello/v1").inputs(&[input]).submit();
@@ -201,7 +201,7 @@ async fn an_ended_task_shows_size_and_digest_of_all_that_was_moved() {
 #[tokio::test]
 async fn visitors_who_say_nothing_are_bounded_and_sent_away() {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::hello()]).await;
     let began = std::time::Instant::now();
     let mut visitors = Vec::new();
@@ -226,7 +226,7 @@ async fn visitors_who_say_nothing_are_bounded_and_sent_away() {
 #[tokio::test]
 async fn half_a_request_does_not_keep_a_node_that_stops() {
     use tokio::io::AsyncWriteExt as _;
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::hello()]).await;
     let mut client = tokio::net::TcpStream::connect(&node.address).await.expect("the pages answer");
     client.write_all(b"GET /health HTTP/1.1\r\nHo").await.expect("sent");

@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
 use crate::harness::{
-    Lab, fixtures,
+    TestServer, fixtures,
     folder::Folder,
     node::{Cli, Finished},
 };
@@ -30,7 +30,7 @@ async fn row(folder: &Folder, code: i32, file: &str) -> String {
 }
 
 #[tokio::test]
-async fn s3_02_a_pin_decides_by_the_files_hash() {
+async fn a_pin_decides_by_the_files_hash() {
     let mut folder = Folder::with_a_good_one();
     let (found, other) = (sha256(&folder.path("good.so")), "0".repeat(64));
     folder.plugins_file(&format!("[[plugin]]\nfile = \"good.so\"\nsha256 = \"{}\"\n", found.to_uppercase()));
@@ -52,7 +52,7 @@ async fn s3_02_a_pin_decides_by_the_files_hash() {
 }
 
 #[tokio::test]
-async fn s0_94_only_listed_libraries_load_where_unlisted_ones_are_refused() {
+async fn only_listed_libraries_load_where_unlisted_ones_are_refused() {
     let mut folder = Folder::with_a_good_one();
     folder.put("stray.so", &fixtures::c("refused", &[]));
     folder.plugins_file("[trust]\nunlisted = \"refuse\"\n[[plugin]]\nfile = \"good.so\"\n");
@@ -66,7 +66,7 @@ async fn s0_94_only_listed_libraries_load_where_unlisted_ones_are_refused() {
 }
 
 #[tokio::test]
-async fn s0_94_a_disabled_plugin_and_one_that_is_not_there_are_listed_so() {
+async fn a_disabled_plugin_and_one_that_is_not_there_are_listed_so() {
     let mut folder = Folder::with_a_good_one();
     folder.put("off.so", &fixtures::c("refused", &[]));
     folder.plugins_file("[[plugin]]\nfile = \"off.so\"\nenabled = false\n[[plugin]]\nfile = \"absent\"\n");
@@ -93,7 +93,7 @@ async fn a_bare_name_finds_the_library_by_the_platforms_prefix_and_suffix() {
 }
 
 #[tokio::test]
-async fn s3_05_a_part_of_a_librarys_capabilities_can_be_chosen() {
+async fn a_part_of_a_librarys_capabilities_can_be_chosen() {
     let mut folder = Folder::new();
     folder.put("libbehave.so", &fixtures::c("behave", &[]));
     folder.plugins_file("[[plugin]]\nfile = \"behave\"\ncapabilities = [\"/fixtures/c-thread/v1\"]\n");
@@ -215,7 +215,7 @@ async fn a_refused_claimant_leaves_its_other_capabilities_to_others() {
 }
 
 #[tokio::test]
-async fn s3_06_an_override_takes_only_what_it_serves() {
+async fn an_override_takes_only_what_it_serves() {
     let mut folder = Folder::new();
     folder.put("b.so", &fixtures::c("behave", &[]));
     folder.put("z.so", &fixtures::c("refused", &["CAPABILITY=\"/fixtures/c-late/v1\""]));
@@ -229,7 +229,7 @@ async fn s3_06_an_override_takes_only_what_it_serves() {
 
 /// A's constructor overwrites B's file. B runs as it was hashed.
 #[tokio::test]
-async fn s3_02_every_file_is_read_before_the_first_is_opened() {
+async fn every_file_is_read_before_the_first_is_opened() {
     let mut folder = Folder::new();
     let capability = "CAPABILITY=\"/fixtures/victim/v1\"";
     folder.put("a.so", &fixtures::c("refused", &["OVERWRITES"]));
@@ -421,7 +421,7 @@ async fn a_node_that_a_plugin_ends_says_which_and_what_was_running() {
         ("/fixtures/refused/v1", "refused", "plugin-refused", vec!["/fixtures/refused/v1"]),
         ("/fixtures/exits/v1", "zoo", "runner-zoo", vec![wait, "/fixtures/exits/v1"]),
     ] {
-        let lab = Lab::start().await;
+        let lab = TestServer::start().await;
         let node = lab.node(&plugins).set("MAX_CONCURRENCY", "2").leasing().await;
         let other = lab.task(wait).meta(serde_json::json!({ "file": "/never" })).submit();
         lab.started(&node, other).await;
@@ -452,7 +452,7 @@ async fn a_plugin_that_crashes_while_it_is_loaded_is_the_last_one_named() {
         };
         let list = folder.cli(&["plugins", "list"]).set("RUST_LOG", "info").run().await.expect(code);
         assert!(named(&list.stderr), "{}", list.stderr);
-        let lab = Lab::start().await;
+        let lab = TestServer::start().await;
         let node = lab.node(&[fixtures::hello(), bad.clone()]).begun();
         assert_eq!(node.wait().await, code);
         let lines = node.lines();

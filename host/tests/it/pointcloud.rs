@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::harness::{Ended, Lab, fixtures};
+use crate::harness::{Ended, TestServer, fixtures};
 
 const CAPABILITY: &str = "/pointcloud/downsample/v1";
 
@@ -19,7 +19,7 @@ fn scan(strip_first: bool) -> String {
 }
 
 /// A task on this scan that has ended.
-async fn downsampled(lab: &Lab, scan: &str) -> Ended {
+async fn downsampled(lab: &TestServer, scan: &str) -> Ended {
     let node = lab.joined(&[fixtures::pointcloud()]).await;
     let input = lab.put("scan", scan.as_bytes()).await;
     let job = lab.task(CAPABILITY).inputs(&[input]).meta(json!({ "voxel": 1.0 })).submit();
@@ -31,7 +31,7 @@ async fn downsampled(lab: &Lab, scan: &str) -> Ended {
 #[tokio::test]
 async fn a_leased_scan_becomes_a_cloud_a_picture_and_a_report() {
     for strip_first in [false, true] {
-        let lab = Lab::start().await;
+        let lab = TestServer::start().await;
         let ended = downsampled(&lab, &scan(strip_first)).await;
         let artifacts = ended.completed().artifacts();
         let types: Vec<_> = artifacts.iter().map(|(path, artifact)| (path.as_str(), &artifact["data_type"])).collect();
@@ -49,7 +49,7 @@ async fn a_leased_scan_becomes_a_cloud_a_picture_and_a_report() {
 
 #[tokio::test]
 async fn a_scan_whose_header_lies_is_the_authors_fault_and_not_tried_again() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let ended = downsampled(&lab, &scan(false).replace("vertex 4", "vertex 4000")).await;
     let (reason, details) = ended.failed();
     assert!(reason.starts_with("runner failed: ") && reason.contains("input 1 of 1"), "{reason}");

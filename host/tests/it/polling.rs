@@ -6,7 +6,7 @@ use jiff::SignedDuration;
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Lab, fixtures,
+    TestServer, fixtures,
     node::TestNode,
     rubbish::{Bad, Rubbish},
 };
@@ -32,7 +32,7 @@ fn fresh(lease: &Value) -> Value {
 
 /// A plane that has a lease for every poll, each good for nothing, is asked at the rate of the pauses.
 async fn flapping(lease: Value, beat: Bad) {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer("POST /v1/tasks/*/heartbeat", usize::MAX, beat);
     rubbish.answer(FAIL, usize::MAX, Bad::Json(json!({})));
@@ -79,7 +79,7 @@ fn runnable(rubbish: &Rubbish, capability: &str) -> Value {
 
 /// How long a node takes for ten polls, each answered with a lease for `capability` that ends at once as `outcome`.
 async fn ten_failures(capability: &str, outcome: &str) -> Duration {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer("POST /v1/tasks/*/heartbeat", usize::MAX, Bad::Json(json!({})));
     rubbish.answer(FAIL, usize::MAX, Bad::Json(json!({})));
@@ -113,7 +113,7 @@ async fn tasks_that_fail_in_a_row_are_not_taken_in_a_tight_loop() {
 
 #[tokio::test]
 async fn tasks_that_complete_follow_each_other_without_a_pause() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer("POST /v1/tasks/*/heartbeat", usize::MAX, Bad::Json(json!({})));
     rubbish.answer("POST /v1/tasks/*/complete", usize::MAX, Bad::Json(json!({})));
@@ -138,7 +138,7 @@ async fn tasks_that_complete_follow_each_other_without_a_pause() {
 // S0-19b
 #[tokio::test]
 async fn a_task_that_ends_is_followed_by_a_poll_whatever_pause_had_begun() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let files = tempfile::tempdir().expect("a folder");
     let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "2");
     let first = lab.task("/fixtures/wait-file/v1").meta(json!({ "file": files.path().join("go") })).submit();
@@ -156,7 +156,7 @@ async fn a_task_that_ends_is_followed_by_a_poll_whatever_pause_had_begun() {
 /// Slots fill in few round trips of a plane far away; one that has nothing is asked by one poll at a time.
 #[tokio::test]
 async fn while_leases_come_several_polls_are_under_way_and_else_one() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer("POST /v1/tasks/*/heartbeat", usize::MAX, Bad::Json(json!({})));
     rubbish.answer("POST /v1/tasks/*/complete", usize::MAX, Bad::Json(json!({})));
@@ -185,7 +185,7 @@ async fn while_leases_come_several_polls_are_under_way_and_else_one() {
 
 #[tokio::test]
 async fn a_plane_that_asks_to_be_left_alone_is_not_polled_before() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(POLL, 1, Bad::Busy(429, 1));
     rubbish.answer(POLL, 1, Bad::Busy(503, 1));
@@ -201,7 +201,7 @@ async fn a_plane_that_asks_to_be_left_alone_is_not_polled_before() {
 #[tokio::test]
 async fn a_date_to_come_again_is_one_of_the_services_clock() {
     let asked_again = async |ahead: SignedDuration| {
-        let lab = Lab::start().await;
+        let lab = TestServer::start().await;
         let rubbish = Rubbish::before(&lab).await;
         rubbish.set_clock(ahead);
         rubbish.answer(POLL, 1, Bad::BusyUntil(503, 3));
@@ -220,7 +220,7 @@ async fn a_date_to_come_again_is_one_of_the_services_clock() {
 // P-34
 #[tokio::test]
 async fn a_lease_that_cannot_be_read_is_failed_by_its_id_and_only_its_size_is_told() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let spoilt = |change: fn(&mut Value)| {
         Bad::edit(move |lease| {
@@ -253,7 +253,7 @@ async fn a_lease_that_cannot_be_read_is_failed_by_its_id_and_only_its_size_is_to
 
 #[tokio::test]
 async fn a_lease_that_cannot_be_given_back_is_left_to_expire() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(POLL, 1, Bad::Json(fresh(&json!({ "task": { "id": "", "capability": "a b" } }))));
     rubbish.answer(FAIL, 1, Bad::Status(503, "later"));
@@ -267,8 +267,8 @@ async fn a_lease_that_cannot_be_given_back_is_left_to_expire() {
 
 // S0-31: swapped bounds are bounds.
 #[tokio::test]
-async fn s0_31_polls_keep_the_shorter_bound_whichever_comes_first() {
-    let lab = Lab::start().await;
+async fn polls_keep_the_shorter_bound_whichever_comes_first() {
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).set("POLL_BACKOFF_MS_MIN", "200");
     let node = node.set("POLL_BACKOFF_MS_MAX", "100").leasing().await;
@@ -282,7 +282,7 @@ async fn s0_31_polls_keep_the_shorter_bound_whichever_comes_first() {
 
 #[tokio::test]
 async fn pauses_of_nothing_are_no_licence_to_storm() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).set("POLL_BACKOFF_MS_MIN", "0").set("POLL_BACKOFF_MS_MAX", "0");
     let node = node.leasing().await;
@@ -294,9 +294,9 @@ async fn pauses_of_nothing_are_no_licence_to_storm() {
 
 /// A limit of nothing is a second: with none every call would fail.
 #[tokio::test]
-async fn s0_21_a_poll_or_a_report_that_is_never_answered_ends_at_its_limit_and_is_repeated() {
+async fn a_poll_or_a_report_that_is_never_answered_ends_at_its_limit_and_is_repeated() {
     let ended_and_repeated = async |limit: &str| {
-        let lab = Lab::start().await;
+        let lab = TestServer::start().await;
         let rubbish = Rubbish::before(&lab).await;
         rubbish.answer(POLL, 1, Bad::Hang);
         rubbish.answer(COMPLETE, 1, Bad::Hang);

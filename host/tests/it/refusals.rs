@@ -56,7 +56,7 @@ async fn check_one(library: &Path, reason: &str) {
 const CUT: &str = "the library is damaged or cut short";
 
 #[tokio::test]
-async fn s3_02_what_is_no_library_is_refused() {
+async fn what_is_no_library_is_refused() {
     let folder = Folder::with_a_good_one();
     folder.write("text.so", "hello, I am a library\n");
     folder.write("empty.so", "");
@@ -91,7 +91,7 @@ async fn s3_02_what_is_no_library_is_refused() {
 }
 
 #[tokio::test]
-async fn s3_02_a_file_the_user_may_not_read_is_refused() {
+async fn a_file_the_user_may_not_read_is_refused() {
     use std::os::unix::fs::PermissionsExt;
     let folder = Folder::with_a_good_one();
     let path = folder.write("secret.so", sound());
@@ -105,7 +105,7 @@ async fn s3_02_a_file_the_user_may_not_read_is_refused() {
 }
 
 #[tokio::test]
-async fn s3_02_a_library_cut_short_is_refused_wherever_it_was_cut() {
+async fn a_library_cut_short_is_refused_wherever_it_was_cut() {
     let folder = Folder::with_a_good_one();
     let whole = sound();
     let cuts = (1..48).map(|part| part * whole.len() / 48).chain([4, 16, 63, 64, 65, whole.len() - 1]);
@@ -127,7 +127,7 @@ async fn s3_02_a_library_cut_short_is_refused_wherever_it_was_cut() {
 }
 
 #[tokio::test]
-async fn s3_02_damage_in_the_middle_never_ends_the_host() {
+async fn damage_in_the_middle_never_ends_the_host() {
     let folder = Folder::with_a_good_one();
     let whole = sound();
     // Headers, tables and names; code is left alone, because nothing can tell that it was changed.
@@ -145,7 +145,7 @@ async fn s3_02_damage_in_the_middle_never_ends_the_host() {
 }
 
 #[tokio::test]
-async fn s3_02_a_library_for_another_machine_is_refused() {
+async fn a_library_for_another_machine_is_refused() {
     let (machine, name) = if cfg!(target_arch = "x86_64") { (183_u16, "aarch64") } else { (62, "x86_64") };
     let folder = Folder::with_a_good_one();
     let mut bytes = sound();
@@ -156,7 +156,7 @@ async fn s3_02_a_library_for_another_machine_is_refused() {
 }
 
 #[tokio::test]
-async fn s3_02_a_library_that_is_no_plugin_is_refused() {
+async fn a_library_that_is_no_plugin_is_refused() {
     let folder = Folder::with_a_good_one();
     folder.put("no-entry.so", &fixtures::c("refused", &["NO_ENTRY"]));
     folder.put("no-manifest.so", &fixtures::c("refused", &["NO_MANIFEST"]));
@@ -183,7 +183,7 @@ fn manifest(folder: &Folder, name: &str, text: &str) {
 }
 
 #[tokio::test]
-async fn s3_03_a_manifest_that_cannot_be_used_is_refused() {
+async fn a_manifest_that_cannot_be_used_is_refused() {
     let folder = Folder::with_a_good_one();
     manifest(&folder, "no-json.so", "I am a plugin");
     manifest(&folder, "blank.so", r#"{"name":" ","abi":"1.0","capabilities":["/a"]}"#);
@@ -223,7 +223,7 @@ async fn s3_03_a_manifest_that_cannot_be_used_is_refused() {
 }
 
 #[tokio::test]
-async fn s3_02_a_table_that_is_not_this_abis_is_refused() {
+async fn a_table_that_is_not_this_abis_is_refused() {
     let folder = Folder::with_a_good_one();
     let defines = [
         ("magic.so", "MAGIC=1"),
@@ -263,7 +263,7 @@ async fn s3_02_a_table_that_is_not_this_abis_is_refused() {
 }
 
 #[tokio::test]
-async fn s3_02_a_changed_struct_is_refused_before_it_is_called() {
+async fn a_changed_struct_is_refused_before_it_is_called() {
     let folder = Folder::with_a_good_one();
     folder.put("changed.so", &fixtures::changed_struct());
     let reason = "its tables are not this host's (start: parameter 2: expected Str, found Bytes); \
@@ -272,7 +272,7 @@ async fn s3_02_a_changed_struct_is_refused_before_it_is_called() {
 }
 
 #[tokio::test]
-async fn s3_04_an_init_that_fails_or_panics_is_refused_with_its_words() {
+async fn an_init_that_fails_or_panics_is_refused_with_its_words() {
     let folder = Folder::with_a_good_one();
     folder.put("fails.so", &fixtures::c("refused", &["INIT_FAILS"]));
     folder.put("panics.so", &fixtures::init_panics());
@@ -284,7 +284,7 @@ async fn s3_04_an_init_that_fails_or_panics_is_refused_with_its_words() {
 }
 
 #[tokio::test]
-async fn s3_04_an_init_that_hangs_is_refused_after_the_limit() {
+async fn an_init_that_hangs_is_refused_after_the_limit() {
     let mut folder = Folder::with_a_good_one();
     folder.set("PLUGIN_INIT_TIMEOUT", "300ms");
     folder.put("silent.so", &fixtures::c("refused", &["INIT_SILENT"]));
@@ -322,14 +322,14 @@ async fn an_init_that_answers_twice_harms_nothing() {
 }
 
 #[tokio::test]
-async fn s3_02_a_library_whose_own_libraries_are_missing_is_refused_by_name() {
+async fn a_library_whose_own_libraries_are_missing_is_refused_by_name() {
     let reason =
         "cannot be opened: librh_fixture_missing.so: cannot open shared object file: No such file or directory";
     check_one(&fixtures::needs_missing(), reason).await;
 }
 
 #[tokio::test]
-async fn s3_05_a_capability_has_one_owner() {
+async fn a_capability_has_one_owner() {
     let mut folder = Folder::with_a_good_one();
     let contested = "CAPABILITY=\"/fixtures/contested/v1\"";
     let first = folder.put("a.so", &fixtures::c("refused", &[contested]));

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Lab, fixtures,
+    TestServer, fixtures,
     rubbish::{Bad, Rubbish},
     within,
 };
@@ -16,8 +16,8 @@ const CALLBACK: &str = "/internal/v1/registrations";
 const JSON: &str = "application/json";
 
 #[tokio::test]
-async fn s0_15b_s0_16b_s0_50_nothing_is_leased_before_the_callback_and_the_answer() {
-    let lab = Lab::start().await;
+async fn nothing_is_leased_before_the_callback_and_the_answer() {
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let (gate, held) = Bad::gate();
     rubbish.answer(BY_URL, 1, held);
@@ -41,7 +41,7 @@ async fn s0_15b_s0_16b_s0_50_nothing_is_leased_before_the_callback_and_the_answe
 // S0-16b, S0-56
 #[tokio::test]
 async fn an_accepted_registration_that_nobody_calls_back_opens_nothing() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(BY_URL, 1, Bad::Json(json!({})));
     let node = rubbish.node(&[fixtures::hello()]).reachable().set("REQUEST_TIMEOUT_SECS", "1").start().await;
@@ -60,7 +60,7 @@ async fn an_accepted_registration_that_nobody_calls_back_opens_nothing() {
 #[tokio::test]
 async fn node_url_is_registered_as_it_was_written() {
     for written in ["http://LocalHost:PORT", "http://127.0.0.1:PORT/", "http://127.0.0.1:PORT/a/../b"] {
-        let lab = Lab::start().await;
+        let lab = TestServer::start().await;
         let rubbish = Rubbish::before(&lab).await;
         rubbish.answer(BY_URL, usize::MAX, Bad::Echo(403));
         let node = rubbish.node(&[fixtures::hello()]).reachable_as(written).start().await;
@@ -73,7 +73,7 @@ async fn node_url_is_registered_as_it_was_written() {
 
 #[tokio::test]
 async fn the_form_follows_node_url_unless_it_is_named() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).reachable().set("REGISTRATION", "wallet").leasing().await;
     assert_eq!((rubbish.count(BY_URL), rubbish.count(WALLET)), (0, 1));
@@ -86,8 +86,8 @@ async fn the_form_follows_node_url_unless_it_is_named() {
 
 /// The callback's contract (posemesh contract 2.7), as it must stay (S0-93).
 #[tokio::test]
-async fn s0_55_s0_93_the_callback_endpoint_answers_as_the_contract_says() {
-    let lab = Lab::start().await;
+async fn the_callback_endpoint_answers_as_the_contract_says() {
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(BY_URL, usize::MAX, Bad::Hang);
     let node = rubbish.node(&[fixtures::hello()]).reachable().start().await;
@@ -135,7 +135,7 @@ async fn s0_55_s0_93_the_callback_endpoint_answers_as_the_contract_says() {
 #[tokio::test]
 async fn a_callback_whose_body_stays_away_is_given_up() {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::hello()]).await;
     let head =
         format!("POST {CALLBACK} HTTP/1.1\r\nhost: node\r\ncontent-type: {JSON}\r\ncontent-length: 100\r\n\r\n{{");
@@ -171,7 +171,7 @@ async fn a_callback_whose_body_stays_away_is_given_up() {
 
 #[tokio::test]
 async fn a_callback_nobody_waits_for_is_refused_and_leaves_no_trace() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::hello()]).await;
     let body = json!({ "id": "a-stranger", "secret": "a-strangers-secret" }).to_string();
     let (status, _, text) = node.post(CALLBACK, JSON, body).await;
@@ -181,8 +181,8 @@ async fn a_callback_nobody_waits_for_is_refused_and_leaves_no_trace() {
 }
 
 #[tokio::test]
-async fn s0_35_a_registration_by_url_is_repeated_without_a_new_login() {
-    let lab = Lab::with(|config| config.health_interval = std::time::Duration::from_secs(3600)).await;
+async fn a_registration_by_url_is_repeated_without_a_new_login() {
+    let lab = TestServer::with(|config| config.health_interval = std::time::Duration::from_secs(3600)).await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).reachable().set("REGISTER_INTERVAL_SECS", "1").leasing().await;
     // S0-57: others who ask for the node's health do not show that the service knows it.
@@ -198,8 +198,8 @@ async fn s0_35_a_registration_by_url_is_repeated_without_a_new_login() {
 }
 
 #[tokio::test]
-async fn s0_57_health_checks_of_the_service_put_the_repetition_off() {
-    let lab = Lab::with(|config| config.health_interval = std::time::Duration::from_millis(200)).await;
+async fn health_checks_of_the_service_put_the_repetition_off() {
+    let lab = TestServer::with(|config| config.health_interval = std::time::Duration::from_millis(200)).await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).reachable().set("REGISTER_INTERVAL_SECS", "1").leasing().await;
     let time =
@@ -217,7 +217,7 @@ async fn s0_57_health_checks_of_the_service_put_the_repetition_off() {
 
 #[tokio::test]
 async fn a_second_node_with_the_same_wallet_says_conflict_until_the_first_has_gone() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let first = lab.node(&[fixtures::hello()]).reachable().leasing().await;
     let second = lab.node(&[fixtures::hello()]).reachable().set("SECP256K1_PRIVHEX", first.key.as_str());
     let second = second.set("REGISTER_INTERVAL_SECS", "1").start().await;
@@ -237,7 +237,7 @@ async fn a_second_node_with_the_same_wallet_says_conflict_until_the_first_has_go
 
 #[tokio::test]
 async fn a_conflict_while_working_is_shown_and_work_goes_on() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).set("REGISTER_INTERVAL_SECS", "1").leasing().await;
     assert_eq!(node.page("/ready").await.0, 200);
@@ -251,7 +251,7 @@ async fn a_conflict_while_working_is_shown_and_work_goes_on() {
 #[tokio::test]
 async fn a_node_the_service_has_forgotten_registers_again() {
     for by_url in [false, true] {
-        let lab = Lab::start().await;
+        let lab = TestServer::start().await;
         let rubbish = Rubbish::before(&lab).await;
         let node = rubbish.node(&[fixtures::hello()]);
         let node = if by_url { node.reachable() } else { node }.leasing().await;
@@ -266,7 +266,7 @@ async fn a_node_the_service_has_forgotten_registers_again() {
 /// P-10, P-11
 #[tokio::test]
 async fn a_signal_ends_a_node_that_waits_for_its_registration() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     for call in [BY_URL, WALLET] {
         rubbish.answer(call, usize::MAX, Bad::Hang);
@@ -285,10 +285,10 @@ async fn a_signal_ends_a_node_that_waits_for_its_registration() {
 }
 
 #[tokio::test]
-async fn s0_22_the_version_is_announced_without_v_and_only_if_it_is_one() {
+async fn the_version_is_announced_without_v_and_only_if_it_is_one() {
     let own = env!("CARGO_PKG_VERSION");
     for (given, announced) in [("v1.2.3", "1.2.3"), ("V2.0.0-rc.1", "2.0.0-rc.1"), (" ", own), ("soon", own)] {
-        let lab = Lab::start().await;
+        let lab = TestServer::start().await;
         let rubbish = Rubbish::before(&lab).await;
         rubbish.answer(BY_URL, usize::MAX, Bad::Echo(403));
         let node = rubbish.node(&[fixtures::hello()]).reachable().set("NODE_VERSION", given).start().await;

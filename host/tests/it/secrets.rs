@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Lab, fixtures,
+    TestServer, fixtures,
     node::{Cli, NodeSetup},
     rubbish::{Bad, Rubbish},
 };
@@ -15,8 +15,8 @@ const REG_SECRET: &str = "a-registration-secret-nobody-may-see";
 const CONTENT: &str = "what-only-the-jobs-author-knows";
 
 #[tokio::test]
-async fn s0_25_s0_26_a_plugin_finds_no_secret_in_the_environment() {
-    let lab = Lab::start().await;
+async fn a_plugin_finds_no_secret_in_the_environment() {
+    let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo()]).set("REG_SECRET", REG_SECRET).set("SOMETHING_ELSE", "is visible");
     let node = node.leasing().await;
     let ended = lab.run(&node, "/fixtures/dump-env/v1", json!({})).await;
@@ -33,7 +33,7 @@ async fn s0_25_s0_26_a_plugin_finds_no_secret_in_the_environment() {
 
 #[tokio::test]
 async fn no_log_line_holds_a_key_a_secret_or_a_token() {
-    let lab = Lab::with(|config| {
+    let lab = TestServer::with(|config| {
         config.lease_ttl = std::time::Duration::from_secs(2);
         config.domain_token_renew_after = std::time::Duration::ZERO;
         config.request_max_bytes = 64 * 1024;
@@ -91,8 +91,8 @@ fn talkative(node: NodeSetup) -> NodeSetup {
 }
 
 #[tokio::test]
-async fn s0_54_refused_sign_ins_that_repeat_all_they_got_show_no_secret() {
-    let lab = Lab::start().await;
+async fn refused_sign_ins_that_repeat_all_they_got_show_no_secret() {
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     for (call, statuses) in [(NONCE, [500, 403]), (WALLET, [403, 409]), (VERIFY, [401, 404])] {
         for status in statuses {
@@ -117,7 +117,7 @@ async fn s0_54_refused_sign_ins_that_repeat_all_they_got_show_no_secret() {
 
 #[tokio::test]
 async fn a_refused_registration_by_url_shows_no_secret() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     for status in [500, 403, 409] {
         rubbish.answer(BY_URL, 1, Bad::Echo(status));
@@ -132,7 +132,7 @@ async fn a_refused_registration_by_url_shows_no_secret() {
 
 #[tokio::test]
 async fn tasks_of_every_end_and_refused_reports_show_no_secret() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = talkative(rubbish.node(&[fixtures::hello(), fixtures::zoo()])).leasing().await;
     let (complete, fail) = ("POST /v1/tasks/*/complete", "POST /v1/tasks/*/fail");
@@ -160,7 +160,7 @@ const GRANTED: &str = "[[plugin]]\nfile = \"zoo\"\ngrant = [\"token\"]\n";
 
 #[tokio::test]
 async fn a_token_in_a_runners_lines_or_in_the_text_of_its_panic_goes_no_further() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo()]).plugins_file(GRANTED).set("RUST_LOG", "trace").leasing().await;
     let ended = lab.run(&node, "/fixtures/says-token/v1", json!({})).await;
     let (reason, _) = ended.failed();
@@ -185,7 +185,7 @@ async fn a_token_in_a_runners_lines_or_in_the_text_of_its_panic_goes_no_further(
 // S1-08
 #[tokio::test]
 async fn a_runner_that_asks_for_its_token_gets_the_newest() {
-    let lab = Lab::with(|config| {
+    let lab = TestServer::with(|config| {
         config.lease_ttl = std::time::Duration::from_secs(2);
         config.domain_token_renew_after = std::time::Duration::from_millis(500);
     })
@@ -218,7 +218,7 @@ async fn the_search_sees_a_secret_that_got_out() {
 
 #[tokio::test]
 async fn a_runner_gets_the_token_only_where_plugins_toml_grants_it() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let ended = lab.run(&node, "/fixtures/token/v1", json!({})).await;
     let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "token.json").await).expect("JSON");

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::harness::{
-    Lab, fixtures,
+    TestServer, fixtures,
     node::TestNode,
     rubbish::{Bad, Rubbish},
 };
@@ -16,19 +16,19 @@ const NONCE: &str = "POST /internal/v1/auth/siwe/request";
 const VERIFY: &str = "POST /internal/v1/auth/siwe/verify";
 
 /// When the heartbeats so far arrived.
-fn beats(lab: &Lab) -> Vec<Timestamp> {
+fn beats(lab: &TestServer) -> Vec<Timestamp> {
     lab.world.journal().iter().filter(|seen| seen.path.ends_with("/heartbeat")).map(|seen| seen.at).collect()
 }
 
 /// Waits for so many heartbeats; the time from the `from`th of them to the last.
-async fn span(lab: &Lab, node: &TestNode, from: usize, count: usize) -> Duration {
+async fn span(lab: &TestServer, node: &TestNode, from: usize, count: usize) -> Duration {
     lab.seen(node, |seen| seen.iter().filter(|seen| seen.path.ends_with("/heartbeat")).count() >= count).await;
     let all = beats(lab);
     Duration::try_from(all[count - 1].duration_since(all[from])).expect("they are in order")
 }
 
 /// A task that is held open and says nothing more once it has begun.
-async fn held(lab: &Lab, node: &TestNode) -> (tempfile::TempDir, Uuid) {
+async fn held(lab: &TestServer, node: &TestNode) -> (tempfile::TempDir, Uuid) {
     let files = tempfile::tempdir().expect("a folder");
     let job = lab.task("/fixtures/wait-file/v1").meta(json!({ "file": files.path().join("go") })).submit();
     lab.started(node, job).await;
@@ -37,9 +37,9 @@ async fn held(lab: &Lab, node: &TestNode) -> (tempfile::TempDir, Uuid) {
 
 // S0-39b
 #[tokio::test]
-async fn s0_39b_heartbeats_come_at_the_share_of_the_lease_that_was_set() {
+async fn heartbeats_come_at_the_share_of_the_lease_that_was_set() {
     let timed = async |ratios: [&str; 2], lease: u64, count: usize| {
-        let lab = Lab::with(|config| config.lease_ttl = Duration::from_secs(lease)).await;
+        let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(lease)).await;
         let node = lab.node(&[fixtures::zoo()]).set("HEARTBEAT_MIN_RATIO", ratios[0]);
         let node = node.set("HEARTBEAT_MAX_RATIO", ratios[1]).leasing().await;
         let (_files, _job) = held(&lab, &node).await;
@@ -54,10 +54,10 @@ async fn s0_39b_heartbeats_come_at_the_share_of_the_lease_that_was_set() {
 
 // S0-30, P-27
 #[tokio::test]
-async fn s0_30_however_fast_progress_comes_heartbeats_keep_their_distance() {
+async fn however_fast_progress_comes_heartbeats_keep_their_distance() {
     // How many there were, and the time from the first to the last.
     let counted = async |jitter: &str, reports: u64| {
-        let lab = Lab::start().await;
+        let lab = TestServer::start().await;
         let node = lab.node(&[fixtures::zoo()]).set("HEARTBEAT_JITTER_MS", jitter).leasing().await;
         let meta = json!({ "count": reports, "pause_ms": 5 });
         lab.run(&node, "/fixtures/progress-storm/v1", meta).await.completed();
@@ -73,8 +73,8 @@ async fn s0_30_however_fast_progress_comes_heartbeats_keep_their_distance() {
 }
 
 #[tokio::test]
-async fn s0_34_s0_36_pauses_after_failed_sign_ins_are_those_that_were_set() {
-    let lab = Lab::start().await;
+async fn pauses_after_failed_sign_ins_are_those_that_were_set() {
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(NONCE, 1, Bad::Status(503, "later"));
     rubbish.answer(VERIFY, 1, Bad::Status(503, "later"));
@@ -88,9 +88,9 @@ async fn s0_34_s0_36_pauses_after_failed_sign_ins_are_those_that_were_set() {
 }
 
 #[tokio::test]
-async fn s0_39_the_noop_is_there_by_a_switch_sleeps_as_long_as_was_set_and_heeds_a_cancel() {
+async fn the_noop_is_there_by_a_switch_sleeps_as_long_as_was_set_and_heeds_a_cancel() {
     const NOOP: &str = "/examples/noop/v1";
-    let lab = Lab::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
+    let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
     // Where nothing unlisted is loaded, the switch is what lists it.
     let listed = |plugins: &[std::path::PathBuf]| {
         lab.node(plugins).plugins_file("[trust]\nunlisted = \"refuse\"\n[[plugin]]\nfile = \"hello\"\n")

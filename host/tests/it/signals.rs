@@ -8,7 +8,7 @@ use std::{
 use serde_json::json;
 
 use crate::harness::{
-    Lab, fixtures,
+    TestServer, fixtures,
     node::TestNode,
     rubbish::{Bad, Rubbish},
 };
@@ -27,9 +27,9 @@ fn assert_nothing_left(node: &TestNode) {
 }
 
 #[tokio::test]
-async fn s0_19b_a_signal_ends_an_idle_node_at_once() {
+async fn a_signal_ends_an_idle_node_at_once() {
     for signal in [TestNode::term, TestNode::interrupt] {
-        let lab = Lab::start().await;
+        let lab = TestServer::start().await;
         // A long pause between polls must not delay the end.
         let node = lab.node(&[fixtures::hello()]).set("POLL_BACKOFF_MS_MIN", "25000");
         let node = node.set("POLL_BACKOFF_MS_MAX", "30000").leasing().await;
@@ -42,7 +42,7 @@ async fn s0_19b_a_signal_ends_an_idle_node_at_once() {
 
 #[tokio::test]
 async fn a_signal_before_the_start_is_over_ends_a_node_that_has_spoken_to_nobody() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let files = tempfile::tempdir().expect("a folder");
     let mark = files.path().join("opened");
     let slow = fixtures::c("refused", &["MARKS", "INIT_BLOCKS"]);
@@ -63,7 +63,7 @@ async fn a_signal_before_the_start_is_over_ends_a_node_that_has_spoken_to_nobody
 
 #[tokio::test]
 async fn a_signal_lets_a_running_task_finish_and_leases_nothing_more() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let files = tempfile::tempdir().expect("a folder");
     let file = files.path().join("go");
     let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "2").leasing().await;
@@ -83,7 +83,7 @@ async fn a_signal_lets_a_running_task_finish_and_leases_nothing_more() {
 }
 
 /// The job was given back with the word the plane repeats it for.
-async fn assert_drained(lab: &Lab, node: &TestNode, job: uuid::Uuid) {
+async fn assert_drained(lab: &TestServer, node: &TestNode, job: uuid::Uuid) {
     let ended = lab.ended(node, job).await;
     let (reason, details) = ended.failed();
     assert_eq!(reason, "drained");
@@ -92,7 +92,7 @@ async fn assert_drained(lab: &Lab, node: &TestNode, job: uuid::Uuid) {
 
 #[tokio::test]
 async fn what_outlasts_the_drain_is_cancelled_and_given_back() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo()]).set("DRAIN_TIMEOUT", "200ms").leasing().await;
     let job = lab.task("/fixtures/slow/v1").submit();
     lab.started(&node, job).await;
@@ -104,7 +104,7 @@ async fn what_outlasts_the_drain_is_cancelled_and_given_back() {
 
 #[tokio::test]
 async fn a_second_signal_cancels_without_waiting_for_the_drain() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo()]).set("DRAIN_TIMEOUT", "1h").leasing().await;
     let job = lab.task("/fixtures/slow/v1").submit();
     lab.started(&node, job).await;
@@ -118,7 +118,7 @@ async fn a_second_signal_cancels_without_waiting_for_the_drain() {
 
 #[tokio::test]
 async fn a_third_signal_ends_the_process_and_the_next_one_sweeps_up() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo()]).set("DRAIN_TIMEOUT", "1h").set("CANCEL_GRACE", "1h").leasing().await;
     let job = lab.task("/fixtures/ignores-cancel/v1").meta(json!({ "sleep_ms": 3_600_000 })).submit();
     lab.started(&node, job).await;
@@ -137,7 +137,7 @@ async fn a_third_signal_ends_the_process_and_the_next_one_sweeps_up() {
 
 #[tokio::test]
 async fn a_signal_ends_a_node_whose_sign_in_service_is_away_or_silent() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     // A port nobody listens on.
     let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port");
     let node = lab.node(&[fixtures::hello()]).set("DDS_BASE_URL", format!("http://{port}")).start().await;
@@ -158,7 +158,7 @@ async fn a_signal_ends_a_node_whose_sign_in_service_is_away_or_silent() {
 
 /// A plugin that marks its shutdown, on a node that is stopped while it leases or before it has signed in.
 async fn plugins_are_told(signed_in: bool) {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let files = tempfile::tempdir().expect("a folder");
     let mark = files.path().join("shutdown");
@@ -189,7 +189,7 @@ async fn a_node_that_ends_before_its_first_sign_in_tells_its_plugins() {
 
 #[tokio::test]
 async fn a_signal_ends_a_node_whose_task_service_is_silent() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer("GET /v1/tasks", usize::MAX, Bad::Hang);
     let node = rubbish.node(&[fixtures::hello()]).set("REQUEST_TIMEOUT_SECS", "2").leasing().await;
@@ -200,7 +200,7 @@ async fn a_signal_ends_a_node_whose_task_service_is_silent() {
 
 #[tokio::test]
 async fn a_hangup_does_not_end_a_node() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::hello()]).await;
     node.hang_up();
     let line =
@@ -212,7 +212,7 @@ async fn a_hangup_does_not_end_a_node() {
 
 #[tokio::test]
 async fn a_killed_node_leaves_nothing_that_the_next_one_does_not_sweep() {
-    let lab = Lab::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
+    let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let job = lab.task("/fixtures/slow/v1").set("max_attempts", json!(2)).submit();
     lab.started(&node, job).await;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::json;
 
-use crate::harness::{Lab, fixtures};
+use crate::harness::{TestServer, fixtures};
 
 fn fixture(path: &str) -> String {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
@@ -20,11 +20,11 @@ fn tokio(lock: &str) -> String {
 }
 
 #[tokio::test]
-async fn s1_23_a_plugin_with_its_own_lock_file_and_tokio_does_leased_work() {
+async fn a_plugin_with_its_own_lock_file_and_tokio_does_leased_work() {
     let (ours, theirs) = (tokio(&fixture("../Cargo.lock")), tokio(&fixture("tests/fixtures/rust/stranger/Cargo.lock")));
     assert_ne!(ours, theirs, "the stranger is no stranger");
     assert_eq!(ours.rsplit_once('.').map(|(minor, _)| minor), theirs.rsplit_once('.').map(|(minor, _)| minor));
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::stranger()]).await;
     let input = lab.put("letter", b"a letter").await;
     let ended = lab.ended(&node, lab.task("/fixtures/stranger/v1").inputs(&[input]).submit()).await;
@@ -34,10 +34,10 @@ async fn s1_23_a_plugin_with_its_own_lock_file_and_tokio_does_leased_work() {
 }
 
 #[tokio::test]
-async fn s1_01_a_c_plugin_of_sixty_lines_does_leased_work() {
+async fn a_c_plugin_of_sixty_lines_does_leased_work() {
     let lines = fixture("tests/fixtures/c/hello.c").lines().count();
     assert!(lines <= 60, "{lines} lines");
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::c("hello", &[])]).await;
     let input = lab.put("who", b"world").await;
     let ended = lab.ended(&node, lab.task("/fixtures/c-hello/v1").inputs(&[input]).submit()).await;
@@ -53,16 +53,16 @@ async fn s1_01_a_c_plugin_of_sixty_lines_does_leased_work() {
 }
 
 #[tokio::test]
-async fn s1_24_a_plugin_of_a_later_sdk_with_the_same_tables_loads() {
-    let lab = Lab::start().await;
+async fn a_plugin_of_a_later_sdk_with_the_same_tables_loads() {
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::newer_sdk()]).await;
     lab.run(&node, "/fixtures/newer-sdk/v1", json!({})).await.completed();
     node.stop().await;
 }
 
 #[tokio::test]
-async fn s0_17_strangers_and_our_own_serve_side_by_side() {
-    let lab = Lab::start().await;
+async fn strangers_and_our_own_serve_side_by_side() {
+    let lab = TestServer::start().await;
     let plugins = [fixtures::stranger(), fixtures::c("hello", &[]), fixtures::hello(), fixtures::zoo()];
     let node = lab.node(&plugins).set("MAX_CONCURRENCY", "4").leasing().await;
     let capabilities =

@@ -1,7 +1,7 @@
 //! Services behind TLS with an authority of their own, and proxies (posemesh contract 1.1, P-18, P-56).
 
 use crate::harness::{
-    Lab, fixtures,
+    TestServer, fixtures,
     node::{Cli, NodeSetup},
     rubbish::Rubbish,
     tls::{Front, NAME, authority},
@@ -13,14 +13,14 @@ const BASIC: &str = "Basic bWU6cGFzcyB3b3JkLW5vYm9keS1tYXktc2Vl";
 
 /// A world that is found at `https://NAME` only.
 struct Walled {
-    lab: Lab,
+    lab: TestServer,
     _rubbish: Rubbish,
     tls: Front,
 }
 
 impl Walled {
     async fn new() -> Self {
-        let lab = Lab::start().await;
+        let lab = TestServer::start().await;
         let rubbish = Rubbish::known_as(&lab, Some(&format!("https://{NAME}"))).await;
         let tls = Front::tls(rubbish.address()).await;
         Self { lab, _rubbish: rubbish, tls }
@@ -35,7 +35,7 @@ impl Walled {
 }
 
 #[tokio::test]
-async fn p_56_a_whole_task_goes_over_tls_through_a_proxy() {
+async fn a_whole_task_goes_over_tls_through_a_proxy() {
     let walled = Walled::new().await;
     let proxy = Front::proxy(walled.tls.address, Some(BASIC)).await;
     let url = format!("http://me:{SECRET}@{}", proxy.address);
@@ -84,8 +84,8 @@ async fn a_proxy_that_refuses_is_named_without_its_password() {
 }
 
 #[tokio::test]
-async fn p_18_plain_http_goes_to_its_proxy_whole_and_loopback_to_none() {
-    let lab = Lab::start().await;
+async fn plain_http_goes_to_its_proxy_whole_and_loopback_to_none() {
+    let lab = TestServer::start().await;
     let proxy = Front::proxy(lab.world.address(), None).await;
     let url = |path: &str| format!("http://{NAME}{path}").parse().expect("a URL");
     let node = NodeSetup::new(&url("/"), &url("/v1"), &[fixtures::echo()])

@@ -5,7 +5,7 @@ use std::io::{Cursor, Write};
 use serde_json::{Value, json};
 use zip::{CompressionMethod, ZipWriter, write::SimpleFileOptions};
 
-use crate::harness::{Ended, Lab, fixtures, folder::Folder, node::TestNode};
+use crate::harness::{Ended, TestServer, fixtures, folder::Folder, node::TestNode};
 
 fn archive(method: CompressionMethod, files: &[(&str, &[u8])]) -> Vec<u8> {
     let mut writer = ZipWriter::new(Cursor::new(Vec::new()));
@@ -16,14 +16,14 @@ fn archive(method: CompressionMethod, files: &[(&str, &[u8])]) -> Vec<u8> {
     writer.finish().expect("written").into_inner()
 }
 
-async fn inputs(lab: &Lab, node: &TestNode, name: &str, data_type: &str, bytes: &[u8]) -> Ended {
+async fn inputs(lab: &TestServer, node: &TestNode, name: &str, data_type: &str, bytes: &[u8]) -> Ended {
     let id = lab.world.put_data(name, data_type, bytes).await.expect("stored");
     lab.ended(node, lab.task("/fixtures/inputs/v1").inputs(&[id]).submit()).await
 }
 
 #[tokio::test]
-async fn s0_83_a_refined_scan_is_unpacked_where_later_stages_look_for_it() {
-    let lab = Lab::start().await;
+async fn a_refined_scan_is_unpacked_where_later_stages_look_for_it() {
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo(), fixtures::echo()]).await;
     let files: [(&str, &[u8]); 4] =
         [("images.bin", &[1; 70_000]), ("cameras.bin", b"c"), ("points3D.bin", b"p"), ("portals.csv", b"a,b\n")];
@@ -47,7 +47,7 @@ async fn s0_83_a_refined_scan_is_unpacked_where_later_stages_look_for_it() {
 
 #[tokio::test]
 async fn an_archive_that_cannot_be_trusted_is_refused_in_one_line() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node =
         lab.node(&[fixtures::zoo()]).set("UNPACK_BYTES_MAX", "2MiB").set("UNPACK_FILES_MAX", "3").leasing().await;
     let deflated = CompressionMethod::Deflated;
@@ -77,7 +77,7 @@ async fn an_archive_that_cannot_be_trusted_is_refused_in_one_line() {
 
 #[tokio::test]
 async fn how_much_larger_an_archive_may_become_is_the_operators_to_say() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let bomb = archive(CompressionMethod::Deflated, &[("zeros", &vec![0; 20 << 20])]);
     let strict = lab.joined(&[fixtures::zoo()]).await;
     let ended = inputs(&lab, &strict, "few zeros", "zip", &bomb).await;
@@ -96,7 +96,7 @@ const PLY: &str =
 
 #[tokio::test]
 async fn pointcloud_merges_the_clouds_of_an_archive() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::pointcloud()]).await;
     let (one, two) = (format!("{PLY}0 0 0\n4 0 0\n"), format!("{PLY}0 4 0\n0 0 4\n"));
     let clouds = archive(

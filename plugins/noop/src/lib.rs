@@ -73,13 +73,13 @@ mod tests {
     }
 
     #[test]
-    fn s0_39_noop_completes_without_artifacts() {
+    fn noop_completes_without_artifacts() {
         let ended = TestHost::new().run_blocking(&noop(0.0).expect("a config"));
         assert!(ended.is_ok() && ended.outputs().is_empty());
     }
 
     #[test]
-    fn s0_39_noop_heeds_cancellation() {
+    fn noop_heeds_cancellation() {
         let host = TestHost::new();
         host.cancel(CancelReason::Plane);
         let ended = host.run_blocking(&noop(3600.0).expect("a config"));

@@ -167,7 +167,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn s1_03_s1_22_a_lease_survives_both_directions_with_unknown_fields_kept() {
+    fn a_lease_survives_both_directions_with_unknown_fields_kept() {
         let golden = r#"{"access_token_expires_at":"2025-06-01T08:05:00Z","cancel":false,"domain_id":"3f0c","domain_server_url":"https://ds.lab.test","task":{"id":"0b9f","capability":"/lab/echo/v1","inputs_cids":["a1"],"meta":{"voxel":0.1},"priority":-3,"billing_units":"1.50","flavour":"new"},"p2p":{"x":1}}"#;
         let lease: LeaseEnvelope = serde_json::from_str(golden).expect("parses");
         assert_eq!(lease.task.priority, Some(-3));
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn s1_04_the_smallest_lease_parses() {
+    fn the_smallest_lease_parses() {
         let lease: LeaseEnvelope = serde_json::from_str(r#"{"task":{"id":"1","capability":"/a"}}"#).expect("parses");
         assert!(!lease.cancel && lease.task.inputs_cids.is_empty());
     }

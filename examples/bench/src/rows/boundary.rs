@@ -15,7 +15,7 @@ use anyhow::Context;
 use async_trait::async_trait;
 use runner_host::{
     model::{
-        Artifact, ArtifactSpec, Budget, Capability, Fetched, Grant, InputMeta, InputStream, Lease, Materialized,
+        Artifact, ArtifactSpec, Budget, Capability, Fetched, HeldLease, InputMeta, InputStream, Lease, Materialized,
         Outcome, OutputStream, PortError, PortErrorKind, Ports, Setup, TaskId,
     },
     plugins::{self, Folder, Job, Places, Plugins, PluginsFile},
@@ -114,7 +114,7 @@ impl<'a> Runs<'a> {
     }
 
     async fn one(&self) -> anyhow::Result<()> {
-        let (grant, _keys) = Grant::new(self.lease.clone(), Setup::Pending);
+        let (grant, _keys) = HeldLease::new(self.lease.clone(), Setup::Pending);
         let job = Job {
             grant,
             ports: Arc::clone(&self.ports) as Arc<dyn Ports>,

@@ -11,7 +11,7 @@ use http::Method;
 use super::*;
 use crate::dev::{
     Config,
-    tests::{Lab, TestNode},
+    tests::{TestNode, TestServer},
 };
 
 const ECHO: &str = "/lab/echo/v1";
@@ -48,11 +48,11 @@ struct Ended {
     stderr: String,
 }
 
-async fn submit_line(lab: Option<&Lab>, line: &[&str]) -> Ended {
+async fn submit_line(lab: Option<&TestServer>, line: &[&str]) -> Ended {
     submit_until(lab, line, std::future::pending()).await
 }
 
-async fn submit_until(lab: Option<&Lab>, line: &[&str], interrupt: impl Future<Output = ()>) -> Ended {
+async fn submit_until(lab: Option<&TestServer>, line: &[&str], interrupt: impl Future<Output = ()>) -> Ended {
     let dev = lab.map(|lab| lab.world.dds_url().to_string());
     let mut line = line.to_vec();
     if let Some(dev) = &dev {
@@ -67,7 +67,7 @@ async fn submit_until(lab: Option<&Lab>, line: &[&str], interrupt: impl Future<O
 }
 
 /// Takes the next task as soon as there is one.
-async fn take(lab: &Lab, node: &TestNode) -> Value {
+async fn take(lab: &TestServer, node: &TestNode) -> Value {
     lab.world.journal_until(|seen| seen.iter().any(|seen| seen.path == "/v1/jobs")).await;
     loop {
         let answer = lab.get("/v1/tasks", Some(&node.token)).await;
@@ -78,7 +78,7 @@ async fn take(lab: &Lab, node: &TestNode) -> Value {
 }
 
 /// Serves one task: its only input goes back as its artifact.
-async fn echo(lab: &Lab, node: &TestNode, logical_path: &str) -> Vec<u8> {
+async fn echo(lab: &TestServer, node: &TestNode, logical_path: &str) -> Vec<u8> {
     let lease = take(lab, node).await;
     let (token, domain) = (lease["access_token"].as_str().expect("a token"), &lease["domain_id"]);
     let data = format!("/api/v1/domains/{}/data", domain.as_str().expect("an id"));
@@ -100,7 +100,7 @@ async fn echo(lab: &Lab, node: &TestNode, logical_path: &str) -> Vec<u8> {
 
 #[tokio::test]
 async fn an_input_goes_up_and_the_artifact_comes_to_the_folder() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[ECHO]).await;
     let folder = tempfile::tempdir().expect("a folder");
     let (input, out) = (folder.path().join("my scan.json"), folder.path().join("out"));
@@ -118,7 +118,7 @@ async fn an_input_goes_up_and_the_artifact_comes_to_the_folder() {
 
 #[tokio::test]
 async fn large_and_empty_inputs_go_up_whole() {
-    let lab = Lab::with(Config { part_size: 1000, request_max_bytes: 5000, ..Config::default() }).await;
+    let lab = TestServer::with(Config { part_size: 1000, request_max_bytes: 5000, ..Config::default() }).await;
     let node = lab.node(1, &[ECHO]).await;
     let folder = tempfile::tempdir().expect("a folder");
     for size in [0_usize, 2500, 899] {
@@ -138,7 +138,7 @@ async fn large_and_empty_inputs_go_up_whole() {
 
 #[tokio::test]
 async fn an_artifact_that_would_leave_the_folder_is_kept_inside() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[ECHO]).await;
     let folder = tempfile::tempdir().expect("a folder");
     let (input, out) = (folder.path().join("in.json"), folder.path().join("out"));
@@ -153,7 +153,7 @@ async fn an_artifact_that_would_leave_the_folder_is_kept_inside() {
 
 #[tokio::test]
 async fn a_failed_task_tells_why() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[ECHO]).await;
     let serve = async {
         let lease = take(&lab, &node).await;
@@ -167,7 +167,7 @@ async fn a_failed_task_tells_why() {
 
 #[tokio::test]
 async fn many_tasks_become_jobs_of_a_bounded_size() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[ECHO]).await;
     let serve = async {
         for _ in 0..250 {
@@ -184,7 +184,7 @@ async fn many_tasks_become_jobs_of_a_bounded_size() {
 
 #[tokio::test]
 async fn without_a_node_it_says_so_once_and_gives_up_in_time() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let ended = submit_line(Some(&lab), &[ECHO, "--wait", "--timeout", "1500ms"]).await;
     assert_eq!(ended.code, Exit::TimedOut);
     assert_eq!(ended.stderr.matches("no node serves /lab/echo/v1").count(), 1, "{}", ended.stderr);
@@ -193,7 +193,7 @@ async fn without_a_node_it_says_so_once_and_gives_up_in_time() {
 
 #[tokio::test]
 async fn an_interrupted_wait_leaves_the_job_running() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let looked = async {
         let path = |seen: &crate::dev::Seen| seen.path.starts_with("/v1/jobs/");
         lab.world.journal_until(|seen| seen.iter().any(path)).await;
@@ -211,7 +211,7 @@ async fn an_interrupted_wait_leaves_the_job_running() {
 
 #[tokio::test]
 async fn a_cancelled_job_has_an_exit_code_of_its_own() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let handed_in = submit_line(Some(&lab), &[ECHO]).await;
     assert_eq!(handed_in.code, Exit::Done);
     assert!(Uuid::parse_str(handed_in.stdout.trim()).is_ok(), "the job's id: {}", handed_in.stdout);
@@ -228,9 +228,9 @@ async fn a_cancelled_job_has_an_exit_code_of_its_own() {
 
 #[tokio::test]
 async fn what_cannot_be_is_said_in_one_line() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let address = lab.world.dds_url().to_string();
-    let away = Lab::start().await;
+    let away = TestServer::start().await;
     let away_address = away.world.dds_url().to_string();
     away.world.stop().await;
     let ended = submit_line(None, &[ECHO, "--dev", &away_address]).await;

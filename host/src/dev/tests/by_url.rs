@@ -23,7 +23,7 @@ impl TestNode {
     }
 
     /// Registers at `url` while `page` answers the callback.
-    async fn register_url(&self, lab: &Lab, page: &mut Service, url: &str) -> Answer {
+    async fn register_url(&self, lab: &TestServer, page: &mut Service, url: &str) -> Answer {
         let entry = self.entry(url, Timestamp::now());
         let answered = async {
             let call = page.expect(CALLED_BACK).await;
@@ -45,7 +45,7 @@ fn node(key: u8) -> TestNode {
 #[tokio::test]
 async fn a_node_with_a_url_is_called_back_before_the_answer_and_asked_for_its_health_afterwards() {
     let config = Config { health_interval: Duration::from_millis(10), ..Config::default() };
-    let lab = Lab::with(config).await;
+    let lab = TestServer::with(config).await;
     let (mut page, mut node) = (Service::start().await, node(1));
     let url = page.url.to_string();
     assert!(url.ends_with('/'), "as older nodes print theirs");
@@ -63,7 +63,7 @@ async fn a_node_with_a_url_is_called_back_before_the_answer_and_asked_for_its_he
 
 #[tokio::test]
 async fn a_repeat_with_the_same_url_is_a_refresh_and_another_url_only_if_the_first_is_silent() {
-    let lab = Lab::with(Config { health_interval: Duration::from_secs(3600), ..Config::default() }).await;
+    let lab = TestServer::with(Config { health_interval: Duration::from_secs(3600), ..Config::default() }).await;
     let (mut first, mut second, mut node) = (Service::start().await, Service::start().await, node(1));
     let (first_url, second_url) = (first.url.to_string(), second.url.to_string());
     assert_eq!(node.register_url(&lab, &mut first, &first_url).await.status, StatusCode::OK);
@@ -85,7 +85,7 @@ async fn a_repeat_with_the_same_url_is_a_refresh_and_another_url_only_if_the_fir
 
 #[tokio::test]
 async fn registrations_with_a_url_are_checked() {
-    let lab = Lab::with(Config { reg_secret: Some("right".to_owned()), ..Config::default() }).await;
+    let lab = TestServer::with(Config { reg_secret: Some("right".to_owned()), ..Config::default() }).await;
     let node = node(1);
     let closed = {
         let gone = Service::start().await;

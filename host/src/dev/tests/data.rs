@@ -17,7 +17,7 @@ fn form(boundary: &str, parts: &[(&str, &[u8])]) -> Vec<u8> {
     body
 }
 
-impl Lab {
+impl TestServer {
     fn data(&self, rest: &str) -> String {
         format!("/api/v1/domains/{}/data{rest}", self.world.domain_id())
     }
@@ -39,7 +39,7 @@ impl Lab {
 
 #[tokio::test]
 async fn data_is_created_found_read_replaced_and_deleted() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let grant = lab.world.grant();
     let payload: Vec<u8> = (0..200_000_u32).map(|n| n.to_le_bytes()[0]).collect();
     let parts: [(&str, &[u8]); 2] =
@@ -73,7 +73,7 @@ async fn data_is_created_found_read_replaced_and_deleted() {
 #[tokio::test]
 async fn content_by_id_is_served_in_ranges() {
     // Contract 6.5, 10.5: real runners read content themselves.
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let id = lab.world.put_data("scan", "ply", b"0123456789").await.expect("stored");
     let path = lab.data(&format!("/{id}?raw=true"));
     let ask = async |headers: &[(&str, &str)]| {
@@ -109,7 +109,7 @@ async fn content_by_id_is_served_in_ranges() {
 
 #[tokio::test]
 async fn a_multipart_download_has_the_form_that_nodes_parse() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let first = lab.world.put_data("scan a", "ply", b"abcd").await.expect("stored");
     let second = lab.world.put_data("b", "json", b"--x\r\n\r\n").await.expect("stored");
     let ask = async |query: &str| {
@@ -148,7 +148,7 @@ async fn a_multipart_download_has_the_form_that_nodes_parse() {
 #[tokio::test]
 async fn uploads_that_cannot_be_stored_are_refused_and_leave_nothing() {
     let config = Config { request_max_bytes: 100_000, domain_data_max_bytes: 50_000, ..Config::default() };
-    let lab = Lab::with(config).await;
+    let lab = TestServer::with(config).await;
     let check = async |answer: Answer, status: StatusCode, line: &str| {
         assert_eq!(answer.status, status, "{}", answer.excerpt());
         assert!(refusal(&answer).contains(line), "{}", answer.excerpt());
@@ -183,7 +183,7 @@ async fn uploads_that_cannot_be_stored_are_refused_and_leave_nothing() {
 
 #[tokio::test]
 async fn the_right_token_for_the_right_domain_is_needed() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     assert_eq!(lab.get(&lab.data(""), None).await.status, StatusCode::UNAUTHORIZED);
     assert_eq!(lab.get(&lab.data(""), Some("x.y.z")).await.status, StatusCode::UNAUTHORIZED);
@@ -202,7 +202,7 @@ async fn the_right_token_for_the_right_domain_is_needed() {
 
 #[tokio::test]
 async fn large_data_comes_in_parts() {
-    let lab = Lab::with(Config { part_size: 1000, ..Config::default() }).await;
+    let lab = TestServer::with(Config { part_size: 1000, ..Config::default() }).await;
     let initiate = json!({"name": "big", "data_type": "ply", "size": 2500, "content_type": null, "existing_id": null});
     let begun = body(&lab.multipart(Method::POST, "?uploads", initiate.to_string()).await);
     assert_eq!(begun["part_size"], 1000);
@@ -257,7 +257,7 @@ async fn large_data_comes_in_parts() {
 #[tokio::test]
 async fn an_aborted_upload_is_gone_and_unfinished_ones_go_on_stop() {
     let folder = tempfile::tempdir().expect("a folder");
-    let lab = Lab::with(Config { data: Some(folder.path().to_owned()), ..Config::default() }).await;
+    let lab = TestServer::with(Config { data: Some(folder.path().to_owned()), ..Config::default() }).await;
     let begin = async || {
         let initiate = json!({"name": "big", "data_type": "ply"});
         let begun = body(&lab.multipart(Method::POST, "?uploads", initiate.to_string()).await);
@@ -279,7 +279,7 @@ async fn an_aborted_upload_is_gone_and_unfinished_ones_go_on_stop() {
     lab.world.stop().await;
     assert_eq!(uploads(), 0);
 
-    let again = Lab::with(Config { data: Some(folder.path().to_owned()), ..Config::default() }).await;
+    let again = TestServer::with(Config { data: Some(folder.path().to_owned()), ..Config::default() }).await;
     assert_eq!(again.world.domain_id(), domain);
     let listed = body(&again.get(&again.data(""), Some(&again.world.grant())).await);
     assert_eq!(listed["data"][0]["name"], "kept");
@@ -287,7 +287,7 @@ async fn an_aborted_upload_is_gone_and_unfinished_ones_go_on_stop() {
 
 #[tokio::test]
 async fn without_multipart_initiating_is_unknown() {
-    let lab = Lab::with(Config { multipart: false, ..Config::default() }).await;
+    let lab = TestServer::with(Config { multipart: false, ..Config::default() }).await;
     let answer = lab.multipart(Method::POST, "?uploads", json!({"name": "a", "data_type": "b"}).to_string()).await;
     assert_eq!(answer.status, StatusCode::NOT_FOUND);
     assert_eq!(body(&lab.get("/api/v1/info", None).await)["upload"]["multipart"]["enabled"], false);
@@ -295,7 +295,7 @@ async fn without_multipart_initiating_is_unknown() {
 
 #[tokio::test]
 async fn stopping_ends_idle_and_busy_connections_and_removes_temporary_data() {
-    let lab = Lab::with(Config { stop_grace: Duration::from_millis(50), ..Config::default() }).await;
+    let lab = TestServer::with(Config { stop_grace: Duration::from_millis(50), ..Config::default() }).await;
     lab.world.put_data("a", "json", b"{}").await.expect("stored");
     // A connection that never finishes its request.
     let mut stuck = tokio::net::TcpStream::connect(lab.world.address()).await.expect("connects");

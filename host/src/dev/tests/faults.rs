@@ -10,7 +10,7 @@ use tokio::{
 use super::*;
 use crate::dev::{Faults, Seen};
 
-impl Lab {
+impl TestServer {
     fn faults(&self, file: &str) {
         self.world.set_faults(Faults::parse(file).expect("a sound file"));
     }
@@ -45,7 +45,7 @@ fn once(endpoint: &str, rest: &str) -> String {
 
 #[tokio::test]
 async fn a_status_comes_with_headers_and_body_and_nothing_is_done() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     let job = lab.job(HELLO, 1);
     lab.faults(&once("lease", "kind = \"status\"\ncode = 503\nheaders = { Retry-After = \"7\" }\nbody = \"later\""));
@@ -61,7 +61,7 @@ async fn a_status_comes_with_headers_and_body_and_nothing_is_done() {
 
 #[tokio::test]
 async fn a_reset_is_one_and_nothing_is_done() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     let job = lab.job(HELLO, 1);
     lab.faults(&once("lease", "kind = \"reset\""));
@@ -74,7 +74,7 @@ async fn a_reset_is_one_and_nothing_is_done() {
 
 #[tokio::test]
 async fn a_lost_answer_has_done_its_work() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     let job = lab.job(HELLO, 1);
     let lease = node.lease(&lab).await;
@@ -86,7 +86,7 @@ async fn a_lost_answer_has_done_its_work() {
 
 #[tokio::test]
 async fn a_body_is_reset_in_its_middle() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     lab.job(HELLO, 1);
     lab.faults(&once("lease", "kind = \"reset_body\""));
@@ -108,7 +108,7 @@ async fn a_body_is_reset_in_its_middle() {
 
 #[tokio::test]
 async fn spoilt_answers_come_in_good_form() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     let (first, second) = (lab.job(HELLO, 1), lab.job(HELLO, 1));
     lab.faults(&once("lease", "kind = \"malformed\""));
@@ -138,7 +138,7 @@ async fn spoilt_answers_come_in_good_form() {
 
 #[tokio::test]
 async fn a_delay_passes_and_then_the_work_is_done() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     lab.faults(&once("lease", "kind = \"delay\"\ndelay = \"150ms\""));
     let began = Instant::now();
@@ -148,7 +148,7 @@ async fn a_delay_passes_and_then_the_work_is_done() {
 
 #[tokio::test]
 async fn a_hang_lasts_until_the_client_leaves_or_the_world_ends() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     lab.faults("[[fault]]\nendpoint = \"lease\"\nkind = \"hang\"");
     let asked = lab.exchange("GET /v1/tasks", &node.token, "");
@@ -162,7 +162,7 @@ async fn a_hang_lasts_until_the_client_leaves_or_the_world_ends() {
 
 #[tokio::test]
 async fn a_revoked_token_is_dead_and_can_be_renewed() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let mut node = lab.node(1, &[HELLO]).await;
     lab.job(HELLO, 1);
     let lease = node.lease(&lab).await;
@@ -185,7 +185,7 @@ async fn a_revoked_token_is_dead_and_can_be_renewed() {
 #[tokio::test]
 async fn a_forgotten_node_must_register_again() {
     for endpoint in ["lease", "verify"] {
-        let lab = Lab::start().await;
+        let lab = TestServer::start().await;
         let mut node = lab.node(1, &[HELLO]).await;
         lab.faults(&once(endpoint, "kind = \"forget_node\""));
         if endpoint == "lease" {
@@ -200,7 +200,7 @@ async fn a_forgotten_node_must_register_again() {
 
 #[tokio::test]
 async fn a_stolen_lease_is_anothers_and_comes_back_by_expiry() {
-    let lab = Lab::with(Config { lease_ttl: Duration::from_millis(300), ..Config::default() }).await;
+    let lab = TestServer::with(Config { lease_ttl: Duration::from_millis(300), ..Config::default() }).await;
     let node = lab.node(1, &[HELLO]).await;
     let job = lab.job(HELLO, 4);
     let lease = node.lease(&lab).await;
@@ -219,7 +219,7 @@ async fn a_stolen_lease_is_anothers_and_comes_back_by_expiry() {
 async fn a_clock_that_is_off_shows_in_every_time_and_the_world_still_works() {
     for (offset, minutes) in [("20m", 20), ("-20m", -20)] {
         let faults = Faults::parse(&format!("[[fault]]\nkind = \"clock_offset\"\noffset = \"{offset}\""));
-        let lab = Lab::with(Config { faults: faults.expect("a sound file"), ..Config::default() }).await;
+        let lab = TestServer::with(Config { faults: faults.expect("a sound file"), ..Config::default() }).await;
         let node = lab.node(1, &[HELLO]).await;
         lab.job(HELLO, 1);
         let answer = node.poll(&lab, "").await;
@@ -241,7 +241,7 @@ async fn a_clock_that_is_off_shows_in_every_time_and_the_world_still_works() {
 
 #[tokio::test]
 async fn the_journal_page_shows_what_was_struck() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     lab.faults(&once("lease", "kind = \"status\"\ncode = 500"));
     node.poll(&lab, "").await;

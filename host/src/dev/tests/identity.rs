@@ -6,7 +6,7 @@ const LOGIN: &str = "/internal/v1/auth/siwe/verify";
 
 #[tokio::test]
 async fn a_wallet_registers_logs_in_and_may_poll() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let mut node = TestNode { key: SigningKey::from_slice(&[1; 32]).expect("a key"), token: "none".to_owned() };
     assert_eq!(node.wallet(), "0x1a642f0e3c3af545e7acbd38b07251b3990914f1");
     assert_eq!(node.poll(&lab, "").await.status, StatusCode::UNAUTHORIZED);
@@ -24,7 +24,7 @@ async fn a_wallet_registers_logs_in_and_may_poll() {
 
 #[tokio::test]
 async fn a_nonce_serves_once_and_a_signature_its_own_message_only() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     let message = node.message(&lab).await;
     let request =
@@ -42,12 +42,12 @@ async fn a_nonce_serves_once_and_a_signature_its_own_message_only() {
 
 #[tokio::test]
 async fn a_repeated_registration_is_a_refresh_and_strictness_refuses_a_second_node() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     assert_eq!(node.register(&lab, &[HELLO]).await.status, StatusCode::OK);
     assert_eq!(node.poll(&lab, "").await.status, StatusCode::NO_CONTENT, "its token lives on");
 
-    let mut strict = Lab::with(Config { strict_identity: true, ..Config::default() }).await;
+    let mut strict = TestServer::with(Config { strict_identity: true, ..Config::default() }).await;
     let node = strict.node(1, &[HELLO]).await;
     assert_eq!(node.register(&strict, &[HELLO]).await.status, StatusCode::OK, "it is the same node");
     let first = std::mem::replace(&mut strict.client, Client::new(transport::Config::default()));
@@ -58,7 +58,7 @@ async fn a_repeated_registration_is_a_refresh_and_strictness_refuses_a_second_no
 
 #[tokio::test]
 async fn a_node_token_expires() {
-    let lab = Lab::with(Config { node_token_ttl: Duration::from_millis(1), ..Config::default() }).await;
+    let lab = TestServer::with(Config { node_token_ttl: Duration::from_millis(1), ..Config::default() }).await;
     let node = lab.node(1, &[HELLO]).await;
     // The login itself took longer than the token lives, or the next poll does.
     let refused = async { while node.poll(&lab, "").await.status != StatusCode::UNAUTHORIZED {} };
@@ -67,7 +67,7 @@ async fn a_node_token_expires() {
 
 #[tokio::test]
 async fn registrations_are_checked() {
-    let lab = Lab::with(Config { reg_secret: Some("right".to_owned()), ..Config::default() }).await;
+    let lab = TestServer::with(Config { reg_secret: Some("right".to_owned()), ..Config::default() }).await;
     let node = TestNode { key: SigningKey::from_slice(&[1; 32]).expect("a key"), token: String::new() };
     let check = async |change: Value, status: StatusCode, line: &str| {
         let message = node.message(&lab).await;

@@ -2,14 +2,14 @@
 
 use super::*;
 
-fn job(lab: &Lab, tasks: &[Value], edges: &[(&str, &str)]) -> Value {
+fn job(lab: &TestServer, tasks: &[Value], edges: &[(&str, &str)]) -> Value {
     let edges: Vec<Value> = edges.iter().map(|(from, to)| json!({"from": from, "to": to})).collect();
     json!({"domain_id": lab.world.domain_id(), "label": "job", "tasks": tasks, "edges": edges})
 }
 
 #[tokio::test]
 async fn stages_open_when_all_before_them_are_complete() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &["/one", "/two"]).await;
     let request =
         job(&lab, &[task("a", "/one", 1), task("a", "/one", 1), task("b", "/two", 1)], &[("a", "b"), ("a", "b")]);
@@ -31,7 +31,7 @@ async fn stages_open_when_all_before_them_are_complete() {
 
 #[tokio::test]
 async fn what_waits_for_a_failed_stage_is_cancelled() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &["/one", "/two"]).await;
     let tasks = [task("a", "/one", 1), task("b", "/two", 1), task("c", "/two", 1), task("alone", "/two", 1)];
     let request = job(&lab, &tasks, &[("a", "b"), ("b", "c")]);
@@ -49,7 +49,7 @@ async fn what_waits_for_a_failed_stage_is_cancelled() {
 
 #[tokio::test]
 async fn jobs_that_cannot_be_done_are_refused_with_one_line() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let grant = lab.world.grant();
     let check = async |request: Value, line: &str| {
         for path in ["/v1/jobs", "/v1/jobs/estimate"] {
@@ -81,7 +81,7 @@ async fn jobs_that_cannot_be_done_are_refused_with_one_line() {
 
 #[tokio::test]
 async fn a_key_makes_a_repeat_harmless() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let grant = lab.world.grant();
     let send = async |key: &str, request: &Value| {
         lab.send(Method::POST, "/v1/jobs", Some(&grant), &[("idempotency-key", key)], request.to_string()).await
@@ -98,7 +98,7 @@ async fn a_key_makes_a_repeat_harmless() {
 
 #[tokio::test]
 async fn jobs_are_listed_in_pages_without_gaps() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let grant = lab.world.grant();
     let node = lab.node(1, &["/x"]).await;
     let mut made: Vec<String> = (0..5).map(|_| lab.job("/x", 1).to_string()).collect();
@@ -138,7 +138,7 @@ async fn jobs_are_listed_in_pages_without_gaps() {
 
 #[tokio::test]
 async fn an_estimate_echoes_the_tasks_with_amounts_as_text() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let request = job(&lab, &[task("a", "/x", 1)], &[]);
     let estimate = body(&lab.post("/v1/jobs/estimate", Some(&lab.world.grant()), &request).await);
     assert_eq!(
@@ -150,7 +150,7 @@ async fn an_estimate_echoes_the_tasks_with_amounts_as_text() {
 
 #[tokio::test]
 async fn higher_priority_goes_first_and_old_ends_are_forgotten() {
-    let lab = Lab::with(Config { finished_tasks_max: 2, ..Config::default() }).await;
+    let lab = TestServer::with(Config { finished_tasks_max: 2, ..Config::default() }).await;
     let node = lab.node(1, &["/x"]).await;
     let mut ids = Vec::new();
     for (job_priority, task_priority) in [(0, -1), (0, 5), (1, -9)] {

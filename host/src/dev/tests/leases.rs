@@ -4,7 +4,7 @@ use super::*;
 
 #[tokio::test]
 async fn a_task_goes_from_the_author_to_the_node_and_back() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     let domain = lab.world.domain_id();
     let job = lab
@@ -54,7 +54,7 @@ async fn a_task_goes_from_the_author_to_the_node_and_back() {
 
 #[tokio::test]
 async fn foreign_and_unknown_tasks_are_refused() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let (owner, other) = (lab.node(1, &[HELLO]).await, lab.node(2, &[HELLO]).await);
     lab.job(HELLO, 1);
     let lease = owner.lease(&lab).await;
@@ -72,7 +72,7 @@ async fn foreign_and_unknown_tasks_are_refused() {
 
 #[tokio::test]
 async fn an_expired_lease_goes_to_the_next_node_and_the_last_attempt_fails_the_task() {
-    let lab = Lab::with(Config { lease_ttl: Duration::from_millis(40), ..Config::default() }).await;
+    let lab = TestServer::with(Config { lease_ttl: Duration::from_millis(40), ..Config::default() }).await;
     let node = lab.node(1, &[HELLO]).await;
     let job = lab.job(HELLO, 2);
     let first = node.lease(&lab).await;
@@ -90,7 +90,7 @@ async fn an_expired_lease_goes_to_the_next_node_and_the_last_attempt_fails_the_t
 
 #[tokio::test]
 async fn a_failure_costs_an_attempt() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     let job = lab.job(HELLO, 2);
     let lease = node.lease(&lab).await;
@@ -110,7 +110,7 @@ async fn a_failure_costs_an_attempt() {
 
 #[tokio::test]
 async fn only_registered_and_asked_for_capabilities_are_leased_and_they_take_turns() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &["/a", "/b"]).await;
     for capability in ["/a", "/a", "/a", "/b", "/c"] {
         lab.job(capability, 1);
@@ -128,7 +128,7 @@ async fn only_registered_and_asked_for_capabilities_are_leased_and_they_take_tur
 
 #[tokio::test]
 async fn the_oldest_nodes_may_name_job_and_domain() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     let (_, second) = (lab.job(HELLO, 1), lab.job(HELLO, 1));
     assert_eq!(node.poll(&lab, &format!("?domain_id={}", Uuid::new_v4())).await.status, StatusCode::NO_CONTENT);
@@ -139,7 +139,7 @@ async fn the_oldest_nodes_may_name_job_and_domain() {
 
 #[tokio::test]
 async fn a_node_that_holds_its_share_is_busy() {
-    let lab = Lab::with(Config { leases_per_node: Some(1), ..Config::default() }).await;
+    let lab = TestServer::with(Config { leases_per_node: Some(1), ..Config::default() }).await;
     let node = lab.node(1, &[HELLO]).await;
     lab.job(HELLO, 1);
     lab.job(HELLO, 1);
@@ -154,7 +154,7 @@ async fn a_node_that_holds_its_share_is_busy() {
 
 #[tokio::test]
 async fn a_cancelled_job_reaches_the_node_with_its_next_heartbeat() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     let job = lab
         .world
@@ -192,7 +192,7 @@ async fn a_heartbeat_brings_a_newer_token_and_the_old_one_lives_on_for_its_grace
         domain_token_grace: Duration::from_millis(60),
         ..Config::default()
     };
-    let lab = Lab::with(config).await;
+    let lab = TestServer::with(config).await;
     let node = lab.node(1, &[HELLO]).await;
     lab.job(HELLO, 1);
     let lease = node.lease(&lab).await;
@@ -213,7 +213,7 @@ async fn a_heartbeat_brings_a_newer_token_and_the_old_one_lives_on_for_its_grace
 #[tokio::test]
 async fn a_refused_token_makes_the_next_heartbeat_bring_another() {
     let config = Config { domain_token_ttl: Duration::from_millis(1), ..Config::default() };
-    let lab = Lab::with(config).await;
+    let lab = TestServer::with(config).await;
     let node = lab.node(1, &[HELLO]).await;
     lab.job(HELLO, 1);
     let lease = node.lease(&lab).await;
@@ -226,7 +226,7 @@ async fn a_refused_token_makes_the_next_heartbeat_bring_another() {
 
 #[tokio::test]
 async fn the_journal_tells_who_asked_for_what() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     node.poll(&lab, "?capability=x").await;
     let seen = lab.world.journal();

@@ -25,12 +25,12 @@ const LIMIT: Duration = Duration::from_secs(20);
 const HELLO: &str = "/examples/hello/v1";
 
 /// A world and a client.
-pub(crate) struct Lab {
+pub(crate) struct TestServer {
     pub(crate) world: World,
     client: Client,
 }
 
-impl Lab {
+impl TestServer {
     pub(crate) async fn start() -> Self {
         Self::with(Config::default()).await
     }
@@ -114,7 +114,7 @@ impl TestNode {
     }
 
     /// Asks for a nonce and composes the message.
-    async fn message(&self, lab: &Lab) -> String {
+    async fn message(&self, lab: &TestServer) -> String {
         let asked = lab.post("/internal/v1/auth/siwe/request", None, &json!({"wallet": self.wallet()})).await;
         let asked = body(&asked);
         let text = |name: &str| asked[name].as_str().expect("text").to_owned();
@@ -131,7 +131,7 @@ impl TestNode {
         )
     }
 
-    async fn register(&self, lab: &Lab, capabilities: &[&str]) -> Answer {
+    async fn register(&self, lab: &TestServer, capabilities: &[&str]) -> Answer {
         let message = self.message(lab).await;
         let request = json!({
             "message": message, "signature": self.sign(&message), "registration_credentials": "any",
@@ -140,37 +140,37 @@ impl TestNode {
         lab.post("/internal/v1/nodes/register-wallet", None, &request).await
     }
 
-    async fn try_login(&self, lab: &Lab) -> Answer {
+    async fn try_login(&self, lab: &TestServer) -> Answer {
         let message = self.message(lab).await;
         let request = json!({"address": self.wallet(), "message": message, "signature": self.sign(&message)});
         lab.post("/internal/v1/auth/siwe/verify", None, &request).await
     }
 
-    async fn login(&mut self, lab: &Lab) {
+    async fn login(&mut self, lab: &TestServer) {
         let answer = self.try_login(lab).await;
         assert_eq!(answer.status, StatusCode::OK, "{}", answer.excerpt());
         self.token = body(&answer)["access_token"].as_str().expect("a token").to_owned();
     }
 
-    async fn poll(&self, lab: &Lab, query: &str) -> Answer {
+    async fn poll(&self, lab: &TestServer, query: &str) -> Answer {
         lab.get(&format!("/v1/tasks{query}"), Some(&self.token)).await
     }
 
-    pub(crate) async fn lease(&self, lab: &Lab) -> Value {
+    pub(crate) async fn lease(&self, lab: &TestServer) -> Value {
         let answer = self.poll(lab, "").await;
         assert_eq!(answer.status, StatusCode::OK, "{}", answer.excerpt());
         body(&answer)
     }
 
-    pub(crate) async fn beat(&self, lab: &Lab, lease: &Value, request: &Value) -> Answer {
+    pub(crate) async fn beat(&self, lab: &TestServer, lease: &Value, request: &Value) -> Answer {
         lab.post(&path(lease, "heartbeat"), Some(&self.token), request).await
     }
 
-    pub(crate) async fn complete(&self, lab: &Lab, lease: &Value, outputs: &[&str]) -> Answer {
+    pub(crate) async fn complete(&self, lab: &TestServer, lease: &Value, outputs: &[&str]) -> Answer {
         lab.post(&path(lease, "complete"), Some(&self.token), &json!({"output_cids": outputs, "meta": {"a": 1}})).await
     }
 
-    pub(crate) async fn fail(&self, lab: &Lab, lease: &Value, reason: &str) -> Answer {
+    pub(crate) async fn fail(&self, lab: &TestServer, lease: &Value, reason: &str) -> Answer {
         lab.post(&path(lease, "fail"), Some(&self.token), &json!({"reason": reason, "details": null})).await
     }
 }

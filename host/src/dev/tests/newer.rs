@@ -22,7 +22,7 @@ fn ahead(time: &Value) -> bool {
 /// 10.3: a lease with all coordinates and times, and a token with the claims that are looked at.
 #[tokio::test]
 async fn a_lease_has_everything_newer_nodes_require() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     lab.job(HELLO, 1);
     let lease = node.lease(&lab).await;
@@ -49,7 +49,7 @@ async fn a_lease_has_everything_newer_nodes_require() {
 /// 4.14, 10.3: one capability, several, or none named; never one that was not asked for.
 #[tokio::test]
 async fn a_poll_may_name_one_capability_or_several() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &["/a", "/b", "/c"]).await;
     for capability in ["/a", "/b", "/c"] {
         lab.job(capability, 1);
@@ -68,7 +68,7 @@ async fn a_poll_may_name_one_capability_or_several() {
 /// 4.14, 10.1, 10.3, 10.6: what the oldest leave out and the newest send as null.
 #[tokio::test]
 async fn reports_need_no_progress_events_meta_or_details() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     let job = lab.job(HELLO, 9);
     for report in [json!({"reason": "x"}), json!({"reason": "x", "details": null}), json!({"reason": "y".repeat(4096)})]
@@ -92,7 +92,7 @@ async fn reports_need_no_progress_events_meta_or_details() {
 /// 4.14: heartbeats as fast as progress comes, events that come again.
 #[tokio::test]
 async fn heartbeats_may_come_at_any_rate_and_repeat_events() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     let job = lab.job(HELLO, 1);
     let lease = node.lease(&lab).await;
@@ -110,7 +110,7 @@ async fn heartbeats_may_come_at_any_rate_and_repeat_events() {
 /// 10.2, 10.6: registered every 120 s, by a wallet that is logged in and works.
 #[tokio::test]
 async fn registering_again_is_a_refresh_that_disturbs_nothing() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     lab.job(HELLO, 1);
     let lease = node.lease(&lab).await;
@@ -127,7 +127,7 @@ async fn registering_again_is_a_refresh_that_disturbs_nothing() {
 async fn uploads_tell_all_that_newer_writers_need() {
     let config =
         Config { request_max_bytes: 9_000, domain_data_max_bytes: 70_000, part_size: 1_000, ..Config::default() };
-    let lab = Lab::with(config).await;
+    let lab = TestServer::with(config).await;
     let limits = json!({
         "upload": {"request_max_bytes": 9_000, "domain_data_max_bytes": 70_000,
                    "multipart": {"enabled": true, "part_size_bytes": 1_000}},
@@ -174,7 +174,7 @@ async fn uploads_tell_all_that_newer_writers_need() {
 /// 10.5: content and metadata by id, lists with encoded ids, boundaries of the writer's choice.
 #[tokio::test]
 async fn data_is_served_in_the_newer_forms_beside_the_old() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let (base, grant) = (format!("/api/v1/domains/{}/data", lab.world.domain_id()), lab.world.grant());
     let send = async |method: Method, rest: &str, headers: &[(&str, &str)], sent: &str| {
         lab.send(method, &format!("{base}{rest}"), Some(&grant), headers, sent.to_owned()).await
@@ -206,7 +206,7 @@ async fn data_is_served_in_the_newer_forms_beside_the_old() {
 /// 10.6: JSON content types everywhere, refusals included.
 #[tokio::test]
 async fn every_json_answer_says_so() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     let (domain, grant) = (lab.world.domain_id(), lab.world.grant());
     let data = format!("/api/v1/domains/{domain}/data");
@@ -235,7 +235,7 @@ async fn every_json_answer_says_so() {
 /// The world's old form: everything the reference does without.
 #[tokio::test]
 async fn the_old_form_leaves_out_what_is_newer() {
-    let lab = Lab::start().await;
+    let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     lab.world.set_faults(Faults::parse("[world]\nform = \"old\"").expect("a sound file"));
     // Nothing says it is JSON here.

@@ -31,10 +31,10 @@ use url::Url;
 use uuid::fmt::Hyphenated;
 
 use self::wire::{Beat, HeartbeatResponse, LeaseFacts, Members, Seek};
-use super::{Kept, LeaseError, LeaseSource};
+use super::{LeaseError, LeaseSource, Renewal};
 use crate::{
     auth::TokenSource,
-    model::{Capability, CapabilityError, Lease, Moment, Outcome, Pending, TaskId, Token, Verdict, millis},
+    model::{BootInstant, Capability, CapabilityError, Lease, Outcome, Pending, TaskId, TaskResult, Token, millis},
     transport::{self, Answer, Client, Need, TransportError},
 };
 
@@ -83,7 +83,7 @@ impl Dms {
         }
     }
 
-    async fn token(&self, until: Moment) -> Result<Token, LeaseError> {
+    async fn token(&self, until: BootInstant) -> Result<Token, LeaseError> {
         let token = match self.tokens.now() {
             Some(token) => Some(token),
             None => until.before(self.tokens.bearer()).await,
@@ -111,8 +111,8 @@ impl Dms {
 
     /// One call, repeated once with a fresh token after a 401. Any other status is the caller's,
     /// who gets the token that was used so that it can be kept out of excerpts.
-    async fn exchange(&self, call: Call, until: Moment) -> Result<(Answer, Token), LeaseError> {
-        let mut started = Moment::now();
+    async fn exchange(&self, call: Call, until: BootInstant) -> Result<(Answer, Token), LeaseError> {
+        let mut started = BootInstant::now();
         let until = until.min(started + self.limit);
         let mut repeated = false;
         loop {
@@ -120,7 +120,7 @@ impl Dms {
             let request = call.request(self.bearer(&token)?);
             let answer = self.client.call_until(request, call.need, until).await;
             let answer = answer.map_err(|err| call.unread(err))?;
-            let now = Moment::now();
+            let now = BootInstant::now();
             let (method, url, elapsed_ms) = (&call.method, &call.uri, millis(now - started));
             tracing::debug!(%method, %url, status = answer.status.as_u16(), elapsed_ms, "control plane answered");
             if answer.status.is_success() {
@@ -139,7 +139,7 @@ impl Dms {
 
     async fn tell(&self, task: TaskId, report: report::Report) -> Result<(), LeaseError> {
         let call = self.post(task, report.verb, report.body, Need::Status)?;
-        let (answer, token) = self.exchange(call, Moment::NEVER).await?;
+        let (answer, token) = self.exchange(call, BootInstant::NEVER).await?;
         if answer.status.is_success() { Ok(()) } else { Err(refused_for(task, &answer, &token)) }
     }
 
@@ -198,9 +198,9 @@ fn tasks_of(mut base: Url, client: &Client) -> Result<Uri, String> {
 
 #[async_trait]
 impl LeaseSource for Dms {
-    async fn take(&self) -> Result<Option<Lease>, LeaseError> {
+    async fn poll(&self) -> Result<Option<Lease>, LeaseError> {
         let call = Call { method: Method::GET, uri: self.tasks()?.clone(), body: Bytes::new(), need: Need::Body };
-        let (answer, token) = self.exchange(call, Moment::NEVER).await?;
+        let (answer, token) = self.exchange(call, BootInstant::NEVER).await?;
         match answer.status {
             StatusCode::NO_CONTENT => Ok(None),
             StatusCode::CONFLICT => Err(LeaseError::Busy),
@@ -210,7 +210,7 @@ impl LeaseSource for Dms {
         }
     }
 
-    async fn keep(&self, task: TaskId, beat: &Pending, until: Moment) -> Result<Kept, LeaseError> {
+    async fn heartbeat(&self, task: TaskId, beat: &Pending, until: BootInstant) -> Result<Renewal, LeaseError> {
         let body = Beat { progress: &beat.progress, events: &beat.events };
         let body = serde_json::to_string(&body).expect("JSON values are JSON");
         let (answer, token) = self.exchange(self.post(task, "heartbeat", body, Need::Body)?, until).await?;
@@ -228,14 +228,14 @@ impl LeaseSource for Dms {
         }
     }
 
-    async fn settle(&self, task: TaskId, lease: &Lease, verdict: &Verdict) -> Result<(), LeaseError> {
-        match report::report(task, lease, verdict) {
+    async fn report(&self, task: TaskId, lease: &Lease, task_result: &TaskResult) -> Result<(), LeaseError> {
+        match report::report(task, lease, task_result) {
             Some(report) => self.tell(task, report).await,
             None => Ok(()),
         }
     }
 
-    async fn refuse(&self, task: TaskId, why: &Outcome) -> Result<(), LeaseError> {
+    async fn reject(&self, task: TaskId, why: &Outcome) -> Result<(), LeaseError> {
         match report::setup_failure(why) {
             Some(report) => self.tell(task, report).await,
             None => Ok(()),
@@ -312,9 +312,9 @@ fn task_id(body: &[u8]) -> Option<TaskId> {
     id.get().map(TaskId)
 }
 
-fn kept(response: HeartbeatResponse, answer: &Answer) -> Kept {
+fn kept(response: HeartbeatResponse, answer: &Answer) -> Renewal {
     let inner = response.task.as_ref();
-    Kept {
+    Renewal {
         token: filled(response.access_token).map(Token::new),
         token_expires_at: moment(answer, response.access_token_expires_at),
         expires_at: moment(answer, response.lease_expires_at.or_else(|| time(inner?.extra.get("lease_expires_at")?))),
@@ -329,7 +329,7 @@ fn kept(response: HeartbeatResponse, answer: &Answer) -> Kept {
 
 /// A time of the plane by our clock. One that had passed before the plane was asked cannot be meant: what
 /// it is about has just been given.
-fn moment(answer: &Answer, at: Option<Timestamp>) -> Option<Moment> {
+fn moment(answer: &Answer, at: Option<Timestamp>) -> Option<BootInstant> {
     let at = at?;
     let moment = answer.moment(at);
     if moment.is_none() {

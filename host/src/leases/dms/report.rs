@@ -6,7 +6,7 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use super::wire::FailRequest;
-use crate::model::{Artifact, Lease, Outcome, TaskId, Verdict};
+use crate::model::{Artifact, Lease, Outcome, TaskId, TaskResult};
 
 /// Longest reason planes are known to take, in bytes.
 const REASON_BYTES_MAX: usize = 4096;
@@ -55,14 +55,14 @@ struct Listed<'a> {
 }
 
 /// The report for `verdict`; `None` where nothing may be said.
-pub(super) fn report(task: TaskId, lease: &Lease, verdict: &Verdict) -> Option<Report> {
-    let reason = match &verdict.outcome {
+pub(super) fn report(task: TaskId, lease: &Lease, task_result: &TaskResult) -> Option<Report> {
+    let reason = match &task_result.outcome {
         Outcome::Cancelled | Outcome::LeaseLost => return None,
         Outcome::Completed => {
-            let body = Complete { output_cids: output_cids(verdict), meta: Ended::new(task, lease, verdict) };
+            let body = Complete { output_cids: output_cids(task_result), meta: Ended::new(task, lease, task_result) };
             return Some(Report { verb: "complete", body: text(&body) });
         }
-        Outcome::Setup { .. } => return setup_failure(&verdict.outcome),
+        Outcome::Setup { .. } => return setup_failure(&task_result.outcome),
         Outcome::Failed { message, .. } => format!("runner failed: {message}"),
         Outcome::Panicked { message, place } => {
             // The place is what a reader needs most: it must survive the cut.
@@ -75,9 +75,9 @@ pub(super) fn report(task: TaskId, lease: &Lease, verdict: &Verdict) -> Option<R
         Outcome::Drained => "drained".to_owned(),
         Outcome::HostFault { message } => format!("host fault: {message}"),
     };
-    let Ended { job, artifacts } = Ended::new(task, lease, verdict);
+    let Ended { job, artifacts } = Ended::new(task, lease, task_result);
     let mut details = Map::from_iter([("job".into(), json!(job)), ("artifacts".into(), json!(artifacts))]);
-    if let Outcome::Failed { details: own, .. } = &verdict.outcome
+    if let Outcome::Failed { details: own, .. } = &task_result.outcome
         && !own.is_null()
     {
         let bytes = own.to_string().len();
@@ -88,7 +88,7 @@ pub(super) fn report(task: TaskId, lease: &Lease, verdict: &Verdict) -> Option<R
         };
         details.insert("details".into(), own);
     }
-    Some(fail(&reason, details, &verdict.outcome))
+    Some(fail(&reason, details, &task_result.outcome))
 }
 
 /// The report for a task that could not be set up; it names no job (contract 4.8).
@@ -109,14 +109,14 @@ fn fail(reason: &str, mut details: Map<String, Value>, outcome: &Outcome) -> Rep
 }
 
 impl<'a> Ended<'a> {
-    fn new(task: TaskId, lease: &'a Lease, verdict: &'a Verdict) -> Self {
+    fn new(task: TaskId, lease: &'a Lease, task_result: &'a TaskResult) -> Self {
         let job = Job {
             task_id: task.0,
             job_id: lease.job,
             domain_id: lease.domain_id,
             capability: lease.capability.as_str(),
         };
-        Self { job, artifacts: verdict.artifacts.iter().map(Listed::new).collect() }
+        Self { job, artifacts: task_result.artifacts.iter().map(Listed::new).collect() }
     }
 }
 
@@ -136,9 +136,9 @@ fn text(body: &impl Serialize) -> String {
 }
 
 /// Ids in the order of the artifacts, each once.
-fn output_cids(verdict: &Verdict) -> Vec<&str> {
+fn output_cids(task_result: &TaskResult) -> Vec<&str> {
     let mut seen = std::collections::HashSet::new();
-    let ids = verdict.artifacts.iter().filter_map(|artifact| artifact.id.as_deref());
+    let ids = task_result.artifacts.iter().filter_map(|artifact| artifact.id.as_deref());
     ids.filter(|id| seen.insert(*id)).collect()
 }
 
@@ -175,7 +175,8 @@ mod tests {
 
     fn sent(outcome: Outcome, artifacts: Vec<Artifact>) -> (&'static str, Value) {
         let task = TaskId(TASK.parse().expect("an id"));
-        let sent = report(task, &sample_lease(), &Verdict { artifacts, ..Verdict::bare(outcome) }).expect("a report");
+        let sent =
+            report(task, &sample_lease(), &TaskResult { artifacts, ..TaskResult::bare(outcome) }).expect("a report");
         (sent.verb, serde_json::from_str(&sent.body).expect("JSON"))
     }
 
@@ -257,8 +258,8 @@ mod tests {
     #[test]
     fn nothing_is_said_of_a_task_that_is_not_ours_any_more() {
         for outcome in [Outcome::Cancelled, Outcome::LeaseLost] {
-            let verdict = Verdict::bare(outcome);
-            assert!(report(TaskId(TASK.parse().expect("an id")), &sample_lease(), &verdict).is_none());
+            let task_result = TaskResult::bare(outcome);
+            assert!(report(TaskId(TASK.parse().expect("an id")), &sample_lease(), &task_result).is_none());
         }
     }
 

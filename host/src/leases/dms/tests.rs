@@ -38,15 +38,15 @@ fn dms(plane: &Service, base: &str) -> Dms {
 async fn take(answer: impl FnOnce(Call)) -> Result<Option<Lease>, LeaseError> {
     let mut plane = Service::start().await;
     let dms = dms(&plane, "v1");
-    let (taken, ()) = tokio::join!(dms.take(), async { answer(plane.expect("GET /v1/tasks").await) });
+    let (taken, ()) = tokio::join!(dms.poll(), async { answer(plane.expect("GET /v1/tasks").await) });
     taken
 }
 
-async fn keep(answer: impl FnOnce(Call)) -> Result<Kept, LeaseError> {
+async fn keep(answer: impl FnOnce(Call)) -> Result<Renewal, LeaseError> {
     let mut plane = Service::start().await;
     let dms = dms(&plane, "v1");
     let beat = Pending { progress: json!({ "at": 1 }), events: vec![json!("e")], version: 1 };
-    let (kept, ()) = tokio::join!(dms.keep(task(), &beat, Moment::now() + SOON), async {
+    let (kept, ()) = tokio::join!(dms.heartbeat(task(), &beat, BootInstant::now() + SOON), async {
         let call = plane.expect(&format!("POST /v1/tasks/{TASK}/heartbeat")).await;
         assert_eq!(call.json(), json!({ "progress": { "at": 1 }, "events": ["e"] }));
         assert_eq!(call.headers["content-type"], "application/json");
@@ -58,9 +58,9 @@ async fn keep(answer: impl FnOnce(Call)) -> Result<Kept, LeaseError> {
 async fn settle(outcome: Outcome, answer: impl FnOnce(Call)) -> Result<(), LeaseError> {
     let mut plane = Service::start().await;
     let dms = dms(&plane, "v1");
-    let verdict = Verdict::bare(outcome);
+    let task_result = TaskResult::bare(outcome);
     let lease = sample_lease();
-    let (settled, ()) = tokio::join!(dms.settle(task(), &lease, &verdict), async { answer(plane.next().await) });
+    let (settled, ()) = tokio::join!(dms.report(task(), &lease, &task_result), async { answer(plane.next().await) });
     settled
 }
 
@@ -70,7 +70,7 @@ async fn slashes_behind_the_base_do_not_matter() {
     for (base, path) in [("v1", "/v1/tasks"), ("v1/", "/v1/tasks"), ("v1//", "/v1/tasks"), ("", "/tasks")] {
         let mut plane = Service::start().await;
         let dms = dms(&plane, base);
-        let (taken, ()) = tokio::join!(dms.take(), async {
+        let (taken, ()) = tokio::join!(dms.poll(), async {
             let call = plane.expect(&format!("GET {path}")).await;
             assert_eq!(call.bearer(), "top-secret-node");
             call.answer(204, "");
@@ -110,7 +110,7 @@ async fn times_are_those_of_the_planes_clock() {
     for off in [0, 1200, -1200] {
         let now = Timestamp::now() + jiff::SignedDuration::from_secs(off);
         let at = |seconds| (now + jiff::SignedDuration::from_secs(seconds)).to_string();
-        let minute = |moment: Option<Moment>| moment.map(|at| (58..=61).contains(&at.left().as_secs()));
+        let minute = |moment: Option<BootInstant>| moment.map(|at| (58..=61).contains(&at.left().as_secs()));
         let mut envelope = sample_envelope();
         envelope["lease_expires_at"] = at(60).into();
         envelope["access_token_expires_at"] = at(60).into();
@@ -206,9 +206,9 @@ async fn unusable_answers_give_one_clean_line_for_every_verb() {
 // S0-62
 #[tokio::test]
 async fn a_heartbeat_reads_what_is_there_and_leaves_the_rest_alone() {
-    assert_eq!(keep(|call| call.ok(json!({}))).await.expect("usable"), Kept::default());
+    assert_eq!(keep(|call| call.ok(json!({}))).await.expect("usable"), Renewal::default());
     let nothing = json!({ "access_token": null, "cancel": null, "task": null, "domain_server_url": "", "attempts": 3 });
-    assert_eq!(keep(|call| call.ok(nothing)).await.expect("usable"), Kept::default());
+    assert_eq!(keep(|call| call.ok(nothing)).await.expect("usable"), Renewal::default());
     let other = "11111111-2222-3333-4444-555555555555";
     let all = json!({ "access_token": "dom-2", "lease_expires_at": "2025-06-01 08:05:00Z", "cancel": true, "task_id": other,
         "job_id": other, "domain_id": other, "domain_server_url": "https://other" });
@@ -216,7 +216,7 @@ async fn a_heartbeat_reads_what_is_there_and_leaves_the_rest_alone() {
     let id: uuid::Uuid = other.parse().expect("an id");
     assert_eq!(
         kept,
-        Kept {
+        Renewal {
             token: Some(Token::new("dom-2")),
             token_expires_at: None,
             expires_at: None,
@@ -268,10 +268,10 @@ async fn a_heartbeat_ends_within_its_limit() {
     let mut plane = Service::start().await;
     let dms = dms(&plane, "v1");
     let beat = Pending { progress: json!({}), events: Vec::new(), version: 0 };
-    let began = Moment::now();
-    let (kept, held) = tokio::join!(dms.keep(task(), &beat, began + Duration::from_millis(200)), plane.next());
+    let began = BootInstant::now();
+    let (kept, held) = tokio::join!(dms.heartbeat(task(), &beat, began + Duration::from_millis(200)), plane.next());
     assert!(matches!(kept, Err(LeaseError::Unreachable(_))), "{kept:?}");
-    let took = Moment::now() - began;
+    let took = BootInstant::now() - began;
     assert!(took < SOON / 2, "the limit of other calls is {SOON:?}, this one took {took:?}");
     drop(held);
 }
@@ -322,7 +322,7 @@ async fn login(plane: &mut Service, token: &str) {
 #[tokio::test]
 async fn a_rejected_token_is_replaced_and_the_request_repeated_once() {
     let (mut plane, dms, _room) = with_login().await;
-    let (taken, ()) = tokio::join!(dms.take(), async {
+    let (taken, ()) = tokio::join!(dms.poll(), async {
         let call = plane.expect("GET /tasks").await;
         assert_eq!(call.bearer(), "node-1");
         call.answer(401, "");
@@ -334,7 +334,7 @@ async fn a_rejected_token_is_replaced_and_the_request_repeated_once() {
     assert!(taken.expect("usable").is_some());
 
     let beat = Pending { progress: json!({ "kept": true }), events: Vec::new(), version: 0 };
-    let (kept, ()) = tokio::join!(dms.keep(task(), &beat, Moment::now() + SOON), async {
+    let (kept, ()) = tokio::join!(dms.heartbeat(task(), &beat, BootInstant::now() + SOON), async {
         let path = format!("POST /tasks/{TASK}/heartbeat");
         let call = plane.expect(&path).await;
         assert_eq!(call.bearer(), "node-2");
@@ -344,7 +344,7 @@ async fn a_rejected_token_is_replaced_and_the_request_repeated_once() {
         assert_eq!((call.bearer(), call.json()["progress"].clone()), ("node-3", json!({ "kept": true })));
         call.ok(json!({}));
     });
-    assert_eq!(kept.expect("usable"), Kept::default());
+    assert_eq!(kept.expect("usable"), Renewal::default());
 }
 
 // S0-60: whoever prints a request shows no token.
@@ -358,9 +358,9 @@ async fn the_bearer_is_marked_as_a_secret() {
 #[tokio::test]
 async fn a_second_401_is_final() {
     let (mut plane, dms, _room) = with_login().await;
-    let verdict = Verdict::bare(Outcome::Completed);
+    let task_result = TaskResult::bare(Outcome::Completed);
     let lease = sample_lease();
-    let (settled, ()) = tokio::join!(dms.settle(task(), &lease, &verdict), async {
+    let (settled, ()) = tokio::join!(dms.report(task(), &lease, &task_result), async {
         let path = format!("POST /tasks/{TASK}/complete");
         plane.expect(&path).await.answer(401, "");
         login(&mut plane, "node-2").await;

@@ -37,7 +37,7 @@ use url::Url;
 
 use crate::{
     model::{
-        Artifact, ArtifactSpec, Budget, Coordinates, Fetched, Grant, InputStream, Materialized, OutputStream,
+        Artifact, ArtifactSpec, Budget, Coordinates, Fetched, HeldLease, InputStream, Materialized, OutputStream,
         PortError, PortErrorKind, Ports, Setup,
     },
     storage::zip::UnpackLimits,
@@ -100,7 +100,7 @@ pub struct DomainPorts {
 /// What the ports of one task and its streams share.
 struct Inner {
     client: Client,
-    grant: Grant,
+    grant: HeldLease,
     dir: PathBuf,
     config: Arc<Config>,
     /// Turned when the task is over.
@@ -139,7 +139,7 @@ impl Books {
 impl DomainPorts {
     /// Ports for the task of `grant`, which may write below `dir`. No request is made yet.
     #[must_use]
-    pub fn new(client: Client, grant: Grant, dir: PathBuf, config: Arc<Config>) -> Self {
+    pub fn new(client: Client, grant: HeldLease, dir: PathBuf, config: Arc<Config>) -> Self {
         let inner = Inner {
             client,
             grant,
@@ -237,7 +237,7 @@ impl Inner {
         let coordinates = match self.grant.setup().await {
             Setup::Ready(Ok(coordinates)) => coordinates,
             Setup::Ready(Err(message)) | Setup::Refused(message) => return Err(refuse(message)),
-            Setup::Pending => unreachable!("`Grant::setup` waits while it is pending"),
+            Setup::Pending => unreachable!("`HeldLease::setup` waits while it is pending"),
         };
         let server = &coordinates.server;
         self.client.check(server).map_err(|err| refuse(format!("domain server {err}")))?;

@@ -1,6 +1,6 @@
 //! What every integration test stands on: the real binary, the real embedded world, real plugins.
 //!
-//! [`Lab`] is a world with helpers for jobs and data; [`node`] spawns the binary; [`rubbish`] stands
+//! [`TestServer`] is a world with helpers for jobs and data; [`node`] spawns the binary; [`rubbish`] stands
 //! between the two and gives bad answers; [`fixtures`] builds the plugins. Nothing here sleeps: every
 //! wait is for an event and has a limit that fails with the node's own log.
 
@@ -37,12 +37,12 @@ pub(crate) async fn within<T>(what: &str, log: impl Fn() -> String, event: impl 
 }
 
 /// A world, and who asks it.
-pub(crate) struct Lab {
+pub(crate) struct TestServer {
     pub(crate) world: World,
     client: Client,
 }
 
-impl Lab {
+impl TestServer {
     pub(crate) async fn start() -> Self {
         Self::with(|_| {}).await
     }
@@ -144,7 +144,7 @@ impl Lab {
 
 /// A task about to be submitted.
 pub(crate) struct TaskSetup<'a> {
-    lab: &'a Lab,
+    lab: &'a TestServer,
     task: Value,
 }
 

@@ -561,7 +561,7 @@ impl TestNode {
         self.process.signal(Signal::HUP);
     }
 
-    /// Stops it as a debugger would: nothing of it runs until it is thawed.
+    /// StopSignals it as a debugger would: nothing of it runs until it is thawed.
     pub(crate) fn freeze(&self) {
         self.process.signal(Signal::STOP);
     }
@@ -592,7 +592,7 @@ impl TestNode {
         !self.process.has_ended()
     }
 
-    /// Stops it in peace.
+    /// StopSignals it in peace.
     pub(crate) async fn stop(&self) {
         self.term();
         assert_eq!(self.wait().await, 0, "{}", self.log());

@@ -20,7 +20,7 @@ use tokio::{net::TcpListener, sync::watch};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use url::Url;
 
-use super::{Lab, PATIENCE, node::NodeSetup, within};
+use super::{PATIENCE, TestServer, node::NodeSetup, within};
 
 type Body = BoxBody<Bytes, std::io::Error>;
 type Edit = Arc<dyn Fn(&mut Value) + Send + Sync>;
@@ -122,12 +122,12 @@ pub(crate) struct Rubbish {
 
 impl Rubbish {
     /// Stands before the world of `lab`.
-    pub(crate) async fn before(lab: &Lab) -> Self {
+    pub(crate) async fn before(lab: &TestServer) -> Self {
         Self::known_as(lab, None).await
     }
 
     /// As [`Rubbish::before`], for nodes that find it under another URL.
-    pub(crate) async fn known_as(lab: &Lab, url: Option<&str>) -> Self {
+    pub(crate) async fn known_as(lab: &TestServer, url: Option<&str>) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
         let address = listener.local_addr().expect("a bound listener has an address");
         let inner = Arc::new(Inner {

@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures_util::{StreamExt, stream};
 
 use super::*;
-use crate::model::{CancelReason, Moment};
+use crate::model::{BootInstant, CancelReason};
 
 const KIND: &str = "multipart/form-data; boundary=q7";
 
@@ -163,7 +163,7 @@ async fn an_error_text_never_holds_the_bearer() {
 async fn a_lease_whose_end_has_passed_is_lost_before_anyone_says_so() {
     let world = world().await;
     world.item("d", "n", "t", "bytes");
-    world.keys.fence().set(Moment::now());
+    world.keys.deadline().set(BootInstant::now());
     refused(world.ports.materialize("d").await, PortErrorKind::LeaseOver, "lease is lost");
     refused(world.put("x", b"y").await, PortErrorKind::LeaseOver, "lease is lost");
     assert_eq!(world.grant.cancel.reason(), Some(CancelReason::LeaseLost));

@@ -33,8 +33,8 @@ use uuid::Uuid;
 use super::{Config, DomainPorts};
 use crate::{
     model::{
-        ArtifactSpec, Capability, Coordinates, Grant, GrantKeys, InputStream, Lease, PortError, PortErrorKind, Ports,
-        Setup, TaskId, Token,
+        ArtifactSpec, Capability, Coordinates, HeldLease, HeldLeaseWriter, InputStream, Lease, PortError,
+        PortErrorKind, Ports, Setup, TaskId, Token,
     },
     transport::{self, Client},
 };
@@ -116,8 +116,8 @@ struct World {
     server: Server,
     url: Url,
     ports: DomainPorts,
-    grant: Grant,
-    keys: Arc<GrantKeys>,
+    grant: HeldLease,
+    keys: Arc<HeldLeaseWriter>,
     dir: TempDir,
     serving: JoinHandle<()>,
 }
@@ -175,7 +175,7 @@ async fn world_with(change: impl FnOnce(&mut Config)) -> World {
     config.part_pause = Duration::from_millis(1);
     config.patience = Duration::ZERO;
     change(&mut config);
-    let (grant, keys) = Grant::new(lease(&[]), Setup::Pending);
+    let (grant, keys) = HeldLease::new(lease(&[]), Setup::Pending);
     keys.publish(|now| now.setup = Setup::Ready(Ok(Coordinates { server: url.clone(), domain: DOMAIN })));
     let dir = tempfile::tempdir().expect("a temporary directory");
     let client = Client::new(transport::Config::default());

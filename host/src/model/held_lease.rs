@@ -1,7 +1,7 @@
 //! What a held lease allows: a live view for everyone who works on the task.
 //!
-//! The session owns the [`GrantKeys`] and turns them when the plane has news; runners, ports and
-//! the engine hold clones of the [`Grant`] and only look.
+//! The session owns the [`HeldLeaseWriter`] and turns them when the plane has news; runners, ports and
+//! the engine hold clones of the [`HeldLease`] and only look.
 
 use std::{
     fmt,
@@ -19,7 +19,7 @@ use secrecy::{ExposeSecret, SecretString};
 use url::Url;
 use uuid::Uuid;
 
-use super::{Lease, Mailbox, Moment, ReportName, watched::Watched};
+use super::{BootInstant, Lease, ProgressQueue, ReportName, watched::Watched};
 
 /// A bearer token. Never printed; compared only for change.
 #[derive(Clone)]
@@ -132,8 +132,8 @@ pub enum Setup {
 }
 
 /// What the plane may change about a lease.
-pub struct News {
-    /// The newest bearer; [`GrantKeys::renew`] changes it and remembers the one before.
+pub struct LeaseUpdates {
+    /// The newest bearer; [`HeldLeaseWriter::renew`] changes it and remembers the one before.
     pub token: Option<Token>,
     /// The answer to the set-up heartbeat.
     pub setup: Setup,
@@ -143,67 +143,67 @@ pub struct News {
 
 /// Until when a lease is ours. Shared by everyone who works on its task, moved by the session alone.
 #[derive(Debug)]
-pub struct Fence(AtomicU64);
+pub struct Deadline(AtomicU64);
 
-impl Fence {
-    fn new(until: Moment) -> Self {
+impl Deadline {
+    fn new(until: BootInstant) -> Self {
         Self(AtomicU64::new(until.to_bits()))
     }
 
     /// The moment from which on nothing may be sent for the lease.
     #[must_use]
-    pub fn until(&self) -> Moment {
-        Moment::from_bits(self.0.load(Ordering::Acquire))
+    pub fn until(&self) -> BootInstant {
+        BootInstant::from_bits(self.0.load(Ordering::Acquire))
     }
 
     /// Moves it: the plane has extended the lease, or cut it short.
-    pub fn set(&self, until: Moment) {
+    pub fn set(&self, until: BootInstant) {
         self.0.store(until.to_bits(), Ordering::Release);
     }
 }
 
 /// A live, read-only view of a held lease. Cheap to clone.
 #[derive(Clone)]
-pub struct Grant(Arc<Granted>);
+pub struct HeldLease(Arc<HeldLeaseState>);
 
-/// What a [`Grant`] shows.
-pub struct Granted {
+/// What a [`HeldLease`] shows.
+pub struct HeldLeaseState {
     /// The lease as taken.
     pub lease: Lease,
     /// When and why to stop.
     pub cancel: CancelSignal,
     /// Progress and events on their way to the plane.
-    pub mailbox: Mailbox,
-    fence: Fence,
-    token_fence: Fence,
-    missed: Mutex<Missed>,
+    pub progress: ProgressQueue,
+    deadline: Deadline,
+    token_deadline: Deadline,
+    missed: Mutex<MissedHeartbeats>,
     replaced: Mutex<Vec<Token>>,
     /// What the plane calls the task since it has changed that.
     renamed: Mutex<Option<ReportName>>,
-    news: Watched<News>,
+    news: Watched<LeaseUpdates>,
 }
 
-impl Deref for Grant {
-    type Target = Granted;
+impl Deref for HeldLease {
+    type Target = HeldLeaseState;
 
-    fn deref(&self) -> &Granted {
+    fn deref(&self) -> &HeldLeaseState {
         &self.0
     }
 }
 
 /// Heartbeats in a row that were not answered.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Missed {
+pub struct MissedHeartbeats {
     /// How many, up to now.
     pub count: u32,
     /// Why the last one was not, in one line.
     pub error: String,
 }
 
-/// The writing side of a [`Grant`], held by the session alone.
-pub struct GrantKeys(Arc<Granted>);
+/// The writing side of a [`HeldLease`], held by the session alone.
+pub struct HeldLeaseWriter(Arc<HeldLeaseState>);
 
-impl Drop for GrantKeys {
+impl Drop for HeldLeaseWriter {
     fn drop(&mut self) {
         self.publish(|now| now.over = true);
     }
@@ -212,28 +212,28 @@ impl Drop for GrantKeys {
 /// Replaced bearers remembered of one lease: at one a minute, a working day.
 const REPLACED_MAX: usize = 512;
 
-impl GrantKeys {
-    /// Moves the end of the lease; [`Moment::NEVER`] in the beginning.
+impl HeldLeaseWriter {
+    /// Moves the end of the lease; [`BootInstant::NEVER`] in the beginning.
     #[must_use]
-    pub fn fence(&self) -> &Fence {
-        &self.0.fence
+    pub fn deadline(&self) -> &Deadline {
+        &self.0.deadline
     }
 
-    /// Moves the end of the newest bearer; [`Moment::NEVER`] where the plane has not said it.
+    /// Moves the end of the newest bearer; [`BootInstant::NEVER`] where the plane has not said it.
     #[must_use]
-    pub fn token_fence(&self) -> &Fence {
-        &self.0.token_fence
+    pub fn token_deadline(&self) -> &Deadline {
+        &self.0.token_deadline
     }
 
     /// Notes a heartbeat that was not answered.
     pub fn missed(&self, error: String) {
         let mut missed = self.0.missed.lock().unwrap_or_else(PoisonError::into_inner);
-        *missed = Missed { count: missed.count.saturating_add(1), error };
+        *missed = MissedHeartbeats { count: missed.count.saturating_add(1), error };
     }
 
     /// Notes that heartbeats are answered again.
     pub fn answered(&self) {
-        *self.0.missed.lock().unwrap_or_else(PoisonError::into_inner) = Missed::default();
+        *self.0.missed.lock().unwrap_or_else(PoisonError::into_inner) = MissedHeartbeats::default();
     }
 
     /// Publishes what the plane calls the task from now on.
@@ -242,7 +242,7 @@ impl GrantKeys {
     }
 
     /// Publishes what the plane says.
-    pub fn publish(&self, change: impl FnOnce(&mut News)) {
+    pub fn publish(&self, change: impl FnOnce(&mut LeaseUpdates)) {
         self.0.news.change(|now| {
             change(now);
             true
@@ -275,24 +275,24 @@ impl GrantKeys {
     }
 }
 
-impl Grant {
+impl HeldLease {
     /// A grant for `lease` and the keys to it. `setup` starts as given: `Pending` where a plane
     /// will answer, `Ready` for local runs.
     #[must_use]
-    pub fn new(lease: Lease, setup: Setup) -> (Self, GrantKeys) {
-        let news = Watched::new(News { token: lease.token.clone(), setup, over: false });
-        let granted = Arc::new(Granted {
-            fence: Fence::new(Moment::NEVER),
-            token_fence: Fence::new(lease.token_expires_at.unwrap_or(Moment::NEVER)),
+    pub fn new(lease: Lease, setup: Setup) -> (Self, HeldLeaseWriter) {
+        let news = Watched::new(LeaseUpdates { token: lease.token.clone(), setup, over: false });
+        let granted = Arc::new(HeldLeaseState {
+            deadline: Deadline::new(BootInstant::NEVER),
+            token_deadline: Deadline::new(lease.token_expires_at.unwrap_or(BootInstant::NEVER)),
             lease,
             cancel: CancelSignal::default(),
-            mailbox: Mailbox::default(),
+            progress: ProgressQueue::default(),
             missed: Mutex::default(),
             replaced: Mutex::default(),
             renamed: Mutex::default(),
             news,
         });
-        (Self(Arc::clone(&granted)), GrantKeys(granted))
+        (Self(Arc::clone(&granted)), HeldLeaseWriter(granted))
     }
 
     /// Every bearer the runner may have seen, the newest last; of very many the oldest are forgotten.
@@ -315,7 +315,7 @@ impl Grant {
     /// process that was stopped finds its lease expired before anyone could tell it so.
     #[must_use]
     pub fn is_ours(&self) -> bool {
-        if self.fence.until().has_passed() {
+        if self.deadline.until().has_passed() {
             self.cancel.cancel(CancelReason::LeaseLost);
         }
         self.cancel.reason() != Some(CancelReason::LeaseLost)
@@ -330,20 +330,20 @@ impl Grant {
 
     /// How many heartbeats in a row were not answered up to now.
     #[must_use]
-    pub fn missed(&self) -> Missed {
+    pub fn missed(&self) -> MissedHeartbeats {
         self.missed.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Until when the lease is ours, as far as the plane has said.
     #[must_use]
-    pub fn fence(&self) -> &Fence {
-        &self.fence
+    pub fn deadline(&self) -> &Deadline {
+        &self.deadline
     }
 
     /// Until when the newest bearer is good, as far as the plane has said.
     #[must_use]
-    pub fn token_fence(&self) -> &Fence {
-        &self.token_fence
+    pub fn token_deadline(&self) -> &Deadline {
+        &self.token_deadline
     }
 
     /// The newest bearer towards the domain server. Take it anew for each request.
@@ -356,7 +356,7 @@ impl Grant {
     /// heartbeat is asked for: its answer should bring one (contract 10.3).
     pub async fn newer_token(&self, old: Option<&Token>, limit: std::time::Duration) -> Option<Token> {
         if self.news.lock().token.as_ref() == old {
-            self.mailbox.ask();
+            self.progress.ask();
         }
         let newer = self.news.until(|now| (now.over || now.token.as_ref() != old).then_some(()));
         let _ = tokio::time::timeout(limit, newer).await;
@@ -378,7 +378,7 @@ impl Grant {
     /// Waits for the answer to the set-up heartbeat. Never returns [`Setup::Pending`], and ends
     /// early with `Refused` when the session is gone.
     pub async fn setup(&self) -> Setup {
-        let answered = |now: &News| match &now.setup {
+        let answered = |now: &LeaseUpdates| match &now.setup {
             Setup::Pending if now.over => {
                 let message = "the lease ended before its set-up heartbeat was answered";
                 Some(Setup::Refused(message.to_owned()))

@@ -2,7 +2,7 @@
 //!
 //! It goes on while the process is stopped and while the machine sleeps: whoever asks it after either
 //! learns how much time is really gone. What must not happen after a moment is run by
-//! [`Moment::before`], which looks again each time it is woken.
+//! [`BootInstant::before`], which looks again each time it is woken.
 
 use std::{
     future::poll_fn,
@@ -16,9 +16,9 @@ use jiff::{SignedDuration, Timestamp};
 
 /// A point on that clock. It means something only until the machine starts again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Moment(u64);
+pub struct BootInstant(u64);
 
-impl Moment {
+impl BootInstant {
     /// Later than every other one.
     pub const NEVER: Self = Self(u64::MAX);
 
@@ -89,7 +89,7 @@ impl Moment {
     }
 }
 
-impl Add<Duration> for Moment {
+impl Add<Duration> for BootInstant {
     type Output = Self;
 
     fn add(self, by: Duration) -> Self {
@@ -97,7 +97,7 @@ impl Add<Duration> for Moment {
     }
 }
 
-impl Sub for Moment {
+impl Sub for BootInstant {
     type Output = Duration;
 
     /// The time from `earlier` to `self`; zero if it is the other way round.
@@ -132,25 +132,25 @@ mod tests {
 
     #[test]
     fn moments_add_up_and_never_overflow() {
-        let now = Moment::now();
+        let now = BootInstant::now();
         let later = now + Duration::from_secs(3);
         assert_eq!((later - now, now - later), (Duration::from_secs(3), Duration::ZERO));
         assert_eq!(later.back(Duration::from_secs(3)), now);
-        assert_eq!(now + Duration::MAX, Moment::NEVER);
-        assert_eq!(now.back(Duration::MAX), Moment(0));
-        assert_eq!(Moment::NEVER.on_calendar(), None);
+        assert_eq!(now + Duration::MAX, BootInstant::NEVER);
+        assert_eq!(now.back(Duration::MAX), BootInstant(0));
+        assert_eq!(BootInstant::NEVER.on_calendar(), None);
         for (at, off) in [(now + Duration::from_secs(60), 60), (now.back(Duration::from_secs(1)), -1)] {
             let off = Timestamp::now() + SignedDuration::from_secs(off) - at.on_calendar().expect("a time");
             assert!(off.get_milliseconds().abs() + off.get_seconds().abs() * 1000 < 5000, "{off}");
         }
-        assert!(now.has_passed() && !Moment::NEVER.has_passed() && Moment::now() >= now);
+        assert!(now.has_passed() && !BootInstant::NEVER.has_passed() && BootInstant::now() >= now);
     }
 
     #[tokio::test]
     async fn work_is_not_begun_after_its_moment() {
-        let (past, soon) = (Moment::now(), Moment::now() + Duration::from_millis(5));
+        let (past, soon) = (BootInstant::now(), BootInstant::now() + Duration::from_millis(5));
         assert_eq!(past.before(async { 1 }).await, None);
         assert_eq!(soon.before(std::future::pending::<()>()).await, None);
-        assert_eq!(Moment::NEVER.before(async { 1 }).await, Some(1));
+        assert_eq!(BootInstant::NEVER.before(async { 1 }).await, Some(1));
     }
 }

@@ -8,7 +8,7 @@ use std::{collections::VecDeque, sync::Mutex};
 use serde_json::Value;
 use tokio::sync::Notify;
 
-use super::Moment;
+use super::BootInstant;
 
 /// Largest progress value, in bytes of JSON (newer planes refuse more).
 pub(crate) const PROGRESS_BYTES_MAX: usize = 64 * 1024;
@@ -21,7 +21,7 @@ pub(crate) const EVENT_BYTES_MAX: usize = 64 * 1024;
 
 /// Why progress or an event was not taken.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub enum MailboxError {
+pub enum ProgressError {
     /// The value is larger than [`PROGRESS_BYTES_MAX`].
     #[error("progress is {0} bytes of JSON, at most {PROGRESS_BYTES_MAX} are allowed")]
     ProgressTooLarge(usize),
@@ -42,13 +42,13 @@ pub struct Pending {
     pub progress: Value,
     /// Events not acknowledged yet, oldest first, as many as one heartbeat may carry.
     pub events: Vec<Value>,
-    /// Version of `progress`, to be handed back to [`Mailbox::acknowledge`].
+    /// Version of `progress`, to be handed back to [`ProgressQueue::acknowledge`].
     pub version: u64,
 }
 
 /// See the module's text. Shared between the runner's side and the session.
 #[derive(Default)]
-pub struct Mailbox {
+pub struct ProgressQueue {
     state: Mutex<State>,
     changed: Notify,
 }
@@ -56,7 +56,7 @@ pub struct Mailbox {
 #[derive(Default)]
 struct State {
     progress: Option<Value>,
-    progress_at: Option<Moment>,
+    progress_at: Option<BootInstant>,
     version: u64,
     acknowledged: u64,
     /// Somebody waits for the answer to a heartbeat that has not been sent yet.
@@ -65,16 +65,16 @@ struct State {
     events_bytes: usize,
 }
 
-impl Mailbox {
+impl ProgressQueue {
     /// Replaces the progress value.
-    pub fn progress(&self, value: Value) -> Result<(), MailboxError> {
+    pub fn progress(&self, value: Value) -> Result<(), ProgressError> {
         let bytes = value.to_string().len();
         if bytes > PROGRESS_BYTES_MAX {
-            return Err(MailboxError::ProgressTooLarge(bytes));
+            return Err(ProgressError::ProgressTooLarge(bytes));
         }
         let mut state = self.lock();
         state.progress = Some(value);
-        state.progress_at = Some(Moment::now());
+        state.progress_at = Some(BootInstant::now());
         state.version += 1;
         drop(state);
         self.changed.notify_one();
@@ -82,14 +82,14 @@ impl Mailbox {
     }
 
     /// Appends an event.
-    pub fn event(&self, value: Value) -> Result<(), MailboxError> {
+    pub fn event(&self, value: Value) -> Result<(), ProgressError> {
         let bytes = value.to_string().len();
         if bytes > EVENT_BYTES_MAX {
-            return Err(MailboxError::EventTooLarge(bytes));
+            return Err(ProgressError::EventTooLarge(bytes));
         }
         let mut state = self.lock();
         if state.events.len() >= EVENTS_MAX || state.events_bytes + bytes > EVENTS_BYTES_MAX {
-            return Err(MailboxError::EventsFull);
+            return Err(ProgressError::EventsFull);
         }
         state.events.push_back((value, bytes));
         state.events_bytes += bytes;
@@ -100,7 +100,7 @@ impl Mailbox {
 
     /// When the runner reported progress last.
     #[must_use]
-    pub fn progress_at(&self) -> Option<Moment> {
+    pub fn progress_at(&self) -> Option<BootInstant> {
         self.lock().progress_at
     }
 
@@ -175,7 +175,7 @@ mod tests {
 
     #[test]
     fn events_stay_until_acknowledged_and_later_ones_are_kept() {
-        let mailbox = Mailbox::default();
+        let mailbox = ProgressQueue::default();
         mailbox.event(json!(1)).expect("room");
         let sent = mailbox.pending();
         mailbox.event(json!(2)).expect("room");
@@ -186,7 +186,7 @@ mod tests {
 
     #[test]
     fn one_heartbeat_carries_what_planes_take_and_the_next_one_the_rest() {
-        let mailbox = Mailbox::default();
+        let mailbox = ProgressQueue::default();
         for n in 0..5 {
             mailbox.event(json!(format!("{n}{}", "x".repeat(20_000)))).expect("room");
         }
@@ -204,7 +204,7 @@ mod tests {
 
     #[test]
     fn a_question_without_news_asks_for_a_heartbeat_and_changes_nothing() {
-        let mailbox = Mailbox::default();
+        let mailbox = ProgressQueue::default();
         mailbox.ask();
         assert!(mailbox.is_dirty());
         let sent = mailbox.pending();
@@ -215,21 +215,21 @@ mod tests {
 
     #[test]
     fn the_queue_is_bounded_in_count_and_bytes() {
-        let mailbox = Mailbox::default();
+        let mailbox = ProgressQueue::default();
         for n in 0..EVENTS_MAX {
             mailbox.event(json!(n)).expect("room");
         }
-        assert_eq!(mailbox.event(json!("one more")), Err(MailboxError::EventsFull));
-        let mailbox = Mailbox::default();
+        assert_eq!(mailbox.event(json!("one more")), Err(ProgressError::EventsFull));
+        let mailbox = ProgressQueue::default();
         let quarter = json!("x".repeat(EVENTS_BYTES_MAX / 4 - 2));
         for _ in 0..4 {
             mailbox.event(quarter.clone()).expect("room");
         }
-        assert_eq!(mailbox.event(json!(1)), Err(MailboxError::EventsFull));
-        assert!(matches!(mailbox.event(json!("x".repeat(EVENT_BYTES_MAX))), Err(MailboxError::EventTooLarge(_))));
+        assert_eq!(mailbox.event(json!(1)), Err(ProgressError::EventsFull));
+        assert!(matches!(mailbox.event(json!("x".repeat(EVENT_BYTES_MAX))), Err(ProgressError::EventTooLarge(_))));
         assert!(matches!(
             mailbox.progress(json!("x".repeat(PROGRESS_BYTES_MAX))),
-            Err(MailboxError::ProgressTooLarge(_))
+            Err(ProgressError::ProgressTooLarge(_))
         ));
     }
 }

@@ -17,7 +17,7 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::entry::{Entry, Listing, ListingState, Tries};
-use crate::model::{KeptLease, TaskId};
+use crate::model::{LeaseKeeper, TaskId};
 
 /// First pause after a failure, before its jitter.
 const PAUSE_MIN: Duration = Duration::from_millis(200);
@@ -51,7 +51,7 @@ struct Held {
     /// It stands in the file, or will soon.
     written: bool,
     /// What keeps the lease of its task; none after a restart, until the plane leases the task to us again.
-    lease_kept: Option<Box<dyn KeptLease>>,
+    lease_kept: Option<Box<dyn LeaseKeeper>>,
 }
 
 /// Why a report was not accepted for now.
@@ -76,7 +76,7 @@ pub(super) struct Gone {
 /// What to do next.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Turn {
-    /// Send this one: see [`Book::begin`].
+    /// Send this one: see [`ReportQueue::begin`].
     Send(u64),
     /// Nobody's pause is over before this.
     At(Instant),
@@ -86,7 +86,7 @@ pub(super) enum Turn {
 
 /// See the module's text.
 #[derive(Default)]
-pub(super) struct Book {
+pub(super) struct ReportQueue {
     held: BTreeMap<u64, Held>,
     /// By task, those that will be sent: with each lease it is asked whether one of its task is here.
     by_task: BTreeSet<(Uuid, u64)>,
@@ -101,7 +101,7 @@ pub(super) struct Book {
     last_error: Option<String>,
 }
 
-impl Book {
+impl ReportQueue {
     /// Takes in what was found at the start. What is ours is due at once.
     pub(super) fn found(&mut self, number: u64, entry: Entry, tries: Tries, ours: bool, now: Instant) {
         let place = if ours { Place::Waiting { due: now } } else { Place::Foreign };
@@ -157,7 +157,7 @@ impl Book {
     }
 
     /// Keeps what keeps a lease for as long as the report is here.
-    pub(super) fn hold(&mut self, number: u64, lease: Box<dyn KeptLease>) {
+    pub(super) fn hold(&mut self, number: u64, lease: Box<dyn LeaseKeeper>) {
         if let Some(held) = self.held.get_mut(&number) {
             held.lease_kept = Some(lease);
         }
@@ -387,7 +387,7 @@ fn wanted(entry: &Entry, tasks: Option<&HashSet<Uuid>>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Outcome, ReportName, Verdict};
+    use crate::model::{Outcome, ReportName, TaskResult};
 
     fn entry(number: u128) -> Entry {
         Entry {
@@ -397,7 +397,7 @@ mod tests {
             job_id: None,
             domain_id: None,
             capability: "/lab/echo/v1".into(),
-            verdict: Verdict::bare(Outcome::Completed),
+            task_result: TaskResult::bare(Outcome::Completed),
             ended_at: Timestamp::UNIX_EPOCH,
         }
     }
@@ -406,12 +406,12 @@ mod tests {
         Failure { error: "no", retry_after }
     }
 
-    fn begin(book: &mut Book, number: u64) {
+    fn begin(book: &mut ReportQueue, number: u64) {
         book.begin(number, Timestamp::UNIX_EPOCH).expect("there to be sent");
     }
 
     /// Whose turn it is; it is sent.
-    fn turn(book: &mut Book, now: Instant) -> Turn {
+    fn turn(book: &mut ReportQueue, now: Instant) -> Turn {
         let turn = book.turn(now);
         if let Turn::Send(number) = turn {
             begin(book, number);
@@ -422,7 +422,7 @@ mod tests {
     /// Plays a plane for `count` reports that wait, for at most `limit`: when each was sent, in
     /// milliseconds, with its number and a `!` where it failed.
     fn play(count: u64, limit: Duration, fails: impl Fn(u64, Duration) -> bool) -> Vec<(u128, String)> {
-        let (mut book, start) = (Book::default(), Instant::now());
+        let (mut book, start) = (ReportQueue::default(), Instant::now());
         for number in 0..count {
             book.found(number, entry(u128::from(number)), Tries::default(), true, start);
         }
@@ -485,7 +485,7 @@ mod tests {
     #[test]
     fn a_plane_that_says_when_to_come_again_is_left_alone_until_then_within_bounds() {
         for (asked, pause) in [(Some(7), 7000), (Some(3600), 300_000), (Some(0), 400), (None, 400)] {
-            let (mut book, start) = (Book::default(), Instant::now());
+            let (mut book, start) = (ReportQueue::default(), Instant::now());
             for number in 0..2 {
                 book.found(number, entry(u128::from(number)), Tries::default(), true, start);
             }
@@ -505,7 +505,7 @@ mod tests {
 
     #[test]
     fn what_is_fresh_or_foreign_is_nobodys_turn() {
-        let (mut book, now) = (Book::default(), Instant::now());
+        let (mut book, now) = (ReportQueue::default(), Instant::now());
         book.found(4, entry(4), Tries::default(), false, now);
         let fresh = book.add(Arc::new(entry(5)));
         assert_eq!((fresh, book.turn(now)), (5, Turn::Idle));
@@ -519,11 +519,11 @@ mod tests {
 
     #[test]
     fn several_are_sent_at_once_while_the_plane_takes_them_and_one_alone_before_and_after_a_failure() {
-        let (mut book, now) = (Book::default(), Instant::now());
+        let (mut book, now) = (ReportQueue::default(), Instant::now());
         for number in 0..20 {
             book.found(number, entry(u128::from(number)), Tries::default(), true, now);
         }
-        let round = |book: &mut Book, now| -> Vec<u64> {
+        let round = |book: &mut ReportQueue, now| -> Vec<u64> {
             std::iter::from_fn(|| if let Turn::Send(number) = turn(book, now) { Some(number) } else { None }).collect()
         };
         assert_eq!(round(&mut book, now), [0]);
@@ -543,7 +543,7 @@ mod tests {
 
     #[test]
     fn of_one_task_one_report_is_under_way() {
-        let (mut book, now) = (Book::default(), Instant::now());
+        let (mut book, now) = (ReportQueue::default(), Instant::now());
         for (number, task) in [(0, 8), (1, 7), (2, 7), (3, 9)] {
             book.found(number, entry(task), Tries::default(), true, now);
         }
@@ -557,7 +557,7 @@ mod tests {
 
     struct Named(u128);
 
-    impl KeptLease for Named {
+    impl LeaseKeeper for Named {
         fn name(&self) -> ReportName {
             ReportName { task: TaskId(Uuid::from_u128(self.0)), job: None, domain_id: None }
         }
@@ -565,7 +565,7 @@ mod tests {
 
     #[test]
     fn what_is_counted_and_looked_up_is_what_is_there_whatever_was_done() {
-        let (mut book, now) = (Book::default(), Instant::now());
+        let (mut book, now) = (ReportQueue::default(), Instant::now());
         let mut state = 7_u32;
         let mut draw = |below: u32| {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -603,7 +603,7 @@ mod tests {
 
     #[test]
     fn a_try_counts_from_its_beginning_and_also_when_it_is_broken_off() {
-        let (mut book, now) = (Book::default(), Instant::now());
+        let (mut book, now) = (ReportQueue::default(), Instant::now());
         let number = book.add(Arc::new(entry(1)));
         assert_eq!(book.oldest(), Some((Timestamp::UNIX_EPOCH, 0)));
         begin(&mut book, number);

@@ -12,7 +12,7 @@ use super::{
 
 /// Why it cannot be opened: one line.
 #[derive(Debug, thiserror::Error)]
-pub enum ShelfError {
+pub enum OfflineOutboxError {
     /// The folder cannot be used, or a node runs on it.
     #[error(transparent)]
     State(#[from] StateError),
@@ -27,18 +27,18 @@ pub enum ShelfError {
 }
 
 /// See the module's text. Holds the folder: no node starts there meanwhile.
-pub struct Shelf {
+pub struct OfflineOutbox {
     state: StateDir,
     store: Store,
     reports: Vec<(u64, Entry, Tries)>,
 }
 
-impl Shelf {
+impl OfflineOutbox {
     /// Opens the outbox in a state folder. Nothing is made where nothing is.
     ///
     /// # Errors
     /// When the folder cannot be looked into, is in use (see [`StateError::InUse`]) or the file cannot be read.
-    pub fn open(folder: &Path) -> Result<Option<Self>, ShelfError> {
+    pub fn open(folder: &Path) -> Result<Option<Self>, OfflineOutboxError> {
         let file = folder.join(FILE);
         // What cannot be looked at is not empty.
         if !file.try_exists().map_err(failed("open", &file))? {
@@ -64,7 +64,7 @@ impl Shelf {
     ///
     /// # Errors
     /// When the file cannot be written; nothing is gone then.
-    pub fn drop_reports(&mut self, tasks: Option<&HashSet<Uuid>>) -> Result<Vec<Listing>, ShelfError> {
+    pub fn drop_reports(&mut self, tasks: Option<&HashSet<Uuid>>) -> Result<Vec<Listing>, OfflineOutboxError> {
         let listings = self.listings(tasks);
         let gone = self.reports.iter().filter(|(_, entry, _)| wants(tasks, entry));
         let gone: Vec<_> = gone.map(|(number, _, _)| Change::Remove(*number)).collect();
@@ -78,6 +78,6 @@ fn wants(tasks: Option<&HashSet<Uuid>>, entry: &Entry) -> bool {
     tasks.is_none_or(|tasks| tasks.contains(&entry.task_id))
 }
 
-fn bad_file(state: &StateDir, err: &impl ToString) -> ShelfError {
-    ShelfError::File { path: state.path().join(FILE), reason: err.to_string() }
+fn bad_file(state: &StateDir, err: &impl ToString) -> OfflineOutboxError {
+    OfflineOutboxError::File { path: state.path().join(FILE), reason: err.to_string() }
 }

@@ -19,7 +19,7 @@ pub struct Callback {
 pub struct Unexpected;
 
 /// Takes what the pages were told.
-pub trait Visits: Send + Sync {
+pub trait HealthChecks: Send + Sync {
     /// A callback came. It is taken only while a registration is in flight.
     ///
     /// # Errors
