@@ -1,4 +1,4 @@
-//! For whom a sign-in message may be signed (failing P-17 of the posemesh contract).
+//! For whom a sign-in message may be signed (posemesh.md section 9, "Sign-in for another service").
 //!
 //! DDS dictates domain and URI of the text the node signs. A service that hands on the challenge of
 //! another one would get a signature that signs the node in there. So both have to name the service

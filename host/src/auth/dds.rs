@@ -1,4 +1,4 @@
-//! DDS as this node calls it: a challenge, two forms of registration, a login (posemesh contract 2).
+//! DDS as this node calls it: a challenge, two forms of registration, a login (posemesh.md section 2).
 //! Knows nothing of when to call; that is `registration` and `renewal`.
 
 use std::{sync::Arc, time::Duration};
@@ -102,7 +102,7 @@ impl Dds {
         Ok((message, signature))
     }
 
-    /// Registers the wallet with its capabilities (contract 2.5). The body of a 2xx means nothing.
+    /// Registers the wallet with its capabilities (posemesh.md section 2.5). The body of a 2xx means nothing.
     pub(super) async fn register_wallet(&self, capabilities: &[String], version: &str) -> Result<(), Refusal> {
         let (message, signature) = self.signed().await?;
         let body = WalletBody {
@@ -116,7 +116,7 @@ impl Dds {
         self.post("nodes/register-wallet", REGISTER, body, &[&signature]).await.map(drop)
     }
 
-    /// Registers the node under its URL (contract 2.9), which is sent as it is signed. A 2xx alone is not
+    /// Registers the node under its URL (posemesh.md section 2.9), which is sent as it is signed. A 2xx alone is not
     /// enough: the service has to call back, which is the caller's to await.
     pub(super) async fn register_url(&self, url: &str, capabilities: &[String], version: &str) -> Result<(), Refusal> {
         let timestamp = nine_digits(self.client.now_at(&self.base));
@@ -201,7 +201,7 @@ impl Dds {
     }
 }
 
-/// RFC 3339 in UTC, always with nine fractional digits (contract 2.9).
+/// RFC 3339 in UTC, always with nine fractional digits (posemesh.md section 2.9).
 fn nine_digits(at: Timestamp) -> String {
     format!("{at:.9}")
 }

@@ -1,6 +1,6 @@
 //! The door for the sign-in service's callback, and what it has asked of this node's pages.
 //!
-//! A callback carries nothing that proves who sent it (posemesh contract 2.9), so the door stands
+//! A callback carries nothing that proves who sent it (posemesh.md section 2.9), so the door stands
 //! open only while a registration is in flight ([`ControlSocket::open`]), and what comes through it counts
 //! only together with the service's own answer; that is `registration`'s business. The secret a
 //! callback brings is kept in memory, wiped when it goes, and used for one thing: to cut it out of
@@ -73,7 +73,7 @@ impl HealthChecks for ControlSocket {
             let open = *state != State::Closed;
             if open {
                 *state = State::Visited;
-                // A second callback overwrites the first (row S0-56).
+                // A second callback overwrites the first.
                 *self.secret.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(secret));
             }
             open
@@ -124,7 +124,6 @@ mod tests {
         Callback { id: "node-1".to_owned(), secret: secret.into(), organization_id: None }
     }
 
-    // S0-07, S0-56
     #[test]
     fn a_callback_is_taken_only_while_the_door_is_open_and_the_last_one_stays() {
         let door = ControlSocket::new();

@@ -71,14 +71,14 @@ impl NodeKey {
         hex(self.signing.verifying_key().to_sec1_point(false).as_bytes())
     }
 
-    /// Signs `message` as `personal_sign` does (EIP-191, posemesh contract 2.3): `0x` and 130 hex digits
+    /// Signs `message` as `personal_sign` does (EIP-191, posemesh.md section 2.3): `0x` and 130 hex digits
     /// of r, s and v, where v is 27 or 28.
     #[must_use]
     pub fn personal_sign(&self, message: &str) -> String {
         format!("0x{}", self.sign(&personal_digest(message), 27))
     }
 
-    /// Signs `message` as a registration with a URL wants it (posemesh contract 2.9): no prefix before
+    /// Signs `message` as a registration with a URL wants it (posemesh.md section 2.9): no prefix before
     /// the message, 130 hex digits without `0x`, and v is 0 or 1.
     #[must_use]
     pub fn bare_sign(&self, message: &str) -> String {
@@ -160,7 +160,6 @@ pub(super) mod tests {
         );
     }
 
-    // S0-51
     #[test]
     fn signatures_over_a_url_follow_the_vectors() {
         let timestamp = "2025-03-04T05:06:07.000000008Z";

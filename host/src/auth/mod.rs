@@ -38,9 +38,9 @@ pub use tokens::{AuthError, TokenSource};
 /// How a node makes itself known.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Form {
-    /// By a signed message alone (posemesh contract 2.5).
+    /// By a signed message alone (posemesh.md section 2.5).
     Wallet,
-    /// By a URL at which the service calls back (contract 2.9).
+    /// By a URL at which the service calls back (posemesh.md section 2.9).
     Callback {
         /// As configured; it is signed and sent byte for byte.
         url: String,

@@ -1,4 +1,4 @@
-//! The pauses between attempts (posemesh contract 2.6). Pure: the draw of a jitter is passed in.
+//! The pauses between attempts (posemesh.md section 2.6). Pure: the draw of a jitter is passed in.
 
 use std::time::Duration;
 
@@ -84,7 +84,6 @@ mod tests {
         }
     }
 
-    // S0-34, P-6
     #[test]
     fn pauses_between_logins_begin_within_the_jitter_and_grow_to_their_bound() {
         let grown = |jitter: u64| -> Vec<u128> {

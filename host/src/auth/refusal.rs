@@ -1,4 +1,4 @@
-//! Why a call to DDS failed, and what that means for the next one (posemesh contract 2.4 and 2.5).
+//! Why a call to DDS failed, and what that means for the next one (posemesh.md sections 2.4 and 2.5).
 
 use std::time::Duration;
 
@@ -32,7 +32,7 @@ fn said(excerpt: &str) -> String {
     if excerpt.is_empty() { String::new() } else { format!(": {excerpt}") }
 }
 
-/// What a [`Refusal`] means for the next attempt (contract 2.5).
+/// What a [`Refusal`] means for the next attempt (posemesh.md section 2.5).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Class {
     /// Another node with this identity is online.

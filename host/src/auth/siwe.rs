@@ -5,7 +5,7 @@ use serde::Deserialize;
 
 use super::audience::Audience;
 
-/// The answer to a nonce request (posemesh contract 2.1).
+/// The answer to a nonce request (posemesh.md section 2.1).
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct Challenge {
@@ -18,7 +18,7 @@ pub(super) struct Challenge {
 }
 
 impl Challenge {
-    /// The text to sign (contract 2.2). Refuses a field that would change the message's lines:
+    /// The text to sign (posemesh.md section 2.2). Refuses a field that would change the message's lines:
     /// the node would otherwise sign whatever the other side writes into it. Refuses a message for
     /// somebody else ([`Audience`]).
     pub(super) fn message(&self, address: &str, audience: &Audience) -> Result<String, Unsignable> {
@@ -78,7 +78,7 @@ pub(super) mod tests {
         }
     }
 
-    /// The messages of contract 2.3, by the letter of their inputs.
+    /// The messages of posemesh.md section 2.3, by the letter of their inputs.
     pub(in crate::auth) fn vector_message(inputs: &str) -> String {
         let mut fields = challenge();
         match inputs {

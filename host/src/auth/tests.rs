@@ -129,7 +129,6 @@ fn grant(call: Call, token: &str, ttl: Duration) {
     call.ok(json!({ "access_token": token, "access_expires_at": expiry.to_string() }));
 }
 
-// S0-08, S0-52, S0-58
 #[tokio::test]
 async fn registration_and_login_send_what_the_contract_says() {
     let mut world = World::start(|_| {}).await;
@@ -171,7 +170,6 @@ async fn many_callers_share_one_login() {
     assert!(world.dds.waiting().is_none(), "one login serves everybody");
 }
 
-// S0-32
 #[tokio::test]
 async fn a_token_is_renewed_at_its_ratio() {
     let mut world = World::started("one", Duration::from_secs(4), |config| config.token_safety_ratio = 0.125).await;

@@ -122,7 +122,7 @@ impl<'a> Parser<'a> {
         Duration::from_millis(self.value(name, &expected, 0, |text| text.parse().ok().filter(|ms| *ms <= most)))
     }
 
-    /// A ratio, clamped to 0..=1 as posemesh contract 4.10 and 7.1 say; not a number is a mistake.
+    /// A ratio, clamped to 0..=1 as posemesh.md sections 4.10 and 7.1 say; not a number is a mistake.
     pub(super) fn ratio(&mut self, name: &str) -> f64 {
         let ratio = self.value(name, "a number from 0 to 1", 0.5, |text| {
             text.parse::<f64>().ok().filter(|ratio| ratio.is_finite())
@@ -223,7 +223,7 @@ impl<'a> Parser<'a> {
         words.map(|word| word.trim().to_ascii_lowercase()).filter(|word| !word.is_empty()).collect()
     }
 
-    /// Warns of a word that is neither form: `json` counts then (posemesh contract 7.1).
+    /// Warns of a word that is neither form: `json` counts then (posemesh.md section 7.1).
     pub(super) fn look_at_log_format(&mut self) {
         let Some(text) = self.optional("LOG_FORMAT") else { return };
         if !["json", "text"].iter().any(|form| text.eq_ignore_ascii_case(form)) {
@@ -231,7 +231,7 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// `v1.2.3` becomes `1.2.3`; what is no version becomes the host's own (posemesh contract 7.1).
+    /// `v1.2.3` becomes `1.2.3`; what is no version becomes the host's own (posemesh.md section 7.1).
     pub(super) fn version(&mut self, name: &str) -> String {
         let own = env!("CARGO_PKG_VERSION");
         let Some(text) = self.optional(name) else { return own.to_owned() };

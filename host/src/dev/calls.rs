@@ -1,4 +1,4 @@
-//! Calls to nodes that registered with a URL (posemesh contract 2.7 and 2.9).
+//! Calls to nodes that registered with a URL (posemesh.md sections 2.7 and 2.9).
 //!
 //! A node is called back while its registration is answered, and asked for its health now and then.
 //! The world serves one machine, so it calls nobody elsewhere.
@@ -15,7 +15,7 @@ use crate::transport::{self, Client};
 
 /// How long a node may take to answer.
 const LIMIT: Duration = Duration::from_secs(5);
-/// How a node knows the service (contract 2.7).
+/// How a node knows the service (posemesh.md section 2.7).
 const AGENT: &str = concat!("DDS v", env!("CARGO_PKG_VERSION"));
 
 /// Where a node is reached.

@@ -1,4 +1,4 @@
-//! A streaming reader of `multipart/form-data` bodies (posemesh contract 6.4).
+//! A streaming reader of `multipart/form-data` bodies (posemesh.md section 6.4).
 //!
 //! Pure: bytes are pushed in as they arrive, pieces come out. It holds one frame and a delimiter's
 //! length of body, however large a part is. The boundary is looked for only as a whole delimiter

@@ -1,4 +1,4 @@
-//! Who may sign in: nonces, registered wallets, node tokens (posemesh contract 2).
+//! Who may sign in: nonces, registered wallets, node tokens (posemesh.md section 2).
 //!
 //! Pure state: signatures are checked by the caller (`siwe`), time is passed in.
 
@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use super::{Config, siwe};
 
-/// Nonces kept at once: a client in trouble asks several times per second (contract 2.8), a flood
+/// Nonces kept at once: a client in trouble asks several times per second (posemesh.md section 2.8), a flood
 /// must not fill the memory.
 const NONCES_MAX: usize = 65_536;
 
@@ -117,7 +117,7 @@ impl Identity {
         (**known != *url).then(|| known.clone())
     }
 
-    /// Registers a node. A repeat is a refresh: the token of the earlier login lives on (contract 2.8).
+    /// Registers a node. A repeat is a refresh: the token of the earlier login lives on (posemesh.md section 2.8).
     /// `holds_leases` answers for the plane.
     pub(super) fn register(
         &mut self,

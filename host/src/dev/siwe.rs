@@ -1,4 +1,4 @@
-//! Sign-in messages and their signatures, as a server sees them (posemesh contract 2.2 and 2.3).
+//! Sign-in messages and their signatures, as a server sees them (posemesh.md sections 2.2 and 2.3).
 //!
 //! Parsing is lenient where nodes differ from strict EIP-4361: addresses may be lower case and one
 //! empty line may stand where the standard wants two. What is signed is always the text as received.
@@ -49,7 +49,7 @@ pub(super) fn signer(message: &str, signature: &str) -> Result<String, String> {
 }
 
 /// The address of `public_key` (130 hex digits without `0x`), if it made `signature` over `url` followed
-/// by `timestamp`, both as they came (contract 2.9).
+/// by `timestamp`, both as they came (posemesh.md section 2.9).
 pub(super) fn url_signer(url: &str, timestamp: &str, signature: &str, public_key: &str) -> Result<String, String> {
     let expected = "the signature is not 130 hex digits without 0x";
     let bytes = unhex(signature).filter(|bytes| bytes.len() == 65).ok_or(expected)?;

@@ -1,4 +1,4 @@
-//! The domain's data: blobs on disk, an index in memory (posemesh contract 6).
+//! The domain's data: blobs on disk, an index in memory (posemesh.md section 6).
 //!
 //! A blob is written under a fresh name and enters the index only when it is whole, so a reader
 //! never sees half of one, and one that is replaced stays readable to who has it open. With a data
@@ -24,7 +24,7 @@ use super::{Config, DevError, uploads::Upload};
 /// Longest name or type accepted. Names made from long artifact paths exceed the 128 bytes that
 /// newer writers allow themselves.
 const NAME_BYTES_MAX: usize = 1200;
-/// What the live servers refuse in names and types (contract 10.5).
+/// What the live servers refuse in names and types (posemesh.md section 10.5).
 const NAME_REFUSED: &str = ";!?<>[]{}()/\\\"$#@*^&|~%=+`";
 
 /// One stored item.

@@ -1,4 +1,4 @@
-//! Domain tokens and author grants: JWTs of the shape of contract 10.3 and 4.13.1, signed with a
+//! Domain tokens and author grants: JWTs of the shape of posemesh.md sections 10.3 and 4.13.1, signed with a
 //! key that lives as long as the world.
 //!
 //! A signature only proves that we wrote the token. Whether a task's token still opens anything is

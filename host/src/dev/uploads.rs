@@ -1,4 +1,4 @@
-//! Uploads in parts (posemesh contract 6.7).
+//! Uploads in parts (posemesh.md section 6.7).
 //!
 //! All parts of an upload go into one file, each at its place: parts have one size, so completing
 //! renames instead of copying. A part that breaks off, or is being rewritten, does not count.
@@ -95,7 +95,7 @@ impl Store {
             let (name, data_type) = (request.name.unwrap_or_default(), request.data_type.unwrap_or_default());
             check_name("name", &name)?;
             check_name("data_type", &data_type)?;
-            // A create in parts replaces by name (contract 10.5).
+            // A create in parts replaces by name (posemesh.md section 10.5).
             let known = index.names.get(&(name.clone(), data_type.clone())).copied();
             (known.unwrap_or_else(Uuid::new_v4), name, data_type)
         };

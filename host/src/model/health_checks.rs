@@ -3,7 +3,7 @@
 
 use secrecy::SecretString;
 
-/// A callback of the sign-in service, well formed (posemesh contract 2.7). Who sent it is not known.
+/// A callback of the sign-in service, well formed (posemesh.md section 2.7). Who sent it is not known.
 #[derive(Debug)]
 pub struct Callback {
     /// The service's name for this node; not blank.

@@ -353,7 +353,7 @@ impl HeldLease {
     }
 
     /// Waits up to `limit` for a bearer other than `old` (after a 401), then returns the newest. A
-    /// heartbeat is asked for: its answer should bring one (contract 10.3).
+    /// heartbeat is asked for: its answer should bring one (posemesh.md section 10.3).
     pub async fn newer_token(&self, old: Option<&Token>, limit: std::time::Duration) -> Option<Token> {
         if self.news.lock().token.as_ref() == old {
             self.progress.ask();

@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::{Artifact, Fetched, TaskId, Token};
 
-/// What a [`Outcome::Setup`] may name as its stage (posemesh contract 4.8).
+/// What a [`Outcome::Setup`] may name as its stage (posemesh.md section 4.8).
 const STAGES: [&str; 3] = ["start_session", "initial_heartbeat", "build_ports"];
 /// Tokens this short are words: taking them out would spoil texts and hide nothing.
 const SECRET_BYTES_MIN: usize = 4;
@@ -47,7 +47,7 @@ pub enum Outcome {
     },
     /// The task could not be set up.
     Setup {
-        /// `start_session`, `initial_heartbeat` or `build_ports` (posemesh contract 4.8).
+        /// `start_session`, `initial_heartbeat` or `build_ports` (posemesh.md section 4.8).
         #[serde(deserialize_with = "stage")]
         stage: Stage,
         /// What went wrong, one line.

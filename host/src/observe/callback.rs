@@ -1,4 +1,4 @@
-//! `POST /internal/v1/registrations`: the sign-in service calls back (posemesh contract 2.7).
+//! `POST /internal/v1/registrations`: the sign-in service calls back (posemesh.md section 2.7).
 //!
 //! Anybody who reaches the pages can send this request, so it is bounded in every direction: size of
 //! the body, time to send it, requests at once, requests per sender. What it says is only handed

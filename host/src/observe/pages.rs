@@ -129,7 +129,7 @@ async fn connection(router: Router, socket: TcpStream, sender: SocketAddr, stop:
     }
 }
 
-/// Always 200. The sign-in service is known by its name in front of a version (posemesh contract 2.7).
+/// Always 200. The sign-in service is known by its name in front of a version (posemesh.md section 2.7).
 async fn health(State(desk): State<Arc<CallbackQueue>>, headers: HeaderMap) -> StatusCode {
     if headers.get(header::USER_AGENT).is_some_and(|agent| agent.as_bytes().starts_with(b"DDS v")) {
         desk.visits().probed();

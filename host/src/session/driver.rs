@@ -212,7 +212,7 @@ impl Driver {
         PacingEvent::Failed { retry_after: failure.retry_after() }
     }
 
-    /// Takes over what an answer says, in the order of contract 4.10; cancel comes last.
+    /// Takes over what an answer says, in the order of posemesh.md section 4.10; cancel comes last.
     fn adopt(&mut self, sent: &Pending, kept: Renewal) -> PacingEvent {
         if self.trouble.take().is_some() {
             self.keys.answered();

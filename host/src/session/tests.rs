@@ -151,7 +151,6 @@ async fn unusable_answers_are_misses() {
     }
 }
 
-// S0-65
 #[tokio::test]
 async fn a_refused_set_up_is_told_and_the_end_still_reported() {
     let (mut plane, session) = open(lease(MINUTE)).await;
@@ -162,7 +161,6 @@ async fn a_refused_set_up_is_told_and_the_end_still_reported() {
     assert_eq!(ended(session).await, Ok(named()));
 }
 
-// S0-72
 #[tokio::test]
 async fn a_lease_held_by_another_node_is_lost() {
     for status in [404, 409, 410] {
@@ -178,7 +176,6 @@ async fn a_lease_held_by_another_node_is_lost() {
     }
 }
 
-// S0-71
 #[tokio::test]
 async fn cancel_counts_in_every_answer() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({ "cancel": true })).await;
@@ -209,7 +206,6 @@ async fn a_lease_that_arrives_cancelled_makes_no_call() {
     assert!(plane.waiting().is_none());
 }
 
-// P-32
 #[tokio::test]
 async fn data_that_moves_is_followed_while_the_task_runs() {
     let at =
@@ -237,7 +233,6 @@ async fn data_that_moves_is_followed_while_the_task_runs() {
     assert_eq!(ended(session).await, Ok(ReportName { domain_id: Some(other), ..named() }));
 }
 
-// S0-75
 #[tokio::test]
 async fn a_newer_token_is_seen_at_once() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({ "access_token": null })).await;
@@ -249,7 +244,6 @@ async fn a_newer_token_is_seen_at_once() {
     assert_eq!(grant.newer_token(old.as_ref(), Duration::from_secs(20)).await, Some(Token::new("dom-2")));
 }
 
-// S0-18a, S0-30
 #[tokio::test]
 async fn progress_is_gathered_and_events_arrive_once() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
@@ -270,7 +264,6 @@ async fn progress_is_gathered_and_events_arrive_once() {
     call.ok(json!({}));
 }
 
-// S0-70
 #[tokio::test]
 async fn unacknowledged_events_come_again() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
@@ -281,7 +274,6 @@ async fn unacknowledged_events_come_again() {
     call.ok(json!({}));
 }
 
-// S0-68
 #[tokio::test]
 async fn last_words_go_before_the_report() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
@@ -299,7 +291,6 @@ async fn last_words_go_before_the_report() {
     assert!(plane.waiting().is_none());
 }
 
-// S0-70
 #[tokio::test]
 async fn events_that_fill_several_heartbeats_follow_each_other_without_the_timer() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
@@ -315,7 +306,6 @@ async fn events_that_fill_several_heartbeats_follow_each_other_without_the_timer
     }
 }
 
-// S0-70
 #[tokio::test]
 async fn last_words_that_fill_several_heartbeats_all_go_before_the_report() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
@@ -435,7 +425,6 @@ async fn a_lease_nobody_extends_is_lost_when_it_expires_and_not_before() {
     assert_eq!(session.no_report(&Outcome::Completed), Some(CancelReason::LeaseLost));
 }
 
-// S0-18b, S0-74, S0-75
 #[tokio::test]
 async fn the_timer_keeps_a_short_lease_alive() {
     let short = Duration::from_secs(2);
@@ -462,7 +451,7 @@ async fn a_clock_that_is_wrong_makes_no_flood_and_loses_nothing() {
     assert!(plane.waiting().is_none());
 }
 
-// S2-24: the plane must not give the task out again while its report is on its way.
+// The plane must not give the task out again while its report is on its way.
 #[tokio::test]
 async fn a_closed_session_keeps_its_lease_until_it_is_dropped() {
     let short = Duration::from_secs(2);

@@ -12,7 +12,7 @@ use crate::model::{PortError, PortErrorKind, TaskId, in_a_line};
 
 /// Longest artifact path taken from a runner, in bytes.
 pub(crate) const PATH_BYTES_MAX: usize = 1024;
-/// Longest name or type that every domain server takes, in bytes (contract 10.5).
+/// Longest name or type that every domain server takes, in bytes (posemesh.md section 10.5).
 const NAME_BYTES_MAX: usize = 128;
 /// How much of a path's digest marks a name: enough that no two paths of a task ever share it.
 const MARK_BYTES: usize = 8;
@@ -143,7 +143,7 @@ mod tests {
 
     #[test]
     fn artifacts_are_named_as_the_wire_has_it() {
-        // S0-85: the samples of the contract.
+        // The samples of the contract.
         check(Some("/a/b/"), "/x/y.PLY", ["a/b/x/y.PLY", "a_b_x_y_PLY_TASK", "ply"]);
         check(None, "dir.v1/file", ["dir.v1/file", "dir_v1_file_TASK", "binary"]);
         check(None, "é.json", ["é.json", "__json_TASK", "json"]);
@@ -208,7 +208,6 @@ mod tests {
 
     #[test]
     fn downloads_are_laid_out_by_scan_and_kind() {
-        // S0-82
         assert_eq!(dataset_folder("dmt_2025-06-01_08-30-00"), "2025-06-01_08-30-00");
         assert_eq!(dataset_folder("é2025-06-01-08-30-00é"), "2025-06-01-08-30-00");
         assert_eq!(dataset_folder("2025-06-01 08-30-00"), "2025-06-01_08-30-00");

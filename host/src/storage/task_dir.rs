@@ -404,7 +404,6 @@ mod tests {
 
     #[test]
     fn a_task_directory_is_private_fresh_and_gone_afterwards() {
-        // S0-82
         let base = base();
         let scratch = Scratch::open(base.path().join("deep/er")).expect("opens");
         let (one, two) = (made(&scratch), made(&scratch));
@@ -424,7 +423,6 @@ mod tests {
 
     #[test]
     fn a_directory_nobody_needs_is_never_made() {
-        // S0-82
         let base = base();
         let scratch = Scratch::open(base.path().to_owned()).expect("opens");
         let dir = scratch.task_dir(TASK);

@@ -64,7 +64,7 @@ fn refused(bytes: &[u8], text: &str) {
 
 #[test]
 fn files_come_out_in_the_archives_order() {
-    // S0-83, contract 11.4: stored without compression, and packed.
+    // posemesh.md section 11.4: stored without compression, and packed.
     let files: [(&str, &[u8]); 4] =
         [("images.bin", &[7; 300_000]), ("sub/", b""), ("sub/cameras.bin", b"c"), ("./a//empty.txt", b"")];
     for method in [CompressionMethod::Stored, CompressionMethod::Deflated] {

@@ -22,7 +22,7 @@ pub(crate) struct Cell {
     pub(crate) length: Length,
 }
 
-/// The calls of a node (posemesh contract 1), in the order of a task's life.
+/// The calls of a node (posemesh.md section 1), in the order of a task's life.
 pub(crate) const ENDPOINTS: [&str; 19] = [
     "nonce",
     "register_wallet",

@@ -52,7 +52,6 @@ async fn calls_after_the_end_and_forged_ones_are_answered_stale_each_once() {
     node.stop().await;
 }
 
-// S1-17, S1-18
 #[tokio::test]
 async fn progress_and_events_that_are_no_json_are_refused_and_go_nowhere() {
     let lab = TestServer::start().await;

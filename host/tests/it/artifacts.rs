@@ -86,7 +86,6 @@ async fn the_client_id_goes_with_every_call_to_the_domain_server() {
     assert!(unbilled.iter().all(|(_, id)| id.is_none()), "the plane is not told");
 }
 
-// S0-39b, P-53
 #[tokio::test]
 async fn without_a_client_id_a_node_makes_one_and_keeps_it() {
     let mut ids = BTreeSet::new();
@@ -109,7 +108,6 @@ async fn without_a_client_id_a_node_makes_one_and_keeps_it() {
     assert_eq!(ids.len(), 2, "no two nodes share one");
 }
 
-// S1-15, S0-84
 #[tokio::test]
 async fn an_artifact_with_an_id_replaces_what_is_stored_under_it() {
     let lab = small_parts().await;

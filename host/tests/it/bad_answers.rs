@@ -62,7 +62,6 @@ async fn a_challenge_that_would_sign_something_else_is_not_signed() {
     node.says("leasing").await;
 }
 
-// P-17
 #[tokio::test]
 async fn a_challenge_for_another_domain_than_the_one_that_was_set_is_not_signed() {
     let lab = TestServer::start().await;
@@ -252,7 +251,7 @@ async fn a_part_that_fails_once_is_sent_again_and_one_that_keeps_failing_ends_th
     let back = lab.artifact(ended.completed(), "big.bin").await;
     assert!(back.len() == 200_000 && back.iter().enumerate().all(|(n, byte)| usize::from(*byte) == n % 251));
     assert_eq!(rubbish.count(abort), 0);
-    // S0-87: an upload that cannot be finished is aborted.
+    // An upload that cannot be finished is aborted.
     rubbish.answer(part, usize::MAX, Bad::Status(503, "never"));
     let ended = lab.run(&node, "/fixtures/big-output/v1", json!({ "bytes": 200_000 })).await;
     let reason = ended.failed().0;

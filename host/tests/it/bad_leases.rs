@@ -102,7 +102,7 @@ async fn inputs_of_0_bytes_are_inputs_and_only_an_empty_file_is_no_artifact() {
         let ended = lab.ended(&node, lab.task(capability).inputs(&[input]).submit()).await;
         assert_eq!(lab.artifact(ended.completed(), "echo-0.bin").await, b"", "{capability}");
     }
-    // Contract 6.8: refused before any call to the store.
+    // posemesh.md section 6.8: refused before any call to the store.
     let before = lab.stored().await;
     let ended = lab.ended(&node, lab.task("/examples/echo-file/v1").inputs(&[input]).submit()).await;
     let reason = ended.failed().0;

@@ -37,7 +37,6 @@ async fn kept_by_a_clock(ahead: SignedDuration) {
     node.stop().await;
 }
 
-// P-25
 #[tokio::test]
 async fn services_20_minutes_ahead_or_behind_lose_no_lease_and_get_no_storm() {
     let minutes = SignedDuration::from_mins(20);
@@ -64,7 +63,6 @@ async fn kept_whatever_is_said(change: impl Fn(&mut Value) + Clone + Send + Sync
     assert!(node.said("lease lost").is_empty(), "{}", node.log());
 }
 
-// P-26
 #[tokio::test]
 async fn answers_that_do_not_say_when_the_lease_ends_lose_nothing() {
     kept_whatever_is_said(|answer| {
@@ -73,7 +71,6 @@ async fn answers_that_do_not_say_when_the_lease_ends_lose_nothing() {
     .await;
 }
 
-// P-25, S0-74
 #[tokio::test]
 async fn answers_that_say_the_lease_ended_long_ago_lose_nothing() {
     kept_whatever_is_said(|answer| answer["lease_expires_at"] = json!("2020-01-01T00:00:00Z")).await;

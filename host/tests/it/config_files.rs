@@ -1,4 +1,4 @@
-//! Configuration files, secrets from files, and every variable of posemesh contract 7.1.
+//! Configuration files, secrets from files, and every variable of posemesh.md section 7.1.
 
 use std::path::{Path, PathBuf};
 
@@ -267,7 +267,7 @@ async fn a_secret_in_a_file_others_can_read_is_warned_of() {
     assert_eq!(ended.stderr, format!("warning: {at} holds a secret and can be read by others; chmod 600 {at}"));
 }
 
-/// A variable of contract 7.1: values that work, with how `check` warns of them, and values that do not.
+/// A variable of posemesh.md section 7.1: values that work, with how `check` warns of them, and values that do not.
 struct Variable {
     name: &'static str,
     good: &'static [&'static str],

@@ -53,7 +53,7 @@ async fn every_form_of_an_input_brings_the_same_file() {
     ];
     let ended = lab.ended(&node, lab.task("/fixtures/inputs/v1").set("inputs_cids", json!(forms)).submit()).await;
     for (form, input) in forms.iter().zip(seen(&lab, &ended).await) {
-        // A scan's time is its folder, the data type its ending (contract 11.3).
+        // A scan's time is its folder, the data type its ending (posemesh.md section 11.3).
         let root = input["root_dir"].as_str().expect("a folder");
         let path = input["path"].as_str().expect("a path").strip_prefix(root).expect("below its root");
         assert_eq!(path, format!("/datasets/2025-06-01_08-30-00/{name}.dmt_frames_csv"), "{form}");
@@ -99,7 +99,7 @@ async fn inputs_of_other_servers_and_whole_domains_are_refused() {
     }
 }
 
-/// Contract 11.3: the names and types some runners put there are their own business.
+/// posemesh.md section 11.3: the names and types some runners put there are their own business.
 #[tokio::test]
 async fn names_as_inputs_are_not_looked_at_by_the_host() {
     let lab = TestServer::start().await;
@@ -220,7 +220,7 @@ async fn the_byte_form_holds_one_copy_of_an_object() {
     nothing_in_flight(&node).await;
 }
 
-/// Contract 11.3: real runners remove what they were given, and read by id themselves.
+/// posemesh.md section 11.3: real runners remove what they were given, and read by id themselves.
 #[tokio::test]
 async fn the_folder_of_an_input_may_be_removed_by_its_runner() {
     let lab = TestServer::start().await;

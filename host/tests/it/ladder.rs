@@ -143,7 +143,7 @@ async fn a_lease_for_a_plugin_out_of_service_fails_its_set_up_also_while_it_wait
     assert_eq!(body["reason"], format!("{error}"));
 }
 
-// Contract 11.2
+// posemesh.md section 11.2
 #[cfg(target_os = "linux")]
 #[tokio::test]
 async fn a_runner_that_asks_in_a_loop_occupies_no_core_and_hears_its_cancel() {

@@ -92,7 +92,6 @@ async fn says_too_much(meta: Value) -> (Ended, Value) {
     (ended, serde_json::from_slice(&seen).expect("JSON"))
 }
 
-// S0-70, S1-17, S1-18
 #[tokio::test]
 async fn what_a_runner_says_is_bounded_with_a_typed_error_and_what_was_taken_arrives() {
     let (ended, seen) = says_too_much(json!({})).await;
@@ -109,7 +108,7 @@ async fn what_a_runner_says_is_bounded_with_a_typed_error_and_what_was_taken_arr
     assert!(numbers.len() >= 32 && numbers == wanted, "in order, each once: {numbers:?}");
 }
 
-// S0-70, S1-18: what waits is bounded by its bytes too.
+// What waits is bounded by its bytes too.
 #[tokio::test]
 async fn large_events_are_bounded_by_their_bytes() {
     let (ended, seen) = says_too_much(json!({ "event_bytes": 30_000 })).await;
@@ -121,7 +120,6 @@ async fn large_events_are_bounded_by_their_bytes() {
     assert_eq!(numbers, (0..8).map(Some).collect::<Vec<_>>(), "over several heartbeats, in order, each once");
 }
 
-// S0-70
 #[tokio::test]
 async fn events_whose_heartbeat_failed_come_again_in_their_order_and_none_is_lost() {
     const BEAT: &str = "POST /v1/tasks/*/heartbeat";
@@ -145,7 +143,7 @@ async fn events_whose_heartbeat_failed_come_again_in_their_order_and_none_is_los
     assert_eq!(rubbish.count(BEAT), 4);
 }
 
-// Contract 10.3: the earlier of the two ends decides when the next heartbeat is due.
+// posemesh.md section 10.3: the earlier of the two ends decides when the next heartbeat is due.
 #[tokio::test]
 async fn a_domain_token_that_ends_long_before_its_lease_is_turned_in_time() {
     let lab = TestServer::with(|config| {
@@ -166,7 +164,7 @@ async fn a_domain_token_that_ends_long_before_its_lease_is_turned_in_time() {
     lab.ended(&node, job).await.completed();
 }
 
-// Contract 10.3: a 401 of the domain server asks for a heartbeat, which brings a newer token.
+// posemesh.md section 10.3: a 401 of the domain server asks for a heartbeat, which brings a newer token.
 #[tokio::test]
 async fn a_refused_domain_token_is_replaced_by_a_heartbeat_asked_for_at_once() {
     let lab = TestServer::with(|config| config.domain_token_ttl = Duration::from_millis(300)).await;
@@ -196,7 +194,6 @@ async fn a_refused_domain_token_is_replaced_by_a_heartbeat_asked_for_at_once() {
     assert!(rubbish.count("POST /v1/tasks/*/heartbeat") <= 4, "{:#?}", lab.world.journal());
 }
 
-// P-29, S0-67
 #[tokio::test]
 async fn a_cancel_in_the_set_up_heartbeat_is_heeded_before_anything_is_fetched() {
     for cancel in [json!({ "cancel": true }), json!({ "status": "cancelled" })] {
@@ -213,7 +210,6 @@ async fn a_cancel_in_the_set_up_heartbeat_is_heeded_before_anything_is_fetched()
     }
 }
 
-// P-32
 #[tokio::test]
 async fn the_report_follows_a_task_renamed_by_any_heartbeat() {
     let lab = TestServer::with(|config| config.lease_ttl = LEASE).await;
@@ -236,7 +232,6 @@ async fn the_report_follows_a_task_renamed_by_any_heartbeat() {
     assert_eq!(rubbish.count(&format!("POST /v1/tasks/{old}/complete")), 0);
 }
 
-// S0-76
 #[tokio::test]
 async fn a_capability_that_changes_under_a_running_task_is_told_and_its_runner_goes_on() {
     const BEAT: &str = "POST /v1/tasks/*/heartbeat";
@@ -255,7 +250,6 @@ async fn a_capability_that_changes_under_a_running_task_is_told_and_its_runner_g
     assert_eq!(ended.completed().receipt()["job"]["capability"], "/fixtures/wait-file/v1");
 }
 
-// P-31, S0-77
 #[tokio::test]
 async fn the_domain_server_may_stand_in_the_tasks_metadata() {
     for pointer in ["/domain_server_url", "/legacy/domain_server_url"] {

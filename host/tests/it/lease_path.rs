@@ -23,7 +23,7 @@ async fn hello_reads_its_input_and_publishes_its_greeting() {
     ended.completed();
     assert_eq!(lab.artifact(&ended, "greetings/outputs/hello.bin").await, b"hello, world");
 
-    // S0-63, S0-19a: the receipt as contract 4.7 has it, and nothing else in it.
+    // The receipt as posemesh.md section 4.7 has it, and nothing else in it.
     let task = ended.task()["id"].as_str().expect("an id");
     let stored = &ended.artifacts()["greetings/outputs/hello.bin"]["id"];
     assert_eq!(ended.0["receipts"][0]["outputs"], json!([stored]));
@@ -36,15 +36,15 @@ async fn hello_reads_its_input_and_publishes_its_greeting() {
                             "name": format!("greetings_outputs_hello_bin_{task}") }],
         })
     );
-    // S0-68: the last progress and every event arrive although the task took milliseconds.
+    // The last progress and every event arrive although the task took milliseconds.
     assert_eq!(ended.task()["meta"]["progress"], json!({ "status": "finished" }));
     assert_eq!(ended.task()["meta"]["events"], json!([{ "level": "info", "message": "greeted", "bytes": 5 }]));
-    // S0-66: what the plane says to the first heartbeat counts before anything is fetched.
+    // What the plane says to the first heartbeat counts before anything is fetched.
     let journal = lab.world.journal();
     let first = |part: &str| journal.iter().position(|seen| seen.path.contains(part)).expect("it was asked");
     assert!(first("/heartbeat") < first("/api/v1/domains/"), "{journal:#?}");
     node.stop().await;
-    assert_eq!(node.scratch(), Vec::<std::path::PathBuf>::new(), "S0-82: nothing stays behind");
+    assert_eq!(node.scratch(), Vec::<std::path::PathBuf>::new(), "nothing stays behind");
 }
 
 /// Inputs of these sizes come back unchanged.
@@ -66,7 +66,7 @@ async fn echoed(capability: &str, sizes: [usize; 3]) {
         let back = lab.artifact(&ended, &format!("echo-{index}.bin")).await;
         assert!(back == pattern(size), "{capability} of {size} bytes came back as {}", back.len());
     }
-    // S0-87: the large one travelled in parts.
+    // The large one travelled in parts.
     let puts = lab.world.journal().into_iter().filter(|seen| seen.method == "PUT" && seen.path.ends_with("multipart"));
     assert!(puts.count() >= 6, "5 MiB and 7 bytes are six parts");
 }
@@ -78,7 +78,7 @@ async fn bytes_come_back_unchanged() {
 
 #[tokio::test]
 async fn files_come_back_unchanged() {
-    // S0-89: a file of 0 bytes is none to publish, see `bad_leases`.
+    // A file of 0 bytes is none to publish, see `bad_leases`.
     echoed("/examples/echo-file/v1", [1, 2, 5 * MIB + 7]).await;
 }
 

@@ -27,7 +27,6 @@ async fn expiry(node: &TestNode) -> jiff::Timestamp {
     status["token_expires_at"].as_str().expect("a token is held").parse().expect("a timestamp")
 }
 
-/// S0-32
 #[tokio::test]
 async fn a_token_is_renewed_at_three_quarters_of_its_life_and_never_lapses() {
     let (lab, rubbish) = lab(Duration::from_secs(2)).await;
@@ -42,7 +41,6 @@ async fn a_token_is_renewed_at_three_quarters_of_its_life_and_never_lapses() {
     assert!(node.said("poll failed").is_empty() && node.said("login failed").is_empty(), "{}", node.log());
 }
 
-/// P-6, P-7
 #[tokio::test]
 async fn a_token_is_used_to_its_real_end_while_the_service_is_away_and_is_asked_for_without_a_storm() {
     let (lab, rubbish) = lab(Duration::from_secs(3)).await;
@@ -66,7 +64,6 @@ async fn a_token_is_used_to_its_real_end_while_the_service_is_away_and_is_asked_
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
 }
 
-/// P-9
 #[tokio::test]
 async fn a_login_that_is_never_answered_ends_at_its_limit() {
     let (lab, rubbish) = lab(Duration::from_secs(60)).await;
@@ -78,7 +75,6 @@ async fn a_login_that_is_never_answered_ends_at_its_limit() {
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
 }
 
-/// P-13
 #[tokio::test]
 async fn a_service_that_asks_for_a_pause_gets_it() {
     let (_lab, rubbish) = lab(Duration::from_secs(60)).await;

@@ -1,4 +1,4 @@
-//! Log lines: their form, their fields, and what is never in them (rows S0-04, S0-05, S0-15a, S0-38, S0-92).
+//! Log lines: their form, their fields, and what is never in them.
 
 use serde_json::{Value, json};
 

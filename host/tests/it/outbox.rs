@@ -193,7 +193,7 @@ async fn a_plane_that_says_when_to_come_again_gets_the_report_then() {
     node.stop().await;
 }
 
-// S2-24, contract 9: a report that is not accepted for long costs no second run while heartbeats work.
+// posemesh.md section 9: a report that is not accepted for long costs no second run while heartbeats work.
 #[tokio::test]
 async fn a_lease_is_kept_while_its_report_is_on_its_way_and_no_longer() {
     const HEARTBEAT: &str = "POST /v1/tasks/*/heartbeat";

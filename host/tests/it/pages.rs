@@ -124,7 +124,6 @@ async fn the_status_page_tells_what_runs_what_ended_and_what_is_loaded() {
     let shown = &status["tasks"][task["id"].as_str().expect("an id")];
     assert_eq!((&shown["capability"], &shown["state"]), (&json!("/fixtures/wait-file/v1"), &json!("running")));
     assert_eq!(shown["job_id"], json!(job));
-    // S0-73
     assert_eq!((&shown["plugin"], &shown["attempt"]), (&json!("zoo"), &json!(1)));
     assert_eq!(shown["domain_id"], json!(lab.world.domain_id()));
     let at = |key: &str| shown[key].as_str().and_then(|text| text.parse::<jiff::Timestamp>().ok());
@@ -197,7 +196,7 @@ async fn an_ended_task_shows_size_and_digest_of_all_that_was_moved() {
     node.stop().await;
 }
 
-/// P-16: strangers may reach the pages.
+/// Strangers may reach the pages.
 #[tokio::test]
 async fn visitors_who_say_nothing_are_bounded_and_sent_away() {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};

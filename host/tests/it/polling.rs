@@ -47,7 +47,6 @@ async fn flapping(lease: Value, beat: Bad) {
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
 }
 
-// P-30
 #[tokio::test]
 async fn leases_that_are_good_for_nothing_are_not_taken_in_a_tight_loop() {
     let good = json!({ "task": { "id": "", "capability": "/examples/hello/v1", "inputs_cids": [] } });
@@ -101,7 +100,7 @@ async fn ten_failures(capability: &str, outcome: &str) -> Duration {
     took
 }
 
-// P-30: the plane gives a failed task out again at once.
+// The plane gives a failed task out again at once.
 #[tokio::test]
 async fn tasks_that_fail_in_a_row_are_not_taken_in_a_tight_loop() {
     let runner = ten_failures("/fixtures/fail/v1", "failed");
@@ -135,7 +134,6 @@ async fn tasks_that_complete_follow_each_other_without_a_pause() {
     node.stop().await;
 }
 
-// S0-19b
 #[tokio::test]
 async fn a_task_that_ends_is_followed_by_a_poll_whatever_pause_had_begun() {
     let lab = TestServer::start().await;
@@ -197,7 +195,7 @@ async fn a_plane_that_asks_to_be_left_alone_is_not_polled_before() {
     node.stop().await;
 }
 
-// P-13: a date is one of the clock that wrote it.
+// A date is one of the clock that wrote it.
 #[tokio::test]
 async fn a_date_to_come_again_is_one_of_the_services_clock() {
     let asked_again = async |ahead: SignedDuration| {
@@ -217,7 +215,6 @@ async fn a_date_to_come_again_is_one_of_the_services_clock() {
     tokio::join!(asked_again(minutes), asked_again(-minutes));
 }
 
-// P-34
 #[tokio::test]
 async fn a_lease_that_cannot_be_read_is_failed_by_its_id_and_only_its_size_is_told() {
     let lab = TestServer::start().await;
@@ -265,7 +262,7 @@ async fn a_lease_that_cannot_be_given_back_is_left_to_expire() {
     assert_eq!(rubbish.count(FAIL), 2, "a refusal for good ends it");
 }
 
-// S0-31: swapped bounds are bounds.
+// Swapped bounds are bounds.
 #[tokio::test]
 async fn polls_keep_the_shorter_bound_whichever_comes_first() {
     let lab = TestServer::start().await;

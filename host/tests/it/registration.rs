@@ -32,13 +32,12 @@ async fn nothing_is_leased_before_the_callback_and_the_answer() {
     node.says("leasing").await;
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
     assert_eq!((rubbish.count(BY_URL), rubbish.count(WALLET)), (1, 0));
-    // S0-57: the world asks for the node's health after the registration.
+    // The world asks for the node's health after the registration.
     let (_, status) = node.page_until("/status.json", |page| page.1["last_healthcheck"].is_string()).await;
     assert_eq!(status["registration"], "registered");
     node.stop().await;
 }
 
-// S0-16b, S0-56
 #[tokio::test]
 async fn an_accepted_registration_that_nobody_calls_back_opens_nothing() {
     let lab = TestServer::start().await;
@@ -56,7 +55,7 @@ async fn an_accepted_registration_that_nobody_calls_back_opens_nothing() {
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
 }
 
-// S0-24, S0-50: what is signed is what stands in NODE_URL, byte for byte.
+// What is signed is what stands in NODE_URL, byte for byte.
 #[tokio::test]
 async fn node_url_is_registered_as_it_was_written() {
     for written in ["http://LocalHost:PORT", "http://127.0.0.1:PORT/", "http://127.0.0.1:PORT/a/../b"] {
@@ -84,7 +83,7 @@ async fn the_form_follows_node_url_unless_it_is_named() {
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
 }
 
-/// The callback's contract (posemesh contract 2.7), as it must stay (S0-93).
+/// The callback's contract (posemesh.md section 2.7), as it must stay.
 #[tokio::test]
 async fn the_callback_endpoint_answers_as_the_contract_says() {
     let lab = TestServer::start().await;
@@ -185,7 +184,7 @@ async fn a_registration_by_url_is_repeated_without_a_new_login() {
     let lab = TestServer::with(|config| config.health_interval = std::time::Duration::from_secs(3600)).await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).reachable().set("REGISTER_INTERVAL_SECS", "1").leasing().await;
-    // S0-57: others who ask for the node's health do not show that the service knows it.
+    // Others who ask for the node's health do not show that the service knows it.
     let asked = async {
         while rubbish.count(BY_URL) < 3 {
             assert_eq!(node.page("/health").await.0, 200);
@@ -263,7 +262,6 @@ async fn a_node_the_service_has_forgotten_registers_again() {
     }
 }
 
-/// P-10, P-11
 #[tokio::test]
 async fn a_signal_ends_a_node_that_waits_for_its_registration() {
     let lab = TestServer::start().await;

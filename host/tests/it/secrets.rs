@@ -182,7 +182,6 @@ async fn a_token_in_a_runners_lines_or_in_the_text_of_its_panic_goes_no_further(
     node.stop().await;
 }
 
-// S1-08
 #[tokio::test]
 async fn a_runner_that_asks_for_its_token_gets_the_newest() {
     let lab = TestServer::with(|config| {

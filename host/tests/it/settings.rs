@@ -35,7 +35,6 @@ async fn held(lab: &TestServer, node: &TestNode) -> (tempfile::TempDir, Uuid) {
     (files, job)
 }
 
-// S0-39b
 #[tokio::test]
 async fn heartbeats_come_at_the_share_of_the_lease_that_was_set() {
     let timed = async |ratios: [&str; 2], lease: u64, count: usize| {
@@ -52,7 +51,6 @@ async fn heartbeats_come_at_the_share_of_the_lease_that_was_set() {
     assert!(seldom >= Duration::from_millis(2300), "{seldom:?}");
 }
 
-// S0-30, P-27
 #[tokio::test]
 async fn however_fast_progress_comes_heartbeats_keep_their_distance() {
     // How many there were, and the time from the first to the last.

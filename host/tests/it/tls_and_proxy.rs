@@ -1,4 +1,4 @@
-//! Services behind TLS with an authority of their own, and proxies (posemesh contract 1.1, P-18, P-56).
+//! Services behind TLS with an authority of their own, and proxies (posemesh.md section 1.1).
 
 use crate::harness::{
     TestServer, fixtures,

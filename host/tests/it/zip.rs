@@ -37,7 +37,7 @@ async fn a_refined_scan_is_unpacked_where_later_stages_look_for_it() {
     assert_eq!(input["extracted_paths"], json!(expected), "in the archive's order");
     assert_eq!(json!([input["inside"], input["on_disk"]]), json!([true, bytes.len()]), "the archive stays beside them");
     assert!(input["path"].as_str().is_some_and(|path| path.ends_with(".refined_scan_zip")), "{input}");
-    // Real runners unpack what they get as bytes themselves (contract 11.4): it comes packed.
+    // Real runners unpack what they get as bytes themselves (posemesh.md section 11.4): it comes packed.
     let ended =
         lab.ended(&node, lab.task("/examples/echo-bytes/v1").set("inputs_cids", json!([input["cid"]])).submit()).await;
     assert!(lab.artifact(ended.completed(), "echo-0.bin").await == bytes);

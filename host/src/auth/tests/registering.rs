@@ -28,7 +28,6 @@ impl World {
     }
 }
 
-// S0-50, S0-51
 #[tokio::test]
 async fn a_registration_by_url_sends_what_the_contract_says() {
     let mut world = World::start(by_url).await;
@@ -52,7 +51,6 @@ async fn a_registration_by_url_sends_what_the_contract_says() {
     assert_eq!(world.bearer().await, Ok("t".to_owned()));
 }
 
-// S0-16b, S0-56
 #[tokio::test]
 async fn the_gate_opens_only_when_the_service_accepts_and_calls_back_in_any_order() {
     let mut world = World::start(by_url).await;
@@ -112,7 +110,6 @@ async fn a_service_that_never_calls_back_or_cannot_is_told_with_the_url() {
     tokio::time::timeout(Duration::from_secs(20), seen).await.expect("in time").expect("the room runs");
 }
 
-// S0-35, S0-57
 #[tokio::test]
 async fn a_registration_by_url_is_repeated_when_no_probe_came_for_an_interval() {
     let mut world = World::start(|config| {
@@ -136,7 +133,6 @@ async fn a_registration_by_url_is_repeated_when_no_probe_came_for_an_interval() 
     tokio::time::timeout(Duration::from_secs(20), well).await.expect("in time").expect("the room runs");
 }
 
-// P-15
 #[tokio::test]
 async fn a_wallet_is_registered_again_every_interval_whatever_probes_come() {
     let interval = |config: &mut Config| config.register_interval = Duration::from_secs(1);
@@ -151,7 +147,6 @@ async fn a_wallet_is_registered_again_every_interval_whatever_probes_come() {
     assert_eq!(world.until(RegistrationState::Registered).await.error, None);
 }
 
-// P-15
 #[tokio::test]
 async fn other_capabilities_are_registered_at_once_and_the_same_ones_are_not() {
     let mut world = World::started("t", Duration::from_secs(3600), |_| {}).await;
@@ -170,7 +165,6 @@ async fn other_capabilities_are_registered_at_once_and_the_same_ones_are_not() {
     assert_eq!(world.bearer().await, Ok("t".to_owned()));
 }
 
-// P-15
 #[tokio::test]
 async fn fresh_tokens_rejected_again_and_again_make_the_node_register() {
     let mut world = World::started("t0", Duration::from_secs(3600), |_| {}).await;
@@ -200,7 +194,6 @@ async fn a_service_that_registers_and_then_knows_nobody_is_asked_at_a_falling_ra
     }
 }
 
-// P-17
 #[tokio::test]
 async fn a_challenge_for_somebody_else_is_not_signed() {
     let mut world = World::start(|config| config.sign_in_domain = Some("login.example".to_owned())).await;

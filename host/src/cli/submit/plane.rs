@@ -1,5 +1,5 @@
 //! The control plane and the domain server as an author's client sees them
-//! (posemesh contract 4.13 and 6). Bodies are streamed from and to files.
+//! (posemesh.md sections 4.13 and 6). Bodies are streamed from and to files.
 
 use std::{io::SeekFrom, path::Path, sync::Mutex, time::Duration};
 

@@ -1,4 +1,4 @@
-//! The calls of the wire by name (posemesh contract 1).
+//! The calls of the wire by name (posemesh.md section 1).
 
 use axum::http::{HeaderMap, Method, Uri, header};
 

@@ -33,7 +33,7 @@ pub struct Faults {
 /// Which state of the contract the world speaks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WireForm {
-    /// Everything newer clients insist on (posemesh contract 10).
+    /// Everything newer clients insist on (posemesh.md section 10).
     #[default]
     New,
     /// What the oldest services answer: opaque domain tokens without expiry, no `/api/v1/info`, no

@@ -15,7 +15,7 @@ pub struct FaultsError(String);
 
 /// Largest answer `oversize` makes, in bytes: it is built in memory.
 const OVERSIZE_MAX: i64 = 1 << 30;
-/// What `oversize` answers unless told: beyond the 2 MiB that nodes read of a lease (contract 10.3) and
+/// What `oversize` answers unless told: beyond the 2 MiB that nodes read of a lease (posemesh.md section 10.3) and
 /// the 4 MiB that authors read.
 const OVERSIZE: usize = 5 << 20;
 

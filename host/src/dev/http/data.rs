@@ -1,4 +1,4 @@
-//! Domain data: lists, downloads, single uploads (posemesh contract 6.2 to 6.5).
+//! Domain data: lists, downloads, single uploads (posemesh.md sections 6.2 to 6.5).
 
 use std::{fmt::Write as _, sync::Arc};
 
@@ -96,7 +96,7 @@ fn download(world: &Arc<Inner>, items: Vec<Item>) -> Response {
     ([(header::CONTENT_TYPE, content_type)], Body::from_stream(body)).into_response()
 }
 
-/// Contract 6.3: `size` decides where a body ends, nothing is escaped.
+/// posemesh.md section 6.3: `size` decides where a body ends, nothing is escaped.
 fn part_head(boundary: &str, item: &Item, domain: Uuid) -> String {
     let mut head = format!("--{boundary}\r\nContent-Type: application/octet-stream\r\n");
     let _ = write!(

@@ -1,4 +1,4 @@
-//! Sign-in and registration (posemesh contract 2.1 to 2.5, 2.8 and 2.9).
+//! Sign-in and registration (posemesh.md sections 2.1 to 2.5, 2.8 and 2.9).
 
 use std::sync::Arc;
 
@@ -20,7 +20,7 @@ use crate::{
 
 /// How far the timestamp of a registration by URL may lie from now, in seconds.
 const TIMESTAMP_WINDOW: i64 = 300;
-/// Most capabilities of one node (contract 10.2).
+/// Most capabilities of one node (posemesh.md section 10.2).
 const CAPABILITIES_MAX: usize = 100;
 
 #[derive(Deserialize)]

@@ -1,4 +1,4 @@
-//! The node's side of the task service (posemesh contract 4.2 to 4.8).
+//! The node's side of the task service (posemesh.md sections 4.2 to 4.8).
 
 use std::sync::Arc;
 

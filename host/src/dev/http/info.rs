@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use super::{Answer, Refusal, ok, pairs};
 use crate::dev::{Inner, WireForm};
 
-/// `GET /api/v1/info` (contract 6.6 and 10.6)
+/// `GET /api/v1/info` (posemesh.md sections 6.6 and 10.6)
 pub(super) async fn uploads(State(world): State<Arc<Inner>>) -> Answer {
     if world.form() == WireForm::Old {
         return Err(Refusal::new(StatusCode::NOT_FOUND, "no such path"));

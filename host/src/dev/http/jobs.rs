@@ -1,4 +1,4 @@
-//! The author's side of the task service (posemesh contract 4.13).
+//! The author's side of the task service (posemesh.md section 4.13).
 
 use std::sync::Arc;
 

@@ -1,4 +1,4 @@
-//! Uploads in parts (posemesh contract 6.7).
+//! Uploads in parts (posemesh.md section 6.7).
 
 use std::{
     fs,

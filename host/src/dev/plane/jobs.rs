@@ -1,5 +1,5 @@
 //! Jobs: what an author asks for, whether it can be done, what follows when a task ends
-//! (posemesh contract 4.13).
+//! (posemesh.md section 4.13).
 
 use std::{
     cmp::Reverse,

@@ -1,4 +1,4 @@
-//! The task service's state: who may run what, who holds it, how it ended (posemesh contract 4).
+//! The task service's state: who may run what, who holds it, how it ended (posemesh.md section 4).
 //!
 //! A pure machine without clock or socket: every call takes `now` and first ends the leases that
 //! have run out, so each answer is as fresh as a timer could make it. Nothing here scans all tasks:
@@ -23,7 +23,7 @@ use uuid::Uuid;
 use super::{Config, identity::Node};
 use jobs::{Job, TaskRequest};
 
-/// Events kept of one task, the newest (contract 4.13.7: "recent ones only").
+/// Events kept of one task, the newest (posemesh.md section 4.13.7: "recent ones only").
 const EVENTS_MAX: usize = 64;
 /// Replaced domain tokens remembered of one lease. A renewal per grace period needs one; the rest
 /// is for tokens renewed out of turn.
@@ -121,7 +121,7 @@ pub(super) enum End {
     Canceled,
 }
 
-/// The status words of contract 4.13.8.
+/// The status words of posemesh.md section 4.13.8.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Word {
     Queued,

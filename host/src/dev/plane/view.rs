@@ -1,4 +1,4 @@
-//! Jobs and tasks as authors see them (posemesh contract 4.13.7). Reads, never changes.
+//! Jobs and tasks as authors see them (posemesh.md section 4.13.7). Reads, never changes.
 
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};

@@ -1,4 +1,4 @@
-//! Registration with a URL and a callback over the wire (S0-50, S0-51).
+//! Registration with a URL and a callback over the wire.
 
 use sha3::{Digest, Keccak256};
 

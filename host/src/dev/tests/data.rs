@@ -1,4 +1,4 @@
-//! Domain data over the wire (posemesh contract 6; S0-80, S0-84, S0-87).
+//! Domain data over the wire (posemesh.md section 6).
 
 use super::*;
 
@@ -72,7 +72,7 @@ async fn data_is_created_found_read_replaced_and_deleted() {
 
 #[tokio::test]
 async fn content_by_id_is_served_in_ranges() {
-    // Contract 6.5, 10.5: real runners read content themselves.
+    // posemesh.md sections 6.5, 10.5: real runners read content themselves.
     let lab = TestServer::start().await;
     let id = lab.world.put_data("scan", "ply", b"0123456789").await.expect("stored");
     let path = lab.data(&format!("/{id}?raw=true"));

@@ -1,4 +1,4 @@
-//! Sign-in and registration over the wire (S0-52, S0-58).
+//! Sign-in and registration over the wire.
 
 use super::*;
 

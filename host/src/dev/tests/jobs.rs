@@ -1,4 +1,4 @@
-//! Jobs over the wire (posemesh contract 4.13).
+//! Jobs over the wire (posemesh.md section 4.13).
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! Leases, heartbeats and reports over the wire (S0-61 to S0-64, S0-71, S0-75).
+//! Leases, heartbeats and reports over the wire.
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! What newer clients insist on, and what the oldest did without (posemesh contract 4.14, 6.6, 6.7, 10).
+//! What newer clients insist on, and what the oldest did without (posemesh.md sections 4.14, 6.6, 6.7, 10).
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
 

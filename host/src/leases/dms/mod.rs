@@ -338,7 +338,7 @@ fn moment(answer: &Answer, at: Option<Timestamp>) -> Option<BootInstant> {
     moment
 }
 
-/// Words of a heartbeat's `status` that mean as much as a cancel (contract 10.3). The job API's `canceled`
+/// Words of a heartbeat's `status` that mean as much as a cancel (posemesh.md section 10.3). The job API's `canceled`
 /// is none of them.
 fn is_over(status: &str) -> bool {
     matches!(status, "cancelled" | "failed" | "completed")
@@ -349,7 +349,7 @@ fn time(value: &Value) -> Option<Timestamp> {
     value.as_str()?.parse().ok()
 }
 
-/// The fallback of contract 4.6: older planes put the domain server into the task's metadata.
+/// The fallback of posemesh.md section 4.6: older planes put the domain server into the task's metadata.
 fn server_of_meta(meta: &Value) -> Option<String> {
     let at = |pointer: &str| filled(meta.pointer(pointer).and_then(Value::as_str).map(str::to_owned));
     at("/domain_server_url").or_else(|| at("/legacy/domain_server_url"))

@@ -1,5 +1,5 @@
 //! A task's end in the words of the DMS: which call, which reason, which details
-//! (posemesh contract 4.7 and 4.8, and the outcomes of this project).
+//! (posemesh.md sections 4.7 and 4.8, and the outcomes of this project).
 
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -91,7 +91,7 @@ pub(super) fn report(task: TaskId, lease: &Lease, task_result: &TaskResult) -> O
     Some(fail(&reason, details, &task_result.outcome))
 }
 
-/// The report for a task that could not be set up; it names no job (contract 4.8).
+/// The report for a task that could not be set up; it names no job (posemesh.md section 4.8).
 pub(super) fn setup_failure(outcome: &Outcome) -> Option<Report> {
     let Outcome::Setup { stage, message } = outcome else { return None };
     let mut details = Map::new();
@@ -182,7 +182,7 @@ mod tests {
 
     #[test]
     fn a_completion_lists_what_was_published() {
-        // Contract 4.7: four fields an artifact; size and digest are for our own records.
+        // posemesh.md section 4.7: four fields an artifact; size and digest are for our own records.
         let artifacts = vec![
             artifact("b", Some("d-2")),
             artifact("c", None),

@@ -13,7 +13,7 @@ use crate::{
 const TASK: &str = "0b9f3c52-3b0e-4f0e-8f8e-6f2e9d0c7a01";
 const SOON: Duration = Duration::from_secs(20);
 
-/// The minimal lease of contract 4.4.
+/// The minimal lease of posemesh.md section 4.4.
 pub(in crate::leases) fn sample_envelope() -> Value {
     json!({"access_token":"dom-1","lease_expires_at":"2025-06-01T08:05:00Z","domain_id":"3f0c1c1e-8f57-4d0a-9a83-5f0f3f1b7c11",
         "domain_server_url":"https://ds.lab.test","task":{"id":TASK,"capability":"/lab/echo/v1","inputs_cids":["a1"]}})
@@ -64,7 +64,6 @@ async fn settle(outcome: Outcome, answer: impl FnOnce(Call)) -> Result<(), Lease
     settled
 }
 
-// S0-20
 #[tokio::test]
 async fn slashes_behind_the_base_do_not_matter() {
     for (base, path) in [("v1", "/v1/tasks"), ("v1/", "/v1/tasks"), ("v1//", "/v1/tasks"), ("", "/tasks")] {
@@ -104,7 +103,7 @@ async fn a_lease_arrives_whole_and_its_document_without_credentials() {
     assert_eq!(document, envelope);
 }
 
-// P-25, P-26: whatever the plane's clock says, a minute is a minute.
+// Whatever the plane's clock says, a minute is a minute.
 #[tokio::test]
 async fn times_are_those_of_the_planes_clock() {
     for off in [0, 1200, -1200] {
@@ -165,7 +164,6 @@ async fn a_lease_that_cannot_be_used_tells_its_task_and_its_size_only() {
     assert_clean(&take(|call| call.ok(envelope)).await.expect_err("unusable").to_string());
 }
 
-// S0-61
 #[tokio::test]
 async fn statuses_of_a_poll_mean_what_the_contract_says() {
     assert!(matches!(take(|call| call.answer(204, "")).await, Ok(None)));
@@ -203,7 +201,6 @@ async fn unusable_answers_give_one_clean_line_for_every_verb() {
     }
 }
 
-// S0-62
 #[tokio::test]
 async fn a_heartbeat_reads_what_is_there_and_leaves_the_rest_alone() {
     assert_eq!(keep(|call| call.ok(json!({}))).await.expect("usable"), Renewal::default());
@@ -233,7 +230,7 @@ async fn a_heartbeat_reads_what_is_there_and_leaves_the_rest_alone() {
     assert_eq!((kept.task, kept.domain_server.as_deref()), (Some(TaskId(id)), Some("https://l")));
 }
 
-// Contract 10.3
+// posemesh.md section 10.3
 #[tokio::test]
 async fn a_status_that_says_the_task_is_over_is_a_cancel() {
     for (status, cancel) in
@@ -347,7 +344,7 @@ async fn a_rejected_token_is_replaced_and_the_request_repeated_once() {
     assert_eq!(kept.expect("usable"), Renewal::default());
 }
 
-// S0-60: whoever prints a request shows no token.
+// Whoever prints a request shows no token.
 #[tokio::test]
 async fn the_bearer_is_marked_as_a_secret() {
     let plane = Service::start().await;

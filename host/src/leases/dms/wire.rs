@@ -1,4 +1,4 @@
-//! JSON of the DMS task API, both directions (posemesh contract 4.2 to 4.8).
+//! JSON of the DMS task API, both directions (posemesh.md sections 4.2 to 4.8).
 //!
 //! The adapter reads what it needs leniently: times with `T` or a space, UUIDs in any usual
 //! spelling, unknown fields kept. The embedded control plane (`dev`) writes the same types.

@@ -162,7 +162,6 @@ mod tests {
 
     #[test]
     fn every_form_of_an_input_becomes_one_list_request() {
-        // S0-81
         for (cid, expected) in [
             ("  d-7\n", "LEASE/data?ids=d-7"),
             ("a b&c=d", "LEASE/data?ids=a+b%26c%3Dd"),

@@ -1,4 +1,4 @@
-//! What domain servers say about their limits, remembered for a minute per server (contract 6.6, 10.5).
+//! What domain servers say about their limits, remembered for a minute per server (posemesh.md sections 6.6, 10.5).
 
 use std::{collections::HashMap, sync::Mutex, time::Duration};
 
@@ -67,7 +67,7 @@ impl Limits {
         most.min(SINGLE_BYTES_MAX)
     }
 
-    /// The same for a file. Files need no limits to go in parts (contract 6.8): while a server's are
+    /// The same for a file. Files need no limits to go in parts (posemesh.md section 6.8): while a server's are
     /// unknown, all but small ones try that first, because the refusal of a request that is too large
     /// may get lost with the connection.
     pub(super) fn single_file_bytes_max(&self, plan: &Plan) -> u64 {

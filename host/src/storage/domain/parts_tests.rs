@@ -66,7 +66,6 @@ fn part(given: &str, body: &str) -> String {
 
 #[test]
 fn the_sample_of_the_wire_is_understood() {
-    // S0-80
     let given =
         r#"name="scan a"; data-type="ply"; id="d-7"; domain-id="dom-1"; size="4"; updated-at="2025-06-01T08:00:00Z""#;
     let body = format!("{}--q7--\r\n", part(given, "abcd"));

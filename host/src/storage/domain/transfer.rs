@@ -1,8 +1,8 @@
 //! One input on its way, however often the connection breaks.
 //!
 //! [`Transfer`] passes on parts and their bytes, each byte once. It begins with the multipart
-//! request every server of this wire answers (posemesh contract 6.2). When that breaks, the part
-//! under way is asked for alone, as raw content by id (contract 6.5, 10.5), from the byte it
+//! request every server of this wire answers (posemesh.md section 6.2). When that breaks, the part
+//! under way is asked for alone, as raw content by id (posemesh.md sections 6.5, 10.5), from the byte it
 //! stopped at. Whether those bytes belong to the same data is not believed but checked: by the
 //! entity tag or the time of the last change where only the rest comes, by the SHA-256 of what was
 //! passed on already where a server sends all of it again.

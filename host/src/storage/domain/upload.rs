@@ -1,4 +1,4 @@
-//! Artifacts: what they are called, what they replace, and the upload in one request (contract 6.4,
+//! Artifacts: what they are called, what they replace, and the upload in one request (posemesh.md sections 6.4,
 //! 6.8, 6.11, 6.12).
 
 use std::{path::Path, sync::Arc};
@@ -321,7 +321,7 @@ impl Inner {
     }
 }
 
-/// A create, or an update of `existing`, in one request (contract 6.4).
+/// A create, or an update of `existing`, in one request (posemesh.md section 6.4).
 fn single<'a>(at: &Coordinates, plan: &'a Plan, existing: Option<&Existing>, source: Source) -> Call<'a> {
     // 128 random bits: no payload holds this boundary, nor can one be made to.
     let boundary = format!("part-{:032x}", rand::random::<u128>());

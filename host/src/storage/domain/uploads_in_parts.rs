@@ -1,4 +1,4 @@
-//! Large artifacts: begun, sent part by part, completed (contract 6.7). Whatever goes wrong, the
+//! Large artifacts: begun, sent part by part, completed (posemesh.md section 6.7). Whatever goes wrong, the
 //! server is told to forget the upload, also when it is simply dropped; only for a lost lease nothing
 //! is sent any more.
 
@@ -22,9 +22,9 @@ use crate::{
     storage::{naming::shown, runner_file::RunnerFile},
 };
 
-/// Most parts of one upload, on any server (contract 10.5).
+/// Most parts of one upload, on any server (posemesh.md section 10.5).
 const PARTS_MAX: u64 = 10_000;
-/// Longest etag of a part, in bytes (contract 10.5).
+/// Longest etag of a part, in bytes (posemesh.md section 10.5).
 const ETAG_BYTES_MAX: usize = 1024;
 /// How long an abort may take, with its repetitions. A task that is over waits for it.
 const ABORT_LIMIT: Duration = Duration::from_secs(5);

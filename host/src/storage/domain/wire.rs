@@ -61,7 +61,7 @@ pub(super) struct InfoJson {
 }
 
 /// Older servers send the first and whether there are uploads in parts, newer ones all of it.
-/// Contract 6.6 and 10.5.
+/// posemesh.md sections 6.6 and 10.5.
 #[derive(Debug, Deserialize)]
 pub(super) struct UploadInfoJson {
     pub(super) request_max_bytes: i64,

@@ -26,7 +26,6 @@ fn unfinished(bytes: Vec<u8>, breaks: bool) -> Body {
 
 #[tokio::test]
 async fn an_input_is_read_as_a_stream_with_what_the_store_says_of_it() {
-    // S1-09, S0-80
     let world = world().await;
     let bytes = noise(3 * MIB + 5);
     world.item("d-7", "scan a", "ply", bytes.clone());
@@ -41,7 +40,6 @@ async fn an_input_is_read_as_a_stream_with_what_the_store_says_of_it() {
 
 #[tokio::test]
 async fn every_part_of_an_input_comes_to_disk_under_its_own_name() {
-    // S1-10, S1-11, S0-82
     let world = world().await;
     world.item("a", "dmt_2025-06-01_08-30-00", "dmt_manifest_json", "one");
     world.item("b", "dmt_2025-06-01_08-30-00", "dmt_manifest_json", "two");
@@ -78,7 +76,7 @@ async fn an_input_of_no_bytes_is_an_empty_file_and_an_empty_stream() {
 
 #[tokio::test]
 async fn what_does_not_exist_is_not_found_by_name() {
-    // S0-89: all three ways of saying so.
+    // All three ways of saying so.
     let world = world().await;
     refused(world.ports.materialize("gone").await, PortErrorKind::NotFound, "input gone refused: not found (404)");
     for body in ["--q7--\r\n", ""] {
@@ -130,7 +128,6 @@ async fn a_stream_that_breaks_keeps_failing() {
 
 #[tokio::test]
 async fn a_refused_bearer_is_waited_for_and_replaced_once() {
-    // S0-18c
     let world = world_with(|config| config.token_wait = Duration::from_secs(60)).await;
     world.item("d", "n", "t", "body");
     world.server.store().tokens = vec!["t2".to_owned()];
@@ -196,7 +193,6 @@ async fn a_cancel_by_the_plane_forbids_nothing() {
 
 #[tokio::test]
 async fn after_close_every_call_says_that_the_task_is_over() {
-    // S1-07
     let world = world().await;
     world.item("d", "n", "t", "body");
     let mut stream = world.ports.open("d").await.expect("opens");
@@ -208,7 +204,6 @@ async fn after_close_every_call_says_that_the_task_is_over() {
 
 #[tokio::test]
 async fn archives_are_unpacked_for_a_task_that_goes_on_only() {
-    // S0-83
     use std::io::Write as _;
     let world = world().await;
     let mut writer = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));

@@ -15,7 +15,6 @@ fn sha256(bytes: &[u8]) -> Option<String> {
 
 #[tokio::test]
 async fn size_and_digest_of_every_artifact_are_known() {
-    // P-55
     let world = world().await;
     world.answer("initiate", 404, "text/plain", "");
     let (small, large) = (noise(1000), noise(5 * MIB + 7));
@@ -62,7 +61,7 @@ async fn a_server_that_stored_another_size_is_not_believed() {
 #[cfg(unix)]
 #[tokio::test]
 async fn only_regular_files_with_content_are_taken() {
-    // S0-89: an empty file is a bad request, before any call.
+    // An empty file is a bad request, before any call.
     use std::os::unix::fs::symlink;
     let world = world().await;
     let dir = world.dir.path();

@@ -11,7 +11,6 @@ fn published(world: &World) -> Vec<[String; 3]> {
 
 #[tokio::test]
 async fn two_paths_of_one_name_are_two_artifacts() {
-    // P-48, S0-86
     let world = world().await;
     let one = world.put("a/b.json", b"1").await.expect("stored");
     let two = world.put("a_b.json", b"2").await.expect("stored");
@@ -78,7 +77,7 @@ async fn a_long_path_gets_a_name_that_every_server_takes() {
 
 #[tokio::test]
 async fn two_paths_the_runner_gives_one_name_both_stand_for_what_is_stored() {
-    // P-54: one entry a path, and none that tells of content which is gone.
+    // One entry a path, and none that tells of content which is gone.
     let world = world().await;
     let named = |path: &str| ArtifactSpec { name: Some("log".into()), data_type: Some("txt".into()), ..spec(path) };
     for (path, bytes) in [("b", "one"), ("a", "other")] {

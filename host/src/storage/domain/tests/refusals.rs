@@ -4,7 +4,6 @@ use super::*;
 
 #[tokio::test]
 async fn statuses_become_kinds_and_keep_their_words() {
-    // S0-89
     let world = world().await;
     for (status, kind, words) in [
         (400, PortErrorKind::BadRequest, "bad request (400): why"),
@@ -87,7 +86,6 @@ async fn impossible_artifacts_are_refused_before_any_request() {
 
 #[tokio::test]
 async fn without_set_up_nothing_is_requested() {
-    // S0-66
     let world = world().await;
     let at = |server: &str| Coordinates { server: Url::parse(server).expect("a URL"), domain: DOMAIN };
     for (setup, text) in [

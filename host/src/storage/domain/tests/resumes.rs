@@ -230,7 +230,6 @@ async fn a_digest_the_server_gives_is_compared() {
 
 #[tokio::test]
 async fn a_newer_bearer_is_taken_for_a_continuation() {
-    // S0-88
     let bytes = noise(700_000);
     let world = patient(&bytes).await;
     breaks_after(&world, &["d"], 400_000);

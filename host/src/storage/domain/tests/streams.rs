@@ -15,7 +15,6 @@ async fn write(world: &World, spec: ArtifactSpec, bytes: &[u8], piece: usize) ->
 
 #[tokio::test]
 async fn a_short_stream_goes_in_one_request() {
-    // S1-14, S1-12
     let world = world().await;
     for bytes in [noise(0), noise(1), noise(4 * MIB)] {
         let path = format!("{}.bin", bytes.len());
@@ -88,7 +87,6 @@ async fn without_uploads_in_parts_a_long_stream_goes_through_a_file() {
 
 #[tokio::test]
 async fn a_dropped_or_aborted_stream_publishes_nothing_and_is_aborted() {
-    // S1-14
     let world = world().await;
     for explicit in [false, true] {
         let mut stream = world.ports.create(spec("x")).await.expect("opens");

@@ -7,7 +7,6 @@ use crate::model::CancelReason;
 
 #[tokio::test]
 async fn a_small_file_goes_in_one_request_and_replaces_itself() {
-    // S0-84, S0-86, S1-13
     let world = world().await;
     let payload = b"--boundary\r\n\r\n--boundary--\r\n".to_vec();
     let id = world.put("/x/y.PLY", &payload).await.expect("stored");
@@ -25,7 +24,7 @@ async fn a_small_file_goes_in_one_request_and_replaces_itself() {
 
 #[tokio::test]
 async fn what_an_earlier_attempt_stored_is_updated() {
-    // S0-84: only an exactly equal name and type counts; the fake matches partially.
+    // Only an exactly equal name and type counts; the fake matches partially.
     let world = world().await;
     world.item("d-0", &format!("out_x_json_{TASK}_more"), "json", "a");
     world.item("d-1", &format!("out_x_json_{TASK}"), "json", "old");
@@ -35,7 +34,6 @@ async fn what_an_earlier_attempt_stored_is_updated() {
 
 #[tokio::test]
 async fn explicit_names_reach_the_store_unchanged() {
-    // S1-15
     let world = world().await;
     world.item("d-9", "somebody", "else", "x");
     let explicit = |id: Option<&str>| ArtifactSpec {
@@ -56,7 +54,6 @@ async fn explicit_names_reach_the_store_unchanged() {
 
 #[tokio::test]
 async fn a_large_file_goes_in_parts_and_is_updated_in_parts() {
-    // S0-87
     let world = world().await;
     let bytes = noise(5 * MIB + 1);
     let id = world.put("big.ply", &bytes).await.expect("stored").expect("an id");
@@ -87,7 +84,7 @@ async fn silent_about_limits() -> World {
 
 #[tokio::test]
 async fn while_limits_are_unknown_files_try_parts_first() {
-    // Contract 6.8: files need no /info for that.
+    // posemesh.md section 6.8: files need no /info for that.
     let world = silent_about_limits().await;
     world.server.store().part_size = 50_000;
     let bytes = noise(70_000);
@@ -156,7 +153,7 @@ async fn without_uploads_in_parts_a_large_file_goes_in_one_request() {
 
 #[tokio::test]
 async fn a_bearer_turned_between_two_parts_is_used_by_the_next() {
-    // S0-88: with one part at a time, the old bearer is refused from the third on.
+    // With one part at a time, the old bearer is refused from the third on.
     let world = world_with(|config| config.parallel_parts = 1).await;
     let (server, keys) = (world.server.clone(), Arc::clone(&world.keys));
     for _ in 0..2 {
