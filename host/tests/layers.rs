@@ -61,6 +61,7 @@ const RULES: &[Rule] = &[
             "auth",
             "config",
             "control",
+            "crash",
             "dev",
             "engine",
             "model",

@@ -148,6 +148,7 @@ fn exit_code_table_matches_the_host() {
         Exit::TimedOut,
         Exit::Temporary,
         Exit::Configuration,
+        Exit::Panicked,
     ];
     let page = read("docs/operations/README.md");
     let (_, section) = page.split_once("| code | meaning |\n|---|---|\n").expect("the table");

@@ -96,6 +96,7 @@ async fn invoke(
         began: Box::new(|| {}),
     };
     let mut signals = Signals::install()?;
+    crate::crash::point("invoke.before-run");
     let running = plugins.run(job);
     tokio::pin!(running);
     let outcome = loop {
@@ -116,7 +117,7 @@ async fn invoke(
         }
         other => {
             tell(format_args!("error: {}: {}", other.word(), other.reason().unwrap_or_default()));
-            return Ok(Exit::Failed);
+            return Ok(if ports.disk_was_full() { Exit::Temporary } else { Exit::Failed });
         }
     }
     for artifact in ports.published() {
@@ -125,7 +126,7 @@ async fn invoke(
             Output::Text => put(&mut data, &table([path.display()]))?,
             Output::Json => {
                 let row = json!({
-                    "path": path, "data_type": artifact.data_type, "name": artifact.name,
+                    "path": path.to_string_lossy(), "data_type": artifact.data_type, "name": artifact.name,
                     "size": artifact.size, "sha256": artifact.sha256,
                 });
                 put(&mut data, &format!("{row}\n"))?;

@@ -12,6 +12,7 @@ mod submit;
 
 use std::{
     io::{self, Write as _},
+    panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     process::ExitCode,
     sync::atomic::{AtomicBool, Ordering},
@@ -24,6 +25,7 @@ use uuid::Uuid;
 
 use crate::{
     config::{Key, Layers, Mistakes, Origin, Secrets, kernel_trouble, transport_settings},
+    dev::DevError,
     model::{Capability, in_a_line},
     observe::logs::{self, Format},
     outbox::StateError,
@@ -49,6 +51,8 @@ pub enum Exit {
     Temporary = 75,
     /// The configuration cannot be used, or a place it names is closed to us.
     Configuration = 78,
+    /// The host panicked: a bug. The code of every Rust program.
+    Panicked = 101,
 }
 
 impl From<Exit> for ExitCode {
@@ -62,7 +66,7 @@ impl From<Exit> for ExitCode {
     name = "runner-host",
     version,
     about = "A node for leased compute: leases tasks, runs them in plugins, sends one verdict of each until it is accepted.",
-    after_help = "Exit codes: 0 done, 1 task failed, 2 usage, 3 cancelled, 4 every plugin refused, 5 timed out, 75 try again later, 78 configuration.",
+    after_help = "Exit codes: 0 done, 1 task failed, 2 usage, 3 cancelled, 4 every plugin refused, 5 timed out, 75 try again later, 78 configuration, 101 a bug of the host.",
     propagate_version = true
 )]
 struct Cli {
@@ -119,6 +123,16 @@ pub enum Output {
 pub fn main(secrets: &Secrets) -> ExitCode {
     let cli = Cli::parse();
     crate::plugins::watch_exit();
+    // The exit guard takes every exit that does not come through `leave` for a plugin's.
+    let exit = catch_unwind(AssertUnwindSafe(|| execute(cli, secrets))).unwrap_or_else(|_| {
+        tell("error: runner-host has a bug and panicked; report the message above");
+        Exit::Panicked
+    });
+    crate::plugins::leave(exit as u8);
+    exit.into()
+}
+
+fn execute(cli: Cli, secrets: &Secrets) -> Exit {
     let mut layers = Layers::from_environment();
     // Logs are set up by what the file and the flags say too, so a mistake in those waits for them.
     let laid = cli.command.lay(&mut layers);
@@ -134,15 +148,13 @@ pub fn main(secrets: &Secrets) -> ExitCode {
         Command::Outbox(command) => outbox::run(&command, &layers),
         Command::Completions(args) => completions::run(&args),
     });
-    let exit = ended.unwrap_or_else(|err| {
+    ended.unwrap_or_else(|err| {
         match err.downcast_ref::<Mistakes>() {
             Some(Mistakes(lines)) => lines.iter().for_each(|line| complain(line)),
             None => complain(&one_line(&err)),
         }
         exit_of(&err, quiet)
-    });
-    crate::plugins::leave(exit as u8);
-    exit.into()
+    })
 }
 
 impl Command {
@@ -201,8 +213,9 @@ fn one_line(err: &anyhow::Error) -> String {
 /// and leaves it down after [`Exit::Configuration`], so the latter is for what does not change by itself.
 fn exit_of(err: &anyhow::Error, quiet: bool) -> Exit {
     let refused = |cause: &(dyn std::error::Error + 'static)| {
-        let by_owner = matches!(cause.downcast_ref(), Some(StateError::InUse { .. }));
-        by_owner || cause.downcast_ref().is_some_and(|err| !is_for_operator(err))
+        let in_use = matches!(cause.downcast_ref(), Some(StateError::InUse { .. }))
+            || matches!(cause.downcast_ref(), Some(DevError::InUse { .. }));
+        in_use || cause.downcast_ref().is_some_and(|err| !is_for_operator(err))
     };
     match err.downcast_ref::<Exit>() {
         Some(exit) => *exit,
@@ -247,6 +260,7 @@ impl std::fmt::Display for Exit {
             Self::TimedOut => "timed out",
             Self::Temporary => "try again later",
             Self::Configuration => "the configuration cannot be used",
+            Self::Panicked => "the host panicked",
         })
     }
 }

@@ -5,7 +5,7 @@ use std::{collections::HashSet, path::PathBuf};
 use anyhow::Context as _;
 use uuid::Uuid;
 
-use super::{Exit, Output, block_on, counted, put, table, tell};
+use super::{Exit, Output, block_on, complain, counted, put, table, tell};
 use crate::{
     config::{self, Layers},
     control::{Reports, Wanted, client},
@@ -77,13 +77,13 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
     };
     let (reports, running) = match OfflineOutbox::open(&folder) {
         Ok(Some(shelf)) => (stopped(command, shelf, tasks.as_deref())?, false),
-        // A folder that is mistyped must not look like one in which all is well.
+        // A mistyped folder must not look like an empty outbox.
         Ok(None) => {
-            put(std::io::stdout(), &shown(&[], place.output)?)?;
-            let (error, exit) = if tasks.is_some() { ("error: ", Exit::Failed) } else { ("", Exit::Done) };
-            let named = "name a node's state folder with --state-dir or STATE_DIR";
-            tell(format_args!("{error}there is no outbox in {}; {named}", folder.display()));
-            return Ok(exit);
+            let folder = folder.display();
+            complain(&format!(
+                "there is no outbox in {folder}; name a node's state folder with --state-dir or STATE_DIR"
+            ));
+            return Ok(Exit::Failed);
         }
         Err(OfflineOutboxError::State(StateError::InUse { path, .. })) => {
             let wanted = Wanted { tasks: tasks.clone() };

@@ -7,7 +7,7 @@ use serde_json::json;
 use super::{Exit, Output, PluginArgs, complain, one_line, put, reserve_stdout, table, tell};
 use crate::{
     config::{Layers, plugin_init_timeout},
-    plugins::{Listing, ScaffoldError, SdkSource, create, inspect_file},
+    plugins::{Listing, ScaffoldError, create, inspect_file},
 };
 
 /// What to do with plugins.
@@ -36,7 +36,7 @@ pub(super) enum Command {
         /// Folder to make it in [default: NAME]
         #[arg(long, value_name = "DIR")]
         dir: Option<PathBuf>,
-        /// Folder of runner-sdk to build against [default: the published version]
+        /// Folder of runner-sdk to build against; required until the crate is published
         #[arg(long, value_name = "PATH")]
         sdk: Option<PathBuf>,
     },
@@ -109,11 +109,7 @@ fn inspect(file: &std::path::Path, output: Output) -> anyhow::Result<Exit> {
 
 fn new(name: &str, dir: Option<PathBuf>, sdk: Option<PathBuf>) -> anyhow::Result<Exit> {
     let dir = dir.unwrap_or_else(|| PathBuf::from(name));
-    let sdk = match sdk {
-        Some(path) => SdkSource::Path(path),
-        None => SdkSource::Version(env!("CARGO_PKG_VERSION").to_owned()),
-    };
-    let files = match create(&dir, name, &sdk) {
+    let files = match create(&dir, name, sdk.as_deref()) {
         Ok(files) => files,
         Err(err) => {
             // What cannot be written is no mistake in the command.

@@ -142,6 +142,12 @@ pub enum DevError {
         /// The system's word.
         source: std::io::Error,
     },
+    /// Another dev server holds the data folder.
+    #[error("data folder {} is in use by another dev server; stop that one or name another folder", path.display())]
+    InUse {
+        /// The folder.
+        path: PathBuf,
+    },
     /// The data folder cannot be used.
     #[error("data folder {}: {reason}", path.display())]
     Data {

@@ -325,9 +325,7 @@ fn lock(root: &Path) -> Result<fs::File, DevError> {
     let path = root.join("lock");
     let file = fs::File::create(&path).map_err(|err| trouble(&path, &err))?;
     file.try_lock().map_err(|err| match err {
-        TryLockError::WouldBlock => {
-            trouble(root, &"another embedded world uses it; stop that one or choose another folder")
-        }
+        TryLockError::WouldBlock => DevError::InUse { path: root.to_owned() },
         TryLockError::Error(err) => trouble(&path, &err),
     })?;
     Ok(file)

@@ -36,7 +36,7 @@ pub use ended::{leave, watch_exit};
 pub use error::InstallError;
 pub use inspect::{Facts, Manifest};
 pub use run::{Folder, Job};
-pub use scaffold::{ScaffoldError, SdkSource, create};
+pub use scaffold::{ScaffoldError, create};
 
 use crate::model::{Capability, Outcome, in_a_line};
 use load::Verified;

@@ -8,15 +8,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Where the new crate takes runner-sdk from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SdkSource {
-    /// A copy of the SDK on this machine.
-    Path(PathBuf),
-    /// A version requirement for the package registry, such as `0.1`.
-    Version(String),
-}
-
 /// Why no crate was written.
 #[derive(Debug, thiserror::Error)]
 pub enum ScaffoldError {
@@ -42,6 +33,11 @@ pub enum ScaffoldError {
         /// What a part of its path is.
         file: PathBuf,
     },
+    /// No SDK was named, and cargo can find none by itself.
+    #[error(
+        "runner-sdk is not published yet, so cargo cannot find it; name a copy with --sdk PATH, the folder runner-sdk of this project's source"
+    )]
+    SdkNotNamed,
     /// The SDK is not where it was said to be.
     #[error("{} holds no runner-sdk (no Cargo.toml of that package); pass the folder that does", path.display())]
     NoSdk {
@@ -66,14 +62,15 @@ pub enum ScaffoldError {
 }
 
 /// Writes a runner crate called `name` into `dir`, which must not exist or be empty, and returns the files.
+/// The crate depends on the copy of runner-sdk in the folder `sdk`.
 ///
 /// The crate has its own workspace table, so it builds inside another project's folder too.
 ///
 /// # Errors
 /// Nothing was written when the name, the folder or the SDK is at fault.
-pub fn create(dir: &Path, name: &str, sdk: &SdkSource) -> Result<Vec<PathBuf>, ScaffoldError> {
+pub fn create(dir: &Path, name: &str, sdk: Option<&Path>) -> Result<Vec<PathBuf>, ScaffoldError> {
     check_name(name)?;
-    let dependency = dependency(sdk)?;
+    let dependency = dependency(sdk.ok_or(ScaffoldError::SdkNotNamed)?)?;
     if let Some(file) = dir.ancestors().skip(1).find(|above| above.is_file()) {
         return Err(ScaffoldError::InTheWay { path: dir.to_owned(), file: file.to_owned() });
     }
@@ -172,22 +169,17 @@ fn is_free(dir: &Path) -> bool {
 }
 
 /// The right side of `runner-sdk = …`.
-fn dependency(sdk: &SdkSource) -> Result<String, ScaffoldError> {
-    match sdk {
-        SdkSource::Version(version) => Ok(quoted(version)),
-        SdkSource::Path(path) => {
-            let missing = || ScaffoldError::NoSdk { path: path.clone() };
-            let manifest = std::fs::read_to_string(path.join("Cargo.toml")).map_err(|_| missing())?;
-            let manifest: toml::Table = manifest.parse().map_err(|_| missing())?;
-            let package = manifest.get("package").and_then(|package| package.get("name"));
-            if package.and_then(toml::Value::as_str) != Some("runner-sdk") {
-                return Err(missing());
-            }
-            let absolute = std::path::absolute(path).map_err(|_| missing())?;
-            let text = absolute.to_str().ok_or_else(|| ScaffoldError::NotText { path: absolute.clone() })?;
-            Ok(format!("{{ path = {} }}", quoted(text)))
-        }
+fn dependency(path: &Path) -> Result<String, ScaffoldError> {
+    let missing = || ScaffoldError::NoSdk { path: path.to_owned() };
+    let manifest = std::fs::read_to_string(path.join("Cargo.toml")).map_err(|_| missing())?;
+    let manifest: toml::Table = manifest.parse().map_err(|_| missing())?;
+    let package = manifest.get("package").and_then(|package| package.get("name"));
+    if package.and_then(toml::Value::as_str) != Some("runner-sdk") {
+        return Err(missing());
     }
+    let absolute = std::path::absolute(path).map_err(|_| missing())?;
+    let text = absolute.to_str().ok_or_else(|| ScaffoldError::NotText { path: absolute.clone() })?;
+    Ok(format!("{{ path = {} }}", quoted(text)))
 }
 
 /// `text` as a TOML string.
@@ -306,10 +298,13 @@ mod tests {
 
     use super::*;
 
+    fn sdk() -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../runner-sdk")
+    }
+
     fn refused(name: &str) -> String {
         let dir = tempfile::tempdir().expect("a folder");
-        let sdk = SdkSource::Version("0.1".to_owned());
-        let err = create(&dir.path().join("new"), name, &sdk).expect_err(name);
+        let err = create(&dir.path().join("new"), name, Some(&sdk())).expect_err(name);
         assert!(!dir.path().join("new").exists(), "{name}: something was written");
         err.to_string()
     }
@@ -332,9 +327,8 @@ mod tests {
     fn a_folder_with_something_in_it_is_left_alone() {
         let dir = tempfile::tempdir().expect("a folder");
         std::fs::write(dir.path().join("mine.txt"), "mine").expect("writable");
-        let sdk = SdkSource::Version("0.1".to_owned());
         for taken in [dir.path().to_owned(), dir.path().join("mine.txt")] {
-            let err = create(&taken, "mine", &sdk).expect_err("taken");
+            let err = create(&taken, "mine", Some(&sdk())).expect_err("taken");
             assert!(matches!(err, ScaffoldError::Occupied { .. }), "{err}");
         }
         assert_eq!(std::fs::read_dir(dir.path()).expect("readable").count(), 1);
@@ -344,20 +338,19 @@ mod tests {
     fn a_path_without_the_sdk_is_refused() {
         let dir = tempfile::tempdir().expect("a folder");
         for path in [dir.path().join("missing"), Path::new(env!("CARGO_MANIFEST_DIR")).to_owned()] {
-            let err = create(&dir.path().join("new"), "mine", &SdkSource::Path(path)).expect_err("no sdk");
+            let err = create(&dir.path().join("new"), "mine", Some(&path)).expect_err("no sdk");
             assert!(err.to_string().contains("holds no runner-sdk"), "{err}");
         }
     }
 
     #[test]
-    fn a_version_is_written_as_it_is() {
+    fn names_are_filled_into_every_file() {
         let dir = tempfile::tempdir().expect("a folder");
-        let files =
-            create(dir.path(), "scan-2_b", &SdkSource::Version("0.1".to_owned())).expect("an empty folder will do");
+        let files = create(dir.path(), "scan-2_b", Some(&sdk())).expect("an empty folder will do");
         assert_eq!(files.len(), 4);
         let manifest = std::fs::read_to_string(dir.path().join("Cargo.toml")).expect("written");
         let manifest: toml::Table = manifest.parse().expect("TOML");
-        assert_eq!(manifest["dependencies"]["runner-sdk"].as_str(), Some("0.1"));
+        assert_eq!(manifest["dependencies"]["runner-sdk"]["path"].as_str(), sdk().to_str());
         let code = std::fs::read_to_string(dir.path().join("src/lib.rs")).expect("written");
         assert!(code.contains("pub struct Scan2B;") && code.contains("\"/scan-2_b/v1\""));
     }
@@ -365,12 +358,11 @@ mod tests {
     /// Builds real crates: the words are the ones that could clash with what the code uses.
     #[test]
     fn a_new_crate_builds_and_passes_its_test() {
-        let sdk = SdkSource::Path(Path::new(env!("CARGO_MANIFEST_DIR")).join("../runner-sdk"));
         let target = std::env::current_exe().expect("a path");
         let target = target.ancestors().nth(3).expect("target/debug/deps/test").join("fixtures");
         for name in ["line-counter", "error"] {
             let dir = tempfile::tempdir().expect("a folder");
-            create(dir.path(), name, &sdk).expect("written");
+            create(dir.path(), name, Some(&sdk())).expect("written");
             let test = |offline: &[&str]| {
                 let mut cargo = Command::new(env!("CARGO"));
                 cargo.current_dir(dir.path()).arg("test").args(offline).arg("--target-dir").arg(&target);

@@ -8,7 +8,10 @@ use std::{
     fs::File,
     io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use async_trait::async_trait;
@@ -43,6 +46,7 @@ pub struct LocalPorts {
 struct OfflineOutbox {
     out: PathBuf,
     published: Mutex<BTreeMap<String, Artifact>>,
+    disk_was_full: AtomicBool,
 }
 
 impl LocalPorts {
@@ -52,9 +56,15 @@ impl LocalPorts {
         Self {
             inputs,
             dir,
-            shelf: Arc::new(OfflineOutbox { out, published: Mutex::default() }),
+            shelf: Arc::new(OfflineOutbox { out, published: Mutex::default(), disk_was_full: AtomicBool::new(false) }),
             budget: Budget::unlimited(),
         }
+    }
+
+    /// Whether a write failed because a disk or a quota was full.
+    #[must_use]
+    pub fn disk_was_full(&self) -> bool {
+        self.shelf.disk_was_full.load(Ordering::Relaxed)
     }
 
     fn find(&self, cid: &str) -> Result<&Path, PortError> {
@@ -123,7 +133,7 @@ impl Ports for LocalPorts {
             std::fs::create_dir_all(&folder)?;
             io::copy(&mut file, &mut File::create_new(target)?)
         });
-        copied.await.map_err(|err| failed(&format!("copy input {}", source.display()), &err))?;
+        copied.await.map_err(|err| self.shelf.failed(&format!("copy input {}", source.display()), &err))?;
         let data_type = meta.data_type.as_deref().unwrap_or_default();
         let extracted_paths = match zip::is_archive(data_type) {
             false => Vec::new(),
@@ -146,9 +156,9 @@ impl Ports for LocalPorts {
             let copied = io::copy(&mut io::Read::take(&*from, size), &mut temporary.as_file())?;
             Ok((temporary, copied))
         });
-        let (temporary, copied) = copied
-            .await
-            .map_err(|err| failed(&format!("copy {} to {}", file.display(), place.target.display()), &err))?;
+        let (temporary, copied) = copied.await.map_err(|err| {
+            self.shelf.failed(&format!("copy {} to {}", file.display(), place.target.display()), &err)
+        })?;
         // A file that became shorter meanwhile has no digest.
         let sha256 = source.digest(&what).await?;
         place.publish(temporary, copied, sha256).await
@@ -201,6 +211,14 @@ struct Place {
 }
 
 impl OfflineOutbox {
+    /// The error of a failed write.
+    fn failed(&self, what: &str, err: &io::Error) -> PortError {
+        if matches!(err.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
+            self.disk_was_full.store(true, Ordering::Relaxed);
+        }
+        failed(what, err)
+    }
+
     fn place(self: &Arc<Self>, spec: ArtifactSpec) -> Result<Place, PortError> {
         let relative = relative_path(&spec.path)?;
         if relative.is_empty() {
@@ -232,7 +250,7 @@ impl Place {
             builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644));
             builder.prefix(".output-").tempfile_in(&folder)
         });
-        made.await.map_err(|err| failed(&format!("make {}", self.target.display()), &err))
+        made.await.map_err(|err| self.shelf.failed(&format!("make {}", self.target.display()), &err))
     }
 
     async fn publish(
@@ -248,7 +266,7 @@ impl Place {
         }
         let target = self.target.clone();
         let renamed = blocking(move || temporary.persist(target).map_err(|err| err.error));
-        renamed.await.map_err(|err| failed(&format!("make {}", self.target.display()), &err))?;
+        renamed.await.map_err(|err| self.shelf.failed(&format!("make {}", self.target.display()), &err))?;
         (self.artifact.size, self.artifact.sha256) = (Some(size), Some(sha256));
         let mut published = self.shelf.published.lock().expect("only read and set");
         published.insert(self.artifact.logical_path.clone(), self.artifact);
@@ -273,7 +291,7 @@ impl OutputStream for Writer {
         self.size += piece.len() as u64;
         self.hasher.update(&piece);
         if let Err(err) = sink.write(piece).await {
-            let err = failed(&format!("write {}", self.place.target.display()), &err);
+            let err = self.place.shelf.failed(&format!("write {}", self.place.target.display()), &err);
             self.sink = Err(err.clone());
             return Err(err);
         }
@@ -283,7 +301,7 @@ impl OutputStream for Writer {
     async fn finish(self: Box<Self>) -> Result<Option<String>, PortError> {
         let Self { place, temporary, sink, size, hasher } = *self;
         let written = sink?.finish().await;
-        written.map_err(|err| failed(&format!("write {}", place.target.display()), &err))?;
+        written.map_err(|err| place.shelf.failed(&format!("write {}", place.target.display()), &err))?;
         place.publish(temporary, size, hex(&hasher.finalize())).await
     }
 

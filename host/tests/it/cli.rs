@@ -14,6 +14,9 @@ use crate::harness::{
     within,
 };
 
+/// The SDK's folder, for `plugins new`.
+const SDK: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../runner-sdk");
+
 /// A folder to work in, with plugins where they are looked for by default.
 fn workplace(libraries: &[std::path::PathBuf]) -> TempDir {
     let dir = tempfile::tempdir().expect("a folder");
@@ -513,7 +516,7 @@ async fn what_cannot_be_read_or_written_is_told_with_its_flag_before_anything_is
             2,
             "--out file: expected a folder, found a file at file".to_owned(),
         ),
-        ("plugins new x --dir /proc/x".to_owned(), 1, "cannot write /proc/x".to_owned()),
+        (format!("plugins new x --dir /proc/x --sdk {SDK}"), 1, "cannot write /proc/x".to_owned()),
         ("dev --faults none".to_owned(), 78, format!("--faults none: {none}")),
         ("dev --config none".to_owned(), 78, format!("--config none: {none}")),
         ("dev --data file".to_owned(), 78, "--data file: expected a folder, found a file at file".to_owned()),
@@ -567,6 +570,51 @@ async fn bytes_that_are_no_text_are_told_and_not_replaced() {
         assert!(stderr.lines().any(|line| line.starts_with(wanted)), "{script}: {stderr}");
         assert_eq!(ended.status.code(), Some(code), "{script}: {stderr}");
     }
+}
+
+#[tokio::test]
+async fn json_shows_paths_that_are_not_utf8() {
+    use std::os::unix::ffi::OsStrExt as _;
+    let dir = workplace(&[fixtures::hello()]);
+    let out = std::ffi::OsStr::from_bytes(b"o\xff");
+    let wanted = json!("o\u{fffd}/outputs/hello.bin");
+    let stored = || std::fs::read(dir.path().join(out).join("outputs/hello.bin")).expect("an artifact");
+
+    let ended = invoke(dir.path(), "/examples/hello/v1").arg("-o").arg("json").arg("--out").arg(out);
+    let ended = ended.run().await.expect(0);
+    let row: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+    assert_eq!((&row["path"], &stored()[..]), (&wanted, &b"hello, "[..]), "{}", ended.stderr);
+
+    std::fs::remove_dir_all(dir.path().join(out)).expect("removed");
+    let dev = Cli::new(&["dev", "--port", "0"]).dir(dir.path()).set("TMPDIR", dir.path().to_string_lossy()).start();
+    dev.stdout_line(|line| line == "For development and tests, not for production.").await;
+    let base = exports(&dev).into_iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1;
+    let submit = Cli::new(&["submit", "/examples/hello/v1", "--wait", "-o", "json", "--out"]).arg(out);
+    let ended = submit.dir(dir.path()).set("RUNNER_HOST_DEV", base).run().await.expect(0);
+    let printed: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+    assert_eq!((&printed["tasks"][0]["artifacts"][0]["path"], &stored()[..]), (&wanted, &b"hello, "[..]));
+    stopped(&dev).await;
+}
+
+#[tokio::test]
+async fn host_panic_blames_no_plugin() {
+    let dir = workplace(&[fixtures::hello()]);
+    let ended = invoke(dir.path(), "/examples/hello/v1").set("RUNNER_HOST_CRASH_AT", "panic:invoke.before-run");
+    let ended = ended.run().await.expect(101);
+    assert!(ended.stderr.contains("panic at invoke.before-run"), "{}", ended.stderr);
+    assert!(ended.stderr.ends_with("error: runner-host has a bug and panicked; report the message above"));
+    assert!(!ended.stderr.contains("a plugin ended the process"), "{}", ended.stderr);
+}
+
+#[tokio::test]
+async fn dev_data_in_use_exits_75() {
+    let dir = workplace(&[]);
+    let (dev, _) = world(dir.path(), &["--data", "kept"]).await;
+    let second = Cli::new(&["dev", "--no-node", "--port", "0", "--data", "kept"]).dir(dir.path());
+    let ended = second.run().await.expect(75);
+    let wanted = "data folder kept is in use by another dev server; stop that one or name another folder";
+    assert!(ended.stderr.ends_with(wanted) && ended.stderr.lines().count() == 1, "{}", ended.stderr);
+    stopped(&dev).await;
 }
 
 /// The folder that is taken where none is named lies where everybody may make one.
@@ -648,11 +696,11 @@ async fn on_a_terminal_commands_say_the_same() {
 async fn a_stderr_that_takes_nothing_causes_no_panic() {
     let dir = workplace(&[]);
     for (command, code) in [
-        ("outbox list", 0),
+        ("outbox list", 1),
         ("outbox drop 00000000-0000-0000-0000-000000000000", 1),
         ("plugins list", 0),
         ("plugins inspect plugins", 4),
-        ("plugins new x", 0),
+        (concat!("plugins new x --sdk ", env!("CARGO_MANIFEST_DIR"), "/../runner-sdk"), 0),
         ("plugins new ..", 2),
         ("config check --max-concurrency -1", 78),
         ("run --max-concurrency 0", 78),

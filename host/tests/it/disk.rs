@@ -4,7 +4,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use crate::harness::{TestServer, fixtures, within};
+use crate::harness::{
+    TestServer, fixtures,
+    node::{Cli, can_mount},
+    within,
+};
 
 #[tokio::test]
 async fn two_hundred_tasks_leave_nothing_behind() {
@@ -236,4 +240,27 @@ async fn a_disk_that_fills_up_under_a_transfer_is_a_storage_failure_and_leaves_n
     assert!(left.is_empty(), "{left:#?}");
     assert_eq!(lab.world.open_uploads(), 0);
     lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+}
+
+#[tokio::test]
+async fn invoke_on_a_full_disk_exits_75() {
+    if !can_mount() {
+        eprintln!("skipped: this user may not mount");
+        return;
+    }
+    let dir = fixtures::plugins_dir(&[fixtures::hello(), fixtures::echo()]);
+    let (out, input) = (dir.path().join("out"), dir.path().join("input.bin"));
+    std::fs::create_dir(&out).expect("the folder is writable");
+    std::fs::write(&input, vec![7; 6_000_000]).expect("the folder is writable");
+    let invoke = |capability: &str| {
+        let invoke = Cli::new(&["invoke", capability, "--out"]).arg(&out).arg("--plugins").arg(dir.path());
+        invoke.set("TMPDIR", dir.path().to_string_lossy())
+    };
+    let bytes = invoke("/examples/hello/v1").full_disk(&out);
+    let file = invoke("/examples/echo-file/v1").arg("--input").arg(&input).small_disk(&out);
+    let stream = invoke("/examples/echo-stream/v1").arg("--input").arg(&input).small_disk(&out);
+    for invoke in [bytes, file, stream] {
+        let ended = invoke.run().await.expect(75);
+        assert!(ended.stderr.contains("No space left on device"), "{}", ended.stderr);
+    }
 }

@@ -697,16 +697,18 @@ async fn outbox_list_retry_and_drop_work_on_a_running_node_and_on_a_stopped_one(
 }
 
 #[tokio::test]
-async fn a_folder_without_an_outbox_is_not_taken_for_an_empty_one() {
+async fn folder_without_outbox_is_an_error() {
     let folder = tempfile::tempdir().expect("a folder");
     let missing = folder.path().join("mistyped");
-    let list = |dir: &std::path::Path| Cli::new(&["outbox", "list", "--state-dir"]).arg(dir).run();
-    let said = list(&missing).await.expect(0);
+    let list = |dir: &std::path::Path| Cli::new(&["outbox", "list", "--state-dir"]).arg(dir);
     let wanted = format!(
-        "there is no outbox in {}; name a node's state folder with --state-dir or STATE_DIR",
+        "error: there is no outbox in {}; name a node's state folder with --state-dir or STATE_DIR",
         missing.display()
     );
-    assert_eq!((said.stdout.as_str(), said.stderr), ("", wanted));
+    for list in [list(&missing), list(&missing).arg("-o").arg("json")] {
+        let said = list.run().await.expect(1);
+        assert_eq!((said.stdout.as_str(), said.stderr.as_str()), ("", wanted.as_str()));
+    }
     for word in ["drop", "retry"] {
         let ask = Cli::new(&["outbox", word, "--state-dir"]).arg(&missing).arg(uuid::Uuid::nil().to_string());
         let said = ask.run().await.expect(1);
@@ -717,7 +719,7 @@ async fn a_folder_without_an_outbox_is_not_taken_for_an_empty_one() {
     // What cannot be looked into is a mistake.
     let file = folder.path().join("file");
     std::fs::write(&file, "x").expect("written");
-    let said = list(&file).await.expect(78);
+    let said = list(&file).run().await.expect(78);
     assert!(
         said.stderr.starts_with(&format!("error: cannot open {}/outbox.redb: ", file.display())),
         "{}",

@@ -500,6 +500,15 @@ async fn new(folder: &Folder, args: &[&str]) -> Finished {
 }
 
 #[tokio::test]
+async fn new_plugin_without_sdk_is_an_error() {
+    let folder = Folder::new();
+    let said = new(&folder, &["line-count"]).await.expect(2);
+    let wanted = "error: runner-sdk is not published yet, so cargo cannot find it; name a copy with --sdk PATH";
+    assert!(said.stderr.starts_with(wanted) && said.stderr.lines().count() == 1, "{}", said.stderr);
+    assert!(!folder.root().join("line-count").exists());
+}
+
+#[tokio::test]
 async fn a_new_plugin_builds_passes_its_tests_and_does_a_task() {
     let folder = Folder::new();
     let sdk = sdk();

@@ -19,7 +19,9 @@ pub(super) struct Artifact {
 
 impl Artifact {
     pub(super) fn to_json(&self) -> Value {
-        json!({ "logical_path": self.logical_path, "id": self.id, "path": self.path })
+        // JSON holds text only: bytes of a path that are not UTF-8 become U+FFFD.
+        let path = self.path.as_deref().map(Path::to_string_lossy);
+        json!({ "logical_path": self.logical_path, "id": self.id, "path": path })
     }
 }
 
