@@ -35,11 +35,12 @@ pub enum PortErrorKind {
     Setup,
     /// A local file could not be read or written.
     Local,
-    /// A bound was passed (size of progress, number of waiting events, bytes in memory, size of an archive).
+    /// A bound was passed (size of progress, number of waiting events, bytes in memory, size of an archive), or the
+    /// store answered 413.
     Limit,
     /// The task ended while the call was under way.
     TaskOver,
-    /// Everything else, such as 403 or 413.
+    /// Everything else, such as 403.
     Other,
 }
 

@@ -1,12 +1,16 @@
 //! What runners publish, through the binary: names, kinds of files, uploads in spite of trouble, and
 //! what the report says of them.
 
-use std::collections::BTreeSet;
+use std::{collections::BTreeSet, time::Duration};
 
 use runner_host::dev::{Faults, Seen};
 use serde_json::{Value, json};
 
-use crate::harness::{Ended, TestServer, fixtures, node::TestNode, rubbish::Rubbish};
+use crate::harness::{
+    Ended, TestServer, fixtures,
+    node::TestNode,
+    rubbish::{Bad, Rubbish},
+};
 
 const PUTS: &str = "/fixtures/puts/v1";
 
@@ -231,6 +235,44 @@ async fn an_upload_that_is_under_way_when_its_task_is_cut_short_is_removed_from_
     node.term();
     node.wait().await;
     assert_eq!(lab.world.open_uploads(), 0, "{}", node.log());
+}
+
+#[tokio::test]
+async fn cancel_during_upload_sends_only_one_abort() {
+    const UPLOAD: &str = "/api/v1/domains/*/data/multipart";
+    let (part, abort) = (format!("PUT {UPLOAD}"), format!("DELETE {UPLOAD}"));
+    // Heartbeats are frequent, so that the cancel is known soon.
+    let lab = TestServer::with(|config| {
+        config.request_max_bytes = 100_000;
+        config.part_size = 64 * 1024;
+        config.lease_ttl = Duration::from_secs(2);
+    });
+    let lab = lab.await;
+    let rubbish = Rubbish::before(&lab).await;
+    // The upload has to end without the help of the grace period.
+    let node = rubbish.node(&[fixtures::zoo()]).set("CANCEL_GRACE", "60s").leasing().await;
+    let (gate, held) = Bad::gate();
+    rubbish.answer(&part, usize::MAX, held);
+    let job = lab.task(PUTS).meta(json!({ "puts": [{ "path": "x", "file": "600000 bytes" }] })).submit();
+    rubbish.seen(&part, 2).await;
+    assert!(lab.world.cancel_job(job));
+    rubbish.seen(&abort, 1).await;
+    gate.cancel();
+    assert_eq!(node.says("task ended, nothing to report").await["outcome"], "cancelled");
+    assert_eq!((rubbish.count(&part), rubbish.count(&abort)), (2, 1));
+    assert_eq!(lab.ended(&node, job).await.status(), "canceled");
+}
+
+#[tokio::test]
+async fn too_large_artifact_is_not_retryable() {
+    let lab = TestServer::with(|config| config.multipart = false).await;
+    let node = lab.joined(&[fixtures::zoo()]).await;
+    let rule = "[[fault]]\nendpoint = \"create\"\nkind = \"status\"\ncode = 413";
+    lab.world.set_faults(Faults::parse(rule).expect("a sound rule"));
+    let ended = lab.run(&node, "/fixtures/big-output/v1", json!({ "bytes": 1000 })).await;
+    let (reason, details) = ended.failed();
+    assert!(reason.contains("(413)"), "{reason}");
+    assert_eq!((&details["outcome"], &details["retryable"]), (&json!("failed"), &json!(false)), "{details}");
 }
 
 #[tokio::test]

@@ -179,10 +179,14 @@ impl Inner {
         if response.status() != StatusCode::UNAUTHORIZED || token.is_none() {
             return Ok(response);
         }
+        // A task that is over, or cancelled by the control plane, has no more heartbeats. It gets no newer token, and
+        // the same request with the same token gets the same answer.
+        let over = self.closed.is_cancelled() || self.grant.cancel.reason() == Some(CancelReason::Plane);
+        if over && self.token(call)? == token {
+            return Ok(response);
+        }
         self.excerpt(response).await; // read to the end, so that the connection can be used again
         tracing::debug!(what = call.what, "domain server refused the bearer; waiting for a newer one");
-        // A task that is over, or cancelled by the plane, gets no newer one: it has no heartbeats any more.
-        let over = self.closed.is_cancelled() || self.grant.cancel.reason() == Some(CancelReason::Plane);
         let wait = if over { Duration::ZERO } else { self.config.token_wait };
         let newest = self.grant.newer_token(token.as_ref(), wait).await;
         self.send_once(call, newest.as_ref()).await
@@ -291,6 +295,8 @@ pub(super) fn status_error(what: &str, status: StatusCode, excerpt: &str) -> Por
         401 => (PortErrorKind::Unauthorized, "unauthorized"),
         404 => (PortErrorKind::NotFound, "not found"),
         409 => (PortErrorKind::Conflict, "conflict"),
+        // A repetition sends the same bytes, so it gets the same answer.
+        413 => (PortErrorKind::Limit, "unexpected status"),
         500..=599 => (PortErrorKind::Server, "server error"),
         300..=399 => (PortErrorKind::Other, "unexpected redirect"),
         _ => (PortErrorKind::Other, "unexpected status"),

@@ -2,7 +2,7 @@
 //!
 //! [`DomainPorts`] is one task's view: it waits for the set-up heartbeat, speaks only to the
 //! server the lease names (and the operator allows), takes the newest bearer for each request, and
-//! stops for good when the lease is lost or the task is over. `calls` sends single requests,
+//! stops for good when the lease is lost, the control plane cancels the task, or the task is over. `calls` sends single requests,
 //! `download` and `upload` are what runners see, `transfer` brings an input through broken
 //! connections (`retry` paces that), `uploads_in_parts` and `stream` carry large
 //! artifacts, `parts`, `cid` and `wire` are pure. Nothing in here decides what is reported.
@@ -37,8 +37,8 @@ use url::Url;
 
 use crate::{
     model::{
-        Artifact, ArtifactSpec, Budget, Coordinates, Fetched, HeldLease, InputStream, Materialized, OutputStream,
-        PortError, PortErrorKind, Ports, Setup,
+        Artifact, ArtifactSpec, Budget, CancelReason, Coordinates, Fetched, HeldLease, InputStream, Materialized,
+        OutputStream, PortError, PortErrorKind, Ports, Setup,
     },
     storage::zip::UnpackLimits,
     transport::Client,
@@ -199,7 +199,7 @@ impl Ports for DomainPorts {
 }
 
 impl Inner {
-    /// Runs `work` until it is done, the lease is lost or the task is over, whichever comes first.
+    /// Runs `work` until it is done, or until [`Self::over`].
     async fn guarded<T>(&self, work: impl Future<Output = Result<T, PortError>>) -> Result<T, PortError> {
         // `close` waits for this, so that what `work` leaves behind when it is dropped is seen by it.
         let _busy = self.tracker.token();
@@ -210,18 +210,27 @@ impl Inner {
         }
     }
 
-    /// Waits until nothing more may be transferred.
+    /// Waits until nothing more may be transferred: the lease is lost, the control plane has cancelled the task, or
+    /// the task is over. A drain or an operator lets a runner store what it has.
     async fn over(&self) -> PortError {
+        let cancelled_by_plane = async {
+            if self.grant.cancel.cancelled().await != CancelReason::Plane {
+                std::future::pending::<()>().await;
+            }
+        };
         let why = tokio::select! {
+            biased;
             () = self.grant.lost() => "the lease is lost",
+            () = cancelled_by_plane => "the control plane cancelled the task",
             () = self.closed.cancelled() => "the task is over",
         };
         PortError::new(PortErrorKind::LeaseOver, format!("{why}: nothing more is transferred for it"))
     }
 
-    /// An error if the lease is lost or the task is over.
+    /// The error of [`Self::over`] if that has happened.
     async fn still_ours(&self) -> Result<(), PortError> {
-        match self.closed.is_cancelled() || !self.grant.is_ours() {
+        let cancelled = self.grant.cancel.reason() == Some(CancelReason::Plane);
+        match cancelled || self.closed.is_cancelled() || !self.grant.is_ours() {
             true => Err(self.over().await),
             false => Ok(()),
         }

@@ -397,6 +397,11 @@ impl Transfer {
     fn malformed(&self, err: &PartsError) -> Trouble {
         match err {
             PartsError::Truncated(_) => self.broken(&err.to_string()),
+            // Something between the node and the server has answered, such as a gateway with a page of its own.
+            PartsError::ContentType(_) => {
+                let err = PortError::new(PortErrorKind::Malformed, format!("{} failed: {err}", self.what));
+                Trouble::Passing { err, asked: None }
+            }
             _ => Trouble::Final(PortError::new(PortErrorKind::Malformed, format!("{} failed: {err}", self.what))),
         }
     }

@@ -184,11 +184,27 @@ async fn a_lost_lease_ends_a_running_transfer_and_forbids_new_ones() {
 }
 
 #[tokio::test]
-async fn a_cancel_by_the_plane_forbids_nothing() {
-    let world = world().await;
+async fn control_plane_cancel_forbids_new_transfers() {
+    for (reason, forbids) in [(CancelReason::Plane, true), (CancelReason::Drained, false)] {
+        let world = world().await;
+        world.item("d", "n", "t", "body");
+        world.grant.cancel.cancel(reason);
+        let input = world.ports.materialize("d").await;
+        assert_eq!((input.is_err(), world.log().is_empty()), (forbids, forbids), "{reason:?}");
+        if let Err(err) = input {
+            refused::<()>(Err(err), PortErrorKind::LeaseOver, "the control plane cancelled the task");
+        }
+    }
+}
+
+#[tokio::test]
+async fn download_of_wrong_type_is_retried() {
+    let world = world_with(|config| config.patience = Duration::from_secs(30)).await;
     world.item("d", "n", "t", "body");
-    world.grant.cancel.cancel(CancelReason::Plane);
-    world.ports.materialize("d").await.expect("comes");
+    world.answer("download", 200, "text/html", "<html>sign in</html>");
+    let input = world.ports.materialize("d").await.expect("the second answer is the input");
+    assert_eq!(std::fs::read(input.path).expect("there"), b"body");
+    assert_eq!(world.count("download"), 2);
 }
 
 #[tokio::test]
@@ -227,7 +243,7 @@ async fn archives_are_unpacked_for_a_task_that_goes_on_only() {
     assert_eq!(extracted[1..], [format!("{scan}_2/sfm/a/b.csv"), "unpacked/clouds/a/b.csv".to_owned()]);
     std::fs::remove_dir_all(&input.root_dir).expect("removed");
 
-    world.grant.cancel.cancel(CancelReason::Plane);
+    world.grant.cancel.cancel(CancelReason::Drained);
     refused(world.ports.materialize("d").await, PortErrorKind::LeaseOver, "not unpacked: the task is cancelled");
     assert_eq!(std::fs::read_dir(world.dir.path()).expect("listed").count(), 0);
 }

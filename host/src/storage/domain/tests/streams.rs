@@ -128,8 +128,8 @@ async fn a_failing_stream_tells_the_writer_and_stays_failed() {
         }
     };
     assert!(err.message.contains("unexpected status (413): too much"), "{err}");
-    refused(stream.write(Bytes::from_static(b"x")).await, PortErrorKind::Other, "(413)");
-    refused(stream.finish().await, PortErrorKind::Other, "(413)");
+    refused(stream.write(Bytes::from_static(b"x")).await, PortErrorKind::Limit, "(413)");
+    refused(stream.finish().await, PortErrorKind::Limit, "(413)");
     assert_eq!(world.count("abort"), 1);
 }
 

@@ -127,13 +127,13 @@ async fn what_is_too_large_for_every_way_is_refused_as_such() {
     for bytes in [noise(1000), noise(70_000)] {
         world.answer("initiate", 405, "text/plain", "no");
         world.answer("create", 413, "text/plain", "too much");
-        refused(world.put("x.bin", &bytes).await, PortErrorKind::Other, "unexpected status (413): too much");
+        refused(world.put("x.bin", &bytes).await, PortErrorKind::Limit, "unexpected status (413): too much");
     }
     assert_eq!(world.count("initiate"), 2, "asked once for each");
     // Nothing cannot be cut.
     world.answer("create", 413, "text/plain", "too much");
     let stream = world.ports.create(spec("y.bin")).await.expect("opens");
-    refused(stream.finish().await, PortErrorKind::Other, "unexpected status (413)");
+    refused(stream.finish().await, PortErrorKind::Limit, "unexpected status (413)");
     assert_eq!(world.count("initiate"), 2);
 }
 
@@ -238,6 +238,26 @@ async fn closing_ends_and_aborts_what_is_under_way() {
         assert_eq!(world.count("abort"), 1, "aborted by the time close returns");
     });
     refused(result, PortErrorKind::LeaseOver, "task is over");
+}
+
+#[tokio::test]
+async fn control_plane_cancel_sends_only_one_abort() {
+    // The server revokes the token together with the task.
+    let world = world_with(|config| config.token_wait = Duration::from_secs(60)).await;
+    for _ in 0..2 {
+        world.trick("part", Trick::Hang);
+    }
+    let bytes = noise(5 * MIB);
+    let (result, ()) = tokio::join!(world.put("x.ply", &bytes), async {
+        world.until("part").await;
+        world.server.store().tokens.clear();
+        world.grant.cancel.cancel(CancelReason::Plane);
+    });
+    refused(result, PortErrorKind::LeaseOver, "the control plane cancelled the task");
+    world.until("abort").await;
+    world.ports.close().await;
+    assert!(world.count("part") <= 2, "{:?}", world.log());
+    assert_eq!(world.count("abort"), 1, "{:?}", world.log());
 }
 
 #[tokio::test]
