@@ -1,5 +1,6 @@
 //! `docs/features.md` maps every promised feature to the tests that hold it: no row is missing, and
-//! every test it names exists. `docs/operations/troubleshooting.md` quotes messages that there are.
+//! every test it names exists. `docs/operations/troubleshooting.md` quotes messages that exist.
+//! Sources cite only documents of this repository, and sections that exist.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -99,6 +100,90 @@ fn every_warning_of_the_node_is_on_the_troubleshooting_page() {
     assert!(seen > 50, "{seen} warnings and errors were found; are they still made by these macros?");
 }
 
+/// A citation is `posemesh.md section N`, or `sections N, M and K` or `sections N to M`.
+#[test]
+fn every_citation_of_the_wire_has_its_section() {
+    let root = workspace();
+    let page = fs::read_to_string(root.join("docs/protocols/posemesh.md")).expect("the page is there");
+    let sections: BTreeSet<&str> = page
+        .lines()
+        .filter(|line| line.starts_with("##"))
+        .filter_map(|line| line.split_whitespace().nth(1))
+        .map(|number| number.trim_end_matches('.'))
+        .collect();
+    let (mut seen, mut problems) = (0, Vec::new());
+    for (file, text) in sources(&root) {
+        let text: Vec<&str> = text.split_whitespace().filter(|word| !word.starts_with("//")).collect();
+        for at in (0..text.len()).filter(|at| text[*at].ends_with("posemesh.md")) {
+            let mut numbers = text[at + 1..].iter().peekable();
+            let cited = numbers.next_if(|word| word.starts_with("section")).is_some();
+            let mut found = 0;
+            while let Some(word) = numbers.next_if(|word| is_citation_word(word)) {
+                let number = word.trim_matches(|c: char| !c.is_ascii_digit());
+                if number.is_empty() {
+                    continue;
+                }
+                found += 1;
+                if !sections.contains(number) {
+                    problems.push(format!("{file} cites section {number}"));
+                }
+                if word.ends_with(['.', ')', ':', ';']) {
+                    break;
+                }
+            }
+            seen += found;
+            if !cited || found == 0 {
+                problems.push(format!("{file} cites posemesh.md without a section"));
+            }
+        }
+    }
+    assert!(problems.is_empty(), "docs/protocols/posemesh.md has no such section:\n{}", problems.join("\n"));
+    assert!(seen > 50, "{seen} citations were found; do they still have this form?");
+}
+
+/// `4.2`, `6.5,` or `2.9).`, and the words between two of them.
+fn is_citation_word(word: &str) -> bool {
+    matches!(word, "and" | "to") || word.starts_with(|c: char| c.is_ascii_digit())
+}
+
+/// Only `docs/features.md` maps rows to tests, and every cited document is in this repository.
+#[test]
+fn sources_hold_no_row_ids_and_cite_no_foreign_documents() {
+    let foreign =
+        [concat!("design", ".md"), concat!("research", "/"), concat!("../", "shared"), concat!("contract", " 4.")];
+    let mut problems = Vec::new();
+    for (file, text) in sources(&workspace()) {
+        for (number, line) in text.lines().enumerate() {
+            let words = line.split(|c: char| !c.is_ascii_alphanumeric() && c != '-');
+            problems.extend(words.filter(|word| is_row_id(word)).map(|id| format!("{file}:{}: {id}", number + 1)));
+            let cited = foreign.iter().filter(|name| line.contains(**name));
+            problems.extend(cited.map(|name| format!("{file}:{}: {name}", number + 1)));
+        }
+    }
+    assert!(problems.is_empty(), "remove these from the sources:\n{}", problems.join("\n"));
+}
+
+/// A letter or `S` with a digit, a hyphen, then one or two digits and perhaps a letter.
+fn is_row_id(word: &str) -> bool {
+    let Some((kind, number)) = word.split_once('-') else { return false };
+    let known = matches!(kind, "P" | "D" | "S0" | "S1" | "S2" | "S3");
+    let digits = number.trim_end_matches(|c: char| c.is_ascii_lowercase());
+    known && (1..=2).contains(&digits.len()) && digits.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+/// Every Rust, C and header file of the workspace except this one, by its path.
+fn sources(root: &Path) -> Vec<(String, String)> {
+    ["host", "runner-sdk", "plugins", "examples"]
+        .iter()
+        .flat_map(|folder| files(&root.join(folder), &["rs", "c", "h"]))
+        .filter(|file| !file.ends_with(file!()))
+        .map(|file| {
+            let inside = file.strip_prefix(root).expect("found below it").to_string_lossy().into_owned();
+            (inside, fs::read_to_string(&file).expect("a readable file"))
+        })
+        .collect()
+}
+
 /// The last text literal before the parenthesis closes that was open at the start: a log call's message.
 fn last_literal(call: &str) -> &str {
     let (mut depth, mut last) = (1, "");
@@ -185,6 +270,11 @@ fn promised() -> BTreeSet<String> {
 }
 
 fn rust_files(folder: &Path) -> Vec<PathBuf> {
+    files(folder, &["rs"])
+}
+
+/// Files below `folder` with one of these extensions, except build output.
+fn files(folder: &Path, extensions: &[&str]) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut folders = vec![folder.to_owned()];
     while let Some(folder) = folders.pop() {
@@ -192,7 +282,7 @@ fn rust_files(folder: &Path) -> Vec<PathBuf> {
             let path = entry.expect("a readable entry").path();
             if path.is_dir() && !path.ends_with("target") {
                 folders.push(path);
-            } else if path.extension().is_some_and(|suffix| suffix == "rs") {
+            } else if path.extension().is_some_and(|found| extensions.iter().any(|extension| found == *extension)) {
                 found.push(path);
             }
         }

@@ -12,7 +12,7 @@ use std::{
 use runner_host::{cli::Exit, config::KEYS};
 
 /// Documents with commands in them.
-const DOCUMENTS: [&str; 13] = [
+const DOCUMENTS: [&str; 14] = [
     "README.md",
     "CONTRIBUTING.md",
     "ARCHITECTURE.md",
@@ -20,6 +20,7 @@ const DOCUMENTS: [&str; 13] = [
     "runner-sdk/README.md",
     "docs/features.md",
     "docs/performance.md",
+    "docs/protocols/posemesh.md",
     "docs/operations/README.md",
     "docs/operations/configuration.md",
     "docs/operations/faults.md",
