@@ -21,7 +21,7 @@ use crate::{
     outbox::{self, Outbox, Remaining, StateDir},
     plugins::Plugins,
     session::{self, Sessions},
-    storage::{self, Disk, Scratch, Storage},
+    storage::{self, Disk, DomainStorage, LocalStorage, Scratch, Stores},
     transport,
 };
 
@@ -141,12 +141,18 @@ impl Node {
             bytes: config.unpack_bytes_max,
             ratio: config.unpack_ratio_max,
         };
-        let budget = storage.budget.clone();
-        board.change(|status| status.memory = budget);
+        let (budget, unpack) = (storage.budget.clone(), storage.unpack.clone());
+        let memory = budget.clone();
+        board.change(|status| status.memory = memory);
         let modules = Modules {
             sessions: Sessions::new(Arc::clone(&source), timing, control.handle.clone()),
             source,
-            storage: Storage::new(scratch, disk.clone(), data_client, storage),
+            storage: Stores::new(
+                scratch,
+                disk.clone(),
+                DomainStorage::new(data_client, storage),
+                LocalStorage::new(budget.clone(), unpack),
+            ),
             outbox: outbox.clone(),
             plugins: Arc::clone(&plugins),
             board: board.clone(),

@@ -13,7 +13,7 @@ use url::Url;
 use super::{
     NodeKey,
     audience::Audience,
-    health_checks::ControlSocket,
+    health_checks::CallbackGate,
     refusal::{NONCE, REGISTER, Refusal, VERIFY},
     siwe::{Challenge, Unsignable},
 };
@@ -47,7 +47,7 @@ pub(super) struct Dds {
     audience: Audience,
     reg_secret: SecretString,
     /// Knows the secret of the last callback.
-    door: Arc<ControlSocket>,
+    door: Arc<CallbackGate>,
 }
 
 #[derive(Serialize)]
@@ -71,7 +71,7 @@ struct UrlBody<'a> {
 }
 
 impl Dds {
-    pub(super) fn new(config: &super::Config, client: Client, door: Arc<ControlSocket>) -> Self {
+    pub(super) fn new(config: &super::Config, client: Client, door: Arc<CallbackGate>) -> Self {
         Self {
             base: config.dds.as_str().trim_end_matches('/').to_owned(),
             client,

@@ -1,7 +1,7 @@
 //! The door for the sign-in service's callback, and what it has asked of this node's pages.
 //!
 //! A callback carries nothing that proves who sent it (posemesh.md section 2.9), so the door stands
-//! open only while a registration is in flight ([`ControlSocket::open`]), and what comes through it counts
+//! open only while a registration is in flight ([`CallbackGate::open`]), and what comes through it counts
 //! only together with the service's own answer; that is `registration`'s business. The secret a
 //! callback brings is kept in memory, wiped when it goes, and used for one thing: to cut it out of
 //! texts that come from the service.
@@ -34,13 +34,13 @@ pub(super) struct Probe {
 }
 
 /// See the module's text. Shared by the pages and the registration.
-pub(super) struct ControlSocket {
+pub(super) struct CallbackGate {
     state: watch::Sender<State>,
     secret: Mutex<Option<Arc<SecretString>>>,
     probe: watch::Sender<Option<Probe>>,
 }
 
-impl ControlSocket {
+impl CallbackGate {
     pub(super) fn new() -> Arc<Self> {
         Arc::new(Self {
             state: watch::Sender::new(State::Closed),
@@ -66,7 +66,7 @@ impl ControlSocket {
     }
 }
 
-impl HealthChecks for ControlSocket {
+impl HealthChecks for CallbackGate {
     fn called_back(&self, callback: Callback) -> Result<(), Unexpected> {
         let Callback { id, secret, organization_id } = callback;
         let open = self.state.send_if_modified(|state| {
@@ -94,7 +94,7 @@ impl HealthChecks for ControlSocket {
 }
 
 /// The door while it is open; closed when dropped.
-pub(super) struct Opened<'a>(&'a ControlSocket);
+pub(super) struct Opened<'a>(&'a CallbackGate);
 
 impl Opened<'_> {
     pub(super) fn visited(&self) -> bool {
@@ -126,7 +126,7 @@ mod tests {
 
     #[test]
     fn a_callback_is_taken_only_while_the_door_is_open_and_the_last_one_stays() {
-        let door = ControlSocket::new();
+        let door = CallbackGate::new();
         let kept = || door.secret().map(|secret| secret.expose_secret().to_owned());
         assert_eq!(door.called_back(callback("early")), Err(Unexpected));
         assert_eq!(kept(), None);

@@ -95,7 +95,7 @@ pub struct Auth {
     config: Config,
     dds: dds::Dds,
     desk: tokens::TokenIssuer,
-    door: Arc<health_checks::ControlSocket>,
+    door: Arc<health_checks::CallbackGate>,
     status: watch::Sender<Registration>,
     /// Somebody has reason to believe that the registration is gone.
     doubted: Notify,
@@ -105,7 +105,7 @@ impl Auth {
     /// Makes the room; no call is made before [`Auth::run`].
     #[must_use]
     pub fn new(config: Config, client: transport::Client) -> Self {
-        let door = health_checks::ControlSocket::new();
+        let door = health_checks::CallbackGate::new();
         let dds = dds::Dds::new(&config, client, Arc::clone(&door));
         let status = watch::Sender::new(Registration::default());
         Self { config, dds, desk: tokens::TokenIssuer::new(), door, status, doubted: Notify::new() }

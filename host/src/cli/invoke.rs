@@ -12,9 +12,11 @@ use super::{
 };
 use crate::{
     config::{Layers, folder_trouble, own_scratch_dir, plugin_init_timeout},
-    model::{CancelReason, Capability, HeldLease, Lease, Outcome, Ports, Setup, TaskId},
+    model::{
+        Budget, CancelReason, Capability, DataLocation, HeldLease, Lease, LocalFiles, Outcome, Ports, Setup, TaskId,
+    },
     plugins::{Folder, Job, Plugins},
-    storage::{LocalPorts, Scratch},
+    storage::{LocalPorts, Scratch, UnpackLimits},
 };
 
 /// How long a cancelled runner may take to return.
@@ -85,8 +87,10 @@ async fn invoke(
     let dir = scratch.task_dir(task);
     dir.make()?;
     let (grant, _keys) =
-        HeldLease::new(lease(task, capability, args.inputs.len(), meta), Setup::Ready(Err("no plane".to_owned())));
-    let ports = Arc::new(LocalPorts::new(args.inputs, args.out.clone(), dir.path().to_owned()));
+        HeldLease::new(lease(task, capability, args.inputs.len(), meta), Setup::Ready(Ok(DataLocation::None)));
+    let files = LocalFiles { inputs: args.inputs, out: args.out.clone() };
+    let (budget, unpack) = (Budget::unlimited(), UnpackLimits::default());
+    let ports = Arc::new(LocalPorts::new(grant.clone(), Some(files), dir.path().to_owned(), budget, unpack));
     let job = Job {
         grant: grant.clone(),
         ports: Arc::clone(&ports) as Arc<dyn Ports>,

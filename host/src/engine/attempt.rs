@@ -15,7 +15,8 @@ use super::{Modules, SharedPace, StopSignals, pace::LeaseValue};
 use crate::{
     crash,
     model::{
-        CancelReason, HeldLease, HeldNumber, Lease, Outcome, Ports, ReportState, Setup, TaskRecord, TaskResult, millis,
+        CancelReason, HeldLease, HeldNumber, Lease, Outcome, ReportState, Setup, SetupStage, TaskRecord, TaskResult,
+        millis,
     },
     outbox::Sent,
     plugins::{Folder, Job},
@@ -63,7 +64,7 @@ pub(super) fn span(lease: &Lease, plugin: Option<&str>) -> Span {
         "task",
         task_id = %lease.task,
         job_id = lease.job.map(tracing::field::display),
-        domain_id = lease.domain_id.map(tracing::field::display),
+        domain_id = lease.data.domain().map(tracing::field::display),
         capability = %lease.capability,
         plugin,
         attempt = lease.attempt,
@@ -209,9 +210,9 @@ async fn run(modules: Arc<Modules>, held: HeldNumber, grant: HeldLease, grace: D
     if let Some(refusal) = modules.plugins.refusal(&grant.lease.capability) {
         return nothing(refusal);
     }
-    // A lease without coordinates may still get them with its set-up heartbeat. All others start at
+    // The set-up heartbeat may bring what is missing of the data's location. All other tasks start at
     // once; their first input, output or token call waits for the heartbeat's answer.
-    if (grant.lease.domain_id.is_none() || grant.lease.domain_server.is_none())
+    if !grant.lease.data.is_complete()
         && let Err(outcome) = setup(&grant).await
     {
         return nothing(outcome);
@@ -222,7 +223,7 @@ async fn run(modules: Arc<Modules>, held: HeldNumber, grant: HeldLease, grace: D
     let board = modules.board.clone();
     let job = Job {
         grant: grant.clone(),
-        ports: Arc::clone(&ports) as Arc<dyn Ports>,
+        ports: Arc::clone(&ports),
         folder: folder(&dir),
         workers: modules.workers.clone(),
         cancel_grace: grace,
@@ -251,12 +252,12 @@ fn folder(dir: &TaskDir) -> Folder {
 async fn setup(grant: &HeldLease) -> Result<(), Outcome> {
     match grant.setup().await {
         Setup::Ready(Ok(_)) => Ok(()),
-        Setup::Ready(Err(message)) => Err(Outcome::Setup { stage: "build_ports", message }),
+        Setup::Ready(Err(message)) => Err(Outcome::Setup { stage: SetupStage::BuildPorts, message }),
         Setup::Refused(message) => Err(match grant.cancel.reason() {
             Some(CancelReason::Plane | CancelReason::Operator) => Outcome::Cancelled,
             Some(CancelReason::LeaseLost) => Outcome::LeaseLost,
             Some(CancelReason::Drained) => Outcome::Drained,
-            None => Outcome::Setup { stage: "initial_heartbeat", message },
+            None => Outcome::Setup { stage: SetupStage::InitialHeartbeat, message },
         }),
         Setup::Pending => unreachable!("setup() waits until it is not pending"),
     }
@@ -268,8 +269,8 @@ fn refused_setup(grant: &HeldLease, outcome: Outcome) -> Outcome {
         return outcome;
     }
     match grant.setup_now() {
-        Setup::Refused(message) => Outcome::Setup { stage: "initial_heartbeat", message },
-        Setup::Ready(Err(message)) => Outcome::Setup { stage: "build_ports", message },
+        Setup::Refused(message) => Outcome::Setup { stage: SetupStage::InitialHeartbeat, message },
+        Setup::Ready(Err(message)) => Outcome::Setup { stage: SetupStage::BuildPorts, message },
         Setup::Ready(Ok(_)) | Setup::Pending => outcome,
     }
 }

@@ -25,11 +25,11 @@ use tracing::{Instrument as _, debug, error, info, warn};
 
 use crate::{
     leases::{Advice, LeaseError, LeaseSource},
-    model::{BootInstant, Lease, Outcome, Phase, StatusBoard, TaskId, millis},
+    model::{BootInstant, Lease, Outcome, Phase, SetupStage, StatusBoard, TaskId, millis},
     outbox::Outbox,
     plugins::Plugins,
     session::Sessions,
-    storage::Storage,
+    storage::Stores,
 };
 use pace::{LeaseValue, Pace};
 
@@ -50,7 +50,7 @@ pub struct Modules {
     /// Keeps them.
     pub sessions: Sessions,
     /// Moves data.
-    pub storage: Storage,
+    pub storage: Stores,
     /// Keeps reports until they are accepted.
     pub outbox: Outbox,
     /// Runs code.
@@ -359,7 +359,7 @@ async fn poll(source: &dyn LeaseSource, permit: OwnedSemaphorePermit) -> Polled 
 /// expires by itself.
 async fn refuse(source: Arc<dyn LeaseSource>, task: TaskId, reason: String, cancel: CancellationToken) {
     warn!(task_id = %task, error = reason, "lease could not be read, its task is failed");
-    let outcome = Outcome::Setup { stage: "start_session", message: reason };
+    let outcome = Outcome::Setup { stage: SetupStage::StartSession, message: reason };
     let telling = async {
         for tries in 1..=REFUSALS_MAX {
             let Err(err) = source.reject(task, &outcome).await else { return };

@@ -11,7 +11,7 @@ use std::time::Duration;
 use async_trait::async_trait;
 use uuid::Uuid;
 
-use crate::model::{BootInstant, Lease, Outcome, Pending, TaskId, TaskResult, Token};
+use crate::model::{AnnouncedData, BootInstant, Lease, Outcome, Pending, TaskId, TaskResult, Term, Token};
 
 /// One control plane.
 #[async_trait]
@@ -36,8 +36,8 @@ pub struct Renewal {
     pub token: Option<Token>,
     /// When that bearer ends.
     pub token_expires_at: Option<BootInstant>,
-    /// New end of the lease.
-    pub expires_at: Option<BootInstant>,
+    /// What the answer says about the lease's term.
+    pub term: Term,
     /// The plane asks to stop.
     pub cancel: bool,
     /// The task's id from now on.
@@ -46,10 +46,8 @@ pub struct Renewal {
     pub job: Option<Uuid>,
     /// What the plane calls the task's capability now.
     pub capability: Option<String>,
-    /// Domain of the data.
-    pub domain_id: Option<Uuid>,
-    /// Base URL of the domain server, as received, task-metadata fallback included.
-    pub domain_server: Option<String>,
+    /// Where the data is now.
+    pub data: Option<AnnouncedData>,
 }
 
 /// Why a control plane did not do what we asked. Texts hold no token and no body of a lease.

@@ -16,10 +16,8 @@ use std::{
 };
 
 use secrecy::{ExposeSecret, SecretString};
-use url::Url;
-use uuid::Uuid;
 
-use super::{BootInstant, Lease, ProgressQueue, ReportName, watched::Watched};
+use super::{BootInstant, DataLocation, Lease, ProgressQueue, ReportName, watched::Watched};
 
 /// A bearer token. Never printed; compared only for change.
 #[derive(Clone)]
@@ -111,22 +109,13 @@ impl CancelSignal {
     }
 }
 
-/// Where a task's data lives.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Coordinates {
-    /// Base URL of the domain server, `http` or `https`.
-    pub server: Url,
-    /// The domain.
-    pub domain: Uuid,
-}
-
 /// What became of the set-up heartbeat. The runner's first input, output or token call waits for it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Setup {
     /// Not answered yet.
     Pending,
-    /// Answered (or not needed). `Err` says which coordinate is missing or malformed, in one line.
-    Ready(Result<Coordinates, String>),
+    /// Answered, or not needed. `Err` says in one line which part of the location is missing or malformed.
+    Ready(Result<DataLocation, String>),
     /// The plane refused for good; the text is its status and nothing secret.
     Refused(String),
 }
@@ -306,7 +295,8 @@ impl HeldLease {
     /// What a report is to call the task, as far as the plane has said.
     #[must_use]
     pub fn name(&self) -> ReportName {
-        let Lease { task, job, domain_id, .. } = self.lease;
+        let Lease { task, job, .. } = self.lease;
+        let domain_id = self.lease.data.domain();
         let renamed = self.renamed.lock().unwrap_or_else(PoisonError::into_inner).clone();
         renamed.unwrap_or(ReportName { task, job, domain_id })
     }
@@ -369,7 +359,7 @@ impl HeldLease {
         self.news.lock().setup.clone()
     }
 
-    /// Whether the plane has refused the set-up, or answered it with coordinates that cannot be used.
+    /// Whether the control plane refused the set-up, or named a data location that cannot be used.
     #[must_use]
     pub fn is_refused(&self) -> bool {
         matches!(self.news.lock().setup, Setup::Refused(_) | Setup::Ready(Err(_)))

@@ -5,7 +5,7 @@ use std::fmt;
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
-use super::{BootInstant, Capability, Token};
+use super::{AnnouncedData, BootInstant, Capability, DataLocation, Token};
 
 /// Names one task on its control plane. Prints lower case and hyphenated.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -21,6 +21,18 @@ impl fmt::Debug for TaskId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(&self.0, f)
     }
+}
+
+/// What a heartbeat's answer says about the term of a lease.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Term {
+    /// The lease ends at this instant.
+    Until(BootInstant),
+    /// The lease lasts as long as its last term did, counted from the sending of the heartbeat.
+    SameTerm,
+    /// The end of the lease does not move. The control plane gives out leases with a fixed deadline.
+    #[default]
+    Unchanged,
 }
 
 /// A lease as it was taken. Later news about it (token, expiry, cancel) live in its session and
@@ -39,10 +51,8 @@ pub struct Lease {
     pub expires_at: Option<BootInstant>,
     /// True when the plane handed the lease out already cancelled.
     pub cancelled: bool,
-    /// The domain whose data the task may touch.
-    pub domain_id: Option<Uuid>,
-    /// Base URL of the domain server, exactly as received (not checked; `None` when blank).
-    pub domain_server: Option<String>,
+    /// Where the task's data is, as far as the control plane has said.
+    pub data: AnnouncedData,
     /// Bearer towards the domain server.
     pub token: Option<Token>,
     /// When that bearer ends, where the plane said so.
@@ -67,8 +77,7 @@ impl Lease {
             capability,
             expires_at: None,
             cancelled: false,
-            domain_id: None,
-            domain_server: None,
+            data: AnnouncedData::Known(DataLocation::None),
             token: None,
             token_expires_at: None,
             inputs: Vec::new(),

@@ -8,6 +8,7 @@ mod artifact;
 mod boot_instant;
 mod budget;
 mod capability;
+mod data_location;
 mod health_checks;
 mod held_lease;
 mod lease;
@@ -23,15 +24,16 @@ pub use artifact::{Artifact, ArtifactSpec};
 pub use boot_instant::BootInstant;
 pub use budget::{Budget, Charge, OverBudget};
 pub use capability::{Capability, CapabilityError};
+pub use data_location::{AnnouncedData, Coordinates, DataLocation, LocalFiles};
 pub use health_checks::{Callback, HealthChecks, Unexpected};
 pub use held_lease::{
-    CancelReason, CancelSignal, Coordinates, Deadline, HeldLease, HeldLeaseState, HeldLeaseWriter, LeaseUpdates,
-    MissedHeartbeats, Setup, Token,
+    CancelReason, CancelSignal, Deadline, HeldLease, HeldLeaseState, HeldLeaseWriter, LeaseUpdates, MissedHeartbeats,
+    Setup, Token,
 };
-pub use lease::{Lease, TaskId};
+pub use lease::{Lease, TaskId, Term};
 pub use line::in_a_line;
 pub use millis::millis;
-pub use outcome::{LeaseKeeper, Outcome, ReportName, Stage, TaskResult};
+pub use outcome::{LeaseKeeper, Outcome, ReportName, SetupStage, TaskResult};
 pub(crate) use outcome::{holds_token, redact};
 pub use ports::{Fetched, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports};
 pub use progress_queue::{Pending, ProgressError, ProgressQueue};

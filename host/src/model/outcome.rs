@@ -1,20 +1,39 @@
 //! How a task ended, in one vocabulary.
 
-use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
 
 use super::{Artifact, Fetched, TaskId, Token};
 
-/// What a [`Outcome::Setup`] may name as its stage (posemesh.md section 4.8).
-const STAGES: [&str; 3] = ["start_session", "initial_heartbeat", "build_ports"];
 /// Tokens this short are words: taking them out would spoil texts and hide nothing.
 const SECRET_BYTES_MIN: usize = 4;
 /// As much of a longer one is taken for it.
 const HEAD_BYTES: usize = 24;
 
-/// One of [`STAGES`].
-pub type Stage = &'static str;
+/// The stage of a task's set-up that failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SetupStage {
+    /// The lease cannot be used, or its plugin is out of service.
+    StartSession,
+    /// The control plane refused the first heartbeat.
+    InitialHeartbeat,
+    /// The location of the data is missing or malformed.
+    BuildPorts,
+}
+
+impl SetupStage {
+    /// The stable code, also used on the posemesh wire.
+    #[must_use]
+    pub fn code(self) -> &'static str {
+        match self {
+            Self::StartSession => "start_session",
+            Self::InitialHeartbeat => "initial_heartbeat",
+            Self::BuildPorts => "build_ports",
+        }
+    }
+}
 
 /// How an attempt ended. The wire form is each adapter's business; the serde form is the outbox's file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -47,9 +66,8 @@ pub enum Outcome {
     },
     /// The task could not be set up.
     Setup {
-        /// `start_session`, `initial_heartbeat` or `build_ports` (posemesh.md section 4.8).
-        #[serde(deserialize_with = "stage")]
-        stage: Stage,
+        /// What failed.
+        stage: SetupStage,
         /// What went wrong, one line.
         message: String,
     },
@@ -93,7 +111,7 @@ impl Outcome {
             Self::Failed { .. } => "runner_error",
             Self::Panicked { .. } => "runner_panic",
             Self::Storage { .. } => "storage",
-            Self::Setup { stage, .. } => stage,
+            Self::Setup { stage, .. } => stage.code(),
             Self::NoRunner => "no_runner",
             Self::Cancelled => "cancelled",
             Self::LeaseLost => "lease_lost",
@@ -111,7 +129,7 @@ impl Outcome {
                 Some(message.clone())
             }
             Self::Panicked { message, place } => Some(format!("{message} at {place}")),
-            Self::Setup { stage, message } => Some(format!("{stage}: {message}")),
+            Self::Setup { stage, message } => Some(format!("{}: {message}", stage.code())),
             Self::NoRunner => Some("no runner registered for this capability".to_owned()),
         }
     }
@@ -189,12 +207,6 @@ fn clean_value(value: &mut Value, clean: &impl Fn(&mut String)) {
     }
 }
 
-fn stage<'de, D: Deserializer<'de>>(text: D) -> Result<Stage, D::Error> {
-    let text = String::deserialize(text)?;
-    let known = STAGES.into_iter().find(|stage| *stage == text);
-    known.ok_or_else(|| D::Error::custom(format!("stage {text:?} is none of {STAGES:?}")))
-}
-
 /// What a report calls its task: a heartbeat may have changed what the lease said.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReportName {
@@ -254,7 +266,7 @@ mod tests {
         for mut outcome in [
             Outcome::Panicked { message: "tok-1".into(), place: "tok-2".into() },
             Outcome::Storage { message: "tok-1".into() },
-            Outcome::Setup { stage: "build_ports", message: "tok-1".into() },
+            Outcome::Setup { stage: SetupStage::BuildPorts, message: "tok-1".into() },
             Outcome::HostFault { message: "tok-1".into() },
         ] {
             outcome.redact(&tokens);
@@ -291,7 +303,8 @@ mod tests {
             Outcome::Drained,
             Outcome::HostFault { message: "m".into() },
         ];
-        all.extend(STAGES.map(|stage| Outcome::Setup { stage, message: "m".into() }));
+        let stages = [SetupStage::StartSession, SetupStage::InitialHeartbeat, SetupStage::BuildPorts];
+        all.extend(stages.map(|stage| Outcome::Setup { stage, message: "m".into() }));
         for outcome in all {
             let text = serde_json::to_string(&outcome).expect("JSON");
             assert_eq!(serde_json::from_str::<Outcome>(&text).expect("read back"), outcome, "{text}");

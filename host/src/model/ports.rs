@@ -148,4 +148,7 @@ pub trait Ports: Send + Sync {
     fn fetched(&self) -> Vec<Fetched>;
     /// What bytes in memory are charged to.
     fn budget(&self) -> &Budget;
+    /// Ends the task's access: calls under way fail with [`PortErrorKind::LeaseOver`], unfinished outputs are
+    /// aborted, and this returns when that is done. What was published stays listed.
+    async fn close(&self);
 }

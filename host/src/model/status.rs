@@ -12,8 +12,8 @@ use serde::{Serialize, Serializer, ser::SerializeMap as _};
 use uuid::Uuid;
 
 use super::{
-    Artifact, BootInstant, Budget, Capability, Fetched, HeldLease, Lease, MissedHeartbeats, Setup, TaskId, TaskResult,
-    millis, watched::Watched,
+    Artifact, BootInstant, Budget, Capability, DataLocation, Fetched, HeldLease, Lease, MissedHeartbeats, Setup,
+    TaskId, TaskResult, millis, watched::Watched,
 };
 
 /// Ended tasks that are shown.
@@ -197,8 +197,8 @@ impl Serialize for RunningTask {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let Self(grant) = self;
         let domain = match grant.setup_now() {
-            Setup::Ready(Ok(at)) => Some(at.domain),
-            _ => grant.lease.domain_id,
+            Setup::Ready(Ok(DataLocation::DomainServer(at))) => Some(at.domain),
+            _ => grant.lease.data.domain(),
         };
         let times = [
             ("lease_expires_at", grant.deadline().until().on_calendar()),

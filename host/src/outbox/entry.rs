@@ -6,7 +6,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::model::{Capability, Lease, ReportName, TaskId, TaskResult};
+use crate::model::{AnnouncedData, Capability, Lease, ReportName, TaskId, TaskResult};
 
 /// A report: whose it is, what it is about, what it says.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -76,7 +76,8 @@ impl Entry {
     /// As much of the lease as a report says.
     pub(super) fn lease(&self) -> Lease {
         let capability = Capability::parse(&self.capability).expect("it was parsed when it came in");
-        Lease { job: self.job_id, domain_id: self.domain_id, ..Lease::bare(self.task(), capability) }
+        let data = AnnouncedData::DomainServer { server: None, domain: self.domain_id };
+        Lease { job: self.job_id, data, ..Lease::bare(self.task(), capability) }
     }
 }
 

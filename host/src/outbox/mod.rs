@@ -208,7 +208,7 @@ impl Outbox {
             node: Arc::clone(&self.0.node),
             task_id: lease.task.0,
             job_id: lease.job,
-            domain_id: lease.domain_id,
+            domain_id: lease.data.domain(),
             capability: lease.capability.to_string(),
             task_result,
             ended_at: Timestamp::now(),

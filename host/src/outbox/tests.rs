@@ -7,7 +7,7 @@ use super::*;
 use crate::{
     auth::TokenSource,
     leases::dms::{self, Dms},
-    model::{Artifact, Outcome, ReportName, TaskId},
+    model::{AnnouncedData, Artifact, Outcome, ReportName, TaskId},
     transport::{
         self,
         testing::{Call, Service, assert_clean},
@@ -22,7 +22,11 @@ fn id(number: u128) -> Uuid {
 
 fn lease(number: u128) -> Lease {
     let capability = "/lab/echo/v1".parse().expect("a name");
-    Lease { job: Some(id(900)), domain_id: Some(Uuid::nil()), ..Lease::bare(TaskId(id(number)), capability) }
+    Lease {
+        job: Some(id(900)),
+        data: AnnouncedData::at_server(None, Some(Uuid::nil())),
+        ..Lease::bare(TaskId(id(number)), capability)
+    }
 }
 
 fn completed() -> TaskResult {
@@ -45,7 +49,7 @@ fn named(lease: &Lease) -> impl LeaseKeeper + use<> {
             self.0.clone()
         }
     }
-    Named(ReportName { task: lease.task, job: lease.job, domain_id: lease.domain_id })
+    Named(ReportName { task: lease.task, job: lease.job, domain_id: lease.data.domain() })
 }
 
 fn complete(number: u128) -> String {
@@ -294,7 +298,7 @@ async fn a_renamed_task_keeps_its_new_name_over_a_restart() {
     let bench = Bench::new().await;
     let outbox = bench.open();
     let kept = bench.kept(&outbox, [1]).await.remove(0);
-    let renamed = named(&Lease { job: None, domain_id: None, ..lease(7) });
+    let renamed = named(&Lease { job: None, data: AnnouncedData::at_server(None, None), ..lease(7) });
     // Nobody answers: the attempt is given up.
     assert!(tokio::time::timeout(Duration::from_millis(100), kept.send(renamed)).await.is_err());
     outbox.finish(Duration::ZERO).await;

@@ -22,7 +22,7 @@ use super::{
     load::Loaded,
     stuck::{self, Record},
 };
-use crate::model::{CancelReason, HeldLease, Outcome, Ports};
+use crate::model::{CancelReason, HeldLease, Outcome, Ports, SetupStage};
 
 /// One task to run.
 pub struct Job {
@@ -114,7 +114,7 @@ impl Plugin {
     pub(super) fn refusal(&self) -> Option<Outcome> {
         let reason = self.record.out_of_service()?;
         let message = format!("plugin {} is out of service: {reason}", self.name);
-        Some(Outcome::Setup { stage: "start_session", message })
+        Some(Outcome::Setup { stage: SetupStage::StartSession, message })
     }
 
     async fn run(&self, job: Job) -> Outcome {

@@ -1,10 +1,9 @@
 //! Does what `pacing` says: one task for each session, which owns everything that changes.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use tokio::{sync::oneshot, time::sleep};
 use tracing::{debug, info, warn};
-use url::Url;
 use uuid::Uuid;
 
 use super::{
@@ -14,7 +13,7 @@ use super::{
 use crate::{
     leases::{Advice, LeaseSource, Renewal},
     model::{
-        BootInstant, CancelReason, Coordinates, HeldLease, HeldLeaseWriter, Lease, Pending, ReportName, Setup, TaskId,
+        AnnouncedData, BootInstant, CancelReason, HeldLease, HeldLeaseWriter, Lease, Pending, ReportName, Setup, TaskId,
     },
 };
 
@@ -25,7 +24,6 @@ const CANCELLED: &str = "the task was cancelled";
 
 pub(super) struct Driver {
     source: Arc<dyn LeaseSource>,
-    servers: Arc<Servers>,
     grant: HeldLease,
     keys: HeldLeaseWriter,
     closed: oneshot::Receiver<Closing>,
@@ -34,8 +32,10 @@ pub(super) struct Driver {
     task: TaskId,
     /// The lease as reports should name it; differs from the grant's once the plane said so.
     renamed: Option<Lease>,
-    /// The domain server as the plane named it last.
-    server: Option<String>,
+    /// Where the data is, as far as the control plane has said.
+    announced: AnnouncedData,
+    /// The location of the data was published.
+    located: bool,
     /// The task has ended and its last words are said.
     ended: bool,
     /// What the latest heartbeat's failure asks for; `None` once one was answered. Each is told once.
@@ -47,7 +47,6 @@ pub(super) struct Driver {
 impl Driver {
     pub(super) fn new(
         source: Arc<dyn LeaseSource>,
-        servers: Arc<Servers>,
         timing: HeartbeatTiming,
         grant: HeldLease,
         keys: HeldLeaseWriter,
@@ -60,17 +59,17 @@ impl Driver {
             keys.publish(|now| now.setup = Setup::Refused(CANCELLED.to_owned()));
             pacing = pacing.cancelled();
         }
-        let server = grant.lease.domain_server.clone();
+        let announced = grant.lease.data.clone();
         let driver = Self {
             source,
-            servers,
             grant,
             keys,
             closed,
             pacing,
             task,
             renamed: None,
-            server,
+            announced,
+            located: false,
             ended: false,
             trouble: None,
             gone: None,
@@ -234,20 +233,27 @@ impl Driver {
             // What runs stays what runs; a plane that wants another runner has to make another task.
             warn!(task_id = %self.task, renamed = %capability, "control plane renamed the task's capability, the runner goes on");
         }
-        self.rename(kept.job, kept.domain_id);
-        // A cancelled task needs no coordinates: its runner shall not begin to fetch.
+        self.rename(kept.job, kept.data.as_ref().and_then(AnnouncedData::domain));
+        // The runner of a cancelled task must not begin to fetch.
         if !kept.cancel {
-            self.move_data(kept.domain_server);
+            self.locate_data(kept.data);
         }
-        PacingEvent::Answered { expires: kept.expires_at, token: kept.token_expires_at, cancel: kept.cancel }
+        PacingEvent::Answered { term: kept.term, token: kept.token_expires_at, cancel: kept.cancel }
     }
 
-    /// Says where the task's data lives: with the set-up heartbeat, and whenever the plane moves it.
-    fn move_data(&mut self, server: Option<String>) {
-        if server.is_some() {
-            self.server = server;
+    /// Publishes where the task's data is: with the set-up heartbeat, and after each change.
+    fn locate_data(&mut self, newer: Option<AnnouncedData>) {
+        let first = !self.located;
+        let mut now = self.announced.clone();
+        if let Some(newer) = newer {
+            now.update(newer);
         }
-        let now = coordinates(self.lease().domain_id, self.server.as_deref(), &self.servers);
+        if !first && now == self.announced {
+            return;
+        }
+        self.located = true;
+        self.announced = now;
+        let now = self.announced.resolve();
         self.keys.set_up(|known| match (known, now) {
             (known @ Setup::Pending, now) => {
                 *known = Setup::Ready(now);
@@ -257,7 +263,7 @@ impl Driver {
                 *known = Ok(now);
                 true
             }
-            // A refused set-up stays refused, and good coordinates are not given up for bad ones.
+            // A refused set-up stays refused, and a usable location is not given up for an unusable one.
             _ => false,
         });
     }
@@ -265,13 +271,14 @@ impl Driver {
     /// Notes a changed job or domain for the report. The lease is copied only when there is one.
     fn rename(&mut self, job: Option<Uuid>, domain: Option<Uuid>) {
         let now = self.lease();
-        let (job, domain) = (job.or(now.job), domain.or(now.domain_id));
-        if (job, domain) != (now.job, now.domain_id) {
-            if let (None, Some(domain)) = (now.domain_id, domain) {
+        let (job, domain) = (job.or(now.job), domain.or(now.data.domain()));
+        if (job, domain) != (now.job, now.data.domain()) {
+            if let (None, Some(domain)) = (now.data.domain(), domain) {
                 // The task's span was made of the lease: from here on its lines say this too.
                 tracing::Span::current().record("domain_id", tracing::field::display(domain));
             }
-            self.renamed = Some(Lease { job, domain_id: domain, ..now.clone() });
+            let data = AnnouncedData::DomainServer { server: None, domain };
+            self.renamed = Some(Lease { job, data, ..now.clone() });
             self.keys.rename(self.name());
         }
     }
@@ -293,7 +300,7 @@ impl Driver {
 
     fn name(&self) -> ReportName {
         let lease = self.lease();
-        ReportName { task: self.task, job: lease.job, domain_id: lease.domain_id }
+        ReportName { task: self.task, job: lease.job, domain_id: lease.data.domain() }
     }
 
     /// Sends the last progress and events. It may take half of what is left of the lease; the
@@ -325,63 +332,5 @@ impl Driver {
             sleep(next.left()).await;
         }
         warn!(task_id = %self.task, "last progress and events were not delivered");
-    }
-}
-
-/// Reads the URLs of domain servers. Most tasks name the server of the one before, which is read once.
-#[derive(Default)]
-pub(super) struct Servers(Mutex<Option<(String, Url)>>);
-
-impl Servers {
-    /// `None` for what is no absolute http or https URL.
-    fn read(&self, text: &str) -> Option<Url> {
-        let mut last = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((known, server)) = &*last
-            && known == text
-        {
-            return Some(server.clone());
-        }
-        let server = Url::parse(text).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.has_host())?;
-        *last = Some((text.to_owned(), server.clone()));
-        Some(server)
-    }
-}
-
-/// Where the task's data lives, or which part of that is missing.
-fn coordinates(domain: Option<Uuid>, server: Option<&str>, servers: &Servers) -> Result<Coordinates, String> {
-    let text = server.filter(|text| !text.trim().is_empty()).ok_or("lease missing domain_server_url")?;
-    let domain = domain.ok_or("lease missing domain_id")?;
-    match servers.read(text) {
-        Some(server) => Ok(Coordinates { server, domain }),
-        None => {
-            let shown: String = text.chars().take(200).collect();
-            Err(format!("domain_server_url {shown:?} is not an absolute http(s) URL"))
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn coordinates_name_what_is_missing() {
-        let domain = Some(Uuid::nil());
-        let servers = Servers::default();
-        let check = |domain, server, expected: &str| {
-            let seen =
-                coordinates(domain, server, &servers).map(|found| found.server.to_string()).unwrap_or_else(|text| text);
-            assert_eq!(seen, expected);
-        };
-        check(domain, Some("https://ds.lab.test"), "https://ds.lab.test/");
-        check(domain, Some("https://ds.lab.test"), "https://ds.lab.test/");
-        check(domain, Some("https://other.lab.test"), "https://other.lab.test/");
-        check(domain, None, "lease missing domain_server_url");
-        check(domain, Some(" "), "lease missing domain_server_url");
-        check(None, None, "lease missing domain_server_url");
-        check(None, Some("https://ds.lab.test"), "lease missing domain_id");
-        check(domain, Some("/relative\n"), "domain_server_url \"/relative\\n\" is not an absolute http(s) URL");
-        check(domain, Some("ftp://x"), "domain_server_url \"ftp://x\" is not an absolute http(s) URL");
-        check(domain, Some("http:"), "domain_server_url \"http:\" is not an absolute http(s) URL");
     }
 }

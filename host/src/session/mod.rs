@@ -43,7 +43,6 @@ impl Default for Config {
 /// Opens sessions.
 pub struct Sessions {
     source: Arc<dyn LeaseSource>,
-    servers: Arc<driver::Servers>,
     timing: pacing::HeartbeatTiming,
     runtime: Handle,
 }
@@ -53,7 +52,7 @@ impl Sessions {
     #[must_use]
     pub fn new(source: Arc<dyn LeaseSource>, config: Config, runtime: Handle) -> Self {
         let timing = pacing::HeartbeatTiming::new(config.min_ratio, config.max_ratio, config.coalesce);
-        Self { source, servers: Arc::default(), timing, runtime }
+        Self { source, timing, runtime }
     }
 
     /// Starts to keep `lease`, with a heartbeat at once. A lease that arrived cancelled gets none:
@@ -62,14 +61,7 @@ impl Sessions {
     pub fn open(&self, lease: Lease) -> Session {
         let (grant, keys) = HeldLease::new(lease, Setup::Pending);
         let (close, closed) = oneshot::channel();
-        let driver = driver::Driver::new(
-            Arc::clone(&self.source),
-            Arc::clone(&self.servers),
-            self.timing,
-            grant.clone(),
-            keys,
-            closed,
-        );
+        let driver = driver::Driver::new(Arc::clone(&self.source), self.timing, grant.clone(), keys, closed);
         let driver = AbortOnDropHandle::new(self.runtime.spawn(driver.run().in_current_span()));
         Session { grant, close: Some(close), _driver: driver }
     }

@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use crate::model::BootInstant;
+use crate::model::{BootInstant, Term};
 
 /// Least time between the starts of two paced heartbeats, however fast progress comes and
 /// whatever the plane says about time.
@@ -49,9 +49,9 @@ pub(super) enum PacingEvent {
     Tick,
     /// There is progress or an event no answered heartbeat has carried.
     Dirty,
-    /// The heartbeat was answered. `expires` is the end of the lease, `token` that of its domain token,
-    /// where the plane said them.
-    Answered { expires: Option<BootInstant>, token: Option<BootInstant>, cancel: bool },
+    /// The heartbeat was answered. `term` says what that means for the lease. `token` is the end of its data
+    /// token, where the control plane said it.
+    Answered { term: Term, token: Option<BootInstant>, cancel: bool },
     /// The heartbeat failed in a way that does not end the lease. The plane may have asked to be left
     /// alone for so long.
     Failed { retry_after: Option<Duration> },
@@ -153,9 +153,9 @@ impl Pacing {
             (PacingEvent::Gone, State::Held { .. } | State::Doubtful { .. } | State::Beating { .. }) => {
                 return self.lose();
             }
-            (PacingEvent::Answered { expires, token, cancel }, State::Beating { expires: old, .. }) => {
+            (PacingEvent::Answered { term, token, cancel }, State::Beating { expires: old, .. }) => {
                 self.token = token.or(self.token);
-                return self.answered(expires, cancel, old, now, draw);
+                return self.answered(term, cancel, old, now, draw);
             }
             (PacingEvent::Failed { retry_after }, State::Beating { misses, expires }) => {
                 let misses = misses.saturating_add(1);
@@ -206,22 +206,14 @@ impl Pacing {
         PacingStep::Beat { until: now + patience(expires - now) }
     }
 
-    fn answered(
-        &mut self,
-        said: Option<BootInstant>,
-        cancel: bool,
-        old: BootInstant,
-        now: BootInstant,
-        draw: f64,
-    ) -> PacingStep {
+    fn answered(&mut self, said: Term, cancel: bool, old: BootInstant, now: BootInstant, draw: f64) -> PacingStep {
         let expires = match said {
-            Some(at) => {
+            Term::Until(at) => {
                 self.term = (at - now).min(TERM_MAX);
                 now + self.term
             }
-            // The plane took the heartbeat and did not say how long it counts: as long as the
-            // last one, from when it was sent.
-            None => old.max(self.last_beat.unwrap_or(now) + self.term),
+            Term::SameTerm => old.max(self.last_beat.unwrap_or(now) + self.term),
+            Term::Unchanged => old,
         };
         // The process was stopped between the answer and now: it tells of a lease that was.
         if now >= old || now >= expires {
@@ -231,7 +223,9 @@ impl Pacing {
             self.state = State::Cancelled { expires };
             return PacingStep::Cancel;
         }
-        let mut interval = self.timing.interval(expires - now, draw);
+        // A fixed end comes nearer with each heartbeat. A share of what is left would send ever more of them.
+        let left = if said == Term::Unchanged { self.term } else { expires - now };
+        let mut interval = self.timing.interval(left, draw);
         // The answer shall bring a newer domain token before the old one ends.
         if let Some(left) = self.token.map(|token| token - now).filter(|left| !left.is_zero()) {
             interval = interval.min(self.timing.interval(left, draw).max(TOKEN_GAP));
@@ -297,7 +291,7 @@ mod tests {
                 Busy(ms) => PacingEvent::Failed { retry_after: Some(Duration::from_millis(ms)) },
                 Gone => PacingEvent::Gone,
                 Answered { left, token, cancel } => PacingEvent::Answered {
-                    expires: left.map(|left| now + left),
+                    term: left.map_or(Term::SameTerm, |left| Term::Until(now + left)),
                     token: token.map(|left| now + left),
                     cancel,
                 },

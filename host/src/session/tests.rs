@@ -10,7 +10,7 @@ use super::*;
 use crate::{
     auth::TokenSource,
     leases::dms::{self, Dms},
-    model::{BootInstant, Coordinates, Outcome, TaskId, Token},
+    model::{AnnouncedData, BootInstant, Coordinates, DataLocation, Outcome, SetupStage, TaskId, Token},
     transport::{
         self,
         testing::{BAD_BODIES, Call, Service},
@@ -33,14 +33,24 @@ fn lease(left: Duration) -> Lease {
         capability: "/lab/echo/v1".parse().expect("a name"),
         expires_at: Some(BootInstant::now() + left),
         cancelled: false,
-        domain_id: Some(Uuid::nil()),
-        domain_server: Some("https://ds.lab.test".into()),
+        data: AnnouncedData::at_server(Some("https://ds.lab.test"), Some(Uuid::nil())),
         token: Some(Token::new("dom-1")),
         token_expires_at: None,
         inputs: Vec::new(),
         outputs_prefix: None,
         attempt: None,
         document: serde_json::value::RawValue::NULL.to_owned(),
+    }
+}
+
+fn at(server: &str, domain: Uuid) -> DataLocation {
+    DataLocation::DomainServer(Coordinates { server: server.parse().expect("a URL"), domain })
+}
+
+fn server_of(location: &DataLocation) -> &str {
+    match location {
+        DataLocation::DomainServer(at) => at.server.as_str(),
+        other => panic!("not on a domain server: {other:?}"),
     }
 }
 
@@ -85,7 +95,7 @@ async fn a_task_without_news_costs_one_heartbeat() {
     assert_eq!(call.json(), json!({ "progress": {}, "events": [] }));
     assert_eq!(call.bearer(), "node");
     call.ok(json!({}));
-    let coordinates = Coordinates { server: "https://ds.lab.test".parse().expect("a URL"), domain: Uuid::nil() };
+    let coordinates = at("https://ds.lab.test", Uuid::nil());
     assert_eq!(grant.setup().await, Setup::Ready(Ok(coordinates)));
     assert_eq!(session.no_report(&Outcome::Completed), None);
     assert_eq!(ended(session).await, Ok(named()));
@@ -107,10 +117,10 @@ async fn the_set_up_heartbeat_carries_what_is_known_by_then() {
 #[tokio::test]
 async fn coordinates_come_from_lease_and_set_up_heartbeat_together() {
     let check = async |server: Option<&str>, domain: Option<Uuid>, answer: Value, expected: Result<&str, &str>| {
-        let taken = Lease { domain_server: server.map(Into::into), domain_id: domain, ..lease(MINUTE) };
+        let taken = Lease { data: AnnouncedData::at_server(server, domain), ..lease(MINUTE) };
         let (_plane, session) = set_up(taken, answer).await;
         let Setup::Ready(found) = session.grant().setup().await else { panic!("answered") };
-        assert_eq!(found.as_ref().map(|at| at.server.as_str()).map_err(String::as_str), expected);
+        assert_eq!(found.as_ref().map(server_of).map_err(String::as_str), expected);
     };
     let id = Some(Uuid::nil());
     check(None, None, json!({ "domain_id": OTHER, "domain_server_url": "https://late" }), Ok("https://late/")).await;
@@ -123,7 +133,7 @@ async fn coordinates_come_from_lease_and_set_up_heartbeat_together() {
 
 #[tokio::test]
 async fn the_report_names_job_and_domain_as_the_set_up_heartbeat_gave_them() {
-    let taken = Lease { domain_id: None, ..lease(MINUTE) };
+    let taken = Lease { data: AnnouncedData::at_server(Some("https://ds.lab.test"), None), ..lease(MINUTE) };
     let (_plane, session) = set_up(taken, json!({ "domain_id": OTHER, "job_id": OTHER })).await;
     let other = OTHER.parse().ok();
     assert_eq!(ended(session).await, Ok(ReportName { job: other, domain_id: other, ..named() }));
@@ -157,7 +167,7 @@ async fn a_refused_set_up_is_told_and_the_end_still_reported() {
     plane.expect(HEARTBEAT).await.answer(403, "not you");
     let Setup::Refused(text) = session.grant().setup().await else { panic!("refused") };
     assert_eq!(text, "control plane answered 403: not you");
-    assert_eq!(session.no_report(&Outcome::Setup { stage: "initial_heartbeat", message: text }), None);
+    assert_eq!(session.no_report(&Outcome::Setup { stage: SetupStage::InitialHeartbeat, message: text }), None);
     assert_eq!(ended(session).await, Ok(named()));
 }
 
@@ -208,8 +218,7 @@ async fn a_lease_that_arrives_cancelled_makes_no_call() {
 
 #[tokio::test]
 async fn data_that_moves_is_followed_while_the_task_runs() {
-    let at =
-        |server: &str, domain: Uuid| Setup::Ready(Ok(Coordinates { server: server.parse().expect("a URL"), domain }));
+    let at = |server: &str, domain: Uuid| Setup::Ready(Ok(at(server, domain)));
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
     let (grant, other) = (session.grant(), OTHER.parse().expect("an id"));
     assert_eq!(grant.setup_now(), at("https://ds.lab.test", Uuid::nil()));

@@ -1,6 +1,6 @@
-//! A task's data in plain files, for `runner-host invoke`.
+//! A task's data in files of this machine.
 //!
-//! Inputs are the files named on the command line, called `input-0`, `input-1`… or as given.
+//! Inputs are the files that the lease names, called `input-0`, `input-1`… or by their path.
 //! Outputs appear below one folder under their logical paths, complete or not at all.
 
 use std::{
@@ -19,9 +19,11 @@ use bytes::Bytes;
 use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 use tokio::task::spawn_blocking;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{
+    Storage,
     digest::hex,
     file::{FileBlocks, FileSink},
     naming::{data_type, dataset_file, dataset_folder, logical_path, relative_path, safe, shown},
@@ -29,42 +31,90 @@ use super::{
     zip::{self, UnpackLimits},
 };
 use crate::model::{
-    Artifact, ArtifactSpec, Budget, Fetched, InputMeta, InputStream, Materialized, OutputStream, PortError,
-    PortErrorKind, Ports,
+    AnnouncedData, Artifact, ArtifactSpec, Budget, DataLocation, Fetched, HeldLease, InputMeta, InputStream,
+    LocalFiles, Materialized, OutputStream, PortError, PortErrorKind, Ports,
 };
 
-/// See the module's text.
+/// Bytes copied at once.
+const COPY_BYTES: usize = 256 * 1024;
+
+/// Storage in files of this machine.
+pub struct LocalStorage {
+    budget: Budget,
+    unpack: UnpackLimits,
+}
+
+impl LocalStorage {
+    /// Bytes in memory are charged to `budget`; `unpack` bounds what a zip input may hold.
+    #[must_use]
+    pub fn new(budget: Budget, unpack: UnpackLimits) -> Self {
+        Self { budget, unpack }
+    }
+}
+
+impl Storage for LocalStorage {
+    fn ports(&self, held: &HeldLease, dir: &Path) -> Arc<dyn Ports> {
+        let files = match &held.lease.data {
+            AnnouncedData::Known(DataLocation::LocalFiles(files)) => Some(files.clone()),
+            _ => None,
+        };
+        Arc::new(LocalPorts::new(held.clone(), files, dir.to_owned(), self.budget.clone(), self.unpack.clone()))
+    }
+}
+
+/// The ports of one task. See the module's text.
 pub struct LocalPorts {
     inputs: Vec<PathBuf>,
     dir: PathBuf,
-    shelf: Arc<OfflineOutbox>,
-    /// Counts only: whoever runs something by hand sees what it takes.
+    folder: Arc<OutputFolder>,
+    fetched: Arc<Mutex<Vec<Fetched>>>,
     budget: Budget,
+    unpack: UnpackLimits,
 }
 
 /// Where outputs go, and which are there.
-struct OfflineOutbox {
-    out: PathBuf,
+struct OutputFolder {
+    /// `None`: the task has no data.
+    out: Option<PathBuf>,
     published: Mutex<BTreeMap<String, Artifact>>,
     disk_was_full: AtomicBool,
+    held: HeldLease,
+    /// The task is over.
+    closed: CancellationToken,
+}
+
+impl OutputFolder {
+    /// An error if the lease is lost or the task is over.
+    fn still_ours(&self) -> Result<(), PortError> {
+        let why = match self.closed.is_cancelled() {
+            true => "the task is over",
+            false if !self.held.is_ours() => "the lease is lost",
+            false => return Ok(()),
+        };
+        Err(PortError::new(PortErrorKind::LeaseOver, format!("{why}: nothing more is read or written for it")))
+    }
 }
 
 impl LocalPorts {
-    /// Ports that read `inputs`, write below `out` and materialize below `dir`.
+    /// Ports for the task of `held` that read and write `files` and materialize below `dir`. Without files every
+    /// call fails.
     #[must_use]
-    pub fn new(inputs: Vec<PathBuf>, out: PathBuf, dir: PathBuf) -> Self {
-        Self {
-            inputs,
-            dir,
-            shelf: Arc::new(OfflineOutbox { out, published: Mutex::default(), disk_was_full: AtomicBool::new(false) }),
-            budget: Budget::unlimited(),
-        }
+    pub fn new(held: HeldLease, files: Option<LocalFiles>, dir: PathBuf, budget: Budget, unpack: UnpackLimits) -> Self {
+        let (inputs, out) = files.map_or((Vec::new(), None), |files| (files.inputs, Some(files.out)));
+        let folder = OutputFolder {
+            out,
+            published: Mutex::default(),
+            held,
+            closed: CancellationToken::new(),
+            disk_was_full: AtomicBool::new(false),
+        };
+        Self { inputs, dir, folder: Arc::new(folder), fetched: Arc::default(), budget, unpack }
     }
 
     /// Whether a write failed because a disk or a quota was full.
     #[must_use]
     pub fn disk_was_full(&self) -> bool {
-        self.shelf.disk_was_full.load(Ordering::Relaxed)
+        self.folder.disk_was_full.load(Ordering::Relaxed)
     }
 
     fn find(&self, cid: &str) -> Result<&Path, PortError> {
@@ -81,6 +131,7 @@ impl LocalPorts {
     }
 
     async fn input(&self, cid: &str) -> Result<(PathBuf, File, InputMeta), PortError> {
+        self.folder.still_ours()?;
         let path = self.find(cid)?.to_owned();
         let source = path.clone();
         let opened = blocking(move || {
@@ -117,7 +168,8 @@ impl Ports for LocalPorts {
     async fn open(&self, cid: &str) -> Result<Box<dyn InputStream>, PortError> {
         let (path, file, meta) = self.input(cid).await?;
         let blocks = FileBlocks::new(Arc::new(file), 0, meta.size.unwrap_or_default());
-        Ok(Box::new(Reader { blocks, meta, path }))
+        let fetched = Arc::clone(&self.fetched);
+        Ok(Box::new(Reader { blocks, meta, path, fetched, size: 0, hasher: Sha256::new(), ended: false }))
     }
 
     async fn materialize(&self, cid: &str) -> Result<Materialized, PortError> {
@@ -131,23 +183,26 @@ impl Ports for LocalPorts {
         let target = path.clone();
         let copied = blocking(move || {
             std::fs::create_dir_all(&folder)?;
-            io::copy(&mut file, &mut File::create_new(target)?)
+            copy_hashed(&mut file, &mut File::create_new(target)?)
         });
-        copied.await.map_err(|err| self.shelf.failed(&format!("copy input {}", source.display()), &err))?;
+        let copied =
+            copied.await.map_err(|err| self.folder.failed(&format!("copy input {}", source.display()), &err))?;
+        note(&self.fetched, &meta, copied);
         let data_type = meta.data_type.as_deref().unwrap_or_default();
         let extracted_paths = match zip::is_archive(data_type) {
             false => Vec::new(),
             true => {
                 let into = root_dir.join(zip::folder(data_type, name, 1));
                 let what = format!("archive {}", source.display());
-                zip::unpacked(&what, path.clone(), into, UnpackLimits::default(), None).await?
+                zip::unpacked(&what, path.clone(), into, self.unpack.clone(), None).await?
             }
         };
         Ok(Materialized { meta, path, root_dir, related_files: Vec::new(), extracted_paths })
     }
 
     async fn put_file(&self, spec: ArtifactSpec, file: &Path) -> Result<Option<String>, PortError> {
-        let place = self.shelf.place(spec)?;
+        self.folder.still_ours()?;
+        let place = self.folder.place(spec)?;
         let what = format!("upload of {}", shown(&place.artifact.logical_path));
         let source = RunnerFile::open(&what, file, &self.dir).await?;
         let temporary = place.temporary().await?;
@@ -157,7 +212,7 @@ impl Ports for LocalPorts {
             Ok((temporary, copied))
         });
         let (temporary, copied) = copied.await.map_err(|err| {
-            self.shelf.failed(&format!("copy {} to {}", file.display(), place.target.display()), &err)
+            self.folder.failed(&format!("copy {} to {}", file.display(), place.target.display()), &err)
         })?;
         // A file that became shorter meanwhile has no digest.
         let sha256 = source.digest(&what).await?;
@@ -165,23 +220,50 @@ impl Ports for LocalPorts {
     }
 
     async fn create(&self, spec: ArtifactSpec) -> Result<Box<dyn OutputStream>, PortError> {
-        let place = self.shelf.place(spec)?;
+        self.folder.still_ours()?;
+        let place = self.folder.place(spec)?;
         let temporary = place.temporary().await?;
         let file = temporary.as_file().try_clone().map_err(|err| failed("write an output", &err))?;
         Ok(Box::new(Writer { place, temporary, sink: Ok(FileSink::new(file)), size: 0, hasher: Sha256::new() }))
     }
 
     fn published(&self) -> Vec<Artifact> {
-        self.shelf.published.lock().expect("only read and set").values().cloned().collect()
+        self.folder.published.lock().expect("only read and set").values().cloned().collect()
     }
 
-    /// A run by hand has no record to stand in.
     fn fetched(&self) -> Vec<Fetched> {
-        Vec::new()
+        self.fetched.lock().expect("only read and pushed to").clone()
     }
 
     fn budget(&self) -> &Budget {
         &self.budget
+    }
+
+    async fn close(&self) {
+        self.folder.closed.cancel();
+    }
+}
+
+/// Copies to the end and returns the count and the SHA-256 of the bytes.
+fn copy_hashed(from: &mut impl io::Read, to: &mut impl io::Write) -> io::Result<(u64, String)> {
+    let (mut hasher, mut size, mut block) = (Sha256::new(), 0, vec![0; COPY_BYTES]);
+    loop {
+        let read = from.read(&mut block)?;
+        if read == 0 {
+            return Ok((size, hex(&hasher.finalize())));
+        }
+        hasher.update(&block[..read]);
+        to.write_all(&block[..read])?;
+        size += read as u64;
+    }
+}
+
+/// Lists an input that was read to its end, once.
+fn note(fetched: &Mutex<Vec<Fetched>>, meta: &InputMeta, (size, sha256): (u64, String)) {
+    let input = Fetched { cid: meta.cid.clone(), name: meta.name.clone(), size, sha256 };
+    let mut fetched = fetched.lock().expect("only read and pushed to");
+    if !fetched.contains(&input) {
+        fetched.push(input);
     }
 }
 
@@ -189,6 +271,10 @@ struct Reader {
     blocks: FileBlocks,
     meta: InputMeta,
     path: PathBuf,
+    fetched: Arc<Mutex<Vec<Fetched>>>,
+    size: u64,
+    hasher: Sha256,
+    ended: bool,
 }
 
 #[async_trait]
@@ -198,19 +284,32 @@ impl InputStream for Reader {
     }
 
     async fn next(&mut self) -> Result<Option<Bytes>, PortError> {
-        self.blocks.next().await.map_err(|err| failed(&format!("read input {}", self.path.display()), &err))
+        let piece =
+            self.blocks.next().await.map_err(|err| failed(&format!("read input {}", self.path.display()), &err))?;
+        match &piece {
+            Some(piece) => {
+                self.size += piece.len() as u64;
+                self.hasher.update(piece);
+            }
+            None if !self.ended => {
+                self.ended = true;
+                note(&self.fetched, &self.meta, (self.size, hex(&self.hasher.clone().finalize())));
+            }
+            None => {}
+        }
+        Ok(piece)
     }
 }
 
 /// Where one output will be.
 struct Place {
-    shelf: Arc<OfflineOutbox>,
+    folder: Arc<OutputFolder>,
     artifact: Artifact,
     size: Option<u64>,
     target: PathBuf,
 }
 
-impl OfflineOutbox {
+impl OutputFolder {
     /// The error of a failed write.
     fn failed(&self, what: &str, err: &io::Error) -> PortError {
         if matches!(err.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
@@ -233,15 +332,19 @@ impl OfflineOutbox {
             size: None,
             sha256: None,
         };
-        let target = self.out.join(&relative);
-        Ok(Place { shelf: Arc::clone(self), artifact, size: spec.size, target })
+        let Some(out) = &self.out else {
+            let message = "this task has no place for outputs: its lease names no data location";
+            return Err(PortError::new(PortErrorKind::Unsupported, message));
+        };
+        let target = out.join(&relative);
+        Ok(Place { folder: Arc::clone(self), artifact, size: spec.size, target })
     }
 }
 
 impl Place {
     /// A file beside the target, so that the last step is a rename.
     async fn temporary(&self) -> Result<NamedTempFile, PortError> {
-        let folder = self.target.parent().unwrap_or(&self.shelf.out).to_owned();
+        let folder = self.target.parent().unwrap_or(Path::new(".")).to_owned();
         let made = blocking(move || {
             std::fs::create_dir_all(&folder)?;
             let mut builder = tempfile::Builder::new();
@@ -250,7 +353,7 @@ impl Place {
             builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644));
             builder.prefix(".output-").tempfile_in(&folder)
         });
-        made.await.map_err(|err| self.shelf.failed(&format!("make {}", self.target.display()), &err))
+        made.await.map_err(|err| self.folder.failed(&format!("make {}", self.target.display()), &err))
     }
 
     async fn publish(
@@ -264,11 +367,12 @@ impl Place {
             let message = format!("upload of {path} refused: {promised} bytes were promised, {size} came");
             return Err(PortError::new(PortErrorKind::BadRequest, message));
         }
+        self.folder.still_ours()?;
         let target = self.target.clone();
         let renamed = blocking(move || temporary.persist(target).map_err(|err| err.error));
-        renamed.await.map_err(|err| self.shelf.failed(&format!("make {}", self.target.display()), &err))?;
+        renamed.await.map_err(|err| self.folder.failed(&format!("make {}", self.target.display()), &err))?;
         (self.artifact.size, self.artifact.sha256) = (Some(size), Some(sha256));
-        let mut published = self.shelf.published.lock().expect("only read and set");
+        let mut published = self.folder.published.lock().expect("only read and set");
         published.insert(self.artifact.logical_path.clone(), self.artifact);
         Ok(None)
     }
@@ -291,7 +395,7 @@ impl OutputStream for Writer {
         self.size += piece.len() as u64;
         self.hasher.update(&piece);
         if let Err(err) = sink.write(piece).await {
-            let err = self.place.shelf.failed(&format!("write {}", self.place.target.display()), &err);
+            let err = self.place.folder.failed(&format!("write {}", self.place.target.display()), &err);
             self.sink = Err(err.clone());
             return Err(err);
         }
@@ -301,7 +405,7 @@ impl OutputStream for Writer {
     async fn finish(self: Box<Self>) -> Result<Option<String>, PortError> {
         let Self { place, temporary, sink, size, hasher } = *self;
         let written = sink?.finish().await;
-        written.map_err(|err| place.shelf.failed(&format!("write {}", place.target.display()), &err))?;
+        written.map_err(|err| place.folder.failed(&format!("write {}", place.target.display()), &err))?;
         place.publish(temporary, size, hex(&hasher.finalize())).await
     }
 

@@ -1,6 +1,7 @@
 //! Inputs and outputs as plain files.
 
 use super::*;
+use crate::model::{Capability, DataLocation, Lease, Setup, TaskId};
 
 struct Bench {
     dir: tempfile::TempDir,
@@ -13,7 +14,13 @@ fn bench() -> Bench {
     std::fs::write(&scan, b"ply").expect("written");
     std::fs::write(dir.path().join("empty"), b"").expect("written");
     let inputs = vec![scan, dir.path().join("empty"), dir.path().join("gone"), dir.path().to_owned()];
-    let ports = LocalPorts::new(inputs, dir.path().join("out"), dir.path().join("scratch"));
+    let ports = {
+        let files = LocalFiles { inputs, out: dir.path().join("out") };
+        let lease = Lease::bare(TaskId(Uuid::nil()), Capability::parse("/x/v1").expect("a name"));
+        let (held, _) = HeldLease::new(lease, Setup::Ready(Ok(DataLocation::LocalFiles(files.clone()))));
+        let scratch = dir.path().join("scratch");
+        LocalPorts::new(held, Some(files), scratch, Budget::unlimited(), UnpackLimits::default())
+    };
     Bench { dir, ports }
 }
 

@@ -1,10 +1,10 @@
 //! Inputs in, outputs out.
 //!
-//! A task's data moves through [`crate::model::Ports`]. [`DomainPorts`] implements it against the
-//! domain server of a lease, [`LocalPorts`] against plain files for `runner-host invoke`, and
-//! [`Scratch`] gives each task the directory it works in. Both directions stream: nothing in here
-//! holds a whole object. This room decides neither when a task runs nor what is reported about it;
-//! it lists what was published. Start at [`domain`].
+//! A task's data moves through [`crate::model::Ports`]. A [`Storage`] makes them: [`DomainStorage`] for a
+//! domain server, [`LocalStorage`] for files of this machine. [`Stores`] chooses one by the lease.
+//! [`Scratch`] gives each task the directory it works in. Both directions stream: nothing here holds a
+//! whole object. This module decides neither when a task runs nor what is reported about it; it lists
+//! what was published. Start at [`domain`].
 
 mod digest;
 mod disk;
@@ -20,29 +20,32 @@ mod zip;
 use std::{path::Path, sync::Arc};
 
 pub use disk::Disk;
-pub use domain::{Config, DomainPorts};
-pub use local::LocalPorts;
+pub use domain::{Config, DomainPorts, DomainStorage};
+pub use local::{LocalPorts, LocalStorage};
 pub use task_dir::{Scratch, ScratchError, TaskDir};
 pub use zip::UnpackLimits;
 
-use crate::{
-    model::{HeldLease, TaskId},
-    transport::Client,
-};
+use crate::model::{AnnouncedData, DataLocation, HeldLease, Ports, TaskId};
 
-/// The room as the engine uses it: a directory and ports for each task.
-pub struct Storage {
-    scratch: Scratch,
-    disk: Disk,
-    client: Client,
-    config: Arc<Config>,
+/// Makes a task's ports. Nothing is fetched before the runner asks.
+pub trait Storage: Send + Sync {
+    /// Ports for the task of `held`. Inputs are put below `dir`.
+    fn ports(&self, held: &HeldLease, dir: &Path) -> Arc<dyn Ports>;
 }
 
-impl Storage {
+/// The module as the engine uses it: a directory and ports for each task.
+pub struct Stores {
+    scratch: Scratch,
+    disk: Disk,
+    domain: DomainStorage,
+    local: LocalStorage,
+}
+
+impl Stores {
     /// Combines the pieces; nothing is touched yet.
     #[must_use]
-    pub fn new(scratch: Scratch, disk: Disk, client: Client, config: Config) -> Self {
-        Self { scratch, disk, client, config: Arc::new(config) }
+    pub fn new(scratch: Scratch, disk: Disk, domain: DomainStorage, local: LocalStorage) -> Self {
+        Self { scratch, disk, domain, local }
     }
 
     /// A directory for a task, made when it is first needed and removed when it is dropped.
@@ -57,9 +60,13 @@ impl Storage {
         &self.disk
     }
 
-    /// Ports to the domain of `grant`, with `dir` to put inputs into.
+    /// Ports to where the lease of `held` says its data is. Inputs are put below `dir`.
     #[must_use]
-    pub fn ports(&self, grant: &HeldLease, dir: &Path) -> Arc<DomainPorts> {
-        Arc::new(DomainPorts::new(self.client.clone(), grant.clone(), dir.to_owned(), Arc::clone(&self.config)))
+    pub fn ports(&self, held: &HeldLease, dir: &Path) -> Arc<dyn Ports> {
+        let storage: &dyn Storage = match held.lease.data {
+            AnnouncedData::DomainServer { .. } | AnnouncedData::Known(DataLocation::DomainServer(_)) => &self.domain,
+            AnnouncedData::Known(DataLocation::LocalFiles(_) | DataLocation::None) => &self.local,
+        };
+        storage.ports(held, dir)
     }
 }

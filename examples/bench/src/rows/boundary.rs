@@ -175,6 +175,8 @@ impl Ports for Ready {
     fn budget(&self) -> &Budget {
         &self.budget
     }
+
+    async fn close(&self) {}
 }
 
 /// Words to another thread and back.

@@ -34,7 +34,10 @@ use self::wire::{Beat, HeartbeatResponse, LeaseFacts, Members, Seek};
 use super::{LeaseError, LeaseSource, Renewal};
 use crate::{
     auth::TokenSource,
-    model::{BootInstant, Capability, CapabilityError, Lease, Outcome, Pending, TaskId, TaskResult, Token, millis},
+    model::{
+        AnnouncedData, BootInstant, Capability, CapabilityError, Lease, Outcome, Pending, TaskId, TaskResult, Term,
+        Token, millis,
+    },
     transport::{self, Answer, Client, Need, TransportError},
 };
 
@@ -281,8 +284,10 @@ fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
         capability,
         expires_at: moment(answer, envelope.lease_expires_at.or_else(|| time(&value(task.lease_expires_at)))),
         cancelled: envelope.cancel,
-        domain_id: envelope.domain_id,
-        domain_server: filled(envelope.domain_server_url).or_else(|| server_of_meta(&value(task.meta))),
+        data: AnnouncedData::DomainServer {
+            server: filled(envelope.domain_server_url).or_else(|| server_of_meta(&value(task.meta))),
+            domain: envelope.domain_id,
+        },
         token: filled(envelope.access_token).map(Token::new),
         token_expires_at: moment(answer, envelope.access_token_expires_at),
         inputs: task.inputs_cids,
@@ -314,16 +319,21 @@ fn task_id(body: &[u8]) -> Option<TaskId> {
 
 fn kept(response: HeartbeatResponse, answer: &Answer) -> Renewal {
     let inner = response.task.as_ref();
+    let ends = response.lease_expires_at.or_else(|| time(inner?.extra.get("lease_expires_at")?));
+    let ends = moment(answer, ends);
     Renewal {
         token: filled(response.access_token).map(Token::new),
         token_expires_at: moment(answer, response.access_token_expires_at),
-        expires_at: moment(answer, response.lease_expires_at.or_else(|| time(inner?.extra.get("lease_expires_at")?))),
+        // An answer without an end extends the lease by its last term.
+        term: ends.map_or(Term::SameTerm, Term::Until),
         cancel: response.cancel == Some(true) || response.status.as_deref().is_some_and(is_over),
         task: inner.map(|task| task.id).or(response.task_id).map(TaskId),
         job: inner.map_or(response.job_id, |task| task.job_id),
         capability: inner.map(|task| task.capability.clone()),
-        domain_id: response.domain_id,
-        domain_server: filled(response.domain_server_url).or_else(|| inner.and_then(|task| server_of_meta(&task.meta))),
+        data: Some(AnnouncedData::DomainServer {
+            server: filled(response.domain_server_url).or_else(|| inner.and_then(|task| server_of_meta(&task.meta))),
+            domain: response.domain_id,
+        }),
     }
 }
 

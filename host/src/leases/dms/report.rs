@@ -95,7 +95,7 @@ pub(super) fn report(task: TaskId, lease: &Lease, task_result: &TaskResult) -> O
 pub(super) fn setup_failure(outcome: &Outcome) -> Option<Report> {
     let Outcome::Setup { stage, message } = outcome else { return None };
     let mut details = Map::new();
-    details.insert("stage".into(), (*stage).into());
+    details.insert("stage".into(), stage.code().into());
     details.insert("error".into(), cut(message).into());
     Some(fail("node_setup_failed", details, outcome))
 }
@@ -113,7 +113,7 @@ impl<'a> Ended<'a> {
         let job = Job {
             task_id: task.0,
             job_id: lease.job,
-            domain_id: lease.domain_id,
+            domain_id: lease.data.domain(),
             capability: lease.capability.as_str(),
         };
         Self { job, artifacts: task_result.artifacts.iter().map(Listed::new).collect() }
@@ -158,7 +158,7 @@ fn cut_at(text: &str, bytes: usize) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::leases::dms::tests::sample_lease;
+    use crate::{leases::dms::tests::sample_lease, model::SetupStage};
 
     const TASK: &str = "0b9f3c52-3b0e-4f0e-8f8e-6f2e9d0c7a01";
 
@@ -248,7 +248,7 @@ mod tests {
         );
         check(Outcome::HostFault { message: "odd".into() }, "host fault: odd", "host-fault/host_fault/true", plain);
         check(
-            Outcome::Setup { stage: "build_ports", message: "lease missing domain_id".into() },
+            Outcome::Setup { stage: SetupStage::BuildPorts, message: "lease missing domain_id".into() },
             "node_setup_failed",
             "host-fault/build_ports/true",
             "code error outcome retryable stage",

@@ -22,7 +22,10 @@ pub(in crate::leases) fn sample_envelope() -> Value {
 pub(in crate::leases) fn sample_lease() -> Lease {
     let envelope: wire::LeaseEnvelope = serde_json::from_value(sample_envelope()).expect("a lease");
     let capability = "/lab/echo/v1".parse().expect("a name");
-    Lease { domain_id: envelope.domain_id, ..Lease::bare(TaskId(envelope.task.id), capability) }
+    Lease {
+        data: AnnouncedData::at_server(None, envelope.domain_id),
+        ..Lease::bare(TaskId(envelope.task.id), capability)
+    }
 }
 
 fn task() -> TaskId {
@@ -35,6 +38,25 @@ fn dms(plane: &Service, base: &str) -> Dms {
 }
 
 /// Calls `take` and lets `answer` play the plane.
+fn server_of(data: &AnnouncedData) -> Option<&str> {
+    match data {
+        AnnouncedData::DomainServer { server, .. } => server.as_deref(),
+        AnnouncedData::Known(location) => panic!("not announced by this wire: {location:?}"),
+    }
+}
+
+fn until(term: Term) -> Option<BootInstant> {
+    match term {
+        Term::Until(at) => Some(at),
+        Term::SameTerm | Term::Unchanged => None,
+    }
+}
+
+/// An answer that names nothing extends the lease by its last term.
+fn unchanged() -> Renewal {
+    Renewal { term: Term::SameTerm, data: Some(AnnouncedData::at_server(None, None)), ..Renewal::default() }
+}
+
 async fn take(answer: impl FnOnce(Call)) -> Result<Option<Lease>, LeaseError> {
     let mut plane = Service::start().await;
     let dms = dms(&plane, "v1");
@@ -93,7 +115,7 @@ async fn a_lease_arrives_whole_and_its_document_without_credentials() {
     assert_eq!(lease.task, task());
     assert_eq!(lease.capability.as_str(), "/lab/echo/v1");
     assert_eq!(lease.token, Some(Token::new("dom-1")));
-    assert_eq!(lease.domain_server.as_deref(), Some("https://ds.lab.test"));
+    assert_eq!(server_of(&lease.data), Some("https://ds.lab.test"));
     assert_eq!(lease.expires_at, None, "it had passed long before the lease was asked for");
     assert_eq!((lease.inputs, lease.outputs_prefix.as_deref()), (vec!["a1".to_owned()], Some("out")));
     for key in ["access_token", "p2p_access_token", "Other_Token"] {
@@ -122,7 +144,7 @@ async fn times_are_those_of_the_planes_clock() {
         assert_eq!(minute(lease.expires_at), Some(true), "{off} s off");
         let beat = json!({ "lease_expires_at": at(60), "access_token_expires_at": at(-60) });
         let kept = keep(|call| call.ok_at(now, beat)).await.expect("usable");
-        assert_eq!((minute(kept.expires_at), kept.token_expires_at), (Some(true), None), "{off} s off");
+        assert_eq!((minute(until(kept.term)), kept.token_expires_at), (Some(true), None), "{off} s off");
     }
 }
 
@@ -132,7 +154,8 @@ async fn a_blank_server_counts_as_none_and_metadata_fills_in() {
         let mut envelope = sample_envelope();
         envelope["domain_server_url"] = url;
         envelope["task"]["meta"] = meta;
-        take(|call| call.ok(envelope)).await.expect("usable").expect("a lease").domain_server
+        let lease = take(|call| call.ok(envelope)).await.expect("usable").expect("a lease");
+        server_of(&lease.data).map(str::to_owned)
     };
     assert_eq!(server("  ".into(), Value::Null).await, None);
     assert_eq!(server(Value::Null, json!("text")).await, None);
@@ -203,9 +226,9 @@ async fn unusable_answers_give_one_clean_line_for_every_verb() {
 
 #[tokio::test]
 async fn a_heartbeat_reads_what_is_there_and_leaves_the_rest_alone() {
-    assert_eq!(keep(|call| call.ok(json!({}))).await.expect("usable"), Renewal::default());
+    assert_eq!(keep(|call| call.ok(json!({}))).await.expect("usable"), unchanged());
     let nothing = json!({ "access_token": null, "cancel": null, "task": null, "domain_server_url": "", "attempts": 3 });
-    assert_eq!(keep(|call| call.ok(nothing)).await.expect("usable"), Renewal::default());
+    assert_eq!(keep(|call| call.ok(nothing)).await.expect("usable"), unchanged());
     let other = "11111111-2222-3333-4444-555555555555";
     let all = json!({ "access_token": "dom-2", "lease_expires_at": "2025-06-01 08:05:00Z", "cancel": true, "task_id": other,
         "job_id": other, "domain_id": other, "domain_server_url": "https://other" });
@@ -216,18 +239,17 @@ async fn a_heartbeat_reads_what_is_there_and_leaves_the_rest_alone() {
         Renewal {
             token: Some(Token::new("dom-2")),
             token_expires_at: None,
-            expires_at: None,
+            term: Term::SameTerm,
             cancel: true,
             task: Some(TaskId(id)),
             job: Some(id),
             capability: None,
-            domain_id: Some(id),
-            domain_server: Some("https://other".into()),
+            data: Some(AnnouncedData::at_server(Some("https://other"), Some(id))),
         }
     );
     let task = json!({ "id": other, "capability": "/x", "meta": { "legacy": { "domain_server_url": "https://l" } } });
     let kept = keep(|call| call.ok(json!({ "task": task, "task_id": TASK }))).await.expect("usable");
-    assert_eq!((kept.task, kept.domain_server.as_deref()), (Some(TaskId(id)), Some("https://l")));
+    assert_eq!((kept.task, kept.data.as_ref().and_then(server_of)), (Some(TaskId(id)), Some("https://l")));
 }
 
 // posemesh.md section 10.3
@@ -341,7 +363,7 @@ async fn a_rejected_token_is_replaced_and_the_request_repeated_once() {
         assert_eq!((call.bearer(), call.json()["progress"].clone()), ("node-3", json!({ "kept": true })));
         call.ok(json!({}));
     });
-    assert_eq!(kept.expect("usable"), Renewal::default());
+    assert_eq!(kept.expect("usable"), unchanged());
 }
 
 // Whoever prints a request shows no token.

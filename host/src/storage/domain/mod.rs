@@ -37,10 +37,10 @@ use url::Url;
 
 use crate::{
     model::{
-        Artifact, ArtifactSpec, Budget, CancelReason, Coordinates, Fetched, HeldLease, InputStream, Materialized,
-        OutputStream, PortError, PortErrorKind, Ports, Setup,
+        Artifact, ArtifactSpec, Budget, CancelReason, Coordinates, DataLocation, Fetched, HeldLease, InputStream,
+        Materialized, OutputStream, PortError, PortErrorKind, Ports, Setup,
     },
-    storage::zip::UnpackLimits,
+    storage::{Storage, zip::UnpackLimits},
     transport::Client,
 };
 
@@ -89,6 +89,26 @@ impl Config {
             parallel_parts: 2,
             info: info::Cache::default(),
         }
+    }
+}
+
+/// Storage on domain servers.
+pub struct DomainStorage {
+    client: Client,
+    config: Arc<Config>,
+}
+
+impl DomainStorage {
+    /// Connects to nobody yet.
+    #[must_use]
+    pub fn new(client: Client, config: Config) -> Self {
+        Self { client, config: Arc::new(config) }
+    }
+}
+
+impl Storage for DomainStorage {
+    fn ports(&self, held: &HeldLease, dir: &Path) -> Arc<dyn Ports> {
+        Arc::new(DomainPorts::new(self.client.clone(), held.clone(), dir.to_owned(), Arc::clone(&self.config)))
     }
 }
 
@@ -151,14 +171,6 @@ impl DomainPorts {
         };
         Self { inner: Arc::new(inner) }
     }
-
-    /// Ends the task's access: running calls fail with [`PortErrorKind::LeaseOver`], unfinished
-    /// uploads are aborted, and this waits until that is done. What was published stays listed.
-    pub async fn close(&self) {
-        self.inner.closed.cancel();
-        self.inner.tracker.close();
-        self.inner.tracker.wait().await;
-    }
 }
 
 impl Drop for DomainPorts {
@@ -195,6 +207,12 @@ impl Ports for DomainPorts {
 
     fn budget(&self) -> &Budget {
         &self.inner.config.budget
+    }
+
+    async fn close(&self) {
+        self.inner.closed.cancel();
+        self.inner.tracker.close();
+        self.inner.tracker.wait().await;
     }
 }
 
@@ -244,7 +262,10 @@ impl Inner {
     async fn coordinates(&self) -> Result<Coordinates, PortError> {
         let refuse = |message: String| PortError::new(PortErrorKind::Setup, message);
         let coordinates = match self.grant.setup().await {
-            Setup::Ready(Ok(coordinates)) => coordinates,
+            Setup::Ready(Ok(DataLocation::DomainServer(coordinates))) => coordinates,
+            Setup::Ready(Ok(other)) => {
+                return Err(refuse(format!("the task's data is not on a domain server: {other:?}")));
+            }
             Setup::Ready(Err(message)) | Setup::Refused(message) => return Err(refuse(message)),
             Setup::Pending => unreachable!("`HeldLease::setup` waits while it is pending"),
         };

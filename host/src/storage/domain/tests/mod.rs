@@ -33,8 +33,8 @@ use uuid::Uuid;
 use super::{Config, DomainPorts};
 use crate::{
     model::{
-        ArtifactSpec, Capability, Coordinates, HeldLease, HeldLeaseWriter, InputStream, Lease, PortError,
-        PortErrorKind, Ports, Setup, TaskId, Token,
+        AnnouncedData, ArtifactSpec, Capability, Coordinates, DataLocation, HeldLease, HeldLeaseWriter, InputStream,
+        Lease, PortError, PortErrorKind, Ports, Setup, TaskId, Token,
     },
     transport::{self, Client},
 };
@@ -135,8 +135,7 @@ fn lease(inputs: &[&str]) -> Lease {
         capability: Capability::parse("/test/storage/v1").expect("a capability"),
         expires_at: None,
         cancelled: false,
-        domain_id: Some(DOMAIN),
-        domain_server: None,
+        data: AnnouncedData::at_server(None, Some(DOMAIN)),
         token: Some(Token::new("t1")),
         token_expires_at: None,
         inputs: inputs.iter().map(ToString::to_string).collect(),
@@ -176,7 +175,9 @@ async fn world_with(change: impl FnOnce(&mut Config)) -> World {
     config.patience = Duration::ZERO;
     change(&mut config);
     let (grant, keys) = HeldLease::new(lease(&[]), Setup::Pending);
-    keys.publish(|now| now.setup = Setup::Ready(Ok(Coordinates { server: url.clone(), domain: DOMAIN })));
+    keys.publish(|now| {
+        now.setup = Setup::Ready(Ok(DataLocation::DomainServer(Coordinates { server: url.clone(), domain: DOMAIN })))
+    });
     let dir = tempfile::tempdir().expect("a temporary directory");
     let client = Client::new(transport::Config::default());
     let ports = DomainPorts::new(client, grant.clone(), dir.path().to_owned(), Arc::new(config));

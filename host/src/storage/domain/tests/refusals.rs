@@ -87,7 +87,9 @@ async fn impossible_artifacts_are_refused_before_any_request() {
 #[tokio::test]
 async fn without_set_up_nothing_is_requested() {
     let world = world().await;
-    let at = |server: &str| Coordinates { server: Url::parse(server).expect("a URL"), domain: DOMAIN };
+    let at = |server: &str| {
+        DataLocation::DomainServer(Coordinates { server: Url::parse(server).expect("a URL"), domain: DOMAIN })
+    };
     for (setup, text) in [
         (Setup::Refused("heartbeat refused (403)".into()), "heartbeat refused (403)"),
         (Setup::Ready(Err("domain_id is missing".into())), "domain_id is missing"),
@@ -148,7 +150,9 @@ async fn a_server_that_is_not_there_is_a_network_error() {
     let address = listener.local_addr().expect("bound");
     drop(listener);
     let server = Url::parse(&format!("http://{address}")).expect("a URL");
-    world.keys.publish(|now| now.setup = Setup::Ready(Ok(Coordinates { server, domain: DOMAIN })));
+    world.keys.publish(|now| {
+        now.setup = Setup::Ready(Ok(DataLocation::DomainServer(Coordinates { server, domain: DOMAIN })))
+    });
     refused(world.ports.materialize("d").await, PortErrorKind::Network, &address.to_string());
 }
 

@@ -1,0 +1,153 @@
+//! Where a task's data is: a value that the control plane's adapter announces and `storage` reads.
+
+use std::path::PathBuf;
+
+use url::Url;
+use uuid::Uuid;
+
+/// Longest part of a URL that an error repeats, in characters.
+const SHOWN_CHARS_MAX: usize = 200;
+
+/// A domain and its server.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Coordinates {
+    /// Base URL of the domain server, `http` or `https`.
+    pub server: Url,
+    /// The domain.
+    pub domain: Uuid,
+}
+
+/// Files of this machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LocalFiles {
+    /// The inputs, in the order of the lease's inputs: `input-0` is the first.
+    pub inputs: Vec<PathBuf>,
+    /// Artifacts appear below this folder under their logical paths.
+    pub out: PathBuf,
+}
+
+/// Where a task's data is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DataLocation {
+    /// On a domain server.
+    DomainServer(Coordinates),
+    /// In files of this machine.
+    LocalFiles(LocalFiles),
+    /// The task has no data: every input and output call fails.
+    None,
+}
+
+/// What a control plane has said so far about the location. A later answer may add or change parts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AnnouncedData {
+    /// Parts of a domain server's coordinates. `None` is a part that is not known yet.
+    DomainServer {
+        /// Base URL, exactly as received.
+        server: Option<String>,
+        /// The domain.
+        domain: Option<Uuid>,
+    },
+    /// Complete from the beginning.
+    Known(DataLocation),
+}
+
+impl AnnouncedData {
+    /// What is known of a domain server.
+    #[must_use]
+    pub fn at_server(server: Option<&str>, domain: Option<Uuid>) -> Self {
+        Self::DomainServer { server: server.map(str::to_owned), domain }
+    }
+
+    /// The domain, as far as it is known.
+    #[must_use]
+    pub fn domain(&self) -> Option<Uuid> {
+        match self {
+            Self::DomainServer { domain, .. } => *domain,
+            Self::Known(DataLocation::DomainServer(coordinates)) => Some(coordinates.domain),
+            Self::Known(DataLocation::LocalFiles(_) | DataLocation::None) => None,
+        }
+    }
+
+    /// Whether no part is missing. A complete one may still be malformed.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        matches!(self, Self::Known(_) | Self::DomainServer { server: Some(_), domain: Some(_) })
+    }
+
+    /// Takes over what a later answer says. Parts that it does not name stay.
+    pub fn update(&mut self, newer: Self) {
+        match (&mut *self, newer) {
+            (Self::DomainServer { server, domain }, Self::DomainServer { server: new_server, domain: new_domain }) => {
+                if new_server.is_some() {
+                    *server = new_server;
+                }
+                *domain = new_domain.or(*domain);
+            }
+            (_, newer) => *self = newer,
+        }
+    }
+
+    /// The location.
+    ///
+    /// # Errors
+    /// One line about the part that is missing or malformed.
+    pub fn resolve(&self) -> Result<DataLocation, String> {
+        let (server, domain) = match self {
+            Self::Known(location) => return Ok(location.clone()),
+            Self::DomainServer { server, domain } => (server, domain),
+        };
+        let server = server.as_deref().filter(|text| !text.trim().is_empty());
+        let text = server.ok_or("lease missing domain_server_url")?;
+        let domain = domain.ok_or("lease missing domain_id")?;
+        match Url::parse(text) {
+            Ok(server) if matches!(server.scheme(), "http" | "https") && server.has_host() => {
+                Ok(DataLocation::DomainServer(Coordinates { server, domain }))
+            }
+            _ => {
+                let shown: String = text.chars().take(SHOWN_CHARS_MAX).collect();
+                Err(format!("domain_server_url {shown:?} is not an absolute http(s) URL"))
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn error_names_the_missing_part() {
+        let id = Some(Uuid::nil());
+        let check = |domain, server: Option<&str>, expected: &str| {
+            let announced = AnnouncedData::at_server(server, domain);
+            let seen = match announced.resolve() {
+                Ok(DataLocation::DomainServer(found)) => found.server.to_string(),
+                Ok(other) => format!("{other:?}"),
+                Err(text) => text,
+            };
+            assert_eq!(seen, expected);
+        };
+        check(id, Some("https://ds.lab.test"), "https://ds.lab.test/");
+        check(id, None, "lease missing domain_server_url");
+        check(id, Some(" "), "lease missing domain_server_url");
+        check(None, None, "lease missing domain_server_url");
+        check(None, Some("https://ds.lab.test"), "lease missing domain_id");
+        check(id, Some("/relative\n"), "domain_server_url \"/relative\\n\" is not an absolute http(s) URL");
+        check(id, Some("ftp://x"), "domain_server_url \"ftp://x\" is not an absolute http(s) URL");
+        check(id, Some("http:"), "domain_server_url \"http:\" is not an absolute http(s) URL");
+    }
+
+    #[test]
+    fn later_answer_changes_only_named_parts() {
+        let parts =
+            |server: Option<&str>, domain| AnnouncedData::DomainServer { server: server.map(str::to_owned), domain };
+        let (first, second) = (Some(Uuid::nil()), Some(Uuid::max()));
+        let mut announced = parts(None, first);
+        assert!(!announced.is_complete());
+        announced.update(parts(Some("https://a"), None));
+        assert_eq!(announced, parts(Some("https://a"), first));
+        announced.update(parts(None, second));
+        assert_eq!(announced, parts(Some("https://a"), second));
+        assert!(announced.is_complete());
+    }
+}
