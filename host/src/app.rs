@@ -8,20 +8,17 @@ use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
 
 use crate::{
-    auth::{self, Auth, Registration},
+    auth::{Auth, Registration},
     config::HostConfig,
     control::ControlSocket,
-    engine::{self, Ended, Engine, Modules, StopSignals},
-    leases::{
-        LeaseSource,
-        dms::{self, Dms},
-    },
-    model::{Budget, Live, Phase, StatusBoard},
+    engine::{Ended, Engine, Modules, StopSignals},
+    leases::{LeaseSource, dms::Dms},
+    model::{Live, Phase, StatusBoard},
     observe::pages::Pages,
     outbox::{self, Outbox, Remaining, StateDir},
     plugins::Plugins,
-    session::{self, Sessions},
-    storage::{self, Disk, DomainStorage, LocalStorage, Scratch, Stores},
+    session::Sessions,
+    storage::{Disk, DomainStorage, LocalStorage, Scratch, Stores},
     transport,
 };
 
@@ -57,14 +54,14 @@ impl Node {
     /// # Errors
     /// When a folder or an address cannot be used.
     pub async fn build(config: HostConfig, plugins: Arc<Plugins>) -> anyhow::Result<Self> {
+        let HostConfig { auth, dms, session, engine, storage, outbox, observe, transport: http, .. } = config;
         #[cfg(unix)]
-        let files = crate::open_files::allow(config.max_concurrency);
+        let files = crate::open_files::allow(engine.slots);
         #[cfg(not(unix))]
         let files = u64::MAX;
-        let state = StateDir::claim(&config.state_dir, CLAIM_PATIENCE).await.context("STATE_DIR cannot be used")?;
-        let scratch = Scratch::open(config.scratch_dir.clone()).context("SCRATCH_DIR cannot be used")?;
+        let state = StateDir::claim(&outbox.state_dir, CLAIM_PATIENCE).await.context("STATE_DIR cannot be used")?;
+        let scratch = Scratch::open(storage.scratch_dir.clone()).context("SCRATCH_DIR cannot be used")?;
         let control = Control::start().context("start the control thread")?;
-        let http = config.transport;
         // The pages, the outbox and what moves data need files too.
         let at_once = usize::try_from(files / 4).unwrap_or(usize::MAX).min(CALLS_MAX);
         // Three clients: a sign-in must not wait for its turn behind a control plane that hangs; and a connection is
@@ -72,39 +69,20 @@ impl Node {
         let sign_in_client = transport::Client::new(http.clone());
         let control_client = transport::Client::new(transport::Config { at_once, ..http.clone() });
         let data_client = transport::Client::new(http);
-        let form = config.registration.word();
-        let auth = Auth::new(
-            auth::Config {
-                dds: config.dds,
-                form: config.registration,
-                sign_in_domain: config.sign_in_domain,
-                reg_secret: config.reg_secret,
-                key: config.key.clone(),
-                version: config.version,
-                capabilities: plugins.serving(),
-                register_interval: config.register_interval,
-                register_max_retry: config.register_max_retry,
-                token_safety_ratio: config.token_safety_ratio,
-                token_max_retries: config.token_max_retries,
-                token_jitter: config.token_jitter,
-                request_timeout: config.request_timeout,
-            },
-            sign_in_client,
-        );
-        let plane = config.dms.to_string();
-        let dms = dms::Config { base: config.dms, request_timeout: config.request_timeout };
+        let (form, node) = (auth.form.word(), auth.key.address().to_owned());
+        let auth = Auth::new(auth, plugins.serving(), sign_in_client);
+        let plane = dms.base.to_string();
         let source: Arc<dyn LeaseSource> = Arc::new(Dms::new(dms, control_client, auth.tokens()));
-        let timing = session::Config {
-            min_ratio: config.heartbeat_ratios.0,
-            max_ratio: config.heartbeat_ratios.1,
-            coalesce: config.heartbeat_coalesce,
-        };
         let listings = serde_json::to_value(plugins.listings()).unwrap_or_default();
         let capabilities = plugins.capabilities().iter().map(ToString::to_string).collect();
-        let board = StatusBoard::new(config.key.address().to_owned(), config.max_concurrency, capabilities, listings);
-        board.change(|status| status.registration_form = form);
-        board.change(|status| status.stale_calls = Live(Plugins::stale_calls));
-        board.change(|status| status.stuck_runners = Live(Plugins::stuck_runners));
+        let board = StatusBoard::new(node.clone(), engine.slots, capabilities, listings);
+        let budget = storage.domain.budget.clone();
+        board.change(|status| {
+            status.registration_form = form;
+            status.stale_calls = Live(Plugins::stale_calls);
+            status.stuck_runners = Live(Plugins::stuck_runners);
+            status.memory = budget;
+        });
         #[cfg(unix)]
         let socket = match ControlSocket::open(state.path()) {
             Ok(socket) => Some(socket),
@@ -117,56 +95,34 @@ impl Node {
             outbox::Config {
                 state,
                 plane,
-                node: config.key.address().to_owned(),
-                max: config.outbox_max,
+                node,
+                max: outbox.max,
                 // The next task of each slot may end while the last one's report is on its way.
-                senders: config.max_concurrency.saturating_mul(2).max(8),
+                senders: engine.slots.saturating_mul(2).max(8),
             },
             Arc::clone(&source),
             board.clone(),
         )
         .context("STATE_DIR cannot be used")?;
-        let pages = Pages::bind(config.http_bind, board.clone(), auth.visits())
+        let pages = Pages::bind(observe.http_bind, board.clone(), auth.visits())
             .await
-            .with_context(|| format!("HTTP_BIND {} cannot be bound", config.http_bind))?;
-        let disk = Disk::new(config.scratch_dir, config.disk_free_min);
-        let mut storage = storage::Config::new(config.client_id);
-        storage.domain_hosts = config.domain_hosts;
-        storage.stall = config.transfer_stall;
-        storage.request_timeout = config.transfer_stall; // an answer that does not come is silence too
-        storage.patience = config.transfer_patience;
-        storage.budget = Budget::new(config.memory_budget);
-        storage.unpack = storage::UnpackLimits {
-            files: config.unpack_files_max,
-            bytes: config.unpack_bytes_max,
-            ratio: config.unpack_ratio_max,
-        };
-        let (budget, unpack) = (storage.budget.clone(), storage.unpack.clone());
-        let memory = budget.clone();
-        board.change(|status| status.memory = memory);
+            .with_context(|| format!("HTTP_BIND {} cannot be bound", observe.http_bind))?;
+        let disk = Disk::new(storage.scratch_dir, storage.disk_free_min);
         let modules = Modules {
-            sessions: Sessions::new(Arc::clone(&source), timing, control.handle.clone()),
+            sessions: Sessions::new(Arc::clone(&source), session, control.handle.clone()),
             source,
             storage: Stores::new(
                 scratch,
                 disk.clone(),
-                DomainStorage::new(data_client, storage),
-                LocalStorage::new(budget.clone(), unpack),
+                LocalStorage::new(storage.domain.budget.clone(), storage.domain.unpack.clone()),
+                DomainStorage::new(data_client, storage.domain),
             ),
             outbox: outbox.clone(),
             plugins: Arc::clone(&plugins),
             board: board.clone(),
             workers: Handle::current(),
         };
-        let engine = Engine::new(
-            modules,
-            engine::Config {
-                slots: config.max_concurrency,
-                poll_backoff: config.poll_backoff,
-                drain_timeout: config.drain_timeout,
-                cancel_grace: config.cancel_grace,
-            },
-        );
+        let engine = Engine::new(modules, engine);
         Ok(Self {
             engine,
             auth,

@@ -33,7 +33,11 @@ const RULES: &[Rule] = &[
         &["crash", "leases", "model", "outbox", "plugins", "session", "storage"],
         "takes a task through the rooms",
     ),
-    ("config", &["auth", "transport"], "checks keys and addresses with the types of those who use them"),
+    (
+        "config",
+        &["auth", "engine", "leases", "model", "observe", "outbox", "plugins", "session", "storage", "transport"],
+        "fills the part of the configuration that each module owns",
+    ),
     ("dev", &["leases", "model", "transport"], "the other side of the wire, in the same wire types; calls nodes back"),
     (
         "app",

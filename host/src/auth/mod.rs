@@ -73,8 +73,6 @@ pub struct Config {
     pub key: NodeKey,
     /// Version announced, semver without a leading `v`.
     pub version: String,
-    /// What this node serves just now. Sent sorted and without doubles, again after every change.
-    pub capabilities: watch::Receiver<Vec<Capability>>,
     /// How long a registration counts before it is repeated, and the pause after a conflict or a
     /// refusal that will not pass by itself.
     pub register_interval: Duration,
@@ -90,9 +88,32 @@ pub struct Config {
     pub request_timeout: Duration,
 }
 
+impl Config {
+    /// The usual settings of a wallet.
+    #[must_use]
+    pub fn new(dds: Url, key: NodeKey) -> Self {
+        Self {
+            dds,
+            form: Form::Wallet,
+            sign_in_domain: None,
+            reg_secret: SecretString::default(),
+            key,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            register_interval: Duration::from_secs(120),
+            register_max_retry: -1,
+            token_safety_ratio: 0.75,
+            token_max_retries: 3,
+            token_jitter: Duration::from_millis(500),
+            request_timeout: Duration::from_secs(60),
+        }
+    }
+}
+
 /// Registration and login of this node, not started.
 pub struct Auth {
     config: Config,
+    /// What this node serves now.
+    capabilities: watch::Receiver<Vec<Capability>>,
     dds: dds::Dds,
     desk: tokens::TokenIssuer,
     door: Arc<health_checks::CallbackGate>,
@@ -103,12 +124,15 @@ pub struct Auth {
 
 impl Auth {
     /// Makes the room; no call is made before [`Auth::run`].
+    ///
+    /// `capabilities` are what this node serves now. They are sent sorted and without duplicates, and again after
+    /// every change.
     #[must_use]
-    pub fn new(config: Config, client: transport::Client) -> Self {
+    pub fn new(config: Config, capabilities: watch::Receiver<Vec<Capability>>, client: transport::Client) -> Self {
         let door = health_checks::CallbackGate::new();
         let dds = dds::Dds::new(&config, client, Arc::clone(&door));
         let status = watch::Sender::new(Registration::default());
-        Self { config, dds, desk: tokens::TokenIssuer::new(), door, status, doubted: Notify::new() }
+        Self { config, capabilities, dds, desk: tokens::TokenIssuer::new(), door, status, doubted: Notify::new() }
     }
 
     /// Where others get the node token.

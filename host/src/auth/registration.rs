@@ -215,7 +215,7 @@ impl Auth {
 
     /// One attempt in the form of the configuration; what was registered.
     async fn attempt(&self) -> Result<Vec<Capability>, Failure> {
-        let mut served = self.config.capabilities.borrow().clone();
+        let mut served = self.capabilities.borrow().clone();
         served.sort();
         served.dedup();
         if served.is_empty() {
@@ -273,7 +273,7 @@ impl Auth {
     }
 
     async fn serves_other_than(&self, served: &[Capability]) {
-        let mut now = self.config.capabilities.clone();
+        let mut now = self.capabilities.clone();
         let other = |now: &Vec<Capability>| {
             let mut now = now.clone();
             now.sort();

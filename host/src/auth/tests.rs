@@ -29,9 +29,13 @@ struct World {
 
 impl World {
     async fn start(adjust: impl FnOnce(&mut Config)) -> Self {
+        Self::serving(&["/b/v1", "/a/v1", "/b/v1"], adjust).await
+    }
+
+    async fn serving(names: &[&str], adjust: impl FnOnce(&mut Config)) -> Self {
         let dds = Service::start().await;
-        let names = ["/b/v1", "/a/v1", "/b/v1"].map(|name| name.parse().expect("a name"));
-        let (capabilities, served) = watch::channel(names.to_vec());
+        let names = names.iter().map(|name| name.parse().expect("a name"));
+        let (capabilities, served) = watch::channel(names.collect());
         let mut config = Config {
             form: Form::Wallet,
             sign_in_domain: None,
@@ -39,7 +43,6 @@ impl World {
             reg_secret: "top-secret-registration".into(),
             key: key::tests::vector_key(),
             version: "1.2.3".into(),
-            capabilities: served,
             register_interval: Duration::from_secs(120),
             register_max_retry: -1,
             token_safety_ratio: 0.75,
@@ -48,7 +51,7 @@ impl World {
             request_timeout: Duration::from_secs(20),
         };
         adjust(&mut config);
-        let auth = Auth::new(config, transport::Client::new(transport::Config::default()));
+        let auth = Auth::new(config, served, transport::Client::new(transport::Config::default()));
         let (tokens, status, stop) = (auth.tokens(), auth.status(), CancellationToken::new());
         let visits = auth.visits();
         let room = AbortOnDropHandle::new(tokio::spawn(auth.run(stop.clone())));
@@ -278,7 +281,7 @@ async fn retry_after_is_honoured() {
 
 #[tokio::test]
 async fn nothing_to_serve_is_said_without_a_request() {
-    let mut world = World::start(|config| config.capabilities = watch::Sender::new(Vec::new()).subscribe()).await;
+    let mut world = World::serving(&[], |_| {}).await;
     let seen = world.until(RegistrationState::Disconnected).await;
     assert_eq!(seen.error.as_deref(), Some("there is no capability to register; load a plugin"));
     assert!(world.dds.waiting().is_none());

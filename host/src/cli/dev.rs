@@ -13,7 +13,7 @@ use super::{Exit, PluginArgs, block_on, counted, no_text, put, run::checked, sig
 use crate::{
     app::Node,
     auth::NodeKey,
-    config::{HostConfig, Layers, Mistakes, Origin, Secrets, folder_trouble, own_scratch_dir, plugin_init_timeout},
+    config::{HostConfig, Layers, Mistakes, Origin, Secrets, folder_trouble, own_scratch_dir},
     dev::{self, DevError, Faults, WireForm, World},
     engine::{Ended, StopSignals},
     plugins::Plugins,
@@ -62,12 +62,12 @@ pub(super) fn run(args: Args, layers: Layers) -> anyhow::Result<Exit> {
 }
 
 async fn live(args: Args, layers: Layers) -> anyhow::Result<Exit> {
-    let limit = plugin_init_timeout(&layers)?;
+    let options = HostConfig::some(&layers, &["plugins"])?.plugins;
     look(&args, &layers)?;
     let faults = args.faults.as_deref().map(Faults::read).transpose()?.unwrap_or_default();
     let stops = StopSignals::default();
     signals::listen(stops.clone())?;
-    let plugins = if args.no_node { None } else { Some(Arc::new(args.plugins.load(64, None, limit)?)) };
+    let plugins = if args.no_node { None } else { Some(Arc::new(args.plugins.load(64, &options)?)) };
     // What lasts no longer than this process; the next one removes what a killed one left.
     let folder = Scratch::open(own_scratch_dir()?).context("make a temporary folder")?;
     let world = start(&args, &faults, folder.path()).await?;

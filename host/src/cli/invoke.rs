@@ -11,7 +11,7 @@ use super::{
     unreadable,
 };
 use crate::{
-    config::{Layers, folder_trouble, own_scratch_dir, plugin_init_timeout},
+    config::{HostConfig, Layers, folder_trouble, own_scratch_dir},
     model::{
         Budget, CancelReason, Capability, DataLocation, HeldLease, Lease, LocalFiles, Outcome, Ports, Setup, TaskId,
     },
@@ -58,7 +58,7 @@ pub(super) fn run(args: Args, layers: &Layers) -> anyhow::Result<Exit> {
         return Err(anyhow::anyhow!("--out {}: {why}", args.out.display()).context(Exit::Usage));
     }
     let data = reserve_stdout()?;
-    let plugins = args.plugins.load(1, None, plugin_init_timeout(layers)?)?;
+    let plugins = args.plugins.load(1, &HostConfig::some(layers, &["plugins"])?.plugins)?;
     if let Some(exit) = nothing_to_serve(&plugins) {
         return Ok(exit);
     }

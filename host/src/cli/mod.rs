@@ -24,7 +24,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use uuid::Uuid;
 
 use crate::{
-    config::{Key, Layers, Mistakes, Origin, Secrets, kernel_trouble, transport_settings},
+    config::{HostConfig, Key, Layers, Mistakes, Origin, Secrets, kernel_trouble},
     dev::DevError,
     model::{Capability, in_a_line},
     observe::logs::{self, Format},
@@ -141,7 +141,7 @@ fn execute(cli: Cli, secrets: &Secrets) -> Exit {
     let ended = laid.and_then(|()| match cli.command {
         Command::Run(args) => run::run(&args, &layers, secrets),
         Command::Dev(args) => dev::run(args, layers),
-        Command::Submit(args) => block_on(submit::run(*args, transport_settings(&layers)?)),
+        Command::Submit(args) => block_on(submit::run(*args, HostConfig::some(&layers, &["transport"])?.transport)),
         Command::Invoke(args) => invoke::run(args, &layers),
         Command::Plugins(command) => plugins::run(command, &layers),
         Command::Config(command) => config::run(&command, &layers, secrets),
@@ -387,19 +387,18 @@ impl PluginArgs {
     fn load(
         &self,
         max_concurrency: usize,
-        noop_sleep: Option<f64>,
-        init_limit: Duration,
+        options: &crate::plugins::Options,
     ) -> anyhow::Result<crate::plugins::Plugins> {
         let (places, mut file) = self.resolve()?;
-        if let Some(sleep) = noop_sleep {
-            file.list_noop(sleep);
+        if options.noop {
+            file.list_noop(options.noop_sleep_secs);
         }
         Ok(crate::plugins::Plugins::load(&crate::plugins::Config {
             places,
             file,
             max_concurrency,
             log_level: logs::plugin_level(),
-            init_limit,
+            init_limit: options.init_timeout,
         })?)
     }
 }

@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::{Exit, Output, block_on, complain, counted, put, table, tell};
 use crate::{
-    config::{self, Layers},
+    config::{HostConfig, Layers},
     control::{Reports, Wanted, client},
     outbox::{Listing, OfflineOutbox, OfflineOutboxError, StateError},
 };
@@ -69,7 +69,7 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
     let (Command::List { place } | Command::Retry { place, .. } | Command::Drop { place, .. }) = command;
     let folder = match &place.state_dir {
         Some(folder) => folder.clone(),
-        None => config::state_dir(layers)?,
+        None => HostConfig::some(layers, &["state"])?.outbox.state_dir,
     };
     let tasks = match command {
         Command::List { .. } => None,

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::{Exit, Output, PluginArgs, complain, one_line, put, reserve_stdout, table, tell};
 use crate::{
-    config::{Layers, plugin_init_timeout},
+    config::{HostConfig, Layers},
     plugins::{Listing, ScaffoldError, create, inspect_file},
 };
 
@@ -52,7 +52,7 @@ pub(super) fn run(command: Command, layers: &Layers) -> anyhow::Result<Exit> {
 
 fn list(args: &PluginArgs, output: Output, layers: &Layers) -> anyhow::Result<Exit> {
     let data = reserve_stdout()?;
-    let plugins = args.load(1, None, plugin_init_timeout(layers)?)?;
+    let plugins = args.load(1, &HostConfig::some(layers, &["plugins"])?.plugins)?;
     let listings = plugins.listings();
     match output {
         Output::Json => put(data, &format!("{}\n", serde_json::to_string(&listings)?))?,

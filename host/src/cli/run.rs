@@ -109,7 +109,7 @@ pub(super) fn checked(layers: &Layers, secrets: &Secrets, plugins: &PluginArgs) 
 
 pub(super) fn run(args: &Args, layers: &Layers, secrets: &Secrets) -> anyhow::Result<Exit> {
     let config = checked(layers, secrets, &args.plugins)?;
-    if config.scratch_dir == default_scratch_dir() {
+    if config.storage.scratch_dir == default_scratch_dir() {
         own_scratch_dir()?;
     }
     for warning in &config.warnings {
@@ -119,7 +119,7 @@ pub(super) fn run(args: &Args, layers: &Layers, secrets: &Secrets) -> anyhow::Re
         let stops = StopSignals::default();
         // Before the plugins: they may take their time, and a signal meanwhile ends a node that never began.
         signals::listen(stops.clone())?;
-        let plugins = Arc::new(args.plugins.load(config.max_concurrency, config.noop, config.plugin_init_timeout)?);
+        let plugins = Arc::new(args.plugins.load(config.engine.slots, &config.plugins)?);
         if let Some(exit) = nothing_to_serve(&plugins) {
             return Ok(exit);
         }

@@ -1,5 +1,13 @@
-//! Every setting: its names, what it does, its default. The parser, the configuration file, `config
-//! show`, the help and the documents read this one table.
+//! Every setting: its names, what it does, its default, and where its value goes.
+//!
+//! The parser, the configuration file, `config show`, the help and the documents read this one table.
+//! A new setting is one row here, and one field in the `Config` of the module that uses it.
+
+use super::{HostConfig, parser::Parser};
+use crate::{engine, model::Budget, outbox};
+
+/// Reads the setting of this name and stores its value in the part of the module that uses it.
+type Fill = fn(&mut HostConfig, &mut Parser<'_>, &str);
 
 /// One setting.
 pub struct Key {
@@ -15,6 +23,8 @@ pub struct Key {
     pub required: bool,
     /// One line for people.
     pub help: &'static str,
+    /// Reads it. Runs in the order of the table.
+    pub(super) fill: Fill,
 }
 
 /// What a value may be.
@@ -98,67 +108,126 @@ const fn key(
     kind: Kind,
     default: Option<&'static str>,
     help: &'static str,
+    fill: Fill,
 ) -> Key {
-    Key { name, file, kind, default, required: false, help }
+    Key { name, file, kind, default, required: false, help, fill }
 }
 
-const fn required(name: &'static str, file: &'static str, kind: Kind, help: &'static str) -> Key {
-    Key { name, file, kind, default: None, required: true, help }
+const fn required(name: &'static str, file: &'static str, kind: Kind, help: &'static str, fill: Fill) -> Key {
+    Key { name, file, kind, default: None, required: true, help, fill }
 }
+
+/// For a setting that is read with another one, or before the node's configuration.
+const ELSEWHERE: Fill = |_, _, _| {};
 
 use Kind::{Address, Duration, List, Number, Path, Proxy, Secret, Size, Switch, Text, Url, Whole};
 
 /// All settings, in the order they are shown.
-#[rustfmt::skip] // a row is a line
+#[rustfmt::skip] // a row is two lines: what it is, where its value goes
 pub const KEYS: &[Key] = &[
-    required("DMS_BASE_URL", "source.dms.base_url", Url, "base URL of the task service, such as https://plane.example/v1"),
-    required("DDS_BASE_URL", "dds.base_url", Url, "base URL of the sign-in service"),
-    required("REG_SECRET", "dds.reg_secret", Secret, "registration secret of this node"),
-    key("REG_SECRET_FILE", "dds.reg_secret_file", Path, None, "file that holds the registration secret instead"),
-    required("SECP256K1_PRIVHEX", "dds.secp256k1_privhex", Secret, "private key of this node, 32 bytes of hex"),
-    key("SECP256K1_PRIVHEX_FILE", "dds.secp256k1_privhex_file", Path, None, "file that holds the private key instead"),
-    key("NODE_URL", "node.url", Url, None, "URL at which the sign-in service reaches this node's pages; needs HTTP_BIND to serve it"),
-    key("REGISTRATION", "dds.registration", Text, None, "wallet or callback; callback where NODE_URL is set, else wallet"),
-    key("SIGN_IN_DOMAIN", "dds.sign_in_domain", Text, None, "the only domain sign-in messages may be for; that of DDS_BASE_URL where unset"),
-    key("NODE_VERSION", "node.version", Text, None, "version announced at registration; the host's own where unset"),
-    key("HTTP_BIND", "http.bind", Address, Some("127.0.0.1:8080"), "where /health, /ready, /status.json and the registration callback are served"),
-    key("MAX_CONCURRENCY", "engine.max_concurrency", Whole, Some("1"), "tasks run at once"),
-    key("REQUEST_TIMEOUT_SECS", "source.dms.request_timeout_secs", Whole, Some("60"), "limit of one call to the control plane, in seconds; at least 1"),
-    key("REGISTER_INTERVAL_SECS", "dds.register_interval_secs", Whole, Some("120"), "when a registration is repeated, and the pause after a refused one, in seconds; at least 1"),
-    key("REGISTER_MAX_RETRY", "dds.register_max_retry", Whole, Some("-1"), "failed registrations in a row before a full pause; -1: never"),
-    key("HEARTBEAT_MIN_RATIO", "heartbeat.min_ratio", Number, Some("0.25"), "earliest heartbeat, as a share of the remaining lease"),
-    key("HEARTBEAT_MAX_RATIO", "heartbeat.max_ratio", Number, Some("0.35"), "latest heartbeat, as a share of the remaining lease"),
-    key("HEARTBEAT_JITTER_MS", "heartbeat.coalesce_ms", Whole, Some("250"), "how long progress is gathered before a heartbeat, in milliseconds"),
-    key("POLL_BACKOFF_MS_MIN", "source.dms.poll_backoff_ms.min", Whole, Some("1000"), "shortest pause after an empty poll, in milliseconds"),
-    key("POLL_BACKOFF_MS_MAX", "source.dms.poll_backoff_ms.max", Whole, Some("30000"), "longest pause after an empty poll, in milliseconds"),
-    key("TOKEN_SAFETY_RATIO", "dds.token.safety_ratio", Number, Some("0.75"), "share of a node token's life after which it is renewed"),
-    key("TOKEN_REAUTH_MAX_RETRIES", "dds.token.max_retries", Whole, Some("3"), "repeats of a failed login before it counts as failed"),
-    key("TOKEN_REAUTH_JITTER_MS", "dds.token.jitter_ms", Whole, Some("500"), "spread of login repeats and renewals, in milliseconds"),
-    key("DRAIN_TIMEOUT", "engine.drain_timeout", Duration, Some("30s"), "how long running tasks may go on after the first signal"),
-    key("PLUGIN_INIT_TIMEOUT", "plugins.init_timeout", Duration, Some("10s"), "how long a plugin may take to open and initialise"),
-    key("CANCEL_GRACE", "engine.cancel_grace", Duration, Some("10s"), "how long a cancelled runner may take to return"),
-    key("SCRATCH_DIR", "storage.scratch_dir", Path, None, "where task directories are made; below the system's temporary folder where unset"),
-    key("DISK_FREE_MIN", "storage.disk_free_min", Size, Some("1GiB"), "free space below SCRATCH_DIR under which nothing new is leased; 0: any"),
-    key("STATE_DIR", "state.dir", Path, None, "what must survive a restart, one folder a node; runner-host below $XDG_STATE_HOME or ~/.local/state where unset"),
-    key("OUTBOX_MAX", "outbox.max", Whole, Some("1000"), "reports not yet accepted from which on nothing new is leased"),
-    key("TRANSFER_STALL_TIMEOUT", "storage.stall_timeout", Duration, Some("30s"), "how long a transfer may be silent before it counts as broken"),
-    key("TRANSFER_PATIENCE", "storage.patience", Duration, Some("2m"), "how long a transfer in which nothing moves is tried again"),
-    key("MEMORY_BUDGET", "storage.memory_budget", Size, Some("1GiB"), "most bytes on their way to and from runners in memory at once; objects beyond it are refused"),
-    key("UNPACK_FILES_MAX", "storage.unpack.files_max", Whole, Some("65536"), "most files and folders a zip input may hold"),
-    key("UNPACK_BYTES_MAX", "storage.unpack.bytes_max", Size, Some("16GiB"), "most bytes a zip input may unpack to"),
-    key("UNPACK_RATIO_MAX", "storage.unpack.ratio_max", Whole, Some("200"), "how many times its own size a zip input may unpack to, beyond 16 MiB"),
-    key("CLIENT_ID", "storage.client_id", Text, None, "identifies this node to domain servers; random per start where unset"),
-    key("DOMAIN_HOSTS", "storage.domain_hosts", List, None, "domain servers the node may talk to, comma separated; any where unset"),
-    key("ALLOW_INSECURE_HTTP", "transport.allow_insecure_http", Switch, Some("false"), "allow plain http to hosts other than loopback"),
-    key("CA_BUNDLE", "transport.ca_bundle", Path, None, "PEM file of certificate authorities to trust beside the system's"),
-    key("HTTPS_PROXY", "transport.https_proxy", Proxy, None, "proxy for https, such as http://proxy.example:3128"),
-    key("HTTP_PROXY", "transport.http_proxy", Proxy, None, "proxy for plain http"),
-    key("ALL_PROXY", "transport.all_proxy", Proxy, None, "proxy where the two above are unset"),
-    key("NO_PROXY", "transport.no_proxy", List, None, "hosts, domains and networks reached without a proxy, comma separated; *: all; loopback always is"),
-    key("ENABLE_NOOP", "noop.enabled", Switch, Some("false"), "load the packaged noop plugin as if it were listed"),
-    key("NOOP_SLEEP_SECS", "noop.sleep_secs", Number, Some("5"), "how long a noop task takes, in seconds"),
-    key("LOG_FORMAT", "telemetry.log_format", Text, None, "json or text; json for `run`, text for other commands where unset"),
-    key("RUST_LOG", "telemetry.log_filter", Text, Some("info"), "log filter"),
+    required("DMS_BASE_URL", "source.dms.base_url", Url, "base URL of the task service, such as https://plane.example/v1",
+        |c, p, name| c.dms.base = p.url(name).unwrap_or_else(super::placeholder)),
+    required("DDS_BASE_URL", "dds.base_url", Url, "base URL of the sign-in service",
+        |c, p, name| c.auth.dds = p.url(name).unwrap_or_else(super::placeholder)),
+    required("REG_SECRET", "dds.reg_secret", Secret, "registration secret of this node",
+        |c, p, name| c.auth.reg_secret = p.secret(name)),
+    key("REG_SECRET_FILE", "dds.reg_secret_file", Path, None, "file that holds the registration secret instead",
+        ELSEWHERE),
+    required("SECP256K1_PRIVHEX", "dds.secp256k1_privhex", Secret, "private key of this node, 32 bytes of hex",
+        |c, p, name| p.node_key(name, &mut c.auth.key)),
+    key("SECP256K1_PRIVHEX_FILE", "dds.secp256k1_privhex_file", Path, None, "file that holds the private key instead",
+        ELSEWHERE),
+    key("NODE_URL", "node.url", Url, None, "URL at which the sign-in service reaches this node's pages; needs HTTP_BIND to serve it",
+        ELSEWHERE),
+    key("REGISTRATION", "dds.registration", Text, None, "wallet or callback; callback where NODE_URL is set, else wallet",
+        ELSEWHERE),
+    key("SIGN_IN_DOMAIN", "dds.sign_in_domain", Text, None, "the only domain sign-in messages may be for; that of DDS_BASE_URL where unset",
+        |c, p, name| c.auth.sign_in_domain = p.optional(name).map(str::to_owned)),
+    key("NODE_VERSION", "node.version", Text, None, "version announced at registration; the host's own where unset",
+        |c, p, name| c.auth.version = p.version(name)),
+    key("HTTP_BIND", "http.bind", Address, Some("127.0.0.1:8080"), "where /health, /ready, /status.json and the registration callback are served",
+        |c, p, name| c.observe.http_bind = p.address(name)),
+    key("MAX_CONCURRENCY", "engine.max_concurrency", Whole, Some("1"), "tasks run at once",
+        |c, p, name| c.engine.slots = p.count(name, engine::SLOTS_MAX)),
+    key("REQUEST_TIMEOUT_SECS", "source.dms.request_timeout_secs", Whole, Some("60"), "limit of one call to the control plane, in seconds; at least 1",
+        |c, p, name| {
+            c.dms.request_timeout = p.seconds(name);
+            c.auth.request_timeout = c.dms.request_timeout;
+        }),
+    key("REGISTER_INTERVAL_SECS", "dds.register_interval_secs", Whole, Some("120"), "when a registration is repeated, and the pause after a refused one, in seconds; at least 1",
+        |c, p, name| c.auth.register_interval = p.seconds(name)),
+    key("REGISTER_MAX_RETRY", "dds.register_max_retry", Whole, Some("-1"), "failed registrations in a row before a full pause; -1: never",
+        |c, p, name| c.auth.register_max_retry = p.retries(name)),
+    key("HEARTBEAT_MIN_RATIO", "heartbeat.min_ratio", Number, Some("0.25"), "earliest heartbeat, as a share of the remaining lease",
+        |c, p, name| c.session.min_ratio = p.ratio(name)),
+    key("HEARTBEAT_MAX_RATIO", "heartbeat.max_ratio", Number, Some("0.35"), "latest heartbeat, as a share of the remaining lease",
+        |c, p, name| c.session.max_ratio = p.ratio(name)),
+    key("HEARTBEAT_JITTER_MS", "heartbeat.coalesce_ms", Whole, Some("250"), "how long progress is gathered before a heartbeat, in milliseconds",
+        |c, p, name| c.session.coalesce = p.milliseconds(name)),
+    key("POLL_BACKOFF_MS_MIN", "source.dms.poll_backoff_ms.min", Whole, Some("1000"), "shortest pause after an empty poll, in milliseconds",
+        |c, p, name| c.engine.poll_backoff.0 = p.milliseconds(name)),
+    key("POLL_BACKOFF_MS_MAX", "source.dms.poll_backoff_ms.max", Whole, Some("30000"), "longest pause after an empty poll, in milliseconds",
+        |c, p, name| c.engine.poll_backoff.1 = p.milliseconds(name)),
+    key("TOKEN_SAFETY_RATIO", "dds.token.safety_ratio", Number, Some("0.75"), "share of a node token's life after which it is renewed",
+        |c, p, name| c.auth.token_safety_ratio = p.ratio(name)),
+    key("TOKEN_REAUTH_MAX_RETRIES", "dds.token.max_retries", Whole, Some("3"), "repeats of a failed login before it counts as failed",
+        |c, p, name| c.auth.token_max_retries = p.number(name, "a number of repeats", 3)),
+    key("TOKEN_REAUTH_JITTER_MS", "dds.token.jitter_ms", Whole, Some("500"), "spread of login repeats and renewals, in milliseconds",
+        |c, p, name| c.auth.token_jitter = p.milliseconds(name)),
+    key("DRAIN_TIMEOUT", "engine.drain_timeout", Duration, Some("30s"), "how long running tasks may go on after the first signal",
+        |c, p, name| c.engine.drain_timeout = p.duration(name)),
+    key("PLUGIN_INIT_TIMEOUT", "plugins.init_timeout", Duration, Some("10s"), "how long a plugin may take to open and initialise",
+        |c, p, name| c.plugins.init_timeout = p.duration_above_zero(name)),
+    key("CANCEL_GRACE", "engine.cancel_grace", Duration, Some("10s"), "how long a cancelled runner may take to return",
+        |c, p, name| c.engine.cancel_grace = p.duration(name)),
+    key("SCRATCH_DIR", "storage.scratch_dir", Path, None, "where task directories are made; below the system's temporary folder where unset",
+        |c, p, _| c.storage.scratch_dir = p.scratch_dir()),
+    key("DISK_FREE_MIN", "storage.disk_free_min", Size, Some("1GiB"), "free space below SCRATCH_DIR under which nothing new is leased; 0: any",
+        |c, p, name| c.storage.disk_free_min = p.size(name)),
+    key("STATE_DIR", "state.dir", Path, None, "what must survive a restart, one folder a node; runner-host below $XDG_STATE_HOME or ~/.local/state where unset",
+        |c, p, _| c.outbox.state_dir = p.state_dir()),
+    key("OUTBOX_MAX", "outbox.max", Whole, Some("1000"), "reports not yet accepted from which on nothing new is leased",
+        |c, p, name| c.outbox.max = p.count(name, outbox::REPORTS_MAX)),
+    key("TRANSFER_STALL_TIMEOUT", "storage.stall_timeout", Duration, Some("30s"), "how long a transfer may be silent before it counts as broken",
+        |c, p, name| {
+            c.storage.domain.stall = p.duration_above_zero(name);
+            // An answer that does not come is a stall too.
+            c.storage.domain.request_timeout = c.storage.domain.stall;
+        }),
+    key("TRANSFER_PATIENCE", "storage.patience", Duration, Some("2m"), "how long a transfer in which nothing moves is tried again",
+        |c, p, name| c.storage.domain.patience = p.duration(name)),
+    key("MEMORY_BUDGET", "storage.memory_budget", Size, Some("1GiB"), "most bytes on their way to and from runners in memory at once; objects beyond it are refused",
+        |c, p, name| c.storage.domain.budget = Budget::new(p.size_above_zero(name))),
+    key("UNPACK_FILES_MAX", "storage.unpack.files_max", Whole, Some("65536"), "most files and folders a zip input may hold",
+        |c, p, name| c.storage.domain.unpack.files = p.number(name, "a whole number", 0)),
+    key("UNPACK_BYTES_MAX", "storage.unpack.bytes_max", Size, Some("16GiB"), "most bytes a zip input may unpack to",
+        |c, p, name| c.storage.domain.unpack.bytes = p.size_above_zero(name)),
+    key("UNPACK_RATIO_MAX", "storage.unpack.ratio_max", Whole, Some("200"), "how many times its own size a zip input may unpack to, beyond 16 MiB",
+        |c, p, name| c.storage.domain.unpack.ratio = p.number(name, "a whole number", 0)),
+    key("CLIENT_ID", "storage.client_id", Text, None, "identifies this node to domain servers; random per start where unset",
+        |c, p, name| p.header_text(name, &mut c.storage.domain.client_id)),
+    key("DOMAIN_HOSTS", "storage.domain_hosts", List, None, "domain servers the node may talk to, comma separated; any where unset",
+        |c, p, name| c.storage.domain.domain_hosts = p.hosts(name)),
+    key("ALLOW_INSECURE_HTTP", "transport.allow_insecure_http", Switch, Some("false"), "allow plain http to hosts other than loopback",
+        |c, p, name| c.transport.allow_insecure_http = p.flag(name)),
+    key("CA_BUNDLE", "transport.ca_bundle", Path, None, "PEM file of certificate authorities to trust beside the system's",
+        |c, p, name| c.transport.roots = p.roots(name)),
+    key("HTTPS_PROXY", "transport.https_proxy", Proxy, None, "proxy for https, such as http://proxy.example:3128",
+        ELSEWHERE),
+    key("HTTP_PROXY", "transport.http_proxy", Proxy, None, "proxy for plain http",
+        ELSEWHERE),
+    key("ALL_PROXY", "transport.all_proxy", Proxy, None, "proxy where the two above are unset",
+        ELSEWHERE),
+    key("NO_PROXY", "transport.no_proxy", List, None, "hosts, domains and networks reached without a proxy, comma separated; *: all; loopback always is",
+        |c, p, _| c.transport.proxies = p.proxies()),
+    key("ENABLE_NOOP", "noop.enabled", Switch, Some("false"), "load the packaged noop plugin as if it were listed",
+        |c, p, name| c.plugins.noop = p.flag(name)),
+    key("NOOP_SLEEP_SECS", "noop.sleep_secs", Number, Some("5"), "how long a noop task takes, in seconds",
+        |c, p, name| c.plugins.noop_sleep_secs = p.fractional_seconds(name)),
+    key("LOG_FORMAT", "telemetry.log_format", Text, None, "json or text; json for `run`, text for other commands where unset",
+        |_, p, _| p.look_at_log_format()),
+    key("RUST_LOG", "telemetry.log_filter", Text, Some("info"), "log filter",
+        ELSEWHERE),
 ];
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use super::parser::{Parser, Remark};
 use crate::auth::Form;
 
 /// Reads `REGISTRATION` and `NODE_URL`; mistakes are noted and the wallet form stands in for them.
-pub(super) fn registration(parser: &mut Parser<'_>, bind: SocketAddr, dds: Option<&Url>) -> Form {
+pub(super) fn registration(parser: &mut Parser<'_>, bind: SocketAddr, dds: &Url) -> Form {
     let wanted = parser.value("REGISTRATION", "wallet or callback", None, |text| match text {
         "wallet" => Some(Some(false)),
         "callback" => Some(Some(true)),
@@ -47,7 +47,7 @@ pub(super) fn registration(parser: &mut Parser<'_>, bind: SocketAddr, dds: Optio
 }
 
 /// Whether the service may reach this node under `url`; else one clause with a remedy.
-fn servable(url: &Url, bind: SocketAddr, dds: Option<&Url>) -> Result<(), String> {
+fn servable(url: &Url, bind: SocketAddr, dds: &Url) -> Result<(), String> {
     if url.query().is_some() || url.fragment().is_some() {
         return Err("expected a base URL without query or fragment".to_owned());
     }
@@ -59,7 +59,7 @@ fn servable(url: &Url, bind: SocketAddr, dds: Option<&Url>) -> Result<(), String
         return Err(format!("HTTP_BIND {bind} takes any free port; give it the port that is reached by this URL"));
     }
     let loopback = address.is_some_and(|ip| ip.is_loopback());
-    if loopback && dds.is_some_and(|dds| !self::address(dds).is_some_and(|ip| ip.is_loopback())) {
+    if loopback && !self::address(dds).is_some_and(|ip| ip.is_loopback()) {
         return Err(
             "a sign-in service on another machine cannot reach loopback; name this machine's address".to_owned()
         );
@@ -100,7 +100,7 @@ mod tests {
     #[track_caller]
     fn check(url: &str, bind: &str, dds: &str, expected: &str) {
         let (parsed, dds) = (Url::parse(url).expect("a URL"), Url::parse(dds).expect("a URL"));
-        let said = servable(&parsed, bind.parse().expect("an address"), Some(&dds)).err();
+        let said = servable(&parsed, bind.parse().expect("an address"), &dds).err();
         let said = said.unwrap_or_else(|| "fine".to_owned());
         assert!(said.contains(expected), "{url} at {bind}: {said}");
     }

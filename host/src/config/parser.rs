@@ -1,7 +1,8 @@
 //! From texts to values, with every mistake noted.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
+use secrecy::{ExposeSecret as _, SecretString};
 use url::Url;
 
 use super::{
@@ -10,6 +11,7 @@ use super::{
     layers::{Layers, Origin},
     places::host_trouble,
 };
+use crate::auth::NodeKey;
 
 /// Longer than any wait; beyond it clocks overflow.
 const SECS_MAX: u64 = 10 * 366 * 24 * 60 * 60;
@@ -48,11 +50,13 @@ pub(super) struct Parser<'a> {
     pub(super) layers: &'a Layers,
     pub(super) mistakes: Vec<Remark>,
     pub(super) warnings: Vec<Remark>,
+    /// Each with where it comes from.
+    pub(super) secrets: BTreeMap<&'static str, (SecretString, String)>,
 }
 
 impl<'a> Parser<'a> {
     pub(super) fn new(layers: &'a Layers) -> Self {
-        Self { layers, mistakes: Vec::new(), warnings: Vec::new() }
+        Self { layers, mistakes: Vec::new(), warnings: Vec::new(), secrets: BTreeMap::new() }
     }
 
     fn found(&self, name: &str) -> (&'static Key, Option<&'a str>, Origin) {
@@ -104,6 +108,35 @@ impl<'a> Parser<'a> {
 
     pub(super) fn number<T: std::str::FromStr + Copy>(&mut self, name: &str, expected: &str, fallback: T) -> T {
         self.value(name, expected, fallback, |text| text.parse().ok())
+    }
+
+    /// A number of things, at least one.
+    pub(super) fn count(&mut self, name: &str, most: usize) -> usize {
+        let expected = format!("a number from 1 to {most}");
+        self.value(name, &expected, 1, |text| text.parse().ok().filter(|count| (1..=most).contains(count)))
+    }
+
+    /// How often something is tried again; -1: always.
+    pub(super) fn retries(&mut self, name: &str) -> i32 {
+        self.value(name, "-1 or a number of attempts", -1, |text| text.parse().ok().filter(|retries| *retries >= -1))
+    }
+
+    /// A secret that [`super::Secrets`] found; empty where there is none.
+    pub(super) fn secret(&self, name: &str) -> SecretString {
+        self.secrets.get(name).map(|(secret, _)| secret.clone()).unwrap_or_default()
+    }
+
+    /// The private key of this node.
+    pub(super) fn node_key(&mut self, name: &str, key: &mut NodeKey) {
+        let Some((hex, place)) = self.secrets.get(name) else { return };
+        match NodeKey::from_hex(hex.expose_secret()) {
+            Ok(read) => *key = read,
+            Err(err) => {
+                let place = if place == "environment" { name.to_owned() } else { format!("{name} ({place})") };
+                let (setting, _, _) = self.found(name);
+                self.mistakes.push(Remark::at(setting.name, place, err));
+            }
+        }
     }
 
     /// Whole seconds, at least 1: no call can end within no time.
@@ -207,14 +240,13 @@ impl<'a> Parser<'a> {
         self.value(name, "a size above 0 such as 512MiB", 1, |text| byte_size(text).filter(|bytes| *bytes > 0))
     }
 
-    /// What goes into a header: visible ASCII and spaces.
-    pub(super) fn header_text(&mut self, name: &str) -> Option<String> {
-        let text = self.optional(name)?;
-        if text.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
-            return Some(text.to_owned());
+    /// What goes into a header: visible ASCII and spaces. Unset changes nothing.
+    pub(super) fn header_text(&mut self, name: &str, value: &mut String) {
+        match self.optional(name) {
+            Some(text) if text.bytes().all(|byte| matches!(byte, b' '..=b'~')) => text.clone_into(value),
+            Some(text) => self.mistake(name, format_args!("expected visible ASCII characters, found {text:?}")),
+            None => {}
         }
-        self.mistake(name, format_args!("expected visible ASCII characters, found {text:?}"));
-        None
     }
 
     /// Words between commas, in lower case.

@@ -74,6 +74,20 @@ pub struct Config {
     pub cancel_grace: Duration,
 }
 
+/// Most tasks at once that may be configured.
+pub const SLOTS_MAX: usize = 65_536;
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            slots: 1,
+            poll_backoff: (Duration::from_secs(1), Duration::from_secs(30)),
+            drain_timeout: Duration::from_secs(30),
+            cancel_grace: Duration::from_secs(10),
+        }
+    }
+}
+
 /// How a stop is asked for.
 #[derive(Clone, Default)]
 pub struct StopSignals {

@@ -4,3 +4,18 @@ mod callback;
 mod json;
 pub mod logs;
 pub mod pages;
+
+use std::net::SocketAddr;
+
+/// What a node shows of itself.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where the node serves its own pages.
+    pub http_bind: SocketAddr,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { http_bind: SocketAddr::from(([127, 0, 0, 1], 8080)) }
+    }
+}

@@ -24,6 +24,7 @@ mod writer;
 use std::{
     collections::HashSet,
     path::Path,
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -58,6 +59,25 @@ use crate::{
 /// How often the last rounds may fail before they are given up: a plane that is away would cost a
 /// shutdown a request for each report.
 const LAST_FAILURES_MAX: u32 = 3;
+
+/// Most reports not accepted yet that may be configured.
+pub const REPORTS_MAX: usize = 1_000_000;
+
+/// What an operator sets.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where reports are kept until they are accepted; one node at a time.
+    pub state_dir: PathBuf,
+    /// Reports not accepted yet from which on nothing new is leased.
+    pub max: usize,
+}
+
+impl Default for Options {
+    /// Without a folder: its place depends on the environment.
+    fn default() -> Self {
+        Self { state_dir: PathBuf::new(), max: 1000 }
+    }
+}
 
 /// Whose reports these are, and how many.
 pub struct Config {

@@ -42,6 +42,23 @@ use crate::model::{Capability, Outcome, in_a_line};
 use load::Verified;
 use run::Plugin;
 
+/// What an operator sets for all plugins, outside the plugins file.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// How long a plugin may take to open and initialise.
+    pub init_timeout: Duration,
+    /// Load the packaged noop plugin as if it were listed.
+    pub noop: bool,
+    /// How long a noop task takes.
+    pub noop_sleep_secs: f64,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self { init_timeout: Duration::from_secs(10), noop: false, noop_sleep_secs: 5.0 }
+    }
+}
+
 /// What to load.
 #[derive(Clone, Debug)]
 pub struct Config {

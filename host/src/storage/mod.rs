@@ -17,15 +17,39 @@ mod runner_file;
 mod task_dir;
 mod zip;
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 pub use disk::Disk;
-pub use domain::{Config, DomainPorts, DomainStorage};
+pub use domain::{Config as DomainConfig, DomainPorts, DomainStorage};
 pub use local::{LocalPorts, LocalStorage};
 pub use task_dir::{Scratch, ScratchError, TaskDir};
 pub use zip::UnpackLimits;
 
-use crate::model::{AnnouncedData, DataLocation, HeldLease, Ports, TaskId};
+use crate::model::{AnnouncedData, Budget, DataLocation, HeldLease, Ports, TaskId};
+
+/// Where tasks work, and how their data moves.
+#[derive(Debug)]
+pub struct Config {
+    /// Where task directories are made.
+    pub scratch_dir: PathBuf,
+    /// Free bytes below `scratch_dir` under which nothing new is leased; 0: any.
+    pub disk_free_min: u64,
+    /// How the node talks to domain servers.
+    pub domain: DomainConfig,
+}
+
+impl Config {
+    /// The usual settings for this folder, with a random client id.
+    #[must_use]
+    pub fn new(scratch_dir: PathBuf) -> Self {
+        let mut domain = DomainConfig::new(format!("runner-host/{}", uuid::Uuid::new_v4()));
+        domain.budget = Budget::new(1 << 30);
+        Self { scratch_dir, disk_free_min: 1 << 30, domain }
+    }
+}
 
 /// Makes a task's ports. Nothing is fetched before the runner asks.
 pub trait Storage: Send + Sync {
@@ -44,7 +68,7 @@ pub struct Stores {
 impl Stores {
     /// Combines the pieces; nothing is touched yet.
     #[must_use]
-    pub fn new(scratch: Scratch, disk: Disk, domain: DomainStorage, local: LocalStorage) -> Self {
+    pub fn new(scratch: Scratch, disk: Disk, local: LocalStorage, domain: DomainStorage) -> Self {
         Self { scratch, disk, domain, local }
     }
 

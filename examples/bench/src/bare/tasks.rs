@@ -110,7 +110,6 @@ async fn sign_in(args: &Args) -> anyhow::Result<String> {
         reg_secret: "bench".to_owned().into(),
         key,
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        capabilities,
         form: auth::Form::Wallet,
         sign_in_domain: None,
         register_interval: Duration::from_secs(1),
@@ -120,7 +119,7 @@ async fn sign_in(args: &Args) -> anyhow::Result<String> {
         token_jitter: Duration::ZERO,
         request_timeout: Duration::from_secs(10),
     };
-    let auth = Auth::new(config, transport::Client::new(transport::Config::default()));
+    let auth = Auth::new(config, capabilities, transport::Client::new(transport::Config::default()));
     let (tokens, over) = (auth.tokens(), CancellationToken::new());
     let signing = tokio::spawn(auth.run(over.clone()));
     let token = tokens.bearer().await?.expose().to_owned();

@@ -53,6 +53,14 @@ pub struct Config {
     pub request_timeout: Duration,
 }
 
+impl Config {
+    /// The usual settings for this base URL.
+    #[must_use]
+    pub fn new(base: Url) -> Self {
+        Self { base, request_timeout: Duration::from_secs(60) }
+    }
+}
+
 /// The task service as this node calls it.
 pub struct Dms {
     /// `…/tasks`, or why it may not be called.

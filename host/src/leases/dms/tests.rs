@@ -307,7 +307,6 @@ async fn with_login() -> (Service, Dms, tokio_util::task::AbortOnDropHandle<()>)
             version: "1.0.0".into(),
             form: crate::auth::Form::Wallet,
             sign_in_domain: None,
-            capabilities: tokio::sync::watch::Sender::new(vec!["/lab/echo/v1".parse().expect("a name")]).subscribe(),
             register_interval: SOON,
             register_max_retry: -1,
             token_safety_ratio: 0.75,
@@ -315,6 +314,7 @@ async fn with_login() -> (Service, Dms, tokio_util::task::AbortOnDropHandle<()>)
             token_jitter: Duration::ZERO,
             request_timeout: SOON,
         },
+        tokio::sync::watch::Sender::new(vec!["/lab/echo/v1".parse().expect("a name")]).subscribe(),
         client.clone(),
     );
     let config = Config { base: plane.url.clone(), request_timeout: SOON };
