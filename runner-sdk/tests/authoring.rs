@@ -436,3 +436,28 @@ fn an_exported_plugin_has_a_table_of_this_version() {
     assert_eq!(exported::Plain::CAPABILITY, "/tests/plain/v1");
     assert_eq!(exported::Fallible::CAPABILITY, "/tests/fallible/v1");
 }
+
+#[tokio::test]
+async fn context_reports_the_end_of_its_run() {
+    let (tell, told) = tokio::sync::oneshot::channel();
+    let tell = Mutex::new(Some(tell));
+    let runner = Act(move |ctx: TaskCtx| {
+        let tell = tell.lock().expect("not poisoned").take();
+        async move {
+            let Some(tell) = tell else {
+                assert!(!ctx.ctrl.is_cancelled(), "the first run's end is not the second one's");
+                return Ok(());
+            };
+            tokio::spawn(async move {
+                let reason = ctx.ctrl.cancelled().await;
+                let _ = tell.send((ctx.ctrl.is_cancelled(), reason, ctx.ctrl.cancel_reason().await));
+            });
+            Ok(())
+        }
+    });
+    let host = TestHost::new();
+    assert!(host.run(&runner).await.is_ok());
+    let seen = tokio::time::timeout(Duration::from_secs(10), told).await.expect("the end is reported");
+    assert_eq!(seen, Ok((true, CancelReason::TaskOver, Some(CancelReason::TaskOver))));
+    assert!(host.run(&runner).await.is_ok());
+}

@@ -204,7 +204,8 @@ pub struct Module {
     /// Starts a task and returns at once. `request` is JSON `{"capability":…,"dir":…,"lease":{…}}`,
     /// `dir` a fresh directory that is removed with the task.
     pub start: unsafe extern "C" fn(task: Task, request: Str),
-    /// The task should stop; it still has to be completed.
+    /// The task should stop; it still has to be completed. May come before the `start` of the same task has
+    /// returned, and before it was called: a plugin asks [`Host::cancelled`] once after it has registered the task.
     pub cancel: unsafe extern "C" fn(task: Task),
     /// The process ends in at most `deadline_ms` milliseconds. No task is running.
     #[sabi(last_prefix_field)]

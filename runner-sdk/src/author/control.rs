@@ -1,6 +1,6 @@
 //! Progress, events, cancellation, token.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::sync::Arc;
 
 use serde::Serialize;
 
@@ -18,6 +18,8 @@ pub enum CancelReason {
     Drained,
     /// The person who started the run stopped it.
     Operator,
+    /// The task has ended: `run` has returned, and this context outlived it.
+    TaskOver,
     /// Something this version has no name for.
     Other(String),
 }
@@ -29,6 +31,7 @@ impl CancelReason {
             "lease-lost" => Self::LeaseLost,
             "drained" => Self::Drained,
             "operator" => Self::Operator,
+            "task-over" => Self::TaskOver,
             other => Self::Other(other.to_owned()),
         }
     }
@@ -65,24 +68,30 @@ impl ControlPlane {
         self.port.call(call).await.map(drop)
     }
 
-    /// Whether the task should stop. Cheap enough for an inner loop that has work to do: asked some thousand
+    /// Whether the task should stop. Also true after the task's end. Cheap enough for an inner loop that has work to do: asked some thousand
     /// times in a row with less than a microsecond between two asks, it waits a millisecond after each
     /// further thousand, so that a loop which does nothing but ask does not occupy a core. Who only waits
     /// awaits [`Self::cancelled`].
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
-        let cancelled = self.port.cancelled().load(Ordering::Acquire);
+        let cancelled = self.port.stop_signal().is_set();
         if !cancelled {
             self.asks.note();
         }
         cancelled
     }
 
-    /// Waits until the task should stop, and says why.
+    /// Waits until the task should stop, and says why. After the task's end the answer is
+    /// [`CancelReason::TaskOver`].
     pub async fn cancelled(&self) -> CancelReason {
-        self.port.until_cancelled().await;
+        let signal = self.port.stop_signal();
+        Arc::clone(signal).wait().await;
+        if signal.is_over() {
+            return CancelReason::TaskOver;
+        }
         match self.port.call(Call::CancelReason).await {
             Ok(word) => CancelReason::from_word(&String::from_utf8_lossy(&word)),
+            Err(err) if err.kind() == PortErrorKind::TaskOver => CancelReason::TaskOver,
             Err(err) => CancelReason::Other(err.to_string()),
         }
     }

@@ -13,6 +13,7 @@ mod lease;
 mod output;
 mod port;
 mod runner;
+mod signal;
 
 pub use context::TaskCtx;
 pub use control::{CancelReason, ControlPlane};
@@ -23,3 +24,4 @@ pub use output::{Artifact, ArtifactSink, ArtifactWriter};
 pub use runner::{BoxFuture, DynRunner, Runner};
 
 pub(crate) use port::{Call, Payload, Port, Reply};
+pub(crate) use signal::StopSignal;

@@ -1,8 +1,8 @@
 //! The seam between the author's API and whoever runs the task.
 
-use std::{ops::Deref, sync::atomic::AtomicBool};
+use std::{ops::Deref, sync::Arc};
 
-use super::{BoxFuture, PortError};
+use super::{BoxFuture, PortError, StopSignal};
 
 /// One request to whoever runs the task: one frame, and at most one file path.
 #[derive(Debug)]
@@ -30,10 +30,8 @@ pub(crate) type Reply = BoxFuture<'static, Result<Payload, PortError>>;
 pub(crate) trait Port: Send + Sync {
     /// Begins the call at once, also when the returned future is never polled.
     fn call(&self, call: Call) -> Reply;
-    /// Set once the task should stop.
-    fn cancelled(&self) -> &AtomicBool;
-    /// Waits until the task should stop.
-    fn until_cancelled(&self) -> BoxFuture<'static, ()>;
+    /// Set once the task should stop, and at its end.
+    fn stop_signal(&self) -> &Arc<StopSignal>;
 }
 
 /// Bytes of an answer, wherever they were allocated.

@@ -2,11 +2,9 @@
 //!
 //! `export_runner!` exports [`module`]; everything else is reached through the table it returns. Every
 //! entry catches panics. The author's futures run on a small tokio runtime that belongs to the
-//! plugin: the host never polls them. `first` is an exception in appearance: a run that is known to
-//! come quickly to its first wait, or to its end, gets that far on the thread that starts it.
+//! plugin: the host never polls them.
 
 mod export;
-mod first;
 mod logging;
 mod manifest;
 mod panics;
@@ -16,10 +14,7 @@ use std::{
     ffi::c_void,
     ops::Deref,
     path::PathBuf,
-    sync::{
-        Arc, Mutex, OnceLock, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -27,13 +22,13 @@ use serde::Deserialize;
 use serde_json::json;
 use tokio::{
     runtime::{Handle, Runtime},
-    sync::{Notify, oneshot},
+    sync::oneshot,
 };
 
 use crate::{
     abi::{self, Bytes, Callback, HostRef, Module, ModuleRef, Status, Str, Task},
     author::{
-        BoxFuture, Call, DynRunner, Error, LeaseEnvelope, Payload, Port, PortError, PortErrorKind, Reply, TaskCtx,
+        Call, DynRunner, Error, LeaseEnvelope, Payload, Port, PortError, PortErrorKind, Reply, StopSignal, TaskCtx,
     },
 };
 
@@ -51,23 +46,26 @@ static HOST: OnceLock<HostRef> = OnceLock::new();
 static PLUGIN: OnceLock<Plugin> = OnceLock::new();
 
 struct Plugin {
-    runners: HashMap<&'static str, Served>,
+    runners: HashMap<&'static str, Arc<dyn DynRunner>>,
     handle: Handle,
     /// `None` after the shutdown.
     runtime: Mutex<Option<Runtime>>,
-    tasks: Mutex<HashMap<u64, Arc<Cancelled>>>,
+    tasks: Mutex<HashMap<u64, Arc<StopSignal>>>,
 }
 
-struct Served {
-    runner: Arc<dyn DynRunner>,
-    pace: first::Pace,
+/// Ends a task on this side of the boundary when dropped, also where its run never got to its end.
+struct Ending {
+    plugin: &'static Plugin,
+    task: Task,
+    signal: Arc<StopSignal>,
 }
 
-/// One task's cancellation, on this side of the boundary.
-#[derive(Default)]
-struct Cancelled {
-    flag: AtomicBool,
-    wake: Notify,
+impl Drop for Ending {
+    fn drop(&mut self) {
+        lock(&self.plugin.tasks).remove(&self.task.0);
+        // After the completion: a context that outlives the run then finds the task over.
+        self.signal.end();
+    }
 }
 
 /// The table of this plugin. Called by the exported entry, possibly more than once.
@@ -110,8 +108,7 @@ fn prepare(host: HostRef, config: &str) -> Result<(), String> {
     let entered = runtime.enter();
     for registration in registrations {
         let runner = (registration.build)(config).map_err(|err| err.chain())?;
-        let served = Served { runner, pace: first::Pace::default() };
-        if runners.insert(registration.capability, served).is_some() {
+        if runners.insert(registration.capability, runner).is_some() {
             return Err(format!("capability {} is exported twice by this library", registration.capability));
         }
     }
@@ -155,20 +152,25 @@ fn begin(task: Task, request: &str) -> Result<(), String> {
     let plugin = PLUGIN.get().ok_or("start was called before init")?;
     let request: Request =
         serde_json::from_str(request).map_err(|err| format!("the host's request does not parse: {err}"))?;
-    let served = plugin.runners.get(request.capability.as_str());
-    let served = served.ok_or_else(|| format!("this plugin does not serve {}", request.capability))?;
+    let runner = plugin.runners.get(request.capability.as_str());
+    let runner = runner.ok_or_else(|| format!("this plugin does not serve {}", request.capability))?;
     if lock(&plugin.runtime).is_none() {
         return Err("the plugin has been shut down".to_owned());
     }
-    let cancelled = Arc::new(Cancelled::default());
-    lock(&plugin.tasks).insert(task.0, Arc::clone(&cancelled));
-    let port = Arc::new(HostPort { task, cancelled });
+    let signal = Arc::new(StopSignal::default());
+    lock(&plugin.tasks).insert(task.0, Arc::clone(&signal));
+    let ending = Ending { plugin, task, signal: Arc::clone(&signal) };
+    // A cancel may have come before the task was in the table. Later ones find it there.
+    if stopped_already(task) {
+        signal.stop();
+    }
+    let port = Arc::new(HostPort { task, signal });
     let ctx = TaskCtx::new(request.lease, request.dir, port);
     let dir = ctx.dir();
-    let run = async move { served.runner.run_boxed(ctx).await };
+    let run = async move { runner.run_boxed(ctx).await };
     let attempt = async move {
+        let _ending = ending;
         let ended = Guarded::new(run).await;
-        lock(&plugin.tasks).remove(&task.0);
         // Whatever a runner makes of a directory it was not given is not its own failure.
         let without_dir = dir.failure().filter(|_| !matches!(ended, Ok(Ok(()))));
         match ended {
@@ -184,7 +186,7 @@ fn begin(task: Task, request: &str) -> Result<(), String> {
         }
     };
     let attempt = tracing::Instrument::instrument(attempt, logging::task_span(task.0));
-    first::drive(&plugin.handle, &served.pace, attempt);
+    plugin.handle.spawn(attempt);
     Ok(())
 }
 
@@ -213,9 +215,8 @@ fn place_json(place: &str) -> String {
 unsafe extern "C" fn cancel(task: Task) {
     let _ = guard(|| {
         if let Some(plugin) = PLUGIN.get() {
-            if let Some(cancelled) = lock(&plugin.tasks).get(&task.0) {
-                cancelled.flag.store(true, Ordering::Release);
-                cancelled.wake.notify_waiters();
+            if let Some(signal) = lock(&plugin.tasks).get(&task.0) {
+                signal.stop();
             }
         }
     });
@@ -235,7 +236,7 @@ unsafe extern "C" fn shutdown(deadline_ms: u32) {
 /// Calls of one task, across the boundary.
 struct HostPort {
     task: Task,
-    cancelled: Arc<Cancelled>,
+    signal: Arc<StopSignal>,
 }
 
 impl Port for HostPort {
@@ -252,21 +253,8 @@ impl Port for HostPort {
         })
     }
 
-    fn cancelled(&self) -> &AtomicBool {
-        &self.cancelled.flag
-    }
-
-    fn until_cancelled(&self) -> BoxFuture<'static, ()> {
-        let cancelled = Arc::clone(&self.cancelled);
-        Box::pin(async move {
-            let wake = cancelled.wake.notified();
-            tokio::pin!(wake);
-            // Registered before the look at the flag: a cancel in between is not missed.
-            wake.as_mut().enable();
-            if !cancelled.flag.load(Ordering::Acquire) {
-                wake.await;
-            }
-        })
+    fn stop_signal(&self) -> &Arc<StopSignal> {
+        &self.signal
     }
 }
 
@@ -338,6 +326,12 @@ fn kind(status: Status) -> PortErrorKind {
         Status::SETUP => PortErrorKind::Setup,
         _ => PortErrorKind::Other,
     }
+}
+
+/// Whether the host wants the task to stop, or has given it up.
+fn stopped_already(task: Task) -> bool {
+    // SAFETY: a mandatory entry of version 1, which takes any number.
+    HOST.get().is_some_and(|host| unsafe { host.cancelled()(task) } != 0)
 }
 
 fn complete(task: Task, status: Status, text: &str, details: &str) {

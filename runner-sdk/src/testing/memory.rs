@@ -5,17 +5,16 @@ use std::{
     path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
 };
 
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::sync::Notify;
 
 use crate::{
     CancelReason,
-    author::{BoxFuture, Call, Payload, Port, PortError, PortErrorKind, Reply},
+    author::{Call, Payload, Port, PortError, PortErrorKind, Reply, StopSignal},
 };
 
 /// An artifact as the test host keeps it.
@@ -39,8 +38,6 @@ pub(super) struct Records {
 }
 
 pub(super) struct Memory {
-    cancelled: AtomicBool,
-    wake: Arc<Notify>,
     ids: AtomicU64,
     state: Mutex<State>,
 }
@@ -52,7 +49,8 @@ struct State {
     cancel_after: Option<usize>,
     reason: Option<CancelReason>,
     dir: PathBuf,
-    running: bool,
+    /// Signal of the run that is under way.
+    running: Option<Arc<StopSignal>>,
     reading: HashMap<u64, (Vec<u8>, usize)>,
     writing: HashMap<u64, (Spec, Vec<u8>)>,
     records: Records,
@@ -69,12 +67,7 @@ struct Spec {
 
 impl Memory {
     pub(super) fn new() -> Self {
-        Self {
-            cancelled: AtomicBool::new(false),
-            wake: Arc::default(),
-            ids: AtomicU64::new(1),
-            state: Mutex::default(),
-        }
+        Self { ids: AtomicU64::new(1), state: Mutex::default() }
     }
 
     pub(super) fn add_input(&self, cid: &str, bytes: Vec<u8>) {
@@ -90,21 +83,27 @@ impl Memory {
     }
 
     pub(super) fn cancel(&self, reason: CancelReason) {
-        self.lock().reason = Some(reason);
-        self.cancelled.store(true, Ordering::Release);
-        self.wake.notify_waiters();
+        self.lock().cancel(reason);
     }
 
-    pub(super) fn begin(&self, dir: PathBuf) {
+    /// Begins a run and returns what answers its calls.
+    pub(super) fn begin(self: &Arc<Self>, dir: PathBuf) -> Arc<Run> {
+        let signal = Arc::new(StopSignal::default());
         let mut state = self.lock();
+        if state.reason.is_some() {
+            signal.stop();
+        }
         state.dir = dir;
-        state.running = true;
+        state.running = Some(Arc::clone(&signal));
         state.records = Records::default();
+        Arc::new(Run { memory: Arc::clone(self), signal })
     }
 
     pub(super) fn end(&self) {
         let mut state = self.lock();
-        state.running = false;
+        if let Some(signal) = state.running.take() {
+            signal.end();
+        }
         state.reading.clear();
         state.writing.clear();
     }
@@ -117,9 +116,9 @@ impl Memory {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn answer(&self, call: Call) -> Result<Payload, PortError> {
+    fn answer(&self, signal: &StopSignal, call: Call) -> Result<Payload, PortError> {
         let mut state = self.lock();
-        if !state.running {
+        if signal.is_over() {
             return Err(PortError::new(PortErrorKind::TaskOver, "the task is over"));
         }
         let moves_data = !matches!(call, Call::Progress(_) | Call::Event(_) | Call::CancelReason | Call::TaskDir);
@@ -131,8 +130,7 @@ impl Memory {
                 let value = parse(&text)?;
                 state.records.progress.push(value);
                 if state.cancel_after == Some(state.records.progress.len()) {
-                    drop(state);
-                    self.cancel(CancelReason::Plane);
+                    state.cancel(CancelReason::Plane);
                 }
                 nothing()
             }
@@ -227,24 +225,29 @@ impl Memory {
     }
 }
 
-impl Port for Memory {
+impl State {
+    fn cancel(&mut self, reason: CancelReason) {
+        self.reason = Some(reason);
+        if let Some(signal) = &self.running {
+            signal.stop();
+        }
+    }
+}
+
+/// Answers the calls of one run. A context that outlives it has no part in the next one.
+pub(super) struct Run {
+    memory: Arc<Memory>,
+    signal: Arc<StopSignal>,
+}
+
+impl Port for Run {
     fn call(&self, call: Call) -> Reply {
-        let answer = self.answer(call);
+        let answer = self.memory.answer(&self.signal, call);
         Box::pin(async move { answer })
     }
 
-    fn cancelled(&self) -> &AtomicBool {
-        &self.cancelled
-    }
-
-    fn until_cancelled(&self) -> BoxFuture<'static, ()> {
-        let wake = Arc::clone(&self.wake).notified_owned();
-        let already = self.cancelled.load(Ordering::Acquire);
-        Box::pin(async move {
-            if !already {
-                wake.await;
-            }
-        })
+    fn stop_signal(&self) -> &Arc<StopSignal> {
+        &self.signal
     }
 }
 
@@ -255,6 +258,7 @@ fn reason_word(reason: Option<&CancelReason>) -> String {
         Some(CancelReason::LeaseLost) => "lease-lost".to_owned(),
         Some(CancelReason::Drained) => "drained".to_owned(),
         Some(CancelReason::Operator) => "operator".to_owned(),
+        Some(CancelReason::TaskOver) => "task-over".to_owned(),
         Some(CancelReason::Other(word)) => word.clone(),
     }
 }

@@ -113,8 +113,7 @@ impl TestHost {
         let mut lease = self.lease.clone();
         lease.task.capability = R::CAPABILITY.to_owned();
         let dir = ScratchDir::new();
-        self.memory.begin(dir.0.clone());
-        let port: Arc<Memory> = Arc::clone(&self.memory);
+        let port = self.memory.begin(dir.0.clone());
         let ctx = TaskCtx::new(lease, dir.0.clone(), port);
         let result = match Guarded::new(runner.run(ctx)).await {
             Ok(Ok(())) => Ok(()),
