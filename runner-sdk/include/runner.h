@@ -6,8 +6,10 @@
  *
  * Rules
  * - start() returns at once; exactly one host->complete() follows, from any thread, or inline.
- * - Entries and callbacks are called one after the other, until one does not return for some
- *   milliseconds: then the next, such as the cancel() of the same task, comes on another thread.
+ * - Entries and callbacks are called one after the other. When one does not return within some
+ *   milliseconds, the next one is called on another thread.
+ * - cancel(task) may therefore come before start(task) has returned, or has even registered the task.
+ *   After start() has registered the task, ask host->cancelled(task) once.
  * - Every host call with a callback answers exactly once, from a thread of the host's choosing.
  * - runner_str is borrowed for the call. runner_bytes changes hands: release it once when done.
  * - Entries are appended in later versions, never changed: test RUNNER_HAS before using one that
@@ -140,8 +142,19 @@ typedef struct {
 #define RUNNER_SECTION __attribute__((used, section(".runner")))
 #endif
 
+/* Exported, and retained where the compiler can say so: --gc-sections must not drop the manifest. */
+#if defined(__ELF__) && defined(__has_attribute)
+#if __has_attribute(retain)
+#define RUNNER_RETAIN __attribute__((retain))
+#endif
+#endif
+#ifndef RUNNER_RETAIN
+#define RUNNER_RETAIN
+#endif
+RUNNER_EXPORT extern const char runner_manifest[];
+
 /* RUNNER_MANIFEST("{\"name\":\"mine\",\"version\":\"1.0.0\",\"abi\":\"1.0\",\"capabilities\":[\"/mine/v1\"]}"); */
-#define RUNNER_MANIFEST(json) RUNNER_SECTION static const char runner_manifest[] = json
+#define RUNNER_MANIFEST(json) RUNNER_SECTION RUNNER_RETAIN const char runner_manifest[] = json
 
 /* A string literal as runner_str. */
 #define RUNNER_STR(literal) ((runner_str){(const uint8_t *)("" literal), sizeof(literal) - 1})

@@ -95,6 +95,17 @@ where
 /// ```compile_fail,E0080
 /// # use runner_sdk::{Error, Runner, TaskCtx, export_runner};
 /// # #[derive(Default)]
+/// # struct Bare;
+/// # impl Runner for Bare {
+/// const CAPABILITY: &'static str = "examples/bare/v1";
+/// # async fn run(&self, _ctx: TaskCtx) -> Result<(), Error> { Ok(()) }
+/// # }
+/// # export_runner!(Bare);
+/// ```
+///
+/// ```compile_fail,E0080
+/// # use runner_sdk::{Error, Runner, TaskCtx, export_runner};
+/// # #[derive(Default)]
 /// # struct Spaced;
 /// # impl Runner for Spaced {
 /// const CAPABILITY: &'static str = "/two words/v1";
@@ -140,6 +151,9 @@ macro_rules! export_runner {
 
             #[unsafe(no_mangle)]
             extern "C" fn runner_module_v1() -> sdk::ModuleRef {
+                // The linker keeps what this exported function refers to. Before Rust 1.89, `#[used]` alone
+                // lets it drop the section.
+                std::hint::black_box(&MANIFEST);
                 table()
             }
 

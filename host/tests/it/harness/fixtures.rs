@@ -78,6 +78,12 @@ pub(crate) fn c(name: &str, defines: &[&str]) -> PathBuf {
     built.entry(library).or_insert_with_key(|library| compile(name, defines, &[], library)).clone()
 }
 
+/// A C plugin whose linker drops every section that nothing refers to.
+pub(crate) fn without_unused_sections() -> PathBuf {
+    let flags = ["-ffunction-sections", "-fdata-sections", "-Wl,--gc-sections"];
+    compile("refused", &[], &flags, "c-without_unused_sections")
+}
+
 /// A C plugin that is sound but needs a library, `librh_fixture_missing.so`, that is nowhere.
 pub(crate) fn needs_missing() -> PathBuf {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
