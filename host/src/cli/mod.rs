@@ -288,14 +288,9 @@ fn parse_count(text: &str) -> Result<usize, String> {
     count.ok_or_else(|| "expected a whole number above 0".to_owned())
 }
 
-/// A capability on the command line. The wire knows others, which nobody means here.
+/// A capability on the command line.
 fn parse_capability(text: &str) -> Result<Capability, String> {
-    let capability = Capability::parse(text).map_err(|err| err.to_string())?;
-    let parts = text.strip_prefix('/').map(|parts| parts.split('/').all(|part| !part.is_empty()));
-    match parts {
-        Some(true) => Ok(capability),
-        _ => Err("expected a capability, a name that begins with a slash, such as /examples/hello/v1".to_owned()),
-    }
+    Capability::parse(text).map_err(|err| err.to_string())
 }
 
 /// Runs a command's future on a runtime of its own.

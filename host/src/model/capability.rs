@@ -5,8 +5,10 @@ use std::{fmt, str::FromStr, sync::Arc};
 /// Longest capability name accepted, in bytes (newer control planes refuse longer ones).
 pub(crate) const CAPABILITY_BYTES_MAX: usize = 256;
 
-/// A capability name: not blank, no white space, no control characters, at most
-/// [`CAPABILITY_BYTES_MAX`] bytes. Cheap to clone.
+/// A capability name. Cheap to clone.
+///
+/// A plugin's name is `/` and parts that are not empty: printable ASCII without quotes and backslashes, at most
+/// [`CAPABILITY_BYTES_MAX`] bytes. The SDK has the same rule in `shim/manifest.rs`. The wire knows other names.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Capability(Arc<str>);
 
@@ -19,14 +21,38 @@ pub enum CapabilityError {
     /// Longer than [`CAPABILITY_BYTES_MAX`].
     #[error("capability is {0} bytes long, at most {CAPABILITY_BYTES_MAX} are allowed")]
     TooLong(usize),
+    /// No slash at its beginning.
+    #[error("capability {0:?} does not begin with /, expected a name such as /examples/hello/v1")]
+    NoSlash(String),
+    /// Nothing between two slashes, or after the last one.
+    #[error(
+        "capability {0:?} has an empty part between slashes or at its end, expected a name such as /examples/hello/v1"
+    )]
+    EmptyPart(String),
+    /// Other than printable ASCII, or a quote or backslash.
+    #[error("capability {0:?} holds a character other than printable ASCII without quotes and backslashes")]
+    NotPrintable(String),
     /// White space or a control character inside.
     #[error("capability {0:?} holds white space or a control character")]
     Character(String),
 }
 
 impl Capability {
-    /// Checks `text` and keeps it unchanged.
+    /// Checks a name that a plugin or an operator gives, and keeps it unchanged.
     pub fn parse(text: &str) -> Result<Self, CapabilityError> {
+        let name = Self::from_wire(text)?;
+        let Some(parts) = text.strip_prefix('/') else { return Err(CapabilityError::NoSlash(text.to_owned())) };
+        if parts.split('/').any(str::is_empty) {
+            return Err(CapabilityError::EmptyPart(text.to_owned()));
+        }
+        if text.bytes().any(|byte| !byte.is_ascii_graphic() || matches!(byte, b'"' | b'\\')) {
+            return Err(CapabilityError::NotPrintable(text.to_owned()));
+        }
+        Ok(name)
+    }
+
+    /// Checks a name that a control plane or another node gives, and keeps it unchanged.
+    pub fn from_wire(text: &str) -> Result<Self, CapabilityError> {
         if text.is_empty() {
             return Err(CapabilityError::Empty);
         }
@@ -71,11 +97,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_checked_once_at_the_door() {
+    fn names_are_checked_when_parsed() {
         assert_eq!(Capability::parse("/examples/hello/v1").map(|c| c.to_string()), Ok("/examples/hello/v1".to_owned()));
         assert_eq!(Capability::parse(""), Err(CapabilityError::Empty));
         assert!(matches!(Capability::parse("/a b"), Err(CapabilityError::Character(_))));
         assert!(matches!(Capability::parse("/a\n"), Err(CapabilityError::Character(_))));
         assert_eq!(Capability::parse(&"x".repeat(257)), Err(CapabilityError::TooLong(257)));
+        assert_eq!(Capability::parse("a/v1"), Err(CapabilityError::NoSlash("a/v1".to_owned())));
+        assert_eq!(Capability::parse("/a//v1"), Err(CapabilityError::EmptyPart("/a//v1".to_owned())));
+        assert_eq!(Capability::parse("/\u{e4}"), Err(CapabilityError::NotPrintable("/\u{e4}".to_owned())));
+        assert!(Capability::from_wire("a/v1").is_ok() && Capability::from_wire("/a//v1").is_ok());
     }
 }

@@ -56,7 +56,7 @@ impl Entry {
     /// One line about what is wrong with it.
     pub(super) fn decode(bytes: &[u8]) -> Result<(Self, Tries), String> {
         let stored: Stored<Self, Tries> = serde_json::from_slice(bytes).map_err(|err| err.to_string())?;
-        Capability::parse(&stored.report.capability).map_err(|err| err.to_string())?;
+        Capability::from_wire(&stored.report.capability).map_err(|err| err.to_string())?;
         Ok((stored.report, stored.tries))
     }
 
@@ -75,7 +75,7 @@ impl Entry {
 
     /// As much of the lease as a report says.
     pub(super) fn lease(&self) -> Lease {
-        let capability = Capability::parse(&self.capability).expect("it was parsed when it came in");
+        let capability = Capability::from_wire(&self.capability).expect("it was parsed when it came in");
         let data = AnnouncedData::DomainServer { server: None, domain: self.domain_id };
         Lease { job: self.job_id, data, ..Lease::bare(self.task(), capability) }
     }

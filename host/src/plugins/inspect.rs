@@ -243,3 +243,35 @@ fn glibc_version(name: &str) -> Option<(u32, u32)> {
     let mut parts = name.strip_prefix("GLIBC_")?.split('.');
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // The SDK's rule stops the compilation; called at run time, it panics.
+    #[test]
+    fn sdk_and_host_accept_the_same_capabilities() {
+        let long = format!("/{}", "x".repeat(256));
+        let cases: [(&'static str, bool); 14] = [
+            ("/examples/hello/v1", true),
+            ("/a", true),
+            ("/~!@#$%^&*()[]{}<>?;:',.|+=-_`/v1", true),
+            ("", false),
+            ("/", false),
+            ("examples/hello/v1", false),
+            ("hello", false),
+            ("/a//v1", false),
+            ("/a/", false),
+            ("/two words", false),
+            ("/tab\t", false),
+            ("/quote\"", false),
+            ("/\u{e4}", false),
+            (long.leak(), false),
+        ];
+        for (name, sound) in cases {
+            assert_eq!(Capability::parse(name).is_ok(), sound, "the host's rule for {name:?}");
+            let sdk = std::panic::catch_unwind(|| runner_sdk::__private::checked(name));
+            assert_eq!(sdk.is_ok(), sound, "the SDK's rule for {name:?}");
+        }
+    }
+}

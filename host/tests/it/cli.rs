@@ -150,7 +150,7 @@ async fn wrong_flags_get_suggestions() {
         (&["submit", "/a/b/v1", "--timeout=-1s"], "expected a duration above 0 and of at most a year, such as 90s"),
         (
             &["submit", "hello"],
-            "'hello' for '<CAPABILITY>': expected a capability, a name that begins with a slash, such as /examples/",
+            "'hello' for '<CAPABILITY>': capability \"hello\" does not begin with /, expected a name such as /examples/",
         ),
         (&["submit", "/a", "--timeout", "-1s"], "expected a duration above 0 and of at most a year, such as 90s"),
         (&["dev", "--lease-ttl", "1e18"], "expected a duration above 0 and of at most a year, such as 90s"),
@@ -162,11 +162,14 @@ async fn wrong_flags_get_suggestions() {
         (&["dev", "--port", "-1"], "-1 is not in 0..=65535"),
         (&["outbox", "drop", "x"], "'x' for '[TASK]...': expected an id such as 00000000-0000-"),
         (&["submit", "/a", "--domain", "x"], "'x' for '--domain <UUID>': expected an id such as 00000000-"),
-        (&["submit", "/"], "begins with a slash, such as /examples/hello/v1"),
-        (&["submit", "/a//v1"], "begins with a slash, such as /examples/hello/v1"),
-        (&["submit", "/a/v1/"], "begins with a slash, such as /examples/hello/v1"),
+        (
+            &["submit", "/"],
+            "has an empty part between slashes or at its end, expected a name such as /examples/hello/v1",
+        ),
+        (&["submit", "/a//v1"], "has an empty part between slashes or at its end"),
+        (&["submit", "/a/v1/"], "has an empty part between slashes or at its end"),
         (&["submit", "/a b"], "holds white space"),
-        (&["invoke", "hello"], "begins with a slash, such as /examples/hello/v1"),
+        (&["invoke", "hello"], "does not begin with /, expected a name such as /examples/hello/v1"),
     ] {
         let ended = Cli::new(args).run().await.expect(2);
         assert!(ended.stderr.contains(wanted), "{args:?}: {}", ended.stderr);

@@ -183,6 +183,13 @@ fn manifest(folder: &Folder, name: &str, text: &str) {
 }
 
 #[tokio::test]
+async fn manifest_survives_a_linker_that_drops_sections() {
+    let folder = Folder::new();
+    folder.put("small.so", &fixtures::without_unused_sections());
+    folder.invoke("/fixtures/refused/v1", &[]).await.expect(0);
+}
+
+#[tokio::test]
 async fn a_manifest_that_cannot_be_used_is_refused() {
     let folder = Folder::with_a_good_one();
     manifest(&folder, "no-json.so", "I am a plugin");
@@ -191,6 +198,7 @@ async fn a_manifest_that_cannot_be_used_is_refused() {
     manifest(&folder, "escape.so", r#"{"name":"a","version":"\u001b[2J","abi":"1.0","capabilities":["/a"]}"#);
     manifest(&folder, "nothing.so", r#"{"name":"a","abi":"1.0","capabilities":[]}"#);
     manifest(&folder, "space.so", r#"{"name":"a","abi":"1.0","capabilities":["/a b"]}"#);
+    manifest(&folder, "slash.so", r#"{"name":"a","abi":"1.0","capabilities":["a/v1"]}"#);
     manifest(&folder, "empty.so", r#"{"name":"a","abi":"1.0","capabilities":[""]}"#);
     manifest(&folder, "twice.so", r#"{"name":"a","abi":"1.0","capabilities":["/a","/a"]}"#);
     manifest(&folder, "major.so", r#"{"name":"a","abi":"2.0","capabilities":["/a"]}"#);
@@ -213,6 +221,7 @@ async fn a_manifest_that_cannot_be_used_is_refused() {
         ("nothing.so", unusable("it names no capability")),
         ("space.so", unusable(r#"capability "/a b" holds white space or a control character"#)),
         ("empty.so", unusable("capability is empty, expected a name such as /examples/hello/v1")),
+        ("slash.so", unusable("capability \"a/v1\" does not begin with /, expected a name such as /examples/hello/v1")),
         ("twice.so", unusable("it names /a twice")),
         ("major.so", "speaks ABI 2, this host speaks 1; rebuild it with runner-sdk for ABI 1".to_owned()),
         ("abi.so", unusable(r#"its abi is "one", expected "major.minor""#)),

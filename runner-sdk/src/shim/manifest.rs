@@ -31,20 +31,26 @@ pub const fn joined<const N: usize>(parts: &[&str]) -> [u8; N] {
     bytes
 }
 
-/// Stops the compilation when `capability` is no capability name.
+/// Stops the compilation when `capability` is no capability name. The host has the same rule; a test there
+/// compares both.
 #[must_use]
 pub const fn checked(capability: &'static str) -> &'static str {
     let bytes = capability.as_bytes();
     assert!(!bytes.is_empty(), "CAPABILITY is empty, expected a name such as /examples/hello/v1");
+    assert!(bytes[0] == b'/', "CAPABILITY does not begin with /, expected a name such as /examples/hello/v1");
     assert!(bytes.len() <= 256, "CAPABILITY is longer than 256 bytes");
     let mut at = 0;
     while at < bytes.len() {
         let byte = bytes[at];
         assert!(
-            byte > b' ' && byte != 0x7f && byte != b'"' && byte != b'\\',
-            "CAPABILITY holds white space, a control character, a quote or a backslash"
+            byte.is_ascii_graphic() && byte != b'"' && byte != b'\\',
+            "CAPABILITY holds a character other than printable ASCII without quotes and backslashes"
         );
         at += 1;
+        assert!(
+            byte != b'/' || at < bytes.len() && bytes[at] != b'/',
+            "CAPABILITY has an empty part between slashes or at its end"
+        );
     }
     capability
 }

@@ -158,7 +158,7 @@ fn capabilities(named: Vec<String>, least: usize) -> Result<Vec<Arc<str>>, Refus
         return Err(Refusal::bad(format!("capabilities has {found} entries, expected {least} to {CAPABILITIES_MAX}")));
     }
     for name in &named {
-        Capability::parse(name).map_err(|err| Refusal::bad(err.to_string()))?;
+        Capability::from_wire(name).map_err(|err| Refusal::bad(err.to_string()))?;
     }
     let mut names: Vec<Arc<str>> = named.into_iter().map(Arc::from).collect();
     names.sort();

@@ -153,7 +153,7 @@ fn check(request: &JobRequest, domain_id: Uuid) -> Result<(), String> {
         return Err("tasks is empty, expected at least one task".to_owned());
     }
     for (at, task) in request.tasks.iter().enumerate() {
-        Capability::parse(&task.capability).map_err(|err| format!("tasks[{at}]: {err}"))?;
+        Capability::from_wire(&task.capability).map_err(|err| format!("tasks[{at}]: {err}"))?;
         if task.stage.trim().is_empty() {
             return Err(format!("tasks[{at}]: stage is empty, expected a name"));
         }

@@ -277,7 +277,7 @@ fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
     document.0.retain(|(key, _)| !is_credential(key));
     let document = to_raw_value(&document).expect("JSON is JSON");
     let task = envelope.task;
-    let capability = Capability::parse(&task.capability).map_err(|err| {
+    let capability = Capability::from_wire(&task.capability).map_err(|err| {
         let why = match err {
             // Of a lease that cannot be used nothing is repeated.
             CapabilityError::Character(_) => "its capability holds white space or a control character".to_owned(),
