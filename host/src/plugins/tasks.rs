@@ -2,11 +2,15 @@
 //!
 //! A handle is an index and a generation. A plugin may keep one for as long as it likes: after the
 //! task's end, and for a number nobody handed out, the lookup finds nothing and the call is
-//! answered `STALE`.
+//! answered `STALE`. Generations start at a random number: a plugin that counts through small numbers
+//! finds no task of another plugin.
 
-use std::sync::{
-    Arc, PoisonError, RwLock,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    hash::{BuildHasher as _, RandomState},
+    sync::{
+        Arc, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use runner_sdk::abi::Task;
@@ -38,8 +42,11 @@ impl<T> TaskTable<T> {
         let index = match slots.free.pop() {
             Some(index) => index,
             None => {
-                slots.entries.push(Slot { generation: 0, running: None });
-                u32::try_from(slots.entries.len() - 1).expect("fewer than 2^32 tasks run at once")
+                let index = u32::try_from(slots.entries.len()).expect("fewer than 2^32 tasks run at once");
+                // The keys of each `RandomState` are random.
+                let generation = RandomState::new().hash_one(index) as u32;
+                slots.entries.push(Slot { generation, running: None });
+                index
             }
         };
         let slot = &mut slots.entries[index as usize];
@@ -95,6 +102,18 @@ impl<T> Slots<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn scanned_handles_find_no_task() {
+        let table = TaskTable::new();
+        let handles: Vec<Task> = (0..4).map(|task| table.insert(Arc::new(task))).collect();
+        for index in 0..4 {
+            for generation in 0..1024 {
+                assert_eq!(table.get(Task(index | generation << 32)), None);
+            }
+        }
+        assert!(handles.iter().all(|handle| table.get(*handle).is_some()));
+    }
 
     #[test]
     fn a_handle_is_good_for_one_task_only() {
