@@ -165,6 +165,8 @@ impl Node {
         let socket: Option<tokio::task::JoinHandle<()>> = None;
         let watching = tokio::spawn(show_registration(auth.status(), board.clone(), over.clone()));
         let serving = tokio::spawn(show_plugins(Arc::clone(&plugins), board.clone(), over.clone()));
+        let calls = (Arc::clone(&plugins), over.clone());
+        let calls = tokio::spawn(async move { calls.0.watch(calls.1).await });
         let disk = tokio::spawn(disk.run(board.clone(), over.clone()));
         let tokens = auth.tokens();
         // Who is told to stop before it has begun does not register first.
@@ -194,7 +196,7 @@ impl Node {
         }
         plugins.shutdown(SHUTDOWN_LIMIT).await;
         over.cancel();
-        for task in [pages, watching, serving, disk].into_iter().chain(auth).chain(socket) {
+        for task in [pages, watching, serving, calls, disk].into_iter().chain(auth).chain(socket) {
             if let Err(err) = task.await {
                 warn!(error = %err, "a part of the node ended unexpectedly");
             }
@@ -285,7 +287,9 @@ async fn show_plugins(plugins: Arc<Plugins>, board: StatusBoard, over: Cancellat
             format!("plugin {name} is out of service: {reason}")
         });
         let degraded = degraded.collect();
+        let no_thread = listings.iter().find_map(|listing| listing.no_thread.clone());
         board.change(|status| {
+            status.no_thread = no_thread;
             status.capabilities = served;
             status.degraded = degraded;
             status.plugins = serde_json::to_value(listings).unwrap_or_default();

@@ -59,6 +59,9 @@ pub struct HostStatus {
     /// What does not work any more although the node runs, one line each.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub degraded: Vec<String>,
+    /// Why a thread for a plugin's calls cannot be created, one line.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub no_thread: Option<String>,
     /// Tasks held now, shown by id.
     pub tasks: HeldTasks,
     /// Ended tasks by outcome, since the start.
@@ -336,6 +339,7 @@ impl StatusBoard {
             slots,
             capabilities,
             degraded: Vec::new(),
+            no_thread: None,
             tasks: HeldTasks::default(),
             ended: BTreeMap::new(),
             unreported: 0,

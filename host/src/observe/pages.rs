@@ -146,6 +146,10 @@ async fn ready(State(board): State<StatusBoard>) -> impl IntoResponse {
             Some("no plugin is loaded".to_owned())
         }
         Phase::Running if status.capabilities.is_empty() => Some(status.degraded.join("; ")),
+        Phase::Running if status.no_thread.is_some() => Some(format!(
+            "cannot create a thread for the calls of a plugin: {}; raise the limit of threads",
+            status.no_thread.as_deref().unwrap_or_default()
+        )),
         Phase::Running if status.registration == "conflict" => Some(match &status.registration_error {
             Some(err) => format!("conflict: {err}"),
             None => "conflict".to_owned(),

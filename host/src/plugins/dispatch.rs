@@ -3,6 +3,7 @@
 //! One thread leads: it makes the calls, in their order. Calls are meant to return at once. While one
 //! does not and others wait behind it, a second thread watches, and takes the lead after [`PATIENCE`]. So a
 //! plugin that blocks in a call blocks the thread of that call, neither its other tasks nor the host.
+//! Calls that do not return are counted: each keeps its thread.
 
 use std::{
     collections::VecDeque,
@@ -25,6 +26,24 @@ const SLOW: Duration = Duration::from_millis(50);
 
 type Job = (&'static str, Box<dyn FnOnce() + Send>);
 
+/// Calls that have not returned for [`SLOW`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Hanging {
+    /// How many.
+    pub(super) calls: usize,
+    /// How long the oldest one has run.
+    pub(super) longest: Duration,
+    /// Which entry that one is in.
+    pub(super) entry: &'static str,
+}
+
+/// A call that has not returned.
+struct Call {
+    number: u64,
+    entry: &'static str,
+    since: Instant,
+}
+
 /// The sending side. The threads end when the last clone is dropped.
 #[derive(Clone)]
 pub(super) struct Dispatcher(Arc<Sender>);
@@ -42,6 +61,9 @@ impl Drop for Sender {
 struct Shared {
     plugin: Arc<str>,
     patience: Duration,
+    /// Bytes of each new thread's stack, above 0. A test asks for more than there is.
+    #[cfg(test)]
+    stack: std::sync::atomic::AtomicUsize,
     state: Mutex<State>,
     /// The lead waits here for calls.
     work: Condvar,
@@ -59,7 +81,11 @@ struct State {
     idle: bool,
     /// How many calls were begun: a standstill shows here.
     begun: u64,
+    /// Those that have not returned, the oldest first.
+    calls: Vec<Call>,
     watcher: Watcher,
+    /// Why there is no thread to watch over the calls, if one was needed and could not be created.
+    no_thread: Option<String>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -75,22 +101,65 @@ enum Watcher {
 impl Dispatcher {
     /// Starts the leading thread.
     pub(super) fn start(plugin: Arc<str>) -> std::io::Result<Self> {
-        Self::with_patience(plugin, PATIENCE)
+        let dispatcher = Self::new(plugin, PATIENCE);
+        dispatcher.lead()?;
+        Ok(dispatcher)
     }
 
-    fn with_patience(plugin: Arc<str>, patience: Duration) -> std::io::Result<Self> {
-        // The lead is as good as waiting: its first call needs no watch.
-        let state =
-            State { queue: VecDeque::new(), open: true, lead: 0, idle: true, begun: 0, watcher: Watcher::Missing };
-        let shared = Arc::new(Shared {
+    fn new(plugin: Arc<str>, patience: Duration) -> Self {
+        let state = State {
+            queue: VecDeque::new(),
+            open: true,
+            lead: 0,
+            // The lead is as good as waiting: its first call needs no watch.
+            idle: true,
+            begun: 0,
+            calls: Vec::new(),
+            watcher: Watcher::Missing,
+            no_thread: None,
+        };
+        Self(Arc::new(Sender(Arc::new(Shared {
             plugin,
             patience,
+            #[cfg(test)]
+            stack: Default::default(),
             state: Mutex::new(state),
             work: Condvar::new(),
             watch: Condvar::new(),
-        });
-        shared.thread(|shared| shared.lead(0))?;
-        Ok(Self(Arc::new(Sender(shared))))
+        }))))
+    }
+
+    fn lead(&self) -> std::io::Result<()> {
+        self.0.0.thread(|shared| shared.lead(0))
+    }
+
+    /// The calls that hang now.
+    pub(super) fn hanging(&self) -> Hanging {
+        let state = self.0.0.state();
+        // The usual case asks no clock.
+        let Some(oldest) = state.calls.first() else { return Hanging::default() };
+        let now = Instant::now();
+        let calls = state.calls.iter().take_while(|call| now.duration_since(call.since) > SLOW).count();
+        match calls {
+            0 => Hanging::default(),
+            calls => Hanging { calls, longest: now.duration_since(oldest.since), entry: oldest.entry },
+        }
+    }
+
+    /// Why a thread for the plugin's calls cannot be created, if so.
+    pub(super) fn no_thread(&self) -> Option<String> {
+        self.0.0.state().no_thread.clone()
+    }
+
+    /// Tries again to create a thread that could not be created.
+    pub(super) fn retry_thread(&self) {
+        let shared = &self.0.0;
+        let mut state = shared.state();
+        if state.no_thread.is_some() && state.watcher == Watcher::Missing {
+            state.watcher = Watcher::Awake;
+            drop(state);
+            shared.new_watcher();
+        }
     }
 
     /// Runs `job` on the leading thread, after those before it.
@@ -127,7 +196,13 @@ impl Shared {
     fn thread(self: &Arc<Self>, role: impl FnOnce(Arc<Self>) + Send + 'static) -> std::io::Result<()> {
         let name: String = format!("plugin-{}", self.plugin).chars().take(15).collect();
         let shared = Arc::clone(self);
-        let thread = std::thread::Builder::new().name(name).spawn(move || {
+        let builder = std::thread::Builder::new().name(name);
+        #[cfg(test)]
+        let builder = match self.stack.load(std::sync::atomic::Ordering::Relaxed) {
+            0 => builder,
+            stack => builder.stack_size(stack),
+        };
+        let thread = builder.spawn(move || {
             threads::batch();
             role(shared);
         });
@@ -135,10 +210,24 @@ impl Shared {
     }
 
     fn new_watcher(self: &Arc<Self>) {
-        if let Err(err) = self.thread(|shared| shared.watch()) {
-            // The next call behind a busy lead tries again.
-            self.state().watcher = Watcher::Missing;
-            error!(plugin = %self.plugin, error = %err, "no thread to watch over the plugin's calls");
+        let created = self.thread(|shared| shared.watch());
+        let mut state = self.state();
+        match created {
+            Ok(()) => state.no_thread = None,
+            Err(err) => {
+                // The next call behind a busy lead tries again.
+                state.watcher = Watcher::Missing;
+                // Said once, until a thread can be created again.
+                if state.no_thread.replace(err.to_string()).is_none() {
+                    drop(state);
+                    error!(
+                        event = "plugin.no_thread",
+                        plugin = %self.plugin,
+                        error = %err,
+                        "cannot create a thread for the plugin's calls"
+                    );
+                }
+            }
         }
     }
 
@@ -148,9 +237,14 @@ impl Shared {
         while state.lead == own {
             if let Some((what, job)) = state.queue.pop_front() {
                 state.begun += 1;
+                let (number, since) = (state.begun, Instant::now());
+                state.calls.push(Call { number, entry: what, since });
                 drop(state);
-                self.call(what, job);
+                job();
+                self.returned(what, since);
                 state = self.state();
+                let at = state.calls.iter().position(|call| call.number == number);
+                state.calls.remove(at.expect("only its own thread removes a call"));
             } else if state.open {
                 state.idle = true;
                 let waits = |state: &mut State| state.idle && state.open && state.lead == own;
@@ -161,10 +255,8 @@ impl Shared {
         }
     }
 
-    fn call(&self, what: &'static str, job: Box<dyn FnOnce() + Send>) {
-        let began = Instant::now();
-        job();
-        let took = began.elapsed();
+    fn returned(&self, what: &'static str, since: Instant) {
+        let took = since.elapsed();
         if took > SLOW && what != "init" {
             warn!(plugin = %self.plugin, call = what, elapsed_ms = millis(took), "plugin was slow to return");
         }
@@ -253,8 +345,57 @@ mod tests {
     }
 
     #[test]
+    fn calls_that_hang_are_counted() {
+        let dispatcher = dispatcher();
+        assert_eq!(dispatcher.hanging(), Hanging::default());
+        let (release, hanging) = mpsc::channel::<()>();
+        let hanging = Arc::new(Mutex::new(hanging));
+        for _ in 0..3 {
+            let hanging = Arc::clone(&hanging);
+            dispatcher.run("start", move || assert!(hanging.lock().expect("not poisoned").recv().is_err()));
+        }
+        let until = |wanted: usize| {
+            let began = Instant::now();
+            while dispatcher.hanging().calls != wanted {
+                assert!(began.elapsed() < LIMIT, "{:?}", dispatcher.hanging());
+                std::thread::yield_now();
+            }
+        };
+        until(3);
+        let found = dispatcher.hanging();
+        assert!(found.entry == "start" && found.longest > SLOW, "{found:?}");
+        drop(release);
+        until(0);
+    }
+
+    #[test]
+    fn missing_thread_is_reported_until_created() {
+        use std::sync::atomic::Ordering;
+        let dispatcher = dispatcher();
+        let (release, hanging) = mpsc::channel::<()>();
+        dispatcher.run("start", move || assert!(hanging.recv().is_err()));
+        // No system maps a stack of this size.
+        dispatcher.0.0.stack.store(1 << 60, Ordering::Relaxed);
+        let (tell, told) = mpsc::channel();
+        // Waits until the lead is in its call.
+        while dispatcher.0.0.state().calls.is_empty() {
+            std::thread::yield_now();
+        }
+        dispatcher.run("cancel", move || tell.send(()).expect("listened to"));
+        assert!(dispatcher.no_thread().is_some());
+        dispatcher.retry_thread();
+        assert!(dispatcher.no_thread().is_some(), "there is still none");
+        dispatcher.0.0.stack.store(0, Ordering::Relaxed);
+        dispatcher.retry_thread();
+        assert_eq!(dispatcher.no_thread(), None);
+        told.recv_timeout(LIMIT).expect("called on the new thread");
+        drop(release);
+    }
+
+    #[test]
     fn a_lead_that_changes_all_the_time_loses_no_call() {
-        let dispatcher = Dispatcher::with_patience("test".into(), Duration::ZERO).expect("a thread");
+        let dispatcher = Dispatcher::new("test".into(), Duration::ZERO);
+        dispatcher.lead().expect("a thread");
         let (tell, told) = mpsc::channel();
         for number in 0..5000 {
             let tell = tell.clone();

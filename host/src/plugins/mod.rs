@@ -27,7 +27,8 @@ use std::{
 };
 
 use serde::{Serialize, Serializer};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 pub use config::{ConfigError, Entry, PluginsFile, Settings};
@@ -41,6 +42,9 @@ pub use scaffold::{ScaffoldError, create};
 use crate::model::{Capability, Outcome, in_a_line};
 use load::Verified;
 use run::Plugin;
+
+/// How often the calls into plugins are looked at. A task's end looks at those of its plugin.
+const WATCH: Duration = Duration::from_secs(5);
 
 /// What an operator sets for all plugins, outside the plugins file.
 #[derive(Clone, Debug)]
@@ -93,6 +97,12 @@ pub struct Listing {
     /// How many of its runners ignored their cancellation.
     #[serde(skip_serializing_if = "is_zero")]
     pub stuck_runners: u32,
+    /// How many calls into it have not returned; each keeps a thread.
+    #[serde(skip_serializing_if = "is_none")]
+    pub hanging_calls: usize,
+    /// Why a thread for its calls cannot be created.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub no_thread: Option<String>,
     /// Why it was refused, or serves nothing any more.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
@@ -147,7 +157,7 @@ impl Plugins {
             match load::open(plugin, config.init_limit, config.log_level) {
                 Ok(opened) => {
                     let slots = settings.max_concurrency.unwrap_or(config.max_concurrency);
-                    let plugin = Arc::new(Plugin::new(&name, opened, settings.grant_token, Semaphore::new(slots)));
+                    let plugin = Arc::new(Plugin::new(&name, opened, settings.grant_token, slots));
                     for capability in &capabilities {
                         by_capability.insert(capability.clone(), Arc::clone(&plugin));
                     }
@@ -187,6 +197,30 @@ impl Plugins {
         self.serving.subscribe()
     }
 
+    /// Looks at the calls into all plugins from time to time, until `over`.
+    pub async fn watch(&self, over: CancellationToken) {
+        let mut interval = tokio::time::interval(WATCH);
+        loop {
+            tokio::select! {
+                () = over.cancelled() => return,
+                _ = interval.tick() => {}
+            }
+            let mut changed = false;
+            for (_, plugin) in &self.loaded {
+                plugin.retry_thread();
+                changed |= plugin.review();
+            }
+            if changed {
+                self.show();
+            }
+        }
+    }
+
+    /// Tells everyone that listings have changed.
+    fn show(&self) {
+        self.serving.send_modify(|serving| *serving = self.in_service());
+    }
+
     fn in_service(&self) -> Vec<Capability> {
         let serves = |plugin: &Plugin| plugin.record().out_of_service().is_none();
         self.by_capability.iter().filter(|(_, plugin)| serves(plugin)).map(|(name, _)| name.clone()).collect()
@@ -211,6 +245,8 @@ impl Plugins {
         for (number, plugin) in &self.loaded {
             let listing = &mut listings[*number];
             listing.stuck_runners = plugin.record().strikes();
+            listing.hanging_calls = plugin.hanging_calls();
+            listing.no_thread = plugin.no_thread();
             if let Some(reason) = plugin.record().out_of_service() {
                 listing.state = "out-of-service";
                 listing.reason = Some(reason.to_owned());
@@ -282,6 +318,11 @@ fn is_zero(count: &u32) -> bool {
     *count == 0
 }
 
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde asks with a reference")]
+fn is_none(count: &usize) -> bool {
+    *count == 0
+}
+
 /// JSON has no bytes: what is not UTF-8 in a path is shown as �.
 fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&path.display())
@@ -297,6 +338,8 @@ impl Listing {
             capabilities: Vec::new(),
             state: "loaded",
             stuck_runners: 0,
+            hanging_calls: 0,
+            no_thread: None,
             reason: None,
         }
     }

@@ -3,8 +3,8 @@
 use std::{
     future::Future,
     path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
 };
 
 use runner_sdk::abi::Status;
@@ -14,15 +14,21 @@ use tokio::{
     runtime::Handle,
     sync::{Semaphore, oneshot},
 };
+use tracing::{info, warn};
 
 use super::{
     Plugins,
-    dispatch::Dispatcher,
+    dispatch::{Dispatcher, Hanging},
     ffi::{self, Completion, Entries},
     load::Loaded,
     stuck::{self, Record},
 };
-use crate::model::{CancelReason, HeldLease, Outcome, Ports, SetupStage};
+use crate::model::{CancelReason, HeldLease, Outcome, Ports, SetupStage, millis};
+
+/// How long a call may take before the log warns that it hangs.
+const HANGS: Duration = Duration::from_secs(1);
+/// How often that warning is repeated while no more calls hang.
+const HANGS_AGAIN: Duration = Duration::from_secs(60);
 
 /// One task to run.
 pub struct Job {
@@ -74,16 +80,86 @@ pub(super) struct Plugin {
     entries: Entries,
     grant_token: bool,
     slots: Semaphore,
+    slots_max: usize,
     record: Record,
+    shown: Mutex<Shown>,
     /// Its tasks' directories must be there when they start; our SDK makes them by itself.
     needs_folder: bool,
 }
 
+/// What the status page was told about a plugin, and the log about its calls that hang.
+#[derive(Default)]
+struct Shown {
+    strikes: u32,
+    out_of_service: bool,
+    hanging: usize,
+    no_thread: bool,
+    /// How many calls hung at the last warning, and when that was.
+    warned: Option<(usize, Instant)>,
+}
+
 impl Plugin {
-    pub(super) fn new(name: &str, loaded: Loaded, grant_token: bool, slots: Semaphore) -> Self {
+    pub(super) fn new(name: &str, loaded: Loaded, grant_token: bool, slots: usize) -> Self {
         let Loaded { dispatcher, entries, rust } = loaded;
-        let (name, record) = (name.into(), Record::default());
-        Self { name, dispatcher, entries, grant_token, slots, record, needs_folder: !rust }
+        Self {
+            name: name.into(),
+            dispatcher,
+            entries,
+            grant_token,
+            slots: Semaphore::new(slots),
+            slots_max: slots,
+            record: Record::default(),
+            shown: Mutex::default(),
+            needs_folder: !rust,
+        }
+    }
+
+    /// Looks at calls that hang. Whether anything the status page shows has changed.
+    pub(super) fn review(&self) -> bool {
+        let hanging = self.dispatcher.hanging();
+        self.record.judge(&self.name, hanging, self.slots_max);
+        let out_of_service = self.record.out_of_service().is_some();
+        if out_of_service {
+            self.slots.close();
+        }
+        let now = (self.record.strikes(), out_of_service, hanging.calls, self.no_thread().is_some());
+        let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
+        self.warn(&mut shown.warned, hanging);
+        let before = (shown.strikes, shown.out_of_service, shown.hanging, shown.no_thread);
+        (shown.strikes, shown.out_of_service, shown.hanging, shown.no_thread) = now;
+        now != before
+    }
+
+    /// Warns of calls that hang: when there are more of them, and from time to time.
+    fn warn(&self, warned: &mut Option<(usize, Instant)>, hanging: Hanging) {
+        let Hanging { calls, longest, entry } = hanging;
+        if longest < HANGS {
+            if warned.take().is_some() {
+                info!(event = "plugin.calls_returned", plugin = %self.name, "calls into the plugin have returned");
+            }
+            return;
+        }
+        let now = Instant::now();
+        if warned.is_none_or(|(before, at)| calls >= 2 * before || now - at > HANGS_AGAIN) {
+            *warned = Some((calls, now));
+            let longest_ms = millis(longest);
+            warn!(event = "plugin.calls_hang", plugin = %self.name, calls, call = entry, longest_ms, "calls into the plugin do not return");
+        }
+    }
+
+    /// Calls into it that hang now.
+    pub(super) fn hanging_calls(&self) -> usize {
+        self.dispatcher.hanging().calls
+    }
+
+    /// Why a thread for its calls cannot be created, if so.
+    pub(super) fn no_thread(&self) -> Option<String> {
+        self.dispatcher.no_thread()
+    }
+
+    /// Tries again to create a thread that could not be created.
+    pub(super) fn retry_thread(&self) {
+        self.dispatcher.retry_thread();
     }
 
     pub(super) fn name(&self) -> Arc<str> {
@@ -158,7 +234,7 @@ impl Plugin {
                     Err(_) => {
                         self.record.give_up(&self.name, task, grant.lease.task, cancel_grace);
                         if self.record.out_of_service().is_some() {
-                            // What waits for a slot shall not wait for ever.
+                            // What waits for a slot must not wait for ever.
                             self.slots.close();
                         }
                         drop(slot);
@@ -181,10 +257,9 @@ impl Plugins {
     pub async fn run(&self, job: Job) -> Outcome {
         match self.plugin(&job.grant.lease.capability) {
             Some(plugin) => {
-                let strikes = plugin.record.strikes();
                 let outcome = plugin.run(job).await;
-                if plugin.record.strikes() != strikes {
-                    self.serving.send_modify(|serving| *serving = self.in_service());
+                if plugin.review() {
+                    self.show();
                 }
                 outcome
             }

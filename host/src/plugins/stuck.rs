@@ -1,4 +1,4 @@
-//! Runners that ignore their cancellation.
+//! What is held against a plugin: runners that ignore their cancellation, and calls that do not return.
 //!
 //! A thread of a library cannot be ended from outside. Such a runner is given up: its slot is free, its
 //! handle stale. Each is a strike against its plugin, whose threads it may still keep; after the third
@@ -16,10 +16,14 @@ use std::{
 use runner_sdk::abi::Task;
 use tracing::{error, info, warn};
 
+use super::dispatch::Hanging;
 use crate::model::{BootInstant, TaskId, millis};
 
 /// Runners given up until their plugin gets no more work.
 const STRIKES_MAX: u32 = 3;
+
+/// Calls beyond one for each slot that may hang until their plugin gets no more work. Each keeps a thread.
+const HANGING_SPARE: usize = 16;
 
 static TOTAL: AtomicU64 = AtomicU64::new(0);
 
@@ -76,10 +80,26 @@ impl Record {
         if strikes < STRIKES_MAX {
             return;
         }
-        let reason =
-            format!("{STRIKES_MAX} of its runners ignored their cancellation; mend the plugin and restart the node");
+        self.put_out(
+            plugin,
+            format!("{STRIKES_MAX} of its runners ignored their cancellation; mend the plugin and restart the node"),
+        );
+    }
+
+    /// Takes the plugin out of service when too many of its calls hang beside `slots` tasks.
+    pub(super) fn judge(&self, plugin: &Arc<str>, hanging: Hanging, slots: usize) {
+        if hanging.calls > slots.saturating_add(HANGING_SPARE) {
+            let Hanging { calls, entry, .. } = hanging;
+            self.put_out(
+                plugin,
+                format!("{calls} calls into it have not returned, the oldest is {entry}; fix the plugin and restart the node"),
+            );
+        }
+    }
+
+    fn put_out(&self, plugin: &Arc<str>, reason: String) {
         if self.out.set(reason.clone()).is_ok() {
-            error!(plugin = %plugin, reason, "plugin is out of service");
+            error!(event = "plugin.out_of_service", plugin = %plugin, reason, "plugin is out of service");
         }
     }
 }

@@ -294,6 +294,38 @@ fn walk(dir: &Path) -> Vec<String> {
     found
 }
 
+/// Each call that does not return keeps a thread, also when its task has been completed.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn plugin_with_hanging_calls_goes_out_of_service() {
+    const SLOTS: u64 = 2;
+    let lab = TestServer::start().await;
+    let node = lab.node(&[fixtures::c("behave", &[]), fixtures::zoo()]);
+    let node = node.set("MAX_CONCURRENCY", SLOTS.to_string()).leasing().await;
+    lab.run(&node, "/fixtures/c-hangs/v1", json!({})).await.completed();
+    let line = node.line(|line| line["event"] == "plugin.calls_hang").await;
+    assert_eq!(json!([line["plugin"], line["call"], line["calls"]]), json!(["behave", "start", 1]), "{line}");
+    let behave = |page: &Value| {
+        let plugins = page["plugins"].as_array().cloned().unwrap_or_default();
+        plugins.into_iter().find(|plugin| plugin["name"] == "behave").unwrap_or_default()
+    };
+    node.page_until("/status.json", |page| behave(&page.1)["hanging_calls"] == 1).await;
+
+    let jobs: Vec<_> = (0..200).map(|_| lab.task("/fixtures/c-hangs/v1").submit()).collect();
+    let line = node.line(|line| line["event"] == "plugin.out_of_service").await;
+    assert_eq!(line["plugin"], "behave", "{line}");
+    let reason = line["reason"].as_str().expect("a reason").to_owned();
+    assert!(reason.contains("calls into it have not returned, the oldest is start"), "{line}");
+    let (_, status) = node.page_until("/status.json", |page| behave(&page.1)["state"] == "out-of-service").await;
+    assert_eq!(behave(&status)["reason"], reason);
+    let (code, ready) = node.page("/ready").await;
+    assert_eq!((code, &ready["degraded"]), (200, &json!([format!("plugin behave is out of service: {reason}")])));
+    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+    let threads = std::fs::read_dir(format!("/proc/{}/task", node.pid())).expect("it runs").count();
+    assert!(threads < jobs.len() / 2, "{threads} threads");
+    node.stop().await;
+}
+
 /// A plugin that breaks its promise to return from `start` blocks itself and nobody else.
 #[tokio::test]
 async fn a_start_that_blocks_costs_its_own_plugin_only() {
