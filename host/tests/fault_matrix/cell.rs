@@ -1,4 +1,4 @@
-//! One cell: a world, a node, a fault, and what must hold in the end.
+//! One cell: a dev server, a node, a fault, and the checks at the end.
 
 use std::{
     collections::BTreeMap,
@@ -27,22 +27,16 @@ const BUSIEST: usize = 20;
 /// More parts than two, the last one smaller.
 const INPUT_BYTES: usize = 200_000;
 
-/// How a cell went.
+/// The result of a cell.
 pub(crate) struct Report {
     pub(crate) cell: Cell,
     pub(crate) took: Duration,
-    /// Faults that struck.
+    /// Requests that a fault struck.
     pub(crate) struck: usize,
     /// Most requests of one kind within a second.
     pub(crate) busiest: usize,
-    failure: Option<String>,
-}
-
-impl Report {
-    /// What went wrong, with the cell's name.
-    pub(crate) fn complaint(&self) -> Option<String> {
-        self.failure.as_ref().map(|failure| format!("{}: {failure}", self.cell.name()))
-    }
+    /// Why the cell failed.
+    pub(crate) failure: Option<String>,
 }
 
 pub(crate) async fn run(cell: Cell, plugin: PathBuf) -> Report {

@@ -1,52 +1,53 @@
-//! The fault matrix: every call of the wire, broken in every way, and what the node makes of it.
+//! The fault matrix: breaks each call of the wire in each way, and checks the node's reaction.
 //!
-//! A cell is a world of its own, a real node with a real plugin, one task that downloads an input, publishes
-//! bytes (twice) and a file in parts, and one fault (`dev --faults`, docs/operations/faults.md). The fault either
-//! strikes twice, or lasts for longer than a lease. Whatever it was, in the end: one verdict, accepted once;
-//! artifacts whole and not doubled; no upload left open, no file left behind, a node that stops in peace; and
-//! never more than a few requests per second. Combinations without sense are listed in [`plan`] with the reason.
+//! One cell is one test, named `call/fault` or `call/fault/long`. It has its own dev server, a real node with a
+//! real plugin, one task and one fault (`dev --faults`, docs/operations/faults.md). The task downloads an input and
+//! publishes bytes (twice) and a file in parts. The fault strikes two requests, or lasts longer than a lease.
 //!
-//! `FAULT_MATRIX=heartbeat` or `FAULT_MATRIX=part/reset` runs a part of it.
-
-#![allow(missing_docs, reason = "tests are named as statements")]
+//! Each cell must end with one accepted report, complete artifacts without duplicates, no open upload, no leftover
+//! file, a node that stops with 0, and few requests per second. [`plan`] lists skipped combinations with the reason.
+//!
+//! `cargo test -p runner-host --test fault_matrix heartbeat` runs the cells with `heartbeat` in their names.
 
 mod cell;
 #[path = "../it/harness/mod.rs"]
-#[allow(dead_code, reason = "the harness is shared; the matrix uses a part of it")]
+#[allow(dead_code, reason = "the matrix uses only a part of the shared harness")]
 mod harness;
 mod plan;
 mod table;
 
-use std::{sync::Arc, time::Instant};
+use std::{
+    process::ExitCode,
+    sync::{Arc, Mutex, PoisonError},
+    time::Instant,
+};
 
-use cell::Report;
-use tokio::{sync::Semaphore, task::JoinSet};
+use libtest_mimic::{Arguments, Trial};
 
-/// Cells at once. Most of a cell is waiting: for leases to run out, for pauses to end.
-const AT_ONCE: usize = 10;
+/// Concurrent cells, unless `--test-threads` sets another number. A cell mostly waits for leases and pauses to end.
+const CONCURRENT_CELLS: usize = 10;
 
-#[test]
-fn every_fault_ends_in_one_verdict_and_leaves_nothing_behind() {
-    let wanted = std::env::var("FAULT_MATRIX").unwrap_or_default();
-    let (plan, senseless) = plan::all();
-    let plan: Vec<_> = plan.into_iter().filter(|cell| cell.name().contains(&wanted)).collect();
-    let plugin = harness::fixtures::zoo();
-    let began = Instant::now();
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads.get_or_insert(CONCURRENT_CELLS);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
-    let mut reports: Vec<Report> = runtime.expect("a runtime").block_on(async {
-        let slots = Arc::new(Semaphore::new(AT_ONCE));
-        let mut cells = JoinSet::new();
-        for cell in plan {
-            let (slots, plugin) = (Arc::clone(&slots), plugin.clone());
-            cells.spawn(async move {
-                let _slot = slots.acquire_owned().await.expect("never closed");
-                cell::run(cell, plugin).await
-            });
-        }
-        cells.join_all().await
+    let runtime = Arc::new(runtime.expect("the system has threads for a runtime"));
+    let reports = Arc::new(Mutex::new(Vec::new()));
+    let (cells, skipped) = plan::all();
+    let trials = cells.into_iter().map(|cell| {
+        let (runtime, reports) = (Arc::clone(&runtime), Arc::clone(&reports));
+        Trial::test(cell.name(), move || {
+            let report = runtime.block_on(cell::run(cell, harness::fixtures::zoo()));
+            let failure = report.failure.clone();
+            reports.lock().unwrap_or_else(PoisonError::into_inner).push(report);
+            failure.map_or(Ok(()), |failure| Err(failure.into()))
+        })
     });
-    reports.sort_by_key(|report| report.cell.order());
-    table::print(&reports, &senseless, began.elapsed());
-    let failed: Vec<String> = reports.iter().filter_map(Report::complaint).collect();
-    assert!(failed.is_empty(), "{} of {} cells failed:\n{}", failed.len(), reports.len(), failed.join("\n"));
+    let began = Instant::now();
+    let conclusion = libtest_mimic::run(&arguments, trials.collect());
+    let reports = reports.lock().unwrap_or_else(PoisonError::into_inner);
+    if !reports.is_empty() {
+        table::print(&reports, &skipped, began.elapsed());
+    }
+    conclusion.exit_code()
 }

@@ -1,4 +1,4 @@
-//! Which cells there are, and which make no sense.
+//! The cells, and the combinations that are skipped.
 
 use runner_host::dev::Seen;
 
@@ -70,13 +70,16 @@ const LASTING: [&str; 5] = ["503", "429", "reset", "malformed", "hang"];
 const SIGN_IN: [&str; 4] = ["nonce", "register_wallet", "register", "verify"];
 const PLANE: [&str; 4] = ["lease", "heartbeat", "complete", "fail"];
 
-/// All cells, and the combinations that are none, with the reason.
-pub(crate) fn all() -> (Vec<Cell>, Vec<(&'static str, &'static str, &'static str)>) {
-    let (mut cells, mut senseless) = (Vec::new(), Vec::new());
+/// A call and a fault that are not combined, with the reason.
+pub(crate) type Skipped = (&'static str, &'static str, &'static str);
+
+/// All cells, and all skipped combinations.
+pub(crate) fn all() -> (Vec<Cell>, Vec<Skipped>) {
+    let (mut cells, mut skipped) = (Vec::new(), Vec::new());
     for endpoint in ENDPOINTS {
         for kind in KINDS {
-            if let Some(why) = no_sense(endpoint, kind.0) {
-                senseless.push((endpoint, kind.0, why));
+            if let Some(reason) = skip_reason(endpoint, kind.0) {
+                skipped.push((endpoint, kind.0, reason));
                 continue;
             }
             cells.push(Cell { endpoint, kind, length: Length::Twice });
@@ -91,18 +94,18 @@ pub(crate) fn all() -> (Vec<Cell>, Vec<(&'static str, &'static str, &'static str
     ] {
         cells.push(Cell { endpoint: "any", kind, length: Length::Long });
     }
-    (cells, senseless)
+    (cells, skipped)
 }
 
-fn no_sense(endpoint: &str, kind: &str) -> Option<&'static str> {
+fn skip_reason(endpoint: &str, kind: &str) -> Option<&'static str> {
     let (sign_in, plane) = (SIGN_IN.contains(&endpoint), PLANE.contains(&endpoint));
     match kind {
-        "revoke_token" if sign_in || endpoint == "info" => Some("the call shows no token"),
+        "revoke_token" if sign_in || endpoint == "info" => Some("the call carries no token"),
         "forget_node" if !plane && !["verify", "any"].contains(&endpoint) => {
-            Some("the call does not say which node asks")
+            Some("the call does not identify its node")
         }
-        "steal_lease" if sign_in || ["lease", "info"].contains(&endpoint) => Some("the call is not about a task"),
-        "oversize" if ["download", "by_id"].contains(&endpoint) => Some("data has the size it has"),
+        "steal_lease" if sign_in || ["lease", "info"].contains(&endpoint) => Some("the call names no task"),
+        "oversize" if ["download", "by_id"].contains(&endpoint) => Some("the client has no limit for data"),
         _ => None,
     }
 }
@@ -111,13 +114,6 @@ impl Cell {
     pub(crate) fn name(&self) -> String {
         let length = if self.length == Length::Long { "/long" } else { "" };
         format!("{}/{}{length}", self.endpoint, self.kind.0)
-    }
-
-    /// Its place in the table.
-    pub(crate) fn order(&self) -> (usize, usize, bool) {
-        let row = ENDPOINTS.iter().position(|endpoint| *endpoint == self.endpoint).unwrap_or(ENDPOINTS.len());
-        let column = KINDS.iter().position(|kind| kind.0 == self.kind.0).unwrap_or(KINDS.len());
-        (row, column, self.length == Length::Long)
     }
 
     /// Strikes before a node has signed in.

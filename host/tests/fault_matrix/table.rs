@@ -1,21 +1,23 @@
-//! What the matrix says at its end.
+//! The table that the matrix prints at its end.
 
 use std::{collections::BTreeMap, fmt::Write as _, io::Write as _, time::Duration};
 
 use crate::{
     cell::Report,
-    plan::{ENDPOINTS, KINDS, Length},
+    plan::{ENDPOINTS, KINDS, Length, Skipped},
 };
 
-/// Prints the table past the test harness: it is wanted most when all went well.
-pub(crate) fn print(reports: &[Report], senseless: &[(&str, &str, &str)], took: Duration) {
+/// Prints the seconds of each cell, and the reasons for the skipped combinations.
+pub(crate) fn print(reports: &[Report], skipped: &[Skipped], took: Duration) {
+    let mut reports: Vec<&Report> = reports.iter().collect();
+    reports.sort_by_key(|report| report.cell.length == Length::Long);
     let columns: Vec<&str> = KINDS.iter().map(|kind| kind.0).chain(["ahead", "behind"]).collect();
     let mut cells: BTreeMap<(&str, &str), String> = BTreeMap::new();
-    for (endpoint, kind, _) in senseless {
+    for (endpoint, kind, _) in skipped {
         cells.insert((endpoint, kind), "-".to_owned());
     }
-    for report in reports {
-        let text = match &report.complaint() {
+    for report in &reports {
+        let text = match &report.failure {
             None => format!("{:.1}", report.took.as_secs_f64()),
             Some(_) => "FAIL".to_owned(),
         };
@@ -23,8 +25,7 @@ pub(crate) fn print(reports: &[Report], senseless: &[(&str, &str, &str)], took: 
         let bar = if cell.is_empty() { "" } else { "|" };
         let _ = write!(cell, "{bar}{text}");
     }
-    let mut text =
-        "\nseconds per cell; with two figures the second fault lasts longer than a lease; -: no sense\n".to_owned();
+    let mut text = "\nseconds per cell, and after | those of the long fault; -: skipped\n".to_owned();
     let _ = write!(text, "{:<16}", "");
     for column in &columns {
         let _ = write!(text, "{column:>13}");
@@ -45,12 +46,11 @@ pub(crate) fn print(reports: &[Report], senseless: &[(&str, &str, &str)], took: 
         took.as_secs_f64()
     );
     let mut reasons: BTreeMap<&str, Vec<String>> = BTreeMap::new();
-    for (endpoint, kind, why) in senseless {
-        reasons.entry(why).or_default().push(format!("{kind} of {endpoint}"));
+    for (endpoint, kind, reason) in skipped {
+        reasons.entry(reason).or_default().push(format!("{kind} of {endpoint}"));
     }
-    for (why, combinations) in reasons {
-        let _ = writeln!(text, "not run, {why}: {}", combinations.join(", "));
+    for (reason, combinations) in reasons {
+        let _ = writeln!(text, "skipped, {reason}: {}", combinations.join(", "));
     }
-    // Not through the macro, which the harness keeps to itself when a test passes.
     let _ = std::io::stderr().write_all(text.as_bytes());
 }
