@@ -134,8 +134,11 @@ fn settings_table_matches_the_host() {
 }
 
 #[test]
-fn readme_has_at_most_200_lines() {
-    assert!(read("README.md").lines().count() <= 200);
+fn readme_and_changelog_stay_short() {
+    for (document, lines_max) in [("README.md", 200), ("CHANGELOG.md", 100)] {
+        let lines = read(document).lines().count();
+        assert!(lines <= lines_max, "{document} has {lines} lines, at most {lines_max} are allowed");
+    }
 }
 
 #[test]
