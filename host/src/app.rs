@@ -12,8 +12,11 @@ use crate::{
     config::HostConfig,
     control::ControlSocket,
     engine::{Ended, Engine, Modules, StopSignals},
-    leases::{LeaseSource, dms::Dms},
-    model::{Live, Phase, StatusBoard},
+    leases::{
+        LeaseSource,
+        dms::{self, Dms},
+    },
+    model::{Live, Phase, PlaneName, StatusBoard},
     observe::pages::Pages,
     outbox::{self, Outbox, Remaining, StateDir},
     plugins::Plugins,
@@ -94,7 +97,8 @@ impl Node {
         let outbox = Outbox::open(
             outbox::Config {
                 state,
-                plane,
+                plane: PlaneName::parse(dms::DEFAULT_NAME).expect("the default name is a name"),
+                base_url: plane,
                 node,
                 max: outbox.max,
                 // The next task of each slot may end while the last one's report is on its way.

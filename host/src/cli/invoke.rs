@@ -83,8 +83,8 @@ async fn invoke(
     mut data: impl Write,
 ) -> anyhow::Result<Exit> {
     let scratch = Scratch::open(own_scratch_dir()?)?;
-    let task = TaskId(Uuid::new_v4());
-    let dir = scratch.task_dir(task);
+    let task = TaskId::from(Uuid::new_v4());
+    let dir = scratch.task_dir(&task);
     dir.make()?;
     let (grant, _keys) =
         HeldLease::new(lease(task, capability, args.inputs.len(), meta), Setup::Ready(Ok(DataLocation::None)));

@@ -9,6 +9,7 @@ use super::{Exit, Output, block_on, complain, counted, put, table, tell};
 use crate::{
     config::{HostConfig, Layers},
     control::{Reports, Wanted, client},
+    model::{TaskId, TaskIdError},
     outbox::{Listing, OfflineOutbox, OfflineOutboxError, StateError},
 };
 
@@ -52,15 +53,15 @@ pub(super) struct Place {
 #[group(required = true, multiple = false)]
 pub(super) struct Which {
     /// Ids of tasks, as `list` shows them
-    #[arg(value_name = "TASK", value_parser = super::parse_id)]
-    tasks: Vec<Uuid>,
+    #[arg(value_name = "TASK", value_parser = parse_task)]
+    tasks: Vec<TaskId>,
     /// Every report
     #[arg(long)]
     all: bool,
 }
 
 impl Which {
-    fn tasks(&self) -> Option<Vec<Uuid>> {
+    fn tasks(&self) -> Option<Vec<TaskId>> {
         (!self.all).then(|| self.tasks.clone())
     }
 }
@@ -103,8 +104,8 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
     if tasks.is_none() || !reports.is_empty() {
         say(command, reports.len(), running);
     }
-    let found: HashSet<Uuid> = reports.iter().map(|report| report.task_id).collect();
-    let missing: Vec<Uuid> = tasks.unwrap_or_default().into_iter().filter(|task| !found.contains(task)).collect();
+    let found: HashSet<TaskId> = reports.iter().map(|report| report.task_id.clone()).collect();
+    let missing: Vec<TaskId> = tasks.unwrap_or_default().into_iter().filter(|task| !found.contains(task)).collect();
     for task in &missing {
         tell(format_args!("error: no report of task {task} is in the outbox; `runner-host outbox list` shows what is"));
     }
@@ -112,8 +113,8 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
 }
 
 /// On a node that does not run. What waits there is sent when one starts.
-fn stopped(command: &Command, mut shelf: OfflineOutbox, tasks: Option<&[Uuid]>) -> anyhow::Result<Vec<Listing>> {
-    let tasks: Option<HashSet<Uuid>> = tasks.map(|tasks| tasks.iter().copied().collect());
+fn stopped(command: &Command, mut shelf: OfflineOutbox, tasks: Option<&[TaskId]>) -> anyhow::Result<Vec<Listing>> {
+    let tasks: Option<HashSet<TaskId>> = tasks.map(|tasks| tasks.iter().cloned().collect());
     Ok(match command {
         Command::List { .. } | Command::Retry { .. } => shelf.listings(tasks.as_ref()),
         Command::Drop { .. } => shelf.drop_reports(tasks.as_ref())?,
@@ -129,6 +130,14 @@ fn say(command: &Command, count: usize, running: bool) {
         Command::Retry { .. } if running => tell(format_args!("{reports} will be sent now")),
         Command::Retry { .. } => tell(format_args!("no node runs here; {reports} will be sent when one starts")),
         Command::Drop { .. } => tell(format_args!("dropped {reports}")),
+    }
+}
+
+/// Reads the id of a task; a UUID in any usual spelling.
+fn parse_task(text: &str) -> Result<TaskId, TaskIdError> {
+    match Uuid::try_parse(text) {
+        Ok(id) => Ok(id.into()),
+        Err(_) => TaskId::parse(text),
     }
 }
 

@@ -6,9 +6,8 @@
 pub mod client;
 
 use serde::{Deserialize, Serialize};
-use uuid::Uuid;
 
-use crate::outbox::Listing;
+use crate::{model::TaskId, outbox::Listing};
 
 /// The socket's name in the state folder.
 pub const SOCKET: &str = "control.sock";
@@ -17,7 +16,7 @@ pub const SOCKET: &str = "control.sock";
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Wanted {
     /// Their tasks; `null`: all.
-    pub tasks: Option<Vec<Uuid>>,
+    pub tasks: Option<Vec<TaskId>>,
 }
 
 /// Reports, as they were listed or before they were dropped.
@@ -153,7 +152,7 @@ mod socket {
         Json(Reports { reports: outbox.drop_reports(tasks(wanted).as_ref()).await })
     }
 
-    fn tasks(wanted: Wanted) -> Option<HashSet<uuid::Uuid>> {
+    fn tasks(wanted: Wanted) -> Option<HashSet<crate::model::TaskId>> {
         wanted.tasks.map(|tasks| tasks.into_iter().collect())
     }
 }

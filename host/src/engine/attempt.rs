@@ -62,7 +62,7 @@ pub(super) struct Slot {
 pub(super) fn span(lease: &Lease, plugin: Option<&str>) -> Span {
     info_span!(
         "task",
-        task_id = %lease.task,
+        task_id = %lease.task(),
         job_id = lease.job.map(tracing::field::display),
         domain_id = lease.data.domain().map(tracing::field::display),
         capability = %lease.capability,
@@ -217,7 +217,7 @@ async fn run(modules: Arc<Modules>, held: HeldNumber, grant: HeldLease, grace: D
     {
         return nothing(outcome);
     }
-    let dir = modules.storage.task_dir(grant.lease.task); // made when somebody needs it
+    let dir = modules.storage.task_dir(grant.lease.task()); // made when somebody needs it
     let ports = modules.storage.ports(&grant, dir.path()); // nothing is fetched before the runner asks
     modules.board.moved(held, "waiting");
     let board = modules.board.clone();

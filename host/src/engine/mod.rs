@@ -25,7 +25,7 @@ use tracing::{Instrument as _, debug, error, info, warn};
 
 use crate::{
     leases::{Advice, LeaseError, LeaseSource},
-    model::{BootInstant, Lease, Outcome, Phase, SetupStage, StatusBoard, TaskId, millis},
+    model::{BootInstant, Lease, Outcome, Phase, ReportAddress, SetupStage, StatusBoard, millis},
     outbox::Outbox,
     plugins::Plugins,
     session::Sessions,
@@ -255,9 +255,9 @@ impl Engine {
                     debug!(retry_in_ms = millis(pause), "no work");
                 }
             }
-            Err(LeaseError::Malformed { task: Some(task), reason }) => {
+            Err(LeaseError::Malformed { task: Some(to), reason }) => {
                 self.pace.ended(LeaseValue::Nothing);
-                let refusal = refuse(Arc::clone(&self.modules.source), task, reason, stops.cancel.clone());
+                let refusal = refuse(Arc::clone(&self.modules.source), to, reason, stops.cancel.clone());
                 self.attempts.spawn(async move {
                     refusal.await;
                     drop(permit);
@@ -277,12 +277,12 @@ impl Engine {
     fn begin(&mut self, lease: Lease, permit: OwnedSemaphorePermit, stops: &StopSignals) {
         let plugin = self.modules.plugins.name_of(&lease.capability);
         let span = attempt::span(&lease, plugin.as_deref());
-        let task = lease.task;
+        let task = lease.task().clone();
         let session = span.in_scope(|| self.modules.sessions.open(lease)); // heartbeats start
-        if self.modules.outbox.owes(task) {
+        if self.modules.outbox.owes(&task) {
             // The plane leased it again before it heard of its end, as after a crash.
             span.in_scope(|| info!("task leased again, its report is still on its way"));
-            self.modules.outbox.adopt(task, session);
+            self.modules.outbox.adopt(&task, session);
             return;
         }
         let held = self.modules.board.began(&session.grant(), plugin);
@@ -371,13 +371,13 @@ async fn poll(source: &dyn LeaseSource, permit: OwnedSemaphorePermit) -> Polled 
 
 /// Gives back a lease that could not be read. Where the plane does not take that either, the lease
 /// expires by itself.
-async fn refuse(source: Arc<dyn LeaseSource>, task: TaskId, reason: String, cancel: CancellationToken) {
-    warn!(task_id = %task, error = reason, "lease could not be read, its task is failed");
+async fn refuse(source: Arc<dyn LeaseSource>, to: ReportAddress, reason: String, cancel: CancellationToken) {
+    warn!(task_id = %to.task, error = reason, "lease could not be read, its task is failed");
     let outcome = Outcome::Setup { stage: SetupStage::StartSession, message: reason };
     let telling = async {
         for tries in 1..=REFUSALS_MAX {
-            let Err(err) = source.reject(task, &outcome).await else { return };
-            warn!(task_id = %task, error = %err, tries, "lease could not be given back");
+            let Err(err) = source.reject(&to, &outcome).await else { return };
+            warn!(task_id = %to.task, error = %err, tries, "lease could not be given back");
             if err.advice() != Advice::RetryLater {
                 return;
             }

@@ -9,9 +9,10 @@ pub mod dms;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use uuid::Uuid;
 
-use crate::model::{AnnouncedData, BootInstant, Lease, Outcome, Pending, TaskId, TaskResult, Term, Token};
+use crate::model::{
+    AnnouncedData, BootInstant, Lease, Outcome, Pending, ReportAddress, TaskId, TaskResult, Term, Token,
+};
 
 /// One control plane.
 #[async_trait]
@@ -21,12 +22,11 @@ pub trait LeaseSource: Send + Sync {
     async fn poll(&self) -> Result<Option<Lease>, LeaseError>;
     /// Extends a lease we hold. The answer may carry a newer token or a request to cancel. Sends nothing
     /// after `until`, which the session takes from what is left of the lease, and waits no longer.
-    async fn heartbeat(&self, task: TaskId, beat: &Pending, until: BootInstant) -> Result<Renewal, LeaseError>;
-    /// Reports the end. `task` is the id the plane uses now (a heartbeat may have changed it);
-    /// `lease` gives job, domain and capability.
-    async fn report(&self, task: TaskId, lease: &Lease, task_result: &TaskResult) -> Result<(), LeaseError>;
-    /// Gives back a lease of which only the task is known: `why` is an [`Outcome::Setup`].
-    async fn reject(&self, task: TaskId, why: &Outcome) -> Result<(), LeaseError>;
+    async fn heartbeat(&self, to: &ReportAddress, beat: &Pending, until: BootInstant) -> Result<Renewal, LeaseError>;
+    /// Reports the end of a task. A repeat after a crash returns `Ok`.
+    async fn report(&self, to: &ReportAddress, task_result: &TaskResult) -> Result<(), LeaseError>;
+    /// Returns a lease that this node cannot run: `why` is an [`Outcome::Setup`].
+    async fn reject(&self, to: &ReportAddress, why: &Outcome) -> Result<(), LeaseError>;
 }
 
 /// What a heartbeat's answer said; absent means unchanged.
@@ -40,10 +40,8 @@ pub struct Renewal {
     pub term: Term,
     /// The plane asks to stop.
     pub cancel: bool,
-    /// The task's id from now on.
-    pub task: Option<TaskId>,
-    /// The job's id from now on.
-    pub job: Option<Uuid>,
+    /// Where heartbeats and the report go from now on, if the plane has renamed something.
+    pub address: Option<ReportAddress>,
     /// What the plane calls the task's capability now.
     pub capability: Option<String>,
     /// Where the data is now.
@@ -95,11 +93,14 @@ pub enum LeaseError {
     /// A 2xx whose body cannot be used.
     #[error("control plane sent an answer that cannot be used: {reason}")]
     Malformed {
-        /// The id of the task, where one could still be read from a lease.
-        task: Option<TaskId>,
+        /// The address of the task, if the id of the task could be read from a lease.
+        task: Option<ReportAddress>,
         /// What is wrong with it.
         reason: String,
     },
+    /// The adapter of a control plane cannot read an address that it wrote before.
+    #[error("report address cannot be read: {0}; start the version of the node that wrote the report")]
+    Address(String),
 }
 
 fn said(excerpt: &str) -> String {
@@ -122,9 +123,12 @@ impl LeaseError {
     #[must_use]
     pub fn advice(&self) -> Advice {
         match self {
-            Self::Unreachable(_) | Self::NoToken(_) | Self::Unauthorized | Self::Busy | Self::Malformed { .. } => {
-                Advice::RetryLater
-            }
+            Self::Unreachable(_)
+            | Self::NoToken(_)
+            | Self::Unauthorized
+            | Self::Busy
+            | Self::Malformed { .. }
+            | Self::Address(_) => Advice::RetryLater,
             // Beside trouble of its own, the plane may be hidden behind somebody who redirects.
             Self::Refused { status, .. } if matches!(status, 408 | 425 | 429) || !(400..500).contains(status) => {
                 Advice::RetryLater

@@ -17,7 +17,7 @@ use std::{
 
 use secrecy::{ExposeSecret, SecretString};
 
-use super::{BootInstant, DataLocation, Lease, ProgressQueue, ReportName, watched::Watched};
+use super::{BootInstant, DataLocation, Lease, ProgressQueue, ReportAddress, watched::Watched};
 
 /// A bearer token. Never printed; compared only for change.
 #[derive(Clone)]
@@ -167,8 +167,8 @@ pub struct HeldLeaseState {
     token_deadline: Deadline,
     missed: Mutex<MissedHeartbeats>,
     replaced: Mutex<Vec<Token>>,
-    /// What the plane calls the task since it has changed that.
-    renamed: Mutex<Option<ReportName>>,
+    /// Where the report goes, if a heartbeat has changed that.
+    renamed: Mutex<Option<ReportAddress>>,
     news: Watched<LeaseUpdates>,
 }
 
@@ -225,9 +225,9 @@ impl HeldLeaseWriter {
         *self.0.missed.lock().unwrap_or_else(PoisonError::into_inner) = MissedHeartbeats::default();
     }
 
-    /// Publishes what the plane calls the task from now on.
-    pub fn rename(&self, name: ReportName) {
-        *self.0.renamed.lock().unwrap_or_else(PoisonError::into_inner) = Some(name);
+    /// Publishes where the report goes from now on.
+    pub fn rename(&self, address: ReportAddress) {
+        *self.0.renamed.lock().unwrap_or_else(PoisonError::into_inner) = Some(address);
     }
 
     /// Publishes what the plane says.
@@ -292,13 +292,11 @@ impl HeldLease {
         tokens
     }
 
-    /// What a report is to call the task, as far as the plane has said.
+    /// Where the report goes, as far as the plane has said.
     #[must_use]
-    pub fn name(&self) -> ReportName {
-        let Lease { task, job, .. } = self.lease;
-        let domain_id = self.lease.data.domain();
-        let renamed = self.renamed.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        renamed.unwrap_or(ReportName { task, job, domain_id })
+    pub fn address(&self) -> ReportAddress {
+        let renamed = self.renamed.lock().unwrap_or_else(PoisonError::into_inner);
+        renamed.as_ref().unwrap_or(&self.lease.address).clone()
     }
 
     /// Whether the lease is ours at this very moment. Ask immediately before anything is sent for it: a

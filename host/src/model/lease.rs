@@ -1,25 +1,128 @@
 //! What a control plane gave us to do.
 
-use std::fmt;
+use std::{fmt, sync::Arc};
 
+use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 use serde_json::value::RawValue;
 use uuid::Uuid;
 
 use super::{AnnouncedData, BootInstant, Capability, DataLocation, Token};
 
-/// Names one task on its control plane. Prints lower case and hyphenated.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct TaskId(pub Uuid);
+/// Names one task on its control plane: 1 to 128 letters, digits and characters of `-_.:/+=@~`.
+/// A UUID is lower case and hyphenated. A file name is never made of it directly.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct TaskId(Arc<str>);
+
+/// The text is not a task id.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a task id has 1 to {max} letters, digits or characters of {TASK_ID_MARKS}", max = TaskId::BYTES_MAX)]
+pub struct TaskIdError;
+
+const TASK_ID_MARKS: &str = "-_.:/+=@~";
+
+impl TaskId {
+    /// Length of the longest id.
+    pub const BYTES_MAX: usize = 128;
+
+    /// Reads an id as the control plane writes it.
+    ///
+    /// # Errors
+    /// If the text is empty, too long, or has another character.
+    pub fn parse(text: &str) -> Result<Self, TaskIdError> {
+        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || TASK_ID_MARKS.as_bytes().contains(&byte);
+        let valid = (1..=Self::BYTES_MAX).contains(&text.len()) && text.bytes().all(allowed);
+        if valid { Ok(Self(text.into())) } else { Err(TaskIdError) }
+    }
+
+    /// The id as the control plane writes it.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl From<Uuid> for TaskId {
+    fn from(id: Uuid) -> Self {
+        Self((&*id.as_hyphenated().encode_lower(&mut Uuid::encode_buffer())).into())
+    }
+}
+
+impl<'de> Deserialize<'de> for TaskId {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        Self::parse(&String::deserialize(from)?).map_err(D::Error::custom)
+    }
+}
 
 impl fmt::Display for TaskId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(&self.0, f)
+        f.write_str(&self.0)
     }
 }
 
 impl fmt::Debug for TaskId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(&self.0, f)
+        f.write_str(&self.0)
+    }
+}
+
+/// Names a control plane in the configuration of this node: 1 to 64 lower-case letters, digits, `-` and `_`.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+pub struct PlaneName(Arc<str>);
+
+/// The text is not a name of a control plane.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the name of a control plane has 1 to 64 lower-case letters, digits, `-` and `_`")]
+pub struct PlaneNameError;
+
+impl PlaneName {
+    /// Reads a name.
+    ///
+    /// # Errors
+    /// If the text is empty, too long, or has another character.
+    pub fn parse(text: &str) -> Result<Self, PlaneNameError> {
+        let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'_');
+        let valid = (1..=64).contains(&text.len()) && text.bytes().all(allowed);
+        if valid { Ok(Self(text.into())) } else { Err(PlaneNameError) }
+    }
+
+    /// The name.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl<'de> Deserialize<'de> for PlaneName {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        Self::parse(&String::deserialize(from)?).map_err(D::Error::custom)
+    }
+}
+
+impl fmt::Display for PlaneName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl fmt::Debug for PlaneName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Where the report of a task goes on its control plane. It holds no secret.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReportAddress {
+    /// The key of this host: lists show it, and repeats are found by it.
+    pub task: TaskId,
+    /// A text that only the adapter of the control plane writes and reads.
+    pub at: Arc<str>,
+}
+
+impl From<TaskId> for ReportAddress {
+    /// An address for a task that no control plane gave.
+    fn from(task: TaskId) -> Self {
+        Self { task, at: "".into() }
     }
 }
 
@@ -39,9 +142,9 @@ pub enum Term {
 /// reach a runner through the [`super::HeldLease`].
 #[derive(Clone, Debug)]
 pub struct Lease {
-    /// The task it is for.
-    pub task: TaskId,
-    /// The job the task belongs to, echoed in reports.
+    /// The task it is for, and where its report goes.
+    pub address: ReportAddress,
+    /// The job the task belongs to, for logs and pages.
     pub job: Option<Uuid>,
     /// Which run of the task this is, as the plane counts them; most count from 1.
     pub attempt: Option<u64>,
@@ -69,9 +172,9 @@ pub struct Lease {
 impl Lease {
     /// A lease that says which task it is for and nothing else; its document is `null`.
     #[must_use]
-    pub fn bare(task: TaskId, capability: Capability) -> Self {
+    pub fn bare(address: impl Into<ReportAddress>, capability: Capability) -> Self {
         Self {
-            task,
+            address: address.into(),
             job: None,
             attempt: None,
             capability,
@@ -83,6 +186,38 @@ impl Lease {
             inputs: Vec::new(),
             outputs_prefix: None,
             document: RawValue::NULL.to_owned(),
+        }
+    }
+    /// The task it is for.
+    #[must_use]
+    pub fn task(&self) -> &TaskId {
+        &self.address.task
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn task_ids_are_bounded_and_safe_in_logs() {
+        let longest = "x".repeat(TaskId::BYTES_MAX);
+        for text in ["0b9f3c52-3b0e-4f0e-8f8e-6f2e9d0c7a01", "jobs/a.json", "7", &longest] {
+            assert_eq!(TaskId::parse(text).expect("an id").as_str(), text);
+        }
+        for text in ["", "a b", "a\n", "a\"b", "\u{e9}", &format!("{longest}x")] {
+            assert_eq!(TaskId::parse(text), Err(TaskIdError), "{text:?}");
+            assert!(serde_json::from_value::<TaskId>(text.into()).is_err(), "{text:?}");
+        }
+        let id = Uuid::from_u128(0xABCD);
+        assert_eq!(TaskId::from(id).as_str(), id.to_string());
+    }
+
+    #[test]
+    fn plane_names_are_bounded_and_plain() {
+        assert_eq!(PlaneName::parse("posemesh").expect("a name").as_str(), "posemesh");
+        for text in ["", "A", "a b", "a/b", &"x".repeat(65)] {
+            assert_eq!(PlaneName::parse(text), Err(PlaneNameError), "{text:?}");
         }
     }
 }

@@ -30,10 +30,10 @@ pub use held_lease::{
     CancelReason, CancelSignal, Deadline, HeldLease, HeldLeaseState, HeldLeaseWriter, LeaseUpdates, MissedHeartbeats,
     Setup, Token,
 };
-pub use lease::{Lease, TaskId, Term};
+pub use lease::{Lease, PlaneName, PlaneNameError, ReportAddress, TaskId, TaskIdError, Term};
 pub use line::in_a_line;
 pub use millis::millis;
-pub use outcome::{LeaseKeeper, Outcome, ReportName, SetupStage, TaskResult};
+pub use outcome::{LeaseKeeper, Outcome, SetupStage, TaskResult};
 pub(crate) use outcome::{holds_token, redact};
 pub use ports::{Fetched, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports};
 pub use progress_queue::{Pending, ProgressError, ProgressQueue};

@@ -2,9 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use uuid::Uuid;
 
-use super::{Artifact, Fetched, TaskId, Token};
+use super::{Artifact, Fetched, ReportAddress, Token};
 
 /// Tokens this short are words: taking them out would spoil texts and hide nothing.
 const SECRET_BYTES_MIN: usize = 4;
@@ -207,21 +206,10 @@ fn clean_value(value: &mut Value, clean: &impl Fn(&mut String)) {
     }
 }
 
-/// What a report calls its task: a heartbeat may have changed what the lease said.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ReportName {
-    /// The id the plane uses now.
-    pub task: TaskId,
-    /// The job it belongs to.
-    pub job: Option<Uuid>,
-    /// The domain of its data.
-    pub domain_id: Option<Uuid>,
-}
-
-/// What keeps a lease while the report of its task is on its way.
+/// Keeps a lease until the control plane has the report of its task.
 pub trait LeaseKeeper: Send {
-    /// What the report is to call the task by now.
-    fn name(&self) -> ReportName;
+    /// Where the report goes now: a heartbeat may have changed the address.
+    fn address(&self) -> ReportAddress;
 }
 
 /// The end of an attempt together with what it published: what is reported, once.

@@ -155,7 +155,7 @@ impl Serialize for HeldTasks {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         // Of two with one id the newer one is shown: it is the one that still counts.
         let newest: BTreeMap<String, &TaskStatus> =
-            self.by_number.values().map(|task| (task.turning.0.lease.task.to_string(), task)).collect();
+            self.by_number.values().map(|task| (task.turning.0.lease.task().to_string(), task)).collect();
         serializer.collect_map(newest)
     }
 }
@@ -192,7 +192,7 @@ pub struct RunningTask(HeldLease);
 
 impl fmt::Debug for RunningTask {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_tuple("RunningTask").field(&self.0.lease.task).finish()
+        f.debug_tuple("RunningTask").field(self.0.lease.task()).finish()
     }
 }
 
@@ -300,7 +300,7 @@ impl TaskRecord {
     #[must_use]
     pub fn new(lease: &Lease, task_result: &TaskResult, took: Duration, report: ReportState) -> Self {
         Self {
-            task_id: lease.task,
+            task_id: lease.task().clone(),
             job_id: lease.job,
             capability: lease.capability.clone(),
             outcome: task_result.outcome.word(),
@@ -434,12 +434,12 @@ impl StatusBoard {
     }
 
     /// Says what became of a report that waited.
-    pub fn settled(&self, task: TaskId, report: ReportState) {
+    pub fn settled(&self, task: &TaskId, report: ReportState) {
         self.change(|status| {
             status.unreported += u64::from(report == ReportState::Refused);
             // The same task may have ended here twice: the plane gave it out again.
             let waiting =
-                |record: &&mut Arc<TaskRecord>| record.task_id == task && record.report == ReportState::Waiting;
+                |record: &&mut Arc<TaskRecord>| record.task_id == *task && record.report == ReportState::Waiting;
             if let Some(record) = status.recent.iter_mut().find(waiting) {
                 Arc::make_mut(record).report = report;
             }
@@ -461,10 +461,10 @@ mod tests {
     fn a_task_leased_again_before_its_lost_attempt_has_ended_stays_on_the_page() {
         let board = StatusBoard::new("node".to_owned(), 2, Vec::new(), serde_json::Value::Null);
         let shown = || serde_json::to_value(&*board.now()).expect("a page")["tasks"].clone();
-        let lost = grant(TaskId(Uuid::from_u128(7)));
-        let id = lost.lease.task.to_string();
+        let lost = grant(Uuid::from_u128(7).into());
+        let id = lost.lease.task().to_string();
         let first = board.began(&lost, None);
-        let second = board.began(&grant(lost.lease.task), None);
+        let second = board.began(&grant(lost.lease.task().clone()), None);
         board.moved(first, "reporting");
         assert_eq!(shown()[&id]["state"], "setting-up", "what becomes of the lost one is not its own");
         let task_result = TaskResult::bare(Outcome::LeaseLost);

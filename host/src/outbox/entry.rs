@@ -6,22 +6,27 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use crate::model::{AnnouncedData, Capability, Lease, ReportName, TaskId, TaskResult};
+use crate::{
+    leases::dms,
+    model::{PlaneName, ReportAddress, TaskId, TaskResult},
+};
 
 /// A report: whose it is, what it is about, what it says.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Entry {
-    /// Base URL of the control plane that gave the task.
-    pub(super) plane: Arc<str>,
+    /// Name of the control plane that gave the task.
+    pub(super) plane: PlaneName,
+    /// Its base URL.
+    pub(super) base_url: Arc<str>,
     /// Address of the node that was given it.
     pub(super) node: Arc<str>,
-    /// The task, as the plane calls it.
-    pub(super) task_id: Uuid,
-    /// The job it belongs to.
+    /// Where the report goes on that plane.
+    pub(super) address: ReportAddress,
+    /// For people: the job, as the lease named it.
     pub(super) job_id: Option<Uuid>,
-    /// The domain of its data.
+    /// For people: the domain, as the lease named it.
     pub(super) domain_id: Option<Uuid>,
-    /// Which runner it asked for.
+    /// For people: the capability, as the lease named it.
     pub(super) capability: String,
     /// How it ended and what it published.
     #[serde(rename = "verdict")]
@@ -40,6 +45,37 @@ pub(super) struct Tries {
     pub(super) error: Option<String>,
 }
 
+/// An [`Entry`] of format 1, which knew one kind of control plane.
+#[derive(Deserialize)]
+struct OldEntry {
+    /// Base URL of the control plane.
+    plane: Arc<str>,
+    node: Arc<str>,
+    task_id: Uuid,
+    job_id: Option<Uuid>,
+    domain_id: Option<Uuid>,
+    capability: String,
+    #[serde(rename = "verdict")]
+    task_result: TaskResult,
+    ended_at: Timestamp,
+}
+
+impl From<OldEntry> for Entry {
+    fn from(old: OldEntry) -> Self {
+        Self {
+            plane: PlaneName::parse(dms::DEFAULT_NAME).expect("the default name is a name"),
+            base_url: old.plane,
+            node: old.node,
+            address: dms::address(old.task_id, old.job_id, old.domain_id, &old.capability),
+            job_id: old.job_id,
+            domain_id: old.domain_id,
+            capability: old.capability,
+            task_result: old.task_result,
+            ended_at: old.ended_at,
+        }
+    }
+}
+
 /// What stands in the file.
 #[derive(Debug, Serialize, Deserialize)]
 struct Stored<E, T> {
@@ -55,29 +91,20 @@ impl Entry {
     /// # Errors
     /// One line about what is wrong with it.
     pub(super) fn decode(bytes: &[u8]) -> Result<(Self, Tries), String> {
-        let stored: Stored<Self, Tries> = serde_json::from_slice(bytes).map_err(|err| err.to_string())?;
-        Capability::from_wire(&stored.report.capability).map_err(|err| err.to_string())?;
-        Ok((stored.report, stored.tries))
+        let stored = serde_json::from_slice::<Stored<Self, Tries>>(bytes).map(|stored| (stored.report, stored.tries));
+        stored.or_else(|err| match serde_json::from_slice::<Stored<OldEntry, Tries>>(bytes) {
+            Ok(old) => Ok((old.report.into(), old.tries)),
+            Err(_) => Err(err.to_string()),
+        })
     }
 
-    pub(super) fn task(&self) -> TaskId {
-        TaskId(self.task_id)
+    pub(super) fn task(&self) -> &TaskId {
+        &self.address.task
     }
 
-    /// The same under the name the plane uses now; `None` where that has not changed.
-    pub(super) fn renamed(&self, name: &ReportName) -> Option<Self> {
-        let now = (name.task.0, name.job, name.domain_id);
-        if (self.task_id, self.job_id, self.domain_id) == now {
-            return None;
-        }
-        Some(Self { task_id: now.0, job_id: now.1, domain_id: now.2, ..self.clone() })
-    }
-
-    /// As much of the lease as a report says.
-    pub(super) fn lease(&self) -> Lease {
-        let capability = Capability::from_wire(&self.capability).expect("it was parsed when it came in");
-        let data = AnnouncedData::DomainServer { server: None, domain: self.domain_id };
-        Lease { job: self.job_id, data, ..Lease::bare(self.task(), capability) }
+    /// The same report at a new address.
+    pub(super) fn moved(&self, address: ReportAddress) -> Self {
+        Self { address, ..self.clone() }
     }
 }
 
@@ -85,7 +112,7 @@ impl Entry {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Listing {
     /// The task.
-    pub task_id: Uuid,
+    pub task_id: TaskId,
     /// The job it belongs to.
     pub job_id: Option<Uuid>,
     /// Which runner it asked for.
@@ -137,7 +164,7 @@ impl ListingState {
 impl Listing {
     pub(super) fn new(entry: &Entry, tries: &Tries, state: ListingState) -> Self {
         Self {
-            task_id: entry.task_id,
+            task_id: entry.task().clone(),
             job_id: entry.job_id,
             capability: entry.capability.clone(),
             outcome: entry.task_result.outcome.word().to_owned(),
@@ -146,9 +173,31 @@ impl Listing {
             attempts: tries.count,
             last_try: tries.last,
             last_error: tries.error.clone(),
-            plane: entry.plane.to_string(),
+            plane: entry.base_url.to_string(),
             node: entry.node.to_string(),
             state,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A row as the version with format 1 wrote it.
+    const OLD_ROW: &str = r#"{"report":{"plane":"http://127.0.0.1:9/v1","node":"0x1a","task_id":"0b9f3c52-3b0e-4f0e-8f8e-6f2e9d0c7a01","job_id":"11111111-2222-3333-4444-555555555555","domain_id":null,"capability":"/lab/echo/v1","verdict":{"outcome":{"end":"completed"},"artifacts":[],"inputs":[]},"ended_at":"2026-11-29T14:35:28Z"},"tries":{"count":2,"first":"2026-11-29T14:35:28Z","last":"2026-11-29T14:35:29Z","error":"later"}}"#;
+
+    #[test]
+    fn rows_of_format_1_are_for_the_default_plane() {
+        let (entry, tries) = Entry::decode(OLD_ROW.as_bytes()).expect("an old row");
+        assert_eq!(
+            (entry.plane.as_str(), &*entry.base_url, &*entry.node),
+            ("posemesh", "http://127.0.0.1:9/v1", "0x1a")
+        );
+        assert_eq!(entry.task().as_str(), "0b9f3c52-3b0e-4f0e-8f8e-6f2e9d0c7a01");
+        let at = r#"{"task":"0b9f3c52-3b0e-4f0e-8f8e-6f2e9d0c7a01","job":"11111111-2222-3333-4444-555555555555","domain_id":null,"capability":"/lab/echo/v1"}"#;
+        assert_eq!(&*entry.address.at, at);
+        assert_eq!((tries.count, tries.error.as_deref()), (2, Some("later")));
+        assert_eq!(Entry::decode(&entry.encode(&tries)), Ok((entry, tries)));
     }
 }

@@ -37,7 +37,6 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
-use uuid::Uuid;
 
 use self::{
     entry::Entry,
@@ -53,7 +52,7 @@ pub use self::{
 };
 use crate::{
     leases::LeaseSource,
-    model::{Lease, LeaseKeeper, OutboxStatus, ReportState, StatusBoard, TaskId, TaskResult},
+    model::{Lease, LeaseKeeper, OutboxStatus, PlaneName, ReportState, StatusBoard, TaskId, TaskResult},
 };
 
 /// How often the last rounds may fail before they are given up: a plane that is away would cost a
@@ -83,8 +82,10 @@ impl Default for Options {
 pub struct Config {
     /// Where they are kept.
     pub state: StateDir,
-    /// Base URL of the control plane.
-    pub plane: String,
+    /// Name of the control plane.
+    pub plane: PlaneName,
+    /// Its base URL.
+    pub base_url: String,
     /// Address of this node on it.
     pub node: String,
     /// Reports not accepted yet from which on nothing new is leased; above 0.
@@ -98,7 +99,8 @@ pub struct Config {
 pub struct Outbox(Arc<Inner>);
 
 struct Inner {
-    plane: Arc<str>,
+    plane: PlaneName,
+    base_url: Arc<str>,
     node: Arc<str>,
     max: usize,
     source: Arc<dyn LeaseSource>,
@@ -147,7 +149,7 @@ pub struct Remaining {
     /// Why the disk does not say all of that, in one line.
     pub unwritten: Option<String>,
     /// Of which tasks it says nothing: their reports end with this process.
-    pub lost: Vec<Uuid>,
+    pub lost: Vec<TaskId>,
 }
 
 /// A report whose first try is its attempt's. Dropped without a word, it is written and waits for its turn
@@ -173,12 +175,12 @@ impl Outbox {
         let state = Arc::new(config.state);
         let folder = state.path().to_owned();
         let (store, rows) = store::open_or_set_aside(&folder)?;
-        let plane: Arc<str> = config.plane.trim_end_matches('/').into();
+        let base_url: Arc<str> = config.base_url.trim_end_matches('/').into();
         let mut book = ReportQueue::default();
         for (number, bytes) in &rows {
             match Entry::decode(bytes) {
                 Ok((entry, tries)) => {
-                    let ours = entry.plane == plane && *entry.node == *config.node;
+                    let ours = entry.plane == config.plane && entry.base_url == base_url && *entry.node == *config.node;
                     book.found(*number, entry, tries, ours, Instant::now());
                 }
                 Err(err) => {
@@ -203,7 +205,8 @@ impl Outbox {
         let writer = Writer::start(Arc::clone(&state), store, rows, listener);
         let writer = writer.map_err(state::failed("start the writer of", &folder))?;
         let outbox = Self(Arc::new(Inner {
-            plane,
+            plane: config.plane,
+            base_url,
             node: config.node.into(),
             max: config.max.max(1),
             source,
@@ -224,9 +227,10 @@ impl Outbox {
     #[must_use]
     pub fn enter(&self, lease: &Lease, task_result: TaskResult) -> PendingReport {
         let entry = Arc::new(Entry {
-            plane: Arc::clone(&self.0.plane),
+            plane: self.0.plane.clone(),
+            base_url: Arc::clone(&self.0.base_url),
             node: Arc::clone(&self.0.node),
-            task_id: lease.task.0,
+            address: lease.address.clone(),
             job_id: lease.job,
             domain_id: lease.data.domain(),
             capability: lease.capability.to_string(),
@@ -239,18 +243,18 @@ impl Outbox {
 
     /// Whether a report about `task` waits to be sent: the task is done, whatever the plane knows of it.
     #[must_use]
-    pub fn owes(&self, task: TaskId) -> bool {
-        self.lock().book.owed(task.0).is_some()
+    pub fn owes(&self, task: &TaskId) -> bool {
+        self.lock().book.owed(task).is_some()
     }
 
     /// Holds `lease` as long as the report about `task` is on its way, and sends that now. Without
     /// such a report the lease is dropped.
-    pub fn adopt(&self, task: TaskId, lease: impl LeaseKeeper + 'static) {
+    pub fn adopt(&self, task: &TaskId, lease: impl LeaseKeeper + 'static) {
         self.with(|book| {
-            if let Some(number) = book.owed(task.0) {
+            if let Some(number) = book.owed(task) {
                 book.hold(number, Box::new(lease));
             }
-            book.hurry(Some(&HashSet::from([task.0])), Instant::now())
+            book.hurry(Some(&HashSet::from([task.clone()])), Instant::now())
         });
         self.0.turn.notify_one();
     }
@@ -366,14 +370,14 @@ impl Outbox {
     }
 
     /// Ends the pauses of these tasks' reports, or of all; with those that are sent now.
-    pub fn retry(&self, tasks: Option<&HashSet<Uuid>>) -> Vec<Listing> {
+    pub fn retry(&self, tasks: Option<&HashSet<TaskId>>) -> Vec<Listing> {
         let listings = self.with(|book| book.hurry(tasks, Instant::now()));
         self.0.turn.notify_one();
         listings
     }
 
     /// Forgets these tasks' reports, or all; with those that are gone, for good and from the disk.
-    pub async fn drop_reports(&self, tasks: Option<&HashSet<Uuid>>) -> Vec<Listing> {
+    pub async fn drop_reports(&self, tasks: Option<&HashSet<TaskId>>) -> Vec<Listing> {
         let mut gone = Vec::new();
         let numbers = self.lock().book.numbers(tasks);
         for number in numbers {
@@ -383,7 +387,7 @@ impl Outbox {
                 continue;
             };
             warn!(task_id = %entry.task(), outcome = entry.task_result.outcome.word(), "report dropped by an operator");
-            self.0.board.settled(ended_as, ReportState::Dropped);
+            self.0.board.settled(&ended_as, ReportState::Dropped);
             if written && let Err(err) = self.0.writer.write(Change::Remove(number)).await {
                 warn!(task_id = %entry.task(), error = %err, "dropped report is still in the file");
             }

@@ -2,13 +2,12 @@
 
 use std::{collections::HashSet, path::Path};
 
-use uuid::Uuid;
-
 use super::{
     entry::{Entry, Listing, ListingState, Tries},
     state::{StateDir, StateError, failed},
     store::{Change, FILE, Store},
 };
+use crate::model::TaskId;
 
 /// Why it cannot be opened: one line.
 #[derive(Debug, thiserror::Error)]
@@ -55,7 +54,7 @@ impl OfflineOutbox {
 
     /// Every report, the oldest first.
     #[must_use]
-    pub fn listings(&self, tasks: Option<&HashSet<Uuid>>) -> Vec<Listing> {
+    pub fn listings(&self, tasks: Option<&HashSet<TaskId>>) -> Vec<Listing> {
         let wanted = self.reports.iter().filter(|(_, entry, _)| wants(tasks, entry));
         wanted.map(|(_, entry, tries)| Listing::new(entry, tries, ListingState::Waiting)).collect()
     }
@@ -64,7 +63,7 @@ impl OfflineOutbox {
     ///
     /// # Errors
     /// When the file cannot be written; nothing is gone then.
-    pub fn drop_reports(&mut self, tasks: Option<&HashSet<Uuid>>) -> Result<Vec<Listing>, OfflineOutboxError> {
+    pub fn drop_reports(&mut self, tasks: Option<&HashSet<TaskId>>) -> Result<Vec<Listing>, OfflineOutboxError> {
         let listings = self.listings(tasks);
         let gone = self.reports.iter().filter(|(_, entry, _)| wants(tasks, entry));
         let gone: Vec<_> = gone.map(|(number, _, _)| Change::Remove(*number)).collect();
@@ -74,8 +73,8 @@ impl OfflineOutbox {
     }
 }
 
-fn wants(tasks: Option<&HashSet<Uuid>>, entry: &Entry) -> bool {
-    tasks.is_none_or(|tasks| tasks.contains(&entry.task_id))
+fn wants(tasks: Option<&HashSet<TaskId>>, entry: &Entry) -> bool {
+    tasks.is_none_or(|tasks| tasks.contains(entry.task()))
 }
 
 fn bad_file(state: &StateDir, err: &impl ToString) -> OfflineOutboxError {

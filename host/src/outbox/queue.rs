@@ -14,7 +14,6 @@ use std::{
 
 use jiff::Timestamp;
 use tokio::time::Instant;
-use uuid::Uuid;
 
 use super::entry::{Entry, Listing, ListingState, Tries};
 use crate::model::{LeaseKeeper, TaskId};
@@ -89,7 +88,7 @@ pub(super) enum Turn {
 pub(super) struct ReportQueue {
     held: BTreeMap<u64, Held>,
     /// By task, those that will be sent: with each lease it is asked whether one of its task is here.
-    by_task: BTreeSet<(Uuid, u64)>,
+    by_task: BTreeSet<(TaskId, u64)>,
     /// How many of them were sent in vain so far, or found at the start.
     waiting: usize,
     next: u64,
@@ -124,7 +123,7 @@ impl ReportQueue {
 
     fn insert(&mut self, number: u64, held: Held) {
         if held.place != Place::Foreign {
-            self.by_task.insert((held.entry.task_id, number));
+            self.by_task.insert((held.entry.task().clone(), number));
         }
         self.waiting += usize::from(held.waits());
         self.held.insert(number, held);
@@ -140,8 +139,8 @@ impl ReportQueue {
     }
 
     /// The reports about `task` that will be sent.
-    fn about(&self, task: Uuid) -> impl DoubleEndedIterator<Item = u64> {
-        self.by_task.range((task, 0)..=(task, u64::MAX)).map(|(_, number)| *number)
+    fn about(&self, task: &TaskId) -> impl DoubleEndedIterator<Item = u64> {
+        self.by_task.range((task.clone(), 0)..=(task.clone(), u64::MAX)).map(|(_, number)| *number)
     }
 
     /// What is to be written of a report, which counts as written from now on.
@@ -164,7 +163,7 @@ impl ReportQueue {
     }
 
     /// The newest report about `task` that will be sent.
-    pub(super) fn owed(&self, task: Uuid) -> Option<u64> {
+    pub(super) fn owed(&self, task: &TaskId) -> Option<u64> {
         self.about(task).next_back()
     }
 
@@ -175,13 +174,16 @@ impl ReportQueue {
         }
     }
 
-    /// Takes over what the plane calls the task of a report by now. `true`: that is to be written.
+    /// Takes over the address of a report as the lease has it now. `true`: that is to be written.
     pub(super) fn rename(&mut self, number: u64) -> bool {
         let Some(held) = self.held.get_mut(&number) else { return false };
-        let name = held.lease_kept.as_ref().map(|lease| lease.name());
-        let Some(renamed) = name.and_then(|name| held.entry.renamed(&name)) else { return false };
-        self.by_task.remove(&(held.entry.task_id, number));
-        self.by_task.insert((renamed.task_id, number));
+        let Some(address) = held.lease_kept.as_ref().map(|lease| lease.address()) else { return false };
+        if address == held.entry.address {
+            return false;
+        }
+        let renamed = held.entry.moved(address);
+        self.by_task.remove(&(held.entry.task().clone(), number));
+        self.by_task.insert((renamed.task().clone(), number));
         held.entry = Arc::new(renamed);
         held.written
     }
@@ -196,10 +198,10 @@ impl ReportQueue {
         if self.held.values().filter(|held| held.place == Place::Sending).count() >= self.abreast() {
             return Turn::Idle;
         }
-        let under_way: Vec<Uuid> =
-            self.held.values().filter(|held| held.is_sent()).map(|held| held.entry.task_id).collect();
+        let under_way: Vec<&TaskId> =
+            self.held.values().filter(|held| held.is_sent()).map(|held| held.entry.task()).collect();
         let waiting = |held: &Held| match held.place {
-            Place::Waiting { due } if !under_way.contains(&held.entry.task_id) => Some(due),
+            Place::Waiting { due } if !under_way.contains(&held.entry.task()) => Some(due),
             _ => None,
         };
         let quiet = self.quiet_until.filter(|until| *until > now);
@@ -218,7 +220,7 @@ impl ReportQueue {
     /// or one of its task is under way.
     pub(super) fn begin(&mut self, number: u64, at: Timestamp) -> Option<(Arc<Entry>, Tries)> {
         let Held { entry, place, .. } = self.held.get(&number)?;
-        let busy = || self.about(entry.task_id).any(|number| self.held.get(&number).is_some_and(Held::is_sent));
+        let busy = || self.about(entry.task()).any(|number| self.held.get(&number).is_some_and(Held::is_sent));
         let place = match place {
             Place::Fresh => Place::Fresh,
             Place::Waiting { .. } if !busy() => Place::Sending,
@@ -245,7 +247,7 @@ impl ReportQueue {
     /// Forgets a report, whatever became of it.
     pub(super) fn remove(&mut self, number: u64) -> Option<Gone> {
         let held = self.held.remove(&number)?;
-        self.by_task.remove(&(held.entry.task_id, number));
+        self.by_task.remove(&(held.entry.task().clone(), number));
         self.waiting -= usize::from(held.waits());
         if self.waiting == 0 {
             self.last_error = None;
@@ -295,7 +297,7 @@ impl ReportQueue {
     }
 
     /// Ends all pauses, or those of some tasks.
-    pub(super) fn hurry(&mut self, tasks: Option<&HashSet<Uuid>>, now: Instant) -> Vec<Listing> {
+    pub(super) fn hurry(&mut self, tasks: Option<&HashSet<TaskId>>, now: Instant) -> Vec<Listing> {
         let mut listings = Vec::new();
         for held in self.held.values_mut().filter(|held| wanted(&held.entry, tasks)) {
             if let Place::Waiting { due } = &mut held.place {
@@ -316,7 +318,7 @@ impl ReportQueue {
     }
 
     /// The numbers of all reports of these tasks, or of all.
-    pub(super) fn numbers(&self, tasks: Option<&HashSet<Uuid>>) -> Vec<u64> {
+    pub(super) fn numbers(&self, tasks: Option<&HashSet<TaskId>>) -> Vec<u64> {
         self.held.iter().filter(|(_, held)| wanted(&held.entry, tasks)).map(|(number, _)| *number).collect()
     }
 
@@ -357,7 +359,7 @@ impl ReportQueue {
 impl Held {
     /// One that was never sent nor written.
     fn new(entry: Arc<Entry>, place: Place) -> Self {
-        let ended_as = entry.task();
+        let ended_as = entry.task().clone();
         Self { entry, ended_as, tries: Tries::default(), place, failures: 0, written: false, lease_kept: None }
     }
 
@@ -380,20 +382,25 @@ impl Held {
     }
 }
 
-fn wanted(entry: &Entry, tasks: Option<&HashSet<Uuid>>) -> bool {
-    tasks.is_none_or(|tasks| tasks.contains(&entry.task_id))
+fn wanted(entry: &Entry, tasks: Option<&HashSet<TaskId>>) -> bool {
+    tasks.is_none_or(|tasks| tasks.contains(entry.task()))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Outcome, ReportName, TaskResult};
+    use crate::model::{Outcome, PlaneName, ReportAddress, TaskResult};
+
+    fn task(number: u128) -> TaskId {
+        TaskId::parse(&number.to_string()).expect("an id")
+    }
 
     fn entry(number: u128) -> Entry {
         Entry {
-            plane: "p".into(),
+            plane: PlaneName::parse("p").expect("a name"),
+            base_url: "u".into(),
             node: "n".into(),
-            task_id: Uuid::from_u128(number),
+            address: task(number).into(),
             job_id: None,
             domain_id: None,
             capability: "/lab/echo/v1".into(),
@@ -558,8 +565,8 @@ mod tests {
     struct Named(u128);
 
     impl LeaseKeeper for Named {
-        fn name(&self) -> ReportName {
-            ReportName { task: TaskId(Uuid::from_u128(self.0)), job: None, domain_id: None }
+        fn address(&self) -> ReportAddress {
+            task(self.0).into()
         }
     }
 
@@ -594,9 +601,9 @@ mod tests {
             let waiting = all().filter(|(_, held)| held.waits()).count();
             assert_eq!((book.ours(), book.waiting()), (all().count(), waiting), "step {step}");
             assert_eq!(book.foreign(), book.held.len() - all().count());
-            for task in (0..5).map(Uuid::from_u128) {
-                let newest = all().rfind(|(_, held)| held.entry.task_id == task);
-                assert_eq!(book.owed(task), newest.map(|(number, _)| *number), "step {step}");
+            for task in (0..5).map(super::tests::task) {
+                let newest = all().rfind(|(_, held)| *held.entry.task() == task);
+                assert_eq!(book.owed(&task), newest.map(|(number, _)| *number), "step {step}");
             }
         }
     }

@@ -69,8 +69,7 @@ impl Try {
     }
 
     async fn send(mut self) -> Option<Sent> {
-        let settled =
-            self.outbox.0.source.report(self.entry.task(), &self.entry.lease(), &self.entry.task_result).await;
+        let settled = self.outbox.0.source.report(&self.entry.address, &self.entry.task_result).await;
         self.ended = true;
         let Self { outbox, number, entry, tries, who, .. } = &self;
         let (task, task_result, tries) = (entry.task(), &entry.task_result, tries.count);
@@ -80,7 +79,7 @@ impl Try {
             if *who == Sender::Outbox {
                 let waited = Timestamp::now().duration_since(entry.ended_at).max(SignedDuration::ZERO);
                 let waited_ms = millis(waited.unsigned_abs());
-                outbox.0.board.settled(ended_as.unwrap_or(task), ReportState::Accepted);
+                outbox.0.board.settled(ended_as.as_ref().unwrap_or(task), ReportState::Accepted);
                 info!(task_id = %task, outcome = task_result.outcome.word(), tries, waited_ms, "report delivered");
             }
             return Some(Sent::Accepted);
@@ -89,7 +88,7 @@ impl Try {
         if for_good(&err) {
             let ended_as = outbox.answered(*number)?;
             if *who == Sender::Outbox {
-                outbox.0.board.settled(ended_as, ReportState::Refused);
+                outbox.0.board.settled(&ended_as, ReportState::Refused);
                 warn!(task_id = %task, outcome = task_result.outcome.word(), tries, error, "report refused for good");
             }
             return Some(Sent::Refused(error));

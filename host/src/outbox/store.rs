@@ -14,7 +14,9 @@ use super::state::{StateError, failed, identity, private};
 /// Its name in the state folder.
 pub(super) const FILE: &str = "outbox.redb";
 /// The form of what stands in the tables. Another number means another program's file.
-const FORMAT: u64 = 1;
+const FORMAT: u64 = 2;
+/// The form before: the rows of both can be read.
+const OLD_FORMAT: u64 = 1;
 const ABOUT: TableDefinition<'_, &str, u64> = TableDefinition::new("about");
 /// Reports by their number, which counts up.
 const REPORTS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("reports");
@@ -84,10 +86,10 @@ impl Store {
             let found = about.get("format")?.map(|format| format.value());
             match found {
                 Some(FORMAT) => {}
+                Some(OLD_FORMAT) | None => drop(about.insert("format", FORMAT)?),
                 Some(format) => {
                     return Err(StoreError::Damaged(format!("it has format {format}, this version reads {FORMAT}")));
                 }
-                None => drop(about.insert("format", FORMAT)?),
             }
             for row in change.open_table(REPORTS)?.iter()? {
                 let (number, bytes) = row?;

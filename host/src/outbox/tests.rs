@@ -2,12 +2,13 @@
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use uuid::Uuid;
 
 use super::*;
 use crate::{
     auth::TokenSource,
     leases::dms::{self, Dms},
-    model::{AnnouncedData, Artifact, Outcome, ReportName, TaskId},
+    model::{AnnouncedData, Artifact, Outcome, ReportAddress, TaskId},
     transport::{
         self,
         testing::{Call, Service, assert_clean},
@@ -21,12 +22,14 @@ fn id(number: u128) -> Uuid {
 }
 
 fn lease(number: u128) -> Lease {
-    let capability = "/lab/echo/v1".parse().expect("a name");
-    Lease {
-        job: Some(id(900)),
-        data: AnnouncedData::at_server(None, Some(Uuid::nil())),
-        ..Lease::bare(TaskId(id(number)), capability)
-    }
+    lease_of(number, Some(id(900)), Some(Uuid::nil()))
+}
+
+fn lease_of(number: u128, job: Option<Uuid>, domain_id: Option<Uuid>) -> Lease {
+    let capability = "/lab/echo/v1";
+    let address = dms::address(id(number), job, domain_id, capability);
+    let data = AnnouncedData::at_server(None, domain_id);
+    Lease { job, data, ..Lease::bare(address, capability.parse().expect("a name")) }
 }
 
 fn completed() -> TaskResult {
@@ -43,13 +46,13 @@ fn completed() -> TaskResult {
 
 /// A lease whose task has this name.
 fn named(lease: &Lease) -> impl LeaseKeeper + use<> {
-    struct Named(ReportName);
+    struct Named(ReportAddress);
     impl LeaseKeeper for Named {
-        fn name(&self) -> ReportName {
+        fn address(&self) -> ReportAddress {
             self.0.clone()
         }
     }
-    Named(ReportName { task: lease.task, job: lease.job, domain_id: lease.data.domain() })
+    Named(lease.address.clone())
 }
 
 fn complete(number: u128) -> String {
@@ -73,8 +76,9 @@ impl Bench {
         let config = dms::Config { base: self.plane.url.clone(), request_timeout: Duration::from_secs(20) };
         let client = transport::Client::new(transport::Config::default());
         let source = Arc::new(Dms::new(config, client, TokenSource::holding("node")));
+        let plane = PlaneName::parse(dms::DEFAULT_NAME).expect("a name");
         let state = StateDir::open(self.state.path()).expect("a folder of our own");
-        let config = Config { state, plane: self.plane.url.to_string(), node: node.into(), max, senders: 2 };
+        let config = Config { state, plane, base_url: self.plane.url.to_string(), node: node.into(), max, senders: 2 };
         Outbox::open(config, source, self.board.clone()).expect("opens")
     }
 
@@ -275,7 +279,7 @@ async fn reports_go_to_their_own_plane_by_their_own_node_only() {
     assert!(bench.plane.waiting().is_none());
     drop(outbox);
     let shelf = OfflineOutbox::open(bench.state.path()).expect("opens").expect("a file");
-    assert_eq!(shelf.listings(None).iter().map(|report| report.task_id).collect::<Vec<_>>(), [id(1)]);
+    assert_eq!(shelf.listings(None).iter().map(|report| report.task_id.clone()).collect::<Vec<_>>(), [id(1).into()]);
 }
 
 #[tokio::test]
@@ -298,14 +302,14 @@ async fn a_renamed_task_keeps_its_new_name_over_a_restart() {
     let bench = Bench::new().await;
     let outbox = bench.open();
     let kept = bench.kept(&outbox, [1]).await.remove(0);
-    let renamed = named(&Lease { job: None, data: AnnouncedData::at_server(None, None), ..lease(7) });
+    let renamed = named(&lease_of(7, None, None));
     // Nobody answers: the attempt is given up.
     assert!(tokio::time::timeout(Duration::from_millis(100), kept.send(renamed)).await.is_err());
     outbox.finish(Duration::ZERO).await;
     drop(outbox);
     let shelf = OfflineOutbox::open(bench.state.path()).expect("opens").expect("a file");
     let report = shelf.listings(None).remove(0);
-    assert_eq!((report.task_id, report.job_id, report.artifacts), (id(7), None, 1));
+    assert_eq!((report.task_id, report.artifacts), (id(7).into(), 1));
 }
 
 #[tokio::test]
@@ -315,13 +319,13 @@ async fn what_is_dropped_or_withdrawn_is_gone_from_the_disk() {
     let mut kept = bench.kept(&outbox, 1..=4).await;
     kept.pop().expect("the fourth").withdraw();
     drop(kept);
-    let gone = outbox.drop_reports(Some(&HashSet::from([id(2), id(99)]))).await;
-    assert_eq!(gone.iter().map(|report| report.task_id).collect::<Vec<_>>(), [id(2)]);
+    let gone = outbox.drop_reports(Some(&HashSet::from([id(2).into(), id(99).into()]))).await;
+    assert_eq!(gone.iter().map(|report| report.task_id.clone()).collect::<Vec<_>>(), [id(2).into()]);
     outbox.finish(Duration::ZERO).await;
     drop(outbox);
     let mut shelf = OfflineOutbox::open(bench.state.path()).expect("opens").expect("a file");
     assert_eq!(shelf.listings(None).len(), 2);
-    assert_eq!(shelf.drop_reports(Some(&HashSet::from([id(1)]))).expect("written").len(), 1);
+    assert_eq!(shelf.drop_reports(Some(&HashSet::from([id(1).into()]))).expect("written").len(), 1);
     assert_eq!(shelf.drop_reports(None).expect("written").len(), 1);
     drop(shelf);
     assert_eq!(OfflineOutbox::open(bench.state.path()).expect("opens").expect("a file").listings(None), []);
@@ -339,9 +343,9 @@ async fn a_file_that_cannot_be_written_costs_no_report() {
 }
 
 /// What stands in the file, under which task.
-fn on_disk(bench: &Bench) -> Vec<Uuid> {
+fn on_disk(bench: &Bench) -> Vec<TaskId> {
     let rows = store::open_or_set_aside(bench.state.path()).expect("opens").1;
-    rows.iter().map(|(_, bytes)| Entry::decode(bytes).expect("ours").0.task_id).collect()
+    rows.iter().map(|(_, bytes)| Entry::decode(bytes).expect("ours").0.task().clone()).collect()
 }
 
 #[tokio::test]
@@ -371,5 +375,5 @@ async fn what_was_not_written_yet_is_written_when_its_attempt_fails_or_goes() {
     assert!(matches!(sent, Sent::Waiting(_)), "{sent:?}");
     assert_eq!(outbox.finish(Duration::ZERO).await.reports, 2);
     drop(outbox);
-    assert_eq!(on_disk(&bench), [id(1), id(2)]);
+    assert_eq!(on_disk(&bench), [id(1).into(), id(2).into()]);
 }

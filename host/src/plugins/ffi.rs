@@ -48,7 +48,7 @@ pub(super) fn stale_calls() -> u64 {
 
 /// Every task that runs, with the name of its plugin.
 pub(super) fn running() -> Vec<(Arc<str>, TaskId)> {
-    TASKS.all().iter().map(|running| (Arc::clone(&running.plugin), running.grant.lease.task)).collect()
+    TASKS.all().iter().map(|running| (Arc::clone(&running.plugin), running.grant.lease.task().clone())).collect()
 }
 
 // ---------------------------------------------------------------------------------------------

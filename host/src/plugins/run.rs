@@ -232,7 +232,7 @@ impl Plugin {
                 match tokio::time::timeout(cancel_grace, ended).await {
                     Ok(ended) => ended,
                     Err(_) => {
-                        self.record.give_up(&self.name, task, grant.lease.task, cancel_grace);
+                        self.record.give_up(&self.name, task, grant.lease.task().clone(), cancel_grace);
                         if self.record.out_of_service().is_some() {
                             // What waits for a slot must not wait for ever.
                             self.slots.close();

@@ -4,7 +4,6 @@ use std::sync::Arc;
 
 use tokio::{sync::oneshot, time::sleep};
 use tracing::{debug, info, warn};
-use uuid::Uuid;
 
 use super::{
     Closing, NoReport,
@@ -12,9 +11,7 @@ use super::{
 };
 use crate::{
     leases::{Advice, LeaseSource, Renewal},
-    model::{
-        AnnouncedData, BootInstant, CancelReason, HeldLease, HeldLeaseWriter, Lease, Pending, ReportName, Setup, TaskId,
-    },
+    model::{AnnouncedData, BootInstant, CancelReason, HeldLease, HeldLeaseWriter, Pending, ReportAddress, Setup},
 };
 
 /// How often the last words of a task are tried before its report goes without them.
@@ -28,10 +25,8 @@ pub(super) struct Driver {
     keys: HeldLeaseWriter,
     closed: oneshot::Receiver<Closing>,
     pacing: Pacing,
-    /// The id the plane uses now.
-    task: TaskId,
-    /// The lease as reports should name it; differs from the grant's once the plane said so.
-    renamed: Option<Lease>,
+    /// Where heartbeats and the report go now.
+    address: ReportAddress,
     /// Where the data is, as far as the control plane has said.
     announced: AnnouncedData,
     /// The location of the data was published.
@@ -52,7 +47,7 @@ impl Driver {
         keys: HeldLeaseWriter,
         closed: oneshot::Receiver<Closing>,
     ) -> Self {
-        let task = grant.lease.task;
+        let address = grant.lease.address.clone();
         let mut pacing = Pacing::new(timing, grant.lease.expires_at, grant.lease.token_expires_at, BootInstant::now());
         if grant.lease.cancelled {
             grant.cancel.cancel(CancelReason::Plane);
@@ -66,8 +61,7 @@ impl Driver {
             keys,
             closed,
             pacing,
-            task,
-            renamed: None,
+            address,
             announced,
             located: false,
             ended: false,
@@ -135,7 +129,7 @@ impl Driver {
                     event = PacingEvent::Tick;
                 }
                 PacingStep::Cancel | PacingStep::Lose | PacingStep::Rest => {
-                    debug!(task_id = %self.task, "lease ended before its report was accepted");
+                    debug!(task_id = %self.address.task, "lease ended before its report was accepted");
                     return;
                 }
             }
@@ -154,13 +148,13 @@ impl Driver {
     fn tell(&self, step: PacingStep) {
         match step {
             PacingStep::Cancel => {
-                info!(task_id = %self.task, "control plane cancelled the task");
+                info!(task_id = %self.address.task, "control plane cancelled the task");
                 self.grant.cancel.cancel(CancelReason::Plane);
                 self.set_up(Setup::Refused(CANCELLED.to_owned()));
             }
             PacingStep::Lose => {
                 if self.grant.cancel.reason() != Some(CancelReason::Plane) {
-                    warn!(task_id = %self.task, "lease lost");
+                    warn!(task_id = %self.address.task, "lease lost");
                 }
                 self.grant.cancel.cancel(CancelReason::LeaseLost);
                 self.set_up(Setup::Refused("the lease was lost before its set-up heartbeat was answered".to_owned()));
@@ -182,18 +176,18 @@ impl Driver {
 
     async fn beat(&mut self, until: BootInstant) -> PacingEvent {
         let sent = self.grant.progress.pending();
-        let failure = match self.source.heartbeat(self.task, &sent, until).await {
+        let failure = match self.source.heartbeat(&self.address, &sent, until).await {
             Ok(kept) => return self.adopt(&sent, kept),
             Err(err) => err,
         };
         match failure.advice() {
             Advice::StopTask if self.ended => {
                 // The report may have arrived, and only its answer not.
-                debug!(task_id = %self.task, error = %failure, "heartbeat refused");
+                debug!(task_id = %self.address.task, error = %failure, "heartbeat refused");
                 return PacingEvent::Gone;
             }
             Advice::StopTask => {
-                warn!(task_id = %self.task, error = %failure, "heartbeat refused");
+                warn!(task_id = %self.address.task, error = %failure, "heartbeat refused");
                 self.gone = Some(failure.to_string());
                 return PacingEvent::Gone;
             }
@@ -203,9 +197,9 @@ impl Driver {
         self.keys.missed(failure.to_string());
         let advice = Some(failure.advice());
         if self.trouble == advice {
-            debug!(task_id = %self.task, error = %failure, "heartbeat failed");
+            debug!(task_id = %self.address.task, error = %failure, "heartbeat failed");
         } else {
-            warn!(task_id = %self.task, error = %failure, "heartbeat failed");
+            warn!(task_id = %self.address.task, error = %failure, "heartbeat failed");
         }
         self.trouble = advice;
         PacingEvent::Failed { retry_after: failure.retry_after() }
@@ -215,7 +209,7 @@ impl Driver {
     fn adopt(&mut self, sent: &Pending, kept: Renewal) -> PacingEvent {
         if self.trouble.take().is_some() {
             self.keys.answered();
-            info!(task_id = %self.task, "heartbeat answered again");
+            info!(task_id = %self.address.task, "heartbeat answered again");
         }
         self.grant.progress.acknowledge(sent);
         if kept.token.is_some_and(|token| self.keys.renew(token)) {
@@ -224,16 +218,23 @@ impl Driver {
         if let Some(ends) = kept.token_expires_at {
             self.keys.token_deadline().set(ends);
         }
-        if let Some(task) = kept.task.filter(|task| *task != self.task) {
-            info!(task_id = %task, formerly = %self.task, "control plane renamed the task");
-            self.task = task;
-            self.keys.rename(self.name());
+        if let Some(address) = kept.address {
+            if address.task != self.address.task {
+                info!(task_id = %address.task, formerly = %self.address.task, "control plane renamed the task");
+            }
+            self.address = address.clone();
+            self.keys.rename(address);
         }
         if let Some(capability) = kept.capability.filter(|name| name != self.grant.lease.capability.as_str()) {
             // What runs stays what runs; a plane that wants another runner has to make another task.
-            warn!(task_id = %self.task, renamed = %capability, "control plane renamed the task's capability, the runner goes on");
+            warn!(task_id = %self.address.task, renamed = %capability, "control plane renamed the task's capability, the runner goes on");
         }
-        self.rename(kept.job, kept.data.as_ref().and_then(AnnouncedData::domain));
+        if self.announced.domain().is_none()
+            && let Some(domain) = kept.data.as_ref().and_then(AnnouncedData::domain)
+        {
+            // The span of the task was made before this was known.
+            tracing::Span::current().record("domain_id", tracing::field::display(domain));
+        }
         // The runner of a cancelled task must not begin to fetch.
         if !kept.cancel {
             self.locate_data(kept.data);
@@ -268,39 +269,15 @@ impl Driver {
         });
     }
 
-    /// Notes a changed job or domain for the report. The lease is copied only when there is one.
-    fn rename(&mut self, job: Option<Uuid>, domain: Option<Uuid>) {
-        let now = self.lease();
-        let (job, domain) = (job.or(now.job), domain.or(now.data.domain()));
-        if (job, domain) != (now.job, now.data.domain()) {
-            if let (None, Some(domain)) = (now.data.domain(), domain) {
-                // The task's span was made of the lease: from here on its lines say this too.
-                tracing::Span::current().record("domain_id", tracing::field::display(domain));
-            }
-            let data = AnnouncedData::DomainServer { server: None, domain };
-            self.renamed = Some(Lease { job, data, ..now.clone() });
-            self.keys.rename(self.name());
-        }
-    }
-
-    fn lease(&self) -> &Lease {
-        self.renamed.as_ref().unwrap_or(&self.grant.lease)
-    }
-
-    /// What the report is to call the task, or why there is to be none.
-    fn end(&self) -> Result<ReportName, NoReport> {
+    /// Where the report goes, or why there is none.
+    fn end(&self) -> Result<ReportAddress, NoReport> {
         if let Some(why) = self.gone.clone() {
             return Err(NoReport::Gone(why));
         }
         if matches!(self.pacing.state(), State::Cancelled { .. }) {
             return Err(NoReport::Over(CancelReason::Plane));
         }
-        Ok(self.name())
-    }
-
-    fn name(&self) -> ReportName {
-        let lease = self.lease();
-        ReportName { task: self.task, job: lease.job, domain_id: lease.data.domain() }
+        Ok(self.address.clone())
     }
 
     /// Sends the last progress and events. It may take half of what is left of the lease; the
@@ -331,6 +308,6 @@ impl Driver {
             }
             sleep(next.left()).await;
         }
-        warn!(task_id = %self.task, "last progress and events were not delivered");
+        warn!(task_id = %self.address.task, "last progress and events were not delivered");
     }
 }

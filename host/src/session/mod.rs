@@ -19,7 +19,7 @@ use tracing::Instrument as _;
 
 use crate::{
     leases::LeaseSource,
-    model::{CancelReason, HeldLease, Lease, LeaseKeeper, Outcome, ReportName, Setup},
+    model::{CancelReason, HeldLease, Lease, LeaseKeeper, Outcome, ReportAddress, Setup},
 };
 
 /// How leases are kept.
@@ -75,7 +75,7 @@ pub struct Session {
 }
 
 /// Where the driver says how the last words went.
-type Closing = oneshot::Sender<Result<ReportName, NoReport>>;
+type Closing = oneshot::Sender<Result<ReportAddress, NoReport>>;
 
 /// Why nothing may be said about the end of a task.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -107,11 +107,11 @@ impl Session {
         }
     }
 
-    /// Sends the last progress and events where some are left and the lease still lives. With what the
-    /// report has to call the task, or why there is to be none. A lease that runs out in here silences
+    /// Sends the last progress and events where some are left and the lease still lives. Returns where the
+    /// report goes, or why there is none. A lease that runs out in here silences
     /// nothing: its task has ended before. Where there is a report, heartbeats go on until the session is
     /// dropped. Call it once.
-    pub async fn close(&mut self) -> Result<ReportName, NoReport> {
+    pub async fn close(&mut self) -> Result<ReportAddress, NoReport> {
         let (say, said) = oneshot::channel();
         if let Some(close) = self.close.take() {
             // The driver may have ended by a panic; then nothing is said.
@@ -120,13 +120,13 @@ impl Session {
         if let Ok(closed) = said.await {
             return closed;
         }
-        tracing::error!(task_id = %self.grant.lease.task, "a session ended unexpectedly");
-        Ok(self.grant.name())
+        tracing::error!(task_id = %self.grant.lease.task(), "a session ended unexpectedly");
+        Ok(self.grant.address())
     }
 }
 
 impl LeaseKeeper for Session {
-    fn name(&self) -> ReportName {
-        self.grant.name()
+    fn address(&self) -> ReportAddress {
+        self.grant.address()
     }
 }

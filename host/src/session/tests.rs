@@ -10,7 +10,7 @@ use super::*;
 use crate::{
     auth::TokenSource,
     leases::dms::{self, Dms},
-    model::{AnnouncedData, BootInstant, Coordinates, DataLocation, Outcome, SetupStage, TaskId, Token},
+    model::{AnnouncedData, BootInstant, Coordinates, DataLocation, Outcome, SetupStage, Token},
     transport::{
         self,
         testing::{BAD_BODIES, Call, Service},
@@ -28,7 +28,7 @@ fn in_future(left: Duration) -> Timestamp {
 
 fn lease(left: Duration) -> Lease {
     Lease {
-        task: TaskId(TASK.parse().expect("an id")),
+        address: named(),
         job: None,
         capability: "/lab/echo/v1".parse().expect("a name"),
         expires_at: Some(BootInstant::now() + left),
@@ -54,9 +54,13 @@ fn server_of(location: &DataLocation) -> &str {
     }
 }
 
-/// The name a report has when nothing was changed.
-fn named() -> ReportName {
-    ReportName { task: TaskId(TASK.parse().expect("an id")), job: None, domain_id: Some(Uuid::nil()) }
+/// The address of the report if the plane changes nothing.
+fn named() -> ReportAddress {
+    address(TASK, None, Some(Uuid::nil()))
+}
+
+fn address(task: &str, job: Option<Uuid>, domain: Option<Uuid>) -> ReportAddress {
+    dms::address(task.parse().expect("an id"), job, domain, "/lab/echo/v1")
 }
 
 async fn open(lease: Lease) -> (Service, Session) {
@@ -78,12 +82,12 @@ async fn set_up(lease: Lease, answer: Value) -> (Service, Session) {
 }
 
 /// Closes the session and drops it.
-async fn ended(mut session: Session) -> Result<ReportName, NoReport> {
+async fn ended(mut session: Session) -> Result<ReportAddress, NoReport> {
     session.close().await
 }
 
 /// Closes the session while `answer` plays the plane.
-async fn close(session: Session, answer: impl AsyncFnOnce()) -> Result<ReportName, NoReport> {
+async fn close(session: Session, answer: impl AsyncFnOnce()) -> Result<ReportAddress, NoReport> {
     tokio::join!(ended(session), answer()).0
 }
 
@@ -136,7 +140,7 @@ async fn the_report_names_job_and_domain_as_the_set_up_heartbeat_gave_them() {
     let taken = Lease { data: AnnouncedData::at_server(Some("https://ds.lab.test"), None), ..lease(MINUTE) };
     let (_plane, session) = set_up(taken, json!({ "domain_id": OTHER, "job_id": OTHER })).await;
     let other = OTHER.parse().ok();
-    assert_eq!(ended(session).await, Ok(ReportName { job: other, domain_id: other, ..named() }));
+    assert_eq!(ended(session).await, Ok(address(TASK, other, other)));
 }
 
 #[tokio::test]
@@ -239,7 +243,7 @@ async fn data_that_moves_is_followed_while_the_task_runs() {
         grant.newer_token(old.as_ref(), MINUTE).await;
         assert_eq!(grant.setup_now(), expected);
     }
-    assert_eq!(ended(session).await, Ok(ReportName { domain_id: Some(other), ..named() }));
+    assert_eq!(ended(session).await, Ok(address(TASK, None, Some(other))));
 }
 
 #[tokio::test]
@@ -390,7 +394,7 @@ async fn the_end_waits_for_a_heartbeat_under_way() {
     let (mut plane, session) = open(lease(MINUTE)).await;
     let call = plane.expect(HEARTBEAT).await;
     let closed = close(session, async || call.ok(json!({ "task_id": OTHER }))).await;
-    assert_eq!(closed, Ok(ReportName { task: TaskId(OTHER.parse().expect("an id")), ..named() }));
+    assert_eq!(closed, Ok(address(OTHER, None, Some(Uuid::nil()))));
 }
 
 #[tokio::test]
@@ -416,7 +420,7 @@ async fn heartbeats_and_report_follow_a_renamed_task() {
             call.ok(json!({}));
         }
     });
-    assert_eq!(closed.await, Ok(ReportName { task: TaskId(OTHER.parse().expect("an id")), ..named() }));
+    assert_eq!(closed.await, Ok(address(OTHER, None, Some(Uuid::nil()))));
 }
 
 #[tokio::test]

@@ -16,7 +16,7 @@ fn bench() -> Bench {
     let inputs = vec![scan, dir.path().join("empty"), dir.path().join("gone"), dir.path().to_owned()];
     let ports = {
         let files = LocalFiles { inputs, out: dir.path().join("out") };
-        let lease = Lease::bare(TaskId(Uuid::nil()), Capability::parse("/x/v1").expect("a name"));
+        let lease = Lease::bare(TaskId::from(Uuid::nil()), Capability::parse("/x/v1").expect("a name"));
         let (held, _) = HeldLease::new(lease, Setup::Ready(Ok(DataLocation::LocalFiles(files.clone()))));
         let scratch = dir.path().join("scratch");
         LocalPorts::new(held, Some(files), scratch, Budget::unlimited(), UnpackLimits::default())

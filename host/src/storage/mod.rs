@@ -74,7 +74,7 @@ impl Stores {
 
     /// A directory for a task, made when it is first needed and removed when it is dropped.
     #[must_use]
-    pub fn task_dir(&self, task: TaskId) -> TaskDir {
+    pub fn task_dir(&self, task: &TaskId) -> TaskDir {
         self.scratch.task_dir(task)
     }
 

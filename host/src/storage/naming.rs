@@ -3,7 +3,7 @@
 //! The rules are the wire's: later stages look results up by these names, so nothing here may be
 //! "improved" for input that has always worked.
 
-use std::path::Path;
+use std::{borrow::Cow, path::Path};
 
 use sha2::{Digest, Sha256};
 
@@ -16,6 +16,8 @@ pub(crate) const PATH_BYTES_MAX: usize = 1024;
 const NAME_BYTES_MAX: usize = 128;
 /// How much of a path's digest marks a name: enough that no two paths of a task ever share it.
 const MARK_BYTES: usize = 8;
+/// Longest task id that stays as it is in a name.
+const TASK_BYTES_MAX: usize = 64;
 /// Longest folder or file stem on disk; file systems stop at 255 bytes with the extension.
 const STEM_BYTES_MAX: usize = 160;
 /// Longest file extension on disk.
@@ -50,17 +52,28 @@ pub(crate) fn logical_path(prefix: Option<&str>, relative: &str) -> String {
 /// The name an artifact is stored under when the runner gives none. It ends in the task id, so that
 /// a repeated attempt replaces what an earlier one stored. What would be longer than servers take is
 /// cut, and marked so that it stays one of a kind.
-pub(crate) fn stored_name(logical: &str, task: TaskId) -> String {
-    let name = format!("{}_{task}", safe(logical, "artifact"));
+pub(crate) fn stored_name(logical: &str, task: &TaskId) -> String {
+    let name = format!("{}_{}", safe(logical, "artifact"), in_file_name(task));
     if name.len() <= NAME_BYTES_MAX { name } else { marked_name(logical, task) }
 }
 
 /// The name for a second path of one task whose [`stored_name`] is already taken. It depends on
 /// nothing but the path and the task.
-pub(crate) fn marked_name(logical: &str, task: TaskId) -> String {
+pub(crate) fn marked_name(logical: &str, task: &TaskId) -> String {
     let mark = hex(&Sha256::digest(logical.as_bytes())[..MARK_BYTES]);
-    let end = format!("_{mark}_{task}");
+    let end = format!("_{mark}_{}", in_file_name(task));
     format!("{}{end}", cut(safe(logical, "artifact"), NAME_BYTES_MAX.saturating_sub(end.len())))
+}
+
+/// A task id as a part of a file name. An id with other characters, or a long one, becomes its hash.
+pub(super) fn in_file_name(task: &TaskId) -> Cow<'_, str> {
+    let text = task.as_str();
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
+    if text.len() <= TASK_BYTES_MAX && text.bytes().all(plain) {
+        Cow::Borrowed(text)
+    } else {
+        Cow::Owned(hex(&Sha256::digest(text.as_bytes())[..16]))
+    }
 }
 
 /// The data type of a path, by its extension.
@@ -130,14 +143,14 @@ mod tests {
 
     use super::*;
 
-    const TASK: TaskId = TaskId(Uuid::nil());
+    const TASK: Uuid = Uuid::nil();
 
     /// prefix, path as the runner gives it, expected `logical name type` with `TASK` for the id.
     #[track_caller]
     fn check(prefix: Option<&str>, path: &str, expected: [&str; 3]) {
         let relative = relative_path(path).expect("an acceptable path");
         let logical = logical_path(prefix, &relative);
-        let name = stored_name(&logical, TASK).replace(&TASK.to_string(), "TASK");
+        let name = stored_name(&logical, &TASK.into()).replace(&TASK.to_string(), "TASK");
         assert_eq!([logical.as_str(), name.as_str(), data_type(&relative).as_str()], expected, "{prefix:?} {path:?}");
     }
 
@@ -186,10 +199,11 @@ mod tests {
 
     #[test]
     fn a_mark_depends_on_the_path_alone_and_stands_before_the_task_id() {
-        let name = marked_name("a_b.json", TASK);
-        assert_eq!(name, marked_name("a_b.json", TASK));
+        let name = marked_name("a_b.json", &TASK.into());
+        assert_eq!(name, marked_name("a_b.json", &TASK.into()));
         let paths = ["a_b.json", "a/b.json", "a.b.json", "a b.json", "é_b.json"];
-        let names: std::collections::BTreeSet<String> = paths.iter().map(|path| marked_name(path, TASK)).collect();
+        let names: std::collections::BTreeSet<String> =
+            paths.iter().map(|path| marked_name(path, &TASK.into())).collect();
         assert_eq!(names.len(), paths.len());
         assert!(name.starts_with("a_b_json_") && name.ends_with(&format!("_{TASK}")), "{name}");
         assert_eq!(name.len(), "a_b_json".len() + 1 + 2 * MARK_BYTES + 1 + 36);
@@ -198,8 +212,8 @@ mod tests {
     #[test]
     fn names_and_types_end_where_servers_stop_taking_them() {
         let longest = "x".repeat(NAME_BYTES_MAX - 1 - 36);
-        assert_eq!(stored_name(&longest, TASK), format!("{longest}_{TASK}"), "the limit itself is kept");
-        let [one, two] = ["/a", "_a"].map(|end| stored_name(&format!("{longest}{end}"), TASK));
+        assert_eq!(stored_name(&longest, &TASK.into()), format!("{longest}_{TASK}"), "the limit itself is kept");
+        let [one, two] = ["/a", "_a"].map(|end| stored_name(&format!("{longest}{end}"), &TASK.into()));
         assert_eq!((one.len(), two.len()), (NAME_BYTES_MAX, NAME_BYTES_MAX));
         assert_ne!(one, two, "cut names stay apart");
         assert!(one.ends_with(&TASK.to_string()));
@@ -218,5 +232,18 @@ mod tests {
         assert_eq!(file("", ""), ("part".into(), "part".into()));
         let (stem, extension) = file(&"n".repeat(900), &"t".repeat(900));
         assert!(stem.len() + extension.len() < 250, "the file system must take it with a counter");
+    }
+
+    #[test]
+    fn task_ids_of_any_kind_are_safe_in_file_names() {
+        let longest = "x".repeat(TaskId::BYTES_MAX);
+        let [dots, path, long] = ["..", "../a/b", &longest].map(|id| TaskId::parse(id).expect("an id"));
+        for task in [&dots, &path, &long] {
+            let name = in_file_name(task);
+            assert!(name.len() == 32 && name.bytes().all(|byte| byte.is_ascii_hexdigit()), "{name}");
+        }
+        assert_ne!(in_file_name(&dots), in_file_name(&path));
+        assert_eq!(in_file_name(&TaskId::from(TASK)), TASK.to_string());
+        assert!(marked_name(&"y".repeat(500), &long).len() <= NAME_BYTES_MAX);
     }
 }

@@ -19,6 +19,7 @@ use std::{
 
 use uuid::Uuid;
 
+use super::naming::in_file_name;
 use crate::model::TaskId;
 
 /// Our folders below the base begin like this; a sweep looks at no others.
@@ -205,9 +206,9 @@ impl Scratch {
 
     /// A directory for `task`, not made yet. Each call names another one.
     #[must_use]
-    pub fn task_dir(&self, task: TaskId) -> TaskDir {
+    pub fn task_dir(&self, task: &TaskId) -> TaskDir {
         let number = self.home.named.fetch_add(1, Ordering::Relaxed);
-        let path = self.home.path.join(format!("{task}-{number}"));
+        let path = self.home.path.join(format!("{}-{number}", in_file_name(task)));
         TaskDir(Arc::new(Place { path, stage: Mutex::new(Stage::Named), home: Arc::clone(&self.home) }))
     }
 }
@@ -385,7 +386,9 @@ mod tests {
 
     use super::*;
 
-    const TASK: TaskId = TaskId(Uuid::nil());
+    fn task() -> TaskId {
+        Uuid::nil().into()
+    }
 
     fn base() -> tempfile::TempDir {
         tempfile::tempdir().expect("a temporary directory")
@@ -397,7 +400,7 @@ mod tests {
     }
 
     fn made(scratch: &Scratch) -> TaskDir {
-        let dir = scratch.task_dir(TASK);
+        let dir = scratch.task_dir(&task());
         dir.make().expect("made");
         dir
     }
@@ -425,13 +428,13 @@ mod tests {
     fn a_directory_nobody_needs_is_never_made() {
         let base = base();
         let scratch = Scratch::open(base.path().to_owned()).expect("opens");
-        let dir = scratch.task_dir(TASK);
+        let dir = scratch.task_dir(&task());
         assert!(!dir.path().exists());
         assert!(dir.close_empty());
         dir.make().expect("nothing to do");
         assert!(!dir.path().exists(), "what is over is not made again");
 
-        let dir = scratch.task_dir(TASK);
+        let dir = scratch.task_dir(&task());
         make_private(dir.path(), false).expect("made by a runner");
         dir.make().expect("there already");
         fs::write(dir.path().join("file"), b"x").expect("written");
@@ -447,7 +450,7 @@ mod tests {
         let empty = scratch.home.empty.read().expect("unharmed");
         let Some(empty) = empty.as_ref() else { return };
         assert!(empty.is_so(), "the probe is gone");
-        let (other, dir) = (scratch.task_dir(TASK), scratch.task_dir(TASK));
+        let (other, dir) = (scratch.task_dir(&task()), scratch.task_dir(&task()));
         make_private(dir.path(), false).expect("made by a runner");
         assert!(!empty.is_so());
         assert!(other.close_empty() && dir.close_empty() && !dir.path().exists());

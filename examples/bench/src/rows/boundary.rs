@@ -106,7 +106,7 @@ impl<'a> Runs<'a> {
         let lease = Lease {
             document: to_raw_value(&document)?,
             inputs: vec!["d-1".to_owned()],
-            ..Lease::bare(TaskId(Uuid::nil()), capability)
+            ..Lease::bare(TaskId::from(Uuid::nil()), capability)
         };
         let folder = Folder { path: scratch.join("task"), make: Arc::new(|| Ok(())) };
         let ports = Arc::new(Ready { input: scratch.join("task/input"), budget: Budget::unlimited() });

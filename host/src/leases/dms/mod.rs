@@ -4,12 +4,14 @@
 //! once with a fresh token when the old one is rejected. `wire` has the JSON, `report` the words
 //! of a task's end. What has arrived is never logged: a lease holds credentials.
 
+mod address;
 mod report;
 #[cfg(test)]
 mod tests;
 pub mod wire;
 
 use std::{
+    borrow::Cow,
     cell::Cell,
     sync::{Mutex, PoisonError},
     time::Duration,
@@ -30,17 +32,23 @@ use serde_json::{
 use url::Url;
 use uuid::fmt::Hyphenated;
 
-use self::wire::{Beat, HeartbeatResponse, LeaseFacts, Members, Seek};
+pub use self::address::address;
+use self::{
+    address::At,
+    wire::{Beat, HeartbeatResponse, LeaseFacts, Members, Seek},
+};
 use super::{LeaseError, LeaseSource, Renewal};
 use crate::{
     auth::TokenSource,
     model::{
-        AnnouncedData, BootInstant, Capability, CapabilityError, Lease, Outcome, Pending, TaskId, TaskResult, Term,
-        Token, millis,
+        AnnouncedData, BootInstant, Capability, CapabilityError, Lease, Outcome, Pending, ReportAddress, TaskResult,
+        Term, Token, millis,
     },
     transport::{self, Answer, Client, Need, TransportError},
 };
 
+/// The name of this control plane, unless the configuration gives another one.
+pub const DEFAULT_NAME: &str = "posemesh";
 /// Longest limit of one call; more would overflow no clock and help nobody.
 const LIMIT_MAX: Duration = Duration::from_secs(24 * 3600);
 
@@ -148,17 +156,18 @@ impl Dms {
         }
     }
 
-    async fn tell(&self, task: TaskId, report: report::Report) -> Result<(), LeaseError> {
-        let call = self.post(task, report.verb, report.body, Need::Status)?;
+    async fn tell(&self, to: &ReportAddress, report: report::Report) -> Result<(), LeaseError> {
+        let call = self.post(to, report.verb, report.body, Need::Status)?;
         let (answer, token) = self.exchange(call, BootInstant::NEVER).await?;
-        if answer.status.is_success() { Ok(()) } else { Err(refused_for(task, &answer, &token)) }
+        if answer.status.is_success() { Ok(()) } else { Err(refused_for(to, &answer, &token)) }
     }
 
-    fn post(&self, task: TaskId, verb: &str, body: String, need: Need) -> Result<Call, LeaseError> {
+    fn post(&self, to: &ReportAddress, verb: &str, body: String, need: Need) -> Result<Call, LeaseError> {
+        let task = address::task(to)?;
         let mut parts = self.tasks()?.clone().into_parts();
         let tasks = parts.path_and_query.as_ref().map_or("", PathAndQuery::as_str);
         let mut id = [0; Hyphenated::LENGTH];
-        let path = [tasks, "/", task.0.as_hyphenated().encode_lower(&mut id), "/", verb].concat();
+        let path = [tasks, "/", task.as_hyphenated().encode_lower(&mut id), "/", verb].concat();
         let path = PathAndQuery::from_maybe_shared(Bytes::from(path));
         parts.path_and_query = Some(path.expect("a path, an id and a word"));
         let uri = Uri::from_parts(parts).expect("only the path was changed");
@@ -221,12 +230,12 @@ impl LeaseSource for Dms {
         }
     }
 
-    async fn heartbeat(&self, task: TaskId, beat: &Pending, until: BootInstant) -> Result<Renewal, LeaseError> {
+    async fn heartbeat(&self, to: &ReportAddress, beat: &Pending, until: BootInstant) -> Result<Renewal, LeaseError> {
         let body = Beat { progress: &beat.progress, events: &beat.events };
         let body = serde_json::to_string(&body).expect("JSON values are JSON");
-        let (answer, token) = self.exchange(self.post(task, "heartbeat", body, Need::Body)?, until).await?;
+        let (answer, token) = self.exchange(self.post(to, "heartbeat", body, Need::Body)?, until).await?;
         if !answer.status.is_success() {
-            return Err(refused_for(task, &answer, &token));
+            return Err(refused_for(to, &answer, &token));
         }
         // Decoding a struct from `null` or a list fails with words about the struct; say what it is.
         if !answer.body.trim_ascii_start().starts_with(b"{") && answer.json::<Value>().is_ok() {
@@ -234,21 +243,21 @@ impl LeaseSource for Dms {
             return Err(LeaseError::Malformed { task: None, reason });
         }
         match answer.json::<HeartbeatResponse>() {
-            Ok(response) => Ok(kept(response, &answer)),
+            Ok(response) => kept(response, &answer, to),
             Err(err) => Err(LeaseError::Malformed { task: None, reason: err.to_string() }),
         }
     }
 
-    async fn report(&self, task: TaskId, lease: &Lease, task_result: &TaskResult) -> Result<(), LeaseError> {
-        match report::report(task, lease, task_result) {
-            Some(report) => self.tell(task, report).await,
+    async fn report(&self, to: &ReportAddress, task_result: &TaskResult) -> Result<(), LeaseError> {
+        match report::report(&At::read(to)?, task_result) {
+            Some(report) => self.tell(to, report).await,
             None => Ok(()),
         }
     }
 
-    async fn reject(&self, task: TaskId, why: &Outcome) -> Result<(), LeaseError> {
+    async fn reject(&self, to: &ReportAddress, why: &Outcome) -> Result<(), LeaseError> {
         match report::setup_failure(why) {
-            Some(report) => self.tell(task, report).await,
+            Some(report) => self.tell(to, report).await,
             None => Ok(()),
         }
     }
@@ -262,9 +271,9 @@ fn refused(answer: &Answer, token: &Token) -> LeaseError {
     }
 }
 
-fn refused_for(task: TaskId, answer: &Answer, token: &Token) -> LeaseError {
+fn refused_for(to: &ReportAddress, answer: &Answer, token: &Token) -> LeaseError {
     match answer.status.as_u16() {
-        status @ (404 | 409 | 410) => LeaseError::Gone { task, status },
+        status @ (404 | 409 | 410) => LeaseError::Gone { task: to.task.clone(), status },
         _ => refused(answer, token),
     }
 }
@@ -286,7 +295,7 @@ fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
         malformed(format!("the lease of {} bytes names no capability: {why}", answer.body.len()))
     })?;
     Ok(Lease {
-        task: TaskId(task.id),
+        address: address(task.id, task.job_id, envelope.domain_id, capability.as_str()),
         job: task.job_id,
         attempt: task.attempts.and_then(|text| text.get().parse().ok()),
         capability,
@@ -316,33 +325,51 @@ fn is_credential(key: &str) -> bool {
     end.is_some_and(|end| end.eq_ignore_ascii_case(END))
 }
 
-/// The task's id in a lease that cannot be used otherwise, also where the rest of it is missing or no JSON.
-fn task_id(body: &[u8]) -> Option<TaskId> {
+/// The address of the task in a lease that cannot be used otherwise, also where the rest of it is missing or no JSON.
+fn task_id(body: &[u8]) -> Option<ReportAddress> {
     let id = Cell::new(None);
     let lease = Seek { path: &["task", "id"], id: &id };
     // How it goes on does not matter.
     let _ = lease.deserialize(&mut serde_json::Deserializer::from_slice(body));
-    id.get().map(TaskId)
+    id.get().map(|task| address(task, None, None, ""))
 }
 
-fn kept(response: HeartbeatResponse, answer: &Answer) -> Renewal {
+fn kept(response: HeartbeatResponse, answer: &Answer, to: &ReportAddress) -> Result<Renewal, LeaseError> {
+    let address = renamed(&response, to)?;
     let inner = response.task.as_ref();
     let ends = response.lease_expires_at.or_else(|| time(inner?.extra.get("lease_expires_at")?));
     let ends = moment(answer, ends);
-    Renewal {
+    Ok(Renewal {
         token: filled(response.access_token).map(Token::new),
         token_expires_at: moment(answer, response.access_token_expires_at),
         // An answer without an end extends the lease by its last term.
         term: ends.map_or(Term::SameTerm, Term::Until),
         cancel: response.cancel == Some(true) || response.status.as_deref().is_some_and(is_over),
-        task: inner.map(|task| task.id).or(response.task_id).map(TaskId),
-        job: inner.map_or(response.job_id, |task| task.job_id),
+        address,
         capability: inner.map(|task| task.capability.clone()),
         data: Some(AnnouncedData::DomainServer {
             server: filled(response.domain_server_url).or_else(|| inner.and_then(|task| server_of_meta(&task.meta))),
             domain: response.domain_id,
         }),
+    })
+}
+
+/// The new address, if the answer gives the task, its job or its domain another name.
+fn renamed(response: &HeartbeatResponse, to: &ReportAddress) -> Result<Option<ReportAddress>, LeaseError> {
+    let inner = response.task.as_ref();
+    let task = inner.map(|task| task.id).or(response.task_id);
+    let job = inner.map_or(response.job_id, |task| task.job_id);
+    if (task, job, response.domain_id) == (None, None, None) {
+        return Ok(None);
     }
+    let old = At::read(to)?;
+    let now = At {
+        task: task.unwrap_or(old.task),
+        job: job.or(old.job),
+        domain_id: response.domain_id.or(old.domain_id),
+        capability: Cow::Borrowed(&old.capability),
+    };
+    Ok((now != old).then(|| now.address()))
 }
 
 /// A time of the plane by our clock. One that had passed before the plane was asked cannot be meant: what

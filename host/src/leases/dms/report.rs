@@ -5,8 +5,8 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
-use super::wire::FailRequest;
-use crate::model::{Artifact, Lease, Outcome, TaskId, TaskResult};
+use super::{address::At, wire::FailRequest};
+use crate::model::{Artifact, Outcome, TaskResult};
 
 /// Longest reason planes are known to take, in bytes.
 const REASON_BYTES_MAX: usize = 4096;
@@ -55,11 +55,11 @@ struct Listed<'a> {
 }
 
 /// The report for `verdict`; `None` where nothing may be said.
-pub(super) fn report(task: TaskId, lease: &Lease, task_result: &TaskResult) -> Option<Report> {
+pub(super) fn report(to: &At<'_>, task_result: &TaskResult) -> Option<Report> {
     let reason = match &task_result.outcome {
         Outcome::Cancelled | Outcome::LeaseLost => return None,
         Outcome::Completed => {
-            let body = Complete { output_cids: output_cids(task_result), meta: Ended::new(task, lease, task_result) };
+            let body = Complete { output_cids: output_cids(task_result), meta: Ended::new(to, task_result) };
             return Some(Report { verb: "complete", body: text(&body) });
         }
         Outcome::Setup { .. } => return setup_failure(&task_result.outcome),
@@ -71,11 +71,11 @@ pub(super) fn report(task: TaskId, lease: &Lease, task_result: &TaskResult) -> O
             format!("{}{place}", cut_at(&format!("runner panicked: {message}"), room))
         }
         Outcome::Storage { message } => format!("storage: {message}"),
-        Outcome::NoRunner => format!("no runner registered for capability: {}", lease.capability),
+        Outcome::NoRunner => format!("no runner registered for capability: {}", to.capability),
         Outcome::Drained => "drained".to_owned(),
         Outcome::HostFault { message } => format!("host fault: {message}"),
     };
-    let Ended { job, artifacts } = Ended::new(task, lease, task_result);
+    let Ended { job, artifacts } = Ended::new(to, task_result);
     let mut details = Map::from_iter([("job".into(), json!(job)), ("artifacts".into(), json!(artifacts))]);
     if let Outcome::Failed { details: own, .. } = &task_result.outcome
         && !own.is_null()
@@ -109,13 +109,8 @@ fn fail(reason: &str, mut details: Map<String, Value>, outcome: &Outcome) -> Rep
 }
 
 impl<'a> Ended<'a> {
-    fn new(task: TaskId, lease: &'a Lease, task_result: &'a TaskResult) -> Self {
-        let job = Job {
-            task_id: task.0,
-            job_id: lease.job,
-            domain_id: lease.data.domain(),
-            capability: lease.capability.as_str(),
-        };
+    fn new(to: &'a At<'_>, task_result: &'a TaskResult) -> Self {
+        let job = Job { task_id: to.task, job_id: to.job, domain_id: to.domain_id, capability: &to.capability };
         Self { job, artifacts: task_result.artifacts.iter().map(Listed::new).collect() }
     }
 }
@@ -174,9 +169,9 @@ mod tests {
     }
 
     fn sent(outcome: Outcome, artifacts: Vec<Artifact>) -> (&'static str, Value) {
-        let task = TaskId(TASK.parse().expect("an id"));
-        let sent =
-            report(task, &sample_lease(), &TaskResult { artifacts, ..TaskResult::bare(outcome) }).expect("a report");
+        let lease = sample_lease();
+        let to = At::read(&lease.address).expect("an address");
+        let sent = report(&to, &TaskResult { artifacts, ..TaskResult::bare(outcome) }).expect("a report");
         (sent.verb, serde_json::from_str(&sent.body).expect("JSON"))
     }
 
@@ -259,7 +254,7 @@ mod tests {
     fn nothing_is_said_of_a_task_that_is_not_ours_any_more() {
         for outcome in [Outcome::Cancelled, Outcome::LeaseLost] {
             let task_result = TaskResult::bare(outcome);
-            assert!(report(TaskId(TASK.parse().expect("an id")), &sample_lease(), &task_result).is_none());
+            assert!(report(&At::read(&sample_lease().address).expect("an address"), &task_result).is_none());
         }
     }
 

@@ -22,14 +22,12 @@ pub(in crate::leases) fn sample_envelope() -> Value {
 pub(in crate::leases) fn sample_lease() -> Lease {
     let envelope: wire::LeaseEnvelope = serde_json::from_value(sample_envelope()).expect("a lease");
     let capability = "/lab/echo/v1".parse().expect("a name");
-    Lease {
-        data: AnnouncedData::at_server(None, envelope.domain_id),
-        ..Lease::bare(TaskId(envelope.task.id), capability)
-    }
+    let address = address(envelope.task.id, None, envelope.domain_id, "/lab/echo/v1");
+    Lease { data: AnnouncedData::at_server(None, envelope.domain_id), ..Lease::bare(address, capability) }
 }
 
-fn task() -> TaskId {
-    TaskId(TASK.parse().expect("an id"))
+fn to() -> ReportAddress {
+    sample_lease().address
 }
 
 fn dms(plane: &Service, base: &str) -> Dms {
@@ -67,8 +65,8 @@ async fn take(answer: impl FnOnce(Call)) -> Result<Option<Lease>, LeaseError> {
 async fn keep(answer: impl FnOnce(Call)) -> Result<Renewal, LeaseError> {
     let mut plane = Service::start().await;
     let dms = dms(&plane, "v1");
-    let beat = Pending { progress: json!({ "at": 1 }), events: vec![json!("e")], version: 1 };
-    let (kept, ()) = tokio::join!(dms.heartbeat(task(), &beat, BootInstant::now() + SOON), async {
+    let (to, beat) = (to(), Pending { progress: json!({ "at": 1 }), events: vec![json!("e")], version: 1 });
+    let (kept, ()) = tokio::join!(dms.heartbeat(&to, &beat, BootInstant::now() + SOON), async {
         let call = plane.expect(&format!("POST /v1/tasks/{TASK}/heartbeat")).await;
         assert_eq!(call.json(), json!({ "progress": { "at": 1 }, "events": ["e"] }));
         assert_eq!(call.headers["content-type"], "application/json");
@@ -82,7 +80,7 @@ async fn settle(outcome: Outcome, answer: impl FnOnce(Call)) -> Result<(), Lease
     let dms = dms(&plane, "v1");
     let task_result = TaskResult::bare(outcome);
     let lease = sample_lease();
-    let (settled, ()) = tokio::join!(dms.report(task(), &lease, &task_result), async { answer(plane.next().await) });
+    let (settled, ()) = tokio::join!(dms.report(&lease.address, &task_result), async { answer(plane.next().await) });
     settled
 }
 
@@ -112,7 +110,7 @@ async fn a_lease_arrives_whole_and_its_document_without_credentials() {
     envelope["future"] = json!({ "kept": true });
     let sent = envelope.clone();
     let lease = take(|call| call.ok(sent)).await.expect("usable").expect("a lease");
-    assert_eq!(lease.task, task());
+    assert_eq!(lease.address, to());
     assert_eq!(lease.capability.as_str(), "/lab/echo/v1");
     assert_eq!(lease.token, Some(Token::new("dom-1")));
     assert_eq!(server_of(&lease.data), Some("https://ds.lab.test"));
@@ -174,7 +172,7 @@ async fn a_lease_that_cannot_be_used_tells_its_task_and_its_size_only() {
     envelope["access_token"] = "top-secret".into();
     let bytes = envelope.to_string().len().to_string();
     let err = take(|call| call.ok(envelope)).await.expect_err("unusable");
-    assert!(matches!(&err, LeaseError::Malformed { task: Some(id), .. } if *id == task()), "{err:?}");
+    assert!(matches!(&err, LeaseError::Malformed { task: Some(id), .. } if id.task == to().task), "{err:?}");
     assert_clean(&err.to_string());
     assert!(err.to_string().contains(&bytes), "{err}");
 
@@ -227,6 +225,8 @@ async fn unusable_answers_give_one_clean_line_for_every_verb() {
 #[tokio::test]
 async fn a_heartbeat_reads_what_is_there_and_leaves_the_rest_alone() {
     assert_eq!(keep(|call| call.ok(json!({}))).await.expect("usable"), unchanged());
+    let same = json!({ "task_id": TASK, "domain_id": sample_lease().data.domain() });
+    assert_eq!(keep(|call| call.ok(same)).await.expect("usable").address, None);
     let nothing = json!({ "access_token": null, "cancel": null, "task": null, "domain_server_url": "", "attempts": 3 });
     assert_eq!(keep(|call| call.ok(nothing)).await.expect("usable"), unchanged());
     let other = "11111111-2222-3333-4444-555555555555";
@@ -241,15 +241,15 @@ async fn a_heartbeat_reads_what_is_there_and_leaves_the_rest_alone() {
             token_expires_at: None,
             term: Term::SameTerm,
             cancel: true,
-            task: Some(TaskId(id)),
-            job: Some(id),
+            address: Some(address(id, Some(id), Some(id), "/lab/echo/v1")),
             capability: None,
             data: Some(AnnouncedData::at_server(Some("https://other"), Some(id))),
         }
     );
     let task = json!({ "id": other, "capability": "/x", "meta": { "legacy": { "domain_server_url": "https://l" } } });
     let kept = keep(|call| call.ok(json!({ "task": task, "task_id": TASK }))).await.expect("usable");
-    assert_eq!((kept.task, kept.data.as_ref().and_then(server_of)), (Some(TaskId(id)), Some("https://l")));
+    assert_eq!(kept.address.map(|to| to.task), Some(id.into()));
+    assert_eq!(kept.data.as_ref().and_then(server_of), Some("https://l"));
 }
 
 // posemesh.md section 10.3
@@ -286,9 +286,9 @@ async fn a_lease_is_gone_by_404_409_and_410() {
 async fn a_heartbeat_ends_within_its_limit() {
     let mut plane = Service::start().await;
     let dms = dms(&plane, "v1");
-    let beat = Pending { progress: json!({}), events: Vec::new(), version: 0 };
+    let (to, beat) = (to(), Pending { progress: json!({}), events: Vec::new(), version: 0 });
     let began = BootInstant::now();
-    let (kept, held) = tokio::join!(dms.heartbeat(task(), &beat, began + Duration::from_millis(200)), plane.next());
+    let (kept, held) = tokio::join!(dms.heartbeat(&to, &beat, began + Duration::from_millis(200)), plane.next());
     assert!(matches!(kept, Err(LeaseError::Unreachable(_))), "{kept:?}");
     let took = BootInstant::now() - began;
     assert!(took < SOON / 2, "the limit of other calls is {SOON:?}, this one took {took:?}");
@@ -352,8 +352,8 @@ async fn a_rejected_token_is_replaced_and_the_request_repeated_once() {
     });
     assert!(taken.expect("usable").is_some());
 
-    let beat = Pending { progress: json!({ "kept": true }), events: Vec::new(), version: 0 };
-    let (kept, ()) = tokio::join!(dms.heartbeat(task(), &beat, BootInstant::now() + SOON), async {
+    let (to, beat) = (to(), Pending { progress: json!({ "kept": true }), events: Vec::new(), version: 0 });
+    let (kept, ()) = tokio::join!(dms.heartbeat(&to, &beat, BootInstant::now() + SOON), async {
         let path = format!("POST /tasks/{TASK}/heartbeat");
         let call = plane.expect(&path).await;
         assert_eq!(call.bearer(), "node-2");
@@ -379,7 +379,7 @@ async fn a_second_401_is_final() {
     let (mut plane, dms, _room) = with_login().await;
     let task_result = TaskResult::bare(Outcome::Completed);
     let lease = sample_lease();
-    let (settled, ()) = tokio::join!(dms.report(task(), &lease, &task_result), async {
+    let (settled, ()) = tokio::join!(dms.report(&lease.address, &task_result), async {
         let path = format!("POST /tasks/{TASK}/complete");
         plane.expect(&path).await.answer(401, "");
         login(&mut plane, "node-2").await;

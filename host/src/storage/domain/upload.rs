@@ -145,14 +145,14 @@ impl Inner {
         }
         let inferred = spec.name.is_none();
         let data_type = spec.data_type.unwrap_or_else(|| data_type(&relative));
-        let name = spec.name.unwrap_or_else(|| stored_name(&logical_path, lease.task));
+        let name = spec.name.unwrap_or_else(|| stored_name(&logical_path, lease.task()));
         let mut plan =
             Plan { logical_path, name, data_type, inferred, existing: spec.existing_id, size: spec.size, what };
         let mut books = self.books();
         // Two paths of one task may reduce to one name; the second gets another name instead of
         // replacing the first. What the runner names itself is its own business.
         if inferred && books.names.get(&plan.key()).is_some_and(|path| *path != plan.logical_path) {
-            plan.name = marked_name(&plan.logical_path, lease.task);
+            plan.name = marked_name(&plan.logical_path, lease.task());
         }
         books.names.entry(plan.key()).or_insert_with(|| plan.logical_path.clone());
         Ok(plan)
@@ -170,7 +170,7 @@ impl Inner {
             return Ok(Some(Existing { id, updated_at: updated_at.clone() }));
         }
         let found = self.find(at, plan).await?;
-        let marked = marked_name(&plan.logical_path, self.grant.lease.task);
+        let marked = marked_name(&plan.logical_path, self.grant.lease.task());
         if found.is_none() || !plan.inferred || plan.name == marked {
             return Ok(found);
         }

@@ -130,7 +130,7 @@ impl Drop for World {
 
 fn lease(inputs: &[&str]) -> Lease {
     Lease {
-        task: TaskId(TASK),
+        address: TaskId::from(TASK).into(),
         job: None,
         capability: Capability::parse("/test/storage/v1").expect("a capability"),
         expires_at: None,
