@@ -25,7 +25,7 @@ const RULES: &[Rule] = &[
     ("leases", &["auth", "model", "transport"], "speaks to one control plane with the node's token"),
     ("session", &["leases", "model"], "keeps one lease, whoever gave it"),
     ("outbox", &["crash", "leases", "model"], "keeps reports until their plane has them"),
-    ("control", &["outbox"], "commands ask a running node about what it holds"),
+    ("control", &["model", "outbox"], "commands ask a running node about what it holds"),
     ("crash", &[], "where tests let the process die"),
     ("open_files", &[], "asks the system for room, once"),
     (
