@@ -28,6 +28,24 @@ pub(super) fn listen(stops: StopSignals) -> std::io::Result<()> {
     Ok(())
 }
 
+/// Waits for TERM or INT. HUP keeps its usual effect.
+pub(super) async fn interrupted() {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        if let Ok(mut term) = signal(SignalKind::terminate()) {
+            tokio::select! {
+                _ = term.recv() => return,
+                Ok(()) = tokio::signal::ctrl_c() => return,
+            }
+        }
+    }
+    // Where a handler cannot be installed, the signal ends the process as usual.
+    if tokio::signal::ctrl_c().await.is_err() {
+        std::future::pending::<()>().await;
+    }
+}
+
 #[cfg(unix)]
 pub(super) struct Signals {
     term: tokio::signal::unix::Signal,

@@ -1,7 +1,7 @@
 //! `runner-host submit`: hand a job to a control plane, wait for it, bring its artifacts.
 //!
 //! What is asked is in [`Args`], the wire in `plane`, what people see meanwhile in `notes`, where
-//! artifacts go in `artifacts`. It never cancels a job: who stops waiting leaves it running.
+//! artifacts go in `artifacts`. Only `--cancel` cancels a job: an interrupted wait leaves it running.
 
 mod artifacts;
 mod notes;
@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use url::Url;
 use uuid::Uuid;
 
-use super::{Exit, Output, no_text, put, table, unreadable};
+use super::{Exit, Output, no_text, put, signals, table, unreadable};
 use crate::{
     config::{folder_trouble, host_trouble},
     model::Capability,
@@ -30,10 +30,12 @@ use plane::{Plane, PlaneError};
 
 /// Tasks of one job: what a control plane answers about a job grows with its tasks.
 const TASKS_PER_JOB: usize = 100;
-/// When to say that nobody serves the capability.
+/// When to say that no node has taken the job, where the control plane does not say what its nodes serve.
 const NOBODY_AFTER: Duration = Duration::from_secs(5);
 /// How long a control plane may be away while we wait.
 const AWAY_MAX: Duration = Duration::from_secs(30);
+/// From when on a control plane that does not answer is called unreachable.
+const SILENT_AFTER: Duration = Duration::from_secs(2);
 /// Pauses between two looks at a job: short at first, then growing.
 const LOOK_PAUSE_MIN: Duration = Duration::from_millis(50);
 const LOOK_PAUSE_MAX: Duration = Duration::from_millis(500);
@@ -45,8 +47,11 @@ const LOOK_PAUSE_MAX: Duration = Duration::from_millis(500);
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct Args {
     /// What the task needs, such as /examples/hello/v1
-    #[arg(value_parser = super::parse_capability)]
-    pub(super) capability: Capability,
+    #[arg(value_parser = super::parse_capability, required_unless_present = "cancel")]
+    pub(super) capability: Option<Capability>,
+    /// Cancel this job instead of submitting one
+    #[arg(long, value_name = "ID", value_parser = super::parse_id, conflicts_with_all = ["capability", "inputs", "meta", "count", "attempts", "wait", "out"])]
+    pub(super) cancel: Option<Uuid>,
     /// A file to upload as input; may be given several times
     #[arg(long = "input", short, value_name = "FILE")]
     pub(super) inputs: Vec<PathBuf>,
@@ -110,13 +115,7 @@ fn parse_json(text: &str) -> Result<Value, String> {
 /// # Errors
 /// What no exit code of its own stands for: a file that cannot be read or written.
 pub(super) async fn run(args: Args, http: transport::Config) -> anyhow::Result<Exit> {
-    let interrupt = async {
-        // Without a way to hear of it, Ctrl-C ends the process as usual.
-        if tokio::signal::ctrl_c().await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    };
-    run_to(args, http, &mut std::io::stdout(), Notes::to_stderr(), NOBODY_AFTER, interrupt).await
+    run_to(args, http, &mut std::io::stdout(), Notes::to_stderr(), NOBODY_AFTER, signals::interrupted()).await
 }
 
 async fn run_to(
@@ -144,6 +143,7 @@ async fn run_to(
         Ok(ended) => ended,
         Err((what, exit)) => {
             let reached = reached.into_inner().expect("nothing panics while it holds this");
+            let exit = if exit == Exit::TimedOut && reached.silence().is_some() { Exit::Temporary } else { exit };
             notes.line(&format!("{what}; {reached}"));
             if args.output == Output::Json {
                 put(out, &format!("{}\n", reached.to_json(exit, &what)))?;
@@ -157,8 +157,18 @@ async fn run_to(
     match ended {
         Ok(code) => Ok(code),
         Err(Stop::Plane(err)) => {
-            notes.line(&format!("error: {err}"));
-            Ok(err.exit_code())
+            let mut reached = reached.into_inner().expect("nothing panics while it holds this");
+            if !err.is_temporary() || (reached.jobs.is_empty() && !reached.unsure) {
+                notes.line(&format!("error: {err}"));
+                return Ok(err.exit_code());
+            }
+            let err = err.to_string();
+            reached.away.get_or_insert_with(|| err.clone());
+            notes.line(&format!("error: {reached}"));
+            if args.output == Output::Json {
+                put(out, &format!("{}\n", reached.to_json(Exit::Temporary, &err)))?;
+            }
+            Ok(Exit::Temporary)
         }
         Err(Stop::Usage(text)) => {
             notes.line(&format!("error: {text}"));
@@ -194,6 +204,10 @@ struct Reached {
     jobs: Vec<Uuid>,
     /// Another was sent, and its answer has not come.
     unsure: bool,
+    /// Why the control plane could not be asked when it was tried last.
+    away: Option<String>,
+    /// Since when a question about a job has no answer.
+    asked: Option<Instant>,
     /// Where each task stood when it was looked at last; for JSON alone.
     tasks: Vec<Value>,
 }
@@ -208,6 +222,7 @@ enum Stage {
     Wait,
     /// All jobs have ended; what is left is to bring their artifacts.
     Download,
+    Cancel,
 }
 
 impl Stage {
@@ -218,14 +233,27 @@ impl Stage {
             Self::Create => "create",
             Self::Wait => "wait",
             Self::Download => "download",
+            Self::Cancel => "cancel",
         }
     }
 }
 
 impl Reached {
+    /// Why nothing is known of the jobs at the moment, if so.
+    fn silence(&self) -> Option<String> {
+        let asked = self.asked.map(|asked| asked.elapsed()).filter(|since| *since >= SILENT_AFTER);
+        let unanswered = || asked.map(|since| format!("no answer for {} s", since.as_secs()));
+        self.away.clone().or_else(unanswered)
+    }
+
     fn to_json(&self, exit: Exit, reason: &str) -> Value {
+        let status = match exit {
+            Exit::TimedOut => "timed_out",
+            Exit::Temporary => "unreachable",
+            _ => "interrupted",
+        };
         json!({
-            "status": if exit == Exit::TimedOut { "timed_out" } else { "interrupted" }, "reason": reason,
+            "status": status, "reason": reason,
             "during": self.stage.word(), "jobs": self.jobs, "unanswered": self.unsure, "tasks": self.tasks,
         })
     }
@@ -234,6 +262,7 @@ impl Reached {
 impl std::fmt::Display for Reached {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match (&self.jobs[..], self.stage) {
+            (_, Stage::Cancel) => f.write_str("whether the job was cancelled is not known"),
             ([], _) if self.unsure => {
                 f.write_str("a job was sent and not answered; whether it was created is not known")
             }
@@ -241,7 +270,16 @@ impl std::fmt::Display for Reached {
             (jobs, Stage::Download) => {
                 write!(f, "the job has ended, its artifacts were not all brought: {}", names(jobs))
             }
-            (jobs, _) => write!(f, "the job goes on: {}", names(jobs)),
+            (jobs, _) => match self.silence() {
+                None => write!(f, "the job goes on: {}", names(jobs)),
+                Some(why) => {
+                    let jobs = names(jobs);
+                    write!(
+                        f,
+                        "the control plane is unreachable ({why}); whether the job continues is not known: {jobs}"
+                    )
+                }
+            },
         }
     }
 }
@@ -263,6 +301,11 @@ async fn submit(
     look(args).map_err(Stop::Usage)?;
     let found = find_plane(args, http).await?;
     let plane = place.get_or_init(|| found);
+    if let Some(id) = args.cancel {
+        at(reached, |reached| reached.stage = Stage::Cancel);
+        return cancel(args.output, plane, id, out, notes).await;
+    }
+    let capability = args.capability.as_ref().expect("clap requires it without --cancel");
     at(reached, |reached| reached.stage = Stage::Upload);
     let mut inputs = Vec::new();
     for input in &args.inputs {
@@ -274,7 +317,7 @@ async fn submit(
     while left > 0 {
         let tasks = left.min(TASKS_PER_JOB);
         at(reached, |reached| reached.unsure = true);
-        let id = plane.create_job(&job(args, plane, &inputs, tasks)).await?;
+        let id = plane.create_job(&job(args, capability, plane, &inputs, tasks), notes).await?;
         jobs.push(id);
         at(reached, |reached| {
             reached.unsure = false;
@@ -287,9 +330,30 @@ async fn submit(
         return Ok(Exit::Done);
     }
     at(reached, |reached| reached.stage = Stage::Wait);
-    let ended = watch(args, plane, &jobs, reached, notes, nobody_after).await?;
+    let ended = watch(args, capability, plane, &jobs, reached, notes, nobody_after).await?;
     at(reached, |reached| reached.stage = Stage::Download);
     finish(args, plane, &ended, out, notes).await
+}
+
+/// Cancels a job; says so.
+async fn cancel(form: Output, plane: &Plane, id: Uuid, out: &mut impl Write, notes: &mut Notes) -> Result<Exit, Stop> {
+    match plane.cancel_job(id, notes).await {
+        Ok(()) => {}
+        Err(PlaneError::Refused { status: 404, .. }) => {
+            notes.line(&format!("error: the control plane knows no job {id}"));
+            return Ok(Exit::Failed);
+        }
+        Err(err) if err.is_conflict() => {
+            notes.line(&format!("error: job {id} was not cancelled: {err}"));
+            return Ok(Exit::Failed);
+        }
+        Err(err) => return Err(err.into()),
+    }
+    match form {
+        Output::Json => put(out, &format!("{}\n", json!({ "job_id": id, "status": "canceled" })))?,
+        Output::Text => put(out, &table([format!("cancelled job {id}")]))?,
+    }
+    Ok(Exit::Done)
 }
 
 /// Looks at every file and folder that is named, before anything is sent; why one cannot be used.
@@ -333,8 +397,8 @@ async fn find_plane(args: &Args, http: transport::Config) -> Result<Plane, Stop>
     Ok(Plane::new(client, dms, server.expect("clap requires it"), domain, token)?)
 }
 
-fn job(args: &Args, plane: &Plane, inputs: &[String], tasks: usize) -> Value {
-    let name = args.capability.as_str();
+fn job(args: &Args, capability: &Capability, plane: &Plane, inputs: &[String], tasks: usize) -> Value {
+    let name = capability.as_str();
     let task = json!({
         "label": name, "stage": "submit", "capability": name, "mode": "public", "capability_filters": {},
         "priority": 0, "inputs_cids": inputs, "outputs_prefix": null, "meta": args.meta, "max_attempts": args.attempts,
@@ -362,6 +426,7 @@ fn print_handed_in(form: Output, out: &mut impl Write, jobs: &[Uuid]) -> anyhow:
 /// Looks at the jobs until all have ended.
 async fn watch(
     args: &Args,
+    capability: &Capability,
     plane: &Plane,
     jobs: &[Uuid],
     reached: &Mutex<Reached>,
@@ -371,10 +436,20 @@ async fn watch(
     let mut seen: Vec<Value> = vec![Value::Null; jobs.len()];
     let (started, mut pause) = (Instant::now(), LOOK_PAUSE_MIN);
     let mut away_since: Option<Instant> = None;
-    let mut asked_who_serves = false;
+    let served = plane.serves(capability).await;
+    if served == Some(false) {
+        notes.line(&format!("no node serves {capability} at the moment; the job waits for one"));
+    }
+    let mut told_nobody = served.is_some();
     loop {
         for (job, seen) in jobs.iter().zip(&mut seen).filter(|(_, seen)| !has_ended(seen)) {
-            match plane.job(*job).await {
+            at(reached, |reached| reached.asked = Some(Instant::now()));
+            let answer = plane.job(*job).await;
+            at(reached, |reached| {
+                reached.asked = None;
+                reached.away = answer.as_ref().err().map(ToString::to_string);
+            });
+            match answer {
                 Ok(now) => {
                     *seen = now;
                     away_since = None;
@@ -400,11 +475,10 @@ async fn watch(
         if seen.iter().all(has_ended) {
             return Ok(seen);
         }
-        if !asked_who_serves && started.elapsed() >= nobody_after {
-            asked_who_serves = true;
-            if !seen.iter().any(was_leased) && !plane.serves(&args.capability).await {
-                let capability = &args.capability;
-                notes.line(&format!("no node serves {capability} at the moment; the job waits for one"));
+        if !told_nobody && started.elapsed() >= nobody_after {
+            told_nobody = true;
+            if !seen.iter().any(was_leased) {
+                notes.line(&format!("no node has taken a task of {capability} yet; the job waits for one"));
             }
         }
         tokio::time::sleep(pause).await;

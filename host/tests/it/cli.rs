@@ -150,7 +150,7 @@ async fn wrong_flags_get_suggestions() {
         (&["submit", "/a/b/v1", "--timeout=-1s"], "expected a duration above 0 and of at most a year, such as 90s"),
         (
             &["submit", "hello"],
-            "'hello' for '<CAPABILITY>': capability \"hello\" does not begin with /, expected a name such as /examples/",
+            "'hello' for '[CAPABILITY]': capability \"hello\" does not begin with /, expected a name such as /examples/",
         ),
         (&["submit", "/a", "--timeout", "-1s"], "expected a duration above 0 and of at most a year, such as 90s"),
         (&["dev", "--lease-ttl", "1e18"], "expected a duration above 0 and of at most a year, such as 90s"),
@@ -274,6 +274,8 @@ async fn submit_finds_the_world_of_dev_and_brings_the_artifact() {
     assert!(ended.stderr.contains("runner failed: cloud not written"), "{}", ended.stderr);
     let ended = submit("/nobody/serves-this/v1").arg("--wait").arg("--timeout").arg("2s").run().await.expect(5);
     assert!(ended.stderr.contains("the job goes on"), "{}", ended.stderr);
+    let waits = "no node serves /nobody/serves-this/v1 at the moment; the job waits for one";
+    assert_eq!(ended.stderr.lines().next(), Some(waits), "it is said at once");
     dev.signal(Signal::TERM);
     assert_eq!(dev.wait().await, 0, "{}", dev.log());
     let ended = submit("/examples/hello/v1").run().await.expect(75);
@@ -384,7 +386,7 @@ async fn what_a_runner_says_stays_in_its_line_and_commands_no_terminal() {
 #[tokio::test]
 async fn submit_ends_in_its_time_whatever_is_under_way() {
     let dir = workplace(&[fixtures::hello()]);
-    let hang = |endpoint: &str| format!("[[fault]]\nendpoint = \"{endpoint}\"\nkind = \"hang\"\n");
+    let hang = |endpoint: &str| format!("[[fault]]\nendpoint = \"{endpoint}\"\nclient = \"submit\"\nkind = \"hang\"\n");
     let faults = format!("{}count = 1\n{}count = 1\n{}", hang("create"), hang("jobs"), hang("by_id"));
     std::fs::write(dir.path().join("faults.toml"), faults).expect("the folder is writable");
     std::fs::write(dir.path().join("who.txt"), "reader").expect("the folder is writable");
@@ -417,9 +419,9 @@ async fn calls(base: &str) -> Vec<(String, u64)> {
 async fn a_submit_that_ends_early_gives_up_its_upload_and_says_so_in_json() {
     let dir = workplace(&[]);
     let hang = |endpoint: &str, count: u32| {
-        format!("[[fault]]\nendpoint = \"{endpoint}\"\nkind = \"hang\"\ncount = {count}\n")
+        format!("[[fault]]\nendpoint = \"{endpoint}\"\nclient = \"submit\"\nkind = \"hang\"\ncount = {count}\n")
     };
-    std::fs::write(dir.path().join("faults.toml"), hang("part", 3) + &hang("abort", 1))
+    std::fs::write(dir.path().join("faults.toml"), hang("part", 4) + &hang("abort", 1))
         .expect("the folder is writable");
     // Larger than one request may be; nothing of it is on the disk.
     let large = std::fs::File::create(dir.path().join("large.bin")).expect("the folder is writable");
@@ -447,25 +449,154 @@ async fn a_submit_that_ends_early_gives_up_its_upload_and_says_so_in_json() {
     submit().arg("--input").arg("large.bin").arg("--timeout").arg("1s").run().await.expect(5);
     assert_eq!(aborts(200).await, 1, "{:?}", calls(base).await);
 
-    let process = submit().arg("--input").arg("large.bin").start();
-    let begun = async {
-        while calls(base).await.iter().filter(|(name, _)| name == "part").count() < 3 {
-            // A journal over HTTP has no bell.
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-        }
-    };
-    within("a part that hangs", || process.log(), begun).await;
-    process.signal(Signal::INT);
-    assert_eq!(process.wait().await, 3, "{}", process.log());
-    let said: Value = serde_json::from_str(&process.stdout().join("\n")).expect("JSON");
-    assert_eq!((&said["status"], &said["during"]), (&json!("interrupted"), &json!("upload")), "{said}");
-    assert_eq!(aborts(200).await, 2, "{:?}", calls(base).await);
+    for (signal, parts) in [(Signal::INT, 3), (Signal::TERM, 4)] {
+        let process = submit().arg("--input").arg("large.bin").start();
+        let begun = async {
+            while calls(base).await.iter().filter(|(name, _)| name == "part").count() < parts {
+                // The journal has no event over HTTP.
+                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            }
+        };
+        within("a part that hangs", || process.log(), begun).await;
+        process.signal(signal);
+        assert_eq!(process.wait().await, 3, "{}", process.log());
+        assert_eq!(process.stderr().last().map(String::as_str), Some("interrupted; no job was submitted"));
+        let said: Value = serde_json::from_str(&process.stdout().join("\n")).expect("JSON");
+        assert_eq!((&said["status"], &said["during"]), (&json!("interrupted"), &json!("upload")), "{said}");
+        assert_eq!(aborts(200).await, parts - 1, "{:?}", calls(base).await);
+    }
 
     let ended = submit().arg("--wait").arg("--timeout").arg("1s").run().await.expect(5);
     let said: Value = serde_json::from_str(&ended.stdout).expect("JSON");
     assert_eq!((&said["status"], &said["during"]), (&json!("timed_out"), &json!("wait")), "{said}");
     let (jobs, task) = (said["jobs"].as_array().expect("jobs"), &said["tasks"][0]);
     assert_eq!((jobs.len(), &task["job_id"], &task["status"]), (1, &jobs[0], &json!("queued")), "{said}");
+    stopped(&dev).await;
+}
+
+/// A dev server without a node that obeys these fault rules, and its address.
+async fn faulty(dir: &Path, faults: &str) -> (Process, String) {
+    std::fs::write(dir.join("faults.toml"), faults).expect("the folder is writable");
+    let (dev, exports) = world(dir, &["--faults", "faults.toml"]).await;
+    let base = exports.into_iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1;
+    (dev, base)
+}
+
+/// What an author's GET below the dev server's address answers.
+async fn ask(base: &str, path: impl Fn(&Value) -> String) -> Value {
+    let world = call(Request::get(format!("{base}/dev/v1/world")), &Value::Null).await;
+    let bearer = format!("Bearer {}", world["grant"].as_str().expect("a grant"));
+    let request = Request::get(format!("{base}{}", path(&world))).header("authorization", bearer);
+    call(request.header("accept", "application/json"), &Value::Null).await
+}
+
+async fn jobs(base: &str) -> Vec<Value> {
+    let listed = ask(base, |_| "/v1/jobs".to_owned()).await;
+    listed["items"].as_array().expect("a list").clone()
+}
+
+#[tokio::test]
+async fn submit_exits_75_when_the_dev_server_dies() {
+    let dir = workplace(&[]);
+    let (dev, base) = faulty(dir.path(), "").await;
+    let submit = Cli::new(&["submit", "/lab/none/v1", "--wait", "-o", "json", "--timeout", "4s"]);
+    let submit = submit.dir(dir.path()).set("RUNNER_HOST_DEV", base.as_str()).start();
+    submit.stderr_line(|line| line.contains("no node serves")).await;
+    dev.signal(Signal::KILL);
+    dev.wait().await;
+    assert_eq!(submit.wait().await, 75, "{}", submit.log());
+    let last = submit.stderr().last().cloned().unwrap_or_default();
+    assert!(last.starts_with("stopped after 4s; the control plane is unreachable ("), "{last}");
+    assert!(last.contains("); whether the job continues is not known: ") && !last.contains("goes on"), "{last}");
+    let said: Value = serde_json::from_str(&submit.stdout().join("\n")).expect("JSON");
+    assert_eq!((&said["status"], said["jobs"].as_array().map(Vec::len)), (&json!("unreachable"), Some(1)), "{said}");
+}
+
+#[tokio::test]
+async fn submit_exits_75_when_the_dev_server_hangs() {
+    let dir = workplace(&[]);
+    let (dev, base) = faulty(dir.path(), "[[fault]]\nendpoint = \"jobs\"\nkind = \"hang\"\nskip = 1").await;
+    let submit = Cli::new(&["submit", "/lab/none/v1", "--wait", "--timeout", "4s"]);
+    let ended = submit.dir(dir.path()).set("RUNNER_HOST_DEV", base.as_str()).run().await.expect(75);
+    assert!(ended.stderr.contains("whether the job continues is not known: "), "{}", ended.stderr);
+    stopped(&dev).await;
+}
+
+#[tokio::test]
+async fn submit_cancel_cancels_a_job() {
+    let dir = workplace(&[]);
+    let (dev, base) = faulty(dir.path(), "").await;
+    let submit = |args: &[&str]| Cli::new(&[&["submit"], args].concat()).dir(dir.path()).set("RUNNER_HOST_DEV", &*base);
+    let create = async || submit(&["/lab/none/v1"]).run().await.expect(0).stdout;
+    let status = async |id: &str| ask(&base, |_| format!("/v1/jobs/{id}")).await["job"]["status"].clone();
+
+    let id = create().await;
+    let ended = submit(&["--cancel", &id]).run().await.expect(0);
+    assert_eq!((ended.stdout, status(&id).await), (format!("cancelled job {id}"), json!("canceled")));
+    let id = create().await;
+    let ended = submit(&["--cancel", &id, "-o", "json"]).run().await.expect(0);
+    let said: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+    assert_eq!((said, status(&id).await), (json!({ "job_id": id, "status": "canceled" }), json!("canceled")));
+
+    let nil = uuid::Uuid::nil().to_string();
+    let ended = submit(&["--cancel", &nil]).run().await.expect(1);
+    assert_eq!(ended.stderr, format!("error: the control plane knows no job {nil}"));
+    submit(&["/lab/none/v1", "--cancel", &nil]).run().await.expect(2);
+    submit(&[]).run().await.expect(2);
+    stopped(&dev).await;
+}
+
+#[tokio::test]
+async fn submit_retries_transient_errors() {
+    let dir = workplace(&[fixtures::hello()]);
+    std::fs::write(dir.path().join("who.txt"), "reader").expect("the folder is writable");
+    let rule = |endpoint: &str, kind: &str| {
+        format!("[[fault]]\nendpoint = \"{endpoint}\"\nclient = \"submit\"\nkind = {kind}\ncount = 1\n")
+    };
+    let faults = [
+        rule("info", "\"status\"\ncode = 503"),
+        rule("create", "\"lost_answer\""),
+        rule("jobs", "\"lost_answer\""),
+        rule("by_id", "\"reset_body\""),
+    ];
+    std::fs::write(dir.path().join("faults.toml"), faults.concat()).expect("the folder is writable");
+    let dev = Cli::new(&["dev", "--port", "0", "--faults", "faults.toml"]).dir(dir.path());
+    let dev = dev.set("TMPDIR", dir.path().to_string_lossy()).start();
+    dev.stdout_line(|line| line == "For development and tests, not for production.").await;
+    let base = exports(&dev).into_iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1;
+    let submit = Cli::new(&["submit", "/examples/hello/v1", "--input", "who.txt", "--wait", "--out", "brought"]);
+    let ended = submit.dir(dir.path()).set("RUNNER_HOST_DEV", base.as_str()).run().await.expect(0);
+    assert_eq!(std::fs::read(dir.path().join("brought/outputs/hello.bin")).expect("brought"), b"hello, reader");
+    assert_eq!(ended.stderr.matches("; trying again").count(), faults.len(), "{}", ended.stderr);
+    assert_eq!(jobs(&base).await.len(), 1, "a repeat creates no second job");
+    let path = |world: &Value| format!("/api/v1/domains/{}/data", world["domain_id"].as_str().expect("an id"));
+    let stored = ask(&base, path).await;
+    assert_eq!(stored["data"].as_array().map(Vec::len), Some(2), "one input and one artifact: {stored}");
+    stopped(&dev).await;
+}
+
+#[tokio::test]
+async fn submit_repeats_no_lost_job_blindly() {
+    let dir = workplace(&[]);
+    let (dev, base) = faulty(dir.path(), "[[fault]]\nendpoint = \"jobs\"\nkind = \"lost_answer\"\ncount = 1").await;
+    let world = call(Request::get(format!("{base}/dev/v1/world")), &Value::Null).await;
+    let word = |name: &str| world[name].as_str().expect("text").to_owned();
+    let (dms, domain, server) = (word("dms"), word("domain_id"), word("domain_server"));
+    let submit = Cli::new(&["submit", "/lab/none/v1", "--dms", &dms, "--domain", &domain, "--domain-server", &server]);
+    let ended = submit.arg("--token").arg(word("grant")).run().await.expect(75);
+    assert!(ended.stderr.ends_with("whether it was created is not known"), "{}", ended.stderr);
+    assert_eq!(jobs(&base).await.len(), 1, "the job was sent once");
+    stopped(&dev).await;
+}
+
+#[tokio::test]
+async fn faults_strike_nodes_alone_by_default() {
+    let dir = workplace(&[]);
+    std::fs::write(dir.path().join("who.txt"), "reader").expect("the folder is writable");
+    let (dev, base) = faulty(dir.path(), "[[fault]]\nendpoint = \"any\"\nkind = \"reset\"").await;
+    let submit = Cli::new(&["submit", "/lab/none/v1", "--input", "who.txt"]).dir(dir.path());
+    let ended = submit.set("RUNNER_HOST_DEV", base.as_str()).run().await.expect(0);
+    assert!(!ended.stderr.contains("trying again"), "{}", ended.stderr);
     stopped(&dev).await;
 }
 

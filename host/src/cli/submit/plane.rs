@@ -1,11 +1,16 @@
 //! The control plane and the domain server as an author's client sees them
 //! (posemesh.md sections 4.13 and 6). Bodies are streamed from and to files.
 
-use std::{io::SeekFrom, path::Path, sync::Mutex, time::Duration};
+use std::{
+    io::SeekFrom,
+    path::Path,
+    sync::Mutex,
+    time::{Duration, Instant},
+};
 
 use bytes::Bytes;
 use futures_util::StreamExt;
-use http::{Method, Request, StatusCode, header};
+use http::{HeaderMap, Method, Request, StatusCode, header};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
 use serde::Deserialize;
@@ -15,10 +20,10 @@ use tokio_util::io::ReaderStream;
 use url::Url;
 use uuid::Uuid;
 
-use super::{Exit, artifacts::plain, notes::Notes};
+use super::{AWAY_MAX, Exit, artifacts::plain, notes::Notes};
 use crate::{
     model::Capability,
-    transport::{self, Answer, Body, Client, TransportError, full, innermost, read_capped},
+    transport::{self, Answer, Body, Client, TransportError, full, innermost, read_capped, retry_after},
 };
 
 /// How long a call with a small body may take.
@@ -34,6 +39,10 @@ const CHUNK_BYTES: usize = 256 * 1024;
 /// Single uploads up to this size where the server names no limit.
 const SINGLE_BYTES_MAX: u64 = 8 * 1024 * 1024;
 
+/// Pauses between two tries of one call: they double from the first to the last.
+const RETRY_PAUSE_MIN: Duration = Duration::from_millis(200);
+const RETRY_PAUSE_MAX: Duration = Duration::from_secs(5);
+
 /// Why the control plane or the domain server did not do it.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum PlaneError {
@@ -42,7 +51,7 @@ pub(super) enum PlaneError {
     #[error(transparent)]
     Transport(#[from] TransportError),
     #[error("{what} was answered {status}: {excerpt}")]
-    Refused { what: String, status: u16, excerpt: String },
+    Refused { what: String, status: u16, excerpt: String, retry_after: Option<Duration> },
     #[error("{what}: {reason}")]
     File { what: String, reason: String },
 }
@@ -61,6 +70,15 @@ impl PlaneError {
             Self::Refused { status, .. } => matches!(status, 408 | 429 | 500..),
             Self::File { .. } => false,
         }
+    }
+
+    /// Whether the service has certainly not done what it was asked, so that a repeat cannot do it twice.
+    fn is_not_done(&self) -> bool {
+        matches!(self, Self::Refused { status: 408 | 429 | 503, .. })
+    }
+
+    pub(super) fn is_conflict(&self) -> bool {
+        matches!(self, Self::Refused { status: 409, .. })
     }
 
     pub(super) fn exit_code(&self) -> Exit {
@@ -129,22 +147,36 @@ impl Plane {
         self.domain
     }
 
-    /// Whether a node serves `capability`. Only an embedded world tells; of another plane, a job
-    /// nobody has taken is all we know.
-    pub(super) async fn serves(&self, capability: &Capability) -> bool {
-        let Some(dev) = &self.dev else { return false };
-        let Ok(world) = world(&self.client, dev).await else { return false };
-        world.nodes.iter().flat_map(|node| &node.capabilities).any(|name| name == capability.as_str())
+    /// Whether a node serves `capability`. `None`: not known, since only a dev server tells.
+    pub(super) async fn serves(&self, capability: &Capability) -> Option<bool> {
+        let world = world(&self.client, self.dev.as_ref()?).await.ok()?;
+        Some(world.nodes.iter().flat_map(|node| &node.capabilities).any(|name| name == capability.as_str()))
     }
 
-    pub(super) async fn create_job(&self, job: &Value) -> Result<Uuid, PlaneError> {
+    /// Creates a job. After a lost answer the job may exist: then only a dev server is asked again, since
+    /// other services may ignore `Idempotency-Key`.
+    pub(super) async fn create_job(&self, job: &Value, notes: &mut Notes) -> Result<Uuid, PlaneError> {
         #[derive(Deserialize)]
         struct Created {
             job_id: Uuid,
         }
-        let request = self.request(Method::POST, &format!("{}/jobs", self.dms)).header(header::CONTENT_TYPE, JSON);
-        let answer = self.call(request, full(job.to_string()), CALL_LIMIT, "the job").await?;
-        Ok(answer.json::<Created>()?.job_id)
+        let (key, job) = (Uuid::new_v4().to_string(), job.to_string());
+        let again = |err: &PlaneError| err.is_not_done() || (self.dev.is_some() && err.is_temporary());
+        let create = async |_: &mut Notes| {
+            let request = self.request(Method::POST, &format!("{}/jobs", self.dms)).header(header::CONTENT_TYPE, JSON);
+            let request = request.header("idempotency-key", &key);
+            let answer = self.call(request, full(job.clone()), CALL_LIMIT, "the job").await?;
+            Ok(answer.json::<Created>()?.job_id)
+        };
+        retrying(notes, again, create).await
+    }
+
+    pub(super) async fn cancel_job(&self, id: Uuid, notes: &mut Notes) -> Result<(), PlaneError> {
+        let cancel = async |_: &mut Notes| {
+            let request = self.request(Method::POST, &format!("{}/jobs/{id}/cancel", self.dms));
+            self.call(request, full(""), CALL_LIMIT, "the cancellation").await.map(drop)
+        };
+        retrying(notes, PlaneError::is_temporary, cancel).await
     }
 
     pub(super) async fn job(&self, id: Uuid) -> Result<Value, PlaneError> {
@@ -152,7 +184,7 @@ impl Plane {
         let request = request.body(transport::full("")).expect("a valid request");
         let host = request.uri().host().unwrap_or_default().to_owned();
         let response = self.client.send(request, CALL_LIMIT).await?;
-        let status = response.status();
+        let (status, headers) = (response.status(), response.headers().clone());
         // A job with many tasks is larger than what other answers may be.
         let read = read_capped(response.into_body(), JOB_BYTES_MAX, &host);
         let limit = CALL_LIMIT;
@@ -161,7 +193,7 @@ impl Plane {
             Err(_) => return Err(TransportError::Timeout { host, limit }.into()),
         };
         if !status.is_success() {
-            return Err(refused("the question about the job", status, transport::excerpt(&body)));
+            return Err(refused("the question about the job", status, &headers, transport::excerpt(&body)));
         }
         serde_json::from_slice(&body).map_err(|_| {
             let reason = "expected a description of the job".to_owned();
@@ -173,10 +205,34 @@ impl Plane {
     pub(super) async fn upload(&self, file: &Path, notes: &mut Notes) -> Result<String, PlaneError> {
         let size = std::fs::metadata(file).map_err(|err| unreadable(file, &err))?.len();
         let (name, data_type) = name_of(file);
-        let limits = self.limits().await;
+        let limits = self.limits(notes).await;
         if size > limits.single_max && limits.multipart && size > 0 {
             return self.upload_parts(file, size, &name, &data_type, notes).await;
         }
+        let mut first = true;
+        let upload = async |notes: &mut Notes| {
+            let stored = self.upload_whole(file, size, &name, &data_type, notes).await;
+            match stored {
+                // The try before stored it, and its answer was lost.
+                Err(err) if !first && err.is_conflict() => self.stored(&name, &data_type).await,
+                stored => {
+                    first = false;
+                    stored
+                }
+            }
+        };
+        retrying(notes, PlaneError::is_temporary, upload).await
+    }
+
+    /// Stores a file with one request.
+    async fn upload_whole(
+        &self,
+        file: &Path,
+        size: u64,
+        name: &str,
+        data_type: &str,
+        notes: &mut Notes,
+    ) -> Result<String, PlaneError> {
         notes.bytes(&format!("uploading {}", file.display()), 0, size);
         let boundary = format!("runner-host-{}", Uuid::new_v4().simple());
         let head = format!(
@@ -192,6 +248,17 @@ impl Plane {
         let body = file_body(file, 0, size, head, tail).await?;
         let answer: Value = self.call(request, body, UPLOAD_LIMIT, "the upload").await?.json()?;
         notes.bytes(&format!("uploading {}", file.display()), size, size);
+        id_in(&answer["data"][0])
+    }
+
+    /// The id of the data that has this name and type.
+    async fn stored(&self, name: &str, data_type: &str) -> Result<String, PlaneError> {
+        let query = url::form_urlencoded::Serializer::new(String::new())
+            .append_pair("name", name)
+            .append_pair("data_type", data_type)
+            .finish();
+        let request = self.request(Method::GET, &self.data(&format!("?{query}")));
+        let answer: Value = self.call(request, full(""), CALL_LIMIT, "the look for the upload").await?.json()?;
         id_in(&answer["data"][0])
     }
 
@@ -212,8 +279,14 @@ impl Plane {
             "name": name, "data_type": data_type, "size": size, "content_type": "application/octet-stream",
             "existing_id": null,
         });
-        let request = self.request(Method::POST, &self.data("/multipart?uploads")).header(header::CONTENT_TYPE, JSON);
-        let begun = self.call(request, full(initiate.to_string()), CALL_LIMIT, "the upload").await?.json::<Begun>()?;
+        // An upload whose answer was lost is dropped by the server in time.
+        let begin = async |_: &mut Notes| {
+            let request = self.request(Method::POST, &self.data("/multipart?uploads"));
+            let request = request.header(header::CONTENT_TYPE, JSON);
+            let answer = self.call(request, full(initiate.to_string()), CALL_LIMIT, "the upload").await?;
+            Ok(answer.json::<Begun>()?)
+        };
+        let begun = retrying(notes, PlaneError::is_temporary, begin).await?;
         let upload: String = url::form_urlencoded::byte_serialize(begun.upload_id.as_bytes()).collect();
         drop(self.note(Some(upload.clone())));
         let stored = self.upload_begun(file, size, &upload, begun.part_size.max(1), notes).await;
@@ -250,26 +323,36 @@ impl Plane {
         while offset < size {
             notes.bytes(&format!("uploading {}", file.display()), offset, size);
             let (number, length) = (parts.len() + 1, part_size.min(size - offset));
-            let request = self
-                .request(Method::PUT, &self.data(&format!("/multipart?uploadId={upload}&partNumber={number}")))
-                .header(header::CONTENT_TYPE, "application/octet-stream")
-                .header(header::CONTENT_LENGTH, length);
-            let body = file_body(file, offset, length, String::new(), String::new()).await?;
-            let answer: Value = self.call(request, body, UPLOAD_LIMIT, "a part of the upload").await?.json()?;
+            let put = async |_: &mut Notes| {
+                let request = self
+                    .request(Method::PUT, &self.data(&format!("/multipart?uploadId={upload}&partNumber={number}")))
+                    .header(header::CONTENT_TYPE, "application/octet-stream")
+                    .header(header::CONTENT_LENGTH, length);
+                let body = file_body(file, offset, length, String::new(), String::new()).await?;
+                Ok(self.call(request, body, UPLOAD_LIMIT, "a part of the upload").await?.json::<Value>()?)
+            };
+            let answer = retrying(notes, PlaneError::is_temporary, put).await?;
             parts.push(json!({ "part_number": number, "etag": answer["etag"] }));
             offset += length;
         }
-        let request = self
-            .request(Method::POST, &self.data(&format!("/multipart?uploadId={upload}")))
-            .header(header::CONTENT_TYPE, JSON);
-        let complete = full(json!({ "parts": parts }).to_string());
-        let answer: Value = self.call(request, complete, UPLOAD_LIMIT, "the upload").await?.json()?;
+        let parts = json!({ "parts": parts }).to_string();
+        let complete = async |_: &mut Notes| {
+            let request = self.request(Method::POST, &self.data(&format!("/multipart?uploadId={upload}")));
+            let request = request.header(header::CONTENT_TYPE, JSON);
+            Ok(self.call(request, full(parts.clone()), UPLOAD_LIMIT, "the upload").await?.json::<Value>()?)
+        };
+        let answer = retrying(notes, PlaneError::is_temporary, complete).await?;
         notes.bytes(&format!("uploading {}", file.display()), size, size);
         id_in(&answer)
     }
 
     /// Streams stored data to `path`, which appears only when it is whole.
     pub(super) async fn download(&self, id: &str, path: &Path, notes: &mut Notes) -> Result<(), PlaneError> {
+        let download = async |notes: &mut Notes| self.download_once(id, path, notes).await;
+        retrying(notes, PlaneError::is_temporary, download).await
+    }
+
+    async fn download_once(&self, id: &str, path: &Path, notes: &mut Notes) -> Result<(), PlaneError> {
         let id: String = url::form_urlencoded::byte_serialize(id.as_bytes()).collect();
         let request = self.request(Method::GET, &self.data(&format!("/{id}?raw=true")));
         let request = request.body(full("")).expect("a valid request");
@@ -278,7 +361,7 @@ impl Plane {
         let (head, mut body) = response.into_parts();
         if !head.status.is_success() {
             let text = read_capped(body, transport::JSON_BYTES_MAX, &host).await.unwrap_or_default();
-            return Err(refused(&format!("artifact {id}"), head.status, transport::excerpt(&text)));
+            return Err(refused(&format!("artifact {id}"), head.status, &head.headers, transport::excerpt(&text)));
         }
         let total = head.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
         let trouble = |err: std::io::Error| PlaneError::file(path, &err);
@@ -304,13 +387,13 @@ impl Plane {
         kept.await.expect("storing a file does not panic").map_err(trouble)
     }
 
-    async fn limits(&self) -> Limits {
-        let request = Request::get(format!("{}/api/v1/info", self.server)).body(full("")).expect("a valid request");
-        let answer = self.client.call(request, CALL_LIMIT).await.ok();
-        let info: Value = answer
-            .filter(|answer| answer.status.is_success())
-            .and_then(|answer| answer.json().ok())
-            .unwrap_or_default();
+    async fn limits(&self, notes: &mut Notes) -> Limits {
+        let ask = async |_: &mut Notes| {
+            let request = Request::get(format!("{}/api/v1/info", self.server)).header(CLIENT_ID, CLIENT);
+            Ok(self.call(request, full(""), CALL_LIMIT, "the question about upload limits").await?.json::<Value>()?)
+        };
+        // A server that does not tell has the usual limits.
+        let info = retrying(notes, PlaneError::is_temporary, ask).await.unwrap_or_default();
         let single_max = info["upload"]["request_max_bytes"].as_u64().filter(|most| *most > 0);
         // A request holds the boundary and the headers of its part too.
         let single_max = single_max.map_or(SINGLE_BYTES_MAX, |most| most.saturating_sub(4096).min(SINGLE_BYTES_MAX));
@@ -326,7 +409,7 @@ impl Plane {
             .unwrap_or(header::HeaderValue::from_static("Bearer INVALID"));
         token.set_sensitive(true);
         let request = Request::builder().method(method).uri(url).header(header::AUTHORIZATION, token);
-        request.header(header::ACCEPT, JSON).header("posemesh-client-id", "runner-host-submit")
+        request.header(header::ACCEPT, JSON).header(CLIENT_ID, CLIENT)
     }
 
     async fn call(
@@ -338,12 +421,50 @@ impl Plane {
     ) -> Result<Answer, PlaneError> {
         let request = request.body(body).expect("a valid request");
         let answer = self.client.call(request, limit).await?;
-        if answer.status.is_success() { Ok(answer) } else { Err(refused(what, answer.status, answer.excerpt())) }
+        if answer.status.is_success() {
+            Ok(answer)
+        } else {
+            Err(refused(what, answer.status, &answer.headers, answer.excerpt()))
+        }
     }
 }
 
 /// The content type of everything but data.
 const JSON: &str = "application/json";
+
+/// By what the services know this client.
+const CLIENT_ID: &str = "posemesh-client-id";
+const CLIENT: &str = "runner-host-submit";
+
+/// Makes a call until it succeeds, fails in a way that `again` does not accept, or has failed for [`AWAY_MAX`].
+async fn retrying<T>(
+    notes: &mut Notes,
+    again: impl Fn(&PlaneError) -> bool,
+    mut call: impl AsyncFnMut(&mut Notes) -> Result<T, PlaneError>,
+) -> Result<T, PlaneError> {
+    let (mut since, mut pause) = (None, RETRY_PAUSE_MIN);
+    loop {
+        let err = match call(notes).await {
+            Ok(done) => return Ok(done),
+            Err(err) => err,
+        };
+        let first = since.is_none();
+        let since = *since.get_or_insert_with(Instant::now);
+        let asked = match &err {
+            PlaneError::Refused { retry_after, .. } => retry_after.unwrap_or_default(),
+            _ => Duration::ZERO,
+        };
+        let wait = pause.mul_f64(rand::random_range(0.8..1.2)).max(asked);
+        if !again(&err) || since.elapsed() + wait > AWAY_MAX {
+            return Err(err);
+        }
+        if first {
+            notes.line(&format!("{err}; trying again"));
+        }
+        tokio::time::sleep(wait).await;
+        pause = (pause * 2).min(RETRY_PAUSE_MAX);
+    }
+}
 
 struct Limits {
     single_max: u64,
@@ -359,8 +480,8 @@ fn base(url: &Url) -> String {
     url.as_str().trim_end_matches('/').to_owned()
 }
 
-fn refused(what: &str, status: StatusCode, excerpt: String) -> PlaneError {
-    PlaneError::Refused { what: what.to_owned(), status: status.as_u16(), excerpt }
+fn refused(what: &str, status: StatusCode, headers: &HeaderMap, excerpt: String) -> PlaneError {
+    PlaneError::Refused { what: what.to_owned(), status: status.as_u16(), excerpt, retry_after: retry_after(headers) }
 }
 
 fn unreadable(file: &Path, err: &std::io::Error) -> PlaneError {
@@ -369,7 +490,7 @@ fn unreadable(file: &Path, err: &std::io::Error) -> PlaneError {
 
 fn id_in(data: &Value) -> Result<String, PlaneError> {
     let id = data["id"].as_str().map(ToOwned::to_owned);
-    id.ok_or_else(|| PlaneError::Refused { what: "the upload".to_owned(), status: 200, excerpt: "no id".to_owned() })
+    id.ok_or_else(|| refused("the upload", StatusCode::OK, &HeaderMap::new(), "no id".to_owned()))
 }
 
 /// `length` bytes of a file from `offset` on, between two texts.

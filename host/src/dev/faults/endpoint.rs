@@ -47,6 +47,34 @@ pub enum Endpoint {
     Jobs,
 }
 
+/// Who makes a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::dev) enum Client {
+    /// A node, or whatever else is not `submit`.
+    Node,
+    /// `runner-host submit`.
+    Submit,
+}
+
+impl Client {
+    /// By the client id of a request.
+    pub(in crate::dev) fn of(headers: &HeaderMap) -> Self {
+        let id = headers.get("posemesh-client-id");
+        if id.is_some_and(|id| id == "runner-host-submit") { Self::Submit } else { Self::Node }
+    }
+
+    /// Why it never makes a call.
+    pub(super) fn makes(self, call: Endpoint) -> Result<(), &'static str> {
+        use Endpoint::{Abort, ById, CompleteUpload, Create, Info, Initiate, Jobs, List, Part};
+        match (self, call) {
+            (Self::Node, Jobs) => Err("no node makes this call"),
+            (Self::Node, _)
+            | (Self::Submit, Info | List | ById | Create | Initiate | Part | CompleteUpload | Abort | Jobs) => Ok(()),
+            (Self::Submit, _) => Err("submit does not make this call"),
+        }
+    }
+}
+
 /// A word for several calls.
 const GROUPS: [(&str, &[Endpoint]); 5] = {
     use Endpoint::{

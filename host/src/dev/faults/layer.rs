@@ -12,7 +12,7 @@ use jiff::fmt::rfc2822::DateTimePrinter;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::{Endpoint, Kind, Strike, WireForm, wire::Line};
+use super::{Client, Endpoint, Kind, Strike, WireForm, wire::Line};
 use crate::dev::{
     Inner,
     http::{AskedBy, bearer, drain},
@@ -44,9 +44,10 @@ pub(in crate::dev) async fn answer(
     request: Request<Incoming>,
 ) -> Result<Response<Body>, Reset> {
     let endpoint = Endpoint::of(request.method(), request.uri(), request.headers());
+    let client = Client::of(request.headers());
     let mut note = Note::of(&world, &request, endpoint.map(Endpoint::name));
     let request = request.map(Body::new);
-    let strike = endpoint.and_then(|endpoint| Some((endpoint, world.faults().strike(endpoint)?)));
+    let strike = endpoint.and_then(|endpoint| Some((endpoint, world.faults().strike(endpoint, client)?)));
     let answered = match strike {
         None => Ok(route(router, request).await),
         Some((endpoint, strike)) => {

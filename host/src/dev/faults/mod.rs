@@ -15,6 +15,7 @@ use ::http::{HeaderMap, StatusCode};
 use jiff::SignedDuration;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
+pub(super) use endpoint::Client;
 pub use endpoint::Endpoint;
 pub use parse::FaultsError;
 
@@ -47,6 +48,8 @@ struct Rule {
     /// Its `name`, or its place: `fault 2`.
     name: String,
     endpoints: Vec<Endpoint>,
+    /// Whose requests it strikes; `None`: any.
+    client: Option<Client>,
     kind: Kind,
     /// Pause before the fault strikes.
     delay: Duration,
@@ -182,15 +185,16 @@ impl Live {
     }
 
     /// The first rule that strikes this request. Rules behind it do not see the request.
-    pub(super) fn strike(&mut self, endpoint: Endpoint) -> Option<Strike> {
-        self.rules.iter_mut().find_map(|armed| armed.strike(endpoint))
+    pub(super) fn strike(&mut self, endpoint: Endpoint, client: Client) -> Option<Strike> {
+        self.rules.iter_mut().find_map(|armed| armed.strike(endpoint, client))
     }
 }
 
 impl Armed {
-    fn strike(&mut self, endpoint: Endpoint) -> Option<Strike> {
+    fn strike(&mut self, endpoint: Endpoint, client: Client) -> Option<Strike> {
         let rule = &self.rule;
-        if !rule.endpoints.contains(&endpoint) || self.struck >= rule.count {
+        let other = rule.client.is_some_and(|wanted| wanted != client);
+        if other || !rule.endpoints.contains(&endpoint) || self.struck >= rule.count {
             return None;
         }
         if self.let_through < rule.skip {
@@ -215,7 +219,7 @@ mod tests {
         let mut live = Live::new(Faults::parse(file).expect("a sound file"));
         let strike = |word: &str| {
             let endpoint = Endpoint::named(word).expect("a name")[0];
-            live.strike(endpoint).map_or("-".to_owned(), |strike| strike.rule)
+            live.strike(endpoint, Client::Node).map_or("-".to_owned(), |strike| strike.rule)
         };
         assert_eq!(requests.split(' ').map(strike).collect::<Vec<_>>().join(" "), struck);
     }
@@ -224,6 +228,21 @@ mod tests {
     fn skip_lets_requests_through_and_count_ends_the_rule() {
         let file = "[[fault]]\nname = \"a\"\nendpoint = \"lease\"\nkind = \"reset\"\nskip = 1\ncount = 2";
         check(file, "lease heartbeat lease lease lease", "- - a a -");
+    }
+
+    #[test]
+    fn rules_strike_nodes_unless_they_say_client() {
+        for (client, struck) in [("", "node"), ("node", "node"), ("submit", "submit"), ("any", "node submit")] {
+            let client = if client.is_empty() { String::new() } else { format!("client = \"{client}\"\n") };
+            let file = format!("[[fault]]\nendpoint = \"create\"\nkind = \"reset\"\n{client}");
+            let mut live = Live::new(Faults::parse(&file).expect("a sound file"));
+            let callers = [(Client::Node, "node"), (Client::Submit, "submit")];
+            let hit = callers.into_iter().filter(|(caller, _)| live.strike(Endpoint::Create, *caller).is_some());
+            assert_eq!(hit.map(|(_, word)| word).collect::<Vec<_>>().join(" "), struck, "{client}");
+        }
+        let mut live = Live::new(Faults::parse("[[fault]]\nendpoint = \"jobs\"\nkind = \"reset\"").expect("sound"));
+        assert!(live.strike(Endpoint::Jobs, Client::Submit).is_some(), "no node calls jobs");
+        assert!(live.strike(Endpoint::Jobs, Client::Node).is_some(), "neither does an author of another make");
     }
 
     #[test]
@@ -241,7 +260,7 @@ mod tests {
         };
         let draws = |file: String| {
             let mut live = Live::new(Faults::parse(&file).expect("a sound file"));
-            let struck = (0..64).map(|_| live.strike(Endpoint::Part).map(|strike| strike.rule));
+            let struck = (0..64).map(|_| live.strike(Endpoint::Part, Client::Node).map(|strike| strike.rule));
             struck.collect::<Vec<_>>()
         };
         let one = draws(format!("seed = 7\n{}", rule("a")));

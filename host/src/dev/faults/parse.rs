@@ -6,7 +6,7 @@ use ::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use jiff::SignedDuration;
 use toml::{Table, Value as Toml};
 
-use super::{Endpoint, Faults, Kind, Rule, WireForm};
+use super::{Client, Endpoint, Faults, Kind, Rule, WireForm};
 
 /// What is wrong with a fault file: one line.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -39,9 +39,10 @@ const KINDS: [&str; 13] = [
     "steal_lease",
     "clock_offset",
 ];
-const KEYS: [&str; 13] = [
+const KEYS: [&str; 14] = [
     "name",
     "endpoint",
+    "client",
     "kind",
     "count",
     "skip",
@@ -134,12 +135,21 @@ fn rule(place: &Place, table: &Table) -> Result<Rule, String> {
     known(&format!("{} ", place.shown), table, &KEYS)?;
     let kind = kind(place, table)?;
     let endpoints = endpoints(place, table)?;
-    let fitting: Vec<Endpoint> = endpoints.iter().copied().filter(|call| fits(&kind, *call).is_ok()).collect();
+    let client = client(place, table)?;
+    let fits = |call: Endpoint| {
+        fits(&kind, call)
+            .map_err(|why| place.say("kind", format!("{} cannot strike {}: {why}", kind.name(), call.name())))?;
+        let made = client.map_or(Ok(()), |client| client.makes(call));
+        made.map_err(|why| place.say("client", format!("{} does not fit {}: {why}", table["client"], call.name())))
+    };
+    // No node calls `jobs`: a rule for it alone that names no client strikes everybody who does.
+    let jobs = |call: &Endpoint| *call == Endpoint::Jobs;
+    let striking = if endpoints.iter().all(jobs) || table.contains_key("client") { client } else { Some(Client::Node) };
+    let fitting: Vec<Endpoint> = endpoints.iter().copied().filter(|call| fits(*call).is_ok()).collect();
     // A group stands for those of its calls that make sense; a name alone is meant.
     if fitting.is_empty() || (named_alone(table) && fitting.len() < endpoints.len()) {
         let call = endpoints.iter().find(|call| !fitting.contains(call)).expect("one does not fit");
-        let why = fits(&kind, *call).expect_err("it does not fit");
-        return Err(place.say("kind", format!("{} cannot strike {}: {why}", kind.name(), call.name())));
+        return Err(fits(*call).expect_err("it does not fit"));
     }
     let delay = match table.get("delay") {
         None if kind == Kind::Delay => {
@@ -168,6 +178,7 @@ fn rule(place: &Place, table: &Table) -> Result<Rule, String> {
     Ok(Rule {
         name: place.rule.clone(),
         endpoints: fitting,
+        client: striking,
         kind,
         delay,
         count: count.unwrap_or(u64::MAX),
@@ -175,6 +186,18 @@ fn rule(place: &Place, table: &Table) -> Result<Rule, String> {
         probability,
         seed: number("seed")?,
     })
+}
+
+/// Whose requests are struck, where the rule says so; `None`: any.
+fn client(place: &Place, table: &Table) -> Result<Option<Client>, String> {
+    match table.get("client").map(|value| (value.as_str(), value)) {
+        None | Some((Some("any"), _)) => Ok(None),
+        Some((Some("node"), _)) => Ok(Some(Client::Node)),
+        Some((Some("submit"), _)) => Ok(Some(Client::Submit)),
+        Some((_, other)) => {
+            Err(place.say("client", format!("expected \"any\", \"node\" or \"submit\", found {other}")))
+        }
+    }
 }
 
 /// Whether only calls are named, no group.

@@ -74,6 +74,23 @@ fn combinations_without_sense_are_refused() {
 }
 
 #[test]
+fn client_must_make_the_call() {
+    let client = |text: &str| format!("[[fault]]\nkind = \"reset\"\n{text}");
+    check(
+        &client("endpoint = \"lease\"\nclient = \"submit\""),
+        "[[fault]] 1 client: \"submit\" does not fit lease: submit does not make this call",
+    );
+    check(
+        &client("endpoint = \"jobs\"\nclient = \"node\""),
+        "[[fault]] 1 client: \"node\" does not fit jobs: no node makes this call",
+    );
+    check(
+        &client("endpoint = \"lease\"\nclient = \"me\""),
+        "[[fault]] 1 client: expected \"any\", \"node\" or \"submit\", found \"me\"",
+    );
+}
+
+#[test]
 fn a_group_stands_for_those_of_its_calls_that_fit() {
     let faults = Faults::parse("[[fault]]\nendpoint = \"any\"\nkind = \"revoke_token\"").expect("a sound file");
     assert!(faults.rules[0].endpoints.contains(&Endpoint::Lease));
