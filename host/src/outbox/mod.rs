@@ -14,6 +14,7 @@
 mod entry;
 mod offline;
 mod queue;
+mod row;
 mod sending;
 mod state;
 mod store;

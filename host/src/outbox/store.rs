@@ -1,15 +1,24 @@
 //! The file: a small database that is either as it was before a change or as it is after it.
+//!
+//! Each row has a checksum of its own (`row`). If the database cannot be opened, a scan of the file finds
+//! the rows whose bytes are intact.
 
 use std::{
+    cell::Cell,
+    collections::BTreeSet,
     fs, io,
-    panic::{AssertUnwindSafe, catch_unwind},
+    panic::{self, AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
+    sync::{Mutex, Once, PoisonError},
 };
 
 use jiff::Timestamp;
 use redb::{Builder, Database, ReadableTable, TableDefinition};
 
-use super::state::{StateError, failed, identity, private};
+use super::{
+    row,
+    state::{StateError, failed, identity, private},
+};
 
 /// Its name in the state folder.
 pub(super) const FILE: &str = "outbox.redb";
@@ -20,6 +29,8 @@ const OLD_FORMAT: u64 = 1;
 const ABOUT: TableDefinition<'_, &str, u64> = TableDefinition::new("about");
 /// Reports by their number, which counts up.
 const REPORTS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("reports");
+/// The list of reports once more: it lies in another page, so that one damaged page leaves one list.
+const LIVE_AGAIN: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("live");
 /// Pages kept in memory. Reports are small and are read once.
 const CACHE_BYTES: usize = 512 * 1024;
 
@@ -57,8 +68,17 @@ impl<E: Into<redb::Error>> From<E> for StoreError {
 /// See the module's text.
 pub(super) struct Store {
     database: Database,
+    known: Mutex<Known>,
     /// See [`identity`].
     pub(super) file: (u64, u64),
+}
+
+/// What is known of the rows in the file.
+struct Known {
+    /// The number of the next change. A newer copy of a row has a higher one.
+    change: u64,
+    /// The numbers of the reports.
+    live: BTreeSet<u64>,
 }
 
 impl Store {
@@ -67,20 +87,25 @@ impl Store {
     /// # Errors
     /// When it is damaged, or is no outbox of this version.
     pub(super) fn open(path: &Path) -> Result<(Self, Vec<Row>), StoreError> {
-        // A damaged page can be met where the library expects none.
-        let opened = catch_unwind(AssertUnwindSafe(|| Self::open_sound(path)));
-        opened.unwrap_or_else(|_| Err(StoreError::Damaged("its pages contradict each other".to_owned())))
+        quietly(|| Self::open_sound(path))
     }
 
     fn open_sound(path: &Path) -> Result<(Self, Vec<Row>), StoreError> {
+        let existed = path.exists();
         let file = private(path).map_err(StoreError::System)?;
-        let identity = identity(&file.metadata().map_err(StoreError::System)?);
+        let about = file.metadata().map_err(StoreError::System)?;
+        if existed && about.len() == 0 {
+            tracing::warn!(event = "outbox.empty", path = %path.display(), "outbox file was empty, a new one is begun");
+            #[cfg(unix)]
+            file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o600)).map_err(StoreError::System)?;
+        }
+        let identity = identity(&about);
         let mut database = Builder::new().set_cache_size(CACHE_BYTES).create_file(file)?;
         if !database.check_integrity()? {
             tracing::warn!(path = %path.display(), "outbox was repaired");
         }
         let change = database.begin_write()?;
-        let mut rows = Vec::new();
+        let (mut rows, mut bare, mut newest) = (Vec::new(), Vec::new(), 0);
         {
             let mut about = change.open_table(ABOUT)?;
             let found = about.get("format")?.map(|format| format.value());
@@ -93,11 +118,29 @@ impl Store {
             }
             for row in change.open_table(REPORTS)?.iter()? {
                 let (number, bytes) = row?;
-                rows.push((number.value(), bytes.value().to_vec()));
+                let (number, bytes) = (number.value(), bytes.value());
+                if bytes.first() == Some(&b'{') {
+                    // An older version wrote it without a checksum.
+                    bare.push(number);
+                    rows.push((number, bytes.to_vec()));
+                    continue;
+                }
+                let found = row::read(bytes).filter(|found| found.number == number);
+                let found = found.ok_or_else(|| StoreError::Damaged(format!("row {number} has a wrong checksum")))?;
+                newest = newest.max(found.change);
+                if number != row::LIVE {
+                    rows.push((number, found.bytes.to_vec()));
+                }
             }
         }
         change.commit()?;
-        Ok((Self { database, file: identity }, rows))
+        let live = rows.iter().map(|(number, _)| *number).collect();
+        let store = Self { database, known: Mutex::new(Known { change: newest + 1, live }), file: identity };
+        if !bare.is_empty() {
+            let again = rows.iter().filter(|(number, _)| bare.contains(number));
+            store.apply(again.map(|(number, bytes)| Change::Put(*number, bytes.clone())))?;
+        }
+        Ok((store, rows))
     }
 
     /// All changes or none; they are on the disk when this returns.
@@ -105,22 +148,57 @@ impl Store {
     /// # Errors
     /// When the disk did not take them; the store should be opened anew then.
     pub(super) fn apply(&self, changes: impl IntoIterator<Item = Change>) -> Result<(), StoreError> {
-        let change = self.database.begin_write()?;
-        {
-            let mut reports = change.open_table(REPORTS)?;
-            for one in changes {
-                match one {
-                    Change::Put(number, bytes) => drop(reports.insert(number, bytes.as_slice())?),
-                    Change::Remove(number) => drop(reports.remove(number)?),
+        quietly(|| {
+            let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+            let change = self.database.begin_write()?;
+            {
+                let mut reports = change.open_table(REPORTS)?;
+                for one in changes {
+                    match one {
+                        Change::Put(number, bytes) => {
+                            reports.insert(number, row::write(number, known.change, &bytes).as_slice())?;
+                            known.live.insert(number);
+                        }
+                        Change::Remove(number) => {
+                            reports.remove(number)?;
+                            known.live.remove(&number);
+                        }
+                    }
                 }
+                let live = row::write(row::LIVE, known.change, &row::ranges(&known.live));
+                reports.insert(row::LIVE, live.as_slice())?;
+                change.open_table(LIVE_AGAIN)?.insert(0, live.as_slice())?;
             }
-        }
-        Ok(change.commit()?)
+            known.change += 1;
+            Ok(change.commit()?)
+        })
     }
 }
 
-/// Opens the file of a node. One that is damaged is set aside under a name with the time, and a
-/// new one begun: finished work goes on being kept.
+thread_local! {
+    static QUIET: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Turns a panic of the database library into an error. A damaged page can be met where the library
+/// expects none. The log has the error, so the panic prints nothing.
+fn quietly<T>(work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let before = panic::take_hook();
+        panic::set_hook(Box::new(move |about| {
+            if !QUIET.get() {
+                before(about);
+            }
+        }));
+    });
+    let outer = QUIET.replace(true);
+    let done = catch_unwind(AssertUnwindSafe(work));
+    QUIET.set(outer);
+    done.unwrap_or_else(|_| Err(StoreError::Damaged("its pages contradict each other".to_owned())))
+}
+
+/// Opens the file of a node. A damaged file is set aside under a name with the time. A new file is begun
+/// with the rows that could be read.
 ///
 /// # Errors
 /// When not even that is possible.
@@ -132,11 +210,26 @@ pub(super) fn open_or_set_aside(folder: &Path) -> Result<(Store, Vec<Row>), Stat
         Err(StoreError::System(err)) => return Err(failed("open", &path)(err)),
         Err(err) => err,
     };
+    let rows = row::scan(&fs::read(&path).map_err(failed("read", &path))?);
     let aside = free_name(folder);
     fs::rename(&path, &aside).map_err(failed("set aside", &path))?;
-    tracing::error!(path = %path.display(), moved_to = %aside.display(), error = %why, "outbox cannot be read, it was set aside");
-    let again = Store::open(&path);
-    again.map_err(|err| failed("make", &path)(io::Error::other(err)))
+    tracing::error!(
+        event = "outbox.damaged",
+        path = %path.display(),
+        moved_to = %aside.display(),
+        salvaged = rows.len(),
+        error = %why,
+        "outbox cannot be read, it was set aside"
+    );
+    let begin = || {
+        let (store, _) = Store::open(&path)?;
+        if !rows.is_empty() {
+            store.apply(rows.iter().map(|(number, bytes)| Change::Put(*number, bytes.clone())))?;
+        }
+        Ok(store)
+    };
+    let store = begin().map_err(|err: StoreError| failed("make", &path)(io::Error::other(err)))?;
+    Ok((store, rows))
 }
 
 fn free_name(folder: &Path) -> PathBuf {
@@ -219,5 +312,72 @@ mod tests {
                 Err(err) => assert_eq!(err.to_string().lines().count(), 1, "{err}"),
             }
         }
+    }
+
+    const FIRST: &[u8] = b"{\"first\":true}";
+
+    /// A file with 60 reports, some of which were written twice or removed; with the reports.
+    fn sixty(path: &Path) -> Vec<Row> {
+        let row =
+            |number: u64| (number, format!("{{\"report\":{number},\"text\":\"{}\"}}", "x".repeat(500)).into_bytes());
+        let (store, _) = Store::open(path).expect("made");
+        for number in 0..70 {
+            store.apply([Change::Put(number, FIRST.to_vec())]).expect("written");
+        }
+        store.apply((0..70).map(row).map(|(number, bytes)| Change::Put(number, bytes))).expect("written");
+        store.apply((60..70).map(Change::Remove)).expect("written");
+        (0..60).map(row).collect()
+    }
+
+    #[test]
+    fn nearly_all_rows_survive_damage_of_any_kind() {
+        let base = tempfile::tempdir().expect("a folder");
+        let written = sixty(&base.path().join(FILE));
+        let sound = fs::read(base.path().join(FILE)).expect("read");
+        let mut seed = 42_u64;
+        let mut next = |below: usize| {
+            seed = seed.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+            (seed >> 33) as usize % below
+        };
+        let (mut kept, mut damaged) = (0, 0);
+        for round in 0..200 {
+            let folder = tempfile::tempdir().expect("a folder");
+            let mut bytes = sound.clone();
+            let at = next(bytes.len());
+            match round % 4 {
+                0 => bytes[at] ^= 1 << (at % 8),
+                1 => bytes[at / 4096 * 4096..][..4096].fill(0),
+                2 => bytes[at / 4096 * 4096..][..4096].fill(0xa5),
+                _ => bytes[..64].rotate_left(1 + at % 63), // the header
+            }
+            fs::write(folder.path().join(FILE), &bytes).expect("written");
+            let (store, rows) = open_or_set_aside(folder.path()).expect("opens");
+            drop(store);
+            let again = Store::open(&folder.path().join(FILE)).expect("opens").1;
+            assert_eq!(again, rows, "round {round}: what was salvaged is in the new file");
+            for (number, bytes) in &rows {
+                // An older copy says the same with fewer tries.
+                let older = *number < 60 && bytes == FIRST;
+                let known = older || written.iter().any(|(other, text)| (other, text) == (number, bytes));
+                assert!(known, "round {round}: row {number} was invented or altered");
+            }
+            assert!(rows.len() >= 50, "round {round}: {} rows", rows.len());
+            kept += rows.len();
+            damaged += usize::from(fs::read_dir(folder.path()).expect("listed").count() > 1);
+        }
+        assert!(kept >= 200 * 58, "{kept} of {}", 200 * 60);
+        assert!(damaged > 50, "only {damaged} files were set aside");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn empty_file_becomes_private() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join(FILE);
+        fs::write(&path, "").expect("written");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).expect("set");
+        assert_eq!(rows(folder.path()), []);
+        assert_eq!(fs::metadata(&path).expect("there").permissions().mode() & 0o777, 0o600);
     }
 }
