@@ -36,22 +36,27 @@ static START: LazyLock<Instant> = LazyLock::new(Instant::now);
 impl Asks {
     /// Notes an ask that is answered "no". Waits when nothing but asking goes on.
     pub(super) fn note(&self) {
-        // Several threads may ask; that a row is then not exact harms nobody.
-        let asked = self.count.fetch_add(1, Ordering::Relaxed);
-        if asked % ROW != ROW - 1 {
-            return;
-        }
-        let now = nanoseconds();
-        let took = now.saturating_sub(self.began.swap(now, Ordering::Relaxed));
-        if u128::from(took) > ROW_TIME.as_nanos() {
-            self.idle_rows.store(0, Ordering::Relaxed);
-            return;
-        }
-        if self.idle_rows.fetch_add(1, Ordering::Relaxed) >= ROWS_FREE {
+        if self.wait_due(nanoseconds) {
             std::thread::sleep(WAIT);
             // The wait is none of the next row's time.
             self.began.store(nanoseconds(), Ordering::Relaxed);
         }
+    }
+
+    /// Whether the asker should wait. Asks for the time at the end of each row only.
+    fn wait_due(&self, now: impl FnOnce() -> u64) -> bool {
+        // Several threads may ask; that a row is then not exact harms nobody.
+        let asked = self.count.fetch_add(1, Ordering::Relaxed);
+        if asked % ROW != ROW - 1 {
+            return false;
+        }
+        let now = now();
+        let took = now.saturating_sub(self.began.swap(now, Ordering::Relaxed));
+        if u128::from(took) > ROW_TIME.as_nanos() {
+            self.idle_rows.store(0, Ordering::Relaxed);
+            return false;
+        }
+        self.idle_rows.fetch_add(1, Ordering::Relaxed) >= ROWS_FREE
     }
 }
 
@@ -63,31 +68,38 @@ fn nanoseconds() -> u64 {
 mod tests {
     use super::*;
 
-    #[test]
-    fn asking_alone_is_slowed_down() {
-        // On a busy machine some rows take their time; most of these hundred do not.
-        let (noted, began) = (Asks::default(), Instant::now());
-        (0..100 * ROW).for_each(|_| noted.note());
-        assert!(began.elapsed() >= 10 * WAIT, "{:?}", began.elapsed());
+    /// How many of `count` asks wait when each takes `nanoseconds_each`.
+    fn waits(count: u32, nanoseconds_each: u64) -> usize {
+        let asks = Asks::default();
+        (1..=count).filter(|ask| asks.wait_due(|| u64::from(*ask) * nanoseconds_each)).count()
     }
 
     #[test]
-    fn a_few_thousand_asks_are_answered_at_once() {
-        let noted = Asks::default();
-        (0..ROW * ROWS_FREE).for_each(|_| noted.note());
-        assert!(noted.idle_rows.load(Ordering::Relaxed) <= ROWS_FREE, "nobody has waited yet");
+    fn asks_without_work_wait_after_each_row() {
+        assert_eq!(waits(100 * ROW, 50), 100 - ROWS_FREE as usize);
     }
 
     #[test]
-    fn asks_with_work_between_them_are_not_held_up() {
-        let noted = Asks::default();
-        for _ in 0..8 * ROW {
-            noted.note();
-            let began = Instant::now();
-            while began.elapsed() < Duration::from_micros(3) {
-                std::hint::spin_loop();
-            }
-        }
-        assert_eq!(noted.idle_rows.load(Ordering::Relaxed), 0);
+    fn first_rows_do_not_wait() {
+        assert_eq!(waits(ROWS_FREE * ROW, 50), 0);
+        assert_eq!(waits((ROWS_FREE + 1) * ROW, 50), 1);
+    }
+
+    #[test]
+    fn asks_with_work_between_do_not_wait() {
+        assert_eq!(waits(100 * ROW, 3_000), 0);
+    }
+
+    #[test]
+    fn due_wait_takes_its_time() {
+        // The row's end is never after its beginning, however busy the machine is.
+        let asks = Asks {
+            count: AtomicU32::new(ROW - 1),
+            idle_rows: AtomicU32::new(ROWS_FREE),
+            began: AtomicU64::new(u64::MAX),
+        };
+        let began = Instant::now();
+        asks.note();
+        assert!(began.elapsed() >= WAIT, "{:?}", began.elapsed());
     }
 }
