@@ -62,15 +62,19 @@ impl Node {
         let files = crate::open_files::allow(engine.slots);
         #[cfg(not(unix))]
         let files = u64::MAX;
+        let files = usize::try_from(files).unwrap_or(usize::MAX);
+        // Connections that wait for a request must not use up the descriptors that tasks need.
+        let http = transport::Config { idle_at_most: files / 8, ..http };
         let state = StateDir::claim(&outbox.state_dir, CLAIM_PATIENCE).await.context("STATE_DIR cannot be used")?;
         let scratch = Scratch::open(storage.scratch_dir.clone()).context("SCRATCH_DIR cannot be used")?;
         let control = Control::start().context("start the control thread")?;
         // The pages, the outbox and what moves data need files too.
-        let at_once = usize::try_from(files / 4).unwrap_or(usize::MAX).min(CALLS_MAX);
+        let at_once = (files / 4).min(CALLS_MAX);
         // Three clients: a sign-in must not wait for its turn behind a control plane that hangs; and a connection is
         // driven by the runtime that opened it, and those two's must not wait for data.
         let sign_in_client = transport::Client::new(http.clone());
-        let control_client = transport::Client::new(transport::Config { at_once, ..http.clone() });
+        let control_client =
+            transport::Client::new(transport::Config { at_once, idle_at_most: at_once, ..http.clone() });
         let data_client = transport::Client::new(http);
         let (form, node) = (auth.form.word(), auth.key.address().to_owned());
         let auth = Auth::new(auth, plugins.serving(), sign_in_client);
@@ -108,9 +112,10 @@ impl Node {
             board.clone(),
         )
         .context("STATE_DIR cannot be used")?;
-        let pages = Pages::bind(observe.http_bind, board.clone(), auth.visits())
+        let http_bind = observe.http_bind;
+        let pages = Pages::bind(observe, files, board.clone(), auth.visits())
             .await
-            .with_context(|| format!("HTTP_BIND {} cannot be bound", observe.http_bind))?;
+            .with_context(|| format!("HTTP_BIND {http_bind} cannot be bound"))?;
         let disk = Disk::new(storage.scratch_dir, storage.disk_free_min);
         let modules = Modules {
             sessions: Sessions::new(Arc::clone(&source), session, control.handle.clone()),

@@ -13,6 +13,7 @@ mod crash;
 pub mod dev;
 pub mod engine;
 pub mod leases;
+mod listen;
 pub mod model;
 pub mod observe;
 #[cfg(unix)]

@@ -18,14 +18,15 @@ type Rule = (&'static str, &'static [&'static str], &'static str);
 const RULES: &[Rule] = &[
     ("model", &[], "the words all rooms share import nothing of ours"),
     ("transport", &["model"], "the HTTP client knows addresses, bytes and clocks, not leases"),
-    ("observe", &["model"], "logs, and pages made from a status it is shown"),
+    ("listen", &[], "accepts connections and serves HTTP; knows no page"),
+    ("observe", &["listen", "model"], "logs, and pages made from a status it is shown"),
     ("plugins", &["model"], "runs a grant in a library; knows no plane and no store"),
     ("storage", &["model", "transport"], "moves inputs and outputs; gets its token in a grant"),
     ("auth", &["model", "transport"], "signs in and keeps the node's token fresh"),
     ("leases", &["auth", "model", "transport"], "speaks to one control plane with the node's token"),
     ("session", &["leases", "model"], "keeps one lease, whoever gave it"),
     ("outbox", &["crash", "leases", "model"], "keeps reports until their plane has them"),
-    ("control", &["model", "outbox"], "commands ask a running node about what it holds"),
+    ("control", &["listen", "model", "outbox"], "commands ask a running node about what it holds"),
     ("crash", &[], "where tests let the process die"),
     ("open_files", &[], "asks the system for room, once"),
     (
@@ -38,7 +39,11 @@ const RULES: &[Rule] = &[
         &["auth", "engine", "leases", "model", "observe", "outbox", "plugins", "session", "storage", "transport"],
         "fills the part of the configuration that each module owns",
     ),
-    ("dev", &["leases", "model", "transport"], "the other side of the wire, in the same wire types; calls nodes back"),
+    (
+        "dev",
+        &["leases", "listen", "model", "transport"],
+        "the other side of the wire, in the same wire types; calls nodes back",
+    ),
     (
         "app",
         &[

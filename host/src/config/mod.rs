@@ -129,6 +129,7 @@ impl HostConfig {
         for (name, url) in [("DMS_BASE_URL", &built.dms.base), ("DDS_BASE_URL", &built.auth.dds)] {
             parser.look_at_base_url(name, url, policy);
         }
+        built.observe.node_host = parser.optional("NODE_URL").and_then(node_url::host);
         built.auth.form = node_url::registration(&mut parser, built.observe.http_bind, &built.auth.dds);
         (built, parser)
     }

@@ -46,6 +46,11 @@ pub(super) fn registration(parser: &mut Parser<'_>, bind: SocketAddr, dds: &Url)
     }
 }
 
+/// The host of `NODE_URL`.
+pub(super) fn host(url: &str) -> Option<String> {
+    Some(Url::parse(url).ok()?.host_str()?.to_owned())
+}
+
 /// Whether the service may reach this node under `url`; else one clause with a remedy.
 fn servable(url: &Url, bind: SocketAddr, dds: &Url) -> Result<(), String> {
     if url.query().is_some() || url.fragment().is_some() {

@@ -70,16 +70,27 @@ mod socket {
     use axum::{
         Json, Router,
         extract::State,
+        http::Request,
         routing::{get, post},
     };
+    use hyper::{body::Incoming, service::service_fn};
     use tokio::net::UnixListener;
     use tokio_util::sync::CancellationToken;
+    use tower_service::Service as _;
 
     use super::{Address, Reports, SOCKET, Wanted};
-    use crate::outbox::Outbox;
+    use crate::{
+        listen::{self, Limits},
+        outbox::Outbox,
+    };
 
-    /// How long a stop waits for a command under way.
-    const LAST_ANSWERS: Duration = Duration::from_secs(1);
+    const LIMITS: Limits = Limits {
+        connections: 64,
+        per_sender: 64,
+        head_time: Duration::from_secs(5),
+        grace: Duration::from_secs(1),
+        reserve: 1,
+    };
 
     /// The node's side, listening.
     pub struct ControlSocket {
@@ -124,19 +135,11 @@ mod socket {
                 .route("/outbox/retry", post(retry))
                 .route("/outbox/drop", post(drop_reports))
                 .with_state(outbox);
-            let served = axum::serve(listener, router).with_graceful_shutdown(stop.clone().cancelled_owned());
-            let out_of_patience = async {
-                stop.cancelled().await;
-                tokio::time::sleep(LAST_ANSWERS).await;
-            };
-            tokio::select! {
-                served = served.into_future() => {
-                    if let Err(err) = served {
-                        tracing::warn!(error = %err, "control socket ended");
-                    }
-                }
-                () = out_of_patience => {}
-            }
+            listen::serve(listener, LIMITS, stop, |socket, ()| {
+                let router = router.clone();
+                (socket, service_fn(move |request: Request<Incoming>| router.clone().call(request)))
+            })
+            .await;
         }
     }
 

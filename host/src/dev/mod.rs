@@ -30,9 +30,8 @@ use std::{
     time::Duration,
 };
 
-use axum::Router;
 use faults::{Live, wire::Wire};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper::service::service_fn;
 use identity::{Identity, Node};
 use jiff::Timestamp;
 use journal::Journal;
@@ -41,16 +40,18 @@ use serde_json::Value;
 use store::{Store, StoreError, Target};
 use tokens::Tokens;
 use tokio::{
-    net::{TcpListener, TcpStream},
+    net::TcpListener,
     sync::Notify,
     task::{JoinHandle, JoinSet},
 };
 use tokio_util::sync::CancellationToken;
-use tokio_util::sync::WaitForCancellationFutureOwned as Stopped;
 use url::Url;
 use uuid::Uuid;
 
-use crate::transport;
+use crate::{
+    listen::{self, Limits},
+    transport,
+};
 
 pub use config::{Config, DevError};
 pub use faults::{Endpoint, Faults, FaultsError, WireForm};
@@ -348,50 +349,48 @@ impl Inner {
     }
 }
 
-/// Takes connections until told to stop, then ends them.
+/// Serves until told to stop, then ends what is open.
 async fn serve(world: Arc<Inner>, listener: TcpListener, stop: CancellationToken) {
     let router = http::router(world.clone());
-    let mut connections = JoinSet::new();
-    let mut probes = JoinSet::new();
-    let mut tick = tokio::time::interval(TICK);
-    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-    loop {
-        tokio::select! {
-            () = stop.cancelled() => break,
-            accepted = listener.accept() => match accepted {
-                Ok((socket, _)) => {
-                    connections.spawn(connection(world.clone(), router.clone(), socket, stop.clone().cancelled_owned()));
-                }
-                Err(err) => {
-                    // Out of descriptors, most likely: connections have to end before more can come.
-                    tracing::warn!(error = %err, "connection could not be accepted");
-                    tokio::time::sleep(TICK).await;
-                }
-            },
-            Some(ended) = connections.join_next() => {
-                if let Err(err) = ended {
-                    tracing::error!(error = %err, "a connection's task failed");
-                }
-            }
-            _ = tick.tick() => {
-                expire(&world).await;
-                while probes.try_join_next().is_some() {}
-                let due = world.identity().due(world.now());
-                due.into_iter().for_each(|url| {
-                    probes.spawn(calls::probe(world.clone(), url));
-                });
-            }
-        }
-    }
-    drop(listener);
-    probes.shutdown().await;
-    let all = async { while connections.join_next().await.is_some() {} };
-    if tokio::time::timeout(world.config.stop_grace, all).await.is_err() {
-        tracing::warn!(connections = connections.len(), "connections were broken on stop");
-        connections.shutdown().await;
+    let limits = Limits {
+        connections: usize::MAX,
+        per_sender: usize::MAX,
+        head_time: IDLE,
+        grace: world.config.stop_grace,
+        reserve: 0,
+    };
+    let start = |socket, _| {
+        let (wire, line) = Wire::new(socket);
+        let (world, router, peer) = (world.clone(), router.clone(), identity::Peer::default());
+        let answer = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
+            request.extensions_mut().insert(peer.clone());
+            faults::layer::answer(world.clone(), router.clone(), line.clone(), request)
+        });
+        (wire, answer)
+    };
+    let serving = listen::serve(listener, limits, stop.clone(), start);
+    let (broken, ()) = tokio::join!(serving, tick(&world, stop));
+    if broken > 0 {
+        tracing::warn!(connections = broken, "connections were broken on stop");
     }
     let store = world.store.clone();
     tokio::task::spawn_blocking(move || store.close()).await.expect("closing the store does not panic");
+}
+
+/// Does what is due, until `stop`.
+async fn tick(world: &Arc<Inner>, stop: CancellationToken) {
+    let mut probes = JoinSet::new();
+    let mut tick = tokio::time::interval(TICK);
+    tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    while stop.run_until_cancelled(tick.tick()).await.is_some() {
+        expire(world).await;
+        while probes.try_join_next().is_some() {}
+        let due = world.identity().due(world.now());
+        due.into_iter().for_each(|url| {
+            probes.spawn(calls::probe(world.clone(), url));
+        });
+    }
+    probes.shutdown().await;
 }
 
 /// Ends what has expired, so that waiting authors learn of it without asking.
@@ -404,30 +403,4 @@ async fn expire(world: &Arc<Inner>) {
         tokio::task::spawn_blocking(move || store.expire_uploads(now)).await.expect("expiring uploads does not panic");
     }
     world.changed();
-}
-
-async fn connection(world: Arc<Inner>, router: Router, socket: TcpStream, stopped: Stopped) {
-    // Small answers must not wait for an acknowledgement.
-    let _ = socket.set_nodelay(true);
-    let (wire, line) = Wire::new(socket);
-    let peer = identity::Peer::default();
-    let answer = move |mut request: hyper::Request<hyper::body::Incoming>| {
-        request.extensions_mut().insert(peer.clone());
-        faults::layer::answer(world.clone(), router.clone(), line.clone(), request)
-    };
-    let service = hyper::service::service_fn(answer);
-    let mut http = hyper::server::conn::http1::Builder::new();
-    let connection =
-        http.timer(TokioTimer::new()).header_read_timeout(IDLE).serve_connection(TokioIo::new(wire), service);
-    let mut connection = std::pin::pin!(connection);
-    let ended = tokio::select! {
-        ended = &mut connection => ended,
-        () = stopped => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
-        }
-    };
-    if let Err(err) = ended {
-        tracing::debug!(error = %err, "connection broke");
-    }
 }

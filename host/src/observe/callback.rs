@@ -22,9 +22,11 @@ use futures_util::StreamExt as _;
 use secrecy::{SecretString, zeroize::Zeroizing};
 use serde::{Deserialize, Deserializer, de::IgnoredAny};
 use serde_json::json;
-use tokio::sync::Semaphore;
 
-use crate::model::{Callback, HealthChecks};
+use crate::{
+    listen,
+    model::{Callback, HealthChecks},
+};
 
 /// Largest body, in bytes: the lists of domains and lighthouses may be long.
 const BODY_BYTES_MAX: usize = 256 * 1024;
@@ -36,6 +38,8 @@ const SECRET_BYTES_MAX: usize = 4096;
 const BODY_TIME_MAX: Duration = Duration::from_secs(5);
 /// Bodies read at once.
 const AT_ONCE_MAX: usize = 8;
+/// Bodies of one sender read at once.
+const AT_ONCE_PER_SENDER_MAX: usize = 2;
 /// Requests of one sender in a row, and how long one takes to be forgotten.
 const BURST: u32 = 20;
 const FORGET_ONE: Duration = Duration::from_millis(500);
@@ -46,16 +50,42 @@ const SENDERS_MAX: usize = 256;
 pub(super) struct CallbackQueue {
     visits: Arc<dyn HealthChecks>,
     senders: Mutex<Senders>,
-    reading: Semaphore,
+    /// Whose bodies are being read.
+    reading: Mutex<Vec<IpAddr>>,
 }
 
 impl CallbackQueue {
     pub(super) fn new(visits: Arc<dyn HealthChecks>) -> Arc<Self> {
-        Arc::new(Self { visits, senders: Mutex::default(), reading: Semaphore::new(AT_ONCE_MAX) })
+        Arc::new(Self { visits, senders: Mutex::default(), reading: Mutex::default() })
+    }
+
+    /// Takes a place for reading a body of `sender`. `None`: too many are being read.
+    fn reading(&self, sender: IpAddr) -> Option<Reading<'_>> {
+        let mut reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
+        let own = reading.iter().filter(|other| **other == sender).count();
+        (own < AT_ONCE_PER_SENDER_MAX && reading.len() < AT_ONCE_MAX).then(|| {
+            reading.push(sender);
+            Reading { desk: self, sender }
+        })
     }
 
     pub(super) fn visits(&self) -> &dyn HealthChecks {
         &*self.visits
+    }
+}
+
+/// A body that is being read.
+struct Reading<'a> {
+    desk: &'a CallbackQueue,
+    sender: IpAddr,
+}
+
+impl Drop for Reading<'_> {
+    fn drop(&mut self) {
+        let mut reading = self.desk.reading.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(at) = reading.iter().position(|other| *other == self.sender) {
+            reading.swap_remove(at);
+        }
     }
 }
 
@@ -86,8 +116,9 @@ pub(super) async fn registrations(
     ConnectInfo(sender): ConnectInfo<SocketAddr>,
     request: Request,
 ) -> Response {
-    let admitted = desk.senders.lock().unwrap_or_else(PoisonError::into_inner).admit(sender.ip(), Instant::now());
-    let Some(_reading) = desk.reading.try_acquire().ok().filter(|_| admitted) else {
+    let sender = listen::sender(sender.ip());
+    let admitted = desk.senders.lock().unwrap_or_else(PoisonError::into_inner).admit(sender, Instant::now());
+    let Some(_reading) = admitted.then(|| desk.reading(sender)).flatten() else {
         return unread((StatusCode::TOO_MANY_REQUESTS, [(header::RETRY_AFTER, "1")], "too many callbacks"));
     };
     match read(request).await {

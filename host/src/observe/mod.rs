@@ -12,10 +12,12 @@ use std::net::SocketAddr;
 pub struct Config {
     /// Where the node serves its own pages.
     pub http_bind: SocketAddr,
+    /// The host of `NODE_URL`, also where the node does not register with it.
+    pub node_host: Option<String>,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { http_bind: SocketAddr::from(([127, 0, 0, 1], 8080)) }
+        Self { http_bind: SocketAddr::from(([127, 0, 0, 1], 8080)), node_host: None }
     }
 }

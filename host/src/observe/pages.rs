@@ -1,40 +1,48 @@
-//! `/health`, `/ready`, `/status.json`, and the door for the sign-in service's callback.
+//! `/health`, `/ready`, `/status.json`, and the path for the sign-in service's callback.
 //!
-//! Strangers may reach them, so connections are bounded in number and in the time they may be silent: who
-//! opens many gets in the way of other visitors, and never of the node's own work.
+//! Anybody who reaches the port can connect. Connections are bounded for each sender and in total, see [`listen`].
+//! `/status.json` answers only requests for the node's own host names: a web page must not read it through a name of
+//! its own that leads to this node.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use axum::{
     Json, Router,
     extract::{ConnectInfo, State},
-    http::{HeaderMap, Request, StatusCode, header},
-    response::IntoResponse,
+    http::{HeaderMap, Request, StatusCode, Uri, header, uri::Authority},
+    response::{IntoResponse, Response},
     routing::{get, post},
 };
-use hyper::body::Incoming;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper::{body::Incoming, service::service_fn};
 use jiff::Timestamp;
 use serde_json::json;
-use tokio::{
-    net::{TcpListener, TcpStream},
-    sync::Semaphore,
-    task::JoinSet,
-};
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tower_service::Service as _;
 
-use super::callback::{self, CallbackQueue};
-use crate::model::{HealthChecks, MissedHeartbeats, Phase, StatusBoard};
+use super::{
+    Config,
+    callback::{self, CallbackQueue},
+};
+use crate::{
+    listen::{self, Limits},
+    model::{HealthChecks, MissedHeartbeats, Phase, StatusBoard},
+};
 
-/// How long a stop waits for requests under way: a client that never ends its own must not keep the node.
-const LAST_ANSWERS: Duration = Duration::from_secs(1);
-/// Connections at once; who comes later waits in the system's queue.
+/// How long a stop waits for requests that are being answered.
+const GRACE: Duration = Duration::from_secs(1);
+/// Open connections, at most. A process with a low limit of descriptors allows fewer.
 const CONNECTIONS_MAX: usize = 256;
-/// How long a connection may take to send the head of a request, its next one too.
+/// The same, at least.
+const CONNECTIONS_MIN: usize = 16;
+/// How long a connection may take to send the head of a request.
 const HEAD_TIME_MAX: Duration = Duration::from_secs(5);
-/// The pause when the system gives no connection: one that is open has to end first.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(500);
+/// Descriptors that only these pages use.
+const RESERVE: usize = 4;
 
 /// From so many polls in a row that failed the node gets no work; fewer are no news.
 const FAILED_POLLS_MIN: u32 = 3;
@@ -44,17 +52,28 @@ const FAILED_HEARTBEATS_MIN: u32 = 3;
 /// A listener that is up, so that `/health` answers before the node registers.
 pub struct Pages {
     listener: TcpListener,
+    node_host: Option<String>,
+    /// How many descriptors the process may have open.
+    descriptors: usize,
     board: StatusBoard,
     desk: Arc<CallbackQueue>,
 }
 
 impl Pages {
-    /// Binds `address`; port 0 takes a free one. `visits` learns what the sign-in service says here.
+    /// Binds the address; port 0 takes a free one. The process may have `descriptors` open. `visits` learns what the
+    /// sign-in service says here.
     ///
     /// # Errors
     /// When the address cannot be bound.
-    pub async fn bind(address: SocketAddr, board: StatusBoard, visits: Arc<dyn HealthChecks>) -> std::io::Result<Self> {
-        Ok(Self { listener: TcpListener::bind(address).await?, board, desk: CallbackQueue::new(visits) })
+    pub async fn bind(
+        config: Config,
+        descriptors: usize,
+        board: StatusBoard,
+        visits: Arc<dyn HealthChecks>,
+    ) -> std::io::Result<Self> {
+        let Config { http_bind, node_host } = config;
+        let listener = TcpListener::bind(http_bind).await?;
+        Ok(Self { listener, node_host, descriptors, board, desk: CallbackQueue::new(visits) })
     }
 
     /// Where it listens.
@@ -65,67 +84,39 @@ impl Pages {
         self.listener.local_addr()
     }
 
-    /// Serves until `stop`, and a moment longer for requests under way.
+    /// Serves until `stop`, and a moment longer for requests that are being answered.
     pub async fn run(self, stop: CancellationToken) {
+        let Self { listener, node_host, descriptors, board, desk } = self;
         let visited = Router::new()
             .route("/health", get(health))
             .route("/internal/v1/registrations", post(callback::registrations))
-            // What a service asks for that was given a URL with a slash at its end.
+            // A service asks for these when its URL of the node ends in a slash.
             .route("//health", get(health))
             .route("//internal/v1/registrations", post(callback::registrations))
-            .with_state(self.desk);
+            .with_state(desk);
+        let shown = StatusPage { board: board.clone(), node_host: node_host.map(Arc::from) };
         let router = Router::new()
             .route("/ready", get(ready))
-            .route("/status.json", get(status))
-            .with_state(self.board)
+            .with_state(board)
+            .merge(Router::new().route("/status.json", get(status)).with_state(shown))
             .merge(visited);
-        let (room, mut connections) = (Arc::new(Semaphore::new(CONNECTIONS_MAX)), JoinSet::new());
-        loop {
-            let next = async {
-                let room = Arc::clone(&room).acquire_owned().await.expect("never closed");
-                (room, self.listener.accept().await)
-            };
-            let (room, socket, sender) = tokio::select! {
-                () = stop.cancelled() => break,
-                Some(_) = connections.join_next() => continue,
-                next = next => match next {
-                    (room, Ok((socket, sender))) => (room, socket, sender),
-                    (_, Err(err)) => {
-                        tracing::warn!(error = %err, "connection could not be accepted");
-                        tokio::time::sleep(ACCEPT_PAUSE).await;
-                        continue;
-                    }
-                },
-            };
-            let (router, stop) = (router.clone(), stop.clone());
-            connections.spawn(async move {
-                let _room = room;
-                connection(router, socket, sender, stop).await;
+        let connections = (descriptors / 4).clamp(CONNECTIONS_MIN, CONNECTIONS_MAX);
+        let limits = Limits {
+            connections,
+            per_sender: connections / 4,
+            head_time: HEAD_TIME_MAX,
+            grace: GRACE,
+            reserve: RESERVE,
+        };
+        let start = |socket, sender: SocketAddr| {
+            let router = router.clone();
+            let answer = service_fn(move |mut request: Request<Incoming>| {
+                request.extensions_mut().insert(ConnectInfo(sender));
+                router.clone().call(request)
             });
-        }
-        let all = async { while connections.join_next().await.is_some() {} };
-        let _ = tokio::time::timeout(LAST_ANSWERS, all).await;
-    }
-}
-
-/// Answers one visitor until he leaves, or until `stop`.
-async fn connection(router: Router, socket: TcpStream, sender: SocketAddr, stop: CancellationToken) {
-    let service = hyper::service::service_fn(move |mut request: Request<Incoming>| {
-        request.extensions_mut().insert(ConnectInfo(sender));
-        router.clone().call(request)
-    });
-    let mut http = hyper::server::conn::http1::Builder::new();
-    let http = http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME_MAX);
-    let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(socket), service));
-    let ended = tokio::select! {
-        ended = &mut connection => ended,
-        () = stop.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
-        }
-    };
-    if let Err(err) = ended {
-        tracing::debug!(error = %err, "connection broke");
+            (socket, answer)
+        };
+        listen::serve(listener, limits, stop, start).await;
     }
 }
 
@@ -194,7 +185,44 @@ async fn ready(State(board): State<StatusBoard>) -> impl IntoResponse {
     }
 }
 
-async fn status(State(board): State<StatusBoard>) -> impl IntoResponse {
-    let status = board.now().clone();
-    Json(status)
+/// What `/status.json` needs.
+#[derive(Clone)]
+struct StatusPage {
+    board: StatusBoard,
+    node_host: Option<Arc<str>>,
+}
+
+async fn status(State(page): State<StatusPage>, uri: Uri, headers: HeaderMap) -> Response {
+    let host = headers.get(header::HOST).and_then(|host| Authority::try_from(host.as_bytes()).ok());
+    let authority = uri.authority().cloned().or(host);
+    if !authority.is_some_and(|authority| is_own_host(authority.host(), page.node_host.as_deref())) {
+        let remedy = "the host name is not one of this node; use its IP address, localhost or the host of NODE_URL\n";
+        return (StatusCode::MISDIRECTED_REQUEST, remedy).into_response();
+    }
+    let status = page.board.now().clone();
+    Json(status).into_response()
+}
+
+/// Whether `host` can only lead to this node, or is the one its operator named. The address of `HTTP_BIND` is an IP
+/// address.
+fn is_own_host(host: &str, node_host: Option<&str>) -> bool {
+    let bare = host.trim_start_matches('[').trim_end_matches(']');
+    let same = |own: &str| host.trim_end_matches('.').eq_ignore_ascii_case(own);
+    bare.parse::<IpAddr>().is_ok() || same("localhost") || node_host.is_some_and(same)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn own_hosts_are_addresses_localhost_and_node_url() {
+        for own in ["127.0.0.1", "192.0.2.7", "[::1]", "localhost", "LOCALHOST.", "node.example", "Node.Example."] {
+            assert!(is_own_host(own, Some("node.example")), "{own}");
+        }
+        for other in ["evil.example", "node.example.evil.example", "localhost.evil.example", "127.0.0.1.evil", ""] {
+            assert!(!is_own_host(other, Some("node.example")), "{other}");
+        }
+        assert!(!is_own_host("node.example", None));
+    }
 }

@@ -65,6 +65,8 @@ pub struct Config {
     pub proxies: Proxies,
     /// Requests under way at once, and so connections; more wait for their turn. 1 at least.
     pub at_once: usize,
+    /// Connections that stay open without a request, at most: each takes a descriptor.
+    pub idle_at_most: usize,
 }
 
 impl Default for Config {
@@ -75,6 +77,7 @@ impl Default for Config {
             roots: Roots::default(),
             proxies: Proxies::default(),
             at_once: Semaphore::MAX_PERMITS,
+            idle_at_most: usize::MAX,
         }
     }
 }
@@ -294,7 +297,7 @@ impl Client {
     /// A client with an empty pool. It must be used inside a tokio runtime.
     #[must_use]
     pub fn new(config: Config) -> Self {
-        let pool = Pool::new(connect::Connector::new(&config), IDLE_MAX, config.at_once);
+        let pool = Pool::new(&config, IDLE_MAX);
         Self { pool, config: Arc::new(config), clocks: Arc::default() }
     }
 

@@ -20,7 +20,7 @@ use tokio::{
 };
 use tower_service::Service;
 
-use super::{Body, connect::Connector, innermost};
+use super::{Body, Config, connect::Connector, innermost};
 
 /// See the module's text. Cheap to clone.
 #[derive(Clone)]
@@ -32,6 +32,8 @@ struct Shared {
     connector: Connector,
     /// How long a connection stays open without a request.
     idle_max: Duration,
+    /// Connections without a request, at most.
+    idle_at_most: usize,
     /// One for each request that may be under way.
     turns: Arc<Semaphore>,
     state: Mutex<State>,
@@ -72,11 +74,13 @@ pub(super) struct Taken {
 }
 
 impl Pool {
-    /// A pool without connections, which keeps one open for `idle_max` without a request and has at most `at_once`
-    /// requests under way.
-    pub(super) fn new(connector: Connector, idle_max: Duration, at_once: usize) -> Self {
-        let turns = Arc::new(Semaphore::new(at_once.clamp(1, Semaphore::MAX_PERMITS)));
-        Self { shared: Arc::new(Shared { connector, idle_max, turns, state: Mutex::default() }) }
+    /// A pool without connections. It keeps `config.idle_at_most` of them open without a request, for `idle_max`, and
+    /// has at most `config.at_once` requests under way.
+    pub(super) fn new(config: &Config, idle_max: Duration) -> Self {
+        let connector = Connector::new(config);
+        let turns = Arc::new(Semaphore::new(config.at_once.clamp(1, Semaphore::MAX_PERMITS)));
+        let idle_at_most = config.idle_at_most;
+        Self { shared: Arc::new(Shared { connector, idle_max, idle_at_most, turns, state: Mutex::default() }) }
     }
 
     /// Waits for its turn, sends `request`, whose URI must be absolute, and waits for the head of its answer. The
@@ -166,6 +170,9 @@ impl Pool {
         }
         let now = Instant::now();
         let mut state = self.shared.state();
+        if state.servers.iter().map(|server| server.idle.len()).sum::<usize>() >= self.shared.idle_at_most {
+            return;
+        }
         let idle = Idle { sender: taken.sender, proxied: taken.proxied, since: now };
         match state.server(&taken.scheme, &taken.authority) {
             Some(server) => server.idle.push(idle),

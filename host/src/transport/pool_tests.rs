@@ -92,6 +92,21 @@ async fn no_more_requests_are_under_way_than_may_be() {
 }
 
 #[tokio::test]
+async fn idle_connections_are_bounded() {
+    let mut server = server(Manners { answers: 10, head: "content-length: 3" }).await;
+    let client = Client::new(Config { idle_at_most: 2, ..Config::default() });
+    let calls = (0..5).map(|_| call(&client, &server.url));
+    futures_util::future::join_all(calls).await;
+    assert_eq!(server.opened.load(Ordering::Relaxed), 5);
+    for _ in 0..3 {
+        tokio::time::timeout(LIMIT, server.closed.recv()).await.expect("three are closed");
+    }
+    // The two others stay.
+    futures_util::future::join_all((0..2).map(|_| call(&client, &server.url))).await;
+    assert_eq!(server.opened.load(Ordering::Relaxed), 5);
+}
+
+#[tokio::test]
 async fn who_gives_up_leaves_the_turn_to_the_next() {
     let silent = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let url = format!("http://{}", silent.local_addr().expect("an address"));
@@ -176,7 +191,7 @@ async fn a_connection_whose_request_is_still_being_sent_holds_up_no_other_one() 
 async fn what_is_idle_for_long_is_closed() {
     let mut server = server(Manners { answers: usize::MAX, head: "content-length: 3" }).await;
     let mut client = client();
-    client.pool = Pool::new(client.pool.shared.connector.clone(), Duration::from_millis(20), 8);
+    client.pool = Pool::new(&Config::default(), Duration::from_millis(20));
     assert_eq!(call(&client, &server.url).await, "yes");
     server.closed.recv().await.expect("closed by the client");
 }

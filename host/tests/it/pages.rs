@@ -1,11 +1,16 @@
 //! The node's own pages.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+};
 
 use crate::harness::{
     TestServer, fixtures,
+    node::TestNode,
     rubbish::{Bad, Rubbish},
     within,
 };
@@ -196,38 +201,111 @@ async fn an_ended_task_shows_size_and_digest_of_all_that_was_moved() {
     node.stop().await;
 }
 
-/// Strangers may reach the pages.
+/// What a page answers to a request of its own connection, for `host`.
+async fn ask(node: &TestNode, path: &str, host: &str) -> String {
+    let mut visitor = TcpStream::connect(&node.address).await.expect("the system's queue takes it");
+    let request = format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");
+    visitor.write_all(request.as_bytes()).await.expect("sent");
+    let mut answer = Vec::new();
+    within(path, || node.log(), visitor.read_to_end(&mut answer)).await.expect("an answer");
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+/// So many connections that have sent half a request.
+async fn slow(node: &TestNode, count: usize) -> Vec<TcpStream> {
+    let mut visitors = Vec::new();
+    for _ in 0..count {
+        let mut visitor = TcpStream::connect(&node.address).await.expect("the system's queue takes it");
+        // One that was closed already takes nothing.
+        let _ = visitor.write_all(b"GET /health HTTP/1.1\r\nho").await;
+        visitors.push(visitor);
+    }
+    visitors
+}
+
 #[tokio::test]
-async fn visitors_who_say_nothing_are_bounded_and_sent_away() {
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+async fn slow_connections_do_not_delay_others() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::hello()]).await;
-    let began = std::time::Instant::now();
-    let mut visitors = Vec::new();
-    for _ in 0..300 {
-        visitors.push(tokio::net::TcpStream::connect(&node.address).await.expect("the system's queue takes it"));
-    }
-    // The node works on meanwhile.
+    let began = Instant::now();
+    let mut visitors = slow(&node, 400).await;
+    let answer = ask(&node, "/health", "node").await;
+    assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    // Slow ones are sent away after 5 s. Nobody has waited for that.
+    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+    // The first of them gave way to later ones of the same sender.
+    let mut nothing = Vec::new();
+    let gone = within("the end of a connection", || node.log(), visitors[0].read_to_end(&mut nothing)).await;
+    assert!(matches!(gone, Ok(0) | Err(_)), "{gone:?}");
+    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
-    // Who comes behind them gets in when they have been sent away.
-    let last = visitors.last_mut().expect("there are many");
-    last.write_all(b"GET /health HTTP/1.1\r\nhost: node\r\nconnection: close\r\n\r\n").await.expect("sent");
-    let mut answer = Vec::new();
-    within("an answer", || node.log(), last.read_to_end(&mut answer)).await.expect("an answer");
-    assert!(answer.starts_with(b"HTTP/1.1 200 "), "{}", String::from_utf8_lossy(&answer));
-    assert!(began.elapsed() >= std::time::Duration::from_secs(4), "{:?}: everybody was let in", began.elapsed());
-    let mut nothing = [0; 16];
-    let gone = within("the end of a silence", || node.log(), visitors[0].read(&mut nothing)).await;
-    assert!(matches!(gone, Ok(0) | Err(_)), "nobody asked for anything: {gone:?}");
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn silent_connections_are_closed() {
+    let lab = TestServer::start().await;
+    let node = lab.joined(&[fixtures::hello()]).await;
+    let mut visitor = slow(&node, 1).await.remove(0);
+    let mut nothing = Vec::new();
+    let gone = within("the end of a connection", || node.log(), visitor.read_to_end(&mut nothing)).await;
+    assert!(gone.is_ok(), "{gone:?}");
+    node.stop().await;
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn pages_answer_without_free_descriptors() {
+    let lab = TestServer::start().await;
+    let node = lab.node(&[fixtures::zoo()]).open_files(128, 128).leasing().await;
+    let files = tempfile::tempdir().expect("a folder");
+    let (taken, go) = (files.path().join("taken"), files.path().join("go"));
+    let job = lab.task("/fixtures/take-files/v1").meta(json!({ "taken": taken, "file": go })).submit();
+    // The runner cannot report: it has left no descriptor for a connection.
+    let all_taken = async {
+        while !taken.exists() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    within("a process without free descriptors", || node.log(), all_taken).await;
+    // These use more than is reserved.
+    let visitors = slow(&node, 20).await;
+    for _ in 0..10 {
+        let answer = ask(&node, "/ready", "node").await;
+        assert!(answer.starts_with("HTTP/1.1 200 ") && answer.contains("\"ready\":true"), "{answer}");
+    }
+    node.line(|line| line["event"] == "descriptors.exhausted").await;
+    drop(visitors);
+    std::fs::write(&go, "").expect("the folder is writable");
+    lab.ended(&node, job).await.completed();
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn status_page_answers_own_host_names_only() {
+    let lab = TestServer::start().await;
+    let setup = lab.node(&[fixtures::hello()]).set("REGISTRATION", "wallet");
+    let node = setup.set("NODE_URL", "https://node.example:8443/below").leasing().await;
+    for own in ["127.0.0.1", "127.0.0.1:8080", "[::1]:80", "localhost", "node.example:8443", "NODE.example"] {
+        let answer = ask(&node, "/status.json", own).await;
+        assert!(answer.starts_with("HTTP/1.1 200 ") && answer.contains("\"phase\""), "{own}: {answer}");
+    }
+    for other in ["evil.example", "evil.example:80", "node.example.evil.example", ""] {
+        let answer = ask(&node, "/status.json", other).await;
+        let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
+        assert!(head.starts_with("HTTP/1.1 421 "), "{other}: {answer}");
+        assert!(body.contains("use its IP address") && body.lines().count() == 1, "{other}: {answer}");
+        // What probes ask for says nothing of the node.
+        assert!(ask(&node, "/ready", other).await.starts_with("HTTP/1.1 200 "), "{other}");
+    }
     node.stop().await;
 }
 
 #[tokio::test]
 async fn half_a_request_does_not_keep_a_node_that_stops() {
-    use tokio::io::AsyncWriteExt as _;
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::hello()]).await;
-    let mut client = tokio::net::TcpStream::connect(&node.address).await.expect("the pages answer");
+    let mut client = TcpStream::connect(&node.address).await.expect("the pages answer");
     client.write_all(b"GET /health HTTP/1.1\r\nHo").await.expect("sent");
     // Asked after it on the same listener: once this is answered, the half is being read.
     assert_eq!(node.page("/health").await.0, 200);
