@@ -12,7 +12,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -64,7 +64,6 @@ struct Home {
     base: PathBuf,
     path: PathBuf,
     named: AtomicU64,
-    empty: RwLock<Option<Empty>>,
     /// Held as long as the folder is ours.
     lock: Mutex<File>,
 }
@@ -79,9 +78,6 @@ impl Home {
         let turn = enter(&self.base)?;
         *lock = own(&self.path)?;
         drop(turn);
-        let mut empty = self.empty.write().unwrap_or_else(PoisonError::into_inner);
-        *empty = empty.take().and_then(|before| before.again(&self.path));
-        drop(empty);
         tracing::warn!(path = %self.path.display(), "scratch folder had been removed, it was made again");
         Ok(())
     }
@@ -111,71 +107,6 @@ fn own(path: &Path) -> Result<File, ScratchError> {
     Ok(held)
 }
 
-/// Knows a folder without folders in it by its number of links. Asking costs a tenth of a try to remove one
-/// that may not be there.
-#[derive(Debug)]
-struct Empty {
-    folder: File,
-    links: u64,
-}
-
-impl Empty {
-    /// For a folder that has none in it now. `None` where the file system does not count them.
-    #[cfg(unix)]
-    fn learn(path: &Path) -> io::Result<Option<Self>> {
-        let probe = path.join("probe");
-        let folder = File::open(path)?;
-        let before = links(&folder)?;
-        make_private(&probe, false)?;
-        let within = links(&folder);
-        fs::remove_dir(&probe)?;
-        let counted = within? == before + 1 && links(&folder)? == before;
-        Ok(counted.then_some(Self { folder, links: before }))
-    }
-
-    #[cfg(not(unix))]
-    fn learn(_path: &Path) -> io::Result<Option<Self>> {
-        Ok(None)
-    }
-
-    /// For a folder made again in the same place. Tasks may work in there already, so nothing is tried out; what
-    /// was learned holds on the same file system.
-    #[cfg(unix)]
-    fn again(self, path: &Path) -> Option<Self> {
-        use std::os::unix::fs::MetadataExt as _;
-        let folder = File::open(path).ok()?;
-        let (was, is) = (self.folder.metadata().ok()?, folder.metadata().ok()?);
-        (was.dev() == is.dev()).then_some(Self { folder, links: self.links })
-    }
-
-    #[cfg(not(unix))]
-    fn again(self, _path: &Path) -> Option<Self> {
-        None
-    }
-
-    fn is_so(&self) -> bool {
-        links(&self.folder).is_ok_and(|links| links == self.links)
-    }
-}
-
-#[cfg(unix)]
-fn links(folder: &File) -> io::Result<u64> {
-    folder.metadata().map(|about| std::os::unix::fs::MetadataExt::nlink(&about))
-}
-
-#[cfg(not(unix))]
-fn links(_folder: &File) -> io::Result<u64> {
-    Err(io::ErrorKind::Unsupported.into())
-}
-
-impl Home {
-    /// Whether no task has a directory. `false` where that cannot be told.
-    fn is_empty(&self) -> bool {
-        let empty = self.empty.read().unwrap_or_else(PoisonError::into_inner);
-        empty.as_ref().is_some_and(Empty::is_so)
-    }
-}
-
 impl Drop for Home {
     fn drop(&mut self) {
         if let Err(err) = remove_tree(&self.path) {
@@ -194,8 +125,7 @@ impl Scratch {
         let path = base.join(format!("{OWNER_PREFIX}{}-{}", std::process::id(), Uuid::new_v4().simple()));
         let lock = Mutex::new(own(&path)?);
         drop(turn);
-        let empty = RwLock::new(Empty::learn(&path).map_err(failed("use", &path))?);
-        Ok(Self { home: Arc::new(Home { base, path, named: AtomicU64::new(0), empty, lock }) })
+        Ok(Self { home: Arc::new(Home { base, path, named: AtomicU64::new(0), lock }) })
     }
 
     /// The folder of this process, for what lasts as long as the process does.
@@ -282,12 +212,10 @@ impl Place {
 
     fn close_empty(&self) -> bool {
         let mut stage = self.stage();
-        let unmade = *stage == Stage::Named && self.home.is_empty();
-        let empty = unmade
-            || match fs::remove_dir(&self.path) {
-                Err(err) => err.kind() == io::ErrorKind::NotFound,
-                Ok(()) => true,
-            };
+        let empty = match fs::remove_dir(&self.path) {
+            Err(err) => err.kind() == io::ErrorKind::NotFound,
+            Ok(()) => true,
+        };
         *stage = if empty { Stage::Closed } else { Stage::Made };
         empty
     }
@@ -441,20 +369,6 @@ mod tests {
         assert!(!dir.close_empty(), "removing what is in it may take long");
         dir.close().expect("removed");
         assert!(!dir.path().exists());
-    }
-
-    #[test]
-    fn a_folder_in_the_home_is_seen_by_its_link() {
-        let base = base();
-        let scratch = Scratch::open(base.path().to_owned()).expect("opens");
-        let empty = scratch.home.empty.read().expect("unharmed");
-        let Some(empty) = empty.as_ref() else { return };
-        assert!(empty.is_so(), "the probe is gone");
-        let (other, dir) = (scratch.task_dir(&task()), scratch.task_dir(&task()));
-        make_private(dir.path(), false).expect("made by a runner");
-        assert!(!empty.is_so());
-        assert!(other.close_empty() && dir.close_empty() && !dir.path().exists());
-        assert!(empty.is_so());
     }
 
     #[test]
