@@ -272,7 +272,6 @@ async fn an_address_or_a_folder_that_cannot_be_used_is_told() {
 #[tokio::test]
 async fn a_disk_without_room_at_the_start_is_tried_again_later() {
     if !can_mount() {
-        eprintln!("skipped: this user may not mount");
         return;
     }
     let silence = Silence::new().await;

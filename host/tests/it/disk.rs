@@ -245,7 +245,6 @@ async fn a_disk_that_fills_up_under_a_transfer_is_a_storage_failure_and_leaves_n
 #[tokio::test]
 async fn invoke_on_a_full_disk_exits_75() {
     if !can_mount() {
-        eprintln!("skipped: this user may not mount");
         return;
     }
     let dir = fixtures::plugins_dir(&[fixtures::hello(), fixtures::echo()]);

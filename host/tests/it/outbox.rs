@@ -565,7 +565,6 @@ async fn while_reports_cannot_be_written_nothing_is_leased_and_none_is_called_sa
 #[tokio::test]
 async fn a_full_disk_is_one_trouble_that_lasts_until_there_is_room() {
     if !can_mount() {
-        eprintln!("skipped: this user may not mount");
         return;
     }
     let lab = TestServer::start().await;

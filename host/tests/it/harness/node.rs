@@ -140,10 +140,19 @@ const FILL_AND_RUN: &str =
 /// A disk of four megabytes at `$0`; then the program.
 const MOUNT_AND_RUN: &str = "mount -t tmpfs -o size=4m none \"$0\" && exec \"$@\"";
 
-/// Whether this user may have mounts of its own: not every system lets one.
+/// Whether this user may have mounts of its own: not every system lets one. If not, says so.
 pub(crate) fn can_mount() -> bool {
     let tried = Command::new(MOUNTING[0]).args(&MOUNTING[1..]).arg("mount -t tmpfs none /tmp").output();
-    tried.is_ok_and(|ended| ended.status.success())
+    let can = tried.is_ok_and(|ended| ended.status.success());
+    if !can {
+        let test = thread::current().name().unwrap_or_default().to_owned();
+        // Tests capture what the macros print, and show it only for one that fails.
+        let _ = std::io::Write::write_fmt(
+            &mut std::io::stderr(),
+            format_args!("SKIPPED {test}: this user may not mount\n"),
+        );
+    }
+    can
 }
 
 /// A process that has ended.
