@@ -5,6 +5,7 @@
 
 use std::fmt;
 
+use base16ct::lower::encode_string as hex;
 use k256::ecdsa::SigningKey;
 use sha3::{Digest, Keccak256};
 
@@ -37,10 +38,7 @@ impl NodeKey {
             return Err(KeyError::Length(text.chars().count()));
         }
         let mut bytes = [0_u8; 32];
-        for (byte, pair) in bytes.iter_mut().zip(digits.as_bytes().chunks_exact(2)) {
-            let digit = |c: u8| char::from(c).to_digit(16).ok_or(KeyError::Digit);
-            *byte = u8::try_from(digit(pair[0])? << 4 | digit(pair[1])?).expect("two hex digits are one byte");
-        }
+        base16ct::mixed::decode(digits, &mut bytes).map_err(|_| KeyError::Digit)?;
         let signing = SigningKey::from_slice(&bytes).map_err(|_| KeyError::Scalar)?;
         let point = signing.verifying_key().to_sec1_point(false);
         let hash = Keccak256::digest(&point.as_bytes()[1..]);
@@ -51,7 +49,7 @@ impl NodeKey {
     #[must_use]
     pub fn generate() -> (Self, String) {
         loop {
-            let text: String = rand::random::<[u8; 32]>().iter().map(|byte| format!("{byte:02x}")).collect();
+            let text = hex(&rand::random::<[u8; 32]>());
             // Fails for one number in 2^128.
             if let Ok(key) = Self::from_hex(&text) {
                 return (key, text);
@@ -105,14 +103,6 @@ fn personal_digest(message: &str) -> [u8; 32] {
     hash.update(format!("\x19Ethereum Signed Message:\n{}", message.len()));
     hash.update(message);
     hash.finalize().into()
-}
-
-fn hex(bytes: &[u8]) -> String {
-    use fmt::Write as _;
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        write!(text, "{byte:02x}").expect("a String takes everything");
-        text
-    })
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 //! Parsing is lenient where nodes differ from strict EIP-4361: addresses may be lower case and one
 //! empty line may stand where the standard wants two. What is signed is always the text as received.
 
+pub(super) use base16ct::lower::encode_string as hex;
 use k256::ecdsa::{RecoveryId, Signature, VerifyingKey};
 use sha3::{Digest, Keccak256};
 
@@ -44,7 +45,11 @@ pub(super) fn address_of(text: &str) -> Option<String> {
 /// The address (lower case) whose key made `signature` over `message`.
 pub(super) fn signer(message: &str, signature: &str) -> Result<String, String> {
     let expected = "the signature is not 0x and 130 hex digits";
-    let bytes = signature.strip_prefix("0x").and_then(unhex).filter(|bytes| bytes.len() == 65).ok_or(expected)?;
+    let bytes = signature
+        .strip_prefix("0x")
+        .and_then(|hex| base16ct::mixed::decode_vec(hex).ok())
+        .filter(|bytes| bytes.len() == 65)
+        .ok_or(expected)?;
     Ok(address(&recover(&digest(message), &bytes, expected)?))
 }
 
@@ -52,7 +57,7 @@ pub(super) fn signer(message: &str, signature: &str) -> Result<String, String> {
 /// by `timestamp`, both as they came (posemesh.md section 2.9).
 pub(super) fn url_signer(url: &str, timestamp: &str, signature: &str, public_key: &str) -> Result<String, String> {
     let expected = "the signature is not 130 hex digits without 0x";
-    let bytes = unhex(signature).filter(|bytes| bytes.len() == 65).ok_or(expected)?;
+    let bytes = base16ct::mixed::decode_vec(signature).ok().filter(|bytes| bytes.len() == 65).ok_or(expected)?;
     let key = recover(&Keccak256::digest(format!("{url}{timestamp}")).into(), &bytes, expected)?;
     if hex(key.to_sec1_point(false).as_bytes()) != public_key.to_ascii_lowercase() {
         return Err("the signature over url and timestamp is of another key than public_key".to_owned());
@@ -86,22 +91,6 @@ pub(super) fn address(key: &VerifyingKey) -> String {
     let point = key.to_sec1_point(false);
     let hash = Keccak256::digest(&point.as_bytes()[1..]);
     format!("0x{}", hex(&hash[12..]))
-}
-
-/// Lower-case hex.
-pub(super) fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write as _;
-    bytes.iter().fold(String::with_capacity(bytes.len() * 2), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}");
-        text
-    })
-}
-
-fn unhex(text: &str) -> Option<Vec<u8>> {
-    if !text.len().is_multiple_of(2) || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
-        return None;
-    }
-    (0..text.len()).step_by(2).map(|at| u8::from_str_radix(&text[at..at + 2], 16).ok()).collect()
 }
 
 #[cfg(test)]

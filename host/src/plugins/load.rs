@@ -94,7 +94,7 @@ type Checked = (String, Facts, Vec<Capability>, Sealed);
 
 fn check(file: &Path, settings: &Settings, bytes: &mut Vec<u8>) -> Result<Checked, InstallError> {
     read_into(file, bytes)?;
-    let sha256 = hex(&Sha256::digest(&*bytes));
+    let sha256 = base16ct::lower::encode_string(&Sha256::digest(&*bytes));
     if let Some(expected) = settings.sha256.as_ref().filter(|expected| **expected != sha256) {
         return Err(InstallError::PinMismatch { expected: expected.clone(), found: sha256 });
     }
@@ -167,10 +167,6 @@ fn chosen(facts: &Facts, settings: &Settings) -> Result<Vec<Capability>, Install
         return Err(InstallError::UnknownCapability { wanted: unknown.to_string(), serves });
     }
     Ok(all.into_iter().filter(|name| wanted.contains(name)).collect())
-}
-
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Opens a checked file and initialises the plugin in it, on the plugin's own thread: a constructor

@@ -280,7 +280,7 @@ pub fn inspect_file(file: &Path) -> Result<(String, Facts), InstallError> {
     use sha2::{Digest, Sha256};
     let bytes = load::read(file)?;
     let facts = inspect::inspect(&bytes)?;
-    Ok((load::hex(&Sha256::digest(&bytes)), facts))
+    Ok((base16ct::lower::encode_string(&Sha256::digest(&bytes)), facts))
 }
 
 /// Gives every capability to one plugin: first to those that say `override`, then to the others,

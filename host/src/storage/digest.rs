@@ -4,6 +4,8 @@
 
 use std::io;
 
+/// A digest, or the beginning of one, as it is written.
+pub(crate) use base16ct::lower::encode_string as hex;
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
 
@@ -35,11 +37,6 @@ impl Digester {
     pub(crate) async fn so_far(&mut self) -> io::Result<[u8; 32]> {
         self.0.settled(|state| state.clone().finalize().into()).await
     }
-}
-
-/// A digest, or the beginning of one, as it is written: two hex digits a byte, lower case.
-pub(crate) fn hex(digest: &[u8]) -> String {
-    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -43,7 +43,7 @@ fn breaks_after(world: &World, ids: &[&str], bytes: usize) {
 }
 
 fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
+    crate::storage::digest::hex(&Sha256::digest(bytes))
 }
 
 /// Reads `d` as a stream and as a file; `tricks` are laid before each.
