@@ -9,15 +9,16 @@ use tracing::{error, info, warn};
 
 use crate::{
     auth::{Auth, Registration},
-    config::HostConfig,
+    config::{HostConfig, PlaneChoice},
     control::ControlSocket,
     engine::{Ended, Engine, Modules, StopSignals},
     leases::{
         LeaseSource,
         dms::{self, Dms},
+        local::{self, Local},
     },
-    model::{Live, Phase, PlaneName, StatusBoard},
-    observe::pages::Pages,
+    model::{HealthChecks, Live, NoRegistration, Phase, StatusBoard},
+    observe::{StatusPage, pages::Pages},
     outbox::{self, Outbox, Remaining, StateDir},
     plugins::Plugins,
     session::Sessions,
@@ -40,11 +41,11 @@ const CLAIM_PATIENCE: Duration = Duration::from_millis(500);
 /// A node that is built and listens, but has not spoken to anybody.
 pub struct Node {
     engine: Engine,
-    auth: Auth,
+    plane: BuiltPlane,
     outbox: Outbox,
     #[cfg(unix)]
     socket: Option<ControlSocket>,
-    pages: Pages,
+    pages: Option<Pages>,
     board: StatusBoard,
     disk: Disk,
     control: Control,
@@ -57,7 +58,7 @@ impl Node {
     /// # Errors
     /// When a folder or an address cannot be used.
     pub async fn build(config: HostConfig, plugins: Arc<Plugins>) -> anyhow::Result<Self> {
-        let HostConfig { auth, dms, session, engine, storage, outbox, observe, transport: http, .. } = config;
+        let HostConfig { plane, auth, dms, session, engine, storage, outbox, observe, transport: http, .. } = config;
         #[cfg(unix)]
         let files = crate::open_files::allow(engine.slots);
         #[cfg(not(unix))]
@@ -76,16 +77,23 @@ impl Node {
         let control_client =
             transport::Client::new(transport::Config { at_once, idle_at_most: at_once, ..http.clone() });
         let data_client = transport::Client::new(http);
-        let (form, node) = (auth.form.word(), auth.key.address().to_owned());
-        let auth = Auth::new(auth, plugins.serving(), sign_in_client);
-        let plane = dms.base.to_string();
-        let source: Arc<dyn LeaseSource> = Arc::new(Dms::new(dms, control_client, auth.tokens()));
+        let plane = match plane {
+            PlaneChoice::Posemesh => {
+                let auth = Auth::new(auth, plugins.serving(), sign_in_client);
+                BuiltPlane::posemesh(dms, auth, control_client)
+            }
+            PlaneChoice::Local { name, folder, observer } => {
+                let local = local::Config { name, folder, capabilities: plugins.serving(), observer };
+                BuiltPlane::local(local)?
+            }
+        };
+        let (source, facts) = (Arc::clone(&plane.source), plane.source.facts().clone());
         let listings = serde_json::to_value(plugins.listings()).unwrap_or_default();
         let capabilities = plugins.capabilities().iter().map(ToString::to_string).collect();
-        let board = StatusBoard::new(node.clone(), engine.slots, capabilities, listings);
+        let board = StatusBoard::new(facts.node.to_string(), engine.slots, capabilities, listings);
         let budget = storage.domain.budget.clone();
         board.change(|status| {
-            status.registration_form = form;
+            status.registration_form = plane.registration_form;
             status.stale_calls = Live(Plugins::stale_calls);
             status.stuck_runners = Live(Plugins::stuck_runners);
             status.memory = budget;
@@ -101,9 +109,9 @@ impl Node {
         let outbox = Outbox::open(
             outbox::Config {
                 state,
-                plane: PlaneName::parse(dms::DEFAULT_NAME).expect("the default name is a name"),
-                base_url: plane,
-                node,
+                plane: facts.name,
+                base_url: facts.base_url.to_string(),
+                node: facts.node.to_string(),
                 max: outbox.max,
                 // The next task of each slot may end while the last one's report is on its way.
                 senders: engine.slots.saturating_mul(2).max(8),
@@ -112,14 +120,18 @@ impl Node {
             board.clone(),
         )
         .context("STATE_DIR cannot be used")?;
-        let http_bind = observe.http_bind;
-        let pages = Pages::bind(observe, files, board.clone(), auth.visits())
-            .await
-            .with_context(|| format!("HTTP_BIND {http_bind} cannot be bound"))?;
+        let pages = match observe.status_page {
+            StatusPage::Disabled => None,
+            StatusPage::Enabled { listen } => Some(
+                Pages::bind(listen, observe.node_host, files, board.clone(), Arc::clone(&plane.health_checks))
+                    .await
+                    .with_context(|| format!("HTTP_BIND {listen} cannot be bound"))?,
+            ),
+        };
         let disk = Disk::new(storage.scratch_dir, storage.disk_free_min);
         let modules = Modules {
-            sessions: Sessions::new(Arc::clone(&source), session, control.handle.clone()),
-            source,
+            sessions: Sessions::new(session, control.handle.clone()),
+            planes: vec![source],
             storage: Stores::new(
                 scratch,
                 disk.clone(),
@@ -134,7 +146,7 @@ impl Node {
         let engine = Engine::new(modules, engine);
         Ok(Self {
             engine,
-            auth,
+            plane,
             outbox,
             #[cfg(unix)]
             socket,
@@ -146,12 +158,10 @@ impl Node {
         })
     }
 
-    /// Where the node's pages are.
-    ///
-    /// # Errors
-    /// When the operating system does not say.
-    pub fn address(&self) -> std::io::Result<SocketAddr> {
-        self.pages.address()
+    /// Where the node's pages are. `None`: they are disabled, or the system does not say.
+    #[must_use]
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.pages.as_ref().and_then(|pages| pages.address().ok())
     }
 
     /// A live view of the node.
@@ -162,28 +172,30 @@ impl Node {
 
     /// Registers, leases and works until told to stop and everything has ended.
     pub async fn run(self, stops: StopSignals) -> Ended {
-        let Self { engine, auth, outbox, pages, board, disk, control, plugins, .. } = self;
-        if let Ok(address) = pages.address() {
-            info!(address = %address, "node started");
-        }
+        let address = self.address();
+        let Self { engine, plane, outbox, pages, board, disk, control, plugins, .. } = self;
+        info!(address = address.map(tracing::field::display), plane = %plane.source.facts().name, "node started");
         let over = CancellationToken::new();
-        let pages = tokio::spawn(pages.run(over.clone()));
+        let pages = pages.map(|pages| tokio::spawn(pages.run(over.clone())));
         #[cfg(unix)]
         let socket = self.socket.map(|socket| tokio::spawn(keep_open(socket, outbox.clone(), over.clone())));
         #[cfg(not(unix))]
         let socket: Option<tokio::task::JoinHandle<()>> = None;
-        let watching = tokio::spawn(show_registration(auth.status(), board.clone(), over.clone()));
+        let registration = plane.registration;
+        let watching = registration.map(|status| tokio::spawn(show_registration(status, board.clone(), over.clone())));
         let serving = tokio::spawn(show_plugins(Arc::clone(&plugins), board.clone(), over.clone()));
         let calls = (Arc::clone(&plugins), over.clone());
         let calls = tokio::spawn(async move { calls.0.watch(calls.1).await });
         let disk = tokio::spawn(disk.run(board.clone(), over.clone()));
-        let tokens = auth.tokens();
-        // Who is told to stop before it has begun does not register first.
-        let auth = (!stops.drain.is_cancelled()).then(|| control.handle.spawn(auth.run(over.clone())));
+        // A node that is told to stop before it has begun does not register.
+        let running = (!stops.drain.is_cancelled()).then(|| {
+            let (source, over) = (Arc::clone(&plane.source), over.clone());
+            control.handle.spawn(async move { source.run(over).await })
+        });
         let (mut ended, last_round) = tokio::select! {
             biased;
             () = stops.drain.cancelled() => (Ended::Drained, Duration::ZERO),
-            _ = tokens.available() => {
+            _ = plane.source.until_ready() => {
                 board.change(|status| status.phase = Phase::Running);
                 info!("leasing");
                 let (outbox, enough) = (outbox.clone(), CancellationToken::new());
@@ -205,7 +217,7 @@ impl Node {
         }
         plugins.shutdown(SHUTDOWN_LIMIT).await;
         over.cancel();
-        for task in [pages, watching, serving, calls, disk].into_iter().chain(auth).chain(socket) {
+        for task in [serving, calls, disk].into_iter().chain(pages).chain(watching).chain(running).chain(socket) {
             if let Err(err) = task.await {
                 warn!(error = %err, "a part of the node ended unexpectedly");
             }
@@ -213,6 +225,37 @@ impl Node {
         control.stop();
         info!(cut_short = ended == Ended::CutShort, "node stopped");
         ended
+    }
+}
+
+/// The control plane of a node, and what the pages show of it.
+struct BuiltPlane {
+    source: Arc<dyn LeaseSource>,
+    registration_form: &'static str,
+    /// How the registration stands. `None`: the plane knows none.
+    registration: Option<watch::Receiver<Registration>>,
+    /// Takes what a sign-in service asks of the pages.
+    health_checks: Arc<dyn HealthChecks>,
+}
+
+impl BuiltPlane {
+    fn posemesh(config: dms::Config, auth: Auth, client: transport::Client) -> Self {
+        Self {
+            registration_form: auth.form().word(),
+            registration: Some(auth.status()),
+            health_checks: auth.health_checks(),
+            source: Arc::new(Dms::new(config, client, auth)),
+        }
+    }
+
+    fn local(config: local::Config) -> anyhow::Result<Self> {
+        let source = Local::open(config).map_err(|problem| anyhow::anyhow!(problem))?;
+        Ok(Self {
+            registration_form: "none",
+            registration: None,
+            health_checks: Arc::new(NoRegistration),
+            source: Arc::new(source),
+        })
     }
 }
 

@@ -141,15 +141,27 @@ impl Auth {
         self.desk.source()
     }
 
+    /// The address of the node's wallet.
+    #[must_use]
+    pub fn address(&self) -> &str {
+        self.config.key.address()
+    }
+
     /// How the registration stands, for status pages and readiness.
     #[must_use]
     pub fn status(&self) -> watch::Receiver<Registration> {
         self.status.subscribe()
     }
 
+    /// How the node registers.
+    #[must_use]
+    pub fn form(&self) -> &Form {
+        &self.config.form
+    }
+
     /// Takes what the service says on the node's own pages.
     #[must_use]
-    pub fn visits(&self) -> Arc<dyn HealthChecks> {
+    pub fn health_checks(&self) -> Arc<dyn HealthChecks> {
         Arc::clone(&self.door) as _
     }
 

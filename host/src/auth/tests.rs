@@ -53,7 +53,7 @@ impl World {
         adjust(&mut config);
         let auth = Auth::new(config, served, transport::Client::new(transport::Config::default()));
         let (tokens, status, stop) = (auth.tokens(), auth.status(), CancellationToken::new());
-        let visits = auth.visits();
+        let visits = auth.health_checks();
         let room = AbortOnDropHandle::new(tokio::spawn(auth.run(stop.clone())));
         Self { dds, tokens, status, stop, room, visits, capabilities }
     }

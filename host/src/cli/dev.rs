@@ -172,8 +172,8 @@ fn greeting(
     row("tasks (DMS)", world.dms_url().to_string());
     row("domain server", world.domain_server_url().to_string());
     row("domain", world.domain_id().to_string());
-    if let Some(node) = node {
-        row("node pages", format!("http://{}/status.json", node.address()?));
+    if let Some(address) = node.and_then(Node::address) {
+        row("node pages", format!("http://{address}/status.json"));
     }
     if let Some(plugins) = plugins {
         let served: Vec<String> = plugins.capabilities().iter().map(ToString::to_string).collect();

@@ -1,26 +1,31 @@
-//! `runner-host invoke`: one runner, once, here, with no control plane.
+//! `runner-host invoke`: one runner, once, without a control plane.
+//!
+//! The task is the one job of a local control plane in a temporary folder. It takes the way of every other task:
+//! slots, memory budget, outbox.
 
 use std::{io::Write, path::PathBuf, sync::Arc};
 
 use anyhow::Context;
-use serde_json::{Value, json, value::to_raw_value};
-use uuid::Uuid;
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
 
 use super::{
-    Exit, Output, PluginArgs, block_on, nothing_to_serve, put, reserve_stdout, signals::Signals, table, tell,
+    Exit, Output, PluginArgs, block_on_beside_control, nothing_to_serve, put, reserve_stdout, signals, table, tell,
     unreadable,
 };
 use crate::{
-    config::{HostConfig, Layers, folder_trouble, own_scratch_dir},
-    model::{
-        Budget, CancelReason, Capability, DataLocation, HeldLease, Lease, LocalFiles, Outcome, Ports, Setup, TaskId,
-    },
-    plugins::{Folder, Job, Plugins},
-    storage::{LocalPorts, Scratch, UnpackLimits},
+    app::Node,
+    config::{HostConfig, Layers, PlaneChoice, folder_trouble, own_scratch_dir},
+    engine::StopSignals,
+    leases::local::{self, LocalEvent},
+    model::{Capability, Outcome, PlaneName, TaskId, TaskResult},
+    observe::StatusPage,
+    plugins::Plugins,
+    storage::Scratch,
 };
 
-/// How long a cancelled runner may take to return.
-const CANCEL_GRACE: std::time::Duration = std::time::Duration::from_secs(10);
+/// The id of the one job.
+const JOB: &str = "invoke";
 
 /// Flags of `invoke`.
 #[derive(clap::Args)]
@@ -58,7 +63,9 @@ pub(super) fn run(args: Args, layers: &Layers) -> anyhow::Result<Exit> {
         return Err(anyhow::anyhow!("--out {}: {why}", args.out.display()).context(Exit::Usage));
     }
     let data = reserve_stdout()?;
-    let plugins = args.plugins.load(1, &HostConfig::some(layers, &["plugins"])?.plugins)?;
+    // What belongs to a control plane is not needed here; a mistake in it is none of this command.
+    let config = HostConfig::some(layers, &["plugins", "storage", "engine"])?;
+    let plugins = args.plugins.load(1, &config.plugins)?;
     if let Some(exit) = nothing_to_serve(&plugins) {
         return Ok(exit);
     }
@@ -72,59 +79,62 @@ pub(super) fn run(args: Args, layers: &Layers) -> anyhow::Result<Exit> {
         }
         return Ok(Exit::Usage);
     }
-    block_on(invoke(args, capability, meta, plugins, data))
+    block_on_beside_control(invoke(args, capability, meta, config, plugins, data))
 }
 
 async fn invoke(
     args: Args,
     capability: Capability,
     meta: Value,
+    mut config: HostConfig,
     plugins: Plugins,
     mut data: impl Write,
 ) -> anyhow::Result<Exit> {
-    let scratch = Scratch::open(own_scratch_dir()?)?;
-    let task = TaskId::from(Uuid::new_v4());
-    let dir = scratch.task_dir(&task);
-    dir.make()?;
-    let (grant, _keys) =
-        HeldLease::new(lease(task, capability, args.inputs.len(), meta), Setup::Ready(Ok(DataLocation::None)));
-    let files = LocalFiles { inputs: args.inputs, out: args.out.clone() };
-    let (budget, unpack) = (Budget::unlimited(), UnpackLimits::default());
-    let ports = Arc::new(LocalPorts::new(grant.clone(), Some(files), dir.path().to_owned(), budget, unpack));
-    let job = Job {
-        grant: grant.clone(),
-        ports: Arc::clone(&ports) as Arc<dyn Ports>,
-        folder: Folder { path: dir.path().to_owned(), make: Arc::new(|| Ok(())) },
-        workers: tokio::runtime::Handle::current(),
-        cancel_grace: CANCEL_GRACE,
-        began: Box::new(|| {}),
-    };
-    let mut signals = Signals::install()?;
+    config.storage.scratch_dir = own_scratch_dir()?;
+    config.storage.disk_free_min = 0; // it protects a node that leases; this is one task that somebody asked for
+    let home = Scratch::open(config.storage.scratch_dir.clone())?;
+    let out = std::path::absolute(&args.out).context("--out")?;
+    let (observer, mut events) = mpsc::unbounded_channel();
+    let folder = home.path().join("jobs");
+    let inputs = args.inputs.iter().map(std::path::absolute).collect::<Result<Vec<_>, _>>().context("--input")?;
+    let job = local::Job { capability, inputs, meta, out: Some(out), term: local::TERM_MAX };
+    local::submit(&folder, &TaskId::parse(JOB)?, &job)?;
+    config.plane = PlaneChoice::Local { name: PlaneName::parse(JOB)?, folder, observer: Some(observer) };
+    config.engine.slots = 1;
+    config.outbox.state_dir = home.path().join("state");
+    config.observe.status_page = StatusPage::Disabled;
+    let stops = StopSignals::default();
+    signals::cancel(stops.clone())?;
     crate::crash::point("invoke.before-run");
-    let running = plugins.run(job);
+    let node = Node::build(config, Arc::new(plugins)).await?;
+    let running = node.run(stops.clone());
     tokio::pin!(running);
-    let outcome = loop {
+    let mut result = None;
+    loop {
         tokio::select! {
-            outcome = &mut running => break outcome,
-            () = grant.progress.changed() => show_news(&grant),
-            _ = signals.next() => grant.cancel.cancel(CancelReason::Operator),
+            _ = &mut running => break,
+            Some(event) = events.recv() => show(event, &mut result, &stops),
         }
+    }
+    while let Ok(event) = events.try_recv() {
+        show(event, &mut result, &stops);
+    }
+    let Some(result) = result else {
+        tell(format_args!("cancelled"));
+        return Ok(Exit::Cancelled);
     };
-    show_news(&grant);
-    plugins.shutdown(std::time::Duration::from_secs(1)).await;
-    dir.close()?;
-    match &outcome {
+    match &result.outcome {
         Outcome::Completed => {}
-        Outcome::Cancelled => {
+        Outcome::Drained | Outcome::Cancelled => {
             tell(format_args!("cancelled"));
             return Ok(Exit::Cancelled);
         }
         other => {
             tell(format_args!("error: {}: {}", other.word(), other.reason().unwrap_or_default()));
-            return Ok(if ports.disk_was_full() { Exit::Temporary } else { Exit::Failed });
+            return Ok(if result.disk_was_full { Exit::Temporary } else { Exit::Failed });
         }
     }
-    for artifact in ports.published() {
+    for artifact in &result.artifacts {
         let path = args.out.join(&artifact.logical_path);
         match args.output {
             Output::Text => put(&mut data, &table([path.display()]))?,
@@ -140,26 +150,14 @@ async fn invoke(
     Ok(Exit::Done)
 }
 
-fn lease(task: TaskId, capability: Capability, inputs: usize, meta: Value) -> Lease {
-    let inputs: Vec<String> = (0..inputs).map(|number| format!("input-{number}")).collect();
-    let document = json!({
-        "task": { "id": task.to_string(), "capability": capability.as_str(), "inputs_cids": inputs, "meta": meta },
-    });
-    let document = to_raw_value(&document).expect("JSON values are JSON");
-    Lease { inputs, document, ..Lease::bare(task, capability) }
-}
-
-/// Prints progress and events as they come, a line each.
-fn show_news(grant: &HeldLease) {
-    if !grant.progress.is_dirty() {
-        return;
-    }
-    let news = grant.progress.pending();
-    grant.progress.acknowledge(&news);
-    for event in &news.events {
-        tell(format_args!("event    {event}"));
-    }
-    if news.progress != json!({}) {
-        tell(format_args!("progress {}", news.progress));
+/// Prints progress and events as they come, a line each. The end of the task stops the node.
+fn show(event: LocalEvent, result: &mut Option<TaskResult>, stops: &StopSignals) {
+    match event {
+        LocalEvent::Event(event) => tell(format_args!("event    {event}")),
+        LocalEvent::Progress(progress) => tell(format_args!("progress {progress}")),
+        LocalEvent::Ended(ended) => {
+            *result = Some(ended);
+            stops.drain.cancel();
+        }
     }
 }

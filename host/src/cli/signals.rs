@@ -46,6 +46,24 @@ pub(super) async fn interrupted() {
     }
 }
 
+/// For a command with one task: the first signal cancels it, the second ends the process.
+///
+/// # Errors
+/// When the handlers cannot be installed.
+pub(super) fn cancel(stops: StopSignals) -> std::io::Result<()> {
+    let mut signals = Signals::install()?;
+    // Ends with the process.
+    tokio::spawn(async move {
+        signals.next().await;
+        stops.drain.cancel();
+        stops.cancel.cancel();
+        signals.next().await;
+        crate::plugins::leave(Exit::Cancelled as u8);
+        std::process::exit(Exit::Cancelled as i32);
+    });
+    Ok(())
+}
+
 #[cfg(unix)]
 pub(super) struct Signals {
     term: tokio::signal::unix::Signal,

@@ -1,9 +1,13 @@
-//! The configuration file: TOML or JSON, the places of [`KEYS`], nothing else.
+//! The configuration file: TOML or JSON, the places of [`KEYS`], the tables `[plane.NAME]`, nothing else.
 //!
 //! Both forms become a list of entries with the line each stands on. Types are strict: a number in
 //! quotes is a mistake, since what is meant shows in the file. No message repeats a secret.
 
-use std::{collections::BTreeSet, io::Read as _, path::Path};
+use std::{
+    collections::BTreeSet,
+    io::Read as _,
+    path::{Path, PathBuf},
+};
 
 use serde::{
     Deserializer as _,
@@ -13,6 +17,7 @@ use serde_json::value::RawValue;
 use toml::de::{DeTable, DeValue};
 
 use super::keys::{KEYS, Key, Kind};
+use crate::model::PlaneName;
 
 /// Far more than all settings need.
 const BYTES_MAX: u64 = 1024 * 1024;
@@ -24,7 +29,24 @@ const DEPTH_MAX: usize = 8;
 #[derive(Default)]
 pub(super) struct Read {
     pub(super) entries: Vec<Entry>,
+    pub(super) planes: Vec<PlaneEntry>,
     pub(super) mistakes: Vec<String>,
+}
+
+/// One table `[plane.NAME]`.
+#[derive(Clone, Debug)]
+pub(super) struct PlaneEntry {
+    pub(super) name: PlaneName,
+    pub(super) kind: PlaneKind,
+}
+
+/// A kind of control plane.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum PlaneKind {
+    /// The posemesh services. Their settings are those of the other tables.
+    Posemesh,
+    /// A folder of job files, as it is written in the file.
+    Local { folder: PathBuf },
 }
 
 /// One setting in a file.
@@ -117,6 +139,10 @@ impl Walk<'_> {
 
     fn table(&mut self, prefix: &str, members: Members) {
         for (name, line, value) in members {
+            if prefix.is_empty() && name == "plane" {
+                self.planes(line, value);
+                continue;
+            }
             let place = if prefix.is_empty() { name } else { format!("{prefix}.{name}") };
             if let Some(key) = KEYS.iter().find(|key| key.file == place) {
                 self.leaf(key, line, value);
@@ -132,6 +158,74 @@ impl Walk<'_> {
                 _ => self.mistake(line, &place, &format!("there is no such key{}", suggestion(&place))),
             }
         }
+    }
+
+    /// Reads the tables `[plane.NAME]`.
+    fn planes(&mut self, line: usize, value: Value) {
+        let Value::Table(planes) = value else {
+            return self.mistake(line, "plane", "expected a table for each control plane, such as [plane.jobs]");
+        };
+        for (name, line, value) in planes {
+            let place = format!("plane.{name}");
+            let name = match PlaneName::parse(&name) {
+                Ok(name) => name,
+                Err(err) => {
+                    self.mistake(line, &place, &err.to_string());
+                    continue;
+                }
+            };
+            let Value::Table(members) = value else {
+                self.mistake(line, &place, "expected a table");
+                continue;
+            };
+            if let Some(kind) = self.plane_kind(line, &place, members) {
+                self.read.planes.push(PlaneEntry { name, kind });
+            }
+        }
+    }
+
+    fn plane_kind(&mut self, line: usize, place: &str, members: Members) -> Option<PlaneKind> {
+        let (mut kind, mut folder) = (None, None);
+        for (key, line, value) in members {
+            match (key.as_str(), value) {
+                ("kind", Value::Text(text)) => kind = Some((line, text)),
+                ("folder", Value::Text(text)) => folder = Some((line, text)),
+                ("kind" | "folder", other) => {
+                    let found = other.describe();
+                    self.mistake(line, &format!("{place}.{key}"), &format!("expected a text in quotes, found {found}"));
+                    return None;
+                }
+                _ => {
+                    self.mistake(line, &format!("{place}.{key}"), "there is no such key; there are kind and folder");
+                    return None;
+                }
+            }
+        }
+        match (kind, folder) {
+            (None, _) => self.mistake(line, place, "has no kind; expected kind = \"posemesh\" or \"local\""),
+            (Some((_, kind)), None) if kind == "posemesh" => return Some(PlaneKind::Posemesh),
+            (Some((_, kind)), Some((line, _))) if kind == "posemesh" => {
+                self.mistake(line, &format!("{place}.folder"), "a posemesh plane has no folder; remove this key");
+            }
+            (Some((_, kind)), Some((_, folder))) if kind == "local" && !folder.trim().is_empty() => {
+                return Some(PlaneKind::Local { folder: PathBuf::from(folder.trim()) });
+            }
+            (Some((line, kind)), _) if kind == "local" => {
+                self.mistake(
+                    line,
+                    place,
+                    "has no folder; give the folder of the jobs, such as folder = \"/var/spool/jobs\"",
+                );
+            }
+            (Some((line, kind)), _) => {
+                self.mistake(
+                    line,
+                    &format!("{place}.kind"),
+                    &format!("expected \"posemesh\" or \"local\", found {kind:?}"),
+                );
+            }
+        }
+        None
     }
 
     fn leaf(&mut self, key: &'static Key, line: usize, value: Value) {

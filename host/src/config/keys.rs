@@ -4,7 +4,7 @@
 //! A new setting is one row here, and one field in the `Config` of the module that uses it.
 
 use super::{HostConfig, parser::Parser};
-use crate::{engine, model::Budget, outbox};
+use crate::{engine, model::Budget, observe::StatusPage, outbox};
 
 /// Reads the setting of this name and stores its value in the part of the module that uses it.
 type Fill = fn(&mut HostConfig, &mut Parser<'_>, &str);
@@ -146,7 +146,7 @@ pub const KEYS: &[Key] = &[
     key("NODE_VERSION", "node.version", Text, None, "version announced at registration; the host's own where unset",
         |c, p, name| c.auth.version = p.version(name)),
     key("HTTP_BIND", "http.bind", Address, Some("127.0.0.1:8080"), "where /health, /ready, /status.json and the registration callback are served",
-        |c, p, name| c.observe.http_bind = p.address(name)),
+        |c, p, name| c.observe.status_page = StatusPage::Enabled { listen: p.address(name) }),
     key("MAX_CONCURRENCY", "engine.max_concurrency", Whole, Some("1"), "tasks run at once",
         |c, p, name| c.engine.slots = p.count(name, engine::SLOTS_MAX)),
     key("REQUEST_TIMEOUT_SECS", "source.dms.request_timeout_secs", Whole, Some("60"), "limit of one call to the control plane, in seconds; at least 1",

@@ -9,7 +9,7 @@ use secrecy::SecretString;
 
 use super::{
     Mistakes,
-    file::{self, Entry},
+    file::{self, Entry, PlaneEntry, PlaneKind},
     keys::{KEYS, Key, Kind},
 };
 
@@ -40,6 +40,8 @@ pub struct Layers {
     /// Secrets that stand in the file, with their lines.
     secrets: BTreeMap<&'static str, (SecretString, usize)>,
     file: Option<PathBuf>,
+    /// The control planes that the file names.
+    planes: Vec<PlaneEntry>,
     /// Mistakes in single values that are known already; told together with all others.
     pub(super) mistakes: Vec<String>,
     /// What works but should not stay so.
@@ -72,6 +74,18 @@ impl Layers {
         let read = file::read(path).map_err(|problem| Mistakes(vec![problem]))?;
         self.file = Some(path.to_owned());
         self.mistakes.extend(read.mistakes);
+        if let [_, second, ..] = &read.planes[..] {
+            let path = path.display();
+            self.mistakes
+                .push(format!("{path}: plane.{}: this version serves one control plane; keep one", second.name));
+        }
+        self.planes = read.planes;
+        for plane in &mut self.planes {
+            if let PlaneKind::Local { folder } = &mut plane.kind {
+                // A path in a file is relative to the folder of the file.
+                *folder = path.parent().unwrap_or(Path::new("")).join(&*folder);
+            }
+        }
         for Entry { key, line, text } in read.entries {
             match key.kind {
                 Kind::Secret if text.trim().is_empty() => {}
@@ -91,6 +105,11 @@ impl Layers {
             self.warnings.push(format!("{path} holds a secret and can be read by others; chmod 600 {path}"));
         }
         Ok(())
+    }
+
+    /// The control plane that the node serves.
+    pub(super) fn plane(&self) -> Option<&PlaneEntry> {
+        self.planes.first()
     }
 
     /// Sets a value over whatever a lower layer said. Blank changes nothing.

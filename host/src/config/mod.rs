@@ -12,6 +12,7 @@ mod secrets;
 
 use std::path::{Path, PathBuf};
 
+use tokio::sync::mpsc;
 use url::Url;
 
 pub use keys::{KEYS, Key, Kind};
@@ -20,11 +21,15 @@ pub use parser::{Remark, duration};
 pub use places::{folder_trouble, host_trouble, kernel_trouble};
 pub use secrets::Secrets;
 
+use file::{PlaneEntry, PlaneKind};
+
 use crate::{
     auth::{self, NodeKey},
     engine,
-    leases::dms,
-    observe, outbox, plugins, session, storage,
+    leases::{dms, local::LocalEvent},
+    model::PlaneName,
+    observe::{self, StatusPage},
+    outbox, plugins, session, storage,
     transport::{self, Proxies, Roots},
 };
 use parser::Parser;
@@ -33,7 +38,9 @@ use parser::Parser;
 pub struct HostConfig {
     /// Who the node is, and how it registers and signs in.
     pub auth: auth::Config,
-    /// The control plane.
+    /// Which control plane the node serves.
+    pub plane: PlaneChoice,
+    /// The posemesh task service.
     pub dms: dms::Config,
     /// When heartbeats are sent.
     pub session: session::Config,
@@ -51,6 +58,22 @@ pub struct HostConfig {
     pub transport: transport::Config,
     /// Settings that work but should be changed, a line each.
     pub warnings: Vec<String>,
+}
+
+/// The control plane of a node.
+#[derive(Clone, Debug)]
+pub enum PlaneChoice {
+    /// The posemesh services: `auth` and `dms`.
+    Posemesh,
+    /// A folder of job files.
+    Local {
+        /// The name of the plane.
+        name: PlaneName,
+        /// The folder.
+        folder: PathBuf,
+        /// Who wants to know what becomes of the jobs.
+        observer: Option<mpsc::UnboundedSender<LocalEvent>>,
+    },
 }
 
 /// Every mistake in the configuration, a line each.
@@ -87,6 +110,7 @@ impl HostConfig {
     fn blank() -> Self {
         Self {
             auth: auth::Config::new(placeholder(), NodeKey::generate().0),
+            plane: PlaneChoice::Posemesh,
             dms: dms::Config::new(placeholder()),
             session: session::Config::default(),
             engine: engine::Config::default(),
@@ -101,6 +125,7 @@ impl HostConfig {
 
     /// A configuration with placeholders for what cannot be used, and what there is to say about it.
     fn examine<'a>(layers: &'a Layers, secrets: &Secrets) -> (Self, Parser<'a>) {
+        let posemesh = !layers.plane().is_some_and(|plane| matches!(plane.kind, PlaneKind::Local { .. }));
         let mut parser = Parser::new(layers);
         parser.mistakes = layers.mistakes.iter().map(Remark::plain).collect();
         parser.warnings = layers.warnings.iter().map(Remark::plain).collect();
@@ -117,7 +142,7 @@ impl HostConfig {
             } else {
                 layers.get(key).0.is_some()
             };
-            if key.required && !present {
+            if key.required && !present && posemesh {
                 parser.mistakes.push(Remark::plain(format!("{} is not set: {}", key.name, key.help)));
             }
         }
@@ -125,12 +150,23 @@ impl HostConfig {
         for key in KEYS {
             (key.fill)(&mut built, &mut parser, key.name);
         }
+        match layers.plane() {
+            Some(PlaneEntry { name, kind: PlaneKind::Local { folder } }) => {
+                built.plane = PlaneChoice::Local { name: name.clone(), folder: folder.clone(), observer: None };
+                return (built, parser);
+            }
+            Some(PlaneEntry { name, kind: PlaneKind::Posemesh }) => built.dms.name = name.clone(),
+            None => {}
+        }
         let policy = transport::Policy { allow_insecure_http: built.transport.allow_insecure_http };
         for (name, url) in [("DMS_BASE_URL", &built.dms.base), ("DDS_BASE_URL", &built.auth.dds)] {
             parser.look_at_base_url(name, url, policy);
         }
         built.observe.node_host = parser.optional("NODE_URL").and_then(node_url::host);
-        built.auth.form = node_url::registration(&mut parser, built.observe.http_bind, &built.auth.dds);
+        built.auth.form = match built.observe.status_page {
+            StatusPage::Enabled { listen } => node_url::registration(&mut parser, listen, &built.auth.dds),
+            StatusPage::Disabled => auth::Form::Wallet,
+        };
         (built, parser)
     }
 }

@@ -7,16 +7,20 @@ use std::{
 };
 
 use futures_util::FutureExt as _;
-use tokio::{sync::OwnedSemaphorePermit, task::JoinHandle};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    task::JoinHandle,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{Span, info, info_span, warn};
 
-use super::{Modules, SharedPace, StopSignals, pace::LeaseValue};
+use super::{Modules, SharedPace, StopSignals, pace::LeaseValue, planes::WaitingLease};
 use crate::{
     crash,
+    leases::{Advice, LeaseSource},
     model::{
-        CancelReason, HeldLease, HeldNumber, Lease, Outcome, ReportState, Setup, SetupStage, TaskRecord, TaskResult,
-        millis,
+        CancelReason, HeldLease, HeldNumber, Lease, Outcome, ReportState, Setup, SetupStage, StatusBoard, TaskRecord,
+        TaskResult, millis,
     },
     outbox::Sent,
     plugins::{Folder, Job},
@@ -50,9 +54,19 @@ enum Settled {
     Silent(CancelReason),
 }
 
-/// Room to run one task, and whom to tell what came of it.
+/// The slot of an attempt.
+pub(super) enum SlotPermit {
+    /// Reserved before the poll.
+    Held(OwnedSemaphorePermit),
+    /// To be reserved: the lease came by itself.
+    Wanted(Arc<Semaphore>, WaitingLease),
+}
+
+/// Room to run one task, and who is told how it ended.
 pub(super) struct Slot {
-    pub(super) permit: OwnedSemaphorePermit,
+    pub(super) permit: SlotPermit,
+    /// The control plane that gave the lease.
+    pub(super) source: Arc<dyn LeaseSource>,
     pub(super) pace: SharedPace,
     /// The task on the status board.
     pub(super) held: HeldNumber,
@@ -76,7 +90,10 @@ pub(super) async fn attempt(modules: Arc<Modules>, slot: Slot, session: Session,
     let grant = session.grant(); // the task, a token, cancel, a place to report progress
     let lease = &grant.lease;
     let began = Instant::now();
-    info!("task started");
+    let (permit, refused) = match admit(&modules.board, slot.permit, &*slot.source, slot.held, &grant, &stops).await {
+        Ok(permit) => (Some(permit), None),
+        Err(outcome) => (None, Some(End::bare(outcome))),
+    };
     // Boxed: what goes around it would hold it several times over, and be copied with each move.
     let run = AssertUnwindSafe(Box::pin(run(Arc::clone(&modules), slot.held, grant.clone(), grace))).catch_unwind();
     let ended = async {
@@ -86,15 +103,55 @@ pub(super) async fn attempt(modules: Arc<Modules>, slot: Slot, session: Session,
             End::bare(Outcome::HostFault { message })
         })
     };
-    let End { mut result, tidying } = run_to_end(ended, &grant, &stops.cancel).await;
+    let End { mut result, tidying } = match refused {
+        Some(end) => end,
+        None => {
+            info!(event = "task.started", "task started");
+            run_to_end(ended, &grant, &stops.cancel).await
+        }
+    };
     result.outcome.redact(&grant.tokens());
     modules.board.moved(slot.held, "reporting");
     slot.pace.ended(lease_value(&grant, &result.outcome));
     let brief = began.elapsed() <= BRIEF && result.artifacts.is_empty();
-    let freed = free(slot.permit, tidying);
+    let freed = free(permit, tidying);
     let settled = settle(&modules, freed, session, &result, brief, &stops).await;
     modules.board.ended(slot.held, TaskRecord::new(lease, &result, began.elapsed(), settled.state()));
     say(&result, &settled, began.elapsed());
+}
+
+/// Confirms the lease and gets its slot. `Err` is the end of a task that never started.
+async fn admit(
+    board: &StatusBoard,
+    slot: SlotPermit,
+    source: &dyn LeaseSource,
+    held: HeldNumber,
+    grant: &HeldLease,
+    stops: &StopSignals,
+) -> Result<OwnedSemaphorePermit, Outcome> {
+    match source.acknowledge(&grant.lease).await {
+        Ok(()) => {}
+        Err(err) if err.advice() == Advice::StopTask => {
+            info!(event = "lease.taken_elsewhere", error = %err, "another node has the lease");
+            return Err(Outcome::LeaseLost);
+        }
+        Err(err) => {
+            warn!(event = "lease.not_acknowledged", error = %err, "lease could not be acknowledged, its task runs anyway");
+        }
+    }
+    let (slots, waiting) = match slot {
+        SlotPermit::Held(permit) => return Ok(permit),
+        SlotPermit::Wanted(slots, waiting) => (slots, waiting),
+    };
+    board.moved(held, "waiting");
+    let permit = tokio::select! {
+        biased;
+        () = stops.drain.cancelled() => Err(Outcome::Drained),
+        reason = grant.cancel.cancelled() => Err(Outcome::of_cancel(reason)),
+        permit = slots.acquire_owned() => Ok(permit.expect("the slots are never closed")),
+    };
+    drop(waiting);
+    permit
 }
 
 /// What the lease behind `grant` was good for, now that its task has ended.
@@ -182,7 +239,7 @@ async fn settle(
 }
 
 /// Frees the slot, once its task's folder is gone.
-async fn free(permit: OwnedSemaphorePermit, tidying: Option<Tidying>) {
+async fn free(permit: Option<OwnedSemaphorePermit>, tidying: Option<Tidying>) {
     if let Some(tidying) = tidying {
         match tidying.await {
             Ok(Ok(())) => {}
@@ -231,9 +288,9 @@ async fn run(modules: Arc<Modules>, held: HeldNumber, grant: HeldLease, grace: D
     };
     let outcome = modules.plugins.run(job).await;
     ports.close().await; // ends or aborts what is still under way
-    let (artifacts, inputs) = (ports.published(), ports.fetched());
+    let (artifacts, inputs, disk_was_full) = (ports.published(), ports.fetched(), ports.disk_was_full());
     let tidying = (!dir.close_empty()).then(|| modules.workers.spawn_blocking(move || dir.close()));
-    End { result: TaskResult { outcome: refused_setup(&grant, outcome), artifacts, inputs }, tidying }
+    End { result: TaskResult { outcome: refused_setup(&grant, outcome), artifacts, inputs, disk_was_full }, tidying }
 }
 
 /// The task's directory as plugins ask for it.

@@ -6,6 +6,7 @@
 
 mod attempt;
 mod pace;
+mod planes;
 
 use std::{
     pin::pin,
@@ -16,7 +17,7 @@ use std::{
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use tokio::{
     runtime::Handle,
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::{Notify, OwnedSemaphorePermit, Semaphore},
     task::{JoinError, JoinSet},
     time::{Instant, MissedTickBehavior},
 };
@@ -24,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, debug, error, info, warn};
 
 use crate::{
-    leases::{Advice, LeaseError, LeaseSource},
+    leases::{Admission, Advice, LeaseError, LeaseSource},
     model::{BootInstant, Lease, Outcome, Phase, ReportAddress, SetupStage, StatusBoard, millis},
     outbox::Outbox,
     plugins::Plugins,
@@ -32,6 +33,7 @@ use crate::{
     storage::Stores,
 };
 use pace::{LeaseValue, Pace};
+use planes::{Plane, Turn, turn};
 
 /// How long a stop waits for the answer to a poll under way. A lease that comes later expires and
 /// goes to another node.
@@ -46,7 +48,7 @@ const REFUSAL_PAUSE: Duration = Duration::from_millis(500);
 /// What the engine works with.
 pub struct Modules {
     /// Where leases come from.
-    pub source: Arc<dyn LeaseSource>,
+    pub planes: Vec<Arc<dyn LeaseSource>>,
     /// Keeps them.
     pub sessions: Sessions,
     /// Moves data.
@@ -122,10 +124,11 @@ pub struct Engine {
     modules: Arc<Modules>,
     config: Config,
     slots: Arc<Semaphore>,
-    attempts: JoinSet<()>,
-    pace: SharedPace,
-    /// The plane wants one of the attempts to end before it gives us more.
-    busy: bool,
+    /// Each ends with the place of its plane.
+    attempts: JoinSet<usize>,
+    planes: Vec<Plane>,
+    /// A lease that waited for a slot waits no longer.
+    changed: Arc<Notify>,
 }
 
 /// The pace of polling, which attempts change as they end.
@@ -133,6 +136,10 @@ pub struct Engine {
 struct SharedPace(Arc<Mutex<Pace>>);
 
 impl SharedPace {
+    fn new(poll_backoff: (Duration, Duration), now: Instant) -> Self {
+        Self(Arc::new(Mutex::new(Pace::new(poll_backoff, now))))
+    }
+
     fn lock(&self) -> MutexGuard<'_, Pace> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -172,8 +179,7 @@ impl SharedPace {
 
 /// A poll that has come to its end.
 struct Polled {
-    /// The slot it was sent for.
-    permit: OwnedSemaphorePermit,
+    turn: Turn,
     sent: Instant,
     taken: Result<Option<Lease>, LeaseError>,
 }
@@ -183,41 +189,40 @@ impl Engine {
     #[must_use]
     pub fn new(modules: Modules, config: Config) -> Self {
         let slots = Arc::new(Semaphore::new(config.slots));
-        let pace = SharedPace(Arc::new(Mutex::new(Pace::new(config.poll_backoff, Instant::now()))));
-        Self { modules: Arc::new(modules), config, slots, attempts: JoinSet::new(), pace, busy: false }
+        let (changed, now) = (Arc::new(Notify::new()), Instant::now());
+        let plane = |source: &Arc<dyn LeaseSource>| Plane::new(Arc::clone(source), config.poll_backoff, &changed, now);
+        let planes = modules.planes.iter().map(plane).collect();
+        Self { modules: Arc::new(modules), config, slots, attempts: JoinSet::new(), planes, changed }
     }
 
     /// Polls and runs until told to stop and everything has ended. Spawn it on the runtime that
     /// drives the sessions: a poll, its lease and the first heartbeat then need no other thread.
     pub async fn run(mut self, stops: StopSignals) -> Ended {
-        let source = Arc::clone(&self.modules.source);
         let mut polls = FuturesUnordered::new();
-        // The last answer, or the first poll after it.
-        let mut since = Instant::now();
         let mut look = tokio::time::interval(UNANSWERED / 5);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
-            let more = !self.busy && polls.len() < self.pace.width();
+            let more = self.planes.iter().any(Plane::wants_poll);
             tokio::select! {
                 biased;
                 () = stops.drain.cancelled() => break,
-                Some(polled) = polls.next() => {
-                    since = Instant::now();
-                    self.found(polled, &stops);
-                }
+                Some(polled) = polls.next() => self.found(polled, &stops),
                 // After a finished task the next poll follows at once.
                 Some(ended) = self.attempts.join_next() => self.look_at(ended),
-                permit = turn(&self.modules, &self.slots, &self.pace), if more => {
-                    if polls.is_empty() {
-                        since = Instant::now();
-                    }
-                    polls.push(poll(&*source, permit));
+                turn = turn(&self.modules, &self.planes, &self.slots), if more => {
+                    let plane = &mut self.planes[turn.plane];
+                    plane.sent(Instant::now());
+                    polls.push(poll(Arc::clone(&plane.source), turn));
                 }
+                () = self.changed.notified() => {} // a plane may be polled again
                 // A plane that hangs gives no work long before the call has failed.
-                _ = look.tick(), if !polls.is_empty() => if since.elapsed() >= UNANSWERED {
+                _ = look.tick(), if !polls.is_empty() => if self.planes.iter().any(hangs) {
                     self.modules.board.unanswered();
                 },
             }
+        }
+        for plane in &self.planes {
+            plane.source.quiesce();
         }
         // Dropped midway only when a stop runs out of patience: the plane may have given us leases.
         let mut patience = pin!(stops.out_of_patience());
@@ -233,7 +238,11 @@ impl Engine {
 
     /// Looks at what a poll brought.
     fn found(&mut self, polled: Polled, stops: &StopSignals) {
-        let Polled { permit, sent, taken } = polled;
+        let Polled { turn: Turn { plane: place, permit }, sent, taken } = polled;
+        let attempts_run = !self.attempts.is_empty();
+        let plane = &mut self.planes[place];
+        plane.under_way -= 1;
+        plane.since = Instant::now();
         if taken.is_ok() {
             self.modules.outbox.plane_answers();
         }
@@ -242,30 +251,31 @@ impl Engine {
             self.modules.board.polled(None);
         }
         match taken {
-            Ok(Some(lease)) if self.admits(&lease) => {
-                self.pace.won();
-                self.begin(lease, permit, stops);
+            Ok(Some(lease)) if admits(&self.modules, &lease) => {
+                plane.pace.won();
+                self.begin(lease, place, permit, stops);
             }
-            Err(LeaseError::Busy) if !self.attempts.is_empty() => {
-                self.pace.alone();
-                self.busy = true;
+            Err(LeaseError::Busy) if attempts_run => {
+                plane.pace.alone();
+                plane.busy = true;
             }
             Ok(_) | Err(LeaseError::Busy) => {
-                if let Some(pause) = self.pace.pause(sent, None) {
+                if let Some(pause) = plane.pace.pause(sent, None) {
                     debug!(retry_in_ms = millis(pause), "no work");
                 }
             }
             Err(LeaseError::Malformed { task: Some(to), reason }) => {
-                self.pace.ended(LeaseValue::Nothing);
-                let refusal = refuse(Arc::clone(&self.modules.source), to, reason, stops.cancel.clone());
+                plane.pace.ended(LeaseValue::Nothing);
+                let refusal = refuse(Arc::clone(&plane.source), to, reason, stops.cancel.clone());
                 self.attempts.spawn(async move {
                     refusal.await;
                     drop(permit);
+                    place
                 });
             }
             Err(err) => {
                 // Polls that were under way together fail together, and are told once.
-                let Some(pause) = self.pace.pause(sent, err.retry_after()) else { return };
+                let Some(pause) = plane.pace.pause(sent, err.retry_after()) else { return };
                 self.modules.board.polled(Some(err.to_string()));
                 if !stops.drain.is_cancelled() {
                     warn!(error = %err, retry_in_ms = millis(pause), "poll failed");
@@ -274,11 +284,12 @@ impl Engine {
         }
     }
 
-    fn begin(&mut self, lease: Lease, permit: OwnedSemaphorePermit, stops: &StopSignals) {
+    fn begin(&mut self, lease: Lease, place: usize, permit: Option<OwnedSemaphorePermit>, stops: &StopSignals) {
+        let plane = &self.planes[place];
         let plugin = self.modules.plugins.name_of(&lease.capability);
         let span = attempt::span(&lease, plugin.as_deref());
         let task = lease.task().clone();
-        let session = span.in_scope(|| self.modules.sessions.open(lease)); // heartbeats start
+        let session = span.in_scope(|| self.modules.sessions.open(&plane.source, lease)); // heartbeats start
         if self.modules.outbox.owes(&task) {
             // The plane leased it again before it heard of its end, as after a crash.
             span.in_scope(|| info!("task leased again, its report is still on its way"));
@@ -286,32 +297,34 @@ impl Engine {
             return;
         }
         let held = self.modules.board.began(&session.grant(), plugin);
-        let slot = attempt::Slot { permit, pace: self.pace.clone(), held };
+        let permit = match permit {
+            Some(permit) => attempt::SlotPermit::Held(permit),
+            None => attempt::SlotPermit::Wanted(Arc::clone(&self.slots), plane.one_waits()),
+        };
+        let (source, pace) = (Arc::clone(&plane.source), plane.pace.clone());
+        let slot = attempt::Slot { permit, source, pace, held };
         let (modules, grace) = (Arc::clone(&self.modules), self.config.cancel_grace);
         let attempt = attempt::attempt(modules, slot, session, grace, stops.clone());
-        self.attempts.spawn(attempt.instrument(span));
+        self.attempts.spawn(
+            async move {
+                attempt.await;
+                place
+            }
+            .instrument(span),
+        );
     }
 
-    /// Leases that are over before they begin are neither run nor reported.
-    fn admits(&self, lease: &Lease) -> bool {
-        let span = || attempt::span(lease, self.modules.plugins.name_of(&lease.capability).as_deref());
-        if lease.cancelled {
-            span().in_scope(|| info!("lease skipped, it came already cancelled"));
-            return false;
-        }
-        if lease.expires_at.is_some_and(BootInstant::has_passed) {
-            span().in_scope(|| warn!("lease skipped, it expired before it was looked at"));
-            return false;
-        }
-        true
-    }
-
-    /// An attempt settles its lease itself; only a bug of ours surfaces here.
-    fn look_at(&mut self, ended: Result<(), JoinError>) {
-        self.busy = false;
+    /// An attempt reports the end of its lease itself; an error here is a host bug.
+    fn look_at(&mut self, ended: Result<usize, JoinError>) {
         match ended {
-            Ok(()) => self.pace.hasten(),
-            Err(err) => error!(error = %err, "an attempt ended unexpectedly"),
+            Ok(place) => {
+                self.planes[place].busy = false;
+                self.planes[place].pace.hasten();
+            }
+            Err(err) => {
+                self.planes.iter_mut().for_each(|plane| plane.busy = false);
+                error!(error = %err, "an attempt ended unexpectedly");
+            }
         }
     }
 
@@ -344,29 +357,30 @@ impl Engine {
     }
 }
 
-/// Waits until one more poll may be sent, and holds the slot for it: a lease we hold can always be run.
-/// Where too many reports wait for the plane there is none, or finished tasks would pile up without bound.
-async fn turn(modules: &Modules, slots: &Arc<Semaphore>, pace: &SharedPace) -> OwnedSemaphorePermit {
-    let (outbox, disk) = (&modules.outbox, modules.storage.disk());
-    loop {
-        let permit = Arc::clone(slots).acquire_owned().await.expect("the slots are never closed");
-        // The task whose slot this was may have filled the one or the other.
-        if !outbox.has_room() {
-            outbox.until_room().await;
-        } else if !disk.has_room() {
-            disk.until_room().await;
-        } else if pace.next() > Instant::now() {
-            tokio::time::sleep_until(pace.next()).await;
-        } else {
-            return permit;
-        }
+/// Leases that are over before they begin are neither run nor reported.
+fn admits(modules: &Modules, lease: &Lease) -> bool {
+    let span = || attempt::span(lease, modules.plugins.name_of(&lease.capability).as_deref());
+    if lease.cancelled {
+        span().in_scope(|| info!("lease skipped, it came already cancelled"));
+        return false;
     }
+    if lease.expires_at.is_some_and(BootInstant::has_passed) {
+        span().in_scope(|| warn!("lease skipped, it expired before it was looked at"));
+        return false;
+    }
+    true
+}
+
+/// Whether a plane leaves its polls without an answer. One that sends leases by itself may be silent for long.
+fn hangs(plane: &Plane) -> bool {
+    let asked = plane.source.facts().admission == Admission::SlotFirst;
+    asked && plane.under_way > 0 && plane.since.elapsed() >= UNANSWERED
 }
 
 /// Asks for a lease.
-async fn poll(source: &dyn LeaseSource, permit: OwnedSemaphorePermit) -> Polled {
+async fn poll(source: Arc<dyn LeaseSource>, turn: Turn) -> Polled {
     let sent = Instant::now();
-    Polled { permit, sent, taken: source.poll().await }
+    Polled { turn, sent, taken: source.poll().await }
 }
 
 /// Gives back a lease that could not be read. Where the plane does not take that either, the lease

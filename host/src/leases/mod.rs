@@ -1,22 +1,74 @@
 //! Where leases come from.
 //!
-//! A [`LeaseSource`] turns one control plane into three verbs: take a lease, keep it, settle it.
+//! A [`LeaseSource`] is one control plane: poll, heartbeat, report, reject.
 //! Nothing outside `leases` knows which plane is in use. Nothing in here decides when to call:
 //! pacing belongs to `session`, admission to `engine`.
 
 pub mod dms;
+pub mod local;
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
+use tokio_util::sync::CancellationToken;
 
 use crate::model::{
-    AnnouncedData, BootInstant, Lease, Outcome, Pending, ReportAddress, TaskId, TaskResult, Term, Token,
+    AnnouncedData, BootInstant, Lease, Outcome, Pending, PlaneName, ReportAddress, TaskId, TaskResult, Term, Token,
 };
 
-/// One control plane.
+/// When a slot is reserved for a lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Admission {
+    /// Before each poll: the control plane is asked only for what can start at once.
+    SlotFirst,
+    /// When a lease has arrived: the control plane sends leases by itself, and a poll waits for the next one. One
+    /// lease may wait for a slot; heartbeats keep it.
+    LeaseFirst,
+}
+
+/// What is known of a control plane before anything is sent.
+#[derive(Clone, Debug)]
+pub struct PlaneFacts {
+    /// Its name in the configuration of this node.
+    pub name: PlaneName,
+    /// Its base URL. A report goes to no other one.
+    pub base_url: Arc<str>,
+    /// This node on it. A report of another node is not sent.
+    pub node: Arc<str>,
+    /// When a slot is reserved.
+    pub admission: Admission,
+    /// Longest pause between two heartbeats of one lease. `None`: the term of the lease decides alone.
+    pub heartbeat_every: Option<Duration>,
+}
+
+/// Whether a control plane may give work.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PlaneReadiness {
+    /// It may be polled.
+    Ready,
+    /// It may not, for this reason, in one line.
+    NotReady(String),
+}
+
+/// One control plane. An adapter is built from its own configuration and owns its sign-in and registration.
 #[async_trait]
 pub trait LeaseSource: Send + Sync {
+    /// What is known before anything is sent.
+    fn facts(&self) -> &PlaneFacts;
+    /// Registers, signs in and keeps up what the other calls need, until `stop`. Called once. Stop it after the
+    /// last report.
+    async fn run(&self, stop: CancellationToken);
+    /// Whether it may be polled now. Costs little.
+    fn readiness(&self) -> PlaneReadiness;
+    /// Waits until it may be polled. `false`: it never will be again.
+    async fn until_ready(&self) -> bool;
+    /// Asks for no new lease: the node drains. A poll that waits for a lease returns `None` soon.
+    fn quiesce(&self) {}
+    /// Tells the control plane that the lease has arrived, where its wire has such a call. Called once for each
+    /// lease, before its task runs. [`LeaseError::Gone`]: somebody else has it.
+    async fn acknowledge(&self, _lease: &Lease) -> Result<(), LeaseError> {
+        Ok(())
+    }
     /// Takes the next lease we can serve. `Ok(None)`: asked, and there is nothing; back off quietly.
     /// Let it finish: dropping this future may lose a lease the plane has already given us.
     async fn poll(&self) -> Result<Option<Lease>, LeaseError>;

@@ -29,3 +29,14 @@ pub trait HealthChecks: Send + Sync {
     /// The service asked whether this node lives.
     fn probed(&self);
 }
+
+/// A node that registers nowhere: no callback is expected, and a probe says nothing.
+pub struct NoRegistration;
+
+impl HealthChecks for NoRegistration {
+    fn called_back(&self, _callback: Callback) -> Result<(), Unexpected> {
+        Err(Unexpected)
+    }
+
+    fn probed(&self) {}
+}

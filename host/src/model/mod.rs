@@ -25,7 +25,7 @@ pub use boot_instant::BootInstant;
 pub use budget::{Budget, Charge, OverBudget};
 pub use capability::{Capability, CapabilityError};
 pub use data_location::{AnnouncedData, Coordinates, DataLocation, LocalFiles};
-pub use health_checks::{Callback, HealthChecks, Unexpected};
+pub use health_checks::{Callback, HealthChecks, NoRegistration, Unexpected};
 pub use held_lease::{
     CancelReason, CancelSignal, Deadline, HeldLease, HeldLeaseState, HeldLeaseWriter, LeaseUpdates, MissedHeartbeats,
     Setup, Token,

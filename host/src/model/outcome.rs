@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Artifact, Fetched, ReportAddress, Token};
+use super::{Artifact, CancelReason, Fetched, ReportAddress, Token};
 
 /// Tokens this short are words: taking them out would spoil texts and hide nothing.
 const SECRET_BYTES_MIN: usize = 4;
@@ -86,6 +86,16 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// How a task ends that was cancelled for `reason`.
+    #[must_use]
+    pub fn of_cancel(reason: CancelReason) -> Self {
+        match reason {
+            CancelReason::LeaseLost => Self::LeaseLost,
+            CancelReason::Drained => Self::Drained,
+            CancelReason::Plane | CancelReason::Operator => Self::Cancelled,
+        }
+    }
+
     /// A stable word for logs, status pages and reports.
     #[must_use]
     pub fn word(&self) -> &'static str {
@@ -222,13 +232,16 @@ pub struct TaskResult {
     /// What was fetched whole, each input once.
     #[serde(default)]
     pub inputs: Vec<Fetched>,
+    /// An output was not written because a disk of this machine was full.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub disk_was_full: bool,
 }
 
 impl TaskResult {
     /// An end without anything moved.
     #[must_use]
     pub fn bare(outcome: Outcome) -> Self {
-        Self { outcome, artifacts: Vec::new(), inputs: Vec::new() }
+        Self { outcome, artifacts: Vec::new(), inputs: Vec::new(), disk_was_full: false }
     }
 }
 

@@ -148,6 +148,10 @@ pub trait Ports: Send + Sync {
     fn fetched(&self) -> Vec<Fetched>;
     /// What bytes in memory are charged to.
     fn budget(&self) -> &Budget;
+    /// Whether an output was not written because a disk of this machine was full.
+    fn disk_was_full(&self) -> bool {
+        false
+    }
     /// Ends the task's access: calls under way fail with [`PortErrorKind::LeaseOver`], unfinished outputs are
     /// aborted, and this returns when that is done. What was published stays listed.
     async fn close(&self);

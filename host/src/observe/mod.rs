@@ -7,17 +7,29 @@ pub mod pages;
 
 use std::net::SocketAddr;
 
+/// The pages of a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StatusPage {
+    /// Nothing listens.
+    Disabled,
+    /// They are served at this address.
+    Enabled {
+        /// Port 0 takes a free one.
+        listen: SocketAddr,
+    },
+}
+
 /// What a node shows of itself.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Where the node serves its own pages.
-    pub http_bind: SocketAddr,
+    pub status_page: StatusPage,
     /// The host of `NODE_URL`, also where the node does not register with it.
     pub node_host: Option<String>,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { http_bind: SocketAddr::from(([127, 0, 0, 1], 8080)), node_host: None }
+        Self { status_page: StatusPage::Enabled { listen: SocketAddr::from(([127, 0, 0, 1], 8080)) }, node_host: None }
     }
 }

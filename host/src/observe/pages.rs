@@ -25,7 +25,6 @@ use tokio_util::sync::CancellationToken;
 use tower_service::Service as _;
 
 use super::{
-    Config,
     callback::{self, CallbackQueue},
 };
 use crate::{
@@ -60,19 +59,19 @@ pub struct Pages {
 }
 
 impl Pages {
-    /// Binds the address; port 0 takes a free one. The process may have `descriptors` open. `visits` learns what the
+    /// Binds `listen`; port 0 takes a free one. The process may have `descriptors` open. `visits` learns what the
     /// sign-in service says here.
     ///
     /// # Errors
     /// When the address cannot be bound.
     pub async fn bind(
-        config: Config,
+        listen: SocketAddr,
+        node_host: Option<String>,
         descriptors: usize,
         board: StatusBoard,
         visits: Arc<dyn HealthChecks>,
     ) -> std::io::Result<Self> {
-        let Config { http_bind, node_host } = config;
-        let listener = TcpListener::bind(http_bind).await?;
+        let listener = TcpListener::bind(listen).await?;
         Ok(Self { listener, node_host, descriptors, board, desk: CallbackQueue::new(visits) })
     }
 

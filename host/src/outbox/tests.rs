@@ -73,9 +73,11 @@ impl Bench {
     }
 
     fn open_as(&self, node: &str, max: usize) -> Outbox {
-        let config = dms::Config { base: self.plane.url.clone(), request_timeout: Duration::from_secs(20) };
+        let config =
+            dms::Config { request_timeout: Duration::from_secs(20), ..dms::Config::new(self.plane.url.clone()) };
         let client = transport::Client::new(transport::Config::default());
-        let source = Arc::new(Dms::new(config, client, TokenSource::holding("node")));
+        let source: Arc<dyn LeaseSource> =
+            Arc::new(Dms::with_tokens(config, client, "node".into(), TokenSource::holding("node")));
         let plane = PlaneName::parse(dms::DEFAULT_NAME).expect("a name");
         let state = StateDir::open(self.state.path()).expect("a folder of our own");
         let config = Config { state, plane, base_url: self.plane.url.to_string(), node: node.into(), max, senders: 2 };

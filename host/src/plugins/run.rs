@@ -197,7 +197,7 @@ impl Plugin {
         let Job { grant, ports, folder, workers, cancel_grace, began } = job;
         let slot = tokio::select! {
             slot = self.slots.acquire() => slot,
-            reason = grant.cancel.cancelled() => return cancelled(reason),
+            reason = grant.cancel.cancelled() => return Outcome::of_cancel(reason),
         };
         let Ok(slot) = slot else {
             return self.refusal().expect("slots are closed when the plugin goes out of service");
@@ -238,7 +238,7 @@ impl Plugin {
                             self.slots.close();
                         }
                         drop(slot);
-                        return cancelled(grant.cancel.reason().unwrap_or(CancelReason::Operator));
+                        return Outcome::of_cancel(grant.cancel.reason().unwrap_or(CancelReason::Operator));
                     }
                 }
             }
@@ -274,20 +274,12 @@ impl Plugins {
     }
 }
 
-fn cancelled(reason: CancelReason) -> Outcome {
-    match reason {
-        CancelReason::LeaseLost => Outcome::LeaseLost,
-        CancelReason::Drained => Outcome::Drained,
-        CancelReason::Plane | CancelReason::Operator => Outcome::Cancelled,
-    }
-}
-
 fn outcome(grant: &HeldLease, completion: Completion) -> Outcome {
     let Completion { status, text, details } = completion;
     match grant.cancel.reason() {
         // Work that was finished in spite of a drain is worth reporting.
         Some(CancelReason::Drained) if status == Status::OK => return Outcome::Completed,
-        Some(reason) => return cancelled(reason),
+        Some(reason) => return Outcome::of_cancel(reason),
         None => {}
     }
     let message = if text.trim().is_empty() { "the runner gave no reason".to_owned() } else { text };

@@ -42,7 +42,6 @@ impl Default for Config {
 
 /// Opens sessions.
 pub struct Sessions {
-    source: Arc<dyn LeaseSource>,
     timing: pacing::HeartbeatTiming,
     runtime: Handle,
 }
@@ -50,18 +49,19 @@ pub struct Sessions {
 impl Sessions {
     /// `runtime` drives the heartbeats.
     #[must_use]
-    pub fn new(source: Arc<dyn LeaseSource>, config: Config, runtime: Handle) -> Self {
+    pub fn new(config: Config, runtime: Handle) -> Self {
         let timing = pacing::HeartbeatTiming::new(config.min_ratio, config.max_ratio, config.coalesce);
-        Self { source, timing, runtime }
+        Self { timing, runtime }
     }
 
     /// Starts to keep `lease`, with a heartbeat at once. A lease that arrived cancelled gets none:
     /// its grant is cancelled from the beginning. Its log lines belong to the current span.
     #[must_use]
-    pub fn open(&self, lease: Lease) -> Session {
+    pub fn open(&self, source: &Arc<dyn LeaseSource>, lease: Lease) -> Session {
         let (grant, keys) = HeldLease::new(lease, Setup::Pending);
         let (close, closed) = oneshot::channel();
-        let driver = driver::Driver::new(Arc::clone(&self.source), self.timing, grant.clone(), keys, closed);
+        let timing = self.timing.at_most(source.facts().heartbeat_every);
+        let driver = driver::Driver::new(Arc::clone(source), timing, grant.clone(), keys, closed);
         let driver = AbortOnDropHandle::new(self.runtime.spawn(driver.run().in_current_span()));
         Session { grant, close: Some(close), _driver: driver }
     }

@@ -27,6 +27,8 @@ pub(super) struct HeartbeatTiming {
     min_ratio: f64,
     max_ratio: f64,
     coalesce: Duration,
+    /// Longest pause between two heartbeats.
+    longest: Duration,
 }
 
 impl HeartbeatTiming {
@@ -34,11 +36,21 @@ impl HeartbeatTiming {
     pub(super) fn new(a: f64, b: f64, coalesce: Duration) -> Self {
         let sane = |ratio: f64| if ratio.is_nan() { 0.3 } else { ratio.clamp(0.0, 1.0) };
         let (a, b) = (sane(a), sane(b));
-        Self { min_ratio: a.min(b), max_ratio: a.max(b), coalesce: coalesce.min(Duration::from_secs(60)) }
+        Self {
+            min_ratio: a.min(b),
+            max_ratio: a.max(b),
+            coalesce: coalesce.min(Duration::from_secs(60)),
+            longest: TERM_MAX,
+        }
+    }
+
+    /// The same with no pause longer than `longest`.
+    pub(super) fn at_most(self, longest: Option<Duration>) -> Self {
+        Self { longest: longest.unwrap_or(self.longest), ..self }
     }
 
     fn interval(&self, left: Duration, draw: f64) -> Duration {
-        left.mul_f64(self.min_ratio + (self.max_ratio - self.min_ratio) * draw)
+        left.mul_f64(self.min_ratio + (self.max_ratio - self.min_ratio) * draw).min(self.longest)
     }
 }
 

@@ -65,11 +65,12 @@ fn address(task: &str, job: Option<Uuid>, domain: Option<Uuid>) -> ReportAddress
 
 async fn open(lease: Lease) -> (Service, Session) {
     let plane = Service::start().await;
-    let config = dms::Config { base: plane.url.clone(), request_timeout: Duration::from_secs(20) };
+    let config = dms::Config { request_timeout: Duration::from_secs(20), ..dms::Config::new(plane.url.clone()) };
     let client = transport::Client::new(transport::Config::default());
-    let source = Arc::new(Dms::new(config, client, TokenSource::holding("node")));
+    let source: Arc<dyn LeaseSource> =
+        Arc::new(Dms::with_tokens(config, client, "node".into(), TokenSource::holding("node")));
     let config = Config { coalesce: Duration::from_millis(50), ..Config::default() };
-    let session = Sessions::new(source, config, Handle::current()).open(lease);
+    let session = Sessions::new(config, Handle::current()).open(&source, lease);
     (plane, session)
 }
 

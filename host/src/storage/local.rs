@@ -111,12 +111,6 @@ impl LocalPorts {
         Self { inputs, dir, folder: Arc::new(folder), fetched: Arc::default(), budget, unpack }
     }
 
-    /// Whether a write failed because a disk or a quota was full.
-    #[must_use]
-    pub fn disk_was_full(&self) -> bool {
-        self.folder.disk_was_full.load(Ordering::Relaxed)
-    }
-
     fn find(&self, cid: &str) -> Result<&Path, PortError> {
         let cid = cid.trim();
         let number = cid.strip_prefix("input-").and_then(|number| number.parse::<usize>().ok());
@@ -237,6 +231,10 @@ impl Ports for LocalPorts {
 
     fn budget(&self) -> &Budget {
         &self.budget
+    }
+
+    fn disk_was_full(&self) -> bool {
+        self.folder.disk_was_full.load(Ordering::Relaxed)
     }
 
     async fn close(&self) {

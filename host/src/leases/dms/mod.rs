@@ -13,7 +13,7 @@ pub mod wire;
 use std::{
     borrow::Cow,
     cell::Cell,
-    sync::{Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -29,6 +29,7 @@ use serde_json::{
     Value,
     value::{RawValue, to_raw_value},
 };
+use tokio_util::sync::CancellationToken;
 use url::Url;
 use uuid::fmt::Hyphenated;
 
@@ -37,12 +38,12 @@ use self::{
     address::At,
     wire::{Beat, HeartbeatResponse, LeaseFacts, Members, Seek},
 };
-use super::{LeaseError, LeaseSource, Renewal};
+use super::{Admission, LeaseError, LeaseSource, PlaneFacts, PlaneReadiness, Renewal};
 use crate::{
-    auth::TokenSource,
+    auth::{Auth, TokenSource},
     model::{
-        AnnouncedData, BootInstant, Capability, CapabilityError, Lease, Outcome, Pending, ReportAddress, TaskResult,
-        Term, Token, millis,
+        AnnouncedData, BootInstant, Capability, CapabilityError, Lease, Outcome, Pending, PlaneName, ReportAddress,
+        TaskResult, Term, Token, millis,
     },
     transport::{self, Answer, Client, Need, TransportError},
 };
@@ -57,20 +58,26 @@ const LIMIT_MAX: Duration = Duration::from_secs(24 * 3600);
 pub struct Config {
     /// Base URL, such as `https://dms.example/v1`; a trailing slash does not matter.
     pub base: Url,
-    /// Limit of each verb, its repeat after a 401 included.
+    /// Limit of each call, its repeat after a 401 included.
     pub request_timeout: Duration,
+    /// The name of this control plane in the configuration.
+    pub name: PlaneName,
 }
 
 impl Config {
     /// The usual settings for this base URL.
     #[must_use]
     pub fn new(base: Url) -> Self {
-        Self { base, request_timeout: Duration::from_secs(60) }
+        let name = PlaneName::parse(DEFAULT_NAME).expect("the default name is a name");
+        Self { base, request_timeout: Duration::from_secs(60), name }
     }
 }
 
 /// The task service as this node calls it.
 pub struct Dms {
+    facts: PlaneFacts,
+    /// The sign-in, until `run` takes it.
+    auth: Mutex<Option<Auth>>,
     /// `…/tasks`, or why it may not be called.
     tasks: Result<Uri, String>,
     limit: Duration,
@@ -92,8 +99,24 @@ struct Call {
 impl Dms {
     /// Makes the adapter; nothing is called yet.
     #[must_use]
-    pub fn new(config: Config, client: Client, tokens: TokenSource) -> Self {
+    pub fn new(config: Config, client: Client, auth: Auth) -> Self {
+        let dms = Self::with_tokens(config, client, auth.address().into(), auth.tokens());
+        Self { auth: Mutex::new(Some(auth)), ..dms }
+    }
+
+    /// The same with a node token from somewhere else; [`LeaseSource::run`] signs in nowhere.
+    #[must_use]
+    pub fn with_tokens(config: Config, client: Client, node: Arc<str>, tokens: TokenSource) -> Self {
+        let facts = PlaneFacts {
+            name: config.name,
+            base_url: config.base.as_str().trim_end_matches('/').into(),
+            node,
+            admission: Admission::SlotFirst,
+            heartbeat_every: None,
+        };
         Self {
+            facts,
+            auth: Mutex::default(),
             tasks: tasks_of(config.base, &client),
             limit: config.request_timeout.clamp(Duration::from_secs(1), LIMIT_MAX),
             client,
@@ -218,6 +241,30 @@ fn tasks_of(mut base: Url, client: &Client) -> Result<Uri, String> {
 
 #[async_trait]
 impl LeaseSource for Dms {
+    fn facts(&self) -> &PlaneFacts {
+        &self.facts
+    }
+
+    async fn run(&self, stop: CancellationToken) {
+        let auth = self.auth.lock().unwrap_or_else(PoisonError::into_inner).take();
+        match auth {
+            Some(auth) => auth.run(stop).await,
+            None => stop.cancelled().await,
+        }
+    }
+
+    fn readiness(&self) -> PlaneReadiness {
+        match self.tokens.now() {
+            Some(Ok(_)) => PlaneReadiness::Ready,
+            Some(Err(err)) => PlaneReadiness::NotReady(err.to_string()),
+            None => PlaneReadiness::NotReady("the node signs in".to_owned()),
+        }
+    }
+
+    async fn until_ready(&self) -> bool {
+        self.tokens.available().await
+    }
+
     async fn poll(&self) -> Result<Option<Lease>, LeaseError> {
         let call = Call { method: Method::GET, uri: self.tasks()?.clone(), body: Bytes::new(), need: Need::Body };
         let (answer, token) = self.exchange(call, BootInstant::NEVER).await?;

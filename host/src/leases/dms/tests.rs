@@ -31,8 +31,13 @@ fn to() -> ReportAddress {
 }
 
 fn dms(plane: &Service, base: &str) -> Dms {
-    let config = Config { base: plane.url.join(base).expect("a URL"), request_timeout: SOON };
-    Dms::new(config, Client::new(transport::Config::default()), TokenSource::holding("top-secret-node"))
+    let config = Config { request_timeout: SOON, ..Config::new(plane.url.join(base).expect("a URL")) };
+    Dms::with_tokens(
+        config,
+        Client::new(transport::Config::default()),
+        "node".into(),
+        TokenSource::holding("top-secret-node"),
+    )
 }
 
 /// Calls `take` and lets `answer` play the plane.
@@ -317,8 +322,8 @@ async fn with_login() -> (Service, Dms, tokio_util::task::AbortOnDropHandle<()>)
         tokio::sync::watch::Sender::new(vec!["/lab/echo/v1".parse().expect("a name")]).subscribe(),
         client.clone(),
     );
-    let config = Config { base: plane.url.clone(), request_timeout: SOON };
-    let dms = Dms::new(config, client, auth.tokens());
+    let config = Config { request_timeout: SOON, ..Config::new(plane.url.clone()) };
+    let dms = Dms::with_tokens(config, client, "node".into(), auth.tokens());
     let room = tokio::spawn(auth.run(tokio_util::sync::CancellationToken::new()));
     nonce(&mut plane).await;
     plane.expect("POST /internal/v1/nodes/register-wallet").await.ok(json!({}));

@@ -1,0 +1,359 @@
+//! The files of a folder of jobs, and the rules of claims.
+//!
+//! | file | content |
+//! |---|---|
+//! | `jobs/ID.json` | a job that has not ended |
+//! | `jobs/ID.cancel` | asks to cancel the job |
+//! | `running/ID.json` | the claim of a node, until `ends_at` |
+//! | `done/ID.json` | the result; written once |
+//!
+//! A claim is made, replaced and ended under the lock of `.lock`. Two nodes of one machine never hold the same job.
+
+use std::{
+    collections::HashSet,
+    fs::{self, File},
+    io::{self, Write as _},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use jiff::{SignedDuration, Timestamp};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tempfile::NamedTempFile;
+use uuid::Uuid;
+
+use crate::model::{Capability, TaskId, TaskResult};
+
+/// Largest job file, in bytes.
+const JOB_BYTES_MAX: u64 = 2 * 1024 * 1024;
+/// How long a claim lasts when the job does not say it.
+const TERM_DEFAULT: Duration = Duration::from_secs(3600);
+/// Longest term of a claim.
+pub const TERM_MAX: Duration = Duration::from_secs(24 * 3600);
+
+/// A job that can be run.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// Which runner is asked for.
+    pub capability: Capability,
+    /// Paths, absolute or relative to the folder.
+    pub inputs: Vec<PathBuf>,
+    /// Parameters for the runner.
+    pub meta: Value,
+    /// Where outputs go; absolute or relative to the folder. `None`: `out/ID`.
+    pub out: Option<PathBuf>,
+    /// How long a claim lasts; from one second to [`TERM_MAX`].
+    pub term: Duration,
+}
+
+/// Puts a job into a folder, which is made if it does not exist.
+///
+/// # Errors
+/// One line when the folder cannot be used.
+pub fn submit(folder: &Path, id: &TaskId, job: &Job) -> anyhow::Result<()> {
+    let folder = Folder::open(folder.to_owned()).map_err(|problem| anyhow::anyhow!(problem))?;
+    let Job { capability, inputs, meta, out, term } = job;
+    let file = JobFile {
+        capability: capability.to_string(),
+        inputs: inputs.iter().map(AnyPath::from).collect(),
+        meta: meta.clone(),
+        out: out.as_ref().map(AnyPath::from),
+        term_secs: Some(term.as_secs()),
+    };
+    Ok(write(&folder.job(id), &serde_json::to_value(file)?)?)
+}
+
+/// A job as its file has it.
+#[derive(Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+struct JobFile {
+    capability: String,
+    #[serde(default)]
+    inputs: Vec<AnyPath>,
+    #[serde(default)]
+    meta: Value,
+    out: Option<AnyPath>,
+    term_secs: Option<u64>,
+}
+
+/// A path in JSON: a text, or an array of bytes if the path is not UTF-8.
+#[derive(Deserialize, Serialize)]
+#[serde(untagged)]
+enum AnyPath {
+    Text(String),
+    Bytes(Vec<u8>),
+}
+
+impl From<&PathBuf> for AnyPath {
+    fn from(path: &PathBuf) -> Self {
+        match path.to_str() {
+            Some(text) => Self::Text(text.to_owned()),
+            None => Self::Bytes(path.as_os_str().as_encoded_bytes().to_owned()),
+        }
+    }
+}
+
+impl From<AnyPath> for PathBuf {
+    fn from(path: AnyPath) -> Self {
+        match path {
+            AnyPath::Text(text) => text.into(),
+            #[cfg(unix)]
+            AnyPath::Bytes(bytes) => {
+                Self::from(<std::ffi::OsString as std::os::unix::ffi::OsStringExt>::from_vec(bytes))
+            }
+            #[cfg(not(unix))]
+            AnyPath::Bytes(bytes) => String::from_utf8_lossy(&bytes).into_owned().into(),
+        }
+    }
+}
+
+/// A job of the folder.
+#[derive(Debug)]
+pub(super) struct Found {
+    pub(super) id: TaskId,
+    /// `Err`: one line about what is wrong with the file.
+    pub(super) job: Result<Job, String>,
+}
+
+/// Who holds a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Claimed {
+    /// The claim that was asked about.
+    Ours,
+    /// Another claim, or none.
+    Other,
+}
+
+/// What becomes of a job at its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcomes {
+    /// It has a result.
+    Done,
+    /// It waits for a node again.
+    Requeue,
+}
+
+#[derive(Serialize, Deserialize)]
+struct Claim {
+    claim: Uuid,
+    ends_at: Timestamp,
+}
+
+/// As much of a result as a repeat needs.
+#[derive(Deserialize)]
+struct Done {
+    claim: Uuid,
+}
+
+/// See the module's text.
+pub(super) struct Folder(PathBuf);
+
+impl Folder {
+    /// Opens the folder and makes what is missing in it.
+    ///
+    /// # Errors
+    /// One line when it cannot be used.
+    pub(super) fn open(path: PathBuf) -> Result<Self, String> {
+        for part in ["jobs", "running", "done"] {
+            let part = path.join(part);
+            fs::create_dir_all(&part).map_err(|err| format!("cannot make {}: {err}", part.display()))?;
+        }
+        let path = path.canonicalize().map_err(|err| format!("cannot open {}: {err}", path.display()))?;
+        Ok(Self(path))
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    fn job(&self, id: &TaskId) -> PathBuf {
+        self.0.join("jobs").join(format!("{id}.json"))
+    }
+
+    fn cancel(&self, id: &TaskId) -> PathBuf {
+        self.0.join("jobs").join(format!("{id}.cancel"))
+    }
+
+    fn running(&self, id: &TaskId) -> PathBuf {
+        self.0.join("running").join(format!("{id}.json"))
+    }
+
+    fn done(&self, id: &TaskId) -> PathBuf {
+        self.0.join("done").join(format!("{id}.json"))
+    }
+
+    /// Runs `work` while no other node changes a claim.
+    fn locked<T>(&self, work: impl FnOnce() -> io::Result<T>) -> Result<T, String> {
+        let locked = || {
+            let lock = File::options().create(true).truncate(false).write(true).open(self.0.join(".lock"))?;
+            lock.lock()?;
+            work() // the lock ends with the file
+        };
+        locked().map_err(|err| format!("cannot use {}: {err}", self.0.display()))
+    }
+
+    /// The first job, by name, that nobody holds and one of `served` can run. A job that cannot be read counts too.
+    pub(super) fn next(
+        &self,
+        served: &[Capability],
+        skip: &HashSet<TaskId>,
+        now: Timestamp,
+    ) -> Result<Option<Found>, String> {
+        let list = || -> io::Result<Vec<TaskId>> {
+            let mut ids = Vec::new();
+            for entry in fs::read_dir(self.0.join("jobs"))? {
+                let path = PathBuf::from(entry?.file_name());
+                let is_job = path.extension().is_some_and(|extension| extension == "json");
+                let stem = path.file_stem().and_then(|stem| stem.to_str()).filter(|_| is_job);
+                ids.extend(stem.and_then(|stem| TaskId::parse(stem).ok()));
+            }
+            ids.sort();
+            Ok(ids)
+        };
+        let ids = list().map_err(|err| format!("cannot list {}: {err}", self.0.join("jobs").display()))?;
+        for id in ids.into_iter().filter(|id| !skip.contains(id)) {
+            if self.done(&id).exists() {
+                self.tidy(&id);
+                continue;
+            }
+            if read::<Claim>(&self.running(&id)).is_some_and(|claim| claim.ends_at > now) {
+                continue;
+            }
+            match read_job(&self.job(&id)) {
+                Ok(Some(job)) if !served.contains(&job.capability) => {}
+                Ok(Some(job)) => return Ok(Some(Found { id, job: Ok(job) })),
+                Ok(None) => {} // another node ended it meanwhile
+                Err(reason) => return Ok(Some(Found { id, job: Err(reason) })),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Claims a job for `left` from now on, unless it has ended or somebody holds it.
+    pub(super) fn claim(&self, id: &TaskId, claim: Uuid, left: Duration, now: Timestamp) -> Result<Claimed, String> {
+        self.locked(|| {
+            let held = read::<Claim>(&self.running(id)).is_some_and(|held| held.ends_at > now && held.claim != claim);
+            if held || self.done(id).exists() || !self.job(id).exists() {
+                return Ok(Claimed::Other);
+            }
+            let ends_at = now + SignedDuration::try_from(left).unwrap_or(SignedDuration::MAX);
+            write(&self.running(id), &json!(Claim { claim, ends_at }))?;
+            Ok(Claimed::Ours)
+        })
+    }
+
+    /// Who holds the job, and whether somebody asks to cancel it.
+    pub(super) fn look_at_claim(&self, id: &TaskId, claim: Uuid) -> Result<(Claimed, bool), String> {
+        let ours = read::<Claim>(&self.running(id)).is_some_and(|held| held.claim == claim);
+        Ok((if ours { Claimed::Ours } else { Claimed::Other }, self.cancel(id).exists()))
+    }
+
+    /// Ends a job that `claim` holds. A repeat of an accepted report finds its own result.
+    pub(super) fn end(
+        &self,
+        id: &TaskId,
+        claim: Uuid,
+        result: &TaskResult,
+        outcome: Outcomes,
+        now: Timestamp,
+    ) -> Result<Claimed, String> {
+        self.locked(|| {
+            if let Some(done) = read::<Done>(&self.done(id)) {
+                return Ok(if done.claim == claim { Claimed::Ours } else { Claimed::Other });
+            }
+            if read::<Claim>(&self.running(id)).is_none_or(|held| held.claim != claim) {
+                return Ok(Claimed::Other);
+            }
+            match outcome {
+                Outcomes::Requeue => remove(&self.running(id))?,
+                Outcomes::Done => {
+                    write(&self.done(id), &done(id, claim, result, now))?;
+                    self.tidy(id);
+                }
+            }
+            Ok(Claimed::Ours)
+        })
+    }
+
+    /// Ends a job that cannot be run and that nobody holds.
+    pub(super) fn reject(
+        &self,
+        id: &TaskId,
+        claim: Uuid,
+        result: &TaskResult,
+        now: Timestamp,
+    ) -> Result<Claimed, String> {
+        self.locked(|| {
+            if self.done(id).exists() {
+                return Ok(Claimed::Other);
+            }
+            write(&self.done(id), &done(id, claim, result, now))?;
+            self.tidy(id);
+            Ok(Claimed::Ours)
+        })
+    }
+
+    /// Removes what is left of a job that has a result. What cannot be removed now is found by the next look.
+    fn tidy(&self, id: &TaskId) {
+        for path in [self.job(id), self.cancel(id), self.running(id)] {
+            let _ = remove(&path);
+        }
+    }
+}
+
+fn done(id: &TaskId, claim: Uuid, result: &TaskResult, now: Timestamp) -> Value {
+    json!({
+        "id": id.as_str(),
+        "claim": claim,
+        "outcome": result.outcome.word(),
+        "code": result.outcome.code(),
+        "reason": result.outcome.reason(),
+        "retryable": result.outcome.retryable(),
+        "artifacts": result.artifacts,
+        "inputs": result.inputs,
+        "ended_at": now,
+    })
+}
+
+/// `None`: there is no such file.
+fn read_job(path: &Path) -> Result<Option<Job>, String> {
+    let size = match fs::metadata(path) {
+        Ok(metadata) => metadata.len(),
+        Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(err) => return Err(format!("the job file cannot be read: {err}")),
+    };
+    if size > JOB_BYTES_MAX {
+        return Err(format!("the job file has {size} bytes; at most {JOB_BYTES_MAX} are read"));
+    }
+    let bytes = fs::read(path).map_err(|err| format!("the job file cannot be read: {err}"))?;
+    let file: JobFile = serde_json::from_slice(&bytes).map_err(|err| format!("the job file cannot be used: {err}"))?;
+    let capability =
+        Capability::parse(&file.capability).map_err(|err| format!("the job file cannot be used: {err}"))?;
+    let term = file.term_secs.map_or(TERM_DEFAULT, Duration::from_secs).clamp(Duration::from_secs(1), TERM_MAX);
+    let inputs = file.inputs.into_iter().map(PathBuf::from).collect();
+    Ok(Some(Job { capability, inputs, meta: file.meta, out: file.out.map(PathBuf::from), term }))
+}
+
+fn read<T: for<'de> Deserialize<'de>>(path: &Path) -> Option<T> {
+    serde_json::from_slice(&fs::read(path).ok()?).ok()
+}
+
+/// Writes a file that is either whole or not there, also after a power failure.
+fn write(path: &Path, content: &Value) -> io::Result<()> {
+    let folder = path.parent().expect("a file in the folder of jobs");
+    let mut file = NamedTempFile::new_in(folder)?;
+    file.write_all(format!("{content}\n").as_bytes())?;
+    file.as_file().sync_all()?;
+    file.persist(path).map_err(|err| err.error)?;
+    #[cfg(unix)]
+    File::open(folder)?.sync_all()?;
+    Ok(())
+}
+
+fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(err) if err.kind() != io::ErrorKind::NotFound => Err(err),
+        _ => Ok(()),
+    }
+}

@@ -1,0 +1,267 @@
+//! A folder of job files as a [`super::LeaseSource`]: no sign-in, no network, fixed deadlines.
+//!
+//! `folder` reads and writes the files and holds the rules of claims; see docs/protocols/local.md. Start at the
+//! [`LeaseSource`] implementation. Several nodes may share a folder on one machine.
+
+mod folder;
+
+use std::{
+    collections::HashSet,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use jiff::Timestamp;
+use serde_json::{Value, json, value::to_raw_value};
+use tokio::{
+    sync::{mpsc, watch},
+    task::spawn_blocking,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+use uuid::Uuid;
+
+use self::folder::{Claimed, Folder, Found, Outcomes};
+pub use self::folder::{Job, TERM_MAX, submit};
+use super::{Admission, LeaseError, LeaseSource, PlaneFacts, PlaneReadiness, Renewal};
+use crate::model::{
+    AnnouncedData, BootInstant, Capability, DataLocation, Lease, LocalFiles, Outcome, Pending, PlaneName,
+    ReportAddress, TaskId, TaskResult, Term,
+};
+
+/// How often the folder is looked at while no job waits.
+const SCAN_EVERY: Duration = Duration::from_millis(200);
+/// Longest pause between two heartbeats: a heartbeat notices a cancel file and passes progress on.
+const HEARTBEAT_EVERY: Duration = Duration::from_secs(1);
+
+/// A folder of jobs.
+#[derive(Debug)]
+pub struct Config {
+    /// The name of this control plane.
+    pub name: PlaneName,
+    /// The folder. It is created if it does not exist.
+    pub folder: PathBuf,
+    /// What this node serves. Jobs for other capabilities stay in the folder.
+    pub capabilities: watch::Receiver<Vec<Capability>>,
+    /// Who wants to know what becomes of the jobs. Used by `invoke`.
+    pub observer: Option<mpsc::UnboundedSender<LocalEvent>>,
+}
+
+/// What a job did.
+#[derive(Clone, Debug, PartialEq)]
+pub enum LocalEvent {
+    /// The runner reported progress.
+    Progress(Value),
+    /// The runner reported an event.
+    Event(Value),
+    /// The task ended.
+    Ended(TaskResult),
+}
+
+/// See the module's text.
+pub struct Local {
+    facts: PlaneFacts,
+    folder: Arc<Folder>,
+    capabilities: watch::Receiver<Vec<Capability>>,
+    observer: Option<mpsc::UnboundedSender<LocalEvent>>,
+    /// Jobs that a poll returned and nobody has claimed yet.
+    offered: Mutex<HashSet<TaskId>>,
+    quiet: CancellationToken,
+}
+
+impl Local {
+    /// Opens the folder and makes what is missing in it.
+    ///
+    /// # Errors
+    /// One line when the folder cannot be used.
+    pub fn open(config: Config) -> Result<Self, String> {
+        let Config { name, folder, capabilities, observer } = config;
+        let folder = Folder::open(folder)?;
+        let facts = PlaneFacts {
+            name,
+            base_url: format!("file://{}", folder.path().display()).into(),
+            node: "local".into(),
+            admission: Admission::LeaseFirst,
+            heartbeat_every: Some(HEARTBEAT_EVERY),
+        };
+        Ok(Self {
+            facts,
+            folder: Arc::new(folder),
+            capabilities,
+            observer,
+            offered: Mutex::default(),
+            quiet: CancellationToken::new(),
+        })
+    }
+
+    /// Runs `work` on the folder, on a thread that may block.
+    async fn on_disk<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Folder) -> Result<T, String> + Send + 'static,
+    ) -> Result<T, LeaseError> {
+        let folder = Arc::clone(&self.folder);
+        let done = spawn_blocking(move || work(&folder)).await;
+        done.unwrap_or_else(|err| Err(err.to_string())).map_err(LeaseError::Unreachable)
+    }
+
+    fn offered(&self) -> std::sync::MutexGuard<'_, HashSet<TaskId>> {
+        self.offered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells the observer. It may be gone: then nobody wants to know.
+    fn tell(&self, event: LocalEvent) {
+        if let Some(observer) = &self.observer {
+            let _ = observer.send(event);
+        }
+    }
+
+    /// The next job that may start, or `None` if there is none now.
+    async fn look(&self) -> Result<Option<Lease>, LeaseError> {
+        let served = self.capabilities.borrow().clone();
+        let offered = self.offered().clone();
+        let found = self.on_disk(move |folder| folder.next(&served, &offered, Timestamp::now())).await?;
+        match found {
+            None => Ok(None),
+            Some(Found { id, job: Ok(job) }) => {
+                let claim = Uuid::new_v4();
+                self.offered().insert(id.clone());
+                Ok(Some(lease(&self.folder, id, claim, job)))
+            }
+            Some(Found { id, job: Err(reason) }) => {
+                let address = ReportAddress { task: id, at: Uuid::new_v4().to_string().into() };
+                Err(LeaseError::Malformed { task: Some(address), reason })
+            }
+        }
+    }
+}
+
+/// The claim that this node made, from the address of the task.
+fn claim(to: &ReportAddress) -> Result<Uuid, LeaseError> {
+    to.at.parse().map_err(|_| LeaseError::Address(to.at.to_string()))
+}
+
+fn gone(to: &ReportAddress) -> LeaseError {
+    LeaseError::Gone { task: to.task.clone(), status: 410 }
+}
+
+fn lease(folder: &Folder, id: TaskId, claim: Uuid, job: Job) -> Lease {
+    let Job { capability, inputs, meta, out, term } = job;
+    let cids: Vec<String> = (0..inputs.len()).map(|number| format!("input-{number}")).collect();
+    let task = json!({ "id": id.as_str(), "capability": capability.as_str(), "inputs_cids": cids, "meta": meta });
+    let document = to_raw_value(&json!({ "task": task })).expect("JSON values are JSON");
+    let files = LocalFiles {
+        inputs: inputs.into_iter().map(|path| folder.path().join(path)).collect(),
+        out: folder.path().join(out.unwrap_or_else(|| PathBuf::from("out").join(id.as_str()))),
+    };
+    Lease {
+        expires_at: Some(BootInstant::now() + term),
+        inputs: cids,
+        data: AnnouncedData::Known(DataLocation::LocalFiles(files)),
+        document,
+        ..Lease::bare(ReportAddress { task: id, at: claim.to_string().into() }, capability)
+    }
+}
+
+#[async_trait]
+impl LeaseSource for Local {
+    fn facts(&self) -> &PlaneFacts {
+        &self.facts
+    }
+
+    async fn run(&self, stop: CancellationToken) {
+        stop.cancelled().await;
+    }
+
+    fn readiness(&self) -> PlaneReadiness {
+        PlaneReadiness::Ready
+    }
+
+    async fn until_ready(&self) -> bool {
+        true
+    }
+
+    fn quiesce(&self) {
+        self.quiet.cancel();
+    }
+
+    async fn poll(&self) -> Result<Option<Lease>, LeaseError> {
+        loop {
+            if self.quiet.is_cancelled() {
+                return Ok(None);
+            }
+            if let Some(lease) = self.look().await? {
+                return Ok(Some(lease));
+            }
+            tokio::select! {
+                () = self.quiet.cancelled() => {}
+                () = tokio::time::sleep(SCAN_EVERY) => {}
+            }
+        }
+    }
+
+    async fn acknowledge(&self, lease: &Lease) -> Result<(), LeaseError> {
+        let to = &lease.address;
+        let (claim, left) = (claim(to)?, lease.expires_at.map(BootInstant::left).unwrap_or_default());
+        let id = to.task.clone();
+        let claimed = self.on_disk(move |folder| folder.claim(&id, claim, left, Timestamp::now())).await;
+        self.offered().remove(&to.task);
+        match claimed? {
+            Claimed::Ours => Ok(()),
+            Claimed::Other => Err(gone(to)),
+        }
+    }
+
+    async fn heartbeat(&self, to: &ReportAddress, beat: &Pending, until: BootInstant) -> Result<Renewal, LeaseError> {
+        let (id, claim) = (to.task.clone(), claim(to)?);
+        let looked = self.on_disk(move |folder| folder.look_at_claim(&id, claim));
+        let Some(looked) = until.before(looked).await else {
+            return Err(LeaseError::Unreachable(format!(
+                "the folder {} does not answer",
+                self.folder.path().display()
+            )));
+        };
+        let (held, cancel) = looked?;
+        // Before the claim is made, there is none to lose.
+        if held == Claimed::Other && !self.offered().contains(&to.task) {
+            return Err(gone(to));
+        }
+        for event in &beat.events {
+            self.tell(LocalEvent::Event(event.clone()));
+        }
+        if beat.progress != json!({}) {
+            self.tell(LocalEvent::Progress(beat.progress.clone()));
+        }
+        Ok(Renewal { term: Term::Unchanged, cancel, ..Renewal::default() })
+    }
+
+    async fn report(&self, to: &ReportAddress, task_result: &TaskResult) -> Result<(), LeaseError> {
+        let (id, claim, result) = (to.task.clone(), claim(to)?, task_result.clone());
+        // A task that the node did not finish goes back to the queue.
+        let outcome = match task_result.outcome {
+            Outcome::Drained => Outcomes::Requeue,
+            _ => Outcomes::Done,
+        };
+        let written = self.on_disk(move |folder| folder.end(&id, claim, &result, outcome, Timestamp::now())).await?;
+        match written {
+            Claimed::Ours => {
+                self.tell(LocalEvent::Ended(task_result.clone()));
+                Ok(())
+            }
+            Claimed::Other => Err(gone(to)),
+        }
+    }
+
+    async fn reject(&self, to: &ReportAddress, why: &Outcome) -> Result<(), LeaseError> {
+        let (id, claim, result) = (to.task.clone(), claim(to)?, TaskResult::bare(why.clone()));
+        let told = result.clone();
+        let written = self.on_disk(move |folder| folder.reject(&id, claim, &result, Timestamp::now())).await?;
+        if written == Claimed::Other {
+            warn!(event = "job.rejected_elsewhere", task_id = %to.task, "another node ended the job first");
+            return Ok(());
+        }
+        self.tell(LocalEvent::Ended(told));
+        Ok(())
+    }
+}
