@@ -3,49 +3,83 @@
 use std::time::Duration;
 
 use super::refusal::Class;
+use crate::model::{Backoff, Jitter};
 
-/// Longest pause after a transient failure, before its jitter.
-const BACKOFF_MAX: Duration = Duration::from_secs(60);
+/// After transient failures in a row.
+const TRANSIENT: Backoff = Backoff::new(Duration::from_secs(2), Duration::from_secs(60), Jitter::Fifth);
+/// First pause after a conflict. A node that was killed and started again conflicts with itself until the
+/// service has noticed its end.
+const CONFLICT_FIRST: Duration = Duration::from_secs(1);
 
 /// The pauses between registrations.
 #[derive(Debug)]
 pub(super) struct Pauses {
     interval: Duration,
     cap: i32,
+    /// Transient failures in a row.
     transient: u32,
+    /// Conflicts in a row.
+    conflicts: u32,
 }
 
 impl Pauses {
     /// `cap`: transient failures in a row before one `interval` is waited; negative: no cap.
     pub(super) fn new(interval: Duration, cap: i32) -> Self {
-        Self { interval: interval.max(Duration::from_secs(1)), cap, transient: 0 }
+        Self { interval: interval.max(Duration::from_secs(1)), cap, transient: 0, conflicts: 0 }
     }
 
     /// The pause after a failure of `class`. `draw` lies in 0..1.
     pub(super) fn after(&mut self, class: Class, draw: f64) -> Duration {
-        if class != Class::Transient {
-            self.transient = 0;
-            return self.interval;
+        match class {
+            Class::Transient => {
+                self.conflicts = 0;
+                self.transient += 1;
+                if u32::try_from(self.cap).is_ok_and(|cap| self.transient >= cap) {
+                    self.transient = 0;
+                    return self.interval;
+                }
+                TRANSIENT.pause(self.transient, draw)
+            }
+            Class::Conflict => {
+                self.transient = 0;
+                self.conflicts = self.conflicts.saturating_add(1);
+                Backoff::new(CONFLICT_FIRST, self.interval, Jitter::Fifth).pause(self.conflicts, draw)
+            }
+            Class::Slow => {
+                (self.transient, self.conflicts) = (0, 0);
+                self.interval
+            }
         }
-        self.transient += 1;
-        if u32::try_from(self.cap).is_ok_and(|cap| self.transient >= cap) {
-            self.transient = 0;
-            return self.interval;
-        }
-        let grown = Duration::from_secs(1 << self.transient.min(6)).min(BACKOFF_MAX);
-        grown.mul_f64(0.8 + 0.4 * draw)
     }
 }
 
-/// Bounds of the first pause after a failed login, and the longest of all, before their jitter.
+/// Bounds of the first pause after a failed login; the second one is the longest of all pauses.
 const LOGIN_FIRST: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 
-/// The pause after failed login number `count` in a row: doubling, jittered downwards by up to a half.
-/// The first is at most half of `jitter` (`TOKEN_REAUTH_JITTER_MS`), the second at most all of it.
-pub(super) fn after_login(count: u32, jitter: Duration, draw: f64) -> Duration {
-    let first = (jitter / 2).clamp(LOGIN_FIRST.0, LOGIN_FIRST.1);
-    let grown = first * (1_u32 << count.saturating_sub(1).min(9));
-    grown.min(LOGIN_FIRST.1).mul_f64(1.0 - 0.5 * draw)
+/// The pauses between logins that failed. The first is at most half of `jitter`
+/// (`TOKEN_REAUTH_JITTER_MS`), the second at most all of it.
+pub(super) fn after_login(jitter: Duration) -> Backoff {
+    Backoff::new((jitter / 2).clamp(LOGIN_FIRST.0, LOGIN_FIRST.1), LOGIN_FIRST.1, Jitter::Half)
+}
+
+/// The distances of logins whose tokens the control plane takes and then rejects: short, because the node
+/// holds leases, and growing, because another node may sign in with the same key.
+const TAKEN_DISTANCE: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(1), Jitter::Half);
+
+/// Tokens in a row that were taken and rejected before [`TAKEN_DISTANCE`] had passed.
+#[derive(Debug, Default)]
+pub(super) struct TakenTokens(u32);
+
+impl TakenTokens {
+    /// How long to wait before the next login, as the token of the last one lived for `lived`.
+    pub(super) fn rejected(&mut self, lived: Duration, draw: f64) -> Duration {
+        if lived >= TAKEN_DISTANCE.grown(self.0 + 1) {
+            self.0 = 0;
+            return Duration::ZERO;
+        }
+        self.0 = (self.0 + 1).min(16);
+        TAKEN_DISTANCE.pause(self.0, draw).saturating_sub(lived)
+    }
 }
 
 #[cfg(test)]
@@ -69,11 +103,17 @@ mod tests {
     }
 
     #[test]
-    fn transient_failures_grow_and_others_wait_the_interval() {
+    fn transient_failures_grow_and_refusals_wait_the_interval() {
         check(-1, "ttttttttt", "2 4 8 16 32 60 60 60 60");
-        check(-1, "ttstct", "2 4 120 2 120 2");
+        check(-1, "ttstt", "2 4 120 2 4");
         check(0, "ttt", "120 120 120");
         check(3, "tttttt", "2 4 120 2 4 120");
+    }
+
+    #[test]
+    fn conflicts_grow_from_a_second_to_the_interval() {
+        check(-1, "ccccccccc", "1 2 4 8 16 32 64 120 120");
+        check(-1, "cctcsc", "1 2 2 1 120 1");
     }
 
     #[test]
@@ -87,12 +127,26 @@ mod tests {
     #[test]
     fn pauses_between_logins_begin_within_the_jitter_and_grow_to_their_bound() {
         let grown = |jitter: u64| -> Vec<u128> {
-            (1..=9).map(|n| after_login(n, Duration::from_millis(jitter), 0.0).as_millis()).collect()
+            let pauses = after_login(Duration::from_millis(jitter));
+            (1..=9).map(|n| pauses.pause(n, 1.0).as_millis()).collect()
         };
         assert_eq!(grown(500), [250, 500, 1000, 2000, 4000, 8000, 16000, 30000, 30000]);
         assert_eq!(grown(0), [100, 200, 400, 800, 1600, 3200, 6400, 12800, 25600]);
         assert_eq!(grown(1_000_000)[0], 30_000);
-        assert_eq!(after_login(1, Duration::from_millis(500), 1.0), Duration::from_millis(125));
-        assert_eq!(after_login(u32::MAX, Duration::MAX, 1.0), Duration::from_secs(15));
+        assert_eq!(after_login(Duration::from_millis(500)).pause(1, 0.0), Duration::from_millis(125));
+        assert_eq!(after_login(Duration::MAX).pause(u32::MAX, 0.0), Duration::from_secs(15));
+    }
+
+    #[test]
+    fn tokens_that_were_taken_pause_only_when_they_live_briefly() {
+        let mut tokens = TakenTokens::default();
+        let pauses = |tokens: &mut TakenTokens, lived: u64, count: usize| -> Vec<u128> {
+            (0..count).map(|_| tokens.rejected(Duration::from_millis(lived), 1.0).as_millis()).collect()
+        };
+        assert_eq!(pauses(&mut tokens, 150, 3), [0, 0, 0]);
+        assert_eq!(pauses(&mut tokens, 0, 6), [100, 200, 400, 800, 1000, 1000]);
+        assert_eq!(pauses(&mut tokens, 900, 1), [100]);
+        assert_eq!(pauses(&mut tokens, 1000, 2), [0, 0]);
+        assert_eq!(pauses(&mut tokens, 90, 1), [10]);
     }
 }

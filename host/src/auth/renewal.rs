@@ -7,7 +7,11 @@ use std::{convert::Infallible, time::Duration};
 
 use tokio::time::Instant;
 
-use super::{Auth, RegistrationState, dds::Login, pauses::after_login};
+use super::{
+    Auth, RegistrationState,
+    dds::Login,
+    pauses::{TakenTokens, after_login},
+};
 use crate::model::millis;
 
 /// Shortest time between two logins, whatever ratio, lifetime or rejections ask for.
@@ -19,8 +23,6 @@ const DOUBTED_FROM: u32 = 3;
 const DOUBTED_EVERY: u32 = 16;
 /// A token that lived this long was good: its rejection is the first.
 const TOKEN_PROVEN: Duration = Duration::from_secs(30);
-/// Longest pause after tokens that the control plane had taken: it gives work, and leases run out meanwhile.
-const TAKEN_PAUSE_MAX: Duration = Duration::from_secs(1);
 
 const REJECTED_FRESH: &str = "the control plane rejects fresh node tokens";
 const REJECTED_SOON: &str =
@@ -51,26 +53,30 @@ struct Rejections {
     fresh: u32,
     /// That had been taken.
     soon: u32,
+    taken: TakenTokens,
+}
+
+/// What to do before the next login.
+#[derive(Debug, PartialEq)]
+struct Pause {
+    length: Duration,
+    error: &'static str,
 }
 
 impl Rejections {
-    fn count(&mut self, taken: bool, lived: Duration) {
-        *self = match (taken, lived >= TOKEN_PROVEN) {
-            (_, true) => Self { fresh: 1, soon: u32::from(taken) },
-            (true, false) => Self { fresh: 1, soon: self.soon.saturating_add(1) },
-            (false, false) => Self { fresh: self.fresh.saturating_add(1), soon: self.soon },
-        };
-    }
-
-    /// How long to wait before the next login, and why. The first rejection may have any innocent cause.
-    fn pause(&self, jitter: Duration, draw: f64) -> Option<(Duration, &'static str)> {
-        if self.fresh > 1 {
-            Some((after_login(self.fresh - 1, jitter, draw), REJECTED_FRESH))
-        } else if self.soon > 1 {
-            Some((after_login(self.soon - 1, jitter, draw).min(TAKEN_PAUSE_MAX), REJECTED_SOON))
-        } else {
-            None
+    /// Counts one more. Returns the pause and its cause; the first rejection of a token that was taken may
+    /// have any innocent cause and is not told.
+    fn count(&mut self, taken: bool, lived: Duration, jitter: Duration, draw: f64) -> Option<Pause> {
+        let proven = lived >= TOKEN_PROVEN;
+        if taken || proven {
+            self.fresh = 1;
+            self.soon = if proven { u32::from(taken) } else { self.soon.saturating_add(1) };
+            let length = self.taken.rejected(lived, draw);
+            return (self.soon > 1 || !length.is_zero()).then_some(Pause { length, error: REJECTED_SOON });
         }
+        self.fresh = self.fresh.saturating_add(1);
+        let length = after_login(jitter).pause(self.fresh - 1, draw);
+        (self.fresh > 1).then_some(Pause { length, error: REJECTED_FRESH })
     }
 }
 
@@ -88,7 +94,7 @@ impl Auth {
                 forgotten = if logged_in { 1 } else { forgotten.saturating_add(1) };
                 // A service that takes every registration and knows nobody is not asked without pause.
                 if forgotten > 1 {
-                    let pause = after_login(forgotten - 1, self.config.token_jitter, rand::random());
+                    let pause = after_login(self.config.token_jitter).pause(forgotten - 1, rand::random());
                     if pause >= TOLD_FROM {
                         self.desk.failed("the sign-in service registers this node and then does not know it");
                     }
@@ -127,20 +133,20 @@ impl Auth {
                 continue;
             };
             self.status.send_modify(|now| now.token_expires_at = None);
-            rejections.count(taken, got.elapsed());
-            // Logging in faster does not help.
-            if let Some((pause, error)) = rejections.pause(self.config.token_jitter, rand::random()) {
+            let jitter = self.config.token_jitter;
+            // A token that was taken is replaced at once. Where fresh ones are rejected, a faster login does not help.
+            if let Some(Pause { length, error }) = rejections.count(taken, got.elapsed(), jitter, rand::random()) {
                 self.status.send_modify(|now| now.login_error = Some(error.to_owned()));
-                tracing::warn!(error, retry_in_ms = millis(pause), "node token rejected");
+                tracing::warn!(event = "token.rejected", error, retry_in_ms = millis(length), "node token rejected");
                 // The control plane may reject tokens because it does not know this node: a repeated
                 // registration tells it. Once at first, then once every few minutes.
                 if rejections.fresh % DOUBTED_EVERY == DOUBTED_FROM {
                     self.doubted.notify_one();
                 }
-                if pause >= TOLD_FROM {
+                if length >= TOLD_FROM {
                     self.desk.failed(error);
                 }
-                tokio::time::sleep(pause).await;
+                tokio::time::sleep(length).await;
             }
         }
         logged_in
@@ -162,7 +168,8 @@ impl Auth {
                 return None;
             }
             failures = failures.saturating_add(1);
-            let pause = after_login(failures, self.config.token_jitter, rand::random())
+            let pause = after_login(self.config.token_jitter)
+                .pause(failures, rand::random())
                 .max(refusal.retry_after().unwrap_or_default());
             tracing::warn!(%error, attempt = failures, retry_in_ms = millis(pause), "login failed");
             let error = format!("login failed {failures} times: {error}");
@@ -206,20 +213,20 @@ mod tests {
     }
 
     #[test]
-    fn tokens_that_were_taken_cost_a_second_at_most_and_fresh_ones_ever_more() {
+    fn taken_tokens_are_replaced_at_once_and_fresh_ones_ever_later() {
         let (soon, long) = (millis(500), TOKEN_PROVEN);
         let mut rejections = Rejections::default();
         let mut pauses = |tokens: &[(bool, Duration)]| -> Vec<Option<u128>> {
             let pause = |(taken, lived): &(bool, Duration)| {
-                rejections.count(*taken, *lived);
-                rejections.pause(millis(500), 0.0).map(|(pause, _)| pause.as_millis())
+                rejections.count(*taken, *lived, millis(500), 1.0).map(|pause| pause.length.as_millis())
             };
             tokens.iter().map(pause).collect()
         };
-        assert_eq!(pauses(&[(true, soon); 5]), [None, Some(250), Some(500), Some(1000), Some(1000)]);
+        assert_eq!(pauses(&[(true, soon); 4]), [None, Some(0), Some(0), Some(0)]);
         assert_eq!(pauses(&[(false, soon); 4]), [Some(250), Some(500), Some(1000), Some(2000)]);
-        assert_eq!(pauses(&[(true, soon), (true, long), (true, soon)]), [Some(1000), None, Some(250)]);
+        assert_eq!(pauses(&[(true, soon), (true, long), (true, soon)]), [Some(0), None, Some(0)]);
         assert_eq!(pauses(&[(false, long), (false, soon), (false, soon)]), [None, Some(250), Some(500)]);
+        assert_eq!(pauses(&[(true, long), (true, millis(0)), (true, millis(0))]), [None, Some(100), Some(200)]);
     }
 
     #[test]

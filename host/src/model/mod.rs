@@ -5,6 +5,7 @@
 //! need from each other is defined here instead.
 
 mod artifact;
+mod backoff;
 mod boot_instant;
 mod budget;
 mod capability;
@@ -21,6 +22,7 @@ mod status;
 mod watched;
 
 pub use artifact::{Artifact, ArtifactSpec};
+pub use backoff::{Backoff, Jitter};
 pub use boot_instant::BootInstant;
 pub use budget::{Budget, Charge, OverBudget};
 pub use capability::{Capability, CapabilityError};

@@ -111,6 +111,28 @@ async fn who_waits_for_a_token_is_told_after_so_many_repeats_and_the_node_goes_o
     }
 }
 
+/// A service that answers 401 now and then ends one token at a time. None of these costs a pause.
+#[tokio::test]
+async fn taken_tokens_are_replaced_without_a_pause() {
+    const POLL: &str = "GET /v1/tasks";
+    let (_lab, rubbish) = lab(Duration::from_secs(60)).await;
+    let node = rubbish.node(&[fixtures::hello()]).set("POLL_BACKOFF_MS_MIN", "200").set("POLL_BACKOFF_MS_MAX", "200");
+    let node = node.leasing().await;
+    for _ in 0..5 {
+        rubbish.seen(POLL, rubbish.count(POLL) + 1).await;
+        rubbish.answer(POLL, 1, Bad::Status(401, "who are you?"));
+        // The rejected poll, its repeat with a new token, and the next one.
+        rubbish.seen(POLL, rubbish.count(POLL) + 3).await;
+    }
+    let rejected = node.said("node token rejected");
+    assert_eq!(rejected.len(), 4, "the first is not told: {rejected:#?}");
+    for line in &rejected {
+        assert_eq!((&line["event"], &line["retry_in_ms"]), (&json!("token.rejected"), &json!(0)), "{line}");
+    }
+    assert_eq!(rubbish.count(VERIFY), 6);
+    node.stop().await;
+}
+
 #[tokio::test]
 async fn tokens_that_are_revoked_after_they_were_taken_cost_a_second_each_at_most_and_no_report() {
     let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(2)).await;

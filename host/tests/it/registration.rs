@@ -246,6 +246,24 @@ async fn a_second_node_with_the_same_wallet_says_conflict_until_the_first_has_go
     lab.run(&second, "/examples/hello/v1", json!({})).await.completed();
 }
 
+/// The service has not noticed yet that the killed process has ended.
+#[tokio::test]
+async fn restarted_node_registers_soon_after_conflicts() {
+    let lab = TestServer::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let killed = rubbish.node(&[fixtures::hello()]).leasing().await;
+    killed.kill();
+    killed.wait().await;
+    rubbish.answer(WALLET, 2, Bad::Status(409, "online"));
+    let node = rubbish.node(&[fixtures::hello()]).after(&killed).start().await;
+    // The default REGISTER_INTERVAL_SECS is far longer than this waits.
+    node.says("leasing").await;
+    let pauses: Vec<_> = node.said("registration failed").iter().map(|line| line["retry_in_ms"].clone()).collect();
+    assert!(matches!(&pauses[..], [first, ..] if first.as_u64() <= Some(1200)), "{pauses:?}");
+    assert_eq!(rubbish.count(WALLET), 4);
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+}
+
 #[tokio::test]
 async fn a_conflict_while_working_is_shown_and_work_goes_on() {
     let lab = TestServer::start().await;
