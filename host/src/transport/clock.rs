@@ -134,6 +134,11 @@ impl Reading {
         (moment > self.sent).then_some(moment)
     }
 
+    /// Whether the sender's clock has been measured, by this answer or an earlier one.
+    pub(super) fn is_measured(&self) -> bool {
+        self.range.is_some()
+    }
+
     /// What is left until the sender's `at`; `None` where nothing is.
     pub(super) fn left(&self, at: Timestamp) -> Option<Duration> {
         self.moment(at).map(BootInstant::left).filter(|left| !left.is_zero())

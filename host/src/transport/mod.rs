@@ -164,6 +164,12 @@ impl Answer {
         self.clock.moment(at)
     }
 
+    /// Whether the clock of whoever answered is known. It is not for a service that never sent a `Date`.
+    #[must_use]
+    pub fn clock_is_known(&self) -> bool {
+        self.clock.is_measured()
+    }
+
     /// What is left until `at`, a time of whoever answered; `None` where nothing is.
     #[must_use]
     pub fn left_until(&self, at: Timestamp) -> Option<Duration> {

@@ -43,6 +43,39 @@ async fn services_20_minutes_ahead_or_behind_lose_no_lease_and_get_no_storm() {
     tokio::join!(kept_by_a_clock(minutes), kept_by_a_clock(-minutes));
 }
 
+/// Each time of the service lies in the past by our clock, and no `Date` tells the difference.
+#[tokio::test]
+async fn undated_service_behind_keeps_its_short_lease() {
+    let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(4)).await;
+    let rubbish = Rubbish::before(&lab).await;
+    // Sign-in times must not lie in the past: only the control plane is behind.
+    let behind = |answer: &mut Value| {
+        for end in ["/lease_expires_at", "/access_token_expires_at", "/task/lease_expires_at"] {
+            if let Some(end) = answer.pointer_mut(end)
+                && let Some(at) = end.as_str().and_then(|at| at.parse::<jiff::Timestamp>().ok())
+            {
+                *end = json!((at - SignedDuration::from_secs(60)).to_string());
+            }
+        }
+    };
+    rubbish.send_no_date();
+    rubbish.answer("GET /v1/tasks", usize::MAX, Bad::edit(behind));
+    rubbish.answer(BEAT, usize::MAX, Bad::edit(behind));
+    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    let files = tempfile::tempdir().expect("a folder");
+    let file = files.path().join("go");
+    let job = lab.task("/fixtures/wait-file/v1").meta(json!({ "file": file })).submit();
+    let end = |task: &Value| task["lease_expires_at"].as_str().and_then(|at| at.parse::<jiff::Timestamp>().ok());
+    let first = end(&lab.started(&node, job).await).expect("a lease has an end");
+    // The service has extended the lease beyond its first end.
+    let later = SignedDuration::from_secs(4);
+    lab.task_until(&node, job, |task| task["attempts"] != 1 || end(task).is_some_and(|end| end > first + later)).await;
+    std::fs::write(&file, "").expect("the folder is writable");
+    assert_eq!(lab.ended(&node, job).await.completed().task()["attempts"], 1);
+    assert!(node.said("lease lost").is_empty(), "{}", node.log());
+    node.stop().await;
+}
+
 /// Leases and heartbeats changed like this lose no lease and make no flood.
 async fn kept_whatever_is_said(change: impl Fn(&mut Value) + Clone + Send + Sync + 'static) {
     let lab = TestServer::start().await;

@@ -50,6 +50,9 @@ use crate::{
 
 /// The name of this control plane, unless the configuration gives another one.
 pub const DEFAULT_NAME: &str = "posemesh";
+/// The term of a lease that ended in the past by the clock of a service that sends no `Date`. Its clock is
+/// behind, and by how much is not known: heartbeats must come early enough for a lease of 4 s.
+const TERM_UNKNOWN_CLOCK: Duration = Duration::from_secs(5);
 /// Longest limit of one call; more would overflow no clock and help nobody.
 const LIMIT_MAX: Duration = Duration::from_secs(24 * 3600);
 
@@ -346,7 +349,7 @@ fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
         job: task.job_id,
         attempt: task.attempts.and_then(|text| text.get().parse().ok()),
         capability,
-        expires_at: moment(answer, envelope.lease_expires_at.or_else(|| time(&value(task.lease_expires_at)))),
+        expires_at: lease_end(answer, envelope.lease_expires_at.or_else(|| time(&value(task.lease_expires_at)))),
         cancelled: envelope.cancel,
         data: AnnouncedData::DomainServer {
             server: filled(envelope.domain_server_url).or_else(|| server_of_meta(&value(task.meta))),
@@ -385,7 +388,7 @@ fn kept(response: HeartbeatResponse, answer: &Answer, to: &ReportAddress) -> Res
     let address = renamed(&response, to)?;
     let inner = response.task.as_ref();
     let ends = response.lease_expires_at.or_else(|| time(inner?.extra.get("lease_expires_at")?));
-    let ends = moment(answer, ends);
+    let ends = lease_end(answer, ends);
     Ok(Renewal {
         token: filled(response.access_token).map(Token::new),
         token_expires_at: moment(answer, response.access_token_expires_at),
@@ -417,6 +420,14 @@ fn renamed(response: &HeartbeatResponse, to: &ReportAddress) -> Result<Option<Re
         capability: Cow::Borrowed(&old.capability),
     };
     Ok((now != old).then(|| now.address()))
+}
+
+/// The end of a lease by our clock. One in the past counts as a short term where the clock of the control
+/// plane is not known, and does not count otherwise.
+fn lease_end(answer: &Answer, at: Option<Timestamp>) -> Option<BootInstant> {
+    let end = moment(answer, at);
+    let unknown = end.is_none() && at.is_some() && !answer.clock_is_known();
+    if unknown { Some(BootInstant::now() + TERM_UNKNOWN_CLOCK) } else { end }
 }
 
 /// A time of the plane by our clock. One that had passed before the plane was asked cannot be meant: what

@@ -5,7 +5,10 @@ use std::{
     convert::Infallible,
     net::SocketAddr,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use bytes::Bytes;
@@ -107,6 +110,7 @@ struct Inner {
     client: Client,
     rules: Mutex<Vec<Rule>>,
     clock: Mutex<SignedDuration>,
+    undated: AtomicBool,
     seen: watch::Sender<Vec<String>>,
     heads: Mutex<Vec<(String, HeaderMap)>>,
     connections: watch::Sender<usize>,
@@ -136,6 +140,7 @@ impl Rubbish {
             client: Client::new(transport::Config::default()),
             rules: Mutex::default(),
             clock: Mutex::default(),
+            undated: AtomicBool::new(false),
             seen: watch::Sender::new(Vec::new()),
             heads: Mutex::default(),
             connections: watch::Sender::new(0),
@@ -164,6 +169,11 @@ impl Rubbish {
     /// From now on its clock is ahead by this, or behind: the date of each answer and every time in it.
     pub(crate) fn set_clock(&self, ahead: SignedDuration) {
         *self.inner.clock() = ahead;
+    }
+
+    /// From now on its answers carry no `Date`.
+    pub(crate) fn send_no_date(&self) {
+        self.inner.undated.store(true, Ordering::Relaxed);
     }
 
     /// Passes everything on again.
@@ -239,7 +249,11 @@ impl Inner {
 
     async fn dated(&self, request: Request<Incoming>) -> Result<Response<Body>, std::io::Error> {
         let mut response = self.answer(request).await?;
-        response.headers_mut().insert(header::DATE, self.date(0));
+        if self.undated.load(Ordering::Relaxed) {
+            response.headers_mut().remove(header::DATE);
+        } else {
+            response.headers_mut().insert(header::DATE, self.date(0));
+        }
         Ok(response)
     }
 
@@ -414,7 +428,9 @@ async fn serve(inner: Arc<Inner>, listener: TcpListener, stop: CancellationToken
         let (inner, stopped) = (Arc::clone(&inner), stop.clone().cancelled_owned());
         tokio::spawn(async move {
             let service = service_fn(|request| inner.dated(request));
-            let connection = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(socket), service);
+            // Whether an answer has a date is for `dated` to say.
+            let mut http = hyper::server::conn::http1::Builder::new();
+            let connection = http.auto_date_header(false).serve_connection(TokioIo::new(socket), service);
             tokio::select! {
                 // How a connection ends is the test's business.
                 _ = connection => {}
