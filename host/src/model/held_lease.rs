@@ -299,21 +299,27 @@ impl HeldLease {
         renamed.as_ref().unwrap_or(&self.lease.address).clone()
     }
 
-    /// Whether the lease is ours at this very moment. Ask immediately before anything is sent for it: a
-    /// process that was stopped finds its lease expired before anyone could tell it so.
+    /// Whether the lease is ours at this moment. Has no effect: see [`Self::check_deadline`].
     #[must_use]
     pub fn is_ours(&self) -> bool {
+        !self.deadline.until().has_passed() && self.cancel.reason() != Some(CancelReason::LeaseLost)
+    }
+
+    /// Returns whether the lease is ours, and cancels the task where its deadline has passed. Call it
+    /// immediately before anything is sent for the lease: a process that was stopped finds its lease
+    /// expired before the session could say so.
+    pub fn check_deadline(&self) -> bool {
         if self.deadline.until().has_passed() {
             self.cancel.cancel(CancelReason::LeaseLost);
         }
-        self.cancel.reason() != Some(CancelReason::LeaseLost)
+        self.is_ours()
     }
 
     /// Waits until the lease is not ours any more. Looks at the clock each time it is woken with what it
     /// is selected with, so that none of that goes on after a stop.
     pub async fn lost(&self) {
         let mut lost = pin!(self.cancel.lost());
-        poll_fn(|context| if self.is_ours() { lost.as_mut().poll(context) } else { Poll::Ready(()) }).await;
+        poll_fn(|context| if self.check_deadline() { lost.as_mut().poll(context) } else { Poll::Ready(()) }).await;
     }
 
     /// How many heartbeats in a row were not answered up to now.
@@ -375,5 +381,25 @@ impl HeldLease {
             setup => Some(setup.clone()),
         };
         self.news.until(answered).await
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn only_check_deadline_cancels_a_task() {
+        let task = super::super::TaskId::from(uuid::Uuid::nil());
+        let lease = Lease::bare(task, "/a/v1".parse().expect("a capability"));
+        let (held, writer) = HeldLease::new(lease, Setup::Pending);
+        assert!(held.is_ours() && held.check_deadline());
+        writer.deadline().set(BootInstant::now().back(Duration::from_secs(1)));
+        assert!(!held.is_ours());
+        assert_eq!(held.cancel.reason(), None);
+        assert!(!held.check_deadline());
+        assert_eq!(held.cancel.reason(), Some(CancelReason::LeaseLost));
     }
 }

@@ -97,7 +97,7 @@ impl Session {
     #[must_use]
     pub fn no_report(&self, outcome: &Outcome) -> Option<CancelReason> {
         // Asking looks at the clock too: a process that was stopped may not have heard of the end yet.
-        let ours = self.grant.is_ours();
+        let ours = self.grant.check_deadline();
         match (self.grant.cancel.reason(), outcome) {
             _ if !ours => Some(CancelReason::LeaseLost),
             (Some(reason @ (CancelReason::Plane | CancelReason::LeaseLost)), _) => Some(reason),

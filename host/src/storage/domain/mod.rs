@@ -248,7 +248,7 @@ impl Inner {
     /// The error of [`Self::over`] if that has happened.
     async fn still_ours(&self) -> Result<(), PortError> {
         let cancelled = self.grant.cancel.reason() == Some(CancelReason::Plane);
-        match cancelled || self.closed.is_cancelled() || !self.grant.is_ours() {
+        match cancelled || self.closed.is_cancelled() || !self.grant.check_deadline() {
             true => Err(self.over().await),
             false => Ok(()),
         }
