@@ -16,7 +16,10 @@ use super::{
     pauses::Pauses,
     refusal::{Class, Refusal},
 };
-use crate::model::{Capability, millis};
+use crate::{
+    model::{Capability, millis, pause_asked},
+    transport::RETRY_AFTER_MAX,
+};
 
 /// How often a registration that cannot succeed by itself is worth a warning.
 const WARN_EVERY: Duration = Duration::from_secs(180);
@@ -130,7 +133,7 @@ impl Series {
     /// Says that an attempt failed; how long to wait.
     fn failed(&mut self, failure: &Failure) -> Duration {
         let Failure { class, retry_after, error } = failure;
-        let pause = self.pauses.after(*class, rand::random()).max(retry_after.unwrap_or_default());
+        let pause = pause_asked(self.pauses.after(*class, rand::random()), *retry_after, RETRY_AFTER_MAX);
         let transient = *class == Class::Transient;
         if transient || self.warned.is_none_or(|at| at.elapsed() >= WARN_EVERY) {
             self.warned = (!transient).then(Instant::now);

@@ -12,7 +12,10 @@ use super::{
     dds::Login,
     pauses::{TakenTokens, after_login},
 };
-use crate::model::millis;
+use crate::{
+    model::{millis, pause_asked},
+    transport::RETRY_AFTER_MAX,
+};
 
 /// Shortest time between two logins, whatever ratio, lifetime or rejections ask for.
 const LOGIN_GAP_MIN: Duration = Duration::from_millis(100);
@@ -168,9 +171,8 @@ impl Auth {
                 return None;
             }
             failures = failures.saturating_add(1);
-            let pause = after_login(self.config.token_jitter)
-                .pause(failures, rand::random())
-                .max(refusal.retry_after().unwrap_or_default());
+            let own = after_login(self.config.token_jitter).pause(failures, rand::random());
+            let pause = pause_asked(own, refusal.retry_after(), RETRY_AFTER_MAX);
             tracing::warn!(%error, attempt = failures, retry_in_ms = millis(pause), "login failed");
             let error = format!("login failed {failures} times: {error}");
             self.status.send_modify(|now| now.login_error = Some(error.clone()));

@@ -50,6 +50,15 @@ impl Backoff {
     }
 }
 
+/// The pause before the next try: `own`, or what the service asks for in `Retry-After` where that is longer.
+///
+/// This is the one rule for `Retry-After`. A request for more than `limit` is cut to `limit`: the caller then
+/// tries once more, and does not give up before.
+#[must_use]
+pub fn pause_asked(own: Duration, asked: Option<Duration>, limit: Duration) -> Duration {
+    own.max(asked.unwrap_or_default().min(limit))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -70,6 +79,12 @@ mod tests {
         check(0, 350, Jitter::Half, 1.0, [0; 5]);
         let endless = Backoff::new(Duration::MAX, Duration::MAX, Jitter::Half);
         assert_eq!(endless.grown(u32::MAX), Duration::MAX);
+    }
+
+    #[test]
+    fn retry_after_lengthens_a_pause_up_to_the_limit() {
+        let pause = |asked: Option<u32>| pause_asked(2 * MS, asked.map(|asked| asked * MS), 5 * MS).as_millis();
+        assert_eq!([None, Some(0), Some(3), Some(300)].map(pause), [2, 2, 3, 5]);
     }
 
     #[test]

@@ -22,7 +22,7 @@ mod status;
 mod watched;
 
 pub use artifact::{Artifact, ArtifactSpec};
-pub use backoff::{Backoff, Jitter};
+pub use backoff::{Backoff, Jitter, pause_asked};
 pub use boot_instant::BootInstant;
 pub use budget::{Budget, Charge, OverBudget};
 pub use capability::{Capability, CapabilityError};

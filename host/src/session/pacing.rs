@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use crate::model::{BootInstant, Term};
+use crate::model::{Backoff, BootInstant, Jitter, Term, pause_asked};
 
 /// Least time between the starts of two paced heartbeats, however fast progress comes and
 /// whatever the plane says about time.
@@ -14,12 +14,10 @@ pub(super) const GAP_MIN: Duration = Duration::from_millis(100);
 pub(super) const TERM_ASSUMED: Duration = Duration::from_secs(60);
 /// Longest term believed; a clock cannot hold every time a plane may send.
 const TERM_MAX: Duration = Duration::from_secs(24 * 3600);
-/// Longest pause between two tries after a failure, before its jitter.
-const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// The pauses between two tries after failures.
+const PAUSES: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5), Jitter::Half);
 /// Least time between two heartbeats for the sake of the domain token, whose end ends no lease.
 const TOKEN_GAP: Duration = Duration::from_secs(1);
-/// First pause after a failure, before its jitter.
-const PAUSE_MIN: Duration = Duration::from_millis(200);
 
 /// How often to keep a lease.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -173,8 +171,8 @@ impl Pacing {
                 let misses = misses.saturating_add(1);
                 let left = expires - now;
                 // What the plane asks for leaves the lease one more try in time.
-                let asked = retry_after.unwrap_or_default().min(left / 2);
-                let pause = pause_after(misses, draw).min(left / 4).max(asked).max(GAP_MIN);
+                let own = PAUSES.pause(misses, draw).min(left / 4);
+                let pause = pause_asked(own, retry_after, left / 2).max(GAP_MIN);
                 self.state = State::Doubtful { misses, expires, next: now + pause };
             }
             (PacingEvent::Dirty, State::Held { expires, next }) => {
@@ -260,11 +258,6 @@ impl Pacing {
 /// others.
 pub(super) fn patience(left: Duration) -> Duration {
     (left / 3).max(Duration::from_secs(1)).min(left)
-}
-
-/// The pause after failure number `count` in a row: doubling, jittered downwards by up to a half.
-pub(super) fn pause_after(count: u32, draw: f64) -> Duration {
-    (PAUSE_MIN * (1_u32 << count.saturating_sub(1).min(8))).min(PAUSE_MAX).mul_f64(0.5 + 0.5 * draw)
 }
 
 #[cfg(test)]

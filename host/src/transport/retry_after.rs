@@ -1,11 +1,11 @@
-//! How long a service asks to be left alone.
+//! Reads `Retry-After`. What follows from it is one rule for all callers: `model::pause_asked`.
 
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, header};
 use jiff::Timestamp;
 
-/// Longest `Retry-After` obeyed. A service that asks for more is asked again earlier than it likes.
+/// Longest `Retry-After` obeyed. Callers that cannot wait for so long have a shorter limit.
 pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(600);
 
 /// Reads `Retry-After` in both its forms, bounded by [`RETRY_AFTER_MAX`]. A date is one of the service's clock,

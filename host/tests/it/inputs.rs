@@ -66,6 +66,20 @@ async fn every_form_of_an_input_brings_the_same_file() {
     nothing_in_flight(&node).await;
 }
 
+/// The pause is cut to what is left of `TRANSFER_PATIENCE`.
+#[tokio::test]
+async fn long_retry_after_of_storage_gets_one_last_try() {
+    let lab = TestServer::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    rubbish.answer(LIST, 1, Bad::Busy(503, 300));
+    let node = rubbish.node(&[fixtures::echo()]).set("TRANSFER_PATIENCE", "2s").leasing().await;
+    let input = lab.put("in", b"body").await;
+    let job = lab.task("/examples/echo-bytes/v1").inputs(&[input]).submit();
+    lab.ended(&node, job).await.completed();
+    assert_eq!(rubbish.count(LIST), 2);
+    node.stop().await;
+}
+
 #[tokio::test]
 async fn tasks_at_once_see_their_own_inputs_and_outputs_only() {
     let lab = TestServer::start().await;

@@ -12,7 +12,7 @@ use url::Url;
 
 use super::{
     Inner,
-    retry::{Patience, passing, retry_after},
+    retry::{Patience, passing},
     source::{Pulse, Source, body},
 };
 use crate::{
@@ -133,7 +133,7 @@ impl Inner {
         if status.is_success() {
             return Ok(response);
         }
-        let after = retry_after(response.headers());
+        let after = transport::retry_after(response.headers());
         let excerpt = self.excerpt(response).await;
         let too_large = status == StatusCode::PAYLOAD_TOO_LARGE;
         Err(Failed { err: status_error(call.what, status, &excerpt), passing: passing(status), too_large, after })
@@ -207,7 +207,7 @@ impl Inner {
         let length: u64 = call.payload.iter().map(Source::length).sum();
         let pulse = Pulse::new(length);
         let request = self.request(call, token, length, &pulse)?;
-        if !self.grant.is_ours() {
+        if !self.grant.check_deadline() {
             return Err(self.over().await);
         }
         let (stall, answer) = (self.config.stall, self.config.request_timeout);

@@ -2,18 +2,18 @@
 
 use std::time::Duration;
 
-use http::{HeaderMap, StatusCode, header};
+use http::StatusCode;
 use tokio::time::Instant;
 
-use crate::model::{PortError, millis};
+use crate::model::{Backoff, Jitter, PortError, millis, pause_asked};
 
-/// Longest pause, unless the server asks for a longer one.
+/// Longest pause before its jitter, unless the server asks for a longer one.
 const PAUSE_MAX: Duration = Duration::from_secs(10);
 
 /// One transfer's patience. It is as good as new whenever something has moved.
 #[derive(Debug)]
 pub(super) struct Patience {
-    first: Duration,
+    pauses: Backoff,
     limit: Duration,
     /// When the trouble began; `None` while there is none.
     since: Option<Instant>,
@@ -23,7 +23,7 @@ pub(super) struct Patience {
 impl Patience {
     /// Pauses of `first`, twice that, and so on; given up when nothing has moved for `limit`.
     pub(super) fn new(first: Duration, limit: Duration) -> Self {
-        Self { first, limit, since: None, failures: 0 }
+        Self { pauses: Backoff::new(first, PAUSE_MAX, Jitter::Fifth), limit, since: None, failures: 0 }
     }
 
     /// Something has moved.
@@ -51,22 +51,17 @@ impl Patience {
     fn next_pause(&mut self, asked: Option<Duration>, now: Instant) -> Option<Duration> {
         let since = *self.since.get_or_insert(now);
         self.failures += 1;
-        let grown = self.first.saturating_mul(1 << (self.failures - 1).min(16)).min(PAUSE_MAX);
+        let left = self.limit.saturating_sub(now.duration_since(since));
         // Nodes that lost the same server must not come back in step.
-        let pause = grown.mul_f64(rand::random_range(0.8..1.2)).max(asked.unwrap_or_default());
-        (now.duration_since(since).saturating_add(pause) <= self.limit).then_some(pause)
+        let own = self.pauses.pause(self.failures, rand::random());
+        // A server that asks for a longer pause than is left gets one last try at the end of it.
+        (own <= left).then(|| pause_asked(own, asked, left))
     }
 }
 
 /// Whether the same request may succeed later.
 pub(super) fn passing(status: StatusCode) -> bool {
     status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED || matches!(status.as_u16(), 408 | 425 | 429)
-}
-
-/// The pause a server asks for, in whole seconds. Dates are not taken: clocks differ.
-pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let seconds = headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
-    Some(Duration::from_secs(seconds))
 }
 
 #[cfg(test)]
@@ -95,11 +90,11 @@ mod tests {
     }
 
     #[test]
-    fn the_pause_a_server_asks_for_is_kept_or_is_too_long() {
+    fn retry_after_is_obeyed_within_the_patience() {
         let mut patience = Patience::new(SECOND, 30 * SECOND);
         let now = Instant::now();
         assert_eq!(patience.next_pause(Some(20 * SECOND), now), Some(20 * SECOND));
-        assert_eq!(patience.next_pause(Some(20 * SECOND), now + 20 * SECOND), None);
-        assert_eq!(patience.next_pause(Some(Duration::MAX), now + 20 * SECOND), None, "any number can be asked for");
+        assert_eq!(patience.next_pause(Some(Duration::MAX), now + 20 * SECOND), Some(10 * SECOND), "one last try");
+        assert_eq!(patience.next_pause(Some(20 * SECOND), now + 30 * SECOND), None);
     }
 }

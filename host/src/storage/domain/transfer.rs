@@ -25,7 +25,7 @@ use super::{
     calls::{Call, status_error},
     cid::{Target, resolve},
     parts::{Parser, PartHead, PartsError, PartsEvent},
-    retry::{Patience, passing, retry_after},
+    retry::{Patience, passing},
 };
 use crate::{
     model::{Charge, Coordinates, Fetched, PortError, PortErrorKind},
@@ -34,7 +34,7 @@ use crate::{
         file::BLOCK_BYTES,
         naming::shown,
     },
-    transport::innermost,
+    transport::{self, innermost},
 };
 
 /// How much may follow the closing delimiter before the connection is given up instead of reused.
@@ -381,7 +381,7 @@ impl Transfer {
 
     /// An answer that is no data.
     async fn refused(&self, response: Response<Incoming>) -> Trouble {
-        let (status, asked) = (response.status(), retry_after(response.headers()));
+        let (status, asked) = (response.status(), transport::retry_after(response.headers()));
         let err = status_error(&self.what, status, &self.inner.excerpt(response).await);
         match passing(status) {
             true => Trouble::Passing { err, asked },

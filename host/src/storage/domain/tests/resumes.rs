@@ -149,9 +149,6 @@ async fn the_pause_a_server_asks_for_is_kept() {
     let began = std::time::Instant::now();
     world.ports.materialize("d").await.expect("comes");
     assert!(began.elapsed() >= Duration::from_secs(1));
-    let later = Response::builder().status(503).header(header::RETRY_AFTER, "600").body("closed".into());
-    world.trick("download", Trick::Answer(later.expect("a response")));
-    refused(world.ports.materialize("d").await, PortErrorKind::Server, "server error (503): closed");
 }
 
 #[tokio::test]
