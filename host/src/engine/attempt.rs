@@ -160,8 +160,11 @@ fn lease_value(grant: &HeldLease, outcome: &Outcome) -> LeaseValue {
     let ours = grant.cancel.reason() != Some(CancelReason::LeaseLost);
     match outcome {
         _ if !begun || !ours => LeaseValue::Nothing,
-        Outcome::Completed | Outcome::Cancelled | Outcome::Drained => LeaseValue::Work,
-        Outcome::Failed { .. } | Outcome::Panicked { .. } => LeaseValue::Failure,
+        Outcome::Completed
+        | Outcome::Failed { .. }
+        | Outcome::Panicked { .. }
+        | Outcome::Cancelled
+        | Outcome::Drained => LeaseValue::Work,
         Outcome::Storage { .. }
         | Outcome::Setup { .. }
         | Outcome::NoRunner

@@ -1,8 +1,10 @@
 //! When to poll next.
 
-use std::{ops::RangeInclusive, time::Duration};
+use std::time::Duration;
 
 use tokio::time::Instant;
+
+use crate::model::{Backoff, Jitter, pause_asked};
 
 /// Longest time the plane may ask to be left alone, unless the pauses are longer anyway.
 const ASKED_MAX: Duration = Duration::from_secs(60);
@@ -12,54 +14,32 @@ const PAUSE_MIN: Duration = Duration::from_millis(10);
 /// asked by all of them.
 const WIDTH_MAX: usize = 8;
 
-/// A pause that doubles from the lower bound to the upper one, with jitter: each pause lies anywhere
-/// between the lower bound and the grown one, both included, so that nodes which start together drift
-/// apart.
-struct Backoff {
-    low: Duration,
-    high: Duration,
-    grown: Duration,
-}
-
-impl Backoff {
-    /// The bounds may come in either order.
-    fn new(a: Duration, b: Duration) -> Self {
-        let (low, high) = (a.min(b).max(PAUSE_MIN), a.max(b).max(PAUSE_MIN));
-        Self { low, high, grown: low }
-    }
-
-    fn reset(&mut self) {
-        self.grown = self.low;
-    }
-
-    fn next(&mut self) -> Duration {
-        rand::Rng::random_range(&mut rand::rng(), self.range())
-    }
-
-    /// Where the next pause lies.
-    fn range(&mut self) -> RangeInclusive<Duration> {
-        self.grown = (self.grown * 2).min(self.high).max(self.low);
-        self.low..=self.grown
-    }
+/// The pauses between polls. Each lies anywhere between the lower bound and the grown pause, so that nodes
+/// which start together drift apart. The bounds may come in either order.
+fn pauses((a, b): (Duration, Duration)) -> (Duration, Duration, Backoff) {
+    let (low, high) = (a.min(b).max(PAUSE_MIN), a.max(b).max(PAUSE_MIN));
+    (low, high, Backoff::new((low * 2).min(high), high, Jitter::From(low)))
 }
 
 /// What a lease was good for, as far as polling is concerned.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum LeaseValue {
-    /// Its runner did its work.
+    /// Its runner did its work, or failed. The control plane chooses which task comes next, so a pause
+    /// after a failed runner would delay the tasks of all others.
     Work,
-    /// Its runner failed. One may; what fails in a row comes from the node, or is one task that comes
-    /// back each time.
-    Failure,
     /// It could not be set up, its data could not be moved, it was cancelled before it began, or it was lost.
     Nothing,
 }
 
-/// Decides when to poll, and how often at once. Work is followed by the next poll at once; empty answers,
-/// failures in a row and leases that were good for nothing are not, so that neither a plane which flaps nor
-/// a task which comes back as soon as it has failed is a tight loop.
+/// Decides when to poll, and how often at once. Work is followed by the next poll at once. Empty answers and
+/// leases that could not be set up are followed by growing pauses, so that a control plane that gives such
+/// leases is not asked in a tight loop.
 pub(super) struct Pace {
     backoff: Backoff,
+    low: Duration,
+    high: Duration,
+    /// Pauses in a row.
+    pauses: u32,
     next: Instant,
     /// Before this the plane wants no poll, whatever else happens.
     not_before: Instant,
@@ -69,23 +49,23 @@ pub(super) struct Pace {
     paused_until: Instant,
     /// Leases since a poll brought none.
     wins: usize,
-    /// The last lease did not work, but was no reason to wait yet.
-    suspicious: bool,
     /// The last lease that ended was good for nothing: the next ones are taken one by one.
     wary: bool,
 }
 
 impl Pace {
     pub(super) fn new(bounds: (Duration, Duration), now: Instant) -> Self {
-        let backoff = Backoff::new(bounds.0, bounds.1);
+        let (low, high, backoff) = pauses(bounds);
         Self {
             backoff,
+            low,
+            high,
+            pauses: 0,
             next: now,
             not_before: now,
             paused_at: now,
             paused_until: now,
             wins: 0,
-            suspicious: false,
             wary: false,
         }
     }
@@ -107,15 +87,15 @@ impl Pace {
 
     /// The plane asks to be left alone for so long.
     pub(super) fn leave_alone(&mut self, asked: Duration, now: Instant) {
-        self.not_before = now + asked.min(self.backoff.high.max(ASKED_MAX));
+        self.not_before = now + pause_asked(Duration::ZERO, Some(asked), self.high.max(ASKED_MAX));
     }
 
     /// A poll brought a lease.
     pub(super) fn won(&mut self, now: Instant) {
         if self.wary {
-            self.next = now + self.backoff.low;
+            self.next = now + self.low;
         } else {
-            self.backoff.reset();
+            self.pauses = 0;
             self.wins += 1;
         }
     }
@@ -133,7 +113,8 @@ impl Pace {
     }
 
     fn wait(&mut self, now: Instant) {
-        self.next = now + self.backoff.next();
+        self.pauses = self.pauses.saturating_add(1);
+        self.next = now + self.backoff.pause(self.pauses, rand::random());
     }
 
     /// A lease ended. Say it before its slot is free: what follows shall not be taken too early.
@@ -141,15 +122,12 @@ impl Pace {
         match lease_value {
             LeaseValue::Work => {
                 self.wary = false;
-                self.suspicious = false;
-                self.backoff.reset();
+                self.pauses = 0;
             }
-            LeaseValue::Failure if !self.suspicious => self.suspicious = true,
             // Several that end together are one misfortune.
-            LeaseValue::Failure | LeaseValue::Nothing if self.wary && now < self.paused_until => {}
-            LeaseValue::Failure | LeaseValue::Nothing => {
+            LeaseValue::Nothing if self.wary && now < self.paused_until => {}
+            LeaseValue::Nothing => {
                 self.wary = true;
-                self.suspicious = true;
                 self.alone();
                 self.wait(now);
                 self.paused_until = self.next;
@@ -160,7 +138,7 @@ impl Pace {
     /// The plane knows of an end: there may be more work now.
     pub(super) fn hasten(&mut self, now: Instant) {
         if !self.wary {
-            self.backoff.reset();
+            self.pauses = 0;
             self.next = now;
         }
     }
@@ -175,22 +153,22 @@ mod tests {
     #[test]
     fn pauses_grow_from_one_bound_to_the_other_and_may_meet_both() {
         for (a, b) in [(100, 3000), (3000, 100)] {
-            let mut backoff = Backoff::new(a * MS, b * MS);
-            let ranges: Vec<_> = (0..6).map(|_| backoff.range()).collect();
-            assert!(ranges.iter().all(|range| *range.start() == 100 * MS));
-            let grown: Vec<_> = ranges.iter().map(|range| range.end().as_millis()).collect();
+            let (low, _, backoff) = pauses((a * MS, b * MS));
+            assert!((1..=6).all(|count| backoff.pause(count, 0.0) == low));
+            let grown: Vec<_> = (1..=6).map(|count| backoff.pause(count, 1.0).as_millis()).collect();
             assert_eq!(grown, [200, 400, 800, 1600, 3000, 3000]);
-            backoff.reset();
-            assert_eq!(backoff.range(), 100 * MS..=200 * MS);
         }
-        let mut backoff = Backoff::new(Duration::ZERO, 2 * MS);
-        assert!((0..20).all(|_| backoff.next() == PAUSE_MIN), "bounds of nothing are no licence to storm");
+        let (_, _, backoff) = pauses((Duration::ZERO, 2 * MS));
+        assert!(
+            (1..20).all(|count| backoff.pause(count, 0.5) == PAUSE_MIN),
+            "bounds of nothing are no licence to storm"
+        );
     }
 
     #[test]
     fn equal_bounds_give_a_fixed_pause() {
-        let mut backoff = Backoff::new(50 * MS, 50 * MS);
-        assert!((0..10).all(|_| backoff.next() == 50 * MS));
+        let (_, _, backoff) = pauses((50 * MS, 50 * MS));
+        assert!((1..10).all(|count| backoff.pause(count, 0.5) == 50 * MS));
     }
 
     /// What happens at which millisecond, with pauses of 100 ms; expected are the moments of the next poll.
@@ -206,7 +184,6 @@ mod tests {
                     "won" => pace.won(now),
                     "empty" => drop(pace.pause(now, now)),
                     "work" => pace.ended(LeaseValue::Work, now),
-                    "failure" => pace.ended(LeaseValue::Failure, now),
                     "nothing" => pace.ended(LeaseValue::Nothing, now),
                     _ => {}
                 }
@@ -224,16 +201,6 @@ mod tests {
         check(&[(0, "won"), (5, "won"), (9, "work"), (10, "empty"), (50, "work")], &[0, 0, 9, 110, 50]);
         check(&[(0, "won"), (5, "nothing"), (6, "nothing"), (105, "won"), (110, "nothing")], &[0, 105, 105, 205, 210]);
         check(&[(0, "nothing"), (100, "won"), (150, "work"), (151, "won")], &[100, 200, 150, 150]);
-    }
-
-    #[test]
-    fn one_failure_is_followed_by_a_poll_at_once_and_a_second_in_a_row_is_not() {
-        check(&[(0, "won"), (5, "failure"), (6, "won"), (7, "work"), (8, "won"), (9, "failure")], &[0, 5, 5, 7, 7, 9]);
-        check(&[(0, "failure"), (1, "won"), (2, "failure"), (102, "won"), (103, "failure")], &[0, 0, 102, 202, 203]);
-        check(
-            &[(0, "nothing"), (100, "won"), (101, "failure"), (201, "won"), (202, "work")],
-            &[100, 200, 201, 301, 202],
-        );
     }
 
     #[test]
@@ -285,7 +252,7 @@ mod tests {
             pace.won(now);
             pace.ended(LeaseValue::Nothing, now + MS);
             now = pace.next();
-            pace.backoff.grown.as_millis()
+            pace.backoff.grown(pace.pauses).as_millis()
         });
         assert_eq!(longest.collect::<Vec<_>>(), [200, 400, 800, 1600, 1600, 1600]);
     }
