@@ -26,7 +26,7 @@ use tracing::{Instrument as _, debug, error, info, warn};
 
 use crate::{
     leases::{Admission, Advice, LeaseError, LeaseSource},
-    model::{BootInstant, Lease, Outcome, Phase, ReportAddress, SetupStage, StatusBoard, millis},
+    model::{Backoff, BootInstant, Jitter, Lease, Outcome, Phase, ReportAddress, SetupStage, StatusBoard, millis},
     outbox::Outbox,
     plugins::Plugins,
     session::Sessions,
@@ -42,8 +42,8 @@ const LAST_POLL: Duration = Duration::from_secs(5);
 const UNANSWERED: Duration = Duration::from_secs(10);
 /// How often a lease that could not be read is given back.
 const REFUSALS_MAX: u32 = 3;
-/// Pause after the first try of that; it grows by as much with each.
-const REFUSAL_PAUSE: Duration = Duration::from_millis(500);
+/// The pauses between its tries.
+const REFUSAL_PAUSES: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(1), Jitter::Fifth);
 
 /// What the engine works with.
 pub struct Modules {
@@ -395,7 +395,7 @@ async fn refuse(source: Arc<dyn LeaseSource>, to: ReportAddress, reason: String,
             if err.advice() != Advice::RetryLater {
                 return;
             }
-            tokio::time::sleep(REFUSAL_PAUSE * tries).await;
+            tokio::time::sleep(REFUSAL_PAUSES.pause(tries, rand::random())).await;
         }
     };
     tokio::select! {

@@ -328,7 +328,7 @@ impl Outbox {
         while self.lock().book.ours() > 0 {
             let Some(failed) = self.last_round(deadline, LAST_FAILURES_MAX - failures).await else { break };
             failures += failed;
-            let pause = queue::pause_after(failures, rand::random());
+            let pause = queue::PAUSES.pause(failures, rand::random());
             if failed == 0 || failures >= LAST_FAILURES_MAX || Instant::now() + pause >= deadline {
                 break;
             }

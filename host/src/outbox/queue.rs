@@ -16,20 +16,14 @@ use jiff::Timestamp;
 use tokio::time::Instant;
 
 use super::entry::{Entry, Listing, ListingState, Tries};
-use crate::model::{LeaseKeeper, TaskId};
+use crate::model::{Backoff, Jitter, LeaseKeeper, TaskId, pause_asked};
 
-/// First pause after a failure, before its jitter.
-const PAUSE_MIN: Duration = Duration::from_millis(200);
-/// Longest pause, before its jitter.
+/// Longest pause, before its jitter, and the longest a control plane may ask for.
 const PAUSE_MAX: Duration = Duration::from_secs(300);
+/// The pauses between failures in a row.
+pub(super) const PAUSES: Backoff = Backoff::new(Duration::from_millis(200), PAUSE_MAX, Jitter::Half);
 /// Waiting reports sent at once to a plane that takes them.
 const ABREAST: usize = 8;
-
-/// The pause after failure number `count` in a row: doubling, jittered downwards by up to a half.
-/// `draw` lies in 0..1.
-pub(super) fn pause_after(count: u32, draw: f64) -> Duration {
-    (PAUSE_MIN * (1_u32 << count.saturating_sub(1).min(11))).min(PAUSE_MAX).mul_f64(0.5 + 0.5 * draw)
-}
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Place {
@@ -265,7 +259,6 @@ impl ReportQueue {
         draw: f64,
     ) -> Option<(Tries, Duration, bool)> {
         let Failure { error, retry_after } = failure;
-        let asked = retry_after.unwrap_or_default().min(PAUSE_MAX);
         self.flows = false;
         let held = self.held.get_mut(&number)?;
         // Those sent side by side fail together, and that is one failure.
@@ -273,9 +266,9 @@ impl ReportQueue {
         self.failures = self.failures.saturating_add(u32::from(news));
         held.tries.error = Some(error.to_owned());
         // Twice the pause of all: a report that alone fails must not be the next one again and again.
-        let own = pause_after(held.tries.count.saturating_add(1), draw).max(asked);
+        let own = pause_asked(PAUSES.pause(held.tries.count.saturating_add(1), draw), retry_after, PAUSE_MAX);
         held.written = true;
-        let all = pause_after(self.failures, draw).max(asked);
+        let all = pause_asked(PAUSES.pause(self.failures, draw), retry_after, PAUSE_MAX);
         self.quiet_until = self.quiet_until.max(Some(now + all));
         self.last_error = Some(error.to_owned());
         let first = news && self.failures == 1;
@@ -483,10 +476,10 @@ mod tests {
 
     #[test]
     fn pauses_double_up_to_five_minutes_and_are_jittered_downwards() {
-        let pauses: Vec<u128> = (1..=4).map(|count| pause_after(count, 1.0).as_millis()).collect();
+        let pauses: Vec<u128> = (1..=4).map(|count| PAUSES.pause(count, 1.0).as_millis()).collect();
         assert_eq!(pauses, [200, 400, 800, 1600]);
-        assert_eq!(pause_after(u32::MAX, 1.0), PAUSE_MAX);
-        assert_eq!(pause_after(1, 0.0), PAUSE_MIN / 2);
+        assert_eq!(PAUSES.pause(u32::MAX, 1.0), PAUSE_MAX);
+        assert_eq!(PAUSES.pause(1, 0.0).as_millis(), 100);
     }
 
     #[test]
