@@ -537,8 +537,8 @@ mod tests {
             let (_, _, said) = book.failed(number, refused(None), now, 1.0).expect("still there");
             first += u32::from(said);
         }
-        assert_eq!((first, book.turn(now)), (1, Turn::At(now + PAUSE_MIN)));
-        assert_eq!(round(&mut book, now + PAUSE_MIN), [10]);
+        assert_eq!((first, book.turn(now)), (1, Turn::At(now + PAUSES.grown(1))));
+        assert_eq!(round(&mut book, now + PAUSES.grown(1)), [10]);
     }
 
     #[test]

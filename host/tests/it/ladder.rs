@@ -146,7 +146,7 @@ async fn a_lease_for_a_plugin_out_of_service_fails_its_set_up_also_while_it_wait
 // posemesh.md section 11.2
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn a_runner_that_asks_in_a_loop_occupies_no_core_and_hears_its_cancel() {
+async fn waiting_loop_occupies_no_core_and_hears_its_cancel() {
     let lab = lab().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let job = lab.task("/fixtures/asks-cancel/v1").submit();

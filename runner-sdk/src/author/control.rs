@@ -1,10 +1,10 @@
 //! Progress, events, cancellation, token.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use serde::Serialize;
 
-use super::{Call, Payload, Port, PortError, PortErrorKind, asks::Asks};
+use super::{Call, Payload, Port, PortError, PortErrorKind};
 
 /// Why a task should stop.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -41,12 +41,11 @@ impl CancelReason {
 #[derive(Clone)]
 pub struct ControlPlane {
     port: Arc<dyn Port>,
-    asks: Arc<Asks>,
 }
 
 impl ControlPlane {
     pub(crate) fn new(port: Arc<dyn Port>) -> Self {
-        Self { port, asks: Arc::default() }
+        Self { port }
     }
 
     /// Replaces the task's progress with `value`, any JSON of at most 64 KiB. The plane sees the latest
@@ -68,17 +67,20 @@ impl ControlPlane {
         self.port.call(call).await.map(drop)
     }
 
-    /// Whether the task should stop. Also true after the task's end. Cheap enough for an inner loop that has work to do: asked some thousand
-    /// times in a row with less than a microsecond between two asks, it waits a millisecond after each
-    /// further thousand, so that a loop which does nothing but ask does not occupy a core. Who only waits
-    /// awaits [`Self::cancelled`].
+    /// Whether the task should stop. Also true after the task's end. Only reads a flag, so it is cheap enough
+    /// for an inner loop. A loop that only waits would occupy a core: it uses
+    /// [`Self::wait_cancelled`] or awaits [`Self::cancelled`].
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
-        let cancelled = self.port.stop_signal().is_set();
-        if !cancelled {
-            self.asks.note();
-        }
-        cancelled
+        self.port.stop_signal().is_set()
+    }
+
+    /// Blocks the calling thread until the task should stop, at most for `limit`. Returns
+    /// [`Self::is_cancelled`]. For loops on threads, such as one that waits for a child process; async code
+    /// awaits [`Self::cancelled`].
+    #[must_use]
+    pub fn wait_cancelled(&self, limit: Duration) -> bool {
+        Arc::clone(self.port.stop_signal()).wait_for(limit)
     }
 
     /// Waits until the task should stop, and says why. After the task's end the answer is

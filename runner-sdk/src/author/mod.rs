@@ -4,7 +4,6 @@
 //! operation becomes a [`Call`] that whoever runs the task answers, a host across the ABI or the
 //! test kit in memory.
 
-mod asks;
 mod context;
 mod control;
 mod error;

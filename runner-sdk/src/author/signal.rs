@@ -1,8 +1,14 @@
 //! Tells a task's context that the task should stop, or has ended.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    pin::pin,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Wake, Waker},
+    thread::{self, Thread},
+    time::{Duration, Instant},
 };
 
 use tokio::sync::Notify;
@@ -13,6 +19,15 @@ pub(crate) struct StopSignal {
     stop: AtomicBool,
     over: AtomicBool,
     wake: Notify,
+}
+
+/// Wakes a thread that waits in [`StopSignal::wait_for`].
+struct Unpark(Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
 }
 
 impl StopSignal {
@@ -38,6 +53,21 @@ impl StopSignal {
         self.over.load(Ordering::Acquire)
     }
 
+    /// Blocks until [`Self::is_set`], at most for `limit`; returns it.
+    pub(crate) fn wait_for(self: Arc<Self>, limit: Duration) -> bool {
+        let (began, signal) = (Instant::now(), Arc::clone(&self));
+        let waker = Waker::from(Arc::new(Unpark(thread::current())));
+        let mut set = pin!(self.wait());
+        while set.as_mut().poll(&mut Context::from_waker(&waker)).is_pending() {
+            let left = limit.saturating_sub(began.elapsed());
+            if left.is_zero() {
+                break;
+            }
+            thread::park_timeout(left);
+        }
+        signal.is_set()
+    }
+
     /// Waits until [`Self::is_set`].
     pub(crate) async fn wait(self: Arc<Self>) {
         let wake = self.wake.notified();
@@ -47,5 +77,21 @@ impl StopSignal {
         if !self.is_set() {
             wake.await;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocked_thread_wakes_on_stop_or_at_its_limit() {
+        let signal = Arc::new(StopSignal::default());
+        assert!(!Arc::clone(&signal).wait_for(Duration::from_millis(1)));
+        let waiting = Arc::clone(&signal);
+        let thread = thread::spawn(move || waiting.wait_for(Duration::MAX));
+        signal.stop();
+        assert!(thread.join().expect("the thread does not panic"));
+        assert!(signal.wait_for(Duration::ZERO));
     }
 }
