@@ -17,10 +17,10 @@ use crate::{
         dms::{self, Dms},
         local::{self, Local},
     },
-    model::{HealthChecks, Live, NoRegistration, Phase, StatusBoard},
+    model::{HealthChecks, Live, NoRegistration, Phase, RegistrationForm, StatusBoard},
     observe::{StatusPage, pages::Pages},
     outbox::{self, Outbox, Remaining, StateDir},
-    plugins::Plugins,
+    plugins::{PluginState, Plugins},
     session::Sessions,
     storage::{Disk, DomainStorage, LocalStorage, Scratch, Stores},
     transport,
@@ -231,7 +231,7 @@ impl Node {
 /// The control plane of a node, and what the pages show of it.
 struct BuiltPlane {
     source: Arc<dyn LeaseSource>,
-    registration_form: &'static str,
+    registration_form: RegistrationForm,
     /// How the registration stands. `None`: the plane knows none.
     registration: Option<watch::Receiver<Registration>>,
     /// Takes what a sign-in service asks of the pages.
@@ -241,7 +241,7 @@ struct BuiltPlane {
 impl BuiltPlane {
     fn posemesh(config: dms::Config, auth: Auth, client: transport::Client) -> Self {
         Self {
-            registration_form: auth.form().word(),
+            registration_form: auth.form().kind(),
             registration: Some(auth.status()),
             health_checks: auth.health_checks(),
             source: Arc::new(Dms::new(config, client, auth)),
@@ -251,7 +251,7 @@ impl BuiltPlane {
     fn local(config: local::Config) -> anyhow::Result<Self> {
         let source = Local::open(config).map_err(|problem| anyhow::anyhow!(problem))?;
         Ok(Self {
-            registration_form: "none",
+            registration_form: RegistrationForm::None,
             registration: None,
             health_checks: Arc::new(NoRegistration),
             source: Arc::new(source),
@@ -308,7 +308,7 @@ async fn show_registration(mut status: watch::Receiver<Registration>, board: Sta
     loop {
         let now = status.borrow_and_update().clone();
         board.change(|status| {
-            status.registration = now.state.to_string();
+            status.registration = now.state;
             status.registration_since = now.since;
             status.registration_error = now.error;
             status.last_healthcheck = now.probed_at;
@@ -332,7 +332,7 @@ async fn show_plugins(plugins: Arc<Plugins>, board: StatusBoard, over: Cancellat
         }
         let served = serving.borrow_and_update().iter().map(ToString::to_string).collect();
         let listings = plugins.listings();
-        let out = listings.iter().filter(|listing| listing.state == "out-of-service");
+        let out = listings.iter().filter(|listing| listing.state == PluginState::OutOfService);
         let degraded = out.map(|listing| {
             let (name, reason) =
                 (listing.name.as_deref().unwrap_or("?"), listing.reason.as_deref().unwrap_or_default());

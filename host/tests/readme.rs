@@ -12,7 +12,7 @@ use std::{
 use runner_host::{cli::Exit, config::KEYS};
 
 /// Documents with commands in them.
-const DOCUMENTS: [&str; 14] = [
+const DOCUMENTS: [&str; 15] = [
     "README.md",
     "CONTRIBUTING.md",
     "ARCHITECTURE.md",
@@ -26,6 +26,7 @@ const DOCUMENTS: [&str; 14] = [
     "docs/operations/faults.md",
     "docs/operations/outbox.md",
     "docs/operations/registration.md",
+    "docs/operations/status.md",
     "docs/operations/troubleshooting.md",
 ];
 

@@ -27,12 +27,12 @@ use tokio_util::sync::CancellationToken;
 use url::Url;
 
 use crate::{
-    model::{Capability, HealthChecks},
+    model::{Capability, HealthChecks, RegistrationForm, RegistrationState},
     transport,
 };
 
 pub use key::{KeyError, NodeKey};
-pub use registration::{Registration, RegistrationState};
+pub use registration::Registration;
 pub use tokens::{AuthError, TokenSource};
 
 /// How a node makes itself known.
@@ -48,7 +48,16 @@ pub enum Form {
 }
 
 impl Form {
-    /// As status pages show it.
+    /// As the status page shows it.
+    #[must_use]
+    pub fn kind(&self) -> RegistrationForm {
+        match self {
+            Self::Wallet => RegistrationForm::Wallet,
+            Self::Callback { .. } => RegistrationForm::Callback,
+        }
+    }
+
+    /// As the log shows it.
     #[must_use]
     pub fn word(&self) -> &'static str {
         match self {

@@ -5,7 +5,7 @@
 //! repeated ([`Auth::refresh`]) while the node works, without touching the token in use. What a
 //! callback is worth is told in `docs/decisions/2026-11-21-registration.md`.
 
-use std::{convert::Infallible, fmt, time::Duration};
+use std::{convert::Infallible, time::Duration};
 
 use jiff::Timestamp;
 use serde::Serialize;
@@ -17,38 +17,12 @@ use super::{
     refusal::{Class, Refusal},
 };
 use crate::{
-    model::{Capability, millis, pause_asked},
+    model::{Capability, RegistrationState, millis, pause_asked},
     transport::RETRY_AFTER_MAX,
 };
 
 /// How often a registration that cannot succeed by itself is worth a warning.
 const WARN_EVERY: Duration = Duration::from_secs(180);
-
-/// Where the registration stands.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum RegistrationState {
-    /// Not registered; the last attempt was refused, or none was made.
-    #[default]
-    Disconnected,
-    /// Being registered, or tried again soon.
-    Registering,
-    /// Registered.
-    Registered,
-    /// Another node with this wallet is online.
-    Conflict,
-}
-
-impl fmt::Display for RegistrationState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Disconnected => "disconnected",
-            Self::Registering => "registering",
-            Self::Registered => "registered",
-            Self::Conflict => "conflict",
-        })
-    }
-}
 
 /// Registration and login for people.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]

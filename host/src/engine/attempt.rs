@@ -20,7 +20,7 @@ use crate::{
     leases::{Advice, LeaseSource},
     model::{
         CancelReason, HeldLease, HeldNumber, Lease, Outcome, ReportState, Setup, SetupStage, StatusBoard, TaskRecord,
-        TaskResult, millis,
+        TaskResult, TaskStage, millis,
     },
     outbox::Sent,
     plugins::{Folder, Job},
@@ -111,7 +111,7 @@ pub(super) async fn attempt(modules: Arc<Modules>, slot: Slot, session: Session,
         }
     };
     result.outcome.redact(&grant.tokens());
-    modules.board.moved(slot.held, "reporting");
+    modules.board.moved(slot.held, TaskStage::Reporting);
     slot.pace.ended(lease_value(&grant, &result.outcome));
     let brief = began.elapsed() <= BRIEF && result.artifacts.is_empty();
     let freed = free(permit, tidying);
@@ -143,7 +143,7 @@ async fn admit(
         SlotPermit::Held(permit) => return Ok(permit),
         SlotPermit::Wanted(slots, waiting) => (slots, waiting),
     };
-    board.moved(held, "waiting");
+    board.moved(held, TaskStage::Waiting);
     let permit = tokio::select! {
         biased;
         () = stops.drain.cancelled() => Err(Outcome::Drained),
@@ -279,7 +279,7 @@ async fn run(modules: Arc<Modules>, held: HeldNumber, grant: HeldLease, grace: D
     }
     let dir = modules.storage.task_dir(grant.lease.task()); // made when somebody needs it
     let ports = modules.storage.ports(&grant, dir.path()); // nothing is fetched before the runner asks
-    modules.board.moved(held, "waiting");
+    modules.board.moved(held, TaskStage::Waiting);
     let board = modules.board.clone();
     let job = Job {
         grant: grant.clone(),
@@ -287,7 +287,7 @@ async fn run(modules: Arc<Modules>, held: HeldNumber, grant: HeldLease, grace: D
         folder: folder(&dir),
         workers: modules.workers.clone(),
         cancel_grace: grace,
-        began: Box::new(move || board.moved(held, "running")),
+        began: Box::new(move || board.moved(held, TaskStage::Running)),
     };
     let outcome = modules.plugins.run(job).await;
     ports.close().await; // ends or aborts what is still under way

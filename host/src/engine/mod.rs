@@ -286,8 +286,8 @@ impl Engine {
 
     fn begin(&mut self, lease: Lease, place: usize, permit: Option<OwnedSemaphorePermit>, stops: &StopSignals) {
         let plane = &self.planes[place];
-        let plugin = self.modules.plugins.name_of(&lease.capability);
-        let span = attempt::span(&lease, plugin.as_deref());
+        let plugin = self.modules.plugins.id_of(&lease.capability).cloned();
+        let span = attempt::span(&lease, plugin.as_ref().map(|plugin| &*plugin.name));
         let task = lease.task().clone();
         let session = span.in_scope(|| self.modules.sessions.open(&plane.source, lease)); // heartbeats start
         if self.modules.outbox.owes(&task) {
@@ -359,7 +359,7 @@ impl Engine {
 
 /// Leases that are over before they begin are neither run nor reported.
 fn admits(modules: &Modules, lease: &Lease) -> bool {
-    let span = || attempt::span(lease, modules.plugins.name_of(&lease.capability).as_deref());
+    let span = || attempt::span(lease, modules.plugins.id_of(&lease.capability).map(|plugin| &*plugin.name));
     if lease.cancelled {
         span().in_scope(|| info!("lease skipped, it came already cancelled"));
         return false;

@@ -18,6 +18,7 @@ mod millis;
 mod outcome;
 mod ports;
 mod progress_queue;
+mod readiness;
 mod status;
 mod watched;
 
@@ -35,11 +36,12 @@ pub use held_lease::{
 pub use lease::{Lease, PlaneName, PlaneNameError, ReportAddress, TaskId, TaskIdError, Term};
 pub use line::in_a_line;
 pub use millis::millis;
-pub use outcome::{LeaseKeeper, Outcome, SetupStage, TaskResult};
+pub use outcome::{LeaseKeeper, Outcome, OutcomeWord, SetupStage, TaskResult};
 pub(crate) use outcome::{holds_token, redact};
 pub use ports::{Fetched, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports};
 pub use progress_queue::{Pending, ProgressError, ProgressQueue};
+pub use readiness::{NotReadyReason, Readiness};
 pub use status::{
-    DiskStatus, HeldNumber, HeldTasks, HostStatus, Live, OutboxStatus, Phase, PollStatus, ReportState, StatusBoard,
-    TaskRecord, TaskStatus,
+    DiskStatus, HeldNumber, HeldTasks, HostStatus, Live, OutboxStatus, Phase, PluginId, PollStatus, RegistrationForm,
+    RegistrationState, ReportState, STATUS_SCHEMA, StatusBoard, TaskRecord, TaskStage, TaskStatus,
 };

@@ -85,6 +85,45 @@ pub enum Outcome {
     },
 }
 
+/// The stable word for an outcome, in logs, on the status page and in reports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OutcomeWord {
+    /// The control plane cancelled the task.
+    Cancelled,
+    /// The runner returned without error.
+    Completed,
+    /// The node shut down first.
+    Drained,
+    /// The runner returned an error.
+    Failed,
+    /// The node could not run the task.
+    HostFault,
+    /// The lease ran out or went to somebody else.
+    LeaseLost,
+    /// The runner panicked.
+    Panicked,
+    /// Inputs or outputs could not be moved.
+    Storage,
+}
+
+impl OutcomeWord {
+    /// As it is written.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Cancelled => "cancelled",
+            Self::Completed => "completed",
+            Self::Drained => "drained",
+            Self::Failed => "failed",
+            Self::HostFault => "host-fault",
+            Self::LeaseLost => "lease-lost",
+            Self::Panicked => "panicked",
+            Self::Storage => "storage",
+        }
+    }
+}
+
 impl Outcome {
     /// How a task ends that was cancelled for `reason`.
     #[must_use]
@@ -96,19 +135,25 @@ impl Outcome {
         }
     }
 
+    /// Which of the words for it applies.
+    #[must_use]
+    pub fn kind(&self) -> OutcomeWord {
+        match self {
+            Self::Completed => OutcomeWord::Completed,
+            Self::Failed { .. } => OutcomeWord::Failed,
+            Self::Panicked { .. } => OutcomeWord::Panicked,
+            Self::Storage { .. } => OutcomeWord::Storage,
+            Self::Setup { .. } | Self::NoRunner | Self::HostFault { .. } => OutcomeWord::HostFault,
+            Self::Cancelled => OutcomeWord::Cancelled,
+            Self::LeaseLost => OutcomeWord::LeaseLost,
+            Self::Drained => OutcomeWord::Drained,
+        }
+    }
+
     /// A stable word for logs, status pages and reports.
     #[must_use]
     pub fn word(&self) -> &'static str {
-        match self {
-            Self::Completed => "completed",
-            Self::Failed { .. } => "failed",
-            Self::Panicked { .. } => "panicked",
-            Self::Storage { .. } => "storage",
-            Self::Setup { .. } | Self::NoRunner | Self::HostFault { .. } => "host-fault",
-            Self::Cancelled => "cancelled",
-            Self::LeaseLost => "lease-lost",
-            Self::Drained => "drained",
-        }
+        self.kind().as_str()
     }
 
     /// A stable, finer code.

@@ -1,4 +1,7 @@
 //! What the node shows of itself: one value, changed by whoever knows, served by `observe`.
+//!
+//! Every key is always there; `null` stands for unknown. `docs/operations/status.md` lists the keys, and a test compares
+//! it with a running node. A key that changes its meaning needs a new [`STATUS_SCHEMA`].
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -12,9 +15,12 @@ use serde::{Serialize, Serializer, ser::SerializeMap as _};
 use uuid::Uuid;
 
 use super::{
-    Artifact, BootInstant, Budget, Capability, DataLocation, Fetched, HeldLease, Lease, MissedHeartbeats, Setup,
-    TaskId, TaskResult, millis, watched::Watched,
+    Artifact, BootInstant, Budget, Capability, DataLocation, Fetched, HeldLease, Lease, MissedHeartbeats, OutcomeWord,
+    Setup, TaskId, TaskResult, in_a_line, millis, watched::Watched,
 };
+
+/// The version of `/status.json`. New keys do not change it.
+pub const STATUS_SCHEMA: u32 = 1;
 
 /// Ended tasks that are shown.
 const RECENT_MAX: usize = 100;
@@ -30,23 +36,19 @@ pub struct HostStatus {
     pub started_at: Timestamp,
     /// `starting`, `running`, `draining` or `stopped`.
     pub phase: Phase,
-    /// Standing with the sign-in service: `disconnected`, `registering`, `registered` or `conflict`.
-    pub registration: String,
-    /// How the node registers: `wallet` or `callback`.
-    pub registration_form: &'static str,
+    /// Standing with the sign-in service.
+    pub registration: RegistrationState,
+    /// How the node registers.
+    pub registration_form: RegistrationForm,
     /// Since when it stands so.
     pub registration_since: Timestamp,
     /// The last trouble with it, one line.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub registration_error: Option<String>,
     /// When the sign-in service last asked for this node's health.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub last_healthcheck: Option<Timestamp>,
     /// Until when the node token in hand is good.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub token_expires_at: Option<Timestamp>,
     /// Why the last login failed, one line.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub login_error: Option<String>,
     /// How asking for work goes.
     pub polls: PollStatus,
@@ -57,15 +59,13 @@ pub struct HostStatus {
     /// What is served.
     pub capabilities: Vec<String>,
     /// What does not work any more although the node runs, one line each.
-    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub degraded: Vec<String>,
     /// Why a thread for a plugin's calls cannot be created, one line.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub no_thread: Option<String>,
     /// Tasks held now, shown by id.
     pub tasks: HeldTasks,
     /// Ended tasks by outcome, since the start.
-    pub ended: BTreeMap<&'static str, u64>,
+    pub ended: BTreeMap<OutcomeWord, u64>,
     /// Reports the control plane refused for good.
     pub unreported: u64,
     /// Reports on their way.
@@ -88,10 +88,8 @@ pub struct PollStatus {
     /// Polls in a row that failed up to now.
     pub failed: u32,
     /// Why the last one failed, one line; gone with the first one that is answered.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub last_error: Option<String>,
     /// One has waited for its answer for long; `false` with the first one that is answered.
-    #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub unanswered: bool,
 }
 
@@ -128,6 +126,67 @@ pub enum Phase {
     Draining,
     /// All ended.
     Stopped,
+}
+
+/// Standing with the sign-in service.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RegistrationState {
+    /// Not registered; the last attempt was refused, or none was made.
+    #[default]
+    Disconnected,
+    /// Being registered, or tried again soon.
+    Registering,
+    /// Registered.
+    Registered,
+    /// Another node with this wallet is online.
+    Conflict,
+}
+
+impl fmt::Display for RegistrationState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Disconnected => "disconnected",
+            Self::Registering => "registering",
+            Self::Registered => "registered",
+            Self::Conflict => "conflict",
+        })
+    }
+}
+
+/// How the node registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RegistrationForm {
+    /// By a signed message.
+    Wallet,
+    /// By a URL at which the service calls back.
+    Callback,
+    /// Not at all: the control plane has no sign-in.
+    None,
+}
+
+/// How far a held task is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum TaskStage {
+    /// Its session opens.
+    SettingUp,
+    /// Its plugin is full.
+    Waiting,
+    /// Its runner works.
+    Running,
+    /// Its report is on its way.
+    Reporting,
+}
+
+/// The plugin that serves a task.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PluginId {
+    /// Name in its manifest.
+    pub name: Arc<str>,
+    /// SHA-256 of the bytes that were opened, in hex.
+    pub sha256: Arc<str>,
 }
 
 /// What began and has not ended, each with a number of its own: a task may be leased again before its
@@ -167,21 +226,19 @@ pub struct TaskStatus {
     #[serde(serialize_with = "as_text")]
     pub capability: Capability,
     /// The job it belongs to.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub job_id: Option<Uuid>,
     /// The plugin that serves it.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub plugin: Option<Arc<str>>,
+    #[serde(serialize_with = "name_of_plugin")]
+    pub plugin: Option<PluginId>,
     /// Which run of the task this is, as the plane counts them.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub attempt: Option<u64>,
-    /// `setting-up`, `waiting` (its plugin is full), `running` or `reporting`.
-    pub state: &'static str,
+    /// How far it is.
+    pub state: TaskStage,
     /// When it was leased.
     pub since: Timestamp,
     /// `domain_id`, `lease_expires_at`, `token_expires_at` and `progress_at` (when the runner reported progress
     /// last): what is known of them when the page is asked. Neither a token nor the progress itself is shown.
-    /// While heartbeats fail, `heartbeats_failed` (how many in a row) and `heartbeat_error`.
+    /// `heartbeats_failed` says how many failed in a row, `heartbeat_error` why the last one did.
     #[serde(flatten)]
     pub turning: RunningTask,
 }
@@ -208,20 +265,14 @@ impl Serialize for RunningTask {
             ("token_expires_at", grant.token_deadline().until().on_calendar()),
             ("progress_at", grant.progress.progress_at().and_then(BootInstant::on_calendar)),
         ];
-        let missed = Some(grant.missed()).filter(|missed| missed.count > 0);
+        let MissedHeartbeats { count, error } = grant.missed();
         let mut shown = serializer.serialize_map(None)?;
-        if let Some(id) = domain {
-            shown.serialize_entry("domain_id", &id)?;
-        }
+        shown.serialize_entry("domain_id", &domain)?;
         for (name, at) in times {
-            if let Some(at) = at {
-                shown.serialize_entry(name, &at)?;
-            }
+            shown.serialize_entry(name, &at)?;
         }
-        if let Some(MissedHeartbeats { count, error }) = missed {
-            shown.serialize_entry("heartbeats_failed", &count)?;
-            shown.serialize_entry("heartbeat_error", &error)?;
-        }
+        shown.serialize_entry("heartbeats_failed", &count)?;
+        shown.serialize_entry("heartbeat_error", &Some(error).filter(|_| count > 0))?;
         shown.end()
     }
 }
@@ -242,8 +293,12 @@ pub struct OutboxStatus {
     /// So many are not accepted that nothing new is leased.
     pub full: bool,
     /// Why they cannot be written down, one line; nothing new is leased until they can.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub not_written: Option<String>,
+}
+
+/// The name is enough while a task runs.
+fn name_of_plugin<S: Serializer>(plugin: &Option<PluginId>, serializer: S) -> Result<S::Ok, S::Error> {
+    plugin.as_ref().map(|plugin| &*plugin.name).serialize(serializer)
 }
 
 /// Names are written when they are shown.
@@ -274,15 +329,22 @@ pub struct TaskRecord {
     #[serde(serialize_with = "as_text")]
     pub task_id: TaskId,
     /// The job it belonged to.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub job_id: Option<Uuid>,
     /// Which runner.
     #[serde(serialize_with = "as_text")]
     pub capability: Capability,
+    /// Which run of the task this was, as the plane counts them.
+    pub attempt: Option<u64>,
+    /// Name of the plugin that served it.
+    pub plugin: Option<Arc<str>>,
+    /// SHA-256 of that plugin.
+    pub plugin_sha256: Option<Arc<str>>,
     /// How it ended, one word.
-    pub outcome: &'static str,
+    pub outcome: OutcomeWord,
     /// The same, finer.
     pub code: &'static str,
+    /// Why it ended so, one line.
+    pub reason: Option<String>,
     /// What it published.
     pub artifacts: Vec<Artifact>,
     /// What it fetched whole.
@@ -296,15 +358,19 @@ pub struct TaskRecord {
 }
 
 impl TaskRecord {
-    /// The record of a task that has just ended.
+    /// The record of a task that has just ended. The board knows its plugin.
     #[must_use]
     pub fn new(lease: &Lease, task_result: &TaskResult, took: Duration, report: ReportState) -> Self {
         Self {
             task_id: lease.task().clone(),
             job_id: lease.job,
             capability: lease.capability.clone(),
-            outcome: task_result.outcome.word(),
+            attempt: lease.attempt,
+            plugin: None,
+            plugin_sha256: None,
+            outcome: task_result.outcome.kind(),
             code: task_result.outcome.code(),
+            reason: task_result.outcome.reason().map(|reason| in_a_line(&reason)),
             artifacts: task_result.artifacts.clone(),
             inputs: task_result.inputs.clone(),
             ended_at: Timestamp::now(),
@@ -327,8 +393,8 @@ impl StatusBoard {
             node,
             started_at: Timestamp::now(),
             phase: Phase::Starting,
-            registration: "disconnected".to_owned(),
-            registration_form: "wallet",
+            registration: RegistrationState::default(),
+            registration_form: RegistrationForm::Wallet,
             registration_since: Timestamp::now(),
             registration_error: None,
             last_healthcheck: None,
@@ -391,14 +457,14 @@ impl StatusBoard {
     }
 
     /// Enters a task, and the plugin that serves it.
-    pub fn began(&self, grant: &HeldLease, plugin: Option<Arc<str>>) -> HeldNumber {
+    pub fn began(&self, grant: &HeldLease, plugin: Option<PluginId>) -> HeldNumber {
         let lease = &grant.lease;
         let task = TaskStatus {
             capability: lease.capability.clone(),
             job_id: lease.job,
             plugin,
             attempt: lease.attempt,
-            state: "setting-up",
+            state: TaskStage::SettingUp,
             since: Timestamp::now(),
             turning: RunningTask(grant.clone()),
         };
@@ -412,7 +478,7 @@ impl StatusBoard {
     }
 
     /// Moves a task on.
-    pub fn moved(&self, held: HeldNumber, state: &'static str) {
+    pub fn moved(&self, held: HeldNumber, state: TaskStage) {
         self.change(|status| {
             if let Some(task) = status.tasks.by_number.get_mut(&held.0) {
                 task.state = state;
@@ -421,9 +487,12 @@ impl StatusBoard {
     }
 
     /// Moves a task from the held ones to the ended ones and counts its end.
-    pub fn ended(&self, held: HeldNumber, record: TaskRecord) {
+    pub fn ended(&self, held: HeldNumber, mut record: TaskRecord) {
         self.change(|status| {
-            status.tasks.by_number.remove(&held.0);
+            let task = status.tasks.by_number.remove(&held.0);
+            if let Some(PluginId { name, sha256 }) = task.and_then(|task| task.plugin) {
+                (record.plugin, record.plugin_sha256) = (Some(name), Some(sha256));
+            }
             *status.ended.entry(record.outcome).or_default() += 1;
             status.unreported += u64::from(record.report == ReportState::Refused);
             if status.recent.len() >= RECENT_MAX {
@@ -465,13 +534,13 @@ mod tests {
         let id = lost.lease.task().to_string();
         let first = board.began(&lost, None);
         let second = board.began(&grant(lost.lease.task().clone()), None);
-        board.moved(first, "reporting");
+        board.moved(first, TaskStage::Reporting);
         assert_eq!(shown()[&id]["state"], "setting-up", "what becomes of the lost one is not its own");
         let task_result = TaskResult::bare(Outcome::LeaseLost);
         let record = || TaskRecord::new(&lost.lease, &task_result, Duration::ZERO, ReportState::None);
         board.ended(first, record());
-        board.moved(first, "running"); // a word that comes too late
-        board.moved(second, "waiting");
+        board.moved(first, TaskStage::Running); // a word that comes too late
+        board.moved(second, TaskStage::Waiting);
         assert_eq!(shown()[&id]["state"], "waiting");
         board.ended(second, record());
         assert_eq!(shown(), serde_json::json!({}));

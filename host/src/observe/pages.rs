@@ -19,17 +19,16 @@ use axum::{
 };
 use hyper::{body::Incoming, service::service_fn};
 use jiff::Timestamp;
+use serde::Serialize;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tower_service::Service as _;
 
-use super::{
-    callback::{self, CallbackQueue},
-};
+use super::callback::{self, CallbackQueue};
 use crate::{
     listen::{self, Limits},
-    model::{HealthChecks, MissedHeartbeats, Phase, StatusBoard},
+    model::{HealthChecks, HostStatus, NotReadyReason, Readiness, STATUS_SCHEMA, StatusBoard},
 };
 
 /// How long a stop waits for requests that are being answered.
@@ -42,11 +41,6 @@ const CONNECTIONS_MIN: usize = 16;
 const HEAD_TIME_MAX: Duration = Duration::from_secs(5);
 /// Descriptors that only these pages use.
 const RESERVE: usize = 4;
-
-/// From so many polls in a row that failed the node gets no work; fewer are no news.
-const FAILED_POLLS_MIN: u32 = 3;
-/// The same of heartbeats of every lease that is held: with all slots taken there are no polls to tell.
-const FAILED_HEARTBEATS_MIN: u32 = 3;
 
 /// A listener that is up, so that `/health` answers before the node registers.
 pub struct Pages {
@@ -93,7 +87,7 @@ impl Pages {
             .route("//health", get(health))
             .route("//internal/v1/registrations", post(callback::registrations))
             .with_state(desk);
-        let shown = StatusPage { board: board.clone(), node_host: node_host.map(Arc::from) };
+        let shown = StatusSource { board: board.clone(), node_host: node_host.map(Arc::from) };
         let router = Router::new()
             .route("/ready", get(ready))
             .with_state(board)
@@ -127,71 +121,39 @@ async fn health(State(desk): State<Arc<CallbackQueue>>, headers: HeaderMap) -> S
     StatusCode::OK
 }
 
-/// 200 while the node may get work, else 503, with the reason. A node that has lost a part of what it
+/// 200 while the node can get work, else 503, with the reasons. A node that has lost a part of what it
 /// serves says so beside the 200.
 async fn ready(State(board): State<StatusBoard>) -> impl IntoResponse {
     let status = board.now();
-    let reason = match status.phase {
-        Phase::Running if status.capabilities.is_empty() && status.degraded.is_empty() => {
-            Some("no plugin is loaded".to_owned())
+    match Readiness::of(&status, Timestamp::now()) {
+        Readiness::Ready if status.degraded.is_empty() => (StatusCode::OK, Json(json!({ "ready": true }))),
+        Readiness::Ready => (StatusCode::OK, Json(json!({ "ready": true, "degraded": status.degraded }))),
+        Readiness::NotReady(reasons) => {
+            let first = reasons.first().map(ToString::to_string);
+            let page = json!({ "ready": false, "reason": first, "reasons": reasons });
+            (StatusCode::SERVICE_UNAVAILABLE, Json(page))
         }
-        Phase::Running if status.capabilities.is_empty() => Some(status.degraded.join("; ")),
-        Phase::Running if status.no_thread.is_some() => Some(format!(
-            "cannot create a thread for the calls of a plugin: {}; raise the limit of threads",
-            status.no_thread.as_deref().unwrap_or_default()
-        )),
-        Phase::Running if status.registration == "conflict" => Some(match &status.registration_error {
-            Some(err) => format!("conflict: {err}"),
-            None => "conflict".to_owned(),
-        }),
-        Phase::Running if status.outbox.full => {
-            Some(format!("the outbox is full: {} reports wait for the control plane", status.outbox.waiting))
-        }
-        Phase::Running if status.outbox.not_written.is_some() => {
-            Some(format!("the outbox cannot be written: {}", status.outbox.not_written.as_deref().unwrap_or_default()))
-        }
-        Phase::Running if status.disk.full => Some(format!(
-            "disk nearly full: {} bytes are free where tasks work, DISK_FREE_MIN is {}",
-            status.disk.free_bytes.unwrap_or_default(),
-            status.disk.floor_bytes
-        )),
-        // A token in hand is used to its end, whatever becomes of its renewal.
-        Phase::Running => match (&status.login_error, status.token_expires_at) {
-            (Some(err), None) => Some(format!("not signed in: {err}")),
-            (Some(err), Some(end)) if end <= Timestamp::now() => Some(format!("not signed in: {err}")),
-            _ if status.polls.failed >= FAILED_POLLS_MIN => Some(format!(
-                "the control plane does not give work, {} polls in a row failed: {}",
-                status.polls.failed,
-                status.polls.last_error.as_deref().unwrap_or_default()
-            )),
-            _ if status.polls.unanswered => Some("the control plane does not answer the poll".to_owned()),
-            _ => status.tasks.missed().filter(|missed| missed.count >= FAILED_HEARTBEATS_MIN).map(|missed| {
-                let MissedHeartbeats { count, error } = missed;
-                format!("the control plane does not take heartbeats, {count} in a row failed: {error}")
-            }),
-        },
-        Phase::Starting => Some(match &status.registration_error {
-            Some(err) => format!("not signed in ({}): {err}", status.registration),
-            None => format!("not signed in ({})", status.registration),
-        }),
-        Phase::Draining => Some("draining".to_owned()),
-        Phase::Stopped => Some("stopped".to_owned()),
-    };
-    match reason {
-        None if status.degraded.is_empty() => (StatusCode::OK, Json(json!({ "ready": true }))),
-        None => (StatusCode::OK, Json(json!({ "ready": true, "degraded": status.degraded }))),
-        Some(reason) => (StatusCode::SERVICE_UNAVAILABLE, Json(json!({ "ready": false, "reason": reason }))),
     }
 }
 
 /// What `/status.json` needs.
 #[derive(Clone)]
-struct StatusPage {
+struct StatusSource {
     board: StatusBoard,
     node_host: Option<Arc<str>>,
 }
 
-async fn status(State(page): State<StatusPage>, uri: Uri, headers: HeaderMap) -> Response {
+/// `/status.json`.
+#[derive(Serialize)]
+struct StatusPage {
+    schema: u32,
+    ready: bool,
+    not_ready: Vec<NotReadyReason>,
+    #[serde(flatten)]
+    status: HostStatus,
+}
+
+async fn status(State(page): State<StatusSource>, uri: Uri, headers: HeaderMap) -> Response {
     let host = headers.get(header::HOST).and_then(|host| Authority::try_from(host.as_bytes()).ok());
     let authority = uri.authority().cloned().or(host);
     if !authority.is_some_and(|authority| is_own_host(authority.host(), page.node_host.as_deref())) {
@@ -199,7 +161,8 @@ async fn status(State(page): State<StatusPage>, uri: Uri, headers: HeaderMap) ->
         return (StatusCode::MISDIRECTED_REQUEST, remedy).into_response();
     }
     let status = page.board.now().clone();
-    Json(status).into_response()
+    let not_ready = Readiness::of(&status, Timestamp::now()).reasons().to_vec();
+    Json(StatusPage { schema: STATUS_SCHEMA, ready: not_ready.is_empty(), not_ready, status }).into_response()
 }
 
 /// Whether `host` can only lead to this node, or is the one its operator named. The address of `HTTP_BIND` is an IP

@@ -39,7 +39,7 @@ pub use inspect::{Facts, Manifest};
 pub use run::{Folder, Job};
 pub use scaffold::{ScaffoldError, create};
 
-use crate::model::{Capability, Outcome, in_a_line};
+use crate::model::{Capability, Outcome, PluginId, in_a_line};
 use load::Verified;
 use run::Plugin;
 
@@ -92,8 +92,8 @@ pub struct Listing {
     pub sha256: Option<String>,
     /// What it serves here.
     pub capabilities: Vec<String>,
-    /// `loaded`, `refused`, or `out-of-service` after too many of its runners had to be given up.
-    pub state: &'static str,
+    /// What became of it.
+    pub state: PluginState,
     /// How many of its runners ignored their cancellation.
     #[serde(skip_serializing_if = "is_zero")]
     pub stuck_runners: u32,
@@ -108,9 +108,33 @@ pub struct Listing {
     pub reason: Option<String>,
 }
 
+/// What became of a library.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PluginState {
+    /// It serves.
+    Loaded,
+    /// It was not opened, or not for long.
+    Refused,
+    /// It serves nothing more, because too many of its runners ignored their cancellation.
+    OutOfService,
+}
+
+impl std::fmt::Display for PluginState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.pad(match self {
+            Self::Loaded => "loaded",
+            Self::Refused => "refused",
+            Self::OutOfService => "out-of-service",
+        })
+    }
+}
+
 /// Everything that was loaded.
 pub struct Plugins {
     by_capability: BTreeMap<Capability, Arc<Plugin>>,
+    /// Who serves what, for status pages.
+    ids: BTreeMap<Capability, PluginId>,
     /// With the number of its listing.
     loaded: Vec<(usize, Arc<Plugin>)>,
     listings: Vec<Listing>,
@@ -141,7 +165,7 @@ impl Plugins {
             }
         }
         share_out(&mut verified, &mut listings);
-        let (mut loaded, mut by_capability) = (Vec::new(), BTreeMap::new());
+        let (mut loaded, mut by_capability, mut ids) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
         let mut hanging = None;
         for (number, (listing, plugin)) in listings.iter_mut().zip(verified).enumerate() {
             let Some(plugin) = plugin else { continue };
@@ -153,6 +177,7 @@ impl Plugins {
             }
             let (name, capabilities) = (plugin.facts.manifest.name.clone(), plugin.capabilities.clone());
             let settings = plugin.settings.clone();
+            let sha256: Arc<str> = plugin.sha256.as_str().into();
             ended::opening(&name, &listing.file);
             match load::open(plugin, config.init_limit, config.log_level) {
                 Ok(opened) => {
@@ -160,6 +185,7 @@ impl Plugins {
                     let plugin = Arc::new(Plugin::new(&name, opened, settings.grant_token, slots));
                     for capability in &capabilities {
                         by_capability.insert(capability.clone(), Arc::clone(&plugin));
+                        ids.insert(capability.clone(), PluginId { name: plugin.name(), sha256: Arc::clone(&sha256) });
                     }
                     let capabilities: Vec<&str> = capabilities.iter().map(Capability::as_str).collect();
                     let (file, capabilities) = (listing.file.display(), capabilities.join(" "));
@@ -181,7 +207,7 @@ impl Plugins {
             }
         }
         let serving = watch::Sender::new(by_capability.keys().cloned().collect());
-        Ok(Self { by_capability, loaded, listings, serving })
+        Ok(Self { by_capability, ids, loaded, listings, serving })
     }
 
     /// Every capability that is served, sorted.
@@ -232,10 +258,10 @@ impl Plugins {
         self.plugin(capability).map_or(Some(Outcome::NoRunner), |plugin| plugin.refusal())
     }
 
-    /// The name of the plugin that serves `capability`.
+    /// The plugin that serves `capability`.
     #[must_use]
-    pub fn name_of(&self, capability: &Capability) -> Option<Arc<str>> {
-        self.plugin(capability).map(|plugin| plugin.name())
+    pub fn id_of(&self, capability: &Capability) -> Option<&PluginId> {
+        self.ids.get(capability)
     }
 
     /// Every library that was considered, in order.
@@ -248,7 +274,7 @@ impl Plugins {
             listing.hanging_calls = plugin.hanging_calls();
             listing.no_thread = plugin.no_thread();
             if let Some(reason) = plugin.record().out_of_service() {
-                listing.state = "out-of-service";
+                listing.state = PluginState::OutOfService;
                 listing.reason = Some(reason.to_owned());
             }
         }
@@ -336,7 +362,7 @@ impl Listing {
             version: None,
             sha256: None,
             capabilities: Vec::new(),
-            state: "loaded",
+            state: PluginState::Loaded,
             stuck_runners: 0,
             hanging_calls: 0,
             no_thread: None,
@@ -353,7 +379,7 @@ impl Listing {
     }
 
     fn refuse(&mut self, err: &InstallError) {
-        self.state = "refused";
+        self.state = PluginState::Refused;
         // A path in it may hold anything; a reason stays one line.
         self.reason = Some(in_a_line(&err.to_string()));
     }

@@ -46,10 +46,10 @@ async fn a_node_whose_polls_are_not_answered_is_not_ready_long_before_they_fail(
     rubbish.answer("GET /v1/tasks", usize::MAX, Bad::Hang);
     let (_, page) = node.page_until("/ready", |page| page.0 == 503).await;
     assert_eq!(page["reason"], "the control plane does not answer the poll");
-    assert_eq!(node.status().await["polls"], json!({ "failed": 0, "unanswered": true }));
+    assert_eq!(node.status().await["polls"], json!({ "failed": 0, "last_error": null, "unanswered": true }));
     rubbish.heal();
     node.page_until("/ready", |page| page.0 == 200).await;
-    assert_eq!(node.status().await["polls"], json!({ "failed": 0 }));
+    assert_eq!(node.status().await["polls"], json!({ "failed": 0, "last_error": null, "unanswered": false }));
 }
 
 #[tokio::test]
@@ -72,7 +72,7 @@ async fn a_node_whose_polls_fail_is_not_ready_until_one_is_answered() {
     assert!(line["error"].as_str().is_some_and(|err| err.starts_with(remedy)), "{line}");
     rubbish.heal();
     node.page_until("/ready", |page| page.0 == 200).await;
-    assert_eq!(node.status().await["polls"], json!({ "failed": 0 }));
+    assert_eq!(node.status().await["polls"], json!({ "failed": 0, "last_error": null, "unanswered": false }));
     // One alone is no news.
     rubbish.answer("GET /v1/tasks", 1, Bad::Status(503, "later"));
     node.line(|line| line["error"].as_str().is_some_and(|err| err.contains("503"))).await;
@@ -102,7 +102,7 @@ async fn a_full_node_whose_heartbeats_fail_is_not_ready_until_one_is_answered() 
     rubbish.heal();
     node.page_until("/ready", |page| page.0 == 200).await;
     let shown = node.status().await["tasks"][&id].clone();
-    assert!(shown["state"] == "running" && shown.get("heartbeats_failed").is_none(), "{shown}");
+    assert!(shown["state"] == "running" && shown["heartbeats_failed"] == 0, "{shown}");
     std::fs::write(files.path().join("first"), "").expect("the folder is writable");
     lab.ended(&node, job).await.completed();
 }
@@ -190,6 +190,9 @@ async fn an_ended_task_shows_size_and_digest_of_all_that_was_moved() {
     let record = &page["recent"][0];
     assert_eq!((&record["task_id"], &record["job_id"]), (&ended.task()["id"], &json!(job)));
     assert_eq!((&record["outcome"], &record["code"]), (&json!("completed"), &json!("ok")));
+    let plugin = &page["plugins"][0];
+    assert_eq!((&record["plugin"], &record["plugin_sha256"]), (&plugin["name"], &plugin["sha256"]));
+    assert_eq!((&record["attempt"], &record["reason"]), (&json!(1), &serde_json::Value::Null));
     let (read, written) = (&record["inputs"][0], &record["artifacts"][0]);
     assert_eq!((&read["cid"], &read["size"], &read["sha256"]), (&json!(input), &json!(5), &json!(WORLD)));
     assert_eq!((&written["logical_path"], &written["id"]), (&json!("outputs/hello.bin"), &id));
@@ -223,6 +226,86 @@ async fn slow(node: &TestNode, count: usize) -> Vec<TcpStream> {
     visitors
 }
 
+#[tokio::test]
+async fn status_keys_match_their_documentation() {
+    let lab = TestServer::start().await;
+    let files = tempfile::tempdir().expect("a folder");
+    let broken = files.path().join("broken.so");
+    std::fs::write(&broken, "no library").expect("the folder is writable");
+    let libraries = [fixtures::hello(), fixtures::zoo(), broken];
+    let node = lab.node(&libraries).set("MAX_CONCURRENCY", "2").leasing().await;
+    let input = lab.put("who", b"world").await;
+    let job = lab.task("/examples/hello/v1").inputs(&[input]).submit();
+    lab.ended(&node, job).await.completed();
+    lab.run(&node, "/fixtures/fail/v1", json!({})).await.failed();
+    let go = files.path().join("go");
+    let job = lab.task("/fixtures/wait-file/v1").meta(json!({ "file": go })).submit();
+    lab.started(&node, job).await;
+    let page = node.page_until("/status.json", |page| page.1["recent"].as_array().is_some_and(|all| all.len() == 2));
+    let status = page.await.1;
+    assert!(status["recent"][1]["reason"].as_str().is_some_and(|reason| !reason.is_empty()), "{status:#}");
+    std::fs::write(&go, "").expect("the folder is writable");
+    lab.ended(&node, job).await.completed();
+
+    let text = include_str!("../../../docs/operations/status.md");
+    let (_, table) = text.split_once("| key | type | meaning |\n|---|---|---|\n").expect("the table");
+    let rows = table.lines().take_while(|line| line.starts_with('|')).map(|line| {
+        let mut cells = line.split('|').map(str::trim).skip(1);
+        (cells.next().expect("a key").trim_matches('`'), cells.next().expect("a type"))
+    });
+    let listed: std::collections::BTreeMap<&str, &str> = rows.collect();
+    let mut shown = std::collections::BTreeMap::new();
+    keys("", &status, &mut shown);
+    let mut problems = Vec::new();
+    for (key, kinds) in &shown {
+        match listed.get(key.as_str()) {
+            None => problems.push(format!("the page does not list {key}")),
+            Some(kind) => problems.extend(
+                kinds
+                    .iter()
+                    .filter(|found| !kind.contains(**found))
+                    .map(|found| format!("{key} is {found}, not {kind}")),
+            ),
+        }
+    }
+    let missing = listed.iter().filter(|(key, kind)| !shown.contains_key(**key) && !kind.contains("(optional)"));
+    problems.extend(missing.map(|(key, _)| format!("the node does not show {key}")));
+    assert!(problems.is_empty(), "docs/operations/status.md:\n{}", problems.join("\n"));
+    node.stop().await;
+}
+
+/// Every key below `value`, as the documentation names it, with the types of its values.
+fn keys<'a>(
+    at: &str,
+    value: &'a serde_json::Value,
+    found: &mut std::collections::BTreeMap<String, std::collections::BTreeSet<&'a str>>,
+) {
+    use serde_json::Value;
+    let kind = match value {
+        Value::Null => "null",
+        Value::Bool(_) => "boolean",
+        Value::Number(_) => "number",
+        Value::String(_) => "string",
+        Value::Array(_) => "list",
+        Value::Object(_) => "object",
+    };
+    if !at.is_empty() && !at.ends_with("[]") {
+        found.entry(at.to_owned()).or_default().insert(kind);
+    }
+    match value {
+        Value::Object(members) => {
+            for (name, member) in members {
+                let name = if ["tasks", "ended"].contains(&at) { "*" } else { name };
+                let below = if at.is_empty() { name.to_owned() } else { format!("{at}.{name}") };
+                keys(&below, member, found);
+            }
+        }
+        Value::Array(items) => items.iter().for_each(|item| keys(&format!("{at}[]"), item, found)),
+        _ => {}
+    }
+}
+
+/// Strangers may reach the pages.
 #[tokio::test]
 async fn slow_connections_do_not_delay_others() {
     let lab = TestServer::start().await;
