@@ -23,7 +23,7 @@ use tracing_subscriber::{
 };
 
 /// The field that holds what a plugin sent along with a line: a JSON object, whose members become fields.
-const PLUGIN_FIELDS: &str = "plugin_fields";
+pub(super) const PLUGIN_FIELDS: &str = "plugin_fields";
 
 /// Fields that hold words with a space between each two: JSON arrays here, plain text in lines for people.
 const LISTS: [&str; 1] = ["capabilities"];

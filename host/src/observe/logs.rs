@@ -1,22 +1,17 @@
 //! Log lines on stderr, JSON or text.
 
-use std::fmt::{self, Debug};
-
-use tracing::{
-    Subscriber,
-    field::{Field, Visit},
-};
+use tracing::Subscriber;
 use tracing_subscriber::{
     EnvFilter, Layer,
-    field::RecordFields,
     filter::{LevelFilter, Targets},
-    fmt::{FormatFields, format::Writer},
     layer::SubscriberExt,
     util::SubscriberInitExt,
 };
 
-use super::json::{JsonLines, JsonMembers};
-use crate::model::in_a_line;
+use super::{
+    json::{JsonLines, JsonMembers},
+    text::TextFields,
+};
 
 /// The form of a log line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,32 +46,6 @@ pub fn init(format: Format, filter: &str) {
     let _ = tracing_subscriber::registry().with(filter).with(lines).try_init();
     if let Some(mistake) = mistake {
         tracing::warn!(error = %mistake, "RUST_LOG cannot be used, logging at info");
-    }
-}
-
-/// Fields for people: a line stays a line, whatever a plugin or a service has said.
-struct TextFields;
-
-impl<'a> FormatFields<'a> for TextFields {
-    fn format_fields<R: RecordFields>(&self, mut writer: Writer<'a>, fields: R) -> fmt::Result {
-        let mut words = Words(String::new());
-        fields.record(&mut words);
-        writer.write_str(&words.0)
-    }
-}
-
-struct Words(String);
-
-impl Visit for Words {
-    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
-        let value = in_a_line(&format!("{value:?}"));
-        let space = if self.0.is_empty() { "" } else { " " };
-        self.0.push_str(&match field.name() {
-            "message" => format!("{space}{value}"),
-            // Where a record of the `log` crate comes from; its target stands in the line.
-            name if name.starts_with("log.") => return,
-            name => format!("{space}{name}={value}"),
-        });
     }
 }
 

@@ -4,6 +4,7 @@ mod callback;
 mod json;
 pub mod logs;
 pub mod pages;
+mod text;
 
 use std::net::SocketAddr;
 

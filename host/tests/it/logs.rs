@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use crate::harness::{
     TestServer, fixtures,
+    folder::Folder,
     node::Cli,
     rubbish::{Bad, Rubbish},
 };
@@ -85,6 +86,28 @@ async fn capabilities_of_a_loaded_plugin_are_a_list_in_json_and_words_in_text() 
     let loaded = ended.stderr.lines().find(|line| line.contains("plugin loaded")).expect("it is loaded");
     // Text quotes what holds spaces.
     assert!(loaded.contains(&format!("capabilities=\"{}\"", names.join(" "))), "{loaded}");
+}
+
+#[tokio::test]
+async fn plugin_fields_are_readable_in_text_logs() {
+    let folder = Folder::new();
+    folder.put("zoo.so", &fixtures::zoo());
+    let invoke = |name: &str, filter: &str| {
+        folder.cli(&["invoke"]).arg(format!("/fixtures/{name}/v1")).set("RUST_LOG", filter).run()
+    };
+    let ended = invoke("logs", "info").await.expect(0);
+    let line = ended.stderr.lines().find(|line| line.contains("tracing at info")).expect("it is logged");
+    for field in [" answer=\"forty-two\"", " done=true", " level_number=3", " ratio=0.5"] {
+        assert!(line.contains(field), "{field}: {line}");
+    }
+    assert!(!ended.stderr.contains("plugin_fields"), "{}", ended.stderr);
+
+    let ended = invoke("panic", "error").await.expect(1);
+    let (trace, lines): (Vec<&str>, Vec<&str>) = ended.stderr.lines().partition(|line| line.starts_with("    | "));
+    let panicked = lines.iter().filter(|line| line.contains(" place=\"src/ends.rs:")).count();
+    assert_eq!(panicked, 1, "{}", ended.stderr);
+    assert!(trace.iter().any(|line| line.contains("zoo::ends::panic")), "{}", ended.stderr);
+    assert!(trace.len() <= 25 && lines.iter().all(|line| line.len() < 1000), "{}", ended.stderr);
 }
 
 #[tokio::test]
