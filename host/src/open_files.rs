@@ -12,22 +12,48 @@ const PER_SLOT: u64 = 8;
 /// What the rest of the node may: plugins, pages, the outbox, logs.
 const BESIDES: u64 = 256;
 
+/// What a node with one small plugin has open, and a few connections and files: with less it cannot work.
+const NEED: u64 = 32;
+
+/// So few files may be open that the node cannot work.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "only {limit} files may be open, the node needs at least {NEED}; raise the limit (ulimit -n, LimitNOFILE= of a service)"
+)]
+pub(crate) struct TooFewFiles {
+    limit: u64,
+}
+
+/// Raises the limit as [`allow`] does, before plugins are opened.
+///
+/// # Errors
+/// When it stays too low for any node.
+pub(crate) fn check(slots: usize) -> Result<(), TooFewFiles> {
+    let (limit, _) = raise(slots);
+    if limit < NEED { Err(TooFewFiles { limit }) } else { Ok(()) }
+}
+
 /// Allows as many as `slots` may need, as far as the system lets; with how many it lets.
 pub(crate) fn allow(slots: usize) -> u64 {
+    let (limit, wanted) = raise(slots);
+    if limit < wanted {
+        warn!(limit, wanted, slots, "fewer files may be open than so many slots may need");
+    }
+    limit
+}
+
+/// How many files may be open now, and how many `slots` may need.
+fn raise(slots: usize) -> (u64, u64) {
     let wanted = u64::try_from(slots).unwrap_or(u64::MAX).saturating_mul(PER_SLOT).saturating_add(BESIDES);
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     // No number is no limit.
     let (now, most) = (current.unwrap_or(u64::MAX), maximum.unwrap_or(u64::MAX));
     if now >= wanted {
-        return now;
+        return (now, wanted);
     }
     let next = wanted.min(most);
     let raised = setrlimit(Resource::Nofile, Rlimit { current: Some(next), maximum });
     let limit = if raised.is_ok() { next } else { now };
-    if limit < wanted {
-        warn!(limit, wanted, slots, "fewer files may be open than so many slots may need");
-    } else {
-        debug!(limit, before = now, "more files may be open now");
-    }
-    limit
+    debug!(limit, before = now, "limit of open files changed");
+    (limit, wanted)
 }

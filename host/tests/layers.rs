@@ -75,6 +75,7 @@ const RULES: &[Rule] = &[
             "engine",
             "model",
             "observe",
+            "open_files",
             "outbox",
             "plugins",
             "storage",

@@ -29,6 +29,12 @@ pub(super) enum Command {
         plugins: PluginArgs,
         #[command(flatten)]
         settings: Settings,
+        /// Exit with 78 on warnings too
+        #[arg(long)]
+        strict: bool,
+        /// Form of the output
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Output,
     },
 }
 
@@ -37,20 +43,39 @@ impl Command {
         let (Self::Show { settings, .. } | Self::Check { settings, .. }) = self;
         settings
     }
+
+    /// Whether mistakes go to stdout as [`report`] writes them.
+    pub(super) fn reports_json(&self) -> bool {
+        matches!(self, Self::Check { output: Output::Json, .. })
+    }
 }
 
 pub(super) fn run(command: &Command, layers: &Layers, secrets: &Secrets) -> anyhow::Result<Exit> {
     match command {
         Command::Show { output, .. } => show(layers, secrets, *output),
-        Command::Check { plugins, .. } => {
-            let config = checked(layers, secrets, plugins)?;
-            for warning in &config.warnings {
-                tell(format_args!("warning: {warning}"));
+        Command::Check { plugins, strict, output, .. } => {
+            let warnings = checked(layers, secrets, plugins)?.warnings;
+            let is_bad = *strict && !warnings.is_empty();
+            match output {
+                Output::Json => report(&[], &warnings)?,
+                Output::Text => {
+                    warnings.iter().for_each(|warning| tell(format_args!("warning: {warning}")));
+                    if is_bad {
+                        complain("with --strict a warning is a mistake; correct what the warnings name");
+                    } else {
+                        put(std::io::stdout(), "the configuration is complete\n")?;
+                    }
+                }
             }
-            put(std::io::stdout(), "the configuration is complete\n")?;
-            Ok(Exit::Done)
+            Ok(if is_bad { Exit::Configuration } else { Exit::Done })
         }
     }
+}
+
+/// What `config check -o json` prints.
+pub(super) fn report(mistakes: &[String], warnings: &[String]) -> anyhow::Result<()> {
+    let report = json!({ "complete": mistakes.is_empty(), "mistakes": mistakes, "warnings": warnings });
+    put(std::io::stdout(), &format!("{report}\n"))
 }
 
 /// A setting as it is shown.

@@ -18,7 +18,7 @@ use crate::{
     config::{HostConfig, Layers, PlaneChoice, folder_trouble, own_scratch_dir},
     engine::StopSignals,
     leases::local::{self, LocalEvent},
-    model::{Capability, Outcome, PlaneName, TaskId, TaskResult},
+    model::{Capability, Outcome, PlaneName, TaskId, TaskResult, did_you_mean},
     observe::StatusPage,
     plugins::Plugins,
     storage::Scratch,
@@ -71,7 +71,8 @@ pub(super) fn run(args: Args, layers: &Layers) -> anyhow::Result<Exit> {
     }
     if !plugins.capabilities().contains(&capability) {
         let served: Vec<String> = plugins.capabilities().iter().map(ToString::to_string).collect();
-        tell(format_args!("error: no plugin serves {capability}; these do: {}", served.join(", ")));
+        let near = did_you_mean(capability.as_str(), served.iter().map(String::as_str));
+        tell(format_args!("error: no plugin serves {capability}; these do: {}{near}", served.join(", ")));
         for listing in plugins.listings() {
             if let Some(reason) = &listing.reason {
                 tell(format_args!("note: plugin {} was refused: {reason}", listing.file.display()));

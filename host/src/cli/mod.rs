@@ -20,13 +20,13 @@ use std::{
 };
 
 use anyhow::Context as _;
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 use uuid::Uuid;
 
 use crate::{
     config::{HostConfig, Key, Layers, Mistakes, Origin, Secrets, kernel_trouble},
     dev::DevError,
-    model::{Capability, in_a_line},
+    model::{Capability, in_a_line, nearest},
     observe::logs::{self, Format},
     outbox::StateError,
     plugins::{Places, PluginsFile},
@@ -121,7 +121,7 @@ pub enum Output {
 /// Parses the command line, runs the command, returns its exit code.
 #[must_use]
 pub fn main(secrets: &Secrets) -> ExitCode {
-    let cli = Cli::parse();
+    let cli = Cli::try_parse().unwrap_or_else(|err| with_suggestion(err).exit());
     crate::plugins::watch_exit();
     // The exit guard takes every exit that does not come through `leave` for a plugin's.
     let exit = catch_unwind(AssertUnwindSafe(|| execute(cli, secrets))).unwrap_or_else(|_| {
@@ -138,6 +138,7 @@ fn execute(cli: Cli, secrets: &Secrets) -> Exit {
     let laid = cli.command.lay(&mut layers);
     start_logs(&cli.command, &layers);
     let quiet = cli.command.is_quiet();
+    let reports_json = matches!(&cli.command, Command::Config(command) if command.reports_json());
     let ended = laid.and_then(|()| match cli.command {
         Command::Run(args) => run::run(&args, &layers, secrets),
         Command::Dev(args) => dev::run(args, layers),
@@ -149,9 +150,15 @@ fn execute(cli: Cli, secrets: &Secrets) -> Exit {
         Command::Completions(args) => completions::run(&args),
     });
     ended.unwrap_or_else(|err| {
-        match err.downcast_ref::<Mistakes>() {
-            Some(Mistakes(lines)) => lines.iter().for_each(|line| complain(line)),
-            None => complain(&one_line(&err)),
+        let lines = match err.downcast_ref::<Mistakes>() {
+            Some(Mistakes(lines)) => lines.clone(),
+            None => vec![one_line(&err)],
+        };
+        if reports_json {
+            // Nobody is left to be told when stdout takes nothing.
+            let _ = config::report(&lines, &[]);
+        } else {
+            lines.iter().for_each(|line| complain(line));
         }
         exit_of(&err, quiet)
     })
@@ -176,18 +183,50 @@ impl Command {
 
 fn start_logs(command: &Command, layers: &Layers) {
     let fallback = if matches!(command, Command::Run(_)) { Format::Json } else { Format::Text };
-    let format = layers.text("LOG_FORMAT").map(Format::parse);
+    // What `config` says about a configuration is for people, whatever form of log that configuration asks for.
+    let is_for_people = matches!(command, Command::Config(_));
+    let format = layers.text("LOG_FORMAT").filter(|_| !is_for_people).map(Format::parse);
     let filter = match Key::find("RUST_LOG").map(|key| layers.get(key)) {
         Some((Some(filter), origin)) if origin > Origin::Default => filter,
         _ if command.is_quiet() => "error",
         _ => "info",
     };
     logs::init(format.unwrap_or(fallback), filter);
+    LOGS_ARE_JSON.store(format.unwrap_or(fallback) == Format::Json, Ordering::Relaxed);
     COMPLAIN_AS_JSON.store(format == Some(Format::Json), Ordering::Relaxed);
 }
 
 /// Somebody has asked for JSON on stderr, so reasons to end are JSON as well.
 static COMPLAIN_AS_JSON: AtomicBool = AtomicBool::new(false);
+/// The form of log lines.
+static LOGS_ARE_JSON: AtomicBool = AtomicBool::new(false);
+
+/// From here on a reason to end has the form of the log lines before it.
+fn complain_as_log() {
+    COMPLAIN_AS_JSON.store(LOGS_ARE_JSON.load(Ordering::Relaxed), Ordering::Relaxed);
+}
+
+/// Adds the subcommand that was probably meant. clap's own measure misses swapped letters in short words.
+fn with_suggestion(mut err: clap::Error) -> clap::Error {
+    use clap::error::{ContextKind, ContextValue, ErrorKind};
+    let Some(ContextValue::String(word)) = err.get(ContextKind::InvalidSubcommand) else { return err };
+    if err.kind() != ErrorKind::InvalidSubcommand {
+        return err;
+    }
+    // The words before it lead to the command whose subcommand it should be.
+    let mut command = Cli::command();
+    for word in std::env::args_os().skip(1) {
+        match word.to_str().and_then(|word| command.find_subcommand(word)) {
+            Some(found) => command = found.clone(),
+            None => break,
+        }
+    }
+    let near = nearest(word, command.get_subcommands().map(clap::Command::get_name)).map(str::to_owned);
+    if let Some(near) = near {
+        err.insert(ContextKind::SuggestedSubcommand, ContextValue::Strings(vec![near]));
+    }
+    err
+}
 
 /// Says why the command ends: one line, in the log's form where that was chosen.
 fn complain(problem: &str) {
@@ -484,7 +523,12 @@ fn nothing_to_serve(plugins: &crate::plugins::Plugins) -> Option<Exit> {
         let reason = listing.reason.as_deref().unwrap_or("refused");
         complain(&format!("plugin {}: {reason}", listing.file.display()));
     }
-    Some(Exit::PluginsRefused)
+    Some(refused_exit(&plugins.listings()))
+}
+
+/// The exit code where plugins were refused: one that may load later makes it worth another start.
+fn refused_exit(listings: &[crate::plugins::Listing]) -> Exit {
+    if listings.iter().any(|listing| listing.temporary) { Exit::Temporary } else { Exit::PluginsRefused }
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use super::{Exit, Output, PluginArgs, complain, one_line, put, reserve_stdout, table, tell};
+use super::{Exit, Output, PluginArgs, complain, one_line, put, refused_exit, reserve_stdout, table, tell};
 use crate::{
     config::{HostConfig, Layers},
     plugins::{Listing, ScaffoldError, create, inspect_file},
@@ -17,6 +17,9 @@ pub(super) enum Command {
     List {
         #[command(flatten)]
         plugins: PluginArgs,
+        /// Exit with 4 when one is refused, not only when all are
+        #[arg(long)]
+        strict: bool,
         /// Form of the output
         #[arg(short, long, value_enum, default_value_t)]
         output: Output,
@@ -44,13 +47,13 @@ pub(super) enum Command {
 
 pub(super) fn run(command: Command, layers: &Layers) -> anyhow::Result<Exit> {
     match command {
-        Command::List { plugins, output } => list(&plugins, output, layers),
+        Command::List { plugins, strict, output } => list(&plugins, strict, output, layers),
         Command::Inspect { file, output } => inspect(&file, output),
         Command::New { name, dir, sdk } => new(&name, dir, sdk),
     }
 }
 
-fn list(args: &PluginArgs, output: Output, layers: &Layers) -> anyhow::Result<Exit> {
+fn list(args: &PluginArgs, strict: bool, output: Output, layers: &Layers) -> anyhow::Result<Exit> {
     let data = reserve_stdout()?;
     let plugins = args.load(1, &HostConfig::some(layers, &["plugins"])?.plugins)?;
     let listings = plugins.listings();
@@ -63,8 +66,9 @@ fn list(args: &PluginArgs, output: Output, layers: &Layers) -> anyhow::Result<Ex
             put(data, &table(listings.iter().map(row)))?;
         }
     }
-    let refused_all = !listings.is_empty() && plugins.capabilities().is_empty();
-    Ok(if refused_all { Exit::PluginsRefused } else { Exit::Done })
+    let refused = listings.iter().filter(|listing| listing.state == "refused").count();
+    let is_bad = if strict { refused > 0 } else { refused > 0 && plugins.capabilities().is_empty() };
+    Ok(if is_bad { refused_exit(&listings) } else { Exit::Done })
 }
 
 fn row(listing: &Listing) -> String {
@@ -80,7 +84,7 @@ fn inspect(file: &std::path::Path, output: Output) -> anyhow::Result<Exit> {
         Ok(facts) => facts,
         Err(err) => {
             tell(format_args!("error: plugin {}: {err}", file.display()));
-            return Ok(Exit::PluginsRefused);
+            return Ok(if err.is_temporary() { Exit::Temporary } else { Exit::PluginsRefused });
         }
     };
     if output == Output::Json {

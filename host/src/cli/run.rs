@@ -9,6 +9,7 @@ use crate::{
         HostConfig, KEYS, Key, Layers, Mistakes, Origin, Secrets, default_scratch_dir, folder_mistakes, own_scratch_dir,
     },
     engine::{Ended, StopSignals},
+    model::did_you_mean,
 };
 
 /// Flags of `run`.
@@ -60,18 +61,11 @@ impl Settings {
                     "--set {name}: a secret on the command line is visible to others; use the environment or {name}_FILE"
                 )),
                 Some(key) => layers.set(key.name, value, Origin::Flag),
-                None => layers.mistake(format!("--set {name}: there is no such setting{}", suggestion(name))),
+                None => layers.mistake(format!("--set {name}: there is no such setting{}", did_you_mean(name, Key::suggested_names()))),
             }
         }
         Ok(())
     }
-}
-
-fn suggestion(name: &str) -> String {
-    let near =
-        KEYS.iter().map(|key| (strsim::jaro_winkler(name, key.name), key.name)).max_by(|a, b| a.0.total_cmp(&b.0));
-    near.filter(|(likeness, _)| *likeness > 0.75)
-        .map_or_else(String::new, |(_, near)| format!(", did you mean {near}?"))
 }
 
 fn settings_help() -> String {
@@ -111,6 +105,13 @@ pub(super) fn run(args: &Args, layers: &Layers, secrets: &Secrets) -> anyhow::Re
     let config = checked(layers, secrets, &args.plugins)?;
     if config.storage.scratch_dir == default_scratch_dir() {
         own_scratch_dir()?;
+    }
+    // Lines of the log begin here, so the last line has its form too.
+    super::complain_as_log();
+    #[cfg(unix)]
+    if let Err(few) = crate::open_files::check(config.max_concurrency) {
+        super::complain(&few.to_string());
+        return Ok(Exit::Temporary);
     }
     for warning in &config.warnings {
         tracing::warn!(reason = %warning, "a setting should be put right");

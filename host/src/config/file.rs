@@ -17,10 +17,13 @@ use serde_json::value::RawValue;
 use toml::de::{DeTable, DeValue};
 
 use super::keys::{KEYS, Key, Kind};
-use crate::model::PlaneName;
+use crate::model::{PlaneName, nearest};
 
 /// Far more than all settings need.
 const BYTES_MAX: u64 = 1024 * 1024;
+
+/// Some editors put it in front of UTF-8 text.
+const BYTE_ORDER_MARK: char = '\u{feff}';
 
 /// How deep JSON is looked into.
 const DEPTH_MAX: usize = 8;
@@ -81,8 +84,12 @@ pub(super) fn read(path: &Path) -> Result<Read, String> {
     let is_json = match path.extension().and_then(|extension| extension.to_str()) {
         Some("json") => true,
         Some("toml") => false,
-        _ => text.trim_start().starts_with('{'),
+        _ => text.trim_start_matches(BYTE_ORDER_MARK).trim_start().starts_with('{'),
     };
+    if is_json && text.starts_with(BYTE_ORDER_MARK) {
+        let problem = "begins with a byte order mark, which JSON does not allow; save the file as UTF-8 without one";
+        return Err(format!("{}:1: {problem}", path.display()));
+    }
     let members = if is_json { json(&text) } else { toml(&text) };
     let members = members.map_err(|(line, problem)| format!("{}:{line}: {problem}", path.display()))?;
     let mut found = Walk { path, seen: BTreeSet::new(), read: Read::default() };
@@ -265,18 +272,14 @@ fn expected(kind: Kind) -> &'static str {
     }
 }
 
-/// The key that was probably meant; an environment name leads to its place too.
+/// The key that was probably meant: one of that name in another table, a near one, or the one of a near variable.
 fn suggestion(place: &str) -> String {
-    let likeness = |key: &Key| {
-        let last = |text: &str| text.rsplit('.').next().unwrap_or_default().to_owned();
-        let whole = strsim::jaro_winkler(place, key.file);
-        let variable = strsim::jaro_winkler(&place.to_ascii_uppercase(), key.name);
-        // A key in the wrong table.
-        let moved = if last(place) == last(key.file) { 0.9 } else { 0.0 };
-        whole.max(variable).max(moved)
-    };
-    let near = KEYS.iter().map(|key| (likeness(key), key.file)).max_by(|a, b| a.0.total_cmp(&b.0));
-    near.filter(|(likeness, _)| *likeness > 0.8).map_or_else(String::new, |(_, near)| format!(", did you mean {near}?"))
+    let last = |text: &str| text.rsplit('.').next().unwrap_or_default().to_owned();
+    let keys = || KEYS.iter().filter(|key| !key.weakens_security());
+    let moved = keys().find(|key| last(place) == last(key.file)).map(|key| key.file);
+    let near = moved.or_else(|| nearest(place, keys().map(|key| key.file)));
+    let near = near.or_else(|| nearest(place, Key::suggested_names()).and_then(Key::find).map(|key| key.file));
+    near.map_or_else(String::new, |near| format!(", did you mean {near}?"))
 }
 
 impl Value {

@@ -89,6 +89,17 @@ impl Key {
         KEYS.iter().find(|key| key.name == name)
     }
 
+    /// Whether it switches a protection off. Such a setting is never suggested.
+    #[must_use]
+    pub fn weakens_security(&self) -> bool {
+        self.name.starts_with("ALLOW_")
+    }
+
+    /// The names that a mistyped one may stand for.
+    pub fn suggested_names() -> impl Iterator<Item = &'static str> {
+        KEYS.iter().filter(|key| !key.weakens_security()).map(|key| key.name)
+    }
+
     /// The setting that names a file with this secret in it.
     #[must_use]
     pub fn file_variant(&self) -> Option<&'static Self> {

@@ -12,6 +12,7 @@ use super::{
     file::{self, Entry, PlaneEntry, PlaneKind},
     keys::{KEYS, Key, Kind},
 };
+use crate::model::nearest;
 
 /// Where a value came from. A later one goes over an earlier one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -62,6 +63,7 @@ impl Layers {
                 }
             }
         }
+        layers.warnings.extend(std::env::vars_os().filter_map(|(name, _)| near_miss(name.to_str()?)));
         layers
     }
 
@@ -191,6 +193,16 @@ impl Layers {
             (Origin::Flag, _) => "flag".to_owned(),
         }
     }
+}
+
+/// What to say of an environment variable whose name is almost that of a setting.
+fn near_miss(name: &str) -> Option<String> {
+    let is_setting = |key: &Key| key.name == name || key.lower_case().as_deref() == Some(name);
+    if KEYS.iter().any(is_setting) {
+        return None;
+    }
+    let near = nearest(name, Key::suggested_names())?;
+    Some(format!("environment variable {name} is no setting and has no effect, did you mean {near}?"))
 }
 
 #[cfg(test)]

@@ -20,6 +20,7 @@ mod ports;
 mod progress_queue;
 mod readiness;
 mod status;
+mod suggest;
 mod watched;
 
 pub use artifact::{Artifact, ArtifactSpec};
@@ -45,3 +46,4 @@ pub use status::{
     DiskStatus, HeldNumber, HeldTasks, HostStatus, Live, OutboxStatus, Phase, PluginId, PollStatus, RegistrationForm,
     RegistrationState, ReportState, STATUS_SCHEMA, StatusBoard, TaskRecord, TaskStage, TaskStatus,
 };
+pub use suggest::{did_you_mean, nearest};

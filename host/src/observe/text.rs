@@ -134,9 +134,10 @@ fn push_backtrace(line: &mut String, backtrace: &str) {
     };
     let lines: Vec<&str> = backtrace.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
     let is_place = |line: &&&str| line.trim_start().starts_with("at ");
-    let begin = lines.iter().rposition(|line| is_machinery(line)).map_or(0, |at| {
-        at + 1 + lines[at + 1..].iter().take_while(is_place).count()
-    });
+    let begin = lines
+        .iter()
+        .rposition(|line| is_machinery(line))
+        .map_or(0, |at| at + 1 + lines[at + 1..].iter().take_while(is_place).count());
     let rest = &lines[begin..];
     let end = rest.iter().position(|line| line.contains("__rust_begin_short_backtrace")).unwrap_or(rest.len());
     let shown = end.min(BACKTRACE_LINES_MAX);
@@ -181,7 +182,8 @@ mod tests {
     #[test]
     fn backtrace_shows_the_plugin_frames_indented() {
         let trace = "   0: std::backtrace_rs::trace\n             at /rustc/x.rs:1:2\n   1: core::panicking::panic_fmt\n             at /rustc/y.rs:3:4\n   2: zoo::ends::panic\n             at ./src/ends.rs:64:5\n   3: std::sys::backtrace::__rust_begin_short_backtrace\n   4: std::rt::lang_start\n";
-        let fields = Value::Object(Map::from_iter([("backtrace".to_owned(), trace.into()), ("n".to_owned(), 1.into())]));
+        let fields =
+            Value::Object(Map::from_iter([("backtrace".to_owned(), trace.into()), ("n".to_owned(), 1.into())]));
         let expected = "n=1\n    |    2: zoo::ends::panic\n    |              at ./src/ends.rs:64:5\n    | … 6 more lines; LOG_FORMAT=json shows all of them";
         assert_eq!(shown(&fields.to_string()), expected);
     }

@@ -12,7 +12,7 @@ use std::{
 use serde_json::{Map, Value};
 use toml::{Table, Value as Toml};
 
-use crate::model::Capability;
+use crate::model::{Capability, nearest};
 
 /// What a plugins file says.
 #[derive(Clone, Debug, Default)]
@@ -192,10 +192,9 @@ fn section<'a>(name: &str, value: &'a Toml) -> Result<&'a Table, String> {
 
 fn known_keys(place: &str, table: &Table, known: &[&str]) -> Result<(), String> {
     let Some(key) = table.keys().find(|key| !known.contains(&key.as_str())) else { return Ok(()) };
-    let near = known.iter().map(|known| (strsim::jaro_winkler(key, known), known)).max_by(|a, b| a.0.total_cmp(&b.0));
-    match near {
-        Some((likeness, near)) if likeness > 0.7 => Err(format!("{place}unknown key {key:?}, did you mean {near:?}?")),
-        _ => Err(format!("{place}unknown key {key:?}, expected one of {}", known.join(", "))),
+    match nearest(key, known.iter().copied()) {
+        Some(near) => Err(format!("{place}unknown key {key:?}, did you mean {near:?}?")),
+        None => Err(format!("{place}unknown key {key:?}, expected one of {}", known.join(", "))),
     }
 }
 

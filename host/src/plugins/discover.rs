@@ -41,7 +41,8 @@ pub enum PlaceError {
         /// The folder.
         folder: PathBuf,
         /// The operating system's words.
-        reason: String,
+        #[source]
+        reason: std::io::Error,
     },
 }
 
@@ -64,7 +65,7 @@ impl Places {
 }
 
 fn unreadable(folder: &Path) -> impl Fn(std::io::Error) -> PlaceError + use<'_> {
-    |err| PlaceError::Unreadable { folder: folder.to_owned(), reason: err.to_string() }
+    |err| PlaceError::Unreadable { folder: folder.to_owned(), reason: err }
 }
 
 /// Lists every candidate, listed ones first in the file's order, then the others by name.

@@ -13,6 +13,9 @@ pub enum InstallError {
         /// The operating system's words.
         reason: String,
     },
+    /// The process has as many files open as it may.
+    #[error("cannot be read: too many files are open; raise the limit (ulimit -n, LimitNOFILE= of a service)")]
+    TooManyFiles,
     /// A folder with a library's name.
     #[error("is a directory, expected a library file; folders are not searched recursively")]
     Directory,
@@ -176,4 +179,12 @@ pub enum InstallError {
         /// How long was waited.
         limit: Duration,
     },
+}
+
+impl InstallError {
+    /// Whether the same file may load later: the machine was short of something.
+    #[must_use]
+    pub fn is_temporary(&self) -> bool {
+        matches!(self, Self::TooManyFiles)
+    }
 }

@@ -143,7 +143,13 @@ fn read_into(file: &Path, bytes: &mut Vec<u8>) -> Result<(), InstallError> {
 }
 
 fn unreadable(err: &std::io::Error) -> InstallError {
-    InstallError::Unreadable { reason: err.to_string() }
+    let reason = err.to_string();
+    if is_out_of_files(&reason) { InstallError::TooManyFiles } else { InstallError::Unreadable { reason } }
+}
+
+/// Whether the system's text says that no more files can be opened. The dynamic linker gives nothing but the text.
+fn is_out_of_files(reason: &str) -> bool {
+    reason.contains("Too many open files")
 }
 
 /// As much of a name as a memory file may have.
@@ -203,7 +209,10 @@ pub(super) fn open(verified: Verified, limit: Duration, log_level: u32) -> Resul
 }
 
 fn map(sealed: Sealed, rust: bool) -> Result<Entries, InstallError> {
-    let library = sealed.open().map_err(|reason| InstallError::Open { reason })?;
+    let library = sealed.open().map_err(|reason| match is_out_of_files(&reason) {
+        true => InstallError::TooManyFiles,
+        false => InstallError::Open { reason },
+    })?;
     let symbol = |name: &str| library.address(name);
     let entry = symbol(abi::ENTRY).ok_or(InstallError::NoEntry)?;
     let proof = if rust { symbol(abi::proof::HEADER_SYMBOL) } else { None };

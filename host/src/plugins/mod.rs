@@ -106,6 +106,9 @@ pub struct Listing {
     /// Why it was refused, or serves nothing any more.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// It may load later, see [`InstallError::is_temporary`].
+    #[serde(skip)]
+    pub temporary: bool,
 }
 
 /// What became of a library.
@@ -367,6 +370,7 @@ impl Listing {
             hanging_calls: 0,
             no_thread: None,
             reason: None,
+            temporary: false,
         }
     }
 
@@ -380,6 +384,7 @@ impl Listing {
 
     fn refuse(&mut self, err: &InstallError) {
         self.state = PluginState::Refused;
+        self.temporary = err.is_temporary();
         // A path in it may hold anything; a reason stays one line.
         self.reason = Some(in_a_line(&err.to_string()));
     }

@@ -1,5 +1,7 @@
 //! Mistakes of operators: all of them at once, by name, before anything goes over the network.
 
+use serde_json::Value;
+
 use crate::harness::{
     TestServer, fixtures,
     node::{Cli, Finished, NodeSetup, can_mount},
@@ -30,8 +32,16 @@ impl Silence {
     }
 }
 
-fn errors(ended: &Finished) -> Vec<&str> {
-    ended.stderr.lines().filter_map(|line| line.strip_prefix("error: ")).collect()
+/// What `ended` complained of: as text, or as log lines once it has begun to log.
+fn errors(ended: &Finished) -> Vec<String> {
+    let error = |line: &str| match line.strip_prefix("error: ") {
+        Some(error) => Some(error.to_owned()),
+        None => {
+            let line = serde_json::from_str::<Value>(line).ok()?;
+            (line["message"] == "cannot go on").then(|| line["error"].as_str().unwrap_or_default().to_owned())
+        }
+    };
+    ended.stderr.lines().filter_map(error).collect()
 }
 
 #[tokio::test]
@@ -114,7 +124,7 @@ async fn values_that_cannot_be_read_are_told_together() {
     assert_eq!(errors.len(), wrong.len(), "{errors:#?}");
     for (name, value, expected) in wrong {
         let wanted = format!("{name}: expected {expected}, found {value:?}");
-        assert!(errors.contains(&wanted.as_str()), "{wanted} is not in {errors:#?}");
+        assert!(errors.contains(&wanted), "{wanted} is not in {errors:#?}");
     }
 }
 
@@ -387,11 +397,102 @@ async fn hosts_no_look_up_could_find_are_refused() {
         let urls = ["DMS_BASE_URL", "DDS_BASE_URL", "NODE_URL"];
         for name in urls {
             let wanted = format!("{name}: {expected}, found {host:?}; correct the host");
-            assert!(errors(&ended).contains(&&*wanted), "{wanted}: {}", ended.stderr);
+            assert!(errors(&ended).contains(&wanted), "{wanted}: {}", ended.stderr);
         }
         let wanted = format!("HTTPS_PROXY: {expected}; correct the host of the proxy");
-        assert!(errors(&ended).contains(&&*wanted), "{}", ended.stderr);
+        assert!(errors(&ended).contains(&wanted), "{}", ended.stderr);
         assert!(errors(&ended).iter().any(|said| said.starts_with("DOMAIN_HOSTS: expected hosts such as ")));
         assert_eq!(errors(&ended).len(), 5, "{}", ended.stderr);
     }
+}
+
+#[tokio::test]
+async fn last_line_follows_the_log_format() {
+    let silence = Silence::new().await;
+    let libraries = [fixtures::c("refused", &["NO_ENTRY"])];
+    for (format, is_json) in [("", true), ("json", true), ("text", false)] {
+        let ended = silence.refuses(silence.rubbish.node(&libraries).set("LOG_FORMAT", format), 4).await;
+        let lines = ended.stderr.lines();
+        let json: Vec<bool> = lines.map(|line| serde_json::from_str::<Value>(line).is_ok()).collect();
+        assert!(json.len() >= 2 && json.iter().all(|json| *json == is_json), "{format}: {}", ended.stderr);
+        assert_eq!(errors(&ended).len(), 1, "{}", ended.stderr);
+    }
+}
+
+fn complete(args: &[&str]) -> Cli {
+    let cli = Cli::new(args).set("DMS_BASE_URL", "https://plane.example/v1").set("DDS_BASE_URL", "https://dds.example");
+    cli.set("REG_SECRET", "s").set("SECP256K1_PRIVHEX", "ab".repeat(32))
+}
+
+#[tokio::test]
+async fn config_check_prints_text_whatever_the_log_format() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let file = dir.path().join("node.toml");
+    std::fs::write(&file, "[telemetry]\nlog_format = \"json\"\n").expect("written");
+    let check = || Cli::new(&["config", "check", "--config"]).arg(&file).set("LOG_FORMAT", "json");
+    let ended = check().run().await.expect(78);
+    assert!(ended.stderr.lines().count() >= 4, "{}", ended.stderr);
+    assert!(ended.stderr.lines().all(|line| line.starts_with("error: ")), "{}", ended.stderr);
+    let ended = check().arg("-o").arg("json").run().await.expect(78);
+    let report: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+    assert_eq!((&report["complete"], ended.stderr.as_str()), (&Value::Bool(false), ""));
+    assert_eq!(report["mistakes"].as_array().map(Vec::len), Some(4), "{report}");
+    let missing = Cli::new(&["config", "check", "-o", "json", "--config", "/no/such"]).run().await.expect(78);
+    let report: Value = serde_json::from_str(&missing.stdout).expect("JSON");
+    assert!(report["mistakes"][0].as_str().is_some_and(|text| text.starts_with("--config /no/such: ")), "{report}");
+}
+
+#[tokio::test]
+async fn config_check_strict_exits_78_on_warnings() {
+    let warned = |args: &[&str]| complete(args).set("TOKEN_SAFETY_RATIO", "7");
+    warned(&["config", "check"]).run().await.expect(0);
+    let ended = warned(&["config", "check", "--strict"]).run().await.expect(78);
+    assert!(ended.stderr.starts_with("warning: TOKEN_SAFETY_RATIO: 7 lies outside"), "{}", ended.stderr);
+    let ended = warned(&["config", "check", "--strict", "-o", "json"]).run().await.expect(78);
+    let report: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+    assert_eq!((&report["complete"], report["warnings"].as_array().map(Vec::len)), (&Value::Bool(true), Some(1)));
+    complete(&["config", "check", "--strict"]).run().await.expect(0);
+}
+
+#[tokio::test]
+async fn mistyped_environment_variables_are_warned_of() {
+    let cli = complete(&["config", "check"]).set("MAX_CONCURENCY", "3").set("ALLOW_INSECURE_HTP", "true");
+    let ended = cli.set("FTP_PROXY", "x").set("NODE_ENV", "x").set("http_proxy", "http://127.0.0.1:9").run().await;
+    let ended = ended.expect(0);
+    let wanted = "warning: environment variable MAX_CONCURENCY is no setting and has no effect, did you mean \
+                  MAX_CONCURRENCY?";
+    assert_eq!(ended.stderr, wanted);
+    for name in ["ALLOW_INSECURE_HTP=true", "ALLOWINSECURE_HTTP=true"] {
+        let ended = complete(&["config", "check", "--set", name]).run().await.expect(78);
+        assert!(!ended.stderr.contains("did you mean"), "{}", ended.stderr);
+    }
+}
+
+#[tokio::test]
+async fn json_files_with_a_byte_order_mark_are_refused() {
+    let dir = tempfile::tempdir().expect("a folder");
+    for name in ["node.json", "node"] {
+        let file = dir.path().join(name);
+        std::fs::write(&file, "\u{feff}{}").expect("written");
+        let ended = Cli::new(&["config", "check", "--config"]).arg(&file).run().await.expect(78);
+        let wanted = "begins with a byte order mark, which JSON does not allow; save the file as UTF-8 without one";
+        assert_eq!(errors(&ended), [format!("{}:1: {wanted}", file.display())]);
+    }
+}
+
+#[tokio::test]
+async fn too_few_open_files_exit_75() {
+    let silence = Silence::new().await;
+    for limit in [10, 14, 18, 31] {
+        let ended = silence.refuses(silence.node().open_files(limit, limit), 75).await;
+        let errors = errors(&ended);
+        let wanted = format!(
+            "only {limit} files may be open, the node needs at least 32; raise the limit (ulimit -n, LimitNOFILE= of a service)"
+        );
+        assert_eq!(errors, [wanted]);
+    }
+    // The soft limit is raised before plugins are opened.
+    let node = silence.node().open_files(12, 4096).set("HTTP_BIND", "192.0.2.1:8080");
+    let ended = silence.refuses(node, 78).await;
+    assert!(errors(&ended)[0].starts_with("HTTP_BIND"), "{}", ended.stderr);
 }

@@ -1027,3 +1027,14 @@ async fn logs_are_text_where_asked_for() {
     node.signal(Signal::TERM);
     assert_eq!(node.wait().await, 0, "{}", node.log());
 }
+
+#[tokio::test]
+async fn mistyped_subcommand_gets_a_suggestion() {
+    for (args, near) in [(&["rnu"][..], "run"), (&["plugins", "lsit"], "list"), (&["config", "chekc"], "check")] {
+        let ended = Cli::new(args).run().await.expect(2);
+        let wanted = format!("tip: a similar subcommand exists: '{near}'");
+        assert!(ended.stderr.contains(&wanted), "{}", ended.stderr);
+    }
+    let ended = Cli::new(&["banana"]).run().await.expect(2);
+    assert!(!ended.stderr.contains("tip:"), "{}", ended.stderr);
+}

@@ -554,3 +554,33 @@ fn a_plugin_whose_panics_abort_does_not_compile() {
     let sentence = "runner-sdk catches panics at the plugin's boundary, which panic = \"abort\" makes impossible; remove it from the profile";
     assert!(said.contains(&format!("error: {sentence}")), "{said}");
 }
+
+#[tokio::test]
+async fn plugins_list_strict_exits_4_when_one_is_refused() {
+    let folder = Folder::with_a_good_one();
+    folder.cli(&["plugins", "list", "--strict"]).run().await.expect(0);
+    folder.write("bad.so", "no library");
+    folder.cli(&["plugins", "list"]).run().await.expect(0);
+    let ended = folder.cli(&["plugins", "list", "--strict"]).run().await.expect(4);
+    assert_eq!(ended.stdout.lines().count(), 2, "{}", ended.stdout);
+}
+
+#[tokio::test]
+async fn plugin_unread_for_lack_of_files_exits_75() {
+    let folder = Folder::with_a_good_one();
+    let list = Cli::new(&["plugins", "list", "--plugins"]).arg(folder.path("good.so")).dir(folder.root());
+    let ended = list.open_files(4, 4).run().await.expect(75);
+    let reason = "cannot be read: too many files are open; raise the limit (ulimit -n, LimitNOFILE= of a service)";
+    assert!(ended.stdout.trim_end().ends_with(reason), "{}", ended.stdout);
+    let ended = folder.cli(&["plugins", "list"]).open_files(4, 4).run().await.expect(75);
+    assert!(ended.stderr.ends_with("cannot be read: Too many open files (os error 24)"), "{}", ended.stderr);
+}
+
+#[tokio::test]
+async fn mistyped_capability_gets_a_suggestion() {
+    let folder = Folder::with_a_good_one();
+    let ended = folder.invoke("/fixtures/goood/v1", &[]).await.expect(2);
+    let wanted =
+        "error: no plugin serves /fixtures/goood/v1; these do: /fixtures/good/v1, did you mean /fixtures/good/v1?";
+    assert_eq!(ended.stderr, wanted);
+}

@@ -7,6 +7,7 @@ use jiff::SignedDuration;
 use toml::{Table, Value as Toml};
 
 use super::{Client, Endpoint, Faults, Kind, Rule, WireForm};
+use crate::model::nearest;
 
 /// What is wrong with a fault file: one line.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -369,10 +370,9 @@ fn known(place: &str, table: &Table, known: &[&str]) -> Result<(), String> {
 }
 
 fn unknown(word: &str, known: &[&str]) -> String {
-    let near = known.iter().map(|known| (strsim::jaro_winkler(word, known), known)).max_by(|a, b| a.0.total_cmp(&b.0));
-    match near {
-        Some((likeness, near)) if likeness > 0.7 => format!("{word:?}, did you mean {near:?}?"),
-        _ => format!("{word:?}, expected one of {}", known.join(", ")),
+    match nearest(word, known.iter().copied()) {
+        Some(near) => format!("{word:?}, did you mean {near:?}?"),
+        None => format!("{word:?}, expected one of {}", known.join(", ")),
     }
 }
 

@@ -68,6 +68,12 @@ impl Cli {
         self
     }
 
+    /// So many files may be open now, and so many where it asks for more.
+    pub(crate) fn open_files(mut self, now: u64, most: u64) -> Self {
+        self.open_files = Some((now, most));
+        self
+    }
+
     pub(crate) fn arg(mut self, arg: impl Into<OsString>) -> Self {
         self.args.push(arg.into());
         self
@@ -419,9 +425,9 @@ impl NodeSetup {
         self
     }
 
-    /// So many files may be open now, and so many where it asks for more.
+    /// See [`Cli::open_files`].
     pub(crate) fn open_files(mut self, now: u64, most: u64) -> Self {
-        self.cli.open_files = Some((now, most));
+        self.cli = self.cli.open_files(now, most);
         self
     }
 
