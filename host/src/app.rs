@@ -3,6 +3,7 @@
 use std::{net::SocketAddr, sync::Arc, thread, time::Duration};
 
 use anyhow::Context;
+use serde_json::Value;
 use tokio::{runtime::Handle, sync::watch};
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info, warn};
@@ -17,7 +18,7 @@ use crate::{
         dms::{self, Dms},
         local::{self, Local},
     },
-    model::{HealthChecks, Live, NoRegistration, Phase, RegistrationForm, StatusBoard},
+    model::{HealthChecks, Listings, Live, NoRegistration, Phase, RegistrationForm, StatusBoard},
     observe::{StatusPage, pages::Pages},
     outbox::{self, Outbox, Remaining, StateDir},
     plugins::{PluginState, Plugins},
@@ -88,11 +89,13 @@ impl Node {
             }
         };
         let (source, facts) = (Arc::clone(&plane.source), plane.source.facts().clone());
-        let listings = serde_json::to_value(plugins.listings()).unwrap_or_default();
         let capabilities = plugins.capabilities().iter().map(ToString::to_string).collect();
-        let board = StatusBoard::new(facts.node.to_string(), engine.slots, capabilities, listings);
+        let board = StatusBoard::new(facts.node.to_string(), engine.slots, capabilities, Value::Null);
+        let listed = Arc::clone(&plugins);
+        let listings = Listings(Arc::new(move || serde_json::to_value(listed.listings()).unwrap_or_default()));
         let budget = storage.domain.budget.clone();
         board.change(|status| {
+            status.plugins = listings;
             status.registration_form = plane.registration_form;
             status.stale_calls = Live(Plugins::stale_calls);
             status.stuck_runners = Live(Plugins::stuck_runners);
@@ -344,7 +347,6 @@ async fn show_plugins(plugins: Arc<Plugins>, board: StatusBoard, over: Cancellat
             status.no_thread = no_thread;
             status.capabilities = served;
             status.degraded = degraded;
-            status.plugins = serde_json::to_value(listings).unwrap_or_default();
         });
     }
 }

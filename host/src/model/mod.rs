@@ -43,7 +43,7 @@ pub use ports::{Fetched, InputMeta, InputStream, Materialized, OutputStream, Por
 pub use progress_queue::{Pending, ProgressError, ProgressQueue};
 pub use readiness::{NotReadyReason, Readiness};
 pub use status::{
-    DiskStatus, HeldNumber, HeldTasks, HostStatus, Live, OutboxStatus, Phase, PluginId, PollStatus, RegistrationForm,
-    RegistrationState, ReportState, STATUS_SCHEMA, StatusBoard, TaskRecord, TaskStage, TaskStatus,
+    DiskStatus, HeldNumber, HeldTasks, HostStatus, Listings, Live, OutboxStatus, Phase, PluginId, PollStatus,
+    RegistrationForm, RegistrationState, ReportState, STATUS_SCHEMA, StatusBoard, TaskRecord, TaskStage, TaskStatus,
 };
 pub use suggest::{did_you_mean, nearest};

@@ -79,7 +79,7 @@ pub struct HostStatus {
     /// Bytes of tasks' data in memory: now, at most so far, and the limit.
     pub memory: Budget,
     /// Every library, loaded or refused.
-    pub plugins: serde_json::Value,
+    pub plugins: Listings,
 }
 
 /// How asking the control plane for work goes.
@@ -102,6 +102,22 @@ pub struct DiskStatus {
     pub floor_bytes: u64,
     /// Whether it is below.
     pub full: bool,
+}
+
+/// Every library with what is known of it when the page is asked.
+#[derive(Clone)]
+pub struct Listings(pub Arc<dyn Fn() -> serde_json::Value + Send + Sync>);
+
+impl fmt::Debug for Listings {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Listings")
+    }
+}
+
+impl Serialize for Listings {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        (self.0)().serialize(serializer)
+    }
 }
 
 /// A number that is asked for when it is shown.
@@ -414,7 +430,7 @@ impl StatusBoard {
             stale_calls: Live(|| 0),
             stuck_runners: Live(|| 0),
             memory: Budget::unlimited(),
-            plugins,
+            plugins: Listings(Arc::new(move || plugins.clone())),
         })))
     }
 

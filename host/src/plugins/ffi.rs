@@ -25,7 +25,14 @@ use tokio::{runtime::Handle, sync::oneshot};
 use tokio_util::sync::CancellationToken;
 use tracing::{Span, debug, error, info, trace, warn};
 
-use super::{InstallError, dispatch::Dispatcher, run::Folder, tasks::TaskTable};
+use super::{
+    InstallError,
+    dispatch::Dispatcher,
+    held_bytes::{Holding, TaskBytes},
+    run::Folder,
+    tasks::TaskTable,
+    text::{self, LOG_FIELDS_BYTES_MAX, LOG_TARGET_BYTES_MAX, LOG_TEXT_BYTES_MAX, REASON_BYTES_MAX},
+};
 use crate::model::{
     ArtifactSpec, Charge, HeldLease, InputStream, OutputStream, PortError, PortErrorKind, Ports, Setup, TaskId, Token,
     redact,
@@ -33,6 +40,8 @@ use crate::model::{
 
 /// Most streams one task may hold open.
 const STREAMS_MAX: usize = 64;
+/// How long after its end a task may take to release its bytes before they are warned of.
+const RELEASE_PATIENCE: Duration = Duration::from_secs(1);
 /// Largest piece handed to a plugin at once, in bytes, whatever it asks for.
 const PIECE_BYTES_MAX: u64 = 1024 * 1024;
 
@@ -126,7 +135,7 @@ impl Entries {
         unsafe extern "C" fn answered(user: *mut c_void, status: Status, data: abi::Bytes) {
             // SAFETY: handed over by the plugin, released by nobody else.
             let data = unsafe { Foreign::new(data) };
-            let answer = (status, String::from_utf8_lossy(data.as_ref()).into_owned());
+            let answer = (status, text::lossy(data.as_ref(), REASON_BYTES_MAX));
             match INITS.lock().unwrap_or_else(PoisonError::into_inner).remove(&user.addr()) {
                 // Nobody listens after the time limit.
                 Some(tell) => drop(tell.send(answer)),
@@ -194,6 +203,7 @@ pub(super) struct Running {
     ended: Mutex<Option<oneshot::Sender<Completion>>>,
     streams: Mutex<HashMap<u64, Stream>>,
     next_stream: AtomicU64,
+    bytes: Arc<TaskBytes>,
 }
 
 type Shared<T> = Arc<tokio::sync::Mutex<T>>;
@@ -222,6 +232,16 @@ impl Drop for Entered {
         TASKS.remove(self.task);
         self.running.over.cancel();
         self.running.streams.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.running.bytes.end();
+        let unreleased = self.running.bytes.plugin();
+        if unreleased.is_notable() {
+            let (unreleased, plugin) = (Arc::clone(unreleased), Arc::clone(&self.running.plugin));
+            // Not joined: it says something, or nothing.
+            self.running.place.runtime.spawn(async move {
+                tokio::time::sleep(RELEASE_PATIENCE).await;
+                unreleased.warn(&plugin);
+            });
+        }
     }
 }
 
@@ -232,6 +252,7 @@ pub(super) fn enter(
     grant_token: bool,
     grant: HeldLease,
     place: Place,
+    bytes: Arc<TaskBytes>,
 ) -> (Entered, oneshot::Receiver<Completion>) {
     let (tell, ended) = oneshot::channel();
     let running = Arc::new(Running {
@@ -245,6 +266,7 @@ pub(super) fn enter(
         ended: Mutex::new(Some(tell)),
         streams: Mutex::default(),
         next_stream: AtomicU64::new(1),
+        bytes,
     });
     let task = TASKS.insert(Arc::clone(&running));
     (Entered { task, running }, ended)
@@ -294,7 +316,11 @@ struct User(*mut c_void);
 unsafe impl Send for User {}
 
 /// Bytes a plugin handed over, released when dropped.
-struct Foreign(abi::Bytes);
+struct Foreign {
+    bytes: abi::Bytes,
+    /// Counts them, where the task is known they were handed over for.
+    held: Option<Holding>,
+}
 
 // SAFETY: the contract of `Bytes` allows reading and releasing from any thread; nothing is written.
 unsafe impl Send for Foreign {}
@@ -305,40 +331,47 @@ impl Foreign {
     /// # Safety
     /// `bytes` must be whole and must not be released by anybody else.
     unsafe fn new(bytes: abi::Bytes) -> Self {
-        Self(bytes)
+        Self { bytes, held: None }
     }
 }
 
 impl AsRef<[u8]> for Foreign {
     fn as_ref(&self) -> &[u8] {
-        if self.0.len == 0 || self.0.ptr.is_null() {
+        if self.bytes.len == 0 || self.bytes.ptr.is_null() {
             return &[];
         }
         // SAFETY: `new` was promised whole bytes, and they are released only in drop.
-        unsafe { std::slice::from_raw_parts(self.0.ptr, self.0.len) }
+        unsafe { std::slice::from_raw_parts(self.bytes.ptr, self.bytes.len) }
     }
 }
 
 impl Drop for Foreign {
     fn drop(&mut self) {
-        if let Some(release) = self.0.release {
+        if let Some(release) = self.bytes.release {
             // SAFETY: `new` was promised that nobody else releases.
-            unsafe { release(self.0.owner) };
+            unsafe { release(self.bytes.owner) };
         }
     }
 }
 
+/// Bytes a plugin was given; `_held` counts them for its task, where there is one.
+struct Given {
+    bytes: Bytes,
+    _held: Option<Holding>,
+}
+
 /// Hands bytes to a plugin without copying; it frees them through `release`.
-fn hand_over(bytes: Bytes) -> abi::Bytes {
+fn hand_over(bytes: Bytes, task: Option<&Arc<TaskBytes>>) -> abi::Bytes {
     unsafe extern "C" fn release(owner: *mut c_void) {
         // SAFETY: the box made below, released exactly once by contract.
-        drop(unsafe { Box::from_raw(owner.cast::<Bytes>()) });
+        drop(unsafe { Box::from_raw(owner.cast::<Given>()) });
     }
     if bytes.is_empty() {
         return abi::Bytes { ptr: std::ptr::null(), len: 0, owner: std::ptr::null_mut(), release: None };
     }
-    let boxed = Box::new(bytes);
-    let (ptr, len) = (boxed.as_ptr(), boxed.len());
+    let held = task.map(|task| task.hold(bytes.len()));
+    let boxed = Box::new(Given { bytes, _held: held });
+    let (ptr, len) = (boxed.bytes.as_ptr(), boxed.bytes.len());
     abi::Bytes { ptr, len, owner: Box::into_raw(boxed).cast(), release: Some(release) }
 }
 
@@ -360,6 +393,18 @@ unsafe fn copy(text: Str) -> Result<String, PortError> {
         Ok(text) => Ok(text.to_owned()),
         Err(_) => Err(PortError::new(PortErrorKind::BadRequest, "the plugin passed text that is not UTF-8")),
     }
+}
+
+/// Copies a text for people that a plugin lent for the duration of its call: at most `max` bytes of it.
+///
+/// # Safety
+/// `text` must point to `len` readable bytes.
+unsafe fn copy_lossy(text: Str, max: usize) -> String {
+    if text.len == 0 || text.ptr.is_null() {
+        return String::new();
+    }
+    // SAFETY: the caller's promise.
+    text::lossy(unsafe { std::slice::from_raw_parts(text.ptr, text.len) }, max)
 }
 
 fn status(kind: PortErrorKind) -> Status {
@@ -385,13 +430,13 @@ fn status(kind: PortErrorKind) -> Status {
 type Answer = Result<Bytes, PortError>;
 
 /// Calls a plugin back. Exactly one of these happens per call with a callback.
-fn reply_now(reply: Callback, user: User, answer: Answer) {
+fn reply_now(reply: Callback, user: User, answer: Answer, task: Option<&Arc<TaskBytes>>) {
     let (status, data) = match answer {
         Ok(data) => (Status::OK, data),
         Err(err) => (status(err.kind), Bytes::from(err.message)),
     };
     // SAFETY: `reply` and `user` came in one call and are used exactly once, here; `data` changes hands.
-    unsafe { (reply.call)(user.0, status, hand_over(data)) };
+    unsafe { (reply.call)(user.0, status, hand_over(data, task)) };
 }
 
 fn task_over() -> PortError {
@@ -400,11 +445,12 @@ fn task_over() -> PortError {
 
 /// Answers a call in place.
 fn answer_in_place(task: Task, reply: Callback, user: *mut c_void, work: impl FnOnce(&Running) -> Answer) {
-    let answer = guarded(|| match TASKS.get(task) {
-        Some(running) => work(&running),
+    let running = TASKS.get(task);
+    let answer = guarded(|| match &running {
+        Some(running) => work(running),
         None => Err(task_over()),
     });
-    reply_now(reply, User(user), answer);
+    reply_now(reply, User(user), answer, running.as_ref().map(|running| &running.bytes));
 }
 
 /// Answers a call from the plugin's dispatch thread, when `work` is done or the task is over.
@@ -417,12 +463,13 @@ fn answer_later<F>(
     F: Future<Output = Answer> + Send + 'static,
 {
     let user = User(user);
-    let Some(running) = TASKS.get(task) else { return reply_now(reply, user, Err(task_over())) };
+    let Some(running) = TASKS.get(task) else { return reply_now(reply, user, Err(task_over()), None) };
     let future = match guarded(|| work(Arc::clone(&running))) {
         Ok(future) => future,
-        Err(err) => return reply_now(reply, user, Err(err)),
+        Err(err) => return reply_now(reply, user, Err(err), Some(&running.bytes)),
     };
-    let owed = Owed { dispatcher: running.dispatcher.clone(), answer_to: Some((reply, user)) };
+    let (dispatcher, bytes) = (running.dispatcher.clone(), Arc::clone(&running.bytes));
+    let owed = Owed { dispatcher, bytes, answer_to: Some((reply, user)) };
     let (over, span) = (running.over.clone(), running.span.clone());
     let work = async move {
         let answer = tokio::select! {
@@ -439,6 +486,7 @@ fn answer_later<F>(
 /// An answer a plugin is owed, exactly once: also when the work for it panicked, or its runtime ended.
 struct Owed {
     dispatcher: Dispatcher,
+    bytes: Arc<TaskBytes>,
     answer_to: Option<(Callback, User)>,
 }
 
@@ -449,7 +497,8 @@ impl Owed {
 
     fn send(&mut self, answer: Answer) {
         if let Some((reply, user)) = self.answer_to.take() {
-            self.dispatcher.run("callback", move || reply_now(reply, user, answer));
+            let bytes = Arc::clone(&self.bytes);
+            self.dispatcher.run("callback", move || reply_now(reply, user, answer, Some(&bytes)));
         }
     }
 }
@@ -506,8 +555,10 @@ fn named(fields: &str) -> Option<(String, String)> {
 
 unsafe extern "C" fn log(task: Task, level: u32, target: Str, text: Str, fields: Str) {
     // SAFETY: lent for this call.
-    let (target, text, fields) = unsafe { (copy(target), copy(text), copy(fields)) };
-    let (Ok(target), Ok(text), Ok(fields)) = (target, text, fields) else { return };
+    let (target, text, fields) = unsafe {
+        let fields = copy_lossy(fields, text::LOG_FIELDS_READ_BYTES_MAX);
+        (copy_lossy(target, LOG_TARGET_BYTES_MAX), copy_lossy(text, LOG_TEXT_BYTES_MAX), fields)
+    };
     let _ = guarded(|| {
         let running = if task.0 == 0 { None } else { TASKS.get(task) };
         // A runner may say what it was given, in a line or in the text of a panic; also on a thread whose task
@@ -516,7 +567,7 @@ unsafe extern "C" fn log(task: Task, level: u32, target: Str, text: Str, fields:
             Some(running) => running.bearers(),
             None => TASKS.all().iter().flat_map(|running| running.bearers()).collect(),
         };
-        let (mut text, mut fields) = (text, fields);
+        let (mut text, mut fields) = (text, text::bounded_fields(fields, LOG_FIELDS_BYTES_MAX));
         redact(&mut text, &tokens);
         redact(&mut fields, &tokens);
         let (plugin, span, fields) = match &running {
@@ -666,8 +717,9 @@ unsafe extern "C" fn output_open(task: Task, spec: Str, reply: Callback, user: *
 
 unsafe extern "C" fn output_write(task: Task, stream: u64, data: abi::Bytes, reply: Callback, user: *mut c_void) {
     // SAFETY: handed over by this call.
-    let data = unsafe { Foreign::new(data) };
+    let mut data = unsafe { Foreign::new(data) };
     answer_later(task, reply, user, |running| {
+        data.held = Some(running.bytes.hold(data.as_ref().len()));
         let Stream::Output(writing) = running.stream(stream)? else { return Err(wrong_direction(stream)) };
         Ok(async move {
             let mut writing = writing.lock().await;
@@ -720,7 +772,12 @@ unsafe extern "C" fn output_file(task: Task, spec: Str, path: Str, reply: Callba
 
 unsafe extern "C" fn complete(task: Task, status: Status, text: Str, details: Str) -> Status {
     // SAFETY: lent for this call.
-    let (text, details) = unsafe { (copy(text), copy(details)) };
+    let (text, details) = unsafe {
+        // JSON that is cut is none.
+        let left_out = (details.len > text::DETAILS_BYTES_MAX).then(|| json!({ "left_out_bytes": details.len }));
+        let details = left_out.map_or_else(|| copy_lossy(details, usize::MAX), |left_out| left_out.to_string());
+        (copy_lossy(text, REASON_BYTES_MAX), details)
+    };
     let ended = guarded(|| {
         // Retired at once: whatever the plugin still does for this task is stale.
         let Some(running) = TASKS.get(task) else {
@@ -730,7 +787,7 @@ unsafe extern "C" fn complete(task: Task, status: Status, text: Str, details: St
         TASKS.remove(task);
         let tell = running.ended.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(tell) = tell else { return Ok(Status::STALE) };
-        let completion = Completion { status, text: text.unwrap_or_default(), details: details.unwrap_or_default() };
+        let completion = Completion { status, text, details };
         // Nobody waits any more when the task was given up as stuck.
         if tell.send(completion).is_ok() {
             return Ok(Status::OK);

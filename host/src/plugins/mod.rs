@@ -10,6 +10,7 @@ mod dispatch;
 mod ended;
 mod error;
 mod ffi;
+mod held_bytes;
 mod inspect;
 mod load;
 mod open;
@@ -17,6 +18,7 @@ mod run;
 mod scaffold;
 mod stuck;
 mod tasks;
+mod text;
 mod threads;
 
 use std::{
@@ -103,6 +105,8 @@ pub struct Listing {
     /// Why a thread for its calls cannot be created.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub no_thread: Option<String>,
+    /// Bytes its ended tasks were given, or gave, that are not released.
+    pub unreleased_bytes: u64,
     /// Why it was refused, or serves nothing any more.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
@@ -276,6 +280,7 @@ impl Plugins {
             listing.stuck_runners = plugin.record().strikes();
             listing.hanging_calls = plugin.hanging_calls();
             listing.no_thread = plugin.no_thread();
+            listing.unreleased_bytes = plugin.unreleased_bytes();
             if let Some(reason) = plugin.record().out_of_service() {
                 listing.state = PluginState::OutOfService;
                 listing.reason = Some(reason.to_owned());
@@ -369,6 +374,7 @@ impl Listing {
             stuck_runners: 0,
             hanging_calls: 0,
             no_thread: None,
+            unreleased_bytes: 0,
             reason: None,
             temporary: false,
         }

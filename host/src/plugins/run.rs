@@ -20,6 +20,7 @@ use super::{
     Plugins,
     dispatch::{Dispatcher, Hanging},
     ffi::{self, Completion, Entries},
+    held_bytes::{TaskBytes, Unreleased},
     load::Loaded,
     stuck::{self, Record},
 };
@@ -83,6 +84,7 @@ pub(super) struct Plugin {
     slots_max: usize,
     record: Record,
     shown: Mutex<Shown>,
+    unreleased: Arc<Unreleased>,
     /// Its tasks' directories must be there when they start; our SDK makes them by itself.
     needs_folder: bool,
 }
@@ -109,6 +111,7 @@ impl Plugin {
             slots: Semaphore::new(slots),
             slots_max: slots,
             record: Record::default(),
+            unreleased: Arc::default(),
             shown: Mutex::default(),
             needs_folder: !rust,
         }
@@ -181,6 +184,11 @@ impl Plugin {
         }
     }
 
+    /// What its ended tasks still hold.
+    pub(super) fn unreleased_bytes(&self) -> u64 {
+        self.unreleased.bytes()
+    }
+
     /// What is held against it.
     pub(super) fn record(&self) -> &Record {
         &self.record
@@ -220,8 +228,9 @@ impl Plugin {
             }
         }
         let place = ffi::Place { ports, folder, runtime: workers };
+        let bytes = TaskBytes::new(Arc::clone(&self.unreleased));
         let (entered, mut ended) =
-            ffi::enter(Arc::clone(&self.name), self.dispatcher.clone(), self.grant_token, grant.clone(), place);
+            ffi::enter(Arc::clone(&self.name), self.dispatcher.clone(), self.grant_token, grant.clone(), place, bytes);
         let (entries, task) = (self.entries, entered.task);
         self.dispatcher.run("start", move || entries.start(task, &request));
         let completion = tokio::select! {
