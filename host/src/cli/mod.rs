@@ -356,15 +356,16 @@ impl PluginArgs {
     ///
     /// # Errors
     /// With every mistake in what is named, and in the usual folder.
-    fn resolve(&self) -> Result<(Places, PluginsFile), Mistakes> {
+    fn resolve(&self) -> anyhow::Result<(Places, PluginsFile)> {
         let (places, file, mut mistakes) = self.look();
         if mistakes.is_empty() {
             match Places::from_arguments(&places) {
                 Ok(places) => return Ok((places, file)),
+                Err(err) if err.is_temporary() => return Err(err.into()),
                 Err(err) => mistakes.push(err.to_string()),
             }
         }
-        Err(Mistakes(mistakes))
+        Err(Mistakes(mistakes).into())
     }
 
     /// What is wrong with the places that are named, a line each. That none is, and the usual folder does not
@@ -411,7 +412,10 @@ impl PluginArgs {
             } else {
                 None
             };
-            let unfound = || Places::from_arguments(std::slice::from_ref(place)).err().map(|err| err.to_string());
+            let unfound = || match Places::from_arguments(std::slice::from_ref(place)) {
+                Err(err) if !err.is_temporary() => Some(err.to_string()),
+                _ => None,
+            };
             mistakes.extend(trouble.or_else(|| named.then(unfound).flatten()));
         }
         (places, file, mistakes)
@@ -433,6 +437,7 @@ impl PluginArgs {
             max_concurrency,
             log_level: logs::plugin_level(),
             init_limit: options.init_timeout,
+            allow_writable: options.allow_writable,
         })?)
     }
 }

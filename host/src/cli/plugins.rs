@@ -66,7 +66,7 @@ fn list(args: &PluginArgs, strict: bool, output: Output, layers: &Layers) -> any
             put(data, &table(listings.iter().map(row)))?;
         }
     }
-    let refused = listings.iter().filter(|listing| listing.state == "refused").count();
+    let refused = listings.iter().filter(|listing| listing.state == crate::plugins::PluginState::Refused).count();
     let is_bad = if strict { refused > 0 } else { refused > 0 && plugins.capabilities().is_empty() };
     Ok(if is_bad { refused_exit(&listings) } else { Exit::Done })
 }

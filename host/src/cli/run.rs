@@ -2,6 +2,9 @@
 
 use std::{path::PathBuf, sync::Arc};
 
+#[cfg(target_os = "linux")]
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
+
 use super::{Exit, PluginArgs, block_on_beside_control, nothing_to_serve, signals};
 use crate::{
     app::Node,
@@ -106,10 +109,17 @@ pub(super) fn run(args: &Args, layers: &Layers, secrets: &Secrets) -> anyhow::Re
     if config.storage.scratch_dir == default_scratch_dir() {
         own_scratch_dir()?;
     }
+    // Before a plugin runs, and after the secrets are read: neither a dump nor a debugger of this user shows them.
+    #[cfg(target_os = "linux")]
+    if !config.observe.allow_core_dumps
+        && let Err(err) = set_dumpable_behavior(DumpableBehavior::NotDumpable)
+    {
+        tracing::warn!(event = "dumps.allowed", error = %err, "core dumps cannot be switched off, they hold the secrets");
+    }
     // Lines of the log begin here, so the last line has its form too.
     super::complain_as_log();
     #[cfg(unix)]
-    if let Err(few) = crate::open_files::check(config.max_concurrency) {
+    if let Err(few) = crate::open_files::check(config.engine.slots) {
         super::complain(&few.to_string());
         return Ok(Exit::Temporary);
     }

@@ -27,10 +27,13 @@ pub struct Config {
     pub status_page: StatusPage,
     /// The host of `NODE_URL`, also where the node does not register with it.
     pub node_host: Option<String>,
+    /// Leave core dumps and debuggers, which show the node's secrets, to the system's settings.
+    pub allow_core_dumps: bool,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { status_page: StatusPage::Enabled { listen: SocketAddr::from(([127, 0, 0, 1], 8080)) }, node_host: None }
+        let listen = SocketAddr::from(([127, 0, 0, 1], 8080));
+        Self { status_page: StatusPage::Enabled { listen }, node_host: None, allow_core_dumps: false }
     }
 }

@@ -46,6 +46,14 @@ pub enum PlaceError {
     },
 }
 
+impl PlaceError {
+    /// Whether the place may be usable later: too many files are open.
+    #[must_use]
+    pub fn is_temporary(&self) -> bool {
+        matches!(self, Self::Unreadable { reason, .. } if super::error::is_out_of_files(&reason.to_string()))
+    }
+}
+
 impl Places {
     /// Sorts what `--plugins` named into folders and files.
     pub fn from_arguments(arguments: &[PathBuf]) -> Result<Self, PlaceError> {

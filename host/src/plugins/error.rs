@@ -16,6 +16,18 @@ pub enum InstallError {
     /// The process has as many files open as it may.
     #[error("cannot be read: too many files are open; raise the limit (ulimit -n, LimitNOFILE= of a service)")]
     TooManyFiles,
+    /// Everyone may change the file, or put another in its place.
+    #[error(
+        "everyone may write to {} (mode {mode:04o}), so anyone may change the plugin; run chmod o-w {}, or pin the \
+         plugin by sha256 in plugins.toml",
+        path.display(), path.display()
+    )]
+    Writable {
+        /// The file or its folder.
+        path: std::path::PathBuf,
+        /// Its permissions.
+        mode: u32,
+    },
     /// A folder with a library's name.
     #[error("is a directory, expected a library file; folders are not searched recursively")]
     Directory,
@@ -187,4 +199,9 @@ impl InstallError {
     pub fn is_temporary(&self) -> bool {
         matches!(self, Self::TooManyFiles)
     }
+}
+
+/// Whether the system's text says that no more files can be opened. The dynamic linker gives nothing but the text.
+pub(super) fn is_out_of_files(reason: &str) -> bool {
+    reason.contains("Too many open files")
 }

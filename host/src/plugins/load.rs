@@ -20,9 +20,11 @@ use super::{
     config::Settings,
     discover::Found,
     dispatch::Dispatcher,
+    error::is_out_of_files,
     ffi::{self, Entries},
     inspect::{Facts, inspect},
     open::Sealed,
+    writable,
 };
 use crate::model::Capability;
 
@@ -54,7 +56,7 @@ const HEAD_BYTES: u64 = 4096;
 const READERS_MAX: usize = 4;
 
 /// Reads and checks files, several at once, and returns them in their order. No code of them runs.
-pub(super) fn verify_all(found: Vec<Found>) -> Vec<Result<Verified, (PathBuf, InstallError)>> {
+pub(super) fn verify_all(found: Vec<Found>, allow_writable: bool) -> Vec<Result<Verified, (PathBuf, InstallError)>> {
     let readers = std::thread::available_parallelism().map_or(1, usize::from).min(READERS_MAX).min(found.len());
     let mut places: Vec<_> = found.iter().map(|_| None).collect();
     let queue = Mutex::new(places.iter_mut().zip(found));
@@ -63,7 +65,7 @@ pub(super) fn verify_all(found: Vec<Found>) -> Vec<Result<Verified, (PathBuf, In
         loop {
             let next = queue.lock().expect("a reader that takes work does not panic").next();
             let Some((place, found)) = next else { return };
-            *place = Some(verify(found, &mut buffer));
+            *place = Some(verify(found, allow_writable, &mut buffer));
         }
     };
     std::thread::scope(|scope| {
@@ -80,9 +82,9 @@ pub(super) fn verify_all(found: Vec<Found>) -> Vec<Result<Verified, (PathBuf, In
 }
 
 /// Reads and checks one file, by way of a buffer that may be used again.
-fn verify(found: Found, buffer: &mut Vec<u8>) -> Result<Verified, (PathBuf, InstallError)> {
+fn verify(found: Found, allow_writable: bool, buffer: &mut Vec<u8>) -> Result<Verified, (PathBuf, InstallError)> {
     let Found { file, settings, refused } = found;
-    match refused.map_or_else(|| check(&file, &settings, buffer), Err) {
+    match refused.map_or_else(|| check(&file, &settings, allow_writable, buffer), Err) {
         Ok((sha256, facts, capabilities, sealed)) => {
             Ok(Verified { file, settings, sha256, facts, capabilities, sealed })
         }
@@ -92,11 +94,14 @@ fn verify(found: Found, buffer: &mut Vec<u8>) -> Result<Verified, (PathBuf, Inst
 
 type Checked = (String, Facts, Vec<Capability>, Sealed);
 
-fn check(file: &Path, settings: &Settings, bytes: &mut Vec<u8>) -> Result<Checked, InstallError> {
-    read_into(file, bytes)?;
+fn check(file: &Path, settings: &Settings, allow_writable: bool, bytes: &mut Vec<u8>) -> Result<Checked, InstallError> {
+    let about = read_into(file, bytes)?;
     let sha256 = base16ct::lower::encode_string(&Sha256::digest(&*bytes));
     if let Some(expected) = settings.sha256.as_ref().filter(|expected| **expected != sha256) {
         return Err(InstallError::PinMismatch { expected: expected.clone(), found: sha256 });
+    }
+    if settings.sha256.is_none() {
+        writable::check(file, &about, allow_writable)?;
     }
     let facts = inspect(bytes)?;
     let capabilities = chosen(&facts, settings)?;
@@ -112,7 +117,7 @@ pub(super) fn read(file: &Path) -> Result<Vec<u8>, InstallError> {
     Ok(bytes)
 }
 
-fn read_into(file: &Path, bytes: &mut Vec<u8>) -> Result<(), InstallError> {
+fn read_into(file: &Path, bytes: &mut Vec<u8>) -> Result<std::fs::Metadata, InstallError> {
     let mut options = std::fs::OpenOptions::new();
     options.read(true);
     // Opening a pipe nobody writes to would block.
@@ -139,17 +144,12 @@ fn read_into(file: &Path, bytes: &mut Vec<u8>) -> Result<(), InstallError> {
     }
     bytes.reserve(facts.len() as usize);
     opened.read_to_end(bytes).map_err(|err| unreadable(&err))?;
-    Ok(())
+    Ok(facts)
 }
 
 fn unreadable(err: &std::io::Error) -> InstallError {
     let reason = err.to_string();
     if is_out_of_files(&reason) { InstallError::TooManyFiles } else { InstallError::Unreadable { reason } }
-}
-
-/// Whether the system's text says that no more files can be opened. The dynamic linker gives nothing but the text.
-fn is_out_of_files(reason: &str) -> bool {
-    reason.contains("Too many open files")
 }
 
 /// As much of a name as a memory file may have.

@@ -20,6 +20,7 @@ mod stuck;
 mod tasks;
 mod text;
 mod threads;
+mod writable;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -53,6 +54,8 @@ const WATCH: Duration = Duration::from_secs(5);
 pub struct Options {
     /// How long a plugin may take to open and initialise.
     pub init_timeout: Duration,
+    /// Load libraries that everyone may write to.
+    pub allow_writable: bool,
     /// Load the packaged noop plugin as if it were listed.
     pub noop: bool,
     /// How long a noop task takes.
@@ -61,7 +64,7 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { init_timeout: Duration::from_secs(10), noop: false, noop_sleep_secs: 5.0 }
+        Self { init_timeout: Duration::from_secs(10), allow_writable: false, noop: false, noop_sleep_secs: 5.0 }
     }
 }
 
@@ -78,6 +81,8 @@ pub struct Config {
     pub log_level: u32,
     /// How long a plugin may take to open and initialise, both together.
     pub init_limit: Duration,
+    /// Load libraries that everyone may write to.
+    pub allow_writable: bool,
 }
 
 /// One library as `plugins list` and the status page show it.
@@ -159,7 +164,7 @@ impl Plugins {
         let mut listings: Vec<Listing> = found.iter().map(|found| Listing::new(&found.file)).collect();
         // All of them are read before the first is opened.
         let mut verified: Vec<Option<Verified>> = Vec::new();
-        for (listing, checked) in listings.iter_mut().zip(load::verify_all(found)) {
+        for (listing, checked) in listings.iter_mut().zip(load::verify_all(found, config.allow_writable)) {
             match checked {
                 Ok(plugin) => {
                     listing.describe(&plugin);

@@ -71,7 +71,7 @@ mod tests {
     #[test]
     fn long_fields_are_cut_and_short_ones_stay() {
         let fields =
-            |big: usize| serde_json::json!({ "a": "x".repeat(big), "place": "src/lib.rs:1", "z": ["y"; 9000] });
+            |big: usize| serde_json::json!({ "a": "x".repeat(big), "place": "src/lib.rs:1", "z": vec!["y"; 9000] });
         let short = fields(10).to_string();
         assert_eq!(bounded_fields(short.clone(), 1 << 20), short);
         let bounded: Value = serde_json::from_str(&bounded_fields(fields(40_000).to_string(), 30_000)).expect("JSON");

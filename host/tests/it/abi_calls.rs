@@ -346,3 +346,40 @@ async fn a_start_that_blocks_costs_its_own_plugin_only() {
     assert!(held.into_iter().all(|task| task["capability"] != "/fixtures/refused/v1"), "{status:#}");
     node.stop().await;
 }
+
+#[tokio::test]
+async fn plugin_texts_are_bounded_and_readable() {
+    let lab = TestServer::start().await;
+    let node = lab.node(&[fixtures::c("untidy", &[])]).set("RUST_LOG", "info").leasing().await;
+    let ended = lab.run(&node, "/fixtures/c-text/v1", json!({})).await;
+    let (reason, details) = ended.failed();
+    assert!(reason.contains("caf\u{fffd} xxx"), "{}", &reason[..200]);
+    assert!(reason.len() < 20_000, "{}", reason.len());
+    assert_eq!(details["left_out_bytes"], 4 << 20, "{}", ended.task());
+    node.stop().await;
+    let line = &node.said("caf\u{fffd} is not UTF-8")[0];
+    assert_eq!((&line["n"], &line["plugin"]), (&json!("\u{fffd}"), &json!("untidy")));
+    assert_eq!(node.lines().iter().filter(|line| line["plugin_target"] == "untidy").count(), 2);
+    let longest = node.log().lines().map(str::len).max();
+    assert!(longest.is_some_and(|longest| longest < 50_000), "{longest:?}");
+}
+
+#[tokio::test]
+async fn unreleased_bytes_are_counted_and_warned_of() {
+    let lab = TestServer::start().await;
+    let node = lab.node(&[fixtures::c("untidy", &[]), fixtures::hello()]).leasing().await;
+    let bytes = 17 << 20;
+    let input = lab.put("in", &vec![7; bytes]).await;
+    lab.ended(&node, lab.task("/fixtures/c-leak/v1").inputs(&[input]).submit()).await.completed();
+    let warned = node.line(|line| line["event"] == "plugin.leaked").await;
+    assert_eq!(warned["plugin"], "untidy");
+    assert!(warned["bytes"].as_u64().is_some_and(|warned| warned >= bytes as u64), "{warned}");
+    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    let none_of_hello = |plugin: &Value| plugin["name"] != "hello" || plugin["unreleased_bytes"] == 0;
+    let settled = |page: &(u16, Value)| page.1["plugins"].as_array().is_some_and(|all| all.iter().all(none_of_hello));
+    let (_, status) = node.page_until("/status.json", settled).await;
+    let untidy = status["plugins"].as_array().into_iter().flatten().find(|plugin| plugin["name"] == "untidy");
+    let held = untidy.and_then(|plugin| plugin["unreleased_bytes"].as_u64());
+    assert!(held.is_some_and(|held| held >= bytes as u64), "{status}");
+    node.stop().await;
+}

@@ -431,7 +431,8 @@ async fn a_second_node_on_the_same_folder_is_refused_in_one_line() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::hello()]).await;
     let dir = node.state_dir().to_string_lossy().into_owned();
-    let said = lab.node(&[fixtures::hello()]).set("STATE_DIR", dir.as_str()).refused().await.expect(75);
+    let said = lab.node(&[fixtures::hello()]).set("STATE_DIR", dir.as_str()).set("LOG_FORMAT", "text");
+    let said = said.refused().await.expect(75);
     let wanted = format!("error: STATE_DIR cannot be used: {dir} is in use by another node (process ");
     let lines: Vec<&str> = said.stderr.lines().filter(|line| line.starts_with("error")).collect();
     assert!(lines.len() == 1 && lines[0].starts_with(&wanted), "{}", said.stderr);
@@ -479,7 +480,8 @@ async fn a_file_the_system_gives_no_access_to_is_not_taken_for_a_damaged_one() {
     let state = tempfile::tempdir().expect("a folder");
     let file = state.path().join("outbox.redb");
     std::os::unix::fs::symlink("/dev/full", &file).expect("made");
-    let node = lab.node(&[fixtures::hello()]).set("STATE_DIR", state.path().to_string_lossy()).refused().await;
+    let node = lab.node(&[fixtures::hello()]).set("STATE_DIR", state.path().to_string_lossy());
+    let node = node.set("LOG_FORMAT", "text").refused().await;
     let said = node.stderr.lines().filter(|line| line.starts_with("error: ")).collect::<Vec<_>>();
     let start = format!("error: STATE_DIR cannot be used: cannot open {}: ", file.display());
     assert!(said.len() == 1 && said[0].starts_with(&start), "{}", node.stderr);

@@ -1,7 +1,7 @@
 //! `plugins.toml`, what is read before anything is opened, `plugins inspect` and `plugins new`.
 
 use std::{
-    os::unix::ffi::OsStrExt,
+    os::unix::{ffi::OsStrExt, fs::PermissionsExt},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -583,4 +583,52 @@ async fn mistyped_capability_gets_a_suggestion() {
     let wanted =
         "error: no plugin serves /fixtures/goood/v1; these do: /fixtures/good/v1, did you mean /fixtures/good/v1?";
     assert_eq!(ended.stderr, wanted);
+}
+
+#[tokio::test]
+async fn world_writable_plugins_are_refused_unless_pinned() {
+    let mode = |path: &Path, mode: u32| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("it is ours");
+    };
+    let mut folder = Folder::with_a_good_one();
+    let (file, plugins) = (folder.path("good.so"), folder.root().join("plugins"));
+    let refused = |path: &Path, mode: &str| {
+        let shown = path.display();
+        format!(
+            "refused good.so everyone may write to {shown} (mode {mode}), so anyone may change the plugin; \
+             run chmod o-w {shown}, or pin the plugin by sha256 in plugins.toml"
+        )
+    };
+    mode(&file, 0o666);
+    assert_eq!(row(&folder, 4, "good.so").await, refused(&file, "0666"));
+    mode(&file, 0o644);
+    mode(&plugins, 0o777);
+    assert_eq!(row(&folder, 4, "good.so").await, refused(&plugins, "0777"));
+    // The folder of a link, and that of the file it leads to.
+    let link = folder.root().join("link.so");
+    std::os::unix::fs::symlink(&file, &link).expect("a link");
+    let ended = Cli::new(&["plugins", "list", "--plugins"]).arg(&link).run().await.expect(4);
+    assert!(ended.stdout.contains(&format!("everyone may write to {}", plugins.display())), "{}", ended.stdout);
+    // In a folder with the sticky bit nobody else replaces the file.
+    mode(&plugins, 0o1777);
+    assert_eq!(row(&folder, 0, "good.so").await, "loaded good.so /fixtures/good/v1");
+
+    mode(&plugins, 0o777);
+    mode(&file, 0o666);
+    folder.plugins_file(&format!("[[plugin]]\nfile = \"good.so\"\nsha256 = \"{}\"\n", sha256(&file)));
+    assert_eq!(row(&folder, 0, "good.so").await, "loaded good.so /fixtures/good/v1");
+    folder.plugins_file("");
+    let allowed = folder.cli(&["plugins", "list"]).set("ALLOW_WRITABLE_PLUGINS", "true").set("RUST_LOG", "warn");
+    let ended = allowed.run().await.expect(0);
+    assert!(ended.stderr.contains("event=\"plugin.writable\""), "{}", ended.stderr);
+    assert!(ended.stdout.starts_with("loaded "), "{}", ended.stdout);
+
+    mode(&plugins, 0o775);
+    mode(&file, 0o664);
+    let ended = folder.cli(&["plugins", "list"]).set("RUST_LOG", "warn").run().await.expect(0);
+    assert!(ended.stderr.contains("a group may change this plugin"), "{}", ended.stderr);
+    mode(&plugins, 0o755);
+    mode(&file, 0o644);
+    let ended = folder.cli(&["plugins", "list"]).set("RUST_LOG", "warn").run().await.expect(0);
+    assert_eq!(ended.stderr, "");
 }

@@ -18,7 +18,8 @@ const CONTENT: &str = "what-only-the-jobs-author-knows";
 async fn a_plugin_finds_no_secret_in_the_environment() {
     let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo()]).set("REG_SECRET", REG_SECRET).set("SOMETHING_ELSE", "is visible");
-    let node = node.leasing().await;
+    // Else only the superuser reads /proc/self/environ.
+    let node = node.set("ALLOW_CORE_DUMPS", "true").leasing().await;
     let ended = lab.run(&node, "/fixtures/dump-env/v1", json!({})).await;
     let env: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "env.json").await).expect("JSON");
     assert_eq!(env["SOMETHING_ELSE"], "is visible", "the dump works");
@@ -229,4 +230,18 @@ async fn a_runner_gets_the_token_only_where_plugins_toml_grants_it() {
     let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "token.json").await).expect("JSON");
     assert_eq!(seen["granted"], true, "{seen}");
     assert!(seen["length"].as_u64() > Some(20), "{seen}");
+}
+
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn running_node_cannot_be_dumped() {
+    let lab = TestServer::start().await;
+    for (allowed, dumpable) in [("", 0), ("true", 1)] {
+        let node = lab.node(&[fixtures::zoo()]).set("ALLOW_CORE_DUMPS", allowed).leasing().await;
+        let ended = lab.run(&node, "/fixtures/dumpable/v1", json!({})).await;
+        let seen: Value =
+            serde_json::from_slice(&lab.artifact(ended.completed(), "dumpable.json").await).expect("JSON");
+        assert_eq!(seen["dumpable"], dumpable, "ALLOW_CORE_DUMPS={allowed}");
+        node.stop().await;
+    }
 }

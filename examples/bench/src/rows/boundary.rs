@@ -49,6 +49,7 @@ pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyh
         max_concurrency: 1,
         log_level: 3,
         init_limit: LIMIT,
+        allow_writable: true,
     };
     let plugins = Plugins::load(&config)?;
     // As in a node: one thread for leases, others for what moves data.
