@@ -12,7 +12,6 @@
 mod calls;
 mod config;
 mod faults;
-mod form;
 mod http;
 mod identity;
 mod journal;

@@ -7,6 +7,7 @@
 
 mod clock;
 mod connect;
+pub(crate) mod multipart;
 mod pool;
 mod proxy;
 mod retry_after;

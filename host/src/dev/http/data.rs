@@ -18,11 +18,13 @@ use super::{
     Answer, Refusal, blocking, drain, empty_object, ok, pairs,
     spool::{Spool, chunks},
 };
-use crate::dev::{
-    Inner,
-    form::{self, Form, PartHead, Piece},
-    store::{Filter, Item, Staged, StoreError, Target, check_name},
-    uploads::Turn,
+use crate::{
+    dev::{
+        Inner,
+        store::{Filter, Item, Staged, StoreError, Target, check_name},
+        uploads::Turn,
+    },
+    transport::multipart::{Parser, PartHead, PartsError, PartsEvent},
 };
 
 /// An item as answers show it.
@@ -247,18 +249,28 @@ async fn receive(
     kind: Kind,
 ) -> Result<Vec<(Target, u64, Staged)>, Refusal> {
     let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let mut form = Form::new(&form::boundary(content_type).map_err(Refusal::bad)?);
+    let malformed = |err: PartsError| Refusal::bad(err.to_string());
+    let mut parser = Parser::new(content_type).map_err(malformed)?;
     let mut budget = Budget::new(world, headers)?;
     let mut batch: Vec<(Target, u64, Staged)> = Vec::new();
     let mut spool: Option<Spool> = None;
-    while let Some(frame) = body.frame().await {
-        let frame = frame.map_err(|_| Refusal::bad("the body broke off"))?;
-        let Ok(bytes) = frame.into_data() else { continue };
-        budget.request(bytes.len())?;
-        form.push(&bytes);
-        while let Some(piece) = form.next().map_err(Refusal::bad)? {
-            match piece {
-                Piece::Part(head) => {
+    let mut whole = false;
+    while !whole {
+        match body.frame().await {
+            Some(frame) => {
+                let frame = frame.map_err(|_| Refusal::bad("the body broke off"))?;
+                let Ok(bytes) = frame.into_data() else { continue };
+                budget.request(bytes.len())?;
+                parser.feed(bytes);
+            }
+            None => {
+                parser.end();
+                whole = true;
+            }
+        }
+        while let Some(event) = parser.next().map_err(malformed)? {
+            match event {
+                PartsEvent::Part(head) => {
                     let target = target(world, head, kind)?;
                     let staged = world.store.stage();
                     let path = staged.path().to_owned();
@@ -266,22 +278,21 @@ async fn receive(
                     spool = Some(Spool::new(file, Turn::default()));
                     batch.push((target, 0, staged));
                 }
-                Piece::Data(data) => {
+                PartsEvent::Data(data) => {
                     let (_, size, _) = batch.last_mut().expect("data follows a head");
                     *size += data.len() as u64;
                     budget.item(*size)?;
                     let spool = spool.as_mut().expect("data follows a head");
                     spool.push(data).await.map_err(StoreError::from)?;
                 }
-                Piece::PartEnd => {
+                PartsEvent::PartEnd => {
                     let mut spool = spool.take().expect("an end follows a head");
                     spool.flush().await.map_err(StoreError::from)?;
                 }
+                // What comes behind the closing delimiter is read and ignored.
+                PartsEvent::End => {}
             }
         }
-    }
-    if !form.ended() {
-        return Err(Refusal::bad("the body has no closing boundary: it broke off, or names another boundary"));
     }
     if batch.is_empty() {
         return Err(Refusal::bad("the body has no part, expected at least one"));

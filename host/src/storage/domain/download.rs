@@ -12,7 +12,6 @@ use uuid::Uuid;
 
 use super::{
     Inner,
-    parts::PartHead,
     transfer::{Arrived, Transfer},
 };
 use crate::{
@@ -22,6 +21,7 @@ use crate::{
         naming::{dataset_file, dataset_folder, shown},
         zip,
     },
+    transport::multipart::PartHead,
 };
 
 pub(super) async fn open(inner: &Arc<Inner>, cid: &str) -> Result<Box<dyn InputStream>, PortError> {

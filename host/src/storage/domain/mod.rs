@@ -11,7 +11,6 @@ mod calls;
 mod cid;
 mod download;
 mod info;
-mod parts;
 mod retry;
 mod source;
 mod stream;

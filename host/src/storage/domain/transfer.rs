@@ -24,7 +24,6 @@ use super::{
     Inner,
     calls::{Call, status_error},
     cid::{Target, resolve},
-    parts::{Parser, PartHead, PartsError, PartsEvent},
     retry::{Patience, passing},
 };
 use crate::{
@@ -34,7 +33,10 @@ use crate::{
         file::BLOCK_BYTES,
         naming::shown,
     },
-    transport::{self, innermost},
+    transport::{
+        self, innermost,
+        multipart::{Parser, PartHead, PartsError, PartsEvent},
+    },
 };
 
 /// How much may follow the closing delimiter before the connection is given up instead of reused.

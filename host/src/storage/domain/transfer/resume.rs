@@ -5,16 +5,13 @@ use sha2::{Digest, Sha256};
 use url::Url;
 
 use super::{
-    super::{
-        calls::Call,
-        cid::data_url,
-        parts::{DIGEST_HEADERS, parse_digest},
-        retry::passing,
-        wire::MetadataJson,
-    },
+    super::{calls::Call, cid::data_url, retry::passing, wire::MetadataJson},
     Arrived, Flow, Skip, Transfer, Trouble, same_time,
 };
-use crate::model::PortErrorKind;
+use crate::{
+    model::PortErrorKind,
+    transport::multipart::{DIGEST_HEADERS, parse_digest},
+};
 
 impl Transfer {
     /// Asks for what is left of the part under way, or for all of it where its identity could not be checked.

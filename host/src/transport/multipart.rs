@@ -1,4 +1,4 @@
-//! The multipart body of a download, taken apart while it arrives.
+//! Reads a `multipart/form-data` body while it arrives: downloads of a node, uploads to the dev server.
 //!
 //! [`Parser`] is a pure machine: bytes go in through [`Parser::feed`] and [`Parser::end`], events
 //! come out of [`Parser::next`]. It buffers a header block at most, never a body. A part's `size`
@@ -98,7 +98,7 @@ enum Mark {
 impl Parser {
     /// A parser for bodies of this `Content-Type`.
     pub(crate) fn new(content_type: &str) -> Result<Self, PartsError> {
-        let refused = || PartsError::ContentType(crate::storage::naming::shown(content_type));
+        let refused = || PartsError::ContentType(super::excerpt(content_type.as_bytes()));
         let (kind, rest) = content_type.split_once(';').ok_or_else(refused)?;
         if !kind.trim().eq_ignore_ascii_case("multipart/form-data") {
             return Err(refused());
@@ -320,7 +320,7 @@ impl Parser {
 }
 
 fn find(bytes: &[u8], wanted: u8) -> Option<usize> {
-    bytes.iter().position(|byte| *byte == wanted)
+    memchr::memchr(wanted, bytes)
 }
 
 /// Length of the line end `bytes` begin with.
@@ -431,5 +431,5 @@ fn parameters(text: &str) -> Result<Vec<(String, String)>, PartsError> {
 }
 
 #[cfg(test)]
-#[path = "parts_tests.rs"]
+#[path = "multipart_tests.rs"]
 mod tests;
