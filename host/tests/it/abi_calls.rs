@@ -87,7 +87,7 @@ fn failure(ended: &Ended) -> (String, Value, Value) {
 }
 
 #[tokio::test]
-async fn a_panic_ends_its_task_with_text_and_place_and_nothing_else() {
+async fn panic_fails_its_task_with_text_and_place() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let cases = [
@@ -103,13 +103,23 @@ async fn a_panic_ends_its_task_with_text_and_place_and_nothing_else() {
         assert!(line.parse::<u32>().is_ok(), "{reason}");
         assert_eq!((outcome, code), (json!("panicked"), json!("runner_panic")), "{capability}");
     }
-    // The panic of a thread is its thread's business; the host's log has it with text and place.
+    // A panic on another thread does not end the task. The host logs its text and place.
     lab.run(&node, "/fixtures/panic-thread/v1", json!({})).await.completed();
     let line = node.says("boom on a thread of its own").await;
     assert_eq!((&line["level"], &line["plugin"]), (&json!("ERROR"), &json!("zoo")));
     assert!(fields(&line)["place"].as_str().is_some_and(|place| place.starts_with("src/ends.rs:")), "{line}");
-    assert!(fields(&line)["backtrace"].as_str().is_some_and(|trace| trace.contains("panic_thread")), "{line}");
+    assert_eq!(fields(&line)["hint"], "set RUST_BACKTRACE=1 to log a backtrace", "{line}");
     lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn panic_logs_a_backtrace_on_request() {
+    let lab = TestServer::start().await;
+    let node = lab.node(&[fixtures::zoo()]).set("RUST_BACKTRACE", "1").leasing().await;
+    lab.run(&node, "/fixtures/panic-thread/v1", json!({})).await.completed();
+    let line = node.says("boom on a thread of its own").await;
+    assert!(fields(&line)["backtrace"].as_str().is_some_and(|trace| trace.contains("panic_thread")), "{line}");
     node.stop().await;
 }
 

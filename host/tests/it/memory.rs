@@ -2,7 +2,7 @@
 
 #![cfg(target_os = "linux")]
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
 
 use crate::harness::{TestServer, fixtures};
@@ -36,7 +36,7 @@ async fn a_quarter_of_a_gibibyte_in_files_and_streams_stays_within_the_budget() 
     // The plane knows of an end before the page does.
     let all = |page: &(u16, Value)| page.1["recent"].as_array().is_some_and(|recent| recent.len() == 4);
     let (_, status) = node.page_until("/status.json", all).await;
-    let peak = node.peak_resident();
+    let peak = node.memory("VmHWM");
     let charged = status["memory"]["peak_bytes"].as_u64().expect("a number");
     assert!(charged > 0 && charged <= BUDGET_BYTES + STREAMS_BYTES, "{}", status["memory"]);
     assert!(peak < BUDGET_BYTES + REST_BYTES, "{} MiB resident, {}", peak / MIB, status["memory"]);
@@ -44,5 +44,26 @@ async fn a_quarter_of_a_gibibyte_in_files_and_streams_stays_within_the_budget() 
     let recent = status["recent"].as_array().expect("a list");
     let sums = recent.iter().flat_map(|one| [&one["inputs"][0]["sha256"], &one["artifacts"][0]["sha256"]]);
     assert!(sums.into_iter().all(|sum| *sum == sha256.as_str()), "{recent:#?}");
+    node.stop().await;
+}
+
+/// What 200 panics may leave allocated. The symbol cache of one backtrace takes 40 MiB.
+const PANICS_BYTES: u64 = 16 * MIB;
+
+#[tokio::test]
+async fn panicking_runners_leave_no_memory_behind() {
+    let lab = TestServer::start().await;
+    let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "4").set("RUST_LOG", "info").leasing().await;
+    let panics = ["/fixtures/panic/v1", "/fixtures/panic-in-drop/v1", "/fixtures/panic-blocking/v1"];
+    for capability in ["/fixtures/ok/v1"; 50] {
+        lab.run(&node, capability, json!({})).await.completed();
+    }
+    let before = node.memory("RssAnon");
+    let jobs: Vec<_> = panics.iter().cycle().take(200).map(|panic| lab.task(panic).submit()).collect();
+    for job in jobs {
+        assert_eq!(lab.ended(&node, job).await.failed().1["outcome"], "panicked");
+    }
+    let kept = node.memory("RssAnon").saturating_sub(before);
+    assert!(kept < PANICS_BYTES, "{} KiB kept of 200 panics", kept / 1024);
     node.stop().await;
 }

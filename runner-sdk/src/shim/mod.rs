@@ -10,6 +10,7 @@ mod manifest;
 mod panics;
 
 use std::{
+    backtrace::{Backtrace, BacktraceStatus},
     collections::HashMap,
     ffi::c_void,
     ops::Deref,
@@ -118,9 +119,16 @@ fn prepare(host: HostRef, config: &str) -> Result<(), String> {
     PLUGIN.set(plugin).map_err(|_| "init was called twice".to_owned())
 }
 
-/// Through `tracing`, so that the line carries the task whose span the thread is in.
-fn report_panic(note: &panics::PanicNote, backtrace: &str) {
-    tracing::error!(target: "panic", place = note.place, backtrace, "{}", note.message);
+/// Logs a panic through `tracing`, so that the line carries the task whose span the thread is in.
+fn report_panic(note: &panics::PanicNote, backtrace: &Backtrace) {
+    let place = note.place.as_str();
+    if backtrace.status() == BacktraceStatus::Captured {
+        let backtrace = backtrace.to_string();
+        tracing::error!(target: "panic", place, backtrace, "{}", note.message);
+    } else {
+        let hint = "set RUST_BACKTRACE=1 to log a backtrace";
+        tracing::error!(target: "panic", place, hint, "{}", note.message);
+    }
 }
 
 /// The plugin's name, for lines that belong to no task.

@@ -1,7 +1,8 @@
-//! Panics: caught before they reach the boundary, with text, place and backtrace kept.
+//! Panics: caught before they reach the boundary. Text and place are kept.
 
 use std::{
     any::Any,
+    backtrace::Backtrace,
     cell::RefCell,
     future::Future,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
@@ -22,8 +23,12 @@ thread_local! {
 }
 
 /// Installs the process-wide hook once; in a plugin that is the plugin's own copy of std. `report`
-/// receives note and backtrace; `chain` keeps the previous hook working.
-pub(crate) fn install_hook(report: Option<fn(&PanicNote, &str)>, chain: bool) {
+/// receives note and backtrace. `chain` keeps the previous hook working.
+///
+/// As in std, a backtrace is captured only if `RUST_BACKTRACE` or `RUST_LIB_BACKTRACE` asks for it.
+/// The first one makes std cache the debug information of all loaded files, once per plugin, and
+/// nothing frees that cache.
+pub(crate) fn install_hook(report: Option<fn(&PanicNote, &Backtrace)>, chain: bool) {
     static ONCE: Once = Once::new();
     ONCE.call_once(|| {
         let previous = std::panic::take_hook();
@@ -33,7 +38,7 @@ pub(crate) fn install_hook(report: Option<fn(&PanicNote, &str)>, chain: bool) {
                 place: info.location().map_or_else(unknown, |at| format!("{}:{}", at.file(), at.line())),
             };
             if let Some(report) = report {
-                report(&note, &std::backtrace::Backtrace::force_capture().to_string());
+                report(&note, &Backtrace::capture());
             }
             LAST.with(|last| *last.borrow_mut() = Some(note));
             if chain {

@@ -326,12 +326,14 @@ impl Process {
         Duration::from_millis(ticks.sum::<u64>() * 1000 / a_second)
     }
 
-    /// Most memory it has had so far, in bytes.
+    /// A size in `/proc/PID/status`, in bytes. `VmHWM` is the peak of resident memory, `RssAnon` what the
+    /// process itself has allocated.
     #[cfg(target_os = "linux")]
-    pub(crate) fn peak_resident(&self) -> u64 {
+    pub(crate) fn memory(&self, field: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child().id())).expect("it runs");
-        let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("Linux says it");
-        peak.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+        let size = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+        let kib = size.expect("Linux reports it").trim().trim_end_matches(" kB").parse::<u64>();
+        kib.expect("a number") * 1024
     }
 
     /// Waits for a line on stdout.
@@ -591,8 +593,8 @@ impl TestNode {
     }
 
     #[cfg(target_os = "linux")]
-    pub(crate) fn peak_resident(&self) -> u64 {
-        self.process.peak_resident()
+    pub(crate) fn memory(&self, field: &str) -> u64 {
+        self.process.memory(field)
     }
 
     pub(crate) fn kill(&self) {
