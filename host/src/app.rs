@@ -177,7 +177,7 @@ impl Node {
     pub async fn run(self, stops: StopSignals) -> Ended {
         let address = self.address();
         let Self { engine, plane, outbox, pages, board, disk, control, plugins, .. } = self;
-        info!(address = address.map(tracing::field::display), plane = %plane.source.facts().name, "node started");
+        info!(event = "node.started", address = address.map(tracing::field::display), plane = %plane.source.facts().name, "node started");
         let over = CancellationToken::new();
         let pages = pages.map(|pages| tokio::spawn(pages.run(over.clone())));
         #[cfg(unix)]
@@ -200,7 +200,7 @@ impl Node {
             () = stops.drain.cancelled() => (Ended::Drained, Duration::ZERO),
             _ = plane.source.until_ready() => {
                 board.change(|status| status.phase = Phase::Running);
-                info!("leasing");
+                info!(event = "node.leasing", "node leases tasks");
                 let (outbox, enough) = (outbox.clone(), CancellationToken::new());
                 let enough_of_it = enough.clone();
                 let sending = control.handle.spawn(async move { outbox.run(enough_of_it).await });
@@ -222,11 +222,11 @@ impl Node {
         over.cancel();
         for task in [serving, calls, disk].into_iter().chain(pages).chain(watching).chain(running).chain(socket) {
             if let Err(err) = task.await {
-                warn!(error = %err, "a part of the node ended unexpectedly");
+                warn!(event = "node.part_failed", error = %err, "a part of the node ended unexpectedly");
             }
         }
         control.stop();
-        info!(cut_short = ended == Ended::CutShort, "node stopped");
+        info!(event = "node.stopped", cut_short = ended == Ended::CutShort, "node stopped");
         ended
     }
 }
@@ -272,17 +272,22 @@ fn say_left(left: &Remaining) {
         let tasks: Vec<String> = lost.iter().take(NAMED_MAX).map(ToString::to_string).collect();
         let error = unwritten.as_deref();
         error!(
+            event = "outbox.reports_lost",
             reports,
             lost = lost.len(),
             tasks = tasks.join(" "),
             error,
-            "reports that are not on the disk end with this node"
+            "reports are lost, they are not on the disk"
         );
     } else if let Some(error) = unwritten {
-        warn!(error, "outbox was not closed in order");
+        warn!(event = "outbox.not_closed", error, "outbox was not closed cleanly");
     }
     if *kept > 0 {
-        warn!(reports = kept, "reports are left in the outbox, the next start sends them");
+        warn!(
+            event = "outbox.reports_left",
+            reports = kept,
+            "reports are left in the outbox, the next start sends them"
+        );
     }
 }
 
@@ -303,7 +308,7 @@ async fn keep_open(mut socket: ControlSocket, outbox: Outbox, over: Cancellation
 
 #[cfg(unix)]
 fn no_control_socket(folder: &std::path::Path, err: &std::io::Error) {
-    warn!(state_dir = %folder.display(), error = %err, "control socket cannot be made, commands will not reach this node");
+    warn!(event = "control.no_socket", state_dir = %folder.display(), error = %err, "control socket cannot be created, commands do not reach this node");
 }
 
 /// Copies the standing with the sign-in service to the status page.

@@ -241,7 +241,7 @@ impl Open {
         if let Err(err) = ended
             && err.is_panic()
         {
-            error!(error = %err, "a connection's task failed");
+            error!(event = "connection.failed", error = %err, "connection handler failed");
         }
     }
 

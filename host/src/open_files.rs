@@ -37,7 +37,7 @@ pub(crate) fn check(slots: usize) -> Result<(), TooFewFiles> {
 pub(crate) fn allow(slots: usize) -> u64 {
     let (limit, wanted) = raise(slots);
     if limit < wanted {
-        warn!(limit, wanted, slots, "fewer files may be open than so many slots may need");
+        warn!(event = "descriptors.low", limit, wanted, slots, "RLIMIT_NOFILE is too low for MAX_CONCURRENCY");
     }
     limit
 }

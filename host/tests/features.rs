@@ -104,6 +104,106 @@ fn every_warning_of_the_node_is_on_the_troubleshooting_page() {
     assert!(seen > 50, "{seen} warnings and errors were found; are they still made by these macros?");
 }
 
+/// `docs/operations/events.md` lists each event code of the log with its levels and fields, and no other one.
+#[test]
+fn event_codes_match_their_page() {
+    let root = workspace();
+    let page = fs::read_to_string(root.join("docs/operations/events.md")).expect("the page is there");
+    let words = |cell: &str| cell.split([' ', ',', '`']).filter(|word| !word.is_empty()).map(str::to_owned).collect();
+    let mut listed: BTreeMap<String, (BTreeSet<String>, BTreeSet<String>)> = BTreeMap::new();
+    for line in page.lines().filter(|line| line.starts_with("| `")) {
+        let cells: Vec<&str> = line.trim_matches('|').split(" | ").map(str::trim).collect();
+        let [code, levels, fields, _meaning, _remedy] = cells[..] else { panic!("expected five cells: {line}") };
+        let fields: BTreeSet<String> = if fields == "-" { BTreeSet::new() } else { words(fields) };
+        let before = listed.insert(code.trim_matches('`').to_owned(), (words(levels), fields));
+        assert!(before.is_none(), "{code} is listed twice");
+    }
+    let mut used: BTreeMap<String, (BTreeSet<String>, BTreeSet<String>)> = BTreeMap::new();
+    let mut nameless = Vec::new();
+    for file in rust_files(&root.join("host/src")) {
+        let inside = file.strip_prefix(&root).expect("found below it").to_string_lossy().into_owned();
+        let text = fs::read_to_string(&file).expect("a readable file");
+        let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
+        for (level, arguments) in log_calls(code) {
+            let fields: Vec<&str> = arguments.iter().map(|argument| field(argument)).collect();
+            let event = arguments.iter().find_map(|argument| argument.strip_prefix("event = "));
+            match event {
+                Some(event) => {
+                    let entry = used.entry(event.trim_matches('"').to_owned()).or_default();
+                    entry.0.insert(level.to_owned());
+                    let own = fields.into_iter().filter(|field| !field.is_empty() && *field != "event");
+                    entry.1.extend(own.map(str::to_owned));
+                }
+                // A debug line is for developers; a plugin's own lines have the plugin's text.
+                None if level == "debug" || arguments.iter().any(|argument| *argument == "\"{text}\"") => {}
+                None => nameless.push(format!("{inside}: {arguments:?}")),
+            }
+        }
+    }
+    assert!(nameless.is_empty(), "log lines without an event code:\n{}", nameless.join("\n"));
+    assert!(used.len() > 60, "{} codes were found; are lines still made by these macros?", used.len());
+    let only = |ours: &BTreeMap<_, _>, theirs: &BTreeMap<_, _>| -> Vec<String> {
+        let differs = ours.iter().filter(|(code, facts)| theirs.get(*code) != Some(*facts));
+        differs
+            .map(|(code, facts): (&String, &(BTreeSet<String>, BTreeSet<String>))| format!("{code}: {facts:?}"))
+            .collect()
+    };
+    let (page_only, code_only) = (only(&listed, &used), only(&used, &listed));
+    assert!(
+        page_only.is_empty() && code_only.is_empty(),
+        "docs/operations/events.md has\n{}\nthe source has\n{}",
+        page_only.join("\n"),
+        code_only.join("\n")
+    );
+}
+
+/// The level and the arguments of each call of a log macro.
+fn log_calls(code: &str) -> Vec<(&'static str, Vec<&str>)> {
+    let mut calls = Vec::new();
+    for level in ["debug", "info", "warn", "error"] {
+        for (at, found) in code.match_indices(&format!("{level}!(")) {
+            let bare = !code[..at].ends_with(|c: char| c.is_ascii_alphanumeric() || c == '_');
+            if bare {
+                calls.push((level, arguments(&code[at + found.len()..])));
+            }
+        }
+    }
+    calls
+}
+
+/// What stands between the parentheses that were just opened, split at its outer commas.
+fn arguments(text: &str) -> Vec<&str> {
+    let (mut depth, mut quoted, mut escaped, mut start, mut found) = (0, false, false, 0, Vec::new());
+    for (at, c) in text.char_indices() {
+        match c {
+            _ if escaped => escaped = false,
+            '\\' if quoted => escaped = true,
+            '"' => quoted = !quoted,
+            _ if quoted => {}
+            '(' | '[' | '{' => depth += 1,
+            ')' if depth == 0 => {
+                found.push(text[start..at].trim());
+                break;
+            }
+            ')' | ']' | '}' => depth -= 1,
+            ',' if depth == 0 => {
+                found.push(text[start..at].trim());
+                start = at + 1;
+            }
+            _ => {}
+        }
+    }
+    found.retain(|argument| !argument.is_empty() && !argument.starts_with("target:"));
+    found
+}
+
+/// The name of the field that an argument of a log macro sets; empty for the message.
+fn field(argument: &str) -> &str {
+    let name = argument.trim_start_matches(['%', '?']);
+    let end = name.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(name.len());
+    &name[..end]
+}
+
 /// A citation is `posemesh.md section N`, or `sections N, M and K` or `sections N to M`.
 #[test]
 fn every_citation_of_the_wire_has_its_section() {

@@ -73,6 +73,7 @@ const RULES: &[Rule] = &[
             "crash",
             "dev",
             "engine",
+            "leases",
             "model",
             "observe",
             "open_files",

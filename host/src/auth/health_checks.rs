@@ -81,7 +81,12 @@ impl HealthChecks for CallbackGate {
         let shown = |text: &str| text.chars().filter(|c| !c.is_control()).take(SHOWN_MAX).collect::<String>();
         if open {
             let organization = organization_id.as_deref().map(shown);
-            tracing::info!(id = shown(&id), organization, "registration called back");
+            tracing::info!(
+                event = "registration.called_back",
+                id = shown(&id),
+                organization,
+                "sign-in service called back"
+            );
             return Ok(());
         }
         tracing::debug!("a callback came while no registration is in flight");

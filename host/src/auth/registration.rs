@@ -111,9 +111,9 @@ impl Series {
         let transient = *class == Class::Transient;
         if transient || self.warned.is_none_or(|at| at.elapsed() >= WARN_EVERY) {
             self.warned = (!transient).then(Instant::now);
-            tracing::warn!(%error, state = %class.state(), retry_in_ms = millis(pause), "registration failed");
+            tracing::warn!(event = "registration.failed", %error, state = %class.state(), retry_in_ms = millis(pause), "registration failed");
         } else {
-            tracing::debug!(%error, state = %class.state(), retry_in_ms = millis(pause), "registration failed");
+            tracing::debug!(event = "registration.failed", %error, state = %class.state(), retry_in_ms = millis(pause), "registration failed");
         }
         pause
     }
@@ -141,7 +141,13 @@ impl Auth {
                 Ok(served) => {
                     self.publish(RegistrationState::Registered, None);
                     let (address, form) = (self.config.key.address(), self.config.form.word());
-                    tracing::info!(address, form, capabilities = served.len(), "node registered");
+                    tracing::info!(
+                        event = "registration.accepted",
+                        address,
+                        form,
+                        capabilities = served.len(),
+                        "node registered"
+                    );
                     return served;
                 }
                 Err(failure) => failure,
@@ -169,9 +175,18 @@ impl Auth {
                     Ok(now) => {
                         self.publish(RegistrationState::Registered, None);
                         if cause == Cause::Age {
-                            tracing::debug!(cause = cause.word(), "registration repeated");
+                            tracing::debug!(
+                                event = "registration.repeated",
+                                cause = cause.word(),
+                                "registration repeated"
+                            );
                         } else {
-                            tracing::info!(cause = cause.word(), capabilities = now.len(), "registration repeated");
+                            tracing::info!(
+                                event = "registration.repeated",
+                                cause = cause.word(),
+                                capabilities = now.len(),
+                                "registration repeated"
+                            );
                         }
                         (served, last) = (now, Instant::now());
                         break;

@@ -166,14 +166,14 @@ impl Auth {
             };
             let error = refusal.to_string();
             if refusal.unknown_wallet() {
-                tracing::warn!(%error, "node is not registered any more");
+                tracing::warn!(event = "registration.lost", %error, "node is not registered any more");
                 self.publish(RegistrationState::Disconnected, Some(error));
                 return None;
             }
             failures = failures.saturating_add(1);
             let own = after_login(self.config.token_jitter).pause(failures, rand::random());
             let pause = pause_asked(own, refusal.retry_after(), RETRY_AFTER_MAX);
-            tracing::warn!(%error, attempt = failures, retry_in_ms = millis(pause), "login failed");
+            tracing::warn!(event = "login.failed", %error, attempt = failures, retry_in_ms = millis(pause), "login failed");
             let error = format!("login failed {failures} times: {error}");
             self.status.send_modify(|now| now.login_error = Some(error.clone()));
             // Short pauses pass unseen. Beyond them users are told at once, and keep being told

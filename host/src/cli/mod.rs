@@ -231,7 +231,7 @@ fn with_suggestion(mut err: clap::Error) -> clap::Error {
 /// Says why the command ends: one line, in the log's form where that was chosen.
 fn complain(problem: &str) {
     if COMPLAIN_AS_JSON.load(Ordering::Relaxed) && tracing::enabled!(tracing::Level::ERROR) {
-        tracing::error!(error = %problem, "cannot go on");
+        tracing::error!(event = "node.failed", error = %problem, "cannot continue");
     } else {
         tell(format_args!("error: {problem}"));
     }

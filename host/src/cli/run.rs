@@ -114,7 +114,7 @@ pub(super) fn run(args: &Args, layers: &Layers, secrets: &Secrets) -> anyhow::Re
     if !config.observe.allow_core_dumps
         && let Err(err) = set_dumpable_behavior(DumpableBehavior::NotDumpable)
     {
-        tracing::warn!(event = "dumps.allowed", error = %err, "core dumps cannot be switched off, they hold the secrets");
+        tracing::warn!(event = "dumps.allowed", error = %err, "core dumps cannot be disabled, they contain the secrets");
     }
     // Lines of the log begin here, so the last line has its form too.
     super::complain_as_log();
@@ -124,7 +124,7 @@ pub(super) fn run(args: &Args, layers: &Layers, secrets: &Secrets) -> anyhow::Re
         return Ok(Exit::Temporary);
     }
     for warning in &config.warnings {
-        tracing::warn!(reason = %warning, "a setting should be put right");
+        tracing::warn!(event = "setting.warning", reason = %warning, "a setting should be changed");
     }
     block_on_beside_control(async {
         let stops = StopSignals::default();

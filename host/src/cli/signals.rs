@@ -14,14 +14,14 @@ pub(super) fn listen(stops: StopSignals) -> std::io::Result<()> {
     // Ends with the process: signals matter until the last moment.
     tokio::spawn(async move {
         let first = signals.next().await;
-        info!(signal = first, "draining; again to cancel running tasks");
+        info!(event = "signal.drain", signal = first, "draining; repeat the signal to cancel running tasks");
         stops.drain.cancel();
         let second = signals.next().await;
-        warn!(signal = second, "cancelling running tasks; again to exit at once");
+        warn!(event = "signal.cancel", signal = second, "cancelling running tasks; repeat the signal to exit at once");
         stops.drain.cancel();
         stops.cancel.cancel();
         let third = signals.next().await;
-        warn!(signal = third, "exiting at once");
+        warn!(event = "signal.exit", signal = third, "exiting at once");
         crate::plugins::leave(Exit::Temporary as u8);
         std::process::exit(Exit::Temporary as i32);
     });
@@ -88,7 +88,7 @@ impl Signals {
                 _ = self.term.recv() => return "TERM",
                 _ = self.int.recv() => return "INT",
                 // A node must outlive the terminal it was started from.
-                _ = self.hup.recv() => warn!("HUP does nothing in this version; restart to reload"),
+                _ = self.hup.recv() => warn!(event = "signal.hup", "HUP has no effect in this version; restart the node to reload"),
             }
         }
     }

@@ -66,7 +66,9 @@ pub(super) async fn probe(world: Arc<Inner>, url: Arc<str>) {
     };
     match asked {
         Ok(()) => tracing::debug!(url = %url, "node is healthy"),
-        Err(why) => tracing::warn!(url = %url, error = %why, "node did not answer for its health"),
+        Err(why) => {
+            tracing::warn!(event = "dev.node_silent", url = %url, error = %why, "node did not answer the health check")
+        }
     }
     world.changed();
 }

@@ -370,7 +370,11 @@ async fn serve(world: Arc<Inner>, listener: TcpListener, stop: CancellationToken
     let serving = listen::serve(listener, limits, stop.clone(), start);
     let (broken, ()) = tokio::join!(serving, tick(&world, stop));
     if broken > 0 {
-        tracing::warn!(connections = broken, "connections were broken on stop");
+        tracing::warn!(
+            event = "dev.connections_closed",
+            connections = broken,
+            "open connections were closed at the stop"
+        );
     }
     let store = world.store.clone();
     tokio::task::spawn_blocking(move || store.close()).await.expect("closing the store does not panic");

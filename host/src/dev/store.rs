@@ -363,7 +363,7 @@ fn load(root: &Path) -> Result<Index, DevError> {
         })?;
         if !root.join("blobs").join(item.blob.to_string()).exists() {
             // Written ahead of a blob that was then given up.
-            tracing::warn!(data_id = %item.id, name = %item.name, "stored data has lost its content");
+            tracing::warn!(event = "dev.data_lost", data_id = %item.id, name = %item.name, "stored data has no content");
             let _ = fs::remove_file(&path);
             continue;
         }

@@ -246,8 +246,12 @@ async fn free(permit: Option<OwnedSemaphorePermit>, tidying: Option<Tidying>) {
     if let Some(tidying) = tidying {
         match tidying.await {
             Ok(Ok(())) => {}
-            Ok(Err(err)) => warn!(error = %err, "task directory could not be removed"),
-            Err(err) => warn!(error = %err, "task directory could not be removed"),
+            Ok(Err(err)) => {
+                warn!(event = "task.directory_not_removed", error = %err, "task directory could not be removed")
+            }
+            Err(err) => {
+                warn!(event = "task.directory_not_removed", error = %err, "task directory could not be removed")
+            }
         }
     }
     drop(permit);
@@ -301,7 +305,7 @@ fn folder(dir: &TaskDir) -> Folder {
     let (path, dir) = (dir.path().to_owned(), dir.clone());
     let make = move || {
         dir.make().map_err(|err| {
-            warn!(error = %err, "task directory could not be made");
+            warn!(event = "task.directory_not_created", error = %err, "task directory could not be created");
             err.without_path()
         })
     };
@@ -366,17 +370,36 @@ fn say(result: &TaskResult, settled: &Settled, took: Duration) {
     let (artifacts, elapsed_ms) = (result.artifacts.len(), millis(took));
     let reason = result.outcome.reason();
     match settled {
-        Settled::Sent(Sent::Accepted) if reason.is_none() => info!(outcome, artifacts, elapsed_ms, "task ended"),
-        Settled::Sent(Sent::Accepted) => warn!(outcome, artifacts, elapsed_ms, reason, "task ended"),
-        Settled::Silent(why) => info!(outcome, elapsed_ms, cancelled = why.as_str(), "task ended, nothing to report"),
+        Settled::Sent(Sent::Accepted) if reason.is_none() => {
+            info!(event = "task.ended", report = "accepted", outcome, artifacts, elapsed_ms, "task ended")
+        }
+        Settled::Sent(Sent::Accepted) => {
+            warn!(event = "task.ended", report = "accepted", outcome, artifacts, elapsed_ms, reason, "task ended")
+        }
+        Settled::Silent(why) => info!(
+            event = "task.ended",
+            report = "none",
+            outcome,
+            elapsed_ms,
+            cancelled = why.as_str(),
+            "task ended, nothing to report"
+        ),
         Settled::Sent(Sent::Refused(why)) => {
-            warn!(outcome, artifacts, elapsed_ms, reason, error = %why, "task ended, its report was refused for good")
+            warn!(event = "task.ended", report = "refused", outcome, artifacts, elapsed_ms, reason, error = %why, "task ended, its report was refused permanently")
         }
         Settled::Sent(Sent::Waiting(why)) => {
-            warn!(outcome, artifacts, elapsed_ms, reason, error = %why, "task ended, its report waits in the outbox")
+            warn!(event = "task.ended", report = "waiting", outcome, artifacts, elapsed_ms, reason, error = %why, "task ended, its report waits in the outbox")
         }
         Settled::Sent(Sent::Dropped) => {
-            warn!(outcome, artifacts, elapsed_ms, reason, "task ended, its report was dropped by an operator")
+            warn!(
+                event = "task.ended",
+                report = "dropped",
+                outcome,
+                artifacts,
+                elapsed_ms,
+                reason,
+                "task ended, its report was dropped by an operator"
+            )
         }
     }
 }

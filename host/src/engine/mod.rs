@@ -261,7 +261,7 @@ impl Engine {
             }
             Ok(_) | Err(LeaseError::Busy) => {
                 if let Some(pause) = plane.pace.pause(sent, None) {
-                    debug!(retry_in_ms = millis(pause), "no work");
+                    debug!(event = "poll.empty", retry_in_ms = millis(pause), "no work");
                 }
             }
             Err(LeaseError::Malformed { task: Some(to), reason }) => {
@@ -278,7 +278,7 @@ impl Engine {
                 let Some(pause) = plane.pace.pause(sent, err.retry_after()) else { return };
                 self.modules.board.polled(Some(err.to_string()));
                 if !stops.drain.is_cancelled() {
-                    warn!(error = %err, retry_in_ms = millis(pause), "poll failed");
+                    warn!(event = "poll.failed", error = %err, retry_in_ms = millis(pause), "poll failed");
                 }
             }
         }
@@ -292,7 +292,7 @@ impl Engine {
         let session = span.in_scope(|| self.modules.sessions.open(&plane.source, lease)); // heartbeats start
         if self.modules.outbox.owes(&task) {
             // The plane leased it again before it heard of its end, as after a crash.
-            span.in_scope(|| info!("task leased again, its report is still on its way"));
+            span.in_scope(|| info!(event = "task.leased_again", "task leased again, its report is not accepted yet"));
             self.modules.outbox.adopt(&task, session);
             return;
         }
@@ -323,7 +323,7 @@ impl Engine {
             }
             Err(err) => {
                 self.planes.iter_mut().for_each(|plane| plane.busy = false);
-                error!(error = %err, "an attempt ended unexpectedly");
+                error!(event = "task.attempt_failed", error = %err, "an attempt ended unexpectedly");
             }
         }
     }
@@ -332,7 +332,12 @@ impl Engine {
     async fn drain(mut self, stops: &StopSignals) -> Ended {
         self.modules.board.change(|status| status.phase = Phase::Draining);
         if !self.attempts.is_empty() {
-            info!(tasks = self.attempts.len(), limit_ms = millis(self.config.drain_timeout), "draining");
+            info!(
+                event = "node.draining",
+                tasks = self.attempts.len(),
+                limit_ms = millis(self.config.drain_timeout),
+                "draining"
+            );
         }
         let mut ended = Ended::Drained;
         let patience = tokio::time::sleep(self.config.drain_timeout);
@@ -361,11 +366,11 @@ impl Engine {
 fn admits(modules: &Modules, lease: &Lease) -> bool {
     let span = || attempt::span(lease, modules.plugins.id_of(&lease.capability).map(|plugin| &*plugin.name));
     if lease.cancelled {
-        span().in_scope(|| info!("lease skipped, it came already cancelled"));
+        span().in_scope(|| info!(event = "lease.skipped", "lease skipped, it was already cancelled"));
         return false;
     }
     if lease.expires_at.is_some_and(BootInstant::has_passed) {
-        span().in_scope(|| warn!("lease skipped, it expired before it was looked at"));
+        span().in_scope(|| warn!(event = "lease.skipped", "lease skipped, it has expired"));
         return false;
     }
     true
@@ -386,12 +391,12 @@ async fn poll(source: Arc<dyn LeaseSource>, turn: Turn) -> Polled {
 /// Gives back a lease that could not be read. Where the plane does not take that either, the lease
 /// expires by itself.
 async fn refuse(source: Arc<dyn LeaseSource>, to: ReportAddress, reason: String, cancel: CancellationToken) {
-    warn!(task_id = %to.task, error = reason, "lease could not be read, its task is failed");
+    warn!(event = "lease.unreadable", task_id = %to.task, error = reason, "lease could not be read, its task is reported as failed");
     let outcome = Outcome::Setup { stage: SetupStage::StartSession, message: reason };
     let telling = async {
         for tries in 1..=REFUSALS_MAX {
             let Err(err) = source.reject(&to, &outcome).await else { return };
-            warn!(task_id = %to.task, error = %err, tries, "lease could not be given back");
+            warn!(event = "lease.not_rejected", task_id = %to.task, error = %err, tries, "lease could not be rejected");
             if err.advice() != Advice::RetryLater {
                 return;
             }

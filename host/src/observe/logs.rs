@@ -45,7 +45,7 @@ pub fn init(format: Format, filter: &str) {
     };
     let _ = tracing_subscriber::registry().with(filter).with(lines).try_init();
     if let Some(mistake) = mistake {
-        tracing::warn!(error = %mistake, "RUST_LOG cannot be used, logging at info");
+        tracing::warn!(event = "log.filter_invalid", error = %mistake, "RUST_LOG cannot be used, the log level is info");
     }
 }
 

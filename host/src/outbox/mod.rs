@@ -186,18 +186,19 @@ impl Outbox {
                 }
                 Err(err) => {
                     book.skip(*number);
-                    warn!(number, error = %err, "a report in the outbox cannot be read, it is kept and not sent");
+                    warn!(event = "outbox.report_unreadable", number, error = %err, "a report in the outbox cannot be read, it is kept and not sent");
                 }
             }
         }
         if book.ours() > 0 {
-            info!(reports = book.ours(), "reports of an earlier run will be sent");
+            info!(event = "outbox.found_reports", reports = book.ours(), "reports of an earlier run will be sent");
         }
         if book.foreign() > 0 {
             warn!(
+                event = "outbox.foreign_reports",
                 reports = book.foreign(),
                 state_dir = %folder.display(),
-                "reports for another control plane or from another node are kept and not sent"
+                "reports for another control plane or of another node are kept and not sent"
             );
         }
         let book = Arc::new(Mutex::new(Pages { book, ..Pages::default() }));
@@ -387,10 +388,10 @@ impl Outbox {
             else {
                 continue;
             };
-            warn!(task_id = %entry.task(), outcome = entry.task_result.outcome.word(), "report dropped by an operator");
+            warn!(event = "report.dropped", task_id = %entry.task(), outcome = entry.task_result.outcome.word(), "report dropped by an operator");
             self.0.board.settled(&ended_as, ReportState::Dropped);
             if written && let Err(err) = self.0.writer.write(Change::Remove(number)).await {
-                warn!(task_id = %entry.task(), error = %err, "dropped report is still in the file");
+                warn!(event = "report.drop_not_written", task_id = %entry.task(), error = %err, "dropped report is still in the file");
             }
             gone.push(listing);
         }
@@ -430,9 +431,14 @@ impl Outbox {
         // One that is on its way for the first time is no outage.
         if full && book.waiting() > 0 && !pages.paused {
             pages.paused = true;
-            warn!(waiting = now.waiting, limit = self.0.max, "leasing paused, the outbox is full");
+            warn!(
+                event = "outbox.full",
+                waiting = now.waiting,
+                limit = self.0.max,
+                "leasing paused, the outbox is full"
+            );
         } else if !full && std::mem::take(&mut pages.paused) {
-            info!(waiting = now.waiting, "leasing again, the outbox has room");
+            info!(event = "outbox.has_room", waiting = now.waiting, "leasing resumed, the outbox has room");
         }
         if now != pages.shown {
             pages.shown = now.clone();

@@ -80,7 +80,7 @@ impl Try {
                 let waited = Timestamp::now().duration_since(entry.ended_at).max(SignedDuration::ZERO);
                 let waited_ms = millis(waited.unsigned_abs());
                 outbox.0.board.settled(ended_as.as_ref().unwrap_or(task), ReportState::Accepted);
-                info!(task_id = %task, outcome = task_result.outcome.word(), tries, waited_ms, "report delivered");
+                info!(event = "report.delivered", task_id = %task, outcome = task_result.outcome.word(), tries, waited_ms, "report delivered");
             }
             return Some(Sent::Accepted);
         };
@@ -89,7 +89,7 @@ impl Try {
             let ended_as = outbox.answered(*number)?;
             if *who == Sender::Outbox {
                 outbox.0.board.settled(&ended_as, ReportState::Refused);
-                warn!(task_id = %task, outcome = task_result.outcome.word(), tries, error, "report refused for good");
+                warn!(event = "report.refused", task_id = %task, outcome = task_result.outcome.word(), tries, error, "report refused permanently");
             }
             return Some(Sent::Refused(error));
         }
@@ -102,7 +102,7 @@ impl Try {
         })?;
         outbox.0.turn.notify_one();
         if first {
-            warn!(task_id = %task, error, retry_in_ms = millis(pause), "reports wait for the control plane");
+            warn!(event = "report.waiting", task_id = %task, error, retry_in_ms = millis(pause), "reports wait for the control plane");
         } else {
             debug!(task_id = %task, error, tries, retry_in_ms = millis(pause), "report failed");
         }

@@ -95,14 +95,14 @@ impl Store {
         let file = private(path).map_err(StoreError::System)?;
         let about = file.metadata().map_err(StoreError::System)?;
         if existed && about.len() == 0 {
-            tracing::warn!(event = "outbox.empty", path = %path.display(), "outbox file was empty, a new one is begun");
+            tracing::warn!(event = "outbox.empty", path = %path.display(), "outbox file was empty, a new one is created");
             #[cfg(unix)]
             file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o600)).map_err(StoreError::System)?;
         }
         let identity = identity(&about);
         let mut database = Builder::new().set_cache_size(CACHE_BYTES).create_file(file)?;
         if !database.check_integrity()? {
-            tracing::warn!(path = %path.display(), "outbox was repaired");
+            tracing::warn!(event = "outbox.repaired", path = %path.display(), "outbox was repaired");
         }
         let change = database.begin_write()?;
         let (mut rows, mut bare, mut newest) = (Vec::new(), Vec::new(), 0);
@@ -219,7 +219,7 @@ pub(super) fn open_or_set_aside(folder: &Path) -> Result<(Store, Vec<Row>), Stat
         moved_to = %aside.display(),
         salvaged = rows.len(),
         error = %why,
-        "outbox cannot be read, it was set aside"
+        "outbox file is damaged, it was set aside"
     );
     let begin = || {
         let (store, _) = Store::open(&path)?;

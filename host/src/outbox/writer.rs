@@ -206,12 +206,12 @@ impl Thread {
         match &result {
             Ok(()) if self.broken && self.has_room() => {
                 self.broken = false;
-                tracing::info!("outbox is written again");
+                tracing::info!(event = "outbox.writable", "outbox can be written again");
                 (self.tell)(WriterEvent::Mended);
             }
             Err(err) if !self.broken => {
                 self.broken = true;
-                tracing::error!(error = %err, "outbox cannot be written, reports are kept in memory only");
+                tracing::error!(event = "outbox.not_writable", error = %err, "outbox cannot be written, reports are kept in memory only");
                 (self.tell)(WriterEvent::Broken(err.clone()));
             }
             Ok(()) | Err(_) => {}
@@ -257,9 +257,10 @@ impl Thread {
             }
             if std::mem::take(&mut self.moved) {
                 tracing::error!(
+                    event = "state.recreated",
                     state_dir = %self.state.path().display(),
                     reports = self.rows.len(),
-                    "state folder was removed under this node, it was made again with the reports that wait"
+                    "state folder was removed while the node runs, it was created again with the waiting reports"
                 );
                 (self.tell)(WriterEvent::Moved);
             }

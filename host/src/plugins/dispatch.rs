@@ -258,7 +258,7 @@ impl Shared {
     fn returned(&self, what: &'static str, since: Instant) {
         let took = since.elapsed();
         if took > SLOW && what != "init" {
-            warn!(plugin = %self.plugin, call = what, elapsed_ms = millis(took), "plugin was slow to return");
+            warn!(event = "plugin.slow", plugin = %self.plugin, call = what, elapsed_ms = millis(took), "plugin call returned late");
         }
     }
 

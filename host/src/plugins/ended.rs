@@ -47,7 +47,7 @@ pub(super) fn opening(name: &str, file: &Path) {
         names.push(name.to_owned());
     }
     drop(names);
-    info!(plugin = %name, file = %file.display(), "loading plugin");
+    info!(event = "plugin.loading", plugin = %name, file = %file.display(), "loading plugin");
 }
 
 /// All libraries have been opened.
@@ -96,7 +96,7 @@ fn say(thread: &str) {
     if let Some(file) = lock(&OPENING).clone() {
         let file = file.display();
         if logged {
-            error!(file = %file, "a plugin ended the process while it was loaded; remove it");
+            error!(event = "plugin.exited", file = %file, "a plugin ended the process while it was loaded; remove the plugin");
         } else {
             complain(&format!("plugin {file} ended the process while it was loaded; remove it"));
         }
@@ -104,7 +104,13 @@ fn say(thread: &str) {
     }
     let (plugin, tasks) = (owner(thread), running(thread));
     if logged {
-        error!(plugin, thread, task_ids = tasks, "a plugin ended the process; a runner must never call exit");
+        error!(
+            event = "plugin.exited",
+            plugin,
+            thread,
+            task_ids = tasks,
+            "a plugin ended the process; a runner must not call exit"
+        );
     } else {
         let mut line = "a plugin ended the process; a runner must never call exit".to_owned();
         for (what, found) in [("plugin", plugin), ("running tasks", tasks), ("thread", Some(thread.to_owned()))] {

@@ -139,7 +139,7 @@ impl Entries {
             match INITS.lock().unwrap_or_else(PoisonError::into_inner).remove(&user.addr()) {
                 // Nobody listens after the time limit.
                 Some(tell) => drop(tell.send(answer)),
-                None => warn!("a plugin answered init a second time"),
+                None => warn!(event = "plugin.second_init", "a plugin answered init a second time"),
             }
         }
         let host = *HOST.get_or_init(|| abi::publish_host(host_table(log_level)));
@@ -512,7 +512,7 @@ impl Drop for Owed {
 /// A bug in the host must not unwind into a plugin.
 fn guarded<T>(work: impl FnOnce() -> Result<T, PortError>) -> Result<T, PortError> {
     catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|_| {
-        error!("a host call panicked");
+        error!(event = "host.call_panicked", "a host call panicked");
         Err(PortError::new(PortErrorKind::Other, "the host failed inside this call; see its log"))
     })
 }

@@ -40,7 +40,7 @@ impl Unreleased {
         let (warned, bytes) = (self.warned.load(Ordering::Relaxed), self.bytes());
         let is_first = || self.warned.compare_exchange(warned, bytes, Ordering::Relaxed, Ordering::Relaxed).is_ok();
         if self.is_notable() && is_first() {
-            warn!(event = "plugin.leaked", plugin, bytes, "plugin does not release bytes of tasks that are over");
+            warn!(event = "plugin.leaked", plugin, bytes, "plugin does not release bytes of ended tasks");
         }
     }
 

@@ -201,7 +201,7 @@ impl Plugins {
                     }
                     let capabilities: Vec<&str> = capabilities.iter().map(Capability::as_str).collect();
                     let (file, capabilities) = (listing.file.display(), capabilities.join(" "));
-                    info!(plugin = %name, file = %file, capabilities, "plugin loaded");
+                    info!(event = "plugin.loaded", plugin = %name, file = %file, capabilities, "plugin loaded");
                     loaded.push((number, plugin));
                 }
                 Err(err) => {
@@ -215,7 +215,7 @@ impl Plugins {
         ended::opened();
         for listing in &listings {
             if let Some(reason) = &listing.reason {
-                warn!(file = %listing.file.display(), reason, "plugin refused");
+                warn!(event = "plugin.refused", file = %listing.file.display(), reason, "plugin refused");
             }
         }
         let serving = watch::Sender::new(by_capability.keys().cloned().collect());

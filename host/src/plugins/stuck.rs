@@ -47,7 +47,7 @@ pub(super) fn returned(handle: Task) {
     let found = GIVEN_UP.lock().unwrap_or_else(PoisonError::into_inner).remove(&handle);
     if let Some(GivenUp { plugin, task, since }) = found {
         let late_ms = millis(BootInstant::now() - since);
-        info!(plugin = %plugin, task_id = %task, late_ms, "stuck runner returned, too late for its task");
+        info!(event = "runner.returned_late", plugin = %plugin, task_id = %task, late_ms, "stuck runner returned after its task was given up");
     }
 }
 
@@ -76,7 +76,7 @@ impl Record {
         GIVEN_UP.lock().unwrap_or_else(PoisonError::into_inner).insert(handle, given_up);
         let strikes = self.strikes.fetch_add(1, Ordering::AcqRel) + 1;
         let grace_ms = millis(grace);
-        warn!(plugin = %plugin, grace_ms, strikes, "runner ignored its cancellation, slot given back");
+        warn!(event = "runner.stuck", plugin = %plugin, grace_ms, strikes, "runner ignored its cancel, slot released");
         if strikes < STRIKES_MAX {
             return;
         }

@@ -148,13 +148,13 @@ impl Driver {
     fn tell(&self, step: PacingStep) {
         match step {
             PacingStep::Cancel => {
-                info!(task_id = %self.address.task, "control plane cancelled the task");
+                info!(event = "task.cancelled", task_id = %self.address.task, "control plane cancelled the task");
                 self.grant.cancel.cancel(CancelReason::Plane);
                 self.set_up(Setup::Refused(CANCELLED.to_owned()));
             }
             PacingStep::Lose => {
                 if self.grant.cancel.reason() != Some(CancelReason::Plane) {
-                    warn!(task_id = %self.address.task, "lease lost");
+                    warn!(event = "lease.lost", task_id = %self.address.task, "lease lost");
                 }
                 self.grant.cancel.cancel(CancelReason::LeaseLost);
                 self.set_up(Setup::Refused("the lease was lost before its set-up heartbeat was answered".to_owned()));
@@ -183,11 +183,11 @@ impl Driver {
         match failure.advice() {
             Advice::StopTask if self.ended => {
                 // The report may have arrived, and only its answer not.
-                debug!(task_id = %self.address.task, error = %failure, "heartbeat refused");
+                debug!(event = "heartbeat.refused", task_id = %self.address.task, error = %failure, "heartbeat refused");
                 return PacingEvent::Gone;
             }
             Advice::StopTask => {
-                warn!(task_id = %self.address.task, error = %failure, "heartbeat refused");
+                warn!(event = "heartbeat.refused", task_id = %self.address.task, error = %failure, "heartbeat refused");
                 self.gone = Some(failure.to_string());
                 return PacingEvent::Gone;
             }
@@ -197,9 +197,9 @@ impl Driver {
         self.keys.missed(failure.to_string());
         let advice = Some(failure.advice());
         if self.trouble == advice {
-            debug!(task_id = %self.address.task, error = %failure, "heartbeat failed");
+            debug!(event = "heartbeat.failed", task_id = %self.address.task, error = %failure, "heartbeat failed");
         } else {
-            warn!(task_id = %self.address.task, error = %failure, "heartbeat failed");
+            warn!(event = "heartbeat.failed", task_id = %self.address.task, error = %failure, "heartbeat failed");
         }
         self.trouble = advice;
         PacingEvent::Failed { retry_after: failure.retry_after() }
@@ -209,7 +209,7 @@ impl Driver {
     fn adopt(&mut self, sent: &Pending, kept: Renewal) -> PacingEvent {
         if self.trouble.take().is_some() {
             self.keys.answered();
-            info!(task_id = %self.address.task, "heartbeat answered again");
+            info!(event = "heartbeat.recovered", task_id = %self.address.task, "heartbeats are answered again");
         }
         self.grant.progress.acknowledge(sent);
         if kept.token.is_some_and(|token| self.keys.renew(token)) {
@@ -220,14 +220,14 @@ impl Driver {
         }
         if let Some(address) = kept.address {
             if address.task != self.address.task {
-                info!(task_id = %address.task, formerly = %self.address.task, "control plane renamed the task");
+                info!(event = "task.renamed", task_id = %address.task, formerly = %self.address.task, "control plane renamed the task");
             }
             self.address = address.clone();
             self.keys.rename(address);
         }
         if let Some(capability) = kept.capability.filter(|name| name != self.grant.lease.capability.as_str()) {
             // What runs stays what runs; a plane that wants another runner has to make another task.
-            warn!(task_id = %self.address.task, renamed = %capability, "control plane renamed the task's capability, the runner goes on");
+            warn!(event = "task.capability_renamed", task_id = %self.address.task, renamed = %capability, "control plane renamed the task's capability, the runner continues");
         }
         if self.announced.domain().is_none()
             && let Some(domain) = kept.data.as_ref().and_then(AnnouncedData::domain)
@@ -308,6 +308,6 @@ impl Driver {
             }
             sleep(next.left()).await;
         }
-        warn!(task_id = %self.address.task, "last progress and events were not delivered");
+        warn!(event = "progress.not_delivered", task_id = %self.address.task, "last progress and events were not delivered");
     }
 }

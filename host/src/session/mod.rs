@@ -120,7 +120,7 @@ impl Session {
         if let Ok(closed) = said.await {
             return closed;
         }
-        tracing::error!(task_id = %self.grant.lease.task(), "a session ended unexpectedly");
+        tracing::error!(event = "session.failed", task_id = %self.grant.lease.task(), "a session ended unexpectedly");
         Ok(self.grant.address())
     }
 }

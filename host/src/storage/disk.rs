@@ -90,9 +90,9 @@ impl Disk {
     fn tell(&self, now: DiskStatus) {
         let (path, free_bytes, floor_bytes) = (self.0.path.display(), now.free_bytes, now.floor_bytes);
         if now.full {
-            warn!(path = %path, free_bytes, floor_bytes, "disk nearly full, nothing new is leased");
+            warn!(event = "disk.full", path = %path, free_bytes, floor_bytes, "disk is nearly full, leasing paused");
         } else {
-            info!(path = %path, free_bytes, floor_bytes, "disk has room again, leasing goes on");
+            info!(event = "disk.has_room", path = %path, free_bytes, floor_bytes, "disk has room, leasing resumed");
         }
     }
 }

@@ -78,7 +78,7 @@ impl Home {
         let turn = enter(&self.base)?;
         *lock = own(&self.path)?;
         drop(turn);
-        tracing::warn!(path = %self.path.display(), "scratch folder had been removed, it was made again");
+        tracing::warn!(event = "scratch.recreated", path = %self.path.display(), "scratch folder was removed, it was created again");
         Ok(())
     }
 }
@@ -110,7 +110,7 @@ fn own(path: &Path) -> Result<File, ScratchError> {
 impl Drop for Home {
     fn drop(&mut self) {
         if let Err(err) = remove_tree(&self.path) {
-            tracing::warn!(path = %self.path.display(), error = %err, "scratch folder could not be removed");
+            tracing::warn!(event = "scratch.not_removed", path = %self.path.display(), error = %err, "scratch folder could not be removed");
         }
     }
 }
@@ -233,7 +233,7 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         if let Err(err) = self.close() {
-            tracing::warn!(path = %self.path.display(), error = %err, "task directory could not be removed");
+            tracing::warn!(event = "task.directory_not_removed", path = %self.path.display(), error = %err, "task directory could not be removed");
         }
     }
 }
@@ -257,9 +257,11 @@ fn sweep(base: &Path) -> io::Result<()> {
             continue;
         }
         match remove_tree(&path) {
-            Ok(()) => tracing::info!(path = %path.display(), "left-over scratch folder removed"),
+            Ok(()) => {
+                tracing::info!(event = "scratch.leftover_removed", path = %path.display(), "scratch folder of an ended process removed")
+            }
             Err(err) => {
-                tracing::warn!(path = %path.display(), error = %err, "left-over scratch folder could not be removed");
+                tracing::warn!(event = "scratch.leftover_not_removed", path = %path.display(), error = %err, "scratch folder of an ended process could not be removed");
             }
         }
     }

@@ -107,7 +107,13 @@ impl Clocks {
         if let (None, Some(ahead)) = (was, is) {
             let (off_ms, direction) =
                 (millis(ahead.unsigned_abs()), if ahead.is_negative() { "behind" } else { "ahead" });
-            tracing::warn!(host, off_ms, direction, "clock of a service differs from ours, its times are corrected");
+            tracing::warn!(
+                event = "clock.differs",
+                host,
+                off_ms,
+                direction,
+                "clock of a service differs from the clock of this machine, its times are corrected"
+            );
         }
         Some(range)
     }

@@ -54,12 +54,12 @@ impl Roots {
             let mut roots = RootCertStore::empty();
             let found = rustls_native_certs::load_native_certs();
             for problem in &found.errors {
-                tracing::warn!(error = %problem, "a system certificate store could not be read");
+                tracing::warn!(event = "tls.store_unreadable", error = %problem, "a system certificate store could not be read");
             }
             roots.add_parsable_certificates(found.certs);
             roots.add_parsable_certificates(self.extra.iter().cloned());
             if roots.is_empty() {
-                tracing::warn!("no certificate authority was found, no https connection can be trusted; set CA_BUNDLE");
+                tracing::warn!(event = "tls.no_authority", "no certificate authority was found, no https connection can be trusted; set CA_BUNDLE");
             }
             config(roots)
         });

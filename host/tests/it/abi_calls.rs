@@ -27,7 +27,7 @@ async fn a_second_completion_is_stale_and_counted() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::c("behave", &[])]).await;
     lab.run(&node, "/fixtures/c-double/v1", json!({})).await.completed();
-    let line = node.says("completed twice").await;
+    let line = node.says_text("completed twice").await;
     let (ok, stale) = (runner_sdk::abi::Status::OK.0, runner_sdk::abi::Status::STALE.0);
     assert_eq!(fields(&line), json!({ "first": ok, "second": stale }));
     assert_eq!(node.status().await["stale_calls"], 1);
@@ -41,7 +41,7 @@ async fn calls_after_the_end_and_forged_ones_are_answered_stale_each_once() {
     lab.run(&node, "/fixtures/c-late/v1", json!({})).await.completed();
     let stale = runner_sdk::abi::Status::STALE.0;
     for message in ["late calls", "forged calls"] {
-        let line = node.says(message).await;
+        let line = node.says_text(message).await;
         assert_eq!(fields(&line), json!({ "calls": 14, "stale": 14, "cancelled": stale, "complete": stale }));
     }
     // 14 with an answer, and log, cancelled and complete: twice.
@@ -57,7 +57,7 @@ async fn progress_and_events_that_are_no_json_are_refused_and_go_nowhere() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::c("behave", &[])]).await;
     let ended = lab.run(&node, "/fixtures/c-words/v1", json!({})).await;
-    let line = node.says("words that are no JSON").await;
+    let line = node.says_text("words that are no JSON").await;
     let (ok, refused) = (runner_sdk::abi::Status::OK.0, runner_sdk::abi::Status::BAD_REQUEST.0);
     assert_eq!(fields(&line), json!({ "progress": refused, "event": refused, "sound": ok }));
     let meta = &ended.completed().task()["meta"];
@@ -71,7 +71,7 @@ async fn a_context_that_outlives_its_task_gets_task_over() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let ended = lab.run(&node, "/fixtures/use-after-end/v1", json!({})).await;
-    let line = node.says("call after the end").await;
+    let line = node.says_text("call after the end").await;
     assert_eq!(fields(&line)["kind"], "TaskOver");
     assert_eq!(fields(&line)["all"], true);
     assert!(ended.completed().artifacts().is_empty());
@@ -105,7 +105,7 @@ async fn panic_fails_its_task_with_text_and_place() {
     }
     // A panic on another thread does not end the task. The host logs its text and place.
     lab.run(&node, "/fixtures/panic-thread/v1", json!({})).await.completed();
-    let line = node.says("boom on a thread of its own").await;
+    let line = node.says_text("boom on a thread of its own").await;
     assert_eq!((&line["level"], &line["plugin"]), (&json!("ERROR"), &json!("zoo")));
     assert!(fields(&line)["place"].as_str().is_some_and(|place| place.starts_with("src/ends.rs:")), "{line}");
     assert_eq!(fields(&line)["hint"], "set RUST_BACKTRACE=1 to log a backtrace", "{line}");
@@ -130,7 +130,7 @@ async fn a_plugins_log_lines_are_in_the_hosts_log_with_plugin_and_task() {
     let job = lab.task("/fixtures/logs/v1").submit();
     let ended = lab.ended(&node, job).await;
     let task = ended.completed().task()["id"].as_str().expect("an id").to_owned();
-    let own_thread = node.says("from a thread of its own").await;
+    let own_thread = node.says_text("from a thread of its own").await;
     let by_text: BTreeMap<String, Value> = node
         .lines()
         .into_iter()
@@ -200,7 +200,7 @@ async fn log_lines_of_plugins_obey_the_hosts_filter() {
     let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo()]).set("RUST_LOG", "warn,runner_host::app=info").leasing().await;
     lab.run(&node, "/fixtures/logs/v1", json!({})).await.completed();
-    let said = |text: &str| !node.said(text).is_empty();
+    let said = |text: &str| !node.said_text(text).is_empty();
     assert!(said("tracing at warn") && said("log at error"));
     assert!(!said("tracing at info") && !said("log at debug"));
     node.stop().await;
@@ -344,10 +344,10 @@ async fn a_start_that_blocks_costs_its_own_plugin_only() {
     let plugins = [fixtures::c("refused", &["START_BLOCKS"]), fixtures::zoo()];
     let node = lab.node(&plugins).set("CANCEL_GRACE", "200ms").set("MAX_CONCURRENCY", "2").leasing().await;
     let stuck = lab.task("/fixtures/refused/v1").submit();
-    node.says("task started").await;
+    node.says("task.started").await;
     lab.run(&node, "/fixtures/tokio-net/v1", json!({})).await.completed();
     assert!(lab.world.cancel_job(stuck));
-    node.says("runner ignored its cancellation, slot given back").await;
+    node.says("runner.stuck").await;
     for _ in 0..4 {
         lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
     }
@@ -367,7 +367,7 @@ async fn plugin_texts_are_bounded_and_readable() {
     assert!(reason.len() < 20_000, "{}", reason.len());
     assert_eq!(details["left_out_bytes"], 4 << 20, "{}", ended.task());
     node.stop().await;
-    let line = &node.said("caf\u{fffd} is not UTF-8")[0];
+    let line = &node.said_text("caf\u{fffd} is not UTF-8")[0];
     assert_eq!((&line["n"], &line["plugin"]), (&json!("\u{fffd}"), &json!("untidy")));
     assert_eq!(node.lines().iter().filter(|line| line["plugin_target"] == "untidy").count(), 2);
     let longest = node.log().lines().map(str::len).max();

@@ -258,7 +258,7 @@ async fn cancel_during_upload_sends_only_one_abort() {
     assert!(lab.world.cancel_job(job));
     rubbish.seen(&abort, 1).await;
     gate.cancel();
-    assert_eq!(node.says("task ended, nothing to report").await["outcome"], "cancelled");
+    assert_eq!(node.says_ended("none").await["outcome"], "cancelled");
     assert_eq!((rubbish.count(&part), rubbish.count(&abort)), (2, 1));
     assert_eq!(lab.ended(&node, job).await.status(), "canceled");
 }

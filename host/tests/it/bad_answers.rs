@@ -29,7 +29,7 @@ async fn signs_in_after(call: &str, bad: Bad, message: &str, text: &str) {
     let line = node.says(message).await;
     let error = line["error"].as_str().expect("text");
     assert!(error.contains(text) && error.contains(&rubbish.address().to_string()), "{line}");
-    node.says("leasing").await;
+    node.says("node.leasing").await;
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
     assert_eq!(node.said(message).len(), 1, "one line:\n{}", node.log());
     assert!(!node.log().contains("top-secr"), "the content is not repeated:\n{}", node.log());
@@ -56,10 +56,10 @@ async fn a_challenge_that_would_sign_something_else_is_not_signed() {
     rubbish.answer(NONCE, 1, Bad::edit(|challenge| challenge["nonce"] = json!("1\nURI: https://elsewhere.example")));
     let node = rubbish.node(&[fixtures::hello()]).set("REGISTER_MAX_RETRY", "1").set("REGISTER_INTERVAL_SECS", "1");
     let node = node.start().await;
-    let line = node.says("registration failed").await;
+    let line = node.says("registration.failed").await;
     assert_eq!(line["error"], "sign-in challenge: field nonce holds a control character, which is not signed");
     assert_eq!(rubbish.count("POST /internal/v1/nodes/register-wallet"), 0);
-    node.says("leasing").await;
+    node.says("node.leasing").await;
 }
 
 #[tokio::test]
@@ -67,7 +67,7 @@ async fn a_challenge_for_another_domain_than_the_one_that_was_set_is_not_signed(
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).set("SIGN_IN_DOMAIN", "login.example").start().await;
-    let line = node.says("registration failed").await;
+    let line = node.says("registration.failed").await;
     let error = line["error"].as_str().expect("text");
     assert!(error.starts_with("sign-in challenge: field domain names ") && error.contains("expected login.example"));
     assert_eq!(rubbish.count("POST /internal/v1/nodes/register-wallet"), 0, "{line}");
@@ -88,12 +88,12 @@ async fn the_task_service_answers_rubbish_to_a_poll() {
         rubbish.answer(LEASE, 1, bad);
         node.line(|line| {
             let error = line["error"].as_str().unwrap_or_default();
-            line["message"] == "poll failed" && line["level"] == "WARN" && error.contains(text)
+            line["event"] == "poll.failed" && line["level"] == "WARN" && error.contains(text)
         })
         .await;
     }
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
-    assert_eq!(node.said("poll failed").len(), 9, "one line each:\n{}", node.log());
+    assert_eq!(node.said("poll.failed").len(), 9, "one line each:\n{}", node.log());
     assert!(!node.log().contains("top-secr"), "the content is not repeated:\n{}", node.log());
 }
 
@@ -123,10 +123,10 @@ async fn the_task_service_answers_rubbish_to_heartbeats() {
     rubbish.answer(BEAT, 1, Bad::Status(502, "bad gateway"));
     // The set-up heartbeat is repeated inside the lease; the runner waits for it.
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
-    let failed = node.said("heartbeat failed");
+    let failed = node.said("heartbeat.failed");
     let warned = failed.iter().filter(|line| line["level"] == "WARN").count();
     assert_eq!(warned, 1, "one trouble is told once: {failed:#?}");
-    assert_eq!(node.said("heartbeat answered again").len(), 1, "and its end");
+    assert_eq!(node.said("heartbeat.recovered").len(), 1, "and its end");
     let said: Vec<String> = failed.iter().map(|line| line["error"].as_str().unwrap_or_default().to_owned()).collect();
     let texts = Bad::answers().into_iter().map(|(_, text)| text).chain(["but no object", "answered 502: bad gateway"]);
     assert_eq!(said.len(), 7, "{said:#?}");
@@ -159,7 +159,7 @@ async fn any_2xx_takes_a_report_and_other_answers_are_repeated() {
     rubbish.answer(COMPLETE, 1, Bad::Cut);
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
     // The first failure is told, the others of the same trouble are not.
-    let said = node.said("reports wait for the control plane");
+    let said = node.said("report.waiting");
     assert_eq!(said.len(), 1, "{said:?}");
     assert_eq!(said[0]["error"], "control plane answered 500: out of order");
     let completed = async |wanted: usize| {
@@ -318,7 +318,7 @@ async fn no_redirect_takes_a_token_elsewhere() {
     }
     rubbish.heal();
     lab.ended(&node, submit()).await.completed();
-    let line = node.says("poll failed").await;
+    let line = node.says("poll.failed").await;
     assert!(line["error"].as_str().is_some_and(|error| error.contains("answered 302")), "{line}");
     node.stop().await;
     // Whoever connected would be waiting in the queue of the listener by now.

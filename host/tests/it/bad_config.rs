@@ -38,7 +38,7 @@ fn errors(ended: &Finished) -> Vec<String> {
         Some(error) => Some(error.to_owned()),
         None => {
             let line = serde_json::from_str::<Value>(line).ok()?;
-            (line["message"] == "cannot go on").then(|| line["error"].as_str().unwrap_or_default().to_owned())
+            (line["event"] == "node.failed").then(|| line["error"].as_str().unwrap_or_default().to_owned())
         }
     };
     ended.stderr.lines().filter_map(error).collect()
@@ -214,7 +214,7 @@ async fn one_bad_library_does_not_stop_the_others() {
     std::fs::write(setup.plugins().join("y.so"), "no library").expect("the folder is writable");
     std::fs::write(setup.plugins().join("notes.txt"), "passed over").expect("the folder is writable");
     let node = setup.leasing().await;
-    let refused = node.said("plugin refused");
+    let refused = node.said("plugin.refused");
     assert_eq!(refused.len(), 2, "{refused:?}");
     assert!(refused.iter().any(|line| line["reason"].as_str().is_some_and(|text| text.starts_with("is a directory"))));
     lab.run(&node, "/examples/hello/v1", serde_json::json!({})).await.completed();

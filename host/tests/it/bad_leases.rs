@@ -58,24 +58,25 @@ async fn passed_over(change: impl Fn(&mut Value) + Send + Sync + 'static, messag
     let job = lab.task("/examples/hello/v1").submit();
     let node = rubbish.node(&[fixtures::hello()]).set("RUST_LOG", "info,runner_host::engine=debug");
     let node = node.set("POLL_BACKOFF_MS_MIN", "500").set("POLL_BACKOFF_MS_MAX", "500").leasing().await;
-    let line = node.says(message).await;
+    let line = node.line(|line| line["event"] == "lease.skipped" && line["message"] == message).await;
     let task = lab.world.job(job).expect("a job")["tasks"][0]["id"].clone();
     assert_eq!((&line["task_id"], &line["capability"]), (&task, &json!("/examples/hello/v1")));
-    node.says("no work").await;
+    node.says("poll.empty").await;
     rubbish.heal();
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
     let calls = lab.world.journal();
     let about = calls.iter().filter(|seen| seen.path.contains(task.as_str().expect("an id"))).count();
     assert_eq!(about, 0, "{calls:#?}");
-    assert_eq!(node.said(message).len(), 1);
+    assert_eq!(node.said("lease.skipped").len(), 1);
     let lines = node.lines();
-    let after = lines.iter().skip_while(|line| line["message"] != message).find(|line| line["message"] == "no work");
+    let after =
+        lines.iter().skip_while(|line| line["event"] != "lease.skipped").find(|line| line["event"] == "poll.empty");
     assert_eq!(after.map(|line| &line["retry_in_ms"]), Some(&json!(500)), "a number for machines");
 }
 
 #[tokio::test]
 async fn a_lease_that_comes_cancelled_is_passed_over() {
-    passed_over(|lease| lease["cancel"] = json!(true), "lease skipped, it came already cancelled").await;
+    passed_over(|lease| lease["cancel"] = json!(true), "lease skipped, it was already cancelled").await;
 }
 
 #[tokio::test]

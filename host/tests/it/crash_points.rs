@@ -194,13 +194,13 @@ async fn the_plane_takes_no_reports_until_it_has_leased_the_task_again() {
     let dead = scene.killed_at(COMPLETE, 1).await;
     // The lease runs out, and the next node of this identity gets the task it has done already.
     let next = scene.node().after(&dead).start().await;
-    next.says("task leased again, its report is still on its way").await;
+    next.says("task.leased_again").await;
     scene.lab.task_until(&next, scene.job, |task| task["attempts"] == 2 && task["status"] == "running").await;
     scene.rubbish.heal();
     let ended = scene.lab.ended(&next, scene.job).await;
     assert_eq!(ended.completed().task()["attempts"], 2, "{}", next.log());
     assert_eq!(ended.0["receipts"].as_array().map(Vec::len), Some(1));
     assert_eq!(scene.stored().await, 1);
-    assert_eq!(next.said("task started").len(), 0, "it is not done twice: {}", next.log());
+    assert_eq!(next.said("task.started").len(), 0, "it is not done twice: {}", next.log());
     next.stop().await;
 }

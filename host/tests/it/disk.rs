@@ -60,10 +60,10 @@ async fn a_scratch_folder_that_somebody_removed_is_made_again() {
     let input = lab.put("in", b"some input").await;
     let echo = || lab.task("/examples/echo-file/v1").inputs(&[input]).submit();
     lab.ended(&first, echo()).await.completed();
-    first.says("scratch folder had been removed, it was made again").await;
+    first.says("scratch.recreated").await;
     // It is held as before: another start on it sweeps nothing away.
     let second = node().leasing().await;
-    assert_eq!(second.said("left-over scratch folder removed").len(), 0, "{}", second.log());
+    assert_eq!(second.said("scratch.leftover_removed").len(), 0, "{}", second.log());
     second.stop().await;
     lab.ended(&first, echo()).await.completed();
     // What is in its way is told without a path of this machine.
@@ -74,7 +74,7 @@ async fn a_scratch_folder_that_somebody_removed_is_made_again() {
     let (reason, _) = ended.failed();
     assert!(reason.starts_with("storage: cannot "), "{reason}");
     assert!(!reason.contains(&*base.path().to_string_lossy()), "{reason}");
-    first.says("task directory could not be made").await;
+    first.says("task.directory_not_created").await;
     first.term();
     first.wait().await;
 }
@@ -93,7 +93,7 @@ async fn a_runner_gets_its_directory_also_when_the_nodes_folder_is_gone() {
         scratch.join(&names[0])
     };
     let home = own();
-    let again = "scratch folder had been removed, it was made again";
+    let again = "scratch.recreated";
     for (removed, times) in [(&scratch, 1), (&home, 2)] {
         std::fs::remove_dir_all(removed).expect("removed");
         for _ in 0..2 {
@@ -116,7 +116,7 @@ async fn a_runner_gets_its_directory_also_when_the_nodes_folder_is_gone() {
             assert_eq!(details["outcome"], "storage");
             assert!(!reason.contains(&*base.path().to_string_lossy()), "{reason}");
         }
-        node.says("task directory could not be made").await;
+        node.says("task.directory_not_created").await;
         std::fs::remove_file(place).expect("removed");
         lab.ended(&node, task().submit()).await.completed();
     }
@@ -163,7 +163,7 @@ async fn a_start_sweeps_what_dead_owners_left_and_only_that() {
     std::fs::create_dir(base.path().join("domain-input-7")).expect("made");
     std::os::unix::fs::symlink(elsewhere.path(), base.path().join("node-link")).expect("linked");
     let living = node().leasing().await;
-    let swept = living.says("left-over scratch folder removed").await;
+    let swept = living.says("scratch.leftover_removed").await;
     assert!(swept["path"].as_str().is_some_and(|path| path.ends_with(&left[0])), "{swept}");
     // A second one beside the living: nothing is left to sweep, and the first is not touched.
     let job = lab.task("/fixtures/wait-file/v1").meta(file).submit();
@@ -172,7 +172,7 @@ async fn a_start_sweeps_what_dead_owners_left_and_only_that() {
     let second = node().leasing().await;
     let kept: Vec<String> = entries(base.path()).into_iter().filter(|name| before.contains(name)).collect();
     assert_eq!(kept, before);
-    assert!(second.said("left-over scratch folder removed").is_empty(), "{}", second.log());
+    assert!(second.said("scratch.leftover_removed").is_empty(), "{}", second.log());
     second.stop().await;
     let names = entries(base.path());
     let foreign: Vec<&String> = names.iter().filter(|name| !name.starts_with("node-") || name.len() < 20).collect();
@@ -194,7 +194,7 @@ async fn below_the_floor_nothing_is_leased_and_above_it_leasing_goes_on() {
     let node = lab.node(&[fixtures::hello()]).set("SCRATCH_DIR", base.path().join("scratch").to_string_lossy());
     let node = node.set("DISK_FREE_MIN", floor.to_string()).leasing().await;
     let job = lab.task("/examples/hello/v1").submit();
-    let said = node.says("disk nearly full, nothing new is leased").await;
+    let said = node.says("disk.full").await;
     assert_eq!((&said["level"], &said["floor_bytes"]), (&json!("WARN"), &json!(floor)), "{said}");
     let (status, ready) = node.page("/ready").await;
     let reason = ready["reason"].as_str().unwrap_or_default().to_owned();
@@ -210,7 +210,7 @@ async fn below_the_floor_nothing_is_leased_and_above_it_leasing_goes_on() {
     assert!(!leased(&lab), "not one poll");
     std::fs::remove_file(&filler).expect("ours");
     lab.ended(&node, job).await.completed();
-    assert_eq!(node.said("disk has room again, leasing goes on").len(), 1);
+    assert_eq!(node.said("disk.has_room").len(), 1);
     assert_eq!(node.page("/ready").await.0, 200);
     // A node that waits for room ends as quickly as any.
     std::fs::write(&filler, vec![1; 16 * MIB as usize]).expect("written");

@@ -134,7 +134,7 @@ async fn a_cancelled_job_stops_its_runner_and_nothing_is_reported() {
     assert!(lab.world.cancel_job(job));
     let ended = lab.ended(&node, job).await;
     assert_eq!(ended.status(), "canceled");
-    let line = node.says("task ended, nothing to report").await;
+    let line = node.says_ended("none").await;
     assert_eq!(line["outcome"], "cancelled", "{line}");
     assert_silence(&lab);
     assert_eq!(node.status().await["tasks"], json!({}));
@@ -148,10 +148,10 @@ async fn a_cancel_shows_in_the_flag_that_a_runner_asks_without_waiting() {
     let job = lab.task("/fixtures/polls-cancel/v1").submit();
     lab.started(&node, job).await;
     assert!(lab.world.cancel_job(job));
-    let line = node.says("flag seen").await;
+    let line = node.says_text("flag seen").await;
     assert!(line.to_string().contains("Plane"), "{line}");
     assert_eq!(lab.ended(&node, job).await.status(), "canceled");
-    node.says("task ended, nothing to report").await;
+    node.says_ended("none").await;
     assert_silence(&lab);
 }
 
@@ -163,9 +163,9 @@ async fn a_runner_hears_why_it_shall_end() {
     let task = || lab.task("/fixtures/polls-cancel/v1").submit();
     lab.started(&node, task()).await;
     rubbish.answer("POST /v1/tasks/*/heartbeat", 1, Bad::Status(410, "gone"));
-    let line = node.says("flag seen").await;
+    let line = node.says_text("flag seen").await;
     assert!(line.to_string().contains("LeaseLost"), "{line}");
-    node.says("task ended, nothing to report").await;
+    node.says_ended("none").await;
     let job = task();
     lab.started(&node, job).await;
     node.term();

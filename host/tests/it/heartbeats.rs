@@ -27,7 +27,7 @@ async fn burnt_cores_and_a_process_that_runs_a_tenth_of_the_time_lose_no_lease()
     std::fs::write(&file, "").expect("the folder is writable");
     let ended = lab.ended(&node, job).await;
     assert_eq!(ended.completed().task()["attempts"], 1, "the lease lived through all of it");
-    assert!(node.said("lease lost").is_empty(), "{}", node.log());
+    assert!(node.said("lease.lost").is_empty(), "{}", node.log());
     let beats = lab.world.journal().iter().filter(|seen| seen.path.ends_with("/heartbeat")).count();
     assert!((20..=120).contains(&beats), "{beats} heartbeats in ten lengths");
 }
@@ -45,7 +45,7 @@ async fn silent_after_a_stop(capability: &str) {
     tokio::time::sleep((LEASE * 2).saturating_sub(frozen.elapsed())).await;
     let before = lab.world.journal().len();
     node.thaw();
-    let line = node.says("task ended, nothing to report").await;
+    let line = node.says_ended("none").await;
     assert_eq!(line["outcome"], "lease-lost", "{line}");
     // A task of its own proves that the node is back, and that what it sends is seen.
     lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();

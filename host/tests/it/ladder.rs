@@ -8,7 +8,7 @@ use uuid::Uuid;
 
 use crate::harness::{TestServer, fixtures, node::TestNode};
 
-const GIVEN_UP: &str = "runner ignored its cancellation, slot given back";
+const GIVEN_UP: &str = "runner.stuck";
 const LEASE: Duration = Duration::from_secs(2);
 
 async fn lab() -> TestServer {
@@ -47,7 +47,7 @@ async fn a_runner_that_returns_within_the_grace_is_no_strike() {
     let lab = lab().await;
     let node = lab.node(&[fixtures::zoo()]).set("CANCEL_GRACE", "15s").leasing().await;
     ignored(&lab, &node, 1500).await;
-    let line = node.says("task ended, nothing to report").await;
+    let line = node.says_ended("none").await;
     assert_eq!(line["outcome"], "cancelled", "{line}");
     assert!(node.said(GIVEN_UP).is_empty());
 }
@@ -58,7 +58,7 @@ async fn a_stuck_runner_that_returns_late_is_noted() {
     let node = lab.node(&[fixtures::zoo()]).set("CANCEL_GRACE", "100ms").leasing().await;
     let job = ignored(&lab, &node, 1000).await;
     node.says(GIVEN_UP).await;
-    let line = node.says("stuck runner returned, too late for its task").await;
+    let line = node.says("runner.returned_late").await;
     let task = lab.world.job(job).expect("a job")["tasks"][0]["id"].clone();
     assert_eq!((&line["plugin"], &line["task_id"]), (&json!("zoo"), &task), "{line}");
     assert!(line["late_ms"].is_u64(), "{line}");
@@ -72,9 +72,9 @@ async fn after_three_stuck_runners_a_plugin_is_out_of_service_and_everyone_is_to
     let node = node.set("MAX_CONCURRENCY", "4").leasing().await;
     for number in 1..=3_usize {
         ignored(&lab, &node, 3_600_000).await;
-        node.line(|line| line["message"] == GIVEN_UP && line["strikes"] == number).await;
+        node.line(|line| line["event"] == GIVEN_UP && line["strikes"] == number).await;
     }
-    let line = node.says("plugin is out of service").await;
+    let line = node.says("plugin.out_of_service").await;
     let reason = "3 of its runners ignored their cancellation; mend the plugin and restart the node";
     assert_eq!((&line["plugin"], &line["reason"]), (&json!("zoo"), &json!(reason)), "{line}");
 
@@ -125,7 +125,7 @@ async fn a_lease_for_a_plugin_out_of_service_fails_its_set_up_also_while_it_wait
         node.page_until("/status.json", wait(3 - number)).await;
         assert!(lab.world.cancel_job(job));
     }
-    node.says("plugin is out of service").await;
+    node.says("plugin.out_of_service").await;
     std::fs::write(&file, "").expect("the folder is writable");
     let mut refused = Vec::new();
     for job in waiting {
@@ -156,6 +156,6 @@ async fn waiting_loop_occupies_no_core_and_hears_its_cancel() {
     let used = node.processor_time() - before;
     assert!(used < Duration::from_millis(400), "{used:?} of processor time in a second");
     assert!(lab.world.cancel_job(job));
-    let line = node.says("task ended, nothing to report").await;
+    let line = node.says_ended("none").await;
     assert_eq!(line["outcome"], "cancelled", "{line}");
 }

@@ -85,7 +85,7 @@ async fn says_too_much(meta: Value) -> (Ended, Value) {
     let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
     let job = lab.task("/fixtures/limits/v1").meta(meta).submit();
     rubbish.seen("POST /v1/tasks/*/heartbeat", 1).await;
-    node.says("said all I could").await;
+    node.says_text("said all I could").await;
     gate.cancel();
     let ended = lab.ended(&node, job).await;
     let seen = lab.artifact(ended.completed(), "limits.json").await;
@@ -203,7 +203,7 @@ async fn a_cancel_in_the_set_up_heartbeat_is_heeded_before_anything_is_fetched()
         rubbish.answer("POST /v1/tasks/*/heartbeat", 1, Bad::Json(cancel));
         let input = lab.put("who", b"world").await;
         lab.task("/examples/hello/v1").inputs(&[input]).submit();
-        let line = node.says("task ended, nothing to report").await;
+        let line = node.says_ended("none").await;
         assert_eq!(line["outcome"], "cancelled", "{line}");
         assert_eq!(rubbish.count("GET /api/v1/domains/*/data"), 0);
         assert_eq!(rubbish.count("POST /v1/tasks/*/fail") + rubbish.count("POST /v1/tasks/*/complete"), 0);
@@ -225,9 +225,9 @@ async fn the_report_follows_a_task_renamed_by_any_heartbeat() {
     rubbish.answer(&format!("POST /v1/tasks/{other}/heartbeat"), usize::MAX, Bad::Json(json!({})));
     rubbish.answer(&format!("POST /v1/tasks/{other}/complete"), 1, Bad::Json(json!({})));
     rubbish.answer(&format!("POST /v1/tasks/{old}/heartbeat"), usize::MAX, Bad::Json(json!({ "task_id": other })));
-    node.says("control plane renamed the task").await;
+    node.says("task.renamed").await;
     release(&files);
-    node.says("task ended").await;
+    node.says("task.ended").await;
     assert_eq!(rubbish.count(&format!("POST /v1/tasks/{other}/complete")), 1);
     assert_eq!(rubbish.count(&format!("POST /v1/tasks/{old}/complete")), 0);
 }
@@ -243,7 +243,7 @@ async fn a_capability_that_changes_under_a_running_task_is_told_and_its_runner_g
     let task = lab.started(&node, job).await["id"].clone();
     let other = json!({ "id": task, "capability": "/fixtures/other/v1", "job_id": job, "inputs_cids": [] });
     rubbish.answer(BEAT, usize::MAX, Bad::edit(move |answer| answer["task"] = other.clone()));
-    let line = node.says("control plane renamed the task's capability, the runner goes on").await;
+    let line = node.says("task.capability_renamed").await;
     assert_eq!((&line["task_id"], &line["renamed"]), (&task, &json!("/fixtures/other/v1")), "{line}");
     release(&files);
     let ended = lab.ended(&node, job).await;
@@ -286,8 +286,8 @@ async fn a_lease_the_plane_forgot_is_dropped_without_a_report() {
     let job = lab.task("/fixtures/slow/v1").submit();
     lab.started(&node, job).await;
     rubbish.answer("POST /v1/tasks/*/heartbeat", 1, Bad::Status(404, "no such task"));
-    node.says("lease lost").await;
-    let line = node.says("task ended, nothing to report").await;
+    node.says("lease.lost").await;
+    let line = node.says_ended("none").await;
     assert_eq!(line["outcome"], "lease-lost", "{line}");
     assert_eq!(rubbish.count("POST /v1/tasks/*/fail") + rubbish.count("POST /v1/tasks/*/complete"), 0);
     lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
@@ -303,7 +303,7 @@ async fn a_restarted_world_gets_its_node_back_by_itself() {
     lab.world.stop().await;
     let world = World::start(Config { bind, lease_ttl: LEASE, ..Config::default() }).await.expect("the port is free");
     let lab = TestServer::around(world);
-    let line = node.says("task ended, nothing to report").await;
+    let line = node.says_ended("none").await;
     assert_eq!(line["outcome"], "lease-lost", "{line}");
     lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
     let strangers = lab.world.journal().into_iter().filter(|seen| seen.path.ends_with("/fail")).count();
@@ -323,7 +323,7 @@ async fn a_token_taken_away_by_a_second_registration_is_renewed() {
     })
     .await;
     lab.run(&first, "/examples/hello/v1", json!({})).await.completed();
-    let said = first.said("poll failed");
+    let said = first.said("poll.failed");
     assert!(said.is_empty(), "one rejection is repeated, not complained about: {said:?}");
 }
 

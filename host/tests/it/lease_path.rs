@@ -133,7 +133,7 @@ async fn a_plugin_may_use_its_own_tokio_sockets_and_threads() {
     let ended = lab.run(&node, "/fixtures/drop-writer/v1", json!({})).await;
     assert_eq!(ended.completed().artifacts().keys().collect::<Vec<_>>(), ["kept.txt"]);
     lab.run(&node, "/fixtures/use-after-end/v1", json!({})).await.completed();
-    let late = node.says("call after the end").await;
+    let late = node.says_text("call after the end").await;
     assert_eq!(late["all"], true, "{late}");
 }
 
@@ -142,14 +142,14 @@ async fn lines_of_a_runner_carry_the_task() {
     let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo()]).set("RUST_LOG", "").leasing().await;
     let ended = lab.run(&node, "/fixtures/logs/v1", json!({})).await;
-    let line = node.says("tracing at info").await;
+    let line = node.says_text("tracing at info").await;
     let task = &ended.completed().task()["id"];
     let text = line.to_string();
     for wanted in [task.as_str().expect("an id"), "/fixtures/logs/v1", "zoo", "forty-two"] {
         assert!(text.contains(wanted), "{wanted} is missing in {line}");
     }
-    node.says("log at warn").await;
-    assert_eq!(node.said("tracing at debug").len(), 0, "the host listens at info");
+    node.says_text("log at warn").await;
+    assert_eq!(node.said_text("tracing at debug").len(), 0, "the host listens at info");
 }
 
 #[tokio::test]
@@ -190,7 +190,7 @@ async fn a_task_works_in_a_private_folder_that_goes_with_it() {
     let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "scratch.json").await).expect("JSON");
     assert_eq!(seen["mode"], "700", "{seen}");
     let dir = seen["dir"].as_str().expect("a path");
-    node.says("task ended").await;
+    node.says("task.ended").await;
     assert!(!std::path::Path::new(dir).exists(), "{dir} is still there");
 }
 
@@ -219,7 +219,7 @@ async fn a_repeated_attempt_replaces_what_the_first_one_stored() {
     rubbish.answer("POST /v1/tasks/*/complete", 1, Bad::Status(409, "not yours"));
     let ended = lab.ended(&node, lab.task("/examples/hello/v1").set("max_attempts", json!(2)).submit()).await;
     assert_eq!(ended.completed().task()["attempts"], 2);
-    let line = node.says("task ended, its report was refused for good").await;
+    let line = node.says_ended("refused").await;
     assert_eq!(line["outcome"], "completed", "{line}");
     let calls = |method: &str| rubbish.count(&format!("{method} /api/v1/domains/*/data"));
     assert_eq!((calls("POST"), calls("PUT")), (1, 1), "one creation, one replacement");
@@ -243,7 +243,7 @@ async fn many_tasks_are_each_done_and_reported_once() {
         node.stop().await;
         // A machine with other work may find the plugin slow.
         let loud = |line: &Value| line["level"] == "WARN" || line["level"] == "ERROR";
-        let calm = |line: &Value| !loud(line) || line["message"] == "plugin was slow to return";
+        let calm = |line: &Value| !loud(line) || line["event"] == "plugin.slow";
         assert!(node.lines().iter().all(calm), "{}", node.log());
     }
     let reports = lab.world.journal().into_iter().filter(|seen| seen.path.ends_with("/complete")).count();

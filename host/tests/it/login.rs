@@ -38,7 +38,7 @@ async fn a_token_is_renewed_at_three_quarters_of_its_life_and_never_lapses() {
     rubbish.seen(VERIFY, 3).await;
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
     // The world ends a token with the next login, so a poll on its way may meet that; it is repeated.
-    assert!(node.said("poll failed").is_empty() && node.said("login failed").is_empty(), "{}", node.log());
+    assert!(node.said("poll.failed").is_empty() && node.said("login.failed").is_empty(), "{}", node.log());
 }
 
 #[tokio::test]
@@ -48,7 +48,7 @@ async fn a_token_is_used_to_its_real_end_while_the_service_is_away_and_is_asked_
     let node = setup.leasing().await;
     let end = expiry(&node).await;
     rubbish.answer(NONCE, usize::MAX, Bad::Status(503, "away"));
-    node.says("login failed").await;
+    node.says("login.failed").await;
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
     assert_eq!(node.page("/ready").await.0, 200, "the token works");
     let away =
@@ -69,9 +69,9 @@ async fn a_login_that_is_never_answered_ends_at_its_limit() {
     let (lab, rubbish) = lab(Duration::from_secs(60)).await;
     rubbish.answer(VERIFY, 1, Bad::Hang);
     let node = rubbish.node(&[fixtures::hello()]).set("REQUEST_TIMEOUT_SECS", "1").start().await;
-    let line = node.says("login failed").await;
+    let line = node.says("login.failed").await;
     assert!(line["error"].as_str().is_some_and(|text| text.contains("did not answer within 1s")), "{line}");
-    node.says("leasing").await;
+    node.says("node.leasing").await;
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
 }
 
@@ -80,10 +80,10 @@ async fn a_service_that_asks_for_a_pause_gets_it() {
     let (_lab, rubbish) = lab(Duration::from_secs(60)).await;
     rubbish.answer("POST /internal/v1/nodes/register-wallet", 1, Bad::Status(401, "wrong secret"));
     let node = rubbish.node(&[fixtures::hello()]).set("REGISTER_INTERVAL_SECS", "1").start().await;
-    let refused = node.says("registration failed").await;
+    let refused = node.says("registration.failed").await;
     assert_eq!((&refused["retry_in_ms"], &refused["state"]), (&json!(1000), &json!("disconnected")), "{refused}");
     let began = Instant::now();
-    node.says("leasing").await;
+    node.says("node.leasing").await;
     assert!(began.elapsed() >= Duration::from_millis(900), "{:?}", began.elapsed());
 }
 
@@ -96,10 +96,10 @@ async fn who_waits_for_a_token_is_told_after_so_many_repeats_and_the_node_goes_o
         rubbish.answer(VERIFY, usize::MAX, Bad::Status(503, "later"));
         // A poll whose token is rejected waits for the next one.
         rubbish.answer("GET /v1/tasks", 1, Bad::Status(401, "who are you?"));
-        let first = node.says("poll failed").await;
+        let first = node.says("poll.failed").await;
         assert!(first["error"].as_str().is_some_and(|error| error.contains(told)), "{retries}: {first}");
         rubbish.seen(VERIFY, 1 + 6).await;
-        let failed = node.said("login failed");
+        let failed = node.said("login.failed");
         let counts: Vec<_> = failed.iter().map(|line| line["attempt"].as_u64()).collect();
         assert_eq!(counts, (1..=failed.len() as u64).map(Some).collect::<Vec<_>>(), "{failed:?}");
         // Pauses double and are jittered downwards by up to a half: every other one is longer.
@@ -124,7 +124,7 @@ async fn taken_tokens_are_replaced_without_a_pause() {
         // The rejected poll, its repeat with a new token, and the next one.
         rubbish.seen(POLL, rubbish.count(POLL) + 3).await;
     }
-    let rejected = node.said("node token rejected");
+    let rejected = node.said("token.rejected");
     assert_eq!(rejected.len(), 4, "the first is not told: {rejected:#?}");
     for line in &rejected {
         assert_eq!((&line["event"], &line["retry_in_ms"]), (&json!("token.rejected"), &json!(0)), "{line}");
@@ -145,7 +145,7 @@ async fn tokens_that_are_revoked_after_they_were_taken_cost_a_second_each_at_mos
     for job in (0..70).map(|_| naps()).collect::<Vec<_>>() {
         lab.ended(&node, job).await.completed();
     }
-    let rejected = node.said("node token rejected");
+    let rejected = node.said("token.rejected");
     assert!(rejected.len() >= 3, "{rejected:#?}");
     for line in &rejected {
         let error = "the control plane rejects node tokens soon after it took them, as when another node signs in";
@@ -153,5 +153,5 @@ async fn tokens_that_are_revoked_after_they_were_taken_cost_a_second_each_at_mos
         assert!(line["retry_in_ms"].as_u64() <= Some(1000), "{line}");
     }
     node.stop().await;
-    assert!(node.said("report refused for good").is_empty(), "{}", node.log());
+    assert!(node.said("report.refused").is_empty(), "{}", node.log());
 }

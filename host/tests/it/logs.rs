@@ -18,7 +18,7 @@ async fn every_line_of_a_task_carries_its_ids() {
     let node = rubbish.node(&[fixtures::zoo()]).set("RUST_LOG", "info").leasing().await;
     let ended = lab.run(&node, "/fixtures/logs/v1", json!({})).await;
     let task = &ended.completed().task()["id"];
-    node.says("report delivered").await;
+    node.says("report.delivered").await;
     node.stop().await;
     let lines: Vec<Value> = node.log().lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     assert_eq!(lines.len(), node.log().lines().filter(|line| !line.is_empty()).count(), "each line is JSON");
@@ -28,26 +28,23 @@ async fn every_line_of_a_task_carries_its_ids() {
         }
     }
     let of_task: Vec<&Value> = lines.iter().filter(|line| &line["task_id"] == task).collect();
-    let said = |message: &str| of_task.iter().filter(|line| line["message"] == message).count();
-    let ended = "task ended, its report waits in the outbox";
-    let once =
-        ["task started", "tracing at info", "from a blocking thread", "heartbeat failed", ended, "report delivered"];
-    assert_eq!(once.map(said), [1; 6], "{of_task:#?}");
-    assert_eq!(
-        of_task.iter().filter(|line| line["message"].as_str().is_some_and(|text| text.starts_with("task "))).count(),
-        2
-    );
+    let said = |field: &str, value: &str| of_task.iter().filter(|line| line[field] == value).count();
+    let codes = ["task.started", "heartbeat.failed", "task.ended", "report.delivered"];
+    assert_eq!(codes.map(|code| said("event", code)), [1; 4], "{of_task:#?}");
+    let texts = ["tracing at info", "from a blocking thread"];
+    assert_eq!(texts.map(|text| said("message", text)), [1; 2], "{of_task:#?}");
     let job = of_task[0]["job_id"].clone();
     for line in &of_task {
         assert_eq!(line["capability"], "/fixtures/logs/v1", "{line}");
         assert_eq!((&line["job_id"], &line["domain_id"]), (&job, &json!(lab.world.domain_id())), "{line}");
         // The outbox knows the report only, perhaps from an earlier process.
-        if line["message"] != "report delivered" && line["message"] != "reports wait for the control plane" {
+        if line["event"] != "report.delivered" && line["event"] != "report.waiting" {
             assert_eq!((&line["plugin"], &line["attempt"]), (&json!("zoo"), &json!(1)), "{line}");
         }
     }
     assert!(job.is_string());
-    let end = of_task.iter().find(|line| line["message"] == ended).expect("counted above");
+    let end = of_task.iter().find(|line| line["event"] == "task.ended").expect("counted above");
+    assert_eq!(end["report"], "waiting", "{end}");
     assert!(end["elapsed_ms"].is_u64() && end["outcome"] == "completed", "{end}");
 }
 
@@ -79,7 +76,7 @@ async fn capabilities_of_a_loaded_plugin_are_a_list_in_json_and_words_in_text() 
     };
     let ended = run("json").await.expect(78);
     let lines = ended.stderr.lines().map(|line| serde_json::from_str::<Value>(line).expect("JSON"));
-    let loaded = lines.into_iter().find(|line| line["message"] == "plugin loaded").expect("it is loaded");
+    let loaded = lines.into_iter().find(|line| line["event"] == "plugin.loaded").expect("it is loaded");
     let names: Vec<&str> = loaded["capabilities"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
     assert!(names.len() > 2 && names.contains(&"/fixtures/fail/v1"), "{loaded}");
     let ended = run("text").await.expect(78);

@@ -62,8 +62,8 @@ async fn finished_work_outlives_an_outage_of_several_leases_and_a_restart() {
     // The process goes, with reports in its hands.
     node.term();
     assert_eq!(node.wait().await, 75, "{}", node.log());
-    assert_eq!(node.said("reports are left in the outbox, the next start sends them")[0]["reports"], 5);
-    assert_eq!(node.said("reports wait for the control plane").len(), 1, "an outage is said once: {}", node.log());
+    assert_eq!(node.said("outbox.reports_left")[0]["reports"], 5);
+    assert_eq!(node.said("report.waiting").len(), 1, "an outage is said once: {}", node.log());
 
     rubbish.heal();
     let next = rubbish.node(&[fixtures::hello()]).after(&node).leasing().await;
@@ -74,7 +74,7 @@ async fn finished_work_outlives_an_outage_of_several_leases_and_a_restart() {
     assert_eq!(accepted(&lab), 5);
     waiting(&next, 0).await;
     next.stop().await;
-    assert_eq!(next.said("report delivered").len(), 5);
+    assert_eq!(next.said("report.delivered").len(), 5);
 }
 
 #[tokio::test]
@@ -168,7 +168,7 @@ async fn a_report_refused_for_good_is_said_once_and_not_repeated() {
     rubbish.answer(COMPLETE, 1, Bad::Status(410, "gone"));
     let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
     lab.task("/fixtures/ok/v1").submit();
-    let line = node.says("report refused for good").await;
+    let line = node.says("report.refused").await;
     assert!(line["error"].as_str().is_some_and(|text| text.contains("410")), "{line}");
     let status = waiting(&node, 0).await;
     assert_eq!((&status["unreported"], &status["recent"][0]["report"]), (&json!(1), &json!("refused")));
@@ -203,7 +203,7 @@ async fn a_lease_is_kept_while_its_report_is_on_its_way_and_no_longer() {
     rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
     let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
     let job = lab.task("/fixtures/ok/v1").set("max_attempts", json!(5)).submit();
-    node.says("task ended, its report waits in the outbox").await;
+    node.says_ended("waiting").await;
     let began = Instant::now();
     // The slot is free meanwhile.
     lab.run(&node, "/fixtures/fail/v1", json!({})).await.failed();
@@ -217,7 +217,7 @@ async fn a_lease_is_kept_while_its_report_is_on_its_way_and_no_longer() {
     assert!(beats >= 8, "{beats} heartbeats in three lengths of a lease");
     tokio::time::sleep(ttl).await; // not an event: nothing is to happen
     assert_eq!(rubbish.count(HEARTBEAT), beats, "no heartbeat for what is accepted");
-    assert!(node.said("lease lost").is_empty(), "{}", node.log());
+    assert!(node.said("lease.lost").is_empty(), "{}", node.log());
     node.stop().await;
 }
 
@@ -235,7 +235,7 @@ async fn a_waiting_report_follows_its_task_when_a_heartbeat_renames_it() {
     lab.task("/fixtures/ok/v1").submit();
     waiting(&node, 1).await;
     rubbish.answer("POST /v1/tasks/*/heartbeat", usize::MAX, Bad::Json(json!({ "task_id": other })));
-    let line = node.says("report delivered").await;
+    let line = node.says("report.delivered").await;
     assert_eq!((line["task_id"].as_str(), rubbish.count(&complete)), (Some(other), 1), "{}", node.log());
     node.page_until("/status.json", |page| page.1["recent"][0]["report"] == "accepted").await;
     node.stop().await;
@@ -253,13 +253,13 @@ async fn a_node_that_stops_tries_its_reports_more_than_once() {
     rubbish.seen(COMPLETE, 1).await;
     // The first try hangs when the second signal comes; the second fails.
     node.term();
-    node.says("draining").await;
+    node.says("node.draining").await;
     node.term();
     assert_eq!(node.wait().await, 75, "tasks were cut short: {}", node.log());
     drop(gate);
     lab.ended(&node, job).await.completed();
     assert_eq!(rubbish.count(COMPLETE), 3);
-    assert!(node.said("reports are left in the outbox, the next start sends them").is_empty(), "{}", node.log());
+    assert!(node.said("outbox.reports_left").is_empty(), "{}", node.log());
 }
 
 #[tokio::test]
@@ -273,7 +273,7 @@ async fn a_node_that_stops_does_not_wait_for_reports_that_are_safe() {
     node.term();
     // The test has a limit for this that is far below ten minutes.
     assert_eq!(node.wait().await, 75, "{}", node.log());
-    assert_eq!(node.said("reports are left in the outbox, the next start sends them")[0]["reports"], 1);
+    assert_eq!(node.said("outbox.reports_left")[0]["reports"], 1);
     rubbish.heal();
     let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
     assert_eq!(lab.ended(&next, job).await.completed().task()["attempts"], 1);
@@ -287,7 +287,7 @@ async fn a_full_outbox_pauses_leasing_until_there_is_room() {
     rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
     let node = rubbish.node(&[fixtures::zoo()]).set("OUTBOX_MAX", "2").leasing().await;
     let jobs: Vec<_> = (0..3).map(|_| lab.task("/fixtures/ok/v1").submit()).collect();
-    node.says("leasing paused, the outbox is full").await;
+    node.says("outbox.full").await;
     let reason = "the outbox is full: 2 reports wait for the control plane";
     let wanted = (503, json!({ "ready": false, "reason": reason }));
     node.page_until("/ready", |page| *page == wanted).await;
@@ -297,7 +297,7 @@ async fn a_full_outbox_pauses_leasing_until_there_is_room() {
     for job in jobs {
         lab.ended(&node, job).await.completed();
     }
-    node.says("leasing again, the outbox has room").await;
+    node.says("outbox.has_room").await;
     node.page_until("/ready", |page| page.0 == 200).await;
     node.stop().await;
 }
@@ -453,7 +453,7 @@ async fn a_node_hears_commands_however_long_the_path_of_its_state_is() {
     let list = || Cli::new(&["outbox", "list", "--state-dir"]).arg(&long).run();
     let said = list().await.expect(0);
     assert_eq!(said.stderr.lines().last(), Some("the outbox is empty"), "{}", said.stderr);
-    assert!(node.said("control socket cannot be made, commands will not reach this node").is_empty());
+    assert!(node.said("control.no_socket").is_empty());
     node.stop().await;
     assert!(!long.join("control.sock").exists(), "the socket goes with its node");
 }
@@ -464,7 +464,7 @@ async fn a_damaged_file_is_set_aside_and_said_and_the_node_goes_on() {
     let state = tempfile::tempdir().expect("a folder");
     std::fs::write(state.path().join("outbox.redb"), "no database").expect("written");
     let node = lab.node(&[fixtures::hello()]).set("STATE_DIR", state.path().to_string_lossy()).leasing().await;
-    let line = node.says("outbox cannot be read, it was set aside").await;
+    let line = node.says("outbox.damaged").await;
     assert_eq!(line["level"], "ERROR");
     let aside = line["moved_to"].as_str().expect("a path");
     assert_eq!(std::fs::read(aside).expect("kept"), b"no database");
@@ -490,7 +490,7 @@ async fn a_file_the_system_gives_no_access_to_is_not_taken_for_a_damaged_one() {
     assert!(left.into_iter().all(|name| !name.to_string_lossy().contains("damaged")), "nothing is set aside");
 }
 
-const MADE_AGAIN: &str = "state folder was removed under this node, it was made again with the reports that wait";
+const MADE_AGAIN: &str = "state.recreated";
 
 #[tokio::test]
 async fn a_state_folder_that_is_removed_under_a_node_is_made_again_with_what_is_owed() {
@@ -513,7 +513,7 @@ async fn a_state_folder_that_is_removed_under_a_node_is_made_again_with_what_is_
     assert_eq!(std::os::unix::fs::PermissionsExt::mode(&mode) & 0o777, 0o700);
     node.term();
     assert_eq!(node.wait().await, 75, "{}", node.log());
-    assert_eq!(node.said("reports are left in the outbox, the next start sends them")[0]["reports"], 2);
+    assert_eq!(node.said("outbox.reports_left")[0]["reports"], 2);
     assert_eq!(node.said(MADE_AGAIN).len(), 1, "{}", node.log());
     rubbish.heal();
     let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
@@ -537,7 +537,7 @@ async fn while_reports_cannot_be_written_nothing_is_leased_and_none_is_called_sa
     };
     in_the_way();
     let first = lab.task("/fixtures/ok/v1").submit();
-    let broken = "outbox cannot be written, reports are kept in memory only";
+    let broken = "outbox.not_writable";
     assert_eq!(node.says(broken).await["level"], "ERROR");
     let page = node.page_until("/ready", |page| page.0 == 503).await.1;
     let reason = page["reason"].as_str().unwrap_or_default();
@@ -549,18 +549,18 @@ async fn while_reports_cannot_be_written_nothing_is_leased_and_none_is_called_sa
     assert_eq!(lab.world.job(second).expect("a job")["job"]["status"], "pending", "nothing new is leased");
     std::fs::remove_file(&state).expect("removed");
     // That is found by itself, and then the second task.
-    node.says("outbox is written again").await;
+    node.says("outbox.writable").await;
     waiting(&node, 2).await;
     assert_eq!(node.page("/ready").await.0, 200);
     assert_eq!(node.said(broken).len(), 1, "{}", node.log());
     in_the_way();
     node.term();
     assert_eq!(node.wait().await, 75, "{}", node.log());
-    let lost = node.said("reports that are not on the disk end with this node");
+    let lost = node.said("outbox.reports_lost");
     assert_eq!((&lost[0]["level"], &lost[0]["lost"]), (&json!("ERROR"), &json!(2)), "{lost:?}");
     let tasks = [first, second].map(|job| lab.world.job(job).expect("a job")["tasks"][0]["id"].clone());
     assert_eq!(lost[0]["tasks"], tasks.map(|id| id.as_str().expect("an id").to_owned()).join(" "));
-    assert!(node.said("reports are left in the outbox, the next start sends them").is_empty(), "{}", node.log());
+    assert!(node.said("outbox.reports_left").is_empty(), "{}", node.log());
 }
 
 #[cfg(target_os = "linux")]
@@ -585,7 +585,7 @@ async fn a_full_disk_is_one_trouble_that_lasts_until_there_is_room() {
     let filler = inside.join(folder.path().strip_prefix("/").expect("an absolute path")).join("filler");
     let filled = File::create(&filler).and_then(|mut file| io::copy(&mut io::repeat(1), &mut file));
     assert_eq!(filled.map_err(|err| err.kind()), Err(io::ErrorKind::StorageFull));
-    let (broken, mended) = ("outbox cannot be written, reports are kept in memory only", "outbox is written again");
+    let (broken, mended) = ("outbox cannot be written, reports are kept in memory only", "outbox can be written again");
     // The file takes some of them, and others not.
     for _ in 0..200 {
         lab.task("/fixtures/ok/v1").submit();
@@ -621,7 +621,7 @@ async fn reports_of_another_identity_are_kept_and_said() {
     let before = rubbish.count(COMPLETE);
     let dir = node.state_dir().to_string_lossy().into_owned();
     let other = rubbish.node(&[fixtures::zoo()]).set("STATE_DIR", dir).leasing().await;
-    let line = other.says("reports for another control plane or from another node are kept and not sent").await;
+    let line = other.says("outbox.foreign_reports").await;
     assert_eq!(line["reports"], 1);
     let status = other.status().await;
     assert_eq!((&status["outbox"]["foreign"], &status["outbox"]["waiting"]), (&json!(1), &json!(0)));
@@ -655,7 +655,7 @@ async fn outbox_list_retry_and_drop_work_on_a_running_node_and_on_a_stopped_one(
     // A running node forgets one for good and says so.
     let (dropped, said) = outbox(&node, &["drop", &task(0)], 0).await;
     assert_eq!((dropped[0]["task_id"].as_str(), said.as_str()), (Some(task(0).as_str()), "dropped 1 report"));
-    assert_eq!(node.says("report dropped by an operator").await["task_id"], task(0).as_str());
+    assert_eq!(node.says("report.dropped").await["task_id"], task(0).as_str());
     waiting(&node, 2).await;
     let gone =
         format!("error: no report of task {} is in the outbox; `runner-host outbox list` shows what is", task(0));

@@ -25,7 +25,7 @@ async fn health_answers_before_registration_and_ready_says_what_is_missing() {
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer("POST /internal/v1/nodes/register-wallet", usize::MAX, Bad::Status(403, "not on the list"));
     let node = rubbish.node(&[fixtures::hello()]).set("REGISTER_INTERVAL_SECS", "1").start().await;
-    node.says("registration failed").await;
+    node.says("registration.failed").await;
     assert_eq!(node.page("/health").await.0, 200);
     let said = |text: &str| text.starts_with("not signed in (") && text.contains("not on the list");
     let page = node.page_until("/ready", |page| page.1["reason"].as_str().is_some_and(said)).await;
@@ -67,7 +67,7 @@ async fn a_node_whose_polls_fail_is_not_ready_until_one_is_answered() {
     assert!(polls["failed"].as_u64().is_some_and(|failed| failed >= 3), "{polls}");
     assert!(polls["last_error"].as_str().is_some_and(|err| reason.contains(err)), "{polls}");
     // The log says it too.
-    let line = node.says("poll failed").await;
+    let line = node.says("poll.failed").await;
     let remedy = "control plane answered 404 to the poll: is the path of DMS_BASE_URL right? it usually ends in /v1";
     assert!(line["error"].as_str().is_some_and(|err| err.starts_with(remedy)), "{line}");
     rubbish.heal();
@@ -115,7 +115,7 @@ async fn the_status_page_tells_what_runs_what_ended_and_what_is_loaded() {
     std::fs::write(&refused, "no library").expect("the folder is writable");
     let node = lab.node(&[fixtures::zoo(), refused]).set("MAX_CONCURRENCY", "2").leasing().await;
     lab.run(&node, "/fixtures/fail/v1", json!({})).await.failed();
-    node.says("task ended").await;
+    node.says("task.ended").await;
     let job = lab.task("/fixtures/wait-file/v1").meta(json!({ "file": files.path().join("go") })).submit();
     let task = lab.started(&node, job).await;
     let status = node.status().await;
@@ -166,9 +166,9 @@ async fn a_domain_that_comes_with_the_set_up_heartbeat_is_shown_and_logged() {
     assert_eq!(status["tasks"][id]["domain_id"], domain, "{status:#}");
     std::fs::write(&go, "").expect("the folder is writable");
     lab.ended(&node, job).await.completed();
-    let ended = node.says("task ended").await;
+    let ended = node.says("task.ended").await;
     assert_eq!((&ended["task_id"], &ended["domain_id"]), (&json!(id), &domain), "{ended}");
-    assert!(node.says("task started").await.get("domain_id").is_none(), "the lease did not say it");
+    assert!(node.says("task.started").await.get("domain_id").is_none(), "the lease did not say it");
     node.stop().await;
 }
 

@@ -407,7 +407,7 @@ async fn a_plugin_that_ends_the_process_is_named_and_it_is_no_success() {
     assert_eq!(said.stderr, line);
     folder.put("z.so", &fixtures::c("refused", &["TASK_EXITS"]));
     let said = folder.invoke("/fixtures/refused/v1", &[]).await.expect(75);
-    let why = "error: a plugin ended the process; a runner must never call exit; plugin: refused; running tasks: ";
+    let why = "error: a plugin ended the process; a runner must not call exit; plugin: refused; running tasks: ";
     let rest = said.stderr.strip_prefix(why).unwrap_or_else(|| panic!("{}", said.stderr));
     let (task, thread) = rest.split_once("; ").expect("two parts");
     assert!(task.parse::<Uuid>().is_ok() && thread == "thread: plugin-refused", "{}", said.stderr);
@@ -427,13 +427,13 @@ async fn a_node_that_a_plugin_ends_says_which_and_what_was_running() {
         lab.started(&node, other).await;
         lab.task(exits).submit();
         assert_eq!(node.wait().await, 75);
-        let line = node.says("a plugin ended the process; a runner must never call exit").await;
+        let line = node.says("plugin.exited").await;
         let told = [&line["level"], &line["plugin"], &line["thread"]];
         assert_eq!(told, ["ERROR", plugin, thread], "{line}");
         let ids = line["task_ids"].as_str().unwrap_or_default().split(' ');
         let mut running: Vec<Value> = Vec::new();
         for id in ids {
-            let started = node.line(|line| line["message"] == "task started" && line["task_id"] == id).await;
+            let started = node.line(|line| line["event"] == "task.started" && line["task_id"] == id).await;
             running.push(started["capability"].clone());
         }
         assert_eq!(running, named, "{}", node.log());
@@ -457,8 +457,8 @@ async fn a_plugin_that_crashes_while_it_is_loaded_is_the_last_one_named() {
         assert_eq!(node.wait().await, code);
         let lines = node.lines();
         let last = lines.last().expect("it said something");
-        assert_eq!((&last["message"], &last["plugin"]), (&"loading plugin".into(), &"refused".into()), "{last}");
-        assert_eq!(node.said("plugin loaded").len(), 1);
+        assert_eq!((&last["event"], &last["plugin"]), (&"plugin.loading".into(), &"refused".into()), "{last}");
+        assert_eq!(node.said("plugin.loaded").len(), 1);
     }
 }
 

@@ -249,7 +249,7 @@ async fn a_lease_that_cannot_be_read_is_failed_by_its_id_and_only_its_size_is_to
         let error = details["error"].as_str().expect("text");
         assert!(error.contains("bytes") && error.contains(why), "{error}");
         let line = node.line(|line| line["error"] == error).await;
-        assert_eq!(line["message"], "lease could not be read, its task is failed");
+        assert_eq!(line["event"], "lease.unreadable");
         assert_eq!(line["task_id"], ended.task()["id"]);
         rubbish.heal();
         lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
@@ -267,7 +267,7 @@ async fn a_lease_that_cannot_be_given_back_is_left_to_expire() {
     let node = node(&rubbish).await;
     rubbish.seen(FAIL, 2).await;
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
-    assert_eq!(node.said("lease could not be given back").len(), 2, "{}", node.log());
+    assert_eq!(node.said("lease.not_rejected").len(), 2, "{}", node.log());
     assert_eq!(rubbish.count(FAIL), 2, "a refusal for good ends it");
 }
 
@@ -309,11 +309,11 @@ async fn a_poll_or_a_report_that_is_never_answered_ends_at_its_limit_and_is_repe
         let node = rubbish.node(&[fixtures::hello()]).set("REQUEST_TIMEOUT_SECS", limit).leasing().await;
         rubbish.seen(POLL, 1).await;
         let began = Instant::now();
-        let line = node.says("poll failed").await;
+        let line = node.says("poll.failed").await;
         assert!(line["error"].as_str().is_some_and(|error| error.contains("did not answer within ")), "{line}");
         lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
         assert!(began.elapsed() >= Duration::from_millis(1800), "a second each: {:?}", began.elapsed());
-        assert_eq!(node.said("poll failed").len(), 1);
+        assert_eq!(node.said("poll.failed").len(), 1);
         node.stop().await;
     };
     tokio::join!(ended_and_repeated("1"), ended_and_repeated("0"));

@@ -22,14 +22,14 @@ async fn nothing_is_leased_before_the_callback_and_the_answer() {
     let (gate, held) = Bad::gate();
     rubbish.answer(BY_URL, 1, held);
     let node = rubbish.node(&[fixtures::hello()]).reachable().start().await;
-    node.says("registration called back").await;
+    node.says("registration.called_back").await;
     assert_eq!(node.page("/health").await.0, 200, "the pages answer while the registration is in flight");
     let status = node.status().await;
     assert_eq!((&status["registration"], &status["registration_form"]), (&json!("registering"), &json!("callback")));
     assert_eq!(node.page("/ready").await.1["reason"], "not signed in (registering)");
     assert_eq!((rubbish.count(NONCE), rubbish.count(LEASE)), (0, 0), "the service has not answered yet");
     gate.cancel();
-    node.says("leasing").await;
+    node.says("node.leasing").await;
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
     assert_eq!((rubbish.count(BY_URL), rubbish.count(WALLET)), (1, 0));
     // The world asks for the node's health after the registration.
@@ -44,14 +44,14 @@ async fn an_accepted_registration_that_nobody_calls_back_opens_nothing() {
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(BY_URL, 1, Bad::Json(json!({})));
     let node = rubbish.node(&[fixtures::hello()]).reachable().set("REQUEST_TIMEOUT_SECS", "1").start().await;
-    let line = node.says("registration failed").await;
+    let line = node.says("registration.failed").await;
     let error = line["error"].as_str().expect("text");
     assert!(
         error.starts_with("registration: accepted, but nobody called back at NODE_URL http://127.0.0.1:"),
         "{line}"
     );
     assert_eq!((rubbish.count(NONCE), rubbish.count(LEASE)), (0, 0), "neither a login nor a poll");
-    node.says("leasing").await;
+    node.says("node.leasing").await;
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
 }
 
@@ -63,7 +63,7 @@ async fn node_url_is_registered_as_it_was_written() {
         let rubbish = Rubbish::before(&lab).await;
         rubbish.answer(BY_URL, usize::MAX, Bad::Echo(403));
         let node = rubbish.node(&[fixtures::hello()]).reachable_as(written).start().await;
-        let refused = node.says("registration failed").await;
+        let refused = node.says("registration.failed").await;
         let port = node.address.rsplit_once(':').expect("an address").1;
         let wanted = format!("\"url\":\"{}\"", written.replace("PORT", port));
         assert!(refused["error"].as_str().is_some_and(|text| text.contains(&wanted)), "{wanted}: {refused}");
@@ -242,7 +242,7 @@ async fn a_second_node_with_the_same_wallet_says_conflict_until_the_first_has_go
     assert_eq!(second.status().await["registration"], "conflict");
     lab.run(&first, "/examples/hello/v1", json!({})).await.completed();
     first.stop().await;
-    second.says("leasing").await;
+    second.says("node.leasing").await;
     lab.run(&second, "/examples/hello/v1", json!({})).await.completed();
 }
 
@@ -257,8 +257,8 @@ async fn restarted_node_registers_soon_after_conflicts() {
     rubbish.answer(WALLET, 2, Bad::Status(409, "online"));
     let node = rubbish.node(&[fixtures::hello()]).after(&killed).start().await;
     // The default REGISTER_INTERVAL_SECS is far longer than this waits.
-    node.says("leasing").await;
-    let pauses: Vec<_> = node.said("registration failed").iter().map(|line| line["retry_in_ms"].clone()).collect();
+    node.says("node.leasing").await;
+    let pauses: Vec<_> = node.said("registration.failed").iter().map(|line| line["retry_in_ms"].clone()).collect();
     assert!(matches!(&pauses[..], [first, ..] if first.as_u64() <= Some(1200)), "{pauses:?}");
     assert_eq!(rubbish.count(WALLET), 4);
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
@@ -288,7 +288,7 @@ async fn a_node_the_service_has_forgotten_registers_again() {
         assert!(lab.world.forget_wallet(&wallet));
         lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
         assert_eq!(rubbish.count(if by_url { BY_URL } else { WALLET }), 2);
-        assert_eq!(node.said("node is not registered any more").len(), 1);
+        assert_eq!(node.said("registration.lost").len(), 1);
     }
 }
 
@@ -308,7 +308,7 @@ async fn a_signal_ends_a_node_that_waits_for_its_registration() {
     rubbish.heal();
     rubbish.answer(WALLET, usize::MAX, Bad::Status(403, "not on the list"));
     let node = rubbish.node(&[fixtures::hello()]).start().await;
-    node.says("registration failed").await;
+    node.says("registration.failed").await;
     node.stop().await;
 }
 
@@ -320,7 +320,7 @@ async fn the_version_is_announced_without_v_and_only_if_it_is_one() {
         let rubbish = Rubbish::before(&lab).await;
         rubbish.answer(BY_URL, usize::MAX, Bad::Echo(403));
         let node = rubbish.node(&[fixtures::hello()]).reachable().set("NODE_VERSION", given).start().await;
-        let refused = node.says("registration failed").await;
+        let refused = node.says("registration.failed").await;
         let wanted = format!("\"version\":\"{announced}\"");
         assert!(refused["error"].as_str().is_some_and(|text| text.contains(&wanted)), "{given:?}: {refused}");
         assert_eq!(node.log().contains("is not a semantic version"), given == "soon");

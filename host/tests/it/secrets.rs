@@ -68,7 +68,7 @@ async fn no_log_line_holds_a_key_a_secret_or_a_token() {
     rubbish.answer("GET /v1/tasks", 1, Bad::Echo(500));
     rubbish.heal();
     rubbish.answer("GET /v1/tasks", 1, Bad::Echo(500));
-    node.says("poll failed").await;
+    node.says("poll.failed").await;
     node.stop().await;
     let log = node.log();
     let tokens = tokens.lock().expect("notes").clone();
@@ -106,11 +106,11 @@ async fn refused_sign_ins_that_repeat_all_they_got_show_no_secret() {
     rubbish.answer(VERIFY, 1, Bad::Json(json!({ "access_token": ["dev-node-token-planted"] })));
     rubbish.answer(VERIFY, 1, Bad::Status(500, "{\"access_token\":\"dev-node-token-planted\"}"));
     let node = talkative(rubbish.node(&[fixtures::hello()])).set("TOKEN_REAUTH_JITTER_MS", "0").start().await;
-    node.says("leasing").await;
+    node.says("node.leasing").await;
     for message in ["registration failed", "login failed"] {
         assert!(node.said(message).len() >= 4, "{message}: {}", node.log());
     }
-    let said = node.said("registration failed");
+    let said = node.said("registration.failed");
     assert!(said.iter().any(|line| line["error"].as_str().is_some_and(|text| text.contains("[secret]"))), "{said:?}");
     assert_eq!(node.page("/status.json").await.0, 200);
     node.stop().await;
@@ -124,9 +124,9 @@ async fn a_refused_registration_by_url_shows_no_secret() {
         rubbish.answer(BY_URL, 1, Bad::Echo(status));
     }
     let node = talkative(rubbish.node(&[fixtures::hello()]).reachable()).start().await;
-    node.says("leasing").await;
-    assert_eq!(node.said("registration failed").len(), 3);
-    assert_eq!(node.said("registration called back").len(), 1);
+    node.says("node.leasing").await;
+    assert_eq!(node.said("registration.failed").len(), 3);
+    assert_eq!(node.said("registration.called_back").len(), 1);
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
     node.stop().await;
 }
@@ -166,10 +166,10 @@ async fn a_token_in_a_runners_lines_or_in_the_text_of_its_panic_goes_no_further(
     let ended = lab.run(&node, "/fixtures/says-token/v1", json!({})).await;
     let (reason, _) = ended.failed();
     assert!(reason.starts_with("runner panicked: refused with (token) at "), "{reason}");
-    let line = node.says("granted (token)").await;
+    let line = node.says_text("granted (token)").await;
     assert_eq!(line["header"], "Bearer (token)", "{line}");
-    assert_eq!(node.says("elsewhere (token)").await["plugin"], "zoo");
-    node.says("refused with (token)").await;
+    assert_eq!(node.says_text("elsewhere (token)").await["plugin"], "zoo");
+    node.says_text("refused with (token)").await;
     // An id is shortened before it is told, a path is kept.
     for (place, expected) in [
         ("input", "download of input (token)"),

@@ -110,7 +110,7 @@ async fn the_noop_is_there_by_a_switch_sleeps_as_long_as_was_set_and_heeds_a_can
     let job = lab.task(NOOP).submit();
     lab.task_until(&node, job, |task: &Value| task["status"] == "running").await;
     assert!(lab.world.cancel_job(job));
-    let line = node.says("task ended, nothing to report").await;
+    let line = node.says_ended("none").await;
     assert_eq!(line["outcome"], "cancelled", "{line}");
     node.stop().await;
 }

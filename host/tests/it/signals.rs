@@ -70,7 +70,7 @@ async fn a_signal_lets_a_running_task_finish_and_leases_nothing_more() {
     let job = lab.task("/fixtures/wait-file/v1").meta(json!({ "file": file })).submit();
     lab.started(&node, job).await;
     node.term();
-    node.says("draining").await;
+    node.says("node.draining").await;
     let (status, ready) = node.page("/ready").await;
     assert_eq!((status, &ready), (503, &json!({ "ready": false, "reason": "draining" })));
     assert_eq!(node.status().await["phase"], "draining");
@@ -109,7 +109,7 @@ async fn a_second_signal_cancels_without_waiting_for_the_drain() {
     let job = lab.task("/fixtures/slow/v1").submit();
     lab.started(&node, job).await;
     node.term();
-    node.says("draining; again to cancel running tasks").await;
+    node.says("signal.drain").await;
     node.term();
     ends_promptly(&node, 75).await;
     assert_drained(&lab, &node, job).await;
@@ -123,9 +123,9 @@ async fn a_third_signal_ends_the_process_and_the_next_one_sweeps_up() {
     let job = lab.task("/fixtures/ignores-cancel/v1").meta(json!({ "sleep_ms": 3_600_000 })).submit();
     lab.started(&node, job).await;
     node.term();
-    node.says("draining; again to cancel running tasks").await;
+    node.says("signal.drain").await;
     node.term();
-    node.says("cancelling running tasks; again to exit at once").await;
+    node.says("signal.cancel").await;
     node.term();
     ends_promptly(&node, 75).await;
     assert!(!node.scratch().is_empty(), "there was no time to tidy up");
@@ -141,7 +141,7 @@ async fn a_signal_ends_a_node_whose_sign_in_service_is_away_or_silent() {
     // A port nobody listens on.
     let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port");
     let node = lab.node(&[fixtures::hello()]).set("DDS_BASE_URL", format!("http://{port}")).start().await;
-    let line = node.says("registration failed").await;
+    let line = node.says("registration.failed").await;
     let error = line["error"].as_str().expect("text");
     assert!(error.contains("did not answer") && error.contains(&port.to_string()), "{error}");
     node.term();
@@ -203,8 +203,7 @@ async fn a_hangup_does_not_end_a_node() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::hello()]).await;
     node.hang_up();
-    let line =
-        node.line(|line| line["message"].as_str().is_some_and(|text| text.starts_with("HUP does nothing"))).await;
+    let line = node.says("signal.hup").await;
     assert_eq!(line["level"], "WARN");
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
     node.stop().await;

@@ -75,5 +75,5 @@ async fn strangers_and_our_own_serve_side_by_side() {
     }
     assert_eq!(node.status().await["stale_calls"], 0);
     node.stop().await;
-    assert_eq!(node.said("task ended").len(), 20);
+    assert_eq!(node.said("task.ended").len(), 20);
 }

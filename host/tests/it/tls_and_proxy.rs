@@ -59,7 +59,7 @@ async fn an_authority_nobody_named_is_not_believed() {
     let walled = Walled::new().await;
     let proxy = Front::proxy(walled.tls.address, None).await;
     let node = walled.node().set("ALL_PROXY", proxy.address.to_string()).start().await;
-    let line = node.says("registration failed").await;
+    let line = node.says("registration.failed").await;
     let error = line["error"].as_str().unwrap_or_default();
     assert!(error.contains(NAME) && error.contains("UnknownIssuer"), "{line}");
     node.stop().await;
@@ -75,7 +75,7 @@ async fn a_proxy_that_refuses_is_named_without_its_password() {
     let proxy = Front::proxy(walled.tls.address, Some("Basic other")).await;
     let url = format!("http://me:{SECRET}@{}", proxy.address);
     let node = walled.node().set("CA_BUNDLE", authority()).set("HTTPS_PROXY", url).start().await;
-    let line = node.says("registration failed").await;
+    let line = node.says("registration.failed").await;
     let wanted = format!("proxy {}: tunnel error: proxy authorization required", proxy.address);
     assert!(line["error"].as_str().is_some_and(|error| error.contains(&wanted)), "{line}");
     node.stop().await;
@@ -112,7 +112,7 @@ async fn plain_http_goes_to_its_proxy_whole_and_loopback_to_none() {
         .start()
         .await;
     let before = proxy.seen().len();
-    node.says("registration failed").await;
+    node.says("registration.failed").await;
     assert_eq!(proxy.seen().len(), before, "the proxy was not asked");
     node.stop().await;
 }

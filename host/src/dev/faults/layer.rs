@@ -51,7 +51,7 @@ pub(in crate::dev) async fn answer(
     let answered = match strike {
         None => Ok(route(router, request).await),
         Some((endpoint, strike)) => {
-            tracing::info!(endpoint = endpoint.name(), fault = strike.kind(), rule = %strike.rule, "fault struck");
+            tracing::info!(event = "dev.fault_injected", endpoint = endpoint.name(), fault = strike.kind(), rule = %strike.rule, "fault injected");
             note.fault(strike.kind());
             Struck { world: &world, router, line, endpoint, note: &mut note }.by(strike, request).await
         }

@@ -146,7 +146,7 @@ fn enter(world: &Inner, entry: Entry<'_>) -> Answer {
     let now = world.now();
     let holds_leases = |node| world.plane().held(node, now) > 0;
     let node = world.identity().register(entry, holds_leases, now).map_err(denied)?;
-    tracing::info!(wallet = %node.wallet, capabilities = node.capabilities.len(), "node registered");
+    tracing::info!(event = "registration.accepted", wallet = %node.wallet, capabilities = node.capabilities.len(), "node registered");
     world.changed();
     ok(&json!({ "ok": true, "node_id": node.id }))
 }

@@ -103,7 +103,7 @@ impl From<StoreError> for Refusal {
             StoreError::Conflict(_) => StatusCode::CONFLICT,
             StoreError::TooLarge(_) => StatusCode::PAYLOAD_TOO_LARGE,
             StoreError::Io(_) => {
-                tracing::error!(error = %err, "domain data could not be stored or read");
+                tracing::error!(event = "dev.storage_failed", error = %err, "domain data could not be stored or read");
                 StatusCode::INTERNAL_SERVER_ERROR
             }
         };

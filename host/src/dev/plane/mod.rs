@@ -397,7 +397,7 @@ impl Plane {
             let known = self.tasks.get_mut(&task).expect("expiries name known tasks");
             let State::Held(hold) = &known.state else { unreachable!("expiries name held tasks") };
             let (node, cancelled) = (hold.node, hold.cancel_requested_at.is_some());
-            tracing::info!(task_id = %task, attempt = known.attempts, "lease expired");
+            tracing::info!(event = "dev.lease_expired", task_id = %task, attempt = known.attempts, "lease expired");
             if !cancelled && known.attempts >= known.request.max_attempts() {
                 let reason = format!("lease expired on attempt {} of {}", known.attempts, known.request.max_attempts());
                 let meta = json!({ "reason": reason, "details": null });

@@ -296,9 +296,12 @@ impl Target {
             Ok(Ok(())) => {}
             Ok(Err(err)) if err.kind == PortErrorKind::LeaseOver => {}
             Ok(Err(err)) => {
-                tracing::warn!(error = %err, "upload could not be aborted, it stays until the server drops it")
+                tracing::warn!(event = "upload.not_aborted", error = %err, "upload could not be aborted, the server keeps it until it expires")
             }
-            Err(_) => tracing::warn!("upload could not be aborted in time, it stays until the server drops it"),
+            Err(_) => tracing::warn!(
+                event = "upload.not_aborted",
+                "upload could not be aborted in time, the server keeps it until it expires"
+            ),
         }
     }
 }

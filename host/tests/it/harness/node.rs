@@ -485,7 +485,7 @@ impl NodeSetup {
     /// Starts it and waits until its pages are served.
     pub(crate) async fn start(self) -> TestNode {
         let mut node = self.begun();
-        let started = node.says("node started").await;
+        let started = node.says("node.started").await;
         node.address = started["address"].as_str().expect("an address").to_owned();
         node
     }
@@ -501,7 +501,7 @@ impl NodeSetup {
     /// Starts it and waits until it asks for work.
     pub(crate) async fn leasing(self) -> TestNode {
         let node = self.start().await;
-        node.says("leasing").await;
+        node.says("node.leasing").await;
         node
     }
 
@@ -542,8 +542,18 @@ impl TestNode {
         parsed(&line)
     }
 
-    /// Waits for a line with this message.
-    pub(crate) async fn says(&self, message: &str) -> Value {
+    /// Waits for a line with this event code.
+    pub(crate) async fn says(&self, event: &str) -> Value {
+        self.line(|line| line["event"] == event).await
+    }
+
+    /// Waits for the end of a task whose report is in this state.
+    pub(crate) async fn says_ended(&self, report: &str) -> Value {
+        self.line(|line| line["event"] == "task.ended" && line["report"] == report).await
+    }
+
+    /// Waits for a line with this text, which a plugin wrote.
+    pub(crate) async fn says_text(&self, message: &str) -> Value {
         self.line(|line| line["message"] == message).await
     }
 
@@ -553,8 +563,13 @@ impl TestNode {
         lines.iter().map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("no JSON: {line}"))).collect()
     }
 
-    /// The lines so far with this message.
-    pub(crate) fn said(&self, message: &str) -> Vec<Value> {
+    /// The lines so far with this event code.
+    pub(crate) fn said(&self, event: &str) -> Vec<Value> {
+        self.lines().into_iter().filter(|line| line["event"] == event).collect()
+    }
+
+    /// The lines so far with this text, which a plugin wrote.
+    pub(crate) fn said_text(&self, message: &str) -> Vec<Value> {
         self.lines().into_iter().filter(|line| line["message"] == message).collect()
     }
 
