@@ -396,6 +396,26 @@ pub(crate) struct NodeSetup {
 
 impl NodeSetup {
     pub(crate) fn new(dds: &Url, dms: &Url, libraries: &[PathBuf]) -> Self {
+        let setup = Self::bare(libraries);
+        let key = setup.key.clone();
+        setup
+            .set("DDS_BASE_URL", trimmed(dds))
+            .set("DMS_BASE_URL", trimmed(dms))
+            .set("REG_SECRET", "a-registration-secret")
+            .set("SECP256K1_PRIVHEX", key)
+    }
+
+    /// A node of the local control plane in `folder`, with no setting of another one.
+    pub(crate) fn local(folder: &Path, libraries: &[PathBuf]) -> Self {
+        let setup = Self::bare(libraries);
+        let file = setup.plugins.path().join("node.toml");
+        let text = format!("[plane.jobs]\nkind = \"local\"\nfolder = {:?}\n", folder.display().to_string());
+        std::fs::write(&file, text).expect("the folder is writable");
+        setup.arg("--config").arg(file)
+    }
+
+    /// A node that has plugins and folders, and no control plane yet.
+    fn bare(libraries: &[PathBuf]) -> Self {
         let scratch = tempfile::tempdir().expect("a folder below the system's temporary one");
         let state = tempfile::tempdir().expect("a folder below the system's temporary one");
         let plugins = fixtures::plugins_dir(libraries);
@@ -403,10 +423,6 @@ impl NodeSetup {
         let cli = Cli::new(&["run"])
             .arg("--plugins")
             .arg(plugins.path())
-            .set("DDS_BASE_URL", trimmed(dds))
-            .set("DMS_BASE_URL", trimmed(dms))
-            .set("REG_SECRET", "a-registration-secret")
-            .set("SECP256K1_PRIVHEX", key.as_str())
             .set("HTTP_BIND", "127.0.0.1:0")
             .set("SCRATCH_DIR", scratch.path().to_string_lossy())
             .set("STATE_DIR", state.path().to_string_lossy())
@@ -593,7 +609,7 @@ impl TestNode {
         self.process.signal(Signal::HUP);
     }
 
-    /// StopSignals it as a debugger would: nothing of it runs until it is thawed.
+    /// Stops it as a debugger would: nothing of it runs until it is thawed.
     pub(crate) fn freeze(&self) {
         self.process.signal(Signal::STOP);
     }
@@ -624,7 +640,7 @@ impl TestNode {
         !self.process.has_ended()
     }
 
-    /// StopSignals it in peace.
+    /// Stops it with TERM.
     pub(crate) async fn stop(&self) {
         self.term();
         assert_eq!(self.wait().await, 0, "{}", self.log());

@@ -1,0 +1,144 @@
+//! The local control plane: a folder of job files (docs/protocols/local.md).
+
+use std::{fs, path::PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::{
+    both_planes::{Plane, Submitted},
+    harness::{fixtures, node::TestNode},
+};
+
+/// Waits until the job has a result.
+async fn done(plane: &Plane, node: &TestNode, id: &str) -> Value {
+    let text = plane.result(node, &Submitted::File(id.to_owned())).await.text;
+    serde_json::from_str(&text).expect("JSON")
+}
+
+#[tokio::test]
+async fn heartbeats_do_not_move_the_deadline() {
+    let plane = Plane::local();
+    let files = tempfile::tempdir().expect("a folder");
+    let go = files.path().join("go");
+    let node = plane.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "2").leasing().await;
+    let job = json!({ "capability": "/fixtures/wait-file/v1", "meta": { "file": go }, "term_secs": 1 });
+    plane.put_job("short", &job);
+    node.says_ended("none").await;
+    assert_eq!(node.said("lease.lost").len(), 1, "{}", node.log());
+    assert_eq!(plane.done("short"), None, "nothing is reported for a lost claim");
+    // The claim has ended, so the job starts again and ends in time.
+    fs::write(&go, "").expect("the folder is writable");
+    assert_eq!(done(&plane, &node, "short").await["outcome"], "completed");
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn cancel_file_ends_a_task() {
+    let plane = Plane::local();
+    let node = plane.node(&[fixtures::zoo()]).leasing().await;
+    let Submitted::File(id) = plane.submit("/fixtures/slow/v1", b"", json!({})).await else { panic!("a file") };
+    node.says("task.started").await;
+    let Plane::Local(folder) = &plane else { panic!("a folder") };
+    fs::write(folder.path().join("jobs").join(format!("{id}.cancel")), "").expect("the folder is writable");
+    let line = node.says("task.ended").await;
+    assert_eq!((&line["outcome"], &line["cancelled"]), (&json!("cancelled"), &json!("plane")), "{line}");
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn unusable_job_gets_a_result_at_once() {
+    let plane = Plane::local();
+    let node = plane.node(&[fixtures::echo()]).leasing().await;
+    for (id, job, text) in [
+        ("no-capability", json!({ "inputs": [] }), "capability"),
+        ("bad-capability", json!({ "capability": "echo" }), "does not begin with /"),
+        ("unknown-key", json!({ "capability": "/examples/echo-file/v1", "input": [] }), "unknown field `input`"),
+        ("no-object", json!("text"), "the job file cannot be used"),
+    ] {
+        plane.put_job(id, &job);
+        let line = node.line(|line| line["event"] == "lease.unreadable" && line["task_id"] == id).await;
+        assert!(line["error"].as_str().is_some_and(|error| error.contains(text)), "{line}");
+        let folder = match &plane {
+            Plane::Local(folder) => folder.path().join("jobs").join(format!("{id}.json")),
+            Plane::Posemesh { .. } => unreachable!("the plane is local"),
+        };
+        crate::harness::within("a result", || node.log(), async {
+            // A file gives no event.
+            while folder.exists() {
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            }
+        })
+        .await;
+        let result = plane.done(id).expect("a result");
+        assert_eq!((&result["outcome"], &result["code"]), (&json!("host-fault"), &json!("start_session")), "{result}");
+    }
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn job_for_another_capability_stays_in_the_folder() {
+    let plane = Plane::local();
+    let node = plane.node(&[fixtures::echo()]).leasing().await;
+    plane.put_job("0-foreign", &json!({ "capability": "/other/v1" }));
+    let task = plane.submit("/examples/echo-file/v1", b"x", json!({})).await;
+    assert!(plane.result(&node, &task).await.completed);
+    let Plane::Local(folder) = &plane else { panic!("a folder") };
+    assert!(folder.path().join("jobs/0-foreign.json").exists() && plane.done("0-foreign").is_none());
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn two_nodes_share_a_folder_without_doubling_a_job() {
+    let plane = Plane::local();
+    let nodes = [
+        plane.node(&[fixtures::echo()]).set("MAX_CONCURRENCY", "2").leasing().await,
+        plane.node(&[fixtures::echo()]).set("MAX_CONCURRENCY", "2").leasing().await,
+    ];
+    let mut ids = Vec::new();
+    for number in 0..20_u8 {
+        let Submitted::File(id) = plane.submit("/examples/echo-file/v1", &[number], json!({})).await else {
+            panic!("a file")
+        };
+        ids.push(id);
+    }
+    let Plane::Local(folder) = &plane else { panic!("a folder") };
+    crate::harness::within("20 results", || nodes[0].log(), async {
+        // A file gives no event.
+        while ids.iter().any(|id| plane.done(id).is_none()) {
+            tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+        }
+    })
+    .await;
+    let [first, second] = nodes;
+    first.stop().await;
+    second.stop().await;
+    let reported = |node: &TestNode| node.said("task.ended").iter().filter(|line| line["report"] == "accepted").count();
+    assert_eq!(reported(&first) + reported(&second), 20, "{}\n{}", first.log(), second.log());
+    for part in ["jobs", "running"] {
+        let left: Vec<PathBuf> =
+            fs::read_dir(folder.path().join(part)).expect("a folder").flatten().map(|e| e.path()).collect();
+        assert_eq!(left, Vec::<PathBuf>::new(), "{part}");
+    }
+}
+
+#[tokio::test]
+async fn lease_that_waits_for_a_slot_is_shown_as_waiting() {
+    let plane = Plane::local();
+    let files = tempfile::tempdir().expect("a folder");
+    let go = files.path().join("go");
+    let node = plane.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
+    for id in ["a", "b", "c"] {
+        plane.put_job(id, &json!({ "capability": "/fixtures/wait-file/v1", "meta": { "file": go } }));
+    }
+    let states = |page: &Value| -> Vec<(String, String)> {
+        let tasks = page["tasks"].as_object().expect("tasks by id");
+        tasks.iter().map(|(id, task)| (id.clone(), task["state"].as_str().unwrap_or_default().to_owned())).collect()
+    };
+    let expected = [("a".to_owned(), "running".to_owned()), ("b".to_owned(), "waiting".to_owned())];
+    node.page_until("/status.json", |page| states(&page.1) == expected).await;
+    fs::write(&go, "").expect("the folder is writable");
+    for id in ["a", "b", "c"] {
+        assert_eq!(done(&plane, &node, id).await["outcome"], "completed");
+    }
+    node.stop().await;
+}
