@@ -82,7 +82,7 @@ impl Record {
         }
         self.put_out(
             plugin,
-            format!("{STRIKES_MAX} of its runners ignored their cancellation; mend the plugin and restart the node"),
+            format!("{STRIKES_MAX} of its runners ignored their cancellation; fix the plugin and restart the node"),
         );
     }
 

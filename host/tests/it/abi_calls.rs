@@ -118,7 +118,7 @@ async fn panic_logs_a_backtrace_on_request() {
     let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo()]).set("RUST_BACKTRACE", "1").leasing().await;
     lab.run(&node, "/fixtures/panic-thread/v1", json!({})).await.completed();
-    let line = node.says("boom on a thread of its own").await;
+    let line = node.says_text("boom on a thread of its own").await;
     assert!(fields(&line)["backtrace"].as_str().is_some_and(|trace| trace.contains("panic_thread")), "{line}");
     node.stop().await;
 }

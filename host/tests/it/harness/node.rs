@@ -42,12 +42,21 @@ pub(crate) struct Cli {
     open_files: Option<(u64, u64)>,
     /// Where a disk of its own is mounted, and how that is made.
     disk: Option<(PathBuf, &'static str)>,
+    obeys_permissions: bool,
 }
 
 impl Cli {
     pub(crate) fn new(args: &[&str]) -> Self {
         let args = args.iter().map(OsString::from).collect();
-        Self { args, env: BTreeMap::new(), dir: None, file_bytes_max: None, open_files: None, disk: None }
+        Self {
+            args,
+            env: BTreeMap::new(),
+            dir: None,
+            file_bytes_max: None,
+            open_files: None,
+            disk: None,
+            obeys_permissions: false,
+        }
     }
 
     /// No file of it can grow beyond this: writing more fails, as on a full disk.
@@ -71,6 +80,12 @@ impl Cli {
     /// So many files may be open now, and so many where it asks for more.
     pub(crate) fn open_files(mut self, now: u64, most: u64) -> Self {
         self.open_files = Some((now, most));
+        self
+    }
+
+    /// File permissions apply to it even if this user is root.
+    pub(crate) fn obeys_permissions(mut self) -> Self {
+        self.obeys_permissions = true;
         self
     }
 
@@ -98,6 +113,11 @@ impl Cli {
         let binary = env!("CARGO_BIN_EXE_runner-host");
         let mut command = match (self.file_bytes_max, self.disk) {
             (None, None) => match self.open_files {
+                None if self.obeys_permissions && rustix::process::geteuid().is_root() => {
+                    let mut without = Command::new("setpriv");
+                    without.args(["--bounding-set=-all", "--inh-caps=-all"]).arg(binary);
+                    without
+                }
                 None => Command::new(binary),
                 Some((now, most)) => {
                     let limited = format!("ulimit -S -n {now} && ulimit -H -n {most} && exec \"$0\" \"$@\"");
