@@ -154,7 +154,7 @@ async fn admit(
     permit
 }
 
-/// What the lease behind `grant` was good for, now that its task has ended.
+/// Classifies the ended task for the pace of polling.
 fn lease_value(grant: &HeldLease, outcome: &Outcome) -> LeaseValue {
     let begun = !grant.is_refused();
     let ours = grant.cancel.reason() != Some(CancelReason::LeaseLost);
@@ -163,13 +163,12 @@ fn lease_value(grant: &HeldLease, outcome: &Outcome) -> LeaseValue {
         Outcome::Completed
         | Outcome::Failed { .. }
         | Outcome::Panicked { .. }
+        | Outcome::Storage { .. }
         | Outcome::Cancelled
         | Outcome::Drained => LeaseValue::Work,
-        Outcome::Storage { .. }
-        | Outcome::Setup { .. }
-        | Outcome::NoRunner
-        | Outcome::LeaseLost
-        | Outcome::HostFault { .. } => LeaseValue::Nothing,
+        Outcome::Setup { .. } | Outcome::NoRunner | Outcome::LeaseLost | Outcome::HostFault { .. } => {
+            LeaseValue::Nothing
+        }
     }
 }
 

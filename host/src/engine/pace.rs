@@ -21,19 +21,21 @@ fn pauses((a, b): (Duration, Duration)) -> (Duration, Duration, Backoff) {
     (low, high, Backoff::new((low * 2).min(high), high, Jitter::From(low)))
 }
 
-/// What a lease was good for, as far as polling is concerned.
+/// What an ended lease means for the next poll.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum LeaseValue {
-    /// Its runner did its work, or failed. The control plane chooses which task comes next, so a pause
-    /// after a failed runner would delay the tasks of all others.
+    /// Its task was set up and ran. How it ended does not matter: a failed runner or a failed transfer belongs to
+    /// this task only. Input data may be missing, or one domain server may be down. The control plane chooses which
+    /// task comes next, so a pause would delay the tasks of all others. A full disk of the node stops polling
+    /// elsewhere (`planes::turn`).
     Work,
-    /// It could not be set up, its data could not be moved, it was cancelled before it began, or it was lost.
+    /// It was never set up, it was cancelled before it began, it was lost, or the node itself failed.
     Nothing,
 }
 
-/// Decides when to poll, and how often at once. Work is followed by the next poll at once. Empty answers and
-/// leases that could not be set up are followed by growing pauses, so that a control plane that gives such
-/// leases is not asked in a tight loop.
+/// Decides when to poll, and how many polls may be under way. After work, the next poll follows at once. After an
+/// empty answer or a lease that could not be set up, the pauses grow: a control plane that gives such leases must
+/// not be polled in a tight loop.
 pub(super) struct Pace {
     backoff: Backoff,
     low: Duration,

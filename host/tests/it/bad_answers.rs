@@ -40,13 +40,13 @@ async fn signs_in_after(call: &str, bad: Bad, message: &str, text: &str) {
 
 #[tokio::test]
 async fn the_sign_in_service_answers_rubbish_to_a_challenge() {
-    join_all(Bad::answers().into_iter().map(|(bad, text)| signs_in_after(NONCE, bad, "registration failed", text)))
+    join_all(Bad::answers().into_iter().map(|(bad, text)| signs_in_after(NONCE, bad, "registration.failed", text)))
         .await;
 }
 
 #[tokio::test]
 async fn the_sign_in_service_answers_rubbish_to_a_login() {
-    join_all(Bad::answers().into_iter().map(|(bad, text)| signs_in_after(VERIFY, bad, "login failed", text))).await;
+    join_all(Bad::answers().into_iter().map(|(bad, text)| signs_in_after(VERIFY, bad, "login.failed", text))).await;
 }
 
 #[tokio::test]

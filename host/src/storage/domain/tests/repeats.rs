@@ -178,7 +178,7 @@ fn began_now() -> tokio::time::Instant {
 }
 
 #[tokio::test]
-async fn a_servers_wish_to_wait_is_heeded_or_ends_it() {
+async fn retry_after_is_obeyed_up_to_the_patience() {
     let later = || {
         let mut answer = reply(429, "text/plain", "slower");
         answer.headers_mut().insert("retry-after", "1".parse().expect("a header"));
@@ -189,8 +189,18 @@ async fn a_servers_wish_to_wait_is_heeded_or_ends_it() {
     let began = began_now();
     world.put("x.json", b"{}").await.expect("stored");
     assert!(began.elapsed() >= Duration::from_secs(1));
+    // The patience of 200 ms is shorter than the requested second: the pause is cut, and one more try follows.
     let world = patient().await;
     world.trick("create", later());
-    refused(world.put("x.json", b"{}").await, PortErrorKind::Other, "unexpected status (429): slower");
-    assert_eq!(world.count("create"), 1, "longer than we would wait");
+    let began = began_now();
+    world.put("x.json", b"{}").await.expect("stored");
+    assert!((Duration::from_millis(150)..Duration::from_secs(1)).contains(&began.elapsed()), "{:?}", began.elapsed());
+    assert_eq!(world.count("create"), 2);
+    let world = patient().await;
+    for _ in 0..2 {
+        world.trick("create", later());
+    }
+    let message = "unexpected status (429): slower (given up after 2 tries)";
+    refused(world.put("x.json", b"{}").await, PortErrorKind::Other, message);
+    assert_eq!(world.count("create"), 2, "one try after the cut pause");
 }
