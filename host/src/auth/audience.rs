@@ -1,25 +1,23 @@
-//! For whom a sign-in message may be signed (posemesh.md section 9, "Sign-in for another service").
+//! The services for which the node signs a sign-in message (posemesh.md section 9, "Sign-in for another service").
 //!
-//! DDS dictates domain and URI of the text the node signs. A service that hands on the challenge of
-//! another one would get a signature that signs the node in there. So both have to name the service
-//! the operator configured.
+//! DDS chooses the domain and the URI in the text that the node signs. A malicious service could pass on the challenge
+//! of another service, and sign in there with the node's signature. So both fields must name the configured service.
 
 use url::{Host, Url};
 
-/// Whose name a message may carry.
+/// The service names that a message may carry.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Audience {
-    /// The service is on this machine: a world for development, or the operator's own tunnel. What it
-    /// calls itself says nothing.
+    /// The service is on this machine: a dev server, or the operator's own tunnel. Its name proves nothing.
     Any,
-    /// The host of the configured service, or a domain it lies in.
+    /// The host of the configured service, or a parent domain of it.
     Service(String),
-    /// What the operator named, and only that.
+    /// Only the domain that the operator configured.
     Named(String),
 }
 
 impl Audience {
-    /// `named` is the setting `SIGN_IN_DOMAIN`, lower case.
+    /// `named` is the setting `SIGN_IN_DOMAIN`.
     pub(super) fn new(dds: &Url, named: Option<&str>) -> Self {
         if let Some(named) = named {
             return Self::Named(named.to_ascii_lowercase());
@@ -33,7 +31,7 @@ impl Audience {
         if loopback { Self::Any } else { Self::Service(dds.host_str().unwrap_or_default().to_ascii_lowercase()) }
     }
 
-    /// One clause why this challenge is not signed.
+    /// Checks a challenge. The error says why it is not signed.
     pub(super) fn check(&self, domain: &str, uri: &str) -> Result<(), String> {
         if *self == Self::Any {
             return Ok(());
@@ -80,12 +78,12 @@ mod tests {
     #[track_caller]
     fn check(dds: &str, named: Option<&str>, domain: &str, uri: &str, expected: &str) {
         let audience = Audience::new(&Url::parse(dds).expect("a URL"), named);
-        let said = audience.check(domain, uri).err().unwrap_or_else(|| "signed".to_owned());
-        assert!(said.starts_with(expected), "{dds} {named:?} {domain} {uri}: {said}");
+        let result = audience.check(domain, uri).err().unwrap_or_else(|| "signed".to_owned());
+        assert!(result.starts_with(expected), "{dds} {named:?} {domain} {uri}: {result}");
     }
 
     #[test]
-    fn a_message_names_the_configured_service() {
+    fn messages_must_name_the_configured_service() {
         let dds = "https://dds.example.org/base";
         check(dds, None, "dds.example.org", "https://dds.example.org", "signed");
         check(dds, None, "DDS.example.org:443", "https://dds.example.org:8443/login", "signed");
@@ -102,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_given_by_the_operator_is_the_only_one() {
+    fn configured_domain_is_the_only_valid_one() {
         let dds = "https://dds.example.org";
         check(dds, Some("Login.example"), "login.example", "https://login.example/x", "signed");
         check(dds, Some("login.example"), "dds.example.org", "https://dds.example.org", "field domain names dds.");
@@ -116,7 +114,7 @@ mod tests {
     }
 
     #[test]
-    fn a_service_on_this_machine_may_call_itself_anything() {
+    fn local_service_may_use_any_name() {
         for dds in ["http://127.0.0.1:8700", "http://localhost:1", "http://[::1]:1"] {
             check(dds, None, "dds.test.local", "whatever", "signed");
         }

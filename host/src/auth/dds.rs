@@ -1,5 +1,5 @@
-//! DDS as this node calls it: a challenge, two forms of registration, a login (posemesh.md section 2).
-//! Knows nothing of when to call; that is `registration` and `renewal`.
+//! The calls to DDS: a challenge, two forms of registration, a login (posemesh.md section 2).
+//! When to call is decided in `registration` and `renewal`.
 
 use std::{sync::Arc, time::Duration};
 
@@ -31,14 +31,14 @@ struct Verified {
     expires_at: Option<Timestamp>,
 }
 
-/// A login that worked.
+/// The result of a login.
 pub(super) struct Login {
     pub(super) token: Token,
-    /// What was left of the token's life when the answer came.
+    /// The token's remaining life when the answer arrived.
     pub(super) ttl: Duration,
 }
 
-/// DDS as this node calls it.
+/// The client for DDS.
 pub(super) struct Dds {
     base: String,
     client: Client,
@@ -46,8 +46,8 @@ pub(super) struct Dds {
     timeout: Duration,
     audience: Audience,
     reg_secret: SecretString,
-    /// Knows the secret of the last callback.
-    door: Arc<CallbackGate>,
+    /// Holds the secret of the last callback.
+    gate: Arc<CallbackGate>,
 }
 
 #[derive(Serialize)]
@@ -71,25 +71,25 @@ struct UrlBody<'a> {
 }
 
 impl Dds {
-    pub(super) fn new(config: &super::Config, client: Client, door: Arc<CallbackGate>) -> Self {
+    pub(super) fn new(config: &super::Config, client: Client, gate: Arc<CallbackGate>) -> Self {
         Self {
             base: config.dds.as_str().trim_end_matches('/').to_owned(),
             client,
             key: config.key.clone(),
-            // A limit of nothing would fail every call.
+            // A limit of zero would fail every call.
             timeout: config.request_timeout.max(Duration::from_secs(1)),
             audience: Audience::new(&config.dds, config.sign_in_domain.as_deref()),
             reg_secret: config.reg_secret.clone(),
-            door,
+            gate,
         }
     }
 
-    /// Limit of each call.
+    /// The time limit of each call.
     pub(super) fn timeout(&self) -> Duration {
         self.timeout
     }
 
-    /// Fetches a nonce and signs the message made of it. A nonce serves one attempt.
+    /// Fetches a nonce and signs the message that contains it. A nonce is valid for one attempt.
     async fn signed(&self) -> Result<(String, String), Refusal> {
         let body = json!({ "wallet": self.key.address() });
         let answer = self.post("auth/siwe/request", NONCE, body.to_string(), &[]).await?;
@@ -102,7 +102,7 @@ impl Dds {
         Ok((message, signature))
     }
 
-    /// Registers the wallet with its capabilities (posemesh.md section 2.5). The body of a 2xx means nothing.
+    /// Registers the wallet with its capabilities (posemesh.md section 2.5). The body of a 2xx is ignored.
     pub(super) async fn register_wallet(&self, capabilities: &[String], version: &str) -> Result<(), Refusal> {
         let (message, signature) = self.signed().await?;
         let body = WalletBody {
@@ -116,8 +116,8 @@ impl Dds {
         self.post("nodes/register-wallet", REGISTER, body, &[&signature]).await.map(drop)
     }
 
-    /// Registers the node under its URL (posemesh.md section 2.9), which is sent as it is signed. A 2xx alone is not
-    /// enough: the service has to call back, which is the caller's to await.
+    /// Registers the node under its URL (posemesh.md section 2.9). The URL is sent exactly as it is signed. A 2xx alone
+    /// is not enough: the service must call back. The caller waits for that.
     pub(super) async fn register_url(&self, url: &str, capabilities: &[String], version: &str) -> Result<(), Refusal> {
         let timestamp = nine_digits(self.client.now_at(&self.base));
         let signature = self.key.bare_sign(&format!("{url}{timestamp}"));
@@ -145,13 +145,14 @@ impl Dds {
             return Err(content("access_token is empty, expected a bearer token"));
         }
         if http::HeaderValue::from_str(&verified.access_token).is_err() {
-            return Err(content("access_token holds characters that cannot stand in a header"));
+            return Err(content("access_token holds characters that are invalid in a header"));
         }
         let expiry = verified.access_expires_at.or(verified.expires_at);
-        let expiry = expiry.ok_or_else(|| content("neither access_expires_at nor expires_at is there"))?;
+        let expiry =
+            expiry.ok_or_else(|| content("access_expires_at and expires_at are missing, expected one of them"))?;
         match answer.left_until(expiry) {
             Some(ttl) => Ok(Login { token: Token::new(verified.access_token), ttl }),
-            None => Err(content("the token's expiry lies in the past of the service's own clock")),
+            None => Err(content("the token has already expired by the clock of the service")),
         }
     }
 
@@ -166,7 +167,7 @@ impl Dds {
             .header(header::CONTENT_TYPE, "application/json")
             .body(transport::full(body))
             .map_err(|_| transport(TransportError::BadUrl { url: self.base.clone() }))?;
-        // Only what is decoded needs a whole body; the status of a registration says it all.
+        // Only a body that is decoded must be complete. A registration needs the status only.
         let answer = if step == REGISTER {
             self.client.call_for_status(request, self.timeout).await
         } else {
@@ -184,13 +185,12 @@ impl Dds {
         })
     }
 
-    /// The beginning of an error, without anything secret that the service repeats, at any step and
-    /// also as JSON writes it.
+    /// Returns the beginning of an error body. Removes secrets that the service repeats, in plain and in JSON form.
     fn excerpt(&self, answer: &Answer, secrets: &[&str]) -> String {
         if memchr::memmem::find(&answer.body, b"access_token").is_some() {
             return "(not shown: it holds a token)".to_owned();
         }
-        let callback = self.door.secret();
+        let callback = self.gate.secret();
         let callback = callback.as_ref().map(|secret| secret.expose_secret());
         let plain = secrets.iter().copied().chain([self.reg_secret.expose_secret()]).chain(callback);
         let plain: Vec<&str> = plain.collect();

@@ -1,10 +1,10 @@
-//! The door for the sign-in service's callback, and what it has asked of this node's pages.
+//! Accepts the callback of the sign-in service, and notes its health checks.
 //!
-//! A callback carries nothing that proves who sent it (posemesh.md section 2.9), so the door stands
-//! open only while a registration is in flight ([`CallbackGate::open`]), and what comes through it counts
-//! only together with the service's own answer; that is `registration`'s business. The secret a
-//! callback brings is kept in memory, wiped when it goes, and used for one thing: to cut it out of
-//! texts that come from the service.
+//! Nothing in a callback proves its sender (posemesh.md section 2.9). So the gate accepts one only while a registration
+//! is in flight ([`CallbackGate::open`]). `registration` counts it only together with the answer of the service.
+//!
+//! The secret of a callback stays in memory and is wiped on drop. It has one use: to remove it from texts that the
+//! service sends.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -14,7 +14,7 @@ use tokio::{sync::watch, time::Instant};
 
 use crate::model::{Callback, HealthChecks, Unexpected};
 
-/// How much of an id is shown, in characters: it comes from a stranger.
+/// Most characters of an id in the log. The sender of a callback is not authenticated.
 const SHOWN_MAX: usize = 128;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,18 +22,18 @@ enum State {
     Closed,
     /// A registration is in flight.
     Open,
-    /// One is, and the callback has come.
-    Visited,
+    /// A registration is in flight, and its callback has arrived.
+    CalledBack,
 }
 
-/// When the service last asked for `/health`, on both clocks.
+/// The time of the last request for `/health` by the service, on both clocks.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Probe {
     pub(super) at: Instant,
     pub(super) shown: Timestamp,
 }
 
-/// See the module's text. Shared by the pages and the registration.
+/// Shared by the HTTP pages and the registration. See the module documentation.
 pub(super) struct CallbackGate {
     state: watch::Sender<State>,
     secret: Mutex<Option<Arc<SecretString>>>,
@@ -49,18 +49,18 @@ impl CallbackGate {
         })
     }
 
-    /// Lets a callback in until the answer is dropped.
+    /// Accepts callbacks until the returned guard is dropped.
     pub(super) fn open(&self) -> Opened<'_> {
         self.state.send_replace(State::Open);
         Opened(self)
     }
 
-    /// What the last callback brought.
+    /// The secret of the last callback.
     pub(super) fn secret(&self) -> Option<Arc<SecretString>> {
         self.secret.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Live view of the last probe.
+    /// Watches the last health check.
     pub(super) fn probes(&self) -> watch::Receiver<Option<Probe>> {
         self.probe.subscribe()
     }
@@ -72,7 +72,7 @@ impl HealthChecks for CallbackGate {
         let open = self.state.send_if_modified(|state| {
             let open = *state != State::Closed;
             if open {
-                *state = State::Visited;
+                *state = State::CalledBack;
                 // A second callback overwrites the first.
                 *self.secret.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(secret));
             }
@@ -98,18 +98,18 @@ impl HealthChecks for CallbackGate {
     }
 }
 
-/// The door while it is open; closed when dropped.
+/// Keeps the gate open. Closes it on drop.
 pub(super) struct Opened<'a>(&'a CallbackGate);
 
 impl Opened<'_> {
-    pub(super) fn visited(&self) -> bool {
-        *self.0.state.borrow() == State::Visited
+    pub(super) fn is_called_back(&self) -> bool {
+        *self.0.state.borrow() == State::CalledBack
     }
 
     /// Waits for the callback.
-    pub(super) async fn visit(&self) {
+    pub(super) async fn called_back(&self) {
         let mut state = self.0.state.subscribe();
-        let _ = state.wait_for(|state| *state == State::Visited).await.expect("the door holds the sender");
+        let _ = state.wait_for(|state| *state == State::CalledBack).await.expect("the gate holds the sender");
     }
 }
 
@@ -130,19 +130,19 @@ mod tests {
     }
 
     #[test]
-    fn a_callback_is_taken_only_while_the_door_is_open_and_the_last_one_stays() {
-        let door = CallbackGate::new();
-        let kept = || door.secret().map(|secret| secret.expose_secret().to_owned());
-        assert_eq!(door.called_back(callback("early")), Err(Unexpected));
-        assert_eq!(kept(), None);
-        let opened = door.open();
-        assert!(!opened.visited());
-        assert_eq!(door.called_back(callback("one")), Ok(()));
-        assert_eq!(door.called_back(callback("two")), Ok(()));
-        assert!(opened.visited());
+    fn only_an_open_gate_accepts_callbacks() {
+        let gate = CallbackGate::new();
+        let secret = || gate.secret().map(|secret| secret.expose_secret().to_owned());
+        assert_eq!(gate.called_back(callback("early")), Err(Unexpected));
+        assert_eq!(secret(), None);
+        let opened = gate.open();
+        assert!(!opened.is_called_back());
+        assert_eq!(gate.called_back(callback("one")), Ok(()));
+        assert_eq!(gate.called_back(callback("two")), Ok(()));
+        assert!(opened.is_called_back());
         drop(opened);
-        assert_eq!(door.called_back(callback("late")), Err(Unexpected));
-        assert_eq!(kept().as_deref(), Some("two"));
-        assert!(!door.open().visited(), "an earlier visit does not count for a later registration");
+        assert_eq!(gate.called_back(callback("late")), Err(Unexpected));
+        assert_eq!(secret().as_deref(), Some("two"));
+        assert!(!gate.open().is_called_back(), "an earlier callback does not count for a later registration");
     }
 }

@@ -1,7 +1,7 @@
 //! The node's key: its address and its signatures.
 //!
-//! secp256k1 with Ethereum's conventions, and nothing of HTTP. The private key enters through
-//! [`NodeKey::from_hex`] and is never printed again, not even in the complaint about a bad one.
+//! secp256k1 with Ethereum's conventions. The private key enters through [`NodeKey::from_hex`]. It is never printed, not
+//! even in the error about an invalid key.
 
 use std::fmt;
 
@@ -9,14 +9,14 @@ use base16ct::lower::encode_string as hex;
 use k256::ecdsa::SigningKey;
 use sha3::{Digest, Keccak256};
 
-/// Why a text is no private key. Says what was expected and never quotes the text.
+/// Why a text is not a private key. States the expected form and never quotes the text.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum KeyError {
     /// Too short or too long.
-    #[error("private key has {0} characters, expected 64 hex digits, with or without 0x in front")]
+    #[error("private key has {0} characters, expected 64 hex digits, with or without a leading 0x")]
     Length(usize),
     /// Something that is not a hex digit.
-    #[error("private key holds a character that is no hex digit, expected 64 of 0-9 a-f")]
+    #[error("private key has a character that is not a hex digit, expected 64 of 0-9 a-f")]
     Digit,
     /// Zero, or beyond the order of the curve.
     #[error("private key is not a valid secp256k1 scalar, expected a number between 1 and the order of the curve")]
@@ -31,7 +31,7 @@ pub struct NodeKey {
 }
 
 impl NodeKey {
-    /// Reads 64 hex digits, upper or lower case, with an optional `0x` in front.
+    /// Reads 64 hex digits, upper or lower case, with an optional leading `0x`.
     pub fn from_hex(text: &str) -> Result<Self, KeyError> {
         let digits = text.strip_prefix("0x").unwrap_or(text);
         if digits.len() != 64 {
@@ -45,12 +45,12 @@ impl NodeKey {
         Ok(Self { signing, address: format!("0x{}", hex(&hash[12..])) })
     }
 
-    /// A fresh key and its hex, for worlds that need a node.
+    /// Generates a key and its hex form, for the dev server.
     #[must_use]
     pub fn generate() -> (Self, String) {
         loop {
             let text = hex(&rand::random::<[u8; 32]>());
-            // Fails for one number in 2^128.
+            // One number in 2^128 is not a key.
             if let Ok(key) = Self::from_hex(&text) {
                 return (key, text);
             }
@@ -76,8 +76,8 @@ impl NodeKey {
         format!("0x{}", self.sign(&personal_digest(message), 27))
     }
 
-    /// Signs `message` as a registration with a URL wants it (posemesh.md section 2.9): no prefix before
-    /// the message, 130 hex digits without `0x`, and v is 0 or 1.
+    /// Signs `message` for a registration with a URL (posemesh.md section 2.9): no prefix before the message,
+    /// 130 hex digits without `0x`, and v is 0 or 1.
     #[must_use]
     pub fn bare_sign(&self, message: &str) -> String {
         self.sign(&Keccak256::digest(message).into(), 0)
@@ -97,7 +97,7 @@ impl fmt::Debug for NodeKey {
     }
 }
 
-/// What `personal_sign` signs: the length it names is counted in bytes, not in characters.
+/// The digest that `personal_sign` signs. Its length field counts bytes, not characters.
 fn personal_digest(message: &str) -> [u8; 32] {
     let mut hash = Keccak256::new();
     hash.update(format!("\x19Ethereum Signed Message:\n{}", message.len()));
@@ -172,7 +172,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn the_same_key_is_read_in_every_spelling() {
+    fn every_spelling_gives_the_same_key() {
         let plain = "ab".repeat(32);
         for text in [plain.clone(), format!("0x{plain}"), plain.to_uppercase(), format!("0x{}", plain.to_uppercase())] {
             assert_eq!(
@@ -183,7 +183,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_bad_key_is_refused_without_quoting_it() {
+    fn invalid_key_is_never_quoted() {
         let refusal = |text: &str| NodeKey::from_hex(text).map(|_| ()).expect_err("no key");
         assert_eq!(refusal(""), KeyError::Length(0));
         assert_eq!(refusal(&"c0ffee".repeat(10)), KeyError::Length(60));
@@ -193,8 +193,8 @@ pub(super) mod tests {
         assert_eq!(refusal(&"00".repeat(32)), KeyError::Scalar);
         assert_eq!(refusal(&"ff".repeat(32)), KeyError::Scalar);
         for text in ["c0ffee".repeat(10), format!("{}zz", "c0".repeat(31)), "ff".repeat(32)] {
-            let said = refusal(&text).to_string();
-            assert!(!said.contains("c0") && !said.contains("ffff") && said.contains("expected"), "{said}");
+            let error = refusal(&text).to_string();
+            assert!(!error.contains("c0") && !error.contains("ffff") && error.contains("expected"), "{error}");
         }
     }
 }

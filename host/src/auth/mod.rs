@@ -1,10 +1,10 @@
-//! Proves to the control plane who this node is.
+//! Proves the node's identity to the control plane.
 //!
-//! One task, [`Auth::run`], registers the wallet with the discovery service (DDS) and keeps a
-//! node token fresh. Everyone else holds a [`TokenSource`] and asks it for the bearer of the
-//! moment. Nothing in here knows what the token is used for. Start reading at `renewal`; `dds`
-//! has the calls, `registration` and `tokens` the two states people look at, `visits` what the
-//! service asks of this node.
+//! One task, [`Auth::run`], registers the wallet with the discovery service (DDS) and renews the node token. All other
+//! code reads the current token from a [`TokenSource`]. This module does not know what the token is used for.
+//!
+//! Start reading at `renewal`. `dds` has the calls. `registration` and `tokens` have the two visible states.
+//! `health_checks` has the requests of the service to this node.
 
 mod audience;
 mod dds;
@@ -35,20 +35,20 @@ pub use key::{KeyError, NodeKey};
 pub use registration::Registration;
 pub use tokens::{AuthError, TokenSource};
 
-/// How a node makes itself known.
+/// How a node registers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Form {
-    /// By a signed message alone (posemesh.md section 2.5).
+    /// By a signed message only (posemesh.md section 2.5).
     Wallet,
-    /// By a URL at which the service calls back (posemesh.md section 2.9).
+    /// By a URL that the service calls back (posemesh.md section 2.9).
     Callback {
-        /// As configured; it is signed and sent byte for byte.
+        /// As configured. It is signed and sent byte for byte.
         url: String,
     },
 }
 
 impl Form {
-    /// As the status page shows it.
+    /// The value on the status page.
     #[must_use]
     pub fn kind(&self) -> RegistrationForm {
         match self {
@@ -57,7 +57,7 @@ impl Form {
         }
     }
 
-    /// As the log shows it.
+    /// The value in the log.
     #[must_use]
     pub fn word(&self) -> &'static str {
         match self {
@@ -67,38 +67,38 @@ impl Form {
     }
 }
 
-/// Who the node is and how patiently it says so.
+/// The identity of the node, and the limits of its sign-in.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Base URL of the discovery service. Trailing slashes do not matter, a path in front is kept.
+    /// Base URL of the discovery service. Trailing slashes are ignored. A path prefix is kept.
     pub dds: Url,
     /// How the node registers.
     pub form: Form,
-    /// The only domain sign-in messages may be for; absent: that of the service.
+    /// The only domain that sign-in messages may name. `None`: the domain of the service.
     pub sign_in_domain: Option<String>,
-    /// The shared secret that admits a node.
+    /// The shared secret that a node needs to register.
     pub reg_secret: SecretString,
     /// The wallet.
     pub key: NodeKey,
-    /// Version announced, semver without a leading `v`.
+    /// The announced version, semver without a leading `v`.
     pub version: String,
-    /// How long a registration counts before it is repeated, and the pause after a conflict or a
-    /// refusal that will not pass by itself.
+    /// The time until a registration is repeated. Also the longest pause after a conflict, and the pause after a
+    /// refusal that only an operator can fix.
     pub register_interval: Duration,
-    /// Transient failures in a row before one interval is waited; negative: no cap.
+    /// Consecutive transient failures before a pause of one interval. Negative: no cap.
     pub register_max_retry: i32,
-    /// Share of a token's life after which it is renewed, 0 to 1.
+    /// The share of a token's life after which it is renewed, 0 to 1.
     pub token_safety_ratio: f64,
-    /// Failed logins in a row, beyond the first, before users without a token are told.
+    /// Consecutive failed logins, beyond the first, before callers without a token get an error.
     pub token_max_retries: u32,
-    /// Spread of the renewal instant, to both sides, and the longest first pause after a failed login.
+    /// Jitter of the renewal time, to both sides. Also bounds the first pauses after a failed login.
     pub token_jitter: Duration,
-    /// Limit of each single call.
+    /// The time limit of each call.
     pub request_timeout: Duration,
 }
 
 impl Config {
-    /// The usual settings of a wallet.
+    /// The default settings with a wallet.
     #[must_use]
     pub fn new(dds: Url, key: NodeKey) -> Self {
         Self {
@@ -118,36 +118,35 @@ impl Config {
     }
 }
 
-/// Registration and login of this node, not started.
+/// Registration and login of this node, not yet started.
 pub struct Auth {
     config: Config,
-    /// What this node serves now.
+    /// The capabilities that this node serves now.
     capabilities: watch::Receiver<Vec<Capability>>,
     dds: dds::Dds,
-    desk: tokens::TokenIssuer,
-    door: Arc<health_checks::CallbackGate>,
+    issuer: tokens::TokenIssuer,
+    gate: Arc<health_checks::CallbackGate>,
     status: watch::Sender<Registration>,
-    /// Somebody has reason to believe that the registration is gone.
-    doubted: Notify,
+    /// Requests a new registration, because the service may have lost the current one.
+    reregister: Notify,
 }
 
 impl Auth {
-    /// Makes the room; no call is made before [`Auth::run`].
+    /// Creates the module. [`Auth::run`] makes the first call.
     ///
-    /// `capabilities` are what this node serves now. They are sent sorted and without duplicates, and again after
-    /// every change.
+    /// `capabilities` is what this node serves now. It is sent sorted, without duplicates, and again after every change.
     #[must_use]
     pub fn new(config: Config, capabilities: watch::Receiver<Vec<Capability>>, client: transport::Client) -> Self {
-        let door = health_checks::CallbackGate::new();
-        let dds = dds::Dds::new(&config, client, Arc::clone(&door));
+        let gate = health_checks::CallbackGate::new();
+        let dds = dds::Dds::new(&config, client, Arc::clone(&gate));
         let status = watch::Sender::new(Registration::default());
-        Self { config, capabilities, dds, desk: tokens::TokenIssuer::new(), door, status, doubted: Notify::new() }
+        Self { config, capabilities, dds, issuer: tokens::TokenIssuer::new(), gate, status, reregister: Notify::new() }
     }
 
-    /// Where others get the node token.
+    /// The source of the node token for other modules.
     #[must_use]
     pub fn tokens(&self) -> TokenSource {
-        self.desk.source()
+        self.issuer.source()
     }
 
     /// The address of the node's wallet.
@@ -156,7 +155,7 @@ impl Auth {
         self.config.key.address()
     }
 
-    /// How the registration stands, for status pages and readiness.
+    /// The state of the registration, for the status page and readiness.
     #[must_use]
     pub fn status(&self) -> watch::Receiver<Registration> {
         self.status.subscribe()
@@ -168,19 +167,19 @@ impl Auth {
         &self.config.form
     }
 
-    /// Takes what the service says on the node's own pages.
+    /// Receives the calls of the service to the node's HTTP pages.
     #[must_use]
     pub fn health_checks(&self) -> Arc<dyn HealthChecks> {
-        Arc::clone(&self.door) as _
+        Arc::clone(&self.gate) as _
     }
 
-    /// Registers, logs in and renews until `stop`. A call under way is dropped then, and token
-    /// users get [`AuthError::Stopped`]: stop this room after the last report is sent.
+    /// Registers, logs in and renews until `stop`. Then it drops a call in progress, and callers without a token get
+    /// [`AuthError::Stopped`]. So stop it after the last report is sent.
     pub async fn run(self, stop: CancellationToken) {
         tokio::select! {
             biased;
             () = stop.cancelled() => {}
-            never = self.keep() => match never {},
+            never = self.sign_in_loop() => match never {},
         }
     }
 }

@@ -1,14 +1,14 @@
-//! The pauses between attempts (posemesh.md section 2.6). Pure: the draw of a jitter is passed in.
+//! The pauses between attempts (posemesh.md section 2.6). Pure code: the caller passes the random draw of the jitter.
 
 use std::time::Duration;
 
 use super::refusal::Class;
 use crate::model::{Backoff, Jitter};
 
-/// After transient failures in a row.
+/// The pauses after consecutive transient failures.
 const TRANSIENT: Backoff = Backoff::new(Duration::from_secs(2), Duration::from_secs(60), Jitter::Fifth);
-/// First pause after a conflict. A node that was killed and started again conflicts with itself until the
-/// service has noticed its end.
+/// The first pause after a conflict. A node that was killed and restarted conflicts with itself until the service
+/// notices the end of the first process.
 const CONFLICT_FIRST: Duration = Duration::from_secs(1);
 
 /// The pauses between registrations.
@@ -16,19 +16,19 @@ const CONFLICT_FIRST: Duration = Duration::from_secs(1);
 pub(super) struct Pauses {
     interval: Duration,
     cap: i32,
-    /// Transient failures in a row.
+    /// Consecutive transient failures.
     transient: u32,
-    /// Conflicts in a row.
+    /// Consecutive conflicts.
     conflicts: u32,
 }
 
 impl Pauses {
-    /// `cap`: transient failures in a row before one `interval` is waited; negative: no cap.
+    /// `cap`: consecutive transient failures before a pause of one `interval`. Negative: no cap.
     pub(super) fn new(interval: Duration, cap: i32) -> Self {
         Self { interval: interval.max(Duration::from_secs(1)), cap, transient: 0, conflicts: 0 }
     }
 
-    /// The pause after a failure of `class`. `draw` lies in 0..1.
+    /// The pause after a failure of `class`. `draw` is in 0..1.
     pub(super) fn after(&mut self, class: Class, draw: f64) -> Duration {
         match class {
             Class::Transient => {
@@ -45,7 +45,7 @@ impl Pauses {
                 self.conflicts = self.conflicts.saturating_add(1);
                 Backoff::new(CONFLICT_FIRST, self.interval, Jitter::Fifth).pause(self.conflicts, draw)
             }
-            Class::Slow => {
+            Class::Persistent => {
                 (self.transient, self.conflicts) = (0, 0);
                 self.interval
             }
@@ -53,32 +53,32 @@ impl Pauses {
     }
 }
 
-/// Bounds of the first pause after a failed login; the second one is the longest of all pauses.
+/// Bounds of the first pause after a failed login. The upper bound also limits all later pauses.
 const LOGIN_FIRST: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(30));
 
-/// The pauses between logins that failed. The first is at most half of `jitter`
-/// (`TOKEN_REAUTH_JITTER_MS`), the second at most all of it.
+/// The pauses after failed logins. The first pause is at most half of `jitter` (`TOKEN_REAUTH_JITTER_MS`), the second at
+/// most all of it.
 pub(super) fn after_login(jitter: Duration) -> Backoff {
     Backoff::new((jitter / 2).clamp(LOGIN_FIRST.0, LOGIN_FIRST.1), LOGIN_FIRST.1, Jitter::Half)
 }
 
-/// The distances of logins whose tokens the control plane takes and then rejects: short, because the node
-/// holds leases, and growing, because another node may sign in with the same key.
-const TAKEN_DISTANCE: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(1), Jitter::Half);
+/// The least time between logins whose tokens the control plane first accepts and then rejects. It is short because the
+/// node holds leases. It grows because another node may sign in with the same key.
+const ACCEPTED_LOGIN_GAP: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(1), Jitter::Half);
 
-/// Tokens in a row that were taken and rejected before [`TAKEN_DISTANCE`] had passed.
+/// Counts consecutive tokens that were accepted, and rejected before [`ACCEPTED_LOGIN_GAP`] had passed.
 #[derive(Debug, Default)]
-pub(super) struct TakenTokens(u32);
+pub(super) struct AcceptedTokens(u32);
 
-impl TakenTokens {
-    /// How long to wait before the next login, as the token of the last one lived for `lived`.
+impl AcceptedTokens {
+    /// Returns the pause before the next login. `lived` is how long the last token was valid.
     pub(super) fn rejected(&mut self, lived: Duration, draw: f64) -> Duration {
-        if lived >= TAKEN_DISTANCE.grown(self.0 + 1) {
+        if lived >= ACCEPTED_LOGIN_GAP.grown(self.0 + 1) {
             self.0 = 0;
             return Duration::ZERO;
         }
         self.0 = (self.0 + 1).min(16);
-        TAKEN_DISTANCE.pause(self.0, draw).saturating_sub(lived)
+        ACCEPTED_LOGIN_GAP.pause(self.0, draw).saturating_sub(lived)
     }
 }
 
@@ -94,7 +94,7 @@ mod tests {
                 let class = match letter {
                     't' => Class::Transient,
                     'c' => Class::Conflict,
-                    _ => Class::Slow,
+                    _ => Class::Persistent,
                 };
                 pauses.after(class, 0.5).as_secs().to_string()
             })
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn transient_failures_grow_and_refusals_wait_the_interval() {
+    fn only_transient_failures_have_growing_pauses() {
         check(-1, "ttttttttt", "2 4 8 16 32 60 60 60 60");
         check(-1, "ttstt", "2 4 120 2 4");
         check(0, "ttt", "120 120 120");
@@ -111,13 +111,13 @@ mod tests {
     }
 
     #[test]
-    fn conflicts_grow_from_a_second_to_the_interval() {
+    fn conflict_pauses_grow_up_to_the_interval() {
         check(-1, "ccccccccc", "1 2 4 8 16 32 64 120 120");
         check(-1, "cctcsc", "1 2 2 1 120 1");
     }
 
     #[test]
-    fn the_jitter_stays_within_a_fifth() {
+    fn jitter_stays_within_one_fifth() {
         for (draw, expected) in [(0.0, 1.6), (1.0, 2.4)] {
             let mut pauses = Pauses::new(Duration::from_secs(120), -1);
             assert!((pauses.after(Class::Transient, draw).as_secs_f64() - expected).abs() < 1e-9);
@@ -125,7 +125,7 @@ mod tests {
     }
 
     #[test]
-    fn pauses_between_logins_begin_within_the_jitter_and_grow_to_their_bound() {
+    fn login_pauses_grow_from_the_jitter() {
         let grown = |jitter: u64| -> Vec<u128> {
             let pauses = after_login(Duration::from_millis(jitter));
             (1..=9).map(|n| pauses.pause(n, 1.0).as_millis()).collect()
@@ -138,9 +138,9 @@ mod tests {
     }
 
     #[test]
-    fn tokens_that_were_taken_pause_only_when_they_live_briefly() {
-        let mut tokens = TakenTokens::default();
-        let pauses = |tokens: &mut TakenTokens, lived: u64, count: usize| -> Vec<u128> {
+    fn only_short_lived_accepted_tokens_cause_pauses() {
+        let mut tokens = AcceptedTokens::default();
+        let pauses = |tokens: &mut AcceptedTokens, lived: u64, count: usize| -> Vec<u128> {
             (0..count).map(|_| tokens.rejected(Duration::from_millis(lived), 1.0).as_millis()).collect()
         };
         assert_eq!(pauses(&mut tokens, 150, 3), [0, 0, 0]);

@@ -1,9 +1,8 @@
-//! The node's registration: what is visible of it, its attempts, and its repetition (posemesh contract
-//! 2.5, 2.6 and 2.9).
+//! The node's registration: its status, its attempts, and its repetition (posemesh.md sections 2.5, 2.6 and 2.9).
 //!
-//! A registration does not last by itself: services forget, and capabilities come and go. So it is
-//! repeated ([`Auth::refresh`]) while the node works, without touching the token in use. What a
-//! callback is worth is told in `docs/decisions/2026-11-21-registration.md`.
+//! The service may lose a registration, and the capabilities may change. So the node repeats the registration
+//! ([`Auth::refresh`]) while it works. The current token stays in use.
+//! `docs/decisions/2026-11-21-registration.md` says what a callback proves.
 
 use std::{convert::Infallible, time::Duration};
 
@@ -21,23 +20,23 @@ use crate::{
     transport::RETRY_AFTER_MAX,
 };
 
-/// How often a registration that cannot succeed by itself is worth a warning.
+/// The least time between two warnings about a registration that only an operator can fix.
 const WARN_EVERY: Duration = Duration::from_secs(180);
 
-/// Registration and login for people.
+/// The state of registration and login, for operators.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Registration {
-    /// Where it stands.
+    /// The state.
     pub state: RegistrationState,
-    /// Since when.
+    /// When the state began.
     pub since: Timestamp,
-    /// Why the last attempt failed, one line; `None` while all is well.
+    /// Why the last attempt failed, one line. `None`: it did not fail.
     pub error: Option<String>,
-    /// When the service last asked for this node's health.
+    /// When the service last requested this node's health.
     pub probed_at: Option<Timestamp>,
-    /// Until when the node token in hand is good, by our clock; `None` while there is none.
+    /// When the current node token expires, by the local clock. `None`: there is no token.
     pub token_expires_at: Option<Timestamp>,
-    /// Why the last login failed, one line; `None` while all is well.
+    /// Why the last login failed, one line. `None`: it did not fail.
     pub login_error: Option<String>,
 }
 
@@ -54,7 +53,7 @@ impl Default for Registration {
     }
 }
 
-/// An attempt that did not register the node.
+/// A failed attempt to register.
 struct Failure {
     class: Class,
     retry_after: Option<Duration>,
@@ -72,12 +71,12 @@ impl From<Refusal> for Failure {
     }
 }
 
-/// Why a standing registration is repeated.
+/// Why a registration is repeated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Cause {
-    /// It is old, and the service has not asked for this node's health either.
+    /// It is old, and the service has not requested this node's health either.
     Age,
-    /// Other capabilities are served now.
+    /// The capabilities changed.
     Capabilities,
     /// The control plane rejects fresh tokens.
     Rejections,
@@ -93,7 +92,7 @@ impl Cause {
     }
 }
 
-/// Attempts in a row, with the pauses and warnings between them.
+/// Consecutive attempts, with their pauses and warnings.
 struct Series {
     pauses: Pauses,
     warned: Option<Instant>,
@@ -104,7 +103,7 @@ impl Series {
         Self { pauses: Pauses::new(auth.config.register_interval, auth.config.register_max_retry), warned: None }
     }
 
-    /// Says that an attempt failed; how long to wait.
+    /// Logs a failed attempt. Returns the pause before the next one.
     fn failed(&mut self, failure: &Failure) -> Duration {
         let Failure { class, retry_after, error } = failure;
         let pause = pause_asked(self.pauses.after(*class, rand::random()), *retry_after, RETRY_AFTER_MAX);
@@ -120,21 +119,21 @@ impl Series {
 }
 
 impl Class {
-    /// Where an attempt that failed like this leaves a node that is not registered.
+    /// The state of an unregistered node after such a failure.
     fn state(self) -> RegistrationState {
         match self {
             Self::Conflict => RegistrationState::Conflict,
             Self::Transient => RegistrationState::Registering,
-            Self::Slow => RegistrationState::Disconnected,
+            Self::Persistent => RegistrationState::Disconnected,
         }
     }
 }
 
 impl Auth {
-    /// Attempts until the node is registered; what was registered.
+    /// Tries until the node is registered. Returns the registered capabilities.
     pub(super) async fn register(&self) -> Vec<Capability> {
         let mut series = Series::new(self);
-        self.desk.working();
+        self.issuer.working();
         loop {
             self.publish(RegistrationState::Registering, None);
             let failure = match self.attempt().await {
@@ -153,21 +152,21 @@ impl Auth {
                 Err(failure) => failure,
             };
             let pause = series.failed(&failure);
-            self.desk.failed(&format!("not registered: {}", failure.error));
+            self.issuer.failed(&format!("not registered: {}", failure.error));
             self.publish(failure.class.state(), Some(failure.error));
             tokio::time::sleep(pause).await;
         }
     }
 
-    /// Repeats the registration of `served` whenever there is a cause. The token in use is not touched,
-    /// and only a conflict changes the state: while logins work, the service knows this node.
+    /// Repeats the registration of `served` whenever there is a [`Cause`]. The current token stays in use. Only a
+    /// conflict changes the state: while logins succeed, the service knows this node.
     pub(super) async fn refresh(&self, mut served: Vec<Capability>) -> Infallible {
         let mut last = Instant::now();
         loop {
             let cause = tokio::select! {
-                () = self.aged(last) => Cause::Age,
-                () = self.serves_other_than(&served) => Cause::Capabilities,
-                () = self.doubted.notified() => Cause::Rejections,
+                () = self.until_old(last) => Cause::Age,
+                () = self.until_capabilities_differ(&served) => Cause::Capabilities,
+                () = self.reregister.notified() => Cause::Rejections,
             };
             let mut series = Series::new(self);
             loop {
@@ -195,7 +194,7 @@ impl Auth {
                         let pause = series.failed(&failure);
                         let state = match failure.class {
                             Class::Conflict => RegistrationState::Conflict,
-                            Class::Transient | Class::Slow => self.status.borrow().state,
+                            Class::Transient | Class::Persistent => self.status.borrow().state,
                         };
                         self.publish(state, Some(failure.error));
                         tokio::time::sleep(pause).await;
@@ -205,14 +204,14 @@ impl Auth {
         }
     }
 
-    /// One attempt in the form of the configuration; what was registered.
+    /// Makes one attempt in the configured form. Returns the registered capabilities.
     async fn attempt(&self) -> Result<Vec<Capability>, Failure> {
         let mut served = self.capabilities.borrow().clone();
         served.sort();
         served.dedup();
         if served.is_empty() {
             let error = "there is no capability to register; load a plugin".to_owned();
-            return Err(Failure { class: Class::Slow, retry_after: None, error });
+            return Err(Failure { class: Class::Persistent, retry_after: None, error });
         }
         let names: Vec<String> = served.iter().map(ToString::to_string).collect();
         match &self.config.form {
@@ -222,38 +221,38 @@ impl Auth {
         Ok(served)
     }
 
-    /// Registers under `url`: the service has to accept, and to call back.
+    /// Registers under `url`. The service must accept the registration and call back.
     async fn register_url(&self, url: &str, names: &[String]) -> Result<(), Failure> {
-        let door = self.door.open();
+        let opened = self.gate.open();
         match self.dds.register_url(url, names, &self.config.version).await {
             Ok(()) => {}
-            // It called back, so it had taken the registration; only its answer got lost.
-            Err(refusal) if refusal.answer_lost() && door.visited() => return Ok(()),
+            // The service called back, so it accepted the registration. Only its answer was lost.
+            Err(refusal) if refusal.answer_lost() && opened.is_called_back() => return Ok(()),
             Err(refusal) => {
-                let unreached = refusal.server_error() && !door.visited();
+                let unreachable = refusal.server_error() && !opened.is_called_back();
                 let mut failure = Failure::from(refusal);
-                if unreached {
+                if unreachable {
                     failure.error.push_str(&format!("; check that the service can reach NODE_URL {url}"));
                 }
                 return Err(failure);
             }
         }
-        tokio::time::timeout(self.dds.timeout(), door.visit()).await.map_err(|_| Failure {
+        tokio::time::timeout(self.dds.timeout(), opened.called_back()).await.map_err(|_| Failure {
             class: Class::Transient,
             retry_after: None,
             error: format!(
-                "registration: accepted, but nobody called back at NODE_URL {url} within {:?}; check that the service \
+                "registration: accepted, but the service did not call back at NODE_URL {url} within {:?}; check that the service \
                  can reach it, or set REGISTRATION=wallet",
                 self.dds.timeout()
             ),
         })
     }
 
-    /// Waits until the registration made at `last` needs repeating, because for one interval neither it
-    /// nor (where the service knows a URL to ask) a health check showed that the service knows us.
-    async fn aged(&self, last: Instant) {
+    /// Waits until the registration made at `last` is one interval old. With a callback URL, each health check of the
+    /// service proves that it still knows this node, and restarts the interval.
+    async fn until_old(&self, last: Instant) {
         let interval = self.config.register_interval.max(Duration::from_secs(1));
-        let probes = self.door.probes();
+        let probes = self.gate.probes();
         loop {
             let probed = probes.borrow().map(|probe| probe.at).filter(|_| self.config.form != Form::Wallet);
             let due = probed.map_or(last, |at| at.max(last)) + interval;
@@ -264,7 +263,7 @@ impl Auth {
         }
     }
 
-    async fn serves_other_than(&self, served: &[Capability]) {
+    async fn until_capabilities_differ(&self, served: &[Capability]) {
         let mut now = self.capabilities.clone();
         let other = |now: &Vec<Capability>| {
             let mut now = now.clone();
@@ -273,7 +272,7 @@ impl Auth {
             now != served
         };
         if now.wait_for(other).await.is_err() {
-            // Nobody can change them any more.
+            // The sender is gone, so they never change again.
             std::future::pending().await
         }
     }
@@ -284,18 +283,18 @@ impl Auth {
                 now.since = Timestamp::now();
                 now.state = state;
             }
-            // While an attempt is under way the last failure is still the news.
+            // During an attempt, the status still shows the last failure.
             if error.is_some() || state == RegistrationState::Registered {
                 now.error = error;
             }
         });
     }
 
-    /// Shows the service's visits.
+    /// Copies the times of health checks to the status.
     pub(super) async fn show_probes(&self) -> Infallible {
-        let mut probes = self.door.probes();
+        let mut probes = self.gate.probes();
         loop {
-            probes.changed().await.expect("the door holds the sender");
+            probes.changed().await.expect("the gate holds the sender");
             let shown = probes.borrow_and_update().map(|probe| probe.shown);
             self.status.send_modify(|now| now.probed_at = shown);
         }

@@ -1,7 +1,7 @@
 //! The one task that registers, logs in and renews.
 //!
-//! Registration and renewal take turns in a single loop, so there is never more than one login
-//! under way, and a wallet the service has forgotten is registered again before the next one.
+//! Registration and renewal alternate in one loop. So at most one login is in progress. A wallet that the service has
+//! lost is registered again before the next login.
 
 use std::{convert::Infallible, time::Duration};
 
@@ -10,29 +10,29 @@ use tokio::time::Instant;
 use super::{
     Auth, RegistrationState,
     dds::Login,
-    pauses::{TakenTokens, after_login},
+    pauses::{AcceptedTokens, after_login},
 };
 use crate::{
     model::{millis, pause_asked},
     transport::RETRY_AFTER_MAX,
 };
 
-/// Shortest time between two logins, whatever ratio, lifetime or rejections ask for.
+/// The least time between two logins, for any ratio, lifetime or number of rejections.
 const LOGIN_GAP_MIN: Duration = Duration::from_millis(100);
-/// From this pause on, users without a token are told of the failure instead of kept waiting.
-const TOLD_FROM: Duration = Duration::from_secs(5);
-/// At which fresh token rejected in a row the registration itself is doubted, and how often again.
-const DOUBTED_FROM: u32 = 3;
-const DOUBTED_EVERY: u32 = 16;
-/// A token that lived this long was good: its rejection is the first.
+/// From this pause on, callers without a token get an error instead of waiting.
+const FAIL_CALLERS_FROM: Duration = Duration::from_secs(5);
+/// The number of consecutive rejected fresh tokens at which the node registers again, and the period after that.
+const REREGISTER_FROM: u32 = 3;
+const REREGISTER_EVERY: u32 = 16;
+/// A token that was valid for this long restarts the counts: its rejection is the first one.
 const TOKEN_PROVEN: Duration = Duration::from_secs(30);
 
 const REJECTED_FRESH: &str = "the control plane rejects fresh node tokens";
 const REJECTED_SOON: &str =
-    "the control plane rejects node tokens soon after it took them, as when another node signs in with the same key";
+    "the control plane rejects node tokens soon after it accepted them; check that no other node uses the same key";
 
-/// When to renew a token got now with `ttl` to live. The answer is never beyond `ttl`, except
-/// that two logins keep their distance. `draw` lies in 0..1.
+/// Returns when to renew a token that was issued now for `ttl`. The result exceeds `ttl` only to keep the least time
+/// between two logins. `draw` is in 0..1.
 fn renew_in(ttl: Duration, ratio: f64, jitter: Duration, draw: f64) -> Duration {
     let ratio = if ratio.is_finite() { ratio.clamp(0.0, 1.0) } else { 0.75 };
     let middle = ttl.as_secs_f64() * ratio;
@@ -42,24 +42,24 @@ fn renew_in(ttl: Duration, ratio: f64, jitter: Duration, draw: f64) -> Duration 
     wanted.min(ttl).max(floor)
 }
 
-/// Why the wait for a renewal ended.
+/// Why a renewal is due.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Due {
     Planned,
-    Rejected { taken: bool },
+    Rejected { accepted: bool },
 }
 
-/// Tokens rejected in a row before their time.
+/// Counts consecutive tokens that were rejected before their expiry.
 #[derive(Default)]
 struct Rejections {
-    /// That were never taken, and one before them.
+    /// Those that were never accepted. The count starts at one after an accepted token.
     fresh: u32,
-    /// That had been taken.
+    /// Those that were accepted before.
     soon: u32,
-    taken: TakenTokens,
+    accepted: AcceptedTokens,
 }
 
-/// What to do before the next login.
+/// The pause before the next login, and its cause.
 #[derive(Debug, PartialEq)]
 struct Pause {
     length: Duration,
@@ -67,14 +67,14 @@ struct Pause {
 }
 
 impl Rejections {
-    /// Counts one more. Returns the pause and its cause; the first rejection of a token that was taken may
-    /// have any innocent cause and is not told.
-    fn count(&mut self, taken: bool, lived: Duration, jitter: Duration, draw: f64) -> Option<Pause> {
+    /// Counts one rejection. Returns the pause and its cause. The first rejection of an accepted token may be harmless
+    /// and is not reported.
+    fn count(&mut self, accepted: bool, lived: Duration, jitter: Duration, draw: f64) -> Option<Pause> {
         let proven = lived >= TOKEN_PROVEN;
-        if taken || proven {
+        if accepted || proven {
             self.fresh = 1;
-            self.soon = if proven { u32::from(taken) } else { self.soon.saturating_add(1) };
-            let length = self.taken.rejected(lived, draw);
+            self.soon = if proven { u32::from(accepted) } else { self.soon.saturating_add(1) };
+            let length = self.accepted.rejected(lived, draw);
             return (self.soon > 1 || !length.is_zero()).then_some(Pause { length, error: REJECTED_SOON });
         }
         self.fresh = self.fresh.saturating_add(1);
@@ -84,22 +84,22 @@ impl Rejections {
 }
 
 impl Auth {
-    /// Runs for ever; [`Auth::run`] ends it.
-    pub(super) async fn keep(&self) -> Infallible {
+    /// Runs until [`Auth::run`] drops it.
+    pub(super) async fn sign_in_loop(&self) -> Infallible {
         let registered = async {
-            let mut forgotten = 0_u32;
+            let mut unknown = 0_u32;
             loop {
                 let served = self.register().await;
                 let logged_in = tokio::select! {
                     logged_in = self.renew() => logged_in,
                     never = self.refresh(served) => match never {},
                 };
-                forgotten = if logged_in { 1 } else { forgotten.saturating_add(1) };
-                // A service that takes every registration and knows nobody is not asked without pause.
-                if forgotten > 1 {
-                    let pause = after_login(self.config.token_jitter).pause(forgotten - 1, rand::random());
-                    if pause >= TOLD_FROM {
-                        self.desk.failed("the sign-in service registers this node and then does not know it");
+                unknown = if logged_in { 1 } else { unknown.saturating_add(1) };
+                // The service may accept every registration and still not know the wallet. Then the attempts need pauses.
+                if unknown > 1 {
+                    let pause = after_login(self.config.token_jitter).pause(unknown - 1, rand::random());
+                    if pause >= FAIL_CALLERS_FROM {
+                        self.issuer.failed("the sign-in service registers this node and then does not know it");
                     }
                     tokio::time::sleep(pause).await;
                 }
@@ -111,17 +111,17 @@ impl Auth {
         }
     }
 
-    /// Logs in and renews until the service does not know the wallet any more; whether it ever did.
+    /// Logs in and renews until the service does not know the wallet. Returns whether a login succeeded.
     async fn renew(&self) -> bool {
         let mut logged_in = false;
         let mut rejections = Rejections::default();
         while let Some(login) = self.log_in().await {
             let got = Instant::now();
             logged_in = true;
-            // A lifetime beyond what a clock can hold is as good as a day.
+            // A longer lifetime could overflow the clock.
             let ttl = login.ttl.min(Duration::from_secs(24 * 3600));
             let wait = renew_in(ttl, self.config.token_safety_ratio, self.config.token_jitter, rand::random());
-            self.desk.hold(login.token, got + ttl);
+            self.issuer.hold(login.token, got + ttl);
             self.status.send_modify(|now| {
                 now.token_expires_at = jiff::Timestamp::now().checked_add(ttl).ok();
                 now.login_error = None;
@@ -129,25 +129,25 @@ impl Auth {
             tracing::debug!(ttl_ms = millis(ttl), renew_in_ms = millis(wait), "node token renewed");
             let due = tokio::select! {
                 () = tokio::time::sleep_until(got + wait) => Due::Planned,
-                taken = self.desk.rejected() => Due::Rejected { taken },
+                accepted = self.issuer.rejected() => Due::Rejected { accepted },
             };
-            let Due::Rejected { taken } = due else {
+            let Due::Rejected { accepted } = due else {
                 rejections = Rejections::default();
                 continue;
             };
             self.status.send_modify(|now| now.token_expires_at = None);
             let jitter = self.config.token_jitter;
-            // A token that was taken is replaced at once. Where fresh ones are rejected, a faster login does not help.
-            if let Some(Pause { length, error }) = rejections.count(taken, got.elapsed(), jitter, rand::random()) {
+            // An accepted token is replaced at once. When fresh tokens are rejected, a faster login does not help.
+            if let Some(Pause { length, error }) = rejections.count(accepted, got.elapsed(), jitter, rand::random()) {
                 self.status.send_modify(|now| now.login_error = Some(error.to_owned()));
                 tracing::warn!(event = "token.rejected", error, retry_in_ms = millis(length), "node token rejected");
-                // The control plane may reject tokens because it does not know this node: a repeated
-                // registration tells it. Once at first, then once every few minutes.
-                if rejections.fresh % DOUBTED_EVERY == DOUBTED_FROM {
-                    self.doubted.notify_one();
+                // The control plane may reject tokens because it does not know this node. A repeated registration fixes
+                // that: once at first, then once every few minutes.
+                if rejections.fresh % REREGISTER_EVERY == REREGISTER_FROM {
+                    self.reregister.notify_one();
                 }
-                if length >= TOLD_FROM {
-                    self.desk.failed(error);
+                if length >= FAIL_CALLERS_FROM {
+                    self.issuer.failed(error);
                 }
                 tokio::time::sleep(length).await;
             }
@@ -155,10 +155,10 @@ impl Auth {
         logged_in
     }
 
-    /// Attempts until a login works. `None`: the wallet is unknown and must be registered first.
+    /// Tries until a login succeeds. `None`: the wallet is unknown and must be registered first.
     async fn log_in(&self) -> Option<Login> {
         let mut failures = 0_u32;
-        self.desk.working();
+        self.issuer.working();
         loop {
             let refusal = match self.dds.login().await {
                 Ok(login) => return Some(login),
@@ -176,23 +176,23 @@ impl Auth {
             tracing::warn!(event = "login.failed", %error, attempt = failures, retry_in_ms = millis(pause), "login failed");
             let error = format!("login failed {failures} times: {error}");
             self.status.send_modify(|now| now.login_error = Some(error.clone()));
-            // Short pauses pass unseen. Beyond them users are told at once, and keep being told
-            // while the service is asked again: nobody hangs on a service that is away.
-            if failures > self.config.token_max_retries || pause >= TOLD_FROM {
-                self.desk.failed(&error);
+            // Callers wait through short pauses. After that they get the error at once, also during later attempts:
+            // nobody may wait for a service that is unavailable.
+            if failures > self.config.token_max_retries || pause >= FAIL_CALLERS_FROM {
+                self.issuer.failed(&error);
             }
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
-                never = self.tell_the_rejected(&error) => match never {},
+                never = self.fail_rejected_tokens(&error) => match never {},
             }
         }
     }
 
-    /// A token rejected while logins fail leaves nothing to wait for soon.
-    async fn tell_the_rejected(&self, error: &str) -> Infallible {
+    /// Fails callers at once when the token is rejected while logins fail.
+    async fn fail_rejected_tokens(&self, error: &str) -> Infallible {
         loop {
-            self.desk.rejected().await;
-            self.desk.failed(error);
+            self.issuer.rejected().await;
+            self.issuer.failed(error);
         }
     }
 }
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn renewal_comes_at_the_ratio_within_its_jitter_and_never_after_the_end() {
+    fn renewal_follows_the_ratio_within_the_lifetime() {
         assert_eq!(renew_in(millis(100_000), 0.75, millis(0), 0.9), millis(75_000));
         assert_eq!(renew_in(millis(100_000), 0.75, millis(500), 0.0), millis(74_500));
         assert_eq!(renew_in(millis(100_000), 0.75, millis(500), 1.0), millis(75_500));
@@ -215,12 +215,12 @@ mod tests {
     }
 
     #[test]
-    fn taken_tokens_are_replaced_at_once_and_fresh_ones_ever_later() {
+    fn rejected_fresh_tokens_are_replaced_with_growing_pauses() {
         let (soon, long) = (millis(500), TOKEN_PROVEN);
         let mut rejections = Rejections::default();
         let mut pauses = |tokens: &[(bool, Duration)]| -> Vec<Option<u128>> {
-            let pause = |(taken, lived): &(bool, Duration)| {
-                rejections.count(*taken, *lived, millis(500), 1.0).map(|pause| pause.length.as_millis())
+            let pause = |(accepted, lived): &(bool, Duration)| {
+                rejections.count(*accepted, *lived, millis(500), 1.0).map(|pause| pause.length.as_millis())
             };
             tokens.iter().map(pause).collect()
         };
@@ -232,7 +232,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ratio_or_lifetime_of_nothing_does_not_make_a_flood() {
+    fn zero_ratio_or_lifetime_causes_no_login_storm() {
         assert_eq!(renew_in(millis(100_000), 0.0, millis(500), 0.0), millis(1_000));
         assert_eq!(renew_in(millis(1), 0.75, millis(500), 1.0), LOGIN_GAP_MIN);
     }

@@ -1,5 +1,4 @@
-//! Sign-in with Ethereum: the challenge DDS hands out, and the message built from it (posemesh contract
-//! 2.1 and 2.2).
+//! Sign-in with Ethereum: the challenge of DDS, and the message built from it (posemesh.md sections 2.1 and 2.2).
 
 use serde::Deserialize;
 
@@ -18,9 +17,8 @@ pub(super) struct Challenge {
 }
 
 impl Challenge {
-    /// The text to sign (posemesh.md section 2.2). Refuses a field that would change the message's lines:
-    /// the node would otherwise sign whatever the other side writes into it. Refuses a message for
-    /// somebody else ([`Audience`]).
+    /// Builds the text to sign (posemesh.md section 2.2). Refuses a field that would add lines to the message: the node
+    /// would otherwise sign any text that the service injects. Refuses a message for another service ([`Audience`]).
     pub(super) fn message(&self, address: &str, audience: &Audience) -> Result<String, Unsignable> {
         let fields = [
             ("nonce", &self.nonce),
@@ -52,12 +50,12 @@ impl Challenge {
     }
 }
 
-/// Why a challenge is not signed, one clause.
+/// Why a challenge is not signed.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Unsignable {
-    /// A field is empty or would change the message's lines.
+    /// A field is empty or would add lines to the message.
     Malformed(String),
-    /// It would sign the node in elsewhere.
+    /// It would sign the node in to another service.
     Foreign(String),
 }
 
@@ -78,7 +76,7 @@ pub(super) mod tests {
         }
     }
 
-    /// The messages of posemesh.md section 2.3, by the letter of their inputs.
+    /// The messages of posemesh.md section 2.3, by the letters of their inputs.
     pub(in crate::auth) fn vector_message(inputs: &str) -> String {
         let mut fields = challenge();
         match inputs {
@@ -95,7 +93,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn fields_that_would_forge_lines_are_refused() {
+    fn fields_with_line_breaks_are_refused() {
         let spoil: [fn(&mut Challenge, &str); 5] = [
             |c, text| c.nonce = text.into(),
             |c, text| c.domain = text.into(),
@@ -116,7 +114,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn strict_fields_of_a_challenge_stay_strict() {
+    fn challenge_fields_have_strict_types() {
         let good = json!({"nonce":"n","domain":"d","uri":"u","version":"1","chainId":1,"issuedAt":"t","more":0});
         assert!(serde_json::from_value::<Challenge>(good.clone()).is_ok());
         for (field, value) in [("version", json!(1)), ("chainId", json!("1")), ("nonce", json!(null))] {

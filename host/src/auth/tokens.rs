@@ -1,8 +1,8 @@
-//! The node token as its users see it.
+//! Shares the node token with its users.
 //!
-//! One task ([`super::Auth::run`]) writes the slot, everyone else looks. Since the slot is a
-//! level and not a signal, nobody can miss a change; since only one task logs in, logins cannot
-//! collide. A user never waits for longer than the attempt that is under way.
+//! One task ([`super::Auth::run`]) writes the current state, all others read it. The state is a watched value, so no
+//! reader misses a change. Only one task logs in, so logins cannot collide. A caller waits at most for the login in
+//! progress.
 
 use std::sync::Arc;
 
@@ -10,48 +10,48 @@ use tokio::{sync::watch, time::Instant};
 
 use crate::model::Token;
 
-/// Why there is no node token at the moment. One line, nothing secret.
+/// Why there is no node token now. One line, without secrets.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AuthError {
-    /// The node is stopping, or nobody renews tokens any more.
+    /// The node stops, or its renewal has ended.
     #[error("the node is stopping")]
     Stopped,
-    /// The last attempts failed; the next one follows by itself.
+    /// The last attempts failed. The next one follows automatically.
     #[error("{0}")]
     Unavailable(Arc<str>),
 }
 
-/// What there is to hand out.
+/// The current state of the node token.
 #[derive(Clone, Debug)]
-pub(super) enum Slot {
-    /// Nothing yet, and an attempt is under way (or about to start).
+pub(super) enum TokenState {
+    /// There is no token. An attempt is in progress, or starts soon.
     Working,
-    /// Nothing, and the last attempts failed.
+    /// There is no token, and the last attempts failed.
     Failed(Arc<str>),
-    /// A token; good until `expires`, whatever becomes of its renewal.
+    /// A token. It is valid until `expires`, even when its renewal fails.
     Held {
         token: Token,
         expires: Instant,
-        /// Why renewal fails at the moment.
-        trouble: Option<Arc<str>>,
-        /// The control plane has taken it.
-        taken: bool,
+        /// Why the renewal fails.
+        renewal_error: Option<Arc<str>>,
+        /// The control plane has accepted it.
+        accepted: bool,
     },
-    /// The control plane rejected the token; the owner has not acted on that yet.
+    /// The control plane rejected the token. The task that logs in has not acted on that yet.
     Rejected {
-        /// After it had taken it.
-        taken: bool,
+        /// The control plane had accepted it before.
+        accepted: bool,
     },
-    /// Nothing will ever come again.
+    /// There will be no more tokens.
     Stopped,
 }
 
-impl Slot {
+impl TokenState {
     fn look(&self, now: Instant) -> Option<Result<Token, AuthError>> {
         match self {
             Self::Held { token, expires, .. } if now < *expires => Some(Ok(token.clone())),
-            Self::Held { trouble: Some(trouble), .. } | Self::Failed(trouble) => {
-                Some(Err(AuthError::Unavailable(Arc::clone(trouble))))
+            Self::Held { renewal_error: Some(renewal_error), .. } | Self::Failed(renewal_error) => {
+                Some(Err(AuthError::Unavailable(Arc::clone(renewal_error))))
             }
             Self::Held { .. } | Self::Working | Self::Rejected { .. } => None,
             Self::Stopped => Some(Err(AuthError::Stopped)),
@@ -59,18 +59,18 @@ impl Slot {
     }
 }
 
-/// Hands out the node token. Cheap to clone; usable from any runtime.
+/// Gives the node token to callers. It is cheap to clone, and works on any runtime.
 #[derive(Clone, Debug)]
-pub struct TokenSource(Arc<watch::Sender<Slot>>);
+pub struct TokenSource(Arc<watch::Sender<TokenState>>);
 
 impl TokenSource {
-    /// What [`TokenSource::bearer`] would say without waiting.
+    /// The result of [`TokenSource::bearer`], or `None` where that would wait.
     #[must_use]
     pub fn now(&self) -> Option<Result<Token, AuthError>> {
         self.0.borrow().look(Instant::now())
     }
 
-    /// The current token. Waits while a login is under way, fails while the service is away.
+    /// Returns the current token. Waits while a login is in progress. Fails while the service is unavailable.
     pub async fn bearer(&self) -> Result<Token, AuthError> {
         let mut watch = self.0.subscribe();
         loop {
@@ -84,7 +84,7 @@ impl TokenSource {
         }
     }
 
-    /// Waits for a token through any number of failed attempts; `false` when none will ever come.
+    /// Waits for a token through any number of failed attempts. `false`: there will be no more tokens.
     pub async fn available(&self) -> bool {
         let mut watch = self.0.subscribe();
         loop {
@@ -99,28 +99,28 @@ impl TokenSource {
         }
     }
 
-    /// Says that the control plane rejected `token`. It is not handed out again, and a login
-    /// follows. Tokens other than the current one are old news.
+    /// Notes that the control plane rejected `token`. It is not returned again, and a login follows. Only the current
+    /// token counts; others are ignored.
     pub fn rejected(&self, token: &Token) {
-        self.0.send_if_modified(|slot| match slot {
-            Slot::Held { token: held, taken, .. } if held == token => {
-                *slot = Slot::Rejected { taken: *taken };
+        self.0.send_if_modified(|state| match state {
+            TokenState::Held { token: held, accepted, .. } if held == token => {
+                *state = TokenState::Rejected { accepted: *accepted };
                 true
             }
             _ => false,
         });
     }
 
-    /// Says that the control plane took `token`.
-    pub fn taken(&self, token: &Token) {
-        if matches!(&*self.0.borrow(), Slot::Held { taken: true, .. }) {
+    /// Notes that the control plane accepted `token`.
+    pub fn accepted(&self, token: &Token) {
+        if matches!(&*self.0.borrow(), TokenState::Held { accepted: true, .. }) {
             return;
         }
-        self.0.send_if_modified(|slot| {
-            if let Slot::Held { token: held, taken, .. } = slot {
-                *taken = held == token;
+        self.0.send_if_modified(|state| {
+            if let TokenState::Held { token: held, accepted, .. } = state {
+                *accepted = held == token;
             }
-            false // nobody waits for this
+            false // no caller waits for this
         });
     }
 
@@ -128,59 +128,58 @@ impl TokenSource {
     #[cfg(test)]
     pub(crate) fn holding(token: &str) -> Self {
         let expires = Instant::now() + std::time::Duration::from_secs(3600);
-        Self(Arc::new(watch::Sender::new(Slot::Held {
+        Self(Arc::new(watch::Sender::new(TokenState::Held {
             token: Token::new(token),
             expires,
-            trouble: None,
-            taken: false,
+            renewal_error: None,
+            accepted: false,
         })))
     }
 }
 
-/// The writing side, held by the one task that logs in. When it goes, users get
-/// [`AuthError::Stopped`] and do not wait.
-pub(super) struct TokenIssuer(Arc<watch::Sender<Slot>>);
+/// Writes the state. The task that logs in owns it. After its drop, callers get [`AuthError::Stopped`] at once.
+pub(super) struct TokenIssuer(Arc<watch::Sender<TokenState>>);
 
 impl TokenIssuer {
     pub(super) fn new() -> Self {
-        Self(Arc::new(watch::Sender::new(Slot::Working)))
+        Self(Arc::new(watch::Sender::new(TokenState::Working)))
     }
 
     pub(super) fn source(&self) -> TokenSource {
         TokenSource(Arc::clone(&self.0))
     }
 
-    /// An attempt begins. A token that is still good stays.
+    /// Notes that an attempt begins. A valid token stays in use.
     pub(super) fn working(&self) {
-        self.0.send_modify(|slot| match slot {
-            Slot::Held { trouble, expires, .. } if Instant::now() < *expires => *trouble = None,
-            _ => *slot = Slot::Working,
+        self.0.send_modify(|state| match state {
+            TokenState::Held { renewal_error, expires, .. } if Instant::now() < *expires => *renewal_error = None,
+            _ => *state = TokenState::Working,
         });
     }
 
-    /// The attempts failed, the next one is some time away.
+    /// Notes that the attempts failed, and that the next one follows after a pause.
     pub(super) fn failed(&self, why: &str) {
-        self.0.send_modify(|slot| match slot {
-            Slot::Held { trouble, .. } => *trouble = Some(why.into()),
-            _ => *slot = Slot::Failed(why.into()),
+        self.0.send_modify(|state| match state {
+            TokenState::Held { renewal_error, .. } => *renewal_error = Some(why.into()),
+            _ => *state = TokenState::Failed(why.into()),
         });
     }
 
     pub(super) fn hold(&self, token: Token, expires: Instant) {
-        self.0.send_replace(Slot::Held { token, expires, trouble: None, taken: false });
+        self.0.send_replace(TokenState::Held { token, expires, renewal_error: None, accepted: false });
     }
 
-    /// Waits until the token is rejected; whether it had been taken.
+    /// Waits until the token is rejected. Returns whether it had been accepted before.
     pub(super) async fn rejected(&self) -> bool {
         let mut watch = self.0.subscribe();
-        let slot = watch.wait_for(|slot| matches!(slot, Slot::Rejected { .. })).await;
-        matches!(&*slot.expect("the desk holds the sender"), Slot::Rejected { taken: true })
+        let state = watch.wait_for(|state| matches!(state, TokenState::Rejected { .. })).await;
+        matches!(&*state.expect("the issuer holds the sender"), TokenState::Rejected { accepted: true })
     }
 }
 
 impl Drop for TokenIssuer {
     fn drop(&mut self) {
-        self.0.send_replace(Slot::Stopped);
+        self.0.send_replace(TokenState::Stopped);
     }
 }
 
@@ -191,26 +190,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_token_is_handed_out_until_its_real_end_and_then_the_trouble_is_told() {
+    fn a_token_is_returned_until_its_expiry() {
         let now = Instant::now();
-        let held = |trouble: Option<&str>| Slot::Held {
+        let held = |renewal_error: Option<&str>| TokenState::Held {
             token: Token::new("t"),
             expires: now + Duration::from_secs(10),
-            trouble: trouble.map(Into::into),
-            taken: false,
+            renewal_error: renewal_error.map(Into::into),
+            accepted: false,
         };
-        let told = Some(Err(AuthError::Unavailable("away".into())));
-        for (slot, after_s, expected) in [
+        let unavailable = Some(Err(AuthError::Unavailable("away".into())));
+        for (state, after_s, expected) in [
             (held(None), 9, Some(Ok(Token::new("t")))),
             (held(Some("away")), 9, Some(Ok(Token::new("t")))),
             (held(None), 10, None),
-            (held(Some("away")), 10, told.clone()),
-            (Slot::Failed("away".into()), 0, told),
-            (Slot::Working, 0, None),
-            (Slot::Rejected { taken: true }, 0, None),
-            (Slot::Stopped, 0, Some(Err(AuthError::Stopped))),
+            (held(Some("away")), 10, unavailable.clone()),
+            (TokenState::Failed("away".into()), 0, unavailable),
+            (TokenState::Working, 0, None),
+            (TokenState::Rejected { accepted: true }, 0, None),
+            (TokenState::Stopped, 0, Some(Err(AuthError::Stopped))),
         ] {
-            assert_eq!(slot.look(now + Duration::from_secs(after_s)), expected, "{slot:?} after {after_s} s");
+            assert_eq!(state.look(now + Duration::from_secs(after_s)), expected, "{state:?} after {after_s} s");
         }
     }
 }

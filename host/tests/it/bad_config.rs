@@ -90,13 +90,13 @@ async fn mistakes_in_flags_are_told_with_all_others_and_beside_what_is_shown() {
 async fn a_key_that_is_no_key_is_refused_and_never_repeated() {
     let silence = Silence::new().await;
     for (key, wanted) in [
-        ("c0ffee", "private key has 6 characters, expected 64 hex digits, with or without 0x in front"),
-        (&"zz".repeat(32), "private key holds a character that is no hex digit, expected 64 of 0-9 a-f"),
+        ("c0ffee", "private key has 6 characters, expected 64 hex digits, with or without a leading 0x"),
+        (&"zz".repeat(32), "private key has a character that is not a hex digit, expected 64 of 0-9 a-f"),
         (
             &"00".repeat(32),
             "private key is not a valid secp256k1 scalar, expected a number between 1 and the order of the curve",
         ),
-        (&"ab".repeat(33), "private key has 66 characters, expected 64 hex digits, with or without 0x in front"),
+        (&"ab".repeat(33), "private key has 66 characters, expected 64 hex digits, with or without a leading 0x"),
     ] {
         let ended = silence.refuses(silence.node().set("SECP256K1_PRIVHEX", key), 78).await;
         assert_eq!(errors(&ended), [format!("SECP256K1_PRIVHEX: {wanted}")]);

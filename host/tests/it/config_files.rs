@@ -380,7 +380,7 @@ async fn show_lists_everything_and_marks_what_cannot_be_used() {
     ends("RUST_LOG", ", using info");
     ends(
         "SECP256K1_PRIVHEX",
-        "mistake: private key has 6 characters, expected 64 hex digits, with or without 0x in front",
+        "mistake: private key has 6 characters, expected 64 hex digits, with or without a leading 0x",
     );
     ends("NODE_URL", "mistake: expected an absolute http or https URL, found \"node.example?********\"");
     ends("DRAIN_TIMEOUT", "default");

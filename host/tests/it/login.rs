@@ -148,7 +148,7 @@ async fn tokens_that_are_revoked_after_they_were_taken_cost_a_second_each_at_mos
     let rejected = node.said("token.rejected");
     assert!(rejected.len() >= 3, "{rejected:#?}");
     for line in &rejected {
-        let error = "the control plane rejects node tokens soon after it took them, as when another node signs in";
+        let error = "the control plane rejects node tokens soon after it accepted them; check that no other node";
         assert!(line["error"].as_str().is_some_and(|said| said.starts_with(error)), "{line}");
         assert!(line["retry_in_ms"].as_u64() <= Some(1000), "{line}");
     }

@@ -47,7 +47,7 @@ async fn an_accepted_registration_that_nobody_calls_back_opens_nothing() {
     let line = node.says("registration.failed").await;
     let error = line["error"].as_str().expect("text");
     assert!(
-        error.starts_with("registration: accepted, but nobody called back at NODE_URL http://127.0.0.1:"),
+        error.starts_with("registration: accepted, but the service did not call back at NODE_URL http://127.0.0.1:"),
         "{line}"
     );
     assert_eq!((rubbish.count(NONCE), rubbish.count(LEASE)), (0, 0), "neither a login nor a poll");

@@ -169,7 +169,7 @@ impl Dms {
             let (method, url, elapsed_ms) = (&call.method, &call.uri, millis(now - started));
             tracing::debug!(%method, %url, status = answer.status.as_u16(), elapsed_ms, "control plane answered");
             if answer.status.is_success() {
-                self.tokens.taken(&token);
+                self.tokens.accepted(&token);
             }
             if answer.status != StatusCode::UNAUTHORIZED {
                 return Ok((answer, token));
