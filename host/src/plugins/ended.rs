@@ -112,7 +112,7 @@ fn say(thread: &str) {
             "a plugin ended the process; a runner must not call exit"
         );
     } else {
-        let mut line = "a plugin ended the process; a runner must never call exit".to_owned();
+        let mut line = "a plugin ended the process; a runner must not call exit".to_owned();
         for (what, found) in [("plugin", plugin), ("running tasks", tasks), ("thread", Some(thread.to_owned()))] {
             if let Some(found) = found.filter(|found| !found.is_empty()) {
                 line = format!("{line}; {what}: {found}");

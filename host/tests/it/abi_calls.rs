@@ -365,7 +365,7 @@ async fn plugin_texts_are_bounded_and_readable() {
     let (reason, details) = ended.failed();
     assert!(reason.contains("caf\u{fffd} xxx"), "{}", &reason[..200]);
     assert!(reason.len() < 20_000, "{}", reason.len());
-    assert_eq!(details["left_out_bytes"], 4 << 20, "{}", ended.task());
+    assert_eq!(details["details"]["left_out_bytes"], 4 << 20, "{}", ended.task());
     node.stop().await;
     let line = &node.said_text("caf\u{fffd} is not UTF-8")[0];
     assert_eq!((&line["n"], &line["plugin"]), (&json!("\u{fffd}"), &json!("untidy")));

@@ -160,7 +160,7 @@ async fn wrong_flags_get_suggestions() {
         (&["dev", "--leases-per-node", "0"], "expected a whole number above 0"),
         (&["dev", "--leases-per-node", "-1"], "expected a whole number above 0"),
         (&["dev", "--port", "-1"], "-1 is not in 0..=65535"),
-        (&["outbox", "drop", "x"], "'x' for '[TASK]...': expected an id such as 00000000-0000-"),
+        (&["outbox", "drop", "a b"], "'a b' for '[TASK]...': a task id has 1 to 128 "),
         (&["submit", "/a", "--domain", "x"], "'x' for '--domain <UUID>': expected an id such as 00000000-"),
         (
             &["submit", "/"],
@@ -225,7 +225,7 @@ async fn a_node_joins_the_world_of_dev_by_the_lines_it_prints() {
     let node = exports.iter().fold(Cli::new(&["run"]).dir(dir.path()), |node, (name, value)| node.set(name, value));
     let node = node.set("SCRATCH_DIR", dir.path().join("scratch").to_string_lossy());
     let node = node.set("STATE_DIR", dir.path().join("state").to_string_lossy()).start();
-    node.stderr_line(|line| line.contains("\"leasing\"")).await;
+    node.stderr_line(|line| line.contains("\"node.leasing\"")).await;
     hello(&base, || node.log()).await;
     for process in [&node, &dev] {
         process.signal(Signal::TERM);
@@ -276,6 +276,10 @@ async fn submit_finds_the_world_of_dev_and_brings_the_artifact() {
     assert!(ended.stderr.contains("the job goes on"), "{}", ended.stderr);
     let waits = "no node serves /nobody/serves-this/v1 at the moment; the job waits for one";
     assert_eq!(ended.stderr.lines().next(), Some(waits), "it is said at once");
+    let ended = submit("/exmaples/hello/v1").run().await.expect(0);
+    let suggests =
+        "no node serves /exmaples/hello/v1 at the moment; the job waits for one, did you mean /examples/hello/v1?";
+    assert_eq!(ended.stderr, suggests);
     dev.signal(Signal::TERM);
     assert_eq!(dev.wait().await, 0, "{}", dev.log());
     let ended = submit("/examples/hello/v1").run().await.expect(75);
@@ -378,7 +382,9 @@ async fn what_a_runner_says_stays_in_its_line_and_commands_no_terminal() {
     let row: Value = serde_json::from_str(ended.stdout.lines().next().expect("a row")).expect("JSON");
     assert_eq!(row["path"], format!("out/{bad_path}"));
     // Neither does the log for people.
-    dev.stderr_line(|line| line.contains("plugin refused file=./plugins/a\u{fffd}\u{fffd}[2J.so reason=")).await;
+    let refused =
+        |line: &str| line.contains("plugin.refused") && line.contains("file=./plugins/a\u{fffd}\u{fffd}[2J.so ");
+    dev.stderr_line(refused).await;
     assert_eq!(dev.log().find(|c: char| c.is_control() && c != '\n'), None, "{}", dev.log());
     stopped(&dev).await;
 }
@@ -882,7 +888,7 @@ async fn dev_with_strict_identity_refuses_a_second_node_of_one_key() {
     let long = [("POLL_BACKOFF_MS_MIN", "60000"), ("POLL_BACKOFF_MS_MAX", "60000")];
     let first = long.iter().fold(node(dir.path(), &exports, "first"), |node, (name, value)| node.set(name, *value));
     let first = first.start();
-    first.stderr_line(|line| line.contains("\"leasing\"")).await;
+    first.stderr_line(|line| line.contains("\"node.leasing\"")).await;
     let base = &exports.iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1;
     let refreshed = async {
         loop {
@@ -899,9 +905,9 @@ async fn dev_with_strict_identity_refuses_a_second_node_of_one_key() {
     let statuses = seen.iter().filter(|one| one["endpoint"] == "register_wallet").map(|one| &one["status"]);
     assert!(statuses.into_iter().all(|status| *status == 200), "its own repeats are no second node: {seen:#?}");
     let second = node(dir.path(), &exports, "second").start();
-    let started = second.stderr_line(|line| line.contains("\"node started\"")).await;
+    let started = second.stderr_line(|line| line.contains("\"node.started\"")).await;
     let started: Value = serde_json::from_str(&started).expect("a node logs JSON");
-    second.stderr_line(|line| line.contains("\"registration failed\"")).await;
+    second.stderr_line(|line| line.contains("\"registration.failed\"")).await;
     let ready = format!("http://{}/ready", started["address"].as_str().expect("an address"));
     let conflict = async {
         loop {
@@ -963,7 +969,7 @@ async fn dev_keeps_stored_data_in_its_folder_over_a_restart() {
         let world = call(Request::get(format!("{base}/dev/v1/world")), &Value::Null).await;
         if round == 1 {
             let node = node(dir.path(), &exports, "scratch").start();
-            node.stderr_line(|line| line.contains("\"leasing\"")).await;
+            node.stderr_line(|line| line.contains("\"node.leasing\"")).await;
             hello(base, || node.log()).await;
             stopped(&node).await;
         }

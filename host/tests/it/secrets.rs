@@ -107,7 +107,7 @@ async fn refused_sign_ins_that_repeat_all_they_got_show_no_secret() {
     rubbish.answer(VERIFY, 1, Bad::Status(500, "{\"access_token\":\"dev-node-token-planted\"}"));
     let node = talkative(rubbish.node(&[fixtures::hello()])).set("TOKEN_REAUTH_JITTER_MS", "0").start().await;
     node.says("node.leasing").await;
-    for message in ["registration failed", "login failed"] {
+    for message in ["registration.failed", "login.failed"] {
         assert!(node.said(message).len() >= 4, "{message}: {}", node.log());
     }
     let said = node.said("registration.failed");

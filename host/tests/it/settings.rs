@@ -78,9 +78,9 @@ async fn pauses_after_failed_sign_ins_are_those_that_were_set() {
     rubbish.answer(VERIFY, 1, Bad::Status(503, "later"));
     let node = rubbish.node(&[fixtures::hello()]).set("REGISTER_MAX_RETRY", "1").set("REGISTER_INTERVAL_SECS", "1");
     let node = node.set("TOKEN_REAUTH_JITTER_MS", "4000").leasing().await;
-    let pause = |message: &str| node.said(message)[0]["retry_in_ms"].as_u64().expect("a pause");
-    assert_eq!(pause("registration failed"), 1000, "the interval, not the growing pause");
-    let login = pause("login failed");
+    let pause = |event: &str| node.said(event)[0]["retry_in_ms"].as_u64().expect("a pause");
+    assert_eq!(pause("registration.failed"), 1000, "the interval, not the growing pause");
+    let login = pause("login.failed");
     assert!((1000..=2000).contains(&login), "half of the jitter, less up to a half: {login}");
     node.stop().await;
 }
