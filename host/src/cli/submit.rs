@@ -21,7 +21,7 @@ use uuid::Uuid;
 use super::{Exit, Output, no_text, put, signals, table, unreadable};
 use crate::{
     config::{folder_trouble, host_trouble},
-    model::Capability,
+    model::{Capability, did_you_mean},
     transport::{self, Client},
 };
 use artifacts::Artifact;
@@ -327,9 +327,12 @@ async fn submit(
     }
     if !args.wait {
         print_handed_in(args.output, out, &jobs)?;
+        note_unserved(capability, plane, notes).await;
         return Ok(Exit::Done);
     }
     at(reached, |reached| reached.stage = Stage::Wait);
+    // Only a dev server says what its nodes serve. Elsewhere the note comes after a time without a lease.
+    let nobody_after = if note_unserved(capability, plane, notes).await { None } else { Some(nobody_after) };
     let ended = watch(args, capability, plane, &jobs, reached, notes, nobody_after).await?;
     at(reached, |reached| reached.stage = Stage::Download);
     finish(args, plane, &ended, out, notes).await
@@ -423,6 +426,17 @@ fn print_handed_in(form: Output, out: &mut impl Write, jobs: &[Uuid]) -> anyhow:
     }
 }
 
+/// Notes that no node serves the capability, with the near one that a node serves. Returns whether the control plane
+/// says what its nodes serve.
+async fn note_unserved(capability: &Capability, plane: &Plane, notes: &mut Notes) -> bool {
+    let Some(served) = plane.served().await else { return false };
+    if !served.iter().any(|name| name == capability.as_str()) {
+        let near = did_you_mean(capability.as_str(), served.iter().map(String::as_str));
+        notes.line(&format!("no node serves {capability} at the moment; the job waits for one{near}"));
+    }
+    true
+}
+
 /// Looks at the jobs until all have ended.
 async fn watch(
     args: &Args,
@@ -431,16 +445,12 @@ async fn watch(
     jobs: &[Uuid],
     reached: &Mutex<Reached>,
     notes: &mut Notes,
-    nobody_after: Duration,
+    nobody_after: Option<Duration>,
 ) -> Result<Vec<Value>, Stop> {
     let mut seen: Vec<Value> = vec![Value::Null; jobs.len()];
     let (started, mut pause) = (Instant::now(), LOOK_PAUSE_MIN);
     let mut away_since: Option<Instant> = None;
-    let served = plane.serves(capability).await;
-    if served == Some(false) {
-        notes.line(&format!("no node serves {capability} at the moment; the job waits for one"));
-    }
-    let mut told_nobody = served.is_some();
+    let mut nobody_at = nobody_after.map(|after| started + after);
     loop {
         for (job, seen) in jobs.iter().zip(&mut seen).filter(|(_, seen)| !has_ended(seen)) {
             at(reached, |reached| reached.asked = Some(Instant::now()));
@@ -475,8 +485,8 @@ async fn watch(
         if seen.iter().all(has_ended) {
             return Ok(seen);
         }
-        if !told_nobody && started.elapsed() >= nobody_after {
-            told_nobody = true;
+        if nobody_at.is_some_and(|at| Instant::now() >= at) {
+            nobody_at = None;
             if !seen.iter().any(was_leased) {
                 notes.line(&format!("no node has taken a task of {capability} yet; the job waits for one"));
             }

@@ -21,10 +21,7 @@ use url::Url;
 use uuid::Uuid;
 
 use super::{AWAY_MAX, Exit, artifacts::plain, notes::Notes};
-use crate::{
-    model::Capability,
-    transport::{self, Answer, Body, Client, TransportError, full, innermost, read_capped, retry_after},
-};
+use crate::transport::{self, Answer, Body, Client, TransportError, full, innermost, read_capped, retry_after};
 
 /// How long a call with a small body may take.
 const CALL_LIMIT: Duration = Duration::from_secs(30);
@@ -147,10 +144,10 @@ impl Plane {
         self.domain
     }
 
-    /// Whether a node serves `capability`. `None`: not known, since only a dev server tells.
-    pub(super) async fn serves(&self, capability: &Capability) -> Option<bool> {
-        let world = world(&self.client, self.dev.as_ref()?).await.ok()?;
-        Some(world.nodes.iter().flat_map(|node| &node.capabilities).any(|name| name == capability.as_str()))
+    /// The capabilities that nodes serve. `None`: not known, because only a dev server tells.
+    pub(super) async fn served(&self) -> Option<Vec<String>> {
+        let answer = world(&self.client, self.dev.as_ref()?).await.ok()?;
+        Some(answer.nodes.into_iter().flat_map(|node| node.capabilities).collect())
     }
 
     /// Creates a job. After a lost answer the job may exist: then only a dev server is asked again, since
