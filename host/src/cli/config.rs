@@ -80,7 +80,7 @@ pub(super) fn report(mistakes: &[String], warnings: &[String]) -> anyhow::Result
 
 /// A setting as it is shown.
 struct Row {
-    name: &'static str,
+    name: String,
     value: Option<String>,
     origin: String,
     /// Why the value cannot be used, or what counts in its place.
@@ -115,7 +115,7 @@ fn row(key: &Key, layers: &Layers, secrets: &Secrets, mistakes: &[Remark], warni
         let all: Vec<String> = all.map(|remark| masked(&remark.what)).collect();
         (!all.is_empty()).then(|| all.join("; "))
     };
-    Row { name: key.name, value, origin, mistake: about(mistakes), warning: about(warnings) }
+    Row { name: key.name.to_owned(), value, origin, mistake: about(mistakes), warning: about(warnings) }
 }
 
 fn as_shown(key: &Key, value: &str) -> String {
@@ -156,11 +156,18 @@ fn show(layers: &Layers, secrets: &Secrets, output: Output) -> anyhow::Result<Ex
     let (mistakes, mut warnings) = remarks(layers, secrets);
     let filter = layers.text("RUST_LOG").and_then(logs::filter_mistake);
     warnings.extend(filter.map(|why| Remark::at("RUST_LOG", "", format_args!("{why}, using info"))));
-    let rows = KEYS.iter().map(|key| row(key, layers, secrets, &mistakes, &warnings));
+    let planes = layers.plane_rows().into_iter().map(|(name, value, origin)| Row {
+        name,
+        value: Some(value),
+        origin: layers.describe(origin),
+        mistake: None,
+        warning: None,
+    });
+    let rows = planes.chain(KEYS.iter().map(|key| row(key, layers, secrets, &mistakes, &warnings)));
     let text: String = match output {
         Output::Text => table(rows.map(|row| row.text())),
         Output::Json => {
-            let all: serde_json::Map<_, _> = rows.map(|row| (row.name.to_owned(), row.json())).collect();
+            let all: serde_json::Map<_, _> = rows.map(|row| (row.name.clone(), row.json())).collect();
             format!("{}\n", serde_json::Value::Object(all))
         }
     };

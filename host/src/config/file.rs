@@ -33,6 +33,8 @@ const DEPTH_MAX: usize = 8;
 pub(super) struct Read {
     pub(super) entries: Vec<Entry>,
     pub(super) planes: Vec<PlaneEntry>,
+    /// Whether a table `[plane.NAME]` cannot be used.
+    pub(super) has_bad_plane: bool,
     pub(super) mistakes: Vec<String>,
 }
 
@@ -40,6 +42,10 @@ pub(super) struct Read {
 #[derive(Clone, Debug)]
 pub(super) struct PlaneEntry {
     pub(super) name: PlaneName,
+    /// The line of the table, counted from 1.
+    pub(super) line: usize,
+    /// The line of its `kind`.
+    pub(super) kind_line: usize,
     pub(super) kind: PlaneKind,
 }
 
@@ -49,7 +55,7 @@ pub(super) enum PlaneKind {
     /// The posemesh services. Their settings are those of the other tables.
     Posemesh,
     /// A folder of job files, as it is written in the file.
-    Local { folder: PathBuf },
+    Local { folder: PathBuf, line: usize },
 }
 
 /// One setting in a file.
@@ -170,28 +176,30 @@ impl Walk<'_> {
     /// Reads the tables `[plane.NAME]`.
     fn planes(&mut self, line: usize, value: Value) {
         let Value::Table(planes) = value else {
+            self.read.has_bad_plane = true;
             return self.mistake(line, "plane", "expected a table for each control plane, such as [plane.jobs]");
         };
         for (name, line, value) in planes {
-            let place = format!("plane.{name}");
-            let name = match PlaneName::parse(&name) {
-                Ok(name) => name,
-                Err(err) => {
-                    self.mistake(line, &place, &err.to_string());
-                    continue;
-                }
-            };
-            let Value::Table(members) = value else {
-                self.mistake(line, &place, "expected a table");
-                continue;
-            };
-            if let Some(kind) = self.plane_kind(line, &place, members) {
-                self.read.planes.push(PlaneEntry { name, kind });
+            match self.plane(line, &name, value) {
+                Some(plane) => self.read.planes.push(plane),
+                None => self.read.has_bad_plane = true,
             }
         }
     }
 
-    fn plane_kind(&mut self, line: usize, place: &str, members: Members) -> Option<PlaneKind> {
+    fn plane(&mut self, line: usize, name: &str, value: Value) -> Option<PlaneEntry> {
+        let place = &format!("plane.{name}");
+        let name = match PlaneName::parse(name) {
+            Ok(name) => name,
+            Err(err) => {
+                self.mistake(line, place, &err.to_string());
+                return None;
+            }
+        };
+        let Value::Table(members) = value else {
+            self.mistake(line, place, &format!("expected a table, found {}", value.describe()));
+            return None;
+        };
         let (mut kind, mut folder) = (None, None);
         for (key, line, value) in members {
             match (key.as_str(), value) {
@@ -210,12 +218,15 @@ impl Walk<'_> {
         }
         match (kind, folder) {
             (None, _) => self.mistake(line, place, "has no kind; expected kind = \"posemesh\" or \"local\""),
-            (Some((_, kind)), None) if kind == "posemesh" => return Some(PlaneKind::Posemesh),
+            (Some((kind_line, kind)), None) if kind == "posemesh" => {
+                return Some(PlaneEntry { name, line, kind_line, kind: PlaneKind::Posemesh });
+            }
             (Some((_, kind)), Some((line, _))) if kind == "posemesh" => {
                 self.mistake(line, &format!("{place}.folder"), "a posemesh plane has no folder; remove this key");
             }
-            (Some((_, kind)), Some((_, folder))) if kind == "local" && !folder.trim().is_empty() => {
-                return Some(PlaneKind::Local { folder: PathBuf::from(folder.trim()) });
+            (Some((kind_line, kind)), Some((folder_line, folder))) if kind == "local" && !folder.trim().is_empty() => {
+                let kind = PlaneKind::Local { folder: PathBuf::from(folder.trim()), line: folder_line };
+                return Some(PlaneEntry { name, line, kind_line, kind });
             }
             (Some((line, kind)), _) if kind == "local" => {
                 self.mistake(

@@ -12,7 +12,7 @@ use super::{
     file::{self, Entry, PlaneEntry, PlaneKind},
     keys::{KEYS, Key, Kind},
 };
-use crate::model::nearest;
+use crate::{leases::dms, model::nearest};
 
 /// Where a value came from. A later one goes over an earlier one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -43,6 +43,8 @@ pub struct Layers {
     file: Option<PathBuf>,
     /// The control planes that the file names.
     planes: Vec<PlaneEntry>,
+    /// Whether a control plane in the file cannot be used.
+    has_bad_plane: bool,
     /// Mistakes in single values that are known already; told together with all others.
     pub(super) mistakes: Vec<String>,
     /// What works but should not stay so.
@@ -77,13 +79,15 @@ impl Layers {
         self.file = Some(path.to_owned());
         self.mistakes.extend(read.mistakes);
         if let [_, second, ..] = &read.planes[..] {
-            let path = path.display();
-            self.mistakes
-                .push(format!("{path}: plane.{}: this version serves one control plane; keep one", second.name));
+            let names: Vec<&str> = read.planes.iter().map(|plane| plane.name.as_str()).collect();
+            let (place, names) = (format!("{}:{}", path.display(), second.line), names.join(", "));
+            let what = format!("this version serves one control plane, found {names}; keep one");
+            self.mistakes.push(format!("{place}: plane.{}: {what}", second.name));
         }
         self.planes = read.planes;
+        self.has_bad_plane = read.has_bad_plane;
         for plane in &mut self.planes {
-            if let PlaneKind::Local { folder } = &mut plane.kind {
+            if let PlaneKind::Local { folder, .. } = &mut plane.kind {
                 // A path in a file is relative to the folder of the file.
                 *folder = path.parent().unwrap_or(Path::new("")).join(&*folder);
             }
@@ -112,6 +116,28 @@ impl Layers {
     /// The control plane that the node serves.
     pub(super) fn plane(&self) -> Option<&PlaneEntry> {
         self.planes.first()
+    }
+
+    /// Whether the node serves the posemesh services, so that their settings are required.
+    pub(super) fn needs_posemesh(&self) -> bool {
+        self.plane().map_or(!self.has_bad_plane, |plane| plane.kind == PlaneKind::Posemesh)
+    }
+
+    /// What the file says of the chosen control plane: key, value and origin. The default where it names none.
+    #[must_use]
+    pub fn plane_rows(&self) -> Vec<(String, String, Origin)> {
+        let Some(plane) = self.plane() else {
+            return vec![(format!("plane.{}.kind", dms::DEFAULT_NAME), "posemesh".to_owned(), Origin::Default)];
+        };
+        let row =
+            |key: &str, value: String, line| (format!("plane.{}.{key}", plane.name), value, Origin::File { line });
+        match &plane.kind {
+            PlaneKind::Posemesh => vec![row("kind", "posemesh".to_owned(), plane.kind_line)],
+            PlaneKind::Local { folder, line } => vec![
+                row("kind", "local".to_owned(), plane.kind_line),
+                row("folder", folder.to_string_lossy().into_owned(), *line),
+            ],
+        }
     }
 
     /// Sets a value over whatever a lower layer said. Blank changes nothing.

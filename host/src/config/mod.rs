@@ -125,7 +125,7 @@ impl HostConfig {
 
     /// A configuration with placeholders for what cannot be used, and what there is to say about it.
     fn examine<'a>(layers: &'a Layers, secrets: &Secrets) -> (Self, Parser<'a>) {
-        let posemesh = !layers.plane().is_some_and(|plane| matches!(plane.kind, PlaneKind::Local { .. }));
+        let posemesh = layers.needs_posemesh();
         let mut parser = Parser::new(layers);
         parser.mistakes = layers.mistakes.iter().map(Remark::plain).collect();
         parser.warnings = layers.warnings.iter().map(Remark::plain).collect();
@@ -151,11 +151,11 @@ impl HostConfig {
             (key.fill)(&mut built, &mut parser, key.name);
         }
         match layers.plane() {
-            Some(PlaneEntry { name, kind: PlaneKind::Local { folder } }) => {
+            Some(PlaneEntry { name, kind: PlaneKind::Local { folder, .. }, .. }) => {
                 built.plane = PlaneChoice::Local { name: name.clone(), folder: folder.clone(), observer: None };
                 return (built, parser);
             }
-            Some(PlaneEntry { name, kind: PlaneKind::Posemesh }) => built.dms.name = name.clone(),
+            Some(PlaneEntry { name, kind: PlaneKind::Posemesh, .. }) => built.dms.name = name.clone(),
             None => {}
         }
         let policy = transport::Policy { allow_insecure_http: built.transport.allow_insecure_http };

@@ -472,3 +472,46 @@ async fn a_node_lives_by_its_file_alone() {
     node.signal(rustix::process::Signal::TERM);
     assert_eq!(node.wait().await, 0);
 }
+
+#[tokio::test]
+async fn wrong_control_plane_tables_are_reported_with_lines() {
+    let files = Files::new();
+    let local = "kind = \"local\"\nfolder = \"jobs\"\n";
+    let two = format!("[plane.a]\n{local}[plane.b]\n{local}");
+    for (text, wanted) in [
+        (&*two, ":4: plane.b: this version serves one control plane, found a, b; keep one"),
+        ("[plane.a]\nkind = \"lcoal\"", ":2: plane.a.kind: expected \"posemesh\" or \"local\", found \"lcoal\""),
+        ("[plane.a]\nkind = \"local\"", ":2: plane.a: has no folder; give the folder of the jobs"),
+        ("\n[plane.a]", ":2: plane.a: has no kind; expected kind = \"posemesh\" or \"local\""),
+        ("[plane.a]\nkind = 1", ":2: plane.a.kind: expected a text in quotes, found 1"),
+        ("[plane.a]\nkind = \"posemesh\"\nfolder = \"x\"", ":3: plane.a.folder: a posemesh plane has no folder"),
+        ("[plane.a]\nterm = 1", ":2: plane.a.term: there is no such key; there are kind and folder"),
+        ("[plane]\na = 1", ":2: plane.a: expected a table, found 1"),
+        ("plane = 1", ":1: plane: expected a table for each control plane, such as [plane.jobs]"),
+        ("[plane.A]\nkind = \"local\"", ":1: plane.A: "),
+    ] {
+        let file = files.write("node.toml", text);
+        let ended = with_file("check", &file).run().await.expect(78);
+        let start = format!("error: {}{wanted}", file.display());
+        // The settings of the posemesh services are not reported as missing.
+        assert!(ended.stderr.starts_with(&start) && ended.stderr.lines().count() == 1, "{start}\n{}", ended.stderr);
+    }
+}
+
+#[tokio::test]
+async fn config_show_names_the_control_plane() {
+    let files = Files::new();
+    let file = files.write("node.toml", "[plane.jobs]\nkind = \"local\"\nfolder = \"jobs\"\n");
+    let ended = with_file("check", &file).run().await.expect(0);
+    assert_eq!(ended.stdout, "the configuration is complete", "a local plane needs no posemesh settings");
+    let rows = shown(with_file("show", &file)).await;
+    let at = |line: usize| format!("{}:{line}", file.display());
+    assert_eq!(rows["plane.jobs.kind"], json!({ "value": "local", "origin": at(2) }));
+    let folder = files.0.path().join("jobs");
+    assert_eq!(rows["plane.jobs.folder"], json!({ "value": folder, "origin": at(3) }));
+    let rows = shown(Cli::new(&["config", "show"])).await;
+    assert_eq!(rows["plane.posemesh.kind"], json!({ "value": "posemesh", "origin": "default" }));
+    let text = with_file("show", &file).run().await.expect(0).stdout;
+    let first = text.lines().next().expect("a row");
+    assert_eq!(first.split_whitespace().collect::<Vec<_>>(), ["plane.jobs.kind", "local", &at(2)]);
+}
