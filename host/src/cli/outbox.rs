@@ -10,7 +10,7 @@ use crate::{
     config::{HostConfig, Layers},
     control::{Reports, Wanted, client},
     model::{TaskId, TaskIdError},
-    outbox::{Listing, OfflineOutbox, OfflineOutboxError, StateError},
+    outbox::{Listing, OfflineOutbox, OfflineOutboxError, SetAside, StateError},
 };
 
 /// What to do with them.
@@ -21,10 +21,10 @@ pub(super) enum Command {
         #[command(flatten)]
         place: Place,
     },
-    /// Send reports now instead of after their pause
+    /// Send reports now instead of after their pause, or take up reports from a file that was set aside
     Retry {
         #[command(flatten)]
-        which: Which,
+        what: Retried,
         #[command(flatten)]
         place: Place,
     },
@@ -60,9 +60,38 @@ pub(super) struct Which {
     all: bool,
 }
 
-impl Which {
+/// What is sent now.
+#[derive(clap::Args)]
+#[group(required = true, multiple = false)]
+pub(super) struct Retried {
+    /// Task ids, as `list` shows them
+    #[arg(value_name = "TASK", value_parser = parse_task)]
+    tasks: Vec<TaskId>,
+    /// Every report
+    #[arg(long)]
+    all: bool,
+    /// Reports of this file, damaged or not: `outbox-damaged-….redb`, or the outbox of a lost node
+    #[arg(long, value_name = "FILE")]
+    from: Option<PathBuf>,
+}
+
+impl Command {
+    /// The wanted tasks; `None`: all.
     fn tasks(&self) -> Option<Vec<TaskId>> {
-        (!self.all).then(|| self.tasks.clone())
+        let (all, tasks) = match self {
+            Self::List { .. } => return None,
+            Self::Retry { what, .. } => (what.all || what.from.is_some(), &what.tasks),
+            Self::Drop { which, .. } => (which.all, &which.tasks),
+        };
+        (!all).then(|| tasks.clone())
+    }
+
+    /// The reports to take up.
+    fn set_aside(&self) -> Result<Option<SetAside>, StateError> {
+        match self {
+            Self::Retry { what: Retried { from: Some(file), .. }, .. } => SetAside::read(file).map(Some),
+            _ => Ok(None),
+        }
     }
 }
 
@@ -72,12 +101,15 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
         Some(folder) => folder.clone(),
         None => HostConfig::some(layers, &["state"])?.outbox.state_dir,
     };
-    let tasks = match command {
-        Command::List { .. } => None,
-        Command::Retry { which, .. } | Command::Drop { which, .. } => which.tasks(),
-    };
+    let tasks = command.tasks();
+    let set_aside = command.set_aside()?;
+    let found = set_aside.as_ref().map(SetAside::len);
+    if found == Some(0) {
+        complain("the file has no report that can be read");
+        return Ok(Exit::Failed);
+    }
     let (reports, running) = match OfflineOutbox::open(&folder) {
-        Ok(Some(shelf)) => (stopped(command, shelf, tasks.as_deref())?, false),
+        Ok(Some(shelf)) => (stopped(command, shelf, tasks.as_deref(), set_aside)?, false),
         // A mistyped folder must not look like an empty outbox.
         Ok(None) => {
             let folder = folder.display();
@@ -90,6 +122,7 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
             let wanted = Wanted { tasks: tasks.clone() };
             let asked = block_on(async {
                 Ok(match command {
+                    _ if set_aside.is_some() => client::ask(&path, "/outbox/take-up", set_aside.as_ref()).await,
                     Command::List { .. } => client::ask::<Reports>(&path, "/outbox", None::<&Wanted>).await,
                     Command::Retry { .. } => client::ask(&path, "/outbox/retry", Some(&wanted)).await,
                     Command::Drop { .. } => client::ask(&path, "/outbox/drop", Some(&wanted)).await,
@@ -100,6 +133,10 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
         Err(err) => return Err(err.into()),
     };
     put(std::io::stdout(), &shown(&reports, place.output)?)?;
+    if let Some(found) = found {
+        say_taken_up(reports.len(), found, running);
+        return Ok(Exit::Done);
+    }
     // Of reports that were named, each one that is missing is told below.
     if tasks.is_none() || !reports.is_empty() {
         say(command, reports.len(), running);
@@ -113,7 +150,15 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
 }
 
 /// On a node that does not run. What waits there is sent when one starts.
-fn stopped(command: &Command, mut shelf: OfflineOutbox, tasks: Option<&[TaskId]>) -> anyhow::Result<Vec<Listing>> {
+fn stopped(
+    command: &Command,
+    mut shelf: OfflineOutbox,
+    tasks: Option<&[TaskId]>,
+    set_aside: Option<SetAside>,
+) -> anyhow::Result<Vec<Listing>> {
+    if let Some(set_aside) = set_aside {
+        return Ok(shelf.take_up(set_aside)?);
+    }
     let tasks: Option<HashSet<TaskId>> = tasks.map(|tasks| tasks.iter().cloned().collect());
     Ok(match command {
         Command::List { .. } | Command::Retry { .. } => shelf.listings(tasks.as_ref()),
@@ -130,6 +175,20 @@ fn say(command: &Command, count: usize, running: bool) {
         Command::Retry { .. } if running => tell(format_args!("{reports} will be sent now")),
         Command::Retry { .. } => tell(format_args!("no node runs here; {reports} will be sent when one starts")),
         Command::Drop { .. } => tell(format_args!("dropped {reports}")),
+    }
+}
+
+/// What was taken up of the reports that were `found`, for people.
+fn say_taken_up(count: usize, found: usize, running: bool) {
+    if count < found {
+        let known = counted(found - count, "report is", "reports are");
+        tell(format_args!("{known} in the outbox already"));
+    }
+    let reports = counted(count, "report", "reports");
+    match running {
+        _ if count == 0 => {}
+        true => tell(format_args!("took up {reports}, which will be sent now")),
+        false => tell(format_args!("took up {reports}; no node runs here, the next start sends them")),
     }
 }
 

@@ -69,7 +69,7 @@ mod socket {
 
     use axum::{
         Json, Router,
-        extract::State,
+        extract::{DefaultBodyLimit, State},
         http::Request,
         routing::{get, post},
     };
@@ -81,7 +81,7 @@ mod socket {
     use super::{Address, Reports, SOCKET, Wanted};
     use crate::{
         listen::{self, Limits},
-        outbox::Outbox,
+        outbox::{Outbox, SetAside},
     };
 
     const LIMITS: Limits = Limits {
@@ -134,6 +134,8 @@ mod socket {
                 .route("/outbox", get(list))
                 .route("/outbox/retry", post(retry))
                 .route("/outbox/drop", post(drop_reports))
+                // As large as the outbox that it comes from.
+                .route("/outbox/take-up", post(take_up).layer(DefaultBodyLimit::disable()))
                 .with_state(outbox);
             listen::serve(listener, LIMITS, stop, |socket, ()| {
                 let router = router.clone();
@@ -153,6 +155,10 @@ mod socket {
 
     async fn drop_reports(State(outbox): State<Outbox>, Json(wanted): Json<Wanted>) -> Json<Reports> {
         Json(Reports { reports: outbox.drop_reports(tasks(wanted).as_ref()).await })
+    }
+
+    async fn take_up(State(outbox): State<Outbox>, Json(set_aside): Json<SetAside>) -> Json<Reports> {
+        Json(Reports { reports: outbox.take_up(set_aside).await })
     }
 
     fn tasks(wanted: Wanted) -> Option<HashSet<crate::model::TaskId>> {

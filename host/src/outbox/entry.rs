@@ -1,11 +1,15 @@
 //! One report on its way: what is kept on disk of a task that has ended. No token is among it.
 
-use std::sync::Arc;
+use std::{collections::HashSet, path::Path, sync::Arc};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::{
+    state::{StateError, failed},
+    store,
+};
 use crate::{
     leases::dms,
     model::{PlaneName, ReportAddress, TaskId, TaskResult},
@@ -83,6 +87,46 @@ struct Stored<E, T> {
     tries: T,
 }
 
+/// Reports from a file that no node uses. A command sends them to the node that takes them up.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct SetAside {
+    reports: Vec<Stored<Entry, Tries>>,
+}
+
+impl SetAside {
+    /// Reads `file`, damaged or not, and does not change it. Rows that cannot be read are missing.
+    ///
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn read(file: &Path) -> Result<Self, StateError> {
+        let rows = store::read_aside(file).map_err(failed("read", file))?;
+        let decoded = rows.iter().filter_map(|(_, bytes)| Entry::decode(bytes).ok());
+        Ok(Self { reports: decoded.map(|(report, tries)| Stored { report, tries }).collect() })
+    }
+
+    /// The number of reports.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.reports.len()
+    }
+
+    /// Whether there is no report.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.reports.is_empty()
+    }
+
+    /// The reports that are not among `known`, the oldest first.
+    pub(super) fn missing_in<'a>(self, known: impl Iterator<Item = &'a Entry>) -> Vec<(Entry, Tries)> {
+        let mut known: HashSet<_> = known.map(Entry::identity).collect();
+        let reports = self.reports.into_iter().map(|Stored { report, tries }| (report, tries));
+        reports.filter(|(report, _)| known.insert(report.identity())).collect()
+    }
+}
+
+/// What makes two reports the same report.
+type Identity = (PlaneName, Arc<str>, TaskId, Timestamp);
+
 impl Entry {
     pub(super) fn encode(&self, tries: &Tries) -> Vec<u8> {
         serde_json::to_vec(&Stored { report: self, tries }).expect("texts, numbers and JSON values are JSON")
@@ -96,6 +140,10 @@ impl Entry {
             Ok(old) => Ok((old.report.into(), old.tries)),
             Err(_) => Err(err.to_string()),
         })
+    }
+
+    fn identity(&self) -> Identity {
+        (self.plane.clone(), Arc::clone(&self.node), self.task().clone(), self.ended_at)
     }
 
     pub(super) fn task(&self) -> &TaskId {

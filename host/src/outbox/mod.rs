@@ -47,7 +47,7 @@ use self::{
     writer::{Unwritten, Writer, WriterEvent},
 };
 pub use self::{
-    entry::{Listing, ListingState},
+    entry::{Listing, ListingState, SetAside},
     offline::{OfflineOutbox, OfflineOutboxError},
     state::{StateDir, StateError},
 };
@@ -116,6 +116,13 @@ struct Inner {
     /// The state folder was made again.
     moved: Arc<Notify>,
     state: Arc<StateDir>,
+}
+
+impl Inner {
+    /// Whether this node sends the report: another node or control plane may have its own reports in the file.
+    fn is_ours(&self, entry: &Entry) -> bool {
+        entry.plane == self.plane && entry.base_url == self.base_url && entry.node == self.node
+    }
 }
 
 /// The book, and what of it the status board shows.
@@ -375,6 +382,29 @@ impl Outbox {
     pub fn retry(&self, tasks: Option<&HashSet<TaskId>>) -> Vec<Listing> {
         let listings = self.with(|book| book.hurry(tasks, Instant::now()));
         self.0.turn.notify_one();
+        listings
+    }
+
+    /// Takes up reports from another file under new numbers. They are sent like those of an earlier run. Reports that
+    /// are here already stay as they are. Returns the new ones, which are on the disk then.
+    pub async fn take_up(&self, set_aside: SetAside) -> Vec<Listing> {
+        let (ordered, listings): (Vec<_>, Vec<_>) = self.with(|book| {
+            let new = set_aside.missing_in(book.entries());
+            let taken = new.into_iter().map(|(entry, tries)| {
+                let ours = self.0.is_ours(&entry);
+                let number = book.take_up(entry, tries, ours, Instant::now());
+                let (entry, tries) = book.write(number).expect("it was just added");
+                let written = self.0.writer.write(Change::Put(number, entry.encode(&tries)));
+                (written, book.listing(number).expect("it was just added"))
+            });
+            taken.unzip()
+        });
+        self.0.turn.notify_one();
+        for written in ordered {
+            if let Err(err) = written.await {
+                debug!(error = %err, "report is kept in memory only");
+            }
+        }
         listings
     }
 

@@ -3,7 +3,7 @@
 use std::{collections::HashSet, path::Path};
 
 use super::{
-    entry::{Entry, Listing, ListingState, Tries},
+    entry::{Entry, Listing, ListingState, SetAside, Tries},
     state::{StateDir, StateError, failed},
     store::{Change, FILE, Store},
 };
@@ -30,6 +30,8 @@ pub struct OfflineOutbox {
     state: StateDir,
     store: Store,
     reports: Vec<(u64, Entry, Tries)>,
+    /// The number of the next report.
+    next: u64,
 }
 
 impl OfflineOutbox {
@@ -45,11 +47,12 @@ impl OfflineOutbox {
         }
         let state = StateDir::open(folder)?;
         let (store, rows) = Store::open(&state.path().join(FILE)).map_err(|err| bad_file(&state, &err))?;
+        let next = rows.iter().map(|(number, _)| number.saturating_add(1)).max().unwrap_or_default();
         let reports = rows.into_iter().filter_map(|(number, bytes)| {
             let (entry, tries) = Entry::decode(&bytes).ok()?;
             Some((number, entry, tries))
         });
-        Ok(Some(Self { reports: reports.collect(), store, state }))
+        Ok(Some(Self { reports: reports.collect(), next, store, state }))
     }
 
     /// Every report, the oldest first.
@@ -57,6 +60,22 @@ impl OfflineOutbox {
     pub fn listings(&self, tasks: Option<&HashSet<TaskId>>) -> Vec<Listing> {
         let wanted = self.reports.iter().filter(|(_, entry, _)| wants(tasks, entry));
         wanted.map(|(_, entry, tries)| Listing::new(entry, tries, ListingState::Waiting)).collect()
+    }
+
+    /// Takes up reports from another file under new numbers. Reports that are here already stay as they are. Returns
+    /// the new ones.
+    ///
+    /// # Errors
+    /// When the file cannot be written; no report is taken up then.
+    pub fn take_up(&mut self, set_aside: SetAside) -> Result<Vec<Listing>, OfflineOutboxError> {
+        let new = set_aside.missing_in(self.reports.iter().map(|(_, entry, _)| entry));
+        let new: Vec<_> = (self.next..).zip(new).map(|(number, (entry, tries))| (number, entry, tries)).collect();
+        let puts = new.iter().map(|(number, entry, tries)| Change::Put(*number, entry.encode(tries)));
+        self.store.apply(puts).map_err(|err| bad_file(&self.state, &err))?;
+        self.next += new.len() as u64;
+        let listings = new.iter().map(|(_, entry, tries)| Listing::new(entry, tries, ListingState::Waiting)).collect();
+        self.reports.extend(new);
+        Ok(listings)
     }
 
     /// Forgets these tasks' reports, or all; with those that are gone.

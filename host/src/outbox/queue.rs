@@ -115,6 +115,18 @@ impl ReportQueue {
         number
     }
 
+    /// Takes up a report from another file under a new number, which is returned.
+    pub(super) fn take_up(&mut self, entry: Entry, tries: Tries, ours: bool, now: Instant) -> u64 {
+        let number = self.next;
+        self.found(number, entry, tries, ours, now);
+        number
+    }
+
+    /// All reports.
+    pub(super) fn entries(&self) -> impl Iterator<Item = &Entry> {
+        self.held.values().map(|held| &*held.entry)
+    }
+
     fn insert(&mut self, number: u64, held: Held) {
         if held.place != Place::Foreign {
             self.by_task.insert((held.entry.task().clone(), number));

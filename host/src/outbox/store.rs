@@ -13,7 +13,7 @@ use std::{
 };
 
 use jiff::Timestamp;
-use redb::{Builder, Database, ReadableTable, TableDefinition};
+use redb::{Builder, Database, ReadableTable, StorageBackend as _, TableDefinition, backends::InMemoryBackend};
 
 use super::{
     row,
@@ -104,36 +104,7 @@ impl Store {
         if !database.check_integrity()? {
             tracing::warn!(event = "outbox.repaired", path = %path.display(), "outbox was repaired");
         }
-        let change = database.begin_write()?;
-        let (mut rows, mut bare, mut newest) = (Vec::new(), Vec::new(), 0);
-        {
-            let mut about = change.open_table(ABOUT)?;
-            let found = about.get("format")?.map(|format| format.value());
-            match found {
-                Some(FORMAT) => {}
-                Some(OLD_FORMAT) | None => drop(about.insert("format", FORMAT)?),
-                Some(format) => {
-                    return Err(StoreError::Damaged(format!("it has format {format}, this version reads {FORMAT}")));
-                }
-            }
-            for row in change.open_table(REPORTS)?.iter()? {
-                let (number, bytes) = row?;
-                let (number, bytes) = (number.value(), bytes.value());
-                if bytes.first() == Some(&b'{') {
-                    // An older version wrote it without a checksum.
-                    bare.push(number);
-                    rows.push((number, bytes.to_vec()));
-                    continue;
-                }
-                let found = row::read(bytes).filter(|found| found.number == number);
-                let found = found.ok_or_else(|| StoreError::Damaged(format!("row {number} has a wrong checksum")))?;
-                newest = newest.max(found.change);
-                if number != row::LIVE {
-                    rows.push((number, found.bytes.to_vec()));
-                }
-            }
-        }
-        change.commit()?;
+        let Contents { rows, bare, newest } = contents(&database)?;
         let live = rows.iter().map(|(number, _)| *number).collect();
         let store = Self { database, known: Mutex::new(Known { change: newest + 1, live }), file: identity };
         if !bare.is_empty() {
@@ -173,6 +144,69 @@ impl Store {
             Ok(change.commit()?)
         })
     }
+}
+
+/// The rows of a database.
+struct Contents {
+    rows: Vec<Row>,
+    /// Rows that an older version wrote without a checksum.
+    bare: Vec<u64>,
+    /// The highest number of a change.
+    newest: u64,
+}
+
+/// Reads all rows, and makes the tables if they are missing.
+fn contents(database: &Database) -> Result<Contents, StoreError> {
+    let change = database.begin_write()?;
+    let mut contents = Contents { rows: Vec::new(), bare: Vec::new(), newest: 0 };
+    {
+        let mut about = change.open_table(ABOUT)?;
+        let found = about.get("format")?.map(|format| format.value());
+        match found {
+            Some(FORMAT) => {}
+            Some(OLD_FORMAT) | None => drop(about.insert("format", FORMAT)?),
+            Some(format) => {
+                return Err(StoreError::Damaged(format!("it has format {format}, this version reads {FORMAT}")));
+            }
+        }
+        for row in change.open_table(REPORTS)?.iter()? {
+            let (number, bytes) = row?;
+            let (number, bytes) = (number.value(), bytes.value());
+            if bytes.first() == Some(&b'{') {
+                contents.bare.push(number);
+                contents.rows.push((number, bytes.to_vec()));
+                continue;
+            }
+            let found = row::read(bytes).filter(|found| found.number == number);
+            let found = found.ok_or_else(|| StoreError::Damaged(format!("row {number} has a wrong checksum")))?;
+            contents.newest = contents.newest.max(found.change);
+            if number != row::LIVE {
+                contents.rows.push((number, found.bytes.to_vec()));
+            }
+        }
+    }
+    change.commit()?;
+    Ok(contents)
+}
+
+/// Reads the rows of a file that no node uses, damaged or not. The file is not changed: the database works on
+/// a copy in memory.
+///
+/// # Errors
+/// When the file cannot be read.
+pub(super) fn read_aside(path: &Path) -> io::Result<Vec<Row>> {
+    let file = fs::read(path)?;
+    if file.is_empty() {
+        return Ok(Vec::new());
+    }
+    let intact = quietly(|| {
+        let copy = InMemoryBackend::new();
+        copy.set_len(file.len() as u64).and_then(|()| copy.write(0, &file)).map_err(StoreError::System)?;
+        let mut database = Builder::new().set_cache_size(CACHE_BYTES).create_with_backend(copy)?;
+        database.check_integrity()?;
+        contents(&database)
+    });
+    Ok(intact.map_or_else(|_| row::scan(&file), |contents| contents.rows))
 }
 
 thread_local! {

@@ -3,11 +3,12 @@
 use std::{
     fs::File,
     io,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 use crate::harness::{
     TestServer, fixtures,
@@ -695,6 +696,137 @@ async fn outbox_list_retry_and_drop_work_on_a_running_node_and_on_a_stopped_one(
     let socket = node.state_dir().join("control.sock");
     assert!(!socket.exists(), "a node that ends takes its socket with it");
     Cli::new(&["outbox", "drop"]).run().await.expect(2);
+}
+
+/// Runs `outbox retry --from FILE` on a state folder.
+async fn retry_from(state: &Path, file: &Path) -> (Vec<Value>, String) {
+    let cli = Cli::new(&["outbox", "retry", "--from"]).arg(file).arg("-o").arg("json").arg("--state-dir").arg(state);
+    let said = cli.run().await.expect(0);
+    assert!(!said.stderr.contains("panicked"), "{}", said.stderr);
+    (serde_json::from_str(&said.stdout).expect("a list"), said.stderr)
+}
+
+/// A state folder of a node that was killed with this many waiting reports.
+async fn killed_with_reports(rubbish: &Rubbish, lab: &TestServer, count: usize) -> (TestNode, Vec<Uuid>) {
+    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
+    let jobs = (0..count).map(|_| lab.task("/fixtures/ok/v1").submit()).collect();
+    waiting(&node, count).await;
+    node.term();
+    assert_eq!(node.wait().await, 75, "{}", node.log());
+    rubbish.heal();
+    (node, jobs)
+}
+
+#[tokio::test]
+async fn retry_takes_up_a_damaged_file() {
+    const COUNT: usize = 8;
+    let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(600)).await;
+    let rubbish = Rubbish::before(&lab).await;
+    let (node, jobs) = killed_with_reports(&rubbish, &lab, COUNT).await;
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("set-aside.redb");
+    let mut bytes = std::fs::read(node.state_dir().join("outbox.redb")).expect("read");
+    for at in [0, bytes.len() / 3, bytes.len() / 2] {
+        bytes[at] ^= 1;
+    }
+    std::fs::write(&file, &bytes).expect("written");
+    let next = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    // The first file is of another node: its reports are kept and not sent.
+    let (taken, said) = retry_from(next.state_dir(), &file).await;
+    assert!(taken.len() >= COUNT - 1, "{taken:#?}");
+    assert!(taken.iter().all(|report| report["state"] == "foreign"), "{taken:#?}");
+    assert_eq!(said, format!("took up {} reports, which will be sent now", taken.len()));
+    next.stop().await;
+
+    // The node itself, without its outbox: it sends them.
+    std::fs::remove_file(node.state_dir().join("outbox.redb")).expect("removed");
+    let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
+    let (taken, _) = retry_from(node.state_dir(), &file).await;
+    next.page_until("/status.json", |page| page.1["outbox"]["waiting"] == 0).await;
+    next.stop().await;
+    assert!(taken.len() >= COUNT - 1, "{taken:#?}");
+    assert_eq!(accepted(&lab), taken.len());
+    assert_eq!(std::fs::read(&file).expect("read"), bytes, "the file is as it was");
+    drop(jobs);
+}
+
+#[tokio::test]
+async fn retry_doubles_no_report() {
+    const COUNT: usize = 3;
+    let lab = TestServer::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let (node, jobs) = killed_with_reports(&rubbish, &lab, COUNT).await;
+    let state = node.state_dir();
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("copy.redb");
+    std::fs::copy(state.join("outbox.redb"), &file).expect("copied");
+    let doubled = "3 reports are in the outbox already";
+    assert_eq!(retry_from(state, &file).await, (Vec::new(), doubled.to_owned()));
+    let (dropped, _) = outbox(&node, &["drop", "--all"], 0).await;
+    assert_eq!(dropped.as_array().map(Vec::len), Some(COUNT));
+    let (taken, said) = retry_from(state, &file).await;
+    assert_eq!(said, "took up 3 reports; no node runs here, the next start sends them");
+    assert_eq!(json!(taken), dropped);
+    assert_eq!(retry_from(state, &file).await, (Vec::new(), doubled.to_owned()));
+    // A running node, which does not get rid of them.
+    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
+    assert_eq!(retry_from(state, &file).await, (Vec::new(), doubled.to_owned()));
+    rubbish.heal();
+    assert_eq!(outbox(&node, &["retry", "--all"], 0).await.1, "3 reports will be sent now");
+    for job in jobs {
+        lab.ended(&next, job).await.completed();
+    }
+    next.stop().await;
+    assert_eq!(accepted(&lab), COUNT);
+    // A file without reports, and none.
+    std::fs::write(&file, "no database").expect("written");
+    let from = |file: &Path| Cli::new(&["outbox", "retry", "--from"]).arg(file).arg("--state-dir").arg(state);
+    let said = from(&file).run().await.expect(1);
+    assert_eq!(said.stderr, "error: the file has no report that can be read");
+    let said = from(&folder.path().join("missing")).run().await.expect(78);
+    assert!(said.stderr.starts_with(&format!("error: cannot read {}/missing: ", folder.path().display())), "{said:?}");
+}
+
+#[tokio::test]
+async fn damage_in_any_page_leaves_readable_reports() {
+    const COUNT: usize = 8;
+    let lab = TestServer::start().await;
+    let rubbish = Rubbish::before(&lab).await;
+    let (node, _) = killed_with_reports(&rubbish, &lab, COUNT).await;
+    let sound = std::fs::read(node.state_dir().join("outbox.redb")).expect("read");
+    let target = node.state_dir();
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("damaged.redb");
+    let used = |page: &usize| sound[page * 4096..][..4096].iter().any(|byte| *byte != 0);
+    let pages: Vec<usize> = (0..sound.len() / 4096).filter(used).collect();
+    for page in &pages {
+        let mut bytes = sound.clone();
+        let used = bytes[page * 4096..][..4096].iter().rposition(|byte| *byte != 0).expect("a used page");
+        bytes[page * 4096 + used / 2] ^= 0x10;
+        std::fs::write(&file, &bytes).expect("written");
+        outbox(&node, &["drop", "--all"], 0).await;
+        let (taken, said) = retry_from(target, &file).await;
+        assert!(taken.len() >= COUNT - 1, "page {page}: {} reports; {said}", taken.len());
+    }
+    // The start sets such a file aside: the first byte of a page is its kind.
+    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    for some in [&pages[..], &pages[1..], &pages[pages.len() / 2..]] {
+        let mut bytes = sound.clone();
+        some.iter().for_each(|page| bytes[page * 4096] ^= 0x10);
+        std::fs::write(target.join("outbox.redb"), &bytes).expect("written");
+        let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
+        let kept = next.status().await["outbox"]["waiting"].as_u64().expect("a number");
+        assert!(kept >= COUNT as u64 - 1, "{kept} reports; {}", next.log());
+        let line = next.line(|line| line["event"] == "outbox.damaged").await;
+        let aside = line["moved_to"].as_str().expect("a path");
+        let (taken, _) = retry_from(target, Path::new(aside)).await;
+        assert!(taken.is_empty(), "what can be read was taken up before: {taken:#?}");
+        next.term();
+        assert_eq!(next.wait().await, 75, "{}", next.log());
+        assert!(!next.log().contains("panicked"), "{}", next.log());
+    }
 }
 
 #[tokio::test]
