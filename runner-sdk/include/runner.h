@@ -69,7 +69,7 @@ typedef void (*runner_callback)(void *user, runner_status status, runner_bytes d
  * log         level 1 to 5 as in log_level; fields_json is an object or empty. task may be 0: then
  *             {"plugin": name} in it says whose line it is.
  * progress, event   any JSON of at most 64 KiB.
- * cancel_reason     answers plane, lease-lost, drained or operator; nothing while the task may go on.
+ * cancel_reason     answers plane, lease-lost, drained, deadline or operator; nothing while the task may go on.
  * token             answers the bearer; RUNNER_UNSUPPORTED unless it was granted.
  * input_open  answers {"stream": number, "cid", "data_id", "name", "data_type", "domain_id", "size"}.
  * input_read  answers at most max bytes; none is the end.

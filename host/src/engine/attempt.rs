@@ -19,8 +19,8 @@ use crate::{
     crash,
     leases::{Advice, LeaseSource},
     model::{
-        CancelReason, HeldLease, HeldNumber, Lease, Outcome, ReportState, Setup, SetupStage, StatusBoard, TaskRecord,
-        TaskResult, TaskStage, millis,
+        BootInstant, CancelReason, HeldLease, HeldNumber, Lease, Outcome, ReportState, Setup, SetupStage, StatusBoard,
+        TaskRecord, TaskResult, TaskStage, millis,
     },
     outbox::Sent,
     plugins::{Folder, Job},
@@ -161,6 +161,7 @@ fn lease_value(grant: &HeldLease, outcome: &Outcome) -> LeaseValue {
     match outcome {
         _ if !begun || !ours => LeaseValue::Nothing,
         Outcome::Completed
+        | Outcome::Budget { .. }
         | Outcome::Failed { .. }
         | Outcome::Panicked { .. }
         | Outcome::Storage { .. }
@@ -256,12 +257,21 @@ async fn free(permit: Option<OwnedSemaphorePermit>, tidying: Option<Tidying>) {
     drop(permit);
 }
 
+/// Waits until the deadline has passed; for ever if there is none.
+async fn passed(deadline: Option<BootInstant>) {
+    let Some(deadline) = deadline else { return std::future::pending().await };
+    while !deadline.has_passed() {
+        tokio::time::sleep(deadline.left()).await;
+    }
+}
+
 /// Lets `run` come to its end, passing on the node's own wish to stop.
 async fn run_to_end(run: impl Future<Output = End>, grant: &HeldLease, cancel_all: &CancellationToken) -> End {
     tokio::pin!(run);
     tokio::select! {
         end = &mut run => return end,
         () = cancel_all.cancelled() => grant.cancel.cancel(CancelReason::Drained),
+        () = passed(grant.lease.hard_deadline) => grant.cancel.cancel(CancelReason::Deadline),
     }
     run.await
 }
@@ -319,7 +329,7 @@ async fn setup(grant: &HeldLease) -> Result<(), Outcome> {
         Setup::Refused(message) => Err(match grant.cancel.reason() {
             Some(CancelReason::Plane | CancelReason::Operator) => Outcome::Cancelled,
             Some(CancelReason::LeaseLost) => Outcome::LeaseLost,
-            Some(CancelReason::Drained) => Outcome::Drained,
+            Some(reason @ (CancelReason::Drained | CancelReason::Deadline)) => Outcome::of_cancel(reason),
             None => Outcome::Setup { stage: SetupStage::InitialHeartbeat, message },
         }),
         Setup::Pending => unreachable!("setup() waits until it is not pending"),

@@ -58,6 +58,8 @@ pub enum CancelReason {
     LeaseLost,
     /// The node is shutting down and the task's time to drain is over.
     Drained,
+    /// The run passed its hard deadline.
+    Deadline,
     /// The person at the keyboard (only `invoke`).
     Operator,
 }
@@ -70,6 +72,7 @@ impl CancelReason {
             Self::Plane => "plane",
             Self::LeaseLost => "lease-lost",
             Self::Drained => "drained",
+            Self::Deadline => "deadline",
             Self::Operator => "operator",
         }
     }

@@ -152,6 +152,8 @@ pub struct Lease {
     pub capability: Capability,
     /// When the plane gives the task to somebody else, as far as it said so in a time that can be meant.
     pub expires_at: Option<BootInstant>,
+    /// When the run must have ended, however long the lease lasts. It is cancelled then, and fails.
+    pub hard_deadline: Option<BootInstant>,
     /// True when the plane handed the lease out already cancelled.
     pub cancelled: bool,
     /// Where the task's data is, as far as the control plane has said.
@@ -179,6 +181,7 @@ impl Lease {
             attempt: None,
             capability,
             expires_at: None,
+            hard_deadline: None,
             cancelled: false,
             data: AnnouncedData::Known(DataLocation::None),
             token: None,

@@ -72,6 +72,11 @@ pub enum Outcome {
     },
     /// No plugin serves the capability.
     NoRunner,
+    /// The run passed a limit of time.
+    Budget {
+        /// Which one, one line.
+        message: String,
+    },
     /// The control plane cancelled the task. Nothing is reported.
     Cancelled,
     /// The lease ran out or went to somebody else. Nothing is reported.
@@ -89,6 +94,8 @@ pub enum Outcome {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OutcomeWord {
+    /// The run passed a limit.
+    Budget,
     /// The control plane cancelled the task.
     Cancelled,
     /// The runner returned without error.
@@ -112,6 +119,7 @@ impl OutcomeWord {
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
+            Self::Budget => "budget",
             Self::Cancelled => "cancelled",
             Self::Completed => "completed",
             Self::Drained => "drained",
@@ -131,6 +139,7 @@ impl Outcome {
         match reason {
             CancelReason::LeaseLost => Self::LeaseLost,
             CancelReason::Drained => Self::Drained,
+            CancelReason::Deadline => Self::Budget { message: "the deadline of the run has passed".to_owned() },
             CancelReason::Plane | CancelReason::Operator => Self::Cancelled,
         }
     }
@@ -143,6 +152,7 @@ impl Outcome {
             Self::Failed { .. } => OutcomeWord::Failed,
             Self::Panicked { .. } => OutcomeWord::Panicked,
             Self::Storage { .. } => OutcomeWord::Storage,
+            Self::Budget { .. } => OutcomeWord::Budget,
             Self::Setup { .. } | Self::NoRunner | Self::HostFault { .. } => OutcomeWord::HostFault,
             Self::Cancelled => OutcomeWord::Cancelled,
             Self::LeaseLost => OutcomeWord::LeaseLost,
@@ -166,6 +176,7 @@ impl Outcome {
             Self::Panicked { .. } => "runner_panic",
             Self::Storage { .. } => "storage",
             Self::Setup { stage, .. } => stage.code(),
+            Self::Budget { .. } => "budget",
             Self::NoRunner => "no_runner",
             Self::Cancelled => "cancelled",
             Self::LeaseLost => "lease_lost",
@@ -179,9 +190,10 @@ impl Outcome {
     pub fn reason(&self) -> Option<String> {
         match self {
             Self::Completed | Self::Cancelled | Self::LeaseLost | Self::Drained => None,
-            Self::Failed { message, .. } | Self::Storage { message } | Self::HostFault { message } => {
-                Some(message.clone())
-            }
+            Self::Failed { message, .. }
+            | Self::Storage { message }
+            | Self::Budget { message }
+            | Self::HostFault { message } => Some(message.clone()),
             Self::Panicked { message, place } => Some(format!("{message} at {place}")),
             Self::Setup { stage, message } => Some(format!("{}: {message}", stage.code())),
             Self::NoRunner => Some("no runner registered for this capability".to_owned()),
@@ -201,7 +213,10 @@ impl Outcome {
                 clean(message);
                 clean(place);
             }
-            Self::Storage { message } | Self::Setup { message, .. } | Self::HostFault { message } => clean(message),
+            Self::Storage { message }
+            | Self::Budget { message }
+            | Self::Setup { message, .. }
+            | Self::HostFault { message } => clean(message),
             Self::Completed | Self::NoRunner | Self::Cancelled | Self::LeaseLost | Self::Drained => {}
         }
     }
@@ -212,7 +227,7 @@ impl Outcome {
         match self {
             Self::Failed { retryable, .. } => *retryable,
             Self::Storage { .. } | Self::Setup { .. } | Self::NoRunner | Self::Drained | Self::HostFault { .. } => true,
-            Self::Completed | Self::Panicked { .. } | Self::Cancelled | Self::LeaseLost => false,
+            Self::Completed | Self::Panicked { .. } | Self::Budget { .. } | Self::Cancelled | Self::LeaseLost => false,
         }
     }
 }

@@ -32,6 +32,7 @@ fn lease(left: Duration) -> Lease {
         job: None,
         capability: "/lab/echo/v1".parse().expect("a name"),
         expires_at: Some(BootInstant::now() + left),
+        hard_deadline: None,
         cancelled: false,
         data: AnnouncedData::at_server(Some("https://ds.lab.test"), Some(Uuid::nil())),
         token: Some(Token::new("dom-1")),

@@ -142,3 +142,17 @@ async fn lease_that_waits_for_a_slot_is_shown_as_waiting() {
     }
     node.stop().await;
 }
+
+#[tokio::test]
+async fn run_past_its_time_limit_fails() {
+    let plane = Plane::local();
+    let node = plane.node(&[fixtures::zoo()]).leasing().await;
+    plane.put_job("limited", &json!({ "capability": "/fixtures/slow/v1", "time_limit_secs": 1 }));
+    let result = done(&plane, &node, "limited").await;
+    assert_eq!((&result["outcome"], &result["code"]), (&json!("budget"), &json!("budget")), "{result}");
+    assert_eq!(
+        (&result["reason"], &result["retryable"]),
+        (&json!("the deadline of the run has passed"), &json!(false))
+    );
+    node.stop().await;
+}

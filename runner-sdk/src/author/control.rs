@@ -16,6 +16,8 @@ pub enum CancelReason {
     LeaseLost,
     /// The node shuts down.
     Drained,
+    /// The run passed its time limit.
+    Deadline,
     /// The person who started the run stopped it.
     Operator,
     /// The task has ended: `run` has returned, and this context outlived it.
@@ -30,6 +32,7 @@ impl CancelReason {
             "plane" => Self::Plane,
             "lease-lost" => Self::LeaseLost,
             "drained" => Self::Drained,
+            "deadline" => Self::Deadline,
             "operator" => Self::Operator,
             "task-over" => Self::TaskOver,
             other => Self::Other(other.to_owned()),

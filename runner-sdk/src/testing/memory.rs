@@ -257,6 +257,7 @@ fn reason_word(reason: Option<&CancelReason>) -> String {
         Some(CancelReason::Plane) => "plane".to_owned(),
         Some(CancelReason::LeaseLost) => "lease-lost".to_owned(),
         Some(CancelReason::Drained) => "drained".to_owned(),
+        Some(CancelReason::Deadline) => "deadline".to_owned(),
         Some(CancelReason::Operator) => "operator".to_owned(),
         Some(CancelReason::TaskOver) => "task-over".to_owned(),
         Some(CancelReason::Other(word)) => word.clone(),

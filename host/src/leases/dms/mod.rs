@@ -350,6 +350,7 @@ fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
         attempt: task.attempts.and_then(|text| text.get().parse().ok()),
         capability,
         expires_at: lease_end(answer, envelope.lease_expires_at.or_else(|| time(&value(task.lease_expires_at)))),
+        hard_deadline: None,
         cancelled: envelope.cancel,
         data: AnnouncedData::DomainServer {
             server: filled(envelope.domain_server_url).or_else(|| server_of_meta(&value(task.meta))),

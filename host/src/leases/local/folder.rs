@@ -45,6 +45,8 @@ pub struct Job {
     pub out: Option<PathBuf>,
     /// How long a claim lasts; from one second to [`TERM_MAX`].
     pub term: Duration,
+    /// How long the run may take; `None`: as long as the claim.
+    pub time_limit: Option<Duration>,
 }
 
 /// Puts a job into a folder, which is made if it does not exist.
@@ -53,13 +55,14 @@ pub struct Job {
 /// One line when the folder cannot be used.
 pub fn submit(folder: &Path, id: &TaskId, job: &Job) -> anyhow::Result<()> {
     let folder = Folder::open(folder.to_owned()).map_err(|problem| anyhow::anyhow!(problem))?;
-    let Job { capability, inputs, meta, out, term } = job;
+    let Job { capability, inputs, meta, out, term, time_limit } = job;
     let file = JobFile {
         capability: capability.to_string(),
         inputs: inputs.iter().map(AnyPath::from).collect(),
         meta: meta.clone(),
         out: out.as_ref().map(AnyPath::from),
         term_secs: Some(term.as_secs()),
+        time_limit_secs: time_limit.map(|limit| limit.as_secs()),
     };
     Ok(write(&folder.job(id), &serde_json::to_value(file)?)?)
 }
@@ -75,6 +78,8 @@ struct JobFile {
     meta: Value,
     out: Option<AnyPath>,
     term_secs: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    time_limit_secs: Option<u64>,
 }
 
 /// A path in JSON: a text, or an array of bytes if the path is not UTF-8.
@@ -332,7 +337,8 @@ fn read_job(path: &Path) -> Result<Option<Job>, String> {
         Capability::parse(&file.capability).map_err(|err| format!("the job file cannot be used: {err}"))?;
     let term = file.term_secs.map_or(TERM_DEFAULT, Duration::from_secs).clamp(Duration::from_secs(1), TERM_MAX);
     let inputs = file.inputs.into_iter().map(PathBuf::from).collect();
-    Ok(Some(Job { capability, inputs, meta: file.meta, out: file.out.map(PathBuf::from), term }))
+    let time_limit = file.time_limit_secs.map(Duration::from_secs);
+    Ok(Some(Job { capability, inputs, meta: file.meta, out: file.out.map(PathBuf::from), term, time_limit }))
 }
 
 fn read<T: for<'de> Deserialize<'de>>(path: &Path) -> Option<T> {

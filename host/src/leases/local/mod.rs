@@ -147,7 +147,7 @@ fn gone(to: &ReportAddress) -> LeaseError {
 }
 
 fn lease(folder: &Folder, id: TaskId, claim: Uuid, job: Job) -> Lease {
-    let Job { capability, inputs, meta, out, term } = job;
+    let Job { capability, inputs, meta, out, term, time_limit } = job;
     let cids: Vec<String> = (0..inputs.len()).map(|number| format!("input-{number}")).collect();
     let task = json!({ "id": id.as_str(), "capability": capability.as_str(), "inputs_cids": cids, "meta": meta });
     let document = to_raw_value(&json!({ "task": task })).expect("JSON values are JSON");
@@ -157,6 +157,7 @@ fn lease(folder: &Folder, id: TaskId, claim: Uuid, job: Job) -> Lease {
     };
     Lease {
         expires_at: Some(BootInstant::now() + term),
+        hard_deadline: time_limit.map(|limit| BootInstant::now() + limit),
         inputs: cids,
         data: AnnouncedData::Known(DataLocation::LocalFiles(files)),
         document,

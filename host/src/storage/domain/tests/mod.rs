@@ -134,6 +134,7 @@ fn lease(inputs: &[&str]) -> Lease {
         job: None,
         capability: Capability::parse("/test/storage/v1").expect("a capability"),
         expires_at: None,
+        hard_deadline: None,
         cancelled: false,
         data: AnnouncedData::at_server(None, Some(DOMAIN)),
         token: Some(Token::new("t1")),
