@@ -1,8 +1,7 @@
-//! Where leases come from.
+//! Lease sources: one adapter per control plane.
 //!
-//! A [`LeaseSource`] is one control plane: poll, heartbeat, report, reject.
-//! Nothing outside `leases` knows which plane is in use. Nothing in here decides when to call:
-//! pacing belongs to `session`, admission to `engine`.
+//! A [`LeaseSource`] has four main calls: poll, heartbeat, report, reject. Only this module knows which control plane
+//! is in use. It does not decide when to call: `session` paces heartbeats, `engine` admits work.
 
 pub mod dms;
 pub mod local;
@@ -19,61 +18,61 @@ use crate::model::{
 /// When a slot is reserved for a lease.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Admission {
-    /// Before each poll: the control plane is asked only for what can start at once.
+    /// Before each poll: the node polls only for tasks that can start at once.
     SlotFirst,
     /// When a lease has arrived: the control plane sends leases by itself, and a poll waits for the next one. One
-    /// lease may wait for a slot; heartbeats keep it.
+    /// lease may wait for a slot. Heartbeats keep it alive.
     LeaseFirst,
 }
 
-/// What is known of a control plane before anything is sent.
+/// The fixed properties of a control plane.
 #[derive(Clone, Debug)]
 pub struct PlaneFacts {
     /// Its name in the configuration of this node.
     pub name: PlaneName,
-    /// Its base URL. A report goes to no other one.
+    /// Its base URL. A report goes to no other URL.
     pub base_url: Arc<str>,
-    /// This node on it. A report of another node is not sent.
+    /// The identity of this node there. A report of another node is not sent.
     pub node: Arc<str>,
     /// When a slot is reserved.
     pub admission: Admission,
-    /// Longest pause between two heartbeats of one lease. `None`: the term of the lease decides alone.
+    /// Longest pause between two heartbeats of one lease. `None`: only the term of the lease decides.
     pub heartbeat_every: Option<Duration>,
 }
 
-/// Whether a control plane may give work.
+/// Whether a control plane may be polled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PlaneReadiness {
     /// It may be polled.
     Ready,
-    /// It may not, for this reason, in one line.
+    /// It may not be polled. The reason is one line.
     NotReady(String),
 }
 
 /// One control plane. An adapter is built from its own configuration and owns its sign-in and registration.
 #[async_trait]
 pub trait LeaseSource: Send + Sync {
-    /// What is known before anything is sent.
+    /// The fixed properties.
     fn facts(&self) -> &PlaneFacts;
-    /// Registers, signs in and keeps up what the other calls need, until `stop`. Called once. Stop it after the
+    /// Registers, signs in and renews the sign-in for the other calls, until `stop`. Called once. Stop it after the
     /// last report.
     async fn run(&self, stop: CancellationToken);
-    /// Whether it may be polled now. Costs little.
+    /// Whether it may be polled now. The call is cheap.
     fn readiness(&self) -> PlaneReadiness;
-    /// Waits until it may be polled. `false`: it never will be again.
+    /// Waits until it may be polled. `false`: it cannot be polled any more.
     async fn until_ready(&self) -> bool;
-    /// Asks for no new lease: the node drains. A poll that waits for a lease returns `None` soon.
+    /// Ends waiting polls, because the node drains. A poll that waits for a lease returns `None` soon.
     fn quiesce(&self) {}
     /// Tells the control plane that the lease has arrived, where its wire has such a call. Called once for each
-    /// lease, before its task runs. [`LeaseError::Gone`]: somebody else has it.
+    /// lease, before its task runs. [`LeaseError::Gone`]: another node has it.
     async fn acknowledge(&self, _lease: &Lease) -> Result<(), LeaseError> {
         Ok(())
     }
-    /// Takes the next lease we can serve. `Ok(None)`: asked, and there is nothing; back off quietly.
-    /// Let it finish: dropping this future may lose a lease the plane has already given us.
+    /// Returns the next lease that this node can serve, or `None` (no work, back off).
+    /// Do not drop this future: it may already own a lease.
     async fn poll(&self) -> Result<Option<Lease>, LeaseError>;
-    /// Extends a lease we hold. The answer may carry a newer token or a request to cancel. Sends nothing
-    /// after `until`, which the session takes from what is left of the lease, and waits no longer.
+    /// Extends a held lease. The answer may carry a newer token or a request to cancel. Sends nothing and waits no
+    /// longer after `until`, which the session derives from the remaining term of the lease.
     async fn heartbeat(&self, to: &ReportAddress, beat: &Pending, until: BootInstant) -> Result<Renewal, LeaseError>;
     /// Reports the end of a task. A repeat after a crash returns `Ok`.
     async fn report(&self, to: &ReportAddress, task_result: &TaskResult) -> Result<(), LeaseError>;
@@ -81,97 +80,97 @@ pub trait LeaseSource: Send + Sync {
     async fn reject(&self, to: &ReportAddress, why: &Outcome) -> Result<(), LeaseError>;
 }
 
-/// What a heartbeat's answer said; absent means unchanged.
+/// The content of a heartbeat's answer. `None` means unchanged.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Renewal {
-    /// Newer bearer towards the domain server.
+    /// A newer token for the domain server.
     pub token: Option<Token>,
-    /// When that bearer ends.
+    /// When that token expires.
     pub token_expires_at: Option<BootInstant>,
-    /// What the answer says about the lease's term.
+    /// The new term of the lease.
     pub term: Term,
-    /// The plane asks to stop.
+    /// The control plane requests a cancel.
     pub cancel: bool,
-    /// Where heartbeats and the report go from now on, if the plane has renamed something.
+    /// The new address for heartbeats and the report, if the control plane changed it.
     pub address: Option<ReportAddress>,
-    /// What the plane calls the task's capability now.
+    /// The new name of the task's capability.
     pub capability: Option<String>,
-    /// Where the data is now.
+    /// The new location of the data.
     pub data: Option<AnnouncedData>,
 }
 
-/// Why a control plane did not do what we asked. Texts hold no token and no body of a lease.
+/// Why a control plane call failed. Texts hold no token and no body of a lease.
 #[derive(Debug, thiserror::Error)]
 pub enum LeaseError {
-    /// No answer, or none in time.
+    /// There was no answer, or it came too late.
     #[error("{0}")]
     Unreachable(String),
-    /// The node has no token at the moment.
+    /// The node has no token now.
     #[error("no node token: {0}")]
     NoToken(String),
-    /// Rejected with a fresh token too.
+    /// A fresh token was rejected too.
     #[error("control plane rejected the node token")]
     Unauthorized,
-    /// The plane does not know the task any more (404), or another node holds it (409, 410).
+    /// The control plane no longer knows the task (404), or another node holds it (409, 410).
     #[error("lease of task {task} is gone ({status})")]
     Gone {
         /// The task.
         task: TaskId,
-        /// The status that said so.
+        /// The status of the answer.
         status: u16,
     },
-    /// The plane considers this node busy (409 on a poll).
+    /// The control plane considers this node busy (409 on a poll).
     #[error("control plane considers this node busy")]
     Busy,
-    /// The plane knows no such path (404 on a poll).
+    /// The control plane does not know the path (404 on a poll).
     #[error(
-        "control plane answered 404 to the poll: is the path of DMS_BASE_URL right? it usually ends in /v1{}",
-        said(excerpt)
+        "control plane answered 404 to the poll; check the path of DMS_BASE_URL, it usually ends in /v1{}",
+        suffix(excerpt)
     )]
     NoSuchPath {
         /// The beginning of the body.
         excerpt: String,
     },
     /// Any other refusal.
-    #[error("control plane answered {status}{}", said(excerpt))]
+    #[error("control plane answered {status}{}", suffix(excerpt))]
     Refused {
         /// The status.
         status: u16,
         /// The beginning of the body.
         excerpt: String,
-        /// How long the plane asks to be left alone.
+        /// The pause that the control plane requests.
         retry_after: Option<Duration>,
     },
-    /// A 2xx whose body cannot be used.
+    /// The answer is a 2xx with an unusable body.
     #[error("control plane sent an answer that cannot be used: {reason}")]
     Malformed {
-        /// The address of the task, if the id of the task could be read from a lease.
+        /// The address of the task, if its id could be read from the lease.
         task: Option<ReportAddress>,
-        /// What is wrong with it.
+        /// What is wrong with the body.
         reason: String,
     },
-    /// The adapter of a control plane cannot read an address that it wrote before.
+    /// The adapter cannot read an address that it wrote earlier.
     #[error("report address cannot be read: {0}; start the version of the node that wrote the report")]
     Address(String),
 }
 
-fn said(excerpt: &str) -> String {
+fn suffix(excerpt: &str) -> String {
     if excerpt.is_empty() { String::new() } else { format!(": {excerpt}") }
 }
 
 /// What to do about a [`LeaseError`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Advice {
-    /// Try again later; the lease may still be ours.
+    /// Try again later. The node may still hold the lease.
     RetryLater,
     /// The lease is over.
     StopTask,
-    /// The plane will never accept this request.
+    /// The control plane will never accept this request.
     GiveUp,
 }
 
 impl LeaseError {
-    /// The one place where a variant gets its policy.
+    /// The only policy for errors. Callers branch on it, never on a variant or a text.
     #[must_use]
     pub fn advice(&self) -> Advice {
         match self {
@@ -181,7 +180,7 @@ impl LeaseError {
             | Self::Busy
             | Self::Malformed { .. }
             | Self::Address(_) => Advice::RetryLater,
-            // Beside trouble of its own, the plane may be hidden behind somebody who redirects.
+            // 5xx: the control plane failed. 3xx: a gateway before it may redirect for a while.
             Self::Refused { status, .. } if matches!(status, 408 | 425 | 429) || !(400..500).contains(status) => {
                 Advice::RetryLater
             }
@@ -190,7 +189,7 @@ impl LeaseError {
         }
     }
 
-    /// How long the plane asks to be left alone; at most ten minutes. Whoever asks it sets a bound of his own.
+    /// The pause that the control plane requests, at most ten minutes. The caller applies its own limit.
     #[must_use]
     pub fn retry_after(&self) -> Option<Duration> {
         match self {

@@ -1,9 +1,11 @@
-//! How far another clock stands from ours, by the `Date` of what it answered.
+//! The difference between the local clock and the clock of a service, measured by the `Date` of its answers.
 //!
-//! Services send absolute times: the end of a lease, of a token. They mean their own clock, and a
-//! node whose clock stands elsewhere would find a fresh lease expired, or an expired one fresh. So
-//! each answer's `Date` is held against our clock, which gives a range, because a date has whole
-//! seconds and the answer travelled; ranges of one host are cut with each other and become narrow.
+//! Services send absolute times, such as the expiry of a lease. These follow the clock of the service. With another
+//! local clock, a fresh lease would look expired, or an expired one fresh. So each `Date` is compared with the local
+//! clock.
+//!
+//! One answer gives a range: a date has whole seconds, and the answer takes time to arrive. The ranges of one host are
+//! intersected, so the result becomes more exact.
 
 use std::{
     sync::{Mutex, PoisonError},
@@ -15,14 +17,14 @@ use jiff::{SignedDuration, Timestamp};
 
 use crate::model::{BootInstant, millis};
 
-/// Up to here a difference is taken as noise between clocks that are kept well.
+/// A smaller difference is noise between synchronised clocks.
 const NOISE: SignedDuration = SignedDuration::from_secs(5);
-/// Hosts remembered; more are beyond what a node speaks to, and forgetting one costs a measurement.
+/// Most hosts with a measurement. A node calls fewer. A forgotten host is measured again.
 const HOSTS_MAX: usize = 64;
-/// What a date leaves open.
+/// The resolution of a date.
 const DATE_RESOLUTION: SignedDuration = SignedDuration::from_secs(1);
 
-/// The other clock is ahead of ours by at least `low` and at most `high`.
+/// The other clock is ahead of the local clock by at least `low` and at most `high`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Range {
     low: SignedDuration,
@@ -30,39 +32,39 @@ struct Range {
 }
 
 impl Range {
-    /// From one answer: dated `date`, asked for at `sent` and here at `received`, by our clock.
+    /// Measures one answer: dated `date`, requested at `sent`, received at `received` by the local clock.
     fn measured(date: Timestamp, sent: Timestamp, received: Timestamp) -> Self {
         Self { low: date.duration_since(received), high: date.duration_since(sent).saturating_add(DATE_RESOLUTION) }
     }
 
-    /// What both allow; the newer one alone where they exclude each other: somebody set a clock.
+    /// The intersection. If it is empty, a clock was set: then the newer range alone.
     fn and(self, newer: Self) -> Self {
         let both = Self { low: self.low.max(newer.low), high: self.high.min(newer.high) };
         if both.low <= both.high { both } else { newer }
     }
 
-    /// By how much to correct, if the difference is certainly more than `noise`.
+    /// The correction, if the difference certainly exceeds `noise`.
     fn beyond(self, noise: SignedDuration) -> Option<SignedDuration> {
         (self.low > noise || self.high < -noise).then(|| (self.low.saturating_add(self.high)) / 2)
     }
 }
 
-/// What is known of the clocks of all hosts a client has heard.
+/// The measured clocks of all hosts that a client has called.
 #[derive(Debug, Default)]
 pub(super) struct Clocks {
-    /// A handful: looking through them is quicker than hashing a name.
+    /// A few entries: a linear search is faster than a hash.
     hosts: Mutex<Vec<(String, Range)>>,
-    /// The last date that was read: most answers bear that of the one before.
+    /// The last parsed date. Most answers repeat it.
     date: Mutex<Option<(Box<[u8]>, Timestamp)>>,
 }
 
 impl Clocks {
-    /// Takes note of an answer of `host` that was asked for at `sent` and has just come.
+    /// Measures an answer of `host` that was requested at `sent` and has just arrived.
     pub(super) fn note(&self, host: &str, headers: &HeaderMap, sent: BootInstant) -> Reading {
-        // First the moment, then the time of day: a stop in between makes the journey longer, not shorter.
-        let (journey, received) = (BootInstant::now() - sent, Timestamp::now());
+        // The duration is read before the time of day. A process stop in between only widens the range.
+        let (elapsed, received) = (BootInstant::now() - sent, Timestamp::now());
         let date = headers.get(header::DATE).and_then(|date| self.date(date.as_bytes()));
-        let asked = received.checked_sub(journey).unwrap_or(received);
+        let asked = received.checked_sub(elapsed).unwrap_or(received);
         let measured = date.map(|date| Range::measured(date, asked, received));
         Reading { sent, range: self.take(host, measured) }
     }
@@ -79,12 +81,12 @@ impl Clocks {
         }
     }
 
-    /// The time as `host` has it: ours, unless its answers showed another clock.
+    /// The time at `host`: the local time, corrected by the measured difference.
     pub(super) fn now(&self, host: &str) -> Timestamp {
         let hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
         let range = hosts.iter().find(|(known, _)| known == host).map(|(_, range)| *range);
         let ahead = range.and_then(|range| range.beyond(NOISE)).unwrap_or_default();
-        Timestamp::now().saturating_add(ahead).expect("a difference of clocks is no calendar unit")
+        Timestamp::now().saturating_add(ahead).expect("a difference of clocks fits a timestamp")
     }
 
     fn take(&self, host: &str, measured: Option<Range>) -> Option<Range> {
@@ -119,7 +121,7 @@ impl Clocks {
     }
 }
 
-/// When an answer was asked for, and how its sender's clock stood then.
+/// When an answer was requested, and the measured clock of its sender.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Reading {
     sent: BootInstant,
@@ -127,12 +129,12 @@ pub(super) struct Reading {
 }
 
 impl Reading {
-    /// The moment the sender calls `at`. `None` for one that lay in the past already when the answer
-    /// was asked for: such a time tells nothing of what it is about, which has just been given.
+    /// Converts `at` from the sender's clock to the local clock. `None`: the time had passed before the request was
+    /// sent. Such a time cannot apply to what the answer just issued.
     pub(super) fn moment(&self, at: Timestamp) -> Option<BootInstant> {
         let (now, today) = (BootInstant::now(), Timestamp::now());
         let plain = at.duration_since(today);
-        // What is short needs a clock that is right; what is long bears one that is a little off.
+        // A short time needs an exact clock. A long one tolerates a small error.
         let noise = (plain / 10).clamp(SignedDuration::ZERO, NOISE);
         let ahead = self.range.and_then(|range| range.beyond(noise)).unwrap_or_default();
         let left = plain.saturating_sub(ahead);
@@ -145,13 +147,13 @@ impl Reading {
         self.range.is_some()
     }
 
-    /// What is left until the sender's `at`; `None` where nothing is.
+    /// The time left until the sender's `at`. `None`: it has passed.
     pub(super) fn left(&self, at: Timestamp) -> Option<Duration> {
         self.moment(at).map(BootInstant::left).filter(|left| !left.is_zero())
     }
 }
 
-/// The three forms of a date in HTTP all say GMT; jiff reads the usual one.
+/// Parses a date of HTTP. Of its three forms, jiff reads the usual one.
 fn parse(text: &str) -> Option<Timestamp> {
     jiff::fmt::rfc2822::DateTimeParser::new().parse_timestamp(text).ok()
 }
@@ -164,7 +166,7 @@ mod tests {
         SignedDuration::try_from_secs_f64(text.parse().expect("a number")).expect("a short time")
     }
 
-    /// Answers as `date sent received` in seconds; expected is the range, and the correction beyond noise.
+    /// Each answer is `date sent received` in seconds. Expected are the range, and the correction beyond noise.
     #[track_caller]
     fn check(answers: &[&str], expected: &str) {
         let at = |text: &str| Timestamp::UNIX_EPOCH + seconds("1000000000") + seconds(text);
@@ -181,30 +183,30 @@ mod tests {
     }
 
     #[test]
-    fn clocks_that_agree_are_left_alone() {
+    fn equal_clocks_get_no_correction() {
         check(&["100 100.2 100.4"], "-0.4 0.8 none");
         check(&["104 100 100.2"], "3.8 5.0 none");
     }
 
     #[test]
-    fn clocks_that_differ_are_corrected_ever_more_exactly() {
+    fn more_answers_make_the_correction_more_exact() {
         check(&["1300 100.8 101.0"], "1199.0 1200.2 1199.6");
         check(&["1300 100.8 101.0", "1310 110.1 110.2", "1320 119.9 120.0"], "1200.0 1200.2 1200.1");
         check(&["-1100 100.5 100.5"], "-1200.5 -1199.5 -1200.0");
     }
 
     #[test]
-    fn an_answer_that_travelled_long_says_little() {
+    fn slow_answers_give_wide_ranges() {
         check(&["100 80 120"], "-20.0 21.0 none");
         check(&["1300 100 100.1", "1350 100 160"], "1199.9 1201.0 1200.5");
     }
 
     #[test]
-    fn a_clock_that_was_set_is_measured_anew() {
+    fn changed_clock_is_measured_again() {
         check(&["1300 100 100.1", "200 200 200.1"], "-0.1 1.0 none");
     }
 
-    /// What a time `at`, in seconds from now, becomes when the other clock is `ahead` by as much.
+    /// The time left until `at`, in seconds from now, if the other clock is `ahead` by this much.
     fn left(ahead: &str, at: &str) -> Option<f64> {
         let range = Range { low: seconds(ahead), high: seconds(ahead) };
         let reading = Reading { sent: BootInstant::now().back(Duration::from_secs(1)), range: Some(range) };
@@ -213,28 +215,28 @@ mod tests {
     }
 
     #[test]
-    fn times_are_corrected_where_it_matters() {
+    fn corrections_ignore_noise() {
         assert_eq!(left("0", "60"), Some(60.0));
         assert_eq!(left("4", "60"), Some(60.0), "noise");
-        assert_eq!(left("4", "6"), Some(2.0), "noise is much of a short lease");
+        assert_eq!(left("4", "6"), Some(2.0), "noise is a large part of a short lease");
         assert_eq!(left("1200", "1260"), Some(60.0));
         assert_eq!(left("-1200", "-1140"), Some(60.0));
         assert_eq!(left("-3", "-1"), Some(2.0));
     }
 
     #[test]
-    fn a_time_that_had_passed_before_anyone_asked_says_nothing() {
+    fn times_before_the_request_are_ignored() {
         assert_eq!(left("0", "-60"), None);
         let reading = Reading { sent: BootInstant::now().back(Duration::from_secs(5)), range: None };
         let between = reading.moment(Timestamp::now() - SignedDuration::from_secs(2));
-        assert!(between.is_some_and(BootInstant::has_passed), "it ended while the answer was on its way");
+        assert!(between.is_some_and(BootInstant::has_passed), "it ended while the answer was in transit");
         assert_eq!(reading.left(Timestamp::now() - SignedDuration::from_secs(2)), None);
         assert_eq!(reading.moment(Timestamp::MIN), None);
         assert!(reading.moment(Timestamp::MAX).is_some());
     }
 
     #[test]
-    fn dates_of_http_are_read() {
+    fn http_dates_are_parsed() {
         assert_eq!(parse("Sat, 21 Nov 2026 05:55:12 GMT"), "2026-11-21T05:55:12Z".parse().ok());
         assert_eq!(parse("yesterday"), None);
         let clocks = Clocks::default();

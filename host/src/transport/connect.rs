@@ -1,4 +1,4 @@
-//! How a connection comes up: TCP, a proxy where one is to be used, TLS.
+//! Opens connections: TCP, an optional proxy, TLS.
 
 use std::{
     future::Future,
@@ -23,7 +23,7 @@ use super::{Config, Proxies, Roots, innermost};
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 type Connecting<T> = Pin<Box<dyn Future<Output = Result<T, BoxError>> + Send>>;
 
-/// Opens connections for the pool. All of a connection's coming up has one limit.
+/// Opens connections for the pool. All steps of a connection share one time limit.
 #[derive(Clone)]
 pub(super) struct Connector {
     route: Route,
@@ -66,7 +66,7 @@ impl Service<Uri> for Connector {
     }
 }
 
-/// The way to a host, below its TLS: straight, or through a proxy.
+/// The route to a host, below its TLS: direct, or through a proxy.
 #[derive(Clone)]
 struct Route {
     tcp: HttpConnector,
@@ -75,7 +75,7 @@ struct Route {
 }
 
 impl Route {
-    /// The connection to a proxy; TLS where its URL says https.
+    /// The connection to a proxy. It uses TLS if the URL of the proxy is https.
     fn to_proxy(&self, proxy: &Uri) -> HttpsConnector<HttpConnector> {
         let tls = if proxy.scheme_str() == Some("https") { self.roots.tls() } else { Roots::none() };
         HttpsConnector::from((self.tcp.clone(), tls))
@@ -101,15 +101,15 @@ impl Service<Uri> for Route {
             let host = at.authority().map_or_else(String::new, ToString::to_string);
             move |reason: String| Box::new(ProxyFailed { host, reason })
         };
-        let mut straight = self.to_proxy(&at);
+        let mut direct = self.to_proxy(&at);
         if to.scheme() != Some(&http::uri::Scheme::HTTPS) {
-            let opening = straight.call(at);
+            let opening = direct.call(at);
             return Box::pin(async move {
                 let stream = opening.await.map_err(|err| failed(innermost(&*err)))?;
                 Ok(Link { stream, forwarded: true })
             });
         }
-        let mut tunnel = Tunnel::new(at, straight);
+        let mut tunnel = Tunnel::new(at, direct);
         if let Some(auth) = proxy.basic_auth() {
             tunnel = tunnel.with_auth(auth.clone());
         }
@@ -121,7 +121,7 @@ impl Service<Uri> for Route {
     }
 }
 
-/// What went wrong at a proxy, which the host that was asked for is not to blame for.
+/// A failure of the proxy, not of the target host.
 #[derive(Debug, thiserror::Error)]
 #[error("proxy {host}: {reason}")]
 struct ProxyFailed {
@@ -129,10 +129,10 @@ struct ProxyFailed {
     reason: String,
 }
 
-/// A connection below the TLS of the host that was asked for.
+/// A connection below the TLS of the target host.
 pub(super) struct Link {
     stream: MaybeHttpsStream<TokioIo<TcpStream>>,
-    /// The other end is a proxy that wants to be told the whole URL.
+    /// The other end is a proxy that needs the absolute URL.
     forwarded: bool,
 }
 

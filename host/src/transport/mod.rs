@@ -1,9 +1,8 @@
 //! The one HTTP client of the node: pooled connections, no redirects.
 //!
-//! Modules build requests and read answers; what may be spoken to whom ([`Client::check`]), how
-//! long it may take and how large an answer may be are decided here. Nothing in here knows a
-//! path, a token or a wire format. `connect` brings connections up, by the authorities of `tls` and
-//! through the proxies of `proxy`.
+//! Other modules build requests and read answers. This module decides which URLs are allowed ([`Client::check`]), and
+//! limits the time and the size of answers. It knows no path, no token and no wire format. `connect` opens connections,
+//! with the certificate authorities of `tls` and the proxies of `proxy`.
 
 mod clock;
 mod connect;
@@ -36,12 +35,12 @@ use pool::Pool;
 
 /// Largest JSON answer read, in bytes.
 pub const JSON_BYTES_MAX: usize = 2 * 1024 * 1024;
-/// How much of an error answer is kept for people, in bytes.
+/// Length of an error answer in error texts, in bytes.
 pub const EXCERPT_BYTES_MAX: usize = 512;
 
 /// How long a connection stays open without a request.
 const IDLE_MAX: Duration = Duration::from_secs(60);
-/// Nothing shorter is taken for a token.
+/// A shorter word is not treated as a token.
 const TOKEN_BYTES_MIN: usize = 12;
 
 /// A request body of any kind.
@@ -53,20 +52,20 @@ pub fn full(bytes: impl Into<Bytes>) -> Body {
     Full::new(bytes.into()).map_err(|never| match never {}).boxed_unsync()
 }
 
-/// What the client may do.
+/// The limits and routes of the client.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Allow `http://` to hosts other than loopback.
     pub allow_insecure_http: bool,
-    /// How long a connection may take to come up, proxy and TLS included.
+    /// The time limit to open a connection, with proxy and TLS.
     pub connect_timeout: Duration,
-    /// Whom to believe.
+    /// The trusted certificate authorities.
     pub roots: Roots,
-    /// What goes through a proxy.
+    /// Which requests go through a proxy.
     pub proxies: Proxies,
-    /// Requests under way at once, and so connections; more wait for their turn. 1 at least.
+    /// Most concurrent requests, and so connections. Further requests wait. At least 1.
     pub at_once: usize,
-    /// Connections that stay open without a request, at most: each takes a descriptor.
+    /// Most idle connections. Each one uses a file descriptor.
     pub idle_at_most: usize,
 }
 
@@ -83,22 +82,22 @@ impl Default for Config {
     }
 }
 
-/// Why a call got no usable answer. Texts name the host, never a query, a header or a body.
+/// Why a call has no usable answer. Texts name the host, never a query, a header or a body.
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
-    /// The URL may not be spoken to.
+    /// The URL is not allowed.
     #[error("{url}: plain http is allowed to loopback only; use https, or set ALLOW_INSECURE_HTTP=true")]
     Insecure {
         /// Scheme, host and port.
         url: String,
     },
-    /// Neither http nor https, or no host.
+    /// The URL is neither http nor https, or has no host.
     #[error("{url}: expected an absolute http or https URL")]
     BadUrl {
         /// As given.
         url: String,
     },
-    /// No connection, or it broke.
+    /// There is no connection, or it broke.
     #[error("{host} did not answer: {reason}")]
     Unreachable {
         /// Host and port.
@@ -106,7 +105,7 @@ pub enum TransportError {
         /// The innermost cause.
         reason: String,
     },
-    /// Nothing came in time.
+    /// The answer did not arrive in time.
     #[error("{host} did not answer within {limit:?}")]
     Timeout {
         /// Host and port.
@@ -114,7 +113,7 @@ pub enum TransportError {
         /// The limit that passed.
         limit: Duration,
     },
-    /// The body broke off.
+    /// The body is incomplete.
     #[error("the answer of {host} broke off: {reason}")]
     Truncated {
         /// Host and port.
@@ -129,7 +128,7 @@ pub enum TransportError {
         host: String,
         /// The limit.
         limit: usize,
-        /// What came before the limit.
+        /// The bytes before the limit.
         begin: Beginning,
     },
     /// The body is not the JSON that was expected.
@@ -139,12 +138,12 @@ pub enum TransportError {
         host: String,
         /// Size of the body.
         bytes: usize,
-        /// The decoder's complaint; it names fields and types, never values of unknown fields.
+        /// The error of the decoder. It names fields and types, never values.
         reason: String,
     },
 }
 
-/// A finished answer with its body in memory.
+/// A complete answer with its body in memory.
 #[derive(Debug)]
 pub struct Answer {
     /// The status.
@@ -158,20 +157,20 @@ pub struct Answer {
 }
 
 impl Answer {
-    /// The moment that whoever answered calls `at`, be its clock right or wrong. `None` for a time that
-    /// had passed before the answer was asked for: it says more of a clock than of what it is about.
+    /// Converts `at` from the clock of the service to the local clock. `None`: the time had passed before the request
+    /// was sent.
     #[must_use]
     pub fn moment(&self, at: Timestamp) -> Option<BootInstant> {
         self.clock.moment(at)
     }
 
-    /// Whether the clock of whoever answered is known. It is not for a service that never sent a `Date`.
+    /// Whether the clock of the service is known. It is unknown if the service never sent a `Date`.
     #[must_use]
     pub fn clock_is_known(&self) -> bool {
         self.clock.is_measured()
     }
 
-    /// What is left until `at`, a time of whoever answered; `None` where nothing is.
+    /// The time left until `at`, which follows the clock of the service. `None`: it has passed.
     #[must_use]
     pub fn left_until(&self, at: Timestamp) -> Option<Duration> {
         self.clock.left(at)
@@ -192,16 +191,15 @@ impl Answer {
         excerpt(&self.body)
     }
 
-    /// Like [`Answer::excerpt`], with every one of `secrets` cut out: some services repeat in an
-    /// error what they were sent.
+    /// Like [`Answer::excerpt`], without `secrets`: some services repeat the request in an error.
     #[must_use]
     pub fn excerpt_without(&self, secrets: &[&str]) -> String {
         excerpt_without(&self.body, secrets)
     }
 }
 
-/// Like [`excerpt`], with every one of `secrets` cut out, and every bearer: some services repeat in an error
-/// what they were sent. A secret across the cut is found whole if `body` goes on beyond the excerpt.
+/// Like [`excerpt`], without `secrets` and without bearer tokens: some services repeat the request in an error. A secret
+/// across the end of the excerpt is removed too, if `body` continues after it.
 #[must_use]
 pub fn excerpt_without(body: &[u8], secrets: &[&str]) -> String {
     let longest = secrets.iter().map(|secret| secret.len()).max().unwrap_or(0);
@@ -213,20 +211,20 @@ pub fn excerpt_without(body: &[u8], secrets: &[&str]) -> String {
     excerpt(without_bearers(&text).as_bytes())
 }
 
-/// What follows the word `bearer` is somebody's token, be it the one just sent or an earlier one.
+/// Removes the tokens that follow the word `bearer`.
 fn without_bearers(text: &str) -> String {
     const SCHEME: &str = "bearer ";
-    let (lower, mut kept, mut from) = (text.to_ascii_lowercase(), String::with_capacity(text.len()), 0);
+    let (lower, mut clean, mut from) = (text.to_ascii_lowercase(), String::with_capacity(text.len()), 0);
     while let Some(at) = lower[from..].find(SCHEME) {
         let token = from + at + SCHEME.len();
-        kept.push_str(&text[from..token]);
+        clean.push_str(&text[from..token]);
         let end = text[token..].find(|c: char| c.is_whitespace() || matches!(c, '"' | '\'' | ',' | ';' | '<'));
         from = end.map_or(text.len(), |end| token + end);
-        // Words such as "bearer token is missing" are no tokens.
-        kept.push_str(if from - token >= TOKEN_BYTES_MIN { "[secret]" } else { &text[token..from] });
+        // Words such as "bearer token is missing" are not tokens.
+        clean.push_str(if from - token >= TOKEN_BYTES_MIN { "[secret]" } else { &text[token..from] });
     }
-    kept.push_str(&text[from..]);
-    kept
+    clean.push_str(&text[from..]);
+    clean
 }
 
 /// The beginning of `body` on one line, cut at a character.
@@ -237,7 +235,7 @@ pub fn excerpt(body: &[u8]) -> String {
     text.trim().to_owned()
 }
 
-/// serde_json's complaint without quoted values: an answer may hold a token.
+/// The error of serde_json without quoted values: an answer may hold a token.
 pub(crate) fn decode_complaint(body: &[u8], err: &serde_json::Error) -> String {
     if body.is_empty() {
         return "the body is empty".to_owned();
@@ -251,7 +249,7 @@ pub(crate) fn decode_complaint(body: &[u8], err: &serde_json::Error) -> String {
             // "invalid type: string "…", expected …": keep what was expected, drop the value.
             match (text.starts_with("invalid"), text.find("expected")) {
                 (true, Some(at)) => text[at..].to_owned(),
-                // A field's own parser may quote what it was given.
+                // The parser of a field may quote its input.
                 _ => match (text.find('"'), text.rfind('"')) {
                     (Some(from), Some(to)) if from < to => format!("{}…{}", &text[..from], &text[to + 1..]),
                     _ => text,
@@ -262,7 +260,7 @@ pub(crate) fn decode_complaint(body: &[u8], err: &serde_json::Error) -> String {
     }
 }
 
-/// Who may be spoken to.
+/// Which URLs are allowed.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Policy {
     /// Allow `http://` to hosts other than loopback.
@@ -270,7 +268,7 @@ pub struct Policy {
 }
 
 impl Policy {
-    /// Whether `url` may be spoken to at all: https anywhere, http to loopback (or where allowed).
+    /// Whether `url` is allowed: https to any host, http to loopback only, unless allowed elsewhere.
     pub fn check(&self, url: &Url) -> Result<(), TransportError> {
         let host = url.host_str().filter(|host| !host.is_empty());
         let host = host.ok_or_else(|| TransportError::BadUrl { url: url.to_string() })?;
@@ -292,7 +290,7 @@ fn is_loopback(host: &str) -> bool {
     }
 }
 
-/// See the module's text. Cheap to clone; all clones share one pool.
+/// The HTTP client. Cheap to clone; all clones share one pool.
 #[derive(Clone)]
 pub struct Client {
     pool: Pool,
@@ -301,21 +299,20 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client with an empty pool. It must be used inside a tokio runtime.
+    /// Creates a client with an empty pool. Use it inside a tokio runtime.
     #[must_use]
     pub fn new(config: Config) -> Self {
         let pool = Pool::new(&config, IDLE_MAX);
         Self { pool, config: Arc::new(config), clocks: Arc::default() }
     }
 
-    /// Whether `url` may be spoken to at all; see [`Policy::check`].
+    /// Whether `url` is allowed; see [`Policy::check`].
     pub fn check(&self, url: &Url) -> Result<(), TransportError> {
         Policy { allow_insecure_http: self.config.allow_insecure_http }.check(url)
     }
 
-    /// Sends a request and waits up to `limit` for the head of the answer; the body is the
-    /// caller's to stream. Uploads that may take longer than any fixed time pass `Duration::MAX`
-    /// and watch for stalls themselves.
+    /// Sends a request and waits up to `limit` for the head of the answer. The caller streams the body. An upload of
+    /// unknown duration passes `Duration::MAX` and detects stalls itself.
     pub async fn send(&self, request: Request<Body>, limit: Duration) -> Result<Response<Incoming>, TransportError> {
         let host = host_of(&request)?;
         let work = pin!(self.pool.request(self.for_proxy(request)));
@@ -325,7 +322,7 @@ impl Client {
         Ok(response)
     }
 
-    /// The time as the service at `base` has it, as far as its answers have told.
+    /// The time at the service of `base`, as measured by its answers.
     #[must_use]
     pub fn now_at(&self, base: &str) -> Timestamp {
         let host = base.parse::<http::Uri>().ok().and_then(|uri| Some(uri.authority()?.to_string()));
@@ -339,16 +336,16 @@ impl Client {
         Need::Body.answer(host, head, body)
     }
 
-    /// Like [`Client::call`] for callers to whom only the status matters: a body that breaks off,
-    /// is too large or comes too late does not hide it. The answer's body is then empty.
+    /// Like [`Client::call`], for callers that need the status only. If the body is incomplete, too large or too late,
+    /// the answer still has its status, and an empty body.
     pub async fn call_for_status(&self, request: Request<Body>, limit: Duration) -> Result<Answer, TransportError> {
         let (host, mut head) = (host_of(&request)?, None);
         let body = within(limit, &host, pin!(self.whole(request, &host, BootInstant::now(), &mut head))).await;
         Need::Status.answer(host, head, body)
     }
 
-    /// One of the two above for who may say nothing after `until`. The clock is asked at each step: what a
-    /// stopped process had begun is not sent when it goes on.
+    /// Like [`Client::call`] or [`Client::call_for_status`], but sends nothing after `until`. It checks the clock at each
+    /// step: a process that was stopped does not send a stale request when it continues.
     pub async fn call_until(
         &self,
         request: Request<Body>,
@@ -361,7 +358,7 @@ impl Client {
         need.answer(host, head, body)
     }
 
-    /// Adds what a proxy on the way wants to be shown.
+    /// Adds the authorization for a proxy that forwards the request.
     fn for_proxy(&self, mut request: Request<Body>) -> Request<Body> {
         if let Some(authorization) = self.config.proxies.authorization(request.uri()) {
             request.headers_mut().insert(http::header::PROXY_AUTHORIZATION, authorization);
@@ -369,8 +366,8 @@ impl Client {
         request
     }
 
-    /// Sends a request and returns the answer's body. Its head is there as soon as it has come, also
-    /// when the body fails or this is dropped.
+    /// Sends a request and returns the answer's body. Stores the head in `head` as soon as it arrives, so that the caller
+    /// has it when the body fails or this future is dropped.
     async fn whole(
         &self,
         request: Request<Body>,
@@ -389,7 +386,7 @@ impl Client {
     }
 }
 
-/// The first bytes of a body. Never printed: a token may be among them.
+/// The first bytes of a body. They may hold a token, so they are never printed.
 pub struct Beginning(pub Vec<u8>);
 
 impl fmt::Debug for Beginning {
@@ -398,15 +395,15 @@ impl fmt::Debug for Beginning {
     }
 }
 
-/// The head of an answer, and when it came.
+/// The head of an answer, and its clock.
 type Head = (response::Parts, Reading);
 
-/// How much of an answer matters.
+/// Which part of an answer the caller needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Need {
-    /// All of it; see [`Client::call`].
+    /// The whole answer; see [`Client::call`].
     Body,
-    /// Its status; see [`Client::call_for_status`].
+    /// The status; see [`Client::call_for_status`].
     Status,
 }
 
@@ -459,7 +456,7 @@ pub async fn read_capped(mut body: Incoming, limit: usize, host: &str) -> Result
             collected.extend_from_slice(&data[..limit - collected.len()]);
             return Err(TransportError::Oversize { host: host.to_owned(), limit, begin: Beginning(collected) });
         }
-        // Most answers come in one piece, which need not be copied.
+        // Most answers arrive in one piece, which needs no copy.
         if first.is_empty() && collected.is_empty() {
             first = data;
             continue;
@@ -470,7 +467,7 @@ pub async fn read_capped(mut body: Incoming, limit: usize, host: &str) -> Result
     Ok(if collected.is_empty() { first } else { collected.into() })
 }
 
-/// The innermost cause of an error: the outer ones of HTTP libraries say little.
+/// The innermost cause of an error. The outer errors of HTTP libraries have no detail.
 #[must_use]
 pub fn innermost(err: &(dyn std::error::Error + 'static)) -> String {
     let mut cause = err;
@@ -494,7 +491,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn plain_http_is_for_loopback_only() {
+    async fn plain_http_is_allowed_to_loopback_only() {
         assert_eq!(check_result("https://plane.example/v1"), "ok");
         assert_eq!(check_result("http://127.0.0.9:8700"), "ok");
         assert_eq!(check_result("http://[::1]:8700"), "ok");
@@ -505,14 +502,14 @@ mod tests {
     }
 
     #[test]
-    fn excerpts_are_cut_at_a_character_and_stay_on_one_line() {
+    fn excerpts_are_one_line_of_whole_characters() {
         let body = "é\n".repeat(400);
         let text = excerpt(body.as_bytes());
         assert!(text.len() <= EXCERPT_BYTES_MAX + 3 && !text.contains('\n'));
     }
 
     #[test]
-    fn a_secret_that_comes_back_is_cut_out_even_across_the_end_of_the_excerpt() {
+    fn excerpts_hold_no_part_of_a_secret() {
         for filler in [0, 3, EXCERPT_BYTES_MAX - 6, EXCERPT_BYTES_MAX] {
             let body = format!("{}top-secret is wrong", "-".repeat(filler));
             let answer = Answer {
@@ -529,7 +526,7 @@ mod tests {
     }
 
     #[test]
-    fn what_follows_a_bearer_is_cut_out_wherever_it_ends() {
+    fn excerpts_hold_no_bearer_tokens() {
         let long = "eyJ0".repeat(100);
         for (body, expected) in [
             (format!("authorization=\"Bearer {long}\" x"), "authorization=\"Bearer [secret]\" x"),
@@ -542,7 +539,7 @@ mod tests {
     }
 
     #[test]
-    fn a_decode_complaint_never_quotes_a_value() {
+    fn decode_errors_quote_no_value() {
         let body = br#"{"access_token":"secret-value"}"#;
         let err = serde_json::from_slice::<std::collections::HashMap<String, u64>>(body).expect_err("not a number");
         let text = decode_complaint(body, &err);

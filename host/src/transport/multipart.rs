@@ -1,19 +1,18 @@
 //! Reads a `multipart/form-data` body while it arrives: downloads of a node, uploads to the dev server.
 //!
-//! [`Parser`] is a pure machine: bytes go in through [`Parser::feed`] and [`Parser::end`], events
-//! come out of [`Parser::next`]. It buffers a header block at most, never a body. A part's `size`
-//! rules: its body is counted, not searched, so boundary text inside is harmless. What is cut off,
-//! miscounted or not understood is an error and never a shorter success.
+//! [`Parser`] is a state machine without I/O. Bytes enter through [`Parser::feed`] and [`Parser::end`]. [`Parser::next`]
+//! returns events. It buffers at most a header block, never a body. A part with a `size` is counted, not searched, so it
+//! may contain the boundary. A body that is cut off, miscounted or malformed is an error, never a shorter success.
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use bytes::{Bytes, BytesMut};
 
 /// Largest header block of a part, in bytes.
 pub(crate) const HEAD_BYTES_MAX: usize = 16 * 1024;
-/// Longest boundary taken, in bytes; the standard allows 70.
+/// Longest accepted boundary, in bytes. The standard allows 70.
 const BOUNDARY_BYTES_MAX: usize = 200;
 
-/// Why a body is not the multipart it claims to be.
+/// Why a body is not valid multipart.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum PartsError {
     #[error("expected Content-Type multipart/form-data with a boundary, found {0}")]
@@ -22,7 +21,7 @@ pub(crate) enum PartsError {
     NoBoundary,
     #[error("the multipart body ends too early: {0}")]
     Truncated(&'static str),
-    #[error("a part has more bytes than the {0} its size says")]
+    #[error("a part has more bytes than its size of {0}")]
     LongerThanSize(u64),
     #[error("a part's header block has more than {HEAD_BYTES_MAX} bytes")]
     HeadTooLarge,
@@ -30,7 +29,7 @@ pub(crate) enum PartsError {
     Head(&'static str),
 }
 
-/// What a part says about itself.
+/// The headers of a part.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct PartHead {
     pub(crate) id: Option<String>,
@@ -38,9 +37,9 @@ pub(crate) struct PartHead {
     pub(crate) name: Option<String>,
     pub(crate) data_type: Option<String>,
     pub(crate) size: Option<u64>,
-    /// As given; never interpreted, only compared.
+    /// The text of the service. It is only compared.
     pub(crate) updated_at: Option<String>,
-    /// SHA-256 of the body, where a digest header gives one.
+    /// SHA-256 of the body, if a digest header has it.
     pub(crate) sha256: Option<[u8; 32]>,
 }
 
@@ -50,9 +49,9 @@ pub(crate) enum PartsEvent {
     Part(PartHead),
     /// Some bytes of its body, never empty.
     Data(Bytes),
-    /// The part is complete, and what follows it has been seen.
+    /// The part is complete, and the delimiter after it was read.
     PartEnd,
-    /// The closing delimiter. Nothing comes after it.
+    /// The closing delimiter. It is the last event.
     End,
 }
 
@@ -64,7 +63,7 @@ enum State {
     Head { lf: bool },
     /// In a body of known length.
     Sized { left: u64, size: u64 },
-    /// Behind such a body, where only a line end may stand before the delimiter.
+    /// After such a body. Only a line end may precede the delimiter.
     Between { size: u64 },
     /// In a body without `size`, which ends at a delimiter on its own line.
     Searched { lf: bool, begun: bool },
@@ -72,7 +71,7 @@ enum State {
     Over,
 }
 
-/// See the module's text.
+/// See the module documentation.
 #[derive(Debug)]
 pub(crate) struct Parser {
     delimiter: Vec<u8>,
@@ -83,11 +82,11 @@ pub(crate) struct Parser {
     seen: bool,
 }
 
-/// What stands at a delimiter.
+/// What a position in the buffer holds.
 enum Mark {
-    /// Not a delimiter (for instance a longer word that begins like one).
+    /// Not a delimiter (for instance a longer word with the same beginning).
     None,
-    /// More bytes are needed to tell.
+    /// More bytes are needed to decide.
     Open,
     /// A part follows; how many bytes to skip, and whether its line ended in a bare LF.
     Part { skip: usize, lf: bool },
@@ -113,7 +112,7 @@ impl Parser {
         Ok(Self { delimiter, buffer: Bytes::new(), ended: false, state: State::Preamble, seen: false })
     }
 
-    /// Takes the next bytes of the body. Call [`Parser::next`] until it returns `None` in between.
+    /// Adds the next bytes of the body. Call [`Parser::next`] until it returns `None` in between.
     pub(crate) fn feed(&mut self, bytes: Bytes) {
         self.seen |= bytes.iter().any(|byte| !matches!(byte, b'\r' | b'\n'));
         if self.buffer.is_empty() {
@@ -126,12 +125,12 @@ impl Parser {
         }
     }
 
-    /// Says that the body is over.
+    /// Marks the end of the body.
     pub(crate) fn end(&mut self) {
         self.ended = true;
     }
 
-    /// The next event. `None`: more bytes are needed; after [`Parser::end`]: there was nothing at all.
+    /// The next event. `None`: more bytes are needed; after [`Parser::end`]: there are no more events.
     pub(crate) fn next(&mut self) -> Result<Option<PartsEvent>, PartsError> {
         loop {
             match self.state {
@@ -145,7 +144,7 @@ impl Parser {
                 State::Sized { left: 0, size } => self.state = State::Between { size },
                 State::Sized { left, size } => {
                     if self.buffer.is_empty() {
-                        return self.starve("a part has fewer bytes than its size says");
+                        return self.starve("a part has fewer bytes than its size");
                     }
                     let take = usize::try_from(left).unwrap_or(usize::MAX).min(self.buffer.len());
                     self.state = State::Sized { left: left - take as u64, size };
@@ -158,8 +157,8 @@ impl Parser {
                             return Ok(Some(self.end_part(skip)));
                         }
                         Mark::Open => return Ok(None),
-                        // A CR alone may still become a line end, and at the very end a piece of a
-                        // delimiter is a cut-off one.
+                        // A CR alone may be the beginning of a line end. At the end of the body, a partial delimiter
+                        // means that the body was cut off.
                         Mark::None if !self.ended && *self.buffer == *b"\r" => return Ok(None),
                         Mark::None if self.ended && self.cut_off(skip) => {
                             return Err(PartsError::Truncated("the closing boundary is missing"));
@@ -176,12 +175,12 @@ impl Parser {
         }
     }
 
-    /// More bytes are needed; if there are none, `what` is the matter.
+    /// Waits for more bytes. At the end of the body, `what` is the error.
     fn starve(&self, what: &'static str) -> Result<Option<PartsEvent>, PartsError> {
         if self.ended { Err(PartsError::Truncated(what)) } else { Ok(None) }
     }
 
-    /// What stands at `at`, where the delimiter may begin.
+    /// What the buffer holds at `at`, where a delimiter may begin.
     fn mark(&self, at: usize) -> Mark {
         let rest = &self.buffer[at.min(self.buffer.len())..];
         if rest.len() < self.delimiter.len() {
@@ -201,7 +200,7 @@ impl Parser {
         }
     }
 
-    /// Skips text before the first delimiter; says where it stands once it is certain.
+    /// Skips the text before the first delimiter. Returns the position of the delimiter, once it is certain.
     fn find_in_preamble(&mut self) -> Result<Option<usize>, PartsError> {
         let mut from = 0;
         while let Some(at) = find(&self.buffer[from..], self.delimiter[0]) {
@@ -222,7 +221,7 @@ impl Parser {
         }
     }
 
-    /// Goes past the delimiter at `skip`. Only called where one stands.
+    /// Skips the delimiter at `skip`. There must be one.
     fn pass(&mut self, skip: usize) -> Result<Option<PartsEvent>, PartsError> {
         match self.mark(skip) {
             Mark::Part { skip: more, lf } => {
@@ -238,7 +237,7 @@ impl Parser {
         }
     }
 
-    /// Whether what is left from `at` on is nothing, or the beginning of a delimiter's line.
+    /// Whether the rest from `at` on is empty, or the beginning of a delimiter line.
     fn cut_off(&self, at: usize) -> bool {
         let rest = &self.buffer[at..];
         let tail = rest.strip_prefix(self.delimiter.as_slice());
@@ -279,10 +278,10 @@ impl Parser {
         self.starve("it stops inside a header block")
     }
 
-    /// A body without `size`: everything up to a line end and a delimiter.
+    /// Reads a body without `size`: all bytes before a line end and a delimiter.
     fn search(&mut self, lf: bool, begun: bool) -> Result<Option<PartsEvent>, PartsError> {
         let end: &[u8] = if lf { b"\n" } else { b"\r\n" };
-        // An empty body may stand directly before the delimiter, without a line end of its own.
+        // An empty body may have no line end of its own before the delimiter.
         if !begun {
             match self.mark(0) {
                 Mark::Part { .. } | Mark::Close => {
@@ -323,7 +322,7 @@ fn find(bytes: &[u8], wanted: u8) -> Option<usize> {
     memchr::memchr(wanted, bytes)
 }
 
-/// Length of the line end `bytes` begin with.
+/// The length of a line end at the beginning of `bytes`.
 fn line_end(bytes: &[u8]) -> Option<usize> {
     match bytes {
         [b'\n', ..] => Some(1),
@@ -358,7 +357,7 @@ fn parse_head(lines: &[&[u8]]) -> Result<PartHead, PartsError> {
             "data-type" => head.data_type.get_or_insert(value),
             "updated-at" => head.updated_at.get_or_insert(value),
             "size" => {
-                // `parse` would take a leading plus sign as well.
+                // `parse` would accept a leading plus sign too.
                 let digits = !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit());
                 let size = value.parse().ok().filter(|_| digits);
                 let size: u64 = size.ok_or(PartsError::Head("size is not a decimal number"))?;
@@ -371,10 +370,10 @@ fn parse_head(lines: &[&[u8]]) -> Result<PartHead, PartsError> {
     Ok(head)
 }
 
-/// Headers that may carry a digest of what they describe (RFC 9530, RFC 3230).
+/// Headers that may carry a digest of the body (RFC 9530, RFC 3230).
 pub(crate) const DIGEST_HEADERS: [&str; 3] = ["repr-digest", "content-digest", "digest"];
 
-/// The SHA-256 in `sha-256=:<base64>:` or `SHA-256=<base64>`, among other algorithms or alone.
+/// The SHA-256 in `sha-256=:<base64>:` or `SHA-256=<base64>`, with or without other algorithms.
 pub(crate) fn parse_digest(value: &str) -> Option<[u8; 32]> {
     value.split(',').find_map(|one| {
         let (name, digest) = one.split_once('=')?;
@@ -384,7 +383,7 @@ pub(crate) fn parse_digest(value: &str) -> Option<[u8; 32]> {
     })
 }
 
-/// `; name=value; name="quoted; value"`. A backslash protects a quote or itself inside quotes.
+/// `; name=value; name="quoted; value"`. Inside quotes, a backslash escapes a quote or a backslash.
 fn parameters(text: &str) -> Result<Vec<(String, String)>, PartsError> {
     let mut found = Vec::new();
     let mut rest = text.trim_start();
@@ -409,7 +408,7 @@ fn parameters(text: &str) -> Result<Vec<(String, String)>, PartsError> {
                     None => return Err(PartsError::Head("a quoted value does not end")),
                     Some((at, '"')) => break at,
                     Some((_, '\\')) => match chars.next_if(|(_, c)| matches!(c, '"' | '\\')) {
-                        Some((_, protected)) => text.push(protected),
+                        Some((_, escaped)) => text.push(escaped),
                         None => text.push('\\'),
                     },
                     Some((_, c)) => text.push(c),

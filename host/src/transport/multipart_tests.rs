@@ -1,4 +1,4 @@
-//! The parser against the wire's sample, every odd form, and random bodies in random pieces.
+//! Tests the parser with the sample of the protocol, unusual forms, and random bodies in random pieces.
 
 use rand::{Rng, SeedableRng, rngs::StdRng};
 
@@ -6,7 +6,7 @@ use super::*;
 
 const TYPE: &str = "multipart/form-data; boundary=q7";
 
-/// Feeds `body` in pieces whose lengths `piece` chooses; heads and bodies of the parts, or the error.
+/// Feeds `body` in pieces of the lengths from `piece`. Returns the heads and bodies of the parts, or the error.
 fn parse(kind: &str, body: &[u8], mut piece: impl FnMut() -> usize) -> Result<Vec<(PartHead, Vec<u8>)>, PartsError> {
     let mut parser = Parser::new(kind)?;
     let mut parts: Vec<(PartHead, Vec<u8>)> = Vec::new();
@@ -28,7 +28,7 @@ fn parse(kind: &str, body: &[u8], mut piece: impl FnMut() -> usize) -> Result<Ve
                 PartsEvent::End => over = true,
             }
         }
-        assert!(parser.buffer.len() <= HEAD_BYTES_MAX + 4096 || rest.is_empty() || open, "it hoards");
+        assert!(parser.buffer.len() <= HEAD_BYTES_MAX + 4096 || rest.is_empty() || open, "the buffer is bounded");
         if rest.is_empty() {
             if parser.ended {
                 assert!(!open, "the body ended inside a part");
@@ -65,7 +65,7 @@ fn part(given: &str, body: &str) -> String {
 }
 
 #[test]
-fn the_sample_of_the_wire_is_understood() {
+fn protocol_sample_is_parsed() {
     let given =
         r#"name="scan a"; data-type="ply"; id="d-7"; domain-id="dom-1"; size="4"; updated-at="2025-06-01T08:00:00Z""#;
     let body = format!("{}--q7--\r\n", part(given, "abcd"));
@@ -83,7 +83,7 @@ fn the_sample_of_the_wire_is_understood() {
 }
 
 #[test]
-fn the_boundary_may_be_quoted_and_have_company() {
+fn boundary_may_be_quoted_among_other_parameters() {
     let body = "--a b;c\r\ncontent-disposition: x; size=2\r\n\r\nhi\r\n--a b;c--";
     for kind in [
         r#"multipart/form-data; boundary="a b;c""#,
@@ -107,7 +107,7 @@ fn the_boundary_may_be_quoted_and_have_company() {
 }
 
 #[test]
-fn size_rules_over_boundaries_and_line_ends() {
+fn size_overrides_boundaries_and_line_ends() {
     let inside = "\r\n--q7--\r\n--q7\r\n\r\n";
     let given = format!("size={}", inside.len());
     assert_eq!(bodies(TYPE, &format!("{}--q7--", part(&given, inside))), [inside]);
@@ -122,14 +122,14 @@ fn size_rules_over_boundaries_and_line_ends() {
 }
 
 #[test]
-fn bare_line_feeds_are_line_ends_of_headers_too() {
+fn headers_may_end_in_bare_line_feeds() {
     let inside = "a\r\n\r\nb";
     let body = format!("--q7\nX: y\nContent-Disposition: f; size={}\n\n{inside}\n--q7--\n", inside.len());
     assert_eq!(bodies(TYPE, &body), [inside]);
 }
 
 #[test]
-fn a_part_without_size_ends_at_the_boundary_line() {
+fn part_without_size_ends_at_the_boundary() {
     let inside = "a--q7 b\r\n--q7x\r\n--q";
     let body = format!("{}{}--q7--", part("name=a", inside), part("name=b", ""));
     assert_eq!(bodies(TYPE, &body), [inside, ""]);
@@ -140,7 +140,7 @@ fn a_part_without_size_ends_at_the_boundary_line() {
 }
 
 #[test]
-fn values_keep_semicolons_and_protected_quotes() {
+fn quoted_values_keep_semicolons_and_escaped_quotes() {
     let given = r#"name="a;b=\"c\\d\e"; Data-Type = plain ; odd; size="1" ; size=9; name=second"#;
     let body = format!("{}--q7--", part(given, "x"));
     let parts = parse(TYPE, body.as_bytes(), || 3).expect("parses");
@@ -149,14 +149,14 @@ fn values_keep_semicolons_and_protected_quotes() {
 }
 
 #[test]
-fn nothing_at_all_is_no_error_here() {
+fn empty_bodies_are_no_error() {
     for body in ["", "\r\n", "--q7--", "--q7--\r\n", "\r\n--q7--\r\n"] {
         assert_eq!(bodies(TYPE, body), [""; 0], "{body:?}");
     }
 }
 
 #[test]
-fn what_is_cut_off_miscounted_or_malformed_is_an_error() {
+fn cut_miscounted_or_malformed_bodies_are_errors() {
     let whole = format!("{}{}--q7--", part("size=5", "hello"), part("name=x; size=2", "ok"));
     for cut in 3..whole.len() {
         let err = refusal(&whole[..cut]);
@@ -177,7 +177,7 @@ fn what_is_cut_off_miscounted_or_malformed_is_an_error() {
 }
 
 #[test]
-fn a_body_is_passed_on_without_being_hoarded() {
+fn bodies_are_passed_on_without_a_copy() {
     let mut parser = Parser::new(TYPE).expect("a boundary");
     parser.feed(Bytes::from_static(b"--q7\r\nContent-Disposition: f; size=1000000000000\r\n\r\n"));
     assert!(matches!(parser.next(), Ok(Some(PartsEvent::Part(_)))));
@@ -190,9 +190,9 @@ fn a_body_is_passed_on_without_being_hoarded() {
     }
 }
 
-/// Random parts, rendered in every style the parser takes, split at random places.
+/// Random parts in every accepted style, split at random positions.
 #[test]
-fn any_split_of_any_body_gives_the_same_parts() {
+fn every_split_gives_the_same_parts() {
     for seed in 0..2000 {
         let mut random = StdRng::seed_from_u64(seed);
         let boundary = ["q7", "-", "--", "a\"b", "x y;z", "\u{e9}"][random.random_range(0..6)];
@@ -201,10 +201,10 @@ fn any_split_of_any_body_gives_the_same_parts() {
         let mut expected = Vec::new();
         for _ in 0..random.random_range(0..4) {
             let end = if random.random() { "\r\n" } else { "\n" };
-            // Bodies of boundary-like shreds are the hard ones.
-            let shreds = ["\r", "\n", "-", "--", boundary, "a", "\r\n--"];
+            // Bodies with fragments of a boundary are the difficult ones.
+            let fragments = ["\r", "\n", "-", "--", boundary, "a", "\r\n--"];
             let count = random.random_range(0..12);
-            let mut content: String = (0..count).map(|_| shreds[random.random_range(0..shreds.len())]).collect();
+            let mut content: String = (0..count).map(|_| fragments[random.random_range(0..fragments.len())]).collect();
             let sized = random.random_bool(0.7);
             let mark = format!("--{boundary}");
             if !sized && content.contains(&mark) {
@@ -230,10 +230,10 @@ fn any_split_of_any_body_gives_the_same_parts() {
 }
 
 #[test]
-fn noise_never_panics_or_succeeds_differently_by_split() {
+fn random_bytes_give_the_same_result_when_split() {
     for seed in 0..3000 {
         let mut random = StdRng::seed_from_u64(seed);
-        let shreds: [&[u8]; 12] = [
+        let fragments: [&[u8]; 12] = [
             b"--q7",
             b"--",
             b"\r\n",
@@ -248,7 +248,7 @@ fn noise_never_panics_or_succeeds_differently_by_split() {
             b"q7",
         ];
         let body: Vec<u8> =
-            (0..random.random_range(0..30)).flat_map(|_| shreds[random.random_range(0..12)].to_vec()).collect();
+            (0..random.random_range(0..30)).flat_map(|_| fragments[random.random_range(0..12)].to_vec()).collect();
         let whole = parse(TYPE, &body, || usize::MAX);
         let split = parse(TYPE, &body, || random.random_range(1..6));
         assert_eq!(whole.is_ok(), split.is_ok(), "seed {seed}: {:?}", String::from_utf8_lossy(&body));

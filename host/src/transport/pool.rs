@@ -1,7 +1,7 @@
-//! Connections that stay open between requests.
+//! The connection pool.
 //!
-//! A request takes a connection that is idle, or opens one; whoever has read the whole answer gives it
-//! back. A connection is driven by the runtime of the request that opened it.
+//! A request uses an idle connection or opens a new one. The connection returns to the pool after the whole answer was
+//! read. The runtime of the request that opened a connection drives it.
 
 use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
@@ -22,7 +22,7 @@ use tower_service::Service;
 
 use super::{Body, Config, connect::Connector, innermost};
 
-/// See the module's text. Cheap to clone.
+/// See the module documentation. Cheap to clone.
 #[derive(Clone)]
 pub(super) struct Pool {
     shared: Arc<Shared>,
@@ -32,18 +32,18 @@ struct Shared {
     connector: Connector,
     /// How long a connection stays open without a request.
     idle_max: Duration,
-    /// Connections without a request, at most.
+    /// Most idle connections.
     idle_at_most: usize,
-    /// One for each request that may be under way.
-    turns: Arc<Semaphore>,
+    /// One permit per concurrent request.
+    permits: Arc<Semaphore>,
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
-    /// A node talks to a handful of servers: looking through them is quicker than hashing a name.
+    /// A node calls a few servers: a linear search is faster than a hash.
     servers: Vec<Server>,
-    /// Somebody will look for connections that have been idle for too long.
+    /// The task that closes idle connections runs.
     swept: bool,
 }
 
@@ -51,8 +51,8 @@ struct Server {
     scheme: uri::Scheme,
     authority: uri::Authority,
     host: HeaderValue,
-    /// The latest one is taken first, so that those beyond need get old. As many as there were
-    /// requests at once.
+    /// The most recent one is used first, so that surplus connections expire. Their number is bounded by the concurrent
+    /// requests.
     idle: Vec<Idle>,
 }
 
@@ -62,71 +62,71 @@ struct Idle {
     since: Instant,
 }
 
-/// A connection with a request under way.
-pub(super) struct Taken {
+/// A connection that a request uses.
+pub(super) struct InUse {
     sender: SendRequest<Body>,
-    /// A proxy reads the request, so it must name the server.
+    /// A proxy reads the request, so its URI must be absolute.
     proxied: bool,
     scheme: uri::Scheme,
     authority: uri::Authority,
-    /// Held until the answer was read; none before the request is sent.
-    turn: Option<OwnedSemaphorePermit>,
+    /// Held until the answer was read. `None` before the request is sent.
+    permit: Option<OwnedSemaphorePermit>,
 }
 
 impl Pool {
-    /// A pool without connections. It keeps `config.idle_at_most` of them open without a request, for `idle_max`, and
-    /// has at most `config.at_once` requests under way.
+    /// Creates an empty pool. It keeps at most `config.idle_at_most` idle connections for `idle_max`, and sends at most
+    /// `config.at_once` concurrent requests.
     pub(super) fn new(config: &Config, idle_max: Duration) -> Self {
         let connector = Connector::new(config);
-        let turns = Arc::new(Semaphore::new(config.at_once.clamp(1, Semaphore::MAX_PERMITS)));
+        let permits = Arc::new(Semaphore::new(config.at_once.clamp(1, Semaphore::MAX_PERMITS)));
         let idle_at_most = config.idle_at_most;
-        Self { shared: Arc::new(Shared { connector, idle_max, idle_at_most, turns, state: Mutex::default() }) }
+        Self { shared: Arc::new(Shared { connector, idle_max, idle_at_most, permits, state: Mutex::default() }) }
     }
 
-    /// Waits for its turn, sends `request`, whose URI must be absolute, and waits for the head of its answer. The
-    /// text of an error is its innermost cause.
-    pub(super) async fn request(&self, mut request: Request<Body>) -> Result<(Response<Incoming>, Taken), String> {
+    /// Waits for a permit, sends `request`, and waits for the head of its answer. The URI must be absolute. The text of
+    /// an error is its innermost cause.
+    pub(super) async fn request(&self, mut request: Request<Body>) -> Result<(Response<Incoming>, InUse), String> {
         let uri::Parts { scheme, authority, path_and_query, .. } = std::mem::take(request.uri_mut()).into_parts();
         let (Some(scheme), Some(authority)) = (scheme, authority) else {
             return Err("expected an absolute URL".to_owned());
         };
         let path = path_and_query.unwrap_or_else(|| uri::PathAndQuery::from_static("/"));
-        let turn = Arc::clone(&self.shared.turns).acquire_owned().await.expect("nobody closes it");
+        let permit = Arc::clone(&self.shared.permits).acquire_owned().await.expect("the semaphore is never closed");
         loop {
             let idle = self.shared.idle(&scheme, &authority);
             let fresh = idle.is_none();
-            let mut taken = match idle {
+            let mut in_use = match idle {
                 Some((idle, host)) => {
                     request.headers_mut().entry(header::HOST).or_insert(host);
-                    Taken {
+                    InUse {
                         sender: idle.sender,
                         proxied: idle.proxied,
                         scheme: scheme.clone(),
                         authority: authority.clone(),
-                        turn: None,
+                        permit: None,
                     }
                 }
                 None => {
-                    // Boxed: it is large, and every request would be moved about with room for it.
-                    let taken = Box::pin(self.connect(&scheme, &authority)).await?;
+                    // Boxed: the future is large, and would enlarge the future of every request.
+                    let in_use = Box::pin(self.connect(&scheme, &authority)).await?;
                     request.headers_mut().entry(header::HOST).or_insert(host_of(&scheme, &authority)?);
-                    taken
+                    in_use
                 }
             };
-            *request.uri_mut() = taken.form(path.clone());
-            // An idle connection may have ended a moment ago.
-            let sent = match taken.sender.ready().await {
-                Ok(()) => taken.sender.try_send_request(request).await,
+            *request.uri_mut() = in_use.form(path.clone());
+            // The server may have just closed an idle connection.
+            let sent = match in_use.sender.ready().await {
+                Ok(()) => in_use.sender.try_send_request(request).await,
                 Err(_) if !fresh => continue,
                 Err(err) => return Err(innermost(&err)),
             };
             match sent {
                 Ok(response) => {
-                    taken.turn = Some(turn);
-                    return Ok((response, taken));
+                    in_use.permit = Some(permit);
+                    return Ok((response, in_use));
                 }
                 Err(mut err) => match err.take_message() {
-                    // Nothing of it was sent.
+                    // The request was not sent.
                     Some(unsent) if !fresh => request = unsent,
                     _ => return Err(innermost(err.error())),
                 },
@@ -134,7 +134,7 @@ impl Pool {
         }
     }
 
-    async fn connect(&self, scheme: &uri::Scheme, authority: &uri::Authority) -> Result<Taken, String> {
+    async fn connect(&self, scheme: &uri::Scheme, authority: &uri::Authority) -> Result<InUse, String> {
         let server = Uri::builder().scheme(scheme.clone()).authority(authority.clone()).path_and_query("/").build();
         let server = server.map_err(|err| err.to_string())?;
         let mut connector = self.shared.connector.clone();
@@ -150,22 +150,22 @@ impl Pool {
                 tracing::debug!(error = %innermost(&err), "a connection ended");
             }
         });
-        Ok(Taken { sender, proxied, scheme: scheme.clone(), authority: authority.clone(), turn: None })
+        Ok(InUse { sender, proxied, scheme: scheme.clone(), authority: authority.clone(), permit: None })
     }
 
-    /// For an answer that was read to its end. A server may have answered before it read the whole request:
-    /// the connection is then taken back once the rest is sent.
-    pub(super) fn give_back(&self, taken: Taken) {
-        if taken.sender.is_ready() {
-            self.keep(taken);
-        } else if !taken.sender.is_closed() {
-            self.give_back_later(taken);
+    /// Returns a connection whose answer was read completely. If the server answered before it read the whole request,
+    /// the connection returns after the rest is sent.
+    pub(super) fn give_back(&self, in_use: InUse) {
+        if in_use.sender.is_ready() {
+            self.make_idle(in_use);
+        } else if !in_use.sender.is_closed() {
+            self.give_back_later(in_use);
         }
     }
 
-    /// Makes a connection idle that can take a request now.
-    fn keep(&self, taken: Taken) {
-        if taken.sender.is_closed() {
+    /// Makes a ready connection idle.
+    fn make_idle(&self, in_use: InUse) {
+        if in_use.sender.is_closed() {
             return;
         }
         let now = Instant::now();
@@ -173,13 +173,13 @@ impl Pool {
         if state.servers.iter().map(|server| server.idle.len()).sum::<usize>() >= self.shared.idle_at_most {
             return;
         }
-        let idle = Idle { sender: taken.sender, proxied: taken.proxied, since: now };
-        match state.server(&taken.scheme, &taken.authority) {
+        let idle = Idle { sender: in_use.sender, proxied: in_use.proxied, since: now };
+        match state.server(&in_use.scheme, &in_use.authority) {
             Some(server) => server.idle.push(idle),
             None => {
-                // The request had this header.
-                let Ok(host) = host_of(&taken.scheme, &taken.authority) else { return };
-                let Taken { scheme, authority, .. } = taken;
+                // The request already had this header.
+                let Ok(host) = host_of(&in_use.scheme, &in_use.authority) else { return };
+                let InUse { scheme, authority, .. } = in_use;
                 state.servers.push(Server { scheme, authority, host, idle: vec![idle] });
             }
         }
@@ -189,20 +189,20 @@ impl Pool {
         }
     }
 
-    /// For an answer that somebody else reads.
-    pub(super) fn give_back_later(&self, mut taken: Taken) {
+    /// Returns a connection after the caller has read or dropped the body of its answer.
+    pub(super) fn give_back_later(&self, mut in_use: InUse) {
         let pool = self.clone();
         // Not joined: it ends with the answer's body, read or dropped, or with its connection.
         tokio::spawn(async move {
-            if taken.sender.ready().await.is_ok() {
-                pool.keep(taken);
+            if in_use.sender.ready().await.is_ok() {
+                pool.make_idle(in_use);
             }
         });
     }
 }
 
-impl Taken {
-    /// What a request line says.
+impl InUse {
+    /// The URI of the request line.
     fn form(&self, path: uri::PathAndQuery) -> Uri {
         let mut parts = uri::Parts::default();
         parts.path_and_query = Some(path);
@@ -239,7 +239,7 @@ impl State {
     }
 }
 
-/// Closes what has been idle for too long, until nothing is idle.
+/// Closes expired idle connections, until none is idle.
 async fn sweep(pool: Weak<Shared>) {
     while let Some(idle_max) = pool.upgrade().map(|shared| shared.idle_max) {
         tokio::time::sleep(idle_max).await;
@@ -256,14 +256,14 @@ async fn sweep(pool: Weak<Shared>) {
     }
 }
 
-/// The header that names a server: without a user, and without the port its scheme has anyway.
+/// The `Host` header of a server: without a user, and without the default port of the scheme.
 fn host_of(scheme: &uri::Scheme, authority: &uri::Authority) -> Result<HeaderValue, String> {
     let usual = if *scheme == uri::Scheme::HTTPS { 443 } else { 80 };
     let host = match authority.port_u16() {
         Some(port) if port != usual => HeaderValue::try_from(format!("{}:{port}", authority.host())),
         _ => HeaderValue::from_str(authority.host()),
     };
-    host.map_err(|_| "the server's name cannot stand in a header".to_owned())
+    host.map_err(|_| "the server's name is invalid in a header".to_owned())
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! What the pool promises, against a server whose connections are counted.
+//! Tests the pool against a server that counts its connections.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -15,9 +15,9 @@ use super::{
 
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// How a server answers the requests of one connection, after which it hangs up.
+/// How a server answers the requests of one connection, before it closes the connection.
 #[derive(Clone, Copy)]
-struct Manners {
+struct Behaviour {
     answers: usize,
     head: &'static str,
 }
@@ -29,7 +29,7 @@ struct Server {
     _task: AbortOnDropHandle<()>,
 }
 
-async fn server(manners: Manners) -> Server {
+async fn server(behaviour: Behaviour) -> Server {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let url = format!("http://{}/path?query", listener.local_addr().expect("an address"));
     let opened = Arc::new(AtomicUsize::new(0));
@@ -41,27 +41,27 @@ async fn server(manners: Manners) -> Server {
             count.fetch_add(1, Ordering::Relaxed);
             let tell = tell.clone();
             tokio::spawn(async move {
-                let heard = serve(socket, manners).await;
-                let _ = tell.send(heard);
+                let received = serve(socket, behaviour).await;
+                let _ = tell.send(received);
             });
         }
     });
     Server { url, opened, closed, _task: AbortOnDropHandle::new(task) }
 }
 
-/// Everything the connection said.
-async fn serve(mut socket: TcpStream, manners: Manners) -> String {
-    let mut heard = Vec::new();
-    for answer in 1..=manners.answers {
-        while heard.windows(4).filter(|end| end == b"\r\n\r\n").count() < answer {
-            if socket.read_buf(&mut heard).await.unwrap_or(0) == 0 {
-                return String::from_utf8_lossy(&heard).into_owned();
+/// Returns all bytes that the connection received.
+async fn serve(mut socket: TcpStream, behaviour: Behaviour) -> String {
+    let mut received = Vec::new();
+    for answer in 1..=behaviour.answers {
+        while received.windows(4).filter(|end| end == b"\r\n\r\n").count() < answer {
+            if socket.read_buf(&mut received).await.unwrap_or(0) == 0 {
+                return String::from_utf8_lossy(&received).into_owned();
             }
         }
-        let text = format!("HTTP/1.1 200 OK\r\n{}\r\n\r\nyes", manners.head);
+        let text = format!("HTTP/1.1 200 OK\r\n{}\r\n\r\nyes", behaviour.head);
         socket.write_all(text.as_bytes()).await.expect("written");
     }
-    String::from_utf8_lossy(&heard).into_owned()
+    String::from_utf8_lossy(&received).into_owned()
 }
 
 fn client() -> Client {
@@ -78,12 +78,12 @@ async fn call(client: &Client, url: &str) -> String {
 }
 
 #[tokio::test]
-async fn no_more_requests_are_under_way_than_may_be() {
+async fn concurrent_requests_are_bounded() {
     const ANSWER: &str = "content-length: 3";
     for (at_once, connections) in [(3, 3), (0, 1), (20, 10)] {
-        let server = server(Manners { answers: 10, head: ANSWER }).await;
+        let server = server(Behaviour { answers: 10, head: ANSWER }).await;
         let client = Client::new(Config { at_once, ..Config::default() });
-        // Each begins before any has an answer.
+        // All calls begin before the first answer.
         let calls = (0..10).map(|_| call(&client, &server.url));
         let answers = futures_util::future::join_all(calls).await;
         assert_eq!(answers, ["yes"; 10]);
@@ -93,7 +93,7 @@ async fn no_more_requests_are_under_way_than_may_be() {
 
 #[tokio::test]
 async fn idle_connections_are_bounded() {
-    let mut server = server(Manners { answers: 10, head: "content-length: 3" }).await;
+    let mut server = server(Behaviour { answers: 10, head: "content-length: 3" }).await;
     let client = Client::new(Config { idle_at_most: 2, ..Config::default() });
     let calls = (0..5).map(|_| call(&client, &server.url));
     futures_util::future::join_all(calls).await;
@@ -107,10 +107,10 @@ async fn idle_connections_are_bounded() {
 }
 
 #[tokio::test]
-async fn who_gives_up_leaves_the_turn_to_the_next() {
+async fn timed_out_request_releases_its_permit() {
     let silent = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let url = format!("http://{}", silent.local_addr().expect("an address"));
-    let server = server(Manners { answers: 1, head: "content-length: 3" }).await;
+    let server = server(Behaviour { answers: 1, head: "content-length: 3" }).await;
     let client = Client::new(Config { at_once: 1, ..Config::default() });
     let hangs = client.call(ask(&url), Duration::from_millis(20)).await;
     assert!(matches!(hangs, Err(TransportError::Timeout { .. })), "{hangs:?}");
@@ -118,62 +118,62 @@ async fn who_gives_up_leaves_the_turn_to_the_next() {
 }
 
 #[tokio::test]
-async fn requests_one_after_the_other_use_one_connection() {
-    let mut server = server(Manners { answers: usize::MAX, head: "content-length: 3" }).await;
+async fn sequential_requests_share_one_connection() {
+    let mut server = server(Behaviour { answers: usize::MAX, head: "content-length: 3" }).await;
     let client = client();
     for _ in 0..20 {
         assert_eq!(call(&client, &server.url).await, "yes");
         let response = client.send(ask(&server.url), LIMIT).await.expect("an answer");
         assert_eq!(read_capped(response.into_body(), 100, "host").await.expect("a body"), "yes");
-        tokio::task::yield_now().await; // whoever gives it back does so on its own
+        tokio::task::yield_now().await; // the connection returns to the pool in a task
         while client.pool.shared.state().servers.iter().all(|server| server.idle.is_empty()) {
             tokio::task::yield_now().await;
         }
     }
     assert_eq!(server.opened.load(Ordering::Relaxed), 1);
     drop(client);
-    let heard = server.closed.recv().await.expect("the connection ends with its client");
+    let received = server.closed.recv().await.expect("the connection ends with its client");
     let host = server.url.trim_start_matches("http://").trim_end_matches("/path?query");
-    assert!(heard.starts_with(&format!("GET /path?query HTTP/1.1\r\nhost: {host}\r\n")), "{heard}");
+    assert!(received.starts_with(&format!("GET /path?query HTTP/1.1\r\nhost: {host}\r\n")), "{received}");
 }
 
 #[tokio::test]
-async fn a_connection_that_ended_while_it_was_idle_costs_no_request() {
-    let mut server = server(Manners { answers: 1, head: "content-length: 3" }).await;
+async fn closed_idle_connections_fail_no_request() {
+    let mut server = server(Behaviour { answers: 1, head: "content-length: 3" }).await;
     let client = client();
     for _ in 0..20 {
         assert_eq!(call(&client, &server.url).await, "yes");
-        server.closed.recv().await.expect("the server hangs up");
+        server.closed.recv().await.expect("the server closes the connection");
     }
     assert_eq!(server.opened.load(Ordering::Relaxed), 20);
 }
 
 #[tokio::test]
-async fn an_answer_that_was_not_read_to_its_end_takes_its_connection_along() {
-    let mut server = server(Manners { answers: usize::MAX, head: "content-length: 300000" }).await;
+async fn unread_answers_close_their_connection() {
+    let mut server = server(Behaviour { answers: usize::MAX, head: "content-length: 300000" }).await;
     let client = client();
     drop(client.send(ask(&server.url), LIMIT).await.expect("a head"));
-    server.closed.recv().await.expect("hung up");
+    server.closed.recv().await.expect("closed");
     let limit = Duration::from_millis(50);
     let answer = client.call_for_status(ask(&server.url), limit).await.expect("a status");
     assert!(answer.status.is_success() && answer.body.is_empty());
-    server.closed.recv().await.expect("hung up");
+    server.closed.recv().await.expect("closed");
     assert!(matches!(client.call(ask(&server.url), limit).await, Err(TransportError::Timeout { .. })));
-    server.closed.recv().await.expect("hung up");
+    server.closed.recv().await.expect("closed");
     assert_eq!(server.opened.load(Ordering::Relaxed), 3);
 }
 
 #[tokio::test]
-async fn a_connection_whose_request_is_still_being_sent_holds_up_no_other_one() {
+async fn unfinished_request_bodies_block_no_other_request() {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let url = format!("http://{}/", listener.local_addr().expect("an address"));
     let _server = AbortOnDropHandle::new(tokio::spawn(async move {
         let mut open = Vec::new();
         loop {
             let (mut socket, _) = listener.accept().await.expect("a connection");
-            let mut heard = Vec::new();
-            while !heard.windows(4).any(|end| end == b"\r\n\r\n") {
-                assert_ne!(socket.read_buf(&mut heard).await.expect("a request"), 0);
+            let mut received = Vec::new();
+            while !received.windows(4).any(|end| end == b"\r\n\r\n") {
+                assert_ne!(socket.read_buf(&mut received).await.expect("a request"), 0);
             }
             socket.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nyes").await.expect("written");
             open.push(socket); // nothing more is read from it
@@ -188,8 +188,8 @@ async fn a_connection_whose_request_is_still_being_sent_holds_up_no_other_one() 
 }
 
 #[tokio::test]
-async fn what_is_idle_for_long_is_closed() {
-    let mut server = server(Manners { answers: usize::MAX, head: "content-length: 3" }).await;
+async fn idle_connections_are_closed() {
+    let mut server = server(Behaviour { answers: usize::MAX, head: "content-length: 3" }).await;
     let mut client = client();
     client.pool = Pool::new(&Config::default(), Duration::from_millis(20));
     assert_eq!(call(&client, &server.url).await, "yes");
@@ -197,7 +197,7 @@ async fn what_is_idle_for_long_is_closed() {
 }
 
 #[test]
-fn a_server_is_named_without_its_user_and_its_usual_port() {
+fn host_header_has_no_user_or_default_port() {
     let check = |url: &'static str, expected: &str| {
         let uri = Uri::from_static(url);
         let (scheme, authority) = (uri.scheme().expect("a scheme"), uri.authority().expect("an authority"));

@@ -1,5 +1,5 @@
-//! Which requests go through a proxy. By the rules of curl: a proxy for each scheme, one for all, and
-//! hosts that are reached without; and never for loopback.
+//! Which requests go through a proxy. The rules are those of curl: one proxy per scheme, one for all schemes, and a list
+//! of hosts without a proxy. Loopback never uses a proxy.
 
 use std::sync::Arc;
 
@@ -9,12 +9,12 @@ use url::Url;
 
 use super::is_loopback;
 
-/// See the module's text. The default is none.
+/// The configured proxies. The default is none.
 #[derive(Clone, Debug, Default)]
 pub struct Proxies(Option<Arc<Matcher>>);
 
 impl Proxies {
-    /// Proxies by their URLs, `None` for no proxy. `without` is a list as `NO_PROXY` holds it.
+    /// Creates the proxies from their URLs. `None`: no proxy. `without` is a list in the form of `NO_PROXY`.
     #[must_use]
     pub fn new(http: Option<&str>, https: Option<&str>, all: Option<&str>, without: &str) -> Self {
         if http.or(https).or(all).is_none() {
@@ -25,10 +25,10 @@ impl Proxies {
         Self(Some(Arc::new(matcher.build())))
     }
 
-    /// Whether `url` names a proxy we can speak to. Nothing of it may be repeated: it may hold a password.
+    /// Whether `url` is a supported proxy. The error must not quote it: it may hold a password.
     ///
     /// # Errors
-    /// What was expected.
+    /// The expected form.
     pub fn check(url: &str) -> Result<(), &'static str> {
         const EXPECTED: &str = "expected the URL of an http or https proxy, such as http://proxy.example:3128";
         let whole = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
@@ -36,7 +36,7 @@ impl Proxies {
         if !matches!(parsed.scheme(), "http" | "https") || parsed.host().is_none() {
             return Err(EXPECTED);
         }
-        // The matcher passes over what it cannot read, and a node that was told to use a proxy must use it.
+        // The matcher ignores invalid URLs. A configured proxy must never be ignored.
         let anywhere = Uri::from_static("https://example.com");
         let read = Matcher::builder().all(url.to_owned()).build().intercept(&anywhere);
         if read.is_some() { Ok(()) } else { Err(EXPECTED) }
@@ -49,7 +49,7 @@ impl Proxies {
         if is_loopback(host) { None } else { matcher.intercept(uri) }
     }
 
-    /// What a proxy that is handed whole requests to `uri` wants to be shown.
+    /// The authorization for a proxy that forwards plain requests to `uri`.
     pub(super) fn authorization(&self, uri: &Uri) -> Option<HeaderValue> {
         if uri.scheme() != Some(&http::uri::Scheme::HTTP) {
             return None;
@@ -69,7 +69,7 @@ mod tests {
     }
 
     #[test]
-    fn each_scheme_has_its_proxy_and_loopback_none() {
+    fn each_scheme_has_its_proxy() {
         let proxies = Proxies::new(Some("http://one:1"), None, Some("two:2"), "inside.example, 10.0.0.0/8,.sub.test");
         check(&proxies, "http://plane.example/v1", Some("http://one:1/"));
         check(&proxies, "https://plane.example/v1", Some("http://two:2/"));
@@ -85,15 +85,15 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_proxy_is_refused_and_not_repeated() {
+    fn invalid_proxies_are_refused_without_quoting_them() {
         for good in
             ["http://proxy.example:3128", "proxy.example:3128", "https://me:pass@proxy.example", "http://[::1]:1"]
         {
             assert_eq!(Proxies::check(good), Ok(()), "{good}");
         }
         for bad in ["socks5://proxy.example:1080", "http://", "http://me:secret@", "http://a b", "://", "ftp://x"] {
-            let said = Proxies::check(bad).expect_err(bad);
-            assert!(!said.contains("secret") && said.starts_with("expected"), "{said}");
+            let error = Proxies::check(bad).expect_err(bad);
+            assert!(!error.contains("secret") && error.starts_with("expected"), "{error}");
         }
     }
 }

@@ -1,15 +1,15 @@
-//! Reads `Retry-After`. What follows from it is one rule for all callers: `model::pause_asked`.
+//! Reads `Retry-After`. All callers apply it with one rule: `model::pause_asked`.
 
 use std::time::Duration;
 
 use http::{HeaderMap, HeaderName, header};
 use jiff::Timestamp;
 
-/// Longest `Retry-After` obeyed. Callers that cannot wait for so long have a shorter limit.
+/// Longest accepted `Retry-After`. A caller may have a shorter limit.
 pub const RETRY_AFTER_MAX: Duration = Duration::from_secs(600);
 
-/// Reads `Retry-After` in both its forms, bounded by [`RETRY_AFTER_MAX`]. A date is one of the service's clock,
-/// which its own `Date` tells.
+/// Reads `Retry-After` in both forms, at most [`RETRY_AFTER_MAX`]. A date follows the clock of the service, which its
+/// `Date` header shows.
 #[must_use]
 pub fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let text = |name: HeaderName| headers.get(name)?.to_str().ok();
@@ -34,7 +34,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn retry_after_is_read_as_seconds_and_as_a_date_and_has_a_bound() {
+    fn retry_after_accepts_seconds_and_dates() {
         let date = |text: &'static str| [("date", "Sun, 06 Nov 1994 08:49:37 GMT"), ("retry-after", text)];
         let check = |given: &[(&'static str, &'static str)], expected: Option<u64>| {
             let headers =
@@ -47,7 +47,7 @@ mod tests {
         check(&[("retry-after", "soon")], None);
         check(&[("retry-after", "Sun, 06 Nov 1994 08:49:37 GMT")], Some(0));
         check(&[("retry-after", "Fri, 06 Nov 2893 08:49:37 GMT")], Some(600));
-        // By the clock of the service, whatever ours says.
+        // By the clock of the service, not by the local clock.
         check(&date("Sun, 06 Nov 1994 08:49:44 GMT"), Some(7));
         check(&date("Sun, 06 Nov 1994 08:49:30 GMT"), Some(0));
         check(&date("7"), Some(7));

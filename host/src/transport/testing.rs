@@ -1,7 +1,7 @@
-//! A foreign service whose every answer a test gives by hand.
+//! A service whose answers a test gives.
 //!
-//! Requests arrive at [`Service::next`] in order; each waits until the test answers it. So tests
-//! await events instead of sleeping, and see exactly what was sent.
+//! Requests arrive at [`Service::next`] in order. Each waits until the test answers it. So tests await events instead of
+//! sleeping, and see each request exactly.
 
 use std::time::Duration;
 
@@ -20,8 +20,8 @@ use url::Url;
 
 use super::JSON_BYTES_MAX;
 
-/// How long a test waits for a request that must come.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a test waits for an expected request.
+const REQUEST_LIMIT: Duration = Duration::from_secs(20);
 
 pub(crate) struct Service {
     pub(crate) url: Url,
@@ -29,7 +29,7 @@ pub(crate) struct Service {
     _server: AbortOnDropHandle<()>,
 }
 
-/// One request. Dropped without an answer, its connection breaks.
+/// One request. A drop without an answer breaks its connection.
 pub(crate) struct Call {
     pub(crate) path: String,
     pub(crate) headers: HeaderMap,
@@ -38,7 +38,7 @@ pub(crate) struct Call {
     reply: oneshot::Sender<Response>,
 }
 
-/// A body that breaks off after its first piece has left.
+/// A body that breaks after its first piece was sent.
 fn broken() -> Body {
     let pieces = [Ok(Bytes::from_static(b"{\"access_token\":\"top-secr")), Err(std::io::Error::other("cut"))];
     Body::from_stream(futures_util::stream::iter(pieces).then(|piece| async move {
@@ -49,9 +49,9 @@ fn broken() -> Body {
     }))
 }
 
-async fn take(State(calls): State<mpsc::UnboundedSender<Call>>, request: Request) -> Response {
+async fn receive(State(calls): State<mpsc::UnboundedSender<Call>>, request: Request) -> Response {
     let (head, body) = request.into_parts();
-    let body = axum::body::to_bytes(body, 16 * JSON_BYTES_MAX).await.expect("a test's request is whole");
+    let body = axum::body::to_bytes(body, 16 * JSON_BYTES_MAX).await.expect("the request of a test is complete");
     let (reply, answer) = oneshot::channel();
     let path = format!("{} {}", head.method, head.uri);
     let _ = calls.send(Call { path, headers: head.headers, body, at: std::time::Instant::now(), reply });
@@ -63,25 +63,25 @@ impl Service {
         let (sender, calls) = mpsc::unbounded_channel();
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("loopback");
         let url = format!("http://{}", listener.local_addr().expect("bound")).parse().expect("a URL");
-        let app = Router::new().fallback(take).with_state(sender);
+        let app = Router::new().fallback(receive).with_state(sender);
         let server = tokio::spawn(async move { axum::serve(listener, app).await.expect("serves until aborted") });
         Self { url, calls, _server: AbortOnDropHandle::new(server) }
     }
 
-    /// The next request, which must come.
+    /// Waits for the next request.
     pub(crate) async fn next(&mut self) -> Call {
-        let call = tokio::time::timeout(PATIENCE, self.calls.recv()).await.expect("a request in time");
+        let call = tokio::time::timeout(REQUEST_LIMIT, self.calls.recv()).await.expect("a request in time");
         call.expect("the server runs")
     }
 
-    /// The next request, which must be `path` (method included).
+    /// Waits for the next request, which must be `path` (with its method).
     pub(crate) async fn expect(&mut self, path: &str) -> Call {
         let call = self.next().await;
         assert_eq!(call.path, path);
         call
     }
 
-    /// A request that has come already.
+    /// A request that has already arrived.
     pub(crate) fn waiting(&mut self) -> Option<Call> {
         self.calls.try_recv().ok()
     }
@@ -109,7 +109,7 @@ impl Call {
         let _ = self.reply.send(response);
     }
 
-    /// A 200 of a service whose clock says `date`.
+    /// Answers with a 200 of a service whose clock shows `date`.
     pub(crate) fn ok_at(self, date: jiff::Timestamp, body: Value) {
         let date = jiff::fmt::rfc2822::DateTimePrinter::new().timestamp_to_rfc9110_string(&date).expect("a date");
         let response = Response::builder().header(http::header::DATE, date).body(Body::from(body.to_string()));
@@ -133,10 +133,10 @@ impl Call {
     }
 }
 
-/// Kinds of unusable bodies; those with content hold `top-secret`.
+/// Kinds of unusable bodies. Some hold `top-secret`.
 pub(crate) const BAD_BODIES: [&str; 8] = ["empty", "html", "text", "number", "half", "types", "oversize", "truncated"];
 
-/// An error text as an operator may see it: one line, not empty, no secret.
+/// Checks an error text for operators: one line, not empty, no secret.
 #[track_caller]
 pub(crate) fn assert_clean(text: &str) {
     assert!(!text.is_empty() && !text.contains('\n') && !text.contains("top-sec") && text.len() < 1024, "{text:?}");

@@ -1,4 +1,4 @@
-//! Whom we believe: the system's certificate authorities, and those of a bundle beside them.
+//! The trusted certificate authorities: those of the system, and those of a bundle.
 
 use std::{
     path::Path,
@@ -10,11 +10,11 @@ use rustls::{
     pki_types::{CertificateDer, pem::PemObject as _},
 };
 
-/// Far larger than the bundles of operating systems, in bytes.
+/// Largest bundle, in bytes. The bundles of operating systems are far smaller.
 const BUNDLE_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
-/// Certificate authorities. The system's are read when they are first needed: that takes milliseconds
-/// and memory, and many nodes speak to loopback only. Clones share what was read.
+/// Certificate authorities. Those of the system are read on first use: that takes milliseconds and memory, and many
+/// nodes call loopback only. Clones share the result.
 #[derive(Clone, Debug, Default)]
 pub struct Roots {
     extra: Vec<CertificateDer<'static>>,
@@ -25,7 +25,7 @@ impl Roots {
     /// The system's authorities and those of a PEM file.
     ///
     /// # Errors
-    /// One clause: what was expected in the file and what was found.
+    /// What was expected in the file and what was found.
     pub fn with_bundle(path: &Path) -> Result<Self, String> {
         use std::io::Read as _;
         let mut bytes = Vec::new();
@@ -37,7 +37,7 @@ impl Roots {
         }
         let mut extra = Vec::new();
         for (at, certificate) in CertificateDer::pem_slice_iter(&bytes).enumerate() {
-            let certificate = certificate.map_err(|err| format!("certificate {} is no PEM: {err}", at + 1))?;
+            let certificate = certificate.map_err(|err| format!("certificate {} is not valid PEM: {err}", at + 1))?;
             let tried = RootCertStore::empty().add(certificate.clone());
             tried.map_err(|err| format!("certificate {} cannot be used: {err}", at + 1))?;
             extra.push(certificate);
@@ -48,7 +48,7 @@ impl Roots {
         Ok(Self { extra, tls: Arc::default() })
     }
 
-    /// TLS by these authorities.
+    /// TLS that trusts these authorities.
     pub(super) fn tls(&self) -> Arc<ClientConfig> {
         let made = self.tls.get_or_init(|| {
             let mut roots = RootCertStore::empty();
@@ -66,7 +66,7 @@ impl Roots {
         Arc::clone(made)
     }
 
-    /// TLS that trusts nobody, where none is spoken.
+    /// TLS without authorities, for connections without TLS.
     pub(super) fn none() -> Arc<ClientConfig> {
         static NONE: OnceLock<Arc<ClientConfig>> = OnceLock::new();
         Arc::clone(NONE.get_or_init(|| config(RootCertStore::empty())))

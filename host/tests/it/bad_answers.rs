@@ -1,5 +1,5 @@
-//! Services that answer rubbish: one clear line, no crash, no hang, no storm, and back to work when
-//! the service is back.
+//! Unusable answers of services: one clear log line, no crash, no hang, no request storm. The node works again when the
+//! service does.
 
 use std::time::Instant;
 
@@ -18,39 +18,39 @@ const BEAT: &str = "POST /v1/tasks/*/heartbeat";
 const COMPLETE: &str = "POST /v1/tasks/*/complete";
 const DATA: &str = "GET /api/v1/domains/*/data";
 
-/// A node that gets `bad` once as the answer to `call` says `message` with `text`, and then works.
-async fn signs_in_after(call: &str, bad: Bad, message: &str, text: &str) {
+/// A node that gets `bad` once as the answer to `call` logs `event` with `text`, and then works.
+async fn signs_in_after(call: &str, bad: Bad, event: &str, text: &str) {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(call, 1, bad);
     let node = rubbish.node(&[fixtures::hello()]).set("REGISTER_MAX_RETRY", "1").set("REGISTER_INTERVAL_SECS", "1");
     let began = Instant::now();
     let node = node.start().await;
-    let line = node.says(message).await;
+    let line = node.says(event).await;
     let error = line["error"].as_str().expect("text");
     assert!(error.contains(text) && error.contains(&rubbish.address().to_string()), "{line}");
     node.says("node.leasing").await;
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
-    assert_eq!(node.said(message).len(), 1, "one line:\n{}", node.log());
+    assert_eq!(node.said(event).len(), 1, "one line:\n{}", node.log());
     assert!(!node.log().contains("top-secr"), "the content is not repeated:\n{}", node.log());
-    // The failed one, one to register, one to log in; and the registration is repeated every second.
+    // One failed call, one to register, one to log in. The registration is repeated every second.
     let (count, took) = (rubbish.count(call), began.elapsed());
     assert!(count as u64 <= 3 + took.as_secs(), "no storm: {count} of {call} in {took:?}");
 }
 
 #[tokio::test]
-async fn the_sign_in_service_answers_rubbish_to_a_challenge() {
+async fn unusable_challenges_are_retried() {
     join_all(Bad::answers().into_iter().map(|(bad, text)| signs_in_after(NONCE, bad, "registration.failed", text)))
         .await;
 }
 
 #[tokio::test]
-async fn the_sign_in_service_answers_rubbish_to_a_login() {
+async fn unusable_logins_are_retried() {
     join_all(Bad::answers().into_iter().map(|(bad, text)| signs_in_after(VERIFY, bad, "login.failed", text))).await;
 }
 
 #[tokio::test]
-async fn a_challenge_that_would_sign_something_else_is_not_signed() {
+async fn challenge_with_extra_lines_is_not_signed() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(NONCE, 1, Bad::edit(|challenge| challenge["nonce"] = json!("1\nURI: https://elsewhere.example")));
@@ -63,7 +63,7 @@ async fn a_challenge_that_would_sign_something_else_is_not_signed() {
 }
 
 #[tokio::test]
-async fn a_challenge_for_another_domain_than_the_one_that_was_set_is_not_signed() {
+async fn challenge_for_another_domain_is_not_signed() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).set("SIGN_IN_DOMAIN", "login.example").start().await;
@@ -75,7 +75,7 @@ async fn a_challenge_for_another_domain_than_the_one_that_was_set_is_not_signed(
 }
 
 #[tokio::test]
-async fn the_task_service_answers_rubbish_to_a_poll() {
+async fn unusable_poll_answers_are_retried() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).leasing().await;
@@ -98,7 +98,7 @@ async fn the_task_service_answers_rubbish_to_a_poll() {
 }
 
 #[tokio::test]
-async fn polls_that_fail_are_paced() {
+async fn failed_polls_have_pauses() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).set("POLL_BACKOFF_MS_MIN", "300").set("POLL_BACKOFF_MS_MAX", "300");
@@ -112,7 +112,7 @@ async fn polls_that_fail_are_paced() {
 }
 
 #[tokio::test]
-async fn the_task_service_answers_rubbish_to_heartbeats() {
+async fn unusable_heartbeat_answers_are_retried() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).set("RUST_LOG", "info,runner_host::session=debug").leasing().await;
@@ -121,23 +121,23 @@ async fn the_task_service_answers_rubbish_to_heartbeats() {
     }
     rubbish.answer(BEAT, 1, Bad::Json(json!(["no", "object"])));
     rubbish.answer(BEAT, 1, Bad::Status(502, "bad gateway"));
-    // The set-up heartbeat is repeated inside the lease; the runner waits for it.
+    // The set-up heartbeat is repeated within the lease. The runner waits for it.
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
     let failed = node.said("heartbeat.failed");
     let warned = failed.iter().filter(|line| line["level"] == "WARN").count();
-    assert_eq!(warned, 1, "one trouble is told once: {failed:#?}");
-    assert_eq!(node.said("heartbeat.recovered").len(), 1, "and its end");
-    let said: Vec<String> = failed.iter().map(|line| line["error"].as_str().unwrap_or_default().to_owned()).collect();
-    let texts = Bad::answers().into_iter().map(|(_, text)| text).chain(["but no object", "answered 502: bad gateway"]);
-    assert_eq!(said.len(), 7, "{said:#?}");
-    for (said, text) in said.iter().zip(texts) {
-        assert!(said.contains(text), "{said} lacks {text}");
+    assert_eq!(warned, 1, "one warning per failure: {failed:#?}");
+    assert_eq!(node.said("heartbeat.recovered").len(), 1, "one line at its end");
+    let errors: Vec<String> = failed.iter().map(|line| line["error"].as_str().unwrap_or_default().to_owned()).collect();
+    let texts = Bad::answers().into_iter().map(|(_, text)| text).chain(["not an object", "answered 502: bad gateway"]);
+    assert_eq!(errors.len(), 7, "{errors:#?}");
+    for (error, text) in errors.iter().zip(texts) {
+        assert!(error.contains(text), "{error} lacks {text}");
     }
     assert!(!node.log().contains("top-secr"), "the content is not repeated:\n{}", node.log());
 }
 
 #[tokio::test]
-async fn a_setup_heartbeat_refused_for_good_fails_the_setup() {
+async fn permanent_setup_heartbeat_refusal_fails_the_setup() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).leasing().await;
@@ -151,23 +151,23 @@ async fn a_setup_heartbeat_refused_for_good_fails_the_setup() {
 }
 
 #[tokio::test]
-async fn any_2xx_takes_a_report_and_other_answers_are_repeated() {
+async fn reports_repeat_until_any_2xx() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).leasing().await;
     rubbish.answer(COMPLETE, 1, Bad::Status(500, "out of order"));
     rubbish.answer(COMPLETE, 1, Bad::Cut);
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
-    // The first failure is told, the others of the same trouble are not.
-    let said = node.said("report.waiting");
-    assert_eq!(said.len(), 1, "{said:?}");
-    assert_eq!(said[0]["error"], "control plane answered 500: out of order");
+    // Only the first failure is logged.
+    let waiting = node.said("report.waiting");
+    assert_eq!(waiting.len(), 1, "{waiting:?}");
+    assert_eq!(waiting[0]["error"], "control plane answered 500: out of order");
     let completed = async |wanted: usize| {
         node.page_until("/status.json", |page| page.1["ended"]["completed"] == wanted).await;
     };
     completed(1).await;
     for (number, (bad, _)) in Bad::answers().into_iter().enumerate() {
-        // The body means nothing, so none of them holds the node up; the plane keeps the lease.
+        // The body is ignored, so none of these answers delays the node.
         rubbish.answer(COMPLETE, 1, bad);
         lab.task("/examples/hello/v1").submit();
         completed(number + 2).await;
@@ -193,7 +193,7 @@ async fn storage_fails(call: &str, capability: &str, what: &str) {
         let ended = lab.ended(&node, submit()).await;
         let (reason, details) = ended.failed();
         assert!(reason.starts_with(&format!("storage: {what}")), "{reason}");
-        // A download that is no multipart answer is told as such, whatever its content.
+        // The error about a download without multipart does not depend on its content.
         assert!(reason.contains(text) || reason.contains("multipart"), "{text}: {reason}");
         assert!(!reason.contains("top-secr"), "{reason}");
         assert_eq!(json!([details["outcome"], details["retryable"]]), json!(["storage", true]), "{reason}");
@@ -203,40 +203,40 @@ async fn storage_fails(call: &str, capability: &str, what: &str) {
 }
 
 #[tokio::test]
-async fn the_domain_server_answers_rubbish_to_a_download() {
+async fn unusable_download_is_a_storage_failure() {
     storage_fails("GET /api/v1/domains/*/data?ids=", "/examples/echo-bytes/v1", "download of input ").await;
 }
 
 #[tokio::test]
-async fn the_domain_server_answers_rubbish_to_a_search() {
+async fn unusable_search_is_a_storage_failure() {
     storage_fails("GET /api/v1/domains/*/data?name=", "/examples/echo-bytes/v1", "looking for an earlier echo-0.bin")
         .await;
 }
 
 #[tokio::test]
-async fn the_domain_server_answers_rubbish_to_an_upload() {
+async fn unusable_upload_answer_is_a_storage_failure() {
     storage_fails("POST /api/v1/domains/*/data", "/examples/echo-bytes/v1", "upload of echo-0.bin").await;
 }
 
 #[tokio::test]
-async fn the_domain_server_answers_rubbish_to_the_start_of_an_upload_in_parts() {
+async fn unusable_multipart_start_is_a_storage_failure() {
     storage_fails("POST /api/v1/domains/*/data/multipart?uploads", "/fixtures/big-output/v1", "upload of big.bin")
         .await;
 }
 
 #[tokio::test]
-async fn the_domain_server_answers_rubbish_to_a_part() {
+async fn unusable_part_answer_is_a_storage_failure() {
     storage_fails("PUT /api/v1/domains/*/data/multipart", "/fixtures/big-output/v1", "upload of big.bin").await;
 }
 
 #[tokio::test]
-async fn the_domain_server_answers_rubbish_to_the_end_of_an_upload_in_parts() {
+async fn unusable_multipart_end_is_a_storage_failure() {
     storage_fails("POST /api/v1/domains/*/data/multipart?uploadId", "/fixtures/big-output/v1", "upload of big.bin")
         .await;
 }
 
 #[tokio::test]
-async fn a_part_that_fails_once_is_sent_again_and_one_that_keeps_failing_ends_the_upload() {
+async fn parts_are_retried_until_the_patience_ends() {
     let lab = TestServer::with(|config| {
         config.request_max_bytes = 100_000;
         config.part_size = 64 * 1024;
@@ -255,7 +255,7 @@ async fn a_part_that_fails_once_is_sent_again_and_one_that_keeps_failing_ends_th
     rubbish.answer(part, usize::MAX, Bad::Status(503, "never"));
     let ended = lab.run(&node, "/fixtures/big-output/v1", json!({ "bytes": 200_000 })).await;
     let reason = ended.failed().0;
-    // Parts travel two at a time, so either may be the first to give up.
+    // Two parts are sent at a time. Either may fail first.
     assert!(reason.starts_with("storage: upload of big.bin (part "), "{reason}");
     assert!(reason.contains(") refused: server error (503): never (given up after "), "{reason}");
     assert!(ended.artifacts().is_empty());
@@ -263,7 +263,7 @@ async fn a_part_that_fails_once_is_sent_again_and_one_that_keeps_failing_ends_th
 }
 
 #[tokio::test]
-async fn limits_that_cannot_be_read_hold_no_upload_up() {
+async fn unreadable_limits_do_not_block_uploads() {
     for (bad, _) in Bad::answers().into_iter().chain([(Bad::Status(500, "no"), ""), (Bad::Cut, "")]) {
         let lab = TestServer::start().await;
         let rubbish = Rubbish::before(&lab).await;
@@ -275,7 +275,7 @@ async fn limits_that_cannot_be_read_hold_no_upload_up() {
 }
 
 #[tokio::test]
-async fn refusals_of_the_domain_server_are_told_apart() {
+async fn domain_server_refusals_have_distinct_errors() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::echo()]).set("TRANSFER_PATIENCE", "0s").leasing().await;
@@ -293,13 +293,13 @@ async fn refusals_of_the_domain_server_are_told_apart() {
         assert!(reason.starts_with(&format!("{whose}: download of input {input} {words}")), "{reason}");
         rubbish.heal();
     }
-    // One 401 is the usual way to learn of a newer token.
+    // After one 401, the node uses a newer token.
     rubbish.answer(DATA, 1, Bad::Status(401, "expired"));
     lab.ended(&node, lab.task("/examples/echo-bytes/v1").inputs(&[input]).submit()).await.completed();
 }
 
 #[tokio::test]
-async fn no_redirect_takes_a_token_elsewhere() {
+async fn redirects_are_not_followed() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let elsewhere = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
@@ -321,7 +321,7 @@ async fn no_redirect_takes_a_token_elsewhere() {
     let line = node.says("poll.failed").await;
     assert!(line["error"].as_str().is_some_and(|error| error.contains("answered 302")), "{line}");
     node.stop().await;
-    // Whoever connected would be waiting in the queue of the listener by now.
-    let nobody = elsewhere.accept();
-    assert_eq!(nobody.expect_err("no redirect is followed").kind(), std::io::ErrorKind::WouldBlock);
+    // A connection would be in the queue of the listener by now.
+    let accepted = elsewhere.accept();
+    assert_eq!(accepted.expect_err("no redirect is followed").kind(), std::io::ErrorKind::WouldBlock);
 }

@@ -1,4 +1,4 @@
-//! Leases and tasks that cannot be done: refused with a precise reason, or passed over.
+//! Leases and tasks that cannot run: refused with a precise reason, or skipped.
 
 use serde_json::{Value, json};
 
@@ -10,7 +10,7 @@ use crate::harness::{
 const LEASE: &str = "GET /v1/tasks";
 const BEAT: &str = "POST /v1/tasks/*/heartbeat";
 
-/// Changes every lease that comes through, and nothing else.
+/// Changes every lease in an answer, and nothing else.
 fn lease(change: impl Fn(&mut Value) + Send + Sync + 'static) -> Bad {
     Bad::edit(move |answer| {
         if answer["task"].is_object() {
@@ -19,7 +19,7 @@ fn lease(change: impl Fn(&mut Value) + Send + Sync + 'static) -> Bad {
     })
 }
 
-/// What hello's set-up fails with when its coordinates are changed like this.
+/// Runs hello with a changed lease. Returns the stage and the error of its set-up failure.
 async fn setup_failure(change: impl Fn(&mut Value) + Clone + Send + Sync + 'static) -> Value {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
@@ -36,7 +36,7 @@ async fn setup_failure(change: impl Fn(&mut Value) + Clone + Send + Sync + 'stat
 }
 
 #[tokio::test]
-async fn a_lease_without_a_domain_fails_its_setup() {
+async fn lease_without_domain_fails_its_setup() {
     let failure = setup_failure(|answer| answer["domain_id"] = Value::Null).await;
     assert_eq!(failure, json!(["build_ports", "lease missing domain_id"]));
     let failure = setup_failure(|answer| answer["domain_server_url"] = Value::Null).await;
@@ -44,14 +44,14 @@ async fn a_lease_without_a_domain_fails_its_setup() {
 }
 
 #[tokio::test]
-async fn a_lease_with_a_relative_server_url_fails_its_setup() {
+async fn relative_server_url_fails_the_setup() {
     let failure = setup_failure(|answer| answer["domain_server_url"] = json!("api/v1")).await;
     assert_eq!(failure, json!(["build_ports", "domain_server_url \"api/v1\" is not an absolute http(s) URL"]));
 }
 
-/// A lease changed like this is passed over with `message`: neither run, kept nor reported, and the next
-/// poll waits as after any empty one.
-async fn passed_over(change: impl Fn(&mut Value) + Send + Sync + 'static, message: &str) {
+/// The node skips a lease with this change, and logs `message`. It neither runs nor reports it. The next poll waits as
+/// after an empty answer.
+async fn skipped(change: impl Fn(&mut Value) + Send + Sync + 'static, message: &str) {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(LEASE, usize::MAX, lease(change));
@@ -71,28 +71,28 @@ async fn passed_over(change: impl Fn(&mut Value) + Send + Sync + 'static, messag
     let lines = node.lines();
     let after =
         lines.iter().skip_while(|line| line["event"] != "lease.skipped").find(|line| line["event"] == "poll.empty");
-    assert_eq!(after.map(|line| &line["retry_in_ms"]), Some(&json!(500)), "a number for machines");
+    assert_eq!(after.map(|line| &line["retry_in_ms"]), Some(&json!(500)), "a number in the log");
 }
 
 #[tokio::test]
-async fn a_lease_that_comes_cancelled_is_passed_over() {
-    passed_over(|lease| lease["cancel"] = json!(true), "lease skipped, it was already cancelled").await;
+async fn cancelled_lease_is_skipped() {
+    skipped(|lease| lease["cancel"] = json!(true), "lease skipped, it was already cancelled").await;
 }
 
 #[tokio::test]
-async fn an_input_that_does_not_exist_is_named() {
+async fn missing_input_is_named() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::echo()]).await;
-    let nobody = uuid::Uuid::new_v4();
+    let missing = uuid::Uuid::new_v4();
     for capability in ["/examples/echo-bytes/v1", "/examples/echo-file/v1", "/examples/echo-stream/v1"] {
-        let ended = lab.ended(&node, lab.task(capability).inputs(&[nobody]).submit()).await;
-        let wanted = format!("runner failed: download of input {nobody} refused: not found (404)");
+        let ended = lab.ended(&node, lab.task(capability).inputs(&[missing]).submit()).await;
+        let wanted = format!("runner failed: download of input {missing} refused: not found (404)");
         assert!(ended.failed().0.starts_with(&wanted), "{}", ended.failed().0);
     }
 }
 
 #[tokio::test]
-async fn inputs_of_0_bytes_are_inputs_and_only_an_empty_file_is_no_artifact() {
+async fn empty_inputs_are_valid_but_empty_outputs_fail() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::echo(), fixtures::zoo()]).await;
     let input = lab.put("nothing", b"").await;
@@ -107,17 +107,17 @@ async fn inputs_of_0_bytes_are_inputs_and_only_an_empty_file_is_no_artifact() {
     let before = lab.stored().await;
     let ended = lab.ended(&node, lab.task("/examples/echo-file/v1").inputs(&[input]).submit()).await;
     let reason = ended.failed().0;
-    // No path of this machine: the plane has no business with it.
-    let said = "runner failed: upload of echo-0.bin refused: its file is empty; expected at least one byte";
-    assert_eq!(reason, said);
+    // The report shows no path of this machine.
+    let wanted = "runner failed: upload of echo-0.bin refused: its file is empty; expected at least one byte";
+    assert_eq!(reason, wanted);
     assert!(ended.artifacts().is_empty());
     assert_eq!(lab.stored().await, before);
     let parts = lab.world.journal().into_iter().filter(|seen| seen.path.ends_with("/multipart")).count();
-    assert_eq!(parts, 0, "nothing of 0 bytes goes in parts");
+    assert_eq!(parts, 0, "an empty file is never sent in parts");
 }
 
 #[tokio::test]
-async fn artifact_paths_are_named_as_the_wire_has_it() {
+async fn artifact_names_follow_the_protocol() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     for (prefix, path, logical, name, data_type) in [
@@ -140,7 +140,7 @@ async fn artifact_paths_are_named_as_the_wire_has_it() {
 }
 
 #[tokio::test]
-async fn impossible_artifact_paths_are_refused_by_what_is_wrong_with_them() {
+async fn invalid_artifact_paths_have_distinct_errors() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let long = "x".repeat(1025);

@@ -1,4 +1,4 @@
-//! Times of services whose clocks stand elsewhere, or that say none.
+//! Times of services whose clock differs, or that send no `Date`.
 
 use std::time::Duration;
 
@@ -13,8 +13,8 @@ use crate::harness::{
 const LEASE: Duration = Duration::from_secs(2);
 const BEAT: &str = "POST /v1/tasks/*/heartbeat";
 
-/// A node whose services are `ahead` keeps a task longer than its lease, at a usual rate of requests.
-async fn kept_by_a_clock(ahead: SignedDuration) {
+/// A node whose services are `ahead` keeps a task longer than its first lease term, at the normal rate of requests.
+async fn keeps_lease_with_clock(ahead: SignedDuration) {
     let lab = TestServer::with(|config| config.lease_ttl = LEASE).await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.set_clock(ahead);
@@ -32,23 +32,23 @@ async fn kept_by_a_clock(ahead: SignedDuration) {
     let most = 6 * (began.elapsed().as_secs() as usize + 1);
     assert!((4..=most).contains(&rubbish.count(BEAT)), "{} heartbeats, {ahead:?}", rubbish.count(BEAT));
     assert_eq!(rubbish.count("POST /internal/v1/auth/siwe/verify"), 1, "{ahead:?}");
-    let said = node.said("clock.differs");
-    assert!((1..=2).contains(&said.len()), "once a service: {said:?}");
+    let lines = node.said("clock.differs");
+    assert!((1..=2).contains(&lines.len()), "once per service: {lines:?}");
     node.stop().await;
 }
 
 #[tokio::test]
-async fn services_20_minutes_ahead_or_behind_lose_no_lease_and_get_no_storm() {
+async fn clock_differences_of_20_minutes_lose_no_lease() {
     let minutes = SignedDuration::from_mins(20);
-    tokio::join!(kept_by_a_clock(minutes), kept_by_a_clock(-minutes));
+    tokio::join!(keeps_lease_with_clock(minutes), keeps_lease_with_clock(-minutes));
 }
 
-/// Each time of the service lies in the past by our clock, and no `Date` tells the difference.
+/// Each time of the service is in the past by the local clock, and no `Date` shows the difference.
 #[tokio::test]
 async fn undated_service_behind_keeps_its_short_lease() {
     let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(4)).await;
     let rubbish = Rubbish::before(&lab).await;
-    // Sign-in times must not lie in the past: only the control plane is behind.
+    // Sign-in times must not be in the past: only the control plane is behind.
     let behind = |answer: &mut Value| {
         for end in ["/lease_expires_at", "/access_token_expires_at", "/task/lease_expires_at"] {
             if let Some(end) = answer.pointer_mut(end)
@@ -76,8 +76,8 @@ async fn undated_service_behind_keeps_its_short_lease() {
     node.stop().await;
 }
 
-/// Leases and heartbeats changed like this lose no lease and make no flood.
-async fn kept_whatever_is_said(change: impl Fn(&mut Value) + Clone + Send + Sync + 'static) {
+/// With this change to leases and heartbeats, the node loses no lease and sends few heartbeats.
+async fn keeps_lease_with_change(change: impl Fn(&mut Value) + Clone + Send + Sync + 'static) {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer("GET /v1/tasks", usize::MAX, {
@@ -97,26 +97,26 @@ async fn kept_whatever_is_said(change: impl Fn(&mut Value) + Clone + Send + Sync
 }
 
 #[tokio::test]
-async fn answers_that_do_not_say_when_the_lease_ends_lose_nothing() {
-    kept_whatever_is_said(|answer| {
+async fn answers_without_expiry_lose_no_lease() {
+    keeps_lease_with_change(|answer| {
         answer.as_object_mut().expect("an object").remove("lease_expires_at");
     })
     .await;
 }
 
 #[tokio::test]
-async fn answers_that_say_the_lease_ended_long_ago_lose_nothing() {
-    kept_whatever_is_said(|answer| answer["lease_expires_at"] = json!("2020-01-01T00:00:00Z")).await;
+async fn expiry_in_the_past_loses_no_lease() {
+    keeps_lease_with_change(|answer| answer["lease_expires_at"] = json!("2020-01-01T00:00:00Z")).await;
 }
 
 #[tokio::test]
-async fn newer_planes_may_say_the_end_of_the_lease_inside_its_task() {
+async fn lease_expiry_may_be_inside_the_task() {
     let lab = TestServer::with(|config| config.lease_ttl = LEASE).await;
     let rubbish = Rubbish::before(&lab).await;
     let inside = |answer: &mut Value| {
         let end = answer.as_object_mut().expect("an object").remove("lease_expires_at");
         if answer["task"].is_object() {
-            answer["task"]["lease_expires_at"] = end.expect("the world says it");
+            answer["task"]["lease_expires_at"] = end.expect("the dev server sends it");
         }
     };
     rubbish.answer(
@@ -132,7 +132,7 @@ async fn newer_planes_may_say_the_end_of_the_lease_inside_its_task() {
     let files = tempfile::tempdir().expect("a folder");
     let file = files.path().join("go");
     let job = lab.task("/fixtures/wait-file/v1").meta(json!({ "file": file })).submit();
-    // The second heartbeat on the timer comes in time for a lease of two seconds only.
+    // Five heartbeats arrive in time only if the node knows the term of two seconds.
     rubbish.answer(BEAT, usize::MAX, Bad::edit(inside));
     lab.started(&node, job).await;
     rubbish.seen(BEAT, 5).await;

@@ -1,4 +1,4 @@
-//! Node tokens on the wire: renewed in time, used to their end, asked for without a storm.
+//! Node tokens on the wire: renewal, use until expiry, and pauses between logins.
 
 use std::time::{Duration, Instant};
 
@@ -14,21 +14,21 @@ use crate::harness::{
 const NONCE: &str = "POST /internal/v1/auth/siwe/request";
 const VERIFY: &str = "POST /internal/v1/auth/siwe/verify";
 
-/// A world whose node tokens live this long, and what stands before it.
+/// A dev server whose node tokens have this lifetime, and a proxy before it.
 async fn lab(ttl: Duration) -> (TestServer, Rubbish) {
     let lab = TestServer::with(|config| config.node_token_ttl = ttl).await;
     let rubbish = Rubbish::before(&lab).await;
     (lab, rubbish)
 }
 
-/// Until when the token in hand is good.
+/// When the current token expires.
 async fn expiry(node: &TestNode) -> jiff::Timestamp {
     let (_, status) = node.page_until("/status.json", |page| page.1["token_expires_at"].is_string()).await;
     status["token_expires_at"].as_str().expect("a token is held").parse().expect("a timestamp")
 }
 
 #[tokio::test]
-async fn a_token_is_renewed_at_three_quarters_of_its_life_and_never_lapses() {
+async fn token_renews_at_three_quarters_of_its_life() {
     let (lab, rubbish) = lab(Duration::from_secs(2)).await;
     let node = rubbish.node(&[fixtures::hello()]).set("TOKEN_REAUTH_JITTER_MS", "0").leasing().await;
     let first = expiry(&node).await;
@@ -37,12 +37,12 @@ async fn a_token_is_renewed_at_three_quarters_of_its_life_and_never_lapses() {
     assert!((0.0..=0.6).contains(&left), "{left} s were left of 2");
     rubbish.seen(VERIFY, 3).await;
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
-    // The world ends a token with the next login, so a poll on its way may meet that; it is repeated.
+    // The dev server ends a token with the next login. A poll in progress may get a 401, and is repeated.
     assert!(node.said("poll.failed").is_empty() && node.said("login.failed").is_empty(), "{}", node.log());
 }
 
 #[tokio::test]
-async fn a_token_is_used_to_its_real_end_while_the_service_is_away_and_is_asked_for_without_a_storm() {
+async fn token_is_used_until_expiry_during_an_outage() {
     let (lab, rubbish) = lab(Duration::from_secs(3)).await;
     let setup = rubbish.node(&[fixtures::hello()]).set("TOKEN_REAUTH_JITTER_MS", "0").set("TOKEN_SAFETY_RATIO", "0.1");
     let node = setup.leasing().await;
@@ -50,12 +50,12 @@ async fn a_token_is_used_to_its_real_end_while_the_service_is_away_and_is_asked_
     rubbish.answer(NONCE, usize::MAX, Bad::Status(503, "away"));
     node.says("login.failed").await;
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
-    assert_eq!(node.page("/ready").await.0, 200, "the token works");
+    assert_eq!(node.page("/ready").await.0, 200, "the token is valid");
     let away =
         |page: &(u16, Value)| page.1["reason"].as_str().is_some_and(|text| text.starts_with("not signed in: login"));
     let page = node.page_until("/ready", away).await;
     assert_eq!(page.0, 503);
-    assert!(jiff::Timestamp::now() >= end, "the token was used to its end");
+    assert!(jiff::Timestamp::now() >= end, "the token was used until its expiry");
     // 100 ms doubling, with a jitter of a half downwards: six to eight attempts in three seconds.
     let asked = rubbish.count(NONCE);
     assert!(asked <= 12, "{asked} logins in three seconds");
@@ -65,7 +65,7 @@ async fn a_token_is_used_to_its_real_end_while_the_service_is_away_and_is_asked_
 }
 
 #[tokio::test]
-async fn a_login_that_is_never_answered_ends_at_its_limit() {
+async fn unanswered_login_ends_at_its_limit() {
     let (lab, rubbish) = lab(Duration::from_secs(60)).await;
     rubbish.answer(VERIFY, 1, Bad::Hang);
     let node = rubbish.node(&[fixtures::hello()]).set("REQUEST_TIMEOUT_SECS", "1").start().await;
@@ -76,7 +76,7 @@ async fn a_login_that_is_never_answered_ends_at_its_limit() {
 }
 
 #[tokio::test]
-async fn a_service_that_asks_for_a_pause_gets_it() {
+async fn refused_registration_waits_for_the_interval() {
     let (_lab, rubbish) = lab(Duration::from_secs(60)).await;
     rubbish.answer("POST /internal/v1/nodes/register-wallet", 1, Bad::Status(401, "wrong secret"));
     let node = rubbish.node(&[fixtures::hello()]).set("REGISTER_INTERVAL_SECS", "1").start().await;
@@ -88,8 +88,8 @@ async fn a_service_that_asks_for_a_pause_gets_it() {
 }
 
 #[tokio::test]
-async fn who_waits_for_a_token_is_told_after_so_many_repeats_and_the_node_goes_on_asking() {
-    for (retries, told) in [(0, "login failed 1 times: "), (2, "login failed 3 times: ")] {
+async fn callers_get_the_login_error_after_max_retries() {
+    for (retries, message) in [(0, "login failed 1 times: "), (2, "login failed 3 times: ")] {
         let (lab, rubbish) = lab(Duration::from_secs(60)).await;
         let node = rubbish.node(&[fixtures::hello()]).set("TOKEN_REAUTH_JITTER_MS", "0");
         let node = node.set("TOKEN_REAUTH_MAX_RETRIES", retries.to_string()).leasing().await;
@@ -97,12 +97,12 @@ async fn who_waits_for_a_token_is_told_after_so_many_repeats_and_the_node_goes_o
         // A poll whose token is rejected waits for the next one.
         rubbish.answer("GET /v1/tasks", 1, Bad::Status(401, "who are you?"));
         let first = node.says("poll.failed").await;
-        assert!(first["error"].as_str().is_some_and(|error| error.contains(told)), "{retries}: {first}");
+        assert!(first["error"].as_str().is_some_and(|error| error.contains(message)), "{retries}: {first}");
         rubbish.seen(VERIFY, 1 + 6).await;
         let failed = node.said("login.failed");
         let counts: Vec<_> = failed.iter().map(|line| line["attempt"].as_u64()).collect();
         assert_eq!(counts, (1..=failed.len() as u64).map(Some).collect::<Vec<_>>(), "{failed:?}");
-        // Pauses double and are jittered downwards by up to a half: every other one is longer.
+        // Pauses double, minus a jitter of up to a half. So each is longer than the second one before it.
         let pause = |line: &Value| line["retry_in_ms"].as_u64().expect("a pause");
         assert!(failed.windows(3).all(|three| pause(&three[0]) < pause(&three[2])), "{failed:?}");
         rubbish.heal();
@@ -111,9 +111,9 @@ async fn who_waits_for_a_token_is_told_after_so_many_repeats_and_the_node_goes_o
     }
 }
 
-/// A service that answers 401 now and then ends one token at a time. None of these costs a pause.
+/// Single 401 answers end one token each. None of them causes a pause.
 #[tokio::test]
-async fn taken_tokens_are_replaced_without_a_pause() {
+async fn accepted_tokens_are_replaced_without_a_pause() {
     const POLL: &str = "GET /v1/tasks";
     let (_lab, rubbish) = lab(Duration::from_secs(60)).await;
     let node = rubbish.node(&[fixtures::hello()]).set("POLL_BACKOFF_MS_MIN", "200").set("POLL_BACKOFF_MS_MAX", "200");
@@ -125,7 +125,7 @@ async fn taken_tokens_are_replaced_without_a_pause() {
         rubbish.seen(POLL, rubbish.count(POLL) + 3).await;
     }
     let rejected = node.said("token.rejected");
-    assert_eq!(rejected.len(), 4, "the first is not told: {rejected:#?}");
+    assert_eq!(rejected.len(), 4, "the first is not logged: {rejected:#?}");
     for line in &rejected {
         assert_eq!((&line["event"], &line["retry_in_ms"]), (&json!("token.rejected"), &json!(0)), "{line}");
     }
@@ -134,22 +134,22 @@ async fn taken_tokens_are_replaced_without_a_pause() {
 }
 
 #[tokio::test]
-async fn tokens_that_are_revoked_after_they_were_taken_cost_a_second_each_at_most_and_no_report() {
+async fn revoked_tokens_cost_one_second_and_no_report() {
     let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
     let rule = |skip| format!("[[fault]]\nendpoint = \"lease\"\nkind = \"revoke_token\"\ncount = 1\nskip = {skip}\n\n");
     let rules: String = (1..=6).map(|n| rule(n * 10)).collect();
     lab.world.set_faults(Faults::parse(&rules).expect("sound rules"));
     let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "4").set("TOKEN_REAUTH_JITTER_MS", "200");
     let node = node.leasing().await;
-    let naps = || lab.task("/fixtures/ignores-cancel/v1").meta(json!({ "sleep_ms": 20 })).submit();
-    for job in (0..70).map(|_| naps()).collect::<Vec<_>>() {
+    let submit = || lab.task("/fixtures/ignores-cancel/v1").meta(json!({ "sleep_ms": 20 })).submit();
+    for job in (0..70).map(|_| submit()).collect::<Vec<_>>() {
         lab.ended(&node, job).await.completed();
     }
     let rejected = node.said("token.rejected");
     assert!(rejected.len() >= 3, "{rejected:#?}");
     for line in &rejected {
         let error = "the control plane rejects node tokens soon after it accepted them; check that no other node";
-        assert!(line["error"].as_str().is_some_and(|said| said.starts_with(error)), "{line}");
+        assert!(line["error"].as_str().is_some_and(|text| text.starts_with(error)), "{line}");
         assert!(line["retry_in_ms"].as_u64() <= Some(1000), "{line}");
     }
     node.stop().await;

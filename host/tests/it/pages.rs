@@ -68,7 +68,7 @@ async fn a_node_whose_polls_fail_is_not_ready_until_one_is_answered() {
     assert!(polls["last_error"].as_str().is_some_and(|err| reason.contains(err)), "{polls}");
     // The log says it too.
     let line = node.says("poll.failed").await;
-    let remedy = "control plane answered 404 to the poll: is the path of DMS_BASE_URL right? it usually ends in /v1";
+    let remedy = "control plane answered 404 to the poll; check the path of DMS_BASE_URL, it usually ends in /v1";
     assert!(line["error"].as_str().is_some_and(|err| err.starts_with(remedy)), "{line}");
     rubbish.heal();
     node.page_until("/ready", |page| page.0 == 200).await;

@@ -1,4 +1,4 @@
-//! Registration in both forms, and what comes of it: the gate, the callback, repetition, conflicts.
+//! Registration in both forms: when polling starts, the callback, repetition, conflicts.
 
 use serde_json::{Value, json};
 
@@ -16,7 +16,7 @@ const CALLBACK: &str = "/internal/v1/registrations";
 const JSON: &str = "application/json";
 
 #[tokio::test]
-async fn nothing_is_leased_before_the_callback_and_the_answer() {
+async fn polling_starts_after_callback_and_answer() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let (gate, held) = Bad::gate();
@@ -32,14 +32,14 @@ async fn nothing_is_leased_before_the_callback_and_the_answer() {
     node.says("node.leasing").await;
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
     assert_eq!((rubbish.count(BY_URL), rubbish.count(WALLET)), (1, 0));
-    // The world asks for the node's health after the registration.
+    // The dev server requests the node's health after the registration.
     let (_, status) = node.page_until("/status.json", |page| page.1["last_healthcheck"].is_string()).await;
     assert_eq!(status["registration"], "registered");
     node.stop().await;
 }
 
 #[tokio::test]
-async fn an_accepted_registration_that_nobody_calls_back_opens_nothing() {
+async fn registration_without_callback_starts_nothing() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(BY_URL, 1, Bad::Json(json!({})));
@@ -55,9 +55,9 @@ async fn an_accepted_registration_that_nobody_calls_back_opens_nothing() {
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
 }
 
-// What is signed is what stands in NODE_URL, byte for byte.
+// The node signs NODE_URL byte for byte.
 #[tokio::test]
-async fn node_url_is_registered_as_it_was_written() {
+async fn node_url_is_registered_unchanged() {
     for written in ["http://LocalHost:PORT", "http://127.0.0.1:PORT/", "http://127.0.0.1:PORT/a/../b"] {
         let lab = TestServer::start().await;
         let rubbish = Rubbish::before(&lab).await;
@@ -71,7 +71,7 @@ async fn node_url_is_registered_as_it_was_written() {
 }
 
 #[tokio::test]
-async fn the_form_follows_node_url_unless_it_is_named() {
+async fn form_follows_node_url_by_default() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).reachable().set("REGISTRATION", "wallet").leasing().await;
@@ -83,9 +83,9 @@ async fn the_form_follows_node_url_unless_it_is_named() {
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
 }
 
-/// The callback's contract (posemesh.md section 2.7), as it must stay.
+/// The rules for the callback (posemesh.md section 2.7).
 #[tokio::test]
-async fn the_callback_endpoint_answers_as_the_contract_says() {
+async fn callback_endpoint_follows_the_protocol() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(BY_URL, usize::MAX, Bad::Hang);
@@ -114,9 +114,9 @@ async fn the_callback_endpoint_answers_as_the_contract_says() {
         (JSON, full.to_string(), text(200, "{\"ok\":true}")),
         ("application/json; charset=utf-8", secret(4096), text(200, "{\"ok\":true}")),
     ] {
-        let (status, answered, said) = node.post(CALLBACK, kind, body.clone()).await;
-        assert_eq!((status, said), expected, "{kind} {body:.80}");
-        assert!(status != 200 || answered == JSON, "{answered}");
+        let (status, content_type, text) = node.post(CALLBACK, kind, body.clone()).await;
+        assert_eq!((status, text), expected, "{kind} {body:.80}");
+        assert!(status != 200 || content_type == JSON, "{content_type}");
     }
     let slashes = node.post(&format!("/{CALLBACK}"), JSON, secret(1)).await;
     assert_eq!(slashes.0, 200, "a base URL may end in a slash");
@@ -125,14 +125,14 @@ async fn the_callback_endpoint_answers_as_the_contract_says() {
     for _ in 0..30 {
         limited += usize::from(node.post(CALLBACK, JSON, secret(1)).await.0 == 429);
     }
-    assert!(limited >= 5, "only {limited} of 44 were too many");
-    assert_eq!(rubbish.count(NONCE), 0, "a callback alone opens nothing");
+    assert!(limited >= 5, "only {limited} of 44 were limited");
+    assert_eq!(rubbish.count(NONCE), 0, "a callback alone starts no login");
     assert!(!node.log().contains("sssss") && !node.log().contains("top-secret"), "no secret in the log");
 }
 
-/// Bodies that do not come are not waited for by many, nor for long.
+/// The number of incomplete bodies, and the wait for each, are bounded.
 #[tokio::test]
-async fn a_callback_whose_body_stays_away_is_given_up() {
+async fn incomplete_callback_bodies_are_refused() {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::hello()]).await;
@@ -140,24 +140,24 @@ async fn a_callback_whose_body_stays_away_is_given_up() {
         format!("POST {CALLBACK} HTTP/1.1\r\nhost: node\r\ncontent-type: {JSON}\r\ncontent-length: 100\r\n\r\n{{");
     let mut slow = Vec::new();
     for _ in 0..2 {
-        let mut visitor = tokio::net::TcpStream::connect(&node.address).await.expect("the pages answer");
-        visitor.write_all(head.as_bytes()).await.expect("sent");
-        slow.push(visitor);
+        let mut sender = tokio::net::TcpStream::connect(&node.address).await.expect("the pages answer");
+        sender.write_all(head.as_bytes()).await.expect("sent");
+        slow.push(sender);
     }
-    // One sender may have two bodies on their way.
+    // One sender may send two bodies at once.
     let mut answered = 0;
     while node.post(CALLBACK, JSON, "{}").await.0 != 429 {
         answered += 1;
-        assert!(answered < 11, "of twenty in a row none would be too many");
+        assert!(answered < 11, "the third concurrent body must be refused");
     }
-    // Its body is not waited for, so its connection ends, and it is told so.
+    // The node does not wait for this body. It answers, and closes the connection.
     let mut refused = tokio::net::TcpStream::connect(&node.address).await.expect("the pages answer");
     refused.write_all(head.as_bytes()).await.expect("sent");
     let mut answer = Vec::new();
     within("a refusal", || node.log(), refused.read_to_end(&mut answer)).await.expect("an answer");
     let answer = String::from_utf8_lossy(&answer);
     assert!(answer.starts_with("HTTP/1.1 429 ") && answer.contains("\r\nconnection: close\r\n"), "{answer}");
-    // Another sender is not in its way.
+    // Another sender is not affected.
     let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
     socket.bind("127.0.0.2:0".parse().expect("an address")).expect("all of 127.0.0.0/8 is this machine");
     let mut other = socket.connect(node.address.parse().expect("an address")).await.expect("the pages answer");
@@ -172,31 +172,31 @@ async fn a_callback_whose_body_stays_away_is_given_up() {
     let mut answer = [0; 64];
     let first = within("an end of the wait", || node.log(), slow[0].read(&mut answer)).await.expect("an answer");
     assert!(answer[..first].starts_with(b"HTTP/1.1 408 "), "{}", String::from_utf8_lossy(&answer[..first]));
-    let room = async {
+    let accepted = async {
         while node.post(CALLBACK, JSON, "{}").await.0 != 422 {
-            tokio::time::sleep(std::time::Duration::from_millis(50)).await; // pages have no bell
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await; // the pages offer no event to await
         }
     };
-    within("room again", || node.log(), room).await;
+    within("an accepted body", || node.log(), accepted).await;
 }
 
 #[tokio::test]
-async fn a_callback_nobody_waits_for_is_refused_and_leaves_no_trace() {
+async fn unexpected_callback_is_refused_and_not_logged() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::hello()]).await;
-    let body = json!({ "id": "a-stranger", "secret": "a-strangers-secret" }).to_string();
+    let body = json!({ "id": "an-unknown-node", "secret": "an-unknown-secret" }).to_string();
     let (status, _, text) = node.post(CALLBACK, JSON, body).await;
     assert_eq!((status, text.as_str()), (409, "no registration is in flight"));
     assert_eq!(node.status().await["registration"], "registered");
-    assert!(!node.log().contains("stranger"), "{}", node.log());
+    assert!(!node.log().contains("unknown-"), "{}", node.log());
 }
 
 #[tokio::test]
-async fn a_registration_by_url_is_repeated_without_a_new_login() {
+async fn registration_is_repeated_without_a_new_login() {
     let lab = TestServer::with(|config| config.health_interval = std::time::Duration::from_secs(3600)).await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).reachable().set("REGISTER_INTERVAL_SECS", "1").leasing().await;
-    // Others who ask for the node's health do not show that the service knows it.
+    // Health checks by other clients do not prove that the service knows the node.
     let asked = async {
         while rubbish.count(BY_URL) < 3 {
             assert_eq!(node.page("/health").await.0, 200);
@@ -205,29 +205,29 @@ async fn a_registration_by_url_is_repeated_without_a_new_login() {
     };
     within("two repetitions", || node.log(), asked).await;
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
-    assert_eq!(rubbish.count(NONCE), 1, "the token lives on");
+    assert_eq!(rubbish.count(NONCE), 1, "the token stays in use");
 }
 
 #[tokio::test]
-async fn health_checks_of_the_service_put_the_repetition_off() {
+async fn health_checks_postpone_the_next_registration() {
     let lab = TestServer::with(|config| config.health_interval = std::time::Duration::from_millis(200)).await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).reachable().set("REGISTER_INTERVAL_SECS", "1").leasing().await;
     let time =
         |status: &Value, field: &str| status[field].as_str().and_then(|text| text.parse::<jiff::Timestamp>().ok());
-    let probed_late = |page: &(u16, Value)| {
+    let checked_late = |page: &(u16, Value)| {
         let since = time(&page.1, "registration_since");
         since
             .zip(time(&page.1, "last_healthcheck"))
             .is_some_and(|(from, to)| to.duration_since(from).as_millis() > 1500)
     };
-    node.page_until("/status.json", probed_late).await;
+    node.page_until("/status.json", checked_late).await;
     assert_eq!(rubbish.count(BY_URL), 1);
     assert_eq!(node.page("/health").await.0, 200);
 }
 
 #[tokio::test]
-async fn a_second_node_with_the_same_wallet_says_conflict_until_the_first_has_gone() {
+async fn second_node_conflicts_until_the_first_ends() {
     let lab = TestServer::start().await;
     let first = lab.node(&[fixtures::hello()]).reachable().leasing().await;
     let second = lab.node(&[fixtures::hello()]).reachable().set("SECP256K1_PRIVHEX", first.key.as_str());
@@ -265,7 +265,7 @@ async fn restarted_node_registers_soon_after_conflicts() {
 }
 
 #[tokio::test]
-async fn a_conflict_while_working_is_shown_and_work_goes_on() {
+async fn conflict_is_shown_while_work_continues() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).set("REGISTER_INTERVAL_SECS", "1").leasing().await;
@@ -278,7 +278,7 @@ async fn a_conflict_while_working_is_shown_and_work_goes_on() {
 }
 
 #[tokio::test]
-async fn a_node_the_service_has_forgotten_registers_again() {
+async fn unknown_node_registers_again() {
     for by_url in [false, true] {
         let lab = TestServer::start().await;
         let rubbish = Rubbish::before(&lab).await;
@@ -293,7 +293,7 @@ async fn a_node_the_service_has_forgotten_registers_again() {
 }
 
 #[tokio::test]
-async fn a_signal_ends_a_node_that_waits_for_its_registration() {
+async fn signal_ends_a_node_during_registration() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     for call in [BY_URL, WALLET] {
@@ -313,7 +313,7 @@ async fn a_signal_ends_a_node_that_waits_for_its_registration() {
 }
 
 #[tokio::test]
-async fn the_version_is_announced_without_v_and_only_if_it_is_one() {
+async fn only_semantic_versions_are_announced() {
     let own = env!("CARGO_PKG_VERSION");
     for (given, announced) in [("v1.2.3", "1.2.3"), ("V2.0.0-rc.1", "2.0.0-rc.1"), (" ", own), ("soon", own)] {
         let lab = TestServer::start().await;

@@ -1,4 +1,4 @@
-//! Services behind TLS with an authority of their own, and proxies (posemesh.md section 1.1).
+//! Services behind TLS with a private certificate authority, and proxies (posemesh.md section 1.1).
 
 use crate::harness::{
     TestServer, fixtures,
@@ -11,14 +11,14 @@ const SECRET: &str = "pass%20word-nobody-may-see";
 /// The user and password of [`SECRET`] as they are sent.
 const BASIC: &str = "Basic bWU6cGFzcyB3b3JkLW5vYm9keS1tYXktc2Vl";
 
-/// A world that is found at `https://NAME` only.
-struct Walled {
+/// A dev server that is reachable at `https://NAME` only.
+struct TlsServer {
     lab: TestServer,
     _rubbish: Rubbish,
     tls: Front,
 }
 
-impl Walled {
+impl TlsServer {
     async fn new() -> Self {
         let lab = TestServer::start().await;
         let rubbish = Rubbish::known_as(&lab, Some(&format!("https://{NAME}"))).await;
@@ -35,56 +35,56 @@ impl Walled {
 }
 
 #[tokio::test]
-async fn a_whole_task_goes_over_tls_through_a_proxy() {
-    let walled = Walled::new().await;
-    let proxy = Front::proxy(walled.tls.address, Some(BASIC)).await;
+async fn task_runs_over_tls_through_a_proxy() {
+    let server = TlsServer::new().await;
+    let proxy = Front::proxy(server.tls.address, Some(BASIC)).await;
     let url = format!("http://me:{SECRET}@{}", proxy.address);
-    let node = walled.node().set("CA_BUNDLE", authority()).set("https_proxy", url).set("RUST_LOG", "trace");
+    let node = server.node().set("CA_BUNDLE", authority()).set("https_proxy", url).set("RUST_LOG", "trace");
     let node = node.leasing().await;
-    let input = walled.lab.put("in", &[7; 300_000]).await;
-    let job = walled.lab.task("/examples/echo-stream/v1").inputs(&[input]).submit();
-    walled.lab.ended(&node, job).await.completed();
+    let input = server.lab.put("in", &[7; 300_000]).await;
+    let job = server.lab.task("/examples/echo-stream/v1").inputs(&[input]).submit();
+    server.lab.ended(&node, job).await.completed();
     node.stop().await;
     let asked = proxy.seen();
     assert!(!asked.is_empty() && asked.iter().all(|line| line == "CONNECT plane.test:443 HTTP/1.1"), "{asked:?}");
-    let handshakes = walled.tls.seen().iter().filter(|line| *line == "handshake").count();
-    assert_eq!(handshakes, asked.len(), "everything went through the proxy, once");
+    let handshakes = server.tls.seen().iter().filter(|line| *line == "handshake").count();
+    assert_eq!(handshakes, asked.len(), "each handshake went through the proxy");
     for secret in [SECRET, "pass word", BASIC.trim_start_matches("Basic ")] {
         assert!(!node.log().contains(secret), "a proxy's password is in the log");
     }
 }
 
 #[tokio::test]
-async fn an_authority_nobody_named_is_not_believed() {
-    let walled = Walled::new().await;
-    let proxy = Front::proxy(walled.tls.address, None).await;
-    let node = walled.node().set("ALL_PROXY", proxy.address.to_string()).start().await;
+async fn unknown_certificate_authority_is_refused() {
+    let server = TlsServer::new().await;
+    let proxy = Front::proxy(server.tls.address, None).await;
+    let node = server.node().set("ALL_PROXY", proxy.address.to_string()).start().await;
     let line = node.says("registration.failed").await;
     let error = line["error"].as_str().unwrap_or_default();
     assert!(error.contains(NAME) && error.contains("UnknownIssuer"), "{line}");
     node.stop().await;
 
-    // The variables every program on the system understands lead to the same place.
-    let node = walled.node().set("HTTPS_PROXY", proxy.address.to_string()).set("SSL_CERT_FILE", authority());
+    // The standard environment variables have the same effect.
+    let node = server.node().set("HTTPS_PROXY", proxy.address.to_string()).set("SSL_CERT_FILE", authority());
     node.leasing().await.stop().await;
 }
 
 #[tokio::test]
-async fn a_proxy_that_refuses_is_named_without_its_password() {
-    let walled = Walled::new().await;
-    let proxy = Front::proxy(walled.tls.address, Some("Basic other")).await;
+async fn proxy_errors_hide_the_password() {
+    let server = TlsServer::new().await;
+    let proxy = Front::proxy(server.tls.address, Some("Basic other")).await;
     let url = format!("http://me:{SECRET}@{}", proxy.address);
-    let node = walled.node().set("CA_BUNDLE", authority()).set("HTTPS_PROXY", url).start().await;
+    let node = server.node().set("CA_BUNDLE", authority()).set("HTTPS_PROXY", url).start().await;
     let line = node.says("registration.failed").await;
     let wanted = format!("proxy {}: tunnel error: proxy authorization required", proxy.address);
     assert!(line["error"].as_str().is_some_and(|error| error.contains(&wanted)), "{line}");
     node.stop().await;
     assert!(!node.log().contains(SECRET), "a proxy's password is in the log");
-    assert!(walled.tls.seen().is_empty(), "nothing went past the proxy");
+    assert!(server.tls.seen().is_empty(), "no request passed the proxy");
 }
 
 #[tokio::test]
-async fn plain_http_goes_to_its_proxy_whole_and_loopback_to_none() {
+async fn plain_http_uses_the_proxy_except_for_loopback() {
     let lab = TestServer::start().await;
     let proxy = Front::proxy(lab.world.address(), None).await;
     let url = |path: &str| format!("http://{NAME}{path}").parse().expect("a URL");
@@ -104,7 +104,7 @@ async fn plain_http_goes_to_its_proxy_whole_and_loopback_to_none() {
     let data = lab.seen(&node, |seen| seen.iter().any(|request| request.path.contains("/data"))).await;
     assert!(!data.is_empty(), "the input was fetched");
 
-    // Named in NO_PROXY, the same host is asked directly, and nobody knows its name.
+    // With the host in NO_PROXY, the node resolves its name directly, which fails.
     let node = NodeSetup::new(&url("/"), &url("/v1"), &[fixtures::echo()])
         .set("ALLOW_INSECURE_HTTP", "true")
         .set("HTTP_PROXY", proxy.address.to_string())
@@ -113,12 +113,12 @@ async fn plain_http_goes_to_its_proxy_whole_and_loopback_to_none() {
         .await;
     let before = proxy.seen().len();
     node.says("registration.failed").await;
-    assert_eq!(proxy.seen().len(), before, "the proxy was not asked");
+    assert_eq!(proxy.seen().len(), before, "the proxy was not used");
     node.stop().await;
 }
 
 #[tokio::test]
-async fn a_bundle_or_proxy_that_cannot_be_used_is_one_line() {
+async fn invalid_bundle_or_proxy_is_one_error_line() {
     let folder = tempfile::tempdir().expect("a folder");
     let write = |name: &str, text: &[u8]| {
         let path = folder.path().join(name);
@@ -132,7 +132,7 @@ async fn a_bundle_or_proxy_that_cannot_be_used_is_one_line() {
         (folder.path().to_string_lossy().into_owned(), "directory"),
         (write("empty.pem", b""), "expected certificates in PEM form (-----BEGIN CERTIFICATE-----), found none"),
         (write("rubbish.pem", &[0xff; 4096]), "expected certificates in PEM form"),
-        (write("base64.pem", pem("!!").as_bytes()), "certificate 1 is no PEM: "),
+        (write("base64.pem", pem("!!").as_bytes()), "certificate 1 is not valid PEM: "),
         (write("der.pem", pem("AAAA").as_bytes()), "certificate 1 cannot be used: "),
     ] {
         let ended = check().set("CA_BUNDLE", &*bundle).run().await.expect(78);
@@ -152,7 +152,7 @@ async fn a_bundle_or_proxy_that_cannot_be_used_is_one_line() {
     assert!(shown.stdout.contains("a.example"), "{}", shown.stdout);
 }
 
-/// `config check` with everything it needs.
+/// `config check` with all required settings.
 fn check() -> Cli {
     Cli::new(&["config", "check"])
         .set("DMS_BASE_URL", "https://plane.example/v1")

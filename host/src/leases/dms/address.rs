@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use crate::{leases::LeaseError, model::ReportAddress};
 
-/// What a report names.
+/// The ids in a report.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct At<'a> {
     /// Path segment of every call about the task.
@@ -35,7 +35,7 @@ impl<'a> At<'a> {
     }
 }
 
-/// The id of the task alone. It is in the host's own key too, which is cheaper to read.
+/// The id of the task. It is read from the task id of the host, which is cheaper than decoding `at`.
 pub(super) fn task(address: &ReportAddress) -> Result<Uuid, LeaseError> {
     let task = address.task.as_str();
     Uuid::try_parse(task).map_err(|err| LeaseError::Address(format!("task {task}: {err}")))

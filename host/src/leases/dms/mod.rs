@@ -1,8 +1,8 @@
 //! The posemesh task service (DMS) as a [`super::LeaseSource`].
 //!
-//! Start at the [`LeaseSource`] implementation: three verbs, each one HTTP call that is repeated
-//! once with a fresh token when the old one is rejected. `wire` has the JSON, `report` the words
-//! of a task's end. What has arrived is never logged: a lease holds credentials.
+//! Start at the [`LeaseSource`] implementation. Each operation is one HTTP call. It is repeated once with a fresh token
+//! when the old one is rejected. `wire` has the JSON, `report` the bodies of reports. Received bodies are never logged:
+//! a lease holds credentials.
 
 mod address;
 mod report;
@@ -53,35 +53,35 @@ pub const DEFAULT_NAME: &str = "posemesh";
 /// The term of a lease that ended in the past by the clock of a service that sends no `Date`. Its clock is
 /// behind, and by how much is not known: heartbeats must come early enough for a lease of 4 s.
 const TERM_UNKNOWN_CLOCK: Duration = Duration::from_secs(5);
-/// Longest limit of one call; more would overflow no clock and help nobody.
+/// Longest time limit of one call.
 const LIMIT_MAX: Duration = Duration::from_secs(24 * 3600);
 
-/// Where the service is and how long it may take.
+/// The address of the service, and its time limits.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Base URL, such as `https://dms.example/v1`; a trailing slash does not matter.
+    /// Base URL, such as `https://dms.example/v1`. A trailing slash is ignored.
     pub base: Url,
-    /// Limit of each call, its repeat after a 401 included.
+    /// The time limit of each call, with its repeat after a 401.
     pub request_timeout: Duration,
     /// The name of this control plane in the configuration.
     pub name: PlaneName,
 }
 
 impl Config {
-    /// The usual settings for this base URL.
+    /// The default settings for this base URL.
     #[must_use]
     pub fn new(base: Url) -> Self {
-        let name = PlaneName::parse(DEFAULT_NAME).expect("the default name is a name");
+        let name = PlaneName::parse(DEFAULT_NAME).expect("the default name is valid");
         Self { base, request_timeout: Duration::from_secs(60), name }
     }
 }
 
-/// The task service as this node calls it.
+/// The client for the task service.
 pub struct Dms {
     facts: PlaneFacts,
-    /// The sign-in, until `run` takes it.
+    /// The sign-in, until `run` starts it.
     auth: Mutex<Option<Auth>>,
-    /// `…/tasks`, or why it may not be called.
+    /// `…/tasks`, or why the URL is not allowed.
     tasks: Result<Uri, String>,
     limit: Duration,
     client: Client,
@@ -90,24 +90,24 @@ pub struct Dms {
     bearer: Mutex<Option<(Token, HeaderValue)>>,
 }
 
-/// What is sent, as often as it takes.
+/// A request that can be sent again.
 struct Call {
     method: Method,
     uri: Uri,
-    /// JSON, where there is one.
+    /// JSON, or empty.
     body: Bytes,
     need: Need,
 }
 
 impl Dms {
-    /// Makes the adapter; nothing is called yet.
+    /// Creates the adapter. It makes no call yet.
     #[must_use]
     pub fn new(config: Config, client: Client, auth: Auth) -> Self {
         let dms = Self::with_tokens(config, client, auth.address().into(), auth.tokens());
         Self { auth: Mutex::new(Some(auth)), ..dms }
     }
 
-    /// The same with a node token from somewhere else; [`LeaseSource::run`] signs in nowhere.
+    /// Creates an adapter with an existing token source. [`LeaseSource::run`] then does not sign in.
     #[must_use]
     pub fn with_tokens(config: Config, client: Client, node: Arc<str>, tokens: TokenSource) -> Self {
         let facts = PlaneFacts {
@@ -135,11 +135,11 @@ impl Dms {
         };
         match token {
             Some(token) => token.map_err(|err| LeaseError::NoToken(err.to_string())),
-            None => Err(LeaseError::NoToken("the login takes longer than this call may".to_owned())),
+            None => Err(LeaseError::NoToken("the login did not finish within the time limit of this call".to_owned())),
         }
     }
 
-    /// `token` as a header.
+    /// The header value for `token`.
     fn bearer(&self, token: &Token) -> Result<HeaderValue, LeaseError> {
         let mut last = self.bearer.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((known, bearer)) = &*last
@@ -148,14 +148,14 @@ impl Dms {
             return Ok(bearer.clone());
         }
         let mut bearer = HeaderValue::try_from(format!("Bearer {}", token.expose()))
-            .map_err(|_| LeaseError::NoToken("the node token holds characters that cannot stand in a header".into()))?;
+            .map_err(|_| LeaseError::NoToken("the node token holds characters that are invalid in a header".into()))?;
         bearer.set_sensitive(true);
         *last = Some((token.clone(), bearer.clone()));
         Ok(bearer)
     }
 
-    /// One call, repeated once with a fresh token after a 401. Any other status is the caller's,
-    /// who gets the token that was used so that it can be kept out of excerpts.
+    /// Makes one call, and repeats it once with a fresh token after a 401. Returns any other status to the caller, with
+    /// the used token, so that the caller can remove it from excerpts.
     async fn exchange(&self, call: Call, until: BootInstant) -> Result<(Answer, Token), LeaseError> {
         let mut started = BootInstant::now();
         let until = until.min(started + self.limit);
@@ -182,7 +182,7 @@ impl Dms {
         }
     }
 
-    async fn tell(&self, to: &ReportAddress, report: report::Report) -> Result<(), LeaseError> {
+    async fn send_report(&self, to: &ReportAddress, report: report::Report) -> Result<(), LeaseError> {
         let call = self.post(to, report.verb, report.body, Need::Status)?;
         let (answer, token) = self.exchange(call, BootInstant::NEVER).await?;
         if answer.status.is_success() { Ok(()) } else { Err(refused_for(to, &answer, &token)) }
@@ -206,7 +206,7 @@ impl Dms {
 }
 
 impl Call {
-    /// Why it has no answer. The beginning of a lease that is too large may still name its task.
+    /// Converts a transport error. The beginning of a lease that is too large may still name its task.
     fn unread(&self, err: TransportError) -> LeaseError {
         let reason = err.to_string();
         match err {
@@ -231,7 +231,7 @@ impl Call {
     }
 }
 
-/// Where tasks are, below `base`; the text of an error says why nobody may go there.
+/// The URL of the tasks below `base`. The error says why the URL is not allowed.
 fn tasks_of(mut base: Url, client: &Client) -> Result<Uri, String> {
     base.set_query(None);
     base.set_fragment(None);
@@ -287,27 +287,27 @@ impl LeaseSource for Dms {
         if !answer.status.is_success() {
             return Err(refused_for(to, &answer, &token));
         }
-        // Decoding a struct from `null` or a list fails with words about the struct; say what it is.
+        // Decoding `null` or a list would give an error about the struct. This error states what was received.
         if !answer.body.trim_ascii_start().starts_with(b"{") && answer.json::<Value>().is_ok() {
-            let reason = format!("the heartbeat's answer is {} bytes of JSON, but no object", answer.body.len());
+            let reason = format!("the heartbeat's answer is {} bytes of JSON, not an object", answer.body.len());
             return Err(LeaseError::Malformed { task: None, reason });
         }
         match answer.json::<HeartbeatResponse>() {
-            Ok(response) => kept(response, &answer, to),
+            Ok(response) => renewal(response, &answer, to),
             Err(err) => Err(LeaseError::Malformed { task: None, reason: err.to_string() }),
         }
     }
 
     async fn report(&self, to: &ReportAddress, task_result: &TaskResult) -> Result<(), LeaseError> {
         match report::report(&At::read(to)?, task_result) {
-            Some(report) => self.tell(to, report).await,
+            Some(report) => self.send_report(to, report).await,
             None => Ok(()),
         }
     }
 
     async fn reject(&self, to: &ReportAddress, why: &Outcome) -> Result<(), LeaseError> {
         match report::setup_failure(why) {
-            Some(report) => self.tell(to, report).await,
+            Some(report) => self.send_report(to, report).await,
             None => Ok(()),
         }
     }
@@ -328,7 +328,7 @@ fn refused_for(to: &ReportAddress, answer: &Answer, token: &Token) -> LeaseError
     }
 }
 
-/// An answer to a poll as a lease. The size of an unusable one is all that is told of it.
+/// Reads the answer to a poll as a lease. The error about an unusable lease shows only its size.
 fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
     let malformed = |reason: String| LeaseError::Malformed { task: task_id(&answer.body), reason };
     let envelope: LeaseFacts = answer.json().map_err(|err| malformed(err.to_string()))?;
@@ -338,11 +338,11 @@ fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
     let task = envelope.task;
     let capability = Capability::from_wire(&task.capability).map_err(|err| {
         let why = match err {
-            // Of a lease that cannot be used nothing is repeated.
+            // The error must not quote an unusable lease.
             CapabilityError::Character(_) => "its capability holds white space or a control character".to_owned(),
             other => other.to_string(),
         };
-        malformed(format!("the lease of {} bytes names no capability: {why}", answer.body.len()))
+        malformed(format!("the lease of {} bytes has no valid capability: {why}", answer.body.len()))
     })?;
     Ok(Lease {
         address: address(task.id, task.job_id, envelope.domain_id, capability.as_str()),
@@ -357,43 +357,43 @@ fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
             domain: envelope.domain_id,
         },
         token: filled(envelope.access_token).map(Token::new),
-        token_expires_at: moment(answer, envelope.access_token_expires_at),
+        token_expires_at: local_time(answer, envelope.access_token_expires_at),
         inputs: task.inputs_cids,
         outputs_prefix: task.outputs_prefix,
         document,
     })
 }
 
-/// What stands in a lease, for where it has to be looked into.
+/// Decodes a member of a lease whose content is needed.
 fn value(text: Option<&RawValue>) -> Value {
     text.and_then(|text| serde_json::from_str(text.get()).ok()).unwrap_or_default()
 }
 
-/// Whether a member of a lease is for the node alone.
+/// Whether a member of a lease is a credential. The runner does not get it.
 fn is_credential(key: &str) -> bool {
     const END: &str = "token";
     let end = key.len().checked_sub(END.len()).and_then(|at| key.get(at..));
     end.is_some_and(|end| end.eq_ignore_ascii_case(END))
 }
 
-/// The address of the task in a lease that cannot be used otherwise, also where the rest of it is missing or no JSON.
+/// The address of the task in an unusable lease. The rest of the body may be missing or invalid.
 fn task_id(body: &[u8]) -> Option<ReportAddress> {
     let id = Cell::new(None);
     let lease = Seek { path: &["task", "id"], id: &id };
-    // How it goes on does not matter.
+    // The rest of the body is irrelevant.
     let _ = lease.deserialize(&mut serde_json::Deserializer::from_slice(body));
     id.get().map(|task| address(task, None, None, ""))
 }
 
-fn kept(response: HeartbeatResponse, answer: &Answer, to: &ReportAddress) -> Result<Renewal, LeaseError> {
+fn renewal(response: HeartbeatResponse, answer: &Answer, to: &ReportAddress) -> Result<Renewal, LeaseError> {
     let address = renamed(&response, to)?;
     let inner = response.task.as_ref();
     let ends = response.lease_expires_at.or_else(|| time(inner?.extra.get("lease_expires_at")?));
     let ends = lease_end(answer, ends);
     Ok(Renewal {
         token: filled(response.access_token).map(Token::new),
-        token_expires_at: moment(answer, response.access_token_expires_at),
-        // An answer without an end extends the lease by its last term.
+        token_expires_at: local_time(answer, response.access_token_expires_at),
+        // An answer without an expiry extends the lease by its last term.
         term: ends.map_or(Term::SameTerm, Term::Until),
         cancel: response.cancel == Some(true) || response.status.as_deref().is_some_and(is_over),
         address,
@@ -405,7 +405,7 @@ fn kept(response: HeartbeatResponse, answer: &Answer, to: &ReportAddress) -> Res
     })
 }
 
-/// The new address, if the answer gives the task, its job or its domain another name.
+/// The new address, if the answer changes the id of the task, its job or its domain.
 fn renamed(response: &HeartbeatResponse, to: &ReportAddress) -> Result<Option<ReportAddress>, LeaseError> {
     let inner = response.task.as_ref();
     let task = inner.map(|task| task.id).or(response.task_id);
@@ -423,17 +423,17 @@ fn renamed(response: &HeartbeatResponse, to: &ReportAddress) -> Result<Option<Re
     Ok((now != old).then(|| now.address()))
 }
 
-/// The end of a lease by our clock. One in the past counts as a short term where the clock of the control
-/// plane is not known, and does not count otherwise.
+/// The expiry of a lease by the local clock. An expiry in the past counts as a short term if the clock of the control
+/// plane is unknown. Otherwise it is ignored.
 fn lease_end(answer: &Answer, at: Option<Timestamp>) -> Option<BootInstant> {
-    let end = moment(answer, at);
+    let end = local_time(answer, at);
     let unknown = end.is_none() && at.is_some() && !answer.clock_is_known();
     if unknown { Some(BootInstant::now() + TERM_UNKNOWN_CLOCK) } else { end }
 }
 
-/// A time of the plane by our clock. One that had passed before the plane was asked cannot be meant: what
-/// it is about has just been given.
-fn moment(answer: &Answer, at: Option<Timestamp>) -> Option<BootInstant> {
+/// Converts a time of the control plane to the local clock. `None`: the time had passed before the request was sent.
+/// It cannot apply to a lease or token that was just issued.
+fn local_time(answer: &Answer, at: Option<Timestamp>) -> Option<BootInstant> {
     let at = at?;
     let moment = answer.moment(at);
     if moment.is_none() {
@@ -442,18 +442,18 @@ fn moment(answer: &Answer, at: Option<Timestamp>) -> Option<BootInstant> {
     moment
 }
 
-/// Words of a heartbeat's `status` that mean as much as a cancel (posemesh.md section 10.3). The job API's `canceled`
-/// is none of them.
+/// The values of a heartbeat's `status` that mean a cancel (posemesh.md section 10.3). `canceled` of the job API is not
+/// one of them.
 fn is_over(status: &str) -> bool {
     matches!(status, "cancelled" | "failed" | "completed")
 }
 
-/// Newer planes may send the lease's end inside the task only.
+/// Newer control planes may send the expiry of the lease inside the task only.
 fn time(value: &Value) -> Option<Timestamp> {
     value.as_str()?.parse().ok()
 }
 
-/// The fallback of posemesh.md section 4.6: older planes put the domain server into the task's metadata.
+/// The fallback of posemesh.md section 4.6: older control planes put the domain server into the metadata of the task.
 fn server_of_meta(meta: &Value) -> Option<String> {
     let at = |pointer: &str| filled(meta.pointer(pointer).and_then(Value::as_str).map(str::to_owned));
     at("/domain_server_url").or_else(|| at("/legacy/domain_server_url"))

@@ -1,5 +1,4 @@
-//! A task's end in the words of the DMS: which call, which reason, which details
-//! (posemesh.md sections 4.7 and 4.8, and the outcomes of this project).
+//! The report of a task for the DMS: its call, reason and details (posemesh.md sections 4.7 and 4.8).
 
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -8,16 +7,16 @@ use uuid::Uuid;
 use super::{address::At, wire::FailRequest};
 use crate::model::{Artifact, Outcome, TaskResult};
 
-/// Longest reason planes are known to take, in bytes.
+/// Longest reason that control planes are known to accept, in bytes.
 const REASON_BYTES_MAX: usize = 4096;
-/// Largest details of a runner's own that are passed on, in bytes of JSON: half of what planes
-/// are known to take for the whole.
+/// Largest details of a runner that are reported, in bytes of JSON. Control planes are known to accept twice as much
+/// for all details.
 const OWN_DETAILS_BYTES_MAX: usize = 32 * 1024;
 
-/// What is sent.
+/// The request to send.
 #[derive(Debug)]
 pub(super) struct Report {
-    /// Last part of the path.
+    /// The last segment of the path.
     pub(super) verb: &'static str,
     /// JSON.
     pub(super) body: String,
@@ -30,7 +29,7 @@ struct Complete<'a> {
     meta: Ended<'a>,
 }
 
-/// What a completion and a failure both tell.
+/// The common part of a completion and a failure.
 #[derive(Serialize)]
 struct Ended<'a> {
     job: Job<'a>,
@@ -45,7 +44,7 @@ struct Job<'a> {
     capability: &'a str,
 }
 
-/// An artifact as the wire lists it: these four fields, whatever else we know of it.
+/// An artifact on the wire: only these four fields.
 #[derive(Serialize)]
 struct Listed<'a> {
     logical_path: &'a str,
@@ -54,7 +53,7 @@ struct Listed<'a> {
     id: Option<&'a str>,
 }
 
-/// The report for `verdict`; `None` where nothing may be said.
+/// The report for a task result. `None`: the task must not be reported.
 pub(super) fn report(to: &At<'_>, task_result: &TaskResult) -> Option<Report> {
     let reason = match &task_result.outcome {
         Outcome::Cancelled | Outcome::LeaseLost => return None,
@@ -65,10 +64,10 @@ pub(super) fn report(to: &At<'_>, task_result: &TaskResult) -> Option<Report> {
         Outcome::Setup { .. } => return setup_failure(&task_result.outcome),
         Outcome::Failed { message, .. } => format!("runner failed: {message}"),
         Outcome::Panicked { message, place } => {
-            // The place is what a reader needs most: it must survive the cut.
+            // The place is the most useful part, so it must not be cut off.
             let place = format!(" at {place}");
-            let room = REASON_BYTES_MAX.saturating_sub(place.len());
-            format!("{}{place}", cut_at(&format!("runner panicked: {message}"), room))
+            let limit = REASON_BYTES_MAX.saturating_sub(place.len());
+            format!("{}{place}", cut_at(&format!("runner panicked: {message}"), limit))
         }
         Outcome::Storage { message } => format!("storage: {message}"),
         Outcome::Budget { message } => format!("budget: {message}"),
@@ -92,7 +91,7 @@ pub(super) fn report(to: &At<'_>, task_result: &TaskResult) -> Option<Report> {
     Some(fail(&reason, details, &task_result.outcome))
 }
 
-/// The report for a task that could not be set up; it names no job (posemesh.md section 4.8).
+/// The report for a task that could not be set up. It has no job (posemesh.md section 4.8).
 pub(super) fn setup_failure(outcome: &Outcome) -> Option<Report> {
     let Outcome::Setup { stage, message } = outcome else { return None };
     let mut details = Map::new();
@@ -142,7 +141,7 @@ fn cut(text: &str) -> &str {
     cut_at(text, REASON_BYTES_MAX)
 }
 
-/// The beginning of `text`, at most `bytes` long and cut at a character.
+/// The beginning of `text`, at most `bytes` long, cut at a character boundary.
 fn cut_at(text: &str, bytes: usize) -> &str {
     let mut end = text.len().min(bytes);
     while !text.is_char_boundary(end) {
@@ -177,8 +176,8 @@ mod tests {
     }
 
     #[test]
-    fn a_completion_lists_what_was_published() {
-        // posemesh.md section 4.7: four fields an artifact; size and digest are for our own records.
+    fn completion_lists_the_published_artifacts() {
+        // posemesh.md section 4.7: four fields per artifact. Size and digest stay on the node.
         let artifacts = vec![
             artifact("b", Some("d-2")),
             artifact("c", None),
@@ -201,7 +200,7 @@ mod tests {
         assert_eq!(body.as_object().map(Map::len), Some(2));
     }
 
-    /// One row an outcome: reason, then outcome/code/retryable, then the keys of the details.
+    /// Checks an outcome: its reason, then outcome/code/retryable, then the keys of the details.
     fn check(outcome: Outcome, reason: &str, words: &str, keys: &str) {
         let (verb, body) = sent(outcome, vec![artifact("a", Some("d-1"))]);
         let details = body["details"].as_object().expect("details");
@@ -213,7 +212,7 @@ mod tests {
     }
 
     #[test]
-    fn every_end_has_its_reason_and_details() {
+    fn every_outcome_has_its_reason_and_details() {
         let plain = "artifacts code job outcome retryable";
         let failed = |retryable, invalid_input, details| Outcome::Failed {
             message: "outer: inner".into(),
@@ -252,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_said_of_a_task_that_is_not_ours_any_more() {
+    fn lost_and_cancelled_tasks_have_no_report() {
         for outcome in [Outcome::Cancelled, Outcome::LeaseLost] {
             let task_result = TaskResult::bare(outcome);
             assert!(report(&At::read(&sample_lease().address).expect("an address"), &task_result).is_none());
@@ -260,7 +259,7 @@ mod tests {
     }
 
     #[test]
-    fn reasons_are_cut_at_a_character_and_keep_the_place_of_a_panic() {
+    fn long_reasons_keep_the_place_of_a_panic() {
         let failed =
             Outcome::Failed {
                 message: "é".repeat(4096), retryable: false, invalid_input: false, details: Value::Null
@@ -274,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn details_of_any_size_leave_a_report_the_plane_takes() {
+    fn large_details_are_omitted_from_the_report() {
         let failed =
             |details| Outcome::Failed { message: String::new(), retryable: false, invalid_input: false, details };
         let (_, body) = sent(failed(json!("x".repeat(OWN_DETAILS_BYTES_MAX))), Vec::new());

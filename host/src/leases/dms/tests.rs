@@ -1,4 +1,4 @@
-//! The adapter against a DMS that each test plays by hand.
+//! Runs the adapter against a DMS whose answers each test gives.
 
 use serde_json::json;
 
@@ -40,7 +40,6 @@ fn dms(plane: &Service, base: &str) -> Dms {
     )
 }
 
-/// Calls `take` and lets `answer` play the plane.
 fn server_of(data: &AnnouncedData) -> Option<&str> {
     match data {
         AnnouncedData::DomainServer { server, .. } => server.as_deref(),
@@ -55,56 +54,59 @@ fn until(term: Term) -> Option<BootInstant> {
     }
 }
 
-/// An answer that names nothing extends the lease by its last term.
+/// The renewal of an empty answer, which extends the lease by its last term.
 fn unchanged() -> Renewal {
     Renewal { term: Term::SameTerm, data: Some(AnnouncedData::at_server(None, None)), ..Renewal::default() }
 }
 
-async fn take(answer: impl FnOnce(Call)) -> Result<Option<Lease>, LeaseError> {
+/// Polls once, and answers with `answer`.
+async fn poll(answer: impl FnOnce(Call)) -> Result<Option<Lease>, LeaseError> {
     let mut plane = Service::start().await;
     let dms = dms(&plane, "v1");
-    let (taken, ()) = tokio::join!(dms.poll(), async { answer(plane.expect("GET /v1/tasks").await) });
-    taken
+    let (polled, ()) = tokio::join!(dms.poll(), async { answer(plane.expect("GET /v1/tasks").await) });
+    polled
 }
 
-async fn keep(answer: impl FnOnce(Call)) -> Result<Renewal, LeaseError> {
+/// Sends one heartbeat, and answers with `answer`.
+async fn heartbeat(answer: impl FnOnce(Call)) -> Result<Renewal, LeaseError> {
     let mut plane = Service::start().await;
     let dms = dms(&plane, "v1");
     let (to, beat) = (to(), Pending { progress: json!({ "at": 1 }), events: vec![json!("e")], version: 1 });
-    let (kept, ()) = tokio::join!(dms.heartbeat(&to, &beat, BootInstant::now() + SOON), async {
+    let (renewal, ()) = tokio::join!(dms.heartbeat(&to, &beat, BootInstant::now() + SOON), async {
         let call = plane.expect(&format!("POST /v1/tasks/{TASK}/heartbeat")).await;
         assert_eq!(call.json(), json!({ "progress": { "at": 1 }, "events": ["e"] }));
         assert_eq!(call.headers["content-type"], "application/json");
         answer(call);
     });
-    kept
+    renewal
 }
 
-async fn settle(outcome: Outcome, answer: impl FnOnce(Call)) -> Result<(), LeaseError> {
+/// Sends one report, and answers with `answer`.
+async fn report(outcome: Outcome, answer: impl FnOnce(Call)) -> Result<(), LeaseError> {
     let mut plane = Service::start().await;
     let dms = dms(&plane, "v1");
     let task_result = TaskResult::bare(outcome);
     let lease = sample_lease();
-    let (settled, ()) = tokio::join!(dms.report(&lease.address, &task_result), async { answer(plane.next().await) });
-    settled
+    let (reported, ()) = tokio::join!(dms.report(&lease.address, &task_result), async { answer(plane.next().await) });
+    reported
 }
 
 #[tokio::test]
-async fn slashes_behind_the_base_do_not_matter() {
+async fn trailing_slashes_of_the_base_are_ignored() {
     for (base, path) in [("v1", "/v1/tasks"), ("v1/", "/v1/tasks"), ("v1//", "/v1/tasks"), ("", "/tasks")] {
         let mut plane = Service::start().await;
         let dms = dms(&plane, base);
-        let (taken, ()) = tokio::join!(dms.poll(), async {
+        let (polled, ()) = tokio::join!(dms.poll(), async {
             let call = plane.expect(&format!("GET {path}")).await;
             assert_eq!(call.bearer(), "top-secret-node");
             call.answer(204, "");
         });
-        assert!(matches!(taken, Ok(None)));
+        assert!(matches!(polled, Ok(None)));
     }
 }
 
 #[tokio::test]
-async fn a_lease_arrives_whole_and_its_document_without_credentials() {
+async fn lease_document_has_no_credentials() {
     let mut envelope = sample_envelope();
     envelope["p2p_access_token"] = "top-secret-p2p".into();
     envelope["Other_Token"] = "top-secret-other".into();
@@ -114,12 +116,12 @@ async fn a_lease_arrives_whole_and_its_document_without_credentials() {
     envelope["task"]["outputs_prefix"] = "out".into();
     envelope["future"] = json!({ "kept": true });
     let sent = envelope.clone();
-    let lease = take(|call| call.ok(sent)).await.expect("usable").expect("a lease");
+    let lease = poll(|call| call.ok(sent)).await.expect("usable").expect("a lease");
     assert_eq!(lease.address, to());
     assert_eq!(lease.capability.as_str(), "/lab/echo/v1");
     assert_eq!(lease.token, Some(Token::new("dom-1")));
     assert_eq!(server_of(&lease.data), Some("https://ds.lab.test"));
-    assert_eq!(lease.expires_at, None, "it had passed long before the lease was asked for");
+    assert_eq!(lease.expires_at, None, "it had passed before the poll");
     assert_eq!((lease.inputs, lease.outputs_prefix.as_deref()), (vec!["a1".to_owned()], Some("out")));
     for key in ["access_token", "p2p_access_token", "Other_Token"] {
         envelope.as_object_mut().expect("an object").remove(key);
@@ -128,9 +130,9 @@ async fn a_lease_arrives_whole_and_its_document_without_credentials() {
     assert_eq!(document, envelope);
 }
 
-// Whatever the plane's clock says, a minute is a minute.
+// A term has the same length for any clock of the control plane.
 #[tokio::test]
-async fn times_are_those_of_the_planes_clock() {
+async fn times_follow_the_clock_of_the_control_plane() {
     for off in [0, 1200, -1200] {
         let now = Timestamp::now() + jiff::SignedDuration::from_secs(off);
         let at = |seconds| (now + jiff::SignedDuration::from_secs(seconds)).to_string();
@@ -138,26 +140,26 @@ async fn times_are_those_of_the_planes_clock() {
         let mut envelope = sample_envelope();
         envelope["lease_expires_at"] = at(60).into();
         envelope["access_token_expires_at"] = at(60).into();
-        let lease = take(|call| call.ok_at(now, envelope.clone())).await.expect("usable").expect("a lease");
+        let lease = poll(|call| call.ok_at(now, envelope.clone())).await.expect("usable").expect("a lease");
         assert_eq!((minute(lease.expires_at), minute(lease.token_expires_at)), (Some(true), Some(true)), "{off} s off");
-        // Newer planes say it inside the task.
+        // Newer control planes send it inside the task.
         envelope.as_object_mut().expect("an object").remove("lease_expires_at");
         envelope["task"]["lease_expires_at"] = at(60).into();
-        let lease = take(|call| call.ok_at(now, envelope)).await.expect("usable").expect("a lease");
+        let lease = poll(|call| call.ok_at(now, envelope)).await.expect("usable").expect("a lease");
         assert_eq!(minute(lease.expires_at), Some(true), "{off} s off");
         let beat = json!({ "lease_expires_at": at(60), "access_token_expires_at": at(-60) });
-        let kept = keep(|call| call.ok_at(now, beat)).await.expect("usable");
-        assert_eq!((minute(until(kept.term)), kept.token_expires_at), (Some(true), None), "{off} s off");
+        let renewal = heartbeat(|call| call.ok_at(now, beat)).await.expect("usable");
+        assert_eq!((minute(until(renewal.term)), renewal.token_expires_at), (Some(true), None), "{off} s off");
     }
 }
 
 #[tokio::test]
-async fn a_blank_server_counts_as_none_and_metadata_fills_in() {
+async fn blank_server_falls_back_to_the_metadata() {
     let server = async |url: Value, meta: Value| {
         let mut envelope = sample_envelope();
         envelope["domain_server_url"] = url;
         envelope["task"]["meta"] = meta;
-        let lease = take(|call| call.ok(envelope)).await.expect("usable").expect("a lease");
+        let lease = poll(|call| call.ok(envelope)).await.expect("usable").expect("a lease");
         server_of(&lease.data).map(str::to_owned)
     };
     assert_eq!(server("  ".into(), Value::Null).await, None);
@@ -171,76 +173,76 @@ async fn a_blank_server_counts_as_none_and_metadata_fills_in() {
 }
 
 #[tokio::test]
-async fn a_lease_that_cannot_be_used_tells_its_task_and_its_size_only() {
+async fn unusable_lease_error_shows_task_and_size_only() {
     let mut envelope = sample_envelope();
     envelope["task"]["inputs_cids"] = "top-secret".into();
     envelope["access_token"] = "top-secret".into();
     let bytes = envelope.to_string().len().to_string();
-    let err = take(|call| call.ok(envelope)).await.expect_err("unusable");
+    let err = poll(|call| call.ok(envelope)).await.expect_err("unusable");
     assert!(matches!(&err, LeaseError::Malformed { task: Some(id), .. } if id.task == to().task), "{err:?}");
     assert_clean(&err.to_string());
     assert!(err.to_string().contains(&bytes), "{err}");
 
     let mut envelope = sample_envelope();
     envelope["task"]["capability"] = "".into();
-    let err = take(|call| call.ok(envelope)).await.expect_err("unusable");
+    let err = poll(|call| call.ok(envelope)).await.expect_err("unusable");
     assert!(matches!(&err, LeaseError::Malformed { task: Some(_), .. }), "{err:?}");
     let mut envelope = sample_envelope();
     envelope["lease_expires_at"] = "top-secret".into();
-    assert_clean(&take(|call| call.ok(envelope)).await.expect_err("unusable").to_string());
+    assert_clean(&poll(|call| call.ok(envelope)).await.expect_err("unusable").to_string());
 }
 
 #[tokio::test]
-async fn statuses_of_a_poll_mean_what_the_contract_says() {
-    assert!(matches!(take(|call| call.answer(204, "")).await, Ok(None)));
-    assert!(matches!(take(|call| call.answer(409, "")).await, Err(LeaseError::Busy)));
-    let err = take(|call| call.answer(500, "sorry, top-secret-node\nis tired")).await.expect_err("refused");
+async fn poll_statuses_follow_the_protocol() {
+    assert!(matches!(poll(|call| call.answer(204, "")).await, Ok(None)));
+    assert!(matches!(poll(|call| call.answer(409, "")).await, Err(LeaseError::Busy)));
+    let err = poll(|call| call.answer(500, "sorry, top-secret-node\nis tired")).await.expect_err("refused");
     assert_eq!(err.to_string(), "control plane answered 500: sorry, [secret] is tired");
     assert_eq!(err.advice(), Advice::RetryLater);
-    let err = take(|call| call.answer(404, "no top-secret-node here")).await.expect_err("refused");
-    let remedy = "is the path of DMS_BASE_URL right? it usually ends in /v1: no [secret] here";
-    assert_eq!(err.to_string(), format!("control plane answered 404 to the poll: {remedy}"));
-    // A redirect is not followed: the token would go along.
-    assert!(matches!(take(|call| call.answer(302, "")).await, Err(LeaseError::Refused { status: 302, .. })));
+    let err = poll(|call| call.answer(404, "no top-secret-node here")).await.expect_err("refused");
+    let remedy = "check the path of DMS_BASE_URL, it usually ends in /v1: no [secret] here";
+    assert_eq!(err.to_string(), format!("control plane answered 404 to the poll; {remedy}"));
+    // A redirect is not followed: it would send the token to another server.
+    assert!(matches!(poll(|call| call.answer(302, "")).await, Err(LeaseError::Refused { status: 302, .. })));
 }
 
 #[tokio::test]
-async fn unusable_answers_give_one_clean_line_for_every_verb() {
+async fn unusable_answers_give_one_line_without_secrets() {
     for kind in BAD_BODIES {
         for status in [200, 500] {
             let lines = [
-                take(|call| call.bad(status, kind)).await.map(|_| ()),
-                keep(|call| call.bad(status, kind)).await.map(|_| ()),
+                poll(|call| call.bad(status, kind)).await.map(|_| ()),
+                heartbeat(|call| call.bad(status, kind)).await.map(|_| ()),
             ];
             for line in lines {
                 let err = line.expect_err(kind);
-                // The excerpt of a refusal is meant to be seen; of a success nothing is.
+                // An error may show an excerpt of a refusal, but nothing of a success.
                 if status == 200 {
                     assert_clean(&err.to_string());
                 }
                 assert_eq!(err.advice(), Advice::RetryLater, "{kind}: {err}");
             }
         }
-        settle(Outcome::Completed, |call| call.bad(200, kind)).await.expect("a 2xx says it all");
-        let err = settle(Outcome::Completed, |call| call.bad(410, kind)).await.expect_err("gone");
+        report(Outcome::Completed, |call| call.bad(200, kind)).await.expect("any 2xx is a success");
+        let err = report(Outcome::Completed, |call| call.bad(410, kind)).await.expect_err("gone");
         assert!(matches!(err, LeaseError::Gone { status: 410, .. }), "{kind}: {err}");
     }
 }
 
 #[tokio::test]
-async fn a_heartbeat_reads_what_is_there_and_leaves_the_rest_alone() {
-    assert_eq!(keep(|call| call.ok(json!({}))).await.expect("usable"), unchanged());
+async fn missing_heartbeat_fields_change_nothing() {
+    assert_eq!(heartbeat(|call| call.ok(json!({}))).await.expect("usable"), unchanged());
     let same = json!({ "task_id": TASK, "domain_id": sample_lease().data.domain() });
-    assert_eq!(keep(|call| call.ok(same)).await.expect("usable").address, None);
+    assert_eq!(heartbeat(|call| call.ok(same)).await.expect("usable").address, None);
     let nothing = json!({ "access_token": null, "cancel": null, "task": null, "domain_server_url": "", "attempts": 3 });
-    assert_eq!(keep(|call| call.ok(nothing)).await.expect("usable"), unchanged());
+    assert_eq!(heartbeat(|call| call.ok(nothing)).await.expect("usable"), unchanged());
     let other = "11111111-2222-3333-4444-555555555555";
     let all = json!({ "access_token": "dom-2", "lease_expires_at": "2025-06-01 08:05:00Z", "cancel": true, "task_id": other,
         "job_id": other, "domain_id": other, "domain_server_url": "https://other" });
-    let kept = keep(|call| call.ok(all)).await.expect("usable");
+    let renewal = heartbeat(|call| call.ok(all)).await.expect("usable");
     let id: uuid::Uuid = other.parse().expect("an id");
     assert_eq!(
-        kept,
+        renewal,
         Renewal {
             token: Some(Token::new("dom-2")),
             token_expires_at: None,
@@ -252,55 +254,59 @@ async fn a_heartbeat_reads_what_is_there_and_leaves_the_rest_alone() {
         }
     );
     let task = json!({ "id": other, "capability": "/x", "meta": { "legacy": { "domain_server_url": "https://l" } } });
-    let kept = keep(|call| call.ok(json!({ "task": task, "task_id": TASK }))).await.expect("usable");
-    assert_eq!(kept.address.map(|to| to.task), Some(id.into()));
-    assert_eq!(kept.data.as_ref().and_then(server_of), Some("https://l"));
+    let renewal = heartbeat(|call| call.ok(json!({ "task": task, "task_id": TASK }))).await.expect("usable");
+    assert_eq!(renewal.address.map(|to| to.task), Some(id.into()));
+    assert_eq!(renewal.data.as_ref().and_then(server_of), Some("https://l"));
 }
 
 // posemesh.md section 10.3
 #[tokio::test]
-async fn a_status_that_says_the_task_is_over_is_a_cancel() {
+async fn final_task_statuses_are_a_cancel() {
     for (status, cancel) in
         [("cancelled", true), ("failed", true), ("completed", true), ("canceled", false), ("running", false)]
     {
-        assert_eq!(keep(|call| call.ok(json!({ "status": status }))).await.expect("usable").cancel, cancel, "{status}");
+        assert_eq!(
+            heartbeat(|call| call.ok(json!({ "status": status }))).await.expect("usable").cancel,
+            cancel,
+            "{status}"
+        );
     }
 }
 
 #[tokio::test]
-async fn a_heartbeat_answer_must_be_an_object() {
+async fn heartbeat_answer_must_be_an_object() {
     for (status, body) in [(204, ""), (200, ""), (200, "null"), (200, "[]"), (200, "true")] {
-        let err = keep(|call| call.answer(status, body)).await.expect_err(body);
+        let err = heartbeat(|call| call.answer(status, body)).await.expect_err(body);
         assert!(matches!(err, LeaseError::Malformed { .. }), "{body:?}: {err}");
     }
 }
 
 #[tokio::test]
-async fn a_lease_is_gone_by_404_409_and_410() {
+async fn statuses_404_409_and_410_end_a_lease() {
     for status in [404, 409, 410] {
-        let err = keep(|call| call.answer(status, "")).await.expect_err("gone");
+        let err = heartbeat(|call| call.answer(status, "")).await.expect_err("gone");
         assert_eq!(err.advice(), Advice::StopTask, "{err}");
-        let err = settle(Outcome::Drained, |call| call.answer(status, "")).await.expect_err("gone");
+        let err = report(Outcome::Drained, |call| call.answer(status, "")).await.expect_err("gone");
         assert_eq!(err.advice(), Advice::StopTask, "{err}");
     }
-    let err = settle(Outcome::Drained, |call| call.answer(422, "reason too long")).await.expect_err("refused");
+    let err = report(Outcome::Drained, |call| call.answer(422, "reason too long")).await.expect_err("refused");
     assert_eq!(err.advice(), Advice::GiveUp);
 }
 
 #[tokio::test]
-async fn a_heartbeat_ends_within_its_limit() {
+async fn heartbeat_ends_within_its_limit() {
     let mut plane = Service::start().await;
     let dms = dms(&plane, "v1");
     let (to, beat) = (to(), Pending { progress: json!({}), events: Vec::new(), version: 0 });
     let began = BootInstant::now();
-    let (kept, held) = tokio::join!(dms.heartbeat(&to, &beat, began + Duration::from_millis(200)), plane.next());
-    assert!(matches!(kept, Err(LeaseError::Unreachable(_))), "{kept:?}");
+    let (renewal, held) = tokio::join!(dms.heartbeat(&to, &beat, began + Duration::from_millis(200)), plane.next());
+    assert!(matches!(renewal, Err(LeaseError::Unreachable(_))), "{renewal:?}");
     let took = BootInstant::now() - began;
     assert!(took < SOON / 2, "the limit of other calls is {SOON:?}, this one took {took:?}");
     drop(held);
 }
 
-/// A real login room against the same service, so that a 401 has its whole effect.
+/// A node with a real sign-in against the same service, so that a 401 causes a login.
 async fn with_login() -> (Service, Dms, tokio_util::task::AbortOnDropHandle<()>) {
     let mut plane = Service::start().await;
     let client = Client::new(transport::Config::default());
@@ -324,11 +330,11 @@ async fn with_login() -> (Service, Dms, tokio_util::task::AbortOnDropHandle<()>)
     );
     let config = Config { request_timeout: SOON, ..Config::new(plane.url.clone()) };
     let dms = Dms::with_tokens(config, client, "node".into(), auth.tokens());
-    let room = tokio::spawn(auth.run(tokio_util::sync::CancellationToken::new()));
+    let running = tokio::spawn(auth.run(tokio_util::sync::CancellationToken::new()));
     nonce(&mut plane).await;
     plane.expect("POST /internal/v1/nodes/register-wallet").await.ok(json!({}));
     login(&mut plane, "node-1").await;
-    (plane, dms, tokio_util::task::AbortOnDropHandle::new(room))
+    (plane, dms, tokio_util::task::AbortOnDropHandle::new(running))
 }
 
 async fn nonce(plane: &mut Service) {
@@ -344,9 +350,9 @@ async fn login(plane: &mut Service, token: &str) {
 }
 
 #[tokio::test]
-async fn a_rejected_token_is_replaced_and_the_request_repeated_once() {
-    let (mut plane, dms, _room) = with_login().await;
-    let (taken, ()) = tokio::join!(dms.poll(), async {
+async fn request_is_repeated_once_with_a_fresh_token() {
+    let (mut plane, dms, _running) = with_login().await;
+    let (polled, ()) = tokio::join!(dms.poll(), async {
         let call = plane.expect("GET /tasks").await;
         assert_eq!(call.bearer(), "node-1");
         call.answer(401, "");
@@ -355,10 +361,10 @@ async fn a_rejected_token_is_replaced_and_the_request_repeated_once() {
         assert_eq!(call.bearer(), "node-2");
         call.ok(sample_envelope());
     });
-    assert!(taken.expect("usable").is_some());
+    assert!(polled.expect("usable").is_some());
 
     let (to, beat) = (to(), Pending { progress: json!({ "kept": true }), events: Vec::new(), version: 0 });
-    let (kept, ()) = tokio::join!(dms.heartbeat(&to, &beat, BootInstant::now() + SOON), async {
+    let (renewal, ()) = tokio::join!(dms.heartbeat(&to, &beat, BootInstant::now() + SOON), async {
         let path = format!("POST /tasks/{TASK}/heartbeat");
         let call = plane.expect(&path).await;
         assert_eq!(call.bearer(), "node-2");
@@ -368,28 +374,28 @@ async fn a_rejected_token_is_replaced_and_the_request_repeated_once() {
         assert_eq!((call.bearer(), call.json()["progress"].clone()), ("node-3", json!({ "kept": true })));
         call.ok(json!({}));
     });
-    assert_eq!(kept.expect("usable"), unchanged());
+    assert_eq!(renewal.expect("usable"), unchanged());
 }
 
-// Whoever prints a request shows no token.
+// A printed request must not show the token.
 #[tokio::test]
-async fn the_bearer_is_marked_as_a_secret() {
+async fn bearer_header_is_marked_sensitive() {
     let plane = Service::start().await;
     let bearer = dms(&plane, "v1").bearer(&Token::new("top-secret-node")).expect("a header");
     assert_eq!(format!("{bearer:?}"), "Sensitive");
 }
 
 #[tokio::test]
-async fn a_second_401_is_final() {
-    let (mut plane, dms, _room) = with_login().await;
+async fn second_401_is_final() {
+    let (mut plane, dms, _running) = with_login().await;
     let task_result = TaskResult::bare(Outcome::Completed);
     let lease = sample_lease();
-    let (settled, ()) = tokio::join!(dms.report(&lease.address, &task_result), async {
+    let (reported, ()) = tokio::join!(dms.report(&lease.address, &task_result), async {
         let path = format!("POST /tasks/{TASK}/complete");
         plane.expect(&path).await.answer(401, "");
         login(&mut plane, "node-2").await;
         plane.expect(&path).await.answer(401, "");
     });
-    assert!(matches!(settled, Err(LeaseError::Unauthorized)), "{settled:?}");
+    assert!(matches!(reported, Err(LeaseError::Unauthorized)), "{reported:?}");
     assert!(plane.waiting().is_none());
 }

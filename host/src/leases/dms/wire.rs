@@ -1,7 +1,7 @@
 //! JSON of the DMS task API, both directions (posemesh.md sections 4.2 to 4.8).
 //!
-//! The adapter reads what it needs leniently: times with `T` or a space, UUIDs in any usual
-//! spelling, unknown fields kept. The embedded control plane (`dev`) writes the same types.
+//! The adapter is lenient: it reads times with `T` or a space, and UUIDs in any usual form. It keeps unknown fields.
+//! The dev server writes the same types.
 
 use std::{borrow::Cow, cell::Cell, fmt};
 
@@ -13,8 +13,7 @@ use serde::{
 use serde_json::{Map, Value, value::RawValue};
 use uuid::Uuid;
 
-/// `GET /tasks` (4.3). Credentials are plain text here; they leave this type for
-/// [`crate::model::Token`] at once.
+/// `GET /tasks` (4.3). Credentials are plain text here. The adapter moves them to [`crate::model::Token`] at once.
 #[derive(Clone, Serialize, Deserialize)]
 pub struct LeaseEnvelope {
     /// First domain token.
@@ -26,7 +25,7 @@ pub struct LeaseEnvelope {
     /// When the lease expires.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease_expires_at: Option<Timestamp>,
-    /// Already cancelled.
+    /// The task is already cancelled.
     #[serde(default)]
     pub cancel: bool,
     /// Status word, opaque.
@@ -35,7 +34,7 @@ pub struct LeaseEnvelope {
     /// The domain.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain_id: Option<Uuid>,
-    /// Base URL of its server; kept as text, judged when it is used.
+    /// Base URL of its server. It is text here, and checked when it is used.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub domain_server_url: Option<String>,
     /// The task.
@@ -45,7 +44,7 @@ pub struct LeaseEnvelope {
     pub extra: Map<String, Value>,
 }
 
-/// The task inside a lease (4.4): what the node reads is typed, the rest is kept as it came.
+/// The task inside a lease (4.4). Members that the node reads are typed. The others are kept unchanged.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct TaskSpec {
     /// Path segment of all later calls.
@@ -61,7 +60,7 @@ pub struct TaskSpec {
     /// Prefix of artifact paths.
     #[serde(default)]
     pub outputs_prefix: Option<String>,
-    /// Opaque, but for the two URL fallbacks of 4.6.
+    /// Opaque, except for the two URL fallbacks of 4.6.
     #[serde(default)]
     pub meta: Value,
     /// Everything else.
@@ -69,8 +68,8 @@ pub struct TaskSpec {
     pub extra: Map<String, Value>,
 }
 
-/// As much of a [`LeaseEnvelope`] as the node reads itself. Keeping the rest, as that type does, would
-/// put every field by first and decode it a second time.
+/// The part of a [`LeaseEnvelope`] that the node reads. Flattening the rest, as that type does, would buffer every
+/// field and decode it twice.
 #[derive(Deserialize)]
 pub(super) struct LeaseFacts<'a> {
     #[serde(default)]
@@ -89,7 +88,7 @@ pub(super) struct LeaseFacts<'a> {
     pub(super) task: TaskFacts<'a>,
 }
 
-/// As much of a [`TaskSpec`].
+/// The part of a [`TaskSpec`] that the node reads.
 #[derive(Deserialize)]
 pub(super) struct TaskFacts<'a> {
     pub(super) id: Uuid,
@@ -102,20 +101,20 @@ pub(super) struct TaskFacts<'a> {
     pub(super) outputs_prefix: Option<String>,
     #[serde(default, borrow)]
     pub(super) meta: Option<&'a RawValue>,
-    /// A number, where the plane says it.
+    /// A number, if the control plane sends it.
     #[serde(default, borrow)]
     pub(super) attempts: Option<&'a RawValue>,
-    /// Newer planes only.
+    /// Only newer control planes send it.
     #[serde(default, borrow)]
     pub(super) lease_expires_at: Option<&'a RawValue>,
 }
 
-/// The members of an object, each as it was sent.
+/// The members of an object, each unchanged.
 pub(super) struct Members<'a>(pub(super) Vec<(Cow<'a, str>, &'a RawValue)>);
 
 impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        /// Borrowed unless something in it is escaped.
+        /// Borrowed, unless it has an escape sequence.
         #[derive(Deserialize)]
         struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
 
@@ -147,7 +146,7 @@ impl Serialize for Members<'_> {
     }
 }
 
-/// Looks for an id below the members of `path`, and keeps it though the document may break off after it.
+/// Finds an id below the members of `path`. It keeps the id even when the document is cut off after it.
 pub(super) struct Seek<'a> {
     pub(super) path: &'static [&'static str],
     pub(super) id: &'a Cell<Option<Uuid>>,
@@ -185,10 +184,10 @@ impl<'de> Visitor<'de> for Seek<'_> {
 /// `POST /tasks/{id}/heartbeat` (4.5), request.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct HeartbeatRequest {
-    /// Latest progress; the oldest nodes leave it out.
+    /// The latest progress. The oldest nodes omit it.
     #[serde(default)]
     pub progress: Value,
-    /// Events not acknowledged yet; the oldest nodes leave it out.
+    /// Events that are not acknowledged. The oldest nodes omit them.
     #[serde(default)]
     pub events: Vec<Value>,
 }
@@ -209,10 +208,10 @@ pub struct HeartbeatResponse {
     /// When it expires.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub access_token_expires_at: Option<Timestamp>,
-    /// New end of the lease.
+    /// When the lease expires.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub lease_expires_at: Option<Timestamp>,
-    /// Stop.
+    /// The task is cancelled.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cancel: Option<bool>,
     /// Status word, opaque.
@@ -227,7 +226,7 @@ pub struct HeartbeatResponse {
     /// Replaces the task.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub task: Option<TaskSpec>,
-    /// Replaces the task's id; ignored where `task` is present.
+    /// Replaces the task's id. Ignored if `task` is present.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub task_id: Option<Uuid>,
     /// Replaces the job's id.
@@ -235,7 +234,7 @@ pub struct HeartbeatResponse {
     pub job_id: Option<Uuid>,
 }
 
-/// `POST /tasks/{id}/complete` (4.7). Newer nodes send a `meta` of another shape.
+/// `POST /tasks/{id}/complete` (4.7). Newer nodes send a `meta` with other members.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CompleteRequest {
     /// Ids of the artifacts that have one.
@@ -252,7 +251,7 @@ pub struct FailRequest {
     /// One line.
     #[serde(default)]
     pub reason: String,
-    /// Same shape as the `meta` of a completion, and more.
+    /// The members of the `meta` of a completion, and more.
     #[serde(default)]
     pub details: Value,
 }

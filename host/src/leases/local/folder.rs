@@ -35,7 +35,7 @@ pub const TERM_MAX: Duration = Duration::from_secs(24 * 3600);
 /// A job that can be run.
 #[derive(Clone, Debug)]
 pub struct Job {
-    /// Which runner is asked for.
+    /// The requested capability.
     pub capability: Capability,
     /// Paths, absolute or relative to the folder.
     pub inputs: Vec<PathBuf>,
@@ -49,7 +49,7 @@ pub struct Job {
     pub time_limit: Option<Duration>,
 }
 
-/// Puts a job into a folder, which is made if it does not exist.
+/// Puts a job into a folder. The folder is created if it does not exist.
 ///
 /// # Errors
 /// One line when the folder cannot be used.
@@ -67,7 +67,7 @@ pub fn submit(folder: &Path, id: &TaskId, job: &Job) -> anyhow::Result<()> {
     Ok(write(&folder.job(id), &serde_json::to_value(file)?)?)
 }
 
-/// A job as its file has it.
+/// The content of a job file.
 #[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct JobFile {
@@ -113,7 +113,7 @@ impl From<AnyPath> for PathBuf {
     }
 }
 
-/// A job of the folder.
+/// A job in the folder.
 #[derive(Debug)]
 pub(super) struct Found {
     pub(super) id: TaskId,
@@ -124,13 +124,13 @@ pub(super) struct Found {
 /// Who holds a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Claimed {
-    /// The claim that was asked about.
+    /// The given claim.
     Ours,
     /// Another claim, or none.
     Other,
 }
 
-/// What becomes of a job at its end.
+/// How a job ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcomes {
     /// It has a result.
@@ -145,17 +145,17 @@ struct Claim {
     ends_at: Timestamp,
 }
 
-/// As much of a result as a repeat needs.
+/// The part of a result that a repeated report needs.
 #[derive(Deserialize)]
 struct Done {
     claim: Uuid,
 }
 
-/// See the module's text.
+/// See the module documentation.
 pub(super) struct Folder(PathBuf);
 
 impl Folder {
-    /// Opens the folder and makes what is missing in it.
+    /// Opens the folder and creates its missing parts.
     ///
     /// # Errors
     /// One line when it cannot be used.
@@ -198,7 +198,7 @@ impl Folder {
         locked().map_err(|err| format!("cannot use {}: {err}", self.0.display()))
     }
 
-    /// The first job, by name, that nobody holds and one of `served` can run. A job that cannot be read counts too.
+    /// The first job, by name, that no node holds and one of `served` can run. An unreadable job counts too.
     pub(super) fn next(
         &self,
         served: &[Capability],
@@ -235,7 +235,7 @@ impl Folder {
         Ok(None)
     }
 
-    /// Claims a job for `left` from now on, unless it has ended or somebody holds it.
+    /// Claims a job for `left` from now on, unless it has ended or another claim holds it.
     pub(super) fn claim(&self, id: &TaskId, claim: Uuid, left: Duration, now: Timestamp) -> Result<Claimed, String> {
         self.locked(|| {
             let held = read::<Claim>(&self.running(id)).is_some_and(|held| held.ends_at > now && held.claim != claim);
@@ -248,7 +248,7 @@ impl Folder {
         })
     }
 
-    /// Who holds the job, and whether somebody asks to cancel it.
+    /// Who holds the job, and whether a cancel is requested.
     pub(super) fn look_at_claim(&self, id: &TaskId, claim: Uuid) -> Result<(Claimed, bool), String> {
         let ours = read::<Claim>(&self.running(id)).is_some_and(|held| held.claim == claim);
         Ok((if ours { Claimed::Ours } else { Claimed::Other }, self.cancel(id).exists()))
@@ -281,7 +281,7 @@ impl Folder {
         })
     }
 
-    /// Ends a job that cannot be run and that nobody holds.
+    /// Ends a job that cannot be run and that no node holds.
     pub(super) fn reject(
         &self,
         id: &TaskId,
@@ -299,7 +299,7 @@ impl Folder {
         })
     }
 
-    /// Removes what is left of a job that has a result. What cannot be removed now is found by the next look.
+    /// Removes the files of a job that has a result. The next scan retries what could not be removed.
     fn tidy(&self, id: &TaskId) {
         for path in [self.job(id), self.cancel(id), self.running(id)] {
             let _ = remove(&path);
@@ -345,7 +345,7 @@ fn read<T: for<'de> Deserialize<'de>>(path: &Path) -> Option<T> {
     serde_json::from_slice(&fs::read(path).ok()?).ok()
 }
 
-/// Writes a file that is either whole or not there, also after a power failure.
+/// Writes a file atomically, also across a power failure.
 fn write(path: &Path, content: &Value) -> io::Result<()> {
     let folder = path.parent().expect("a file in the folder of jobs");
     let mut file = NamedTempFile::new_in(folder)?;

@@ -1,6 +1,6 @@
 //! A folder of job files as a [`super::LeaseSource`]: no sign-in, no network, fixed deadlines.
 //!
-//! `folder` reads and writes the files and holds the rules of claims; see docs/protocols/local.md. Start at the
+//! `folder` reads and writes the files and applies the rules of claims (docs/protocols/local.md). Start at the
 //! [`LeaseSource`] implementation. Several nodes may share a folder on one machine.
 
 mod folder;
@@ -31,7 +31,7 @@ use crate::model::{
     ReportAddress, TaskId, TaskResult, Term,
 };
 
-/// How often the folder is looked at while no job waits.
+/// How often the folder is scanned while no job waits.
 const SCAN_EVERY: Duration = Duration::from_millis(200);
 /// Longest pause between two heartbeats: a heartbeat notices a cancel file and passes progress on.
 const HEARTBEAT_EVERY: Duration = Duration::from_secs(1);
@@ -43,13 +43,13 @@ pub struct Config {
     pub name: PlaneName,
     /// The folder. It is created if it does not exist.
     pub folder: PathBuf,
-    /// What this node serves. Jobs for other capabilities stay in the folder.
+    /// The capabilities that this node serves. Jobs for other capabilities stay in the folder.
     pub capabilities: watch::Receiver<Vec<Capability>>,
-    /// Who wants to know what becomes of the jobs. Used by `invoke`.
+    /// Receives the events of the jobs. Used by `invoke`.
     pub observer: Option<mpsc::UnboundedSender<LocalEvent>>,
 }
 
-/// What a job did.
+/// An event of a job.
 #[derive(Clone, Debug, PartialEq)]
 pub enum LocalEvent {
     /// The runner reported progress.
@@ -60,19 +60,19 @@ pub enum LocalEvent {
     Ended(TaskResult),
 }
 
-/// See the module's text.
+/// See the module documentation.
 pub struct Local {
     facts: PlaneFacts,
     folder: Arc<Folder>,
     capabilities: watch::Receiver<Vec<Capability>>,
     observer: Option<mpsc::UnboundedSender<LocalEvent>>,
-    /// Jobs that a poll returned and nobody has claimed yet.
+    /// Jobs that a poll returned and this node has not claimed yet.
     offered: Mutex<HashSet<TaskId>>,
     quiet: CancellationToken,
 }
 
 impl Local {
-    /// Opens the folder and makes what is missing in it.
+    /// Opens the folder and creates its missing parts.
     ///
     /// # Errors
     /// One line when the folder cannot be used.
@@ -110,15 +110,15 @@ impl Local {
         self.offered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells the observer. It may be gone: then nobody wants to know.
-    fn tell(&self, event: LocalEvent) {
+    /// Sends an event to the observer, if it still exists.
+    fn notify(&self, event: LocalEvent) {
         if let Some(observer) = &self.observer {
             let _ = observer.send(event);
         }
     }
 
     /// The next job that may start, or `None` if there is none now.
-    async fn look(&self) -> Result<Option<Lease>, LeaseError> {
+    async fn scan(&self) -> Result<Option<Lease>, LeaseError> {
         let served = self.capabilities.borrow().clone();
         let offered = self.offered().clone();
         let found = self.on_disk(move |folder| folder.next(&served, &offered, Timestamp::now())).await?;
@@ -192,7 +192,7 @@ impl LeaseSource for Local {
             if self.quiet.is_cancelled() {
                 return Ok(None);
             }
-            if let Some(lease) = self.look().await? {
+            if let Some(lease) = self.scan().await? {
                 return Ok(Some(lease));
             }
             tokio::select! {
@@ -224,15 +224,15 @@ impl LeaseSource for Local {
             )));
         };
         let (held, cancel) = looked?;
-        // Before the claim is made, there is none to lose.
+        // Before the claim is made, it cannot be lost.
         if held == Claimed::Other && !self.offered().contains(&to.task) {
             return Err(gone(to));
         }
         for event in &beat.events {
-            self.tell(LocalEvent::Event(event.clone()));
+            self.notify(LocalEvent::Event(event.clone()));
         }
         if beat.progress != json!({}) {
-            self.tell(LocalEvent::Progress(beat.progress.clone()));
+            self.notify(LocalEvent::Progress(beat.progress.clone()));
         }
         Ok(Renewal { term: Term::Unchanged, cancel, ..Renewal::default() })
     }
@@ -247,7 +247,7 @@ impl LeaseSource for Local {
         let written = self.on_disk(move |folder| folder.end(&id, claim, &result, outcome, Timestamp::now())).await?;
         match written {
             Claimed::Ours => {
-                self.tell(LocalEvent::Ended(task_result.clone()));
+                self.notify(LocalEvent::Ended(task_result.clone()));
                 Ok(())
             }
             Claimed::Other => Err(gone(to)),
@@ -256,13 +256,13 @@ impl LeaseSource for Local {
 
     async fn reject(&self, to: &ReportAddress, why: &Outcome) -> Result<(), LeaseError> {
         let (id, claim, result) = (to.task.clone(), claim(to)?, TaskResult::bare(why.clone()));
-        let told = result.clone();
+        let ended = result.clone();
         let written = self.on_disk(move |folder| folder.reject(&id, claim, &result, Timestamp::now())).await?;
         if written == Claimed::Other {
             warn!(event = "job.rejected_elsewhere", task_id = %to.task, "another node ended the job first");
             return Ok(());
         }
-        self.tell(LocalEvent::Ended(told));
+        self.notify(LocalEvent::Ended(ended));
         Ok(())
     }
 }
