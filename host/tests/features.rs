@@ -87,7 +87,7 @@ fn every_warning_of_the_node_is_on_the_troubleshooting_page() {
     for file in rust_files(&root.join("host/src")) {
         let inside = file.strip_prefix(&root).expect("found below it").to_string_lossy().into_owned();
         if inside.contains("tests") || inside.starts_with("host/src/dev/") {
-            continue; // what the embedded world says is no operator's business
+            continue; // what the dev server says is no operator's business
         }
         let text = fs::read_to_string(&file).expect("a readable file");
         let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();

@@ -88,7 +88,7 @@ const RULES: &[Rule] = &[
 
 /// Arrows that only tests have: a room is tried against its real neighbours.
 const IN_TESTS: &[Rule] = &[
-    ("cli", &["dev"], "`submit` is tried against the embedded world"),
+    ("cli", &["dev"], "`submit` is tried against the dev server"),
     ("outbox", &["auth", "transport"], "reports are sent over a real connection"),
     ("session", &["auth", "transport"], "a session is tried over a real connection"),
 ];

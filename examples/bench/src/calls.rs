@@ -1,4 +1,4 @@
-//! The author's calls to the world: jobs, data, what was asked of it.
+//! The author's calls to the dev server: jobs, data, what was asked of it.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tokio::runtime::Runtime;
 use url::Url;
 
-use crate::procs::World;
+use crate::procs::DevServer;
 
 /// Limit of one call.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -26,20 +26,25 @@ pub(crate) struct Author {
     pub(crate) grant: String,
 }
 
-/// A job that has ended, by the world's clock.
+/// A job that has ended, by the dev server's clock.
 pub(crate) struct Ended {
     /// First heartbeat to last report.
     pub(crate) took: Duration,
 }
 
 impl Author {
-    pub(crate) fn new(world: &World) -> anyhow::Result<Self> {
+    pub(crate) fn new(dev_server: &DevServer) -> anyhow::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let client = Client::new(transport::Config::default());
-        let mut author =
-            Self { runtime, client, base: world.base.clone(), domain: world.domain.to_string(), grant: String::new() };
+        let mut author = Self {
+            runtime,
+            client,
+            base: dev_server.base.clone(),
+            domain: dev_server.domain.to_string(),
+            grant: String::new(),
+        };
         let told = author.call(Method::GET, "/dev/v1/world", None)?;
-        author.grant = told["grant"].as_str().context("the world gave no grant")?.to_owned();
+        author.grant = told["grant"].as_str().context("the dev server gave no grant")?.to_owned();
         Ok(author)
     }
 
@@ -67,7 +72,7 @@ impl Author {
         let task = json!({ "label": "bench", "stage": "bench", "capability": capability, "inputs_cids": inputs });
         let job = json!({ "domain_id": self.domain, "label": "bench", "tasks": vec![task; count] });
         let made = self.call(Method::POST, "/v1/jobs", Some(job.to_string().into()))?;
-        Ok(made["job_id"].as_str().context("the world gave no job id")?.to_owned())
+        Ok(made["job_id"].as_str().context("the dev server gave no job id")?.to_owned())
     }
 
     /// Waits until the newest job, which must be `job`, is complete, asking every `pause`.
@@ -128,8 +133,8 @@ impl Author {
         let object =
             json!({ "name": name, "data_type": "bin", "size": size, "content_type": "application/octet-stream" });
         let begun = self.call(Method::POST, &format!("{uploads}?uploads"), Some(object.to_string().into()))?;
-        let id = begun["upload_id"].as_str().context("the world began no upload")?;
-        let part_size = begun["part_size"].as_u64().context("the world named no part size")?;
+        let id = begun["upload_id"].as_str().context("the dev server began no upload")?;
+        let part_size = begun["part_size"].as_u64().context("the dev server named no part size")?;
         let block: Vec<u8> = (0..part_size).scan(1_u32, |state, _| Some(noise(state))).collect();
         let block = Bytes::from(block);
         let mut parts = Vec::new();
@@ -141,13 +146,13 @@ impl Author {
         }
         let parts = json!({ "parts": parts }).to_string();
         let stored = self.call(Method::POST, &format!("{uploads}?uploadId={id}"), Some(parts.into()))?;
-        Ok(stored["id"].as_str().context("the world stored nothing")?.to_owned())
+        Ok(stored["id"].as_str().context("the dev server stored nothing")?.to_owned())
     }
 
     /// Ids and sizes of everything stored.
     pub(crate) fn stored(&self) -> anyhow::Result<Vec<(String, u64)>> {
         let listed = self.call(Method::GET, &format!("/api/v1/domains/{}/data", self.domain), None)?;
-        let items = listed["data"].as_array().context("the world listed nothing")?;
+        let items = listed["data"].as_array().context("the dev server listed nothing")?;
         let item = |item: &Value| Some((item["id"].as_str()?.to_owned(), item["size"].as_u64()?));
         Ok(items.iter().filter_map(item).collect())
     }
@@ -159,9 +164,9 @@ impl Author {
     /// The number of the next request, and how many polls for work came since number `since`.
     pub(crate) fn polls(&self, since: u64) -> anyhow::Result<(u64, usize)> {
         let journal = self.call(Method::GET, &format!("/dev/v1/requests?since={since}"), None)?;
-        let requests = journal["requests"].as_array().context("the world has no journal")?;
+        let requests = journal["requests"].as_array().context("the dev server has no journal")?;
         let polls = requests.iter().filter(|seen| seen["path"] == "/v1/tasks").count();
-        Ok((journal["next"].as_u64().context("the world's journal has no end")?, polls))
+        Ok((journal["next"].as_u64().context("the dev server's journal has no end")?, polls))
     }
 }
 

@@ -1,8 +1,8 @@
 //! `cargo bench-node`: the node beside a bare client, as ratios in one run.
 //!
-//! The rules are those of the project's design: world, node and bare client are processes of their
+//! The rules are those of the project's design: dev server, node and bare client are processes of their
 //! own, the runner is a real shared library, and beside every ratio of throughput stands the ratio of
-//! processor time, which a slow world cannot flatter. Start at [`rows`]; `procs` starts and watches
+//! processor time, which a slow dev server cannot flatter. Start at [`rows`]; `procs` starts and watches
 //! the processes, `bare` is the client a node is measured against, `report` prints.
 
 #![forbid(unsafe_code)]

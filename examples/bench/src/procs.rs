@@ -1,4 +1,4 @@
-//! World, node and bare client: started, watched through `/proc`, stopped by a signal.
+//! Dev server, node and bare client: started, watched through `/proc`, stopped by a signal.
 
 use std::{
     fs::File,
@@ -82,32 +82,32 @@ impl Drop for Process {
 }
 
 /// `runner-host dev --no-node` on a free port.
-pub(crate) struct World {
+pub(crate) struct DevServer {
     pub(crate) process: Process,
     pub(crate) base: Url,
     pub(crate) domain: Uuid,
 }
 
-impl World {
+impl DevServer {
     pub(crate) fn start(built: &Built) -> anyhow::Result<Self> {
         let mut command = Command::new(built.host());
         command.args(["dev", "--no-node", "--port", "0"]).env("RUST_LOG", "warn");
         let mut process = Process::start(&mut command, built)?;
-        let mut table = BufReader::new(process.0.stdout.take().context("the world has no stdout")?);
+        let mut table = BufReader::new(process.0.stdout.take().context("the dev server has no stdout")?);
         let (mut base, mut domain) = (None, None);
         let mut line = String::new();
         while base.is_none() || domain.is_none() {
             line.clear();
-            anyhow::ensure!(table.read_line(&mut line)? > 0, "the world ended before it said where it is");
+            anyhow::ensure!(table.read_line(&mut line)? > 0, "the dev server ended before it said where it is");
             match line.trim().rsplit_once("  ").map(|(name, value)| (name.trim(), value.trim())) {
-                Some(("sign-in (DDS)", url)) => base = Some(Url::parse(url).context("the world's address")?),
-                Some(("domain", id)) => domain = Some(Uuid::parse_str(id).context("the world's domain")?),
+                Some(("sign-in (DDS)", url)) => base = Some(Url::parse(url).context("the dev server's address")?),
+                Some(("domain", id)) => domain = Some(Uuid::parse_str(id).context("the dev server's domain")?),
                 _ => {}
             }
         }
         // The rest of the table fits the pipe, and nothing is printed after it.
         process.0.stdout = Some(table.into_inner());
-        let (Some(base), Some(domain)) = (base, domain) else { anyhow::bail!("the world said nothing") };
+        let (Some(base), Some(domain)) = (base, domain) else { anyhow::bail!("the dev server said nothing") };
         Ok(Self { process, base, domain })
     }
 
@@ -126,7 +126,7 @@ pub(crate) struct Node {
 impl Node {
     pub(crate) fn start(
         built: &Built,
-        world: &World,
+        dev_server: &DevServer,
         plugins: &[&Path],
         listing: Option<&Path>,
         settings: &[(&str, &str)],
@@ -142,8 +142,8 @@ impl Node {
             command.arg("--plugins-file").arg(listing);
         }
         command
-            .env("DDS_BASE_URL", world.base.as_str())
-            .env("DMS_BASE_URL", world.url("/v1").as_str())
+            .env("DDS_BASE_URL", dev_server.base.as_str())
+            .env("DMS_BASE_URL", dev_server.url("/v1").as_str())
             .env("REG_SECRET", "bench")
             .env("SECP256K1_PRIVHEX", &key)
             .env("HTTP_BIND", "127.0.0.1:0")

@@ -23,7 +23,7 @@ const GRACE: Duration = Duration::from_secs(10);
 /// Everything that is running now.
 #[derive(Default)]
 pub(crate) struct Crew {
-    world: Option<Child>,
+    dev_server: Option<Child>,
     step: Option<Child>,
 }
 
@@ -44,31 +44,31 @@ impl Crew {
         Ok(said)
     }
 
-    /// Starts the world and returns what it says line by line.
-    pub(crate) fn start_world(&mut self, mut command: Command) -> anyhow::Result<Lines<BufReader<ChildStdout>>> {
+    /// Starts the dev server and returns what it says line by line.
+    pub(crate) fn start_dev_server(&mut self, mut command: Command) -> anyhow::Result<Lines<BufReader<ChildStdout>>> {
         let mut child = spawn("runner-host dev", &mut command)?;
         let stdout = child.stdout.take().expect("spawn() pipes it");
-        self.world = Some(child);
+        self.dev_server = Some(child);
         Ok(BufReader::new(stdout).lines())
     }
 
-    /// Asks the world to end, and waits for it.
-    pub(crate) async fn stop_world(&mut self) -> anyhow::Result<()> {
-        let Some(mut world) = self.world.take() else { return Ok(()) };
-        signal(&world, Signal::Term);
-        let Some(status) = ended(&mut world).await else {
-            kill(world).await;
-            bail!("the world did not end within {GRACE:?} and was killed");
+    /// Asks the dev server to end, and waits for it.
+    pub(crate) async fn stop_dev_server(&mut self) -> anyhow::Result<()> {
+        let Some(mut dev_server) = self.dev_server.take() else { return Ok(()) };
+        signal(&dev_server, Signal::Term);
+        let Some(status) = ended(&mut dev_server).await else {
+            kill(dev_server).await;
+            bail!("the dev server did not end within {GRACE:?} and was killed");
         };
         if !status.success() {
-            bail!("the world ended badly ({status})");
+            bail!("the dev server ended badly ({status})");
         }
         Ok(())
     }
 
     /// Ends whatever is still running, at once.
     pub(crate) async fn dismiss(mut self) {
-        for child in [self.step.take(), self.world.take()].into_iter().flatten() {
+        for child in [self.step.take(), self.dev_server.take()].into_iter().flatten() {
             kill(child).await;
         }
     }
@@ -124,6 +124,6 @@ fn signal(child: &Child, signal: Signal) {
     }
 }
 
-/// There are no signals here: `kill` ends the process itself, and the world is ended by that.
+/// There are no signals here: `kill` ends the process itself, and the dev server is ended by that.
 #[cfg(not(unix))]
 fn signal(_child: &Child, _signal: Signal) {}

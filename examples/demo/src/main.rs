@@ -1,6 +1,6 @@
 //! `cargo demo`: a runner in a shared library does leased work, on this machine, in one command.
 //!
-//! It builds the host and the plugins into a folder of their own, starts a world with a node in it,
+//! It builds the host and the plugins into a folder of their own, starts a dev server with a node in it,
 //! hands in a scan, and brings back what the runner made of it. Nothing here is special to the demo:
 //! each step is a command that you can type yourself. Only the artifacts and the build stay behind.
 
@@ -29,7 +29,7 @@ const PLUGINS: [&str; 4] = ["echo", "hello", "noop", "pointcloud"];
 /// Points of the scan, and where it begins; the same ones make the same file everywhere.
 const POINTS: &str = "1000000";
 const SEED: &str = "7";
-/// A world is up in a fraction of this on any machine that can build it.
+/// A dev server is up in a fraction of this on any machine that can build it.
 const START_LIMIT: Duration = Duration::from_secs(30);
 
 const EXIT_FAILED: u8 = 1;
@@ -94,24 +94,24 @@ async fn work(crew: &mut Crew, temp: &Path) -> anyhow::Result<String> {
     let mib = std::fs::metadata(&scan)?.len() as f64 / f64::from(1 << 20);
     say(format!("made a scan of {POINTS} points, {mib:.1} MiB"));
 
-    let log = home.join("world.log");
+    let log = home.join("dev-server.log");
     let mut dev = clean_command(&host, temp);
     dev.args(["dev", "--port", "0", "--plugins"]).arg(&plugins);
     dev.stderr(std::fs::File::create(&log).with_context(|| format!("write {}", shown(&log)))?);
-    let world = start_world(crew, dev).await.with_context(|| format!("its log is {}", shown(&log)))?;
-    say(format!("started a control plane, a domain server and a node at {world}"));
+    let dev_server = start_dev_server(crew, dev).await.with_context(|| format!("its log is {}", shown(&log)))?;
+    say(format!("started a control plane, a domain server and a node at {dev_server}"));
 
     let began = Instant::now();
     let out = home.join("out");
     clear(&out)?;
     let mut submit = clean_command(&host, temp);
-    submit.args(["submit", CAPABILITY, "--dev", &world, "--wait", "--timeout", "2m", "--input"]).arg(&scan);
+    submit.args(["submit", CAPABILITY, "--dev", &dev_server, "--wait", "--timeout", "2m", "--input"]).arg(&scan);
     submit.arg("--out").arg(shown(&out)); // as short as it was typed: submit repeats it
     say(format!("submitting {CAPABILITY}"));
     crew.step("the job", submit).await.with_context(|| format!("the node's log is {}", shown(&log)))?;
     let elapsed = began.elapsed();
 
-    crew.stop_world().await.with_context(|| format!("its log is {}", shown(&log)))?;
+    crew.stop_dev_server().await.with_context(|| format!("its log is {}", shown(&log)))?;
     summary(&out, elapsed)
 }
 
@@ -140,19 +140,19 @@ fn cargo_build(home: &Path) -> anyhow::Result<Command> {
     Ok(command)
 }
 
-/// Starts the world and reads from the table it prints where it is.
-async fn start_world(crew: &mut Crew, command: Command) -> anyhow::Result<String> {
-    let mut lines = crew.start_world(command)?;
+/// Starts the dev server and reads from the table it prints where it is.
+async fn start_dev_server(crew: &mut Crew, command: Command) -> anyhow::Result<String> {
+    let mut lines = crew.start_dev_server(command)?;
     let address = async {
         while let Some(line) = lines.next_line().await? {
             if let Some(address) = line.strip_prefix("export RUNNER_HOST_DEV=") {
                 return Ok(address.to_owned());
             }
         }
-        bail!("the world ended before it was up")
+        bail!("the dev server ended before it was up")
     };
-    let address = timeout(START_LIMIT, address).await.context("the world was not up in time")??;
-    // The rest of the table: a pipe that nobody reads would stop the world.
+    let address = timeout(START_LIMIT, address).await.context("the dev server was not up in time")??;
+    // The rest of the table: a pipe that nobody reads would stop the dev server.
     tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
     Ok(address)
 }

@@ -1,4 +1,4 @@
-//! `runner-host dev`: a whole world on this machine, and a node in it.
+//! `runner-host dev`: a dev server on this machine, and its node.
 
 use std::{
     net::SocketAddr,
@@ -14,13 +14,13 @@ use crate::{
     app::Node,
     auth::NodeKey,
     config::{HostConfig, Layers, Mistakes, Origin, Secrets, folder_trouble, own_scratch_dir},
-    dev::{self, DevError, Faults, WireForm, World},
+    dev::{self, DevError, DevServer, Faults, WireForm},
     engine::{Ended, StopSignals},
     plugins::Plugins,
     storage::Scratch,
 };
 
-/// The port the world takes unless told otherwise.
+/// The port the dev server takes unless told otherwise.
 const USUAL_PORT: u16 = 8700;
 
 /// Flags of `dev`.
@@ -31,7 +31,7 @@ pub(super) struct Args {
     /// Keep stored data in this folder; without it everything is gone at the end
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
-    /// Port of the world [default: 8700, or a free one if that is taken]
+    /// Port of the dev server [default: 8700, or a free one if that is taken]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     port: Option<u16>,
     /// Start the services alone, without a node
@@ -70,13 +70,13 @@ async fn live(args: Args, layers: Layers) -> anyhow::Result<Exit> {
     let plugins = if args.no_node { None } else { Some(Arc::new(args.plugins.load(64, &options)?)) };
     // What lasts no longer than this process; the next one removes what a killed one left.
     let folder = Scratch::open(own_scratch_dir()?).context("make a temporary folder")?;
-    let world = start(&args, &faults, folder.path()).await?;
+    let dev_server = start(&args, &faults, folder.path()).await?;
     let state = args.data.as_ref().map_or_else(|| folder.path().join("state"), |data| data.join("node"));
     let node = match &plugins {
-        Some(plugins) => Some(join(&args, &state, layers, &world, plugins).await?),
+        Some(plugins) => Some(join(&args, &state, layers, &dev_server, plugins).await?),
         None => None,
     };
-    put(std::io::stdout(), &greeting(&args, &world, &faults, node.as_ref(), plugins.as_deref())?)?;
+    put(std::io::stdout(), &greeting(&args, &dev_server, &faults, node.as_ref(), plugins.as_deref())?)?;
     let ended = match node {
         Some(node) => node.run(stops).await,
         None => {
@@ -84,7 +84,7 @@ async fn live(args: Args, layers: Layers) -> anyhow::Result<Exit> {
             Ended::Drained
         }
     };
-    world.stop().await;
+    dev_server.stop().await;
     Ok(if ended == Ended::Drained { Exit::Done } else { Exit::Temporary })
 }
 
@@ -95,7 +95,7 @@ fn look(args: &Args, layers: &Layers) -> Result<(), Mistakes> {
     let data = args.data.as_deref().and_then(|data| Some((data, folder_trouble(data)?)));
     mistakes.extend(data.map(|(data, why)| format!("--data {}: {why}", data.display())));
     if !args.no_node {
-        // The world's own URLs are not known yet; any on this machine will do for a look.
+        // The dev server's own URLs are not known yet; any on this machine will do for a look.
         let place = Url::parse("http://127.0.0.1:9").expect("a constant URL");
         let (layers, secrets) = of_node(args, Path::new("node"), layers.clone(), &place, &place);
         mistakes.extend(checked(&layers, &secrets, &args.plugins).err().into_iter().flat_map(|of| of.0));
@@ -103,7 +103,7 @@ fn look(args: &Args, layers: &Layers) -> Result<(), Mistakes> {
     if mistakes.is_empty() { Ok(()) } else { Err(Mistakes(mistakes)) }
 }
 
-async fn start(args: &Args, faults: &Faults, temporary: &Path) -> anyhow::Result<World> {
+async fn start(args: &Args, faults: &Faults, temporary: &Path) -> anyhow::Result<DevServer> {
     let config = |port| dev::Config {
         bind: SocketAddr::from(([127, 0, 0, 1], port)),
         data: args.data.clone(),
@@ -115,14 +115,14 @@ async fn start(args: &Args, faults: &Faults, temporary: &Path) -> anyhow::Result
         ..dev::Config::default()
     };
     if let Some(port) = args.port {
-        return World::start(config(port)).await.context("the world did not start");
+        return DevServer::start(config(port)).await.context("the dev server did not start");
     }
-    match World::start(config(USUAL_PORT)).await {
+    match DevServer::start(config(USUAL_PORT)).await {
         Err(DevError::Listen { source, .. }) if source.kind() == std::io::ErrorKind::AddrInUse => {
             tell(format_args!("port {USUAL_PORT} is taken, using a free one"));
-            World::start(config(0)).await.context("the world did not start")
+            DevServer::start(config(0)).await.context("the dev server did not start")
         }
-        other => other.context("the world did not start"),
+        other => other.context("the dev server did not start"),
     }
 }
 
@@ -131,10 +131,10 @@ async fn join(
     args: &Args,
     state: &Path,
     layers: Layers,
-    world: &World,
+    dev_server: &DevServer,
     plugins: &Arc<Plugins>,
 ) -> anyhow::Result<Node> {
-    let (layers, secrets) = of_node(args, state, layers, &world.dds_url(), &world.dms_url());
+    let (layers, secrets) = of_node(args, state, layers, &dev_server.dds_url(), &dev_server.dms_url());
     let config = HostConfig::build(&layers, &secrets)?;
     Node::build(config, Arc::clone(plugins)).await
 }
@@ -158,7 +158,7 @@ fn of_node(args: &Args, state: &Path, mut layers: Layers, dds: &Url, dms: &Url) 
 /// What a person needs to know, on stdout.
 fn greeting(
     args: &Args,
-    world: &World,
+    dev_server: &DevServer,
     faults: &Faults,
     node: Option<&Node>,
     plugins: Option<&Plugins>,
@@ -168,10 +168,10 @@ fn greeting(
     let mut row = |name: &str, value: String| {
         let _ = writeln!(text, "{name:<16} {value}");
     };
-    row("sign-in (DDS)", world.dds_url().to_string());
-    row("tasks (DMS)", world.dms_url().to_string());
-    row("domain server", world.domain_server_url().to_string());
-    row("domain", world.domain_id().to_string());
+    row("sign-in (DDS)", dev_server.dds_url().to_string());
+    row("tasks (DMS)", dev_server.dms_url().to_string());
+    row("domain server", dev_server.domain_server_url().to_string());
+    row("domain", dev_server.domain_id().to_string());
     if let Some(address) = node.and_then(Node::address) {
         row("node pages", format!("http://{address}/status.json"));
     }
@@ -185,7 +185,7 @@ fn greeting(
     };
     row("state", state);
     if let Some(file) = &args.faults {
-        let (rules, seed) = (counted(faults.len(), "rule", "rules"), world.faults_seed());
+        let (rules, seed) = (counted(faults.len(), "rule", "rules"), dev_server.faults_seed());
         let mut text = format!("{rules} of {}, seed {seed}", file.display());
         if !faults.clock_offset().is_zero() {
             let _ = write!(text, ", clock {:#} off", faults.clock_offset());
@@ -209,11 +209,11 @@ fn greeting(
          export RUNNER_HOST_DEV={}\n\
          runner-host submit CAPABILITY --input FILE --wait\n\
          \nFor development and tests, not for production.\n",
-        trimmed(world.dds_url()),
-        trimmed(world.dms_url()),
+        trimmed(dev_server.dds_url()),
+        trimmed(dev_server.dms_url()),
         // Its own: two nodes do not share one.
         std::env::temp_dir().join(format!("runner-host-{}", uuid::Uuid::new_v4().simple())).display(),
-        trimmed(world.dds_url()),
+        trimmed(dev_server.dds_url()),
     );
     Ok(text)
 }

@@ -78,7 +78,7 @@ struct Cli {
 enum Command {
     /// Run the node
     Run(run::Args),
-    /// Start a whole world on this machine, with a node in it, to develop and test against
+    /// Start a dev server on this machine, and a node for it, to develop and test against
     Dev(dev::Args),
     /// Create a job and, if asked, wait for its artifacts
     Submit(Box<submit::Args>),

@@ -42,7 +42,7 @@ const LOOK_PAUSE_MAX: Duration = Duration::from_millis(500);
 
 /// Submit a job and, with --wait, bring its artifacts
 ///
-/// Finds the world of `runner-host dev` by itself; --dms, --domain, --token and --domain-server
+/// Finds the dev server of `runner-host dev` by itself; --dms, --domain, --token and --domain-server
 /// name another control plane.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct Args {

@@ -1,7 +1,7 @@
 //! Calls to nodes that registered with a URL (posemesh.md sections 2.7 and 2.9).
 //!
 //! A node is called back while its registration is answered, and asked for its health now and then.
-//! The world serves one machine, so it calls nobody elsewhere.
+//! The dev server serves one machine, so it calls nobody elsewhere.
 
 use std::{sync::Arc, time::Duration};
 
@@ -27,41 +27,41 @@ impl NodeUrl {
         let url = Url::parse(text).map_err(|err| format!("url {text:?} is no URL: {err}"))?;
         transport::Policy::default().check(&url).map_err(|err| format!("url: {err}"))?;
         if url.scheme() != "http" || url.query().is_some() || url.fragment().is_some() {
-            return Err(format!("url {text:?}: the embedded world calls http URLs on loopback only"));
+            return Err(format!("url {text:?}: the dev server calls http URLs on loopback only"));
         }
         Ok(Self(text.trim_end_matches('/').to_owned()))
     }
 
     /// Tells the node its id and secret.
-    pub(super) async fn call_back(&self, world: &Inner, id: Uuid) -> Result<(), String> {
+    pub(super) async fn call_back(&self, server: &Inner, id: Uuid) -> Result<(), String> {
         // Recognisable, so that a log in which one turns up can be found out.
         let secret = format!("dev-callback-secret-{}", siwe::hex(&rand::random::<[u8; 32]>()));
         let body = json!({
-            "id": id, "secret": secret, "organization_id": world.org, "lighthouses_in_domains": [], "domains": [],
+            "id": id, "secret": secret, "organization_id": server.org, "lighthouses_in_domains": [], "domains": [],
         });
         let request = Request::post(format!("{}/internal/v1/registrations", self.0));
         let request = request.header(header::CONTENT_TYPE, "application/json").body(transport::full(body.to_string()));
-        self.call(world, request).await
+        self.call(server, request).await
     }
 
     /// Whether a node answers.
-    pub(super) async fn healthy(&self, world: &Inner) -> Result<(), String> {
-        self.call(world, Request::get(format!("{}/health", self.0)).body(transport::full(""))).await
+    pub(super) async fn healthy(&self, server: &Inner) -> Result<(), String> {
+        self.call(server, Request::get(format!("{}/health", self.0)).body(transport::full(""))).await
     }
 
-    async fn call(&self, world: &Inner, request: http::Result<Request<transport::Body>>) -> Result<(), String> {
+    async fn call(&self, server: &Inner, request: http::Result<Request<transport::Body>>) -> Result<(), String> {
         let mut request = request.map_err(|err| err.to_string())?;
         request.headers_mut().insert(header::USER_AGENT, header::HeaderValue::from_static(AGENT));
-        let client = world.client.get_or_init(|| Client::new(transport::Config::default()));
+        let client = server.client.get_or_init(|| Client::new(transport::Config::default()));
         let answer = client.call_for_status(request, LIMIT).await.map_err(|err| err.to_string())?;
         if answer.status.is_success() { Ok(()) } else { Err(format!("it answered {}", answer.status)) }
     }
 }
 
 /// Asks one node for its health and notes the answer.
-pub(super) async fn probe(world: Arc<Inner>, url: Arc<str>) {
+pub(super) async fn probe(server: Arc<Inner>, url: Arc<str>) {
     let asked = match NodeUrl::parse(&url) {
-        Ok(node) => node.healthy(&world).await,
+        Ok(node) => node.healthy(&server).await,
         Err(why) => Err(why),
     };
     match asked {
@@ -70,5 +70,5 @@ pub(super) async fn probe(world: Arc<Inner>, url: Arc<str>) {
             tracing::warn!(event = "dev.node_silent", url = %url, error = %why, "node did not answer the health check")
         }
     }
-    world.changed();
+    server.changed();
 }

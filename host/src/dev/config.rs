@@ -1,10 +1,10 @@
-//! What the embedded world may be told, and why it may not start.
+//! What the dev server may be told, and why it may not start.
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use super::Faults;
 
-/// Settings of the embedded world. [`Config::default`] is what `runner-host dev` uses.
+/// Settings of the dev server. [`Config::default`] is what `runner-host dev` uses.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Address to serve on. Only loopback is accepted; port 0 takes a free one.
@@ -52,7 +52,7 @@ pub struct Config {
     pub journal_max: usize,
     /// What goes wrong, and when.
     pub faults: Faults,
-    /// How long open requests may take to end when the world stops.
+    /// How long open requests may take to end when the dev server stops.
     pub stop_grace: Duration,
 }
 
@@ -117,11 +117,11 @@ impl Config {
     }
 }
 
-/// Why the embedded world did not start.
+/// Why the dev server did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum DevError {
     /// It must never be reachable from elsewhere.
-    #[error("the embedded world serves loopback only, {bind} is not; use 127.0.0.1 or [::1]")]
+    #[error("the dev server serves loopback only, {bind} is not; use 127.0.0.1 or [::1]")]
     NotLoopback {
         /// As asked for.
         bind: SocketAddr,
@@ -166,10 +166,7 @@ mod tests {
     fn only_loopback_is_served() {
         let config = Config { bind: SocketAddr::from(([0, 0, 0, 0], 0)), ..Config::default() };
         let err = config.check().expect_err("not loopback");
-        assert_eq!(
-            err.to_string(),
-            "the embedded world serves loopback only, 0.0.0.0:0 is not; use 127.0.0.1 or [::1]"
-        );
+        assert_eq!(err.to_string(), "the dev server serves loopback only, 0.0.0.0:0 is not; use 127.0.0.1 or [::1]");
     }
 
     #[test]

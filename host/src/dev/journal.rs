@@ -1,4 +1,4 @@
-//! What was asked of the world lately: for tests, which can wait for a request instead of sleeping,
+//! What was asked of the dev server lately: for tests, which can wait for a request instead of sleeping,
 //! and for people who wonder what a node does.
 
 use std::{collections::VecDeque, sync::Arc};
@@ -61,12 +61,12 @@ impl Journal {
 /// A request under way. Written down when it ends, however it ends: the client may leave.
 pub(super) struct Note {
     seen: Option<Seen>,
-    world: Arc<Inner>,
+    server: Arc<Inner>,
 }
 
 impl Note {
-    pub(super) fn of<B>(world: &Arc<Inner>, request: &Request<B>, endpoint: Option<&'static str>) -> Self {
-        let seen = (world.config.journal_max > 0).then(|| Seen {
+    pub(super) fn of<B>(server: &Arc<Inner>, request: &Request<B>, endpoint: Option<&'static str>) -> Self {
+        let seen = (server.config.journal_max > 0).then(|| Seen {
             number: 0,
             at: Timestamp::now(),
             method: request.method().to_string(),
@@ -76,7 +76,7 @@ impl Note {
             node: None,
             fault: None,
         });
-        Self { seen, world: world.clone() }
+        Self { seen, server: server.clone() }
     }
 
     pub(super) fn fault(&mut self, kind: &'static str) {
@@ -94,8 +94,8 @@ impl Note {
     /// Written down already: its end may be far away.
     pub(super) fn now(&mut self) {
         if let Some(seen) = self.seen.take() {
-            self.world.journal().add(seen);
-            self.world.changed();
+            self.server.journal().add(seen);
+            self.server.changed();
         }
     }
 }

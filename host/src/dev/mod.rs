@@ -1,12 +1,12 @@
-//! The embedded world: DDS, task service (DMS, under `/v1`) and domain server on one loopback port.
+//! The dev server: DDS, task service (DMS, under `/v1`) and domain server on one loopback port.
 //!
 //! It speaks the servers' side of the posemesh contract to any node, for `runner-host dev`, the
 //! demo and the integration tests. It is no mock: signatures, leases, tokens and limits are real.
-//! Times are those of the wall clock, unless a fault sets the world's clock wrong.
+//! Times are those of the wall clock, unless a fault sets the dev server's clock wrong.
 //! It is not for production: one domain, one organisation, jobs and sign-ins live in memory only
 //! and are gone after a restart; domain data survives one where a data folder is given.
 //!
-//! Start at [`World`]. The state is in three pure machines (`identity`, `plane`, the index of
+//! Start at [`DevServer`]. The state is in three pure machines (`identity`, `plane`, the index of
 //! `store`), each behind a short lock that is never held over an await; `http` is the wire.
 
 mod calls;
@@ -65,8 +65,8 @@ const IDLE: Duration = Duration::from_secs(300);
 /// How often what has expired is ended without anybody asking.
 const TICK: Duration = Duration::from_millis(250);
 
-/// A running world. Dropped without [`World::stop`], it stops at once and breaks open connections.
-pub struct World {
+/// A running dev server. Dropped without [`DevServer::stop`], it stops at once and breaks open connections.
+pub struct DevServer {
     inner: Arc<Inner>,
     address: SocketAddr,
     stop: CancellationToken,
@@ -93,7 +93,7 @@ struct Inner {
     bell: Notify,
 }
 
-impl World {
+impl DevServer {
     /// Starts serving. Must be called inside a tokio runtime.
     pub async fn start(config: Config) -> Result<Self, DevError> {
         config.check()?;
@@ -214,7 +214,7 @@ impl World {
     }
 
     /// Replaces the rules by which requests go wrong. Counts begin anew; another clock offset is a jump
-    /// of the world's clock, which may end leases and tokens.
+    /// of the dev server's clock, which may end leases and tokens.
     pub fn set_faults(&self, faults: Faults) {
         *self.inner.faults() = Live::new(faults);
         self.inner.changed();
@@ -277,7 +277,7 @@ impl World {
     }
 }
 
-impl Drop for World {
+impl Drop for DevServer {
     fn drop(&mut self) {
         self.stop.cancel();
         if let Some(served) = &self.served {
@@ -303,7 +303,7 @@ impl Inner {
         self.faults.lock().expect("nothing panics while it holds the faults")
     }
 
-    /// The world's clock.
+    /// The dev server's clock.
     fn now(&self) -> Timestamp {
         Timestamp::now() + self.faults().clock_offset()
     }
@@ -349,26 +349,26 @@ impl Inner {
 }
 
 /// Serves until told to stop, then ends what is open.
-async fn serve(world: Arc<Inner>, listener: TcpListener, stop: CancellationToken) {
-    let router = http::router(world.clone());
+async fn serve(server: Arc<Inner>, listener: TcpListener, stop: CancellationToken) {
+    let router = http::router(server.clone());
     let limits = Limits {
         connections: usize::MAX,
         per_sender: usize::MAX,
         head_time: IDLE,
-        grace: world.config.stop_grace,
+        grace: server.config.stop_grace,
         reserve: 0,
     };
     let start = |socket, _| {
         let (wire, line) = Wire::new(socket);
-        let (world, router, peer) = (world.clone(), router.clone(), identity::Peer::default());
+        let (server, router, peer) = (server.clone(), router.clone(), identity::Peer::default());
         let answer = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
             request.extensions_mut().insert(peer.clone());
-            faults::layer::answer(world.clone(), router.clone(), line.clone(), request)
+            faults::layer::answer(server.clone(), router.clone(), line.clone(), request)
         });
         (wire, answer)
     };
     let serving = listen::serve(listener, limits, stop.clone(), start);
-    let (broken, ()) = tokio::join!(serving, tick(&world, stop));
+    let (broken, ()) = tokio::join!(serving, tick(&server, stop));
     if broken > 0 {
         tracing::warn!(
             event = "dev.connections_closed",
@@ -376,34 +376,34 @@ async fn serve(world: Arc<Inner>, listener: TcpListener, stop: CancellationToken
             "open connections were closed at the stop"
         );
     }
-    let store = world.store.clone();
+    let store = server.store.clone();
     tokio::task::spawn_blocking(move || store.close()).await.expect("closing the store does not panic");
 }
 
 /// Does what is due, until `stop`.
-async fn tick(world: &Arc<Inner>, stop: CancellationToken) {
+async fn tick(server: &Arc<Inner>, stop: CancellationToken) {
     let mut probes = JoinSet::new();
     let mut tick = tokio::time::interval(TICK);
     tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     while stop.run_until_cancelled(tick.tick()).await.is_some() {
-        expire(world).await;
+        expire(server).await;
         while probes.try_join_next().is_some() {}
-        let due = world.identity().due(world.now());
+        let due = server.identity().due(server.now());
         due.into_iter().for_each(|url| {
-            probes.spawn(calls::probe(world.clone(), url));
+            probes.spawn(calls::probe(server.clone(), url));
         });
     }
     probes.shutdown().await;
 }
 
 /// Ends what has expired, so that waiting authors learn of it without asking.
-async fn expire(world: &Arc<Inner>) {
-    let now = world.now();
-    world.identity().prune(now);
-    world.plane().expire(now);
-    if world.store.has_late_uploads(now) {
-        let store = world.store.clone();
+async fn expire(server: &Arc<Inner>) {
+    let now = server.now();
+    server.identity().prune(now);
+    server.plane().expire(now);
+    if server.store.has_late_uploads(now) {
+        let store = server.store.clone();
         tokio::task::spawn_blocking(move || store.expire_uploads(now)).await.expect("expiring uploads does not panic");
     }
-    world.changed();
+    server.changed();
 }

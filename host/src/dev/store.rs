@@ -44,7 +44,7 @@ pub(super) struct Store {
     root: PathBuf,
     /// Keeps a temporary root alive, and removes it.
     temporary: Option<TempDir>,
-    /// Locked while this world uses the folder.
+    /// Locked while this dev server uses the folder.
     _lock: Option<fs::File>,
     pub(super) domain_id: Uuid,
     pub(super) config: Arc<Config>,
@@ -116,7 +116,7 @@ impl Drop for Staged {
 }
 
 impl Store {
-    /// Opens the store; what an earlier world left unfinished is removed. Blocks: call it before serving.
+    /// Opens the store; what an earlier dev server left unfinished is removed. Blocks: call it before serving.
     pub(super) fn open(config: Arc<Config>) -> Result<Self, DevError> {
         let (root, temporary) = match &config.data {
             Some(root) => (root.clone(), None),
@@ -265,7 +265,7 @@ impl Store {
         Ok(())
     }
 
-    /// Removes what has no meaning without a running world. Blocks.
+    /// Removes what has no meaning without a running dev server. Blocks.
     pub(super) fn close(&self) {
         self.index().uploads.clear();
         let _ = fs::remove_dir_all(self.root.join("uploads"));
@@ -320,7 +320,7 @@ fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
     fs::rename(&beside, path)
 }
 
-/// Two worlds in one folder would remove each other's blobs.
+/// Two dev servers in one folder would remove each other's blobs.
 fn lock(root: &Path) -> Result<fs::File, DevError> {
     let path = root.join("lock");
     let file = fs::File::create(&path).map_err(|err| trouble(&path, &err))?;
@@ -416,7 +416,7 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn one_folder_serves_one_world() {
+    fn one_folder_serves_one_dev_server() {
         let folder = tempfile::tempdir().expect("a folder");
         let _first = store(folder.path());
         let config = Config { data: Some(folder.path().to_owned()), ..Config::default() };

@@ -1,5 +1,5 @@
 //! Domain tokens and author grants: JWTs of the shape of posemesh.md sections 10.3 and 4.13.1, signed with a
-//! key that lives as long as the world.
+//! key that lives as long as the dev server.
 //!
 //! A signature only proves that we wrote the token. Whether a task's token still opens anything is
 //! the plane's word: it knows who holds the task and which token is the newest.

@@ -57,9 +57,9 @@ pub(crate) async fn run(cell: Cell, plugin: PathBuf) -> Report {
     if !cell.is_of_the_clock() {
         // A request whose client has left stands in the journal only when its fault is over.
         let struck = |seen: &[Seen]| seen.iter().any(|seen| cell.struck(seen));
-        let _ = tokio::time::timeout(LONG, lab.world.journal_until(struck)).await;
+        let _ = tokio::time::timeout(LONG, lab.dev_server.journal_until(struck)).await;
     }
-    let journal = lab.world.journal();
+    let journal = lab.dev_server.journal();
     let struck = journal.iter().filter(|seen| cell.struck(seen)).count();
     let (busiest, call) = busiest(&journal);
     let failure = match ended {
@@ -69,7 +69,7 @@ pub(crate) async fn run(cell: Cell, plugin: PathBuf) -> Report {
         Ok(Ok(())) if busiest > BUSIEST => Some(format!("{busiest} times {call} within a second")),
         Ok(Ok(())) => None,
     };
-    lab.world.stop().await;
+    lab.dev_server.stop().await;
     Report { cell, took: began.elapsed(), struck, busiest, failure }
 }
 
@@ -86,8 +86,8 @@ async fn judged(cell: &Cell, lab: &TestServer, faults: Faults, plugin: PathBuf) 
     let node = setup.start().await;
     let told = |problem: String| format!("{problem}\n{}", node.log());
     if !(cell.is_of_sign_in() || cell.is_of_the_clock()) {
-        within("the first poll", lab.world.journal_until(polled)).await.map_err(told)?;
-        lab.world.set_faults(faults);
+        within("the first poll", lab.dev_server.journal_until(polled)).await.map_err(told)?;
+        lab.dev_server.set_faults(faults);
     }
     let input: Vec<u8> = (0..INPUT_BYTES).map(|n| (n % 251) as u8).collect();
     let cid = lab.put("in", &input).await;
@@ -96,15 +96,15 @@ async fn judged(cell: &Cell, lab: &TestServer, faults: Faults, plugin: PathBuf) 
     let job = task.set("max_attempts", json!(if cell.endpoint == "fail" { 2 } else { 30 })).submit();
     if cell.length == Length::Long && !cell.is_of_the_clock() {
         let struck = |seen: &[Seen]| seen.iter().any(|seen| cell.struck(seen));
-        within("the first fault", lab.world.journal_until(struck)).await.map_err(told)?;
+        within("the first fault", lab.dev_server.journal_until(struck)).await.map_err(told)?;
         // Not an event: the fault itself is a stretch of time.
         tokio::time::sleep(LONG).await;
-        lab.world.set_faults(Faults::default());
+        lab.dev_server.set_faults(Faults::default());
     }
     let over = |view: &Value| matches!(view["job"]["status"].as_str(), Some("completed" | "failed" | "canceled"));
-    let ended = within("the end of the task", lab.world.job_until(job, over)).await.map_err(told)?;
+    let ended = within("the end of the task", lab.dev_server.job_until(job, over)).await.map_err(told)?;
     if cell.strikes_the_test() {
-        lab.world.set_faults(Faults::default());
+        lab.dev_server.set_faults(Faults::default());
     }
     one_verdict(cell, lab, &Ended(ended), &input).await.map_err(told)?;
     nothing_left(cell, lab, &node).await.map_err(told)
@@ -164,7 +164,7 @@ async fn nothing_left(cell: &Cell, lab: &TestServer, node: &TestNode) -> Result<
     if node.log().contains("panicked") {
         return Err("something panicked".to_owned());
     }
-    let open = lab.world.open_uploads();
+    let open = lab.dev_server.open_uploads();
     if open > 0 && !may_leave_uploads(cell) {
         return Err(format!("{open} uploads were left open"));
     }

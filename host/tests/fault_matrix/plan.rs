@@ -45,7 +45,7 @@ pub(crate) const ENDPOINTS: [&str; 19] = [
     "any",
 ];
 
-/// Every kind of fault but the clock, which is a matter of the whole world.
+/// Every kind of fault but the clock, which is a matter of the dev server.
 pub(crate) const KINDS: [Kind; 15] = [
     ("503", "kind = \"status\"\ncode = 503"),
     ("429", "kind = \"status\"\ncode = 429\nheaders = { Retry-After = \"1\" }"),

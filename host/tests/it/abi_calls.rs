@@ -346,7 +346,7 @@ async fn a_start_that_blocks_costs_its_own_plugin_only() {
     let stuck = lab.task("/fixtures/refused/v1").submit();
     node.says("task.started").await;
     lab.run(&node, "/fixtures/tokio-net/v1", json!({})).await.completed();
-    assert!(lab.world.cancel_job(stuck));
+    assert!(lab.dev_server.cancel_job(stuck));
     node.says("runner.stuck").await;
     for _ in 0..4 {
         lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();

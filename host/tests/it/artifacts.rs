@@ -14,7 +14,7 @@ use crate::harness::{
 
 const PUTS: &str = "/fixtures/puts/v1";
 
-/// A world with small requests and parts, so that little goes in parts.
+/// A dev server with small requests and parts, so that little goes in parts.
 async fn small_parts() -> TestServer {
     TestServer::with(|config| {
         config.request_max_bytes = 100_000;
@@ -210,7 +210,7 @@ async fn lost_answers_cost_no_artifact_and_double_none() {
         [("part", "kind = \"reset\""), ("list", "kind = \"reset\""), ("complete_upload", "kind = \"reset\"")],
     ] {
         let before = lab.stored().await;
-        lab.world.set_faults(faults(&rules));
+        lab.dev_server.set_faults(faults(&rules));
         let ended = puts(&lab, &node, list.clone()).await;
         for (path, size) in [("small", 1000), ("file", 200_000), ("stream", 200_000)] {
             let back = lab.artifact(ended.completed(), path).await;
@@ -227,14 +227,14 @@ async fn an_upload_that_is_under_way_when_its_task_is_cut_short_is_removed_from_
     let node = lab.node(&[fixtures::zoo()]).set("DRAIN_TIMEOUT", "0").set("CANCEL_GRACE", "100ms").leasing().await;
     // The second part is never answered.
     let hang = "[[fault]]\nendpoint = \"part\"\nskip = 1\nkind = \"hang\"";
-    lab.world.set_faults(Faults::parse(hang).expect("a sound rule"));
+    lab.dev_server.set_faults(Faults::parse(hang).expect("a sound rule"));
     lab.task(PUTS).meta(json!({ "puts": [{ "path": "x", "file": "300000 bytes" }] })).submit();
     let part = |seen: &[Seen]| seen.iter().any(|seen| seen.endpoint == Some("part") && seen.status == 200);
     lab.seen(&node, part).await;
-    assert_eq!(lab.world.open_uploads(), 1);
+    assert_eq!(lab.dev_server.open_uploads(), 1);
     node.term();
     node.wait().await;
-    assert_eq!(lab.world.open_uploads(), 0, "{}", node.log());
+    assert_eq!(lab.dev_server.open_uploads(), 0, "{}", node.log());
 }
 
 #[tokio::test]
@@ -255,7 +255,7 @@ async fn cancel_during_upload_sends_only_one_abort() {
     rubbish.answer(&part, usize::MAX, held);
     let job = lab.task(PUTS).meta(json!({ "puts": [{ "path": "x", "file": "600000 bytes" }] })).submit();
     rubbish.seen(&part, 2).await;
-    assert!(lab.world.cancel_job(job));
+    assert!(lab.dev_server.cancel_job(job));
     rubbish.seen(&abort, 1).await;
     gate.cancel();
     assert_eq!(node.says_ended("none").await["outcome"], "cancelled");
@@ -268,7 +268,7 @@ async fn too_large_artifact_is_not_retryable() {
     let lab = TestServer::with(|config| config.multipart = false).await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let rule = "[[fault]]\nendpoint = \"create\"\nkind = \"status\"\ncode = 413";
-    lab.world.set_faults(Faults::parse(rule).expect("a sound rule"));
+    lab.dev_server.set_faults(Faults::parse(rule).expect("a sound rule"));
     let ended = lab.run(&node, "/fixtures/big-output/v1", json!({ "bytes": 1000 })).await;
     let (reason, details) = ended.failed();
     assert!(reason.contains("(413)"), "{reason}");
@@ -292,6 +292,7 @@ async fn limits_that_the_server_states_are_known_before_anything_travels() {
         assert_eq!((&told["kind"], &told["text"]), (&json!("Limit"), &json!(text)));
     }
     assert_eq!(lab.artifact(&ended, "fits").await.len(), 100_000);
-    let uploads = lab.world.journal().into_iter().filter(|seen| seen.method == "POST" && seen.path.ends_with("/data"));
+    let uploads =
+        lab.dev_server.journal().into_iter().filter(|seen| seen.method == "POST" && seen.path.ends_with("/data"));
     assert_eq!(uploads.count(), 2, "the one that fits, and the runner's own list");
 }

@@ -8,7 +8,7 @@ use crate::harness::{
     rubbish::Rubbish,
 };
 
-/// A node of a world it must never speak to.
+/// A node of a dev server it must never speak to.
 struct Silence {
     rubbish: Rubbish,
     _lab: TestServer,
@@ -354,7 +354,7 @@ async fn run_dev_and_check_tell_the_same_of_folders_before_any_plugin_is_loaded(
             .set("SECP256K1_PRIVHEX", "ab".repeat(32));
         let ended = check.set("SCRATCH_DIR", scratch_dir).set("STATE_DIR", state_dir).run().await.expect(78);
         assert_eq!(errors(&ended), wanted);
-        // The node of `dev` has its state where the world has its data.
+        // The node of `dev` has its state where the dev server has its data.
         let wanted: Vec<&String> = wanted.iter().filter(|line| line.starts_with("SCRATCH_DIR")).collect();
         if !wanted.is_empty() {
             let dev = Cli::new(&["dev", "--port", "0", "--plugins"]).arg(folder.path());

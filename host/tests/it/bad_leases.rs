@@ -59,12 +59,12 @@ async fn skipped(change: impl Fn(&mut Value) + Send + Sync + 'static, message: &
     let node = rubbish.node(&[fixtures::hello()]).set("RUST_LOG", "info,runner_host::engine=debug");
     let node = node.set("POLL_BACKOFF_MS_MIN", "500").set("POLL_BACKOFF_MS_MAX", "500").leasing().await;
     let line = node.line(|line| line["event"] == "lease.skipped" && line["message"] == message).await;
-    let task = lab.world.job(job).expect("a job")["tasks"][0]["id"].clone();
+    let task = lab.dev_server.job(job).expect("a job")["tasks"][0]["id"].clone();
     assert_eq!((&line["task_id"], &line["capability"]), (&task, &json!("/examples/hello/v1")));
     node.says("poll.empty").await;
     rubbish.heal();
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
-    let calls = lab.world.journal();
+    let calls = lab.dev_server.journal();
     let about = calls.iter().filter(|seen| seen.path.contains(task.as_str().expect("an id"))).count();
     assert_eq!(about, 0, "{calls:#?}");
     assert_eq!(node.said("lease.skipped").len(), 1);
@@ -112,7 +112,7 @@ async fn empty_inputs_are_valid_but_empty_outputs_fail() {
     assert_eq!(reason, wanted);
     assert!(ended.artifacts().is_empty());
     assert_eq!(lab.stored().await, before);
-    let parts = lab.world.journal().into_iter().filter(|seen| seen.path.ends_with("/multipart")).count();
+    let parts = lab.dev_server.journal().into_iter().filter(|seen| seen.path.ends_with("/multipart")).count();
     assert_eq!(parts, 0, "an empty file is never sent in parts");
 }
 

@@ -186,18 +186,19 @@ fn exports(process: &Process) -> Vec<(String, String)> {
 async fn call(request: http::request::Builder, body: &Value) -> Value {
     let body = if body.is_null() { String::new() } else { body.to_string() };
     let request = request.header("content-type", "application/json").body(transport::full(body)).expect("a request");
-    let answer = Client::new(transport::Config::default()).call(request, PATIENCE).await.expect("the world answers");
+    let answer =
+        Client::new(transport::Config::default()).call(request, PATIENCE).await.expect("the dev server answers");
     assert!(answer.status.is_success(), "{}", answer.excerpt());
     answer.json().expect("JSON")
 }
 
-/// Does a hello in the world at `base`, over HTTP as anybody would.
+/// Does a hello in the dev server at `base`, over HTTP as anybody would.
 async fn hello(base: &str, log: impl Fn() -> String) {
-    let world = call(Request::get(format!("{base}/dev/v1/world")), &Value::Null).await;
-    let (dms, grant) = (world["dms"].as_str().expect("a URL"), world["grant"].as_str().expect("a grant"));
+    let dev_server = call(Request::get(format!("{base}/dev/v1/world")), &Value::Null).await;
+    let (dms, grant) = (dev_server["dms"].as_str().expect("a URL"), dev_server["grant"].as_str().expect("a grant"));
     let bearer = format!("Bearer {grant}");
     let task = json!({ "label": "one", "stage": "one", "capability": "/examples/hello/v1" });
-    let job = json!({ "domain_id": world["domain_id"], "label": "cli", "tasks": [task] });
+    let job = json!({ "domain_id": dev_server["domain_id"], "label": "cli", "tasks": [task] });
     let job = call(Request::post(format!("{dms}/jobs")).header("authorization", &bearer), &job).await;
     let job = format!("{dms}/jobs/{}", job["job_id"].as_str().expect("an id"));
     let ended = async {
@@ -215,7 +216,7 @@ async fn hello(base: &str, log: impl Fn() -> String) {
 }
 
 #[tokio::test]
-async fn a_node_joins_the_world_of_dev_by_the_lines_it_prints() {
+async fn nodes_join_with_the_lines_dev_prints() {
     let dir = workplace(&[fixtures::hello()]);
     let dev = Cli::new(&["dev", "--no-node", "--port", "0"]).dir(dir.path()).start();
     dev.stdout_line(|line| line == "For development and tests, not for production.").await;
@@ -234,7 +235,7 @@ async fn a_node_joins_the_world_of_dev_by_the_lines_it_prints() {
 }
 
 #[tokio::test]
-async fn dev_is_a_world_with_a_node_in_it() {
+async fn dev_starts_the_dev_server_and_one_node() {
     let dir = workplace(&[fixtures::hello()]);
     let dev = Cli::new(&["dev", "--port", "0"]).dir(dir.path()).set("TMPDIR", dir.path().to_string_lossy()).start();
     dev.stdout_line(|line| line == "For development and tests, not for production.").await;
@@ -244,8 +245,8 @@ async fn dev_is_a_world_with_a_node_in_it() {
     let exports = exports(&dev);
     let base = &exports.iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1;
     hello(base, || dev.log()).await;
-    let world = call(Request::get(format!("{base}/dev/v1/world")), &Value::Null).await;
-    assert_eq!(world["nodes"].as_array().map(Vec::len), Some(1), "{world}");
+    let dev_server = call(Request::get(format!("{base}/dev/v1/world")), &Value::Null).await;
+    assert_eq!(dev_server["nodes"].as_array().map(Vec::len), Some(1), "{dev_server}");
     dev.signal(Signal::INT);
     assert_eq!(dev.wait().await, 0, "{}", dev.log());
     // Logs are for people here, and data is apart from them.
@@ -253,7 +254,7 @@ async fn dev_is_a_world_with_a_node_in_it() {
 }
 
 #[tokio::test]
-async fn submit_finds_the_world_of_dev_and_brings_the_artifact() {
+async fn submit_finds_the_dev_server_and_downloads_artifacts() {
     let dir = workplace(&[fixtures::hello(), fixtures::zoo()]);
     let dev = Cli::new(&["dev", "--port", "0"]).dir(dir.path()).set("TMPDIR", dir.path().to_string_lossy()).start();
     dev.stdout_line(|line| line == "For development and tests, not for production.").await;
@@ -413,7 +414,7 @@ async fn submit_ends_in_its_time_whatever_is_under_way() {
     stopped(&dev).await;
 }
 
-/// The calls a world has seen, by name, with their statuses.
+/// The calls a dev server has seen, by name, with their statuses.
 async fn calls(base: &str) -> Vec<(String, u64)> {
     let seen = call(Request::get(format!("{base}/dev/v1/requests")), &Value::Null).await;
     let seen = seen["requests"].as_array().cloned().unwrap_or_default();
@@ -432,7 +433,7 @@ async fn a_submit_that_ends_early_gives_up_its_upload_and_says_so_in_json() {
     // Larger than one request may be; nothing of it is on the disk.
     let large = std::fs::File::create(dir.path().join("large.bin")).expect("the folder is writable");
     large.set_len(9 * 1024 * 1024).expect("the folder is writable");
-    let (dev, exports) = world(dir.path(), &["--faults", "faults.toml"]).await;
+    let (dev, exports) = dev_server(dir.path(), &["--faults", "faults.toml"]).await;
     let base = &exports.iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1;
     let submit = || {
         let submit = Cli::new(&["submit", "/examples/hello/v1", "-o", "json"]);
@@ -483,16 +484,16 @@ async fn a_submit_that_ends_early_gives_up_its_upload_and_says_so_in_json() {
 /// A dev server without a node that obeys these fault rules, and its address.
 async fn faulty(dir: &Path, faults: &str) -> (Process, String) {
     std::fs::write(dir.join("faults.toml"), faults).expect("the folder is writable");
-    let (dev, exports) = world(dir, &["--faults", "faults.toml"]).await;
+    let (dev, exports) = dev_server(dir, &["--faults", "faults.toml"]).await;
     let base = exports.into_iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1;
     (dev, base)
 }
 
 /// What an author's GET below the dev server's address answers.
 async fn ask(base: &str, path: impl Fn(&Value) -> String) -> Value {
-    let world = call(Request::get(format!("{base}/dev/v1/world")), &Value::Null).await;
-    let bearer = format!("Bearer {}", world["grant"].as_str().expect("a grant"));
-    let request = Request::get(format!("{base}{}", path(&world))).header("authorization", bearer);
+    let dev_server = call(Request::get(format!("{base}/dev/v1/world")), &Value::Null).await;
+    let bearer = format!("Bearer {}", dev_server["grant"].as_str().expect("a grant"));
+    let request = Request::get(format!("{base}{}", path(&dev_server))).header("authorization", bearer);
     call(request.header("accept", "application/json"), &Value::Null).await
 }
 
@@ -575,7 +576,8 @@ async fn submit_retries_transient_errors() {
     assert_eq!(std::fs::read(dir.path().join("brought/outputs/hello.bin")).expect("brought"), b"hello, reader");
     assert_eq!(ended.stderr.matches("; trying again").count(), faults.len(), "{}", ended.stderr);
     assert_eq!(jobs(&base).await.len(), 1, "a repeat creates no second job");
-    let path = |world: &Value| format!("/api/v1/domains/{}/data", world["domain_id"].as_str().expect("an id"));
+    let path =
+        |dev_server: &Value| format!("/api/v1/domains/{}/data", dev_server["domain_id"].as_str().expect("an id"));
     let stored = ask(&base, path).await;
     assert_eq!(stored["data"].as_array().map(Vec::len), Some(2), "one input and one artifact: {stored}");
     stopped(&dev).await;
@@ -585,8 +587,8 @@ async fn submit_retries_transient_errors() {
 async fn submit_repeats_no_lost_job_blindly() {
     let dir = workplace(&[]);
     let (dev, base) = faulty(dir.path(), "[[fault]]\nendpoint = \"jobs\"\nkind = \"lost_answer\"\ncount = 1").await;
-    let world = call(Request::get(format!("{base}/dev/v1/world")), &Value::Null).await;
-    let word = |name: &str| world[name].as_str().expect("text").to_owned();
+    let dev_server = call(Request::get(format!("{base}/dev/v1/world")), &Value::Null).await;
+    let word = |name: &str| dev_server[name].as_str().expect("text").to_owned();
     let (dms, domain, server) = (word("dms"), word("domain_id"), word("domain_server"));
     let submit = Cli::new(&["submit", "/lab/none/v1", "--dms", &dms, "--domain", &domain, "--domain-server", &server]);
     let ended = submit.arg("--token").arg(word("grant")).run().await.expect(75);
@@ -749,7 +751,7 @@ async fn host_panic_blames_no_plugin() {
 #[tokio::test]
 async fn dev_data_in_use_exits_75() {
     let dir = workplace(&[]);
-    let (dev, _) = world(dir.path(), &["--data", "kept"]).await;
+    let (dev, _) = dev_server(dir.path(), &["--data", "kept"]).await;
     let second = Cli::new(&["dev", "--no-node", "--port", "0", "--data", "kept"]).dir(dir.path());
     let ended = second.run().await.expect(75);
     let wanted = "data folder kept is in use by another dev server; stop that one or name another folder";
@@ -811,7 +813,7 @@ async fn on_a_terminal_commands_say_the_same() {
         ("invoke /fixtures/fail/v1", 1, "error: failed: cloud not written"),
         ("config check", 78, "error: REG_SECRET is not set"),
         ("run --set LOG_FORMAT=text", 78, "error: REG_SECRET is not set"),
-        ("submit /a/v1 --dev http://127.0.0.1:9", 75, "error: no world answers at http://127.0.0.1:9"),
+        ("submit /a/v1 --dev http://127.0.0.1:9", 75, "error: no dev server answers at http://127.0.0.1:9"),
     ] {
         let mut terminal = std::process::Command::new("script");
         terminal.args(["-q", "-e", "-c"]).arg(format!("'{binary}' {command}")).arg("/dev/null");
@@ -859,8 +861,8 @@ async fn a_stderr_that_takes_nothing_causes_no_panic() {
     }
 }
 
-/// A world without a node, and the environment it prints for one.
-async fn world(dir: &Path, flags: &[&str]) -> (Process, Vec<(String, String)>) {
+/// A dev server without a node, and the environment it prints for one.
+async fn dev_server(dir: &Path, flags: &[&str]) -> (Process, Vec<(String, String)>) {
     let dev = flags.iter().fold(Cli::new(&["dev", "--no-node", "--port", "0"]), |dev, flag| dev.arg(*flag));
     let dev = dev.dir(dir).start();
     dev.stdout_line(|line| line == "For development and tests, not for production.").await;
@@ -868,7 +870,7 @@ async fn world(dir: &Path, flags: &[&str]) -> (Process, Vec<(String, String)>) {
     (dev, exports)
 }
 
-/// A node of that world.
+/// A node of that dev server.
 fn node(dir: &Path, exports: &[(String, String)], scratch: &str) -> Cli {
     let node = exports.iter().fold(Cli::new(&["run"]).dir(dir), |node, (name, value)| node.set(name, value));
     let node = node.set("STATE_DIR", dir.join(format!("{scratch}-state")).to_string_lossy());
@@ -883,7 +885,7 @@ async fn stopped(process: &Process) {
 #[tokio::test]
 async fn dev_with_strict_identity_refuses_a_second_node_of_one_key() {
     let dir = workplace(&[fixtures::hello()]);
-    let (dev, exports) = world(dir.path(), &["--strict-identity"]).await;
+    let (dev, exports) = dev_server(dir.path(), &["--strict-identity"]).await;
     // One poll, so that no registration meets another.
     let long = [("POLL_BACKOFF_MS_MIN", "60000"), ("POLL_BACKOFF_MS_MAX", "60000")];
     let first = long.iter().fold(node(dir.path(), &exports, "first"), |node, (name, value)| node.set(name, *value));
@@ -934,13 +936,13 @@ async fn dev_with_leases_per_node_answers_busy_beyond_them() {
     let dir = workplace(&[fixtures::noop()]);
     std::fs::write(dir.path().join("plugins.toml"), "[[plugin]]\nfile = \"noop\"\nconfig = { sleep_secs = 1 }\n")
         .expect("the folder is writable");
-    let (dev, exports) = world(dir.path(), &["--leases-per-node", "1"]).await;
+    let (dev, exports) = dev_server(dir.path(), &["--leases-per-node", "1"]).await;
     let base = &exports.iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1;
-    let world = call(Request::get(format!("{base}/dev/v1/world")), &Value::Null).await;
-    let bearer = format!("Bearer {}", world["grant"].as_str().expect("a grant"));
+    let dev_server = call(Request::get(format!("{base}/dev/v1/world")), &Value::Null).await;
+    let bearer = format!("Bearer {}", dev_server["grant"].as_str().expect("a grant"));
     let task = json!({ "label": "one", "stage": "one", "capability": "/examples/noop/v1" });
-    let job = json!({ "domain_id": world["domain_id"], "label": "cli", "tasks": [task, task] });
-    let jobs = format!("{}/jobs", world["dms"].as_str().expect("a URL"));
+    let job = json!({ "domain_id": dev_server["domain_id"], "label": "cli", "tasks": [task, task] });
+    let jobs = format!("{}/jobs", dev_server["dms"].as_str().expect("a URL"));
     call(Request::post(jobs).header("authorization", bearer), &job).await;
     let node = node(dir.path(), &exports, "scratch").set("MAX_CONCURRENCY", "2").start();
     let busy = async {
@@ -964,18 +966,18 @@ async fn dev_with_leases_per_node_answers_busy_beyond_them() {
 async fn dev_keeps_stored_data_in_its_folder_over_a_restart() {
     let dir = workplace(&[fixtures::hello()]);
     for round in 1..=2_usize {
-        let (dev, exports) = world(dir.path(), &["--data", "kept"]).await;
+        let (dev, exports) = dev_server(dir.path(), &["--data", "kept"]).await;
         let base = &exports.iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1;
-        let world = call(Request::get(format!("{base}/dev/v1/world")), &Value::Null).await;
+        let dev_server = call(Request::get(format!("{base}/dev/v1/world")), &Value::Null).await;
         if round == 1 {
             let node = node(dir.path(), &exports, "scratch").start();
             node.stderr_line(|line| line.contains("\"node.leasing\"")).await;
             hello(base, || node.log()).await;
             stopped(&node).await;
         }
-        let (server, domain) = (world["domain_server"].as_str().expect("a URL"), world["domain_id"].as_str());
+        let (server, domain) = (dev_server["domain_server"].as_str().expect("a URL"), dev_server["domain_id"].as_str());
         let list = format!("{}/api/v1/domains/{}/data", server.trim_end_matches('/'), domain.expect("an id"));
-        let bearer = format!("Bearer {}", world["grant"].as_str().expect("a grant"));
+        let bearer = format!("Bearer {}", dev_server["grant"].as_str().expect("a grant"));
         let list = Request::get(list).header("authorization", bearer).header("accept", "application/json");
         let list = call(list, &Value::Null).await;
         assert_eq!(list["data"].as_array().map(Vec::len), Some(1), "round {round}: {list}");

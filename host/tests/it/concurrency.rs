@@ -27,7 +27,7 @@ impl Held {
                     "meta": { "file": files.path().join(n.to_string()) } })
         };
         let tasks: Vec<Value> = (0..tasks).map(task).collect();
-        let job = lab.world.create_job(json!({ "label": "held", "tasks": tasks })).expect("a job");
+        let job = lab.dev_server.create_job(json!({ "label": "held", "tasks": tasks })).expect("a job");
         Self { files, job }
     }
 
@@ -38,12 +38,12 @@ impl Held {
 
     /// Waits for `started` tasks whose runners have begun and `ended` that are over.
     async fn until(&self, lab: &TestServer, node: &TestNode, started: usize, ended: usize) -> Value {
-        let reached = lab.world.job_until(self.job, |job| {
+        let reached = lab.dev_server.job_until(self.job, |job| {
             (running(job), job["tasks_summary"]["completed"].as_u64()) == (started, u64::try_from(ended).ok())
         });
         within(
             "tasks to start and end",
-            || format!("{:#}\n{}", lab.world.job(self.job).unwrap_or_default(), node.log()),
+            || format!("{:#}\n{}", lab.dev_server.job(self.job).unwrap_or_default(), node.log()),
             reached,
         )
         .await
@@ -75,7 +75,7 @@ async fn as_many_tasks_run_at_once_as_there_are_slots_and_never_one_more() {
     for ended in 0..7 {
         let started = 3.min(7 - ended);
         let job = lab
-            .world
+            .dev_server
             .job_until(held.job, |job| running(job) == started && job["tasks_summary"]["completed"] == json!(ended));
         let job = within("the slots to fill", || node.log(), job).await;
         assert_eq!(leased(&job), started);
@@ -130,7 +130,7 @@ async fn a_busy_answer_stops_polling_until_a_lease_ends() {
     for n in 0..3 {
         held.until(&lab, &node, 1, n).await;
         lab.seen(&node, |seen| refused(seen) > n).await;
-        assert_eq!(refused(&lab.world.journal()), n + 1, "one refusal a lease, then the node waits");
+        assert_eq!(refused(&lab.dev_server.journal()), n + 1, "one refusal a lease, then the node waits");
         held.release(n);
     }
     lab.ended(&node, held.job).await.completed();

@@ -454,19 +454,19 @@ async fn a_node_lives_by_its_file_alone() {
              dds = {{ base_url = \"{}\", reg_secret_file = \"secret\", secp256k1_privhex_file = \"key.hex\" }}\n\
              http.bind = \"127.0.0.1:0\"\nstorage.scratch_dir = \"scratch\"\n\
              noop = {{ enabled = true, sleep_secs = 0.01 }}\ntelemetry.log_format = \"text\"\n",
-            lab.world.dms_url(),
-            lab.world.dds_url(),
+            lab.dev_server.dms_url(),
+            lab.dev_server.dds_url(),
         ),
     );
     let cli = Cli::new(&["run", "--plugins"]).arg(plugins.path()).arg("--config").arg(&file).dir(plugins.path());
     let node = cli.start();
     let started = node.stderr_line(|line| line.contains("node started")).await;
     assert!(!started.starts_with('{'), "text, as the file says: {started}");
-    let job = lab.world.create_job(json!({ "label": "it", "tasks": [
+    let job = lab.dev_server.create_job(json!({ "label": "it", "tasks": [
         { "label": "one", "stage": "one", "capability": "/examples/noop/v1", "max_attempts": 1 }
     ] }));
-    let job = job.expect("a job the world takes");
-    let done = lab.world.job_until(job, |view| view["job"]["status"] == "completed");
+    let job = job.expect("a job the dev server takes");
+    let done = lab.dev_server.job_until(job, |view| view["job"]["status"] == "completed");
     within("the end of a job", || node.log(), done).await;
     assert!(files.0.path().join("scratch").is_dir(), "paths in a file are meant from where it lies");
     node.signal(rustix::process::Signal::TERM);

@@ -1,7 +1,7 @@
 //! The node dies at every point of a task's way, as if the power went, and starts again: the plane has
 //! exactly one accepted verdict, every artifact once, and nothing is left on the disk.
 //!
-//! Where the world can hold an answer back while the node is killed, it does. Between two such points
+//! Where the dev server can hold an answer back while the node is killed, it does. Between two such points
 //! the node kills itself (`runner_host::crash`, debug builds only).
 
 use std::{path::PathBuf, time::Duration};
@@ -85,15 +85,15 @@ impl Scene {
 
     /// How many artifacts the domain holds.
     async fn stored(&self) -> usize {
-        let world = &self.lab.world;
-        let url = format!("{}api/v1/domains/{}/data", world.dds_url(), world.domain_id());
+        let dev_server = &self.lab.dev_server;
+        let url = format!("{}api/v1/domains/{}/data", dev_server.dds_url(), dev_server.domain_id());
         let request = Request::get(url)
-            .header("authorization", format!("Bearer {}", world.grant()))
+            .header("authorization", format!("Bearer {}", dev_server.grant()))
             .header("accept", "application/json")
             .body(transport::full(""))
             .expect("a request");
         let answer =
-            Client::new(transport::Config::default()).send(request, PATIENCE).await.expect("the world answers");
+            Client::new(transport::Config::default()).send(request, PATIENCE).await.expect("the dev server answers");
         let body = answer.into_body().collect().await.expect("a whole body").to_bytes();
         let value: Value = serde_json::from_slice(&body).unwrap_or_else(|err| panic!("{err}: {body:?}"));
         let all = value["data"].as_array().or(value.as_array()).expect("a list of data");

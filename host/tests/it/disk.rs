@@ -206,7 +206,7 @@ async fn below_the_floor_nothing_is_leased_and_above_it_leasing_goes_on() {
     let disk = node.status().await["disk"].clone();
     assert_eq!((&disk["full"], &disk["floor_bytes"]), (&json!(true), &json!(floor)));
     assert!(disk["free_bytes"].as_u64().is_some_and(|free| free < floor), "{disk}");
-    let leased = |lab: &TestServer| lab.world.journal().iter().any(|seen| seen.path.ends_with("/tasks"));
+    let leased = |lab: &TestServer| lab.dev_server.journal().iter().any(|seen| seen.path.ends_with("/tasks"));
     assert!(!leased(&lab), "not one poll");
     std::fs::remove_file(&filler).expect("ours");
     lab.ended(&node, job).await.completed();
@@ -238,7 +238,7 @@ async fn a_disk_that_fills_up_under_a_transfer_is_a_storage_failure_and_leaves_n
     node.page_until("/status.json", |page| page.1["tasks"] == json!({})).await;
     let left: Vec<PathBuf> = node.scratch().into_iter().filter(|path| !is_own(path)).collect();
     assert!(left.is_empty(), "{left:#?}");
-    assert_eq!(lab.world.open_uploads(), 0);
+    assert_eq!(lab.dev_server.open_uploads(), 0);
     lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
 }
 

@@ -117,7 +117,7 @@ async fn a_lease_for_a_capability_nobody_serves_is_refused_by_name() {
 /// Nothing was said of the end of any task.
 fn assert_silence(lab: &TestServer) {
     let told: Vec<_> = lab
-        .world
+        .dev_server
         .journal()
         .into_iter()
         .filter(|seen| seen.path.ends_with("/complete") || seen.path.ends_with("/fail"))
@@ -131,7 +131,7 @@ async fn a_cancelled_job_stops_its_runner_and_nothing_is_reported() {
     let node = lab.joined(&[fixtures::zoo()]).await;
     let job = lab.task("/fixtures/slow/v1").submit();
     lab.started(&node, job).await;
-    assert!(lab.world.cancel_job(job));
+    assert!(lab.dev_server.cancel_job(job));
     let ended = lab.ended(&node, job).await;
     assert_eq!(ended.status(), "canceled");
     let line = node.says_ended("none").await;
@@ -147,7 +147,7 @@ async fn a_cancel_shows_in_the_flag_that_a_runner_asks_without_waiting() {
     let node = lab.joined(&[fixtures::zoo()]).await;
     let job = lab.task("/fixtures/polls-cancel/v1").submit();
     lab.started(&node, job).await;
-    assert!(lab.world.cancel_job(job));
+    assert!(lab.dev_server.cancel_job(job));
     let line = node.says_text("flag seen").await;
     assert!(line.to_string().contains("Plane"), "{line}");
     assert_eq!(lab.ended(&node, job).await.status(), "canceled");

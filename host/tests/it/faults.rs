@@ -43,7 +43,7 @@ async fn address(dev: &Process) -> String {
 }
 
 #[tokio::test]
-async fn a_task_ends_well_in_spite_of_faults_and_the_world_tells_what_it_did() {
+async fn tasks_complete_despite_faults_and_the_journal_shows_them() {
     let dir = workplace(
         "seed = 5
         [[fault]]\nname = \"busy\"\nendpoint = \"lease\"\nkind = \"status\"\ncode = 503\ncount = 2
@@ -59,7 +59,8 @@ async fn a_task_ends_well_in_spite_of_faults_and_the_world_tells_what_it_did() {
     dev.stderr_line(struck("busy")).await;
     dev.stderr_line(struck("not heard")).await;
     let request = Request::get(format!("{address}/dev/v1/requests")).body(transport::full("")).expect("a request");
-    let answer = Client::new(transport::Config::default()).call(request, PATIENCE).await.expect("the world answers");
+    let answer =
+        Client::new(transport::Config::default()).call(request, PATIENCE).await.expect("the dev server answers");
     let requests: Value = answer.json().expect("JSON");
     let seen = |endpoint: &str, fault: Value| {
         let all = requests["requests"].as_array().expect("a list").iter();
@@ -128,8 +129,8 @@ async fn a_node_does_its_work_under_every_example() {
         }
         node.stop().await;
         // What is asked from here on is not what the rules are for.
-        lab.world.set_faults(Faults::default());
-        let left = (lab.stored().await, lab.world.open_uploads(), node.scratch());
+        lab.dev_server.set_faults(Faults::default());
+        let left = (lab.stored().await, lab.dev_server.open_uploads(), node.scratch());
         assert_eq!(left, (4, 0, Vec::new()), "{}: items, open uploads, files", file.display());
     });
     futures_util::future::join_all(run).await;

@@ -28,7 +28,7 @@ async fn burnt_cores_and_a_process_that_runs_a_tenth_of_the_time_lose_no_lease()
     let ended = lab.ended(&node, job).await;
     assert_eq!(ended.completed().task()["attempts"], 1, "the lease lived through all of it");
     assert!(node.said("lease.lost").is_empty(), "{}", node.log());
-    let beats = lab.world.journal().iter().filter(|seen| seen.path.ends_with("/heartbeat")).count();
+    let beats = lab.dev_server.journal().iter().filter(|seen| seen.path.ends_with("/heartbeat")).count();
     assert!((20..=120).contains(&beats), "{beats} heartbeats in ten lengths");
 }
 
@@ -43,19 +43,19 @@ async fn silent_after_a_stop(capability: &str) {
     // The plane takes the task back meanwhile; it has no second attempt.
     let over = lab.task_until(&node, job, |task| task["status"] == "failed").await;
     tokio::time::sleep((LEASE * 2).saturating_sub(frozen.elapsed())).await;
-    let before = lab.world.journal().len();
+    let before = lab.dev_server.journal().len();
     node.thaw();
     let line = node.says_ended("none").await;
     assert_eq!(line["outcome"], "lease-lost", "{line}");
     // A task of its own proves that the node is back, and that what it sends is seen.
     lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
     let id = task["id"].as_str().expect("an id");
-    let journal = lab.world.journal();
+    let journal = lab.dev_server.journal();
     let data = |path: &str| path.contains("/domains/") || path.ends_with("/info");
     let late: Vec<_> = journal[before..].iter().filter(|seen| seen.path.contains(id) || data(&seen.path)).collect();
     assert!(late.is_empty(), "{late:#?}");
     assert_eq!(over["attempts"], 1);
-    assert_eq!(lab.world.job(job).map(|job| job["job"]["status"].clone()), Some(Value::from("failed")));
+    assert_eq!(lab.dev_server.job(job).map(|job| job["job"]["status"].clone()), Some(Value::from("failed")));
 }
 
 #[tokio::test]

@@ -36,9 +36,9 @@ async fn every_form_of_an_input_brings_the_same_file() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let name = "dmt_2025-06-01_08-30-00";
-    let one = lab.world.put_data(name, "dmt_frames_csv", b"frames").await.expect("stored");
-    let two = lab.world.put_data(name, "dmt_gyro_csv", b"gyro").await.expect("stored");
-    let data = format!("{}api/v1/domains/{}/data", lab.world.dds_url(), lab.world.domain_id());
+    let one = lab.dev_server.put_data(name, "dmt_frames_csv", b"frames").await.expect("stored");
+    let two = lab.dev_server.put_data(name, "dmt_gyro_csv", b"gyro").await.expect("stored");
+    let data = format!("{}api/v1/domains/{}/data", lab.dev_server.dds_url(), lab.dev_server.domain_id());
     let path = url::Url::parse(&data).expect("a URL").path().to_owned();
     let forms = [
         one.to_string(),
@@ -102,10 +102,10 @@ async fn tasks_at_once_see_their_own_inputs_and_outputs_only() {
 async fn inputs_of_other_servers_and_whole_domains_are_refused() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
-    let own = lab.world.dds_url().to_string();
+    let own = lab.dev_server.dds_url().to_string();
     for (cid, text) in [
         ("https://elsewhere.example/api/v1/domains/d/data/x".to_owned(), "the lease's domain server is"),
-        (format!("{own}api/v1/domains/{}/data", lab.world.domain_id()), "which would fetch a whole domain"),
+        (format!("{own}api/v1/domains/{}/data", lab.dev_server.domain_id()), "which would fetch a whole domain"),
     ] {
         let ended = lab.ended(&node, lab.task("/fixtures/inputs/v1").set("inputs_cids", json!([cid])).submit()).await;
         let (reason, _) = ended.failed();

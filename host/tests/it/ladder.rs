@@ -26,7 +26,7 @@ const NEVER: &str = "/never";
 async fn ignored(lab: &TestServer, node: &TestNode, file: impl AsRef<Path>) -> Uuid {
     let job = lab.task("/fixtures/ignores-cancel/v1").meta(json!({ "file": file.as_ref() })).submit();
     lab.started(node, job).await;
-    assert!(lab.world.cancel_job(job));
+    assert!(lab.dev_server.cancel_job(job));
     job
 }
 
@@ -73,7 +73,7 @@ async fn late_return_of_a_stuck_runner_is_logged() {
     node.says(GIVEN_UP).await;
     std::fs::write(&file, "").expect("the folder is writable");
     let line = node.says("runner.returned_late").await;
-    let task = lab.world.job(job).expect("a job")["tasks"][0]["id"].clone();
+    let task = lab.dev_server.job(job).expect("a job")["tasks"][0]["id"].clone();
     assert_eq!((&line["plugin"], &line["task_id"]), (&json!("zoo"), &task), "{line}");
     assert!(line["late_ms"].is_u64(), "{line}");
     lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
@@ -104,8 +104,8 @@ async fn three_stuck_runners_put_a_plugin_out_of_service() {
     // The node registers what is left, and its other plugins go on.
     lab.seen(&node, |seen| seen.iter().filter(|seen| seen.path.contains("/nodes/register")).count() >= 2).await;
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
-    lab.world.node_online("/examples/hello/v1").await;
-    let still = lab.world.node_online("/fixtures/ok/v1").now_or_never();
+    lab.dev_server.node_online("/examples/hello/v1").await;
+    let still = lab.dev_server.node_online("/fixtures/ok/v1").now_or_never();
     assert_eq!(still, None, "the node still offers a plugin that is out of service");
     node.stop().await;
 }
@@ -136,7 +136,7 @@ async fn waiting_lease_fails_when_its_plugin_goes_out() {
     for (number, job) in jobs.into_iter().enumerate() {
         // The third one puts the plugin out of service. The others must run before that.
         node.page_until("/status.json", wait(3 - number)).await;
-        assert!(lab.world.cancel_job(job));
+        assert!(lab.dev_server.cancel_job(job));
     }
     node.says("plugin.out_of_service").await;
     std::fs::write(&file, "").expect("the folder is writable");
@@ -167,11 +167,11 @@ async fn waiting_loop_occupies_no_core_and_sees_its_cancel() {
     let (began, before) = (Instant::now(), node.processor_time());
     // Two more heartbeats take at least a second.
     let beats = |seen: &[Seen]| seen.iter().filter(|seen| seen.path.ends_with("/heartbeat")).count();
-    let sent = beats(&lab.world.journal());
+    let sent = beats(&lab.dev_server.journal());
     lab.seen(&node, |seen| beats(seen) >= sent + 2).await;
     let (took, used) = (began.elapsed(), node.processor_time() - before);
     assert!(used < took.mul_f64(0.4), "{used:?} of processor time in {took:?}");
-    assert!(lab.world.cancel_job(job));
+    assert!(lab.dev_server.cancel_job(job));
     let line = node.says_ended("none").await;
     assert_eq!(line["outcome"], "cancelled", "{line}");
 }

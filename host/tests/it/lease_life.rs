@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use runner_host::dev::{Config, World};
+use runner_host::dev::{Config, DevServer};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -37,7 +37,7 @@ async fn heartbeats_keep_a_task_for_several_lengths_of_its_lease() {
     release(&files);
     let ended = lab.ended(&node, job).await;
     assert_eq!(ended.completed().task()["attempts"], 1);
-    let beats = lab.world.journal().iter().filter(|seen| seen.path.ends_with("/heartbeat")).count();
+    let beats = lab.dev_server.journal().iter().filter(|seen| seen.path.ends_with("/heartbeat")).count();
     assert!((7..=60).contains(&beats), "{beats} heartbeats in three lengths");
 }
 
@@ -71,7 +71,7 @@ async fn a_token_turned_during_a_task_serves_its_later_upload() {
     gate.cancel();
     let ended = lab.ended(&node, job).await;
     assert_eq!(lab.artifact(ended.completed(), "echo-0.bin").await, b"held back");
-    let refused = lab.world.journal().into_iter().find(|seen| seen.status == 401);
+    let refused = lab.dev_server.journal().into_iter().find(|seen| seen.status == 401);
     assert_eq!(refused, None, "no call went out with a replaced token");
 }
 
@@ -101,7 +101,7 @@ async fn what_a_runner_says_is_bounded_with_a_typed_error_and_what_was_taken_arr
     assert!(many.starts_with("Limit: too many events wait for the control plane (1024 events"), "{many}");
     // The set-up heartbeat may have carried the first ones, which still wait for its answer.
     assert_eq!(seen["taken"], 1024);
-    // The world remembers the last ones.
+    // The dev server remembers the last ones.
     let events = ended.task()["meta"]["events"].as_array().expect("a list");
     let numbers: Vec<Option<u64>> = events.iter().map(|event| event["n"].as_u64()).collect();
     let wanted: Vec<Option<u64>> = (1024 - events.len() as u64..1024).map(Some).collect();
@@ -157,7 +157,7 @@ async fn a_domain_token_that_ends_long_before_its_lease_is_turned_in_time() {
     let job = lab.task("/fixtures/wait-file/v1").meta(meta).submit();
     lab.started(&node, job).await;
     let beats = |seen: &[runner_host::dev::Seen]| seen.iter().filter(|seen| seen.path.ends_with("/heartbeat")).count();
-    let (began, before) = (std::time::Instant::now(), beats(&lab.world.journal()));
+    let (began, before) = (std::time::Instant::now(), beats(&lab.dev_server.journal()));
     lab.seen(&node, |seen| beats(seen) >= before + 2).await;
     assert!(began.elapsed() < Duration::from_secs(5), "a lease of a minute alone asks for one in 15 s");
     release(&files);
@@ -189,9 +189,9 @@ async fn a_refused_domain_token_is_replaced_by_a_heartbeat_asked_for_at_once() {
     gate.cancel();
     let ended = lab.ended(&node, job).await;
     assert_eq!(lab.artifact(ended.completed(), "echo-0.bin").await, b"held back");
-    let refused = lab.world.journal().into_iter().filter(|seen| seen.status == 401).count();
+    let refused = lab.dev_server.journal().into_iter().filter(|seen| seen.status == 401).count();
     assert_eq!(refused, 1, "one refusal, then the newer token");
-    assert!(rubbish.count("POST /v1/tasks/*/heartbeat") <= 4, "{:#?}", lab.world.journal());
+    assert!(rubbish.count("POST /v1/tasks/*/heartbeat") <= 4, "{:#?}", lab.dev_server.journal());
 }
 
 #[tokio::test]
@@ -219,9 +219,9 @@ async fn the_report_follows_a_task_renamed_by_any_heartbeat() {
     let other = "11111111-2222-4333-8444-555555555555";
     let job = lab.task("/fixtures/wait-file/v1").meta(meta).submit();
     lab.started(&node, job).await;
-    let old = lab.world.job(job).expect("a job")["tasks"][0]["id"].clone();
+    let old = lab.dev_server.job(job).expect("a job")["tasks"][0]["id"].clone();
     let old = old.as_str().expect("an id");
-    // Calls for the new name are answered here: the world knows the task by its old one.
+    // Calls for the new name are answered here: the dev server knows the task by its old one.
     rubbish.answer(&format!("POST /v1/tasks/{other}/heartbeat"), usize::MAX, Bad::Json(json!({})));
     rubbish.answer(&format!("POST /v1/tasks/{other}/complete"), 1, Bad::Json(json!({})));
     rubbish.answer(&format!("POST /v1/tasks/{old}/heartbeat"), usize::MAX, Bad::Json(json!({ "task_id": other })));
@@ -294,19 +294,20 @@ async fn a_lease_the_plane_forgot_is_dropped_without_a_report() {
 }
 
 #[tokio::test]
-async fn a_restarted_world_gets_its_node_back_by_itself() {
+async fn nodes_rejoin_a_restarted_dev_server() {
     let lab = TestServer::with(|config| config.lease_ttl = LEASE).await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let job = lab.task("/fixtures/slow/v1").submit();
     lab.started(&node, job).await;
-    let bind = lab.world.address();
-    lab.world.stop().await;
-    let world = World::start(Config { bind, lease_ttl: LEASE, ..Config::default() }).await.expect("the port is free");
-    let lab = TestServer::around(world);
+    let bind = lab.dev_server.address();
+    lab.dev_server.stop().await;
+    let dev_server =
+        DevServer::start(Config { bind, lease_ttl: LEASE, ..Config::default() }).await.expect("the port is free");
+    let lab = TestServer::around(dev_server);
     let line = node.says_ended("none").await;
     assert_eq!(line["outcome"], "lease-lost", "{line}");
     lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
-    let strangers = lab.world.journal().into_iter().filter(|seen| seen.path.ends_with("/fail")).count();
+    let strangers = lab.dev_server.journal().into_iter().filter(|seen| seen.path.ends_with("/fail")).count();
     assert_eq!(strangers, 0, "nothing is reported of a lease of another life");
 }
 
@@ -343,7 +344,7 @@ async fn node_tokens_are_renewed_before_they_end() {
     assert!(five < jiff::SignedDuration::from_secs(5), "at three quarters, as usual, they take 7.5 s: {five:?}");
     release(&files);
     lab.ended(&node, job).await.completed();
-    let refused = lab.world.journal().into_iter().find(|seen| seen.status == 401);
+    let refused = lab.dev_server.journal().into_iter().find(|seen| seen.status == 401);
     assert_eq!(refused, None, "no call went out with an expired token");
 }
 
@@ -354,7 +355,7 @@ async fn polls_of_a_node_without_work_are_few() {
     let node = node.leasing().await;
     let polls = |seen: &[runner_host::dev::Seen]| seen.iter().filter(|seen| seen.path == "/v1/tasks").count();
     lab.seen(&node, |seen| polls(seen) >= 1).await;
-    let (began, before) = (std::time::Instant::now(), polls(&lab.world.journal()));
+    let (began, before) = (std::time::Instant::now(), polls(&lab.dev_server.journal()));
     lab.seen(&node, |seen| polls(seen) >= before + 5).await;
     assert!(began.elapsed() >= Duration::from_millis(400), "{:?} for five pauses", began.elapsed());
 }

@@ -30,7 +30,7 @@ async fn hello_reads_its_input_and_publishes_its_greeting() {
     assert_eq!(
         *ended.receipt(),
         json!({
-            "job": { "task_id": task, "job_id": job, "domain_id": lab.world.domain_id(),
+            "job": { "task_id": task, "job_id": job, "domain_id": lab.dev_server.domain_id(),
                      "capability": "/examples/hello/v1" },
             "artifacts": [{ "logical_path": "greetings/outputs/hello.bin", "data_type": "bin_data", "id": stored,
                             "name": format!("greetings_outputs_hello_bin_{task}") }],
@@ -40,7 +40,7 @@ async fn hello_reads_its_input_and_publishes_its_greeting() {
     assert_eq!(ended.task()["meta"]["progress"], json!({ "status": "finished" }));
     assert_eq!(ended.task()["meta"]["events"], json!([{ "level": "info", "message": "greeted", "bytes": 5 }]));
     // What the plane says to the first heartbeat counts before anything is fetched.
-    let journal = lab.world.journal();
+    let journal = lab.dev_server.journal();
     let first = |part: &str| journal.iter().position(|seen| seen.path.contains(part)).expect("it was asked");
     assert!(first("/heartbeat") < first("/api/v1/domains/"), "{journal:#?}");
     node.stop().await;
@@ -67,7 +67,8 @@ async fn echoed(capability: &str, sizes: [usize; 3]) {
         assert!(back == pattern(size), "{capability} of {size} bytes came back as {}", back.len());
     }
     // The large one travelled in parts.
-    let puts = lab.world.journal().into_iter().filter(|seen| seen.method == "PUT" && seen.path.ends_with("multipart"));
+    let puts =
+        lab.dev_server.journal().into_iter().filter(|seen| seen.method == "PUT" && seen.path.ends_with("multipart"));
     assert!(puts.count() >= 6, "5 MiB and 7 bytes are six parts");
 }
 
@@ -95,10 +96,10 @@ async fn every_capability_of_every_plugin_is_served_in_turn() {
     assert!(served.is_sorted() && served.len() > 20, "{served:?}");
     // The first has a long queue; the last shall not wait for its end.
     let many: Vec<Value> = (0..40).map(|n| task("/fixtures/ok/v1", n)).collect();
-    let many = lab.world.create_job(json!({ "label": "many", "tasks": many })).expect("a job");
+    let many = lab.dev_server.create_job(json!({ "label": "many", "tasks": many })).expect("a job");
     let one = lab.task("/examples/hello/v1").submit();
     lab.ended(&node, one).await.completed();
-    let left = lab.world.job(many).expect("a job")["tasks_summary"]["queued"].clone();
+    let left = lab.dev_server.job(many).expect("a job")["tasks_summary"]["queued"].clone();
     assert!(left.as_u64() > Some(0), "the other capability was served before the queue ended: {left}");
     lab.ended(&node, many).await.completed();
 }
@@ -113,7 +114,7 @@ async fn a_storm_of_progress_is_gathered_and_events_arrive_once_and_in_order() {
     let node = lab.node(&[fixtures::zoo()]).set("HEARTBEAT_JITTER_MS", "100").leasing().await;
     let ended = lab.run(&node, "/fixtures/progress-storm/v1", json!({ "count": 500 })).await;
     assert_eq!(ended.completed().task()["meta"]["progress"], json!({ "n": 500 }));
-    let beats = lab.world.journal().iter().filter(|seen| seen.path.ends_with("/heartbeat")).count();
+    let beats = lab.dev_server.journal().iter().filter(|seen| seen.path.ends_with("/heartbeat")).count();
     assert!(beats < 50, "{beats} heartbeats for 500 reports");
     let ended = lab.run(&node, "/fixtures/events/v1", json!({ "count": 40 })).await;
     let wanted: Vec<Value> = (1..=40).map(|n| json!({ "n": n })).collect();
@@ -169,7 +170,7 @@ async fn a_runner_sees_its_lease_with_unknown_fields_and_without_tokens() {
 async fn inputs_on_disk_come_with_what_is_known_of_them() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
-    let id = lab.world.put_data("scan_2025-06-01_08-30-00", "dmt_manifest_json", b"{}").await.expect("stored");
+    let id = lab.dev_server.put_data("scan_2025-06-01_08-30-00", "dmt_manifest_json", b"{}").await.expect("stored");
     let ended = lab.ended(&node, lab.task("/fixtures/inputs/v1").inputs(&[id]).submit()).await;
     let seen = lab.artifact(ended.completed(), "inputs.json").await;
     let seen: Value = serde_json::from_slice(&seen).expect("JSON");
@@ -233,7 +234,7 @@ async fn many_tasks_are_each_done_and_reported_once() {
         lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "8").leasing().await,
     ];
     let tasks: Vec<Value> = (0..300).map(|n| task("/fixtures/ok/v1", n)).collect();
-    let job = lab.world.create_job(json!({ "label": "many", "tasks": tasks })).expect("a job");
+    let job = lab.dev_server.create_job(json!({ "label": "many", "tasks": tasks })).expect("a job");
     let ended = lab.ended(&nodes[0], job).await;
     ended.completed();
     let receipts = ended.0["receipts"].as_array().expect("receipts");
@@ -246,7 +247,7 @@ async fn many_tasks_are_each_done_and_reported_once() {
         let calm = |line: &Value| !loud(line) || line["event"] == "plugin.slow";
         assert!(node.lines().iter().all(calm), "{}", node.log());
     }
-    let reports = lab.world.journal().into_iter().filter(|seen| seen.path.ends_with("/complete")).count();
+    let reports = lab.dev_server.journal().into_iter().filter(|seen| seen.path.ends_with("/complete")).count();
     assert_eq!(reports, 300);
 }
 
@@ -258,10 +259,10 @@ async fn a_task_that_does_nothing_costs_three_requests_and_no_connection() {
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
     let tasks: Vec<Value> = (0..TASKS).map(|n| task("/fixtures/ok/v1", n)).collect();
-    let job = lab.world.create_job(json!({ "label": "many", "tasks": tasks })).expect("a job");
+    let job = lab.dev_server.create_job(json!({ "label": "many", "tasks": tasks })).expect("a job");
     lab.ended(&node, job).await.completed();
     node.stop().await;
-    let journal = lab.world.journal();
+    let journal = lab.dev_server.journal();
     let about_tasks = journal.iter().filter(|seen| seen.path.starts_with("/v1/tasks") && seen.status != 204).count();
     assert!((2 * TASKS..=3 * TASKS).contains(&about_tasks), "{about_tasks} requests for {TASKS} tasks");
     // At once there are the requests of the running task, of the one before it, a poll and a login at most.
@@ -284,10 +285,10 @@ async fn a_domain_server_that_is_not_allowed_gets_no_token() {
     let ended = lab.run(&node, "/examples/hello/v1", json!({})).await;
     let reason = ended.failed().0;
     assert!(reason.contains("domain server 127.0.0.1 is not in DOMAIN_HOSTS; add it there to allow it"), "{reason}");
-    let asked = lab.world.journal().into_iter().any(|seen| seen.path.contains("/domains/"));
+    let asked = lab.dev_server.journal().into_iter().any(|seen| seen.path.contains("/domains/"));
     assert!(!asked, "nothing was sent there");
     node.stop().await;
-    let host = lab.world.address().to_string();
+    let host = lab.dev_server.address().to_string();
     let node = lab.node(&[fixtures::hello()]).set("DOMAIN_HOSTS", host).leasing().await;
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
 }

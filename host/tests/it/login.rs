@@ -138,7 +138,7 @@ async fn revoked_tokens_cost_one_second_and_no_report() {
     let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
     let rule = |skip| format!("[[fault]]\nendpoint = \"lease\"\nkind = \"revoke_token\"\ncount = 1\nskip = {skip}\n\n");
     let rules: String = (1..=6).map(|n| rule(n * 10)).collect();
-    lab.world.set_faults(Faults::parse(&rules).expect("sound rules"));
+    lab.dev_server.set_faults(Faults::parse(&rules).expect("sound rules"));
     let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "4").set("TOKEN_REAUTH_JITTER_MS", "200");
     let node = node.leasing().await;
     let submit = || lab.task("/fixtures/ignores-cancel/v1").meta(json!({ "sleep_ms": 20 })).submit();

@@ -1,4 +1,4 @@
-//! The integration tests: the real binary, the real embedded world over loopback, real plugins.
+//! The integration tests: the real binary, the real dev server over loopback, real plugins.
 //!
 //! A module per promise; what they stand on is in [`harness`].
 

@@ -24,9 +24,9 @@ async fn waiting(node: &TestNode, count: usize) -> Value {
     node.page_until("/status.json", |page| waits(&page.1)).await.1
 }
 
-/// How often the world has accepted a report.
+/// How often the dev server has accepted a report.
 fn accepted(lab: &TestServer) -> usize {
-    let journal = lab.world.journal();
+    let journal = lab.dev_server.journal();
     journal.iter().filter(|seen| seen.path.ends_with("/complete") && seen.status == 200).count()
 }
 
@@ -228,7 +228,7 @@ async fn a_waiting_report_follows_its_task_when_a_heartbeat_renames_it() {
     let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(1)).await;
     let rubbish = Rubbish::before(&lab).await;
     let complete = format!("POST /v1/tasks/{other}/complete");
-    // Calls for the new name are answered here: the world knows the task by its old one.
+    // Calls for the new name are answered here: the dev server knows the task by its old one.
     rubbish.answer(&complete, 1, Bad::Json(json!({})));
     rubbish.answer(&format!("POST /v1/tasks/{other}/heartbeat"), usize::MAX, Bad::Json(json!({})));
     rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
@@ -293,7 +293,7 @@ async fn a_full_outbox_pauses_leasing_until_there_is_room() {
     let wanted = (503, json!({ "ready": false, "reason": reason }));
     node.page_until("/ready", |page| *page == wanted).await;
     assert_eq!(node.status().await["outbox"]["full"], true);
-    assert_eq!(lab.world.job(jobs[2]).expect("a job")["job"]["status"], "pending", "nothing new is leased");
+    assert_eq!(lab.dev_server.job(jobs[2]).expect("a job")["job"]["status"], "pending", "nothing new is leased");
     rubbish.heal();
     for job in jobs {
         lab.ended(&node, job).await.completed();
@@ -547,7 +547,7 @@ async fn while_reports_cannot_be_written_nothing_is_leased_and_none_is_called_sa
     let second = lab.task("/fixtures/ok/v1").submit();
     // The pause after a report that failed is longer than several between two polls.
     rubbish.seen(COMPLETE, rubbish.count(COMPLETE) + 2).await;
-    assert_eq!(lab.world.job(second).expect("a job")["job"]["status"], "pending", "nothing new is leased");
+    assert_eq!(lab.dev_server.job(second).expect("a job")["job"]["status"], "pending", "nothing new is leased");
     std::fs::remove_file(&state).expect("removed");
     // That is found by itself, and then the second task.
     node.says("outbox.writable").await;
@@ -559,7 +559,7 @@ async fn while_reports_cannot_be_written_nothing_is_leased_and_none_is_called_sa
     assert_eq!(node.wait().await, 75, "{}", node.log());
     let lost = node.said("outbox.reports_lost");
     assert_eq!((&lost[0]["level"], &lost[0]["lost"]), (&json!("ERROR"), &json!(2)), "{lost:?}");
-    let tasks = [first, second].map(|job| lab.world.job(job).expect("a job")["tasks"][0]["id"].clone());
+    let tasks = [first, second].map(|job| lab.dev_server.job(job).expect("a job")["tasks"][0]["id"].clone());
     assert_eq!(lost[0]["tasks"], tasks.map(|id| id.as_str().expect("an id").to_owned()).join(" "));
     assert!(node.said("outbox.reports_left").is_empty(), "{}", node.log());
 }

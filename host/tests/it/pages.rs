@@ -130,7 +130,7 @@ async fn the_status_page_tells_what_runs_what_ended_and_what_is_loaded() {
     assert_eq!((&shown["capability"], &shown["state"]), (&json!("/fixtures/wait-file/v1"), &json!("running")));
     assert_eq!(shown["job_id"], json!(job));
     assert_eq!((&shown["plugin"], &shown["attempt"]), (&json!("zoo"), &json!(1)));
-    assert_eq!(shown["domain_id"], json!(lab.world.domain_id()));
+    assert_eq!(shown["domain_id"], json!(lab.dev_server.domain_id()));
     let at = |key: &str| shown[key].as_str().and_then(|text| text.parse::<jiff::Timestamp>().ok());
     let now = jiff::Timestamp::now();
     assert!(
@@ -162,7 +162,7 @@ async fn a_domain_that_comes_with_the_set_up_heartbeat_is_shown_and_logged() {
     let job = lab.task("/fixtures/wait-file/v1").meta(json!({ "file": go })).submit();
     let task = lab.started(&node, job).await;
     let id = task["id"].as_str().expect("an id");
-    let (domain, status) = (json!(lab.world.domain_id()), node.status().await);
+    let (domain, status) = (json!(lab.dev_server.domain_id()), node.status().await);
     assert_eq!(status["tasks"][id]["domain_id"], domain, "{status:#}");
     std::fs::write(&go, "").expect("the folder is writable");
     lab.ended(&node, job).await.completed();

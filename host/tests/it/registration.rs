@@ -285,7 +285,7 @@ async fn unknown_node_registers_again() {
         let node = rubbish.node(&[fixtures::hello()]);
         let node = if by_url { node.reachable() } else { node }.leasing().await;
         let wallet = node.status().await["node"].as_str().expect("an address").to_owned();
-        assert!(lab.world.forget_wallet(&wallet));
+        assert!(lab.dev_server.forget_wallet(&wallet));
         lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
         assert_eq!(rubbish.count(if by_url { BY_URL } else { WALLET }), 2);
         assert_eq!(node.said("registration.lost").len(), 1);

@@ -153,7 +153,7 @@ async fn tasks_of_every_end_and_refused_reports_show_no_secret() {
     let job = lab.task("/examples/hello/v1").submit();
     rubbish.seen(complete, 3).await;
     rubbish.seen(VERIFY, 2).await;
-    lab.world.cancel_job(job);
+    lab.dev_server.cancel_job(job);
     node.stop().await;
 }
 

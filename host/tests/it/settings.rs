@@ -17,7 +17,7 @@ const VERIFY: &str = "POST /internal/v1/auth/siwe/verify";
 
 /// When the heartbeats so far arrived.
 fn beats(lab: &TestServer) -> Vec<Timestamp> {
-    lab.world.journal().iter().filter(|seen| seen.path.ends_with("/heartbeat")).map(|seen| seen.at).collect()
+    lab.dev_server.journal().iter().filter(|seen| seen.path.ends_with("/heartbeat")).map(|seen| seen.at).collect()
 }
 
 /// Waits for so many heartbeats; the time from the `from`th of them to the last.
@@ -109,7 +109,7 @@ async fn the_noop_is_there_by_a_switch_sleeps_as_long_as_was_set_and_heeds_a_can
     let node = listed(&plugins).set("ENABLE_NOOP", "true").set("NOOP_SLEEP_SECS", "3600").leasing().await;
     let job = lab.task(NOOP).submit();
     lab.task_until(&node, job, |task: &Value| task["status"] == "running").await;
-    assert!(lab.world.cancel_job(job));
+    assert!(lab.dev_server.cancel_job(job));
     let line = node.says_ended("none").await;
     assert_eq!(line["outcome"], "cancelled", "{line}");
     node.stop().await;

@@ -57,7 +57,7 @@ async fn a_signal_before_the_start_is_over_ends_a_node_that_has_spoken_to_nobody
     crate::harness::within("a plugin to be opened", || node.log(), opened).await;
     node.term();
     ends_promptly(&node, 0).await;
-    assert!(lab.world.journal().is_empty(), "{:?}", lab.world.journal());
+    assert!(lab.dev_server.journal().is_empty(), "{:?}", lab.dev_server.journal());
     assert_nothing_left(&node);
 }
 
@@ -78,7 +78,7 @@ async fn a_signal_lets_a_running_task_finish_and_leases_nothing_more() {
     std::fs::write(&file, "").expect("the folder is writable");
     ends_promptly(&node, 0).await;
     lab.ended(&node, job).await.completed();
-    assert_eq!(lab.world.job(late).expect("a job")["job"]["status"], "pending", "nothing new is leased");
+    assert_eq!(lab.dev_server.job(late).expect("a job")["job"]["status"], "pending", "nothing new is leased");
     assert_nothing_left(&node);
 }
 
@@ -221,7 +221,7 @@ async fn a_killed_node_leaves_nothing_that_the_next_one_does_not_sweep() {
     // The plane gives the task to the next node once the lease has run out.
     let next = lab.node(&[fixtures::zoo()]).set("SCRATCH_DIR", node.scratch_dir().to_string_lossy()).leasing().await;
     lab.task_until(&next, job, |task| task["attempts"] == 2 && task["meta"]["progress"]["started"] == true).await;
-    assert!(lab.world.cancel_job(job));
+    assert!(lab.dev_server.cancel_job(job));
     assert_eq!(lab.ended(&next, job).await.status(), "canceled");
     next.stop().await;
     assert_nothing_left(&node);

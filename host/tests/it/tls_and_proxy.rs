@@ -86,7 +86,7 @@ async fn proxy_errors_hide_the_password() {
 #[tokio::test]
 async fn plain_http_uses_the_proxy_except_for_loopback() {
     let lab = TestServer::start().await;
-    let proxy = Front::proxy(lab.world.address(), None).await;
+    let proxy = Front::proxy(lab.dev_server.address(), None).await;
     let url = |path: &str| format!("http://{NAME}{path}").parse().expect("a URL");
     let node = NodeSetup::new(&url("/"), &url("/v1"), &[fixtures::echo()])
         .set("SIGN_IN_DOMAIN", "127.0.0.1")

@@ -17,7 +17,7 @@ fn archive(method: CompressionMethod, files: &[(&str, &[u8])]) -> Vec<u8> {
 }
 
 async fn inputs(lab: &TestServer, node: &TestNode, name: &str, data_type: &str, bytes: &[u8]) -> Ended {
-    let id = lab.world.put_data(name, data_type, bytes).await.expect("stored");
+    let id = lab.dev_server.put_data(name, data_type, bytes).await.expect("stored");
     lab.ended(node, lab.task("/fixtures/inputs/v1").inputs(&[id]).submit()).await
 }
 
@@ -104,7 +104,7 @@ async fn pointcloud_merges_the_clouds_of_an_archive() {
         &[("scans/a.ply", one.as_bytes()), ("notes.txt", b"no cloud"), ("scans/b.PLY", two.as_bytes())],
     );
     let task = async |bytes: &[u8], name: &str| {
-        let id = lab.world.put_data(name, "zip", bytes).await.expect("stored");
+        let id = lab.dev_server.put_data(name, "zip", bytes).await.expect("stored");
         let task = lab.task("/pointcloud/downsample/v1").inputs(&[id]).meta(json!({ "voxel": 1.0 }));
         lab.ended(&node, task.submit()).await
     };

@@ -29,8 +29,8 @@ const PARALLEL: usize = 2;
 /// Where the data lies.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Base URL of the world
-    world: Url,
+    /// Base URL of the dev server
+    dev_server: Url,
     /// The domain
     domain: String,
     /// The file to download to
@@ -51,7 +51,7 @@ impl Client {
         let grant = std::env::var("BENCH_GRANT").context("BENCH_GRANT is not set")?;
         let mut wires = Vec::new();
         for _ in 0..PARALLEL {
-            wires.push(Wire::open(&args.world, &grant).await?);
+            wires.push(Wire::open(&args.dev_server, &grant).await?);
         }
         let data = format!("/api/v1/domains/{}/data", args.domain);
         Ok(Self { wires, data, file: args.file.clone(), copies: 0 })

@@ -68,7 +68,7 @@ where
     B::Error: Into<Box<dyn std::error::Error + Send + Sync>>,
 {
     async fn open(base: &Url, bearer: &str) -> anyhow::Result<Self> {
-        let address = base.socket_addrs(|| None)?.into_iter().next().context("the world has no address")?;
+        let address = base.socket_addrs(|| None)?.into_iter().next().context("the dev server has no address")?;
         let socket = TcpStream::connect(address).await?;
         socket.set_nodelay(true)?;
         let (sender, connection) = http1::handshake(TokioIo::new(socket)).await?;

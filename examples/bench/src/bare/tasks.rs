@@ -27,8 +27,8 @@ const COMPLETE: &str = r#"{"outputs_index":{},"result":{},"output_cids":[],"meta
 /// Where to work.
 #[derive(clap::Args)]
 pub(crate) struct Args {
-    /// Base URL of the world
-    world: Url,
+    /// Base URL of the dev server
+    dev_server: Url,
     /// What to lease
     capability: String,
     /// Connections
@@ -57,7 +57,7 @@ impl Client {
         let token = sign_in(args).await?;
         let mut wires = Vec::new();
         for _ in 0..args.slots {
-            wires.push(Wire::open(&args.world, &token).await?);
+            wires.push(Wire::open(&args.dev_server, &token).await?);
         }
         Ok(Self { wires })
     }
@@ -106,7 +106,7 @@ async fn sign_in(args: &Args) -> anyhow::Result<String> {
     let (key, _) = NodeKey::generate();
     let (_unchanged, capabilities) = watch::channel(vec![Capability::parse(&args.capability)?]);
     let config = auth::Config {
-        dds: args.world.clone(),
+        dds: args.dev_server.clone(),
         reg_secret: "bench".to_owned().into(),
         key,
         version: env!("CARGO_PKG_VERSION").to_owned(),

@@ -8,7 +8,7 @@ use super::Sizes;
 use crate::{
     build::Built,
     calls::Author,
-    procs::{Bare, Node, World},
+    procs::{Bare, DevServer, Node},
     report::{Bound, Cell, Report, Series},
 };
 
@@ -21,22 +21,22 @@ const MIB: f64 = 1024.0 * 1024.0;
 const LIMIT: Duration = Duration::from_secs(300);
 
 pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyhow::Result<()> {
-    let world = World::start(built)?;
-    let author = Author::new(&world)?;
+    let dev_server = DevServer::start(built)?;
+    let author = Author::new(&dev_server)?;
     let mib = sizes.object >> 20;
     eprintln!("{mib} MiB in as a file and out as a file");
     let input = author.store("bench-input", sizes.object)?;
     let warmth = built.scratch().join("warmth");
     let file = built.scratch().join("bare-copy");
     let file = file.to_str().context("the target folder's name is no text")?;
-    let domain = world.domain.to_string();
+    let domain = dev_server.domain.to_string();
     let grant = [("BENCH_GRANT", &*author.grant)];
     let (mut peak, mut bare_peak, mut times, mut bare_times) = <(Series, Series, Series, Series)>::default();
     let mut costs = (Series::default(), Series::default());
     for _ in 0..sizes.objects {
         // A fresh process each time: its peak begins at nothing.
         let settings = [("MAX_CONCURRENCY", "1"), ("POLL_BACKOFF_MS_MIN", "20"), ("POLL_BACKOFF_MS_MAX", "200")];
-        let node = Node::start(built, &world, &[&built.library("echo")], None, &settings)?;
+        let node = Node::start(built, &dev_server, &[&built.library("echo")], None, &settings)?;
         warm(&warmth, 2 * sizes.object)?;
         let job = author.create(ECHO_FILE, &[&input], 1)?;
         author
@@ -48,7 +48,7 @@ pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyh
         drop(node);
         forget(&author, &input, sizes.object)?;
 
-        let mut bare = Bare::start(built, &["data", world.base.as_str(), &domain, file], &grant)?;
+        let mut bare = Bare::start(built, &["data", dev_server.base.as_str(), &domain, file], &grant)?;
         warm(&warmth, 2 * sizes.object)?;
         let nanos: u64 = bare.order(&input)?.parse().context("the bare client's time")?;
         bare_times.add(nanos as f64 / 1e9);

@@ -6,7 +6,7 @@ use super::Sizes;
 use crate::{
     build::Built,
     calls::Author,
-    procs::{Node, World},
+    procs::{DevServer, Node},
     report::{Bound, Cell, Report, Series},
 };
 
@@ -16,11 +16,11 @@ const RESIDENT_MIB: Bound = Bound { wanted: 20.0, quick: Some(40.0) };
 
 pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyhow::Result<()> {
     eprintln!("idle node, {:?}", sizes.idle);
-    let world = World::start(built)?;
-    let author = Author::new(&world)?;
+    let dev_server = DevServer::start(built)?;
+    let author = Author::new(&dev_server)?;
     let (folder, listing) = built.noops(PLUGINS)?;
     let job = author.create("/examples/noop/v1", &[], 1)?;
-    let node = Node::start(built, &world, &[&folder], Some(&listing), &[])?;
+    let node = Node::start(built, &dev_server, &[&folder], Some(&listing), &[])?;
     author.wait(&job, Duration::from_millis(50), Duration::from_secs(30))?;
     let (from, _) = author.polls(0)?;
     let (began, before) = (Instant::now(), node.process.cpu_of_threads()?);

@@ -9,7 +9,7 @@ use super::Sizes;
 use crate::{
     build::Built,
     calls::Author,
-    procs::{Node, World},
+    procs::{DevServer, Node},
     report::{Bound, Cell, Report, Series},
 };
 
@@ -19,13 +19,13 @@ const LIMIT: Duration = Duration::from_secs(30);
 
 pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyhow::Result<()> {
     eprintln!("start to first lease");
-    let world = World::start(built)?;
-    let author = Author::new(&world)?;
+    let dev_server = DevServer::start(built)?;
+    let author = Author::new(&dev_server)?;
     let (folder, listing) = built.noops(PLUGINS)?;
     let (mut whole, mut loading, mut registering, mut leasing) = <(Series, Series, Series, Series)>::default();
     for _ in 0..sizes.repetitions {
         let job = author.create("/examples/noop/v1", &[], 1)?;
-        let node = Node::start(built, &world, &[&folder], Some(&listing), &[])?;
+        let node = Node::start(built, &dev_server, &[&folder], Some(&listing), &[])?;
         author
             .wait(&job, Duration::from_millis(20), LIMIT)
             .with_context(|| format!("the node's log ends with:\n{}", node.log_tail()))?;

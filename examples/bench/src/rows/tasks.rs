@@ -1,4 +1,4 @@
-//! No-op tasks: node and bare client take turns against one world.
+//! No-op tasks: node and bare client take turns against one dev server.
 
 use std::time::Duration;
 
@@ -8,7 +8,7 @@ use super::Sizes;
 use crate::{
     build::Built,
     calls::Author,
-    procs::{Bare, Node, Process, World},
+    procs::{Bare, DevServer, Node, Process},
     report::{Bound, Cell, Report, Series},
 };
 
@@ -38,7 +38,7 @@ pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyh
             "bare, tasks/s",
             "node, µs/task",
             "bare, µs/task",
-            "world's processor share: node, bare",
+            "dev_server's processor share: node, bare",
         ],
     );
     for slots in SLOTS {
@@ -72,24 +72,24 @@ struct Seen {
     rates: (Series, Series),
     /// Microseconds of processor time per task.
     costs: (Series, Series),
-    /// Percent of the processor time of both that was the world's.
+    /// Percent of the processor time of both that was the dev server's.
     shares: (Series, Series),
 }
 
 fn at(slots: usize, built: &Built, sizes: &Sizes) -> anyhow::Result<Seen> {
-    let world = World::start(built)?;
-    let author = Author::new(&world)?;
+    let dev_server = DevServer::start(built)?;
+    let author = Author::new(&dev_server)?;
     let (folder, listing) = built.noops(1)?;
     let count = slots.to_string();
     // The pause of a node without work is short enough not to wait for it, and long enough not to count.
     let settings = [("MAX_CONCURRENCY", &*count), ("POLL_BACKOFF_MS_MIN", "20"), ("POLL_BACKOFF_MS_MAX", "200")];
-    let node = Node::start(built, &world, &[&folder], Some(&listing), &settings)?;
-    let mut bare = Bare::start(built, &["tasks", world.base.as_str(), BARE, &count], &[])?;
+    let node = Node::start(built, &dev_server, &[&folder], Some(&listing), &settings)?;
+    let mut bare = Bare::start(built, &["tasks", dev_server.base.as_str(), BARE, &count], &[])?;
 
     let turn = |tasks,
                 order: &mut dyn FnMut(usize) -> anyhow::Result<()>,
                 process: &dyn Fn() -> anyhow::Result<Duration>,
-                capability| { run(&author, &world.process, capability, tasks, order, process) };
+                capability| { run(&author, &dev_server.process, capability, tasks, order, process) };
     let mut seen = Seen::default();
     let mut tasks = (slots * 20 + 100, slots * 20 + 100);
     // The first round warms up and tells how many tasks make a round of the wanted length.
@@ -130,22 +130,22 @@ struct Turn {
 
 fn run(
     author: &Author,
-    world: &Process,
+    dev_server: &Process,
     capability: &str,
     tasks: usize,
     order: &mut dyn FnMut(usize) -> anyhow::Result<()>,
     cpu: &dyn Fn() -> anyhow::Result<Duration>,
 ) -> anyhow::Result<Turn> {
-    let before = (cpu()?, world.cpu()?);
+    let before = (cpu()?, dev_server.cpu()?);
     let job = author.create(capability, &[], tasks)?;
     order(tasks)?;
     author.wait(&job, Duration::from_millis(100), LIMIT)?;
-    let after = (cpu()?, world.cpu()?);
+    let after = (cpu()?, dev_server.cpu()?);
     let took = author.times(&job)?.took;
-    let (own, worlds) = (after.0 - before.0, after.1 - before.1);
+    let (own, server_time) = (after.0 - before.0, after.1 - before.1);
     Ok(Turn {
         rate: tasks as f64 / took.as_secs_f64(),
         cost: own.as_secs_f64() * 1e6 / tasks as f64,
-        share: 100.0 * worlds.as_secs_f64() / (own + worlds).as_secs_f64(),
+        share: 100.0 * server_time.as_secs_f64() / (own + server_time).as_secs_f64(),
     })
 }

@@ -8,7 +8,7 @@ use super::Sizes;
 use crate::{
     build::Built,
     calls::Author,
-    procs::{Node, World},
+    procs::{DevServer, Node},
     report::{Bound, Cell, Report, Series},
 };
 
@@ -19,13 +19,13 @@ const LIMIT: Duration = Duration::from_secs(120);
 pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyhow::Result<()> {
     let tasks = sizes.waiting;
     eprintln!("{tasks} tasks that wait");
-    let world = World::start(built)?;
-    let author = Author::new(&world)?;
+    let dev_server = DevServer::start(built)?;
+    let author = Author::new(&dev_server)?;
     let (folder, listing) = built.noop("waiting", "sleep_secs = 3600.0")?;
     let count = tasks.to_string();
     // They are not waited for at the end.
     let settings = [("MAX_CONCURRENCY", &*count), ("DRAIN_TIMEOUT", "0")];
-    let node = Node::start(built, &world, &[&folder], Some(&listing), &settings)?;
+    let node = Node::start(built, &dev_server, &[&folder], Some(&listing), &settings)?;
     let before = author.create("/examples/noop/v1", &[], 1)?;
     let running = |job: &str, tasks| {
         author

@@ -43,7 +43,7 @@ const RETRY_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// Why the control plane or the domain server did not do it.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum PlaneError {
-    #[error("no world answers at {url} ({reason}); start runner-host dev, or name a control plane with --dms")]
+    #[error("no dev server answers at {url} ({reason}); start runner-host dev, or name a control plane with --dms")]
     NoDev { url: String, reason: String },
     #[error(transparent)]
     Transport(#[from] TransportError),
@@ -94,23 +94,23 @@ pub(super) struct Plane {
     server: String,
     domain: Uuid,
     token: String,
-    /// The world's own address, where it is an embedded one.
+    /// The dev server's own address.
     dev: Option<String>,
     /// An upload in parts that has begun and not ended, as it stands in a query.
     begun: Mutex<Option<String>>,
 }
 
 #[derive(Deserialize)]
-struct WorldAnswer {
+struct DevServerInfo {
     dms: String,
     domain_server: String,
     domain_id: Uuid,
     grant: String,
-    nodes: Vec<WorldNode>,
+    nodes: Vec<DevServerNode>,
 }
 
 #[derive(Deserialize)]
-struct WorldNode {
+struct DevServerNode {
     capabilities: Vec<String>,
 }
 
@@ -127,12 +127,12 @@ impl Plane {
         Ok(Self { client, dms: base(dms), server: base(server), domain, token, dev: None, begun: Mutex::default() })
     }
 
-    /// The world that listens at `url`.
+    /// The dev server that listens at `url`.
     pub(super) async fn of_dev(client: Client, url: &Url) -> Result<Self, PlaneError> {
         client.check(url)?;
         let dev = base(url);
         let away = |reason: String| PlaneError::NoDev { url: dev.clone(), reason };
-        let answer = world(&client, &dev).await.map_err(|err| away(err.to_string()))?;
+        let answer = dev_server(&client, &dev).await.map_err(|err| away(err.to_string()))?;
         let parse = |url: &str| Url::parse(url).map_err(|err| away(err.to_string()));
         let (dms, server) = (parse(&answer.dms)?, parse(&answer.domain_server)?);
         let mut plane = Self::new(client, &dms, &server, answer.domain_id, answer.grant)?;
@@ -146,7 +146,7 @@ impl Plane {
 
     /// The capabilities that nodes serve. `None`: not known, because only a dev server tells.
     pub(super) async fn served(&self) -> Option<Vec<String>> {
-        let answer = world(&self.client, self.dev.as_ref()?).await.ok()?;
+        let answer = dev_server(&self.client, self.dev.as_ref()?).await.ok()?;
         Some(answer.nodes.into_iter().flat_map(|node| node.capabilities).collect())
     }
 
@@ -468,7 +468,7 @@ struct Limits {
     multipart: bool,
 }
 
-async fn world(client: &Client, dev: &str) -> Result<WorldAnswer, TransportError> {
+async fn dev_server(client: &Client, dev: &str) -> Result<DevServerInfo, TransportError> {
     let request = Request::get(format!("{dev}/dev/v1/world")).body(full("")).expect("a valid request");
     client.call(request, CALL_LIMIT).await?.json()
 }

@@ -1,4 +1,4 @@
-//! `submit` against a started world, with a node written out by hand.
+//! `submit` against a started dev server, with a node written out by hand.
 
 use std::{
     path::Path,
@@ -53,7 +53,7 @@ async fn submit_line(lab: Option<&TestServer>, line: &[&str]) -> Ended {
 }
 
 async fn submit_until(lab: Option<&TestServer>, line: &[&str], interrupt: impl Future<Output = ()>) -> Ended {
-    let dev = lab.map(|lab| lab.world.dds_url().to_string());
+    let dev = lab.map(|lab| lab.server.dds_url().to_string());
     let mut line = line.to_vec();
     if let Some(dev) = &dev {
         line.extend(["--dev", dev]);
@@ -68,7 +68,7 @@ async fn submit_until(lab: Option<&TestServer>, line: &[&str], interrupt: impl F
 
 /// Takes the next task as soon as there is one.
 async fn take(lab: &TestServer, node: &TestNode) -> Value {
-    lab.world.journal_until(|seen| seen.iter().any(|seen| seen.path == "/v1/jobs")).await;
+    lab.server.journal_until(|seen| seen.iter().any(|seen| seen.path == "/v1/jobs")).await;
     loop {
         let answer = lab.get("/v1/tasks", Some(&node.token)).await;
         if answer.status == 200 {
@@ -132,7 +132,7 @@ async fn large_and_empty_inputs_go_up_whole() {
         assert_eq!(printed["tasks"][0]["artifacts"][0]["logical_path"], "echo.json");
     }
     let parts =
-        lab.world.journal().iter().filter(|seen| seen.method == "PUT" && seen.path.ends_with("/multipart")).count();
+        lab.server.journal().iter().filter(|seen| seen.method == "PUT" && seen.path.ends_with("/multipart")).count();
     assert_eq!(parts, 3, "only the one that does not fit a request went up in parts");
 }
 
@@ -178,7 +178,7 @@ async fn many_tasks_become_jobs_of_a_bounded_size() {
     let (ended, ()) = tokio::join!(submit_line(Some(&lab), &[ECHO, "--wait", "--count", "250"]), serve);
     assert_eq!(ended.code, Exit::Done, "{}", ended.stderr);
     assert!(ended.stderr.contains("250 of 250 tasks ended"), "{}", ended.stderr);
-    let listed = lab.get("/v1/jobs", Some(&lab.world.grant())).await.json::<Value>().expect("JSON");
+    let listed = lab.get("/v1/jobs", Some(&lab.server.grant())).await.json::<Value>().expect("JSON");
     assert_eq!(listed["items"].as_array().map(Vec::len), Some(3));
 }
 
@@ -196,11 +196,11 @@ async fn an_interrupted_wait_leaves_the_job_running() {
     let lab = TestServer::start().await;
     let looked = async {
         let path = |seen: &crate::dev::Seen| seen.path.starts_with("/v1/jobs/");
-        lab.world.journal_until(|seen| seen.iter().any(path)).await;
+        lab.server.journal_until(|seen| seen.iter().any(path)).await;
     };
     let ended = submit_until(Some(&lab), &[ECHO, "--wait"], looked).await;
     assert_eq!(ended.code, Exit::Cancelled);
-    let listed = lab.get("/v1/jobs", Some(&lab.world.grant())).await.json::<Value>().expect("JSON");
+    let listed = lab.get("/v1/jobs", Some(&lab.server.grant())).await.json::<Value>().expect("JSON");
     let job = &listed["items"][0]["job"];
     assert_eq!(job["status"], "pending", "nobody cancelled it");
     let id = job["id"].as_str().expect("an id");
@@ -217,10 +217,10 @@ async fn a_cancelled_job_has_an_exit_code_of_its_own() {
     assert!(Uuid::parse_str(handed_in.stdout.trim()).is_ok(), "the job's id: {}", handed_in.stdout);
     let cancel = async {
         let made = |seen: &[crate::dev::Seen]| seen.iter().filter(|seen| seen.path == "/v1/jobs").count() == 2;
-        lab.world.journal_until(made).await;
-        let listed = lab.get("/v1/jobs", Some(&lab.world.grant())).await.json::<Value>().expect("JSON");
+        lab.server.journal_until(made).await;
+        let listed = lab.get("/v1/jobs", Some(&lab.server.grant())).await.json::<Value>().expect("JSON");
         let newest = listed["items"][0]["job"]["id"].as_str().expect("an id").parse().expect("a UUID");
-        assert!(lab.world.cancel_job(newest));
+        assert!(lab.server.cancel_job(newest));
     };
     let (ended, ()) = tokio::join!(submit_line(Some(&lab), &[ECHO, "--wait"]), cancel);
     assert_eq!(ended.code, Exit::Cancelled, "{}", ended.stderr);
@@ -229,10 +229,10 @@ async fn a_cancelled_job_has_an_exit_code_of_its_own() {
 #[tokio::test]
 async fn what_cannot_be_is_said_in_one_line() {
     let lab = TestServer::start().await;
-    let address = lab.world.dds_url().to_string();
+    let address = lab.server.dds_url().to_string();
     let away = TestServer::start().await;
-    let away_address = away.world.dds_url().to_string();
-    away.world.stop().await;
+    let away_address = away.server.dds_url().to_string();
+    away.server.stop().await;
     let ended = submit_line(None, &[ECHO, "--dev", &away_address]).await;
     assert_eq!(ended.code, Exit::Temporary);
     assert!(ended.stderr.contains("start runner-host dev"), "{}", ended.stderr);
@@ -242,8 +242,8 @@ async fn what_cannot_be_is_said_in_one_line() {
     assert_eq!((ended.code, ended.stderr.lines().count()), (Exit::Usage, 1));
     assert!(ended.stderr.contains("/no/such/file"), "{}", ended.stderr);
 
-    let domain = lab.world.domain_id().to_string();
-    let dms = lab.world.dms_url().to_string();
+    let domain = lab.server.domain_id().to_string();
+    let dms = lab.server.dms_url().to_string();
     let elsewhere = [ECHO, "--dms", &dms, "--domain", &domain, "--domain-server", &address];
     let ended = submit_line(None, &elsewhere).await;
     assert_eq!(ended.code, Exit::Usage, "no token");
@@ -251,7 +251,7 @@ async fn what_cannot_be_is_said_in_one_line() {
     assert_eq!(ended.code, Exit::Usage);
     assert!(ended.stderr.contains("401") && !ended.stderr.contains("wrong"), "{}", ended.stderr);
     let file = tempfile::NamedTempFile::new().expect("a file");
-    std::fs::write(file.path(), format!("{}\n", lab.world.grant())).expect("writable");
+    std::fs::write(file.path(), format!("{}\n", lab.server.grant())).expect("writable");
     let token_file = file.path().to_str().expect("text").to_owned();
     let ended = submit_line(None, &[&elsewhere[..], &["--token-file", &token_file]].concat()).await;
     assert_eq!(ended.code, Exit::Done, "{}", ended.stderr);

@@ -38,32 +38,32 @@ pub(in crate::dev) struct Reset;
 
 /// One request: struck or routed, answered, noted.
 pub(in crate::dev) async fn answer(
-    world: Arc<Inner>,
+    server: Arc<Inner>,
     router: Router,
     line: Arc<Line>,
     request: Request<Incoming>,
 ) -> Result<Response<Body>, Reset> {
     let endpoint = Endpoint::of(request.method(), request.uri(), request.headers());
     let client = Client::of(request.headers());
-    let mut note = Note::of(&world, &request, endpoint.map(Endpoint::name));
+    let mut note = Note::of(&server, &request, endpoint.map(Endpoint::name));
     let request = request.map(Body::new);
-    let strike = endpoint.and_then(|endpoint| Some((endpoint, world.faults().strike(endpoint, client)?)));
+    let strike = endpoint.and_then(|endpoint| Some((endpoint, server.faults().strike(endpoint, client)?)));
     let answered = match strike {
         None => Ok(route(router, request).await),
         Some((endpoint, strike)) => {
             tracing::info!(event = "dev.fault_injected", endpoint = endpoint.name(), fault = strike.kind(), rule = %strike.rule, "fault injected");
             note.fault(strike.kind());
-            Struck { world: &world, router, line, endpoint, note: &mut note }.by(strike, request).await
+            Struck { server: &server, router, line, endpoint, note: &mut note }.by(strike, request).await
         }
     };
     let mut answer = answered?;
     let node = answer.extensions().get::<AskedBy>().map(|by| by.0);
     note.answered(answer.status().as_u16(), node);
-    if world.form() == WireForm::Old && answer.headers().get(header::CONTENT_TYPE) == Some(&JSON) {
+    if server.form() == WireForm::Old && answer.headers().get(header::CONTENT_TYPE) == Some(&JSON) {
         answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
     }
-    if !world.faults().clock_offset().is_zero() {
-        let now = DateTimePrinter::new().timestamp_to_rfc9110_string(&world.now());
+    if !server.faults().clock_offset().is_zero() {
+        let now = DateTimePrinter::new().timestamp_to_rfc9110_string(&server.now());
         let date = now.ok().and_then(|text| HeaderValue::try_from(text).ok());
         answer.headers_mut().extend(date.map(|date| (header::DATE, date)));
     }
@@ -78,7 +78,7 @@ async fn route(router: Router, request: Request<Body>) -> Response<Body> {
 
 /// A request that a rule strikes.
 struct Struck<'a> {
-    world: &'a Arc<Inner>,
+    server: &'a Arc<Inner>,
     router: Router,
     line: Arc<Line>,
     endpoint: Endpoint,
@@ -136,9 +136,9 @@ impl Struck<'_> {
             Kind::RevokeToken => {
                 let token = bearer(request.headers()).unwrap_or_default();
                 if self.endpoint.is_of_dms() {
-                    self.world.identity().revoke(token);
-                } else if let Some((task, serial)) = self.world.tokens.task_of(token) {
-                    self.world.plane().revoke(task, serial, self.world.now());
+                    self.server.identity().revoke(token);
+                } else if let Some((task, serial)) = self.server.tokens.task_of(token) {
+                    self.server.plane().revoke(task, serial, self.server.now());
                 }
                 Ok(route(self.router, request).await)
             }
@@ -148,8 +148,8 @@ impl Struck<'_> {
             }
             Kind::StealLease => {
                 if let Some(task) = self.task(&request) {
-                    self.world.plane().steal(task, self.world.now());
-                    self.world.changed();
+                    self.server.plane().steal(task, self.server.now());
+                    self.server.changed();
                 }
                 Ok(route(self.router, request).await)
             }
@@ -161,20 +161,20 @@ impl Struck<'_> {
         Err(Reset)
     }
 
-    /// Waits, but not longer than the world lives.
+    /// Waits, but not longer than the dev server lives.
     async fn pause(&self, length: Duration) -> Result<(), Reset> {
         tokio::select! {
             () = tokio::time::sleep(length) => Ok(()),
-            () = self.world.stop.cancelled() => self.reset(),
+            () = self.server.stop.cancelled() => self.reset(),
         }
     }
 
     /// Forgets the wallet behind the node token, or the one that a sign-in names.
     async fn forget(&self, request: Request<Body>) -> Request<Body> {
         if let Some(token) = bearer(request.headers()) {
-            let node = self.world.identity().node(token, self.world.now());
+            let node = self.server.identity().node(token, self.server.now());
             if let Some(node) = node {
-                self.world.identity().forget(&node.wallet);
+                self.server.identity().forget(&node.wallet);
             }
             return request;
         }
@@ -183,7 +183,7 @@ impl Struck<'_> {
         let body = body.map(http_body_util::Collected::to_bytes).unwrap_or_default();
         let named = serde_json::from_slice::<Value>(&body).ok();
         if let Some(wallet) = named.as_ref().and_then(|named| named["address"].as_str()) {
-            self.world.identity().forget(&wallet.to_ascii_lowercase());
+            self.server.identity().forget(&wallet.to_ascii_lowercase());
         }
         Request::from_parts(head, Body::from(body))
     }
@@ -193,7 +193,7 @@ impl Struck<'_> {
         if self.endpoint.is_of_dms() {
             return Uuid::parse_str(request.uri().path().split('/').nth(3)?).ok();
         }
-        self.world.tokens.task_of(bearer(request.headers())?).map(|(task, _)| task)
+        self.server.tokens.task_of(bearer(request.headers())?).map(|(task, _)| task)
     }
 }
 

@@ -1,4 +1,4 @@
-//! Trouble on order: what `runner-host dev --faults FILE` and tests make the world do wrong, and when.
+//! Trouble on order: what `runner-host dev --faults FILE` and tests make the dev server do wrong, and when.
 //!
 //! [`Faults`] is the checked content of such a file. It decides per request whether a rule strikes
 //! ([`Live::strike`]: pure, counted, repeatable by its seed); [`layer`] does it around the router, and
@@ -19,19 +19,19 @@ pub(super) use endpoint::Client;
 pub use endpoint::Endpoint;
 pub use parse::FaultsError;
 
-/// Rules, and how the world speaks.
+/// Rules, and how the dev server speaks.
 #[derive(Clone, Debug, Default)]
 pub struct Faults {
     /// Draws for `probability`. Absent: a random one, which is logged.
     pub seed: Option<u64>,
-    /// How the world speaks.
+    /// How the dev server speaks.
     pub form: WireForm,
-    /// How far the world's clock is ahead.
+    /// How far the dev server's clock is ahead.
     clock_offset: SignedDuration,
     rules: Vec<Rule>,
 }
 
-/// Which state of the contract the world speaks.
+/// Which state of the contract the dev server speaks.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WireForm {
     /// Everything newer clients insist on (posemesh.md section 10).
@@ -123,7 +123,7 @@ impl Faults {
         self.rules.len()
     }
 
-    /// How far the world's clock is ahead of the true one.
+    /// How far the dev server's clock is ahead of the true one.
     #[must_use]
     pub fn clock_offset(&self) -> SignedDuration {
         self.clock_offset

@@ -100,7 +100,7 @@ fn parse(text: &str) -> Result<Faults, String> {
         if rule.get("kind").and_then(Toml::as_str) == Some("clock_offset") {
             clocks += 1;
             if clocks > 1 {
-                return Err(place.say("kind", "clock_offset stands twice; the world has one clock"));
+                return Err(place.say("kind", "clock_offset stands twice; the dev server has one clock"));
             }
             faults.clock_offset = clock_offset(&place, rule)?;
         } else {
@@ -304,7 +304,7 @@ fn status(place: &Place, table: &Table) -> Result<Kind, String> {
             };
             let known = HeaderName::try_from(name).map_err(|_| wrong("is no name of a header"))?;
             if known == ::http::header::CONTENT_LENGTH || known == ::http::header::TRANSFER_ENCODING {
-                return Err(wrong("is set by the world; remove it"));
+                return Err(wrong("is set by the dev server; remove it"));
             }
             headers.append(known, HeaderValue::try_from(text).map_err(|_| wrong("holds what no header may"))?);
         }
@@ -337,7 +337,7 @@ fn fits(kind: &Kind, call: Endpoint) -> Result<(), &'static str> {
 fn clock_offset(place: &Place, table: &Table) -> Result<SignedDuration, String> {
     known(&format!("{} ", place.shown), table, &["name", "kind", "endpoint", "offset"])?;
     if let Some(other) = table.get("endpoint").filter(|value| value.as_str() != Some("any")) {
-        return Err(place.say("endpoint", format!("the world has one clock; expected \"any\", found {other}")));
+        return Err(place.say("endpoint", format!("the dev server has one clock; expected \"any\", found {other}")));
     }
     let Some(offset) = table.get("offset") else {
         return Err(format!("{}: the key \"offset\" is missing, such as offset = \"-20m\"", place.shown));

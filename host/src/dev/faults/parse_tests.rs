@@ -65,7 +65,7 @@ fn combinations_without_sense_are_refused() {
     );
     check(
         "[[fault]]\nendpoint = \"lease\"\nkind = \"clock_offset\"\noffset = \"1m\"",
-        "[[fault]] 1 endpoint: the world has one clock; expected \"any\", found \"lease\"",
+        "[[fault]] 1 endpoint: the dev server has one clock; expected \"any\", found \"lease\"",
     );
     check(
         "[[fault]]\nkind = \"clock_offset\"\noffset = \"soon\"",

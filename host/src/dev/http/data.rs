@@ -37,22 +37,22 @@ pub(super) fn metadata(item: &Item, domain: Uuid) -> Value {
 
 /// `GET …/data`
 pub(super) async fn find(
-    State(world): State<Arc<Inner>>,
+    State(server): State<Arc<Inner>>,
     Path(domain): Path<String>,
     headers: HeaderMap,
     RawQuery(query): RawQuery,
 ) -> Answer {
-    world.visitor(&headers, &domain)?;
-    let items = world.store.find(&filter(query.as_deref()));
+    server.visitor(&headers, &domain)?;
+    let items = server.store.find(&filter(query.as_deref()));
     let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
     if !accept.contains("multipart/form-data") {
-        let data: Vec<Value> = items.iter().map(|item| metadata(item, world.domain_id)).collect();
+        let data: Vec<Value> = items.iter().map(|item| metadata(item, server.domain_id)).collect();
         return ok(&json!({ "data": data }));
     }
     if items.is_empty() {
         return Err(Refusal::new(StatusCode::NOT_FOUND, "no data in this domain matches"));
     }
-    Ok(download(&world, items))
+    Ok(download(&server, items))
 }
 
 fn filter(query: Option<&str>) -> Filter {
@@ -72,17 +72,17 @@ fn filter(query: Option<&str>) -> Filter {
 }
 
 /// All items in one multipart body, each streamed from its file when its turn comes.
-fn download(world: &Arc<Inner>, items: Vec<Item>) -> Response {
+fn download(server: &Arc<Inner>, items: Vec<Item>) -> Response {
     let boundary = Uuid::new_v4().simple().to_string();
     let content_type = format!("multipart/form-data; boundary={boundary}");
     let closing = Bytes::from(format!("--{boundary}--\r\n"));
-    let domain = world.domain_id;
-    let world = world.clone();
+    let domain = server.domain_id;
+    let server = server.clone();
     let parts = stream::iter(items).then(move |item| {
-        let (world, boundary) = (world.clone(), boundary.clone());
+        let (server, boundary) = (server.clone(), boundary.clone());
         async move {
             // The item as it is now: a download may run for long, and `size` must be that of the body.
-            let (item, file) = match world.store.read(item.id).await {
+            let (item, file) = match server.store.read(item.id).await {
                 Ok(found) => found,
                 // Deleted since: a part that nobody announced does not come.
                 Err(StoreError::NoData(_)) => return Ok(stream::empty().boxed()),
@@ -112,19 +112,19 @@ fn part_head(boundary: &str, item: &Item, domain: Uuid) -> String {
 
 /// `GET …/data/{id}`
 pub(super) async fn by_id(
-    State(world): State<Arc<Inner>>,
+    State(server): State<Arc<Inner>>,
     Path((domain, id)): Path<(String, String)>,
     headers: HeaderMap,
     RawQuery(query): RawQuery,
 ) -> Answer {
-    world.visitor(&headers, &domain)?;
+    server.visitor(&headers, &domain)?;
     let id = data_id(&id)?;
     let raw = pairs(query.as_deref()).iter().any(|(name, value)| name == "raw" && value != "false" && value != "0");
     if !raw {
-        let item = world.store.get(id).ok_or_else(|| StoreError::NoData(id.to_string()))?;
-        return ok(&metadata(&item, world.domain_id));
+        let item = server.store.get(id).ok_or_else(|| StoreError::NoData(id.to_string()))?;
+        return ok(&metadata(&item, server.domain_id));
     }
-    let (item, file) = world.store.read(id).await?;
+    let (item, file) = server.store.read(id).await?;
     // An item that was replaced has another time.
     let etag = format!("\"{}-{}\"", item.id.simple(), item.updated_at.as_nanosecond());
     let (status, from, length) = match range(&headers, &etag, item.size) {
@@ -181,13 +181,13 @@ fn range(headers: &HeaderMap, etag: &str, size: u64) -> Range {
 
 /// `DELETE …/data/{id}`
 pub(super) async fn delete(
-    State(world): State<Arc<Inner>>,
+    State(server): State<Arc<Inner>>,
     Path((domain, id)): Path<(String, String)>,
     headers: HeaderMap,
 ) -> Answer {
-    world.visitor(&headers, &domain)?;
+    server.visitor(&headers, &domain)?;
     let id = data_id(&id)?;
-    let store = world.store.clone();
+    let store = server.store.clone();
     blocking(move || store.delete(id)).await?;
     ok(&empty_object())
 }
@@ -198,22 +198,22 @@ fn data_id(text: &str) -> Result<Uuid, StoreError> {
 
 /// `POST …/data`
 pub(super) async fn create(
-    State(world): State<Arc<Inner>>,
+    State(server): State<Arc<Inner>>,
     Path(domain): Path<String>,
     headers: HeaderMap,
     body: Body,
 ) -> Answer {
-    upload(world, &domain, &headers, body, Kind::Create).await
+    upload(server, &domain, &headers, body, Kind::Create).await
 }
 
 /// `PUT …/data`
 pub(super) async fn replace(
-    State(world): State<Arc<Inner>>,
+    State(server): State<Arc<Inner>>,
     Path(domain): Path<String>,
     headers: HeaderMap,
     body: Body,
 ) -> Answer {
-    upload(world, &domain, &headers, body, Kind::Replace).await
+    upload(server, &domain, &headers, body, Kind::Replace).await
 }
 
 #[derive(Clone, Copy)]
@@ -222,9 +222,9 @@ enum Kind {
     Replace,
 }
 
-async fn upload(world: Arc<Inner>, domain: &str, headers: &HeaderMap, mut body: Body, kind: Kind) -> Answer {
-    let received = match world.visitor(headers, domain) {
-        Ok(()) => receive(&world, headers, &mut body, kind).await,
+async fn upload(server: Arc<Inner>, domain: &str, headers: &HeaderMap, mut body: Body, kind: Kind) -> Answer {
+    let received = match server.visitor(headers, domain) {
+        Ok(()) => receive(&server, headers, &mut body, kind).await,
         Err(refusal) => Err(refusal),
     };
     let batch = match received {
@@ -234,16 +234,16 @@ async fn upload(world: Arc<Inner>, domain: &str, headers: &HeaderMap, mut body: 
             return Err(refusal);
         }
     };
-    let (store, now) = (world.store.clone(), world.now());
+    let (store, now) = (server.store.clone(), server.now());
     let items = blocking(move || store.commit(batch, now)).await?;
-    world.changed();
-    let data: Vec<Value> = items.iter().map(|item| metadata(item, world.domain_id)).collect();
+    server.changed();
+    let data: Vec<Value> = items.iter().map(|item| metadata(item, server.domain_id)).collect();
     ok(&json!({ "data": data }))
 }
 
 /// Streams every part to a staged blob.
 async fn receive(
-    world: &Inner,
+    server: &Inner,
     headers: &HeaderMap,
     body: &mut Body,
     kind: Kind,
@@ -251,7 +251,7 @@ async fn receive(
     let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let malformed = |err: PartsError| Refusal::bad(err.to_string());
     let mut parser = Parser::new(content_type).map_err(malformed)?;
-    let mut budget = Budget::new(world, headers)?;
+    let mut budget = Budget::new(server, headers)?;
     let mut batch: Vec<(Target, u64, Staged)> = Vec::new();
     let mut spool: Option<Spool> = None;
     let mut whole = false;
@@ -271,8 +271,8 @@ async fn receive(
         while let Some(event) = parser.next().map_err(malformed)? {
             match event {
                 PartsEvent::Part(head) => {
-                    let target = target(world, head, kind)?;
-                    let staged = world.store.stage();
+                    let target = target(server, head, kind)?;
+                    let staged = server.store.stage();
                     let path = staged.path().to_owned();
                     let file = blocking(move || Ok(std::fs::File::create(path)?)).await?;
                     spool = Some(Spool::new(file, Turn::default()));
@@ -301,14 +301,14 @@ async fn receive(
 }
 
 /// Judges a part before its bytes are taken.
-fn target(world: &Inner, head: PartHead, kind: Kind) -> Result<Target, Refusal> {
+fn target(server: &Inner, head: PartHead, kind: Kind) -> Result<Target, Refusal> {
     match kind {
         Kind::Create => {
             let (name, data_type) = (head.name.unwrap_or_default(), head.data_type.unwrap_or_default());
             check_name("name", &name)?;
             check_name("data-type", &data_type)?;
             let taken = Filter { ids: None, name: Some(name.clone()), data_type: Some(data_type.clone()) };
-            if !world.store.find(&taken).is_empty() {
+            if !server.store.find(&taken).is_empty() {
                 return Err(crate::dev::store::exists(&name, &data_type).into());
             }
             Ok(Target::New { name, data_type })
@@ -317,7 +317,7 @@ fn target(world: &Inner, head: PartHead, kind: Kind) -> Result<Target, Refusal> 
             let id =
                 head.id.ok_or_else(|| Refusal::bad("a part has no id, expected the one of the data to replace"))?;
             let id = data_id(&id)?;
-            world.store.get(id).ok_or_else(|| StoreError::NoData(id.to_string()))?;
+            server.store.get(id).ok_or_else(|| StoreError::NoData(id.to_string()))?;
             Ok(Target::Replace { id })
         }
     }
@@ -331,11 +331,11 @@ struct Budget {
 }
 
 impl Budget {
-    fn new(world: &Inner, headers: &HeaderMap) -> Result<Self, Refusal> {
+    fn new(server: &Inner, headers: &HeaderMap) -> Result<Self, Refusal> {
         let limit = |bytes: i64| u64::try_from(bytes).ok().filter(|bytes| *bytes > 0).unwrap_or(u64::MAX);
         let budget = Self {
-            request_max: limit(world.config.request_max_bytes),
-            item_max: limit(world.config.domain_data_max_bytes),
+            request_max: limit(server.config.request_max_bytes),
+            item_max: limit(server.config.domain_data_max_bytes),
             received: 0,
         };
         let announced =

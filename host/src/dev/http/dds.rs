@@ -29,14 +29,14 @@ struct NonceRequest {
 }
 
 /// `POST /internal/v1/auth/siwe/request`
-pub(super) async fn nonce(State(world): State<Arc<Inner>>, body: Body) -> Answer {
+pub(super) async fn nonce(State(server): State<Arc<Inner>>, body: Body) -> Answer {
     let request: NonceRequest = read_json(body, IDENTITY_BYTES_MAX).await?;
     let wallet = siwe::address_of(&request.wallet)
         .ok_or_else(|| Refusal::bad("wallet is no address, expected 0x and 40 hex digits"))?;
-    let now = world.now();
-    let nonce = world.identity().nonce(&wallet, now);
+    let now = server.now();
+    let nonce = server.identity().nonce(&wallet, now);
     ok(&json!({
-        "nonce": nonce, "domain": world.authority(), "uri": world.base, "version": "1", "chainId": 8453,
+        "nonce": nonce, "domain": server.authority(), "uri": server.base, "version": "1", "chainId": 8453,
         "issuedAt": now,
     }))
 }
@@ -49,15 +49,15 @@ struct VerifyRequest {
 }
 
 /// `POST /internal/v1/auth/siwe/verify`
-pub(super) async fn verify(State(world): State<Arc<Inner>>, Extension(peer): Extension<Peer>, body: Body) -> Answer {
+pub(super) async fn verify(State(server): State<Arc<Inner>>, Extension(peer): Extension<Peer>, body: Body) -> Answer {
     let request: VerifyRequest = read_json(body, IDENTITY_BYTES_MAX).await?;
-    let now = world.now();
-    let wallet = signed_by(&world, &request.message, &request.signature, now)?;
+    let now = server.now();
+    let wallet = signed_by(&server, &request.message, &request.signature, now)?;
     if siwe::address_of(&request.address).as_deref() != Some(&*wallet) {
         return Err(Refusal::new(StatusCode::UNAUTHORIZED, "address is not the one that signed the message"));
     }
-    let (token, expires) = world.identity().login(&wallet, now).map_err(denied)?;
-    peer.is(world.identity().id_of(&wallet));
+    let (token, expires) = server.identity().login(&wallet, now).map_err(denied)?;
+    peer.is(server.identity().id_of(&wallet));
     ok(&json!({ "access_token": token, "access_expires_at": expires }))
 }
 
@@ -71,14 +71,14 @@ struct RegisterRequest {
 }
 
 /// `POST /internal/v1/nodes/register-wallet`
-pub(super) async fn register(State(world): State<Arc<Inner>>, Extension(peer): Extension<Peer>, body: Body) -> Answer {
+pub(super) async fn register(State(server): State<Arc<Inner>>, Extension(peer): Extension<Peer>, body: Body) -> Answer {
     let request: RegisterRequest = read_json(body, IDENTITY_BYTES_MAX).await?;
-    let now = world.now();
-    let wallet = signed_by(&world, &request.message, &request.signature, now)?;
-    credentials(&world, &[&request.registration_credentials])?;
+    let now = server.now();
+    let wallet = signed_by(&server, &request.message, &request.signature, now)?;
+    credentials(&server, &[&request.registration_credentials])?;
     let capabilities = capabilities(request.capabilities, 1)?;
-    let id = world.identity().id_of(&wallet);
-    enter(&world, Entry { id, wallet: &wallet, version: &request.version, capabilities, url: None, peer: &peer })
+    let id = server.identity().id_of(&wallet);
+    enter(&server, Entry { id, wallet: &wallet, version: &request.version, capabilities, url: None, peer: &peer })
 }
 
 #[derive(Deserialize)]
@@ -94,7 +94,7 @@ struct UrlRequest {
 
 /// `POST /internal/v1/nodes/register`: the form with a URL, which is called before this answers.
 pub(super) async fn register_url(
-    State(world): State<Arc<Inner>>,
+    State(server): State<Arc<Inner>>,
     Extension(peer): Extension<Peer>,
     body: Body,
 ) -> Answer {
@@ -103,51 +103,51 @@ pub(super) async fn register_url(
     let wallet = siwe::url_signer(&request.url, &request.timestamp, &request.signature, &request.public_key);
     let wallet = wallet.map_err(unauthorized)?;
     let stamp: Timestamp = request.timestamp.parse().map_err(|_| Refusal::bad("timestamp is no RFC 3339 time"))?;
-    let age = world.now().duration_since(stamp).as_secs();
+    let age = server.now().duration_since(stamp).as_secs();
     if age.abs() > TIMESTAMP_WINDOW {
         let text = format!("timestamp lies {age} s in the past, expected at most {TIMESTAMP_WINDOW} to either side");
         return Err(unauthorized(text));
     }
     // Nodes of the very first version send the secret as Base64.
     let plain = BASE64.decode(&request.registration_credentials).ok().and_then(|bytes| String::from_utf8(bytes).ok());
-    credentials(&world, &[&request.registration_credentials, plain.as_deref().unwrap_or_default()])?;
+    credentials(&server, &[&request.registration_credentials, plain.as_deref().unwrap_or_default()])?;
     let capabilities = capabilities(request.capabilities, 0)?;
     let reached = |url: &str| calls::NodeUrl::parse(url).map_err(Refusal::bad);
     let url = reached(&request.url)?;
-    let other = world.identity().other_url(&wallet, &request.url);
+    let other = server.identity().other_url(&wallet, &request.url);
     if let Some(other) = other
-        && reached(&other)?.healthy(&world).await.is_ok()
+        && reached(&other)?.healthy(&server).await.is_ok()
     {
         return Err(Refusal::new(StatusCode::CONFLICT, format!("a node with this identity is online at {other}")));
     }
-    let id = world.identity().id_of(&wallet);
-    if let Err(why) = url.call_back(&world, id).await {
+    let id = server.identity().id_of(&wallet);
+    if let Err(why) = url.call_back(&server, id).await {
         let text = format!("the node cannot be reached at its url: {why}");
         return Err(Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, text));
     }
     let url = Some(request.url.as_str());
-    enter(&world, Entry { id, wallet: &wallet, version: &request.version, capabilities, url, peer: &peer })
+    enter(&server, Entry { id, wallet: &wallet, version: &request.version, capabilities, url, peer: &peer })
 }
 
 /// Compares the registration secret, of which a request may hold several spellings.
-fn credentials(world: &Inner, found: &[&str]) -> Result<(), Refusal> {
-    match &world.config.reg_secret {
+fn credentials(server: &Inner, found: &[&str]) -> Result<(), Refusal> {
+    match &server.config.reg_secret {
         Some(secret) if !found.contains(&secret.as_str()) => {
-            Err(Refusal::new(StatusCode::FORBIDDEN, "registration_credentials are not the ones of this world"))
+            Err(Refusal::new(StatusCode::FORBIDDEN, "registration_credentials are not the ones of this dev server"))
         }
         _ => Ok(()),
     }
 }
 
-fn enter(world: &Inner, entry: Entry<'_>) -> Answer {
+fn enter(server: &Inner, entry: Entry<'_>) -> Answer {
     if entry.version.trim().is_empty() {
         return Err(Refusal::bad("version is empty, expected a version such as 1.2.3"));
     }
-    let now = world.now();
-    let holds_leases = |node| world.plane().held(node, now) > 0;
-    let node = world.identity().register(entry, holds_leases, now).map_err(denied)?;
+    let now = server.now();
+    let holds_leases = |node| server.plane().held(node, now) > 0;
+    let node = server.identity().register(entry, holds_leases, now).map_err(denied)?;
     tracing::info!(event = "registration.accepted", wallet = %node.wallet, capabilities = node.capabilities.len(), "node registered");
-    world.changed();
+    server.changed();
     ok(&json!({ "ok": true, "node_id": node.id }))
 }
 
@@ -167,16 +167,16 @@ fn capabilities(named: Vec<String>, least: usize) -> Result<Vec<Arc<str>>, Refus
 }
 
 /// Checks message and signature and uses the nonce up; the wallet that signed.
-fn signed_by(world: &Inner, text: &str, signature: &str, now: Timestamp) -> Result<String, Refusal> {
+fn signed_by(server: &Inner, text: &str, signature: &str, now: Timestamp) -> Result<String, Refusal> {
     let message = siwe::parse(text).map_err(Refusal::bad)?;
-    if message.domain != world.authority() {
+    if message.domain != server.authority() {
         return Err(Refusal::new(StatusCode::UNAUTHORIZED, "the message is for another domain"));
     }
     let signer = siwe::signer(text, signature).map_err(|err| Refusal::new(StatusCode::UNAUTHORIZED, err))?;
     if signer != message.address {
         return Err(Refusal::new(StatusCode::UNAUTHORIZED, "the signature is of another address than the message"));
     }
-    world.identity().redeem(&message.nonce, &signer, now).map_err(denied)?;
+    server.identity().redeem(&message.nonce, &signer, now).map_err(denied)?;
     Ok(signer)
 }
 

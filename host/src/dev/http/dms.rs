@@ -24,12 +24,12 @@ use crate::{
 
 /// `GET /tasks`
 pub(super) async fn lease(
-    State(world): State<Arc<Inner>>,
+    State(server): State<Arc<Inner>>,
     Extension(peer): Extension<Peer>,
     headers: HeaderMap,
     RawQuery(query): RawQuery,
 ) -> Response {
-    for_node(&world, &headers, |node| {
+    for_node(&server, &headers, |node| {
         peer.is(node.id);
         let query = pairs(query.as_deref());
         let asked = |name: &str| query.iter().find(|(key, _)| key == name).map(|(_, value)| &**value);
@@ -39,28 +39,28 @@ pub(super) async fn lease(
             Some(Ok(job)) => Some(job),
             Some(Err(_)) => return Err(Refusal::bad("job_id is no UUID")),
         };
-        if asked("domain_id").is_some_and(|domain| Uuid::parse_str(domain) != Ok(world.domain_id)) {
+        if asked("domain_id").is_some_and(|domain| Uuid::parse_str(domain) != Ok(server.domain_id)) {
             return Ok(StatusCode::NO_CONTENT.into_response());
         }
-        let now = world.now();
+        let now = server.now();
         // Newer nodes name a capability; several are several wishes, none is any.
         let wanted = query.iter().filter(|(name, _)| name == "capability");
         let wanted: Vec<&str> = wanted.map(|(_, value)| &**value).collect();
-        let granted = world.plane().lease(node, &wanted, job, now);
+        let granted = server.plane().lease(node, &wanted, job, now);
         let Ok(granted) = granted else {
             return Err(Refusal::new(StatusCode::CONFLICT, "this node holds as many leases as it may"));
         };
         let Some(granted) = granted else { return Ok(StatusCode::NO_CONTENT.into_response()) };
         tracing::debug!(task_id = %granted.task, capability = %granted.request.capability, "leased");
-        world.changed();
-        let token = world.task_token(granted.task, &granted.token, node.id, now);
-        ok(&envelope(&world, granted, token))
+        server.changed();
+        let token = server.task_token(granted.task, &granted.token, node.id, now);
+        ok(&envelope(&server, granted, token))
     })
 }
 
-fn envelope(world: &Inner, granted: Granted, token: String) -> LeaseEnvelope {
+fn envelope(server: &Inner, granted: Granted, token: String) -> LeaseEnvelope {
     let request = &granted.request;
-    let old = world.form() == WireForm::Old;
+    let old = server.form() == WireForm::Old;
     // What this node reads is typed on the wire; the rest of the task travels beside it.
     let rest = [
         ("label", json!(request.label)),
@@ -83,8 +83,8 @@ fn envelope(world: &Inner, granted: Granted, token: String) -> LeaseEnvelope {
         lease_expires_at: Some(granted.expires),
         cancel: false,
         status: Some("leased".to_owned()),
-        domain_id: Some(world.domain_id),
-        domain_server_url: Some(world.base.clone()),
+        domain_id: Some(server.domain_id),
+        domain_server_url: Some(server.base.clone()),
         task: TaskSpec {
             id: granted.task,
             job_id: Some(granted.job),
@@ -100,21 +100,21 @@ fn envelope(world: &Inner, granted: Granted, token: String) -> LeaseEnvelope {
 
 /// `POST /tasks/{id}/heartbeat`
 pub(super) async fn heartbeat(
-    State(world): State<Arc<Inner>>,
+    State(server): State<Arc<Inner>>,
     Path(task): Path<String>,
     headers: HeaderMap,
     body: Body,
 ) -> Response {
     let request: Result<HeartbeatRequest, Refusal> = read_json(body, REPORT_BYTES_MAX).await;
-    for_node(&world, &headers, |node| {
+    for_node(&server, &headers, |node| {
         let (task, request) = (task_id(&task)?, request?);
-        let now = world.now();
-        let beat = world.plane().beat(task, node.id, request.progress, request.events, now)?;
-        world.changed();
-        let old = world.form() == WireForm::Old;
+        let now = server.now();
+        let beat = server.plane().beat(task, node.id, request.progress, request.events, now)?;
+        server.changed();
+        let old = server.form() == WireForm::Old;
         let mut answer = HeartbeatResponse {
-            domain_id: Some(world.domain_id).filter(|_| !old),
-            domain_server_url: Some(world.base.clone()).filter(|_| !old),
+            domain_id: Some(server.domain_id).filter(|_| !old),
+            domain_server_url: Some(server.base.clone()).filter(|_| !old),
             ..HeartbeatResponse::default()
         };
         match beat {
@@ -124,7 +124,7 @@ pub(super) async fn heartbeat(
                 answer.status = Some("running".to_owned()).filter(|_| !old);
                 answer.lease_expires_at = Some(expires);
                 if let Some(token) = token {
-                    answer.access_token = Some(world.task_token(task, &token, node.id, now));
+                    answer.access_token = Some(server.task_token(task, &token, node.id, now));
                     answer.access_token_expires_at = Some(token.expires).filter(|_| !old);
                 }
             }
@@ -135,34 +135,34 @@ pub(super) async fn heartbeat(
 
 /// `POST /tasks/{id}/complete`
 pub(super) async fn complete(
-    State(world): State<Arc<Inner>>,
+    State(server): State<Arc<Inner>>,
     Path(task): Path<String>,
     headers: HeaderMap,
     body: Body,
 ) -> Response {
     let request: Result<CompleteRequest, Refusal> = read_json(body, REPORT_BYTES_MAX).await;
-    for_node(&world, &headers, |node| {
+    for_node(&server, &headers, |node| {
         let (task, request) = (task_id(&task)?, request?);
-        world.plane().complete(task, node.id, request.output_cids, request.meta, world.now())?;
+        server.plane().complete(task, node.id, request.output_cids, request.meta, server.now())?;
         tracing::debug!(task_id = %task, "completed");
-        world.changed();
+        server.changed();
         settled()
     })
 }
 
 /// `POST /tasks/{id}/fail`
 pub(super) async fn fail(
-    State(world): State<Arc<Inner>>,
+    State(server): State<Arc<Inner>>,
     Path(task): Path<String>,
     headers: HeaderMap,
     body: Body,
 ) -> Response {
     let request: Result<FailRequest, Refusal> = read_json(body, REPORT_BYTES_MAX).await;
-    for_node(&world, &headers, |node| {
+    for_node(&server, &headers, |node| {
         let (task, request) = (task_id(&task)?, request?);
-        world.plane().fail(task, node.id, &request.reason, request.details, world.now())?;
+        server.plane().fail(task, node.id, &request.reason, request.details, server.now())?;
         tracing::debug!(task_id = %task, "failed");
-        world.changed();
+        server.changed();
         settled()
     })
 }

@@ -1,4 +1,4 @@
-//! What the world tells about itself: upload limits to anybody, everything else to who is on this
+//! What the dev server tells about itself: upload limits to anybody, everything else to who is on this
 //! machine.
 
 use std::sync::Arc;
@@ -13,11 +13,11 @@ use super::{Answer, Refusal, ok, pairs};
 use crate::dev::{Inner, WireForm};
 
 /// `GET /api/v1/info` (posemesh.md sections 6.6 and 10.6)
-pub(super) async fn uploads(State(world): State<Arc<Inner>>) -> Answer {
-    if world.form() == WireForm::Old {
+pub(super) async fn uploads(State(server): State<Arc<Inner>>) -> Answer {
+    if server.form() == WireForm::Old {
         return Err(Refusal::new(StatusCode::NOT_FOUND, "no such path"));
     }
-    let config = &world.config;
+    let config = &server.config;
     ok(&json!({
         "upload": {
             "request_max_bytes": config.request_max_bytes,
@@ -28,33 +28,37 @@ pub(super) async fn uploads(State(world): State<Arc<Inner>>) -> Answer {
 }
 
 /// `GET /dev/v1/world`: everything `runner-host submit` needs, a fresh grant included.
-pub(super) async fn world(State(world): State<Arc<Inner>>, headers: HeaderMap) -> Answer {
+pub(super) async fn description(State(server): State<Arc<Inner>>, headers: HeaderMap) -> Answer {
     from_this_machine(&headers)?;
-    let now = world.now();
-    let nodes: Vec<Value> = world
+    let now = server.now();
+    let nodes: Vec<Value> = server
         .nodes_online()
         .into_iter()
         .map(|node| {
             json!({
                 "id": node.id, "wallet": &*node.wallet, "version": &*node.version, "seen_at": node.seen_at,
                 "capabilities": node.capabilities.iter().map(|name| &**name).collect::<Vec<_>>(),
-                "leases": world.plane().held(node.id, now),
+                "leases": server.plane().held(node.id, now),
             })
         })
         .collect();
     ok(&json!({
-        "dds": world.base, "dms": world.dms(), "domain_server": world.base, "domain_id": world.domain_id,
-        "grant": world.grant(), "data_survives": world.config.data.is_some(), "nodes": nodes,
+        "dds": server.base, "dms": server.dms(), "domain_server": server.base, "domain_id": server.domain_id,
+        "grant": server.grant(), "data_survives": server.config.data.is_some(), "nodes": nodes,
     }))
 }
 
 /// `GET /dev/v1/requests?since=N`: the journal from request number N on.
-pub(super) async fn requests(State(world): State<Arc<Inner>>, headers: HeaderMap, RawQuery(query): RawQuery) -> Answer {
+pub(super) async fn requests(
+    State(server): State<Arc<Inner>>,
+    headers: HeaderMap,
+    RawQuery(query): RawQuery,
+) -> Answer {
     from_this_machine(&headers)?;
     let query = pairs(query.as_deref());
     let since = query.iter().find(|(name, _)| name == "since").map_or(Ok(0), |(_, value)| value.parse());
     let since = since.map_err(|_| Refusal::bad("since is no number"))?;
-    let (next, requests) = world.journal().since(since);
+    let (next, requests) = server.journal().since(since);
     ok(&json!({ "next": next, "requests": requests }))
 }
 

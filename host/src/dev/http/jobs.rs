@@ -24,22 +24,22 @@ use crate::dev::{
 const STATUSES: [&str; 5] = ["pending", "running", "completed", "failed", "canceled"];
 
 /// `POST /jobs`
-pub(super) async fn create(State(world): State<Arc<Inner>>, headers: HeaderMap, body: Body) -> Answer {
-    world.author(&headers)?;
+pub(super) async fn create(State(server): State<Arc<Inner>>, headers: HeaderMap, body: Body) -> Answer {
+    server.author(&headers)?;
     let body: Value = read_json(body, JOB_BYTES_MAX).await?;
     let key = idempotency_key(&headers)?.map(|key| (key, fingerprint(&body)));
-    let request = parse(body, world.domain_id).map_err(refused)?;
-    let now = world.now();
-    let job = world.plane().create(request, key, now).map_err(refused)?;
-    world.changed();
+    let request = parse(body, server.domain_id).map_err(refused)?;
+    let now = server.now();
+    let job = server.plane().create(request, key, now).map_err(refused)?;
+    server.changed();
     ok(&json!({ "job_id": job }))
 }
 
 /// `POST /jobs/estimate`: nothing costs anything here.
-pub(super) async fn estimate(State(world): State<Arc<Inner>>, headers: HeaderMap, body: Body) -> Answer {
-    world.author(&headers)?;
+pub(super) async fn estimate(State(server): State<Arc<Inner>>, headers: HeaderMap, body: Body) -> Answer {
+    server.author(&headers)?;
     let body: Value = read_json(body, JOB_BYTES_MAX).await?;
-    let request = parse(body, world.domain_id).map_err(refused)?;
+    let request = parse(body, server.domain_id).map_err(refused)?;
     let free = |task: &TaskRequest| {
         json!({
             "label": task.label, "stage": &*task.stage, "capability": &*task.capability, "mode": task.mode.text(),
@@ -50,10 +50,10 @@ pub(super) async fn estimate(State(world): State<Arc<Inner>>, headers: HeaderMap
 }
 
 /// `GET /jobs`
-pub(super) async fn list(State(world): State<Arc<Inner>>, headers: HeaderMap, RawQuery(query): RawQuery) -> Answer {
-    world.author(&headers)?;
-    let listing = listing(&pairs(query.as_deref()), world.domain_id)?;
-    let (items, next) = world.plane().list(&listing, world.now());
+pub(super) async fn list(State(server): State<Arc<Inner>>, headers: HeaderMap, RawQuery(query): RawQuery) -> Answer {
+    server.author(&headers)?;
+    let listing = listing(&pairs(query.as_deref()), server.domain_id)?;
+    let (items, next) = server.plane().list(&listing, server.now());
     ok(&json!({ "items": items, "next_cursor": next.map(|serial| BASE64.encode(serial.to_be_bytes())) }))
 }
 
@@ -62,7 +62,7 @@ fn listing(query: &[(String, String)], domain_id: Uuid) -> Result<Listing, Refus
     for (name, value) in query {
         match &**name {
             "domain_id" if Uuid::parse_str(value) != Ok(domain_id) => {
-                return Err(Refusal::bad(format!("domain_id is not {domain_id}, the only domain of this world")));
+                return Err(Refusal::bad(format!("domain_id is not {domain_id}, the only domain of this dev server")));
             }
             "limit" => {
                 let limit = value.parse().ok().filter(|limit| (1..=100).contains(limit));
@@ -90,19 +90,19 @@ fn listing(query: &[(String, String)], domain_id: Uuid) -> Result<Listing, Refus
 }
 
 /// `GET /jobs/{id}`
-pub(super) async fn get(State(world): State<Arc<Inner>>, Path(id): Path<String>, headers: HeaderMap) -> Answer {
-    world.author(&headers)?;
+pub(super) async fn get(State(server): State<Arc<Inner>>, Path(id): Path<String>, headers: HeaderMap) -> Answer {
+    server.author(&headers)?;
     let id = job_id(&id)?;
-    let job = world.plane().job(id, world.now()).ok_or_else(no_job)?;
+    let job = server.plane().job(id, server.now()).ok_or_else(no_job)?;
     ok(&job)
 }
 
 /// `POST /jobs/{id}/cancel`
-pub(super) async fn cancel(State(world): State<Arc<Inner>>, Path(id): Path<String>, headers: HeaderMap) -> Answer {
-    world.author(&headers)?;
+pub(super) async fn cancel(State(server): State<Arc<Inner>>, Path(id): Path<String>, headers: HeaderMap) -> Answer {
+    server.author(&headers)?;
     let id = job_id(&id)?;
-    let mut plane = world.plane();
-    let updated_at = plane.cancel(id, world.now()).ok_or_else(no_job)?;
+    let mut plane = server.plane();
+    let updated_at = plane.cancel(id, server.now()).ok_or_else(no_job)?;
     match plane.job_status(id) {
         None | Some("canceled") => {}
         Some(status) => {
@@ -110,14 +110,14 @@ pub(super) async fn cancel(State(world): State<Arc<Inner>>, Path(id): Path<Strin
         }
     }
     drop(plane);
-    world.changed();
+    server.changed();
     ok(&json!({ "id": id, "status": "canceled", "updated_at": updated_at }))
 }
 
 /// `GET /nodes/busy`
-pub(super) async fn busy(State(world): State<Arc<Inner>>, headers: HeaderMap) -> Answer {
-    world.author(&headers)?;
-    let nodes = world.plane().busy(world.now());
+pub(super) async fn busy(State(server): State<Arc<Inner>>, headers: HeaderMap) -> Answer {
+    server.author(&headers)?;
+    let nodes = server.plane().busy(server.now());
     ok(&json!({ "nodes": nodes }))
 }
 

@@ -42,8 +42,8 @@ const JOB_BYTES_MAX: usize = 16 * 1024 * 1024;
 const REFUSED_BYTES_MAX: usize = 64 * 1024 * 1024;
 
 /// All routes.
-pub(super) fn router(world: Arc<Inner>) -> Router {
-    let own = Router::new().route("/world", get(info::world)).route("/requests", get(info::requests));
+pub(super) fn router(server: Arc<Inner>) -> Router {
+    let own = Router::new().route("/world", get(info::description)).route("/requests", get(info::requests));
     let domain = Router::new()
         .route("/data", get(data::find).post(data::create).put(data::replace))
         .route("/data/multipart", post(parts::post).put(parts::put).delete(parts::abort))
@@ -69,7 +69,7 @@ pub(super) fn router(world: Arc<Inner>) -> Router {
         .nest("/dev/v1", own)
         .fallback(|| async { Refusal::new(StatusCode::NOT_FOUND, "no such path") })
         .method_not_allowed_fallback(|| async { Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "no such method here") })
-        .with_state(world)
+        .with_state(server)
 }
 
 /// A request that was not done: a status and one line.
@@ -137,8 +137,8 @@ fn ok(body: &impl Serialize) -> Answer {
 pub(super) struct AskedBy(pub(super) Uuid);
 
 /// Runs `handler` for the node behind the bearer.
-fn for_node(world: &Inner, headers: &HeaderMap, handler: impl FnOnce(&Node) -> Answer) -> Response {
-    let node = match world.node(headers) {
+fn for_node(server: &Inner, headers: &HeaderMap, handler: impl FnOnce(&Node) -> Answer) -> Response {
+    let node = match server.node(headers) {
         Ok(node) => node,
         Err(refusal) => return refusal.into_response(),
     };

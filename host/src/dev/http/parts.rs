@@ -32,48 +32,48 @@ struct Completion {
 
 /// `POST …/data/multipart`: `?uploads` begins, `?uploadId=` completes.
 pub(super) async fn post(
-    State(world): State<Arc<Inner>>,
+    State(server): State<Arc<Inner>>,
     Path(domain): Path<String>,
     headers: HeaderMap,
     RawQuery(query): RawQuery,
     body: Body,
 ) -> Answer {
-    world.visitor(&headers, &domain)?;
-    offered(&world)?;
+    server.visitor(&headers, &domain)?;
+    offered(&server)?;
     let query = pairs(query.as_deref());
     if query.iter().any(|(name, _)| name == "uploads") {
         let request = read_json(body, REPORT_BYTES_MAX).await?;
-        let begun = world.store.initiate(request, world.now())?;
+        let begun = server.store.initiate(request, server.now())?;
         return ok(&json!({
-            "upload_id": begun.upload_id, "data_id": begun.data_id, "part_size": world.config.part_size,
+            "upload_id": begun.upload_id, "data_id": begun.data_id, "part_size": server.config.part_size,
             "expires_at": begun.expires,
         }));
     }
     let upload = upload_id(&query)?.to_owned();
     let request: Completion = read_json(body, REPORT_BYTES_MAX).await?;
-    let (store, now) = (world.store.clone(), world.now());
+    let (store, now) = (server.store.clone(), server.now());
     let item = blocking(move || store.complete_upload(&upload, &request.parts, now)).await?;
-    world.changed();
-    ok(&metadata(&item, world.domain_id))
+    server.changed();
+    ok(&metadata(&item, server.domain_id))
 }
 
 /// `PUT …/data/multipart?uploadId=&partNumber=`
 pub(super) async fn put(
-    State(world): State<Arc<Inner>>,
+    State(server): State<Arc<Inner>>,
     Path(domain): Path<String>,
     headers: HeaderMap,
     RawQuery(query): RawQuery,
     mut body: Body,
 ) -> Answer {
-    let begun = world.visitor(&headers, &domain).and_then(|()| {
-        offered(&world)?;
+    let begun = server.visitor(&headers, &domain).and_then(|()| {
+        offered(&server)?;
         let query = pairs(query.as_deref());
         let number = query.iter().find(|(name, _)| name == "partNumber").and_then(|(_, value)| value.parse().ok());
         let number = number.ok_or_else(|| Refusal::bad("partNumber is missing or no number"))?;
-        Ok(world.store.begin_part(upload_id(&query)?, number, world.now())?)
+        Ok(server.store.begin_part(upload_id(&query)?, number, server.now())?)
     });
     let written = match begun {
-        Ok(writing) => write(&world, writing, &mut body).await,
+        Ok(writing) => write(&server, writing, &mut body).await,
         Err(refusal) => Err(refusal),
     };
     match written {
@@ -86,8 +86,8 @@ pub(super) async fn put(
 }
 
 /// Streams a part to its place in the upload's file.
-async fn write(world: &Inner, writing: Writing, body: &mut Body) -> Result<String, Refusal> {
-    let most = world.config.part_size;
+async fn write(server: &Inner, writing: Writing, body: &mut Body) -> Result<String, Refusal> {
+    let most = server.config.part_size;
     let (path, offset) = (writing.path.clone(), writing.offset);
     let open = move || {
         let mut file = fs::OpenOptions::new().create(true).truncate(false).write(true).open(path)?;
@@ -114,21 +114,21 @@ async fn write(world: &Inner, writing: Writing, body: &mut Body) -> Result<Strin
 
 /// `DELETE …/data/multipart?uploadId=`
 pub(super) async fn abort(
-    State(world): State<Arc<Inner>>,
+    State(server): State<Arc<Inner>>,
     Path(domain): Path<String>,
     headers: HeaderMap,
     RawQuery(query): RawQuery,
 ) -> Answer {
-    world.visitor(&headers, &domain)?;
+    server.visitor(&headers, &domain)?;
     let upload = upload_id(&pairs(query.as_deref()))?.to_owned();
-    let (store, now) = (world.store.clone(), world.now());
+    let (store, now) = (server.store.clone(), server.now());
     blocking(move || store.abort_upload(&upload, now)).await?;
     ok(&empty_object())
 }
 
 /// A server without multipart answers 404, which makes writers fall back to one request.
-fn offered(world: &Inner) -> Result<(), Refusal> {
-    if world.config.multipart && world.form() == WireForm::New {
+fn offered(server: &Inner) -> Result<(), Refusal> {
+    if server.config.multipart && server.form() == WireForm::New {
         Ok(())
     } else {
         Err(Refusal::new(StatusCode::NOT_FOUND, "no uploads in parts here"))

@@ -61,7 +61,7 @@ impl TaskRequest {
     }
 }
 
-/// Who may serve a task. This world has one organisation, so both come to the same.
+/// Who may serve a task. This dev server has one organisation, so both come to the same.
 #[derive(Clone, Copy, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(in crate::dev) enum Mode {
@@ -147,7 +147,7 @@ pub(in crate::dev) fn parse(body: Value, domain_id: Uuid) -> Result<JobRequest, 
 
 fn check(request: &JobRequest, domain_id: Uuid) -> Result<(), String> {
     if request.domain_id != domain_id {
-        return Err(format!("domain_id is {}, this world has {domain_id}", request.domain_id));
+        return Err(format!("domain_id is {}, this dev server has {domain_id}", request.domain_id));
     }
     if request.tasks.is_empty() {
         return Err("tasks is empty, expected at least one task".to_owned());

@@ -58,7 +58,7 @@ async fn a_node_with_a_url_is_called_back_before_the_answer_and_asked_for_its_he
     }
     node.login(&lab).await;
     assert_eq!(node.poll(&lab, "").await.status, StatusCode::NO_CONTENT);
-    lab.world.stop().await;
+    lab.server.stop().await;
 }
 
 #[tokio::test]

@@ -19,35 +19,35 @@ fn form(boundary: &str, parts: &[(&str, &[u8])]) -> Vec<u8> {
 
 impl TestServer {
     fn data(&self, rest: &str) -> String {
-        format!("/api/v1/domains/{}/data{rest}", self.world.domain_id())
+        format!("/api/v1/domains/{}/data{rest}", self.server.domain_id())
     }
 
     async fn upload(&self, method: Method, parts: &[(&str, &[u8])]) -> Answer {
         let headers = [("content-type", "multipart/form-data; boundary=boundary")];
-        self.send(method, &self.data(""), Some(&self.world.grant()), &headers, form("boundary", parts)).await
+        self.send(method, &self.data(""), Some(&self.server.grant()), &headers, form("boundary", parts)).await
     }
 
     async fn raw(&self, id: &Value) -> Answer {
         let id = id.as_str().expect("an id");
-        self.get(&self.data(&format!("/{id}?raw=true")), Some(&self.world.grant())).await
+        self.get(&self.data(&format!("/{id}?raw=true")), Some(&self.server.grant())).await
     }
 
     async fn multipart(&self, method: Method, query: &str, body: impl Into<bytes::Bytes>) -> Answer {
-        self.send(method, &self.data(&format!("/multipart{query}")), Some(&self.world.grant()), &[OCTETS], body).await
+        self.send(method, &self.data(&format!("/multipart{query}")), Some(&self.server.grant()), &[OCTETS], body).await
     }
 }
 
 #[tokio::test]
 async fn data_is_created_found_read_replaced_and_deleted() {
     let lab = TestServer::start().await;
-    let grant = lab.world.grant();
+    let grant = lab.server.grant();
     let payload: Vec<u8> = (0..200_000_u32).map(|n| n.to_le_bytes()[0]).collect();
     let parts: [(&str, &[u8]); 2] =
         [("name=\"scan a\"; data-type=\"ply\"", &payload), ("name=\"empty\"; data-type=\"json\"", b"")];
     let created = body(&lab.upload(Method::POST, &parts).await);
     let (scan, empty) = (created["data"][0].clone(), created["data"][1].clone());
     assert_eq!((&scan["name"], &scan["data_type"], &scan["size"]), (&json!("scan a"), &json!("ply"), &json!(200_000)));
-    assert_eq!((&scan["domain_id"], &empty["size"]), (&json!(lab.world.domain_id()), &json!(0)));
+    assert_eq!((&scan["domain_id"], &empty["size"]), (&json!(lab.server.domain_id()), &json!(0)));
 
     let listed = body(&lab.get(&lab.data("?name=scan+a&data_type=ply"), Some(&grant)).await);
     assert_eq!(listed, json!({"data": [scan]}));
@@ -74,10 +74,10 @@ async fn data_is_created_found_read_replaced_and_deleted() {
 async fn content_by_id_is_served_in_ranges() {
     // posemesh.md sections 6.5, 10.5: real runners read content themselves.
     let lab = TestServer::start().await;
-    let id = lab.world.put_data("scan", "ply", b"0123456789").await.expect("stored");
+    let id = lab.server.put_data("scan", "ply", b"0123456789").await.expect("stored");
     let path = lab.data(&format!("/{id}?raw=true"));
     let ask = async |headers: &[(&str, &str)]| {
-        let answer = lab.send(Method::GET, &path, Some(&lab.world.grant()), headers, "").await;
+        let answer = lab.send(Method::GET, &path, Some(&lab.server.grant()), headers, "").await;
         let range = answer.headers.get("content-range").map(|range| range.to_str().expect("text").to_owned());
         let body = String::from_utf8(answer.body.to_vec()).expect("text");
         let etag = answer.headers["etag"].to_str().expect("text").to_owned();
@@ -110,11 +110,11 @@ async fn content_by_id_is_served_in_ranges() {
 #[tokio::test]
 async fn a_multipart_download_has_the_form_that_nodes_parse() {
     let lab = TestServer::start().await;
-    let first = lab.world.put_data("scan a", "ply", b"abcd").await.expect("stored");
-    let second = lab.world.put_data("b", "json", b"--x\r\n\r\n").await.expect("stored");
+    let first = lab.server.put_data("scan a", "ply", b"abcd").await.expect("stored");
+    let second = lab.server.put_data("b", "json", b"--x\r\n\r\n").await.expect("stored");
     let ask = async |query: &str| {
         let headers = [("accept", "multipart/form-data")];
-        lab.send(Method::GET, &lab.data(query), Some(&lab.world.grant()), &headers, "").await
+        lab.send(Method::GET, &lab.data(query), Some(&lab.server.grant()), &headers, "").await
     };
     let answer = ask(&format!("?ids={second},{first}")).await;
     let content_type = answer.headers["content-type"].to_str().expect("text").to_owned();
@@ -130,7 +130,7 @@ async fn a_multipart_download_has_the_form_that_nodes_parse() {
             format!("; name=\"{name}\""),
             format!("; data-type=\"{data_type}\""),
             format!("; id=\"{id}\""),
-            format!("; domain-id=\"{}\"", lab.world.domain_id()),
+            format!("; domain-id=\"{}\"", lab.server.domain_id()),
             format!("; size=\"{size}\""),
             "; created-at=\"".to_owned(),
             "; updated-at=\"".to_owned(),
@@ -172,12 +172,12 @@ async fn uploads_that_cannot_be_stored_are_refused_and_leave_nothing() {
     check(request, StatusCode::PAYLOAD_TOO_LARGE, "upload in parts").await;
     let headers = [("content-type", "multipart/form-data; boundary=other")];
     let cut = form("boundary", &[(named, b"1")]);
-    let cut = lab.send(Method::POST, &lab.data(""), Some(&lab.world.grant()), &headers, cut).await;
+    let cut = lab.send(Method::POST, &lab.data(""), Some(&lab.server.grant()), &headers, cut).await;
     check(cut, StatusCode::BAD_REQUEST, "no boundary was found").await;
-    let json = lab.post(&lab.data(""), Some(&lab.world.grant()), &json!({})).await;
+    let json = lab.post(&lab.data(""), Some(&lab.server.grant()), &json!({})).await;
     check(json, StatusCode::BAD_REQUEST, "expected Content-Type multipart/form-data").await;
 
-    let listed = body(&lab.get(&lab.data(""), Some(&lab.world.grant())).await);
+    let listed = body(&lab.get(&lab.data(""), Some(&lab.server.grant())).await);
     assert_eq!(listed["data"].as_array().map(Vec::len), Some(1), "only the first one was stored");
 }
 
@@ -189,7 +189,7 @@ async fn the_right_token_for_the_right_domain_is_needed() {
     assert_eq!(lab.get(&lab.data(""), Some("x.y.z")).await.status, StatusCode::UNAUTHORIZED);
     assert_eq!(lab.get(&lab.data(""), Some(&node.token)).await.status, StatusCode::UNAUTHORIZED, "a node token");
     let elsewhere = format!("/api/v1/domains/{}/data", Uuid::new_v4());
-    assert_eq!(lab.get(&elsewhere, Some(&lab.world.grant())).await.status, StatusCode::FORBIDDEN);
+    assert_eq!(lab.get(&elsewhere, Some(&lab.server.grant())).await.status, StatusCode::FORBIDDEN);
     let headers = [("content-type", "multipart/form-data; boundary=boundary")];
     let large = form("boundary", &[("name=\"a\"; data-type=\"b\"", &vec![0; 5_000_000])]);
     let refused = lab.send(Method::POST, &lab.data(""), Some("x"), &headers, large).await;
@@ -274,14 +274,14 @@ async fn an_aborted_upload_is_gone_and_unfinished_ones_go_on_stop() {
     assert_eq!(uploads(), 0);
     assert_eq!(lab.multipart(Method::DELETE, &abort, "").await.status, StatusCode::NOT_FOUND);
     begin().await;
-    lab.world.put_data("kept", "json", b"{}").await.expect("stored");
-    let domain = lab.world.domain_id();
-    lab.world.stop().await;
+    lab.server.put_data("kept", "json", b"{}").await.expect("stored");
+    let domain = lab.server.domain_id();
+    lab.server.stop().await;
     assert_eq!(uploads(), 0);
 
     let again = TestServer::with(Config { data: Some(folder.path().to_owned()), ..Config::default() }).await;
-    assert_eq!(again.world.domain_id(), domain);
-    let listed = body(&again.get(&again.data(""), Some(&again.world.grant())).await);
+    assert_eq!(again.server.domain_id(), domain);
+    let listed = body(&again.get(&again.data(""), Some(&again.server.grant())).await);
     assert_eq!(listed["data"][0]["name"], "kept");
 }
 
@@ -296,13 +296,13 @@ async fn without_multipart_initiating_is_unknown() {
 #[tokio::test]
 async fn stopping_ends_idle_and_busy_connections_and_removes_temporary_data() {
     let lab = TestServer::with(Config { stop_grace: Duration::from_millis(50), ..Config::default() }).await;
-    lab.world.put_data("a", "json", b"{}").await.expect("stored");
+    lab.server.put_data("a", "json", b"{}").await.expect("stored");
     // A connection that never finishes its request.
-    let mut stuck = tokio::net::TcpStream::connect(lab.world.address()).await.expect("connects");
+    let mut stuck = tokio::net::TcpStream::connect(lab.server.address()).await.expect("connects");
     let head = format!("POST {} HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n", lab.data(""));
     tokio::io::AsyncWriteExt::write_all(&mut stuck, head.as_bytes()).await.expect("writes");
     assert_eq!(lab.get("/api/v1/info", None).await.status, StatusCode::OK);
-    let address = lab.world.address();
-    tokio::time::timeout(LIMIT, lab.world.stop()).await.expect("stops");
+    let address = lab.server.address();
+    tokio::time::timeout(LIMIT, lab.server.stop()).await.expect("stops");
     assert!(tokio::net::TcpStream::connect(address).await.is_err());
 }

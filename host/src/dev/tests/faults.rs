@@ -12,13 +12,13 @@ use crate::dev::{Faults, Seen};
 
 impl TestServer {
     fn faults(&self, file: &str) {
-        self.world.set_faults(Faults::parse(file).expect("a sound file"));
+        self.server.set_faults(Faults::parse(file).expect("a sound file"));
     }
 
     /// One request on a connection of its own: what came, and how the connection ended.
     async fn exchange(&self, head: &str, bearer: &str, body: &str) -> (String, std::io::Result<()>) {
-        let mut socket = TcpStream::connect(self.world.address()).await.expect("it listens");
-        let (host, length) = (self.world.address(), body.len());
+        let mut socket = TcpStream::connect(self.server.address()).await.expect("it listens");
+        let (host, length) = (self.server.address(), body.len());
         let request = format!(
             "{head} HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {bearer}\r\nContent-Length: {length}\r\n\
              Connection: close\r\n\r\n{body}"
@@ -30,7 +30,7 @@ impl TestServer {
     }
 
     fn last_seen(&self) -> Seen {
-        self.world.journal().pop().expect("a request")
+        self.server.journal().pop().expect("a request")
     }
 }
 
@@ -52,7 +52,7 @@ async fn a_status_comes_with_headers_and_body_and_nothing_is_done() {
     let answer = node.poll(&lab, "").await;
     assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!((&answer.headers["retry-after"], &answer.body[..]), (&"7".parse().expect("a value"), &b"later"[..]));
-    assert_eq!(lab.world.job(job).expect("known")["tasks"][0]["status"], "queued");
+    assert_eq!(lab.server.job(job).expect("known")["tasks"][0]["status"], "queued");
     let seen = lab.last_seen();
     assert_eq!((seen.endpoint, seen.fault, seen.status), (Some("lease"), Some("status"), 503));
     node.lease(&lab).await;
@@ -67,7 +67,7 @@ async fn a_reset_is_one_and_nothing_is_done() {
     lab.faults(&once("lease", "kind = \"reset\""));
     let (came, end) = lab.exchange("GET /v1/tasks", &node.token, "").await;
     assert!(is_reset(end) && came.is_empty(), "{came}");
-    assert_eq!(lab.world.job(job).expect("known")["tasks"][0]["status"], "queued");
+    assert_eq!(lab.server.job(job).expect("known")["tasks"][0]["status"], "queued");
     let seen = lab.last_seen();
     assert_eq!((seen.fault, seen.status), (Some("reset"), 0));
 }
@@ -81,7 +81,7 @@ async fn a_lost_answer_has_done_its_work() {
     lab.faults(&once("complete", "kind = \"lost_answer\""));
     let (came, end) = lab.exchange(&format!("POST {}", path(&lease, "complete")), &node.token, "{}").await;
     assert!(is_reset(end) && came.is_empty(), "{came}");
-    assert_eq!(lab.world.job(job).expect("known")["job"]["status"], "completed");
+    assert_eq!(lab.server.job(job).expect("known")["job"]["status"], "completed");
 }
 
 #[tokio::test]
@@ -96,10 +96,10 @@ async fn a_body_is_reset_in_its_middle() {
     let promised = head.lines().find_map(|line| line.to_lowercase().strip_prefix("content-length: ")?.parse().ok());
     assert_eq!(promised, Some(body.len() * 2 + body.len() % 2).filter(|_| body.len() > 100), "{came}");
 
-    let id = lab.world.put_data("long", "bin", &[7; 300_000]).await.expect("stored");
-    let ask = format!("GET /api/v1/domains/{}/data/{id}?raw=true", lab.world.domain_id());
+    let id = lab.server.put_data("long", "bin", &[7; 300_000]).await.expect("stored");
+    let ask = format!("GET /api/v1/domains/{}/data/{id}?raw=true", lab.server.domain_id());
     lab.faults(&once("by_id", "kind = \"reset_body\"\nafter_bytes = 200000"));
-    let (came, end) = lab.exchange(&ask, &lab.world.grant(), "").await;
+    let (came, end) = lab.exchange(&ask, &lab.server.grant(), "").await;
     let (head, body) = came.split_once("\r\n\r\n").expect("a head");
     assert!(is_reset(end) && head.to_lowercase().contains("content-length: 300000"), "{head}");
     // What the client has not been sent yet goes with the connection.
@@ -118,22 +118,22 @@ async fn spoilt_answers_come_in_good_form() {
         (StatusCode::OK, &"application/json".parse().expect("a value"))
     );
     assert!(answer.body.starts_with(b"{") && answer.json::<Value>().is_err());
-    assert_eq!(lab.world.job(first).expect("known")["tasks"][0]["status"], "leased", "the work was done");
+    assert_eq!(lab.server.job(first).expect("known")["tasks"][0]["status"], "leased", "the work was done");
     lab.faults(&once("lease", "kind = \"wrong_type\""));
     let answer = node.poll(&lab, "").await;
     assert_eq!(
         (answer.status, &answer.headers["content-type"]),
         (StatusCode::OK, &"text/html; charset=utf-8".parse().expect("a value"))
     );
-    assert_eq!(lab.world.job(second).expect("known")["tasks"][0]["status"], "leased");
+    assert_eq!(lab.server.job(second).expect("known")["tasks"][0]["status"], "leased");
     lab.faults(&once("lease", "kind = \"oversize\"\nbytes = 100000"));
     let answer = node.poll(&lab, "").await;
     assert_eq!((answer.status, answer.body.len()), (StatusCode::OK, 100_000), "also where there was no work");
     assert!(answer.json::<String>().is_ok());
     lab.faults(&once("by_id", "kind = \"malformed\""));
-    let id = lab.world.put_data("bytes", "bin", b"0123456789").await.expect("stored");
-    let ask = format!("/api/v1/domains/{}/data/{id}?raw=true", lab.world.domain_id());
-    assert_eq!(&lab.get(&ask, Some(&lab.world.grant())).await.body[..], b"01234");
+    let id = lab.server.put_data("bytes", "bin", b"0123456789").await.expect("stored");
+    let ask = format!("/api/v1/domains/{}/data/{id}?raw=true", lab.server.domain_id());
+    assert_eq!(&lab.get(&ask, Some(&lab.server.grant())).await.body[..], b"01234");
 }
 
 #[tokio::test]
@@ -147,14 +147,14 @@ async fn a_delay_passes_and_then_the_work_is_done() {
 }
 
 #[tokio::test]
-async fn a_hang_lasts_until_the_client_leaves_or_the_world_ends() {
+async fn hangs_last_until_client_or_dev_server_ends() {
     let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     lab.faults("[[fault]]\nendpoint = \"lease\"\nkind = \"hang\"");
     let asked = lab.exchange("GET /v1/tasks", &node.token, "");
     let stop = async {
-        lab.world.journal_until(|seen| seen.iter().any(|seen| seen.fault == Some("hang"))).await;
-        lab.world.stop.cancel();
+        lab.server.journal_until(|seen| seen.iter().any(|seen| seen.fault == Some("hang"))).await;
+        lab.server.stop.cancel();
     };
     let ((came, end), ()) = tokio::join!(asked, stop);
     assert!(is_reset(end) && came.is_empty(), "{came}");
@@ -172,7 +172,7 @@ async fn a_revoked_token_is_dead_and_can_be_renewed() {
     node.login(&lab).await;
     assert_eq!(node.beat(&lab, &lease, &json!({})).await.status, StatusCode::OK);
 
-    let list = format!("/api/v1/domains/{}/data", lab.world.domain_id());
+    let list = format!("/api/v1/domains/{}/data", lab.server.domain_id());
     let old = lease["access_token"].as_str();
     assert_eq!(lab.get(&list, old).await.status, StatusCode::OK);
     lab.faults(&once("list", "kind = \"revoke_token\""));
@@ -207,16 +207,16 @@ async fn a_stolen_lease_is_anothers_and_comes_back_by_expiry() {
     lab.faults(&once("heartbeat", "kind = \"steal_lease\""));
     assert_eq!(node.beat(&lab, &lease, &json!({})).await.status, StatusCode::CONFLICT);
     assert_eq!(node.complete(&lab, &lease, &[]).await.status, StatusCode::CONFLICT);
-    let back = lab.world.job_until(job, |job| job["tasks"][0]["status"] == "queued");
+    let back = lab.server.job_until(job, |job| job["tasks"][0]["status"] == "queued");
     assert_eq!(tokio::time::timeout(LIMIT, back).await.expect("re-queued")["tasks"][0]["attempts"], 2);
     let lease = node.lease(&lab).await;
     lab.faults(&once("list", "kind = \"steal_lease\""));
-    let list = format!("/api/v1/domains/{}/data", lab.world.domain_id());
+    let list = format!("/api/v1/domains/{}/data", lab.server.domain_id());
     assert_eq!(lab.get(&list, lease["access_token"].as_str()).await.status, StatusCode::UNAUTHORIZED);
 }
 
 #[tokio::test]
-async fn a_clock_that_is_off_shows_in_every_time_and_the_world_still_works() {
+async fn a_clock_offset_changes_every_reported_time() {
     for (offset, minutes) in [("20m", 20), ("-20m", -20)] {
         let faults = Faults::parse(&format!("[[fault]]\nkind = \"clock_offset\"\noffset = \"{offset}\""));
         let lab = TestServer::with(Config { faults: faults.expect("a sound file"), ..Config::default() }).await;
@@ -232,7 +232,7 @@ async fn a_clock_that_is_off_shows_in_every_time_and_the_world_still_works() {
         let date = jiff::fmt::rfc2822::parse(answer.headers["date"].to_str().expect("text")).expect("a date");
         assert!(near(date.timestamp(), 0), "{date}");
         assert!(near(lease["lease_expires_at"].as_str().expect("text").parse().expect("a time"), 60));
-        let list = format!("/api/v1/domains/{}/data", lab.world.domain_id());
+        let list = format!("/api/v1/domains/{}/data", lab.server.domain_id());
         assert_eq!(lab.get(&list, lease["access_token"].as_str()).await.status, StatusCode::OK);
         assert_eq!(node.beat(&lab, &lease, &json!({})).await.status, StatusCode::OK);
         assert_eq!(node.complete(&lab, &lease, &[]).await.status, StatusCode::OK);

@@ -16,10 +16,10 @@ async fn a_wallet_registers_logs_in_and_may_poll() {
     assert_eq!(node.poll(&lab, "").await.status, StatusCode::NO_CONTENT);
     assert_eq!(lab.get("/v1//tasks", Some(&node.token)).await.status, StatusCode::NOT_FOUND);
 
-    assert!(lab.world.forget_wallet(&node.wallet()));
+    assert!(lab.server.forget_wallet(&node.wallet()));
     assert_eq!(node.poll(&lab, "").await.status, StatusCode::UNAUTHORIZED);
     assert_eq!(node.try_login(&lab).await.status, StatusCode::FORBIDDEN);
-    lab.world.stop().await;
+    lab.server.stop().await;
 }
 
 #[tokio::test]

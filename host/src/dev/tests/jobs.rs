@@ -4,7 +4,7 @@ use super::*;
 
 fn job(lab: &TestServer, tasks: &[Value], edges: &[(&str, &str)]) -> Value {
     let edges: Vec<Value> = edges.iter().map(|(from, to)| json!({"from": from, "to": to})).collect();
-    json!({"domain_id": lab.world.domain_id(), "label": "job", "tasks": tasks, "edges": edges})
+    json!({"domain_id": lab.server.domain_id(), "label": "job", "tasks": tasks, "edges": edges})
 }
 
 #[tokio::test]
@@ -13,10 +13,10 @@ async fn stages_open_when_all_before_them_are_complete() {
     let node = lab.node(1, &["/one", "/two"]).await;
     let request =
         job(&lab, &[task("a", "/one", 1), task("a", "/one", 1), task("b", "/two", 1)], &[("a", "b"), ("a", "b")]);
-    let id = body(&lab.post("/v1/jobs", Some(&lab.world.grant()), &request).await)["job_id"].clone();
+    let id = body(&lab.post("/v1/jobs", Some(&lab.server.grant()), &request).await)["job_id"].clone();
     let path = format!("/v1/jobs/{}", id.as_str().expect("an id"));
     let deps = async || {
-        let seen = body(&lab.get(&path, Some(&lab.world.grant())).await);
+        let seen = body(&lab.get(&path, Some(&lab.server.grant())).await);
         (seen["tasks"][2]["deps_remaining"].clone(), seen["tasks"][2]["status"].clone())
     };
     assert_eq!(deps().await, (json!(2), json!("queued")));
@@ -35,22 +35,22 @@ async fn what_waits_for_a_failed_stage_is_cancelled() {
     let node = lab.node(1, &["/one", "/two"]).await;
     let tasks = [task("a", "/one", 1), task("b", "/two", 1), task("c", "/two", 1), task("alone", "/two", 1)];
     let request = job(&lab, &tasks, &[("a", "b"), ("b", "c")]);
-    let id = lab.world.create_job(request).expect("a valid job");
+    let id = lab.server.create_job(request).expect("a valid job");
     let lease = body(&node.poll(&lab, "?capability=/one").await);
     node.fail(&lab, &lease, "runner failed: x").await;
-    let seen = lab.world.job(id).expect("known");
+    let seen = lab.server.job(id).expect("known");
     let words: Vec<_> = seen["tasks"].as_array().expect("tasks").iter().map(|task| &task["status"]).collect();
     assert_eq!(words, ["failed", "canceled", "canceled", "queued"]);
     assert_eq!(seen["job"]["status"], "running", "an end is final, so it waits for all");
     let lease = node.lease(&lab).await;
     node.complete(&lab, &lease, &[]).await;
-    assert_eq!(lab.world.job(id).expect("known")["job"]["status"], "failed");
+    assert_eq!(lab.server.job(id).expect("known")["job"]["status"], "failed");
 }
 
 #[tokio::test]
 async fn jobs_that_cannot_be_done_are_refused_with_one_line() {
     let lab = TestServer::start().await;
-    let grant = lab.world.grant();
+    let grant = lab.server.grant();
     let check = async |request: Value, line: &str| {
         for path in ["/v1/jobs", "/v1/jobs/estimate"] {
             let answer = lab.post(path, Some(&grant), &request).await;
@@ -82,7 +82,7 @@ async fn jobs_that_cannot_be_done_are_refused_with_one_line() {
 #[tokio::test]
 async fn a_key_makes_a_repeat_harmless() {
     let lab = TestServer::start().await;
-    let grant = lab.world.grant();
+    let grant = lab.server.grant();
     let send = async |key: &str, request: &Value| {
         lab.send(Method::POST, "/v1/jobs", Some(&grant), &[("idempotency-key", key)], request.to_string()).await
     };
@@ -99,14 +99,14 @@ async fn a_key_makes_a_repeat_harmless() {
 #[tokio::test]
 async fn jobs_are_listed_in_pages_without_gaps() {
     let lab = TestServer::start().await;
-    let grant = lab.world.grant();
+    let grant = lab.server.grant();
     let node = lab.node(1, &["/x"]).await;
     let mut made: Vec<String> = (0..5).map(|_| lab.job("/x", 1).to_string()).collect();
-    let both = lab.world.create_job(job(&lab, &[task("a", "/x", 1), task("b", "/y", 1)], &[])).expect("valid");
+    let both = lab.server.create_job(job(&lab, &[task("a", "/x", 1), task("b", "/y", 1)], &[])).expect("valid");
     made.push(both.to_string());
     made.reverse();
     let page = async |query: &str| {
-        let answer = lab.get(&format!("/v1/jobs?domain_id={}&{query}", lab.world.domain_id()), Some(&grant)).await;
+        let answer = lab.get(&format!("/v1/jobs?domain_id={}&{query}", lab.server.domain_id()), Some(&grant)).await;
         assert_eq!(answer.status, StatusCode::OK, "{}", answer.excerpt());
         let page = body(&answer);
         let ids: Vec<String> = page["items"]
@@ -140,7 +140,7 @@ async fn jobs_are_listed_in_pages_without_gaps() {
 async fn an_estimate_echoes_the_tasks_with_amounts_as_text() {
     let lab = TestServer::start().await;
     let request = job(&lab, &[task("a", "/x", 1)], &[]);
-    let estimate = body(&lab.post("/v1/jobs/estimate", Some(&lab.world.grant()), &request).await);
+    let estimate = body(&lab.post("/v1/jobs/estimate", Some(&lab.server.grant()), &request).await);
     assert_eq!(
         estimate,
         json!({"total": "0", "tasks": [{"label": "a", "stage": "a", "capability": "/x", "mode": "public",
@@ -157,7 +157,7 @@ async fn higher_priority_goes_first_and_old_ends_are_forgotten() {
         let mut request = job(&lab, &[task("a", "/x", 1)], &[]);
         request["priority"] = json!(job_priority);
         request["tasks"][0]["priority"] = json!(task_priority);
-        ids.push(lab.world.create_job(request).expect("valid"));
+        ids.push(lab.server.create_job(request).expect("valid"));
     }
     let mut order = Vec::new();
     for _ in 0..3 {
@@ -166,6 +166,6 @@ async fn higher_priority_goes_first_and_old_ends_are_forgotten() {
         node.complete(&lab, &lease, &[]).await;
     }
     assert_eq!(order, [ids[2], ids[1], ids[0]].map(|id| id.to_string()));
-    assert_eq!(lab.world.job(ids[2]), None, "the oldest end was forgotten");
-    assert!(lab.world.job(ids[0]).is_some());
+    assert_eq!(lab.server.job(ids[2]), None, "the oldest end was forgotten");
+    assert!(lab.server.job(ids[0]).is_some());
 }

@@ -6,9 +6,9 @@ use super::*;
 async fn a_task_goes_from_the_author_to_the_node_and_back() {
     let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
-    let domain = lab.world.domain_id();
+    let domain = lab.server.domain_id();
     let job = lab
-        .world
+        .server
         .create_job(json!({
             "label": "greeting", "priority": 3,
             "tasks": [{"label": "hello", "stage": "hello", "capability": HELLO, "inputs_cids": ["in"],
@@ -17,7 +17,7 @@ async fn a_task_goes_from_the_author_to_the_node_and_back() {
         .expect("a valid job");
     let lease = node.lease(&lab).await;
     assert_eq!(lease["domain_id"], domain.to_string());
-    assert_eq!(lease["domain_server_url"], format!("http://{}", lab.world.address()));
+    assert_eq!(lease["domain_server_url"], format!("http://{}", lab.server.address()));
     assert_eq!(lease["cancel"], false);
     for time in ["access_token_expires_at", "lease_expires_at"] {
         let at: jiff::Timestamp = lease[time].as_str().expect("text").parse().expect("a time");
@@ -28,28 +28,28 @@ async fn a_task_goes_from_the_author_to_the_node_and_back() {
     assert_eq!(task["inputs_cids"], json!(["in"]));
     assert_eq!((&task["outputs_prefix"], &task["meta"]["who"]), (&json!("out"), &json!("you")));
     assert_eq!((&task["attempts"], &task["max_attempts"]), (&json!(1), &json!(2)));
-    assert_eq!(lab.world.job(job).expect("known")["job"]["status"], "running");
+    assert_eq!(lab.server.job(job).expect("known")["job"]["status"], "running");
 
     let beat = node.beat(&lab, &lease, &json!({"progress": {"pct": 20}, "events": [{"n": 1}, {"n": 2}]})).await;
     assert_eq!((beat.status, &body(&beat)["cancel"]), (StatusCode::OK, &json!(false)));
-    let seen = lab.world.job(job).expect("known");
+    let seen = lab.server.job(job).expect("known");
     assert_eq!(seen["tasks"][0]["status"], "running");
     assert_eq!(seen["tasks"][0]["meta"]["progress"], json!({"pct": 20}));
     assert_eq!(seen["tasks"][0]["meta"]["events"], json!([{"n": 1}, {"n": 2}]));
     // The oldest nodes send neither progress nor events.
     assert_eq!(node.beat(&lab, &lease, &json!({})).await.status, StatusCode::OK);
-    assert_eq!(lab.world.job(job).expect("known")["tasks"][0]["meta"]["progress"], json!({"pct": 20}));
+    assert_eq!(lab.server.job(job).expect("known")["tasks"][0]["meta"]["progress"], json!({"pct": 20}));
 
     for _ in 0..2 {
         assert_eq!(node.complete(&lab, &lease, &["out-1"]).await.status, StatusCode::OK, "repeating is fine");
     }
-    let seen = lab.world.job(job).expect("known");
+    let seen = lab.server.job(job).expect("known");
     assert_eq!(seen["job"]["status"], "completed");
     assert_eq!(seen["tasks_summary"]["completed"], 1);
     assert_eq!(seen["receipts"].as_array().map(Vec::len), Some(1));
     assert_eq!((&seen["receipts"][0]["outputs"], &seen["receipts"][0]["meta"]), (&json!(["out-1"]), &json!({"a": 1})));
     assert_eq!(node.beat(&lab, &lease, &json!({})).await.status, StatusCode::CONFLICT, "the lease is over");
-    lab.world.stop().await;
+    lab.server.stop().await;
 }
 
 #[tokio::test]
@@ -77,14 +77,14 @@ async fn an_expired_lease_goes_to_the_next_node_and_the_last_attempt_fails_the_t
     let job = lab.job(HELLO, 2);
     let first = node.lease(&lab).await;
     let waiting = |job: &Value| job["tasks"][0]["status"] == "queued";
-    let seen = tokio::time::timeout(LIMIT, lab.world.job_until(job, waiting)).await.expect("re-queued by the clock");
+    let seen = tokio::time::timeout(LIMIT, lab.server.job_until(job, waiting)).await.expect("re-queued by the clock");
     assert_eq!(seen["tasks"][0]["attempts"], 1);
     assert_eq!(node.complete(&lab, &first, &[]).await.status, StatusCode::CONFLICT, "a stale report");
     let second = node.lease(&lab).await;
     assert_eq!(second["task"]["id"], first["task"]["id"]);
     assert_eq!(second["task"]["attempts"], 2);
     let ended = |job: &Value| job["job"]["status"] == "failed";
-    let seen = tokio::time::timeout(LIMIT, lab.world.job_until(job, ended)).await.expect("out of attempts");
+    let seen = tokio::time::timeout(LIMIT, lab.server.job_until(job, ended)).await.expect("out of attempts");
     assert_eq!(seen["receipts"][0]["meta"]["reason"], "lease expired on attempt 2 of 2");
 }
 
@@ -97,11 +97,11 @@ async fn a_failure_costs_an_attempt() {
     // Without an earlier heartbeat: the set-up may have failed.
     assert_eq!(node.fail(&lab, &lease, "node_setup_failed").await.status, StatusCode::OK);
     assert_eq!(node.fail(&lab, &lease, "node_setup_failed").await.status, StatusCode::OK, "a repeat");
-    assert_eq!(lab.world.job(job).expect("known")["tasks"][0]["status"], "queued");
+    assert_eq!(lab.server.job(job).expect("known")["tasks"][0]["status"], "queued");
     let lease = node.lease(&lab).await;
     assert_eq!(lease["task"]["attempts"], 2);
     assert_eq!(node.fail(&lab, &lease, "runner failed: no").await.status, StatusCode::OK);
-    let seen = lab.world.job(job).expect("known");
+    let seen = lab.server.job(job).expect("known");
     assert_eq!((&seen["job"]["status"], &seen["tasks"][0]["status"]), (&json!("failed"), &json!("failed")));
     let reasons: Vec<_> = seen["receipts"].as_array().expect("receipts").iter().map(|r| &r["meta"]["reason"]).collect();
     assert_eq!(reasons, ["node_setup_failed", "runner failed: no"]);
@@ -132,7 +132,7 @@ async fn the_oldest_nodes_may_name_job_and_domain() {
     let node = lab.node(1, &[HELLO]).await;
     let (_, second) = (lab.job(HELLO, 1), lab.job(HELLO, 1));
     assert_eq!(node.poll(&lab, &format!("?domain_id={}", Uuid::new_v4())).await.status, StatusCode::NO_CONTENT);
-    let lease = node.poll(&lab, &format!("?job_id={second}&domain_id={}", lab.world.domain_id())).await;
+    let lease = node.poll(&lab, &format!("?job_id={second}&domain_id={}", lab.server.domain_id())).await;
     assert_eq!(body(&lease)["task"]["job_id"], second.to_string());
     assert_eq!(node.poll(&lab, "?job_id=x").await.status, StatusCode::BAD_REQUEST);
 }
@@ -145,7 +145,7 @@ async fn a_node_that_holds_its_share_is_busy() {
     lab.job(HELLO, 1);
     let lease = node.lease(&lab).await;
     assert_eq!(node.poll(&lab, "").await.status, StatusCode::CONFLICT);
-    let busy = body(&lab.get("/v1/nodes/busy?mode=all", Some(&lab.world.grant())).await);
+    let busy = body(&lab.get("/v1/nodes/busy?mode=all", Some(&lab.server.grant())).await);
     assert_eq!(busy["nodes"][0]["task_id"], lease["task"]["id"]);
     assert_eq!(busy["nodes"][0]["task_status"], "leased");
     node.complete(&lab, &lease, &[]).await;
@@ -157,17 +157,17 @@ async fn a_cancelled_job_reaches_the_node_with_its_next_heartbeat() {
     let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     let job = lab
-        .world
+        .server
         .create_job(json!({"label": "two", "tasks": [task("a", HELLO, 3), task("b", "/other", 3)]}))
         .expect("a valid job");
     let lease = node.lease(&lab).await;
     let cancel = format!("/v1/jobs/{job}/cancel");
-    let grant = lab.world.grant();
+    let grant = lab.server.grant();
     for _ in 0..2 {
         let answer = lab.send(Method::POST, &cancel, Some(&grant), &[], "").await;
         assert_eq!(body(&answer)["status"], "canceled");
     }
-    let seen = lab.world.job(job).expect("known");
+    let seen = lab.server.job(job).expect("known");
     assert_eq!(seen["job"]["status"], "canceled");
     assert_eq!((&seen["tasks"][0]["status"], &seen["tasks"][1]["status"]), (&json!("leased"), &json!("canceled")));
     assert!(seen["tasks"][0]["cancel_requested_at"].is_string());
@@ -175,7 +175,7 @@ async fn a_cancelled_job_reaches_the_node_with_its_next_heartbeat() {
         let beat = node.beat(&lab, &lease, &json!({})).await;
         assert_eq!((beat.status, &body(&beat)["cancel"]), (StatusCode::OK, &json!(true)));
     }
-    assert_eq!(lab.world.job(job).expect("known")["tasks"][0]["status"], "canceled");
+    assert_eq!(lab.server.job(job).expect("known")["tasks"][0]["status"], "canceled");
     assert_eq!(node.complete(&lab, &lease, &[]).await.status, StatusCode::CONFLICT);
 
     let done = lab.job(HELLO, 1);
@@ -196,7 +196,7 @@ async fn a_heartbeat_brings_a_newer_token_and_the_old_one_lives_on_for_its_grace
     let node = lab.node(1, &[HELLO]).await;
     lab.job(HELLO, 1);
     let lease = node.lease(&lab).await;
-    let list = format!("/api/v1/domains/{}/data", lab.world.domain_id());
+    let list = format!("/api/v1/domains/{}/data", lab.server.domain_id());
     let opens = async |token: &Value| lab.get(&list, token.as_str()).await.status;
     let old = lease["access_token"].clone();
     assert_eq!(opens(&old).await, StatusCode::OK);
@@ -217,7 +217,7 @@ async fn a_refused_token_makes_the_next_heartbeat_bring_another() {
     let node = lab.node(1, &[HELLO]).await;
     lab.job(HELLO, 1);
     let lease = node.lease(&lab).await;
-    let list = format!("/api/v1/domains/{}/data", lab.world.domain_id());
+    let list = format!("/api/v1/domains/{}/data", lab.server.domain_id());
     let refused =
         async { while lab.get(&list, lease["access_token"].as_str()).await.status != StatusCode::UNAUTHORIZED {} };
     tokio::time::timeout(LIMIT, refused).await.expect("the token runs out");
@@ -229,17 +229,17 @@ async fn the_journal_tells_who_asked_for_what() {
     let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     node.poll(&lab, "?capability=x").await;
-    let seen = lab.world.journal();
+    let seen = lab.server.journal();
     let last = seen.last().expect("requests");
     assert_eq!((&*last.method, &*last.path, last.status), ("GET", "/v1/tasks", 204));
     assert!(last.node.is_some());
     let over_the_wire = body(&lab.get(&format!("/dev/v1/requests?since={}", last.number), None).await);
     assert_eq!(over_the_wire["requests"].as_array().map(Vec::len), Some(1));
-    let world = body(&lab.get("/dev/v1/world", None).await);
-    assert_eq!(world["nodes"][0]["capabilities"], json!([HELLO]));
-    assert_eq!(world["dms"], lab.world.dms_url().as_str());
-    assert_eq!(lab.get("/v1/jobs", world["grant"].as_str()).await.status, StatusCode::OK);
-    let waiting = lab.world.journal_until(|seen| seen.iter().any(|seen| seen.path == "/v1/jobs"));
+    let server = body(&lab.get("/dev/v1/world", None).await);
+    assert_eq!(server["nodes"][0]["capabilities"], json!([HELLO]));
+    assert_eq!(server["dms"], lab.server.dms_url().as_str());
+    assert_eq!(lab.get("/v1/jobs", server["grant"].as_str()).await.status, StatusCode::OK);
+    let waiting = lab.server.journal_until(|seen| seen.iter().any(|seen| seen.path == "/v1/jobs"));
     tokio::time::timeout(LIMIT, waiting).await.expect("it was asked");
-    tokio::time::timeout(LIMIT, lab.world.node_online(HELLO)).await.expect("it is online");
+    tokio::time::timeout(LIMIT, lab.server.node_online(HELLO)).await.expect("it is online");
 }

@@ -1,4 +1,4 @@
-//! Tests that drive a started world over loopback, with requests written out by hand: what a node,
+//! Tests that drive a started dev server over loopback, with requests written out by hand: what a node,
 //! an author or a runner of any make would send.
 
 mod by_url;
@@ -17,16 +17,16 @@ use k256::ecdsa::SigningKey;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use super::{Config, World, siwe};
+use super::{Config, DevServer, siwe};
 use crate::transport::{self, Answer, Client};
 
 /// Far more than any call takes; a hang becomes a failed test.
 const LIMIT: Duration = Duration::from_secs(20);
 const HELLO: &str = "/examples/hello/v1";
 
-/// A world and a client.
+/// A dev server and a client.
 pub(crate) struct TestServer {
-    pub(crate) world: World,
+    pub(crate) server: DevServer,
     client: Client,
 }
 
@@ -36,8 +36,8 @@ impl TestServer {
     }
 
     pub(crate) async fn with(config: Config) -> Self {
-        let world = World::start(config).await.expect("starts on a free port");
-        Self { world, client: Client::new(transport::Config::default()) }
+        let server = DevServer::start(config).await.expect("starts on a free port");
+        Self { server, client: Client::new(transport::Config::default()) }
     }
 
     /// Sends a request; `path` may carry a query.
@@ -49,7 +49,7 @@ impl TestServer {
         headers: &[(&str, &str)],
         body: impl Into<bytes::Bytes>,
     ) -> Answer {
-        let mut request = Request::builder().method(method).uri(format!("http://{}{path}", self.world.address()));
+        let mut request = Request::builder().method(method).uri(format!("http://{}{path}", self.server.address()));
         if let Some(token) = bearer {
             request = request.header("authorization", format!("Bearer {token}"));
         }
@@ -57,7 +57,7 @@ impl TestServer {
             request = request.header(*name, *value);
         }
         let request = request.body(transport::full(body)).expect("a request");
-        self.client.call(request, LIMIT).await.expect("the world answers")
+        self.client.call(request, LIMIT).await.expect("the dev server answers")
     }
 
     pub(crate) async fn get(&self, path: &str, bearer: Option<&str>) -> Answer {
@@ -78,7 +78,7 @@ impl TestServer {
 
     /// Creates a job of one task.
     fn job(&self, capability: &str, max_attempts: u32) -> Uuid {
-        self.world
+        self.server
             .create_job(json!({"label": "one", "tasks": [task("s", capability, max_attempts)]}))
             .expect("a valid job")
     }

@@ -26,7 +26,7 @@ async fn a_lease_has_everything_newer_nodes_require() {
     let node = lab.node(1, &[HELLO]).await;
     lab.job(HELLO, 1);
     let lease = node.lease(&lab).await;
-    assert_eq!(lease["domain_id"], lab.world.domain_id().to_string());
+    assert_eq!(lease["domain_id"], lab.server.domain_id().to_string());
     for time in [&lease["access_token_expires_at"], &lease["lease_expires_at"], &lease["task"]["lease_expires_at"]] {
         assert!(ahead(time), "{lease:#}");
     }
@@ -86,7 +86,7 @@ async fn reports_need_no_progress_events_meta_or_details() {
     assert_eq!(node.beat(&lab, &lease, &large).await.status, StatusCode::OK);
     let done = lab.post(&path(&lease, "complete"), Some(&node.token), &json!({"output_cids": ["d"]})).await;
     assert_eq!(done.status, StatusCode::OK, "{}", done.excerpt());
-    assert_eq!(lab.world.job(job).expect("known")["receipts"][3]["outputs"], json!(["d"]));
+    assert_eq!(lab.server.job(job).expect("known")["receipts"][3]["outputs"], json!(["d"]));
 }
 
 /// 4.14: heartbeats as fast as progress comes, events that come again.
@@ -100,7 +100,7 @@ async fn heartbeats_may_come_at_any_rate_and_repeat_events() {
         let beat = node.beat(&lab, &lease, &json!({"progress": {"n": n}, "events": [{"same": 1}]})).await;
         assert_eq!(beat.status, StatusCode::OK);
     }
-    let task = lab.world.job(job).expect("known")["tasks"][0].clone();
+    let task = lab.server.job(job).expect("known")["tasks"][0].clone();
     assert_eq!(
         (&task["meta"]["progress"], task["meta"]["events"].as_array().map(Vec::len)),
         (&json!({"n": 29}), Some(30))
@@ -137,8 +137,8 @@ async fn uploads_tell_all_that_newer_writers_need() {
         [("posemesh-client-id", "it"), ("posemesh-sdk-version", "auki-sdk/1.0.0"), ("accept", "application/json")];
     let path = "/api/v1/info";
     assert_eq!(body(&lab.send(Method::GET, path, None, &headers, "").await), limits);
-    let base = format!("/api/v1/domains/{}/data", lab.world.domain_id());
-    let grant = lab.world.grant();
+    let base = format!("/api/v1/domains/{}/data", lab.server.domain_id());
+    let grant = lab.server.grant();
     let send = async |method: Method, query: &str, sent: String| {
         body(&lab.send(method, &format!("{base}/multipart{query}"), Some(&grant), &headers, sent).await)
     };
@@ -175,7 +175,7 @@ async fn uploads_tell_all_that_newer_writers_need() {
 #[tokio::test]
 async fn data_is_served_in_the_newer_forms_beside_the_old() {
     let lab = TestServer::start().await;
-    let (base, grant) = (format!("/api/v1/domains/{}/data", lab.world.domain_id()), lab.world.grant());
+    let (base, grant) = (format!("/api/v1/domains/{}/data", lab.server.domain_id()), lab.server.grant());
     let send = async |method: Method, rest: &str, headers: &[(&str, &str)], sent: &str| {
         lab.send(method, &format!("{base}{rest}"), Some(&grant), headers, sent.to_owned()).await
     };
@@ -193,7 +193,7 @@ async fn data_is_served_in_the_newer_forms_beside_the_old() {
     assert_eq!((again.status, refusal(&again).contains("exists already")), (StatusCode::CONFLICT, true));
 
     let json = [("accept", "application/json")];
-    let other = lab.world.put_data("b", "ply", b"b").await.expect("stored");
+    let other = lab.server.put_data("b", "ply", b"b").await.expect("stored");
     for query in [format!("?ids={id},{other}"), format!("?ids={id}%2C{other}")] {
         let listed = body(&send(Method::GET, &query, &json, "").await);
         assert_eq!(listed["data"].as_array().map(Vec::len), Some(2), "{query}");
@@ -208,7 +208,7 @@ async fn data_is_served_in_the_newer_forms_beside_the_old() {
 async fn every_json_answer_says_so() {
     let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
-    let (domain, grant) = (lab.world.domain_id(), lab.world.grant());
+    let (domain, grant) = (lab.server.domain_id(), lab.server.grant());
     let data = format!("/api/v1/domains/{domain}/data");
     let unknown = format!("/v1/tasks/{}/heartbeat", Uuid::new_v4());
     for (method, path, bearer) in [
@@ -232,12 +232,12 @@ async fn every_json_answer_says_so() {
     }
 }
 
-/// The world's old form: everything the reference does without.
+/// The dev server's old form: everything the reference does without.
 #[tokio::test]
 async fn the_old_form_leaves_out_what_is_newer() {
     let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
-    lab.world.set_faults(Faults::parse("[world]\nform = \"old\"").expect("a sound file"));
+    lab.server.set_faults(Faults::parse("[world]\nform = \"old\"").expect("a sound file"));
     // Nothing says it is JSON here.
     let plain = |answer: &Answer| {
         assert_eq!(answer.headers["content-type"], "text/plain; charset=utf-8");
@@ -254,7 +254,7 @@ async fn the_old_form_leaves_out_what_is_newer() {
         beat.as_object().expect("an object").iter().filter(|(_, v)| !v.is_null()).map(|(k, _)| k).collect();
     assert_eq!(said, ["cancel", "lease_expires_at"]);
     assert_eq!(lab.get("/api/v1/info", None).await.status, StatusCode::NOT_FOUND);
-    let data = format!("/api/v1/domains/{}/data", lab.world.domain_id());
+    let data = format!("/api/v1/domains/{}/data", lab.server.domain_id());
     let begun =
         lab.post(&format!("{data}/multipart?uploads"), Some(opaque), &json!({"name": "a", "data_type": "b"})).await;
     assert_eq!(begun.status, StatusCode::NOT_FOUND);

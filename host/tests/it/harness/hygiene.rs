@@ -1,6 +1,6 @@
 //! No secret may leave a process: every one that a test starts is searched when it ends.
 //!
-//! What is searched for: the secrets it was given, in every spelling, and what the embedded world
+//! What is searched for: the secrets it was given, in every spelling, and what the dev server
 //! makes recognisable (node tokens, callback secrets, and domain tokens by their shape). Where: all it
 //! printed, all it left in its scratch and state folders, and its pages ([`super::node`]).
 
@@ -16,7 +16,7 @@ const FILE_BYTES_MAX: u64 = 16 * 1024 * 1024;
 /// Settings that hold secrets, and those that name folders a process writes to.
 const SECRETS: [&str; 2] = ["REG_SECRET", "SECP256K1_PRIVHEX"];
 const FOLDERS: [&str; 3] = ["SCRATCH_DIR", "STATE_DIR", "TMPDIR"];
-/// Node tokens and callback secrets of the embedded world, and its domain tokens in both their forms.
+/// Node tokens and callback secrets of the dev server, and its domain tokens in both their forms.
 const MARKS: [&str; 4] = ["dev-node-token-", "dev-callback-secret-", ".eyJ", "dom-ZXlK"];
 
 /// What a process must keep to itself, and where it could have left it.

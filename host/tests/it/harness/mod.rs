@@ -1,6 +1,6 @@
-//! What every integration test stands on: the real binary, the real embedded world, real plugins.
+//! What every integration test stands on: the real binary, the real dev server, real plugins.
 //!
-//! [`TestServer`] is a world with helpers for jobs and data; [`node`] spawns the binary; [`rubbish`] stands
+//! [`TestServer`] is a dev server with helpers for jobs and data; [`node`] spawns the binary; [`rubbish`] stands
 //! between the two and gives bad answers; [`fixtures`] builds the plugins. Nothing here sleeps: every
 //! wait is for an event and has a limit that fails with the node's own log.
 
@@ -16,7 +16,7 @@ use std::{collections::BTreeMap, future::Future, path::PathBuf, time::Duration};
 use http::{Request, StatusCode};
 use http_body_util::BodyExt;
 use runner_host::{
-    dev::{Config, Seen, World},
+    dev::{Config, DevServer, Seen},
     transport::{self, Client},
 };
 use serde_json::{Value, json};
@@ -36,9 +36,9 @@ pub(crate) async fn within<T>(what: &str, log: impl Fn() -> String, event: impl 
     }
 }
 
-/// A world, and who asks it.
+/// A dev server, and who asks it.
 pub(crate) struct TestServer {
-    pub(crate) world: World,
+    pub(crate) dev_server: DevServer,
     client: Client,
 }
 
@@ -50,16 +50,16 @@ impl TestServer {
     pub(crate) async fn with(change: impl FnOnce(&mut Config)) -> Self {
         let mut config = Config::default();
         change(&mut config);
-        Self::around(World::start(config).await.expect("a world starts on a free port"))
+        Self::around(DevServer::start(config).await.expect("a dev server starts on a free port"))
     }
 
-    pub(crate) fn around(world: World) -> Self {
-        Self { world, client: Client::new(transport::Config::default()) }
+    pub(crate) fn around(dev_server: DevServer) -> Self {
+        Self { dev_server, client: Client::new(transport::Config::default()) }
     }
 
-    /// A node that will join this world with these plugins.
+    /// A node that will join this dev server with these plugins.
     pub(crate) fn node(&self, plugins: &[PathBuf]) -> NodeSetup {
-        let (dds, dms) = (self.world.dds_url(), self.world.dms_url());
+        let (dds, dms) = (self.dev_server.dds_url(), self.dev_server.dms_url());
         NodeSetup::new(&dds, &dms, plugins)
     }
 
@@ -82,13 +82,13 @@ impl TestServer {
     /// Waits until the job's tasks are over.
     pub(crate) async fn ended(&self, node: &TestNode, job: Uuid) -> Ended {
         let over = |view: &Value| matches!(view["job"]["status"].as_str(), Some("completed" | "failed" | "canceled"));
-        let ended = within("the end of a job", || node.log(), self.world.job_until(job, over)).await;
+        let ended = within("the end of a job", || node.log(), self.dev_server.job_until(job, over)).await;
         Ended(ended)
     }
 
     /// Waits until the job's first task looks as `wanted`.
     pub(crate) async fn task_until(&self, node: &TestNode, job: Uuid, wanted: impl Fn(&Value) -> bool) -> Value {
-        let view = self.world.job_until(job, |view| wanted(&view["tasks"][0]));
+        let view = self.dev_server.job_until(job, |view| wanted(&view["tasks"][0]));
         within("a change of a task", || node.log(), view).await["tasks"][0].clone()
     }
 
@@ -97,42 +97,43 @@ impl TestServer {
         self.task_until(node, job, |task| task["meta"]["progress"]["started"] == true).await
     }
 
-    /// Waits until the world has seen what `wanted` looks for.
+    /// Waits until the dev server has seen what `wanted` looks for.
     pub(crate) async fn seen(&self, node: &TestNode, wanted: impl Fn(&[Seen]) -> bool) -> Vec<Seen> {
-        within("a request", || node.log(), self.world.journal_until(wanted)).await
+        within("a request", || node.log(), self.dev_server.journal_until(wanted)).await
     }
 
     /// Stores an input.
     pub(crate) async fn put(&self, name: &str, bytes: &[u8]) -> Uuid {
-        self.world.put_data(name, "binary", bytes).await.expect("the world stores data")
+        self.dev_server.put_data(name, "binary", bytes).await.expect("the dev server stores data")
     }
 
     /// An artifact's bytes.
     pub(crate) async fn read(&self, id: &str) -> Vec<u8> {
-        let url = format!("{}api/v1/domains/{}/data/{id}?raw=1", self.world.dds_url(), self.world.domain_id());
-        let request = Request::get(url).header("authorization", format!("Bearer {}", self.world.grant()));
+        let url =
+            format!("{}api/v1/domains/{}/data/{id}?raw=1", self.dev_server.dds_url(), self.dev_server.domain_id());
+        let request = Request::get(url).header("authorization", format!("Bearer {}", self.dev_server.grant()));
         let request = request.body(transport::full("")).expect("a request");
-        let answer = self.client.send(request, PATIENCE).await.expect("the world answers");
+        let answer = self.client.send(request, PATIENCE).await.expect("the dev server answers");
         assert_eq!(answer.status(), StatusCode::OK, "artifact {id}");
         answer.into_body().collect().await.expect("a whole body").to_bytes().to_vec()
     }
 
     /// How many items the domain holds.
     pub(crate) async fn stored(&self) -> usize {
-        let url = format!("{}api/v1/domains/{}/data", self.world.dds_url(), self.world.domain_id());
-        let request = Request::get(url).header("authorization", format!("Bearer {}", self.world.grant()));
+        let url = format!("{}api/v1/domains/{}/data", self.dev_server.dds_url(), self.dev_server.domain_id());
+        let request = Request::get(url).header("authorization", format!("Bearer {}", self.dev_server.grant()));
         let request = request.body(transport::full("")).expect("a request");
-        let answer = self.client.call(request, PATIENCE).await.expect("the world answers");
+        let answer = self.client.call(request, PATIENCE).await.expect("the dev server answers");
         let listed: Value = answer.json().expect("JSON");
         listed["data"].as_array().expect("a list").len()
     }
 
-    /// How many bytes the world says it has stored under an id.
+    /// How many bytes the dev server says it has stored under an id.
     pub(crate) async fn size(&self, id: &str) -> u64 {
-        let url = format!("{}api/v1/domains/{}/data/{id}", self.world.dds_url(), self.world.domain_id());
-        let request = Request::get(url).header("authorization", format!("Bearer {}", self.world.grant()));
+        let url = format!("{}api/v1/domains/{}/data/{id}", self.dev_server.dds_url(), self.dev_server.domain_id());
+        let request = Request::get(url).header("authorization", format!("Bearer {}", self.dev_server.grant()));
         let request = request.body(transport::full("")).expect("a request");
-        let answer = self.client.call(request, PATIENCE).await.expect("the world answers");
+        let answer = self.client.call(request, PATIENCE).await.expect("the dev server answers");
         answer.json::<Value>().expect("JSON")["size"].as_u64().expect("a size")
     }
 
@@ -166,7 +167,10 @@ impl TaskSetup<'_> {
     }
 
     pub(crate) fn submit(self) -> Uuid {
-        self.lab.world.create_job(json!({ "label": "it", "tasks": [self.task] })).expect("a job the world takes")
+        self.lab
+            .dev_server
+            .create_job(json!({ "label": "it", "tasks": [self.task] }))
+            .expect("a job the dev server takes")
     }
 }
 

@@ -1,5 +1,5 @@
-//! A foreign service that gives bad answers: it stands between a node and a world, passes everything
-//! on, and answers by itself where a test says so. When it is told to stop that, the world is back.
+//! A foreign service that gives bad answers: it stands between a node and a dev server, passes everything
+//! on, and answers by itself where a test says so. When it is told to stop that, the dev server is back.
 
 use std::{
     convert::Infallible,
@@ -55,17 +55,17 @@ pub(crate) enum Bad {
     Make(Arc<dyn Fn() -> Value + Send + Sync>),
     /// The connection ends without an answer.
     Cut,
-    /// The world's answer, and an end of the connection after so many bytes of its body.
+    /// The dev server's answer, and an end of the connection after so many bytes of its body.
     CutAfter(usize),
-    /// The world's answer, and silence after so many bytes of its body.
+    /// The dev server's answer, and silence after so many bytes of its body.
     SilentAfter(usize),
     /// No answer while the service lives.
     Hang,
-    /// The world's answer, changed.
+    /// The dev server's answer, changed.
     Edit(Edit),
-    /// The world's answer without so many bytes at its end.
+    /// The dev server's answer without so many bytes at its end.
     Shortened(usize),
-    /// The world's answer, once this is turned.
+    /// The dev server's answer, once this is turned.
     Held(CancellationToken),
     /// This status, and in the body everything that was sent, headers included.
     Echo(u16),
@@ -105,7 +105,7 @@ struct Rule {
 }
 
 struct Inner {
-    world: String,
+    dev_server: String,
     own: String,
     client: Client,
     rules: Mutex<Vec<Rule>>,
@@ -125,7 +125,7 @@ pub(crate) struct Rubbish {
 }
 
 impl Rubbish {
-    /// Stands before the world of `lab`.
+    /// Stands before the dev server of `lab`.
     pub(crate) async fn before(lab: &TestServer) -> Self {
         Self::known_as(lab, None).await
     }
@@ -135,7 +135,7 @@ impl Rubbish {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
         let address = listener.local_addr().expect("a bound listener has an address");
         let inner = Arc::new(Inner {
-            world: format!("http://{}", lab.world.address()),
+            dev_server: format!("http://{}", lab.dev_server.address()),
             own: url.map_or_else(|| format!("http://{address}"), str::to_owned),
             client: Client::new(transport::Config::default()),
             rules: Mutex::default(),
@@ -220,7 +220,7 @@ impl Inner {
     }
 
     /// What stands against this request, counted down. An edit is one of the answer and is taken when that
-    /// is there: a poll may be under way at the world when a test asks for other leases from now on.
+    /// is there: a poll may be under way at the dev server when a test asks for other leases from now on.
     fn rule(&self, request: &str, answered: bool) -> Option<Bad> {
         let mut rules = self.rules();
         let rule = rules.iter_mut().find(|rule| rule.left > 0 && fits(&rule.pattern, request))?;
@@ -235,16 +235,16 @@ impl Inner {
         let Ok(body) = body.collect().await else {
             return (StatusCode::BAD_REQUEST, HeaderMap::new(), Bytes::new());
         };
-        let mut passed = Request::builder().method(head.method).uri(format!("{}{}", self.world, head.uri));
+        let mut passed = Request::builder().method(head.method).uri(format!("{}{}", self.dev_server, head.uri));
         for (name, value) in &head.headers {
             if ![header::HOST, header::CONTENT_LENGTH, header::TRANSFER_ENCODING].contains(name) {
                 passed = passed.header(name, value);
             }
         }
         let passed = passed.body(transport::full(body.to_bytes())).expect("a request that was one before");
-        let answer = self.client.send(passed, PATIENCE).await.expect("the world answers");
+        let answer = self.client.send(passed, PATIENCE).await.expect("the dev server answers");
         let (head, body) = answer.into_parts();
-        (head.status, head.headers, body.collect().await.expect("the world's answers are whole").to_bytes())
+        (head.status, head.headers, body.collect().await.expect("the dev server's answers are whole").to_bytes())
     }
 
     async fn dated(&self, request: Request<Incoming>) -> Result<Response<Body>, std::io::Error> {
@@ -310,7 +310,7 @@ impl Inner {
                 }
                 if let (Ok(mut value), true) = (serde_json::from_slice::<Value>(&body), plane) {
                     // All further calls shall come here too.
-                    if value["domain_server_url"] == self.world.as_str() {
+                    if value["domain_server_url"] == self.dev_server.as_str() {
                         value["domain_server_url"] = self.own.as_str().into();
                     }
                     body = value.to_string().into();
