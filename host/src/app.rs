@@ -6,7 +6,7 @@ use anyhow::Context;
 use serde_json::Value;
 use tokio::{runtime::Handle, sync::watch};
 use tokio_util::sync::CancellationToken;
-use tracing::{error, info, warn};
+use tracing::{error, warn};
 
 use crate::{
     auth::{Auth, Registration},
@@ -18,7 +18,8 @@ use crate::{
         dms::{self, Dms},
         local::{self, Local},
     },
-    model::{HealthChecks, Listings, Live, NoRegistration, Phase, RegistrationForm, StatusBoard},
+    model::{HealthChecks, Listings, Live, NoRegistration, RegistrationForm, StatusBoard},
+    node_event::{NodeEvent, NodeEvents},
     observe::{StatusPage, pages::Pages},
     outbox::{self, Outbox, Remaining, StateDir},
     plugins::{PluginState, Plugins},
@@ -47,7 +48,7 @@ pub struct Node {
     #[cfg(unix)]
     socket: Option<ControlSocket>,
     pages: Option<Pages>,
-    board: StatusBoard,
+    events: NodeEvents,
     disk: Disk,
     control: Control,
     plugins: Arc<Plugins>,
@@ -132,8 +133,9 @@ impl Node {
             ),
         };
         let disk = Disk::new(storage.scratch_dir, storage.disk_free_min);
+        let events = NodeEvents::new(board.clone());
         let modules = Modules {
-            sessions: Sessions::new(session, control.handle.clone()),
+            sessions: Sessions::new(session, control.handle.clone(), events.clone()),
             planes: vec![source],
             storage: Stores::new(
                 scratch,
@@ -143,7 +145,7 @@ impl Node {
             ),
             outbox: outbox.clone(),
             plugins: Arc::clone(&plugins),
-            board: board.clone(),
+            events: events.clone(),
             workers: Handle::current(),
         };
         let engine = Engine::new(modules, engine);
@@ -154,7 +156,7 @@ impl Node {
             #[cfg(unix)]
             socket,
             pages,
-            board,
+            events,
             disk,
             control,
             plugins,
@@ -170,14 +172,21 @@ impl Node {
     /// A live view of the node.
     #[must_use]
     pub fn board(&self) -> StatusBoard {
-        self.board.clone()
+        self.events.board().clone()
+    }
+
+    /// What the node does, as a stream.
+    #[must_use]
+    pub fn events(&self) -> NodeEvents {
+        self.events.clone()
     }
 
     /// Registers, leases and works until told to stop and everything has ended.
     pub async fn run(self, stops: StopSignals) -> Ended {
         let address = self.address();
-        let Self { engine, plane, outbox, pages, board, disk, control, plugins, .. } = self;
-        info!(event = "node.started", address = address.map(tracing::field::display), plane = %plane.source.facts().name, "node started");
+        let Self { engine, plane, outbox, pages, events, disk, control, plugins, .. } = self;
+        let board = events.board().clone();
+        events.emit(NodeEvent::NodeStarted { address, plane: plane.source.facts().name.clone() });
         let over = CancellationToken::new();
         let pages = pages.map(|pages| tokio::spawn(pages.run(over.clone())));
         #[cfg(unix)]
@@ -189,7 +198,7 @@ impl Node {
         let serving = tokio::spawn(show_plugins(Arc::clone(&plugins), board.clone(), over.clone()));
         let calls = (Arc::clone(&plugins), over.clone());
         let calls = tokio::spawn(async move { calls.0.watch(calls.1).await });
-        let disk = tokio::spawn(disk.run(board.clone(), over.clone()));
+        let disk = tokio::spawn(disk.run(events.clone(), over.clone()));
         // A node that is told to stop before it has begun does not register.
         let running = (!stops.drain.is_cancelled()).then(|| {
             let (source, over) = (Arc::clone(&plane.source), over.clone());
@@ -199,8 +208,7 @@ impl Node {
             biased;
             () = stops.drain.cancelled() => (Ended::Drained, Duration::ZERO),
             _ = plane.source.until_ready() => {
-                board.change(|status| status.phase = Phase::Running);
-                info!(event = "node.leasing", "node leases tasks");
+                events.emit(NodeEvent::NodeLeasing);
                 let (outbox, enough) = (outbox.clone(), CancellationToken::new());
                 let enough_of_it = enough.clone();
                 let sending = control.handle.spawn(async move { outbox.run(enough_of_it).await });
@@ -226,7 +234,7 @@ impl Node {
             }
         }
         control.stop();
-        info!(event = "node.stopped", cut_short = ended == Ended::CutShort, "node stopped");
+        events.emit(NodeEvent::NodeStopped { cut_short: ended == Ended::CutShort });
         ended
     }
 }

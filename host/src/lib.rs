@@ -15,6 +15,7 @@ pub mod engine;
 pub mod leases;
 mod listen;
 pub mod model;
+pub mod node_event;
 pub mod observe;
 #[cfg(unix)]
 mod open_files;

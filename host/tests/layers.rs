@@ -18,20 +18,21 @@ type Rule = (&'static str, &'static [&'static str], &'static str);
 const RULES: &[Rule] = &[
     ("model", &[], "the words all rooms share import nothing of ours"),
     ("transport", &["model"], "the HTTP client knows addresses, bytes and clocks, not leases"),
+    ("node_event", &["model"], "what the node does, for the status page, the log and subscribers"),
     ("listen", &[], "accepts connections and serves HTTP; knows no page"),
     ("observe", &["listen", "model"], "logs, and pages made from a status it is shown"),
     ("plugins", &["model"], "runs a grant in a library; knows no plane and no store"),
-    ("storage", &["model", "transport"], "moves inputs and outputs; gets its token in a grant"),
+    ("storage", &["model", "node_event", "transport"], "moves inputs and outputs; gets its token in a grant"),
     ("auth", &["model", "transport"], "signs in and keeps the node's token fresh"),
     ("leases", &["auth", "model", "transport"], "speaks to one control plane with the node's token"),
-    ("session", &["leases", "model"], "keeps one lease, whoever gave it"),
+    ("session", &["leases", "model", "node_event"], "keeps one lease, whoever gave it"),
     ("outbox", &["crash", "leases", "model"], "keeps reports until their plane has them"),
     ("control", &["listen", "model", "outbox"], "commands ask a running node about what it holds"),
     ("crash", &[], "where tests let the process die"),
     ("open_files", &[], "asks the system for room, once"),
     (
         "engine",
-        &["crash", "leases", "model", "outbox", "plugins", "session", "storage"],
+        &["crash", "leases", "model", "node_event", "outbox", "plugins", "session", "storage"],
         "takes a task through the rooms",
     ),
     (
@@ -53,6 +54,7 @@ const RULES: &[Rule] = &[
             "engine",
             "leases",
             "model",
+            "node_event",
             "observe",
             "open_files",
             "outbox",
@@ -89,6 +91,7 @@ const RULES: &[Rule] = &[
 /// Arrows that only tests have: a room is tried against its real neighbours.
 const IN_TESTS: &[Rule] = &[
     ("cli", &["dev"], "`submit` is tried against the dev server"),
+    ("engine", &["transport"], "the engine is tested with the storage of a node"),
     ("outbox", &["auth", "transport"], "reports are sent over a real connection"),
     ("session", &["auth", "transport"], "a session is tried over a real connection"),
 ];

@@ -12,16 +12,17 @@ use tokio::{
     task::JoinHandle,
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{Span, info, info_span, warn};
+use tracing::{Span, info_span, warn};
 
 use super::{Modules, SharedPace, StopSignals, pace::LeaseValue, planes::WaitingLease};
 use crate::{
     crash,
     leases::{Advice, LeaseSource},
     model::{
-        BootInstant, CancelReason, HeldLease, HeldNumber, Lease, Outcome, ReportState, Setup, SetupStage, StatusBoard,
-        TaskRecord, TaskResult, TaskStage, millis,
+        BootInstant, CancelReason, HeldLease, HeldNumber, Lease, Outcome, PluginId, ReportState, Setup, SetupStage,
+        TaskRecord, TaskResult, TaskStage,
     },
+    node_event::{NodeEvent, NodeEvents},
     outbox::Sent,
     plugins::{Folder, Job},
     session::{NoReport, Session},
@@ -70,6 +71,8 @@ pub(super) struct Slot {
     pub(super) pace: SharedPace,
     /// The task on the status board.
     pub(super) held: HeldNumber,
+    /// The plugin that serves the task.
+    pub(super) plugin: Option<PluginId>,
 }
 
 /// What every line about a task carries.
@@ -90,7 +93,7 @@ pub(super) async fn attempt(modules: Arc<Modules>, slot: Slot, session: Session,
     let grant = session.grant(); // the task, a token, cancel, a place to report progress
     let lease = &grant.lease;
     let began = Instant::now();
-    let (permit, refused) = match admit(&modules.board, slot.permit, &*slot.source, slot.held, &grant, &stops).await {
+    let (permit, refused) = match admit(&modules.events, slot.permit, &*slot.source, slot.held, &grant, &stops).await {
         Ok(permit) => (Some(permit), None),
         Err(outcome) => (None, Some(End::bare(outcome))),
     };
@@ -106,23 +109,28 @@ pub(super) async fn attempt(modules: Arc<Modules>, slot: Slot, session: Session,
     let End { mut result, tidying } = match refused {
         Some(end) => end,
         None => {
-            info!(event = "task.started", "task started");
+            modules.events.emit(NodeEvent::TaskStarted { task: lease.task().clone() });
             run_to_end(ended, &grant, &stops.cancel).await
         }
     };
     result.outcome.redact(&grant.tokens());
-    modules.board.moved(slot.held, TaskStage::Reporting);
+    modules.events.board().moved(slot.held, TaskStage::Reporting);
     slot.pace.ended(lease_value(&grant, &result.outcome));
     let brief = began.elapsed() <= BRIEF && result.artifacts.is_empty();
     let freed = free(permit, tidying);
     let settled = settle(&modules, freed, session, &result, brief, &stops).await;
-    modules.board.ended(slot.held, TaskRecord::new(lease, &result, began.elapsed(), settled.state()));
-    say(&result, &settled, began.elapsed());
+    let record = TaskRecord::new(lease, slot.plugin.as_ref(), &result, began.elapsed(), settled.state());
+    modules.events.emit(NodeEvent::TaskEnded {
+        held: slot.held,
+        record: Arc::new(record),
+        reason: result.outcome.reason(),
+        report_reason: settled.reason(),
+    });
 }
 
 /// Confirms the lease and gets its slot. `Err` is the end of a task that never started.
 async fn admit(
-    board: &StatusBoard,
+    events: &NodeEvents,
     slot: SlotPermit,
     source: &dyn LeaseSource,
     held: HeldNumber,
@@ -132,7 +140,8 @@ async fn admit(
     match source.acknowledge(&grant.lease).await {
         Ok(()) => {}
         Err(err) if err.advice() == Advice::StopTask => {
-            info!(event = "lease.taken_elsewhere", error = %err, "another node has the lease");
+            let (task, error) = (grant.lease.task().clone(), err.to_string());
+            events.emit(NodeEvent::LeaseTakenElsewhere { task, error });
             return Err(Outcome::LeaseLost);
         }
         Err(err) => {
@@ -143,7 +152,7 @@ async fn admit(
         SlotPermit::Held(permit) => return Ok(permit),
         SlotPermit::Wanted(slots, waiting) => (slots, waiting),
     };
-    board.moved(held, TaskStage::Waiting);
+    events.board().moved(held, TaskStage::Waiting);
     let permit = tokio::select! {
         biased;
         () = stops.drain.cancelled() => Err(Outcome::Drained),
@@ -292,8 +301,8 @@ async fn run(modules: Arc<Modules>, held: HeldNumber, grant: HeldLease, grace: D
     }
     let dir = modules.storage.task_dir(grant.lease.task()); // made when somebody needs it
     let ports = modules.storage.ports(&grant, dir.path()); // nothing is fetched before the runner asks
-    modules.board.moved(held, TaskStage::Waiting);
-    let board = modules.board.clone();
+    modules.events.board().moved(held, TaskStage::Waiting);
+    let board = modules.events.board().clone();
     let job = Job {
         grant: grant.clone(),
         ports: Arc::clone(&ports),
@@ -371,44 +380,13 @@ impl Settled {
             Self::Silent(_) => ReportState::None,
         }
     }
-}
 
-/// The one line a task ends with.
-fn say(result: &TaskResult, settled: &Settled, took: Duration) {
-    let outcome = result.outcome.word();
-    let (artifacts, elapsed_ms) = (result.artifacts.len(), millis(took));
-    let reason = result.outcome.reason();
-    match settled {
-        Settled::Sent(Sent::Accepted) if reason.is_none() => {
-            info!(event = "task.ended", report = "accepted", outcome, artifacts, elapsed_ms, "task ended")
-        }
-        Settled::Sent(Sent::Accepted) => {
-            warn!(event = "task.ended", report = "accepted", outcome, artifacts, elapsed_ms, reason, "task ended")
-        }
-        Settled::Silent(why) => info!(
-            event = "task.ended",
-            report = "none",
-            outcome,
-            elapsed_ms,
-            cancelled = why.as_str(),
-            "task ended, nothing to report"
-        ),
-        Settled::Sent(Sent::Refused(why)) => {
-            warn!(event = "task.ended", report = "refused", outcome, artifacts, elapsed_ms, reason, error = %why, "task ended, its report was refused permanently")
-        }
-        Settled::Sent(Sent::Waiting(why)) => {
-            warn!(event = "task.ended", report = "waiting", outcome, artifacts, elapsed_ms, reason, error = %why, "task ended, its report waits in the outbox")
-        }
-        Settled::Sent(Sent::Dropped) => {
-            warn!(
-                event = "task.ended",
-                report = "dropped",
-                outcome,
-                artifacts,
-                elapsed_ms,
-                reason,
-                "task ended, its report was dropped by an operator"
-            )
+    /// Why the report is refused, waits, or does not exist.
+    fn reason(self) -> Option<String> {
+        match self {
+            Self::Sent(Sent::Accepted | Sent::Dropped) => None,
+            Self::Sent(Sent::Refused(why) | Sent::Waiting(why)) => Some(why),
+            Self::Silent(reason) => Some(reason.as_str().to_owned()),
         }
     }
 }

@@ -7,6 +7,8 @@
 mod attempt;
 mod pace;
 mod planes;
+#[cfg(test)]
+mod tests;
 
 use std::{
     pin::pin,
@@ -22,11 +24,12 @@ use tokio::{
     time::{Instant, MissedTickBehavior},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{Instrument as _, debug, error, info, warn};
+use tracing::{Instrument as _, debug, error, warn};
 
 use crate::{
     leases::{Admission, Advice, LeaseError, LeaseSource},
-    model::{Backoff, BootInstant, Jitter, Lease, Outcome, Phase, ReportAddress, SetupStage, StatusBoard, millis},
+    model::{Backoff, BootInstant, Jitter, Lease, Outcome, ReportAddress, SetupStage, millis},
+    node_event::{NodeEvent, NodeEvents, SkipReason},
     outbox::Outbox,
     plugins::Plugins,
     session::Sessions,
@@ -57,8 +60,8 @@ pub struct Modules {
     pub outbox: Outbox,
     /// Runs code.
     pub plugins: Arc<Plugins>,
-    /// Shows what is running.
-    pub board: StatusBoard,
+    /// Shows and logs what happens.
+    pub events: NodeEvents,
     /// Moves data and waits for runners, whose work may keep its threads busy.
     pub workers: Handle,
 }
@@ -217,7 +220,7 @@ impl Engine {
                 () = self.changed.notified() => {} // a plane may be polled again
                 // A plane that hangs gives no work long before the call has failed.
                 _ = look.tick(), if !polls.is_empty() => if self.planes.iter().any(hangs) {
-                    self.modules.board.unanswered();
+                    self.modules.events.board().unanswered();
                 },
             }
         }
@@ -248,7 +251,7 @@ impl Engine {
         }
         // A lease that cannot be read, or a word to end something first, is an answer too.
         if matches!(taken, Ok(_) | Err(LeaseError::Busy | LeaseError::Malformed { task: Some(_), .. })) {
-            self.modules.board.polled(None);
+            self.modules.events.board().polled(None);
         }
         match taken {
             Ok(Some(lease)) if admits(&self.modules, &lease) => {
@@ -266,6 +269,8 @@ impl Engine {
             }
             Err(LeaseError::Malformed { task: Some(to), reason }) => {
                 plane.pace.ended(LeaseValue::Nothing);
+                let unreadable = NodeEvent::LeaseUnreadable { task: to.task.clone(), error: reason.clone() };
+                self.modules.events.emit(unreadable);
                 let refusal = refuse(Arc::clone(&plane.source), to, reason, stops.cancel.clone());
                 self.attempts.spawn(async move {
                     refusal.await;
@@ -276,9 +281,8 @@ impl Engine {
             Err(err) => {
                 // Polls that were under way together fail together, and are told once.
                 let Some(pause) = plane.pace.pause(sent, err.retry_after()) else { return };
-                self.modules.board.polled(Some(err.to_string()));
                 if !stops.drain.is_cancelled() {
-                    warn!(event = "poll.failed", error = %err, retry_in_ms = millis(pause), "poll failed");
+                    self.modules.events.emit(NodeEvent::PollFailed { error: err.to_string(), pause });
                 }
             }
         }
@@ -292,17 +296,18 @@ impl Engine {
         let session = span.in_scope(|| self.modules.sessions.open(&plane.source, lease)); // heartbeats start
         if self.modules.outbox.owes(&task) {
             // The plane leased it again before it heard of its end, as after a crash.
-            span.in_scope(|| info!(event = "task.leased_again", "task leased again, its report is not accepted yet"));
+            let again = NodeEvent::TaskLeasedAgain { task: task.clone() };
+            span.in_scope(|| self.modules.events.emit(again));
             self.modules.outbox.adopt(&task, session);
             return;
         }
-        let held = self.modules.board.began(&session.grant(), plugin);
+        let held = self.modules.events.board().began(&session.grant(), plugin.clone());
         let permit = match permit {
             Some(permit) => attempt::SlotPermit::Held(permit),
             None => attempt::SlotPermit::Wanted(Arc::clone(&self.slots), plane.one_waits()),
         };
         let (source, pace) = (Arc::clone(&plane.source), plane.pace.clone());
-        let slot = attempt::Slot { permit, source, pace, held };
+        let slot = attempt::Slot { permit, source, pace, held, plugin };
         let (modules, grace) = (Arc::clone(&self.modules), self.config.cancel_grace);
         let attempt = attempt::attempt(modules, slot, session, grace, stops.clone());
         self.attempts.spawn(
@@ -330,15 +335,8 @@ impl Engine {
 
     /// Waits for the running tasks, first patiently, then with a cancel.
     async fn drain(mut self, stops: &StopSignals) -> Ended {
-        self.modules.board.change(|status| status.phase = Phase::Draining);
-        if !self.attempts.is_empty() {
-            info!(
-                event = "node.draining",
-                tasks = self.attempts.len(),
-                limit_ms = millis(self.config.drain_timeout),
-                "draining"
-            );
-        }
+        let (tasks, limit) = (self.attempts.len(), self.config.drain_timeout);
+        self.modules.events.emit(NodeEvent::NodeDraining { tasks, limit });
         let mut ended = Ended::Drained;
         let patience = tokio::time::sleep(self.config.drain_timeout);
         tokio::pin!(patience);
@@ -357,7 +355,6 @@ impl Engine {
                 () = stops.cancel.cancelled(), if ended == Ended::Drained => ended = Ended::CutShort,
             }
         }
-        self.modules.board.change(|status| status.phase = Phase::Stopped);
         ended
     }
 }
@@ -365,15 +362,16 @@ impl Engine {
 /// Leases that are over before they begin are neither run nor reported.
 fn admits(modules: &Modules, lease: &Lease) -> bool {
     let span = || attempt::span(lease, modules.plugins.id_of(&lease.capability).map(|plugin| &*plugin.name));
-    if lease.cancelled {
-        span().in_scope(|| info!(event = "lease.skipped", "lease skipped, it was already cancelled"));
-        return false;
-    }
-    if lease.expires_at.is_some_and(BootInstant::has_passed) {
-        span().in_scope(|| warn!(event = "lease.skipped", "lease skipped, it has expired"));
-        return false;
-    }
-    true
+    let reason = if lease.cancelled {
+        SkipReason::Cancelled
+    } else if lease.expires_at.is_some_and(BootInstant::has_passed) {
+        SkipReason::Expired
+    } else {
+        return true;
+    };
+    let task = lease.task().clone();
+    span().in_scope(|| modules.events.emit(NodeEvent::LeaseSkipped { task, reason }));
+    false
 }
 
 /// Whether a plane leaves its polls without an answer. One that sends leases by itself may be silent for long.
@@ -391,7 +389,6 @@ async fn poll(source: Arc<dyn LeaseSource>, turn: Turn) -> Polled {
 /// Gives back a lease that could not be read. Where the plane does not take that either, the lease
 /// expires by itself.
 async fn refuse(source: Arc<dyn LeaseSource>, to: ReportAddress, reason: String, cancel: CancellationToken) {
-    warn!(event = "lease.unreadable", task_id = %to.task, error = reason, "lease could not be read, its task is reported as failed");
     let outcome = Outcome::Setup { stage: SetupStage::StartSession, message: reason };
     let telling = async {
         for tries in 1..=REFUSALS_MAX {

@@ -374,16 +374,22 @@ pub struct TaskRecord {
 }
 
 impl TaskRecord {
-    /// The record of a task that has just ended. The board knows its plugin.
+    /// The record of a task that has just ended.
     #[must_use]
-    pub fn new(lease: &Lease, task_result: &TaskResult, took: Duration, report: ReportState) -> Self {
+    pub fn new(
+        lease: &Lease,
+        plugin: Option<&PluginId>,
+        task_result: &TaskResult,
+        took: Duration,
+        report: ReportState,
+    ) -> Self {
         Self {
             task_id: lease.task().clone(),
             job_id: lease.job,
             capability: lease.capability.clone(),
             attempt: lease.attempt,
-            plugin: None,
-            plugin_sha256: None,
+            plugin: plugin.map(|plugin| Arc::clone(&plugin.name)),
+            plugin_sha256: plugin.map(|plugin| Arc::clone(&plugin.sha256)),
             outcome: task_result.outcome.kind(),
             code: task_result.outcome.code(),
             reason: task_result.outcome.reason().map(|reason| in_a_line(&reason)),
@@ -503,18 +509,15 @@ impl StatusBoard {
     }
 
     /// Moves a task from the held ones to the ended ones and counts its end.
-    pub fn ended(&self, held: HeldNumber, mut record: TaskRecord) {
+    pub fn ended(&self, held: HeldNumber, record: Arc<TaskRecord>) {
         self.change(|status| {
-            let task = status.tasks.by_number.remove(&held.0);
-            if let Some(PluginId { name, sha256 }) = task.and_then(|task| task.plugin) {
-                (record.plugin, record.plugin_sha256) = (Some(name), Some(sha256));
-            }
+            status.tasks.by_number.remove(&held.0);
             *status.ended.entry(record.outcome).or_default() += 1;
             status.unreported += u64::from(record.report == ReportState::Refused);
             if status.recent.len() >= RECENT_MAX {
                 status.recent.pop_front();
             }
-            status.recent.push_back(Arc::new(record));
+            status.recent.push_back(record);
         });
     }
 
@@ -553,7 +556,7 @@ mod tests {
         board.moved(first, TaskStage::Reporting);
         assert_eq!(shown()[&id]["state"], "setting-up", "what becomes of the lost one is not its own");
         let task_result = TaskResult::bare(Outcome::LeaseLost);
-        let record = || TaskRecord::new(&lost.lease, &task_result, Duration::ZERO, ReportState::None);
+        let record = || Arc::new(TaskRecord::new(&lost.lease, None, &task_result, Duration::ZERO, ReportState::None));
         board.ended(first, record());
         board.moved(first, TaskStage::Running); // a word that comes too late
         board.moved(second, TaskStage::Waiting);

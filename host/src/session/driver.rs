@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use tokio::{sync::oneshot, time::sleep};
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 use super::{
     Closing, NoReport,
@@ -11,7 +11,10 @@ use super::{
 };
 use crate::{
     leases::{Advice, LeaseSource, Renewal},
-    model::{AnnouncedData, BootInstant, CancelReason, HeldLease, HeldLeaseWriter, Pending, ReportAddress, Setup},
+    model::{
+        AnnouncedData, BootInstant, CancelReason, HeldLease, HeldLeaseWriter, Pending, ReportAddress, Setup, TaskId,
+    },
+    node_event::{NodeEvent, NodeEvents},
 };
 
 /// How often the last words of a task are tried before its report goes without them.
@@ -25,6 +28,7 @@ pub(super) struct Driver {
     keys: HeldLeaseWriter,
     closed: oneshot::Receiver<Closing>,
     pacing: Pacing,
+    events: NodeEvents,
     /// Where heartbeats and the report go now.
     address: ReportAddress,
     /// Where the data is, as far as the control plane has said.
@@ -46,6 +50,7 @@ impl Driver {
         grant: HeldLease,
         keys: HeldLeaseWriter,
         closed: oneshot::Receiver<Closing>,
+        events: NodeEvents,
     ) -> Self {
         let address = grant.lease.address.clone();
         let mut pacing = Pacing::new(timing, grant.lease.expires_at, grant.lease.token_expires_at, BootInstant::now());
@@ -61,6 +66,7 @@ impl Driver {
             keys,
             closed,
             pacing,
+            events,
             address,
             announced,
             located: false,
@@ -136,6 +142,11 @@ impl Driver {
         }
     }
 
+    /// What the control plane calls the task now.
+    fn task(&self) -> TaskId {
+        self.address.task.clone()
+    }
+
     /// Says to everyone until when the lease is ours.
     fn publish_deadline(&self) {
         // A lost one is told by the cancel signal, which needs no clock.
@@ -148,13 +159,13 @@ impl Driver {
     fn tell(&self, step: PacingStep) {
         match step {
             PacingStep::Cancel => {
-                info!(event = "task.cancelled", task_id = %self.address.task, "control plane cancelled the task");
+                self.events.emit(NodeEvent::TaskCancelled { task: self.task() });
                 self.grant.cancel.cancel(CancelReason::Plane);
                 self.set_up(Setup::Refused(CANCELLED.to_owned()));
             }
             PacingStep::Lose => {
                 if self.grant.cancel.reason() != Some(CancelReason::Plane) {
-                    warn!(event = "lease.lost", task_id = %self.address.task, "lease lost");
+                    self.events.emit(NodeEvent::LeaseLost { task: self.task() });
                 }
                 self.grant.cancel.cancel(CancelReason::LeaseLost);
                 self.set_up(Setup::Refused("the lease was lost before its set-up heartbeat was answered".to_owned()));
@@ -181,27 +192,24 @@ impl Driver {
             Err(err) => err,
         };
         match failure.advice() {
-            Advice::StopTask if self.ended => {
-                // The report may have arrived, and only its answer not.
-                debug!(event = "heartbeat.refused", task_id = %self.address.task, error = %failure, "heartbeat refused");
-                return PacingEvent::Gone;
-            }
             Advice::StopTask => {
-                warn!(event = "heartbeat.refused", task_id = %self.address.task, error = %failure, "heartbeat refused");
-                self.gone = Some(failure.to_string());
+                let (task, error, ended) = (self.task(), failure.to_string(), self.ended);
+                self.events.emit(NodeEvent::HeartbeatRefused { task, error: error.clone(), ended });
+                // Once the task has ended, its report may have arrived although its answer was lost.
+                if !ended {
+                    self.gone = Some(error);
+                }
                 return PacingEvent::Gone;
             }
             Advice::GiveUp => self.set_up(Setup::Refused(failure.to_string())),
             Advice::RetryLater => {}
         }
-        self.keys.missed(failure.to_string());
+        let error = failure.to_string();
+        self.keys.missed(error.clone());
         let advice = Some(failure.advice());
-        if self.trouble == advice {
-            debug!(event = "heartbeat.failed", task_id = %self.address.task, error = %failure, "heartbeat failed");
-        } else {
-            warn!(event = "heartbeat.failed", task_id = %self.address.task, error = %failure, "heartbeat failed");
-        }
+        let repeated = self.trouble == advice;
         self.trouble = advice;
+        self.events.emit(NodeEvent::HeartbeatFailed { task: self.task(), error, repeated });
         PacingEvent::Failed { retry_after: failure.retry_after() }
     }
 
@@ -209,7 +217,7 @@ impl Driver {
     fn adopt(&mut self, sent: &Pending, kept: Renewal) -> PacingEvent {
         if self.trouble.take().is_some() {
             self.keys.answered();
-            info!(event = "heartbeat.recovered", task_id = %self.address.task, "heartbeats are answered again");
+            self.events.emit(NodeEvent::HeartbeatRecovered { task: self.task() });
         }
         self.grant.progress.acknowledge(sent);
         if kept.token.is_some_and(|token| self.keys.renew(token)) {
@@ -220,7 +228,8 @@ impl Driver {
         }
         if let Some(address) = kept.address {
             if address.task != self.address.task {
-                info!(event = "task.renamed", task_id = %address.task, formerly = %self.address.task, "control plane renamed the task");
+                let (task, formerly) = (address.task.clone(), self.task());
+                self.events.emit(NodeEvent::TaskRenamed { task, formerly });
             }
             self.address = address.clone();
             self.keys.rename(address);

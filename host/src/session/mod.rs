@@ -20,6 +20,7 @@ use tracing::Instrument as _;
 use crate::{
     leases::LeaseSource,
     model::{CancelReason, HeldLease, Lease, LeaseKeeper, Outcome, ReportAddress, Setup},
+    node_event::NodeEvents,
 };
 
 /// How leases are kept.
@@ -44,14 +45,15 @@ impl Default for Config {
 pub struct Sessions {
     timing: pacing::HeartbeatTiming,
     runtime: Handle,
+    events: NodeEvents,
 }
 
 impl Sessions {
     /// `runtime` drives the heartbeats.
     #[must_use]
-    pub fn new(config: Config, runtime: Handle) -> Self {
+    pub fn new(config: Config, runtime: Handle, events: NodeEvents) -> Self {
         let timing = pacing::HeartbeatTiming::new(config.min_ratio, config.max_ratio, config.coalesce);
-        Self { timing, runtime }
+        Self { timing, runtime, events }
     }
 
     /// Starts to keep `lease`, with a heartbeat at once. A lease that arrived cancelled gets none:
@@ -61,7 +63,7 @@ impl Sessions {
         let (grant, keys) = HeldLease::new(lease, Setup::Pending);
         let (close, closed) = oneshot::channel();
         let timing = self.timing.at_most(source.facts().heartbeat_every);
-        let driver = driver::Driver::new(Arc::clone(source), timing, grant.clone(), keys, closed);
+        let driver = driver::Driver::new(Arc::clone(source), timing, grant.clone(), keys, closed, self.events.clone());
         let driver = AbortOnDropHandle::new(self.runtime.spawn(driver.run().in_current_span()));
         Session { grant, close: Some(close), _driver: driver }
     }

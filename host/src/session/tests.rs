@@ -10,7 +10,7 @@ use super::*;
 use crate::{
     auth::TokenSource,
     leases::dms::{self, Dms},
-    model::{AnnouncedData, BootInstant, Coordinates, DataLocation, Outcome, SetupStage, Token},
+    model::{AnnouncedData, BootInstant, Coordinates, DataLocation, Outcome, SetupStage, StatusBoard, Token},
     transport::{
         self,
         testing::{BAD_BODIES, Call, Service},
@@ -71,7 +71,8 @@ async fn open(lease: Lease) -> (Service, Session) {
     let source: Arc<dyn LeaseSource> =
         Arc::new(Dms::with_tokens(config, client, "node".into(), TokenSource::holding("node")));
     let config = Config { coalesce: Duration::from_millis(50), ..Config::default() };
-    let session = Sessions::new(config, Handle::current()).open(&source, lease);
+    let events = NodeEvents::new(StatusBoard::new("node".to_owned(), 1, Vec::new(), Value::Null));
+    let session = Sessions::new(config, Handle::current(), events).open(&source, lease);
     (plane, session)
 }
 

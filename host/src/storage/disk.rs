@@ -12,9 +12,12 @@ use std::{
 
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::debug;
 
-use crate::model::{DiskStatus, StatusBoard};
+use crate::{
+    model::DiskStatus,
+    node_event::{NodeEvent, NodeEvents},
+};
 
 /// How often the disk is looked at.
 const RHYTHM: Duration = Duration::from_secs(1);
@@ -59,13 +62,13 @@ impl Disk {
     }
 
     /// Looks again and again, and shows it, until `stop`.
-    pub async fn run(self, board: StatusBoard, stop: CancellationToken) {
-        self.show(&board, self.status());
+    pub async fn run(self, events: NodeEvents, stop: CancellationToken) {
+        show(&events, self.status());
         if self.0.floor == 0 {
             return;
         }
         if !self.has_room() {
-            self.tell(self.status());
+            self.report(&events, self.status());
         }
         loop {
             tokio::select! {
@@ -76,25 +79,21 @@ impl Disk {
             let (path, floor) = (self.0.path.clone(), self.0.floor);
             let Ok(now) = tokio::task::spawn_blocking(move || look(&path, floor)).await else { return };
             let before = self.0.seen.send_replace(now);
-            self.show(&board, now);
+            show(&events, now);
             if before.full != now.full {
-                self.tell(now);
+                self.report(&events, now);
             }
         }
     }
 
-    fn show(&self, board: &StatusBoard, now: DiskStatus) {
-        board.change(|status| status.disk = now);
+    fn report(&self, events: &NodeEvents, disk: DiskStatus) {
+        let path = self.0.path.clone();
+        events.emit(if disk.full { NodeEvent::DiskFull { path, disk } } else { NodeEvent::DiskHasRoom { path, disk } });
     }
+}
 
-    fn tell(&self, now: DiskStatus) {
-        let (path, free_bytes, floor_bytes) = (self.0.path.display(), now.free_bytes, now.floor_bytes);
-        if now.full {
-            warn!(event = "disk.full", path = %path, free_bytes, floor_bytes, "disk is nearly full, leasing paused");
-        } else {
-            info!(event = "disk.has_room", path = %path, free_bytes, floor_bytes, "disk has room, leasing resumed");
-        }
-    }
+fn show(events: &NodeEvents, now: DiskStatus) {
+    events.board().change(|status| status.disk = now);
 }
 
 /// A disk that cannot be asked is no reason to stop: what is written to it will tell.
