@@ -323,7 +323,11 @@ impl Value {
 }
 
 fn line_of(text: &str, at: usize) -> usize {
-    text.as_bytes()[..at.min(text.len())].iter().filter(|byte| **byte == b'\n').count() + 1
+    newlines(&text.as_bytes()[..at.min(text.len())]) + 1
+}
+
+fn newlines(text: &[u8]) -> usize {
+    text.iter().filter(|byte| **byte == b'\n').count()
 }
 
 fn toml(text: &str) -> Result<Members, (usize, String)> {
@@ -367,13 +371,15 @@ fn json(text: &str) -> Result<Members, (usize, String)> {
         let problem = said.split(" at line ").next().unwrap_or_default();
         (err.line().max(1), format!("is not JSON: {problem}"))
     })?;
-    match json_value(text, raw, 0) {
+    let line = line_of(text, text.len() - text.trim_start().len());
+    match json_value(raw, line, 0) {
         Value::Table(members) => Ok(members),
         value => Err((1, format!("expected an object, found {}", value.kind()))),
     }
 }
 
-fn json_value(text: &str, raw: &RawValue, depth: usize) -> Value {
+/// The value of `raw`, which begins on `line`.
+fn json_value(raw: &RawValue, line: usize, depth: usize) -> Value {
     let said = raw.get();
     match said.as_bytes().first() {
         // No setting lies this deep; what it is says enough.
@@ -381,16 +387,27 @@ fn json_value(text: &str, raw: &RawValue, depth: usize) -> Value {
         Some(b'[') if depth > DEPTH_MAX => Value::List(Vec::new()),
         Some(b'{') => {
             let members = serde_json::Deserializer::from_str(said).deserialize_map(RawMembers).unwrap_or_default();
-            let member = |(name, raw): (String, &RawValue)| {
-                // The value is a slice of the whole text, so its address says where it stands.
-                let at = (raw.get().as_ptr() as usize).saturating_sub(text.as_ptr() as usize);
-                (name, line_of(text, at), json_value(text, raw, depth + 1))
+            let (mut line, mut rest) = (line, said);
+            let mut line_of_next = |raw: &RawValue| {
+                // Only white space and punctuation precede a name or a value, so the first match is the right one.
+                let at = rest.find(raw.get()).unwrap_or_default();
+                let (before, from) = rest.split_at(at);
+                let start = line + newlines(before.as_bytes());
+                line = start + newlines(raw.get().as_bytes());
+                rest = &from[raw.get().len()..];
+                start
+            };
+            let member = |(name, value): (&RawValue, &RawValue)| {
+                line_of_next(name);
+                let line = line_of_next(value);
+                let name = serde_json::from_str(name.get()).unwrap_or_default();
+                (name, line, json_value(value, line, depth + 1))
             };
             Value::Table(members.into_iter().map(member).collect())
         }
         Some(b'[') => {
             let items: Vec<&RawValue> = serde_json::from_str(said).unwrap_or_default();
-            Value::List(items.into_iter().map(|item| json_value(text, item, depth + 1)).collect())
+            Value::List(items.into_iter().map(|item| json_value(item, line, depth + 1)).collect())
         }
         Some(b'"') => serde_json::from_str(said).map_or(Value::Nothing, Value::Text),
         Some(b't' | b'f') => Value::Switch(said == "true"),
@@ -400,11 +417,11 @@ fn json_value(text: &str, raw: &RawValue, depth: usize) -> Value {
     }
 }
 
-/// An object's members as they stand, doubles included.
+/// An object's members in their order, duplicates included.
 struct RawMembers;
 
 impl<'de> Visitor<'de> for RawMembers {
-    type Value = Vec<(String, &'de RawValue)>;
+    type Value = Vec<(&'de RawValue, &'de RawValue)>;
 
     fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("an object")
@@ -416,5 +433,30 @@ impl<'de> Visitor<'de> for RawMembers {
             members.push(member);
         }
         Ok(members)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Each name with the line of its value, depth first.
+    fn lines(members: &Members) -> Vec<(&str, usize)> {
+        let mut found = Vec::new();
+        for (name, line, value) in members {
+            found.push((name.as_str(), *line));
+            if let Value::Table(members) = value {
+                found.extend(lines(members));
+            }
+        }
+        found
+    }
+
+    #[test]
+    fn json_values_have_their_own_lines() {
+        let text = "\n{\"a\":\n\"a\", \"t\": {\"x\\n\": {\n\n},\n\"1\":1,\n\"1\": [\n1]\n}, \"\": 1,\n\"a\": null\n}";
+        let members = json(text).unwrap_or_else(|(line, problem)| panic!("{line}: {problem}"));
+        let expected = [("a", 3), ("t", 3), ("x\n", 3), ("1", 6), ("1", 7), ("", 9), ("a", 10)];
+        assert_eq!(lines(&members), expected);
     }
 }
