@@ -1,9 +1,8 @@
-//! `POST /internal/v1/registrations`: the sign-in service calls back (posemesh.md section 2.7).
+//! `POST /internal/v1/registrations`: the callback of the sign-in service (posemesh.md section 2.7).
 //!
-//! Anybody who reaches the pages can send this request, so it is bounded in every direction: size of
-//! the body, time to send it, requests at once, requests per sender. What it says is only handed
-//! on; whether it is wanted is known elsewhere ([`HealthChecks`]). Nothing of a body is logged or repeated in
-//! an answer.
+//! Every client that reaches the pages can send this request. So there are limits for the size of the body,
+//! the time to send it, concurrent requests, and requests per sender. [`HealthChecks`] decides whether a
+//! callback is expected. No part of a body is logged or repeated in an answer.
 
 use std::{
     collections::HashMap,
@@ -30,66 +29,66 @@ use crate::{
 
 /// Largest body, in bytes: the lists of domains and lighthouses may be long.
 const BODY_BYTES_MAX: usize = 256 * 1024;
-/// How much of a larger one is read, so that its sender gets to see the answer.
+/// Bytes of a larger body that are read, so that its sender receives the answer.
 const REFUSED_BYTES_MAX: usize = 4 * BODY_BYTES_MAX;
 /// Largest secret, in bytes.
 const SECRET_BYTES_MAX: usize = 4096;
-/// How long a body may take to arrive.
+/// Time limit for the arrival of a body.
 const BODY_TIME_MAX: Duration = Duration::from_secs(5);
-/// Bodies read at once.
+/// Bodies that are read concurrently.
 const AT_ONCE_MAX: usize = 8;
-/// Bodies of one sender read at once.
+/// Bodies of one sender that are read concurrently.
 const AT_ONCE_PER_SENDER_MAX: usize = 2;
-/// Requests of one sender in a row, and how long one takes to be forgotten.
+/// Requests of one sender in a row, and the time after which one of them no longer counts.
 const BURST: u32 = 20;
 const FORGET_ONE: Duration = Duration::from_millis(500);
-/// Senders remembered.
+/// Most senders in memory.
 const SENDERS_MAX: usize = 256;
 
-/// What the handler needs.
+/// State of the handler.
 pub(super) struct CallbackQueue {
-    visits: Arc<dyn HealthChecks>,
+    health_checks: Arc<dyn HealthChecks>,
     senders: Mutex<Senders>,
-    /// Whose bodies are being read.
+    /// Senders of the bodies that are being read.
     reading: Mutex<Vec<IpAddr>>,
 }
 
 impl CallbackQueue {
-    pub(super) fn new(visits: Arc<dyn HealthChecks>) -> Arc<Self> {
-        Arc::new(Self { visits, senders: Mutex::default(), reading: Mutex::default() })
+    pub(super) fn new(health_checks: Arc<dyn HealthChecks>) -> Arc<Self> {
+        Arc::new(Self { health_checks, senders: Mutex::default(), reading: Mutex::default() })
     }
 
-    /// Takes a place for reading a body of `sender`. `None`: too many are being read.
+    /// Reserves a place for a body of `sender`. `None`: too many are being read.
     fn reading(&self, sender: IpAddr) -> Option<Reading<'_>> {
         let mut reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
         let own = reading.iter().filter(|other| **other == sender).count();
         (own < AT_ONCE_PER_SENDER_MAX && reading.len() < AT_ONCE_MAX).then(|| {
             reading.push(sender);
-            Reading { desk: self, sender }
+            Reading { queue: self, sender }
         })
     }
 
-    pub(super) fn visits(&self) -> &dyn HealthChecks {
-        &*self.visits
+    pub(super) fn health_checks(&self) -> &dyn HealthChecks {
+        &*self.health_checks
     }
 }
 
 /// A body that is being read.
 struct Reading<'a> {
-    desk: &'a CallbackQueue,
+    queue: &'a CallbackQueue,
     sender: IpAddr,
 }
 
 impl Drop for Reading<'_> {
     fn drop(&mut self) {
-        let mut reading = self.desk.reading.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reading = self.queue.reading.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(at) = reading.iter().position(|other| *other == self.sender) {
             reading.swap_remove(at);
         }
     }
 }
 
-/// The body. Unknown fields are passed over, so are the lists.
+/// The body. Unknown fields and the lists are ignored.
 #[derive(Deserialize)]
 struct Body {
     id: String,
@@ -107,22 +106,22 @@ fn wiped<'de, D: Deserializer<'de>>(from: D) -> Result<Zeroizing<String>, D::Err
     String::deserialize(from).map(Zeroizing::new)
 }
 
-/// What a sender is told.
+/// Status and text of a refused request.
 type Refusal = (StatusCode, &'static str);
 
 /// See the module's text.
 pub(super) async fn registrations(
-    State(desk): State<Arc<CallbackQueue>>,
+    State(queue): State<Arc<CallbackQueue>>,
     ConnectInfo(sender): ConnectInfo<SocketAddr>,
     request: Request,
 ) -> Response {
     let sender = listen::sender(sender.ip());
-    let admitted = desk.senders.lock().unwrap_or_else(PoisonError::into_inner).admit(sender, Instant::now());
-    let Some(_reading) = admitted.then(|| desk.reading(sender)).flatten() else {
+    let admitted = queue.senders.lock().unwrap_or_else(PoisonError::into_inner).admit(sender, Instant::now());
+    let Some(_reading) = admitted.then(|| queue.reading(sender)).flatten() else {
         return unread((StatusCode::TOO_MANY_REQUESTS, [(header::RETRY_AFTER, "1")], "too many callbacks"));
     };
     match read(request).await {
-        Ok(callback) => match desk.visits.called_back(callback) {
+        Ok(callback) => match queue.health_checks.called_back(callback) {
             Ok(()) => Json(json!({ "ok": true })).into_response(),
             Err(_) => (StatusCode::CONFLICT, "no registration is in flight").into_response(),
         },
@@ -130,15 +129,15 @@ pub(super) async fn registrations(
     }
 }
 
-/// An answer to a request that may not have been read to its end. The connection ends with it, which its
-/// sender has to know: the next request on it would get lost.
+/// An answer to a request that may not have been read to its end. It announces that the connection closes, because
+/// the sender's next request on it would be lost.
 fn unread(answer: impl IntoResponse) -> Response {
     let mut answer = answer.into_response();
     answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     answer
 }
 
-/// The callback, if the request is one.
+/// Reads the callback.
 async fn read(request: Request) -> Result<Callback, Refusal> {
     let (head, body) = request.into_parts();
     if !is_json(&head.headers) {
@@ -165,7 +164,7 @@ async fn read(request: Request) -> Result<Callback, Refusal> {
     let late = |_| (StatusCode::REQUEST_TIMEOUT, "the body did not arrive within 5 s");
     let bytes = tokio::time::timeout(BODY_TIME_MAX, whole).await.map_err(late)??;
     let body: Body = serde_json::from_slice(&bytes).map_err(|err| match err.classify() {
-        // The decoder's own words may quote the secret.
+        // The decoder's text may contain the secret.
         serde_json::error::Category::Data => {
             (StatusCode::UNPROCESSABLE_ENTITY, "a field is missing or has another type; expected id and secret as text")
         }
@@ -191,7 +190,7 @@ fn is_json(headers: &HeaderMap) -> bool {
     essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
 }
 
-/// How much each sender has asked lately: a count that falls by one every [`FORGET_ONE`].
+/// Recent requests of each sender: a count that decreases by one every [`FORGET_ONE`].
 #[derive(Default)]
 struct Senders(HashMap<IpAddr, (u32, Instant)>);
 
@@ -225,7 +224,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_sender_gets_a_burst_and_then_two_a_second_and_others_are_not_disturbed() {
+    fn each_sender_has_its_own_rate_limit() {
         let (start, mut senders) = (Instant::now(), Senders::default());
         let ip = |last: u8| IpAddr::from([192, 0, 2, last]);
         let mut admitted = |sender: u8, count: usize, at_ms: u64| {
@@ -240,11 +239,11 @@ mod tests {
     }
 
     #[test]
-    fn senders_are_forgotten_when_there_are_too_many() {
+    fn idle_senders_are_forgotten_at_the_limit() {
         let (start, mut senders) = (Instant::now(), Senders::default());
         let ip = |n: u32| IpAddr::from(n.to_be_bytes());
         assert!((0..256).all(|n| senders.admit(ip(n), start)));
-        assert!(!senders.admit(ip(256), start), "nobody can be forgotten yet");
+        assert!(!senders.admit(ip(256), start), "all senders are recent");
         assert!(senders.admit(ip(256), start + FORGET_ONE));
         assert_eq!(senders.0.len(), 1);
     }

@@ -1,9 +1,9 @@
-//! A log line as JSON, written straight into the line's buffer.
+//! A log line as JSON, written directly into the line's buffer.
 //!
 //! One flat object: `timestamp` (UTC, microseconds), `level`, `message`, the event's own fields, then the
-//! fields of the spans around it, the innermost first, then what a plugin sent along, `target` last. A name
-//! that is in the line already is not written again, so no line holds a key twice and the event's own word
-//! counts. The formatter of tracing-subscriber goes through maps, and parses every span anew for each line.
+//! fields of the spans around it, the innermost first, then the fields of a plugin, `target` last. A name is
+//! written once per line. The event's own field has priority over those of spans. The formatter of
+//! tracing-subscriber uses maps and parses every span again for each line.
 
 use std::{
     cell::RefCell,
@@ -22,14 +22,11 @@ use tracing_subscriber::{
     registry::LookupSpan,
 };
 
-/// The field that holds what a plugin sent along with a line: a JSON object, whose members become fields.
+/// The field for the fields of a plugin: a JSON object, whose members become fields of the line.
 pub(super) const PLUGIN_FIELDS: &str = "plugin_fields";
 
-/// Fields that hold words with a space between each two: JSON arrays here, plain text in lines for people.
-const LISTS: [&str; 1] = ["capabilities"];
-
-/// Names every line has from us.
-const OURS: [&str; 4] = ["timestamp", "level", "message", "target"];
+/// Names that the node writes in every line.
+const NODE_FIELDS: [&str; 4] = ["timestamp", "level", "message", "target"];
 
 /// Lines as JSON.
 pub(super) struct JsonLines;
@@ -67,8 +64,9 @@ where
         }
         if let Some(fields) = plugin_fields {
             let spans = || ctx.event_scope().into_iter().flatten().map(|span| span.metadata());
-            let taken = |name: &str| OURS.contains(&name) || has(about, name) || spans().any(|span| has(span, name));
-            // What a plugin calls by a name of ours stays, under a name of its own.
+            let taken =
+                |name: &str| NODE_FIELDS.contains(&name) || has(about, name) || spans().any(|span| has(span, name));
+            // A plugin field with a name of the node gets the prefix `plugin.`.
             if !push_members(&mut line, &fields, taken, |name| Some(format!("plugin.{name}"))) {
                 push_key(&mut line, PLUGIN_FIELDS);
                 push_text(&mut line, &fields);
@@ -93,8 +91,8 @@ fn has(about: &Metadata<'_>, name: &str) -> bool {
     about.fields().iter().any(|field| field.name() == name)
 }
 
-/// Writes the members of a JSON object; a taken name goes under `instead`, or not at all. `false`, and
-/// nothing is written: it is no object.
+/// Writes the members of a JSON object. A taken name is replaced by `instead`, or left out. Returns `false` and
+/// writes nothing if `object` is no JSON object.
 fn push_members(
     line: &mut String,
     object: &str,
@@ -108,21 +106,21 @@ fn push_members(
             continue;
         }
         push_key(line, other.as_deref().unwrap_or(&name));
-        let _ = write!(line, "{value}"); // memory takes it
+        let _ = write!(line, "{value}"); // a write to a String cannot fail
     }
     true
 }
 
-/// The event's or span's fields, written as they come.
+/// Writes the fields of an event or span in their order.
 struct Members<'a> {
     line: &'a mut String,
     plugin_fields: Option<String>,
-    /// A record of the `log` crate brings its own target.
+    /// The target of a record of the `log` crate.
     target: Option<String>,
 }
 
 impl Members<'_> {
-    /// Begins a member, unless the field is no part of the line.
+    /// Begins a member. `false`: the field is not written.
     fn begin(&mut self, field: &Field) -> bool {
         let name = field.name();
         if name.starts_with("log.") {
@@ -134,7 +132,7 @@ impl Members<'_> {
 
     fn plain(&mut self, field: &Field, value: impl fmt::Display) {
         if self.begin(field) {
-            let _ = write!(self.line, "{value}"); // memory takes it
+            let _ = write!(self.line, "{value}"); // a write to a String cannot fail
         }
     }
 }
@@ -144,10 +142,6 @@ impl Visit for Members<'_> {
         match field.name() {
             PLUGIN_FIELDS => self.plugin_fields = Some(value.to_owned()),
             "log.target" => self.target = Some(value.to_owned()),
-            name if LISTS.contains(&name) && self.begin(field) => {
-                let words = value.split_ascii_whitespace().map(Value::from).collect();
-                let _ = write!(self.line, "{}", Value::Array(words)); // memory takes it
-            }
             _ if self.begin(field) => push_text(self.line, value),
             _ => {}
         }
@@ -156,7 +150,7 @@ impl Visit for Members<'_> {
     fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
         if self.begin(field) {
             self.line.push('"');
-            // A `Debug` that fails midway has written what it could.
+            // If a `Debug` fails, the text so far stays.
             let _ = write!(Escaped(self.line), "{value:?}");
             self.line.push('"');
         }
@@ -183,7 +177,7 @@ impl Visit for Members<'_> {
     }
 
     fn record_f64(&mut self, field: &Field, value: f64) {
-        // JSON has no word for what is not finite.
+        // JSON has no NaN and no infinity; they become null.
         self.plain(field, Value::from(value));
     }
 }
@@ -196,11 +190,11 @@ fn push_key(line: &mut String, name: &str) {
 
 fn push_text(line: &mut String, text: &str) {
     line.push('"');
-    let _ = Escaped(line).write_str(text); // memory takes it
+    let _ = Escaped(line).write_str(text); // a write to a String cannot fail
     line.push('"');
 }
 
-/// Escapes what is written for a JSON string.
+/// Escapes written text for a JSON string.
 struct Escaped<'a>(&'a mut String);
 
 impl Write for Escaped<'_> {
@@ -226,7 +220,7 @@ impl Write for Escaped<'_> {
     }
 }
 
-/// The time, as RFC 3339 with microseconds. Its seconds are written once each.
+/// The time as RFC 3339 with microseconds. The text of a second is formatted once and reused.
 fn push_now(line: &mut String) {
     thread_local! {
         static SECOND: RefCell<(i64, String)> = const { RefCell::new((i64::MIN, String::new())) };
@@ -235,7 +229,7 @@ fn push_now(line: &mut String) {
     SECOND.with_borrow_mut(|(second, text)| {
         if *second != now.as_second() {
             text.clear();
-            let _ = write!(text, "{}", now.strftime("%Y-%m-%dT%H:%M:%S")); // memory takes it
+            let _ = write!(text, "{}", now.strftime("%Y-%m-%dT%H:%M:%S")); // a write to a String cannot fail
             *second = now.as_second();
         }
         line.push_str(text);
@@ -252,11 +246,11 @@ mod tests {
     use super::*;
 
     #[derive(Clone, Default)]
-    struct Said(Arc<Mutex<Vec<u8>>>);
+    struct Written(Arc<Mutex<Vec<u8>>>);
 
-    impl std::io::Write for Said {
+    impl std::io::Write for Written {
         fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0.lock().expect("nobody panics with it").extend(bytes);
+            self.0.lock().expect("no code panics while it holds this").extend(bytes);
             Ok(bytes.len())
         }
 
@@ -265,16 +259,17 @@ mod tests {
         }
     }
 
-    /// What `log` says, a value each, without time and target.
+    /// Checks the lines that `log` writes, without time and target.
     #[track_caller]
     fn check(log: impl FnOnce(), expected: &[&str]) {
-        let said = Said::default();
-        let writer = said.clone();
+        let written = Written::default();
+        let writer = written.clone();
         let lines = tracing_subscriber::fmt::layer().with_writer(move || writer.clone());
         let lines = lines.event_format(JsonLines).fmt_fields(JsonMembers);
         tracing::subscriber::with_default(tracing_subscriber::registry().with(lines), log);
-        let said = String::from_utf8(said.0.lock().expect("nobody panics with it").clone()).expect("UTF-8");
-        let lines = said.lines().map(|line| {
+        let text =
+            String::from_utf8(written.0.lock().expect("no code panics while it holds this").clone()).expect("UTF-8");
+        let lines = text.lines().map(|line| {
             let value: Value = serde_json::from_str(line).unwrap_or_else(|err| panic!("{err}: {line}"));
             let time = value["timestamp"].as_str().expect("a time");
             assert!(time.len() == 27 && time.parse::<Timestamp>().is_ok(), "{time}");
@@ -286,7 +281,7 @@ mod tests {
     }
 
     #[test]
-    fn a_line_holds_the_events_fields_then_those_of_its_spans_and_no_key_twice() {
+    fn line_has_event_fields_then_span_fields() {
         check(
             || {
                 tracing::info!(n = 7, on = true, share = 0.5, nan = f64::NAN, text = "a\"b\\\n\u{1}é", "said {}", 1);
@@ -306,21 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_is_an_array() {
-        check(
-            || {
-                tracing::info!(capabilities = "/a/v1 /b/\"v1", "two");
-                tracing::info!(capabilities = "", "none");
-            },
-            &[
-                r#""level":"INFO","message":"two","capabilities":["/a/v1","/b/\"v1"]"#,
-                r#""level":"INFO","message":"none","capabilities":[]"#,
-            ],
-        );
-    }
-
-    #[test]
-    fn a_plugins_fields_are_fields_and_clash_with_none_of_ours() {
+    fn plugin_fields_do_not_replace_node_fields() {
         let line = |fields: &'static str| {
             let _task = tracing::info_span!("task", task_id = "t").entered();
             tracing::info!(plugin = "p", plugin_fields = fields, "x");

@@ -16,7 +16,7 @@ use super::{
 /// The form of a log line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
-    /// One JSON object a line.
+    /// One JSON object per line.
     Json,
     /// For people.
     Text,
@@ -30,8 +30,8 @@ impl Format {
     }
 }
 
-/// Starts logging to stderr. A second call changes nothing. `filter` is what `RUST_LOG` says; an
-/// unusable one falls back to `info` and is said so.
+/// Starts logging to stderr. A second call changes nothing. `filter` is the value of `RUST_LOG`. If it is invalid,
+/// the level is `info` and a warning is logged.
 pub fn init(format: Format, filter: &str) {
     let parsed = EnvFilter::try_new(filter);
     let mistake = parsed.as_ref().err().map(ToString::to_string);
@@ -40,7 +40,7 @@ pub fn init(format: Format, filter: &str) {
     let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
     let lines: Box<dyn Layer<_> + Send + Sync> = match format {
         Format::Json => lines.event_format(JsonLines).fmt_fields(JsonMembers).boxed(),
-        // Colours are a feature of the crate that is left out; to ask for them without it is a panic.
+        // The crate's feature for colours is disabled. Without it, `with_ansi(true)` panics.
         Format::Text => lines.with_ansi(false).fmt_fields(TextFields).boxed(),
     };
     let _ = tracing_subscriber::registry().with(filter).with(lines).try_init();
@@ -49,13 +49,14 @@ pub fn init(format: Format, filter: &str) {
     }
 }
 
-/// Why `filter` is none; `info` counts then.
+/// Why `filter` is invalid. `None`: it is valid.
 #[must_use]
 pub fn filter_mistake(filter: &str) -> Option<String> {
     EnvFilter::try_new(filter).err().map(|err| err.to_string())
 }
 
-/// As `filter`, but without its book of spans, which costs whenever a task goes on, unless a directive names one.
+/// The same filter without its record of spans, unless a directive names a span. The record costs time on every
+/// poll of a task.
 fn plain<S: Subscriber>(filter: EnvFilter) -> Box<dyn Layer<S> + Send + Sync> {
     let text = filter.to_string();
     match text.parse::<Targets>() {
@@ -64,7 +65,7 @@ fn plain<S: Subscriber>(filter: EnvFilter) -> Box<dyn Layer<S> + Send + Sync> {
     }
 }
 
-/// The most verbose level anybody listens to, as the plugins' ABI counts: 1 error to 5 trace, 0 none.
+/// The most verbose enabled level, as a number of the plugins' ABI: 1 error to 5 trace, 0 none.
 #[must_use]
 pub fn plugin_level() -> u32 {
     match LevelFilter::current() {
@@ -92,11 +93,15 @@ mod tests {
     impl<S: Subscriber> Layer<S> for Seen {
         fn on_event(&self, event: &Event<'_>, _: Context<'_, S>) {
             let about = event.metadata();
-            self.0.lock().expect("nobody panics with it").push(format!("{} {}", about.target(), about.level()));
+            self.0.lock().expect("no code panics while it holds this").push(format!(
+                "{} {}",
+                about.target(),
+                about.level()
+            ));
         }
     }
 
-    /// What of everything the filter lets pass, and the level it announces.
+    /// The lines that pass the filter, and the level that it announces.
     fn seen(filter: impl Layer<tracing_subscriber::Registry> + Send + Sync) -> (Option<LevelFilter>, Vec<String>) {
         let seen = Seen::default();
         let announced = filter.max_level_hint();
@@ -114,12 +119,12 @@ mod tests {
                 trace!(target: "other", "x");
             }
         });
-        let lines = seen.0.lock().expect("nobody panics with it").clone();
+        let lines = seen.0.lock().expect("no code panics while it holds this").clone();
         (announced, lines)
     }
 
     #[test]
-    fn a_plain_filter_lets_the_same_pass() {
+    fn plain_filter_equals_the_full_filter() {
         for text in [
             "",
             "info",

@@ -31,30 +31,30 @@ use crate::{
     model::{HealthChecks, HostStatus, NotReadyReason, Readiness, STATUS_SCHEMA, StatusBoard},
 };
 
-/// How long a stop waits for requests that are being answered.
+/// How long a stop waits for running requests.
 const GRACE: Duration = Duration::from_secs(1);
 /// Open connections, at most. A process with a low limit of descriptors allows fewer.
 const CONNECTIONS_MAX: usize = 256;
 /// The same, at least.
 const CONNECTIONS_MIN: usize = 16;
-/// How long a connection may take to send the head of a request.
+/// Time limit for the head of a request.
 const HEAD_TIME_MAX: Duration = Duration::from_secs(5);
-/// Descriptors that only these pages use.
+/// Descriptors that are reserved for these pages.
 const RESERVE: usize = 4;
 
-/// A listener that is up, so that `/health` answers before the node registers.
+/// The bound listener. It is bound before the node registers, so that `/health` answers by then.
 pub struct Pages {
     listener: TcpListener,
     node_host: Option<String>,
-    /// How many descriptors the process may have open.
+    /// The process's limit of open descriptors.
     descriptors: usize,
     board: StatusBoard,
-    desk: Arc<CallbackQueue>,
+    callbacks: Arc<CallbackQueue>,
 }
 
 impl Pages {
-    /// Binds `listen`; port 0 takes a free one. The process may have `descriptors` open. `visits` learns what the
-    /// sign-in service says here.
+    /// Binds `listen`. Port 0 selects a free port. `descriptors` is the process's limit of open descriptors.
+    /// `health_checks` gets the requests of the sign-in service.
     ///
     /// # Errors
     /// When the address cannot be bound.
@@ -63,36 +63,36 @@ impl Pages {
         node_host: Option<String>,
         descriptors: usize,
         board: StatusBoard,
-        visits: Arc<dyn HealthChecks>,
+        health_checks: Arc<dyn HealthChecks>,
     ) -> std::io::Result<Self> {
         let listener = TcpListener::bind(listen).await?;
-        Ok(Self { listener, node_host, descriptors, board, desk: CallbackQueue::new(visits) })
+        Ok(Self { listener, node_host, descriptors, board, callbacks: CallbackQueue::new(health_checks) })
     }
 
-    /// Where it listens.
+    /// The address of the listener.
     ///
     /// # Errors
-    /// When the operating system does not say.
+    /// When the operating system does not give it.
     pub fn address(&self) -> std::io::Result<SocketAddr> {
         self.listener.local_addr()
     }
 
-    /// Serves until `stop`, and a moment longer for requests that are being answered.
+    /// Serves until `stop`, and up to 1 s longer for running requests.
     pub async fn run(self, stop: CancellationToken) {
-        let Self { listener, node_host, descriptors, board, desk } = self;
-        let visited = Router::new()
+        let Self { listener, node_host, descriptors, board, callbacks } = self;
+        let of_sign_in = Router::new()
             .route("/health", get(health))
             .route("/internal/v1/registrations", post(callback::registrations))
-            // A service asks for these when its URL of the node ends in a slash.
+            // The service requests these paths if its URL of the node ends in a slash.
             .route("//health", get(health))
             .route("//internal/v1/registrations", post(callback::registrations))
-            .with_state(desk);
+            .with_state(callbacks);
         let shown = StatusSource { board: board.clone(), node_host: node_host.map(Arc::from) };
         let router = Router::new()
             .route("/ready", get(ready))
             .with_state(board)
             .merge(Router::new().route("/status.json", get(status)).with_state(shown))
-            .merge(visited);
+            .merge(of_sign_in);
         let connections = (descriptors / 4).clamp(CONNECTIONS_MIN, CONNECTIONS_MAX);
         let limits = Limits {
             connections,
@@ -113,16 +113,16 @@ impl Pages {
     }
 }
 
-/// Always 200. The sign-in service is known by its name in front of a version (posemesh.md section 2.7).
-async fn health(State(desk): State<Arc<CallbackQueue>>, headers: HeaderMap) -> StatusCode {
+/// Always 200. The user agent of the sign-in service is its name and a version (posemesh.md section 2.7).
+async fn health(State(callbacks): State<Arc<CallbackQueue>>, headers: HeaderMap) -> StatusCode {
     if headers.get(header::USER_AGENT).is_some_and(|agent| agent.as_bytes().starts_with(b"DDS v")) {
-        desk.visits().probed();
+        callbacks.health_checks().probed();
     }
     StatusCode::OK
 }
 
-/// 200 while the node can get work, else 503, with the reasons. A node that has lost a part of what it
-/// serves says so beside the 200.
+/// 200 while the node can lease tasks, otherwise 503 with the reasons. A node that has lost a part of its
+/// capabilities shows that with the 200.
 async fn ready(State(board): State<StatusBoard>) -> impl IntoResponse {
     let status = board.now();
     match Readiness::of(&status, Timestamp::now()) {
@@ -136,7 +136,7 @@ async fn ready(State(board): State<StatusBoard>) -> impl IntoResponse {
     }
 }
 
-/// What `/status.json` needs.
+/// State of `/status.json`.
 #[derive(Clone)]
 struct StatusSource {
     board: StatusBoard,
@@ -165,7 +165,7 @@ async fn status(State(page): State<StatusSource>, uri: Uri, headers: HeaderMap) 
     Json(StatusPage { schema: STATUS_SCHEMA, ready: not_ready.is_empty(), not_ready, status }).into_response()
 }
 
-/// Whether `host` can only lead to this node, or is the one its operator named. The address of `HTTP_BIND` is an IP
+/// Whether `host` is an IP address, `localhost`, or the host that the operator named. `HTTP_BIND` is always an IP
 /// address.
 fn is_own_host(host: &str, node_host: Option<&str>) -> bool {
     let bare = host.trim_start_matches('[').trim_end_matches(']');

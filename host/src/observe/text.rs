@@ -15,7 +15,7 @@ use tracing_subscriber::{
 use super::json::PLUGIN_FIELDS;
 use crate::model::in_a_line;
 
-/// The plugin field whose value is shown on lines of its own.
+/// The plugin field whose value is shown on separate lines.
 const BACKTRACE: &str = "backtrace";
 /// Most lines of a backtrace; a frame has two.
 const BACKTRACE_LINES_MAX: usize = 24;
@@ -63,7 +63,7 @@ impl Words {
             match value {
                 Value::String(text) if name == BACKTRACE => backtrace = Some(text),
                 value => {
-                    // A name of the node stays the node's, as in JSON lines.
+                    // A plugin field with a name of the node gets a prefix, as in JSON lines.
                     let prefix = if self.names.contains(&&*name) { "plugin." } else { "" };
                     let value = match &value {
                         Value::String(text) => format!("{:?}", cut(text)),
@@ -96,7 +96,7 @@ impl Visit for Words {
         let name = field.name();
         match name {
             "message" => self.push(&format!("{value:?}")),
-            // Where a record of the `log` crate comes from; its target is on the line already.
+            // The source of a record of the `log` crate. Its target is already on the line.
             name if name.starts_with("log.") => return,
             name => self.push(&format!("{name}={value:?}")),
         }
@@ -104,7 +104,7 @@ impl Visit for Words {
     }
 }
 
-/// A name that holds anything else than a name does is quoted.
+/// Quotes a name that contains other characters than letters, digits, `_`, `.` and `-`.
 fn plain_name(name: &str) -> String {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
     if !name.is_empty() && name.chars().all(is_plain) && name.len() <= VALUE_CHARS_MAX {
@@ -126,7 +126,7 @@ fn cut(text: &str) -> String {
 fn push_backtrace(line: &mut String, backtrace: &str) {
     let is_machinery = |line: &str| {
         ["rust_begin_unwind", "core::panicking::", "std::panicking::", "std::backtrace"].iter().any(|word| {
-            // `  12: name`, not the place below it.
+            // `  12: name`, not the source position on the next line.
             line.trim_start().split_once(": ").is_some_and(|(number, name)| {
                 number.bytes().all(|byte| byte.is_ascii_digit()) && name.trim_start_matches('<').starts_with(word)
             })
@@ -142,11 +142,11 @@ fn push_backtrace(line: &mut String, backtrace: &str) {
     let end = rest.iter().position(|line| line.contains("__rust_begin_short_backtrace")).unwrap_or(rest.len());
     let shown = end.min(BACKTRACE_LINES_MAX);
     for frame in &rest[..shown] {
-        let _ = write!(line, "\n    | {}", in_a_line(&cut(frame))); // memory takes it
+        let _ = write!(line, "\n    | {}", in_a_line(&cut(frame))); // a write to a String cannot fail
     }
     let left_out = lines.len() - shown;
     if left_out > 0 {
-        let _ = write!(line, "\n    | … {left_out} more lines; LOG_FORMAT=json shows all of them"); // memory takes it
+        let _ = write!(line, "\n    | … {left_out} more lines; LOG_FORMAT=json shows all of them"); // a write to a String cannot fail
     }
 }
 
