@@ -1,10 +1,10 @@
-//! SHA-256 of what streams by.
+//! SHA-256 of a stream.
 //!
-//! Hashing takes longer than copying, so it has a lane of its own.
+//! Hashing takes longer than copying, so it has its own lane.
 
 use std::io;
 
-/// A digest, or the beginning of one, as it is written.
+/// A digest, or its first bytes, in hex.
 pub(crate) use base16ct::lower::encode_string as hex;
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
@@ -28,12 +28,12 @@ impl Digester {
         Self(Lane::new(Sha256::new()))
     }
 
-    /// Takes the next piece; waits only while four blocks are on their way.
+    /// Hashes the next piece. Waits only while four blocks are queued.
     pub(crate) async fn push(&mut self, piece: Bytes) -> io::Result<()> {
         self.0.push(piece).await
     }
 
-    /// The digest of all that was taken so far.
+    /// The digest of all pieces so far.
     pub(crate) async fn so_far(&mut self) -> io::Result<[u8; 32]> {
         self.0.settled(|state| state.clone().finalize().into()).await
     }
@@ -44,7 +44,7 @@ mod tests {
     use super::{super::file::BLOCK_BYTES, *};
 
     #[tokio::test]
-    async fn a_digest_is_that_of_the_pieces_joined_whenever_it_is_asked_for() {
+    async fn digest_is_that_of_the_joined_pieces() {
         let bytes: Vec<u8> = (0..BLOCK_BYTES * 3 + 17).map(|n| (n % 251) as u8).collect();
         let mut digester = Digester::new();
         let mut taken = 0;

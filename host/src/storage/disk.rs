@@ -1,7 +1,7 @@
-//! How much room is left where tasks work.
+//! Free space of the disk that tasks use.
 //!
-//! A task that is leased onto a full disk fails after its work, or takes others with it. Below a floor
-//! nothing new is leased; running tasks go on, and leasing does by itself once there is room again.
+//! A task that is leased with a full disk fails after its work, or makes other tasks fail. Below a floor
+//! the node leases nothing new. Running tasks continue. Leasing resumes when there is space again.
 
 use std::{
     io,
@@ -19,7 +19,7 @@ use crate::{
     node_event::{NodeEvent, NodeEvents},
 };
 
-/// How often the disk is looked at.
+/// How often the free space is read.
 const RHYTHM: Duration = Duration::from_secs(1);
 
 /// See the module's text. Cheap to clone.
@@ -28,60 +28,59 @@ pub struct Disk(Arc<Inner>);
 
 struct Inner {
     path: PathBuf,
-    /// In bytes; 0: none.
+    /// In bytes. 0: no floor.
     floor: u64,
     seen: watch::Sender<DiskStatus>,
 }
 
 impl Disk {
-    /// Looks at the file system of `path`, below whose floor of `floor` free bytes there is no room.
-    /// With 0 there always is.
+    /// Watches the file system of `path`. It counts as full below `floor` free bytes; with 0 it never does.
     #[must_use]
     pub fn new(path: PathBuf, floor: u64) -> Self {
         let seen = watch::Sender::new(look(&path, floor));
         Self(Arc::new(Inner { path, floor, seen }))
     }
 
-    /// What was seen last.
+    /// The latest reading.
     #[must_use]
     pub fn status(&self) -> DiskStatus {
         *self.0.seen.borrow()
     }
 
-    /// Whether a new task finds room.
+    /// Whether there is space for a new task.
     #[must_use]
     pub fn has_room(&self) -> bool {
         !self.0.seen.borrow().full
     }
 
-    /// Waits until a new task finds room.
+    /// Waits until there is space for a new task.
     pub async fn until_room(&self) {
         let mut seen = self.0.seen.subscribe();
-        let room = seen.wait_for(|seen| !seen.full).await;
-        room.map(drop).expect("the disk holds its own sender");
+        let space = seen.wait_for(|seen| !seen.full).await;
+        space.map(drop).expect("the disk holds its own sender");
     }
 
-    /// Looks again and again, and shows it, until `stop`.
-    pub async fn run(self, events: NodeEvents, stop: CancellationToken) {
-        show(&events, self.status());
+    /// Reads the free space at intervals and shows it on `board`, until `stop`.
+    pub async fn run(self, board: StatusBoard, stop: CancellationToken) {
+        self.show(&board, self.status());
         if self.0.floor == 0 {
             return;
         }
         if !self.has_room() {
-            self.report(&events, self.status());
+            self.log(self.status());
         }
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(RHYTHM) => {}
             }
-            // A disk that does not answer, such as a remote one, must not hold up a worker.
+            // A disk that does not answer, such as a remote one, must not block a worker thread.
             let (path, floor) = (self.0.path.clone(), self.0.floor);
             let Ok(now) = tokio::task::spawn_blocking(move || look(&path, floor)).await else { return };
             let before = self.0.seen.send_replace(now);
             show(&events, now);
             if before.full != now.full {
-                self.report(&events, now);
+                self.log(now);
             }
         }
     }
@@ -92,11 +91,17 @@ impl Disk {
     }
 }
 
-fn show(events: &NodeEvents, now: DiskStatus) {
-    events.board().change(|status| status.disk = now);
+    fn log(&self, now: DiskStatus) {
+        let (path, free_bytes, floor_bytes) = (self.0.path.display(), now.free_bytes, now.floor_bytes);
+        if now.full {
+            warn!(event = "disk.full", path = %path, free_bytes, floor_bytes, "disk is nearly full, leasing paused");
+        } else {
+            info!(event = "disk.has_room", path = %path, free_bytes, floor_bytes, "disk has room, leasing resumed");
+        }
+    }
 }
 
-/// A disk that cannot be asked is no reason to stop: what is written to it will tell.
+/// Unknown free space does not count as full: a write to a full disk reports its own error.
 fn look(path: &Path, floor: u64) -> DiskStatus {
     let free_bytes = match free(path) {
         Ok(free) => free,
@@ -108,7 +113,7 @@ fn look(path: &Path, floor: u64) -> DiskStatus {
     DiskStatus { free_bytes, floor_bytes: floor, full: free_bytes.is_some_and(|free| free < floor) }
 }
 
-/// Bytes that an ordinary user may still write.
+/// Bytes that an ordinary user can still write.
 #[cfg(unix)]
 fn free(path: &Path) -> io::Result<Option<u64>> {
     let about = rustix::fs::statvfs(path)?;
@@ -125,11 +130,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn below_the_floor_there_is_no_room() {
+    fn space_below_the_floor_counts_as_full() {
         let dir = tempfile::tempdir().expect("a temporary directory");
-        let check = |path: &Path, floor: u64, room: bool| {
+        let check = |path: &Path, floor: u64, space: bool| {
             let disk = Disk::new(path.to_owned(), floor);
-            assert_eq!(disk.has_room(), room, "{:?}", disk.status());
+            assert_eq!(disk.has_room(), space, "{:?}", disk.status());
         };
         check(dir.path(), 0, true);
         check(dir.path(), 1, true);

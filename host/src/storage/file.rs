@@ -1,7 +1,7 @@
-//! Files as streams: written behind the back of the network, read ahead of it.
+//! Files as streams: written behind the network, read ahead of it.
 //!
-//! Disk calls run on the blocking pool and overlap with the transfer. What the system holds in memory
-//! is read at once, which takes less than handing it over.
+//! Disk calls run on the blocking pool and overlap with the transfer. Bytes in the page cache are read
+//! directly, because that takes less time than a hand-over to the pool.
 
 use std::{
     fs::File,
@@ -14,13 +14,13 @@ use tokio::task::{JoinHandle, spawn_blocking};
 
 use super::lane::{Lane, Stage};
 
-/// How much is read or written at once.
+/// Bytes of one read or write.
 pub(crate) const BLOCK_BYTES: usize = 256 * 1024;
 
 /// Writes a stream of pieces to a file.
 pub(crate) struct FileSink(Lane<Disk>);
 
-/// `None` when it was given back.
+/// `None` after the file was returned.
 struct Disk(Option<File>);
 
 impl Stage for Disk {
@@ -34,26 +34,25 @@ impl FileSink {
         Self(Lane::new(Disk(Some(file))))
     }
 
-    /// Takes a piece; waits only while four blocks wait for the disk.
+    /// Writes a piece. Waits only while four blocks are queued.
     pub(crate) async fn write(&mut self, piece: Bytes) -> io::Result<()> {
         self.0.push(piece).await
     }
 
-    /// Writes what is left and gives the file back.
+    /// Writes the rest and returns the file.
     pub(crate) async fn finish(mut self) -> io::Result<File> {
         let file = self.0.settled(|disk| disk.0.take()).await?;
-        Ok(file.expect("given back once"))
+        Ok(file.expect("returned once"))
     }
 }
 
-/// Reads a range of a file block by block: at once as long as the system holds it in memory, then
-/// one block ahead.
+/// Reads a range of a file block by block: directly while it is in the page cache, then one block ahead.
 pub(crate) struct FileBlocks {
     file: Arc<File>,
     at: u64,
     left: u64,
     ahead: Option<JoinHandle<io::Result<Bytes>>>,
-    /// Nothing had to be waited for so far.
+    /// All reads so far came from the page cache.
     in_memory: bool,
 }
 
@@ -108,7 +107,7 @@ impl FileBlocks {
     }
 }
 
-/// What can be read without waiting for a disk; 0 where that cannot be told, and at the end.
+/// Reads what the page cache holds. 0 at the end, and where the system has no such read.
 #[cfg(target_os = "linux")]
 fn read_from_memory(file: &File, block: &mut [u8], at: u64) -> usize {
     let mut into = [io::IoSliceMut::new(block)];
@@ -120,10 +119,10 @@ fn read_from_memory(_: &File, _: &mut [u8], _: u64) -> usize {
     0
 }
 
-/// Fills `block` from `at` on. A file that ends before is an `UnexpectedEof` that says so.
+/// Fills `block` from offset `at`. A file that ends before is an `UnexpectedEof` with a clear text.
 pub(crate) fn read_exact_at(file: &File, block: &mut [u8], at: u64) -> io::Result<()> {
     fill(file, block, at).map_err(|err| match err.kind() {
-        io::ErrorKind::UnexpectedEof => io::Error::new(err.kind(), "it became shorter meanwhile"),
+        io::ErrorKind::UnexpectedEof => io::Error::new(err.kind(), "the file became shorter meanwhile"),
         _ => err,
     })
 }
@@ -151,14 +150,14 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn what_is_written_in_pieces_is_read_in_blocks() {
+    async fn written_pieces_are_read_in_blocks() {
         let bytes: Vec<u8> = (0..BLOCK_BYTES * 3 + 17).map(|n| (n % 251) as u8).collect();
         let mut sink = FileSink::new(tempfile::tempfile().expect("a temporary file"));
         for piece in bytes.chunks(100_001) {
             sink.write(Bytes::copy_from_slice(piece)).await.expect("written");
         }
         let file = Arc::new(sink.finish().await.expect("finished"));
-        // As from memory, and as from a disk.
+        // Both from the page cache and from the disk.
         for in_memory in [true, false] {
             let mut blocks = FileBlocks::new(Arc::clone(&file), 5, bytes.len() as u64 - 5);
             blocks.in_memory = in_memory;

@@ -1,8 +1,8 @@
-//! Work on a stream that must not hold up the network: hashing it, writing it.
+//! Work on a stream that must not delay the network: hashing and writing.
 //!
-//! A [`Lane`] takes pieces and hands them in order to its [`Stage`] on the blocking pool. A thread
-//! is held only while there is work, and goes on as long as there is: no hand-over between pieces.
-//! Whoever pushes waits while four blocks are on their way.
+//! A [`Lane`] takes pieces and gives them in order to its [`Stage`] on the blocking pool. It uses a thread
+//! only while there is work. One thread processes all queued pieces, without a hand-over between them.
+//! `push` waits while four blocks are queued.
 
 use std::{
     collections::VecDeque,
@@ -15,14 +15,14 @@ use tokio::{sync::Notify, task::spawn_blocking};
 
 use super::file::BLOCK_BYTES;
 
-/// From here on a push waits.
+/// With as many bytes queued, `push` waits.
 const QUEUED_BYTES_MAX: usize = 4 * BLOCK_BYTES;
-/// With as much somebody begins to work, and goes on until nothing is left: fewer hand-overs.
+/// With as many bytes queued, a worker starts and works until the queue is empty. This saves hand-overs.
 const BEGIN_BYTES: usize = 2 * BLOCK_BYTES;
 
-/// What is done with each piece. It may block.
+/// The work on each piece. It may block.
 pub(crate) trait Stage: Send + 'static {
-    /// Up to here the last pieces take less than handing them over.
+    /// Up to so many bytes, the last pieces take less time than a hand-over to the pool.
     const IN_PLACE_BYTES_MAX: usize = 0;
 
     fn take(&mut self, piece: &Bytes) -> io::Result<()>;
@@ -35,19 +35,19 @@ pub(crate) struct Lane<S: Stage> {
 
 struct Shared<S> {
     queue: Mutex<Queue<S>>,
-    /// There is room, or all is done.
+    /// Notified when the queue has space, and when a worker ends.
     moved: Notify,
 }
 
 struct Queue<S> {
     pieces: VecDeque<Bytes>,
-    /// Bytes in `pieces` and in work.
+    /// Bytes in `pieces` and of the piece in work.
     bytes: usize,
     state: State<S>,
 }
 
 enum State<S> {
-    /// Nobody works.
+    /// No worker runs.
     Idle(S),
     Busy,
     Failed(io::Error),
@@ -59,10 +59,10 @@ impl<S: Stage> Lane<S> {
         Self { shared: Arc::new(Shared { queue: Mutex::new(queue), moved: Notify::new() }) }
     }
 
-    /// Takes the next piece; waits only while four blocks are on their way. After an error there is
-    /// nothing to hand pieces to.
+    /// Queues the next piece. Waits only while four blocks are queued. After an error of the stage, every call
+    /// returns that error.
     pub(crate) async fn push(&mut self, piece: Bytes) -> io::Result<()> {
-        while !self.has_room()? {
+        while !self.has_space()? {
             self.shared.moved.notified().await;
         }
         let begun = {
@@ -75,13 +75,13 @@ impl<S: Stage> Lane<S> {
         Ok(())
     }
 
-    fn has_room(&self) -> io::Result<bool> {
+    fn has_space(&self) -> io::Result<bool> {
         let mut queue = self.shared.queue();
         queue.check()?;
         Ok(queue.bytes < QUEUED_BYTES_MAX)
     }
 
-    /// Asks the stage, once everything that was pushed has been handed to it.
+    /// Calls `ask` with the stage after it has processed every pushed piece.
     pub(crate) async fn settled<T>(&mut self, ask: impl FnOnce(&mut S) -> T) -> io::Result<T> {
         loop {
             let begun = {
@@ -103,11 +103,11 @@ impl<S: Stage> Lane<S> {
         }
     }
 
-    /// Not under the queue's lock: a runtime that ends drops the worker at once, and that locks it.
+    /// Do not call it with the queue locked: a runtime that ends drops the worker at once, and the drop locks it.
     fn work(&self, begun: Option<S>) {
         if let Some(stage) = begun {
             let worker = Worker { shared: Arc::clone(&self.shared), ended: false };
-            // Not joined: its end is told through the queue, whatever it is.
+            // Not joined: the queue's state shows its end, also after a panic.
             spawn_blocking(move || worker.work(stage));
         }
     }
@@ -120,7 +120,7 @@ impl<S> Shared<S> {
 }
 
 impl<S: Stage> Queue<S> {
-    /// The stage for a worker, if there is something to do and nobody does.
+    /// The stage for a new worker, if there are pieces and no worker runs.
     fn begin(&mut self) -> Option<S> {
         if self.pieces.is_empty() || !matches!(self.state, State::Idle(_)) {
             return None;
@@ -131,7 +131,7 @@ impl<S: Stage> Queue<S> {
         }
     }
 
-    /// Hands over the little that is left.
+    /// Processes the last pieces on this thread, if they are few.
     fn take_in_place(&mut self) -> io::Result<()> {
         if self.bytes <= S::IN_PLACE_BYTES_MAX
             && let State::Idle(stage) = &mut self.state
@@ -142,7 +142,7 @@ impl<S: Stage> Queue<S> {
         Ok(())
     }
 
-    /// The error of the stage; the first who asks gets it as it was.
+    /// The error of the stage. The first call gets the original, later calls a copy of its kind and text.
     fn check(&mut self) -> io::Result<()> {
         match &mut self.state {
             State::Failed(err) => {
@@ -154,7 +154,7 @@ impl<S: Stage> Queue<S> {
     }
 }
 
-/// On the blocking pool. Dropped early, by a panic or the runtime's end, it leaves an error.
+/// Runs on the blocking pool. If it is dropped early, by a panic or the end of the runtime, the lane fails.
 struct Worker<S: Stage> {
     shared: Arc<Shared<S>>,
     ended: bool,
@@ -192,7 +192,7 @@ impl<S: Stage> Worker<S> {
 impl<S: Stage> Drop for Worker<S> {
     fn drop(&mut self) {
         if !self.ended {
-            self.shared.queue().state = State::Failed(io::Error::other("it ended unexpectedly"));
+            self.shared.queue().state = State::Failed(io::Error::other("the worker ended unexpectedly"));
             self.shared.moved.notify_one();
         }
     }
@@ -202,13 +202,13 @@ impl<S: Stage> Drop for Worker<S> {
 mod tests {
     use super::*;
 
-    /// Keeps what it is given; one byte in it makes it fail, another one panic.
+    /// Collects the pieces. A piece that begins with 255 makes it fail, one that begins with 254 panic.
     #[derive(Default)]
-    struct Kept(Vec<u8>);
+    struct Collect(Vec<u8>);
 
-    impl Stage for Kept {
+    impl Stage for Collect {
         fn take(&mut self, piece: &Bytes) -> io::Result<()> {
-            assert_ne!(piece.first(), Some(&254), "asked to");
+            assert_ne!(piece.first(), Some(&254), "the piece asks for a panic");
             if piece.first() == Some(&255) {
                 return Err(io::Error::other("disk on fire"));
             }
@@ -218,7 +218,7 @@ mod tests {
     }
 
     async fn push_until_it_fails(first: u8) -> io::Error {
-        let mut lane = Lane::new(Kept::default());
+        let mut lane = Lane::new(Collect::default());
         let piece = Bytes::from(vec![first; BLOCK_BYTES / 3]);
         loop {
             if let Err(err) = lane.push(piece.clone()).await {
@@ -229,29 +229,29 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn pieces_arrive_in_order_and_none_waits_for_the_end() {
-        let mut lane = Lane::new(Kept::default());
+    async fn pieces_arrive_in_order_at_any_time() {
+        let mut lane = Lane::new(Collect::default());
         let mut expected = Vec::new();
         for n in 0..100_u8 {
             let piece = vec![n; usize::from(n) * 1000];
             expected.extend_from_slice(&piece);
             lane.push(piece.into()).await.expect("taken");
             if n % 30 == 0 {
-                let so_far = lane.settled(|kept| kept.0.clone()).await.expect("taken");
+                let so_far = lane.settled(|stage| stage.0.clone()).await.expect("taken");
                 assert!(so_far == expected);
             }
         }
-        assert!(lane.settled(|kept| mem::take(&mut kept.0)).await.expect("taken") == expected);
+        assert!(lane.settled(|stage| mem::take(&mut stage.0)).await.expect("taken") == expected);
     }
 
     #[tokio::test]
-    async fn an_error_or_a_panic_of_the_stage_reaches_whoever_pushes() {
+    async fn stage_errors_and_panics_reach_push() {
         assert_eq!(push_until_it_fails(255).await.to_string(), "disk on fire");
-        assert_eq!(push_until_it_fails(254).await.to_string(), "it ended unexpectedly");
+        assert_eq!(push_until_it_fails(254).await.to_string(), "the worker ended unexpectedly");
     }
 
     #[test]
-    fn no_more_than_four_blocks_wait_for_a_stage_that_hangs() {
+    fn at_most_four_blocks_wait_for_a_hanging_stage() {
         struct Hangs(std::sync::mpsc::Receiver<()>);
         impl Stage for Hangs {
             fn take(&mut self, _: &Bytes) -> io::Result<()> {
@@ -264,7 +264,7 @@ mod tests {
             let mut lane = Lane::new(Hangs(wait));
             let piece = Bytes::from(vec![1; BLOCK_BYTES / 4]);
             for _ in 0..16 {
-                lane.push(piece.clone()).await.expect("there is room");
+                lane.push(piece.clone()).await.expect("there is space");
             }
             let mut next = Box::pin(lane.push(piece));
             assert!(futures_util::poll!(&mut next).is_pending());

@@ -38,14 +38,14 @@ use crate::model::{
 /// Bytes copied at once.
 const COPY_BYTES: usize = 256 * 1024;
 
-/// Storage in files of this machine.
+/// Storage in local files.
 pub struct LocalStorage {
     budget: Budget,
     unpack: UnpackLimits,
 }
 
 impl LocalStorage {
-    /// Bytes in memory are charged to `budget`; `unpack` bounds what a zip input may hold.
+    /// Bytes in memory are charged to `budget`. `unpack` bounds the content of zip inputs.
     #[must_use]
     pub fn new(budget: Budget, unpack: UnpackLimits) -> Self {
         Self { budget, unpack }
@@ -72,7 +72,7 @@ pub struct LocalPorts {
     unpack: UnpackLimits,
 }
 
-/// Where outputs go, and which are there.
+/// The folder of the outputs, and the outputs that were published.
 struct OutputFolder {
     /// `None`: the task has no data.
     out: Option<PathBuf>,
@@ -91,13 +91,13 @@ impl OutputFolder {
             false if !self.held.is_ours() => "the lease is lost",
             false => return Ok(()),
         };
-        Err(PortError::new(PortErrorKind::LeaseOver, format!("{why}: nothing more is read or written for it")))
+        Err(PortError::new(PortErrorKind::LeaseOver, format!("{why}; nothing more is read or written for it")))
     }
 }
 
 impl LocalPorts {
-    /// Ports for the task of `held` that read and write `files` and materialize below `dir`. Without files every
-    /// call fails.
+    /// Ports for the task of `held`. They read and write `files` and materialize below `dir`. Without `files`
+    /// every call fails.
     #[must_use]
     pub fn new(held: HeldLease, files: Option<LocalFiles>, dir: PathBuf, budget: Budget, unpack: UnpackLimits) -> Self {
         let (inputs, out) = files.map_or((Vec::new(), None), |files| (files.inputs, Some(files.out)));
@@ -173,7 +173,7 @@ impl Ports for LocalPorts {
         let (stem, extension) = dataset_file(name, meta.data_type.as_deref().unwrap_or_default());
         let folder = root_dir.join("datasets").join(dataset_folder(name));
         let path = folder.join(if meta.data_type.is_some() { format!("{stem}.{extension}") } else { stem });
-        // A copy: the runner may change or remove what it is given.
+        // A copy, because the runner may change or remove its file.
         let target = path.clone();
         let copied = blocking(move || {
             std::fs::create_dir_all(&folder)?;
@@ -208,7 +208,7 @@ impl Ports for LocalPorts {
         let (temporary, copied) = copied.await.map_err(|err| {
             self.folder.failed(&format!("copy {} to {}", file.display(), place.target.display()), &err)
         })?;
-        // A file that became shorter meanwhile has no digest.
+        // If the file became shorter meanwhile, `digest` fails.
         let sha256 = source.digest(&what).await?;
         place.publish(temporary, copied, sha256).await
     }
@@ -256,7 +256,7 @@ fn copy_hashed(from: &mut impl io::Read, to: &mut impl io::Write) -> io::Result<
     }
 }
 
-/// Lists an input that was read to its end, once.
+/// Lists an input that was read to its end. Each input is listed once.
 fn note(fetched: &Mutex<Vec<Fetched>>, meta: &InputMeta, (size, sha256): (u64, String)) {
     let input = Fetched { cid: meta.cid.clone(), name: meta.name.clone(), size, sha256 };
     let mut fetched = fetched.lock().expect("only read and pushed to");
@@ -299,7 +299,7 @@ impl InputStream for Reader {
     }
 }
 
-/// Where one output will be.
+/// The target of one output.
 struct Place {
     folder: Arc<OutputFolder>,
     artifact: Artifact,
@@ -340,7 +340,7 @@ impl OutputFolder {
 }
 
 impl Place {
-    /// A file beside the target, so that the last step is a rename.
+    /// A temporary file in the target's folder, so that the last step is a rename.
     async fn temporary(&self) -> Result<NamedTempFile, PortError> {
         let folder = self.target.parent().unwrap_or(Path::new(".")).to_owned();
         let made = blocking(move || {
@@ -376,11 +376,11 @@ impl Place {
     }
 }
 
-/// An output being written. Dropped, its temporary file goes with it.
+/// An output that is being written. On drop its temporary file is removed.
 struct Writer {
     place: Place,
     temporary: NamedTempFile,
-    /// After a failure every further call fails with it.
+    /// The error of the first failure. Every later call returns it.
     sink: Result<FileSink, PortError>,
     size: u64,
     hasher: Sha256,

@@ -1,14 +1,14 @@
-//! Inputs and outputs as plain files.
+//! Tests of inputs and outputs in local files.
 
 use super::*;
 use crate::model::{Capability, DataLocation, Lease, Setup, TaskId};
 
-struct Bench {
+struct Fixture {
     dir: tempfile::TempDir,
     ports: LocalPorts,
 }
 
-fn bench() -> Bench {
+fn fixture() -> Fixture {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let scan = dir.path().join("my scan.ply");
     std::fs::write(&scan, b"ply").expect("written");
@@ -21,7 +21,7 @@ fn bench() -> Bench {
         let scratch = dir.path().join("scratch");
         LocalPorts::new(held, Some(files), scratch, Budget::unlimited(), UnpackLimits::default())
     };
-    Bench { dir, ports }
+    Fixture { dir, ports }
 }
 
 fn spec(path: &str) -> ArtifactSpec {
@@ -40,7 +40,7 @@ fn files(dir: &Path) -> Vec<String> {
 
 #[tokio::test]
 async fn inputs_are_found_by_number_and_by_path() {
-    let Bench { dir, ports } = bench();
+    let Fixture { dir, ports } = fixture();
     let by_path = dir.path().join("my scan.ply").display().to_string();
     for cid in ["input-0", " input-0 ", by_path.as_str()] {
         let mut stream = ports.open(cid).await.expect("opens");
@@ -61,9 +61,9 @@ async fn inputs_are_found_by_number_and_by_path() {
 }
 
 #[tokio::test]
-async fn an_input_is_copied_so_that_the_runner_may_spoil_it() {
-    let Bench { dir, ports } = bench();
-    let input = ports.materialize("input-0").await.expect("comes");
+async fn runner_gets_a_copy_of_the_input() {
+    let Fixture { dir, ports } = fixture();
+    let input = ports.materialize("input-0").await.expect("materialized");
     assert!(input.path.starts_with(&input.root_dir) && input.root_dir.starts_with(dir.path().join("scratch")));
     assert!(input.path.ends_with("datasets/my_scan/my_scan.ply"), "{}", input.path.display());
     std::fs::write(&input.path, b"spoiled").expect("writable");
@@ -71,8 +71,8 @@ async fn an_input_is_copied_so_that_the_runner_may_spoil_it() {
 }
 
 #[tokio::test]
-async fn outputs_appear_whole_or_not_at_all() {
-    let Bench { dir, ports } = bench();
+async fn unfinished_outputs_do_not_appear() {
+    let Fixture { dir, ports } = fixture();
     let out = dir.path().join("out");
     ports.put_file(spec("/a//b.json"), &dir.path().join("my scan.ply")).await.expect("copied");
     let mut stream = ports.create(spec("é.txt")).await.expect("opens");
@@ -86,7 +86,7 @@ async fn outputs_appear_whole_or_not_at_all() {
     drop(stream);
     ports.create(spec("aborted")).await.expect("opens").abort().await;
     let short = ArtifactSpec { size: Some(5), ..spec("short") };
-    let refused = ports.create(short).await.expect("opens").finish().await.expect_err("0 bytes came");
+    let refused = ports.create(short).await.expect("opens").finish().await.expect_err("no bytes were written");
     assert_eq!(refused.kind, PortErrorKind::BadRequest);
     assert_eq!(
         (files(&out), files(&out.join("a"))),
@@ -101,7 +101,7 @@ async fn outputs_appear_whole_or_not_at_all() {
 
 #[tokio::test]
 async fn outputs_stay_below_their_folder() {
-    let Bench { dir, ports } = bench();
+    let Fixture { dir, ports } = fixture();
     let source = dir.path().join("my scan.ply");
     for path in ["../x", "a/../../x", "", "/", "a\0b"] {
         let err = ports.put_file(spec(path), &source).await.expect_err("refused");
@@ -110,7 +110,7 @@ async fn outputs_stay_below_their_folder() {
     ports.put_file(spec("/abs"), &source).await.expect("below the folder");
     assert_eq!(files(&dir.path().join("out")), ["abs"]);
     assert_eq!(
-        ports.put_file(spec("abs/x"), &source).await.expect_err("a file is in the way").kind,
+        ports.put_file(spec("abs/x"), &source).await.expect_err("the parent is a file").kind,
         PortErrorKind::Local
     );
     for unfit in [dir.path().to_owned(), dir.path().join("empty")] {

@@ -1,10 +1,10 @@
-//! Inputs in, outputs out.
+//! Inputs and outputs of tasks.
 //!
 //! A task's data moves through [`crate::model::Ports`]. A [`Storage`] makes them: [`DomainStorage`] for a
 //! domain server, [`LocalStorage`] for files of this machine. [`Stores`] chooses one by the lease.
-//! [`Scratch`] gives each task the directory it works in. Both directions stream: nothing here holds a
-//! whole object. This module decides neither when a task runs nor what is reported about it; it lists
-//! what was published. Start at [`domain`].
+//! [`Scratch`] gives each task its directory. Both directions stream: nothing here holds a whole object.
+//! This module decides neither when a task runs nor what is reported about it. It lists what was published.
+//! Start at [`domain`].
 
 mod digest;
 mod disk;
@@ -51,9 +51,9 @@ impl Config {
     }
 }
 
-/// Makes a task's ports. Nothing is fetched before the runner asks.
+/// Creates a task's ports. Nothing is fetched before the runner asks.
 pub trait Storage: Send + Sync {
-    /// Ports for the task of `held`. Inputs are put below `dir`.
+    /// Ports for the task of `held`. Inputs are stored below `dir`.
     fn ports(&self, held: &HeldLease, dir: &Path) -> Arc<dyn Ports>;
 }
 
@@ -66,13 +66,13 @@ pub struct Stores {
 }
 
 impl Stores {
-    /// Combines the pieces; nothing is touched yet.
+    /// Combines the parts. Nothing is created yet.
     #[must_use]
     pub fn new(scratch: Scratch, disk: Disk, local: LocalStorage, domain: DomainStorage) -> Self {
         Self { scratch, disk, domain, local }
     }
 
-    /// A directory for a task, made when it is first needed and removed when it is dropped.
+    /// A directory for a task. It is created when it is first needed and removed on drop.
     #[must_use]
     pub fn task_dir(&self, task: &TaskId) -> TaskDir {
         self.scratch.task_dir(task)
@@ -84,7 +84,7 @@ impl Stores {
         &self.disk
     }
 
-    /// Ports to where the lease of `held` says its data is. Inputs are put below `dir`.
+    /// Ports to the data location that the lease of `held` names. Inputs are stored below `dir`.
     #[must_use]
     pub fn ports(&self, held: &HeldLease, dir: &Path) -> Arc<dyn Ports> {
         let storage: &dyn Storage = match held.lease.data {

@@ -1,7 +1,7 @@
-//! What artifacts and downloaded files are called. Pure text, no I/O.
+//! Names of artifacts and downloaded files. Pure text, no I/O.
 //!
-//! The rules are the wire's: later stages look results up by these names, so nothing here may be
-//! "improved" for input that has always worked.
+//! The wire defines the rules. Later stages find results by these names, so the name of an input that
+//! works today must not change.
 
 use std::{borrow::Cow, path::Path};
 
@@ -10,13 +10,13 @@ use sha2::{Digest, Sha256};
 use super::digest::hex;
 use crate::model::{PortError, PortErrorKind, TaskId, in_a_line};
 
-/// Longest artifact path taken from a runner, in bytes.
+/// Longest artifact path that a runner may give, in bytes.
 pub(crate) const PATH_BYTES_MAX: usize = 1024;
-/// Longest name or type that every domain server takes, in bytes (posemesh.md section 10.5).
+/// Longest name or type that every domain server accepts, in bytes (posemesh.md section 10.5).
 const NAME_BYTES_MAX: usize = 128;
-/// How much of a path's digest marks a name: enough that no two paths of a task ever share it.
+/// Bytes of a path's digest in a name: enough to distinguish all paths of a task.
 const MARK_BYTES: usize = 8;
-/// Longest task id that stays as it is in a name.
+/// Longest task id that is unchanged in a name.
 const TASK_BYTES_MAX: usize = 64;
 /// Longest folder or file stem on disk; file systems stop at 255 bytes with the extension.
 const STEM_BYTES_MAX: usize = 160;
@@ -30,12 +30,14 @@ pub(crate) fn relative_path(path: &str) -> Result<String, PortError> {
         return refuse(&format!("artifact path has {} bytes; at most {PATH_BYTES_MAX} are allowed", path.len()));
     }
     if path.contains('\0') {
-        return refuse("artifact path holds a NUL character; use printable names");
+        return refuse("artifact path contains a NUL character; use printable names");
     }
     let segments: Vec<&str> = path.split('/').filter(|segment| !segment.is_empty() && *segment != ".").collect();
     if segments.contains(&"..") {
         let path = shown(path);
-        return refuse(&format!("artifact path {path} holds a `..` segment; expected a path below the outputs prefix"));
+        return refuse(&format!(
+            "artifact path {path} contains a `..` segment; expected a path below the outputs prefix"
+        ));
     }
     Ok(segments.join("/"))
 }
@@ -49,16 +51,16 @@ pub(crate) fn logical_path(prefix: Option<&str>, relative: &str) -> String {
     }
 }
 
-/// The name an artifact is stored under when the runner gives none. It ends in the task id, so that
-/// a repeated attempt replaces what an earlier one stored. What would be longer than servers take is
-/// cut, and marked so that it stays one of a kind.
+/// The stored name of an artifact for which the runner gives none. It ends in the task id, so that a repeated
+/// attempt replaces the data of an earlier one. A name that is too long for servers is cut and marked, so that
+/// it stays unique.
 pub(crate) fn stored_name(logical: &str, task: &TaskId) -> String {
     let name = format!("{}_{}", safe(logical, "artifact"), in_file_name(task));
     if name.len() <= NAME_BYTES_MAX { name } else { marked_name(logical, task) }
 }
 
-/// The name for a second path of one task whose [`stored_name`] is already taken. It depends on
-/// nothing but the path and the task.
+/// The name for a second path of one task whose [`stored_name`] is already taken. It depends only on the path
+/// and the task.
 pub(crate) fn marked_name(logical: &str, task: &TaskId) -> String {
     let mark = hex(&Sha256::digest(logical.as_bytes())[..MARK_BYTES]);
     let end = format!("_{mark}_{}", in_file_name(task));
@@ -83,13 +85,13 @@ pub(crate) fn data_type(relative: &str) -> String {
     match extension.as_str() {
         "json" | "ply" | "glb" | "obj" | "csv" | "mp4" => extension,
         "drc" => "ply_draco".to_owned(),
-        // Names keep such artifacts apart; a type that is too long for servers may lose its end.
+        // Their names distinguish such artifacts, so a type that is too long for servers is cut.
         other => format!("{}_data", cut(safe(other, "artifact"), NAME_BYTES_MAX - "_data".len())),
     }
 }
 
-/// Folder of a downloaded part below `datasets/`: the time stamp in its name, which brings the
-/// files of one scan together, else the name.
+/// Folder of a downloaded part below `datasets/`: the time stamp in its name, otherwise the name. Files of one
+/// scan have the same time stamp.
 pub(crate) fn dataset_folder(name: &str) -> String {
     cut(safe(time_stamp(name).unwrap_or(name), "part"), STEM_BYTES_MAX)
 }
@@ -110,11 +112,11 @@ fn time_stamp(name: &str) -> Option<&str> {
         })
     };
     let at = name.as_bytes().windows(SHAPE.len()).position(fits)?;
-    // Only ASCII matched, so both ends lie on character boundaries.
+    // Only ASCII matched, so both ends are character boundaries.
     name.get(at..at + SHAPE.len())
 }
 
-/// Every character outside `A–Z a–z 0–9 - _` becomes `_`; nothing at all becomes `empty`.
+/// Replaces every character outside `A–Z a–z 0–9 - _` by `_`. An empty text becomes `empty`.
 pub(crate) fn safe(text: &str, empty: &str) -> String {
     if text.is_empty() {
         return empty.to_owned();
@@ -127,7 +129,7 @@ fn cut(mut ascii: String, limit: usize) -> String {
     ascii
 }
 
-/// `text` as it may stand in an error line: one line, not endless.
+/// `text` for an error message: one line of bounded length.
 pub(crate) fn shown(text: &str) -> String {
     const CHARS_MAX: usize = 200;
     let mut shown = in_a_line(&text.chars().take(CHARS_MAX).collect::<String>());
@@ -155,7 +157,7 @@ mod tests {
     }
 
     #[test]
-    fn artifacts_are_named_as_the_wire_has_it() {
+    fn artifact_names_follow_the_wire() {
         // The samples of the contract.
         check(Some("/a/b/"), "/x/y.PLY", ["a/b/x/y.PLY", "a_b_x_y_PLY_TASK", "ply"]);
         check(None, "dir.v1/file", ["dir.v1/file", "dir_v1_file_TASK", "binary"]);
@@ -184,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_are_normalised_or_refused() {
+    fn artifact_paths_are_normalised_or_refused() {
         check(None, "a//b", ["a/b", "a_b_TASK", "binary"]);
         check(None, "./a/./b/", ["a/b", "a_b_TASK", "binary"]);
         check(None, "..a/b..", ["..a/b..", "__a_b___TASK", "artifact_data"]);
@@ -198,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn a_mark_depends_on_the_path_alone_and_stands_before_the_task_id() {
+    fn marked_names_depend_only_on_path_and_task() {
         let name = marked_name("a_b.json", &TASK.into());
         assert_eq!(name, marked_name("a_b.json", &TASK.into()));
         let paths = ["a_b.json", "a/b.json", "a.b.json", "a b.json", "é_b.json"];
@@ -210,18 +212,22 @@ mod tests {
     }
 
     #[test]
-    fn names_and_types_end_where_servers_stop_taking_them() {
+    fn long_names_and_types_are_cut() {
         let longest = "x".repeat(NAME_BYTES_MAX - 1 - 36);
-        assert_eq!(stored_name(&longest, &TASK.into()), format!("{longest}_{TASK}"), "the limit itself is kept");
+        assert_eq!(
+            stored_name(&longest, &TASK.into()),
+            format!("{longest}_{TASK}"),
+            "a name at the limit is unchanged"
+        );
         let [one, two] = ["/a", "_a"].map(|end| stored_name(&format!("{longest}{end}"), &TASK.into()));
         assert_eq!((one.len(), two.len()), (NAME_BYTES_MAX, NAME_BYTES_MAX));
-        assert_ne!(one, two, "cut names stay apart");
+        assert_ne!(one, two, "cut names stay different");
         assert!(one.ends_with(&TASK.to_string()));
         assert_eq!(data_type(&format!("a.{}", "é".repeat(200))).len(), NAME_BYTES_MAX);
     }
 
     #[test]
-    fn downloads_are_laid_out_by_scan_and_kind() {
+    fn downloads_have_folders_by_scan() {
         assert_eq!(dataset_folder("dmt_2025-06-01_08-30-00"), "2025-06-01_08-30-00");
         assert_eq!(dataset_folder("é2025-06-01-08-30-00é"), "2025-06-01-08-30-00");
         assert_eq!(dataset_folder("2025-06-01 08-30-00"), "2025-06-01_08-30-00");
@@ -231,7 +237,7 @@ mod tests {
         assert_eq!(file("scan a", "dmt_manifest_json"), ("scan_a".into(), "dmt_manifest_json".into()));
         assert_eq!(file("", ""), ("part".into(), "part".into()));
         let (stem, extension) = file(&"n".repeat(900), &"t".repeat(900));
-        assert!(stem.len() + extension.len() < 250, "the file system must take it with a counter");
+        assert!(stem.len() + extension.len() < 250, "the file system accepts it with a counter");
     }
 
     #[test]

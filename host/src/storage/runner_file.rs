@@ -1,7 +1,7 @@
-//! A file that a runner wants to publish: checked, opened once, hashed beside the upload.
+//! A file that a runner publishes: checked, opened once, and hashed in parallel with the upload.
 //!
-//! A runner may publish files of its own, wherever they are. What lies in its task's directory has
-//! to stay in there, though: a link that came with an input must not carry other files out.
+//! A runner may publish files from any place. But a path in the task's directory must not lead out of it,
+//! because a link that came with an input could publish other files.
 
 use std::{
     fs::{File, FileType, Metadata},
@@ -21,11 +21,11 @@ use super::{
 };
 use crate::model::{PortError, PortErrorKind};
 
-/// Files up to here are hashed before anything of them is sent. Larger ones are hashed meanwhile,
-/// which saves the time, but then a change in the middle of the hashing cannot be judged any more.
+/// Files up to this size are hashed before the first byte is sent. Larger ones are hashed during the upload to
+/// save time. Then a file that was touched counts as changed, even if its bytes are the same.
 const HASHED_FIRST_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
-/// See the module's text. Dropped, the hashing ends too.
+/// See the module's text. On drop the hashing ends too.
 pub(crate) struct RunnerFile {
     file: Arc<File>,
     stamp: Stamp,
@@ -38,7 +38,7 @@ enum Hash {
     Running(JoinHandle<io::Result<String>>),
 }
 
-/// By what a change of a file shows.
+/// Metadata that shows a change of a file.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct Stamp {
     size: u64,
@@ -51,9 +51,9 @@ impl Stamp {
     }
 }
 
-/// Why a file is not taken.
+/// Why a file is refused.
 enum Refusal {
-    /// It cannot be published, whoever asks.
+    /// It is no file that can be published.
     Unfit(&'static str),
     Io(io::Error),
 }
@@ -65,16 +65,16 @@ impl From<io::Error> for Refusal {
 }
 
 impl RunnerFile {
-    /// Opens `path` for the runner whose directory is `dir`. `what` is how errors begin.
+    /// Opens `path` for the runner whose directory is `dir`. Errors begin with `what`.
     ///
     /// # Errors
-    /// `BadRequest` for what is no file, is empty, or is a link out of `dir`; `Local` for what cannot be read.
+    /// `BadRequest` if it is no file, is empty, or leads out of `dir`. `Local` if it cannot be read.
     pub(crate) async fn open(what: &str, path: &Path, dir: &Path) -> Result<Self, PortError> {
         let (from, within) = (path.to_owned(), dir.to_owned());
         let opened = spawn_blocking(move || open(&from, &within)).await;
         let (file, stamp) = opened.unwrap_or_else(|err| Err(io::Error::other(err).into())).map_err(|refusal| {
-            // The text may go to the plane, which has no business with paths of this machine. One that cannot be
-            // read is known to its runner by name.
+            // The control plane may get this text, and it must not see paths of this machine. The file name is
+            // enough for the runner.
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             let refused = match refusal {
                 Refusal::Unfit(why) => {
@@ -97,7 +97,7 @@ impl RunnerFile {
         Ok(Self { file, stamp, hash, _stop })
     }
 
-    /// Its size when it was opened, in bytes; never 0.
+    /// Its size in bytes when it was opened, never 0.
     pub(crate) fn size(&self) -> u64 {
         self.stamp.size
     }
@@ -106,11 +106,10 @@ impl RunnerFile {
         Arc::clone(&self.file)
     }
 
-    /// SHA-256 in hex of the first [`Self::size`] bytes. Call it after they were sent: it tells
-    /// whether they stayed the same.
+    /// SHA-256 in hex of the first [`Self::size`] bytes. Call it after they were sent: it fails if they changed.
     ///
     /// # Errors
-    /// `Local` when they changed since the file was opened. One of up to 16 MiB may have grown.
+    /// `Local` if they changed since the file was opened. A file of up to 16 MiB may have grown.
     pub(crate) async fn digest(self, what: &str) -> Result<String, PortError> {
         let stamp = |file: &File| file.metadata().map(|about| Stamp::of(&about)).map_err(|err| unreadable(what, &err));
         let hash = match self.hash {
@@ -123,7 +122,7 @@ impl RunnerFile {
         if stamp(&self.file)? == self.stamp {
             return Ok(hash);
         }
-        // Touched since: what counts is whether the bytes are still those of before.
+        // The file was touched. It is unchanged if its bytes have the same digest.
         let stop = CancellationToken::new();
         let _stop = stop.clone().drop_guard();
         match hashed(begin_hash(&self.file, self.stamp.size, &stop)).await {
@@ -139,7 +138,7 @@ fn unreadable(what: &str, err: &io::Error) -> PortError {
 }
 
 fn changed(what: &str) -> PortError {
-    let advice = "write to another file, and publish it when it is whole";
+    let advice = "write to another file, and publish it when it is complete";
     PortError::new(PortErrorKind::Local, format!("{what} failed: its file changed while it was uploaded; {advice}"))
 }
 
@@ -151,9 +150,9 @@ fn open(path: &Path, dir: &Path) -> Result<(Arc<File>, Stamp), Refusal> {
     let real = path.canonicalize()?;
     let real_dir = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
     if (path.starts_with(dir) || path.starts_with(&real_dir)) && !real.starts_with(&real_dir) {
-        return Err(Refusal::Unfit("leads out of the task's directory"));
+        return Err(Refusal::Unfit("leads out of the task's directory; publish a file in it, without links"));
     }
-    // Asked before opening: opening a pipe waits for its writer, opening a device may do anything.
+    // Checked before the open, because an open of a pipe waits for its writer, and one of a device can have effects.
     fit(std::fs::symlink_metadata(&real)?.file_type())?;
     let file = open_plain(&real)?;
     let about = file.metadata()?;
@@ -172,7 +171,7 @@ fn fit(kind: FileType) -> Result<(), Refusal> {
     }
 }
 
-/// Opens what was looked at: should it be another thing by now, this neither follows nor waits.
+/// Opens the checked path. If it has been replaced since, the open neither follows a link nor waits for a pipe.
 fn open_plain(path: &PathBuf) -> io::Result<File> {
     let mut options = File::options();
     options.read(true);

@@ -1,11 +1,11 @@
-//! Where tasks work on disk: one fresh directory each, gone when the task ends.
+//! Directories of tasks: a new one for each task, removed when the task ends.
 //!
-//! [`Scratch`] owns one folder per process below the base folder and holds a lock in it for as long
-//! as it lives. What a crashed process left behind has no held lock, and the next process that
-//! opens the same base sweeps it; folders of living processes and strangers' files stay.
+//! [`Scratch`] owns one folder per process below the base folder and holds a lock in it while it lives.
+//! The folder of a crashed process has no held lock. The next process that opens the same base removes it.
+//! Folders of living processes and other files stay.
 //!
-//! Many tasks need no directory, and making and removing one costs more than such a task does. So it
-//! is made when somebody first needs it.
+//! Many tasks need no directory, and to create and remove one costs more than such a task. So a directory
+//! is created when it is first needed.
 
 use std::{
     fs::{self, DirBuilder, File},
@@ -22,14 +22,14 @@ use uuid::Uuid;
 use super::naming::in_file_name;
 use crate::model::TaskId;
 
-/// Our folders below the base begin like this; a sweep looks at no others.
+/// Prefix of the folders of nodes below the base. A sweep ignores all others.
 const OWNER_PREFIX: &str = "node-";
-/// Held while the process lives.
+/// Lock file that a living process holds.
 const OWNER_LOCK: &str = "owner.lock";
-/// Held while somebody sweeps or makes a folder, so that no sweep sees a folder before its lock.
+/// Lock file of a sweep and of the creation of a folder, so that no sweep sees a folder before its lock.
 const BASE_LOCK: &str = ".lock";
 
-/// Why a directory could not be made or removed.
+/// Why a directory could not be created or removed.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot {action} {path}: {source}", path = path.display())]
 pub struct ScratchError {
@@ -40,7 +40,7 @@ pub struct ScratchError {
 }
 
 impl ScratchError {
-    /// The same for others, who have no use for a path of this machine.
+    /// The same text for the control plane, which must not see paths of this machine.
     #[must_use]
     pub fn without_path(&self) -> String {
         format!("cannot {}: {}", self.action, self.source)
@@ -52,8 +52,8 @@ fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Scratc
     move |source| ScratchError { action, path, source }
 }
 
-/// The folder of this process. Cheap to clone; removed when the last clone and the last
-/// [`TaskDir`] are gone.
+/// The folder of this process. Cheap to clone. It is removed when the last clone and the last [`TaskDir`] are
+/// dropped.
 #[derive(Clone, Debug)]
 pub struct Scratch {
     home: Arc<Home>,
@@ -63,39 +63,39 @@ pub struct Scratch {
 struct Home {
     base: PathBuf,
     path: PathBuf,
-    named: AtomicU64,
-    /// Held as long as the folder is ours.
+    task_dirs: AtomicU64,
+    /// Held while this process uses the folder.
     lock: Mutex<File>,
 }
 
 impl Home {
-    /// Makes the folder again that somebody has removed, as cleaners of temporary folders do.
+    /// Creates the folder again after something removed it, such as a cleaner of temporary folders.
     fn restore(&self) -> Result<(), ScratchError> {
         let mut lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
         if self.path.join(OWNER_LOCK).exists() {
-            return Ok(()); // another task was quicker
+            return Ok(()); // another task created it
         }
-        let turn = enter(&self.base)?;
+        let base_lock = enter(&self.base)?;
         *lock = own(&self.path)?;
-        drop(turn);
+        drop(base_lock);
         tracing::warn!(event = "scratch.recreated", path = %self.path.display(), "scratch folder was removed, it was created again");
         Ok(())
     }
 }
 
-/// Makes the folder of all processes, unless it is there, and waits for a turn in it.
+/// Creates the base folder if it is missing, and waits for its lock.
 fn enter(base: &Path) -> Result<File, ScratchError> {
     match make_private(base, true) {
         Err(err) if err.kind() == io::ErrorKind::AlreadyExists && base.is_dir() => {}
         made => made.map_err(failed("make scratch folder", base))?,
     }
     let lock = base.join(BASE_LOCK);
-    let turn = open_lock(&lock).map_err(failed("open", &lock))?;
-    turn.lock().map_err(failed("lock", &lock))?;
-    Ok(turn)
+    let base_lock = open_lock(&lock).map_err(failed("open", &lock))?;
+    base_lock.lock().map_err(failed("lock", &lock))?;
+    Ok(base_lock)
 }
 
-/// Makes the folder of this process and holds it.
+/// Creates the folder of this process and locks it.
 fn own(path: &Path) -> Result<File, ScratchError> {
     match make_private(path, false) {
         Err(err) if err.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}
@@ -116,35 +116,35 @@ impl Drop for Home {
 }
 
 impl Scratch {
-    /// Makes this process's folder below `base` (made if missing) and removes what dead processes
-    /// left there. Touches the disk; call it before serving.
+    /// Creates this process's folder below `base` and removes the folders of ended processes. Creates `base` if it
+    /// is missing. Blocks, so call it before the node serves.
     pub fn open(base: PathBuf) -> Result<Self, ScratchError> {
-        let turn = enter(&base)?;
+        let base_lock = enter(&base)?;
         sweep(&base).map_err(failed("read scratch folder", &base))?;
 
         let path = base.join(format!("{OWNER_PREFIX}{}-{}", std::process::id(), Uuid::new_v4().simple()));
         let lock = Mutex::new(own(&path)?);
-        drop(turn);
-        Ok(Self { home: Arc::new(Home { base, path, named: AtomicU64::new(0), lock }) })
+        drop(base_lock);
+        Ok(Self { home: Arc::new(Home { base, path, task_dirs: AtomicU64::new(0), lock }) })
     }
 
-    /// The folder of this process, for what lasts as long as the process does.
+    /// The folder of this process, for files that the process needs until its end.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.home.path
     }
 
-    /// A directory for `task`, not made yet. Each call names another one.
+    /// A directory for `task`, not created yet. Each call returns another path.
     #[must_use]
     pub fn task_dir(&self, task: &TaskId) -> TaskDir {
-        let number = self.home.named.fetch_add(1, Ordering::Relaxed);
+        let number = self.home.task_dirs.fetch_add(1, Ordering::Relaxed);
         let path = self.home.path.join(format!("{}-{number}", in_file_name(task)));
         TaskDir(Arc::new(Place { path, stage: Mutex::new(Stage::Named), home: Arc::clone(&self.home) }))
     }
 }
 
-/// A task's directory. Cheap to clone; removed with everything in it when the last clone is dropped.
-/// [`TaskDir::close`] does the same for all of them and says whether it worked.
+/// A task's directory. Cheap to clone. It is removed with its content when the last clone is dropped.
+/// [`TaskDir::close`] removes it for all clones and returns the error.
 #[derive(Clone, Debug)]
 pub struct TaskDir(Arc<Place>);
 
@@ -157,23 +157,23 @@ struct Place {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
-    /// The runner may have made it, which its SDK does by itself.
+    /// The node has not created it. The runner's SDK may have.
     Named,
-    Made,
+    Created,
     Closed,
 }
 
 impl TaskDir {
-    /// Where it is or would be.
+    /// Its path, whether it exists or not.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.0.path
     }
 
-    /// Makes it, readable by this user only, unless it is there. Blocks for as long as that takes.
+    /// Creates it if it is missing, readable by this user only. Blocks.
     pub fn make(&self) -> Result<(), ScratchError> {
         let mut stage = self.0.stage();
-        // Made before, it may have been removed since.
+        // It may have been removed since it was created.
         if *stage != Stage::Closed {
             let mut made = make_private(&self.0.path, false);
             if made
@@ -187,19 +187,19 @@ impl TaskDir {
                 Err(err) if err.kind() == io::ErrorKind::AlreadyExists => {}
                 made => made.map_err(failed("make task directory", &self.0.path))?,
             }
-            *stage = Stage::Made;
+            *stage = Stage::Created;
         }
         Ok(())
     }
 
-    /// Removes the directory if it is empty, which is quick, and makes sure it is not made again.
-    /// `false` where more is to be done: by [`TaskDir::close`].
+    /// Removes the directory if it is empty, which is quick, and prevents that it is created again.
+    /// `false` if it is not empty: call [`TaskDir::close`].
     #[must_use]
     pub fn close_empty(&self) -> bool {
         self.0.close_empty()
     }
 
-    /// Removes the directory, which blocks for as long as what is in it takes.
+    /// Removes the directory with its content. Blocks.
     pub fn close(&self) -> Result<(), ScratchError> {
         self.0.close().map_err(failed("remove task directory", &self.0.path))
     }
@@ -216,7 +216,7 @@ impl Place {
             Err(err) => err.kind() == io::ErrorKind::NotFound,
             Ok(()) => true,
         };
-        *stage = if empty { Stage::Closed } else { Stage::Made };
+        *stage = if empty { Stage::Closed } else { Stage::Created };
         empty
     }
 
@@ -238,19 +238,20 @@ impl Drop for Place {
     }
 }
 
-/// Removes the folders of processes that are gone. A folder that resists is logged and left.
+/// Removes the folders of ended processes. A folder that cannot be removed is logged and stays.
 fn sweep(base: &Path) -> io::Result<()> {
     for entry in fs::read_dir(base)? {
         let entry = entry?;
         let ours = entry.file_name().to_string_lossy().starts_with(OWNER_PREFIX);
-        // `file_type` does not follow links, so a link to somebody's folder is never entered.
+        // `file_type` does not follow links, so a link to another folder is never entered.
         if !ours || !entry.file_type()?.is_dir() {
             continue;
         }
         let path = entry.path();
         let dead = match File::options().read(true).write(true).open(path.join(OWNER_LOCK)) {
             Ok(file) => file.try_lock().is_ok(),
-            // Its owner died between the folder and the lock: we hold the base lock, nobody is in between now.
+            // Its owner ended after it created the folder and before it created the lock. No living process is
+            // between these steps now, because we hold the base lock.
             Err(err) => err.kind() == io::ErrorKind::NotFound,
         };
         if !dead {
@@ -268,7 +269,7 @@ fn sweep(base: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes a tree, also when a runner left directories in it that even their owner may not write.
+/// Removes a tree, even if a runner left directories in it that their owner cannot write to.
 fn remove_tree(path: &Path) -> io::Result<()> {
     match fs::remove_dir_all(path) {
         Err(err) if err.kind() == io::ErrorKind::PermissionDenied => {
@@ -283,8 +284,8 @@ fn remove_tree(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Makes every directory of a tree writable for us again, best effort: what fails here shows in
-/// the removal that follows.
+/// Makes every directory of a tree writable for this user. Errors are ignored, because the removal that follows
+/// reports them.
 fn open_up(path: &Path) {
     #[cfg(unix)]
     {
@@ -336,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn a_task_directory_is_private_fresh_and_gone_afterwards() {
+    fn task_directories_are_private_and_removed() {
         let base = base();
         let scratch = Scratch::open(base.path().join("deep/er")).expect("opens");
         let (one, two) = (made(&scratch), made(&scratch));
@@ -355,26 +356,26 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_nobody_needs_is_never_made() {
+    fn unneeded_task_directories_are_not_created() {
         let base = base();
         let scratch = Scratch::open(base.path().to_owned()).expect("opens");
         let dir = scratch.task_dir(&task());
         assert!(!dir.path().exists());
         assert!(dir.close_empty());
         dir.make().expect("nothing to do");
-        assert!(!dir.path().exists(), "what is over is not made again");
+        assert!(!dir.path().exists(), "a closed directory is not created again");
 
         let dir = scratch.task_dir(&task());
         make_private(dir.path(), false).expect("made by a runner");
         dir.make().expect("there already");
         fs::write(dir.path().join("file"), b"x").expect("written");
-        assert!(!dir.close_empty(), "removing what is in it may take long");
+        assert!(!dir.close_empty(), "it is not empty");
         dir.close().expect("removed");
         assert!(!dir.path().exists());
     }
 
     #[test]
-    fn read_only_directories_do_not_stay_behind() {
+    fn read_only_directories_are_removed() {
         let base = base();
         let scratch = Scratch::open(base.path().to_owned()).expect("opens");
         let task = made(&scratch);
@@ -390,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_the_runner_removed_itself_is_no_error() {
+    fn task_directory_removed_by_its_runner_is_no_error() {
         let base = base();
         let task = made(&Scratch::open(base.path().to_owned()).expect("opens"));
         fs::remove_dir_all(task.path()).expect("removed");
@@ -400,27 +401,27 @@ mod tests {
     }
 
     #[test]
-    fn a_sweep_takes_dead_owners_and_nobody_else() {
+    fn sweeps_remove_only_folders_of_ended_processes() {
         let base = base();
         let living = Scratch::open(base.path().to_owned()).expect("opens");
         let task = made(&living);
         let dead = base.path().join("node-1-dead");
         let unlocked = base.path().join("node-2-before-its-lock");
-        let stranger = base.path().join("somebody-else");
-        for dir in [&dead, &unlocked, &stranger] {
+        let other = base.path().join("other");
+        for dir in [&dead, &unlocked, &other] {
             fs::create_dir_all(dir.join("left")).expect("made");
         }
         fs::write(dead.join(OWNER_LOCK), b"").expect("written");
-        std::os::unix::fs::symlink(&stranger, base.path().join("node-3-link")).expect("linked");
-        let second = Scratch::open(base.path().to_owned()).expect("opens beside the first");
+        std::os::unix::fs::symlink(&other, base.path().join("node-3-link")).expect("linked");
+        let second = Scratch::open(base.path().to_owned()).expect("opens while the first lives");
         assert!(!dead.exists() && !unlocked.exists());
-        assert!(task.path().exists() && stranger.join("left").exists());
+        assert!(task.path().exists() && other.join("left").exists());
         drop(second);
         assert!(task.path().exists(), "a clean exit takes only its own folder");
     }
 
     #[test]
-    fn a_base_that_is_a_file_is_refused_by_name() {
+    fn base_that_is_a_file_is_refused() {
         let base = base();
         let file = base.path().join("file");
         fs::write(&file, b"x").expect("written");

@@ -1,10 +1,11 @@
-//! Zip inputs, unpacked beside the archive.
+//! Zip inputs, unpacked next to the archive.
 //!
-//! [`unpack`] trusts nothing an archive says: names must stay below the folder they are unpacked to
-//! and differ in more than case, entries are plain files or folders that share no byte, and counts
-//! and sizes are bounded before and while they are written. What does not fit is refused as a whole
-//! with one line. Files are written one after the other in blocks, so an archive of any size takes
-//! the same memory; only its directory is held, and that is bounded too.
+//! [`unpack`] trusts no content of an archive. Names must stay below the target folder and differ in more
+//! than case. Entries are plain files or folders that share no byte. Counts and sizes are bounded before and
+//! during the write. An archive that breaks a rule is refused as a whole, with one line.
+//!
+//! Files are written one after the other in blocks, so an archive of any size needs the same memory. Only its
+//! directory is held in memory, and that is bounded too.
 
 use std::{
     collections::HashSet,
@@ -19,24 +20,24 @@ use zip::{CompressionMethod, ZipArchive, result::ZipError};
 use super::naming::{dataset_folder, shown};
 use crate::model::{PortError, PortErrorKind};
 
-/// Unpacked at once.
+/// Bytes of one read from an archive.
 const BLOCK_BYTES: usize = 128 * 1024;
-/// Up to here an archive may unpack to any multiple of its size.
+/// Up to so many bytes, an archive may unpack to any multiple of its size.
 const RATIO_FREE_BYTES: u64 = 16 << 20;
 /// Largest directory of an archive, in bytes; it is held in memory.
 const DIRECTORY_BYTES_MAX: u64 = 64 << 20;
-/// Longest path of an entry, and longest name in it, in bytes; file systems take no longer names.
+/// Longest path of an entry, and longest name in it, in bytes. File systems accept no longer names.
 const PATH_BYTES_MAX: usize = 1024;
 const NAME_BYTES_MAX: usize = 255;
 
-/// What an archive may hold.
+/// Limits for the content of an archive.
 #[derive(Clone, Debug)]
 pub struct UnpackLimits {
     /// Most files and folders.
     pub files: u64,
     /// Most bytes of all files together.
     pub bytes: u64,
-    /// How many times the archive's own size they may be, beyond 16 MiB.
+    /// Most bytes of all files together, as a multiple of the archive's size. Not checked up to 16 MiB.
     pub ratio: u64,
 }
 
@@ -49,15 +50,15 @@ impl Default for UnpackLimits {
 /// Why an archive was not unpacked.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum UnpackError {
-    #[error("it is no sound zip archive: {0}")]
-    Unsound(String),
+    #[error("it is no valid zip archive: {0}")]
+    Invalid(String),
     #[error("its entry {name} {why}")]
     Entry { name: String, why: String },
     #[error("its directory lists {0} twice, or both as a file and as a folder")]
     Twice(String),
     #[error("its entries overlap")]
     Overlap,
-    #[error("it holds {found} files and folders, at most {max} are allowed (UNPACK_FILES_MAX)")]
+    #[error("it contains {found} files and folders, at most {max} are allowed (UNPACK_FILES_MAX)")]
     Files { found: u64, max: u64 },
     #[error("its directory has {found} bytes, at most {DIRECTORY_BYTES_MAX} are read")]
     Directory { found: u64 },
@@ -80,7 +81,7 @@ pub(crate) enum UnpackError {
 impl UnpackError {
     fn kind(&self) -> PortErrorKind {
         match self {
-            Self::Unsound(_) | Self::Entry { .. } | Self::Twice(_) | Self::Overlap => PortErrorKind::BadRequest,
+            Self::Invalid(_) | Self::Entry { .. } | Self::Twice(_) | Self::Overlap => PortErrorKind::BadRequest,
             Self::Files { .. } | Self::Directory { .. } | Self::Bytes { .. } | Self::Ratio { .. } => {
                 PortErrorKind::Limit
             }
@@ -92,19 +93,18 @@ impl UnpackError {
 
 impl From<ZipError> for UnpackError {
     fn from(err: ZipError) -> Self {
-        Self::Unsound(err.to_string())
+        Self::Invalid(err.to_string())
     }
 }
 
-/// Whether data of this type is an archive to unpack. `zip_data` is what this wire calls a `.zip`
-/// nobody named otherwise.
+/// Whether data of this type is an archive to unpack. `zip_data` is the wire's type of a `.zip` file for which the
+/// runner named none.
 pub(crate) fn is_archive(data_type: &str) -> bool {
     matches!(data_type, "zip" | "zip_data") || data_type.ends_with("_zip")
 }
 
-/// Where an archive is unpacked to, below the input's root: where later stages look for a refined
-/// scan, else beside the data.
-/// A `number` above 1 tells several archives of one name in one answer apart.
+/// The folder of an unpacked archive, below the input's root. For a refined scan it is the folder that later stages
+/// expect. A `number` above 1 distinguishes several archives of one name in one answer.
 pub(crate) fn folder(data_type: &str, name: &str, number: usize) -> PathBuf {
     let name = match number {
         1 => dataset_folder(name),
@@ -116,8 +116,8 @@ pub(crate) fn folder(data_type: &str, name: &str, number: usize) -> PathBuf {
     }
 }
 
-/// Runs [`unpack`] on a thread for blocking work, until it is done or this is dropped. The thread
-/// keeps `busy` until it has stopped.
+/// Runs [`unpack`] on the blocking pool until it is done or this future is dropped. The thread holds `busy` until
+/// it has stopped.
 pub(crate) async fn unpacked(
     what: &str,
     archive: PathBuf,
@@ -135,7 +135,7 @@ pub(crate) async fn unpacked(
     done.map_err(|err| PortError::new(err.kind(), format!("{what} refused: {err}")))
 }
 
-/// Unpacks `archive` into the new folder `into`; returns its files in the archive's order. Blocks.
+/// Unpacks `archive` into the new folder `into` and returns its files in the archive's order. Blocks.
 pub(crate) fn unpack(
     archive: &Path,
     into: &Path,
@@ -161,7 +161,7 @@ pub(crate) fn unpack(
         let folders = entry.path.ancestors().skip(usize::from(!entry.folder)).collect::<Vec<_>>();
         for folder in folders.into_iter().rev().filter(|folder| !folder.as_os_str().is_empty()) {
             if made.insert(folder.to_owned()) {
-                // One at a time: when the task's directory has gone meanwhile, it does not come back.
+                // One at a time, so that a task directory that was removed meanwhile is not created again.
                 fs::create_dir(into.join(folder)).map_err(disk(&into.join(folder)))?;
             }
         }
@@ -194,7 +194,7 @@ pub(crate) fn unpack(
     Ok(files)
 }
 
-/// An entry that may be unpacked.
+/// An entry that passed all checks.
 struct Entry {
     index: usize,
     path: PathBuf,
@@ -202,7 +202,7 @@ struct Entry {
     size: u64,
 }
 
-/// Judges a whole archive before anything of it is written.
+/// Checks a whole archive before anything is written.
 fn plan(zip: &mut ZipArchive<File>, archive_bytes: u64, limits: &UnpackLimits) -> Result<Vec<Entry>, UnpackError> {
     let found = zip.len() as u64;
     if found > limits.files {
@@ -235,15 +235,15 @@ fn plan(zip: &mut ZipArchive<File>, archive_bytes: u64, limits: &UnpackLimits) -
             return Err(refuse("is encrypted; upload it unencrypted"));
         }
         if !matches!(entry.compression(), CompressionMethod::Stored | CompressionMethod::Deflated) {
-            return Err(refuse("is packed by another method than deflate"));
+            return Err(refuse("is compressed by another method than deflate"));
         }
-        // Two names that differ in case only are one file on some systems.
+        // Two names that differ only in case are one file on some systems.
         let key = |path: &Path| path.to_string_lossy().to_lowercase();
         let twice = || UnpackError::Twice(shown(&name));
         if path.as_os_str().is_empty() {
             return Err(refuse("has no name"));
         }
-        // From the inside out: above a folder that is known, all are.
+        // From the inside out: if a folder is known, all folders above it are known.
         let known = |folders: &mut HashSet<String>, folder: &Path| !folders.insert(key(folder));
         for parent in path.ancestors().skip(1).filter(|parent| !parent.as_os_str().is_empty()) {
             if known(&mut folders, parent) {
@@ -255,7 +255,7 @@ fn plan(zip: &mut ZipArchive<File>, archive_bytes: u64, limits: &UnpackLimits) -
         } else if !files.insert(key(&path)) {
             return Err(twice());
         }
-        // A name of a thousand bytes can ask for hundreds of folders.
+        // A name of a thousand bytes can name hundreds of folders.
         let found = (files.len() + folders.len()) as u64;
         if found > limits.files {
             return Err(UnpackError::Files { found, max: limits.files });
@@ -298,7 +298,7 @@ fn safe_path(name: &str) -> Result<PathBuf, &'static str> {
     Ok(path)
 }
 
-/// Looks at how large the directory says it is, before it is read into memory.
+/// Checks the size of the directory that the archive states, before the directory is read into memory.
 fn check_directory(file: &mut File, size: u64, limits: &UnpackLimits) -> io::Result<Result<(), UnpackError>> {
     const END: &[u8] = b"PK\x05\x06";
     const END_BYTES: u64 = 22;
@@ -315,7 +315,7 @@ fn check_directory(file: &mut File, size: u64, limits: &UnpackLimits) -> io::Res
     if let Some(at) = memchr::memmem::rfind(&tail, END) {
         let record = &tail[at..];
         end = number(record, 10, 2).zip(number(record, 12, 4));
-        // Large archives say it in a record of their own; where that is stands before this one.
+        // Large archives have a second record. Its locator is before this one.
         let locator = at.checked_sub(20).map(|at| &tail[at..]).filter(|locator| locator.starts_with(b"PK\x06\x07"));
         if let Some(at) = locator.and_then(|locator| number(locator, 8, 8)).filter(|at| *at < size) {
             let mut record = Vec::new();
@@ -326,14 +326,14 @@ fn check_directory(file: &mut File, size: u64, limits: &UnpackLimits) -> io::Res
     }
     file.seek(SeekFrom::Start(0))?;
     Ok(match end {
-        None => Err(UnpackError::Unsound("its end is missing; was it uploaded whole?".to_owned())),
+        None => Err(UnpackError::Invalid("its end is missing; is the upload complete?".to_owned())),
         Some((found, _)) if found > limits.files => Err(UnpackError::Files { found, max: limits.files }),
         Some((_, found)) if found > DIRECTORY_BYTES_MAX => Err(UnpackError::Directory { found }),
         Some(_) => Ok(()),
     })
 }
 
-/// Refuses what the disk cannot hold, instead of filling it first.
+/// Refuses an archive that is larger than the free space, before anything is written.
 fn check_space(entries: &[Entry], into: &Path) -> Result<(), UnpackError> {
     #[cfg(unix)]
     {

@@ -4,7 +4,7 @@ use zip::{ZipWriter, write::SimpleFileOptions};
 
 use super::*;
 
-/// An archive of these files, packed.
+/// A compressed archive of these files.
 fn archive(files: &[(&str, &[u8])]) -> Vec<u8> {
     archive_with(files, SimpleFileOptions::default().compression_method(CompressionMethod::Deflated))
 }
@@ -23,7 +23,7 @@ fn archive_with(files: &[(&str, &[u8])], options: SimpleFileOptions) -> Vec<u8> 
     writer.finish().expect("written").into_inner()
 }
 
-/// With every `old` in it made `new`, which has the same length.
+/// Replaces every `old` by `new`, which has the same length.
 fn edited(mut archive: Vec<u8>, old: &[u8], new: &[u8]) -> Vec<u8> {
     assert_eq!(old.len(), new.len());
     let places: Vec<usize> = memchr::memmem::find_iter(&archive, old).collect();
@@ -34,13 +34,13 @@ fn edited(mut archive: Vec<u8>, old: &[u8], new: &[u8]) -> Vec<u8> {
     archive
 }
 
-/// Where the nth entry of the archive's directory begins.
+/// The offset of the nth entry in the archive's directory.
 fn listed(archive: &[u8], nth: usize) -> usize {
     memchr::memmem::find_iter(archive, b"PK\x01\x02").nth(nth).expect("listed")
 }
 
-/// Unpacks; the files below the folder by their paths, or the refusal. What is refused leaves
-/// nothing outside the folder.
+/// Unpacks, and returns the files with their paths below the folder, or the refusal. Nothing is written outside
+/// the folder.
 fn check(bytes: &[u8], limits: &UnpackLimits) -> Result<Vec<(String, Vec<u8>)>, String> {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let (path, into) = (dir.path().join("a.zip"), dir.path().join("in/to"));
@@ -63,24 +63,24 @@ fn refused(bytes: &[u8], text: &str) {
 }
 
 #[test]
-fn files_come_out_in_the_archives_order() {
+fn files_have_the_order_of_the_archive() {
     // posemesh.md section 11.4: stored without compression, and packed.
     let files: [(&str, &[u8]); 4] =
         [("images.bin", &[7; 300_000]), ("sub/", b""), ("sub/cameras.bin", b"c"), ("./a//empty.txt", b"")];
     for method in [CompressionMethod::Stored, CompressionMethod::Deflated] {
         for zip64 in [false, true] {
             let options = SimpleFileOptions::default().compression_method(method).large_file(zip64);
-            let found = check(&archive_with(&files, options), &UnpackLimits::default()).expect("sound");
+            let found = check(&archive_with(&files, options), &UnpackLimits::default()).expect("valid");
             let names: Vec<&str> = found.iter().map(|(name, _)| name.as_str()).collect();
             assert_eq!(names, ["images.bin", "sub/cameras.bin", "a/empty.txt"]);
             assert!(found[0].1 == [7; 300_000] && found[1].1 == b"c");
         }
     }
-    assert_eq!(check(&archive(&[]), &UnpackLimits::default()).expect("sound"), []);
+    assert_eq!(check(&archive(&[]), &UnpackLimits::default()).expect("valid"), []);
 }
 
 #[test]
-fn no_name_leaves_the_folder() {
+fn names_outside_the_folder_are_refused() {
     for (name, why) in [
         ("../evil", "would leave the folder"),
         ("a/../../evil", "would leave the folder"),
@@ -93,7 +93,7 @@ fn no_name_leaves_the_folder() {
         ("a\0b", "control character"),
         ("a\nb", "control character"),
     ] {
-        // Written under a harmless name of that length: the writer has its own opinion.
+        // Written with a harmless name of that length first, because the writer refuses some names.
         let harmless = "q".repeat(name.len());
         refused(&edited(archive(&[(&harmless, b"x")]), harmless.as_bytes(), name.as_bytes()), why);
     }
@@ -118,26 +118,26 @@ fn links_and_special_files_are_refused() {
 }
 
 #[test]
-fn one_name_is_one_file() {
+fn duplicate_names_are_refused() {
     let two = |one: &str, other: &str| archive(&[(one, b"1"), (other, b"2")]);
     refused(&edited(two("same", "came"), b"came", b"same"), "twice");
     refused(&two("same", "SAME"), "twice");
     refused(&two("sub/É", "SUB/é"), "twice");
     refused(&two("a", "a/b"), "both as a file and as a folder");
     refused(&two("a/b", "A"), "both as a file and as a folder");
-    check(&archive(&[("a/", b""), ("a/b", b"1")]), &UnpackLimits::default()).expect("sound");
+    check(&archive(&[("a/", b""), ("a/b", b"1")]), &UnpackLimits::default()).expect("valid");
 }
 
 #[test]
-fn entries_do_not_share_bytes() {
+fn overlapping_entries_are_refused() {
     // The second entry of the directory points at the first one's data.
     let mut shared = archive(&[("a", &[1; 100]), ("b", &[1; 100])]);
     let at = listed(&shared, 1);
     shared[at + 42..at + 46].copy_from_slice(&0_u32.to_le_bytes());
     refused(&shared, "overlap");
 
-    // The first one's data goes on over the second with its header, as in archives that unpack to far more than
-    // the sum of what they hold.
+    // The data of the first entry covers the second entry with its header, as in archives that unpack to far more
+    // than their own size.
     let stored = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
     let mut quoting = archive_with(&[("a", b"1"), ("b", &[2; 100])], stored);
     let (first, second) = (listed(&quoting, 0), memchr::memmem::rfind(&quoting, b"PK\x03\x04").expect("a header"));
@@ -149,7 +149,7 @@ fn entries_do_not_share_bytes() {
 }
 
 #[test]
-fn bombs_are_refused_before_they_are_unpacked() {
+fn zip_bombs_are_refused_before_unpacking() {
     let limits = UnpackLimits::default();
     let zeros = archive(&[("zeros", &vec![0; 20 << 20])]);
     let err = check(&zeros, &limits).expect_err("a ratio of a thousand");
@@ -160,8 +160,8 @@ fn bombs_are_refused_before_they_are_unpacked() {
     assert_eq!(err, "it unpacks to 1200 bytes, at most 1199 are allowed (UNPACK_BYTES_MAX)");
     check(&two, &UnpackLimits { bytes: 1200, ..limits.clone() }).expect("the limit itself");
     let err = check(&two, &UnpackLimits { files: 1, ..limits.clone() }).expect_err("too many");
-    assert_eq!(err, "it holds 2 files and folders, at most 1 are allowed (UNPACK_FILES_MAX)");
-    // A directory that says little and holds much.
+    assert_eq!(err, "it contains 2 files and folders, at most 1 are allowed (UNPACK_FILES_MAX)");
+    // The end record states a directory of 4 GiB.
     let mut liar = two.clone();
     let end = memchr::memmem::rfind(&liar, b"PK\x05\x06").expect("an end");
     liar[end + 12..end + 16].copy_from_slice(&u32::MAX.to_le_bytes());
@@ -169,7 +169,7 @@ fn bombs_are_refused_before_they_are_unpacked() {
 }
 
 #[test]
-fn sizes_in_the_directory_are_held_against_the_content() {
+fn sizes_in_the_directory_are_checked() {
     for size in [99_u32, 101] {
         let mut liar = archive(&[("a", &[1; 100])]);
         let at = listed(&liar, 0);
@@ -179,13 +179,13 @@ fn sizes_in_the_directory_are_held_against_the_content() {
 }
 
 #[test]
-fn damage_is_refused() {
+fn damaged_archives_are_refused() {
     let sound =
         archive_with(&[("a", &[1; 1000])], SimpleFileOptions::default().compression_method(CompressionMethod::Stored));
-    refused(&sound[..sound.len() - 30], "no sound zip");
-    refused(&sound[500..], "no sound zip");
-    refused(b"ply\nformat ascii 1.0\n", "no sound zip");
-    refused(b"", "no sound zip");
+    refused(&sound[..sound.len() - 30], "no valid zip");
+    refused(&sound[500..], "no valid zip");
+    refused(b"ply\nformat ascii 1.0\n", "no valid zip");
+    refused(b"", "no valid zip");
     let mut flipped = sound.clone();
     flipped[500] ^= 1;
     refused(&flipped, "its entry a cannot be unpacked: Invalid checksum");
@@ -196,16 +196,16 @@ fn damage_is_refused() {
     refused(&encrypted, "is encrypted");
     let mut unknown = sound;
     unknown[at + 10..at + 12].copy_from_slice(&98_u16.to_le_bytes());
-    refused(&unknown, "packed by another method than deflate");
+    refused(&unknown, "compressed by another method than deflate");
 }
 
 #[test]
-fn a_stop_is_obeyed_between_two_blocks() {
+fn unpacking_stops_between_blocks() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let path = dir.path().join("a.zip");
     fs::write(&path, archive(&[("a", &vec![1; 4 * BLOCK_BYTES])])).expect("written");
-    let looks = std::cell::Cell::new(0);
-    let stop = || looks.replace(looks.get() + 1) == 2;
+    let checks = std::cell::Cell::new(0);
+    let stop = || checks.replace(checks.get() + 1) == 2;
     let stopped = unpack(&path, &dir.path().join("out"), &UnpackLimits::default(), &stop);
     assert!(matches!(stopped, Err(UnpackError::Stopped)));
     let written = fs::metadata(dir.path().join("out/a")).expect("there").len();
@@ -213,7 +213,7 @@ fn a_stop_is_obeyed_between_two_blocks() {
 }
 
 #[test]
-fn archives_are_told_by_their_type_and_lie_where_later_stages_look() {
+fn archive_folders_follow_the_data_type() {
     for (data_type, expected) in
         [("refined_scan_zip", true), ("zip", true), ("zip_data", true), ("gzip", false), ("zip_json", false)]
     {
@@ -226,7 +226,7 @@ fn archives_are_told_by_their_type_and_lie_where_later_stages_look() {
 }
 
 #[test]
-fn folders_that_only_stand_in_names_count_too() {
+fn folders_in_file_names_are_counted() {
     let deep: Vec<String> = (0..40).map(|number| format!("{number}/{}f", "d/".repeat(400))).collect();
     let files: Vec<(&str, &[u8])> = deep.iter().map(|name| (name.as_str(), b"".as_slice())).collect();
     let limits = UnpackLimits { files: 1000, ..UnpackLimits::default() };

@@ -1,5 +1,4 @@
-//! What runners publish, through the binary: names, kinds of files, uploads in spite of trouble, and
-//! what the report says of them.
+//! Artifacts through the binary: names, kinds of files, uploads after failures, and the report.
 
 use std::{collections::BTreeSet, time::Duration};
 
@@ -14,7 +13,7 @@ use crate::harness::{
 
 const PUTS: &str = "/fixtures/puts/v1";
 
-/// A dev server with small requests and parts, so that little goes in parts.
+/// A dev server with small requests and parts, so that small artifacts are sent in parts.
 async fn small_parts() -> TestServer {
     TestServer::with(|config| {
         config.request_max_bytes = 100_000;
@@ -27,13 +26,13 @@ async fn puts(lab: &TestServer, node: &TestNode, puts: Value) -> Ended {
     lab.run(node, PUTS, json!({ "puts": puts })).await
 }
 
-/// What became of each entry, as the runner saw it.
-async fn told(lab: &TestServer, ended: &Ended) -> Vec<Value> {
+/// The result of each entry, as the runner saw it.
+async fn results(lab: &TestServer, ended: &Ended) -> Vec<Value> {
     serde_json::from_slice(&lab.artifact(ended, "puts.json").await).expect("the runner's own JSON")
 }
 
 #[tokio::test]
-async fn paths_that_reduce_to_one_name_are_artifacts_of_their_own() {
+async fn paths_with_one_reduced_name_are_separate_artifacts() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let paths = ["a/b.json", "a_b.json", "a.b.json"];
@@ -52,7 +51,7 @@ async fn paths_that_reduce_to_one_name_are_artifacts_of_their_own() {
 }
 
 #[tokio::test]
-async fn a_report_lists_each_artifact_once_in_order_with_four_fields() {
+async fn report_lists_each_artifact_once_in_order() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let same = json!({ "path": "z", "text": "1", "name": "n", "data_type": "t" });
@@ -74,7 +73,7 @@ async fn a_report_lists_each_artifact_once_in_order_with_four_fields() {
 }
 
 #[tokio::test]
-async fn the_client_id_goes_with_every_call_to_the_domain_server() {
+async fn every_domain_call_has_the_client_id() {
     let lab = small_parts().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::zoo(), fixtures::echo()]).set("CLIENT_ID", "billed-once").leasing().await;
@@ -91,7 +90,7 @@ async fn the_client_id_goes_with_every_call_to_the_domain_server() {
 }
 
 #[tokio::test]
-async fn without_a_client_id_a_node_makes_one_and_keeps_it() {
+async fn node_creates_and_keeps_a_client_id() {
     let mut ids = BTreeSet::new();
     for _ in 0..2 {
         let lab = TestServer::start().await;
@@ -113,7 +112,7 @@ async fn without_a_client_id_a_node_makes_one_and_keeps_it() {
 }
 
 #[tokio::test]
-async fn an_artifact_with_an_id_replaces_what_is_stored_under_it() {
+async fn artifact_with_an_id_replaces_that_data() {
     let lab = small_parts().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let (text, file, stream) = (lab.put("one", b"1").await, lab.put("two", b"2").await, lab.put("three", b"3").await);
@@ -132,7 +131,7 @@ async fn an_artifact_with_an_id_replaces_what_is_stored_under_it() {
 }
 
 #[tokio::test]
-async fn what_is_no_file_to_publish_is_refused_in_one_line() {
+async fn unfit_files_are_refused_in_one_line() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let cases = [
@@ -143,7 +142,7 @@ async fn what_is_no_file_to_publish_is_refused_in_one_line() {
     ];
     let list: Vec<Value> = cases.iter().map(|(file, _)| json!({ "path": "x", "file": file })).collect();
     let ended = puts(&lab, &node, json!(list)).await;
-    let told = told(&lab, ended.completed()).await;
+    let told = results(&lab, ended.completed()).await;
     for ((file, text), told) in cases.iter().zip(told) {
         let said = told["text"].as_str().unwrap_or_default();
         assert_eq!(told["kind"], "BadRequest", "{file}: {told}");
@@ -153,14 +152,14 @@ async fn what_is_no_file_to_publish_is_refused_in_one_line() {
 }
 
 #[tokio::test]
-async fn names_that_would_break_a_header_never_reach_the_wire() {
+async fn names_that_break_a_header_are_refused() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let bad = ["a\r\nX-Other: y", "a\"; id=\"b", "a;b", "a\\"];
     let mut list: Vec<Value> = bad.iter().map(|name| json!({ "path": "x", "text": "x", "name": name })).collect();
     list.push(json!({ "path": "good", "text": "x", "name": "scan ä, 2", "data_type": "refined_scan_zip" }));
     let ended = puts(&lab, &node, json!(list)).await;
-    let told = told(&lab, ended.completed()).await;
+    let told = results(&lab, ended.completed()).await;
     for told in &told[..bad.len()] {
         assert_eq!(told["kind"], "BadRequest", "{told}");
         assert!(told["text"].as_str().is_some_and(|text| text.starts_with("upload of x refused: the name ")), "{told}");
@@ -171,7 +170,7 @@ async fn names_that_would_break_a_header_never_reach_the_wire() {
 }
 
 #[tokio::test]
-async fn content_that_looks_like_the_end_of_an_upload_comes_back_whole() {
+async fn content_like_a_boundary_is_stored_completely() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
@@ -181,14 +180,14 @@ async fn content_that_looks_like_the_end_of_an_upload_comes_back_whole() {
     for (n, text) in (0..).zip(texts) {
         assert_eq!(lab.artifact(ended.completed(), &format!("{n}")).await, text.as_bytes());
     }
-    // Nobody can make content for a boundary that is drawn anew each time.
+    // No content can contain the boundary, because it is random for each upload.
     let kinds = rubbish.headers("/api/", "content-type").into_iter().filter(|(call, _)| call.starts_with("POST "));
     let kinds: Vec<String> = kinds.filter_map(|(_, kind)| kind).collect();
     assert_eq!((kinds.len(), BTreeSet::from_iter(&kinds).len()), (3, 3), "{kinds:?}");
 }
 
 #[tokio::test]
-async fn lost_answers_cost_no_artifact_and_double_none() {
+async fn lost_answers_lose_or_duplicate_no_artifact() {
     let faults = |rules: &[(&str, &str)]| {
         let rule =
             |(endpoint, rest): &(&str, &str)| format!("[[fault]]\nendpoint = \"{endpoint}\"\ncount = 1\n{rest}\n");
@@ -222,7 +221,7 @@ async fn lost_answers_cost_no_artifact_and_double_none() {
 }
 
 #[tokio::test]
-async fn an_upload_that_is_under_way_when_its_task_is_cut_short_is_removed_from_the_server() {
+async fn upload_of_a_cancelled_task_is_aborted() {
     let lab = small_parts().await;
     let node = lab.node(&[fixtures::zoo()]).set("DRAIN_TIMEOUT", "0").set("CANCEL_GRACE", "100ms").leasing().await;
     // The second part is never answered.
@@ -241,7 +240,7 @@ async fn an_upload_that_is_under_way_when_its_task_is_cut_short_is_removed_from_
 async fn cancel_during_upload_sends_only_one_abort() {
     const UPLOAD: &str = "/api/v1/domains/*/data/multipart";
     let (part, abort) = (format!("PUT {UPLOAD}"), format!("DELETE {UPLOAD}"));
-    // Heartbeats are frequent, so that the cancel is known soon.
+    // Frequent heartbeats, so that the node learns of the cancel soon.
     let lab = TestServer::with(|config| {
         config.request_max_bytes = 100_000;
         config.part_size = 64 * 1024;
@@ -249,7 +248,7 @@ async fn cancel_during_upload_sends_only_one_abort() {
     });
     let lab = lab.await;
     let rubbish = Rubbish::before(&lab).await;
-    // The upload has to end without the help of the grace period.
+    // The upload must end before the grace period does.
     let node = rubbish.node(&[fixtures::zoo()]).set("CANCEL_GRACE", "60s").leasing().await;
     let (gate, held) = Bad::gate();
     rubbish.answer(&part, usize::MAX, held);
@@ -276,7 +275,7 @@ async fn too_large_artifact_is_not_retryable() {
 }
 
 #[tokio::test]
-async fn limits_that_the_server_states_are_known_before_anything_travels() {
+async fn stated_limits_are_checked_before_an_upload() {
     let lab = TestServer::with(|config| config.domain_data_max_bytes = 100_000).await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let list = json!([
@@ -286,7 +285,7 @@ async fn limits_that_the_server_states_are_known_before_anything_travels() {
         { "path": "fits", "file": "100000 bytes" },
     ]);
     let ended = puts(&lab, &node, list).await;
-    let told = told(&lab, ended.completed()).await;
+    let told = results(&lab, ended.completed()).await;
     for (told, path) in told.iter().zip(["file", "stream", "bytes"]) {
         let text = format!("upload of {path} refused: the domain server stores at most 100000 bytes an item");
         assert_eq!((&told["kind"], &told["text"]), (&json!("Limit"), &json!(text)));

@@ -145,8 +145,8 @@ async fn invalid_artifact_paths_have_distinct_errors() {
     let node = lab.joined(&[fixtures::zoo()]).await;
     let long = "x".repeat(1025);
     for (path, wanted) in [
-        ("a/../../b", "artifact path a/../../b holds a `..` segment; expected a path below the outputs prefix"),
-        ("a\0b", "artifact path holds a NUL character; use printable names"),
+        ("a/../../b", "artifact path a/../../b contains a `..` segment; expected a path below the outputs prefix"),
+        ("a\0b", "artifact path contains a NUL character; use printable names"),
         (long.as_str(), "artifact path has 1025 bytes; at most 1024 are allowed"),
     ] {
         let ended = lab.run(&node, "/fixtures/paths/v1", json!({ "path": path })).await;

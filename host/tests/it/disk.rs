@@ -1,4 +1,4 @@
-//! Where tasks work: nothing stays, dead owners are swept, a disk without room gets no work.
+//! Folders of tasks: no leftovers, sweeps of ended processes, and full disks.
 
 use std::path::{Path, PathBuf};
 
@@ -11,7 +11,7 @@ use crate::harness::{
 };
 
 #[tokio::test]
-async fn two_hundred_tasks_leave_nothing_behind() {
+async fn two_hundred_tasks_leave_no_files() {
     let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo(), fixtures::echo()]).set("MAX_CONCURRENCY", "8").leasing().await;
     let input = lab.put("in", b"some input").await;
@@ -36,7 +36,7 @@ async fn two_hundred_tasks_leave_nothing_behind() {
 }
 
 #[tokio::test]
-async fn a_slot_is_free_when_the_folder_of_its_task_is_gone() {
+async fn slot_is_free_after_its_folder_is_removed() {
     let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
     let task = || lab.task("/fixtures/scratch/v1").meta(json!({ "files": 5000 })).submit();
@@ -50,7 +50,7 @@ async fn a_slot_is_free_when_the_folder_of_its_task_is_gone() {
 }
 
 #[tokio::test]
-async fn a_scratch_folder_that_somebody_removed_is_made_again() {
+async fn removed_scratch_folder_is_created_again() {
     let lab = TestServer::start().await;
     let base = tempfile::tempdir().expect("a folder");
     let scratch = base.path().join("scratch");
@@ -61,12 +61,12 @@ async fn a_scratch_folder_that_somebody_removed_is_made_again() {
     let echo = || lab.task("/examples/echo-file/v1").inputs(&[input]).submit();
     lab.ended(&first, echo()).await.completed();
     first.says("scratch.recreated").await;
-    // It is held as before: another start on it sweeps nothing away.
+    // The new folder is locked too: another start on the same base removes nothing.
     let second = node().leasing().await;
     assert_eq!(second.said("scratch.leftover_removed").len(), 0, "{}", second.log());
     second.stop().await;
     lab.ended(&first, echo()).await.completed();
-    // What is in its way is told without a path of this machine.
+    // The reason names the failure without a path of this machine.
     std::fs::remove_dir_all(&scratch).expect("removed");
     std::fs::write(&scratch, b"").expect("written");
     let once = lab.task("/examples/echo-file/v1").inputs(&[input]).set("max_attempts", json!(1)).submit();
@@ -80,7 +80,7 @@ async fn a_scratch_folder_that_somebody_removed_is_made_again() {
 }
 
 #[tokio::test]
-async fn a_runner_gets_its_directory_also_when_the_nodes_folder_is_gone() {
+async fn runner_gets_its_directory_without_the_nodes_folder() {
     let lab = TestServer::start().await;
     let base = tempfile::tempdir().expect("a folder");
     let scratch = base.path().join("scratch");
@@ -104,11 +104,11 @@ async fn a_runner_gets_its_directory_also_when_the_nodes_folder_is_gone() {
         }
         assert_eq!((own(), node.said(again).len()), (home.clone(), times), "{}", node.log());
     }
-    // With a file in its place nothing can be made, and no runner is to blame.
+    // With a file in its place no folder can be created. This is no failure of a runner.
     for place in [&home, &scratch] {
         std::fs::remove_dir_all(place).expect("removed");
         std::fs::write(place, b"").expect("written");
-        // The second one's plugin is not built with our SDK: its directory is made before it starts.
+        // The second plugin is not built with the SDK, so the node creates its directory before the start.
         for task in [task(), lab.task("/fixtures/c-hello/v1").set("max_attempts", json!(1))] {
             let ended = lab.ended(&node, task.submit()).await;
             let (reason, details) = ended.failed();
@@ -125,14 +125,14 @@ async fn a_runner_gets_its_directory_also_when_the_nodes_folder_is_gone() {
     assert_eq!(entries(&scratch), ["lock"; 0]);
 }
 
-/// The folder of a process, and empty ones it keeps for its next tasks.
+/// The folder of a process.
 fn is_own(path: &Path) -> bool {
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let empty = std::fs::read_dir(path).is_ok_and(|mut entries| entries.next().is_none());
     name.starts_with("node-") || name.starts_with("spare-") && empty
 }
 
-/// What lies in a folder, locks excepted.
+/// The entries of a folder, without lock files.
 fn entries(dir: &Path) -> Vec<String> {
     let names = std::fs::read_dir(dir).expect("a folder").map(|entry| entry.expect("an entry").file_name());
     let mut names: Vec<String> = names.map(|name| name.to_string_lossy().into_owned()).collect();
@@ -142,7 +142,7 @@ fn entries(dir: &Path) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn a_start_sweeps_what_dead_owners_left_and_only_that() {
+async fn start_sweeps_only_folders_of_ended_processes() {
     let lab = TestServer::start().await;
     let base = tempfile::tempdir().expect("a folder");
     let elsewhere = tempfile::tempdir().expect("a folder");
@@ -157,7 +157,7 @@ async fn a_start_sweeps_what_dead_owners_left_and_only_that() {
     dead.wait().await;
     let left = entries(base.path());
     assert_eq!(left.len(), 1, "killed, it leaves its folder with the task's in it");
-    // Somebody else's things, in every shape.
+    // Other entries of every kind.
     std::fs::write(base.path().join("node-notes.txt"), b"x").expect("written");
     std::fs::create_dir(base.path().join("foreign")).expect("made");
     std::fs::create_dir(base.path().join("domain-input-7")).expect("made");
@@ -165,7 +165,7 @@ async fn a_start_sweeps_what_dead_owners_left_and_only_that() {
     let living = node().leasing().await;
     let swept = living.says("scratch.leftover_removed").await;
     assert!(swept["path"].as_str().is_some_and(|path| path.ends_with(&left[0])), "{swept}");
-    // A second one beside the living: nothing is left to sweep, and the first is not touched.
+    // A second node while the first lives: nothing is left to sweep, and the first folder stays.
     let job = lab.task("/fixtures/wait-file/v1").meta(file).submit();
     lab.started(&living, job).await;
     let before = entries(base.path());
@@ -182,8 +182,8 @@ async fn a_start_sweeps_what_dead_owners_left_and_only_that() {
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn below_the_floor_nothing_is_leased_and_above_it_leasing_goes_on() {
-    // In memory, where nobody else writes meanwhile.
+async fn leasing_pauses_below_the_disk_floor() {
+    // In memory, where no other process writes.
     let base = tempfile::tempdir_in("/dev/shm").expect("Linux has it");
     let about = rustix::fs::statvfs(base.path()).expect("a file system");
     const MIB: u64 = 1 << 20;
@@ -212,7 +212,7 @@ async fn below_the_floor_nothing_is_leased_and_above_it_leasing_goes_on() {
     lab.ended(&node, job).await.completed();
     assert_eq!(node.said("disk.has_room").len(), 1);
     assert_eq!(node.page("/ready").await.0, 200);
-    // A node that waits for room ends as quickly as any.
+    // A node that waits for space ends as quickly as any.
     std::fs::write(&filler, vec![1; 16 * MIB as usize]).expect("written");
     node.page_until("/status.json", |page| page.1["disk"]["full"] == true).await;
     within("a quick end", || node.log(), node.stop()).await;
@@ -220,13 +220,13 @@ async fn below_the_floor_nothing_is_leased_and_above_it_leasing_goes_on() {
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn a_disk_that_fills_up_under_a_transfer_is_a_storage_failure_and_leaves_nothing() {
+async fn full_disk_during_a_transfer_is_a_storage_failure() {
     const LIMIT: u64 = 24 << 20;
     let lab = TestServer::with(|config| config.part_size = 32 << 20).await;
     let node = lab.node(&[fixtures::zoo(), fixtures::echo()]).file_bytes_max(LIMIT).leasing().await;
     let input = lab.put("in", &vec![7; LIMIT as usize + 1]).await;
     let download = lab.task("/examples/echo-file/v1").inputs(&[input]);
-    // A stream waits in a file until it is a part.
+    // A stream is written to a file until a part is complete.
     let stream = json!([{ "path": "x", "stream": LIMIT + 1 }]);
     for (task, what) in [(download, "cannot write input "), (lab.task("/fixtures/big-output/v1"), "upload of big.bin ")]
     {

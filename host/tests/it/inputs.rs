@@ -1,5 +1,4 @@
-//! Inputs, through the binary: whatever form names them, whatever breaks on the way, they come whole
-//! or not at all, and nothing of them stays in memory.
+//! Inputs through the binary: every form of id, broken downloads, and memory.
 
 use serde_json::{Value, json};
 
@@ -16,23 +15,23 @@ fn pattern(length: usize) -> Vec<u8> {
     (0..length).map(|n| ((n / 251) ^ (n * 7)) as u8).collect()
 }
 
-/// What `/fixtures/inputs/v1` saw.
+/// The output of `/fixtures/inputs/v1`.
 async fn seen(lab: &TestServer, ended: &Ended) -> Vec<Value> {
     serde_json::from_slice(&lab.artifact(ended.completed(), "inputs.json").await).expect("JSON")
 }
 
-/// How many inputs, or files of them, lie on disk.
+/// The count of inputs, or files of them, on disk.
 fn left(node: &TestNode) -> usize {
     node.scratch().iter().filter(|path| path.is_file() || path.to_string_lossy().contains("input")).count()
 }
 
-/// Bytes of tasks' data in memory go back to nothing.
+/// Waits until no bytes of tasks' data are in memory.
 async fn nothing_in_flight(node: &TestNode) {
     node.page_until("/status.json", |page| page.1["memory"]["in_flight_bytes"] == 0).await;
 }
 
 #[tokio::test]
-async fn every_form_of_an_input_brings_the_same_file() {
+async fn every_form_of_an_input_is_the_same_file() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let name = "dmt_2025-06-01_08-30-00";
@@ -53,7 +52,7 @@ async fn every_form_of_an_input_brings_the_same_file() {
     ];
     let ended = lab.ended(&node, lab.task("/fixtures/inputs/v1").set("inputs_cids", json!(forms)).submit()).await;
     for (form, input) in forms.iter().zip(seen(&lab, &ended).await) {
-        // A scan's time is its folder, the data type its ending (posemesh.md section 11.3).
+        // The folder is the scan's time, the extension its data type (posemesh.md section 11.3).
         let root = input["root_dir"].as_str().expect("a folder");
         let path = input["path"].as_str().expect("a path").strip_prefix(root).expect("below its root");
         assert_eq!(path, format!("/datasets/2025-06-01_08-30-00/{name}.dmt_frames_csv"), "{form}");
@@ -66,7 +65,7 @@ async fn every_form_of_an_input_brings_the_same_file() {
     nothing_in_flight(&node).await;
 }
 
-/// The pause is cut to what is left of `TRANSFER_PATIENCE`.
+/// The pause is limited to the rest of `TRANSFER_PATIENCE`.
 #[tokio::test]
 async fn long_retry_after_of_storage_gets_one_last_try() {
     let lab = TestServer::start().await;
@@ -81,7 +80,7 @@ async fn long_retry_after_of_storage_gets_one_last_try() {
 }
 
 #[tokio::test]
-async fn tasks_at_once_see_their_own_inputs_and_outputs_only() {
+async fn concurrent_tasks_see_only_their_own_data() {
     let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::echo()]).set("MAX_CONCURRENCY", "6").leasing().await;
     let mut jobs = Vec::new();
@@ -113,9 +112,9 @@ async fn inputs_of_other_servers_and_whole_domains_are_refused() {
     }
 }
 
-/// posemesh.md section 11.3: the names and types some runners put there are their own business.
+/// posemesh.md section 11.3: some runners put names and types there, and the host does not read them.
 #[tokio::test]
-async fn names_as_inputs_are_not_looked_at_by_the_host() {
+async fn host_ignores_inputs_that_are_names() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let names = json!(["refined_scan_2025-06-01_08-30-00", "", "://", 7.to_string()]);
@@ -125,7 +124,7 @@ async fn names_as_inputs_are_not_looked_at_by_the_host() {
 }
 
 #[tokio::test]
-async fn a_download_that_breaks_goes_on_where_it_stopped() {
+async fn node_resumes_a_broken_download() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::echo()]).leasing().await;
@@ -139,14 +138,14 @@ async fn a_download_that_breaks_goes_on_where_it_stopped() {
         rubbish.answer(RAW, 1, Bad::CutAfter(200_000));
         let ended = lab.ended(&node, lab.task(&format!("/examples/echo-{form}/v1")).inputs(&[input]).submit()).await;
         assert!(lab.artifact(ended.completed(), "echo-0.bin").await == bytes, "{form}");
-        // Neither the list nor the content is asked for again from its beginning.
+        // Neither the list nor the content is requested again from its beginning.
         assert_eq!((rubbish.count(LIST), rubbish.count(RAW)), (3 * (n + 1), 3 * (n + 1)), "{form}");
     }
     nothing_in_flight(&node).await;
 }
 
 #[tokio::test]
-async fn patience_with_a_server_that_stays_away_ends() {
+async fn download_from_an_unreachable_server_gives_up() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::echo()]).set("TRANSFER_PATIENCE", "900ms").leasing().await;
@@ -162,7 +161,7 @@ async fn patience_with_a_server_that_stays_away_ends() {
 }
 
 #[tokio::test]
-async fn silence_is_given_up_and_asked_again() {
+async fn silent_download_is_requested_again() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::echo()]).set("TRANSFER_STALL_TIMEOUT", "300ms").leasing().await;
@@ -175,7 +174,7 @@ async fn silence_is_given_up_and_asked_again() {
 }
 
 #[tokio::test]
-async fn bytes_that_can_never_fit_are_refused_and_others_wait_for_room() {
+async fn bytes_over_the_budget_are_refused_or_wait() {
     let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::echo(), fixtures::zoo()]);
     let node = node.set("MEMORY_BUDGET", "3MiB").set("MAX_CONCURRENCY", "4").leasing().await;
@@ -194,7 +193,7 @@ async fn bytes_that_can_never_fit_are_refused_and_others_wait_for_room() {
     let ended = output(4 << 20).await;
     assert!(ended.failed().0.starts_with("runner failed: 4194304 bytes do not fit into MEMORY_BUDGET"), "{ended:?}");
     output(2 << 20).await.completed();
-    // Four tasks that need two thirds of it each take their turns.
+    // Four tasks that need two thirds of the budget each run one after the other.
     let medium = lab.put("medium", &pattern(2 << 20)).await;
     let jobs: Vec<_> = (0..4).map(|_| lab.task("/examples/echo-bytes/v1").inputs(&[medium]).submit()).collect();
     for job in jobs {
@@ -216,7 +215,7 @@ fn peak(pid: u32) -> u64 {
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn the_byte_form_holds_one_copy_of_an_object() {
+async fn byte_form_holds_one_copy_of_an_object() {
     const OBJECT: usize = 256 << 20;
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::echo()]).await;
@@ -228,15 +227,15 @@ async fn the_byte_form_holds_one_copy_of_an_object() {
     let id = ended.completed().artifacts()["echo-0.bin"]["id"].clone();
     let grown = peak(node.pid()) - before;
     assert!(grown < OBJECT as u64 + (24 << 20), "{} MiB for an object of 256 MiB", grown >> 20);
-    // What was free before is used first.
+    // Memory that was free before is used first.
     assert!(grown > OBJECT as u64 - (16 << 20), "{grown}: it was not held at all?");
     assert_eq!(lab.size(id.as_str().expect("an id")).await, OBJECT as u64);
     nothing_in_flight(&node).await;
 }
 
-/// posemesh.md section 11.3: real runners remove what they were given, and read by id themselves.
+/// posemesh.md section 11.3: real runners remove the folder and read the data by its id.
 #[tokio::test]
-async fn the_folder_of_an_input_may_be_removed_by_its_runner() {
+async fn runner_may_remove_the_folder_of_an_input() {
     let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo()]).plugins_file("[defaults]\ngrant = [\"token\"]\n").leasing().await;
     let input = lab.put("in", b"some input").await;

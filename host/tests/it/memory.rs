@@ -1,4 +1,4 @@
-//! What a whole node holds in memory while data moves through it (issue 3, sections 3 and 6).
+//! Memory of a whole node during transfers (issue 3, sections 3 and 6).
 
 #![cfg(target_os = "linux")]
 
@@ -9,18 +9,18 @@ use crate::harness::{TestServer, fixtures};
 
 const MIB: u64 = 1024 * 1024;
 
-/// Four tasks at once, each with as much in and out.
+/// Bytes in and out of each of four concurrent tasks.
 const OBJECT_BYTES: u64 = 64 * MIB;
-/// What they may hold of it together.
+/// The memory budget of all tasks together.
 const BUDGET_BYTES: u64 = 32 * MIB;
-/// Parts of the two streams, which the budget counts without letting them wait.
+/// Parts of the two streams. The budget counts them, but they do not wait for it.
 const STREAMS_BYTES: u64 = 2 * PART_BYTES;
 const PART_BYTES: u64 = 4 * MIB;
-/// The node itself in a debug build, its plugins, and what the allocator keeps.
+/// The node in a debug build, its plugins, and free memory of the allocator.
 const REST_BYTES: u64 = 64 * MIB;
 
 #[tokio::test]
-async fn a_quarter_of_a_gibibyte_in_files_and_streams_stays_within_the_budget() {
+async fn transfers_of_256_mib_stay_within_the_budget() {
     let lab = TestServer::with(|config| config.part_size = PART_BYTES).await;
     let object: Vec<u8> = (0..OBJECT_BYTES).map(|n| (n % 251) as u8).collect();
     let input = lab.put("large", &object).await;
@@ -33,7 +33,7 @@ async fn a_quarter_of_a_gibibyte_in_files_and_streams_stays_within_the_budget() 
         let artifact = &ended.completed().artifacts()["echo-0.bin"];
         assert_eq!(lab.size(artifact["id"].as_str().expect("an id")).await, OBJECT_BYTES);
     }
-    // The plane knows of an end before the page does.
+    // The control plane learns of an end before the page shows it.
     let all = |page: &(u16, Value)| page.1["recent"].as_array().is_some_and(|recent| recent.len() == 4);
     let (_, status) = node.page_until("/status.json", all).await;
     let peak = node.memory("VmHWM");
@@ -47,11 +47,11 @@ async fn a_quarter_of_a_gibibyte_in_files_and_streams_stays_within_the_budget() 
     node.stop().await;
 }
 
-/// What 200 panics may leave allocated. The symbol cache of one backtrace takes 40 MiB.
+/// Most bytes that stay allocated after 200 panics. The symbol cache of one backtrace takes 40 MiB.
 const PANICS_BYTES: u64 = 16 * MIB;
 
 #[tokio::test]
-async fn panicking_runners_leave_no_memory_behind() {
+async fn panicking_runners_leak_no_memory() {
     let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "4").set("RUST_LOG", "info").leasing().await;
     let panics = ["/fixtures/panic/v1", "/fixtures/panic-in-drop/v1", "/fixtures/panic-blocking/v1"];

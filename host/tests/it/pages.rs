@@ -1,4 +1,4 @@
-//! The node's own pages.
+//! The pages of a node.
 
 use std::time::{Duration, Instant};
 
@@ -15,12 +15,12 @@ use crate::harness::{
     within,
 };
 
-/// SHA-256 of `world` and of what `hello` makes of it.
+/// SHA-256 of the input `world` and of the output of `hello`.
 const WORLD: &str = "486ea46224d1bb4fb680f34f7c9ad96a8f24ec88be73ea8e5a6c65260e9cb8a7";
 const HELLO_WORLD: &str = "09ca7e4eaa6e8ae9c7d261167129184883644d07dfba7cbfbc4c8a2e08360d5b";
 
 #[tokio::test]
-async fn health_answers_before_registration_and_ready_says_what_is_missing() {
+async fn health_answers_and_ready_has_reasons() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer("POST /internal/v1/nodes/register-wallet", usize::MAX, Bad::Status(403, "not on the list"));
@@ -38,7 +38,7 @@ async fn health_answers_before_registration_and_ready_says_what_is_missing() {
 }
 
 #[tokio::test]
-async fn a_node_whose_polls_are_not_answered_is_not_ready_long_before_they_fail() {
+async fn node_without_poll_answers_is_not_ready() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).set("REQUEST_TIMEOUT_SECS", "15").leasing().await;
@@ -53,7 +53,7 @@ async fn a_node_whose_polls_are_not_answered_is_not_ready_long_before_they_fail(
 }
 
 #[tokio::test]
-async fn a_node_whose_polls_fail_is_not_ready_until_one_is_answered() {
+async fn node_with_failed_polls_is_not_ready() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).leasing().await;
@@ -66,14 +66,14 @@ async fn a_node_whose_polls_fail_is_not_ready_until_one_is_answered() {
     let polls = node.status().await["polls"].clone();
     assert!(polls["failed"].as_u64().is_some_and(|failed| failed >= 3), "{polls}");
     assert!(polls["last_error"].as_str().is_some_and(|err| reason.contains(err)), "{polls}");
-    // The log says it too.
+    // The log shows it too.
     let line = node.says("poll.failed").await;
     let remedy = "control plane answered 404 to the poll; check the path of DMS_BASE_URL, it usually ends in /v1";
     assert!(line["error"].as_str().is_some_and(|err| err.starts_with(remedy)), "{line}");
     rubbish.heal();
     node.page_until("/ready", |page| page.0 == 200).await;
     assert_eq!(node.status().await["polls"], json!({ "failed": 0, "last_error": null, "unanswered": false }));
-    // One alone is no news.
+    // A single failure changes nothing.
     rubbish.answer("GET /v1/tasks", 1, Bad::Status(503, "later"));
     node.line(|line| line["error"].as_str().is_some_and(|err| err.contains("503"))).await;
     assert_eq!(node.page("/ready").await.0, 200);
@@ -81,8 +81,8 @@ async fn a_node_whose_polls_fail_is_not_ready_until_one_is_answered() {
 }
 
 #[tokio::test]
-async fn a_full_node_whose_heartbeats_fail_is_not_ready_until_one_is_answered() {
-    // Long enough for three heartbeats to fail on a busy machine, short enough not to wait for the first.
+async fn full_node_with_failed_heartbeats_is_not_ready() {
+    // Long enough for three failed heartbeats on a busy machine, short enough not to wait for the first.
     let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(10)).await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
@@ -108,7 +108,7 @@ async fn a_full_node_whose_heartbeats_fail_is_not_ready_until_one_is_answered() 
 }
 
 #[tokio::test]
-async fn the_status_page_tells_what_runs_what_ended_and_what_is_loaded() {
+async fn status_page_shows_running_and_ended_tasks() {
     let lab = TestServer::start().await;
     let files = tempfile::tempdir().expect("a folder");
     let refused = files.path().join("broken.so");
@@ -147,7 +147,7 @@ async fn the_status_page_tells_what_runs_what_ended_and_what_is_loaded() {
 }
 
 #[tokio::test]
-async fn a_domain_that_comes_with_the_set_up_heartbeat_is_shown_and_logged() {
+async fn domain_of_the_set_up_heartbeat_is_shown() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let without = Bad::edit(|lease| {
@@ -173,13 +173,13 @@ async fn a_domain_that_comes_with_the_set_up_heartbeat_is_shown_and_logged() {
 }
 
 fn at_since(shown: &serde_json::Value) -> Option<jiff::Timestamp> {
-    // Shown in whole milliseconds, this one exactly.
+    // The page has whole milliseconds, this value is exact.
     let since: jiff::Timestamp = shown["since"].as_str()?.parse().ok()?;
     jiff::Timestamp::from_millisecond(since.as_millisecond() - 1).ok()
 }
 
 #[tokio::test]
-async fn an_ended_task_shows_size_and_digest_of_all_that_was_moved() {
+async fn ended_task_shows_sizes_and_digests() {
     let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::hello()]).leasing().await;
     let input = lab.put("who", b"world").await;
@@ -204,7 +204,7 @@ async fn an_ended_task_shows_size_and_digest_of_all_that_was_moved() {
     node.stop().await;
 }
 
-/// What a page answers to a request of its own connection, for `host`.
+/// The answer of a page to a request for `host` on a new connection.
 async fn ask(node: &TestNode, path: &str, host: &str) -> String {
     let mut visitor = TcpStream::connect(&node.address).await.expect("the system's queue takes it");
     let request = format!("GET {path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n");
@@ -214,12 +214,12 @@ async fn ask(node: &TestNode, path: &str, host: &str) -> String {
     String::from_utf8_lossy(&answer).into_owned()
 }
 
-/// So many connections that have sent half a request.
+/// Opens `count` connections and sends half a request on each.
 async fn slow(node: &TestNode, count: usize) -> Vec<TcpStream> {
     let mut visitors = Vec::new();
     for _ in 0..count {
         let mut visitor = TcpStream::connect(&node.address).await.expect("the system's queue takes it");
-        // One that was closed already takes nothing.
+        // A write to a connection that is already closed fails.
         let _ = visitor.write_all(b"GET /health HTTP/1.1\r\nho").await;
         visitors.push(visitor);
     }
@@ -274,7 +274,7 @@ async fn status_keys_match_their_documentation() {
     node.stop().await;
 }
 
-/// Every key below `value`, as the documentation names it, with the types of its values.
+/// Every key below `value`, in the form of the documentation, with the types of its values.
 fn keys<'a>(
     at: &str,
     value: &'a serde_json::Value,
@@ -305,7 +305,7 @@ fn keys<'a>(
     }
 }
 
-/// Strangers may reach the pages.
+/// Other machines may reach the pages.
 #[tokio::test]
 async fn slow_connections_do_not_delay_others() {
     let lab = TestServer::start().await;
@@ -314,9 +314,9 @@ async fn slow_connections_do_not_delay_others() {
     let mut visitors = slow(&node, 400).await;
     let answer = ask(&node, "/health", "node").await;
     assert!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
-    // Slow ones are sent away after 5 s. Nobody has waited for that.
+    // Slow connections are closed after 5 s. No request has waited for that.
     assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
-    // The first of them gave way to later ones of the same sender.
+    // The first ones were closed for later ones of the same sender.
     let mut nothing = Vec::new();
     let gone = within("the end of a connection", || node.log(), visitors[0].read_to_end(&mut nothing)).await;
     assert!(matches!(gone, Ok(0) | Err(_)), "{gone:?}");
@@ -344,14 +344,14 @@ async fn pages_answer_without_free_descriptors() {
     let files = tempfile::tempdir().expect("a folder");
     let (taken, go) = (files.path().join("taken"), files.path().join("go"));
     let job = lab.task("/fixtures/take-files/v1").meta(json!({ "taken": taken, "file": go })).submit();
-    // The runner cannot report: it has left no descriptor for a connection.
+    // The runner cannot report, because no descriptor is left for a connection.
     let all_taken = async {
         while !taken.exists() {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
     within("a process without free descriptors", || node.log(), all_taken).await;
-    // These use more than is reserved.
+    // These connections use more than the reserve.
     let visitors = slow(&node, 20).await;
     for _ in 0..10 {
         let answer = ask(&node, "/ready", "node").await;
@@ -378,19 +378,19 @@ async fn status_page_answers_own_host_names_only() {
         let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
         assert!(head.starts_with("HTTP/1.1 421 "), "{other}: {answer}");
         assert!(body.contains("use its IP address") && body.lines().count() == 1, "{other}: {answer}");
-        // What probes ask for says nothing of the node.
+        // The pages for probes contain no facts of the node.
         assert!(ask(&node, "/ready", other).await.starts_with("HTTP/1.1 200 "), "{other}");
     }
     node.stop().await;
 }
 
 #[tokio::test]
-async fn half_a_request_does_not_keep_a_node_that_stops() {
+async fn incomplete_request_does_not_delay_a_stop() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::hello()]).await;
     let mut client = TcpStream::connect(&node.address).await.expect("the pages answer");
     client.write_all(b"GET /health HTTP/1.1\r\nHo").await.expect("sent");
-    // Asked after it on the same listener: once this is answered, the half is being read.
+    // Sent later on the same listener. After its answer, the incomplete request is being read.
     assert_eq!(node.page("/health").await.0, 200);
     node.stop().await;
     drop(client);

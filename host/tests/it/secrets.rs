@@ -1,4 +1,4 @@
-//! No secret leaves the node: not to a plugin, not to its log.
+//! No secret leaves the node, neither to a plugin nor to the log.
 
 use std::sync::{Arc, Mutex};
 
@@ -11,14 +11,14 @@ use crate::harness::{
 };
 
 const REG_SECRET: &str = "a-registration-secret-nobody-may-see";
-/// Stands in bodies of every kind, which no line shows either.
+/// In bodies of every kind. No log line contains it either.
 const CONTENT: &str = "what-only-the-jobs-author-knows";
 
 #[tokio::test]
-async fn a_plugin_finds_no_secret_in_the_environment() {
+async fn plugin_finds_no_secret_in_the_environment() {
     let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo()]).set("REG_SECRET", REG_SECRET).set("SOMETHING_ELSE", "is visible");
-    // Else only the superuser reads /proc/self/environ.
+    // Otherwise only the superuser can read /proc/self/environ.
     let node = node.set("ALLOW_CORE_DUMPS", "true").leasing().await;
     let ended = lab.run(&node, "/fixtures/dump-env/v1", json!({})).await;
     let env: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "env.json").await).expect("JSON");
@@ -33,7 +33,7 @@ async fn a_plugin_finds_no_secret_in_the_environment() {
 }
 
 #[tokio::test]
-async fn no_log_line_holds_a_key_a_secret_or_a_token() {
+async fn no_log_line_contains_a_secret() {
     let lab = TestServer::with(|config| {
         config.lease_ttl = std::time::Duration::from_secs(2);
         config.domain_token_renew_after = std::time::Duration::ZERO;
@@ -62,7 +62,7 @@ async fn no_log_line_holds_a_key_a_secret_or_a_token() {
     }
     lab.run(&node, "/fixtures/echo-meta/v1", note).await.completed();
     lab.run(&node, "/fixtures/fail/v1", json!({})).await.failed();
-    // Refusals that repeat what they were sent are the usual way for a secret to get into a log.
+    // A refusal that repeats the request is the usual way for a secret into a log.
     rubbish.answer("GET /api/v1/domains/*/data", 1, Bad::Echo(403));
     lab.ended(&node, lab.task("/examples/hello/v1").inputs(&[input]).submit()).await.failed();
     rubbish.answer("GET /v1/tasks", 1, Bad::Echo(500));
@@ -77,7 +77,7 @@ async fn no_log_line_holds_a_key_a_secret_or_a_token() {
         let at = log.find(secret);
         assert!(at.is_none(), "a secret is in: {}", log.lines().find(|line| line.contains(secret)).unwrap_or_default());
     }
-    assert!(log.contains("\"level\":\"TRACE\""), "the log was as talkative as it can be");
+    assert!(log.contains("\"level\":\"TRACE\""), "the log has the most verbose level");
 }
 
 const NONCE: &str = "POST /internal/v1/auth/siwe/request";
@@ -85,14 +85,14 @@ const VERIFY: &str = "POST /internal/v1/auth/siwe/verify";
 const WALLET: &str = "POST /internal/v1/nodes/register-wallet";
 const BY_URL: &str = "POST /internal/v1/nodes/register";
 
-/// A node that says all it can, with a secret that JSON has to escape. What it writes is searched when it
-/// is dropped ([`crate::harness::hygiene`]).
-fn talkative(node: NodeSetup) -> NodeSetup {
+/// A node with the most verbose log, and a secret that JSON escapes. Its output is searched on drop
+/// ([`crate::harness::hygiene`]).
+fn verbose(node: NodeSetup) -> NodeSetup {
     node.set("REG_SECRET", "a \"secret\" nobody\\may see").set("RUST_LOG", "trace").set("REGISTER_INTERVAL_SECS", "1")
 }
 
 #[tokio::test]
-async fn refused_sign_ins_that_repeat_all_they_got_show_no_secret() {
+async fn refused_sign_ins_show_no_secret() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     for (call, statuses) in [(NONCE, [500, 403]), (WALLET, [403, 409]), (VERIFY, [401, 404])] {
@@ -105,10 +105,10 @@ async fn refused_sign_ins_that_repeat_all_they_got_show_no_secret() {
     rubbish.answer(VERIFY, 1, Bad::Json(json!({ "access_token": "dev-node-token-planted", "expires_at": "soon" })));
     rubbish.answer(VERIFY, 1, Bad::Json(json!({ "access_token": ["dev-node-token-planted"] })));
     rubbish.answer(VERIFY, 1, Bad::Status(500, "{\"access_token\":\"dev-node-token-planted\"}"));
-    let node = talkative(rubbish.node(&[fixtures::hello()])).set("TOKEN_REAUTH_JITTER_MS", "0").start().await;
+    let node = verbose(rubbish.node(&[fixtures::hello()])).set("TOKEN_REAUTH_JITTER_MS", "0").start().await;
     node.says("node.leasing").await;
-    for message in ["registration.failed", "login.failed"] {
-        assert!(node.said(message).len() >= 4, "{message}: {}", node.log());
+    for event in ["registration.failed", "login.failed"] {
+        assert!(node.said(event).len() >= 4, "{event}: {}", node.log());
     }
     let said = node.said("registration.failed");
     assert!(said.iter().any(|line| line["error"].as_str().is_some_and(|text| text.contains("[secret]"))), "{said:?}");
@@ -117,13 +117,13 @@ async fn refused_sign_ins_that_repeat_all_they_got_show_no_secret() {
 }
 
 #[tokio::test]
-async fn a_refused_registration_by_url_shows_no_secret() {
+async fn refused_registration_by_url_shows_no_secret() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     for status in [500, 403, 409] {
         rubbish.answer(BY_URL, 1, Bad::Echo(status));
     }
-    let node = talkative(rubbish.node(&[fixtures::hello()]).reachable()).start().await;
+    let node = verbose(rubbish.node(&[fixtures::hello()]).reachable()).start().await;
     node.says("node.leasing").await;
     assert_eq!(node.said("registration.failed").len(), 3);
     assert_eq!(node.said("registration.called_back").len(), 1);
@@ -132,10 +132,10 @@ async fn a_refused_registration_by_url_shows_no_secret() {
 }
 
 #[tokio::test]
-async fn tasks_of_every_end_and_refused_reports_show_no_secret() {
+async fn ended_tasks_and_refused_reports_show_no_secret() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
-    let node = talkative(rubbish.node(&[fixtures::hello(), fixtures::zoo()])).leasing().await;
+    let node = verbose(rubbish.node(&[fixtures::hello(), fixtures::zoo()])).leasing().await;
     let (complete, fail) = ("POST /v1/tasks/*/complete", "POST /v1/tasks/*/fail");
     for (call, capability) in [
         (complete, "/examples/hello/v1"),
@@ -147,7 +147,7 @@ async fn tasks_of_every_end_and_refused_reports_show_no_secret() {
         rubbish.answer(call, 1, Bad::Echo(500));
         lab.run(&node, capability, json!({})).await;
     }
-    // A refusal for good, and a token that is rejected with itself as the reason.
+    // A final refusal, and a rejection whose text repeats the token.
     rubbish.answer(complete, 1, Bad::Echo(409));
     rubbish.answer("GET /v1/tasks", 1, Bad::Echo(401));
     let job = lab.task("/examples/hello/v1").submit();
@@ -160,7 +160,7 @@ async fn tasks_of_every_end_and_refused_reports_show_no_secret() {
 const GRANTED: &str = "[[plugin]]\nfile = \"zoo\"\ngrant = [\"token\"]\n";
 
 #[tokio::test]
-async fn a_token_in_a_runners_lines_or_in_the_text_of_its_panic_goes_no_further() {
+async fn token_in_lines_or_panics_is_removed() {
     let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo()]).plugins_file(GRANTED).set("RUST_LOG", "trace").leasing().await;
     let ended = lab.run(&node, "/fixtures/says-token/v1", json!({})).await;
@@ -170,7 +170,7 @@ async fn a_token_in_a_runners_lines_or_in_the_text_of_its_panic_goes_no_further(
     assert_eq!(line["header"], "Bearer (token)", "{line}");
     assert_eq!(node.says_text("elsewhere (token)").await["plugin"], "zoo");
     node.says_text("refused with (token)").await;
-    // An id is shortened before it is told, a path is kept.
+    // An id is shortened before it is reported, a path is stored.
     for (place, expected) in [
         ("input", "download of input (token)"),
         ("path", "the path, name or data type of an artifact holds the task's token; use one without it"),
@@ -179,12 +179,12 @@ async fn a_token_in_a_runners_lines_or_in_the_text_of_its_panic_goes_no_further(
         let (reason, _) = ended.failed();
         assert!(reason.contains(expected), "{reason}");
     }
-    // What else it said is searched when it goes.
+    // The rest of its output is searched on drop.
     node.stop().await;
 }
 
 #[tokio::test]
-async fn a_runner_that_asks_for_its_token_gets_the_newest() {
+async fn runner_gets_the_newest_token() {
     let lab = TestServer::with(|config| {
         config.lease_ttl = std::time::Duration::from_secs(2);
         config.domain_token_renew_after = std::time::Duration::from_millis(500);
@@ -197,7 +197,7 @@ async fn a_runner_that_asks_for_its_token_gets_the_newest() {
 }
 
 #[tokio::test]
-async fn mistakes_and_shown_settings_hold_no_secret() {
+async fn config_commands_show_no_secret() {
     let given = [("REG_SECRET", REG_SECRET), ("SECP256K1_PRIVHEX", "c0ffee00c0ffee00c0ffee00c0ffee")];
     for (command, code) in [(&["run"][..], 78), (&["config", "show"], 0), (&["config", "check"], 78)] {
         let cli =
@@ -207,7 +207,7 @@ async fn mistakes_and_shown_settings_hold_no_secret() {
 }
 
 #[tokio::test]
-async fn the_search_sees_a_secret_that_got_out() {
+async fn secret_search_finds_a_leaked_secret() {
     let cli = Cli::new(&["config", "show"]).set("REG_SECRET", REG_SECRET).set("CLIENT_ID", REG_SECRET);
     let process = cli.start();
     assert_eq!(process.wait().await, 0, "{}", process.log());
@@ -217,7 +217,7 @@ async fn the_search_sees_a_secret_that_got_out() {
 }
 
 #[tokio::test]
-async fn a_runner_gets_the_token_only_where_plugins_toml_grants_it() {
+async fn runner_gets_the_token_only_with_a_grant() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let ended = lab.run(&node, "/fixtures/token/v1", json!({})).await;

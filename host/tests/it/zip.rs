@@ -1,4 +1,4 @@
-//! Zip inputs, through the binary: unpacked where later stages look for them, or refused in one line.
+//! Zip inputs through the binary: unpacked for later stages, or refused in one line.
 
 use std::io::{Cursor, Write};
 
@@ -22,7 +22,7 @@ async fn inputs(lab: &TestServer, node: &TestNode, name: &str, data_type: &str, 
 }
 
 #[tokio::test]
-async fn a_refined_scan_is_unpacked_where_later_stages_look_for_it() {
+async fn refined_scan_is_unpacked_for_later_stages() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo(), fixtures::echo()]).await;
     let files: [(&str, &[u8]); 4] =
@@ -37,7 +37,7 @@ async fn a_refined_scan_is_unpacked_where_later_stages_look_for_it() {
     assert_eq!(input["extracted_paths"], json!(expected), "in the archive's order");
     assert_eq!(json!([input["inside"], input["on_disk"]]), json!([true, bytes.len()]), "the archive stays beside them");
     assert!(input["path"].as_str().is_some_and(|path| path.ends_with(".refined_scan_zip")), "{input}");
-    // Real runners unpack what they get as bytes themselves (posemesh.md section 11.4): it comes packed.
+    // The byte form is the archive itself, because real runners unpack it (posemesh.md section 11.4).
     let ended =
         lab.ended(&node, lab.task("/examples/echo-bytes/v1").set("inputs_cids", json!([input["cid"]])).submit()).await;
     assert!(lab.artifact(ended.completed(), "echo-0.bin").await == bytes);
@@ -46,7 +46,7 @@ async fn a_refined_scan_is_unpacked_where_later_stages_look_for_it() {
 }
 
 #[tokio::test]
-async fn an_archive_that_cannot_be_trusted_is_refused_in_one_line() {
+async fn unsafe_archives_are_refused_in_one_line() {
     let lab = TestServer::start().await;
     let node =
         lab.node(&[fixtures::zoo()]).set("UNPACK_BYTES_MAX", "2MiB").set("UNPACK_FILES_MAX", "3").leasing().await;
@@ -62,7 +62,7 @@ async fn an_archive_that_cannot_be_trusted_is_refused_in_one_line() {
             archive(deflated, &["a", "b", "c", "d"].map(|name| (name, small))),
             "at most 3 are allowed (UNPACK_FILES_MAX)",
         ),
-        (b"not an archive".to_vec(), "it is no sound zip archive: its end is missing; was it uploaded whole?"),
+        (b"not an archive".to_vec(), "it is no valid zip archive: its end is missing; is the upload complete?"),
     ] {
         let name = format!("scans {}", bytes.len());
         let ended = inputs(&lab, &node, &name, "zip_data", &bytes).await;
@@ -76,7 +76,7 @@ async fn an_archive_that_cannot_be_trusted_is_refused_in_one_line() {
 }
 
 #[tokio::test]
-async fn how_much_larger_an_archive_may_become_is_the_operators_to_say() {
+async fn unpack_ratio_is_a_setting() {
     let lab = TestServer::start().await;
     let bomb = archive(CompressionMethod::Deflated, &[("zeros", &vec![0; 20 << 20])]);
     let strict = lab.joined(&[fixtures::zoo()]).await;
@@ -118,7 +118,7 @@ async fn pointcloud_merges_the_clouds_of_an_archive() {
 }
 
 #[tokio::test]
-async fn invoke_unpacks_too() {
+async fn invoke_unpacks_archives() {
     let folder = Folder::new();
     folder.put("libpointcloud.so", &fixtures::pointcloud());
     let cloud = format!("{PLY}0 0 0\n4 0 0\n");

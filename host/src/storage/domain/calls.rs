@@ -1,5 +1,5 @@
-//! Requests to the domain server: headers, bearer, one repetition after a 401, statuses as errors,
-//! and how long a request that failed is repeated.
+//! Requests to the domain server: headers, bearer, one repetition after a 401, statuses as errors, and
+//! repetitions of failed requests.
 
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ use crate::{
 
 /// A request that can be sent more than once.
 pub(super) struct Call<'a> {
-    /// What it is for, as errors begin: `upload of out/x.json`.
+    /// Its purpose, such as `upload of out/x.json`. Errors begin with it.
     pub(super) what: &'a str,
     pub(super) method: Method,
     pub(super) url: Url,
@@ -65,12 +65,12 @@ impl<'a> Call<'a> {
     }
 }
 
-/// Why a request did not succeed, and whether the same one may be tried again.
+/// Why a request failed, and whether it may be repeated.
 pub(super) struct Failed {
     pub(super) err: PortError,
-    /// Trouble that may pass by itself: no answer, half of one or one nobody can read, 5xx, 408, 425, 429.
+    /// A transient failure: no answer, an incomplete or unreadable one, 5xx, 408, 425, 429.
     pub(super) passing: bool,
-    /// The server says that it takes no request as large as this one.
+    /// The server refuses requests of this size.
     pub(super) too_large: bool,
     /// How long the server asks to wait.
     after: Option<Duration>,
@@ -84,12 +84,12 @@ impl From<PortError> for Failed {
 }
 
 impl Failed {
-    /// What the server answered does not tell what became of the request.
+    /// The answer does not show whether the request was done.
     pub(super) fn unread(err: PortError) -> Self {
         Self { err, passing: true, too_large: false, after: None }
     }
 
-    /// Waits before the next try, or gives the error back when there should be none.
+    /// Waits before the next try. Returns the error if there must be none.
     pub(super) async fn wait(self, patience: &mut Patience) -> Result<(), PortError> {
         match self.passing {
             true => patience.pause(self.err, self.after).await,
@@ -99,13 +99,13 @@ impl Failed {
 }
 
 impl Inner {
-    /// For one request and its repetitions.
+    /// The patience for one request and its repetitions.
     pub(super) fn patience(&self) -> Patience {
         Patience::new(self.config.part_pause, self.config.patience)
     }
 
-    /// Sends `call`, as often as it takes, and decodes a 2xx answer. For calls that may be repeated
-    /// whatever became of the one before.
+    /// Sends `call` until it succeeds or fails for good, and decodes a 2xx answer. Only for calls that may be
+    /// repeated after any failure.
     pub(super) async fn json<T: DeserializeOwned>(&self, call: &Call<'_>) -> Result<T, PortError> {
         let mut patience = self.patience();
         loop {
@@ -123,7 +123,7 @@ impl Inner {
         self.decode(call, response).await
     }
 
-    /// Turns every answer but a 2xx one into its error.
+    /// Turns every answer except 2xx into its error.
     pub(super) async fn accepted(
         &self,
         call: &Call<'_>,
@@ -141,8 +141,8 @@ impl Inner {
 
     /// Decodes a JSON answer of at most [`JSON_BYTES_MAX`] bytes.
     ///
-    /// One that cannot be read is as good as lost: something between us and the server may have made it,
-    /// and what was asked may have been done.
+    /// An unreadable answer counts as a lost one: a gateway may have sent it, and the server may have done the
+    /// request.
     pub(super) async fn decode<T: DeserializeOwned>(
         &self,
         call: &Call<'_>,
@@ -164,12 +164,12 @@ impl Inner {
         decoded.map_err(|err| Failed::unread(call.failed(&err)))
     }
 
-    /// Sends `call`, and once more with the newest bearer when the first one was not accepted.
+    /// Sends `call`, and once more with the newest bearer if the first one was refused.
     pub(super) async fn exchange(&self, call: &Call<'_>) -> Result<Response<Incoming>, PortError> {
         let token = self.token(call)?;
         let response = match self.send_once(call, token.as_ref()).await {
-            // A server that refuses a bearer without reading the body closes the connection, and
-            // its answer can be lost in that. A bearer turned meanwhile tells that this may be it.
+            // A server that refuses a bearer without reading the body closes the connection, so its answer can be
+            // lost. If the bearer was rotated meanwhile, this may be the reason.
             Err(err) if err.kind == PortErrorKind::Network && !call.payload.is_empty() => {
                 let newest = self.token(call)?;
                 return if newest == token { Err(err) } else { self.send_once(call, newest.as_ref()).await };
@@ -181,19 +181,19 @@ impl Inner {
         }
         // A task that is over, or cancelled by the control plane, has no more heartbeats. It gets no newer token, and
         // the same request with the same token gets the same answer.
-        let over = self.closed.is_cancelled() || self.grant.cancel.reason() == Some(CancelReason::Plane);
+        let over = self.closed.is_cancelled() || self.held.cancel.reason() == Some(CancelReason::Plane);
         if over && self.token(call)? == token {
             return Ok(response);
         }
-        self.excerpt(response).await; // read to the end, so that the connection can be used again
+        self.excerpt(response).await; // reads to the end, so that the connection can be reused
         tracing::debug!(what = call.what, "domain server refused the bearer; waiting for a newer one");
         let wait = if over { Duration::ZERO } else { self.config.token_wait };
-        let newest = self.grant.newer_token(token.as_ref(), wait).await;
+        let newest = self.held.newer_token(token.as_ref(), wait).await;
         self.send_once(call, newest.as_ref()).await
     }
 
     fn token(&self, call: &Call<'_>) -> Result<Option<Token>, PortError> {
-        match (call.bearer, self.grant.token()) {
+        match (call.bearer, self.held.token()) {
             (false, _) => Ok(None),
             (true, Some(token)) => Ok(Some(token)),
             (true, None) => {
@@ -207,11 +207,11 @@ impl Inner {
         let length: u64 = call.payload.iter().map(Source::length).sum();
         let pulse = Pulse::new(length);
         let request = self.request(call, token, length, &pulse)?;
-        if !self.grant.check_deadline() {
+        if !self.held.check_deadline() {
             return Err(self.over().await);
         }
         let (stall, answer) = (self.config.stall, self.config.request_timeout);
-        // An upload may take as long as it moves; everything else has a fixed time.
+        // An upload has no time limit while bytes move. Everything else has a fixed limit.
         let limit = if length == 0 { answer } else { Duration::MAX };
         let sent = tokio::select! {
             sent = self.client.send(request, limit) => sent.map_err(|err| call.failed(&err)),
@@ -253,8 +253,9 @@ impl Inner {
         }
         if let Some(token) = token {
             let value = HeaderValue::try_from(format!("Bearer {}", token.expose()));
-            let mut value = value
-                .map_err(|_| bad(PortErrorKind::Setup, "the domain token holds characters no header can carry"))?;
+            let mut value = value.map_err(|_| {
+                bad(PortErrorKind::Setup, "the domain token contains characters that a header cannot hold")
+            })?;
             value.set_sensitive(true);
             request = request.header(header::AUTHORIZATION, value);
         }
@@ -262,14 +263,14 @@ impl Inner {
             true => transport::full(Bytes::new()),
             false => body(call.payload.clone(), pulse.clone()),
         };
-        request
-            .body(body)
-            .map_err(|_| bad(PortErrorKind::Setup, "CLIENT_ID or URL holds characters no request can carry"))
+        request.body(body).map_err(|_| {
+            bad(PortErrorKind::Setup, "CLIENT_ID or the URL contains characters that a request cannot hold")
+        })
     }
 
-    /// The beginning of an error answer on one line, without the bearer should the server echo it.
+    /// The beginning of an error answer on one line, without the bearer if the server repeats it.
     pub(super) async fn excerpt(&self, response: Response<Incoming>) -> String {
-        let token = self.grant.token();
+        let token = self.held.token();
         let token = token.as_ref().map_or("", |token| token.expose());
         let mut body = response.into_body();
         let mut text = Vec::new();
@@ -281,13 +282,13 @@ impl Inner {
                 }
             }
         };
-        // What has arrived by then is enough for an error text.
+        // The bytes that arrived in time are enough for an error text.
         let _ = tokio::time::timeout(self.config.request_timeout, reading).await;
         transport::excerpt_without(&text, &[token])
     }
 }
 
-/// A refused request as an error. The words and numbers are searched for by existing runners.
+/// A refused request as an error. Existing runners search for these words and numbers.
 pub(super) fn status_error(what: &str, status: StatusCode, excerpt: &str) -> PortError {
     let code = status.as_u16();
     let (kind, words) = match code {
@@ -295,7 +296,7 @@ pub(super) fn status_error(what: &str, status: StatusCode, excerpt: &str) -> Por
         401 => (PortErrorKind::Unauthorized, "unauthorized"),
         404 => (PortErrorKind::NotFound, "not found"),
         409 => (PortErrorKind::Conflict, "conflict"),
-        // A repetition sends the same bytes, so it gets the same answer.
+        // Final, because a repetition sends the same bytes.
         413 => (PortErrorKind::Limit, "unexpected status"),
         500..=599 => (PortErrorKind::Server, "server error"),
         300..=399 => (PortErrorKind::Other, "unexpected redirect"),

@@ -1,7 +1,7 @@
-//! What an entry of `inputs_cids` asks for. Pure: no request is made here.
+//! Reads the entries of `inputs_cids`. Pure: it makes no requests.
 //!
-//! An entry is a bare id, an absolute URL, or a path on the domain server. Requests go to the
-//! lease's domain server only, so a URL of another host is refused instead of silently redirected.
+//! An entry is a bare id, an absolute URL, or a path on the domain server. Requests go only to the lease's
+//! domain server, so a URL of another host is refused.
 
 use url::Url;
 
@@ -13,7 +13,7 @@ use crate::{
 /// The data an input names: at least one id or filter, never a whole domain.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Target {
-    /// Domain of the data, where the entry names one.
+    /// Domain of the data, if the entry names one.
     pub(crate) domain: Option<String>,
     pub(crate) ids: Vec<String>,
     pub(crate) name: Option<String>,
@@ -45,7 +45,7 @@ pub(crate) fn data_url(server: &Url, domain: &str) -> Url {
     api_url(server, &["domains", domain, "data"])
 }
 
-/// `{server}/api/v1/…`, whatever slashes the server's URL ends in.
+/// `{server}/api/v1/…`, for any number of slashes at the end of the server's URL.
 pub(crate) fn api_url(server: &Url, segments: &[&str]) -> Url {
     let mut url = server.clone();
     url.set_query(None);
@@ -68,7 +68,7 @@ pub(crate) fn resolve(cid: &str, server: &Url) -> Result<Target, PortError> {
     let url = if cid.contains("://") {
         Url::parse(cid).map_err(|err| bad(format!("input {} is not a URL: {err}", shown(cid))))?
     } else if cid.starts_with('/') {
-        // A path may begin with two slashes and so name a host; the check below sees it.
+        // A path that begins with two slashes names a host. The check below finds it.
         server.join(cid).map_err(|err| bad(format!("input {} is not a path: {err}", shown(cid))))?
     } else {
         return Ok(Target { ids: vec![cid.to_owned()], ..Target::default() });
@@ -95,7 +95,7 @@ pub(crate) fn resolve(cid: &str, server: &Url) -> Result<Target, PortError> {
     let place = segments.windows(3).position(|w| w[0] == "domains" && !w[1].is_empty() && w[2] == "data");
     if let Some(at) = place {
         let domain = &segments[at + 1];
-        // A segment that decodes to dots would climb out of the path it is put into.
+        // A segment that decodes to dots would leave the path that it becomes a part of.
         if matches!(domain.as_str(), "." | "..") {
             return Err(bad(format!("input {} names no domain", shown(cid))));
         }
@@ -114,7 +114,7 @@ pub(crate) fn resolve(cid: &str, server: &Url) -> Result<Target, PortError> {
     Ok(target)
 }
 
-/// A path segment without its percent signs. A plus sign in a path is itself.
+/// A percent-decoded path segment. A plus sign in a path is literal.
 fn decoded(segment: &str) -> String {
     let digit = |byte: Option<&u8>| byte.and_then(|byte| (*byte as char).to_digit(16));
     let bytes = segment.as_bytes();
@@ -145,7 +145,7 @@ mod tests {
         Url::parse("https://ds.example/base//").expect("a URL")
     }
 
-    /// The request an entry leads to, without the part all requests share; or the refusal.
+    /// The request for an entry, without the common part of all requests, or the refusal.
     fn request(cid: &str) -> String {
         match resolve(cid, &server()) {
             Ok(target) => {
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn every_form_of_an_input_becomes_one_list_request() {
+    fn each_form_of_entry_is_one_list_request() {
         for (cid, expected) in [
             ("  d-7\n", "LEASE/data?ids=d-7"),
             ("a b&c=d", "LEASE/data?ids=a+b%26c%3Dd"),
@@ -181,7 +181,7 @@ mod tests {
     }
 
     #[test]
-    fn urls_of_other_servers_are_refused_with_both_hosts() {
+    fn urls_of_other_servers_are_refused() {
         for (cid, named) in [
             ("https://evil.example/api/v1/domains/dom/data/d-7", "https://evil.example"),
             ("http://ds.example/api/v1/domains/dom/data/d-7", "http://ds.example"),
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_never_fetches_a_whole_domain() {
+    fn entries_for_a_whole_domain_are_refused() {
         for cid in [
             "/",
             "https://ds.example",

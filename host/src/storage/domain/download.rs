@@ -1,4 +1,4 @@
-//! Inputs as runners see them: a stream of the first part, or all parts on disk.
+//! Inputs of runners: a stream of the first part, or all parts on disk.
 
 use std::{
     collections::HashSet,
@@ -39,9 +39,9 @@ struct FirstPart {
 
 enum State {
     Running(Box<Transfer>),
-    /// Its end has been seen.
+    /// Its end was returned.
     Over,
-    /// Asked again, it fails again: an error must not turn into an end.
+    /// Every later call returns the same error, so that a failure never looks like an end.
     Failed(PortError),
 }
 
@@ -62,7 +62,7 @@ impl InputStream for FirstPart {
             match transfer.next().await {
                 Ok(Arrived::Data(data)) => Ok(Some(data)),
                 Ok(_) => {
-                    // What follows, if anything, is not asked for.
+                    // A stream has only the first part.
                     transfer.leave().await;
                     *state = State::Over;
                     Ok(None)
@@ -117,19 +117,19 @@ async fn unpack(
     let name = part.name.as_deref().unwrap_or_default();
     let into = (1..).map(|number| root.join(zip::folder(data_type, name, number)));
     let into = into.into_iter().find(|into| taken.insert(into.clone()));
-    let into = into.expect("numbers do not run out");
+    let into = into.expect("the numbers are unlimited");
     let what = format!("archive {}", shown(name));
     let work = zip::unpacked(&what, archive.to_owned(), into, inner.config.unpack.clone(), Some(inner.tracker.token()));
     tokio::select! {
         biased;
-        _ = inner.grant.cancel.cancelled() => {
+        _ = inner.held.cancel.cancelled() => {
             Err(PortError::new(PortErrorKind::LeaseOver, format!("{what} is not unpacked: the task is cancelled")))
         }
         files = work => files,
     }
 }
 
-/// A folder that goes again unless the input is complete: half an input is no input.
+/// Removes the folder on drop, unless the input is complete.
 struct Unfinished(Option<PathBuf>);
 
 impl Unfinished {
@@ -141,13 +141,13 @@ impl Unfinished {
 impl Drop for Unfinished {
     fn drop(&mut self) {
         if let Some(root) = &self.0 {
-            // The task's directory goes with everything in it, so a failure here is not lost.
+            // An error does not matter, because the whole task directory is removed later.
             let _ = std::fs::remove_dir_all(root);
         }
     }
 }
 
-/// Trouble with a local file, or with the transfer into it.
+/// A failure of a local file, or of the transfer into it.
 enum WriteError {
     Port(PortError),
     Local(std::io::Error),
@@ -157,7 +157,7 @@ fn named(err: WriteError, path: &Path) -> PortError {
     match err {
         WriteError::Port(err) => err,
         WriteError::Local(err) => {
-            // The plane hears of it, and has no use for a path of this machine.
+            // The control plane gets this text, and it must not see paths of this machine.
             tracing::debug!(path = %path.display(), error = %err, "input file could not be written");
             let name = path.file_name().unwrap_or_default().display();
             PortError::new(PortErrorKind::Local, format!("cannot write input file {name}: {err}"))
@@ -188,7 +188,7 @@ fn meta(cid: &str, head: PartHead) -> InputMeta {
     InputMeta { cid: cid.to_owned(), data_id: id, name, data_type, domain_id, size }
 }
 
-/// A path for a part that no other part of the answer has.
+/// A path for a part, different from those of all other parts of the answer.
 fn place(root: &Path, part: &PartHead, taken: &mut HashSet<PathBuf>) -> PathBuf {
     let name = part.name.as_deref().unwrap_or_default();
     let folder = root.join("datasets").join(dataset_folder(name));

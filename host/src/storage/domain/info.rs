@@ -1,4 +1,4 @@
-//! What domain servers say about their limits, remembered for a minute per server (posemesh.md sections 6.6, 10.5).
+//! Limits that domain servers state, cached for a minute per server (posemesh.md sections 6.6, 10.5).
 
 use std::{collections::HashMap, sync::Mutex, time::Duration};
 
@@ -15,25 +15,24 @@ use super::{
 };
 use crate::model::{PortError, PortErrorKind};
 
-/// How long an answer is believed.
+/// How long an answer is cached.
 const FRESH: Duration = Duration::from_secs(60);
 
-/// Up to here an artifact travels in one request, and a stream is held in memory until it is
-/// known to be longer.
+/// Up to so many bytes, an artifact is sent in one request. A stream is held in memory until it is longer.
 const SINGLE_BYTES_MAX: u64 = 4 * 1024 * 1024;
-/// Up to here a file does while the server has not said what it takes.
+/// The same for a file while the server's limits are unknown.
 const UNSTATED_BYTES_MAX: u64 = 64 * 1024;
 
-/// What a server takes. `None`: it says no limit.
+/// The limits of a server. `None`: it states no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Limits {
     /// The largest request, in bytes.
     pub(super) request_bytes_max: Option<u64>,
     /// The largest stored item, in bytes.
     pub(super) item_bytes_max: Option<u64>,
-    /// Whether uploads in parts are worth a try. Only a plain "no" speaks against it.
+    /// Whether to try uploads in parts. `false` only if the server says that it has none.
     pub(super) parts: bool,
-    /// Whether the server has said any of this.
+    /// Whether the server stated any limit.
     stated: bool,
 }
 
@@ -49,7 +48,7 @@ impl Limits {
                 limit.map(Some).map_err(|_| format!("{field} is {value}, expected 0 for no limit, or more"))
             }
         };
-        // We take parts as large as the answer to each upload says; here it only has to make sense.
+        // The answer to each upload has the part size that is used. This value is only checked.
         limit("part_size_bytes", parts.and_then(|parts| parts.part_size_bytes))?;
         Ok(Self {
             request_bytes_max: limit("request_max_bytes", Some(info.request_max_bytes))?,
@@ -61,20 +60,20 @@ impl Limits {
 
     /// The largest payload of `plan` that is sent in one request without a try in parts.
     pub(super) fn single_bytes_max(&self, plan: &Plan) -> u64 {
-        // Boundary, part headers and line ends, generously.
+        // Boundary, part headers and line ends, with a margin.
         let around = 512 + plan.name.len() as u64 + plan.data_type.len() as u64;
         let most = self.request_bytes_max.map_or(u64::MAX, |limit| limit.saturating_sub(around));
         most.min(SINGLE_BYTES_MAX)
     }
 
-    /// The same for a file. Files need no limits to go in parts (posemesh.md section 6.8): while a server's are
-    /// unknown, all but small ones try that first, because the refusal of a request that is too large
-    /// may get lost with the connection.
+    /// The same for a file. An upload of a file in parts needs no known limits (posemesh.md section 6.8). While the
+    /// limits are unknown, only small files are sent in one request first. The refusal of a request that is too
+    /// large may be lost with the connection.
     pub(super) fn single_file_bytes_max(&self, plan: &Plan) -> u64 {
         self.single_bytes_max(plan).min(if self.stated { u64::MAX } else { UNSTATED_BYTES_MAX })
     }
 
-    /// Refuses an artifact of at least `bytes` that the server would not store, before it travels.
+    /// Refuses an artifact of at least `bytes` that the server would not store, before it is sent.
     pub(super) fn check(&self, plan: &Plan, bytes: u64) -> Result<(), PortError> {
         match self.item_bytes_max {
             Some(most) if bytes > most => {
@@ -86,13 +85,13 @@ impl Limits {
     }
 }
 
-/// By base URL: when it was asked, and what it said.
+/// By base URL: the time of the request, and the limits.
 #[derive(Debug, Default)]
 pub(super) struct Cache(Mutex<HashMap<String, (Instant, Limits)>>);
 
 impl Inner {
-    /// What `server` takes. Asking never fails an upload: a server that does not say is unlimited
-    /// here, and speaks for itself when it gets too much.
+    /// The limits of `server`. A failed request never fails an upload: the limits are unknown then, and the server
+    /// refuses what is too large.
     pub(super) async fn limits(&self, server: &Url) -> Limits {
         let key = server.as_str().trim_end_matches('/').to_owned();
         let cache = &self.config.info.0;
@@ -118,9 +117,9 @@ impl Inner {
         call.bearer = false;
         let response = self.exchange(&call).await.map_err(|err| err.to_string())?;
         match response.status() {
-            // Servers from before there were limits to ask for.
+            // Older servers have no such request.
             StatusCode::NOT_FOUND => {
-                self.excerpt(response).await; // read to the end, so that the connection can be used again
+                self.excerpt(response).await; // reads to the end, so that the connection can be reused
                 Ok(Limits::UNKNOWN)
             }
             _ => {
@@ -160,7 +159,7 @@ mod tests {
     }
 
     #[test]
-    fn negative_limits_are_no_limits_we_can_obey() {
+    fn negative_limits_are_refused() {
         let complaint = "request_max_bytes is -1, expected 0 for no limit, or more";
         check(json!({ "request_max_bytes": -1 }), Err(complaint));
         check(

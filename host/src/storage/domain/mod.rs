@@ -1,11 +1,16 @@
 //! A task's data on the domain server of its lease.
 //!
-//! [`DomainPorts`] is one task's view: it waits for the set-up heartbeat, speaks only to the
-//! server the lease names (and the operator allows), takes the newest bearer for each request, and
-//! stops for good when the lease is lost, the control plane cancels the task, or the task is over. `calls` sends single requests,
-//! `download` and `upload` are what runners see, `transfer` brings an input through broken
-//! connections (`retry` paces that), `uploads_in_parts` and `stream` carry large
-//! artifacts, `parts`, `cid` and `wire` are pure. Nothing in here decides what is reported.
+//! [`DomainPorts`] are the ports of one task. They wait for the set-up heartbeat. They call only the server that the
+//! lease names and the operator allows. Each request has the newest bearer. They stop when the lease is lost, the
+//! control plane cancels the task, or the task is over.
+//!
+//! - `calls` sends single requests.
+//! - `download` and `upload` are what runners use.
+//! - `transfer` resumes an input after broken connections; `retry` has its pauses.
+//! - `uploads_in_parts` and `stream` send large artifacts.
+//! - `cid` and `wire` are pure.
+//!
+//! Nothing in here decides what is reported.
 
 mod calls;
 mod cid;
@@ -43,30 +48,29 @@ use crate::{
     transport::Client,
 };
 
-/// How the node talks to domain servers. One per process: it also remembers what the servers said
-/// about their limits.
+/// How the node calls domain servers. One per process, because it also caches the limits of the servers.
 #[derive(Debug)]
 pub struct Config {
     /// Sent as `posemesh-client-id` on every call; servers bill repeated access of one client once.
     pub client_id: String,
-    /// A transfer in which nothing moves for so long has failed.
+    /// A transfer fails after no bytes moved for this time.
     pub stall: Duration,
-    /// How long a small answer, or the head of a large one, may take.
+    /// Time limit of a small answer, and of the head of a large one.
     pub request_timeout: Duration,
     /// How long a refused request waits for a newer bearer before it is repeated.
     pub token_wait: Duration,
-    /// Pause before a failed request is sent again; it grows with each try.
+    /// First pause before a failed request is repeated. It grows with each try.
     pub part_pause: Duration,
-    /// How long a transfer in which nothing moves is tried again.
+    /// How long a transfer without progress is repeated.
     pub patience: Duration,
-    /// What is held in memory is charged to it.
+    /// Bytes in memory are charged to it.
     pub budget: Budget,
-    /// What a zip input may hold.
+    /// Limits for the content of zip inputs.
     pub unpack: UnpackLimits,
-    /// Hosts (or `host:port`) that may get a lease's token; empty allows any.
+    /// Hosts (or `host:port`) that may get a lease's token. Empty allows any.
     pub domain_hosts: Vec<String>,
-    /// How many parts of one artifact travel at once; at least one. Two fill a connection that has
-    /// to wait for answers, and bound what a stream holds in memory: they, and the one being filled.
+    /// How many parts of one artifact are sent concurrently, at least one. With two, a connection is busy while one
+    /// part waits for its answer. A stream holds these parts and the next one in memory.
     pub parallel_parts: usize,
     info: info::Cache,
 }
@@ -98,7 +102,7 @@ pub struct DomainStorage {
 }
 
 impl DomainStorage {
-    /// Connects to nobody yet.
+    /// Creates the storage. No connection is opened yet.
     #[must_use]
     pub fn new(client: Client, config: Config) -> Self {
         Self { client, config: Arc::new(config) }
@@ -119,36 +123,36 @@ pub struct DomainPorts {
 /// What the ports of one task and its streams share.
 struct Inner {
     client: Client,
-    grant: HeldLease,
+    held: HeldLease,
     dir: PathBuf,
     config: Arc<Config>,
-    /// Turned when the task is over.
+    /// Cancelled when the task is over.
     closed: CancellationToken,
-    /// Everything under way, so that `close` can wait for it.
+    /// All running transfers, so that `close` can wait for them.
     tracker: TaskTracker,
-    books: Mutex<Books>,
+    record: Mutex<Record>,
 }
 
 /// What this task has stored and fetched.
 #[derive(Default)]
-struct Books {
-    /// Which logical path took a stored name and type.
+struct Record {
+    /// The logical path of each stored name and type.
     names: HashMap<(String, String), String>,
     /// By logical path.
     published: BTreeMap<String, Published>,
-    /// In the order in which they came to their end.
+    /// In the order of their ends.
     fetched: Vec<Fetched>,
 }
 
 struct Published {
     artifact: Artifact,
-    /// When the server last changed it, in its words.
+    /// The time of its last change, as the server states it.
     updated_at: Option<String>,
 }
 
-impl Books {
-    /// Notes an input; one that was read before is not noted again.
-    fn fetch(&mut self, input: Fetched) {
+impl Record {
+    /// Lists an input. Each input is listed once.
+    fn add_fetched(&mut self, input: Fetched) {
         if !self.fetched.contains(&input) {
             self.fetched.push(input);
         }
@@ -156,17 +160,17 @@ impl Books {
 }
 
 impl DomainPorts {
-    /// Ports for the task of `grant`, which may write below `dir`. No request is made yet.
+    /// Ports for the task of `held`, which may write below `dir`. No request is made yet.
     #[must_use]
-    pub fn new(client: Client, grant: HeldLease, dir: PathBuf, config: Arc<Config>) -> Self {
+    pub fn new(client: Client, held: HeldLease, dir: PathBuf, config: Arc<Config>) -> Self {
         let inner = Inner {
             client,
-            grant,
+            held,
             dir,
             config,
             closed: CancellationToken::new(),
             tracker: TaskTracker::new(),
-            books: Mutex::default(),
+            record: Mutex::default(),
         };
         Self { inner: Arc::new(inner) }
     }
@@ -197,11 +201,11 @@ impl Ports for DomainPorts {
     }
 
     fn published(&self) -> Vec<Artifact> {
-        self.inner.books().published.values().map(|published| published.artifact.clone()).collect()
+        self.inner.record().published.values().map(|published| published.artifact.clone()).collect()
     }
 
     fn fetched(&self) -> Vec<Fetched> {
-        self.inner.books().fetched.clone()
+        self.inner.record().fetched.clone()
     }
 
     fn budget(&self) -> &Budget {
@@ -216,9 +220,9 @@ impl Ports for DomainPorts {
 }
 
 impl Inner {
-    /// Runs `work` until it is done, or until [`Self::over`].
+    /// Runs `work` until it is done, or until [`Self::over`] returns.
     async fn guarded<T>(&self, work: impl Future<Output = Result<T, PortError>>) -> Result<T, PortError> {
-        // `close` waits for this, so that what `work` leaves behind when it is dropped is seen by it.
+        // `close` waits for this token, and so for tasks that `work` spawns when it is dropped.
         let _busy = self.tracker.token();
         tokio::select! {
             biased;
@@ -228,16 +232,16 @@ impl Inner {
     }
 
     /// Waits until nothing more may be transferred: the lease is lost, the control plane has cancelled the task, or
-    /// the task is over. A drain or an operator lets a runner store what it has.
+    /// the task is over. After a cancel by a drain or an operator a runner may still store its results.
     async fn over(&self) -> PortError {
         let cancelled_by_plane = async {
-            if self.grant.cancel.cancelled().await != CancelReason::Plane {
+            if self.held.cancel.cancelled().await != CancelReason::Plane {
                 std::future::pending::<()>().await;
             }
         };
         let why = tokio::select! {
             biased;
-            () = self.grant.lost() => "the lease is lost",
+            () = self.held.lost() => "the lease is lost",
             () = cancelled_by_plane => "the control plane cancelled the task",
             () = self.closed.cancelled() => "the task is over",
         };
@@ -246,21 +250,21 @@ impl Inner {
 
     /// The error of [`Self::over`] if that has happened.
     async fn still_ours(&self) -> Result<(), PortError> {
-        let cancelled = self.grant.cancel.reason() == Some(CancelReason::Plane);
-        match cancelled || self.closed.is_cancelled() || !self.grant.check_deadline() {
+        let cancelled = self.held.cancel.reason() == Some(CancelReason::Plane);
+        match cancelled || self.closed.is_cancelled() || !self.held.check_deadline() {
             true => Err(self.over().await),
             false => Ok(()),
         }
     }
 
-    fn books(&self) -> MutexGuard<'_, Books> {
-        self.books.lock().expect("nobody panics while holding the books")
+    fn record(&self) -> MutexGuard<'_, Record> {
+        self.record.lock().expect("no code panics while it holds the record")
     }
 
-    /// Where the data lives, once the plane has answered and if we may go there.
+    /// The location of the data, after the control plane has named it, if the operator allows the server.
     async fn coordinates(&self) -> Result<Coordinates, PortError> {
         let refuse = |message: String| PortError::new(PortErrorKind::Setup, message);
-        let coordinates = match self.grant.setup().await {
+        let coordinates = match self.held.setup().await {
             Setup::Ready(Ok(DataLocation::DomainServer(coordinates))) => coordinates,
             Setup::Ready(Ok(other)) => {
                 return Err(refuse(format!("the task's data is not on a domain server: {other:?}")));
@@ -271,7 +275,9 @@ impl Inner {
         let server = &coordinates.server;
         self.client.check(server).map_err(|err| refuse(format!("domain server {err}")))?;
         if !server.username().is_empty() || server.password().is_some() {
-            return Err(refuse("the domain server's URL holds credentials; expected scheme, host and path".to_owned()));
+            return Err(refuse(
+                "the domain server's URL contains credentials; expected scheme, host and path".to_owned(),
+            ));
         }
         if !allowed(server, &self.config.domain_hosts) {
             let host = server.host_str().unwrap_or_default();
@@ -281,7 +287,7 @@ impl Inner {
     }
 }
 
-/// Whether the operator lets us speak to this server.
+/// Whether the operator allows this server.
 fn allowed(server: &Url, hosts: &[String]) -> bool {
     let host = server.host_str().unwrap_or_default();
     let with_port = format!("{host}:{}", server.port_or_known_default().unwrap_or_default());

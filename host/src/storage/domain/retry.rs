@@ -1,4 +1,4 @@
-//! How long a transfer that fails is tried again: pauses that grow and vary, an end to patience.
+//! Repetitions of a failed transfer: growing pauses with jitter, and a time limit.
 
 use std::time::Duration;
 
@@ -7,32 +7,32 @@ use tokio::time::Instant;
 
 use crate::model::{Backoff, Jitter, PortError, millis, pause_asked};
 
-/// Longest pause before its jitter, unless the server asks for a longer one.
+/// Longest pause without jitter, unless the server asks for a longer one.
 const PAUSE_MAX: Duration = Duration::from_secs(10);
 
-/// One transfer's patience. It is as good as new whenever something has moved.
+/// The pauses and the time limit of one transfer. Progress resets both.
 #[derive(Debug)]
 pub(super) struct Patience {
     pauses: Backoff,
     limit: Duration,
-    /// When the trouble began; `None` while there is none.
+    /// The time of the first failure since the last progress.
     since: Option<Instant>,
     failures: u32,
 }
 
 impl Patience {
-    /// Pauses of `first`, twice that, and so on; given up when nothing has moved for `limit`.
+    /// Pauses of `first`, twice that, and so on. It gives up after `limit` without progress.
     pub(super) fn new(first: Duration, limit: Duration) -> Self {
         Self { pauses: Backoff::new(first, PAUSE_MAX, Jitter::Fifth), limit, since: None, failures: 0 }
     }
 
-    /// Something has moved.
+    /// Resets the pauses and the limit after bytes moved.
     pub(super) fn progress(&mut self) {
         self.since = None;
         self.failures = 0;
     }
 
-    /// Waits before the next try. `err` comes back once patience would end before that try.
+    /// Waits before the next try. Returns `err` if the time limit would end before that try.
     pub(super) async fn pause(&mut self, err: PortError, asked: Option<Duration>) -> Result<(), PortError> {
         let Some(pause) = self.next_pause(asked, Instant::now()) else {
             let PortError { kind, message } = err;
@@ -47,12 +47,12 @@ impl Patience {
         Ok(())
     }
 
-    /// The pause after another failure; `None`: the next try would come too late.
+    /// The pause after another failure. `None`: the next try would be after the time limit.
     fn next_pause(&mut self, asked: Option<Duration>, now: Instant) -> Option<Duration> {
         let since = *self.since.get_or_insert(now);
         self.failures += 1;
         let left = self.limit.saturating_sub(now.duration_since(since));
-        // Nodes that lost the same server must not come back in step.
+        // With jitter, so that nodes that lost the same server do not return at the same time.
         let own = self.pauses.pause(self.failures, rand::random());
         // A server that asks for a longer pause than is left gets one last try at the end of it.
         (own <= left).then(|| pause_asked(own, asked, left))
@@ -71,7 +71,7 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
 
     #[test]
-    fn pauses_grow_and_end_with_patience() {
+    fn pauses_grow_and_end_at_the_limit() {
         let mut patience = Patience::new(SECOND, 30 * SECOND);
         let began = Instant::now();
         let mut now = began;
@@ -86,11 +86,11 @@ mod tests {
             assert!((middle * 0.8..middle * 1.2).contains(pause), "{pauses:?}");
         }
         patience.progress();
-        assert!(patience.next_pause(None, now).is_some(), "as good as new");
+        assert!(patience.next_pause(None, now).is_some(), "progress resets the limit");
     }
 
     #[test]
-    fn retry_after_is_obeyed_within_the_patience() {
+    fn retry_after_is_obeyed_within_the_limit() {
         let mut patience = Patience::new(SECOND, 30 * SECOND);
         let now = Instant::now();
         assert_eq!(patience.next_pause(Some(20 * SECOND), now), Some(20 * SECOND));

@@ -1,4 +1,4 @@
-//! Request bodies that can be sent again: bytes in memory or a range of a file.
+//! Repeatable request bodies: bytes in memory or a range of a file.
 
 use std::{
     fs::File,
@@ -37,12 +37,12 @@ impl From<Bytes> for Source {
     }
 }
 
-/// How much of a body is handed on at once. A pulse has to beat on slow connections too.
+/// Bytes of one frame of a body. Small, so that progress is visible on slow connections too.
 const FRAME_BYTES: usize = 64 * 1024;
-/// What the two systems' buffers may hold of a body that was taken whole.
+/// Bytes that the buffers of both systems may still hold after the whole body was taken.
 const UNSENT_BYTES_MAX: u64 = 8 * 1024 * 1024;
 
-/// When a body moved last, and what went wrong in it on our side.
+/// Progress of a body, and the error of its file.
 #[derive(Debug)]
 pub(super) struct Pulse {
     /// Bytes of the whole body.
@@ -61,29 +61,29 @@ struct Beat {
 }
 
 impl Pulse {
-    /// Of a body of `length` bytes.
+    /// The progress of a body of `length` bytes.
     pub(super) fn new(length: u64) -> Arc<Self> {
         let began = Instant::now();
         let last = Mutex::new(Beat { at: began, taken: 0 });
         Arc::new(Self { length, began, last, fault: OnceLock::new() })
     }
 
-    /// So many more bytes were taken.
+    /// Counts bytes that were taken.
     fn beat(&self, bytes: usize) {
         let mut last = self.last.lock().expect("a pulse is only read and set");
         *last = Beat { at: Instant::now(), taken: last.taken + bytes as u64 };
     }
 
-    /// Waits until nothing has moved for `stall`, nor been answered for so long after the body has
-    /// left. What was taken may still wait in the system's buffers; it leaves as slowly as the rest did.
+    /// Waits until no bytes were taken for `stall`. After the whole body was taken, the answer has
+    /// the same limit, plus the time for the bytes in the system's buffers at the pace of the others.
     pub(super) async fn silent(&self, stall: Duration) -> Duration {
         loop {
             let last = *self.last.lock().expect("a pulse is only read and set");
-            // Nobody asks a body of known length for more than that.
+            // A body of known length is not polled after its last byte.
             let limit = match last.taken >= self.length {
                 false => stall,
                 true => {
-                    // The first bytes went into those buffers at once and tell nothing of the pace.
+                    // The first bytes went into those buffers at once, so they do not show the pace.
                     let paced = last.taken.saturating_sub(UNSENT_BYTES_MAX).max(UNSENT_BYTES_MAX);
                     let unsent = last.taken.min(UNSENT_BYTES_MAX);
                     stall + (last.at - self.began).mul_f64(unsent as f64 / paced as f64)
@@ -97,7 +97,7 @@ impl Pulse {
     }
 }
 
-/// The sources one after the other as one body. It beats `pulse` whenever something of it is taken.
+/// Joins the sources to one body. Each frame that is taken counts in `pulse`.
 pub(super) fn body(sources: Vec<Source>, pulse: Arc<Pulse>) -> Body {
     enum Now {
         Bytes(Bytes),

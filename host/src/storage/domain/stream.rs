@@ -1,9 +1,9 @@
 //! Artifacts written piece by piece.
 //!
-//! A task of its own takes the pieces from a channel of one, so the runner waits when the store is
-//! slower. Up to four MiB are held back: an artifact that ends within goes in one request. A
-//! longer one goes in parts, or through a file in the task's directory where the server offers
-//! none. Memory is bounded by the parts under way and the one being filled.
+//! A separate task takes the pieces from a channel of one, so the runner waits while the store is slower.
+//! Up to 4 MiB are held in memory. A shorter artifact is sent in one request. A longer one is sent in parts,
+//! or through a file in the task's directory if the server offers no parts. Memory is bounded by the parts
+//! in transfer and the part that is being filled.
 
 use std::sync::Arc;
 
@@ -26,7 +26,7 @@ use crate::{
     },
 };
 
-/// Parts up to here are filled in memory, larger ones in a file.
+/// Parts up to this size are filled in memory, larger ones in a file.
 const PART_MEMORY_BYTES_MAX: u64 = 4 * 1024 * 1024;
 
 enum Message {
@@ -64,7 +64,7 @@ impl Writer {
             End::Failed(err) => return err.clone(),
             End::Running(driver) => match driver.await {
                 Ok(Err(err)) => err,
-                // It ends well only after `Finish`, which consumes the writer.
+                // It succeeds only after `Finish`, which consumes the writer.
                 Ok(Ok(_)) => PortError::new(PortErrorKind::Other, "the artifact is already complete"),
                 Err(err) => internal(&err),
             },
@@ -103,13 +103,13 @@ impl OutputStream for Writer {
         let Self { pieces, end, .. } = *self;
         drop(pieces);
         if let End::Running(driver) = end {
-            // Its result is the abort itself.
+            // Its only result is the error of the abort.
             let _ = driver.await;
         }
     }
 }
 
-/// What the runner writes, and the digest of what was taken of it.
+/// The pieces that the runner writes, and their digest.
 struct Pieces {
     taken: mpsc::Receiver<Message>,
     digester: Digester,
@@ -134,11 +134,11 @@ fn unhashed(err: &std::io::Error) -> PortError {
     PortError::new(PortErrorKind::Other, format!("the upload could not be hashed: {err}"))
 }
 
-/// The store's side: everything up to the id of the published artifact.
+/// The store's side: sends the artifact, and returns its id.
 async fn write(inner: &Arc<Inner>, mut plan: Plan, mut pieces: Pieces) -> Result<String, PortError> {
     let mut held = BytesMut::new();
     let mut limits = None;
-    // Hold back until it is known to be long; `more` is the piece that shows it.
+    // Hold pieces in memory up to the limit of one request. `more` is the piece that exceeds it.
     let more = loop {
         match pieces.recv().await {
             None => return Err(abandoned(&plan)),
@@ -163,7 +163,7 @@ async fn write(inner: &Arc<Inner>, mut plan: Plan, mut pieces: Pieces) -> Result
                     Whole::Stored(stored) => stored,
                     Whole::InParts(upload) => upload.send(source).await?,
                 };
-                return Ok(inner.record(&plan, stored, size, pieces.digest().await?));
+                return Ok(inner.add_published(&plan, stored, size, pieces.digest().await?));
             }
         }
     };
@@ -188,10 +188,10 @@ async fn write(inner: &Arc<Inner>, mut plan: Plan, mut pieces: Pieces) -> Result
             (stored, size)
         }
     };
-    Ok(inner.record(&plan, stored, size, pieces.digest().await?))
+    Ok(inner.add_published(&plan, stored, size, pieces.digest().await?))
 }
 
-/// The server's limits: asked only when there is a piece they could matter to.
+/// The server's limits. They are requested with the first piece.
 async fn known(inner: &Inner, limits: &mut Option<Limits>) -> Result<Limits, PortError> {
     if let Some(limits) = *limits {
         return Ok(limits);
@@ -228,7 +228,7 @@ async fn fill_parts(
     loop {
         let message = match opening.next() {
             Some(piece) => Some(Message::Piece(piece)),
-            // Parts under way move on, and fail early, while the runner works.
+            // Parts in transfer make progress, and fail early, while the runner works.
             None => tokio::select! {
                 message = pieces.recv() => {
                     if let Some(Message::Piece(piece)) = &message {
@@ -281,7 +281,7 @@ enum Store {
 impl Filling {
     fn new(inner: &Inner, plan: &Plan, size: u64) -> Result<Self, PortError> {
         let store = if size <= PART_MEMORY_BYTES_MAX {
-            // The whole size at once: growing by doubling would take up to twice as much.
+            // The whole size at once, because growth by doubling would need up to twice as much.
             Store::Memory(BytesMut::with_capacity(size as usize), inner.config.budget.count(size))
         } else {
             Store::File(spool_file(inner, plan)?)
@@ -293,7 +293,7 @@ impl Filling {
         self.left -= piece.len() as u64;
         self.length += piece.len() as u64;
         match &mut self.store {
-            // Copied, so that a small piece does not keep a large buffer of the runner alive.
+            // Copied, so that a small piece does not hold a large buffer of the runner.
             Store::Memory(bytes, _) => bytes.extend_from_slice(&piece),
             Store::File(sink) => sink.write(piece).await.map_err(|err| local(plan, &err))?,
         }
@@ -311,7 +311,7 @@ impl Filling {
     }
 }
 
-/// Everything into a file, for a server that wants it in one request.
+/// Writes everything to a file, for a server that accepts only one request.
 async fn spool(
     inner: &Inner,
     plan: &Plan,
@@ -340,7 +340,7 @@ async fn spool(
     }
 }
 
-/// A file without a name in the task's directory: it goes when it is closed.
+/// A file without a name in the task's directory. It is removed when it is closed.
 fn spool_file(inner: &Inner, plan: &Plan) -> Result<FileSink, PortError> {
     tempfile::tempfile_in(&inner.dir).map(FileSink::new).map_err(|err| local(plan, &err))
 }
@@ -350,7 +350,7 @@ fn local(plan: &Plan, err: &std::io::Error) -> PortError {
     PortError::new(PortErrorKind::Local, message)
 }
 
-/// More than was promised is seen before the end.
+/// Refuses an artifact as soon as it is longer than promised.
 fn check_overrun(plan: &Plan, so_far: u64) -> Result<(), PortError> {
     if plan.size.is_some_and(|promised| so_far > promised) { plan.check_size(so_far) } else { Ok(()) }
 }

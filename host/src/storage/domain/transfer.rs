@@ -1,13 +1,14 @@
-//! One input on its way, however often the connection breaks.
+//! The download of one input, resumed after broken connections.
 //!
-//! [`Transfer`] passes on parts and their bytes, each byte once. It begins with the multipart
-//! request every server of this wire answers (posemesh.md section 6.2). When that breaks, the part
-//! under way is asked for alone, as raw content by id (posemesh.md sections 6.5, 10.5), from the byte it
-//! stopped at. Whether those bytes belong to the same data is not believed but checked: by the
-//! entity tag or the time of the last change where only the rest comes, by the SHA-256 of what was
-//! passed on already where a server sends all of it again.
+//! [`Transfer`] returns parts and their bytes, each byte once. It begins with the multipart request, which every
+//! server of this wire answers (posemesh.md section 6.2). If the answer breaks off, it requests only the rest of
+//! the current part, as raw content by id (posemesh.md sections 6.5, 10.5).
 //!
-//! That second half is in `resume`. Pauses and their end are [`super::retry`]'s; where bytes go is the caller's.
+//! It checks that the rest belongs to the same data. If the server sends only the rest, it compares the entity
+//! tag or the time of the last change. If the server sends the whole part again, it compares the SHA-256 of the
+//! bytes that were already returned.
+//!
+//! `resume` has the requests for a rest. [`super::retry`] has the pauses and the time limit.
 
 mod resume;
 
@@ -39,21 +40,21 @@ use crate::{
     },
 };
 
-/// How much may follow the closing delimiter before the connection is given up instead of reused.
+/// Most bytes after the closing delimiter. With more, the connection is closed instead of reused.
 const EPILOGUE_BYTES_MAX: usize = 64 * 1024;
-/// How long it is waited for.
+/// How long to wait for these bytes.
 const EPILOGUE_WAIT: Duration = Duration::from_millis(200);
 
-/// What a transfer may hold in memory: the same four blocks wait for disk and digest.
+/// Most bytes of a transfer in memory: the same four blocks wait for disk and digest.
 const TRANSFER_BYTES: u64 = 4 * BLOCK_BYTES as u64;
 
-/// What has arrived.
+/// One step of a download.
 pub(super) enum Arrived {
     /// A part begins.
     Part(PartHead),
     /// The next bytes of its body, never empty.
     Data(Bytes),
-    /// It is complete and noted as fetched.
+    /// The part is complete and listed as fetched.
     PartEnd,
     /// There are no more parts.
     End,
@@ -67,26 +68,26 @@ pub(super) struct Transfer {
     at: Coordinates,
     target: Target,
     flow: Flow,
-    /// The part under way.
+    /// The current part.
     part: Option<Part>,
-    /// Parts that were passed on whole.
+    /// Parts that were returned completely.
     done: Vec<PartHead>,
-    /// Whether raw content is worth asking for, and a range of it.
+    /// Whether to request raw content, and ranges of it. `false` after the server did not support it.
     raw: bool,
     ranges: bool,
     patience: Patience,
-    /// What waits for disk and digest.
+    /// For the bytes that wait for disk and digest.
     _charge: Charge,
 }
 
-/// Where bytes come from at the moment.
+/// The current source of bytes.
 enum Flow {
-    /// Nowhere; the next step asks.
+    /// None. The next step sends a request.
     Closed,
     Form {
         body: Incoming,
         parser: Box<Parser>,
-        /// A part that was passed on before and came once more.
+        /// The current part of the answer is a repetition of a complete one.
         again: bool,
     },
     Raw {
@@ -94,32 +95,32 @@ enum Flow {
     },
 }
 
-/// The part under way.
+/// The part that is being returned.
 struct Part {
     head: PartHead,
-    /// How much of it was passed on.
+    /// Bytes that were returned.
     at: u64,
     digester: Digester,
-    /// Entity tag of its raw content, once a server has given a strong one.
+    /// Entity tag of its raw content, if the server gave a strong one.
     etag: Option<String>,
     skip: Option<Skip>,
 }
 
-/// Bytes that come once more.
+/// Bytes that the server sends again.
 struct Skip {
     left: u64,
     digest: Sha256,
 }
 
-/// Why a step did not succeed.
-enum Trouble {
-    /// Trying again will not help.
+/// Why a step failed.
+enum Failure {
+    /// A repetition does not help.
     Final(PortError),
-    /// It may.
+    /// A repetition may help.
     Passing { err: PortError, asked: Option<Duration> },
 }
 
-impl From<PortError> for Trouble {
+impl From<PortError> for Failure {
     fn from(err: PortError) -> Self {
         match err.kind {
             PortErrorKind::Network => Self::Passing { err, asked: None },
@@ -129,7 +130,7 @@ impl From<PortError> for Trouble {
 }
 
 impl Transfer {
-    /// Asks for an input and waits for the head of its first part.
+    /// Requests an input and waits for the head of its first part.
     pub(super) async fn begin(inner: &Arc<Inner>, cid: &str) -> Result<(Self, PartHead), PortError> {
         let at = inner.coordinates().await?;
         let target = resolve(cid, &at.server)?;
@@ -156,7 +157,7 @@ impl Transfer {
         }
     }
 
-    /// What comes next. After [`Arrived::End`] there is nothing more to ask for.
+    /// The next step. Do not call it again after [`Arrived::End`].
     pub(super) async fn next(&mut self) -> Result<Arrived, PortError> {
         loop {
             match self.step().await {
@@ -165,8 +166,8 @@ impl Transfer {
                     return Ok(arrived);
                 }
                 Ok(None) => {}
-                Err(Trouble::Final(err)) => return Err(err),
-                Err(Trouble::Passing { err, asked }) => {
+                Err(Failure::Final(err)) => return Err(err),
+                Err(Failure::Passing { err, asked }) => {
                     self.flow = Flow::Closed;
                     self.patience.pause(err, asked).await?;
                 }
@@ -174,7 +175,7 @@ impl Transfer {
         }
     }
 
-    /// Reads the little that may follow, so that the connection can be used again.
+    /// Reads the bytes after the end, so that the connection can be reused.
     pub(super) async fn leave(&mut self) {
         let (Flow::Form { body, .. } | Flow::Raw { body }) = &mut self.flow else { return };
         let mut left = EPILOGUE_BYTES_MAX;
@@ -190,8 +191,8 @@ impl Transfer {
         let _ = tokio::time::timeout(EPILOGUE_WAIT, rest).await;
     }
 
-    /// One thing that arrives, or a move that brings nothing yet.
-    async fn step(&mut self) -> Result<Option<Arrived>, Trouble> {
+    /// One step. `None`: nothing arrived yet.
+    async fn step(&mut self) -> Result<Option<Arrived>, Failure> {
         match &mut self.flow {
             Flow::Closed => self.connect().await,
             Flow::Form { parser, again, .. } => {
@@ -215,14 +216,14 @@ impl Transfer {
                     Some(PartsEvent::Data(_) | PartsEvent::PartEnd) if *again => Ok(None),
                     Some(PartsEvent::Data(data)) => self.take(data).await,
                     Some(PartsEvent::PartEnd) => self.end_part().await.map(Some),
-                    // The part under way did not come once more: it was changed or removed.
-                    Some(PartsEvent::End) if self.part.is_some() => Err(Trouble::Final(self.changed())),
+                    // The answer lacks the current part, so it was changed or removed.
+                    Some(PartsEvent::End) if self.part.is_some() => Err(Failure::Final(self.changed())),
                     Some(PartsEvent::End) => Ok(Some(Arrived::End)),
                     None => self.read().await,
                 }
             }
             Flow::Raw { .. } => {
-                let part = self.part.as_ref().expect("raw content is asked for a part under way");
+                let part = self.part.as_ref().expect("raw content is requested only with a current part");
                 if part.skip.is_none() && Some(part.at) == part.head.size {
                     let ended = self.end_part().await?;
                     self.flow = Flow::Closed;
@@ -234,7 +235,7 @@ impl Transfer {
     }
 
     /// Waits for the next frame of the body.
-    async fn read(&mut self) -> Result<Option<Arrived>, Trouble> {
+    async fn read(&mut self) -> Result<Option<Arrived>, Failure> {
         let stall = self.inner.config.stall;
         let (Flow::Form { body, .. } | Flow::Raw { body }) = &mut self.flow else { return Ok(None) };
         let frame = match tokio::time::timeout(stall, body.frame()).await {
@@ -256,7 +257,7 @@ impl Transfer {
                 match parser.next() {
                     // An answer without a single part.
                     Ok(None) if self.part.is_none() => Ok(Some(Arrived::End)),
-                    Ok(None) => Err(self.broken("the answer ended before the part under way")),
+                    Ok(None) => Err(self.broken("the answer ended before the current part")),
                     Ok(Some(PartsEvent::Data(data))) => self.take(data).await,
                     Ok(Some(_)) => Ok(None),
                     Err(err) => Err(self.malformed(&err)),
@@ -266,8 +267,8 @@ impl Transfer {
         }
     }
 
-    /// Passes bytes of the part under way on, unless they were passed on before.
-    async fn take(&mut self, mut data: Bytes) -> Result<Option<Arrived>, Trouble> {
+    /// Returns bytes of the current part, without those that were already returned.
+    async fn take(&mut self, mut data: Bytes) -> Result<Option<Arrived>, Failure> {
         let part = self.part.as_mut().expect("bytes belong to a part");
         if let Some(skip) = &mut part.skip {
             let known = usize::try_from(skip.left).unwrap_or(usize::MAX).min(data.len());
@@ -280,7 +281,7 @@ impl Transfer {
             part.skip = None;
             let passed_on = part.digester.so_far().await.map_err(|err| self.local(&err))?;
             if again != passed_on {
-                return Err(Trouble::Final(self.changed()));
+                return Err(Failure::Final(self.changed()));
             }
         }
         let part = self.part.as_mut().expect("bytes belong to a part");
@@ -296,31 +297,31 @@ impl Transfer {
         Ok(Some(Arrived::Data(data)))
     }
 
-    /// The part under way is whole: notes its digest, and compares it where the server gave one.
-    async fn end_part(&mut self) -> Result<Arrived, Trouble> {
+    /// Ends the current part: compares its digest if the server gave one, and lists it as fetched.
+    async fn end_part(&mut self) -> Result<Arrived, Failure> {
         let mut part = self.part.take().expect("an end follows a head");
         if part.skip.as_ref().is_some_and(|skip| skip.left > 0) {
-            return Err(Trouble::Final(self.changed()));
+            return Err(Failure::Final(self.changed()));
         }
         let digest = part.digester.so_far().await.map_err(|err| self.local(&err))?;
         if let Some(given) = part.head.sha256.filter(|given| *given != digest) {
             let (given, found) = (hex(&given), hex(&digest));
             let message = format!("{} failed: the server says its SHA-256 is {given}, found {found}", self.what);
-            return Err(Trouble::Final(PortError::new(PortErrorKind::Malformed, message)));
+            return Err(Failure::Final(PortError::new(PortErrorKind::Malformed, message)));
         }
         let (cid, name) = (self.cid.trim().to_owned(), part.head.name.clone());
-        self.inner.books().fetch(Fetched { cid, name, size: part.at, sha256: hex(&digest) });
+        self.inner.record().add_fetched(Fetched { cid, name, size: part.at, sha256: hex(&digest) });
         self.done.push(part.head);
         Ok(Arrived::PartEnd)
     }
 
-    /// Asks: for what is left of the part under way, or for the parts that have not come.
-    async fn connect(&mut self) -> Result<Option<Arrived>, Trouble> {
+    /// Requests the rest of the current part, or the missing parts.
+    async fn connect(&mut self) -> Result<Option<Arrived>, Failure> {
         let Some(part) = &mut self.part else { return self.ask(self.remaining()).await };
         part.skip = None;
         let id = part.head.id.clone();
         match (id, part.head.size) {
-            // It broke behind the last byte.
+            // The connection broke after the last byte.
             (_, Some(size)) if part.at == size => self.end_part().await.map(Some),
             (Some(id), Some(size)) if self.raw => self.ask_raw(&id, size).await,
             (Some(id), _) => {
@@ -330,7 +331,7 @@ impl Transfer {
         }
     }
 
-    /// What of the target has not come; `None`: nothing is left. Parts that come once more are passed over.
+    /// The target without the ids that are complete. `None`: nothing is left. Repeated parts are skipped.
     fn remaining(&self) -> Option<Target> {
         let mut target = self.target.clone();
         if !target.ids.is_empty() {
@@ -342,17 +343,17 @@ impl Transfer {
         Some(target)
     }
 
-    /// Asks for parts.
-    async fn ask(&mut self, target: Option<Target>) -> Result<Option<Arrived>, Trouble> {
+    /// Requests parts.
+    async fn ask(&mut self, target: Option<Target>) -> Result<Option<Arrived>, Failure> {
         let Some(target) = target else { return Ok(Some(Arrived::End)) };
         let mut call = Call::new(&self.what, Method::GET, target.url(&self.at));
         call.accept = "multipart/form-data";
         let response = match self.inner.exchange(&call).await? {
             response if response.status() == StatusCode::NOT_FOUND => {
-                self.inner.excerpt(response).await; // read to the end, so that the connection can be used again
+                self.inner.excerpt(response).await; // reads to the end, so that the connection can be reused
                 return match (&self.part, self.done.is_empty()) {
-                    (Some(_), _) => Err(Trouble::Final(self.changed())),
-                    (None, true) => Err(Trouble::Final(self.not_found())),
+                    (Some(_), _) => Err(Failure::Final(self.changed())),
+                    (None, true) => Err(Failure::Final(self.not_found())),
                     (None, false) => Ok(Some(Arrived::End)),
                 };
             }
@@ -370,41 +371,41 @@ impl Transfer {
         }
     }
 
-    /// A part came while one is under way: it must be that one, from its beginning.
-    fn same_part(&mut self, head: &PartHead) -> Result<Option<Arrived>, Trouble> {
+    /// The head of a part arrived while there is a current part. It must be the same part.
+    fn same_part(&mut self, head: &PartHead) -> Result<Option<Arrived>, Failure> {
         let changed = self.changed();
-        let part = self.part.as_mut().expect("asked only with a part under way");
+        let part = self.part.as_mut().expect("called only with a current part");
         if !same(&part.head, head) {
-            return Err(Trouble::Final(changed));
+            return Err(Failure::Final(changed));
         }
         part.skip = (part.at > 0).then(|| Skip { left: part.at, digest: Sha256::new() });
         Ok(None)
     }
 
-    /// An answer that is no data.
-    async fn refused(&self, response: Response<Incoming>) -> Trouble {
+    /// The failure for an answer without data.
+    async fn refused(&self, response: Response<Incoming>) -> Failure {
         let (status, asked) = (response.status(), transport::retry_after(response.headers()));
         let err = status_error(&self.what, status, &self.inner.excerpt(response).await);
         match passing(status) {
-            true => Trouble::Passing { err, asked },
-            false => Trouble::Final(err),
+            true => Failure::Passing { err, asked },
+            false => Failure::Final(err),
         }
     }
 
-    fn broken(&self, why: &str) -> Trouble {
+    fn broken(&self, why: &str) -> Failure {
         let err = PortError::new(PortErrorKind::Network, format!("{} failed: {why}", self.what));
-        Trouble::Passing { err, asked: None }
+        Failure::Passing { err, asked: None }
     }
 
-    fn malformed(&self, err: &PartsError) -> Trouble {
+    fn malformed(&self, err: &PartsError) -> Failure {
         match err {
             PartsError::Truncated(_) => self.broken(&err.to_string()),
-            // Something between the node and the server has answered, such as a gateway with a page of its own.
+            // Something between the node and the server has answered, such as a gateway with its own page.
             PartsError::ContentType(_) => {
                 let err = PortError::new(PortErrorKind::Malformed, format!("{} failed: {err}", self.what));
-                Trouble::Passing { err, asked: None }
+                Failure::Passing { err, asked: None }
             }
-            _ => Trouble::Final(PortError::new(PortErrorKind::Malformed, format!("{} failed: {err}", self.what))),
+            _ => Failure::Final(PortError::new(PortErrorKind::Malformed, format!("{} failed: {err}", self.what))),
         }
     }
 
@@ -422,7 +423,7 @@ impl Transfer {
     }
 }
 
-/// Whether two heads are of the same state of the same data.
+/// Whether two heads describe the same state of the same data.
 fn same(one: &PartHead, other: &PartHead) -> bool {
     let times = match (&one.updated_at, &other.updated_at) {
         (Some(one), Some(other)) => same_time(one, other),
@@ -431,7 +432,7 @@ fn same(one: &PartHead, other: &PartHead) -> bool {
     (&one.id, &one.name, &one.data_type, one.size) == (&other.id, &other.name, &other.data_type, other.size) && times
 }
 
-/// Whether two texts name one moment; servers do not write it the same everywhere.
+/// Whether two texts name the same time. Servers write it in different forms.
 fn same_time(one: &str, other: &str) -> bool {
     let read = |text: &str| text.parse::<Timestamp>().ok();
     one == other || read(one).is_some_and(|one| Some(one) == read(other))

@@ -1,5 +1,5 @@
-//! Artifacts: what they are called, what they replace, and the upload in one request (posemesh.md sections 6.4,
-//! 6.8, 6.11, 6.12).
+//! Artifacts: their names, the data they replace, and the upload in one request (posemesh.md sections 6.4, 6.8,
+//! 6.11, 6.12).
 
 use std::{path::Path, sync::Arc};
 
@@ -23,7 +23,7 @@ use crate::{
     },
 };
 
-/// An artifact about to be stored.
+/// An artifact that will be stored.
 #[derive(Debug)]
 pub(super) struct Plan {
     pub(super) logical_path: String,
@@ -31,11 +31,11 @@ pub(super) struct Plan {
     pub(super) data_type: String,
     /// Whether the name comes from the path, not from the runner.
     pub(super) inferred: bool,
-    /// Id the runner wants replaced.
+    /// Id of the data that the runner wants to replace.
     pub(super) existing: Option<String>,
-    /// Size the runner promised.
+    /// Size that the runner promised.
     pub(super) size: Option<u64>,
-    /// How errors begin.
+    /// The beginning of errors.
     pub(super) what: String,
 }
 
@@ -50,12 +50,12 @@ impl Plan {
         }
     }
 
-    /// What makes a stored name unique.
+    /// Name and type identify stored data.
     fn key(&self) -> (String, String) {
         (self.name.clone(), self.data_type.clone())
     }
 
-    /// Compares what the server says it stored with what was sent, as far as it says anything.
+    /// Compares the facts in the server's answer with what was sent.
     pub(super) fn check_stored(&self, stored: MetadataJson, size: u64, created: bool) -> Result<Stored, PortError> {
         let what = &self.what;
         let malformed = |message: String| Err(PortError::new(PortErrorKind::Malformed, message));
@@ -79,14 +79,14 @@ impl Plan {
 #[derive(Clone, Debug)]
 pub(super) struct Existing {
     pub(super) id: String,
-    /// When the server last changed it, in its words.
+    /// The time of its last change, as the server states it.
     pub(super) updated_at: Option<String>,
 }
 
-/// How an upload in one request went.
+/// The result of an upload in one request.
 pub(super) enum Whole {
     Stored(Stored),
-    /// It is too large for one; this one takes it in parts.
+    /// It is too large for one request. This upload in parts was begun instead.
     InParts(PartsUpload),
 }
 
@@ -118,23 +118,23 @@ pub(super) async fn put_file(inner: &Arc<Inner>, spec: ArtifactSpec, path: &Path
         None => inner.put_whole(&at, &plan, existing, source.clone(), !parts_first).await?,
     };
     let (stored, sha256) = match whole {
-        // Nothing is made of the parts before it is known that they are those of one file.
+        // The parts are completed only if the file did not change meanwhile.
         Whole::InParts(upload) => upload.send_file(source, file).await?,
         Whole::Stored(stored) => (stored, file.digest(&plan.what).await?),
     };
-    Ok(Some(inner.record(&plan, stored, size, sha256)))
+    Ok(Some(inner.add_published(&plan, stored, size, sha256)))
 }
 
 impl Inner {
-    /// Names an artifact and takes the name for its path.
+    /// Names an artifact and reserves the name for its path.
     pub(super) fn plan(&self, spec: ArtifactSpec) -> Result<Plan, PortError> {
-        let lease = &self.grant.lease;
+        let lease = &self.held.lease;
         let relative = relative_path(&spec.path)?;
         let logical_path = logical_path(lease.outputs_prefix.as_deref(), &relative);
-        // Paths and names are kept, listed and logged; nobody looks for secrets there.
+        // Paths and names are stored, listed and logged, so they must not contain a secret.
         let texts = [Some(&logical_path), spec.name.as_ref(), spec.data_type.as_ref()];
-        if texts.into_iter().flatten().any(|text| holds_token(text, &self.grant.tokens())) {
-            let why = "the path, name or data type of an artifact holds the task's token; use one without it";
+        if texts.into_iter().flatten().any(|text| holds_token(text, &self.held.tokens())) {
+            let why = "the path, name or data type of an artifact contains the task's token; use one without it";
             return Err(PortError::new(PortErrorKind::InvalidPath, why.to_owned()));
         }
         let what = format!("upload of {}", shown(&logical_path));
@@ -148,47 +148,47 @@ impl Inner {
         let name = spec.name.unwrap_or_else(|| stored_name(&logical_path, lease.task()));
         let mut plan =
             Plan { logical_path, name, data_type, inferred, existing: spec.existing_id, size: spec.size, what };
-        let mut books = self.books();
-        // Two paths of one task may reduce to one name; the second gets another name instead of
-        // replacing the first. What the runner names itself is its own business.
-        if inferred && books.names.get(&plan.key()).is_some_and(|path| *path != plan.logical_path) {
+        let mut record = self.record();
+        // Two paths of one task may reduce to one name. The second then gets another name, so that it does not
+        // replace the first. Names that the runner gives are not changed.
+        if inferred && record.names.get(&plan.key()).is_some_and(|path| *path != plan.logical_path) {
             plan.name = marked_name(&plan.logical_path, lease.task());
         }
-        books.names.entry(plan.key()).or_insert_with(|| plan.logical_path.clone());
+        record.names.entry(plan.key()).or_insert_with(|| plan.logical_path.clone());
         Ok(plan)
     }
 
-    /// What an upload replaces: what the runner says, what this task stored at the path before,
-    /// or what an earlier attempt stored under the same name.
+    /// The data that an upload replaces. The id from the runner comes first, then the data that this task stored at
+    /// the path before, then the data of an earlier attempt with the same name.
     pub(super) async fn existing(&self, at: &Coordinates, plan: &mut Plan) -> Result<Option<Existing>, PortError> {
         if let Some(id) = plan.existing.clone() {
             return Ok(Some(Existing { id, updated_at: None }));
         }
-        if let Some(Published { artifact, updated_at }) = self.books().published.get(&plan.logical_path)
+        if let Some(Published { artifact, updated_at }) = self.record().published.get(&plan.logical_path)
             && let Some(id) = artifact.id.clone()
         {
             return Ok(Some(Existing { id, updated_at: updated_at.clone() }));
         }
         let found = self.find(at, plan).await?;
-        let marked = marked_name(&plan.logical_path, self.grant.lease.task());
+        let marked = marked_name(&plan.logical_path, self.held.lease.task());
         if found.is_none() || !plan.inferred || plan.name == marked {
             return Ok(found);
         }
-        // An earlier attempt stored something under this name. It was another path's if it gave
-        // this one its own name; the paths then keep their names, whichever comes first this time.
+        // An earlier attempt stored data under this name. If it also stored data under the marked name, the plain
+        // name was for another path. Both paths then keep their names, whichever is stored first this time.
         let plain = std::mem::replace(&mut plan.name, marked);
         let own = self.find(at, plan).await?;
-        let mut books = self.books();
+        let mut record = self.record();
         if own.is_none() {
             plan.name = plain;
             return Ok(found);
         }
-        books.names.retain(|(name, _), path| *path != plan.logical_path || *name != plain);
-        books.names.insert(plan.key(), plan.logical_path.clone());
+        record.names.retain(|(name, _), path| *path != plan.logical_path || *name != plain);
+        record.names.insert(plan.key(), plan.logical_path.clone());
         Ok(own)
     }
 
-    /// The data stored under the plan's name and type.
+    /// The stored data with the plan's name and type.
     async fn find(&self, at: &Coordinates, plan: &Plan) -> Result<Option<Existing>, PortError> {
         let Some(found) = self.entry(at, plan).await? else { return Ok(None) };
         Ok(Some(Existing { id: check_id(&plan.what, found.id)?, updated_at: found.updated_at }))
@@ -204,7 +204,7 @@ impl Inner {
         Ok(self.list(plan, url).await?.into_iter().find(same))
     }
 
-    /// What a list says; "not found" is an empty one.
+    /// The entries of a list. "Not found" is an empty list.
     async fn list(&self, plan: &Plan, url: Url) -> Result<Vec<MetadataJson>, PortError> {
         let what = format!("looking for an earlier {}", plan.logical_path);
         match self.json::<ListJson>(&Call::new(&what, Method::GET, url)).await {
@@ -213,8 +213,8 @@ impl Inner {
         }
     }
 
-    /// Whether the server shows that an upload became what it should, `size` bytes long, although
-    /// it did not say so itself. `None`: it cannot be told.
+    /// Looks for the result of an upload whose answer was lost: data of `size` bytes. `None`: it is not known whether
+    /// the upload was done.
     pub(super) async fn happened(
         &self,
         at: &Coordinates,
@@ -229,15 +229,15 @@ impl Inner {
                 let found = self.list(plan, url).await?.into_iter().find(|entry| entry.id == *id);
                 found.filter(|entry| entry.updated_at.as_ref().is_some_and(|now| now != before))
             }
-            // Without a time to compare, the old content would pass for the new.
+            // Without a time to compare, the old data cannot be distinguished from the new.
             Some(Existing { updated_at: None, .. }) => None,
             None => self.entry(at, plan).await?,
         };
         Ok(found.filter(|entry| entry.size == Some(size)))
     }
 
-    /// Stores an artifact in one request. One that the server calls too large for that is begun in
-    /// parts if these are still worth a `try_parts`.
+    /// Stores an artifact in one request. If the server refuses its size, an upload in parts is begun, if `try_parts`
+    /// allows it.
     pub(super) async fn put_whole(
         self: &Arc<Self>,
         at: &Coordinates,
@@ -258,10 +258,10 @@ impl Inner {
         begun.map(Whole::InParts).ok_or(failed.err)
     }
 
-    /// Stores an artifact in one request, repeated while that can help.
+    /// Stores an artifact in one request, repeated after transient failures.
     ///
-    /// A create whose answer got lost may have been done. What it made is then found by its name,
-    /// and the repetition replaces it instead of making a second one.
+    /// A create whose answer was lost may have been done. Its data is then found by its name, and the repetition
+    /// replaces that data, so that there is no duplicate.
     async fn put_single(
         &self,
         at: &Coordinates,
@@ -285,7 +285,7 @@ impl Inner {
                 Err(failed) => failed,
             };
             let created = existing.is_none();
-            // Ours, from a try before, which the search did not show yet.
+            // The conflict is with the data of an earlier try that the search did not show yet.
             failed.passing |= in_doubt && created && failed.err.kind == PortErrorKind::Conflict;
             if !failed.passing {
                 return Err(failed);
@@ -298,8 +298,8 @@ impl Inner {
         }
     }
 
-    /// Lists an artifact as published and returns its id. The last one at a path is the one that counts.
-    pub(super) fn record(&self, plan: &Plan, stored: Stored, size: u64, sha256: String) -> String {
+    /// Lists an artifact as published and returns its id. At one path, the last artifact replaces the earlier ones.
+    pub(super) fn add_published(&self, plan: &Plan, stored: Stored, size: u64, sha256: String) -> String {
         let Stored { id, updated_at } = stored;
         let artifact = Artifact {
             logical_path: plan.logical_path.clone(),
@@ -310,20 +310,20 @@ impl Inner {
             sha256: Some(sha256.clone()),
         };
         tracing::debug!(path = %artifact.logical_path, data_id = id, "artifact published");
-        let mut books = self.books();
-        // A runner may give two paths one name: then both stand for what is stored now.
-        for other in books.published.values_mut().filter(|other| other.artifact.id.as_ref() == Some(&id)) {
+        let mut record = self.record();
+        // A runner may give two paths one name. Both then refer to the data that is stored now.
+        for other in record.published.values_mut().filter(|other| other.artifact.id.as_ref() == Some(&id)) {
             (other.artifact.size, other.artifact.sha256) = (Some(size), Some(sha256.clone()));
             other.updated_at.clone_from(&updated_at);
         }
-        books.published.insert(artifact.logical_path.clone(), Published { artifact, updated_at });
+        record.published.insert(artifact.logical_path.clone(), Published { artifact, updated_at });
         id
     }
 }
 
 /// A create, or an update of `existing`, in one request (posemesh.md section 6.4).
 fn single<'a>(at: &Coordinates, plan: &'a Plan, existing: Option<&Existing>, source: Source) -> Call<'a> {
-    // 128 random bits: no payload holds this boundary, nor can one be made to.
+    // 128 random bits, so no payload contains this boundary, not even on purpose.
     let boundary = format!("part-{:032x}", rand::random::<u128>());
     let (method, given) = match existing {
         Some(Existing { id, .. }) => (Method::PUT, format!("id=\"{id}\"")),
@@ -339,13 +339,13 @@ fn single<'a>(at: &Coordinates, plan: &'a Plan, existing: Option<&Existing>, sou
         .with(format!("multipart/form-data; boundary={boundary}"), payload)
 }
 
-/// Whether `value` may stand between quotes in a part's header.
+/// Checks that `value` can be quoted in a part's header.
 fn check_header_text(what: &str, field: &str, value: &str) -> Result<(), PortError> {
     let why = if value.is_empty() {
         "is empty"
     } else if value.contains(|c: char| c.is_control() || matches!(c, '"' | '\\' | ';')) {
-        // Nothing on this wire can escape them: the name would be cut, or reach into the next header.
-        "holds a control character, a quote, a backslash or a semicolon"
+        // This wire has no escape for them. The name would be cut, or continue in the next header.
+        "contains a control character, a quote, a backslash or a semicolon"
     } else {
         return Ok(());
     };
@@ -353,12 +353,12 @@ fn check_header_text(what: &str, field: &str, value: &str) -> Result<(), PortErr
     Err(PortError::new(PortErrorKind::BadRequest, message))
 }
 
-/// An id from the server, which later stands in a header.
+/// Checks an id from the server, because a later request has it in a header.
 pub(super) fn check_id(what: &str, id: String) -> Result<String, PortError> {
     match check_header_text(what, "id", &id) {
         Ok(()) => Ok(id),
         Err(_) => {
-            Err(PortError::new(PortErrorKind::Malformed, format!("{what} failed: the answer holds an impossible id")))
+            Err(PortError::new(PortErrorKind::Malformed, format!("{what} failed: the answer contains an invalid id")))
         }
     }
 }

@@ -1,6 +1,5 @@
-//! Large artifacts: begun, sent part by part, completed (posemesh.md section 6.7). Whatever goes wrong, the
-//! server is told to forget the upload, also when it is simply dropped; only for a lost lease nothing
-//! is sent any more.
+//! Uploads in parts: begin, send each part, complete (posemesh.md section 6.7). After any failure, and on drop,
+//! the upload is aborted on the server. Only after a lost lease nothing is sent any more.
 
 use std::{sync::Arc, time::Duration};
 
@@ -26,23 +25,23 @@ use crate::{
 const PARTS_MAX: u64 = 10_000;
 /// Longest etag of a part, in bytes (posemesh.md section 10.5).
 const ETAG_BYTES_MAX: usize = 1024;
-/// How long an abort may take, with its repetitions. A task that is over waits for it.
+/// Time limit of an abort with its repetitions. The end of the task waits for it.
 const ABORT_LIMIT: Duration = Duration::from_secs(5);
 
-/// An upload the server has begun. Dropped before it is completed, it is aborted.
+/// An upload that the server has begun. On drop it is aborted, unless it is complete.
 pub(super) struct PartsUpload {
     target: Arc<Target>,
-    /// Bytes of every part but the last.
+    /// Bytes of every part except the last.
     pub(super) part_size: u64,
     running: FuturesUnordered<BoxFuture<'static, Result<PartJson, PortError>>>,
     sent: Vec<PartJson>,
     begun: u64,
     total: u64,
-    /// Whether the server may still hold it.
+    /// Whether the upload may still exist on the server.
     open: bool,
 }
 
-/// Where the parts of one upload go.
+/// The target of the parts of one upload.
 struct Target {
     inner: Arc<Inner>,
     plan: Arc<Plan>,
@@ -56,7 +55,7 @@ struct Target {
 impl PartsUpload {
     /// Begins an upload. `None`: this server does not offer uploads in parts.
     ///
-    /// One whose answer was lost is begun again: the server drops the first by itself in time.
+    /// If an answer was lost, a new upload is begun. The first one expires on the server.
     pub(super) async fn begin(
         inner: &Arc<Inner>,
         at: &Coordinates,
@@ -77,7 +76,7 @@ impl PartsUpload {
         let begun: InitiatedJson = loop {
             let failed = match inner.exchange(&call).await {
                 Ok(response) if not_offered(response.status()) => {
-                    inner.excerpt(response).await; // read to the end, so that the connection can be used again
+                    inner.excerpt(response).await; // reads to the end, so that the connection can be reused
                     return Ok(None);
                 }
                 Ok(response) => match inner.accepted(&call, response).await {
@@ -124,8 +123,8 @@ impl PartsUpload {
         Ok(Some(upload))
     }
 
-    /// Sends a file, its parts read as they are sent, and completes if it stayed what it was. With
-    /// what was stored comes the file's digest.
+    /// Sends a file, and completes the upload if the file did not change. Parts are read when they are sent. Returns
+    /// the stored data and the file's digest.
     pub(super) async fn send_file(mut self, whole: Source, file: RunnerFile) -> Result<(Stored, String), PortError> {
         let sent = async {
             self.push_all(whole).await?;
@@ -140,7 +139,7 @@ impl PartsUpload {
         }
     }
 
-    /// Sends what is known to stay what it is, and completes.
+    /// Sends a source that cannot change, and completes the upload.
     pub(super) async fn send(mut self, whole: Source) -> Result<Stored, PortError> {
         match self.push_all(whole).await {
             Ok(()) => self.complete().await,
@@ -155,7 +154,7 @@ impl PartsUpload {
         Ok(())
     }
 
-    /// Starts the next part, after waiting until fewer than the allowed number are under way.
+    /// Starts the next part when fewer than the allowed number are in transfer.
     pub(super) async fn push(&mut self, part: Source) -> Result<(), PortError> {
         while self.running.len() >= self.target.inner.config.parallel_parts.max(1) {
             self.arrived().await?;
@@ -171,7 +170,7 @@ impl PartsUpload {
         Ok(())
     }
 
-    /// Waits for a part under way; pends while there is none. Dropping this future loses nothing.
+    /// Waits for the end of one part. Pends while none is in transfer. Safe to cancel.
     pub(super) async fn arrived(&mut self) -> Result<(), PortError> {
         match self.running.next().await {
             Some(sent) => {
@@ -189,7 +188,7 @@ impl PartsUpload {
         Ok(())
     }
 
-    /// Waits for all parts and makes them one artifact.
+    /// Waits for all parts and completes the upload.
     pub(super) async fn complete(mut self) -> Result<Stored, PortError> {
         if let Err(err) = self.all_arrived().await {
             return self.fail(err).await;
@@ -200,7 +199,7 @@ impl PartsUpload {
         let call =
             Call::new(&plan.what, Method::POST, target.url_with(None)).with_json(&CompleteJson { parts: &self.sent });
         let mut patience = target.inner.patience();
-        // Whether a try before may have done it, although its answer did not say so.
+        // Whether an earlier try may have succeeded, although its answer was lost.
         let mut in_doubt = false;
         let stored = loop {
             let failed = match target.inner.try_json::<MetadataJson>(&call).await {
@@ -212,8 +211,8 @@ impl PartsUpload {
                 in_doubt = true;
                 continue;
             };
-            // An upload that is complete is no upload any more: servers refuse the repetition, and
-            // then show what became of it.
+            // A complete upload no longer exists, so servers refuse the repetition. Then the stored data shows
+            // whether it succeeded.
             if in_doubt || passing {
                 match target.inner.happened(&target.at, plan, replaced, self.total).await {
                     Ok(Some(stored)) => break stored,
@@ -227,17 +226,17 @@ impl PartsUpload {
         plan.check_stored(stored, self.total, replaced.is_none())
     }
 
-    /// Aborts, waits for that, and returns the reason for it.
+    /// Aborts the upload, waits for the abort, and returns `err`.
     pub(super) async fn fail<T>(mut self, err: PortError) -> Result<T, PortError> {
         if let Some(aborting) = self.abort() {
-            // A panic in there was reported by the runtime; the reason for the abort is what counts.
+            // The runtime reports a panic of the abort. The caller needs the reason for the abort.
             let _ = aborting.await;
         }
         Err(err)
     }
 
-    /// Ends what is under way and has the server forget the upload, in a task of its own, so that
-    /// it is done even if nobody waits.
+    /// Stops the parts in transfer and aborts the upload on the server. A separate task does this, so that it happens
+    /// even if no caller waits.
     fn abort(&mut self) -> Option<tokio::task::JoinHandle<()>> {
         if !std::mem::replace(&mut self.open, false) {
             return None;
@@ -268,15 +267,15 @@ impl Target {
         url
     }
 
-    /// Has the server forget the upload. Not for a lost lease: by then the node may have been
-    /// stopped for long, and begins nothing for it; the server's own expiry has to do.
+    /// Aborts the upload on the server, unless the lease is lost. The node sends nothing for a lost lease, so the upload
+    /// expires on the server.
     async fn abort(&self) {
         let call = Call::new("abort of an upload", Method::DELETE, self.url_with(None));
         let aborting = async {
             let mut patience = self.inner.patience();
             loop {
                 let failed = match self.inner.exchange(&call).await {
-                    // Gone is what it should be.
+                    // The upload no longer exists.
                     Ok(response) if response.status() == StatusCode::NOT_FOUND => return Ok::<(), PortError>(()),
                     Ok(response) => match self.inner.accepted(&call, response).await {
                         Ok(_) => return Ok(()),
@@ -289,7 +288,7 @@ impl Target {
         };
         let aborted = tokio::select! {
             biased;
-            () = self.inner.grant.lost() => return,
+            () = self.inner.held.lost() => return,
             aborted = tokio::time::timeout(ABORT_LIMIT, aborting) => aborted,
         };
         match aborted {
@@ -310,7 +309,7 @@ fn not_offered(status: StatusCode) -> bool {
     matches!(status, StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED)
 }
 
-/// Sends one part, as often as it takes, each time with the newest bearer.
+/// Sends one part until it succeeds or fails for good. Each try has the newest bearer.
 async fn send_part(target: Arc<Target>, number: u64, part: Source) -> Result<PartJson, PortError> {
     let what = format!("{} (part {number})", target.plan.what);
     let call =
@@ -323,7 +322,7 @@ async fn send_part(target: Arc<Target>, number: u64, part: Source) -> Result<Par
     Ok(PartJson { part_number: number, etag })
 }
 
-/// Cuts a source into parts. Only ranges are made; nothing is read or copied.
+/// Splits a source into parts. They are ranges; nothing is read or copied.
 fn split(whole: Source, part_size: u64) -> impl Iterator<Item = Source> {
     let total = whole.length();
     (0..total.div_ceil(part_size)).map(move |n| {
@@ -331,7 +330,7 @@ fn split(whole: Source, part_size: u64) -> impl Iterator<Item = Source> {
         let length = part_size.min(total - at);
         match &whole {
             Source::File { file, offset, .. } => Source::File { file: Arc::clone(file), offset: offset + at, length },
-            // A range of bytes in memory fits the address space.
+            // A range of bytes in memory fits in `usize`.
             Source::Memory(bytes) => bytes.slice(at as usize..(at + length) as usize).into(),
         }
     })

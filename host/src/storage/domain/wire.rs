@@ -1,8 +1,8 @@
-//! The JSON of the domain server, as much of it as is used. Unknown fields are ignored.
+//! The used part of the domain server's JSON. Unknown fields are ignored.
 
 use serde::{Deserialize, Serialize};
 
-/// An entry of a list, or what an upload made.
+/// An entry of a list, or the result of an upload.
 #[derive(Debug, Deserialize)]
 pub(super) struct MetadataJson {
     pub(super) id: String,
@@ -12,7 +12,7 @@ pub(super) struct MetadataJson {
     pub(super) data_type: Option<String>,
     #[serde(default)]
     pub(super) size: Option<u64>,
-    /// Never parsed: only compared.
+    /// Only compared, never parsed.
     #[serde(default)]
     pub(super) updated_at: Option<String>,
 }
@@ -34,7 +34,7 @@ pub(super) struct InitiateJson<'a> {
 #[derive(Debug, Deserialize)]
 pub(super) struct InitiatedJson {
     pub(super) upload_id: String,
-    /// Expected to be a number above 0. Anything else must not hide the id, by which it is aborted.
+    /// Expected to be a number above 0. Any value is decoded, because an abort needs the id.
     #[serde(default)]
     pub(super) part_size: serde_json::Value,
 }
@@ -60,8 +60,8 @@ pub(super) struct InfoJson {
     pub(super) upload: UploadInfoJson,
 }
 
-/// Older servers send the first and whether there are uploads in parts, newer ones all of it.
-/// posemesh.md sections 6.6 and 10.5.
+/// Older servers send only the first field and whether there are uploads in parts (posemesh.md sections 6.6
+/// and 10.5).
 #[derive(Debug, Deserialize)]
 pub(super) struct UploadInfoJson {
     pub(super) request_max_bytes: i64,

@@ -1,5 +1,5 @@
-//! The ports against a small domain server over loopback. The server is strict about what the
-//! wire promises, and tests can make it misbehave once at a chosen request.
+//! Tests of the ports against a small domain server over loopback. The server checks the rules of the wire. A test
+//! can make it misbehave once at a chosen request.
 
 mod downloads;
 mod files;
@@ -49,23 +49,23 @@ struct Item {
     name: String,
     data_type: String,
     bytes: Vec<u8>,
-    /// Counts changes; the time of the last one is made of it.
+    /// Counts changes. The time of the last change derives from it.
     version: u32,
 }
 
-/// What the server does with one request instead of, or before, answering it properly.
+/// What the server does with one request instead of the normal answer, or before it.
 enum Trick {
     /// Answers after reading the request.
     Answer(Response),
-    /// Answers without reading it, which ends the connection.
+    /// Answers without reading the request, which ends the connection.
     Unread(Box<dyn FnOnce() -> Response + Send>),
     /// Never answers.
     Hang,
-    /// Reads the body no faster than this many bytes a second, then answers properly.
+    /// Reads the body with at most this many bytes per second, then answers normally.
     Slow(u32),
-    /// Does something first, then answers properly.
+    /// Calls a function first, then answers normally.
     First(Box<dyn FnOnce() + Send>),
-    /// Does what was asked, and answers something else.
+    /// Does the request, and sends another answer.
     Lost(Response),
 }
 
@@ -80,7 +80,7 @@ struct Raw {
 struct Store {
     items: BTreeMap<String, Item>,
     uploads: BTreeMap<String, (Value, BTreeMap<u32, Vec<u8>>)>,
-    /// What each request was: list, download, raw, raw from <byte>, meta, info, initiate, part, complete, abort.
+    /// The kind of each request: list, download, raw, raw from <byte>, meta, info, initiate, part, complete, abort.
     log: Vec<String>,
     tokens: Vec<String>,
     tricks: VecDeque<(&'static str, Trick)>,
@@ -112,17 +112,17 @@ impl Server {
     }
 }
 
-struct World {
+struct Fixture {
     server: Server,
     url: Url,
     ports: DomainPorts,
-    grant: HeldLease,
-    keys: Arc<HeldLeaseWriter>,
+    held: HeldLease,
+    writer: Arc<HeldLeaseWriter>,
     dir: TempDir,
     serving: JoinHandle<()>,
 }
 
-impl Drop for World {
+impl Drop for Fixture {
     fn drop(&mut self) {
         self.serving.abort();
     }
@@ -146,11 +146,11 @@ fn lease(inputs: &[&str]) -> Lease {
     }
 }
 
-async fn world() -> World {
-    world_with(|_| {}).await
+async fn fixture() -> Fixture {
+    fixture_with(|_| {}).await
 }
 
-async fn world_with(change: impl FnOnce(&mut Config)) -> World {
+async fn fixture_with(change: impl FnOnce(&mut Config)) -> Fixture {
     let store = Store {
         items: BTreeMap::new(),
         uploads: BTreeMap::new(),
@@ -175,17 +175,17 @@ async fn world_with(change: impl FnOnce(&mut Config)) -> World {
     config.part_pause = Duration::from_millis(1);
     config.patience = Duration::ZERO;
     change(&mut config);
-    let (grant, keys) = HeldLease::new(lease(&[]), Setup::Pending);
-    keys.publish(|now| {
+    let (held, writer) = HeldLease::new(lease(&[]), Setup::Pending);
+    writer.publish(|now| {
         now.setup = Setup::Ready(Ok(DataLocation::DomainServer(Coordinates { server: url.clone(), domain: DOMAIN })))
     });
     let dir = tempfile::tempdir().expect("a temporary directory");
     let client = Client::new(transport::Config::default());
-    let ports = DomainPorts::new(client, grant.clone(), dir.path().to_owned(), Arc::new(config));
-    World { server, url, ports, grant, keys: Arc::new(keys), dir, serving }
+    let ports = DomainPorts::new(client, held.clone(), dir.path().to_owned(), Arc::new(config));
+    Fixture { server, url, ports, held, writer: Arc::new(writer), dir, serving }
 }
 
-impl World {
+impl Fixture {
     fn item(&self, id: &str, name: &str, data_type: &str, bytes: impl Into<Vec<u8>>) {
         let item = Item { name: name.into(), data_type: data_type.into(), bytes: bytes.into(), version: 0 };
         self.server.store().items.insert(id.to_owned(), item);
@@ -195,14 +195,14 @@ impl World {
         self.server.store().items.get(id).cloned().unwrap_or_default()
     }
 
-    /// The ports of another attempt at the same task, which knows nothing of the first.
+    /// The ports of another attempt of the same task, with an empty record.
     fn another_attempt(&self) -> DomainPorts {
         let config = Arc::new(Config::new("node/1"));
         let client = Client::new(transport::Config::default());
-        DomainPorts::new(client, self.grant.clone(), self.dir.path().to_owned(), config)
+        DomainPorts::new(client, self.held.clone(), self.dir.path().to_owned(), config)
     }
 
-    /// The next request whose name begins with `at` meets `trick`.
+    /// Applies `trick` to the next request whose kind begins with `at`.
     fn trick(&self, at: &'static str, trick: Trick) {
         self.server.store().tricks.push_back((at, trick));
     }
@@ -219,7 +219,7 @@ impl World {
         self.log().iter().filter(|entry| entry.as_str() == what).count()
     }
 
-    /// Waits until a request of this name has arrived.
+    /// Waits until a request of this kind has arrived.
     async fn until(&self, what: &str) {
         let mut calls = self.server.calls.subscribe();
         calls.wait_for(|_| self.count(what) > 0).await.expect("the server runs");
@@ -240,7 +240,7 @@ fn spec(path: &str) -> ArtifactSpec {
     ArtifactSpec { path: path.to_owned(), ..ArtifactSpec::default() }
 }
 
-/// Bytes in which no two blocks are alike.
+/// Bytes in which all blocks differ.
 fn noise(length: usize) -> Vec<u8> {
     (0..length).map(|n| ((n / 251) ^ (n * 7)) as u8).collect()
 }
@@ -268,7 +268,7 @@ fn changed(version: u32) -> String {
     format!("2025-06-01T08:00:{version:02}Z")
 }
 
-/// The body of a download of these items.
+/// The body of the answer for these items.
 fn multipart(boundary: &str, items: &[(String, Item)]) -> Vec<u8> {
     let mut body = Vec::new();
     for (id, Item { name, data_type, bytes, version }) in items {
@@ -453,7 +453,7 @@ async fn work(server: &Server, what: &str, head: Parts, body: Body, query: &BTre
             store.next_id += 1;
             let id = format!("u {}", store.next_id);
             store.uploads.insert(id.clone(), (serde_json::from_slice(&body).expect("JSON"), BTreeMap::new()));
-            // With what newer servers say besides.
+            // With the additional fields of newer servers.
             let more = json!({"upload_id": id, "part_size": store.part_size, "data_id": "d", "expires_at": "later"});
             axum::Json(more).into_response()
         }

@@ -1,10 +1,10 @@
-//! What the ports refuse, and how refusals of the server read.
+//! Refusals of the ports, and the errors for refusals of the server.
 
 use super::*;
 
 #[tokio::test]
-async fn statuses_become_kinds_and_keep_their_words() {
-    let world = world().await;
+async fn statuses_become_kinds_with_fixed_words() {
+    let fixture = fixture().await;
     for (status, kind, words) in [
         (400, PortErrorKind::BadRequest, "bad request (400): why"),
         (404, PortErrorKind::NotFound, "not found (404): why"),
@@ -14,14 +14,14 @@ async fn statuses_become_kinds_and_keep_their_words() {
         (429, PortErrorKind::Other, "unexpected status (429): why"),
         (302, PortErrorKind::Other, "unexpected redirect (302): why"),
     ] {
-        world.answer("create", status, "text/plain", "why\r\n");
-        refused(world.put("x.json", b"{}").await, kind, words);
+        fixture.answer("create", status, "text/plain", "why\r\n");
+        refused(fixture.put("x.json", b"{}").await, kind, words);
     }
 }
 
 #[tokio::test]
-async fn an_answer_that_is_not_the_protocol_is_malformed() {
-    let world = world().await;
+async fn answers_outside_the_protocol_are_malformed() {
+    let fixture = fixture().await;
     let huge = format!("{{\"data\":[],\"x\":\"{}\"}}", "y".repeat(3 * MIB));
     for body in [
         "",
@@ -33,60 +33,60 @@ async fn an_answer_that_is_not_the_protocol_is_malformed() {
         "{\"da",
         &huge,
     ] {
-        world.answer("create", 200, "application/json", body.to_owned());
-        refused(world.put("x.json", b"{}").await, PortErrorKind::Malformed, "upload of out/x.json failed");
-        // An empty list, or one of other things, says that there is no earlier artifact.
+        fixture.answer("create", 200, "application/json", body.to_owned());
+        refused(fixture.put("x.json", b"{}").await, PortErrorKind::Malformed, "upload of out/x.json failed");
+        // An empty list, or one of other data, means that there is no earlier artifact.
         if !body.contains("\"data\":[]") && !body.contains("\"id\"") {
-            world.answer("list", 200, "application/json", body.to_owned());
-            refused(world.put("x.json", b"{}").await, PortErrorKind::Malformed, "out/x.json");
+            fixture.answer("list", 200, "application/json", body.to_owned());
+            refused(fixture.put("x.json", b"{}").await, PortErrorKind::Malformed, "out/x.json");
         }
     }
     for body in ["{}", "<html>", ""] {
-        world.answer("initiate", 200, "application/json", body);
-        refused(world.put("x.json", &noise(5 * MIB)).await, PortErrorKind::Malformed, "upload of out/x.json failed");
+        fixture.answer("initiate", 200, "application/json", body);
+        refused(fixture.put("x.json", &noise(5 * MIB)).await, PortErrorKind::Malformed, "upload of out/x.json failed");
     }
-    assert!(world.ports.published().is_empty());
+    assert!(fixture.ports.published().is_empty());
 }
 
 #[tokio::test]
-async fn unknown_limits_stop_nothing() {
-    let world = world().await;
+async fn unknown_limits_stop_no_upload() {
+    let fixture = fixture().await;
     for (status, body) in [(200, "<html>"), (500, ""), (404, "")] {
-        world.answer("info", status, "text/html", body);
-        world.put("x.json", b"{}").await.expect("stored");
+        fixture.answer("info", status, "text/html", body);
+        fixture.put("x.json", b"{}").await.expect("stored");
     }
-    world.put("x.json", b"{}").await.expect("stored");
-    assert_eq!(world.count("info"), 3, "only an answer, or a 404, is remembered");
+    fixture.put("x.json", b"{}").await.expect("stored");
+    assert_eq!(fixture.count("info"), 3, "only an answer, or a 404, is remembered");
 }
 
 #[tokio::test]
-async fn impossible_artifacts_are_refused_before_any_request() {
-    let world = world().await;
+async fn invalid_artifacts_are_refused_before_any_request() {
+    let fixture = fixture().await;
     for path in ["../x", "a/../../x", "a\0b", &"x".repeat(1025)] {
-        refused(world.put(path, b"x").await, PortErrorKind::InvalidPath, "artifact path");
-        refused(world.ports.create(spec(path)).await.map(|_| ()), PortErrorKind::InvalidPath, "artifact path");
+        refused(fixture.put(path, b"x").await, PortErrorKind::InvalidPath, "artifact path");
+        refused(fixture.ports.create(spec(path)).await.map(|_| ()), PortErrorKind::InvalidPath, "artifact path");
     }
     for bad in ["a\r\nX: y", "a\"b", "", "a\\", "tab\there", "a;b"] {
         let named = ArtifactSpec { name: Some(bad.into()), ..spec("x") };
-        refused(world.ports.create(named).await.map(|_| ()), PortErrorKind::BadRequest, "the name");
+        refused(fixture.ports.create(named).await.map(|_| ()), PortErrorKind::BadRequest, "the name");
         let typed = ArtifactSpec { data_type: Some(bad.into()), ..spec("x") };
-        refused(world.ports.create(typed).await.map(|_| ()), PortErrorKind::BadRequest, "the data type");
+        refused(fixture.ports.create(typed).await.map(|_| ()), PortErrorKind::BadRequest, "the data type");
         let replaced = ArtifactSpec { existing_id: Some(bad.into()), ..spec("x") };
-        refused(world.ports.create(replaced).await.map(|_| ()), PortErrorKind::BadRequest, "the id");
+        refused(fixture.ports.create(replaced).await.map(|_| ()), PortErrorKind::BadRequest, "the id");
     }
-    let nowhere = world.dir.path().join("nowhere");
-    refused(world.ports.put_file(spec("x"), &nowhere).await, PortErrorKind::Local, "nowhere");
+    let nowhere = fixture.dir.path().join("nowhere");
+    refused(fixture.ports.put_file(spec("x"), &nowhere).await, PortErrorKind::Local, "nowhere");
     refused(
-        world.ports.open("https://elsewhere.example/data/x").await.map(|_| ()),
+        fixture.ports.open("https://elsewhere.example/data/x").await.map(|_| ()),
         PortErrorKind::BadRequest,
         "elsewhere",
     );
-    assert_eq!(world.log(), [""; 0]);
+    assert_eq!(fixture.log(), [""; 0]);
 }
 
 #[tokio::test]
 async fn without_set_up_nothing_is_requested() {
-    let world = world().await;
+    let fixture = fixture().await;
     let at = |server: &str| {
         DataLocation::DomainServer(Coordinates { server: Url::parse(server).expect("a URL"), domain: DOMAIN })
     };
@@ -96,25 +96,25 @@ async fn without_set_up_nothing_is_requested() {
         (Setup::Ready(Ok(at("http://ds.example"))), "https"),
         (Setup::Ready(Ok(at("https://user:secret@ds.example"))), "credentials"),
     ] {
-        world.keys.publish(|now| now.setup = setup);
-        let result = world.ports.materialize("d").await;
+        fixture.writer.publish(|now| now.setup = setup);
+        let result = fixture.ports.materialize("d").await;
         assert!(!format!("{result:?}").contains("secret"));
         refused(result, PortErrorKind::Setup, text);
-        refused(world.put("x", b"y").await, PortErrorKind::Setup, text);
+        refused(fixture.put("x", b"y").await, PortErrorKind::Setup, text);
     }
-    assert_eq!(world.log(), [""; 0]);
+    assert_eq!(fixture.log(), [""; 0]);
 }
 
 #[tokio::test]
-async fn the_first_call_waits_for_the_set_up() {
-    let world = world().await;
-    world.item("d", "n", "t", "body");
+async fn first_call_waits_for_the_set_up() {
+    let fixture = fixture().await;
+    fixture.item("d", "n", "t", "body");
     let mut ready = Setup::Pending;
-    world.keys.publish(|now| std::mem::swap(&mut now.setup, &mut ready));
-    let (input, ()) = tokio::join!(world.ports.materialize("d"), async {
+    fixture.writer.publish(|now| std::mem::swap(&mut now.setup, &mut ready));
+    let (input, ()) = tokio::join!(fixture.ports.materialize("d"), async {
         tokio::task::yield_now().await;
-        assert_eq!(world.log(), [""; 0]);
-        world.keys.publish(|now| now.setup = ready);
+        assert_eq!(fixture.log(), [""; 0]);
+        fixture.writer.publish(|now| now.setup = ready);
     });
     input.expect("comes");
 }
@@ -122,9 +122,9 @@ async fn the_first_call_waits_for_the_set_up() {
 #[tokio::test]
 async fn only_allowed_hosts_get_the_bearer() {
     for (allowed, fine) in [("127.0.0.1", true), ("ds.example", false), ("127.0.0.1:1", false)] {
-        let world = world_with(|config| config.domain_hosts = vec![allowed.to_owned()]).await;
-        world.item("d", "n", "t", "body");
-        let result = world.ports.materialize("d").await;
+        let fixture = fixture_with(|config| config.domain_hosts = vec![allowed.to_owned()]).await;
+        fixture.item("d", "n", "t", "body");
+        let result = fixture.ports.materialize("d").await;
         match fine {
             true => assert!(result.is_ok(), "{result:?}"),
             false => refused(result, PortErrorKind::Setup, "DOMAIN_HOSTS"),
@@ -134,37 +134,37 @@ async fn only_allowed_hosts_get_the_bearer() {
 
 #[tokio::test]
 async fn without_a_bearer_nothing_is_requested() {
-    let world = world().await;
-    world.keys.publish(|now| now.token = None);
-    refused(world.ports.materialize("d").await, PortErrorKind::Setup, "no domain token");
-    world.keys.publish(|now| now.token = Some(Token::new("a\nb")));
-    let err = world.ports.materialize("d").await.expect_err("refused");
+    let fixture = fixture().await;
+    fixture.writer.publish(|now| now.token = None);
+    refused(fixture.ports.materialize("d").await, PortErrorKind::Setup, "no domain token");
+    fixture.writer.publish(|now| now.token = Some(Token::new("a\nb")));
+    let err = fixture.ports.materialize("d").await.expect_err("refused");
     assert!(err.kind == PortErrorKind::Setup && !err.message.contains("a\nb"), "{err}");
-    assert_eq!(world.log(), [""; 0]);
+    assert_eq!(fixture.log(), [""; 0]);
 }
 
 #[tokio::test]
-async fn a_server_that_is_not_there_is_a_network_error() {
-    let world = world().await;
+async fn unreachable_server_is_a_network_error() {
+    let fixture = fixture().await;
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("loopback");
     let address = listener.local_addr().expect("bound");
     drop(listener);
     let server = Url::parse(&format!("http://{address}")).expect("a URL");
-    world.keys.publish(|now| {
+    fixture.writer.publish(|now| {
         now.setup = Setup::Ready(Ok(DataLocation::DomainServer(Coordinates { server, domain: DOMAIN })))
     });
-    refused(world.ports.materialize("d").await, PortErrorKind::Network, &address.to_string());
+    refused(fixture.ports.materialize("d").await, PortErrorKind::Network, &address.to_string());
 }
 
 #[tokio::test]
-async fn a_silent_server_ends_an_upload() {
-    let world = world_with(|config| {
+async fn silent_server_ends_an_upload() {
+    let fixture = fixture_with(|config| {
         config.request_timeout = Duration::from_millis(500);
         config.stall = Duration::from_millis(500);
     })
     .await;
-    world.trick("create", Trick::Hang);
-    refused(world.put("x", &noise(MIB)).await, PortErrorKind::Network, "did not answer within");
-    world.trick("list", Trick::Hang);
-    refused(world.put("x", &noise(MIB)).await, PortErrorKind::Network, "did not answer within");
+    fixture.trick("create", Trick::Hang);
+    refused(fixture.put("x", &noise(MIB)).await, PortErrorKind::Network, "did not answer within");
+    fixture.trick("list", Trick::Hang);
+    refused(fixture.put("x", &noise(MIB)).await, PortErrorKind::Network, "did not answer within");
 }

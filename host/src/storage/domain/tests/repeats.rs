@@ -1,176 +1,176 @@
-//! Requests that fail on the way: what is sent again, what is not, and nothing twice.
+//! Failed requests: which are repeated, and no duplicates.
 
 use super::*;
 
-/// A world for ports that try again.
-async fn patient() -> World {
-    world_with(|config| config.patience = Duration::from_millis(200)).await
+/// A fixture whose ports repeat failed requests.
+async fn patient() -> Fixture {
+    fixture_with(|config| config.patience = Duration::from_millis(200)).await
 }
 
-/// The answer of something between us and a server that did its work.
+/// The answer of a gateway, after the server has done the request.
 fn gateway() -> Trick {
     Trick::Lost(reply(502, "text/plain", "bad gateway"))
 }
 
 #[tokio::test]
-async fn a_create_whose_answer_was_lost_is_not_doubled() {
-    let world = patient().await;
-    world.trick("create", gateway());
-    let id = world.put("x.json", b"{}").await.expect("stored").expect("an id");
-    assert_eq!(world.log(), ["list", "info", "create", "list", "update"], "looked up, then replaced");
-    assert_eq!((world.stored(&id).bytes, world.server.store().items.len()), (b"{}".to_vec(), 1));
-    // A search that does not show it yet.
-    world.trick("create", gateway());
-    world.trick("list", Trick::First(Box::new(|| {})));
-    world.answer("list", 200, "application/json", r#"{"data":[]}"#);
-    world.put("y.json", b"{}").await.expect("stored");
-    assert_eq!(world.log()[5..], ["list", "create", "list", "create", "list", "update"]);
-    assert_eq!(world.server.store().items.len(), 2);
+async fn create_with_lost_answer_makes_no_duplicate() {
+    let fixture = patient().await;
+    fixture.trick("create", gateway());
+    let id = fixture.put("x.json", b"{}").await.expect("stored").expect("an id");
+    assert_eq!(fixture.log(), ["list", "info", "create", "list", "update"], "looked up, then replaced");
+    assert_eq!((fixture.stored(&id).bytes, fixture.server.store().items.len()), (b"{}".to_vec(), 1));
+    // A search that does not show the data yet.
+    fixture.trick("create", gateway());
+    fixture.trick("list", Trick::First(Box::new(|| {})));
+    fixture.answer("list", 200, "application/json", r#"{"data":[]}"#);
+    fixture.put("y.json", b"{}").await.expect("stored");
+    assert_eq!(fixture.log()[5..], ["list", "create", "list", "create", "list", "update"]);
+    assert_eq!(fixture.server.store().items.len(), 2);
 }
 
 #[tokio::test]
-async fn a_conflict_without_doubt_is_the_runners_to_know() {
-    let world = patient().await;
-    world.answer("create", 409, "text/plain", "exists");
-    refused(world.put("x.json", b"{}").await, PortErrorKind::Conflict, "conflict (409)");
-    assert_eq!(world.count("create"), 1);
+async fn conflict_of_a_first_try_is_reported() {
+    let fixture = patient().await;
+    fixture.answer("create", 409, "text/plain", "exists");
+    refused(fixture.put("x.json", b"{}").await, PortErrorKind::Conflict, "conflict (409)");
+    assert_eq!(fixture.count("create"), 1);
 }
 
 #[tokio::test]
-async fn an_update_and_a_search_are_simply_repeated() {
-    let world = patient().await;
-    world.answer("list", 503, "text/plain", "later");
-    world.answer("create", 429, "text/plain", "slower");
-    let id = world.put("x.json", b"1").await.expect("stored");
-    world.trick("update", gateway());
-    assert_eq!(world.put("x.json", b"2").await.expect("stored"), id);
-    assert_eq!(world.log(), ["list", "list", "info", "create", "list", "create", "update", "update"]);
-    assert_eq!(world.server.store().items.len(), 1);
+async fn updates_and_searches_are_repeated() {
+    let fixture = patient().await;
+    fixture.answer("list", 503, "text/plain", "later");
+    fixture.answer("create", 429, "text/plain", "slower");
+    let id = fixture.put("x.json", b"1").await.expect("stored");
+    fixture.trick("update", gateway());
+    assert_eq!(fixture.put("x.json", b"2").await.expect("stored"), id);
+    assert_eq!(fixture.log(), ["list", "list", "info", "create", "list", "create", "update", "update"]);
+    assert_eq!(fixture.server.store().items.len(), 1);
 }
 
 #[tokio::test]
-async fn a_failed_part_is_sent_again_alone_and_a_hopeless_one_aborts() {
-    let world = world_with(|config| {
+async fn failed_part_is_repeated_and_refused_part_aborts() {
+    let fixture = fixture_with(|config| {
         config.stall = Duration::from_secs(1);
         config.patience = Duration::from_secs(3);
     })
     .await;
     let bytes = noise(5 * MIB);
-    world.answer("part", 503, "text/plain", "busy");
-    world.trick("part", gateway());
-    world.trick("part", Trick::Hang);
-    let id = world.put("x.ply", &bytes).await.expect("stored").expect("an id");
-    assert!(world.stored(&id).bytes == bytes);
-    assert_eq!((world.count("part"), world.count("abort")), (8, 0));
+    fixture.answer("part", 503, "text/plain", "busy");
+    fixture.trick("part", gateway());
+    fixture.trick("part", Trick::Hang);
+    let id = fixture.put("x.ply", &bytes).await.expect("stored").expect("an id");
+    assert!(fixture.stored(&id).bytes == bytes);
+    assert_eq!((fixture.count("part"), fixture.count("abort")), (8, 0));
     for _ in 0..100 {
-        world.answer("part", 503, "text/plain", "busy");
+        fixture.answer("part", 503, "text/plain", "busy");
     }
-    refused(world.put("y.ply", &bytes).await, PortErrorKind::Server, "server error (503): busy");
-    assert_eq!((world.count("abort"), world.server.store().uploads.len()), (1, 0));
-    assert_eq!(world.ports.published().len(), 1, "what failed is not published");
+    refused(fixture.put("y.ply", &bytes).await, PortErrorKind::Server, "server error (503): busy");
+    assert_eq!((fixture.count("abort"), fixture.server.store().uploads.len()), (1, 0));
+    assert_eq!(fixture.ports.published().len(), 1, "what failed is not published");
 }
 
 #[tokio::test]
-async fn an_upload_whose_beginning_was_lost_is_begun_again() {
-    let world = patient().await;
-    world.trick("initiate", gateway());
+async fn upload_with_lost_beginning_is_begun_again() {
+    let fixture = patient().await;
+    fixture.trick("initiate", gateway());
     let bytes = noise(5 * MIB);
-    let id = world.put("x.ply", &bytes).await.expect("stored").expect("an id");
-    assert!(world.stored(&id).bytes == bytes);
-    assert_eq!((world.count("initiate"), world.count("part")), (2, 5));
+    let id = fixture.put("x.ply", &bytes).await.expect("stored").expect("an id");
+    assert!(fixture.stored(&id).bytes == bytes);
+    assert_eq!((fixture.count("initiate"), fixture.count("part")), (2, 5));
 }
 
 #[tokio::test]
-async fn a_completion_whose_answer_was_lost_is_found_to_have_happened() {
-    let world = patient().await;
+async fn completion_with_lost_answer_is_found() {
+    let fixture = patient().await;
     let bytes = noise(5 * MIB);
-    // The repetition is refused with 404, because the upload is an artifact by now.
-    world.trick("complete", gateway());
-    let id = world.put("x.ply", &bytes).await.expect("stored").expect("an id");
-    assert_eq!((world.count("complete"), world.count("abort")), (2, 0));
-    // An update too: the artifact was changed since it was last seen.
+    // The repetition is refused with 404, because the upload is complete.
+    fixture.trick("complete", gateway());
+    let id = fixture.put("x.ply", &bytes).await.expect("stored").expect("an id");
+    assert_eq!((fixture.count("complete"), fixture.count("abort")), (2, 0));
+    // An update too: the time of change is newer than before.
     let bytes = noise(6 * MIB);
-    world.trick("complete", gateway());
-    assert_eq!(world.put("x.ply", &bytes).await.expect("stored").expect("an id"), id);
-    assert!(world.stored(&id).bytes == bytes);
-    assert_eq!((world.count("part"), world.count("abort")), (11, 0));
+    fixture.trick("complete", gateway());
+    assert_eq!(fixture.put("x.ply", &bytes).await.expect("stored").expect("an id"), id);
+    assert!(fixture.stored(&id).bytes == bytes);
+    assert_eq!((fixture.count("part"), fixture.count("abort")), (11, 0));
 }
 
 #[tokio::test]
-async fn a_completion_that_did_not_happen_is_an_error() {
-    let world = patient().await;
+async fn completion_that_did_not_happen_is_an_error() {
+    let fixture = patient().await;
     let bytes = noise(5 * MIB);
-    let id = world.put("x.ply", &bytes).await.expect("stored");
-    // What is stored has the right size, but is what was stored before.
-    world.answer("complete", 502, "text/plain", "bad gateway");
-    world.answer("complete", 404, "text/plain", "no such upload");
-    refused(world.put("x.ply", &bytes).await, PortErrorKind::NotFound, "not found (404)");
-    // The runner's own id: nobody knows when it was changed last.
-    world.trick("complete", gateway());
+    let id = fixture.put("x.ply", &bytes).await.expect("stored");
+    // The stored data has the right size, but is the old data.
+    fixture.answer("complete", 502, "text/plain", "bad gateway");
+    fixture.answer("complete", 404, "text/plain", "no such upload");
+    refused(fixture.put("x.ply", &bytes).await, PortErrorKind::NotFound, "not found (404)");
+    // The runner gives the id, so the time of the last change is unknown.
+    fixture.trick("complete", gateway());
     let own = ArtifactSpec { existing_id: id, ..spec("y.ply") };
-    let lost = world.ports.put_file(own, &world.file(&bytes)).await;
+    let lost = fixture.ports.put_file(own, &fixture.file(&bytes)).await;
     refused(lost, PortErrorKind::NotFound, "not found (404)");
-    assert_eq!(world.count("abort"), 2);
+    assert_eq!(fixture.count("abort"), 2);
 }
 
 #[tokio::test]
-async fn an_answer_nobody_can_read_is_as_good_as_lost() {
-    let world = patient().await;
+async fn unreadable_answer_counts_as_lost() {
+    let fixture = patient().await;
     let page = || reply(200, "text/html", "<html>welcome</html>");
     let bytes = noise(5 * MIB);
-    // Whether the server did its work before ...
+    // Either the server has done the request ...
     for at in ["list", "create", "update", "initiate", "part", "complete"] {
-        world.trick(at, Trick::Lost(page()));
+        fixture.trick(at, Trick::Lost(page()));
     }
-    let small = world.put("x.json", b"{}").await.expect("stored").expect("an id");
-    assert_eq!(world.log(), ["list", "list", "info", "create", "list", "update", "update"]);
-    let large = world.put("x.ply", &bytes).await.expect("stored").expect("an id");
-    assert_eq!((world.count("initiate"), world.count("part"), world.count("complete")), (2, 6, 2));
-    // ... or something else answered in its place.
+    let small = fixture.put("x.json", b"{}").await.expect("stored").expect("an id");
+    assert_eq!(fixture.log(), ["list", "list", "info", "create", "list", "update", "update"]);
+    let large = fixture.put("x.ply", &bytes).await.expect("stored").expect("an id");
+    assert_eq!((fixture.count("initiate"), fixture.count("part"), fixture.count("complete")), (2, 6, 2));
+    // ... or something else answered instead.
     for at in ["update", "initiate", "part", "complete"] {
-        world.trick(at, Trick::Answer(page()));
+        fixture.trick(at, Trick::Answer(page()));
     }
-    assert_eq!(world.put("x.json", b"[]").await.expect("stored").as_ref(), Some(&small));
-    assert_eq!(world.put("x.ply", &bytes).await.expect("stored").as_ref(), Some(&large));
-    assert_eq!((world.count("initiate"), world.count("part"), world.count("complete")), (4, 12, 4));
-    assert_eq!((world.stored(&small).bytes, world.stored(&large).bytes == bytes), (b"[]".to_vec(), true));
-    assert_eq!((world.count("abort"), world.server.store().items.len()), (0, 2), "nothing is doubled");
-    // An answer of the protocol that names nothing tells as little.
-    world.trick("create", Trick::Lost(reply(200, "application/json", r#"{"data":[]}"#)));
-    world.put("y.json", b"{}").await.expect("stored");
-    assert_eq!(world.server.store().items.len(), 3);
+    assert_eq!(fixture.put("x.json", b"[]").await.expect("stored").as_ref(), Some(&small));
+    assert_eq!(fixture.put("x.ply", &bytes).await.expect("stored").as_ref(), Some(&large));
+    assert_eq!((fixture.count("initiate"), fixture.count("part"), fixture.count("complete")), (4, 12, 4));
+    assert_eq!((fixture.stored(&small).bytes, fixture.stored(&large).bytes == bytes), (b"[]".to_vec(), true));
+    assert_eq!((fixture.count("abort"), fixture.server.store().items.len()), (0, 2), "nothing is doubled");
+    // A valid answer without an entry counts as lost too.
+    fixture.trick("create", Trick::Lost(reply(200, "application/json", r#"{"data":[]}"#)));
+    fixture.put("y.json", b"{}").await.expect("stored");
+    assert_eq!(fixture.server.store().items.len(), 3);
     for _ in 0..100 {
-        world.trick("create", Trick::Answer(page()));
+        fixture.trick("create", Trick::Answer(page()));
     }
-    let hopeless = world.put("z.json", b"{}").await;
+    let hopeless = fixture.put("z.json", b"{}").await;
     assert!(hopeless.as_ref().is_err_and(|err| err.message.contains("given up after ")), "{hopeless:?}");
     refused(hopeless, PortErrorKind::Malformed, "is not the expected JSON");
 }
 
 #[tokio::test]
-async fn an_abort_is_repeated_too() {
-    let world = patient().await;
-    world.answer("abort", 503, "text/plain", "busy");
-    world.answer("complete", 400, "text/plain", "no");
-    refused(world.put("x.ply", &noise(5 * MIB)).await, PortErrorKind::BadRequest, "bad request (400): no");
-    assert_eq!((world.count("abort"), world.server.store().uploads.len()), (2, 0));
+async fn abort_is_repeated() {
+    let fixture = patient().await;
+    fixture.answer("abort", 503, "text/plain", "busy");
+    fixture.answer("complete", 400, "text/plain", "no");
+    refused(fixture.put("x.ply", &noise(5 * MIB)).await, PortErrorKind::BadRequest, "bad request (400): no");
+    assert_eq!((fixture.count("abort"), fixture.server.store().uploads.len()), (2, 0));
 }
 
 #[tokio::test]
 async fn ended_task_aborts_an_upload_once() {
     // Its lease may have ended with the cancellation. Then the server refuses the token.
-    let world = world_with(|config| config.token_wait = Duration::from_secs(60)).await;
+    let fixture = fixture_with(|config| config.token_wait = Duration::from_secs(60)).await;
     for _ in 0..2 {
-        world.trick("part", Trick::Hang);
+        fixture.trick("part", Trick::Hang);
     }
     let bytes = noise(5 * MIB);
-    let (result, ()) = tokio::join!(world.put("x.ply", &bytes), async {
-        world.until("part").await;
-        world.server.store().tokens.clear();
-        world.ports.close().await;
+    let (result, ()) = tokio::join!(fixture.put("x.ply", &bytes), async {
+        fixture.until("part").await;
+        fixture.server.store().tokens.clear();
+        fixture.ports.close().await;
     });
     refused(result, PortErrorKind::LeaseOver, "task is over");
-    assert_eq!(world.count("abort"), 1, "no newer token will come");
+    assert_eq!(fixture.count("abort"), 1, "no newer token will come");
 }
 
 fn began_now() -> tokio::time::Instant {
@@ -184,23 +184,23 @@ async fn retry_after_is_obeyed_up_to_the_patience() {
         answer.headers_mut().insert("retry-after", "1".parse().expect("a header"));
         Trick::Answer(answer)
     };
-    let world = world_with(|config| config.patience = Duration::from_millis(1500)).await;
-    world.trick("create", later());
+    let fixture = fixture_with(|config| config.patience = Duration::from_millis(1500)).await;
+    fixture.trick("create", later());
     let began = began_now();
-    world.put("x.json", b"{}").await.expect("stored");
+    fixture.put("x.json", b"{}").await.expect("stored");
     assert!(began.elapsed() >= Duration::from_secs(1));
     // The patience of 200 ms is shorter than the requested second: the pause is cut, and one more try follows.
-    let world = patient().await;
-    world.trick("create", later());
+    let fixture = patient().await;
+    fixture.trick("create", later());
     let began = began_now();
-    world.put("x.json", b"{}").await.expect("stored");
+    fixture.put("x.json", b"{}").await.expect("stored");
     assert!((Duration::from_millis(150)..Duration::from_secs(1)).contains(&began.elapsed()), "{:?}", began.elapsed());
-    assert_eq!(world.count("create"), 2);
-    let world = patient().await;
+    assert_eq!(fixture.count("create"), 2);
+    let fixture = patient().await;
     for _ in 0..2 {
-        world.trick("create", later());
+        fixture.trick("create", later());
     }
     let message = "unexpected status (429): slower (given up after 2 tries)";
-    refused(world.put("x.json", b"{}").await, PortErrorKind::Other, message);
-    assert_eq!(world.count("create"), 2, "one try after the cut pause");
+    refused(fixture.put("x.json", b"{}").await, PortErrorKind::Other, message);
+    assert_eq!(fixture.count("create"), 2, "one try after the cut pause");
 }

@@ -1,4 +1,4 @@
-//! Downloads that break go on where they stopped, and never deliver a byte of other data.
+//! Broken downloads resume where they stopped, and never deliver a byte of other data.
 
 use std::io;
 
@@ -14,7 +14,7 @@ const KIND: &str = "multipart/form-data; boundary=q7";
 /// A body that sends `bytes` and then breaks.
 fn cut(bytes: Vec<u8>) -> Body {
     let first = stream::iter([Ok::<_, io::Error>(Bytes::from(bytes))]);
-    // The server sends what it has before it hears of the end.
+    // The server sends these bytes before it sees the end.
     let end = stream::once(async {
         tokio::task::yield_now().await;
         Err(io::Error::other("cut"))
@@ -22,195 +22,200 @@ fn cut(bytes: Vec<u8>) -> Body {
     Body::from_stream(first.chain(end))
 }
 
-/// A world that has patience, with one item `d`.
-async fn patient(bytes: &[u8]) -> World {
-    let world = world_with(|config| config.patience = Duration::from_secs(20)).await;
-    world.item("d", "n", "t", bytes);
-    world
+/// A fixture whose ports repeat failed requests, with one item `d`.
+async fn patient(bytes: &[u8]) -> Fixture {
+    let fixture = fixture_with(|config| config.patience = Duration::from_secs(20)).await;
+    fixture.item("d", "n", "t", bytes);
+    fixture
 }
 
-/// The download of these items as it would be.
-fn whole(world: &World, ids: &[&str]) -> Vec<u8> {
-    let items: Vec<(String, Item)> = ids.iter().map(|id| ((*id).to_owned(), world.stored(id))).collect();
+/// The complete answer for these items.
+fn whole(fixture: &Fixture, ids: &[&str]) -> Vec<u8> {
+    let items: Vec<(String, Item)> = ids.iter().map(|id| ((*id).to_owned(), fixture.stored(id))).collect();
     multipart("q7", &items)
 }
 
 /// The download breaks after this many bytes of the body of its first part.
-fn breaks_after(world: &World, ids: &[&str], bytes: usize) {
-    let whole = whole(world, ids);
+fn breaks_after(fixture: &Fixture, ids: &[&str], bytes: usize) {
+    let whole = whole(fixture, ids);
     let head = whole.windows(4).position(|window| window == b"\r\n\r\n").expect("a head") + 4;
-    world.answer("download", 200, KIND, cut(whole[..head + bytes].to_vec()));
+    fixture.answer("download", 200, KIND, cut(whole[..head + bytes].to_vec()));
 }
 
 fn sha256(bytes: &[u8]) -> String {
     crate::storage::digest::hex(&Sha256::digest(bytes))
 }
 
-/// Reads `d` as a stream and as a file; `tricks` are laid before each.
-async fn comes_whole(world: &World, bytes: &[u8], tricks: impl Fn(&World), requests: &[&str]) {
+/// Reads `d` as a stream and as a file. `tricks` prepares the server before each.
+async fn comes_whole(fixture: &Fixture, bytes: &[u8], tricks: impl Fn(&Fixture), requests: &[&str]) {
     for file in [false, true] {
-        world.server.store().log.clear();
-        tricks(world);
+        fixture.server.store().log.clear();
+        tricks(fixture);
         let read = if file {
-            std::fs::read(world.ports.materialize("d").await.expect("comes").path).expect("there")
+            std::fs::read(fixture.ports.materialize("d").await.expect("comes").path).expect("there")
         } else {
-            drain(&mut world.ports.open("d").await.expect("opens")).await.expect("reads")
+            drain(&mut fixture.ports.open("d").await.expect("opens")).await.expect("reads")
         };
         assert!(read == bytes, "file: {file}");
-        assert_eq!(world.log(), requests, "file: {file}");
+        assert_eq!(fixture.log(), requests, "file: {file}");
     }
-    let fetched = world.ports.fetched();
+    let fetched = fixture.ports.fetched();
     let [input] = &*fetched else { panic!("noted once: {fetched:?}") };
     assert_eq!((input.cid.as_str(), input.name.as_deref(), input.size), ("d", Some("n"), bytes.len() as u64));
     assert_eq!(input.sha256, sha256(bytes));
 }
 
 #[tokio::test]
-async fn a_broken_download_goes_on_where_it_stopped() {
+async fn broken_download_resumes_at_its_byte() {
     let bytes = noise(700_000);
-    let world = patient(&bytes).await;
-    comes_whole(&world, &bytes, |world| breaks_after(world, &["d"], 400_000), &["download", "raw from 400000", "meta"])
-        .await;
+    let fixture = patient(&bytes).await;
+    comes_whole(
+        &fixture,
+        &bytes,
+        |fixture| breaks_after(fixture, &["d"], 400_000),
+        &["download", "raw from 400000", "meta"],
+    )
+    .await;
 }
 
 #[tokio::test]
-async fn a_continuation_that_breaks_is_continued_by_its_entity_tag() {
+async fn broken_rest_is_resumed_by_entity_tag() {
     let bytes = noise(700_000);
-    let world = patient(&bytes).await;
-    let tricks = |world: &World| {
-        breaks_after(world, &["d"], 100_000);
+    let fixture = patient(&bytes).await;
+    let tricks = |fixture: &Fixture| {
+        breaks_after(fixture, &["d"], 100_000);
         let answer = Response::builder()
             .status(206)
             .header(header::ETAG, "\"d-0\"")
             .header(header::CONTENT_RANGE, "bytes 100000-699999/700000")
             .body(cut(noise(700_000)[100_000..300_000].to_vec()));
-        world.trick("raw", Trick::Answer(answer.expect("a response")));
+        fixture.trick("raw", Trick::Answer(answer.expect("a response")));
     };
     let requests = ["download", "raw from 100000", "meta", "raw from 300000"];
-    comes_whole(&world, &bytes, tricks, &requests).await;
+    comes_whole(&fixture, &bytes, tricks, &requests).await;
 }
 
 #[tokio::test]
-async fn without_ranges_or_content_by_id_a_download_begins_again_and_delivers_nothing_twice() {
+async fn restarted_download_delivers_no_byte_twice() {
     let bytes = noise(700_000);
     for (raw, requests) in [
         (Raw { served: true, ranges: false, etags: true }, &["download", "raw from 400000"][..]),
         (Raw { served: false, ranges: false, etags: false }, &["download", "raw from 400000", "download"]),
     ] {
-        let world = patient(&bytes).await;
-        world.server.store().raw = raw;
-        comes_whole(&world, &bytes, |world| breaks_after(world, &["d"], 400_000), requests).await;
+        let fixture = patient(&bytes).await;
+        fixture.server.store().raw = raw;
+        comes_whole(&fixture, &bytes, |fixture| breaks_after(fixture, &["d"], 400_000), requests).await;
     }
 }
 
 #[tokio::test]
-async fn data_that_was_changed_meanwhile_is_never_mixed_with_the_old() {
+async fn changed_data_is_never_mixed() {
     for (ranges, etags) in [(true, true), (true, false), (false, true)] {
-        let world = patient(&noise(700_000)).await;
-        world.server.store().raw = Raw { served: true, ranges, etags };
+        let fixture = patient(&noise(700_000)).await;
+        fixture.server.store().raw = Raw { served: true, ranges, etags };
         for file in [false, true] {
-            breaks_after(&world, &["d"], 400_000);
-            let server = world.server.clone();
+            breaks_after(&fixture, &["d"], 400_000);
+            let server = fixture.server.clone();
             let change = move || {
                 let mut store = server.store();
                 let item = store.items.get_mut("d").expect("there");
                 item.bytes.iter_mut().for_each(|byte| *byte ^= 1);
                 item.version += 1;
             };
-            world.trick("raw", Trick::First(Box::new(change)));
+            fixture.trick("raw", Trick::First(Box::new(change)));
             let result = match file {
-                true => world.ports.materialize("d").await.map(|_| ()),
-                false => drain(&mut world.ports.open("d").await.expect("opens")).await.map(|_| ()),
+                true => fixture.ports.materialize("d").await.map(|_| ()),
+                false => drain(&mut fixture.ports.open("d").await.expect("opens")).await.map(|_| ()),
             };
             refused(result, PortErrorKind::Network, "changed on the server");
         }
-        assert!(world.ports.fetched().is_empty(), "half an input is none");
-        assert_eq!(std::fs::read_dir(world.dir.path()).expect("listed").count(), 0);
+        assert!(fixture.ports.fetched().is_empty(), "half an input is none");
+        assert_eq!(std::fs::read_dir(fixture.dir.path()).expect("listed").count(), 0);
     }
 }
 
 #[tokio::test]
-async fn a_server_that_is_away_for_a_while_is_asked_again() {
-    let world = patient(b"body").await;
-    let tricks = |world: &World| {
+async fn unreachable_server_is_asked_again() {
+    let fixture = patient(b"body").await;
+    let tricks = |fixture: &Fixture| {
         for status in [503, 500, 429, 408] {
-            world.answer("download", status, "text/plain", "later");
+            fixture.answer("download", status, "text/plain", "later");
         }
-        world.trick("download", Trick::Unread(Box::new(|| reply(200, KIND, cut(Vec::new())))));
+        fixture.trick("download", Trick::Unread(Box::new(|| reply(200, KIND, cut(Vec::new())))));
     };
-    comes_whole(&world, b"body", tricks, &["download"; 6]).await;
+    comes_whole(&fixture, b"body", tricks, &["download"; 6]).await;
 }
 
 #[tokio::test]
-async fn the_pause_a_server_asks_for_is_kept() {
-    let world = patient(b"body").await;
+async fn requested_pause_is_kept() {
+    let fixture = patient(b"body").await;
     let later = Response::builder().status(503).header(header::RETRY_AFTER, "1").body(Body::empty());
-    world.trick("download", Trick::Answer(later.expect("a response")));
+    fixture.trick("download", Trick::Answer(later.expect("a response")));
     let began = std::time::Instant::now();
-    world.ports.materialize("d").await.expect("comes");
+    fixture.ports.materialize("d").await.expect("comes");
     assert!(began.elapsed() >= Duration::from_secs(1));
 }
 
 #[tokio::test]
-async fn silence_breaks_a_download_and_slowness_does_not() {
+async fn silence_ends_a_download_but_slowness_does_not() {
     let bytes = noise(10_000);
-    let world = world_with(|config| {
+    let fixture = fixture_with(|config| {
         config.patience = Duration::from_secs(20);
         config.stall = Duration::from_millis(400);
     })
     .await;
-    world.item("d", "n", "t", &*bytes);
-    let whole = whole(&world, &["d"]);
-    // Three times as long as the stall limit allows for silence, a little every 50 ms.
+    fixture.item("d", "n", "t", &*bytes);
+    let whole = whole(&fixture, &["d"]);
+    // The answer takes three times the stall limit, with a few bytes every 50 ms.
     let pieces: Vec<Bytes> = whole.chunks(whole.len().div_ceil(24)).map(Bytes::copy_from_slice).collect();
     let slow = stream::iter(pieces).then(|piece| async {
         tokio::time::sleep(Duration::from_millis(50)).await;
         Ok::<_, io::Error>(piece)
     });
-    world.answer("download", 200, KIND, Body::from_stream(slow));
-    let mut stream = world.ports.open("d").await.expect("opens");
+    fixture.answer("download", 200, KIND, Body::from_stream(slow));
+    let mut stream = fixture.ports.open("d").await.expect("opens");
     assert!(drain(&mut stream).await.expect("reads") == bytes);
-    assert_eq!(world.log(), ["download"]);
+    assert_eq!(fixture.log(), ["download"]);
     let silent = stream::iter([Ok::<_, io::Error>(Bytes::copy_from_slice(&whole[..5000]))]).chain(stream::pending());
-    world.answer("download", 200, KIND, Body::from_stream(silent));
-    let mut stream = world.ports.open("d").await.expect("opens");
+    fixture.answer("download", 200, KIND, Body::from_stream(silent));
+    let mut stream = fixture.ports.open("d").await.expect("opens");
     assert!(drain(&mut stream).await.expect("reads") == bytes);
-    assert_eq!(world.log().len(), 4, "{:?}", world.log());
+    assert_eq!(fixture.log().len(), 4, "{:?}", fixture.log());
 }
 
 #[tokio::test]
-async fn of_several_parts_only_what_has_not_come_is_asked_for_again() {
-    let world = patient(&noise(300_000)).await;
-    world.item("e", "m", "t", noise(200_000));
-    world.item("f", "l", "t", noise(100));
-    let url = format!("{}api/v1/domains/{DOMAIN}/data?ids=d,e,f", world.url);
-    let head = whole(&world, &["d"]).len();
+async fn only_missing_parts_are_requested_again() {
+    let fixture = patient(&noise(300_000)).await;
+    fixture.item("e", "m", "t", noise(200_000));
+    fixture.item("f", "l", "t", noise(100));
+    let url = format!("{}api/v1/domains/{DOMAIN}/data?ids=d,e,f", fixture.url);
+    let head = whole(&fixture, &["d"]).len();
     for broken_at in [head - 5, head + 30, head + 100_000] {
-        world.server.store().log.clear();
-        let whole = whole(&world, &["d", "e", "f"]);
-        world.answer("download", 200, KIND, cut(whole[..broken_at].to_vec()));
-        let input = world.ports.materialize(&url).await.expect("comes");
+        fixture.server.store().log.clear();
+        let whole = whole(&fixture, &["d", "e", "f"]);
+        fixture.answer("download", 200, KIND, cut(whole[..broken_at].to_vec()));
+        let input = fixture.ports.materialize(&url).await.expect("comes");
         let read = |path: &std::path::Path| std::fs::read(path).expect("there");
         assert!(read(&input.path) == noise(300_000) && read(&input.related_files[0]) == noise(200_000));
         assert_eq!((read(&input.related_files[1]), input.related_files.len()), (noise(100), 2));
-        let log = world.log();
+        let log = fixture.log();
         assert_eq!(log.iter().filter(|call| *call == "download").count(), 2, "{log:?}");
     }
-    let fetched = world.ports.fetched();
+    let fetched = fixture.ports.fetched();
     let names: Vec<_> = fetched.iter().map(|input| input.name.as_deref().unwrap_or_default()).collect();
     assert_eq!(names, ["n", "m", "l"]);
 }
 
 #[tokio::test]
-async fn a_digest_the_server_gives_is_compared() {
-    let world = world().await;
-    world.item("d", "n", "t", "body");
+async fn digest_of_the_server_is_compared() {
+    let fixture = fixture().await;
+    fixture.item("d", "n", "t", "body");
     let digest = |bytes: &[u8]| {
         use base64::{Engine as _, engine::general_purpose::STANDARD};
         STANDARD.encode(Sha256::digest(bytes))
     };
     let with = |header: String| {
-        let whole = String::from_utf8(whole(&world, &["d"])).expect("text");
+        let whole = String::from_utf8(whole(&fixture, &["d"])).expect("text");
         whole.replace("Content-Type:", &format!("{header}\r\nContent-Type:"))
     };
     for header in [
@@ -218,37 +223,37 @@ async fn a_digest_the_server_gives_is_compared() {
         format!("Digest: SHA-256={}", digest(b"body")),
         "Digest: sha-256=rubbish".to_owned(),
     ] {
-        world.answer("download", 200, KIND, with(header));
-        world.ports.materialize("d").await.expect("comes");
+        fixture.answer("download", 200, KIND, with(header));
+        fixture.ports.materialize("d").await.expect("comes");
     }
-    world.answer("download", 200, KIND, with(format!("Content-Digest: sha-256=:{}:", digest(b"other"))));
-    refused(world.ports.materialize("d").await, PortErrorKind::Malformed, "SHA-256");
+    fixture.answer("download", 200, KIND, with(format!("Content-Digest: sha-256=:{}:", digest(b"other"))));
+    refused(fixture.ports.materialize("d").await, PortErrorKind::Malformed, "SHA-256");
 }
 
 #[tokio::test]
-async fn a_newer_bearer_is_taken_for_a_continuation() {
+async fn resumed_download_has_the_newest_bearer() {
     let bytes = noise(700_000);
-    let world = patient(&bytes).await;
-    breaks_after(&world, &["d"], 400_000);
-    let mut stream = world.ports.open("d").await.expect("opens");
+    let fixture = patient(&bytes).await;
+    breaks_after(&fixture, &["d"], 400_000);
+    let mut stream = fixture.ports.open("d").await.expect("opens");
     assert!(stream.next().await.expect("the first piece").is_some());
-    world.server.store().tokens = vec!["t2".to_owned()];
-    world.keys.publish(|now| now.token = Some(Token::new("t2")));
+    fixture.server.store().tokens = vec!["t2".to_owned()];
+    fixture.writer.publish(|now| now.token = Some(Token::new("t2")));
     drain(&mut stream).await.expect("comes with the newer bearer");
 }
 
 #[tokio::test]
-async fn a_lost_lease_ends_the_pause_before_the_next_try() {
-    let world = world_with(|config| {
+async fn lost_lease_ends_the_pause() {
+    let fixture = fixture_with(|config| {
         config.patience = Duration::from_secs(600);
         config.part_pause = Duration::from_secs(60);
     })
     .await;
-    world.answer("download", 503, "text/plain", "later");
-    let grant = world.grant.clone();
-    let (result, ()) = tokio::join!(world.ports.materialize("d"), async {
-        world.until("download").await;
-        grant.cancel.cancel(crate::model::CancelReason::LeaseLost);
+    fixture.answer("download", 503, "text/plain", "later");
+    let held = fixture.held.clone();
+    let (result, ()) = tokio::join!(fixture.ports.materialize("d"), async {
+        fixture.until("download").await;
+        held.cancel.cancel(crate::model::CancelReason::LeaseLost);
     });
     refused(result, PortErrorKind::LeaseOver, "lease is lost");
 }

@@ -6,36 +6,36 @@ use super::*;
 use crate::model::CancelReason;
 
 #[tokio::test]
-async fn a_small_file_goes_in_one_request_and_replaces_itself() {
-    let world = world().await;
+async fn small_file_is_sent_in_one_request() {
+    let fixture = fixture().await;
     let payload = b"--boundary\r\n\r\n--boundary--\r\n".to_vec();
-    let id = world.put("/x/y.PLY", &payload).await.expect("stored");
+    let id = fixture.put("/x/y.PLY", &payload).await.expect("stored");
     assert_eq!(id.as_deref(), Some("d-2"));
     let name = format!("out_x_y_PLY_{TASK}");
-    assert_eq!(world.stored("d-2"), Item { name: name.clone(), data_type: "ply".into(), bytes: payload, version: 0 });
-    assert_eq!(world.put("x//y.PLY", b"again").await.expect("stored"), id, "the same path is updated");
-    assert_eq!(world.stored("d-2").bytes, b"again");
-    assert_eq!(world.log(), ["list", "info", "create", "update"], "limits and the id are remembered");
-    let published = world.ports.published();
+    assert_eq!(fixture.stored("d-2"), Item { name: name.clone(), data_type: "ply".into(), bytes: payload, version: 0 });
+    assert_eq!(fixture.put("x//y.PLY", b"again").await.expect("stored"), id, "the same path is updated");
+    assert_eq!(fixture.stored("d-2").bytes, b"again");
+    assert_eq!(fixture.log(), ["list", "info", "create", "update"], "limits and the id are remembered");
+    let published = fixture.ports.published();
     assert_eq!(published.len(), 1);
     assert_eq!((published[0].logical_path.as_str(), published[0].name.as_str()), ("out/x/y.PLY", name.as_str()));
     assert_eq!((published[0].data_type.as_str(), published[0].id.clone()), ("ply", id));
 }
 
 #[tokio::test]
-async fn what_an_earlier_attempt_stored_is_updated() {
-    // Only an exactly equal name and type counts; the fake matches partially.
-    let world = world().await;
-    world.item("d-0", &format!("out_x_json_{TASK}_more"), "json", "a");
-    world.item("d-1", &format!("out_x_json_{TASK}"), "json", "old");
-    assert_eq!(world.put("x.json", b"new").await.expect("stored").as_deref(), Some("d-1"));
-    assert_eq!((world.stored("d-0").bytes, world.stored("d-1").bytes), (b"a".to_vec(), b"new".to_vec()));
+async fn artifact_of_an_earlier_attempt_is_updated() {
+    // Only equal names and types count. The test server matches partially.
+    let fixture = fixture().await;
+    fixture.item("d-0", &format!("out_x_json_{TASK}_more"), "json", "a");
+    fixture.item("d-1", &format!("out_x_json_{TASK}"), "json", "old");
+    assert_eq!(fixture.put("x.json", b"new").await.expect("stored").as_deref(), Some("d-1"));
+    assert_eq!((fixture.stored("d-0").bytes, fixture.stored("d-1").bytes), (b"a".to_vec(), b"new".to_vec()));
 }
 
 #[tokio::test]
 async fn explicit_names_reach_the_store_unchanged() {
-    let world = world().await;
-    world.item("d-9", "somebody", "else", "x");
+    let fixture = fixture().await;
+    fixture.item("d-9", "somebody", "else", "x");
     let explicit = |id: Option<&str>| ArtifactSpec {
         path: "logs/é.txt".into(),
         name: Some("refined é, scan 1".into()),
@@ -43,142 +43,142 @@ async fn explicit_names_reach_the_store_unchanged() {
         existing_id: id.map(str::to_owned),
         size: None,
     };
-    let file = world.file(b"zip");
-    let id = world.ports.put_file(explicit(None), &file).await.expect("stored").expect("an id");
-    let item = world.stored(&id);
+    let file = fixture.file(b"zip");
+    let id = fixture.ports.put_file(explicit(None), &file).await.expect("stored").expect("an id");
+    let item = fixture.stored(&id);
     assert_eq!((item.name.as_str(), item.data_type.as_str()), ("refined é, scan 1", "refined_scan_zip"));
-    let id = world.ports.put_file(explicit(Some("d-9")), &file).await.expect("stored");
-    assert_eq!((id.as_deref(), world.stored("d-9").bytes), (Some("d-9"), b"zip".to_vec()));
-    assert_eq!(world.ports.published()[0].logical_path, "out/logs/é.txt");
+    let id = fixture.ports.put_file(explicit(Some("d-9")), &file).await.expect("stored");
+    assert_eq!((id.as_deref(), fixture.stored("d-9").bytes), (Some("d-9"), b"zip".to_vec()));
+    assert_eq!(fixture.ports.published()[0].logical_path, "out/logs/é.txt");
 }
 
 #[tokio::test]
-async fn a_large_file_goes_in_parts_and_is_updated_in_parts() {
-    let world = world().await;
+async fn large_file_is_sent_and_updated_in_parts() {
+    let fixture = fixture().await;
     let bytes = noise(5 * MIB + 1);
-    let id = world.put("big.ply", &bytes).await.expect("stored").expect("an id");
-    assert!(world.stored(&id).bytes == bytes);
-    assert_eq!((world.count("initiate"), world.count("part"), world.count("complete")), (1, 6, 1));
-    assert_eq!((world.count("abort"), world.count("create"), world.count("info")), (0, 0, 1));
+    let id = fixture.put("big.ply", &bytes).await.expect("stored").expect("an id");
+    assert!(fixture.stored(&id).bytes == bytes);
+    assert_eq!((fixture.count("initiate"), fixture.count("part"), fixture.count("complete")), (1, 6, 1));
+    assert_eq!((fixture.count("abort"), fixture.count("create"), fixture.count("info")), (0, 0, 1));
     let bytes = noise(5 * MIB);
-    assert_eq!(world.put("big.ply", &bytes).await.expect("stored").expect("an id"), id);
-    assert!(world.stored(&id).bytes == bytes);
-    assert_eq!(world.count("part"), 11, "no empty part at the end");
+    assert_eq!(fixture.put("big.ply", &bytes).await.expect("stored").expect("an id"), id);
+    assert!(fixture.stored(&id).bytes == bytes);
+    assert_eq!(fixture.count("part"), 11, "no empty part at the end");
 }
 
 #[tokio::test]
-async fn a_servers_limit_on_requests_is_heeded() {
-    let world = world().await;
-    world.server.store().info = json!({"upload": {"request_max_bytes": 2000, "multipart": {"enabled": true}}});
-    world.put("x", &noise(2000)).await.expect("stored");
-    world.put("y", &noise(100)).await.expect("stored");
-    assert_eq!((world.count("complete"), world.count("create"), world.count("info")), (1, 1, 1));
+async fn request_limit_of_a_server_is_obeyed() {
+    let fixture = fixture().await;
+    fixture.server.store().info = json!({"upload": {"request_max_bytes": 2000, "multipart": {"enabled": true}}});
+    fixture.put("x", &noise(2000)).await.expect("stored");
+    fixture.put("y", &noise(100)).await.expect("stored");
+    assert_eq!((fixture.count("complete"), fixture.count("create"), fixture.count("info")), (1, 1, 1));
 }
 
-/// A world whose server says nothing of its limits.
-async fn silent_about_limits() -> World {
-    let world = world().await;
-    world.answer("info", 404, "text/plain", "");
-    world
+/// A fixture whose server states no limits.
+async fn silent_about_limits() -> Fixture {
+    let fixture = fixture().await;
+    fixture.answer("info", 404, "text/plain", "");
+    fixture
 }
 
 #[tokio::test]
 async fn while_limits_are_unknown_files_try_parts_first() {
     // posemesh.md section 6.8: files need no /info for that.
-    let world = silent_about_limits().await;
-    world.server.store().part_size = 50_000;
+    let fixture = silent_about_limits().await;
+    fixture.server.store().part_size = 50_000;
     let bytes = noise(70_000);
-    let id = world.put("x.bin", &bytes).await.expect("stored").expect("an id");
-    assert!(world.stored(&id).bytes == bytes);
-    world.put("small.bin", &noise(60_000)).await.expect("stored");
-    world.answer("initiate", 404, "text/plain", "no");
-    world.put("old.bin", &bytes).await.expect("stored");
+    let id = fixture.put("x.bin", &bytes).await.expect("stored").expect("an id");
+    assert!(fixture.stored(&id).bytes == bytes);
+    fixture.put("small.bin", &noise(60_000)).await.expect("stored");
+    fixture.answer("initiate", 404, "text/plain", "no");
+    fixture.put("old.bin", &bytes).await.expect("stored");
     assert_eq!(
-        world.log(),
+        fixture.log(),
         ["list", "info", "initiate", "part", "part", "complete", "list", "create", "list", "initiate", "create"]
     );
 }
 
 #[tokio::test]
-async fn what_is_too_large_for_one_request_goes_in_parts() {
-    let world = silent_about_limits().await;
+async fn upload_after_413_is_sent_in_parts() {
+    let fixture = silent_about_limits().await;
     let bytes = noise(1000);
-    world.server.store().part_size = 600;
+    fixture.server.store().part_size = 600;
     for trick in ["create", "create", "update"] {
-        world.answer(trick, 413, "text/plain", "too much");
+        fixture.answer(trick, 413, "text/plain", "too much");
     }
-    let id = world.put("x.bin", &bytes).await.expect("stored").expect("an id");
-    assert!(world.stored(&id).bytes == bytes);
+    let id = fixture.put("x.bin", &bytes).await.expect("stored").expect("an id");
+    assert!(fixture.stored(&id).bytes == bytes);
     let in_parts = ["create", "initiate", "part", "part", "complete"];
-    assert_eq!(world.log()[2..], in_parts, "a file");
-    let mut stream = world.ports.create(spec("y.bin")).await.expect("opens");
+    assert_eq!(fixture.log()[2..], in_parts, "a file");
+    let mut stream = fixture.ports.create(spec("y.bin")).await.expect("opens");
     stream.write(bytes.clone().into()).await.expect("taken");
     let streamed = stream.finish().await.expect("stored").expect("an id");
-    assert!(world.stored(&streamed).bytes == bytes);
-    assert_eq!(world.log()[8..], in_parts, "bytes and streams");
-    assert_eq!(world.put("x.bin", &noise(1200)).await.expect("stored"), Some(id.clone()), "an update too");
-    assert!(world.stored(&id).bytes == noise(1200));
-    assert_eq!((world.count("abort"), world.server.store().items.len()), (0, 2));
+    assert!(fixture.stored(&streamed).bytes == bytes);
+    assert_eq!(fixture.log()[8..], in_parts, "bytes and streams");
+    assert_eq!(fixture.put("x.bin", &noise(1200)).await.expect("stored"), Some(id.clone()), "an update too");
+    assert!(fixture.stored(&id).bytes == noise(1200));
+    assert_eq!((fixture.count("abort"), fixture.server.store().items.len()), (0, 2));
 }
 
 #[tokio::test]
-async fn what_is_too_large_for_every_way_is_refused_as_such() {
-    let world = silent_about_limits().await;
+async fn too_large_artifact_is_refused() {
+    let fixture = silent_about_limits().await;
     for bytes in [noise(1000), noise(70_000)] {
-        world.answer("initiate", 405, "text/plain", "no");
-        world.answer("create", 413, "text/plain", "too much");
-        refused(world.put("x.bin", &bytes).await, PortErrorKind::Limit, "unexpected status (413): too much");
+        fixture.answer("initiate", 405, "text/plain", "no");
+        fixture.answer("create", 413, "text/plain", "too much");
+        refused(fixture.put("x.bin", &bytes).await, PortErrorKind::Limit, "unexpected status (413): too much");
     }
-    assert_eq!(world.count("initiate"), 2, "asked once for each");
-    // Nothing cannot be cut.
-    world.answer("create", 413, "text/plain", "too much");
-    let stream = world.ports.create(spec("y.bin")).await.expect("opens");
+    assert_eq!(fixture.count("initiate"), 2, "asked once for each");
+    // Zero bytes cannot be split.
+    fixture.answer("create", 413, "text/plain", "too much");
+    let stream = fixture.ports.create(spec("y.bin")).await.expect("opens");
     refused(stream.finish().await, PortErrorKind::Limit, "unexpected status (413)");
-    assert_eq!(world.count("initiate"), 2);
+    assert_eq!(fixture.count("initiate"), 2);
 }
 
 #[tokio::test]
-async fn without_uploads_in_parts_a_large_file_goes_in_one_request() {
-    let world = world().await;
+async fn without_parts_a_large_file_is_one_request() {
+    let fixture = fixture().await;
     let bytes = noise(5 * MIB);
     for (n, status) in [404, 405, 501].into_iter().enumerate() {
-        world.answer("initiate", status, "text/plain", "no");
-        let id = world.put(&format!("{n}.ply"), &bytes).await.expect("stored").expect("an id");
-        assert!(world.stored(&id).bytes == bytes);
+        fixture.answer("initiate", status, "text/plain", "no");
+        let id = fixture.put(&format!("{n}.ply"), &bytes).await.expect("stored").expect("an id");
+        assert!(fixture.stored(&id).bytes == bytes);
     }
-    assert_eq!((world.count("create"), world.count("abort")), (3, 0));
-    world.answer("initiate", 403, "text/plain", "no");
-    refused(world.put("x", &bytes).await, PortErrorKind::Other, "unexpected status (403)");
+    assert_eq!((fixture.count("create"), fixture.count("abort")), (3, 0));
+    fixture.answer("initiate", 403, "text/plain", "no");
+    refused(fixture.put("x", &bytes).await, PortErrorKind::Other, "unexpected status (403)");
 }
 
 #[tokio::test]
 async fn a_bearer_turned_between_two_parts_is_used_by_the_next() {
     // With one part at a time, the old bearer is refused from the third on.
-    let world = world_with(|config| config.parallel_parts = 1).await;
-    let (server, keys) = (world.server.clone(), Arc::clone(&world.keys));
+    let fixture = fixture_with(|config| config.parallel_parts = 1).await;
+    let (server, writer) = (fixture.server.clone(), Arc::clone(&fixture.writer));
     for _ in 0..2 {
-        world.trick("part", Trick::First(Box::new(|| {})));
+        fixture.trick("part", Trick::First(Box::new(|| {})));
     }
-    world.trick(
+    fixture.trick(
         "part",
         Trick::First(Box::new(move || {
             server.store().tokens = vec!["t2".to_owned()];
-            keys.publish(|now| now.token = Some(Token::new("t2")));
+            writer.publish(|now| now.token = Some(Token::new("t2")));
         })),
     );
     let bytes = noise(6 * MIB);
-    let id = world.put("x.ply", &bytes).await.expect("stored").expect("an id");
-    assert!(world.stored(&id).bytes == bytes);
-    assert_eq!(world.count("part"), 7, "the part on its way was refused with the old bearer and repeated");
+    let id = fixture.put("x.ply", &bytes).await.expect("stored").expect("an id");
+    assert!(fixture.stored(&id).bytes == bytes);
+    assert_eq!(fixture.count("part"), 7, "the part on its way was refused with the old bearer and repeated");
 }
 
 #[tokio::test]
 async fn a_refused_part_is_not_sent_again() {
-    let world = world_with(|config| config.parallel_parts = 1).await;
+    let fixture = fixture_with(|config| config.parallel_parts = 1).await;
     let bytes = noise(5 * MIB);
-    world.answer("part", 409, "text/plain", "taken");
-    refused(world.put("z.ply", &bytes).await, PortErrorKind::Conflict, "conflict (409): taken");
-    assert_eq!((world.count("part"), world.count("abort")), (1, 1));
+    fixture.answer("part", 409, "text/plain", "taken");
+    refused(fixture.put("z.ply", &bytes).await, PortErrorKind::Conflict, "conflict (409): taken");
+    assert_eq!((fixture.count("part"), fixture.count("abort")), (1, 1));
 }
 
 /// An answer to a part that nobody should have to keep ten thousand times.
@@ -186,7 +186,7 @@ static LONG_ETAG: LazyLock<String> = LazyLock::new(|| json!({ "etag": "e".repeat
 
 #[tokio::test]
 async fn whatever_fails_after_the_beginning_aborts_once() {
-    let world = world().await;
+    let fixture = fixture().await;
     let bytes = noise(5 * MIB);
     let json = "application/json";
     let cases: [(&'static str, u16, &'static str, PortErrorKind); 11] = [
@@ -203,39 +203,39 @@ async fn whatever_fails_after_the_beginning_aborts_once() {
         ("part", 200, &LONG_ETAG, PortErrorKind::Malformed),
     ];
     for (n, (at, status, body, kind)) in cases.into_iter().enumerate() {
-        world.answer(at, status, json, body);
-        refused(world.put("x.ply", &bytes).await, kind, "upload of out/x.ply");
-        assert_eq!(world.count("abort"), n + 1, "{at} {status} {body}");
+        fixture.answer(at, status, json, body);
+        refused(fixture.put("x.ply", &bytes).await, kind, "upload of out/x.ply");
+        assert_eq!(fixture.count("abort"), n + 1, "{at} {status} {body}");
     }
-    world.answer("complete", 200, json, r#"{"id":"d-1","size":5}"#);
-    refused(world.put("x.ply", &bytes).await, PortErrorKind::Malformed, "the server stored 5");
-    assert!(world.ports.published().is_empty());
+    fixture.answer("complete", 200, json, r#"{"id":"d-1","size":5}"#);
+    refused(fixture.put("x.ply", &bytes).await, PortErrorKind::Malformed, "the server stored 5");
+    assert!(fixture.ports.published().is_empty());
 }
 
 #[tokio::test]
 async fn an_upload_nobody_waits_for_is_aborted() {
-    let world = world().await;
-    world.trick("part", Trick::Hang);
+    let fixture = fixture().await;
+    fixture.trick("part", Trick::Hang);
     let bytes = noise(5 * MIB);
     tokio::select! {
-        result = world.put("x.ply", &bytes) => panic!("it hangs, but: {result:?}"),
-        () = world.until("part") => {}
+        result = fixture.put("x.ply", &bytes) => panic!("it hangs, but: {result:?}"),
+        () = fixture.until("part") => {}
     }
-    world.ports.close().await;
-    assert_eq!((world.count("abort"), world.server.store().uploads.len()), (1, 0));
+    fixture.ports.close().await;
+    assert_eq!((fixture.count("abort"), fixture.server.store().uploads.len()), (1, 0));
 }
 
 #[tokio::test]
 async fn closing_ends_and_aborts_what_is_under_way() {
-    let world = world_with(|config| config.stall = Duration::from_secs(60)).await;
+    let fixture = fixture_with(|config| config.stall = Duration::from_secs(60)).await;
     for _ in 0..2 {
-        world.trick("part", Trick::Hang);
+        fixture.trick("part", Trick::Hang);
     }
     let bytes = noise(5 * MIB);
-    let (result, ()) = tokio::join!(world.put("x.ply", &bytes), async {
-        world.until("part").await;
-        world.ports.close().await;
-        assert_eq!(world.count("abort"), 1, "aborted by the time close returns");
+    let (result, ()) = tokio::join!(fixture.put("x.ply", &bytes), async {
+        fixture.until("part").await;
+        fixture.ports.close().await;
+        assert_eq!(fixture.count("abort"), 1, "aborted by the time close returns");
     });
     refused(result, PortErrorKind::LeaseOver, "task is over");
 }
@@ -243,56 +243,56 @@ async fn closing_ends_and_aborts_what_is_under_way() {
 #[tokio::test]
 async fn control_plane_cancel_sends_only_one_abort() {
     // The server revokes the token together with the task.
-    let world = world_with(|config| config.token_wait = Duration::from_secs(60)).await;
+    let fixture = fixture_with(|config| config.token_wait = Duration::from_secs(60)).await;
     for _ in 0..2 {
-        world.trick("part", Trick::Hang);
+        fixture.trick("part", Trick::Hang);
     }
     let bytes = noise(5 * MIB);
-    let (result, ()) = tokio::join!(world.put("x.ply", &bytes), async {
-        world.until("part").await;
-        world.server.store().tokens.clear();
-        world.grant.cancel.cancel(CancelReason::Plane);
+    let (result, ()) = tokio::join!(fixture.put("x.ply", &bytes), async {
+        fixture.until("part").await;
+        fixture.server.store().tokens.clear();
+        fixture.held.cancel.cancel(CancelReason::Plane);
     });
     refused(result, PortErrorKind::LeaseOver, "the control plane cancelled the task");
-    world.until("abort").await;
-    world.ports.close().await;
-    assert!(world.count("part") <= 2, "{:?}", world.log());
-    assert_eq!(world.count("abort"), 1, "{:?}", world.log());
+    fixture.until("abort").await;
+    fixture.ports.close().await;
+    assert!(fixture.count("part") <= 2, "{:?}", fixture.log());
+    assert_eq!(fixture.count("abort"), 1, "{:?}", fixture.log());
 }
 
 #[tokio::test]
 async fn a_lost_lease_sends_nothing_more_not_even_an_abort() {
-    let world = world_with(|config| config.stall = Duration::from_secs(60)).await;
+    let fixture = fixture_with(|config| config.stall = Duration::from_secs(60)).await;
     for _ in 0..2 {
-        world.trick("part", Trick::Hang);
+        fixture.trick("part", Trick::Hang);
     }
     let bytes = noise(5 * MIB);
-    let (result, before) = tokio::join!(world.put("x.ply", &bytes), async {
-        world.until("part").await;
-        world.grant.cancel.cancel(CancelReason::LeaseLost);
-        world.log().len()
+    let (result, before) = tokio::join!(fixture.put("x.ply", &bytes), async {
+        fixture.until("part").await;
+        fixture.held.cancel.cancel(CancelReason::LeaseLost);
+        fixture.log().len()
     });
     refused(result, PortErrorKind::LeaseOver, "lease is lost");
-    world.ports.close().await;
-    assert!(world.log().len() <= before + 1, "at most the second part was already on its way");
-    assert_eq!(world.count("abort"), 0);
+    fixture.ports.close().await;
+    assert!(fixture.log().len() <= before + 1, "at most the second part was already on its way");
+    assert_eq!(fixture.count("abort"), 0);
 }
 
 #[tokio::test]
 async fn a_bearer_refused_without_reading_the_body_is_replaced_too() {
     // The refusal itself may be lost when the server closes on a body it does not want.
-    let world = world().await;
-    let (server, keys) = (world.server.clone(), Arc::clone(&world.keys));
-    world.trick(
+    let fixture = fixture().await;
+    let (server, writer) = (fixture.server.clone(), Arc::clone(&fixture.writer));
+    fixture.trick(
         "create",
         Trick::Unread(Box::new(move || {
             server.store().tokens = vec!["t2".to_owned()];
-            keys.publish(|now| now.token = Some(Token::new("t2")));
+            writer.publish(|now| now.token = Some(Token::new("t2")));
             reply(401, "text/plain", "old")
         })),
     );
     let bytes = noise(4 * MIB);
-    let id = world.put("x", &bytes).await.expect("stored").expect("an id");
-    assert!(world.stored(&id).bytes == bytes);
-    assert_eq!(world.count("create"), 2);
+    let id = fixture.put("x", &bytes).await.expect("stored").expect("an id");
+    assert!(fixture.stored(&id).bytes == bytes);
+    assert_eq!(fixture.count("create"), 2);
 }

@@ -1,4 +1,4 @@
-//! The rest of a part, asked for by id, and whether it belongs to what has come.
+//! Requests for the rest of a part by its id, and the check that it belongs to the same data.
 
 use http::{Method, StatusCode, header};
 use sha2::{Digest, Sha256};
@@ -6,7 +6,7 @@ use url::Url;
 
 use super::{
     super::{calls::Call, cid::data_url, retry::passing, wire::MetadataJson},
-    Arrived, Flow, Skip, Transfer, Trouble, same_time,
+    Arrived, Failure, Flow, Skip, Transfer, same_time,
 };
 use crate::{
     model::PortErrorKind,
@@ -14,9 +14,9 @@ use crate::{
 };
 
 impl Transfer {
-    /// Asks for what is left of the part under way, or for all of it where its identity could not be checked.
-    pub(super) async fn ask_raw(&mut self, id: &str, size: u64) -> Result<Option<Arrived>, Trouble> {
-        let part = self.part.as_ref().expect("asked only with a part under way");
+    /// Requests the rest of the current part, or all of it if its identity cannot be checked.
+    pub(super) async fn ask_raw(&mut self, id: &str, size: u64) -> Result<Option<Arrived>, Failure> {
+        let part = self.part.as_ref().expect("called only with a current part");
         let (at, etag) = (part.at, part.etag.clone());
         let verifiable = etag.is_some() || part.head.updated_at.is_some();
         let ranged = at > 0 && self.ranges && verifiable;
@@ -38,12 +38,12 @@ impl Transfer {
         match status {
             StatusCode::PARTIAL_CONTENT if ranged => {
                 if text(header::CONTENT_RANGE).as_deref() != Some(&format!("bytes {at}-{}/{size}", size - 1)) {
-                    self.ranges = false; // not what was asked for; all of it will show whether it changed
+                    self.ranges = false; // another range; the whole part will show whether it changed
                     return Ok(None);
                 }
                 match self.identity(id, size, etag.as_deref(), found.as_deref()).await? {
                     Some(true) => {}
-                    Some(false) => return Err(Trouble::Final(self.changed())),
+                    Some(false) => return Err(Failure::Final(self.changed())),
                     None => {
                         self.ranges = false;
                         return Ok(None);
@@ -53,11 +53,11 @@ impl Transfer {
             StatusCode::OK => {
                 let length = text(header::CONTENT_LENGTH).and_then(|length| length.parse::<u64>().ok());
                 if length.is_some_and(|length| length != size) {
-                    return Err(Trouble::Final(self.changed()));
+                    return Err(Failure::Final(self.changed()));
                 }
             }
             _ => {
-                // Not every server has this request; the one that began the transfer is left.
+                // Not every server has this request. The transfer falls back to the multipart request.
                 self.inner.excerpt(response).await;
                 self.raw = false;
                 return Ok(None);
@@ -66,7 +66,7 @@ impl Transfer {
         let given = DIGEST_HEADERS.iter().filter(|name| status == StatusCode::OK || **name != "content-digest");
         let given =
             given.filter_map(|name| text(header::HeaderName::from_static(name))).find_map(|text| parse_digest(&text));
-        let part = self.part.as_mut().expect("still under way");
+        let part = self.part.as_mut().expect("the current part is unchanged");
         part.etag = found;
         part.head.sha256 = part.head.sha256.or(given);
         part.skip = (status == StatusCode::OK && at > 0).then(|| Skip { left: at, digest: Sha256::new() });
@@ -74,29 +74,29 @@ impl Transfer {
         Ok(None)
     }
 
-    /// Whether the rest that is coming belongs to the part under way; `None`: nobody can tell.
+    /// Whether the rest belongs to the current part. `None`: unknown.
     async fn identity(
         &self,
         id: &str,
         size: u64,
         wanted: Option<&str>,
         found: Option<&str>,
-    ) -> Result<Option<bool>, Trouble> {
+    ) -> Result<Option<bool>, Failure> {
         if wanted.is_some() && found.is_some() {
             return Ok(Some(wanted == found));
         }
-        let part = self.part.as_ref().expect("asked only with a part under way");
+        let part = self.part.as_ref().expect("called only with a current part");
         let Some(updated) = &part.head.updated_at else { return Ok(None) };
-        // Asked after the answer with the rest began: data changed before then shows here.
+        // Requested after the answer with the rest began, so that an earlier change shows here.
         let call = Call::new(&self.what, Method::GET, self.by_id(id));
         match self.inner.try_json::<MetadataJson>(&call).await {
             Ok(MetadataJson { size: Some(now), updated_at: Some(changed), .. }) => {
                 Ok(Some(now == size && same_time(updated, &changed)))
             }
             Ok(_) => Ok(None),
-            // Not every server says this of one id, and some answer something else.
+            // Not every server has this request, and some answer with something else.
             Err(failed) if failed.err.kind == PortErrorKind::Malformed => Ok(None),
-            Err(failed) if failed.passing => Err(Trouble::Passing { err: failed.err, asked: None }),
+            Err(failed) if failed.passing => Err(Failure::Passing { err: failed.err, asked: None }),
             Err(_) => Ok(None),
         }
     }
