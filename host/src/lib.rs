@@ -1,8 +1,8 @@
 //! runner-host: a node for leased compute.
 //!
-//! The binary is a thin door to this library. [`app`] is the composition root: it builds the
-//! rooms in order and starts them. Start reading at [`engine`], whose `attempt` is the path of
-//! one task from top to bottom; `ARCHITECTURE.md` has the map.
+//! The binary only calls this library. [`app`] is the composition root: it builds the modules in order
+//! and starts them. Start reading at [`engine`]: its `attempt` runs one task from the lease to the report.
+//! `ARCHITECTURE.md` has the module map.
 
 pub mod app;
 pub mod auth;

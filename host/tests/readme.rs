@@ -31,7 +31,7 @@ const DOCUMENTS: [&str; 15] = [
 ];
 
 #[test]
-fn every_runner_host_line_has_a_command_and_its_flags() {
+fn documented_commands_and_flags_exist() {
     let mut seen = BTreeSet::new();
     for document in DOCUMENTS {
         for line in commands(&read(document)).filter(|line| line.starts_with("runner-host ")) {
@@ -75,7 +75,7 @@ fn every_runner_host_line_has_a_command_and_its_flags() {
 }
 
 #[test]
-fn every_cargo_line_names_something_of_the_workspace() {
+fn documented_cargo_commands_name_workspace_items() {
     let root = workspace();
     let aliases: toml::Table = read(".cargo/config.toml").parse().expect("TOML");
     let aliases = aliases["alias"].as_table().expect("aliases");
@@ -164,7 +164,7 @@ fn exit_code_table_matches_the_host() {
 }
 
 #[test]
-fn the_runner_in_the_readme_is_what_plugins_new_writes() {
+fn readme_runner_equals_plugins_new() {
     let dir = tempfile::tempdir().expect("a folder");
     let sdk = workspace().join("runner-sdk");
     let made = Command::new(env!("CARGO_BIN_EXE_runner-host"))
@@ -184,7 +184,7 @@ fn the_runner_in_the_readme_is_what_plugins_new_writes() {
 }
 
 #[test]
-fn the_reference_of_plugins_toml_changes_nothing_and_works_when_switched_on() {
+fn plugins_toml_reference_is_valid() {
     let reference = read("plugins.toml");
     let as_it_is: toml::Table = reference.parse().expect("TOML");
     assert!(as_it_is.is_empty(), "everything in it is commented out: {as_it_is:?}");
@@ -213,7 +213,7 @@ fn the_reference_of_plugins_toml_changes_nothing_and_works_when_switched_on() {
 }
 
 #[test]
-fn links_between_the_documents_lead_somewhere() {
+fn document_links_resolve() {
     let root = workspace();
     for document in DOCUMENTS {
         let folder = root.join(document);
@@ -228,7 +228,7 @@ fn links_between_the_documents_lead_somewhere() {
     }
 }
 
-/// Commands in a document: lines of shell blocks, and what stands in backticks or after `$`.
+/// Commands in a document: lines of shell blocks, and text in backticks or after `$`.
 fn commands(document: &str) -> impl Iterator<Item = &str> {
     let lines = document.lines().map(|line| line.trim_start_matches("$ "));
     let quoted = document.lines().flat_map(|line| line.split('`').skip(1).step_by(2));

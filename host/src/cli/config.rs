@@ -12,10 +12,10 @@ use crate::{
     observe::logs,
 };
 
-/// What to do with the configuration.
+/// Subcommands of `config`.
 #[derive(clap::Subcommand)]
 pub(super) enum Command {
-    /// Print every setting with its value and where it comes from; secrets are masked
+    /// Print every setting with its value and origin; secrets are masked
     Show {
         #[command(flatten)]
         settings: Settings,
@@ -83,7 +83,7 @@ struct Row {
     name: String,
     value: Option<String>,
     origin: String,
-    /// Why the value cannot be used, or what counts in its place.
+    /// Why the value cannot be used.
     mistake: Option<String>,
     warning: Option<String>,
 }
@@ -103,7 +103,7 @@ fn row(key: &Key, layers: &Layers, secrets: &Secrets, mistakes: &[Remark], warni
         (value.map(|value| as_shown(key, value)), layers.describe(origin))
     };
     let masked = |what: &str| match (key.is_secret(), layers.get(key).0) {
-        // What is said of a value repeats no more of it than is shown.
+        // A remark repeats only the shown part of the value.
         (false, Some(raw)) => {
             let shown = as_shown(key, raw);
             what.replace(&format!("{raw:?}"), &format!("{shown:?}")).replace(raw, &shown)
@@ -131,7 +131,7 @@ impl Row {
         format!("{:<26} {value:<34} {}{said}", self.name, self.origin)
     }
 
-    /// `mistake` and `warning` stand only where there is one.
+    /// The keys `mistake` and `warning` exist only if there is one.
     fn json(self) -> serde_json::Value {
         let mut row = json!({ "value": self.value, "origin": self.origin });
         for (word, said) in [("mistake", self.mistake), ("warning", self.warning)] {
@@ -143,7 +143,7 @@ impl Row {
     }
 }
 
-/// A URL without its user, password and query, also where it is no URL at all.
+/// A URL without user, password and query. The text need not be a valid URL.
 fn without_password(url: &str) -> String {
     let (place, query) = url.split_once('?').map_or((url, ""), |(place, _)| (place, "?********"));
     match place.rsplit_once('@') {
@@ -172,7 +172,7 @@ fn show(layers: &Layers, secrets: &Secrets, output: Output) -> anyhow::Result<Ex
         }
     };
     put(std::io::stdout(), &text)?;
-    // What was given and is not among the rows.
+    // Mistakes that belong to no row.
     layers.mistakes().iter().for_each(|mistake| complain(mistake));
     Ok(if layers.mistakes().is_empty() { Exit::Done } else { Exit::Configuration })
 }

@@ -1,4 +1,4 @@
-//! `runner-host dev`: a dev server on this machine, and its node.
+//! `runner-host dev`: a dev server on this machine, with a node.
 
 use std::{
     net::SocketAddr,
@@ -20,7 +20,7 @@ use crate::{
     storage::Scratch,
 };
 
-/// The port the dev server takes unless told otherwise.
+/// The default port of the dev server.
 const USUAL_PORT: u16 = 8700;
 
 /// Flags of `dev`.
@@ -28,28 +28,28 @@ const USUAL_PORT: u16 = 8700;
 pub(super) struct Args {
     #[command(flatten)]
     plugins: PluginArgs,
-    /// Keep stored data in this folder; without it everything is gone at the end
+    /// Keep stored data in this folder; without it all data is deleted at the end
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
     /// Port of the dev server [default: 8700, or a free one if that is taken]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     port: Option<u16>,
-    /// Start the services alone, without a node
+    /// Start the services without a node
     #[arg(long)]
     no_node: bool,
-    /// How long a lease lives without a heartbeat
+    /// Lifetime of a lease without a heartbeat
     #[arg(long, value_name = "DURATION", allow_hyphen_values = true, value_parser = super::parse_duration_above_zero, default_value = "60s")]
     lease_ttl: std::time::Duration,
     /// Leases one node may hold at once [default: any number]
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = super::parse_count)]
     leases_per_node: Option<usize>,
-    /// Refuse (409) a second node with the wallet of one that is online; a node is known by its connections
+    /// Refuse (409) a second node with the wallet of one that is online
     #[arg(long)]
     strict_identity: bool,
-    /// Settings of the node in TOML or JSON, under those of the environment
+    /// Settings of the node in TOML or JSON; the environment has priority
     #[arg(long, value_name = "FILE")]
     pub(super) config: Option<PathBuf>,
-    /// Make the services go wrong by the rules in this file (docs/operations/faults.md)
+    /// Inject faults into the services by the rules in this file (docs/operations/faults.md)
     #[arg(long, value_name = "FILE")]
     faults: Option<PathBuf>,
     /// Tasks the node runs at once [default: MAX_CONCURRENCY, or 4]
@@ -68,7 +68,7 @@ async fn live(args: Args, layers: Layers) -> anyhow::Result<Exit> {
     let stops = StopSignals::default();
     signals::listen(stops.clone())?;
     let plugins = if args.no_node { None } else { Some(Arc::new(args.plugins.load(64, &options)?)) };
-    // What lasts no longer than this process; the next one removes what a killed one left.
+    // Data of this process only. The next start removes the folder of a killed process.
     let folder = Scratch::open(own_scratch_dir()?).context("make a temporary folder")?;
     let dev_server = start(&args, &faults, folder.path()).await?;
     let state = args.data.as_ref().map_or_else(|| folder.path().join("state"), |data| data.join("node"));
@@ -88,14 +88,14 @@ async fn live(args: Args, layers: Layers) -> anyhow::Result<Exit> {
     Ok(if ended == Ended::Drained { Exit::Done } else { Exit::Temporary })
 }
 
-/// Looks at everything that was named, before anything is loaded or made: all mistakes are told at once.
+/// Checks all flags before anything is loaded or created. All mistakes are reported at once.
 fn look(args: &Args, layers: &Layers) -> Result<(), Mistakes> {
     let mut mistakes = Vec::new();
     mistakes.extend(args.faults.as_deref().and_then(|file| no_text("--faults", file)));
     let data = args.data.as_deref().and_then(|data| Some((data, folder_trouble(data)?)));
     mistakes.extend(data.map(|(data, why)| format!("--data {}: {why}", data.display())));
     if !args.no_node {
-        // The dev server's own URLs are not known yet; any on this machine will do for a look.
+        // The URLs of the dev server are not known yet. Any URL on this machine serves for the check.
         let place = Url::parse("http://127.0.0.1:9").expect("a constant URL");
         let (layers, secrets) = of_node(args, Path::new("node"), layers.clone(), &place, &place);
         mistakes.extend(checked(&layers, &secrets, &args.plugins).err().into_iter().flat_map(|of| of.0));
@@ -115,18 +115,18 @@ async fn start(args: &Args, faults: &Faults, temporary: &Path) -> anyhow::Result
         ..dev::Config::default()
     };
     if let Some(port) = args.port {
-        return DevServer::start(config(port)).await.context("the dev server did not start");
+        return World::start(config(port)).await.context("the dev server did not start");
     }
     match DevServer::start(config(USUAL_PORT)).await {
         Err(DevError::Listen { source, .. }) if source.kind() == std::io::ErrorKind::AddrInUse => {
             tell(format_args!("port {USUAL_PORT} is taken, using a free one"));
-            DevServer::start(config(0)).await.context("the dev server did not start")
+            World::start(config(0)).await.context("the dev server did not start")
         }
         other => other.context("the dev server did not start"),
     }
 }
 
-/// A node that joins over HTTP like any other, with a key of its own.
+/// A node that uses the dev server over HTTP, with its own key.
 async fn join(
     args: &Args,
     state: &Path,
@@ -155,7 +155,7 @@ fn of_node(args: &Args, state: &Path, mut layers: Layers, dds: &Url, dms: &Url) 
     (layers, Secrets::from_pairs([("REG_SECRET", "dev"), ("SECP256K1_PRIVHEX", key.as_str())]))
 }
 
-/// What a person needs to know, on stdout.
+/// The text that `dev` prints on stdout.
 fn greeting(
     args: &Args,
     dev_server: &DevServer,
@@ -209,9 +209,9 @@ fn greeting(
          export RUNNER_HOST_DEV={}\n\
          runner-host submit CAPABILITY --input FILE --wait\n\
          \nFor development and tests, not for production.\n",
-        trimmed(dev_server.dds_url()),
-        trimmed(dev_server.dms_url()),
-        // Its own: two nodes do not share one.
+        trimmed(world.dds_url()),
+        trimmed(world.dms_url()),
+        // Two nodes cannot share a state folder.
         std::env::temp_dir().join(format!("runner-host-{}", uuid::Uuid::new_v4().simple())).display(),
         trimmed(dev_server.dds_url()),
     );

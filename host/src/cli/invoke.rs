@@ -1,7 +1,7 @@
 //! `runner-host invoke`: one runner, once, without a control plane.
 //!
-//! The task is the one job of a local control plane in a temporary folder. It takes the way of every other task:
-//! slots, memory budget, outbox.
+//! The task is the one job of a local control plane in a temporary folder. It uses the same code as every other
+//! task: slots, memory budget, outbox.
 
 use std::{io::Write, path::PathBuf, sync::Arc};
 
@@ -35,13 +35,13 @@ pub(super) struct Args {
     capability: Capability,
     #[command(flatten)]
     plugins: PluginArgs,
-    /// A file the runner gets as input; may be given more than once
+    /// Input file of the runner; may be given more than once
     #[arg(long = "input", value_name = "FILE")]
     inputs: Vec<PathBuf>,
-    /// Parameters for the runner
+    /// Parameters of the runner
     #[arg(long, value_name = "JSON", default_value = "{}")]
     meta: String,
-    /// Where artifacts are written
+    /// Folder for artifacts
     #[arg(long, value_name = "DIR", default_value = "out")]
     out: PathBuf,
     /// Form of the output
@@ -63,7 +63,7 @@ pub(super) fn run(args: Args, layers: &Layers) -> anyhow::Result<Exit> {
         return Err(anyhow::anyhow!("--out {}: {why}", args.out.display()).context(Exit::Usage));
     }
     let data = reserve_stdout()?;
-    // What belongs to a control plane is not needed here; a mistake in it is none of this command.
+    // Settings of a control plane are not used here, so mistakes in them are ignored.
     let config = HostConfig::some(layers, &["plugins", "storage", "engine"])?;
     let plugins = args.plugins.load(1, &config.plugins)?;
     if let Some(exit) = nothing_to_serve(&plugins) {
@@ -92,7 +92,7 @@ async fn invoke(
     mut data: impl Write,
 ) -> anyhow::Result<Exit> {
     config.storage.scratch_dir = own_scratch_dir()?;
-    config.storage.disk_free_min = 0; // it protects a node that leases; this is one task that somebody asked for
+    config.storage.disk_free_min = 0; // the limit protects a node that leases; this task was asked for
     let home = Scratch::open(config.storage.scratch_dir.clone())?;
     let out = std::path::absolute(&args.out).context("--out")?;
     let (observer, mut events) = mpsc::unbounded_channel();
@@ -151,7 +151,7 @@ async fn invoke(
     Ok(Exit::Done)
 }
 
-/// Prints progress and events as they come, a line each. The end of the task stops the node.
+/// Prints progress and events, one line each. The end of the task stops the node.
 fn show(event: LocalEvent, result: &mut Option<TaskResult>, stops: &StopSignals) {
     match event {
         LocalEvent::Event(event) => tell(format_args!("event    {event}")),

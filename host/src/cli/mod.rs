@@ -45,11 +45,11 @@ pub enum Exit {
     Cancelled = 3,
     /// Every plugin was refused.
     PluginsRefused = 4,
-    /// Time ran out.
+    /// Timed out.
     TimedOut = 5,
-    /// Temporary: the control plane is away, the machine has no room or port just now, or a drain was cut short.
+    /// Temporary: the control plane is unreachable, a disk is full, a port is in use, or a drain was cut short.
     Temporary = 75,
-    /// The configuration cannot be used, or a place it names is closed to us.
+    /// The configuration cannot be used, or the node has no access to a folder or address in it.
     Configuration = 78,
     /// The host panicked: a bug. The code of every Rust program.
     Panicked = 101,
@@ -65,7 +65,7 @@ impl From<Exit> for ExitCode {
 #[command(
     name = "runner-host",
     version,
-    about = "A node for leased compute: leases tasks, runs them in plugins, sends one verdict of each until it is accepted.",
+    about = "A node for leased compute: leases tasks, runs them in plugins, and reports each result until it is accepted.",
     after_help = "Exit codes: 0 done, 1 task failed, 2 usage, 3 cancelled, 4 every plugin refused, 5 timed out, 75 try again later, 78 configuration, 101 a bug of the host.",
     propagate_version = true
 )]
@@ -78,19 +78,19 @@ struct Cli {
 enum Command {
     /// Run the node
     Run(run::Args),
-    /// Start a dev server on this machine, and a node for it, to develop and test against
+    /// Start a dev server on this machine, with a node, for development and tests
     Dev(dev::Args),
     /// Create a job and, if asked, wait for its artifacts
     Submit(Box<submit::Args>),
-    /// Run one runner once, here, with no control plane
+    /// Run one task on this machine, without a control plane
     Invoke(invoke::Args),
-    /// Look at plugins and make new ones
+    /// List and inspect plugins, and create new ones
     #[command(subcommand)]
     Plugins(plugins::Command),
-    /// Look at the node's configuration
+    /// Show and check the configuration of a node
     #[command(subcommand)]
     Config(config::Command),
-    /// Look at finished work that no control plane has accepted yet
+    /// List, retry or drop reports that the control plane has not accepted yet
     #[command(subcommand)]
     Outbox(outbox::Command),
     /// Print a completion script for a shell
@@ -100,10 +100,10 @@ enum Command {
 /// Which plugins a command loads.
 #[derive(clap::Args, Clone, Debug, Default)]
 pub struct PluginArgs {
-    /// A folder of plugins, or one library; may be given more than once [default: plugins/ beside the plugins file]
+    /// A folder of plugins, or one library; may be given more than once [default: plugins/ in the folder of the plugins file]
     #[arg(long = "plugins", value_name = "DIR|FILE")]
     plugins: Vec<PathBuf>,
-    /// What to load and how [default: plugins.toml in the current folder, if there is one]
+    /// File that says what to load and how [default: plugins.toml in the current folder, if there is one]
     #[arg(long, value_name = "FILE")]
     plugins_file: Option<PathBuf>,
 }
@@ -123,7 +123,7 @@ pub enum Output {
 pub fn main(secrets: &Secrets) -> ExitCode {
     let cli = Cli::try_parse().unwrap_or_else(|err| with_suggestion(err).exit());
     crate::plugins::watch_exit();
-    // The exit guard takes every exit that does not come through `leave` for a plugin's.
+    // The exit guard attributes every exit without `leave` to a plugin.
     let exit = catch_unwind(AssertUnwindSafe(|| execute(cli, secrets))).unwrap_or_else(|_| {
         tell("error: runner-host has a bug and panicked; report the message above");
         Exit::Panicked
@@ -134,7 +134,7 @@ pub fn main(secrets: &Secrets) -> ExitCode {
 
 fn execute(cli: Cli, secrets: &Secrets) -> Exit {
     let mut layers = Layers::from_environment();
-    // Logs are set up by what the file and the flags say too, so a mistake in those waits for them.
+    // The file and the flags configure the logs. So a mistake in them is reported after the logs start.
     let laid = cli.command.lay(&mut layers);
     start_logs(&cli.command, &layers);
     let quiet = cli.command.is_quiet();
@@ -155,7 +155,7 @@ fn execute(cli: Cli, secrets: &Secrets) -> Exit {
             None => vec![one_line(&err)],
         };
         if reports_json {
-            // Nobody is left to be told when stdout takes nothing.
+            // A closed stdout cannot be reported to anyone.
             let _ = config::report(&lines, &[]);
         } else {
             lines.iter().for_each(|line| complain(line));
@@ -165,7 +165,7 @@ fn execute(cli: Cli, secrets: &Secrets) -> Exit {
 }
 
 impl Command {
-    /// Lays what the command line says about settings over and under the environment.
+    /// Adds the settings of flags (above the environment) and of the file (below it).
     fn lay(&self, layers: &mut Layers) -> anyhow::Result<()> {
         match self {
             Self::Run(args) => args.settings.apply(layers),
@@ -175,7 +175,7 @@ impl Command {
         }
     }
 
-    /// It does one thing and ends; only errors are worth a line.
+    /// Whether the command does one thing and ends, so that it logs only errors.
     fn is_quiet(&self) -> bool {
         !matches!(self, Self::Run(_) | Self::Dev(_))
     }
@@ -183,7 +183,7 @@ impl Command {
 
 fn start_logs(command: &Command, layers: &Layers) {
     let fallback = if matches!(command, Command::Run(_)) { Format::Json } else { Format::Text };
-    // What `config` says about a configuration is for people, whatever form of log that configuration asks for.
+    // `config` prints text for people. The log format of the checked configuration does not apply to it.
     let is_for_people = matches!(command, Command::Config(_));
     let format = layers.text("LOG_FORMAT").filter(|_| !is_for_people).map(Format::parse);
     let filter = match Key::find("RUST_LOG").map(|key| layers.get(key)) {
@@ -196,24 +196,24 @@ fn start_logs(command: &Command, layers: &Layers) {
     COMPLAIN_AS_JSON.store(format == Some(Format::Json), Ordering::Relaxed);
 }
 
-/// Somebody has asked for JSON on stderr, so reasons to end are JSON as well.
+/// JSON logs were asked for, so the reason for a failure is JSON too.
 static COMPLAIN_AS_JSON: AtomicBool = AtomicBool::new(false);
 /// The form of log lines.
 static LOGS_ARE_JSON: AtomicBool = AtomicBool::new(false);
 
-/// From here on a reason to end has the form of the log lines before it.
+/// From now on the reason for a failure has the form of the log lines.
 fn complain_as_log() {
     COMPLAIN_AS_JSON.store(LOGS_ARE_JSON.load(Ordering::Relaxed), Ordering::Relaxed);
 }
 
-/// Adds the subcommand that was probably meant. clap's own measure misses swapped letters in short words.
+/// Adds the nearest subcommand. The measure of clap misses swapped letters in short words.
 fn with_suggestion(mut err: clap::Error) -> clap::Error {
     use clap::error::{ContextKind, ContextValue, ErrorKind};
     let Some(ContextValue::String(word)) = err.get(ContextKind::InvalidSubcommand) else { return err };
     if err.kind() != ErrorKind::InvalidSubcommand {
         return err;
     }
-    // The words before it lead to the command whose subcommand it should be.
+    // The words before it name the parent command.
     let mut command = Cli::command();
     for word in std::env::args_os().skip(1) {
         match word.to_str().and_then(|word| command.find_subcommand(word)) {
@@ -228,7 +228,7 @@ fn with_suggestion(mut err: clap::Error) -> clap::Error {
     err
 }
 
-/// Says why the command ends: one line, in the log's form where that was chosen.
+/// Prints why the command failed: one line, in the form of the log if that was chosen.
 fn complain(problem: &str) {
     if COMPLAIN_AS_JSON.load(Ordering::Relaxed) && tracing::enabled!(tracing::Level::ERROR) {
         tracing::error!(event = "node.failed", error = %problem, "cannot continue");
@@ -237,7 +237,7 @@ fn complain(problem: &str) {
     }
 }
 
-/// The whole chain on one line, since operators grep; a cause that was said already is not said twice.
+/// The whole chain of causes on one line, so that operators can grep it. A repeated cause is printed once.
 fn one_line(err: &anyhow::Error) -> String {
     let mut text = err.to_string();
     for cause in err.chain().skip(1).map(ToString::to_string) {
@@ -249,7 +249,7 @@ fn one_line(err: &anyhow::Error) -> String {
 }
 
 /// The exit code of a command that ended with `err`. A supervisor starts a node again after [`Exit::Temporary`]
-/// and leaves it down after [`Exit::Configuration`], so the latter is for what does not change by itself.
+/// and leaves it stopped after [`Exit::Configuration`]. So the latter is only for errors that need an operator.
 fn exit_of(err: &anyhow::Error, quiet: bool) -> Exit {
     let refused = |cause: &(dyn std::error::Error + 'static)| {
         let in_use = matches!(cause.downcast_ref(), Some(StateError::InUse { .. }))
@@ -258,15 +258,15 @@ fn exit_of(err: &anyhow::Error, quiet: bool) -> Exit {
     };
     match err.downcast_ref::<Exit>() {
         Some(exit) => *exit,
-        // A command that does one thing has failed at it; a node cannot open or bind what it needs.
+        // A short command has failed at its only action. For a node the operating system refused a resource.
         None if quiet && err.is::<io::Error>() => Exit::Failed,
         None if err.chain().any(refused) => Exit::Temporary,
         None => Exit::Configuration,
     }
 }
 
-/// Whether only the operator can change what the operating system refused. Everything else may be otherwise in a
-/// minute: a full disk, a quota, a port in use, too many open files, a disk that does not answer.
+/// Whether only the operator can correct the cause. Other errors may pass by themselves: a full disk, a quota,
+/// a port in use, too many open files, a disk that does not answer.
 fn is_for_operator(err: &io::Error) -> bool {
     use io::ErrorKind as Kind;
     #[cfg(unix)]
@@ -304,13 +304,13 @@ impl std::fmt::Display for Exit {
     }
 }
 
-/// Most of a file that is read whole: far more than any needs.
+/// Most bytes of a file that is read whole.
 const TEXT_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
-/// Longer than anybody waits.
+/// The longest duration that a flag accepts.
 const YEAR: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
-/// A duration on the command line. In no time at all nothing can be done.
+/// A duration on the command line. Zero would end each command at once.
 fn parse_duration_above_zero(text: &str) -> Result<Duration, String> {
     let time = crate::config::duration(text).filter(|time| !time.is_zero() && *time <= YEAR);
     time.ok_or_else(|| "expected a duration above 0 and of at most a year, such as 90s, 15m or 2h".to_owned())
@@ -337,8 +337,8 @@ fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<
     on_runtime(tokio::runtime::Builder::new_multi_thread().enable_all().build()?, work)
 }
 
-/// Like [`block_on`] for a process that is a node and nothing else. The control thread is as busy
-/// as the others, so it counts: a thread more than there are processors only makes them take turns.
+/// Like [`block_on`] for a process that is only a node. The control thread is as busy as a worker,
+/// so the number of workers is one less than the number of processors.
 fn block_on_beside_control<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     let workers = std::thread::available_parallelism().map_or(1, |count| (count.get() - 1).max(1));
     on_runtime(tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()?, work)
@@ -346,7 +346,7 @@ fn block_on_beside_control<T>(work: impl Future<Output = anyhow::Result<T>>) -> 
 
 fn on_runtime<T>(runtime: tokio::runtime::Runtime, work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     let ended = runtime.block_on(work);
-    // A blocking read that goes on (a stalled disk, a terminal) must not keep the process.
+    // A blocking read (a stalled disk, a terminal) must not keep the process alive.
     runtime.shutdown_timeout(std::time::Duration::from_secs(1));
     ended
 }
@@ -355,7 +355,7 @@ impl PluginArgs {
     /// Reads the plugins file and finds the folders. `--plugins` replaces the default folder.
     ///
     /// # Errors
-    /// With every mistake in what is named, and in the usual folder.
+    /// All mistakes in the named places and in the default folder.
     fn resolve(&self) -> anyhow::Result<(Places, PluginsFile)> {
         let (places, file, mut mistakes) = self.look();
         if mistakes.is_empty() {
@@ -368,13 +368,13 @@ impl PluginArgs {
         Err(Mistakes(mistakes).into())
     }
 
-    /// What is wrong with the places that are named, a line each. That none is, and the usual folder does not
-    /// exist, is none: it shows when the plugins are loaded, and a node that is checked may be told with its own flags.
+    /// The mistakes in the named places, one line each. A missing default folder is no mistake here: it is reported
+    /// when plugins are loaded, and the checked node may get other flags.
     fn mistakes(&self) -> Vec<String> {
         self.look().2
     }
 
-    /// Where to look, what the plugins file says, and what is wrong with both as far as somebody named them.
+    /// The places to search, the content of the plugins file, and the mistakes in both.
     fn look(&self) -> (Vec<PathBuf>, PluginsFile, Vec<String>) {
         let mut mistakes = Vec::new();
         let usual = PathBuf::from("plugins.toml");
@@ -447,10 +447,10 @@ fn counted<N: std::fmt::Display + PartialEq + From<u8>>(count: N, one: &str, man
     format!("{count} {}", if count == N::from(1) { one } else { many })
 }
 
-/// Why a file that `flag` names cannot be read, if that shows by opening it.
+/// Why the file of `flag` cannot be opened for reading.
 fn unreadable(flag: &str, file: &Path) -> Option<String> {
     let shown = file.display();
-    // A pipe is opened once, by who reads it.
+    // A pipe can be opened only once, by its reader.
     let opened = |about: std::fs::Metadata| if about.is_file() { std::fs::File::open(file).map(drop) } else { Ok(()) };
     match std::fs::metadata(file) {
         Ok(about) if about.is_dir() => Some(format!("{flag} {shown}: expected a file, found a folder")),
@@ -458,7 +458,7 @@ fn unreadable(flag: &str, file: &Path) -> Option<String> {
     }
 }
 
-/// The same for a file that is read whole: a device has no end, and nobody writes so much.
+/// The same for a file that is read whole: it must not be a device, which has no end, and not be too large.
 fn no_text(flag: &str, file: &Path) -> Option<String> {
     let shown = file.display();
     unreadable(flag, file).or_else(|| match std::fs::metadata(file).ok()? {
@@ -481,17 +481,17 @@ fn is_device(_: &std::fs::Metadata) -> bool {
     false
 }
 
-/// A line for people, on stderr. That nobody reads it any more is no reason to end.
+/// A line for people, on stderr. A closed stderr is ignored.
 fn tell(line: impl std::fmt::Display) {
     let _ = writeln!(std::io::stderr(), "{}", in_a_line(&line.to_string()));
 }
 
-/// Rows of a table for people, a line each.
+/// Rows of a table for people, one line each.
 fn table(rows: impl IntoIterator<Item = impl std::fmt::Display>) -> String {
     rows.into_iter().map(|row| in_a_line(&row.to_string()) + "\n").collect()
 }
 
-/// Writes a command's data. A reader that has seen enough (`| head`) is no failure; a full disk is one.
+/// Writes a command's data. A closed pipe (`| head`) is no failure; a full disk is one.
 fn put(mut to: impl std::io::Write, text: &str) -> anyhow::Result<()> {
     match to.write_all(text.as_bytes()).and_then(|()| to.flush()) {
         Err(err) if err.kind() != std::io::ErrorKind::BrokenPipe => Err(err).context("write to stdout"),
@@ -499,8 +499,8 @@ fn put(mut to: impl std::io::Write, text: &str) -> anyhow::Result<()> {
     }
 }
 
-/// Takes stdout for the command's own data: what a plugin prints goes to stderr from here on, and
-/// cannot end up in the middle of somebody's JSON.
+/// Reserves stdout for the data of the command. From now on the output of plugins goes to stderr,
+/// so that it cannot corrupt JSON.
 #[cfg(unix)]
 fn reserve_stdout() -> anyhow::Result<std::fs::File> {
     use std::os::fd::AsFd;
@@ -509,13 +509,13 @@ fn reserve_stdout() -> anyhow::Result<std::fs::File> {
     Ok(data.into())
 }
 
-/// There is no such door here; a plugin that prints shows.
+/// Not possible on this system: the output of plugins stays on stdout.
 #[cfg(not(unix))]
 fn reserve_stdout() -> anyhow::Result<std::io::Stdout> {
     Ok(std::io::stdout())
 }
 
-/// Whether there is anything to serve: the reasons are on stderr where there is not.
+/// The exit code if no plugin serves anything. The reasons are printed on stderr.
 fn nothing_to_serve(plugins: &crate::plugins::Plugins) -> Option<Exit> {
     if !plugins.capabilities().is_empty() {
         return None;
@@ -531,7 +531,7 @@ fn nothing_to_serve(plugins: &crate::plugins::Plugins) -> Option<Exit> {
     Some(refused_exit(&plugins.listings()))
 }
 
-/// The exit code where plugins were refused: one that may load later makes it worth another start.
+/// The exit code if plugins were refused: temporary if one of them may load at the next start.
 fn refused_exit(listings: &[crate::plugins::Listing]) -> Exit {
     if listings.iter().any(|listing| listing.temporary) { Exit::Temporary } else { Exit::PluginsRefused }
 }
@@ -541,7 +541,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_says_each_cause_once() {
+    fn each_cause_is_printed_once() {
         let cause = std::io::Error::from(std::io::ErrorKind::NotFound);
         let text = cause.to_string();
         let err = anyhow::Error::from(cause).context(format!("open x: {text}")).context("start");
@@ -549,13 +549,13 @@ mod tests {
     }
 
     #[test]
-    fn a_row_stays_a_row() {
+    fn table_rows_are_one_line() {
         assert_eq!(table(["a\nb", "c"]), "a\u{fffd}b\nc\n");
     }
 
     #[cfg(unix)]
     #[test]
-    fn what_may_be_otherwise_in_a_minute_is_tried_again_and_the_rest_is_for_the_operator() {
+    fn transient_errors_exit_75_and_others_78() {
         use rustix::io::Errno;
         let exit = |no: Errno, quiet| {
             let source = io::Error::from(no);

@@ -13,7 +13,7 @@ use crate::{
     outbox::{Listing, OfflineOutbox, OfflineOutboxError, SetAside, StateError},
 };
 
-/// What to do with them.
+/// Subcommands of `outbox`.
 #[derive(clap::Subcommand)]
 pub(super) enum Command {
     /// Show the reports that are not accepted yet
@@ -28,7 +28,7 @@ pub(super) enum Command {
         #[command(flatten)]
         place: Place,
     },
-    /// Forget reports: their tasks' ends are never told to the control plane
+    /// Delete reports: the control plane never gets their results
     Drop {
         #[command(flatten)]
         which: Which,
@@ -37,7 +37,7 @@ pub(super) enum Command {
     },
 }
 
-/// Whose outbox, and how it is shown.
+/// The outbox and the form of the output.
 #[derive(clap::Args)]
 pub(super) struct Place {
     /// The node's state folder [default: STATE_DIR]
@@ -161,12 +161,12 @@ fn stopped(
     }
     let tasks: Option<HashSet<TaskId>> = tasks.map(|tasks| tasks.iter().cloned().collect());
     Ok(match command {
-        Command::List { .. } | Command::Retry { .. } => shelf.listings(tasks.as_ref()),
-        Command::Drop { .. } => shelf.drop_reports(tasks.as_ref())?,
+        Command::List { .. } | Command::Retry { .. } => outbox.listings(tasks.as_ref()),
+        Command::Drop { .. } => outbox.drop_reports(tasks.as_ref())?,
     })
 }
 
-/// What was done, for people.
+/// Prints the effect for people.
 fn say(command: &Command, count: usize, running: bool) {
     let reports = counted(count, "report", "reports");
     match command {

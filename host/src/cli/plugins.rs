@@ -10,10 +10,10 @@ use crate::{
     plugins::{Listing, ScaffoldError, create, inspect_file},
 };
 
-/// What to do with plugins.
+/// Subcommands of `plugins`.
 #[derive(clap::Subcommand)]
 pub(super) enum Command {
-    /// Load what a node would load, and say what was refused and why
+    /// Load plugins as a node does, and list them; refused ones with the reason
     List {
         #[command(flatten)]
         plugins: PluginArgs,
@@ -24,7 +24,7 @@ pub(super) enum Command {
         #[arg(short, long, value_enum, default_value_t)]
         output: Output,
     },
-    /// Print what a library says about itself; none of its code runs
+    /// Print the description of a library without running its code
     Inspect {
         /// The library
         file: PathBuf,
@@ -32,11 +32,11 @@ pub(super) enum Command {
         #[arg(short, long, value_enum, default_value_t)]
         output: Output,
     },
-    /// Make a new runner crate that builds at once
+    /// Create a runner crate that builds
     New {
         /// Name of the crate; it serves /NAME/v1
         name: String,
-        /// Folder to make it in [default: NAME]
+        /// Folder of the crate [default: NAME]
         #[arg(long, value_name = "DIR")]
         dir: Option<PathBuf>,
         /// Folder of runner-sdk to build against; required until the crate is published
@@ -116,7 +116,7 @@ fn new(name: &str, dir: Option<PathBuf>, sdk: Option<PathBuf>) -> anyhow::Result
     let files = match create(&dir, name, sdk.as_deref()) {
         Ok(files) => files,
         Err(err) => {
-            // What cannot be written is no mistake in the command.
+            // A write error is no wrong usage.
             let exit = if matches!(err, ScaffoldError::Write { .. }) { Exit::Failed } else { Exit::Usage };
             complain(&one_line(&err.into()));
             return Ok(exit);

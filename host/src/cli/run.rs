@@ -28,13 +28,13 @@ pub(super) struct Args {
 /// Settings given on the command line.
 #[derive(clap::Args, Default)]
 pub(super) struct Settings {
-    /// Settings in TOML or JSON, under those of the environment
+    /// Settings in TOML or JSON; the environment has priority
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Tasks run at once; MAX_CONCURRENCY
+    /// Concurrent tasks; sets MAX_CONCURRENCY
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     max_concurrency: Option<String>,
-    /// Where the node's pages are served; HTTP_BIND
+    /// Address of the node's pages; sets HTTP_BIND
     #[arg(long, value_name = "ADDR")]
     http_bind: Option<String>,
     /// Any other setting by its environment name; never a secret
@@ -43,7 +43,7 @@ pub(super) struct Settings {
 }
 
 impl Settings {
-    /// Lays the flags over the environment and the file under it. Mistakes in single flags are told
+    /// Adds the flags above the environment and the file below it. Mistakes in single flags are reported
     /// with all others.
     pub(super) fn apply(&self, layers: &mut Layers) -> anyhow::Result<()> {
         if let Some(file) = &self.config {
@@ -85,11 +85,11 @@ fn settings_help() -> String {
     help
 }
 
-/// The node's configuration, once its folders and the named places of its plugins have been looked at too.
-/// All commands that start or check a node begin with it.
+/// The node's configuration, with its folders and plugin places checked.
+/// All commands that start or check a node call it first.
 ///
 /// # Errors
-/// With every mistake in all of it.
+/// All mistakes.
 pub(super) fn checked(layers: &Layers, secrets: &Secrets, plugins: &PluginArgs) -> Result<HostConfig, Mistakes> {
     let built = HostConfig::build(layers, secrets);
     let mut others = folder_mistakes(layers);
@@ -109,14 +109,14 @@ pub(super) fn run(args: &Args, layers: &Layers, secrets: &Secrets) -> anyhow::Re
     if config.storage.scratch_dir == default_scratch_dir() {
         own_scratch_dir()?;
     }
-    // Before a plugin runs, and after the secrets are read: neither a dump nor a debugger of this user shows them.
+    // After the secrets are read and before a plugin runs: a dump or a debugger must not show them.
     #[cfg(target_os = "linux")]
     if !config.observe.allow_core_dumps
         && let Err(err) = set_dumpable_behavior(DumpableBehavior::NotDumpable)
     {
         tracing::warn!(event = "dumps.allowed", error = %err, "core dumps cannot be disabled, they contain the secrets");
     }
-    // Lines of the log begin here, so the last line has its form too.
+    // Log lines start here, so the last line must have the same form.
     super::complain_as_log();
     #[cfg(unix)]
     if let Err(few) = crate::open_files::check(config.engine.slots) {
@@ -128,7 +128,7 @@ pub(super) fn run(args: &Args, layers: &Layers, secrets: &Secrets) -> anyhow::Re
     }
     block_on_beside_control(async {
         let stops = StopSignals::default();
-        // Before the plugins: they may take their time, and a signal meanwhile ends a node that never began.
+        // Before the plugins load, which may take long: a signal in this time must end the node.
         signals::listen(stops.clone())?;
         let plugins = Arc::new(args.plugins.load(config.engine.slots, &config.plugins)?);
         if let Some(exit) = nothing_to_serve(&plugins) {

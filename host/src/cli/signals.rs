@@ -5,13 +5,13 @@ use tracing::{info, warn};
 use super::Exit;
 use crate::engine::StopSignals;
 
-/// Turns signals into stops until the process ends.
+/// Handles signals until the process ends.
 ///
 /// # Errors
 /// When the handlers cannot be installed.
 pub(super) fn listen(stops: StopSignals) -> std::io::Result<()> {
     let mut signals = Signals::install()?;
-    // Ends with the process: signals matter until the last moment.
+    // Runs until the process ends: signals are handled until then.
     tokio::spawn(async move {
         let first = signals.next().await;
         info!(event = "signal.drain", signal = first, "draining; repeat the signal to cancel running tasks");
@@ -87,7 +87,7 @@ impl Signals {
             tokio::select! {
                 _ = self.term.recv() => return "TERM",
                 _ = self.int.recv() => return "INT",
-                // A node must outlive the terminal it was started from.
+                // The node must continue when its terminal closes.
                 _ = self.hup.recv() => warn!(event = "signal.hup", "HUP has no effect in this version; restart the node to reload"),
             }
         }

@@ -1,7 +1,6 @@
-//! `runner-host submit`: hand a job to a control plane, wait for it, bring its artifacts.
+//! `runner-host submit`: create a job, wait for it, download its artifacts.
 //!
-//! What is asked is in [`Args`], the wire in `plane`, what people see meanwhile in `notes`, where
-//! artifacts go in `artifacts`. Only `--cancel` cancels a job: an interrupted wait leaves it running.
+//! [`Args`] has the flags, `plane` the wire, `notes` the messages for people, `artifacts` the paths of artifacts. Only `--cancel` cancels a job: an interrupted wait leaves it running.
 
 mod artifacts;
 mod notes;
@@ -32,21 +31,21 @@ use plane::{Plane, PlaneError};
 const TASKS_PER_JOB: usize = 100;
 /// When to say that no node has taken the job, where the control plane does not say what its nodes serve.
 const NOBODY_AFTER: Duration = Duration::from_secs(5);
-/// How long a control plane may be away while we wait.
+/// How long the control plane may be unreachable during a wait.
 const AWAY_MAX: Duration = Duration::from_secs(30);
-/// From when on a control plane that does not answer is called unreachable.
+/// After this time without an answer the control plane is called unreachable.
 const SILENT_AFTER: Duration = Duration::from_secs(2);
-/// Pauses between two looks at a job: short at first, then growing.
+/// Pauses between two queries of a job: they grow from the first to the last.
 const LOOK_PAUSE_MIN: Duration = Duration::from_millis(50);
 const LOOK_PAUSE_MAX: Duration = Duration::from_millis(500);
 
-/// Submit a job and, with --wait, bring its artifacts
+/// Create a job; with --wait, wait for it and download its artifacts
 ///
-/// Finds the dev server of `runner-host dev` by itself; --dms, --domain, --token and --domain-server
-/// name another control plane.
+/// Uses the dev server of `runner-host dev`; --dms, --domain, --token and --domain-server
+/// choose another control plane.
 #[derive(Clone, Debug, clap::Args)]
 pub(super) struct Args {
-    /// What the task needs, such as /examples/hello/v1
+    /// Capability that the task needs, such as /examples/hello/v1
     #[arg(value_parser = super::parse_capability, required_unless_present = "cancel")]
     pub(super) capability: Option<Capability>,
     /// Cancel this job instead of submitting one
@@ -55,25 +54,25 @@ pub(super) struct Args {
     /// A file to upload as input; may be given several times
     #[arg(long = "input", short, value_name = "FILE")]
     pub(super) inputs: Vec<PathBuf>,
-    /// JSON handed to the runner
+    /// Parameters of the runner
     #[arg(long, value_name = "JSON", value_parser = parse_json, default_value = "{}")]
     pub(super) meta: Value,
-    /// How many equal tasks
+    /// Number of equal tasks
     #[arg(long, value_name = "N", default_value_t = 1, allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub(super) count: u32,
-    /// Attempts each task may cost
+    /// Most attempts of each task
     #[arg(long, value_name = "N", default_value_t = 3, allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..))]
     pub(super) attempts: u32,
     /// Wait for the end and show progress
     #[arg(long)]
     pub(super) wait: bool,
-    /// End after this time, such as 90s, 15m or 2h, whatever is under way; a job that was created goes on
+    /// End after this time, such as 90s, 15m or 2h; a created job goes on
     #[arg(long, value_name = "TIME", allow_hyphen_values = true, value_parser = super::parse_duration_above_zero)]
     pub(super) timeout: Option<Duration>,
-    /// Folder to bring the artifacts to
+    /// Folder for the artifacts
     #[arg(long, value_name = "DIR", requires = "wait")]
     pub(super) out: Option<PathBuf>,
-    /// Form of what is printed; JSON also where time runs out or somebody interrupts
+    /// Form of the output; JSON also after a timeout or an interrupt
     #[arg(long = "output", short, value_name = "FORM", value_enum, default_value_t = Output::Text)]
     pub(super) output: Output,
     /// Address of a running `runner-host dev`
@@ -110,10 +109,10 @@ fn parse_json(text: &str) -> Result<Value, String> {
     serde_json::from_str(text).map_err(|err| format!("not JSON: {err}; quote it for your shell, as in '{{\"a\":1}}'"))
 }
 
-/// Runs the command; how it ended. Results go to stdout, everything else to stderr.
+/// Runs the command and returns its exit code. Results go to stdout, everything else to stderr.
 ///
 /// # Errors
-/// What no exit code of its own stands for: a file that cannot be read or written.
+/// Errors without their own exit code: a file that cannot be read or written.
 pub(super) async fn run(args: Args, http: transport::Config) -> anyhow::Result<Exit> {
     run_to(args, http, &mut std::io::stdout(), Notes::to_stderr(), NOBODY_AFTER, signals::interrupted()).await
 }
@@ -197,7 +196,7 @@ impl From<anyhow::Error> for Stop {
     }
 }
 
-/// How far a submission came: what goes on without a caller that ends early.
+/// Progress of a submission: what continues when the command ends early.
 #[derive(Default)]
 struct Reached {
     stage: Stage,
@@ -208,11 +207,11 @@ struct Reached {
     away: Option<String>,
     /// Since when a question about a job has no answer.
     asked: Option<Instant>,
-    /// Where each task stood when it was looked at last; for JSON alone.
+    /// The last known state of each task; only for JSON.
     tasks: Vec<Value>,
 }
 
-/// What a submission is at.
+/// The stage of a submission.
 #[derive(Clone, Copy, Default, PartialEq, Eq)]
 enum Stage {
     #[default]
@@ -220,7 +219,7 @@ enum Stage {
     Upload,
     Create,
     Wait,
-    /// All jobs have ended; what is left is to bring their artifacts.
+    /// All jobs have ended; their artifacts are downloaded.
     Download,
     Cancel,
 }
@@ -284,7 +283,7 @@ impl std::fmt::Display for Reached {
     }
 }
 
-/// Looks at and changes what was reached.
+/// Reads and changes the progress.
 fn at<T>(reached: &Mutex<Reached>, change: impl FnOnce(&mut Reached) -> T) -> T {
     change(&mut reached.lock().expect("nothing panics while it holds this"))
 }
@@ -338,7 +337,7 @@ async fn submit(
     finish(args, plane, &ended, out, notes).await
 }
 
-/// Cancels a job; says so.
+/// Cancels a job and prints that.
 async fn cancel(form: Output, plane: &Plane, id: Uuid, out: &mut impl Write, notes: &mut Notes) -> Result<Exit, Stop> {
     match plane.cancel_job(id, notes).await {
         Ok(()) => {}
@@ -359,7 +358,7 @@ async fn cancel(form: Output, plane: &Plane, id: Uuid, out: &mut impl Write, not
     Ok(Exit::Done)
 }
 
-/// Looks at every file and folder that is named, before anything is sent; why one cannot be used.
+/// Checks every named file and folder before anything is sent. Returns why one cannot be used.
 fn look(args: &Args) -> Result<(), String> {
     for input in &args.inputs {
         if let Some(why) = unreadable("--input", input) {
@@ -437,7 +436,7 @@ async fn note_unserved(capability: &Capability, plane: &Plane, notes: &mut Notes
     true
 }
 
-/// Looks at the jobs until all have ended.
+/// Queries the jobs until all have ended.
 async fn watch(
     args: &Args,
     capability: &Capability,
@@ -496,7 +495,7 @@ async fn watch(
     }
 }
 
-/// A task as it stands.
+/// The state of a task.
 fn row(job: &Value, task: &Value) -> Value {
     json!({ "task_id": task["id"], "job_id": job["job"]["id"], "status": task["status"] })
 }
@@ -516,7 +515,7 @@ fn was_leased(job: &Value) -> bool {
     tasks(job).any(|task| task["attempts"].as_u64().unwrap_or(0) > 0)
 }
 
-/// Brings the artifacts, says what went wrong, prints the result.
+/// Downloads the artifacts, prints failures and the result.
 async fn finish(
     args: &Args,
     plane: &Plane,

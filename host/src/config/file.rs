@@ -1,7 +1,7 @@
 //! The configuration file: TOML or JSON, the places of [`KEYS`], the tables `[plane.NAME]`, nothing else.
 //!
-//! Both forms become a list of entries with the line each stands on. Types are strict: a number in
-//! quotes is a mistake, since what is meant shows in the file. No message repeats a secret.
+//! Both forms become a list of entries with their lines. Types are strict: a number in
+//! quotes is a mistake. No message repeats a secret.
 
 use std::{
     collections::BTreeSet,
@@ -28,7 +28,7 @@ const BYTE_ORDER_MARK: char = '\u{feff}';
 /// How deep JSON is looked into.
 const DEPTH_MAX: usize = 8;
 
-/// What one file says.
+/// The content of one file.
 #[derive(Default)]
 pub(super) struct Read {
     pub(super) entries: Vec<Entry>,
@@ -382,7 +382,7 @@ fn json(text: &str) -> Result<Members, (usize, String)> {
 fn json_value(raw: &RawValue, line: usize, depth: usize) -> Value {
     let said = raw.get();
     match said.as_bytes().first() {
-        // No setting lies this deep; what it is says enough.
+        // No setting is nested this deep. Its type is enough for the message.
         Some(b'{') if depth > DEPTH_MAX => Value::Table(Vec::new()),
         Some(b'[') if depth > DEPTH_MAX => Value::List(Vec::new()),
         Some(b'{') => {

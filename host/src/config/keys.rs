@@ -95,7 +95,7 @@ impl Key {
         self.name.starts_with("ALLOW_")
     }
 
-    /// The names that a mistyped one may stand for.
+    /// The names that may be suggested for a mistyped one.
     pub fn suggested_names() -> impl Iterator<Item = &'static str> {
         KEYS.iter().filter(|key| !key.weakens_security()).map(|key| key.name)
     }
@@ -202,7 +202,7 @@ pub const KEYS: &[Key] = &[
     key("TRANSFER_STALL_TIMEOUT", "storage.stall_timeout", Duration, Some("30s"), "how long a transfer may be silent before it counts as broken",
         |c, p, name| {
             c.storage.domain.stall = p.duration_above_zero(name);
-            // An answer that does not come is a stall too.
+            // A missing answer is a stall too.
             c.storage.domain.request_timeout = c.storage.domain.stall;
         }),
     key("TRANSFER_PATIENCE", "storage.patience", Duration, Some("2m"), "how long a transfer in which nothing moves is tried again",

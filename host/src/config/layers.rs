@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{leases::dms, model::nearest};
 
-/// Where a value came from. A later one goes over an earlier one.
+/// Where a value came from. A later variant has priority over an earlier one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Origin {
     /// Nowhere: there is no value.
@@ -38,16 +38,16 @@ pub enum Origin {
 #[derive(Clone, Default)]
 pub struct Layers {
     values: BTreeMap<&'static str, (String, Origin)>,
-    /// Secrets that stand in the file, with their lines.
+    /// Secrets in the file, with their lines.
     secrets: BTreeMap<&'static str, (SecretString, usize)>,
     file: Option<PathBuf>,
     /// The control planes that the file names.
     planes: Vec<PlaneEntry>,
     /// Whether a control plane in the file cannot be used.
     has_bad_plane: bool,
-    /// Mistakes in single values that are known already; told together with all others.
+    /// Mistakes in single values that are already known; reported with all others.
     pub(super) mistakes: Vec<String>,
-    /// What works but should not stay so.
+    /// Settings that work but should be changed.
     pub(super) warnings: Vec<String>,
 }
 
@@ -69,8 +69,8 @@ impl Layers {
         layers
     }
 
-    /// Lays a configuration file under what is set already. Mistakes in single values are kept for
-    /// [`HostConfig::build`](super::HostConfig::build), which tells all of them at once.
+    /// Adds a configuration file below the values that are already set. Mistakes in single values are kept for
+    /// [`HostConfig::build`](super::HostConfig::build), which reports all of them at once.
     ///
     /// # Errors
     /// When the file as a whole cannot be used; one line.
@@ -98,7 +98,7 @@ impl Layers {
                 Kind::Secret => {
                     self.secrets.insert(key.name, (SecretString::from(text), line));
                 }
-                // What stands in a file is meant from where the file lies.
+                // A path in a file is relative to the folder of the file.
                 Kind::Path if !text.trim().is_empty() => {
                     let folder = path.parent().unwrap_or(Path::new(""));
                     self.set_below(key, &folder.join(text.trim()).to_string_lossy(), Origin::File { line });
@@ -140,7 +140,7 @@ impl Layers {
         }
     }
 
-    /// Sets a value over whatever a lower layer said. Blank changes nothing.
+    /// Sets a value above the lower layers. Blank changes nothing.
     ///
     /// # Panics
     /// When `name` is not in [`KEYS`].
@@ -151,12 +151,12 @@ impl Layers {
         }
     }
 
-    /// Notes a mistake, to be told together with all others.
+    /// Notes a mistake; it is reported with all others.
     pub fn mistake(&mut self, text: String) {
         self.mistakes.push(text);
     }
 
-    /// Mistakes known before values are looked at: what they are about is in no layer.
+    /// Mistakes that concern no value of a layer.
     #[must_use]
     pub fn mistakes(&self) -> &[String] {
         &self.mistakes
@@ -192,7 +192,7 @@ impl Layers {
         Key::find(name).and_then(|key| self.get(key).0)
     }
 
-    /// A secret that stands in the file itself.
+    /// A secret in the file itself.
     pub(super) fn secret(&self, key: &Key) -> Option<(&SecretString, Origin)> {
         self.secrets.get(key.name).map(|(secret, line)| (secret, Origin::File { line: *line }))
     }
@@ -221,7 +221,7 @@ impl Layers {
     }
 }
 
-/// What to say of an environment variable whose name is almost that of a setting.
+/// The warning about an environment variable whose name is almost that of a setting.
 fn near_miss(name: &str) -> Option<String> {
     let is_setting = |key: &Key| key.name == name || key.lower_case().as_deref() == Some(name);
     if KEYS.iter().any(is_setting) {

@@ -71,7 +71,7 @@ pub enum PlaneChoice {
         name: PlaneName,
         /// The folder.
         folder: PathBuf,
-        /// Who wants to know what becomes of the jobs.
+        /// Receives the events of the jobs.
         observer: Option<mpsc::UnboundedSender<LocalEvent>>,
     },
 }
@@ -89,7 +89,7 @@ impl HostConfig {
     pub fn build(layers: &Layers, secrets: &Secrets) -> Result<Self, Mistakes> {
         let (mut built, parser) = Self::examine(layers, secrets);
         built.warnings = parser::lines(&parser.warnings);
-        // The placeholders stand only where a mistake was noted.
+        // A placeholder remains only if a mistake was noted.
         parser.end(built)
     }
 
@@ -171,7 +171,7 @@ impl HostConfig {
     }
 }
 
-/// What is wrong with single values, and what counts in the place of others, for who shows them all.
+/// Mistakes and warnings about single values, for `config show`.
 #[must_use]
 pub fn remarks(layers: &Layers, secrets: &Secrets) -> (Vec<Remark>, Vec<Remark>) {
     let (_, parser) = HostConfig::examine(layers, secrets);
@@ -180,8 +180,8 @@ pub fn remarks(layers: &Layers, secrets: &Secrets) -> (Vec<Remark>, Vec<Remark>)
     (mistakes, parser.warnings)
 }
 
-/// What is wrong with the folders of a node as they are now, a line each. What [`HostConfig::build`] cannot
-/// know: they are another matter once a node has made them.
+/// Mistakes in the current folders of a node, one line each. [`HostConfig::build`] does not check them,
+/// because a running node has created them.
 #[must_use]
 pub fn folder_mistakes(layers: &Layers) -> Vec<String> {
     parser::lines(&folder_remarks(layers))
@@ -191,11 +191,11 @@ fn folder_remarks(layers: &Layers) -> Vec<Remark> {
     let mut parser = Parser::new(layers);
     let (scratch, state) = (parser.scratch_dir(), parser.state_dir());
     let named = parser.mistakes.is_empty();
-    // One that cannot even be named is a mistake already.
+    // A folder without a name is reported elsewhere.
     parser.mistakes.clear();
     parser.look_at_folder("SCRATCH_DIR", &scratch);
     parser.look_at_own_folder();
-    // What a command has chosen for its own node is its own business.
+    // A folder that the command chose for its own node needs no check.
     if named && parser.origin("STATE_DIR") != Origin::Command {
         parser.look_at_folder("STATE_DIR", &state);
         if let Some(trouble) = places::clash(&scratch, &state) {
@@ -276,18 +276,18 @@ pub fn default_scratch_dir() -> PathBuf {
     std::env::temp_dir().join(format!("runner-host-{user}"))
 }
 
-/// [`default_scratch_dir`], made for this user alone. Once it is ours, nobody can put another in its place: that is
-/// what the sticky bit of a temporary folder is for.
+/// [`default_scratch_dir`], created for this user only. Afterwards no other user can replace it, because the
+/// temporary folder has the sticky bit.
 ///
 /// # Errors
-/// One line when somebody else was quicker.
+/// One line if another user owns the folder.
 pub fn own_scratch_dir() -> Result<PathBuf, Mistakes> {
     let dir = default_scratch_dir();
     let mut builder = std::fs::DirBuilder::new();
     builder.recursive(true);
     #[cfg(unix)]
     std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-    // It may be there; why it cannot be made is told when it is used.
+    // It may exist. Any other error is reported when the folder is used.
     let _ = builder.create(&dir);
     match places::foreign_trouble(&dir) {
         Some(trouble) => Err(Mistakes(vec![format!("SCRATCH_DIR: {trouble}")])),

@@ -1,9 +1,8 @@
 //! Which form of registration is used, and whether this node can be reached under `NODE_URL`.
 //!
-//! What can be decided here is decided here, before any traffic. The node itself speaks plain http, so
-//! with an `http` URL it has to answer by itself: `HTTP_BIND` must not be cut off from the URL's host.
-//! With an `https` URL something in front of it (a proxy that ends TLS) answers and hands on to `HTTP_BIND`,
-//! and only the service's callback can show whether it does.
+//! The check needs no traffic. The node serves plain http, so with an `http` URL it must answer itself:
+//! `HTTP_BIND` must be reachable from the host of the URL.
+//! With an `https` URL a proxy ends TLS and forwards to `HTTP_BIND`. Only the callback of the service can check that.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
@@ -12,7 +11,7 @@ use url::{Host, Url};
 use super::parser::{Parser, Remark};
 use crate::auth::Form;
 
-/// Reads `REGISTRATION` and `NODE_URL`; mistakes are noted and the wallet form stands in for them.
+/// Reads `REGISTRATION` and `NODE_URL`; mistakes are noted and the wallet form replaces them.
 pub(super) fn registration(parser: &mut Parser<'_>, bind: SocketAddr, dds: &Url) -> Form {
     let wanted = parser.value("REGISTRATION", "wallet or callback", None, |text| match text {
         "wallet" => Some(Some(false)),
@@ -87,7 +86,7 @@ fn servable(url: &Url, bind: SocketAddr, dds: &Url) -> Result<(), String> {
     Ok(())
 }
 
-/// The address a host certainly stands for.
+/// The address that a host has for certain.
 fn address(url: &Url) -> Option<IpAddr> {
     match url.host()? {
         Host::Domain(name) => {

@@ -16,14 +16,14 @@ use crate::auth::NodeKey;
 /// Longer than any wait; beyond it clocks overflow.
 const SECS_MAX: u64 = 10 * 366 * 24 * 60 * 60;
 
-/// Something to be said about the configuration: one line, without a secret in it.
+/// A remark about the configuration: one line, without a secret.
 #[derive(Clone, Debug)]
 pub struct Remark {
     /// The setting it is about, where it is about one.
     pub setting: Option<&'static str>,
     /// Where the operator wrote it.
     place: String,
-    /// What was expected and found, or what counts instead.
+    /// What was expected and found, or what is used instead.
     pub what: String,
 }
 
@@ -96,7 +96,7 @@ impl<'a> Parser<'a> {
         self.found(name).1
     }
 
-    /// A value `parse` understands; `fallback` stands in after a mistake, which is noted.
+    /// A value `parse` understands; after a mistake, which is noted, `fallback`.
     pub(super) fn value<T>(&mut self, name: &str, expected: &str, fallback: T, parse: impl Fn(&str) -> Option<T>) -> T {
         let Some(text) = self.optional(name) else { return fallback };
         if let Some(value) = parse(text) {
@@ -197,7 +197,7 @@ impl<'a> Parser<'a> {
                 }
                 Some(url)
             }
-            // What cannot be parsed may hold a password all the same.
+            // A text that cannot be parsed may contain a password.
             _ if text.contains('@') => {
                 self.mistake(name, "expected an absolute http or https URL without user or password");
                 None

@@ -1,5 +1,4 @@
-//! Whether what a setting names can be used: folders to work in, hosts to speak to. Nothing is made and
-//! nobody is asked.
+//! Checks the folders and hosts in settings. It creates nothing and sends nothing.
 
 use std::{
     io::ErrorKind,
@@ -11,7 +10,7 @@ use url::{Host, Url};
 
 use super::parser::Parser;
 
-/// What lies below these is the kernel's, except for what lies below [`SHARED_MEMORY`].
+/// Folders of the kernel, except [`SHARED_MEMORY`].
 const KERNELS: [&str; 3] = ["/proc", "/sys", "/dev"];
 const SHARED_MEMORY: &str = "/dev/shm";
 
@@ -22,13 +21,13 @@ const SWEPT_PREFIX: &str = "node-";
 const LABEL_BYTES_MAX: usize = 63;
 const HOST_BYTES_MAX: usize = 253;
 
-/// Why no folder can be made or written to at `path`, if that shows by looking.
+/// Why no folder can be created or written to at `path`, as far as a check shows.
 #[must_use]
 pub fn folder_trouble(path: &Path) -> Option<String> {
     kernel_trouble(path).or_else(|| writable_trouble(path))
 }
 
-/// Why nothing is to be looked for or written below `path`: it is the kernel's own.
+/// Why `path` cannot be used for files: it belongs to the kernel.
 #[must_use]
 pub fn kernel_trouble(path: &Path) -> Option<String> {
     let real = resolved(path);
@@ -38,8 +37,8 @@ pub fn kernel_trouble(path: &Path) -> Option<String> {
     Some(format!("expected a folder for files, found {shown}{leads}; name one that is not below {kernels}"))
 }
 
-/// Why the folder that is taken where none is named cannot be: it lies where everybody may make folders, and one of
-/// somebody else, or a link, is a trap.
+/// Why the default folder cannot be used. Every user may create folders in its parent, so a link or a folder of
+/// another user may be an attack.
 #[cfg(unix)]
 pub(super) fn foreign_trouble(path: &Path) -> Option<String> {
     use std::os::unix::fs::MetadataExt as _;
@@ -61,7 +60,7 @@ pub(super) fn foreign_trouble(_: &Path) -> Option<String> {
     None
 }
 
-/// Why one folder cannot be both of these, or the second not lie in the first.
+/// Why the two folders conflict: they are the same, or a start would remove the second.
 pub(super) fn clash(scratch: &Path, state: &Path) -> Option<String> {
     let (real_scratch, real_state) = (resolved(scratch), resolved(state));
     let (scratch, shown) = (scratch.display(), state.display());
@@ -92,7 +91,7 @@ fn is_same(one: &Path, other: &Path) -> bool {
     one == other
 }
 
-/// Where `path` leads, links followed. What is not there yet is taken as it is written.
+/// `path` with links resolved. A part that does not exist stays as it is.
 fn resolved(path: &Path) -> PathBuf {
     let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
     let mut rest = Vec::new();
@@ -199,7 +198,7 @@ impl Parser<'_> {
         let hosts = self.list(name);
         let mut odd: Vec<String> = hosts.iter().filter(|host| !is_host(host)).map(|host| format!("{host:?}")).collect();
         if hosts.is_empty() {
-            // Who lists nothing but commas does not mean that every host is allowed.
+            // A list of only commas must not allow every host.
             odd.extend(self.optional(name).map(|text| format!("{text:?}")));
         }
         if !odd.is_empty() {
@@ -222,7 +221,7 @@ impl Parser<'_> {
 /// `text` is in lower case. Addresses of version 6 stand with or without brackets.
 fn is_host(text: &str) -> bool {
     let Ok(url) = Url::parse(&format!("http://{text}")) else { return text.parse::<IpAddr>().is_ok() };
-    // What is not written as it is compared is never met.
+    // Only the canonical form can match.
     let port = url.host_str().and_then(|host| text.strip_prefix(host));
     let is_port = |port: &str| port.strip_prefix(':').is_some_and(|port| port.parse::<u16>().is_ok());
     if host_trouble(&url).is_some() {
@@ -278,7 +277,7 @@ mod tests {
         for apart in ["b", "a/state", "link/x/node-1", "not/there"] {
             assert_eq!(clash(&at("a"), &at(apart)), None, "{apart}");
         }
-        assert_eq!(clash(&at("a/node-1"), &at("a")), None, "what is swept lies in the scratch folder");
+        assert_eq!(clash(&at("a/node-1"), &at("a")), None, "only folders in SCRATCH_DIR are removed");
         for swept in ["a/node-1", "link/node-x/deep"] {
             assert!(clash(&at("a"), &at(swept)).is_some_and(|said| said.contains("is removed at a start")), "{swept}");
         }

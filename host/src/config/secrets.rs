@@ -2,7 +2,7 @@
 //!
 //! A plugin in this process can read `std::env`, and on Linux `/proc/self/environ`, which keeps
 //! showing the memory the process was started with. So a secret is taken out of both: the variable is
-//! removed and its bytes are overwritten where they lie.
+//! removed and its bytes are overwritten in place.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -20,7 +20,7 @@ const BYTES_MAX: u64 = 16 * 1024;
 /// Secrets found in the environment, or chosen by a command, by variable.
 pub struct Secrets {
     values: BTreeMap<&'static str, SecretString>,
-    /// Those that were given and are no text.
+    /// Secrets that were given and are not UTF-8.
     garbled: Vec<&'static str>,
     origin: Origin,
 }
@@ -64,7 +64,7 @@ impl Secrets {
     }
 
     /// The secret in effect and where it came from: given directly, or in a file that is named; whichever
-    /// stands in the higher layer. `None`: there is none.
+    /// is in the higher layer. `None`: there is none.
     ///
     /// # Errors
     /// One line without the secret: both were given in one layer, it is no text, or the file cannot be used.

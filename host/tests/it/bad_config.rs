@@ -8,7 +8,7 @@ use crate::harness::{
     rubbish::Rubbish,
 };
 
-/// A node of a dev server it must never speak to.
+/// A node whose dev server must get no connection.
 struct Silence {
     rubbish: Rubbish,
     _lab: TestServer,
@@ -24,7 +24,7 @@ impl Silence {
         self.rubbish.node(&[fixtures::hello()])
     }
 
-    /// The node ends with `code` and has connected to nobody.
+    /// The node ends with `code` and has made no connection.
     async fn refuses(&self, node: NodeSetup, code: i32) -> Finished {
         let ended = node.refused().await.expect(code);
         assert_eq!(self.rubbish.connections(), 0, "{}", ended.stderr);
@@ -59,7 +59,7 @@ async fn every_missing_variable_is_named_at_once() {
 }
 
 #[tokio::test]
-async fn a_base_url_with_a_query_or_a_fragment_is_a_mistake() {
+async fn base_url_with_query_or_fragment_is_refused() {
     let silence = Silence::new().await;
     let node = silence.node().set("DMS_BASE_URL", "http://127.0.0.1:9/v1?x=top-secret");
     let ended = silence.refuses(node.set("DDS_BASE_URL", "http://127.0.0.1:9/#here"), 78).await;
@@ -68,7 +68,7 @@ async fn a_base_url_with_a_query_or_a_fragment_is_a_mistake() {
 }
 
 #[tokio::test]
-async fn mistakes_in_flags_are_told_with_all_others_and_beside_what_is_shown() {
+async fn flag_mistakes_are_reported_with_all_others() {
     let flags = ["--set", "OUTBOXMAX=1", "--set", "REG_SECRET=x", "--set", "DRAIN_TIMEOUT"];
     let mistakes = [
         "--set OUTBOXMAX: there is no such setting, did you mean OUTBOX_MAX?",
@@ -87,7 +87,7 @@ async fn mistakes_in_flags_are_told_with_all_others_and_beside_what_is_shown() {
 }
 
 #[tokio::test]
-async fn a_key_that_is_no_key_is_refused_and_never_repeated() {
+async fn invalid_private_key_is_refused_and_never_printed() {
     let silence = Silence::new().await;
     for (key, wanted) in [
         ("c0ffee", "private key has 6 characters, expected 64 hex digits, with or without a leading 0x"),
@@ -105,7 +105,7 @@ async fn a_key_that_is_no_key_is_refused_and_never_repeated() {
 }
 
 #[tokio::test]
-async fn values_that_cannot_be_read_are_told_together() {
+async fn unreadable_values_are_reported_together() {
     let silence = Silence::new().await;
     let wrong = [
         ("MAX_CONCURRENCY", "65537", "a number from 1 to 65536"),
@@ -129,7 +129,7 @@ async fn values_that_cannot_be_read_are_told_together() {
 }
 
 #[tokio::test]
-async fn plain_http_is_for_loopback_only() {
+async fn plain_http_is_allowed_to_loopback_only() {
     let silence = Silence::new().await;
     let node = silence.node().set("DMS_BASE_URL", "http://plane.example/v1");
     let ended = silence.refuses(node, 78).await;
@@ -142,7 +142,7 @@ async fn plain_http_is_for_loopback_only() {
 }
 
 #[tokio::test]
-async fn a_node_url_the_node_cannot_serve_is_refused() {
+async fn unservable_node_url_is_refused() {
     let silence = Silence::new().await;
     for (url, bind, wanted) in [
         ("node.example", "127.0.0.1:8080", "expected an absolute http or https URL, found \"node.example\""),
@@ -190,7 +190,7 @@ async fn plugins_refused(silence: &Silence, arguments: &[&str], code: i32) -> St
 }
 
 #[tokio::test]
-async fn plugin_folders_that_do_not_exist_or_hold_nothing_are_told() {
+async fn missing_and_empty_plugin_folders_are_reported() {
     let silence = Silence::new().await;
     let text = plugins_refused(&silence, &["--plugins", "/no/such/folder"], 78).await;
     assert_eq!(text, "plugins folder /no/such/folder does not exist; create it, or name another with --plugins");
@@ -251,7 +251,7 @@ async fn mistakes_in_plugins_toml_name_place_and_remedy() {
 }
 
 #[tokio::test]
-async fn a_key_without_effect_in_this_version_refuses_its_plugin() {
+async fn key_without_effect_refuses_its_plugin() {
     let silence = Silence::new().await;
     let node = silence.node().plugins_file("[[plugin]]\nfile = \"hello\"\nisolation = \"process\"\n");
     let ended = silence.refuses(node, 4).await;
@@ -260,7 +260,7 @@ async fn a_key_without_effect_in_this_version_refuses_its_plugin() {
 }
 
 #[tokio::test]
-async fn an_address_or_a_folder_that_cannot_be_used_is_told() {
+async fn unusable_address_or_folder_is_reported() {
     let silence = Silence::new().await;
     let taken = silence.rubbish.address().to_string();
     let state = tempfile::tempdir().expect("a folder");
@@ -280,7 +280,7 @@ async fn an_address_or_a_folder_that_cannot_be_used_is_told() {
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn a_disk_without_room_at_the_start_is_tried_again_later() {
+async fn full_disk_at_start_exits_75() {
     if !can_mount() {
         return;
     }
@@ -294,7 +294,7 @@ async fn a_disk_without_room_at_the_start_is_tried_again_later() {
 }
 
 #[tokio::test]
-async fn run_dev_and_check_tell_the_same_of_folders_before_any_plugin_is_loaded() {
+async fn run_dev_and_check_report_the_same_folder_mistakes() {
     let silence = Silence::new().await;
     let folder = tempfile::tempdir().expect("a folder");
     let at = |inside: &str| folder.path().join(inside).to_string_lossy().into_owned();
@@ -354,7 +354,7 @@ async fn run_dev_and_check_tell_the_same_of_folders_before_any_plugin_is_loaded(
             .set("SECP256K1_PRIVHEX", "ab".repeat(32));
         let ended = check.set("SCRATCH_DIR", scratch_dir).set("STATE_DIR", state_dir).run().await.expect(78);
         assert_eq!(errors(&ended), wanted);
-        // The node of `dev` has its state where the dev server has its data.
+        // The node of `dev` has its state in the data folder of the dev server.
         let wanted: Vec<&String> = wanted.iter().filter(|line| line.starts_with("SCRATCH_DIR")).collect();
         if !wanted.is_empty() {
             let dev = Cli::new(&["dev", "--port", "0", "--plugins"]).arg(folder.path());
@@ -367,7 +367,7 @@ async fn run_dev_and_check_tell_the_same_of_folders_before_any_plugin_is_loaded(
 }
 
 #[tokio::test]
-async fn a_folder_of_plugins_that_is_none_is_told_with_all_others() {
+async fn invalid_plugin_folder_is_reported_with_all_others() {
     let silence = Silence::new().await;
     let folder = tempfile::tempdir().expect("a folder");
     std::fs::write(folder.path().join("plugins"), "").expect("the folder is writable");
@@ -385,7 +385,7 @@ async fn a_folder_of_plugins_that_is_none_is_told_with_all_others() {
 }
 
 #[tokio::test]
-async fn hosts_no_look_up_could_find_are_refused() {
+async fn invalid_host_names_are_refused() {
     let silence = Silence::new().await;
     let long = "a".repeat(64);
     for host in ["a..b", "-x", ".a.example", &long] {

@@ -50,7 +50,7 @@ async fn invoke_runs_a_runner_once_and_writes_its_artifacts() {
 }
 
 #[tokio::test]
-async fn invoke_tells_a_failure_by_its_exit_code_and_one_line() {
+async fn invoke_failure_is_one_line_and_exit_1() {
     let dir = workplace(&[fixtures::zoo()]);
     let ended = invoke(dir.path(), "/fixtures/fail/v1").run().await.expect(1);
     assert!(ended.stderr.contains("cloud not written: shard 3 not written: disk full"), "{}", ended.stderr);
@@ -81,7 +81,7 @@ async fn invoke_used_wrongly_says_what_was_expected() {
 }
 
 #[tokio::test]
-async fn config_show_tells_values_and_origins_and_masks_secrets() {
+async fn config_show_prints_origins_and_masks_secrets() {
     let key = "ab".repeat(32);
     let cli = |args: &[&str]| {
         Cli::new(args)
@@ -106,7 +106,7 @@ async fn config_show_tells_values_and_origins_and_masks_secrets() {
 }
 
 #[tokio::test]
-async fn config_check_reports_all_mistakes_or_that_there_are_none() {
+async fn config_check_reports_all_mistakes() {
     let ended = Cli::new(&["config", "check", "--max-concurrency", "none"]).run().await.expect(78);
     assert_eq!(ended.stderr.lines().filter(|line| line.starts_with("error: ")).count(), 5, "{}", ended.stderr);
     let complete = Cli::new(&["config", "check"])
@@ -192,7 +192,7 @@ async fn call(request: http::request::Builder, body: &Value) -> Value {
     answer.json().expect("JSON")
 }
 
-/// Does a hello in the dev server at `base`, over HTTP as anybody would.
+/// Runs a hello job on the dev server at `base` over HTTP.
 async fn hello(base: &str, log: impl Fn() -> String) {
     let dev_server = call(Request::get(format!("{base}/dev/v1/world")), &Value::Null).await;
     let (dms, grant) = (dev_server["dms"].as_str().expect("a URL"), dev_server["grant"].as_str().expect("a grant"));
@@ -207,7 +207,7 @@ async fn hello(base: &str, log: impl Fn() -> String) {
             if matches!(view["job"]["status"].as_str(), Some("completed" | "failed")) {
                 return view;
             }
-            // A job over HTTP has no bell.
+            // HTTP has no event for the end of a job.
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
     };
@@ -216,7 +216,7 @@ async fn hello(base: &str, log: impl Fn() -> String) {
 }
 
 #[tokio::test]
-async fn nodes_join_with_the_lines_dev_prints() {
+async fn node_joins_dev_server_with_printed_exports() {
     let dir = workplace(&[fixtures::hello()]);
     let dev = Cli::new(&["dev", "--no-node", "--port", "0"]).dir(dir.path()).start();
     dev.stdout_line(|line| line == "For development and tests, not for production.").await;
@@ -235,7 +235,7 @@ async fn nodes_join_with_the_lines_dev_prints() {
 }
 
 #[tokio::test]
-async fn dev_starts_the_dev_server_and_one_node() {
+async fn dev_starts_services_and_a_node() {
     let dir = workplace(&[fixtures::hello()]);
     let dev = Cli::new(&["dev", "--port", "0"]).dir(dir.path()).set("TMPDIR", dir.path().to_string_lossy()).start();
     dev.stdout_line(|line| line == "For development and tests, not for production.").await;
@@ -249,12 +249,12 @@ async fn dev_starts_the_dev_server_and_one_node() {
     assert_eq!(dev_server["nodes"].as_array().map(Vec::len), Some(1), "{dev_server}");
     dev.signal(Signal::INT);
     assert_eq!(dev.wait().await, 0, "{}", dev.log());
-    // Logs are for people here, and data is apart from them.
+    // Logs are text, and data is on the other stream.
     assert!(dev.stderr().iter().all(|line| !line.starts_with('{')), "{}", dev.log());
 }
 
 #[tokio::test]
-async fn submit_finds_the_dev_server_and_downloads_artifacts() {
+async fn submit_finds_dev_server_and_downloads_artifacts() {
     let dir = workplace(&[fixtures::hello(), fixtures::zoo()]);
     let dev = Cli::new(&["dev", "--port", "0"]).dir(dir.path()).set("TMPDIR", dir.path().to_string_lossy()).start();
     dev.stdout_line(|line| line == "For development and tests, not for production.").await;
@@ -288,7 +288,7 @@ async fn submit_finds_the_dev_server_and_downloads_artifacts() {
 }
 
 #[tokio::test]
-async fn artifacts_without_a_place_of_their_own_are_brought_under_their_ids() {
+async fn artifacts_with_unusable_paths_are_stored_by_id() {
     let dir = workplace(&[fixtures::zoo()]);
     let dev = Cli::new(&["dev", "--port", "0"]).dir(dir.path()).set("TMPDIR", dir.path().to_string_lossy()).start();
     dev.stdout_line(|line| line == "For development and tests, not for production.").await;
@@ -332,9 +332,9 @@ async fn artifacts_without_a_place_of_their_own_are_brought_under_their_ids() {
     stopped(&dev).await;
 }
 
-/// What a runner says and what it names ends up on somebody's terminal.
+/// Texts of a runner are printed on a terminal.
 #[tokio::test]
-async fn what_a_runner_says_stays_in_its_line_and_commands_no_terminal() {
+async fn runner_texts_cannot_control_the_terminal() {
     let dir = workplace(&[fixtures::zoo()]);
     std::fs::write(dir.path().join("plugins/a\n\u{1b}[2J.so"), "no library").expect("the folder is writable");
     let dev = Cli::new(&["dev", "--port", "0"]).dir(dir.path()).set("TMPDIR", dir.path().to_string_lossy()).start();
@@ -372,7 +372,7 @@ async fn what_a_runner_says_stays_in_its_line_and_commands_no_terminal() {
         assert_eq!(raw, None, "{ended:?}");
         assert!(!text.lines().any(|line| line.starts_with("second ")), "{ended:?}");
     }
-    // Programs get it as it is.
+    // JSON has the original text.
     let ended = submit(&fails).arg("-o").arg("json").run().await.expect(1);
     let printed: Value = serde_json::from_str(&ended.stdout).expect("JSON");
     assert_eq!(printed["tasks"][0]["reason"], format!("runner failed: no file of kind {bad}"));
@@ -382,7 +382,7 @@ async fn what_a_runner_says_stays_in_its_line_and_commands_no_terminal() {
     let ended = invoke(&works).arg("-o").arg("json").run().await.expect(0);
     let row: Value = serde_json::from_str(ended.stdout.lines().next().expect("a row")).expect("JSON");
     assert_eq!(row["path"], format!("out/{bad_path}"));
-    // Neither does the log for people.
+    // The text log has no control characters either.
     let refused =
         |line: &str| line.contains("plugin.refused") && line.contains("file=./plugins/a\u{fffd}\u{fffd}[2J.so ");
     dev.stderr_line(refused).await;
@@ -391,7 +391,7 @@ async fn what_a_runner_says_stays_in_its_line_and_commands_no_terminal() {
 }
 
 #[tokio::test]
-async fn submit_ends_in_its_time_whatever_is_under_way() {
+async fn submit_timeout_ends_every_stage() {
     let dir = workplace(&[fixtures::hello()]);
     let hang = |endpoint: &str| format!("[[fault]]\nendpoint = \"{endpoint}\"\nclient = \"submit\"\nkind = \"hang\"\n");
     let faults = format!("{}count = 1\n{}count = 1\n{}", hang("create"), hang("jobs"), hang("by_id"));
@@ -414,7 +414,7 @@ async fn submit_ends_in_its_time_whatever_is_under_way() {
     stopped(&dev).await;
 }
 
-/// The calls a dev server has seen, by name, with their statuses.
+/// The calls that a dev server got, by name, with their statuses.
 async fn calls(base: &str) -> Vec<(String, u64)> {
     let seen = call(Request::get(format!("{base}/dev/v1/requests")), &Value::Null).await;
     let seen = seen["requests"].as_array().cloned().unwrap_or_default();
@@ -423,7 +423,7 @@ async fn calls(base: &str) -> Vec<(String, u64)> {
 }
 
 #[tokio::test]
-async fn a_submit_that_ends_early_gives_up_its_upload_and_says_so_in_json() {
+async fn interrupted_submit_aborts_upload_and_prints_json() {
     let dir = workplace(&[]);
     let hang = |endpoint: &str, count: u32| {
         format!("[[fault]]\nendpoint = \"{endpoint}\"\nclient = \"submit\"\nkind = \"hang\"\ncount = {count}\n")
@@ -609,7 +609,7 @@ async fn faults_strike_nodes_alone_by_default() {
 }
 
 #[tokio::test]
-async fn what_cannot_be_read_or_written_is_told_with_its_flag_before_anything_is_sent() {
+async fn unusable_paths_are_reported_before_anything_is_sent() {
     let dir = workplace(&[fixtures::hello()]);
     let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).expect("the folder is writable");
     write("file", "");
@@ -677,9 +677,9 @@ async fn what_cannot_be_read_or_written_is_told_with_its_flag_before_anything_is
     }
 }
 
-/// A shell's pipe whose reader goes after the first line.
+/// A pipe whose reader closes after the first line.
 #[tokio::test]
-async fn a_reader_that_leaves_early_causes_no_panic() {
+async fn closed_stdout_causes_no_panic() {
     let dir = workplace(&[fixtures::zoo(), fixtures::hello()]);
     for command in ["completions bash", "plugins list", "config show", "--help"] {
         let script = format!("'{}' {command} | head -1", env!("CARGO_BIN_EXE_runner-host"));
@@ -694,7 +694,7 @@ async fn a_reader_that_leaves_early_causes_no_panic() {
 }
 
 #[tokio::test]
-async fn bytes_that_are_no_text_are_told_and_not_replaced() {
+async fn invalid_utf8_in_arguments_is_reported() {
     let dir = workplace(&[]);
     let binary = env!("CARGO_BIN_EXE_runner-host");
     for (script, code, wanted) in [
@@ -759,9 +759,9 @@ async fn dev_data_in_use_exits_75() {
     stopped(&dev).await;
 }
 
-/// The folder that is taken where none is named lies where everybody may make one.
+/// Every user may create folders in the parent of the default folder.
 #[tokio::test]
-async fn a_temporary_folder_that_somebody_else_has_laid_out_is_not_used() {
+async fn temporary_folder_of_another_user_is_refused() {
     use std::os::unix::fs::{PermissionsExt as _, chown, symlink};
     let dir = workplace(&[fixtures::hello()]);
     let elsewhere = tempfile::tempdir().expect("a folder");
@@ -802,10 +802,10 @@ async fn a_temporary_folder_that_somebody_else_has_laid_out_is_not_used() {
     }
 }
 
-/// With stderr a terminal, where people read: other tests read from a pipe.
+/// Stderr is a terminal here; other tests use a pipe.
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn on_a_terminal_commands_say_the_same() {
+async fn terminal_output_has_the_same_text() {
     let dir = workplace(&[fixtures::zoo()]);
     let binary = env!("CARGO_BIN_EXE_runner-host");
     for (command, code, wanted) in [
@@ -833,9 +833,9 @@ async fn on_a_terminal_commands_say_the_same() {
     }
 }
 
-/// Streams that take nothing, as a full disk or a reader that is gone.
+/// Streams that accept no bytes, such as a full disk or a closed pipe.
 #[tokio::test]
-async fn a_stderr_that_takes_nothing_causes_no_panic() {
+async fn closed_stderr_causes_no_panic() {
     let dir = workplace(&[]);
     for (command, code) in [
         ("outbox list", 1),
@@ -861,8 +861,8 @@ async fn a_stderr_that_takes_nothing_causes_no_panic() {
     }
 }
 
-/// A dev server without a node, and the environment it prints for one.
-async fn dev_server(dir: &Path, flags: &[&str]) -> (Process, Vec<(String, String)>) {
+/// A dev server without a node, and the environment that it prints for one.
+async fn world(dir: &Path, flags: &[&str]) -> (Process, Vec<(String, String)>) {
     let dev = flags.iter().fold(Cli::new(&["dev", "--no-node", "--port", "0"]), |dev, flag| dev.arg(*flag));
     let dev = dev.dir(dir).start();
     dev.stdout_line(|line| line == "For development and tests, not for production.").await;
@@ -899,7 +899,7 @@ async fn dev_with_strict_identity_refuses_a_second_node_of_one_key() {
             if seen.iter().filter(|one| one["endpoint"] == "register_wallet").count() >= 3 {
                 return seen;
             }
-            // A journal over HTTP has no bell.
+            // HTTP has no event for the journal.
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
     };
@@ -921,7 +921,7 @@ async fn dev_with_strict_identity_refuses_a_second_node_of_one_key() {
             if page["reason"].as_str().is_some_and(|reason| reason.contains("conflict")) {
                 return;
             }
-            // The page follows the log line, and a page over HTTP has no bell.
+            // The page changes after the log line, and HTTP has no event for it.
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
     };
@@ -952,7 +952,7 @@ async fn dev_with_leases_per_node_answers_busy_beyond_them() {
             if seen.iter().any(|one| one["path"] == "/v1/tasks" && one["status"] == 409) {
                 return;
             }
-            // A journal over HTTP has no bell.
+            // HTTP has no event for the journal.
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
         }
     };
@@ -986,7 +986,7 @@ async fn dev_keeps_stored_data_in_its_folder_over_a_restart() {
 }
 
 #[tokio::test]
-async fn dev_removes_what_a_killed_one_left_and_only_that() {
+async fn dev_removes_only_leftovers_of_killed_servers() {
     let dir = workplace(&[]);
     let start = async || {
         let dev = Cli::new(&["dev", "--no-node", "--port", "0"]).dir(dir.path());

@@ -14,7 +14,7 @@ use crate::harness::{
 
 const KEY: &str = "1111111111111111111111111111111111111111111111111111111111111111";
 
-/// What a node cannot do without, as environment.
+/// The required settings, as environment.
 const NEEDED: [(&str, &str); 4] = [
     ("DMS_BASE_URL", "https://plane.example/v1"),
     ("DDS_BASE_URL", "https://dds.example"),
@@ -91,7 +91,7 @@ const JSON: &str = r#"{
 }"#;
 
 #[tokio::test]
-async fn toml_and_json_say_the_same_and_each_value_shows_its_origin() {
+async fn toml_and_json_files_are_equivalent() {
     let files = Files::new();
     files.write("key.hex", format!("0x{KEY}\n"));
     // By extension, and where that says nothing by content.
@@ -123,7 +123,7 @@ async fn toml_and_json_say_the_same_and_each_value_shows_its_origin() {
 }
 
 #[tokio::test]
-async fn mistakes_of_file_and_environment_are_told_together_with_their_places() {
+async fn file_and_environment_mistakes_are_reported_together() {
     let files = Files::new();
     let file = files.write(
         "node.toml",
@@ -175,7 +175,7 @@ MAX_CONCURRENCY = 1
 }
 
 #[tokio::test]
-async fn a_file_that_cannot_be_used_is_one_line() {
+async fn unusable_file_is_reported_in_one_line() {
     let files = Files::new();
     let deep = format!("{}1{}", "{\"engine\":".repeat(100), "}".repeat(100));
     for (name, text, wanted) in [
@@ -211,7 +211,7 @@ async fn a_file_that_cannot_be_used_is_one_line() {
 }
 
 #[tokio::test]
-async fn secrets_come_from_files_and_never_from_two_places() {
+async fn secrets_come_from_exactly_one_source() {
     let files = Files::new();
     let secret = files.write("secret", "  a-secret-with-an-end\r\n");
     let key = files.write("key", format!("{KEY}\n"));
@@ -257,7 +257,7 @@ async fn secrets_come_from_files_and_never_from_two_places() {
 }
 
 #[tokio::test]
-async fn a_secret_in_a_file_others_can_read_is_warned_of() {
+async fn readable_secret_file_gets_a_warning() {
     let files = Files::new();
     files.write("key.hex", KEY);
     let file = files.write("node.toml", TOML);
@@ -331,7 +331,7 @@ const VARIABLES: &[Variable] = &[
 ];
 
 #[tokio::test]
-async fn every_variable_takes_what_it_should_and_refuses_the_rest() {
+async fn every_variable_accepts_only_valid_values() {
     for Variable { name, good, warned, bad } in VARIABLES {
         let wanted = NEEDED.iter().any(|(needed, _)| needed == name);
         for (value, code, lines) in (good.iter().map(|value| (*value, 0, 0)))
@@ -360,7 +360,7 @@ async fn every_variable_takes_what_it_should_and_refuses_the_rest() {
 }
 
 #[tokio::test]
-async fn show_lists_everything_and_marks_what_cannot_be_used() {
+async fn config_show_marks_unusable_values() {
     let files = Files::new();
     let file = files.write("node.toml", "[engine]\nmax_concurrency = 0\n");
     let show = || {
@@ -394,7 +394,7 @@ async fn show_lists_everything_and_marks_what_cannot_be_used() {
 }
 
 #[tokio::test]
-async fn check_tells_folders_hosts_and_plugins_that_cannot_be_used_at_once() {
+async fn config_check_reports_folders_hosts_and_plugins_together() {
     let files = Files::new();
     let file = files.write("file", "");
     let plugins = files.write("plugins.toml", "[[plugin]]\nenabled = true\n");
@@ -418,18 +418,18 @@ async fn check_tells_folders_hosts_and_plugins_that_cannot_be_used_at_once() {
 
     let ended = check().set("DOMAIN_HOSTS", ", ,").run().await.expect(78);
     let said = "error: DOMAIN_HOSTS: expected hosts such as data.example or data.example:8443, found \", ,\"";
-    assert_eq!(ended.stderr.lines().collect::<Vec<_>>(), [said], "a list of nothing allows nobody");
+    assert_eq!(ended.stderr.lines().collect::<Vec<_>>(), [said], "an empty list allows no host");
 
     let later = files.0.path().join("later");
     let ended = check().set("SCRATCH_DIR", later.to_string_lossy()).run().await.expect(0);
     let warned =
         |entry: &str| format!("warning: NO_PROXY: \"{entry}\" is no host, domain or network and has no effect");
     assert_eq!(ended.stderr.lines().collect::<Vec<_>>(), [warned("*.example"), warned("10.0.0.0/33")]);
-    assert!(!later.exists(), "a check makes nothing");
+    assert!(!later.exists(), "a check creates nothing");
 }
 
 #[tokio::test]
-async fn nothing_is_asked_of_anybody_before_the_file_is_whole() {
+async fn nothing_is_sent_before_the_configuration_is_complete() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let files = Files::new();
@@ -441,7 +441,7 @@ async fn nothing_is_asked_of_anybody_before_the_file_is_whole() {
 }
 
 #[tokio::test]
-async fn a_node_lives_by_its_file_alone() {
+async fn node_runs_with_only_a_configuration_file() {
     let lab = TestServer::start().await;
     let files = Files::new();
     files.write("key.hex", KEY);
@@ -468,7 +468,7 @@ async fn a_node_lives_by_its_file_alone() {
     let job = job.expect("a job the dev server takes");
     let done = lab.dev_server.job_until(job, |view| view["job"]["status"] == "completed");
     within("the end of a job", || node.log(), done).await;
-    assert!(files.0.path().join("scratch").is_dir(), "paths in a file are meant from where it lies");
+    assert!(files.0.path().join("scratch").is_dir(), "paths in a file are relative to its folder");
     node.signal(rustix::process::Signal::TERM);
     assert_eq!(node.wait().await, 0);
 }

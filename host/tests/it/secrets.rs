@@ -173,7 +173,7 @@ async fn token_in_lines_or_panics_is_removed() {
     // An id is shortened before it is reported, a path is stored.
     for (place, expected) in [
         ("input", "download of input (token)"),
-        ("path", "the path, name or data type of an artifact holds the task's token; use one without it"),
+        ("path", "the path, name or data type of an artifact contains the task's token; use one without it"),
     ] {
         let ended = lab.run(&node, "/fixtures/tells-token/v1", json!({ "as": place })).await;
         let (reason, _) = ended.failed();

@@ -1,4 +1,4 @@
-//! Settings reach what they are for: each is seen from outside, at a value far from its default.
+//! Settings have their effect: each is observed from outside, at a value far from its default.
 
 use std::time::{Duration, Instant};
 
@@ -36,7 +36,7 @@ async fn held(lab: &TestServer, node: &TestNode) -> (tempfile::TempDir, Uuid) {
 }
 
 #[tokio::test]
-async fn heartbeats_come_at_the_share_of_the_lease_that_was_set() {
+async fn heartbeat_ratios_set_the_heartbeat_interval() {
     let timed = async |ratios: [&str; 2], lease: u64, count: usize| {
         let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(lease)).await;
         let node = lab.node(&[fixtures::zoo()]).set("HEARTBEAT_MIN_RATIO", ratios[0]);
@@ -52,7 +52,7 @@ async fn heartbeats_come_at_the_share_of_the_lease_that_was_set() {
 }
 
 #[tokio::test]
-async fn however_fast_progress_comes_heartbeats_keep_their_distance() {
+async fn fast_progress_does_not_increase_heartbeats() {
     // How many there were, and the time from the first to the last.
     let counted = async |jitter: &str, reports: u64| {
         let lab = TestServer::start().await;
@@ -63,7 +63,7 @@ async fn however_fast_progress_comes_heartbeats_keep_their_distance() {
         (all.len() as f64, all[all.len() - 1].duration_since(all[0]).as_secs_f64())
     };
     let (at_once, gathered) = tokio::join!(counted("0", 500), counted("1500", 900));
-    // The last words need not wait.
+    // The final flush does not wait.
     let (count, span) = at_once;
     assert!(span / 0.4 < count && count <= span / 0.1 + 2.0, "{count} heartbeats in {span} s");
     let (count, span) = gathered;
@@ -71,7 +71,7 @@ async fn however_fast_progress_comes_heartbeats_keep_their_distance() {
 }
 
 #[tokio::test]
-async fn pauses_after_failed_sign_ins_are_those_that_were_set() {
+async fn sign_in_pauses_follow_their_settings() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(NONCE, 1, Bad::Status(503, "later"));
@@ -86,7 +86,7 @@ async fn pauses_after_failed_sign_ins_are_those_that_were_set() {
 }
 
 #[tokio::test]
-async fn the_noop_is_there_by_a_switch_sleeps_as_long_as_was_set_and_heeds_a_cancel() {
+async fn noop_follows_its_settings_and_cancels() {
     const NOOP: &str = "/examples/noop/v1";
     let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
     // Where nothing unlisted is loaded, the switch is what lists it.

@@ -1,4 +1,4 @@
-//! What a finished job's receipts say, and where its artifacts may go.
+//! Reads the receipts of a finished job, and chooses the paths of its artifacts.
 
 use std::{
     fmt, fs,
@@ -34,8 +34,8 @@ impl fmt::Display for Artifact {
     }
 }
 
-/// The artifacts in the newest receipt of a task that has outputs. A runner of another make may
-/// list ids alone: then the id stands for the path.
+/// The artifacts in the newest receipt of a task that has outputs. Other
+/// implementations may list ids only: then the id is used as the path.
 pub(super) fn listed(job: &Value, task: &str) -> Vec<Artifact> {
     let has_outputs = |receipt: &&Value| {
         let filled = |list: &Value| list.as_array().is_some_and(|list| !list.is_empty());
@@ -68,7 +68,7 @@ fn receipts<'a>(job: &'a Value, task: &'a str) -> impl Iterator<Item = &'a Value
     job["receipts"].as_array().into_iter().flatten().filter(move |receipt| receipt["task_id"] == task)
 }
 
-/// Why an artifact cannot lie in the folder under its own path.
+/// Why an artifact cannot be stored under its own path.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub(super) enum NoPlace {
     #[error("names no file")]
@@ -106,10 +106,10 @@ pub(super) fn place(folder: &Path, logical_path: &str) -> Result<PathBuf, NoPlac
     if deeper { Ok(path) } else { Err(NoPlace::Empty) }
 }
 
-/// Makes the folders above `path` and looks whether a file can lie there; `Some` when something is in the way.
+/// Makes the folders above `path` and checks whether a file can be stored there; `Some` if not.
 ///
 /// # Errors
-/// What has nothing to do with the path, such as a full disk.
+/// Errors that do not concern the path, such as a full disk.
 pub(super) fn make_way(path: &Path) -> io::Result<Option<NoPlace>> {
     let made = path.parent().map_or(Ok(()), fs::create_dir_all);
     match made.and_then(|()| fs::symlink_metadata(path)) {

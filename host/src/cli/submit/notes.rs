@@ -1,4 +1,4 @@
-//! What people see while they wait: a bar on a terminal, plain lines elsewhere. Always stderr.
+//! Progress for people on stderr: a bar on a terminal, lines elsewhere.
 
 use std::{
     io::{IsTerminal, Write},
@@ -13,7 +13,7 @@ use crate::model::in_a_line;
 /// Progress lines come at most this often where there is no terminal.
 const LINE_PAUSE: Duration = Duration::from_secs(1);
 
-/// Moves below this size are over before a line about their beginning helps.
+/// Transfers below this size get a line only at their end.
 const LONG_BYTES: u64 = 16 * 1024 * 1024;
 
 /// See the module's text.
@@ -38,7 +38,7 @@ impl Notes {
         Self { lines, bar: None, shown: None, shown_at: None }
     }
 
-    /// A line of its own, whatever is in it. A terminal that is gone is no reason to stop.
+    /// Prints one line. A closed terminal is ignored.
     pub(super) fn line(&mut self, text: &str) {
         let text = in_a_line(text);
         let lines = &mut self.lines;
@@ -59,7 +59,7 @@ impl Notes {
         self.state(done, total, format!("{what}, {} of {}", size(done), size(total)));
     }
 
-    /// Shows where the jobs stand.
+    /// Shows the progress of the jobs.
     pub(super) fn show(&mut self, total: usize, jobs: &[Value]) {
         let count = |word: &str| -> u64 { jobs.iter().filter_map(|job| job["tasks_summary"][word].as_u64()).sum() };
         if total == 1 {
@@ -77,7 +77,7 @@ impl Notes {
         }
     }
 
-    /// Takes the bar away.
+    /// Removes the bar.
     pub(super) fn clear(&mut self) {
         if let Some(bar) = &self.bar {
             bar.finish_and_clear();

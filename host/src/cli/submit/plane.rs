@@ -25,7 +25,7 @@ use crate::transport::{self, Answer, Body, Client, TransportError, full, innermo
 
 /// How long a call with a small body may take.
 const CALL_LIMIT: Duration = Duration::from_secs(30);
-/// How long a command that ends may still take to give up an upload in parts.
+/// Time limit for aborting a multipart upload when the command ends.
 const ABORT_LIMIT: Duration = Duration::from_secs(2);
 /// How long an upload may take to be answered; its size is not known here.
 const UPLOAD_LIMIT: Duration = Duration::from_secs(60 * 60);
@@ -40,7 +40,7 @@ const SINGLE_BYTES_MAX: u64 = 8 * 1024 * 1024;
 const RETRY_PAUSE_MIN: Duration = Duration::from_millis(200);
 const RETRY_PAUSE_MAX: Duration = Duration::from_secs(5);
 
-/// Why the control plane or the domain server did not do it.
+/// Why a call to the control plane or the domain server failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum PlaneError {
     #[error("no dev server answers at {url} ({reason}); start runner-host dev, or name a control plane with --dms")]
@@ -54,7 +54,7 @@ pub(super) enum PlaneError {
 }
 
 impl PlaneError {
-    /// What the system says of a file.
+    /// An error of the operating system about a file.
     pub(super) fn file(path: &Path, err: &std::io::Error) -> Self {
         Self::File { what: path.display().to_string(), reason: err.to_string() }
     }
@@ -94,9 +94,9 @@ pub(super) struct Plane {
     server: String,
     domain: Uuid,
     token: String,
-    /// The dev server's own address.
+    /// The address of the dev server, if it is one.
     dev: Option<String>,
-    /// An upload in parts that has begun and not ended, as it stands in a query.
+    /// The id of the multipart upload in progress, encoded for a query.
     begun: Mutex<Option<String>>,
 }
 
@@ -303,7 +303,7 @@ impl Plane {
     pub(super) async fn give_up(&self) {
         let Some(upload) = self.note(None) else { return };
         let request = self.request(Method::DELETE, &self.data(&format!("/multipart?uploadId={upload}")));
-        // Connecting has limits of its own, and who waits here has been told to end.
+        // Connecting has its own limits, and the command has been asked to end.
         let _ = tokio::time::timeout(ABORT_LIMIT, self.call(request, full(""), ABORT_LIMIT, "the abort")).await;
     }
 

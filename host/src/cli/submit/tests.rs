@@ -1,4 +1,4 @@
-//! `submit` against a started dev server, with a node written out by hand.
+//! `submit` against a dev server, with a hand-written node.
 
 use std::{
     path::Path,
