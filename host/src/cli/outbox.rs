@@ -161,8 +161,8 @@ fn stopped(
     }
     let tasks: Option<HashSet<TaskId>> = tasks.map(|tasks| tasks.iter().cloned().collect());
     Ok(match command {
-        Command::List { .. } | Command::Retry { .. } => outbox.listings(tasks.as_ref()),
-        Command::Drop { .. } => outbox.drop_reports(tasks.as_ref())?,
+        Command::List { .. } | Command::Retry { .. } => shelf.listings(tasks.as_ref()),
+        Command::Drop { .. } => shelf.drop_reports(tasks.as_ref())?,
     })
 }
 
