@@ -10,8 +10,8 @@
  *   milliseconds, the next one is called on another thread.
  * - cancel(task) may therefore come before start(task) has returned, or has even registered the task.
  *   After start() has registered the task, ask host->cancelled(task) once.
- * - Every host call with a callback answers exactly once, from a thread of the host's choosing.
- * - runner_str is borrowed for the call. runner_bytes changes hands: release it once when done.
+ * - Every host call with a callback answers exactly once, from any thread.
+ * - runner_str is borrowed for the call. runner_bytes changes its owner: release it once when done.
  * - Entries are appended in later versions, never changed: test RUNNER_HAS before using one that
  *   this version does not declare as mandatory.
  * - Let no C++ exception and no longjmp leave an entry.
@@ -34,7 +34,7 @@ extern "C" {
 /* Borrowed UTF-8 text; ptr may be NULL when len is 0. */
 typedef struct { const uint8_t *ptr; size_t len; } runner_str;
 
-/* Bytes that change hands; release may be NULL. */
+/* Bytes that change their owner; release may be NULL. */
 typedef struct {
   const uint8_t *ptr;
   size_t len;
@@ -42,7 +42,7 @@ typedef struct {
   void (*release)(void *owner);
 } runner_bytes;
 
-/* One running task; stale calls are answered RUNNER_STALE and harm nothing. */
+/* One running task. Stale calls are answered RUNNER_STALE and have no effect. */
 typedef uint64_t runner_task;
 
 typedef int32_t runner_status;
@@ -60,30 +60,30 @@ enum {
  * data belongs to the callback. */
 typedef void (*runner_callback)(void *user, runner_status status, runner_bytes data);
 
-/* What crosses as text. Fields may be added to what the host sends; null stands for what is not known.
+/* Values passed as text. The host may send additional fields; null means unknown.
  *
- * init        config_json: the plugin's config of plugins.toml, {} where there is none. Answer RUNNER_OK, or a
- *             status and one line of text: the plugin is refused with it.
- * start       request_json: {"capability", "dir", "lease"}. dir is a folder of this task's own, gone with it;
- *             lease is what the plane sent, without tokens: lease.task.inputs_cids, lease.task.meta, and so on.
- * log         level 1 to 5 as in log_level; fields_json is an object or empty. task may be 0: then
- *             {"plugin": name} in it says whose line it is.
+ * init        config_json: the plugin's config from plugins.toml, {} if there is none. Answer RUNNER_OK, or a
+ *             status and one line of text, with which the plugin is refused.
+ * start       request_json: {"capability", "dir", "lease"}. dir is the task's own folder, removed with it;
+ *             lease is the lease without tokens: lease.task.inputs_cids, lease.task.meta, and so on.
+ * log         level 1 to 5 as in log_level; fields_json is an object or empty. If task is 0, {"plugin": name} in
+ *             it names the plugin.
  * progress, event   any JSON of at most 64 KiB.
  * cancel_reason     answers plane, lease-lost, drained, deadline or operator; nothing while the task may go on.
  * token             answers the bearer; RUNNER_UNSUPPORTED unless it was granted.
  * input_open  answers {"stream": number, "cid", "data_id", "name", "data_type", "domain_id", "size"}.
  * input_read  answers at most max bytes; none is the end.
- * input_file  answers {"path", "root_dir", "related_files": [], "extracted_paths": []} and what input_open says,
+ * input_file  answers {"path", "root_dir", "related_files": [], "extracted_paths": []} and the fields of input_open
  *             without stream.
- * output_open, output_file   take {"path"} and, where wanted, "name", "data_type", "existing_id", "size".
+ * output_open, output_file   take {"path"} and, optionally, "name", "data_type", "existing_id", "size".
  * output_open answers {"stream": number}; output_finish and output_file answer {"id": text or null}.
- * task_dir    answers nothing, or why the directory cannot be made. Ask RUNNER_HAS(host, 18) first.
+ * task_dir    answers nothing, or why the directory cannot be created. Test RUNNER_HAS(host, 18) first.
  * complete    RUNNER_OK, or a status with text, one line, and details_json, any JSON for the job's author or empty.
- *             RUNNER_RETRYABLE, RUNNER_INVALID_INPUT and RUNNER_STORAGE say what a repeat is good for.
- *             Returns RUNNER_STALE where the task was over already.
+ *             RUNNER_RETRYABLE, RUNNER_INVALID_INPUT and RUNNER_STORAGE tell whether a retry can help.
+ *             Returns RUNNER_STALE if the task has already ended.
  */
 
-/* What the host offers; valid until the process ends. */
+/* The host's table; valid until the process ends. */
 typedef struct {
   uint64_t present; /* one bit per entry, the first entry lowest */
   uintptr_t reserved;
@@ -96,7 +96,7 @@ typedef struct {
   void (*cancel_reason)(runner_task task, runner_callback reply, void *user);
   void (*token)(runner_task task, runner_callback reply, void *user);
   void (*input_open)(runner_task task, runner_str cid, runner_callback reply, void *user);
-  /* `max` above 1 MiB: the caller keeps all it reads in memory, which is charged to the host's budget (RUNNER_LIMIT). */
+  /* `max` above 1 MiB: the caller keeps the input in memory. The host charges its budget (RUNNER_LIMIT). */
   void (*input_read)(runner_task task, uint64_t stream, uint64_t max, runner_callback reply, void *user);
   void (*input_close)(runner_task task, uint64_t stream, runner_callback reply, void *user);
   void (*input_file)(runner_task task, runner_str cid, runner_callback reply, void *user);
@@ -106,12 +106,12 @@ typedef struct {
   void (*output_abort)(runner_task task, uint64_t stream, runner_callback reply, void *user);
   void (*output_file)(runner_task task, runner_str spec_json, runner_str path, runner_callback reply, void *user);
   runner_status (*complete)(runner_task task, runner_status status, runner_str text, runner_str details_json);
-  /* Since 1.1, entry 18. Makes the task's directory, which is there when `start` is called, again where somebody has
-   * removed it. Answers before it returns. */
+  /* Since 1.1, entry 18. Creates the task's directory again if it was removed. It exists when `start` is called.
+   * Answers before it returns. */
   void (*task_dir)(runner_task task, runner_callback reply, void *user);
 } runner_host;
 
-/* What a plugin offers. */
+/* The plugin's table. */
 typedef struct {
   uint64_t present;   /* RUNNER_MODULE_MASK */
   uintptr_t reserved; /* 0 */
@@ -127,7 +127,7 @@ typedef struct {
 #define RUNNER_MODULE_MASK UINT64_C(0x3f)
 /* All nineteen entries of runner_host, from abi to task_dir. */
 #define RUNNER_HOST_MASK UINT64_C(0x7ffff)
-/* Whether entry number n (from 0) of a table is there. */
+/* Whether a table has entry number n (from 0). */
 #define RUNNER_HAS(table, n) (((table)->present >> (n)) & 1u)
 
 #if defined(_WIN32)
@@ -142,7 +142,7 @@ typedef struct {
 #define RUNNER_SECTION __attribute__((used, section(".runner")))
 #endif
 
-/* Exported, and retained where the compiler can say so: --gc-sections must not drop the manifest. */
+/* Exported, and retained if the compiler supports it: --gc-sections must not drop the manifest. */
 #if defined(__ELF__) && defined(__has_attribute)
 #if __has_attribute(retain)
 #define RUNNER_RETAIN __attribute__((retain))

@@ -1,8 +1,8 @@
-//! The ABI of version 1, held three ways: the Rust tables, `runner.h` as the C compiler sees it, and
-//! a committed text. What all three agree on cannot drift unseen.
+//! Compares the ABI of version 1 in three places: the Rust tables, `runner.h` as the C compiler sees it, and a
+//! committed text.
 //!
-//! A line that changes here breaks every plugin in the field: entries are only appended. To append
-//! one, add it to the lists below and write the file anew with `RUNNER_SDK_BLESS=1`.
+//! A changed line breaks every released plugin: entries are only appended. To append one, add it to the lists below
+//! and write the file again with `RUNNER_SDK_BLESS=1`.
 
 #![cfg(all(unix, target_pointer_width = "64"))]
 
@@ -18,7 +18,7 @@ use runner_sdk::abi::{self, Bytes, Callback, Host, Module, Status, Str, Table, T
 
 const GOLDEN: &str = include_str!("abi_v1.golden");
 
-/// What is compared: `rust` as this crate sees it, `c` the statements that print the same from `runner.h`.
+/// Both sides of the comparison: `rust` is the text of this crate, `c` the statements that print it from `runner.h`.
 #[derive(Default)]
 struct Facts {
     rust: String,
@@ -47,7 +47,7 @@ macro_rules! table {
     ($facts:ident, $rust:ident as $c:literal, $mask:expr, $c_mask:literal { $($field:ident),* }) => {
         values!($facts, Table<$rust> as $c { present, reserved });
         let offsets = [$(offset_of!(Table<$rust>, entries) + offset_of!($rust, $field)),*];
-        assert!(offsets.is_sorted(), "entries are numbered in the order in which they lie in memory");
+        assert!(offsets.is_sorted(), "entries are numbered in memory order");
         let names = [$(stringify!($field)),*];
         for (bit, (name, offset)) in names.into_iter().zip(offsets).enumerate() {
             $facts.add(&format!("{}.{name} bit {bit} offset", $c), offset, &format!("offsetof({}, {name})", $c));
@@ -109,7 +109,7 @@ fn facts() -> Facts {
 }
 
 #[test]
-fn the_rust_tables_are_the_committed_ones() {
+fn rust_tables_match_the_golden_file() {
     let rust = facts().rust;
     if std::env::var_os("RUNNER_SDK_BLESS").is_some() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/abi_v1.golden");
@@ -120,7 +120,7 @@ fn the_rust_tables_are_the_committed_ones() {
 }
 
 #[test]
-fn runner_h_declares_the_committed_tables() {
+fn c_tables_match_the_golden_file() {
     let dir = Scratch::new("c");
     let source = format!(
         "#include <stdio.h>\n#include <stddef.h>\n#include \"runner.h\"\n\n\
@@ -148,9 +148,9 @@ fn runner_h_compiles_as_cpp() {
     assert!(Command::new(program).status().expect("the program runs").success());
 }
 
-/// What a Rust plugin writes into the first word of its table, and what a Rust host does.
+/// The first word of the tables that Rust plugins and Rust hosts write.
 #[test]
-fn the_masks_abi_stable_writes_are_the_declared_ones() {
+fn written_masks_equal_the_declared_masks() {
     assert_eq!(Module::PT_FIELD_ACCESSIBILITY.bits(), abi::MODULE_MASK);
     assert_eq!(Host::PT_FIELD_ACCESSIBILITY.bits(), abi::HOST_MASK);
 

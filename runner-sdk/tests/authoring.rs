@@ -1,4 +1,4 @@
-//! The author's side of the contract, seen from a crate that only depends on the SDK.
+//! The author's API, used from a crate that depends only on the SDK.
 
 use std::{
     future::Future,
@@ -17,7 +17,7 @@ use runner_sdk::{
 use serde_json::json;
 use tokio::io::AsyncReadExt;
 
-/// A runner made of a function, to keep each test in one place.
+/// A runner made from a function, to keep each test in one place.
 struct Act<F>(F);
 
 impl<F, T> Runner for Act<F>
@@ -48,13 +48,13 @@ fn panic_of(ended: &Ended) -> (&str, &str) {
 }
 
 #[test]
-fn the_crate_says_its_name() {
+fn crate_name_is_exported() {
     assert_eq!(runner_sdk::CRATE_NAME, "runner-sdk");
     assert!(runner_sdk::RUNNER_H.contains("runner_module_v1"));
 }
 
 #[test]
-fn every_kind_of_error_comes_through_the_question_mark() {
+fn question_mark_accepts_every_error_type() {
     let std_error = act(|_| async { Ok("x".parse::<u8>().map(drop)?) });
     assert_eq!(std_error.error().chain(), "invalid digit found in string");
 
@@ -72,7 +72,7 @@ fn every_kind_of_error_comes_through_the_question_mark() {
 }
 
 #[test]
-fn an_error_carries_its_advice() {
+fn error_carries_its_advice() {
     let plain = act(|_| async { Err(Error::msg("broken")) });
     assert!(!plain.error().is_retryable() && !plain.error().is_invalid_input());
 
@@ -84,7 +84,7 @@ fn an_error_carries_its_advice() {
 }
 
 #[test]
-fn trouble_of_a_port_is_recognised_below_what_the_author_wraps_around_it() {
+fn wrapped_port_errors_keep_their_kind() {
     let direct = act(|ctx| async move { Ok(ctx.input.get_bytes_by_cid("missing").await.map(drop)?) });
     assert_eq!(direct.error().port_error().map(|err| err.kind()), Some(PortErrorKind::NotFound));
 
@@ -98,7 +98,7 @@ fn trouble_of_a_port_is_recognised_below_what_the_author_wraps_around_it() {
 }
 
 #[test]
-fn a_panic_is_caught_with_text_and_place() {
+fn panic_is_caught_with_text_and_place() {
     let ended = act(|ctx| async move { panic!("boom {}", ctx.lease.task.inputs_cids.len()) });
     let (message, place) = panic_of(&ended);
     assert_eq!(message, "boom 0");
@@ -106,7 +106,7 @@ fn a_panic_is_caught_with_text_and_place() {
 }
 
 #[test]
-fn a_panic_on_a_blocking_thread_keeps_its_place() {
+fn panic_on_a_blocking_thread_keeps_its_place() {
     let ended = act(|_| async { spawn_blocking(|| panic!("boom while computing")).await });
     let (message, place) = panic_of(&ended);
     assert_eq!(message, "boom while computing");
@@ -122,7 +122,7 @@ impl Drop for Bomb {
 }
 
 #[test]
-fn a_panic_in_a_destructor_is_a_panic_of_the_run() {
+fn panic_in_a_destructor_fails_the_run() {
     let at_the_end = act(|_| async {
         let _bomb = Bomb;
         tokio::task::yield_now().await;
@@ -145,7 +145,7 @@ fn one_panic_does_not_touch_the_next_run() {
 }
 
 #[test]
-fn cancellation_is_a_flag_and_a_future_with_a_reason() {
+fn cancellation_has_flag_future_and_reason() {
     for reason in [CancelReason::Plane, CancelReason::Drained, CancelReason::Other("quota".to_owned())] {
         let host = TestHost::new().cancel_after_progress(1);
         let ended = host.run_blocking(&Act(|ctx: TaskCtx| async move {
@@ -180,7 +180,7 @@ fn cancellation_is_a_flag_and_a_future_with_a_reason() {
 }
 
 #[test]
-fn a_clone_of_the_host_cancels_a_run_from_outside() {
+fn cloned_test_host_cancels_a_run() {
     let host = TestHost::new();
     let outside = host.clone();
     let ended = host.run_blocking(&Act(move |ctx: TaskCtx| {
@@ -194,7 +194,7 @@ fn a_clone_of_the_host_cancels_a_run_from_outside() {
 }
 
 #[test]
-fn a_lost_lease_moves_no_more_data() {
+fn no_data_moves_after_a_lost_lease() {
     let ended =
         TestHost::new().input("a", b"x").cancel_after_progress(1).run_blocking(&Act(|ctx: TaskCtx| async move {
             ctx.ctrl.progress(json!(1)).await?;
@@ -216,7 +216,7 @@ fn a_lost_lease_moves_no_more_data() {
 }
 
 #[test]
-fn an_input_comes_as_bytes_as_a_stream_and_as_a_file() {
+fn input_is_read_in_every_form() {
     let content: Vec<u8> = (0..700_000_u32).map(|n| (n % 251) as u8).collect();
     let expected = content.clone();
     let kept = Arc::new(Mutex::new(None));
@@ -248,11 +248,11 @@ fn an_input_comes_as_bytes_as_a_stream_and_as_a_file() {
     }));
     assert!(ended.is_ok(), "{:?}", ended.failure());
     let path = kept.lock().expect("not poisoned").take().expect("the run kept it");
-    assert!(!path.exists(), "the task's directory is gone with the task");
+    assert!(!path.exists(), "the task's directory is removed with the task");
 }
 
 #[test]
-fn an_artifact_goes_as_bytes_as_a_file_as_a_stream_and_with_metadata() {
+fn artifacts_are_published_in_every_form() {
     let ended = act(|ctx| async move {
         ctx.output.put_bytes("/plain//a.txt", "bytes").await?;
 
@@ -307,7 +307,7 @@ fn progress_and_events_arrive_in_order() {
 }
 
 #[test]
-fn a_token_needs_a_grant() {
+fn token_needs_a_grant() {
     let token = |ctx: TaskCtx| async move {
         Err(Error::msg(format!("{:?}", ctx.ctrl.token().await.map_err(|err| err.kind()))))
     };
@@ -317,20 +317,20 @@ fn a_token_needs_a_grant() {
 }
 
 #[tokio::test]
-async fn a_context_that_outlives_its_run_is_refused_and_harmless() {
+async fn context_is_refused_after_its_run() {
     let (give, kept) = tokio::sync::oneshot::channel();
     let give = Mutex::new(Some(give));
     let runner = Act(move |ctx: TaskCtx| {
         let give = give.lock().expect("not poisoned").take();
         async move {
             let sent = give.map(|give| give.send(ctx));
-            if matches!(sent, Some(Ok(()))) { Ok(()) } else { Err(Error::msg("nobody takes the context")) }
+            if matches!(sent, Some(Ok(()))) { Ok(()) } else { Err(Error::msg("the context is not received")) }
         }
     });
     let ended = TestHost::new().input("a", b"x").token("t").run(&runner).await;
     assert!(ended.is_ok());
 
-    let ctx = kept.await.expect("the run gave its context away");
+    let ctx = kept.await.expect("the run sent its context");
     let late = tokio::spawn(async move {
         [
             ctx.ctrl.progress(json!(1)).await.err(),
@@ -372,7 +372,7 @@ fn one_runner_serves_two_threads_at_once() {
     let runner = Arc::new(Act(move |ctx: TaskCtx| {
         let meeting = Arc::clone(&meeting);
         async move {
-            // Neither run gets past this unless both are under way.
+            // Each run waits here until both run.
             tokio::time::timeout(Duration::from_secs(30), meeting.wait()).await?;
             let text = ctx.input.get_bytes_by_cid("a").await?;
             ctx.output.put_bytes("a.txt", text).await?;
@@ -391,8 +391,8 @@ fn one_runner_serves_two_threads_at_once() {
     }
 }
 
-/// `export_runner!` with several runners, with and without a function of the config. One per library, so this
-/// is this test binary's only one.
+/// `export_runner!` with several runners, with and without a config function. A library can have only one, so this
+/// is the only one in this test binary.
 mod exported {
     use runner_sdk::{Error, Runner, TaskCtx, export_runner};
 
@@ -425,8 +425,8 @@ mod exported {
 }
 
 #[test]
-fn an_exported_plugin_has_a_table_of_this_version() {
-    #[allow(improper_ctypes, reason = "a transparent pointer; the lint looks into what it points to")]
+fn exported_table_has_this_version() {
+    #[allow(improper_ctypes, reason = "a transparent pointer; the lint checks its target")]
     unsafe extern "C" {
         fn runner_module_v1() -> runner_sdk::abi::ModuleRef;
     }
@@ -445,7 +445,7 @@ async fn context_reports_the_end_of_its_run() {
         let tell = tell.lock().expect("not poisoned").take();
         async move {
             let Some(tell) = tell else {
-                assert!(!ctx.ctrl.is_cancelled(), "the first run's end is not the second one's");
+                assert!(!ctx.ctrl.is_cancelled(), "the end of the first run does not stop the second");
                 return Ok(());
             };
             tokio::spawn(async move {

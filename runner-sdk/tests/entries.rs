@@ -18,7 +18,7 @@ use runner_sdk::{
 
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// Fails with the reason of its cancellation.
+/// Fails with its cancel reason.
 #[derive(Default)]
 struct Waits;
 
@@ -48,7 +48,7 @@ impl Runner for Outlived {
     }
 }
 
-/// Names the task of the runtime it runs in, before its first wait.
+/// Reads its tokio task id before its first await.
 #[derive(Default)]
 struct NamesTask;
 
@@ -62,12 +62,12 @@ impl Runner for NamesTask {
 
 export_runner!(Waits, Outlived, NamesTask);
 
-#[allow(improper_ctypes, reason = "a transparent pointer; the lint looks into what it points to")]
+#[allow(improper_ctypes, reason = "a transparent pointer; the lint checks its target")]
 unsafe extern "C" {
     fn runner_module_v1() -> abi::ModuleRef;
 }
 
-/// What `complete` was called with.
+/// Arguments of a `complete` call.
 type Completed = (Task, Status, String);
 
 static COMPLETED: OnceLock<Mutex<mpsc::Sender<Completed>>> = OnceLock::new();
@@ -159,7 +159,7 @@ unsafe extern "C" fn ready(user: *mut c_void, status: Status, data: Bytes) {
     // SAFETY: the sender of `plugin`, which waits for this answer.
     let tell = unsafe { &*user.cast::<mpsc::Sender<Status>>() };
     if let Some(release) = data.release {
-        // SAFETY: the bytes change hands with this call.
+        // SAFETY: this call transfers the bytes.
         unsafe { release(data.owner) };
     }
     let _ = tell.send(status);

@@ -273,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn an_unknown_key_gets_a_suggestion() {
+    fn unknown_key_gets_a_suggestion() {
         let text = problem("[[plugin]]\nfile = \"hello\"\nsha265 = \"\"");
         assert_eq!(text, "[[plugin]] \"hello\" unknown key \"sha265\", did you mean \"sha256\"?");
         assert_eq!(problem("[trust]\nunlsted = 1"), "[trust] unknown key \"unlsted\", did you mean \"unlisted\"?");
@@ -285,7 +285,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_types_say_what_was_expected() {
+    fn wrong_type_errors_name_the_expected_type() {
         assert!(problem("[[plugin]]\nfile = 3").contains("file: expected a path or a name, found 3"));
         assert!(
             problem("[[plugin]]\nfile = \"a\"\nenabled = \"yes\"").contains("expected true or false, found \"yes\"")
@@ -299,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_without_effect_in_this_version_are_kept_as_refusals() {
+    fn unavailable_keys_are_recorded() {
         let file = PluginsFile::parse(
             "[defaults]\nisolation = \"process\"\n[trust]\nrequire_pin = true\n[[plugin]]\nfile = \"a\"\nisolation = \"in-process\"\nlimits = { memory = \"2GiB\" }",
             Path::new("."),
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn defaults_stand_in_every_entry() {
+    fn defaults_apply_to_every_entry() {
         let file = PluginsFile::parse(
             "[defaults]\nmax_concurrency = 4\n[[plugin]]\nfile = \"a\"\n[[plugin]]\nfile = \"b\"\nmax_concurrency = 1\ngrant = [\"token\"]",
             Path::new("."),
@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entrys_own_key_wins_also_when_it_takes_away() {
+    fn entry_overrides_defaults_with_empty_values_too() {
         let file = PluginsFile::parse(
             "[defaults]\ngrant = [\"token\"]\nlimits = { memory = \"2GiB\" }\n[[plugin]]\nfile = \"a\"\ngrant = []\nlimits = {}",
             Path::new("."),

@@ -308,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn calls_are_made_in_their_order_on_one_thread() {
+    fn calls_run_in_order_on_one_thread() {
         let dispatcher = dispatcher();
         let (tell, told) = mpsc::channel();
         for number in 0..100 {
@@ -321,7 +321,7 @@ mod tests {
     }
 
     #[test]
-    fn a_first_call_needs_no_watching_thread() {
+    fn first_call_starts_no_watcher() {
         let dispatcher = dispatcher();
         let (tell, told) = mpsc::channel();
         dispatcher.run("init", move || tell.send(()).expect("listened to"));
@@ -330,7 +330,7 @@ mod tests {
     }
 
     #[test]
-    fn a_call_that_hangs_delays_the_others_but_for_a_moment() {
+    fn hanging_call_does_not_block_later_calls() {
         let dispatcher = dispatcher();
         let (release, hanging) = mpsc::channel::<()>();
         let hanging = Arc::new(Mutex::new(hanging));
@@ -345,7 +345,7 @@ mod tests {
     }
 
     #[test]
-    fn calls_that_hang_are_counted() {
+    fn hanging_calls_are_counted() {
         let dispatcher = dispatcher();
         assert_eq!(dispatcher.hanging(), Hanging::default());
         let (release, hanging) = mpsc::channel::<()>();
@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lead_that_changes_all_the_time_loses_no_call() {
+    fn changing_lead_loses_no_call() {
         let dispatcher = Dispatcher::new("test".into(), Duration::ZERO);
         dispatcher.lead().expect("a thread");
         let (tell, told) = mpsc::channel();
@@ -405,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn the_threads_end_with_their_last_user() {
+    fn threads_end_with_the_last_dispatcher() {
         let dispatcher = dispatcher();
         let shared = Arc::downgrade(&dispatcher.0.0);
         let (release, hanging) = mpsc::channel::<()>();

@@ -166,7 +166,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_thread_is_told_by_its_name() {
+    fn thread_name_identifies_its_plugin() {
         assert!(is_of("echo", "plugin-echo") && is_of("echo", "runner-echo"));
         assert!(is_of("pointcloud", "runner-pointclo") && is_of("pointcloth", "plugin-pointclo"));
         assert!(!is_of("echo", "plugin-echoes") && !is_of("echo", "echo") && !is_of("echo", ""));

@@ -257,14 +257,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_input_gets_its_line() {
+    fn every_input_gets_a_line() {
         let ended = TestHost::new().input("a.txt", "one\ntwo\n").input("b.txt", "").run_blocking(&{runner});
         assert!(ended.is_ok(), "{:?}", ended.failure());
         assert_eq!(ended.output("lines.txt"), Some(&b"2 a.txt\n0 b.txt\n"[..]));
     }
 
     #[test]
-    fn bytes_that_are_no_text_are_the_inputs_fault() {
+    fn invalid_utf8_is_invalid_input() {
         let ended = TestHost::new().input("a.bin", [0xff]).run_blocking(&{runner});
         assert!(ended.error().is_invalid_input());
     }
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_is_none_is_refused_on_one_line() {
+    fn invalid_name_is_refused_on_one_line() {
         let names =
             ["", "My", "9lives", "a b", "../up", "a/b", "sch\u{f6}n", "-x", "fn", "std", "serde_json", "a\nb\"c"];
         for name in names.map(str::to_owned).into_iter().chain(["x".repeat(65)]) {
@@ -324,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_with_something_in_it_is_left_alone() {
+    fn non_empty_folder_is_left_alone() {
         let dir = tempfile::tempdir().expect("a folder");
         std::fs::write(dir.path().join("mine.txt"), "mine").expect("writable");
         for taken in [dir.path().to_owned(), dir.path().join("mine.txt")] {
@@ -335,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_without_the_sdk_is_refused() {
+    fn path_without_the_sdk_is_refused() {
         let dir = tempfile::tempdir().expect("a folder");
         for path in [dir.path().join("missing"), Path::new(env!("CARGO_MANIFEST_DIR")).to_owned()] {
             let err = create(&dir.path().join("new"), "mine", Some(&path)).expect_err("no sdk");
@@ -357,7 +357,7 @@ mod tests {
 
     /// Builds real crates: the words are the ones that could clash with what the code uses.
     #[test]
-    fn a_new_crate_builds_and_passes_its_test() {
+    fn new_crate_builds_and_passes_its_tests() {
         let target = std::env::current_exe().expect("a path");
         let target = target.ancestors().nth(3).expect("target/debug/deps/test").join("fixtures");
         for name in ["line-counter", "error"] {

@@ -116,7 +116,7 @@ mod tests {
     }
 
     #[test]
-    fn a_handle_is_good_for_one_task_only() {
+    fn handle_names_one_task_only() {
         let table = TaskTable::new();
         let first = table.insert(Arc::new(1));
         assert_eq!(table.get(first).as_deref(), Some(&1));

@@ -23,7 +23,7 @@ fn fields(line: &Value) -> Value {
 }
 
 #[tokio::test]
-async fn a_second_completion_is_stale_and_counted() {
+async fn second_completion_is_stale_and_counted() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::c("behave", &[])]).await;
     lab.run(&node, "/fixtures/c-double/v1", json!({})).await.completed();
@@ -35,7 +35,7 @@ async fn a_second_completion_is_stale_and_counted() {
 }
 
 #[tokio::test]
-async fn calls_after_the_end_and_forged_ones_are_answered_stale_each_once() {
+async fn late_and_forged_calls_are_answered_stale() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::c("behave", &[])]).await;
     lab.run(&node, "/fixtures/c-late/v1", json!({})).await.completed();
@@ -53,7 +53,7 @@ async fn calls_after_the_end_and_forged_ones_are_answered_stale_each_once() {
 }
 
 #[tokio::test]
-async fn progress_and_events_that_are_no_json_are_refused_and_go_nowhere() {
+async fn progress_and_events_must_be_json() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::c("behave", &[])]).await;
     let ended = lab.run(&node, "/fixtures/c-words/v1", json!({})).await;
@@ -67,7 +67,7 @@ async fn progress_and_events_that_are_no_json_are_refused_and_go_nowhere() {
 }
 
 #[tokio::test]
-async fn a_context_that_outlives_its_task_gets_task_over() {
+async fn context_gets_task_over_after_the_end() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
     let ended = lab.run(&node, "/fixtures/use-after-end/v1", json!({})).await;
@@ -124,7 +124,7 @@ async fn panic_logs_a_backtrace_on_request() {
 }
 
 #[tokio::test]
-async fn a_plugins_log_lines_are_in_the_hosts_log_with_plugin_and_task() {
+async fn plugin_log_lines_carry_plugin_and_task() {
     let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo()]).set("RUST_LOG", "trace").leasing().await;
     let job = lab.task("/fixtures/logs/v1").submit();
@@ -157,7 +157,7 @@ async fn a_plugins_log_lines_are_in_the_hosts_log_with_plugin_and_task() {
 }
 
 #[tokio::test]
-async fn a_line_belongs_to_the_task_whose_spans_it_is_in() {
+async fn log_line_belongs_to_its_spans_task() {
     let lab = TestServer::start().await;
     let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "2").leasing().await;
     let jobs = [lab.task("/fixtures/spans/v1").submit(), lab.task("/fixtures/spans/v1").submit()];
@@ -207,7 +207,7 @@ async fn log_lines_of_plugins_obey_the_hosts_filter() {
 }
 
 #[tokio::test]
-async fn a_runner_uses_tokio_and_blocks_as_anywhere() {
+async fn runner_uses_tokio_and_blocking_threads() {
     let folder = zoo();
     folder.invoke("/fixtures/tokio-net/v1", &[]).await.expect(0);
     assert_eq!(folder.output("net.txt"), b"through the loopback");
@@ -217,7 +217,7 @@ async fn a_runner_uses_tokio_and_blocks_as_anywhere() {
 }
 
 #[tokio::test]
-async fn a_task_holds_64_streams_and_no_more() {
+async fn task_opens_at_most_64_streams() {
     let folder = zoo();
     folder.invoke("/fixtures/streams/v1", &["--meta", "{\"count\":70}"]).await.expect(0);
     let said: Value = serde_json::from_slice(&folder.output("streams.json")).expect("JSON");
@@ -239,7 +239,7 @@ fn published(folder: &Folder) -> Vec<String> {
 }
 
 #[tokio::test]
-async fn a_writer_that_is_dropped_publishes_nothing() {
+async fn dropped_writer_publishes_nothing() {
     let folder = zoo();
     let said = folder.invoke("/fixtures/drop-writer/v1", &["-o", "json"]).await.expect(0);
     assert_eq!(published(&folder), ["kept.txt"]);
@@ -255,7 +255,7 @@ async fn a_writer_that_is_dropped_publishes_nothing() {
 }
 
 #[tokio::test]
-async fn a_storm_of_progress_is_taken_and_the_last_word_counts() {
+async fn fast_progress_keeps_the_last_value() {
     let folder = zoo();
     let said = folder.invoke("/fixtures/progress-storm/v1", &["--meta", "{\"count\":20000}"]).await.expect(0);
     let last = said.stderr.lines().rfind(|line| line.starts_with("progress"));
@@ -263,7 +263,7 @@ async fn a_storm_of_progress_is_taken_and_the_last_word_counts() {
 }
 
 #[tokio::test]
-async fn outputs_of_no_and_of_many_bytes_arrive_whole() {
+async fn outputs_of_any_size_arrive_unchanged() {
     let folder = zoo();
     for bytes in [0_usize, 1, 65_536, 40_000_000] {
         for announce in [true, false] {
@@ -277,7 +277,7 @@ async fn outputs_of_no_and_of_many_bytes_arrive_whole() {
 }
 
 #[tokio::test]
-async fn an_invoke_that_fails_says_why_and_leaves_nothing_behind() {
+async fn failed_invoke_reports_why_and_cleans_up() {
     let folder = zoo().usual_logs();
     let cases = [
         ("fail", "error: failed: cloud not written: shard 3 not written: disk full"),
@@ -338,7 +338,7 @@ async fn plugin_with_hanging_calls_goes_out_of_service() {
 
 /// A plugin that breaks its promise to return from `start` blocks itself and nobody else.
 #[tokio::test]
-async fn a_start_that_blocks_costs_its_own_plugin_only() {
+async fn blocking_start_affects_only_its_plugin() {
     // A short lease, so that the heartbeat which brings the cancellation comes soon.
     let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
     let plugins = [fixtures::c("refused", &["START_BLOCKS"]), fixtures::zoo()];

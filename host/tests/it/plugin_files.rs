@@ -29,7 +29,7 @@ async fn row(folder: &Folder, code: i32, file: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_pin_decides_by_the_files_hash() {
+async fn pin_compares_the_files_hash() {
     let mut folder = Folder::with_a_good_one();
     let (found, other) = (sha256(&folder.path("good.so")), "0".repeat(64));
     folder.plugins_file(&format!("[[plugin]]\nfile = \"good.so\"\nsha256 = \"{}\"\n", found.to_uppercase()));
@@ -51,7 +51,7 @@ async fn a_pin_decides_by_the_files_hash() {
 }
 
 #[tokio::test]
-async fn only_listed_libraries_load_where_unlisted_ones_are_refused() {
+async fn unlisted_libraries_are_refused_on_request() {
     let mut folder = Folder::with_a_good_one();
     folder.put("stray.so", &fixtures::c("refused", &[]));
     folder.plugins_file("[trust]\nunlisted = \"refuse\"\n[[plugin]]\nfile = \"good.so\"\n");
@@ -65,7 +65,7 @@ async fn only_listed_libraries_load_where_unlisted_ones_are_refused() {
 }
 
 #[tokio::test]
-async fn a_disabled_plugin_and_one_that_is_not_there_are_listed_so() {
+async fn disabled_and_missing_plugins_are_listed() {
     let mut folder = Folder::with_a_good_one();
     folder.put("off.so", &fixtures::c("refused", &[]));
     folder.plugins_file("[[plugin]]\nfile = \"off.so\"\nenabled = false\n[[plugin]]\nfile = \"absent\"\n");
@@ -82,7 +82,7 @@ async fn a_disabled_plugin_and_one_that_is_not_there_are_listed_so() {
 }
 
 #[tokio::test]
-async fn a_bare_name_finds_the_library_by_the_platforms_prefix_and_suffix() {
+async fn bare_name_finds_the_platforms_library_file() {
     let mut folder = Folder::new();
     folder.put("libmy_runner.so", &fixtures::c("refused", &[]));
     folder.plugins_file("[trust]\nunlisted = \"refuse\"\n[[plugin]]\nfile = \"my-runner\"\n");
@@ -92,7 +92,7 @@ async fn a_bare_name_finds_the_library_by_the_platforms_prefix_and_suffix() {
 }
 
 #[tokio::test]
-async fn a_part_of_a_librarys_capabilities_can_be_chosen() {
+async fn plugins_file_selects_capabilities() {
     let mut folder = Folder::new();
     folder.put("libbehave.so", &fixtures::c("behave", &[]));
     folder.plugins_file("[[plugin]]\nfile = \"behave\"\ncapabilities = [\"/fixtures/c-thread/v1\"]\n");
@@ -113,7 +113,7 @@ async fn a_part_of_a_librarys_capabilities_can_be_chosen() {
 }
 
 #[tokio::test]
-async fn a_key_without_effect_in_this_version_refuses_its_plugin_and_no_other() {
+async fn unavailable_key_refuses_only_its_plugin() {
     let mut folder = Folder::with_a_good_one();
     folder.put("bad.so", &fixtures::c("refused", &[]));
     let keys = [
@@ -147,7 +147,7 @@ async fn a_key_without_effect_in_this_version_refuses_its_plugin_and_no_other() 
 }
 
 #[tokio::test]
-async fn a_plugins_file_that_cannot_be_read_is_one_line() {
+async fn plugins_file_error_is_one_line() {
     let mut folder = Folder::with_a_good_one();
     let file = folder.root().join("plugins.toml");
     let cases = [
@@ -173,7 +173,7 @@ async fn a_plugins_file_that_cannot_be_read_is_one_line() {
 }
 
 #[tokio::test]
-async fn a_plugins_folder_is_there_or_that_is_said() {
+async fn missing_plugins_folder_is_an_error() {
     let folder = Folder::new();
     assert!(folder.rows(0).await.is_empty());
     let said = folder.invoke("/fixtures/good/v1", &[]).await.expect(78);
@@ -201,7 +201,7 @@ async fn one_file_under_two_names_is_one_plugin() {
 }
 
 #[tokio::test]
-async fn a_refused_claimant_leaves_its_other_capabilities_to_others() {
+async fn refused_plugin_releases_its_capabilities() {
     let folder = Folder::new();
     // behave serves four; a first library takes one of them, so behave is refused, so a third may have another.
     folder.put("a.so", &fixtures::c("refused", &["CAPABILITY=\"/fixtures/c-double/v1\""]));
@@ -214,7 +214,7 @@ async fn a_refused_claimant_leaves_its_other_capabilities_to_others() {
 }
 
 #[tokio::test]
-async fn an_override_takes_only_what_it_serves() {
+async fn override_takes_only_its_own_capabilities() {
     let mut folder = Folder::new();
     folder.put("b.so", &fixtures::c("behave", &[]));
     folder.put("z.so", &fixtures::c("refused", &["CAPABILITY=\"/fixtures/c-late/v1\""]));
@@ -281,7 +281,7 @@ async fn inspect_runs_no_code_of_the_file() {
 }
 
 #[tokio::test]
-async fn inspect_tells_what_a_rust_plugin_is() {
+async fn inspect_describes_a_rust_plugin() {
     let said = Cli::new(&["plugins", "inspect", "-o", "json"]).arg(fixtures::hello()).run().await.expect(0);
     let facts: Value = serde_json::from_str(&said.stdout).expect("JSON");
     assert_eq!(facts["facts"]["rust"], true);
@@ -315,7 +315,7 @@ async fn inspect_refuses_with_one_line_and_exit_4() {
 }
 
 #[tokio::test]
-async fn file_names_of_every_kind_load_and_are_listed() {
+async fn unusual_file_names_load_and_are_listed() {
     let folder = Folder::new();
     let library = fixtures::c("refused", &[]);
     let long = format!("{}.so", "l".repeat(252));
@@ -337,7 +337,7 @@ async fn file_names_of_every_kind_load_and_are_listed() {
 
 /// A name that holds another one's: the row of a path with a line break stays one row.
 #[tokio::test]
-async fn a_reason_that_names_a_file_stays_one_line() {
+async fn reason_with_a_file_name_stays_one_line() {
     let folder = Folder::new();
     let library = fixtures::c("refused", &[]);
     for name in [&b"a\nb.so"[..], b"z.so"] {
@@ -349,7 +349,7 @@ async fn a_reason_that_names_a_file_stays_one_line() {
 }
 
 #[tokio::test]
-async fn a_plugin_that_prints_while_it_loads_does_not_spoil_data() {
+async fn plugin_output_does_not_reach_stdout() {
     let folder = Folder::new().usual_logs();
     folder.put("prints.so", &fixtures::c("refused", &["INIT_PRINTS"]));
     let listings = folder.listings(0).await;
@@ -362,7 +362,7 @@ async fn a_plugin_that_prints_while_it_loads_does_not_spoil_data() {
 /// Opening one library holds the linker's lock for all of them: a constructor that never ends cannot be
 /// lived with in this process, only found out and named.
 #[tokio::test]
-async fn a_constructor_that_hangs_is_named_and_the_process_still_ends() {
+async fn hanging_constructor_is_named_and_the_process_ends() {
     let mut folder = Folder::with_a_good_one();
     folder.set("PLUGIN_INIT_TIMEOUT", "300ms");
     folder.put("z.so", &fixtures::c("refused", &["OPEN_HANGS"]));
@@ -398,7 +398,7 @@ fn many(folder: &Folder, count: usize) {
 
 /// It cannot be lived with in this process, but it is no success, and the culprit is named.
 #[tokio::test]
-async fn a_plugin_that_ends_the_process_is_named_and_it_is_no_success() {
+async fn plugin_that_calls_exit_is_named() {
     let folder = Folder::with_a_good_one().usual_logs();
     let bad = folder.put("z.so", &fixtures::c("refused", &["INIT_EXITS"]));
     let said = folder.cli(&["plugins", "list"]).run().await.expect(75);
@@ -413,7 +413,7 @@ async fn a_plugin_that_ends_the_process_is_named_and_it_is_no_success() {
 }
 
 #[tokio::test]
-async fn a_node_that_a_plugin_ends_says_which_and_what_was_running() {
+async fn node_names_the_plugin_that_called_exit() {
     let plugins = [fixtures::zoo(), fixtures::hello(), fixtures::c("refused", &["TASK_EXITS"])];
     let wait = "/fixtures/wait-file/v1";
     for (exits, plugin, thread, named) in [
@@ -441,7 +441,7 @@ async fn a_node_that_a_plugin_ends_says_which_and_what_was_running() {
 
 /// Nothing of ours runs once a signal or `_exit` has ended the process, so what was said before has to tell.
 #[tokio::test]
-async fn a_plugin_that_crashes_while_it_is_loaded_is_the_last_one_named() {
+async fn last_log_line_names_a_plugin_that_crashes() {
     for (crash, code) in [("INIT_CRASHES", -1), ("INIT_EXITS_AT_ONCE", 0)] {
         let folder = Folder::with_a_good_one();
         let bad = folder.put("z.so", &fixtures::c("refused", &[crash]));
@@ -462,7 +462,7 @@ async fn a_plugin_that_crashes_while_it_is_loaded_is_the_last_one_named() {
 }
 
 #[tokio::test]
-async fn the_packaged_plugins_load_side_by_side() {
+async fn packaged_plugins_load_together() {
     let folder = Folder::new();
     for library in [fixtures::hello(), fixtures::echo(), fixtures::noop(), fixtures::pointcloud()] {
         let name = library.file_name().and_then(|name| name.to_str()).expect("a name").to_owned();
@@ -508,7 +508,7 @@ async fn new_plugin_without_sdk_is_an_error() {
 }
 
 #[tokio::test]
-async fn a_new_plugin_builds_passes_its_tests_and_does_a_task() {
+async fn new_plugin_builds_and_runs_a_task() {
     let folder = Folder::new();
     let sdk = sdk();
     let said = new(&folder, &["line-count", "--sdk", &sdk.to_string_lossy()]).await.expect(0);
@@ -526,7 +526,7 @@ async fn a_new_plugin_builds_passes_its_tests_and_does_a_task() {
 }
 
 #[tokio::test]
-async fn a_new_plugin_needs_a_name_a_place_and_an_sdk() {
+async fn new_plugin_needs_name_folder_and_sdk() {
     let folder = Folder::new();
     let sdk = sdk().to_string_lossy().into_owned();
     for name in ["", "Big", "a b", "../up", "fn", "a\nb"] {
@@ -548,7 +548,7 @@ async fn a_new_plugin_needs_a_name_a_place_and_an_sdk() {
 }
 
 #[test]
-fn a_plugin_whose_panics_abort_does_not_compile() {
+fn plugin_with_panic_abort_does_not_compile() {
     let said = fixtures::refused("aborts");
     let sentence = "runner-sdk catches panics at the plugin's boundary, which panic = \"abort\" makes impossible; remove it from the profile";
     assert!(said.contains(&format!("error: {sentence}")), "{said}");

@@ -29,7 +29,7 @@ async fn downsampled(lab: &TestServer, scan: &str) -> Ended {
 }
 
 #[tokio::test]
-async fn a_leased_scan_becomes_a_cloud_a_picture_and_a_report() {
+async fn leased_scan_gives_cloud_picture_and_report() {
     for strip_first in [false, true] {
         let lab = TestServer::start().await;
         let ended = downsampled(&lab, &scan(strip_first)).await;
@@ -48,7 +48,7 @@ async fn a_leased_scan_becomes_a_cloud_a_picture_and_a_report() {
 }
 
 #[tokio::test]
-async fn a_scan_whose_header_lies_is_the_authors_fault_and_not_tried_again() {
+async fn scan_with_wrong_header_is_not_retried() {
     let lab = TestServer::start().await;
     let ended = downsampled(&lab, &scan(false).replace("vertex 4", "vertex 4000")).await;
     let (reason, details) = ended.failed();

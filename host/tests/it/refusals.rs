@@ -56,7 +56,7 @@ async fn check_one(library: &Path, reason: &str) {
 const CUT: &str = "the library is damaged or cut short";
 
 #[tokio::test]
-async fn what_is_no_library_is_refused() {
+async fn non_library_files_are_refused() {
     let folder = Folder::with_a_good_one();
     folder.write("text.so", "hello, I am a library\n");
     folder.write("empty.so", "");
@@ -103,7 +103,7 @@ async fn unreadable_file_is_refused() {
 }
 
 #[tokio::test]
-async fn a_library_cut_short_is_refused_wherever_it_was_cut() {
+async fn truncated_library_is_refused_at_any_length() {
     let folder = Folder::with_a_good_one();
     let whole = sound();
     let cuts = (1..48).map(|part| part * whole.len() / 48).chain([4, 16, 63, 64, 65, whole.len() - 1]);
@@ -125,7 +125,7 @@ async fn a_library_cut_short_is_refused_wherever_it_was_cut() {
 }
 
 #[tokio::test]
-async fn damage_in_the_middle_never_ends_the_host() {
+async fn damaged_library_never_crashes_the_host() {
     let folder = Folder::with_a_good_one();
     let whole = sound();
     // Headers, tables and names; code is left alone, because nothing can tell that it was changed.
@@ -143,7 +143,7 @@ async fn damage_in_the_middle_never_ends_the_host() {
 }
 
 #[tokio::test]
-async fn a_library_for_another_machine_is_refused() {
+async fn library_for_another_machine_is_refused() {
     let (machine, name) = if cfg!(target_arch = "x86_64") { (183_u16, "aarch64") } else { (62, "x86_64") };
     let folder = Folder::with_a_good_one();
     let mut bytes = sound();
@@ -154,7 +154,7 @@ async fn a_library_for_another_machine_is_refused() {
 }
 
 #[tokio::test]
-async fn a_library_that_is_no_plugin_is_refused() {
+async fn library_without_entry_or_manifest_is_refused() {
     let folder = Folder::with_a_good_one();
     folder.put("no-entry.so", &fixtures::c("refused", &["NO_ENTRY"]));
     folder.put("no-manifest.so", &fixtures::c("refused", &["NO_MANIFEST"]));
@@ -188,7 +188,7 @@ async fn manifest_survives_a_linker_that_drops_sections() {
 }
 
 #[tokio::test]
-async fn a_manifest_that_cannot_be_used_is_refused() {
+async fn invalid_manifest_is_refused() {
     let folder = Folder::with_a_good_one();
     manifest(&folder, "no-json.so", "I am a plugin");
     manifest(&folder, "blank.so", r#"{"name":" ","abi":"1.0","capabilities":["/a"]}"#);
@@ -230,7 +230,7 @@ async fn a_manifest_that_cannot_be_used_is_refused() {
 }
 
 #[tokio::test]
-async fn a_table_that_is_not_this_abis_is_refused() {
+async fn table_of_another_abi_is_refused() {
     let folder = Folder::with_a_good_one();
     let defines = [
         ("magic.so", "MAGIC=1"),
@@ -270,7 +270,7 @@ async fn a_table_that_is_not_this_abis_is_refused() {
 }
 
 #[tokio::test]
-async fn a_changed_struct_is_refused_before_it_is_called() {
+async fn changed_struct_is_refused_before_any_call() {
     let folder = Folder::with_a_good_one();
     folder.put("changed.so", &fixtures::changed_struct());
     let reason = "its tables are not this host's (start: parameter 2: expected Str, found Bytes); \
@@ -279,7 +279,7 @@ async fn a_changed_struct_is_refused_before_it_is_called() {
 }
 
 #[tokio::test]
-async fn an_init_that_fails_or_panics_is_refused_with_its_words() {
+async fn failed_init_is_refused_with_its_text() {
     let folder = Folder::with_a_good_one();
     folder.put("fails.so", &fixtures::c("refused", &["INIT_FAILS"]));
     folder.put("panics.so", &fixtures::init_panics());
@@ -291,7 +291,7 @@ async fn an_init_that_fails_or_panics_is_refused_with_its_words() {
 }
 
 #[tokio::test]
-async fn an_init_that_hangs_is_refused_after_the_limit() {
+async fn hanging_init_is_refused_after_the_timeout() {
     let mut folder = Folder::with_a_good_one();
     folder.set("PLUGIN_INIT_TIMEOUT", "300ms");
     folder.put("silent.so", &fixtures::c("refused", &["INIT_SILENT"]));
@@ -301,7 +301,7 @@ async fn an_init_that_hangs_is_refused_after_the_limit() {
 }
 
 #[tokio::test]
-async fn an_init_limit_that_is_no_duration_is_one_line() {
+async fn invalid_init_timeout_is_one_line() {
     let mut folder = Folder::with_a_good_one();
     folder.set("PLUGIN_INIT_TIMEOUT", "soon");
     let said = folder.cli(&["plugins", "list"]).run().await.expect(78);
@@ -320,7 +320,7 @@ async fn an_init_limit_that_is_no_duration_is_one_line() {
 }
 
 #[tokio::test]
-async fn an_init_that_answers_twice_harms_nothing() {
+async fn second_init_answer_is_ignored() {
     let folder = Folder::with_a_good_one();
     folder.put("twice.so", &fixtures::c("refused", &["INIT_TWICE"]));
     let rows = folder.rows(0).await;
@@ -329,14 +329,14 @@ async fn an_init_that_answers_twice_harms_nothing() {
 }
 
 #[tokio::test]
-async fn a_library_whose_own_libraries_are_missing_is_refused_by_name() {
+async fn missing_dependency_is_named_in_the_refusal() {
     let reason =
         "cannot be opened: librh_fixture_missing.so: cannot open shared object file: No such file or directory";
     check_one(&fixtures::needs_missing(), reason).await;
 }
 
 #[tokio::test]
-async fn a_capability_has_one_owner() {
+async fn capability_has_one_owner() {
     let mut folder = Folder::with_a_good_one();
     let contested = "CAPABILITY=\"/fixtures/contested/v1\"";
     let first = folder.put("a.so", &fixtures::c("refused", &[contested]));

@@ -20,7 +20,7 @@ fn tokio(lock: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_plugin_with_its_own_lock_file_and_tokio_does_leased_work() {
+async fn plugin_with_another_tokio_runs_leased_tasks() {
     let (ours, theirs) = (tokio(&fixture("../Cargo.lock")), tokio(&fixture("tests/fixtures/rust/stranger/Cargo.lock")));
     assert_ne!(ours, theirs, "the stranger is no stranger");
     assert_eq!(ours.rsplit_once('.').map(|(minor, _)| minor), theirs.rsplit_once('.').map(|(minor, _)| minor));
@@ -34,7 +34,7 @@ async fn a_plugin_with_its_own_lock_file_and_tokio_does_leased_work() {
 }
 
 #[tokio::test]
-async fn a_c_plugin_of_sixty_lines_does_leased_work() {
+async fn c_plugin_of_sixty_lines_runs_leased_tasks() {
     let lines = fixture("tests/fixtures/c/hello.c").lines().count();
     assert!(lines <= 60, "{lines} lines");
     let lab = TestServer::start().await;
@@ -53,7 +53,7 @@ async fn a_c_plugin_of_sixty_lines_does_leased_work() {
 }
 
 #[tokio::test]
-async fn a_plugin_of_a_later_sdk_with_the_same_tables_loads() {
+async fn plugin_of_a_later_sdk_loads() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::newer_sdk()]).await;
     lab.run(&node, "/fixtures/newer-sdk/v1", json!({})).await.completed();
@@ -61,7 +61,7 @@ async fn a_plugin_of_a_later_sdk_with_the_same_tables_loads() {
 }
 
 #[tokio::test]
-async fn strangers_and_our_own_serve_side_by_side() {
+async fn foreign_and_own_plugins_serve_together() {
     let lab = TestServer::start().await;
     let plugins = [fixtures::stranger(), fixtures::c("hello", &[]), fixtures::hello(), fixtures::zoo()];
     let node = lab.node(&plugins).set("MAX_CONCURRENCY", "4").leasing().await;

@@ -95,7 +95,7 @@ mod tests {
     }
 
     #[test]
-    fn every_form_returns_what_it_was_given() {
+    fn every_form_returns_its_input() {
         let large: Vec<u8> = (0..1_000_000_u32).map(|n| n.to_le_bytes()[0]).collect();
         check(&EchoBytes, &[&large, b""]);
         check(&EchoStream, &[&large, b""]);
@@ -103,7 +103,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_of_no_bytes_is_no_artifact() {
+    fn empty_file_is_refused_as_artifact() {
         let ended = TestHost::new().input("a", Vec::new()).run_blocking(&EchoFile);
         assert!(ended.failure().is_some_and(|failure| format!("{failure:?}").contains("is empty")), "{ended:?}");
     }

@@ -32,7 +32,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hello_reads_its_input_and_reports_both_ends() {
+    fn hello_reads_its_input_and_reports_progress() {
         let ended = TestHost::new().input("in", b"world").run_blocking(&Hello);
         assert!(ended.is_ok());
         assert_eq!(ended.output("outputs/hello.bin"), Some(&b"hello, world"[..]));

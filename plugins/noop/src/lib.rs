@@ -79,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn noop_heeds_cancellation() {
+    fn noop_stops_on_cancel() {
         let host = TestHost::new();
         host.cancel(CancelReason::Plane);
         let ended = host.run_blocking(&noop(3600.0).expect("a config"));
@@ -87,7 +87,7 @@ mod tests {
     }
 
     #[test]
-    fn inputs_are_fetched_where_the_config_says_so() {
+    fn config_makes_noop_fetch_inputs() {
         let runs = |fetch_inputs, host: TestHost| {
             let noop = Noop::new(Config { sleep_secs: 0.0, fetch_inputs }).expect("a config");
             host.run_blocking(&noop).is_ok()
@@ -99,7 +99,7 @@ mod tests {
     }
 
     #[test]
-    fn a_negative_sleep_is_refused() {
+    fn negative_sleep_is_refused() {
         assert!(noop(-1.0).is_err_and(|err| err.chain().contains("sleep_secs = -1")));
     }
 }

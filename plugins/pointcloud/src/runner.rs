@@ -97,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn a_task_publishes_cloud_picture_and_report() {
+    fn task_publishes_cloud_picture_and_report() {
         let host = TestHost::new().input("scan", scan(20_000)).meta(json!({ "voxel": 0.02 }));
         let ended = host.run_blocking(&Downsample);
         assert!(ended.is_ok(), "{:?}", ended.failure());
@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lying_header_is_the_inputs_fault() {
+    fn wrong_header_is_invalid_input() {
         let mut bytes = scan(1000);
         bytes.truncate(bytes.len() / 2);
         let ended = TestHost::new().input("scan", bytes).run_blocking(&Downsample);

@@ -131,7 +131,7 @@ mod tests {
     use crate::cloud::Bounds;
 
     #[test]
-    fn a_seed_gives_the_same_scan_every_time() {
+    fn seed_determines_the_scan() {
         let write = |seed| {
             let mut bytes = Vec::new();
             write_scan(&mut bytes, seed, 500, Encoding::LittleEndian).expect("a Vec takes every byte");
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn the_scan_is_half_a_metre_wide_and_flat() {
+    fn scan_is_half_a_metre_wide_and_flat() {
         let bounds = Bounds::around(Scan::new(3, 20_000).map(|point| point.position)).expect("20 000 points");
         let [x, y, z] = bounds.extent();
         assert!((0.4..0.6).contains(&x) && (0.4..0.6).contains(&y) && (0.2..0.3).contains(&z), "{bounds:?}");

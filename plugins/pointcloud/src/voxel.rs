@@ -143,7 +143,7 @@ mod tests {
     }
 
     #[test]
-    fn the_grid_agrees_with_a_model_that_keeps_every_point() {
+    fn grid_matches_a_model_with_all_points() {
         for seed in 0..20 {
             let mut random = Random::new(seed);
             let size = 0.01 + random.unit() * 0.4;
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn the_order_of_the_points_does_not_matter() {
+    fn point_order_does_not_matter() {
         let mut random = Random::new(7);
         // Multiples of a power of two have exact sums, whatever the order.
         let mut points: Vec<Point> =
@@ -193,7 +193,7 @@ mod tests {
     }
 
     #[test]
-    fn cubes_meet_at_zero_without_a_double_one() {
+    fn voxels_do_not_overlap_at_zero() {
         let mut grid = Grid::new(VoxelSize::new(1.0).expect("a size above 0"));
         for x in [-0.5, -0.25, 0.25, 0.5] {
             grid.add(&point([x, 0.0, 0.0])).expect("near the origin");
@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn sizes_that_make_no_sense_are_refused_in_one_line() {
+    fn invalid_voxel_sizes_are_refused() {
         for found in [0.0, -1.0, f64::NAN, f64::INFINITY] {
             let error = VoxelSize::new(found).expect_err("not a size").to_string();
             assert_eq!(error, format!("expected a voxel size that is finite and above 0, found {found}"));

@@ -38,7 +38,7 @@ fn points_in(cloud: &[u8]) -> u64 {
 }
 
 #[test]
-fn a_made_scan_becomes_a_thinner_cloud_and_a_picture() {
+fn generated_scan_gives_cloud_and_picture() {
     for (name, points, meta) in [
         ("knot", 400_000, json!({})),
         ("knot_sparse", 4_000, json!({ "voxel": 0.001 })),

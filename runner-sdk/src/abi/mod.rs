@@ -1,26 +1,25 @@
 //! The binary contract between a host and a plugin, version 1.
 //!
 //! Two tables of functions and the plain values they take, the same in Rust and in C
-//! (`include/runner.h`). No logic lives here and nothing is allocated: a plugin author never needs
-//! this module, the SDK's shim and the host do.
+//! (`include/runner.h`). This module has no logic and allocates nothing. The SDK's shim and the host use it; a plugin
+//! author does not need it.
 //!
 //! # Rules that keep old plugins working
-//! - A table starts with two words: a mask with one bit per entry, and a word that belongs to
-//!   whoever wrote the table (zero in C). An entry may be used only if its bit is set.
+//! - A table starts with two words: a mask with one bit per entry, and a word that belongs to the
+//!   side that wrote the table (zero in C). An entry may be used only if its bit is set.
 //! - Released entries never change. New entries go to the end and are optional for the other side.
-//! - Numbers with named constants stand where Rust would use an enum: an unknown number is a value,
+//! - Numbers with named constants are used instead of Rust enums: an unknown number is a value,
 //!   an unknown discriminant would be undefined behaviour.
-//! - Who allocates frees: [`Bytes`] carries its own `release`.
-//! - Nothing unwinds across. The SDK catches panics at every entry of the plugin, the host at every
+//! - The side that allocates frees: [`Bytes`] carries its own `release`.
+//! - No panic crosses the boundary. The SDK catches panics at every entry of the plugin, the host at every
 //!   entry of its table.
 //!
 //! # Start and complete
-//! Every host entry but `cancelled`, `log` and `complete` returns at once and answers through a
-//! [`Callback`], exactly once, from a thread of the host's choosing (the calling one included); `task_dir` answers
-//! before it returns.
-//! `start` returns at once too; the plugin answers with exactly one `complete`, from any thread.
-//! The host makes its calls one after the other, until one does not return for some milliseconds:
-//! then the next comes on another thread.
+//! Host entries return at once and answer through a [`Callback`], exactly once, from any thread, also the calling one.
+//! Exceptions: `cancelled`, `log` and `complete` have no callback. `task_dir` answers before it returns.
+//! `start` returns at once too. The plugin answers with exactly one `complete`, from any thread.
+//! The host makes its calls one after the other. If one does not return within some milliseconds, the next one comes
+//! on another thread.
 
 pub mod proof;
 
@@ -52,8 +51,8 @@ pub struct Str {
     pub len: usize,
 }
 
-/// Bytes that change hands. Whoever receives them calls `release(owner)` exactly once when done,
-/// from any thread; with no `release` there is nothing to free. `ptr` may be null when `len` is 0.
+/// Bytes that change their owner. The receiver calls `release(owner)` exactly once when done, from any thread. Without
+/// `release` there is nothing to free. `ptr` may be null when `len` is 0.
 #[repr(C)]
 #[derive(StableAbi)]
 pub struct Bytes {
@@ -68,34 +67,34 @@ pub struct Bytes {
 }
 
 /// Names one running task: index and generation. A late, double or forged call gets
-/// [`Status::STALE`] and harms nothing.
+/// [`Status::STALE`] and has no effect.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, StableAbi)]
 pub struct Task(pub u64);
 
-/// How a call went. Unknown numbers are failures.
+/// The result of a call. Unknown numbers are failures.
 #[repr(transparent)]
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, StableAbi)]
 pub struct Status(pub i32);
 
 impl Status {
-    /// It worked; the data is the answer.
+    /// Success; the data is the answer.
     pub const OK: Self = Self(0);
     /// It failed; the data is one line of text. All other statuses but `OK` carry such a line too.
     pub const FAILED: Self = Self(1);
-    /// It failed, and a repeat may succeed.
+    /// It failed, and a retry may succeed.
     pub const RETRYABLE: Self = Self(2);
     /// It ended because the task was cancelled.
     pub const CANCELLED: Self = Self(3);
-    /// The task's input is at fault.
+    /// The task's input is invalid.
     pub const INVALID_INPUT: Self = Self(4);
     /// The other side does not offer this.
     pub const UNSUPPORTED: Self = Self(5);
-    /// The task is over, or never was.
+    /// The task has ended, or never existed.
     pub const STALE: Self = Self(6);
     /// The runner panicked.
     pub const PANICKED: Self = Self(7);
-    /// Inputs or outputs could not be moved and a runner is not to blame (only for `complete`).
+    /// Inputs or outputs could not be transferred, and the runner did not cause it (only for `complete`).
     pub const STORAGE: Self = Self(8);
     /// No such object.
     pub const NOT_FOUND: Self = Self(16);
@@ -109,15 +108,15 @@ impl Status {
     pub const CONFLICT: Self = Self(20);
     /// The store answered 5xx.
     pub const SERVER: Self = Self(21);
-    /// The store was not reached or the transfer broke off.
+    /// The store is unreachable, or the transfer was interrupted.
     pub const NETWORK: Self = Self(22);
-    /// The store's answer was not its protocol.
+    /// The store's answer does not follow its protocol.
     pub const MALFORMED: Self = Self(23);
-    /// The lease is over; nothing more is moved for it.
+    /// The lease has ended. No more data is transferred for it.
     pub const LEASE_OVER: Self = Self(24);
     /// A local file could not be read or written.
     pub const LOCAL: Self = Self(25);
-    /// A bound was passed (size of progress, number of waiting events, open streams).
+    /// A limit was exceeded (size of progress, number of waiting events, open streams).
     pub const LIMIT: Self = Self(26);
     /// The task could not be set up on its control plane.
     pub const SETUP: Self = Self(27);
@@ -129,11 +128,11 @@ impl Status {
 #[repr(transparent)]
 #[derive(Clone, Copy, StableAbi)]
 pub struct Callback {
-    /// The function; `user` is what was passed beside it.
+    /// The function; `user` is the value that was passed with the callback.
     pub call: unsafe extern "C" fn(user: *mut c_void, status: Status, data: Bytes),
 }
 
-/// What a host offers. Passed to [`Module::init`] once; valid until the process ends.
+/// The host's table. Passed to [`Module::init`] once; valid until the process ends.
 #[repr(C)]
 #[derive(StableAbi)]
 #[sabi(kind(Prefix(prefix_ref = HostRef, prefix_fields = HostPrefix)))]
@@ -158,9 +157,9 @@ pub struct Host {
     pub token: unsafe extern "C" fn(task: Task, reply: Callback, user: *mut c_void),
     /// Opens an input as a stream. Answer: JSON `{"stream":N,"cid":…,"data_id":…,"name":…,"data_type":…,"domain_id":…,"size":…}`.
     pub input_open: unsafe extern "C" fn(task: Task, cid: Str, reply: Callback, user: *mut c_void),
-    /// The next piece of an input, at most `max` bytes. Answer: bytes, none at the end. A `max` above 1 MiB says
-    /// that the caller keeps what it reads in memory: the input's size is then charged to the host's memory budget
-    /// until the stream is closed; `LIMIT` if it can never fit.
+    /// The next piece of an input, at most `max` bytes. Answer: bytes, none at the end. A `max` above 1 MiB means
+    /// that the caller keeps the input in memory. The host then charges its size to the memory budget until the
+    /// stream is closed. `LIMIT` if it can never fit.
     pub input_read: unsafe extern "C" fn(task: Task, stream: u64, max: u64, reply: Callback, user: *mut c_void),
     /// Closes an input before or after its end. Answer: nothing.
     pub input_close: unsafe extern "C" fn(task: Task, stream: u64, reply: Callback, user: *mut c_void),
@@ -174,21 +173,21 @@ pub struct Host {
     pub output_write: unsafe extern "C" fn(task: Task, stream: u64, data: Bytes, reply: Callback, user: *mut c_void),
     /// Publishes an artifact. Answer: JSON `{"id":…}`.
     pub output_finish: unsafe extern "C" fn(task: Task, stream: u64, reply: Callback, user: *mut c_void),
-    /// Gives an artifact up. Answer: nothing.
+    /// Discards an artifact. Answer: nothing.
     pub output_abort: unsafe extern "C" fn(task: Task, stream: u64, reply: Callback, user: *mut c_void),
     /// Publishes a file; `spec` as in `output_open`, `path` absolute. Answer: JSON `{"id":…}`.
     pub output_file: unsafe extern "C" fn(task: Task, spec: Str, path: Str, reply: Callback, user: *mut c_void),
-    /// Ends the task. `text` says why when `status` is not `OK`; `details` is JSON or empty. Returns
-    /// `STALE` when the task is over already.
+    /// Ends the task. `text` is the reason when `status` is not `OK`; `details` is JSON or empty. Returns
+    /// `STALE` if the task has already ended.
     #[sabi(last_prefix_field)]
     pub complete: unsafe extern "C" fn(task: Task, status: Status, text: Str, details: Str) -> Status,
-    /// Makes the task's directory unless it is there, also where somebody has removed what it lies in. Answers
-    /// before it returns: nothing, or why it cannot be made. Since 1.1.
+    /// Creates the task's directory if it does not exist, with its parent folders. Answers before it returns:
+    /// nothing, or why it cannot be created. Since 1.1.
     #[sabi(missing_field(option))]
     pub task_dir: unsafe extern "C" fn(task: Task, reply: Callback, user: *mut c_void),
 }
 
-/// What a plugin offers. `runner_module_v1` returns a pointer to it, valid until the process ends.
+/// The plugin's table. `runner_module_v1` returns a pointer to it, valid until the process ends.
 #[repr(C)]
 #[derive(StableAbi)]
 #[sabi(kind(Prefix(prefix_ref = ModuleRef, prefix_fields = ModulePrefix)))]
@@ -198,14 +197,13 @@ pub struct Module {
     pub magic: u64,
     /// The plugin's [`ABI_VERSION`].
     pub abi: u32,
-    /// Called once, before anything else. `config` is a JSON object. Answer: nothing, or why the plugin
-    /// cannot be used.
+    /// Called once, first. `config` is a JSON object. Answer: nothing, or why the plugin cannot be used.
     pub init: unsafe extern "C" fn(host: HostRef, config: Str, reply: Callback, user: *mut c_void),
     /// Starts a task and returns at once. `request` is JSON `{"capability":…,"dir":…,"lease":{…}}`,
     /// `dir` a fresh directory that is removed with the task.
     pub start: unsafe extern "C" fn(task: Task, request: Str),
-    /// The task should stop; it still has to be completed. May come before the `start` of the same task has
-    /// returned, and before it was called: a plugin asks [`Host::cancelled`] once after it has registered the task.
+    /// The task should stop; it must still be completed. May come before the `start` of the same task has
+    /// returned, or was called. So a plugin calls [`Host::cancelled`] once after it has registered the task.
     pub cancel: unsafe extern "C" fn(task: Task),
     /// The process ends in at most `deadline_ms` milliseconds. No task is running.
     #[sabi(last_prefix_field)]
@@ -217,9 +215,8 @@ pub const MODULE_MASK: u64 = 0b11_1111;
 /// Bits of [`Host`]'s mask that this version writes: all nineteen.
 pub const HOST_MASK: u64 = 0x7_ffff;
 
-/// A table as it lies in memory: the two leading words, then the entries. Read an entry only
-/// through a raw place and only if its bit is set: the table behind the pointer may be shorter
-/// than this type.
+/// A table in memory: the two leading words, then the entries. Read an entry only through a raw pointer, and only if
+/// its bit is set: the table may be shorter than this type.
 #[repr(C)]
 pub struct Table<T> {
     /// One bit per entry, the first entry lowest.
@@ -248,7 +245,7 @@ const _: () = {
     assert!(size_of::<Str>() == 2 * size_of::<usize>());
 };
 
-/// Places a host's table where it stays until the process ends, mask and all.
+/// Allocates a host's table, with its mask, until the process ends.
 #[must_use]
 pub fn publish_host(host: Host) -> HostRef {
     use abi_stable::prefix_type::PrefixTypeTrait as _;

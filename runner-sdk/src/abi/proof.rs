@@ -1,9 +1,8 @@
-//! The Rust door: abi_stable's description of the tables, exported by Rust plugins beside the plain
-//! entry, so that a host can prove their layout before it calls anything.
+//! The layout check of Rust plugins. They export abi_stable's description of the tables in addition to the plain
+//! entry, so that a host can check the layout before it calls anything.
 //!
-//! Nothing else in the project touches abi_stable's loader. Its check is one-directional: a host
-//! whose table grew by an optional entry would refuse every older plugin. So it runs in both
-//! directions, and passing one is enough.
+//! Only this module uses abi_stable's loader. Its check has one direction: a host with an appended optional entry
+//! would refuse every older plugin. So it runs in both directions, and one success is enough.
 
 use std::{cmp::Reverse, fmt::Display};
 
@@ -28,16 +27,16 @@ pub const fn header(constructor: extern "C" fn() -> RootModuleResult) -> LibHead
     unsafe { LibHeader::from_constructor::<ModuleRef>(constructor, abi_stable::library::CheckTypeLayout::Yes) }
 }
 
-/// Why a Rust plugin's tables are not ours.
+/// How a Rust plugin's tables differ from the host's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LayoutMismatch {
     /// One line: where, expected, found.
     pub line: String,
-    /// The checker's whole text, hundreds of lines; for a debug log.
+    /// The checker's whole text of hundreds of lines, for a debug log.
     pub full: String,
 }
 
-/// Proves that the tables behind an exported header are laid out as ours.
+/// Checks that the tables behind an exported header have the host's layout.
 ///
 /// # Errors
 /// When neither side is a prefix of the other.
@@ -70,9 +69,8 @@ fn compare(ours: &'static TypeLayout, theirs: &'static TypeLayout) -> Result<(),
     Err(LayoutMismatch { line: one_line(&forth), full: forth.to_string() })
 }
 
-/// abi_stable's check without its opinion on crate versions. Each type carries the version of the crate
-/// that declares it, and 0.1 against 0.2 is refused although nothing moved; here the ABI's own version
-/// decides, and the rest of the check runs whatever the versions are.
+/// abi_stable's check without crate versions. Each type carries the version of the crate that declares it, and
+/// abi_stable refuses 0.1 against 0.2 even if the layout is equal. Here only the ABI version decides.
 fn same_but_for_versions(ours: &'static TypeLayout, theirs: &'static TypeLayout) -> Result<(), AbiInstabilityErrors> {
     let Err(mut found) = check_layout_compatibility(ours, theirs) else { return Ok(()) };
     for error in &mut found.errors {
@@ -83,9 +81,9 @@ fn same_but_for_versions(ours: &'static TypeLayout, theirs: &'static TypeLayout)
 
 /// The innermost mismatch on one line: `start: parameter 2: expected Str, found u64`.
 fn one_line(errors: &AbiInstabilityErrors) -> String {
-    let told = errors.errors.iter().filter(|err| !err.errs.is_empty());
-    // The first of the deepest: what lies further out only follows from it.
-    let deepest = told.min_by_key(|err| (Reverse(err.stack_trace.len()), err.index));
+    let failed = errors.errors.iter().filter(|err| !err.errs.is_empty());
+    // The first of the deepest mismatches: it causes the outer ones.
+    let deepest = failed.min_by_key(|err| (Reverse(err.stack_trace.len()), err.index));
     let Some(error) = deepest else { return "the tables differ".to_owned() };
     let mut line = String::new();
     let mut inside: Option<&TLFieldOrFunction> = None;
@@ -124,7 +122,7 @@ fn ordinal(name: &str) -> String {
     index.map_or_else(|| name.to_owned(), |index| (index + 1).to_string())
 }
 
-/// Fields of the pointer types around a table; no author has heard of them.
+/// Fields of the pointer types around a table. Authors do not know them.
 const WRAPPERS: [&str; 3] = ["0", "ptr", "ref_"];
 
 fn name_of(step: &TLFieldOrFunction) -> &'static str {
@@ -161,7 +159,7 @@ mod tests {
     macro_rules! table {
         ($module:ident { $($(#[$attr:meta])* $name:ident: $kind:ty,)* }) => {
             mod $module {
-                #![allow(dead_code, unreachable_pub, reason = "only the layout is looked at")]
+                #![allow(dead_code, unreachable_pub, reason = "only the layout is used")]
 
                 use super::*;
 
@@ -237,14 +235,14 @@ mod tests {
     }
 
     #[test]
-    fn a_table_that_grew_at_its_end_is_accepted_from_both_sides() {
+    fn appended_entry_is_accepted_in_both_directions() {
         assert_eq!(compare(released::TableRef::LAYOUT, released::TableRef::LAYOUT), Ok(()));
         assert_eq!(compare(released::TableRef::LAYOUT, grown::TableRef::LAYOUT), Ok(()));
         assert_eq!(compare(grown::TableRef::LAYOUT, released::TableRef::LAYOUT), Ok(()));
     }
 
     #[test]
-    fn a_changed_table_is_refused_in_one_line_that_names_the_place() {
+    fn refused_table_names_the_changed_place() {
         check(retyped::TableRef::LAYOUT, "start: parameter 2: expected Str, found u64");
         check(field_retyped::TableRef::LAYOUT, "magic: expected u64, found u32");
         check(result_retyped::TableRef::LAYOUT, "cancel: result: expected Status, found u64");
@@ -254,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn the_macro_exports_the_header_under_the_name_the_host_looks_up() {
+    fn macro_exports_the_header_the_host_expects() {
         let line = format!("#[unsafe(export_name = \"{HEADER_SYMBOL}\")]");
         assert!(include_str!("../shim/export.rs").contains(&line), "export_runner! does not export {HEADER_SYMBOL}");
     }

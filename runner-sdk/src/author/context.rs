@@ -1,4 +1,4 @@
-//! What a running task is given.
+//! The context of a running task.
 
 use std::{
     io,
@@ -11,10 +11,10 @@ use super::{ArtifactSink, Call, ControlPlane, InputSource, LeaseEnvelope, Port, 
 
 /// Everything a runner needs for one task. Cheap to clone; clones may move to other tasks and
 /// threads. After the run has returned, every call fails with
-/// [`crate::PortErrorKind::TaskOver`] and does no harm.
+/// [`crate::PortErrorKind::TaskOver`] and has no effect.
 #[derive(Clone)]
 pub struct TaskCtx {
-    /// What was leased.
+    /// The lease.
     pub lease: Arc<LeaseEnvelope>,
     /// The task's inputs.
     pub input: InputSource,
@@ -25,7 +25,7 @@ pub struct TaskCtx {
     dir: Arc<Dir>,
 }
 
-/// Where the task's directory is, and what came of asking for it.
+/// The task's directory: its path, and the result of the first request.
 pub(crate) struct Dir {
     path: PathBuf,
     port: Arc<dyn Port>,
@@ -33,13 +33,12 @@ pub(crate) struct Dir {
 }
 
 impl Dir {
-    /// Why it could not be had, where it was asked for.
+    /// Why it could not be created, if it was requested.
     pub(crate) fn failure(&self) -> Option<&str> {
         self.made.get()?.as_ref().err().map(String::as_str)
     }
 
-    /// Makes it unless it is there. What stands in the way is for the host to deal with, which owns the folder
-    /// it lies in.
+    /// Creates it if it does not exist. If that fails, the host creates it: it owns the parent folder.
     fn make(&self) -> Result<(), String> {
         let mut builder = std::fs::DirBuilder::new();
         #[cfg(unix)]
@@ -53,7 +52,7 @@ impl Dir {
         match answer.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(Ok(_)) => Ok(()),
             Poll::Ready(Err(refused)) if refused.kind() != PortErrorKind::Unsupported => Err(refused.to_string()),
-            // A host that does not know this call yet.
+            // An older host does not know this call.
             Poll::Ready(Err(_)) | Poll::Pending => Err(format!("cannot make task directory: {err}")),
         }
     }
@@ -74,14 +73,14 @@ impl TaskCtx {
         Arc::clone(&self.dir)
     }
 
-    /// A directory of this task's own (mode 0700), empty at the start but for inputs brought to disk, gone
+    /// The task's own directory (mode 0700). At first it holds only inputs that were brought to disk. It is removed
     /// when the task ends.
     ///
-    /// Where the node cannot make it, this call does not return: the run ends here, as a storage failure that is
-    /// not held against the runner.
+    /// If the node cannot create it, this call does not return. The run ends here as a storage failure, which does
+    /// not count against the runner.
     #[must_use]
     pub fn scratch_dir(&self) -> &Path {
-        // Many tasks need none, and making and removing one is not free.
+        // Created on request: many tasks need none, and creating and removing one is not free.
         match self.dir.made.get_or_init(|| self.dir.make()) {
             Ok(()) => &self.dir.path,
             // Not a panic of the runner: no hook is called. The shim finds the failure in `dir`.

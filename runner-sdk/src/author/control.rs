@@ -12,17 +12,17 @@ use super::{Call, Payload, Port, PortError, PortErrorKind};
 pub enum CancelReason {
     /// The control plane asked for it.
     Plane,
-    /// The lease ran out or belongs to somebody else; nothing can be published any more.
+    /// The lease expired or belongs to another node. Nothing can be published.
     LeaseLost,
     /// The node shuts down.
     Drained,
     /// The run passed its time limit.
     Deadline,
-    /// The person who started the run stopped it.
+    /// The operator stopped the run.
     Operator,
     /// The task has ended: `run` has returned, and this context outlived it.
     TaskOver,
-    /// Something this version has no name for.
+    /// A reason that this version does not know.
     Other(String),
 }
 
@@ -40,7 +40,7 @@ impl CancelReason {
     }
 }
 
-/// A task's line to the control plane. Cheap to clone.
+/// A task's connection to the control plane. Cheap to clone.
 #[derive(Clone)]
 pub struct ControlPlane {
     port: Arc<dyn Port>,
@@ -51,8 +51,8 @@ impl ControlPlane {
         Self { port }
     }
 
-    /// Replaces the task's progress with `value`, any JSON of at most 64 KiB. The plane sees the latest
-    /// value with the next heartbeat; calls in between cost nothing on the wire.
+    /// Replaces the task's progress with `value`, any JSON of at most 64 KiB. The next heartbeat
+    /// sends the latest value to the control plane. Other values are not sent.
     ///
     /// # Errors
     /// `Limit` when the value is too large, `TaskOver`, or `BadRequest` when it does not serialise.
@@ -61,10 +61,10 @@ impl ControlPlane {
         self.port.call(call).await.map(drop)
     }
 
-    /// Appends an event, any JSON. Events reach the plane in order, at least once.
+    /// Appends an event, any JSON. Events reach the control plane in order, at least once.
     ///
     /// # Errors
-    /// `Limit` when too many wait for the plane, `TaskOver`, or `BadRequest` when it does not serialise.
+    /// `Limit` when too many wait to be sent, `TaskOver`, or `BadRequest` when it does not serialise.
     pub async fn log_event(&self, value: impl Serialize) -> Result<(), PortError> {
         let call = Call::Event(json(&value)?);
         self.port.call(call).await.map(drop)
@@ -86,7 +86,7 @@ impl ControlPlane {
         Arc::clone(self.port.stop_signal()).wait_for(limit)
     }
 
-    /// Waits until the task should stop, and says why. After the task's end the answer is
+    /// Waits until the task should stop, and returns the reason. After the task's end the answer is
     /// [`CancelReason::TaskOver`].
     pub async fn cancelled(&self) -> CancelReason {
         let signal = self.port.stop_signal();
@@ -106,10 +106,10 @@ impl ControlPlane {
         if self.is_cancelled() { Some(self.cancelled().await) } else { None }
     }
 
-    /// The newest bearer towards the task's domain server. Ask before each use: it changes during long tasks.
+    /// The newest token for the task's domain server. Call it before each use: the token changes during long tasks.
     ///
     /// # Errors
-    /// `Unsupported` unless the operator wrote `grant = ["token"]` for this plugin.
+    /// `Unsupported` unless the operator set `grant = ["token"]` for this plugin.
     pub async fn token(&self) -> Result<String, PortError> {
         let token = self.port.call(Call::Token).await?;
         utf8(token)
@@ -129,5 +129,5 @@ pub(super) fn utf8(payload: Payload) -> Result<String, PortError> {
 /// Decodes an answer that is JSON by contract.
 pub(super) fn decode<T: serde::de::DeserializeOwned>(payload: &Payload) -> Result<T, PortError> {
     serde_json::from_slice(payload)
-        .map_err(|err| PortError::new(PortErrorKind::Malformed, format!("the host answered unexpectedly: {err}")))
+        .map_err(|err| PortError::new(PortErrorKind::Malformed, format!("the host's answer does not parse: {err}")))
 }

@@ -1,4 +1,4 @@
-//! How a runner fails, and how a port does.
+//! Errors of runners, and errors of host calls.
 
 use std::{error::Error as StdError, fmt, sync::Arc};
 
@@ -6,8 +6,7 @@ use serde_json::Value;
 
 /// Why a runner failed. Takes any standard error, `anyhow::Error` or text by `?` and `into()`.
 ///
-/// It deliberately does not implement [`std::error::Error`] itself: that is what lets `?` take
-/// every other error.
+/// It does not implement [`std::error::Error`] itself, so that `?` accepts every other error.
 ///
 /// ```
 /// use runner_sdk::Error;
@@ -25,27 +24,27 @@ pub struct Error {
 }
 
 impl Error {
-    /// An error that says `text`.
+    /// An error with this text.
     #[must_use]
     pub fn msg(text: impl Into<String>) -> Self {
         Self::from(text.into())
     }
 
-    /// Marks a failure that a repeat may not have.
+    /// Marks a failure that a retry may avoid.
     #[must_use]
     pub fn retryable(mut self) -> Self {
         self.retryable = true;
         self
     }
 
-    /// Marks a failure the task's input is to blame for; a repeat will not help.
+    /// Marks a failure that the task's input caused. A retry will not help.
     #[must_use]
     pub fn invalid_input(mut self) -> Self {
         self.invalid_input = true;
         self
     }
 
-    /// Adds details for the job's author, reported beside the reason (at most 64 KiB of JSON).
+    /// Adds details for the job's author, at most 64 KiB of JSON. They are reported with the reason.
     #[must_use]
     pub fn details(mut self, details: Value) -> Self {
         self.details = details;
@@ -64,15 +63,15 @@ impl Error {
         self.invalid_input
     }
 
-    /// The whole chain of causes on one line, outermost first, joined by `: `. A cause whose text
-    /// the one before it ends with already is not said twice.
+    /// The whole chain of causes on one line, outermost first, joined by `: `. A cause is left out if the text
+    /// before it already ends with it.
     #[must_use]
     pub fn chain(&self) -> String {
         let mut text = self.source.to_string();
         let mut cause = self.source.source();
         while let Some(err) = cause {
             let more = err.to_string();
-            if !err.is::<Told>() && !text.ends_with(&more) {
+            if !err.is::<PortErrorInfo>() && !text.ends_with(&more) {
                 text.push_str(": ");
                 text.push_str(&more);
             }
@@ -81,7 +80,7 @@ impl Error {
         text.replace(['\n', '\r'], " ")
     }
 
-    /// The port error this failure comes from, if it comes from one.
+    /// The port error that caused this failure, if one did.
     #[must_use]
     pub fn port_error(&self) -> Option<PortError> {
         let mut cause: Option<&(dyn StdError + 'static)> = Some(&*self.source);
@@ -89,8 +88,8 @@ impl Error {
             if let Some(port) = err.downcast_ref::<PortError>() {
                 return Some(port.clone());
             }
-            if let Some(told) = err.downcast_ref::<Told>() {
-                return Some(PortError(Arc::new(told.clone())));
+            if let Some(info) = err.downcast_ref::<PortErrorInfo>() {
+                return Some(PortError(Arc::new(info.clone())));
             }
             // An `io::Error` hides what it wraps from `source`.
             cause = match err.downcast_ref::<std::io::Error>().and_then(std::io::Error::get_ref) {
@@ -124,7 +123,7 @@ impl fmt::Debug for Error {
     }
 }
 
-/// How a run ended otherwise than well.
+/// How a run failed.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Failure {
@@ -139,45 +138,45 @@ pub enum Failure {
     },
 }
 
-/// What kind of trouble an input, an output or another call had.
+/// Why a call for an input, an output or another host call failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum PortErrorKind {
     /// No such input or object.
     NotFound,
-    /// The request makes no sense, or the store said so (400).
+    /// The request is invalid, or the store answered 400.
     BadRequest,
     /// An artifact path with `..`, NUL or more than 1024 bytes.
     InvalidPath,
-    /// The store rejected the task's token, also the newest one.
+    /// The store rejected the task's token, even the newest one.
     Unauthorized,
     /// The object exists or is in use (409).
     Conflict,
     /// The store answered 5xx.
     Server,
-    /// The store was not reached or the transfer broke off.
+    /// The store is unreachable, or the transfer was interrupted.
     Network,
-    /// The store's answer was not its protocol.
+    /// The store's answer does not follow its protocol.
     Malformed,
-    /// This host or store does not offer it, or the operator did not grant it.
+    /// This host or store does not support it, or the operator did not grant it.
     Unsupported,
-    /// The task is over; its context is of no use any more.
+    /// The task has ended, so its context is closed.
     TaskOver,
-    /// The lease is over; nothing more may be moved for it.
+    /// The lease has ended. No more data may be transferred for it.
     LeaseOver,
     /// A local file could not be read or written.
     Local,
-    /// A bound was passed: size of progress, number of waiting events, number of open streams, bytes in
-    /// memory, contents of an archive.
+    /// A limit was exceeded: size of progress, waiting events, open streams, bytes in memory, or the contents of
+    /// an archive.
     Limit,
     /// The task could not be set up on its control plane.
     Setup,
-    /// Any other refusal.
+    /// Any other error.
     Other,
 }
 
 impl PortErrorKind {
-    /// True for trouble that is neither the runner's nor the input's doing.
+    /// True for failures that neither the runner nor the input caused.
     #[must_use]
     pub fn is_infrastructure(self) -> bool {
         matches!(
@@ -193,22 +192,22 @@ impl PortErrorKind {
     }
 }
 
-/// Why an input, an output or another call of the context failed. One line, without secrets; a
-/// refusal of the store holds its status, as in `conflict (409)`.
+/// Why a call of the context failed. One line, without secrets. If the store refused, it holds the status, as in
+/// `conflict (409)`.
 #[derive(Clone)]
-pub struct PortError(Arc<Told>);
+pub struct PortError(Arc<PortErrorInfo>);
 
-/// What a [`PortError`] says, and its own cause: a wrapper such as `anyhow::Error` hides the type of what it
-/// holds but shows its causes, and the host has to recognise its own trouble below any wrapper.
+/// The content of a [`PortError`], and also its cause. A wrapper such as `anyhow::Error` hides the type that it
+/// holds, but it shows the causes. So the SDK finds a port error below any wrapper.
 #[derive(Clone, Debug)]
-struct Told {
+struct PortErrorInfo {
     kind: PortErrorKind,
     message: String,
 }
 
 impl PortError {
     pub(crate) fn new(kind: PortErrorKind, message: impl Into<String>) -> Self {
-        Self(Arc::new(Told { kind, message: message.into() }))
+        Self(Arc::new(PortErrorInfo { kind, message: message.into() }))
     }
 
     /// What to branch on.
@@ -236,13 +235,13 @@ impl StdError for PortError {
     }
 }
 
-impl fmt::Display for Told {
+impl fmt::Display for PortErrorInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "port error {:?}", self.kind)
     }
 }
 
-impl StdError for Told {}
+impl StdError for PortErrorInfo {}
 
 #[cfg(test)]
 mod tests {
@@ -264,13 +263,13 @@ mod tests {
     }
 
     #[test]
-    fn the_reason_is_the_whole_chain() {
+    fn reason_is_the_whole_chain() {
         let err = Error::from(Outer("x".parse::<i32>().expect_err("not a number")));
         assert_eq!(err.chain(), "voxel is no number: invalid digit found in string");
     }
 
     #[test]
-    fn a_port_error_is_found_below_other_errors() {
+    fn port_error_is_found_below_other_errors() {
         let port = PortError::new(PortErrorKind::Server, "download failed: server (503)");
         let err = Error::from(std::io::Error::other(port));
         assert_eq!(err.port_error().map(|port| port.kind()), Some(PortErrorKind::Server));

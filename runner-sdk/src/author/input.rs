@@ -13,16 +13,16 @@ use tokio::io::{AsyncRead, ReadBuf};
 
 use super::{Call, Payload, Port, PortError, PortErrorKind, Reply, control::decode};
 
-/// How much a reader asks for at a time, in bytes.
+/// Bytes that a reader requests at a time.
 const READ_BYTES: u64 = 256 * 1024;
-/// Asked for by who keeps everything in memory: the host then charges the input's size to its budget.
+/// Requested by a caller that keeps the whole input in memory. The host then charges its size to the budget.
 const KEEPS_ALL: u64 = u64::MAX;
 
-/// What the store knows about an input, and where it lies on disk.
+/// What the store knows about an input, and its path on disk.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[non_exhaustive]
 pub struct MaterializedInput {
-    /// The entry of `inputs_cids` that was asked for.
+    /// The requested entry of `inputs_cids`.
     pub cid: String,
     /// The file, inside the task's directory, named by the data's name and type.
     pub path: PathBuf,
@@ -41,10 +41,10 @@ pub struct MaterializedInput {
     /// Size in bytes, where known.
     #[serde(default)]
     pub size: Option<u64>,
-    /// A directory of this input's own; the runner may move or remove it.
+    /// The input's own directory. The runner may move or remove it.
     #[serde(default)]
     pub root_dir: PathBuf,
-    /// Files of further parts that belong to the same input.
+    /// Other files that belong to the same input.
     #[serde(default)]
     pub related_files: Vec<PathBuf>,
     /// Files unpacked from the input, in the order of the archive, if its data type is `zip`, `zip_data` or
@@ -53,7 +53,7 @@ pub struct MaterializedInput {
     pub extracted_paths: Vec<PathBuf>,
 }
 
-/// Brings a task's inputs. Nothing is fetched before it is asked for. Cheap to clone.
+/// Fetches a task's inputs, each one on request. Cheap to clone.
 #[derive(Clone)]
 pub struct InputSource {
     port: Arc<dyn Port>,
@@ -64,18 +64,17 @@ impl InputSource {
         Self { port }
     }
 
-    /// The whole input in memory, as it is stored: an archive comes packed. For what may be large, use a
-    /// file or the reader: this waits while the tasks of the node hold too much in memory together.
+    /// The whole input in memory, as it is stored: an archive stays packed. Use a file or the reader for large
+    /// inputs: this call waits while the node's tasks together hold too much memory.
     ///
     /// # Errors
-    /// `NotFound` for an unknown input, `Limit` for one that is larger than all the memory the operator gives to
-    /// tasks' data; see [`crate::PortErrorKind`] for the rest.
+    /// `NotFound` for an unknown input. `Limit` for an input larger than the node's whole memory budget. See [`crate::PortErrorKind`] for the rest.
     pub async fn get_bytes_by_cid(&self, cid: &str) -> Result<Vec<u8>, PortError> {
         let mut reader = self.open_reader_by_cid(cid).await?;
         let mut bytes = Vec::new();
         while let Some(piece) = reader.next_piece(KEEPS_ALL).await? {
             if bytes.is_empty() {
-                // The host has charged the whole size by now, so the announcement is worth an allocation.
+                // The host has charged the whole size by now, so it is safe to allocate it.
                 let size = reader.info.size.and_then(|size| usize::try_from(size).ok()).unwrap_or(0);
                 bytes.try_reserve_exact(size.max(piece.len())).map_err(|_| {
                     PortError::new(PortErrorKind::Limit, format!("no memory for an input of {size} bytes"))
@@ -86,7 +85,7 @@ impl InputSource {
         Ok(bytes)
     }
 
-    /// The input as a file in the task's directory; streamed there, whatever its size.
+    /// The input as a file in the task's directory, streamed, for any size.
     ///
     /// # Errors
     /// As [`Self::get_bytes_by_cid`].
@@ -135,7 +134,7 @@ pub(crate) struct InputInfo {
     size: Option<u64>,
 }
 
-/// An input as it arrives. Dropping it before the end closes it.
+/// An input stream. Dropping it closes the input.
 pub struct InputReader {
     port: Arc<dyn Port>,
     stream: u64,
@@ -158,7 +157,7 @@ impl InputReader {
         self.info.data_type.as_deref()
     }
 
-    /// Size in bytes, where the store says it.
+    /// Size in bytes, if the store reports it.
     #[must_use]
     pub fn size(&self) -> Option<u64> {
         self.info.size
@@ -211,7 +210,7 @@ impl AsyncRead for InputReader {
 
 impl Drop for InputReader {
     fn drop(&mut self) {
-        // The call begins at once; nobody needs its answer.
+        // The call begins at once. Its answer is not needed.
         drop(self.port.call(Call::InputClose { stream: self.stream }));
     }
 }

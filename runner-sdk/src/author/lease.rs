@@ -8,24 +8,24 @@ use serde::{
 };
 use serde_json::{Map, Value};
 
-/// What the control plane handed out, as it was when the task started. Fields this version does
-/// not name are kept in `extra`, credentials are not part of it.
+/// The lease as it was when the task started, without credentials. Fields that this version does not know are kept
+/// in `extra`.
 ///
-/// Ids and times are text exactly as the plane sent them.
+/// Ids and times are text, exactly as the control plane sent them.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct LeaseEnvelope {
-    /// Always absent in a task; kept so that stored leases parse. Ask [`crate::ControlPlane::token`].
+    /// Always absent in a task; kept so that stored leases parse. Use [`crate::ControlPlane::token`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub access_token: Option<String>,
     /// When the token expires, RFC 3339.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub access_token_expires_at: Option<String>,
-    /// When the lease expired at the time it was taken, RFC 3339; heartbeats move it.
+    /// When the lease expires, as of its start, RFC 3339. Heartbeats extend it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lease_expires_at: Option<String>,
     /// True when the lease was already cancelled.
     pub cancel: bool,
-    /// The plane's word for its state.
+    /// The control plane's name for its state.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub status: Option<String>,
     /// The domain the data belongs to.
@@ -49,14 +49,14 @@ pub struct TaskSpec {
     /// The job it belongs to.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub job_id: Option<String>,
-    /// The capability asked for.
+    /// The requested capability.
     pub capability: String,
     /// Opaque to the host.
     #[serde(skip_serializing_if = "Value::is_null")]
     pub capability_filters: Value,
     /// Inputs: ids, URLs or names, as the job's author wrote them.
     pub inputs_cids: Vec<String>,
-    /// Put before every artifact path.
+    /// Prefix of every artifact path.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub outputs_prefix: Option<String>,
     /// Free text.
@@ -65,7 +65,7 @@ pub struct TaskSpec {
     /// Step of the job.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stage: Option<String>,
-    /// Parameters of the job's author.
+    /// Parameters from the job's author.
     #[serde(skip_serializing_if = "Value::is_null")]
     pub meta: Value,
     /// May be negative.
@@ -74,13 +74,13 @@ pub struct TaskSpec {
     /// Which attempt this is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attempts: Option<u64>,
-    /// After how many the plane gives up.
+    /// Number of attempts before the control plane gives up.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_attempts: Option<u64>,
     /// Tasks this one still waits for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub deps_remaining: Option<u64>,
-    /// The plane's word for its state.
+    /// The control plane's name for its state.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub status: Option<String>,
     /// `public` or `dedicated`.
@@ -109,8 +109,8 @@ pub struct TaskSpec {
     pub extra: Map<String, Value>,
 }
 
-/// Reads an object's members into the fields of their names, and what is left into `extra`. As serde does for
-/// a flattened map, but without a copy of everything in between: each task begins with this.
+/// Reads an object's members into the fields of the same name, and all others into `extra`. It does what serde does
+/// for a flattened map, without a copy of the whole object: each task begins with this.
 macro_rules! read_members {
     ($type:ident needs [$($needed:ident),*] and may have [$($name:ident),* $(,)?]) => {
         impl<'de> Deserialize<'de> for $type {
@@ -167,7 +167,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lease_survives_both_directions_with_unknown_fields_kept() {
+    fn lease_round_trip_keeps_unknown_fields() {
         let golden = r#"{"access_token_expires_at":"2025-06-01T08:05:00Z","cancel":false,"domain_id":"3f0c","domain_server_url":"https://ds.lab.test","task":{"id":"0b9f","capability":"/lab/echo/v1","inputs_cids":["a1"],"meta":{"voxel":0.1},"priority":-3,"billing_units":"1.50","flavour":"new"},"p2p":{"x":1}}"#;
         let lease: LeaseEnvelope = serde_json::from_str(golden).expect("parses");
         assert_eq!(lease.task.priority, Some(-3));
@@ -177,7 +177,7 @@ mod tests {
     }
 
     #[test]
-    fn every_field_is_read_from_its_member_and_none_goes_to_the_rest() {
+    fn known_fields_never_go_to_extra() {
         let text = || Some("x".to_owned());
         let task = TaskSpec {
             id: "1".to_owned(),
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lease_without_what_every_lease_has_says_what() {
+    fn missing_lease_field_is_named() {
         for (document, expected) in [
             (r#"{"cancel":true}"#, "missing field `task`"),
             (r#"{"task":{"id":"1"}}"#, "missing field `capability`"),
@@ -233,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn the_smallest_lease_parses() {
+    fn minimal_lease_parses() {
         let lease: LeaseEnvelope = serde_json::from_str(r#"{"task":{"id":"1","capability":"/a"}}"#).expect("parses");
         assert!(!lease.cancel && lease.task.inputs_cids.is_empty());
     }

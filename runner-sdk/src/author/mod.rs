@@ -1,8 +1,7 @@
-//! What the author of a runner sees.
+//! The API for authors of runners.
 //!
 //! Start at [`Runner`]; a [`TaskCtx`] comes with every run. Nothing in here knows the ABI: each
-//! operation becomes a [`Call`] that whoever runs the task answers, a host across the ABI or the
-//! test kit in memory.
+//! operation becomes a [`Call`]. A host answers it across the ABI, or the test kit in memory.
 
 mod context;
 mod control;

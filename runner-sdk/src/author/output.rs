@@ -9,12 +9,12 @@ use super::{
     control::{decode, json},
 };
 
-/// Where an artifact goes and what it is called.
+/// Path, name and data type of an artifact.
 ///
 /// Only the path is needed: name and data type follow from it (`outputs/cloud.ply` is stored as type
 /// `ply` under a name made of path and task id). A name or type given here reaches the store unchanged.
-/// Two paths of one task whose names would be the same, such as `a/b.ply` and `a_b.ply`, are two artifacts: the second gets a
-/// mark in its name. Names and types with a quote, a backslash, a semicolon or a control character are refused.
+/// Two paths of one task can have the same name, such as `a/b.ply` and `a_b.ply`. They are two artifacts: the second
+/// gets a suffix in its name. Names and types with a quote, a backslash, a semicolon or a control character are refused.
 ///
 /// ```
 /// use runner_sdk::Artifact;
@@ -61,7 +61,7 @@ impl Artifact {
         self
     }
 
-    /// Says the exact size in bytes of a stream beforehand, which spares the host a buffer.
+    /// Sets the exact size of a stream in bytes. The host then needs no buffer.
     #[must_use]
     pub fn size(mut self, bytes: u64) -> Self {
         self.size = Some(bytes);
@@ -101,7 +101,7 @@ impl ArtifactSink {
         Self { port }
     }
 
-    /// Publishes `bytes` at `path` and returns the store's id, where it gives one.
+    /// Publishes `bytes` at `path` and returns the store's id, if it has one.
     ///
     /// # Errors
     /// See [`crate::PortErrorKind`].
@@ -109,7 +109,7 @@ impl ArtifactSink {
         self.put_domain_artifact(Artifact::new(path), bytes).await
     }
 
-    /// Publishes a file at `path`; the host reads it as a stream, whatever its size.
+    /// Publishes a file at `path`; the host reads it as a stream, for any size.
     ///
     /// # Errors
     /// `BadRequest` for an empty file, a directory, a pipe, or a link that leads out of the task's directory; `Local` when
@@ -118,7 +118,7 @@ impl ArtifactSink {
         self.put_domain_artifact_file(Artifact::new(path), file).await
     }
 
-    /// Publishes `bytes` as `artifact` says.
+    /// Publishes `bytes` as `artifact`.
     ///
     /// # Errors
     /// As [`Self::put_bytes`].
@@ -136,7 +136,7 @@ impl ArtifactSink {
         writer.finish().await
     }
 
-    /// Publishes a file as `artifact` says.
+    /// Publishes a file as `artifact`.
     ///
     /// # Errors
     /// As [`Self::put_file`].
@@ -155,7 +155,7 @@ impl ArtifactSink {
         Ok(decode::<Published>(&answer)?.id)
     }
 
-    /// Opens an artifact for writing piece by piece, whatever its size will be.
+    /// Opens an artifact for writing in pieces, for any size.
     ///
     /// # Errors
     /// As [`Self::put_bytes`].
@@ -187,7 +187,7 @@ impl ArtifactWriter {
         self.port.call(call).await.map(drop)
     }
 
-    /// Publishes the artifact and returns the store's id, where it gives one.
+    /// Publishes the artifact and returns the store's id, if it has one.
     ///
     /// # Errors
     /// See [`crate::PortErrorKind`].
@@ -201,7 +201,7 @@ impl ArtifactWriter {
 impl Drop for ArtifactWriter {
     fn drop(&mut self) {
         if !self.finished {
-            // The call begins at once; nobody needs its answer.
+            // The call begins at once. Its answer is not needed.
             drop(self.port.call(Call::OutputAbort { stream: self.stream }));
         }
     }

@@ -1,10 +1,10 @@
-//! The seam between the author's API and whoever runs the task.
+//! The interface between the author's API and the host or test kit that runs the task.
 
 use std::{ops::Deref, sync::Arc};
 
 use super::{BoxFuture, PortError, StopSignal};
 
-/// One request to whoever runs the task: one frame, and at most one file path.
+/// One request to the host: one frame, and at most one file path.
 #[derive(Debug)]
 pub(crate) enum Call {
     Progress(String),
@@ -28,7 +28,7 @@ pub(crate) type Reply = BoxFuture<'static, Result<Payload, PortError>>;
 
 /// Answers calls for one task.
 pub(crate) trait Port: Send + Sync {
-    /// Begins the call at once, also when the returned future is never polled.
+    /// Begins the call at once, even if the returned future is never polled.
     fn call(&self, call: Call) -> Reply;
     /// Set once the task should stop, and at its end.
     fn stop_signal(&self) -> &Arc<StopSignal>;

@@ -9,9 +9,9 @@ pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 
 /// Code that serves one capability.
 ///
-/// One value serves all tasks, several at once if the operator allows it, so state goes behind
-/// `&self`. `run` is driven by a tokio runtime inside the plugin: `tokio::spawn`, timers, sockets
-/// and HTTP clients work; long computations belong in [`crate::spawn_blocking`].
+/// One value serves all tasks, several at once if the operator allows it. So state is behind `&self`. A tokio
+/// runtime inside the plugin drives `run`: `tokio::spawn`, timers, sockets and HTTP clients work. Use
+/// [`crate::spawn_blocking`] for long computations.
 ///
 /// ```
 /// use runner_sdk::{Error, Runner, TaskCtx};
@@ -35,7 +35,7 @@ pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 /// # assert_eq!(ended.output("count.txt"), Some(&b"4"[..]));
 /// ```
 pub trait Runner: Send + Sync + 'static {
-    /// What this runner serves, such as `/examples/hello/v1`: not blank, no white space, no quotes.
+    /// The capability that this runner serves, such as `/examples/hello/v1`. The compiler checks the name.
     const CAPABILITY: &'static str;
 
     /// [`Self::CAPABILITY`].
@@ -43,15 +43,15 @@ pub trait Runner: Send + Sync + 'static {
         Self::CAPABILITY
     }
 
-    /// Does one task. `Ok` completes it, `Err` fails it with the whole error chain as the reason, a
-    /// panic fails it with the panic's text and place. Return soon after
-    /// [`crate::ControlPlane::is_cancelled`] turns true; what is returned then is not reported.
+    /// Runs one task. `Ok` completes it. `Err` fails it with the whole error chain as the reason. A panic fails it
+    /// with the panic's text and place. Return soon after [`crate::ControlPlane::is_cancelled`] turns true. The
+    /// result is then not reported.
     fn run(&self, ctx: TaskCtx) -> impl Future<Output = Result<(), Error>> + Send;
 }
 
 /// [`Runner`] as a trait object, for code that holds several kinds of them.
 pub trait DynRunner: Send + Sync + 'static {
-    /// What it serves.
+    /// The capability.
     fn capability(&self) -> &str;
     /// [`Runner::run`], boxed.
     fn run_boxed(&self, ctx: TaskCtx) -> BoxFuture<'_, Result<(), Error>>;

@@ -1,4 +1,4 @@
-//! Tells a task's context that the task should stop, or has ended.
+//! The signal that a task should stop, or has ended.
 
 use std::{
     pin::pin,

@@ -6,15 +6,15 @@ use serde::de::DeserializeOwned;
 
 use crate::author::{DynRunner, Error, Runner};
 
-/// How a runner comes to be; made by [`export_runner!`](crate::export_runner).
+/// How a runner is created; made by [`export_runner!`](crate::export_runner).
 pub struct Registration {
-    /// What it serves.
+    /// The capability.
     pub capability: &'static str,
-    /// Makes it from the plugin's config, a JSON object.
+    /// Creates it from the plugin's config, a JSON object.
     pub build: fn(config: &str) -> Result<Arc<dyn DynRunner>, Error>,
 }
 
-/// A runner that needs no config. A config the operator wrote all the same is refused: it would do nothing.
+/// A runner that needs no config. A config is refused, because it would have no effect.
 ///
 /// # Errors
 /// When the config is not empty.
@@ -26,7 +26,7 @@ pub fn from_default<R: Runner + Default>(config: &str) -> Result<Arc<dyn DynRunn
     }
 }
 
-/// A runner made from its config by `build`.
+/// A runner that `build` creates from its config.
 ///
 /// # Errors
 /// When the config does not have the shape `build` takes, or `build` fails.
@@ -49,8 +49,8 @@ where
 /// `Hello::new(config)`, a function from any deserialisable type to `Result<Hello, E>`, once when the
 /// plugin is loaded; an error refuses the plugin with its text. Several runners are separated by commas.
 ///
-/// The macro exports the symbol `runner_module_v1`, a manifest that can be read without running the
-/// file, and the description of the tables that lets a host prove their layout.
+/// The macro exports the symbol `runner_module_v1` and a manifest that can be read without running the file. It also
+/// exports the description of the tables, with which a host checks their layout.
 ///
 /// ```
 /// use runner_sdk::{Error, Runner, TaskCtx, export_runner};
@@ -79,7 +79,7 @@ where
 /// # fn main() {}
 /// ```
 ///
-/// A capability that is no name does not compile:
+/// An invalid capability name does not compile:
 ///
 /// ```compile_fail,E0080
 /// # use runner_sdk::{Error, Runner, TaskCtx, export_runner};

@@ -32,13 +32,13 @@ pub(crate) fn install(level: u32) {
         _ => LevelFilter::TRACE,
     };
     if tracing::subscriber::set_global_default(Bridge { most }).is_ok() {
-        // Refused when the author has a logger of the `log` crate: its records are the author's then.
+        // Fails if the author has installed a logger of the `log` crate. That logger then gets its records.
         let _ = LogTracer::builder().with_max_level(most.as_log()).init();
     }
 }
 
-/// All it has to know of a span is its task, so a span's id *is* its task: there is no book of spans,
-/// which would cost each plugin a tenth of its memory.
+/// The bridge needs only the task of a span, so a span's id *is* its task. A registry of spans would add a tenth to
+/// each plugin's memory.
 struct Bridge {
     most: LevelFilter,
 }
@@ -48,13 +48,13 @@ thread_local! {
     static ENTERED: RefCell<Vec<Id>> = const { RefCell::new(Vec::new()) };
 }
 
-/// What [`Span::current`](tracing::Span::current) says of a task's span.
+/// What [`Span::current`](tracing::Span::current) returns for a task's span.
 static TASK: OnceLock<&'static Metadata<'static>> = OnceLock::new();
 
 const NO_TASK: u64 = u64::MAX;
 
 fn id_of(task: Option<u64>) -> Id {
-    // 0 is no id.
+    // An id must not be 0.
     Id::from_u64(task.map_or(NO_TASK, |task| task.saturating_add(1)))
 }
 
@@ -62,7 +62,7 @@ fn task_of(id: &Id) -> Option<u64> {
     Some(id.into_u64()).filter(|id| *id != NO_TASK).map(|id| id - 1)
 }
 
-/// The innermost span of this thread; none in a thread that is going.
+/// The innermost span of this thread; none in a thread that is ending.
 fn innermost() -> Option<Id> {
     ENTERED.try_with(|entered| entered.borrow().last().cloned()).ok().flatten()
 }
@@ -124,7 +124,7 @@ impl Subscriber for Bridge {
             Level::DEBUG => 4,
             Level::TRACE => 5,
         };
-        // A record of the `log` crate arrives under the target "log", its own facts beside it as fields.
+        // A record of the `log` crate has the target "log". Its own target and place are fields.
         let logged = fields.values.remove("log.target");
         for fact in ["log.module_path", "log.file", "log.line"] {
             fields.values.remove(fact);

@@ -31,8 +31,7 @@ pub const fn joined<const N: usize>(parts: &[&str]) -> [u8; N] {
     bytes
 }
 
-/// Stops the compilation when `capability` is no capability name. The host has the same rule; a test there
-/// compares both.
+/// Stops the compilation if `capability` is not a valid name. The host has the same rule; a test there compares both.
 #[must_use]
 pub const fn checked(capability: &'static str) -> &'static str {
     let bytes = capability.as_bytes();

@@ -1,4 +1,4 @@
-//! The plugin's side of the ABI: what stands between `extern "C"` and a [`crate::Runner`].
+//! The plugin's side of the ABI: connects `extern "C"` with a [`crate::Runner`].
 //!
 //! `export_runner!` exports [`module`]; everything else is reached through the table it returns. Every
 //! entry catches panics. The author's futures run on a small tokio runtime that belongs to the
@@ -38,8 +38,7 @@ pub use manifest::{checked, joined, joined_len};
 pub use panics::spawn_blocking;
 pub(crate) use panics::{Guarded, guard, install_hook};
 
-/// Worker threads of the plugin's runtime. Runners wait more than they compute; computations have
-/// `spawn_blocking`.
+/// Worker threads of the plugin's runtime. Runners mostly wait; computations use `spawn_blocking`.
 const WORKERS: usize = 2;
 
 static REGISTRATIONS: OnceLock<(&'static str, &'static [Registration])> = OnceLock::new();
@@ -54,7 +53,7 @@ struct Plugin {
     tasks: Mutex<HashMap<u64, Arc<StopSignal>>>,
 }
 
-/// Ends a task on this side of the boundary when dropped, also where its run never got to its end.
+/// Ends a task on this side of the boundary when dropped, even if its run did not end.
 struct Ending {
     plugin: &'static Plugin,
     task: Task,
@@ -179,12 +178,12 @@ fn begin(task: Task, request: &str) -> Result<(), String> {
     let attempt = async move {
         let _ending = ending;
         let ended = Guarded::new(run).await;
-        // Whatever a runner makes of a directory it was not given is not its own failure.
+        // A failure after a missing directory does not count against the runner.
         let without_dir = dir.failure().filter(|_| !matches!(ended, Ok(Ok(()))));
         match ended {
             _ if without_dir.is_some() => complete(task, Status::STORAGE, without_dir.unwrap_or_default(), ""),
             Ok(Ok(())) => complete(task, Status::OK, "", ""),
-            // The error's own words are the author's code too.
+            // The author's code formats the error, so it may panic too.
             Ok(Err(err)) => {
                 if let Err(note) = guard(|| fail(task, &err)) {
                     complete(task, Status::PANICKED, &note.message, &place_json(&note.place));
@@ -345,7 +344,7 @@ fn stopped_already(task: Task) -> bool {
 fn complete(task: Task, status: Status, text: &str, details: &str) {
     if let Some(host) = HOST.get() {
         // SAFETY: a mandatory entry of version 1; the texts live until the call returns. A second
-        // completion is answered STALE and harms nothing.
+        // completion is answered STALE and has no effect.
         unsafe { host.complete()(task, status, lend(text), lend(details)) };
     }
 }

@@ -11,7 +11,7 @@ use std::{
     task::{Context, Poll},
 };
 
-/// What the hook saw of a panic.
+/// Text and place of a panic.
 #[derive(Clone, Debug)]
 pub(crate) struct PanicNote {
     pub(crate) message: String,
@@ -65,7 +65,7 @@ fn payload_text(payload: &(dyn Any + Send)) -> String {
 
 fn take_note(payload: &(dyn Any + Send)) -> PanicNote {
     let message = payload_text(payload);
-    // A panic the author caught leaves its note behind, and one passed on by `resume_unwind` writes none.
+    // A panic that the author caught leaves its note behind, and `resume_unwind` writes none.
     let note = LAST.with(|last| last.borrow_mut().take()).filter(|note| note.message == message);
     note.unwrap_or_else(|| PanicNote { message, place: unknown() })
 }
@@ -74,7 +74,7 @@ fn take_note(payload: &(dyn Any + Send)) -> PanicNote {
 pub(crate) fn guard<T>(work: impl FnOnce() -> T) -> Result<T, PanicNote> {
     catch_unwind(AssertUnwindSafe(work)).map_err(|payload| {
         let note = take_note(&*payload);
-        // Dropping a payload may panic as well; a leak is the lesser evil.
+        // Dropping a payload may panic as well, so it is leaked.
         std::mem::forget(payload);
         note
     })
@@ -110,10 +110,10 @@ impl<F> Drop for Guarded<F> {
     }
 }
 
-/// Runs a long computation on a thread of its own, where it blocks nobody, and waits for it. A
-/// panic in it goes on in the caller, with its place.
+/// Runs a long computation on its own thread, where it blocks no other task, and waits for it. The caller panics if the
+/// computation does, with the same place.
 ///
-/// Dropping the returned future does not stop the computation: let it look at
+/// Dropping the returned future does not stop the computation. Let it check
 /// [`crate::ControlPlane::is_cancelled`] from time to time.
 pub async fn spawn_blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     let span = tracing::Span::current();

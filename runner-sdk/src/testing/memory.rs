@@ -22,11 +22,11 @@ use crate::{
 pub struct StoredArtifact {
     /// Its content.
     pub bytes: Vec<u8>,
-    /// Name, where the runner gave one.
+    /// Name, if the runner set one.
     pub name: Option<String>,
-    /// Data type, where the runner gave one.
+    /// Data type, if the runner set one.
     pub data_type: Option<String>,
-    /// Id of the data it replaces, where the runner gave one.
+    /// Id of the data it replaces, if the runner set one.
     pub existing_id: Option<String>,
 }
 
@@ -49,7 +49,7 @@ struct State {
     cancel_after: Option<usize>,
     reason: Option<CancelReason>,
     dir: PathBuf,
-    /// Signal of the run that is under way.
+    /// Signal of the current run.
     running: Option<Arc<StopSignal>>,
     reading: HashMap<u64, (Vec<u8>, usize)>,
     writing: HashMap<u64, (Spec, Vec<u8>)>,
@@ -234,7 +234,7 @@ impl State {
     }
 }
 
-/// Answers the calls of one run. A context that outlives it has no part in the next one.
+/// Answers the calls of one run. A context that outlives its run cannot affect the next one.
 pub(super) struct Run {
     memory: Arc<Memory>,
     signal: Arc<StopSignal>,
@@ -269,7 +269,7 @@ fn input<'a>(state: &'a State, cid: &str) -> Result<&'a Vec<u8>, PortError> {
     found.ok_or_else(|| PortError::new(PortErrorKind::NotFound, format!("input {cid}: not found (404)")))
 }
 
-/// The same rules as a real store's: see `ArtifactSink`.
+/// The rules of a real store: see `ArtifactSink`.
 fn checked_spec(spec: &str) -> Result<Spec, PortError> {
     let mut spec: Spec =
         serde_json::from_str(spec).map_err(|err| PortError::new(PortErrorKind::BadRequest, err.to_string()))?;

@@ -41,9 +41,9 @@ use crate::{
 };
 use memory::Memory;
 
-/// A host in memory. Give it inputs, run a runner on it, look at what came out.
+/// A host in memory. Add inputs, run a runner, and check the result.
 ///
-/// Clones share everything, so a clone can cancel a run that is under way.
+/// Clones share everything, so a clone can cancel the current run.
 #[derive(Clone)]
 pub struct TestHost {
     memory: Arc<Memory>,
@@ -80,7 +80,7 @@ impl TestHost {
         self
     }
 
-    /// Changes anything else about the lease.
+    /// Changes any other field of the lease.
     #[must_use]
     pub fn lease(mut self, change: impl FnOnce(&mut LeaseEnvelope)) -> Self {
         change(&mut self.lease);
@@ -94,14 +94,14 @@ impl TestHost {
         self
     }
 
-    /// Cancels the run as soon as the runner has reported progress for the `count`th time.
+    /// Cancels the run after `count` progress reports.
     #[must_use]
     pub fn cancel_after_progress(self, count: usize) -> Self {
         self.memory.cancel_after_progress(count);
         self
     }
 
-    /// Cancels the run that is under way, or the next one. For [`CancelReason::LeaseLost`] every input and
+    /// Cancels the current run, or the next one. For [`CancelReason::LeaseLost`] every input and
     /// output call fails from then on, as on a real node.
     pub fn cancel(&self, reason: CancelReason) {
         self.memory.cancel(reason);

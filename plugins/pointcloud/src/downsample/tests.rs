@@ -70,7 +70,7 @@ fn refusal(sources: &[Held], settings: Settings) -> (String, bool) {
 }
 
 #[test]
-fn a_given_size_takes_one_pass_and_a_derived_one_takes_two() {
+fn derived_voxel_size_needs_a_second_pass() {
     let given = [Held::scan("scan", 1, 5_000, Encoding::LittleEndian)];
     let (outcome, cloud) = try_run(&given, size(0.02)).expect("a good scan");
     assert_eq!((given[0].opened.get(), outcome.report.voxel), (1, 0.02));
@@ -115,7 +115,7 @@ fn several_inputs_are_merged_into_one_grid() {
 }
 
 #[test]
-fn points_without_a_place_are_skipped_and_counted() {
+fn points_without_coordinates_are_skipped_and_counted() {
     let source = [Held::ascii(&["0 0 0", "nan 1 1", "2 2 2", "inf 0 0", "0.5 0 0"])];
     let (outcome, cloud) = try_run(&source, size(1.0)).expect("a good file");
     let Report { points_in, points_out, skipped, bounds, .. } = outcome.report;
@@ -196,7 +196,7 @@ fn bad_input_is_refused_in_one_line() {
 }
 
 #[test]
-fn a_source_that_fails_is_not_the_fault_of_the_input() {
+fn failing_source_is_not_invalid_input() {
     struct Broken(bool);
     impl Source for Broken {
         fn label(&self) -> &str {
@@ -256,7 +256,7 @@ fn settings_come_from_meta() {
 }
 
 #[test]
-fn progress_only_rises_and_names_every_stage() {
+fn progress_rises_and_names_every_stage() {
     for (settings, stages) in
         [(Settings::default(), "measuring reading drawing writing"), (size(0.01), "reading drawing writing")]
     {
@@ -274,7 +274,7 @@ fn progress_only_rises_and_names_every_stage() {
 }
 
 #[test]
-fn a_cancel_is_heeded_at_every_point_of_the_way() {
+fn cancel_stops_the_job_in_every_stage() {
     let scans = [Held::scan("scan", 1, 300_000, Encoding::LittleEndian)];
     let looks = Cell::new(0_u64);
     let finish = |stop_at: u64| {

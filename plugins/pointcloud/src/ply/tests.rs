@@ -76,7 +76,7 @@ impl<'a> Table<'a> {
 }
 
 #[test]
-fn what_is_written_is_read_again_in_every_encoding() {
+fn written_files_are_read_in_every_encoding() {
     let mut random = Random::new(1);
     let points: Vec<Point> = (0..300)
         .map(|_| Point {
@@ -103,7 +103,7 @@ fn what_is_written_is_read_again_in_every_encoding() {
 }
 
 #[test]
-fn the_writer_holds_to_the_announced_count() {
+fn writer_enforces_the_announced_count() {
     let layout = Layout { encoding: Encoding::LittleEndian, wide: false, color: false };
     let point = Point { position: [0.0; 3], color: None };
     let mut writer = Writer::new(Vec::new(), layout, 1).expect("a Vec takes every byte");
@@ -205,7 +205,7 @@ fn elements_before_and_after_the_vertices_are_skipped() {
 }
 
 #[test]
-fn ascii_is_read_as_people_and_programs_write_it() {
+fn ascii_variants_are_read() {
     let head = "ply\r\nformat ascii 1.0\r\nobj_info x\r\nelement vertex 5\r\nproperty float x\r\nproperty float y\r\n\
                 property float z\r\nproperty uchar red\r\nproperty uchar green\r\nproperty uchar blue\r\nend_header\r\n";
     let rows = "\r\n1 2 3 4 5 6\r\n  +1e1\t-.5 0.25 0 0 255  \r\n\r\nnan 0 0 1 1 1\r\n0 -inf 0 1 1 1\n1.#QNAN -nan(ind) 0 1 1 1";
@@ -219,7 +219,7 @@ fn ascii_is_read_as_people_and_programs_write_it() {
 }
 
 #[test]
-fn colours_that_do_not_belong_together_are_left_out() {
+fn incomplete_colours_are_ignored() {
     for columns in [
         ["uchar red", "uchar green", "float blue"],
         ["uchar red", "uchar green", "uchar alpha"],
@@ -241,7 +241,7 @@ fn colours_that_do_not_belong_together_are_left_out() {
 }
 
 #[test]
-fn a_damaged_header_is_refused_with_its_line() {
+fn damaged_header_is_refused_with_its_line() {
     let vertex = "element vertex 1\nproperty float x\nproperty float y\nproperty float z\n";
     for (header, expected) in [
         ("".to_owned(), "line 1: expected `ply`, found the end of the file"),
@@ -283,7 +283,7 @@ fn a_damaged_header_is_refused_with_its_line() {
 }
 
 #[test]
-fn a_header_that_lies_is_found_out() {
+fn wrong_header_is_detected() {
     let file = |encoding: &str, count: &str, kind: &str, data: &[u8]| {
         let header = format!(
             "ply\nformat {encoding} 1.0\nelement vertex {count}\nproperty {kind} x\nproperty {kind} y\nproperty {kind} z\nend_header\n"
@@ -330,7 +330,7 @@ fn a_header_that_lies_is_found_out() {
 }
 
 #[test]
-fn lists_that_lie_are_found_out() {
+fn wrong_list_lengths_are_detected() {
     for before in [true, false] {
         let vertex: (&str, &[&str]) = ("vertex 1", &["float x", "float y", "float z"]);
         let strips: (&str, &[&str]) = ("tristrips 2", &["list int int vertex_indices"]);

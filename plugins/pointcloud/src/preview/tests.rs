@@ -75,14 +75,14 @@ fn a_ball_is_lit_in_the_middle_on_a_dark_ground() {
 }
 
 #[test]
-fn a_thin_scan_looks_solid() {
+fn thin_scan_looks_solid() {
     let sparse = picture(&ball(600, [0.0; 3], 1.0), 0.001);
     let dense = picture(&ball(60_000, [0.0; 3], 1.0), 0.02);
     assert!(covered(&sparse) > covered(&dense) * 0.97, "{} of {}", covered(&sparse), covered(&dense));
 }
 
 #[test]
-fn proportions_are_kept_and_nothing_is_mirrored() {
+fn preview_keeps_proportions_and_orientation() {
     // A board along each axis in turn: three wide, one high, with a colour in its right upper corner.
     for (thin, right, up) in [(2, (0, 1.0), (1, 1.0)), (1, (0, 1.0), (2, -1.0)), (0, (2, -1.0), (1, 1.0))] {
         let mut cloud = Vec::new();
@@ -110,7 +110,7 @@ fn proportions_are_kept_and_nothing_is_mirrored() {
 }
 
 #[test]
-fn what_is_nearer_hides_what_is_further_and_is_lighter() {
+fn nearer_points_hide_points_behind_them() {
     let sheet = |z: f64, from: i32, to: i32| {
         (from..to)
             .flat_map(move |x| (0..200).map(move |y| Point { position: [f64::from(x), f64::from(y), z], color: None }))
@@ -122,7 +122,7 @@ fn what_is_nearer_hides_what_is_further_and_is_lighter() {
 }
 
 #[test]
-fn odd_clouds_are_drawn_without_trouble() {
+fn degenerate_clouds_are_drawn() {
     let of = |positions: &[[f64; 3]]| -> Vec<Point> {
         positions.iter().map(|position| Point { position: *position, color: None }).collect()
     };
@@ -141,7 +141,7 @@ fn odd_clouds_are_drawn_without_trouble() {
 }
 
 #[test]
-fn the_same_cloud_gives_the_same_picture() {
+fn same_cloud_gives_the_same_picture() {
     let cloud: Vec<Point> = Scan::new(5, 30_000).collect();
     let draw = || super::draw(&cloud, 0.003, &|| false).expect("nobody cancels");
     assert_eq!(draw(), draw());
