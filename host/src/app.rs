@@ -113,14 +113,11 @@ impl Node {
         let outbox = Outbox::open(
             outbox::Config {
                 state,
-                plane: facts.name,
-                base_url: facts.base_url.to_string(),
-                node: facts.node.to_string(),
+                planes: vec![Arc::clone(&source)],
                 max: outbox.max,
                 // The next task of each slot may end while the last one's report is on its way.
                 senders: engine.slots.saturating_mul(2).max(8),
             },
-            Arc::clone(&source),
             board.clone(),
         )
         .context("STATE_DIR cannot be used")?;

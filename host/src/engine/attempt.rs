@@ -17,7 +17,7 @@ use tracing::{Span, info_span, warn};
 use super::{Modules, SharedPace, StopSignals, pace::LeaseValue, planes::WaitingLease};
 use crate::{
     crash,
-    leases::{Advice, LeaseSource},
+    leases::{Advice, LeaseSource, PlaneFacts},
     model::{
         BootInstant, CancelReason, HeldLease, HeldNumber, Lease, Outcome, PluginId, ReportState, Setup, SetupStage,
         TaskRecord, TaskResult, TaskStage,
@@ -118,14 +118,9 @@ pub(super) async fn attempt(modules: Arc<Modules>, slot: Slot, session: Session,
     slot.pace.ended(lease_value(&grant, &result.outcome));
     let brief = began.elapsed() <= BRIEF && result.artifacts.is_empty();
     let freed = free(permit, tidying);
-    let settled = settle(&modules, freed, session, &result, brief, &stops).await;
-    let record = TaskRecord::new(lease, slot.plugin.as_ref(), &result, began.elapsed(), settled.state());
-    modules.events.emit(NodeEvent::TaskEnded {
-        held: slot.held,
-        record: Arc::new(record),
-        reason: result.outcome.reason(),
-        report_reason: settled.reason(),
-    });
+    let settled = settle(&modules, slot.source.facts(), freed, session, &result, brief, &stops).await;
+    modules.board.ended(slot.held, TaskRecord::new(lease, &result, began.elapsed(), settled.state()));
+    say(&result, &settled, began.elapsed());
 }
 
 /// Confirms the lease and gets its slot. `Err` is the end of a task that never started.
@@ -187,6 +182,7 @@ fn lease_value(grant: &HeldLease, outcome: &Outcome) -> LeaseValue {
 /// a moment to be accepted first: a slot is free when its verdict is with the plane or on the disk.
 async fn settle(
     modules: &Modules,
+    plane: &PlaneFacts,
     freed: impl Future<Output = ()>,
     mut session: Session,
     result: &TaskResult,
@@ -198,7 +194,7 @@ async fn settle(
         return Settled::Silent(reason);
     }
     crash::point("before-write");
-    let kept = modules.outbox.enter(&session.grant().lease, result.clone());
+    let kept = modules.outbox.enter(plane, &session.grant().lease, result.clone());
     let ticket = kept.ticket();
     let said = async move {
         match session.close().await {

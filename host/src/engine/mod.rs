@@ -247,7 +247,7 @@ impl Engine {
         plane.under_way -= 1;
         plane.since = Instant::now();
         if taken.is_ok() {
-            self.modules.outbox.plane_answers();
+            self.modules.outbox.plane_answers(&plane.source.facts().name);
         }
         // A lease that cannot be read, or a word to end something first, is an answer too.
         if matches!(taken, Ok(_) | Err(LeaseError::Busy | LeaseError::Malformed { task: Some(_), .. })) {
@@ -294,11 +294,10 @@ impl Engine {
         let span = attempt::span(&lease, plugin.as_ref().map(|plugin| &*plugin.name));
         let task = lease.task().clone();
         let session = span.in_scope(|| self.modules.sessions.open(&plane.source, lease)); // heartbeats start
-        if self.modules.outbox.owes(&task) {
+        if self.modules.outbox.owes(&plane.source.facts().name, &task) {
             // The plane leased it again before it heard of its end, as after a crash.
-            let again = NodeEvent::TaskLeasedAgain { task: task.clone() };
-            span.in_scope(|| self.modules.events.emit(again));
-            self.modules.outbox.adopt(&task, session);
+            span.in_scope(|| info!(event = "task.leased_again", "task leased again, its report is not accepted yet"));
+            self.modules.outbox.adopt(&plane.source.facts().name, &task, session);
             return;
         }
         let held = self.modules.events.board().began(&session.grant(), plugin.clone());

@@ -52,7 +52,7 @@ pub use self::{
     state::{StateDir, StateError},
 };
 use crate::{
-    leases::LeaseSource,
+    leases::{LeaseSource, PlaneFacts},
     model::{Lease, LeaseKeeper, OutboxStatus, PlaneName, ReportState, StatusBoard, TaskId, TaskResult},
 };
 
@@ -83,12 +83,8 @@ impl Default for Options {
 pub struct Config {
     /// Where they are kept.
     pub state: StateDir,
-    /// Name of the control plane.
-    pub plane: PlaneName,
-    /// Its base URL.
-    pub base_url: String,
-    /// Address of this node on it.
-    pub node: String,
+    /// The control planes of this node. Reports for others are kept and not sent.
+    pub planes: Vec<Arc<dyn LeaseSource>>,
     /// Reports not accepted yet from which on nothing new is leased; above 0.
     pub max: usize,
     /// First tries at once. More wait for their turn like those that failed.
@@ -100,11 +96,8 @@ pub struct Config {
 pub struct Outbox(Arc<Inner>);
 
 struct Inner {
-    plane: PlaneName,
-    base_url: Arc<str>,
-    node: Arc<str>,
+    planes: Vec<Arc<dyn LeaseSource>>,
     max: usize,
-    source: Arc<dyn LeaseSource>,
     board: StatusBoard,
     writer: Writer,
     senders: Semaphore,
@@ -121,8 +114,17 @@ struct Inner {
 impl Inner {
     /// Whether this node sends the report: another node or control plane may have its own reports in the file.
     fn is_ours(&self, entry: &Entry) -> bool {
-        entry.plane == self.plane && entry.base_url == self.base_url && entry.node == self.node
+        source_of(&self.planes, entry).is_some()
     }
+}
+
+/// The control plane that takes the report: same name, base URL and node. `None`: the report is foreign.
+fn source_of<'a>(planes: &'a [Arc<dyn LeaseSource>], entry: &Entry) -> Option<&'a Arc<dyn LeaseSource>> {
+    planes.iter().find(|source| {
+        let facts = source.facts();
+        let base_url = facts.base_url.trim_end_matches('/');
+        entry.plane == facts.name && *entry.base_url == *base_url && entry.node == facts.node
+    })
 }
 
 /// The book, and what of it the status board shows.
@@ -179,16 +181,15 @@ impl Outbox {
     ///
     /// # Errors
     /// When the folder cannot be used. A file that cannot be read is set aside.
-    pub fn open(config: Config, source: Arc<dyn LeaseSource>, board: StatusBoard) -> Result<Self, StateError> {
+    pub fn open(config: Config, board: StatusBoard) -> Result<Self, StateError> {
         let state = Arc::new(config.state);
         let folder = state.path().to_owned();
         let (store, rows) = store::open_or_set_aside(&folder)?;
-        let base_url: Arc<str> = config.base_url.trim_end_matches('/').into();
         let mut book = ReportQueue::default();
         for (number, bytes) in &rows {
             match Entry::decode(bytes) {
                 Ok((entry, tries)) => {
-                    let ours = entry.plane == config.plane && entry.base_url == base_url && *entry.node == *config.node;
+                    let ours = source_of(&config.planes, &entry).is_some();
                     book.found(*number, entry, tries, ours, Instant::now());
                 }
                 Err(err) => {
@@ -214,11 +215,8 @@ impl Outbox {
         let writer = Writer::start(Arc::clone(&state), store, rows, listener);
         let writer = writer.map_err(state::failed("start the writer of", &folder))?;
         let outbox = Self(Arc::new(Inner {
-            plane: config.plane,
-            base_url,
-            node: config.node.into(),
+            planes: config.planes,
             max: config.max.max(1),
-            source,
             board,
             writer,
             senders: Semaphore::new(config.senders.max(1)),
@@ -234,11 +232,11 @@ impl Outbox {
 
     /// Takes in a verdict. It is in memory only: see [`PendingReport::ticket`].
     #[must_use]
-    pub fn enter(&self, lease: &Lease, task_result: TaskResult) -> PendingReport {
+    pub fn enter(&self, plane: &PlaneFacts, lease: &Lease, task_result: TaskResult) -> PendingReport {
         let entry = Arc::new(Entry {
-            plane: self.0.plane.clone(),
-            base_url: Arc::clone(&self.0.base_url),
-            node: Arc::clone(&self.0.node),
+            plane: plane.name.clone(),
+            base_url: plane.base_url.trim_end_matches('/').into(),
+            node: Arc::clone(&plane.node),
             address: lease.address.clone(),
             job_id: lease.job,
             domain_id: lease.data.domain(),
@@ -252,18 +250,18 @@ impl Outbox {
 
     /// Whether a report about `task` waits to be sent: the task is done, whatever the plane knows of it.
     #[must_use]
-    pub fn owes(&self, task: &TaskId) -> bool {
-        self.lock().book.owed(task).is_some()
+    pub fn owes(&self, plane: &PlaneName, task: &TaskId) -> bool {
+        self.lock().book.owed(plane, task).is_some()
     }
 
     /// Holds `lease` as long as the report about `task` is on its way, and sends that now. Without
     /// such a report the lease is dropped.
-    pub fn adopt(&self, task: &TaskId, lease: impl LeaseKeeper + 'static) {
+    pub fn adopt(&self, plane: &PlaneName, task: &TaskId, lease: impl LeaseKeeper + 'static) {
         self.with(|book| {
-            if let Some(number) = book.owed(task) {
+            if let Some(number) = book.owed(plane, task) {
                 book.hold(number, Box::new(lease));
+                book.hurry_one(number, Instant::now());
             }
-            book.hurry(Some(&HashSet::from([task.clone()])), Instant::now())
         });
         self.0.turn.notify_one();
     }
@@ -289,8 +287,8 @@ impl Outbox {
     }
 
     /// The plane has answered: reports that wait for it need not wait longer.
-    pub fn plane_answers(&self) {
-        if self.lock().book.plane_answers() {
+    pub fn plane_answers(&self, plane: &PlaneName) {
+        if self.lock().book.plane_answers(plane) {
             self.0.turn.notify_one();
         }
     }
@@ -361,9 +359,9 @@ impl Outbox {
         let (mut failures, mut under_way) = (0, FuturesUnordered::new());
         let mut numbers = self.lock().book.numbers(None).into_iter().peekable();
         loop {
-            let next = numbers.peek().is_some() && failures < failures_max;
-            if next && under_way.len() < self.lock().book.abreast() {
-                let number = numbers.next().expect("it was looked at");
+            let next = numbers.peek().filter(|_| failures < failures_max).copied();
+            if let Some(number) = next.filter(|number| under_way.len() < self.lock().book.abreast(*number)) {
+                numbers.next();
                 under_way.extend(Try::begin(self, number, Sender::Outbox).map(Try::run));
                 continue;
             }

@@ -2,9 +2,9 @@
 //!
 //! A report is *fresh* while the attempt that made it sends it for the first time. If that fails it
 //! waits, and waiting ones are sent again, the oldest whose pause is over first: several at once while the
-//! plane takes them, one of each task. A failure quiets the whole outbox for a growing pause, after which one
-//! alone is tried, so that a plane that is away costs one request a pause and not one a report; a success
-//! ends that.
+//! plane takes them, one of each task. A failure stops the reports of that control plane for a growing pause. Then
+//! one report alone is tried, so an unreachable control plane gets one request per pause. A success ends the pauses.
+//! Each control plane has a lane of its own, so an unreachable one does not stop the reports of another.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -16,7 +16,7 @@ use jiff::Timestamp;
 use tokio::time::Instant;
 
 use super::entry::{Entry, Listing, ListingState, Tries};
-use crate::model::{Backoff, Jitter, LeaseKeeper, TaskId, pause_asked};
+use crate::model::{Backoff, Jitter, LeaseKeeper, PlaneName, TaskId, pause_asked};
 
 /// Longest pause, before its jitter, and the longest a control plane may ask for.
 const PAUSE_MAX: Duration = Duration::from_secs(300);
@@ -77,20 +77,80 @@ pub(super) enum Turn {
     Idle,
 }
 
-/// See the module's text.
+/// The reports of one control plane.
 #[derive(Default)]
-pub(super) struct ReportQueue {
-    held: BTreeMap<u64, Held>,
-    /// By task, those that will be sent: with each lease it is asked whether one of its task is here.
-    by_task: BTreeSet<(TaskId, u64)>,
-    /// How many of them were sent in vain so far, or found at the start.
-    waiting: usize,
-    next: u64,
+struct Lane {
+    /// Waiting reports whose pause is over. The oldest has the lowest number.
+    ready: BTreeSet<u64>,
+    /// Waiting reports in their pause, and when it ends.
+    paused: BTreeSet<(Instant, u64)>,
+    /// Waiting reports that are being sent.
+    sending: usize,
     /// Failures in a row, whichever report.
     failures: u32,
     quiet_until: Option<Instant>,
     /// The last answer to a report was one that ended it.
     flows: bool,
+}
+
+impl Lane {
+    /// How many waiting reports may be sent at once.
+    fn abreast(&self) -> usize {
+        if self.flows { ABREAST } else { 1 }
+    }
+
+    /// A report has come to `place`.
+    fn arrived(&mut self, number: u64, place: Place) {
+        match place {
+            Place::Waiting { due } => drop(self.paused.insert((due, number))),
+            Place::Sending => self.sending += 1,
+            Place::Fresh | Place::Foreign => {}
+        }
+    }
+
+    /// A report has left `place`.
+    fn left(&mut self, number: u64, place: Place) {
+        match place {
+            Place::Waiting { due } => {
+                self.ready.remove(&number);
+                self.paused.remove(&(due, number));
+            }
+            Place::Sending => self.sending -= 1,
+            Place::Fresh | Place::Foreign => {}
+        }
+    }
+
+    /// The next step. `busy` tells whether another report about the same task is being sent.
+    fn turn(&mut self, now: Instant, busy: impl Fn(u64) -> bool) -> Turn {
+        if self.sending >= self.abreast() {
+            return Turn::Idle;
+        }
+        while let Some((_, number)) = self.paused.first().filter(|(due, _)| *due <= now) {
+            self.ready.insert(*number);
+            self.paused.pop_first();
+        }
+        let quiet = self.quiet_until.filter(|until| *until > now);
+        match (self.ready.iter().find(|number| !busy(**number)), quiet) {
+            (Some(number), None) => Turn::Send(*number),
+            (Some(_), Some(until)) => Turn::At(until),
+            (None, quiet) => match self.paused.iter().find(|(_, number)| !busy(*number)) {
+                Some((due, _)) => Turn::At(quiet.map_or(*due, |until| until.max(*due))),
+                None => Turn::Idle,
+            },
+        }
+    }
+}
+
+/// See the module's text.
+#[derive(Default)]
+pub(super) struct ReportQueue {
+    held: BTreeMap<u64, Held>,
+    /// By task, those that will be sent: with each lease it is asked whether one of its task is here.
+    by_task: BTreeSet<(PlaneName, TaskId, u64)>,
+    lanes: BTreeMap<PlaneName, Lane>,
+    /// How many of them were sent in vain so far, or found at the start.
+    waiting: usize,
+    next: u64,
     last_error: Option<String>,
 }
 
@@ -129,24 +189,34 @@ impl ReportQueue {
 
     fn insert(&mut self, number: u64, held: Held) {
         if held.place != Place::Foreign {
-            self.by_task.insert((held.entry.task().clone(), number));
+            self.by_task.insert(held.key(number));
+            self.lanes.entry(held.entry.plane.clone()).or_default().arrived(number, held.place);
         }
         self.waiting += usize::from(held.waits());
         self.held.insert(number, held);
     }
 
-    /// Moves a report to another place. `None`: it is gone.
+    /// Moves a report of ours to another place. `None`: it is gone.
     fn place(&mut self, number: u64, place: Place) -> Option<&mut Held> {
         let held = self.held.get_mut(&number)?;
         self.waiting -= usize::from(held.waits());
-        held.place = place;
+        let before = std::mem::replace(&mut held.place, place);
         self.waiting += usize::from(held.waits());
+        if let Some(lane) = self.lanes.get_mut(&held.entry.plane) {
+            lane.left(number, before);
+            lane.arrived(number, place);
+        }
         Some(held)
     }
 
+    /// The lane of a report that will be sent.
+    fn lane(&mut self, number: u64) -> Option<&mut Lane> {
+        self.lanes.get_mut(&self.held.get(&number)?.entry.plane)
+    }
+
     /// The reports about `task` that will be sent.
-    fn about(&self, task: &TaskId) -> impl DoubleEndedIterator<Item = u64> {
-        self.by_task.range((task.clone(), 0)..=(task.clone(), u64::MAX)).map(|(_, number)| *number)
+    fn about(&self, plane: &PlaneName, task: &TaskId) -> impl DoubleEndedIterator<Item = u64> {
+        about(&self.by_task, plane, task)
     }
 
     /// What is to be written of a report, which counts as written from now on.
@@ -169,8 +239,8 @@ impl ReportQueue {
     }
 
     /// The newest report about `task` that will be sent.
-    pub(super) fn owed(&self, task: &TaskId) -> Option<u64> {
-        self.about(task).next_back()
+    pub(super) fn owed(&self, plane: &PlaneName, task: &TaskId) -> Option<u64> {
+        self.about(plane, task).next_back()
     }
 
     /// Keeps no lease any longer: the process ends.
@@ -187,52 +257,44 @@ impl ReportQueue {
         if address == held.entry.address {
             return false;
         }
-        let renamed = held.entry.moved(address);
-        self.by_task.remove(&(held.entry.task().clone(), number));
-        self.by_task.insert((renamed.task().clone(), number));
-        held.entry = Arc::new(renamed);
+        self.by_task.remove(&held.key(number));
+        held.entry = Arc::new(held.entry.moved(address));
+        self.by_task.insert(held.key(number));
         held.written
     }
 
-    /// How many waiting reports may be under way at once.
-    pub(super) fn abreast(&self) -> usize {
-        if self.flows { ABREAST } else { 1 }
+    /// How many waiting reports may be sent at once to the control plane of this one.
+    pub(super) fn abreast(&mut self, number: u64) -> usize {
+        self.lane(number).map_or(1, |lane| lane.abreast())
     }
 
-    /// Whose turn it is.
-    pub(super) fn turn(&self, now: Instant) -> Turn {
-        if self.held.values().filter(|held| held.place == Place::Sending).count() >= self.abreast() {
-            return Turn::Idle;
+    /// The next step.
+    pub(super) fn turn(&mut self, now: Instant) -> Turn {
+        let Self { held, by_task, lanes, .. } = self;
+        let busy = |number: u64| held.get(&number).is_some_and(|report| is_busy(held, by_task, &report.entry));
+        let mut next = Turn::Idle;
+        for lane in lanes.values_mut() {
+            match (lane.turn(now, &busy), next) {
+                (Turn::Send(number), _) => return Turn::Send(number),
+                (Turn::At(due), Turn::At(other)) => next = Turn::At(due.min(other)),
+                (Turn::At(due), _) => next = Turn::At(due),
+                (Turn::Idle, _) => {}
+            }
         }
-        let under_way: Vec<&TaskId> =
-            self.held.values().filter(|held| held.is_sent()).map(|held| held.entry.task()).collect();
-        let waiting = |held: &Held| match held.place {
-            Place::Waiting { due } if !under_way.contains(&held.entry.task()) => Some(due),
-            _ => None,
-        };
-        let quiet = self.quiet_until.filter(|until| *until > now);
-        let due = self.held.iter().find(|(_, held)| waiting(held).is_some_and(|due| due <= now));
-        match (due, quiet) {
-            (Some((number, _)), None) => Turn::Send(*number),
-            (Some(_), Some(until)) => Turn::At(until),
-            (None, quiet) => match self.held.values().filter_map(waiting).min() {
-                Some(due) => Turn::At(quiet.map_or(due, |until| until.max(due))),
-                None => Turn::Idle,
-            },
-        }
+        next
     }
 
     /// Begins a try, which counts from now on. `None` when there is nothing to be sent: the report is gone,
     /// or one of its task is under way.
     pub(super) fn begin(&mut self, number: u64, at: Timestamp) -> Option<(Arc<Entry>, Tries)> {
         let Held { entry, place, .. } = self.held.get(&number)?;
-        let busy = || self.about(entry.task()).any(|number| self.held.get(&number).is_some_and(Held::is_sent));
+        let busy = || is_busy(&self.held, &self.by_task, entry);
         let place = match place {
             Place::Fresh => Place::Fresh,
             Place::Waiting { .. } if !busy() => Place::Sending,
             Place::Waiting { .. } | Place::Sending | Place::Foreign => return None,
         };
-        let failures = self.failures;
+        let failures = self.lane(number)?.failures;
         let held = self.place(number, place)?;
         held.failures = failures;
         let tries = &mut held.tries;
@@ -244,16 +306,21 @@ impl ReportQueue {
 
     /// The plane took it or refused it for good: it is there, and the others need not wait for it.
     pub(super) fn answered(&mut self, number: u64) -> Option<Gone> {
-        self.failures = 0;
-        self.quiet_until = None;
-        self.flows = true;
+        let lane = self.lane(number)?;
+        lane.failures = 0;
+        lane.quiet_until = None;
+        lane.flows = true;
         self.remove(number)
     }
 
     /// Forgets a report, whatever became of it.
     pub(super) fn remove(&mut self, number: u64) -> Option<Gone> {
         let held = self.held.remove(&number)?;
-        self.by_task.remove(&(held.entry.task().clone(), number));
+        if self.by_task.remove(&held.key(number))
+            && let Some(lane) = self.lanes.get_mut(&held.entry.plane)
+        {
+            lane.left(number, held.place);
+        }
         self.waiting -= usize::from(held.waits());
         if self.waiting == 0 {
             self.last_error = None;
@@ -271,19 +338,20 @@ impl ReportQueue {
         draw: f64,
     ) -> Option<(Tries, Duration, bool)> {
         let Failure { error, retry_after } = failure;
-        self.flows = false;
         let held = self.held.get_mut(&number)?;
+        let lane = self.lanes.get_mut(&held.entry.plane)?;
+        lane.flows = false;
         // Those sent side by side fail together, and that is one failure.
-        let news = held.failures == self.failures;
-        self.failures = self.failures.saturating_add(u32::from(news));
+        let news = held.failures == lane.failures;
+        lane.failures = lane.failures.saturating_add(u32::from(news));
         held.tries.error = Some(error.to_owned());
         // Twice the pause of all: a report that alone fails must not be the next one again and again.
         let own = pause_asked(PAUSES.pause(held.tries.count.saturating_add(1), draw), retry_after, PAUSE_MAX);
         held.written = true;
-        let all = pause_asked(PAUSES.pause(self.failures, draw), retry_after, PAUSE_MAX);
-        self.quiet_until = self.quiet_until.max(Some(now + all));
+        let all = pause_asked(PAUSES.pause(lane.failures, draw), retry_after, PAUSE_MAX);
+        lane.quiet_until = lane.quiet_until.max(Some(now + all));
+        let first = news && lane.failures == 1;
         self.last_error = Some(error.to_owned());
-        let first = news && self.failures == 1;
         let held = self.place(number, Place::Waiting { due: now + own })?;
         Some((held.tries.clone(), own.max(all), first))
     }
@@ -303,23 +371,27 @@ impl ReportQueue {
 
     /// Ends all pauses, or those of some tasks.
     pub(super) fn hurry(&mut self, tasks: Option<&HashSet<TaskId>>, now: Instant) -> Vec<Listing> {
-        let mut listings = Vec::new();
-        for held in self.held.values_mut().filter(|held| wanted(&held.entry, tasks)) {
-            if let Place::Waiting { due } = &mut held.place {
-                *due = now;
-            }
-            listings.push(held.listing());
-        }
-        if !listings.is_empty() {
-            self.quiet_until = None;
-        }
-        listings
+        let numbers = self.numbers(tasks);
+        numbers.iter().for_each(|number| self.hurry_one(*number, now));
+        numbers.into_iter().filter_map(|number| self.listing(number)).collect()
     }
 
-    /// The plane has answered something else: whoever waits for it need not wait longer.
-    /// `false`: nobody does.
-    pub(super) fn plane_answers(&mut self) -> bool {
-        self.quiet_until.take().is_some() && self.waiting > 0
+    /// Ends the pause of a report, and that of its control plane.
+    pub(super) fn hurry_one(&mut self, number: u64, now: Instant) {
+        let Some(held) = self.held.get(&number).filter(|held| held.place != Place::Foreign) else { return };
+        if matches!(held.place, Place::Waiting { .. }) {
+            self.place(number, Place::Waiting { due: now });
+        }
+        if let Some(lane) = self.lane(number) {
+            lane.quiet_until = None;
+        }
+    }
+
+    /// The control plane has answered something else: its reports need not wait longer. `false`: none waits.
+    pub(super) fn plane_answers(&mut self, plane: &PlaneName) -> bool {
+        let Some(lane) = self.lanes.get_mut(plane) else { return false };
+        let waits = lane.sending > 0 || !lane.ready.is_empty() || !lane.paused.is_empty();
+        lane.quiet_until.take().is_some() && waits
     }
 
     /// The numbers of all reports of these tasks, or of all.
@@ -368,6 +440,10 @@ impl Held {
         Self { entry, ended_as, tries: Tries::default(), place, failures: 0, written: false, lease_kept: None }
     }
 
+    fn key(&self, number: u64) -> (PlaneName, TaskId, u64) {
+        (self.entry.plane.clone(), self.entry.task().clone(), number)
+    }
+
     /// Somebody sends it, or is about to.
     fn is_sent(&self) -> bool {
         matches!(self.place, Place::Fresh | Place::Sending)
@@ -387,6 +463,20 @@ impl Held {
     }
 }
 
+fn about(
+    by_task: &BTreeSet<(PlaneName, TaskId, u64)>,
+    plane: &PlaneName,
+    task: &TaskId,
+) -> impl DoubleEndedIterator<Item = u64> {
+    let key = |number| (plane.clone(), task.clone(), number);
+    by_task.range(key(0)..=key(u64::MAX)).map(|(_, _, number)| *number)
+}
+
+/// Whether a report about the same task is being sent.
+fn is_busy(held: &BTreeMap<u64, Held>, by_task: &BTreeSet<(PlaneName, TaskId, u64)>, entry: &Entry) -> bool {
+    about(by_task, &entry.plane, entry.task()).any(|number| held.get(&number).is_some_and(Held::is_sent))
+}
+
 fn wanted(entry: &Entry, tasks: Option<&HashSet<TaskId>>) -> bool {
     tasks.is_none_or(|tasks| tasks.contains(entry.task()))
 }
@@ -394,7 +484,7 @@ fn wanted(entry: &Entry, tasks: Option<&HashSet<TaskId>>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::{Outcome, PlaneName, ReportAddress, TaskResult};
+    use crate::model::{Outcome, ReportAddress, TaskResult};
 
     fn task(number: u128) -> TaskId {
         TaskId::parse(&number.to_string()).expect("an id")
@@ -412,6 +502,59 @@ mod tests {
             task_result: TaskResult::bare(Outcome::Completed),
             ended_at: Timestamp::UNIX_EPOCH,
         }
+    }
+
+    fn plane(name: &str) -> PlaneName {
+        PlaneName::parse(name).expect("a name")
+    }
+
+    fn entry_of(name: &str, number: u128) -> Entry {
+        Entry { plane: plane(name), ..entry(number) }
+    }
+
+    /// The next step for one control plane, found by a walk over all reports.
+    fn walked(book: &ReportQueue, name: &str, now: Instant) -> Turn {
+        let of_plane = || book.held.iter().filter(|(_, held)| held.entry.plane.as_str() == name);
+        let Some(lane) = book.lanes.get(&plane(name)) else { return Turn::Idle };
+        if of_plane().filter(|(_, held)| held.place == Place::Sending).count() >= lane.abreast() {
+            return Turn::Idle;
+        }
+        let sent = |task: &TaskId| of_plane().any(|(_, held)| held.is_sent() && held.entry.task() == task);
+        let free = of_plane().filter(|(_, held)| !sent(held.entry.task()));
+        let waiting = free.filter_map(|(number, held)| match held.place {
+            Place::Waiting { due } => Some((*number, due)),
+            _ => None,
+        });
+        let waiting: Vec<_> = waiting.collect();
+        let quiet = lane.quiet_until.filter(|until| *until > now);
+        match (waiting.iter().find(|(_, due)| *due <= now), quiet) {
+            (Some((number, _)), None) => Turn::Send(*number),
+            (Some(_), Some(until)) => Turn::At(until),
+            (None, quiet) => match waiting.iter().map(|(_, due)| *due).min() {
+                Some(due) => Turn::At(quiet.map_or(due, |until| until.max(due))),
+                None => Turn::Idle,
+            },
+        }
+    }
+
+    #[test]
+    fn unreachable_plane_does_not_stop_another() {
+        let (mut book, now) = (ReportQueue::default(), Instant::now());
+        for number in 0..4 {
+            let name = if number < 2 { "a" } else { "b" };
+            book.found(number, entry_of(name, u128::from(number)), Tries::default(), true, now);
+        }
+        assert_eq!(turn(&mut book, now), Turn::Send(0));
+        book.failed(0, refused(None), now, 1.0);
+        assert_eq!(turn(&mut book, now), Turn::Send(2));
+        book.answered(2);
+        assert_eq!(turn(&mut book, now), Turn::Send(3));
+        book.answered(3);
+        // The success of the other one ended no pause.
+        assert_eq!(book.turn(now), Turn::At(now + PAUSES.grown(1)));
+        assert!(!book.plane_answers(&plane("b")));
+        assert!(book.plane_answers(&plane("a")));
+        assert_eq!(turn(&mut book, now), Turn::Send(1));
     }
 
     fn refused(retry_after: Option<Duration>) -> Failure<'static> {
@@ -507,7 +650,7 @@ mod tests {
             let all = if pause == 400 { 200 } else { pause };
             assert_eq!(book.turn(start), Turn::At(start + Duration::from_millis(all)));
             // A poll that is answered ends the pause of all, and not that of the refused one.
-            assert!(book.plane_answers());
+            assert!(book.plane_answers(&plane("p")));
             assert_eq!(turn(&mut book, start), Turn::Send(1));
             assert_eq!(book.turn(start), Turn::Idle, "one alone, as the plane has not taken any");
             book.answered(1);
@@ -576,8 +719,8 @@ mod tests {
     }
 
     #[test]
-    fn what_is_counted_and_looked_up_is_what_is_there_whatever_was_done() {
-        let (mut book, now) = (ReportQueue::default(), Instant::now());
+    fn queue_matches_a_walk_over_all_reports() {
+        let (mut book, mut now) = (ReportQueue::default(), Instant::now());
         let mut state = 7_u32;
         let mut draw = |below: u32| {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -585,14 +728,16 @@ mod tests {
         };
         for step in 0..20_000 {
             // Few tasks and few numbers, so that some are met again.
+            let name = ["p", "q"][usize::from(draw(2) == 0)];
             let (task, number) = (u128::from(draw(5)), u64::from(draw(12)) + book.next.saturating_sub(10));
             let foreign = book.held.get(&number).is_some_and(|held| held.place == Place::Foreign);
-            match draw(10) {
+            now += Duration::from_millis(u64::from(draw(100)));
+            match draw(12) {
                 // Nobody sends what is for another plane, so nothing comes of it.
                 2..=8 if foreign => assert_eq!(book.begin(number, Timestamp::UNIX_EPOCH), None),
-                0 => drop(book.add(Arc::new(entry(task)))),
+                0 => drop(book.add(Arc::new(entry_of(name, task)))),
                 1 if !book.held.contains_key(&number) => {
-                    book.found(number, entry(task), Tries::default(), draw(2) == 0, now);
+                    book.found(number, entry_of(name, task), Tries::default(), draw(2) == 0, now);
                 }
                 2 => book.hold(number, Box::new(Named(task))),
                 3 => drop(book.rename(number)),
@@ -600,16 +745,23 @@ mod tests {
                 6 => drop(book.failed(number, refused(None), now, 1.0)),
                 7 => drop(book.broken_off(number, "stopped", now)),
                 8 => book.hand_over(number, now),
+                9 => drop(book.hurry(Some(&HashSet::from([super::tests::task(task)])), now)),
+                10 => drop(book.plane_answers(&plane(name))),
                 _ => drop(book.answered(number)),
             }
             let all = || book.held.iter().filter(|(_, held)| held.place != Place::Foreign);
             let waiting = all().filter(|(_, held)| held.waits()).count();
             assert_eq!((book.ours(), book.waiting()), (all().count(), waiting), "step {step}");
             assert_eq!(book.foreign(), book.held.len() - all().count());
-            for task in (0..5).map(super::tests::task) {
-                let newest = all().rfind(|(_, held)| *held.entry.task() == task);
-                assert_eq!(book.owed(&task), newest.map(|(number, _)| *number), "step {step}");
+            for (name, task) in (0..5).flat_map(|task| ["p", "q"].map(|name| (name, super::tests::task(task)))) {
+                let newest = all().rfind(|(_, held)| *held.entry.plane.as_str() == *name && *held.entry.task() == task);
+                assert_eq!(book.owed(&plane(name), &task), newest.map(|(number, _)| *number), "step {step}");
             }
+            let walked = ["p", "q"].map(|name| walked(&book, name, now));
+            let due = walked.iter().filter_map(|turn| if let Turn::At(due) = turn { Some(*due) } else { None }).min();
+            let sent = walked.into_iter().find(|turn| matches!(turn, Turn::Send(_)));
+            let wanted = sent.or(due.map(Turn::At)).unwrap_or(Turn::Idle);
+            assert_eq!(book.turn(now), wanted, "step {step}");
         }
     }
 

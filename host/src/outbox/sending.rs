@@ -10,6 +10,7 @@ use super::{
     Outbox, Sent,
     entry::{Entry, Tries},
     queue::Failure,
+    source_of,
     store::Change,
 };
 use crate::{
@@ -69,7 +70,8 @@ impl Try {
     }
 
     async fn send(mut self) -> Option<Sent> {
-        let settled = self.outbox.0.source.report(&self.entry.address, &self.entry.task_result).await;
+        let source = source_of(&self.outbox.0.planes, &self.entry).expect("a foreign report is never sent");
+        let settled = source.report(&self.entry.address, &self.entry.task_result).await;
         self.ended = true;
         let Self { outbox, number, entry, tries, who, .. } = &self;
         let (task, task_result, tries) = (entry.task(), &entry.task_result, tries.count);

@@ -75,13 +75,16 @@ impl Bench {
     fn open_as(&self, node: &str, max: usize) -> Outbox {
         let config =
             dms::Config { request_timeout: Duration::from_secs(20), ..dms::Config::new(self.plane.url.clone()) };
+        self.open_with(config, node, max)
+    }
+
+    fn open_with(&self, config: dms::Config, node: &str, max: usize) -> Outbox {
         let client = transport::Client::new(transport::Config::default());
         let source: Arc<dyn LeaseSource> =
-            Arc::new(Dms::with_tokens(config, client, "node".into(), TokenSource::holding("node")));
-        let plane = PlaneName::parse(dms::DEFAULT_NAME).expect("a name");
+            Arc::new(Dms::with_tokens(config, client, node.into(), TokenSource::holding("node")));
         let state = StateDir::open(self.state.path()).expect("a folder of our own");
-        let config = Config { state, plane, base_url: self.plane.url.to_string(), node: node.into(), max, senders: 2 };
-        Outbox::open(config, source, self.board.clone()).expect("opens")
+        let config = Config { state, planes: vec![source], max, senders: 2 };
+        Outbox::open(config, self.board.clone()).expect("opens")
     }
 
     fn open(&self) -> Outbox {
@@ -92,7 +95,7 @@ impl Bench {
     async fn kept(&self, outbox: &Outbox, numbers: impl IntoIterator<Item = u128>) -> Vec<PendingReport> {
         let mut all = Vec::new();
         for number in numbers {
-            let kept = outbox.enter(&lease(number), completed());
+            let kept = outbox.enter(facts(outbox), &lease(number), completed());
             kept.ticket().write().await;
             all.push(kept);
         }
@@ -108,6 +111,10 @@ impl Bench {
         let seen = tokio::time::timeout(Duration::from_secs(20), seen).await;
         assert!(seen.is_ok(), "waited for another status than {:?}", self.status());
     }
+}
+
+fn facts(outbox: &Outbox) -> &PlaneFacts {
+    outbox.0.planes[0].facts()
 }
 
 /// Runs an outbox until this is dropped.
@@ -285,6 +292,32 @@ async fn reports_go_to_their_own_plane_by_their_own_node_only() {
 }
 
 #[tokio::test]
+async fn report_for_another_plane_is_never_sent() {
+    let mut bench = Bench::new().await;
+    let config = || dms::Config::new(bench.plane.url.clone());
+    let other_name = dms::Config { name: PlaneName::parse("other").expect("a name"), ..config() };
+    let other_url = dms::Config::new(bench.plane.url.join("other/").expect("a URL"));
+    for config in [other_name, other_url] {
+        let outbox = bench.open_with(config, NODE, 100);
+        drop(bench.kept(&outbox, [1]).await);
+        outbox.finish(Duration::ZERO).await;
+        drop(outbox);
+        while bench.plane.waiting().is_some() {}
+
+        let outbox = bench.open();
+        assert_eq!((bench.status().waiting, bench.status().foreign), (0, 1));
+        let running = Running::start(&outbox);
+        assert_eq!(outbox.retry(None)[0].state, ListingState::Foreign);
+        running.stop().await;
+        assert_eq!(outbox.finish(Duration::from_secs(5)).await.reports, 0);
+        assert!(bench.plane.waiting().is_none(), "the foreign report was sent");
+        drop(outbox);
+        let mut offline = OfflineOutbox::open(bench.state.path()).expect("opens").expect("a file");
+        assert_eq!(offline.drop_reports(None).expect("written").len(), 1);
+    }
+}
+
+#[tokio::test]
 async fn a_full_outbox_has_no_room_until_something_is_accepted() {
     let mut bench = Bench::new().await;
     let outbox = bench.open_as(NODE, 2);
@@ -356,7 +389,7 @@ async fn what_is_accepted_before_anybody_wrote_it_is_never_written() {
     let outbox = bench.open();
     let file = bench.state.path().join(store::FILE);
     let before = std::fs::read(&file).expect("read");
-    let kept = outbox.enter(&lease(1), completed());
+    let kept = outbox.enter(facts(&outbox), &lease(1), completed());
     let ticket = kept.ticket();
     let plane = async { bench.plane.expect(&complete(1)).await.answer(204, "") };
     let (sent, ()) = tokio::join!(kept.send(named(&lease(1))), plane);
@@ -370,8 +403,8 @@ async fn what_is_accepted_before_anybody_wrote_it_is_never_written() {
 async fn what_was_not_written_yet_is_written_when_its_attempt_fails_or_goes() {
     let mut bench = Bench::new().await;
     let outbox = bench.open();
-    let kept = outbox.enter(&lease(1), completed());
-    drop(outbox.enter(&lease(2), completed()));
+    let kept = outbox.enter(facts(&outbox), &lease(1), completed());
+    drop(outbox.enter(facts(&outbox), &lease(2), completed()));
     let plane = async { bench.plane.expect(&complete(1)).await.answer(503, "later") };
     let (sent, ()) = tokio::join!(kept.send(named(&lease(1))), plane);
     assert!(matches!(sent, Sent::Waiting(_)), "{sent:?}");
