@@ -135,7 +135,7 @@ fn event_codes_match_their_page() {
                     entry.1.extend(own.map(str::to_owned));
                 }
                 // A debug line is for developers; a plugin's own lines have the plugin's text.
-                None if level == "debug" || arguments.iter().any(|argument| *argument == "\"{text}\"") => {}
+                None if level == "debug" || arguments.contains(&"\"{text}\"") => {}
                 None => nameless.push(format!("{inside}: {arguments:?}")),
             }
         }

@@ -115,12 +115,12 @@ async fn start(args: &Args, faults: &Faults, temporary: &Path) -> anyhow::Result
         ..dev::Config::default()
     };
     if let Some(port) = args.port {
-        return World::start(config(port)).await.context("the dev server did not start");
+        return DevServer::start(config(port)).await.context("the dev server did not start");
     }
     match DevServer::start(config(USUAL_PORT)).await {
         Err(DevError::Listen { source, .. }) if source.kind() == std::io::ErrorKind::AddrInUse => {
             tell(format_args!("port {USUAL_PORT} is taken, using a free one"));
-            World::start(config(0)).await.context("the dev server did not start")
+            DevServer::start(config(0)).await.context("the dev server did not start")
         }
         other => other.context("the dev server did not start"),
     }
@@ -209,8 +209,8 @@ fn greeting(
          export RUNNER_HOST_DEV={}\n\
          runner-host submit CAPABILITY --input FILE --wait\n\
          \nFor development and tests, not for production.\n",
-        trimmed(world.dds_url()),
-        trimmed(world.dms_url()),
+        trimmed(dev_server.dds_url()),
+        trimmed(dev_server.dms_url()),
         // Two nodes cannot share a state folder.
         std::env::temp_dir().join(format!("runner-host-{}", uuid::Uuid::new_v4().simple())).display(),
         trimmed(dev_server.dds_url()),

@@ -119,8 +119,13 @@ pub(super) async fn attempt(modules: Arc<Modules>, slot: Slot, session: Session,
     let brief = began.elapsed() <= BRIEF && result.artifacts.is_empty();
     let freed = free(permit, tidying);
     let settled = settle(&modules, slot.source.facts(), freed, session, &result, brief, &stops).await;
-    modules.board.ended(slot.held, TaskRecord::new(lease, &result, began.elapsed(), settled.state()));
-    say(&result, &settled, began.elapsed());
+    let record = TaskRecord::new(lease, slot.plugin.as_ref(), &result, began.elapsed(), settled.state());
+    modules.events.emit(NodeEvent::TaskEnded {
+        held: slot.held,
+        record: Arc::new(record),
+        reason: result.outcome.reason(),
+        report_reason: settled.reason(),
+    });
 }
 
 /// Confirms the lease and gets its slot. `Err` is the end of a task that never started.

@@ -296,7 +296,8 @@ impl Engine {
         let session = span.in_scope(|| self.modules.sessions.open(&plane.source, lease)); // heartbeats start
         if self.modules.outbox.owes(&plane.source.facts().name, &task) {
             // The plane leased it again before it heard of its end, as after a crash.
-            span.in_scope(|| info!(event = "task.leased_again", "task leased again, its report is not accepted yet"));
+            let again = NodeEvent::TaskLeasedAgain { task: task.clone() };
+            span.in_scope(|| self.modules.events.emit(again));
             self.modules.outbox.adopt(&plane.source.facts().name, &task, session);
             return;
         }

@@ -66,7 +66,7 @@ fn task() -> TaskId {
 async fn engine(dir: &std::path::Path, events: NodeEvents) -> Engine {
     let name = PlaneName::parse("test").expect("a name");
     let facts = PlaneFacts {
-        name: name.clone(),
+        name,
         base_url: "https://plane.test".into(),
         node: "node".into(),
         admission: Admission::SlotFirst,
@@ -75,13 +75,11 @@ async fn engine(dir: &std::path::Path, events: NodeEvents) -> Engine {
     let plane: Arc<dyn LeaseSource> = Arc::new(OneLease { facts, leased: AtomicBool::new(false) });
     let config = outbox::Config {
         state: StateDir::claim(&dir.join("state"), Duration::ZERO).await.expect("a state folder"),
-        plane: name,
-        base_url: "https://plane.test".to_owned(),
-        node: "node".to_owned(),
+        planes: vec![Arc::clone(&plane)],
         max: 10,
         senders: 1,
     };
-    let outbox = Outbox::open(config, Arc::clone(&plane), events.board().clone()).expect("opens");
+    let outbox = Outbox::open(config, events.board().clone()).expect("opens");
     let storage = storage::Config::new(dir.join("scratch")).domain;
     let client = transport::Client::new(transport::Config::default());
     let plugins = plugins::Config {

@@ -274,7 +274,7 @@ impl ReportQueue {
         let busy = |number: u64| held.get(&number).is_some_and(|report| is_busy(held, by_task, &report.entry));
         let mut next = Turn::Idle;
         for lane in lanes.values_mut() {
-            match (lane.turn(now, &busy), next) {
+            match (lane.turn(now, busy), next) {
                 (Turn::Send(number), _) => return Turn::Send(number),
                 (Turn::At(due), Turn::At(other)) => next = Turn::At(due.min(other)),
                 (Turn::At(due), _) => next = Turn::At(due),

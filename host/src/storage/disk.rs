@@ -60,14 +60,14 @@ impl Disk {
         space.map(drop).expect("the disk holds its own sender");
     }
 
-    /// Reads the free space at intervals and shows it on `board`, until `stop`.
-    pub async fn run(self, board: StatusBoard, stop: CancellationToken) {
-        self.show(&board, self.status());
+    /// Reads the free space at intervals and shows it on the status board, until `stop`.
+    pub async fn run(self, events: NodeEvents, stop: CancellationToken) {
+        show(&events, self.status());
         if self.0.floor == 0 {
             return;
         }
         if !self.has_room() {
-            self.log(self.status());
+            self.report(&events, self.status());
         }
         loop {
             tokio::select! {
@@ -80,7 +80,7 @@ impl Disk {
             let before = self.0.seen.send_replace(now);
             show(&events, now);
             if before.full != now.full {
-                self.log(now);
+                self.report(&events, now);
             }
         }
     }
@@ -91,14 +91,8 @@ impl Disk {
     }
 }
 
-    fn log(&self, now: DiskStatus) {
-        let (path, free_bytes, floor_bytes) = (self.0.path.display(), now.free_bytes, now.floor_bytes);
-        if now.full {
-            warn!(event = "disk.full", path = %path, free_bytes, floor_bytes, "disk is nearly full, leasing paused");
-        } else {
-            info!(event = "disk.has_room", path = %path, free_bytes, floor_bytes, "disk has room, leasing resumed");
-        }
-    }
+fn show(events: &NodeEvents, now: DiskStatus) {
+    events.board().change(|status| status.disk = now);
 }
 
 /// Unknown free space does not count as full: a write to a full disk reports its own error.

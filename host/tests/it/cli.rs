@@ -862,7 +862,7 @@ async fn closed_stderr_causes_no_panic() {
 }
 
 /// A dev server without a node, and the environment that it prints for one.
-async fn world(dir: &Path, flags: &[&str]) -> (Process, Vec<(String, String)>) {
+async fn dev_server(dir: &Path, flags: &[&str]) -> (Process, Vec<(String, String)>) {
     let dev = flags.iter().fold(Cli::new(&["dev", "--no-node", "--port", "0"]), |dev, flag| dev.arg(*flag));
     let dev = dev.dir(dir).start();
     dev.stdout_line(|line| line == "For development and tests, not for production.").await;

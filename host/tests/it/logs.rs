@@ -36,7 +36,7 @@ async fn every_line_of_a_task_carries_its_ids() {
     let job = of_task[0]["job_id"].clone();
     for line in &of_task {
         assert_eq!(line["capability"], "/fixtures/logs/v1", "{line}");
-        assert_eq!((&line["job_id"], &line["domain_id"]), (&job, &json!(lab.world.domain_id())), "{line}");
+        assert_eq!((&line["job_id"], &line["domain_id"]), (&job, &json!(lab.dev_server.domain_id())), "{line}");
         // The outbox knows only the report, possibly from an earlier process.
         if line["event"] != "report.delivered" && line["event"] != "report.waiting" {
             assert_eq!((&line["plugin"], &line["attempt"]), (&json!("zoo"), &json!(1)), "{line}");
