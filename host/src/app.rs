@@ -1,4 +1,4 @@
-//! The composition root: builds every room in order, then starts them.
+//! The composition root: builds every module in order, then starts them.
 
 use std::{net::SocketAddr, sync::Arc, thread, time::Duration};
 
@@ -28,19 +28,20 @@ use crate::{
     transport,
 };
 
-/// How long the plugins may take to shut down, all of them together.
+/// Longest time for the shutdown of all plugins together.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(1);
 
-/// Calls of the control plane at once. One that hangs is not to be met by a connection for each of very many leases.
+/// Most calls of the control plane at once. A control plane that hangs must not cause one connection for each of
+/// thousands of leases.
 const CALLS_MAX: usize = 256;
 
-/// How long a stop goes on sending reports that wait.
+/// How long a stop continues to send waiting reports.
 const LAST_ROUND: Duration = Duration::from_secs(2);
 
-/// How long a start waits for a command that works in the state folder.
+/// How long a start waits for a command that uses the state folder.
 const CLAIM_PATIENCE: Duration = Duration::from_millis(500);
 
-/// A node that is built and listens, but has not spoken to anybody.
+/// A node that is built and listens, but has sent nothing over the network.
 pub struct Node {
     engine: Engine,
     plane: BuiltPlane,
@@ -55,7 +56,7 @@ pub struct Node {
 }
 
 impl Node {
-    /// Builds the rooms. `/health` is bound when this returns, and nothing has gone over the network.
+    /// Builds the modules. `/health` is bound when this returns, and nothing has been sent over the network.
     ///
     /// # Errors
     /// When a folder or an address cannot be used.
@@ -71,10 +72,11 @@ impl Node {
         let state = StateDir::claim(&outbox.state_dir, CLAIM_PATIENCE).await.context("STATE_DIR cannot be used")?;
         let scratch = Scratch::open(storage.scratch_dir.clone()).context("SCRATCH_DIR cannot be used")?;
         let control = Control::start().context("start the control thread")?;
-        // The pages, the outbox and what moves data need files too.
+        // The pages, the outbox and the data transfers need files too.
         let at_once = (files / 4).min(CALLS_MAX);
-        // Three clients: a sign-in must not wait for its turn behind a control plane that hangs; and a connection is
-        // driven by the runtime that opened it, and those two's must not wait for data.
+        // There are three clients. A sign-in must not wait in the queue behind a control plane that hangs. A
+        // connection is driven by the runtime that opened it, so sign-in and control connections must not wait for
+        // data.
         let sign_in_client = transport::Client::new(http.clone());
         let control_client =
             transport::Client::new(transport::Config { at_once, idle_at_most: at_once, ..http.clone() });
@@ -115,7 +117,7 @@ impl Node {
                 state,
                 planes: vec![Arc::clone(&source)],
                 max: outbox.max,
-                // The next task of each slot may end while the last one's report is on its way.
+                // The next task of each slot may end while the last report of the slot is being sent.
                 senders: engine.slots.saturating_mul(2).max(8),
             },
             board.clone(),
@@ -160,7 +162,7 @@ impl Node {
         })
     }
 
-    /// Where the node's pages are. `None`: they are disabled, or the system does not say.
+    /// The address of the node's pages. `None`: they are disabled, or the system does not return it.
     #[must_use]
     pub fn address(&self) -> Option<SocketAddr> {
         self.pages.as_ref().and_then(|pages| pages.address().ok())
@@ -172,13 +174,13 @@ impl Node {
         self.events.board().clone()
     }
 
-    /// What the node does, as a stream.
+    /// The node's events as a stream.
     #[must_use]
     pub fn events(&self) -> NodeEvents {
         self.events.clone()
     }
 
-    /// Registers, leases and works until told to stop and everything has ended.
+    /// Registers, leases and runs tasks until a stop is requested and everything has ended.
     pub async fn run(self, stops: StopSignals) -> Ended {
         let address = self.address();
         let Self { engine, plane, outbox, pages, events, disk, control, plugins, .. } = self;
@@ -196,7 +198,7 @@ impl Node {
         let calls = (Arc::clone(&plugins), over.clone());
         let calls = tokio::spawn(async move { calls.0.watch(calls.1).await });
         let disk = tokio::spawn(disk.run(events.clone(), over.clone()));
-        // A node that is told to stop before it has begun does not register.
+        // If a stop is requested before the node begins, the node does not register.
         let running = (!stops.drain.is_cancelled()).then(|| {
             let (source, over) = (Arc::clone(&plane.source), over.clone());
             control.handle.spawn(async move { source.run(over).await })
@@ -236,13 +238,13 @@ impl Node {
     }
 }
 
-/// The control plane of a node, and what the pages show of it.
+/// The control plane of a node, and the parts of it that the pages show.
 struct BuiltPlane {
     source: Arc<dyn LeaseSource>,
     registration_form: RegistrationForm,
-    /// How the registration stands. `None`: the plane knows none.
+    /// The state of the registration. `None`: the plane has no registration.
     registration: Option<watch::Receiver<Registration>>,
-    /// Takes what a sign-in service asks of the pages.
+    /// Handles the requests of a sign-in service to the pages.
     health_checks: Arc<dyn HealthChecks>,
 }
 
@@ -267,10 +269,10 @@ impl BuiltPlane {
     }
 }
 
-/// Most tasks of lost reports that are named.
+/// Most tasks with lost reports that are named.
 const NAMED_MAX: usize = 100;
 
-/// Says what of the reports that are left the next start finds.
+/// Logs which of the remaining reports the next start finds.
 fn say_left(left: &Remaining) {
     let Remaining { reports, kept, unwritten, lost } = left;
     if !lost.is_empty() {
@@ -296,7 +298,7 @@ fn say_left(left: &Remaining) {
     }
 }
 
-/// Listens to commands, in the state folder that is there now.
+/// Listens for commands in the current state folder.
 #[cfg(unix)]
 async fn keep_open(mut socket: ControlSocket, outbox: Outbox, over: CancellationToken) {
     loop {
@@ -316,7 +318,7 @@ fn no_control_socket(folder: &std::path::Path, err: &std::io::Error) {
     warn!(event = "control.no_socket", state_dir = %folder.display(), error = %err, "control socket cannot be created, commands do not reach this node");
 }
 
-/// Copies the standing with the sign-in service to the status page.
+/// Copies the registration state to the status page.
 async fn show_registration(mut status: watch::Receiver<Registration>, board: StatusBoard, over: CancellationToken) {
     loop {
         let now = status.borrow_and_update().clone();
@@ -335,7 +337,7 @@ async fn show_registration(mut status: watch::Receiver<Registration>, board: Sta
     }
 }
 
-/// Copies what became of the plugins to the status page.
+/// Copies the state of the plugins to the status page.
 async fn show_plugins(plugins: Arc<Plugins>, board: StatusBoard, over: CancellationToken) {
     let mut serving = plugins.serving();
     loop {
@@ -361,8 +363,8 @@ async fn show_plugins(plugins: Arc<Plugins>, board: StatusBoard, over: Cancellat
     }
 }
 
-/// A thread with a runtime of its own for everything towards the control plane: work that keeps the
-/// other threads busy cannot starve heartbeats.
+/// A thread with its own runtime for all calls to the control plane. Work that keeps the other threads busy then
+/// cannot starve heartbeats.
 struct Control {
     handle: Handle,
     stop: CancellationToken,
@@ -381,7 +383,7 @@ impl Control {
 
     fn stop(self) {
         self.stop.cancel();
-        // It ends as soon as it looks; a panic in it has been logged.
+        // The thread ends as soon as it checks the signal. A panic in it has been logged.
         let _ = self.thread.join();
     }
 }

@@ -1,10 +1,12 @@
-//! Named points at which a test lets the process die as if the power went: debug builds only.
+//! Named points at which a test kills the process, as a power failure would. They exist in debug builds only.
 //!
-//! `RUNNER_HOST_CRASH_AT=NAME` kills the process with SIGKILL the first time it comes by the point of
-//! that name. With `panic:NAME` it panics there instead. In a release build a point is nothing. A point stands where no answer that a test holds
-//! back can stop the node, such as between the end of a runner and the write of its verdict.
+//! `RUNNER_HOST_CRASH_AT=NAME` kills the process with SIGKILL the first time it reaches the point `NAME`. With
+//! `panic:NAME` the process panics there instead. In a release build a point does nothing.
+//!
+//! Use a point where a test cannot stop the node by delaying an answer. An example is between the end of a runner and
+//! the write of its task result.
 
-/// Dies here if that is asked for.
+/// Kills the process here if the variable names this point.
 #[cfg(all(debug_assertions, unix))]
 pub(crate) fn point(name: &str) {
     use std::sync::OnceLock;
@@ -12,7 +14,7 @@ pub(crate) fn point(name: &str) {
     let Some(at) = AT.get_or_init(|| std::env::var("RUNNER_HOST_CRASH_AT").ok()) else { return };
     assert!(at.strip_prefix("panic:") != Some(name), "panic at {name}, as RUNNER_HOST_CRASH_AT asks");
     if at == name {
-        // The process does not come back from this.
+        // The call does not return.
         let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
     }
 }

@@ -1,8 +1,8 @@
 //! Accepts connections and serves HTTP on them: the pages, the control socket, the dev server.
 //!
 //! Anybody can connect to the pages. [`Limits`] bound the open connections of one sender and of all senders. A new
-//! connection is always served: it replaces the one without a request for the longest time. What a request is
-//! answered is the caller's part.
+//! connection is always served. It replaces the connection that has had no request for the longest time. The caller
+//! decides how a request is answered.
 
 use std::{
     collections::HashMap,
@@ -46,9 +46,9 @@ pub(crate) struct Limits {
     pub(crate) per_sender: usize,
     /// How long a connection may take to send the head of a request. This holds for each request.
     pub(crate) head_time: Duration,
-    /// How long a stop waits for requests that are being answered.
+    /// How long a stop waits for requests in progress.
     pub(crate) grace: Duration,
-    /// Descriptors that are kept for connections while the process has no other free one.
+    /// Descriptors reserved for connections while the process has no other free one.
     pub(crate) reserve: usize,
 }
 
@@ -59,7 +59,7 @@ pub(crate) trait Listener: Send + Sync {
 
     fn accept(&self) -> impl Future<Output = io::Result<(Self::Socket, Self::Peer)>> + Send;
 
-    /// Who is on the other end, where senders can be told apart.
+    /// The address of the peer, if senders can be distinguished.
     fn sender(peer: Self::Peer) -> Option<IpAddr>;
 }
 
@@ -93,7 +93,7 @@ impl Listener for tokio::net::UnixListener {
     }
 }
 
-/// One sender of IPv6 usually has a whole /64.
+/// Masks the address: one IPv6 sender usually has a whole /64.
 pub(crate) fn sender(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) => Ipv6Addr::from_bits(address.to_bits() >> 64 << 64).into(),
@@ -101,8 +101,8 @@ pub(crate) fn sender(address: IpAddr) -> IpAddr {
     }
 }
 
-/// Serves until `stop`, and then for `limits.grace` while requests are being answered. Returns how many connections
-/// were open after that.
+/// Serves until `stop`, and then for `limits.grace` while requests are in progress. Returns how many connections were
+/// open after that.
 ///
 /// `start` makes the byte stream and the service of a new connection.
 pub(crate) async fn serve<L, I, S, E>(
@@ -137,7 +137,7 @@ where
             Ok(accepted) => accepted,
             Err(err) if out_of_descriptors(&err) && reserve.release() => continue,
             Err(err) if out_of_descriptors(&err) && open.close_quietest(None) => {
-                // The descriptor is free as soon as the task has ended.
+                // The descriptor is free when the task has ended.
                 if let Some(ended) = tasks.join_next_with_id().await {
                     open.ended(ended);
                 }
@@ -164,7 +164,7 @@ where
     left
 }
 
-/// Answers on one connection until its end, or until `stop`.
+/// Serves one connection until its end, or until `stop`.
 async fn connection<I, S, E>(stream: I, service: S, head_time: Duration, active: Active, stop: CancellationToken)
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -195,7 +195,7 @@ where
     }
 }
 
-/// When a connection was opened, began a request or answered one, the latest of the three.
+/// The latest of three instants: the connection opened, a request began, or a request was answered.
 #[derive(Clone)]
 struct Active {
     opened: Instant,
@@ -245,7 +245,7 @@ impl Open {
         }
     }
 
-    /// Closes a connection if there would be too many with another one of `sender`.
+    /// Closes a connection if another one of `sender` would exceed a limit.
     fn make_room(&mut self, sender: Option<IpAddr>, limits: Limits) {
         let all = self.connections.len();
         let too_many = |sender: IpAddr| {
@@ -259,8 +259,7 @@ impl Open {
         }
     }
 
-    /// Closes the connection that has done nothing for the longest time, of one sender or of all. `false`: there is
-    /// none.
+    /// Closes the connection that was inactive for the longest time, of one sender or of all. `false`: there is none.
     fn close_quietest(&mut self, sender: Option<IpAddr>) -> bool {
         let candidates =
             self.connections.iter().filter(|(_, connection)| sender.is_none() || connection.sender == sender);
@@ -275,7 +274,7 @@ impl Open {
     }
 }
 
-/// Open files that stand for free descriptors.
+/// Open files that reserve descriptors.
 struct Reserve {
     files: Vec<File>,
     size: usize,
@@ -313,7 +312,7 @@ impl Reserve {
     }
 }
 
-/// Whether the process, or the system, has as many open files as it may.
+/// Whether the process or the system has reached its limit of open files.
 fn out_of_descriptors(err: &io::Error) -> bool {
     #[cfg(unix)]
     {

@@ -1,4 +1,4 @@
-//! What the node does, as one typed stream.
+//! The node's events, as one typed stream.
 //!
 //! A module passes each change of state to [`NodeEvents::emit`]. `emit` updates the status board, writes the log line
 //! and sends the event to the subscribers. [`NodeEvent::name`] is the code of the log line in its field `event`
@@ -100,7 +100,7 @@ pub enum NodeEvent {
         /// The task.
         task: TaskId,
     },
-    /// The control plane leased a task again whose report it has not accepted yet.
+    /// The control plane leased a task again although it has not accepted the report of that task yet.
     TaskLeasedAgain {
         /// The task.
         task: TaskId,
@@ -299,7 +299,7 @@ impl NodeEvent {
     }
 }
 
-/// The one line a task ends with.
+/// Writes the one log line for an ended task.
 fn log_task_ended(record: &TaskRecord, reason: Option<&str>, why: Option<&str>) {
     let TaskRecord { outcome, elapsed_ms, .. } = record;
     let (outcome, artifacts) = (outcome.as_str(), record.artifacts.len());
@@ -353,7 +353,7 @@ impl NodeEvents {
         event.show(&self.0.board);
         event.log();
         if let Some(sender) = self.0.sender.get() {
-            // The error says that no subscriber is left.
+            // An error means that no subscriber is left.
             let _ = sender.send(event);
         }
     }

@@ -1,21 +1,21 @@
 //! How many files and connections this process may have open.
 //!
-//! Many systems start a service with room for about a thousand, though it may ask for more. Each lease can
-//! hold a connection to a plane that hangs, and more while its data moves: a node of many slots that is out
-//! of them can neither keep its leases nor answer on its pages.
+//! Many systems start a service with a limit of about a thousand, although it may ask for more. Each lease can hold a
+//! connection to a plane that hangs. It can hold more while its data moves. A node with many slots and no free
+//! descriptors can neither keep its leases nor answer on its pages.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tracing::{debug, warn};
 
-/// What one slot may hold at once: a call of the plane, transfers, the files they come from and go to.
+/// Most descriptors of one slot: a call of the plane, transfers, and the files that they read and write.
 const PER_SLOT: u64 = 8;
-/// What the rest of the node may: plugins, pages, the outbox, logs.
+/// Most descriptors of the rest of the node: plugins, pages, the outbox, logs.
 const BESIDES: u64 = 256;
 
-/// What a node with one small plugin has open, and a few connections and files: with less it cannot work.
+/// What a node with one small plugin, a few connections and a few files has open. It cannot work with less.
 const NEED: u64 = 32;
 
-/// So few files may be open that the node cannot work.
+/// The limit on open files is too low for the node to work.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "only {limit} files may be open, the node needs at least {NEED}; raise the limit (ulimit -n, LimitNOFILE= of a service)"
@@ -27,13 +27,13 @@ pub(crate) struct TooFewFiles {
 /// Raises the limit as [`allow`] does, before plugins are opened.
 ///
 /// # Errors
-/// When it stays too low for any node.
+/// When the limit stays too low for any node.
 pub(crate) fn check(slots: usize) -> Result<(), TooFewFiles> {
     let (limit, _) = raise(slots);
     if limit < NEED { Err(TooFewFiles { limit }) } else { Ok(()) }
 }
 
-/// Allows as many as `slots` may need, as far as the system lets; with how many it lets.
+/// Raises the limit to what `slots` may need, as far as the system permits. Returns the new limit.
 pub(crate) fn allow(slots: usize) -> u64 {
     let (limit, wanted) = raise(slots);
     if limit < wanted {
@@ -42,11 +42,11 @@ pub(crate) fn allow(slots: usize) -> u64 {
     limit
 }
 
-/// How many files may be open now, and how many `slots` may need.
+/// Raises the limit. Returns how many files may be open now, and how many `slots` may need.
 fn raise(slots: usize) -> (u64, u64) {
     let wanted = u64::try_from(slots).unwrap_or(u64::MAX).saturating_mul(PER_SLOT).saturating_add(BESIDES);
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
-    // No number is no limit.
+    // `None` means no limit.
     let (now, most) = (current.unwrap_or(u64::MAX), maximum.unwrap_or(u64::MAX));
     if now >= wanted {
         return (now, wanted);

@@ -1,4 +1,4 @@
-//! The path of one task.
+//! One attempt: runs one task from its lease to its report.
 
 use std::{
     panic::AssertUnwindSafe,
@@ -29,16 +29,16 @@ use crate::{
     storage::{ScratchError, TaskDir},
 };
 
-/// How long the last words and the first try of a report may take once the node is to stop: what is
-/// not said by then is in the outbox.
+/// Longest time for the final flush and the first send of a report after a stop is requested. The outbox keeps what is
+/// not sent by then.
 const FAREWELL: Duration = Duration::from_secs(2);
-/// A task that took no longer than this and published nothing is soon done again: its report is sent before
-/// it is written, and never written where the plane takes it at once.
+/// A task is brief if it took at most this time and published nothing. A repeat of it costs little. Its report is sent
+/// before it is written. It is never written if the plane accepts it at once.
 const BRIEF: Duration = Duration::from_millis(50);
-/// How long the plane may take for that.
+/// How long the plane may take to accept the report of a brief task at once.
 const AT_ONCE: Duration = Duration::from_millis(25);
 
-/// What a run leaves behind.
+/// What a run returns.
 struct End {
     result: TaskResult,
     /// Its folder is being removed.
@@ -51,7 +51,7 @@ type Tidying = JoinHandle<Result<(), ScratchError>>;
 enum Settled {
     /// It was sent, with this result.
     Sent(Sent),
-    /// There was nothing to say.
+    /// Nothing may be reported.
     Silent(CancelReason),
 }
 
@@ -59,11 +59,11 @@ enum Settled {
 pub(super) enum SlotPermit {
     /// Reserved before the poll.
     Held(OwnedSemaphorePermit),
-    /// To be reserved: the lease came by itself.
+    /// To be reserved: the lease arrived before its slot.
     Wanted(Arc<Semaphore>, WaitingLease),
 }
 
-/// Room to run one task, and who is told how it ended.
+/// The slot for one task, and the parts that learn how it ended.
 pub(super) struct Slot {
     pub(super) permit: SlotPermit,
     /// The control plane that gave the lease.
@@ -75,7 +75,7 @@ pub(super) struct Slot {
     pub(super) plugin: Option<PluginId>,
 }
 
-/// What every line about a task carries.
+/// The fields of every log line about a task.
 pub(super) fn span(lease: &Lease, plugin: Option<&str>) -> Span {
     info_span!(
         "task",
@@ -88,20 +88,21 @@ pub(super) fn span(lease: &Lease, plugin: Option<&str>) -> Span {
     )
 }
 
-/// One task, top to bottom. Run it in its [`span`]. Every early exit still settles the lease and frees the slot.
+/// Runs one task from start to end. Run it in its [`span`]. Every early exit still settles the lease and frees the
+/// slot.
 pub(super) async fn attempt(modules: Arc<Modules>, slot: Slot, session: Session, grace: Duration, stops: StopSignals) {
-    let grant = session.grant(); // the task, a token, cancel, a place to report progress
+    let grant = session.grant(); // the task, a token, the cancel signal, the progress queue
     let lease = &grant.lease;
     let began = Instant::now();
     let (permit, refused) = match admit(&modules.events, slot.permit, &*slot.source, slot.held, &grant, &stops).await {
         Ok(permit) => (Some(permit), None),
         Err(outcome) => (None, Some(End::bare(outcome))),
     };
-    // Boxed: what goes around it would hold it several times over, and be copied with each move.
+    // Boxed: the futures around it would hold it several times, and each move would copy it.
     let run = AssertUnwindSafe(Box::pin(run(Arc::clone(&modules), slot.held, grant.clone(), grace))).catch_unwind();
     let ended = async {
         run.await.unwrap_or_else(|_| {
-            // A bug of ours must not leave a lease unsettled; the log has its words.
+            // A host bug must not leave a lease unsettled. The log has the details.
             let message = "the node failed while it ran the task; see its log".to_owned();
             End::bare(Outcome::HostFault { message })
         })
@@ -182,9 +183,9 @@ fn lease_value(grant: &HeldLease, outcome: &Outcome) -> LeaseValue {
     }
 }
 
-/// From the verdict to the first try of its report. The order matters: written down while the lease
-/// is ours, then the slot is `freed`, beside everything that may wait for the plane. A brief task's report gets
-/// a moment to be accepted first: a slot is free when its verdict is with the plane or on the disk.
+/// Runs from the task result to the first send of its report. The order matters. The report is written while the node
+/// holds the lease. Then the slot is `freed`, concurrently with everything that may wait for the plane. The report of
+/// a brief task first gets a short time to be accepted. A slot is free when the plane or the disk has its task result.
 async fn settle(
     modules: &Modules,
     plane: &PlaneFacts,
@@ -227,7 +228,7 @@ async fn settle(
         }
     }
     if !settled.as_ref().is_some_and(Settled::is_final) {
-        ticket.write().await; // durable before anyone is told
+        ticket.write().await; // durable before the report is sent
         crash::point("after-write");
     }
     if let Some(settled) = settled {
@@ -242,16 +243,16 @@ async fn settle(
         tokio::select! {
             biased;
             settled = said => settled,
-            // Dropped, the report is the outbox's.
+            // When the session is dropped, the outbox owns the report.
             () = out_of_patience => Settled::Sent(Sent::Waiting("the node stops".to_owned())),
         }
     };
-    // A plane that is away must not block the slot, and a folder that takes long must not delay the report.
+    // An unreachable plane must not block the slot. A slow removal of the folder must not delay the report.
     let ((), settled) = tokio::join!(freed, said);
     settled
 }
 
-/// Frees the slot, once its task's folder is gone.
+/// Frees the slot after the task's folder is removed.
 async fn free(permit: Option<OwnedSemaphorePermit>, tidying: Option<Tidying>) {
     if let Some(tidying) = tidying {
         match tidying.await {
@@ -267,7 +268,7 @@ async fn free(permit: Option<OwnedSemaphorePermit>, tidying: Option<Tidying>) {
     drop(permit);
 }
 
-/// Waits until the deadline has passed; for ever if there is none.
+/// Waits until the deadline has passed. Waits forever if there is no deadline.
 async fn passed(deadline: Option<BootInstant>) {
     let Some(deadline) = deadline else { return std::future::pending().await };
     while !deadline.has_passed() {
@@ -275,7 +276,7 @@ async fn passed(deadline: Option<BootInstant>) {
     }
 }
 
-/// Lets `run` come to its end, passing on the node's own wish to stop.
+/// Waits until `run` ends, and cancels the task when the node cancels all tasks.
 async fn run_to_end(run: impl Future<Output = End>, grant: &HeldLease, cancel_all: &CancellationToken) -> End {
     tokio::pin!(run);
     tokio::select! {
@@ -286,21 +287,21 @@ async fn run_to_end(run: impl Future<Output = End>, grant: &HeldLease, cancel_al
     run.await
 }
 
-/// Waits for the runner. What may take long, such as moving data, happens on the workers: this runs
-/// beside the heartbeats.
+/// Waits for the runner. Slow work, such as moving data, happens on the workers. This function runs
+/// concurrently with the heartbeats.
 async fn run(modules: Arc<Modules>, held: HeldNumber, grant: HeldLease, grace: Duration) -> End {
     let nothing = End::bare;
     if let Some(refusal) = modules.plugins.refusal(&grant.lease.capability) {
         return nothing(refusal);
     }
-    // The set-up heartbeat may bring what is missing of the data's location. All other tasks start at
-    // once; their first input, output or token call waits for the heartbeat's answer.
+    // The set-up heartbeat may bring the missing parts of the data's location. All other tasks start at once. Their
+    // first input, output or token call waits for the heartbeat's answer.
     if !grant.lease.data.is_complete()
         && let Err(outcome) = setup(&grant).await
     {
         return nothing(outcome);
     }
-    let dir = modules.storage.task_dir(grant.lease.task()); // made when somebody needs it
+    let dir = modules.storage.task_dir(grant.lease.task()); // created when it is first needed
     let ports = modules.storage.ports(&grant, dir.path()); // nothing is fetched before the runner asks
     modules.events.board().moved(held, TaskStage::Waiting);
     let board = modules.events.board().clone();
@@ -313,13 +314,13 @@ async fn run(modules: Arc<Modules>, held: HeldNumber, grant: HeldLease, grace: D
         began: Box::new(move || board.moved(held, TaskStage::Running)),
     };
     let outcome = modules.plugins.run(job).await;
-    ports.close().await; // ends or aborts what is still under way
+    ports.close().await; // ends or aborts the calls under way
     let (artifacts, inputs, disk_was_full) = (ports.published(), ports.fetched(), ports.disk_was_full());
     let tidying = (!dir.close_empty()).then(|| modules.workers.spawn_blocking(move || dir.close()));
     End { result: TaskResult { outcome: refused_setup(&grant, outcome), artifacts, inputs, disk_was_full }, tidying }
 }
 
-/// The task's directory as plugins ask for it.
+/// The task's directory in the form that plugins use.
 fn folder(dir: &TaskDir) -> Folder {
     let (path, dir) = (dir.path().to_owned(), dir.clone());
     let make = move || {
@@ -331,7 +332,7 @@ fn folder(dir: &TaskDir) -> Folder {
     Folder { path, make: Arc::new(make) }
 }
 
-/// Waits for the set-up heartbeat and says what is missing.
+/// Waits for the set-up heartbeat and returns what is missing.
 async fn setup(grant: &HeldLease) -> Result<(), Outcome> {
     match grant.setup().await {
         Setup::Ready(Ok(_)) => Ok(()),
@@ -346,7 +347,7 @@ async fn setup(grant: &HeldLease) -> Result<(), Outcome> {
     }
 }
 
-/// A runner that failed because the lease was never set up is not to blame.
+/// Changes the outcome if the lease was never set up: the runner did not cause that failure.
 fn refused_setup(grant: &HeldLease, outcome: Outcome) -> Outcome {
     if !matches!(outcome, Outcome::Failed { .. } | Outcome::Storage { .. }) {
         return outcome;
@@ -359,19 +360,19 @@ fn refused_setup(grant: &HeldLease, outcome: Outcome) -> Outcome {
 }
 
 impl End {
-    /// One without data.
+    /// An end without data.
     fn bare(outcome: Outcome) -> Self {
         Self { result: TaskResult::bare(outcome), tidying: None }
     }
 }
 
 impl Settled {
-    /// Whether nothing is left to be sent.
+    /// Whether nothing more will be sent.
     fn is_final(&self) -> bool {
         !matches!(self, Self::Sent(Sent::Waiting(_)))
     }
 
-    /// As the status page shows it.
+    /// The state that the status page shows.
     fn state(&self) -> ReportState {
         match self {
             Self::Sent(Sent::Accepted) => ReportState::Accepted,

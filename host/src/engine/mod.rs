@@ -1,8 +1,8 @@
-//! Slots, polling, dispatch, drain. Owns what is running.
+//! Slots, polling, dispatch and drain. The engine owns the running tasks.
 //!
-//! [`attempt::attempt`] is the path of one task. [`Engine::run`] polls for leases while slots are
-//! free, one at a time or several while leases come, and stops in two steps: first nothing new is leased
-//! and running tasks may end, then they are cancelled.
+//! [`attempt::attempt`] runs one task. [`Engine::run`] polls for leases while slots are free. It sends one poll at a
+//! time, or several while leases come. It stops in two steps. First nothing new is leased and running tasks
+//! may end. Then running tasks are cancelled.
 
 mod attempt;
 mod pace;
@@ -38,48 +38,48 @@ use crate::{
 use pace::{LeaseValue, Pace};
 use planes::{Plane, Turn, turn};
 
-/// How long a stop waits for the answer to a poll under way. A lease that comes later expires and
-/// goes to another node.
+/// How long a stop waits for the answer to a poll under way. A lease that arrives later expires and goes to another
+/// node.
 const LAST_POLL: Duration = Duration::from_secs(5);
-/// A plane that answers no poll for as long is shown to hang.
+/// The status shows polls as unanswered when a plane answers none for this long.
 const UNANSWERED: Duration = Duration::from_secs(10);
-/// How often a lease that could not be read is given back.
+/// How many times the node tries to report a lease that cannot be read.
 const REFUSALS_MAX: u32 = 3;
-/// The pauses between its tries.
+/// The pauses between these tries.
 const REFUSAL_PAUSES: Backoff = Backoff::new(Duration::from_millis(500), Duration::from_secs(1), Jitter::Fifth);
 
-/// What the engine works with.
+/// The modules that the engine uses.
 pub struct Modules {
     /// Where leases come from.
     pub planes: Vec<Arc<dyn LeaseSource>>,
-    /// Keeps them.
+    /// Keeps leases alive.
     pub sessions: Sessions,
     /// Moves data.
     pub storage: Stores,
     /// Keeps reports until they are accepted.
     pub outbox: Outbox,
-    /// Runs code.
+    /// Runs plugins.
     pub plugins: Arc<Plugins>,
     /// Shows and logs what happens.
     pub events: NodeEvents,
-    /// Moves data and waits for runners, whose work may keep its threads busy.
+    /// Moves data and waits for runners. Their work may keep its threads busy.
     pub workers: Handle,
 }
 
-/// How the engine is paced.
+/// Settings of the engine.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Tasks at once.
     pub slots: usize,
     /// Bounds of the pause after a poll without work, in either order.
     pub poll_backoff: (Duration, Duration),
-    /// How long running tasks may go on after the first stop.
+    /// How long running tasks may continue after the first stop.
     pub drain_timeout: Duration,
-    /// How long a cancelled runner may take.
+    /// How long a runner may take to end after its cancel.
     pub cancel_grace: Duration,
 }
 
-/// Most tasks at once that may be configured.
+/// The largest number of slots that may be configured.
 pub const SLOTS_MAX: usize = 65_536;
 
 impl Default for Config {
@@ -93,7 +93,7 @@ impl Default for Config {
     }
 }
 
-/// How a stop is asked for.
+/// Signals that stop the engine.
 #[derive(Clone, Default)]
 pub struct StopSignals {
     /// Lease nothing new; let running tasks end within the drain timeout.
@@ -103,7 +103,7 @@ pub struct StopSignals {
 }
 
 impl StopSignals {
-    /// Ends some time after the first stop, or with the second one.
+    /// Returns some time after the first stop, or at the second stop.
     async fn out_of_patience(&self) {
         self.drain.cancelled().await;
         tokio::select! {
@@ -116,21 +116,21 @@ impl StopSignals {
 /// How the engine ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
-    /// Every task came to its own end.
+    /// Every task ended without a cancel from the node.
     Drained,
-    /// Tasks were cancelled because time ran out or a second signal came, or reports are left.
+    /// Time ran out, a second signal came, or reports are left. Tasks may have been cancelled.
     CutShort,
 }
 
-/// See the module's text.
+/// See the module documentation.
 pub struct Engine {
     modules: Arc<Modules>,
     config: Config,
     slots: Arc<Semaphore>,
-    /// Each ends with the place of its plane.
+    /// Each attempt returns the index of its plane.
     attempts: JoinSet<usize>,
     planes: Vec<Plane>,
-    /// A lease that waited for a slot waits no longer.
+    /// Notified when a lease no longer waits for a slot.
     changed: Arc<Notify>,
 }
 
@@ -180,7 +180,7 @@ impl SharedPace {
     }
 }
 
-/// A poll that has come to its end.
+/// A poll that has ended.
 struct Polled {
     turn: Turn,
     sent: Instant,
@@ -198,8 +198,8 @@ impl Engine {
         Self { modules: Arc::new(modules), config, slots, attempts: JoinSet::new(), planes, changed }
     }
 
-    /// Polls and runs until told to stop and everything has ended. Spawn it on the runtime that
-    /// drives the sessions: a poll, its lease and the first heartbeat then need no other thread.
+    /// Polls and runs tasks until a stop is requested and everything has ended. Spawn it on the runtime that drives
+    /// the sessions. A poll, its lease and the first heartbeat then need no other thread.
     pub async fn run(mut self, stops: StopSignals) -> Ended {
         let mut polls = FuturesUnordered::new();
         let mut look = tokio::time::interval(UNANSWERED / 5);
@@ -210,7 +210,7 @@ impl Engine {
                 biased;
                 () = stops.drain.cancelled() => break,
                 Some(polled) = polls.next() => self.found(polled, &stops),
-                // After a finished task the next poll follows at once.
+                // The next poll follows at once after a finished task.
                 Some(ended) = self.attempts.join_next() => self.look_at(ended),
                 turn = turn(&self.modules, &self.planes, &self.slots), if more => {
                     let plane = &mut self.planes[turn.plane];
@@ -218,7 +218,7 @@ impl Engine {
                     polls.push(poll(Arc::clone(&plane.source), turn));
                 }
                 () = self.changed.notified() => {} // a plane may be polled again
-                // A plane that hangs gives no work long before the call has failed.
+                // A plane that hangs gives no work. This shows it long before the call fails.
                 _ = look.tick(), if !polls.is_empty() => if self.planes.iter().any(hangs) {
                     self.modules.events.board().unanswered();
                 },
@@ -227,7 +227,7 @@ impl Engine {
         for plane in &self.planes {
             plane.source.quiesce();
         }
-        // Dropped midway only when a stop runs out of patience: the plane may have given us leases.
+        // Polls are dropped midway only when a stop times out: the plane may already have leased tasks to this node.
         let mut patience = pin!(stops.out_of_patience());
         while !polls.is_empty() {
             tokio::select! {
@@ -239,7 +239,7 @@ impl Engine {
         self.drain(&stops).await
     }
 
-    /// Looks at what a poll brought.
+    /// Handles the result of a poll.
     fn found(&mut self, polled: Polled, stops: &StopSignals) {
         let Polled { turn: Turn { plane: place, permit }, sent, taken } = polled;
         let attempts_run = !self.attempts.is_empty();
@@ -249,7 +249,7 @@ impl Engine {
         if taken.is_ok() {
             self.modules.outbox.plane_answers(&plane.source.facts().name);
         }
-        // A lease that cannot be read, or a word to end something first, is an answer too.
+        // An unreadable lease is an answer too. So is a request to end a task first.
         if matches!(taken, Ok(_) | Err(LeaseError::Busy | LeaseError::Malformed { task: Some(_), .. })) {
             self.modules.events.board().polled(None);
         }
@@ -279,7 +279,7 @@ impl Engine {
                 });
             }
             Err(err) => {
-                // Polls that were under way together fail together, and are told once.
+                // Polls that were under way together fail together. They are logged once.
                 let Some(pause) = plane.pace.pause(sent, err.retry_after()) else { return };
                 if !stops.drain.is_cancelled() {
                     self.modules.events.emit(NodeEvent::PollFailed { error: err.to_string(), pause });
@@ -295,7 +295,7 @@ impl Engine {
         let task = lease.task().clone();
         let session = span.in_scope(|| self.modules.sessions.open(&plane.source, lease)); // heartbeats start
         if self.modules.outbox.owes(&plane.source.facts().name, &task) {
-            // The plane leased it again before it heard of its end, as after a crash.
+            // The plane leased the task again before it received the report, for example after a crash.
             let again = NodeEvent::TaskLeasedAgain { task: task.clone() };
             span.in_scope(|| self.modules.events.emit(again));
             self.modules.outbox.adopt(&plane.source.facts().name, &task, session);
@@ -333,7 +333,7 @@ impl Engine {
         }
     }
 
-    /// Waits for the running tasks, first patiently, then with a cancel.
+    /// Waits for the running tasks. Cancels them after the drain timeout.
     async fn drain(mut self, stops: &StopSignals) -> Ended {
         let (tasks, limit) = (self.attempts.len(), self.config.drain_timeout);
         self.modules.events.emit(NodeEvent::NodeDraining { tasks, limit });
@@ -342,7 +342,7 @@ impl Engine {
         tokio::pin!(patience);
         loop {
             tokio::select! {
-                // What has ended is seen first: with DRAIN_TIMEOUT=0 an idle node is not cut short.
+                // Ended tasks are checked first: with DRAIN_TIMEOUT=0 an idle node is not cut short.
                 biased;
                 next = self.attempts.join_next() => match next {
                     Some(end) => self.look_at(end),
@@ -359,7 +359,7 @@ impl Engine {
     }
 }
 
-/// Leases that are over before they begin are neither run nor reported.
+/// Whether a lease may run. A lease that is over before its task starts is neither run nor reported.
 fn admits(modules: &Modules, lease: &Lease) -> bool {
     let span = || attempt::span(lease, modules.plugins.id_of(&lease.capability).map(|plugin| &*plugin.name));
     let reason = if lease.cancelled {
@@ -374,7 +374,7 @@ fn admits(modules: &Modules, lease: &Lease) -> bool {
     false
 }
 
-/// Whether a plane leaves its polls without an answer. One that sends leases by itself may be silent for long.
+/// Whether a plane does not answer its polls. A plane that sends leases by itself may be silent for a long time.
 fn hangs(plane: &Plane) -> bool {
     let asked = plane.source.facts().admission == Admission::SlotFirst;
     asked && plane.under_way > 0 && plane.since.elapsed() >= UNANSWERED
@@ -386,8 +386,7 @@ async fn poll(source: Arc<dyn LeaseSource>, turn: Turn) -> Polled {
     Polled { turn, sent, taken: source.poll().await }
 }
 
-/// Gives back a lease that could not be read. Where the plane does not take that either, the lease
-/// expires by itself.
+/// Reports a lease that could not be read. If the plane does not accept that report, the lease expires.
 async fn refuse(source: Arc<dyn LeaseSource>, to: ReportAddress, reason: String, cancel: CancellationToken) {
     let outcome = Outcome::Setup { stage: SetupStage::StartSession, message: reason };
     let telling = async {

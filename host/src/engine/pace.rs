@@ -1,4 +1,4 @@
-//! When to poll next.
+//! Decides when to poll next.
 
 use std::time::Duration;
 
@@ -6,16 +6,16 @@ use tokio::time::Instant;
 
 use crate::model::{Backoff, Jitter, pause_asked};
 
-/// Longest time the plane may ask to be left alone, unless the pauses are longer anyway.
+/// Longest `Retry-After` that is obeyed, unless the configured pauses are longer.
 const ASKED_MAX: Duration = Duration::from_secs(60);
-/// No pause is shorter, whatever the bounds say: a plane without work is asked a hundred times a second at most.
+/// Shortest pause, whatever the bounds say. A plane without work is polled at most 100 times a second.
 const PAUSE_MIN: Duration = Duration::from_millis(10);
-/// Most polls under way at once: slots fill in few round trips of a plane far away, and an empty one is not
-/// asked by all of them.
+/// Most polls under way at once. Slots fill in few round trips to a distant plane. A plane without work does not
+/// receive a poll for each slot.
 const WIDTH_MAX: usize = 8;
 
-/// The pauses between polls. Each lies anywhere between the lower bound and the grown pause, so that nodes
-/// which start together drift apart. The bounds may come in either order.
+/// The pauses between polls. Each pause is between the lower bound and the grown pause. Nodes that start together then
+/// poll at different times. The bounds may come in either order.
 fn pauses((a, b): (Duration, Duration)) -> (Duration, Duration, Backoff) {
     let (low, high) = (a.min(b).max(PAUSE_MIN), a.max(b).max(PAUSE_MIN));
     (low, high, Backoff::new((low * 2).min(high), high, Jitter::From(low)))
@@ -34,24 +34,24 @@ pub(super) enum LeaseValue {
 }
 
 /// Decides when to poll, and how many polls may be under way. After work, the next poll follows at once. After an
-/// empty answer or a lease that could not be set up, the pauses grow: a control plane that gives such leases must
-/// not be polled in a tight loop.
+/// empty answer or a lease that could not be set up, the pauses grow. A control plane that gives such leases must not
+/// be polled in a tight loop.
 pub(super) struct Pace {
     backoff: Backoff,
     low: Duration,
     high: Duration,
-    /// Pauses in a row.
+    /// Number of pauses in a row.
     pauses: u32,
     next: Instant,
-    /// Before this the plane wants no poll, whatever else happens.
+    /// No poll is sent before this instant, because the plane asked for a pause.
     not_before: Instant,
-    /// When the last pause after a poll began: polls that were on their way then have the same answer.
+    /// When the last pause after a poll began. Polls that were under way then count as the same answer.
     paused_at: Instant,
-    /// The end of the last pause after an end: what ends before it is the same misfortune.
+    /// The end of the last pause after an unusable lease. Leases that end before it belong to the same failure.
     paused_until: Instant,
-    /// Leases since a poll brought none.
+    /// Leases since the last poll without one.
     wins: usize,
-    /// The last lease that ended was good for nothing: the next ones are taken one by one.
+    /// The last ended lease was unusable. The next leases are polled one at a time.
     wary: bool,
 }
 
@@ -72,27 +72,27 @@ impl Pace {
         }
     }
 
-    /// How many polls may be under way. One where there is no work; while leases come, one more with each.
+    /// How many polls may be under way. One without work. Each lease adds one.
     pub(super) fn width(&self) -> usize {
         if self.wary { 1 } else { self.wins.clamp(1, WIDTH_MAX) }
     }
 
-    /// The next poll goes alone.
+    /// Only one poll may be under way next.
     pub(super) fn alone(&mut self) {
         self.wins = 0;
     }
 
-    /// When the next poll may be.
+    /// The earliest instant of the next poll.
     pub(super) fn next(&self) -> Instant {
         self.next.max(self.not_before)
     }
 
-    /// The plane asks to be left alone for so long.
+    /// The plane asks for no polls for the time `asked`.
     pub(super) fn leave_alone(&mut self, asked: Duration, now: Instant) {
         self.not_before = now + pause_asked(Duration::ZERO, Some(asked), self.high.max(ASKED_MAX));
     }
 
-    /// A poll brought a lease.
+    /// A poll returned a lease.
     pub(super) fn won(&mut self, now: Instant) {
         if self.wary {
             self.next = now + self.low;
@@ -102,8 +102,8 @@ impl Pace {
         }
     }
 
-    /// A poll of the moment `sent` brought nothing that could be run. Returns the pause, or `None` where a
-    /// poll that was under way beside it has said so already.
+    /// A poll sent at `sent` returned nothing that could run. Returns the pause. Returns `None` if a concurrent poll
+    /// has started the pause already.
     pub(super) fn pause(&mut self, sent: Instant, now: Instant) -> Option<Duration> {
         self.alone();
         if sent < self.paused_at {
@@ -119,14 +119,14 @@ impl Pace {
         self.next = now + self.backoff.pause(self.pauses, rand::random());
     }
 
-    /// A lease ended. Say it before its slot is free: what follows shall not be taken too early.
+    /// A lease ended. Call this before its slot is free. Otherwise the next poll may be sent too early.
     pub(super) fn ended(&mut self, lease_value: LeaseValue, now: Instant) {
         match lease_value {
             LeaseValue::Work => {
                 self.wary = false;
                 self.pauses = 0;
             }
-            // Several that end together are one misfortune.
+            // Several leases that end together are one failure.
             LeaseValue::Nothing if self.wary && now < self.paused_until => {}
             LeaseValue::Nothing => {
                 self.wary = true;
@@ -137,7 +137,7 @@ impl Pace {
         }
     }
 
-    /// The plane knows of an end: there may be more work now.
+    /// The plane has learned that a task ended. It may have more work now.
     pub(super) fn hasten(&mut self, now: Instant) {
         if !self.wary {
             self.pauses = 0;
@@ -173,7 +173,7 @@ mod tests {
         assert!((1..10).all(|count| backoff.pause(count, 0.5) == 50 * MS));
     }
 
-    /// What happens at which millisecond, with pauses of 100 ms; expected are the moments of the next poll.
+    /// Events by millisecond, with pauses of 100 ms. `expected` lists the instants of the next poll.
     #[track_caller]
     fn check(events: &[(u32, &str)], expected: &[u128]) {
         let start = Instant::now();
@@ -212,7 +212,7 @@ mod tests {
             let mut pace = Pace::new((100 * MS, high * 1000 * MS), start);
             pace.leave_alone(asked * 1000 * MS, start);
             assert_eq!(pace.pause(start, start), Some(expected * 1000 * MS));
-            // Work that ends meanwhile does not change that.
+            // Work that ends meanwhile does not change the pause.
             pace.ended(LeaseValue::Work, start + MS);
             pace.hasten(start + MS);
             assert_eq!(pace.next(), start + expected * 1000 * MS);
@@ -234,7 +234,7 @@ mod tests {
         assert_eq!(widths(&mut pace, 10), [1, 2, 3, 4, 5, 6, 7, 8, 8, 8]);
         pace.alone();
         assert_eq!(widths(&mut pace, 3), [1, 2, 3]);
-        // Three polls that were under way together found nothing: one pause, not a third one.
+        // Three concurrent polls found nothing: they cause one pause, not a third one.
         assert!(pace.pause(start, start + 5 * MS).is_some());
         let next = pace.next();
         assert_eq!((pace.pause(start, start + 6 * MS), pace.next()), (None, next));

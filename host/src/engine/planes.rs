@@ -1,4 +1,4 @@
-//! The control planes of a node, and which of them is polled next.
+//! The control planes of a node. Decides which of them is polled next.
 
 use std::{
     sync::{
@@ -25,14 +25,14 @@ pub(super) struct Plane {
     pub(super) under_way: usize,
     /// The control plane wants one of its tasks to end before it gives more.
     pub(super) busy: bool,
-    /// The last answer, or the first poll after it.
+    /// When the last answer arrived, or when the first poll after it was sent.
     pub(super) since: Instant,
-    /// When it was polled last: of two that are due, the one that waited longer is next.
+    /// When it was polled last. Of two planes that are due, the one that waited longer is next.
     polled_at: Instant,
     waiting: Waiting,
 }
 
-/// Leases that came without a slot and wait for one.
+/// Counts leases that arrived without a slot and wait for one.
 #[derive(Clone)]
 pub(super) struct Waiting {
     count: Arc<AtomicUsize>,
@@ -51,7 +51,7 @@ impl Drop for WaitingLease {
 
 /// Permission to poll one plane.
 pub(super) struct Turn {
-    /// Its place in the list.
+    /// Its index in the list.
     pub(super) plane: usize,
     /// The slot for the lease. `None`: the slot is reserved when a lease has arrived.
     pub(super) permit: Option<OwnedSemaphorePermit>,
@@ -98,8 +98,8 @@ impl Plane {
     }
 }
 
-/// Waits until one of the planes may be polled. A plane that pauses or is not ready holds no slot. Too many reports
-/// that wait, or a full disk, stop all of them: finished tasks would pile up without bound.
+/// Waits until one of the planes may be polled. A plane that pauses or is not ready holds no slot. Too many waiting
+/// reports, or a full disk, stop polls of all planes. Otherwise finished tasks would accumulate without bound.
 pub(super) async fn turn(modules: &Modules, planes: &[Plane], slots: &Arc<Semaphore>) -> Turn {
     let (outbox, disk) = (&modules.outbox, modules.storage.disk());
     loop {
@@ -116,7 +116,7 @@ pub(super) async fn turn(modules: &Modules, planes: &[Plane], slots: &Arc<Semaph
             return Turn { plane, permit: None };
         }
         let permit = Arc::clone(slots).acquire_owned().await.expect("the slots are never closed");
-        // All of it may have changed while this waited for the slot.
+        // All of these conditions may have changed while this waited for the slot.
         let due = planes[plane].is_ready() && planes[plane].pace.next() <= Instant::now();
         if due && outbox.has_room() && disk.has_room() {
             return Turn { plane, permit: Some(permit) };
@@ -124,7 +124,7 @@ pub(super) async fn turn(modules: &Modules, planes: &[Plane], slots: &Arc<Semaph
     }
 }
 
-/// Waits for a plane that may be polled now. `None`: something changed, look again.
+/// Waits for a plane that may be polled now. `None`: something changed, and the caller must check again.
 async fn due(planes: &[Plane]) -> Option<usize> {
     let wanting = || planes.iter().enumerate().filter(|(_, plane)| plane.wants_poll());
     let now = Instant::now();
@@ -138,7 +138,7 @@ async fn due(planes: &[Plane]) -> Option<usize> {
         .filter(|(_, plane)| !plane.is_ready())
         .map(|(_, plane)| async {
             if !plane.source.until_ready().await {
-                std::future::pending::<()>().await; // it never will be
+                std::future::pending::<()>().await; // no plane will be due
             }
         })
         .collect();

@@ -1,4 +1,4 @@
-//! The engine with a control plane that leases one task, and without plugins.
+//! Tests of the engine with a control plane that leases one task, and without plugins.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -17,7 +17,7 @@ use crate::{
     transport,
 };
 
-/// Leases one task whose capability nobody serves, and accepts its report.
+/// Leases one task whose capability no plugin serves, and accepts its report.
 struct OneLease {
     facts: PlaneFacts,
     leased: AtomicBool,

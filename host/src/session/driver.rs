@@ -1,4 +1,4 @@
-//! Does what `pacing` says: one task for each session, which owns everything that changes.
+//! Runs the steps of `pacing`. Each session has one task, which owns all mutable state.
 
 use std::sync::Arc;
 
@@ -17,9 +17,9 @@ use crate::{
     node_event::{NodeEvent, NodeEvents},
 };
 
-/// How often the last words of a task are tried before its report goes without them.
+/// Most failed heartbeats in the final flush of a task. Its report is then sent without the rest.
 const FLUSHES_MAX: u32 = 3;
-/// What someone hears who waits for the set-up of a cancelled task.
+/// The error for a caller that waits for the set-up of a cancelled task.
 const CANCELLED: &str = "the task was cancelled";
 
 pub(super) struct Driver {
@@ -31,15 +31,15 @@ pub(super) struct Driver {
     events: NodeEvents,
     /// Where heartbeats and the report go now.
     address: ReportAddress,
-    /// Where the data is, as far as the control plane has said.
+    /// Where the data is, according to the control plane so far.
     announced: AnnouncedData,
-    /// The location of the data was published.
+    /// Whether the location of the data was published.
     located: bool,
-    /// The task has ended and its last words are said.
+    /// Whether the task has ended and its final flush is complete.
     ended: bool,
-    /// What the latest heartbeat's failure asks for; `None` once one was answered. Each is told once.
+    /// The advice of the latest heartbeat's failure. `None` after an answered heartbeat. Each advice is logged once.
     trouble: Option<Advice>,
-    /// How the plane said that the lease is not ours any more.
+    /// The plane's message that this node no longer holds the lease.
     gone: Option<String>,
 }
 
@@ -78,8 +78,8 @@ impl Driver {
         driver
     }
 
-    /// Keeps the lease while its task runs, says the last words, and keeps it on while the report is on its
-    /// way. Who drops the session instead of closing it ends this wherever it is.
+    /// Keeps the lease while its task runs, sends the final flush, and keeps the lease until the report has arrived.
+    /// If the caller drops the session instead of closing it, this future ends at once.
     pub(super) async fn run(mut self) {
         let Some(say) = self.keep_for_task().await else { return };
         if self.pacing.left(BootInstant::now()).is_some() && self.grant.progress.is_dirty() {
@@ -87,13 +87,13 @@ impl Driver {
         }
         let end = self.end();
         let report = end.is_ok();
-        // Nobody listens any more: the node stops, and the report is the outbox's.
+        // The receiver is gone: the node stops, and the outbox owns the report.
         if say.send(end).is_ok() && report {
             self.keep_for_report().await;
         }
     }
 
-    /// Until the session is closed.
+    /// Keeps the lease until the session is closed.
     async fn keep_for_task(&mut self) -> Option<Closing> {
         let mut event = PacingEvent::Tick;
         loop {
@@ -108,7 +108,7 @@ impl Driver {
                         () = sleep(until.left()) => PacingEvent::Tick,
                         () = self.grant.progress.changed() => PacingEvent::Tick,
                     };
-                    // A change may have left with a heartbeat already.
+                    // A heartbeat may already have carried the change.
                     if self.grant.progress.is_dirty() {
                         event = PacingEvent::Dirty;
                     }
@@ -122,8 +122,8 @@ impl Driver {
         }
     }
 
-    /// Until the lease is over. What the plane says meanwhile changes nothing any more: whether the report
-    /// counts is for the answer to the report.
+    /// Keeps the lease until it is over. Messages of the plane have no effect here. The answer to the report decides
+    /// whether the report counts.
     async fn keep_for_report(&mut self) {
         self.ended = true;
         let mut event = PacingEvent::Tick;
@@ -142,20 +142,20 @@ impl Driver {
         }
     }
 
-    /// What the control plane calls the task now.
+    /// The current id of the task on the control plane.
     fn task(&self) -> TaskId {
         self.address.task.clone()
     }
 
-    /// Says to everyone until when the lease is ours.
+    /// Publishes the deadline of the lease.
     fn publish_deadline(&self) {
-        // A lost one is told by the cancel signal, which needs no clock.
+        // The cancel signal reports a lost lease. It needs no clock.
         if let Some(expires) = self.pacing.expires() {
             self.keys.deadline().set(expires);
         }
     }
 
-    /// Passes an end on to everyone who works on the task.
+    /// Publishes the end of the lease or a cancel to everything that works on the task.
     fn tell(&self, step: PacingStep) {
         match step {
             PacingStep::Cancel => {
@@ -174,7 +174,7 @@ impl Driver {
         }
     }
 
-    /// Publishes the result of the set-up; only the first one counts.
+    /// Publishes the result of the set-up. Only the first result counts.
     fn set_up(&self, result: Setup) {
         self.keys.set_up(|now| {
             let first = *now == Setup::Pending;
@@ -195,7 +195,7 @@ impl Driver {
             Advice::StopTask => {
                 let (task, error, ended) = (self.task(), failure.to_string(), self.ended);
                 self.events.emit(NodeEvent::HeartbeatRefused { task, error: error.clone(), ended });
-                // Once the task has ended, its report may have arrived although its answer was lost.
+                // After the task has ended, its report may have arrived although its answer was lost.
                 if !ended {
                     self.gone = Some(error);
                 }
@@ -213,7 +213,7 @@ impl Driver {
         PacingEvent::Failed { retry_after: failure.retry_after() }
     }
 
-    /// Takes over what an answer says, in the order of posemesh.md section 4.10; cancel comes last.
+    /// Applies an answer in the order of posemesh.md section 4.10. The cancel comes last.
     fn adopt(&mut self, sent: &Pending, kept: Renewal) -> PacingEvent {
         if self.trouble.take().is_some() {
             self.keys.answered();
@@ -235,23 +235,23 @@ impl Driver {
             self.keys.rename(address);
         }
         if let Some(capability) = kept.capability.filter(|name| name != self.grant.lease.capability.as_str()) {
-            // What runs stays what runs; a plane that wants another runner has to make another task.
+            // The running runner does not change. A plane that wants another runner must create another task.
             warn!(event = "task.capability_renamed", task_id = %self.address.task, renamed = %capability, "control plane renamed the task's capability, the runner continues");
         }
         if self.announced.domain().is_none()
             && let Some(domain) = kept.data.as_ref().and_then(AnnouncedData::domain)
         {
-            // The span of the task was made before this was known.
+            // The span of the task was created before this was known.
             tracing::Span::current().record("domain_id", tracing::field::display(domain));
         }
-        // The runner of a cancelled task must not begin to fetch.
+        // The runner of a cancelled task must not start to fetch.
         if !kept.cancel {
             self.locate_data(kept.data);
         }
         PacingEvent::Answered { term: kept.term, token: kept.token_expires_at, cancel: kept.cancel }
     }
 
-    /// Publishes where the task's data is: with the set-up heartbeat, and after each change.
+    /// Publishes the location of the task's data with the set-up heartbeat, and after each change.
     fn locate_data(&mut self, newer: Option<AnnouncedData>) {
         let first = !self.located;
         let mut now = self.announced.clone();
@@ -273,12 +273,12 @@ impl Driver {
                 *known = Ok(now);
                 true
             }
-            // A refused set-up stays refused, and a usable location is not given up for an unusable one.
+            // A refused set-up stays refused. An unusable location does not replace a usable one.
             _ => false,
         });
     }
 
-    /// Where the report goes, or why there is none.
+    /// Returns where the report goes, or why there is none.
     fn end(&self) -> Result<ReportAddress, NoReport> {
         if let Some(why) = self.gone.clone() {
             return Err(NoReport::Gone(why));
@@ -289,8 +289,8 @@ impl Driver {
         Ok(self.address.clone())
     }
 
-    /// Sends the last progress and events. It may take half of what is left of the lease; the
-    /// other half belongs to the report, which goes out in any case.
+    /// Sends the last progress and events. It may take half of the time that is left of the lease. The other half is
+    /// for the report, which is sent in any case.
     async fn flush(&mut self) {
         let started = BootInstant::now();
         let deadline = started + self.pacing.left(started).unwrap_or_default() / 2;
@@ -309,7 +309,7 @@ impl Driver {
             if !self.grant.progress.is_dirty() {
                 return;
             }
-            // What one heartbeat could not carry goes with the next one, at the least distance.
+            // The next heartbeat carries what one heartbeat could not carry. It is sent after the shortest gap.
             let next = if answered { BootInstant::now() + GAP_MIN } else { until };
             failures += u32::from(!answered);
             if failures >= FLUSHES_MAX || next >= deadline {

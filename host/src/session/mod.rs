@@ -1,10 +1,9 @@
-//! One held lease: its heartbeats, its turning tokens, its last words. The report is the outbox's, which
-//! keeps the session until the report has arrived: the plane must not give the task out again meanwhile.
+//! One held lease: heartbeats, token rotation and the final flush. The outbox sends the report. It keeps the session
+//! until the report has arrived, so that the plane does not lease the task again meanwhile.
 //!
-//! [`Sessions::open`] starts a driver for a lease and hands out the [`Session`]; everyone who works
-//! on the task looks at its [`HeldLease`]. Drivers run on a runtime of their own, which busy runners
-//! cannot starve. When to beat is decided in `pacing`, without clock or socket; `driver` does it.
-//! Which plane is spoken to is not known here.
+//! [`Sessions::open`] starts a driver for a lease and returns the [`Session`]. Everything that works on the task reads
+//! its [`HeldLease`]. Drivers run on a separate runtime, which busy runners cannot starve. `pacing` decides when to
+//! send a heartbeat, without clock or socket. `driver` sends it. This module does not know which plane it talks to.
 
 mod driver;
 mod pacing;
@@ -23,15 +22,15 @@ use crate::{
     node_event::NodeEvents,
 };
 
-/// How leases are kept.
+/// How leases are kept alive.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Config {
-    /// Earliest heartbeat, as a share of what is left of the lease. Order and range of the two
-    /// ratios are put right where they are wrong.
+    /// Earliest heartbeat, as a share of the time left of the lease. A wrong order or range of the two ratios is
+    /// corrected.
     pub min_ratio: f64,
-    /// Latest heartbeat, as a share of what is left of the lease.
+    /// Latest heartbeat, as a share of the time left of the lease.
     pub max_ratio: f64,
-    /// How long progress and events are gathered before they are sent.
+    /// How long progress and events are collected before they are sent.
     pub coalesce: Duration,
 }
 
@@ -56,8 +55,8 @@ impl Sessions {
         Self { timing, runtime, events }
     }
 
-    /// Starts to keep `lease`, with a heartbeat at once. A lease that arrived cancelled gets none:
-    /// its grant is cancelled from the beginning. Its log lines belong to the current span.
+    /// Starts to keep `lease` alive, and sends a heartbeat at once. A lease that arrived cancelled gets no heartbeat,
+    /// and its view is cancelled from the start. Its log lines belong to the current span.
     #[must_use]
     pub fn open(&self, source: &Arc<dyn LeaseSource>, lease: Lease) -> Session {
         let (grant, keys) = HeldLease::new(lease, Setup::Pending);
@@ -69,22 +68,22 @@ impl Sessions {
     }
 }
 
-/// A lease being kept. Its heartbeats end at once when it is dropped.
+/// A lease that is kept alive. Its heartbeats end at once when this is dropped.
 pub struct Session {
     grant: HeldLease,
     close: Option<oneshot::Sender<Closing>>,
     _driver: AbortOnDropHandle<()>,
 }
 
-/// Where the driver says how the last words went.
+/// Where the driver sends the result of the final flush.
 type Closing = oneshot::Sender<Result<ReportAddress, NoReport>>;
 
-/// Why nothing may be said about the end of a task.
+/// Why the end of a task may not be reported.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NoReport {
     /// The task was cancelled or its lease lost before it ended.
     Over(CancelReason),
-    /// The plane has said that the task is not ours; the text says how, in one line.
+    /// The plane has said that this node does not hold the task. The text is the reason in one line.
     Gone(String),
 }
 
@@ -95,10 +94,10 @@ impl Session {
         self.grant.clone()
     }
 
-    /// Why an end like this may not be reported, if so: asked in the moment the task has ended.
+    /// Returns why this outcome may not be reported, if it may not. Call it when the task has ended.
     #[must_use]
     pub fn no_report(&self, outcome: &Outcome) -> Option<CancelReason> {
-        // Asking looks at the clock too: a process that was stopped may not have heard of the end yet.
+        // This also reads the clock: a process that was stopped may not have noticed the end of the lease yet.
         let ours = self.grant.check_deadline();
         match (self.grant.cancel.reason(), outcome) {
             _ if !ours => Some(CancelReason::LeaseLost),
@@ -109,14 +108,13 @@ impl Session {
         }
     }
 
-    /// Sends the last progress and events where some are left and the lease still lives. Returns where the
-    /// report goes, or why there is none. A lease that runs out in here silences
-    /// nothing: its task has ended before. Where there is a report, heartbeats go on until the session is
-    /// dropped. Call it once.
+    /// Sends the remaining progress and events while the lease is valid. Returns where the report goes, or why there
+    /// is none. If the lease ends during this call, the report is still sent: its task has ended before. If there is a
+    /// report, heartbeats continue until the session is dropped. Call it once.
     pub async fn close(&mut self) -> Result<ReportAddress, NoReport> {
         let (say, said) = oneshot::channel();
         if let Some(close) = self.close.take() {
-            // The driver may have ended by a panic; then nothing is said.
+            // The driver may have ended by a panic. Then nobody receives this message.
             let _ = close.send(say);
         }
         if let Ok(closed) = said.await {

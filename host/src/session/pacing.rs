@@ -1,25 +1,25 @@
-//! When a held lease is kept: a machine without clock, socket or chance.
+//! Decides when to renew a held lease. This state machine has no clock, no socket and no random source.
 //!
-//! The driver says what happened and when, draws the jitter, and does what comes out. Start at
+//! The driver passes the event and its time, draws the jitter, and executes the returned step. Start at
 //! [`Pacing::on`].
 
 use std::time::Duration;
 
 use crate::model::{Backoff, BootInstant, Jitter, Term, pause_asked};
 
-/// Least time between the starts of two paced heartbeats, however fast progress comes and
-/// whatever the plane says about time.
+/// Least time between the starts of two paced heartbeats. It holds for any rate of progress and any time that the
+/// plane sends.
 pub(super) const GAP_MIN: Duration = Duration::from_millis(100);
-/// How long a lease is taken to last when the plane does not say it.
+/// The assumed term of a lease when the plane does not send one.
 pub(super) const TERM_ASSUMED: Duration = Duration::from_secs(60);
-/// Longest term believed; a clock cannot hold every time a plane may send.
+/// Longest term that is accepted. A clock cannot hold every time a plane may send.
 const TERM_MAX: Duration = Duration::from_secs(24 * 3600);
 /// The pauses between two tries after failures.
 const PAUSES: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(5), Jitter::Half);
-/// Least time between two heartbeats for the sake of the domain token, whose end ends no lease.
+/// Least time between two heartbeats that only renew the domain token. The end of that token does not end the lease.
 const TOKEN_GAP: Duration = Duration::from_secs(1);
 
-/// How often to keep a lease.
+/// How often to renew a lease.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct HeartbeatTiming {
     min_ratio: f64,
@@ -30,7 +30,7 @@ pub(super) struct HeartbeatTiming {
 }
 
 impl HeartbeatTiming {
-    /// Ratios in any order and outside 0..1 are put right.
+    /// Ratios in the wrong order or outside 0..1 are corrected.
     pub(super) fn new(a: f64, b: f64, coalesce: Duration) -> Self {
         let sane = |ratio: f64| if ratio.is_nan() { 0.3 } else { ratio.clamp(0.0, 1.0) };
         let (a, b) = (sane(a), sane(b));
@@ -42,7 +42,7 @@ impl HeartbeatTiming {
         }
     }
 
-    /// The same with no pause longer than `longest`.
+    /// The same timing with no pause longer than `longest`.
     pub(super) fn at_most(self, longest: Option<Duration>) -> Self {
         Self { longest: longest.unwrap_or(self.longest), ..self }
     }
@@ -57,63 +57,63 @@ impl HeartbeatTiming {
 pub(super) enum PacingEvent {
     /// Time passed.
     Tick,
-    /// There is progress or an event no answered heartbeat has carried.
+    /// There is progress or an event that no answered heartbeat has carried.
     Dirty,
-    /// The heartbeat was answered. `term` says what that means for the lease. `token` is the end of its data
-    /// token, where the control plane said it.
+    /// The heartbeat was answered. `term` is the effect on the lease. `token` is the end of its data token, if the
+    /// control plane sent one.
     Answered { term: Term, token: Option<BootInstant>, cancel: bool },
-    /// The heartbeat failed in a way that does not end the lease. The plane may have asked to be left
-    /// alone for so long.
+    /// The heartbeat failed in a way that does not end the lease. `retry_after` is the pause that the plane asked for,
+    /// if any.
     Failed { retry_after: Option<Duration> },
-    /// The plane says the lease is not ours any more.
+    /// The plane says that this node no longer holds the lease.
     Gone,
 }
 
 /// What to do now.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum PacingStep {
-    /// Send a heartbeat, which must be over by this moment; its result is the next event.
+    /// Send a heartbeat that must end by `until`. Its result is the next event.
     Beat { until: BootInstant },
-    /// Nothing before this moment.
+    /// Do nothing before `until`.
     Sleep { until: BootInstant },
-    /// Tell everyone that the plane asks to stop.
+    /// Publish that the plane asks to stop.
     Cancel,
-    /// Tell everyone that the lease is lost.
+    /// Publish that the lease is lost.
     Lose,
-    /// Nothing ever again.
+    /// Do nothing any more.
     Rest,
 }
 
-/// Where the lease stands.
+/// The state of the lease.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum State {
-    /// Ours; the last heartbeat was answered, or none was needed yet.
+    /// Held. The last heartbeat was answered, or none was needed yet.
     Held { expires: BootInstant, next: BootInstant },
-    /// Still ours until it expires, but heartbeats fail.
+    /// Still held until it expires, but heartbeats fail.
     Doubtful { misses: u32, expires: BootInstant, next: BootInstant },
     /// A heartbeat is under way.
     Beating { misses: u32, expires: BootInstant },
-    /// The plane asked to stop: no more heartbeats, and lost when it expires.
+    /// The plane asked to stop. No more heartbeats are sent. The lease is lost when it expires.
     Cancelled { expires: BootInstant },
-    /// Not ours any more.
+    /// No longer held.
     Lost,
 }
 
-/// See the module's text.
+/// See the module documentation.
 #[derive(Debug)]
 pub(super) struct Pacing {
     timing: HeartbeatTiming,
-    /// What the plane granted last; what an answer without a time is taken to grant again.
+    /// The term that the plane granted last. An answer without a time is assumed to grant it again.
     term: Duration,
-    /// When the domain token ends, as far as the plane has said.
+    /// When the domain token ends, if the plane has sent that.
     token: Option<BootInstant>,
     last_beat: Option<BootInstant>,
     state: State,
 }
 
 impl Pacing {
-    /// A lease just taken that ends at `expires`, its domain token at `token`. Its first heartbeat is due
-    /// at once.
+    /// A new lease that ends at `expires`, with a domain token that ends at `token`. Its first heartbeat is due at
+    /// once.
     pub(super) fn new(
         timing: HeartbeatTiming,
         expires: Option<BootInstant>,
@@ -136,7 +136,7 @@ impl Pacing {
         self.state
     }
 
-    /// Until when the lease is ours. The past, once it is lost.
+    /// The deadline of the lease. It is in the past once the lease is lost.
     pub(super) fn expires(&self) -> Option<BootInstant> {
         match self.state {
             State::Held { expires, .. }
@@ -147,7 +147,7 @@ impl Pacing {
         }
     }
 
-    /// What is left of the lease, while it is ours and nobody cancelled it.
+    /// The time left of the lease, while it is held and not cancelled.
     pub(super) fn left(&self, now: BootInstant) -> Option<Duration> {
         match self.state {
             State::Held { expires, .. } | State::Doubtful { expires, .. } | State::Beating { expires, .. } => {
@@ -157,7 +157,7 @@ impl Pacing {
         }
     }
 
-    /// The machine. `draw` lies in 0..1 and decides the jitter, where there is one.
+    /// Handles one event and returns the next step. `draw` is in 0..1 and decides the jitter, if there is any.
     pub(super) fn on(&mut self, event: PacingEvent, now: BootInstant, draw: f64) -> PacingStep {
         match (event, self.state) {
             (PacingEvent::Gone, State::Held { .. } | State::Doubtful { .. } | State::Beating { .. }) => {
@@ -170,7 +170,7 @@ impl Pacing {
             (PacingEvent::Failed { retry_after }, State::Beating { misses, expires }) => {
                 let misses = misses.saturating_add(1);
                 let left = expires - now;
-                // What the plane asks for leaves the lease one more try in time.
+                // The pause that the plane asks for still leaves time for one more try within the lease.
                 let own = PAUSES.pause(misses, draw).min(left / 4);
                 let pause = pause_asked(own, retry_after, left / 2).max(GAP_MIN);
                 self.state = State::Doubtful { misses, expires, next: now + pause };
@@ -179,13 +179,13 @@ impl Pacing {
                 let soon = self.not_before(now + self.timing.coalesce);
                 self.state = State::Held { expires, next: next.min(soon) };
             }
-            // While heartbeats fail, progress does not hasten them; it goes with the next one.
+            // While heartbeats fail, progress does not make the next one earlier. The next heartbeat carries it.
             _ => {}
         }
         self.tick(now)
     }
 
-    /// Sends one heartbeat out of turn (the last words of a task), if there still is a lease.
+    /// Sends one unscheduled heartbeat for the final flush of a task, if the lease is still held.
     pub(super) fn beat_now(&mut self, now: BootInstant) -> PacingStep {
         match self.state {
             State::Held { expires, .. } => self.state = State::Held { expires, next: now },
@@ -225,7 +225,7 @@ impl Pacing {
             Term::SameTerm => old.max(self.last_beat.unwrap_or(now) + self.term),
             Term::Unchanged => old,
         };
-        // The process was stopped between the answer and now: it tells of a lease that was.
+        // The process was stopped between the answer and now. The answer is about a lease that is over.
         if now >= old || now >= expires {
             return self.lose();
         }
@@ -233,10 +233,11 @@ impl Pacing {
             self.state = State::Cancelled { expires };
             return PacingStep::Cancel;
         }
-        // A fixed end comes nearer with each heartbeat. A share of what is left would send ever more of them.
+        // A fixed end comes nearer with each heartbeat. A share of the time left would then send more and more
+        // heartbeats.
         let left = if said == Term::Unchanged { self.term } else { expires - now };
         let mut interval = self.timing.interval(left, draw);
-        // The answer shall bring a newer domain token before the old one ends.
+        // The answer should bring a newer domain token before the old one ends.
         if let Some(left) = self.token.map(|token| token - now).filter(|left| !left.is_zero()) {
             interval = interval.min(self.timing.interval(left, draw).max(TOKEN_GAP));
         }
@@ -254,8 +255,7 @@ impl Pacing {
     }
 }
 
-/// How long one call may take when `left` remains: so that a call nobody answers leaves room for
-/// others.
+/// How long one call may take when `left` remains. An unanswered call must leave time for others.
 pub(super) fn patience(left: Duration) -> Duration {
     (left / 3).max(Duration::from_secs(1)).min(left)
 }
@@ -270,13 +270,13 @@ mod tests {
         Duration::from_millis(ms)
     }
 
-    /// An event as a test writes it: what an answer says is left counts from the event.
+    /// An event in the form that a test writes. The remaining time in an answer counts from the event.
     #[derive(Clone, Copy)]
     enum Told {
         Tick,
         Dirty,
         Failed,
-        /// Failed, and asked to come again after so many milliseconds.
+        /// Failed. The plane asked for a retry after this many milliseconds.
         Busy(u64),
         Gone,
         Answered {
@@ -312,8 +312,8 @@ mod tests {
         Pacing::new(timing, left.map(|left| start + left), None, start)
     }
 
-    /// Runs events at their milliseconds against a lease of `left`; the expected text lists what
-    /// came out, with instants as milliseconds since the start. Draws are always in the middle.
+    /// Runs events at their milliseconds against a lease of `left`. The expected text lists the steps, with instants
+    /// as milliseconds since the start. Draws are always in the middle.
     #[track_caller]
     fn check(left: Option<u64>, events: &[(u64, Told)], expected: &str) {
         let start = BootInstant::now();
@@ -507,7 +507,8 @@ mod tests {
         }
     }
 
-    /// Beside the machine runs a small model: who may beat, how often, and when it must be over.
+    /// A small model runs in parallel with the state machine. It says who may send a heartbeat, how often, and when it
+    /// must end.
     #[test]
     fn no_sequence_breaks_the_promises() {
         for seed in 0..2_000 {

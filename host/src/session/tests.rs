@@ -1,4 +1,4 @@
-//! Sessions through the real adapter, against a DMS that each test plays by hand.
+//! Tests of sessions through the real adapter, against a DMS whose answers each test sends.
 
 use std::time::Instant;
 
@@ -89,7 +89,7 @@ async fn ended(mut session: Session) -> Result<ReportAddress, NoReport> {
     session.close().await
 }
 
-/// Closes the session while `answer` plays the plane.
+/// Closes the session while `answer` acts as the plane.
 async fn close(session: Session, answer: impl AsyncFnOnce()) -> Result<ReportAddress, NoReport> {
     tokio::join!(ended(session), answer()).0
 }
@@ -362,7 +362,7 @@ async fn last_words_that_cannot_be_delivered_do_not_cost_the_verdict() {
 #[tokio::test]
 async fn last_words_nobody_answers_take_half_of_the_lease() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    // From here on the lease is short, as the plane says itself.
+    // From here on the lease is short, because the plane says so.
     session.grant().progress.progress(json!(1)).expect("room");
     let short = in_future(Duration::from_secs(3)).to_string();
     plane.expect(HEARTBEAT).await.ok(json!({ "lease_expires_at": short, "access_token": "short" }));
@@ -467,7 +467,7 @@ async fn a_clock_that_is_wrong_makes_no_flood_and_loses_nothing() {
     assert!(plane.waiting().is_none());
 }
 
-// The plane must not give the task out again while its report is on its way.
+// The plane must not lease the task again while its report is being sent.
 #[tokio::test]
 async fn a_closed_session_keeps_its_lease_until_it_is_dropped() {
     let short = Duration::from_secs(2);
@@ -480,7 +480,7 @@ async fn a_closed_session_keeps_its_lease_until_it_is_dropped() {
     drop(session);
     assert!(plane.waiting().is_none());
 
-    // Once the plane says that the lease is over, it is not asked again.
+    // After the plane says that the lease is over, no more requests are sent to it.
     for answer in [json!({ "cancel": true }), Value::Null] {
         let (mut plane, mut session) = set_up(lease(short), json!({})).await;
         assert_eq!(session.close().await, Ok(named()));
@@ -490,7 +490,7 @@ async fn a_closed_session_keeps_its_lease_until_it_is_dropped() {
         } else {
             call.ok(answer)
         }
-        tokio::time::sleep(short).await; // not an event: nothing is to happen
+        tokio::time::sleep(short).await; // no event to wait for: nothing must happen
         assert!(plane.waiting().is_none());
     }
 }
@@ -514,7 +514,7 @@ async fn a_drained_task_is_reported() {
     assert_eq!(ended(session).await, Ok(named()));
 }
 
-// What has ended in its lease may be said after it: whether it still counts is for the plane to say.
+// A task that ended within its lease may be reported after it. The plane decides whether the report counts.
 #[tokio::test]
 async fn a_lease_that_runs_out_under_the_last_words_silences_nothing() {
     let (mut plane, session) = set_up(lease(Duration::from_millis(1200)), json!({})).await;
