@@ -1,8 +1,8 @@
-//! What a runner publishes.
+//! The data that a runner publishes.
 
 use serde::{Deserialize, Serialize};
 
-/// What a runner asks to have stored.
+/// An artifact that a runner asks the node to store.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ArtifactSpec {
     /// Path relative to the task's outputs prefix.
@@ -16,7 +16,7 @@ pub struct ArtifactSpec {
     /// Id of stored data to replace.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub existing_id: Option<String>,
-    /// Exact size in bytes where the runner knows it beforehand.
+    /// Exact size in bytes, if the runner knows it beforehand.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size: Option<u64>,
 }
@@ -24,18 +24,18 @@ pub struct ArtifactSpec {
 /// One published artifact.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Artifact {
-    /// Outputs prefix and relative path, joined.
+    /// The outputs prefix joined with the relative path.
     pub logical_path: String,
-    /// The name it is stored under.
+    /// The stored name.
     pub name: String,
-    /// The data type it is stored as.
+    /// The stored data type.
     pub data_type: String,
-    /// The id the store gave it.
+    /// The id that the store assigned.
     pub id: Option<String>,
     /// How many bytes were stored.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size: Option<u64>,
-    /// SHA-256 of what was stored, 64 lower-case hex digits.
+    /// SHA-256 of the stored bytes, 64 lower-case hex digits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sha256: Option<String>,
 }

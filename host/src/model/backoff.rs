@@ -1,16 +1,16 @@
 //! Pauses between retries.
 //!
-//! A [`Backoff`] says how long to wait after failure number `n` in a row. It holds no state, no clock and no
-//! random source: the caller counts the failures and passes the draw.
+//! A [`Backoff`] returns how long to wait after failure number `n` in a row. It holds no state, no clock and no random
+//! source. The caller counts the failures and passes the draw.
 
 use std::time::Duration;
 
-/// How a pause varies, so that nodes which failed together do not retry together.
+/// How a pause varies. Nodes that failed together then do not retry together.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Jitter {
     /// From half of the pause to all of it.
     Half,
-    /// One fifth to both sides; the longest pause may exceed the maximum by as much.
+    /// One fifth in both directions. The longest pause may exceed the maximum by one fifth.
     Fifth,
     /// From this duration to the pause.
     From(Duration),
@@ -25,13 +25,13 @@ pub struct Backoff {
 }
 
 impl Backoff {
-    /// Pauses of `first`, twice that and so on, at most `max`, before their jitter.
+    /// Pauses of `first`, then twice that, and so on, at most `max`, before jitter.
     #[must_use]
     pub const fn new(first: Duration, max: Duration, jitter: Jitter) -> Self {
         Self { first, max, jitter }
     }
 
-    /// The pause after failure number `failures` in a row; no failure counts as one. `draw` lies in 0..=1.
+    /// The pause after failure number `failures` in a row. Zero failures count as one. `draw` is in 0..=1.
     #[must_use]
     pub fn pause(&self, failures: u32, draw: f64) -> Duration {
         let grown = self.grown(failures);
@@ -42,7 +42,7 @@ impl Backoff {
         }
     }
 
-    /// The pause before its jitter.
+    /// The pause before jitter.
     #[must_use]
     pub fn grown(&self, failures: u32) -> Duration {
         let factor = 1_u32.checked_shl(failures.saturating_sub(1)).unwrap_or(u32::MAX);
@@ -50,9 +50,9 @@ impl Backoff {
     }
 }
 
-/// The pause before the next try: `own`, or what the service asks for in `Retry-After` where that is longer.
+/// The pause before the next try: the longer one of `own` and the pause in `Retry-After`.
 ///
-/// This is the one rule for `Retry-After`. A request for more than `limit` is cut to `limit`: the caller then
+/// All callers use this rule for `Retry-After`. A request for more than `limit` is cut to `limit`. The caller then
 /// tries once more, and does not give up before.
 #[must_use]
 pub fn pause_asked(own: Duration, asked: Option<Duration>, limit: Duration) -> Duration {

@@ -1,8 +1,8 @@
-//! A clock that nobody sets and nothing stops.
+//! A clock that nobody can set and that never stops.
 //!
-//! It goes on while the process is stopped and while the machine sleeps: whoever asks it after either
-//! learns how much time is really gone. What must not happen after a moment is run by
-//! [`BootInstant::before`], which looks again each time it is woken.
+//! It continues while the process is stopped and while the machine sleeps. A reader then sees how much time has really
+//! passed. Run work that has a deadline with [`BootInstant::before`], which reads the clock again each time it is
+//! woken.
 
 use std::{
     future::poll_fn,
@@ -14,34 +14,33 @@ use std::{
 
 use jiff::{SignedDuration, Timestamp};
 
-/// A point on that clock. It means something only until the machine starts again.
+/// A point in time of that clock. It is valid only until the machine restarts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BootInstant(u64);
 
 impl BootInstant {
-    /// Later than every other one.
+    /// Later than every other instant.
     pub const NEVER: Self = Self(u64::MAX);
 
-    /// This moment.
+    /// The current instant.
     #[must_use]
     pub fn now() -> Self {
         Self(nanoseconds())
     }
 
-    /// What is left until `self`; zero once it has passed.
+    /// The time left until `self`. Zero if `self` has passed.
     #[must_use]
     pub fn left(self) -> Duration {
         self - Self::now()
     }
 
-    /// Whether it has come.
+    /// Whether `self` has passed.
     #[must_use]
     pub fn has_passed(self) -> bool {
         Self::now() >= self
     }
 
-    /// This moment as the node's calendar clock has it now, in whole milliseconds; `None` for one that
-    /// never comes.
+    /// This instant on the node's calendar clock as it is now, in whole milliseconds. `None` for [`Self::NEVER`].
     #[must_use]
     pub fn on_calendar(self) -> Option<Timestamp> {
         if self == Self::NEVER {
@@ -54,21 +53,21 @@ impl BootInstant {
         Timestamp::from_millisecond(at.as_millisecond()).ok()
     }
 
-    /// The moment this long before `self`.
+    /// The instant this long before `self`.
     #[must_use]
     pub fn back(self, by: Duration) -> Self {
         Self(self.0.saturating_sub(whole(by)))
     }
 
-    /// Runs `work` until this moment; `None` when it had not ended by then. The clock is asked before
-    /// each step of `work`, so that a process which was stopped midway does nothing late.
+    /// Runs `work` until this instant. Returns `None` if it had not ended by then. The clock is read before each step
+    /// of `work`, so that a process that was stopped midway does nothing late.
     pub async fn before<T>(self, work: impl Future<Output = T>) -> Option<T> {
         let mut work = pin!(work);
         let now = Self::now();
         let mut timer = pin!(tokio::time::sleep(self - now));
         let mut asked = Some(now);
         poll_fn(|context| {
-            // The first step follows at once.
+            // The first step follows without a new reading of the clock.
             if asked.take().unwrap_or_else(Self::now) >= self {
                 return Poll::Ready(None);
             }
@@ -100,7 +99,7 @@ impl Add<Duration> for BootInstant {
 impl Sub for BootInstant {
     type Output = Duration;
 
-    /// The time from `earlier` to `self`; zero if it is the other way round.
+    /// The time from `earlier` to `self`. Zero if `earlier` is later.
     fn sub(self, earlier: Self) -> Duration {
         Duration::from_nanos(self.0.saturating_sub(earlier.0))
     }
@@ -120,7 +119,7 @@ fn nanoseconds() -> u64 {
 #[cfg(not(target_os = "linux"))]
 fn nanoseconds() -> u64 {
     use std::{sync::OnceLock, time::Instant};
-    /// So that moments before the first question can be told.
+    /// Makes instants before the first reading representable.
     const HEAD_START: Duration = Duration::from_secs(24 * 3600);
     static START: OnceLock<Instant> = OnceLock::new();
     whole(START.get_or_init(Instant::now).elapsed() + HEAD_START)

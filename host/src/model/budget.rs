@@ -1,10 +1,11 @@
-//! How much of tasks' data may be in the node's memory at once.
+//! Bounds the bytes of task data that may be in the node's memory at once.
 //!
-//! A [`Budget`] is charged through guards: [`Budget::reserve`] for a whole object somebody is going
-//! to hold, which waits for room, and [`Budget::count`] for the pieces of streams, which never
-//! waits. What waits holds nothing it waited for before, and a piece on its way waits for nobody, so
-//! transfers cannot block each other for good. An object alone always has room, pieces or not: the
-//! limit is passed by no more than the pieces of the streams that are open.
+//! A [`Budget`] is charged through guards. [`Budget::reserve`] charges a whole object before it is held, and waits
+//! until enough bytes are free. [`Budget::count`] charges a piece of a stream, and never waits.
+//!
+//! Transfers cannot deadlock on the budget. A waiting reservation holds no part of its charge, and a piece of a stream
+//! waits for no reservation. A single object is always admitted, whether or not pieces are charged. Only the pieces of
+//! open streams can exceed the limit.
 
 use std::{
     collections::VecDeque,
@@ -23,7 +24,7 @@ pub struct OverBudget {
     limit: u64,
 }
 
-/// See the module's text. Cheap to clone; all clones are one budget.
+/// See the module documentation. Cheap to clone. All clones share one budget.
 #[derive(Clone, Debug)]
 pub struct Budget(Arc<Shared>);
 
@@ -37,10 +38,10 @@ struct Shared {
 struct Books {
     /// Everything charged.
     in_flight: u64,
-    /// The part of it that was reserved.
+    /// The reserved part of it.
     reserved: u64,
     peak: u64,
-    /// Who waits for room, in the order in which they came.
+    /// Reservations that wait for free bytes, in order of arrival.
     waiting: VecDeque<(u64, oneshot::Sender<Charge>)>,
 }
 
@@ -51,17 +52,17 @@ impl Budget {
         Self(Arc::new(Shared { limit, books: Mutex::default() }))
     }
 
-    /// A budget that only counts.
+    /// A budget that only counts and never limits.
     #[must_use]
     pub fn unlimited() -> Self {
         Self::new(u64::MAX)
     }
 
-    /// Charges an object of `bytes`. Waits until there is room, first come, first served; dropping
-    /// the future gives up the place.
+    /// Charges an object of `bytes`. Waits until enough bytes are free, in order of arrival. Dropping the future gives
+    /// up its place in the queue.
     ///
     /// # Errors
-    /// At once when there can never be room.
+    /// At once, when the object is larger than the budget.
     pub async fn reserve(&self, bytes: u64) -> Result<Charge, OverBudget> {
         let limit = self.0.limit;
         if bytes > limit {
@@ -79,13 +80,13 @@ impl Budget {
         Ok(turn.await.expect("whoever waits is told before the budget is gone"))
     }
 
-    /// Charges a piece of `bytes` that is on its way already.
+    /// Charges a piece of `bytes` that is already in transfer.
     #[must_use]
     pub fn count(&self, bytes: u64) -> Charge {
         self.charge(&mut self.0.books(), bytes, false)
     }
 
-    /// Bytes charged at the moment.
+    /// Bytes charged now.
     #[must_use]
     pub fn in_flight(&self) -> u64 {
         self.0.books().in_flight
@@ -111,7 +112,7 @@ impl Books {
     }
 }
 
-/// As `/status.json` shows it.
+/// The form that `/status.json` shows.
 impl Serialize for Budget {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let books = self.0.books();
@@ -132,13 +133,13 @@ pub struct Charge {
 }
 
 impl Charge {
-    /// Ties the charge to `bytes`: it ends when the last part of them is gone.
+    /// Ties the charge to `bytes`. It ends when the last part of them is dropped.
     #[must_use]
     pub fn tie(self, bytes: impl AsRef<[u8]> + Send + 'static) -> Bytes {
         Bytes::from_owner(Tied { bytes, _charge: self })
     }
 
-    /// How much is charged.
+    /// The number of bytes charged.
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.bytes
@@ -173,7 +174,7 @@ impl Drop for Charge {
             }
         }
         for (tell, charge) in turns {
-            // Who has given up gets nothing: the charge ends here, and the next one has its turn.
+            // If the waiter has given up, the charge is dropped here and the next waiter gets its turn.
             drop(tell.send(charge));
         }
     }
@@ -189,7 +190,7 @@ mod tests {
 
     use super::*;
 
-    /// One look at whether a reservation has its turn.
+    /// Polls once whether a reservation has its turn.
     fn poll(turn: std::pin::Pin<&mut impl Future<Output = Result<Charge, OverBudget>>>) -> Option<Charge> {
         match turn.poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(charge) => Some(charge.expect("it can fit")),

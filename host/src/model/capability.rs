@@ -1,27 +1,28 @@
-//! The name under which work is asked for and served, such as `/pointcloud/downsample/v1`.
+//! The name under which work is requested and served, such as `/pointcloud/downsample/v1`.
 
 use std::{fmt, str::FromStr, sync::Arc};
 
-/// Longest capability name accepted, in bytes (newer control planes refuse longer ones).
+/// Longest capability name accepted, in bytes. Newer control planes reject longer names.
 pub(crate) const CAPABILITY_BYTES_MAX: usize = 256;
 
 /// A capability name. Cheap to clone.
 ///
-/// A plugin's name is `/` and parts that are not empty: printable ASCII without quotes and backslashes, at most
-/// [`CAPABILITY_BYTES_MAX`] bytes. The SDK has the same rule in `shim/manifest.rs`. The wire knows other names.
+/// The name in a plugin has the form `/` and parts that are not empty. It is printable ASCII without quotes and
+/// backslashes, at most [`CAPABILITY_BYTES_MAX`] bytes. The SDK has the same rule in `shim/manifest.rs`. Names on the
+/// wire may have other forms.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Capability(Arc<str>);
 
-/// Why a text is no capability name.
+/// Why a text is not a capability name.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum CapabilityError {
-    /// Nothing there.
+    /// The text is empty.
     #[error("capability is empty, expected a name such as /examples/hello/v1")]
     Empty,
     /// Longer than [`CAPABILITY_BYTES_MAX`].
     #[error("capability is {0} bytes long, at most {CAPABILITY_BYTES_MAX} are allowed")]
     TooLong(usize),
-    /// No slash at its beginning.
+    /// The first character is not a slash.
     #[error("capability {0:?} does not begin with /, expected a name such as /examples/hello/v1")]
     NoSlash(String),
     /// Nothing between two slashes, or after the last one.
@@ -29,7 +30,7 @@ pub enum CapabilityError {
         "capability {0:?} has an empty part between slashes or at its end, expected a name such as /examples/hello/v1"
     )]
     EmptyPart(String),
-    /// Other than printable ASCII, or a quote or backslash.
+    /// A character other than printable ASCII, or a quote or backslash.
     #[error("capability {0:?} holds a character other than printable ASCII without quotes and backslashes")]
     NotPrintable(String),
     /// White space or a control character inside.
@@ -38,7 +39,7 @@ pub enum CapabilityError {
 }
 
 impl Capability {
-    /// Checks a name that a plugin or an operator gives, and keeps it unchanged.
+    /// Checks a name from a plugin or an operator, and does not change it.
     pub fn parse(text: &str) -> Result<Self, CapabilityError> {
         let name = Self::from_wire(text)?;
         let Some(parts) = text.strip_prefix('/') else { return Err(CapabilityError::NoSlash(text.to_owned())) };
@@ -51,7 +52,7 @@ impl Capability {
         Ok(name)
     }
 
-    /// Checks a name that a control plane or another node gives, and keeps it unchanged.
+    /// Checks a name from a control plane or another node, and does not change it.
     pub fn from_wire(text: &str) -> Result<Self, CapabilityError> {
         if text.is_empty() {
             return Err(CapabilityError::Empty);

@@ -1,11 +1,11 @@
-//! Where a task's data is: a value that the control plane's adapter announces and `storage` reads.
+//! The location of a task's data. The control plane's adapter announces it, and `storage` reads it.
 
 use std::path::PathBuf;
 
 use url::Url;
 use uuid::Uuid;
 
-/// Longest part of a URL that an error repeats, in characters.
+/// Longest part of a URL that an error message contains, in characters.
 const SHOWN_CHARS_MAX: usize = 200;
 
 /// A domain and its server.
@@ -17,12 +17,12 @@ pub struct Coordinates {
     pub domain: Uuid,
 }
 
-/// Files of this machine.
+/// Files on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LocalFiles {
-    /// The inputs, in the order of the lease's inputs: `input-0` is the first.
+    /// The inputs, in the order of the lease's inputs. `input-0` is the first.
     pub inputs: Vec<PathBuf>,
-    /// Artifacts appear below this folder under their logical paths.
+    /// Artifacts are written below this folder under their logical paths.
     pub out: PathBuf,
 }
 
@@ -31,13 +31,13 @@ pub struct LocalFiles {
 pub enum DataLocation {
     /// On a domain server.
     DomainServer(Coordinates),
-    /// In files of this machine.
+    /// In files on this machine.
     LocalFiles(LocalFiles),
     /// The task has no data: every input and output call fails.
     None,
 }
 
-/// What a control plane has said so far about the location. A later answer may add or change parts.
+/// The parts of the location that a control plane has announced so far. A later answer may add or change parts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum AnnouncedData {
     /// Parts of a domain server's coordinates. `None` is a part that is not known yet.
@@ -47,18 +47,18 @@ pub enum AnnouncedData {
         /// The domain.
         domain: Option<Uuid>,
     },
-    /// Complete from the beginning.
+    /// Complete from the start.
     Known(DataLocation),
 }
 
 impl AnnouncedData {
-    /// What is known of a domain server.
+    /// The known parts of a domain server's coordinates.
     #[must_use]
     pub fn at_server(server: Option<&str>, domain: Option<Uuid>) -> Self {
         Self::DomainServer { server: server.map(str::to_owned), domain }
     }
 
-    /// The domain, as far as it is known.
+    /// The domain, if it is known.
     #[must_use]
     pub fn domain(&self) -> Option<Uuid> {
         match self {
@@ -68,13 +68,13 @@ impl AnnouncedData {
         }
     }
 
-    /// Whether no part is missing. A complete one may still be malformed.
+    /// Whether no part is missing. A complete location may still be malformed.
     #[must_use]
     pub fn is_complete(&self) -> bool {
         matches!(self, Self::Known(_) | Self::DomainServer { server: Some(_), domain: Some(_) })
     }
 
-    /// Takes over what a later answer says. Parts that it does not name stay.
+    /// Applies a later answer. Parts that the answer does not name stay.
     pub fn update(&mut self, newer: Self) {
         match (&mut *self, newer) {
             (Self::DomainServer { server, domain }, Self::DomainServer { server: new_server, domain: new_domain }) => {
@@ -90,7 +90,7 @@ impl AnnouncedData {
     /// The location.
     ///
     /// # Errors
-    /// One line about the part that is missing or malformed.
+    /// One line about the missing or malformed part.
     pub fn resolve(&self) -> Result<DataLocation, String> {
         let (server, domain) = match self {
             Self::Known(location) => return Ok(location.clone()),

@@ -1,36 +1,36 @@
-//! What the sign-in service may do on the node's own pages. `observe` reads the requests, `auth` knows
-//! what they mean.
+//! The requests that the sign-in service may send to the node's pages. `observe` reads them, and `auth` interprets
+//! them.
 
 use secrecy::SecretString;
 
-/// A callback of the sign-in service, well formed (posemesh.md section 2.7). Who sent it is not known.
+/// A well-formed callback of the sign-in service (posemesh.md section 2.7). Its sender is not known.
 #[derive(Debug)]
 pub struct Callback {
     /// The service's name for this node; not blank.
     pub id: String,
     /// Not blank, at most 4096 bytes.
     pub secret: SecretString,
-    /// The organization the node belongs to, for people.
+    /// The organization that the node belongs to, for people.
     pub organization_id: Option<String>,
 }
 
-/// Nobody waits for a callback now.
+/// No registration waits for a callback now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Unexpected;
 
-/// Takes what the pages were told.
+/// Handles the requests of the sign-in service.
 pub trait HealthChecks: Send + Sync {
-    /// A callback came. It is taken only while a registration is in flight.
+    /// A callback arrived. It is accepted only while a registration is in progress.
     ///
     /// # Errors
-    /// When none is; nothing is kept of the callback then.
+    /// When no registration is in progress. Nothing of the callback is stored then.
     fn called_back(&self, callback: Callback) -> Result<(), Unexpected>;
 
-    /// The service asked whether this node lives.
+    /// The service checked whether this node is alive.
     fn probed(&self);
 }
 
-/// A node that registers nowhere: no callback is expected, and a probe says nothing.
+/// A node without registration. No callback is expected, and a probe has no effect.
 pub struct NoRegistration;
 
 impl HealthChecks for NoRegistration {

@@ -1,7 +1,7 @@
-//! What a held lease allows: a live view for everyone who works on the task.
+//! A live view of a held lease for everything that works on its task.
 //!
-//! The session owns the [`HeldLeaseWriter`] and turns them when the plane has news; runners, ports and
-//! the engine hold clones of the [`HeldLease`] and only look.
+//! The session owns the [`HeldLeaseWriter`] and publishes changes from the plane through it. Runners, ports and the
+//! engine hold clones of the [`HeldLease`] and only read.
 
 use std::{
     fmt,
@@ -19,7 +19,7 @@ use secrecy::{ExposeSecret, SecretString};
 
 use super::{BootInstant, DataLocation, Lease, ProgressQueue, ReportAddress, watched::Watched};
 
-/// A bearer token. Never printed; compared only for change.
+/// A bearer token. It is never printed, and is compared only to detect a change.
 #[derive(Clone)]
 pub struct Token(Arc<SecretString>);
 
@@ -54,13 +54,13 @@ impl fmt::Debug for Token {
 pub enum CancelReason {
     /// The control plane asked for it.
     Plane,
-    /// The lease ran out or belongs to somebody else. Nothing may be uploaded or reported any more.
+    /// The lease expired or belongs to another node. Nothing more may be uploaded or reported.
     LeaseLost,
-    /// The node is shutting down and the task's time to drain is over.
+    /// The node is shutting down and the drain timeout has passed.
     Drained,
     /// The run passed its hard deadline.
     Deadline,
-    /// The person at the keyboard (only `invoke`).
+    /// The operator at the terminal (only `invoke`).
     Operator,
 }
 
@@ -78,13 +78,13 @@ impl CancelReason {
     }
 }
 
-/// Says once that a task should stop, and why. The first reason stays, except that a lost lease
-/// overrides every other one, since it forbids more.
+/// Signals once that a task should stop, and why. The first reason stays. Only a lost lease overrides it, because it
+/// forbids more.
 #[derive(Debug, Default)]
 pub struct CancelSignal(Watched<Option<CancelReason>>);
 
 impl CancelSignal {
-    /// Cancels for `reason`. Later calls change nothing unless they bring `LeaseLost`.
+    /// Cancels for `reason`. Later calls change nothing unless the reason is `LeaseLost`.
     pub fn cancel(&self, reason: CancelReason) {
         self.0.change(|now| {
             let change = now.is_none() || (reason == CancelReason::LeaseLost && *now != Some(reason));
@@ -95,7 +95,7 @@ impl CancelSignal {
         });
     }
 
-    /// The reason, once there is one. Never blocks.
+    /// The reason, if there is one. Never blocks.
     #[must_use]
     pub fn reason(&self) -> Option<CancelReason> {
         *self.0.lock()
@@ -106,34 +106,35 @@ impl CancelSignal {
         self.0.until(|reason| *reason).await
     }
 
-    /// Waits until the lease is lost; other reasons do not end the wait.
+    /// Waits until the lease is lost. Other reasons do not end the wait.
     pub async fn lost(&self) {
         self.0.until(|reason| (*reason == Some(CancelReason::LeaseLost)).then_some(())).await;
     }
 }
 
-/// What became of the set-up heartbeat. The runner's first input, output or token call waits for it.
+/// The state of the set-up heartbeat. The runner's first input, output or token call waits for it.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Setup {
     /// Not answered yet.
     Pending,
     /// Answered, or not needed. `Err` says in one line which part of the location is missing or malformed.
     Ready(Result<DataLocation, String>),
-    /// The plane refused for good; the text is its status and nothing secret.
+    /// The plane refused permanently. The text is its status and contains no secret.
     Refused(String),
 }
 
-/// What the plane may change about a lease.
+/// The parts of a lease that the plane may change.
 pub struct LeaseUpdates {
-    /// The newest bearer; [`HeldLeaseWriter::renew`] changes it and remembers the one before.
+    /// The newest bearer. [`HeldLeaseWriter::renew`] changes it and stores the previous one.
     pub token: Option<Token>,
     /// The answer to the set-up heartbeat.
     pub setup: Setup,
-    /// The session is gone: nothing changes any more.
+    /// The session has ended: nothing changes any more.
     over: bool,
 }
 
-/// Until when a lease is ours. Shared by everyone who works on its task, moved by the session alone.
+/// The end of the time in which this node holds a lease. Everything that works on the task shares it. Only the session
+/// moves it.
 #[derive(Debug)]
 pub struct Deadline(AtomicU64);
 
@@ -142,13 +143,13 @@ impl Deadline {
         Self(AtomicU64::new(until.to_bits()))
     }
 
-    /// The moment from which on nothing may be sent for the lease.
+    /// The instant from which on nothing may be sent for the lease.
     #[must_use]
     pub fn until(&self) -> BootInstant {
         BootInstant::from_bits(self.0.load(Ordering::Acquire))
     }
 
-    /// Moves it: the plane has extended the lease, or cut it short.
+    /// Moves the deadline: the plane has extended or shortened the lease.
     pub fn set(&self, until: BootInstant) {
         self.0.store(until.to_bits(), Ordering::Release);
     }
@@ -158,13 +159,13 @@ impl Deadline {
 #[derive(Clone)]
 pub struct HeldLease(Arc<HeldLeaseState>);
 
-/// What a [`HeldLease`] shows.
+/// The data behind a [`HeldLease`].
 pub struct HeldLeaseState {
-    /// The lease as taken.
+    /// The lease as it was received.
     pub lease: Lease,
     /// When and why to stop.
     pub cancel: CancelSignal,
-    /// Progress and events on their way to the plane.
+    /// Progress and events that wait for the next heartbeat.
     pub progress: ProgressQueue,
     deadline: Deadline,
     token_deadline: Deadline,
@@ -183,16 +184,16 @@ impl Deref for HeldLease {
     }
 }
 
-/// Heartbeats in a row that were not answered.
+/// Heartbeats in a row that got no answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct MissedHeartbeats {
-    /// How many, up to now.
+    /// How many, so far.
     pub count: u32,
-    /// Why the last one was not, in one line.
+    /// Why the last one got no answer, in one line.
     pub error: String,
 }
 
-/// The writing side of a [`HeldLease`], held by the session alone.
+/// The writing side of a [`HeldLease`]. Only the session holds it.
 pub struct HeldLeaseWriter(Arc<HeldLeaseState>);
 
 impl Drop for HeldLeaseWriter {
@@ -201,39 +202,39 @@ impl Drop for HeldLeaseWriter {
     }
 }
 
-/// Replaced bearers remembered of one lease: at one a minute, a working day.
+/// Most replaced bearers that are stored for one lease. At one a minute, they cover a working day.
 const REPLACED_MAX: usize = 512;
 
 impl HeldLeaseWriter {
-    /// Moves the end of the lease; [`BootInstant::NEVER`] in the beginning.
+    /// The deadline of the lease, for the session to move. It starts at [`BootInstant::NEVER`].
     #[must_use]
     pub fn deadline(&self) -> &Deadline {
         &self.0.deadline
     }
 
-    /// Moves the end of the newest bearer; [`BootInstant::NEVER`] where the plane has not said it.
+    /// The end of the newest bearer, for the session to move. [`BootInstant::NEVER`] if the plane has not sent it.
     #[must_use]
     pub fn token_deadline(&self) -> &Deadline {
         &self.0.token_deadline
     }
 
-    /// Notes a heartbeat that was not answered.
+    /// Records a heartbeat that got no answer.
     pub fn missed(&self, error: String) {
         let mut missed = self.0.missed.lock().unwrap_or_else(PoisonError::into_inner);
         *missed = MissedHeartbeats { count: missed.count.saturating_add(1), error };
     }
 
-    /// Notes that heartbeats are answered again.
+    /// Records that heartbeats are answered again.
     pub fn answered(&self) {
         *self.0.missed.lock().unwrap_or_else(PoisonError::into_inner) = MissedHeartbeats::default();
     }
 
-    /// Publishes where the report goes from now on.
+    /// Publishes the new address of the report.
     pub fn rename(&self, address: ReportAddress) {
         *self.0.renamed.lock().unwrap_or_else(PoisonError::into_inner) = Some(address);
     }
 
-    /// Publishes what the plane says.
+    /// Publishes a change from the plane.
     pub fn publish(&self, change: impl FnOnce(&mut LeaseUpdates)) {
         self.0.news.change(|now| {
             change(now);
@@ -241,7 +242,7 @@ impl HeldLeaseWriter {
         });
     }
 
-    /// Publishes a newer bearer. `false`: it is the one that is known.
+    /// Publishes a newer bearer. Returns `false` if the bearer is already known.
     pub fn renew(&self, token: Token) -> bool {
         let mut old = None;
         let newer = self.0.news.change(|now| {
@@ -261,15 +262,15 @@ impl HeldLeaseWriter {
         newer
     }
 
-    /// Publishes what is known of the set-up, if `change` makes anything of what was.
+    /// Publishes the state of the set-up, if `change` changes it.
     pub fn set_up(&self, change: impl FnOnce(&mut Setup) -> bool) {
         self.0.news.change(|now| change(&mut now.setup));
     }
 }
 
 impl HeldLease {
-    /// A grant for `lease` and the keys to it. `setup` starts as given: `Pending` where a plane
-    /// will answer, `Ready` for local runs.
+    /// Creates the view of `lease` and its writer. Pass `Pending` as `setup` if a plane will answer, and `Ready` for
+    /// local runs.
     #[must_use]
     pub fn new(lease: Lease, setup: Setup) -> (Self, HeldLeaseWriter) {
         let news = Watched::new(LeaseUpdates { token: lease.token.clone(), setup, over: false });
@@ -287,7 +288,7 @@ impl HeldLease {
         (Self(Arc::clone(&granted)), HeldLeaseWriter(granted))
     }
 
-    /// Every bearer the runner may have seen, the newest last; of very many the oldest are forgotten.
+    /// Every bearer that the runner may have received, the newest last. Above the limit, the oldest are dropped.
     #[must_use]
     pub fn tokens(&self) -> Vec<Token> {
         let mut tokens = self.replaced.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -295,22 +296,22 @@ impl HeldLease {
         tokens
     }
 
-    /// Where the report goes, as far as the plane has said.
+    /// Where the report goes, according to the plane so far.
     #[must_use]
     pub fn address(&self) -> ReportAddress {
         let renamed = self.renamed.lock().unwrap_or_else(PoisonError::into_inner);
         renamed.as_ref().unwrap_or(&self.lease.address).clone()
     }
 
-    /// Whether the lease is ours at this moment. Has no effect: see [`Self::check_deadline`].
+    /// Whether this node holds the lease now. Has no effect: see [`Self::check_deadline`].
     #[must_use]
     pub fn is_ours(&self) -> bool {
         !self.deadline.until().has_passed() && self.cancel.reason() != Some(CancelReason::LeaseLost)
     }
 
-    /// Returns whether the lease is ours, and cancels the task where its deadline has passed. Call it
-    /// immediately before anything is sent for the lease: a process that was stopped finds its lease
-    /// expired before the session could say so.
+    /// Returns whether this node holds the lease. Cancels the task if its deadline has passed. Call it immediately
+    /// before anything is sent for the lease. After a process was stopped, the lease may have expired before the
+    /// session could report it.
     pub fn check_deadline(&self) -> bool {
         if self.deadline.until().has_passed() {
             self.cancel.cancel(CancelReason::LeaseLost);
@@ -318,39 +319,39 @@ impl HeldLease {
         self.is_ours()
     }
 
-    /// Waits until the lease is not ours any more. Looks at the clock each time it is woken with what it
-    /// is selected with, so that none of that goes on after a stop.
+    /// Waits until this node no longer holds the lease. It reads the clock each time it is woken together with the
+    /// futures of its `select`. None of them then continues after a stop of the process.
     pub async fn lost(&self) {
         let mut lost = pin!(self.cancel.lost());
         poll_fn(|context| if self.check_deadline() { lost.as_mut().poll(context) } else { Poll::Ready(()) }).await;
     }
 
-    /// How many heartbeats in a row were not answered up to now.
+    /// How many heartbeats in a row got no answer so far.
     #[must_use]
     pub fn missed(&self) -> MissedHeartbeats {
         self.missed.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Until when the lease is ours, as far as the plane has said.
+    /// The deadline of the lease, according to the plane so far.
     #[must_use]
     pub fn deadline(&self) -> &Deadline {
         &self.deadline
     }
 
-    /// Until when the newest bearer is good, as far as the plane has said.
+    /// The end of the newest bearer, according to the plane so far.
     #[must_use]
     pub fn token_deadline(&self) -> &Deadline {
         &self.token_deadline
     }
 
-    /// The newest bearer towards the domain server. Take it anew for each request.
+    /// The newest bearer for the domain server. Call this again for each request.
     #[must_use]
     pub fn token(&self) -> Option<Token> {
         self.news.lock().token.clone()
     }
 
-    /// Waits up to `limit` for a bearer other than `old` (after a 401), then returns the newest. A
-    /// heartbeat is asked for: its answer should bring one (posemesh.md section 10.3).
+    /// Waits up to `limit` for a bearer other than `old` (after a 401), then returns the newest. It requests a
+    /// heartbeat, whose answer should bring a newer bearer (posemesh.md section 10.3).
     pub async fn newer_token(&self, old: Option<&Token>, limit: std::time::Duration) -> Option<Token> {
         if self.news.lock().token.as_ref() == old {
             self.progress.ask();
@@ -360,20 +361,20 @@ impl HeldLease {
         self.token()
     }
 
-    /// What is known of the set-up heartbeat at the moment.
+    /// The current state of the set-up heartbeat.
     #[must_use]
     pub fn setup_now(&self) -> Setup {
         self.news.lock().setup.clone()
     }
 
-    /// Whether the control plane refused the set-up, or named a data location that cannot be used.
+    /// Whether the control plane refused the set-up, or named an unusable data location.
     #[must_use]
     pub fn is_refused(&self) -> bool {
         matches!(self.news.lock().setup, Setup::Refused(_) | Setup::Ready(Err(_)))
     }
 
-    /// Waits for the answer to the set-up heartbeat. Never returns [`Setup::Pending`], and ends
-    /// early with `Refused` when the session is gone.
+    /// Waits for the answer to the set-up heartbeat. Never returns [`Setup::Pending`]. Returns `Refused` early when
+    /// the session has ended.
     pub async fn setup(&self) -> Setup {
         let answered = |now: &LeaseUpdates| match &now.setup {
             Setup::Pending if now.over => {

@@ -1,4 +1,4 @@
-//! What a control plane gave us to do.
+//! The lease that a control plane gives to this node.
 
 use std::{fmt, sync::Arc};
 
@@ -8,8 +8,8 @@ use uuid::Uuid;
 
 use super::{AnnouncedData, BootInstant, Capability, DataLocation, Token};
 
-/// Names one task on its control plane: 1 to 128 letters, digits and characters of `-_.:/+=@~`.
-/// A UUID is lower case and hyphenated. A file name is never made of it directly.
+/// The id of one task on its control plane: 1 to 128 letters, digits and characters of `-_.:/+=@~`. A UUID is lower
+/// case and hyphenated. A file name is never derived from it directly.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct TaskId(Arc<str>);
 
@@ -21,7 +21,7 @@ pub struct TaskIdError;
 const TASK_ID_MARKS: &str = "-_.:/+=@~";
 
 impl TaskId {
-    /// Length of the longest id.
+    /// Length of the longest id in bytes.
     pub const BYTES_MAX: usize = 128;
 
     /// Reads an id as the control plane writes it.
@@ -65,7 +65,7 @@ impl fmt::Debug for TaskId {
     }
 }
 
-/// Names a control plane in the configuration of this node: 1 to 64 lower-case letters, digits, `-` and `_`.
+/// The name of a control plane in the configuration of this node: 1 to 64 lower-case letters, digits, `-` and `_`.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct PlaneName(Arc<str>);
 
@@ -113,66 +113,66 @@ impl fmt::Debug for PlaneName {
 /// Where the report of a task goes on its control plane. It holds no secret.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReportAddress {
-    /// The key of this host: lists show it, and repeats are found by it.
+    /// The key of this host. Lists show it, and it identifies repeats.
     pub task: TaskId,
-    /// A text that only the adapter of the control plane writes and reads.
+    /// A text that only the control plane's adapter writes and reads.
     pub at: Arc<str>,
 }
 
 impl From<TaskId> for ReportAddress {
-    /// An address for a task that no control plane gave.
+    /// An address for a task that no control plane leased.
     fn from(task: TaskId) -> Self {
         Self { task, at: "".into() }
     }
 }
 
-/// What a heartbeat's answer says about the term of a lease.
+/// The effect of a heartbeat's answer on the term of a lease.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Term {
     /// The lease ends at this instant.
     Until(BootInstant),
-    /// The lease lasts as long as its last term did, counted from the sending of the heartbeat.
+    /// The lease lasts for its last term again, counted from when the heartbeat was sent.
     SameTerm,
-    /// The end of the lease does not move. The control plane gives out leases with a fixed deadline.
+    /// The end of the lease does not move. The control plane uses leases with a fixed deadline.
     #[default]
     Unchanged,
 }
 
-/// A lease as it was taken. Later news about it (token, expiry, cancel) live in its session and
-/// reach a runner through the [`super::HeldLease`].
+/// A lease as it was received. Its session holds later changes (token, expiry, cancel). They reach a runner through
+/// the [`super::HeldLease`].
 #[derive(Clone, Debug)]
 pub struct Lease {
-    /// The task it is for, and where its report goes.
+    /// The task, and where its report goes.
     pub address: ReportAddress,
     /// The job the task belongs to, for logs and pages.
     pub job: Option<Uuid>,
-    /// Which run of the task this is, as the plane counts them; most count from 1.
+    /// Number of this run of the task, as the plane counts runs. Most planes count from 1.
     pub attempt: Option<u64>,
-    /// Which runner is asked for.
+    /// The requested capability.
     pub capability: Capability,
-    /// When the plane gives the task to somebody else, as far as it said so in a time that can be meant.
+    /// When the plane gives the task to another node. `None` if the plane sent no plausible time.
     pub expires_at: Option<BootInstant>,
-    /// When the run must have ended, however long the lease lasts. It is cancelled then, and fails.
+    /// When the run must have ended, for any term of the lease. It is cancelled then, and fails.
     pub hard_deadline: Option<BootInstant>,
-    /// True when the plane handed the lease out already cancelled.
+    /// True when the lease arrived cancelled.
     pub cancelled: bool,
-    /// Where the task's data is, as far as the control plane has said.
+    /// Where the task's data is, according to the control plane so far.
     pub data: AnnouncedData,
-    /// Bearer towards the domain server.
+    /// Bearer for the domain server.
     pub token: Option<Token>,
-    /// When that bearer ends, where the plane said so.
+    /// When that bearer ends, if the plane sent that.
     pub token_expires_at: Option<BootInstant>,
     /// Input ids, URLs or names, passed on unchanged.
     pub inputs: Vec<String>,
     /// Prefix of artifact paths, as received.
     pub outputs_prefix: Option<String>,
-    /// The lease as the plane sent it, unknown fields included, every credential removed: what a
-    /// runner sees. Text that is passed on: nobody here looks into it.
+    /// The lease as the plane sent it, with unknown fields, and without any credential. A runner receives this text
+    /// unchanged. The host does not parse it.
     pub document: Box<RawValue>,
 }
 
 impl Lease {
-    /// A lease that says which task it is for and nothing else; its document is `null`.
+    /// A lease that names its task and nothing else. Its document is `null`.
     #[must_use]
     pub fn bare(address: impl Into<ReportAddress>, capability: Capability) -> Self {
         Self {
@@ -191,7 +191,7 @@ impl Lease {
             document: RawValue::NULL.to_owned(),
         }
     }
-    /// The task it is for.
+    /// The task of this lease.
     #[must_use]
     pub fn task(&self) -> &TaskId {
         &self.address.task

@@ -1,7 +1,7 @@
-//! Text of others in a line for people.
+//! Makes untrusted text safe for a line that people read.
 
-/// `text` as it may stand in a line that people read, whoever wrote it: what would end the line, command the terminal
-/// or turn the order of letters around shows as U+FFFD. JSON has the text as it is.
+/// Returns `text` in a form that is safe in a line for people. It replaces line breaks, terminal control characters
+/// and characters that change the direction of text with U+FFFD. JSON output keeps the text unchanged.
 #[must_use]
 pub fn in_a_line(text: &str) -> String {
     let commands = |c: char| c.is_control() || matches!(c, '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');

@@ -1,8 +1,8 @@
-//! The words the rooms share.
+//! The types that the modules share.
 //!
-//! No I/O and no wire types live here: a control plane's JSON becomes a [`Lease`] in its adapter,
-//! and a plugin's table becomes an [`Outcome`] in `plugins`. What two sibling rooms would otherwise
-//! need from each other is defined here instead.
+//! No I/O and no wire types belong here. A control plane's adapter converts its JSON into a [`Lease`]. `plugins`
+//! converts a plugin's table into an [`Outcome`]. Types that two sibling modules would otherwise import from each
+//! other are defined here.
 
 mod artifact;
 mod backoff;

@@ -1,13 +1,14 @@
-//! How a task ended, in one vocabulary.
+//! How a task ended. All modules use this one type.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{Artifact, CancelReason, Fetched, ReportAddress, Token};
 
-/// Tokens this short are words: taking them out would spoil texts and hide nothing.
+/// Shortest token that is redacted, in bytes. A shorter token is an ordinary word. Its removal would damage texts and
+/// hide nothing.
 const SECRET_BYTES_MIN: usize = 4;
-/// As much of a longer one is taken for it.
+/// A match of this many leading bytes counts as the token.
 const HEAD_BYTES: usize = 24;
 
 /// The stage of a task's set-up that failed.
@@ -34,7 +35,7 @@ impl SetupStage {
     }
 }
 
-/// How an attempt ended. The wire form is each adapter's business; the serde form is the outbox's file.
+/// How an attempt ended. Each adapter defines its wire form. The serde form is the format of the outbox's file.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "end", rename_all = "kebab-case")]
 pub enum Outcome {
@@ -44,11 +45,11 @@ pub enum Outcome {
     Failed {
         /// The whole error chain, outermost first, joined by `: `.
         message: String,
-        /// The runner says a repeat may succeed.
+        /// The runner says that a retry may succeed.
         retryable: bool,
-        /// The runner says the input is at fault.
+        /// The runner says that the input is invalid.
         invalid_input: bool,
-        /// The runner's own details, `null` when it gave none.
+        /// The runner's details. `null` if it returned none.
         details: Value,
     },
     /// The runner panicked.
@@ -58,7 +59,7 @@ pub enum Outcome {
         /// `file:line`, or `unknown place`.
         place: String,
     },
-    /// Inputs or outputs could not be moved, and it was not the runner's doing.
+    /// Inputs or outputs could not be moved, and the runner did not cause that.
     Storage {
         /// What went wrong, one line.
         message: String,
@@ -72,41 +73,41 @@ pub enum Outcome {
     },
     /// No plugin serves the capability.
     NoRunner,
-    /// The run passed a limit of time.
+    /// The run exceeded a time limit.
     Budget {
-        /// Which one, one line.
+        /// Which limit, in one line.
         message: String,
     },
     /// The control plane cancelled the task. Nothing is reported.
     Cancelled,
-    /// The lease ran out or went to somebody else. Nothing is reported.
+    /// The lease expired or went to another node. Nothing is reported.
     LeaseLost,
     /// The node shut down before the runner ended.
     Drained,
-    /// The node itself is at fault.
+    /// The host itself failed.
     HostFault {
         /// What went wrong, one line.
         message: String,
     },
 }
 
-/// The stable word for an outcome, in logs, on the status page and in reports.
+/// The stable word for an outcome in logs, on the status page and in reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OutcomeWord {
-    /// The run passed a limit.
+    /// The run exceeded a time limit.
     Budget,
     /// The control plane cancelled the task.
     Cancelled,
     /// The runner returned without error.
     Completed,
-    /// The node shut down first.
+    /// The node shut down before the runner ended.
     Drained,
     /// The runner returned an error.
     Failed,
     /// The node could not run the task.
     HostFault,
-    /// The lease ran out or went to somebody else.
+    /// The lease expired or went to another node.
     LeaseLost,
     /// The runner panicked.
     Panicked,
@@ -115,7 +116,7 @@ pub enum OutcomeWord {
 }
 
 impl OutcomeWord {
-    /// As it is written.
+    /// The word in its written form.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -133,7 +134,7 @@ impl OutcomeWord {
 }
 
 impl Outcome {
-    /// How a task ends that was cancelled for `reason`.
+    /// The outcome of a task that was cancelled for `reason`.
     #[must_use]
     pub fn of_cancel(reason: CancelReason) -> Self {
         match reason {
@@ -144,7 +145,7 @@ impl Outcome {
         }
     }
 
-    /// Which of the words for it applies.
+    /// The word for this outcome.
     #[must_use]
     pub fn kind(&self) -> OutcomeWord {
         match self {
@@ -166,7 +167,7 @@ impl Outcome {
         self.kind().as_str()
     }
 
-    /// A stable, finer code.
+    /// A stable code that distinguishes more cases than the word.
     #[must_use]
     pub fn code(&self) -> &'static str {
         match self {
@@ -185,7 +186,7 @@ impl Outcome {
         }
     }
 
-    /// What went wrong, for people; `None` when nothing did.
+    /// What went wrong, for people. `None` if nothing did.
     #[must_use]
     pub fn reason(&self) -> Option<String> {
         match self {
@@ -200,8 +201,8 @@ impl Outcome {
         }
     }
 
-    /// Takes these tokens out of everything people wrote: a runner may put the one it was given into
-    /// its error, and what is reported, logged and kept must not hold it.
+    /// Removes these tokens from all free text. A runner may put its token into its error. Reports, logs and stored
+    /// files must not contain it.
     pub fn redact(&mut self, tokens: &[Token]) {
         let clean = |text: &mut String| redact(text, tokens);
         match self {
@@ -221,7 +222,7 @@ impl Outcome {
         }
     }
 
-    /// Whether somebody who repeats the task may hope for another end.
+    /// Whether a retry of the task may end differently.
     #[must_use]
     pub fn retryable(&self) -> bool {
         match self {
@@ -232,7 +233,7 @@ impl Outcome {
     }
 }
 
-/// Takes these tokens out of `text`, also where it was shortened in the midst of one.
+/// Removes these tokens from `text`, also a token that was cut off at the end of the text.
 pub(crate) fn redact(text: &mut String, tokens: &[Token]) {
     for token in secrets(tokens) {
         let head = token.get(..HEAD_BYTES).unwrap_or(token);
@@ -252,7 +253,7 @@ pub(crate) fn redact(text: &mut String, tokens: &[Token]) {
     }
 }
 
-/// Whether one of these tokens stands in `text`.
+/// Whether `text` contains one of these tokens.
 pub(crate) fn holds_token(text: &str, tokens: &[Token]) -> bool {
     secrets(tokens).any(|token| text.contains(token))
 }
@@ -276,29 +277,29 @@ fn clean_value(value: &mut Value, clean: &impl Fn(&mut String)) {
     }
 }
 
-/// Keeps a lease until the control plane has the report of its task.
+/// Keeps a lease until the control plane has received the report of its task.
 pub trait LeaseKeeper: Send {
-    /// Where the report goes now: a heartbeat may have changed the address.
+    /// Where the report goes now. A heartbeat may have changed the address.
     fn address(&self) -> ReportAddress;
 }
 
-/// The end of an attempt together with what it published: what is reported, once.
+/// The outcome of an attempt, with its artifacts and inputs. It is reported once.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TaskResult {
     /// How it ended.
     pub outcome: Outcome,
-    /// What was published, sorted by logical path, one entry a path.
+    /// Published artifacts, sorted by logical path, one entry for each path.
     pub artifacts: Vec<Artifact>,
-    /// What was fetched whole, each input once.
+    /// Inputs that were read completely, each once.
     #[serde(default)]
     pub inputs: Vec<Fetched>,
-    /// An output was not written because a disk of this machine was full.
+    /// Whether an output was not written because a disk of this machine was full.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub disk_was_full: bool,
 }
 
 impl TaskResult {
-    /// An end without anything moved.
+    /// A result without artifacts and inputs.
     #[must_use]
     pub fn bare(outcome: Outcome) -> Self {
         Self { outcome, artifacts: Vec::new(), inputs: Vec::new(), disk_was_full: false }

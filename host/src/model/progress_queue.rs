@@ -1,7 +1,7 @@
 //! Progress and events between a runner and its heartbeats.
 //!
-//! Progress is last-write-wins, events are a queue: they stay until a heartbeat that carried them
-//! was acknowledged (at least once, in order).
+//! Only the latest progress value counts. Events form a queue: an event stays until a heartbeat that carried it was
+//! acknowledged (at least once, in order).
 
 use std::{collections::VecDeque, sync::Mutex};
 
@@ -10,16 +10,16 @@ use tokio::sync::Notify;
 
 use super::BootInstant;
 
-/// Largest progress value, in bytes of JSON (newer planes refuse more).
+/// Largest progress value, in bytes of JSON. Newer planes reject larger values.
 pub(crate) const PROGRESS_BYTES_MAX: usize = 64 * 1024;
-/// Most events waiting for acknowledgement.
+/// Most events that wait for acknowledgement.
 pub(crate) const EVENTS_MAX: usize = 1024;
-/// Most bytes of JSON waiting as events.
+/// Most bytes of JSON in waiting events.
 pub(crate) const EVENTS_BYTES_MAX: usize = 256 * 1024;
-/// Most bytes of events in one heartbeat, and the largest event (newer planes refuse more).
+/// Most bytes of events in one heartbeat, and the largest event. Newer planes reject more.
 pub(crate) const EVENT_BYTES_MAX: usize = 64 * 1024;
 
-/// Why progress or an event was not taken.
+/// Why progress or an event was not accepted.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ProgressError {
     /// The value is larger than [`PROGRESS_BYTES_MAX`].
@@ -28,7 +28,7 @@ pub enum ProgressError {
     /// The event is larger than [`EVENT_BYTES_MAX`].
     #[error("event is {0} bytes of JSON, at most {EVENT_BYTES_MAX} are allowed")]
     EventTooLarge(usize),
-    /// [`EVENTS_MAX`] or [`EVENTS_BYTES_MAX`] would be passed.
+    /// The event would exceed [`EVENTS_MAX`] or [`EVENTS_BYTES_MAX`].
     #[error(
         "too many events wait for the control plane ({EVENTS_MAX} events or {EVENTS_BYTES_MAX} bytes at most); try again later"
     )]
@@ -38,15 +38,15 @@ pub enum ProgressError {
 /// What the next heartbeat should carry.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Pending {
-    /// Latest progress, `{}` until there is one.
+    /// Latest progress. `{}` if there is none.
     pub progress: Value,
-    /// Events not acknowledged yet, oldest first, as many as one heartbeat may carry.
+    /// Unacknowledged events, oldest first, as many as one heartbeat may carry.
     pub events: Vec<Value>,
-    /// Version of `progress`, to be handed back to [`ProgressQueue::acknowledge`].
+    /// Version of `progress`, for [`ProgressQueue::acknowledge`].
     pub version: u64,
 }
 
-/// See the module's text. Shared between the runner's side and the session.
+/// See the module documentation. The runner's side and the session share it.
 #[derive(Default)]
 pub struct ProgressQueue {
     state: Mutex<State>,
@@ -59,7 +59,7 @@ struct State {
     progress_at: Option<BootInstant>,
     version: u64,
     acknowledged: u64,
-    /// Somebody waits for the answer to a heartbeat that has not been sent yet.
+    /// A caller waits for the answer to a heartbeat that has not been sent yet.
     asked: bool,
     events: VecDeque<(Value, usize)>,
     events_bytes: usize,
@@ -98,28 +98,28 @@ impl ProgressQueue {
         Ok(())
     }
 
-    /// When the runner reported progress last.
+    /// When the runner last reported progress.
     #[must_use]
     pub fn progress_at(&self) -> Option<BootInstant> {
         self.lock().progress_at
     }
 
-    /// Asks for a heartbeat soon although there is no news: its answer is waited for.
+    /// Requests a heartbeat soon although nothing has changed: a caller waits for its answer.
     pub fn ask(&self) {
         self.lock().asked = true;
         self.changed.notify_one();
     }
 
-    /// What was asked for has come.
+    /// Records that the requested answer has arrived.
     pub fn answered(&self) {
         self.lock().asked = false;
     }
 
-    /// A copy of what the next heartbeat should carry.
+    /// Returns a copy of the data for the next heartbeat.
     #[must_use]
     pub fn pending(&self) -> Pending {
         let mut state = self.lock();
-        // A heartbeat that fails is repeated in any case.
+        // A failed heartbeat is repeated in any case.
         state.asked = false;
         let mut room = EVENT_BYTES_MAX;
         let fits = |(_, bytes): &&(Value, usize)| {
@@ -134,7 +134,7 @@ impl ProgressQueue {
         }
     }
 
-    /// Drops what an answered heartbeat carried. Events added meanwhile stay.
+    /// Drops the data that an answered heartbeat carried. Events added meanwhile stay.
     pub fn acknowledge(&self, sent: &Pending) {
         let mut state = self.lock();
         state.acknowledged = state.acknowledged.max(sent.version);
@@ -143,21 +143,21 @@ impl ProgressQueue {
                 state.events_bytes -= bytes;
             }
         }
-        // What one heartbeat could not carry is news for the next.
+        // Events that did not fit into one heartbeat are left for the next one.
         if !state.events.is_empty() {
             self.changed.notify_one();
         }
     }
 
-    /// True while there is progress or an event no answered heartbeat has carried, or an answer is
-    /// waited for.
+    /// True while there is progress or an event that no answered heartbeat has carried. Also true while a caller waits
+    /// for an answer.
     #[must_use]
     pub fn is_dirty(&self) -> bool {
         let state = self.lock();
         state.asked || state.acknowledged < state.version || !state.events.is_empty()
     }
 
-    /// Waits for a change since the last call; at most one is remembered.
+    /// Waits for a change since the last call. At most one change is stored.
     pub async fn changed(&self) {
         self.changed.notified().await;
     }

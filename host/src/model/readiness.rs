@@ -1,4 +1,4 @@
-//! Whether the node can get work, and why not: one function of the status, for all who ask.
+//! Whether the node can get work, and why not. All callers use this one function of the status.
 
 use std::fmt;
 
@@ -7,7 +7,7 @@ use serde::{Serialize, Serializer, ser::SerializeStruct as _};
 
 use super::{HostStatus, MissedHeartbeats, Phase, RegistrationState};
 
-/// Fewer failed polls in a row say nothing yet.
+/// Fewer failed polls in a row do not affect readiness.
 const FAILED_POLLS_MIN: u32 = 3;
 /// The same for heartbeats of every held lease: with all slots in use there are no polls.
 const FAILED_HEARTBEATS_MIN: u32 = 3;
@@ -15,9 +15,9 @@ const FAILED_HEARTBEATS_MIN: u32 = 3;
 /// Whether the node can get work.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Readiness {
-    /// It can.
+    /// The node can get work.
     Ready,
-    /// It cannot, for these reasons. The first one is the one to act on.
+    /// The node cannot get work, for these reasons. Act on the first one.
     NotReady(Vec<NotReadyReason>),
 }
 
@@ -27,7 +27,7 @@ pub enum Readiness {
 pub enum NotReadyReason {
     /// No plugin is loaded.
     NoPlugin,
-    /// Every plugin is out of service; one line each.
+    /// Every plugin is out of service. One line each.
     NoPluginInService(Vec<String>),
     /// A thread for a plugin's calls cannot be created.
     NoThread(String),
@@ -35,14 +35,14 @@ pub enum NotReadyReason {
     RegistrationConflict(Option<String>),
     /// Too many reports wait for the control plane.
     OutboxFull {
-        /// How many.
+        /// How many reports wait.
         waiting: usize,
     },
     /// Reports cannot be written to the disk.
     OutboxNotWritten(String),
     /// Too little space is free below `SCRATCH_DIR`.
     DiskFull {
-        /// What is free.
+        /// The free space in bytes.
         free_bytes: u64,
         /// `DISK_FREE_MIN`.
         floor_bytes: u64,
@@ -56,7 +56,7 @@ pub enum NotReadyReason {
         /// The last failure.
         error: String,
     },
-    /// A poll has waited for long.
+    /// A poll has waited for its answer for a long time.
     PollUnanswered,
     /// Heartbeats of every held lease fail.
     HeartbeatsFail {
@@ -67,12 +67,12 @@ pub enum NotReadyReason {
     },
     /// The node has not signed in yet.
     Starting {
-        /// Standing with the sign-in service.
+        /// The registration state at the sign-in service.
         registration: RegistrationState,
         /// The last failure.
         error: Option<String>,
     },
-    /// The node was told to stop.
+    /// A stop of the node was requested.
     Draining,
     /// The node has stopped.
     Stopped,
@@ -145,7 +145,7 @@ impl Serialize for NotReadyReason {
 }
 
 impl Readiness {
-    /// What the status says at `now`.
+    /// The readiness that follows from the status at `now`.
     #[must_use]
     pub fn of(status: &HostStatus, now: Timestamp) -> Self {
         let reasons = match status.phase {
@@ -170,7 +170,7 @@ impl Readiness {
     }
 }
 
-/// What an operator must act on comes first.
+/// Lists first the reasons that an operator must act on.
 fn while_running(status: &HostStatus, now: Timestamp) -> Vec<NotReadyReason> {
     let HostStatus { outbox, disk, polls, .. } = status;
     let mut reasons = Vec::new();
