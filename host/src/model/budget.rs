@@ -3,8 +3,8 @@
 //! A [`Budget`] is charged through guards. [`Budget::reserve`] charges a whole object before it is held, and waits
 //! until enough bytes are free. [`Budget::count`] charges a piece of a stream, and never waits.
 //!
-//! Transfers cannot deadlock on the budget. A waiting reservation holds no part of its charge, and a piece of a stream
-//! waits for no reservation. A single object is always admitted, whether or not pieces are charged. Only the pieces of
+//! Transfers cannot deadlock on the budget. A caller that waits for a reservation holds no earlier one. A piece of a
+//! stream waits for no reservation. A single object is always admitted, whether or not pieces are charged. Only the pieces of
 //! open streams can exceed the limit.
 
 use std::{

@@ -233,7 +233,7 @@ impl Outcome {
     }
 }
 
-/// Removes these tokens from `text`, also a token that was cut off at the end of the text.
+/// Removes these tokens from `text`, also a token that was cut short.
 pub(crate) fn redact(text: &mut String, tokens: &[Token]) {
     for token in secrets(tokens) {
         let head = token.get(..HEAD_BYTES).unwrap_or(token);

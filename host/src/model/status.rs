@@ -1,7 +1,7 @@
-//! What the node shows of itself: one value, changed by whoever knows, served by `observe`.
+//! The status of the node: one value that the modules change and `observe` serves.
 //!
-//! Every key is always there; `null` stands for unknown. `docs/operations/status.md` lists the keys, and a test compares
-//! it with a running node. A key that changes its meaning needs a new [`STATUS_SCHEMA`].
+//! Every key is always present, and `null` means unknown. `docs/operations/status.md` lists the keys, and a test
+//! compares it with a running node. A key that changes its meaning needs a new [`STATUS_SCHEMA`].
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -22,10 +22,10 @@ use super::{
 /// The version of `/status.json`. New keys do not change it.
 pub const STATUS_SCHEMA: u32 = 1;
 
-/// Ended tasks that are shown.
+/// Most ended tasks that are shown.
 const RECENT_MAX: usize = 100;
 
-/// The node as `/status.json` shows it.
+/// The status of the node in `/status.json`.
 #[derive(Clone, Debug, Serialize)]
 pub struct HostStatus {
     /// The host's version.
@@ -36,29 +36,29 @@ pub struct HostStatus {
     pub started_at: Timestamp,
     /// `starting`, `running`, `draining` or `stopped`.
     pub phase: Phase,
-    /// Standing with the sign-in service.
+    /// The registration state at the sign-in service.
     pub registration: RegistrationState,
     /// How the node registers.
     pub registration_form: RegistrationForm,
-    /// Since when it stands so.
+    /// When the registration entered this state.
     pub registration_since: Timestamp,
-    /// The last trouble with it, one line.
+    /// The last registration error, one line.
     pub registration_error: Option<String>,
-    /// When the sign-in service last asked for this node's health.
+    /// When the sign-in service last requested this node's health.
     pub last_healthcheck: Option<Timestamp>,
-    /// Until when the node token in hand is good.
+    /// When the current node token expires.
     pub token_expires_at: Option<Timestamp>,
     /// Why the last login failed, one line.
     pub login_error: Option<String>,
-    /// How asking for work goes.
+    /// The state of polling.
     pub polls: PollStatus,
-    /// Room where tasks work.
+    /// Disk space for the tasks' files.
     pub disk: DiskStatus,
     /// Most tasks at once.
     pub slots: usize,
-    /// What is served.
+    /// The capabilities that the node serves.
     pub capabilities: Vec<String>,
-    /// What does not work any more although the node runs, one line each.
+    /// Functions that have failed while the node still runs, one line each.
     pub degraded: Vec<String>,
     /// Why a thread for a plugin's calls cannot be created, one line.
     pub no_thread: Option<String>,
@@ -66,45 +66,45 @@ pub struct HostStatus {
     pub tasks: HeldTasks,
     /// Ended tasks by outcome, since the start.
     pub ended: BTreeMap<OutcomeWord, u64>,
-    /// Reports the control plane refused for good.
+    /// Number of reports that the control plane refused permanently.
     pub unreported: u64,
-    /// Reports on their way.
+    /// Reports that wait or are being sent.
     pub outbox: OutboxStatus,
-    /// Tasks that ended lately, the newest last; at most 100.
+    /// Recently ended tasks, the newest last, at most 100.
     pub recent: VecDeque<Arc<TaskRecord>>,
-    /// Calls of plugins that named a task which was over or never was.
+    /// Calls of plugins that named a task that was over or never existed.
     pub stale_calls: Live,
-    /// Runners that ignored their cancellation; their slots were given back.
+    /// Runners that ignored their cancellation. Their slots were released.
     pub stuck_runners: Live,
-    /// Bytes of tasks' data in memory: now, at most so far, and the limit.
+    /// Bytes of task data in memory: now, the peak, and the limit.
     pub memory: Budget,
-    /// Every library, loaded or refused.
+    /// Every library, whether loaded or refused.
     pub plugins: Listings,
 }
 
-/// How asking the control plane for work goes.
+/// The state of polling the control plane for work.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct PollStatus {
-    /// Polls in a row that failed up to now.
+    /// How many polls in a row have failed.
     pub failed: u32,
-    /// Why the last one failed, one line; gone with the first one that is answered.
+    /// Why the last one failed, one line. The first answered poll clears it.
     pub last_error: Option<String>,
-    /// One has waited for its answer for long; `false` with the first one that is answered.
+    /// A poll has waited for its answer for a long time. `false` after the first answered poll.
     pub unanswered: bool,
 }
 
-/// Room on the file system of `SCRATCH_DIR`.
+/// Space on the file system of `SCRATCH_DIR`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct DiskStatus {
-    /// What is left; `None` where the system does not say.
+    /// The free space. `None` if the system does not return it.
     pub free_bytes: Option<u64>,
-    /// Below this nothing new is leased; 0: there is no floor.
+    /// Below this, nothing new is leased. 0 means no floor.
     pub floor_bytes: u64,
-    /// Whether it is below.
+    /// Whether the free space is below the floor.
     pub full: bool,
 }
 
-/// Every library with what is known of it when the page is asked.
+/// Every library, with its state at the time of the request.
 #[derive(Clone)]
 pub struct Listings(pub Arc<dyn Fn() -> serde_json::Value + Send + Sync>);
 
@@ -120,7 +120,7 @@ impl Serialize for Listings {
     }
 }
 
-/// A number that is asked for when it is shown.
+/// A number that is read when it is shown.
 #[derive(Clone, Copy, Debug)]
 pub struct Live(pub fn() -> u64);
 
@@ -130,28 +130,28 @@ impl Serialize for Live {
     }
 }
 
-/// Where the node stands.
+/// The phase of the node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Phase {
     /// Not registered or signed in yet.
     Starting,
-    /// Leasing.
+    /// The node leases tasks.
     Running,
-    /// No new leases; running tasks end.
+    /// No new leases. Running tasks end.
     Draining,
-    /// All ended.
+    /// Everything has ended.
     Stopped,
 }
 
-/// Standing with the sign-in service.
+/// The registration state at the sign-in service.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RegistrationState {
-    /// Not registered; the last attempt was refused, or none was made.
+    /// Not registered. The last attempt was refused, or none was made.
     #[default]
     Disconnected,
-    /// Being registered, or tried again soon.
+    /// A registration is in progress, or is retried soon.
     Registering,
     /// Registered.
     Registered,
@@ -174,25 +174,25 @@ impl fmt::Display for RegistrationState {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RegistrationForm {
-    /// By a signed message.
+    /// With a signed message.
     Wallet,
-    /// By a URL at which the service calls back.
+    /// With a URL at which the service calls back.
     Callback,
-    /// Not at all: the control plane has no sign-in.
+    /// No registration: the control plane has no sign-in.
     None,
 }
 
-/// How far a held task is.
+/// The stage of a held task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum TaskStage {
-    /// Its session opens.
+    /// Its session is being opened.
     SettingUp,
-    /// Its plugin is full.
+    /// It waits because its plugin is full.
     Waiting,
-    /// Its runner works.
+    /// Its runner is running.
     Running,
-    /// Its report is on its way.
+    /// Its report is being sent.
     Reporting,
 }
 
@@ -201,25 +201,24 @@ pub enum TaskStage {
 pub struct PluginId {
     /// Name in its manifest.
     pub name: Arc<str>,
-    /// SHA-256 of the bytes that were opened, in hex.
+    /// SHA-256 of the opened file, in hex.
     pub sha256: Arc<str>,
 }
 
-/// What began and has not ended, each with a number of its own: a task may be leased again before its
-/// lost attempt has ended.
+/// The tasks that began and have not ended, each with a unique number. A task may be leased again before its lost
+/// attempt has ended.
 #[derive(Clone, Debug, Default)]
 pub struct HeldTasks {
     begun: u64,
     by_number: BTreeMap<u64, TaskStatus>,
 }
 
-/// What the board calls something that began on it.
+/// The number that the board assigned to a task when it began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HeldNumber(u64);
 
 impl HeldTasks {
-    /// What stands against keeping the leases, where that is so for all of them: the least that one of them
-    /// has missed.
+    /// The missed heartbeats, if every held lease has missed some. Returns those of the lease that missed the fewest.
     #[must_use]
     pub fn missed(&self) -> Option<MissedHeartbeats> {
         self.by_number.values().map(|task| task.turning.0.missed()).min_by_key(|missed| missed.count)
@@ -228,7 +227,7 @@ impl HeldTasks {
 
 impl Serialize for HeldTasks {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        // Of two with one id the newer one is shown: it is the one that still counts.
+        // Of two tasks with the same id, the newer one is shown: only that one still counts.
         let newest: BTreeMap<String, &TaskStatus> =
             self.by_number.values().map(|task| (task.turning.0.lease.task().to_string(), task)).collect();
         serializer.collect_map(newest)
@@ -238,28 +237,28 @@ impl Serialize for HeldTasks {
 /// One held task.
 #[derive(Clone, Debug, Serialize)]
 pub struct TaskStatus {
-    /// Which runner.
+    /// The capability of the task.
     #[serde(serialize_with = "as_text")]
     pub capability: Capability,
-    /// The job it belongs to.
+    /// The job of the task.
     pub job_id: Option<Uuid>,
     /// The plugin that serves it.
     #[serde(serialize_with = "name_of_plugin")]
     pub plugin: Option<PluginId>,
-    /// Which run of the task this is, as the plane counts them.
+    /// Number of this run of the task, as the plane counts runs.
     pub attempt: Option<u64>,
-    /// How far it is.
+    /// Its stage.
     pub state: TaskStage,
     /// When it was leased.
     pub since: Timestamp,
-    /// `domain_id`, `lease_expires_at`, `token_expires_at` and `progress_at` (when the runner reported progress
-    /// last): what is known of them when the page is asked. Neither a token nor the progress itself is shown.
-    /// `heartbeats_failed` says how many failed in a row, `heartbeat_error` why the last one did.
+    /// `domain_id`, `lease_expires_at`, `token_expires_at` and `progress_at` (when the runner last reported progress),
+    /// as known at the time of the request. Neither a token nor the progress itself is shown. `heartbeats_failed` is
+    /// the number that failed in a row. `heartbeat_error` says why the last one failed.
     #[serde(flatten)]
     pub turning: RunningTask,
 }
 
-/// What the plane and the runner may change while a task is held, looked up when it is shown.
+/// The values that the plane and the runner may change while a task is held. They are read when they are shown.
 #[derive(Clone)]
 pub struct RunningTask(HeldLease);
 
@@ -296,45 +295,45 @@ impl Serialize for RunningTask {
 /// Reports the control plane has not accepted yet.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct OutboxStatus {
-    /// How many there are, from the end of their tasks on.
+    /// How many there are. A report counts from the end of its task.
     pub waiting: usize,
     /// When the task of the oldest one ended.
     pub oldest: Option<Timestamp>,
-    /// How often that one was sent.
+    /// How many times that one was sent.
     pub oldest_tries: Option<u32>,
-    /// Why the last one sent was not accepted, one line; gone when none waits.
+    /// Why the last one sent was not accepted, one line. It is cleared when no report waits.
     pub last_error: Option<String>,
-    /// Reports of another control plane or node that are kept, and not sent.
+    /// Reports of another control plane or node. They are stored and not sent.
     pub foreign: usize,
-    /// So many are not accepted that nothing new is leased.
+    /// Whether so many reports wait that nothing new is leased.
     pub full: bool,
-    /// Why they cannot be written down, one line; nothing new is leased until they can.
+    /// Why reports cannot be written to the disk, one line. Nothing new is leased until they can be written.
     pub not_written: Option<String>,
 }
 
-/// The name is enough while a task runs.
+/// Only the name is shown while a task runs.
 fn name_of_plugin<S: Serializer>(plugin: &Option<PluginId>, serializer: S) -> Result<S::Ok, S::Error> {
     plugin.as_ref().map(|plugin| &*plugin.name).serialize(serializer)
 }
 
-/// Names are written when they are shown.
+/// Names are formatted when they are shown.
 fn as_text<S: Serializer>(name: &impl fmt::Display, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(name)
 }
 
-/// What became of a report.
+/// The state of a report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ReportState {
-    /// The control plane took it.
+    /// The control plane accepted it.
     Accepted,
     /// It is in the outbox.
     Waiting,
-    /// The control plane will never take it.
+    /// The control plane refused it permanently.
     Refused,
     /// An operator dropped it.
     Dropped,
-    /// There was nothing to say: the task was cancelled or lost.
+    /// There is no report: the task was cancelled or lost.
     None,
 }
 
@@ -344,12 +343,12 @@ pub struct TaskRecord {
     /// The task.
     #[serde(serialize_with = "as_text")]
     pub task_id: TaskId,
-    /// The job it belonged to.
+    /// The job of the task.
     pub job_id: Option<Uuid>,
-    /// Which runner.
+    /// The capability of the task.
     #[serde(serialize_with = "as_text")]
     pub capability: Capability,
-    /// Which run of the task this was, as the plane counts them.
+    /// Number of this run of the task, as the plane counts runs.
     pub attempt: Option<u64>,
     /// Name of the plugin that served it.
     pub plugin: Option<Arc<str>>,
@@ -357,19 +356,19 @@ pub struct TaskRecord {
     pub plugin_sha256: Option<Arc<str>>,
     /// How it ended, one word.
     pub outcome: OutcomeWord,
-    /// The same, finer.
+    /// The code of the outcome, which distinguishes more cases.
     pub code: &'static str,
-    /// Why it ended so, one line.
+    /// Why it ended this way, one line.
     pub reason: Option<String>,
-    /// What it published.
+    /// The artifacts that it published.
     pub artifacts: Vec<Artifact>,
-    /// What it fetched whole.
+    /// The inputs that it read completely.
     pub inputs: Vec<Fetched>,
     /// When it ended.
     pub ended_at: Timestamp,
-    /// How long it took, from the lease to its end.
+    /// The time from the lease to its end.
     pub elapsed_ms: u64,
-    /// What became of its report.
+    /// The state of its report.
     pub report: ReportState,
 }
 
@@ -402,7 +401,7 @@ impl TaskRecord {
     }
 }
 
-/// Where it is written and read. Cheap to clone.
+/// Where modules write and read the status. Cheap to clone.
 #[derive(Clone)]
 pub struct StatusBoard(Arc<Watched<HostStatus>>);
 
@@ -440,18 +439,18 @@ impl StatusBoard {
         })))
     }
 
-    /// The status as it is now. Who holds it keeps all those waiting who would change it.
+    /// The current status. While the caller holds the guard, every caller that changes the status waits.
     pub fn now(&self) -> MutexGuard<'_, HostStatus> {
         self.0.lock()
     }
 
-    /// Waits until the status is as `wanted`.
+    /// Waits until `wanted` accepts the status.
     #[cfg(test)]
     pub(crate) async fn until(&self, mut wanted: impl FnMut(&HostStatus) -> bool) {
         self.0.until(|status| wanted(status).then_some(())).await;
     }
 
-    /// Changes anything.
+    /// Changes any part of the status.
     pub fn change(&self, change: impl FnOnce(&mut HostStatus)) {
         self.0.change(|status| {
             change(status);
@@ -459,7 +458,7 @@ impl StatusBoard {
         });
     }
 
-    /// Notes how a poll ended: with an answer, or why not.
+    /// Records the end of a poll: `None` for an answer, or the error.
     pub fn polled(&self, error: Option<String>) {
         self.change(|HostStatus { polls, .. }| {
             *polls = match &error {
@@ -473,12 +472,12 @@ impl StatusBoard {
         });
     }
 
-    /// Notes that a poll has waited for its answer for long.
+    /// Records that a poll has waited for its answer for a long time.
     pub fn unanswered(&self) {
         self.change(|status| status.polls.unanswered = true);
     }
 
-    /// Enters a task, and the plugin that serves it.
+    /// Adds a task and the plugin that serves it.
     pub fn began(&self, grant: &HeldLease, plugin: Option<PluginId>) -> HeldNumber {
         let lease = &grant.lease;
         let task = TaskStatus {
@@ -499,7 +498,7 @@ impl StatusBoard {
         held
     }
 
-    /// Moves a task on.
+    /// Changes the stage of a task.
     pub fn moved(&self, held: HeldNumber, state: TaskStage) {
         self.change(|status| {
             if let Some(task) = status.tasks.by_number.get_mut(&held.0) {
@@ -508,7 +507,7 @@ impl StatusBoard {
         });
     }
 
-    /// Moves a task from the held ones to the ended ones and counts its end.
+    /// Moves a task from the held tasks to the ended tasks, and counts its end.
     pub fn ended(&self, held: HeldNumber, record: Arc<TaskRecord>) {
         self.change(|status| {
             status.tasks.by_number.remove(&held.0);
@@ -521,11 +520,11 @@ impl StatusBoard {
         });
     }
 
-    /// Says what became of a report that waited.
+    /// Records the final state of a report that waited.
     pub fn settled(&self, task: &TaskId, report: ReportState) {
         self.change(|status| {
             status.unreported += u64::from(report == ReportState::Refused);
-            // The same task may have ended here twice: the plane gave it out again.
+            // The same task may have ended here twice: the plane leased it again.
             let waiting =
                 |record: &&mut Arc<TaskRecord>| record.task_id == *task && record.report == ReportState::Waiting;
             if let Some(record) = status.recent.iter_mut().find(waiting) {
@@ -558,7 +557,7 @@ mod tests {
         let task_result = TaskResult::bare(Outcome::LeaseLost);
         let record = || Arc::new(TaskRecord::new(&lost.lease, None, &task_result, Duration::ZERO, ReportState::None));
         board.ended(first, record());
-        board.moved(first, TaskStage::Running); // a word that comes too late
+        board.moved(first, TaskStage::Running); // this change comes too late
         board.moved(second, TaskStage::Waiting);
         assert_eq!(shown()[&id]["state"], "waiting");
         board.ended(second, record());

@@ -1,9 +1,9 @@
-//! The one "did you mean": which known word a mistyped one stands for.
+//! The only "did you mean" suggestion: finds the known word for a mistyped one.
 
-/// The candidate that `word` most likely stands for, if one is near. Letter case does not count.
+/// Returns the candidate that `word` most likely means, if one is similar. Letter case does not count.
 ///
-/// One slip is allowed (a letter missing, added, wrong, or two swapped), in long words one more for each 6 letters.
-/// Words of one or two letters have no near ones.
+/// One mistake is allowed: a letter missing, added or wrong, or two letters swapped. Long words may have one more
+/// mistake for each 6 letters. Words of one or two letters have no suggestion.
 #[must_use]
 pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let word = word.to_ascii_lowercase();
@@ -20,7 +20,7 @@ pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) ->
     near.min_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1))).map(|(_, _, candidate)| candidate)
 }
 
-/// [`nearest`] as the end of a sentence: `, did you mean run?`, or nothing.
+/// Formats [`nearest`] as the end of a sentence: `, did you mean run?`, or nothing.
 #[must_use]
 pub fn did_you_mean<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) -> String {
     nearest(word, candidates).map_or_else(String::new, |near| format!(", did you mean {near}?"))

@@ -1,7 +1,7 @@
-//! A value that a few wait for.
+//! A value that a few callers wait for.
 //!
-//! Made for what comes and goes with every task. tokio's watch channel does the same for many waiters at a
-//! time, with eight lists of them that each change goes through and each task would have to make.
+//! It is made for values that are created and dropped with every task. tokio's watch channel does the same for many
+//! concurrent waiters. It has eight waiter lists, which each task would create and each change would scan.
 
 use std::{
     pin::pin,
@@ -10,7 +10,7 @@ use std::{
 
 use tokio::sync::Notify;
 
-/// See the module's text.
+/// See the module documentation.
 #[derive(Debug, Default)]
 pub(super) struct Watched<T> {
     value: Mutex<T>,
@@ -22,12 +22,12 @@ impl<T> Watched<T> {
         Self { value: Mutex::new(value), changed: Notify::new() }
     }
 
-    /// The value as it is now. Who holds it keeps all others waiting.
+    /// The current value. All other callers wait while the guard is held.
     pub(super) fn lock(&self) -> MutexGuard<'_, T> {
         self.value.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Wakes those who wait, if `change` says that it made anything of the value. With what it said.
+    /// Wakes the waiters if `change` returns that it changed the value. Returns what `change` returned.
     pub(super) fn change(&self, change: impl FnOnce(&mut T) -> bool) -> bool {
         let changed = change(&mut self.lock());
         if changed {
@@ -36,10 +36,10 @@ impl<T> Watched<T> {
         changed
     }
 
-    /// Waits until `look` finds what it looks for.
+    /// Waits until `look` returns a result.
     pub(super) async fn until<R>(&self, mut look: impl FnMut(&T) -> Option<R>) -> R {
         loop {
-            // Before the look, so that no change between the two is missed.
+            // Registers before the check, so that no change between the two is missed.
             let mut changed = pin!(self.changed.notified());
             changed.as_mut().enable();
             if let Some(found) = look(&self.lock()) {

@@ -109,8 +109,8 @@ impl Session {
     }
 
     /// Sends the remaining progress and events while the lease is valid. Returns where the report goes, or why there
-    /// is none. If the lease ends during this call, the report is still sent: its task has ended before. If there is a
-    /// report, heartbeats continue until the session is dropped. Call it once.
+    /// is none. A lease that ends during this call does not prevent the report, because its task has ended before.
+    /// If there is a report, heartbeats continue until the session is dropped. Call it once.
     pub async fn close(&mut self) -> Result<ReportAddress, NoReport> {
         let (say, said) = oneshot::channel();
         if let Some(close) = self.close.take() {
