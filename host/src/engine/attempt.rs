@@ -88,8 +88,8 @@ pub(super) fn span(lease: &Lease, plugin: Option<&str>) -> Span {
     )
 }
 
-/// Runs one task from start to end. Run it in its [`span`]. Every early exit still settles the lease and frees the
-/// slot.
+/// Runs one task from start to end. Run it in its [`span`]. Every early exit still handles the report and frees
+/// the slot.
 pub(super) async fn attempt(modules: Arc<Modules>, slot: Slot, session: Session, grace: Duration, stops: StopSignals) {
     let grant = session.grant(); // the task, a token, the cancel signal, the progress queue
     let lease = &grant.lease;
@@ -102,7 +102,7 @@ pub(super) async fn attempt(modules: Arc<Modules>, slot: Slot, session: Session,
     let run = AssertUnwindSafe(Box::pin(run(Arc::clone(&modules), slot.held, grant.clone(), grace))).catch_unwind();
     let ended = async {
         run.await.unwrap_or_else(|_| {
-            // A host bug must not leave a lease unsettled. The log has the details.
+            // A host bug must not leave a task unreported. The log has the details.
             let message = "the node failed while it ran the task; see its log".to_owned();
             End::bare(Outcome::HostFault { message })
         })
@@ -228,7 +228,7 @@ async fn settle(
         }
     }
     if !settled.as_ref().is_some_and(Settled::is_final) {
-        ticket.write().await; // durable before the report is sent
+        ticket.write().await; // durable before the report is sent, except for a brief task
         crash::point("after-write");
     }
     if let Some(settled) = settled {
@@ -243,7 +243,7 @@ async fn settle(
         tokio::select! {
             biased;
             settled = said => settled,
-            // When the session is dropped, the outbox owns the report.
+            // When `said` is dropped here, the outbox owns the report.
             () = out_of_patience => Settled::Sent(Sent::Waiting("the node stops".to_owned())),
         }
     };

@@ -4,8 +4,8 @@
 //! until enough bytes are free. [`Budget::count`] charges a piece of a stream, and never waits.
 //!
 //! Transfers cannot deadlock on the budget. A caller that waits for a reservation holds no earlier one. A piece of a
-//! stream waits for no reservation. A single object is always admitted, whether or not pieces are charged. Only the pieces of
-//! open streams can exceed the limit.
+//! stream waits for no reservation. A single object is always admitted, whether or not pieces are charged.
+//! Only the pieces of open streams can exceed the limit.
 
 use std::{
     collections::VecDeque,

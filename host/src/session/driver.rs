@@ -78,7 +78,7 @@ impl Driver {
         driver
     }
 
-    /// Keeps the lease while its task runs, sends the final flush, and keeps the lease until the report has arrived.
+    /// Keeps the lease while its task runs, sends the final flush, and keeps the lease while the report is sent.
     /// If the caller drops the session instead of closing it, this future ends at once.
     pub(super) async fn run(mut self) {
         let Some(say) = self.keep_for_task().await else { return };
@@ -122,8 +122,8 @@ impl Driver {
         }
     }
 
-    /// Keeps the lease until it is over. Messages of the plane have no effect here. The answer to the report decides
-    /// whether the report counts.
+    /// Keeps the lease until it is over. Messages of the plane meanwhile do not affect the report. The answer to the
+    /// report decides whether it counts.
     async fn keep_for_report(&mut self) {
         self.ended = true;
         let mut event = PacingEvent::Tick;
