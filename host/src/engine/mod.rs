@@ -1,8 +1,8 @@
 //! Slots, polling, dispatch and drain. The engine owns the running tasks.
 //!
 //! [`attempt::attempt`] runs one task. [`Engine::run`] polls for leases while slots are free. It sends one poll at a
-//! time, or several while leases come. It stops in two steps. First nothing new is leased and running tasks
-//! may end. Then running tasks are cancelled.
+//! time, or several while leases come. It stops in two steps. First nothing new is leased and running tasks may end.
+//! Then running tasks are cancelled.
 
 mod attempt;
 mod pace;
@@ -118,7 +118,7 @@ impl StopSignals {
 pub enum Ended {
     /// Every task ended without a cancel from the node.
     Drained,
-    /// Time ran out, a second signal came, or reports are left. Tasks may have been cancelled.
+    /// Tasks were cancelled because time ran out or a second signal came, or reports are left.
     CutShort,
 }
 
@@ -319,7 +319,7 @@ impl Engine {
         );
     }
 
-    /// An attempt reports the end of its lease itself; an error here is a host bug.
+    /// An attempt reports the end of its lease itself. An error here is a host bug.
     fn look_at(&mut self, ended: Result<usize, JoinError>) {
         match ended {
             Ok(place) => {
