@@ -1,8 +1,8 @@
-//! `plugins.toml`: which libraries to load, and how. The commented file at the root of the
-//! repository is the reference.
+//! `plugins.toml`: which libraries to load, and how. The reference is the commented file at the root of the
+//! repository.
 //!
-//! Mistakes in the file itself are a [`ConfigError`]; a key whose effect this version does not have
-//! refuses only the plugin it stands on, so that nothing is accepted and ignored.
+//! A mistake in the file itself is a [`ConfigError`]. Some keys have no effect in this version. Such a key rejects
+//! only the plugin that uses it. Thus the host never accepts a key and ignores it.
 
 use std::{
     collections::BTreeSet,
@@ -14,16 +14,16 @@ use toml::{Table, Value as Toml};
 
 use crate::model::{Capability, nearest};
 
-/// What a plugins file says.
+/// The content of a plugins file.
 #[derive(Clone, Debug, Default)]
 pub struct PluginsFile {
-    /// Refuse libraries that have no entry.
+    /// Reject libraries that have no entry.
     pub refuse_unlisted: bool,
     /// Entries in the file's order.
     pub entries: Vec<Entry>,
-    /// What a library without an entry gets.
+    /// The settings of a library without an entry.
     pub defaults: Settings,
-    /// The folder the file lies in, for relative paths.
+    /// The folder that contains the file, for relative paths.
     pub folder: PathBuf,
 }
 
@@ -32,28 +32,28 @@ pub struct PluginsFile {
 pub struct Entry {
     /// A path, or a bare name.
     pub file: String,
-    /// Its settings, defaults filled in.
+    /// Its settings, with the defaults filled in.
     pub settings: Settings,
 }
 
-/// What an operator can say about a plugin.
+/// The operator's settings for a plugin.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Settings {
     /// `false`: do not load it.
     pub enabled: bool,
     /// Expected SHA-256 of the file, lower-case hex.
     pub sha256: Option<String>,
-    /// Serve only these.
+    /// Serve only these capabilities.
     pub capabilities: Option<BTreeSet<Capability>>,
-    /// Most tasks at once.
+    /// Maximum number of concurrent tasks.
     pub max_concurrency: Option<usize>,
-    /// Takes its capabilities from other plugins that claim them too.
+    /// The plugin takes its capabilities from other plugins that also claim them.
     pub overrides: bool,
     /// The runner may read the storage token.
     pub grant_token: bool,
-    /// Handed to the plugin as JSON.
+    /// The plugin gets this as JSON.
     pub config: Map<String, Value>,
-    /// Keys (with value) whose effect this version does not have.
+    /// Keys, with their values, that have no effect in this version.
     pub unavailable: Vec<String>,
 }
 
@@ -72,13 +72,13 @@ impl Default for Settings {
     }
 }
 
-/// What is wrong with a plugins file: one line.
+/// A mistake in a plugins file, in one line.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {problem}", file.display())]
 pub struct ConfigError {
     /// The file.
     pub file: PathBuf,
-    /// Where in it, what was expected, what was found.
+    /// The place in the file, what was expected and what was found.
     pub problem: String,
 }
 
@@ -107,7 +107,7 @@ impl PluginsFile {
         Self::parse(&text, folder).map_err(fail)
     }
 
-    /// Lists the packaged noop plugin with this sleep, in seconds, unless it has an entry.
+    /// Adds the packaged noop plugin with this sleep, in seconds, unless the file has an entry for it.
     pub fn list_noop(&mut self, sleep_secs: f64) {
         if self.entries.iter().any(|entry| entry.file == "noop") {
             return;

@@ -1,4 +1,4 @@
-//! Which files are plugins: the folders' libraries, and what `plugins.toml` lists.
+//! Finds the plugin files: the libraries in the folders, and the entries of `plugins.toml`.
 
 use std::{
     collections::{BTreeMap, btree_map},
@@ -12,11 +12,11 @@ use super::{
 
 /// A file that should be loaded, or the reason why it is not.
 pub(super) struct Found {
-    /// The file; for a listed name that was not found, the name itself.
+    /// The file. For a listed name that was not found, the name itself.
     pub(super) file: PathBuf,
-    /// What the operator says about it.
+    /// The operator's settings for the file.
     pub(super) settings: Settings,
-    /// Already refused without being read.
+    /// The reason, when the file was rejected without being read.
     pub(super) refused: Option<InstallError>,
 }
 
@@ -29,7 +29,7 @@ pub struct Places {
     pub files: Vec<PathBuf>,
 }
 
-/// Why the places themselves cannot be used: a mistake in the command or the configuration.
+/// Why the places cannot be used. The cause is a mistake in the command or the configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum PlaceError {
     /// Neither a folder nor a file.
@@ -40,14 +40,14 @@ pub enum PlaceError {
     Unreadable {
         /// The folder.
         folder: PathBuf,
-        /// The operating system's words.
+        /// The error of the operating system.
         #[source]
         reason: std::io::Error,
     },
 }
 
 impl PlaceError {
-    /// Whether the place may be usable later: too many files are open.
+    /// Whether the place may be usable later. This is so when too many files are open.
     #[must_use]
     pub fn is_temporary(&self) -> bool {
         matches!(self, Self::Unreadable { reason, .. } if super::error::is_out_of_files(&reason.to_string()))
@@ -76,7 +76,7 @@ fn unreadable(folder: &Path) -> impl Fn(std::io::Error) -> PlaceError + use<'_> 
     |err| PlaceError::Unreadable { folder: folder.to_owned(), reason: err }
 }
 
-/// Lists every candidate, listed ones first in the file's order, then the others by name.
+/// Lists every candidate. Listed files come first, in the file's order. The others follow by name.
 pub(super) fn discover(places: &Places, file: &PluginsFile) -> Result<Vec<Found>, PlaceError> {
     let mut seen = BTreeMap::new();
     let mut all = Vec::new();
@@ -121,7 +121,7 @@ pub(super) fn discover(places: &Places, file: &PluginsFile) -> Result<Vec<Found>
     Ok(found)
 }
 
-/// One file under two names is one plugin.
+/// One file with two names is one plugin.
 fn identity(path: &Path) -> PathBuf {
     path.canonicalize().unwrap_or_else(|_| path.to_owned())
 }
@@ -138,8 +138,8 @@ fn libraries(folder: &Path) -> Result<Vec<PathBuf>, PlaceError> {
     Ok(paths)
 }
 
-/// A path is relative to the plugins file; a bare name is looked up in the folders, with and
-/// without the platform's prefix and suffix.
+/// Finds the library for a `name`. A path is relative to the plugins file. A bare name is looked up in the folders,
+/// with and without the platform's prefix and suffix.
 fn locate(name: &str, places: &Places, beside: &Path) -> Option<PathBuf> {
     let path = Path::new(name);
     if path.components().count() > 1 {
@@ -157,7 +157,7 @@ fn locate(name: &str, places: &Places, beside: &Path) -> Option<PathBuf> {
     places.folders.iter().flat_map(|folder| [folder.join(&decorated), folder.join(name)]).find(|path| path.is_file())
 }
 
-/// `hello` as this platform names a library: `libhello.so`.
+/// Returns the file name of a library on this platform: `hello` becomes `libhello.so`.
 fn decorated(name: &str) -> String {
     format!("{}{}{}", std::env::consts::DLL_PREFIX, name.replace('-', "_"), std::env::consts::DLL_SUFFIX)
 }

@@ -1,9 +1,9 @@
 //! The threads on which the host calls into a plugin.
 //!
-//! One thread leads: it makes the calls, in their order. Calls are meant to return at once. While one
-//! does not and others wait behind it, a second thread watches, and takes the lead after [`PATIENCE`]. So a
-//! plugin that blocks in a call blocks the thread of that call, neither its other tasks nor the host.
-//! Calls that do not return are counted: each keeps its thread.
+//! One thread leads: it makes the calls in their order. A call should return at once. When a call does not return
+//! and others wait, a second thread watches. After [`PATIENCE`] it takes the lead. Thus a plugin that blocks in a
+//! call blocks only the thread of that call. Its other tasks and the host go on. Calls that do not return are
+//! counted. Each keeps its thread.
 
 use std::{
     collections::VecDeque,
@@ -16,12 +16,11 @@ use tracing::{error, warn};
 use super::threads;
 use crate::model::millis;
 
-/// How long calls wait behind one that does not return. Each look of the watching thread costs a
-/// wake-up, so it is long beside a call and short beside what a person notices.
+/// Time that calls wait behind one that does not return. Each check of the watching thread costs a wake-up.
+/// Therefore this is long compared with a call, and shorter than a delay a person notices.
 const PATIENCE: Duration = Duration::from_millis(5);
 
-/// How long a call may take before it is worth a warning. A busy machine alone can make a few
-/// milliseconds of any call.
+/// A call that takes longer than this is worth a warning. On a busy machine any call can take a few milliseconds.
 const SLOW: Duration = Duration::from_millis(50);
 
 type Job = (&'static str, Box<dyn FnOnce() + Send>);
@@ -29,11 +28,11 @@ type Job = (&'static str, Box<dyn FnOnce() + Send>);
 /// Calls that have not returned for [`SLOW`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Hanging {
-    /// How many.
+    /// Number of calls.
     pub(super) calls: usize,
-    /// How long the oldest one has run.
+    /// Age of the oldest call.
     pub(super) longest: Duration,
-    /// Which entry that one is in.
+    /// The entry that the oldest call is in.
     pub(super) entry: &'static str,
 }
 
@@ -61,40 +60,40 @@ impl Drop for Sender {
 struct Shared {
     plugin: Arc<str>,
     patience: Duration,
-    /// Bytes of each new thread's stack, above 0. A test asks for more than there is.
+    /// Stack size of each new thread in bytes, above 0. A test asks for more than the system has.
     #[cfg(test)]
     stack: std::sync::atomic::AtomicUsize,
     state: Mutex<State>,
-    /// The lead waits here for calls.
+    /// The leading thread waits here for calls.
     work: Condvar,
-    /// The watching thread waits here for a lead that may need it.
+    /// The watching thread waits here until the leading thread may need it.
     watch: Condvar,
 }
 
 struct State {
-    // Unbounded, but every job answers a call or belongs to a task, and both are bounded.
+    // The queue is unbounded. Every job answers a call or belongs to a task, and both of these are bounded.
     queue: VecDeque<Job>,
     open: bool,
-    /// Which thread leads; one that comes back from a call and finds another number is done.
+    /// Identifies the leading thread. A thread that returns from a call and finds another number ends.
     lead: u64,
-    /// The lead waits for work.
+    /// The leading thread waits for work.
     idle: bool,
-    /// How many calls were begun: a standstill shows here.
+    /// Number of calls that were begun. It shows whether the calls make progress.
     begun: u64,
-    /// Those that have not returned, the oldest first.
+    /// The calls that have not returned, the oldest first.
     calls: Vec<Call>,
     watcher: Watcher,
-    /// Why there is no thread to watch over the calls, if one was needed and could not be created.
+    /// The error of creating the watching thread, if one was needed and could not be created.
     no_thread: Option<String>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Watcher {
-    /// There is no such thread yet.
+    /// The thread does not exist yet.
     Missing,
-    /// It waits to be needed.
+    /// The thread waits until it is needed.
     Asleep,
-    /// It looks at the queue every [`PATIENCE`].
+    /// The thread checks the queue every [`PATIENCE`].
     Awake,
 }
 
@@ -111,7 +110,7 @@ impl Dispatcher {
             queue: VecDeque::new(),
             open: true,
             lead: 0,
-            // The lead is as good as waiting: its first call needs no watch.
+            // The leading thread counts as waiting. Its first call needs no watch.
             idle: true,
             begun: 0,
             calls: Vec::new(),
@@ -136,7 +135,7 @@ impl Dispatcher {
     /// The calls that hang now.
     pub(super) fn hanging(&self) -> Hanging {
         let state = self.0.0.state();
-        // The usual case asks no clock.
+        // The usual case does not read the clock.
         let Some(oldest) = state.calls.first() else { return Hanging::default() };
         let now = Instant::now();
         let calls = state.calls.iter().take_while(|call| now.duration_since(call.since) > SLOW).count();
@@ -146,12 +145,12 @@ impl Dispatcher {
         }
     }
 
-    /// Why a thread for the plugin's calls cannot be created, if so.
+    /// The reason why a thread for the plugin's calls cannot be created, if there is one.
     pub(super) fn no_thread(&self) -> Option<String> {
         self.0.0.state().no_thread.clone()
     }
 
-    /// Tries again to create a thread that could not be created.
+    /// Tries again to create a thread after a failure.
     pub(super) fn retry_thread(&self) {
         let shared = &self.0.0;
         let mut state = shared.state();
@@ -162,7 +161,7 @@ impl Dispatcher {
         }
     }
 
-    /// Runs `job` on the leading thread, after those before it.
+    /// Runs `job` on the leading thread, after the earlier jobs.
     pub(super) fn run(&self, what: &'static str, job: impl FnOnce() + Send + 'static) {
         let shared = &self.0.0;
         let mut state = shared.state();
@@ -192,7 +191,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Not joined: a plugin that hangs must not keep the host from ending.
+    /// The thread is not joined. A plugin that hangs must not prevent the end of the host.
     fn thread(self: &Arc<Self>, role: impl FnOnce(Arc<Self>) + Send + 'static) -> std::io::Result<()> {
         let name: String = format!("plugin-{}", self.plugin).chars().take(15).collect();
         let shared = Arc::clone(self);
@@ -215,9 +214,9 @@ impl Shared {
         match created {
             Ok(()) => state.no_thread = None,
             Err(err) => {
-                // The next call behind a busy lead tries again.
+                // The next call behind a busy leading thread tries again.
                 state.watcher = Watcher::Missing;
-                // Said once, until a thread can be created again.
+                // Logged once, until a thread can be created again.
                 if state.no_thread.replace(err.to_string()).is_none() {
                     drop(state);
                     error!(
@@ -231,7 +230,7 @@ impl Shared {
         }
     }
 
-    /// Makes calls until another thread has taken over or nobody is left to ask for any.
+    /// Makes calls until another thread has taken the lead or no sender is left.
     fn lead(&self, own: u64) {
         let mut state = self.state();
         while state.lead == own {
@@ -262,7 +261,7 @@ impl Shared {
         }
     }
 
-    /// Takes the lead, once it is needed.
+    /// Takes the lead when it is needed.
     fn watch(self: Arc<Self>) {
         let mut state = self.state();
         loop {
@@ -286,10 +285,10 @@ impl Shared {
         state.lead += 1;
         let own = state.lead;
         drop(state);
-        // On a busy machine it may be that the lead has only not woken up yet. It must not wait on beside
-        // this thread, and be woken in its place.
+        // On a busy machine the old leading thread may only not have woken up yet. It must not go on waiting
+        // together with this thread. It could be woken instead of this thread.
         self.work.notify_all();
-        // The lead needs a watch in its turn.
+        // The new leading thread also needs a watch.
         self.new_watcher();
         self.lead(own);
     }
@@ -374,10 +373,10 @@ mod tests {
         let dispatcher = dispatcher();
         let (release, hanging) = mpsc::channel::<()>();
         dispatcher.run("start", move || assert!(hanging.recv().is_err()));
-        // No system maps a stack of this size.
+        // No system can map a stack of this size.
         dispatcher.0.0.stack.store(1 << 60, Ordering::Relaxed);
         let (tell, told) = mpsc::channel();
-        // Waits until the lead is in its call.
+        // Waits until the leading thread is in its call.
         while dispatcher.0.0.state().calls.is_empty() {
             std::thread::yield_now();
         }

@@ -1,8 +1,8 @@
-//! The end of the process: ours, and one that a plugin brings about.
+//! Handles the end of the process, by the host or by a plugin.
 //!
-//! A plugin that calls `exit` cannot be kept from it. What is left to do is to say who it was, and to end
-//! with a code a supervisor starts again. An end by a signal, or by `_exit`, asks nobody: there the last
-//! line of the log has to tell, which is why each library is named before its code runs.
+//! The host cannot prevent a plugin from calling `exit`. It logs which plugin it was, and ends with a code on which
+//! a supervisor restarts the process. No code of the host runs when a signal or `_exit` ends the process. Only the
+//! last log line can then name the plugin. Therefore each library is named in the log before its code runs.
 
 use std::{
     io::Write as _,
@@ -28,16 +28,16 @@ static OPENING: Mutex<Option<PathBuf>> = Mutex::new(None);
 /// The names of all plugins whose code has run.
 static NAMES: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
-/// Exit code after a plugin ended the process: a supervisor should start it again.
+/// Exit code after a plugin ended the process. A supervisor should restart it.
 const ENDED_BY_PLUGIN: u8 = 75;
-/// How long the last line may take: a reader that stands still does not keep the process.
+/// Time limit for the last line. A reader that does not read must not keep the process alive.
 const LAST_LINE: Duration = Duration::from_secs(1);
-/// As much of a name as the system keeps for a thread.
+/// Maximum length of a thread name in the system.
 const THREAD_NAME_CHARS: usize = 15;
-/// Most tasks that are named.
+/// Maximum number of tasks that are named.
 const TASKS_MAX: usize = 32;
 
-/// Names a library whose code is about to run for the first time. Should it take the process with it, this
+/// Logs the name of a library whose code is about to run for the first time. If the library ends the process, this
 /// is the last line.
 pub(super) fn opening(name: &str, file: &Path) {
     OPENED.store(true, Ordering::Relaxed);
@@ -55,23 +55,24 @@ pub(super) fn opened() {
     *lock(&OPENING) = None;
 }
 
-/// Ends the process with `code` when a library was opened in it, without that library's exit
-/// handlers; returns when none was.
+/// Ends the process with `code` when a library was opened in it. Exit handlers of that library do not run. Returns
+/// when no library was opened.
 pub fn leave(code: u8) {
     if OPENED.load(Ordering::Relaxed) {
-        // Nobody is left to be told when that fails.
+        // When that fails, nobody can be informed.
         let _ = std::io::stdout().flush();
         open::leave(code);
     }
 }
 
-/// For a program that ends by [`leave`]: an exit in another way, after a library was opened, is told as
-/// that library's doing and never has the code of a success.
+/// For a program that ends by [`leave`]. Any other exit after a library was opened is reported as the library's
+/// doing. It never has the exit code of a success.
 pub fn watch_exit() {
     open::on_exit(ended_by_plugin);
 }
 
-/// Called by the thread that called `exit`, whose locals are gone already. So another one speaks.
+/// Runs on the thread that called `exit`. The locals of that thread are gone already, so another thread writes the
+/// report.
 extern "C" fn ended_by_plugin() {
     if !OPENED.load(Ordering::Relaxed) {
         return;
@@ -90,7 +91,7 @@ extern "C" fn ended_by_plugin() {
     open::leave(ENDED_BY_PLUGIN);
 }
 
-/// In the log of a node; as a command says why it ends where only errors are worth a line.
+/// A node writes this to its log. A command prints it as an error, because it prints only errors.
 fn say(thread: &str) {
     let logged = tracing::enabled!(tracing::Level::WARN);
     if let Some(file) = lock(&OPENING).clone() {
@@ -122,19 +123,19 @@ fn say(thread: &str) {
     }
 }
 
-/// Unlike `eprintln!` it does not panic where nobody reads.
+/// Unlike `eprintln!`, it does not panic when nobody reads.
 fn complain(line: &str) {
     let _ = writeln!(std::io::stderr(), "error: {}", in_a_line(line));
 }
 
-/// The plugins a thread of this name may belong to.
+/// The plugins that a thread of this name may belong to.
 fn owner(thread: &str) -> Option<String> {
     let names = lock(&NAMES);
     let names: Vec<&str> = names.iter().map(String::as_str).filter(|name| is_of(name, thread)).collect();
     (!names.is_empty()).then(|| names.join(" or "))
 }
 
-/// The tasks that run in those plugins; in all of them where the thread belongs to none.
+/// The tasks that run in those plugins. When the thread belongs to no plugin, the tasks of all plugins.
 fn running(thread: &str) -> Option<String> {
     let mut tasks = ffi::running();
     if tasks.iter().any(|(plugin, _)| is_of(plugin, thread)) {
@@ -145,13 +146,13 @@ fn running(thread: &str) -> Option<String> {
     (!names.is_empty()).then(|| names.join(" ") + more)
 }
 
-/// Our threads that call into a plugin, and those of the SDK in it, are named after it.
+/// Host threads that call into a plugin, and SDK threads inside it, have names with the plugin's name.
 fn is_of(plugin: &str, thread: &str) -> bool {
     let whole = ["plugin-", "runner-"].map(|kind| format!("{kind}{plugin}"));
     whole.iter().any(|whole| whole.chars().take(THREAD_NAME_CHARS).eq(thread.chars()))
 }
 
-/// As the system knows it: a plugin's own copy of std has started most of its threads.
+/// The thread name as the system knows it. A plugin's own copy of std has started most of its threads.
 fn thread_name() -> String {
     let name = std::fs::read_to_string("/proc/thread-self/comm").unwrap_or_default();
     name.trim_end().to_owned()

@@ -1,22 +1,22 @@
-//! Why a plugin is refused: one line each, with what was expected, what was found, what to do.
+//! The reasons to reject a plugin. Each is one line: what was expected, what was found, what to do.
 
 use std::time::Duration;
 
 use runner_sdk::abi;
 
-/// Why a plugin is refused. The others still load.
+/// The reason why a plugin is rejected. The other plugins still load.
 #[derive(Clone, Debug, thiserror::Error, PartialEq)]
 pub enum InstallError {
     /// The file could not be read.
     #[error("cannot be read: {reason}; check that it exists and that this user may read it")]
     Unreadable {
-        /// The operating system's words.
+        /// The error of the operating system.
         reason: String,
     },
-    /// The process has as many files open as it may.
+    /// The process has reached its limit of open files.
     #[error("cannot be read: too many files are open; raise the limit (ulimit -n, LimitNOFILE= of a service)")]
     TooManyFiles,
-    /// Everyone may change the file, or put another in its place.
+    /// Everyone may change or replace the file.
     #[error(
         "everyone may write to {} (mode {mode:04o}), so anyone may change the plugin; run chmod o-w {}, or pin the \
          plugin by sha256 in plugins.toml",
@@ -28,25 +28,25 @@ pub enum InstallError {
         /// Its permissions.
         mode: u32,
     },
-    /// A folder with a library's name.
+    /// A folder that has a library's name.
     #[error("is a directory, expected a library file; folders are not searched recursively")]
     Directory,
     /// Not a shared library of this system.
     #[error("expected a shared library, found {found}; build the runner as a cdylib")]
     NotALibrary {
-        /// What it is instead.
+        /// What the file is instead.
         found: String,
     },
-    /// More than fits.
+    /// The file is too large.
     #[error("is {bytes} bytes large, at most {} are read; is it a library?", super::load::LIBRARY_BYTES_MAX)]
     TooLarge {
         /// Its size.
         bytes: u64,
     },
-    /// A library cut short.
+    /// A truncated library.
     #[error("the library is damaged or cut short ({reason}); copy it again")]
     Truncated {
-        /// The reader's words.
+        /// The error of the reader.
         reason: String,
     },
     /// Built for another system or processor.
@@ -66,56 +66,56 @@ pub enum InstallError {
         abi::MANIFEST_SECTION
     )]
     NoManifest,
-    /// The manifest cannot be used.
+    /// The manifest is invalid.
     #[error("its manifest cannot be used: {reason}; rebuild it with runner-sdk or correct RUNNER_MANIFEST")]
     BadManifest {
         /// What is wrong with it.
         reason: String,
     },
-    /// The SHA-256 in `plugins.toml` is another one.
+    /// The SHA-256 in `plugins.toml` does not match.
     #[error("sha256 is {found}, plugins.toml pins {expected}; install the pinned file or update the pin")]
     PinMismatch {
-        /// The operator's.
+        /// The SHA-256 in `plugins.toml`.
         expected: String,
-        /// The file's.
+        /// The SHA-256 of the file.
         found: String,
     },
-    /// `unlisted = "refuse"` and no entry.
+    /// `unlisted = "refuse"` is set and the file has no entry.
     #[error("is not listed in plugins.toml and unlisted = \"refuse\"; add a [[plugin]] entry for it")]
     Unlisted,
     /// `enabled = false`.
     #[error("is switched off by enabled = false in plugins.toml")]
     Disabled,
-    /// A listed file that is nowhere.
+    /// A listed file that was not found.
     #[error("is listed in plugins.toml but was not found in {searched}; install it or remove the entry")]
     NotFound {
-        /// Where it was looked for.
+        /// The places that were searched.
         searched: String,
     },
-    /// A key whose effect this version does not have.
+    /// A key that has no effect in this version.
     #[error("{key} is not available in this version; remove it")]
     Unavailable {
-        /// The key, with its value where that matters.
+        /// The key, with its value where the value matters.
         key: String,
     },
     /// `capabilities = []`.
     #[error("would serve nothing: capabilities = [] in plugins.toml; name some, or write enabled = false")]
     ServesNothing,
-    /// Two entries lead to one file.
+    /// Two entries refer to one file.
     #[error("is the same file as {other}; keep one entry")]
     SameFile {
-        /// The entry that counts.
+        /// The entry that is used.
         other: String,
     },
-    /// `capabilities` names one the library does not have.
+    /// `capabilities` names a capability that the library does not have.
     #[error("does not serve {wanted}, which plugins.toml lists for it; it serves {serves}")]
     UnknownCapability {
-        /// The listed one.
+        /// The capability in the list.
         wanted: String,
-        /// All it has.
+        /// All capabilities of the library.
         serves: String,
     },
-    /// Nothing is left for it to serve.
+    /// No capability is left for it to serve.
     #[error(
         "serves {capability}, which {other} serves already; remove one of the two, or set override = true on the one that should serve it"
     )]
@@ -125,10 +125,10 @@ pub enum InstallError {
         /// The other plugin's file.
         other: String,
     },
-    /// The dynamic linker refused it.
+    /// The dynamic linker rejected the file.
     #[error("cannot be opened: {reason}")]
     Open {
-        /// The linker's words.
+        /// The error of the linker.
         reason: String,
     },
     /// A constructor that does not return.
@@ -137,10 +137,10 @@ pub enum InstallError {
          (if it is only slow, raise PLUGIN_INIT_TIMEOUT)"
     )]
     OpenHung {
-        /// How long was waited.
+        /// The time limit.
         limit: Duration,
     },
-    /// The table does not begin as it should.
+    /// The table does not begin with the expected bytes.
     #[error(
         "its table begins with {found:#018x}, expected {:#018x}; rebuild it with this host's runner-sdk or runner.h",
         abi::MAGIC
@@ -164,44 +164,44 @@ pub enum InstallError {
         "its table lacks the mandatory entry {entry}; rebuild it with runner-sdk or complete the mask and the table"
     )]
     MissingEntry {
-        /// The entry's name.
+        /// The name of the entry.
         entry: &'static str,
     },
-    /// A Rust plugin whose tables are laid out differently.
+    /// A Rust plugin whose tables have another layout.
     #[error("its tables are not this host's ({line}); rebuild it with this host's runner-sdk")]
     Layout {
-        /// Where, expected, found.
+        /// The place in the layout, what was expected, what was found.
         line: String,
     },
-    /// `init` said no.
+    /// `init` reported an error.
     #[error("init failed: {reason}")]
     InitFailed {
-        /// The plugin's words.
+        /// The text of the plugin.
         reason: String,
     },
     /// `init` panicked.
     #[error("init panicked: {reason}")]
     InitPanicked {
-        /// Text and place.
+        /// The text and the place of the panic.
         reason: String,
     },
     /// `init` gave no answer.
     #[error("init gave no answer within {limit:?}; a plugin's init must answer once, soon")]
     InitHung {
-        /// How long was waited.
+        /// The time limit.
         limit: Duration,
     },
 }
 
 impl InstallError {
-    /// Whether the same file may load later: the machine was short of something.
+    /// Whether the same file may load later. This is so when the machine was short of a resource.
     #[must_use]
     pub fn is_temporary(&self) -> bool {
         matches!(self, Self::TooManyFiles)
     }
 }
 
-/// Whether the system's text says that no more files can be opened. The dynamic linker gives nothing but the text.
+/// Whether the system's text says that no more files can be opened. The dynamic linker gives only the text.
 pub(super) fn is_out_of_files(reason: &str) -> bool {
     reason.contains("Too many open files")
 }

@@ -1,8 +1,8 @@
 //! The host's side of the ABI: reads a plugin's table and answers its calls.
 //!
-//! All unsafe code about values that cross the boundary is in this file. Every host entry looks its
-//! task up by handle, copies what it was lent, and answers through the plugin's dispatch thread (or
-//! in place, where nothing has to be waited for).
+//! All unsafe code about values that cross the boundary is in this file. Every host entry looks up its task by
+//! handle and copies the lent values. It answers through the plugin's dispatch thread. If the call need not wait,
+//! it answers in place.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -38,11 +38,11 @@ use crate::model::{
     redact,
 };
 
-/// Most streams one task may hold open.
+/// Maximum number of streams that one task may hold open.
 const STREAMS_MAX: usize = 64;
-/// How long after its end a task may take to release its bytes before they are warned of.
+/// Time an ended task has to release its bytes before a warning is logged.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(1);
-/// Largest piece handed to a plugin at once, in bytes, whatever it asks for.
+/// Largest piece handed to a plugin at once, in bytes. A plugin that asks for more gets this much.
 const PIECE_BYTES_MAX: u64 = 1024 * 1024;
 
 static TASKS: TaskTable<Running> = TaskTable::new();
@@ -50,12 +50,12 @@ static HOST: OnceLock<HostRef> = OnceLock::new();
 /// Plugins that have not answered their `init` yet, by the number they were given.
 static INITS: Mutex<BTreeMap<usize, mpsc::Sender<InitAnswer>>> = Mutex::new(BTreeMap::new());
 
-/// How many calls named a task that was over or never was.
+/// Number of calls that named a task which was over or never existed.
 pub(super) fn stale_calls() -> u64 {
     TASKS.stale_calls()
 }
 
-/// Every task that runs, with the name of its plugin.
+/// Every running task, with the name of its plugin.
 pub(super) fn running() -> Vec<(Arc<str>, TaskId)> {
     TASKS.all().iter().map(|running| (Arc::clone(&running.plugin), running.grant.lease.task().clone())).collect()
 }
@@ -82,8 +82,8 @@ pub(super) struct Entries {
 /// # Safety
 /// `entry` must be the address of `runner_module_v1`, not null, in a library that stays loaded.
 pub(super) unsafe fn read_table(entry: *const c_void) -> Result<Entries, InstallError> {
-    // SAFETY: the symbol's name promises this signature; the pointer it returns is what both table
-    // declarations say, and an entry is read only if its bit is set.
+    // SAFETY: the symbol's name guarantees this signature. The returned pointer has the type that both table
+    // declarations state. An entry is read only if its bit is set.
     unsafe {
         let entry = std::mem::transmute::<*const c_void, extern "C" fn() -> *const Table<Module>>(entry);
         let table = entry();
@@ -108,7 +108,7 @@ pub(super) unsafe fn read_table(entry: *const c_void) -> Result<Entries, Install
         need(3, "start")?;
         need(4, "cancel")?;
         need(5, "shutdown")?;
-        // A C table may hold NULL; reading that as a Rust function pointer would be undefined.
+        // A C table may hold NULL. Reading NULL as a Rust function pointer would be undefined behaviour.
         let function = |place: *const c_void, entry: &'static str| {
             let address = place.cast::<*const c_void>().read();
             if address.is_null() { Err(InstallError::MissingEntry { entry }) } else { Ok(address) }
@@ -126,36 +126,36 @@ pub(super) unsafe fn read_table(entry: *const c_void) -> Result<Entries, Install
     }
 }
 
-/// What `init` answered.
+/// The answer of `init`.
 pub(super) type InitAnswer = (Status, String);
 
 impl Entries {
-    /// Calls `init`; the answer arrives on `tell`, now or later.
+    /// Calls `init`. The answer arrives on `tell`, during the call or later.
     pub(super) fn init(&self, config: &str, log_level: u32, tell: mpsc::Sender<InitAnswer>) {
         unsafe extern "C" fn answered(user: *mut c_void, status: Status, data: abi::Bytes) {
-            // SAFETY: handed over by the plugin, released by nobody else.
+            // SAFETY: the plugin handed the bytes over and nobody else releases them.
             let data = unsafe { Foreign::new(data) };
             let answer = (status, text::lossy(data.as_ref(), REASON_BYTES_MAX));
             match INITS.lock().unwrap_or_else(PoisonError::into_inner).remove(&user.addr()) {
-                // Nobody listens after the time limit.
+                // The receiver is gone after the time limit.
                 Some(tell) => drop(tell.send(answer)),
                 None => warn!(event = "plugin.second_init", "a plugin answered init a second time"),
             }
         }
         let host = *HOST.get_or_init(|| abi::publish_host(host_table(log_level)));
-        // A number, not an address: a second answer finds nothing.
+        // This is a number, not an address. A second answer finds no entry.
         static NEXT: AtomicUsize = AtomicUsize::new(1);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         INITS.lock().unwrap_or_else(PoisonError::into_inner).insert(number, tell);
         let user = std::ptr::without_provenance_mut(number);
-        // SAFETY: the entry was checked by `read_table`. `config` outlives the call, the host's table
-        // the process. The SDK's shim never unwinds, and C cannot.
+        // SAFETY: `read_table` checked the entry. `config` outlives the call, and the host's table outlives the
+        // process. The SDK's shim never unwinds, and C cannot.
         unsafe { (self.init)(host, lend(config), Callback { call: answered }, user) };
     }
 
     /// Calls `start`.
     pub(super) fn start(&self, task: Task, request: &str) {
-        // SAFETY: as in `init`; the plugin copies what it keeps of `request`.
+        // SAFETY: as in `init`. The plugin copies the parts of `request` that it keeps.
         unsafe { (self.start)(task, lend(request)) };
     }
 
@@ -176,7 +176,7 @@ impl Entries {
 // ---------------------------------------------------------------------------------------------
 // One running task.
 
-/// What a plugin said when it completed a task.
+/// The completion of a task as the plugin reported it.
 #[derive(Debug)]
 pub(super) struct Completion {
     pub(super) status: Status,
@@ -184,14 +184,14 @@ pub(super) struct Completion {
     pub(super) details: String,
 }
 
-/// Where a task's data goes, and who moves it.
+/// The place of a task's data, and the runtime that moves the data.
 pub(super) struct Place {
     pub(super) ports: Arc<dyn Ports>,
     pub(super) folder: Folder,
     pub(super) runtime: Handle,
 }
 
-/// A task inside a plugin, as its calls find it.
+/// A task inside a plugin, as the calls of the plugin use it.
 pub(super) struct Running {
     plugin: Arc<str>,
     dispatcher: Dispatcher,
@@ -217,11 +217,11 @@ enum Stream {
 struct Reading {
     stream: Box<dyn InputStream>,
     rest: Bytes,
-    /// For a caller that holds what it reads.
+    /// Set for a caller that holds the bytes it reads.
     held: Option<Charge>,
 }
 
-/// Owns a handle; when dropped, the task is over for its plugin.
+/// Owns a handle. When it is dropped, the task is over for its plugin.
 pub(super) struct Entered {
     pub(super) task: Task,
     running: Arc<Running>,
@@ -236,7 +236,7 @@ impl Drop for Entered {
         let unreleased = self.running.bytes.plugin();
         if unreleased.is_notable() {
             let (unreleased, plugin) = (Arc::clone(unreleased), Arc::clone(&self.running.plugin));
-            // Not joined: it says something, or nothing.
+            // Not joined: the future only logs a warning, or does nothing.
             self.running.place.runtime.spawn(async move {
                 tokio::time::sleep(RELEASE_PATIENCE).await;
                 unreleased.warn(&plugin);
@@ -245,7 +245,7 @@ impl Drop for Entered {
     }
 }
 
-/// Enters a task. The receiver gets its completion, once.
+/// Enters a task. The receiver gets its completion once.
 pub(super) fn enter(
     plugin: Arc<str>,
     dispatcher: Dispatcher,
@@ -273,13 +273,13 @@ pub(super) fn enter(
 }
 
 impl Running {
-    /// What its runner may know and nobody else shall.
+    /// The tokens that only this task's runner may know.
     fn bearers(&self) -> Vec<Token> {
         if self.grant_token { self.grant.tokens() } else { Vec::new() }
     }
 
-    /// For calls that write to the task's directory, where a file may be waited for: on a worker, or on a thread of the
-    /// plugin's own.
+    /// Creates the task's directory, for calls that write to it. The creation may wait for a file. Therefore it
+    /// runs on a worker or on one of the plugin's own threads.
     fn make_folder(&self) -> Result<(), PortError> {
         (self.place.folder.make)().map_err(|text| PortError::new(PortErrorKind::Local, text))
     }
@@ -309,27 +309,27 @@ impl Running {
 // ---------------------------------------------------------------------------------------------
 // Values that cross.
 
-/// The plugin's `user` word on its way back to it.
+/// The plugin's `user` word, which the host passes back to the plugin.
 struct User(*mut c_void);
 
-// SAFETY: the word is opaque to the host and only handed back; the contract lets a callback run on any thread.
+// SAFETY: the host only passes the opaque word back. The contract lets a callback run on any thread.
 unsafe impl Send for User {}
 
-/// Bytes a plugin handed over, released when dropped.
+/// Bytes that a plugin handed over. They are released on drop.
 struct Foreign {
     bytes: abi::Bytes,
-    /// Counts them, where the task is known they were handed over for.
+    /// Counts the bytes, if the task they were handed over for is known.
     held: Option<Holding>,
 }
 
-// SAFETY: the contract of `Bytes` allows reading and releasing from any thread; nothing is written.
+// SAFETY: the contract of `Bytes` allows reading and releasing from any thread. Nothing is written.
 unsafe impl Send for Foreign {}
 // SAFETY: as above.
 unsafe impl Sync for Foreign {}
 
 impl Foreign {
     /// # Safety
-    /// `bytes` must be whole and must not be released by anybody else.
+    /// `bytes` must be complete, and nobody else may release it.
     unsafe fn new(bytes: abi::Bytes) -> Self {
         Self { bytes, held: None }
     }
@@ -340,7 +340,7 @@ impl AsRef<[u8]> for Foreign {
         if self.bytes.len == 0 || self.bytes.ptr.is_null() {
             return &[];
         }
-        // SAFETY: `new` was promised whole bytes, and they are released only in drop.
+        // SAFETY: the caller of `new` guaranteed complete bytes. They are released only in drop.
         unsafe { std::slice::from_raw_parts(self.bytes.ptr, self.bytes.len) }
     }
 }
@@ -348,22 +348,22 @@ impl AsRef<[u8]> for Foreign {
 impl Drop for Foreign {
     fn drop(&mut self) {
         if let Some(release) = self.bytes.release {
-            // SAFETY: `new` was promised that nobody else releases.
+            // SAFETY: the caller of `new` guaranteed that nobody else releases the bytes.
             unsafe { release(self.bytes.owner) };
         }
     }
 }
 
-/// Bytes a plugin was given; `_held` counts them for its task, where there is one.
+/// Bytes that were handed to a plugin. `_held` counts them for their task, if there is one.
 struct Given {
     bytes: Bytes,
     _held: Option<Holding>,
 }
 
-/// Hands bytes to a plugin without copying; it frees them through `release`.
+/// Hands bytes to a plugin without a copy. The plugin frees them through `release`.
 fn hand_over(bytes: Bytes, task: Option<&Arc<TaskBytes>>) -> abi::Bytes {
     unsafe extern "C" fn release(owner: *mut c_void) {
-        // SAFETY: the box made below, released exactly once by contract.
+        // SAFETY: this is the box created below. The contract says that it is released exactly once.
         drop(unsafe { Box::from_raw(owner.cast::<Given>()) });
     }
     if bytes.is_empty() {
@@ -379,7 +379,7 @@ fn lend(text: &str) -> Str {
     Str { ptr: text.as_ptr(), len: text.len() }
 }
 
-/// Copies a text a plugin lent for the duration of its call.
+/// Copies a text that a plugin lent for the duration of its call.
 ///
 /// # Safety
 /// `text` must point to `len` readable bytes.
@@ -387,7 +387,7 @@ unsafe fn copy(text: Str) -> Result<String, PortError> {
     if text.len == 0 || text.ptr.is_null() {
         return Ok(String::new());
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller guarantees it.
     let bytes = unsafe { std::slice::from_raw_parts(text.ptr, text.len) };
     match std::str::from_utf8(bytes) {
         Ok(text) => Ok(text.to_owned()),
@@ -395,7 +395,7 @@ unsafe fn copy(text: Str) -> Result<String, PortError> {
     }
 }
 
-/// Copies a text for people that a plugin lent for the duration of its call: at most `max` bytes of it.
+/// Copies at most `max` bytes of a text for people. A plugin lent the text for the duration of its call.
 ///
 /// # Safety
 /// `text` must point to `len` readable bytes.
@@ -403,7 +403,7 @@ unsafe fn copy_lossy(text: Str, max: usize) -> String {
     if text.len == 0 || text.ptr.is_null() {
         return String::new();
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller guarantees it.
     text::lossy(unsafe { std::slice::from_raw_parts(text.ptr, text.len) }, max)
 }
 
@@ -429,13 +429,14 @@ fn status(kind: PortErrorKind) -> Status {
 
 type Answer = Result<Bytes, PortError>;
 
-/// Calls a plugin back. Exactly one of these happens per call with a callback.
+/// Calls a plugin back. For each call with a callback this happens exactly once.
 fn reply_now(reply: Callback, user: User, answer: Answer, task: Option<&Arc<TaskBytes>>) {
     let (status, data) = match answer {
         Ok(data) => (Status::OK, data),
         Err(err) => (status(err.kind), Bytes::from(err.message)),
     };
-    // SAFETY: `reply` and `user` came in one call and are used exactly once, here; `data` changes hands.
+    // SAFETY: `reply` and `user` came in one call and are used only once, here. The plugin becomes the owner of
+    // `data`.
     unsafe { (reply.call)(user.0, status, hand_over(data, task)) };
 }
 
@@ -453,7 +454,7 @@ fn answer_in_place(task: Task, reply: Callback, user: *mut c_void, work: impl Fn
     reply_now(reply, User(user), answer, running.as_ref().map(|running| &running.bytes));
 }
 
-/// Answers a call from the plugin's dispatch thread, when `work` is done or the task is over.
+/// Answers a call from the plugin's dispatch thread when `work` is done or the task is over.
 fn answer_later<F>(
     task: Task,
     reply: Callback,
@@ -479,11 +480,11 @@ fn answer_later<F>(
         };
         owed.pay(answer);
     };
-    // Not joined: `over` ends it with the task, and its last act is the answer the plugin is owed.
+    // Not joined: `over` ends it together with the task. Its last action is the answer that the plugin must get.
     running.place.runtime.spawn(tracing::Instrument::instrument(work, span));
 }
 
-/// An answer a plugin is owed, exactly once: also when the work for it panicked, or its runtime ended.
+/// An answer that a plugin must get exactly once. It is also sent when its work panicked or the runtime ended.
 struct Owed {
     dispatcher: Dispatcher,
     bytes: Arc<TaskBytes>,
@@ -518,8 +519,8 @@ fn guarded<T>(work: impl FnOnce() -> Result<T, PortError>) -> Result<T, PortErro
 }
 
 // ---------------------------------------------------------------------------------------------
-// The host's table. Safety of every entry: the plugin calls with values of the declared types; texts
-// are copied before the entry returns, so that nothing lent is used later.
+// The host's table. Safety of every entry: the plugin calls with values of the declared types. Texts are copied
+// before the entry returns, so no lent value is used later.
 
 fn host_table(log_level: u32) -> abi::Host {
     abi::Host {
@@ -545,7 +546,7 @@ fn host_table(log_level: u32) -> abi::Host {
     }
 }
 
-/// Takes the plugin's name out of what the SDK sends with a line that belongs to no task.
+/// Removes the plugin's name from the fields of a line that belongs to no task. The SDK adds that name.
 fn named(fields: &str) -> Option<(String, String)> {
     let mut fields: serde_json::Map<String, serde_json::Value> = serde_json::from_str(fields).ok()?;
     let plugin = fields.remove("plugin")?.as_str()?.to_owned();
@@ -561,8 +562,8 @@ unsafe extern "C" fn log(task: Task, level: u32, target: Str, text: Str, fields:
     };
     let _ = guarded(|| {
         let running = if task.0 == 0 { None } else { TASKS.get(task) };
-        // A runner may say what it was given, in a line or in the text of a panic; also on a thread whose task
-        // nobody knows.
+        // A runner may log its tokens, in a line or in the text of a panic. The thread may also belong to no known
+        // task.
         let tokens = match &running {
             Some(running) => running.bearers(),
             None => TASKS.all().iter().flat_map(|running| running.bearers()).collect(),
@@ -669,7 +670,7 @@ unsafe extern "C" fn input_read(task: Task, stream: u64, max: u64, reply: Callba
                 let size = reading.stream.meta().size.unwrap_or_default();
                 reading.held = Some(budget.reserve(size).await.map_err(over_budget)?);
             }
-            // An empty answer means the end, so an empty piece is not passed on.
+            // An empty answer means the end. Therefore an empty piece is not passed on.
             while reading.rest.is_empty() {
                 let Some(piece) = reading.stream.next().await? else { break };
                 reading.rest = piece;
@@ -773,13 +774,13 @@ unsafe extern "C" fn output_file(task: Task, spec: Str, path: Str, reply: Callba
 unsafe extern "C" fn complete(task: Task, status: Status, text: Str, details: Str) -> Status {
     // SAFETY: lent for this call.
     let (text, details) = unsafe {
-        // JSON that is cut is none.
+        // Truncated JSON is invalid.
         let left_out = (details.len > text::DETAILS_BYTES_MAX).then(|| json!({ "left_out_bytes": details.len }));
         let details = left_out.map_or_else(|| copy_lossy(details, usize::MAX), |left_out| left_out.to_string());
         (copy_lossy(text, REASON_BYTES_MAX), details)
     };
     let ended = guarded(|| {
-        // Retired at once: whatever the plugin still does for this task is stale.
+        // The handle is retired at once. All later calls of the plugin for this task are stale.
         let Some(running) = TASKS.get(task) else {
             super::stuck::returned(task);
             return Ok(Status::STALE);
@@ -788,7 +789,7 @@ unsafe extern "C" fn complete(task: Task, status: Status, text: Str, details: St
         let tell = running.ended.lock().unwrap_or_else(PoisonError::into_inner).take();
         let Some(tell) = tell else { return Ok(Status::STALE) };
         let completion = Completion { status, text, details };
-        // Nobody waits any more when the task was given up as stuck.
+        // The receiver is gone when the task was abandoned as stuck.
         if tell.send(completion).is_ok() {
             return Ok(Status::OK);
         }
@@ -799,7 +800,8 @@ unsafe extern "C" fn complete(task: Task, status: Status, text: Str, details: St
 }
 
 unsafe extern "C" fn task_dir(task: Task, reply: Callback, user: *mut c_void) {
-    // In place: who asks is a thread of the plugin that would make the directory itself, and waits as long.
+    // Answered in place: the caller is a thread of the plugin. It would create the directory itself and wait as
+    // long.
     answer_in_place(task, reply, user, |running| running.make_folder().map(|()| Bytes::new()));
 }
 

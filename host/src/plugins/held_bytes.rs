@@ -1,6 +1,6 @@
-//! Bytes that crossed the plugin boundary and wait for their release, counted for each task.
+//! Counts, for each task, the bytes that crossed the plugin boundary and were not released yet.
 //!
-//! While a task runs it may hold what it was given. What it holds after its end counts against its plugin: such bytes
+//! A running task may hold the bytes it was given. Bytes that it holds after its end count against its plugin. They
 //! stay in memory until the process ends, unless the plugin releases them late.
 
 use std::sync::{
@@ -10,18 +10,18 @@ use std::sync::{
 
 use tracing::warn;
 
-/// From so many bytes on a plugin is warned of, and again whenever they have doubled.
+/// The log warns about a plugin from this number of bytes on, and again each time the number has doubled.
 pub(super) const WARNING_BYTES_MIN: u64 = 16 << 20;
 
-/// The top bit of [`TaskBytes::held`]: the task is over.
+/// The top bit of [`TaskBytes::held`]. When it is set, the task is over.
 const OVER: u64 = 1 << 63;
 
-/// What the ended tasks of one plugin still hold.
+/// Bytes that the ended tasks of one plugin still hold.
 #[derive(Default)]
 pub(super) struct Unreleased {
-    // Signed: a release may be counted before the end of its task is.
+    // The value is signed, because a release may be counted before the end of its task.
     bytes: AtomicI64,
-    /// How many there were at the last warning.
+    /// Number of bytes at the last warning.
     warned: AtomicU64,
 }
 
@@ -30,12 +30,12 @@ impl Unreleased {
         u64::try_from(self.bytes.load(Ordering::Relaxed)).unwrap_or(0)
     }
 
-    /// Whether there are enough new ones for a warning.
+    /// Whether there are enough new bytes for a warning.
     pub(super) fn is_notable(&self) -> bool {
         self.bytes() >= WARNING_BYTES_MIN.max(self.warned.load(Ordering::Relaxed).saturating_mul(2))
     }
 
-    /// Warns, unless they were released meanwhile or another thread has warned.
+    /// Logs a warning. It logs none if the bytes were released meanwhile or another thread has warned.
     pub(super) fn warn(&self, plugin: &str) {
         let (warned, bytes) = (self.warned.load(Ordering::Relaxed), self.bytes());
         let is_first = || self.warned.compare_exchange(warned, bytes, Ordering::Relaxed, Ordering::Relaxed).is_ok();
@@ -55,7 +55,7 @@ impl Unreleased {
     }
 }
 
-/// What one task holds.
+/// Bytes that one task holds.
 pub(super) struct TaskBytes {
     held: AtomicU64,
     plugin: Arc<Unreleased>,
@@ -75,7 +75,7 @@ impl TaskBytes {
         Holding { task: Arc::clone(self), bytes }
     }
 
-    /// The task is over: what it still holds counts against its plugin.
+    /// Marks the task as over. Bytes that it still holds then count against its plugin.
     pub(super) fn end(&self) {
         let held = self.held.fetch_or(OVER, Ordering::AcqRel);
         if held & OVER == 0 {
@@ -83,13 +83,13 @@ impl TaskBytes {
         }
     }
 
-    /// The count it is part of.
+    /// The counter of the plugin, which includes this task.
     pub(super) fn plugin(&self) -> &Arc<Unreleased> {
         &self.plugin
     }
 }
 
-/// Bytes that are held until this is dropped.
+/// Counts bytes as held until it is dropped.
 pub(super) struct Holding {
     task: Arc<TaskBytes>,
     bytes: u64,

@@ -1,4 +1,4 @@
-//! What a library says about itself, read from its bytes: no code of it runs.
+//! Reads the facts about a library from its bytes. No code of the library runs.
 
 use object::{
     Architecture, BinaryFormat, FileKind, Object, ObjectKind, ObjectSection, ObjectSegment, ObjectSymbol, elf,
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::InstallError;
 use crate::model::Capability;
 
-/// Longest name and version in a manifest, in bytes.
+/// Maximum length of the name and of the version in a manifest, in bytes.
 const TEXT_BYTES_MAX: usize = 128;
 
 /// Facts about a library file.
@@ -18,13 +18,13 @@ const TEXT_BYTES_MAX: usize = 128;
 pub struct Facts {
     /// `elf`, `mach-o` or `pe`.
     pub format: &'static str,
-    /// Processor it was built for.
+    /// The processor it was built for.
     pub machine: String,
-    /// Libraries it needs.
+    /// The libraries it needs.
     pub needed: Vec<String>,
-    /// Newest glibc symbol version it needs, such as `2.34`.
+    /// The newest glibc symbol version it needs, such as `2.34`.
     pub glibc: Option<String>,
-    /// It uses static thread-local storage, of which a process has little.
+    /// It uses static thread-local storage. A process has little of that.
     pub static_tls: bool,
     /// It exports the layout proof of a Rust plugin.
     pub rust: bool,
@@ -40,16 +40,16 @@ pub struct Manifest {
     /// The plugin's version.
     #[serde(default)]
     pub version: String,
-    /// Version of runner-sdk it was built with; absent in C.
+    /// The version of runner-sdk it was built with. Absent in C plugins.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sdk: Option<String>,
-    /// ABI it was built for, `major.minor`.
+    /// The ABI it was built for, as `major.minor`.
     pub abi: String,
-    /// What it serves.
+    /// The capabilities it serves.
     pub capabilities: Vec<String>,
 }
 
-/// Reads the facts, and refuses whatever could not be loaded anyway.
+/// Reads the facts. Rejects every file that could not be loaded.
 pub(super) fn inspect(bytes: &[u8]) -> Result<Facts, InstallError> {
     if bytes.is_empty() {
         return Err(InstallError::NotALibrary { found: "an empty file".to_owned() });
@@ -79,7 +79,7 @@ pub(super) fn inspect(bytes: &[u8]) -> Result<Facts, InstallError> {
         ObjectKind::Relocatable => return Err(InstallError::NotALibrary { found: "an object file".to_owned() }),
         other => return Err(InstallError::NotALibrary { found: format!("a file of kind {other:?}") }),
     }
-    // A library cut short keeps its header; everything it speaks of must lie inside the file.
+    // A truncated library still has its header. Everything the header refers to must be inside the file.
     for segment in file.segments() {
         if segment.data().is_err() {
             return Err(InstallError::Truncated { reason: "a segment lies outside the file".to_owned() });
@@ -123,7 +123,7 @@ pub(super) fn inspect(bytes: &[u8]) -> Result<Facts, InstallError> {
     })
 }
 
-/// What a file that is no library is instead, as far as its first bytes tell.
+/// Describes a file that is not a library, as far as its first bytes show.
 fn beginning(bytes: &[u8], kind: Option<FileKind>) -> String {
     if let Some(kind) = kind {
         return format!("a file of kind {kind:?}").to_lowercase();
@@ -166,7 +166,7 @@ fn manifest(file: &object::File<'_>) -> Result<Manifest, InstallError> {
         return Err(bad("its name is blank".to_owned()));
     }
     for (what, text) in [("name", &manifest.name), ("version", &manifest.version)] {
-        // They are printed, logged and given to threads.
+        // Names are printed, logged and used as thread names.
         if text.len() > TEXT_BYTES_MAX || text.chars().any(char::is_control) {
             let expected = format!("at most {TEXT_BYTES_MAX} bytes without control characters");
             let start: String = text.chars().take(40).collect();
@@ -195,11 +195,11 @@ struct ElfFacts {
     needed: Vec<String>,
     glibc: Option<(u32, u32)>,
     static_tls: bool,
-    /// A program that can be mapped anywhere looks like a library but for this.
+    /// Only this flag distinguishes a position-independent program from a library.
     program: bool,
 }
 
-/// Facts only ELF has. They inform; what cannot be read is left out.
+/// Facts that only ELF files have. They are informative. A fact that cannot be read is omitted.
 fn elf_facts(bytes: &[u8]) -> ElfFacts {
     match elf::FileHeader64::<object::Endianness>::parse(bytes) {
         Ok(header) => read_elf(header, bytes).unwrap_or_default(),
@@ -248,7 +248,7 @@ fn glibc_version(name: &str) -> Option<(u32, u32)> {
 mod tests {
     use super::*;
 
-    // The SDK's rule stops the compilation; called at run time, it panics.
+    // The SDK's rule stops the compilation. When it is called at run time, it panics.
     #[test]
     fn sdk_and_host_accept_the_same_capabilities() {
         let long = format!("/{}", "x".repeat(256));

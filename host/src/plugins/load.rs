@@ -1,7 +1,7 @@
-//! Reads, checks and opens libraries, in that order for all of them.
+//! Reads, checks and opens libraries. All libraries pass one step before the next step begins.
 //!
-//! Every file is read, hashed and put where nobody can change it before the first one is opened:
-//! code of one plugin cannot alter what another one will run.
+//! The host reads and hashes every file and stores it where nobody can change it. Only then does it open the first
+//! file. Thus code of one plugin cannot change what another plugin will run.
 
 use std::{
     ffi::c_void,
@@ -28,10 +28,10 @@ use super::{
 };
 use crate::model::Capability;
 
-/// Largest library that is read into memory.
+/// Largest library that is read into memory, in bytes.
 pub(super) const LIBRARY_BYTES_MAX: u64 = 4 << 30;
 
-/// A file whose bytes were checked and are safe from change.
+/// A file whose bytes were checked and cannot change.
 pub(super) struct Verified {
     pub(super) file: PathBuf,
     pub(super) settings: Settings,
@@ -45,17 +45,17 @@ pub(super) struct Verified {
 pub(super) struct Loaded {
     pub(super) dispatcher: Dispatcher,
     pub(super) entries: Entries,
-    /// Built with our SDK.
+    /// Built with the SDK of this repository.
     pub(super) rust: bool,
 }
 
-/// How much of a file tells whether it may be a library at all, in bytes.
+/// Number of bytes at the start of a file that show whether it may be a library.
 const HEAD_BYTES: u64 = 4096;
 
-/// Most files that are read at once; each is held in memory while it is.
+/// Maximum number of files that are read at once. Each is in memory while it is read.
 const READERS_MAX: usize = 4;
 
-/// Reads and checks files, several at once, and returns them in their order. No code of them runs.
+/// Reads and checks files, several at once. Returns them in their order. No code of the files runs.
 pub(super) fn verify_all(found: Vec<Found>, allow_writable: bool) -> Vec<Result<Verified, (PathBuf, InstallError)>> {
     let readers = std::thread::available_parallelism().map_or(1, usize::from).min(READERS_MAX).min(found.len());
     let mut places: Vec<_> = found.iter().map(|_| None).collect();
@@ -70,7 +70,7 @@ pub(super) fn verify_all(found: Vec<Found>, allow_writable: bool) -> Vec<Result<
     };
     std::thread::scope(|scope| {
         for _ in 1..readers {
-            // This thread works as well, so it is done with fewer where one cannot be had.
+            // This thread reads files as well. Therefore fewer threads are enough when one cannot be created.
             if let Err(err) = std::thread::Builder::new().name("plugin-reader".to_owned()).spawn_scoped(scope, work) {
                 debug!(error = %err, "no thread to read plugins with");
             }
@@ -81,7 +81,7 @@ pub(super) fn verify_all(found: Vec<Found>, allow_writable: bool) -> Vec<Result<
     places.into_iter().map(|place| place.expect("the queue was worked off")).collect()
 }
 
-/// Reads and checks one file, by way of a buffer that may be used again.
+/// Reads and checks one file. The caller may reuse the buffer.
 fn verify(found: Found, allow_writable: bool, buffer: &mut Vec<u8>) -> Result<Verified, (PathBuf, InstallError)> {
     let Found { file, settings, refused } = found;
     match refused.map_or_else(|| check(&file, &settings, allow_writable, buffer), Err) {
@@ -110,7 +110,7 @@ fn check(file: &Path, settings: &Settings, allow_writable: bool, bytes: &mut Vec
     Ok((sha256, facts, capabilities, sealed))
 }
 
-/// The whole of one library file.
+/// Returns the whole content of one library file.
 pub(super) fn read(file: &Path) -> Result<Vec<u8>, InstallError> {
     let mut bytes = Vec::new();
     read_into(file, &mut bytes)?;
@@ -120,7 +120,7 @@ pub(super) fn read(file: &Path) -> Result<Vec<u8>, InstallError> {
 fn read_into(file: &Path, bytes: &mut Vec<u8>) -> Result<std::fs::Metadata, InstallError> {
     let mut options = std::fs::OpenOptions::new();
     options.read(true);
-    // Opening a pipe nobody writes to would block.
+    // Opening a pipe that has no writer would block.
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, rustix::fs::OFlags::NONBLOCK.bits() as i32);
     let opened = options.open(file).map_err(|err| unreadable(&err))?;
@@ -135,9 +135,9 @@ fn read_into(file: &Path, bytes: &mut Vec<u8>) -> Result<std::fs::Metadata, Inst
         return Err(InstallError::TooLarge { bytes: facts.len() });
     }
     bytes.clear();
-    // It may grow while it is read.
+    // The file may grow while it is read.
     let mut opened = opened.take(LIBRARY_BYTES_MAX);
-    // A stray large file with a library's name is not worth reading.
+    // A large file with a library's name may be no library. The head shows that without reading the rest.
     opened.by_ref().take(HEAD_BYTES).read_to_end(bytes).map_err(|err| unreadable(&err))?;
     if object::FileKind::parse(&**bytes).is_err() {
         inspect(bytes)?;
@@ -152,7 +152,7 @@ fn unreadable(err: &std::io::Error) -> InstallError {
     if is_out_of_files(&reason) { InstallError::TooManyFiles } else { InstallError::Unreadable { reason } }
 }
 
-/// As much of a name as a memory file may have.
+/// Cuts a name to the length that a memory file may have.
 fn short(name: &str) -> &str {
     let mut end = name.len().min(200);
     while !name.is_char_boundary(end) {
@@ -175,8 +175,8 @@ fn chosen(facts: &Facts, settings: &Settings) -> Result<Vec<Capability>, Install
     Ok(all.into_iter().filter(|name| wanted.contains(name)).collect())
 }
 
-/// Opens a checked file and initialises the plugin in it, on the plugin's own thread: a constructor
-/// or an `init` that hangs costs one thread, not the host.
+/// Opens a checked file and initialises its plugin on the plugin's own thread. A constructor or an `init` that
+/// hangs blocks one thread, not the host.
 pub(super) fn open(verified: Verified, limit: Duration, log_level: u32) -> Result<Loaded, InstallError> {
     let name: Arc<str> = verified.facts.manifest.name.as_str().into();
     let dispatcher =
@@ -189,7 +189,7 @@ pub(super) fn open(verified: Verified, limit: Duration, log_level: u32) -> Resul
     dispatcher.run("init", move || {
         let entries = map(sealed, rust);
         let begun = entries.as_ref().ok().copied();
-        // Nobody listens after the time limit.
+        // The receiver is gone after the time limit.
         let _ = tell.send(entries);
         if let Some(entries) = begun {
             entries.init(&config, log_level, answer);
@@ -216,7 +216,7 @@ fn map(sealed: Sealed, rust: bool) -> Result<Entries, InstallError> {
     let symbol = |name: &str| library.address(name);
     let entry = symbol(abi::ENTRY).ok_or(InstallError::NoEntry)?;
     let proof = if rust { symbol(abi::proof::HEADER_SYMBOL) } else { None };
-    // From here on pointers into the library are kept.
+    // After this line the host keeps pointers into the library.
     library.leak();
     if let Some(header) = proof {
         // SAFETY: the address of that symbol in a library that was just leaked.
@@ -226,8 +226,9 @@ fn map(sealed: Sealed, rust: bool) -> Result<Entries, InstallError> {
     unsafe { ffi::read_table(entry) }
 }
 
-/// Compares the plugin's types with ours, on a thread of its own: the comparison goes deep and allocates much,
-/// and its stack and heap would stay resident with the plugin's thread, a tenth of what a plugin costs.
+/// Compares the plugin's types with the host's types on a separate thread. The comparison recurses deeply and
+/// allocates much memory. On the plugin's thread, its stack and heap would stay resident. That is a tenth of what a
+/// plugin costs.
 ///
 /// # Safety
 /// As [`abi::proof::prove_layout`].
@@ -247,7 +248,7 @@ unsafe fn prove_layout(header: *const c_void) -> Result<(), InstallError> {
     }
 }
 
-/// A plugin's words, fit for one line of a terminal or a log.
+/// Makes a plugin's text fit for one line of a terminal or a log.
 fn one_line(text: &str) -> String {
     let words: Vec<&str> = text.split(|c: char| c.is_whitespace() || c.is_control()).collect();
     words.into_iter().filter(|word| !word.is_empty()).collect::<Vec<_>>().join(" ")

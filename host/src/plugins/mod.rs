@@ -1,8 +1,8 @@
-//! Plugins: found, checked, opened, run. The only room that knows a `.so` exists.
+//! Finds, checks, opens and runs plugins. No other module knows that plugins are shared libraries.
 //!
-//! Start at [`Plugins::load`]; [`Plugins::run`] runs one task in whichever plugin serves it. What
-//! crosses the boundary is in `ffi`, opening is in `open`, and every reason to refuse a library is
-//! an [`InstallError`]. One bad plugin never stops the others.
+//! Start at [`Plugins::load`]. [`Plugins::run`] runs one task in the plugin that serves it. Calls across the
+//! boundary are in `ffi`. Opening is in `open`. Every reason to reject a library is an [`InstallError`]. One bad
+//! plugin never stops the others.
 
 mod config;
 mod discover;
@@ -46,19 +46,19 @@ use crate::model::{Capability, Outcome, PluginId, in_a_line};
 use load::Verified;
 use run::Plugin;
 
-/// How often the calls into plugins are looked at. A task's end looks at those of its plugin.
+/// Interval at which the calls into plugins are checked. The end of a task checks the calls of its plugin.
 const WATCH: Duration = Duration::from_secs(5);
 
-/// What an operator sets for all plugins, outside the plugins file.
+/// The operator's settings for all plugins, outside the plugins file.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// How long a plugin may take to open and initialise.
+    /// Time limit for a plugin to open and initialise.
     pub init_timeout: Duration,
     /// Load libraries that everyone may write to.
     pub allow_writable: bool,
     /// Load the packaged noop plugin as if it were listed.
     pub noop: bool,
-    /// How long a noop task takes.
+    /// The duration of a noop task.
     pub noop_sleep_secs: f64,
 }
 
@@ -71,15 +71,15 @@ impl Default for Options {
 /// What to load.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Where libraries lie.
+    /// The places to search for libraries.
     pub places: Places,
-    /// What the operator says about them.
+    /// The operator's settings for the libraries.
     pub file: PluginsFile,
-    /// Most tasks at once in a plugin whose settings do not say.
+    /// Maximum number of concurrent tasks in a plugin whose settings do not limit them.
     pub max_concurrency: usize,
-    /// Most verbose level plugins should send: 1 error to 5 trace, 0 none.
+    /// The most verbose level that plugins should send: 1 is error, 5 is trace, 0 is none.
     pub log_level: u32,
-    /// How long a plugin may take to open and initialise, both together.
+    /// Time limit for a plugin to open and initialise, both together.
     pub init_limit: Duration,
     /// Load libraries that everyone may write to.
     pub allow_writable: bool,
@@ -91,28 +91,28 @@ pub struct Listing {
     /// The file.
     #[serde(serialize_with = "lossy")]
     pub file: PathBuf,
-    /// Name in its manifest, where it could be read.
+    /// The name in its manifest, if the manifest is readable.
     pub name: Option<String>,
-    /// Version in its manifest.
+    /// The version in its manifest.
     pub version: Option<String>,
-    /// SHA-256 of the bytes that were opened.
+    /// The SHA-256 of the bytes that were opened.
     pub sha256: Option<String>,
-    /// What it serves here.
+    /// The capabilities it serves in this node.
     pub capabilities: Vec<String>,
-    /// What became of it.
+    /// The state of the library.
     pub state: PluginState,
-    /// How many of its runners ignored their cancellation.
+    /// Number of its runners that ignored their cancellation.
     #[serde(skip_serializing_if = "is_zero")]
     pub stuck_runners: u32,
-    /// How many calls into it have not returned; each keeps a thread.
+    /// Number of calls into it that have not returned. Each keeps a thread.
     #[serde(skip_serializing_if = "is_none")]
     pub hanging_calls: usize,
-    /// Why a thread for its calls cannot be created.
+    /// The reason why a thread for its calls cannot be created.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub no_thread: Option<String>,
-    /// Bytes its ended tasks were given, or gave, that are not released.
+    /// Bytes that its ended tasks received or supplied and that are not released.
     pub unreleased_bytes: u64,
-    /// Why it was refused, or serves nothing any more.
+    /// The reason why it was rejected, or why it no longer serves anything.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     /// It may load later, see [`InstallError::is_temporary`].
@@ -120,15 +120,15 @@ pub struct Listing {
     pub temporary: bool,
 }
 
-/// What became of a library.
+/// The state of a library.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum PluginState {
     /// It serves.
     Loaded,
-    /// It was not opened, or not for long.
+    /// It was not opened, or it was opened and then rejected.
     Refused,
-    /// It serves nothing more, because too many of its runners ignored their cancellation.
+    /// It serves nothing any more, because too many of its runners ignored their cancellation.
     OutOfService,
 }
 
@@ -142,27 +142,28 @@ impl std::fmt::Display for PluginState {
     }
 }
 
-/// Everything that was loaded.
+/// All loaded plugins.
 pub struct Plugins {
     by_capability: BTreeMap<Capability, Arc<Plugin>>,
-    /// Who serves what, for status pages.
+    /// The plugin of each capability, for status pages.
     ids: BTreeMap<Capability, PluginId>,
-    /// With the number of its listing.
+    /// Each plugin, with the index of its listing.
     loaded: Vec<(usize, Arc<Plugin>)>,
     listings: Vec<Listing>,
-    /// Every capability that is served, sorted. Sent whenever anything is held against a plugin.
+    /// Every capability that is served, sorted. It is sent on each fault of a plugin.
     serving: watch::Sender<Vec<Capability>>,
 }
 
 impl Plugins {
-    /// Loads what `config` names. Refused libraries are listed, logged and passed over.
+    /// Loads what `config` names. Rejected libraries are listed, logged and skipped.
     ///
     /// # Errors
+    ///
     /// Only when a folder cannot be listed.
     pub fn load(config: &Config) -> Result<Self, PlaceError> {
         let found = discover::discover(&config.places, &config.file)?;
         let mut listings: Vec<Listing> = found.iter().map(|found| Listing::new(&found.file)).collect();
-        // All of them are read before the first is opened.
+        // All libraries are read before the first one is opened.
         let mut verified: Vec<Option<Verified>> = Vec::new();
         for (listing, checked) in listings.iter_mut().zip(load::verify_all(found, config.allow_writable)) {
             match checked {
@@ -182,7 +183,7 @@ impl Plugins {
         for (number, (listing, plugin)) in listings.iter_mut().zip(verified).enumerate() {
             let Some(plugin) = plugin else { continue };
             if let Some(file) = &hanging {
-                // It holds the linker's lock, for all of them and for good.
+                // It holds the linker's lock and never releases it. No other library can be opened.
                 let reason = format!("{file} hangs while it is opened; remove it");
                 listing.refuse(&InstallError::Open { reason });
                 continue;
@@ -228,14 +229,14 @@ impl Plugins {
         self.serving.borrow().clone()
     }
 
-    /// A live view of [`Plugins::capabilities`], which shrinks when a plugin goes out of service. It is
-    /// sent, changed or not, whenever [`Plugins::listings`] has changed.
+    /// A live view of [`Plugins::capabilities`]. It shrinks when a plugin goes out of service. It is sent whenever
+    /// [`Plugins::listings`] has changed, even if its own value did not change.
     #[must_use]
     pub fn serving(&self) -> watch::Receiver<Vec<Capability>> {
         self.serving.subscribe()
     }
 
-    /// Looks at the calls into all plugins from time to time, until `over`.
+    /// Checks the calls into all plugins at intervals, until `over`.
     pub async fn watch(&self, over: CancellationToken) {
         let mut interval = tokio::time::interval(WATCH);
         loop {
@@ -254,7 +255,7 @@ impl Plugins {
         }
     }
 
-    /// Tells everyone that listings have changed.
+    /// Notifies all receivers that listings have changed.
     fn show(&self) {
         self.serving.send_modify(|serving| *serving = self.in_service());
     }
@@ -264,7 +265,7 @@ impl Plugins {
         self.by_capability.iter().filter(|(_, plugin)| serves(plugin)).map(|(name, _)| name.clone()).collect()
     }
 
-    /// Why a task for `capability` cannot run here, as its outcome; `None` where it can.
+    /// The reason why a task for `capability` cannot run here, as its outcome. `None` if it can run.
     #[must_use]
     pub fn refusal(&self, capability: &Capability) -> Option<Outcome> {
         self.plugin(capability).map_or(Some(Outcome::NoRunner), |plugin| plugin.refusal())
@@ -294,17 +295,17 @@ impl Plugins {
         listings
     }
 
-    /// Calls that named a task which was over or never was, since the process began.
+    /// Number of calls since the process began that named a task which was over or never existed.
     #[must_use]
     pub fn stale_calls() -> u64 {
         ffi::stale_calls()
     }
 
-    /// Tells every plugin that the process ends within `deadline`.
+    /// Notifies every plugin that the process ends within `deadline`.
     pub async fn shutdown(&self, deadline: Duration) {
         let waits: Vec<_> = self.loaded.iter().map(|(_, plugin)| plugin.shutdown(deadline)).collect();
         for wait in waits {
-            // A plugin that hangs costs the deadline, once for all of them.
+            // A plugin that hangs uses up the deadline. All plugins share one deadline.
             let _ = tokio::time::timeout(deadline, wait).await;
         }
     }
@@ -314,7 +315,7 @@ impl Plugins {
     }
 }
 
-/// Reads what a library says about itself without running any of its code.
+/// Reads the facts about a library without running any of its code.
 pub fn inspect_file(file: &Path) -> Result<(String, Facts), InstallError> {
     use sha2::{Digest, Sha256};
     let bytes = load::read(file)?;
@@ -322,9 +323,9 @@ pub fn inspect_file(file: &Path) -> Result<(String, Facts), InstallError> {
     Ok((base16ct::lower::encode_string(&Sha256::digest(&bytes)), facts))
 }
 
-/// Gives every capability to one plugin: first to those that say `override`, then to the others,
-/// in order. A plugin with nothing left, or with a capability another one serves without the
-/// operator's word, is refused and leaves what it has to the next.
+/// Assigns every capability to one plugin, in order. Plugins with `override` come first, then the others. A plugin
+/// is rejected in two cases: no capability is left for it, or another plugin serves one and no `override` is set.
+/// The next plugins can serve the capabilities of a rejected plugin.
 fn share_out(verified: &mut [Option<Verified>], listings: &mut [Listing]) {
     let mut owners: HashMap<Capability, (usize, bool)> = HashMap::new();
     for overriding in [true, false] {
@@ -362,7 +363,7 @@ fn is_none(count: &usize) -> bool {
     *count == 0
 }
 
-/// JSON has no bytes: what is not UTF-8 in a path is shown as �.
+/// JSON has no bytes type. Bytes in a path that are not UTF-8 are shown as �.
 fn lossy<S: Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(&path.display())
 }
@@ -396,7 +397,7 @@ impl Listing {
     fn refuse(&mut self, err: &InstallError) {
         self.state = PluginState::Refused;
         self.temporary = err.is_temporary();
-        // A path in it may hold anything; a reason stays one line.
+        // A path in the reason may contain any character. The reason must stay one line.
         self.reason = Some(in_a_line(&err.to_string()));
     }
 }

@@ -1,4 +1,4 @@
-//! Runs one task in a plugin, from its start to its one completion.
+//! Runs one task in a plugin, from the start to the completion.
 
 use std::{
     future::Future,
@@ -26,37 +26,37 @@ use super::{
 };
 use crate::model::{CancelReason, HeldLease, Outcome, Ports, SetupStage, millis};
 
-/// How long a call may take before the log warns that it hangs.
+/// The log warns about a call that takes longer than this.
 const HANGS: Duration = Duration::from_secs(1);
-/// How often that warning is repeated while no more calls hang.
+/// Interval at which the warning is repeated while the number of hanging calls does not grow.
 const HANGS_AGAIN: Duration = Duration::from_secs(60);
 
 /// One task to run.
 pub struct Job {
-    /// What was leased.
+    /// The lease.
     pub grant: HeldLease,
-    /// Its inputs and outputs.
+    /// The inputs and outputs of the task.
     pub ports: Arc<dyn Ports>,
-    /// Its directory.
+    /// The directory of the task.
     pub folder: Folder,
-    /// Where its calls are worked on.
+    /// The runtime that handles the calls of the task.
     pub workers: Handle,
-    /// How long a cancelled runner may take to return before its slot is given back.
+    /// Time a cancelled runner has to return before the host releases its slot.
     pub cancel_grace: Duration,
-    /// Called when the plugin has room and the runner begins.
+    /// Called when the plugin has a free slot and the runner begins.
     pub began: Box<dyn FnOnce() + Send>,
 }
 
-/// A directory that is made when it is first needed.
+/// A directory that is created on first use.
 #[derive(Clone)]
 pub struct Folder {
-    /// Where it is or would be.
+    /// The path of the directory. It may not exist yet.
     pub path: PathBuf,
-    /// Makes it unless it is there; the error is one line. May block.
+    /// Creates the directory unless it exists. The error is one line. The call may block.
     pub make: Arc<dyn Fn() -> Result<(), String> + Send + Sync>,
 }
 
-/// What a plugin is told when a task starts.
+/// The start request of a task for the plugin.
 #[derive(Serialize)]
 struct Request<'a> {
     capability: &'a str,
@@ -65,7 +65,7 @@ struct Request<'a> {
 }
 
 impl Request<'_> {
-    /// As JSON.
+    /// The request as JSON.
     fn text(&self) -> serde_json::Result<String> {
         let bytes = self.lease.get().len() + 2 * self.dir.as_os_str().len() + self.capability.len() + 64;
         let mut text = Vec::with_capacity(bytes);
@@ -85,18 +85,18 @@ pub(super) struct Plugin {
     record: Record,
     shown: Mutex<Shown>,
     unreleased: Arc<Unreleased>,
-    /// Its tasks' directories must be there when they start; our SDK makes them by itself.
+    /// The task directory must exist when a task starts. The SDK creates it by itself.
     needs_folder: bool,
 }
 
-/// What the status page was told about a plugin, and the log about its calls that hang.
+/// The plugin's state as last shown on the status page, and the last log warning about hanging calls.
 #[derive(Default)]
 struct Shown {
     strikes: u32,
     out_of_service: bool,
     hanging: usize,
     no_thread: bool,
-    /// How many calls hung at the last warning, and when that was.
+    /// How many calls hung at the last warning, and the time of that warning.
     warned: Option<(usize, Instant)>,
 }
 
@@ -117,7 +117,7 @@ impl Plugin {
         }
     }
 
-    /// Looks at calls that hang. Whether anything the status page shows has changed.
+    /// Checks for hanging calls. Returns whether a value on the status page has changed.
     pub(super) fn review(&self) -> bool {
         let hanging = self.dispatcher.hanging();
         self.record.judge(&self.name, hanging, self.slots_max);
@@ -133,7 +133,7 @@ impl Plugin {
         now != before
     }
 
-    /// Warns of calls that hang: when there are more of them, and from time to time.
+    /// Logs a warning about hanging calls when their number grows, and at intervals.
     fn warn(&self, warned: &mut Option<(usize, Instant)>, hanging: Hanging) {
         let Hanging { calls, longest, entry } = hanging;
         if longest < HANGS {
@@ -150,17 +150,17 @@ impl Plugin {
         }
     }
 
-    /// Calls into it that hang now.
+    /// Number of calls into the plugin that hang now.
     pub(super) fn hanging_calls(&self) -> usize {
         self.dispatcher.hanging().calls
     }
 
-    /// Why a thread for its calls cannot be created, if so.
+    /// The reason why a thread for its calls cannot be created, if there is one.
     pub(super) fn no_thread(&self) -> Option<String> {
         self.dispatcher.no_thread()
     }
 
-    /// Tries again to create a thread that could not be created.
+    /// Tries again to create a thread after a failure.
     pub(super) fn retry_thread(&self) {
         self.dispatcher.retry_thread();
     }
@@ -169,32 +169,32 @@ impl Plugin {
         Arc::clone(&self.name)
     }
 
-    /// Begins the plugin's shutdown; the future waits for its end.
+    /// Begins the plugin's shutdown. The future waits until the shutdown ends.
     pub(super) fn shutdown(&self, deadline: Duration) -> impl Future<Output = ()> + use<> {
         let (tell, done) = oneshot::channel();
         let entries = self.entries;
         self.dispatcher.run("shutdown", move || {
             entries.shutdown(deadline);
-            // Nobody waits after the deadline.
+            // The receiver is gone after the deadline.
             let _ = tell.send(());
         });
         async move {
-            // An error is an answer too: the thread is gone.
+            // An error means that the thread has ended. That also ends the wait.
             let _ = done.await;
         }
     }
 
-    /// What its ended tasks still hold.
+    /// Bytes that its ended tasks still hold.
     pub(super) fn unreleased_bytes(&self) -> u64 {
         self.unreleased.bytes()
     }
 
-    /// What is held against it.
+    /// The faults of the plugin.
     pub(super) fn record(&self) -> &Record {
         &self.record
     }
 
-    /// Why it takes no work, if so: the end of a task leased for it.
+    /// The reason why the plugin takes no work, if there is one. It is the outcome of a task leased for it.
     pub(super) fn refusal(&self) -> Option<Outcome> {
         let reason = self.record.out_of_service()?;
         let message = format!("plugin {} is out of service: {reason}", self.name);
@@ -215,7 +215,7 @@ impl Plugin {
             Request { capability: grant.lease.capability.as_str(), dir: &folder.path, lease: &grant.lease.document };
         let request = match request.text() {
             Ok(request) => request,
-            // A folder whose name is no text: JSON cannot hold it.
+            // The folder's name is not valid text, so JSON cannot hold it.
             Err(err) => {
                 return Outcome::HostFault { message: format!("task directory {}: {err}", folder.path.display()) };
             }
@@ -243,7 +243,7 @@ impl Plugin {
                     Err(_) => {
                         self.record.give_up(&self.name, task, grant.lease.task().clone(), cancel_grace);
                         if self.record.out_of_service().is_some() {
-                            // What waits for a slot must not wait for ever.
+                            // Tasks that wait for a slot must not wait forever.
                             self.slots.close();
                         }
                         drop(slot);
@@ -261,8 +261,8 @@ impl Plugin {
 }
 
 impl Plugins {
-    /// Runs one task in the plugin that serves its capability. Returns within the grace period of a
-    /// cancellation, whatever the runner does.
+    /// Runs one task in the plugin that serves its capability. After a cancellation it returns within the grace
+    /// period, whatever the runner does.
     pub async fn run(&self, job: Job) -> Outcome {
         match self.plugin(&job.grant.lease.capability) {
             Some(plugin) => {
@@ -276,7 +276,7 @@ impl Plugins {
         }
     }
 
-    /// Runners that ignored their cancellation, since the process began.
+    /// Number of runners that ignored their cancellation since the process began.
     #[must_use]
     pub fn stuck_runners() -> u64 {
         stuck::total()
@@ -286,7 +286,7 @@ impl Plugins {
 fn outcome(grant: &HeldLease, completion: Completion) -> Outcome {
     let Completion { status, text, details } = completion;
     match grant.cancel.reason() {
-        // Work that was finished in spite of a drain is worth reporting.
+        // A task that completed during a drain is reported as completed.
         Some(CancelReason::Drained) if status == Status::OK => return Outcome::Completed,
         Some(reason) => return Outcome::of_cancel(reason),
         None => {}

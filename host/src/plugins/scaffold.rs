@@ -1,7 +1,7 @@
-//! `plugins new`: writes a runner crate that builds and passes its test at once.
+//! `plugins new`: writes a runner crate that builds and passes its test without changes.
 //!
-//! What it writes are whole files, filled in by name; it runs no tool and asks no network. An existing
-//! folder with anything in it is never touched.
+//! It writes whole files and fills in the name. It runs no tool and uses no network. It never changes an existing
+//! folder that is not empty.
 
 use std::{
     io,
@@ -11,40 +11,40 @@ use std::{
 /// Why no crate was written.
 #[derive(Debug, thiserror::Error)]
 pub enum ScaffoldError {
-    /// The name cannot be that of a crate.
+    /// The name is not a valid crate name.
     #[error("`{name}` cannot be the name of a plugin: {why}; expected something like `my-runner`")]
     Name {
-        /// As given.
+        /// The name as given.
         name: String,
-        /// What is wrong with it.
+        /// What is wrong with the name.
         why: &'static str,
     },
-    /// There is something already.
+    /// The target folder exists and is not empty.
     #[error("{} is there already and not an empty folder; choose another name or remove it", path.display())]
     Occupied {
         /// The folder.
         path: PathBuf,
     },
-    /// It cannot be made there.
+    /// The folder cannot be created at this path.
     #[error("{}: expected a folder, found a file at {}; name another place", path.display(), file.display())]
     InTheWay {
         /// The folder.
         path: PathBuf,
-        /// What a part of its path is.
+        /// The file that is a part of the path.
         file: PathBuf,
     },
-    /// No SDK was named, and cargo can find none by itself.
+    /// No SDK was named, and cargo cannot find one by itself.
     #[error(
         "runner-sdk is not published yet, so cargo cannot find it; name a copy with --sdk PATH, the folder runner-sdk of this project's source"
     )]
     SdkNotNamed,
-    /// The SDK is not where it was said to be.
+    /// The named folder does not contain the SDK.
     #[error("{} holds no runner-sdk (no Cargo.toml of that package); pass the folder that does", path.display())]
     NoSdk {
-        /// As given.
+        /// The path as given.
         path: PathBuf,
     },
-    /// A path that cannot stand in a Cargo.toml.
+    /// The path cannot be written to a Cargo.toml.
     #[error("{} is not valid UTF-8, which a Cargo.toml has to be; move the SDK elsewhere", path.display())]
     NotText {
         /// The SDK's folder.
@@ -53,21 +53,21 @@ pub enum ScaffoldError {
     /// A file or folder could not be written.
     #[error("cannot write {}", path.display())]
     Write {
-        /// Which.
+        /// The file or folder.
         path: PathBuf,
-        /// Why.
+        /// The error of the operating system.
         #[source]
         source: io::Error,
     },
 }
 
-/// Writes a runner crate called `name` into `dir`, which must not exist or be empty, and returns the files.
-/// The crate depends on the copy of runner-sdk in the folder `sdk`.
+/// Writes a runner crate called `name` into `dir` and returns the files. `dir` must not exist or must be empty. The
+/// crate depends on the copy of runner-sdk in the folder `sdk`.
 ///
-/// The crate has its own workspace table, so it builds inside another project's folder too.
+/// The crate has its own workspace table. Therefore it also builds inside the folder of another project.
 ///
 /// # Errors
-/// Nothing was written when the name, the folder or the SDK is at fault.
+/// When the name, the folder or the SDK is invalid. Nothing was written then.
 pub fn create(dir: &Path, name: &str, sdk: Option<&Path>) -> Result<Vec<PathBuf>, ScaffoldError> {
     check_name(name)?;
     let dependency = dependency(sdk.ok_or(ScaffoldError::SdkNotNamed)?)?;
@@ -107,10 +107,10 @@ impl Names<'_> {
     }
 }
 
-/// The longest name that still makes a file name on every system, with prefix and suffix.
+/// The longest crate name. With prefix and suffix it is a valid file name on every system.
 const NAME_BYTES_MAX: usize = 64;
 
-/// Words a crate cannot be called: cargo, the compiler or the new crate's code means something else by them.
+/// Words that are invalid as crate names. Cargo, the compiler or the new crate's code uses them for something else.
 const RESERVED: [&str; 14] = [
     "alloc",
     "build",
@@ -128,7 +128,7 @@ const RESERVED: [&str; 14] = [
     "test",
 ];
 
-/// Types the written code uses; a runner of that name would hide them.
+/// Types that the written code uses. A runner with such a name would hide the type.
 const USED_TYPES: [&str; 12] =
     ["Default", "Err", "Error", "Ok", "Option", "Result", "Runner", "Some", "String", "TaskCtx", "TestHost", "Vec"];
 
@@ -156,7 +156,7 @@ fn check_name(name: &str) -> Result<(), ScaffoldError> {
     } else {
         return Ok(());
     };
-    // Shown on one line, whatever was typed.
+    // The name is shown on one line, so control characters are escaped.
     let shown: String = name.chars().take(NAME_BYTES_MAX).flat_map(char::escape_debug).collect();
     Err(ScaffoldError::Name { name: shown, why })
 }

@@ -1,8 +1,8 @@
-//! What is held against a plugin: runners that ignore their cancellation, and calls that do not return.
+//! Counts the faults of a plugin: runners that ignore their cancellation, and calls that do not return.
 //!
-//! A thread of a library cannot be ended from outside. Such a runner is given up: its slot is free, its
-//! handle stale. Each is a strike against its plugin, whose threads it may still keep; after the third
-//! the plugin is out of service until the node starts anew.
+//! The host cannot end a thread of a library. It abandons such a runner: it releases the slot and makes the handle
+//! stale. Each abandoned runner is a strike against its plugin, because the plugin may still keep its threads.
+//! After the third strike the plugin is out of service until the node restarts.
 
 use std::{
     collections::HashMap,
@@ -19,16 +19,17 @@ use tracing::{error, info, warn};
 use super::dispatch::Hanging;
 use crate::model::{BootInstant, TaskId, millis};
 
-/// Runners given up until their plugin gets no more work.
+/// A plugin gets no more work after this number of abandoned runners.
 const STRIKES_MAX: u32 = 3;
 
-/// Calls beyond one for each slot that may hang until their plugin gets no more work. Each keeps a thread.
+/// A plugin gets no more work when more calls hang than one per slot plus this number. Each hanging call keeps a
+/// thread.
 const HANGING_SPARE: usize = 16;
 
 static TOTAL: AtomicU64 = AtomicU64::new(0);
 
-/// Those that have not returned yet, by their handles. Bounded by the strikes and by the tasks a plugin
-/// may run at once.
+/// Abandoned runners that have not returned yet, by handle. The strikes and the concurrent tasks of a plugin bound
+/// their number.
 static GIVEN_UP: LazyLock<Mutex<HashMap<Task, GivenUp>>> = LazyLock::new(Mutex::default);
 
 struct GivenUp {
@@ -37,12 +38,12 @@ struct GivenUp {
     since: BootInstant,
 }
 
-/// Runners given up since the process began.
+/// Number of runners abandoned since the process began.
 pub(super) fn total() -> u64 {
     TOTAL.load(Ordering::Relaxed)
 }
 
-/// Takes note when the task behind a stale handle was given up and ends after all.
+/// Logs when an abandoned task behind a stale handle ends late.
 pub(super) fn returned(handle: Task) {
     let found = GIVEN_UP.lock().unwrap_or_else(PoisonError::into_inner).remove(&handle);
     if let Some(GivenUp { plugin, task, since }) = found {
@@ -51,7 +52,7 @@ pub(super) fn returned(handle: Task) {
     }
 }
 
-/// What is held against one plugin.
+/// The faults of one plugin.
 #[derive(Default)]
 pub(super) struct Record {
     strikes: AtomicU32,
@@ -59,7 +60,7 @@ pub(super) struct Record {
 }
 
 impl Record {
-    /// How many of its runners were given up.
+    /// How many of its runners were abandoned.
     pub(super) fn strikes(&self) -> u32 {
         self.strikes.load(Ordering::Acquire)
     }
@@ -69,7 +70,7 @@ impl Record {
         self.out.get().map(String::as_str)
     }
 
-    /// Gives up the runner of `task` behind `handle`.
+    /// Abandons the runner of `task` behind `handle`.
     pub(super) fn give_up(&self, plugin: &Arc<str>, handle: Task, task: TaskId, grace: Duration) {
         TOTAL.fetch_add(1, Ordering::Relaxed);
         let given_up = GivenUp { plugin: Arc::clone(plugin), task, since: BootInstant::now() };
@@ -86,7 +87,7 @@ impl Record {
         );
     }
 
-    /// Takes the plugin out of service when too many of its calls hang beside `slots` tasks.
+    /// Takes the plugin out of service when too many of its calls hang in addition to `slots` tasks.
     pub(super) fn judge(&self, plugin: &Arc<str>, hanging: Hanging, slots: usize) {
         if hanging.calls > slots.saturating_add(HANGING_SPARE) {
             let Hanging { calls, entry, .. } = hanging;

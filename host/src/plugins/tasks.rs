@@ -1,9 +1,8 @@
-//! Which tasks are running inside plugins, by handle.
+//! Maps handles to the tasks that run inside plugins.
 //!
-//! A handle is an index and a generation. A plugin may keep one for as long as it likes: after the
-//! task's end, and for a number nobody handed out, the lookup finds nothing and the call is
-//! answered `STALE`. Generations start at a random number: a plugin that counts through small numbers
-//! finds no task of another plugin.
+//! A handle is an index and a generation. A plugin may keep a handle after the end of the task, or use a number
+//! that is no handle. In both cases the lookup finds nothing and the call is answered `STALE`. Generations start at
+//! a random number. Thus a plugin that tries small numbers finds no task of another plugin.
 
 use std::{
     hash::{BuildHasher as _, RandomState},
@@ -36,7 +35,7 @@ impl<T> TaskTable<T> {
         Self { slots: RwLock::new(Slots { entries: Vec::new(), free: Vec::new() }), stale: AtomicU64::new(0) }
     }
 
-    /// Enters a task and returns its handle, never 0.
+    /// Adds a task and returns its handle, which is never 0.
     pub(super) fn insert(&self, running: Arc<T>) -> Task {
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
         let index = match slots.free.pop() {
@@ -56,7 +55,7 @@ impl<T> TaskTable<T> {
         Task(u64::from(index) | u64::from(slot.generation) << 32)
     }
 
-    /// The task behind a handle; counts the call as stale when there is none.
+    /// Returns the task behind a handle. When there is none, the call is counted as stale.
     pub(super) fn get(&self, task: Task) -> Option<Arc<T>> {
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
         let found = slots.slot(task).and_then(|slot| slot.running.clone());
@@ -66,7 +65,7 @@ impl<T> TaskTable<T> {
         found
     }
 
-    /// Every task there is just now.
+    /// All tasks at the time of the call.
     pub(super) fn all(&self) -> Vec<Arc<T>> {
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
         slots.entries.iter().filter_map(|slot| slot.running.clone()).collect()
@@ -85,7 +84,7 @@ impl<T> TaskTable<T> {
         running
     }
 
-    /// How many calls named a task that was over or never was.
+    /// Number of calls that named a task which was over or never existed.
     pub(super) fn stale_calls(&self) -> u64 {
         self.stale.load(Ordering::Relaxed)
     }

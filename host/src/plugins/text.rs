@@ -1,33 +1,34 @@
-//! Texts of plugins: bounded, and readable whatever is in them.
+//! Makes texts of plugins bounded and readable, whatever bytes they contain.
 
 use serde_json::{Map, Value};
 
-/// Most bytes of the text of a log line.
+/// Maximum size of the text of a log line, in bytes.
 pub(super) const LOG_TEXT_BYTES_MAX: usize = 16 << 10;
-/// Most bytes of the name of what logs.
+/// Maximum size of a log target, in bytes.
 pub(super) const LOG_TARGET_BYTES_MAX: usize = 256;
-/// Most bytes of the fields of a log line, and most that are looked at.
+/// Maximum size of the fields of a log line, in bytes. The host reads no more than this.
 pub(super) const LOG_FIELDS_BYTES_MAX: usize = 64 << 10;
 pub(super) const LOG_FIELDS_READ_BYTES_MAX: usize = 1 << 20;
-/// Most bytes of one field where all together are too long.
+/// Maximum size of one field, in bytes, when all fields together are too long.
 const FIELD_BYTES_MAX: usize = 16 << 10;
-/// Most bytes of the reason of a failure.
+/// Maximum size of a failure reason, in bytes.
 pub(super) const REASON_BYTES_MAX: usize = 16 << 10;
-/// Most bytes of the details of a failure, which are JSON.
+/// Maximum size of the details of a failure, in bytes. The details are JSON.
 pub(super) const DETAILS_BYTES_MAX: usize = 1 << 20;
 
-/// At most `max` bytes of a plugin's text, with its whole length where that is more. What is not UTF-8 becomes U+FFFD.
+/// Returns at most `max` bytes of a plugin's text. A longer text is cut and its whole length is added. Bytes that
+/// are not UTF-8 become U+FFFD.
 pub(super) fn lossy(bytes: &[u8], max: usize) -> String {
     if bytes.len() <= max {
         return String::from_utf8_lossy(bytes).into_owned();
     }
-    // No character is cut in half.
+    // The cut must not be inside a character.
     let is_inside = |at: usize| bytes[at] & 0b1100_0000 == 0b1000_0000;
     let end = (max.saturating_sub(3)..=max).rev().find(|at| !is_inside(*at)).unwrap_or(max);
     format!("{}… ({} bytes in all)", String::from_utf8_lossy(&bytes[..end]), bytes.len())
 }
 
-/// The fields of a log line within `max` bytes: long texts are cut, then whole fields are left out.
+/// Limits the fields of a log line to `max` bytes. It cuts long texts first, then it omits whole fields.
 pub(super) fn bounded_fields(fields: String, max: usize) -> String {
     if fields.len() <= max {
         return fields;

@@ -1,10 +1,10 @@
-//! Who else may change a library, or put another in its place.
+//! Checks whether other users may change or replace a library.
 
 use std::{fs::Metadata, path::Path};
 
 use super::InstallError;
 
-/// Looks at the library's file and at the folders it is found in.
+/// Checks the file of the library and the folders that contain it.
 ///
 /// # Errors
 /// When everyone may write to one of them, unless `allowed`.
@@ -15,11 +15,11 @@ pub(super) fn check(file: &Path, about: &Metadata, allowed: bool) -> Result<(), 
     let real = file.canonicalize().ok();
     for name in [Some(file), real.as_deref()].into_iter().flatten() {
         let folder = name.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        // What cannot be looked at is found to be missing later.
+        // A file that has no metadata here is reported as missing later.
         let (Ok(folder_about), Ok(own)) = (folder.metadata(), name.symlink_metadata()) else { continue };
         let is_ours = [0, rustix::process::geteuid().as_raw()].contains(&own.uid());
         let is_sticky = folder_about.mode() & 0o1000 != 0;
-        // In a sticky folder only its owner replaces a file.
+        // In a sticky folder only the owner of a file can replace it.
         if !(is_sticky && is_ours) {
             places.push((folder.to_owned(), folder_about.mode()));
         }
@@ -44,7 +44,7 @@ pub(super) fn check(file: &Path, about: &Metadata, allowed: bool) -> Result<(), 
     Ok(())
 }
 
-/// Permissions of other systems are not looked at.
+/// The host does not check permissions on other systems.
 ///
 /// # Errors
 /// None.

@@ -1,4 +1,4 @@
-//! Opens a library from bytes that were checked: what is opened is what was hashed.
+//! Opens a library from checked bytes. The opened bytes are exactly the hashed bytes.
 
 #[cfg(unix)]
 mod unix;

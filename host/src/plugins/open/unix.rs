@@ -9,7 +9,7 @@ use std::{
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 
-/// Never unload: whether a library survives `dlclose` depends on its thread-locals and threads.
+/// Never unload a library. Whether it survives `dlclose` depends on its thread-locals and threads.
 #[cfg(target_os = "linux")]
 const RTLD_NODELETE: i32 = 0x1000;
 #[cfg(target_vendor = "apple")]
@@ -17,11 +17,11 @@ const RTLD_NODELETE: i32 = 0x80;
 #[cfg(not(any(target_os = "linux", target_vendor = "apple")))]
 const RTLD_NODELETE: i32 = 0;
 
-/// Checked bytes in a place nobody else can change.
+/// Checked bytes in a place that nobody else can change.
 pub(in crate::plugins) struct Sealed {
     path: PathBuf,
-    /// Stays open for the life of the process: glibc recognises libraries by path, and a number
-    /// used twice would give back the library of its first use.
+    /// Stays open until the process ends. glibc recognises libraries by path. If a number were used twice, glibc
+    /// would return the library of its first use.
     keep: Keep,
 }
 
@@ -32,12 +32,12 @@ enum Keep {
 }
 
 impl Sealed {
-    /// Puts `bytes` where they stay as they are. `name` shows in memory maps and debuggers.
+    /// Stores `bytes` where nobody can change them. `name` shows in memory maps and debuggers.
     pub(in crate::plugins) fn new(name: &str, bytes: &[u8]) -> io::Result<Self> {
         #[cfg(target_os = "linux")]
         match Self::in_memory(name, bytes) {
             Ok(sealed) => return Ok(sealed),
-            // A sandbox may forbid it; the private copy is the next best thing.
+            // A sandbox may forbid it. The private copy is the fallback.
             Err(err) => tracing::debug!(error = %err, "no sealed memory file, using a private copy"),
         }
         Self::private_copy(name, bytes)
@@ -65,20 +65,20 @@ impl Sealed {
 
     /// Maps the library and runs its constructors.
     pub(in crate::plugins) fn open(self) -> Result<Opened, String> {
-        // SAFETY: opening runs the library's constructors: code the operator chose to load, out of
-        // the very bytes that were hashed and inspected.
+        // SAFETY: opening runs the library's constructors. That is code the operator chose to load. It comes from
+        // the exact bytes that were hashed and inspected.
         let library = unsafe { Library::open(Some(&self.path), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE) };
         let library = library.map_err(|err| self.words(&err))?;
         match self.keep {
             #[cfg(target_os = "linux")]
             Keep::Memory(fd) => std::mem::forget(fd),
-            // The copy may go once it is mapped.
+            // The copy can be removed after it is mapped.
             Keep::Folder(folder) => drop(folder),
         }
         Ok(Opened { library })
     }
 
-    /// The linker's words, without the name of the memory file.
+    /// The error text of the linker, without the name of the memory file.
     fn words(&self, err: &libloading::Error) -> String {
         let text = match std::error::Error::source(err) {
             Some(source) => source.to_string(),
@@ -88,23 +88,23 @@ impl Sealed {
     }
 }
 
-/// Ends the process now. No destructor and no exit handler of a library runs: its threads may still
-/// be using what those would take away, and one whose constructor hangs holds the lock they wait for.
+/// Ends the process now. No destructor and no exit handler of a library runs. The library's threads may still use
+/// what those would free. A thread whose constructor hangs holds the lock they wait for.
 pub(in crate::plugins) fn leave(code: u8) -> ! {
     unsafe extern "C" {
         fn _exit(code: std::ffi::c_int) -> !;
     }
-    // SAFETY: it takes any number and needs nothing.
+    // SAFETY: the call accepts any number and has no preconditions.
     unsafe { _exit(code.into()) }
 }
 
-/// Has `told` called when anybody calls `exit`.
+/// Registers `told` to be called when any code calls `exit`.
 pub(in crate::plugins) fn on_exit(told: extern "C" fn()) {
     unsafe extern "C" {
         fn atexit(told: extern "C" fn()) -> std::ffi::c_int;
     }
-    // SAFETY: `told` is a function of this program, which is there until the process ends. Without room
-    // for it an exit goes untold.
+    // SAFETY: `told` is a function of this program and exists until the process ends. If the registration fails for
+    // lack of memory, an exit is not reported.
     let _ = unsafe { atexit(told) };
 }
 
@@ -116,9 +116,9 @@ pub(in crate::plugins) struct Opened {
 impl Opened {
     /// The address of `symbol`.
     pub(in crate::plugins) fn address(&self, symbol: &str) -> Option<*const std::ffi::c_void> {
-        // SAFETY: the symbol is only looked up; nothing is done with its address here.
+        // SAFETY: the symbol is only looked up. Its address is not used here.
         let found = unsafe { self.library.get::<*const std::ffi::c_void>(symbol.as_bytes()) };
-        // A symbol may be defined and still be nowhere.
+        // A symbol may be defined and still have no address.
         found.ok().map(|symbol| symbol.into_raw().cast_const()).filter(|address| !address.is_null())
     }
 

@@ -1,10 +1,10 @@
-//! Windows: a private copy, pinned. Compiles; not tested.
+//! Windows: a private copy that is never unloaded. The code compiles and is not tested.
 
 use std::{io, path::PathBuf};
 
 use libloading::os::windows::Library;
 
-/// Checked bytes in a folder of their own.
+/// Checked bytes in a private folder.
 pub(in crate::plugins) struct Sealed {
     path: PathBuf,
     folder: tempfile::TempDir,
@@ -21,10 +21,10 @@ impl Sealed {
 
     /// Maps the library and runs its `DllMain`.
     pub(in crate::plugins) fn open(self) -> Result<Opened, String> {
-        // SAFETY: opening runs the library's initialisers: code the operator chose to load, out of
-        // the very bytes that were hashed and inspected.
+        // SAFETY: opening runs the library's initialisers. That is code the operator chose to load. It comes from
+        // the exact bytes that were hashed and inspected.
         let library = unsafe { Library::new(&self.path) }.map_err(|err| err.to_string())?;
-        // A mapped file cannot be removed; the folder stays until the system cleans it.
+        // A mapped file cannot be removed. The folder stays until the system cleans it.
         let _ = self.folder.keep();
         Ok(Opened { library })
     }
@@ -35,7 +35,7 @@ pub(in crate::plugins) fn leave(code: u8) -> ! {
     std::process::exit(code.into())
 }
 
-/// Not known here: exits go untold.
+/// Not supported on this system. Exits are not reported.
 pub(in crate::plugins) fn on_exit(_told: extern "C" fn()) {}
 
 /// A library that stays mapped.
@@ -46,7 +46,7 @@ pub(in crate::plugins) struct Opened {
 impl Opened {
     /// The address of `symbol`.
     pub(in crate::plugins) fn address(&self, symbol: &str) -> Option<*const std::ffi::c_void> {
-        // SAFETY: the symbol is only looked up; nothing is done with its address here.
+        // SAFETY: the symbol is only looked up. Its address is not used here.
         let found = unsafe { self.library.get::<*const std::ffi::c_void>(symbol.as_bytes()) };
         found.ok().and_then(|symbol| symbol.into_raw().map(|address| address as *const _))
     }
