@@ -91,7 +91,7 @@ extern "C" fn ended_by_plugin() {
     open::leave(ENDED_BY_PLUGIN);
 }
 
-/// A node writes this to its log. A command prints it as an error, because it prints only errors.
+/// A node writes this to its log. A command that logs only errors prints it as the reason of its end.
 fn say(thread: &str) {
     let logged = tracing::enabled!(tracing::Level::WARN);
     if let Some(file) = lock(&OPENING).clone() {

@@ -324,8 +324,8 @@ pub fn inspect_file(file: &Path) -> Result<(String, Facts), InstallError> {
 }
 
 /// Assigns every capability to one plugin, in order. Plugins with `override` come first, then the others. A plugin
-/// is rejected in two cases: no capability is left for it, or another plugin serves one and no `override` is set.
-/// The next plugins can serve the capabilities of a rejected plugin.
+/// is rejected in two cases. No capability is left for it, or another plugin serves one of them and `override` does
+/// not decide between the two. The next plugins can serve the capabilities of a rejected plugin.
 fn share_out(verified: &mut [Option<Verified>], listings: &mut [Listing]) {
     let mut owners: HashMap<Capability, (usize, bool)> = HashMap::new();
     for overriding in [true, false] {

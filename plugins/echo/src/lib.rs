@@ -1,10 +1,10 @@
-//! Three capabilities in one library: the same input goes back as bytes, as a file, as a stream.
+//! Three capabilities in one library. Each returns its inputs: as bytes, as files or as streams.
 
 use runner_sdk::{Artifact, Error, Runner, TaskCtx, export_runner};
 use serde_json::json;
 use tokio::io::AsyncReadExt;
 
-/// Serves `/examples/echo-bytes/v1`: whole inputs in memory.
+/// Serves `/examples/echo-bytes/v1`. It holds whole inputs in memory.
 #[derive(Default)]
 pub struct EchoBytes;
 
@@ -20,7 +20,7 @@ impl Runner for EchoBytes {
     }
 }
 
-/// Serves `/examples/echo-file/v1`: inputs as files, artifacts from files, any size.
+/// Serves `/examples/echo-file/v1`. It gets inputs as files and publishes artifacts from files, for any size.
 #[derive(Default)]
 pub struct EchoFile;
 
@@ -36,11 +36,11 @@ impl Runner for EchoFile {
     }
 }
 
-/// Serves `/examples/echo-stream/v1`: from reader to writer, a piece at a time, any size.
+/// Serves `/examples/echo-stream/v1`. It copies from reader to writer in pieces, for any size.
 #[derive(Default)]
 pub struct EchoStream;
 
-/// How much is passed on at a time, in bytes.
+/// Size of one piece, in bytes.
 const PIECE_BYTES: usize = 256 * 1024;
 
 impl Runner for EchoStream {

@@ -1,4 +1,4 @@
-//! The smallest runner worth reading: reads the first input, greets, publishes one artifact.
+//! The smallest example runner. It reads the first input, adds a greeting and publishes one artifact.
 
 use runner_sdk::{Error, Runner, TaskCtx, export_runner};
 use serde_json::json;

@@ -1,4 +1,4 @@
-//! A runner that waits and completes, to measure and rehearse everything around it.
+//! A runner that waits and completes. It serves to measure and test the rest of the system.
 
 use std::time::Duration;
 
@@ -16,10 +16,10 @@ pub struct Noop {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// How long a task takes, in seconds; fractions are allowed.
+    /// The duration of a task in seconds. Fractions are allowed.
     #[serde(default = "five_seconds")]
     sleep_secs: f64,
-    /// Whether a task brings its inputs to disk before that, one after the other.
+    /// Whether a task downloads its inputs to disk before the wait, one after the other.
     #[serde(default)]
     fetch_inputs: bool,
 }
@@ -29,7 +29,7 @@ fn five_seconds() -> f64 {
 }
 
 impl Noop {
-    /// Makes the runner from its config.
+    /// Creates the runner from its config.
     ///
     /// # Errors
     /// When `sleep_secs` is negative or not a number of seconds.
@@ -50,7 +50,7 @@ impl Runner for Noop {
             }
         }
         if self.sleep.is_zero() {
-            // Even a sleep of nothing waits for the timer's next millisecond.
+            // Even a sleep of zero waits for the timer's next millisecond.
             return Ok(());
         }
         tokio::select! {

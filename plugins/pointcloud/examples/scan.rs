@@ -1,4 +1,4 @@
-//! Writes a scan that never happened: `cargo run -p pointcloud --example scan -- FILE [POINTS [SEED]]`.
+//! Writes a synthetic scan: `cargo run -p pointcloud --example scan -- FILE [POINTS [SEED]]`.
 //!
 //! The demo and the benchmark make their inputs with it. The same seed gives the same file everywhere.
 

@@ -1,4 +1,4 @@
-//! The words the other modules share: a point, the box around many of them, and being told to stop.
+//! Types that the other modules share: a point, the box around points, and the cancel error.
 #![forbid(unsafe_code)]
 
 /// One measured point.
@@ -6,11 +6,11 @@
 pub struct Point {
     /// x, y and z, in the unit of the file.
     pub position: [f64; 3],
-    /// Red, green and blue, where the file has them.
+    /// Red, green and blue, if the file has them.
     pub color: Option<[u8; 3]>,
 }
 
-/// The smallest box, along the axes, around the points it was shown.
+/// The smallest axis-aligned box around the given points.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Bounds {
     /// The lowest coordinate on each axis.
@@ -25,7 +25,7 @@ impl Bounds {
         Self { min: position, max: position }
     }
 
-    /// The box around all positions, or `None` where there are none.
+    /// The box around all positions. `None` if there are none.
     pub fn around(positions: impl IntoIterator<Item = [f64; 3]>) -> Option<Self> {
         let mut found = None;
         for position in positions {
@@ -34,7 +34,7 @@ impl Bounds {
         found
     }
 
-    /// Makes room for one more position.
+    /// Extends the box to include one more position.
     pub fn extend(bounds: &mut Option<Self>, position: [f64; 3]) {
         match bounds {
             None => *bounds = Some(Self::at(position)),
@@ -68,7 +68,7 @@ impl Bounds {
     }
 }
 
-/// The caller does not want the result any more.
+/// The caller cancelled the job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("cancelled")]
 pub struct Cancelled;

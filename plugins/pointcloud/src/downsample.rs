@@ -1,8 +1,8 @@
-//! The whole job: clouds in, one thinner cloud, a picture and a report out.
+//! The whole job: it reads clouds and makes one thinner cloud, a picture and a report.
 //!
-//! [`run`] is all there is to call. It knows no host: it reads from [`Source`]s, tells a callback how far
-//! it is and asks another whether to go on. Where the voxel size must be derived from the size of the
-//! cloud, the sources are read twice, because keeping the points would cost what the grid saves.
+//! [`run`] is the only entry point. It does not depend on a host. It reads from [`Source`]s. It reports progress to
+//! one callback and checks for cancellation with another. If the voxel size must be derived from the size of the
+//! cloud, the sources are read twice. Keeping the points in memory would cost what the grid saves.
 #![forbid(unsafe_code)]
 
 use std::cell::Cell;
@@ -18,21 +18,21 @@ use crate::ply::{Encoding, Layout, PlyError, Reader, Writer};
 use crate::preview;
 use crate::voxel::{Grid, VoxelError, VoxelSize};
 
-/// A cloud is at most this many voxels long by default: one for each second pixel of the picture.
+/// A cloud is at most this many voxels long by default. This is one voxel for every second pixel of the picture.
 const VOXELS_ALONG: f64 = 256.0;
-/// Coordinates further out than this would overflow when they are added up.
+/// Larger coordinates would overflow when they are added.
 const REACH_MAX: f64 = 1e100;
-/// A point is at least three bytes, so this many bytes are fewer points than may pass between two
-/// looks at whether to go on (65 536).
+/// A point has at least three bytes. Thus this many bytes hold fewer than 65 536 points, the most between two
+/// checks for cancellation.
 const READ_BYTES: usize = 64 * 1024;
-/// Points written between two such looks.
+/// Number of points written between two such checks.
 const WRITE_POINTS: usize = 16 * 1024;
 
-/// Something to read a cloud from, more than once.
+/// A source of a cloud that can be read more than once.
 pub trait Source {
-    /// How errors call it.
+    /// The name in errors.
     fn label(&self) -> &str;
-    /// Its size, to tell how far the reading is; need not be exact.
+    /// The size, to compute the progress of reading. It need not be exact.
     fn bytes(&self) -> u64;
     /// Starts reading from the beginning.
     fn open(&self) -> io::Result<Box<dyn Read + '_>>;
@@ -69,15 +69,15 @@ impl Source for FileSource {
     }
 }
 
-/// What the caller may choose.
+/// The settings of the caller.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Settings {
-    /// The side of a voxel, in the unit of the file; derived from the size of the cloud where absent.
+    /// The side of a voxel, in the unit of the file. When absent, it is derived from the size of the cloud.
     pub voxel: Option<VoxelSize>,
 }
 
 impl Settings {
-    /// Reads the settings from a task's `meta`; what is meant for others is passed over.
+    /// Reads the settings from a task's `meta`. Unknown keys are ignored.
     pub fn from_meta(meta: &Value) -> Result<Self, DownsampleError> {
         let voxel = match meta.get("voxel") {
             None | Some(Value::Null) => None,
@@ -99,21 +99,21 @@ fn shorten(value: &Value) -> String {
     }
 }
 
-/// What the job is busy with.
+/// The current stage of the job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// Finding out how large the cloud is.
+    /// Measuring the size of the cloud.
     Measuring,
     /// Filling the grid.
     Reading,
-    /// Making the picture.
+    /// Drawing the picture.
     Drawing,
     /// Writing the thinner cloud.
     Writing,
 }
 
 impl Stage {
-    /// The word for people and logs.
+    /// The name of the stage for people and logs.
     pub fn name(self) -> &'static str {
         match self {
             Self::Measuring => "measuring",
@@ -124,19 +124,19 @@ impl Stage {
     }
 }
 
-/// How far the job is.
+/// The progress of the job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
-    /// What it is busy with.
+    /// The current stage.
     pub stage: Stage,
-    /// Share of the whole job that is done; never falls.
+    /// The completed share of the whole job. It never decreases.
     pub percent: u8,
 }
 
-/// What came of it, beside the cloud itself.
+/// The result without the cloud.
 #[derive(Clone, Debug)]
 pub struct Outcome {
-    /// The picture, a PNG.
+    /// The picture, as PNG.
     pub preview: Vec<u8>,
     /// The figures.
     pub report: Report,
@@ -145,17 +145,17 @@ pub struct Outcome {
 /// The figures of one run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Report {
-    /// Points read, skipped ones included.
+    /// Number of points read. Skipped points are included.
     pub points_in: u64,
-    /// Points written, one per voxel.
+    /// Number of points written, one per voxel.
     pub points_out: u64,
-    /// Points without finite coordinates.
+    /// Number of points without finite coordinates.
     pub skipped: u64,
-    /// The side of a voxel as used.
+    /// The voxel side that was used.
     pub voxel: f64,
     /// The box around the points read.
     pub bounds: Bounds,
-    /// From start to end.
+    /// Duration from start to end.
     pub elapsed: Duration,
 }
 
@@ -173,22 +173,22 @@ impl Report {
     }
 }
 
-/// Why there is no result.
+/// The reason why there is no result.
 #[derive(Debug, thiserror::Error)]
 pub enum DownsampleError {
-    /// The caller said stop.
+    /// The caller cancelled the job.
     #[error(transparent)]
     Cancelled(#[from] Cancelled),
-    /// Nothing to read.
+    /// There is nothing to read.
     #[error("expected at least one PLY file as input, found none")]
     NoInput,
-    /// `meta.voxel` is not usable.
+    /// `meta.voxel` is invalid.
     #[error("meta.voxel: expected a number above 0, found {found}")]
     Meta {
-        /// As given, shortened.
+        /// The value as given, shortened.
         found: String,
     },
-    /// A file is not what it should be.
+    /// A file is invalid.
     #[error("{label} is not a readable PLY file")]
     Ply {
         /// The source.
@@ -197,7 +197,7 @@ pub enum DownsampleError {
         #[source]
         source: PlyError,
     },
-    /// A coordinate that cannot be meant.
+    /// A coordinate is too large to be plausible.
     #[error("{label}: expected coordinates within {REACH_MAX:e} of the origin, found {found:e}")]
     TooFar {
         /// The source.
@@ -205,10 +205,10 @@ pub enum DownsampleError {
         /// The coordinate.
         found: f64,
     },
-    /// All files together hold nothing to work with.
+    /// All files together have no usable point.
     #[error("expected points with finite coordinates, found none ({skipped} skipped)")]
     NoPoints {
-        /// Points without finite coordinates.
+        /// Number of points without finite coordinates.
         skipped: u64,
     },
     /// The voxel size does not fit the cloud.
@@ -219,7 +219,7 @@ pub enum DownsampleError {
     Open {
         /// The source.
         label: String,
-        /// Why.
+        /// The cause.
         #[source]
         source: io::Error,
     },
@@ -229,7 +229,7 @@ pub enum DownsampleError {
 }
 
 impl DownsampleError {
-    /// Whether the same input will fail again wherever it is tried.
+    /// Whether the same input fails again on every node.
     pub fn is_invalid_input(&self) -> bool {
         match self {
             Self::Ply { source, .. } => !matches!(source, PlyError::Read(_)),
@@ -241,8 +241,8 @@ impl DownsampleError {
 
 /// Merges all sources into one grid and writes its points to `cloud` as binary PLY.
 ///
-/// `progress` is called when the stage or the percentage changes. `cancelled` is asked at least every
-/// 65 536 points.
+/// `progress` is called when the stage or the percentage changes. `cancelled` is called at least once per 65 536
+/// points.
 pub fn run<S: Source>(
     sources: &[S],
     settings: Settings,
@@ -295,10 +295,11 @@ pub fn run<S: Source>(
     Ok(Outcome { preview, report })
 }
 
-/// The diagonal of the cloud, cut into as many voxels as the picture can show.
+/// Divides the diagonal of the cloud into as many voxels as the picture can show.
 fn default_size(bounds: &Bounds) -> Result<VoxelSize, VoxelError> {
     let diagonal = bounds.diagonal();
-    // Any size does for a single place. Far from the origin a fine grid would not be one.
+    // For a single position any size is valid. Far from the origin a fine grid would have cubes that cannot be
+    // distinguished.
     let size = if diagonal > 0.0 { diagonal / VOXELS_ALONG } else { 1.0 };
     VoxelSize::new(size.max(VoxelSize::least_at(bounds.reach())))
 }
@@ -310,8 +311,8 @@ fn write(
     size: VoxelSize,
     watch: &Watch<'_>,
 ) -> Result<(), DownsampleError> {
-    // A float moves a point by up to 2^-24 of its distance from the origin. For georeferenced scans that
-    // is more than a voxel, so doubles are written where it would show.
+    // A float moves a point by up to 2^-24 of its distance from the origin. For georeferenced scans that is more
+    // than a voxel. Doubles are written where the difference would show.
     let moved = bounds.reach() / f64::from(1_u32 << 24);
     let wide = moved > size.get() / 100.0 || bounds.reach() > f64::from(f32::MAX);
     let color = points.iter().any(|point| point.color.is_some());
@@ -333,7 +334,7 @@ struct Seen {
     skipped: u64,
 }
 
-/// Reads all sources once, and moves the percentage through `span` meanwhile.
+/// Reads all sources once. Meanwhile the percentage moves through `span`.
 fn each_point<S: Source>(
     sources: &[S],
     watch: &Watch<'_>,
@@ -374,7 +375,7 @@ fn each_point<S: Source>(
     Ok(seen)
 }
 
-/// A reader that counts, and fails once the job is cancelled.
+/// A reader that counts bytes. It fails after the job is cancelled.
 struct Metered<R, F> {
     from: R,
     on_read: F,
@@ -388,7 +389,7 @@ impl<R: Read, F: FnMut(usize) -> Result<(), Cancelled>> Read for Metered<R, F> {
     }
 }
 
-/// The two callbacks, and what was told last.
+/// The two callbacks and the last reported progress.
 struct Watch<'a> {
     progress: &'a dyn Fn(Progress),
     cancelled: &'a dyn Fn() -> bool,
@@ -396,7 +397,7 @@ struct Watch<'a> {
 }
 
 impl Watch<'_> {
-    /// Tells where the job is, unless it is to stop.
+    /// Reports the progress, unless the job is cancelled.
     fn step(&self, stage: Stage, percent: u8) -> Result<(), Cancelled> {
         if (self.cancelled)() {
             return Err(Cancelled);

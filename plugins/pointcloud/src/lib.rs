@@ -1,8 +1,8 @@
-//! `/pointcloud/downsample/v1`: a point cloud in, a thinner one, a picture and a report out.
+//! `/pointcloud/downsample/v1`: reads point clouds and makes a thinner one, a picture and a report.
 //!
-//! [`downsample`] is the whole job without a host: read its `run` first. [`ply`] reads and writes the
-//! files, [`voxel`] holds the grid, [`preview`] draws, and [`synth`] makes scans for tests and the demo.
-//! Nothing here keeps the points it reads: memory grows with the voxels that are occupied.
+//! [`downsample`] is the whole job without a host. Read its `run` first. [`ply`] reads and writes the files.
+//! [`voxel`] holds the grid. [`preview`] draws the picture. [`synth`] makes scans for tests and the demo. No module
+//! keeps the points it reads. Memory grows with the number of occupied voxels.
 
 pub mod cloud;
 pub mod downsample;

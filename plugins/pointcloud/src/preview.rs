@@ -1,27 +1,29 @@
-//! The picture: 512 by 512, seen along the axis the cloud is thinnest on, shaded so that its shape shows.
+//! Draws the picture: 512 by 512 pixels, seen along the thinnest axis of the cloud, and shaded to show its shape.
 //!
-//! [`draw`] works in four steps on an image of twice the size: every point becomes a disc large enough to
-//! touch its neighbours, the nearest discs are blended into one surface of depths, light is worked out
-//! from the slopes of that surface and from how deep it lies below its surroundings, and the result is
-//! scaled down, which smooths the edges. Memory does not depend on the number of points.
+//! [`draw`] works in four steps on an image of twice the size. 1. It draws every point as a disc that is large
+//! enough to touch its neighbours. 2. It blends the nearest discs into one surface of depths. 3. It computes the
+//! light from the slopes of that surface and from its depth below the surroundings. 4. It scales the result down,
+//! which smooths the edges.
+//!
+//! Memory does not depend on the number of points.
 #![forbid(unsafe_code)]
 
 use crate::cloud::{Bounds, Cancelled, Point};
 
-/// Pixels along each side of the picture.
+/// Side of the picture in pixels.
 pub const SIDE: usize = 512;
-/// Pixels along each side while drawing.
+/// Side of the image while drawing, in pixels.
 const WIDE: usize = SIDE * 2;
-/// Share of the picture left empty on each side of the cloud.
+/// Share of the picture that is left empty on each side of the cloud.
 const MARGIN: f64 = 0.06;
-/// What stands where there is nothing.
+/// The background colour.
 const BACKGROUND: [f32; 3] = [0.010, 0.012, 0.017];
-/// Points drawn between two looks at whether the picture is still wanted.
+/// Number of points drawn between two checks for cancellation.
 const POINTS_PER_LOOK: usize = 16 * 1024;
-/// Discs never get larger than this, in pixels: a handful of points stays a handful of points.
+/// Maximum radius of a disc, in pixels. A cloud of a few points must still look like a few points.
 const RADIUS_MAX: f64 = 28.0;
 
-/// Draws the cloud as a PNG; `voxel` is how far its points are apart.
+/// Draws the cloud as a PNG. `voxel` is the distance between its points.
 pub fn draw(cloud: &[Point], voxel: f64, cancelled: &dyn Fn() -> bool) -> Result<Vec<u8>, Cancelled> {
     let pixels = match Bounds::around(cloud.iter().map(|point| point.position)) {
         None => vec![BACKGROUND; WIDE * WIDE],
@@ -35,10 +37,10 @@ pub fn draw(cloud: &[Point], voxel: f64, cancelled: &dyn Fn() -> bool) -> Result
     Ok(encode(&shrink(&pixels)))
 }
 
-/// From where the cloud is seen, and how large.
+/// The view: its direction and its scale.
 struct View {
     center: [f64; 3],
-    /// The axes of the cloud that point right, up and at the viewer, each with its sign.
+    /// The axes of the cloud that point right, up and to the viewer, each with its sign.
     axes: [(usize, f64); 3],
     /// Pixels per unit.
     scale: f64,
@@ -48,8 +50,8 @@ impl View {
     fn of(bounds: &Bounds) -> Self {
         let extent = bounds.extent();
         let thinnest = (0..3).min_by(|a, b| extent[*a].total_cmp(&extent[*b])).expect("three axes");
-        // Right-handed in each case, so that nothing appears mirrored, and y is up as in scans made by
-        // phones and for graphics; what is flat along y is seen from above, as a map.
+        // Each view is right-handed, so that the picture is not mirrored. The y axis points up, as in phone scans
+        // and in graphics. A cloud that is flat along y is seen from above, as a map.
         let axes = match thinnest {
             0 => [(2, -1.0), (1, 1.0), (0, 1.0)],
             1 => [(0, 1.0), (2, -1.0), (1, 1.0)],
@@ -57,21 +59,23 @@ impl View {
         };
         let widest = extent[axes[0].0].max(extent[axes[1].0]);
         let scale = WIDE as f64 * (1.0 - 2.0 * MARGIN) / widest;
-        // A single place, or one so small that the scale is beyond numbers, is drawn as one disc.
+        // A single position has no usable scale. It is drawn as one disc. The same applies to a cloud that is too
+        // small.
         Self { center: bounds.center(), axes, scale: if scale.is_finite() { scale } else { 1.0 } }
     }
 
-    /// Right, down and nearness of a point, in pixels.
+    /// Position of a point to the right, down and toward the viewer, in pixels.
     fn project(&self, point: &Point) -> [f64; 3] {
         let [right, up, near] =
             self.axes.map(|(axis, sign)| (point.position[axis] - self.center[axis]) * sign * self.scale);
         [WIDE as f64 / 2.0 + right, WIDE as f64 / 2.0 - up, near]
     }
 
-    /// How large a disc must be for neighbours to touch, in pixels.
+    /// The disc size in pixels at which neighbours touch.
     fn radius(&self, cloud: &[Point], voxel: f64) -> f64 {
-        // The voxel says how close points can be, not how close they are: where the scan is thinner than
-        // the grid, the area it covers tells more. Seen on blocks, or thin clouds would look like dust.
+        // The voxel is the smallest distance of points, not the actual one. Where the scan is thinner than the
+        // grid, the covered area is a better measure. The area is counted in blocks. Otherwise thin clouds would
+        // look like dust.
         const BLOCKS: usize = 64;
         let mut hit = vec![false; BLOCKS * BLOCKS];
         for point in cloud {
@@ -83,17 +87,17 @@ impl View {
         let area = hit.iter().filter(|hit| **hit).count() as f64 * block_side * block_side;
         // A closed surface shows half of its points.
         let spacing = (area / (cloud.len() as f64 / 2.0)).sqrt();
-        // On a full grid neighbours are a voxel apart. Points strewn at random leave larger gaps:
-        // discs of 1.5 times their mean distance close nearly all of them.
+        // On a full grid neighbours are one voxel apart. Randomly placed points leave larger gaps. Discs of 1.5
+        // times their mean distance close nearly all of these gaps.
         (voxel * self.scale * 1.05).max(spacing * 1.5).clamp(1.5, RADIUS_MAX)
     }
 }
 
-/// What the viewer sees, pixel by pixel.
+/// The visible surface, pixel by pixel.
 struct Surface {
-    /// Nearness in pixels; negative infinity where there is nothing.
+    /// Nearness in pixels. Negative infinity where there is no surface.
     depth: Vec<f32>,
-    /// Own colour of the surface; empty where the cloud has none.
+    /// The surface's own colour. Empty when the cloud has no colours.
     color: Vec<[f32; 3]>,
 }
 
@@ -103,7 +107,7 @@ impl Surface {
         splat(cloud, view, radius, cancelled, |pixel, _, depth, _| {
             nearest[pixel] = nearest[pixel].max(depth);
         })?;
-        // Discs this close behind the nearest one belong to the same surface and soften it.
+        // Discs within this distance behind the nearest one belong to the same surface. They are blended with it.
         let behind = (radius * 2.5) as f32;
         let colored = cloud.iter().any(|point| point.color.is_some());
         let mut depth = vec![0.0_f32; WIDE * WIDE];
@@ -133,7 +137,7 @@ impl Surface {
         Ok(Self { depth, color })
     }
 
-    /// Turns depths into light.
+    /// Converts depths to light.
     fn light(&self, radius: f64) -> Vec<[f32; 3]> {
         let step = (radius * 0.7).round().clamp(1.0, 14.0) as usize;
         let smooth = average(&self.depth, step, (radius * 2.5) as f32);
@@ -152,7 +156,7 @@ impl Surface {
             let [across, down] = slope(&smooth, pixel, step);
             let normal = unit([-across, down, 1.0]);
             let share = (depth - far) / range;
-            // What lies below its surroundings gets less light from them.
+            // A pixel that is deeper than its surroundings gets less light.
             let hollow = (wide[pixel] - depth).max(-12.0) / 26.0 + (wider[pixel] - depth).max(-40.0) / 110.0;
             let open = (1.0 - 0.55 * hollow).clamp(0.25, 1.25);
             let key_light = dot(normal, key).max(0.0);
@@ -204,11 +208,11 @@ fn splat(
     Ok(())
 }
 
-/// How fast the depth grows to the right and downward, over pixels of the same surface.
+/// The slope of the depth to the right and downward, over pixels of the same surface.
 fn slope(depth: &[f32], pixel: usize, step: usize) -> [f32; 2] {
     let (row, column) = (pixel / WIDE, pixel % WIDE);
     let here = depth[pixel];
-    // A slope steeper than this is an edge between two surfaces, not a slope.
+    // A steeper slope than this is an edge between two surfaces.
     let most = 6.0 * step as f32;
     let toward = |before: Option<usize>, after: Option<usize>| {
         let rise = |neighbour: Option<usize>| {
@@ -232,19 +236,19 @@ fn slope(depth: &[f32], pixel: usize, step: usize) -> [f32; 2] {
     ]
 }
 
-/// The mean over a square, of what is there and no further than `apart` from its middle.
+/// The mean over a square. It includes only pixels that exist and differ from the middle by at most `apart`.
 fn average(depth: &[f32], reach: usize, apart: f32) -> Vec<f32> {
     let rows = average_along(depth, reach, apart, 1, WIDE);
     average_along(&rows, reach, apart, WIDE, 1)
 }
 
-/// One direction of [`average`]: `stride` leads to the next pixel, `other` to the next line.
+/// One direction of [`average`]. `stride` leads to the next pixel, `other` to the next line.
 fn average_along(depth: &[f32], reach: usize, apart: f32, stride: usize, other: usize) -> Vec<f32> {
     let mut averaged = vec![f32::NEG_INFINITY; depth.len()];
     let mut sums = vec![(0.0_f64, 0_u32); WIDE + 1];
     for line in 0..WIDE {
         let at = |place: usize| line * other + place * stride;
-        // Sums up to each place make a square of any size cost the same.
+        // With prefix sums the cost does not depend on the size of the square.
         for place in 0..WIDE {
             let (sum, count) = sums[place];
             let value = depth[at(place)];
@@ -293,14 +297,14 @@ fn to_byte(value: f32) -> u8 {
     (value.clamp(0.0, 1.0).sqrt() * 255.0).round() as u8
 }
 
-/// Four pixels become one.
+/// Scales down: four pixels become one.
 fn shrink(pixels: &[[f32; 3]]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(SIDE * SIDE * 3);
     for row in 0..SIDE {
         for column in 0..SIDE {
             let corner = row * 2 * WIDE + column * 2;
             let four = [corner, corner + 1, corner + WIDE, corner + WIDE + 1];
-            // Light above white is cut before mixing, or edges next to a highlight stay jagged.
+            // Light above white is clipped before the mix. Otherwise edges next to a highlight stay jagged.
             let sum = |channel: usize| four.iter().map(|pixel| pixels[*pixel][channel].min(1.0)).sum::<f32>();
             bytes.extend([0, 1, 2].map(|channel| to_byte(sum(channel) / 4.0)));
         }

@@ -1,6 +1,6 @@
-//! What the host sees: fetch the inputs, run the job on a thread of its own, publish three files.
+//! The runner: it fetches the inputs, runs the job on a separate thread and publishes three files.
 //!
-//! Everything about points is in [`crate::downsample`]; this file only connects it to a task.
+//! All code about points is in [`crate::downsample`]. This file connects it to a task.
 
 use std::{fs::File, path::Path};
 
@@ -9,10 +9,11 @@ use serde_json::json;
 
 use crate::downsample::{self, DownsampleError, FileSource, Progress, Settings};
 
-/// Thins point clouds: `/pointcloud/downsample/v1`.
+/// Downsamples point clouds: `/pointcloud/downsample/v1`.
 ///
-/// Inputs: one PLY file or more, or zip archives of them (the host unpacks data of type `zip`), merged into one cloud. `meta.voxel`: the side of a voxel in the unit of the
-/// files; derived from the size of the cloud where absent. Outputs: `cloud.ply`, `preview.png`, `report.json`.
+/// Inputs: PLY files, or zip archives of them, merged into one cloud. The host unpacks data of type `zip`.
+/// `meta.voxel`: the side of a voxel in the unit of the files. When absent, it is derived from the size of the
+/// cloud. Outputs: `cloud.ply`, `preview.png`, `report.json`.
 #[derive(Default)]
 pub struct Downsample;
 
@@ -28,7 +29,7 @@ impl Runner for Downsample {
         let mut sources = Vec::new();
         for (index, cid) in task.inputs_cids.iter().enumerate() {
             let input = ctx.input.materialize_cid_with_meta(cid).await?;
-            // The place in the task says more to its author than the id, and holds no secret.
+            // The position in the task tells its author more than the id. It contains no secret.
             let label = format!("input {} of {}", index + 1, task.inputs_cids.len());
             if input.extracted_paths.is_empty() {
                 sources.push(FileSource::new(label, input.path)?);
@@ -51,7 +52,7 @@ impl Runner for Downsample {
             let runtime = tokio::runtime::Handle::current();
             let progress = |now: Progress| {
                 let told = json!({ "pct": now.percent, "stage": now.stage.name() });
-                // A progress report that gets lost is no reason to lose the work.
+                // A lost progress report must not end the job.
                 let _ = runtime.block_on(worker.ctrl.progress(told));
             };
             downsample::run(&sources, settings, cloud, &progress, &|| worker.ctrl.is_cancelled())
@@ -67,13 +68,13 @@ impl Runner for Downsample {
     }
 }
 
-/// Whether a file out of an archive is a cloud; archives made on some systems hold others beside them.
+/// Whether a file from an archive is a cloud. Archives from some systems also contain other files.
 fn is_cloud(path: &Path) -> bool {
     let hidden = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
     !hidden && path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("ply"))
 }
 
-/// Tells the control plane whether trying the same input again could help.
+/// Reports to the control plane whether a retry with the same input could succeed.
 fn explain(error: DownsampleError) -> Error {
     let invalid = error.is_invalid_input();
     let error = Error::from(error);

@@ -1,8 +1,8 @@
-//! Scans that never happened: a cloud from a seed, of any length, for tests and the demo.
+//! Makes synthetic scans: a cloud of any length from a seed, for tests and the demo.
 //!
-//! The object is a weathered rope in a trefoil knot, half a metre across, seen by a scanner with a little noise, in
-//! stone and copper. Points are made one by one and written at once, so ten million cost no memory.
-//! More points of one seed show the same surface more densely.
+//! The object is a weathered rope in a trefoil knot, half a metre across, in stone and copper colours. The
+//! simulated scanner adds a little noise. Points are made one by one and written at once, so ten million points
+//! need no extra memory. More points of one seed show the same surface more densely.
 #![forbid(unsafe_code)]
 
 use std::f64::consts::TAU;
@@ -20,7 +20,7 @@ pub fn write_scan(to: impl Write, seed: u64, points: u64, encoding: Encoding) ->
     writer.finish().map(drop)
 }
 
-/// A small generator of random numbers (splitmix64): the same everywhere, and not for secrets.
+/// A small random number generator (splitmix64). It gives the same numbers everywhere. It is not for secrets.
 pub struct Random(u64);
 
 impl Random {
@@ -39,23 +39,23 @@ impl Random {
         mixed ^ (mixed >> 31)
     }
 
-    /// The next number of 0 up to 1.
+    /// The next number from 0 up to, but not including, 1.
     pub fn unit(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1_u64 << 53) as f64
     }
 }
 
-/// The points of a scan, in the order the scanner met them.
+/// The points of a scan, in scanning order.
 pub struct Scan {
     random: Random,
-    /// Where the bumps lie; differs with the seed.
+    /// The positions of the bumps. They depend on the seed.
     phases: [f64; 3],
     next: u64,
     points: u64,
 }
 
 impl Scan {
-    /// A scan of so many points.
+    /// A scan of `points` points.
     pub fn new(seed: u64, points: u64) -> Self {
         let mut random = Random::new(seed);
         let phases = std::array::from_fn(|_| random.unit() * TAU);
@@ -63,14 +63,14 @@ impl Scan {
     }
 }
 
-/// Metres per unit of the curve, which reaches about 3.6 units from its middle.
+/// Metres per unit of the curve. The curve reaches about 3.6 units from its middle.
 const SCALE: f64 = 0.07;
 /// Thickness of the tube, in units of the curve.
 const TUBE: f64 = 0.62;
-/// The scanner is off by at most this, in units of the curve.
+/// Maximum error of the scanner, in units of the curve.
 const NOISE: f64 = 0.004;
 
-/// The line in the middle of the tube.
+/// The centre line of the tube.
 fn curve(t: f64) -> [f64; 3] {
     let wide = 2.0 + (3.0 * t).cos();
     [wide * (2.0 * t).cos(), wide * (2.0 * t).sin(), (3.0 * t).sin()]
@@ -92,7 +92,8 @@ impl Iterator for Scan {
         if self.next == self.points {
             return None;
         }
-        // Along the knot in order, around it by the golden ratio: even coverage at any number of points.
+        // Points follow the knot in order and go around it by the golden ratio. The coverage is even for any number
+        // of points.
         let share = (self.next as f64 + self.random.unit()) / self.points as f64;
         let around = (self.next as f64 * 0.618_033_988_749_894_9 + self.random.unit() * 0.25).fract() * TAU;
         self.next += 1;
@@ -101,12 +102,12 @@ impl Iterator for Scan {
         let center = curve(t);
         let ahead = curve(t + 1e-4);
         let along = unit(std::array::from_fn(|axis| ahead[axis] - center[axis]));
-        // The curve is never upright, so this frame never collapses.
+        // The curve is never vertical, so this frame is always valid.
         let side = unit(cross(along, [0.0, 0.0, 1.0]));
         let up = cross(side, along);
 
         let [first, second, third] = self.phases;
-        // Five strands laid like a rope, and bumps as if it had been lying outside for long.
+        // Five strands as in a rope, and bumps as from weathering.
         let strand = 1.0 - 2.0 * (0.5 * (38.0 * t + 5.0 * around + first)).cos().abs().powi(3);
         let knob = (13.0 * t + second).sin() * (3.0 * around + third).cos();
         let relief = 0.75 * strand + 0.25 * knob;
@@ -116,7 +117,7 @@ impl Iterator for Scan {
         let position =
             std::array::from_fn(|axis| SCALE * (center[axis] + radius * (cosine * side[axis] + sine * up[axis])));
 
-        // Copper where the relief is low, pale stone where it was rubbed.
+        // Copper where the relief is low, pale stone where it is high.
         let worn = (0.5 + 0.5 * relief).powi(2);
         let speckle = 1.0 + (self.random.unit() - 0.5) * 0.12;
         let channel = |low: f64, high: f64| ((low + (high - low) * worn) * speckle).clamp(0.0, 255.0) as u8;

@@ -1,23 +1,23 @@
-//! The grid: space cut into cubes of one size, and for each cube that was hit the mean of its points.
+//! The grid divides space into cubes of one size. Each occupied cube keeps the mean of its points.
 //!
-//! Cubes are aligned to the origin, so the result does not depend on the order of the points or on how
-//! they are spread over files. Memory grows with the cubes that were hit and with nothing else.
+//! Cubes are aligned to the origin. Therefore the result does not depend on the order of the points or on the split
+//! into files. Memory grows only with the number of occupied cubes.
 #![forbid(unsafe_code)]
 
 use std::collections::HashMap;
 
 use crate::cloud::Point;
 
-/// Beyond this index a double cannot tell a cube from its neighbour.
+/// Above this index a double cannot distinguish a cube from its neighbour.
 const INDEX_MAX: f64 = (1_u64 << 53) as f64;
 
-/// Why a voxel size does not work.
+/// The reason why a voxel size is invalid.
 #[derive(Debug, PartialEq, thiserror::Error)]
 pub enum VoxelError {
-    /// Not a size at all.
+    /// The value is not a valid size.
     #[error("expected a voxel size that is finite and above 0, found {found}")]
     Size {
-        /// As given.
+        /// The value as given.
         found: f64,
     },
     /// The point is too many voxels away from the origin.
@@ -27,12 +27,12 @@ pub enum VoxelError {
         voxel: f64,
         /// The coordinate that does not fit.
         coordinate: f64,
-        /// A size that works for it.
+        /// A valid size for this coordinate.
         least: f64,
     },
 }
 
-/// The side of a cube: finite and above 0.
+/// The side of a cube. It is finite and above 0.
 #[derive(Clone, Copy, Debug, PartialEq, PartialOrd)]
 pub struct VoxelSize(f64);
 
@@ -42,7 +42,7 @@ impl VoxelSize {
         if size.is_finite() && size > 0.0 { Ok(Self(size)) } else { Err(VoxelError::Size { found: size }) }
     }
 
-    /// The smallest size that keeps cubes apart at this distance from the origin, with room to spare.
+    /// The smallest size that keeps cubes apart at this distance from the origin, with a margin.
     pub fn least_at(reach: f64) -> f64 {
         reach * (4.0 / INDEX_MAX)
     }
@@ -66,7 +66,7 @@ impl VoxelSize {
     }
 }
 
-/// What is known of one cube.
+/// The data of one cube.
 #[derive(Clone, Copy, Default)]
 struct Cell {
     position: [f64; 3],
@@ -75,10 +75,10 @@ struct Cell {
     colored: u64,
 }
 
-/// The cubes that were hit.
+/// The occupied cubes.
 pub struct Grid {
     size: VoxelSize,
-    // The seeded hash of the standard library on purpose: coordinates come from strangers.
+    // This is the seeded hash of the standard library. It is needed because the coordinates are untrusted.
     cells: HashMap<[i64; 3], Cell>,
 }
 
@@ -104,7 +104,7 @@ impl Grid {
         Ok(())
     }
 
-    /// Cubes hit so far.
+    /// Number of occupied cubes.
     pub fn len(&self) -> usize {
         self.cells.len()
     }
@@ -114,7 +114,7 @@ impl Grid {
         self.cells.is_empty()
     }
 
-    /// One point per cube, the mean of what fell in, ordered by the place of the cube.
+    /// One point per cube: the mean of the points in it. The points are ordered by the position of the cube.
     pub fn into_cloud(self) -> Vec<Point> {
         let mut cells: Vec<_> = self.cells.into_iter().collect();
         cells.sort_unstable_by_key(|(index, _)| *index);
@@ -179,7 +179,7 @@ mod tests {
     #[test]
     fn point_order_does_not_matter() {
         let mut random = Random::new(7);
-        // Multiples of a power of two have exact sums, whatever the order.
+        // Multiples of a power of two have exact sums in any order.
         let mut points: Vec<Point> =
             (0..500).map(|_| point(std::array::from_fn(|_| (random.next() % 64) as f64 / 16.0 - 2.0))).collect();
         let run = |points: &[Point]| {

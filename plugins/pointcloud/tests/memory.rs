@@ -1,5 +1,5 @@
-//! Memory grows with the voxels, not with the points: measured, with ten million points that never
-//! exist all at once. A binary of its own, because the allocator it counts with is global.
+//! Measures that memory grows with the voxels, not with the points. Ten million points are read, but they never
+//! exist all at once. The test has its own binary, because its counting allocator is global.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::io::{self, BufWriter, Read};
@@ -10,7 +10,7 @@ use pointcloud::ply::Encoding;
 use pointcloud::synth::{self, Scan};
 use pointcloud::voxel::{Grid, VoxelSize};
 
-/// The system's allocator, and how much of it is and was in use.
+/// The system's allocator, with counters of the current and the highest use.
 struct Counting;
 
 static HELD: AtomicUsize = AtomicUsize::new(0);
@@ -26,12 +26,12 @@ impl Counting {
     }
 }
 
-// SAFETY: every call is handed to the system's allocator unchanged, and its answer is returned unchanged;
-// beside that only two counters move, which allocate nothing.
+// SAFETY: every call goes to the system's allocator unchanged, and its answer is returned unchanged. In addition
+// only two counters change, and they allocate nothing.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         Self::took(layout.size());
-        // SAFETY: the caller keeps the contract of `alloc`, which is the same here and there.
+        // SAFETY: the caller keeps the contract of `alloc`. It is the same contract here and there.
         unsafe { System.alloc(layout) }
     }
 
@@ -42,7 +42,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// A scan that is made while it is read.
+/// A scan that is generated while it is read.
 struct Made {
     points: u64,
 }
@@ -62,7 +62,7 @@ impl Source for Made {
     fn open(&self) -> io::Result<Box<dyn Read + '_>> {
         let (reader, writer) = io::pipe()?;
         let points = self.points;
-        // Ends with the reader at the latest: writing to a pipe nobody reads is an error.
+        // The thread ends with the reader at the latest. Writing to a pipe without a reader is an error.
         std::thread::spawn(move || {
             synth::write_scan(BufWriter::with_capacity(64 * 1024, writer), 1, points, Encoding::LittleEndian)
         });
@@ -70,7 +70,7 @@ impl Source for Made {
     }
 }
 
-/// What the job gives back, and the most bytes in use meanwhile beyond what was in use before.
+/// Returns the result of the job and its peak memory use in bytes. Memory that was in use before does not count.
 fn measure(what: &str, points: u64, job: impl FnOnce() -> u64) -> (u64, usize) {
     let before = HELD.load(Ordering::Relaxed);
     PEAK.store(before, Ordering::Relaxed);
@@ -82,18 +82,18 @@ fn measure(what: &str, points: u64, job: impl FnOnce() -> u64) -> (u64, usize) {
 
 fn check((few_voxels, few): (u64, usize), (many_voxels, many): (u64, usize), most: usize) {
     assert!(few_voxels > 10_000, "{few_voxels} voxels are too few to tell anything");
-    // Ten times the points also find a few cubes that the surface barely grazes.
+    // Ten times the points also reach a few cubes that the surface only touches.
     assert!(many_voxels.abs_diff(few_voxels) * 10 < few_voxels, "not equal voxels: {few_voxels} and {many_voxels}");
     assert!(many < few + few / 5, "{many} bytes for ten million points, {few} for one million");
     assert!(many < most, "{many} bytes");
 }
 
-// One test, because two at a time would count each other's bytes.
+// This is one test, because two concurrent tests would count each other's bytes.
 #[test]
 fn ten_million_points_need_no_more_memory_than_one_million() {
     let size = VoxelSize::new(0.006).expect("a size above 0");
 
-    // The whole job. Most of its memory is the picture; ten million positions alone would be 114 MiB.
+    // The whole job. The picture takes most of its memory. Ten million positions alone would be 114 MiB.
     let whole = |points| {
         measure("whole job", points, || {
             let settings = Settings { voxel: Some(size) };
@@ -105,7 +105,7 @@ fn ten_million_points_need_no_more_memory_than_one_million() {
     };
     check(whole(1_000_000), whole(10_000_000), 64 << 20);
 
-    // The grid alone, which nothing hides.
+    // The grid alone. No other use of memory hides it here.
     let grid = |points| {
         measure("grid alone", points, || {
             let mut grid = Grid::new(size);

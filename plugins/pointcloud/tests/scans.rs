@@ -1,6 +1,6 @@
-//! Whole scans, from file to picture: a generated one and, on request, a real one.
+//! Tests whole scans, from file to picture: a synthetic scan and, on request, a real one.
 //!
-//! The pictures are left in the target folder (`target/tmp/*.png`) to be looked at.
+//! The pictures stay in the target folder (`target/tmp/*.png`) for inspection.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -10,7 +10,7 @@ use pointcloud::ply::{Encoding, Reader};
 use pointcloud::synth;
 use serde_json::json;
 
-/// Runs the job and leaves its picture behind.
+/// Runs the job and keeps its picture.
 fn run(name: &str, files: &[PathBuf], meta: &serde_json::Value) -> (Outcome, Vec<u8>) {
     let sources: Vec<FileSource> =
         files.iter().map(|path| FileSource::new(name, path).expect("the file exists")).collect();

@@ -3,7 +3,7 @@ use std::cell::{Cell, RefCell};
 use super::*;
 use crate::synth::{Random, write_scan};
 
-/// Bytes as a source, with a count of how often they were opened.
+/// Bytes as a source. It counts how often it was opened.
 struct Held {
     label: String,
     bytes: Vec<u8>,
@@ -57,7 +57,7 @@ fn points(cloud: &[u8]) -> Vec<Point> {
     std::iter::from_fn(|| reader.next_point().expect("our own rows")).collect()
 }
 
-/// The error and its causes, as the host shows them; and whether the input is to blame.
+/// The error and its causes as the host shows them, and whether the input is the cause.
 fn refusal(sources: &[Held], settings: Settings) -> (String, bool) {
     let error = try_run(sources, settings).map(|(outcome, _)| outcome.report).expect_err("must be refused");
     let mut text = error.to_string();
@@ -131,16 +131,16 @@ fn points_without_coordinates_are_skipped_and_counted() {
 
 #[test]
 fn coordinates_far_from_the_origin_stay_exact() {
-    // Metres in a national grid, thinned to a millimetre: a float would move them by a quarter of a metre.
+    // Metres in a national grid, thinned to a millimetre. A float would move the points by a quarter of a metre.
     let source = [Held::ascii(&["5500000.1234 400000.5 100", "5500000.1254 400000.5 100"])];
     let (outcome, cloud) = try_run(&source, size(0.001)).expect("a good file");
     assert_eq!(outcome.report.points_out, 2);
     assert_eq!(points(&cloud)[0].position, [5_500_000.123_4, 400_000.5, 100.0]);
-    // The derived size is never finer than the coordinates themselves.
+    // The derived size is never finer than the resolution of the coordinates.
     let source = [Held::ascii(&["1e15 0 0", "1000000000000000.5 0 0"])];
     let (outcome, _) = try_run(&source, Settings::default()).expect("a good file");
     assert!(outcome.report.voxel >= 0.25, "{}", outcome.report.voxel);
-    // One place only has no size to derive from.
+    // A single position has no size from which a voxel size can be derived.
     let (outcome, _) = try_run(&[Held::ascii(&["7 7 7", "7 7 7"])], Settings::default()).expect("a good file");
     assert_eq!((outcome.report.points_out, outcome.report.voxel), (1, 1.0));
 }
@@ -190,7 +190,7 @@ fn bad_input_is_refused_in_one_line() {
     ] {
         assert_eq!(refusal(&sources, settings), (expected.to_owned(), true));
     }
-    // An object that a lying header describes costs no memory and no time, whatever it promises.
+    // An element that a false header describes costs no memory and no time, whatever its count.
     let huge = lie.replace("vertex 9", "vertex 18446744073709551615");
     assert!(refusal(&[Held::new("input", huge)], size(1.0)).1);
 }
@@ -284,7 +284,7 @@ fn cancel_stops_the_job_in_every_stage() {
     };
     finish(u64::MAX).expect("nobody cancels");
     let all = looks.get();
-    // 4.5 MB twice, in pieces of 64 KiB.
+    // 4.5 MB, read twice, in pieces of 64 KiB.
     assert!(all >= 2 * 300_000 * 15 / READ_BYTES as u64, "{all} looks");
     for stop_at in (0..all).step_by(7).chain([all - 1]) {
         let error = finish(stop_at).map(|outcome| outcome.report).expect_err("cancelled");

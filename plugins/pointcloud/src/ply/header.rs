@@ -1,20 +1,20 @@
-//! The header of a PLY file: which elements follow, how many rows, which properties, how encoded.
+//! The header of a PLY file: the elements, their row counts, their properties and the encoding.
 //!
-//! Strict about everything that decides how the data is read, and silent about the rest (comments,
-//! names of elements). Counts are taken down here and believed nowhere.
+//! The parser is strict about everything that determines how the data is read. It ignores the rest, such as
+//! comments and names of elements. It records the counts and does not trust them.
 #![forbid(unsafe_code)]
 
 use std::io::{BufRead, Read};
 
 use super::{PlyError, quote};
 
-/// A header longer than this is refused.
+/// A longer header is rejected.
 pub const HEADER_BYTES_MAX: usize = 64 * 1024;
 
-/// How the rows are written.
+/// The encoding of the rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Encoding {
-    /// Numbers as text, a row a line.
+    /// Numbers as text, one row per line.
     Ascii,
     /// Packed rows, least significant byte first.
     LittleEndian,
@@ -23,7 +23,7 @@ pub enum Encoding {
 }
 
 impl Encoding {
-    /// The word of the format line.
+    /// The keyword in the format line.
     pub fn keyword(self) -> &'static str {
         match self {
             Self::Ascii => "ascii",
@@ -48,7 +48,7 @@ pub enum Scalar {
 }
 
 impl Scalar {
-    /// Both families of names that writers use.
+    /// Writers use two families of type names. Both are accepted.
     fn parse(word: &[u8]) -> Option<Self> {
         Some(match word {
             b"char" | b"int8" => Self::I8,
@@ -63,7 +63,7 @@ impl Scalar {
         })
     }
 
-    /// The classic name.
+    /// The name in the original format.
     pub fn keyword(self) -> &'static str {
         match self {
             Self::I8 => "char",
@@ -77,7 +77,7 @@ impl Scalar {
         }
     }
 
-    /// Size in a binary row.
+    /// Size in a binary row, in bytes.
     pub fn bytes(self) -> usize {
         match self {
             Self::I8 | Self::U8 => 1,
@@ -87,7 +87,7 @@ impl Scalar {
         }
     }
 
-    /// The whole numbers this type can hold, or `None` for a floating-point type.
+    /// The range of whole numbers of this type. `None` for a floating-point type.
     pub(super) fn range(self) -> Option<(f64, f64)> {
         Some(match self {
             Self::I8 => (i8::MIN.into(), i8::MAX.into()),
@@ -108,7 +108,7 @@ pub enum Kind {
     One(Scalar),
     /// A length, then that many numbers.
     List {
-        /// The type of the length: a whole number.
+        /// The type of the length. It is an integer type.
         length: Scalar,
         /// The type of the entries.
         item: Scalar,
@@ -118,33 +118,33 @@ pub enum Kind {
 /// A column of an element.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Property {
-    /// As in the file.
+    /// The name as in the file.
     pub name: String,
-    /// What a row holds.
+    /// The content of a row.
     pub kind: Kind,
 }
 
-/// A table of the file.
+/// A table in the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Element {
-    /// As in the file.
+    /// The name as in the file.
     pub name: String,
-    /// Rows, as promised.
+    /// Number of rows according to the header.
     pub count: u64,
-    /// Columns in order.
+    /// The columns in order.
     pub properties: Vec<Property>,
 }
 
-/// What the header says.
+/// The content of the header.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Header {
-    /// How the rows are written.
+    /// The encoding of the rows.
     pub encoding: Encoding,
     /// The tables in order.
     pub elements: Vec<Element>,
-    /// Which of them holds the points.
+    /// The index of the element that holds the points.
     pub vertex: usize,
-    /// Lines of the header, so that ascii data is numbered as an editor shows it.
+    /// Number of header lines. With it, errors in ascii data have the line number that an editor shows.
     pub lines: u64,
 }
 
@@ -218,7 +218,7 @@ impl Header {
     }
 }
 
-/// Reads what stands between `property` and the name.
+/// Parses the words between `property` and the name.
 fn parse_kind(words: &[&[u8]]) -> Result<Kind, &'static str> {
     const TYPES: &str = "a type of char, uchar, short, ushort, int, uint, float or double";
     match words {
@@ -234,7 +234,7 @@ fn parse_kind(words: &[&[u8]]) -> Result<Kind, &'static str> {
     }
 }
 
-/// The header, line by line; never more than the limit in memory.
+/// Reads the header line by line. It never holds more than the limit in memory.
 struct Lines<R> {
     from: std::io::Take<R>,
     text: Vec<u8>,
@@ -242,7 +242,7 @@ struct Lines<R> {
 }
 
 impl<R: BufRead> Lines<R> {
-    /// Steps to the next line.
+    /// Goes to the next line.
     fn next(&mut self) -> Result<(), PlyError> {
         self.text.clear();
         self.number += 1;

@@ -1,8 +1,8 @@
-//! PLY files, read as a stream of points and written the same way.
+//! Reads and writes PLY files as streams of points.
 //!
-//! [`Reader`] takes the three encodings, any order and type of properties, and other elements before or
-//! after the vertices; it holds one row at a time and believes no count before the data has shown it.
-//! [`Writer`] writes positions and colours only. The grammar of the header is in `header`.
+//! [`Reader`] accepts the three encodings. It accepts properties of any order and type, and other elements before
+//! or after the vertices. It holds one row at a time. It trusts no count until the data confirms it. [`Writer`]
+//! writes positions and colours only. The grammar of the header is in `header`.
 #![forbid(unsafe_code)]
 
 mod header;
@@ -16,20 +16,20 @@ pub use writer::{Layout, Writer};
 
 use std::io;
 
-/// Why a PLY file could not be read.
+/// The reason why a PLY file could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum PlyError {
-    /// A line of the header or of ascii data is not what it should be.
+    /// A line of the header or of ascii data is invalid.
     #[error("line {line}: expected {expected}, found {found}")]
     Line {
-        /// Counted from 1.
+        /// Line number, from 1.
         line: u64,
-        /// What belongs there.
+        /// The expected text.
         expected: String,
-        /// What stands there, shortened.
+        /// The text that was found, shortened.
         found: String,
     },
-    /// The header does not end where it must.
+    /// The header does not end within the limit.
     #[error("no `end_header` in the first {HEADER_BYTES_MAX} bytes: the header is damaged, or this is not PLY")]
     HeaderTooLong,
     /// The header describes no points.
@@ -40,30 +40,30 @@ pub enum PlyError {
     Truncated {
         /// The element, quoted.
         element: String,
-        /// Rows by the header.
+        /// Number of rows in the header.
         promised: u64,
-        /// Whole rows in the data.
+        /// Number of whole rows in the data.
         found: u64,
     },
-    /// The data goes on where the header says it ends.
+    /// The data continues after the end that the header states.
     #[error("the data goes on after the last row the header promises: its counts or types do not fit the data")]
     Trailing,
-    /// A list says it has fewer than no entries.
+    /// The length of a list is negative.
     #[error("row {row} of element {element}: expected a list length of 0 or more, found {found}")]
     ListLength {
         /// The element, quoted.
         element: String,
-        /// Counted from 1.
+        /// Row number, from 1.
         row: u64,
-        /// The length as read.
+        /// The length that was read.
         found: i64,
     },
-    /// The bytes themselves could not be had.
+    /// The bytes could not be read from the source.
     #[error("the data could not be read")]
     Read(#[source] io::Error),
 }
 
-/// Shows text of a file in an error: quoted, printable, short.
+/// Formats text of a file for an error: quoted, printable and short.
 fn quote(text: &[u8]) -> String {
     const SHOWN_MAX: usize = 40;
     let shown: String = text.iter().take(SHOWN_MAX).flat_map(|byte| byte.escape_ascii()).map(char::from).collect();

@@ -1,8 +1,8 @@
-//! The rows of a PLY file as a stream of points.
+//! Reads the rows of a PLY file as a stream of points.
 //!
-//! One row is in memory at a time, and of a row in ascii only one number. Everything the header promises
-//! is checked against the data, elements of no interest included, since a wrong count or type shows
-//! there first. Cancelling is the business of the reader underneath: it is asked again at every refill.
+//! One row is in memory at a time. For an ascii row it is only one number. The reader checks everything in the
+//! header against the data. This includes elements that are not needed, because a wrong count or type shows there
+//! first. The underlying reader handles cancellation: it checks for it at every refill.
 #![forbid(unsafe_code)]
 
 use std::io::{self, BufRead};
@@ -12,23 +12,23 @@ use super::words::{Found, Words};
 use super::{PlyError, quote};
 use crate::cloud::Point;
 
-/// The six numbers a point is made of, in the order of [`Wanted`].
+/// The six numbers of a point, in the order of [`Wanted`].
 const NAMES: [[&str; 2]; 6] =
     [["x", "x"], ["y", "y"], ["z", "z"], ["red", "diffuse_red"], ["green", "diffuse_green"], ["blue", "diffuse_blue"]];
 
-/// A number of a vertex row that goes into the point.
+/// A number of a vertex row that becomes a part of the point.
 #[derive(Clone, Copy)]
 struct Wanted {
     /// Index into [`NAMES`].
     slot: usize,
     scalar: Scalar,
-    /// Place in its run: counted in bytes for binary rows, in numbers for ascii.
+    /// Position in its run: in bytes for binary rows, in numbers for ascii.
     offset: usize,
 }
 
-/// What a row consists of, read left to right.
+/// A part of a row, in reading order.
 enum Piece {
-    /// Numbers of fixed size next to each other.
+    /// Numbers of fixed size, next to each other.
     Run {
         bytes: usize,
         numbers: usize,
@@ -40,7 +40,7 @@ enum Piece {
     },
 }
 
-/// How colours become bytes.
+/// The conversion of colours to bytes.
 #[derive(Clone, Copy)]
 enum Colors {
     Absent,
@@ -55,12 +55,12 @@ pub struct Reader<R> {
     header: Header,
     vertex: Vec<Piece>,
     colors: Colors,
-    /// Rows of `vertex` already read.
+    /// Rows of `vertex` that were read.
     rows: u64,
     skipped: u64,
     started: bool,
     ended: bool,
-    /// The line `from` stands in, for ascii.
+    /// The current line of `from`, for ascii.
     line: u64,
     /// A binary run, or one number in ascii.
     scratch: Vec<u8>,
@@ -89,17 +89,18 @@ impl<R: BufRead> Reader<R> {
         })
     }
 
-    /// What the file says it holds.
+    /// The header of the file.
     pub fn header(&self) -> &Header {
         &self.header
     }
 
-    /// Points left out so far because a coordinate is not a finite number.
+    /// Number of points skipped so far because a coordinate is not a finite number.
     pub fn skipped(&self) -> u64 {
         self.skipped
     }
 
-    /// The next point with finite coordinates; `None` once the whole file was read and is as promised.
+    /// Returns the next point with finite coordinates. Returns `None` after the whole file was read and matches its
+    /// header.
     pub fn next_point(&mut self) -> Result<Option<Point>, PlyError> {
         if !self.started {
             self.started = true;
@@ -133,7 +134,7 @@ impl<R: BufRead> Reader<R> {
     }
 
     fn color(&self, numbers: [f64; 3]) -> Option<[u8; 3]> {
-        // The casts saturate, and a share that is not a number becomes 0.
+        // The casts saturate. A value that is not a number becomes 0.
         match self.colors {
             Colors::Absent => None,
             Colors::Bytes => Some(numbers.map(|value| value as u8)),
@@ -142,7 +143,7 @@ impl<R: BufRead> Reader<R> {
         }
     }
 
-    /// Reads one packed row; `false` where the data ends within it.
+    /// Reads one packed row. Returns `false` when the data ends inside it.
     fn binary_row(&mut self, numbers: &mut [f64; 6]) -> Result<bool, PlyError> {
         let big = self.header.encoding == Encoding::BigEndian;
         for piece in &self.vertex {
@@ -168,7 +169,7 @@ impl<R: BufRead> Reader<R> {
         Ok(true)
     }
 
-    /// Reads one line of numbers; `false` where the data ends before or within it.
+    /// Reads one line of numbers. Returns `false` when the data ends before or inside it.
     fn ascii_row(&mut self, numbers: &mut [f64; 6]) -> Result<bool, PlyError> {
         let mut words = Words { from: &mut self.from, line: &mut self.line, word: &mut self.scratch };
         let mut read = 0_u64;
@@ -228,7 +229,7 @@ impl<R: BufRead> Reader<R> {
     }
 }
 
-/// Decides what the colour properties mean; all three must be there and of one type.
+/// Determines the meaning of the colour properties. All three must be present and have one type.
 fn colors(element: &Element) -> Colors {
     let kind = |slot: usize| {
         let property = element.properties.iter().find(|property| NAMES[slot].contains(&property.name.as_str()));
@@ -243,7 +244,7 @@ fn colors(element: &Element) -> Colors {
     }
 }
 
-/// Cuts the rows of an element into pieces; the first `slots` of [`NAMES`] are wanted.
+/// Splits the rows of an element into pieces. The first `slots` of [`NAMES`] are wanted.
 fn pieces(element: &Element, slots: usize, encoding: Encoding) -> Vec<Piece> {
     let mut pieces = Vec::new();
     let mut taken = [false; NAMES.len()];
@@ -286,7 +287,7 @@ fn skip_binary(from: &mut impl BufRead, element: &Element, pieces: &[Piece], big
     match pieces {
         [] => return Ok(()),
         [Piece::Run { bytes, .. }] => {
-            // A product too large for 64 bits is a lie in any case, and the data ends before it.
+            // A product above 64 bits is wrong in any case. The data ends before that size.
             let length = element.count.saturating_mul(*bytes as u64);
             let passed = pass_some(from, length)?;
             return if passed == length { Ok(()) } else { Err(truncated(element, passed / *bytes as u64)) };
@@ -311,7 +312,7 @@ fn skip_binary(from: &mut impl BufRead, element: &Element, pieces: &[Piece], big
     Ok(())
 }
 
-/// Reads the length of a list; `None` where the data ends.
+/// Reads the length of a list. Returns `None` when the data ends.
 fn list_length(from: &mut impl BufRead, scalar: Scalar, big: bool) -> Result<Option<i64>, PlyError> {
     let mut bytes = [0; 8];
     let bytes = &mut bytes[..scalar.bytes()];
@@ -339,7 +340,7 @@ fn decode(bytes: &[u8], scalar: Scalar, big: bool) -> f64 {
     }
 }
 
-/// Fills the buffer; `false` where the data ends before it is full.
+/// Fills the buffer. Returns `false` when the data ends before it is full.
 fn fill(from: &mut impl BufRead, buffer: &mut [u8]) -> Result<bool, PlyError> {
     match from.read_exact(buffer) {
         Ok(()) => Ok(true),
@@ -348,12 +349,12 @@ fn fill(from: &mut impl BufRead, buffer: &mut [u8]) -> Result<bool, PlyError> {
     }
 }
 
-/// Steps over bytes; `false` where the data ends before that.
+/// Skips bytes. Returns `false` when the data ends first.
 fn pass(from: &mut impl BufRead, length: u64) -> Result<bool, PlyError> {
     Ok(pass_some(from, length)? == length)
 }
 
-/// Steps over at most so many bytes, and says over how many.
+/// Skips at most `length` bytes and returns the number skipped.
 fn pass_some(from: &mut impl BufRead, length: u64) -> Result<u64, PlyError> {
     let mut left = length;
     while left > 0 {
@@ -368,7 +369,7 @@ fn pass_some(from: &mut impl BufRead, length: u64) -> Result<u64, PlyError> {
     Ok(length - left)
 }
 
-/// What lies in the buffer, refilled where it was empty; empty at the end of the data.
+/// Returns the buffered bytes and refills an empty buffer. The result is empty at the end of the data.
 pub(super) fn buffered(from: &mut impl BufRead) -> Result<&[u8], PlyError> {
     while let Err(error) = from.fill_buf() {
         if error.kind() != io::ErrorKind::Interrupted {
@@ -378,7 +379,7 @@ pub(super) fn buffered(from: &mut impl BufRead) -> Result<&[u8], PlyError> {
     from.fill_buf().map_err(PlyError::Read)
 }
 
-// Rows in ascii.
+// Ascii rows.
 
 fn skip_ascii<R: BufRead>(words: &mut Words<'_, R>, element: &Element, pieces: &[Piece]) -> Result<(), PlyError> {
     if pieces.is_empty() {
@@ -397,7 +398,7 @@ fn skip_ascii<R: BufRead>(words: &mut Words<'_, R>, element: &Element, pieces: &
                 }
             };
             for _ in 0..count {
-                // A long list may be broken over lines: some writers do, and nothing is lost by it here.
+                // A long list may continue on the next line. Some writers do this, and it is harmless here.
                 if words.next(true)? != Found::Word {
                     return Err(truncated(element, row));
                 }

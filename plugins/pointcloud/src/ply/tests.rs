@@ -37,7 +37,7 @@ impl<'a> Table<'a> {
         Self { encoding, bytes: (header + "end_header\n").into_bytes(), elements, next: 0 }
     }
 
-    /// Adds a row to the element whose turn it is; each property has its numbers.
+    /// Adds a row to the current element. Each property has its own numbers.
     fn row(&mut self, row: &[&[f64]]) {
         let properties = self.elements[self.next].1;
         for (property, numbers) in properties.iter().zip(row) {
@@ -92,7 +92,7 @@ fn written_files_are_read_in_every_encoding() {
             let (mut read, skipped) = read_all(&writer.finish().expect("300 points")).expect("our own file");
             assert_eq!(skipped, 0);
             if !wide {
-                // Text is read with all its digits, also those that tell one float from the next.
+                // Ascii text is read as a double with all its digits. The cast rounds it to the float that was written.
                 read.iter_mut().for_each(|point| point.position = point.position.map(|value| f64::from(value as f32)));
             }
             let expected: Vec<Point> =
@@ -193,7 +193,7 @@ fn elements_before_and_after_the_vertices_are_skipped() {
         table.row(&[&[1.0], &[2.0]]);
         let points = [1.0, 2.0, 3.0].map(|x| Point { position: [x, 20.0, 30.0], color: None });
         assert_eq!(read_all(&table.bytes).expect("a good file").0, points, "{encoding:?}");
-        // What follows the points is part of the promise as well.
+        // The data after the points is checked as well.
         let last = if encoding == Encoding::Ascii { "1 2 \n".len() } else { 8 };
         let short = &table.bytes[..table.bytes.len() - last];
         let text = refusal(short);
@@ -294,7 +294,7 @@ fn wrong_header_is_detected() {
     let promises = |count: &str, found: u64| {
         format!("the header promises {count} rows of element `vertex`, the data ends after {found}")
     };
-    // Too few rows, in all encodings, and counts that no memory could hold.
+    // Too few rows, in all encodings, and counts that do not fit into any memory.
     for count in ["3", "4000000000", "18446744073709551615"] {
         assert_eq!(ascii(count, "float", "1 2 3\n4 5 6\n"), promises(count, 2));
         assert_eq!(ascii(count, "float", "1 2 3\n4 5 6\n7 8"), promises(count, 2));
@@ -303,13 +303,13 @@ fn wrong_header_is_detected() {
             assert_eq!(refusal(&file(encoding, count, "double", &[0; 24])), promises(count, 1));
         }
     }
-    // Too many rows, or rows wider than said.
+    // Too many rows, or rows that are wider than the header says.
     let goes_on =
         "the data goes on after the last row the header promises: its counts or types do not fit the data".to_owned();
     assert_eq!(ascii("1", "float", "1 2 3\n4 5 6\n"), goes_on);
     assert_eq!(refusal(&file("binary_little_endian", "2", "float", &[1; 48])), goes_on);
     assert_eq!(refusal(&file("binary_little_endian", "0", "float", &[1; 12])), goes_on);
-    // Rows that are not what the properties say.
+    // Rows that do not match the properties.
     assert_eq!(
         ascii("2", "float", "1 2\n3 4\n"),
         "line 8: expected more than 2 values in this row, found the end of the line"
@@ -364,7 +364,7 @@ fn wrong_list_lengths_are_detected() {
 
 #[test]
 fn garbage_never_panics() {
-    // Reading ends by itself: every step consumes input, whatever the header claims.
+    // Reading always ends: every step consumes input, whatever the header claims.
     for seed in 0..2_000 {
         let mut random = Random::new(seed);
         let mut bytes: Vec<u8> = (0..random.next() % 300).map(|_| random.next() as u8).collect();

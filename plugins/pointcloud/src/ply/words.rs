@@ -1,4 +1,4 @@
-//! Ascii data, word by word, so that a line may be of any length and memory stays where it is.
+//! Reads ascii data word by word. A line may have any length, and memory use stays constant.
 #![forbid(unsafe_code)]
 
 use std::io::BufRead;
@@ -7,10 +7,10 @@ use super::header::Scalar;
 use super::reader::buffered;
 use super::{PlyError, quote};
 
-/// A number may be this long; `%f` of the largest double takes 317 bytes.
+/// Maximum length of a number. `%f` of the largest double takes 317 bytes.
 const WORD_BYTES_MAX: usize = 512;
 
-/// What [`Words::next`] came upon.
+/// The result of [`Words::next`].
 #[derive(PartialEq, Eq)]
 pub(super) enum Found {
     Word,
@@ -18,7 +18,7 @@ pub(super) enum Found {
     DataEnd,
 }
 
-/// Where the reading stands.
+/// The current reading position.
 pub(super) struct Words<'a, R> {
     pub(super) from: &'a mut R,
     pub(super) line: &'a mut u64,
@@ -26,7 +26,7 @@ pub(super) struct Words<'a, R> {
 }
 
 impl<R: BufRead> Words<'_, R> {
-    /// Reads the next word; stays before the end of the line unless it may cross it.
+    /// Reads the next word. It stops before the end of the line unless `cross` is true.
     pub(super) fn next(&mut self, cross: bool) -> Result<Found, PlyError> {
         self.word.clear();
         loop {
@@ -61,7 +61,7 @@ impl<R: BufRead> Words<'_, R> {
         }
     }
 
-    /// Reads the next number of a row that holds `read` so far; `false` where the data ends.
+    /// Reads the next number of a row that has `read` numbers so far. Returns `false` when the data ends.
     pub(super) fn next_in_row(&mut self, read: u64) -> Result<bool, PlyError> {
         match self.next(read == 0)? {
             Found::Word => Ok(true),
@@ -87,7 +87,7 @@ impl<R: BufRead> Words<'_, R> {
     pub(super) fn number(&self, scalar: Scalar) -> Result<f64, PlyError> {
         let text = std::str::from_utf8(self.word).unwrap_or_default();
         let value = text.parse::<f64>().ok().or_else(|| {
-            // How C libraries print what is not a number: `-nan(ind)`, `1.#QNAN`.
+            // C libraries print a value that is not a number like this: `-nan(ind)`, `1.#QNAN`.
             let unsigned = text.trim_start_matches(['-', '+']);
             (unsigned.starts_with("nan(") || unsigned.starts_with("1.#")).then_some(f64::NAN)
         });

@@ -1,4 +1,4 @@
-//! A cloud as a PLY file: positions, and colours where there are any. Nothing else is ever written.
+//! Writes a cloud as a PLY file: positions, and colours if there are any. It writes no other properties.
 #![forbid(unsafe_code)]
 
 use std::io::{self, Write};
@@ -6,21 +6,21 @@ use std::io::{self, Write};
 use super::Encoding;
 use crate::cloud::Point;
 
-/// Points without a colour are written in this one, in a file that has colours.
+/// The colour of points without a colour, in a file that has colours.
 const GREY: [u8; 3] = [160, 160, 160];
 
-/// What a row of the file holds.
+/// The layout of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
-    /// How numbers are written.
+    /// The encoding of numbers.
     pub encoding: Encoding,
-    /// Coordinates as `double` instead of `float`.
+    /// Coordinates are `double` instead of `float`.
     pub wide: bool,
-    /// With red, green and blue.
+    /// Rows have red, green and blue.
     pub color: bool,
 }
 
-/// Writes points, one by one; the number of them is told beforehand and held to.
+/// Writes points one by one. The number of points is given first and enforced.
 pub struct Writer<W> {
     to: W,
     layout: Layout,
@@ -58,7 +58,7 @@ impl<W: Write> Writer<W> {
             }
             return self.to.write_all(b"\n");
         }
-        // Three doubles and three bytes at most.
+        // A row has at most three doubles and three bytes.
         let mut row = [0; 27];
         let mut used = 0;
         let mut push = |bytes: &mut [u8]| {
@@ -81,7 +81,7 @@ impl<W: Write> Writer<W> {
         self.to.write_all(&row[..used])
     }
 
-    /// Flushes, and hands back what was written to.
+    /// Flushes and returns the underlying writer.
     pub fn finish(mut self) -> io::Result<W> {
         if self.left > 0 {
             return Err(io::Error::other("fewer points than announced"));

@@ -26,7 +26,7 @@ fn covered(picture: &[[u8; 3]]) -> f64 {
     picture.iter().filter(|pixel| **pixel != background()).count() as f64 / picture.len() as f64
 }
 
-/// First and last covered column and row.
+/// The first and last covered column and row.
 fn frame(picture: &[[u8; 3]]) -> [usize; 4] {
     let places = picture.iter().enumerate().filter(|(_, pixel)| **pixel != background());
     places.fold([SIDE, 0, SIDE, 0], |[left, right, top, bottom], (place, _)| {
@@ -58,7 +58,7 @@ fn a_ball_is_lit_in_the_middle_on_a_dark_ground() {
         let corner = at(&picture, column, row);
         assert!(corner.iter().all(|channel| *channel < 40), "{corner:?}");
     }
-    // A disc of 88 % of the width covers 61 % of the picture; it is round, in the middle, and solid.
+    // A disc of 88 % of the width covers 61 % of the picture. It is round, centred and solid.
     let share = covered(&picture);
     assert!((0.58..0.66).contains(&share), "{share}");
     let [left, right, top, bottom] = frame(&picture);
@@ -83,7 +83,7 @@ fn thin_scan_looks_solid() {
 
 #[test]
 fn preview_keeps_proportions_and_orientation() {
-    // A board along each axis in turn: three wide, one high, with a colour in its right upper corner.
+    // A board along each axis in turn: three wide, one high, with a colour in its upper right corner.
     for (thin, right, up) in [(2, (0, 1.0), (1, 1.0)), (1, (0, 1.0), (2, -1.0)), (0, (2, -1.0), (1, 1.0))] {
         let mut cloud = Vec::new();
         for across in 0..=300 {
