@@ -87,7 +87,7 @@ impl Record {
         );
     }
 
-    /// Takes the plugin out of service when more of its calls hang than `slots` plus [`HANGING_SPARE`].
+    /// Takes the plugin out of service when more of its calls hang than `slots` plus `HANGING_SPARE`.
     pub(super) fn judge(&self, plugin: &Arc<str>, hanging: Hanging, slots: usize) {
         if hanging.calls > slots.saturating_add(HANGING_SPARE) {
             let Hanging { calls, entry, .. } = hanging;

@@ -1,15 +1,14 @@
 //! The binary contract between a host and a plugin, version 1.
 //!
-//! Two tables of functions and the plain values they take, the same in Rust and in C
-//! (`include/runner.h`). This module has no logic and allocates nothing. The SDK's shim and the host use it; a plugin
-//! author does not need it.
+//! Two tables of functions and the plain values they take, the same in Rust and in C (`include/runner.h`). This
+//! module has no logic and allocates nothing. The SDK's shim and the host use it. A plugin author does not need it.
 //!
 //! # Rules that keep old plugins working
 //! - A table starts with two words: a mask with one bit per entry, and a word that belongs to the
 //!   side that wrote the table (zero in C). An entry may be used only if its bit is set.
 //! - Released entries never change. New entries go to the end and are optional for the other side.
-//! - Numbers with named constants are used instead of Rust enums: an unknown number is a value,
-//!   an unknown discriminant would be undefined behaviour.
+//! - Numbers with named constants are used instead of Rust enums. An unknown number is a value, but an unknown
+//!   discriminant would be undefined behaviour.
 //! - The side that allocates frees: [`Bytes`] carries its own `release`.
 //! - No panic crosses the boundary. The SDK catches panics at every entry of the plugin, the host at every
 //!   entry of its table.
@@ -31,17 +30,17 @@ use abi_stable::StableAbi;
 pub const ENTRY: &str = "runner_module_v1";
 /// First word of a plugin's own table: "RUNNERv1" read as a big-endian number.
 pub const MAGIC: u64 = 0x5255_4e4e_4552_7631;
-/// Major version; a host refuses a plugin of another one.
+/// Major version. A host rejects a plugin with another major version.
 pub const ABI_MAJOR: u16 = 1;
-/// Minor version; grows with every appended entry.
+/// Minor version. It grows with every appended entry.
 pub const ABI_MINOR: u16 = 1;
 /// `major << 16 | minor`, as the tables carry it.
 pub const ABI_VERSION: u32 = (ABI_MAJOR as u32) << 16 | ABI_MINOR as u32;
 /// Section that holds the manifest, a JSON object readable without running the file.
 pub const MANIFEST_SECTION: &str = ".runner";
 
-/// Borrowed UTF-8 text, valid for the duration of the call it is passed to. `ptr` may be null when
-/// `len` is 0.
+/// Borrowed UTF-8 text. It is valid for the duration of the call it is passed to. `ptr` may be null when `len` is
+/// 0.
 #[repr(C)]
 #[derive(Clone, Copy, StableAbi)]
 pub struct Str {
@@ -80,7 +79,7 @@ pub struct Status(pub i32);
 impl Status {
     /// Success; the data is the answer.
     pub const OK: Self = Self(0);
-    /// It failed; the data is one line of text. All other statuses but `OK` carry such a line too.
+    /// It failed, and the data is one line of text. All other statuses but `OK` carry such a line too.
     pub const FAILED: Self = Self(1);
     /// It failed, and a retry may succeed.
     pub const RETRYABLE: Self = Self(2);
@@ -120,7 +119,7 @@ impl Status {
     pub const LIMIT: Self = Self(26);
     /// The task could not be set up on its control plane.
     pub const SETUP: Self = Self(27);
-    /// Any other refusal of the store, such as 403 or 413.
+    /// Any other error of the store, such as 403 or 413.
     pub const OTHER: Self = Self(28);
 }
 
@@ -148,14 +147,16 @@ pub struct Host {
     pub progress: unsafe extern "C" fn(task: Task, json: Str, reply: Callback, user: *mut c_void),
     /// Appends an event; `json` is any JSON value. Answer: nothing.
     pub event: unsafe extern "C" fn(task: Task, json: Str, reply: Callback, user: *mut c_void),
-    /// 0 while the task should go on, 1 once it should stop, [`Status::STALE`] after its end. The
-    /// answer is what it returns.
+    /// 0 while the task should go on, 1 when it should stop, [`Status::STALE`] after its end. The return value is
+    /// the answer.
     pub cancelled: unsafe extern "C" fn(task: Task) -> i32,
-    /// Why the task should stop. Answer: a word such as `plane`, `lease-lost`, `drained`; empty when it should not.
+    /// The reason why the task should stop. Answer: a word such as `plane`, `lease-lost`, `drained`. Empty when it
+    /// should go on.
     pub cancel_reason: unsafe extern "C" fn(task: Task, reply: Callback, user: *mut c_void),
-    /// The storage bearer, where the operator granted it. Answer: the token.
+    /// The storage bearer token, if the operator granted it. Answer: the token.
     pub token: unsafe extern "C" fn(task: Task, reply: Callback, user: *mut c_void),
-    /// Opens an input as a stream. Answer: JSON `{"stream":N,"cid":…,"data_id":…,"name":…,"data_type":…,"domain_id":…,"size":…}`.
+    /// Opens an input as a stream. Answer: JSON
+    /// `{"stream":N,"cid":…,"data_id":…,"name":…,"data_type":…,"domain_id":…,"size":…}`.
     pub input_open: unsafe extern "C" fn(task: Task, cid: Str, reply: Callback, user: *mut c_void),
     /// The next piece of an input, at most `max` bytes. Answer: bytes, none at the end. A `max` above 1 MiB means
     /// that the caller keeps the input in memory. The host then charges its size to the memory budget until the
@@ -197,10 +198,11 @@ pub struct Module {
     pub magic: u64,
     /// The plugin's [`ABI_VERSION`].
     pub abi: u32,
-    /// Called once, first. `config` is a JSON object. Answer: nothing, or why the plugin cannot be used.
+    /// Called once, before all other entries. `config` is a JSON object. Answer: nothing, or the reason why the
+    /// plugin is unusable.
     pub init: unsafe extern "C" fn(host: HostRef, config: Str, reply: Callback, user: *mut c_void),
-    /// Starts a task and returns at once. `request` is JSON `{"capability":…,"dir":…,"lease":{…}}`,
-    /// `dir` a fresh directory that is removed with the task.
+    /// Starts a task and returns at once. `request` is JSON `{"capability":…,"dir":…,"lease":{…}}`. `dir` is a
+    /// fresh directory that is removed with the task.
     pub start: unsafe extern "C" fn(task: Task, request: Str),
     /// The task should stop; it must still be completed. May come before the `start` of the same task has
     /// returned, or was called. So a plugin calls [`Host::cancelled`] once after it has registered the task.
@@ -235,7 +237,7 @@ impl abi_stable::library::RootModule for ModuleRef {
     const VERSION_STRINGS: abi_stable::sabi_types::VersionStrings = abi_stable::package_version_strings!();
 }
 
-// The prefix metadata of abi_stable is what `Table` and `runner.h` declare by hand.
+// abi_stable's prefix metadata has the layout that `Table` and `runner.h` declare by hand.
 const _: () = {
     use abi_stable::prefix_type::WithMetadata;
     assert!(size_of::<WithMetadata<Module>>() == size_of::<Table<Module>>());

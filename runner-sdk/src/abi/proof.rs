@@ -1,8 +1,8 @@
-//! The layout check of Rust plugins. They export abi_stable's description of the tables in addition to the plain
-//! entry, so that a host can check the layout before it calls anything.
+//! The layout check of Rust plugins. A Rust plugin exports the plain entry and abi_stable's description of the
+//! tables. Thus a host can check the layout before it calls anything.
 //!
 //! Only this module uses abi_stable's loader. Its check has one direction: a host with an appended optional entry
-//! would refuse every older plugin. So it runs in both directions, and one success is enough.
+//! would reject every older plugin. Therefore the check runs in both directions, and one success is enough.
 
 use std::{cmp::Reverse, fmt::Display};
 
@@ -45,8 +45,8 @@ pub struct LayoutMismatch {
 /// `header` must be the address of the symbol [`HEADER_SYMBOL`] in a library that stays loaded for
 /// the rest of the process.
 pub unsafe fn prove_layout(header: *const std::ffi::c_void) -> Result<(), LayoutMismatch> {
-    // SAFETY: `AbiHeaderRef` is a transparent, non-null pointer to an `AbiHeader`, the first field
-    // of what the symbol names; `upgrade` looks at the magic before anything behind it.
+    // SAFETY: `AbiHeaderRef` is a transparent, non-null pointer to an `AbiHeader`. That is the first field of the
+    // data at the symbol. `upgrade` checks the magic before it reads anything after it.
     let header = unsafe { std::mem::transmute::<*const AbiHeader, AbiHeaderRef>(header.cast()) };
     let header = header.upgrade().map_err(|err| LayoutMismatch {
         line: "its abi_stable header is of another version; rebuild it with this host's runner-sdk".to_owned(),
@@ -69,8 +69,8 @@ fn compare(ours: &'static TypeLayout, theirs: &'static TypeLayout) -> Result<(),
     Err(LayoutMismatch { line: one_line(&forth), full: forth.to_string() })
 }
 
-/// abi_stable's check without crate versions. Each type carries the version of the crate that declares it, and
-/// abi_stable refuses 0.1 against 0.2 even if the layout is equal. Here only the ABI version decides.
+/// abi_stable's check without crate versions. Each type has the version of the crate that declares it. abi_stable
+/// rejects 0.1 against 0.2 even if the layout is equal. Here only the ABI version decides.
 fn same_but_for_versions(ours: &'static TypeLayout, theirs: &'static TypeLayout) -> Result<(), AbiInstabilityErrors> {
     let Err(mut found) = check_layout_compatibility(ours, theirs) else { return Ok(()) };
     for error in &mut found.errors {
@@ -114,9 +114,9 @@ fn one_line(errors: &AbiInstabilityErrors) -> String {
     line.chars().map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
-/// abi_stable's name for what a function returns, which it treats as one more parameter.
+/// abi_stable's name for the return value of a function, which it handles as one more parameter.
 const RETURNS: &str = "__returns";
-/// abi_stable keeps no names of parameters, it numbers them from 0 as `param_0`.
+/// abi_stable keeps no names of parameters. It numbers them from 0 as `param_0`.
 fn ordinal(name: &str) -> String {
     let index = name.strip_prefix("param_").and_then(|digits| digits.parse::<usize>().ok());
     index.map_or_else(|| name.to_owned(), |index| (index + 1).to_string())
@@ -155,7 +155,7 @@ mod tests {
     use super::*;
     use crate::abi::{Status, Str, Task};
 
-    /// A table as small as one can be, in the variant the test wants.
+    /// The smallest possible table, in the variant that the test needs.
     macro_rules! table {
         ($module:ident { $($(#[$attr:meta])* $name:ident: $kind:ty,)* }) => {
             mod $module {

@@ -78,9 +78,9 @@ impl ControlPlane {
         self.port.stop_signal().is_set()
     }
 
-    /// Blocks the calling thread until the task should stop, at most for `limit`. Returns
-    /// [`Self::is_cancelled`]. For loops on threads, such as one that waits for a child process; async code
-    /// awaits [`Self::cancelled`].
+    /// Blocks the calling thread until the task should stop, at most for `limit`. Returns [`Self::is_cancelled`].
+    /// It is for loops on threads, such as one that waits for a child process. Async code awaits
+    /// [`Self::cancelled`].
     #[must_use]
     pub fn wait_cancelled(&self, limit: Duration) -> bool {
         Arc::clone(self.port.stop_signal()).wait_for(limit)

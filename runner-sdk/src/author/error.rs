@@ -192,8 +192,8 @@ impl PortErrorKind {
     }
 }
 
-/// Why a call of the context failed. One line, without secrets. If the store refused, it holds the status, as in
-/// `conflict (409)`.
+/// Why a call of the context failed. One line, without secrets. If the store rejected the call, the line has the
+/// status, as in `conflict (409)`.
 #[derive(Clone)]
 pub struct PortError(Arc<PortErrorInfo>);
 
@@ -210,7 +210,7 @@ impl PortError {
         Self(Arc::new(PortErrorInfo { kind, message: message.into() }))
     }
 
-    /// What to branch on.
+    /// The kind of the error, for code that handles kinds differently.
     #[must_use]
     pub fn kind(&self) -> PortErrorKind {
         self.0.kind

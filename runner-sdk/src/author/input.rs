@@ -47,8 +47,8 @@ pub struct MaterializedInput {
     /// Other files that belong to the same input.
     #[serde(default)]
     pub related_files: Vec<PathBuf>,
-    /// Files unpacked from the input, in the order of the archive, if its data type is `zip`, `zip_data` or
-    /// ends in `_zip`; `path` is the archive itself.
+    /// Files unpacked from the input, in the order of the archive. Only if its data type is `zip`, `zip_data` or
+    /// ends in `_zip`. `path` is the archive itself.
     #[serde(default)]
     pub extracted_paths: Vec<PathBuf>,
 }
@@ -64,11 +64,12 @@ impl InputSource {
         Self { port }
     }
 
-    /// The whole input in memory, as it is stored: an archive stays packed. Use a file or the reader for large
-    /// inputs: this call waits while the node's tasks together hold too much memory.
+    /// The whole input in memory, as it is stored: an archive stays packed. This call waits while the node's tasks
+    /// together hold too much memory. Use a file or the reader for large inputs.
     ///
     /// # Errors
-    /// `NotFound` for an unknown input. `Limit` for an input larger than the node's whole memory budget. See [`crate::PortErrorKind`] for the rest.
+    /// `NotFound` for an unknown input. `Limit` for an input larger than the node's whole memory budget. See
+    /// [`crate::PortErrorKind`] for the rest.
     pub async fn get_bytes_by_cid(&self, cid: &str) -> Result<Vec<u8>, PortError> {
         let mut reader = self.open_reader_by_cid(cid).await?;
         let mut bytes = Vec::new();
@@ -106,10 +107,10 @@ impl InputSource {
         Ok(input)
     }
 
-    /// The input as an asynchronous reader; at most a few pieces are in memory at a time.
+    /// The input as an asynchronous reader. At most a few pieces are in memory at a time.
     ///
     /// # Errors
-    /// As [`Self::get_bytes_by_cid`]; while reading, an [`io::Error`] that holds a [`PortError`].
+    /// As [`Self::get_bytes_by_cid`]. While reading, an [`io::Error`] that holds a [`PortError`].
     pub async fn open_reader_by_cid(&self, cid: &str) -> Result<InputReader, PortError> {
         #[derive(Deserialize)]
         struct Opened {

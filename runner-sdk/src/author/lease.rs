@@ -14,7 +14,7 @@ use serde_json::{Map, Value};
 /// Ids and times are text, exactly as the control plane sent them.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct LeaseEnvelope {
-    /// Always absent in a task; kept so that stored leases parse. Use [`crate::ControlPlane::token`].
+    /// Always absent in a task. The field exists so that stored leases parse. Use [`crate::ControlPlane::token`].
     #[serde(skip_serializing_if = "Option::is_none")]
     pub access_token: Option<String>,
     /// When the token expires, RFC 3339.
@@ -110,7 +110,7 @@ pub struct TaskSpec {
 }
 
 /// Reads an object's members into the fields of the same name, and all others into `extra`. It does what serde does
-/// for a flattened map, without a copy of the whole object: each task begins with this.
+/// for a flattened map, without a copy of the whole object. Each task begins with this call.
 macro_rules! read_members {
     ($type:ident needs [$($needed:ident),*] and may have [$($name:ident),* $(,)?]) => {
         impl<'de> Deserialize<'de> for $type {
@@ -148,7 +148,7 @@ macro_rules! read_members {
     };
 }
 
-/// A member's name, borrowed where it can be.
+/// The name of a member, borrowed if possible.
 #[derive(Deserialize)]
 struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
 

@@ -1,7 +1,7 @@
 //! The API for authors of runners.
 //!
-//! Start at [`Runner`]; a [`TaskCtx`] comes with every run. Nothing in here knows the ABI: each
-//! operation becomes a [`Call`]. A host answers it across the ABI, or the test kit in memory.
+//! Start at [`Runner`]. Every run gets a [`TaskCtx`]. No code here depends on the ABI: each operation becomes a
+//! [`Call`]. A host answers it across the ABI, or the test kit in memory.
 
 mod context;
 mod control;

@@ -11,10 +11,10 @@ use super::{
 
 /// Path, name and data type of an artifact.
 ///
-/// Only the path is needed: name and data type follow from it (`outputs/cloud.ply` is stored as type
-/// `ply` under a name made of path and task id). A name or type given here reaches the store unchanged.
-/// Two paths of one task can have the same name, such as `a/b.ply` and `a_b.ply`. They are two artifacts: the second
-/// gets a suffix in its name. Names and types with a quote, a backslash, a semicolon or a control character are refused.
+/// Only the path is required. Name and data type are derived from it: `outputs/cloud.ply` is stored as type `ply`,
+/// and its name has the path and the task id. A name or type given here reaches the store unchanged. Two paths of
+/// one task can have the same name, such as `a/b.ply` and `a_b.ply`. They are two artifacts: the second gets a
+/// suffix in its name. Names and types with a quote, a backslash, a semicolon or a control character are rejected.
 ///
 /// ```
 /// use runner_sdk::Artifact;
@@ -89,8 +89,8 @@ struct Published {
 
 /// Publishes a task's artifacts. Putting one path twice replaces the first. Cheap to clone.
 ///
-/// Paths are relative to the task's outputs prefix; leading slashes are dropped. A `..` segment, a NUL
-/// or more than 1024 bytes give `InvalidPath`.
+/// Paths are relative to the task's outputs prefix. Leading slashes are dropped. A `..` segment, a NUL or more than
+/// 1024 bytes give `InvalidPath`.
 #[derive(Clone)]
 pub struct ArtifactSink {
     port: Arc<dyn Port>,
@@ -109,11 +109,11 @@ impl ArtifactSink {
         self.put_domain_artifact(Artifact::new(path), bytes).await
     }
 
-    /// Publishes a file at `path`; the host reads it as a stream, for any size.
+    /// Publishes a file at `path`. The host reads it as a stream, for any size.
     ///
     /// # Errors
-    /// `BadRequest` for an empty file, a directory, a pipe, or a link that leads out of the task's directory; `Local` when
-    /// the file cannot be read or changes meanwhile; see [`crate::PortErrorKind`].
+    /// `BadRequest` for an empty file, a directory, a pipe, or a link that leads out of the task's directory.
+    /// `Local` when the file cannot be read or changes meanwhile. See [`crate::PortErrorKind`].
     pub async fn put_file(&self, path: &str, file: impl AsRef<Path>) -> Result<Option<String>, PortError> {
         self.put_domain_artifact_file(Artifact::new(path), file).await
     }
@@ -170,7 +170,7 @@ impl ArtifactSink {
     }
 }
 
-/// An artifact being written. Dropped without [`Self::finish`], nothing is published.
+/// An artifact being written. If it is dropped without [`Self::finish`], nothing is published.
 pub struct ArtifactWriter {
     port: Arc<dyn Port>,
     stream: u64,
@@ -181,7 +181,7 @@ impl ArtifactWriter {
     /// Appends a piece. Waits when the store is slower than the runner.
     ///
     /// # Errors
-    /// See [`crate::PortErrorKind`]; after an error the artifact cannot be finished.
+    /// See [`crate::PortErrorKind`]. After an error the artifact cannot be finished.
     pub async fn write_chunk(&mut self, data: impl Into<Vec<u8>>) -> Result<(), PortError> {
         let call = Call::OutputWrite { stream: self.stream, data: data.into() };
         self.port.call(call).await.map(drop)

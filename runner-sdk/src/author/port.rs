@@ -34,7 +34,7 @@ pub(crate) trait Port: Send + Sync {
     fn stop_signal(&self) -> &Arc<StopSignal>;
 }
 
-/// Bytes of an answer, wherever they were allocated.
+/// Bytes of an answer, from either allocator.
 pub(crate) enum Payload {
     /// Allocated by the host, freed by it on drop.
     Foreign(crate::shim::OwnedBytes),
@@ -54,7 +54,7 @@ impl Deref for Payload {
 }
 
 impl Payload {
-    /// The bytes as a vector; copies what the host allocated.
+    /// The bytes as a vector. Bytes that the host allocated are copied.
     pub(crate) fn into_vec(self) -> Vec<u8> {
         match self {
             Self::Foreign(bytes) => bytes.to_vec(),

@@ -53,7 +53,7 @@ impl StopSignal {
         self.over.load(Ordering::Acquire)
     }
 
-    /// Blocks until [`Self::is_set`], at most for `limit`; returns it.
+    /// Blocks until [`Self::is_set`], at most for `limit`. Returns [`Self::is_set`].
     pub(crate) fn wait_for(self: Arc<Self>, limit: Duration) -> bool {
         let (began, signal) = (Instant::now(), Arc::clone(&self));
         let waker = Waker::from(Arc::new(Unpark(thread::current())));
@@ -72,7 +72,7 @@ impl StopSignal {
     pub(crate) async fn wait(self: Arc<Self>) {
         let wake = self.wake.notified();
         tokio::pin!(wake);
-        // Registered before the flag is read: a signal in between is not missed.
+        // The waiter registers before it reads the flag. Thus it misses no signal in between.
         wake.as_mut().enable();
         if !self.is_set() {
             wake.await;

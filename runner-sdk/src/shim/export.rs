@@ -6,7 +6,7 @@ use serde::de::DeserializeOwned;
 
 use crate::author::{DynRunner, Error, Runner};
 
-/// How a runner is created; made by [`export_runner!`](crate::export_runner).
+/// How a runner is created. [`export_runner!`](crate::export_runner) makes this value.
 pub struct Registration {
     /// The capability.
     pub capability: &'static str,
@@ -14,7 +14,7 @@ pub struct Registration {
     pub build: fn(config: &str) -> Result<Arc<dyn DynRunner>, Error>,
 }
 
-/// A runner that needs no config. A config is refused, because it would have no effect.
+/// A runner that needs no config. A config is rejected, because it would have no effect.
 ///
 /// # Errors
 /// When the config is not empty.
@@ -45,9 +45,9 @@ where
 
 /// Makes a `cdylib` a plugin that serves the named runners.
 ///
-/// `export_runner!(Hello)` needs `Hello: Default`. `export_runner!(Hello: Hello::new)` calls
-/// `Hello::new(config)`, a function from any deserialisable type to `Result<Hello, E>`, once when the
-/// plugin is loaded; an error refuses the plugin with its text. Several runners are separated by commas.
+/// `export_runner!(Hello)` needs `Hello: Default`. `export_runner!(Hello: Hello::new)` calls `Hello::new(config)`
+/// once when the plugin is loaded. It is a function from any deserialisable type to `Result<Hello, E>`. On an error
+/// the host rejects the plugin with its text. Several runners are separated by commas.
 ///
 /// The macro exports the symbol `runner_module_v1` and a manifest that can be read without running the file. It also
 /// exports the description of the tables, with which a host checks their layout.

@@ -1,6 +1,6 @@
 //! The log bridge: a plugin's `tracing` (and `log`) records go to the host's log.
 //!
-//! Every library has its own copy of tracing's dispatcher, so without this they would vanish.
+//! Every library has its own copy of tracing's dispatcher. Without the bridge its records would be lost.
 
 use std::{cell::RefCell, fmt::Write as _, sync::OnceLock};
 
@@ -37,14 +37,14 @@ pub(crate) fn install(level: u32) {
     }
 }
 
-/// The bridge needs only the task of a span, so a span's id *is* its task. A registry of spans would add a tenth to
-/// each plugin's memory.
+/// The bridge needs only the task of a span. Therefore the id of a span *is* its task. A registry of spans would
+/// add a tenth to each plugin's memory.
 struct Bridge {
     most: LevelFilter,
 }
 
 thread_local! {
-    /// The spans this thread is in, the innermost last.
+    /// The spans that this thread is in, the innermost last.
     static ENTERED: RefCell<Vec<Id>> = const { RefCell::new(Vec::new()) };
 }
 
@@ -62,7 +62,7 @@ fn task_of(id: &Id) -> Option<u64> {
     Some(id.into_u64()).filter(|id| *id != NO_TASK).map(|id| id - 1)
 }
 
-/// The innermost span of this thread; none in a thread that is ending.
+/// The innermost span of this thread. None in a thread that is ending.
 fn innermost() -> Option<Id> {
     ENTERED.try_with(|entered| entered.borrow().last().cloned()).ok().flatten()
 }
@@ -124,7 +124,7 @@ impl Subscriber for Bridge {
             Level::DEBUG => 4,
             Level::TRACE => 5,
         };
-        // A record of the `log` crate has the target "log". Its own target and place are fields.
+        // A record of the `log` crate has the target "log". Its real target and place are fields.
         let logged = fields.values.remove("log.target");
         for fact in ["log.module_path", "log.file", "log.line"] {
             fields.values.remove(fact);
@@ -138,7 +138,7 @@ impl Subscriber for Bridge {
     }
 }
 
-/// Reads the task out of its span.
+/// Reads the task from its span.
 struct Marked(Option<u64>);
 
 impl Visit for Marked {

@@ -1,5 +1,4 @@
-//! Builds the manifest, a JSON object, while the plugin is compiled, so that it can be read from
-//! the file without running it.
+//! Builds the manifest, a JSON object, at compile time. Thus it can be read from the file without running the file.
 
 /// Length of `parts` joined.
 #[must_use]
@@ -31,7 +30,8 @@ pub const fn joined<const N: usize>(parts: &[&str]) -> [u8; N] {
     bytes
 }
 
-/// Stops the compilation if `capability` is not a valid name. The host has the same rule; a test there compares both.
+/// Stops the compilation if `capability` is not a valid name. The host has the same rule. A test there compares
+/// both.
 #[must_use]
 pub const fn checked(capability: &'static str) -> &'static str {
     let bytes = capability.as_bytes();

@@ -1,8 +1,8 @@
 //! The plugin's side of the ABI: connects `extern "C"` with a [`crate::Runner`].
 //!
-//! `export_runner!` exports [`module`]; everything else is reached through the table it returns. Every
-//! entry catches panics. The author's futures run on a small tokio runtime that belongs to the
-//! plugin: the host never polls them.
+//! `export_runner!` exports [`module`]. Everything else is reached through the table it returns. Every entry
+//! catches panics. The author's futures run on a small tokio runtime that belongs to the plugin. The host never
+//! polls them.
 
 mod export;
 mod logging;
@@ -38,7 +38,7 @@ pub use manifest::{checked, joined, joined_len};
 pub use panics::spawn_blocking;
 pub(crate) use panics::{Guarded, guard, install_hook};
 
-/// Worker threads of the plugin's runtime. Runners mostly wait; computations use `spawn_blocking`.
+/// Worker threads of the plugin's runtime. Runners mostly wait. Computations use `spawn_blocking`.
 const WORKERS: usize = 2;
 
 static REGISTRATIONS: OnceLock<(&'static str, &'static [Registration])> = OnceLock::new();
@@ -53,7 +53,7 @@ struct Plugin {
     tasks: Mutex<HashMap<u64, Arc<StopSignal>>>,
 }
 
-/// Ends a task on this side of the boundary when dropped, even if its run did not end.
+/// On drop, ends a task on this side of the boundary, even if its run did not end.
 struct Ending {
     plugin: &'static Plugin,
     task: Task,
@@ -63,7 +63,7 @@ struct Ending {
 impl Drop for Ending {
     fn drop(&mut self) {
         lock(&self.plugin.tasks).remove(&self.task.0);
-        // After the completion: a context that outlives the run then finds the task over.
+        // This runs after the completion. A context that outlives the run then finds that the task is over.
         self.signal.end();
     }
 }
@@ -271,8 +271,8 @@ fn dispatch(host: HostRef, task: Task, call: Call, tell: Tell) {
     let reply = Callback { call: answered };
     let user = Box::into_raw(Box::new(tell)).cast::<c_void>();
     // SAFETY: every entry of `host` used here is a mandatory one of version 1, or looked up. Borrowed texts live
-    // until the call returns, which is all the host may use them for. `user` is the box above, and the
-    // host hands it to `reply` exactly once.
+    // until the call returns, and the host may not use them longer. `user` is the box above, and the host passes it
+    // to `reply` exactly once.
     unsafe {
         match &call {
             Call::Progress(json) => host.progress()(task, lend(json), reply, user),
@@ -335,15 +335,15 @@ fn kind(status: Status) -> PortErrorKind {
     }
 }
 
-/// Whether the host wants the task to stop, or has given it up.
+/// Whether the host wants the task to stop, or has abandoned it.
 fn stopped_already(task: Task) -> bool {
-    // SAFETY: a mandatory entry of version 1, which takes any number.
+    // SAFETY: this is a mandatory entry of version 1, which accepts any number.
     HOST.get().is_some_and(|host| unsafe { host.cancelled()(task) } != 0)
 }
 
 fn complete(task: Task, status: Status, text: &str, details: &str) {
     if let Some(host) = HOST.get() {
-        // SAFETY: a mandatory entry of version 1; the texts live until the call returns. A second
+        // SAFETY: this is a mandatory entry of version 1. The texts live until the call returns. A second
         // completion is answered STALE and has no effect.
         unsafe { host.complete()(task, status, lend(text), lend(details)) };
     }
@@ -351,7 +351,7 @@ fn complete(task: Task, status: Status, text: &str, details: &str) {
 
 pub(crate) fn send_log(task: u64, level: u32, target: &str, text: &str, fields: &str) {
     if let Some(host) = HOST.get() {
-        // SAFETY: a mandatory entry of version 1; the texts live until the call returns.
+        // SAFETY: this is a mandatory entry of version 1. The texts live until the call returns.
         unsafe { host.log()(Task(task), level, lend(target), lend(text), lend(fields)) };
     }
 }
@@ -366,15 +366,15 @@ unsafe fn text<'a>(text: Str) -> &'a str {
     if text.len == 0 {
         return "";
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller guarantees it.
     let bytes = unsafe { std::slice::from_raw_parts(text.ptr, text.len) };
     std::str::from_utf8(bytes).unwrap_or_default()
 }
 
-/// Hands a vector over; the other side frees it through `release`.
+/// Hands a vector over. The other side frees it through `release`.
 pub(crate) fn owned(bytes: Vec<u8>) -> Bytes {
     unsafe extern "C" fn release(owner: *mut c_void) {
-        // SAFETY: `owner` is the box made below, released exactly once by contract.
+        // SAFETY: `owner` is the box created below. The contract says that it is released exactly once.
         drop(unsafe { Box::from_raw(owner.cast::<Vec<u8>>()) });
     }
     if bytes.is_empty() {
@@ -388,14 +388,14 @@ pub(crate) fn owned(bytes: Vec<u8>) -> Bytes {
 /// Bytes received across the boundary, released on drop.
 pub(crate) struct OwnedBytes(Bytes);
 
-// SAFETY: the contract of `Bytes` allows reading and releasing from any thread; nothing is written.
+// SAFETY: the contract of `Bytes` allows reading and releasing from any thread. Nothing is written.
 unsafe impl Send for OwnedBytes {}
 // SAFETY: as above.
 unsafe impl Sync for OwnedBytes {}
 
 impl OwnedBytes {
     /// # Safety
-    /// `bytes` must be whole and must not be released by anybody else.
+    /// `bytes` must be complete, and nobody else may release it.
     unsafe fn new(bytes: Bytes) -> Self {
         Self(bytes)
     }
@@ -408,7 +408,7 @@ impl Deref for OwnedBytes {
         if self.0.len == 0 {
             return &[];
         }
-        // SAFETY: `new` was promised whole bytes, and they are released only in drop.
+        // SAFETY: the caller of `new` guaranteed complete bytes. They are released only in drop.
         unsafe { std::slice::from_raw_parts(self.0.ptr, self.0.len) }
     }
 }
@@ -416,7 +416,7 @@ impl Deref for OwnedBytes {
 impl Drop for OwnedBytes {
     fn drop(&mut self) {
         if let Some(release) = self.0.release {
-            // SAFETY: `new` was promised that nobody else releases.
+            // SAFETY: the caller of `new` guaranteed that nobody else releases the bytes.
             unsafe { release(self.0.owner) };
         }
     }

@@ -1,4 +1,4 @@
-//! Panics: caught before they reach the boundary. Text and place are kept.
+//! Catches panics before they reach the boundary, and keeps their text and place.
 
 use std::{
     any::Any,
@@ -22,8 +22,8 @@ thread_local! {
     static LAST: RefCell<Option<PanicNote>> = const { RefCell::new(None) };
 }
 
-/// Installs the process-wide hook once; in a plugin that is the plugin's own copy of std. `report`
-/// receives note and backtrace. `chain` keeps the previous hook working.
+/// Installs the process-wide hook once. In a plugin this is the hook of the plugin's own copy of std. `report`
+/// receives note and backtrace. `chain` keeps the previous hook active.
 ///
 /// As in std, a backtrace is captured only if `RUST_BACKTRACE` or `RUST_LIB_BACKTRACE` asks for it.
 /// The first one makes std cache the debug information of all loaded files, once per plugin, and
@@ -70,7 +70,7 @@ fn take_note(payload: &(dyn Any + Send)) -> PanicNote {
     note.unwrap_or_else(|| PanicNote { message, place: unknown() })
 }
 
-/// Runs `work`, turning a panic into a note.
+/// Runs `work` and turns a panic into a note.
 pub(crate) fn guard<T>(work: impl FnOnce() -> T) -> Result<T, PanicNote> {
     catch_unwind(AssertUnwindSafe(work)).map_err(|payload| {
         let note = take_note(&*payload);
@@ -80,7 +80,7 @@ pub(crate) fn guard<T>(work: impl FnOnce() -> T) -> Result<T, PanicNote> {
     })
 }
 
-/// Drives a future and turns a panic in it, or in its destructor, into a note.
+/// Drives a future. Turns a panic in it, or in its destructor, into a note.
 pub(crate) struct Guarded<F>(Option<Pin<Box<F>>>);
 
 impl<F: Future> Guarded<F> {
@@ -110,8 +110,8 @@ impl<F> Drop for Guarded<F> {
     }
 }
 
-/// Runs a long computation on its own thread, where it blocks no other task, and waits for it. The caller panics if the
-/// computation does, with the same place.
+/// Runs a long computation on its own thread and waits for it. There it blocks no other task. If the computation
+/// panics, the caller panics with the same place.
 ///
 /// Dropping the returned future does not stop the computation. Let it check
 /// [`crate::ControlPlane::is_cancelled`] from time to time.

@@ -1,4 +1,4 @@
-//! Answers a runner's calls from memory, with the same refusals as a real host.
+//! Answers a runner's calls from memory, with the same errors as a real host.
 
 use std::{
     collections::{BTreeMap, HashMap},
