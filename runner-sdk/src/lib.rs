@@ -17,7 +17,7 @@ pub const CRATE_NAME: &str = env!("CARGO_PKG_NAME");
 /// The C side of [`abi`], for tools that write it to disk.
 pub const RUNNER_H: &str = include_str!("../include/runner.h");
 
-// The first panic of such a plugin would end the whole host.
+// With `panic = "abort"` the first panic of a plugin would end the whole host.
 #[cfg(panic = "abort")]
 compile_error!(
     "runner-sdk catches panics at the plugin's boundary, which panic = \"abort\" makes impossible; remove it from the profile"

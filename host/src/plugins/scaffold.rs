@@ -355,7 +355,7 @@ mod tests {
         assert!(code.contains("pub struct Scan2B;") && code.contains("\"/scan-2_b/v1\""));
     }
 
-    /// Builds real crates: the words are the ones that could clash with what the code uses.
+    /// Builds real crates. The names are those that could conflict with the names in the written code.
     #[test]
     fn new_crate_builds_and_passes_its_tests() {
         let target = std::env::current_exe().expect("a path");

@@ -4,8 +4,8 @@
 //! module has no logic and allocates nothing. The SDK's shim and the host use it. A plugin author does not need it.
 //!
 //! # Rules that keep old plugins working
-//! - A table starts with two words: a mask with one bit per entry, and a word that belongs to the
-//!   side that wrote the table (zero in C). An entry may be used only if its bit is set.
+//! - A table starts with two words. The first is a mask with one bit per entry. The second belongs to the side that
+//!   wrote the table (zero in C). An entry may be used only if its bit is set.
 //! - Released entries never change. New entries go to the end and are optional for the other side.
 //! - Numbers with named constants are used instead of Rust enums. An unknown number is a value, but an unknown
 //!   discriminant would be undefined behaviour.

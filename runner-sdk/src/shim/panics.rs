@@ -65,7 +65,7 @@ fn payload_text(payload: &(dyn Any + Send)) -> String {
 
 fn take_note(payload: &(dyn Any + Send)) -> PanicNote {
     let message = payload_text(payload);
-    // A panic that the author caught leaves its note behind, and `resume_unwind` writes none.
+    // A panic that the author caught has left an old note. `resume_unwind` writes no note.
     let note = LAST.with(|last| last.borrow_mut().take()).filter(|note| note.message == message);
     note.unwrap_or_else(|| PanicNote { message, place: unknown() })
 }
