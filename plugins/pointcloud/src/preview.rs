@@ -1,9 +1,11 @@
 //! Draws the picture: 512 by 512 pixels, seen along the thinnest axis of the cloud, and shaded to show its shape.
 //!
-//! [`draw`] works in four steps on an image of twice the size. 1. It draws every point as a disc that is large
-//! enough to touch its neighbours. 2. It blends the nearest discs into one surface of depths. 3. It computes the
-//! light from the slopes of that surface and from its depth below the surroundings. 4. It scales the result down,
-//! which smooths the edges.
+//! [`draw`] works in four steps on an image of twice the size:
+//!
+//! 1. It draws every point as a disc that is large enough to touch its neighbours.
+//! 2. It blends the nearest discs into one surface of depths.
+//! 3. It computes the light from the slopes of that surface and from its depth below the surroundings.
+//! 4. It scales the result down, which smooths the edges.
 //!
 //! Memory does not depend on the number of points.
 #![forbid(unsafe_code)]
