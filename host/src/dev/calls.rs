@@ -1,7 +1,7 @@
 //! Calls to nodes that registered with a URL (posemesh.md sections 2.7 and 2.9).
 //!
-//! A node is called back while its registration is answered, and asked for its health now and then.
-//! The dev server serves one machine, so it calls nobody elsewhere.
+//! The dev server calls a node back while it answers the registration. Later it requests the node's health at
+//! intervals. It serves one machine, so it makes no call to another machine.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,14 +15,14 @@ use crate::transport::{self, Client};
 
 /// How long a node may take to answer.
 const LIMIT: Duration = Duration::from_secs(5);
-/// How a node knows the service (posemesh.md section 2.7).
+/// The `User-Agent` by which a node recognises the service (posemesh.md section 2.7).
 const AGENT: &str = concat!("DDS v", env!("CARGO_PKG_VERSION"));
 
-/// Where a node is reached.
+/// The URL of a node.
 pub(super) struct NodeUrl(String);
 
 impl NodeUrl {
-    /// Takes a base URL; the error is one clause.
+    /// Parses a base URL. The error is one clause.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
         let url = Url::parse(text).map_err(|err| format!("url {text:?} is no URL: {err}"))?;
         transport::Policy::default().check(&url).map_err(|err| format!("url: {err}"))?;
@@ -32,9 +32,9 @@ impl NodeUrl {
         Ok(Self(text.trim_end_matches('/').to_owned()))
     }
 
-    /// Tells the node its id and secret.
+    /// Sends the node its id and secret.
     pub(super) async fn call_back(&self, server: &Inner, id: Uuid) -> Result<(), String> {
-        // Recognisable, so that a log in which one turns up can be found out.
+        // The prefix makes a leaked secret detectable in a log.
         let secret = format!("dev-callback-secret-{}", siwe::hex(&rand::random::<[u8; 32]>()));
         let body = json!({
             "id": id, "secret": secret, "organization_id": server.org, "lighthouses_in_domains": [], "domains": [],
@@ -44,7 +44,7 @@ impl NodeUrl {
         self.call(server, request).await
     }
 
-    /// Whether a node answers.
+    /// Succeeds if the node answers.
     pub(super) async fn healthy(&self, server: &Inner) -> Result<(), String> {
         self.call(server, Request::get(format!("{}/health", self.0)).body(transport::full(""))).await
     }
@@ -58,7 +58,7 @@ impl NodeUrl {
     }
 }
 
-/// Asks one node for its health and notes the answer.
+/// Requests the health of one node and records the answer.
 pub(super) async fn probe(server: Arc<Inner>, url: Arc<str>) {
     let asked = match NodeUrl::parse(&url) {
         Ok(node) => node.healthy(&server).await,

@@ -1,4 +1,4 @@
-//! What the dev server may be told, and why it may not start.
+//! Settings of the dev server, and the reasons why it does not start.
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -7,52 +7,53 @@ use super::Faults;
 /// Settings of the dev server. [`Config::default`] is what `runner-host dev` uses.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Address to serve on. Only loopback is accepted; port 0 takes a free one.
+    /// Address to serve on. Only loopback is accepted. Port 0 selects a free port.
     pub bind: SocketAddr,
-    /// Folder in which domain data survives a restart; absent: a temporary one, removed on stop.
+    /// Folder in which domain data survives a restart. If absent, a temporary folder is used and removed on stop.
     pub data: Option<PathBuf>,
-    /// Where that temporary folder is made; absent: where the system makes such.
+    /// Parent of that temporary folder. If absent, the system's default is used.
     pub temporary: Option<PathBuf>,
-    /// How long a lease lives without a heartbeat.
+    /// Lifetime of a lease without a heartbeat.
     pub lease_ttl: Duration,
-    /// How long a login lives.
+    /// Lifetime of a login.
     pub node_token_ttl: Duration,
-    /// How long a domain token lives.
+    /// Lifetime of a domain token.
     pub domain_token_ttl: Duration,
-    /// Age from which a heartbeat brings a newer domain token.
+    /// Age from which a heartbeat returns a newer domain token.
     pub domain_token_renew_after: Duration,
     /// How long a replaced domain token is still accepted.
     pub domain_token_grace: Duration,
-    /// How long an author's grant lives.
+    /// Lifetime of an author's grant.
     pub grant_ttl: Duration,
-    /// How long a sign-in nonce lives.
+    /// Lifetime of a sign-in nonce.
     pub nonce_ttl: Duration,
-    /// How long an unfinished multipart upload lives.
+    /// Lifetime of an unfinished multipart upload.
     pub upload_ttl: Duration,
-    /// Leases one node may hold at once; a poll beyond it is answered 409.
+    /// Leases one node may hold at once. A poll above the limit is answered 409.
     pub leases_per_node: Option<usize>,
-    /// How often a node that registered with a URL is asked for its health.
+    /// Interval of the health requests to a node that registered with a URL.
     pub health_interval: Duration,
-    /// Answer 409 to a registration without a URL while the same wallet has a live token or lease, unless it
-    /// comes over a connection of that same node. Otherwise a repeat is a refresh. With a URL, a second node is one that answers at another URL.
+    /// Answer 409 to a registration without a URL while the same wallet has a live token or lease. A registration
+    /// over a connection of that same node is exempt. Otherwise a repeat is a refresh. With a URL, a second node is
+    /// one that answers at another URL.
     pub strict_identity: bool,
-    /// The registration secret to insist on; absent: any.
+    /// The registration secret to require. If absent, any secret is accepted.
     pub reg_secret: Option<String>,
-    /// Largest single upload request in bytes, as `/api/v1/info` tells; 0: no limit.
+    /// Largest single upload request in bytes, as `/api/v1/info` reports it. 0 means no limit.
     pub request_max_bytes: i64,
-    /// Largest stored item in bytes, as `/api/v1/info` tells; 0: no limit.
+    /// Largest stored item in bytes, as `/api/v1/info` reports it. 0 means no limit.
     pub domain_data_max_bytes: i64,
-    /// Whether multipart uploads are offered; otherwise initiating one is answered 404.
+    /// Whether multipart uploads are offered. If not, initiating one is answered 404.
     pub multipart: bool,
-    /// Size of every part of a multipart upload but the last.
+    /// Size of every part of a multipart upload except the last.
     pub part_size: u64,
-    /// Finished tasks that are remembered, with their jobs; beyond it the oldest jobs are dropped.
+    /// Finished tasks that are remembered, with their jobs. Above the limit the oldest jobs are dropped.
     pub finished_tasks_max: usize,
-    /// Requests remembered in the journal; 0 switches it off.
+    /// Requests remembered in the journal. 0 disables it.
     pub journal_max: usize,
-    /// What goes wrong, and when.
+    /// The fault rules.
     pub faults: Faults,
-    /// How long open requests may take to end when the dev server stops.
+    /// Time limit for open requests when the dev server stops.
     pub stop_grace: Duration,
 }
 
@@ -86,11 +87,11 @@ impl Default for Config {
     }
 }
 
-/// The longest time a token or lease may be told to live: additions to the clock cannot overflow.
+/// The maximum lifetime of a token or lease. It ensures that additions to the clock cannot overflow.
 const TTL_MAX: Duration = Duration::from_secs(10 * 366 * 24 * 60 * 60);
 
 impl Config {
-    /// Refuses what cannot work.
+    /// Rejects settings that cannot work.
     pub(super) fn check(&self) -> Result<(), DevError> {
         if !self.bind.ip().is_loopback() {
             return Err(DevError::NotLoopback { bind: self.bind });
@@ -117,13 +118,13 @@ impl Config {
     }
 }
 
-/// Why the dev server did not start.
+/// The reason why the dev server did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum DevError {
-    /// It must never be reachable from elsewhere.
+    /// The dev server must never be reachable from other machines.
     #[error("the dev server serves loopback only, {bind} is not; use 127.0.0.1 or [::1]")]
     NotLoopback {
-        /// As asked for.
+        /// The requested address.
         bind: SocketAddr,
     },
     /// A setting that cannot work.
@@ -131,18 +132,18 @@ pub enum DevError {
     Setting {
         /// Field of [`Config`].
         name: &'static str,
-        /// What was found and expected.
+        /// The value found and the value expected.
         reason: String,
     },
-    /// The port is taken, or the system refused.
+    /// The port is in use, or the system rejected the call.
     #[error("cannot listen on {bind}: {source}")]
     Listen {
-        /// As asked for.
+        /// The requested address.
         bind: SocketAddr,
-        /// The system's word.
+        /// The error of the system.
         source: std::io::Error,
     },
-    /// Another dev server holds the data folder.
+    /// Another dev server uses the data folder.
     #[error("data folder {} is in use by another dev server; stop that one or name another folder", path.display())]
     InUse {
         /// The folder.
@@ -151,9 +152,9 @@ pub enum DevError {
     /// The data folder cannot be used.
     #[error("data folder {}: {reason}", path.display())]
     Data {
-        /// The folder or the file in it.
+        /// The folder, or the file in it.
         path: PathBuf,
-        /// What is wrong.
+        /// The error.
         reason: String,
     },
 }

@@ -1,6 +1,6 @@
-//! Who may sign in: nonces, registered wallets, node tokens (posemesh.md section 2).
+//! Sign-in state: nonces, registered wallets, node tokens (posemesh.md section 2).
 //!
-//! Pure state: signatures are checked by the caller (`siwe`), time is passed in.
+//! Pure state: the caller checks signatures (`siwe`) and passes the time.
 
 use std::{
     collections::HashMap,
@@ -12,17 +12,17 @@ use uuid::Uuid;
 
 use super::{Config, siwe};
 
-/// Nonces kept at once: a client in trouble asks several times per second (posemesh.md section 2.8), a flood
-/// must not fill the memory.
+/// Maximum number of stored nonces. A failing client requests several per second (posemesh.md section 2.8). The bound
+/// keeps a flood of requests from filling the memory.
 const NONCES_MAX: usize = 65_536;
 
-/// A node as the plane sees it.
+/// A node as the control plane sees it.
 #[derive(Clone, Debug)]
 pub(super) struct Node {
     pub(super) id: Uuid,
     pub(super) wallet: Arc<str>,
     pub(super) version: Arc<str>,
-    /// Sorted, unique, 1 to 100.
+    /// Sorted, without duplicates, 1 to 100.
     pub(super) capabilities: Arc<[Arc<str>]>,
     pub(super) seen_at: Timestamp,
 }
@@ -30,24 +30,24 @@ pub(super) struct Node {
 struct Record {
     node: Node,
     token: Option<(String, Timestamp)>,
-    /// Where the node is reached, and when it is to be asked for its health.
+    /// The URL of the node, and the time of the next health request.
     url: Option<(Arc<str>, Timestamp)>,
 }
 
-/// What a registration says.
+/// The content of a registration.
 pub(super) struct Entry<'a> {
     pub(super) id: Uuid,
     pub(super) wallet: &'a str,
     pub(super) version: &'a str,
     pub(super) capabilities: Vec<Arc<str>>,
-    /// Where the node is reached, in the form that has a callback.
+    /// The URL of the node, in the form with a callback.
     pub(super) url: Option<&'a str>,
-    /// The connection it came over.
+    /// The connection that carried the registration.
     pub(super) peer: &'a Peer,
 }
 
-/// Who is at the other end of a connection, as far as it has shown itself: the node of the last login or
-/// token. The wire has no name for an instance of a node, but two of them share no connection.
+/// The node of the last login or token on a connection. The wire protocol has no name for an instance of a node. Two
+/// instances share no connection.
 #[derive(Clone, Default)]
 pub(super) struct Peer(Arc<Mutex<Option<Uuid>>>);
 
@@ -61,7 +61,7 @@ impl Peer {
     }
 }
 
-/// See the module's text.
+/// See the module documentation.
 pub(super) struct Identity {
     nonces: HashMap<String, (String, Timestamp)>,
     wallets: HashMap<Arc<str>, Record>,
@@ -69,12 +69,12 @@ pub(super) struct Identity {
     config: Arc<Config>,
 }
 
-/// Why a wallet was not let in.
+/// The reason why a wallet was rejected.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Denied {
-    /// Unknown, used, expired, or issued for another wallet.
+    /// Unknown, used, expired, or issued to another wallet.
     Nonce,
-    /// Nobody registered it.
+    /// The wallet is not registered.
     NotRegistered,
     /// Another live node has this identity (strict mode only).
     Conflict,
@@ -85,7 +85,7 @@ impl Identity {
         Self { nonces: HashMap::new(), wallets: HashMap::new(), tokens: HashMap::new(), config }
     }
 
-    /// A fresh nonce for one use by `wallet` (lower case).
+    /// Returns a fresh nonce that `wallet` (lower case) can use once.
     pub(super) fn nonce(&mut self, wallet: &str, now: Timestamp) -> String {
         if self.nonces.len() >= NONCES_MAX {
             self.prune(now);
@@ -98,7 +98,7 @@ impl Identity {
         nonce
     }
 
-    /// Uses up a nonce. It is gone afterwards, whatever the answer.
+    /// Consumes a nonce. The nonce is invalid afterwards, also after an error.
     pub(super) fn redeem(&mut self, nonce: &str, wallet: &str, now: Timestamp) -> Result<(), Denied> {
         match self.nonces.remove(nonce) {
             Some((owner, expires)) if owner == wallet && now < expires => Ok(()),
@@ -106,19 +106,19 @@ impl Identity {
         }
     }
 
-    /// The id of a wallet's node; a fresh one for a wallet that is not registered.
+    /// The node id of a wallet. A wallet that is not registered gets a fresh id.
     pub(super) fn id_of(&self, wallet: &str) -> Uuid {
         self.wallets.get(wallet).map_or_else(Uuid::new_v4, |record| record.node.id)
     }
 
-    /// Where the node of this wallet was reached so far, if that is not `url`.
+    /// The previous URL of this wallet's node, if it differs from `url`.
     pub(super) fn other_url(&self, wallet: &str, url: &str) -> Option<Arc<str>> {
         let (known, _) = self.wallets.get(wallet)?.url.as_ref()?;
         (**known != *url).then(|| known.clone())
     }
 
-    /// Registers a node. A repeat is a refresh: the token of the earlier login lives on (posemesh.md section 2.8).
-    /// `holds_leases` answers for the plane.
+    /// Registers a node. A repeat is a refresh: the token of the earlier login stays valid (posemesh.md section 2.8).
+    /// `holds_leases` reports whether the node holds leases in the plane.
     pub(super) fn register(
         &mut self,
         entry: Entry<'_>,
@@ -126,8 +126,8 @@ impl Identity {
         now: Timestamp,
     ) -> Result<Node, Denied> {
         let known = self.wallets.get(entry.wallet);
-        // With a URL the caller knows whether there is a second node; without one, strictness takes a
-        // repeat for one unless it comes from where the first has shown itself.
+        // With a URL, the caller knows whether there is a second node. Without a URL, strict mode treats a repeat as
+        // a second node. A repeat over a connection of the first node is exempt.
         if self.config.strict_identity
             && entry.url.is_none()
             && let Some(record) = known
@@ -152,7 +152,7 @@ impl Identity {
         Ok(node)
     }
 
-    /// Nodes whose health is to be asked for now; the next time is noted.
+    /// Nodes whose health request is due now. Sets the time of the next request.
     pub(super) fn due(&mut self, now: Timestamp) -> Vec<Arc<str>> {
         let next = now + self.config.health_interval;
         let urls = self.wallets.values_mut().filter_map(|record| record.url.as_mut());
@@ -164,10 +164,10 @@ impl Identity {
         .collect()
     }
 
-    /// Logs a registered wallet in. Its earlier token dies.
+    /// Logs in a registered wallet. Its earlier token becomes invalid.
     pub(super) fn login(&mut self, wallet: &str, now: Timestamp) -> Result<(String, Timestamp), Denied> {
         let record = self.wallets.get_mut(wallet).ok_or(Denied::NotRegistered)?;
-        // Recognisable, so that a log in which one turns up can be found out.
+        // The prefix makes a leaked token detectable in a log.
         let token = format!("dev-node-token-{}", siwe::hex(&rand::random::<[u8; 32]>()));
         let expires = now + self.config.node_token_ttl;
         if let Some((old, _)) = record.token.replace((token.clone(), expires)) {
@@ -178,7 +178,7 @@ impl Identity {
         Ok((token, expires))
     }
 
-    /// The node behind a token, if the token still lives.
+    /// The node that owns a token, if the token is valid.
     pub(super) fn node(&mut self, token: &str, now: Timestamp) -> Option<Node> {
         let record = self.wallets.get_mut(self.tokens.get(token)?)?;
         let (_, expires) = record.token.as_ref()?;
@@ -189,7 +189,7 @@ impl Identity {
         Some(record.node.clone())
     }
 
-    /// Ends a token before its time.
+    /// Revokes a token before it expires.
     pub(super) fn revoke(&mut self, token: &str) {
         let Some(wallet) = self.tokens.remove(token) else { return };
         if let Some(record) = self.wallets.get_mut(&wallet) {
@@ -197,18 +197,18 @@ impl Identity {
         }
     }
 
-    /// Forgets what has expired.
+    /// Removes expired entries.
     pub(super) fn prune(&mut self, now: Timestamp) {
         self.nonces.retain(|_, (_, expires)| now < *expires);
     }
 
-    /// All registered nodes, with whether they are logged in.
+    /// All registered nodes, each with whether it is logged in.
     pub(super) fn nodes(&self, now: Timestamp) -> Vec<(Node, bool)> {
         let live = |record: &Record| record.token.as_ref().is_some_and(|(_, expires)| now < *expires);
         self.wallets.values().map(|record| (record.node.clone(), live(record))).collect()
     }
 
-    /// Makes DDS forget a wallet, as an operator there would: its logins are answered 403 from now on.
+    /// Removes a wallet's registration, as an operator of DDS could. Its logins are answered 403 from now on.
     pub(super) fn forget(&mut self, wallet: &str) -> bool {
         let Some(record) = self.wallets.remove(wallet) else { return false };
         if let Some((token, _)) = record.token {

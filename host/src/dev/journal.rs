@@ -1,5 +1,5 @@
-//! What was asked of the dev server lately: for tests, which can wait for a request instead of sleeping,
-//! and for people who wonder what a node does.
+//! The most recent requests to the dev server. Tests wait for a request instead of sleeping. Users see what a node
+//! does.
 
 use std::{collections::VecDeque, sync::Arc};
 
@@ -10,8 +10,8 @@ use uuid::Uuid;
 
 use super::Inner;
 
-/// One request that was answered, or that ended without an answer. No query, no header and no body:
-/// they may hold tokens.
+/// One request that was answered, or that ended without an answer. Query, headers and body are left out, because they
+/// may contain tokens.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Seen {
     /// Counts all requests since the start, from 0, in the order in which they ended.
@@ -22,17 +22,17 @@ pub struct Seen {
     pub method: String,
     /// The path without query.
     pub path: String,
-    /// The call of the wire, by the name that fault files use.
+    /// The call of the wire protocol, by its name in fault files.
     pub endpoint: Option<&'static str>,
-    /// The status of the answer; 0: there was none.
+    /// The status of the answer. 0: there was no answer.
     pub status: u16,
-    /// The node that asked, where it showed a good node token.
+    /// The node that sent the request, if its node token was valid.
     pub node: Option<Uuid>,
-    /// The kind of fault that struck it.
+    /// The kind of fault that was applied.
     pub fault: Option<&'static str>,
 }
 
-/// The newest requests, bounded.
+/// The newest requests, with a bound on their number.
 pub(super) struct Journal {
     seen: VecDeque<Seen>,
     max: usize,
@@ -52,13 +52,13 @@ impl Journal {
         self.next += 1;
     }
 
-    /// Requests from `number` on that are still remembered, and the number after the newest.
+    /// Stored requests from `number` on, and the number after the newest.
     pub(super) fn since(&self, number: u64) -> (u64, Vec<Seen>) {
         (self.next, self.seen.iter().filter(|seen| seen.number >= number).cloned().collect())
     }
 }
 
-/// A request under way. Written down when it ends, however it ends: the client may leave.
+/// A request in progress. It is recorded when it ends, also when the client disconnects.
 pub(super) struct Note {
     seen: Option<Seen>,
     server: Arc<Inner>,
@@ -91,7 +91,7 @@ impl Note {
         }
     }
 
-    /// Written down already: its end may be far away.
+    /// Records the request now, because it may end much later.
     pub(super) fn now(&mut self) {
         if let Some(seen) = self.seen.take() {
             self.server.journal().add(seen);

@@ -1,13 +1,13 @@
 //! The dev server: DDS, task service (DMS, under `/v1`) and domain server on one loopback port.
 //!
-//! It speaks the servers' side of the posemesh contract to any node, for `runner-host dev`, the
-//! demo and the integration tests. It is no mock: signatures, leases, tokens and limits are real.
-//! Times are those of the wall clock, unless a fault sets the dev server's clock wrong.
-//! It is not for production: one domain, one organisation, jobs and sign-ins live in memory only
-//! and are gone after a restart; domain data survives one where a data folder is given.
+//! It implements the server side of the posemesh contract for any node. `runner-host dev`, the demo and the
+//! integration tests use it. It is not a mock: signatures, leases, tokens and limits are real. Times are those of the
+//! wall clock, unless a fault sets the dev server's clock wrong. It is not for production. It has one domain and one
+//! organisation. Jobs and sign-ins are in memory only and are lost at a restart. Domain data survives a restart if a
+//! data folder is configured.
 //!
-//! Start at [`DevServer`]. The state is in three pure machines (`identity`, `plane`, the index of
-//! `store`), each behind a short lock that is never held over an await; `http` is the wire.
+//! Start at [`DevServer`]. The state is in three pure state machines: `identity`, `plane` and the index of `store`.
+//! Each has its own lock, which is held briefly and never over an await. `http` is the wire protocol.
 
 mod calls;
 mod config;
@@ -56,16 +56,16 @@ pub use config::{Config, DevError};
 pub use faults::{Endpoint, Faults, FaultsError, WireForm};
 pub use journal::Seen;
 
-/// A node counts as online while it has asked for anything within this time: nodes without work
-/// pause for up to 30 s between polls.
+/// A node counts as online if it has sent a request within this time. Nodes without work wait up to 30 s between
+/// polls.
 const ONLINE: Duration = Duration::from_secs(90);
-/// How long a connection may stay idle. Longer than clients keep theirs: who closes a connection
-/// that the other side is about to use costs it a request.
+/// How long a connection may stay idle. It is longer than the idle limit of clients. If the server closed a
+/// connection that the client is about to use, the client would lose a request.
 const IDLE: Duration = Duration::from_secs(300);
-/// How often what has expired is ended without anybody asking.
+/// Interval of the expiry timer, which ends expired entries without a request.
 const TICK: Duration = Duration::from_millis(250);
 
-/// A running dev server. Dropped without [`DevServer::stop`], it stops at once and breaks open connections.
+/// A running dev server. Dropping it without [`DevServer::stop`] stops it at once and breaks open connections.
 pub struct DevServer {
     inner: Arc<Inner>,
     address: SocketAddr,
@@ -73,10 +73,10 @@ pub struct DevServer {
     served: Option<JoinHandle<()>>,
 }
 
-/// What all requests share.
+/// The state that all requests share.
 struct Inner {
     config: Arc<Config>,
-    /// `http://127.0.0.1:8700`, without trailing slash.
+    /// `http://127.0.0.1:8700`, without a trailing slash.
     base: String,
     domain_id: Uuid,
     org: Uuid,
@@ -87,14 +87,14 @@ struct Inner {
     journal: Mutex<Journal>,
     faults: Mutex<Live>,
     stop: CancellationToken,
-    /// For calls to nodes that registered with a URL; made when the first one does.
+    /// Client for calls to nodes that registered with a URL. It is created for the first such node.
     client: OnceLock<transport::Client>,
-    /// Rung after every change and every answered request.
+    /// Notified after every change and every answered request.
     bell: Notify,
 }
 
 impl DevServer {
-    /// Starts serving. Must be called inside a tokio runtime.
+    /// Starts the server. Must be called inside a tokio runtime.
     pub async fn start(config: Config) -> Result<Self, DevError> {
         config.check()?;
         let config = Arc::new(config);
@@ -126,7 +126,7 @@ impl DevServer {
         Ok(Self { inner, address, stop, served: Some(served) })
     }
 
-    /// Where it listens.
+    /// The address on which it listens.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
@@ -156,14 +156,14 @@ impl DevServer {
         self.inner.domain_id
     }
 
-    /// A fresh grant for authors: jobs and all data of the domain.
+    /// A fresh grant for authors. It is valid for jobs and all data of the domain.
     #[must_use]
     pub fn grant(&self) -> String {
         self.inner.grant()
     }
 
-    /// Creates a job as `POST /jobs` does; a missing `domain_id` is filled in. The error is the one
-    /// line an author would see.
+    /// Creates a job as `POST /jobs` does. A missing `domain_id` is filled in. The error is the line that an author
+    /// would see.
     pub fn create_job(&self, mut job: Value) -> Result<Uuid, String> {
         if let Some(job) = job.as_object_mut() {
             job.entry("domain_id").or_insert_with(|| self.inner.domain_id.to_string().into());
@@ -184,20 +184,20 @@ impl DevServer {
         self.inner.plane().job(id, self.inner.now())
     }
 
-    /// Waits until a job looks as `wanted`; the job as it looked then. Ends only then: give it a
-    /// time limit. A job that does not exist looks like `null`.
+    /// Waits until a job matches `wanted`, and returns that state. There is no time limit, so the caller must set
+    /// one. A job that does not exist is `null`.
     pub async fn job_until(&self, id: Uuid, wanted: impl Fn(&Value) -> bool) -> Value {
         self.until(|| Some(self.job(id).unwrap_or_default()).filter(|job| wanted(job))).await
     }
 
-    /// Cancels a job; `false`: no such job.
+    /// Cancels a job. `false`: no such job.
     pub fn cancel_job(&self, id: Uuid) -> bool {
         let known = self.inner.plane().cancel(id, self.inner.now()).is_some();
         self.inner.changed();
         known
     }
 
-    /// Stores data in the domain; its id, or the one line a writer would see.
+    /// Stores data in the domain and returns its id. The error is the line that a writer would see.
     pub async fn put_data(&self, name: &str, data_type: &str, bytes: &[u8]) -> Result<Uuid, String> {
         store::check_name("name", name).map_err(|err| err.to_string())?;
         store::check_name("data type", data_type).map_err(|err| err.to_string())?;
@@ -213,20 +213,20 @@ impl DevServer {
         Ok(items[0].id)
     }
 
-    /// Replaces the rules by which requests go wrong. Counts begin anew; another clock offset is a jump
-    /// of the dev server's clock, which may end leases and tokens.
+    /// Replaces the fault rules. Counts start again. Another clock offset is a jump of the dev server's clock, which
+    /// may end leases and tokens.
     pub fn set_faults(&self, faults: Faults) {
         *self.inner.faults() = Live::new(faults);
         self.inner.changed();
     }
 
-    /// The seed of what is left to chance in the faults.
+    /// The seed of the random draws of the faults.
     #[must_use]
     pub fn faults_seed(&self) -> u64 {
         self.inner.faults().seed()
     }
 
-    /// Uploads in parts that were begun and neither finished nor aborted.
+    /// Uploads in parts that were started and neither finished nor aborted.
     #[must_use]
     pub fn open_uploads(&self) -> usize {
         self.inner.store.open_uploads(self.inner.now())
@@ -238,25 +238,25 @@ impl DevServer {
         self.inner.journal().since(0).1
     }
 
-    /// Waits until the journal looks as `wanted`. Ends only then: give it a time limit.
+    /// Waits until the journal matches `wanted`. There is no time limit, so the caller must set one.
     pub async fn journal_until(&self, wanted: impl Fn(&[Seen]) -> bool) -> Vec<Seen> {
         self.until(|| Some(self.journal()).filter(|journal| wanted(journal))).await
     }
 
-    /// Waits until a node that serves `capability` has signed in lately. Ends only then.
+    /// Waits until a node that serves `capability` is online. There is no time limit.
     pub async fn node_online(&self, capability: &str) {
         let serves = |node: &Node| node.capabilities.iter().any(|name| &**name == capability);
         self.until(|| self.inner.nodes_online().iter().any(serves).then_some(())).await;
     }
 
-    /// Forgets a wallet, as an operator of DDS might: its next login is answered 403. `false`: it
-    /// was not registered.
+    /// Removes a wallet's registration, as an operator of DDS could. Its next login is answered 403. `false`: it was
+    /// not registered.
     pub fn forget_wallet(&self, wallet: &str) -> bool {
         self.inner.identity().forget(&wallet.to_ascii_lowercase())
     }
 
-    /// StopSignals taking requests, lets open ones end within [`Config::stop_grace`], removes what does
-    /// not survive, and waits for all of it.
+    /// Stops accepting requests and lets open ones end within [`Config::stop_grace`]. Removes temporary data, and
+    /// waits until all of it is done.
     pub async fn stop(mut self) {
         self.stop.cancel();
         if let Some(served) = self.served.take() {
@@ -266,7 +266,7 @@ impl DevServer {
 
     async fn until<T>(&self, mut check: impl FnMut() -> Option<T>) -> T {
         loop {
-            // Listen first: what happens while we look must not be missed.
+            // Subscribe before the check, so that no change between the two is missed.
             let mut rung = std::pin::pin!(self.inner.bell.notified());
             rung.as_mut().enable();
             if let Some(found) = check() {
@@ -312,7 +312,7 @@ impl Inner {
         self.faults().form()
     }
 
-    /// A task's domain token as it is handed out.
+    /// A task's domain token, as it is sent to the node.
     fn task_token(&self, task: Uuid, token: &NewToken, node: Uuid, now: Timestamp) -> String {
         let text = self.tokens.for_task(task, token.serial, node, now, token.expires);
         match self.form() {
@@ -339,7 +339,7 @@ impl Inner {
         self.tokens.grant(now, now + self.config.grant_ttl)
     }
 
-    /// Nodes that are logged in and were heard of lately.
+    /// Nodes that are logged in and have sent a request lately.
     fn nodes_online(&self) -> Vec<Node> {
         let now = self.now();
         let nodes = self.identity().nodes(now).into_iter();
@@ -348,7 +348,7 @@ impl Inner {
     }
 }
 
-/// Serves until told to stop, then ends what is open.
+/// Serves until `stop`, then ends open requests.
 async fn serve(server: Arc<Inner>, listener: TcpListener, stop: CancellationToken) {
     let router = http::router(server.clone());
     let limits = Limits {
@@ -380,7 +380,7 @@ async fn serve(server: Arc<Inner>, listener: TcpListener, stop: CancellationToke
     tokio::task::spawn_blocking(move || store.close()).await.expect("closing the store does not panic");
 }
 
-/// Does what is due, until `stop`.
+/// Runs the periodic work until `stop`.
 async fn tick(server: &Arc<Inner>, stop: CancellationToken) {
     let mut probes = JoinSet::new();
     let mut tick = tokio::time::interval(TICK);
@@ -396,7 +396,7 @@ async fn tick(server: &Arc<Inner>, stop: CancellationToken) {
     probes.shutdown().await;
 }
 
-/// Ends what has expired, so that waiting authors learn of it without asking.
+/// Ends expired entries, so that waiting authors are notified without a request.
 async fn expire(server: &Arc<Inner>) {
     let now = server.now();
     server.identity().prune(now);

@@ -1,13 +1,13 @@
-//! Sign-in messages and their signatures, as a server sees them (posemesh.md sections 2.2 and 2.3).
+//! Sign-in messages and their signatures, as a server checks them (posemesh.md sections 2.2 and 2.3).
 //!
-//! Parsing is lenient where nodes differ from strict EIP-4361: addresses may be lower case and one
-//! empty line may stand where the standard wants two. What is signed is always the text as received.
+//! The parser accepts the differences between nodes and strict EIP-4361. Addresses may be lower case. One empty line
+//! is accepted where the standard requires two. The signature always covers the text as received.
 
 pub(super) use base16ct::lower::encode_string as hex;
 use k256::ecdsa::{RecoveryId, Signature, VerifyingKey};
 use sha3::{Digest, Keccak256};
 
-/// What a message says.
+/// The content of a message.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Message {
     pub(super) domain: String,
@@ -18,7 +18,7 @@ pub(super) struct Message {
 
 const OPENING: &str = " wants you to sign in with your Ethereum account:";
 
-/// Reads a message; the error is one clause that names what is missing.
+/// Parses a message. The error is one clause that names the missing field.
 pub(super) fn parse(text: &str) -> Result<Message, String> {
     let mut lines = text.split('\n').map(|line| line.strip_suffix('\r').unwrap_or(line));
     let domain = lines
@@ -27,7 +27,7 @@ pub(super) fn parse(text: &str) -> Result<Message, String> {
         .ok_or_else(|| format!("the first line of the message does not end in {OPENING:?}"))?;
     let address = lines.next().unwrap_or_default();
     let address = address_of(address).ok_or("the second line of the message is no address (0x and 40 hex digits)")?;
-    // A statement and further fields may stand anywhere in between; the nonce is what binds the message.
+    // A statement and further fields may be anywhere in between. The nonce binds the message to this sign-in.
     let nonce = lines
         .find_map(|line| line.strip_prefix("Nonce: "))
         .filter(|nonce| !nonce.is_empty())
@@ -42,7 +42,7 @@ pub(super) fn address_of(text: &str) -> Option<String> {
     is_address.then(|| text.to_ascii_lowercase())
 }
 
-/// The address (lower case) whose key made `signature` over `message`.
+/// The address (lower case) whose key signed `message` with `signature`.
 pub(super) fn signer(message: &str, signature: &str) -> Result<String, String> {
     let expected = "the signature is not 0x and 130 hex digits";
     let bytes = signature
@@ -53,8 +53,8 @@ pub(super) fn signer(message: &str, signature: &str) -> Result<String, String> {
     Ok(address(&recover(&digest(message), &bytes, expected)?))
 }
 
-/// The address of `public_key` (130 hex digits without `0x`), if it made `signature` over `url` followed
-/// by `timestamp`, both as they came (posemesh.md section 2.9).
+/// The address of `public_key` (130 hex digits without `0x`), if its key signed `url` followed by `timestamp`. Both
+/// are used as received (posemesh.md section 2.9).
 pub(super) fn url_signer(url: &str, timestamp: &str, signature: &str, public_key: &str) -> Result<String, String> {
     let expected = "the signature is not 130 hex digits without 0x";
     let bytes = base16ct::mixed::decode_vec(signature).ok().filter(|bytes| bytes.len() == 65).ok_or(expected)?;
@@ -66,7 +66,7 @@ pub(super) fn url_signer(url: &str, timestamp: &str, signature: &str, public_key
 }
 
 fn recover(digest: &[u8; 32], bytes: &[u8], expected: &str) -> Result<VerifyingKey, String> {
-    // Wallets write 27 or 28, some libraries the bare recovery id.
+    // Wallets write 27 or 28. Some libraries write the recovery id without the offset.
     let v = match bytes[64] {
         v @ (0 | 1) => v,
         v @ (27 | 28) => v - 27,

@@ -1,10 +1,11 @@
 //! The domain's data: blobs on disk, an index in memory (posemesh.md section 6).
 //!
-//! A blob is written under a fresh name and enters the index only when it is whole, so a reader
-//! never sees half of one, and one that is replaced stays readable to who has it open. With a data
-//! folder each item also has a small description beside it, written atomically, from which the
-//! index is rebuilt. Nothing is synced to the device: it survives a restart, not a power cut.
-//! Uploads in parts are in [`super::uploads`].
+//! A blob is written under a fresh name and enters the index only when it is complete. So a reader never sees a
+//! partial blob. A replaced blob stays readable for readers that have it open.
+//!
+//! With a data folder, each item also has a small description file, written atomically. The index is rebuilt from
+//! these files. Nothing is synced to the device, so data survives a restart but not a power failure. Uploads in parts
+//! are in [`super::uploads`].
 
 use std::{
     collections::HashMap,
@@ -21,10 +22,10 @@ use uuid::Uuid;
 
 use super::{Config, DevError, uploads::Upload};
 
-/// Longest name or type accepted. Names made from long artifact paths exceed the 128 bytes that
-/// newer writers allow themselves.
+/// Longest accepted name or type, in bytes. Newer writers limit themselves to 128 bytes, but names made from long
+/// artifact paths are longer.
 const NAME_BYTES_MAX: usize = 1200;
-/// What the live servers refuse in names and types (posemesh.md section 10.5).
+/// Characters that the production servers reject in names and types (posemesh.md section 10.5).
 const NAME_REFUSED: &str = ";!?<>[]{}()/\\\"$#@*^&|~%=+`";
 
 /// One stored item.
@@ -39,12 +40,12 @@ pub(super) struct Item {
     blob: Uuid,
 }
 
-/// See the module's text.
+/// See the module documentation.
 pub(super) struct Store {
     root: PathBuf,
-    /// Keeps a temporary root alive, and removes it.
+    /// Keeps a temporary root folder, and removes it on drop.
     temporary: Option<TempDir>,
-    /// Locked while this dev server uses the folder.
+    /// Held while this dev server uses the folder.
     _lock: Option<fs::File>,
     pub(super) domain_id: Uuid,
     pub(super) config: Arc<Config>,
@@ -54,12 +55,12 @@ pub(super) struct Store {
 #[derive(Default)]
 pub(super) struct Index {
     pub(super) items: HashMap<Uuid, Item>,
-    /// Name and type are unique together.
+    /// The pair of name and type is unique.
     pub(super) names: HashMap<(String, String), Uuid>,
     pub(super) uploads: HashMap<Uuid, Upload>,
 }
 
-/// Why the store did not do it. Each text is one line for the caller.
+/// The reason why the store rejected a call. Each text is one line for the caller.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StoreError {
     #[error("{0}")]
@@ -76,7 +77,7 @@ pub(super) enum StoreError {
     Io(#[from] io::Error),
 }
 
-/// What is asked of the index.
+/// A query of the index.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Filter {
     pub(super) ids: Option<Vec<String>>,
@@ -84,13 +85,13 @@ pub(super) struct Filter {
     pub(super) data_type: Option<String>,
 }
 
-/// Where a staged blob goes.
+/// The destination of a staged blob.
 pub(super) enum Target {
     New { name: String, data_type: String },
     Replace { id: Uuid },
 }
 
-/// A blob that is not in the index yet. Dropped, its file goes.
+/// A blob that is not in the index yet. Dropping it removes its file.
 pub(super) struct Staged {
     path: PathBuf,
     blob: Uuid,
@@ -116,7 +117,8 @@ impl Drop for Staged {
 }
 
 impl Store {
-    /// Opens the store; what an earlier dev server left unfinished is removed. Blocks: call it before serving.
+    /// Opens the store and removes the unfinished data of an earlier dev server. It blocks, so call it before
+    /// serving.
     pub(super) fn open(config: Arc<Config>) -> Result<Self, DevError> {
         let (root, temporary) = match &config.data {
             Some(root) => (root.clone(), None),
@@ -144,13 +146,13 @@ impl Store {
         self.root.join("uploads").join(upload.to_string())
     }
 
-    /// A place for a new blob.
+    /// Creates a path for a new blob.
     pub(super) fn stage(&self) -> Staged {
         let blob = Uuid::new_v4();
         Staged { path: self.blob_path(blob), blob, kept: false }
     }
 
-    /// Takes staged blobs into the index, all or none. Blocks.
+    /// Adds staged blobs to the index, all or none. Blocks.
     pub(super) fn commit(&self, batch: Vec<(Target, u64, Staged)>, now: Timestamp) -> Result<Vec<Item>, StoreError> {
         let mut index = self.index();
         let mut items: Vec<Item> = Vec::with_capacity(batch.len());
@@ -190,7 +192,7 @@ impl Store {
         Ok(items)
     }
 
-    /// Puts an item into the index; the blob it replaces goes.
+    /// Adds an item to the index and removes the blob that it replaces.
     pub(super) fn put(&self, index: &mut Index, item: Item) {
         index.names.insert((item.name.clone(), item.data_type.clone()), item.id);
         if let Some(old) = index.items.insert(item.id, item) {
@@ -198,7 +200,7 @@ impl Store {
         }
     }
 
-    /// Makes an item of a finished upload's file and takes it into the index. Blocks.
+    /// Creates an item from a finished upload's file and adds it to the index. Blocks.
     pub(super) fn adopt(
         &self,
         index: &mut Index,
@@ -217,7 +219,7 @@ impl Store {
         Ok(item)
     }
 
-    /// Items that match, oldest first.
+    /// Matching items, oldest first.
     pub(super) fn find(&self, filter: &Filter) -> Vec<Item> {
         let index = self.index();
         let matches = |item: &&Item| {
@@ -225,7 +227,7 @@ impl Store {
                 && filter.data_type.as_ref().is_none_or(|data_type| *data_type == item.data_type)
         };
         if let Some(ids) = &filter.ids {
-            // In the order asked for: the first part of a download is the input.
+            // Keeps the requested order, because the first part of a download is the input.
             let ids = ids.iter().filter_map(|id| Uuid::parse_str(id).ok());
             return ids.filter_map(|id| index.items.get(&id)).filter(matches).cloned().collect();
         }
@@ -242,13 +244,13 @@ impl Store {
         self.index().items.get(&id).cloned()
     }
 
-    /// Opens an item's content as it is now.
+    /// Opens the current content of an item.
     pub(super) async fn read(&self, id: Uuid) -> Result<(Item, tokio::fs::File), StoreError> {
         loop {
             let item = self.get(id).ok_or_else(|| StoreError::NoData(id.to_string()))?;
             match tokio::fs::File::open(self.blob_path(item.blob)).await {
                 Ok(file) => return Ok((item, file)),
-                // Replaced in between: the index names another blob by now.
+                // The item was replaced meanwhile, and the index names another blob now.
                 Err(err) if err.kind() == io::ErrorKind::NotFound && self.get(id).as_ref() != Some(&item) => {}
                 Err(err) => return Err(err.into()),
             }
@@ -265,7 +267,7 @@ impl Store {
         Ok(())
     }
 
-    /// Removes what has no meaning without a running dev server. Blocks.
+    /// Removes data that is not needed after the dev server has stopped. Blocks.
     pub(super) fn close(&self) {
         self.index().uploads.clear();
         let _ = fs::remove_dir_all(self.root.join("uploads"));
@@ -282,7 +284,7 @@ impl Store {
         self.root.join("items").join(format!("{id}.json"))
     }
 
-    /// Writes an item's description, when anybody will read it again.
+    /// Writes an item's description if the folder is persistent.
     fn describe(&self, item: &Item) -> io::Result<()> {
         if self.temporary.is_some() {
             return Ok(());
@@ -291,7 +293,7 @@ impl Store {
     }
 }
 
-/// Whether `text` may be a name or type; `what` is for the complaint.
+/// Checks whether `text` may be a name or type. `what` is used in the error.
 pub(super) fn check_name(what: &str, text: &str) -> Result<(), StoreError> {
     if text.is_empty() || text.len() > NAME_BYTES_MAX {
         let found = text.len();
@@ -313,14 +315,14 @@ fn trouble(path: &Path, reason: &dyn std::fmt::Display) -> DevError {
     DevError::Data { path: path.to_owned(), reason: reason.to_string() }
 }
 
-/// Writes beside and renames, so a reader sees the old or the new text.
+/// Writes a temporary file and renames it, so that a reader sees the old or the new text.
 fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let beside = path.with_extension("new");
     fs::write(&beside, bytes)?;
     fs::rename(&beside, path)
 }
 
-/// Two dev servers in one folder would remove each other's blobs.
+/// Locks the folder. Two dev servers in one folder would remove each other's blobs.
 fn lock(root: &Path) -> Result<fs::File, DevError> {
     let path = root.join("lock");
     let file = fs::File::create(&path).map_err(|err| trouble(&path, &err))?;
@@ -346,7 +348,7 @@ fn domain_of(root: &Path) -> Result<Uuid, DevError> {
     }
 }
 
-/// Rebuilds the index and removes blobs that nothing describes.
+/// Rebuilds the index and removes blobs without a description.
 fn load(root: &Path) -> Result<Index, DevError> {
     let mut index = Index::default();
     let mut blobs = std::collections::HashSet::new();
@@ -362,7 +364,7 @@ fn load(root: &Path) -> Result<Index, DevError> {
             trouble(&path, &format!("expected the description of a stored item, {err}; remove the file"))
         })?;
         if !root.join("blobs").join(item.blob.to_string()).exists() {
-            // Written ahead of a blob that was then given up.
+            // The description was written before its blob, and the blob was abandoned.
             tracing::warn!(event = "dev.data_lost", data_id = %item.id, name = %item.name, "stored data has no content");
             let _ = fs::remove_file(&path);
             continue;

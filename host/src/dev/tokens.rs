@@ -1,8 +1,8 @@
-//! Domain tokens and author grants: JWTs of the shape of posemesh.md sections 10.3 and 4.13.1, signed with a
-//! key that lives as long as the dev server.
+//! Domain tokens and author grants. They are JWTs in the form of posemesh.md sections 10.3 and 4.13.1. The signing
+//! key lives as long as the dev server.
 //!
-//! A signature only proves that we wrote the token. Whether a task's token still opens anything is
-//! the plane's word: it knows who holds the task and which token is the newest.
+//! A signature only proves that this server wrote the token. The plane decides whether a task's token is still valid.
+//! It knows the holder of the task and the newest token.
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
 use hmac::{Hmac, KeyInit, Mac};
@@ -11,10 +11,10 @@ use serde::{Deserialize, Serialize};
 use sha2::Sha256;
 use uuid::Uuid;
 
-/// Begins the tokens that are no JWTs.
+/// Prefix of the tokens that are not JWTs.
 const OPAQUE: &str = "dom-";
 
-/// What a token says.
+/// The claims of a token.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Claims {
     iss: String,
@@ -27,7 +27,7 @@ pub(super) struct Claims {
     #[serde(rename = "type")]
     kind: String,
     scopes: Vec<String>,
-    /// Set in a task's token: the task, and which of its tokens this is.
+    /// Set in a task's token: the task, and the number of the token.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) task: Option<(Uuid, u64)>,
 }
@@ -47,7 +47,7 @@ impl Tokens {
         Self { key, domain_server, domain_id, org }
     }
 
-    /// The token number `serial` of a task, for the node that holds it.
+    /// Token number `serial` of a task, for the node that holds the task.
     pub(super) fn for_task(&self, task: Uuid, serial: u64, node: Uuid, now: Timestamp, expires: Timestamp) -> String {
         self.write(&Claims {
             iss: "dds".to_owned(),
@@ -63,7 +63,7 @@ impl Tokens {
         })
     }
 
-    /// An author's grant: everything in the domain, jobs included.
+    /// An author's grant: everything in the domain, including jobs.
     pub(super) fn grant(&self, now: Timestamp, expires: Timestamp) -> String {
         self.write(&Claims {
             iss: "dds".to_owned(),
@@ -92,17 +92,17 @@ impl Tokens {
         text
     }
 
-    /// The claims of a token we wrote and that has not expired.
+    /// The claims of a token that this server wrote and that has not expired.
     pub(super) fn read(&self, token: &str, now: Timestamp) -> Option<Claims> {
         self.read_expired(token).filter(|claims| claims.exp > now.as_second())
     }
 
-    /// A token of another look, in which a node can read nothing.
+    /// Turns a token into an opaque one, from which a node can read nothing.
     pub(super) fn opaque(token: &str) -> String {
         format!("{OPAQUE}{}", BASE64.encode(token))
     }
 
-    /// The claims of a token we wrote, whenever that was.
+    /// The claims of a token that this server wrote, expired or not.
     pub(super) fn read_expired(&self, token: &str) -> Option<Claims> {
         if let Some(hidden) = token.strip_prefix(OPAQUE) {
             return self.read_expired(std::str::from_utf8(&BASE64.decode(hidden).ok()?).ok()?);
@@ -117,14 +117,14 @@ impl Tokens {
 }
 
 impl Tokens {
-    /// Task and number of a task's token, dead or alive.
+    /// Task and number of a task's token, valid or not.
     pub(super) fn task_of(&self, token: &str) -> Option<(Uuid, u64)> {
         self.read_expired(token)?.task
     }
 }
 
-/// `exp` counts seconds. Rounded up: a node refuses a lease whose token has run out on arrival, and
-/// the plane knows the exact end of its own tokens.
+/// `exp` counts seconds and is rounded up. A node rejects a lease whose token has expired on arrival. The plane knows
+/// the exact expiry of its own tokens.
 fn whole_seconds(at: Timestamp) -> i64 {
     at.as_second() + i64::from(at.subsec_nanosecond() > 0)
 }

@@ -1,7 +1,7 @@
 //! Uploads in parts (posemesh.md section 6.7).
 //!
-//! All parts of an upload go into one file, each at its place: parts have one size, so completing
-//! renames instead of copying. A part that breaks off, or is being rewritten, does not count.
+//! All parts of an upload are written to one file, each at its own offset. All parts have one size, so completing an
+//! upload renames the file instead of copying it. A part does not count if it breaks off or is being rewritten.
 
 use std::{collections::BTreeMap, fs, io, sync::Arc};
 
@@ -15,11 +15,12 @@ use super::store::{Item, Store, StoreError, check_name, exists};
 /// Most parts of one upload.
 const PARTS_MAX: u64 = 10_000;
 
-/// Held by who writes to a file. The system lets in one at a time, and who waits there spins.
+/// Held by the task that writes to a file. The system admits one writer at a time, and a thread that waits there
+/// spins.
 pub(super) type Turn = Arc<Mutex<()>>;
 
-/// An upload under way, or finished and remembered until it expires: the answer to the last call
-/// may have been lost.
+/// An upload in progress, or a finished one. A finished upload is kept until it expires, because the answer to the
+/// last call may have been lost.
 pub(super) struct Upload {
     data_id: Uuid,
     name: String,
@@ -36,7 +37,7 @@ enum Part {
     Whole { size: u64, etag: String },
 }
 
-/// The body of an initiating call. Newer writers leave out what they do not use.
+/// The body of an initiating call. Newer writers omit unused fields.
 #[derive(Deserialize)]
 pub(super) struct Initiate {
     name: Option<String>,
@@ -45,7 +46,7 @@ pub(super) struct Initiate {
     existing_id: Option<String>,
 }
 
-/// The answer to it.
+/// The answer to an initiating call.
 pub(super) struct Initiated {
     pub(super) upload_id: Uuid,
     pub(super) data_id: Uuid,
@@ -59,7 +60,7 @@ pub(super) struct ListedPart {
     etag: String,
 }
 
-/// A part being written. Dropped before [`Writing::finish`], it does not count.
+/// A part in progress. If it is dropped before [`Writing::finish`], it does not count.
 pub(super) struct Writing {
     store: Arc<Store>,
     upload: Uuid,
@@ -95,7 +96,7 @@ impl Store {
             let (name, data_type) = (request.name.unwrap_or_default(), request.data_type.unwrap_or_default());
             check_name("name", &name)?;
             check_name("data_type", &data_type)?;
-            // A create in parts replaces by name (posemesh.md section 10.5).
+            // A create in parts replaces an item of the same name (posemesh.md section 10.5).
             let known = index.names.get(&(name.clone(), data_type.clone())).copied();
             (known.unwrap_or_else(Uuid::new_v4), name, data_type)
         };
@@ -131,7 +132,7 @@ impl Store {
         })
     }
 
-    /// Checks the list against what was written and makes the item. Blocks.
+    /// Checks the list against the written parts and creates the item. Blocks.
     pub(super) fn complete_upload(&self, id: &str, listed: &[ListedPart], now: Timestamp) -> Result<Item, StoreError> {
         let part_size = self.config.part_size;
         let mut index = self.index();
@@ -145,7 +146,7 @@ impl Store {
             return Err(exists(&key.0, &key.1));
         }
         let path = self.upload_path(upload_id);
-        // Parts beyond the listed ones were written and given up.
+        // Truncates parts beyond the listed ones, which were written and abandoned.
         fs::OpenOptions::new().write(true).open(&path)?.set_len(total)?;
         let item = self.adopt(&mut index, &path, data_id, key, total, now)?;
         if let Some(upload) = index.uploads.get_mut(&upload_id) {
@@ -166,17 +167,17 @@ impl Store {
         }
     }
 
-    /// Uploads begun and neither finished nor aborted nor expired.
+    /// Number of uploads that were started and not finished, aborted or expired.
     pub(super) fn open_uploads(&self, now: Timestamp) -> usize {
         self.index().uploads.values().filter(|upload| upload.done.is_none() && upload.expires > now).count()
     }
 
-    /// Whether [`Store::expire_uploads`] has anything to do.
+    /// Whether [`Store::expire_uploads`] has work to do.
     pub(super) fn has_late_uploads(&self, now: Timestamp) -> bool {
         self.index().uploads.values().any(|upload| upload.expires <= now)
     }
 
-    /// Removes uploads nobody finished. Blocks.
+    /// Removes expired uploads. Blocks.
     pub(super) fn expire_uploads(&self, now: Timestamp) {
         let mut index = self.index();
         let late: Vec<Uuid> =
@@ -196,7 +197,7 @@ impl super::store::Index {
         if upload.done.is_some() || upload.expires <= now { Err(unknown()) } else { Ok((key, upload)) }
     }
 
-    /// The item of an upload that was completed before and is still what it was.
+    /// The item of a completed upload, if the item is unchanged.
     fn finished_upload(&self, id: &str) -> Result<Item, StoreError> {
         let upload = Uuid::parse_str(id).ok().and_then(|id| self.uploads.get(&id));
         let item = upload.and_then(|upload| upload.done.as_ref()).filter(|item| self.items.get(&item.id) == Some(item));
@@ -205,7 +206,7 @@ impl super::store::Index {
 }
 
 impl Upload {
-    /// The total size, if the listed parts make a whole.
+    /// The total size, if the listed parts form a complete file.
     fn check(&self, listed: &[ListedPart], part_size: u64) -> Result<u64, String> {
         if listed.is_empty() {
             return Err("parts is empty, expected at least one part".to_owned());
@@ -238,7 +239,7 @@ impl Upload {
 }
 
 impl Writing {
-    /// The part is whole; its etag.
+    /// Marks the part as complete and returns its etag.
     pub(super) fn finish(mut self, size: u64) -> Result<String, StoreError> {
         let etag = Uuid::new_v4().simple().to_string();
         let mut index = self.store.index();
@@ -259,7 +260,7 @@ impl Drop for Writing {
                 Some(upload) => {
                     upload.parts.remove(&self.number);
                 }
-                // Aborted while it was written: the file may have come back.
+                // The upload was aborted during the write, so the file may have been created again.
                 None => {
                     let _ = fs::remove_file(&self.path);
                 }

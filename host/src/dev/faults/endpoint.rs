@@ -1,4 +1,4 @@
-//! The calls of the wire by name (posemesh.md section 1).
+//! The calls of the wire protocol by name (posemesh.md section 1).
 
 use axum::http::{HeaderMap, Method, Uri, header};
 
@@ -47,23 +47,23 @@ pub enum Endpoint {
     Jobs,
 }
 
-/// Who makes a call.
+/// The client that makes a call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(in crate::dev) enum Client {
-    /// A node, or whatever else is not `submit`.
+    /// A node, or any other client that is not `submit`.
     Node,
     /// `runner-host submit`.
     Submit,
 }
 
 impl Client {
-    /// By the client id of a request.
+    /// Determines the client from the client id of a request.
     pub(in crate::dev) fn of(headers: &HeaderMap) -> Self {
         let id = headers.get("posemesh-client-id");
         if id.is_some_and(|id| id == "runner-host-submit") { Self::Submit } else { Self::Node }
     }
 
-    /// Why it never makes a call.
+    /// The error is the reason why this client never makes the call.
     pub(super) fn makes(self, call: Endpoint) -> Result<(), &'static str> {
         use Endpoint::{Abort, ById, CompleteUpload, Create, Info, Initiate, Jobs, List, Part};
         match (self, call) {
@@ -75,7 +75,7 @@ impl Client {
     }
 }
 
-/// A word for several calls.
+/// A name for several calls.
 const GROUPS: [(&str, &[Endpoint]); 5] = {
     use Endpoint::{
         Abort, ById, Complete, CompleteUpload, Create, Delete, Download, Fail, Heartbeat, Info, Initiate, Lease, List,
@@ -118,7 +118,7 @@ impl Endpoint {
         Self::Jobs,
     ];
 
-    /// All but the author's: they come last.
+    /// All calls except the author's, which are last.
     const fn of_nodes() -> &'static [Self] {
         Self::ALL.split_at(Self::ALL.len() - 1).0
     }
@@ -150,7 +150,7 @@ impl Endpoint {
         }
     }
 
-    /// The calls a word of a fault file stands for.
+    /// The calls that a word of a fault file names.
     pub(super) fn named(word: &str) -> Option<Vec<Self>> {
         if let Some((_, calls)) = GROUPS.iter().find(|(group, _)| *group == word) {
             return Some(calls.to_vec());
@@ -158,23 +158,23 @@ impl Endpoint {
         Self::ALL.iter().find(|call| call.name() == word).map(|call| vec![*call])
     }
 
-    /// Every word [`Endpoint::named`] takes.
+    /// Every word that [`Endpoint::named`] accepts.
     pub(super) fn words() -> impl Iterator<Item = &'static str> {
         Self::ALL.iter().map(|call| call.name()).chain(GROUPS.iter().map(|(group, _)| *group))
     }
 
-    /// Whether the call shows a node token.
+    /// Whether the call carries a node token.
     pub(super) fn is_of_dms(self) -> bool {
         matches!(self, Self::Lease | Self::Heartbeat | Self::Complete | Self::Fail)
     }
 
-    /// Whether the call shows a domain token.
+    /// Whether the call carries a domain token.
     pub(super) fn is_of_domain(self) -> bool {
         !matches!(self, Self::Nonce | Self::Verify | Self::RegisterWallet | Self::Register | Self::Info | Self::Jobs)
             && !self.is_of_dms()
     }
 
-    /// What a request asks for; `None`: nothing of the wire.
+    /// The call that a request makes. `None`: it is no call of the wire protocol.
     pub(in crate::dev) fn of(method: &Method, uri: &Uri, headers: &HeaderMap) -> Option<Self> {
         let (get, post, put) = (method == Method::GET, method == Method::POST, method == Method::PUT);
         let delete = method == Method::DELETE;

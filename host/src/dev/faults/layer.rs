@@ -1,4 +1,4 @@
-//! Around the router: names each request, lets the rules strike, notes the end in the journal.
+//! A layer around the router. It names each request, applies the fault rules, and records the result in the journal.
 
 use std::{convert::Infallible, sync::Arc, task::Poll, time::Duration};
 
@@ -19,24 +19,24 @@ use crate::dev::{
     journal::Note,
 };
 
-/// How much of a body is looked at to find its middle; longer ones are cut here.
+/// How much of a body is read to find its middle. Longer bodies are cut here.
 const MIDDLE_BYTES: usize = 64 * 1024;
-/// One piece of an oversized answer.
+/// One chunk of an oversized answer.
 const PIECE: &[u8] = &[b'x'; 16 * 1024];
-/// Largest sign-in that is searched for its wallet.
+/// Largest sign-in body that is searched for its wallet.
 const SIGN_IN_BYTES_MAX: usize = 64 * 1024;
-/// What a network that wants a login first puts in place of an answer.
+/// The page that a captive portal returns instead of an answer.
 const PAGE: &str = "<!doctype html><title>Sign in</title><p>Sign in to use this network.";
 
-/// The content type the oldest services do not know of.
+/// The content type that the oldest services do not send.
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
-/// The connection is to be broken.
+/// The connection must be broken.
 #[derive(Debug, thiserror::Error)]
 #[error("reset on order")]
 pub(in crate::dev) struct Reset;
 
-/// One request: struck or routed, answered, noted.
+/// Handles one request: applies a fault or routes it, answers it, and records it.
 pub(in crate::dev) async fn answer(
     server: Arc<Inner>,
     router: Router,
@@ -76,7 +76,7 @@ async fn route(router: Router, request: Request<Body>) -> Response<Body> {
     answered.unwrap_or_else(|never| match never {})
 }
 
-/// A request that a rule strikes.
+/// A request to which a rule applies.
 struct Struck<'a> {
     server: &'a Arc<Inner>,
     router: Router,
@@ -161,7 +161,7 @@ impl Struck<'_> {
         Err(Reset)
     }
 
-    /// Waits, but not longer than the dev server lives.
+    /// Waits for `length`, but ends when the dev server stops.
     async fn pause(&self, length: Duration) -> Result<(), Reset> {
         tokio::select! {
             () = tokio::time::sleep(length) => Ok(()),
@@ -169,7 +169,7 @@ impl Struck<'_> {
         }
     }
 
-    /// Forgets the wallet behind the node token, or the one that a sign-in names.
+    /// Removes the registration of the wallet behind the node token, or of the wallet that a sign-in names.
     async fn forget(&self, request: Request<Body>) -> Request<Body> {
         if let Some(token) = bearer(request.headers()) {
             let node = self.server.identity().node(token, self.server.now());
@@ -188,7 +188,7 @@ impl Struck<'_> {
         Request::from_parts(head, Body::from(body))
     }
 
-    /// The task a request is about: named in its path, or in its domain token.
+    /// The task of a request. The path or the domain token names it.
     fn task(&self, request: &Request<Body>) -> Option<Uuid> {
         if self.endpoint.is_of_dms() {
             return Uuid::parse_str(request.uri().path().split('/').nth(3)?).ok();
@@ -197,7 +197,7 @@ impl Struck<'_> {
     }
 }
 
-/// The answer with another body.
+/// Returns the answer with another body.
 fn instead(answer: Response<Body>, content_type: &'static str, body: Body) -> Response<Body> {
     let (mut head, _) = answer.into_parts();
     head.status = StatusCode::OK;
@@ -206,7 +206,7 @@ fn instead(answer: Response<Body>, content_type: &'static str, body: Body) -> Re
     Response::from_parts(head, body)
 }
 
-/// A JSON string of that length.
+/// Returns a JSON string of that length.
 fn oversized(answer: Response<Body>, bytes: usize) -> Response<Body> {
     let filling = bytes.saturating_sub(2);
     let full = std::iter::repeat_n(Bytes::from_static(PIECE), filling / PIECE.len());
@@ -216,7 +216,7 @@ fn oversized(answer: Response<Body>, bytes: usize) -> Response<Body> {
     instead(answer, "application/json", Body::from_stream(stream::iter(pieces.map(Ok::<_, Infallible>))))
 }
 
-/// The beginning of a body: `after` bytes of it, or its first half.
+/// The beginning of a body: the first `after` bytes, or its first half.
 async fn beginning(mut body: Body, after: Option<usize>) -> Body {
     if let Some(after) = after {
         let left = after;
@@ -245,14 +245,14 @@ async fn beginning(mut body: Body, after: Option<usize>) -> Body {
     Body::from(seen)
 }
 
-/// The answer, ended too early in good form.
+/// The answer, ended too early but as a valid HTTP message.
 async fn shortened(answer: Response<Body>, after: Option<usize>) -> Response<Body> {
     let (mut head, body) = answer.into_parts();
     head.headers.remove(header::CONTENT_LENGTH);
     Response::from_parts(head, beginning(body, after).await)
 }
 
-/// The answer, promised whole and reset in the middle of its body.
+/// The answer with its full length announced. The connection is reset in the middle of the body.
 async fn broken(answer: Response<Body>, after: Option<usize>, line: Arc<Line>) -> Response<Body> {
     let (mut head, body) = answer.into_parts();
     if let Some(length) = body.size_hint().exact() {
@@ -261,7 +261,7 @@ async fn broken(answer: Response<Body>, after: Option<usize>, line: Arc<Line>) -
     let begun = beginning(body, after).await.into_data_stream().map(|piece| piece.map_err(|_| Reset));
     let mut flushed = None;
     let reset = stream::poll_fn(move |cx| {
-        // What was sent so far shall arrive before the connection breaks.
+        // The bytes sent so far must arrive before the connection breaks.
         let flushed = *flushed.get_or_insert_with(|| line.flushed());
         std::task::ready!(line.poll_flushed(flushed, cx));
         line.reset();

@@ -1,8 +1,8 @@
-//! Trouble on order: what `runner-host dev --faults FILE` and tests make the dev server do wrong, and when.
+//! Fault injection: the failures that `runner-host dev --faults FILE` and tests request, and when they occur.
 //!
-//! [`Faults`] is the checked content of such a file. It decides per request whether a rule strikes
-//! ([`Live::strike`]: pure, counted, repeatable by its seed); [`layer`] does it around the router, and
-//! [`wire`] breaks connections. `docs/operations/faults.md` is the reference for the format.
+//! [`Faults`] is the checked content of such a file. For each request it decides whether a rule applies
+//! ([`Live::strike`]). That decision is pure, counted, and repeatable by its seed. [`layer`] applies the fault around
+//! the router, and [`wire`] breaks connections. `docs/operations/faults.md` is the reference for the format.
 
 mod endpoint;
 pub(super) mod layer;
@@ -19,75 +19,75 @@ pub(super) use endpoint::Client;
 pub use endpoint::Endpoint;
 pub use parse::FaultsError;
 
-/// Rules, and how the dev server speaks.
+/// The fault rules, and the version of the contract that the dev server uses.
 #[derive(Clone, Debug, Default)]
 pub struct Faults {
-    /// Draws for `probability`. Absent: a random one, which is logged.
+    /// Seed of the draws for `probability`. If absent, a random seed is used and logged.
     pub seed: Option<u64>,
-    /// How the dev server speaks.
+    /// The version of the contract that the dev server uses.
     pub form: WireForm,
-    /// How far the dev server's clock is ahead.
+    /// How far the dev server's clock is ahead of the true clock.
     clock_offset: SignedDuration,
     rules: Vec<Rule>,
 }
 
-/// Which state of the contract the dev server speaks.
+/// The version of the contract that the dev server uses.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum WireForm {
-    /// Everything newer clients insist on (posemesh.md section 10).
+    /// Everything that newer clients require (posemesh.md section 10).
     #[default]
     New,
-    /// What the oldest services answer: opaque domain tokens without expiry, no `/api/v1/info`, no
-    /// uploads in parts, heartbeat answers with nothing but the lease's end, no JSON content type.
+    /// The answers of the oldest services. Domain tokens are opaque and have no expiry. There is no `/api/v1/info`
+    /// and no upload in parts. Heartbeat answers contain only the lease's end. There is no JSON content type.
     Old,
 }
 
-/// What goes wrong with which requests.
+/// One rule: a kind of fault, and the requests it applies to.
 #[derive(Clone, Debug)]
 struct Rule {
-    /// Its `name`, or its place: `fault 2`.
+    /// Its `name`, or its position: `fault 2`.
     name: String,
     endpoints: Vec<Endpoint>,
-    /// Whose requests it strikes; `None`: any.
+    /// The client whose requests it applies to. `None`: any client.
     client: Option<Client>,
     kind: Kind,
-    /// Pause before the fault strikes.
+    /// Delay before the fault is applied.
     delay: Duration,
-    /// How often it strikes at most.
+    /// The maximum number of requests it applies to.
     count: u64,
-    /// Requests let through before.
+    /// Requests that pass before the first fault.
     skip: u64,
-    /// How likely each later one is struck.
+    /// The probability that the rule applies to each later request.
     probability: f64,
     seed: Option<u64>,
 }
 
-/// What is done to a request.
+/// The kind of fault.
 #[derive(Clone, Debug, PartialEq)]
 enum Kind {
-    /// Answered like this, nothing is done.
+    /// Answered with this status; the request is not executed.
     Status { code: StatusCode, headers: HeaderMap, body: String },
-    /// Done and answered after the rule's delay.
+    /// Executed and answered after the rule's delay.
     Delay,
-    /// Nothing is done; the connection is reset.
+    /// Not executed; the connection is reset.
     Reset,
-    /// Done; the connection is reset in the middle of the answer's body.
+    /// Executed; the connection is reset in the middle of the answer's body.
     ResetBody { after: Option<usize> },
-    /// Done; the answer's body ends too early, in good form.
+    /// Executed; the answer's body ends too early but as a valid HTTP message.
     Malformed { after: Option<usize> },
-    /// Done; the answer is this many bytes of JSON.
+    /// Executed; the answer is this many bytes of JSON.
     Oversize { bytes: usize },
-    /// Done; the answer is a page for people.
+    /// Executed; the answer is an HTML page.
     WrongType,
-    /// Nothing is done, no answer comes.
+    /// Not executed; no answer is sent.
     Hang,
-    /// Done; the connection is reset before the answer.
+    /// Executed; the connection is reset before the answer.
     LostAnswer,
-    /// The token shown is dead from now on.
+    /// The token in the request is invalid from now on.
     RevokeToken,
-    /// The wallet that asks is not registered any more.
+    /// The wallet of the request is no longer registered.
     ForgetNode,
-    /// The task is another node's from now on.
+    /// Another node holds the lease of the task from now on.
     StealLease,
 }
 
@@ -111,13 +111,13 @@ impl Kind {
 }
 
 impl Faults {
-    /// Whether there is anything to do.
+    /// Whether there is no rule and no other change to apply.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.rules.is_empty() && self.clock_offset.is_zero() && self.form == WireForm::New
     }
 
-    /// How many rules there are.
+    /// The number of rules.
     #[must_use]
     pub fn len(&self) -> usize {
         self.rules.len()
@@ -130,7 +130,7 @@ impl Faults {
     }
 }
 
-/// Rules at work: what they have let through and struck so far.
+/// Active rules, with the counts of requests that passed and requests that were hit.
 pub(super) struct Live {
     rules: Vec<Armed>,
     seed: u64,
@@ -145,7 +145,7 @@ struct Armed {
     draw: StdRng,
 }
 
-/// A rule that strikes.
+/// A rule that applies to a request.
 #[derive(Clone, Debug)]
 pub(super) struct Strike {
     /// Name of the rule.
@@ -164,7 +164,7 @@ impl Live {
     pub(super) fn new(faults: Faults) -> Self {
         let seed = faults.seed.unwrap_or_else(rand::random);
         let arm = |(place, rule): (u64, Rule)| {
-            // Each rule draws on its own, so that one more rule does not change what the others do.
+            // Each rule has its own random draws, so an additional rule does not change the others.
             let draw = StdRng::seed_from_u64(rule.seed.unwrap_or_else(|| seed.wrapping_add(place)));
             Armed { rule, let_through: 0, struck: 0, draw }
         };
@@ -184,7 +184,7 @@ impl Live {
         self.form
     }
 
-    /// The first rule that strikes this request. Rules behind it do not see the request.
+    /// The first rule that applies to this request. Later rules do not see the request.
     pub(super) fn strike(&mut self, endpoint: Endpoint, client: Client) -> Option<Strike> {
         self.rules.iter_mut().find_map(|armed| armed.strike(endpoint, client))
     }
@@ -213,7 +213,7 @@ impl Armed {
 mod tests {
     use super::*;
 
-    /// Which of `requests` are struck: the rule's name, or `-`.
+    /// The result for each of `requests`: the name of the rule that applies, or `-`.
     #[track_caller]
     fn check(file: &str, requests: &str, struck: &str) {
         let mut live = Live::new(Faults::parse(file).expect("a sound file"));

@@ -1,4 +1,4 @@
-//! Reads a fault file: every mistake is one line that names the rule and the key.
+//! Parses a fault file. Each error is one line that names the rule and the key.
 
 use std::{path::Path, time::Duration};
 
@@ -9,18 +9,18 @@ use toml::{Table, Value as Toml};
 use super::{Client, Endpoint, Faults, Kind, Rule, WireForm};
 use crate::model::nearest;
 
-/// What is wrong with a fault file: one line.
+/// An error in a fault file, as one line.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{0}")]
 pub struct FaultsError(String);
 
-/// Largest answer `oversize` makes, in bytes: it is built in memory.
+/// Largest answer of `oversize`, in bytes. The answer is built in memory.
 const OVERSIZE_MAX: i64 = 1 << 30;
-/// What `oversize` answers unless told: beyond the 2 MiB that nodes read of a lease (posemesh.md section 10.3) and
-/// the 4 MiB that authors read.
+/// Default size of an `oversize` answer. Nodes read at most 2 MiB of a lease (posemesh.md section 10.3), and authors
+/// at most 4 MiB.
 const OVERSIZE: usize = 5 << 20;
 
-/// Longest pause before a fault.
+/// Longest delay before a fault.
 const HOUR: Duration = Duration::from_secs(60 * 60);
 /// Largest offset of the clock.
 const YEAR: Duration = Duration::from_secs(366 * 24 * 60 * 60);
@@ -65,7 +65,7 @@ impl Faults {
         Self::parse(&text).map_err(|FaultsError(problem)| told(problem))
     }
 
-    /// Reads the text of a fault file.
+    /// Parses the text of a fault file.
     pub fn parse(text: &str) -> Result<Self, FaultsError> {
         parse(text).map_err(FaultsError)
     }
@@ -110,7 +110,7 @@ fn parse(text: &str) -> Result<Faults, String> {
     Ok(faults)
 }
 
-/// Where we are, for complaints.
+/// The current position in the file, for error messages.
 struct Place {
     rule: String,
     shown: String,
@@ -143,11 +143,11 @@ fn rule(place: &Place, table: &Table) -> Result<Rule, String> {
         let made = client.map_or(Ok(()), |client| client.makes(call));
         made.map_err(|why| place.say("client", format!("{} does not fit {}: {why}", table["client"], call.name())))
     };
-    // No node calls `jobs`: a rule for it alone that names no client strikes everybody who does.
+    // No node calls `jobs`. A rule for `jobs` alone that names no client applies to every client.
     let jobs = |call: &Endpoint| *call == Endpoint::Jobs;
     let striking = if endpoints.iter().all(jobs) || table.contains_key("client") { client } else { Some(Client::Node) };
     let fitting: Vec<Endpoint> = endpoints.iter().copied().filter(|call| fits(*call).is_ok()).collect();
-    // A group stands for those of its calls that make sense; a name alone is meant.
+    // A group selects those of its calls that fit the kind. A call that is named alone must fit.
     if fitting.is_empty() || (named_alone(table) && fitting.len() < endpoints.len()) {
         let call = endpoints.iter().find(|call| !fitting.contains(call)).expect("one does not fit");
         return Err(fits(*call).expect_err("it does not fit"));
@@ -189,7 +189,7 @@ fn rule(place: &Place, table: &Table) -> Result<Rule, String> {
     })
 }
 
-/// Whose requests are struck, where the rule says so; `None`: any.
+/// The client that the rule names. `None`: any client.
 fn client(place: &Place, table: &Table) -> Result<Option<Client>, String> {
     match table.get("client").map(|value| (value.as_str(), value)) {
         None | Some((Some("any"), _)) => Ok(None),
@@ -201,7 +201,7 @@ fn client(place: &Place, table: &Table) -> Result<Option<Client>, String> {
     }
 }
 
-/// Whether only calls are named, no group.
+/// Whether the rule names only calls and no group.
 fn named_alone(table: &Table) -> bool {
     let is_call = |word: &Toml| word.as_str().is_some_and(|word| Endpoint::ALL.iter().any(|call| call.name() == word));
     match table.get("endpoint") {
@@ -237,7 +237,7 @@ fn kind(place: &Place, table: &Table) -> Result<Kind, String> {
         Some(Toml::String(word)) => word.as_str(),
         Some(other) => return Err(place.say("kind", format!("expected a word, found {other}"))),
     };
-    // Keys that only some kinds have.
+    // Keys that only some kinds accept.
     let own: &[&str] = match word {
         "status" => &["code", "headers", "body"],
         "reset_body" | "malformed" => &["after_bytes"],
@@ -320,7 +320,7 @@ fn status(place: &Place, table: &Table) -> Result<Kind, String> {
     Ok(Kind::Status { code, headers, body })
 }
 
-/// Why a kind makes no sense for a call.
+/// The error is the reason why a kind does not fit a call.
 fn fits(kind: &Kind, call: Endpoint) -> Result<(), &'static str> {
     let task = matches!(call, Endpoint::Heartbeat | Endpoint::Complete | Endpoint::Fail) || call.is_of_domain();
     match kind {

@@ -1,4 +1,4 @@
-//! Every mistake of a fault file in one line.
+//! Each error of a fault file is one line.
 
 use super::*;
 

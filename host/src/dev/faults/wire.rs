@@ -1,4 +1,4 @@
-//! A connection that can be reset: what a crashed service or a lost route looks like to its client.
+//! A connection that can be reset, as a client sees it after a service crash or a lost route.
 
 use std::{
     io::{self, IoSlice},
@@ -15,7 +15,7 @@ use tokio::{
     net::TcpStream,
 };
 
-/// One connection, seen from those who answer on it.
+/// The state of one connection, shared with the handlers that answer on it.
 #[derive(Default)]
 pub(in crate::dev) struct Line {
     reset: AtomicBool,
@@ -24,17 +24,17 @@ pub(in crate::dev) struct Line {
 }
 
 impl Line {
-    /// The connection ends with a reset, whenever it ends.
+    /// Makes the connection end with a reset, whenever it ends.
     pub(super) fn reset(&self) {
         self.reset.store(true, Ordering::Release);
     }
 
-    /// How often everything written so far was given to the system.
+    /// The number of times that all bytes written so far were passed to the system.
     pub(super) fn flushed(&self) -> u64 {
         self.flushed.load(Ordering::Acquire)
     }
 
-    /// Ready once that has happened more than `times` times.
+    /// Ready when that number is above `times`.
     pub(super) fn poll_flushed(&self, times: u64, cx: &Context<'_>) -> Poll<()> {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         if self.flushed() > times {
@@ -53,7 +53,7 @@ impl Line {
     }
 }
 
-/// A socket that obeys its [`Line`].
+/// A socket that its [`Line`] controls.
 pub(in crate::dev) struct Wire {
     socket: TcpStream,
     line: Arc<Line>,
@@ -69,8 +69,8 @@ impl Wire {
 impl Drop for Wire {
     fn drop(&mut self) {
         if self.line.reset.load(Ordering::Acquire) {
-            // Closing with nothing to linger for sends a reset in place of an end. Where the system
-            // refuses, the connection has broken already.
+            // Closing with a linger time of zero sends a reset instead of a normal end. If the system rejects the
+            // option, the connection is broken already.
             let _ = self.socket.set_zero_linger();
         }
     }
@@ -106,7 +106,7 @@ impl AsyncWrite for Wire {
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // A reset must not be announced by an orderly end.
+        // An orderly shutdown must not precede a reset.
         if self.line.reset.load(Ordering::Acquire) {
             return Poll::Ready(Ok(()));
         }

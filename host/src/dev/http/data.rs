@@ -27,7 +27,7 @@ use crate::{
     transport::multipart::{Parser, PartHead, PartsError, PartsEvent},
 };
 
-/// An item as answers show it.
+/// The metadata of an item, as answers contain it.
 pub(super) fn metadata(item: &Item, domain: Uuid) -> Value {
     json!({
         "id": item.id, "domain_id": domain, "name": item.name, "data_type": item.data_type, "size": item.size,
@@ -71,7 +71,7 @@ fn filter(query: Option<&str>) -> Filter {
     filter
 }
 
-/// All items in one multipart body, each streamed from its file when its turn comes.
+/// All items in one multipart body. Each item is streamed from its file.
 fn download(server: &Arc<Inner>, items: Vec<Item>) -> Response {
     let boundary = Uuid::new_v4().simple().to_string();
     let content_type = format!("multipart/form-data; boundary={boundary}");
@@ -81,10 +81,10 @@ fn download(server: &Arc<Inner>, items: Vec<Item>) -> Response {
     let parts = stream::iter(items).then(move |item| {
         let (server, boundary) = (server.clone(), boundary.clone());
         async move {
-            // The item as it is now: a download may run for long, and `size` must be that of the body.
+            // Reads the current item, because a download may take long. `size` must match the body.
             let (item, file) = match server.store.read(item.id).await {
                 Ok(found) => found,
-                // Deleted since: a part that nobody announced does not come.
+                // The item was deleted meanwhile. Its part was not announced, so it is left out.
                 Err(StoreError::NoData(_)) => return Ok(stream::empty().boxed()),
                 Err(err) => return Err(std::io::Error::other(err.to_string())),
             };
@@ -98,7 +98,7 @@ fn download(server: &Arc<Inner>, items: Vec<Item>) -> Response {
     ([(header::CONTENT_TYPE, content_type)], Body::from_stream(body)).into_response()
 }
 
-/// posemesh.md section 6.3: `size` decides where a body ends, nothing is escaped.
+/// Writes the head of a part (posemesh.md section 6.3). `size` determines where a body ends, and nothing is escaped.
 fn part_head(boundary: &str, item: &Item, domain: Uuid) -> String {
     let mut head = format!("--{boundary}\r\nContent-Type: application/octet-stream\r\n");
     let _ = write!(
@@ -125,7 +125,7 @@ pub(super) async fn by_id(
         return ok(&metadata(&item, server.domain_id));
     }
     let (item, file) = server.store.read(id).await?;
-    // An item that was replaced has another time.
+    // A replaced item has another time, and so another ETag.
     let etag = format!("\"{}-{}\"", item.id.simple(), item.updated_at.as_nanosecond());
     let (status, from, length) = match range(&headers, &etag, item.size) {
         Range::All => (StatusCode::OK, 0, item.size),
@@ -148,20 +148,20 @@ pub(super) async fn by_id(
     Ok(response.body(body).expect("headers of our own making"))
 }
 
-/// What of an item is asked for.
+/// The requested range of an item.
 #[derive(Debug, PartialEq, Eq)]
 enum Range {
     All,
-    /// First and last byte.
+    /// First and last byte, inclusive.
     Some {
         from: u64,
         to: u64,
     },
-    /// Nothing the item has.
+    /// The range is outside the item.
     None,
 }
 
-/// Reads `Range` and `If-Range`. Several ranges, and what is not understood, mean the whole (RFC 9110).
+/// Reads `Range` and `If-Range`. Several ranges, and an invalid value, select the whole item (RFC 9110).
 fn range(headers: &HeaderMap, etag: &str, size: u64) -> Range {
     let text = |name| headers.get(name).and_then(|value| value.to_str().ok());
     if text(header::IF_RANGE).is_some_and(|wanted| wanted != etag) {
@@ -289,7 +289,7 @@ async fn receive(
                     let mut spool = spool.take().expect("an end follows a head");
                     spool.flush().await.map_err(StoreError::from)?;
                 }
-                // What comes behind the closing delimiter is read and ignored.
+                // Bytes after the closing delimiter are read and ignored.
                 PartsEvent::End => {}
             }
         }
@@ -300,7 +300,7 @@ async fn receive(
     Ok(batch)
 }
 
-/// Judges a part before its bytes are taken.
+/// Checks a part before its bytes are read.
 fn target(server: &Inner, head: PartHead, kind: Kind) -> Result<Target, Refusal> {
     match kind {
         Kind::Create => {
@@ -323,7 +323,7 @@ fn target(server: &Inner, head: PartHead, kind: Kind) -> Result<Target, Refusal>
     }
 }
 
-/// The announced limits, kept.
+/// Enforces the announced limits.
 struct Budget {
     request_max: u64,
     item_max: u64,

@@ -18,9 +18,9 @@ use crate::{
     model::Capability,
 };
 
-/// How far the timestamp of a registration by URL may lie from now, in seconds.
+/// Maximum difference between the timestamp of a registration by URL and the current time, in seconds.
 const TIMESTAMP_WINDOW: i64 = 300;
-/// Most capabilities of one node (posemesh.md section 10.2).
+/// Maximum number of capabilities of one node (posemesh.md section 10.2).
 const CAPABILITIES_MAX: usize = 100;
 
 #[derive(Deserialize)]
@@ -92,7 +92,7 @@ struct UrlRequest {
     capabilities: Vec<String>,
 }
 
-/// `POST /internal/v1/nodes/register`: the form with a URL, which is called before this answers.
+/// `POST /internal/v1/nodes/register`: registration with a URL. The node is called back before this answers.
 pub(super) async fn register_url(
     State(server): State<Arc<Inner>>,
     Extension(peer): Extension<Peer>,
@@ -108,7 +108,7 @@ pub(super) async fn register_url(
         let text = format!("timestamp lies {age} s in the past, expected at most {TIMESTAMP_WINDOW} to either side");
         return Err(unauthorized(text));
     }
-    // Nodes of the very first version send the secret as Base64.
+    // Nodes of the first version send the secret as Base64.
     let plain = BASE64.decode(&request.registration_credentials).ok().and_then(|bytes| String::from_utf8(bytes).ok());
     credentials(&server, &[&request.registration_credentials, plain.as_deref().unwrap_or_default()])?;
     let capabilities = capabilities(request.capabilities, 0)?;
@@ -129,7 +129,7 @@ pub(super) async fn register_url(
     enter(&server, Entry { id, wallet: &wallet, version: &request.version, capabilities, url, peer: &peer })
 }
 
-/// Compares the registration secret, of which a request may hold several spellings.
+/// Compares the registration secret. A request may contain it in several encodings.
 fn credentials(server: &Inner, found: &[&str]) -> Result<(), Refusal> {
     match &server.config.reg_secret {
         Some(secret) if !found.contains(&secret.as_str()) => {
@@ -151,7 +151,7 @@ fn enter(server: &Inner, entry: Entry<'_>) -> Answer {
     ok(&json!({ "ok": true, "node_id": node.id }))
 }
 
-/// Sorted and unique, or one line that says which one cannot be.
+/// Returns the capabilities sorted and without duplicates. The error is one line that names the invalid capability.
 fn capabilities(named: Vec<String>, least: usize) -> Result<Vec<Arc<str>>, Refusal> {
     if !(least..=CAPABILITIES_MAX).contains(&named.len()) {
         let found = named.len();
@@ -166,7 +166,7 @@ fn capabilities(named: Vec<String>, least: usize) -> Result<Vec<Arc<str>>, Refus
     Ok(names)
 }
 
-/// Checks message and signature and uses the nonce up; the wallet that signed.
+/// Checks message and signature and consumes the nonce. Returns the wallet that signed.
 fn signed_by(server: &Inner, text: &str, signature: &str, now: Timestamp) -> Result<String, Refusal> {
     let message = siwe::parse(text).map_err(Refusal::bad)?;
     if message.domain != server.authority() {

@@ -43,7 +43,8 @@ pub(super) async fn lease(
             return Ok(StatusCode::NO_CONTENT.into_response());
         }
         let now = server.now();
-        // Newer nodes name a capability; several are several wishes, none is any.
+        // Newer nodes name a capability. Several values request any of several capabilities. No value requests any
+        // capability of the node.
         let wanted = query.iter().filter(|(name, _)| name == "capability");
         let wanted: Vec<&str> = wanted.map(|(_, value)| &**value).collect();
         let granted = server.plane().lease(node, &wanted, job, now);
@@ -61,7 +62,7 @@ pub(super) async fn lease(
 fn envelope(server: &Inner, granted: Granted, token: String) -> LeaseEnvelope {
     let request = &granted.request;
     let old = server.form() == WireForm::Old;
-    // What this node reads is typed on the wire; the rest of the task travels beside it.
+    // The fields that this node reads are typed. The other fields of the task are added as JSON.
     let rest = [
         ("label", json!(request.label)),
         ("stage", json!(&*request.stage)),

@@ -1,5 +1,5 @@
-//! What the dev server tells about itself: upload limits to anybody, everything else to who is on this
-//! machine.
+//! What the dev server reports about itself. Any client may read the upload limits. Only clients on this machine may
+//! read the rest.
 
 use std::sync::Arc;
 
@@ -27,7 +27,7 @@ pub(super) async fn uploads(State(server): State<Arc<Inner>>) -> Answer {
     }))
 }
 
-/// `GET /dev/v1/world`: everything `runner-host submit` needs, a fresh grant included.
+/// `GET /dev/v1/world`: everything that `runner-host submit` needs, including a fresh grant.
 pub(super) async fn description(State(server): State<Arc<Inner>>, headers: HeaderMap) -> Answer {
     from_this_machine(&headers)?;
     let now = server.now();
@@ -48,7 +48,7 @@ pub(super) async fn description(State(server): State<Arc<Inner>>, headers: Heade
     }))
 }
 
-/// `GET /dev/v1/requests?since=N`: the journal from request number N on.
+/// `GET /dev/v1/requests?since=N`: the journal from request number N.
 pub(super) async fn requests(
     State(server): State<Arc<Inner>>,
     headers: HeaderMap,
@@ -62,8 +62,8 @@ pub(super) async fn requests(
     ok(&json!({ "next": next, "requests": requests }))
 }
 
-/// The answers hold a grant. We listen on loopback only, but a page in a browser may reach us under
-/// a name of its own: its `Host` gives it away.
+/// The answers contain a grant. The dev server listens on loopback only. A web page in a browser may still reach it
+/// under another host name. The `Host` header of that request shows it.
 fn from_this_machine(headers: &HeaderMap) -> Result<(), Refusal> {
     let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
     let loopback = url::Url::parse(&format!("http://{host}")).ok().is_some_and(|url| match url.host() {

@@ -35,7 +35,7 @@ pub(super) async fn create(State(server): State<Arc<Inner>>, headers: HeaderMap,
     ok(&json!({ "job_id": job }))
 }
 
-/// `POST /jobs/estimate`: nothing costs anything here.
+/// `POST /jobs/estimate`: every job is free of charge here.
 pub(super) async fn estimate(State(server): State<Arc<Inner>>, headers: HeaderMap, body: Body) -> Answer {
     server.author(&headers)?;
     let body: Value = read_json(body, JOB_BYTES_MAX).await?;

@@ -1,5 +1,5 @@
-//! The wire: routes, bodies, bearers, refusals. What is decided here is who calls and whether the
-//! request can be read; everything else is asked of the state behind it.
+//! The wire protocol: routes, bodies, bearer tokens, rejections. This module identifies the caller and checks that
+//! the request is readable. All other decisions belong to the state.
 
 mod data;
 mod dds;
@@ -32,13 +32,13 @@ use super::{
 
 /// Largest body of a sign-in or registration, in bytes.
 const IDENTITY_BYTES_MAX: usize = 64 * 1024;
-/// Largest body of a heartbeat or report: 64 KiB each of progress, events and details are common
-/// limits of nodes, and lists of artifacts are long.
+/// Largest body of a heartbeat or report, in bytes. Common limits of nodes are 64 KiB each of progress, events and
+/// details. Lists of artifacts are long.
 const REPORT_BYTES_MAX: usize = 4 * 1024 * 1024;
-/// Largest job.
+/// Largest body of a job, in bytes.
 const JOB_BYTES_MAX: usize = 16 * 1024 * 1024;
-/// How much of a refused body is read, so that the sender gets to see the answer instead of a
-/// broken connection.
+/// How much of a rejected body is read, in bytes. Without it the sender would see a broken connection instead of the
+/// answer.
 const REFUSED_BYTES_MAX: usize = 64 * 1024 * 1024;
 
 /// All routes.
@@ -72,7 +72,7 @@ pub(super) fn router(server: Arc<Inner>) -> Router {
         .with_state(server)
 }
 
-/// A request that was not done: a status and one line.
+/// A request that was rejected: a status and one line.
 #[derive(Debug)]
 pub(super) struct Refusal {
     status: StatusCode,
@@ -132,11 +132,11 @@ fn ok(body: &impl Serialize) -> Answer {
     Ok(answer(StatusCode::OK, body))
 }
 
-/// Which node asked: for the journal.
+/// The node that sent the request, for the journal.
 #[derive(Clone, Copy)]
 pub(super) struct AskedBy(pub(super) Uuid);
 
-/// Runs `handler` for the node behind the bearer.
+/// Runs `handler` for the node that owns the bearer token.
 fn for_node(server: &Inner, headers: &HeaderMap, handler: impl FnOnce(&Node) -> Answer) -> Response {
     let node = match server.node(headers) {
         Ok(node) => node,
@@ -158,13 +158,13 @@ fn unauthorized(text: &str) -> Refusal {
 }
 
 impl Inner {
-    /// The node behind the bearer.
+    /// The node that owns the bearer token.
     fn node(&self, headers: &HeaderMap) -> Result<Node, Refusal> {
         let node = bearer(headers).and_then(|token| self.identity().node(token, self.now()));
         node.ok_or_else(|| unauthorized("the node token is missing, unknown or expired"))
     }
 
-    /// An author's grant, for jobs.
+    /// Requires an author's grant, for jobs.
     fn author(&self, headers: &HeaderMap) -> Result<(), Refusal> {
         let claims = bearer(headers).and_then(|token| self.tokens.read(token, self.now()));
         match claims {
@@ -173,7 +173,7 @@ impl Inner {
         }
     }
 
-    /// A task's token or an author's grant, for data of `domain`.
+    /// Requires a task's token or an author's grant, for data of `domain`.
     fn visitor(&self, headers: &HeaderMap, domain: &str) -> Result<(), Refusal> {
         let token = bearer(headers).ok_or_else(|| unauthorized("the domain token is missing"))?;
         let now = self.now();
@@ -196,7 +196,7 @@ impl Inner {
     }
 }
 
-/// Reads a JSON body. An empty one says nothing, as an empty object does.
+/// Reads a JSON body. An empty body is read as an empty object.
 async fn read_json<T: DeserializeOwned>(body: Body, limit: usize) -> Result<T, Refusal> {
     let bytes = Limited::new(body, limit).collect().await.map_err(|err| {
         if err.is::<LengthLimitError>() {
@@ -210,7 +210,7 @@ async fn read_json<T: DeserializeOwned>(body: Body, limit: usize) -> Result<T, R
     serde_json::from_slice(bytes).map_err(|err| Refusal::bad(format!("the body is not the expected JSON: {err}")))
 }
 
-/// Reads on for a while after a refusal.
+/// Reads and discards the body after a rejection, up to a limit.
 pub(super) async fn drain(body: Body) {
     let mut body = Limited::new(body, REFUSED_BYTES_MAX);
     while let Some(Ok(_)) = body.frame().await {}
@@ -221,7 +221,7 @@ fn pairs(query: Option<&str>) -> Vec<(String, String)> {
     url::form_urlencoded::parse(query.unwrap_or_default().as_bytes()).into_owned().collect()
 }
 
-/// Runs file system work away from the threads that serve.
+/// Runs file system work on a blocking thread, so that it does not block the serving threads.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, StoreError> + Send + 'static,
 ) -> Result<T, Refusal> {

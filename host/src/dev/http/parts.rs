@@ -85,7 +85,7 @@ pub(super) async fn put(
     }
 }
 
-/// Streams a part to its place in the upload's file.
+/// Streams a part to its position in the upload's file.
 async fn write(server: &Inner, writing: Writing, body: &mut Body) -> Result<String, Refusal> {
     let most = server.config.part_size;
     let (path, offset) = (writing.path.clone(), writing.offset);
@@ -126,7 +126,7 @@ pub(super) async fn abort(
     ok(&empty_object())
 }
 
-/// A server without multipart answers 404, which makes writers fall back to one request.
+/// A server without multipart answers 404. Writers then fall back to one request.
 fn offered(server: &Inner) -> Result<(), Refusal> {
     if server.config.multipart && server.form() == WireForm::New {
         Ok(())

@@ -1,4 +1,4 @@
-//! Bodies to and from the disk, a chunk at a time. Each chunk is handed over, not copied.
+//! Streams bodies to and from the disk in chunks. Each chunk is moved, not copied.
 
 use std::{
     fs::File,
@@ -16,7 +16,7 @@ use crate::dev::uploads::Turn;
 /// Bytes read from or written to a file at once.
 const CHUNK_BYTES: usize = 256 * 1024;
 
-/// A range of a file; it ends early where the file does.
+/// A range of a file. It ends early if the file is shorter.
 pub(super) fn chunks(file: File, from: u64, length: u64) -> impl Stream<Item = io::Result<Bytes>> + Send {
     stream::try_unfold((file, from, length), |(mut file, at, left)| async move {
         if left == 0 {
@@ -35,13 +35,13 @@ pub(super) fn chunks(file: File, from: u64, length: u64) -> impl Stream<Item = i
     })
 }
 
-/// Writes pieces to a file, from the file's position on.
+/// Writes chunks to a file, from the file's current position.
 pub(super) struct Spool {
     /// `None` after an error.
     file: Option<File>,
     turn: Turn,
     pieces: Vec<Bytes>,
-    /// In `pieces`.
+    /// Total size of `pieces`.
     bytes: usize,
 }
 
@@ -50,14 +50,14 @@ impl Spool {
         Self { file: Some(file), turn, pieces: Vec::new(), bytes: 0 }
     }
 
-    /// Takes a piece, and writes when there is a chunk.
+    /// Adds bytes, and writes when a chunk is complete.
     pub(super) async fn push(&mut self, piece: Bytes) -> io::Result<()> {
         self.bytes += piece.len();
         self.pieces.push(piece);
         if self.bytes >= CHUNK_BYTES { self.flush().await } else { Ok(()) }
     }
 
-    /// Writes what is left.
+    /// Writes the remaining bytes.
     pub(super) async fn flush(&mut self) -> io::Result<()> {
         let mut file = self.file.take().ok_or(io::ErrorKind::BrokenPipe)?;
         let pieces = mem::take(&mut self.pieces);

@@ -1,5 +1,4 @@
-//! Jobs: what an author asks for, whether it can be done, what follows when a task ends
-//! (posemesh.md section 4.13).
+//! Jobs: the request of an author, its checks, and the effects of a task's end (posemesh.md section 4.13).
 
 use std::{
     cmp::Reverse,
@@ -16,7 +15,7 @@ use uuid::Uuid;
 use super::{End, Plane, State, Task, Word};
 use crate::model::Capability;
 
-/// `POST /jobs`, as it came.
+/// The body of `POST /jobs`.
 #[derive(Deserialize)]
 pub(in crate::dev) struct JobRequest {
     pub(super) domain_id: Uuid,
@@ -30,7 +29,7 @@ pub(in crate::dev) struct JobRequest {
     pub(super) edges: Vec<Edge>,
 }
 
-/// One task of it.
+/// One task of a job request.
 #[derive(Deserialize)]
 pub(in crate::dev) struct TaskRequest {
     pub(in crate::dev) label: String,
@@ -55,13 +54,13 @@ pub(in crate::dev) struct TaskRequest {
 }
 
 impl TaskRequest {
-    /// 0 makes no sense and is taken for 1.
+    /// The number of attempts. 0 is treated as 1.
     pub(in crate::dev) fn max_attempts(&self) -> u64 {
         u64::from(self.max_attempts.max(1))
     }
 }
 
-/// Who may serve a task. This dev server has one organisation, so both come to the same.
+/// Who may serve a task. This dev server has one organisation, so both values have the same effect.
 #[derive(Clone, Copy, Default, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub(in crate::dev) enum Mode {
@@ -87,7 +86,7 @@ pub(in crate::dev) struct Edge {
     to: Arc<str>,
 }
 
-/// Text that many tasks share.
+/// Text that many tasks share in memory.
 fn shared<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Arc<str>, D::Error> {
     String::deserialize(from).map(Arc::from)
 }
@@ -111,7 +110,7 @@ pub(in crate::dev) struct Job {
     stages: HashMap<Arc<str>, Stage>,
     /// Tasks by [`Word`].
     pub(super) counts: [usize; 6],
-    /// Something of it was leased once.
+    /// At least one of its tasks was leased.
     started: bool,
     pub(super) canceled: bool,
     key: Option<String>,
@@ -119,25 +118,25 @@ pub(in crate::dev) struct Job {
     pub(super) updated_at: Timestamp,
 }
 
-/// The tasks of one stage and what waits for them.
+/// The tasks of one stage, and the stages that depend on it.
 #[derive(Default)]
 struct Stage {
     tasks: Vec<Uuid>,
     next: BTreeSet<Arc<str>>,
-    /// Tasks of the stages before this one that are not completed.
+    /// Tasks of earlier stages that are not completed.
     waits_for: u64,
 }
 
-/// Why a job was not taken. Each text is one line.
+/// The reason why a job was rejected. Each text is one line.
 #[derive(Debug, PartialEq, Eq)]
 pub(in crate::dev) enum JobRefusal {
-    /// It can never be done.
+    /// The job can never run.
     Invalid(String),
     /// The key was used for another request.
     KeyReused,
 }
 
-/// Reads and checks a job.
+/// Parses and checks a job.
 pub(in crate::dev) fn parse(body: Value, domain_id: Uuid) -> Result<JobRequest, JobRefusal> {
     let request: JobRequest =
         serde_json::from_value(body).map_err(|err| JobRefusal::Invalid(format!("the job cannot be read: {err}")))?;
@@ -176,7 +175,7 @@ fn check(request: &JobRequest, domain_id: Uuid) -> Result<(), String> {
     }
 }
 
-/// Takes stages nothing points at away until none is left; what remains lies on or behind a cycle.
+/// Removes stages that no edge leads to until none is left. The remaining stages are in a cycle or behind one.
 fn on_a_cycle(stages: &HashSet<&str>, edges: &[Edge]) -> Option<String> {
     let mut into: HashMap<&str, usize> = stages.iter().map(|stage| (*stage, 0)).collect();
     let mut next: HashMap<&str, Vec<&str>> = HashMap::new();
@@ -204,7 +203,7 @@ pub(in crate::dev) fn fingerprint(body: &Value) -> [u8; 32] {
 }
 
 impl Plane {
-    /// Stores a job. With a key, an equal request gets the job of the first one.
+    /// Stores a job. With an idempotency key, an equal request returns the job of the first request.
     pub(in crate::dev) fn create(
         &mut self,
         request: JobRequest,
@@ -227,7 +226,7 @@ impl Plane {
         }
         for edge in &request.edges {
             let from = stages.get_mut(&edge.from).expect("edges were checked");
-            // The same edge twice is one edge.
+            // A duplicate edge counts once.
             if from.next.insert(edge.to.clone()) {
                 let count = from.tasks.len() as u64;
                 stages.get_mut(&edge.to).expect("edges were checked").waits_for += count;
@@ -287,8 +286,8 @@ impl Plane {
         Ok(id)
     }
 
-    /// Cancels a job: queued tasks end at once, held ones at their next heartbeat or by expiry.
-    /// `None`: no such job. Repeating it is fine.
+    /// Cancels a job. Queued tasks end at once. Held tasks end at their next heartbeat or by expiry. `None`: no such
+    /// job. A repeat is allowed.
     pub(in crate::dev) fn cancel(&mut self, id: Uuid, now: Timestamp) -> Option<Timestamp> {
         self.expire(now);
         let job = self.jobs.get_mut(&id)?;
@@ -313,12 +312,12 @@ impl Plane {
         Some(now)
     }
 
-    /// Whether a job was cancelled or has ended, and how; `None`: no such job.
+    /// The status word of a job. `None`: no such job.
     pub(in crate::dev) fn job_status(&self, id: Uuid) -> Option<&'static str> {
         self.jobs.get(&id).map(Job::status)
     }
 
-    /// Tasks of the job the given task has not waited for yet.
+    /// Number of tasks of the job that the given task still waits for.
     pub(super) fn deps_remaining(&self, task: &Task) -> u64 {
         match task.state {
             State::Blocked => self.jobs.get(&task.job).map_or(0, |job| job.stages[&task.request.stage].waits_for),
@@ -333,7 +332,7 @@ impl Plane {
         job.started |= matches!(after, Word::Leased);
     }
 
-    /// What follows from the end of a task: later stages open, or can never run any more.
+    /// Applies the end of a task to the job: later stages become ready, or can never run.
     pub(super) fn task_ended(&mut self, job_id: Uuid, task: Uuid, end: End, now: Timestamp) {
         let stage = self.tasks[&task].request.stage.clone();
         let job = self.jobs.get_mut(&job_id).expect("tasks belong to known jobs");
@@ -364,7 +363,7 @@ impl Plane {
         self.forget_old_jobs(job_id);
     }
 
-    /// Remembers an ended job, and drops the oldest ended ones when there are too many tasks.
+    /// Records an ended job. Drops the oldest ended jobs when there are too many tasks.
     fn forget_old_jobs(&mut self, job_id: Uuid) {
         let Some(job) = self.jobs.get(&job_id) else { return };
         if job.open() > 0 || self.ended.back() == Some(&job_id) {
@@ -372,7 +371,7 @@ impl Plane {
         }
         self.ended.push_back(job_id);
         self.ended_tasks += job.tasks.len();
-        // The newest one stays however large it is: its author has not seen its end yet.
+        // The newest job is kept whatever its size, because its author has not seen its end yet.
         while self.ended_tasks > self.config.finished_tasks_max && self.ended.len() > 1 {
             let Some(job) = self.ended.pop_front().and_then(|id| self.jobs.remove(&id)) else { continue };
             self.ended_tasks -= job.tasks.len();
@@ -393,13 +392,13 @@ impl Plane {
 }
 
 impl Job {
-    /// Tasks that have not ended.
+    /// Number of tasks that have not ended.
     fn open(&self) -> usize {
         self.counts[Word::Queued as usize] + self.counts[Word::Leased as usize] + self.counts[Word::Running as usize]
     }
 
-    /// The status word. A job ends when all its tasks have: until then the failed ones count as
-    /// running, so that an end is final.
+    /// The status word. A job ends when all its tasks have ended. Until then failed tasks count as running, so that
+    /// an end is final.
     pub(super) fn status(&self) -> &'static str {
         if self.canceled {
             "canceled"

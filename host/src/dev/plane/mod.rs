@@ -1,9 +1,9 @@
-//! The task service's state: who may run what, who holds it, how it ended (posemesh.md section 4).
+//! The state of the task service: who may run a task, who holds it, and how it ended (posemesh.md section 4).
 //!
-//! A pure machine without clock or socket: every call takes `now` and first ends the leases that
-//! have run out, so each answer is as fresh as a timer could make it. Nothing here scans all tasks:
-//! what is ready waits in one ordered queue per capability, what is held in one ordered by expiry.
-//! Jobs are made in [`jobs`], shown to authors in [`view`]. Nothing is kept over a restart.
+//! It is a pure state machine without clock or socket. Every call gets `now` and first ends the expired leases. So
+//! each answer is as current as a timer could make it. No call scans all tasks. Ready tasks are in one ordered queue
+//! per capability, and held tasks in one queue ordered by expiry. Jobs are created in [`jobs`] and shown to authors
+//! in [`view`]. Nothing survives a restart.
 
 pub(super) mod jobs;
 #[cfg(test)]
@@ -23,13 +23,13 @@ use uuid::Uuid;
 use super::{Config, identity::Node};
 use jobs::{Job, TaskRequest};
 
-/// Events kept of one task, the newest (posemesh.md section 4.13.7: "recent ones only").
+/// Events stored for one task. Only the newest are kept (posemesh.md section 4.13.7: "recent ones only").
 const EVENTS_MAX: usize = 64;
-/// Replaced domain tokens remembered of one lease. A renewal per grace period needs one; the rest
-/// is for tokens renewed out of turn.
+/// Replaced domain tokens stored for one lease. One renewal per grace period needs one entry. The other entries are
+/// for tokens that are renewed early.
 const OLD_TOKENS_MAX: usize = 8;
 
-/// See the module's text.
+/// See the module documentation.
 pub(super) struct Plane {
     config: Arc<Config>,
     domain_id: Uuid,
@@ -38,27 +38,27 @@ pub(super) struct Plane {
     jobs: HashMap<Uuid, Job>,
     /// Jobs by age.
     order: BTreeMap<u64, Uuid>,
-    /// Capabilities with work, each with its tasks in the order in which they are leased.
+    /// Capabilities with ready tasks, each with its tasks in the order of leasing.
     ready: HashMap<Arc<str>, BTreeSet<Turn>>,
-    /// Held tasks by the end of their lease.
+    /// Held tasks, ordered by the end of their lease.
     expiries: BTreeSet<(Timestamp, Uuid)>,
     slots: HashMap<Uuid, Slot>,
     /// Idempotency keys, each with the digest of its request and its job.
     keys: HashMap<String, ([u8; 32], Uuid)>,
-    /// Ended jobs, oldest first, and how many tasks they have together.
+    /// Ended jobs, oldest first. The field after it counts their tasks.
     ended: VecDeque<Uuid>,
     ended_tasks: usize,
     serial: u64,
 }
 
-/// When a ready task's turn comes: priority of the job, then of the task, then age.
+/// The position of a ready task in its queue: priority of the job, then of the task, then age.
 type Turn = (Reverse<u32>, Reverse<i32>, u64, Uuid);
 
-/// What the plane remembers of a node between polls.
+/// What the plane stores about a node between polls.
 #[derive(Default)]
 struct Slot {
     held: usize,
-    /// The capability it was served last: the next poll begins behind it.
+    /// The capability that was leased last. The next poll starts after it.
     last: Option<Arc<str>>,
 }
 
@@ -67,10 +67,10 @@ pub(super) struct Task {
     job: Uuid,
     request: Arc<TaskRequest>,
     turn: Turn,
-    /// Leases handed out so far, a current one included.
+    /// Number of leases so far, including a current one.
     attempts: u64,
-    /// Number of the next domain token. It goes on from lease to lease: a token of an earlier one
-    /// must not open anything for who holds the task now.
+    /// Number of the next domain token. It continues from lease to lease. A token of an earlier lease must not be
+    /// valid for the present holder's lease.
     next_token: u64,
     state: State,
     progress: Value,
@@ -89,7 +89,7 @@ enum State {
     Held(Hold),
     Ended {
         end: End,
-        /// Who held it last, when a lease was open as the end came.
+        /// The last holder, if a lease was active when the task ended.
         node: Option<Uuid>,
     },
 }
@@ -97,20 +97,20 @@ enum State {
 struct Hold {
     node: Uuid,
     expires: Timestamp,
-    /// It has sent a heartbeat.
+    /// The holder has sent a heartbeat.
     running: bool,
     cancel_requested_at: Option<Timestamp>,
     token: HeldToken,
 }
 
-/// Which domain tokens of a lease are good. The text of a token is not kept: it names its number.
+/// The valid domain tokens of a lease. The text of a token is not stored, because the token contains its number.
 struct HeldToken {
     serial: u64,
     issued: Timestamp,
     expires: Timestamp,
-    /// Replaced ones, with the end of their grace.
+    /// Replaced tokens, each with the end of its grace period.
     old: VecDeque<(u64, Timestamp)>,
-    /// Somebody was refused with a dead one: the next heartbeat brings another.
+    /// A call with an invalid token was rejected. The next heartbeat returns a new token.
     refused: bool,
 }
 
@@ -145,11 +145,11 @@ struct Receipt {
 enum ReceiptKind {
     Completed,
     Failed,
-    /// Written by the plane when the last attempt's lease ran out.
+    /// Set by the plane when the last attempt's lease expired.
     Expired,
 }
 
-/// A lease handed out.
+/// A new lease.
 pub(super) struct Granted {
     pub(super) task: Uuid,
     pub(super) job: Uuid,
@@ -159,36 +159,36 @@ pub(super) struct Granted {
     pub(super) token: NewToken,
 }
 
-/// A domain token to write.
+/// The data of a domain token that the caller must write.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct NewToken {
     pub(super) serial: u64,
     pub(super) expires: Timestamp,
 }
 
-/// The node holds as many leases as it may.
+/// The node holds the maximum number of leases.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Busy;
 
 /// The answer to a heartbeat.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Beat {
-    /// Go on.
+    /// The lease is extended.
     Kept { expires: Timestamp, token: Option<NewToken> },
-    /// Stop; nothing more is expected.
+    /// The node must stop. No further call is expected.
     Cancel,
 }
 
-/// Why a call about a task was refused.
+/// The reason why a call about a task was rejected.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Gone {
-    /// No such task (any more).
+    /// No such task, or no longer.
     Unknown,
-    /// The caller does not hold it.
+    /// The caller does not hold the task.
     NotHeld,
 }
 
-/// Whether a task's domain token opens the domain server.
+/// Whether a task's domain token is valid at the domain server.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Admission {
     Open,
@@ -214,8 +214,9 @@ impl Plane {
         }
     }
 
-    /// Hands out the next task for `node`. `only` narrows its capabilities unless it is empty, `job` the
-    /// jobs (the oldest nodes ask so). Capabilities take turns; within one, the order of [`Turn`] holds.
+    /// Leases the next task to `node`. `only` restricts the capabilities unless it is empty. `job` restricts the
+    /// jobs, as the oldest nodes request. The capabilities alternate. Within one capability, the order of [`Turn`]
+    /// applies.
     pub(super) fn lease(
         &mut self,
         node: &Node,
@@ -275,7 +276,7 @@ impl Plane {
         Ok(Some(granted))
     }
 
-    /// A heartbeat: keeps the lease, takes progress (`null`: none) and events.
+    /// A heartbeat: extends the lease and stores progress (`null`: none) and events.
     pub(super) fn beat(
         &mut self,
         task: Uuid,
@@ -288,7 +289,7 @@ impl Plane {
         let known = self.tasks.get_mut(&task).ok_or(Gone::Unknown)?;
         let hold = match &mut known.state {
             State::Held(hold) if hold.node == node => hold,
-            // The answer that said so may have been lost.
+            // The earlier answer with the cancel may have been lost.
             State::Ended { end: End::Canceled, node: Some(last) } if *last == node => return Ok(Beat::Cancel),
             _ => return Err(Gone::NotHeld),
         };
@@ -319,7 +320,7 @@ impl Plane {
         Ok(Beat::Kept { expires, token })
     }
 
-    /// A completion. Repeating it is fine.
+    /// A completion. A repeat is allowed.
     pub(super) fn complete(
         &mut self,
         task: Uuid,
@@ -329,13 +330,13 @@ impl Plane {
         now: Timestamp,
     ) -> Result<(), Gone> {
         if self.settle(task, node, ReceiptKind::Completed, outputs, meta, now)? {
-            // A cancel that the node had not heard of yet does not undo finished work.
+            // The task is complete. A cancel that the node had not received has no effect.
             self.enter(task, State::Ended { end: End::Completed, node: Some(node) }, now);
         }
         Ok(())
     }
 
-    /// A failure: costs an attempt. Repeating it is fine.
+    /// A failure: costs an attempt. A repeat is allowed.
     pub(super) fn fail(
         &mut self,
         task: Uuid,
@@ -352,7 +353,7 @@ impl Plane {
         Ok(())
     }
 
-    /// Ends the hold with a receipt. `false`: it was a repeat, nothing has changed.
+    /// Ends the lease with a receipt. `false`: the report was a repeat, and nothing has changed.
     fn settle(
         &mut self,
         task: Uuid,
@@ -375,7 +376,7 @@ impl Plane {
         Ok(true)
     }
 
-    /// Re-queues a task whose attempt failed or ran out, while it has attempts left.
+    /// Re-queues a task whose attempt failed or expired, if attempts are left.
     fn after_attempt(&mut self, task: Uuid, node: Uuid, cancelled: bool, now: Timestamp) {
         let known = &self.tasks[&task];
         let state = if cancelled {
@@ -424,14 +425,14 @@ impl Plane {
         Admission::Closed
     }
 
-    /// Notes that an expired token of `task` was shown: its next heartbeat brings a newer one.
+    /// Records that an expired token of `task` was used. The task's next heartbeat returns a newer token.
     pub(super) fn refused(&mut self, task: Uuid) {
         if let Some(State::Held(hold)) = self.tasks.get_mut(&task).map(|task| &mut task.state) {
             hold.token.refused = true;
         }
     }
 
-    /// Ends the token number `serial` of `task` before its time; the next heartbeat brings another.
+    /// Revokes the token number `serial` of `task` before it expires. The next heartbeat returns another.
     pub(super) fn revoke(&mut self, task: Uuid, serial: u64, now: Timestamp) {
         if let Some(State::Held(hold)) = self.tasks.get_mut(&task).map(|task| &mut task.state) {
             let token = &mut hold.token;
@@ -442,8 +443,8 @@ impl Plane {
         }
     }
 
-    /// Takes a held task from its node and leases it to one that nobody runs: it comes back when that
-    /// lease runs out. It costs an attempt.
+    /// Moves the lease of a held task to a node that does not exist. The task is queued again when that lease
+    /// expires. This costs an attempt.
     pub(super) fn steal(&mut self, task: Uuid, now: Timestamp) {
         self.expire(now);
         let Some(State::Held(hold)) = self.tasks.get(&task).map(|task| &task.state) else { return };
@@ -470,7 +471,7 @@ impl Plane {
             Some(State::Held(hold)) if hold.cancel_requested_at.is_some())
     }
 
-    /// Takes the lease away from its node; the caller gives the task its next state.
+    /// Takes the lease from its node. The caller sets the task's next state.
     fn release(&mut self, task: Uuid, node: Uuid) {
         if let Some(State::Held(hold)) = self.tasks.get(&task).map(|task| &task.state) {
             self.expiries.remove(&(hold.expires, task));
@@ -483,15 +484,14 @@ impl Plane {
     fn leave_queue(&mut self, capability: &Arc<str>, turn: &Turn) {
         if let Some(queue) = self.ready.get_mut(capability) {
             queue.remove(turn);
-            // An author may name any number of capabilities over time.
+            // An author may use any number of capabilities over time.
             if queue.is_empty() {
                 self.ready.remove(capability);
             }
         }
     }
 
-    /// The one place where a task changes its state: keeps the counts, the queues and what depends
-    /// on the task in step.
+    /// The only function that changes the state of a task. It keeps counts, queues and dependent stages consistent.
     fn enter(&mut self, id: Uuid, state: State, now: Timestamp) {
         let task = self.tasks.get_mut(&id).expect("states change of known tasks");
         let before = task.state.word();

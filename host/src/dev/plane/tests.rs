@@ -1,5 +1,5 @@
-//! The plane alone, with time passed in: expiry at the exact moment, token graces, bounds; and
-//! random calls against the rules that hold whatever happens.
+//! Tests of the plane alone, with the time passed in: expiry at the exact time, token grace periods, and bounds.
+//! Random calls check the invariants.
 
 use std::time::Duration;
 
@@ -99,7 +99,7 @@ fn a_replaced_token_is_good_until_its_grace_or_its_own_end() {
     assert!(!open(0, 60), "the grace is over");
     assert!(open(1, 119));
     assert!(!open(2, 60), "nobody has been given that one");
-    // The refusal above asks for a newer one out of turn.
+    // The rejection above requests a newer token early.
     assert!(matches!(beat(&mut plane, task, &one, 61), Ok(Beat::Kept { token: Some(NewToken { serial: 2, .. }), .. })));
     plane.complete(task, one.id, Vec::new(), Value::Null, at(62)).expect("held");
     assert_eq!(plane.admit(task, 2, at(63)), Admission::Closed, "no lease, no access");
@@ -161,9 +161,8 @@ fn work_that_ends_before_its_cancel_is_heard_counts() {
     assert_eq!(plane.job_status(job), Some("canceled"));
 }
 
-/// Random calls of two nodes and an author. Whatever they do: counts, queues and expiries agree
-/// with the tasks' states, no task is leased twice at once, attempts stay within their bound, and
-/// in the end every job ends.
+/// Two nodes and an author make random calls. After each call, counts, queues and expiries agree with the tasks'
+/// states. No task is leased twice at once, and attempts stay within their bound. In the end every job ends.
 #[test]
 fn random_calls_keep_the_books_in_order() {
     for seed in 0..60 {
@@ -200,7 +199,7 @@ fn random_calls_keep_the_books_in_order() {
             }
             check_books(&mut plane, &nodes, now);
         }
-        // Nobody calls any more: leases run out, and one diligent node finishes the rest.
+        // No more calls of the two nodes. Leases expire, and one reliable node finishes the rest.
         let diligent = node(3, &["/a", "/b"]);
         now += 1000;
         while let Some(granted) = lease(&mut plane, &diligent, now) {

@@ -1,4 +1,4 @@
-//! Jobs and tasks as authors see them (posemesh.md section 4.13.7). Reads, never changes.
+//! Jobs and tasks as authors see them (posemesh.md section 4.13.7). This module reads the state and never changes it.
 
 use jiff::Timestamp;
 use serde_json::{Map, Value, json};
@@ -6,7 +6,7 @@ use uuid::Uuid;
 
 use super::{Plane, State, Task, Word, jobs::Job};
 
-/// A list query, already checked.
+/// A list query that is already checked.
 pub(in crate::dev) struct Listing {
     pub(in crate::dev) limit: usize,
     /// Jobs older than the one with this serial.
@@ -17,7 +17,7 @@ pub(in crate::dev) struct Listing {
 }
 
 impl Plane {
-    /// One job with everything; `None`: no such job.
+    /// One job with all its fields. `None`: no such job.
     pub(in crate::dev) fn job(&mut self, id: Uuid, now: Timestamp) -> Option<Value> {
         self.expire(now);
         let job = self.jobs.get(&id)?;
@@ -29,7 +29,7 @@ impl Plane {
         Some(Value::Object(answer))
     }
 
-    /// A page of jobs, newest first, and the serial its successor begins behind.
+    /// A page of jobs, newest first, and the serial after which the next page starts.
     pub(in crate::dev) fn list(&mut self, query: &Listing, now: Timestamp) -> (Vec<Value>, Option<u64>) {
         self.expire(now);
         let matches = |job: &Job| {
@@ -54,14 +54,14 @@ impl Plane {
         (page.into_iter().map(|(_, job)| Value::Object(self.overview(job))).collect(), next)
     }
 
-    /// Who works on what right now (`GET /nodes/busy`).
+    /// The nodes that hold leases now, with their tasks (`GET /nodes/busy`).
     pub(in crate::dev) fn busy(&mut self, now: Timestamp) -> Vec<Value> {
         self.expire(now);
         let mut seen = std::collections::HashSet::new();
         let held = self.expiries.iter().map(|(_, id)| &self.tasks[id]);
         held.filter_map(|task| {
             let State::Held(hold) = &task.state else { return None };
-            // A node appears once, however many leases it holds.
+            // Each node is listed once, whatever the number of its leases.
             seen.insert(hold.node).then(|| {
                 json!({
                     "node_id": hold.node, "task_id": task.id, "task_status": task.state.word().text(),
@@ -104,7 +104,7 @@ impl Plane {
     }
 }
 
-/// The author's meta with what the heartbeats brought. A meta that is no object moves to `value`.
+/// The author's meta, merged with the data from heartbeats. A meta that is no object moves to `value`.
 fn meta(task: &Task) -> Value {
     let mut meta = match &task.request.meta {
         Value::Object(meta) => meta.clone(),

@@ -22,7 +22,7 @@ impl TestNode {
         })
     }
 
-    /// Registers at `url` while `page` answers the callback.
+    /// Registers at `url`, with `page` answering the callback.
     async fn register_url(&self, lab: &TestServer, page: &mut Service, url: &str) -> Answer {
         let entry = self.entry(url, Timestamp::now());
         let answered = async {
@@ -114,7 +114,7 @@ async fn registrations_with_a_url_are_checked() {
     check(node.entry("https://127.0.0.1:1", now), bad, "http URLs on loopback only").await;
     check(node.entry("http://192.0.2.1", now), bad, "loopback only").await;
     check(node.entry("here", now), bad, "is no URL").await;
-    // All is well but the node.
+    // The request is valid, but the node is unreachable.
     let unreachable = StatusCode::INTERNAL_SERVER_ERROR;
     check(node.entry(&closed, now), unreachable, "cannot be reached at its url").await;
     check(with("registration_credentials", json!("cmlnaHQ=")), unreachable, "cannot be reached").await;

@@ -4,7 +4,7 @@ use super::*;
 
 const OCTETS: (&str, &str) = ("content-type", "application/octet-stream");
 
-/// A single upload as the reference writes it.
+/// A single upload in the form of the reference implementation.
 fn form(boundary: &str, parts: &[(&str, &[u8])]) -> Vec<u8> {
     let mut body = Vec::new();
     for (disposition, payload) in parts {
@@ -72,7 +72,7 @@ async fn data_is_created_found_read_replaced_and_deleted() {
 
 #[tokio::test]
 async fn content_by_id_is_served_in_ranges() {
-    // posemesh.md sections 6.5, 10.5: real runners read content themselves.
+    // posemesh.md sections 6.5, 10.5: production runners read content by id themselves.
     let lab = TestServer::start().await;
     let id = lab.server.put_data("scan", "ply", b"0123456789").await.expect("stored");
     let path = lab.data(&format!("/{id}?raw=true"));

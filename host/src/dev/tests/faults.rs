@@ -1,4 +1,4 @@
-//! Faults over the wire: each kind, as a client sees it.
+//! Faults over the network: each kind, as a client sees it.
 
 use std::time::Instant;
 
@@ -15,7 +15,7 @@ impl TestServer {
         self.server.set_faults(Faults::parse(file).expect("a sound file"));
     }
 
-    /// One request on a connection of its own: what came, and how the connection ended.
+    /// Sends one request on a new connection. Returns the bytes received and how the connection ended.
     async fn exchange(&self, head: &str, bearer: &str, body: &str) -> (String, std::io::Result<()>) {
         let mut socket = TcpStream::connect(self.server.address()).await.expect("it listens");
         let (host, length) = (self.server.address(), body.len());
@@ -38,7 +38,7 @@ fn is_reset(end: std::io::Result<()>) -> bool {
     end.is_err_and(|err| err.kind() == std::io::ErrorKind::ConnectionReset)
 }
 
-/// A rule for one call, once.
+/// A rule that applies once to one call.
 fn once(endpoint: &str, rest: &str) -> String {
     format!("[[fault]]\nendpoint = \"{endpoint}\"\ncount = 1\n{rest}")
 }
@@ -102,7 +102,7 @@ async fn a_body_is_reset_in_its_middle() {
     let (came, end) = lab.exchange(&ask, &lab.server.grant(), "").await;
     let (head, body) = came.split_once("\r\n\r\n").expect("a head");
     assert!(is_reset(end) && head.to_lowercase().contains("content-length: 300000"), "{head}");
-    // What the client has not been sent yet goes with the connection.
+    // Bytes that were not sent yet are lost with the connection.
     assert!((1..=200_000).contains(&body.len()), "{}", body.len());
 }
 

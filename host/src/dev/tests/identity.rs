@@ -60,7 +60,7 @@ async fn a_repeated_registration_is_a_refresh_and_strictness_refuses_a_second_no
 async fn a_node_token_expires() {
     let lab = TestServer::with(Config { node_token_ttl: Duration::from_millis(1), ..Config::default() }).await;
     let node = lab.node(1, &[HELLO]).await;
-    // The login itself took longer than the token lives, or the next poll does.
+    // The token expires either during the login or before a later poll.
     let refused = async { while node.poll(&lab, "").await.status != StatusCode::UNAUTHORIZED {} };
     tokio::time::timeout(LIMIT, refused).await.expect("the token runs out");
 }

@@ -1,5 +1,5 @@
-//! Tests that drive a started dev server over loopback, with requests written out by hand: what a node,
-//! an author or a runner of any make would send.
+//! Tests of a started dev server over loopback with hand-written requests. The requests are those of a node, an
+//! author or a runner of any implementation.
 
 mod by_url;
 mod data;
@@ -20,7 +20,7 @@ use uuid::Uuid;
 use super::{Config, DevServer, siwe};
 use crate::transport::{self, Answer, Client};
 
-/// Far more than any call takes; a hang becomes a failed test.
+/// Far longer than any call takes. It turns a hang into a failed test.
 const LIMIT: Duration = Duration::from_secs(20);
 const HELLO: &str = "/examples/hello/v1";
 
@@ -76,7 +76,7 @@ impl TestServer {
         node
     }
 
-    /// Creates a job of one task.
+    /// Creates a job with one task.
     fn job(&self, capability: &str, max_attempts: u32) -> Uuid {
         self.server
             .create_job(json!({"label": "one", "tasks": [task("s", capability, max_attempts)]}))
@@ -93,7 +93,7 @@ fn body(answer: &Answer) -> Value {
     answer.json().expect("JSON")
 }
 
-/// The one line of a refusal.
+/// The text of a rejection.
 fn refusal(answer: &Answer) -> String {
     body(answer)["error"].as_str().expect("a line").to_owned()
 }
@@ -113,7 +113,7 @@ impl TestNode {
         format!("0x{}{:02x}", siwe::hex(&signature.to_bytes()), recovery.to_byte() + 27)
     }
 
-    /// Asks for a nonce and composes the message.
+    /// Requests a nonce and composes the message.
     async fn message(&self, lab: &TestServer) -> String {
         let asked = lab.post("/internal/v1/auth/siwe/request", None, &json!({"wallet": self.wallet()})).await;
         let asked = body(&asked);

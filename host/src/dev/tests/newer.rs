@@ -1,4 +1,4 @@
-//! What newer clients insist on, and what the oldest did without (posemesh.md sections 4.14, 6.6, 6.7, 10).
+//! Requirements of newer clients, and omissions of the oldest (posemesh.md sections 4.14, 6.6, 6.7, 10).
 
 use base64::{Engine as _, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
 
@@ -7,7 +7,7 @@ use crate::dev::Faults;
 
 const MINUTE: jiff::SignedDuration = jiff::SignedDuration::from_mins(1);
 
-/// The claims of a token, which must have the shape of a JWT.
+/// The claims of a token, which must have the form of a JWT.
 fn claims(token: &Value) -> Value {
     let parts: Vec<&str> = token.as_str().expect("text").split('.').collect();
     assert_eq!(parts.len(), 3, "a JWT has three parts");
@@ -19,7 +19,7 @@ fn ahead(time: &Value) -> bool {
     at > jiff::Timestamp::now() && at < jiff::Timestamp::now() + MINUTE * 20
 }
 
-/// 10.3: a lease with all coordinates and times, and a token with the claims that are looked at.
+/// 10.3: a lease has all coordinates and times, and its token has the claims that nodes check.
 #[tokio::test]
 async fn a_lease_has_everything_newer_nodes_require() {
     let lab = TestServer::start().await;
@@ -34,19 +34,19 @@ async fn a_lease_has_everything_newer_nodes_require() {
     assert_eq!((&claims["iss"], &claims["domain_id"]), (&json!("dds"), &lease["domain_id"]));
     assert_eq!(claims["aud"], json!([lease["domain_server_url"]]));
     assert!(claims["exp"].as_i64().is_some_and(|exp| exp > jiff::Timestamp::now().as_second()));
-    // 4.14: what strict decoders fall over.
+    // 4.14: values that strict decoders reject if they are wrong.
     assert_eq!((&lease["cancel"], &lease["task"]["inputs_cids"]), (&json!(false), &json!([])));
     for amount in ["billing_units", "estimated_credit_cost"] {
         assert!(lease["task"][amount].is_string(), "{amount} is decimal text");
     }
-    // 10.3: what an answer to a heartbeat must not change, and what it must bring.
+    // 10.3: values that a heartbeat answer must not change, and values that it must contain.
     let beat = body(&node.beat(&lab, &lease, &json!({})).await);
     assert!(beat.is_object() && ahead(&beat["lease_expires_at"]));
     assert_eq!(beat["domain_id"], lease["domain_id"]);
     assert!(beat["task_id"].is_null() && beat["task"].is_null() && beat["status"] == "running", "{beat}");
 }
 
-/// 4.14, 10.3: one capability, several, or none named; never one that was not asked for.
+/// 4.14, 10.3: a poll names one capability, several or none, and never gets a capability that it did not request.
 #[tokio::test]
 async fn a_poll_may_name_one_capability_or_several() {
     let lab = TestServer::start().await;
@@ -65,7 +65,7 @@ async fn a_poll_may_name_one_capability_or_several() {
     assert_eq!(ask("").await, Some(json!("/a")));
 }
 
-/// 4.14, 10.1, 10.3, 10.6: what the oldest leave out and the newest send as null.
+/// 4.14, 10.1, 10.3, 10.6: fields that the oldest nodes omit and the newest send as null.
 #[tokio::test]
 async fn reports_need_no_progress_events_meta_or_details() {
     let lab = TestServer::start().await;
@@ -81,7 +81,7 @@ async fn reports_need_no_progress_events_meta_or_details() {
         assert_eq!(lab.post(&path(&lease, "fail"), Some(&node.token), &report).await.status, StatusCode::OK);
     }
     let lease = node.lease(&lab).await;
-    // As large as newer nodes let them grow.
+    // The maximum size that newer nodes allow.
     let large = json!({"progress": {"text": "p".repeat(65_000)}, "events": vec![json!({"n": 1}); 1024]});
     assert_eq!(node.beat(&lab, &lease, &large).await.status, StatusCode::OK);
     let done = lab.post(&path(&lease, "complete"), Some(&node.token), &json!({"output_cids": ["d"]})).await;
@@ -89,7 +89,7 @@ async fn reports_need_no_progress_events_meta_or_details() {
     assert_eq!(lab.server.job(job).expect("known")["receipts"][3]["outputs"], json!(["d"]));
 }
 
-/// 4.14: heartbeats as fast as progress comes, events that come again.
+/// 4.14: heartbeats at the rate of the progress updates, and repeated events.
 #[tokio::test]
 async fn heartbeats_may_come_at_any_rate_and_repeat_events() {
     let lab = TestServer::start().await;
@@ -107,7 +107,7 @@ async fn heartbeats_may_come_at_any_rate_and_repeat_events() {
     );
 }
 
-/// 10.2, 10.6: registered every 120 s, by a wallet that is logged in and works.
+/// 10.2, 10.6: a registration every 120 s by a wallet that is logged in and works.
 #[tokio::test]
 async fn registering_again_is_a_refresh_that_disturbs_nothing() {
     let lab = TestServer::start().await;
@@ -132,7 +132,7 @@ async fn uploads_tell_all_that_newer_writers_need() {
         "upload": {"request_max_bytes": 9_000, "domain_data_max_bytes": 70_000,
                    "multipart": {"enabled": true, "part_size_bytes": 1_000}},
     });
-    // Without a token, with headers that newer clients send everywhere.
+    // Without a token, with headers that newer clients send on every request.
     let headers =
         [("posemesh-client-id", "it"), ("posemesh-sdk-version", "auki-sdk/1.0.0"), ("accept", "application/json")];
     let path = "/api/v1/info";
@@ -144,7 +144,7 @@ async fn uploads_tell_all_that_newer_writers_need() {
     };
     let mut existing = json!(null);
     for (spelling, fields) in [
-        // The reference sends every field, the newer SDK what it uses.
+        // The reference sends every field. The newer SDK sends only the fields that it uses.
         ("?uploads", json!({"name": "a", "data_type": "ply", "size": 3, "content_type": null, "existing_id": null})),
         ("?uploads=", json!({"name": "b", "data_type": "ply", "size": 3, "content_type": "application/octet-stream"})),
         ("?uploads=", json!({"existing_id": "", "size": 3, "content_type": "application/octet-stream"})),
@@ -171,7 +171,7 @@ async fn uploads_tell_all_that_newer_writers_need() {
     }
 }
 
-/// 10.5: content and metadata by id, lists with encoded ids, boundaries of the writer's choice.
+/// 10.5: content and metadata by id, lists with encoded ids, boundaries chosen by the writer.
 #[tokio::test]
 async fn data_is_served_in_the_newer_forms_beside_the_old() {
     let lab = TestServer::start().await;
@@ -203,7 +203,7 @@ async fn data_is_served_in_the_newer_forms_beside_the_old() {
     assert_eq!((raw.status, &raw.body[..]), (StatusCode::OK, &b"abc"[..]));
 }
 
-/// 10.6: JSON content types everywhere, refusals included.
+/// 10.6: JSON content types on every answer, including rejections.
 #[tokio::test]
 async fn every_json_answer_says_so() {
     let lab = TestServer::start().await;
@@ -232,13 +232,13 @@ async fn every_json_answer_says_so() {
     }
 }
 
-/// The dev server's old form: everything the reference does without.
+/// The dev server's old form: the fields that the reference does not need are absent.
 #[tokio::test]
 async fn the_old_form_leaves_out_what_is_newer() {
     let lab = TestServer::start().await;
     let node = lab.node(1, &[HELLO]).await;
     lab.server.set_faults(Faults::parse("[world]\nform = \"old\"").expect("a sound file"));
-    // Nothing says it is JSON here.
+    // No header says that the answer is JSON.
     let plain = |answer: &Answer| {
         assert_eq!(answer.headers["content-type"], "text/plain; charset=utf-8");
         serde_json::from_slice::<Value>(&answer.body).expect("JSON all the same")
