@@ -1,6 +1,6 @@
-//! `docs/features.md` maps every promised feature to the tests that hold it: no row is missing, and
-//! every test it names exists. `docs/operations/troubleshooting.md` quotes messages that exist.
-//! Sources cite only documents of this repository, and sections that exist.
+//! `docs/features.md` maps every promised feature to its tests. No row may be missing, and every named test must
+//! exist. `docs/operations/troubleshooting.md` may quote only messages that exist. Sources may cite only documents of
+//! this repository, and sections that exist.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Every promised row, in ranges as they are numbered.
+/// Every promised row, in ranges of numbers.
 const ROWS: &[(&str, &[&str])] = &[
     ("S0", &["01-14", "14b", "15a", "15b", "15c", "16a", "16b", "17a", "17b", "17c", "17d", "18a", "18b", "18c"]),
     ("S0", &["19a", "19b", "20-26", "30-39", "39b", "50-77", "80-94"]),
@@ -52,8 +52,7 @@ fn every_row_names_tests_that_exist() {
     assert!(problems.is_empty(), "docs/features.md:\n{}", problems.join("\n"));
 }
 
-/// Every message of the troubleshooting page is one the program can say: what stands between its
-/// `…` occurs in the source.
+/// Every message of the troubleshooting page occurs in the source. The text between its `…` is compared.
 #[test]
 fn every_message_of_the_troubleshooting_page_is_in_the_source() {
     let root = workspace();
@@ -94,7 +93,7 @@ fn every_warning_of_the_node_is_on_the_troubleshooting_page() {
         for call in code.split("warn!(").skip(1).chain(code.split("error!(").skip(1)) {
             seen += 1;
             let message = last_literal(call);
-            // A plugin's own lines are `{text}`.
+            // Lines of a plugin have the message `{text}`.
             if !message.starts_with('{') && !page.contains(&format!("`{message}`")) {
                 missing.push(format!("{inside}: {message}"));
             }
@@ -104,7 +103,7 @@ fn every_warning_of_the_node_is_on_the_troubleshooting_page() {
     assert!(seen > 50, "{seen} warnings and errors were found; are they still made by these macros?");
 }
 
-/// `docs/operations/events.md` lists each event code of the log with its levels and fields, and no other one.
+/// `docs/operations/events.md` lists each event code of the log with its levels and fields, and no other code.
 #[test]
 fn event_codes_match_their_page() {
     let root = workspace();
@@ -134,7 +133,7 @@ fn event_codes_match_their_page() {
                     let own = fields.into_iter().filter(|field| !field.is_empty() && *field != "event");
                     entry.1.extend(own.map(str::to_owned));
                 }
-                // A debug line is for developers; a plugin's own lines have the plugin's text.
+                // Debug lines are for developers. Lines of a plugin have the plugin's text.
                 None if level == "debug" || arguments.contains(&"\"{text}\"") => {}
                 None => nameless.push(format!("{inside}: {arguments:?}")),
             }
@@ -171,7 +170,7 @@ fn log_calls(code: &str) -> Vec<(&'static str, Vec<&str>)> {
     calls
 }
 
-/// What stands between the parentheses that were just opened, split at its outer commas.
+/// The text up to the closing parenthesis, split at its outer commas.
 fn arguments(text: &str) -> Vec<&str> {
     let (mut depth, mut quoted, mut escaped, mut start, mut found) = (0, false, false, 0, Vec::new());
     for (at, c) in text.char_indices() {
@@ -197,7 +196,7 @@ fn arguments(text: &str) -> Vec<&str> {
     found
 }
 
-/// The name of the field that an argument of a log macro sets; empty for the message.
+/// The name of the field that an argument of a log macro sets. It is empty for the message.
 fn field(argument: &str) -> &str {
     let name = argument.trim_start_matches(['%', '?']);
     let end = name.find(|c: char| !c.is_ascii_alphanumeric() && c != '_').unwrap_or(name.len());
@@ -245,7 +244,7 @@ fn every_citation_of_the_wire_has_its_section() {
     assert!(seen > 50, "{seen} citations were found; do they still have this form?");
 }
 
-/// `4.2`, `6.5,` or `2.9).`, and the words between two of them.
+/// A word of a citation: `4.2`, `6.5,` or `2.9).`, or a word between two of them.
 fn is_citation_word(word: &str) -> bool {
     matches!(word, "and" | "to") || word.starts_with(|c: char| c.is_ascii_digit())
 }
@@ -267,7 +266,7 @@ fn sources_hold_no_row_ids_and_cite_no_foreign_documents() {
     assert!(problems.is_empty(), "remove these from the sources:\n{}", problems.join("\n"));
 }
 
-/// A letter or `S` with a digit, a hyphen, then one or two digits and perhaps a letter.
+/// A letter or `S` with a digit, a hyphen, then one or two digits and an optional letter.
 fn is_row_id(word: &str) -> bool {
     let Some((kind, number)) = word.split_once('-') else { return false };
     let known = matches!(kind, "P" | "D" | "S0" | "S1" | "S2" | "S3");
@@ -288,7 +287,7 @@ fn sources(root: &Path) -> Vec<(String, String)> {
         .collect()
 }
 
-/// The last text literal before the parenthesis closes that was open at the start: a log call's message.
+/// The last text literal before the closing parenthesis of the call: the message of a log call.
 fn last_literal(call: &str) -> &str {
     let (mut depth, mut last) = (1, "");
     let mut at = 0;
@@ -312,7 +311,7 @@ fn last_literal(call: &str) -> &str {
     last
 }
 
-/// The text of a source file with its broken literals joined.
+/// The text of a source file, with string literals over several lines joined.
 fn joined(text: &str) -> String {
     let mut whole = String::with_capacity(text.len());
     let mut continued = false;
@@ -334,14 +333,14 @@ fn exists(tests: &BTreeMap<String, Vec<String>>, test: &str) -> bool {
     tests.get(name).is_some_and(|files| files.iter().any(|file| file.ends_with(&end)))
 }
 
-/// `lease/hang`: a call and a fault that the plan of the fault matrix names.
+/// `lease/hang`: a call and a fault in the plan of the fault matrix.
 fn is_cell(root: &Path, cell: &str) -> bool {
     let plan = fs::read_to_string(root.join("host/tests/fault_matrix/plan.rs")).expect("the plan is there");
     let parts: Vec<&str> = cell.split('/').collect();
     parts.len() == 2 && parts.iter().all(|part| plan.contains(&format!("\"{part}\"")))
 }
 
-/// Names of all test functions, each with the files (without suffix, `mod.rs` as its folder) it stands in.
+/// Names of all test functions, each with its files (without suffix, `mod.rs` as its folder).
 fn all_tests(root: &Path) -> BTreeMap<String, Vec<String>> {
     let mut tests: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for folder in ["host/src", "host/tests", "runner-sdk", "plugins", "examples"] {

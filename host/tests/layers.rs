@@ -1,8 +1,8 @@
-//! Holds the house together: which room may import which, where `unsafe` may stand, and what the SDK
-//! may depend on.
+//! Enforces the module map: which module may import which, where `unsafe` may be used, and the dependencies of the
+//! SDK.
 //!
-//! When a test here fails, the arrow is new. Either what both rooms need belongs in `model`, or the
-//! table below and ARCHITECTURE.md have to change with a reason.
+//! A failure means that a dependency is new. If both modules need the item, move it to `model`. Otherwise change the
+//! table below and ARCHITECTURE.md, and state the reason.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -11,10 +11,10 @@ use std::{
     process::Command,
 };
 
-/// A room, the rooms it imports, and why it may.
+/// A module, the modules that it imports, and the reason.
 type Rule = (&'static str, &'static [&'static str], &'static str);
 
-/// The arrows, as they are: one that nobody uses any more has to go.
+/// The dependencies as they are. A dependency that no code uses must be removed.
 const RULES: &[Rule] = &[
     ("model", &[], "the words all rooms share import nothing of ours"),
     ("transport", &["model"], "the HTTP client knows addresses, bytes and clocks, not leases"),
@@ -88,7 +88,7 @@ const RULES: &[Rule] = &[
     ),
 ];
 
-/// Arrows that only tests have: a room is tried against its real neighbours.
+/// Dependencies that only tests have: a module is tested with the real modules around it.
 const IN_TESTS: &[Rule] = &[
     ("cli", &["dev"], "`submit` is tried against the dev server"),
     ("engine", &["transport"], "the engine is tested with the storage of a node"),
@@ -96,10 +96,10 @@ const IN_TESTS: &[Rule] = &[
     ("session", &["auth", "transport"], "a session is tried over a real connection"),
 ];
 
-/// Beside the rooms: the door of the library and of the binary.
+/// The crate roots of the library and of the binary, which are not modules of the map.
 const DOORS: [&str; 2] = ["lib", "main"];
 
-/// Everything that crosses the plugin boundary, and taking secrets out of the process' memory.
+/// All code of the plugin boundary, and the code that removes secrets from the process memory.
 const UNSAFE_HERE: [&str; 9] = [
     "host/src/config/secrets.rs",
     "host/src/main.rs",
@@ -112,7 +112,7 @@ const UNSAFE_HERE: [&str; 9] = [
     "plugins/pointcloud/tests/memory.rs", // counts what the allocator hands out
 ];
 
-/// What a runner author must not get from us.
+/// Dependencies that the SDK must not bring to a runner author.
 const NOT_IN_THE_SDK: [&str; 9] =
     ["axum", "h2", "hyper", "hyper-util", "native-tls", "openssl", "reqwest", "runner-host", "rustls"];
 
@@ -214,7 +214,7 @@ fn imports_are_found_in_every_form() {
 }
 
 fn allowed(rules: &[Rule], room: &str, other: &str) -> bool {
-    // lib.rs and main.rs see every room: they are where the rooms are declared.
+    // lib.rs and main.rs may import every module, because they declare the modules.
     DOORS.contains(&room) || rules.iter().any(|rule| rule.0 == room && rule.1.contains(&other))
 }
 
@@ -240,12 +240,12 @@ fn is_test_file(inside: &Path) -> bool {
     name == "tests" || name.ends_with("_tests") || inside.components().any(|part| part.as_os_str() == "tests")
 }
 
-/// The words of a program.
+/// The identifiers of a program.
 fn words(code: &str) -> impl Iterator<Item = &str> {
     code.split(|c: char| !c.is_alphanumeric() && c != '_').filter(|word| !word.is_empty())
 }
 
-/// The rooms that `crate::…` paths name, grouped imports included.
+/// The modules that `crate::…` paths name, including grouped imports.
 fn imports(code: &str) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     for (at, path) in code.match_indices("crate::") {
@@ -275,7 +275,7 @@ fn imports(code: &str) -> BTreeSet<String> {
     found
 }
 
-/// A program without its comments and texts. Knows as much of Rust as our own files need.
+/// A program without its comments and string literals. It parses only the Rust syntax that this repository uses.
 fn code_of(text: &str) -> String {
     let mut code = String::with_capacity(text.len());
     let mut rest = text;
@@ -287,7 +287,7 @@ fn code_of(text: &str) -> String {
         } else if c == '"' {
             quoted(rest)
         } else if c == '\'' {
-            // A character; what does not close is a lifetime.
+            // A character literal. An unclosed quote is a lifetime.
             let inner =
                 if rest[1..].starts_with('\\') { 3 } else { 1 + rest[1..].chars().next().map_or(0, char::len_utf8) };
             if rest.get(inner..).is_some_and(|end| end.starts_with('\'')) { inner + 1 } else { 0 }
@@ -305,7 +305,7 @@ fn code_of(text: &str) -> String {
     code
 }
 
-/// The length of the text that `rest` opens with, quotes included.
+/// The length of the string literal at the start of `rest`, quotes included.
 fn quoted(rest: &str) -> usize {
     let mut escaped = false;
     for (index, c) in rest.char_indices().skip(1) {

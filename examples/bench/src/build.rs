@@ -1,4 +1,4 @@
-//! Builds what is measured, beside this binary, and lays out folders of plugins.
+//! Builds the measured binaries in the target folder of this binary, and creates folders of plugins.
 
 use std::{
     path::{Path, PathBuf},
@@ -7,10 +7,10 @@ use std::{
 
 use anyhow::Context;
 
-/// The capability whose copies fill a folder of plugins.
+/// The capability whose plugin is copied to fill a folder.
 const NOOP: &str = "/examples/noop/v1";
 
-/// The binaries and a folder that goes at the end.
+/// The binaries, and a scratch folder that is removed at the end.
 pub(crate) struct Built {
     folder: PathBuf,
     scratch: tempfile::TempDir,
@@ -22,12 +22,12 @@ impl Built {
         let folder = own.parent().context("this binary lies in no folder")?.to_owned();
         let target = folder.parent().context("this binary lies in no target folder")?;
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-        // Plugins are built apart, as their authors do: in one go they would get whatever the host asks of the
-        // dependencies they share.
+        // Plugins are built separately, as their authors do. In one build they would get the dependency features that
+        // the host enables.
         for packages in [&["runner-host"][..], &["noop", "echo"]] {
             let mut build = Command::new(&cargo);
-            // `cargo run` names this package in the environment, and the build scripts of some
-            // dependencies look: left there, each build would undo the other one's work.
+            // `cargo run` sets variables that name this package, and the build scripts of some dependencies read
+            // them. If they stayed set, each build would invalidate the other.
             for (name, _) in std::env::vars_os() {
                 let text = name.to_string_lossy();
                 let own = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_"];
@@ -41,7 +41,7 @@ impl Built {
             let status = build.status().context("start cargo")?;
             anyhow::ensure!(status.success(), "{} could not be built", packages.join(" and "));
         }
-        // Beside the binaries and not in the system's temporary folder, which may lie in memory.
+        // In the target folder, because the system's temporary folder may be in memory.
         let scratch = tempfile::Builder::new().prefix("bench-").tempdir_in(target).context("make a scratch folder")?;
         Ok(Self { folder, scratch })
     }
@@ -50,7 +50,7 @@ impl Built {
         self.folder.join("runner-host")
     }
 
-    /// Where everything that is written during the measurements goes.
+    /// The folder for all files that are written during the measurements.
     pub(crate) fn scratch(&self) -> &Path {
         self.scratch.path()
     }
@@ -59,8 +59,8 @@ impl Built {
         self.folder.join(format!("lib{name}.so"))
     }
 
-    /// A folder of `count` plugins, all of them the noop runner without its sleep, and the file
-    /// that configures them.
+    /// A folder of `count` plugins and the file that configures them. Each plugin is the noop runner without its
+    /// sleep.
     pub(crate) fn noops(&self, count: usize) -> anyhow::Result<(PathBuf, PathBuf)> {
         self.plugins(&format!("{count}-plugins"), count, "sleep_secs = 0.0")
     }
@@ -70,8 +70,8 @@ impl Built {
         self.plugins(folder, 1, config)
     }
 
-    /// No two plugins may serve one capability, so the copies get other names of the same length: in the manifest
-    /// as in the code.
+    /// No two plugins may serve one capability. So each copy gets another name of the same length, in the manifest
+    /// and in the code.
     fn plugins(&self, folder: &str, count: usize, config: &str) -> anyhow::Result<(PathBuf, PathBuf)> {
         let folder = self.scratch.path().join(folder);
         let listing = folder.join("plugins.toml");

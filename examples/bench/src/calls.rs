@@ -1,4 +1,4 @@
-//! The author's calls to the dev server: jobs, data, what was asked of it.
+//! The author's calls to the dev server: jobs, data and the request journal.
 
 use std::time::{Duration, Instant};
 
@@ -26,7 +26,7 @@ pub(crate) struct Author {
     pub(crate) grant: String,
 }
 
-/// A job that has ended, by the dev server's clock.
+/// The times of an ended job, by the dev server's clock.
 pub(crate) struct Ended {
     /// First heartbeat to last report.
     pub(crate) took: Duration,
@@ -60,14 +60,14 @@ impl Author {
         self.runtime.block_on(async {
             let response = self.client.send(request, LIMIT).await?;
             let status = response.status();
-            // A job of many tasks is larger than the node's own limit for answers.
+            // The job may be larger than the node's own limit for answers.
             let body = response.into_body().collect().await?.to_bytes();
             anyhow::ensure!(status.is_success(), "{method} {path}: {status}: {}", transport::excerpt(&body));
             serde_json::from_slice(&body).with_context(|| format!("{method} {path}"))
         })
     }
 
-    /// Creates a job of `count` equal tasks; its id.
+    /// Creates a job of `count` equal tasks and returns its id.
     pub(crate) fn create(&self, capability: &str, inputs: &[&str], count: usize) -> anyhow::Result<String> {
         let task = json!({ "label": "bench", "stage": "bench", "capability": capability, "inputs_cids": inputs });
         let job = json!({ "domain_id": self.domain, "label": "bench", "tasks": vec![task; count] });
@@ -75,7 +75,7 @@ impl Author {
         Ok(made["job_id"].as_str().context("the dev server gave no job id")?.to_owned())
     }
 
-    /// Waits until the newest job, which must be `job`, is complete, asking every `pause`.
+    /// Waits until the newest job, which must be `job`, is complete. Polls at intervals of `pause`.
     pub(crate) fn wait(&self, job: &str, pause: Duration, limit: Duration) -> anyhow::Result<()> {
         let began = Instant::now();
         loop {
@@ -105,7 +105,7 @@ impl Author {
         }
     }
 
-    /// The newest job in short, which must be `job`.
+    /// The summary of the newest job, which must be `job`.
     fn newest(&self, job: &str) -> anyhow::Result<Value> {
         let mut page = self.call(Method::GET, "/v1/jobs?limit=1", None)?;
         let newest = page["items"][0].take();
@@ -113,7 +113,7 @@ impl Author {
         Ok(newest)
     }
 
-    /// When an ended job began and how long it took.
+    /// The start and the duration of an ended job.
     pub(crate) fn times(&self, job: &str) -> anyhow::Result<Ended> {
         let job = self.call(Method::GET, &format!("/v1/jobs/{job}"), None)?;
         let tasks = job["tasks"].as_array().context("the job has no tasks")?;
@@ -161,7 +161,7 @@ impl Author {
         self.call(Method::DELETE, &format!("/api/v1/domains/{}/data/{id}", self.domain), None).map(|_| ())
     }
 
-    /// The number of the next request, and how many polls for work came since number `since`.
+    /// The number of the next request, and the number of polls for work since request number `since`.
     pub(crate) fn polls(&self, since: u64) -> anyhow::Result<(u64, usize)> {
         let journal = self.call(Method::GET, &format!("/dev/v1/requests?since={since}"), None)?;
         let requests = journal["requests"].as_array().context("the dev server has no journal")?;
@@ -170,7 +170,7 @@ impl Author {
     }
 }
 
-/// The next byte of a sequence without a pattern (xorshift).
+/// The next byte of a pseudo-random sequence (xorshift).
 fn noise(state: &mut u32) -> u8 {
     *state ^= *state << 13;
     *state ^= *state >> 17;

@@ -1,9 +1,8 @@
-//! `cargo bench-node`: the node beside a bare client, as ratios in one run.
+//! `cargo bench-node`: compares the node with a bare client, as ratios within one run.
 //!
-//! The rules are those of the project's design: dev server, node and bare client are processes of their
-//! own, the runner is a real shared library, and beside every ratio of throughput stands the ratio of
-//! processor time, which a slow dev server cannot flatter. Start at [`rows`]; `procs` starts and watches
-//! the processes, `bare` is the client a node is measured against, `report` prints.
+//! Dev server, node and bare client are separate processes. The runner is a real shared library. Each ratio of
+//! throughput is reported with the ratio of processor time, which a slow dev server cannot improve. Start at
+//! [`rows`]. `procs` starts and watches the processes, `bare` is the reference client, and `report` prints.
 
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! Dev server, node and bare client: started, watched through `/proc`, stopped by a signal.
+//! Starts dev server, node and bare client, watches them through `/proc`, and stops them with a signal.
 
 use std::{
     fs::File,
@@ -17,15 +17,15 @@ use uuid::Uuid;
 
 use crate::build::Built;
 
-/// Units of the processor times in `/proc`, which Linux keeps at 100 for everybody who reads them.
+/// Unit of the processor times in `/proc`. Linux always shows 100 ticks per second to user space.
 const TICKS_PER_SECOND: f64 = 100.0;
 
-/// A process that is told to end when this goes.
+/// A child process that is stopped on drop.
 pub(crate) struct Process(Child);
 
 impl Process {
     fn start(command: &mut Command, built: &Built) -> anyhow::Result<Self> {
-        // What a killed process leaves behind goes with the scratch folder.
+        // Files that a killed process leaves are removed with the scratch folder.
         command.env("TMPDIR", built.scratch()).stdin(Stdio::piped()).stdout(Stdio::piped());
         let child = command.spawn().with_context(|| format!("start {}", command.get_program().display()))?;
         Ok(Self(child))
@@ -39,7 +39,7 @@ impl Process {
     /// Processor time so far, user and system.
     pub(crate) fn cpu(&self) -> anyhow::Result<Duration> {
         let stat = self.proc("stat")?;
-        // The second field is the name in parentheses, which may hold anything.
+        // The second field is the name in parentheses, which may contain any character.
         let after = stat.rsplit_once(')').map(|(_, rest)| rest).unwrap_or_default();
         let fields: Vec<&str> = after.split_whitespace().collect();
         let ticks = |at: usize| fields.get(at).and_then(|field| field.parse::<u64>().ok());
@@ -49,8 +49,8 @@ impl Process {
         }
     }
 
-    /// Processor time of the threads that are alive, in nanoseconds: finer than [`Process::cpu`],
-    /// for processes that hardly do anything.
+    /// Processor time of the live threads, in nanoseconds. It is more precise than [`Process::cpu`], for processes
+    /// that are almost idle.
     pub(crate) fn cpu_of_threads(&self) -> anyhow::Result<Duration> {
         let folder = format!("/proc/{}/task", self.0.id());
         let mut nanos = 0;
@@ -74,7 +74,7 @@ impl Drop for Process {
     fn drop(&mut self) {
         let asked = Command::new("kill").args(["-TERM", &self.0.id().to_string()]).status();
         if !asked.is_ok_and(|status| status.success()) {
-            // Gone already, or there is no `kill`.
+            // The process has ended already, or there is no `kill`.
             let _ = self.0.kill();
         }
         let _ = self.0.wait();
@@ -105,7 +105,7 @@ impl DevServer {
                 _ => {}
             }
         }
-        // The rest of the table fits the pipe, and nothing is printed after it.
+        // The rest of the table fits into the pipe, and nothing is printed after it.
         process.0.stdout = Some(table.into_inner());
         let (Some(base), Some(domain)) = (base, domain) else { anyhow::bail!("the dev server said nothing") };
         Ok(Self { process, base, domain })
@@ -151,7 +151,7 @@ impl Node {
             .env("RUST_LOG", "info")
             .env("LOG_FORMAT", "json")
             .envs(settings.iter().copied())
-            // Whatever this shell has set must not change what is measured.
+            // Variables of this shell must not change the measurement.
             .env_remove("NODE_URL")
             .env_remove("ENABLE_NOOP")
             .stderr(File::create(&log)?);
@@ -160,7 +160,7 @@ impl Node {
         Ok(Self { process, started, log })
     }
 
-    /// When the node first logged `message`.
+    /// The time at which the node first logged `message`.
     pub(crate) fn logged(&self, message: &str) -> anyhow::Result<Timestamp> {
         let log = std::fs::read_to_string(&self.log).context("read the node's log")?;
         let lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
@@ -177,7 +177,7 @@ impl Node {
     }
 }
 
-/// The bare client in a process of its own, one line of work at a time.
+/// The bare client in a separate process. It executes one order at a time.
 pub(crate) struct Bare {
     pub(crate) process: Process,
     orders: ChildStdin,
@@ -197,7 +197,7 @@ impl Bare {
         Ok(bare)
     }
 
-    /// Gives an order and waits for its answer.
+    /// Sends an order and waits for its answer.
     pub(crate) fn order(&mut self, order: &str) -> anyhow::Result<String> {
         writeln!(self.orders, "{order}").context("the bare client has ended")?;
         self.answer()

@@ -1,4 +1,4 @@
-//! What is printed: tables, the targets, and what it was measured on.
+//! The printed report: tables, the targets, and the machine.
 
 use serde_json::{Value, json};
 
@@ -26,7 +26,7 @@ impl Series {
         }
     }
 
-    /// Ratios of the measurements that were taken side by side.
+    /// Ratios of the measurements that were taken in the same repetition.
     pub(crate) fn over(&self, other: &Self) -> Self {
         Self(self.0.iter().zip(&other.0).map(|(own, others)| own / others).collect())
     }
@@ -65,13 +65,13 @@ struct Table {
     rows: Vec<Vec<Cell>>,
 }
 
-/// What is wanted of a figure.
+/// The targets for a figure.
 #[derive(Clone, Copy)]
 pub(crate) struct Bound {
-    /// The project's target: what a full run has to reach.
+    /// The project's target, which a full run must reach.
     pub(crate) wanted: f64,
-    /// What a quick run has to reach, if anything. It is short, and other work may be going on: this
-    /// only catches what has become clearly worse.
+    /// The target of a quick run, if any. A quick run is short, and other processes may be active. So this target
+    /// detects only a clear regression.
     pub(crate) quick: Option<f64>,
 }
 
@@ -79,7 +79,7 @@ struct Target {
     what: String,
     seen: f64,
     bound: Bound,
-    /// Whether more is better.
+    /// Whether a higher value is better.
     upwards: bool,
 }
 
@@ -120,7 +120,7 @@ impl Report {
         self.targets.push(Target { what: what.to_owned(), seen: seen.median(), bound, upwards: false });
     }
 
-    /// Whether every target was reached; in a quick run, whether no figure has become clearly worse.
+    /// Whether every target was reached. In a quick run: whether no figure has a clear regression.
     pub(crate) fn reached(&self) -> bool {
         self.targets.iter().all(|target| {
             let bound = if self.quick { target.bound.quick } else { Some(target.bound.wanted) };
@@ -184,7 +184,7 @@ impl Report {
 
 impl Target {
     fn within(&self, bound: f64) -> bool {
-        // Written so that a figure that is no number misses.
+        // With these comparisons, NaN misses the target.
         if self.upwards { self.seen >= bound } else { self.seen <= bound }
     }
 }
@@ -198,7 +198,7 @@ fn command_line() -> String {
     format!("cargo bench-node{}", arguments.collect::<String>())
 }
 
-/// Processor model and how many of it.
+/// Processor model and the number of processors.
 fn machine() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ").map(|(_, name)| name));
@@ -226,7 +226,7 @@ mod tests {
         assert_eq!(series(&[7.0]).text(0), "7");
     }
 
-    /// Whether a run passes with this figure, which has to be at least, or at most, `wanted`.
+    /// Whether a run passes with this figure, which must be at least, or at most, `wanted`.
     fn passes(quick_run: bool, upwards: bool, seen: &[f64], wanted: f64, quick: Option<f64>) -> bool {
         let (mut report, bound) = (Report::new(quick_run), Bound { wanted, quick });
         if upwards {

@@ -1,7 +1,7 @@
-//! The processes the demo starts: none outlives it, however it ends.
+//! The processes that the demo starts. Each ends no later than the demo, however the demo ends.
 //!
-//! Each is the head of a process group of its own, so that what it started in turn (a compiler, say)
-//! ends with it, and a Ctrl-C of the terminal reaches the demo alone, which then takes them down.
+//! Each process leads its own process group. So its child processes, such as a compiler, end with it. A Ctrl-C of the
+//! terminal reaches only the demo, which then stops the processes.
 
 use std::{
     ffi::OsStr,
@@ -17,10 +17,10 @@ use tokio::{
     time::timeout,
 };
 
-/// How long a process may take to end by itself after it was asked to.
+/// Time limit for a process to end by itself after a request to stop.
 const GRACE: Duration = Duration::from_secs(10);
 
-/// Everything that is running now.
+/// All running processes.
 #[derive(Default)]
 pub(crate) struct Crew {
     dev_server: Option<Child>,
@@ -28,7 +28,7 @@ pub(crate) struct Crew {
 }
 
 impl Crew {
-    /// Runs a command to its end and returns its standard output.
+    /// Runs a command until it ends and returns its standard output.
     pub(crate) async fn step(&mut self, what: &str, mut command: Command) -> anyhow::Result<Vec<u8>> {
         let child = spawn(what, &mut command)?;
         let child = self.step.insert(child);
@@ -44,7 +44,7 @@ impl Crew {
         Ok(said)
     }
 
-    /// Starts the dev server and returns what it says line by line.
+    /// Starts the dev server and returns its output line by line.
     pub(crate) fn start_dev_server(&mut self, mut command: Command) -> anyhow::Result<Lines<BufReader<ChildStdout>>> {
         let mut child = spawn("runner-host dev", &mut command)?;
         let stdout = child.stdout.take().expect("spawn() pipes it");
@@ -52,7 +52,7 @@ impl Crew {
         Ok(BufReader::new(stdout).lines())
     }
 
-    /// Asks the dev server to end, and waits for it.
+    /// Asks the dev server to stop, and waits until it has ended.
     pub(crate) async fn stop_dev_server(&mut self) -> anyhow::Result<()> {
         let Some(mut dev_server) = self.dev_server.take() else { return Ok(()) };
         signal(&dev_server, Signal::Term);
@@ -66,7 +66,7 @@ impl Crew {
         Ok(())
     }
 
-    /// Ends whatever is still running, at once.
+    /// Ends all remaining processes at once.
     pub(crate) async fn dismiss(mut self) {
         for child in [self.step.take(), self.dev_server.take()].into_iter().flatten() {
             kill(child).await;
@@ -74,7 +74,7 @@ impl Crew {
     }
 }
 
-/// A command that knows nothing of the caller's settings: they could send the demo elsewhere.
+/// A command without the caller's settings, which could connect the demo to another service.
 pub(crate) fn clean_command(program: &Path, temp: &Path) -> Command {
     let mut command = Command::new(program);
     command.env_clear().env("TMPDIR", temp).env("TMP", temp).env("TEMP", temp).env("SCRATCH_DIR", temp.join("scratch"));
@@ -101,7 +101,7 @@ async fn ended(child: &mut Child) -> Option<ExitStatus> {
 
 async fn kill(mut child: Child) {
     signal(&child, Signal::Kill);
-    // It may have ended by itself just now.
+    // The process may have ended by itself in the meantime.
     let _ = child.kill().await;
 }
 
@@ -110,7 +110,7 @@ enum Signal {
     Kill,
 }
 
-/// Sends a signal to a process and everything it started.
+/// Sends a signal to a process and its child processes.
 #[cfg(unix)]
 fn signal(child: &Child, signal: Signal) {
     use rustix::process::{Pid, kill_process_group};
@@ -119,11 +119,11 @@ fn signal(child: &Child, signal: Signal) {
         Signal::Kill => rustix::process::Signal::KILL,
     };
     if let Some(group) = child.id().and_then(|id| Pid::from_raw(id.cast_signed())) {
-        // It may be gone already, which is what we want.
+        // The group may have ended already, which is fine.
         let _ = kill_process_group(group, signal);
     }
 }
 
-/// There are no signals here: `kill` ends the process itself, and the dev server is ended by that.
+/// This platform has no signals. `kill` ends the process itself, which also stops the dev server.
 #[cfg(not(unix))]
 fn signal(_child: &Child, _signal: Signal) {}

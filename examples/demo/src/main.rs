@@ -1,8 +1,8 @@
-//! `cargo demo`: a runner in a shared library does leased work, on this machine, in one command.
+//! `cargo demo`: one command runs a leased task with a runner in a shared library, on this machine.
 //!
-//! It builds the host and the plugins into a folder of their own, starts a dev server with a node in it,
-//! hands in a scan, and brings back what the runner made of it. Nothing here is special to the demo:
-//! each step is a command that you can type yourself. Only the artifacts and the build stay behind.
+//! It builds the host and the plugins into its own folder. It starts a dev server with a node, submits a scan, and
+//! saves the artifacts of the runner. The demo has no special code path: each step is a command that a user can type.
+//! Only the artifacts and the build remain afterwards.
 
 #![forbid(unsafe_code)]
 
@@ -22,14 +22,14 @@ use tokio::{process::Command, time::timeout};
 
 use crew::{Crew, clean_command};
 
-/// The job.
+/// The capability of the job.
 const CAPABILITY: &str = "/pointcloud/downsample/v1";
-/// The plugins that are dropped into the node's folder.
+/// The plugins that are copied into the node's folder.
 const PLUGINS: [&str; 4] = ["echo", "hello", "noop", "pointcloud"];
-/// Points of the scan, and where it begins; the same ones make the same file everywhere.
+/// Number of points of the scan, and its random seed. The same values produce the same file on every machine.
 const POINTS: &str = "1000000";
 const SEED: &str = "7";
-/// A dev server is up in a fraction of this on any machine that can build it.
+/// Time limit for the start of the dev server. It needs a fraction of this on any machine that can build it.
 const START_LIMIT: Duration = Duration::from_secs(30);
 
 const EXIT_FAILED: u8 = 1;
@@ -46,7 +46,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs the demo until it ends or is interrupted, then takes everything down.
+/// Runs the demo until it ends or is interrupted, then stops all processes.
 async fn demo() -> anyhow::Result<ExitCode> {
     let mut interrupts = Interrupts::install().context("listen to signals")?;
     let temp = tempfile::Builder::new().prefix("runner-host-demo-").tempdir().context("make a temporary folder")?;
@@ -70,7 +70,7 @@ async fn demo() -> anyhow::Result<ExitCode> {
     }
 }
 
-/// The demo itself, from sources to artifacts.
+/// The steps of the demo, from sources to artifacts.
 async fn work(crew: &mut Crew, temp: &Path) -> anyhow::Result<String> {
     let home = home()?;
     let began = Instant::now();
@@ -115,7 +115,7 @@ async fn work(crew: &mut Crew, temp: &Path) -> anyhow::Result<String> {
     summary(&out, elapsed)
 }
 
-/// A folder of our own beside what cargo built for the caller, wherever that is.
+/// The demo's folder in cargo's target folder, wherever that is.
 fn home() -> anyhow::Result<PathBuf> {
     let exe = std::env::current_exe().context("find the target folder")?;
     let target = exe.ancestors().nth(2).context("find the target folder: run `cargo demo`")?;
@@ -124,7 +124,7 @@ fn home() -> anyhow::Result<PathBuf> {
     Ok(home)
 }
 
-/// Cargo alone builds no library of another member for us, so we ask for each by name.
+/// Cargo alone builds no library of another workspace member, so each package is named.
 fn cargo_build(home: &Path) -> anyhow::Result<Command> {
     let cargo = std::env::var_os("CARGO").context("run it as `cargo demo`")?;
     let mut command = Command::new(cargo);
@@ -140,7 +140,7 @@ fn cargo_build(home: &Path) -> anyhow::Result<Command> {
     Ok(command)
 }
 
-/// Starts the dev server and reads from the table it prints where it is.
+/// Starts the dev server and reads its address from the printed table.
 async fn start_dev_server(crew: &mut Crew, command: Command) -> anyhow::Result<String> {
     let mut lines = crew.start_dev_server(command)?;
     let address = async {
@@ -152,7 +152,7 @@ async fn start_dev_server(crew: &mut Crew, command: Command) -> anyhow::Result<S
         bail!("the dev server ended before it was up")
     };
     let address = timeout(START_LIMIT, address).await.context("the dev server was not up in time")??;
-    // The rest of the table: a pipe that nobody reads would stop the dev server.
+    // Reads the rest of the table, because a full pipe would block the dev server.
     tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
     Ok(address)
 }
@@ -166,7 +166,7 @@ fn clear(folder: &Path) -> anyhow::Result<()> {
     }
 }
 
-/// What was made, checked against what the runner reports about it.
+/// The artifacts, checked against the runner's report.
 fn summary(out: &Path, elapsed: Duration) -> anyhow::Result<String> {
     use std::fmt::Write as _;
     let report = std::fs::read(out.join("report.json")).context("read report.json")?;
@@ -194,13 +194,13 @@ fn say(line: String) {
     eprintln!("demo: {line}");
 }
 
-/// A path as short as it can be typed from here.
+/// The shortest form of a path from the current folder.
 fn shown(path: &Path) -> String {
     let here = std::env::current_dir().ok();
     here.as_deref().and_then(|here| path.strip_prefix(here).ok()).unwrap_or(path).display().to_string()
 }
 
-/// Whatever asks a program to stop.
+/// Waits for any signal that stops a program.
 #[cfg(unix)]
 struct Interrupts([tokio::signal::unix::Signal; 3]);
 

@@ -1,4 +1,4 @@
-//! One cell: a dev server, a node, a fault, and the checks at the end.
+//! One cell: a dev server, a node, a fault, and the final checks.
 
 use std::{
     collections::BTreeMap,
@@ -15,27 +15,27 @@ use crate::{
     plan::{Cell, Length},
 };
 
-/// Short enough to run out in a test.
+/// Short enough to expire in a test.
 const LEASE: Duration = Duration::from_secs(2);
-/// How long a lasting fault lasts: longer than a lease.
+/// Duration of a long fault. It is longer than a lease.
 const LONG: Duration = Duration::from_millis(2500);
-/// Far more than any part of a cell takes; a hang becomes a failed cell.
+/// Far longer than any part of a cell takes. It turns a hang into a failed cell.
 const LIMIT: Duration = Duration::from_secs(45);
-/// Most requests of one kind that arrive within any second. A heartbeat may follow another after 100 ms, polls
-/// pause for at least 100 ms unless there is work, and a task has four parts.
+/// Maximum number of requests of one kind within any second. A heartbeat may follow another after 100 ms. Polls wait
+/// for at least 100 ms unless there is work. A task has four parts.
 const BUSIEST: usize = 20;
-/// More parts than two, the last one smaller.
+/// More than two parts, the last one smaller.
 const INPUT_BYTES: usize = 200_000;
 
 /// The result of a cell.
 pub(crate) struct Report {
     pub(crate) cell: Cell,
     pub(crate) took: Duration,
-    /// Requests that a fault struck.
+    /// Requests to which a fault was applied.
     pub(crate) struck: usize,
-    /// Most requests of one kind within a second.
+    /// The highest number of requests of one kind within a second.
     pub(crate) busiest: usize,
-    /// Why the cell failed.
+    /// The reason why the cell failed.
     pub(crate) failure: Option<String>,
 }
 
@@ -55,7 +55,7 @@ pub(crate) async fn run(cell: Cell, plugin: PathBuf) -> Report {
     .await;
     let ended = tokio::time::timeout(LIMIT * 2, judged(&cell, &lab, faults, plugin)).await;
     if !cell.is_of_the_clock() {
-        // A request whose client has left stands in the journal only when its fault is over.
+        // If a client disconnects, its request is in the journal only after the fault has ended.
         let struck = |seen: &[Seen]| seen.iter().any(|seen| cell.struck(seen));
         let _ = tokio::time::timeout(LONG, lab.dev_server.journal_until(struck)).await;
     }
@@ -97,7 +97,7 @@ async fn judged(cell: &Cell, lab: &TestServer, faults: Faults, plugin: PathBuf) 
     if cell.length == Length::Long && !cell.is_of_the_clock() {
         let struck = |seen: &[Seen]| seen.iter().any(|seen| cell.struck(seen));
         within("the first fault", lab.dev_server.journal_until(struck)).await.map_err(told)?;
-        // Not an event: the fault itself is a stretch of time.
+        // No event: the fault itself is a period of time.
         tokio::time::sleep(LONG).await;
         lab.dev_server.set_faults(Faults::default());
     }
@@ -110,7 +110,7 @@ async fn judged(cell: &Cell, lab: &TestServer, faults: Faults, plugin: PathBuf) 
     nothing_left(cell, lab, &node).await.map_err(told)
 }
 
-/// One completion, or failures with a reason; artifacts whole and not doubled.
+/// Checks for one completion, or failures with a reason. Artifacts must be complete and without duplicates.
 async fn one_verdict(cell: &Cell, lab: &TestServer, ended: &Ended, input: &[u8]) -> Result<(), String> {
     let receipts = ended.0["receipts"].as_array().ok_or("no receipts")?;
     let completed = receipts.iter().filter(|receipt| receipt["meta"]["artifacts"].is_array()).count();
@@ -150,7 +150,7 @@ async fn one_verdict(cell: &Cell, lab: &TestServer, ended: &Ended, input: &[u8])
     Ok(())
 }
 
-/// No upload, no file, no process.
+/// Checks that no upload, file or process is left.
 async fn nothing_left(cell: &Cell, lab: &TestServer, node: &TestNode) -> Result<(), String> {
     node.term();
     let code = within("the end of the node", node.wait()).await?;
@@ -171,8 +171,8 @@ async fn nothing_left(cell: &Cell, lab: &TestServer, node: &TestNode) -> Result<
     Ok(())
 }
 
-/// An upload stays open until it expires where the one abort is lost, where nobody ever heard of its id, or where
-/// its lease, and with it the token that could abort it, is gone.
+/// An upload stays open until it expires in three cases. The one abort is lost. No client has received its id. Its
+/// lease is gone, and with it the token for an abort.
 fn may_leave_uploads(cell: &Cell) -> bool {
     let unheard = ["reset_body", "malformed", "oversize", "wrong_type", "lost_answer"];
     match cell.endpoint {
@@ -182,11 +182,11 @@ fn may_leave_uploads(cell: &Cell) -> bool {
     }
 }
 
-/// Most requests of one call that arrived within any second.
+/// The highest number of requests of one call that arrived within any second.
 fn busiest(journal: &[Seen]) -> (usize, &'static str) {
     let mut arrivals: BTreeMap<&'static str, Vec<jiff::Timestamp>> = BTreeMap::new();
     for seen in journal {
-        // What the test itself asks for shows no node and is little.
+        // The requests of the test itself have no node id. There are few of them.
         arrivals.entry(seen.endpoint.unwrap_or("other")).or_default().push(seen.at);
     }
     let second = jiff::SignedDuration::from_secs(1);

@@ -2,10 +2,10 @@
 
 use runner_host::dev::Seen;
 
-/// What goes wrong: its name in the table, and the keys of its rule.
+/// A kind of fault: its name in the table, and the keys of its rule.
 pub(crate) type Kind = (&'static str, &'static str);
 
-/// How long it goes wrong.
+/// The duration of a fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Length {
     /// For two requests.
@@ -45,7 +45,7 @@ pub(crate) const ENDPOINTS: [&str; 19] = [
     "any",
 ];
 
-/// Every kind of fault but the clock, which is a matter of the dev server.
+/// Every kind of fault except the clock, which is a setting of the dev server.
 pub(crate) const KINDS: [Kind; 15] = [
     ("503", "kind = \"status\"\ncode = 503"),
     ("429", "kind = \"status\"\ncode = 429\nheaders = { Retry-After = \"1\" }"),
@@ -64,7 +64,7 @@ pub(crate) const KINDS: [Kind; 15] = [
     ("steal_lease", "kind = \"steal_lease\""),
 ];
 
-/// What may also last: an outage, seen in five ways.
+/// Faults that may also last long: five forms of an outage.
 const LASTING: [&str; 5] = ["503", "429", "reset", "malformed", "hang"];
 
 const SIGN_IN: [&str; 4] = ["nonce", "register_wallet", "register", "verify"];
@@ -116,7 +116,7 @@ impl Cell {
         format!("{}/{}{length}", self.endpoint, self.kind.0)
     }
 
-    /// Strikes before a node has signed in.
+    /// The fault applies before a node has signed in.
     pub(crate) fn is_of_sign_in(&self) -> bool {
         SIGN_IN.contains(&self.endpoint)
     }
@@ -125,12 +125,12 @@ impl Cell {
         self.kind.1.contains("clock_offset")
     }
 
-    /// Whether this request was struck by what the cell is about.
+    /// Whether the cell's own fault was applied to this request.
     pub(crate) fn struck(&self, seen: &Seen) -> bool {
         seen.fault.is_some() && (self.endpoint == "any" || seen.endpoint == Some(self.endpoint))
     }
 
-    /// Strikes what the test itself asks for, too.
+    /// The fault also applies to the requests of the test itself.
     pub(crate) fn strikes_the_test(&self) -> bool {
         ["any", "by_id"].contains(&self.endpoint) && !self.is_of_the_clock()
     }
@@ -148,9 +148,9 @@ impl Cell {
         let count = if self.length == Length::Twice { "count = 2\n" } else { "" };
         let rule = format!("[[fault]]\nname = \"cell\"\nendpoint = \"{}\"\n{count}{}\n", self.endpoint, self.kind.1);
         let first = match self.endpoint {
-            // Nothing is aborted unless something fails for good,
+            // An upload is aborted only if something fails permanently.
             "abort" => "endpoint = \"part\"\nkind = \"status\"\ncode = 403",
-            // and data is asked for by its id where a download broke off.
+            // Data is requested by its id after a broken download.
             "by_id" => "endpoint = \"download\"\nkind = \"reset_body\"\nafter_bytes = 100_000",
             _ => return rule,
         };

@@ -1,4 +1,4 @@
-//! One object down to a file, and up again from it in parts, two at a time as a node does.
+//! Downloads one object to a file and uploads it again in parts. Two parts are sent at a time, as in a node.
 
 use std::{
     convert::Infallible,
@@ -23,7 +23,7 @@ use super::Wire;
 
 /// Bytes read from the file at once.
 const BLOCK_BYTES: usize = 256 * 1024;
-/// Parts under way at once.
+/// Concurrent parts.
 const PARALLEL: usize = 2;
 
 /// Where the data lies.
@@ -37,7 +37,7 @@ pub(crate) struct Args {
     file: PathBuf,
 }
 
-/// Open connections.
+/// The open connections.
 pub(super) struct Client {
     wires: Vec<Wire<Either<Full<Bytes>, Part>>>,
     data: String,
@@ -47,7 +47,7 @@ pub(super) struct Client {
 
 impl Client {
     pub(super) async fn connect(args: &Args) -> anyhow::Result<Self> {
-        // A secret does not belong on a command line.
+        // Other users can read a command line, so the secret is in the environment.
         let grant = std::env::var("BENCH_GRANT").context("BENCH_GRANT is not set")?;
         let mut wires = Vec::new();
         for _ in 0..PARALLEL {
@@ -57,7 +57,7 @@ impl Client {
         Ok(Self { wires, data, file: args.file.clone(), copies: 0 })
     }
 
-    /// Copies the object `id`; how long that took, in nanoseconds.
+    /// Copies the object `id` and returns the time that took, in nanoseconds.
     pub(super) async fn copy(&mut self, id: &str) -> anyhow::Result<String> {
         let began = Instant::now();
         let size = self.download(id).await?;
@@ -120,8 +120,7 @@ fn json_of(bytes: &[u8]) -> anyhow::Result<Value> {
     serde_json::from_slice(bytes).context("read an answer")
 }
 
-/// A range of a file as a body, read as it is sent. The file lies in the page cache, and nothing
-/// else wants this thread.
+/// A range of a file as a body, read while it is sent. The file is in the page cache. No other task uses this thread.
 pub(super) struct Part {
     file: File,
     left: u64,

@@ -1,7 +1,7 @@
-//! The limit: what a client can do that does nothing but the calls.
+//! The reference client: it makes only the calls and shows the possible maximum.
 //!
-//! One thread, one connection for each slot, no pool, no parsing beyond the id. `tasks` leases and
-//! completes, `data` downloads to a file and uploads from it. Orders come as lines on stdin.
+//! It uses one thread and one connection per slot. It has no pool, and it parses only the id. `tasks` leases and
+//! completes tasks. `data` downloads to a file and uploads from it. Orders are lines on stdin.
 
 mod data;
 mod tasks;
@@ -46,7 +46,7 @@ pub(crate) fn run(work: Work) -> anyhow::Result<()> {
     }
 }
 
-/// Takes orders until nobody gives any.
+/// Executes orders until stdin ends.
 fn serve(mut work: impl FnMut(&str) -> anyhow::Result<String>) -> anyhow::Result<()> {
     println!("ready");
     for line in std::io::stdin().lock().lines() {
@@ -55,7 +55,7 @@ fn serve(mut work: impl FnMut(&str) -> anyhow::Result<String>) -> anyhow::Result
     Ok(())
 }
 
-/// A connection that stays open.
+/// A persistent connection.
 struct Wire<B> {
     sender: SendRequest<B>,
     host: HeaderValue,
@@ -72,7 +72,7 @@ where
         let socket = TcpStream::connect(address).await?;
         socket.set_nodelay(true)?;
         let (sender, connection) = http1::handshake(TokioIo::new(socket)).await?;
-        // Ends with the sender.
+        // This task ends when the sender is dropped.
         tokio::spawn(connection);
         let host = HeaderValue::from_str(&address.to_string())?;
         Ok(Self { sender, host, bearer: HeaderValue::from_str(&format!("Bearer {bearer}"))? })
@@ -90,7 +90,7 @@ where
         Ok(self.sender.send_request(request).await?)
     }
 
-    /// Sends and reads the answer, which must be a success.
+    /// Sends a request and reads the answer, which must be a success.
     async fn call(&mut self, method: Method, path: &str, body: B) -> anyhow::Result<Bytes> {
         let response = self.send(method, path, body).await?;
         let status = response.status();

@@ -1,4 +1,4 @@
-//! Lease, one heartbeat, complete, as fast as one thread can.
+//! Lease, one heartbeat, complete, at the maximum rate of one thread.
 
 use std::{
     cell::Cell,
@@ -40,7 +40,7 @@ pub(super) struct Client {
     wires: Vec<Wire<Small>>,
 }
 
-/// As much of a lease as is looked at.
+/// The fields of a lease that are read.
 #[derive(Deserialize)]
 struct Lease<'a> {
     #[serde(borrow)]
@@ -62,7 +62,7 @@ impl Client {
         Ok(Self { wires })
     }
 
-    /// Completes `count` tasks and says how long that took, in nanoseconds.
+    /// Completes `count` tasks and returns the time that took, in nanoseconds.
     pub(super) async fn work(&mut self, count: usize) -> anyhow::Result<String> {
         let left = Rc::new(Cell::new(count));
         let began = Instant::now();
@@ -101,7 +101,7 @@ async fn slot(mut wire: Wire<Small>, left: Rc<Cell<usize>>) -> anyhow::Result<Wi
     Ok(wire)
 }
 
-/// Registers a fresh wallet and signs in; the node token.
+/// Registers a fresh wallet and signs in. Returns the node token.
 async fn sign_in(args: &Args) -> anyhow::Result<String> {
     let (key, _) = NodeKey::generate();
     let (_unchanged, capabilities) = watch::channel(vec![Capability::parse(&args.capability)?]);

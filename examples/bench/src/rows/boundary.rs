@@ -1,8 +1,8 @@
-//! From the start of a run in a plugin to its end, with one call of the host in between.
+//! Time from the start of a run in a plugin to its end, with one call of the host.
 //!
-//! The library is loaded into this process, as a node loads it into its own; the one call brings an input to
-//! disk, which is there at once. Beside it two threads pass a word to and fro, each with a runtime of its
-//! own: what it costs to wake the other side twice is the least that a run on threads of its own can cost.
+//! The library is loaded into this process, as in a node. The one call downloads an input that is already on disk.
+//! For comparison, two threads with their own runtimes exchange messages. That measures two thread wake-ups, which is
+//! the minimum cost of a run on its own threads.
 
 use std::{
     path::Path,
@@ -34,10 +34,10 @@ use crate::{
 };
 
 const CAPABILITY: &str = "/examples/noop/v1";
-/// Over the ping-pong. That is eight times as quick where the system puts both threads on one core, which a short
-/// look cannot even out.
+/// The ratio to the ping-pong. The ping-pong is eight times as fast if the system runs both threads on one core. A
+/// short run cannot average that out.
 const TIMES: Bound = Bound { wanted: 3.0, quick: None };
-/// How long a run or a word may take, however slow this machine is.
+/// Time limit of a run or a message on a slow machine.
 const LIMIT: Duration = Duration::from_secs(10);
 
 pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyhow::Result<()> {
@@ -52,7 +52,7 @@ pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyh
         allow_writable: true,
     };
     let plugins = Plugins::load(&config)?;
-    // As in a node: one thread for leases, others for what moves data.
+    // As in a node: one thread for leases, other threads for data.
     let workers = Builder::new_multi_thread().enable_all().build()?;
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let (mut own, mut least) = <(Series, Series)>::default();
@@ -61,7 +61,7 @@ pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyh
         let words = Words::start()?;
         for repetition in 0..=sizes.repetitions {
             let (run, word) = (timed(sizes.runs, || runs.one()).await?, timed(sizes.runs, || words.one()).await?);
-            // The first warms up.
+            // The first repetition warms up.
             if repetition > 0 {
                 own.add(run);
                 least.add(word);
@@ -80,7 +80,7 @@ pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyh
     Ok(())
 }
 
-/// How long one takes, in microseconds, when so many are done one after the other.
+/// The mean time of one call in microseconds, over `count` sequential calls.
 async fn timed<F: Future<Output = anyhow::Result<()>>>(count: u32, one: impl Fn() -> F) -> anyhow::Result<f64> {
     let began = Instant::now();
     for _ in 0..count {
@@ -131,7 +131,7 @@ impl<'a> Runs<'a> {
     }
 }
 
-/// Ports whose inputs are there.
+/// Ports whose inputs are on disk.
 struct Ready {
     input: std::path::PathBuf,
     budget: Budget,
@@ -180,14 +180,14 @@ impl Ports for Ready {
     async fn close(&self) {}
 }
 
-/// Words to another thread and back.
+/// Sends messages to another thread and gets an answer to each.
 struct Words(mpsc::UnboundedSender<oneshot::Sender<()>>);
 
 impl Words {
     fn start() -> anyhow::Result<Self> {
         let (say, mut said) = mpsc::unbounded_channel::<oneshot::Sender<()>>();
         let runtime = Builder::new_current_thread().enable_all().build()?;
-        // Not joined: it ends with the sender.
+        // Not joined: it ends when the sender is dropped.
         thread::Builder::new().name("ping-pong".to_owned()).spawn(move || {
             runtime.block_on(async {
                 while let Some(answer) = said.recv().await {

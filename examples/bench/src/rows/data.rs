@@ -1,4 +1,4 @@
-//! One large object in as a file and out as a file.
+//! Downloads one large object to a file and uploads it from a file.
 
 use std::{fs::File, io::Write, path::Path, time::Duration};
 
@@ -15,7 +15,7 @@ use crate::{
 const ECHO_FILE: &str = "/examples/echo-file/v1";
 /// Peak resident memory of the node, in MiB.
 const PEAK_MIB: Bound = Bound { wanted: 48.0, quick: Some(96.0) };
-/// Time over the bare client's.
+/// The ratio of the node's time to the bare client's.
 const TIME: Bound = Bound { wanted: 1.3, quick: None };
 const MIB: f64 = 1024.0 * 1024.0;
 const LIMIT: Duration = Duration::from_secs(300);
@@ -34,7 +34,7 @@ pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyh
     let (mut peak, mut bare_peak, mut times, mut bare_times) = <(Series, Series, Series, Series)>::default();
     let mut costs = (Series::default(), Series::default());
     for _ in 0..sizes.objects {
-        // A fresh process each time: its peak begins at nothing.
+        // A fresh process each time, so that the peak starts at zero.
         let settings = [("MAX_CONCURRENCY", "1"), ("POLL_BACKOFF_MS_MIN", "20"), ("POLL_BACKOFF_MS_MAX", "200")];
         let node = Node::start(built, &dev_server, &[&built.library("echo")], None, &settings)?;
         warm(&warmth, 2 * sizes.object)?;
@@ -89,8 +89,8 @@ pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyh
     Ok(())
 }
 
-/// Lets each side begin with as much memory at hand as its files will take. A virtual machine may give
-/// free memory back to its host, and gets it again far more slowly than files are written.
+/// Makes sure that free memory for the files is available before each side starts. A virtual machine may return free
+/// memory to its host. It gets that memory back far more slowly than files are written.
 fn warm(file: &Path, bytes: u64) -> anyhow::Result<()> {
     let block = vec![0; 1 << 20];
     let write = || {
@@ -101,7 +101,7 @@ fn warm(file: &Path, bytes: u64) -> anyhow::Result<()> {
     std::fs::remove_file(file).context("remove it")
 }
 
-/// Checks that there is one copy of the whole object, and deletes it.
+/// Checks that there is one complete copy of the object, and deletes it.
 fn forget(author: &Author, input: &str, size: u64) -> anyhow::Result<()> {
     let copies: Vec<_> = author.stored()?.into_iter().filter(|(id, _)| id != input).collect();
     anyhow::ensure!(copies.len() == 1 && copies[0].1 == size, "expected one copy of {size} bytes, found {copies:?}");

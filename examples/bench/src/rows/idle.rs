@@ -1,4 +1,4 @@
-//! A node that has nothing to do.
+//! A node without work.
 
 use std::time::{Duration, Instant};
 
@@ -24,7 +24,7 @@ pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyh
     author.wait(&job, Duration::from_millis(50), Duration::from_secs(30))?;
     let (from, _) = author.polls(0)?;
     let (began, before) = (Instant::now(), node.process.cpu_of_threads()?);
-    // The measurement is the waiting.
+    // The node is measured while this thread sleeps.
     std::thread::sleep(sizes.idle);
     let (took, used) = (began.elapsed(), node.process.cpu_of_threads()? - before);
     let (_, polls) = author.polls(from)?;

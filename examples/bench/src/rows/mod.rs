@@ -1,4 +1,4 @@
-//! What is measured, and how much of it.
+//! The rows of the measurement, and their sizes.
 
 mod boundary;
 mod data;
@@ -28,7 +28,7 @@ pub(crate) enum Row {
     Boundary,
 }
 
-/// How much is measured.
+/// The sizes of a measurement.
 pub(crate) struct Sizes {
     /// Repetitions of each measurement.
     pub(crate) repetitions: usize,
@@ -36,13 +36,13 @@ pub(crate) struct Sizes {
     pub(crate) tasks: Duration,
     /// Bytes of the large object.
     pub(crate) object: u64,
-    /// Repetitions with it: it is slow.
+    /// Repetitions with the large object, which is slow.
     pub(crate) objects: usize,
-    /// How long an idle node is watched.
+    /// How long an idle node is measured.
     pub(crate) idle: Duration,
-    /// Tasks that wait at once.
+    /// Number of tasks that wait at once.
     pub(crate) waiting: usize,
-    /// Runs in a plugin, one after the other, in one repetition.
+    /// Sequential runs in a plugin in one repetition.
     pub(crate) runs: u32,
 }
 

@@ -1,4 +1,4 @@
-//! From the start of the process to the first lease, with ten plugins and work waiting.
+//! Time from the start of the process to the first lease, with ten plugins and a queued task.
 
 use std::time::Duration;
 
@@ -29,7 +29,7 @@ pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyh
         author
             .wait(&job, Duration::from_millis(20), LIMIT)
             .with_context(|| format!("the node's log ends with:\n{}", node.log_tail()))?;
-        // The lease is a little older than the line that says its task has started.
+        // The lease is slightly older than the log line that reports the start of its task.
         let started = node.logged("task started")?;
         let (up, registered) = (node.logged("node started")?, node.logged("node registered")?);
         whole.add(ms(node.started, started));

@@ -1,4 +1,4 @@
-//! No-op tasks: node and bare client take turns against one dev server.
+//! No-op tasks. Node and bare client alternate on one dev server.
 
 use std::time::Duration;
 
@@ -13,18 +13,18 @@ use crate::{
 };
 
 const SLOTS: [usize; 3] = [1, 8, 64];
-/// What the node serves, and what the bare client registers for: neither may take the other's work.
+/// The capability of the node. The bare client registers for another one, so that neither gets the other's tasks.
 const NOOP: &str = "/examples/noop/v1";
 const BARE: &str = "/bench/bare/v1";
-/// Share of the bare client's rate.
+/// The ratio of the node's rate to the bare client's.
 const RATE: Bound = Bound { wanted: 0.5, quick: None };
-/// The same with eight slots, which a short look tells best.
+/// The same with eight slots, where a short run is most reliable.
 const RATE_AT_8: Bound = Bound { quick: Some(0.15), ..RATE };
-/// Processor time over the bare client's.
+/// The ratio of the node's processor time to the bare client's.
 const COST: Bound = Bound { wanted: 2.0, quick: None };
-/// Most tasks of one job.
+/// Maximum number of tasks of one job.
 const TASKS_MAX: usize = 20_000;
-/// How long a job may take, however slow this machine is.
+/// Time limit of a job on a slow machine.
 const LIMIT: Duration = Duration::from_secs(120);
 
 pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyhow::Result<()> {
@@ -65,14 +65,14 @@ pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyh
     Ok(())
 }
 
-/// Node first, bare client second.
+/// The node's values first, the bare client's second.
 #[derive(Default)]
 struct Seen {
     /// Tasks per second.
     rates: (Series, Series),
     /// Microseconds of processor time per task.
     costs: (Series, Series),
-    /// Percent of the processor time of both that was the dev server's.
+    /// The dev server's share of the processor time of both, in percent.
     shares: (Series, Series),
 }
 
@@ -81,7 +81,7 @@ fn at(slots: usize, built: &Built, sizes: &Sizes) -> anyhow::Result<Seen> {
     let author = Author::new(&dev_server)?;
     let (folder, listing) = built.noops(1)?;
     let count = slots.to_string();
-    // The pause of a node without work is short enough not to wait for it, and long enough not to count.
+    // The pause of a node without work is long enough to cost little and short enough not to delay a round.
     let settings = [("MAX_CONCURRENCY", &*count), ("POLL_BACKOFF_MS_MIN", "20"), ("POLL_BACKOFF_MS_MAX", "200")];
     let node = Node::start(built, &dev_server, &[&folder], Some(&listing), &settings)?;
     let mut bare = Bare::start(built, &["tasks", dev_server.base.as_str(), BARE, &count], &[])?;
@@ -92,7 +92,7 @@ fn at(slots: usize, built: &Built, sizes: &Sizes) -> anyhow::Result<Seen> {
                 capability| { run(&author, &dev_server.process, capability, tasks, order, process) };
     let mut seen = Seen::default();
     let mut tasks = (slots * 20 + 100, slots * 20 + 100);
-    // The first round warms up and tells how many tasks make a round of the wanted length.
+    // The first round warms up. It also determines the number of tasks for a round of the configured length.
     for round in 0..=sizes.repetitions {
         let by_node = turn(tasks.0, &mut |_| Ok(()), &|| node.process.cpu(), NOOP)
             .with_context(|| format!("the node's log ends with:\n{}", node.log_tail()))?;

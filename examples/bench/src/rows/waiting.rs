@@ -1,4 +1,4 @@
-//! A node in which very many tasks wait at once.
+//! A node in which thousands of tasks wait at once.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use crate::{
 };
 
 const RESIDENT_MIB: Bound = Bound { wanted: 500.0, quick: Some(100.0) };
-/// How long it may take until all of them run, however slow this machine is.
+/// Time limit until all tasks run, on a slow machine.
 const LIMIT: Duration = Duration::from_secs(120);
 
 pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyhow::Result<()> {
@@ -23,7 +23,7 @@ pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyh
     let author = Author::new(&dev_server)?;
     let (folder, listing) = built.noop("waiting", "sleep_secs = 3600.0")?;
     let count = tasks.to_string();
-    // They are not waited for at the end.
+    // The node does not wait for the tasks when it stops.
     let settings = [("MAX_CONCURRENCY", &*count), ("DRAIN_TIMEOUT", "0")];
     let node = Node::start(built, &dev_server, &[&folder], Some(&listing), &settings)?;
     let before = author.create("/examples/noop/v1", &[], 1)?;

@@ -1,9 +1,8 @@
-//! The plugins the integration tests load: built on first use, once per test run, into
-//! `<target>/fixtures`.
+//! The plugins of the integration tests. They are built on first use, once per test run, into `<target>/fixtures`.
 //!
-//! Cargo builds no cdylib of another crate for a test, so the harness asks it to. A lock file keeps
-//! test processes that run at the same time apart; within a process each library is built once.
-//! Start at [`zoo`] for runners with a behaviour, at [`c`] for plugins that are refused.
+//! Cargo builds no cdylib of another crate for a test, so the harness runs cargo. A lock file keeps concurrent test
+//! processes from building at once. Within a process each library is built once. Start at [`zoo`] for runners with a
+//! behaviour, and at [`c`] for plugins that are rejected.
 
 use std::{
     collections::HashMap,
@@ -16,31 +15,31 @@ use std::{
 
 use tempfile::TempDir;
 
-/// Runners that behave in every way: `host/tests/fixtures/rust/zoo`.
+/// Runners for every behaviour: `host/tests/fixtures/rust/zoo`.
 pub(crate) fn zoo() -> PathBuf {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| fixture("zoo", "zoo")).clone()
 }
 
-/// A plugin whose runner panics while it is made.
+/// A plugin whose runner panics in its constructor.
 pub(crate) fn init_panics() -> PathBuf {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| fixture("init-panics", "init_panics")).clone()
 }
 
-/// A Rust plugin with another parameter in its table, sound by all that shows without the layout.
+/// A Rust plugin with another parameter in its function table. Only the layout check detects the difference.
 pub(crate) fn changed_struct() -> PathBuf {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| fixture("changed-struct", "changed_struct")).clone()
 }
 
-/// A plugin built by the same SDK under a later version number.
+/// A plugin built with the same SDK under a later version number.
 pub(crate) fn newer_sdk() -> PathBuf {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| fixture("newer-sdk", "newer_sdk")).clone()
 }
 
-/// A plugin with its own lock file and another tokio.
+/// A plugin with its own lock file and another version of tokio.
 pub(crate) fn stranger() -> PathBuf {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| fixture("stranger", "stranger")).clone()
@@ -66,29 +65,29 @@ pub(crate) fn pointcloud() -> PathBuf {
     own("pointcloud")
 }
 
-/// A C plugin: `host/tests/fixtures/c/<name>.c`, compiled with `-D` for each of `defines`, such as
-/// `c("refused", &["ABI=0x20000"])`. The head of the file lists what it understands.
+/// A C plugin: `host/tests/fixtures/c/<name>.c`, compiled with `-D` for each of `defines`, such as `c("refused",
+/// &["ABI=0x20000"])`. The head of the file lists the defines.
 pub(crate) fn c(name: &str, defines: &[&str]) -> PathBuf {
     static BUILT: OnceLock<Mutex<HashMap<String, PathBuf>>> = OnceLock::new();
     let plain = |text: &str| text.replace(|c: char| !c.is_ascii_alphanumeric(), "_");
-    // `c` in front: a folder may hold the Rust `hello` too.
+    // The prefix `c` avoids a clash: a folder may also contain the Rust `hello`.
     let words = ["c", name].into_iter().chain(defines.iter().copied());
     let library = words.map(plain).collect::<Vec<_>>().join("-");
     let mut built = BUILT.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
     built.entry(library).or_insert_with_key(|library| compile(name, defines, &[], library)).clone()
 }
 
-/// A C plugin whose linker drops every section that nothing refers to.
+/// A C plugin whose linker removes every unreferenced section.
 pub(crate) fn without_unused_sections() -> PathBuf {
     let flags = ["-ffunction-sections", "-fdata-sections", "-Wl,--gc-sections"];
     compile("refused", &[], &flags, "c-without_unused_sections")
 }
 
-/// A C plugin that is sound but needs a library, `librh_fixture_missing.so`, that is nowhere.
+/// A valid C plugin that needs the library `librh_fixture_missing.so`, which does not exist.
 pub(crate) fn needs_missing() -> PathBuf {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     let build = || {
-        // The soname is what the plugin notes; without one it would be the whole path.
+        // The plugin stores the soname. Without one it would store the whole path.
         let soname = ["-Wl,-soname,librh_fixture_missing.so"];
         let missing = compile("refused", &["NO_ENTRY", "NO_MANIFEST"], &soname, "rh_fixture_missing");
         let link = ["-Wl,--no-as-needed", missing.to_str().expect("the target folder's name is UTF-8")];
@@ -99,7 +98,7 @@ pub(crate) fn needs_missing() -> PathBuf {
     BUILT.get_or_init(build).clone()
 }
 
-/// A fresh folder that holds copies of `libraries` under their own names.
+/// A fresh folder with copies of `libraries` under their own names.
 pub(crate) fn plugins_dir(libraries: &[PathBuf]) -> TempDir {
     let dir = tempfile::tempdir().expect("a folder below the system's temporary one");
     for library in libraries {
@@ -113,8 +112,8 @@ fn host_dir() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// `<target>/fixtures`. Cargo's folder for integration tests lies in the target folder, wherever
-/// configuration or environment put that.
+/// `<target>/fixtures`. Cargo's folder for integration tests is in the target folder, wherever configuration or
+/// environment place that.
 fn target_dir() -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("cargo puts it into the target folder").join("fixtures")
 }
@@ -123,7 +122,7 @@ fn library_name(name: &str) -> String {
     format!("{DLL_PREFIX}{name}{DLL_SUFFIX}")
 }
 
-/// Held while something is built, by one process at a time.
+/// Held during a build, by one process at a time.
 fn lock() -> File {
     std::fs::create_dir_all(target_dir()).expect("the target folder is writable");
     let file = File::create(target_dir().join("harness.lock")).expect("the target folder is writable");
@@ -132,13 +131,13 @@ fn lock() -> File {
     file
 }
 
-/// A crate of its own below `host/tests/fixtures/rust`.
+/// A separate crate below `host/tests/fixtures/rust`.
 fn fixture(folder: &str, library: &str) -> PathBuf {
     cargo_build(&host_dir().join("tests/fixtures/rust").join(folder), &[]);
     built(library)
 }
 
-/// A plugin of this workspace; the first one asked for builds them all.
+/// A plugin of this workspace. The first request builds all of them.
 fn own(package: &str) -> PathBuf {
     static BUILT: OnceLock<()> = OnceLock::new();
     BUILT.get_or_init(|| {
@@ -155,30 +154,29 @@ fn cargo_build(dir: &Path, arguments: &[&str]) {
     cargo(dir, &words);
 }
 
-/// A library some crate was built into.
+/// The path of a built library.
 pub(crate) fn built(library: &str) -> PathBuf {
     target_dir().join("debug").join(library_name(library))
 }
 
-/// Runs cargo in `dir`: with what is on this machine, and only if that does not do, with the network. What
-/// it printed to stdout.
+/// Runs cargo in `dir`, first offline, and with the network only if that fails. Returns its stdout.
 pub(crate) fn cargo(dir: &Path, words: &[&str]) -> String {
     cargo_or_why(dir, words).unwrap_or_else(|why| panic!("cargo {words:?} in {} fails\n{why}", dir.display()))
 }
 
-/// What cargo says of a crate below `host/tests/fixtures/rust` that must not compile.
+/// The output of cargo for a crate below `host/tests/fixtures/rust` that must not compile.
 pub(crate) fn refused(folder: &str) -> String {
     let dir = host_dir().join("tests/fixtures/rust").join(folder);
     cargo_or_why(&dir, &["check"]).expect_err("the crate must not compile")
 }
 
-/// As [`cargo`]; a failure is what it printed to stderr, both times.
+/// Like [`cargo`]. The error is the stderr of both runs.
 fn cargo_or_why(dir: &Path, words: &[&str]) -> Result<String, String> {
     let _lock = lock();
     let run = |offline: &[&str]| {
         let mut cargo = Command::new(env!("CARGO"));
         cargo.current_dir(dir).args(words).args(offline).arg("--target-dir").arg(target_dir());
-        // What cargo says to the test binary's own build is not meant for this one.
+        // Variables that cargo sets for the build of the test binary must not affect this build.
         for (name, _) in std::env::vars_os() {
             if name.to_str().is_some_and(|name| name.starts_with("CARGO_PKG_") || name == "CARGO_MANIFEST_DIR") {
                 cargo.env_remove(name);
@@ -191,7 +189,7 @@ fn cargo_or_why(dir: &Path, words: &[&str]) -> Result<String, String> {
     run(&["--offline"]).or_else(|offline| run(&[]).map_err(|online| format!("offline:\n{offline}\nonline:\n{online}")))
 }
 
-/// Compiles one variant of a C fixture; it appears under its name only when it is whole.
+/// Compiles one variant of a C fixture. The file gets its name only when it is complete.
 fn compile(name: &str, defines: &[&str], link: &[&str], library: &str) -> PathBuf {
     let _lock = lock();
     let dir = target_dir().join("c");

@@ -1,4 +1,4 @@
-//! A folder of plugins, and what the binary says about it.
+//! A folder of plugins, and the output of the binary for it.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ use super::{
     node::{Cli, Finished},
 };
 
-/// A plugins folder a test fills by hand, with a plugins file beside it if wanted.
+/// A plugins folder that a test fills, with an optional plugins file.
 pub(crate) struct Folder {
     root: TempDir,
     file: Option<PathBuf>,
@@ -24,14 +24,14 @@ impl Folder {
         Self { root, file: None, env: Vec::new() }
     }
 
-    /// With a sound library `good.so` that serves `/fixtures/good/v1`.
+    /// With a valid library `good.so` that serves `/fixtures/good/v1`.
     pub(crate) fn with_a_good_one() -> Self {
         let folder = Self::new();
         folder.put("good.so", &fixtures::c("refused", &["CAPABILITY=\"/fixtures/good/v1\""]));
         folder
     }
 
-    /// Where everything lies; the current folder of the binary.
+    /// The root of all files. It is the current folder of the binary.
     pub(crate) fn root(&self) -> &Path {
         self.root.path()
     }
@@ -40,7 +40,7 @@ impl Folder {
         self.root.path().join("plugins").join(name)
     }
 
-    /// Copies a library in.
+    /// Copies a library into the folder.
     pub(crate) fn put(&self, name: &str, library: &Path) -> PathBuf {
         let path = self.path(name);
         std::fs::copy(library, &path).unwrap_or_else(|err| panic!("copy {}: {err}", library.display()));
@@ -64,7 +64,7 @@ impl Folder {
         self.env.push((name.to_owned(), value.into()));
     }
 
-    /// For tests of all that is said: logs as usual, whatever `IT_RUST_LOG` asks for.
+    /// For tests of the complete output: default logs, whatever `IT_RUST_LOG` sets.
     pub(crate) fn usual_logs(mut self) -> Self {
         self.set("RUST_LOG", "");
         self
@@ -73,7 +73,7 @@ impl Folder {
     /// A command on this folder.
     pub(crate) fn cli(&self, args: &[&str]) -> Cli {
         let mut cli = Cli::new(args).arg("--plugins").arg(self.root.path().join("plugins")).dir(self.root.path());
-        // Task directories of `invoke` and copies of libraries.
+        // For task directories of `invoke` and copies of libraries.
         cli = cli.set("TMPDIR", self.root.path().to_string_lossy());
         if let Some(file) = &self.file {
             cli = cli.arg("--plugins-file").arg(file);
@@ -105,7 +105,7 @@ impl Folder {
         cli.run().await
     }
 
-    /// What `invoke` has published.
+    /// The bytes that `invoke` published.
     pub(crate) fn output(&self, path: &str) -> Vec<u8> {
         let path = self.root.path().join("out").join(path);
         std::fs::read(&path).unwrap_or_else(|err| panic!("{}: {err}", path.display()))

@@ -1,25 +1,25 @@
-//! No secret may leave a process: every one that a test starts is searched when it ends.
+//! No secret may leave a process. The output of every process that a test starts is searched when the process ends.
 //!
-//! What is searched for: the secrets it was given, in every spelling, and what the dev server
-//! makes recognisable (node tokens, callback secrets, and domain tokens by their shape). Where: all it
-//! printed, all it left in its scratch and state folders, and its pages ([`super::node`]).
+//! The search is for the secrets given to the process, in every encoding. It is also for recognisable values of the
+//! dev server: node tokens, callback secrets, and domain tokens by their form. It covers the output of the process,
+//! its scratch and state folders, and its pages ([`super::node`]).
 
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
 };
 
-/// Values shorter than this are no secrets: they are found in ordinary words.
+/// Shorter values are not treated as secrets, because they occur in ordinary words.
 const SECRET_BYTES_MIN: usize = 12;
-/// Larger files hold data.
+/// Larger files contain data.
 const FILE_BYTES_MAX: u64 = 16 * 1024 * 1024;
-/// Settings that hold secrets, and those that name folders a process writes to.
+/// Settings that contain secrets, and settings that name folders a process writes to.
 const SECRETS: [&str; 2] = ["REG_SECRET", "SECP256K1_PRIVHEX"];
 const FOLDERS: [&str; 3] = ["SCRATCH_DIR", "STATE_DIR", "TMPDIR"];
-/// Node tokens and callback secrets of the dev server, and its domain tokens in both their forms.
+/// Prefixes of the dev server's node tokens and callback secrets, and both forms of its domain tokens.
 const MARKS: [&str; 4] = ["dev-node-token-", "dev-callback-secret-", ".eyJ", "dom-ZXlK"];
 
-/// What a process must keep to itself, and where it could have left it.
+/// The secrets of a process, and the folders where it could have left them.
 pub(crate) struct Hygiene {
     texts: Vec<String>,
     folders: Vec<PathBuf>,
@@ -39,7 +39,7 @@ impl Hygiene {
                 let json = serde_json::Value::from(text).to_string();
                 json[1..json.len() - 1].to_owned()
             };
-            // A body that is JSON, in a log line that is JSON too, escapes it twice.
+            // A JSON body in a JSON log line is escaped twice.
             let (once, twice) = (escaped(&bare), escaped(&escaped(&bare)));
             [bare.to_lowercase(), bare.to_uppercase(), once, twice, bare]
         };
@@ -51,7 +51,7 @@ impl Hygiene {
         Self { texts, folders }
     }
 
-    /// The first line of `bytes` with a secret in it.
+    /// The first line of `bytes` that contains a secret.
     pub(crate) fn find(&self, bytes: &[u8]) -> Option<String> {
         let at = self.texts.iter().find_map(|text| memchr::memmem::find(bytes, text.as_bytes()))?;
         let start = memchr::memrchr(b'\n', &bytes[..at]).map_or(0, |end| end + 1);
@@ -59,7 +59,7 @@ impl Hygiene {
         Some(String::from_utf8_lossy(&line[..line.len().min(4096)]).into_owned())
     }
 
-    /// The first file below the process' folders with a secret in it.
+    /// The first file below the process' folders that contains a secret.
     pub(crate) fn find_in_files(&self) -> Option<String> {
         self.folders.iter().find_map(|folder| self.walk(folder))
     }

@@ -1,8 +1,8 @@
-//! What every integration test stands on: the real binary, the real dev server, real plugins.
+//! The base of every integration test: the real binary, the real dev server, real plugins.
 //!
-//! [`TestServer`] is a dev server with helpers for jobs and data; [`node`] spawns the binary; [`rubbish`] stands
-//! between the two and gives bad answers; [`fixtures`] builds the plugins. Nothing here sleeps: every
-//! wait is for an event and has a limit that fails with the node's own log.
+//! [`TestServer`] is a dev server with helpers for jobs and data. [`node`] starts the binary. [`rubbish`] is a proxy
+//! between the two that gives bad answers. [`fixtures`] builds the plugins. Nothing here sleeps: every wait is for an
+//! event. Each wait has a time limit, and a timeout fails with the node's own log.
 
 pub(crate) mod fixtures;
 pub(crate) mod folder;
@@ -25,10 +25,10 @@ use uuid::Uuid;
 
 use node::{NodeSetup, TestNode};
 
-/// Far more than anything takes; a hang becomes a failed test.
+/// Far longer than any step takes. It turns a hang into a failed test.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Waits for `event`, or fails and says what was waited for.
+/// Waits for `event`. On timeout it fails and names the event.
 pub(crate) async fn within<T>(what: &str, log: impl Fn() -> String, event: impl Future<Output = T>) -> T {
     match tokio::time::timeout(PATIENCE, event).await {
         Ok(value) => value,
@@ -36,7 +36,7 @@ pub(crate) async fn within<T>(what: &str, log: impl Fn() -> String, event: impl 
     }
 }
 
-/// A dev server, and who asks it.
+/// A dev server, and a client of it.
 pub(crate) struct TestServer {
     pub(crate) dev_server: DevServer,
     client: Client,
@@ -57,47 +57,47 @@ impl TestServer {
         Self { dev_server, client: Client::new(transport::Config::default()) }
     }
 
-    /// A node that will join this dev server with these plugins.
+    /// The setup of a node that will connect to this dev server with these plugins.
     pub(crate) fn node(&self, plugins: &[PathBuf]) -> NodeSetup {
         let (dds, dms) = (self.dev_server.dds_url(), self.dev_server.dms_url());
         NodeSetup::new(&dds, &dms, plugins)
     }
 
-    /// A node that has joined and leases.
+    /// A node that has registered and leases.
     pub(crate) async fn joined(&self, plugins: &[PathBuf]) -> TestNode {
         self.node(plugins).leasing().await
     }
 
-    /// A job of one task.
+    /// A job with one task.
     pub(crate) fn task(&self, capability: &str) -> TaskSetup<'_> {
         let task = json!({ "label": "one", "stage": "one", "capability": capability, "max_attempts": 1 });
         TaskSetup { lab: self, task }
     }
 
-    /// A job of one task that has ended.
+    /// Runs a job with one task to its end.
     pub(crate) async fn run(&self, node: &TestNode, capability: &str, meta: Value) -> Ended {
         self.ended(node, self.task(capability).meta(meta).submit()).await
     }
 
-    /// Waits until the job's tasks are over.
+    /// Waits until all tasks of the job have ended.
     pub(crate) async fn ended(&self, node: &TestNode, job: Uuid) -> Ended {
         let over = |view: &Value| matches!(view["job"]["status"].as_str(), Some("completed" | "failed" | "canceled"));
         let ended = within("the end of a job", || node.log(), self.dev_server.job_until(job, over)).await;
         Ended(ended)
     }
 
-    /// Waits until the job's first task looks as `wanted`.
+    /// Waits until the job's first task matches `wanted`.
     pub(crate) async fn task_until(&self, node: &TestNode, job: Uuid, wanted: impl Fn(&Value) -> bool) -> Value {
         let view = self.dev_server.job_until(job, |view| wanted(&view["tasks"][0]));
         within("a change of a task", || node.log(), view).await["tasks"][0].clone()
     }
 
-    /// Waits until the job's first task runs and its runner has said so.
+    /// Waits until the job's first task runs and its runner has reported that.
     pub(crate) async fn started(&self, node: &TestNode, job: Uuid) -> Value {
         self.task_until(node, job, |task| task["meta"]["progress"]["started"] == true).await
     }
 
-    /// Waits until the dev server has seen what `wanted` looks for.
+    /// Waits until the dev server's journal matches `wanted`.
     pub(crate) async fn seen(&self, node: &TestNode, wanted: impl Fn(&[Seen]) -> bool) -> Vec<Seen> {
         within("a request", || node.log(), self.dev_server.journal_until(wanted)).await
     }
@@ -118,7 +118,7 @@ impl TestServer {
         answer.into_body().collect().await.expect("a whole body").to_bytes().to_vec()
     }
 
-    /// How many items the domain holds.
+    /// Number of items in the domain.
     pub(crate) async fn stored(&self) -> usize {
         let url = format!("{}api/v1/domains/{}/data", self.dev_server.dds_url(), self.dev_server.domain_id());
         let request = Request::get(url).header("authorization", format!("Bearer {}", self.dev_server.grant()));
@@ -128,7 +128,7 @@ impl TestServer {
         listed["data"].as_array().expect("a list").len()
     }
 
-    /// How many bytes the dev server says it has stored under an id.
+    /// Number of bytes that the dev server reports for an id.
     pub(crate) async fn size(&self, id: &str) -> u64 {
         let url = format!("{}api/v1/domains/{}/data/{id}", self.dev_server.dds_url(), self.dev_server.domain_id());
         let request = Request::get(url).header("authorization", format!("Bearer {}", self.dev_server.grant()));
@@ -143,7 +143,7 @@ impl TestServer {
     }
 }
 
-/// A task about to be submitted.
+/// A task before it is submitted.
 pub(crate) struct TaskSetup<'a> {
     lab: &'a TestServer,
     task: Value,
@@ -160,7 +160,7 @@ impl TaskSetup<'_> {
         self
     }
 
-    /// Any other field.
+    /// Sets any other field.
     pub(crate) fn set(mut self, field: &str, value: Value) -> Self {
         self.task[field] = value;
         self
@@ -174,7 +174,7 @@ impl TaskSetup<'_> {
     }
 }
 
-/// A job that is over, as its author sees it.
+/// A job that has ended, as its author sees it.
 #[derive(Debug)]
 pub(crate) struct Ended(pub(crate) Value);
 

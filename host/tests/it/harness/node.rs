@@ -1,5 +1,5 @@
-//! The binary as a process: started with an explicit environment, its output awaited line by line,
-//! gone when the test drops it.
+//! The binary as a process. It starts with an explicit environment, its output is read line by line, and it is killed
+//! when the test drops it.
 
 use std::{
     collections::BTreeMap,
@@ -33,14 +33,14 @@ use url::Url;
 
 use super::{PATIENCE, fixtures, hygiene::Hygiene, trimmed, within};
 
-/// A command line of the binary, with nothing in its environment but what is set here.
+/// A command line of the binary. Its environment contains only the variables that are set here.
 pub(crate) struct Cli {
     args: Vec<OsString>,
     env: BTreeMap<String, String>,
     dir: Option<PathBuf>,
     file_bytes_max: Option<u64>,
     open_files: Option<(u64, u64)>,
-    /// Where a disk of its own is mounted, and how that is made.
+    /// The folder on which a separate disk is mounted, and the script that mounts it.
     disk: Option<(PathBuf, &'static str)>,
     obeys_permissions: bool,
 }
@@ -59,31 +59,31 @@ impl Cli {
         }
     }
 
-    /// No file of it can grow beyond this: writing more fails, as on a full disk.
+    /// No file of the process can grow beyond this size. A larger write fails, as on a full disk.
     pub(crate) fn file_bytes_max(mut self, bytes: u64) -> Self {
         self.file_bytes_max = Some(bytes);
         self
     }
 
-    /// What it finds at this folder is a disk of its own without room. Only where [`can_mount`].
+    /// Mounts a full disk at this folder for the process. Only where [`can_mount`].
     pub(crate) fn full_disk(mut self, folder: &Path) -> Self {
         self.disk = Some((folder.to_owned(), FILL_AND_RUN));
         self
     }
 
-    /// What it finds at this folder is a disk of its own of four megabytes. Only where [`can_mount`].
+    /// Mounts a separate disk of four megabytes at this folder for the process. Only where [`can_mount`].
     pub(crate) fn small_disk(mut self, folder: &Path) -> Self {
         self.disk = Some((folder.to_owned(), MOUNT_AND_RUN));
         self
     }
 
-    /// So many files may be open now, and so many where it asks for more.
+    /// Sets the soft and the hard limit of open files.
     pub(crate) fn open_files(mut self, now: u64, most: u64) -> Self {
         self.open_files = Some((now, most));
         self
     }
 
-    /// File permissions apply to it even if this user is root.
+    /// File permissions apply to the process even if this user is root.
     pub(crate) fn obeys_permissions(mut self) -> Self {
         self.obeys_permissions = true;
         self
@@ -104,8 +104,8 @@ impl Cli {
         self
     }
 
-    /// Where the test sets no level, `IT_RUST_LOG` does: at `trace` all that a process could say is searched
-    /// for secrets ([`super::hygiene`]), which is how CI runs these tests.
+    /// If the test sets no log level, `IT_RUST_LOG` sets it. At `trace` all possible output is searched for secrets
+    /// ([`super::hygiene`]). CI runs these tests in that way.
     pub(crate) fn start(mut self) -> Process {
         if let (Ok(filter), false) = (std::env::var("IT_RUST_LOG"), self.env.contains_key("RUST_LOG")) {
             self.env.insert("RUST_LOG".to_owned(), filter);
@@ -132,7 +132,7 @@ impl Cli {
                 shell
             }
             (Some(bytes), _) => {
-                // The signal that comes with it is ignored, which a program keeps when it is replaced.
+                // The signal for the limit is ignored. A program keeps an ignored signal after exec.
                 let limited = format!("trap '' XFSZ; ulimit -f {}; exec \"$0\" \"$@\"", bytes / 512);
                 let mut shell = Command::new("/bin/sh");
                 shell.arg("-c").arg(limited).arg(binary);
@@ -148,7 +148,7 @@ impl Cli {
         Process::follow(command.spawn().expect("the binary starts"), hygiene)
     }
 
-    /// Runs it to its end.
+    /// Runs the process until it ends.
     pub(crate) async fn run(self) -> Finished {
         let process = self.start();
         let code = process.wait().await;
@@ -156,23 +156,23 @@ impl Cli {
     }
 }
 
-/// A shell that may mount, for itself and what it starts.
+/// A shell that may mount, for itself and its child processes.
 const MOUNTING: [&str; 6] = ["unshare", "--user", "--map-root-user", "--mount", "/bin/sh", "-c"];
 
-/// A disk of four pages at `$0`, all of them taken; then the program.
+/// Mounts a disk of four pages at `$0` and fills it, then runs the program.
 const FILL_AND_RUN: &str =
     "mount -t tmpfs -o size=16k none \"$0\" && { cat /dev/zero >\"$0/full\" 2>/dev/null; exec \"$@\"; }";
 
-/// A disk of four megabytes at `$0`; then the program.
+/// Mounts a disk of four megabytes at `$0`, then runs the program.
 const MOUNT_AND_RUN: &str = "mount -t tmpfs -o size=4m none \"$0\" && exec \"$@\"";
 
-/// Whether this user may have mounts of its own: not every system lets one. If not, says so.
+/// Whether this user may create mounts, which not every system allows. If not, prints that.
 pub(crate) fn can_mount() -> bool {
     let tried = Command::new(MOUNTING[0]).args(&MOUNTING[1..]).arg("mount -t tmpfs none /tmp").output();
     let can = tried.is_ok_and(|ended| ended.status.success());
     if !can {
         let test = thread::current().name().unwrap_or_default().to_owned();
-        // Tests capture what the macros print, and show it only for one that fails.
+        // The test harness captures the output of the print macros and shows it only for a failed test.
         let _ = std::io::Write::write_fmt(
             &mut std::io::stderr(),
             format_args!("SKIPPED {test}: this user may not mount\n"),
@@ -197,8 +197,8 @@ impl Finished {
     }
 }
 
-/// A running process and what it has said so far. Killed when dropped, and searched for secrets it has
-/// let out ([`super::hygiene`]).
+/// A running process and its output so far. On drop it is killed, and its output is searched for secrets
+/// ([`super::hygiene`]).
 pub(crate) struct Process {
     child: Arc<Mutex<Child>>,
     stdout: Said,
@@ -207,7 +207,7 @@ pub(crate) struct Process {
     hygiene: Hygiene,
 }
 
-/// The lines that came out of a pipe.
+/// The lines from a pipe.
 struct Said {
     pipe: Arc<Pipe>,
     lines: watch::Receiver<Vec<String>>,
@@ -219,9 +219,9 @@ struct Pipe {
 }
 
 struct Unread {
-    /// The beginning of a line.
+    /// The start of an incomplete line.
     rest: Vec<u8>,
-    /// Gone when the pipe has ended.
+    /// `None` when the pipe has ended.
     tell: Option<watch::Sender<Vec<String>>>,
 }
 
@@ -235,14 +235,14 @@ impl Said {
         let reading = thread::spawn(move || {
             while !reader.catch_up() {
                 let mut pipes = [PollFd::new(&reader.from, PollFlags::IN)];
-                // An interrupted wait looks once more than it must.
+                // An interrupted wait only causes one more check.
                 let _ = rustix::event::poll(&mut pipes, None);
             }
         });
         (Self { pipe, lines }, reading)
     }
 
-    /// All so far: also what this process has been too busy to read.
+    /// All lines so far, including those that this process has not read yet.
     fn now(&self) -> Vec<String> {
         self.pipe.catch_up();
         self.lines.borrow().clone()
@@ -250,7 +250,7 @@ impl Said {
 }
 
 impl Pipe {
-    /// Reads what is there. `true` when no more will come.
+    /// Reads the available bytes. `true` if the pipe has ended.
     fn catch_up(&self) -> bool {
         let mut state = self.state.lock().expect("nobody panics with it");
         let Unread { rest, tell } = &mut *state;
@@ -288,7 +288,7 @@ impl Process {
         let child = Arc::new(Mutex::new(child));
         let ended = Arc::clone(&child);
         thread::spawn(move || {
-            // Both ends of file come when the process ends, so the wait below is short.
+            // Both pipes end when the process ends, so this wait is short.
             let _ = (out.join(), err.join());
             let status = ended.lock().expect("nobody panics with the child").wait().expect("a child can be waited for");
             code_tell.send_replace(Some(status.code().unwrap_or(-1)));
@@ -308,7 +308,7 @@ impl Process {
         self.stderr.now()
     }
 
-    /// Everything it said.
+    /// The complete output.
     pub(crate) fn log(&self) -> String {
         format!("{}\n{}", self.stdout().join("\n"), self.stderr().join("\n"))
     }
@@ -329,7 +329,7 @@ impl Process {
 
     pub(crate) fn signal(&self, signal: Signal) {
         let mut child = self.child();
-        // One that has ended is not signalled: its number may be somebody else's.
+        // An ended process gets no signal, because its id may belong to another process.
         if matches!(child.try_wait(), Ok(None)) {
             rustix::process::kill_process(Pid::from_child(&child), signal).expect("our own child takes signals");
         }
@@ -339,15 +339,15 @@ impl Process {
     #[cfg(target_os = "linux")]
     pub(crate) fn processor_time(&self) -> Duration {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child().id())).expect("it runs");
-        // Fields 14 and 15, counted behind the name, which may hold anything.
+        // Fields 14 and 15, counted after the name, which may contain any character.
         let (_, fields) = stat.rsplit_once(')').expect("a name in parentheses");
         let ticks = fields.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().expect("a number"));
         let a_second = rustix::param::clock_ticks_per_second();
         Duration::from_millis(ticks.sum::<u64>() * 1000 / a_second)
     }
 
-    /// A size in `/proc/PID/status`, in bytes. `VmHWM` is the peak of resident memory, `RssAnon` what the
-    /// process itself has allocated.
+    /// A size in `/proc/PID/status`, in bytes. `VmHWM` is the peak of resident memory. `RssAnon` is the memory that
+    /// the process itself has allocated.
     #[cfg(target_os = "linux")]
     pub(crate) fn memory(&self, field: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.child().id())).expect("it runs");
@@ -369,12 +369,12 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // It may have ended; then there is nothing to do.
+        // The process may have ended already, and then there is nothing to do.
         let _ = self.child().kill();
         if thread::panicking() {
             return;
         }
-        // Its last lines are on their way, unless a child of its own still holds the pipe.
+        // The last lines still arrive, unless a child of the process holds the pipe open.
         let patience = std::time::Instant::now() + Duration::from_secs(2);
         while !self.has_ended() && std::time::Instant::now() < patience {
             thread::sleep(Duration::from_millis(1));
@@ -386,7 +386,7 @@ impl Drop for Process {
 
 async fn line(process: &Process, mut lines: watch::Receiver<Vec<String>>, wanted: impl Fn(&str) -> bool) -> String {
     let found = async {
-        // Each line is looked at once: at `trace` there are many.
+        // Each line is checked once, because at `trace` there are many.
         let mut known = 0;
         loop {
             let at = {
@@ -405,7 +405,7 @@ async fn line(process: &Process, mut lines: watch::Receiver<Vec<String>>, wanted
     within("a line", || process.log(), found).await
 }
 
-/// A node about to start.
+/// The setup of a node that has not started.
 pub(crate) struct NodeSetup {
     cli: Cli,
     scratch: TempDir,
@@ -425,7 +425,7 @@ impl NodeSetup {
             .set("SECP256K1_PRIVHEX", key)
     }
 
-    /// A node of the local control plane in `folder`, with no setting of another one.
+    /// A node of the local control plane in `folder`, without settings of another control plane.
     pub(crate) fn local(folder: &Path, libraries: &[PathBuf]) -> Self {
         let setup = Self::bare(libraries);
         let file = setup.plugins.path().join("node.toml");
@@ -434,7 +434,7 @@ impl NodeSetup {
         setup.arg("--config").arg(file)
     }
 
-    /// A node that has plugins and folders, and no control plane yet.
+    /// A node that has plugins and folders, but no control plane yet.
     fn bare(libraries: &[PathBuf]) -> Self {
         let scratch = tempfile::tempdir().expect("a folder below the system's temporary one");
         let state = tempfile::tempdir().expect("a folder below the system's temporary one");
@@ -487,12 +487,12 @@ impl NodeSetup {
         self
     }
 
-    /// With a port of its own under which others reach its pages, for registrations with a callback.
+    /// Gives it its own port for its pages, for registrations with a callback.
     pub(crate) fn reachable(self) -> Self {
         self.reachable_as("http://127.0.0.1:PORT")
     }
 
-    /// As [`NodeSetup::reachable`], under this URL; `PORT` in it becomes the port.
+    /// Like [`NodeSetup::reachable`], with this URL. `PORT` in it is replaced by the port.
     pub(crate) fn reachable_as(self, url: &str) -> Self {
         let port = free_port().to_string();
         self.set("NODE_URL", url.replace("PORT", &port)).set("HTTP_BIND", format!("127.0.0.1:{port}"))
@@ -503,7 +503,7 @@ impl NodeSetup {
         self.plugins.path()
     }
 
-    /// A node in the place of one that has ended: its folders and its identity.
+    /// A node that replaces an ended one, with the same folders and identity.
     pub(crate) fn after(self, ended: &TestNode) -> Self {
         let key = ended.key.clone();
         let next = self.set("SCRATCH_DIR", ended.scratch_dir().to_string_lossy());
@@ -518,7 +518,7 @@ impl NodeSetup {
         self.arg("--plugins-file").arg(file)
     }
 
-    /// Starts it and waits until its pages are served.
+    /// Starts it and waits until it serves its pages.
     pub(crate) async fn start(self) -> TestNode {
         let mut node = self.begun();
         let started = node.says("node.started").await;
@@ -526,7 +526,7 @@ impl NodeSetup {
         node
     }
 
-    /// Starts it and waits for nothing; it has no address yet.
+    /// Starts it without waiting. It has no address yet.
     pub(crate) fn begun(self) -> TestNode {
         let process = self.cli.start();
         let (scratch, state, plugins, key) = (self.scratch, self.state, self.plugins, self.key);
@@ -534,20 +534,20 @@ impl NodeSetup {
         TestNode { process, address: String::new(), scratch, state, _plugins: plugins, key, client }
     }
 
-    /// Starts it and waits until it asks for work.
+    /// Starts it and waits until it polls for work.
     pub(crate) async fn leasing(self) -> TestNode {
         let node = self.start().await;
         node.says("node.leasing").await;
         node
     }
 
-    /// Runs it to its end: for nodes that must not start.
+    /// Runs it until it ends, for nodes that must not start.
     pub(crate) async fn refused(self) -> Finished {
         self.cli.run().await
     }
 }
 
-/// A free port that no connection is given by itself: those are taken from higher ones.
+/// A free port below the range from which the system assigns ports to connections.
 fn free_port() -> u16 {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     loop {
@@ -578,33 +578,33 @@ impl TestNode {
         parsed(&line)
     }
 
-    /// Waits for a line with this event code.
+    /// Waits for a log line with this event code.
     pub(crate) async fn says(&self, event: &str) -> Value {
         self.line(|line| line["event"] == event).await
     }
 
-    /// Waits for the end of a task whose report is in this state.
+    /// Waits for the end of a task whose report has this state.
     pub(crate) async fn says_ended(&self, report: &str) -> Value {
         self.line(|line| line["event"] == "task.ended" && line["report"] == report).await
     }
 
-    /// Waits for a line with this text, which a plugin wrote.
+    /// Waits for a log line with this text, which a plugin wrote.
     pub(crate) async fn says_text(&self, message: &str) -> Value {
         self.line(|line| line["message"] == message).await
     }
 
-    /// Every log line so far. Fails on one that is no JSON: operators feed them to machines.
+    /// Every log line so far. Fails on a line that is not JSON, because operators parse the log.
     pub(crate) fn lines(&self) -> Vec<Value> {
         let lines = self.process.stderr();
         lines.iter().map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("no JSON: {line}"))).collect()
     }
 
-    /// The lines so far with this event code.
+    /// The log lines so far with this event code.
     pub(crate) fn said(&self, event: &str) -> Vec<Value> {
         self.lines().into_iter().filter(|line| line["event"] == event).collect()
     }
 
-    /// The lines so far with this text, which a plugin wrote.
+    /// The log lines so far with this text, which a plugin wrote.
     pub(crate) fn said_text(&self, message: &str) -> Vec<Value> {
         self.lines().into_iter().filter(|line| line["message"] == message).collect()
     }
@@ -629,7 +629,7 @@ impl TestNode {
         self.process.signal(Signal::HUP);
     }
 
-    /// Stops it as a debugger would: nothing of it runs until it is thawed.
+    /// Stops the process as a debugger would. No thread of it runs until it is thawed.
     pub(crate) fn freeze(&self) {
         self.process.signal(Signal::STOP);
     }
@@ -674,7 +674,7 @@ impl TestNode {
         self.state.path()
     }
 
-    /// What lies in the node's own scratch folder; `None` when that is gone.
+    /// The entries of the node's own scratch folder. `None` if the folder does not exist.
     pub(crate) fn scratch(&self) -> Vec<PathBuf> {
         fn walk(dir: &Path, found: &mut Vec<PathBuf>) {
             for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
@@ -692,7 +692,7 @@ impl TestNode {
         found
     }
 
-    /// One of the node's pages.
+    /// Requests one of the node's pages.
     pub(crate) async fn page(&self, path: &str) -> (u16, Value) {
         let request = Request::get(format!("http://{}{path}", self.address)).body(transport::full(""));
         let answer = self.client.call(request.expect("a request"), PATIENCE).await;
@@ -702,7 +702,7 @@ impl TestNode {
         (answer.status.as_u16(), answer.json().unwrap_or_default())
     }
 
-    /// Posts to one of the node's pages; status, `Content-Type` and text of the answer.
+    /// Posts to one of the node's pages. Returns status, `Content-Type` and text of the answer.
     pub(crate) async fn post(&self, path: &str, content_type: &str, body: impl Into<Bytes>) -> (u16, String, String) {
         let request = Request::post(format!("http://{}{path}", self.address)).header("content-type", content_type);
         let answer = self.client.call(request.body(transport::full(body)).expect("a request"), PATIENCE).await;
@@ -711,7 +711,7 @@ impl TestNode {
         (answer.status.as_u16(), kind.to_owned(), String::from_utf8_lossy(&answer.body).into_owned())
     }
 
-    /// Asks for a page until it looks as `wanted`; pages have no bell to wait for.
+    /// Requests a page until it matches `wanted`, because pages have no event to wait for.
     pub(crate) async fn page_until(&self, path: &str, wanted: impl Fn(&(u16, Value)) -> bool) -> (u16, Value) {
         let asking = async {
             loop {

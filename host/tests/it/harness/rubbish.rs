@@ -1,5 +1,5 @@
-//! A foreign service that gives bad answers: it stands between a node and a dev server, passes everything
-//! on, and answers by itself where a test says so. When it is told to stop that, the dev server is back.
+//! A proxy between a node and a dev server that gives bad answers. It forwards every request, except those that a
+//! test tells it to answer. After [`Rubbish::heal`] it forwards every request again.
 
 use std::{
     convert::Infallible,
@@ -28,46 +28,46 @@ use super::{PATIENCE, TestServer, node::NodeSetup, within};
 type Body = BoxBody<Bytes, std::io::Error>;
 type Edit = Arc<dyn Fn(&mut Value) + Send + Sync>;
 
-/// What is answered instead.
+/// The answer that replaces the dev server's.
 #[derive(Clone)]
 pub(crate) enum Bad {
-    /// 200 and nothing.
+    /// 200 with an empty body.
     Empty,
-    /// 200 and JSON beyond what a node reads.
+    /// 200 with more JSON than a node reads.
     Oversize,
-    /// 200 and a body that breaks off.
+    /// 200 with a body that breaks off.
     Truncated,
-    /// 200 and no JSON.
+    /// 200 with a body that is not JSON.
     Garbage,
-    /// 200 and a page for people.
+    /// 200 with an HTML page.
     Html,
     /// Any status with any text.
     Status(u16, &'static str),
-    /// This status, and after how many seconds to come again.
+    /// This status with a `Retry-After` in seconds.
     Busy(u16, u64),
-    /// As [`Bad::Busy`], as a date of this service's clock.
+    /// Like [`Bad::Busy`], with a date of this service's clock.
     BusyUntil(u16, i64),
-    /// This status, and the address to ask instead.
+    /// This status with the address of a redirect.
     Redirect(u16, String),
-    /// 200 and this.
+    /// 200 with this JSON.
     Json(Value),
-    /// 200 and what this makes, each time anew.
+    /// 200 with the JSON that this function returns for each request.
     Make(Arc<dyn Fn() -> Value + Send + Sync>),
     /// The connection ends without an answer.
     Cut,
-    /// The dev server's answer, and an end of the connection after so many bytes of its body.
+    /// The dev server's answer. The connection ends after this many bytes of its body.
     CutAfter(usize),
-    /// The dev server's answer, and silence after so many bytes of its body.
+    /// The dev server's answer. No byte follows after this many bytes of its body.
     SilentAfter(usize),
-    /// No answer while the service lives.
+    /// No answer while the service is running.
     Hang,
     /// The dev server's answer, changed.
     Edit(Edit),
-    /// The dev server's answer without so many bytes at its end.
+    /// The dev server's answer without this many bytes at its end.
     Shortened(usize),
-    /// The dev server's answer, once this is turned.
+    /// The dev server's answer, sent after this token is cancelled.
     Held(CancellationToken),
-    /// This status, and in the body everything that was sent, headers included.
+    /// This status. The body contains the whole request, including headers.
     Echo(u16),
 }
 
@@ -86,7 +86,7 @@ impl Bad {
         (gate.clone(), Self::Held(gate))
     }
 
-    /// Every kind of answer that is no answer, with what a node should say of its content.
+    /// Every kind of unusable answer, with the text that a node should log about it.
     pub(crate) fn answers() -> Vec<(Self, &'static str)> {
         vec![
             (Self::Empty, "the body is empty"),
@@ -116,7 +116,7 @@ struct Inner {
     connections: watch::Sender<usize>,
 }
 
-/// See the module's text.
+/// See the module documentation.
 pub(crate) struct Rubbish {
     inner: Arc<Inner>,
     address: SocketAddr,
@@ -125,12 +125,12 @@ pub(crate) struct Rubbish {
 }
 
 impl Rubbish {
-    /// Stands before the dev server of `lab`.
+    /// Starts a proxy before the dev server of `lab`.
     pub(crate) async fn before(lab: &TestServer) -> Self {
         Self::known_as(lab, None).await
     }
 
-    /// As [`Rubbish::before`], for nodes that find it under another URL.
+    /// Like [`Rubbish::before`], for nodes that reach it under another URL.
     pub(crate) async fn known_as(lab: &TestServer, url: Option<&str>) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
         let address = listener.local_addr().expect("a bound listener has an address");
@@ -150,7 +150,7 @@ impl Rubbish {
         Self { inner, address, _stop: stop.drop_guard(), _server: server }
     }
 
-    /// A node whose every service is this one.
+    /// A node that uses this proxy for every service.
     pub(crate) fn node(&self, plugins: &[PathBuf]) -> NodeSetup {
         let url = |path: &str| Url::parse(&format!("{}{path}", self.inner.own)).expect("a URL");
         NodeSetup::new(&url("/"), &url("/v1"), plugins)
@@ -160,33 +160,33 @@ impl Rubbish {
         self.address
     }
 
-    /// Answers the next `times` requests that fit `pattern` with `bad`. A `*` stands for one segment of
-    /// the path; after a `?` follows what the query must hold.
+    /// Answers the next `times` requests that match `pattern` with `bad`. A `*` matches one segment of the path. The
+    /// text after a `?` must be in the query.
     pub(crate) fn answer(&self, pattern: &str, times: usize, bad: Bad) {
         self.inner.rules().push(Rule { pattern: pattern.to_owned(), left: times, bad });
     }
 
-    /// From now on its clock is ahead by this, or behind: the date of each answer and every time in it.
+    /// Sets the offset of its clock from now on. It affects the date of each answer and every time in it.
     pub(crate) fn set_clock(&self, ahead: SignedDuration) {
         *self.inner.clock() = ahead;
     }
 
-    /// From now on its answers carry no `Date`.
+    /// Answers have no `Date` from now on.
     pub(crate) fn send_no_date(&self) {
         self.inner.undated.store(true, Ordering::Relaxed);
     }
 
-    /// Passes everything on again.
+    /// Forwards every request again.
     pub(crate) fn heal(&self) {
         self.inner.rules().clear();
     }
 
-    /// How many requests so far fit `pattern`.
+    /// The number of requests so far that match `pattern`.
     pub(crate) fn count(&self, pattern: &str) -> usize {
         self.inner.seen.borrow().iter().filter(|seen| fits(pattern, seen)).count()
     }
 
-    /// This header of every request so far that went to `path` or below, with the request.
+    /// The value of this header in every request so far to `path` or below, with the request.
     pub(crate) fn headers(&self, path: &str, header: &str) -> Vec<(String, Option<String>)> {
         let heads = self.inner.heads.lock().expect("nobody panics with the heads");
         let value = |head: &HeaderMap| head.get(header).map(|value| String::from_utf8_lossy(value.as_bytes()).into());
@@ -194,12 +194,12 @@ impl Rubbish {
         below.map(|(name, head)| (name.clone(), value(head))).collect()
     }
 
-    /// How many connections were opened so far.
+    /// The number of connections opened so far.
     pub(crate) fn connections(&self) -> usize {
         *self.inner.connections.borrow()
     }
 
-    /// Waits until this many requests fit `pattern`.
+    /// Waits until this many requests match `pattern`.
     pub(crate) async fn seen(&self, pattern: &str, times: usize) {
         let mut seen = self.inner.seen.subscribe();
         let enough = seen.wait_for(|seen| seen.iter().filter(|seen| fits(pattern, seen)).count() >= times);
@@ -219,8 +219,8 @@ impl Inner {
         self.clock.lock().expect("nobody panics with the clock")
     }
 
-    /// What stands against this request, counted down. An edit is one of the answer and is taken when that
-    /// is there: a poll may be under way at the dev server when a test asks for other leases from now on.
+    /// The rule for this request, with its count reduced. A rule that edits an answer is applied when the answer has
+    /// arrived. A poll may already be in progress at the dev server when a test sets such a rule for leases.
     fn rule(&self, request: &str, answered: bool) -> Option<Bad> {
         let mut rules = self.rules();
         let rule = rules.iter_mut().find(|rule| rule.left > 0 && fits(&rule.pattern, request))?;
@@ -257,7 +257,7 @@ impl Inner {
         Ok(response)
     }
 
-    /// What this service's clock shows in so many seconds.
+    /// The time of this service's clock in this many seconds.
     fn date(&self, seconds: i64) -> HeaderValue {
         let at = Timestamp::now() + *self.clock() + SignedDuration::from_secs(seconds);
         let date = jiff::fmt::rfc2822::DateTimePrinter::new().timestamp_to_rfc9110_string(&at).expect("a date");
@@ -274,7 +274,7 @@ impl Inner {
             let answer = Response::builder().status(status).header(header::CONTENT_TYPE, kind);
             answer.body(whole(body)).expect("a response")
         };
-        // A request that is answered without being read closes its connection under the sender.
+        // An answer to an unread request closes the connection while the sender still writes.
         if matches!(rule, Some(Bad::Cut)) {
             return Err(std::io::Error::other("cut"));
         }
@@ -309,7 +309,7 @@ impl Inner {
                     body = value.to_string().into();
                 }
                 if let (Ok(mut value), true) = (serde_json::from_slice::<Value>(&body), plane) {
-                    // All further calls shall come here too.
+                    // All further calls must come here too.
                     if value["domain_server_url"] == self.dev_server.as_str() {
                         value["domain_server_url"] = self.own.as_str().into();
                     }
@@ -324,7 +324,7 @@ impl Inner {
                     (Some(Bad::Shortened(bytes)), _) => body.truncate(body.len().saturating_sub(bytes)),
                     _ => {}
                 }
-                // It may be another body by now, and is sent whole.
+                // The body may have changed, and is sent whole.
                 headers.remove(header::CONTENT_LENGTH);
                 headers.remove(header::TRANSFER_ENCODING);
                 let mut passed_on = Response::new(whole(body));
@@ -383,7 +383,7 @@ impl Inner {
     }
 }
 
-/// Moves every time at which something expires.
+/// Shifts every expiry time.
 fn shift(value: &mut Value, ahead: SignedDuration) {
     match value {
         Value::Object(fields) => {
@@ -404,14 +404,14 @@ fn whole(body: Bytes) -> Body {
     Full::new(body).map_err(|never: Infallible| match never {}).boxed()
 }
 
-/// A beginning, and no end.
+/// A body that breaks off after `beginning`.
 fn broken(beginning: Bytes) -> Body {
     let beginning = Frame::data(beginning);
     let pieces = futures_util::stream::unfold(Some(beginning), |frame| async move {
         match frame {
             Some(frame) => Some((Ok(frame), None)),
             None => {
-                // The beginning shall be on its way before the connection breaks.
+                // The first bytes must be sent before the connection breaks.
                 tokio::task::yield_now().await;
                 Some((Err(std::io::Error::other("cut")), None))
             }
@@ -428,11 +428,11 @@ async fn serve(inner: Arc<Inner>, listener: TcpListener, stop: CancellationToken
         let (inner, stopped) = (Arc::clone(&inner), stop.clone().cancelled_owned());
         tokio::spawn(async move {
             let service = service_fn(|request| inner.dated(request));
-            // Whether an answer has a date is for `dated` to say.
+            // `dated` decides whether an answer has a date.
             let mut http = hyper::server::conn::http1::Builder::new();
             let connection = http.auto_date_header(false).serve_connection(TokioIo::new(socket), service);
             tokio::select! {
-                // How a connection ends is the test's business.
+                // The test decides how a connection ends, so errors are ignored.
                 _ = connection => {}
                 () = stopped => {}
             }
@@ -440,7 +440,7 @@ async fn serve(inner: Arc<Inner>, listener: TcpListener, stop: CancellationToken
     }
 }
 
-/// Whether `request`, such as `GET /v1/tasks?x=1`, fits `pattern`.
+/// Whether `request`, such as `GET /v1/tasks?x=1`, matches `pattern`.
 fn fits(pattern: &str, request: &str) -> bool {
     let (wanted, needle) = pattern.split_once('?').unwrap_or((pattern, ""));
     let (path, query) = request.split_once('?').unwrap_or((request, ""));

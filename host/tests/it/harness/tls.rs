@@ -1,4 +1,4 @@
-//! Services behind TLS under a name only a proxy can resolve, and that proxy.
+//! Services behind TLS under a name that only a proxy can resolve, and that proxy.
 
 use std::{
     net::SocketAddr,
@@ -15,7 +15,7 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tokio_util::task::AbortOnDropHandle;
 
-/// The only name, beside loopback's, that the test certificate is for. No resolver knows it.
+/// The only name of the test certificate besides the loopback names. No resolver knows it.
 pub(crate) const NAME: &str = "plane.test";
 
 fn fixture(name: &str) -> PathBuf {
@@ -27,7 +27,7 @@ pub(crate) fn authority() -> String {
     fixture("ca.pem").to_string_lossy().into_owned()
 }
 
-/// A listener of this machine; gone with what it serves when dropped.
+/// A local listener. Dropping it ends its connections.
 pub(crate) struct Front {
     pub(crate) address: SocketAddr,
     seen: watch::Receiver<Vec<String>>,
@@ -35,7 +35,7 @@ pub(crate) struct Front {
 }
 
 impl Front {
-    /// What it was asked for, a line each.
+    /// The requests so far, one line each.
     pub(crate) fn seen(&self) -> Vec<String> {
         self.seen.borrow().clone()
     }
@@ -51,14 +51,14 @@ impl Front {
             let mut connections = tokio::task::JoinSet::new();
             while let Ok((socket, _)) = listener.accept().await {
                 let serving = serve(socket, tell.clone());
-                // How a connection ends is the test's business.
+                // The test decides how a connection ends, so errors are ignored.
                 connections.spawn(async move { serving.await.is_ok() });
             }
         });
         Self { address, seen, _server: AbortOnDropHandle::new(server) }
     }
 
-    /// Ends TLS and hands everything on to `to`.
+    /// Terminates TLS and forwards every connection to `to`.
     pub(crate) async fn tls(to: SocketAddr) -> Self {
         let certificate = CertificateDer::from_pem_file(fixture("server.pem")).expect("a certificate");
         let key = PrivateKeyDer::from_pem_file(fixture("server.key")).expect("a key");
@@ -81,7 +81,7 @@ impl Front {
         .await
     }
 
-    /// An HTTP proxy that takes every host for `to`, and wants this `Proxy-Authorization` where it is given.
+    /// An HTTP proxy that forwards every host to `to`. It requires this `Proxy-Authorization` if one is given.
     pub(crate) async fn proxy(to: SocketAddr, authorization: Option<&'static str>) -> Self {
         Self::serve(move |mut socket, tell| async move {
             let mut head = Vec::new();
