@@ -1,4 +1,4 @@
-//! What plugins may do with their tasks, and what they may not, through the real boundary.
+//! Calls that plugins may make for their tasks, and calls that they may not make, over the real boundary.
 
 use std::{collections::BTreeMap, path::Path, time::Duration};
 
@@ -13,7 +13,7 @@ fn zoo() -> Folder {
     folder
 }
 
-/// What a plugin sent along with a line.
+/// The fields that a plugin logged with a line.
 fn fields(line: &Value) -> Value {
     let ours = ["timestamp", "level", "message", "target", "plugin", "plugin_target"];
     let task = ["task_id", "job_id", "capability", "domain_id", "attempt"];
@@ -44,9 +44,9 @@ async fn late_and_forged_calls_are_answered_stale() {
         let line = node.says_text(message).await;
         assert_eq!(fields(&line), json!({ "calls": 14, "stale": 14, "cancelled": stale, "complete": stale }));
     }
-    // 14 with an answer, and log, cancelled and complete: twice.
+    // 14 calls with an answer, and log, cancelled and complete: twice.
     assert_eq!(node.status().await["stale_calls"], 34);
-    // Nothing came of them, and the next task is not disturbed.
+    // These calls have no effect, and the next task is not disturbed.
     let ended = lab.run(&node, "/fixtures/c-thread/v1", json!({})).await;
     assert!(ended.completed().artifacts().is_empty());
     node.stop().await;
@@ -80,7 +80,7 @@ async fn context_gets_task_over_after_the_end() {
     node.stop().await;
 }
 
-/// The end of a job as the plane has it: reason, and the details' outcome and code.
+/// The end of a job in the control plane: reason, and outcome and code of the details.
 fn failure(ended: &Ended) -> (String, Value, Value) {
     let (reason, details) = ended.failed();
     (reason.to_owned(), details["outcome"].clone(), details["code"].clone())
@@ -229,7 +229,7 @@ async fn task_opens_at_most_64_streams() {
     assert_eq!(said["again"], true);
 }
 
-/// What lies below `invoke`'s output folder.
+/// The files below `invoke`'s output folder.
 fn published(folder: &Folder) -> Vec<String> {
     let entries = std::fs::read_dir(folder.root().join("out")).into_iter().flatten();
     let mut names: Vec<_> =
@@ -304,7 +304,7 @@ fn walk(dir: &Path) -> Vec<String> {
     found
 }
 
-/// Each call that does not return keeps a thread, also when its task has been completed.
+/// Each call that does not return occupies a thread, also after its task was completed.
 #[cfg(target_os = "linux")]
 #[tokio::test]
 async fn plugin_with_hanging_calls_goes_out_of_service() {
@@ -336,10 +336,10 @@ async fn plugin_with_hanging_calls_goes_out_of_service() {
     node.stop().await;
 }
 
-/// A plugin that breaks its promise to return from `start` blocks itself and nobody else.
+/// A plugin whose `start` does not return blocks only itself.
 #[tokio::test]
 async fn blocking_start_affects_only_its_plugin() {
-    // A short lease, so that the heartbeat which brings the cancellation comes soon.
+    // A short lease, so that the heartbeat with the cancel comes soon.
     let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
     let plugins = [fixtures::c("refused", &["START_BLOCKS"]), fixtures::zoo()];
     let node = lab.node(&plugins).set("CANCEL_GRACE", "200ms").set("MAX_CONCURRENCY", "2").leasing().await;

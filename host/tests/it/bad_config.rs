@@ -1,4 +1,4 @@
-//! Mistakes of operators: all of them at once, by name, before anything goes over the network.
+//! Configuration errors of operators. All errors are reported at once and by name, before the first network call.
 
 use serde_json::Value;
 
@@ -32,7 +32,7 @@ impl Silence {
     }
 }
 
-/// What `ended` complained of: as text, or as log lines once it has begun to log.
+/// The errors that `ended` printed, as text or as log lines.
 fn errors(ended: &Finished) -> Vec<String> {
     let error = |line: &str| match line.strip_prefix("error: ") {
         Some(error) => Some(error.to_owned()),
@@ -179,7 +179,7 @@ async fn unservable_node_url_is_refused() {
     assert_eq!(errors(&ended), ["REGISTRATION: expected wallet or callback, found \"carrier pigeon\""]);
 }
 
-/// A node with these plugins arguments ends like this.
+/// Checks how a node with these plugin arguments ends.
 async fn plugins_refused(silence: &Silence, arguments: &[&str], code: i32) -> String {
     let libraries = [];
     let node = arguments.iter().fold(silence.rubbish.node(&libraries), |node, argument| node.arg(*argument));
@@ -269,7 +269,7 @@ async fn unusable_address_or_folder_is_reported() {
     assert!(!state.path().join("control.sock").exists(), "a node that does not start takes its socket with it");
     let text = errors(&ended)[0].to_owned();
     assert!(text.starts_with(&format!("HTTP_BIND {taken} cannot be bound: Address already in use")), "{text}");
-    // Nobody takes that one away by itself: it is set aside for documents.
+    // No machine has this address by default, because it is reserved for documentation.
     let ended = silence.refuses(silence.node().set("HTTP_BIND", "192.0.2.1:8080"), 78).await;
     let text = errors(&ended)[0].to_owned();
     assert!(text.starts_with("HTTP_BIND 192.0.2.1:8080 cannot be bound: "), "{text}");
@@ -341,7 +341,7 @@ async fn run_dev_and_check_report_the_same_folder_mistakes() {
         ),
     ] {
         let set = |node: NodeSetup| node.set("SCRATCH_DIR", scratch_dir).set("STATE_DIR", state_dir);
-        // A library that would be said if it were looked at.
+        // A library that would cause an error if it were read.
         let node = set(silence.node());
         std::fs::write(node.plugins().join("y.so"), "no library").expect("the folder is writable");
         let ended = silence.refuses(node, 78).await;

@@ -1,4 +1,4 @@
-//! Leases and tasks that cannot run: refused with a precise reason, or skipped.
+//! Leases and tasks that cannot run. The node rejects them with a precise reason, or skips them.
 
 use serde_json::{Value, json};
 
@@ -103,7 +103,7 @@ async fn empty_inputs_are_valid_but_empty_outputs_fail() {
         let ended = lab.ended(&node, lab.task(capability).inputs(&[input]).submit()).await;
         assert_eq!(lab.artifact(ended.completed(), "echo-0.bin").await, b"", "{capability}");
     }
-    // posemesh.md section 6.8: refused before any call to the store.
+    // posemesh.md section 6.8: rejected before any call to the store.
     let before = lab.stored().await;
     let ended = lab.ended(&node, lab.task("/examples/echo-file/v1").inputs(&[input]).submit()).await;
     let reason = ended.failed().0;

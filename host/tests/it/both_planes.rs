@@ -1,5 +1,5 @@
-//! What holds for a task whatever control plane gave it: the same tests over the posemesh services and over a folder
-//! of job files.
+//! Tests that do not depend on the control plane. The same tests run with the posemesh services and with a folder of
+//! job files.
 
 use std::{fs, path::PathBuf};
 
@@ -32,7 +32,7 @@ pub(crate) enum Submitted {
 pub(crate) struct Result {
     pub(crate) completed: bool,
     pub(crate) text: String,
-    /// How many results the control plane has.
+    /// Number of results that the control plane has.
     pub(crate) results: usize,
 }
 
@@ -88,7 +88,7 @@ impl Plane {
         }
     }
 
-    /// Writes a job file whole.
+    /// Writes a complete job file.
     pub(crate) fn put_job(&self, id: &str, job: &Value) {
         let jobs = self.folder().join("jobs");
         fs::create_dir_all(&jobs).expect("the folder is writable");
@@ -135,7 +135,7 @@ impl Plane {
         }
     }
 
-    /// From now on no report is accepted, until [`Plane::accept_reports`].
+    /// Rejects every report until [`Plane::accept_reports`].
     fn refuse_reports(&self) {
         match self {
             Self::Posemesh { faults, .. } => faults.answer(COMPLETE, usize::MAX, Bad::Status(503, "not now")),

@@ -1,4 +1,4 @@
-//! How much runs at once: the node's slots, a plugin's own limit, the plane's limit.
+//! Limits of concurrency: the node's slots, a plugin's own limit, the control plane's limit.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ use crate::harness::{
     within,
 };
 
-/// A job of tasks that end one by one as their files appear.
+/// A job whose tasks end one by one when their files appear.
 struct Held {
     files: TempDir,
     job: Uuid,
@@ -36,7 +36,7 @@ impl Held {
         touch(&self.files.path().join(n.to_string()));
     }
 
-    /// Waits for `started` tasks whose runners have begun and `ended` that are over.
+    /// Waits for `started` tasks whose runners have started and `ended` tasks that have ended.
     async fn until(&self, lab: &TestServer, node: &TestNode, started: usize, ended: usize) -> Value {
         let reached = lab.dev_server.job_until(self.job, |job| {
             (running(job), job["tasks_summary"]["completed"].as_u64()) == (started, u64::try_from(ended).ok())
@@ -54,14 +54,14 @@ fn touch(file: &Path) {
     std::fs::write(file, "").expect("the folder is writable");
 }
 
-/// Tasks of a job that are held by a node and whose runner has begun.
+/// Tasks of a job that a node holds and whose runner has started.
 fn running(job: &Value) -> usize {
     let tasks = job["tasks"].as_array().expect("tasks");
     let begun = |task: &&Value| !task["reserved_by"].is_null() && task["meta"]["progress"]["started"] == true;
     tasks.iter().filter(begun).count()
 }
 
-/// Tasks of a job that are held by a node.
+/// Tasks of a job that a node holds.
 fn leased(job: &Value) -> usize {
     job["tasks"].as_array().expect("tasks").iter().filter(|task| !task["reserved_by"].is_null()).count()
 }
@@ -80,11 +80,11 @@ async fn as_many_tasks_run_at_once_as_there_are_slots_and_never_one_more() {
         let job = within("the slots to fill", || node.log(), job).await;
         assert_eq!(leased(&job), started);
         let status = node.status().await;
-        // The plane may know of an end before the page does.
+        // The control plane may record an end before the page shows it.
         let tasks = status["tasks"].as_object().expect("tasks").values();
         let shown = tasks.filter(|task| task["state"] != "reporting").count();
         assert!(started <= shown && shown <= 3 && status["slots"] == 3, "{status:#}");
-        // A slot is free once its verdict is on disk, so leases may overlap for a moment. Runs do not.
+        // A slot is free when its task result is on disk, so leases may overlap briefly. Runs do not overlap.
         for (most, task) in at_once.iter_mut().zip(job["tasks"].as_array().expect("tasks")) {
             *most = (*most).max(task["meta"]["progress"]["at_once"].as_u64().unwrap_or_default());
         }
@@ -104,9 +104,9 @@ async fn a_lease_for_a_full_plugin_is_kept_alive_and_shown_as_waiting() {
     let node = node.leasing().await;
     let job = held.until(&lab, &node, 1, 0).await;
     let (first, second) = (job["tasks"][0]["id"].clone(), job["tasks"][1]["id"].clone());
-    // Another plugin is not held up.
+    // Another plugin is not delayed.
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
-    // Kept for two lengths of the lease, which are at least six heartbeats, without being run.
+    // The lease is kept without a run for two lease terms, which is at least six heartbeats.
     let path = format!("/v1/tasks/{}/heartbeat", second.as_str().expect("an id"));
     lab.seen(&node, |seen| seen.iter().filter(|seen| seen.path == path && seen.status == 200).count() >= 8).await;
     let status = node.status().await;
@@ -136,7 +136,7 @@ async fn a_busy_answer_stops_polling_until_a_lease_ends() {
     lab.ended(&node, held.job).await.completed();
 }
 
-/// The thread that keeps the leases is not put aside each time a runner wakes up.
+/// Checks the scheduling of the thread that keeps the leases: a runner that wakes up does not preempt it.
 #[cfg(target_os = "linux")]
 #[tokio::test]
 async fn threads_of_plugins_are_batch_work_and_the_hosts_own_are_not() {
@@ -149,7 +149,7 @@ async fn threads_of_plugins_are_batch_work_and_the_hosts_own_are_not() {
         let Ok(stat) = std::fs::read_to_string(thread.path().join("stat")) else { continue };
         let (name, rest) = stat.rsplit_once(") ").expect("a name in parentheses");
         let name = name.rsplit_once('(').expect("a name in parentheses").1.to_owned();
-        // Field 41 of the line, counted from 1 with the number and the name before `rest`.
+        // Field 41 of the line, counted from 1. `rest` starts after the number and the name.
         let policy = rest.split(' ').nth(38).expect("a policy").to_owned();
         seen.insert(name, policy);
     }
@@ -160,7 +160,7 @@ async fn threads_of_plugins_are_batch_work_and_the_hosts_own_are_not() {
     node.stop().await;
 }
 
-/// Files that this node may have open, now and at most.
+/// The soft and the hard limit of open files of this node.
 #[cfg(target_os = "linux")]
 fn open_files(node: &TestNode) -> (u64, u64) {
     let limits = std::fs::read_to_string(format!("/proc/{}/limits", node.pid())).expect("the node runs");
@@ -173,7 +173,7 @@ fn open_files(node: &TestNode) -> (u64, u64) {
 #[tokio::test]
 async fn a_node_of_many_slots_asks_for_as_many_open_files_and_says_so_where_it_cannot_have_them() {
     let lab = TestServer::start().await;
-    // One of few slots leaves the limit as it is.
+    // A node with few slots does not change the limit.
     for (slots, limits, expected) in
         [("100", (300, 2048), (1056, 2048)), ("4", (300, 2048), (300, 2048)), ("100", (300, 500), (500, 500))]
     {
@@ -190,8 +190,8 @@ async fn a_node_of_many_slots_asks_for_as_many_open_files_and_says_so_where_it_c
     }
 }
 
-/// All of so many tasks end at once, and no report is answered for a while: there are at most `calls` connections,
-/// and the node goes on to answer on its pages.
+/// All `slots` tasks end at once, and no report is answered for a while. There are at most `calls` connections. The
+/// node still serves its pages.
 async fn hang(setup: impl FnOnce(NodeSetup) -> NodeSetup, slots: usize, calls: usize) {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
@@ -202,12 +202,12 @@ async fn hang(setup: impl FnOnce(NodeSetup) -> NodeSetup, slots: usize, calls: u
     let (gate, bad) = Bad::gate();
     rubbish.answer("POST /v1/tasks/*/complete", usize::MAX, bad);
     (0..slots).for_each(|n| held.release(n));
-    // A poll and heartbeats may take some of the turns.
+    // A poll and heartbeats may use some of the connections.
     rubbish.seen("POST /v1/tasks/*/complete", calls - calls / 4).await;
     assert_eq!(node.page("/health").await.0, 200);
     gate.cancel();
     held.until(&lab, &node, 0, slots).await;
-    // One more is for the sign-in.
+    // The sign-in uses one more.
     assert!(rubbish.connections() <= calls + 1, "{} connections", rubbish.connections());
     assert_eq!(node.page("/health").await.0, 200);
     node.stop().await;

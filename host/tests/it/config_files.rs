@@ -22,7 +22,7 @@ const NEEDED: [(&str, &str); 4] = [
     ("SECP256K1_PRIVHEX", KEY),
 ];
 
-/// A folder for files of one test.
+/// A folder for the files of one test.
 struct Files(TempDir);
 
 impl Files {
@@ -30,7 +30,7 @@ impl Files {
         Self(tempfile::tempdir().expect("a folder below the system's temporary one"))
     }
 
-    /// A file only its owner can read.
+    /// A file that only its owner can read.
     fn write(&self, name: &str, text: impl AsRef<[u8]>) -> PathBuf {
         let path = self.0.path().join(name);
         std::fs::write(&path, text).expect("the folder is writable");
@@ -94,7 +94,7 @@ const JSON: &str = r#"{
 async fn toml_and_json_files_are_equivalent() {
     let files = Files::new();
     files.write("key.hex", format!("0x{KEY}\n"));
-    // By extension, and where that says nothing by content.
+    // The format is chosen by the extension, and otherwise by the content.
     for (name, text, line) in [("a.toml", TOML, 4), ("b.json", JSON, 2), ("c.conf", TOML, 4), ("d.conf", JSON, 2)] {
         let file = files.write(name, text);
         let ended = with_file("check", &file).run().await.expect(0);
@@ -234,7 +234,7 @@ async fn secrets_come_from_exactly_one_source() {
         ended.stderr,
         format!("error: {at}:2: dds.reg_secret and {at}:3: dds.reg_secret_file are both set; keep one")
     );
-    // The environment goes over the file, whichever of the two it names.
+    // The environment has priority over the file, for both variables.
     let one = files.write("one.toml", "[dds]\nreg_secret_file = \"none\"\n");
     whole("check").arg("--config").arg(one).run().await.expect(0);
 
@@ -267,7 +267,7 @@ async fn readable_secret_file_gets_a_warning() {
     assert_eq!(ended.stderr, format!("warning: {at} holds a secret and can be read by others; chmod 600 {at}"));
 }
 
-/// A variable of posemesh.md section 7.1: values that work, with how `check` warns of them, and values that do not.
+/// A variable of posemesh.md section 7.1, with valid values, their warnings from `check`, and invalid values.
 struct Variable {
     name: &'static str,
     good: &'static [&'static str],

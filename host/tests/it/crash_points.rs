@@ -1,8 +1,8 @@
-//! The node dies at every point of a task's way, as if the power went, and starts again: the plane has
-//! exactly one accepted verdict, every artifact once, and nothing is left on the disk.
+//! The node is killed at every point of a task's life, as in a power failure, and starts again. The control plane
+//! then has exactly one accepted result and every artifact once. Nothing is left on the disk.
 //!
-//! Where the dev server can hold an answer back while the node is killed, it does. Between two such points
-//! the node kills itself (`runner_host::crash`, debug builds only).
+//! Where possible, the dev server holds an answer back while the node is killed. Between two such points the node
+//! kills itself (`runner_host::crash`, debug builds only).
 
 use std::{path::PathBuf, time::Duration};
 
@@ -20,9 +20,9 @@ use crate::harness::{
 
 const COMPLETE: &str = "POST /v1/tasks/*/complete";
 const MIB: usize = 1024 * 1024;
-/// The task goes back into the queue soon: its verdict is not on the disk.
+/// The lease expires soon and the task is queued again, because its result is not on the disk.
 const BRIEF: Duration = Duration::from_secs(2);
-/// It does not while the test runs: the verdict has to come from the disk.
+/// The lease does not expire during the test, so the result must come from the disk.
 const LONG: Duration = Duration::from_secs(600);
 
 struct Scene {
@@ -51,14 +51,14 @@ impl Scene {
         self.rubbish.node(&[fixtures::echo()])
     }
 
-    /// A node that kills itself at a point.
+    /// A node that kills itself at `point`.
     async fn dies_at(&self, point: &str) -> TestNode {
         let node = self.node().set("RUNNER_HOST_CRASH_AT", point).start().await;
         assert_eq!(node.wait().await, -1, "killed, not ended: {}", node.log());
         node
     }
 
-    /// A node that is killed once this many requests fit.
+    /// A node that is killed after this many requests match.
     async fn killed_at(&self, request: &str, times: usize) -> TestNode {
         let node = self.node().start().await;
         self.rubbish.seen(request, times).await;
@@ -67,7 +67,7 @@ impl Scene {
         node
     }
 
-    /// Starts the node again and looks at what became of everything.
+    /// Starts the node again and checks the state.
     async fn survives(self, dead: TestNode, attempts: u64) {
         self.rubbish.heal();
         let next = self.node().after(&dead).leasing().await;
@@ -83,7 +83,7 @@ impl Scene {
         assert_eq!(dead.scratch(), Vec::<PathBuf>::new(), "nothing stays in SCRATCH_DIR");
     }
 
-    /// How many artifacts the domain holds.
+    /// Number of artifacts in the domain.
     async fn stored(&self) -> usize {
         let dev_server = &self.lab.dev_server;
         let url = format!("{}api/v1/domains/{}/data", dev_server.dds_url(), dev_server.domain_id());
@@ -192,7 +192,7 @@ async fn the_plane_takes_no_reports_until_it_has_leased_the_task_again() {
     let scene = Scene::new(BRIEF).await;
     scene.rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "not now"));
     let dead = scene.killed_at(COMPLETE, 1).await;
-    // The lease runs out, and the next node of this identity gets the task it has done already.
+    // The lease expires. The next node of this identity leases the task that it has completed already.
     let next = scene.node().after(&dead).start().await;
     next.says("task.leased_again").await;
     scene.lab.task_until(&next, scene.job, |task| task["attempts"] == 2 && task["status"] == "running").await;

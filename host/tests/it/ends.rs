@@ -1,4 +1,4 @@
-//! How tasks end: errors, panics, cancels; and that the node goes on afterwards.
+//! How tasks end: errors, panics, cancels. The node works on after each of them.
 
 use serde_json::{Value, json};
 
@@ -29,7 +29,7 @@ async fn a_failure_carries_the_whole_chain_and_what_a_repeat_is_good_for() {
     let (reason, details) = ended.failed();
     assert_eq!(reason, "runner failed: the scanner is busy");
     assert_eq!(words(details), json!(["failed", "runner_error", true]));
-    // The plane may know of an end before the page does.
+    // The control plane may record an end before the page shows it.
     node.page_until("/status.json", |page| page.1["ended"]["failed"] == 3).await;
 }
 
@@ -114,7 +114,7 @@ async fn a_lease_for_a_capability_nobody_serves_is_refused_by_name() {
     lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
 }
 
-/// Nothing was said of the end of any task.
+/// Checks that no task end was reported.
 fn assert_silence(lab: &TestServer) {
     let told: Vec<_> = lab
         .dev_server

@@ -1,4 +1,4 @@
-//! `dev --faults`: trouble on order, for people and for a CI of their own (docs/operations/faults.md).
+//! `dev --faults`: fault injection for users and their own CI (docs/operations/faults.md).
 
 use std::{
     path::{Path, PathBuf},
@@ -103,7 +103,7 @@ fn every_example_is_a_sound_file_and_stands_on_the_page() {
         examples += 1;
     }
     assert_eq!(page.matches(".toml](faults/").count(), examples);
-    // The rule on the page itself.
+    // The rule from the page.
     let rule = page.split("```toml\n").nth(1).and_then(|rest| rest.split("```").next()).expect("a rule");
     assert_eq!(Faults::parse(rule).expect("a sound rule").len(), 1);
 }
@@ -128,7 +128,7 @@ async fn a_node_does_its_work_under_every_example() {
             assert_eq!(ended.status(), "completed", "{}: {:#}\n{}", file.display(), ended.0, node.log());
         }
         node.stop().await;
-        // What is asked from here on is not what the rules are for.
+        // The rules do not apply to the requests from here on.
         lab.dev_server.set_faults(Faults::default());
         let left = (lab.stored().await, lab.dev_server.open_uploads(), node.scratch());
         assert_eq!(left, (4, 0, Vec::new()), "{}: items, open uploads, files", file.display());

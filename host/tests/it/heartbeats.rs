@@ -1,4 +1,4 @@
-//! What neither busy cores nor a stopped process may do to a lease.
+//! Neither busy cores nor a stopped process may cost the node a lease that it can keep.
 
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,7 @@ use crate::harness::{TestServer, fixtures};
 
 const LEASE: Duration = Duration::from_secs(2);
 
-/// The one test that takes its time: ten periods of a lease of two seconds are twenty.
+/// The one long test: ten lease terms of two seconds take twenty seconds.
 #[tokio::test]
 async fn burnt_cores_and_a_process_that_runs_a_tenth_of_the_time_lose_no_lease() {
     let lab = TestServer::with(|config| config.lease_ttl = LEASE).await;
@@ -32,7 +32,8 @@ async fn burnt_cores_and_a_process_that_runs_a_tenth_of_the_time_lose_no_lease()
     assert!((20..=120).contains(&beats), "{beats} heartbeats in ten lengths");
 }
 
-/// Stopped for two lengths of its lease in the middle of `capability`, the node sends nothing more for it.
+/// The process is stopped for two lease terms during `capability`. After that the node sends nothing more for the
+/// task.
 async fn silent_after_a_stop(capability: &str) {
     let lab = TestServer::with(|config| config.lease_ttl = LEASE).await;
     let node = lab.joined(&[fixtures::zoo()]).await;
@@ -40,14 +41,14 @@ async fn silent_after_a_stop(capability: &str) {
     let task = lab.started(&node, job).await;
     node.freeze();
     let frozen = Instant::now();
-    // The plane takes the task back meanwhile; it has no second attempt.
+    // The control plane takes the task back meanwhile. The task has no second attempt.
     let over = lab.task_until(&node, job, |task| task["status"] == "failed").await;
     tokio::time::sleep((LEASE * 2).saturating_sub(frozen.elapsed())).await;
     let before = lab.dev_server.journal().len();
     node.thaw();
     let line = node.says_ended("none").await;
     assert_eq!(line["outcome"], "lease-lost", "{line}");
-    // A task of its own proves that the node is back, and that what it sends is seen.
+    // Another task proves that the node works again, and that its requests are recorded.
     lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
     let id = task["id"].as_str().expect("an id");
     let journal = lab.dev_server.journal();

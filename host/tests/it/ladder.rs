@@ -101,7 +101,7 @@ async fn three_stuck_runners_put_a_plugin_out_of_service() {
         json!(["out-of-service", 3, reason])
     );
     assert_eq!(node.page("/ready").await, (200, json!({ "ready": true, "degraded": degraded })));
-    // The node registers what is left, and its other plugins go on.
+    // The node registers the remaining capabilities, and its other plugins continue.
     lab.seen(&node, |seen| seen.iter().filter(|seen| seen.path.contains("/nodes/register")).count() >= 2).await;
     lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
     lab.dev_server.node_online("/examples/hello/v1").await;

@@ -1,4 +1,4 @@
-//! A lease is kept while its task runs, and let go of when it is lost.
+//! A lease is kept while its task runs, and given up when it is lost.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::harness::{
     rubbish::{Bad, Rubbish},
 };
 
-/// Short enough to outlive several in a test, long enough for a machine with other work.
+/// Short enough that several leases expire in a test, long enough for a busy machine.
 const LEASE: Duration = Duration::from_secs(2);
 
 fn go() -> (TempDir, Value) {
@@ -75,8 +75,8 @@ async fn a_token_turned_during_a_task_serves_its_later_upload() {
     assert_eq!(refused, None, "no call went out with a replaced token");
 }
 
-/// Lets a runner say all it can while no heartbeat is answered, so that nothing leaves its queue; how its task ended, and
-/// what it was told.
+/// Lets a runner send as much as it can while no heartbeat is answered, so that nothing leaves its queue. Returns how
+/// its task ended and what the runner was told.
 async fn says_too_much(meta: Value) -> (Ended, Value) {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
@@ -99,16 +99,16 @@ async fn what_a_runner_says_is_bounded_with_a_typed_error_and_what_was_taken_arr
     assert_eq!(seen["event"], "Limit: event is 70002 bytes of JSON, at most 65536 are allowed");
     let many = seen["many"].as_str().expect("text");
     assert!(many.starts_with("Limit: too many events wait for the control plane (1024 events"), "{many}");
-    // The set-up heartbeat may have carried the first ones, which still wait for its answer.
+    // The set-up heartbeat may have carried the first events, which still wait for its answer.
     assert_eq!(seen["taken"], 1024);
-    // The dev server remembers the last ones.
+    // The dev server stores the last events.
     let events = ended.task()["meta"]["events"].as_array().expect("a list");
     let numbers: Vec<Option<u64>> = events.iter().map(|event| event["n"].as_u64()).collect();
     let wanted: Vec<Option<u64>> = (1024 - events.len() as u64..1024).map(Some).collect();
     assert!(numbers.len() >= 32 && numbers == wanted, "in order, each once: {numbers:?}");
 }
 
-// What waits is bounded by its bytes too.
+// The size of the queue is also limited in bytes.
 #[tokio::test]
 async fn large_events_are_bounded_by_their_bytes() {
     let (ended, seen) = says_too_much(json!({ "event_bytes": 30_000 })).await;
@@ -126,7 +126,8 @@ async fn events_whose_heartbeat_failed_come_again_in_their_order_and_none_is_los
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
-    // Heard and not answered, so the plane has them twice; then not heard.
+    // The first requests arrive without an answer, so the control plane has the events twice. Later requests do not
+    // arrive.
     rubbish.answer(BEAT, 2, Bad::CutAfter(0));
     rubbish.answer(BEAT, 1, Bad::Status(503, "later"));
     let ended = lab.run(&node, "/fixtures/events/v1", json!({ "count": 20 })).await;
@@ -143,7 +144,7 @@ async fn events_whose_heartbeat_failed_come_again_in_their_order_and_none_is_los
     assert_eq!(rubbish.count(BEAT), 4);
 }
 
-// posemesh.md section 10.3: the earlier of the two ends decides when the next heartbeat is due.
+// posemesh.md section 10.3: the earlier of the two expiry times decides when the next heartbeat is due.
 #[tokio::test]
 async fn a_domain_token_that_ends_long_before_its_lease_is_turned_in_time() {
     let lab = TestServer::with(|config| {
@@ -164,7 +165,7 @@ async fn a_domain_token_that_ends_long_before_its_lease_is_turned_in_time() {
     lab.ended(&node, job).await.completed();
 }
 
-// posemesh.md section 10.3: a 401 of the domain server asks for a heartbeat, which brings a newer token.
+// posemesh.md section 10.3: a 401 of the domain server triggers a heartbeat, which returns a newer token.
 #[tokio::test]
 async fn a_refused_domain_token_is_replaced_by_a_heartbeat_asked_for_at_once() {
     let lab = TestServer::with(|config| config.domain_token_ttl = Duration::from_millis(300)).await;
@@ -184,7 +185,7 @@ async fn a_refused_domain_token_is_replaced_by_a_heartbeat_asked_for_at_once() {
     rubbish.answer("GET /api/v1/domains/*/data?ids=", 1, held);
     let job = lab.task("/examples/echo-bytes/v1").inputs(&[input]).submit();
     rubbish.seen("GET /api/v1/domains/*/data?ids=", 1).await;
-    // Nothing tells when a token ends.
+    // There is no event for the expiry of a token.
     tokio::time::sleep(Duration::from_millis(350)).await;
     gate.cancel();
     let ended = lab.ended(&node, job).await;
@@ -221,7 +222,7 @@ async fn the_report_follows_a_task_renamed_by_any_heartbeat() {
     lab.started(&node, job).await;
     let old = lab.dev_server.job(job).expect("a job")["tasks"][0]["id"].clone();
     let old = old.as_str().expect("an id");
-    // Calls for the new name are answered here: the dev server knows the task by its old one.
+    // The proxy answers calls for the new name, because the dev server knows the task by its old one.
     rubbish.answer(&format!("POST /v1/tasks/{other}/heartbeat"), usize::MAX, Bad::Json(json!({})));
     rubbish.answer(&format!("POST /v1/tasks/{other}/complete"), 1, Bad::Json(json!({})));
     rubbish.answer(&format!("POST /v1/tasks/{old}/heartbeat"), usize::MAX, Bad::Json(json!({ "task_id": other })));
@@ -269,7 +270,7 @@ async fn the_domain_server_may_stand_in_the_tasks_metadata() {
                 }
             }),
         );
-        // Nor does a heartbeat say it.
+        // A heartbeat does not name it either.
         let silent = |answer: &mut Value| answer["domain_server_url"] = Value::Null;
         rubbish.answer("POST /v1/tasks/*/heartbeat", usize::MAX, Bad::edit(silent));
         let input = lab.put("who", b"world").await;
@@ -315,7 +316,7 @@ async fn nodes_rejoin_a_restarted_dev_server() {
 async fn a_token_taken_away_by_a_second_registration_is_renewed() {
     let lab = TestServer::start().await;
     let first = lab.joined(&[fixtures::hello()]).await;
-    // The same wallet elsewhere: the first token dies.
+    // The same wallet signs in on another node, and the first token becomes invalid.
     let second = lab.node(&[fixtures::hello()]).set("SECP256K1_PRIVHEX", first.key.as_str()).leasing().await;
     second.stop().await;
     lab.seen(&first, |seen| {
@@ -336,7 +337,7 @@ async fn node_tokens_are_renewed_before_they_end() {
     let (files, meta) = go();
     let job = lab.task("/fixtures/wait-file/v1").meta(meta).submit();
     lab.started(&node, job).await;
-    // Five logins at half a second each outlive the first token.
+    // Five logins at intervals of half a second take longer than the first token lives.
     let login = |seen: &&runner_host::dev::Seen| seen.path.ends_with("/siwe/verify");
     let seen = lab.seen(&node, |seen| seen.iter().filter(login).count() >= 6).await;
     let at: Vec<jiff::Timestamp> = seen.iter().filter(login).map(|seen| seen.at).collect();

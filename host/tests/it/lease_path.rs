@@ -1,4 +1,4 @@
-//! A task's way through the node: leased, run, its artifacts stored, its end reported.
+//! The path of a task through the node: it is leased and run, its artifacts are stored, and its end is reported.
 
 use serde_json::{Value, json};
 
@@ -23,7 +23,7 @@ async fn hello_reads_its_input_and_publishes_its_greeting() {
     ended.completed();
     assert_eq!(lab.artifact(&ended, "greetings/outputs/hello.bin").await, b"hello, world");
 
-    // The receipt as posemesh.md section 4.7 has it, and nothing else in it.
+    // The receipt contains the fields of posemesh.md section 4.7 and no others.
     let task = ended.task()["id"].as_str().expect("an id");
     let stored = &ended.artifacts()["greetings/outputs/hello.bin"]["id"];
     assert_eq!(ended.0["receipts"][0]["outputs"], json!([stored]));
@@ -39,7 +39,7 @@ async fn hello_reads_its_input_and_publishes_its_greeting() {
     // The last progress and every event arrive although the task took milliseconds.
     assert_eq!(ended.task()["meta"]["progress"], json!({ "status": "finished" }));
     assert_eq!(ended.task()["meta"]["events"], json!([{ "level": "info", "message": "greeted", "bytes": 5 }]));
-    // What the plane says to the first heartbeat counts before anything is fetched.
+    // The control plane's answer to the first heartbeat is evaluated before any input is downloaded.
     let journal = lab.dev_server.journal();
     let first = |part: &str| journal.iter().position(|seen| seen.path.contains(part)).expect("it was asked");
     assert!(first("/heartbeat") < first("/api/v1/domains/"), "{journal:#?}");
@@ -66,7 +66,7 @@ async fn echoed(capability: &str, sizes: [usize; 3]) {
         let back = lab.artifact(&ended, &format!("echo-{index}.bin")).await;
         assert!(back == pattern(size), "{capability} of {size} bytes came back as {}", back.len());
     }
-    // The large one travelled in parts.
+    // The large artifact was sent in parts.
     let puts =
         lab.dev_server.journal().into_iter().filter(|seen| seen.method == "PUT" && seen.path.ends_with("multipart"));
     assert!(puts.count() >= 6, "5 MiB and 7 bytes are six parts");
@@ -79,7 +79,7 @@ async fn bytes_come_back_unchanged() {
 
 #[tokio::test]
 async fn files_come_back_unchanged() {
-    // A file of 0 bytes is none to publish, see `bad_leases`.
+    // A file of 0 bytes cannot be published, see `bad_leases`.
     echoed("/examples/echo-file/v1", [1, 2, 5 * MIB + 7]).await;
 }
 
@@ -94,7 +94,7 @@ async fn every_capability_of_every_plugin_is_served_in_turn() {
     let node = lab.joined(&[fixtures::hello(), fixtures::echo(), fixtures::zoo()]).await;
     let served: Vec<String> = serde_json::from_value(node.status().await["capabilities"].clone()).expect("names");
     assert!(served.is_sorted() && served.len() > 20, "{served:?}");
-    // The first has a long queue; the last shall not wait for its end.
+    // The first job has a long queue. The last job must not wait for its end.
     let many: Vec<Value> = (0..40).map(|n| task("/fixtures/ok/v1", n)).collect();
     let many = lab.dev_server.create_job(json!({ "label": "many", "tasks": many })).expect("a job");
     let one = lab.task("/examples/hello/v1").submit();
@@ -130,7 +130,7 @@ async fn a_plugin_may_use_its_own_tokio_sockets_and_threads() {
     let ended = lab.run(&node, "/fixtures/block-on/v1", json!({})).await;
     assert_eq!(lab.artifact(ended.completed(), "blocking.txt").await, b"blocking");
     assert_eq!(lab.artifact(&ended, "thread.txt").await, b"thread");
-    // A dropped writer publishes nothing; what was published before and after stays.
+    // A dropped writer publishes nothing. Artifacts published before and after it remain.
     let ended = lab.run(&node, "/fixtures/drop-writer/v1", json!({})).await;
     assert_eq!(ended.completed().artifacts().keys().collect::<Vec<_>>(), ["kept.txt"]);
     lab.run(&node, "/fixtures/use-after-end/v1", json!({})).await.completed();
@@ -216,7 +216,7 @@ async fn a_repeated_attempt_replaces_what_the_first_one_stored() {
     let lab = TestServer::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::hello()]).leasing().await;
-    // The first report gets lost for good, so the plane gives the task out again.
+    // The first report is rejected permanently, so the control plane leases the task again.
     rubbish.answer("POST /v1/tasks/*/complete", 1, Bad::Status(409, "not yours"));
     let ended = lab.ended(&node, lab.task("/examples/hello/v1").set("max_attempts", json!(2)).submit()).await;
     assert_eq!(ended.completed().task()["attempts"], 2);
@@ -242,7 +242,7 @@ async fn many_tasks_are_each_done_and_reported_once() {
     assert_eq!((receipts.len(), workers.len()), (300, 2), "both nodes worked");
     for node in &nodes {
         node.stop().await;
-        // A machine with other work may find the plugin slow.
+        // On a busy machine the plugin may be reported as slow.
         let loud = |line: &Value| line["level"] == "WARN" || line["level"] == "ERROR";
         let calm = |line: &Value| !loud(line) || line["event"] == "plugin.slow";
         assert!(node.lines().iter().all(calm), "{}", node.log());
@@ -251,7 +251,7 @@ async fn many_tasks_are_each_done_and_reported_once() {
     assert_eq!(reports, 300);
 }
 
-/// Issue 3, section 6: a lease, a heartbeat, a report, and all of them over connections that stay open.
+/// Issue 3, section 6: a lease, a heartbeat and a report for each task, all over persistent connections.
 #[tokio::test]
 async fn a_task_that_does_nothing_costs_three_requests_and_no_connection() {
     const TASKS: usize = 150;
@@ -265,7 +265,7 @@ async fn a_task_that_does_nothing_costs_three_requests_and_no_connection() {
     let journal = lab.dev_server.journal();
     let about_tasks = journal.iter().filter(|seen| seen.path.starts_with("/v1/tasks") && seen.status != 204).count();
     assert!((2 * TASKS..=3 * TASKS).contains(&about_tasks), "{about_tasks} requests for {TASKS} tasks");
-    // At once there are the requests of the running task, of the one before it, a poll and a login at most.
+    // At most these requests are concurrent: the running task's, the previous task's, a poll and a login.
     let connections = rubbish.connections();
     assert!(connections <= 6, "{connections} connections for {TASKS} tasks");
 }

@@ -1,6 +1,6 @@
 //! The integration tests: the real binary, the real dev server over loopback, real plugins.
 //!
-//! A module per promise; what they stand on is in [`harness`].
+//! One module per promise. The shared base is in [`harness`].
 
 #![allow(missing_docs, reason = "tests are named as statements")]
 

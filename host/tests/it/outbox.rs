@@ -1,4 +1,4 @@
-//! Nothing finished is lost: reports are kept until the control plane takes them or refuses for good.
+//! No task result is lost: reports are kept until the control plane accepts them or rejects them permanently.
 
 use std::{
     fs::File,
@@ -18,13 +18,13 @@ use crate::harness::{
 
 const COMPLETE: &str = "POST /v1/tasks/*/complete";
 
-/// Waits until this many reports wait, of tasks that are over.
+/// Waits until this many reports of ended tasks are waiting.
 async fn waiting(node: &TestNode, count: usize) -> Value {
     let waits = |page: &Value| page["outbox"]["waiting"] == count && page["tasks"] == json!({});
     node.page_until("/status.json", |page| waits(&page.1)).await.1
 }
 
-/// How often the dev server has accepted a report.
+/// Number of reports that the dev server has accepted.
 fn accepted(lab: &TestServer) -> usize {
     let journal = lab.dev_server.journal();
     journal.iter().filter(|seen| seen.path.ends_with("/complete") && seen.status == 200).count()
@@ -34,7 +34,7 @@ fn accepted(lab: &TestServer) -> usize {
 async fn finished_work_outlives_an_outage_of_several_leases_and_a_restart() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
-    // The plane is patient, but the node thinks that a lease lasts a second.
+    // The control plane's lease is long, but the node sees a lease term of one second.
     let brief = || {
         Bad::edit(|answer| {
             let soon = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(1);
@@ -47,7 +47,7 @@ async fn finished_work_outlives_an_outage_of_several_leases_and_a_restart() {
     let node = rubbish.node(&[fixtures::hello()]).set("MAX_CONCURRENCY", "2").leasing().await;
     let input = lab.put("who", b"world").await;
     let jobs: Vec<_> = (0..5).map(|_| lab.task("/examples/hello/v1").inputs(&[input]).submit()).collect();
-    // A report waits a moment before its task stands among those that have ended.
+    // A report waits briefly before its task is in the list of ended tasks.
     let all =
         |page: &Value| page["outbox"]["waiting"] == 5 && page["recent"].as_array().is_some_and(|all| all.len() == 5);
     let status = node.page_until("/status.json", |page| all(&page.1)).await.1;
@@ -60,7 +60,7 @@ async fn finished_work_outlives_an_outage_of_several_leases_and_a_restart() {
     );
     tokio::time::sleep(Duration::from_secs(2)).await; // two more leases
     assert_eq!(accepted(&lab), 0);
-    // The process goes, with reports in its hands.
+    // The process ends with reports in memory.
     node.term();
     assert_eq!(node.wait().await, 75, "{}", node.log());
     assert_eq!(node.said("outbox.reports_left")[0]["reports"], 5);
@@ -84,7 +84,7 @@ async fn a_report_is_owed_from_the_end_of_its_task_and_each_try_counts_however_i
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(COMPLETE, usize::MAX, Bad::Hang);
     let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
-    // The first one is done in no time, the second takes longer, and is written first.
+    // The first task ends at once. The second takes longer, and its report is written first.
     for (count, nap) in [(1, 0), (2, 100)] {
         lab.task("/fixtures/ignores-cancel/v1").meta(json!({ "sleep_ms": nap })).submit();
         rubbish.seen(COMPLETE, count).await;
@@ -96,7 +96,7 @@ async fn a_report_is_owed_from_the_end_of_its_task_and_each_try_counts_however_i
     assert_eq!(node.wait().await, 75, "{}", node.log());
     let (listed, _) = self::outbox(&node, &["list"], 0).await;
     for report in listed.as_array().expect("a list") {
-        // By its attempt, and once more before the end; of two that get no answer one is enough.
+        // Sent by its attempt and once more before the end. If neither gets an answer, one is enough.
         assert!(report["attempts"].as_u64().is_some_and(|tries| tries >= 1), "{listed:#}");
         assert_eq!(report["last_error"], "the node stopped before the control plane answered", "{listed:#}");
     }
@@ -128,12 +128,12 @@ async fn a_backlog_goes_out_several_at_once_the_oldest_first() {
     };
     let so_far = before.iter().sum::<usize>();
     let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
-    // Whether the plane takes reports is seen by one.
+    // One report shows whether the control plane accepts reports.
     rubbish.seen(COMPLETE, so_far + 1).await;
     assert_eq!(sent(&rubbish).iter().position(|sent| !sent), Some(1));
     first.cancel();
     rubbish.seen(COMPLETE, so_far + 9).await;
-    // Time for more than there may be.
+    // Enough time for more reports than allowed.
     next.page_until("/status.json", |page| page.1["outbox"]["waiting"] == COUNT - 1).await;
     let sent: Vec<usize> = (0..COUNT).filter(|at| sent(&rubbish)[*at]).collect();
     assert_eq!(sent, (0..9).collect::<Vec<_>>(), "the oldest eight more, and each once");
@@ -194,7 +194,7 @@ async fn a_plane_that_says_when_to_come_again_gets_the_report_then() {
     node.stop().await;
 }
 
-// posemesh.md section 9: a report that is not accepted for long costs no second run while heartbeats work.
+// posemesh.md section 9: a report that is rejected for long causes no second run while heartbeats work.
 #[tokio::test]
 async fn a_lease_is_kept_while_its_report_is_on_its_way_and_no_longer() {
     const HEARTBEAT: &str = "POST /v1/tasks/*/heartbeat";
@@ -228,7 +228,7 @@ async fn a_waiting_report_follows_its_task_when_a_heartbeat_renames_it() {
     let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(1)).await;
     let rubbish = Rubbish::before(&lab).await;
     let complete = format!("POST /v1/tasks/{other}/complete");
-    // Calls for the new name are answered here: the dev server knows the task by its old one.
+    // The proxy answers calls for the new name, because the dev server knows the task by its old one.
     rubbish.answer(&complete, 1, Bad::Json(json!({})));
     rubbish.answer(&format!("POST /v1/tasks/{other}/heartbeat"), usize::MAX, Bad::Json(json!({})));
     rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
@@ -252,7 +252,7 @@ async fn a_node_that_stops_tries_its_reports_more_than_once() {
     let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
     let job = lab.task("/fixtures/ok/v1").submit();
     rubbish.seen(COMPLETE, 1).await;
-    // The first try hangs when the second signal comes; the second fails.
+    // The first attempt hangs when the second signal arrives. The second attempt fails.
     node.term();
     node.says("node.draining").await;
     node.term();
@@ -303,7 +303,7 @@ async fn a_full_outbox_pauses_leasing_until_there_is_room() {
     node.stop().await;
 }
 
-/// When the outbox' file was written last.
+/// The time of the last write to the outbox file.
 fn written(node: &TestNode) -> std::time::SystemTime {
     let file = std::fs::metadata(node.state_dir().join("outbox.redb")).expect("there");
     file.modified().expect("a file system with times")
@@ -313,7 +313,7 @@ fn written(node: &TestNode) -> std::time::SystemTime {
 async fn a_brief_task_whose_report_is_taken_at_once_costs_no_write() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
-    // A busy machine can make any answer late; then the report is written, as it must be.
+    // On a busy machine any answer can be late. Then the report is written, as required.
     let mut unwritten = 0;
     for _ in 0..50 {
         let before = written(&node);
@@ -334,14 +334,14 @@ async fn a_brief_task_whose_report_is_not_taken_at_once_is_on_the_disk_soon() {
     let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
     let first = lab.task("/fixtures/ok/v1").submit();
     rubbish.seen(COMPLETE, 1).await;
-    // The one slot serves the next task only when the first one's verdict is safe.
+    // The one slot gets the next task only after the first task's result is on disk.
     lab.task("/fixtures/ok/v1").submit();
     rubbish.seen(COMPLETE, 2).await;
     node.kill();
     node.wait().await;
     rubbish.heal();
     let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
-    // Its lease has not run out: the report comes from the disk.
+    // The lease has not expired, so the report comes from the disk.
     let ended = lab.ended(&next, first).await;
     assert_eq!(ended.completed().task()["attempts"], 1, "{}", next.log());
     assert_eq!(ended.0["receipts"].as_array().map(Vec::len), Some(1));
@@ -377,7 +377,7 @@ async fn a_plane_that_is_away_blocks_no_slot() {
     let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
     let first = lab.task("/fixtures/ok/v1").submit();
     rubbish.seen(COMPLETE, 1).await;
-    // Its report hangs; the one slot serves the next task.
+    // The report hangs. The one slot gets the next task.
     lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
     gate.cancel();
     lab.ended(&node, first).await.completed();
@@ -473,7 +473,7 @@ async fn a_damaged_file_is_set_aside_and_said_and_the_node_goes_on() {
     node.stop().await;
 }
 
-/// A device takes the place of a disk that gives errors.
+/// A device file simulates a disk with errors.
 #[cfg(target_os = "linux")]
 #[tokio::test]
 async fn a_file_the_system_gives_no_access_to_is_not_taken_for_a_damaged_one() {
@@ -506,7 +506,7 @@ async fn a_state_folder_that_is_removed_under_a_node_is_made_again_with_what_is_
     let line = node.says(MADE_AGAIN).await;
     assert_eq!(line["level"], "ERROR", "{line}");
     waiting(&node, 2).await;
-    // Commands reach it in the new folder, which is nobody else's.
+    // Commands reach the node in the new folder, which belongs to this node only.
     let socket = node.state_dir().join("control.sock");
     node.page_until("/status.json", |_| socket.exists()).await;
     assert_eq!(outbox(&node, &["list"], 0).await.0.as_array().map(Vec::len), Some(2));
@@ -545,11 +545,11 @@ async fn while_reports_cannot_be_written_nothing_is_leased_and_none_is_called_sa
     assert!(reason.starts_with("the outbox cannot be written: cannot make "), "{reason}");
     waiting(&node, 1).await;
     let second = lab.task("/fixtures/ok/v1").submit();
-    // The pause after a report that failed is longer than several between two polls.
+    // The pause after a failed report is longer than several pauses between polls.
     rubbish.seen(COMPLETE, rubbish.count(COMPLETE) + 2).await;
     assert_eq!(lab.dev_server.job(second).expect("a job")["job"]["status"], "pending", "nothing new is leased");
     std::fs::remove_file(&state).expect("removed");
-    // That is found by itself, and then the second task.
+    // The node detects that by itself, and then gets the second task.
     node.says("outbox.writable").await;
     waiting(&node, 2).await;
     assert_eq!(node.page("/ready").await.0, 200);
@@ -576,24 +576,24 @@ async fn a_full_disk_is_one_trouble_that_lasts_until_there_is_room() {
     rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
     let node = rubbish.node(&[fixtures::zoo()]).set("STATE_DIR", folder.path().to_string_lossy());
     let node = node.small_disk(folder.path()).leasing().await;
-    // What these took of the file others can use when they have gone.
+    // The space of these reports in the file is reused after their removal.
     for _ in 0..20 {
         lab.task("/fixtures/ok/v1").submit();
     }
     waiting(&node, 20).await;
-    // The disk as the node sees it.
+    // The disk, seen in the node's mount namespace.
     let inside = PathBuf::from(format!("/proc/{}/root", node.pid()));
     let filler = inside.join(folder.path().strip_prefix("/").expect("an absolute path")).join("filler");
     let filled = File::create(&filler).and_then(|mut file| io::copy(&mut io::repeat(1), &mut file));
     assert_eq!(filled.map_err(|err| err.kind()), Err(io::ErrorKind::StorageFull));
     let (broken, mended) = ("outbox cannot be written, reports are kept in memory only", "outbox can be written again");
-    // The file takes some of them, and others not.
+    // The file accepts some of them, and rejects others.
     for _ in 0..200 {
         lab.task("/fixtures/ok/v1").submit();
     }
     node.says(broken).await;
     node.page_until("/ready", |page| page.0 == 503).await;
-    // A second passes from one try to write to the next.
+    // One second passes between two write attempts.
     let enough = Instant::now() + Duration::from_millis(2500);
     node.page_until("/ready", |page| {
         assert_eq!(page.0, 503, "{}", node.log());
@@ -653,7 +653,7 @@ async fn outbox_list_retry_and_drop_work_on_a_running_node_and_on_a_stopped_one(
     assert_eq!((&listed[0]["outcome"], &listed[0]["capability"]), (&json!("completed"), &json!("/fixtures/ok/v1")));
     assert!(listed[0]["last_error"].as_str().is_some_and(|text| text.contains("503")), "{listed}");
 
-    // A running node forgets one for good and says so.
+    // A running node drops one permanently and logs it.
     let (dropped, said) = outbox(&node, &["drop", &task(0)], 0).await;
     assert_eq!((dropped[0]["task_id"].as_str(), said.as_str()), (Some(task(0).as_str()), "dropped 1 report"));
     assert_eq!(node.says("report.dropped").await["task_id"], task(0).as_str());
@@ -670,7 +670,7 @@ async fn outbox_list_retry_and_drop_work_on_a_running_node_and_on_a_stopped_one(
     node.term();
     assert_eq!(node.wait().await, 75);
 
-    // A stopped one: the file itself.
+    // A stopped node: the command reads the file itself.
     let (listed, _) = outbox(&node, &["list"], 0).await;
     assert_eq!(listed.as_array().map(Vec::len), Some(2));
     let (_, said) = outbox(&node, &["retry", &task(1)], 0).await;
@@ -732,14 +732,14 @@ async fn retry_takes_up_a_damaged_file() {
     }
     std::fs::write(&file, &bytes).expect("written");
     let next = rubbish.node(&[fixtures::zoo()]).leasing().await;
-    // The first file is of another node: its reports are kept and not sent.
+    // The first file belongs to another node, so its reports are kept and not sent.
     let (taken, said) = retry_from(next.state_dir(), &file).await;
     assert!(taken.len() >= COUNT - 1, "{taken:#?}");
     assert!(taken.iter().all(|report| report["state"] == "foreign"), "{taken:#?}");
     assert_eq!(said, format!("took up {} reports, which will be sent now", taken.len()));
     next.stop().await;
 
-    // The node itself, without its outbox: it sends them.
+    // The same node without its outbox file sends them.
     std::fs::remove_file(node.state_dir().join("outbox.redb")).expect("removed");
     let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
     let (taken, _) = retry_from(node.state_dir(), &file).await;
@@ -769,7 +769,7 @@ async fn retry_doubles_no_report() {
     assert_eq!(said, "took up 3 reports; no node runs here, the next start sends them");
     assert_eq!(json!(taken), dropped);
     assert_eq!(retry_from(state, &file).await, (Vec::new(), doubled.to_owned()));
-    // A running node, which does not get rid of them.
+    // A running node that cannot deliver them.
     rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
     let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
     assert_eq!(retry_from(state, &file).await, (Vec::new(), doubled.to_owned()));
@@ -780,7 +780,7 @@ async fn retry_doubles_no_report() {
     }
     next.stop().await;
     assert_eq!(accepted(&lab), COUNT);
-    // A file without reports, and none.
+    // A file without reports, and a missing file.
     std::fs::write(&file, "no database").expect("written");
     let from = |file: &Path| Cli::new(&["outbox", "retry", "--from"]).arg(file).arg("--state-dir").arg(state);
     let said = from(&file).run().await.expect(1);
@@ -810,7 +810,7 @@ async fn damage_in_any_page_leaves_readable_reports() {
         let (taken, said) = retry_from(target, &file).await;
         assert!(taken.len() >= COUNT - 1, "page {page}: {} reports; {said}", taken.len());
     }
-    // The start sets such a file aside: the first byte of a page is its kind.
+    // The start sets such a file aside. The first byte of a page is its type.
     rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
     for some in [&pages[..], &pages[1..], &pages[pages.len() / 2..]] {
         let mut bytes = sound.clone();
@@ -849,7 +849,7 @@ async fn folder_without_outbox_is_an_error() {
         assert!(said.stderr.starts_with(&start) && said.stderr.lines().count() == 1, "{word}: {}", said.stderr);
     }
     assert!(!missing.exists(), "nothing is made");
-    // What cannot be looked into is a mistake.
+    // An entry that cannot be read is an error.
     let file = folder.path().join("file");
     std::fs::write(&file, "x").expect("written");
     let said = list(&file).run().await.expect(78);

@@ -82,7 +82,7 @@ async fn node_with_failed_polls_is_not_ready() {
 
 #[tokio::test]
 async fn full_node_with_failed_heartbeats_is_not_ready() {
-    // Long enough for three failed heartbeats on a busy machine, short enough not to wait for the first.
+    // Long enough for three failed heartbeats on a busy machine, and short enough that the first comes soon.
     let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(10)).await;
     let rubbish = Rubbish::before(&lab).await;
     let node = rubbish.node(&[fixtures::zoo()]).leasing().await;

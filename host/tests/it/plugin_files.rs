@@ -1,4 +1,4 @@
-//! `plugins.toml`, what is read before anything is opened, `plugins inspect` and `plugins new`.
+//! `plugins.toml`, the checks before a library is opened, `plugins inspect` and `plugins new`.
 
 use std::{
     os::unix::{ffi::OsStrExt, fs::PermissionsExt},
@@ -20,7 +20,7 @@ fn sha256(path: &Path) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// The row of `file`, state and reason without the padding.
+/// The row of `file`: state and reason without the padding.
 async fn row(folder: &Folder, code: i32, file: &str) -> String {
     let rows = folder.rows(code).await;
     let row = rows.iter().find(|row| row.split_whitespace().nth(1) == Some(file));
@@ -203,7 +203,8 @@ async fn one_file_under_two_names_is_one_plugin() {
 #[tokio::test]
 async fn refused_plugin_releases_its_capabilities() {
     let folder = Folder::new();
-    // behave serves four; a first library takes one of them, so behave is refused, so a third may have another.
+    // behave serves four capabilities. A first library takes one of them, so behave is rejected. So a third library
+    // may take another.
     folder.put("a.so", &fixtures::c("refused", &["CAPABILITY=\"/fixtures/c-double/v1\""]));
     folder.put("b.so", &fixtures::c("behave", &[]));
     folder.put("c.so", &fixtures::c("refused", &["CAPABILITY=\"/fixtures/c-late/v1\""]));
@@ -335,7 +336,7 @@ async fn unusual_file_names_load_and_are_listed() {
     }
 }
 
-/// A name that holds another one's: the row of a path with a line break stays one row.
+/// A path with a line break stays one row, also if it contains another file's name.
 #[tokio::test]
 async fn reason_with_a_file_name_stays_one_line() {
     let folder = Folder::new();
@@ -359,8 +360,8 @@ async fn plugin_output_does_not_reach_stdout() {
     assert_eq!(said.stderr, "init was here");
 }
 
-/// Opening one library holds the linker's lock for all of them: a constructor that never ends cannot be
-/// lived with in this process, only found out and named.
+/// Opening a library holds the linker's lock for all libraries. This process cannot recover from a constructor that
+/// never ends. It can only detect and name it.
 #[tokio::test]
 async fn hanging_constructor_is_named_and_the_process_ends() {
     let mut folder = Folder::with_a_good_one();
@@ -380,11 +381,11 @@ async fn hanging_constructor_is_named_and_the_process_ends() {
     assert_eq!(behind.len(), 40);
     let hangs = format!("cannot be opened: {} hangs while it is opened; remove it", folder.path("z.so").display());
     assert!(behind.iter().all(|row| row.starts_with("refused") && row.ends_with(&hangs)), "{behind:#?}");
-    // Two processes that wait for each of them would take 24 s.
+    // Two processes that wait for each library would take 24 s.
     assert!(began.elapsed() < Duration::from_secs(12), "each of them was waited for: {:?}", began.elapsed());
 }
 
-/// Puts this many sound libraries into the folder, each with a capability of its own.
+/// Puts this many valid libraries into the folder, each with its own capability.
 fn many(folder: &Folder, count: usize) {
     let name = b"/fixtures/many-000/v1";
     let original = std::fs::read(fixtures::c("refused", &["CAPABILITY=\"/fixtures/many-000/v1\""])).expect("built");
@@ -396,7 +397,7 @@ fn many(folder: &Folder, count: usize) {
     }
 }
 
-/// It cannot be lived with in this process, but it is no success, and the culprit is named.
+/// The process cannot recover, but the exit code is no success, and the library is named.
 #[tokio::test]
 async fn plugin_that_calls_exit_is_named() {
     let folder = Folder::with_a_good_one().usual_logs();
@@ -439,7 +440,8 @@ async fn node_names_the_plugin_that_called_exit() {
     }
 }
 
-/// Nothing of ours runs once a signal or `_exit` has ended the process, so what was said before has to tell.
+/// No code of the host runs after a signal or `_exit` has ended the process. So the earlier output must name the
+/// cause.
 #[tokio::test]
 async fn last_log_line_names_a_plugin_that_crashes() {
     for (crash, code) in [("INIT_CRASHES", -1), ("INIT_EXITS_AT_ONCE", 0)] {
@@ -603,12 +605,12 @@ async fn world_writable_plugins_are_refused_unless_pinned() {
     mode(&file, 0o644);
     mode(&plugins, 0o777);
     assert_eq!(row(&folder, 4, "good.so").await, refused(&plugins, "0777"));
-    // The folder of a link, and that of the file it leads to.
+    // The folder of a link, and the folder of the linked file.
     let link = folder.root().join("link.so");
     std::os::unix::fs::symlink(&file, &link).expect("a link");
     let ended = Cli::new(&["plugins", "list", "--plugins"]).arg(&link).run().await.expect(4);
     assert!(ended.stdout.contains(&format!("everyone may write to {}", plugins.display())), "{}", ended.stdout);
-    // In a folder with the sticky bit nobody else replaces the file.
+    // In a folder with the sticky bit, no other user can replace the file.
     mode(&plugins, 0o1777);
     assert_eq!(row(&folder, 0, "good.so").await, "loaded good.so /fixtures/good/v1");
 

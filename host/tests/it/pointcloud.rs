@@ -1,4 +1,5 @@
-//! The packaged point cloud runner on a leased task: scans in, a cloud, a picture and a report out.
+//! The packaged point cloud runner on a leased task. Inputs are scans, and outputs are a cloud, a picture and a
+//! report.
 
 use serde_json::{Value, json};
 
@@ -6,11 +7,11 @@ use crate::harness::{Ended, TestServer, fixtures};
 
 const CAPABILITY: &str = "/pointcloud/downsample/v1";
 
-/// Four points, two of them in one voxel of side 1, and the strip of a mesh nobody asked for.
+/// Four points, of which two are in one voxel of side 1, and the strip of a mesh, which the runner ignores.
 const POINTS: &str = "0 0 0\n0.25 0 0\n4 0 0\n0 4 0\n";
 const STRIP: &str = "5 0 1 2 -1 3\n";
 
-/// A scan in ascii whose elements come in this order.
+/// An ASCII scan with its elements in this order.
 fn scan(strip_first: bool) -> String {
     let vertex = ("element vertex 4\nproperty float x\nproperty float y\nproperty float z\n", POINTS);
     let strip = ("element tristrips 1\nproperty list int int vertex_indices\n", STRIP);
@@ -18,7 +19,7 @@ fn scan(strip_first: bool) -> String {
     format!("ply\nformat ascii 1.0\n{}{}end_header\n{}{}", first.0, second.0, first.1, second.1)
 }
 
-/// A task on this scan that has ended.
+/// Runs a task on this scan to its end.
 async fn downsampled(lab: &TestServer, scan: &str) -> Ended {
     let node = lab.joined(&[fixtures::pointcloud()]).await;
     let input = lab.put("scan", scan.as_bytes()).await;

@@ -1,4 +1,4 @@
-//! When the node asks for work, and what it does with leases that are good for nothing.
+//! When the node polls for work, and how it handles unusable leases.
 
 use std::time::{Duration, Instant};
 
@@ -16,21 +16,21 @@ const COMPLETE: &str = "POST /v1/tasks/*/complete";
 const FAIL: &str = "POST /v1/tasks/*/fail";
 const PAUSE: Duration = Duration::from_millis(150);
 
-/// A node with slots to spare whose pauses between polls are all alike.
+/// A node with free slots and equal pauses between polls.
 async fn node(rubbish: &Rubbish) -> TestNode {
     let node = rubbish.node(&[fixtures::hello(), fixtures::zoo()]).set("MAX_CONCURRENCY", "4");
     let pause = PAUSE.as_millis().to_string();
     node.set("POLL_BACKOFF_MS_MIN", pause.as_str()).set("POLL_BACKOFF_MS_MAX", pause).leasing().await
 }
 
-/// A task id of its own for each lease.
+/// Gives each lease its own task id.
 fn fresh(lease: &Value) -> Value {
     let mut lease = lease.clone();
     lease["task"]["id"] = json!(uuid::Uuid::new_v4());
     lease
 }
 
-/// A plane that has a lease for every poll, each good for nothing, is asked at the rate of the pauses.
+/// A control plane with an unusable lease for every poll is polled at the rate of the pauses.
 async fn flapping(lease: Value, beat: Bad) {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
@@ -67,7 +67,7 @@ async fn leases_that_are_good_for_nothing_are_not_taken_in_a_tight_loop() {
     );
 }
 
-/// A lease for `capability` as this service gives them, with one input.
+/// A lease for `capability` in this service's form, with one input.
 fn runnable(rubbish: &Rubbish, capability: &str) -> Value {
     let id = uuid::Uuid::new_v4();
     json!({
@@ -113,7 +113,7 @@ async fn tasks_that_complete_follow_each_other_without_a_pause() {
     rubbish.answer("POST /v1/tasks/*/heartbeat", usize::MAX, Bad::Json(json!({})));
     rubbish.answer("POST /v1/tasks/*/complete", usize::MAX, Bad::Json(json!({})));
     rubbish.answer(FAIL, usize::MAX, Bad::Json(json!({})));
-    // Every third one fails.
+    // Every third task fails.
     let (good, bad) = (runnable(&rubbish, "/fixtures/ok/v1"), runnable(&rubbish, "/fixtures/fail/v1"));
     let count = std::sync::atomic::AtomicUsize::new(0);
     let next = move || match count.fetch_add(1, std::sync::atomic::Ordering::Relaxed) % 3 {
@@ -138,7 +138,7 @@ async fn a_task_that_ends_is_followed_by_a_poll_whatever_pause_had_begun() {
     let first = lab.task("/fixtures/wait-file/v1").meta(json!({ "file": files.path().join("go") })).submit();
     let node = node.set("POLL_BACKOFF_MS_MIN", "60000").set("POLL_BACKOFF_MS_MAX", "60000").leasing().await;
     lab.started(&node, first).await;
-    // The other slot has asked in vain and would ask again in a minute.
+    // The other slot has polled without success and would poll again in a minute.
     lab.seen(&node, |seen| seen.iter().any(|seen| seen.path == "/v1/tasks" && seen.status == 204)).await;
     let second = lab.task("/fixtures/ok/v1").submit();
     std::fs::write(files.path().join("go"), "").expect("the folder is writable");
@@ -147,7 +147,7 @@ async fn a_task_that_ends_is_followed_by_a_poll_whatever_pause_had_begun() {
     node.stop().await;
 }
 
-/// Slots fill in few round trips of a plane far away; one that has nothing is asked by one poll at a time.
+/// Slots fill in few round trips to a distant control plane. A control plane without work gets one poll at a time.
 #[tokio::test]
 async fn while_leases_come_several_polls_are_under_way_and_else_one() {
     let lab = TestServer::start().await;
@@ -169,7 +169,7 @@ async fn while_leases_come_several_polls_are_under_way_and_else_one() {
     empty.cancel();
     rubbish.seen(POLL, 7).await;
     std::fs::write(release, "").expect("the folder is writable");
-    // After each end the next poll would follow at once, were there none under way.
+    // After each end the next poll would follow at once, unless one is in progress.
     rubbish.seen("POST /v1/tasks/*/complete", 3).await;
     node.page_until("/status.json", |(_, status)| status["ended"]["completed"] == 3).await;
     assert_eq!(rubbish.count(POLL), 7);
@@ -191,7 +191,7 @@ async fn a_plane_that_asks_to_be_left_alone_is_not_polled_before() {
     node.stop().await;
 }
 
-// A date is one of the clock that wrote it.
+// A date belongs to the clock of the service that sent it.
 #[tokio::test]
 async fn a_date_to_come_again_is_one_of_the_services_clock() {
     let asked_again = async |ahead: SignedDuration| {
@@ -258,7 +258,7 @@ async fn a_lease_that_cannot_be_given_back_is_left_to_expire() {
     assert_eq!(rubbish.count(FAIL), 2, "a refusal for good ends it");
 }
 
-// Swapped bounds are bounds.
+// The bounds are accepted in either order.
 #[tokio::test]
 async fn polls_keep_the_shorter_bound_whichever_comes_first() {
     let lab = TestServer::start().await;
@@ -285,7 +285,7 @@ async fn pauses_of_nothing_are_no_licence_to_storm() {
     node.stop().await;
 }
 
-/// A limit of nothing is a second: with none every call would fail.
+/// A limit of zero is treated as one second, because with zero every call would fail.
 #[tokio::test]
 async fn a_poll_or_a_report_that_is_never_answered_ends_at_its_limit_and_is_repeated() {
     let ended_and_repeated = async |limit: &str| {

@@ -1,16 +1,16 @@
-//! Every reason to refuse a library: the exact line, in text and as JSON, and the others still load.
+//! Every reason to reject a library: the exact line, in text and as JSON. The other libraries still load.
 
 use std::{collections::BTreeMap, path::Path};
 
 use crate::harness::{fixtures, folder::Folder, node::Cli};
 
-/// A sound C plugin, as bytes to be damaged.
+/// A valid C plugin, as bytes that a test damages.
 fn sound() -> Vec<u8> {
     std::fs::read(fixtures::c("refused", &[])).expect("it was just built")
 }
 
-/// Checks that a folder's libraries are refused with these reasons, in text and JSON, and that `good.so`
-/// beside them loads; then that all of them refused is exit 4.
+/// Checks that a folder's libraries are rejected with these reasons, in text and JSON, and that `good.so` loads. Then
+/// checks that a folder with only rejected libraries causes exit code 4.
 #[track_caller]
 fn check<'a>(folder: &'a Folder, reasons: &'a [(&str, &str)]) -> impl Future<Output = ()> + 'a {
     let caller = std::panic::Location::caller();
@@ -46,7 +46,7 @@ fn check<'a>(folder: &'a Folder, reasons: &'a [(&str, &str)]) -> impl Future<Out
     }
 }
 
-/// One library under one name, beside a good one.
+/// Checks one library under one name, together with a good one.
 async fn check_one(library: &Path, reason: &str) {
     let folder = Folder::with_a_good_one();
     folder.put("bad.so", library);
@@ -128,7 +128,7 @@ async fn truncated_library_is_refused_at_any_length() {
 async fn damaged_library_never_crashes_the_host() {
     let folder = Folder::with_a_good_one();
     let whole = sound();
-    // Headers, tables and names; code is left alone, because nothing can tell that it was changed.
+    // Headers, tables and names are damaged. Code is not, because a change to it cannot be detected.
     let tail = whole.len() - 2048;
     for (number, at) in (16..1024).step_by(24).chain((tail..whole.len()).step_by(48)).enumerate() {
         let mut bytes = whole.clone();
@@ -170,7 +170,7 @@ async fn library_without_entry_or_manifest_is_refused() {
 
 /// A plugin with this text as its manifest.
 fn manifest(folder: &Folder, name: &str, text: &str) {
-    // Written over the fixture's own: a define with every kind of quote is no pleasure.
+    // Written over the fixture's own manifest, because a define with every kind of quote is hard to write.
     let mut bytes = sound();
     let own = br#"{"name":"refused","version":"1.0.0","abi":"1.0","capabilities":["/fixtures/refused/v1"]}"#;
     assert!(text.len() <= own.len(), "{text} is longer than the one it replaces");
@@ -359,7 +359,7 @@ async fn capability_has_one_owner() {
     let said = folder.invoke("/fixtures/contested/v1", &[]).await.expect(1);
     assert!(said.stderr.contains("this is the other library"), "{}", said.stderr);
 
-    // With an order from both, neither word counts more: the first one in the file serves.
+    // If both have an override, neither has priority, and the first one in the file serves.
     folder.plugins_file("[[plugin]]\nfile = \"b.so\"\noverride = true\n[[plugin]]\nfile = \"a.so\"\noverride = true\n");
     assert_eq!(folder.rows(0).await, rows);
 }

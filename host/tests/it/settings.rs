@@ -1,4 +1,4 @@
-//! Settings have their effect: each is observed from outside, at a value far from its default.
+//! Each setting has its effect. It is observed from outside, with a value far from its default.
 
 use std::time::{Duration, Instant};
 
@@ -15,19 +15,19 @@ use crate::harness::{
 const NONCE: &str = "POST /internal/v1/auth/siwe/request";
 const VERIFY: &str = "POST /internal/v1/auth/siwe/verify";
 
-/// When the heartbeats so far arrived.
+/// The arrival times of the heartbeats so far.
 fn beats(lab: &TestServer) -> Vec<Timestamp> {
     lab.dev_server.journal().iter().filter(|seen| seen.path.ends_with("/heartbeat")).map(|seen| seen.at).collect()
 }
 
-/// Waits for so many heartbeats; the time from the `from`th of them to the last.
+/// Waits for `count` heartbeats. Returns the time from number `from` to the last.
 async fn span(lab: &TestServer, node: &TestNode, from: usize, count: usize) -> Duration {
     lab.seen(node, |seen| seen.iter().filter(|seen| seen.path.ends_with("/heartbeat")).count() >= count).await;
     let all = beats(lab);
     Duration::try_from(all[count - 1].duration_since(all[from])).expect("they are in order")
 }
 
-/// A task that is held open and says nothing more once it has begun.
+/// A task that is kept running and sends nothing after its start.
 async fn held(lab: &TestServer, node: &TestNode) -> (tempfile::TempDir, Uuid) {
     let files = tempfile::tempdir().expect("a folder");
     let job = lab.task("/fixtures/wait-file/v1").meta(json!({ "file": files.path().join("go") })).submit();
@@ -46,14 +46,14 @@ async fn heartbeat_ratios_set_the_heartbeat_interval() {
         span(&lab, &node, from, from + 1 + count).await
     };
     let (often, seldom) = tokio::join!(timed(["0.01", "0.02"], 30, 3), timed(["0.9", "0.8"], 3, 1));
-    // A usual third would be ten seconds each, and one second.
+    // The usual third would be ten seconds, or one second.
     assert!(often >= Duration::from_millis(850) && often < Duration::from_secs(5), "{often:?}");
     assert!(seldom >= Duration::from_millis(2300), "{seldom:?}");
 }
 
 #[tokio::test]
 async fn fast_progress_does_not_increase_heartbeats() {
-    // How many there were, and the time from the first to the last.
+    // The number of heartbeats, and the time from the first to the last.
     let counted = async |jitter: &str, reports: u64| {
         let lab = TestServer::start().await;
         let node = lab.node(&[fixtures::zoo()]).set("HEARTBEAT_JITTER_MS", jitter).leasing().await;
@@ -89,7 +89,7 @@ async fn sign_in_pauses_follow_their_settings() {
 async fn noop_follows_its_settings_and_cancels() {
     const NOOP: &str = "/examples/noop/v1";
     let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
-    // Where nothing unlisted is loaded, the switch is what lists it.
+    // If no unlisted library is loaded, the setting lists it.
     let listed = |plugins: &[std::path::PathBuf]| {
         lab.node(plugins).plugins_file("[trust]\nunlisted = \"refuse\"\n[[plugin]]\nfile = \"hello\"\n")
     };

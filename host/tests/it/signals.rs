@@ -1,4 +1,4 @@
-//! The first signal drains, the second cancels, the third ends the process; nothing stays behind.
+//! The first signal drains, the second cancels, the third ends the process. Nothing is left behind.
 
 use std::{
     path::PathBuf,
@@ -13,7 +13,7 @@ use crate::harness::{
     rubbish::{Bad, Rubbish},
 };
 
-/// Far below every limit the node could be waiting for by mistake (drain 30 s, calls 60 s, polls 30 s).
+/// Far below every limit that the node could wait for by mistake (drain 30 s, calls 60 s, polls 30 s).
 const PROMPT: Duration = Duration::from_secs(8);
 
 async fn ends_promptly(node: &TestNode, code: i32) {
@@ -50,7 +50,7 @@ async fn a_signal_before_the_start_is_over_ends_a_node_that_has_spoken_to_nobody
     let node = node.set("RH_FIXTURE_MARK", mark.to_string_lossy()).begun();
     let opened = async {
         while !mark.exists() {
-            // A file has no bell.
+            // There is no event for a file.
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
@@ -82,7 +82,7 @@ async fn a_signal_lets_a_running_task_finish_and_leases_nothing_more() {
     assert_nothing_left(&node);
 }
 
-/// The job was given back with the word the plane repeats it for.
+/// Checks that the job was released with the reason on which the control plane repeats it.
 async fn assert_drained(lab: &TestServer, node: &TestNode, job: uuid::Uuid) {
     let ended = lab.ended(node, job).await;
     let (reason, details) = ended.failed();
@@ -138,7 +138,7 @@ async fn a_third_signal_ends_the_process_and_the_next_one_sweeps_up() {
 #[tokio::test]
 async fn a_signal_ends_a_node_whose_sign_in_service_is_away_or_silent() {
     let lab = TestServer::start().await;
-    // A port nobody listens on.
+    // A port without a listener.
     let port = std::net::TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port");
     let node = lab.node(&[fixtures::hello()]).set("DDS_BASE_URL", format!("http://{port}")).start().await;
     let line = node.says("registration.failed").await;
@@ -156,7 +156,7 @@ async fn a_signal_ends_a_node_whose_sign_in_service_is_away_or_silent() {
     assert_nothing_left(&node);
 }
 
-/// A plugin that marks its shutdown, on a node that is stopped while it leases or before it has signed in.
+/// A plugin that records its shutdown. The node is stopped while it leases or before it has signed in.
 async fn plugins_are_told(signed_in: bool) {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
@@ -218,7 +218,7 @@ async fn a_killed_node_leaves_nothing_that_the_next_one_does_not_sweep() {
     node.kill();
     node.wait().await;
     assert!(!node.scratch().is_empty(), "there was no time to tidy up");
-    // The plane gives the task to the next node once the lease has run out.
+    // The control plane leases the task to the next node when the lease has expired.
     let next = lab.node(&[fixtures::zoo()]).set("SCRATCH_DIR", node.scratch_dir().to_string_lossy()).leasing().await;
     lab.task_until(&next, job, |task| task["attempts"] == 2 && task["meta"]["progress"]["started"] == true).await;
     assert!(lab.dev_server.cancel_job(job));

@@ -1,4 +1,4 @@
-//! Plugins this repository did not build: another lock file, another tokio, another SDK, another language.
+//! Plugins that this repository did not build: another lock file, another tokio, another SDK, another language.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ fn fixture(path: &str) -> String {
     std::fs::read_to_string(&path).unwrap_or_else(|err| panic!("{}: {err}", path.display()))
 }
 
-/// The version of tokio a lock file names.
+/// The version of tokio in a lock file.
 fn tokio(lock: &str) -> String {
     let lock: toml::Table = lock.parse().expect("a lock file is TOML");
     let packages = lock["package"].as_array().expect("packages");
@@ -44,7 +44,7 @@ async fn c_plugin_of_sixty_lines_runs_leased_tasks() {
     ended.completed();
     assert_eq!(lab.artifact(&ended, "c-hello.txt").await, b"hello from C, world");
 
-    // It tells the host's refusals on, in the host's words.
+    // It forwards the host's errors with their text.
     let missing = uuid::Uuid::new_v4();
     let ended = lab.ended(&node, lab.task("/fixtures/c-hello/v1").inputs(&[missing]).submit()).await;
     let (reason, _) = ended.failed();

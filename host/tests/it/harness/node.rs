@@ -288,7 +288,7 @@ impl Process {
         let child = Arc::new(Mutex::new(child));
         let ended = Arc::clone(&child);
         thread::spawn(move || {
-            // Both pipes end when the process ends, so this wait is short.
+            // Both pipes end when the process ends, so the wait below is short.
             let _ = (out.join(), err.join());
             let status = ended.lock().expect("nobody panics with the child").wait().expect("a child can be waited for");
             code_tell.send_replace(Some(status.code().unwrap_or(-1)));
