@@ -44,7 +44,7 @@ async fn late_and_forged_calls_are_answered_stale() {
         let line = node.says_text(message).await;
         assert_eq!(fields(&line), json!({ "calls": 14, "stale": 14, "cancelled": stale, "complete": stale }));
     }
-    // 14 calls with an answer, and log, cancelled and complete: twice.
+    // Two rounds of 14 calls with an answer, plus log, cancelled and complete.
     assert_eq!(node.status().await["stale_calls"], 34);
     // These calls have no effect, and the next task is not disturbed.
     let ended = lab.run(&node, "/fixtures/c-thread/v1", json!({})).await;

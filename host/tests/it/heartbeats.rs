@@ -1,4 +1,4 @@
-//! Neither busy cores nor a stopped process may cost the node a lease that it can keep.
+//! Leases while the cores are busy or the process is stopped.
 
 use std::time::{Duration, Instant};
 

@@ -270,7 +270,7 @@ async fn the_domain_server_may_stand_in_the_tasks_metadata() {
                 }
             }),
         );
-        // A heartbeat does not name it either.
+        // The heartbeat answers do not name it either.
         let silent = |answer: &mut Value| answer["domain_server_url"] = Value::Null;
         rubbish.answer("POST /v1/tasks/*/heartbeat", usize::MAX, Bad::edit(silent));
         let input = lab.put("who", b"world").await;

@@ -84,7 +84,7 @@ async fn a_report_is_owed_from_the_end_of_its_task_and_each_try_counts_however_i
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(COMPLETE, usize::MAX, Bad::Hang);
     let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
-    // The first task ends at once. The second takes longer, and its report is written first.
+    // The first task ends at once. The second takes longer, so its report is written before it is sent.
     for (count, nap) in [(1, 0), (2, 100)] {
         lab.task("/fixtures/ignores-cancel/v1").meta(json!({ "sleep_ms": nap })).submit();
         rubbish.seen(COMPLETE, count).await;
@@ -216,7 +216,7 @@ async fn a_lease_is_kept_while_its_report_is_on_its_way_and_no_longer() {
     waiting(&node, 0).await;
     let beats = rubbish.count(HEARTBEAT);
     assert!(beats >= 8, "{beats} heartbeats in three lengths of a lease");
-    tokio::time::sleep(ttl).await; // not an event: nothing is to happen
+    tokio::time::sleep(ttl).await; // not an event: nothing may happen
     assert_eq!(rubbish.count(HEARTBEAT), beats, "no heartbeat for what is accepted");
     assert!(node.said("lease.lost").is_empty(), "{}", node.log());
     node.stop().await;

@@ -89,7 +89,7 @@ async fn sign_in_pauses_follow_their_settings() {
 async fn noop_follows_its_settings_and_cancels() {
     const NOOP: &str = "/examples/noop/v1";
     let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
-    // If no unlisted library is loaded, the setting lists it.
+    // Unlisted libraries are not loaded here. `ENABLE_NOOP` lists noop.
     let listed = |plugins: &[std::path::PathBuf]| {
         lab.node(plugins).plugins_file("[trust]\nunlisted = \"refuse\"\n[[plugin]]\nfile = \"hello\"\n")
     };

@@ -64,7 +64,7 @@ impl Spool {
         self.bytes = 0;
         let turn = Arc::clone(&self.turn).lock_owned().await;
         let write = move || {
-            let _turn = turn; // until it is written, also where nobody waits for that any more
+            let _turn = turn; // held until the write ends, also if the caller is gone
             pieces.iter().try_for_each(|piece| file.write_all(piece))?;
             Ok::<_, io::Error>(file)
         };
