@@ -97,7 +97,7 @@ impl Tokens {
         self.read_expired(token).filter(|claims| claims.exp > now.as_second())
     }
 
-    /// Turns a token into an opaque one, from which a node can read nothing.
+    /// Converts a token to an opaque one, from which a node can read nothing.
     pub(super) fn opaque(token: &str) -> String {
         format!("{OPAQUE}{}", BASE64.encode(token))
     }

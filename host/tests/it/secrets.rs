@@ -62,7 +62,7 @@ async fn no_log_line_contains_a_secret() {
     }
     lab.run(&node, "/fixtures/echo-meta/v1", note).await.completed();
     lab.run(&node, "/fixtures/fail/v1", json!({})).await.failed();
-    // A refusal that repeats the request is the usual way for a secret into a log.
+    // A rejection that repeats the request is the usual way for a secret into a log.
     rubbish.answer("GET /api/v1/domains/*/data", 1, Bad::Echo(403));
     lab.ended(&node, lab.task("/examples/hello/v1").inputs(&[input]).submit()).await.failed();
     rubbish.answer("GET /v1/tasks", 1, Bad::Echo(500));
@@ -147,7 +147,7 @@ async fn ended_tasks_and_refused_reports_show_no_secret() {
         rubbish.answer(call, 1, Bad::Echo(500));
         lab.run(&node, capability, json!({})).await;
     }
-    // A final refusal, and a rejection whose text repeats the token.
+    // A permanent rejection, and a rejection whose text repeats the token.
     rubbish.answer(complete, 1, Bad::Echo(409));
     rubbish.answer("GET /v1/tasks", 1, Bad::Echo(401));
     let job = lab.task("/examples/hello/v1").submit();

@@ -1,4 +1,4 @@
-//! Zip inputs through the binary: unpacked for later stages, or refused in one line.
+//! Zip inputs through the binary. They are unpacked for later stages, or rejected with one line.
 
 use std::io::{Cursor, Write};
 

@@ -389,7 +389,7 @@ impl Plane {
         self.enter(task, state, now);
     }
 
-    /// Ends the leases that have run out.
+    /// Ends the expired leases.
     pub(super) fn expire(&mut self, now: Timestamp) {
         while let Some(&(expires, task)) = self.expiries.first() {
             if expires > now {
@@ -410,7 +410,7 @@ impl Plane {
         }
     }
 
-    /// Whether the token number `serial` of `task` is still good.
+    /// Whether the token number `serial` of `task` is still valid.
     pub(super) fn admit(&mut self, task: Uuid, serial: u64, now: Timestamp) -> Admission {
         self.expire(now);
         let Some(State::Held(hold)) = self.tasks.get_mut(&task).map(|task| &mut task.state) else {
@@ -460,7 +460,7 @@ impl Plane {
         self.enter(task, State::Held(hold), now);
     }
 
-    /// How many leases a node holds.
+    /// Number of leases that a node holds.
     pub(super) fn held(&mut self, node: Uuid, now: Timestamp) -> usize {
         self.expire(now);
         self.slots.get(&node).map_or(0, |slot| slot.held)

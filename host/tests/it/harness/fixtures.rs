@@ -65,8 +65,8 @@ pub(crate) fn pointcloud() -> PathBuf {
     own("pointcloud")
 }
 
-/// A C plugin: `host/tests/fixtures/c/<name>.c`, compiled with `-D` for each of `defines`, such as `c("refused",
-/// &["ABI=0x20000"])`. The head of the file lists the defines.
+/// A C plugin, such as `c("refused", &["ABI=0x20000"])`. It is `host/tests/fixtures/c/<name>.c`, compiled with `-D`
+/// for each of `defines`. The head of the file lists the defines.
 pub(crate) fn c(name: &str, defines: &[&str]) -> PathBuf {
     static BUILT: OnceLock<Mutex<HashMap<String, PathBuf>>> = OnceLock::new();
     let plain = |text: &str| text.replace(|c: char| !c.is_ascii_alphanumeric(), "_");
