@@ -1,4 +1,4 @@
-//! One report on its way: what is kept on disk of a task that has ended. No token is among it.
+//! One report: the data that is kept on disk about an ended task. It contains no token.
 
 use std::{collections::HashSet, path::Path, sync::Arc};
 
@@ -15,24 +15,24 @@ use crate::{
     model::{PlaneName, ReportAddress, TaskId, TaskResult},
 };
 
-/// A report: whose it is, what it is about, what it says.
+/// A report: its control plane and node, its task, and the result.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(super) struct Entry {
     /// Name of the control plane that gave the task.
     pub(super) plane: PlaneName,
     /// Its base URL.
     pub(super) base_url: Arc<str>,
-    /// Address of the node that was given it.
+    /// Address of the node that leased the task.
     pub(super) node: Arc<str>,
-    /// Where the report goes on that plane.
+    /// Address of the report on that control plane.
     pub(super) address: ReportAddress,
-    /// For people: the job, as the lease named it.
+    /// The job, as the lease named it. Only shown to people.
     pub(super) job_id: Option<Uuid>,
-    /// For people: the domain, as the lease named it.
+    /// The domain, as the lease named it. Only shown to people.
     pub(super) domain_id: Option<Uuid>,
-    /// For people: the capability, as the lease named it.
+    /// The capability, as the lease named it. Only shown to people.
     pub(super) capability: String,
-    /// How it ended and what it published.
+    /// How the task ended and what it published.
     #[serde(rename = "verdict")]
     pub(super) task_result: TaskResult,
     /// When it ended.
@@ -49,7 +49,7 @@ pub(super) struct Tries {
     pub(super) error: Option<String>,
 }
 
-/// An [`Entry`] of format 1, which knew one kind of control plane.
+/// An [`Entry`] of format 1, which supports one kind of control plane.
 #[derive(Deserialize)]
 struct OldEntry {
     /// Base URL of the control plane.
@@ -80,14 +80,14 @@ impl From<OldEntry> for Entry {
     }
 }
 
-/// What stands in the file.
+/// The content of a row in the file.
 #[derive(Debug, Serialize, Deserialize)]
 struct Stored<E, T> {
     report: E,
     tries: T,
 }
 
-/// Reports from a file that no node uses. A command sends them to the node that takes them up.
+/// Reports from a file that no node uses. A command sends them to the node that adds them.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct SetAside {
     reports: Vec<Stored<Entry, Tries>>,
@@ -110,7 +110,7 @@ impl SetAside {
         self.reports.len()
     }
 
-    /// Whether there is no report.
+    /// Whether there are no reports.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.reports.is_empty()
@@ -124,7 +124,7 @@ impl SetAside {
     }
 }
 
-/// What makes two reports the same report.
+/// The identity of a report: two reports with the same one are the same report.
 type Identity = (PlaneName, Arc<str>, TaskId, Timestamp);
 
 impl Entry {
@@ -133,7 +133,7 @@ impl Entry {
     }
 
     /// # Errors
-    /// One line about what is wrong with it.
+    /// One line about the mistake in it.
     pub(super) fn decode(bytes: &[u8]) -> Result<(Self, Tries), String> {
         let stored = serde_json::from_slice::<Stored<Self, Tries>>(bytes).map(|stored| (stored.report, stored.tries));
         stored.or_else(|err| match serde_json::from_slice::<Stored<OldEntry, Tries>>(bytes) {
@@ -185,15 +185,15 @@ pub struct Listing {
     pub state: ListingState,
 }
 
-/// Where a report stands.
+/// The state of a report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ListingState {
-    /// It waits for its turn, or for a node that starts.
+    /// It waits in the queue, or for the start of a node.
     Waiting,
-    /// It is on its way.
+    /// It is being sent.
     Sending,
-    /// It is for another control plane or from another node, and is kept until that one runs here.
+    /// It is for another control plane or from another node. It is kept until that one runs here.
     Foreign,
 }
 

@@ -1,15 +1,19 @@
 //! Reports of ended tasks, kept on disk until the control plane has them.
 //!
-//! A verdict goes through three hands. [`Outbox::enter`] takes it in, and [`Ticket::write`] returns when it
-//! is on the disk; from then on it survives this process, and its slot may serve the next task.
-//! [`PendingReport::send`] is the first try, by the attempt that made it. What fails then waits, and
-//! [`Outbox::run`] sends it again, the oldest first, until it is accepted or refused for good: through
-//! outages, restarts and new tokens. What is accepted before anybody wrote it is never written. A lease
-//! that runs out meanwhile does not stop a report; whether it still counts is for the plane to say.
-//! Nothing is sent to another plane than the one that gave the task, nor by another node.
+//! A report passes three steps:
 //!
-//! `book` decides whose turn it is, `writer` and `store` own the file, `state` the folder, `shelf` is
-//! the outbox of a node that does not run. Pages see a summary on the status board.
+//! 1. [`Outbox::enter`] adds it, in memory only. [`Ticket::write`] returns when it is on the disk. From then on
+//!    the report survives this process, and its slot may serve the next task.
+//! 2. [`PendingReport::send`] is the first try. The attempt that made the report sends it.
+//! 3. After a failure the report waits. [`Outbox::run`] sends it again, the oldest first, until the control plane
+//!    accepts it or refuses it permanently. Outages, restarts and new tokens do not end this.
+//!
+//! A report that is accepted before it was written is never written. An expired lease does not stop a report: the
+//! control plane decides whether it still counts. A report goes only to the control plane that gave the task, and
+//! only from the node that ran it.
+//!
+//! `queue` decides which report is sent next. `writer` and `store` own the file, `state` owns the folder.
+//! `offline` is the outbox of a node that does not run. The pages show a summary from the status board.
 
 mod entry;
 mod offline;
@@ -56,38 +60,38 @@ use crate::{
     model::{Lease, LeaseKeeper, OutboxStatus, PlaneName, ReportState, StatusBoard, TaskId, TaskResult},
 };
 
-/// How often the last rounds may fail before they are given up: a plane that is away would cost a
-/// shutdown a request for each report.
+/// Most failures in the last rounds. Without this limit, a shutdown with an unreachable control plane would send
+/// a request for each report.
 const LAST_FAILURES_MAX: u32 = 3;
 
-/// Most reports not accepted yet that may be configured.
+/// The highest limit of reports that may be configured.
 pub const REPORTS_MAX: usize = 1_000_000;
 
-/// What an operator sets.
+/// The settings of an operator.
 #[derive(Clone, Debug)]
 pub struct Options {
-    /// Where reports are kept until they are accepted; one node at a time.
+    /// The folder of the reports that are not accepted yet. One node uses it at a time.
     pub state_dir: PathBuf,
-    /// Reports not accepted yet from which on nothing new is leased.
+    /// At this number of reports that are not accepted yet, nothing new is leased.
     pub max: usize,
 }
 
 impl Default for Options {
-    /// Without a folder: its place depends on the environment.
+    /// Without a folder, because its place depends on the environment.
     fn default() -> Self {
         Self { state_dir: PathBuf::new(), max: 1000 }
     }
 }
 
-/// Whose reports these are, and how many.
+/// The owner of the reports, and their limits.
 pub struct Config {
-    /// Where they are kept.
+    /// The folder of the reports.
     pub state: StateDir,
     /// The control planes of this node. Reports for others are kept and not sent.
     pub planes: Vec<Arc<dyn LeaseSource>>,
-    /// Reports not accepted yet from which on nothing new is leased; above 0.
+    /// At this number of reports that are not accepted yet, nothing new is leased. Above 0.
     pub max: usize,
-    /// First tries at once. More wait for their turn like those that failed.
+    /// Most concurrent first tries. Further reports wait in the queue like failed ones.
     pub senders: usize,
 }
 
@@ -102,17 +106,17 @@ struct Inner {
     writer: Writer,
     senders: Semaphore,
     book: Arc<Mutex<Pages>>,
-    /// There may be something to send.
+    /// Notified when there may be a report to send.
     turn: Notify,
-    /// There is room again.
+    /// Notified when the outbox accepts new tasks again.
     room: Arc<Notify>,
-    /// The state folder was made again.
+    /// Notified when the state folder was created again.
     moved: Arc<Notify>,
     state: Arc<StateDir>,
 }
 
 impl Inner {
-    /// Whether this node sends the report: another node or control plane may have its own reports in the file.
+    /// Whether this node sends the report. The file may also hold reports of another node or control plane.
     fn is_ours(&self, entry: &Entry) -> bool {
         source_of(&self.planes, entry).is_some()
     }
@@ -127,60 +131,60 @@ fn source_of<'a>(planes: &'a [Arc<dyn LeaseSource>], entry: &Entry) -> Option<&'
     })
 }
 
-/// The book, and what of it the status board shows.
+/// The queue, and its summary on the status board.
 #[derive(Default)]
 struct Pages {
     book: ReportQueue,
     shown: OutboxStatus,
-    /// That nothing is leased was said.
+    /// The log says that leasing is paused.
     paused: bool,
 }
 
-/// What became of a report, for now.
+/// The result of a try to send a report.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Sent {
-    /// The plane took it.
+    /// The control plane accepted it.
     Accepted,
-    /// The plane will never take it; the text says why, in one line.
+    /// The control plane refused it permanently. The text is the reason, in one line.
     Refused(String),
-    /// It waits in the outbox; the text is the failure, in one line.
+    /// It waits in the outbox. The text is the failure, in one line.
     Waiting(String),
-    /// An operator dropped it meanwhile.
+    /// An operator dropped it during the try.
     Dropped,
 }
 
-/// What an outbox leaves behind when it ends.
+/// The reports that remain when an outbox ends.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Remaining {
-    /// Reports of ours the control plane has not accepted.
+    /// Reports of this node that the control plane has not accepted.
     pub reports: usize,
-    /// How many of them the next start finds.
+    /// How many of them the next start finds on the disk.
     pub kept: usize,
-    /// Why the disk does not say all of that, in one line.
+    /// Why some changes are not on the disk, in one line.
     pub unwritten: Option<String>,
-    /// Of which tasks it says nothing: their reports end with this process.
+    /// The tasks whose reports are not on the disk. These reports end with this process.
     pub lost: Vec<TaskId>,
 }
 
-/// A report whose first try is its attempt's. Dropped without a word, it is written and waits for its turn
-/// in the outbox.
+/// A report whose first try belongs to its attempt. If it is dropped without a try or
+/// [`PendingReport::withdraw`], it is written and waits in the outbox.
 pub struct PendingReport {
     outbox: Outbox,
     number: u64,
     done: bool,
 }
 
-/// The place of a report in the outbox, for who has to know that it is safe.
+/// The place of a report in the outbox. With it, a caller waits until the report is on the disk.
 pub struct Ticket {
     outbox: Outbox,
     number: u64,
 }
 
 impl Outbox {
-    /// Opens the file in the state folder and finds what an earlier run left. Nothing is sent yet.
+    /// Opens the file in the state folder and reads the reports of earlier runs. Nothing is sent yet.
     ///
     /// # Errors
-    /// When the folder cannot be used. A file that cannot be read is set aside.
+    /// When the folder cannot be used. An unreadable file is no error: it is set aside.
     pub fn open(config: Config, board: StatusBoard) -> Result<Self, StateError> {
         let state = Arc::new(config.state);
         let folder = state.path().to_owned();
@@ -230,7 +234,7 @@ impl Outbox {
         Ok(outbox)
     }
 
-    /// Takes in a verdict. It is in memory only: see [`PendingReport::ticket`].
+    /// Adds the report of an ended task. It is in memory only: see [`PendingReport::ticket`].
     #[must_use]
     pub fn enter(&self, plane: &PlaneFacts, lease: &Lease, task_result: TaskResult) -> PendingReport {
         let entry = Arc::new(Entry {
@@ -248,14 +252,15 @@ impl Outbox {
         PendingReport { outbox: self.clone(), number, done: false }
     }
 
-    /// Whether a report about `task` waits to be sent: the task is done, whatever the plane knows of it.
+    /// Whether the outbox has a report about `task` to send. Such a task has ended, even if the control plane does
+    /// not know it.
     #[must_use]
     pub fn owes(&self, plane: &PlaneName, task: &TaskId) -> bool {
         self.lock().book.owed(plane, task).is_some()
     }
 
-    /// Holds `lease` as long as the report about `task` is on its way, and sends that now. Without
-    /// such a report the lease is dropped.
+    /// Holds `lease` until the report about `task` leaves the outbox, and sends the report now. If there is no such
+    /// report, the lease is dropped.
     pub fn adopt(&self, plane: &PlaneName, task: &TaskId, lease: impl LeaseKeeper + 'static) {
         self.with(|book| {
             if let Some(number) = book.owed(plane, task) {
@@ -266,14 +271,14 @@ impl Outbox {
         self.0.turn.notify_one();
     }
 
-    /// Whether another task may be taken on: its end could be kept.
+    /// Whether another task may be leased: the outbox can keep its report.
     #[must_use]
     pub fn has_room(&self) -> bool {
         let pages = self.lock();
         pages.book.ours() < self.0.max && pages.shown.not_written.is_none()
     }
 
-    /// Waits until [`Outbox::has_room`].
+    /// Waits until [`Outbox::has_room`] is true.
     pub async fn until_room(&self) {
         loop {
             let room = self.0.room.notified();
@@ -286,14 +291,14 @@ impl Outbox {
         }
     }
 
-    /// The plane has answered: reports that wait for it need not wait longer.
+    /// Ends the pause of this control plane, because it has answered another call.
     pub fn plane_answers(&self, plane: &PlaneName) {
         if self.lock().book.plane_answers(plane) {
             self.0.turn.notify_one();
         }
     }
 
-    /// Sends what waits until told to stop.
+    /// Sends waiting reports until `stop`.
     pub async fn run(&self, stop: CancellationToken) {
         let mut under_way = FuturesUnordered::new();
         loop {
@@ -321,13 +326,13 @@ impl Outbox {
         self.0.state.path()
     }
 
-    /// Returns when the state folder was made again, because somebody had removed it.
+    /// Returns when the state folder was created again after a removal.
     pub async fn moved(&self) {
         self.0.moved.notified().await;
     }
 
-    /// Last rounds within `limit`, then the file is closed. Call it after [`Outbox::run`] has ended; with
-    /// what is left.
+    /// Sends all reports in last rounds within `limit`, then closes the file. Call it after [`Outbox::run`] has ended.
+    /// Returns what remains.
     pub async fn finish(&self, limit: Duration) -> Remaining {
         let deadline = Instant::now() + limit;
         let mut failures = 0;
@@ -354,7 +359,8 @@ impl Outbox {
         Remaining { reports, kept: reports - ours, unwritten: Some(error), lost }
     }
 
-    /// Sends every report of ours once, until so many have failed; with how many did. `None`: time is up.
+    /// Sends every report of this node once, until `failures_max` have failed. Returns the number of failures. `None`:
+    /// the deadline has passed.
     async fn last_round(&self, deadline: Instant, failures_max: u32) -> Option<u32> {
         let (mut failures, mut under_way) = (0, FuturesUnordered::new());
         let mut numbers = self.lock().book.numbers(None).into_iter().peekable();
@@ -376,15 +382,15 @@ impl Outbox {
         self.lock().book.listings()
     }
 
-    /// Ends the pauses of these tasks' reports, or of all; with those that are sent now.
+    /// Ends the pauses of these tasks' reports, or of all. Returns the reports.
     pub fn retry(&self, tasks: Option<&HashSet<TaskId>>) -> Vec<Listing> {
         let listings = self.with(|book| book.hurry(tasks, Instant::now()));
         self.0.turn.notify_one();
         listings
     }
 
-    /// Takes up reports from another file under new numbers. They are sent like those of an earlier run. Reports that
-    /// are here already stay as they are. Returns the new ones, which are on the disk then.
+    /// Adds reports from another file under new numbers. They are sent like those of an earlier run. Reports that
+    /// are here already do not change. Returns the new ones after they were written. A write error is only logged.
     pub async fn take_up(&self, set_aside: SetAside) -> Vec<Listing> {
         let (ordered, listings): (Vec<_>, Vec<_>) = self.with(|book| {
             let new = set_aside.missing_in(book.entries());
@@ -406,7 +412,7 @@ impl Outbox {
         listings
     }
 
-    /// Forgets these tasks' reports, or all; with those that are gone, for good and from the disk.
+    /// Deletes these tasks' reports, or all, also on the disk. Returns the deleted ones.
     pub async fn drop_reports(&self, tasks: Option<&HashSet<TaskId>>) -> Vec<Listing> {
         let mut gone = Vec::new();
         let numbers = self.lock().book.numbers(tasks);
@@ -426,13 +432,13 @@ impl Outbox {
         gone
     }
 
-    /// Forgets a report that the plane took or will never take, also on the disk.
+    /// Deletes a report that the control plane accepted or refused permanently, also on the disk.
     fn answered(&self, number: u64) -> Option<TaskId> {
         self.with(|book| Some(self.forget(number, book.answered(number)?)))
     }
 
-    /// Takes a report that has just left the book out of the file too, in the same breath: a write of it
-    /// must not come after this. With what its task is called among those that ended.
+    /// Removes a report that has just left the queue from the file too. Call it under the same lock: a write of the
+    /// report must not follow the removal. Returns the name of its task on the status board.
     fn forget(&self, number: u64, gone: Gone) -> TaskId {
         if gone.written {
             self.0.writer.note(Change::Remove(number));
@@ -440,7 +446,7 @@ impl Outbox {
         gone.ended_as
     }
 
-    /// Changes the book, and what is shown of it.
+    /// Changes the queue, and updates the status board.
     fn with<T>(&self, change: impl FnOnce(&mut ReportQueue) -> T) -> T {
         let mut pages = self.lock();
         let result = change(&mut pages.book);
@@ -456,7 +462,7 @@ impl Outbox {
             full,
             not_written: pages.shown.not_written.clone(),
         };
-        // One that is on its way for the first time is no outage.
+        // Reports in their first try are no outage.
         if full && book.waiting() > 0 && !pages.paused {
             pages.paused = true;
             warn!(
@@ -485,13 +491,13 @@ impl Outbox {
 }
 
 impl Ticket {
-    /// Returns when the report is on the disk, or is not here any more. A disk that does not take it costs
-    /// an error in the log: the report then lives as long as this process.
+    /// Returns when the report is on the disk, or has left the outbox. It also returns after a write error, which is
+    /// logged. Such a report is in memory only.
     pub async fn write(&self) {
         let Self { outbox, number } = self;
         let ordered = outbox.with(|book| {
             let (entry, tries) = book.write(*number)?;
-            // In the same breath: what is answered right after this must not come back to the disk.
+            // Under the lock: after an answer, this write must not put the report back on the disk.
             Some((outbox.0.writer.write(Change::Put(*number, entry.encode(&tries))), entry))
         });
         let Some((written, entry)) = ordered else { return };
@@ -502,15 +508,15 @@ impl Ticket {
 }
 
 impl PendingReport {
-    /// Where the report stands.
+    /// The place of the report in the outbox.
     #[must_use]
     pub fn ticket(&self) -> Ticket {
         Ticket { outbox: self.outbox.clone(), number: self.number }
     }
 
-    /// The first try. Dropping the future leaves the report to the outbox. `lease` says before each try what
-    /// the plane calls the task by now. It is held as long as the report is on its way, and dropped with it: the plane
-    /// shall not give the task out again meanwhile.
+    /// The first try. If the future is dropped, the outbox sends the report. `lease` gives the current address of the
+    /// report before each try. The outbox holds it until the report leaves: until then, the control plane must not
+    /// lease the task again.
     pub async fn send(mut self, lease: impl LeaseKeeper + 'static) -> Sent {
         self.outbox.with(|book| book.hold(self.number, Box::new(lease)));
         let outbox = self.outbox.clone();
@@ -522,14 +528,14 @@ impl PendingReport {
             None => None,
         };
         self.done = true;
-        // Others may wait for a sign that the plane is there, or for their turn behind this one.
+        // Other reports may wait for an answer of the control plane, or for the end of this try.
         if outbox.lock().book.waiting() > 0 {
             outbox.0.turn.notify_one();
         }
         sent.unwrap_or(Sent::Dropped)
     }
 
-    /// Takes the report back: there is nothing to say any more.
+    /// Deletes the report: there is nothing to report any more.
     pub fn withdraw(mut self) {
         self.done = true;
         let outbox = &self.outbox;
@@ -553,7 +559,7 @@ impl Drop for PendingReport {
     }
 }
 
-/// What the writer's news change for all others.
+/// Applies the events of the writer: updates the status board and wakes waiting tasks.
 fn listener(
     book: Arc<Mutex<Pages>>,
     board: StatusBoard,

@@ -1,4 +1,4 @@
-//! The outbox of a node that does not run: what lies there can be looked at and dropped.
+//! The outbox of a node that does not run. Its reports can be listed, dropped and added.
 
 use std::{collections::HashSet, path::Path};
 
@@ -20,12 +20,12 @@ pub enum OfflineOutboxError {
     File {
         /// The file.
         path: std::path::PathBuf,
-        /// What is wrong with it.
+        /// The error.
         reason: String,
     },
 }
 
-/// See the module's text. Holds the folder: no node starts there meanwhile.
+/// See the module's text. It holds the folder, so no node can start there while it exists.
 pub struct OfflineOutbox {
     state: StateDir,
     store: Store,
@@ -35,13 +35,13 @@ pub struct OfflineOutbox {
 }
 
 impl OfflineOutbox {
-    /// Opens the outbox in a state folder. Nothing is made where nothing is.
+    /// Opens the outbox in a state folder. It creates nothing if there is no outbox.
     ///
     /// # Errors
-    /// When the folder cannot be looked into, is in use (see [`StateError::InUse`]) or the file cannot be read.
+    /// When the folder cannot be read or is in use (see [`StateError::InUse`]), or the file cannot be read.
     pub fn open(folder: &Path) -> Result<Option<Self>, OfflineOutboxError> {
         let file = folder.join(FILE);
-        // What cannot be looked at is not empty.
+        // An unreadable folder must not look like an empty outbox.
         if !file.try_exists().map_err(failed("open", &file))? {
             return Ok(None);
         }
@@ -62,11 +62,11 @@ impl OfflineOutbox {
         wanted.map(|(_, entry, tries)| Listing::new(entry, tries, ListingState::Waiting)).collect()
     }
 
-    /// Takes up reports from another file under new numbers. Reports that are here already stay as they are. Returns
-    /// the new ones.
+    /// Adds reports from another file under new numbers. Reports that are here already do not change. Returns the new
+    /// ones.
     ///
     /// # Errors
-    /// When the file cannot be written; no report is taken up then.
+    /// When the file cannot be written. Then no report was added.
     pub fn take_up(&mut self, set_aside: SetAside) -> Result<Vec<Listing>, OfflineOutboxError> {
         let new = set_aside.missing_in(self.reports.iter().map(|(_, entry, _)| entry));
         let new: Vec<_> = (self.next..).zip(new).map(|(number, (entry, tries))| (number, entry, tries)).collect();
@@ -78,10 +78,10 @@ impl OfflineOutbox {
         Ok(listings)
     }
 
-    /// Forgets these tasks' reports, or all; with those that are gone.
+    /// Deletes these tasks' reports, or all. Returns the deleted ones.
     ///
     /// # Errors
-    /// When the file cannot be written; nothing is gone then.
+    /// When the file cannot be written. Then nothing was deleted.
     pub fn drop_reports(&mut self, tasks: Option<&HashSet<TaskId>>) -> Result<Vec<Listing>, OfflineOutboxError> {
         let listings = self.listings(tasks);
         let gone = self.reports.iter().filter(|(_, entry, _)| wants(tasks, entry));

@@ -1,10 +1,12 @@
-//! What is on its way and whose turn it is: a machine without clock, socket or disk.
+//! The queue of reports: which are being sent and which is next. A state machine without clock, socket or disk.
 //!
-//! A report is *fresh* while the attempt that made it sends it for the first time. If that fails it
-//! waits, and waiting ones are sent again, the oldest whose pause is over first: several at once while the
-//! plane takes them, one of each task. A failure stops the reports of that control plane for a growing pause. Then
-//! one report alone is tried, so an unreachable control plane gets one request per pause. A success ends the pauses.
-//! Each control plane has a lane of its own, so an unreachable one does not stop the reports of another.
+//! A report is *fresh* while the attempt that made it sends it for the first time. After a failure it waits.
+//! Waiting reports are sent again. The oldest one whose pause is over comes first.
+//!
+//! While the control plane accepts reports, several are sent concurrently, at most one of each task. A failure
+//! stops the reports of that control plane for a growing pause. Then only one report is tried, so an unreachable
+//! control plane gets one request per pause. A success ends the pause of the control plane.
+//! Each control plane has its own lane, so an unreachable one does not stop the reports of another.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -18,11 +20,11 @@ use tokio::time::Instant;
 use super::entry::{Entry, Listing, ListingState, Tries};
 use crate::model::{Backoff, Jitter, LeaseKeeper, PlaneName, TaskId, pause_asked};
 
-/// Longest pause, before its jitter, and the longest a control plane may ask for.
+/// Longest pause before its jitter. Also the longest pause that a control plane may ask for.
 const PAUSE_MAX: Duration = Duration::from_secs(300);
 /// The pauses between failures in a row.
 pub(super) const PAUSES: Backoff = Backoff::new(Duration::from_millis(200), PAUSE_MAX, Jitter::Half);
-/// Waiting reports sent at once to a plane that takes them.
+/// Most waiting reports sent concurrently to a control plane that accepts them.
 const ABREAST: usize = 8;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -35,45 +37,45 @@ enum Place {
 
 struct Held {
     entry: Arc<Entry>,
-    /// What its task was called when it ended, and is called where ended tasks are shown.
+    /// The name of its task when it ended. The status board shows the ended task by this name.
     ended_as: TaskId,
     tries: Tries,
     place: Place,
     /// Failures in a row when it was sent last.
     failures: u32,
-    /// It stands in the file, or will soon.
+    /// It is in the file, or a write is ordered.
     written: bool,
-    /// What keeps the lease of its task; none after a restart, until the plane leases the task to us again.
+    /// Keeps the lease of its task. None after a restart, until the control plane leases the task to this node again.
     lease_kept: Option<Box<dyn LeaseKeeper>>,
 }
 
-/// Why a report was not accepted for now.
+/// Why a report was not accepted yet.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Failure<'a> {
     /// The failure, in one line.
     pub(super) error: &'a str,
-    /// How long the plane asks to be left alone; [`PAUSE_MAX`] is the most it gets.
+    /// The pause that the control plane asks for, limited to [`PAUSE_MAX`].
     pub(super) retry_after: Option<Duration>,
 }
 
-/// A report that was taken out of the book.
+/// A report that was removed from the queue.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) struct Gone {
     pub(super) entry: Arc<Entry>,
     /// See [`Held::ended_as`].
     pub(super) ended_as: TaskId,
-    /// It has to be taken out of the file too.
+    /// It must be removed from the file too.
     pub(super) written: bool,
 }
 
-/// What to do next.
+/// The next step.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Turn {
     /// Send this one: see [`ReportQueue::begin`].
     Send(u64),
-    /// Nobody's pause is over before this.
+    /// No pause ends before this time.
     At(Instant),
-    /// Nothing waits for a moment: an answer comes first, or another report.
+    /// No report waits for a time. The next step follows an answer or a new report.
     Idle,
 }
 
@@ -86,20 +88,20 @@ struct Lane {
     paused: BTreeSet<(Instant, u64)>,
     /// Waiting reports that are being sent.
     sending: usize,
-    /// Failures in a row, whichever report.
+    /// Failures in a row, of any report.
     failures: u32,
     quiet_until: Option<Instant>,
-    /// The last answer to a report was one that ended it.
+    /// The last answer accepted or refused a report.
     flows: bool,
 }
 
 impl Lane {
-    /// How many waiting reports may be sent at once.
+    /// How many waiting reports may be sent concurrently.
     fn abreast(&self) -> usize {
         if self.flows { ABREAST } else { 1 }
     }
 
-    /// A report has come to `place`.
+    /// Counts a report that was put at `place`.
     fn arrived(&mut self, number: u64, place: Place) {
         match place {
             Place::Waiting { due } => drop(self.paused.insert((due, number))),
@@ -108,7 +110,7 @@ impl Lane {
         }
     }
 
-    /// A report has left `place`.
+    /// Counts a report that has left `place`.
     fn left(&mut self, number: u64, place: Place) {
         match place {
             Place::Waiting { due } => {
@@ -145,29 +147,29 @@ impl Lane {
 #[derive(Default)]
 pub(super) struct ReportQueue {
     held: BTreeMap<u64, Held>,
-    /// By task, those that will be sent: with each lease it is asked whether one of its task is here.
+    /// Reports that will be sent, by task. Each new lease asks for a report of its task.
     by_task: BTreeSet<(PlaneName, TaskId, u64)>,
     lanes: BTreeMap<PlaneName, Lane>,
-    /// How many of them were sent in vain so far, or found at the start.
+    /// How many of them have failed so far, or were found at the start.
     waiting: usize,
     next: u64,
     last_error: Option<String>,
 }
 
 impl ReportQueue {
-    /// Takes in what was found at the start. What is ours is due at once.
+    /// Adds a report that was found at the start. A report of this node is due at once.
     pub(super) fn found(&mut self, number: u64, entry: Entry, tries: Tries, ours: bool, now: Instant) {
         let place = if ours { Place::Waiting { due: now } } else { Place::Foreign };
         self.insert(number, Held { tries, written: true, ..Held::new(Arc::new(entry), place) });
         self.skip(number);
     }
 
-    /// Never gives this number to another.
+    /// Reserves this number: no other report gets it.
     pub(super) fn skip(&mut self, number: u64) {
         self.next = self.next.max(number.saturating_add(1));
     }
 
-    /// Takes in a report whose attempt will send it; it is in no file yet.
+    /// Adds a report that its attempt will send. It is in no file yet.
     pub(super) fn add(&mut self, entry: Arc<Entry>) -> u64 {
         let number = self.next;
         self.next += 1;
@@ -175,7 +177,7 @@ impl ReportQueue {
         number
     }
 
-    /// Takes up a report from another file under a new number, which is returned.
+    /// Adds a report from another file under a new number. Returns the number.
     pub(super) fn take_up(&mut self, entry: Entry, tries: Tries, ours: bool, now: Instant) -> u64 {
         let number = self.next;
         self.found(number, entry, tries, ours, now);
@@ -196,7 +198,7 @@ impl ReportQueue {
         self.held.insert(number, held);
     }
 
-    /// Moves a report of ours to another place. `None`: it is gone.
+    /// Moves a report of this node to another place. `None`: it is gone.
     fn place(&mut self, number: u64, place: Place) -> Option<&mut Held> {
         let held = self.held.get_mut(&number)?;
         self.waiting -= usize::from(held.waits());
@@ -219,7 +221,7 @@ impl ReportQueue {
         about(&self.by_task, plane, task)
     }
 
-    /// What is to be written of a report, which counts as written from now on.
+    /// The content of a report to write. The report counts as written from now on.
     pub(super) fn write(&mut self, number: u64) -> Option<(Arc<Entry>, Tries)> {
         let held = self.held.get_mut(&number)?;
         held.written = true;
@@ -231,7 +233,7 @@ impl ReportQueue {
         self.held.get(&number).is_some_and(|held| held.written)
     }
 
-    /// Keeps what keeps a lease for as long as the report is here.
+    /// Holds `lease` until the report leaves the queue.
     pub(super) fn hold(&mut self, number: u64, lease: Box<dyn LeaseKeeper>) {
         if let Some(held) = self.held.get_mut(&number) {
             held.lease_kept = Some(lease);
@@ -243,14 +245,14 @@ impl ReportQueue {
         self.about(plane, task).next_back()
     }
 
-    /// Keeps no lease any longer: the process ends.
+    /// Drops all held leases, because the process ends.
     pub(super) fn let_go(&mut self) {
         for held in self.held.values_mut() {
             held.lease_kept = None;
         }
     }
 
-    /// Takes over the address of a report as the lease has it now. `true`: that is to be written.
+    /// Updates the address of a report from its lease. `true`: the change must be written.
     pub(super) fn rename(&mut self, number: u64) -> bool {
         let Some(held) = self.held.get_mut(&number) else { return false };
         let Some(address) = held.lease_kept.as_ref().map(|lease| lease.address()) else { return false };
@@ -263,7 +265,7 @@ impl ReportQueue {
         held.written
     }
 
-    /// How many waiting reports may be sent at once to the control plane of this one.
+    /// How many waiting reports may be sent concurrently to the control plane of this report.
     pub(super) fn abreast(&mut self, number: u64) -> usize {
         self.lane(number).map_or(1, |lane| lane.abreast())
     }
@@ -284,8 +286,8 @@ impl ReportQueue {
         next
     }
 
-    /// Begins a try, which counts from now on. `None` when there is nothing to be sent: the report is gone,
-    /// or one of its task is under way.
+    /// Begins a try and counts it. `None` if nothing can be sent: the report is gone or foreign, or a report of its
+    /// task is being sent.
     pub(super) fn begin(&mut self, number: u64, at: Timestamp) -> Option<(Arc<Entry>, Tries)> {
         let Held { entry, place, .. } = self.held.get(&number)?;
         let busy = || is_busy(&self.held, &self.by_task, entry);
@@ -304,7 +306,7 @@ impl ReportQueue {
         Some((Arc::clone(&held.entry), tries.clone()))
     }
 
-    /// The plane took it or refused it for good: it is there, and the others need not wait for it.
+    /// Removes a report that the control plane accepted or refused permanently. The answer ends the pause of the lane.
     pub(super) fn answered(&mut self, number: u64) -> Option<Gone> {
         let lane = self.lane(number)?;
         lane.failures = 0;
@@ -313,7 +315,7 @@ impl ReportQueue {
         self.remove(number)
     }
 
-    /// Forgets a report, whatever became of it.
+    /// Removes a report in any state.
     pub(super) fn remove(&mut self, number: u64) -> Option<Gone> {
         let held = self.held.remove(&number)?;
         if self.by_task.remove(&held.key(number))
@@ -328,8 +330,8 @@ impl ReportQueue {
         Some(Gone { entry: held.entry, ended_as: held.ended_as, written: held.written })
     }
 
-    /// It was sent in vain, which is to be written. `None` when it was dropped meanwhile; else its new tries, the pause it
-    /// gets, and whether this is the first failure after a success.
+    /// Counts a failed try. The caller writes the result. Returns the new tries, the pause, and whether this is the
+    /// first failure after a success. `None` if the report was dropped during the try.
     pub(super) fn failed(
         &mut self,
         number: u64,
@@ -341,11 +343,11 @@ impl ReportQueue {
         let held = self.held.get_mut(&number)?;
         let lane = self.lanes.get_mut(&held.entry.plane)?;
         lane.flows = false;
-        // Those sent side by side fail together, and that is one failure.
+        // Reports that are sent concurrently fail together. That counts as one failure.
         let news = held.failures == lane.failures;
         lane.failures = lane.failures.saturating_add(u32::from(news));
         held.tries.error = Some(error.to_owned());
-        // Twice the pause of all: a report that alone fails must not be the next one again and again.
+        // Twice the pause of the lane: a report that alone fails must not be the next one every time.
         let own = pause_asked(PAUSES.pause(held.tries.count.saturating_add(1), draw), retry_after, PAUSE_MAX);
         held.written = true;
         let all = pause_asked(PAUSES.pause(lane.failures, draw), retry_after, PAUSE_MAX);
@@ -356,7 +358,7 @@ impl ReportQueue {
         Some((held.tries.clone(), own.max(all), first))
     }
 
-    /// A try ended without an answer because its sender did, which is to be written.
+    /// Ends a try without an answer, because its sender ended. The caller writes the result.
     pub(super) fn broken_off(&mut self, number: u64, why: &str, now: Instant) -> Option<(Arc<Entry>, Tries)> {
         let held = self.place(number, Place::Waiting { due: now })?;
         held.tries.error = Some(why.to_owned());
@@ -364,7 +366,7 @@ impl ReportQueue {
         Some((Arc::clone(&held.entry), held.tries.clone()))
     }
 
-    /// A report that could not be sent by its attempt waits for its turn now.
+    /// Puts a report that its attempt could not send among the waiting ones. It is due now.
     pub(super) fn hand_over(&mut self, number: u64, now: Instant) {
         self.place(number, Place::Waiting { due: now });
     }
@@ -387,7 +389,8 @@ impl ReportQueue {
         }
     }
 
-    /// The control plane has answered something else: its reports need not wait longer. `false`: none waits.
+    /// Ends the pause of a control plane that has answered another call. `false`: there was no pause, or no report
+    /// waits.
     pub(super) fn plane_answers(&mut self, plane: &PlaneName) -> bool {
         let Some(lane) = self.lanes.get_mut(plane) else { return false };
         let waits = lane.sending > 0 || !lane.ready.is_empty() || !lane.paused.is_empty();
@@ -417,12 +420,12 @@ impl ReportQueue {
         self.held.len() - self.ours()
     }
 
-    /// Reports that were sent in vain so far, or found at the start.
+    /// Reports that have failed so far, or were found at the start.
     pub(super) fn waiting(&self) -> usize {
         self.waiting
     }
 
-    /// When the task of the oldest report of ours ended, and how often that was sent.
+    /// The oldest report of this node: when its task ended, and how often the report was sent.
     pub(super) fn oldest(&self) -> Option<(Timestamp, u32)> {
         let oldest = self.held.values().find(|held| held.place != Place::Foreign)?;
         Some((oldest.entry.ended_at, oldest.tries.count))
@@ -434,7 +437,7 @@ impl ReportQueue {
 }
 
 impl Held {
-    /// One that was never sent nor written.
+    /// A report that was never sent or written.
     fn new(entry: Arc<Entry>, place: Place) -> Self {
         let ended_as = entry.task().clone();
         Self { entry, ended_as, tries: Tries::default(), place, failures: 0, written: false, lease_kept: None }
@@ -444,7 +447,7 @@ impl Held {
         (self.entry.plane.clone(), self.entry.task().clone(), number)
     }
 
-    /// Somebody sends it, or is about to.
+    /// It is being sent, or its attempt is about to send it.
     fn is_sent(&self) -> bool {
         matches!(self.place, Place::Fresh | Place::Sending)
     }
@@ -550,7 +553,7 @@ mod tests {
         book.answered(2);
         assert_eq!(turn(&mut book, now), Turn::Send(3));
         book.answered(3);
-        // The success of the other one ended no pause.
+        // The success of the other control plane ended no pause here.
         assert_eq!(book.turn(now), Turn::At(now + PAUSES.grown(1)));
         assert!(!book.plane_answers(&plane("b")));
         assert!(book.plane_answers(&plane("a")));
@@ -565,7 +568,7 @@ mod tests {
         book.begin(number, Timestamp::UNIX_EPOCH).expect("there to be sent");
     }
 
-    /// Whose turn it is; it is sent.
+    /// Begins to send the next report and returns its number.
     fn turn(book: &mut ReportQueue, now: Instant) -> Turn {
         let turn = book.turn(now);
         if let Turn::Send(number) = turn {
@@ -574,8 +577,8 @@ mod tests {
         turn
     }
 
-    /// Plays a plane for `count` reports that wait, for at most `limit`: when each was sent, in
-    /// milliseconds, with its number and a `!` where it failed.
+    /// Simulates a control plane for `count` waiting reports, for at most `limit`. Returns when each was sent, in
+    /// milliseconds, with its number. A `!` marks a failure.
     fn play(count: u64, limit: Duration, fails: impl Fn(u64, Duration) -> bool) -> Vec<(u128, String)> {
         let (mut book, start) = (ReportQueue::default(), Instant::now());
         for number in 0..count {
@@ -646,10 +649,10 @@ mod tests {
             }
             assert_eq!(turn(&mut book, start), Turn::Send(0));
             book.failed(0, refused(asked.map(Duration::from_secs)), start, 1.0);
-            // The other report waits as long, or for the pause of all, which is half as long.
+            // The other report waits as long, or for the pause of the lane, which is half as long.
             let all = if pause == 400 { 200 } else { pause };
             assert_eq!(book.turn(start), Turn::At(start + Duration::from_millis(all)));
-            // A poll that is answered ends the pause of all, and not that of the refused one.
+            // An answered poll ends the pause of the lane. It does not end the pause of the failed report.
             assert!(book.plane_answers(&plane("p")));
             assert_eq!(turn(&mut book, start), Turn::Send(1));
             assert_eq!(book.turn(start), Turn::Idle, "one alone, as the plane has not taken any");
@@ -686,7 +689,7 @@ mod tests {
         assert_eq!(round(&mut book, now), (1..9).collect::<Vec<_>>());
         book.answered(5);
         assert_eq!(round(&mut book, now), [9]);
-        // The plane goes away: eight failures side by side are one, and cost the pause of one.
+        // The control plane becomes unreachable. Eight concurrent failures count as one, and cause the pause of one.
         let mut first = 0;
         for number in [1, 2, 3, 4, 6, 7, 8, 9] {
             let (_, _, said) = book.failed(number, refused(None), now, 1.0).expect("still there");
@@ -727,13 +730,13 @@ mod tests {
             (state >> 16) % below
         };
         for step in 0..20_000 {
-            // Few tasks and few numbers, so that some are met again.
+            // Few tasks and few numbers, so that some repeat.
             let name = ["p", "q"][usize::from(draw(2) == 0)];
             let (task, number) = (u128::from(draw(5)), u64::from(draw(12)) + book.next.saturating_sub(10));
             let foreign = book.held.get(&number).is_some_and(|held| held.place == Place::Foreign);
             now += Duration::from_millis(u64::from(draw(100)));
             match draw(12) {
-                // Nobody sends what is for another plane, so nothing comes of it.
+                // A report for another control plane is never sent, so it gets no answer.
                 2..=8 if foreign => assert_eq!(book.begin(number, Timestamp::UNIX_EPOCH), None),
                 0 => drop(book.add(Arc::new(entry_of(name, task)))),
                 1 if !book.held.contains_key(&number) => {

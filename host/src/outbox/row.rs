@@ -1,4 +1,4 @@
-//! A row of the file: bytes that can be recognised and checked wherever they lie.
+//! A row of the file: bytes that can be recognised and checked at any offset.
 //!
 //! Form: magic, number of the change, number of the report, length, checksum, bytes. The row under
 //! [`LIVE`] lists the reports that exist, because freed pages hold old copies of removed ones.
@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 
 use super::store::Row;
 
-/// Not a part of any UTF-8 text, so the bytes of a report never contain it.
+/// Not valid UTF-8, so the bytes of a report never contain it.
 const MAGIC: [u8; 8] = *b"\x89report\x01";
 const HEAD_BYTES: usize = 36;
 /// The number of the row that lists the others.
@@ -84,7 +84,7 @@ pub(super) fn scan(file: &[u8]) -> Vec<Row> {
             newest.insert(found.number, found);
         }
     }
-    // A row that is newer than the list is not in it, and exists.
+    // A row that is newer than the list exists, although it is not in the list.
     let live = newest.remove(&LIVE);
     let exists = |found: &Found<'_>| {
         live.as_ref().is_none_or(|live| found.change > live.change || is_in(live.bytes, found.number))

@@ -1,4 +1,4 @@
-//! One try to hand a report to the plane, and what its answer means.
+//! One try to send a report to the control plane, and the meaning of the answer.
 
 use std::sync::Arc;
 
@@ -18,17 +18,17 @@ use crate::{
     model::{ReportState, millis},
 };
 
-/// What is noted of a try that ended with its sender.
+/// The error of a try whose sender ended before an answer.
 const BROKEN_OFF: &str = "the node stopped before the control plane answered";
 
-/// Who sends a report.
+/// The sender of a report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Sender {
     Attempt,
     Outbox,
 }
 
-/// One try under way, which counts. Dropped before its end, its report waits for its turn again.
+/// One try in progress, which is counted. If it is dropped before its end, its report waits in the queue again.
 pub(super) struct Try {
     outbox: Outbox,
     number: u64,
@@ -39,7 +39,7 @@ pub(super) struct Try {
 }
 
 impl Try {
-    /// `None` when there is nothing to be sent.
+    /// `None` if there is nothing to send.
     pub(super) fn begin(outbox: &Outbox, number: u64, who: Sender) -> Option<Self> {
         let (entry, tries) = outbox.with(|book| {
             let renamed = book.rename(number);
@@ -52,8 +52,8 @@ impl Try {
         Some(Self { outbox: outbox.clone(), number, entry, tries, who, ended: false })
     }
 
-    /// An attempt says itself how its task ended, in its own span; what the outbox sends gets a line here.
-    /// `None` when the report was dropped meanwhile.
+    /// An attempt logs the end of its task in its own span. For a report that the outbox sends, the line is logged
+    /// here. `None` if the report was dropped during the try.
     pub(super) async fn run(self) -> Option<Sent> {
         let entry = &self.entry;
         let span = match self.who {
@@ -96,7 +96,7 @@ impl Try {
             return Some(Sent::Refused(error));
         }
         let failure = Failure { error: &error, retry_after: err.retry_after() };
-        // Written in the same breath: what is dropped right after this must not come back to the disk.
+        // Ordered under the lock: if the report is dropped next, this write must not put it back on the disk.
         let (pause, first) = outbox.with(|book| {
             let (failed, pause, first) = book.failed(*number, failure, Instant::now(), rand::random::<f64>())?;
             outbox.0.writer.note(Change::Put(*number, entry.encode(&failed)));
@@ -126,7 +126,7 @@ impl Drop for Try {
     }
 }
 
-/// Whether the plane will never take this report.
+/// Whether the control plane will never accept this report.
 fn for_good(err: &LeaseError) -> bool {
     matches!(err.advice(), Advice::StopTask | Advice::GiveUp)
 }

@@ -1,4 +1,4 @@
-//! The folder of what must survive a restart: one process at a time.
+//! The folder for data that must survive a restart. One process uses it at a time.
 
 use std::{
     fmt,
@@ -11,30 +11,30 @@ use std::{
 
 use tokio::time::Instant;
 
-/// Held while the folder is in use; says by which process.
+/// The lock file of the folder. It names the process that holds it.
 const LOCK: &str = "lock";
-/// How often a folder in use is looked at again.
+/// The pause between two tries to open a folder in use.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
-/// Why the folder cannot be used: one line that names it.
+/// Why the folder cannot be used: one line that names the folder.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
-    /// Somebody else works in it.
+    /// Another process uses it.
     #[error("{path} is in use by {owner}; give each node a folder of its own", path = path.display())]
     InUse {
         /// The folder.
         path: PathBuf,
-        /// Who, as far as that is known.
+        /// The other process, if it is known.
         owner: Owner,
     },
-    /// The operating system refused something.
+    /// An operation of the operating system failed.
     #[error("cannot {action} {path}: {source}", path = path.display())]
     Io {
-        /// What was tried.
+        /// The operation.
         action: &'static str,
-        /// With what.
+        /// Its path.
         path: PathBuf,
-        /// Why it did not work.
+        /// Why it failed.
         #[source]
         source: io::Error,
     },
@@ -66,10 +66,10 @@ pub struct StateDir {
 }
 
 impl StateDir {
-    /// Takes the folder, which is made for this user alone where it is missing.
+    /// Locks the folder. A missing folder is created for this user only.
     ///
     /// # Errors
-    /// When it cannot be made or written, or somebody else works in it.
+    /// When it cannot be created or written, or another process uses it.
     pub fn open(path: &Path) -> Result<Self, StateError> {
         if !path.is_dir() {
             let mut builder = DirBuilder::new();
@@ -85,7 +85,7 @@ impl StateDir {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
                 let mut text = String::new();
-                // Only for people: whoever holds it may be about to write it.
+                // Only for people: the holder may not have written it yet.
                 let _ = lock.read_to_string(&mut text);
                 return Err(StateError::InUse { path, owner: Owner(text.trim().parse().ok()) });
             }
@@ -100,11 +100,11 @@ impl StateDir {
         Ok(Self { path, lock: Mutex::new(lock) })
     }
 
-    /// Like [`StateDir::open`], but waits up to `patience` for whoever works in it: a command that
-    /// looks at the outbox is done in a moment, and must not keep a node from starting.
+    /// Like [`StateDir::open`], but waits up to `patience` while another process uses the folder. A command that reads
+    /// the outbox ends soon, and must not prevent the start of a node.
     ///
     /// # Errors
-    /// As [`StateDir::open`], once patience has ended.
+    /// As [`StateDir::open`], after `patience`.
     pub async fn claim(path: &Path, patience: Duration) -> Result<Self, StateError> {
         let deadline = Instant::now() + patience;
         loop {
@@ -115,7 +115,7 @@ impl StateDir {
         }
     }
 
-    /// Takes the folder again where it was removed or replaced while it was in use.
+    /// Locks the folder again after it was removed or replaced during its use.
     ///
     /// # Errors
     /// As [`StateDir::open`].
@@ -135,20 +135,20 @@ impl StateDir {
     }
 }
 
-/// Which file it is, whatever lies at its path by now.
+/// The identity of an open file, independent of the file that is at its path now.
 #[cfg(unix)]
 pub(super) fn identity(about: &Metadata) -> (u64, u64) {
     use std::os::unix::fs::MetadataExt as _;
     (about.dev(), about.ino())
 }
 
-/// One at the same path is taken for the same.
+/// Files at the same path count as the same file.
 #[cfg(not(unix))]
 pub(super) fn identity(_: &Metadata) -> (u64, u64) {
     (0, 0)
 }
 
-/// Opens a file of this user alone, made where it is missing.
+/// Opens a file for this user only. A missing file is created.
 pub(super) fn private(path: &Path) -> io::Result<File> {
     let mut options = File::options();
     options.read(true).write(true).create(true).truncate(false);

@@ -1,7 +1,7 @@
-//! The file: a small database that is either as it was before a change or as it is after it.
+//! The file: a small database with atomic changes.
 //!
-//! Each row has a checksum of its own (`row`). If the database cannot be opened, a scan of the file finds
-//! the rows whose bytes are intact.
+//! Each row has its own checksum (`row`). If the database cannot be opened, a scan of the file finds the rows whose
+//! bytes are intact.
 
 use std::{
     cell::Cell,
@@ -22,19 +22,19 @@ use super::{
 
 /// Its name in the state folder.
 pub(super) const FILE: &str = "outbox.redb";
-/// The form of what stands in the tables. Another number means another program's file.
+/// The format of the tables. A file with another number is from another program.
 const FORMAT: u64 = 2;
-/// The form before: the rows of both can be read.
+/// The previous format. The rows of both can be read.
 const OLD_FORMAT: u64 = 1;
 const ABOUT: TableDefinition<'_, &str, u64> = TableDefinition::new("about");
-/// Reports by their number, which counts up.
+/// Reports by their number. Numbers increase.
 const REPORTS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("reports");
-/// The list of reports once more: it lies in another page, so that one damaged page leaves one list.
+/// A second copy of the list of reports. It is in another page, so one damaged page leaves one list.
 const LIVE_AGAIN: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("live");
 /// Pages kept in memory. Reports are small and are read once.
 const CACHE_BYTES: usize = 512 * 1024;
 
-/// A report's number and what stands under it.
+/// A report's number and its bytes.
 pub(super) type Row = (u64, Vec<u8>);
 
 /// One change.
@@ -47,10 +47,10 @@ pub(super) enum Change {
 /// Why the file was not read or written: one line.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StoreError {
-    /// The operating system refused something: the file may be as sound as before.
+    /// An operation of the operating system failed. The file may be undamaged.
     #[error("{0}")]
     System(io::Error),
-    /// It is not what this version wrote.
+    /// This version did not write this content.
     #[error("{0}")]
     Damaged(String),
 }
@@ -58,7 +58,7 @@ pub(super) enum StoreError {
 impl<E: Into<redb::Error>> From<E> for StoreError {
     fn from(err: E) -> Self {
         match err.into() {
-            // Without a number it is the library's own: a file that ends too early.
+            // An error without a number is from the library: the file is truncated.
             redb::Error::Io(err) if err.raw_os_error().is_some() => Self::System(err),
             err => Self::Damaged(err.to_string().replace('\n', " ")),
         }
@@ -82,10 +82,10 @@ struct Known {
 }
 
 impl Store {
-    /// Opens the file or makes it; with what stands in it.
+    /// Opens the file or creates it. Returns its rows too.
     ///
     /// # Errors
-    /// When it is damaged, or is no outbox of this version.
+    /// When it is damaged, or is not an outbox of this version.
     pub(super) fn open(path: &Path) -> Result<(Self, Vec<Row>), StoreError> {
         quietly(|| Self::open_sound(path))
     }
@@ -114,10 +114,10 @@ impl Store {
         Ok((store, rows))
     }
 
-    /// All changes or none; they are on the disk when this returns.
+    /// Writes all changes or none. They are on the disk when this returns.
     ///
     /// # Errors
-    /// When the disk did not take them; the store should be opened anew then.
+    /// When the write failed. Then the store should be opened again.
     pub(super) fn apply(&self, changes: impl IntoIterator<Item = Change>) -> Result<(), StoreError> {
         quietly(|| {
             let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
@@ -155,7 +155,7 @@ struct Contents {
     newest: u64,
 }
 
-/// Reads all rows, and makes the tables if they are missing.
+/// Reads all rows. Missing tables are created.
 fn contents(database: &Database) -> Result<Contents, StoreError> {
     let change = database.begin_write()?;
     let mut contents = Contents { rows: Vec::new(), bare: Vec::new(), newest: 0 };
@@ -213,8 +213,8 @@ thread_local! {
     static QUIET: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Turns a panic of the database library into an error. A damaged page can be met where the library
-/// expects none. The log has the error, so the panic prints nothing.
+/// Turns a panic of the database library into an error: the library does not expect a damaged page everywhere.
+/// The log has the error, so the panic prints nothing.
 fn quietly<T>(work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreError> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
@@ -231,16 +231,16 @@ fn quietly<T>(work: impl FnOnce() -> Result<T, StoreError>) -> Result<T, StoreEr
     done.unwrap_or_else(|_| Err(StoreError::Damaged("its pages contradict each other".to_owned())))
 }
 
-/// Opens the file of a node. A damaged file is set aside under a name with the time. A new file is begun
-/// with the rows that could be read.
+/// Opens the file of a node. A damaged file is set aside under a name with the time. Then a new file is created
+/// with the readable rows.
 ///
 /// # Errors
-/// When not even that is possible.
+/// When this fails too.
 pub(super) fn open_or_set_aside(folder: &Path) -> Result<(Store, Vec<Row>), StateError> {
     let path = folder.join(FILE);
     let why = match Store::open(&path) {
         Ok(opened) => return Ok(opened),
-        // A full disk, or a folder that cannot be written, does not make a file a damaged one.
+        // A full disk, or a folder that cannot be written, does not mean that the file is damaged.
         Err(StoreError::System(err)) => return Err(failed("open", &path)(err)),
         Err(err) => err,
     };
@@ -338,7 +338,7 @@ mod tests {
             }
             fs::write(&path, &bytes).expect("written");
             match Store::open(&path) {
-                // The damage lay where nothing is, or a page was found out and the state before is taken.
+                // The damage is in unused bytes, or the library detected it and used the previous state.
                 Ok((store, rows)) => {
                     assert!(rows.iter().all(|(number, bytes)| *bytes == vec![*number as u8; 300]), "round {round}");
                     drop(store);
@@ -350,7 +350,7 @@ mod tests {
 
     const FIRST: &[u8] = b"{\"first\":true}";
 
-    /// A file with 60 reports, some of which were written twice or removed; with the reports.
+    /// Creates a file with 60 reports and returns the reports. Others were removed, and some were written twice.
     fn sixty(path: &Path) -> Vec<Row> {
         let row =
             |number: u64| (number, format!("{{\"report\":{number},\"text\":\"{}\"}}", "x".repeat(500)).into_bytes());
@@ -390,7 +390,7 @@ mod tests {
             let again = Store::open(&folder.path().join(FILE)).expect("opens").1;
             assert_eq!(again, rows, "round {round}: what was salvaged is in the new file");
             for (number, bytes) in &rows {
-                // An older copy says the same with fewer tries.
+                // An older copy is the same report with fewer tries.
                 let older = *number < 60 && bytes == FIRST;
                 let known = older || written.iter().any(|(other, text)| (other, text) == (number, bytes));
                 assert!(known, "round {round}: row {number} was invented or altered");

@@ -1,4 +1,4 @@
-//! The outbox through the real adapter, against a DMS that each test plays by hand.
+//! Tests the outbox with the real adapter, against a DMS whose answers each test gives.
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -59,7 +59,7 @@ fn complete(number: u128) -> String {
     format!("POST /tasks/{}/complete", id(number))
 }
 
-/// A plane, and outboxes that are opened one after the other on one folder.
+/// A control plane, and outboxes that are opened one after the other on one folder.
 struct Bench {
     plane: Service,
     state: TempDir,
@@ -91,7 +91,7 @@ impl Bench {
         self.open_as(NODE, 100)
     }
 
-    /// Keeps a verdict for each number.
+    /// Adds a report for each number.
     async fn kept(&self, outbox: &Outbox, numbers: impl IntoIterator<Item = u128>) -> Vec<PendingReport> {
         let mut all = Vec::new();
         for number in numbers {
@@ -168,7 +168,7 @@ async fn reports_survive_the_process_and_go_out_oldest_first() {
     assert_eq!(bench.status().waiting, 3);
     let running = Running::start(&outbox);
     bench.plane.expect(&complete(3)).await.ok(json!({}));
-    // The plane takes them: the others come side by side.
+    // The control plane accepts reports, so the others arrive concurrently.
     let others = [bench.plane.next().await, bench.plane.next().await];
     let mut paths = others.each_ref().map(|call| call.path.clone());
     paths.sort();
@@ -185,7 +185,7 @@ async fn what_is_not_accepted_is_repeated_without_flooding() {
     let outbox = bench.open();
     let running = Running::start(&outbox);
     drop(bench.kept(&outbox, 1..=20).await);
-    // The plane is away for all of them: the pauses grow, whichever report is tried.
+    // The control plane is unreachable for all of them. The pauses grow, independent of the tried report.
     let mut at = Vec::new();
     for status in [500, 503, 429] {
         let call: Call = bench.plane.next().await;
@@ -196,7 +196,7 @@ async fn what_is_not_accepted_is_repeated_without_flooding() {
     assert!(gaps[0] >= Duration::from_millis(100) && gaps[1] >= Duration::from_millis(200), "{gaps:?}");
     assert_eq!(bench.status().waiting, 20);
     assert_clean(&bench.status().last_error.expect("the reason"));
-    // Back again: one success ends the pauses of those that were not tried.
+    // The control plane answers again. One success ends the pauses of the reports that were not tried.
     for _ in 0..20 {
         bench.plane.next().await.ok(json!({}));
     }
@@ -257,7 +257,7 @@ async fn an_operator_ends_the_wait() {
     while !failed(&outbox.listings()) {
         tokio::task::yield_now().await;
     }
-    // The next pause is most of a second at least.
+    // The next pause is at least most of a second.
     outbox.retry(None);
     let began = std::time::Instant::now();
     bench.plane.next().await.ok(json!({}));
@@ -338,7 +338,7 @@ async fn a_renamed_task_keeps_its_new_name_over_a_restart() {
     let outbox = bench.open();
     let kept = bench.kept(&outbox, [1]).await.remove(0);
     let renamed = named(&lease_of(7, None, None));
-    // Nobody answers: the attempt is given up.
+    // No answer arrives: the attempt is dropped.
     assert!(tokio::time::timeout(Duration::from_millis(100), kept.send(renamed)).await.is_err());
     outbox.finish(Duration::ZERO).await;
     drop(outbox);
@@ -377,7 +377,7 @@ async fn a_file_that_cannot_be_written_costs_no_report() {
     assert_eq!(sent, Sent::Accepted);
 }
 
-/// What stands in the file, under which task.
+/// The rows of the file, by task.
 fn on_disk(bench: &Bench) -> Vec<TaskId> {
     let rows = store::open_or_set_aside(bench.state.path()).expect("opens").1;
     rows.iter().map(|(_, bytes)| Entry::decode(bytes).expect("ours").0.task().clone()).collect()

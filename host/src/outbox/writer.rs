@@ -1,12 +1,11 @@
-//! The one writer: a thread that puts what is waiting into one transaction.
+//! The one writer: a thread that puts all waiting changes into one transaction.
 //!
-//! A transaction costs a sync of the disk, however much is in it, so everything that has arrived
-//! while the last one was written goes into the next. Removals nobody waits for give others a moment
-//! to come along, and so do writes that somebody waits for, once the last transaction has shown that they
-//! come in company.
+//! A transaction costs one sync of the disk, independent of its size. So all changes that arrive during one
+//! transaction go into the next. A change without a waiter is delayed for a short time, so that others join its
+//! transaction. A change with a waiter is delayed only if the last transaction had several waiters.
 //!
-//! It knows what is to stand in the file. What the disk does not take is tried again, and where the folder
-//! was removed under it, it is made again with all that is owed.
+//! The thread knows the wanted content of the file. It repeats a failed write. If the folder was removed, it
+//! creates the folder and the file again, with all reports.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -28,55 +27,56 @@ use super::{
     store::{Change, FILE, Row, Store},
 };
 
-/// How long a removal waits for company. A crash in this time sends a report again that was accepted.
+/// How long a change without a waiter waits for others. If the process crashes before a removal is written, the
+/// accepted report is sent again.
 const LINGER: Duration = Duration::from_millis(10);
-/// How long a write waits for company, where there was some the last time. Short beside a task, and many
-/// times what it saves: a transaction costs as much processor time for one report as for ten.
+/// How long a write waits for others, if the last transaction had several waiters. This is short compared with a
+/// task. One transaction costs as much processor time for one report as for ten.
 const GATHER: Duration = Duration::from_micros(300);
 /// Most changes in one transaction.
 const BATCH_MAX: usize = 256;
-/// When a write that the disk did not take is tried again.
+/// The pause before a failed write is tried again.
 const AGAIN: Duration = Duration::from_secs(1);
-/// What the disk has to take before it counts as good again.
+/// The bytes that the disk must accept before it counts as writable again.
 const ROOM_BYTES: usize = 256 * 1024;
 
-/// What is heard of a thread that panicked.
+/// The error for a thread that panicked.
 const GONE: &str = "the outbox's writer has ended";
 
 type Done = oneshot::Sender<Result<(), String>>;
 
-/// What its owner has to hear of.
+/// Events for the owner of the writer.
 pub(super) enum WriterEvent {
     /// The file cannot be written, for this reason.
     Broken(String),
     /// It can be written again.
     Mended,
-    /// The folder was made again.
+    /// The folder was created again.
     Moved,
 }
 
-/// What a file that was closed does not say.
+/// What is missing in a closed file.
 #[derive(Debug)]
 pub(super) struct Unwritten {
     /// Why, in one line.
     pub(super) error: String,
-    /// The numbers of reports that do not stand in it; `None` where nobody can tell.
+    /// The numbers of reports that are not in it. `None`: unknown.
     pub(super) numbers: Option<BTreeSet<u64>>,
 }
 
 enum Order {
     Change(Change, Option<Done>),
-    /// Everything before it is on the disk and the file is closed when this is answered.
+    /// The answer follows when all earlier changes are on the disk and the file is closed.
     Close(oneshot::Sender<Result<(), Unwritten>>),
 }
 
-/// Hands changes to the thread, which ends when this is dropped.
+/// Sends changes to the thread. The thread ends when this is dropped.
 pub(super) struct Writer {
     orders: Sender<Order>,
 }
 
 impl Writer {
-    /// `rows` stand in the file already. `tell` is called on the thread.
+    /// `rows` are in the file already. `tell` is called on the thread.
     pub(super) fn start(
         state: Arc<StateDir>,
         store: Store,
@@ -84,7 +84,7 @@ impl Writer {
         tell: impl Fn(WriterEvent) + Send + 'static,
     ) -> io::Result<Self> {
         let (orders, incoming) = channel();
-        // Bounded by the outbox: a change for each report that is not accepted yet, and its removal.
+        // The outbox bounds it: one change for each report that is not accepted yet, and its removal.
         let file = store.file;
         let rows: BTreeMap<_, _> = rows.into_iter().collect();
         let thread = Thread {
@@ -102,25 +102,25 @@ impl Writer {
         Ok(Self { orders })
     }
 
-    /// Orders a change, now; it is on the disk when the future returns.
+    /// Orders a change at once, before the future is polled. The change is on the disk when the future returns.
     ///
     /// # Errors
-    /// One line when the disk did not take it.
+    /// One line when the write failed.
     pub(super) fn write(&self, change: Change) -> impl Future<Output = Result<(), String>> + use<> {
         let (done, written) = oneshot::channel();
         self.order(Order::Change(change, Some(done)));
         answer(written)
     }
 
-    /// The change will be on the disk soon.
+    /// Orders a change without waiting for it.
     pub(super) fn note(&self, change: Change) {
         self.order(Order::Change(change, None));
     }
 
-    /// Waits until every change so far is on the disk and the file is closed; nothing is written after that.
+    /// Waits until all earlier changes are on the disk and the file is closed. Nothing is written after that.
     ///
     /// # Errors
-    /// When not all that is owed is on the disk; or nobody can tell.
+    /// When a change is missing on the disk, or when this is unknown.
     pub(super) async fn close(&self) -> Result<(), Unwritten> {
         let (done, closed) = oneshot::channel();
         self.order(Order::Close(done));
@@ -129,7 +129,7 @@ impl Writer {
     }
 
     fn order(&self, order: Order) {
-        // Without its thread (which ends by a panic only) whoever waits hears so.
+        // The thread ends early only by a panic. Then the waiter gets an error.
         let _ = self.orders.send(order);
     }
 }
@@ -140,19 +140,19 @@ async fn answer(written: oneshot::Receiver<Result<(), String>>) -> Result<(), St
 
 struct Thread {
     state: Arc<StateDir>,
-    /// `None` after an error, until it could be opened again.
+    /// `None` after an error, until the file is opened again.
     store: Option<Store>,
-    /// Which file is ours.
+    /// The identity of our file.
     file: (u64, u64),
-    /// What is to stand in it.
+    /// The wanted content of the file.
     rows: BTreeMap<u64, Vec<u8>>,
-    /// Of which of it the file may say something else.
+    /// The numbers whose rows in the file may differ from `rows`.
     behind: BTreeSet<u64>,
-    /// Of which of it the file says anything.
+    /// The numbers that have a row in the file.
     stored: BTreeSet<u64>,
-    /// The last transaction failed, and that was said.
+    /// The last transaction failed, and this was reported.
     broken: bool,
-    /// A new file was begun, and that was not said.
+    /// A new file was begun, and this was not reported yet.
     moved: bool,
     tell: Box<dyn Fn(WriterEvent) + Send>,
 }
@@ -178,7 +178,7 @@ impl Thread {
             }
             let result = self.catch_up();
             for done in waiting {
-                // Who asked may have gone.
+                // The waiter may be gone.
                 let _ = done.send(result.clone());
             }
             if let Some(done) = last {
@@ -219,14 +219,14 @@ impl Thread {
         result
     }
 
-    /// Whether the disk takes more than a change or two: a full one still takes those that fit into what the file
-    /// holds already, and the next one not.
+    /// Whether the disk has space for more than one or two changes. With a full disk, a write still succeeds while it
+    /// fits into free pages of the file, and the next one fails.
     fn has_room(&self) -> bool {
         let probe = tempfile::tempfile_in(self.state.path()).and_then(|mut file| {
             file.write_all(&vec![0; ROOM_BYTES])?;
             file.sync_all()
         });
-        // A folder that is gone is made again for the next report.
+        // A missing folder is created again for the next report.
         probe.is_ok() || !self.state.path().exists()
     }
 
@@ -240,7 +240,7 @@ impl Thread {
         } else if self.store.is_none() {
             self.store = Some(Store::open(&path).map_err(|err| err.to_string())?.0);
         }
-        // There is none where the file is gone and nothing is owed.
+        // `None` if the file is gone and there are no reports.
         if let Some(store) = self.store.take() {
             let changes = self.behind.iter().map(|number| match self.rows.get(number) {
                 Some(bytes) => Change::Put(*number, bytes.clone()),
@@ -269,7 +269,7 @@ impl Thread {
         Ok(())
     }
 
-    /// Begins a new file where ours is gone. Reports of others that lie there by now are not touched.
+    /// Begins a new file after ours was removed. Another outbox that is there now is not changed.
     fn move_in(&mut self, path: &Path) -> Result<(), String> {
         self.state.take_again().map_err(|err| err.to_string())?;
         let (store, found) = Store::open(path).map_err(|err| err.to_string())?;
@@ -288,14 +288,14 @@ impl Thread {
         self.state.path().join(FILE)
     }
 
-    /// Whether what lies at its path is our file: one that was removed can be written, and nobody finds it.
+    /// Whether the file at the path is ours. A removed file can still be written, but the next start does not find it.
     fn is_in_place(&self, path: &Path) -> bool {
         fs::metadata(path).is_ok_and(|about| identity(&about) == self.file)
     }
 }
 
-/// The next orders; `None` when nobody is left to give any. There is at least one, unless `limit` has
-/// passed. In `company`, a write waits a little for others.
+/// The next orders, at least one unless `limit` has passed. `None`: the [`Writer`] was dropped. With `company`, a
+/// write waits for others.
 fn next_batch(incoming: &Receiver<Order>, company: bool, limit: Option<Duration>) -> Option<Vec<Order>> {
     let first = match limit {
         None => incoming.recv().ok()?,
@@ -312,7 +312,7 @@ fn next_batch(incoming: &Receiver<Order>, company: bool, limit: Option<Duration>
     let mut gather = company;
     while batch.len() < BATCH_MAX {
         if hurry && std::mem::take(&mut gather) {
-            // Asleep, and not waiting for the next: each of them would wake this thread.
+            // Sleeps instead of a wait for the next order: each order would wake this thread.
             thread::sleep(GATHER);
         }
         let next = if hurry {
