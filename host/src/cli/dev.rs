@@ -95,7 +95,7 @@ fn look(args: &Args, layers: &Layers) -> Result<(), Mistakes> {
     let data = args.data.as_deref().and_then(|data| Some((data, folder_trouble(data)?)));
     mistakes.extend(data.map(|(data, why)| format!("--data {}: {why}", data.display())));
     if !args.no_node {
-        // The URLs of the dev server are not known yet. Any URL on this machine serves for the check.
+        // The URLs of the dev server are not known yet. The check accepts any URL on this machine.
         let place = Url::parse("http://127.0.0.1:9").expect("a constant URL");
         let (layers, secrets) = of_node(args, Path::new("node"), layers.clone(), &place, &place);
         mistakes.extend(checked(&layers, &secrets, &args.plugins).err().into_iter().flat_map(|of| of.0));

@@ -1,4 +1,4 @@
-//! `runner-host invoke`: one runner, once, without a control plane.
+//! `runner-host invoke`: runs one runner once, without a control plane.
 //!
 //! The task is the one job of a local control plane in a temporary folder. It uses the same code as every other
 //! task: slots, memory budget, outbox.

@@ -108,7 +108,7 @@ pub struct PluginArgs {
     plugins_file: Option<PathBuf>,
 }
 
-/// The form of printed data.
+/// The format of printed data.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Output {
     /// A table for people.
@@ -196,12 +196,12 @@ fn start_logs(command: &Command, layers: &Layers) {
     COMPLAIN_AS_JSON.store(format == Some(Format::Json), Ordering::Relaxed);
 }
 
-/// JSON logs were asked for, so the reason for a failure is JSON too.
+/// JSON logs were requested, so the reason for a failure is JSON too.
 static COMPLAIN_AS_JSON: AtomicBool = AtomicBool::new(false);
 /// The form of log lines.
 static LOGS_ARE_JSON: AtomicBool = AtomicBool::new(false);
 
-/// From now on the reason for a failure has the form of the log lines.
+/// From this call on, the reason for a failure has the form of the log lines.
 fn complain_as_log() {
     COMPLAIN_AS_JSON.store(LOGS_ARE_JSON.load(Ordering::Relaxed), Ordering::Relaxed);
 }
@@ -228,7 +228,7 @@ fn with_suggestion(mut err: clap::Error) -> clap::Error {
     err
 }
 
-/// Prints why the command failed: one line, in the form of the log if that was chosen.
+/// Prints why the command failed: one line, in the log format if that was chosen.
 fn complain(problem: &str) {
     if COMPLAIN_AS_JSON.load(Ordering::Relaxed) && tracing::enabled!(tracing::Level::ERROR) {
         tracing::error!(event = "node.failed", error = %problem, "cannot continue");
@@ -304,7 +304,7 @@ impl std::fmt::Display for Exit {
     }
 }
 
-/// Most bytes of a file that is read whole.
+/// Size limit of a file that is read completely.
 const TEXT_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
 /// The longest duration that a flag accepts.
@@ -332,7 +332,7 @@ fn parse_capability(text: &str) -> Result<Capability, String> {
     Capability::parse(text).map_err(|err| err.to_string())
 }
 
-/// Runs a command's future on a runtime of its own.
+/// Runs a command's future on its own runtime.
 fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     on_runtime(tokio::runtime::Builder::new_multi_thread().enable_all().build()?, work)
 }
@@ -458,7 +458,7 @@ fn unreadable(flag: &str, file: &Path) -> Option<String> {
     }
 }
 
-/// The same for a file that is read whole: it must not be a device, which has no end, and not be too large.
+/// The same for a file that is read completely. It must not be a device, which has no end, and must not be too large.
 fn no_text(flag: &str, file: &Path) -> Option<String> {
     let shown = file.display();
     unreadable(flag, file).or_else(|| match std::fs::metadata(file).ok()? {

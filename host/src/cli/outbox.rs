@@ -48,7 +48,7 @@ pub(super) struct Place {
     output: Output,
 }
 
-/// Which reports.
+/// The selected reports.
 #[derive(clap::Args)]
 #[group(required = true, multiple = false)]
 pub(super) struct Which {
@@ -60,7 +60,7 @@ pub(super) struct Which {
     all: bool,
 }
 
-/// What is sent now.
+/// The reports to send now.
 #[derive(clap::Args)]
 #[group(required = true, multiple = false)]
 pub(super) struct Retried {
@@ -76,7 +76,7 @@ pub(super) struct Retried {
 }
 
 impl Command {
-    /// The wanted tasks; `None`: all.
+    /// The selected tasks. `None`: all.
     fn tasks(&self) -> Option<Vec<TaskId>> {
         let (all, tasks) = match self {
             Self::List { .. } => return None,
@@ -86,7 +86,7 @@ impl Command {
         (!all).then(|| tasks.clone())
     }
 
-    /// The reports to take up.
+    /// The reports to add.
     fn set_aside(&self) -> Result<Option<SetAside>, StateError> {
         match self {
             Self::Retry { what: Retried { from: Some(file), .. }, .. } => SetAside::read(file).map(Some),
@@ -137,7 +137,7 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
         say_taken_up(reports.len(), found, running);
         return Ok(Exit::Done);
     }
-    // Of reports that were named, each one that is missing is told below.
+    // Named reports that are missing are listed below.
     if tasks.is_none() || !reports.is_empty() {
         say(command, reports.len(), running);
     }
@@ -149,7 +149,7 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
     Ok(if missing.is_empty() { Exit::Done } else { Exit::Failed })
 }
 
-/// On a node that does not run. What waits there is sent when one starts.
+/// For a node that does not run. Its waiting reports are sent after the next start.
 fn stopped(
     command: &Command,
     mut shelf: OfflineOutbox,
@@ -178,7 +178,7 @@ fn say(command: &Command, count: usize, running: bool) {
     }
 }
 
-/// What was taken up of the reports that were `found`, for people.
+/// Prints for people how many of the `found` reports were added.
 fn say_taken_up(count: usize, found: usize, running: bool) {
     if count < found {
         let known = counted(found - count, "report is", "reports are");
@@ -192,7 +192,7 @@ fn say_taken_up(count: usize, found: usize, running: bool) {
     }
 }
 
-/// Reads the id of a task; a UUID in any usual spelling.
+/// Reads the id of a task. A UUID may have any usual form.
 fn parse_task(text: &str) -> Result<TaskId, TaskIdError> {
     match Uuid::try_parse(text) {
         Ok(id) => Ok(id.into()),

@@ -1,6 +1,7 @@
 //! `runner-host submit`: create a job, wait for it, download its artifacts.
 //!
-//! [`Args`] has the flags, `plane` the wire, `notes` the messages for people, `artifacts` the paths of artifacts. Only `--cancel` cancels a job: an interrupted wait leaves it running.
+//! [`Args`] has the flags, `plane` has the wire. `notes` has the messages for people, `artifacts` has the paths of
+//! artifacts. Only `--cancel` cancels a job: an interrupted wait leaves it running.
 
 mod artifacts;
 mod notes;
@@ -27,9 +28,10 @@ use artifacts::Artifact;
 use notes::Notes;
 use plane::{Plane, PlaneError};
 
-/// Tasks of one job: what a control plane answers about a job grows with its tasks.
+/// Most tasks of one job: the answer about a job grows with its tasks.
 const TASKS_PER_JOB: usize = 100;
-/// When to say that no node has taken the job, where the control plane does not say what its nodes serve.
+/// The delay before the note that no node has leased the job. It is for control planes that do not list what their
+/// nodes serve.
 const NOBODY_AFTER: Duration = Duration::from_secs(5);
 /// How long the control plane may be unreachable during a wait.
 const AWAY_MAX: Duration = Duration::from_secs(30);
@@ -201,13 +203,13 @@ impl From<anyhow::Error> for Stop {
 struct Reached {
     stage: Stage,
     jobs: Vec<Uuid>,
-    /// Another was sent, and its answer has not come.
+    /// Another request was sent, and its answer has not arrived.
     unsure: bool,
-    /// Why the control plane could not be asked when it was tried last.
+    /// Why the last call to the control plane failed.
     away: Option<String>,
-    /// Since when a question about a job has no answer.
+    /// The start of the time in which queries of a job got no answer.
     asked: Option<Instant>,
-    /// The last known state of each task; only for JSON.
+    /// The last known state of each task. Only used for JSON.
     tasks: Vec<Value>,
 }
 
@@ -238,7 +240,7 @@ impl Stage {
 }
 
 impl Reached {
-    /// Why nothing is known of the jobs at the moment, if so.
+    /// Why the current state of the jobs is unknown, if it is.
     fn silence(&self) -> Option<String> {
         let asked = self.asked.map(|asked| asked.elapsed()).filter(|since| *since >= SILENT_AFTER);
         let unanswered = || asked.map(|since| format!("no answer for {} s", since.as_secs()));
@@ -330,7 +332,7 @@ async fn submit(
         return Ok(Exit::Done);
     }
     at(reached, |reached| reached.stage = Stage::Wait);
-    // Only a dev server says what its nodes serve. Elsewhere the note comes after a time without a lease.
+    // Only a dev server lists what its nodes serve. Elsewhere the note follows after a time without a lease.
     let nobody_after = if note_unserved(capability, plane, notes).await { None } else { Some(nobody_after) };
     let ended = watch(args, capability, plane, &jobs, reached, notes, nobody_after).await?;
     at(reached, |reached| reached.stage = Stage::Download);
@@ -425,8 +427,8 @@ fn print_handed_in(form: Output, out: &mut impl Write, jobs: &[Uuid]) -> anyhow:
     }
 }
 
-/// Notes that no node serves the capability, with the near one that a node serves. Returns whether the control plane
-/// says what its nodes serve.
+/// Prints that no node serves the capability, with a similar one that a node serves. Returns whether the control
+/// plane lists what its nodes serve.
 async fn note_unserved(capability: &Capability, plane: &Plane, notes: &mut Notes) -> bool {
     let Some(served) = plane.served().await else { return false };
     if !served.iter().any(|name| name == capability.as_str()) {
@@ -504,7 +506,7 @@ fn tasks(job: &Value) -> impl Iterator<Item = &Value> {
     job["tasks"].as_array().into_iter().flatten()
 }
 
-/// A job has ended when its tasks have: a cancelled one may still have a node at work.
+/// A job has ended when its tasks have ended: a node may still work on a cancelled job.
 fn has_ended(job: &Value) -> bool {
     let ended = |task: &Value| matches!(task["status"].as_str(), Some("completed" | "failed" | "canceled"));
     let cancelled = job["job"]["status"] == "canceled";

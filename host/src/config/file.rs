@@ -1,7 +1,7 @@
-//! The configuration file: TOML or JSON, the places of [`KEYS`], the tables `[plane.NAME]`, nothing else.
+//! Reads the configuration file, in TOML or JSON. It may contain the places of [`KEYS`] and tables `[plane.NAME]`.
 //!
-//! Both forms become a list of entries with their lines. Types are strict: a number in
-//! quotes is a mistake. No message repeats a secret.
+//! Both forms become a list of entries with their lines. Types are strict: a number in quotes is a mistake. No
+//! message repeats a secret.
 
 use std::{
     collections::BTreeSet,
@@ -19,13 +19,13 @@ use toml::de::{DeTable, DeValue};
 use super::keys::{KEYS, Key, Kind};
 use crate::model::{PlaneName, nearest};
 
-/// Far more than all settings need.
+/// Limit of the file size. It is far more than all settings need.
 const BYTES_MAX: u64 = 1024 * 1024;
 
-/// Some editors put it in front of UTF-8 text.
+/// The byte order mark. Some editors write it before UTF-8 text.
 const BYTE_ORDER_MARK: char = '\u{feff}';
 
-/// How deep JSON is looked into.
+/// The depth to which JSON is read.
 const DEPTH_MAX: usize = 8;
 
 /// The content of one file.
@@ -84,7 +84,7 @@ type Members = Vec<(String, usize, Value)>;
 /// Reads a file whole.
 ///
 /// # Errors
-/// One line: the file cannot be read, or is neither form.
+/// One line when the file cannot be read, or has neither form.
 pub(super) fn read(path: &Path) -> Result<Read, String> {
     let text = read_text(path, BYTES_MAX).map_err(|problem| format!("--config {problem}"))?;
     let is_json = match path.extension().and_then(|extension| extension.to_str()) {
@@ -103,7 +103,7 @@ pub(super) fn read(path: &Path) -> Result<Read, String> {
     Ok(found.read)
 }
 
-/// Reads a text file of at most `most` bytes; a mistake is one line that names it.
+/// Reads a text file of at most `most` bytes. A mistake is one line that names the file.
 pub(super) fn read_text(path: &Path, most: u64) -> Result<String, String> {
     let fail = |problem: &str| Err(format!("{}: {problem}", path.display()));
     let opened = std::fs::File::open(path).and_then(|file| Ok((file.metadata()?, file)));
@@ -138,7 +138,7 @@ pub(super) fn others_can_read(path: &Path) -> bool {
     }
 }
 
-/// Goes through a file's tables.
+/// Reads the tables of a file.
 struct Walk<'a> {
     path: &'a Path,
     seen: BTreeSet<&'static str>,
@@ -283,7 +283,7 @@ fn expected(kind: Kind) -> &'static str {
     }
 }
 
-/// The key that was probably meant: one of that name in another table, a near one, or the one of a near variable.
+/// The key that was probably meant: the same name in another table, a similar key, or the key of a similar variable.
 fn suggestion(place: &str) -> String {
     let last = |text: &str| text.rsplit('.').next().unwrap_or_default().to_owned();
     let keys = || KEYS.iter().filter(|key| !key.weakens_security());
@@ -298,7 +298,7 @@ impl Value {
         if let Self::Text(text) = self { Some(text) } else { None }
     }
 
-    /// What it is.
+    /// The kind of the value.
     fn kind(&self) -> &'static str {
         match self {
             Self::Text(_) => "a text",
@@ -311,7 +311,7 @@ impl Value {
         }
     }
 
-    /// What it is and says.
+    /// The kind and the value.
     fn describe(&self) -> String {
         match self {
             Self::Text(text) => format!("{text:?}"),

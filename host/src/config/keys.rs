@@ -1,7 +1,7 @@
-//! Every setting: its names, what it does, its default, and where its value goes.
+//! The table of all settings: names, description, default, and the place of the value.
 //!
-//! The parser, the configuration file, `config show`, the help and the documents read this one table.
-//! A new setting is one row here, and one field in the `Config` of the module that uses it.
+//! The parser, the configuration file, `config show`, the help and the documents read this table. A new setting is
+//! one row here, and one field in the `Config` of the module that uses it.
 
 use super::{HostConfig, parser::Parser};
 use crate::{engine, model::Budget, observe::StatusPage, outbox};
@@ -13,13 +13,13 @@ type Fill = fn(&mut HostConfig, &mut Parser<'_>, &str);
 pub struct Key {
     /// Environment variable.
     pub name: &'static str,
-    /// Its place in a configuration file, tables joined by dots.
+    /// Its place in a configuration file. Dots separate tables.
     pub file: &'static str,
-    /// What kind of value it takes.
+    /// The kind of its value.
     pub kind: Kind,
-    /// Used when unset or blank; `None`: there is none.
+    /// The default, used if the setting is unset or blank. `None`: there is none.
     pub default: Option<&'static str>,
-    /// The node cannot start without it.
+    /// Whether the node needs it to start.
     pub required: bool,
     /// One line for people.
     pub help: &'static str,
@@ -27,16 +27,16 @@ pub struct Key {
     pub(super) fill: Fill,
 }
 
-/// What a value may be.
+/// The kind of a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// Any text on one line.
     Text,
-    /// Text that is never printed, and never comes from the command line.
+    /// Text that is never printed and never accepted on the command line.
     Secret,
     /// An absolute http or https URL.
     Url,
-    /// The URL of a proxy; a user and password in it are never printed.
+    /// The URL of a proxy. A user and password in it are never printed.
     Proxy,
     /// An IP address with a port.
     Address,
@@ -52,12 +52,12 @@ pub enum Kind {
     Duration,
     /// A number of bytes with its unit.
     Size,
-    /// Words, comma separated; an array in a file.
+    /// Comma-separated words. In a file, an array.
     List,
 }
 
 impl Kind {
-    /// As the documents name it.
+    /// Its name in the documents.
     #[must_use]
     pub fn as_str(self) -> &'static str {
         match self {
@@ -77,7 +77,7 @@ impl Kind {
 }
 
 impl Key {
-    /// Its value is never printed.
+    /// Whether its value is never printed.
     #[must_use]
     pub fn is_secret(&self) -> bool {
         self.kind == Kind::Secret
@@ -89,7 +89,7 @@ impl Key {
         KEYS.iter().find(|key| key.name == name)
     }
 
-    /// Whether it switches a protection off. Such a setting is never suggested.
+    /// Whether it disables a protection. Such a setting is never suggested.
     #[must_use]
     pub fn weakens_security(&self) -> bool {
         self.name.starts_with("ALLOW_")
@@ -100,13 +100,13 @@ impl Key {
         KEYS.iter().filter(|key| !key.weakens_security()).map(|key| key.name)
     }
 
-    /// The setting that names a file with this secret in it.
+    /// The setting that names a file with this secret.
     #[must_use]
     pub fn file_variant(&self) -> Option<&'static Self> {
         KEYS.iter().find(|key| key.name.strip_suffix("_FILE") == Some(self.name))
     }
 
-    /// The same setting under a name other programs use too, such as `https_proxy`.
+    /// The same setting under a name that other programs use, such as `https_proxy`.
     #[must_use]
     pub fn lower_case(&self) -> Option<String> {
         self.name.ends_with("_PROXY").then(|| self.name.to_ascii_lowercase())
@@ -128,12 +128,12 @@ const fn required(name: &'static str, file: &'static str, kind: Kind, help: &'st
     Key { name, file, kind, default: None, required: true, help, fill }
 }
 
-/// For a setting that is read with another one, or before the node's configuration.
+/// For a setting that is read together with another one, or before the node's configuration.
 const ELSEWHERE: Fill = |_, _, _| {};
 
 use Kind::{Address, Duration, List, Number, Path, Proxy, Secret, Size, Switch, Text, Url, Whole};
 
-/// All settings, in the order they are shown.
+/// All settings, in the order of display.
 #[rustfmt::skip] // a row is two lines: what it is, where its value goes
 pub const KEYS: &[Key] = &[
     required("DMS_BASE_URL", "source.dms.base_url", Url, "base URL of the task service, such as https://plane.example/v1",

@@ -1,4 +1,4 @@
-//! Where values come from: flags over environment over file over defaults.
+//! The layers of values. Flags have priority over the environment, then the file, then defaults.
 
 use std::{
     collections::BTreeMap,
@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{leases::dms, model::nearest};
 
-/// Where a value came from. A later variant has priority over an earlier one.
+/// The origin of a value. A later variant has priority over an earlier one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Origin {
     /// Nowhere: there is no value.
@@ -45,14 +45,14 @@ pub struct Layers {
     planes: Vec<PlaneEntry>,
     /// Whether a control plane in the file cannot be used.
     has_bad_plane: bool,
-    /// Mistakes in single values that are already known; reported with all others.
+    /// Mistakes in single values that are already known. They are reported with all others.
     pub(super) mistakes: Vec<String>,
     /// Settings that work but should be changed.
     pub(super) warnings: Vec<String>,
 }
 
 impl Layers {
-    /// What the environment says, secrets excepted.
+    /// The values of the environment, without secrets.
     #[must_use]
     pub fn from_environment() -> Self {
         let mut layers = Self::default();
@@ -73,7 +73,7 @@ impl Layers {
     /// [`HostConfig::build`](super::HostConfig::build), which reports all of them at once.
     ///
     /// # Errors
-    /// When the file as a whole cannot be used; one line.
+    /// One line when the file as a whole cannot be used.
     pub fn read_file(&mut self, path: &Path) -> Result<(), Mistakes> {
         let read = file::read(path).map_err(|problem| Mistakes(vec![problem]))?;
         self.file = Some(path.to_owned());
@@ -123,7 +123,7 @@ impl Layers {
         self.plane().map_or(!self.has_bad_plane, |plane| plane.kind == PlaneKind::Posemesh)
     }
 
-    /// What the file says of the chosen control plane: key, value and origin. The default where it names none.
+    /// The settings in the file for the chosen control plane: key, value and origin. The default if the file names none.
     #[must_use]
     pub fn plane_rows(&self) -> Vec<(String, String, Origin)> {
         let Some(plane) = self.plane() else {
@@ -151,18 +151,18 @@ impl Layers {
         }
     }
 
-    /// Notes a mistake; it is reported with all others.
+    /// Notes a mistake. It is reported with all others.
     pub fn mistake(&mut self, text: String) {
         self.mistakes.push(text);
     }
 
-    /// Mistakes that concern no value of a layer.
+    /// Mistakes that belong to no value of a layer.
     #[must_use]
     pub fn mistakes(&self) -> &[String] {
         &self.mistakes
     }
 
-    /// Sets a value unless a layer has one already.
+    /// Sets a value if no layer has one yet.
     ///
     /// # Panics
     /// When `name` is not in [`KEYS`].
@@ -176,7 +176,7 @@ impl Layers {
         }
     }
 
-    /// The effective text and where it came from.
+    /// The effective text and its origin.
     #[must_use]
     pub fn get(&self, key: &Key) -> (Option<&str>, Origin) {
         match (self.values.get(key.name), key.default) {
@@ -197,7 +197,7 @@ impl Layers {
         self.secrets.get(key.name).map(|(secret, line)| (secret, Origin::File { line: *line }))
     }
 
-    /// How a mistake in this setting begins: its name where the operator wrote it.
+    /// The beginning of a mistake in this setting: its name as the operator wrote it.
     #[must_use]
     pub fn place(&self, key: &Key, origin: Origin) -> String {
         match (origin, &self.file) {
@@ -206,7 +206,7 @@ impl Layers {
         }
     }
 
-    /// An origin for people.
+    /// An origin as text for people.
     #[must_use]
     pub fn describe(&self, origin: Origin) -> String {
         match (origin, &self.file) {
@@ -221,7 +221,7 @@ impl Layers {
     }
 }
 
-/// The warning about an environment variable whose name is almost that of a setting.
+/// The warning about an environment variable whose name is similar to a setting.
 fn near_miss(name: &str) -> Option<String> {
     let is_setting = |key: &Key| key.name == name || key.lower_case().as_deref() == Some(name);
     if KEYS.iter().any(is_setting) {

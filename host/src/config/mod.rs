@@ -1,6 +1,6 @@
 //! Reads flags, environment and file into one checked [`HostConfig`]; reports all mistakes at once.
 //!
-//! Nothing here talks to the network, and nothing talks to the network before this has succeeded.
+//! This module does not use the network. The node uses the network only after this module has succeeded.
 
 mod file;
 mod keys;
@@ -34,9 +34,9 @@ use crate::{
 };
 use parser::Parser;
 
-/// Everything the node needs to know. Each module owns its part.
+/// The whole configuration of the node. Each module owns its part.
 pub struct HostConfig {
-    /// Who the node is, and how it registers and signs in.
+    /// The node's identity, registration and sign-in.
     pub auth: auth::Config,
     /// Which control plane the node serves.
     pub plane: PlaneChoice,
@@ -46,17 +46,17 @@ pub struct HostConfig {
     pub session: session::Config,
     /// How many tasks run, and how they end.
     pub engine: engine::Config,
-    /// Where tasks work, and how their data moves.
+    /// The directories of tasks, and the transfer of their data.
     pub storage: storage::Config,
-    /// Where reports are kept.
+    /// The outbox of reports.
     pub outbox: outbox::Options,
-    /// What all plugins share.
+    /// The settings for all plugins.
     pub plugins: plugins::Options,
     /// The node's pages.
     pub observe: observe::Config,
-    /// How the network is reached.
+    /// Access to the network.
     pub transport: transport::Config,
-    /// Settings that work but should be changed, a line each.
+    /// Settings that work but should be changed, one line each.
     pub warnings: Vec<String>,
 }
 
@@ -67,7 +67,7 @@ pub enum PlaneChoice {
     Posemesh,
     /// A folder of job files.
     Local {
-        /// The name of the plane.
+        /// The name of the control plane.
         name: PlaneName,
         /// The folder.
         folder: PathBuf,
@@ -76,7 +76,7 @@ pub enum PlaneChoice {
     },
 }
 
-/// Every mistake in the configuration, a line each.
+/// Every mistake in the configuration, one line each.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", .0.join("\n"))]
 pub struct Mistakes(pub Vec<String>);
@@ -85,7 +85,7 @@ impl HostConfig {
     /// Checks the layers and builds the configuration.
     ///
     /// # Errors
-    /// With all mistakes at once. A secret's value is in none of them.
+    /// All mistakes at once. None contains the value of a secret.
     pub fn build(layers: &Layers, secrets: &Secrets) -> Result<Self, Mistakes> {
         let (mut built, parser) = Self::examine(layers, secrets);
         built.warnings = parser::lines(&parser.warnings);
@@ -96,7 +96,7 @@ impl HostConfig {
     /// Checks the settings of some tables of the file, such as `plugins`. Everything else has a placeholder.
     ///
     /// # Errors
-    /// With all mistakes in these settings.
+    /// All mistakes in these settings.
     pub fn some(layers: &Layers, tables: &[&str]) -> Result<Self, Mistakes> {
         let mut parser = Parser::new(layers);
         let mut built = Self::blank();
@@ -123,7 +123,7 @@ impl HostConfig {
         }
     }
 
-    /// A configuration with placeholders for what cannot be used, and what there is to say about it.
+    /// A configuration with placeholders for unusable values, with its mistakes and warnings.
     fn examine<'a>(layers: &'a Layers, secrets: &Secrets) -> (Self, Parser<'a>) {
         let posemesh = layers.needs_posemesh();
         let mut parser = Parser::new(layers);
@@ -133,7 +133,7 @@ impl HostConfig {
             let present = if key.is_secret() {
                 match secrets.find(key, layers) {
                     Ok(found) => found.is_some_and(|found| parser.secrets.insert(key.name, found).is_none()),
-                    // What cannot be read is not missing as well.
+                    // An unreadable secret is not reported as missing too.
                     Err(problem) => {
                         parser.mistakes.push(Remark::at(key.name, "", problem));
                         true
@@ -210,7 +210,7 @@ impl Parser<'_> {
         if let Some(dir) = self.optional("STATE_DIR") {
             return PathBuf::from(dir);
         }
-        // An empty or relative one counts as unset, as its specification says.
+        // By its specification, an empty or relative path counts as unset.
         let xdg = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
         let base = xdg.or_else(|| {
             let home = std::env::home_dir().filter(|path| path.is_absolute());
@@ -222,7 +222,7 @@ impl Parser<'_> {
         })
     }
 
-    /// Notes a base URL that must not be called, or that paths cannot be added to.
+    /// Notes a base URL that is not allowed, or to which paths cannot be added.
     fn look_at_base_url(&mut self, name: &str, url: &Url, policy: transport::Policy) {
         if let Err(err) = policy.check(url) {
             self.mistake(name, err);
@@ -241,7 +241,7 @@ impl Parser<'_> {
         })
     }
 
-    /// What goes through a proxy, from four settings.
+    /// The rules for proxies, from four settings.
     fn proxies(&mut self) -> Proxies {
         let [http, https, all] = ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"].map(|name| {
             let url = self.optional(name)?;
@@ -265,7 +265,7 @@ fn placeholder() -> Url {
     Url::parse("http://127.0.0.1").expect("a constant URL")
 }
 
-/// Below the system's temporary folder, a folder per user: others must not be able to claim it, see
+/// A folder per user below the system's temporary folder. Other users must not be able to claim it, see
 /// [`own_scratch_dir`].
 #[must_use]
 pub fn default_scratch_dir() -> PathBuf {

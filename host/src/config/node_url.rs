@@ -86,7 +86,7 @@ fn servable(url: &Url, bind: SocketAddr, dds: &Url) -> Result<(), String> {
     Ok(())
 }
 
-/// The address that a host has for certain.
+/// The address of a host, if it is certain.
 fn address(url: &Url) -> Option<IpAddr> {
     match url.host()? {
         Host::Domain(name) => {

@@ -1,4 +1,4 @@
-//! From texts to values, with every mistake noted.
+//! Parses texts to values and notes every mistake.
 
 use std::{collections::BTreeMap, net::SocketAddr, time::Duration};
 
@@ -13,27 +13,27 @@ use super::{
 };
 use crate::auth::NodeKey;
 
-/// Longer than any wait; beyond it clocks overflow.
+/// The longest duration. It is longer than any wait. Longer durations could overflow clocks.
 const SECS_MAX: u64 = 10 * 366 * 24 * 60 * 60;
 
 /// A remark about the configuration: one line, without a secret.
 #[derive(Clone, Debug)]
 pub struct Remark {
-    /// The setting it is about, where it is about one.
+    /// The setting, if the remark is about one.
     pub setting: Option<&'static str>,
-    /// Where the operator wrote it.
+    /// The place where the operator wrote it.
     place: String,
     /// What was expected and found, or what is used instead.
     pub what: String,
 }
 
 impl Remark {
-    /// About no setting that could be shown.
+    /// A remark that belongs to no shown setting.
     pub(super) fn plain(line: impl Into<String>) -> Self {
         Self { setting: None, place: String::new(), what: line.into() }
     }
 
-    /// About a setting, with words of its own for where it was written.
+    /// A remark about a setting, with a special text for its place.
     pub fn at(setting: &'static str, place: impl Into<String>, what: impl std::fmt::Display) -> Self {
         Self { setting: Some(setting), place: place.into(), what: what.to_string() }
     }
@@ -50,7 +50,7 @@ pub(super) struct Parser<'a> {
     pub(super) layers: &'a Layers,
     pub(super) mistakes: Vec<Remark>,
     pub(super) warnings: Vec<Remark>,
-    /// Each with where it comes from.
+    /// Each with its origin.
     pub(super) secrets: BTreeMap<&'static str, (SecretString, String)>,
 }
 
@@ -96,7 +96,7 @@ impl<'a> Parser<'a> {
         self.found(name).1
     }
 
-    /// A value `parse` understands; after a mistake, which is noted, `fallback`.
+    /// The value that `parse` returns. After a mistake, which is noted, `fallback`.
     pub(super) fn value<T>(&mut self, name: &str, expected: &str, fallback: T, parse: impl Fn(&str) -> Option<T>) -> T {
         let Some(text) = self.optional(name) else { return fallback };
         if let Some(value) = parse(text) {
@@ -116,12 +116,12 @@ impl<'a> Parser<'a> {
         self.value(name, &expected, 1, |text| text.parse().ok().filter(|count| (1..=most).contains(count)))
     }
 
-    /// How often something is tried again; -1: always.
+    /// The number of repetitions. -1: no limit.
     pub(super) fn retries(&mut self, name: &str) -> i32 {
         self.value(name, "-1 or a number of attempts", -1, |text| text.parse().ok().filter(|retries| *retries >= -1))
     }
 
-    /// A secret that [`super::Secrets`] found; empty where there is none.
+    /// A secret that [`super::Secrets`] found. Empty if there is none.
     pub(super) fn secret(&self, name: &str) -> SecretString {
         self.secrets.get(name).map(|(secret, _)| secret.clone()).unwrap_or_default()
     }
@@ -139,7 +139,7 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// Whole seconds, at least 1: no call can end within no time.
+    /// Whole seconds, at least 1: no call can end in zero time.
     pub(super) fn seconds(&mut self, name: &str) -> Duration {
         let expected = format!("whole seconds, at most {SECS_MAX}");
         let seconds = self.value(name, &expected, 1, |text| text.parse().ok().filter(|secs| *secs <= SECS_MAX));
@@ -155,7 +155,7 @@ impl<'a> Parser<'a> {
         Duration::from_millis(self.value(name, &expected, 0, |text| text.parse().ok().filter(|ms| *ms <= most)))
     }
 
-    /// A ratio, clamped to 0..=1 as posemesh.md sections 4.10 and 7.1 say; not a number is a mistake.
+    /// A ratio, clamped to 0..=1 (posemesh.md sections 4.10 and 7.1). NaN is a mistake.
     pub(super) fn ratio(&mut self, name: &str) -> f64 {
         let ratio = self.value(name, "a number from 0 to 1", 0.5, |text| {
             text.parse::<f64>().ok().filter(|ratio| ratio.is_finite())
@@ -240,7 +240,7 @@ impl<'a> Parser<'a> {
         self.value(name, "a size above 0 such as 512MiB", 1, |text| byte_size(text).filter(|bytes| *bytes > 0))
     }
 
-    /// What goes into a header: visible ASCII and spaces. Unset changes nothing.
+    /// The text of a header: visible ASCII and spaces. Unset changes nothing.
     pub(super) fn header_text(&mut self, name: &str, value: &mut String) {
         match self.optional(name) {
             Some(text) if text.bytes().all(|byte| matches!(byte, b' '..=b'~')) => text.clone_into(value),
@@ -249,13 +249,13 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// Words between commas, in lower case.
+    /// Comma-separated words, in lower case.
     pub(super) fn list(&self, name: &str) -> Vec<String> {
         let words = self.optional(name).unwrap_or_default().split(',');
         words.map(|word| word.trim().to_ascii_lowercase()).filter(|word| !word.is_empty()).collect()
     }
 
-    /// Warns of a word that is neither form: `json` counts then (posemesh.md section 7.1).
+    /// Warns of a word that is neither form. Then `json` is used (posemesh.md section 7.1).
     pub(super) fn look_at_log_format(&mut self) {
         let Some(text) = self.optional("LOG_FORMAT") else { return };
         if !["json", "text"].iter().any(|form| text.eq_ignore_ascii_case(form)) {
@@ -263,7 +263,7 @@ impl<'a> Parser<'a> {
         }
     }
 
-    /// `v1.2.3` becomes `1.2.3`; what is no version becomes the host's own (posemesh.md section 7.1).
+    /// `v1.2.3` becomes `1.2.3`. An invalid version is replaced by the version of the host (posemesh.md section 7.1).
     pub(super) fn version(&mut self, name: &str) -> String {
         let own = env!("CARGO_PKG_VERSION");
         let Some(text) = self.optional(name) else { return own.to_owned() };

@@ -14,7 +14,8 @@ use super::parser::Parser;
 const KERNELS: [&str; 3] = ["/proc", "/sys", "/dev"];
 const SHARED_MEMORY: &str = "/dev/shm";
 
-/// A node removes folders of SCRATCH_DIR whose names begin so when their process is gone (`storage::Scratch`).
+/// The prefix of folders in SCRATCH_DIR. A node removes such a folder when its process has ended
+/// (`storage::Scratch`).
 const SWEPT_PREFIX: &str = "node-";
 
 /// Longest label and longest name of a host.
@@ -111,7 +112,7 @@ fn resolved(path: &Path) -> PathBuf {
 }
 
 fn writable_trouble(path: &Path) -> Option<String> {
-    // Without a slash at its end, behind which no file is found.
+    // Without a trailing slash, because no file is found with one.
     let path: PathBuf = path.components().collect();
     for place in path.ancestors() {
         let place = if place.as_os_str().is_empty() { Path::new(".") } else { place };
@@ -124,7 +125,7 @@ fn writable_trouble(path: &Path) -> Option<String> {
             Ok(_) => {
                 may_write(place).map(|err| format!("expected a folder this user can write to, found {shown}: {err}"))
             }
-            // It would be made.
+            // It would be created.
             Err(err) if matches!(err.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => continue,
             Err(err) => Some(format!("expected a folder, found {shown}: {err}")),
         };
@@ -138,13 +139,13 @@ fn may_write(folder: &Path) -> Option<std::io::Error> {
     rustix::fs::access(folder, Access::WRITE_OK | Access::EXEC_OK).err().map(Into::into)
 }
 
-/// It shows when it is tried.
+/// Not checked here: an error appears at the first use.
 #[cfg(not(unix))]
 fn may_write(_: &Path) -> Option<std::io::Error> {
     None
 }
 
-/// What is wrong with the name of a URL's host, which no look-up could find.
+/// The mistake in the host name of a URL that no look-up could find.
 #[must_use]
 pub fn host_trouble(url: &Url) -> Option<String> {
     let Some(Host::Domain(name)) = url.host() else { return None };
@@ -156,7 +157,7 @@ pub fn host_trouble(url: &Url) -> Option<String> {
     })
 }
 
-/// The same for a proxy, of whose URL nothing may be repeated.
+/// The same for a proxy. No part of its URL may be repeated.
 pub(super) fn proxy_trouble(url: &str) -> Option<String> {
     let whole = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
     let trouble = Url::parse(&whole).ok().and_then(|url| host_trouble(&url))?;
@@ -164,7 +165,7 @@ pub(super) fn proxy_trouble(url: &str) -> Option<String> {
     Some(format!("{expected}; correct the host of the proxy"))
 }
 
-/// Names between dots; the last one may be followed by a dot.
+/// Names between dots. A dot may follow the last one.
 fn is_name(host: &str) -> bool {
     let name = host.strip_suffix('.').unwrap_or(host);
     let is_label =
@@ -180,7 +181,7 @@ impl Parser<'_> {
         }
     }
 
-    /// Notes that the folder of this user belongs to another, where it is to be used.
+    /// Notes that another user owns the folder of this user, if it will be used.
     pub(super) fn look_at_own_folder(&mut self) {
         if self.optional("SCRATCH_DIR").is_none()
             && let Some(trouble) = foreign_trouble(&super::default_scratch_dir())
@@ -208,8 +209,8 @@ impl Parser<'_> {
         hosts
     }
 
-    /// Warns of entries that a list of hosts without proxy cannot hold: other programs read it too, so
-    /// they are no mistake.
+    /// Warns of invalid entries in a list of hosts without a proxy. They are no mistake, because other programs read
+    /// the list too.
     pub(super) fn look_at_unproxied(&mut self, name: &str) {
         let odd: Vec<String> = self.list(name).into_iter().filter(|entry| !is_unproxied(entry)).collect();
         for entry in odd {
@@ -218,7 +219,7 @@ impl Parser<'_> {
     }
 }
 
-/// `text` is in lower case. Addresses of version 6 stand with or without brackets.
+/// `text` is in lower case. IPv6 addresses have brackets or not.
 fn is_host(text: &str) -> bool {
     let Ok(url) = Url::parse(&format!("http://{text}")) else { return text.parse::<IpAddr>().is_ok() };
     // Only the canonical form can match.
@@ -230,7 +231,7 @@ fn is_host(text: &str) -> bool {
     port.is_some_and(|port| port.is_empty() || is_port(port)) && !text.contains('*')
 }
 
-/// `*`, an address, a network such as `10.0.0.0/8`, a host or a domain, also with a dot in front.
+/// `*`, an address, a network such as `10.0.0.0/8`, a host or a domain. A leading dot is allowed.
 fn is_unproxied(text: &str) -> bool {
     if let Some((address, bits)) = text.split_once('/') {
         let most = match address.parse() {
@@ -316,7 +317,7 @@ mod tests {
         use std::os::unix::fs::PermissionsExt as _;
         let base = tempfile::tempdir().expect("a folder");
         std::fs::set_permissions(base.path(), std::fs::Permissions::from_mode(0o500)).expect("ours");
-        // Nothing is closed to the superuser.
+        // The superuser has access to every folder.
         let open = rustix::process::geteuid().is_root();
         let said = folder_trouble(&base.path().join("a"));
         let wanted = format!("expected a folder this user can write to, found {}: ", base.path().display());

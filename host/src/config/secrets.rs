@@ -1,8 +1,8 @@
-//! Secrets leave the environment before the first thread and the first plugin.
+//! Removes secrets from the environment before the first thread and the first plugin start.
 //!
-//! A plugin in this process can read `std::env`, and on Linux `/proc/self/environ`, which keeps
-//! showing the memory the process was started with. So a secret is taken out of both: the variable is
-//! removed and its bytes are overwritten in place.
+//! A plugin in this process can read `std::env`. On Linux it can also read `/proc/self/environ`, which shows the
+//! memory of the process start. So a secret is removed from both: the variable is removed, and its bytes are
+//! overwritten in place.
 
 use std::{collections::BTreeMap, path::Path};
 
@@ -17,16 +17,16 @@ use super::{
 /// Largest secret read from a file, in bytes.
 const BYTES_MAX: u64 = 16 * 1024;
 
-/// Secrets found in the environment, or chosen by a command, by variable.
+/// Secrets from the environment or from a command, by variable.
 pub struct Secrets {
     values: BTreeMap<&'static str, SecretString>,
-    /// Secrets that were given and are not UTF-8.
+    /// The given secrets that are not UTF-8.
     garbled: Vec<&'static str>,
     origin: Origin,
 }
 
 impl Secrets {
-    /// Takes every secret out of the environment.
+    /// Removes every secret from the environment.
     ///
     /// # Safety
     /// No other thread may be running: call it first in `main`.
@@ -39,7 +39,7 @@ impl Secrets {
                     Ok(value) => drop(found.insert(name, SecretString::from(value))),
                     Err(_) => garbled.push(name),
                 }
-                // SAFETY: the caller's promise: nobody else reads or writes the environment now.
+                // SAFETY: the caller guarantees that no other thread reads or writes the environment now.
                 unsafe {
                     overwrite(name);
                     std::env::remove_var(name);
@@ -49,7 +49,7 @@ impl Secrets {
         Self { values: found, garbled, origin: Origin::Environment }
     }
 
-    /// Secrets that do not come from the environment. Unknown names are passed over.
+    /// Secrets that are not from the environment. Unknown names are ignored.
     pub fn from_pairs<'a>(pairs: impl IntoIterator<Item = (&'a str, &'a str)>) -> Self {
         let known = |name: &str| Key::find(name).filter(|key| key.is_secret()).map(|key| key.name);
         let pairs = pairs.into_iter();
@@ -57,17 +57,17 @@ impl Secrets {
         Self { values: values.collect(), garbled: Vec::new(), origin: Origin::Command }
     }
 
-    /// The secret itself, where it was given directly. Blank is unset.
+    /// The secret itself, if it was given directly. Blank is unset.
     fn direct(&self, key: &Key) -> Option<(&SecretString, Origin)> {
         let value = self.values.get(key.name).filter(|value| !value.expose_secret().trim().is_empty());
         value.map(|value| (value, self.origin))
     }
 
-    /// The secret in effect and where it came from: given directly, or in a file that is named; whichever
-    /// is in the higher layer. `None`: there is none.
+    /// The effective secret and its origin: given directly, or in a named file. The higher layer has priority. `None`:
+    /// there is none.
     ///
     /// # Errors
-    /// One line without the secret: both were given in one layer, it is no text, or the file cannot be used.
+    /// One line without the secret: both were given in one layer, it is not text, or the file cannot be used.
     pub fn find(&self, key: &Key, layers: &Layers) -> Result<Option<(SecretString, String)>, String> {
         if self.garbled.contains(&key.name) {
             return Err(format!("{}: expected UTF-8, found other bytes", key.name));
@@ -99,7 +99,7 @@ fn is_file(origin: Origin) -> bool {
     matches!(origin, Origin::File { .. })
 }
 
-/// The one line a secret's file holds.
+/// The one line of a secret's file.
 fn read(path: &Path) -> Result<SecretString, String> {
     let text = file::read_text(path, BYTES_MAX)?;
     let line = text.trim();
@@ -112,7 +112,7 @@ fn read(path: &Path) -> Result<SecretString, String> {
     Ok(SecretString::from(line.to_owned()))
 }
 
-/// Overwrites the value of `name` where the process was given it.
+/// Overwrites the value of `name` in the initial environment of the process.
 ///
 /// # Safety
 /// No other thread may be running.
@@ -121,8 +121,8 @@ unsafe fn overwrite(name: &str) {
     unsafe extern "C" {
         static environ: *const *mut std::ffi::c_char;
     }
-    // SAFETY: `environ` is a null-terminated list of C strings, and nobody else touches it now. Only
-    // bytes inside a string are written, its length stays.
+    // SAFETY: `environ` is a null-terminated list of C strings, and no other thread uses it now. Only bytes inside a
+    // string are written. Its length does not change.
     unsafe {
         let mut entry = environ;
         while !entry.is_null() && !(*entry).is_null() {
@@ -139,7 +139,7 @@ unsafe fn overwrite(name: &str) {
     }
 }
 
-/// Nothing shows the first environment here.
+/// This system does not show the initial environment.
 ///
 /// # Safety
 /// Always safe.

@@ -1,4 +1,4 @@
-//! The commands' side: one question, one answer.
+//! The client side, for commands: one request, one answer.
 
 use std::path::{Path, PathBuf};
 
@@ -7,20 +7,20 @@ use serde::{Serialize, de::DeserializeOwned};
 /// Why a running node did not answer: one line.
 #[derive(Debug, thiserror::Error)]
 pub enum ControlError {
-    /// Nobody listens, or the answer cannot be used.
+    /// No process listens, or the answer cannot be used.
     #[error("the node at {path} does not answer: {reason}", path = path.display())]
     Silent {
         /// Its socket.
         path: PathBuf,
-        /// What went wrong.
+        /// The error.
         reason: String,
     },
-    /// There are no such sockets on this system.
+    /// This system has no such sockets.
     #[error("a running node cannot be asked on this system; stop the node first")]
     Unsupported,
 }
 
-/// Asks the node on the state folder `folder`. `body` makes it a POST.
+/// Sends a request to the node of the state folder `folder`. With `body` it is a POST.
 ///
 /// # Errors
 /// When it does not answer in time.
@@ -36,7 +36,7 @@ pub async fn ask<T: DeserializeOwned>(
     use http_body_util::{BodyExt as _, Full};
     use hyper_util::rt::TokioIo;
 
-    /// A node that is busy answers in milliseconds; one that is stopped never.
+    /// A busy node answers in milliseconds. A stopped process never answers.
     const PATIENCE: Duration = Duration::from_secs(10);
 
     let socket = folder.join(super::SOCKET);
@@ -68,7 +68,7 @@ pub async fn ask<T: DeserializeOwned>(
     answer.map_err(|reason| ControlError::Silent { path: socket, reason })
 }
 
-/// There is no such socket here.
+/// This system has no such sockets.
 ///
 /// # Errors
 /// Always.

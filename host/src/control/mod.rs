@@ -1,7 +1,7 @@
-//! How commands talk to a running node: HTTP over a socket in its state folder.
+//! Connects commands with a running node: HTTP over a socket in its state folder.
 //!
-//! Who may open the socket is who owns the folder; nothing of it is on the network. [`ControlSocket`] is the
-//! node's side, [`client`] the commands'.
+//! Only the owner of the folder may open the socket. It is not on the network. [`ControlSocket`] is the side of the
+//! node, [`client`] is the side of the commands.
 
 pub mod client;
 
@@ -12,14 +12,14 @@ use crate::{model::TaskId, outbox::Listing};
 /// The socket's name in the state folder.
 pub const SOCKET: &str = "control.sock";
 
-/// Which reports a command is about.
+/// The reports that a command selects.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Wanted {
-    /// Their tasks; `null`: all.
+    /// Their tasks. `null`: all.
     pub tasks: Option<Vec<TaskId>>,
 }
 
-/// Reports, as they were listed or before they were dropped.
+/// Listed reports, or dropped reports as they were before.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Reports {
     /// The oldest first.
@@ -29,21 +29,21 @@ pub struct Reports {
 #[cfg(unix)]
 pub use socket::ControlSocket;
 
-/// A path by which the socket of a folder can be reached.
+/// A path to the socket of a folder.
 #[cfg(unix)]
 struct Address {
     path: std::path::PathBuf,
-    /// Open for as long as the path leads through it.
+    /// Open while the path uses it.
     _folder: Option<std::fs::File>,
 }
 
 #[cfg(unix)]
 impl Address {
-    /// The longest path a socket's address holds.
+    /// The longest path in the address of a socket.
     #[cfg(target_os = "linux")]
     const BYTES_MAX: usize = 107;
 
-    /// Where the plain path is too long for an address, Linux has a short one through the opened folder.
+    /// If the plain path is too long for an address, Linux has a short one through the opened folder.
     fn of(folder: &std::path::Path) -> std::io::Result<Self> {
         let path = folder.join(SOCKET);
         #[cfg(target_os = "linux")]
@@ -92,13 +92,13 @@ mod socket {
         reserve: 1,
     };
 
-    /// The node's side, listening.
+    /// The listening side of the node.
     pub struct ControlSocket {
         listener: UnixListener,
         socket: Socket,
     }
 
-    /// The socket's file, gone with its node, also with one that never ran.
+    /// The file of the socket. It is removed when this is dropped, even if the node never ran.
     struct Socket(PathBuf);
 
     impl Drop for Socket {
@@ -113,10 +113,10 @@ mod socket {
         /// Listens in a state folder that this process holds.
         ///
         /// # Errors
-        /// When the socket cannot be made, for example below a path that is too long for one (not on Linux).
+        /// When the socket cannot be created, for example with a path that is too long (not on Linux).
         pub fn open(folder: &Path) -> io::Result<Self> {
             let path = folder.join(SOCKET);
-            // Who holds the folder is alone with it: what lies there was left by a process that died.
+            // Only this process uses the folder. An existing socket is from a process that died.
             match std::fs::remove_file(&path) {
                 Err(err) if err.kind() != io::ErrorKind::NotFound => return Err(err),
                 _ => {}
@@ -134,7 +134,7 @@ mod socket {
                 .route("/outbox", get(list))
                 .route("/outbox/retry", post(retry))
                 .route("/outbox/drop", post(drop_reports))
-                // As large as the outbox that it comes from.
+                // The body can be as large as the outbox that it comes from.
                 .route("/outbox/take-up", post(take_up).layer(DefaultBodyLimit::disable()))
                 .with_state(outbox);
             listen::serve(listener, LIMITS, stop, |socket, ()| {

@@ -350,7 +350,7 @@ mod tests {
 
     const FIRST: &[u8] = b"{\"first\":true}";
 
-    /// Creates a file with 60 reports and returns the reports. Others were removed, and some were written twice.
+    /// Creates a file with 60 reports and returns them. Each was written twice. Ten more were removed.
     fn sixty(path: &Path) -> Vec<Row> {
         let row =
             |number: u64| (number, format!("{{\"report\":{number},\"text\":\"{}\"}}", "x".repeat(500)).into_bytes());

@@ -1,4 +1,4 @@
-//! No task result is lost: reports are kept until the control plane accepts them or rejects them permanently.
+//! No finished work is lost: reports are kept until the control plane accepts or permanently refuses them.
 
 use std::{
     fs::File,
@@ -18,7 +18,7 @@ use crate::harness::{
 
 const COMPLETE: &str = "POST /v1/tasks/*/complete";
 
-/// Waits until this many reports of ended tasks are waiting.
+/// Waits until no task runs and this many reports wait.
 async fn waiting(node: &TestNode, count: usize) -> Value {
     let waits = |page: &Value| page["outbox"]["waiting"] == count && page["tasks"] == json!({});
     node.page_until("/status.json", |page| waits(&page.1)).await.1
@@ -34,7 +34,7 @@ fn accepted(lab: &TestServer) -> usize {
 async fn finished_work_outlives_an_outage_of_several_leases_and_a_restart() {
     let lab = TestServer::start().await;
     let rubbish = Rubbish::before(&lab).await;
-    // The control plane's lease is long, but the node sees a lease term of one second.
+    // The leases of the dev server are longer, but the node gets an expiry in one second.
     let brief = || {
         Bad::edit(|answer| {
             let soon = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(1);
@@ -47,7 +47,7 @@ async fn finished_work_outlives_an_outage_of_several_leases_and_a_restart() {
     let node = rubbish.node(&[fixtures::hello()]).set("MAX_CONCURRENCY", "2").leasing().await;
     let input = lab.put("who", b"world").await;
     let jobs: Vec<_> = (0..5).map(|_| lab.task("/examples/hello/v1").inputs(&[input]).submit()).collect();
-    // A report waits briefly before its task is in the list of ended tasks.
+    // A report is in the outbox shortly before its task is among the recent ones.
     let all =
         |page: &Value| page["outbox"]["waiting"] == 5 && page["recent"].as_array().is_some_and(|all| all.len() == 5);
     let status = node.page_until("/status.json", |page| all(&page.1)).await.1;
@@ -60,7 +60,7 @@ async fn finished_work_outlives_an_outage_of_several_leases_and_a_restart() {
     );
     tokio::time::sleep(Duration::from_secs(2)).await; // two more leases
     assert_eq!(accepted(&lab), 0);
-    // The process ends with reports in memory.
+    // The process ends while reports wait.
     node.term();
     assert_eq!(node.wait().await, 75, "{}", node.log());
     assert_eq!(node.said("outbox.reports_left")[0]["reports"], 5);
@@ -84,7 +84,7 @@ async fn a_report_is_owed_from_the_end_of_its_task_and_each_try_counts_however_i
     let rubbish = Rubbish::before(&lab).await;
     rubbish.answer(COMPLETE, usize::MAX, Bad::Hang);
     let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
-    // The first task ends at once. The second takes longer, so its report is written before it is sent.
+    // The first task ends at once. The second takes longer, and its report is written before the first try.
     for (count, nap) in [(1, 0), (2, 100)] {
         lab.task("/fixtures/ignores-cancel/v1").meta(json!({ "sleep_ms": nap })).submit();
         rubbish.seen(COMPLETE, count).await;
@@ -96,7 +96,7 @@ async fn a_report_is_owed_from_the_end_of_its_task_and_each_try_counts_however_i
     assert_eq!(node.wait().await, 75, "{}", node.log());
     let (listed, _) = self::outbox(&node, &["list"], 0).await;
     for report in listed.as_array().expect("a list") {
-        // Sent by its attempt and once more before the end. If neither gets an answer, one is enough.
+        // The attempt tries once, and the node tries again before its end. Without answers, one try is enough.
         assert!(report["attempts"].as_u64().is_some_and(|tries| tries >= 1), "{listed:#}");
         assert_eq!(report["last_error"], "the node stopped before the control plane answered", "{listed:#}");
     }
@@ -128,12 +128,12 @@ async fn a_backlog_goes_out_several_at_once_the_oldest_first() {
     };
     let so_far = before.iter().sum::<usize>();
     let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
-    // One report shows whether the control plane accepts reports.
+    // The node first tries one report only.
     rubbish.seen(COMPLETE, so_far + 1).await;
     assert_eq!(sent(&rubbish).iter().position(|sent| !sent), Some(1));
     first.cancel();
     rubbish.seen(COMPLETE, so_far + 9).await;
-    // Enough time for more reports than allowed.
+    // More reports than allowed could be sent in this time.
     next.page_until("/status.json", |page| page.1["outbox"]["waiting"] == COUNT - 1).await;
     let sent: Vec<usize> = (0..COUNT).filter(|at| sent(&rubbish)[*at]).collect();
     assert_eq!(sent, (0..9).collect::<Vec<_>>(), "the oldest eight more, and each once");
@@ -194,7 +194,7 @@ async fn a_plane_that_says_when_to_come_again_gets_the_report_then() {
     node.stop().await;
 }
 
-// posemesh.md section 9: a report that is rejected for long causes no second run while heartbeats work.
+// posemesh.md section 9: while heartbeats work, a long wait for acceptance causes no second run.
 #[tokio::test]
 async fn a_lease_is_kept_while_its_report_is_on_its_way_and_no_longer() {
     const HEARTBEAT: &str = "POST /v1/tasks/*/heartbeat";
@@ -206,7 +206,7 @@ async fn a_lease_is_kept_while_its_report_is_on_its_way_and_no_longer() {
     let job = lab.task("/fixtures/ok/v1").set("max_attempts", json!(5)).submit();
     node.says_ended("waiting").await;
     let began = Instant::now();
-    // The slot is free meanwhile.
+    // The slot is free during the wait.
     lab.run(&node, "/fixtures/fail/v1", json!({})).await.failed();
     tokio::time::sleep((ttl * 3).saturating_sub(began.elapsed())).await; // three lengths of the lease
     rubbish.heal();
@@ -228,7 +228,7 @@ async fn a_waiting_report_follows_its_task_when_a_heartbeat_renames_it() {
     let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(1)).await;
     let rubbish = Rubbish::before(&lab).await;
     let complete = format!("POST /v1/tasks/{other}/complete");
-    // The proxy answers calls for the new name, because the dev server knows the task by its old one.
+    // The test answers calls for the new name: the dev server knows only the old name.
     rubbish.answer(&complete, 1, Bad::Json(json!({})));
     rubbish.answer(&format!("POST /v1/tasks/{other}/heartbeat"), usize::MAX, Bad::Json(json!({})));
     rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
@@ -252,7 +252,7 @@ async fn a_node_that_stops_tries_its_reports_more_than_once() {
     let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
     let job = lab.task("/fixtures/ok/v1").submit();
     rubbish.seen(COMPLETE, 1).await;
-    // The first attempt hangs when the second signal arrives. The second attempt fails.
+    // The first try hangs until the second signal. The second try fails.
     node.term();
     node.says("node.draining").await;
     node.term();
@@ -303,7 +303,7 @@ async fn a_full_outbox_pauses_leasing_until_there_is_room() {
     node.stop().await;
 }
 
-/// The time of the last write to the outbox file.
+/// When the file of the outbox was last written.
 fn written(node: &TestNode) -> std::time::SystemTime {
     let file = std::fs::metadata(node.state_dir().join("outbox.redb")).expect("there");
     file.modified().expect("a file system with times")
@@ -313,7 +313,7 @@ fn written(node: &TestNode) -> std::time::SystemTime {
 async fn a_brief_task_whose_report_is_taken_at_once_costs_no_write() {
     let lab = TestServer::start().await;
     let node = lab.joined(&[fixtures::zoo()]).await;
-    // On a busy machine any answer can be late. Then the report is written, as required.
+    // On a busy machine an answer can be late. Then the report is written, which is correct.
     let mut unwritten = 0;
     for _ in 0..50 {
         let before = written(&node);
@@ -334,14 +334,14 @@ async fn a_brief_task_whose_report_is_not_taken_at_once_is_on_the_disk_soon() {
     let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
     let first = lab.task("/fixtures/ok/v1").submit();
     rubbish.seen(COMPLETE, 1).await;
-    // The one slot gets the next task only after the first task's result is on disk.
+    // The one slot serves the next task only after the first report is on the disk.
     lab.task("/fixtures/ok/v1").submit();
     rubbish.seen(COMPLETE, 2).await;
     node.kill();
     node.wait().await;
     rubbish.heal();
     let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
-    // The lease has not expired, so the report comes from the disk.
+    // Its lease has not expired, so the report is from the disk.
     let ended = lab.ended(&next, first).await;
     assert_eq!(ended.completed().task()["attempts"], 1, "{}", next.log());
     assert_eq!(ended.0["receipts"].as_array().map(Vec::len), Some(1));
@@ -377,7 +377,7 @@ async fn a_plane_that_is_away_blocks_no_slot() {
     let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
     let first = lab.task("/fixtures/ok/v1").submit();
     rubbish.seen(COMPLETE, 1).await;
-    // The report hangs. The one slot gets the next task.
+    // Its report hangs. The one slot serves the next task.
     lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
     gate.cancel();
     lab.ended(&node, first).await.completed();
@@ -473,7 +473,7 @@ async fn a_damaged_file_is_set_aside_and_said_and_the_node_goes_on() {
     node.stop().await;
 }
 
-/// A device file simulates a disk with errors.
+/// A device simulates a disk with errors.
 #[cfg(target_os = "linux")]
 #[tokio::test]
 async fn a_file_the_system_gives_no_access_to_is_not_taken_for_a_damaged_one() {
@@ -506,7 +506,7 @@ async fn a_state_folder_that_is_removed_under_a_node_is_made_again_with_what_is_
     let line = node.says(MADE_AGAIN).await;
     assert_eq!(line["level"], "ERROR", "{line}");
     waiting(&node, 2).await;
-    // Commands reach the node in the new folder, which belongs to this node only.
+    // Commands reach the node through the new folder, which only this user can open.
     let socket = node.state_dir().join("control.sock");
     node.page_until("/status.json", |_| socket.exists()).await;
     assert_eq!(outbox(&node, &["list"], 0).await.0.as_array().map(Vec::len), Some(2));
@@ -549,7 +549,7 @@ async fn while_reports_cannot_be_written_nothing_is_leased_and_none_is_called_sa
     rubbish.seen(COMPLETE, rubbish.count(COMPLETE) + 2).await;
     assert_eq!(lab.dev_server.job(second).expect("a job")["job"]["status"], "pending", "nothing new is leased");
     std::fs::remove_file(&state).expect("removed");
-    // The node detects that by itself, and then gets the second task.
+    // The node detects this without a restart. Then it leases the second task.
     node.says("outbox.writable").await;
     waiting(&node, 2).await;
     assert_eq!(node.page("/ready").await.0, 200);
@@ -576,24 +576,24 @@ async fn a_full_disk_is_one_trouble_that_lasts_until_there_is_room() {
     rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
     let node = rubbish.node(&[fixtures::zoo()]).set("STATE_DIR", folder.path().to_string_lossy());
     let node = node.small_disk(folder.path()).leasing().await;
-    // The space of these reports in the file is reused after their removal.
+    // These reports make the file grow. Later reports can use the pages that they free.
     for _ in 0..20 {
         lab.task("/fixtures/ok/v1").submit();
     }
     waiting(&node, 20).await;
-    // The disk, seen in the node's mount namespace.
+    // The disk in the mount namespace of the node.
     let inside = PathBuf::from(format!("/proc/{}/root", node.pid()));
     let filler = inside.join(folder.path().strip_prefix("/").expect("an absolute path")).join("filler");
     let filled = File::create(&filler).and_then(|mut file| io::copy(&mut io::repeat(1), &mut file));
     assert_eq!(filled.map_err(|err| err.kind()), Err(io::ErrorKind::StorageFull));
     let (broken, mended) = ("outbox cannot be written, reports are kept in memory only", "outbox can be written again");
-    // The file accepts some of them, and rejects others.
+    // Some of these reports fit into the file, others do not.
     for _ in 0..200 {
         lab.task("/fixtures/ok/v1").submit();
     }
     node.says(broken).await;
     node.page_until("/ready", |page| page.0 == 503).await;
-    // One second passes between two write attempts.
+    // There is one second between two tries to write.
     let enough = Instant::now() + Duration::from_millis(2500);
     node.page_until("/ready", |page| {
         assert_eq!(page.0, 503, "{}", node.log());
@@ -653,7 +653,7 @@ async fn outbox_list_retry_and_drop_work_on_a_running_node_and_on_a_stopped_one(
     assert_eq!((&listed[0]["outcome"], &listed[0]["capability"]), (&json!("completed"), &json!("/fixtures/ok/v1")));
     assert!(listed[0]["last_error"].as_str().is_some_and(|text| text.contains("503")), "{listed}");
 
-    // A running node drops one permanently and logs it.
+    // A running node deletes one report and logs this.
     let (dropped, said) = outbox(&node, &["drop", &task(0)], 0).await;
     assert_eq!((dropped[0]["task_id"].as_str(), said.as_str()), (Some(task(0).as_str()), "dropped 1 report"));
     assert_eq!(node.says("report.dropped").await["task_id"], task(0).as_str());
@@ -670,7 +670,7 @@ async fn outbox_list_retry_and_drop_work_on_a_running_node_and_on_a_stopped_one(
     node.term();
     assert_eq!(node.wait().await, 75);
 
-    // A stopped node: the command reads the file itself.
+    // With a stopped node, the command changes the file itself.
     let (listed, _) = outbox(&node, &["list"], 0).await;
     assert_eq!(listed.as_array().map(Vec::len), Some(2));
     let (_, said) = outbox(&node, &["retry", &task(1)], 0).await;
@@ -732,14 +732,14 @@ async fn retry_takes_up_a_damaged_file() {
     }
     std::fs::write(&file, &bytes).expect("written");
     let next = rubbish.node(&[fixtures::zoo()]).leasing().await;
-    // The first file belongs to another node, so its reports are kept and not sent.
+    // The first file is from another node: its reports are kept and not sent.
     let (taken, said) = retry_from(next.state_dir(), &file).await;
     assert!(taken.len() >= COUNT - 1, "{taken:#?}");
     assert!(taken.iter().all(|report| report["state"] == "foreign"), "{taken:#?}");
     assert_eq!(said, format!("took up {} reports, which will be sent now", taken.len()));
     next.stop().await;
 
-    // The same node without its outbox file sends them.
+    // The same node without its outbox sends them.
     std::fs::remove_file(node.state_dir().join("outbox.redb")).expect("removed");
     let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
     let (taken, _) = retry_from(node.state_dir(), &file).await;
@@ -769,7 +769,7 @@ async fn retry_doubles_no_report() {
     assert_eq!(said, "took up 3 reports; no node runs here, the next start sends them");
     assert_eq!(json!(taken), dropped);
     assert_eq!(retry_from(state, &file).await, (Vec::new(), doubled.to_owned()));
-    // A running node that cannot deliver them.
+    // A running node that cannot deliver the reports.
     rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
     let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
     assert_eq!(retry_from(state, &file).await, (Vec::new(), doubled.to_owned()));
@@ -810,7 +810,7 @@ async fn damage_in_any_page_leaves_readable_reports() {
         let (taken, said) = retry_from(target, &file).await;
         assert!(taken.len() >= COUNT - 1, "page {page}: {} reports; {said}", taken.len());
     }
-    // The start sets such a file aside. The first byte of a page is its type.
+    // The next start sets such a file aside. The first byte of a page is its kind.
     rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
     for some in [&pages[..], &pages[1..], &pages[pages.len() / 2..]] {
         let mut bytes = sound.clone();
@@ -849,7 +849,7 @@ async fn folder_without_outbox_is_an_error() {
         assert!(said.stderr.starts_with(&start) && said.stderr.lines().count() == 1, "{word}: {}", said.stderr);
     }
     assert!(!missing.exists(), "nothing is made");
-    // An entry that cannot be read is an error.
+    // A state folder that cannot be read is an error.
     let file = folder.path().join("file");
     std::fs::write(&file, "x").expect("written");
     let said = list(&file).run().await.expect(78);

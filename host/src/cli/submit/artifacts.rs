@@ -13,13 +13,13 @@ use serde_json::{Value, json};
 pub(super) struct Artifact {
     pub(super) logical_path: String,
     pub(super) id: Option<String>,
-    /// Where it was stored, once it was.
+    /// Its path, after it was stored.
     pub(super) path: Option<PathBuf>,
 }
 
 impl Artifact {
     pub(super) fn to_json(&self) -> Value {
-        // JSON holds text only: bytes of a path that are not UTF-8 become U+FFFD.
+        // JSON holds only text. Bytes of a path that are not UTF-8 become U+FFFD.
         let path = self.path.as_deref().map(Path::to_string_lossy);
         json!({ "logical_path": self.logical_path, "id": self.id, "path": path })
     }
@@ -89,7 +89,7 @@ pub(super) enum NoPlace {
 /// A path below `folder` for a logical path.
 ///
 /// # Errors
-/// When a logical path tries to be anything else.
+/// When the logical path is not a usable path below `folder`.
 pub(super) fn place(folder: &Path, logical_path: &str) -> Result<PathBuf, NoPlace> {
     let mut path = folder.to_owned();
     let mut deeper = false;
@@ -106,7 +106,7 @@ pub(super) fn place(folder: &Path, logical_path: &str) -> Result<PathBuf, NoPlac
     if deeper { Ok(path) } else { Err(NoPlace::Empty) }
 }
 
-/// Makes the folders above `path` and checks whether a file can be stored there; `Some` if not.
+/// Creates the folders above `path` and checks whether a file can be stored there. `Some` if not.
 ///
 /// # Errors
 /// Errors that do not concern the path, such as a full disk.

@@ -10,10 +10,10 @@ use serde_json::Value;
 
 use crate::model::in_a_line;
 
-/// Progress lines come at most this often where there is no terminal.
+/// The least time between progress lines without a terminal.
 const LINE_PAUSE: Duration = Duration::from_secs(1);
 
-/// Transfers below this size get a line only at their end.
+/// Smaller transfers get a line only at their end.
 const LONG_BYTES: u64 = 16 * 1024 * 1024;
 
 /// See the module's text.
@@ -51,7 +51,7 @@ impl Notes {
         }
     }
 
-    /// Shows bytes moved; where there is no terminal, short moves only once they are over.
+    /// Shows transferred bytes. Without a terminal, a short transfer is shown only at its end.
     pub(super) fn bytes(&mut self, what: &str, done: u64, total: u64) {
         if self.bar.is_none() && done != total && total < LONG_BYTES {
             return;
@@ -101,8 +101,8 @@ impl Notes {
     }
 }
 
-/// Runners report progress each in their own way: a share of 100 under one of the usual names, and
-/// a word about what they are doing.
+/// Runners report progress in different forms. This reads a share of 100 under one of the usual names, and a word
+/// about the current step.
 fn progress(progress: &Value) -> (u64, String) {
     let share = ["pct", "percent", "progress"].iter().find_map(|name| progress[*name].as_f64());
     let share = share.unwrap_or(0.0).clamp(0.0, 100.0);

@@ -27,16 +27,16 @@ use crate::transport::{self, Answer, Body, Client, TransportError, full, innermo
 const CALL_LIMIT: Duration = Duration::from_secs(30);
 /// Time limit for aborting a multipart upload when the command ends.
 const ABORT_LIMIT: Duration = Duration::from_secs(2);
-/// How long an upload may take to be answered; its size is not known here.
+/// The time limit for an upload and its answer. Its size is not known here.
 const UPLOAD_LIMIT: Duration = Duration::from_secs(60 * 60);
-/// Largest description of a job read: [`super::TASKS_PER_JOB`] tasks with their events.
+/// Largest description of a job that is read: [`super::TASKS_PER_JOB`] tasks with their events.
 const JOB_BYTES_MAX: usize = 64 * 1024 * 1024;
-/// Bytes read from or written to a file at once.
+/// Bytes of one read or write of a file.
 const CHUNK_BYTES: usize = 256 * 1024;
-/// Single uploads up to this size where the server names no limit.
+/// The largest single upload if the server states no limit.
 const SINGLE_BYTES_MAX: u64 = 8 * 1024 * 1024;
 
-/// Pauses between two tries of one call: they double from the first to the last.
+/// Pauses between two tries of one call. They double from the first to the last.
 const RETRY_PAUSE_MIN: Duration = Duration::from_millis(200);
 const RETRY_PAUSE_MAX: Duration = Duration::from_secs(5);
 
@@ -69,7 +69,7 @@ impl PlaneError {
         }
     }
 
-    /// Whether the service has certainly not done what it was asked, so that a repeat cannot do it twice.
+    /// Whether the service has certainly not executed the request. Then a repeat cannot execute it twice.
     fn is_not_done(&self) -> bool {
         matches!(self, Self::Refused { status: 408 | 429 | 503, .. })
     }
@@ -144,14 +144,14 @@ impl Plane {
         self.domain
     }
 
-    /// The capabilities that nodes serve. `None`: not known, because only a dev server tells.
+    /// The capabilities that nodes serve. `None`: unknown, because only a dev server lists them.
     pub(super) async fn served(&self) -> Option<Vec<String>> {
         let answer = dev_server(&self.client, self.dev.as_ref()?).await.ok()?;
         Some(answer.nodes.into_iter().flat_map(|node| node.capabilities).collect())
     }
 
-    /// Creates a job. After a lost answer the job may exist: then only a dev server is asked again, since
-    /// other services may ignore `Idempotency-Key`.
+    /// Creates a job. After a lost answer the job may exist. Then the request is repeated only with a dev server,
+    /// because other services may ignore `Idempotency-Key`.
     pub(super) async fn create_job(&self, job: &Value, notes: &mut Notes) -> Result<Uuid, PlaneError> {
         #[derive(Deserialize)]
         struct Created {
@@ -182,7 +182,7 @@ impl Plane {
         let host = request.uri().host().unwrap_or_default().to_owned();
         let response = self.client.send(request, CALL_LIMIT).await?;
         let (status, headers) = (response.status(), response.headers().clone());
-        // A job with many tasks is larger than what other answers may be.
+        // A job with many tasks is larger than the limit for other answers.
         let read = read_capped(response.into_body(), JOB_BYTES_MAX, &host);
         let limit = CALL_LIMIT;
         let body = match tokio::time::timeout(limit, read).await {
@@ -198,7 +198,7 @@ impl Plane {
         })
     }
 
-    /// Stores a file under a name of its own; its data id.
+    /// Stores a file under a unique name. Returns its data id.
     pub(super) async fn upload(&self, file: &Path, notes: &mut Notes) -> Result<String, PlaneError> {
         let size = std::fs::metadata(file).map_err(|err| unreadable(file, &err))?.len();
         let (name, data_type) = name_of(file);
@@ -210,7 +210,7 @@ impl Plane {
         let upload = async |notes: &mut Notes| {
             let stored = self.upload_whole(file, size, &name, &data_type, notes).await;
             match stored {
-                // The try before stored it, and its answer was lost.
+                // The previous try stored it, and its answer was lost.
                 Err(err) if !first && err.is_conflict() => self.stored(&name, &data_type).await,
                 stored => {
                     first = false;
@@ -248,7 +248,7 @@ impl Plane {
         id_in(&answer["data"][0])
     }
 
-    /// The id of the data that has this name and type.
+    /// The id of the data with this name and type.
     async fn stored(&self, name: &str, data_type: &str) -> Result<String, PlaneError> {
         let query = url::form_urlencoded::Serializer::new(String::new())
             .append_pair("name", name)
@@ -276,7 +276,7 @@ impl Plane {
             "name": name, "data_type": data_type, "size": size, "content_type": "application/octet-stream",
             "existing_id": null,
         });
-        // An upload whose answer was lost is dropped by the server in time.
+        // The server deletes an upload whose answer was lost after some time.
         let begin = async |_: &mut Notes| {
             let request = self.request(Method::POST, &self.data("/multipart?uploads"));
             let request = request.header(header::CONTENT_TYPE, JSON);
@@ -298,12 +298,12 @@ impl Plane {
         std::mem::replace(&mut *self.begun.lock().expect("nothing panics while it holds this"), upload)
     }
 
-    /// Aborts the upload in parts that is under way, if one is, in bounded time. The server drops it by itself
-    /// later; a failed attempt to help changes nothing.
+    /// Aborts the current upload in parts, if there is one, in bounded time. A failure has no effect: the server
+    /// deletes the upload later.
     pub(super) async fn give_up(&self) {
         let Some(upload) = self.note(None) else { return };
         let request = self.request(Method::DELETE, &self.data(&format!("/multipart?uploadId={upload}")));
-        // Connecting has its own limits, and the command has been asked to end.
+        // A connection attempt has its own limits, and the command must end.
         let _ = tokio::time::timeout(ABORT_LIMIT, self.call(request, full(""), ABORT_LIMIT, "the abort")).await;
     }
 
@@ -343,7 +343,7 @@ impl Plane {
         id_in(&answer)
     }
 
-    /// Streams stored data to `path`, which appears only when it is whole.
+    /// Streams stored data to `path`. The file appears only when it is complete.
     pub(super) async fn download(&self, id: &str, path: &Path, notes: &mut Notes) -> Result<(), PlaneError> {
         let download = async |notes: &mut Notes| self.download_once(id, path, notes).await;
         retrying(notes, PlaneError::is_temporary, download).await
@@ -389,10 +389,10 @@ impl Plane {
             let request = Request::get(format!("{}/api/v1/info", self.server)).header(CLIENT_ID, CLIENT);
             Ok(self.call(request, full(""), CALL_LIMIT, "the question about upload limits").await?.json::<Value>()?)
         };
-        // A server that does not tell has the usual limits.
+        // A server that states no limits has the usual ones.
         let info = retrying(notes, PlaneError::is_temporary, ask).await.unwrap_or_default();
         let single_max = info["upload"]["request_max_bytes"].as_u64().filter(|most| *most > 0);
-        // A request holds the boundary and the headers of its part too.
+        // A request also contains the boundary and the headers of its part.
         let single_max = single_max.map_or(SINGLE_BYTES_MAX, |most| most.saturating_sub(4096).min(SINGLE_BYTES_MAX));
         Limits { single_max, multipart: info["upload"]["multipart"]["enabled"] == true }
     }
@@ -426,10 +426,10 @@ impl Plane {
     }
 }
 
-/// The content type of everything but data.
+/// The content type of all requests except data.
 const JSON: &str = "application/json";
 
-/// By what the services know this client.
+/// The name of this client for the services.
 const CLIENT_ID: &str = "posemesh-client-id";
 const CLIENT: &str = "runner-host-submit";
 
@@ -490,7 +490,7 @@ fn id_in(data: &Value) -> Result<String, PlaneError> {
     id.ok_or_else(|| refused("the upload", StatusCode::OK, &HeaderMap::new(), "no id".to_owned()))
 }
 
-/// `length` bytes of a file from `offset` on, between two texts.
+/// `length` bytes of a file from `offset`, between two texts.
 async fn file_body(file: &Path, offset: u64, length: u64, head: String, tail: String) -> Result<Body, PlaneError> {
     let mut opened = tokio::fs::File::open(file).await.map_err(|err| unreadable(file, &err))?;
     opened.seek(SeekFrom::Start(offset)).await.map_err(|err| unreadable(file, &err))?;
@@ -500,7 +500,7 @@ async fn file_body(file: &Path, offset: u64, length: u64, head: String, tail: St
     Ok(StreamBody::new(whole.map(|bytes| bytes.map(Frame::data))).boxed_unsync())
 }
 
-/// A name of its own for an input, and its type by the extension.
+/// A unique name for an input, and its type from the extension.
 fn name_of(file: &Path) -> (String, String) {
     let stem = plain(&file.file_stem().unwrap_or_default().to_string_lossy());
     let extension = plain(&file.extension().unwrap_or_default().to_string_lossy().to_ascii_lowercase());
@@ -510,14 +510,14 @@ fn name_of(file: &Path) -> (String, String) {
         "drc" => "ply_draco".to_owned(),
         other => format!("{other}_data"),
     };
-    // Names are unique in a domain, and one file may be submitted twice.
+    // Names are unique in a domain, but one file may be submitted twice.
     let unique = Uuid::new_v4().simple().to_string();
     let stem: String = stem.chars().take(64).collect();
     (format!("{stem}_{}", &unique[..12]), data_type)
 }
 
-/// A nameless file beside its later place, with the permissions any new file gets: by default a
-/// temporary one is readable to its owner alone.
+/// A nameless file in its final folder, with the permissions of an ordinary new file. By default only the owner can
+/// read a temporary file.
 fn new_file(folder: &Path) -> std::io::Result<tempfile::NamedTempFile> {
     let mut file = tempfile::Builder::new();
     #[cfg(unix)]

@@ -15,7 +15,7 @@ use crate::dev::{
 };
 
 const ECHO: &str = "/lab/echo/v1";
-/// Far more than any of it takes; a hang becomes a failed test.
+/// Far more than any test needs. A hang becomes a failed test.
 const LIMIT: Duration = Duration::from_secs(20);
 
 #[derive(Debug, Parser)]
@@ -28,7 +28,7 @@ fn args(line: &[&str]) -> Args {
     Line::try_parse_from(std::iter::once(&"submit").chain(line)).expect("a valid line").args
 }
 
-/// What went to stderr.
+/// The output on stderr.
 #[derive(Clone, Default)]
 struct Said(Arc<Mutex<Vec<u8>>>);
 
@@ -66,7 +66,7 @@ async fn submit_until(lab: Option<&TestServer>, line: &[&str], interrupt: impl F
     Ended { code, stdout: String::from_utf8(stdout).expect("text"), stderr }
 }
 
-/// Takes the next task as soon as there is one.
+/// Leases the next task as soon as there is one.
 async fn take(lab: &TestServer, node: &TestNode) -> Value {
     lab.server.journal_until(|seen| seen.iter().any(|seen| seen.path == "/v1/jobs")).await;
     loop {
@@ -77,7 +77,7 @@ async fn take(lab: &TestServer, node: &TestNode) -> Value {
     }
 }
 
-/// Serves one task: its only input goes back as its artifact.
+/// Serves one task: returns its only input as its artifact.
 async fn echo(lab: &TestServer, node: &TestNode, logical_path: &str) -> Vec<u8> {
     let lease = take(lab, node).await;
     let (token, domain) = (lease["access_token"].as_str().expect("a token"), &lease["domain_id"]);

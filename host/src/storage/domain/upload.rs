@@ -158,8 +158,8 @@ impl Inner {
         Ok(plan)
     }
 
-    /// The data that an upload replaces. The id from the runner comes first, then the data that this task stored at
-    /// the path before, then the data of an earlier attempt with the same name.
+    /// The data that an upload replaces. The id from the runner has priority. The data that this task stored earlier at
+    /// the path is second. The data of an earlier attempt with the same name is third.
     pub(super) async fn existing(&self, at: &Coordinates, plan: &mut Plan) -> Result<Option<Existing>, PortError> {
         if let Some(id) = plan.existing.clone() {
             return Ok(Some(Existing { id, updated_at: None }));
