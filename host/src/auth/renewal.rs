@@ -177,7 +177,7 @@ impl Auth {
             let error = format!("login failed {failures} times: {error}");
             self.status.send_modify(|now| now.login_error = Some(error.clone()));
             // Callers wait through short pauses. After that they get the error at once, also during later attempts:
-            // nobody may wait for a service that is unavailable.
+            // no caller may wait for an unavailable service.
             if failures > self.config.token_max_retries || pause >= FAIL_CALLERS_FROM {
                 self.issuer.failed(&error);
             }

@@ -64,7 +64,7 @@ impl TokenState {
 pub struct TokenSource(Arc<watch::Sender<TokenState>>);
 
 impl TokenSource {
-    /// The result of [`TokenSource::bearer`], or `None` where that would wait.
+    /// The result of [`TokenSource::bearer`], or `None` if that would wait.
     #[must_use]
     pub fn now(&self) -> Option<Result<Token, AuthError>> {
         self.0.borrow().look(Instant::now())
@@ -100,7 +100,7 @@ impl TokenSource {
     }
 
     /// Notes that the control plane rejected `token`. It is not returned again, and a login follows. Only the current
-    /// token counts; others are ignored.
+    /// token counts. Others are ignored.
     pub fn rejected(&self, token: &Token) {
         self.0.send_if_modified(|state| match state {
             TokenState::Held { token: held, accepted, .. } if held == token => {

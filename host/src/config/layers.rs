@@ -123,7 +123,8 @@ impl Layers {
         self.plane().map_or(!self.has_bad_plane, |plane| plane.kind == PlaneKind::Posemesh)
     }
 
-    /// The settings in the file for the chosen control plane: key, value and origin. The default if the file names none.
+    /// The settings in the file for the chosen control plane: key, value and origin. If the file names none, the
+    /// default.
     #[must_use]
     pub fn plane_rows(&self) -> Vec<(String, String, Origin)> {
         let Some(plane) = self.plane() else {

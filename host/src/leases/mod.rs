@@ -63,7 +63,7 @@ pub trait LeaseSource: Send + Sync {
     async fn until_ready(&self) -> bool;
     /// Ends waiting polls, because the node drains. A poll that waits for a lease returns `None` soon.
     fn quiesce(&self) {}
-    /// Tells the control plane that the lease has arrived, where its wire has such a call. Called once for each
+    /// Confirms to the control plane that the lease has arrived, if its wire has such a call. Called once for each
     /// lease, before its task runs. [`LeaseError::Gone`]: another node has it.
     async fn acknowledge(&self, _lease: &Lease) -> Result<(), LeaseError> {
         Ok(())

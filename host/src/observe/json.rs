@@ -1,9 +1,9 @@
 //! A log line as JSON, written directly into the line's buffer.
 //!
-//! One flat object: `timestamp` (UTC, microseconds), `level`, `message`, the event's own fields, then the
-//! fields of the spans around it, the innermost first, then the fields of a plugin, `target` last. A name is
-//! written once per line. The event's own field has priority over those of spans. The formatter of
-//! tracing-subscriber uses maps and parses every span again for each line.
+//! A line is one flat object. It begins with `timestamp` (UTC, microseconds), `level`, `message` and the event's own
+//! fields. The fields of the enclosing spans follow, the innermost first. Then come the fields of a plugin, and
+//! `target` is last. A name is written once per line. The event's own field has priority over those of spans. The
+//! formatter of tracing-subscriber uses maps and parses every span again for each line.
 
 use std::{
     cell::RefCell,
@@ -31,7 +31,7 @@ const NODE_FIELDS: [&str; 4] = ["timestamp", "level", "message", "target"];
 /// Lines as JSON.
 pub(super) struct JsonLines;
 
-/// A span's fields as JSON members, each with a comma in front.
+/// A span's fields as JSON members, each with a leading comma.
 pub(super) struct JsonMembers;
 
 impl<S, N> FormatEvent<S, N> for JsonLines
@@ -177,7 +177,7 @@ impl Visit for Members<'_> {
     }
 
     fn record_f64(&mut self, field: &Field, value: f64) {
-        // JSON has no NaN and no infinity; they become null.
+        // JSON has no NaN and no infinity. They become null.
         self.plain(field, Value::from(value));
     }
 }

@@ -23,7 +23,7 @@ pub enum Format {
 }
 
 impl Format {
-    /// `LOG_FORMAT`: `text` or `json` in any case; anything else is `json`, as on other nodes.
+    /// `LOG_FORMAT`: `text` or `json` in any case. Any other value is `json`, as on other nodes.
     #[must_use]
     pub fn parse(text: &str) -> Self {
         if text.eq_ignore_ascii_case("text") { Self::Text } else { Self::Json }

@@ -11,23 +11,23 @@ use std::net::SocketAddr;
 /// The pages of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StatusPage {
-    /// Nothing listens.
+    /// The pages are not served.
     Disabled,
-    /// They are served at this address.
+    /// The pages are served at this address.
     Enabled {
-        /// Port 0 takes a free one.
+        /// Port 0 selects a free port.
         listen: SocketAddr,
     },
 }
 
-/// What a node shows of itself.
+/// The settings of the pages and of secrets in memory.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Where the node serves its own pages.
     pub status_page: StatusPage,
-    /// The host of `NODE_URL`, also where the node does not register with it.
+    /// The host of `NODE_URL`, even if the node does not register with it.
     pub node_host: Option<String>,
-    /// Leave core dumps and debuggers, which show the node's secrets, to the system's settings.
+    /// Keep the system's settings for core dumps and debuggers. Both can show the node's secrets.
     pub allow_core_dumps: bool,
 }
 

@@ -1,8 +1,8 @@
 //! `/health`, `/ready`, `/status.json`, and the path for the sign-in service's callback.
 //!
 //! Anybody who reaches the port can connect. Connections are bounded for each sender and in total, see [`listen`].
-//! `/status.json` answers only requests for the node's own host names: a web page must not read it through a name of
-//! its own that leads to this node.
+//! `/status.json` answers only requests for the node's own host names. Otherwise a web page could read it through a
+//! foreign name that resolves to this node.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -33,16 +33,16 @@ use crate::{
 
 /// How long a stop waits for running requests.
 const GRACE: Duration = Duration::from_secs(1);
-/// Open connections, at most. A process with a low limit of descriptors allows fewer.
+/// Most open connections. A process with a low limit of descriptors allows fewer.
 const CONNECTIONS_MAX: usize = 256;
-/// The same, at least.
+/// The lowest value of that limit.
 const CONNECTIONS_MIN: usize = 16;
 /// Time limit for the head of a request.
 const HEAD_TIME_MAX: Duration = Duration::from_secs(5);
 /// Descriptors that are reserved for these pages.
 const RESERVE: usize = 4;
 
-/// The bound listener. It is bound before the node registers, so that `/health` answers by then.
+/// The bound listener. It is bound before the node registers, so that `/health` answers in time.
 pub struct Pages {
     listener: TcpListener,
     node_host: Option<String>,

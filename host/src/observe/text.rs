@@ -17,7 +17,7 @@ use crate::model::in_a_line;
 
 /// The plugin field whose value is shown on separate lines.
 const BACKTRACE: &str = "backtrace";
-/// Most lines of a backtrace; a frame has two.
+/// Most lines of a backtrace. A frame has two.
 const BACKTRACE_LINES_MAX: usize = 24;
 /// Most characters of one value of a plugin, and of one line of its backtrace.
 const VALUE_CHARS_MAX: usize = 1000;
@@ -122,7 +122,7 @@ fn cut(text: &str) -> String {
     }
 }
 
-/// Writes the frames between the panic machinery and the start of the thread, each line with `    | ` in front.
+/// Writes the frames between the panic machinery and the start of the thread. Each line begins with `    | `.
 fn push_backtrace(line: &mut String, backtrace: &str) {
     let is_machinery = |line: &str| {
         ["rust_begin_unwind", "core::panicking::", "std::panicking::", "std::backtrace"].iter().any(|word| {

@@ -34,7 +34,7 @@ struct Inner {
 }
 
 impl Disk {
-    /// Watches the file system of `path`. It counts as full below `floor` free bytes; with 0 it never does.
+    /// Watches the file system of `path`. It counts as full below `floor` free bytes. With 0 it never counts as full.
     #[must_use]
     pub fn new(path: PathBuf, floor: u64) -> Self {
         let seen = watch::Sender::new(look(&path, floor));

@@ -61,7 +61,7 @@ impl FileBlocks {
         Self { file, at: offset, left: length, ahead: None, in_memory: true }
     }
 
-    /// The next block; `None` at the end. A file that became shorter is an error.
+    /// The next block. `None` at the end. A file that became shorter is an error.
     pub(crate) async fn next(&mut self) -> io::Result<Option<Bytes>> {
         if self.in_memory && self.left > 0 {
             let mut block = vec![0; self.size()];
@@ -107,7 +107,7 @@ impl FileBlocks {
     }
 }
 
-/// Reads what the page cache holds. 0 at the end, and where the system has no such read.
+/// Reads what the page cache holds. 0 at the end, and on systems without such a read.
 #[cfg(target_os = "linux")]
 fn read_from_memory(file: &File, block: &mut [u8], at: u64) -> usize {
     let mut into = [io::IoSliceMut::new(block)];

@@ -35,7 +35,7 @@ use crate::model::{
     LocalFiles, Materialized, OutputStream, PortError, PortErrorKind, Ports,
 };
 
-/// Bytes copied at once.
+/// Bytes of one copy step.
 const COPY_BYTES: usize = 256 * 1024;
 
 /// Storage in local files.
@@ -208,7 +208,7 @@ impl Ports for LocalPorts {
         let (temporary, copied) = copied.await.map_err(|err| {
             self.folder.failed(&format!("copy {} to {}", file.display(), place.target.display()), &err)
         })?;
-        // If the file became shorter meanwhile, `digest` fails.
+        // If the file became shorter during the copy, `digest` fails.
         let sha256 = source.digest(&what).await?;
         place.publish(temporary, copied, sha256).await
     }
@@ -346,7 +346,7 @@ impl Place {
         let made = blocking(move || {
             std::fs::create_dir_all(&folder)?;
             let mut builder = tempfile::Builder::new();
-            // Temporary files are private by default; a finished output is an ordinary file.
+            // Temporary files are private by default. A finished output is an ordinary file.
             #[cfg(unix)]
             builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644));
             builder.prefix(".output-").tempfile_in(&folder)

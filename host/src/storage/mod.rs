@@ -30,14 +30,14 @@ pub use zip::UnpackLimits;
 
 use crate::model::{AnnouncedData, Budget, DataLocation, HeldLease, Ports, TaskId};
 
-/// Where tasks work, and how their data moves.
+/// The directories of tasks, and the transfer of their data.
 #[derive(Debug)]
 pub struct Config {
-    /// Where task directories are made.
+    /// The base folder of task directories.
     pub scratch_dir: PathBuf,
-    /// Free bytes below `scratch_dir` under which nothing new is leased; 0: any.
+    /// With fewer free bytes in `scratch_dir`, nothing new is leased. 0: no limit.
     pub disk_free_min: u64,
-    /// How the node talks to domain servers.
+    /// The settings for calls to domain servers.
     pub domain: DomainConfig,
 }
 
@@ -78,7 +78,7 @@ impl Stores {
         self.scratch.task_dir(task)
     }
 
-    /// Where tasks work.
+    /// The disk that tasks use.
     #[must_use]
     pub fn disk(&self) -> &Disk {
         &self.disk

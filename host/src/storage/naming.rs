@@ -18,7 +18,7 @@ const NAME_BYTES_MAX: usize = 128;
 const MARK_BYTES: usize = 8;
 /// Longest task id that is unchanged in a name.
 const TASK_BYTES_MAX: usize = 64;
-/// Longest folder or file stem on disk; file systems stop at 255 bytes with the extension.
+/// Longest folder or file stem on disk. File systems allow 255 bytes with the extension.
 const STEM_BYTES_MAX: usize = 160;
 /// Longest file extension on disk.
 const EXTENSION_BYTES_MAX: usize = 64;

@@ -53,7 +53,7 @@ impl Stamp {
 
 /// Why a file is refused.
 enum Refusal {
-    /// It is no file that can be published.
+    /// It is not a file that can be published.
     Unfit(&'static str),
     Io(io::Error),
 }
@@ -68,7 +68,7 @@ impl RunnerFile {
     /// Opens `path` for the runner whose directory is `dir`. Errors begin with `what`.
     ///
     /// # Errors
-    /// `BadRequest` if it is no file, is empty, or leads out of `dir`. `Local` if it cannot be read.
+    /// `BadRequest` if it is not a file, is empty, or leads out of `dir`. `Local` if it cannot be read.
     pub(crate) async fn open(what: &str, path: &Path, dir: &Path) -> Result<Self, PortError> {
         let (from, within) = (path.to_owned(), dir.to_owned());
         let opened = spawn_blocking(move || open(&from, &within)).await;
@@ -152,7 +152,7 @@ fn open(path: &Path, dir: &Path) -> Result<(Arc<File>, Stamp), Refusal> {
     if (path.starts_with(dir) || path.starts_with(&real_dir)) && !real.starts_with(&real_dir) {
         return Err(Refusal::Unfit("leads out of the task's directory; publish a file in it, without links"));
     }
-    // Checked before the open, because an open of a pipe waits for its writer, and one of a device can have effects.
+    // Checked before the open: an open of a pipe waits for its writer, and an open of a device can have effects.
     fit(std::fs::symlink_metadata(&real)?.file_type())?;
     let file = open_plain(&real)?;
     let about = file.metadata()?;

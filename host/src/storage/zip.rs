@@ -24,7 +24,7 @@ use crate::model::{PortError, PortErrorKind};
 const BLOCK_BYTES: usize = 128 * 1024;
 /// Up to so many bytes, an archive may unpack to any multiple of its size.
 const RATIO_FREE_BYTES: u64 = 16 << 20;
-/// Largest directory of an archive, in bytes; it is held in memory.
+/// Largest directory of an archive, in bytes. It is held in memory.
 const DIRECTORY_BYTES_MAX: u64 = 64 << 20;
 /// Longest path of an entry, and longest name in it, in bytes. File systems accept no longer names.
 const PATH_BYTES_MAX: usize = 1024;
@@ -161,7 +161,7 @@ pub(crate) fn unpack(
         let folders = entry.path.ancestors().skip(usize::from(!entry.folder)).collect::<Vec<_>>();
         for folder in folders.into_iter().rev().filter(|folder| !folder.as_os_str().is_empty()) {
             if made.insert(folder.to_owned()) {
-                // One at a time, so that a task directory that was removed meanwhile is not created again.
+                // One at a time, so that a task directory that was removed during the loop is not created again.
                 fs::create_dir(into.join(folder)).map_err(disk(&into.join(folder)))?;
             }
         }
@@ -223,7 +223,7 @@ fn plan(zip: &mut ZipArchive<File>, archive_bytes: u64, limits: &UnpackLimits) -
         let refuse = |why: &str| UnpackError::Entry { name: shown(&name), why: why.to_owned() };
         let path = safe_path(&name).map_err(refuse)?;
         let folder = name.ends_with('/');
-        // The upper bits of the mode name the kind of file; archives of some systems have none.
+        // The upper bits of the mode name the kind of file. Archives of some systems have none.
         let kind = entry.unix_mode().unwrap_or_default() & 0o170_000;
         match kind {
             0 | 0o100_000 if !folder => {}

@@ -290,7 +290,7 @@ fn is_loopback(host: &str) -> bool {
     }
 }
 
-/// The HTTP client. Cheap to clone; all clones share one pool.
+/// The HTTP client. Cheap to clone. All clones share one pool.
 #[derive(Clone)]
 pub struct Client {
     pool: Pool,
@@ -306,7 +306,7 @@ impl Client {
         Self { pool, config: Arc::new(config), clocks: Arc::default() }
     }
 
-    /// Whether `url` is allowed; see [`Policy::check`].
+    /// Whether `url` is allowed, see [`Policy::check`].
     pub fn check(&self, url: &Url) -> Result<(), TransportError> {
         Policy { allow_insecure_http: self.config.allow_insecure_http }.check(url)
     }

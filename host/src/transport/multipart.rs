@@ -88,7 +88,7 @@ enum Mark {
     None,
     /// More bytes are needed to decide.
     Open,
-    /// A part follows; how many bytes to skip, and whether its line ended in a bare LF.
+    /// A part follows. The fields are the bytes to skip, and whether its line ended in a bare LF.
     Part { skip: usize, lf: bool },
     /// The closing delimiter.
     Close,
@@ -130,7 +130,7 @@ impl Parser {
         self.ended = true;
     }
 
-    /// The next event. `None`: more bytes are needed; after [`Parser::end`]: there are no more events.
+    /// The next event. `None`: more bytes are needed. After [`Parser::end`] it means that there are no more events.
     pub(crate) fn next(&mut self) -> Result<Option<PartsEvent>, PartsError> {
         loop {
             match self.state {

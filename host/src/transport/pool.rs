@@ -219,7 +219,7 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes an idle connection that looks alive, and the header that names its server.
+    /// Returns an idle connection that looks alive, and the header that names its server.
     fn idle(&self, scheme: &uri::Scheme, authority: &uri::Authority) -> Option<(Idle, HeaderValue)> {
         let mut state = self.state();
         let server = state.server(scheme, authority)?;

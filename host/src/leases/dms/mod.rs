@@ -50,8 +50,8 @@ use crate::{
 
 /// The name of this control plane, unless the configuration gives another one.
 pub const DEFAULT_NAME: &str = "posemesh";
-/// The term of a lease that ended in the past by the clock of a service that sends no `Date`. Its clock is
-/// behind, and by how much is not known: heartbeats must come early enough for a lease of 4 s.
+/// The term of a lease with an expiry in the past, from a service that sends no `Date`. Its clock is behind by an
+/// unknown time. So heartbeats must be early enough for a lease of 4 s.
 const TERM_UNKNOWN_CLOCK: Duration = Duration::from_secs(5);
 /// Longest time limit of one call.
 const LIMIT_MAX: Duration = Duration::from_secs(24 * 3600);

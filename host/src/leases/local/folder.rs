@@ -41,11 +41,11 @@ pub struct Job {
     pub inputs: Vec<PathBuf>,
     /// Parameters for the runner.
     pub meta: Value,
-    /// Where outputs go; absolute or relative to the folder. `None`: `out/ID`.
+    /// The folder of outputs, absolute or relative to the folder. `None`: `out/ID`.
     pub out: Option<PathBuf>,
-    /// How long a claim lasts; from one second to [`TERM_MAX`].
+    /// How long a claim lasts, from one second to [`TERM_MAX`].
     pub term: Duration,
-    /// How long the run may take; `None`: as long as the claim.
+    /// How long the run may take. `None`: as long as the claim.
     pub time_limit: Option<Duration>,
 }
 
@@ -121,7 +121,7 @@ pub(super) struct Found {
     pub(super) job: Result<Job, String>,
 }
 
-/// Who holds a job.
+/// The holder of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Claimed {
     /// The given claim.
@@ -130,7 +130,7 @@ pub(super) enum Claimed {
     Other,
 }
 
-/// How a job ends.
+/// The end of a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcomes {
     /// It has a result.

@@ -104,7 +104,7 @@ impl Inner {
         Patience::new(self.config.part_pause, self.config.patience)
     }
 
-    /// Sends `call` until it succeeds or fails for good, and decodes a 2xx answer. Only for calls that may be
+    /// Sends `call` until it succeeds or fails permanently, and decodes a 2xx answer. Only for calls that may be
     /// repeated after any failure.
     pub(super) async fn json<T: DeserializeOwned>(&self, call: &Call<'_>) -> Result<T, PortError> {
         let mut patience = self.patience();

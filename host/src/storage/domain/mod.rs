@@ -51,7 +51,7 @@ use crate::{
 /// How the node calls domain servers. One per process, because it also caches the limits of the servers.
 #[derive(Debug)]
 pub struct Config {
-    /// Sent as `posemesh-client-id` on every call; servers bill repeated access of one client once.
+    /// Sent as `posemesh-client-id` on every call. Servers bill repeated access of one client once.
     pub client_id: String,
     /// A transfer fails after no bytes moved for this time.
     pub stall: Duration,

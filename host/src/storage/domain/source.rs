@@ -74,8 +74,8 @@ impl Pulse {
         *last = Beat { at: Instant::now(), taken: last.taken + bytes as u64 };
     }
 
-    /// Waits until no bytes were taken for `stall`. After the whole body was taken, the answer has
-    /// the same limit, plus the time for the bytes in the system's buffers at the pace of the others.
+    /// Waits until no bytes were taken for `stall`. After the whole body was taken, the answer has a longer limit. It
+    /// is `stall` plus the time for the bytes in the system's buffers at the pace of the others.
     pub(super) async fn silent(&self, stall: Duration) -> Duration {
         loop {
             let last = *self.last.lock().expect("a pulse is only read and set");
@@ -83,7 +83,7 @@ impl Pulse {
             let limit = match last.taken >= self.length {
                 false => stall,
                 true => {
-                    // The first bytes went into those buffers at once, so they do not show the pace.
+                    // The first bytes filled those buffers at once, so they do not show the pace.
                     let paced = last.taken.saturating_sub(UNSENT_BYTES_MAX).max(UNSENT_BYTES_MAX);
                     let unsent = last.taken.min(UNSENT_BYTES_MAX);
                     stall + (last.at - self.began).mul_f64(unsent as f64 / paced as f64)

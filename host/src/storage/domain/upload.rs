@@ -118,7 +118,7 @@ pub(super) async fn put_file(inner: &Arc<Inner>, spec: ArtifactSpec, path: &Path
         None => inner.put_whole(&at, &plan, existing, source.clone(), !parts_first).await?,
     };
     let (stored, sha256) = match whole {
-        // The parts are completed only if the file did not change meanwhile.
+        // The upload is completed only if the file did not change during the transfer.
         Whole::InParts(upload) => upload.send_file(source, file).await?,
         Whole::Stored(stored) => (stored, file.digest(&plan.what).await?),
     };

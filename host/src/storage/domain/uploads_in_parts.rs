@@ -309,7 +309,7 @@ fn not_offered(status: StatusCode) -> bool {
     matches!(status, StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED | StatusCode::NOT_IMPLEMENTED)
 }
 
-/// Sends one part until it succeeds or fails for good. Each try has the newest bearer.
+/// Sends one part until it succeeds or fails permanently. Each try has the newest bearer.
 async fn send_part(target: Arc<Target>, number: u64, part: Source) -> Result<PartJson, PortError> {
     let what = format!("{} (part {number})", target.plan.what);
     let call =
@@ -322,7 +322,7 @@ async fn send_part(target: Arc<Target>, number: u64, part: Source) -> Result<Par
     Ok(PartJson { part_number: number, etag })
 }
 
-/// Splits a source into parts. They are ranges; nothing is read or copied.
+/// Splits a source into parts. They are ranges: nothing is read or copied.
 fn split(whole: Source, part_size: u64) -> impl Iterator<Item = Source> {
     let total = whole.length();
     (0..total.div_ceil(part_size)).map(move |n| {

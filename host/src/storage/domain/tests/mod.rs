@@ -102,7 +102,7 @@ impl Store {
 #[derive(Clone)]
 struct Server {
     store: Arc<Mutex<Store>>,
-    /// Counts up with each logged request.
+    /// Increases with each logged request.
     calls: tokio::sync::watch::Sender<usize>,
 }
 
@@ -240,7 +240,7 @@ fn spec(path: &str) -> ArtifactSpec {
     ArtifactSpec { path: path.to_owned(), ..ArtifactSpec::default() }
 }
 
-/// Bytes in which all blocks differ.
+/// Bytes whose blocks all differ.
 fn noise(length: usize) -> Vec<u8> {
     (0..length).map(|n| ((n / 251) ^ (n * 7)) as u8).collect()
 }

@@ -181,7 +181,7 @@ async fn a_refused_part_is_not_sent_again() {
     assert_eq!((fixture.count("part"), fixture.count("abort")), (1, 1));
 }
 
-/// An answer to a part that nobody should have to keep ten thousand times.
+/// An answer to a part that is too large to keep for ten thousand parts.
 static LONG_ETAG: LazyLock<String> = LazyLock::new(|| json!({ "etag": "e".repeat(1025) }).to_string());
 
 #[tokio::test]
