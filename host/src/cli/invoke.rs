@@ -92,7 +92,7 @@ async fn invoke(
     mut data: impl Write,
 ) -> anyhow::Result<Exit> {
     config.storage.scratch_dir = own_scratch_dir()?;
-    config.storage.disk_free_min = 0; // the limit protects a node that leases; this task was asked for
+    config.storage.disk_free_min = 0; // the limit is for leased tasks, not for a requested one
     let home = Scratch::open(config.storage.scratch_dir.clone())?;
     let out = std::path::absolute(&args.out).context("--out")?;
     let (observer, mut events) = mpsc::unbounded_channel();

@@ -491,7 +491,7 @@ fn table(rows: impl IntoIterator<Item = impl std::fmt::Display>) -> String {
     rows.into_iter().map(|row| in_a_line(&row.to_string()) + "\n").collect()
 }
 
-/// Writes a command's data. A closed pipe (`| head`) is no failure; a full disk is one.
+/// Writes a command's data. A closed pipe (`| head`) is no failure. A full disk is one.
 fn put(mut to: impl std::io::Write, text: &str) -> anyhow::Result<()> {
     match to.write_all(text.as_bytes()).and_then(|()| to.flush()) {
         Err(err) if err.kind() != std::io::ErrorKind::BrokenPipe => Err(err).context("write to stdout"),

@@ -221,7 +221,7 @@ enum Stage {
     Upload,
     Create,
     Wait,
-    /// All jobs have ended; their artifacts are downloaded.
+    /// All jobs have ended. Their artifacts are being downloaded.
     Download,
     Cancel,
 }

@@ -134,7 +134,7 @@ const ELSEWHERE: Fill = |_, _, _| {};
 use Kind::{Address, Duration, List, Number, Path, Proxy, Secret, Size, Switch, Text, Url, Whole};
 
 /// All settings, in the order of display.
-#[rustfmt::skip] // a row is two lines: what it is, where its value goes
+#[rustfmt::skip] // a row is two lines: the description, and the place of the value
 pub const KEYS: &[Key] = &[
     required("DMS_BASE_URL", "source.dms.base_url", Url, "base URL of the task service, such as https://plane.example/v1",
         |c, p, name| c.dms.base = p.url(name).unwrap_or_else(super::placeholder)),

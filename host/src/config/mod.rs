@@ -1,4 +1,4 @@
-//! Reads flags, environment and file into one checked [`HostConfig`]; reports all mistakes at once.
+//! Reads flags, environment and file into one checked [`HostConfig`]. Reports all mistakes at once.
 //!
 //! This module does not use the network. The node uses the network only after this module has succeeded.
 

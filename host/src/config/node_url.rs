@@ -11,7 +11,7 @@ use url::{Host, Url};
 use super::parser::{Parser, Remark};
 use crate::auth::Form;
 
-/// Reads `REGISTRATION` and `NODE_URL`; mistakes are noted and the wallet form replaces them.
+/// Reads `REGISTRATION` and `NODE_URL`. Mistakes are noted, and the wallet form replaces them.
 pub(super) fn registration(parser: &mut Parser<'_>, bind: SocketAddr, dds: &Url) -> Form {
     let wanted = parser.value("REGISTRATION", "wallet or callback", None, |text| match text {
         "wallet" => Some(Some(false)),
@@ -21,7 +21,7 @@ pub(super) fn registration(parser: &mut Parser<'_>, bind: SocketAddr, dds: &Url)
     let text = parser.optional("NODE_URL");
     match (wanted, text) {
         (Some(false), Some(_)) => {
-            let _ = parser.url("NODE_URL"); // not used, but a mistake in it is one
+            let _ = parser.url("NODE_URL"); // not used, but a mistake in it is reported
             Form::Wallet
         }
         (Some(false) | None, None) => Form::Wallet,
@@ -50,7 +50,7 @@ pub(super) fn host(url: &str) -> Option<String> {
     Some(Url::parse(url).ok()?.host_str()?.to_owned())
 }
 
-/// Whether the service may reach this node under `url`; else one clause with a remedy.
+/// Whether the service may reach this node under `url`. The error is one clause with a remedy.
 fn servable(url: &Url, bind: SocketAddr, dds: &Url) -> Result<(), String> {
     if url.query().is_some() || url.fragment().is_some() {
         return Err("expected a base URL without query or fragment".to_owned());

@@ -163,7 +163,7 @@ pub struct Listing {
     pub task_id: TaskId,
     /// The job it belongs to.
     pub job_id: Option<Uuid>,
-    /// Which runner it asked for.
+    /// The capability that it needs.
     pub capability: String,
     /// How it ended, one word.
     pub outcome: String,
@@ -198,7 +198,7 @@ pub enum ListingState {
 }
 
 impl ListingState {
-    /// As a table shows it.
+    /// The word for a table.
     #[must_use]
     pub fn word(self) -> &'static str {
         match self {

@@ -73,7 +73,7 @@ pub(super) struct Store {
     pub(super) file: (u64, u64),
 }
 
-/// What is known of the rows in the file.
+/// Facts about the rows in the file.
 struct Known {
     /// The number of the next change. A newer copy of a row has a higher one.
     change: u64,

@@ -394,7 +394,7 @@ async fn what_is_accepted_before_anybody_wrote_it_is_never_written() {
     let plane = async { bench.plane.expect(&complete(1)).await.answer(204, "") };
     let (sent, ()) = tokio::join!(kept.send(named(&lease(1))), plane);
     assert_eq!(sent, Sent::Accepted);
-    ticket.write().await; // too late: there is nothing to be kept
+    ticket.write().await; // too late: the report is accepted
     assert!(std::fs::read(&file).expect("read") == before, "the file was touched");
     outbox.finish(Duration::ZERO).await;
 }

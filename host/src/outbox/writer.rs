@@ -184,7 +184,7 @@ impl Thread {
             if let Some(done) = last {
                 let missing = |number: &u64| !self.stored.contains(number);
                 let numbers = Some(self.rows.keys().copied().filter(missing).collect());
-                drop(self); // whoever hears it may take the folder
+                drop(self); // after the answer, the waiter may use the folder
                 let _ = done.send(result.map_err(|error| Unwritten { error, numbers }));
                 return;
             }

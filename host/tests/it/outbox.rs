@@ -252,7 +252,7 @@ async fn a_node_that_stops_tries_its_reports_more_than_once() {
     let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
     let job = lab.task("/fixtures/ok/v1").submit();
     rubbish.seen(COMPLETE, 1).await;
-    // The first try hangs until the second signal. The second try fails.
+    // The first try hangs when the second signal arrives. The second try fails.
     node.term();
     node.says("node.draining").await;
     node.term();
