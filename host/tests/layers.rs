@@ -16,7 +16,7 @@ type Rule = (&'static str, &'static [&'static str], &'static str);
 
 /// The dependencies as they are. A dependency that no code uses must be removed.
 const RULES: &[Rule] = &[
-    ("model", &[], "the words all rooms share import nothing of ours"),
+    ("model", &[], "the shared types import nothing of this crate"),
     ("transport", &["model"], "the HTTP client knows addresses, bytes and clocks, not leases"),
     ("node_event", &["model"], "what the node does, for the status page, the log and subscribers"),
     ("listen", &[], "accepts connections and serves HTTP; knows no page"),
@@ -29,11 +29,11 @@ const RULES: &[Rule] = &[
     ("outbox", &["crash", "leases", "model"], "keeps reports until their plane has them"),
     ("control", &["listen", "model", "outbox"], "commands ask a running node about what it holds"),
     ("crash", &[], "where tests let the process die"),
-    ("open_files", &[], "asks the system for room, once"),
+    ("open_files", &[], "asks the system for more open files, once"),
     (
         "engine",
         &["crash", "leases", "model", "node_event", "outbox", "plugins", "session", "storage"],
-        "takes a task through the rooms",
+        "takes a task through the modules",
     ),
     (
         "config",
@@ -63,7 +63,7 @@ const RULES: &[Rule] = &[
             "storage",
             "transport",
         ],
-        "the composition root builds all rooms",
+        "the composition root builds all modules",
     ),
     (
         "cli",
@@ -84,7 +84,7 @@ const RULES: &[Rule] = &[
             "storage",
             "transport",
         ],
-        "commands start rooms; what they do lies in the rooms",
+        "commands start modules; what they do is in the modules",
     ),
 ];
 
@@ -117,17 +117,17 @@ const NOT_IN_THE_SDK: [&str; 9] =
     ["axum", "h2", "hyper", "hyper-util", "native-tls", "openssl", "reqwest", "runner-host", "rustls"];
 
 #[test]
-fn rooms_import_only_what_the_table_allows() {
+fn modules_import_only_what_the_table_allows() {
     let root = workspace();
     let known: BTreeSet<&str> = RULES.iter().map(|rule| rule.0).collect();
     let mut arrows: BTreeMap<(String, String), PathBuf> = BTreeMap::new();
     let mut problems = Vec::new();
     for file in rust_files(&root.join("host/src")) {
         let inside = file.strip_prefix(root.join("host/src")).expect("found below it");
-        let room = inside.components().next().expect("a file has a name").as_os_str().to_string_lossy();
-        let room = room.trim_end_matches(".rs").to_owned();
-        if !known.contains(room.as_str()) && !DOORS.contains(&room.as_str()) {
-            problems.push(format!("{}: {room} is no room of the table", inside.display()));
+        let module = inside.components().next().expect("a file has a name").as_os_str().to_string_lossy();
+        let module = module.trim_end_matches(".rs").to_owned();
+        if !known.contains(module.as_str()) && !DOORS.contains(&module.as_str()) {
+            problems.push(format!("{}: {module} is not in the table", inside.display()));
         }
         let text = fs::read_to_string(&file).expect("readable source");
         let (code, tests) = match text.split_once("#[cfg(test)]\nmod tests {") {
@@ -136,21 +136,21 @@ fn rooms_import_only_what_the_table_allows() {
             None => (code_of(&text), String::new()),
         };
         for other in imports(&code) {
-            if other != room && !allowed(RULES, &room, &other) {
-                problems.push(format!("{}: {room} imports {other}", inside.display()));
+            if other != module && !allowed(RULES, &module, &other) {
+                problems.push(format!("{}: {module} imports {other}", inside.display()));
             }
-            arrows.insert((room.clone(), other), inside.to_owned());
+            arrows.insert((module.clone(), other), inside.to_owned());
         }
         for other in imports(&tests) {
-            if other != room && !allowed(RULES, &room, &other) && !allowed(IN_TESTS, &room, &other) {
-                problems.push(format!("{}: a test of {room} imports {other}", inside.display()));
+            if other != module && !allowed(RULES, &module, &other) && !allowed(IN_TESTS, &module, &other) {
+                problems.push(format!("{}: a test of {module} imports {other}", inside.display()));
             }
         }
     }
-    for (room, others, _) in RULES {
+    for (module, others, _) in RULES {
         for other in *others {
-            if !arrows.contains_key(&((*room).to_owned(), (*other).to_owned())) {
-                problems.push(format!("{room} no longer imports {other}: take the arrow out of the table"));
+            if !arrows.contains_key(&((*module).to_owned(), (*other).to_owned())) {
+                problems.push(format!("{module} no longer imports {other}: remove it from the table"));
             }
         }
     }
@@ -213,13 +213,13 @@ fn imports_are_found_in_every_form() {
     assert_eq!(found, ["auth", "engine", "leases", "model", "storage"]);
 }
 
-fn allowed(rules: &[Rule], room: &str, other: &str) -> bool {
+fn allowed(rules: &[Rule], module: &str, other: &str) -> bool {
     // lib.rs and main.rs may import every module, because they declare the modules.
-    DOORS.contains(&room) || rules.iter().any(|rule| rule.0 == room && rule.1.contains(&other))
+    DOORS.contains(&module) || rules.iter().any(|rule| rule.0 == module && rule.1.contains(&other))
 }
 
 fn workspace() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("host lies in the workspace").to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("host is in the workspace").to_owned()
 }
 
 fn rust_files(folder: &Path) -> Vec<PathBuf> {

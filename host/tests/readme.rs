@@ -217,7 +217,7 @@ fn document_links_resolve() {
     let root = workspace();
     for document in DOCUMENTS {
         let folder = root.join(document);
-        let folder = folder.parent().expect("a document lies in a folder");
+        let folder = folder.parent().expect("a document is in a folder");
         for (_, rest) in read(document).split("](").skip(1).filter_map(|rest| rest.split_once(')').map(|s| (rest, s.0)))
         {
             let file = rest.split('#').next().unwrap_or(rest);
@@ -247,5 +247,5 @@ fn read(document: &str) -> String {
 }
 
 fn workspace() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("host lies in the workspace").to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("host is in the workspace").to_owned()
 }

@@ -19,8 +19,8 @@ pub(crate) struct Built {
 impl Built {
     pub(crate) fn make() -> anyhow::Result<Self> {
         let own = std::env::current_exe().context("find this binary")?;
-        let folder = own.parent().context("this binary lies in no folder")?.to_owned();
-        let target = folder.parent().context("this binary lies in no target folder")?;
+        let folder = own.parent().context("this binary is in no folder")?.to_owned();
+        let target = folder.parent().context("this binary is in no target folder")?;
         let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
         // Plugins are built separately, as their authors do. In one build they would get the dependency features that
         // the host enables.

@@ -142,12 +142,12 @@ impl Report {
             text.push_str("\nTargets\n\n| figure | wanted | seen | |\n| --- | --- | --- | --- |\n");
         }
         for target in &self.targets {
-            let (bound, verdict) = (
+            let (bound, reached) = (
                 if target.upwards { "≥" } else { "≤" },
                 if target.within(target.bound.wanted) { "reached" } else { "missed" },
             );
             text.push_str(&format!(
-                "| {} | {bound} {} | {:.2} | {verdict} |\n",
+                "| {} | {bound} {} | {:.2} | {reached} |\n",
                 target.what, target.bound.wanted, target.seen
             ));
         }

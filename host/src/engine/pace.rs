@@ -242,7 +242,7 @@ mod tests {
         assert!(pace.pause(start + 300 * MS, start + 301 * MS).is_some());
         assert_eq!(widths(&mut pace, 3), [1, 2, 3]);
         pace.ended(LeaseValue::Nothing, start + 302 * MS);
-        assert_eq!(widths(&mut pace, 3), [1, 1, 1], "after a lease that was good for nothing, one by one");
+        assert_eq!(widths(&mut pace, 3), [1, 1, 1], "after an unusable lease, one by one");
     }
 
     #[test]

@@ -77,7 +77,7 @@ impl Budget {
             books.waiting.push_back((bytes, tell));
             turn
         };
-        Ok(turn.await.expect("whoever waits is told before the budget is gone"))
+        Ok(turn.await.expect("each waiter gets an answer before the budget is dropped"))
     }
 
     /// Charges a piece of `bytes` that is already in transfer.
@@ -202,7 +202,7 @@ mod tests {
     fn objects_wait_for_room_in_order_and_pieces_do_not() {
         let budget = Budget::new(100);
         let (mut a, mut b, mut c) = (pin!(budget.reserve(60)), pin!(budget.reserve(60)), pin!(budget.reserve(10)));
-        let first = poll(a.as_mut()).expect("there is room");
+        let first = poll(a.as_mut()).expect("there is space");
         assert!(poll(b.as_mut()).is_none() && poll(c.as_mut()).is_none(), "the third does not overtake");
         let piece = budget.count(50);
         assert_eq!(budget.in_flight(), 110);
@@ -230,7 +230,7 @@ mod tests {
     #[test]
     fn who_gives_up_waiting_holds_nobody_up() {
         let budget = Budget::new(100);
-        let held = poll(pin!(budget.reserve(100))).expect("there is room");
+        let held = poll(pin!(budget.reserve(100))).expect("there is space");
         let mut after = pin!(budget.reserve(100));
         {
             let mut gone = pin!(budget.reserve(50));

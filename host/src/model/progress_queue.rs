@@ -176,9 +176,9 @@ mod tests {
     #[test]
     fn events_stay_until_acknowledged_and_later_ones_are_kept() {
         let mailbox = ProgressQueue::default();
-        mailbox.event(json!(1)).expect("room");
+        mailbox.event(json!(1)).expect("space in the queue");
         let sent = mailbox.pending();
-        mailbox.event(json!(2)).expect("room");
+        mailbox.event(json!(2)).expect("space in the queue");
         mailbox.acknowledge(&sent);
         assert_eq!(mailbox.pending().events, [json!(2)]);
         assert!(mailbox.is_dirty());
@@ -188,7 +188,7 @@ mod tests {
     fn one_heartbeat_carries_what_planes_take_and_the_next_one_the_rest() {
         let mailbox = ProgressQueue::default();
         for n in 0..5 {
-            mailbox.event(json!(format!("{n}{}", "x".repeat(20_000)))).expect("room");
+            mailbox.event(json!(format!("{n}{}", "x".repeat(20_000)))).expect("space in the queue");
         }
         let mut sizes = Vec::new();
         while mailbox.is_dirty() {
@@ -217,13 +217,13 @@ mod tests {
     fn the_queue_is_bounded_in_count_and_bytes() {
         let mailbox = ProgressQueue::default();
         for n in 0..EVENTS_MAX {
-            mailbox.event(json!(n)).expect("room");
+            mailbox.event(json!(n)).expect("space in the queue");
         }
         assert_eq!(mailbox.event(json!("one more")), Err(ProgressError::EventsFull));
         let mailbox = ProgressQueue::default();
         let quarter = json!("x".repeat(EVENTS_BYTES_MAX / 4 - 2));
         for _ in 0..4 {
-            mailbox.event(quarter.clone()).expect("room");
+            mailbox.event(quarter.clone()).expect("space in the queue");
         }
         assert_eq!(mailbox.event(json!(1)), Err(ProgressError::EventsFull));
         assert!(matches!(mailbox.event(json!("x".repeat(EVENT_BYTES_MAX))), Err(ProgressError::EventTooLarge(_))));

@@ -274,7 +274,7 @@ impl Thread {
         self.state.take_again().map_err(|err| err.to_string())?;
         let (store, found) = Store::open(path).map_err(|err| err.to_string())?;
         if found.iter().any(|(number, bytes)| self.rows.get(number) != Some(bytes)) {
-            return Err(format!("another outbox lies at {} by now; move it away, or restart the node", path.display()));
+            return Err(format!("another outbox is at {} now; move it away, or restart the node", path.display()));
         }
         self.behind.extend(self.rows.keys());
         self.stored.clear();

@@ -212,7 +212,7 @@ crate-type = ["cdylib", "rlib"] # the plugin, and a library for its tests
 runner-sdk = {sdk}
 serde_json = "1"
 
-# A workspace of its own, whatever folder it lies in.
+# A workspace of its own, whatever folder it is in.
 [workspace]
 "#;
     names.fill(template).replace("{sdk}", dependency)

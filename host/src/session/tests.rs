@@ -112,7 +112,7 @@ async fn a_task_without_news_costs_one_heartbeat() {
 #[tokio::test]
 async fn the_set_up_heartbeat_carries_what_is_known_by_then() {
     let (mut plane, session) = open(lease(MINUTE)).await;
-    session.grant().progress.progress(json!({ "early": 1 })).expect("room");
+    session.grant().progress.progress(json!({ "early": 1 })).expect("space in the queue");
     let call = plane.expect(HEARTBEAT).await;
     assert_eq!(call.json()["progress"], json!({ "early": 1 }));
     call.ok(json!({}));
@@ -204,10 +204,10 @@ async fn cancel_counts_in_every_answer() {
     assert!(plane.waiting().is_none());
 
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    session.grant().progress.progress(json!(1)).expect("room");
+    session.grant().progress.progress(json!(1)).expect("space in the queue");
     plane.expect(HEARTBEAT).await.ok(json!({ "cancel": true }));
     assert_eq!(session.grant().cancel.cancelled().await, CancelReason::Plane);
-    session.grant().progress.progress(json!(2)).expect("room");
+    session.grant().progress.progress(json!(2)).expect("space in the queue");
     assert_eq!(session.no_report(&Outcome::Completed), Some(CancelReason::Plane));
     assert_eq!(ended(session).await, Err(NoReport::Over(CancelReason::Plane)));
     assert!(plane.waiting().is_none());
@@ -239,7 +239,7 @@ async fn data_that_moves_is_followed_while_the_task_runs() {
         (json!({ "domain_id": OTHER }), at("https://meta", other)),
     ] {
         let old = grant.token();
-        grant.progress.event(json!("go on")).expect("room");
+        grant.progress.event(json!("go on")).expect("space in the queue");
         let mut answer = answer;
         answer["access_token"] = Uuid::new_v4().to_string().into();
         plane.expect(HEARTBEAT).await.ok(answer);
@@ -255,7 +255,7 @@ async fn a_newer_token_is_seen_at_once() {
     let grant = session.grant();
     let old = grant.token();
     assert_eq!(old, Some(Token::new("dom-1")));
-    grant.progress.event(json!("go on")).expect("room");
+    grant.progress.event(json!("go on")).expect("space in the queue");
     plane.expect(HEARTBEAT).await.ok(json!({ "access_token": "dom-2" }));
     assert_eq!(grant.newer_token(old.as_ref(), Duration::from_secs(20)).await, Some(Token::new("dom-2")));
 }
@@ -266,12 +266,12 @@ async fn progress_is_gathered_and_events_arrive_once() {
     let grant = session.grant();
     let mailbox = &grant.progress;
     for n in 0..50 {
-        mailbox.progress(json!({ "n": n })).expect("room");
-        mailbox.event(json!(n)).expect("room");
+        mailbox.progress(json!({ "n": n })).expect("space in the queue");
+        mailbox.event(json!(n)).expect("space in the queue");
     }
     let call = plane.expect(HEARTBEAT).await;
     assert_eq!(call.json(), json!({ "progress": { "n": 49 }, "events": (0..50).collect::<Vec<_>>() }));
-    mailbox.event(json!("later")).expect("room");
+    mailbox.event(json!("later")).expect("space in the queue");
     let first = call.at;
     call.ok(json!({}));
     let call = plane.expect(HEARTBEAT).await;
@@ -283,7 +283,7 @@ async fn progress_is_gathered_and_events_arrive_once() {
 #[tokio::test]
 async fn unacknowledged_events_come_again() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    session.grant().progress.event(json!("kept")).expect("room");
+    session.grant().progress.event(json!("kept")).expect("space in the queue");
     plane.expect(HEARTBEAT).await.answer(502, "");
     let call = plane.expect(HEARTBEAT).await;
     assert_eq!(call.json()["events"], json!(["kept"]));
@@ -295,8 +295,8 @@ async fn last_words_go_before_the_report() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
     let grant = session.grant();
     let mailbox = &grant.progress;
-    mailbox.progress(json!({ "done": true })).expect("room");
-    mailbox.event(json!("end")).expect("room");
+    mailbox.progress(json!({ "done": true })).expect("space in the queue");
+    mailbox.event(json!("end")).expect("space in the queue");
     let closed = close(session, async || {
         plane.expect(HEARTBEAT).await.answer(500, "once more, please");
         let call = plane.expect(HEARTBEAT).await;
@@ -311,7 +311,7 @@ async fn last_words_go_before_the_report() {
 async fn events_that_fill_several_heartbeats_follow_each_other_without_the_timer() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
     for n in 0..6 {
-        session.grant().progress.event(json!([n, "x".repeat(20_000)])).expect("room");
+        session.grant().progress.event(json!([n, "x".repeat(20_000)])).expect("space in the queue");
     }
     for sent in [[0, 1, 2], [3, 4, 5]] {
         let call = plane.expect(HEARTBEAT).await;
@@ -329,7 +329,7 @@ async fn last_words_that_fill_several_heartbeats_all_go_before_the_report() {
     let mailbox = &grant.progress;
     let text = "x".repeat(20_000);
     for n in 0..8 {
-        mailbox.event(json!([n, text])).expect("room");
+        mailbox.event(json!([n, text])).expect("space in the queue");
     }
     let closed = close(session, async || {
         let (mut seen, mut last) = (Vec::new(), None::<Instant>);
@@ -349,7 +349,7 @@ async fn last_words_that_fill_several_heartbeats_all_go_before_the_report() {
 #[tokio::test]
 async fn last_words_that_cannot_be_delivered_do_not_cost_the_verdict() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    session.grant().progress.event(json!("end")).expect("room");
+    session.grant().progress.event(json!("end")).expect("space in the queue");
     let closed = close(session, async || {
         for _ in 0..3 {
             plane.expect(HEARTBEAT).await.answer(500, "");
@@ -363,12 +363,12 @@ async fn last_words_that_cannot_be_delivered_do_not_cost_the_verdict() {
 async fn last_words_nobody_answers_take_half_of_the_lease() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
     // From here on the lease is short, because the plane says so.
-    session.grant().progress.progress(json!(1)).expect("room");
+    session.grant().progress.progress(json!(1)).expect("space in the queue");
     let short = in_future(Duration::from_secs(3)).to_string();
     plane.expect(HEARTBEAT).await.ok(json!({ "lease_expires_at": short, "access_token": "short" }));
     let old = Token::new("dom-1");
     session.grant().newer_token(Some(&old), MINUTE).await;
-    session.grant().progress.event(json!("end")).expect("room");
+    session.grant().progress.event(json!("end")).expect("space in the queue");
     let began = Instant::now();
     let mut held = Vec::new();
     let closing = ended(session);
@@ -386,7 +386,7 @@ async fn last_words_nobody_answers_take_half_of_the_lease() {
 #[tokio::test]
 async fn a_cancel_in_the_last_heartbeat_silences_the_report() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    session.grant().progress.event(json!("end")).expect("room");
+    session.grant().progress.event(json!("end")).expect("space in the queue");
     let closed = close(session, async || plane.expect(HEARTBEAT).await.ok(json!({ "cancel": true }))).await;
     assert_eq!(closed, Err(NoReport::Over(CancelReason::Plane)));
     assert!(plane.waiting().is_none());
@@ -412,11 +412,11 @@ async fn nothing_is_reported_for_a_task_that_ended_cancelled_or_lost() {
 #[tokio::test]
 async fn heartbeats_and_report_follow_a_renamed_task() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    session.grant().progress.progress(json!(1)).expect("room");
+    session.grant().progress.progress(json!(1)).expect("space in the queue");
     let task = json!({ "id": OTHER, "capability": "/lab/echo/v1" });
     plane.expect(HEARTBEAT).await.ok(json!({ "task": task, "access_token": "seen" }));
     session.grant().newer_token(Some(&Token::new("dom-1")), MINUTE).await;
-    session.grant().progress.progress(json!(2)).expect("room");
+    session.grant().progress.progress(json!(2)).expect("space in the queue");
     plane.expect(&HEARTBEAT.replace(TASK, OTHER)).await.ok(json!({}));
     let closed = close(session, async || {
         if let Some(call) = plane.waiting() {
@@ -461,7 +461,7 @@ async fn a_clock_that_is_wrong_makes_no_flood_and_loses_nothing() {
     let past = (Timestamp::now() - SignedDuration::from_secs(3600)).to_string();
     let taken = Lease { expires_at: None, ..lease(MINUTE) };
     let (mut plane, session) = set_up(taken, json!({ "lease_expires_at": past })).await;
-    session.grant().progress.progress(json!(1)).expect("room");
+    session.grant().progress.progress(json!(1)).expect("space in the queue");
     plane.expect(HEARTBEAT).await.ok(json!({ "lease_expires_at": past }));
     assert_eq!(ended(session).await, Ok(named()));
     assert!(plane.waiting().is_none());
@@ -518,7 +518,7 @@ async fn a_drained_task_is_reported() {
 #[tokio::test]
 async fn a_lease_that_runs_out_under_the_last_words_silences_nothing() {
     let (mut plane, session) = set_up(lease(Duration::from_millis(1200)), json!({})).await;
-    session.grant().progress.event(json!("end")).expect("room");
+    session.grant().progress.event(json!("end")).expect("space in the queue");
     assert_eq!(session.no_report(&Outcome::Completed), None);
     let mut held = Vec::new();
     let closing = async {

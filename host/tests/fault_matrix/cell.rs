@@ -121,7 +121,7 @@ async fn one_verdict(cell: &Cell, lab: &TestServer, ended: &Ended, input: &[u8])
     }
     let attempts = ended.task()["attempts"].as_u64().unwrap_or_default();
     if receipts.len() as u64 > attempts {
-        return Err(format!("{} verdicts of {attempts} attempts: {:#}", receipts.len(), ended.0));
+        return Err(format!("{} results of {attempts} attempts: {:#}", receipts.len(), ended.0));
     }
     if cell.endpoint == "fail" {
         let own = |reason: &&str| reason.starts_with("runner failed: as the task wanted");

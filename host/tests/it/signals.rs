@@ -171,7 +171,7 @@ async fn plugins_are_told(signed_in: bool) {
         rubbish.seen("POST /internal/v1/auth/siwe/request", 1).await;
         node
     };
-    assert!(!mark.exists(), "it is told too early");
+    assert!(!mark.exists(), "the mark comes too early");
     node.term();
     ends_promptly(&node, 0).await;
     assert!(mark.exists(), "the plugin was not told:\n{}", node.log());

@@ -437,7 +437,7 @@ fn local_time(answer: &Answer, at: Option<Timestamp>) -> Option<BootInstant> {
     let at = at?;
     let moment = answer.moment(at);
     if moment.is_none() {
-        tracing::debug!(at = %at, "a time of the control plane lies in the past and is not counted");
+        tracing::debug!(at = %at, "a time of the control plane is in the past and is ignored");
     }
     moment
 }

@@ -315,7 +315,8 @@ impl Process {
 
     pub(crate) async fn wait(&self) -> i32 {
         let mut code = self.code.clone();
-        let ended = async { code.wait_for(Option::is_some).await.expect("the exit is told").expect("there is a code") };
+        let ended =
+            async { code.wait_for(Option::is_some).await.expect("the exit code is sent").expect("there is a code") };
         within("the end of the process", || self.log(), ended).await
     }
 
