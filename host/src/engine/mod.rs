@@ -268,7 +268,10 @@ impl Engine {
                 }
             }
             Err(LeaseError::Malformed { task: Some(to), reason }) => {
-                plane.pace.ended(LeaseValue::Nothing);
+                // A control plane that sends leases by itself is not paced: an unusable lease costs nothing.
+                if plane.source.facts().admission == Admission::SlotFirst {
+                    plane.pace.ended(LeaseValue::Nothing);
+                }
                 let unreadable = NodeEvent::LeaseUnreadable { task: to.task.clone(), error: reason.clone() };
                 self.modules.events.emit(unreadable);
                 let refusal = refuse(Arc::clone(&plane.source), to, reason, stops.cancel.clone());

@@ -99,6 +99,11 @@ impl SetAside {
     /// # Errors
     /// When the file cannot be read.
     pub fn read(file: &Path) -> Result<Self, StateError> {
+        // A pipe or a device has no end.
+        if !std::fs::metadata(file).map_err(failed("read", file))?.is_file() {
+            let problem = std::io::Error::new(std::io::ErrorKind::InvalidInput, "expected a regular file");
+            return Err(failed("read", file)(problem));
+        }
         let rows = store::read_aside(file).map_err(failed("read", file))?;
         let decoded = rows.iter().filter_map(|(_, bytes)| Entry::decode(bytes).ok());
         Ok(Self { reports: decoded.map(|(report, tries)| Stored { report, tries }).collect() })

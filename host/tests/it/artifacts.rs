@@ -138,7 +138,7 @@ async fn unfit_files_are_refused_in_one_line() {
         ("folder", "is a directory, expected a regular file"),
         ("empty", "is empty; expected at least one byte"),
         ("pipe", "is a pipe, socket, device or link, expected a regular file"),
-        ("link /etc/hostname", "leads out of the task's directory"),
+        ("link /etc/hostname", "leads out of the task's directory; publish a file in it, without links"),
     ];
     let list: Vec<Value> = cases.iter().map(|(file, _)| json!({ "path": "x", "file": file })).collect();
     let ended = puts(&lab, &node, json!(list)).await;

@@ -55,7 +55,7 @@ async fn tasks_complete_despite_faults_and_the_journal_shows_them() {
     let out = dir.path().join("out");
     let submit = Cli::new(&["submit", "/examples/hello/v1", "--attempts", "3", "--wait", "--timeout", "15s"]);
     submit.arg("--out").arg(out).set("RUNNER_HOST_DEV", &address).run().await.expect(0);
-    let struck = |word: &'static str| move |line: &str| line.contains("fault struck") && line.contains(word);
+    let struck = |word: &'static str| move |line: &str| line.contains("fault injected") && line.contains(word);
     dev.stderr_line(struck("busy")).await;
     dev.stderr_line(struck("not heard")).await;
     let request = Request::get(format!("{address}/dev/v1/requests")).body(transport::full("")).expect("a request");

@@ -42,6 +42,8 @@ async fn cancel_file_ends_a_task() {
     fs::write(folder.path().join("jobs").join(format!("{id}.cancel")), "").expect("the folder is writable");
     let line = node.says("task.ended").await;
     assert_eq!((&line["outcome"], &line["cancelled"]), (&json!("cancelled"), &json!("plane")), "{line}");
+    assert_eq!(plane.done(&id).expect("a result")["outcome"], "cancelled");
+    assert!(!folder.path().join("running").join(format!("{id}.json")).exists(), "the claim is removed");
     node.stop().await;
 }
 
@@ -54,6 +56,12 @@ async fn unusable_job_gets_a_result_at_once() {
         ("bad-capability", json!({ "capability": "echo" }), "does not begin with /"),
         ("unknown-key", json!({ "capability": "/examples/echo-file/v1", "input": [] }), "unknown field `input`"),
         ("no-object", json!("text"), "the job file cannot be used"),
+        (
+            "term",
+            json!({ "capability": "/examples/echo-file/v1", "term_secs": 0 }),
+            "term_secs is 0, expected 1 to 86400",
+        ),
+        ("out", json!({ "capability": "/examples/echo-file/v1", "out": "done/x" }), "a folder of the control plane"),
     ] {
         plane.put_job(id, &job);
         let line = node.line(|line| line["event"] == "lease.unreadable" && line["task_id"] == id).await;
@@ -154,5 +162,43 @@ async fn run_past_its_time_limit_fails() {
         (&result["reason"], &result["retryable"]),
         (&json!("the deadline of the run has passed"), &json!(false))
     );
+    node.stop().await;
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn pipes_and_dot_names_do_not_stop_the_node() {
+    let plane = Plane::local();
+    let node = plane.node(&[fixtures::echo()]).leasing().await;
+    let Plane::Local(folder) = &plane else { panic!("a folder") };
+    let pipe = folder.path().join("jobs/a-pipe.json");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status().expect("mkfifo runs");
+    assert!(made.success());
+    for name in ["..json", "...json"] {
+        fs::write(folder.path().join("jobs").join(name), r#"{"capability":"/examples/echo-file/v1"}"#)
+            .expect("written");
+    }
+    let line = node.line(|line| line["event"] == "lease.unreadable" && line["task_id"] == "a-pipe").await;
+    assert_eq!(line["error"], "the job file is not a regular file");
+    let task = plane.submit("/examples/echo-file/v1", b"x", json!({})).await;
+    assert!(plane.result(&node, &task).await.completed);
+    assert!(node.lines().iter().all(|line| line["task_id"] != "." && line["task_id"] != ".."), "{}", node.log());
+    node.stop().await;
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn job_without_a_claim_does_not_run() {
+    let plane = Plane::local();
+    let node = plane.node(&[fixtures::echo()]).leasing().await;
+    let Plane::Local(folder) = &plane else { panic!("a folder") };
+    let running = folder.path().join("running");
+    fs::remove_dir(&running).expect("an empty folder");
+    fs::write(&running, "in the way").expect("the folder is writable");
+    let task = plane.submit("/examples/echo-file/v1", b"x", json!({})).await;
+    node.says("claim.not_written").await;
+    assert!(node.said("task.started").is_empty(), "{}", node.log());
+    fs::remove_file(&running).expect("the file in the way");
+    assert!(plane.result(&node, &task).await.completed, "{}", node.log());
     node.stop().await;
 }

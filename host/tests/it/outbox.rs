@@ -290,8 +290,7 @@ async fn a_full_outbox_pauses_leasing_until_there_is_room() {
     let jobs: Vec<_> = (0..3).map(|_| lab.task("/fixtures/ok/v1").submit()).collect();
     node.says("outbox.full").await;
     let reason = "the outbox is full: 2 reports wait for the control plane";
-    let wanted = (503, json!({ "ready": false, "reason": reason }));
-    node.page_until("/ready", |page| *page == wanted).await;
+    node.page_until("/ready", |page| page.0 == 503 && page.1["reason"] == reason).await;
     assert_eq!(node.status().await["outbox"]["full"], true);
     assert_eq!(lab.dev_server.job(jobs[2]).expect("a job")["job"]["status"], "pending", "nothing new is leased");
     rubbish.heal();
@@ -586,7 +585,7 @@ async fn a_full_disk_is_one_trouble_that_lasts_until_there_is_room() {
     let filler = inside.join(folder.path().strip_prefix("/").expect("an absolute path")).join("filler");
     let filled = File::create(&filler).and_then(|mut file| io::copy(&mut io::repeat(1), &mut file));
     assert_eq!(filled.map_err(|err| err.kind()), Err(io::ErrorKind::StorageFull));
-    let (broken, mended) = ("outbox cannot be written, reports are kept in memory only", "outbox can be written again");
+    let (broken, mended) = ("outbox.not_writable", "outbox.writable");
     // Some of these reports fit into the file, others do not.
     for _ in 0..200 {
         lab.task("/fixtures/ok/v1").submit();
@@ -858,4 +857,11 @@ async fn folder_without_outbox_is_an_error() {
         "{}",
         said.stderr
     );
+}
+
+#[tokio::test]
+async fn retry_from_refuses_devices() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let ended = Cli::new(&["outbox", "retry", "--from", "/dev/zero", "--state-dir"]).arg(folder.path()).run().await;
+    assert!(ended.code != 0 && ended.stderr.contains("expected a regular file"), "{ended:?}");
 }

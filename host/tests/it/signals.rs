@@ -72,7 +72,7 @@ async fn a_signal_lets_a_running_task_finish_and_leases_nothing_more() {
     node.term();
     node.says("node.draining").await;
     let (status, ready) = node.page("/ready").await;
-    assert_eq!((status, &ready), (503, &json!({ "ready": false, "reason": "draining" })));
+    assert_eq!((status, &ready["ready"], &ready["reason"]), (503, &json!(false), &json!("draining")), "{ready}");
     assert_eq!(node.status().await["phase"], "draining");
     let late = lab.task("/fixtures/ok/v1").submit();
     std::fs::write(&file, "").expect("the folder is writable");

@@ -25,6 +25,8 @@ use uuid::Uuid;
 
 use crate::model::{Capability, TaskId, TaskResult};
 
+/// The folders of the control plane.
+const OWN_FOLDERS: [&str; 3] = ["jobs", "running", "done"];
 /// Largest job file, in bytes.
 const JOB_BYTES_MAX: u64 = 2 * 1024 * 1024;
 /// How long a claim lasts when the job does not say it.
@@ -83,7 +85,7 @@ struct JobFile {
 }
 
 /// A path in JSON: a text, or an array of bytes if the path is not UTF-8.
-#[derive(Deserialize, Serialize)]
+#[derive(Clone, Deserialize, Serialize)]
 #[serde(untagged)]
 enum AnyPath {
     Text(String),
@@ -160,7 +162,7 @@ impl Folder {
     /// # Errors
     /// One line when it cannot be used.
     pub(super) fn open(path: PathBuf) -> Result<Self, String> {
-        for part in ["jobs", "running", "done"] {
+        for part in OWN_FOLDERS {
             let part = path.join(part);
             fs::create_dir_all(&part).map_err(|err| format!("cannot make {}: {err}", part.display()))?;
         }
@@ -211,6 +213,8 @@ impl Folder {
                 let path = PathBuf::from(entry?.file_name());
                 let is_job = path.extension().is_some_and(|extension| extension == "json");
                 let stem = path.file_stem().and_then(|stem| stem.to_str()).filter(|_| is_job);
+                // `.` and `..` would name folders of this machine.
+                let stem = stem.filter(|stem| !matches!(*stem, "." | ".."));
                 ids.extend(stem.and_then(|stem| TaskId::parse(stem).ok()));
             }
             ids.sort();
@@ -243,6 +247,7 @@ impl Folder {
                 return Ok(Claimed::Other);
             }
             let ends_at = now + SignedDuration::try_from(left).unwrap_or(SignedDuration::MAX);
+            fs::create_dir_all(self.0.join("running"))?;
             write(&self.running(id), &json!(Claim { claim, ends_at }))?;
             Ok(Claimed::Ours)
         })
@@ -278,6 +283,27 @@ impl Folder {
                 }
             }
             Ok(Claimed::Ours)
+        })
+    }
+
+    /// Ends a job that somebody cancelled, unless another claim holds it.
+    pub(super) fn cancel_job(
+        &self,
+        id: &TaskId,
+        claim: Uuid,
+        result: &TaskResult,
+        now: Timestamp,
+    ) -> Result<(), String> {
+        self.locked(|| {
+            let other = read::<Claim>(&self.running(id)).is_some_and(|held| held.ends_at > now && held.claim != claim);
+            if other {
+                return Ok(());
+            }
+            if !self.done(id).exists() {
+                write(&self.done(id), &done(id, claim, result, now))?;
+            }
+            self.tidy(id);
+            Ok(())
         })
     }
 
@@ -324,6 +350,7 @@ fn done(id: &TaskId, claim: Uuid, result: &TaskResult, now: Timestamp) -> Value 
 /// `None`: there is no such file.
 fn read_job(path: &Path) -> Result<Option<Job>, String> {
     let size = match fs::metadata(path) {
+        Ok(metadata) if !metadata.is_file() => return Err("the job file is not a regular file".to_owned()),
         Ok(metadata) => metadata.len(),
         Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(err) => return Err(format!("the job file cannot be read: {err}")),
@@ -335,13 +362,25 @@ fn read_job(path: &Path) -> Result<Option<Job>, String> {
     let file: JobFile = serde_json::from_slice(&bytes).map_err(|err| format!("the job file cannot be used: {err}"))?;
     let capability =
         Capability::parse(&file.capability).map_err(|err| format!("the job file cannot be used: {err}"))?;
-    let term = file.term_secs.map_or(TERM_DEFAULT, Duration::from_secs).clamp(Duration::from_secs(1), TERM_MAX);
+    let term = file.term_secs.map_or(TERM_DEFAULT, Duration::from_secs);
+    if !(Duration::from_secs(1)..=TERM_MAX).contains(&term) {
+        return Err(format!("term_secs is {}, expected 1 to {}", term.as_secs(), TERM_MAX.as_secs()));
+    }
+    if let Some(out) = file.out.as_ref().map(|out| PathBuf::from(out.clone()))
+        && OWN_FOLDERS.iter().any(|own| out.starts_with(own))
+    {
+        return Err(format!("out is {}, a folder of the control plane; give another folder", out.display()));
+    }
     let inputs = file.inputs.into_iter().map(PathBuf::from).collect();
     let time_limit = file.time_limit_secs.map(Duration::from_secs);
     Ok(Some(Job { capability, inputs, meta: file.meta, out: file.out.map(PathBuf::from), term, time_limit }))
 }
 
 fn read<T: for<'de> Deserialize<'de>>(path: &Path) -> Option<T> {
+    // Reading a pipe would wait for its writer.
+    if !fs::metadata(path).ok()?.is_file() {
+        return None;
+    }
     serde_json::from_slice(&fs::read(path).ok()?).ok()
 }
 

@@ -8,7 +8,10 @@ mod folder;
 use std::{
     collections::HashSet,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
@@ -33,6 +36,8 @@ use crate::model::{
 
 /// How often the folder is scanned while no job waits.
 const SCAN_EVERY: Duration = Duration::from_millis(200);
+/// The pause after a claim that could not be written.
+const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(5);
 /// Longest pause between two heartbeats: a heartbeat notices a cancel file and passes progress on.
 const HEARTBEAT_EVERY: Duration = Duration::from_secs(1);
 
@@ -69,6 +74,8 @@ pub struct Local {
     /// Jobs that a poll returned and this node has not claimed yet.
     offered: Mutex<HashSet<TaskId>>,
     quiet: CancellationToken,
+    /// A claim could not be written: the next poll waits before it looks for jobs.
+    pause: AtomicBool,
 }
 
 impl Local {
@@ -93,6 +100,7 @@ impl Local {
             observer,
             offered: Mutex::default(),
             quiet: CancellationToken::new(),
+            pause: AtomicBool::new(false),
         })
     }
 
@@ -130,6 +138,8 @@ impl Local {
                 Ok(Some(lease(&self.folder, id, claim, job)))
             }
             Some(Found { id, job: Err(reason) }) => {
+                // Until it has a result, it must not be found again and again.
+                self.offered().insert(id.clone());
                 let address = ReportAddress { task: id, at: Uuid::new_v4().to_string().into() };
                 Err(LeaseError::Malformed { task: Some(address), reason })
             }
@@ -192,6 +202,13 @@ impl LeaseSource for Local {
             if self.quiet.is_cancelled() {
                 return Ok(None);
             }
+            if self.pause.swap(false, Ordering::AcqRel) {
+                tokio::select! {
+                    () = self.quiet.cancelled() => {}
+                    () = tokio::time::sleep(PAUSE_AFTER_FAILURE) => {}
+                }
+                continue;
+            }
             if let Some(lease) = self.scan().await? {
                 return Ok(Some(lease));
             }
@@ -208,9 +225,15 @@ impl LeaseSource for Local {
         let id = to.task.clone();
         let claimed = self.on_disk(move |folder| folder.claim(&id, claim, left, Timestamp::now())).await;
         self.offered().remove(&to.task);
-        match claimed? {
-            Claimed::Ours => Ok(()),
-            Claimed::Other => Err(gone(to)),
+        match claimed {
+            Ok(Claimed::Ours) => Ok(()),
+            Ok(Claimed::Other) => Err(gone(to)),
+            // Without a claim another node could run the job too.
+            Err(err) => {
+                warn!(event = "claim.not_written", task_id = %to.task, error = %err, "claim cannot be written, the job waits");
+                self.pause.store(true, Ordering::Release);
+                Err(gone(to))
+            }
         }
     }
 
@@ -233,6 +256,12 @@ impl LeaseSource for Local {
         }
         if beat.progress != json!({}) {
             self.notify(LocalEvent::Progress(beat.progress.clone()));
+        }
+        if cancel {
+            // A cancelled task is not reported, so the job gets its result here.
+            let (id, result) = (to.task.clone(), TaskResult::bare(Outcome::Cancelled));
+            self.on_disk(move |folder| folder.cancel_job(&id, claim, &result, Timestamp::now())).await?;
+            self.notify(LocalEvent::Ended(TaskResult::bare(Outcome::Cancelled)));
         }
         Ok(Renewal { term: Term::Unchanged, cancel, ..Renewal::default() })
     }
