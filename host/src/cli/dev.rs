@@ -9,7 +9,7 @@ use std::{
 use anyhow::Context;
 use url::Url;
 
-use super::{Exit, PluginArgs, block_on, counted, no_text, put, run::checked, signals, tell};
+use super::{Exit, PluginArgs, block_on, counted, no_text, put, run::checked, signals, tell, too_few_files};
 use crate::{
     app::Node,
     auth::NodeKey,
@@ -58,6 +58,9 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: Args, layers: Layers) -> anyhow::Result<Exit> {
+    if let Some(exit) = too_few_files(1) {
+        return Ok(exit);
+    }
     block_on(live(args, layers))
 }
 

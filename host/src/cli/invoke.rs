@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 
 use super::{
     Exit, Output, PluginArgs, block_on_beside_control, nothing_to_serve, put, reserve_stdout, signals, table, tell,
-    unreadable,
+    too_few_files, unreadable,
 };
 use crate::{
     app::Node,
@@ -61,6 +61,9 @@ pub(super) fn run(args: Args, layers: &Layers) -> anyhow::Result<Exit> {
     }
     if let Some(why) = folder_trouble(&args.out) {
         return Err(anyhow::anyhow!("--out {}: {why}", args.out.display()).context(Exit::Usage));
+    }
+    if let Some(exit) = too_few_files(1) {
+        return Ok(exit);
     }
     let data = reserve_stdout()?;
     // Settings of a control plane are not used here, so mistakes in them are ignored.

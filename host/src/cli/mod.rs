@@ -337,6 +337,18 @@ fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<
     on_runtime(tokio::runtime::Builder::new_multi_thread().enable_all().build()?, work)
 }
 
+/// Reports that too few files may be open for a node of `slots`, if that is so.
+fn too_few_files(slots: usize) -> Option<Exit> {
+    #[cfg(unix)]
+    if let Err(few) = crate::open_files::check(slots) {
+        complain(&few.to_string());
+        return Some(Exit::Temporary);
+    }
+    #[cfg(not(unix))]
+    let _ = slots;
+    None
+}
+
 /// Like [`block_on`] for a process that is only a node. The control thread is as busy as a worker,
 /// so the number of workers is one less than the number of processors.
 fn block_on_beside_control<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {

@@ -118,10 +118,8 @@ pub(super) fn run(args: &Args, layers: &Layers, secrets: &Secrets) -> anyhow::Re
     }
     // Log lines start here, so the last line must have the same form.
     super::complain_as_log();
-    #[cfg(unix)]
-    if let Err(few) = crate::open_files::check(config.engine.slots) {
-        super::complain(&few.to_string());
-        return Ok(Exit::Temporary);
+    if let Some(exit) = super::too_few_files(config.engine.slots) {
+        return Ok(exit);
     }
     for warning in &config.warnings {
         tracing::warn!(event = "setting.warning", reason = %warning, "a setting should be changed");

@@ -10,6 +10,7 @@ use tempfile::TempDir;
 
 use crate::harness::{
     PATIENCE, fixtures,
+    folder::Folder,
     node::{Cli, Process},
     within,
 };
@@ -1045,4 +1046,16 @@ async fn mistyped_subcommand_gets_a_suggestion() {
     }
     let ended = Cli::new(&["banana"]).run().await.expect(2);
     assert!(!ended.stderr.contains("tip:"), "{}", ended.stderr);
+}
+
+#[tokio::test]
+async fn invoke_and_dev_need_enough_open_files() {
+    let folder = Folder::with_a_good_one();
+    for args in [&["invoke", "/fixtures/good/v1"][..], &["dev", "--port", "0"]] {
+        for limit in [12, 16, 24] {
+            let ended = folder.cli(args).open_files(limit, limit).run().await.expect(75);
+            let wanted = format!("only {limit} files may be open, the node needs at least 32");
+            assert!(ended.stderr.contains(&wanted), "{args:?}: {}", ended.stderr);
+        }
+    }
 }
