@@ -274,11 +274,18 @@ async fn submit_finds_dev_server_and_downloads_artifacts() {
     assert_eq!(ended["tasks"].as_array().map(Vec::len), Some(2), "{ended}");
     let ended = submit("/fixtures/fail/v1").arg("--wait").run().await.expect(1);
     assert!(ended.stderr.contains("runner failed: cloud not written"), "{}", ended.stderr);
-    let ended = submit("/nobody/serves-this/v1").arg("--wait").arg("--timeout").arg("2s").run().await.expect(5);
+    let ended = submit("/nobody/serves-this/v1")
+        .set("RUST_LOG", "")
+        .arg("--wait")
+        .arg("--timeout")
+        .arg("2s")
+        .run()
+        .await
+        .expect(5);
     assert!(ended.stderr.contains("the job goes on"), "{}", ended.stderr);
     let waits = "no node serves /nobody/serves-this/v1 at the moment; the job waits for one";
     assert_eq!(ended.stderr.lines().next(), Some(waits), "it is said at once");
-    let ended = submit("/exmaples/hello/v1").run().await.expect(0);
+    let ended = submit("/exmaples/hello/v1").set("RUST_LOG", "").run().await.expect(0);
     let suggests =
         "no node serves /exmaples/hello/v1 at the moment; the job waits for one, did you mean /examples/hello/v1?";
     assert_eq!(ended.stderr, suggests);
@@ -458,7 +465,7 @@ async fn interrupted_submit_aborts_upload_and_prints_json() {
     assert_eq!(aborts(200).await, 1, "{:?}", calls(base).await);
 
     for (signal, parts) in [(Signal::INT, 3), (Signal::TERM, 4)] {
-        let process = submit().arg("--input").arg("large.bin").start();
+        let process = submit().set("RUST_LOG", "").arg("--input").arg("large.bin").start();
         let begun = async {
             while calls(base).await.iter().filter(|(name, _)| name == "part").count() < parts {
                 // The journal has no event over HTTP.
@@ -534,7 +541,10 @@ async fn submit_exits_75_when_the_dev_server_hangs() {
 async fn submit_cancel_cancels_a_job() {
     let dir = workplace(&[]);
     let (dev, base) = faulty(dir.path(), "").await;
-    let submit = |args: &[&str]| Cli::new(&[&["submit"], args].concat()).dir(dir.path()).set("RUNNER_HOST_DEV", &*base);
+    let submit = |args: &[&str]| {
+        let submit = Cli::new(&[&["submit"], args].concat()).dir(dir.path());
+        submit.set("RUNNER_HOST_DEV", &*base).set("RUST_LOG", "")
+    };
     let create = async || submit(&["/lab/none/v1"]).run().await.expect(0).stdout;
     let status = async |id: &str| ask(&base, |_| format!("/v1/jobs/{id}")).await["job"]["status"].clone();
 
