@@ -753,7 +753,8 @@ async fn retry_takes_up_a_damaged_file() {
 #[tokio::test]
 async fn retry_doubles_no_report() {
     const COUNT: usize = 3;
-    let lab = TestServer::start().await;
+    // No lease ends meanwhile: a task that is leased again may run again.
+    let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(600)).await;
     let rubbish = Rubbish::before(&lab).await;
     let (node, jobs) = killed_with_reports(&rubbish, &lab, COUNT).await;
     let state = node.state_dir();
@@ -773,12 +774,14 @@ async fn retry_doubles_no_report() {
     let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
     assert_eq!(retry_from(state, &file).await, (Vec::new(), doubled.to_owned()));
     rubbish.heal();
-    assert_eq!(outbox(&node, &["retry", "--all"], 0).await.1, "3 reports will be sent now");
+    // The node may have delivered some of them by itself by now.
+    let said = outbox(&node, &["retry", "--all"], 0).await.1;
+    assert!(said.ends_with(" will be sent now") || said == "the outbox is empty", "{said}");
     for job in jobs {
         lab.ended(&next, job).await.completed();
     }
     next.stop().await;
-    assert_eq!(accepted(&lab), COUNT);
+    assert_eq!(accepted(&lab), COUNT, "{}", next.log());
     // A file without reports, and a missing file.
     std::fs::write(&file, "no database").expect("written");
     let from = |file: &Path| Cli::new(&["outbox", "retry", "--from"]).arg(file).arg("--state-dir").arg(state);

@@ -579,7 +579,7 @@ async fn plugin_unread_for_lack_of_files_exits_75() {
 
 #[tokio::test]
 async fn mistyped_capability_gets_a_suggestion() {
-    let folder = Folder::with_a_good_one();
+    let folder = Folder::with_a_good_one().usual_logs();
     let ended = folder.invoke("/fixtures/goood/v1", &[]).await.expect(2);
     let wanted =
         "error: no plugin serves /fixtures/goood/v1; these do: /fixtures/good/v1, did you mean /fixtures/good/v1?";
