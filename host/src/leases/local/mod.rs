@@ -239,6 +239,8 @@ impl LeaseSource for Local {
 
     async fn heartbeat(&self, to: &ReportAddress, beat: &Pending, until: BootInstant) -> Result<Renewal, LeaseError> {
         let (id, claim) = (to.task.clone(), claim(to)?);
+        // Asked before the look: the claim may be written while the folder is read.
+        let offered = self.offered().contains(&to.task);
         let looked = self.on_disk(move |folder| folder.look_at_claim(&id, claim));
         let Some(looked) = until.before(looked).await else {
             return Err(LeaseError::Unreachable(format!(
@@ -248,7 +250,7 @@ impl LeaseSource for Local {
         };
         let (held, cancel) = looked?;
         // Before the claim is made, it cannot be lost.
-        if held == Claimed::Other && !self.offered().contains(&to.task) {
+        if held == Claimed::Other && !offered {
             return Err(gone(to));
         }
         for event in &beat.events {
