@@ -332,7 +332,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ipv6_senders_are_told_by_their_network() {
+    fn ipv6_senders_are_grouped_by_network_prefix() {
         let of = |text: &str| sender(text.parse().expect("an address")).to_string();
         assert_eq!(of("192.0.2.7"), "192.0.2.7");
         assert_eq!(of("::ffff:192.0.2.7"), "192.0.2.7");

@@ -54,7 +54,7 @@ fn every_row_names_tests_that_exist() {
 
 /// Every message of the troubleshooting page occurs in the source. The text between its `…` is compared.
 #[test]
-fn every_message_of_the_troubleshooting_page_is_in_the_source() {
+fn troubleshooting_page_messages_occur_in_the_source() {
     let root = workspace();
     let page = fs::read_to_string(root.join("docs/operations/troubleshooting.md")).expect("the page is there");
     let source: String = ["host/src", "runner-sdk/src"]
@@ -79,7 +79,7 @@ fn every_message_of_the_troubleshooting_page_is_in_the_source() {
 }
 
 #[test]
-fn every_warning_of_the_node_is_on_the_troubleshooting_page() {
+fn troubleshooting_page_lists_node_warnings_and_errors() {
     let root = workspace();
     let page = fs::read_to_string(root.join("docs/operations/troubleshooting.md")).expect("the page is there");
     let (mut seen, mut missing) = (0, Vec::new());
@@ -251,7 +251,7 @@ fn is_citation_word(word: &str) -> bool {
 
 /// Only `docs/features.md` maps rows to tests, and every cited document is in this repository.
 #[test]
-fn sources_hold_no_row_ids_and_cite_no_foreign_documents() {
+fn sources_contain_no_row_ids_or_foreign_citations() {
     let foreign =
         [concat!("design", ".md"), concat!("research", "/"), concat!("../", "shared"), concat!("contract", " 4.")];
     let mut problems = Vec::new();

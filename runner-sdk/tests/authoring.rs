@@ -132,7 +132,7 @@ fn panic_in_a_destructor_fails_the_run() {
 }
 
 #[test]
-fn one_panic_does_not_touch_the_next_run() {
+fn panic_does_not_affect_the_next_run() {
     let host = TestHost::new();
     let calls = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&calls);
@@ -194,7 +194,7 @@ fn cloned_test_host_cancels_a_run() {
 }
 
 #[test]
-fn no_data_moves_after_a_lost_lease() {
+fn lost_lease_blocks_input_and_output() {
     let ended =
         TestHost::new().input("a", b"x").cancel_after_progress(1).run_blocking(&Act(|ctx: TaskCtx| async move {
             ctx.ctrl.progress(json!(1)).await?;
@@ -367,7 +367,7 @@ async fn runners_are_objects_that_threads_share() {
 }
 
 #[test]
-fn one_runner_serves_two_threads_at_once() {
+fn runner_serves_two_threads_concurrently() {
     let meeting = Arc::new(tokio::sync::Barrier::new(2));
     let runner = Arc::new(Act(move |ctx: TaskCtx| {
         let meeting = Arc::clone(&meeting);

@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn the_median_is_the_middle_and_ratios_are_taken_side_by_side() {
+    fn series_gives_median_range_and_pairwise_ratios() {
         assert_eq!(series(&[3.0, 1.0, 2.0]).text(1), "2.0 (1.0–3.0)");
         assert_eq!(series(&[4.0, 1.0]).median(), 2.5);
         assert_eq!(series(&[1.0, 4.0]).over(&series(&[2.0, 2.0])).0, [0.5, 2.0]);
@@ -238,7 +238,7 @@ mod tests {
     }
 
     #[test]
-    fn a_full_run_wants_the_target_and_a_quick_one_what_it_can_tell() {
+    fn quick_run_has_looser_limits_than_full_run() {
         for (quick_run, seen, expected) in
             [(false, 0.5, true), (false, 0.49, false), (true, 0.16, true), (true, 0.14, false)]
         {

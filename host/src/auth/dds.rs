@@ -211,7 +211,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_signed_timestamp_always_has_nine_digits() {
+    fn signed_timestamp_has_nine_fraction_digits() {
         for text in [
             "2025-03-04T05:06:07.000000008Z",
             "2025-03-04T05:06:07.000000000Z",

@@ -190,7 +190,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_token_is_returned_until_its_expiry() {
+    fn token_is_returned_until_expiry() {
         let now = Instant::now();
         let held = |renewal_error: Option<&str>| TokenState::Held {
             token: Token::new("t"),

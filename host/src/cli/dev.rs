@@ -13,7 +13,7 @@ use super::{Exit, PluginArgs, block_on, counted, no_text, put, run::checked, sig
 use crate::{
     app::Node,
     auth::NodeKey,
-    config::{HostConfig, Layers, Mistakes, Origin, Secrets, folder_trouble, own_scratch_dir},
+    config::{HostConfig, Layers, Mistakes, Origin, Secrets, folder_problem, own_scratch_dir},
     dev::{self, DevError, DevServer, Faults, WireForm},
     engine::{Ended, StopSignals},
     plugins::Plugins,
@@ -95,7 +95,7 @@ async fn live(args: Args, layers: Layers) -> anyhow::Result<Exit> {
 fn look(args: &Args, layers: &Layers) -> Result<(), Mistakes> {
     let mut mistakes = Vec::new();
     mistakes.extend(args.faults.as_deref().and_then(|file| no_text("--faults", file)));
-    let data = args.data.as_deref().and_then(|data| Some((data, folder_trouble(data)?)));
+    let data = args.data.as_deref().and_then(|data| Some((data, folder_problem(data)?)));
     mistakes.extend(data.map(|(data, why)| format!("--data {}: {why}", data.display())));
     if !args.no_node {
         // The URLs of the dev server are not known yet. The check accepts any URL on this machine.

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     app::Node,
-    config::{HostConfig, Layers, PlaneChoice, folder_trouble, own_scratch_dir},
+    config::{HostConfig, Layers, PlaneChoice, folder_problem, own_scratch_dir},
     engine::StopSignals,
     leases::local::{self, LocalEvent},
     model::{Capability, Outcome, PlaneName, TaskId, TaskResult, did_you_mean},
@@ -59,7 +59,7 @@ pub(super) fn run(args: Args, layers: &Layers) -> anyhow::Result<Exit> {
             return Err(anyhow::anyhow!(why).context(Exit::Usage));
         }
     }
-    if let Some(why) = folder_trouble(&args.out) {
+    if let Some(why) = folder_problem(&args.out) {
         return Err(anyhow::anyhow!("--out {}: {why}", args.out.display()).context(Exit::Usage));
     }
     if let Some(exit) = too_few_files(1) {

@@ -24,7 +24,7 @@ use clap::{CommandFactory as _, Parser, Subcommand, ValueEnum};
 use uuid::Uuid;
 
 use crate::{
-    config::{HostConfig, Key, Layers, Mistakes, Origin, Secrets, kernel_trouble},
+    config::{HostConfig, Key, Layers, Mistakes, Origin, Secrets, kernel_problem},
     dev::DevError,
     model::{Capability, in_a_line, nearest},
     observe::logs::{self, Format},
@@ -414,8 +414,8 @@ impl PluginArgs {
             named => (named.to_vec(), true),
         };
         for place in &places {
-            let trouble = if place.is_dir() {
-                kernel_trouble(place).map(|why| format!("plugins folder: {why}"))
+            let problem = if place.is_dir() {
+                kernel_problem(place).map(|why| format!("plugins folder: {why}"))
             } else if !named && place.exists() {
                 let shown = place.display();
                 Some(format!(
@@ -428,7 +428,7 @@ impl PluginArgs {
                 Err(err) if !err.is_temporary() => Some(err.to_string()),
                 _ => None,
             };
-            mistakes.extend(trouble.or_else(|| named.then(unfound).flatten()));
+            mistakes.extend(problem.or_else(|| named.then(unfound).flatten()));
         }
         (places, file, mistakes)
     }

@@ -20,7 +20,7 @@ use uuid::Uuid;
 
 use super::{Exit, Output, no_text, put, signals, table, unreadable};
 use crate::{
-    config::{folder_trouble, host_trouble},
+    config::{folder_problem, host_problem},
     model::{Capability, did_you_mean},
     transport::{self, Client},
 };
@@ -101,8 +101,8 @@ fn parse_base_url(text: &str) -> Result<Url, String> {
     let url = Url::parse(text).ok().filter(|url| matches!(url.scheme(), "http" | "https") && url.host().is_some());
     let url = url.filter(|url| url.query().is_none() && url.fragment().is_none());
     let url = url.ok_or("expected a base URL, such as https://plane.example/v1, without query or fragment")?;
-    match host_trouble(&url) {
-        Some(trouble) => Err(trouble),
+    match host_problem(&url) {
+        Some(problem) => Err(problem),
         None => Ok(url),
     }
 }
@@ -370,7 +370,7 @@ fn look(args: &Args) -> Result<(), String> {
             return Err(format!("--input {}: expected a file, found something else", input.display()));
         }
     }
-    match args.out.as_deref().and_then(|out| Some((out, folder_trouble(out)?))) {
+    match args.out.as_deref().and_then(|out| Some((out, folder_problem(out)?))) {
         Some((out, why)) => Err(format!("--out {}: {why}", out.display())),
         None => Ok(()),
     }

@@ -252,7 +252,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_two_settings_share_a_name_or_a_place() {
+    fn setting_names_and_file_keys_are_unique() {
         assert_eq!(KEYS.iter().map(|key| key.name).collect::<BTreeSet<_>>().len(), KEYS.len());
         assert_eq!(KEYS.iter().map(|key| key.file).collect::<BTreeSet<_>>().len(), KEYS.len());
         for (key, other) in KEYS.iter().flat_map(|key| KEYS.iter().map(move |other| (key, other))) {

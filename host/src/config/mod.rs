@@ -18,7 +18,7 @@ use url::Url;
 pub use keys::{KEYS, Key, Kind};
 pub use layers::{Layers, Origin};
 pub use parser::{Remark, duration};
-pub use places::{folder_trouble, host_trouble, kernel_trouble};
+pub use places::{folder_problem, host_problem, kernel_problem};
 pub use secrets::Secrets;
 
 use file::{PlaneEntry, PlaneKind};
@@ -198,8 +198,8 @@ fn folder_remarks(layers: &Layers) -> Vec<Remark> {
     // A folder that the command chose for its own node needs no check.
     if named && parser.origin("STATE_DIR") != Origin::Command {
         parser.look_at_folder("STATE_DIR", &state);
-        if let Some(trouble) = places::clash(&scratch, &state) {
-            parser.mistake("STATE_DIR", trouble);
+        if let Some(problem) = places::clash(&scratch, &state) {
+            parser.mistake("STATE_DIR", problem);
         }
     }
     parser.mistakes
@@ -245,11 +245,11 @@ impl Parser<'_> {
     fn proxies(&mut self) -> Proxies {
         let [http, https, all] = ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"].map(|name| {
             let url = self.optional(name)?;
-            let trouble = Proxies::check(url).map_err(str::to_owned).err().or_else(|| places::proxy_trouble(url));
-            match trouble {
+            let problem = Proxies::check(url).map_err(str::to_owned).err().or_else(|| places::proxy_problem(url));
+            match problem {
                 None => Some(url),
-                Some(trouble) => {
-                    self.mistake(name, trouble);
+                Some(problem) => {
+                    self.mistake(name, problem);
                     None
                 }
             }
@@ -289,8 +289,8 @@ pub fn own_scratch_dir() -> Result<PathBuf, Mistakes> {
     std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
     // It may exist. Any other error is reported when the folder is used.
     let _ = builder.create(&dir);
-    match places::foreign_trouble(&dir) {
-        Some(trouble) => Err(Mistakes(vec![format!("SCRATCH_DIR: {trouble}")])),
+    match places::foreign_problem(&dir) {
+        Some(problem) => Err(Mistakes(vec![format!("SCRATCH_DIR: {problem}")])),
         None => Ok(dir),
     }
 }

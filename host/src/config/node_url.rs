@@ -110,7 +110,7 @@ mod tests {
     }
 
     #[test]
-    fn a_url_the_node_cannot_serve_is_told_and_a_proxy_stays_possible() {
+    fn unservable_node_url_fails_and_proxied_url_passes() {
         let away = "https://dds.example";
         check("http://node.example:8080", "0.0.0.0:8080", away, "fine");
         check("http://node.example", "0.0.0.0:8080", away, "fine"); // a mapped port
@@ -135,7 +135,7 @@ mod tests {
     }
 
     #[test]
-    fn on_one_machine_host_and_port_have_to_agree() {
+    fn loopback_http_url_must_match_bind_address() {
         let here = "http://127.0.0.1:8700";
         check("http://127.0.0.1:8080", "127.0.0.1:8080", here, "fine");
         check("http://localhost:8080/", "0.0.0.0:8080", here, "fine");

@@ -9,7 +9,7 @@ use super::{
     Mistakes,
     keys::Key,
     layers::{Layers, Origin},
-    places::host_trouble,
+    places::host_problem,
 };
 use crate::auth::NodeKey;
 
@@ -191,8 +191,8 @@ impl<'a> Parser<'a> {
                     self.mistake(name, "expected a URL without user or password");
                     return None;
                 }
-                if let Some(trouble) = host_trouble(&url) {
-                    self.mistake(name, trouble);
+                if let Some(problem) = host_problem(&url) {
+                    self.mistake(name, problem);
                     return None;
                 }
                 Some(url)

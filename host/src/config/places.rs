@@ -24,13 +24,13 @@ const HOST_BYTES_MAX: usize = 253;
 
 /// Why no folder can be created or written to at `path`, as far as a check shows.
 #[must_use]
-pub fn folder_trouble(path: &Path) -> Option<String> {
-    kernel_trouble(path).or_else(|| writable_trouble(path))
+pub fn folder_problem(path: &Path) -> Option<String> {
+    kernel_problem(path).or_else(|| writable_problem(path))
 }
 
 /// Why `path` cannot be used for files: it belongs to the kernel.
 #[must_use]
-pub fn kernel_trouble(path: &Path) -> Option<String> {
+pub fn kernel_problem(path: &Path) -> Option<String> {
     let real = resolved(path);
     let kernels = KERNELS.iter().find(|kernels| real.starts_with(kernels) && !real.starts_with(SHARED_MEMORY))?;
     let shown = path.display();
@@ -41,7 +41,7 @@ pub fn kernel_trouble(path: &Path) -> Option<String> {
 /// Why the default folder cannot be used. Every user may create folders in its parent, so a link or a folder of
 /// another user may be an attack.
 #[cfg(unix)]
-pub(super) fn foreign_trouble(path: &Path) -> Option<String> {
+pub(super) fn foreign_problem(path: &Path) -> Option<String> {
     use std::os::unix::fs::MetadataExt as _;
     let about = std::fs::symlink_metadata(path).ok()?;
     let found = match () {
@@ -57,7 +57,7 @@ pub(super) fn foreign_trouble(path: &Path) -> Option<String> {
 }
 
 #[cfg(not(unix))]
-pub(super) fn foreign_trouble(_: &Path) -> Option<String> {
+pub(super) fn foreign_problem(_: &Path) -> Option<String> {
     None
 }
 
@@ -111,7 +111,7 @@ fn resolved(path: &Path) -> PathBuf {
     path
 }
 
-fn writable_trouble(path: &Path) -> Option<String> {
+fn writable_problem(path: &Path) -> Option<String> {
     // Without a trailing slash, because no file is found with one.
     let path: PathBuf = path.components().collect();
     for place in path.ancestors() {
@@ -147,7 +147,7 @@ fn may_write(_: &Path) -> Option<std::io::Error> {
 
 /// The mistake in the host name of a URL that no look-up could find.
 #[must_use]
-pub fn host_trouble(url: &Url) -> Option<String> {
+pub fn host_problem(url: &Url) -> Option<String> {
     let Some(Host::Domain(name)) = url.host() else { return None };
     (!is_name(name)).then(|| {
         format!(
@@ -158,10 +158,10 @@ pub fn host_trouble(url: &Url) -> Option<String> {
 }
 
 /// The same for a proxy. No part of its URL may be repeated.
-pub(super) fn proxy_trouble(url: &str) -> Option<String> {
+pub(super) fn proxy_problem(url: &str) -> Option<String> {
     let whole = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
-    let trouble = Url::parse(&whole).ok().and_then(|url| host_trouble(&url))?;
-    let (expected, _) = trouble.split_once(", found ")?;
+    let problem = Url::parse(&whole).ok().and_then(|url| host_problem(&url))?;
+    let (expected, _) = problem.split_once(", found ")?;
     Some(format!("{expected}; correct the host of the proxy"))
 }
 
@@ -176,17 +176,17 @@ fn is_name(host: &str) -> bool {
 impl Parser<'_> {
     /// Notes a folder that cannot be used.
     pub(super) fn look_at_folder(&mut self, name: &str, path: &Path) {
-        if let Some(trouble) = folder_trouble(path) {
-            self.mistake(name, trouble);
+        if let Some(problem) = folder_problem(path) {
+            self.mistake(name, problem);
         }
     }
 
     /// Notes that another user owns the folder of this user, if it will be used.
     pub(super) fn look_at_own_folder(&mut self) {
         if self.optional("SCRATCH_DIR").is_none()
-            && let Some(trouble) = foreign_trouble(&super::default_scratch_dir())
+            && let Some(problem) = foreign_problem(&super::default_scratch_dir())
         {
-            self.mistake("SCRATCH_DIR", trouble);
+            self.mistake("SCRATCH_DIR", problem);
         }
     }
 
@@ -225,7 +225,7 @@ fn is_host(text: &str) -> bool {
     // Only the canonical form can match.
     let port = url.host_str().and_then(|host| text.strip_prefix(host));
     let is_port = |port: &str| port.strip_prefix(':').is_some_and(|port| port.parse::<u16>().is_ok());
-    if host_trouble(&url).is_some() {
+    if host_problem(&url).is_some() {
         return false;
     }
     port.is_some_and(|port| port.is_empty() || is_port(port)) && !text.contains('*')
@@ -250,16 +250,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_folder_is_looked_at_where_it_is_or_would_be_made() {
+    fn missing_folder_passes_and_path_through_file_fails() {
         let base = tempfile::tempdir().expect("a folder");
         let file = base.path().join("file");
         std::fs::write(&file, "").expect("written");
-        assert_eq!(folder_trouble(base.path()), None);
-        assert_eq!(folder_trouble(&base.path().join("a/b/c")), None);
-        assert_eq!(folder_trouble(Path::new("not-there/yet")), None);
+        assert_eq!(folder_problem(base.path()), None);
+        assert_eq!(folder_problem(&base.path().join("a/b/c")), None);
+        assert_eq!(folder_problem(Path::new("not-there/yet")), None);
         let said = format!("expected a folder, found a file at {}", file.display());
         for below in ["", "a", "a/b"] {
-            assert_eq!(folder_trouble(&file.join(below)).as_deref(), Some(&*said), "{below}");
+            assert_eq!(folder_problem(&file.join(below)).as_deref(), Some(&*said), "{below}");
         }
     }
 
@@ -283,50 +283,50 @@ mod tests {
             assert!(clash(&at("a"), &at(swept)).is_some_and(|said| said.contains("is removed at a start")), "{swept}");
         }
         for kernels in ["/proc", "/proc/self/x", "/sys/none", "/dev/", "/dev/shm/../x", "/dev/null"] {
-            let said = folder_trouble(Path::new(kernels)).expect(kernels);
+            let said = folder_problem(Path::new(kernels)).expect(kernels);
             assert!(said.contains("expected a folder for files, found "), "{said}");
         }
-        let said = folder_trouble(&at("kernel/x")).expect("the kernel's");
+        let said = folder_problem(&at("kernel/x")).expect("the kernel's");
         assert!(said.ends_with(", which is /proc/x; name one that is not below /proc"), "{said}");
-        let said = folder_trouble(&at("lost/x")).expect("a link to nothing");
+        let said = folder_problem(&at("lost/x")).expect("a link to nothing");
         assert_eq!(said, format!("expected a folder, found a link to nothing at {}", at("lost").display()));
-        assert_eq!(kernel_trouble(Path::new("/dev/shm/x")), None);
-        assert_eq!(kernel_trouble(Path::new("/process")), None);
+        assert_eq!(kernel_problem(Path::new("/dev/shm/x")), None);
+        assert_eq!(kernel_problem(Path::new("/process")), None);
     }
 
     #[test]
-    fn names_no_look_up_could_find_are_told() {
-        let trouble = |host: &str| host_trouble(&Url::parse(&format!("http://{host}/x")).expect("a URL"));
+    fn unresolvable_host_names_are_rejected_without_leaking_secrets() {
+        let problem = |host: &str| host_problem(&Url::parse(&format!("http://{host}/x")).expect("a URL"));
         let long = "a".repeat(63);
         for good in ["a", "a.b", "a.b.", "a_b", "a--b", "xn--bcher-kva.example", "1.2.3.4", "[::1]", &long] {
-            assert_eq!(trouble(good), None, "{good}");
+            assert_eq!(problem(good), None, "{good}");
         }
         let longer = "a".repeat(64);
         let deep = format!("{}e", "a.".repeat(127));
         for bad in ["a..b", ".a", "-x", "x-", "a.-b", "a..", &longer, &deep] {
-            let said = trouble(bad).expect(bad);
+            let said = problem(bad).expect(bad);
             assert!(said.ends_with(&format!("found {bad:?}; correct the host")), "{said}");
         }
-        let said = proxy_trouble("http://me:secret@a..b:1").expect("no host");
+        let said = proxy_problem("http://me:secret@a..b:1").expect("no host");
         assert!(!said.contains("secret") && !said.contains("a..b"), "{said}");
     }
 
     #[cfg(unix)]
     #[test]
-    fn a_folder_of_others_is_told() {
+    fn unwritable_folder_is_a_problem() {
         use std::os::unix::fs::PermissionsExt as _;
         let base = tempfile::tempdir().expect("a folder");
         std::fs::set_permissions(base.path(), std::fs::Permissions::from_mode(0o500)).expect("ours");
         // The superuser has access to every folder.
         let open = rustix::process::geteuid().is_root();
-        let said = folder_trouble(&base.path().join("a"));
+        let said = folder_problem(&base.path().join("a"));
         let wanted = format!("expected a folder this user can write to, found {}: ", base.path().display());
         assert_eq!(said.is_none(), open, "{said:?}");
         assert!(said.is_none_or(|said| said.starts_with(&wanted)));
     }
 
     #[test]
-    fn hosts_are_told_from_what_can_never_match() {
+    fn host_check_rejects_names_that_never_match() {
         for good in
             ["data.example", "data.example:8443", "10.0.0.1", "10.0.0.1:80", "::1", "[::1]", "[::1]:8443", "a_b"]
         {
@@ -352,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn entries_without_proxy_are_told_from_what_has_no_effect() {
+    fn no_proxy_check_rejects_entries_without_effect() {
         for good in ["*", "a.example", ".a.example", "10.0.0.1", "10.0.0.0/8", "::1", "fd00::/8", "localhost"] {
             assert!(is_unproxied(good), "{good}");
         }

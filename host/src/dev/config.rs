@@ -164,14 +164,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_loopback_is_served() {
+    fn non_loopback_bind_address_is_refused() {
         let config = Config { bind: SocketAddr::from(([0, 0, 0, 0], 0)), ..Config::default() };
         let err = config.check().expect_err("not loopback");
         assert_eq!(err.to_string(), "the dev server serves loopback only, 0.0.0.0:0 is not; use 127.0.0.1 or [::1]");
     }
 
     #[test]
-    fn a_zero_ttl_is_refused_by_name() {
+    fn zero_ttl_error_names_the_setting() {
         let config = Config { lease_ttl: Duration::ZERO, ..Config::default() };
         assert!(config.check().expect_err("zero").to_string().starts_with("setting lease_ttl is 0ns"));
         assert!(Config::default().check().is_ok());

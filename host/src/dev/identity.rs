@@ -253,7 +253,7 @@ mod tests {
     }
 
     #[test]
-    fn a_nonce_serves_once_in_time_and_its_wallet_only() {
+    fn nonce_works_once_before_expiry_for_its_wallet() {
         let mut identity = identity(false);
         let nonce = identity.nonce(WALLET, at(0));
         assert_eq!(identity.redeem(&nonce, WALLET, at(9)), Ok(()));
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_lives_until_expiry_or_the_next_login_and_through_a_repeated_registration() {
+    fn token_survives_reregistration_until_expiry_or_next_login() {
         let mut identity = identity(false);
         assert_eq!(identity.login(WALLET, at(0)).map(drop), Err(Denied::NotRegistered));
         let id = register(&mut identity, 0).expect("first");
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn strict_identity_takes_a_repeat_of_the_same_node_for_a_refresh() {
+    fn strict_identity_accepts_repeated_registration_of_same_node() {
         let mut identity = identity(true);
         let (its, another) = (Peer::default(), Peer::default());
         let id = register_over(&mut identity, 0, &its).expect("first");
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn a_node_with_a_url_is_asked_for_its_health_at_once_and_then_every_interval() {
+    fn node_with_url_is_probed_immediately_then_periodically() {
         let mut identity = identity(true);
         let url = "http://127.0.0.1:1";
         for second in [0, 10] {

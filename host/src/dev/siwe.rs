@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn the_contracts_signatures_recover_the_contracts_address() {
+    fn contract_signatures_recover_contract_address() {
         check(
             &message("dds.test.local", "k3Yp9QwZ7t", ""),
             "0xe120dcd33dfbb8a75ed1925c75637a6dcd01a0786bb067fe7233bc386c85f440538daa78208e58c887a1002279bff0b5fdf10de64dae10e163be955f5fd6288c1b",
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn the_contracts_signatures_over_a_url_are_of_the_contracts_key() {
+    fn contract_url_signatures_verify_with_contract_key() {
         let key = "041b84c5567b126440995d3ed5aaba0565d71e1834604819ff9c17f5e9d5dd078f70beaf8f588b541507fed6a642c5ab42dfdf8120a7f639de5122d47a69a8e8d1";
         let timestamp = "2025-03-04T05:06:07.000000008Z";
         let (plain, slash) = (
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn one_and_two_empty_lines_are_read() {
+    fn message_with_one_or_two_empty_lines_parses() {
         let one = message("plane.test", "abc", "");
         let expected = Message {
             domain: "plane.test".to_owned(),
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_missing_is_named() {
+    fn siwe_errors_name_the_invalid_part() {
         assert!(parse("hello").expect_err("no opening").contains("first line"));
         let text = message("plane.test", "abc", "");
         assert!(parse(&text.replace("0x1a", "0x")).expect_err("short").contains("second line"));

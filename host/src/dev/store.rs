@@ -125,12 +125,12 @@ impl Store {
             None => {
                 let place = config.temporary.clone().unwrap_or_else(std::env::temp_dir);
                 let made = tempfile::Builder::new().prefix("runner-host-dev-").tempdir_in(&place);
-                let made = made.map_err(|err| trouble(&place, &err))?;
+                let made = made.map_err(|err| problem(&place, &err))?;
                 (made.path().to_owned(), Some(made))
             }
         };
         for folder in ["blobs", "items", "uploads"] {
-            fs::create_dir_all(root.join(folder)).map_err(|err| trouble(&root.join(folder), &err))?;
+            fs::create_dir_all(root.join(folder)).map_err(|err| problem(&root.join(folder), &err))?;
         }
         let lock = if temporary.is_none() { Some(lock(&root)?) } else { None };
         let index = if temporary.is_none() { load(&root)? } else { Index::default() };
@@ -311,7 +311,7 @@ pub(super) fn exists(name: &str, data_type: &str) -> StoreError {
     StoreError::Conflict(format!("data {name:?} of type {data_type:?} exists already; replace it with PUT and its id"))
 }
 
-fn trouble(path: &Path, reason: &dyn std::fmt::Display) -> DevError {
+fn problem(path: &Path, reason: &dyn std::fmt::Display) -> DevError {
     DevError::Data { path: path.to_owned(), reason: reason.to_string() }
 }
 
@@ -325,10 +325,10 @@ fn replace_file(path: &Path, bytes: &[u8]) -> io::Result<()> {
 /// Locks the folder. Two dev servers in one folder would remove each other's blobs.
 fn lock(root: &Path) -> Result<fs::File, DevError> {
     let path = root.join("lock");
-    let file = fs::File::create(&path).map_err(|err| trouble(&path, &err))?;
+    let file = fs::File::create(&path).map_err(|err| problem(&path, &err))?;
     file.try_lock().map_err(|err| match err {
         TryLockError::WouldBlock => DevError::InUse { path: root.to_owned() },
-        TryLockError::Error(err) => trouble(&path, &err),
+        TryLockError::Error(err) => problem(&path, &err),
     })?;
     Ok(file)
 }
@@ -337,14 +337,14 @@ fn domain_of(root: &Path) -> Result<Uuid, DevError> {
     let path = root.join("domain");
     match fs::read_to_string(&path) {
         Ok(text) => Uuid::parse_str(text.trim()).map_err(|_| {
-            trouble(&path, &"expected the domain's UUID; restore it, or remove the file for a new domain")
+            problem(&path, &"expected the domain's UUID; restore it, or remove the file for a new domain")
         }),
         Err(err) if err.kind() == io::ErrorKind::NotFound => {
             let id = Uuid::new_v4();
-            replace_file(&path, id.to_string().as_bytes()).map_err(|err| trouble(&path, &err))?;
+            replace_file(&path, id.to_string().as_bytes()).map_err(|err| problem(&path, &err))?;
             Ok(id)
         }
-        Err(err) => Err(trouble(&path, &err)),
+        Err(err) => Err(problem(&path, &err)),
     }
 }
 
@@ -353,15 +353,15 @@ fn load(root: &Path) -> Result<Index, DevError> {
     let mut index = Index::default();
     let mut blobs = std::collections::HashSet::new();
     let items = root.join("items");
-    for entry in fs::read_dir(&items).map_err(|err| trouble(&items, &err))? {
-        let path = entry.map_err(|err| trouble(&items, &err))?.path();
+    for entry in fs::read_dir(&items).map_err(|err| problem(&items, &err))? {
+        let path = entry.map_err(|err| problem(&items, &err))?.path();
         if path.extension().is_none_or(|extension| extension != "json") {
             let _ = fs::remove_file(&path);
             continue;
         }
-        let text = fs::read(&path).map_err(|err| trouble(&path, &err))?;
+        let text = fs::read(&path).map_err(|err| problem(&path, &err))?;
         let item: Item = serde_json::from_slice(&text).map_err(|err| {
-            trouble(&path, &format!("expected the description of a stored item, {err}; remove the file"))
+            problem(&path, &format!("expected the description of a stored item, {err}; remove the file"))
         })?;
         if !root.join("blobs").join(item.blob.to_string()).exists() {
             // The description was written before its blob, and the blob was abandoned.
@@ -375,7 +375,7 @@ fn load(root: &Path) -> Result<Index, DevError> {
     }
     for folder in ["blobs", "uploads"] {
         let folder = root.join(folder);
-        for entry in fs::read_dir(&folder).map_err(|err| trouble(&folder, &err))?.flatten() {
+        for entry in fs::read_dir(&folder).map_err(|err| problem(&folder, &err))?.flatten() {
             if !entry.file_name().to_str().is_some_and(|name| blobs.contains(name)) {
                 let _ = fs::remove_file(entry.path());
             }
@@ -400,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn data_and_the_domain_survive_a_restart_and_leftovers_do_not() {
+    fn restart_keeps_data_and_domain_and_deletes_leftovers() {
         let folder = tempfile::tempdir().expect("a folder");
         let first = store(folder.path());
         let domain = first.domain_id;
@@ -418,7 +418,7 @@ mod tests {
 
     #[cfg(unix)]
     #[test]
-    fn one_folder_serves_one_dev_server() {
+    fn data_folder_allows_only_one_dev_server() {
         let folder = tempfile::tempdir().expect("a folder");
         let _first = store(folder.path());
         let config = Config { data: Some(folder.path().to_owned()), ..Config::default() };
@@ -427,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn a_refused_batch_leaves_nothing_behind() {
+    fn refused_batch_stores_nothing() {
         let folder = tempfile::tempdir().expect("a folder");
         let store = store(folder.path());
         add(&store, "taken", b"1").expect("new");

@@ -140,7 +140,7 @@ mod tests {
     }
 
     #[test]
-    fn tokens_are_jwts_with_the_claims_newer_nodes_insist_on() {
+    fn tokens_are_jwts_with_required_claims() {
         let domain = Uuid::new_v4();
         let tokens = Tokens::new("http://127.0.0.1:1".to_owned(), domain, Uuid::new_v4());
         let token = tokens.for_task(Uuid::new_v4(), 3, Uuid::new_v4(), at(100), at(160));
@@ -155,7 +155,7 @@ mod tests {
     }
 
     #[test]
-    fn only_our_own_unexpired_tokens_are_read() {
+    fn only_own_unexpired_tokens_are_accepted() {
         let tokens = Tokens::new("http://127.0.0.1:1".to_owned(), Uuid::new_v4(), Uuid::new_v4());
         let other = Tokens::new("http://127.0.0.1:1".to_owned(), Uuid::new_v4(), Uuid::new_v4());
         let grant = tokens.grant(at(100), at(100) + Duration::from_secs(60));

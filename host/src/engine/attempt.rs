@@ -16,27 +16,17 @@ use tracing::{Span, info_span, warn};
 
 use super::{Modules, SharedPace, StopSignals, pace::LeaseValue, planes::WaitingLease};
 use crate::{
-    crash,
-    leases::{Advice, LeaseSource, PlaneFacts},
+    leases::{Advice, LeaseSource},
     model::{
         BootInstant, CancelReason, HeldLease, HeldNumber, Lease, Outcome, PluginId, ReportState, Setup, SetupStage,
         TaskRecord, TaskResult, TaskStage,
     },
     node_event::{NodeEvent, NodeEvents},
-    outbox::Sent,
+    outbox::{self, NewReport, Outbox, Sent},
     plugins::{Folder, Job},
     session::{NoReport, Session},
     storage::{ScratchError, TaskDir},
 };
-
-/// Longest time for the final flush and the first send of a report after a stop is requested. The outbox keeps what is
-/// not sent by then.
-const FAREWELL: Duration = Duration::from_secs(2);
-/// A task is brief if it took at most this time and published nothing. A repeat of it costs little. Its report is sent
-/// before it is written. It is never written if the plane accepts it at once.
-const BRIEF: Duration = Duration::from_millis(50);
-/// How long the plane may take to accept the report of a brief task at once.
-const AT_ONCE: Duration = Duration::from_millis(25);
 
 /// What a run returns.
 struct End {
@@ -91,15 +81,17 @@ pub(super) fn span(lease: &Lease, plugin: Option<&str>) -> Span {
 /// Runs one task from start to end. Run it in its [`span`]. Every early exit still handles the report and frees
 /// the slot.
 pub(super) async fn attempt(modules: Arc<Modules>, slot: Slot, session: Session, grace: Duration, stops: StopSignals) {
-    let grant = session.grant(); // the task, a token, the cancel signal, the progress queue
-    let lease = &grant.lease;
+    let held_lease = session.held_lease(); // the task, a token, the cancel signal, the progress queue
+    let lease = &held_lease.lease;
     let began = Instant::now();
-    let (permit, refused) = match admit(&modules.events, slot.permit, &*slot.source, slot.held, &grant, &stops).await {
-        Ok(permit) => (Some(permit), None),
-        Err(outcome) => (None, Some(End::bare(outcome))),
-    };
+    let (permit, refused) =
+        match admit(&modules.events, slot.permit, &*slot.source, slot.held, &held_lease, &stops).await {
+            Ok(permit) => (Some(permit), None),
+            Err(outcome) => (None, Some(End::bare(outcome))),
+        };
     // Boxed: the futures around it would hold it several times, and each move would copy it.
-    let run = AssertUnwindSafe(Box::pin(run(Arc::clone(&modules), slot.held, grant.clone(), grace))).catch_unwind();
+    let run =
+        AssertUnwindSafe(Box::pin(run(Arc::clone(&modules), slot.held, held_lease.clone(), grace))).catch_unwind();
     let ended = async {
         run.await.unwrap_or_else(|_| {
             // A host bug must not leave a task unreported. The log has the details.
@@ -111,15 +103,14 @@ pub(super) async fn attempt(modules: Arc<Modules>, slot: Slot, session: Session,
         Some(end) => end,
         None => {
             modules.events.emit(NodeEvent::TaskStarted { task: lease.task().clone() });
-            run_to_end(ended, &grant, &stops.cancel).await
+            run_to_end(ended, &held_lease, &stops.cancel).await
         }
     };
-    result.outcome.redact(&grant.tokens());
+    result.outcome.redact(&held_lease.tokens());
     modules.events.board().moved(slot.held, TaskStage::Reporting);
-    slot.pace.ended(lease_value(&grant, &result.outcome));
-    let brief = began.elapsed() <= BRIEF && result.artifacts.is_empty();
-    let freed = free(permit, tidying);
-    let settled = settle(&modules, slot.source.facts(), freed, session, &result, brief, &stops).await;
+    slot.pace.ended(lease_value(&held_lease, &result.outcome));
+    let report = NewReport { plane: slot.source.facts(), lease, task_result: &result, elapsed: began.elapsed() };
+    let settled = settle(&modules.outbox, report, free(permit, tidying), session, &stops).await;
     let record = TaskRecord::new(lease, slot.plugin.as_ref(), &result, began.elapsed(), settled.state());
     modules.events.emit(NodeEvent::TaskEnded {
         held: slot.held,
@@ -135,13 +126,13 @@ async fn admit(
     slot: SlotPermit,
     source: &dyn LeaseSource,
     held: HeldNumber,
-    grant: &HeldLease,
+    held_lease: &HeldLease,
     stops: &StopSignals,
 ) -> Result<OwnedSemaphorePermit, Outcome> {
-    match source.acknowledge(&grant.lease).await {
+    match source.acknowledge(&held_lease.lease).await {
         Ok(()) => {}
         Err(err) if err.advice() == Advice::StopTask => {
-            let (task, error) = (grant.lease.task().clone(), err.to_string());
+            let (task, error) = (held_lease.lease.task().clone(), err.to_string());
             events.emit(NodeEvent::LeaseTakenElsewhere { task, error });
             return Err(Outcome::LeaseLost);
         }
@@ -157,7 +148,7 @@ async fn admit(
     let permit = tokio::select! {
         biased;
         () = stops.drain.cancelled() => Err(Outcome::Drained),
-        reason = grant.cancel.cancelled() => Err(Outcome::of_cancel(reason)),
+        reason = held_lease.cancel.cancelled() => Err(Outcome::of_cancel(reason)),
         permit = slots.acquire_owned() => Ok(permit.expect("the slots are never closed")),
     };
     drop(waiting);
@@ -165,9 +156,9 @@ async fn admit(
 }
 
 /// Classifies the ended task for the pace of polling.
-fn lease_value(grant: &HeldLease, outcome: &Outcome) -> LeaseValue {
-    let begun = !grant.is_refused();
-    let ours = grant.cancel.reason() != Some(CancelReason::LeaseLost);
+fn lease_value(held_lease: &HeldLease, outcome: &Outcome) -> LeaseValue {
+    let begun = !held_lease.is_refused();
+    let ours = held_lease.cancel.reason() != Some(CancelReason::LeaseLost);
     match outcome {
         _ if !begun || !ours => LeaseValue::Nothing,
         Outcome::Completed
@@ -183,73 +174,24 @@ fn lease_value(grant: &HeldLease, outcome: &Outcome) -> LeaseValue {
     }
 }
 
-/// Runs from the task result to the first send of its report. The order matters. The report is written while the node
-/// holds the lease. Then the slot is `freed`, concurrently with everything that may wait for the plane. The report of
-/// a brief task first gets a short time to be accepted. A slot is free when the plane or the disk has its task result.
+/// Reports the task result. Then the slot is `freed`.
 async fn settle(
-    modules: &Modules,
-    plane: &PlaneFacts,
+    outbox: &Outbox,
+    report: NewReport<'_>,
     freed: impl Future<Output = ()>,
-    mut session: Session,
-    result: &TaskResult,
-    brief: bool,
+    session: Session,
     stops: &StopSignals,
 ) -> Settled {
-    if let Some(reason) = session.no_report(&result.outcome) {
+    if let Some(reason) = session.no_report(&report.task_result.outcome) {
         freed.await;
         return Settled::Silent(reason);
     }
-    crash::point("before-write");
-    let kept = modules.outbox.enter(plane, &session.grant().lease, result.clone());
-    let ticket = kept.ticket();
-    let said = async move {
-        match session.close().await {
-            Ok(_) => {
-                crash::point("before-report");
-                Settled::Sent(kept.send(session).await)
-            }
-            Err(no_report) => {
-                kept.withdraw();
-                match no_report {
-                    NoReport::Over(reason) => Settled::Silent(reason),
-                    NoReport::Gone(why) => Settled::Sent(Sent::Refused(why)),
-                }
-            }
-        }
-    };
-    tokio::pin!(said);
-    let mut settled = None;
-    if brief {
-        tokio::select! {
-            biased;
-            now = &mut said => settled = Some(now),
-            () = tokio::time::sleep(AT_ONCE) => {}
-            () = stops.cancel.cancelled() => {}
-        }
+    let stops = outbox::Stops { drain: &stops.drain, cancel: &stops.cancel };
+    match outbox.deliver(report, session.close(), stops, freed).await {
+        Ok(sent) => Settled::Sent(sent),
+        Err(NoReport::Over(reason)) => Settled::Silent(reason),
+        Err(NoReport::Gone(why)) => Settled::Sent(Sent::Refused(why)),
     }
-    if !settled.as_ref().is_some_and(Settled::is_final) {
-        ticket.write().await; // durable before the report is sent, except for a brief task
-        crash::point("after-write");
-    }
-    if let Some(settled) = settled {
-        freed.await;
-        return settled;
-    }
-    let out_of_patience = async {
-        stops.drain.cancelled().await;
-        tokio::time::sleep(FAREWELL).await;
-    };
-    let said = async {
-        tokio::select! {
-            biased;
-            settled = said => settled,
-            // When `said` is dropped here, the outbox owns the report.
-            () = out_of_patience => Settled::Sent(Sent::Waiting("the node stops".to_owned())),
-        }
-    };
-    // An unreachable plane must not block the slot. A slow removal of the folder must not delay the report.
-    let ((), settled) = tokio::join!(freed, said);
-    settled
 }
 
 /// Frees the slot after the task's folder is removed.
@@ -277,36 +219,36 @@ async fn passed(deadline: Option<BootInstant>) {
 }
 
 /// Waits until `run` ends, and cancels the task when the node cancels all tasks.
-async fn run_to_end(run: impl Future<Output = End>, grant: &HeldLease, cancel_all: &CancellationToken) -> End {
+async fn run_to_end(run: impl Future<Output = End>, held_lease: &HeldLease, cancel_all: &CancellationToken) -> End {
     tokio::pin!(run);
     tokio::select! {
         end = &mut run => return end,
-        () = cancel_all.cancelled() => grant.cancel.cancel(CancelReason::Drained),
-        () = passed(grant.lease.hard_deadline) => grant.cancel.cancel(CancelReason::Deadline),
+        () = cancel_all.cancelled() => held_lease.cancel.cancel(CancelReason::Drained),
+        () = passed(held_lease.lease.hard_deadline) => held_lease.cancel.cancel(CancelReason::Deadline),
     }
     run.await
 }
 
 /// Waits for the runner. Slow work, such as moving data, happens on the workers. This function runs
 /// concurrently with the heartbeats.
-async fn run(modules: Arc<Modules>, held: HeldNumber, grant: HeldLease, grace: Duration) -> End {
+async fn run(modules: Arc<Modules>, held: HeldNumber, held_lease: HeldLease, grace: Duration) -> End {
     let nothing = End::bare;
-    if let Some(refusal) = modules.plugins.refusal(&grant.lease.capability) {
+    if let Some(refusal) = modules.plugins.refusal(&held_lease.lease.capability) {
         return nothing(refusal);
     }
     // The set-up heartbeat may bring the missing parts of the data's location. All other tasks start at once. Their
     // first input, output or token call waits for the heartbeat's answer.
-    if !grant.lease.data.is_complete()
-        && let Err(outcome) = setup(&grant).await
+    if !held_lease.lease.data.is_complete()
+        && let Err(outcome) = setup(&held_lease).await
     {
         return nothing(outcome);
     }
-    let dir = modules.storage.task_dir(grant.lease.task()); // created when it is first needed
-    let ports = modules.storage.ports(&grant, dir.path()); // nothing is fetched before the runner asks
+    let dir = modules.storage.task_dir(held_lease.lease.task()); // created when it is first needed
+    let ports = modules.storage.ports(&held_lease, dir.path()); // nothing is fetched before the runner asks
     modules.events.board().moved(held, TaskStage::Waiting);
     let board = modules.events.board().clone();
     let job = Job {
-        grant: grant.clone(),
+        held_lease: held_lease.clone(),
         ports: Arc::clone(&ports),
         folder: folder(&dir),
         workers: modules.workers.clone(),
@@ -317,7 +259,10 @@ async fn run(modules: Arc<Modules>, held: HeldNumber, grant: HeldLease, grace: D
     ports.close().await; // ends or aborts the calls under way
     let (artifacts, inputs, disk_was_full) = (ports.published(), ports.fetched(), ports.disk_was_full());
     let tidying = (!dir.close_empty()).then(|| modules.workers.spawn_blocking(move || dir.close()));
-    End { result: TaskResult { outcome: refused_setup(&grant, outcome), artifacts, inputs, disk_was_full }, tidying }
+    End {
+        result: TaskResult { outcome: refused_setup(&held_lease, outcome), artifacts, inputs, disk_was_full },
+        tidying,
+    }
 }
 
 /// The task's directory in the form that plugins use.
@@ -333,11 +278,11 @@ fn folder(dir: &TaskDir) -> Folder {
 }
 
 /// Waits for the set-up heartbeat and returns what is missing.
-async fn setup(grant: &HeldLease) -> Result<(), Outcome> {
-    match grant.setup().await {
+async fn setup(held_lease: &HeldLease) -> Result<(), Outcome> {
+    match held_lease.setup().await {
         Setup::Ready(Ok(_)) => Ok(()),
         Setup::Ready(Err(message)) => Err(Outcome::Setup { stage: SetupStage::BuildPorts, message }),
-        Setup::Refused(message) => Err(match grant.cancel.reason() {
+        Setup::Refused(message) => Err(match held_lease.cancel.reason() {
             Some(CancelReason::Plane | CancelReason::Operator) => Outcome::Cancelled,
             Some(CancelReason::LeaseLost) => Outcome::LeaseLost,
             Some(reason @ (CancelReason::Drained | CancelReason::Deadline)) => Outcome::of_cancel(reason),
@@ -348,11 +293,11 @@ async fn setup(grant: &HeldLease) -> Result<(), Outcome> {
 }
 
 /// Changes the outcome if the lease was never set up: the runner did not cause that failure.
-fn refused_setup(grant: &HeldLease, outcome: Outcome) -> Outcome {
+fn refused_setup(held_lease: &HeldLease, outcome: Outcome) -> Outcome {
     if !matches!(outcome, Outcome::Failed { .. } | Outcome::Storage { .. }) {
         return outcome;
     }
-    match grant.setup_now() {
+    match held_lease.setup_now() {
         Setup::Refused(message) => Outcome::Setup { stage: SetupStage::InitialHeartbeat, message },
         Setup::Ready(Err(message)) => Outcome::Setup { stage: SetupStage::BuildPorts, message },
         Setup::Ready(Ok(_)) | Setup::Pending => outcome,
@@ -367,11 +312,6 @@ impl End {
 }
 
 impl Settled {
-    /// Whether nothing more will be sent.
-    fn is_final(&self) -> bool {
-        !matches!(self, Self::Sent(Sent::Waiting(_)))
-    }
-
     /// The state that the status page shows.
     fn state(&self) -> ReportState {
         match self {

@@ -36,7 +36,7 @@ use crate::{
     storage::Stores,
 };
 use pace::{LeaseValue, Pace};
-use planes::{Plane, Turn, turn};
+use planes::{Plane, PollSlot, next_poll};
 
 /// How long a stop waits for the answer to a poll under way. A lease that arrives later expires and goes to another
 /// node.
@@ -182,7 +182,7 @@ impl SharedPace {
 
 /// A poll that has ended.
 struct Polled {
-    turn: Turn,
+    poll_slot: PollSlot,
     sent: Instant,
     taken: Result<Option<Lease>, LeaseError>,
 }
@@ -212,10 +212,10 @@ impl Engine {
                 Some(polled) = polls.next() => self.found(polled, &stops),
                 // The next poll follows at once after a finished task.
                 Some(ended) = self.attempts.join_next() => self.look_at(ended),
-                turn = turn(&self.modules, &self.planes, &self.slots), if more => {
-                    let plane = &mut self.planes[turn.plane];
+                poll_slot = next_poll(&self.modules, &self.planes, &self.slots), if more => {
+                    let plane = &mut self.planes[poll_slot.plane];
                     plane.sent(Instant::now());
-                    polls.push(poll(Arc::clone(&plane.source), turn));
+                    polls.push(poll(Arc::clone(&plane.source), poll_slot));
                 }
                 () = self.changed.notified() => {} // a plane may be polled again
                 // A plane that hangs gives no work. This shows it long before the call fails.
@@ -241,7 +241,7 @@ impl Engine {
 
     /// Handles the result of a poll.
     fn found(&mut self, polled: Polled, stops: &StopSignals) {
-        let Polled { turn: Turn { plane: place, permit }, sent, taken } = polled;
+        let Polled { poll_slot: PollSlot { plane: place, permit }, sent, taken } = polled;
         let attempts_run = !self.attempts.is_empty();
         let plane = &mut self.planes[place];
         plane.under_way -= 1;
@@ -297,14 +297,14 @@ impl Engine {
         let span = attempt::span(&lease, plugin.as_ref().map(|plugin| &*plugin.name));
         let task = lease.task().clone();
         let session = span.in_scope(|| self.modules.sessions.open(&plane.source, lease)); // heartbeats start
-        if self.modules.outbox.owes(&plane.source.facts().name, &task) {
+        if self.modules.outbox.has_report_of(&plane.source.facts().name, &task) {
             // The plane leased the task again before it received the report, for example after a crash.
             let again = NodeEvent::TaskLeasedAgain { task: task.clone() };
             span.in_scope(|| self.modules.events.emit(again));
             self.modules.outbox.adopt(&plane.source.facts().name, &task, session);
             return;
         }
-        let held = self.modules.events.board().began(&session.grant(), plugin.clone());
+        let held = self.modules.events.board().began(&session.held_lease(), plugin.clone());
         let permit = match permit {
             Some(permit) => attempt::SlotPermit::Held(permit),
             None => attempt::SlotPermit::Wanted(Arc::clone(&self.slots), plane.one_waits()),
@@ -312,10 +312,11 @@ impl Engine {
         let (source, pace) = (Arc::clone(&plane.source), plane.pace.clone());
         let slot = attempt::Slot { permit, source, pace, held, plugin };
         let (modules, grace) = (Arc::clone(&self.modules), self.config.cancel_grace);
-        let attempt = attempt::attempt(modules, slot, session, grace, stops.clone());
+        let stops = stops.clone();
         self.attempts.spawn(
             async move {
-                attempt.await;
+                // Called here: a future that is captured and awaited exists twice in this one.
+                attempt::attempt(modules, slot, session, grace, stops).await;
                 place
             }
             .instrument(span),
@@ -384,9 +385,9 @@ fn hangs(plane: &Plane) -> bool {
 }
 
 /// Asks for a lease.
-async fn poll(source: Arc<dyn LeaseSource>, turn: Turn) -> Polled {
+async fn poll(source: Arc<dyn LeaseSource>, poll_slot: PollSlot) -> Polled {
     let sent = Instant::now();
-    Polled { turn, sent, taken: source.poll().await }
+    Polled { poll_slot, sent, taken: source.poll().await }
 }
 
 /// Reports a lease that could not be read. If the plane does not accept that report, the lease expires.

@@ -27,7 +27,7 @@ pub(super) enum LeaseValue {
     /// Its task was set up and ran. How it ended does not matter: a failed runner or a failed transfer belongs to
     /// this task only. Input data may be missing, or one domain server may be down. The control plane chooses which
     /// task comes next, so a pause would delay the tasks of all others. A full disk of the node stops polling
-    /// elsewhere (`planes::turn`).
+    /// elsewhere (`planes::next_poll`).
     Work,
     /// It was never set up, it was cancelled before it began, it was lost, or the node itself failed.
     Nothing,
@@ -153,7 +153,7 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     #[test]
-    fn pauses_grow_from_one_bound_to_the_other_and_may_meet_both() {
+    fn pauses_grow_within_bounds_given_in_any_order() {
         for (a, b) in [(100, 3000), (3000, 100)] {
             let (low, _, backoff) = pauses((a * MS, b * MS));
             assert!((1..=6).all(|count| backoff.pause(count, 0.0) == low));
@@ -199,14 +199,14 @@ mod tests {
     }
 
     #[test]
-    fn work_is_followed_by_a_poll_at_once_and_nothing_else_is() {
+    fn only_finished_work_triggers_an_immediate_poll() {
         check(&[(0, "won"), (5, "won"), (9, "work"), (10, "empty"), (50, "work")], &[0, 0, 9, 110, 50]);
         check(&[(0, "won"), (5, "nothing"), (6, "nothing"), (105, "won"), (110, "nothing")], &[0, 105, 105, 205, 210]);
         check(&[(0, "nothing"), (100, "won"), (150, "work"), (151, "won")], &[100, 200, 150, 150]);
     }
 
     #[test]
-    fn a_plane_that_asks_to_be_left_alone_is_not_polled_before_within_bounds() {
+    fn requested_poll_pause_is_obeyed_within_bounds() {
         for (high, asked, expected) in [(3, 7, 7), (3, 3600, 60), (300, 3600, 300)] {
             let start = Instant::now();
             let mut pace = Pace::new((100 * MS, high * 1000 * MS), start);
@@ -220,7 +220,7 @@ mod tests {
     }
 
     #[test]
-    fn leases_in_a_row_widen_the_polling_and_anything_else_narrows_it() {
+    fn only_consecutive_leases_increase_parallel_polls() {
         let start = Instant::now();
         let mut pace = Pace::new((100 * MS, 1600 * MS), start);
         let widths = |pace: &mut Pace, wins: usize| {
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn pauses_after_leases_that_end_at_once_grow_too() {
+    fn pauses_grow_after_leases_that_end_immediately() {
         let start = Instant::now();
         let mut pace = Pace::new((100 * MS, 1600 * MS), start);
         let mut now = start;

@@ -50,7 +50,7 @@ impl Drop for WaitingLease {
 }
 
 /// Permission to poll one plane.
-pub(super) struct Turn {
+pub(super) struct PollSlot {
     /// Its index in the list.
     pub(super) plane: usize,
     /// The slot for the lease. `None`: the slot is reserved when a lease has arrived.
@@ -100,7 +100,7 @@ impl Plane {
 
 /// Waits until one of the planes may be polled. A plane that pauses or is not ready holds no slot. Too many waiting
 /// reports, or a full disk, stop polls of all planes. Otherwise finished tasks would accumulate without bound.
-pub(super) async fn turn(modules: &Modules, planes: &[Plane], slots: &Arc<Semaphore>) -> Turn {
+pub(super) async fn next_poll(modules: &Modules, planes: &[Plane], slots: &Arc<Semaphore>) -> PollSlot {
     let (outbox, disk) = (&modules.outbox, modules.storage.disk());
     loop {
         if !outbox.has_room() {
@@ -113,13 +113,13 @@ pub(super) async fn turn(modules: &Modules, planes: &[Plane], slots: &Arc<Semaph
         }
         let Some(plane) = due(planes).await else { continue };
         if planes[plane].source.facts().admission == Admission::LeaseFirst {
-            return Turn { plane, permit: None };
+            return PollSlot { plane, permit: None };
         }
         let permit = Arc::clone(slots).acquire_owned().await.expect("the slots are never closed");
         // All of these conditions may have changed while this waited for the slot.
         let due = planes[plane].is_ready() && planes[plane].pace.next() <= Instant::now();
         if due && outbox.has_room() && disk.has_room() {
-            return Turn { plane, permit: Some(permit) };
+            return PollSlot { plane, permit: Some(permit) };
         }
     }
 }

@@ -82,7 +82,7 @@ mod tests {
     }
 
     #[test]
-    fn retry_after_lengthens_a_pause_up_to_the_limit() {
+    fn retry_after_extends_pause_up_to_limit() {
         let pause = |asked: Option<u32>| pause_asked(2 * MS, asked.map(|asked| asked * MS), 5 * MS).as_millis();
         assert_eq!([None, Some(0), Some(3), Some(300)].map(pause), [2, 2, 3, 5]);
     }

@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn objects_wait_for_room_in_order_and_pieces_do_not() {
+    fn reservations_queue_in_order_and_counts_never_wait() {
         let budget = Budget::new(100);
         let (mut a, mut b, mut c) = (pin!(budget.reserve(60)), pin!(budget.reserve(60)), pin!(budget.reserve(10)));
         let first = poll(a.as_mut()).expect("there is space");
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn what_can_never_fit_is_refused_at_once() {
+    fn oversized_reservation_is_refused_immediately() {
         let budget = Budget::new(100);
         let _held = budget.count(100);
         let mut turn = pin!(budget.reserve(101));
@@ -228,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn who_gives_up_waiting_holds_nobody_up() {
+    fn cancelled_waiter_does_not_block_the_queue() {
         let budget = Budget::new(100);
         let held = poll(pin!(budget.reserve(100))).expect("there is space");
         let mut after = pin!(budget.reserve(100));
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tied_charge_lasts_as_long_as_any_part_of_its_bytes() {
+    fn charge_lasts_until_last_slice_is_dropped() {
         let budget = Budget::new(100);
         let bytes = budget.count(4).tie(vec![1, 2, 3, 4]);
         let part = bytes.slice(1..2);

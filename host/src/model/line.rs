@@ -13,7 +13,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_line_stays_a_line_whatever_is_in_it() {
+    fn control_characters_in_line_are_replaced() {
         assert_eq!(
             in_a_line("a\nb\r\u{1b}[31m\u{9b}2J\u{202e}c\t\u{7f}"),
             "a\u{fffd}b\u{fffd}\u{fffd}[31m\u{fffd}2J\u{fffd}c\u{fffd}\u{fffd}"

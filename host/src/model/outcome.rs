@@ -313,7 +313,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_token_is_taken_out_of_every_text_and_every_depth_of_the_details() {
+    fn tokens_are_redacted_in_texts_and_nested_details() {
         let tokens = [Token::new("tok-1"), Token::new("tok-2"), Token::new("a"), Token::new("")];
         let mut failed = Outcome::Failed {
             message: "401 for tok-1, then for tok-2: a pity".into(),
@@ -337,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_is_taken_out_where_a_text_ends_in_the_midst_of_it() {
+    fn truncated_token_is_redacted() {
         let tokens = [Token::new("eyJhbGciOiJFUzI1NiJ9.body-ÄÖ.signature")];
         for (text, expected) in [
             ("input eyJhbGciOiJFUzI1NiJ9.body… not found", "input (token)… not found"),

@@ -174,7 +174,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn events_stay_until_acknowledged_and_later_ones_are_kept() {
+    fn acknowledgement_removes_only_sent_events() {
         let mailbox = ProgressQueue::default();
         mailbox.event(json!(1)).expect("space in the queue");
         let sent = mailbox.pending();
@@ -185,7 +185,7 @@ mod tests {
     }
 
     #[test]
-    fn one_heartbeat_carries_what_planes_take_and_the_next_one_the_rest() {
+    fn large_events_are_split_across_heartbeats() {
         let mailbox = ProgressQueue::default();
         for n in 0..5 {
             mailbox.event(json!(format!("{n}{}", "x".repeat(20_000)))).expect("space in the queue");
@@ -203,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn a_question_without_news_asks_for_a_heartbeat_and_changes_nothing() {
+    fn ask_triggers_heartbeat_with_empty_progress() {
         let mailbox = ProgressQueue::default();
         mailbox.ask();
         assert!(mailbox.is_dirty());
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn the_queue_is_bounded_in_count_and_bytes() {
+    fn queue_is_limited_by_count_and_bytes() {
         let mailbox = ProgressQueue::default();
         for n in 0..EVENTS_MAX {
             mailbox.event(json!(n)).expect("space in the queue");

@@ -234,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn all_reasons_are_told_the_first_to_act_on_first() {
+    fn readiness_lists_all_reasons_in_priority_order() {
         check(|_| {}, &[]);
         check(|now| now.phase = Phase::Starting, &["starting"]);
         check(|now| now.phase = Phase::Draining, &["draining"]);

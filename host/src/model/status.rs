@@ -221,7 +221,7 @@ impl HeldTasks {
     /// The missed heartbeats, if every held lease has missed some. Returns those of the lease that missed the fewest.
     #[must_use]
     pub fn missed(&self) -> Option<MissedHeartbeats> {
-        self.by_number.values().map(|task| task.turning.0.missed()).min_by_key(|missed| missed.count)
+        self.by_number.values().map(|task| task.running.0.missed()).min_by_key(|missed| missed.count)
     }
 }
 
@@ -229,7 +229,7 @@ impl Serialize for HeldTasks {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         // Of two tasks with the same id, the newer one is shown: only that one still counts.
         let newest: BTreeMap<String, &TaskStatus> =
-            self.by_number.values().map(|task| (task.turning.0.lease.task().to_string(), task)).collect();
+            self.by_number.values().map(|task| (task.running.0.lease.task().to_string(), task)).collect();
         serializer.collect_map(newest)
     }
 }
@@ -255,7 +255,7 @@ pub struct TaskStatus {
     /// as known at the time of the request. Neither a token nor the progress itself is shown. `heartbeats_failed` is
     /// the number that failed in a row. `heartbeat_error` says why the last one failed.
     #[serde(flatten)]
-    pub turning: RunningTask,
+    pub running: RunningTask,
 }
 
 /// The values that the plane and the runner may change while a task is held. They are read when they are shown.
@@ -270,17 +270,17 @@ impl fmt::Debug for RunningTask {
 
 impl Serialize for RunningTask {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let Self(grant) = self;
-        let domain = match grant.setup_now() {
+        let Self(held_lease) = self;
+        let domain = match held_lease.setup_now() {
             Setup::Ready(Ok(DataLocation::DomainServer(at))) => Some(at.domain),
-            _ => grant.lease.data.domain(),
+            _ => held_lease.lease.data.domain(),
         };
         let times = [
-            ("lease_expires_at", grant.deadline().until().on_calendar()),
-            ("token_expires_at", grant.token_deadline().until().on_calendar()),
-            ("progress_at", grant.progress.progress_at().and_then(BootInstant::on_calendar)),
+            ("lease_expires_at", held_lease.deadline().until().on_calendar()),
+            ("token_expires_at", held_lease.token_deadline().until().on_calendar()),
+            ("progress_at", held_lease.progress.progress_at().and_then(BootInstant::on_calendar)),
         ];
-        let MissedHeartbeats { count, error } = grant.missed();
+        let MissedHeartbeats { count, error } = held_lease.missed();
         let mut shown = serializer.serialize_map(None)?;
         shown.serialize_entry("domain_id", &domain)?;
         for (name, at) in times {
@@ -478,8 +478,8 @@ impl StatusBoard {
     }
 
     /// Adds a task and the plugin that serves it.
-    pub fn began(&self, grant: &HeldLease, plugin: Option<PluginId>) -> HeldNumber {
-        let lease = &grant.lease;
+    pub fn began(&self, held_lease: &HeldLease, plugin: Option<PluginId>) -> HeldNumber {
+        let lease = &held_lease.lease;
         let task = TaskStatus {
             capability: lease.capability.clone(),
             job_id: lease.job,
@@ -487,7 +487,7 @@ impl StatusBoard {
             attempt: lease.attempt,
             state: TaskStage::SettingUp,
             since: Timestamp::now(),
-            turning: RunningTask(grant.clone()),
+            running: RunningTask(held_lease.clone()),
         };
         let mut held = HeldNumber(0);
         self.change(|HostStatus { tasks, .. }| {
@@ -539,19 +539,19 @@ mod tests {
     use super::*;
     use crate::model::Outcome;
 
-    fn grant(task: TaskId) -> HeldLease {
+    fn held_lease(task: TaskId) -> HeldLease {
         let capability = Capability::parse("/examples/hello/v1").expect("a capability");
         HeldLease::new(Lease::bare(task, capability), Setup::Pending).0
     }
 
     #[test]
-    fn a_task_leased_again_before_its_lost_attempt_has_ended_stays_on_the_page() {
+    fn lost_attempt_does_not_change_newer_attempt_status() {
         let board = StatusBoard::new("node".to_owned(), 2, Vec::new(), serde_json::Value::Null);
         let shown = || serde_json::to_value(&*board.now()).expect("a page")["tasks"].clone();
-        let lost = grant(Uuid::from_u128(7).into());
+        let lost = held_lease(Uuid::from_u128(7).into());
         let id = lost.lease.task().to_string();
         let first = board.began(&lost, None);
-        let second = board.began(&grant(lost.lease.task().clone()), None);
+        let second = board.began(&held_lease(lost.lease.task().clone()), None);
         board.moved(first, TaskStage::Reporting);
         assert_eq!(shown()[&id]["state"], "setting-up", "what becomes of the lost one is not its own");
         let task_result = TaskResult::bare(Outcome::LeaseLost);

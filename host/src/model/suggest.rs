@@ -31,7 +31,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn near_words_are_found_and_far_ones_are_not() {
+    fn only_similar_words_are_suggested() {
         let check = |word, candidates: &[&'static str], expected| {
             assert_eq!(nearest(word, candidates.iter().copied()), expected, "{word}");
         };

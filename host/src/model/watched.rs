@@ -55,7 +55,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn who_waits_hears_of_each_change_that_is_one() {
+    async fn waiter_wakes_only_on_real_changes() {
         let number = Watched::new(0);
         let mut looks = 0;
         let waiting = number.until(|now| {
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_is_so_already_is_not_waited_for() {
+    async fn until_returns_immediately_if_condition_holds() {
         assert_eq!(Watched::new(7).until(|now| Some(*now)).await, 7);
     }
 }

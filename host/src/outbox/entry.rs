@@ -241,7 +241,7 @@ mod tests {
     const OLD_ROW: &str = r#"{"report":{"plane":"http://127.0.0.1:9/v1","node":"0x1a","task_id":"0b9f3c52-3b0e-4f0e-8f8e-6f2e9d0c7a01","job_id":"11111111-2222-3333-4444-555555555555","domain_id":null,"capability":"/lab/echo/v1","verdict":{"outcome":{"end":"completed"},"artifacts":[],"inputs":[]},"ended_at":"2026-11-29T14:35:28Z"},"tries":{"count":2,"first":"2026-11-29T14:35:28Z","last":"2026-11-29T14:35:29Z","error":"later"}}"#;
 
     #[test]
-    fn rows_of_format_1_are_for_the_default_plane() {
+    fn format_1_rows_decode_for_default_plane() {
         let (entry, tries) = Entry::decode(OLD_ROW.as_bytes()).expect("an old row");
         assert_eq!(
             (entry.plane.as_str(), &*entry.base_url, &*entry.node),

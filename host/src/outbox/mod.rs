@@ -2,9 +2,9 @@
 //!
 //! A report passes three steps:
 //!
-//! 1. [`Outbox::enter`] adds it, in memory only. [`Ticket::write`] returns when it is on the disk. From then on
-//!    the report survives this process, and its slot may serve the next task.
-//! 2. [`PendingReport::send`] is the first try. The attempt that made the report sends it.
+//! 1. [`Outbox::deliver`] writes it to the disk. From then on the report survives this process, and its slot may serve
+//!    the next task.
+//! 2. [`Outbox::deliver`] also sends it for the first time, on behalf of the attempt that made it.
 //! 3. After a failure the report waits. [`Outbox::run`] sends it again, the oldest first, until the control plane
 //!    accepts it or refuses it permanently. Outages, restarts and new tokens do not end this.
 //!
@@ -12,9 +12,10 @@
 //! control plane decides whether it still counts. A report goes only to the control plane that gave the task, and
 //! only from the node that ran it.
 //!
-//! `queue` decides which report is sent next. `writer` and `store` own the file, `state` owns the folder.
+//! `delivery` writes and sends a new report. `queue` decides which report is sent next. `writer` and `store` own the file, `state` owns the folder.
 //! `offline` is the outbox of a node that does not run. The pages show a summary from the status board.
 
+mod delivery;
 mod entry;
 mod offline;
 mod queue;
@@ -35,7 +36,6 @@ use std::{
 };
 
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
-use jiff::Timestamp;
 use tokio::{
     sync::{Notify, Semaphore},
     time::{Instant, timeout_at},
@@ -43,21 +43,22 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use self::{
-    entry::Entry,
-    queue::{Gone, ReportQueue, Turn},
-    sending::{Sender, Try},
-    store::Change,
-    writer::{Unwritten, Writer, WriterEvent},
-};
 pub use self::{
+    delivery::{NewReport, Stops},
     entry::{Listing, ListingState, SetAside},
     offline::{OfflineOutbox, OfflineOutboxError},
     state::{StateDir, StateError},
 };
+use self::{
+    entry::Entry,
+    queue::{Gone, NextReport, ReportQueue},
+    sending::{Sender, Try},
+    store::Change,
+    writer::{Unwritten, Writer, WriterEvent},
+};
 use crate::{
-    leases::{LeaseSource, PlaneFacts},
-    model::{Lease, LeaseKeeper, OutboxStatus, PlaneName, ReportState, StatusBoard, TaskId, TaskResult},
+    leases::LeaseSource,
+    model::{LeaseKeeper, OutboxStatus, PlaneName, ReportState, StatusBoard, TaskId},
 };
 
 /// Most failures in the last rounds. Without this limit, a shutdown with an unreachable control plane would send
@@ -105,9 +106,9 @@ struct Inner {
     board: StatusBoard,
     writer: Writer,
     senders: Semaphore,
-    book: Arc<Mutex<Pages>>,
+    queue: Arc<Mutex<QueueState>>,
     /// Notified when there may be a report to send.
-    turn: Notify,
+    report_due: Notify,
     /// Notified when the outbox accepts new tasks again.
     room: Arc<Notify>,
     /// Notified when the state folder was created again.
@@ -133,8 +134,8 @@ fn source_of<'a>(planes: &'a [Arc<dyn LeaseSource>], entry: &Entry) -> Option<&'
 
 /// The queue, and its summary on the status board.
 #[derive(Default)]
-struct Pages {
-    book: ReportQueue,
+struct QueueState {
+    queue: ReportQueue,
     shown: OutboxStatus,
     /// The log says that leasing is paused.
     paused: bool,
@@ -166,20 +167,6 @@ pub struct Remaining {
     pub lost: Vec<TaskId>,
 }
 
-/// A report whose first try belongs to its attempt. If it is dropped without a try or
-/// [`PendingReport::withdraw`], it is written and waits in the outbox.
-pub struct PendingReport {
-    outbox: Outbox,
-    number: u64,
-    done: bool,
-}
-
-/// The place of a report in the outbox. With it, a caller waits until the report is on the disk.
-pub struct Ticket {
-    outbox: Outbox,
-    number: u64,
-}
-
 impl Outbox {
     /// Opens the file in the state folder and reads the reports of earlier runs. Nothing is sent yet.
     ///
@@ -189,33 +176,33 @@ impl Outbox {
         let state = Arc::new(config.state);
         let folder = state.path().to_owned();
         let (store, rows) = store::open_or_set_aside(&folder)?;
-        let mut book = ReportQueue::default();
+        let mut queue = ReportQueue::default();
         for (number, bytes) in &rows {
             match Entry::decode(bytes) {
                 Ok((entry, tries)) => {
                     let ours = source_of(&config.planes, &entry).is_some();
-                    book.found(*number, entry, tries, ours, Instant::now());
+                    queue.found(*number, entry, tries, ours, Instant::now());
                 }
                 Err(err) => {
-                    book.skip(*number);
+                    queue.skip(*number);
                     warn!(event = "outbox.report_unreadable", number, error = %err, "a report in the outbox cannot be read, it is kept and not sent");
                 }
             }
         }
-        if book.ours() > 0 {
-            info!(event = "outbox.found_reports", reports = book.ours(), "reports of an earlier run will be sent");
+        if queue.ours() > 0 {
+            info!(event = "outbox.found_reports", reports = queue.ours(), "reports of an earlier run will be sent");
         }
-        if book.foreign() > 0 {
+        if queue.foreign() > 0 {
             warn!(
                 event = "outbox.foreign_reports",
-                reports = book.foreign(),
+                reports = queue.foreign(),
                 state_dir = %folder.display(),
                 "reports for another control plane or of another node are kept and not sent"
             );
         }
-        let book = Arc::new(Mutex::new(Pages { book, ..Pages::default() }));
+        let queue = Arc::new(Mutex::new(QueueState { queue, ..QueueState::default() }));
         let (room, moved) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
-        let listener = listener(Arc::clone(&book), board.clone(), Arc::clone(&room), Arc::clone(&moved));
+        let listener = listener(Arc::clone(&queue), board.clone(), Arc::clone(&room), Arc::clone(&moved));
         let writer = Writer::start(Arc::clone(&state), store, rows, listener);
         let writer = writer.map_err(state::failed("start the writer of", &folder))?;
         let outbox = Self(Arc::new(Inner {
@@ -224,8 +211,8 @@ impl Outbox {
             board,
             writer,
             senders: Semaphore::new(config.senders.max(1)),
-            book,
-            turn: Notify::new(),
+            queue,
+            report_due: Notify::new(),
             room,
             moved,
             state,
@@ -234,48 +221,30 @@ impl Outbox {
         Ok(outbox)
     }
 
-    /// Adds the report of an ended task. It is in memory only: see [`PendingReport::ticket`].
-    #[must_use]
-    pub fn enter(&self, plane: &PlaneFacts, lease: &Lease, task_result: TaskResult) -> PendingReport {
-        let entry = Arc::new(Entry {
-            plane: plane.name.clone(),
-            base_url: plane.base_url.trim_end_matches('/').into(),
-            node: Arc::clone(&plane.node),
-            address: lease.address.clone(),
-            job_id: lease.job,
-            domain_id: lease.data.domain(),
-            capability: lease.capability.to_string(),
-            task_result,
-            ended_at: Timestamp::now(),
-        });
-        let number = self.with(|book| book.add(entry));
-        PendingReport { outbox: self.clone(), number, done: false }
-    }
-
     /// Whether the outbox has a report about `task` to send. Such a task has ended, even if the control plane does
     /// not know it.
     #[must_use]
-    pub fn owes(&self, plane: &PlaneName, task: &TaskId) -> bool {
-        self.lock().book.owed(plane, task).is_some()
+    pub fn has_report_of(&self, plane: &PlaneName, task: &TaskId) -> bool {
+        self.lock().queue.newest_of(plane, task).is_some()
     }
 
     /// Holds `lease` until the report about `task` leaves the outbox, and sends the report now. If there is no such
     /// report, the lease is dropped.
     pub fn adopt(&self, plane: &PlaneName, task: &TaskId, lease: impl LeaseKeeper + 'static) {
-        self.with(|book| {
-            if let Some(number) = book.owed(plane, task) {
-                book.hold(number, Box::new(lease));
-                book.hurry_one(number, Instant::now());
+        self.with(|queue| {
+            if let Some(number) = queue.newest_of(plane, task) {
+                queue.hold(number, Box::new(lease));
+                queue.hurry_one(number, Instant::now());
             }
         });
-        self.0.turn.notify_one();
+        self.0.report_due.notify_one();
     }
 
     /// Whether another task may be leased: the outbox can keep its report.
     #[must_use]
     pub fn has_room(&self) -> bool {
-        let pages = self.lock();
-        pages.book.ours() < self.0.max && pages.shown.not_written.is_none()
+        let state = self.lock();
+        state.queue.ours() < self.0.max && state.shown.not_written.is_none()
     }
 
     /// Waits until [`Outbox::has_room`] is true.
@@ -293,8 +262,8 @@ impl Outbox {
 
     /// Ends the pause of this control plane, because it has answered another call.
     pub fn plane_answers(&self, plane: &PlaneName) {
-        if self.lock().book.plane_answers(plane) {
-            self.0.turn.notify_one();
+        if self.lock().queue.plane_answers(plane) {
+            self.0.report_due.notify_one();
         }
     }
 
@@ -302,20 +271,20 @@ impl Outbox {
     pub async fn run(&self, stop: CancellationToken) {
         let mut under_way = FuturesUnordered::new();
         loop {
-            let turn = self.lock().book.turn(Instant::now());
-            let due = match turn {
-                Turn::Send(number) => {
+            let next = self.lock().queue.next(Instant::now());
+            let due = match next {
+                NextReport::Send(number) => {
                     under_way.extend(Try::begin(self, number, Sender::Outbox).map(Try::run));
                     continue;
                 }
-                Turn::At(due) => Some(due),
-                Turn::Idle => None,
+                NextReport::At(due) => Some(due),
+                NextReport::Idle => None,
             };
             tokio::select! {
                 () = stop.cancelled() => return,
                 Some(_) = under_way.next() => {}
                 () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
-                () = self.0.turn.notified() => {}
+                () = self.0.report_due.notified() => {}
             }
         }
     }
@@ -336,7 +305,7 @@ impl Outbox {
     pub async fn finish(&self, limit: Duration) -> Remaining {
         let deadline = Instant::now() + limit;
         let mut failures = 0;
-        while self.lock().book.ours() > 0 {
+        while self.lock().queue.ours() > 0 {
             let Some(failed) = self.last_round(deadline, LAST_FAILURES_MAX - failures).await else { break };
             failures += failed;
             let pause = queue::PAUSES.pause(failures, rand::random());
@@ -347,13 +316,13 @@ impl Outbox {
         }
         let closed = self.0.writer.close().await;
         self.with(ReportQueue::let_go);
-        let book = &self.lock().book;
-        let reports = book.ours();
+        let queue = &self.lock().queue;
+        let reports = queue.ours();
         let Err(Unwritten { error, numbers }) = closed else {
             return Remaining { reports, kept: reports, ..Remaining::default() };
         };
-        let numbers = numbers.map_or_else(|| book.numbers(None), |numbers| numbers.into_iter().collect());
-        let lost: Vec<Listing> = numbers.into_iter().filter_map(|number| book.listing(number)).collect();
+        let numbers = numbers.map_or_else(|| queue.numbers(None), |numbers| numbers.into_iter().collect());
+        let lost: Vec<Listing> = numbers.into_iter().filter_map(|number| queue.listing(number)).collect();
         let ours = lost.iter().filter(|report| report.state != ListingState::Foreign).count();
         let lost = lost.into_iter().map(|report| report.task_id).collect();
         Remaining { reports, kept: reports - ours, unwritten: Some(error), lost }
@@ -363,10 +332,10 @@ impl Outbox {
     /// the deadline has passed.
     async fn last_round(&self, deadline: Instant, failures_max: u32) -> Option<u32> {
         let (mut failures, mut under_way) = (0, FuturesUnordered::new());
-        let mut numbers = self.lock().book.numbers(None).into_iter().peekable();
+        let mut numbers = self.lock().queue.numbers(None).into_iter().peekable();
         loop {
             let next = numbers.peek().filter(|_| failures < failures_max).copied();
-            if let Some(number) = next.filter(|number| under_way.len() < self.lock().book.abreast(*number)) {
+            if let Some(number) = next.filter(|number| under_way.len() < self.lock().queue.abreast(*number)) {
                 numbers.next();
                 under_way.extend(Try::begin(self, number, Sender::Outbox).map(Try::run));
                 continue;
@@ -379,31 +348,31 @@ impl Outbox {
     /// Every report, the oldest first.
     #[must_use]
     pub fn listings(&self) -> Vec<Listing> {
-        self.lock().book.listings()
+        self.lock().queue.listings()
     }
 
     /// Ends the pauses of these tasks' reports, or of all. Returns the reports.
     pub fn retry(&self, tasks: Option<&HashSet<TaskId>>) -> Vec<Listing> {
-        let listings = self.with(|book| book.hurry(tasks, Instant::now()));
-        self.0.turn.notify_one();
+        let listings = self.with(|queue| queue.hurry(tasks, Instant::now()));
+        self.0.report_due.notify_one();
         listings
     }
 
     /// Adds reports from another file under new numbers. They are sent like those of an earlier run. Reports that
     /// are here already do not change. Returns the new ones after they were written. A write error is only logged.
     pub async fn take_up(&self, set_aside: SetAside) -> Vec<Listing> {
-        let (ordered, listings): (Vec<_>, Vec<_>) = self.with(|book| {
-            let new = set_aside.missing_in(book.entries());
+        let (ordered, listings): (Vec<_>, Vec<_>) = self.with(|queue| {
+            let new = set_aside.missing_in(queue.entries());
             let taken = new.into_iter().map(|(entry, tries)| {
                 let ours = self.0.is_ours(&entry);
-                let number = book.take_up(entry, tries, ours, Instant::now());
-                let (entry, tries) = book.write(number).expect("it was just added");
+                let number = queue.take_up(entry, tries, ours, Instant::now());
+                let (entry, tries) = queue.write(number).expect("it was just added");
                 let written = self.0.writer.write(Change::Put(number, entry.encode(&tries)));
-                (written, book.listing(number).expect("it was just added"))
+                (written, queue.listing(number).expect("it was just added"))
             });
             taken.unzip()
         });
-        self.0.turn.notify_one();
+        self.0.report_due.notify_one();
         for written in ordered {
             if let Err(err) = written.await {
                 debug!(error = %err, "report is kept in memory only");
@@ -415,10 +384,11 @@ impl Outbox {
     /// Deletes these tasks' reports, or all, also on the disk. Returns the deleted ones.
     pub async fn drop_reports(&self, tasks: Option<&HashSet<TaskId>>) -> Vec<Listing> {
         let mut gone = Vec::new();
-        let numbers = self.lock().book.numbers(tasks);
+        let numbers = self.lock().queue.numbers(tasks);
         for number in numbers {
-            let listing = self.lock().book.listing(number);
-            let Some((Gone { entry, ended_as, written }, listing)) = self.with(|book| book.remove(number)).zip(listing)
+            let listing = self.lock().queue.listing(number);
+            let Some((Gone { entry, ended_as, written }, listing)) =
+                self.with(|queue| queue.remove(number)).zip(listing)
             else {
                 continue;
             };
@@ -434,7 +404,7 @@ impl Outbox {
 
     /// Deletes a report that the control plane accepted or refused permanently, also on the disk.
     fn answered(&self, number: u64) -> Option<TaskId> {
-        self.with(|book| Some(self.forget(number, book.answered(number)?)))
+        self.with(|queue| Some(self.forget(number, queue.answered(number)?)))
     }
 
     /// Removes a report that has just left the queue from the file too. Call it under the same lock: a write of the
@@ -448,120 +418,51 @@ impl Outbox {
 
     /// Changes the queue, and updates the status board.
     fn with<T>(&self, change: impl FnOnce(&mut ReportQueue) -> T) -> T {
-        let mut pages = self.lock();
-        let result = change(&mut pages.book);
-        let book = &pages.book;
-        let (was_full, full) = (pages.shown.full, book.ours() >= self.0.max);
-        let (oldest, oldest_tries) = book.oldest().unzip();
+        let mut state = self.lock();
+        let result = change(&mut state.queue);
+        let queue = &state.queue;
+        let (was_full, full) = (state.shown.full, queue.ours() >= self.0.max);
+        let (oldest, oldest_tries) = queue.oldest().unzip();
         let now = OutboxStatus {
-            waiting: book.ours(),
+            waiting: queue.ours(),
             oldest,
             oldest_tries,
-            last_error: book.last_error().map(str::to_owned),
-            foreign: book.foreign(),
+            last_error: queue.last_error().map(str::to_owned),
+            foreign: queue.foreign(),
             full,
-            not_written: pages.shown.not_written.clone(),
+            not_written: state.shown.not_written.clone(),
         };
         // Reports in their first try are no outage.
-        if full && book.waiting() > 0 && !pages.paused {
-            pages.paused = true;
+        if full && queue.waiting() > 0 && !state.paused {
+            state.paused = true;
             warn!(
                 event = "outbox.full",
                 waiting = now.waiting,
                 limit = self.0.max,
                 "leasing paused, the outbox is full"
             );
-        } else if !full && std::mem::take(&mut pages.paused) {
+        } else if !full && std::mem::take(&mut state.paused) {
             info!(event = "outbox.has_room", waiting = now.waiting, "leasing resumed, the outbox has room");
         }
-        if now != pages.shown {
-            pages.shown = now.clone();
+        if now != state.shown {
+            state.shown = now.clone();
             self.0.board.change(|status| status.outbox = now);
         }
-        drop(pages);
+        drop(state);
         if was_full && !full {
             self.0.room.notify_waiters();
         }
         result
     }
 
-    fn lock(&self) -> MutexGuard<'_, Pages> {
-        self.0.book.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl Ticket {
-    /// Returns when the report is on the disk, or has left the outbox. It also returns after a write error, which is
-    /// logged. Such a report is in memory only.
-    pub async fn write(&self) {
-        let Self { outbox, number } = self;
-        let ordered = outbox.with(|book| {
-            let (entry, tries) = book.write(*number)?;
-            // Under the lock: after an answer, this write must not put the report back on the disk.
-            Some((outbox.0.writer.write(Change::Put(*number, entry.encode(&tries))), entry))
-        });
-        let Some((written, entry)) = ordered else { return };
-        if let Err(err) = written.await {
-            debug!(task_id = %entry.task(), error = %err, "report is kept in memory only");
-        }
-    }
-}
-
-impl PendingReport {
-    /// The place of the report in the outbox.
-    #[must_use]
-    pub fn ticket(&self) -> Ticket {
-        Ticket { outbox: self.outbox.clone(), number: self.number }
-    }
-
-    /// The first try. If the future is dropped, the outbox sends the report. `lease` gives the current address of the
-    /// report before each try. The outbox holds it until the report leaves: until then, the control plane must not
-    /// lease the task again.
-    pub async fn send(mut self, lease: impl LeaseKeeper + 'static) -> Sent {
-        self.outbox.with(|book| book.hold(self.number, Box::new(lease)));
-        let outbox = self.outbox.clone();
-        let Ok(_sender) = outbox.0.senders.try_acquire() else {
-            return Sent::Waiting("too many other reports are being sent".to_owned());
-        };
-        let sent = match Try::begin(&outbox, self.number, Sender::Attempt) {
-            Some(one) => one.run().await,
-            None => None,
-        };
-        self.done = true;
-        // Other reports may wait for an answer of the control plane, or for the end of this try.
-        if outbox.lock().book.waiting() > 0 {
-            outbox.0.turn.notify_one();
-        }
-        sent.unwrap_or(Sent::Dropped)
-    }
-
-    /// Deletes the report: there is nothing to report any more.
-    pub fn withdraw(mut self) {
-        self.done = true;
-        let outbox = &self.outbox;
-        outbox.with(|book| Some(outbox.forget(self.number, book.remove(self.number)?)));
-    }
-}
-
-impl Drop for PendingReport {
-    fn drop(&mut self) {
-        if !self.done {
-            self.outbox.with(|book| {
-                if !book.is_written(self.number)
-                    && let Some((entry, tries)) = book.write(self.number)
-                {
-                    self.outbox.0.writer.note(Change::Put(self.number, entry.encode(&tries)));
-                }
-                book.hand_over(self.number, Instant::now());
-            });
-            self.outbox.0.turn.notify_one();
-        }
+    fn lock(&self) -> MutexGuard<'_, QueueState> {
+        self.0.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Applies the events of the writer: updates the status board and wakes waiting tasks.
 fn listener(
-    book: Arc<Mutex<Pages>>,
+    queue: Arc<Mutex<QueueState>>,
     board: StatusBoard,
     room: Arc<Notify>,
     moved: Arc<Notify>,
@@ -572,11 +473,11 @@ fn listener(
             WriterEvent::Broken(why) => Some(why),
             WriterEvent::Mended => None,
         };
-        let mut pages = book.lock().unwrap_or_else(PoisonError::into_inner);
-        pages.shown.not_written = not_written;
-        let now = pages.shown.clone();
+        let mut state = queue.lock().unwrap_or_else(PoisonError::into_inner);
+        state.shown.not_written = not_written;
+        let now = state.shown.clone();
         board.change(|status| status.outbox = now);
-        drop(pages);
+        drop(state);
         room.notify_waiters();
     }
 }

@@ -70,7 +70,7 @@ pub(super) struct Gone {
 
 /// The next step.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum Turn {
+pub(super) enum NextReport {
     /// Send this one: see [`ReportQueue::begin`].
     Send(u64),
     /// No pause ends before this time.
@@ -123,9 +123,9 @@ impl Lane {
     }
 
     /// The next step. `busy` tells whether another report about the same task is being sent.
-    fn turn(&mut self, now: Instant, busy: impl Fn(u64) -> bool) -> Turn {
+    fn next(&mut self, now: Instant, busy: impl Fn(u64) -> bool) -> NextReport {
         if self.sending >= self.abreast() {
-            return Turn::Idle;
+            return NextReport::Idle;
         }
         while let Some((_, number)) = self.paused.first().filter(|(due, _)| *due <= now) {
             self.ready.insert(*number);
@@ -133,11 +133,11 @@ impl Lane {
         }
         let quiet = self.quiet_until.filter(|until| *until > now);
         match (self.ready.iter().find(|number| !busy(**number)), quiet) {
-            (Some(number), None) => Turn::Send(*number),
-            (Some(_), Some(until)) => Turn::At(until),
+            (Some(number), None) => NextReport::Send(*number),
+            (Some(_), Some(until)) => NextReport::At(until),
             (None, quiet) => match self.paused.iter().find(|(_, number)| !busy(*number)) {
-                Some((due, _)) => Turn::At(quiet.map_or(*due, |until| until.max(*due))),
-                None => Turn::Idle,
+                Some((due, _)) => NextReport::At(quiet.map_or(*due, |until| until.max(*due))),
+                None => NextReport::Idle,
             },
         }
     }
@@ -241,7 +241,7 @@ impl ReportQueue {
     }
 
     /// The newest report about `task` that will be sent.
-    pub(super) fn owed(&self, plane: &PlaneName, task: &TaskId) -> Option<u64> {
+    pub(super) fn newest_of(&self, plane: &PlaneName, task: &TaskId) -> Option<u64> {
         self.about(plane, task).next_back()
     }
 
@@ -271,16 +271,16 @@ impl ReportQueue {
     }
 
     /// The next step.
-    pub(super) fn turn(&mut self, now: Instant) -> Turn {
+    pub(super) fn next(&mut self, now: Instant) -> NextReport {
         let Self { held, by_task, lanes, .. } = self;
         let busy = |number: u64| held.get(&number).is_some_and(|report| is_busy(held, by_task, &report.entry));
-        let mut next = Turn::Idle;
+        let mut next = NextReport::Idle;
         for lane in lanes.values_mut() {
-            match (lane.turn(now, busy), next) {
-                (Turn::Send(number), _) => return Turn::Send(number),
-                (Turn::At(due), Turn::At(other)) => next = Turn::At(due.min(other)),
-                (Turn::At(due), _) => next = Turn::At(due),
-                (Turn::Idle, _) => {}
+            match (lane.next(now, busy), next) {
+                (NextReport::Send(number), _) => return NextReport::Send(number),
+                (NextReport::At(due), NextReport::At(other)) => next = NextReport::At(due.min(other)),
+                (NextReport::At(due), _) => next = NextReport::At(due),
+                (NextReport::Idle, _) => {}
             }
         }
         next
@@ -516,11 +516,11 @@ mod tests {
     }
 
     /// The next step for one control plane, found by a walk over all reports.
-    fn walked(book: &ReportQueue, name: &str, now: Instant) -> Turn {
-        let of_plane = || book.held.iter().filter(|(_, held)| held.entry.plane.as_str() == name);
-        let Some(lane) = book.lanes.get(&plane(name)) else { return Turn::Idle };
+    fn walked(queue: &ReportQueue, name: &str, now: Instant) -> NextReport {
+        let of_plane = || queue.held.iter().filter(|(_, held)| held.entry.plane.as_str() == name);
+        let Some(lane) = queue.lanes.get(&plane(name)) else { return NextReport::Idle };
         if of_plane().filter(|(_, held)| held.place == Place::Sending).count() >= lane.abreast() {
-            return Turn::Idle;
+            return NextReport::Idle;
         }
         let sent = |task: &TaskId| of_plane().any(|(_, held)| held.is_sent() && held.entry.task() == task);
         let free = of_plane().filter(|(_, held)| !sent(held.entry.task()));
@@ -531,74 +531,74 @@ mod tests {
         let waiting: Vec<_> = waiting.collect();
         let quiet = lane.quiet_until.filter(|until| *until > now);
         match (waiting.iter().find(|(_, due)| *due <= now), quiet) {
-            (Some((number, _)), None) => Turn::Send(*number),
-            (Some(_), Some(until)) => Turn::At(until),
+            (Some((number, _)), None) => NextReport::Send(*number),
+            (Some(_), Some(until)) => NextReport::At(until),
             (None, quiet) => match waiting.iter().map(|(_, due)| *due).min() {
-                Some(due) => Turn::At(quiet.map_or(due, |until| until.max(due))),
-                None => Turn::Idle,
+                Some(due) => NextReport::At(quiet.map_or(due, |until| until.max(due))),
+                None => NextReport::Idle,
             },
         }
     }
 
     #[test]
     fn unreachable_plane_does_not_stop_another() {
-        let (mut book, now) = (ReportQueue::default(), Instant::now());
+        let (mut queue, now) = (ReportQueue::default(), Instant::now());
         for number in 0..4 {
             let name = if number < 2 { "a" } else { "b" };
-            book.found(number, entry_of(name, u128::from(number)), Tries::default(), true, now);
+            queue.found(number, entry_of(name, u128::from(number)), Tries::default(), true, now);
         }
-        assert_eq!(turn(&mut book, now), Turn::Send(0));
-        book.failed(0, refused(None), now, 1.0);
-        assert_eq!(turn(&mut book, now), Turn::Send(2));
-        book.answered(2);
-        assert_eq!(turn(&mut book, now), Turn::Send(3));
-        book.answered(3);
+        assert_eq!(next(&mut queue, now), NextReport::Send(0));
+        queue.failed(0, refused(None), now, 1.0);
+        assert_eq!(next(&mut queue, now), NextReport::Send(2));
+        queue.answered(2);
+        assert_eq!(next(&mut queue, now), NextReport::Send(3));
+        queue.answered(3);
         // The success of the other control plane ended no pause here.
-        assert_eq!(book.turn(now), Turn::At(now + PAUSES.grown(1)));
-        assert!(!book.plane_answers(&plane("b")));
-        assert!(book.plane_answers(&plane("a")));
-        assert_eq!(turn(&mut book, now), Turn::Send(1));
+        assert_eq!(queue.next(now), NextReport::At(now + PAUSES.grown(1)));
+        assert!(!queue.plane_answers(&plane("b")));
+        assert!(queue.plane_answers(&plane("a")));
+        assert_eq!(next(&mut queue, now), NextReport::Send(1));
     }
 
     fn refused(retry_after: Option<Duration>) -> Failure<'static> {
         Failure { error: "no", retry_after }
     }
 
-    fn begin(book: &mut ReportQueue, number: u64) {
-        book.begin(number, Timestamp::UNIX_EPOCH).expect("there to be sent");
+    fn begin(queue: &mut ReportQueue, number: u64) {
+        queue.begin(number, Timestamp::UNIX_EPOCH).expect("there to be sent");
     }
 
     /// Begins to send the next report and returns its number.
-    fn turn(book: &mut ReportQueue, now: Instant) -> Turn {
-        let turn = book.turn(now);
-        if let Turn::Send(number) = turn {
-            begin(book, number);
+    fn next(queue: &mut ReportQueue, now: Instant) -> NextReport {
+        let next = queue.next(now);
+        if let NextReport::Send(number) = next {
+            begin(queue, number);
         }
-        turn
+        next
     }
 
     /// Simulates a control plane for `count` waiting reports, for at most `limit`. Returns when each was sent, in
     /// milliseconds, with its number. A `!` marks a failure.
     fn play(count: u64, limit: Duration, fails: impl Fn(u64, Duration) -> bool) -> Vec<(u128, String)> {
-        let (mut book, start) = (ReportQueue::default(), Instant::now());
+        let (mut queue, start) = (ReportQueue::default(), Instant::now());
         for number in 0..count {
-            book.found(number, entry(u128::from(number)), Tries::default(), true, start);
+            queue.found(number, entry(u128::from(number)), Tries::default(), true, start);
         }
         let (mut now, mut seen) = (start, Vec::new());
         loop {
-            match turn(&mut book, now) {
-                Turn::Send(number) => {
+            match next(&mut queue, now) {
+                NextReport::Send(number) => {
                     let at = now - start;
                     let failed = fails(number, at);
                     seen.push((at.as_millis(), format!("{number}{}", if failed { "!" } else { "" })));
                     if failed {
-                        book.failed(number, refused(None), now, 1.0);
+                        queue.failed(number, refused(None), now, 1.0);
                     } else {
-                        book.answered(number);
+                        queue.answered(number);
                     }
                 }
-                Turn::At(due) if due <= start + limit => now = due,
-                Turn::At(_) | Turn::Idle => return seen,
+                NextReport::At(due) if due <= start + limit => now = due,
+                NextReport::At(_) | NextReport::Idle => return seen,
             }
         }
     }
@@ -614,26 +614,26 @@ mod tests {
     }
 
     #[test]
-    fn an_outage_costs_one_request_a_pause_and_ends_for_all_at_once() {
+    fn outage_costs_one_request_per_pause_until_recovery() {
         let back = Duration::from_secs(2);
         let seen = play(4, Duration::from_secs(20), |_, at| at < back);
         check(&seen, "0 0!, 200 1!, 600 0!, 1400 0!, 3000 0, 3000 1, 3000 2, 3000 3");
     }
 
     #[test]
-    fn a_report_that_alone_fails_holds_nobody_up() {
+    fn failing_report_does_not_block_other_reports() {
         let seen = play(3, Duration::from_secs(3), |number, _| number == 0);
         check(&seen, "0 0!, 200 1, 200 2, 400 0!, 1200 0!, 2800 0!");
     }
 
     #[test]
-    fn a_long_outage_of_many_reports_is_no_flood() {
+    fn long_outage_causes_few_requests() {
         let seen = play(1000, Duration::from_secs(3600), |_, _| true);
         assert!((20..=40).contains(&seen.len()), "{} requests in an hour", seen.len());
     }
 
     #[test]
-    fn pauses_double_up_to_five_minutes_and_are_jittered_downwards() {
+    fn retry_pauses_double_up_to_limit_with_jitter() {
         let pauses: Vec<u128> = (1..=4).map(|count| PAUSES.pause(count, 1.0).as_millis()).collect();
         assert_eq!(pauses, [200, 400, 800, 1600]);
         assert_eq!(PAUSES.pause(u32::MAX, 1.0), PAUSE_MAX);
@@ -641,76 +641,77 @@ mod tests {
     }
 
     #[test]
-    fn a_plane_that_says_when_to_come_again_is_left_alone_until_then_within_bounds() {
+    fn requested_retry_pause_is_obeyed_within_bounds() {
         for (asked, pause) in [(Some(7), 7000), (Some(3600), 300_000), (Some(0), 400), (None, 400)] {
-            let (mut book, start) = (ReportQueue::default(), Instant::now());
+            let (mut queue, start) = (ReportQueue::default(), Instant::now());
             for number in 0..2 {
-                book.found(number, entry(u128::from(number)), Tries::default(), true, start);
+                queue.found(number, entry(u128::from(number)), Tries::default(), true, start);
             }
-            assert_eq!(turn(&mut book, start), Turn::Send(0));
-            book.failed(0, refused(asked.map(Duration::from_secs)), start, 1.0);
+            assert_eq!(next(&mut queue, start), NextReport::Send(0));
+            queue.failed(0, refused(asked.map(Duration::from_secs)), start, 1.0);
             // The other report waits as long, or for the pause of the lane, which is half as long.
             let all = if pause == 400 { 200 } else { pause };
-            assert_eq!(book.turn(start), Turn::At(start + Duration::from_millis(all)));
+            assert_eq!(queue.next(start), NextReport::At(start + Duration::from_millis(all)));
             // An answered poll ends the pause of the lane. It does not end the pause of the failed report.
-            assert!(book.plane_answers(&plane("p")));
-            assert_eq!(turn(&mut book, start), Turn::Send(1));
-            assert_eq!(book.turn(start), Turn::Idle, "one alone, as the plane has not taken any");
-            book.answered(1);
-            assert_eq!(book.turn(start), Turn::At(start + Duration::from_millis(pause)));
+            assert!(queue.plane_answers(&plane("p")));
+            assert_eq!(next(&mut queue, start), NextReport::Send(1));
+            assert_eq!(queue.next(start), NextReport::Idle, "one alone, as the plane has not taken any");
+            queue.answered(1);
+            assert_eq!(queue.next(start), NextReport::At(start + Duration::from_millis(pause)));
         }
     }
 
     #[test]
-    fn what_is_fresh_or_foreign_is_nobodys_turn() {
-        let (mut book, now) = (ReportQueue::default(), Instant::now());
-        book.found(4, entry(4), Tries::default(), false, now);
-        let fresh = book.add(Arc::new(entry(5)));
-        assert_eq!((fresh, book.turn(now)), (5, Turn::Idle));
-        assert_eq!((book.ours(), book.foreign(), book.waiting()), (1, 1, 0));
-        book.hurry(None, now);
-        assert_eq!(book.turn(now), Turn::Idle);
-        book.hand_over(fresh, now);
-        assert_eq!(turn(&mut book, now), Turn::Send(fresh));
-        assert_eq!(book.turn(now), Turn::Idle, "it is being sent");
+    fn new_and_foreign_reports_are_not_scheduled() {
+        let (mut queue, now) = (ReportQueue::default(), Instant::now());
+        queue.found(4, entry(4), Tries::default(), false, now);
+        let fresh = queue.add(Arc::new(entry(5)));
+        assert_eq!((fresh, queue.next(now)), (5, NextReport::Idle));
+        assert_eq!((queue.ours(), queue.foreign(), queue.waiting()), (1, 1, 0));
+        queue.hurry(None, now);
+        assert_eq!(queue.next(now), NextReport::Idle);
+        queue.hand_over(fresh, now);
+        assert_eq!(next(&mut queue, now), NextReport::Send(fresh));
+        assert_eq!(queue.next(now), NextReport::Idle, "it is being sent");
     }
 
     #[test]
-    fn several_are_sent_at_once_while_the_plane_takes_them_and_one_alone_before_and_after_a_failure() {
-        let (mut book, now) = (ReportQueue::default(), Instant::now());
+    fn reports_are_sent_concurrently_only_after_a_success() {
+        let (mut queue, now) = (ReportQueue::default(), Instant::now());
         for number in 0..20 {
-            book.found(number, entry(u128::from(number)), Tries::default(), true, now);
+            queue.found(number, entry(u128::from(number)), Tries::default(), true, now);
         }
-        let round = |book: &mut ReportQueue, now| -> Vec<u64> {
-            std::iter::from_fn(|| if let Turn::Send(number) = turn(book, now) { Some(number) } else { None }).collect()
+        let round = |queue: &mut ReportQueue, now| -> Vec<u64> {
+            std::iter::from_fn(|| if let NextReport::Send(number) = next(queue, now) { Some(number) } else { None })
+                .collect()
         };
-        assert_eq!(round(&mut book, now), [0]);
-        book.answered(0);
-        assert_eq!(round(&mut book, now), (1..9).collect::<Vec<_>>());
-        book.answered(5);
-        assert_eq!(round(&mut book, now), [9]);
+        assert_eq!(round(&mut queue, now), [0]);
+        queue.answered(0);
+        assert_eq!(round(&mut queue, now), (1..9).collect::<Vec<_>>());
+        queue.answered(5);
+        assert_eq!(round(&mut queue, now), [9]);
         // The control plane becomes unreachable. Eight concurrent failures count as one, and cause the pause of one.
         let mut first = 0;
         for number in [1, 2, 3, 4, 6, 7, 8, 9] {
-            let (_, _, said) = book.failed(number, refused(None), now, 1.0).expect("still there");
+            let (_, _, said) = queue.failed(number, refused(None), now, 1.0).expect("still there");
             first += u32::from(said);
         }
-        assert_eq!((first, book.turn(now)), (1, Turn::At(now + PAUSES.grown(1))));
-        assert_eq!(round(&mut book, now + PAUSES.grown(1)), [10]);
+        assert_eq!((first, queue.next(now)), (1, NextReport::At(now + PAUSES.grown(1))));
+        assert_eq!(round(&mut queue, now + PAUSES.grown(1)), [10]);
     }
 
     #[test]
     fn of_one_task_one_report_is_under_way() {
-        let (mut book, now) = (ReportQueue::default(), Instant::now());
+        let (mut queue, now) = (ReportQueue::default(), Instant::now());
         for (number, task) in [(0, 8), (1, 7), (2, 7), (3, 9)] {
-            book.found(number, entry(task), Tries::default(), true, now);
+            queue.found(number, entry(task), Tries::default(), true, now);
         }
-        begin(&mut book, 0);
-        book.answered(0);
-        assert_eq!((turn(&mut book, now), turn(&mut book, now)), (Turn::Send(1), Turn::Send(3)));
-        assert_eq!((book.turn(now), book.begin(2, Timestamp::UNIX_EPOCH)), (Turn::Idle, None));
-        book.answered(1);
-        assert_eq!(book.turn(now), Turn::Send(2));
+        begin(&mut queue, 0);
+        queue.answered(0);
+        assert_eq!((next(&mut queue, now), next(&mut queue, now)), (NextReport::Send(1), NextReport::Send(3)));
+        assert_eq!((queue.next(now), queue.begin(2, Timestamp::UNIX_EPOCH)), (NextReport::Idle, None));
+        queue.answered(1);
+        assert_eq!(queue.next(now), NextReport::Send(2));
     }
 
     struct Named(u128);
@@ -723,7 +724,7 @@ mod tests {
 
     #[test]
     fn queue_matches_a_walk_over_all_reports() {
-        let (mut book, mut now) = (ReportQueue::default(), Instant::now());
+        let (mut queue, mut now) = (ReportQueue::default(), Instant::now());
         let mut state = 7_u32;
         let mut draw = |below: u32| {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
@@ -732,51 +733,52 @@ mod tests {
         for step in 0..20_000 {
             // Few tasks and few numbers, so that some repeat.
             let name = ["p", "q"][usize::from(draw(2) == 0)];
-            let (task, number) = (u128::from(draw(5)), u64::from(draw(12)) + book.next.saturating_sub(10));
-            let foreign = book.held.get(&number).is_some_and(|held| held.place == Place::Foreign);
+            let (task, number) = (u128::from(draw(5)), u64::from(draw(12)) + queue.next.saturating_sub(10));
+            let foreign = queue.held.get(&number).is_some_and(|held| held.place == Place::Foreign);
             now += Duration::from_millis(u64::from(draw(100)));
             match draw(12) {
                 // A report for another control plane is never sent, so it gets no answer.
-                2..=8 if foreign => assert_eq!(book.begin(number, Timestamp::UNIX_EPOCH), None),
-                0 => drop(book.add(Arc::new(entry_of(name, task)))),
-                1 if !book.held.contains_key(&number) => {
-                    book.found(number, entry_of(name, task), Tries::default(), draw(2) == 0, now);
+                2..=8 if foreign => assert_eq!(queue.begin(number, Timestamp::UNIX_EPOCH), None),
+                0 => drop(queue.add(Arc::new(entry_of(name, task)))),
+                1 if !queue.held.contains_key(&number) => {
+                    queue.found(number, entry_of(name, task), Tries::default(), draw(2) == 0, now);
                 }
-                2 => book.hold(number, Box::new(Named(task))),
-                3 => drop(book.rename(number)),
-                4 | 5 => drop(book.begin(number, Timestamp::UNIX_EPOCH)),
-                6 => drop(book.failed(number, refused(None), now, 1.0)),
-                7 => drop(book.broken_off(number, "stopped", now)),
-                8 => book.hand_over(number, now),
-                9 => drop(book.hurry(Some(&HashSet::from([super::tests::task(task)])), now)),
-                10 => drop(book.plane_answers(&plane(name))),
-                _ => drop(book.answered(number)),
+                2 => queue.hold(number, Box::new(Named(task))),
+                3 => drop(queue.rename(number)),
+                4 | 5 => drop(queue.begin(number, Timestamp::UNIX_EPOCH)),
+                6 => drop(queue.failed(number, refused(None), now, 1.0)),
+                7 => drop(queue.broken_off(number, "stopped", now)),
+                8 => queue.hand_over(number, now),
+                9 => drop(queue.hurry(Some(&HashSet::from([super::tests::task(task)])), now)),
+                10 => drop(queue.plane_answers(&plane(name))),
+                _ => drop(queue.answered(number)),
             }
-            let all = || book.held.iter().filter(|(_, held)| held.place != Place::Foreign);
+            let all = || queue.held.iter().filter(|(_, held)| held.place != Place::Foreign);
             let waiting = all().filter(|(_, held)| held.waits()).count();
-            assert_eq!((book.ours(), book.waiting()), (all().count(), waiting), "step {step}");
-            assert_eq!(book.foreign(), book.held.len() - all().count());
+            assert_eq!((queue.ours(), queue.waiting()), (all().count(), waiting), "step {step}");
+            assert_eq!(queue.foreign(), queue.held.len() - all().count());
             for (name, task) in (0..5).flat_map(|task| ["p", "q"].map(|name| (name, super::tests::task(task)))) {
                 let newest = all().rfind(|(_, held)| *held.entry.plane.as_str() == *name && *held.entry.task() == task);
-                assert_eq!(book.owed(&plane(name), &task), newest.map(|(number, _)| *number), "step {step}");
+                assert_eq!(queue.newest_of(&plane(name), &task), newest.map(|(number, _)| *number), "step {step}");
             }
-            let walked = ["p", "q"].map(|name| walked(&book, name, now));
-            let due = walked.iter().filter_map(|turn| if let Turn::At(due) = turn { Some(*due) } else { None }).min();
-            let sent = walked.into_iter().find(|turn| matches!(turn, Turn::Send(_)));
-            let wanted = sent.or(due.map(Turn::At)).unwrap_or(Turn::Idle);
-            assert_eq!(book.turn(now), wanted, "step {step}");
+            let walked = ["p", "q"].map(|name| walked(&queue, name, now));
+            let due =
+                walked.iter().filter_map(|next| if let NextReport::At(due) = next { Some(*due) } else { None }).min();
+            let sent = walked.into_iter().find(|next| matches!(next, NextReport::Send(_)));
+            let wanted = sent.or(due.map(NextReport::At)).unwrap_or(NextReport::Idle);
+            assert_eq!(queue.next(now), wanted, "step {step}");
         }
     }
 
     #[test]
-    fn a_try_counts_from_its_beginning_and_also_when_it_is_broken_off() {
-        let (mut book, now) = (ReportQueue::default(), Instant::now());
-        let number = book.add(Arc::new(entry(1)));
-        assert_eq!(book.oldest(), Some((Timestamp::UNIX_EPOCH, 0)));
-        begin(&mut book, number);
-        assert_eq!(book.oldest(), Some((Timestamp::UNIX_EPOCH, 1)));
-        let (_, tries) = book.broken_off(number, "the node stopped", now).expect("there");
+    fn attempt_counts_from_start_even_if_interrupted() {
+        let (mut queue, now) = (ReportQueue::default(), Instant::now());
+        let number = queue.add(Arc::new(entry(1)));
+        assert_eq!(queue.oldest(), Some((Timestamp::UNIX_EPOCH, 0)));
+        begin(&mut queue, number);
+        assert_eq!(queue.oldest(), Some((Timestamp::UNIX_EPOCH, 1)));
+        let (_, tries) = queue.broken_off(number, "the node stopped", now).expect("there");
         assert_eq!((tries.count, tries.error.as_deref()), (1, Some("the node stopped")));
-        assert_eq!(book.turn(now), Turn::Send(number));
+        assert_eq!(queue.next(now), NextReport::Send(number));
     }
 }

@@ -41,9 +41,9 @@ pub(super) struct Try {
 impl Try {
     /// `None` if there is nothing to send.
     pub(super) fn begin(outbox: &Outbox, number: u64, who: Sender) -> Option<Self> {
-        let (entry, tries) = outbox.with(|book| {
-            let renamed = book.rename(number);
-            let (entry, tries) = book.begin(number, Timestamp::now())?;
+        let (entry, tries) = outbox.with(|queue| {
+            let renamed = queue.rename(number);
+            let (entry, tries) = queue.begin(number, Timestamp::now())?;
             if renamed {
                 outbox.0.writer.note(Change::Put(number, entry.encode(&tries)));
             }
@@ -97,12 +97,12 @@ impl Try {
         }
         let failure = Failure { error: &error, retry_after: err.retry_after() };
         // Ordered under the lock: if the report is dropped next, this write must not put it back on the disk.
-        let (pause, first) = outbox.with(|book| {
-            let (failed, pause, first) = book.failed(*number, failure, Instant::now(), rand::random::<f64>())?;
+        let (pause, first) = outbox.with(|queue| {
+            let (failed, pause, first) = queue.failed(*number, failure, Instant::now(), rand::random::<f64>())?;
             outbox.0.writer.note(Change::Put(*number, entry.encode(&failed)));
             Some((pause, first))
         })?;
-        outbox.0.turn.notify_one();
+        outbox.0.report_due.notify_one();
         if first {
             warn!(event = "report.waiting", task_id = %task, error, retry_in_ms = millis(pause), "reports wait for the control plane");
         } else {
@@ -117,12 +117,12 @@ impl Drop for Try {
         if self.ended {
             return;
         }
-        self.outbox.with(|book| {
-            if let Some((entry, tries)) = book.broken_off(self.number, BROKEN_OFF, Instant::now()) {
+        self.outbox.with(|queue| {
+            if let Some((entry, tries)) = queue.broken_off(self.number, BROKEN_OFF, Instant::now()) {
                 self.outbox.0.writer.note(Change::Put(self.number, entry.encode(&tries)));
             }
         });
-        self.outbox.0.turn.notify_one();
+        self.outbox.0.report_due.notify_one();
     }
 }
 

@@ -164,7 +164,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_folder_has_one_owner_who_is_named() {
+    fn state_folder_has_one_owner_named_in_error() {
         let base = tempfile::tempdir().expect("a folder");
         let path = base.path().join("a/b");
         let state = StateDir::open(&path).expect("made and taken");
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_folder_that_is_left_in_time_can_be_claimed() {
+    async fn claim_waits_for_state_folder_until_timeout() {
         let base = tempfile::tempdir().expect("a folder");
         let state = StateDir::open(base.path()).expect("taken");
         let said = StateDir::claim(base.path(), 3 * LOOK_AGAIN).await.expect_err("still in use").to_string();
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_path_that_is_a_file_is_one_line() {
+    fn file_as_state_path_gives_one_line_error() {
         let file = tempfile::NamedTempFile::new().expect("a file");
         let said = StateDir::open(file.path()).expect_err("refused").to_string();
         assert!(said.starts_with(&format!("cannot make {}: ", file.path().display())), "{said}");

@@ -294,7 +294,7 @@ mod tests {
     }
 
     #[test]
-    fn a_file_of_another_kind_is_set_aside_whole() {
+    fn unreadable_store_file_is_renamed_not_deleted() {
         let folder = tempfile::tempdir().expect("a folder");
         let (store, _) = Store::open(&folder.path().join(FILE)).expect("made");
         let change = store.database.begin_write().expect("begun");
@@ -316,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn damage_of_any_kind_is_an_error_or_leaves_what_was_written() {
+    fn damaged_store_gives_error_or_correct_rows() {
         let folder = tempfile::tempdir().expect("a folder");
         let path = folder.path().join(FILE);
         let (store, _) = Store::open(&path).expect("made");

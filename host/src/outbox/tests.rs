@@ -4,11 +4,11 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use uuid::Uuid;
 
-use super::*;
+use super::{delivery::PendingReport, *};
 use crate::{
     auth::TokenSource,
     leases::dms::{self, Dms},
-    model::{AnnouncedData, Artifact, Outcome, ReportAddress, TaskId},
+    model::{AnnouncedData, Artifact, Lease, Outcome, ReportAddress, TaskId, TaskResult},
     transport::{
         self,
         testing::{Call, Service, assert_clean},
@@ -95,7 +95,7 @@ impl Bench {
     async fn kept(&self, outbox: &Outbox, numbers: impl IntoIterator<Item = u128>) -> Vec<PendingReport> {
         let mut all = Vec::new();
         for number in numbers {
-            let kept = outbox.enter(facts(outbox), &lease(number), completed());
+            let kept = enter(outbox, number);
             kept.ticket().write().await;
             all.push(kept);
         }
@@ -113,8 +113,10 @@ impl Bench {
     }
 }
 
-fn facts(outbox: &Outbox) -> &PlaneFacts {
-    outbox.0.planes[0].facts()
+/// Adds the report of the completed task `number`.
+fn enter(outbox: &Outbox, number: u128) -> PendingReport {
+    let (plane, lease, task_result) = (outbox.0.planes[0].facts(), &lease(number), &completed());
+    outbox.enter(NewReport { plane, lease, task_result, elapsed: Duration::ZERO })
 }
 
 /// Runs an outbox until this is dropped.
@@ -134,7 +136,7 @@ impl Running {
 }
 
 #[tokio::test]
-async fn a_report_that_is_accepted_leaves_nothing() {
+async fn accepted_report_is_deleted_from_outbox() {
     let mut bench = Bench::new().await;
     let outbox = bench.open();
     let kept = bench.kept(&outbox, [1]).await.remove(0);
@@ -155,7 +157,7 @@ async fn a_report_that_is_accepted_leaves_nothing() {
 }
 
 #[tokio::test]
-async fn reports_survive_the_process_and_go_out_oldest_first() {
+async fn reports_survive_restart_and_oldest_is_sent_first() {
     let mut bench = Bench::new().await;
     let outbox = bench.open();
     drop(bench.kept(&outbox, [3, 1, 2]).await);
@@ -180,7 +182,7 @@ async fn reports_survive_the_process_and_go_out_oldest_first() {
 }
 
 #[tokio::test]
-async fn what_is_not_accepted_is_repeated_without_flooding() {
+async fn failed_reports_are_retried_with_growing_pauses() {
     let mut bench = Bench::new().await;
     let outbox = bench.open();
     let running = Running::start(&outbox);
@@ -205,7 +207,7 @@ async fn what_is_not_accepted_is_repeated_without_flooding() {
 }
 
 #[tokio::test]
-async fn a_report_refused_for_good_is_sent_once() {
+async fn permanently_refused_report_is_sent_once() {
     for status in [400, 403, 404, 409, 410, 422] {
         let mut bench = Bench::new().await;
         let outbox = bench.open();
@@ -222,7 +224,7 @@ async fn a_report_refused_for_good_is_sent_once() {
 }
 
 #[tokio::test]
-async fn one_report_that_fails_does_not_hold_up_the_others() {
+async fn failing_report_does_not_block_other_reports() {
     let mut bench = Bench::new().await;
     let outbox = bench.open();
     let running = Running::start(&outbox);
@@ -242,7 +244,7 @@ async fn one_report_that_fails_does_not_hold_up_the_others() {
 }
 
 #[tokio::test]
-async fn an_operator_ends_the_wait() {
+async fn operator_retry_ends_the_pause() {
     let mut bench = Bench::new().await;
     let outbox = bench.open();
     let running = Running::start(&outbox);
@@ -267,7 +269,7 @@ async fn an_operator_ends_the_wait() {
 }
 
 #[tokio::test]
-async fn reports_go_to_their_own_plane_by_their_own_node_only() {
+async fn reports_are_sent_only_by_their_own_node() {
     let mut bench = Bench::new().await;
     let outbox = bench.open_as("0xsomebody", 100);
     drop(bench.kept(&outbox, [1]).await);
@@ -318,7 +320,7 @@ async fn report_for_another_plane_is_never_sent() {
 }
 
 #[tokio::test]
-async fn a_full_outbox_has_no_room_until_something_is_accepted() {
+async fn full_outbox_has_space_after_reports_are_accepted() {
     let mut bench = Bench::new().await;
     let outbox = bench.open_as(NODE, 2);
     drop(bench.kept(&outbox, [1, 2]).await);
@@ -333,7 +335,7 @@ async fn a_full_outbox_has_no_room_until_something_is_accepted() {
 }
 
 #[tokio::test]
-async fn a_renamed_task_keeps_its_new_name_over_a_restart() {
+async fn renamed_task_keeps_new_id_after_restart() {
     let bench = Bench::new().await;
     let outbox = bench.open();
     let kept = bench.kept(&outbox, [1]).await.remove(0);
@@ -348,7 +350,7 @@ async fn a_renamed_task_keeps_its_new_name_over_a_restart() {
 }
 
 #[tokio::test]
-async fn what_is_dropped_or_withdrawn_is_gone_from_the_disk() {
+async fn dropped_and_withdrawn_reports_are_deleted_from_disk() {
     let bench = Bench::new().await;
     let outbox = bench.open();
     let mut kept = bench.kept(&outbox, 1..=4).await;
@@ -367,7 +369,7 @@ async fn what_is_dropped_or_withdrawn_is_gone_from_the_disk() {
 }
 
 #[tokio::test]
-async fn a_file_that_cannot_be_written_costs_no_report() {
+async fn report_is_sent_despite_write_failure() {
     let mut bench = Bench::new().await;
     let outbox = bench.open();
     outbox.0.writer.close().await.expect("closed");
@@ -384,12 +386,12 @@ fn on_disk(bench: &Bench) -> Vec<TaskId> {
 }
 
 #[tokio::test]
-async fn what_is_accepted_before_anybody_wrote_it_is_never_written() {
+async fn report_accepted_before_write_is_never_written() {
     let mut bench = Bench::new().await;
     let outbox = bench.open();
     let file = bench.state.path().join(store::FILE);
     let before = std::fs::read(&file).expect("read");
-    let kept = outbox.enter(facts(&outbox), &lease(1), completed());
+    let kept = enter(&outbox, 1);
     let ticket = kept.ticket();
     let plane = async { bench.plane.expect(&complete(1)).await.answer(204, "") };
     let (sent, ()) = tokio::join!(kept.send(named(&lease(1))), plane);
@@ -400,11 +402,11 @@ async fn what_is_accepted_before_anybody_wrote_it_is_never_written() {
 }
 
 #[tokio::test]
-async fn what_was_not_written_yet_is_written_when_its_attempt_fails_or_goes() {
+async fn failed_or_dropped_attempt_writes_unwritten_report() {
     let mut bench = Bench::new().await;
     let outbox = bench.open();
-    let kept = outbox.enter(facts(&outbox), &lease(1), completed());
-    drop(outbox.enter(facts(&outbox), &lease(2), completed()));
+    let kept = enter(&outbox, 1);
+    drop(enter(&outbox, 2));
     let plane = async { bench.plane.expect(&complete(1)).await.answer(503, "later") };
     let (sent, ()) = tokio::join!(kept.send(named(&lease(1))), plane);
     assert!(matches!(sent, Sent::Waiting(_)), "{sent:?}");

@@ -57,7 +57,7 @@ pub(super) fn stale_calls() -> u64 {
 
 /// Every running task, with the name of its plugin.
 pub(super) fn running() -> Vec<(Arc<str>, TaskId)> {
-    TASKS.all().iter().map(|running| (Arc::clone(&running.plugin), running.grant.lease.task().clone())).collect()
+    TASKS.all().iter().map(|running| (Arc::clone(&running.plugin), running.held_lease.lease.task().clone())).collect()
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ pub(super) struct Running {
     plugin: Arc<str>,
     dispatcher: Dispatcher,
     grant_token: bool,
-    grant: HeldLease,
+    held_lease: HeldLease,
     place: Place,
     over: CancellationToken,
     span: Span,
@@ -250,7 +250,7 @@ pub(super) fn enter(
     plugin: Arc<str>,
     dispatcher: Dispatcher,
     grant_token: bool,
-    grant: HeldLease,
+    held_lease: HeldLease,
     place: Place,
     bytes: Arc<TaskBytes>,
 ) -> (Entered, oneshot::Receiver<Completion>) {
@@ -259,7 +259,7 @@ pub(super) fn enter(
         plugin,
         dispatcher,
         grant_token,
-        grant,
+        held_lease,
         place,
         over: CancellationToken::new(),
         span: Span::current(),
@@ -275,7 +275,7 @@ pub(super) fn enter(
 impl Running {
     /// The tokens that only this task's runner may know.
     fn bearers(&self) -> Vec<Token> {
-        if self.grant_token { self.grant.tokens() } else { Vec::new() }
+        if self.grant_token { self.held_lease.tokens() } else { Vec::new() }
     }
 
     /// Creates the task's directory, for calls that write to it. The creation may wait for a file. Therefore it
@@ -470,7 +470,7 @@ fn answer_later<F>(
         Err(err) => return reply_now(reply, user, Err(err), Some(&running.bytes)),
     };
     let (dispatcher, bytes) = (running.dispatcher.clone(), Arc::clone(&running.bytes));
-    let owed = Owed { dispatcher, bytes, answer_to: Some((reply, user)) };
+    let mut pending = PendingAnswer { dispatcher, bytes, answer_to: Some((reply, user)) };
     let (over, span) = (running.over.clone(), running.span.clone());
     let work = async move {
         let answer = tokio::select! {
@@ -478,24 +478,20 @@ fn answer_later<F>(
             () = over.cancelled() => Err(task_over()),
             answer = future => answer,
         };
-        owed.pay(answer);
+        pending.send(answer);
     };
     // Not joined: `over` ends it together with the task. Its last action is the answer that the plugin must get.
     running.place.runtime.spawn(tracing::Instrument::instrument(work, span));
 }
 
 /// An answer that a plugin must get exactly once. It is also sent when its work panicked or the runtime ended.
-struct Owed {
+struct PendingAnswer {
     dispatcher: Dispatcher,
     bytes: Arc<TaskBytes>,
     answer_to: Option<(Callback, User)>,
 }
 
-impl Owed {
-    fn pay(mut self, answer: Answer) {
-        self.send(answer);
-    }
-
+impl PendingAnswer {
     fn send(&mut self, answer: Answer) {
         if let Some((reply, user)) = self.answer_to.take() {
             let bytes = Arc::clone(&self.bytes);
@@ -504,7 +500,7 @@ impl Owed {
     }
 }
 
-impl Drop for Owed {
+impl Drop for PendingAnswer {
     fn drop(&mut self) {
         self.send(Err(PortError::new(PortErrorKind::Other, "the host failed inside this call; see its log")));
     }
@@ -595,7 +591,7 @@ unsafe extern "C" fn progress(task: Task, json: Str, reply: Callback, user: *mut
     // SAFETY: lent for this call.
     let json = unsafe { copy(json) };
     answer_in_place(task, reply, user, |running| {
-        running.grant.progress.progress(parse(&json?)?).map_err(limit)?;
+        running.held_lease.progress.progress(parse(&json?)?).map_err(limit)?;
         Ok(Bytes::new())
     });
 }
@@ -604,14 +600,14 @@ unsafe extern "C" fn event(task: Task, json: Str, reply: Callback, user: *mut c_
     // SAFETY: lent for this call.
     let json = unsafe { copy(json) };
     answer_in_place(task, reply, user, |running| {
-        running.grant.progress.event(parse(&json?)?).map_err(limit)?;
+        running.held_lease.progress.event(parse(&json?)?).map_err(limit)?;
         Ok(Bytes::new())
     });
 }
 
 unsafe extern "C" fn cancelled(task: Task) -> i32 {
     let answer = catch_unwind(|| match TASKS.get(task) {
-        Some(running) => i32::from(running.grant.cancel.reason().is_some()),
+        Some(running) => i32::from(running.held_lease.cancel.reason().is_some()),
         None => Status::STALE.0,
     });
     answer.unwrap_or(Status::STALE.0)
@@ -619,7 +615,7 @@ unsafe extern "C" fn cancelled(task: Task) -> i32 {
 
 unsafe extern "C" fn cancel_reason(task: Task, reply: Callback, user: *mut c_void) {
     answer_in_place(task, reply, user, |running| {
-        let word = running.grant.cancel.reason().map_or("", |reason| reason.as_str());
+        let word = running.held_lease.cancel.reason().map_or("", |reason| reason.as_str());
         Ok(Bytes::from_static(word.as_bytes()))
     });
 }
@@ -627,14 +623,14 @@ unsafe extern "C" fn cancel_reason(task: Task, reply: Callback, user: *mut c_voi
 unsafe extern "C" fn token(task: Task, reply: Callback, user: *mut c_void) {
     answer_later(task, reply, user, |running| {
         if !running.grant_token {
-            let text = "this plugin was not granted the token; the operator can write grant = [\"token\"]";
+            let text = "this plugin was not granted the token; the operator can write held_lease = [\"token\"]";
             return Err(PortError::new(PortErrorKind::Unsupported, text));
         }
         Ok(async move {
-            if let Setup::Refused(text) = running.grant.setup().await {
+            if let Setup::Refused(text) = running.held_lease.setup().await {
                 return Err(PortError::new(PortErrorKind::Setup, text));
             }
-            match running.grant.token() {
+            match running.held_lease.token() {
                 Some(token) => Ok(Bytes::copy_from_slice(token.expose().as_bytes())),
                 None => Err(PortError::new(PortErrorKind::Unsupported, "this lease carries no token")),
             }

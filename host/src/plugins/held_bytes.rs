@@ -108,7 +108,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_bytes_held_beyond_the_task_count() {
+    fn only_bytes_held_after_task_end_count() {
         let plugin = Arc::new(Unreleased::default());
         let task = TaskBytes::new(Arc::clone(&plugin));
         let (early, late) = (task.hold(5), task.hold(7));

@@ -34,7 +34,7 @@ const HANGS_AGAIN: Duration = Duration::from_secs(60);
 /// One task to run.
 pub struct Job {
     /// The lease.
-    pub grant: HeldLease,
+    pub held_lease: HeldLease,
     /// The inputs and outputs of the task.
     pub ports: Arc<dyn Ports>,
     /// The directory of the task.
@@ -202,17 +202,20 @@ impl Plugin {
     }
 
     async fn run(&self, job: Job) -> Outcome {
-        let Job { grant, ports, folder, workers, cancel_grace, began } = job;
+        let Job { held_lease, ports, folder, workers, cancel_grace, began } = job;
         let slot = tokio::select! {
             slot = self.slots.acquire() => slot,
-            reason = grant.cancel.cancelled() => return Outcome::of_cancel(reason),
+            reason = held_lease.cancel.cancelled() => return Outcome::of_cancel(reason),
         };
         let Ok(slot) = slot else {
             return self.refusal().expect("slots are closed when the plugin goes out of service");
         };
         began();
-        let request =
-            Request { capability: grant.lease.capability.as_str(), dir: &folder.path, lease: &grant.lease.document };
+        let request = Request {
+            capability: held_lease.lease.capability.as_str(),
+            dir: &folder.path,
+            lease: &held_lease.lease.document,
+        };
         let request = match request.text() {
             Ok(request) => request,
             // The folder's name is not valid text, so JSON cannot hold it.
@@ -229,32 +232,38 @@ impl Plugin {
         }
         let place = ffi::Place { ports, folder, runtime: workers };
         let bytes = TaskBytes::new(Arc::clone(&self.unreleased));
-        let (entered, mut ended) =
-            ffi::enter(Arc::clone(&self.name), self.dispatcher.clone(), self.grant_token, grant.clone(), place, bytes);
+        let (entered, mut ended) = ffi::enter(
+            Arc::clone(&self.name),
+            self.dispatcher.clone(),
+            self.grant_token,
+            held_lease.clone(),
+            place,
+            bytes,
+        );
         let (entries, task) = (self.entries, entered.task);
         self.dispatcher.run("start", move || entries.start(task, &request));
         let completion = tokio::select! {
             biased;
             ended = &mut ended => ended,
-            _ = grant.cancel.cancelled() => {
+            _ = held_lease.cancel.cancelled() => {
                 self.dispatcher.run("cancel", move || entries.cancel(task));
                 match tokio::time::timeout(cancel_grace, ended).await {
                     Ok(ended) => ended,
                     Err(_) => {
-                        self.record.give_up(&self.name, task, grant.lease.task().clone(), cancel_grace);
+                        self.record.give_up(&self.name, task, held_lease.lease.task().clone(), cancel_grace);
                         if self.record.out_of_service().is_some() {
                             // Tasks that wait for a slot must not wait forever.
                             self.slots.close();
                         }
                         drop(slot);
-                        return Outcome::of_cancel(grant.cancel.reason().unwrap_or(CancelReason::Operator));
+                        return Outcome::of_cancel(held_lease.cancel.reason().unwrap_or(CancelReason::Operator));
                     }
                 }
             }
         };
         drop(entered);
         match completion {
-            Ok(completion) => outcome(&grant, completion),
+            Ok(completion) => outcome(&held_lease, completion),
             Err(_) => Outcome::HostFault { message: "the plugin's task ended without a completion".to_owned() },
         }
     }
@@ -264,7 +273,7 @@ impl Plugins {
     /// Runs one task in the plugin that serves its capability. After a cancellation it returns within the grace
     /// period, whatever the runner does.
     pub async fn run(&self, job: Job) -> Outcome {
-        match self.plugin(&job.grant.lease.capability) {
+        match self.plugin(&job.held_lease.lease.capability) {
             Some(plugin) => {
                 let outcome = plugin.run(job).await;
                 if plugin.review() {
@@ -283,9 +292,9 @@ impl Plugins {
     }
 }
 
-fn outcome(grant: &HeldLease, completion: Completion) -> Outcome {
+fn outcome(held_lease: &HeldLease, completion: Completion) -> Outcome {
     let Completion { status, text, details } = completion;
-    match grant.cancel.reason() {
+    match held_lease.cancel.reason() {
         // A task that completed during a drain is reported as completed.
         Some(CancelReason::Drained) if status == Status::OK => return Outcome::Completed,
         Some(reason) => return Outcome::of_cancel(reason),

@@ -24,8 +24,8 @@ const CANCELLED: &str = "the task was cancelled";
 
 pub(super) struct Driver {
     source: Arc<dyn LeaseSource>,
-    grant: HeldLease,
-    keys: HeldLeaseWriter,
+    held_lease: HeldLease,
+    writer: HeldLeaseWriter,
     closed: oneshot::Receiver<Closing>,
     pacing: Pacing,
     events: NodeEvents,
@@ -38,7 +38,7 @@ pub(super) struct Driver {
     /// Whether the task has ended and its final flush is complete.
     ended: bool,
     /// The advice of the latest heartbeat's failure. `None` after an answered heartbeat. Each advice is logged once.
-    trouble: Option<Advice>,
+    last_advice: Option<Advice>,
     /// The plane's message that this node no longer holds the lease.
     gone: Option<String>,
 }
@@ -47,23 +47,24 @@ impl Driver {
     pub(super) fn new(
         source: Arc<dyn LeaseSource>,
         timing: HeartbeatTiming,
-        grant: HeldLease,
-        keys: HeldLeaseWriter,
+        held_lease: HeldLease,
+        writer: HeldLeaseWriter,
         closed: oneshot::Receiver<Closing>,
         events: NodeEvents,
     ) -> Self {
-        let address = grant.lease.address.clone();
-        let mut pacing = Pacing::new(timing, grant.lease.expires_at, grant.lease.token_expires_at, BootInstant::now());
-        if grant.lease.cancelled {
-            grant.cancel.cancel(CancelReason::Plane);
-            keys.publish(|now| now.setup = Setup::Refused(CANCELLED.to_owned()));
+        let address = held_lease.lease.address.clone();
+        let mut pacing =
+            Pacing::new(timing, held_lease.lease.expires_at, held_lease.lease.token_expires_at, BootInstant::now());
+        if held_lease.lease.cancelled {
+            held_lease.cancel.cancel(CancelReason::Plane);
+            writer.publish(|now| now.setup = Setup::Refused(CANCELLED.to_owned()));
             pacing = pacing.cancelled();
         }
-        let announced = grant.lease.data.clone();
+        let announced = held_lease.lease.data.clone();
         let driver = Self {
             source,
-            grant,
-            keys,
+            held_lease,
+            writer,
             closed,
             pacing,
             events,
@@ -71,7 +72,7 @@ impl Driver {
             announced,
             located: false,
             ended: false,
-            trouble: None,
+            last_advice: None,
             gone: None,
         };
         driver.publish_deadline();
@@ -81,14 +82,14 @@ impl Driver {
     /// Keeps the lease while its task runs, sends the final flush, and keeps the lease while the report is sent.
     /// If the caller drops the session instead of closing it, this future ends at once.
     pub(super) async fn run(mut self) {
-        let Some(say) = self.keep_for_task().await else { return };
-        if self.pacing.left(BootInstant::now()).is_some() && self.grant.progress.is_dirty() {
+        let Some(closing) = self.keep_for_task().await else { return };
+        if self.pacing.left(BootInstant::now()).is_some() && self.held_lease.progress.is_dirty() {
             self.flush().await;
         }
         let end = self.end();
         let report = end.is_ok();
         // The receiver is gone: the node stops, and the outbox owns the report.
-        if say.send(end).is_ok() && report {
+        if closing.send(end).is_ok() && report {
             self.keep_for_report().await;
         }
     }
@@ -104,12 +105,12 @@ impl Driver {
                 PacingStep::Sleep { until } => {
                     event = tokio::select! {
                         biased;
-                        say = &mut self.closed => return say.ok(),
+                        closing = &mut self.closed => return closing.ok(),
                         () = sleep(until.left()) => PacingEvent::Tick,
-                        () = self.grant.progress.changed() => PacingEvent::Tick,
+                        () = self.held_lease.progress.changed() => PacingEvent::Tick,
                     };
                     // A heartbeat may already have carried the change.
-                    if self.grant.progress.is_dirty() {
+                    if self.held_lease.progress.is_dirty() {
                         event = PacingEvent::Dirty;
                     }
                 }
@@ -151,7 +152,7 @@ impl Driver {
     fn publish_deadline(&self) {
         // The cancel signal reports a lost lease. It needs no clock.
         if let Some(expires) = self.pacing.expires() {
-            self.keys.deadline().set(expires);
+            self.writer.deadline().set(expires);
         }
     }
 
@@ -160,14 +161,14 @@ impl Driver {
         match step {
             PacingStep::Cancel => {
                 self.events.emit(NodeEvent::TaskCancelled { task: self.task() });
-                self.grant.cancel.cancel(CancelReason::Plane);
+                self.held_lease.cancel.cancel(CancelReason::Plane);
                 self.set_up(Setup::Refused(CANCELLED.to_owned()));
             }
             PacingStep::Lose => {
-                if self.grant.cancel.reason() != Some(CancelReason::Plane) {
+                if self.held_lease.cancel.reason() != Some(CancelReason::Plane) {
                     self.events.emit(NodeEvent::LeaseLost { task: self.task() });
                 }
-                self.grant.cancel.cancel(CancelReason::LeaseLost);
+                self.held_lease.cancel.cancel(CancelReason::LeaseLost);
                 self.set_up(Setup::Refused("the lease was lost before its set-up heartbeat was answered".to_owned()));
             }
             PacingStep::Beat { .. } | PacingStep::Sleep { .. } | PacingStep::Rest => {}
@@ -176,7 +177,7 @@ impl Driver {
 
     /// Publishes the result of the set-up. Only the first result counts.
     fn set_up(&self, result: Setup) {
-        self.keys.set_up(|now| {
+        self.writer.set_up(|now| {
             let first = *now == Setup::Pending;
             if first {
                 *now = result;
@@ -186,7 +187,7 @@ impl Driver {
     }
 
     async fn beat(&mut self, until: BootInstant) -> PacingEvent {
-        let sent = self.grant.progress.pending();
+        let sent = self.held_lease.progress.pending();
         let failure = match self.source.heartbeat(&self.address, &sent, until).await {
             Ok(kept) => return self.adopt(&sent, kept),
             Err(err) => err,
@@ -205,26 +206,26 @@ impl Driver {
             Advice::RetryLater => {}
         }
         let error = failure.to_string();
-        self.keys.missed(error.clone());
+        self.writer.missed(error.clone());
         let advice = Some(failure.advice());
-        let repeated = self.trouble == advice;
-        self.trouble = advice;
+        let repeated = self.last_advice == advice;
+        self.last_advice = advice;
         self.events.emit(NodeEvent::HeartbeatFailed { task: self.task(), error, repeated });
         PacingEvent::Failed { retry_after: failure.retry_after() }
     }
 
     /// Applies an answer in the order of posemesh.md section 4.10. The cancel comes last.
     fn adopt(&mut self, sent: &Pending, kept: Renewal) -> PacingEvent {
-        if self.trouble.take().is_some() {
-            self.keys.answered();
+        if self.last_advice.take().is_some() {
+            self.writer.answered();
             self.events.emit(NodeEvent::HeartbeatRecovered { task: self.task() });
         }
-        self.grant.progress.acknowledge(sent);
-        if kept.token.is_some_and(|token| self.keys.renew(token)) {
-            self.grant.progress.answered();
+        self.held_lease.progress.acknowledge(sent);
+        if kept.token.is_some_and(|token| self.writer.renew(token)) {
+            self.held_lease.progress.answered();
         }
         if let Some(ends) = kept.token_expires_at {
-            self.keys.token_deadline().set(ends);
+            self.writer.token_deadline().set(ends);
         }
         if let Some(address) = kept.address {
             if address.task != self.address.task {
@@ -232,9 +233,9 @@ impl Driver {
                 self.events.emit(NodeEvent::TaskRenamed { task, formerly });
             }
             self.address = address.clone();
-            self.keys.rename(address);
+            self.writer.rename(address);
         }
-        if let Some(capability) = kept.capability.filter(|name| name != self.grant.lease.capability.as_str()) {
+        if let Some(capability) = kept.capability.filter(|name| name != self.held_lease.lease.capability.as_str()) {
             // The running runner does not change. A plane that wants another runner must create another task.
             warn!(event = "task.capability_renamed", task_id = %self.address.task, renamed = %capability, "control plane renamed the task's capability, the runner continues");
         }
@@ -264,7 +265,7 @@ impl Driver {
         self.located = true;
         self.announced = now;
         let now = self.announced.resolve();
-        self.keys.set_up(|known| match (known, now) {
+        self.writer.set_up(|known| match (known, now) {
             (known @ Setup::Pending, now) => {
                 *known = Setup::Ready(now);
                 true
@@ -278,15 +279,15 @@ impl Driver {
         });
     }
 
-    /// Returns where the report goes, or why there is none.
-    fn end(&self) -> Result<ReportAddress, NoReport> {
+    /// Whether the end of the task may be reported.
+    fn end(&self) -> Result<(), NoReport> {
         if let Some(why) = self.gone.clone() {
             return Err(NoReport::Gone(why));
         }
         if matches!(self.pacing.state(), State::Cancelled { .. }) {
             return Err(NoReport::Over(CancelReason::Plane));
         }
-        Ok(self.address.clone())
+        Ok(())
     }
 
     /// Sends the last progress and events. It may take half of the time that is left of the lease. The other half is
@@ -306,7 +307,7 @@ impl Driver {
             self.publish_deadline();
             self.tell(step);
             let PacingStep::Sleep { until } = step else { return };
-            if !self.grant.progress.is_dirty() {
+            if !self.held_lease.progress.is_dirty() {
                 return;
             }
             // The next heartbeat carries what one heartbeat could not carry. It is sent after the shortest gap.

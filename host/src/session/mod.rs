@@ -59,24 +59,25 @@ impl Sessions {
     /// and its view is cancelled from the start. Its log lines belong to the current span.
     #[must_use]
     pub fn open(&self, source: &Arc<dyn LeaseSource>, lease: Lease) -> Session {
-        let (grant, keys) = HeldLease::new(lease, Setup::Pending);
+        let (held_lease, writer) = HeldLease::new(lease, Setup::Pending);
         let (close, closed) = oneshot::channel();
         let timing = self.timing.at_most(source.facts().heartbeat_every);
-        let driver = driver::Driver::new(Arc::clone(source), timing, grant.clone(), keys, closed, self.events.clone());
+        let driver =
+            driver::Driver::new(Arc::clone(source), timing, held_lease.clone(), writer, closed, self.events.clone());
         let driver = AbortOnDropHandle::new(self.runtime.spawn(driver.run().in_current_span()));
-        Session { grant, close: Some(close), _driver: driver }
+        Session { held_lease, close, driver }
     }
 }
 
 /// A lease that is kept alive. Its heartbeats end at once when this is dropped.
 pub struct Session {
-    grant: HeldLease,
-    close: Option<oneshot::Sender<Closing>>,
-    _driver: AbortOnDropHandle<()>,
+    held_lease: HeldLease,
+    close: oneshot::Sender<Closing>,
+    driver: AbortOnDropHandle<()>,
 }
 
 /// Where the driver sends the result of the final flush.
-type Closing = oneshot::Sender<Result<ReportAddress, NoReport>>;
+type Closing = oneshot::Sender<Result<(), NoReport>>;
 
 /// Why the end of a task may not be reported.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -90,16 +91,16 @@ pub enum NoReport {
 impl Session {
     /// The live view of the lease.
     #[must_use]
-    pub fn grant(&self) -> HeldLease {
-        self.grant.clone()
+    pub fn held_lease(&self) -> HeldLease {
+        self.held_lease.clone()
     }
 
     /// Returns why this outcome may not be reported, if it may not. Call it when the task has ended.
     #[must_use]
     pub fn no_report(&self, outcome: &Outcome) -> Option<CancelReason> {
         // This also reads the clock: a process that was stopped may not have noticed the end of the lease yet.
-        let ours = self.grant.check_deadline();
-        match (self.grant.cancel.reason(), outcome) {
+        let ours = self.held_lease.check_deadline();
+        match (self.held_lease.cancel.reason(), outcome) {
             _ if !ours => Some(CancelReason::LeaseLost),
             (Some(reason @ (CancelReason::Plane | CancelReason::LeaseLost)), _) => Some(reason),
             (_, Outcome::LeaseLost) => Some(CancelReason::LeaseLost),
@@ -108,25 +109,41 @@ impl Session {
         }
     }
 
-    /// Sends the remaining progress and events while the lease is valid. Returns where the report goes, or why there
-    /// is none. A lease that ends during this call does not prevent the report, because its task has ended before.
-    /// If there is a report, heartbeats continue until the session is dropped. Call it once.
-    pub async fn close(&mut self) -> Result<ReportAddress, NoReport> {
-        let (say, said) = oneshot::channel();
-        if let Some(close) = self.close.take() {
-            // The driver may have ended by a panic. Then nobody receives this message.
-            let _ = close.send(say);
+    /// Sends the remaining progress and events while the lease is valid. Then the heartbeats go on until the returned
+    /// lease is dropped. A lease that ends during this call does not prevent the report, because its task has ended
+    /// before.
+    ///
+    /// # Errors
+    /// When nothing may be reported.
+    pub async fn close(self) -> Result<ClosedSession, NoReport> {
+        let Self { held_lease, close, driver } = self;
+        let (tell, closed) = oneshot::channel();
+        // The driver may have ended by a panic. Then nobody receives this message.
+        let _ = close.send(tell);
+        match closed.await {
+            Ok(end) => end?,
+            Err(_) => {
+                tracing::error!(event = "session.failed", task_id = %held_lease.lease.task(), "a session ended unexpectedly");
+            }
         }
-        if let Ok(closed) = said.await {
-            return closed;
-        }
-        tracing::error!(event = "session.failed", task_id = %self.grant.lease.task(), "a session ended unexpectedly");
-        Ok(self.grant.address())
+        Ok(ClosedSession { held_lease, _driver: driver })
+    }
+}
+
+/// The lease of an ended task. It is kept alive until this is dropped.
+pub struct ClosedSession {
+    held_lease: HeldLease,
+    _driver: AbortOnDropHandle<()>,
+}
+
+impl LeaseKeeper for ClosedSession {
+    fn address(&self) -> ReportAddress {
+        self.held_lease.address()
     }
 }
 
 impl LeaseKeeper for Session {
     fn address(&self) -> ReportAddress {
-        self.grant.address()
+        self.held_lease.address()
     }
 }

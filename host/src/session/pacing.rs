@@ -103,7 +103,7 @@ pub(super) enum State {
 #[derive(Debug)]
 pub(super) struct Pacing {
     timing: HeartbeatTiming,
-    /// The term that the plane granted last. An answer without a time is assumed to grant it again.
+    /// The term that the plane granted last. An answer without a time is assumed to held_lease it again.
     term: Duration,
     /// When the domain token ends, if the plane has sent that.
     token: Option<BootInstant>,
@@ -336,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_beat_is_at_once_and_the_next_at_a_share_of_what_is_left() {
+    fn heartbeats_start_immediately_and_follow_remaining_lease_time() {
         check(
             Some(60_000),
             &[(0, Tick), (40, good(60_000)), (18_039, Tick), (18_040, Tick), (18_100, good(60_000))],
@@ -365,7 +365,7 @@ mod tests {
     }
 
     #[test]
-    fn a_plane_that_says_when_to_come_again_is_left_alone_while_the_lease_allows_it() {
+    fn requested_heartbeat_pause_is_limited_by_lease() {
         check(
             Some(60_000),
             &[(0, Tick), (10, Busy(7_000)), (7_010, Tick)],
@@ -379,7 +379,7 @@ mod tests {
     }
 
     #[test]
-    fn a_good_beat_after_misses_is_as_if_nothing_had_been() {
+    fn successful_heartbeat_resets_the_failure_pause() {
         check(
             Some(60_000),
             &[(0, Tick), (10, Failed), (160, Tick), (200, good(60_000)), (18_200, Tick), (18_210, Failed)],
@@ -397,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn progress_does_not_hasten_a_beat_after_a_miss() {
+    fn progress_does_not_advance_heartbeat_after_failure() {
         check(
             Some(60_000),
             &[(0, Tick), (10, Failed), (11, Dirty), (160, Dirty)],
@@ -406,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_without_a_time_grants_the_last_term_again() {
+    fn answer_without_expiry_repeats_last_lease_term() {
         let plain = Answered { left: None, token: None, cancel: false };
         check(
             Some(2_000),
@@ -417,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_that_ends_before_the_lease_hastens_the_beats_within_bounds() {
+    fn early_token_expiry_advances_heartbeats_within_bounds() {
         let token = |left_ms| Answered { left: Some(ms(60_000)), token: Some(ms(left_ms)), cancel: false };
         check(
             Some(60_000),
@@ -435,14 +435,14 @@ mod tests {
     }
 
     #[test]
-    fn an_answer_read_after_a_stop_that_outlasted_the_lease_revives_nothing() {
+    fn late_answer_does_not_restore_expired_lease() {
         check(Some(2_000), &[(0, Tick), (4_000, good(2_000))], "0 beat(1000), 4000 lose");
         let over = Answered { left: Some(ms(0)), token: None, cancel: false };
         check(Some(9_000), &[(0, Tick), (10, over), (11, Tick)], "0 beat(3000), 10 lose, 11 rest");
     }
 
     #[test]
-    fn time_that_ran_out_or_stands_still_makes_no_flood() {
+    fn extreme_lease_times_cause_no_heartbeat_flood() {
         let mut events = vec![(0, Tick)];
         events.extend([(1, good(1)), (2, Tick)]);
         check(Some(60_000), &events, "0 beat(20000), 1 sleep(2), 2 lose");
@@ -451,7 +451,7 @@ mod tests {
     }
 
     #[test]
-    fn cancel_ends_the_beats_and_the_end_of_the_lease_still_fences() {
+    fn cancel_stops_heartbeats_but_lease_still_expires() {
         check(
             Some(10_000),
             &[
@@ -468,12 +468,12 @@ mod tests {
     }
 
     #[test]
-    fn a_lease_that_is_gone_is_lost_at_once() {
+    fn lease_loss_answer_stops_heartbeats_immediately() {
         check(Some(10_000), &[(0, Tick), (5, Gone), (6, good(1_000))], "0 beat(3333), 5 lose, 6 rest");
     }
 
     #[test]
-    fn last_words_go_out_of_turn() {
+    fn final_heartbeat_ignores_the_schedule() {
         let start = BootInstant::now();
         let mut pacing = pacing(HeartbeatTiming::new(0.25, 0.35, ms(250)), Some(ms(9_000)), start);
         assert_eq!(pacing.beat_now(start), PacingStep::Beat { until: start + ms(3_000) });
@@ -491,7 +491,7 @@ mod tests {
     }
 
     #[test]
-    fn a_storm_of_progress_makes_few_beats() {
+    fn frequent_progress_is_coalesced_into_few_heartbeats() {
         for (coalesce, most) in [(0, 101), (250, 41)] {
             let start = BootInstant::now();
             let mut pacing = pacing(HeartbeatTiming::new(0.25, 0.35, ms(coalesce)), Some(ms(60_000)), start);
@@ -510,7 +510,7 @@ mod tests {
     /// A small model runs in parallel with the state machine. It says who may send a heartbeat, how often, and when it
     /// must end.
     #[test]
-    fn no_sequence_breaks_the_promises() {
+    fn random_event_sequences_keep_pacing_invariants() {
         for seed in 0..2_000 {
             let mut chance = rand::rngs::StdRng::seed_from_u64(seed);
             let start = BootInstant::now();

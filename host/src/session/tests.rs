@@ -80,13 +80,13 @@ async fn open(lease: Lease) -> (Service, Session) {
 async fn set_up(lease: Lease, answer: Value) -> (Service, Session) {
     let (mut plane, session) = open(lease).await;
     plane.expect(HEARTBEAT).await.ok(answer);
-    session.grant().setup().await;
+    session.held_lease().setup().await;
     (plane, session)
 }
 
 /// Closes the session and drops it.
-async fn ended(mut session: Session) -> Result<ReportAddress, NoReport> {
-    session.close().await
+async fn ended(session: Session) -> Result<ReportAddress, NoReport> {
+    Ok(session.close().await?.address())
 }
 
 /// Closes the session while `answer` acts as the plane.
@@ -95,38 +95,38 @@ async fn close(session: Session, answer: impl AsyncFnOnce()) -> Result<ReportAdd
 }
 
 #[tokio::test]
-async fn a_task_without_news_costs_one_heartbeat() {
+async fn task_without_events_sends_one_heartbeat() {
     let (mut plane, session) = open(lease(MINUTE)).await;
-    let grant = session.grant();
+    let held_lease = session.held_lease();
     let call = plane.expect(HEARTBEAT).await;
     assert_eq!(call.json(), json!({ "progress": {}, "events": [] }));
     assert_eq!(call.bearer(), "node");
     call.ok(json!({}));
     let coordinates = at("https://ds.lab.test", Uuid::nil());
-    assert_eq!(grant.setup().await, Setup::Ready(Ok(coordinates)));
+    assert_eq!(held_lease.setup().await, Setup::Ready(Ok(coordinates)));
     assert_eq!(session.no_report(&Outcome::Completed), None);
     assert_eq!(ended(session).await, Ok(named()));
     assert!(plane.waiting().is_none());
 }
 
 #[tokio::test]
-async fn the_set_up_heartbeat_carries_what_is_known_by_then() {
+async fn setup_heartbeat_includes_early_progress() {
     let (mut plane, session) = open(lease(MINUTE)).await;
-    session.grant().progress.progress(json!({ "early": 1 })).expect("space in the queue");
+    session.held_lease().progress.progress(json!({ "early": 1 })).expect("space in the queue");
     let call = plane.expect(HEARTBEAT).await;
     assert_eq!(call.json()["progress"], json!({ "early": 1 }));
     call.ok(json!({}));
-    session.grant().setup().await;
+    session.held_lease().setup().await;
     assert_eq!(ended(session).await, Ok(named()));
     assert!(plane.waiting().is_none(), "nothing is sent twice");
 }
 
 #[tokio::test]
-async fn coordinates_come_from_lease_and_set_up_heartbeat_together() {
+async fn coordinates_combine_lease_and_setup_heartbeat() {
     let check = async |server: Option<&str>, domain: Option<Uuid>, answer: Value, expected: Result<&str, &str>| {
         let taken = Lease { data: AnnouncedData::at_server(server, domain), ..lease(MINUTE) };
         let (_plane, session) = set_up(taken, answer).await;
-        let Setup::Ready(found) = session.grant().setup().await else { panic!("answered") };
+        let Setup::Ready(found) = session.held_lease().setup().await else { panic!("answered") };
         assert_eq!(found.as_ref().map(server_of).map_err(String::as_str), expected);
     };
     let id = Some(Uuid::nil());
@@ -139,7 +139,7 @@ async fn coordinates_come_from_lease_and_set_up_heartbeat_together() {
 }
 
 #[tokio::test]
-async fn the_report_names_job_and_domain_as_the_set_up_heartbeat_gave_them() {
+async fn report_uses_job_and_domain_from_setup_heartbeat() {
     let taken = Lease { data: AnnouncedData::at_server(Some("https://ds.lab.test"), None), ..lease(MINUTE) };
     let (_plane, session) = set_up(taken, json!({ "domain_id": OTHER, "job_id": OTHER })).await;
     let other = OTHER.parse().ok();
@@ -153,8 +153,8 @@ async fn failing_heartbeats_do_not_lose_the_lease() {
     plane.expect(HEARTBEAT).await.bad(200, "html");
     drop(plane.expect(HEARTBEAT).await); // the connection breaks
     plane.expect(HEARTBEAT).await.ok(json!({}));
-    assert!(matches!(session.grant().setup().await, Setup::Ready(Ok(_))));
-    assert_eq!(session.grant().cancel.reason(), None);
+    assert!(matches!(session.held_lease().setup().await, Setup::Ready(Ok(_))));
+    assert_eq!(session.held_lease().cancel.reason(), None);
 }
 
 #[tokio::test]
@@ -163,29 +163,29 @@ async fn unusable_answers_are_misses() {
         let (mut plane, session) = open(lease(MINUTE)).await;
         plane.expect(HEARTBEAT).await.bad(200, kind);
         plane.expect(HEARTBEAT).await.ok(json!({}));
-        assert!(matches!(session.grant().setup().await, Setup::Ready(Ok(_))), "{kind}");
-        assert_eq!(session.grant().cancel.reason(), None, "{kind}");
+        assert!(matches!(session.held_lease().setup().await, Setup::Ready(Ok(_))), "{kind}");
+        assert_eq!(session.held_lease().cancel.reason(), None, "{kind}");
     }
 }
 
 #[tokio::test]
-async fn a_refused_set_up_is_told_and_the_end_still_reported() {
+async fn refused_setup_gives_reason_and_allows_report() {
     let (mut plane, session) = open(lease(MINUTE)).await;
     plane.expect(HEARTBEAT).await.answer(403, "not you");
-    let Setup::Refused(text) = session.grant().setup().await else { panic!("refused") };
+    let Setup::Refused(text) = session.held_lease().setup().await else { panic!("refused") };
     assert_eq!(text, "control plane answered 403: not you");
     assert_eq!(session.no_report(&Outcome::Setup { stage: SetupStage::InitialHeartbeat, message: text }), None);
     assert_eq!(ended(session).await, Ok(named()));
 }
 
 #[tokio::test]
-async fn a_lease_held_by_another_node_is_lost() {
+async fn lease_held_by_another_node_is_lost() {
     for status in [404, 409, 410] {
         let (mut plane, session) = open(lease(MINUTE)).await;
-        let grant = session.grant();
+        let held_lease = session.held_lease();
         plane.expect(HEARTBEAT).await.answer(status, "");
-        assert_eq!(grant.cancel.cancelled().await, CancelReason::LeaseLost);
-        assert!(matches!(grant.setup().await, Setup::Refused(_)), "nobody waits for a set-up that never comes");
+        assert_eq!(held_lease.cancel.cancelled().await, CancelReason::LeaseLost);
+        assert!(matches!(held_lease.setup().await, Setup::Refused(_)), "nobody waits for a set-up that never comes");
         assert_eq!(session.no_report(&Outcome::Completed), Some(CancelReason::LeaseLost));
         let gone = format!("lease of task {TASK} is gone ({status})");
         assert_eq!(ended(session).await, Err(NoReport::Gone(gone)));
@@ -196,39 +196,39 @@ async fn a_lease_held_by_another_node_is_lost() {
 #[tokio::test]
 async fn cancel_counts_in_every_answer() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({ "cancel": true })).await;
-    let grant = session.grant();
-    assert_eq!(grant.cancel.cancelled().await, CancelReason::Plane);
-    assert_eq!(grant.setup().await, Setup::Refused("the task was cancelled".into()), "nothing is fetched for it");
+    let held_lease = session.held_lease();
+    assert_eq!(held_lease.cancel.cancelled().await, CancelReason::Plane);
+    assert_eq!(held_lease.setup().await, Setup::Refused("the task was cancelled".into()), "nothing is fetched for it");
     assert_eq!(session.no_report(&Outcome::Completed), Some(CancelReason::Plane));
     assert_eq!(ended(session).await, Err(NoReport::Over(CancelReason::Plane)));
     assert!(plane.waiting().is_none());
 
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    session.grant().progress.progress(json!(1)).expect("space in the queue");
+    session.held_lease().progress.progress(json!(1)).expect("space in the queue");
     plane.expect(HEARTBEAT).await.ok(json!({ "cancel": true }));
-    assert_eq!(session.grant().cancel.cancelled().await, CancelReason::Plane);
-    session.grant().progress.progress(json!(2)).expect("space in the queue");
+    assert_eq!(session.held_lease().cancel.cancelled().await, CancelReason::Plane);
+    session.held_lease().progress.progress(json!(2)).expect("space in the queue");
     assert_eq!(session.no_report(&Outcome::Completed), Some(CancelReason::Plane));
     assert_eq!(ended(session).await, Err(NoReport::Over(CancelReason::Plane)));
     assert!(plane.waiting().is_none());
 }
 
 #[tokio::test]
-async fn a_lease_that_arrives_cancelled_makes_no_call() {
+async fn lease_received_cancelled_sends_no_request() {
     let (mut plane, session) = open(Lease { cancelled: true, ..lease(MINUTE) }).await;
-    assert_eq!(session.grant().cancel.cancelled().await, CancelReason::Plane);
-    assert_eq!(session.grant().setup().await, Setup::Refused("the task was cancelled".into()));
+    assert_eq!(session.held_lease().cancel.cancelled().await, CancelReason::Plane);
+    assert_eq!(session.held_lease().setup().await, Setup::Refused("the task was cancelled".into()));
     assert_eq!(session.no_report(&Outcome::Completed), Some(CancelReason::Plane));
     assert_eq!(ended(session).await, Err(NoReport::Over(CancelReason::Plane)));
     assert!(plane.waiting().is_none());
 }
 
 #[tokio::test]
-async fn data_that_moves_is_followed_while_the_task_runs() {
+async fn changed_domain_address_is_applied_while_task_runs() {
     let at = |server: &str, domain: Uuid| Setup::Ready(Ok(at(server, domain)));
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    let (grant, other) = (session.grant(), OTHER.parse().expect("an id"));
-    assert_eq!(grant.setup_now(), at("https://ds.lab.test", Uuid::nil()));
+    let (held_lease, other) = (session.held_lease(), OTHER.parse().expect("an id"));
+    assert_eq!(held_lease.setup_now(), at("https://ds.lab.test", Uuid::nil()));
     for (answer, expected) in [
         (json!({ "domain_server_url": "https://moved" }), at("https://moved", Uuid::nil())),
         (json!({ "domain_server_url": "no URL" }), at("https://moved", Uuid::nil())),
@@ -238,33 +238,33 @@ async fn data_that_moves_is_followed_while_the_task_runs() {
         ),
         (json!({ "domain_id": OTHER }), at("https://meta", other)),
     ] {
-        let old = grant.token();
-        grant.progress.event(json!("go on")).expect("space in the queue");
+        let old = held_lease.token();
+        held_lease.progress.event(json!("go on")).expect("space in the queue");
         let mut answer = answer;
         answer["access_token"] = Uuid::new_v4().to_string().into();
         plane.expect(HEARTBEAT).await.ok(answer);
-        grant.newer_token(old.as_ref(), MINUTE).await;
-        assert_eq!(grant.setup_now(), expected);
+        held_lease.newer_token(old.as_ref(), MINUTE).await;
+        assert_eq!(held_lease.setup_now(), expected);
     }
     assert_eq!(ended(session).await, Ok(address(TASK, None, Some(other))));
 }
 
 #[tokio::test]
-async fn a_newer_token_is_seen_at_once() {
+async fn newer_token_is_visible_immediately() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({ "access_token": null })).await;
-    let grant = session.grant();
-    let old = grant.token();
+    let held_lease = session.held_lease();
+    let old = held_lease.token();
     assert_eq!(old, Some(Token::new("dom-1")));
-    grant.progress.event(json!("go on")).expect("space in the queue");
+    held_lease.progress.event(json!("go on")).expect("space in the queue");
     plane.expect(HEARTBEAT).await.ok(json!({ "access_token": "dom-2" }));
-    assert_eq!(grant.newer_token(old.as_ref(), Duration::from_secs(20)).await, Some(Token::new("dom-2")));
+    assert_eq!(held_lease.newer_token(old.as_ref(), Duration::from_secs(20)).await, Some(Token::new("dom-2")));
 }
 
 #[tokio::test]
 async fn progress_is_gathered_and_events_arrive_once() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    let grant = session.grant();
-    let mailbox = &grant.progress;
+    let held_lease = session.held_lease();
+    let mailbox = &held_lease.progress;
     for n in 0..50 {
         mailbox.progress(json!({ "n": n })).expect("space in the queue");
         mailbox.event(json!(n)).expect("space in the queue");
@@ -283,7 +283,7 @@ async fn progress_is_gathered_and_events_arrive_once() {
 #[tokio::test]
 async fn unacknowledged_events_come_again() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    session.grant().progress.event(json!("kept")).expect("space in the queue");
+    session.held_lease().progress.event(json!("kept")).expect("space in the queue");
     plane.expect(HEARTBEAT).await.answer(502, "");
     let call = plane.expect(HEARTBEAT).await;
     assert_eq!(call.json()["events"], json!(["kept"]));
@@ -293,8 +293,8 @@ async fn unacknowledged_events_come_again() {
 #[tokio::test]
 async fn last_words_go_before_the_report() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    let grant = session.grant();
-    let mailbox = &grant.progress;
+    let held_lease = session.held_lease();
+    let mailbox = &held_lease.progress;
     mailbox.progress(json!({ "done": true })).expect("space in the queue");
     mailbox.event(json!("end")).expect("space in the queue");
     let closed = close(session, async || {
@@ -308,10 +308,10 @@ async fn last_words_go_before_the_report() {
 }
 
 #[tokio::test]
-async fn events_that_fill_several_heartbeats_follow_each_other_without_the_timer() {
+async fn event_backlog_is_sent_without_waiting_for_timer() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
     for n in 0..6 {
-        session.grant().progress.event(json!([n, "x".repeat(20_000)])).expect("space in the queue");
+        session.held_lease().progress.event(json!([n, "x".repeat(20_000)])).expect("space in the queue");
     }
     for sent in [[0, 1, 2], [3, 4, 5]] {
         let call = plane.expect(HEARTBEAT).await;
@@ -323,10 +323,10 @@ async fn events_that_fill_several_heartbeats_follow_each_other_without_the_timer
 }
 
 #[tokio::test]
-async fn last_words_that_fill_several_heartbeats_all_go_before_the_report() {
+async fn final_flush_sends_all_events_before_report() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    let grant = session.grant();
-    let mailbox = &grant.progress;
+    let held_lease = session.held_lease();
+    let mailbox = &held_lease.progress;
     let text = "x".repeat(20_000);
     for n in 0..8 {
         mailbox.event(json!([n, text])).expect("space in the queue");
@@ -347,9 +347,9 @@ async fn last_words_that_fill_several_heartbeats_all_go_before_the_report() {
 }
 
 #[tokio::test]
-async fn last_words_that_cannot_be_delivered_do_not_cost_the_verdict() {
+async fn failed_final_flush_does_not_prevent_the_report() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    session.grant().progress.event(json!("end")).expect("space in the queue");
+    session.held_lease().progress.event(json!("end")).expect("space in the queue");
     let closed = close(session, async || {
         for _ in 0..3 {
             plane.expect(HEARTBEAT).await.answer(500, "");
@@ -360,15 +360,15 @@ async fn last_words_that_cannot_be_delivered_do_not_cost_the_verdict() {
 }
 
 #[tokio::test]
-async fn last_words_nobody_answers_take_half_of_the_lease() {
+async fn unanswered_final_flush_takes_half_the_lease() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
     // From here on the lease is short, because the plane says so.
-    session.grant().progress.progress(json!(1)).expect("space in the queue");
+    session.held_lease().progress.progress(json!(1)).expect("space in the queue");
     let short = in_future(Duration::from_secs(3)).to_string();
     plane.expect(HEARTBEAT).await.ok(json!({ "lease_expires_at": short, "access_token": "short" }));
     let old = Token::new("dom-1");
-    session.grant().newer_token(Some(&old), MINUTE).await;
-    session.grant().progress.event(json!("end")).expect("space in the queue");
+    session.held_lease().newer_token(Some(&old), MINUTE).await;
+    session.held_lease().progress.event(json!("end")).expect("space in the queue");
     let began = Instant::now();
     let mut held = Vec::new();
     let closing = ended(session);
@@ -384,16 +384,16 @@ async fn last_words_nobody_answers_take_half_of_the_lease() {
 }
 
 #[tokio::test]
-async fn a_cancel_in_the_last_heartbeat_silences_the_report() {
+async fn cancel_in_final_heartbeat_suppresses_report() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    session.grant().progress.event(json!("end")).expect("space in the queue");
+    session.held_lease().progress.event(json!("end")).expect("space in the queue");
     let closed = close(session, async || plane.expect(HEARTBEAT).await.ok(json!({ "cancel": true }))).await;
     assert_eq!(closed, Err(NoReport::Over(CancelReason::Plane)));
     assert!(plane.waiting().is_none());
 }
 
 #[tokio::test]
-async fn the_end_waits_for_a_heartbeat_under_way() {
+async fn close_waits_for_running_heartbeat() {
     let (mut plane, session) = open(lease(MINUTE)).await;
     let call = plane.expect(HEARTBEAT).await;
     let closed = close(session, async || call.ok(json!({ "task_id": OTHER }))).await;
@@ -401,7 +401,7 @@ async fn the_end_waits_for_a_heartbeat_under_way() {
 }
 
 #[tokio::test]
-async fn nothing_is_reported_for_a_task_that_ended_cancelled_or_lost() {
+async fn cancelled_or_lost_task_is_not_reported() {
     for (outcome, reason) in [(Outcome::Cancelled, CancelReason::Plane), (Outcome::LeaseLost, CancelReason::LeaseLost)]
     {
         let (_plane, session) = set_up(lease(MINUTE), json!({})).await;
@@ -412,11 +412,11 @@ async fn nothing_is_reported_for_a_task_that_ended_cancelled_or_lost() {
 #[tokio::test]
 async fn heartbeats_and_report_follow_a_renamed_task() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    session.grant().progress.progress(json!(1)).expect("space in the queue");
+    session.held_lease().progress.progress(json!(1)).expect("space in the queue");
     let task = json!({ "id": OTHER, "capability": "/lab/echo/v1" });
     plane.expect(HEARTBEAT).await.ok(json!({ "task": task, "access_token": "seen" }));
-    session.grant().newer_token(Some(&Token::new("dom-1")), MINUTE).await;
-    session.grant().progress.progress(json!(2)).expect("space in the queue");
+    session.held_lease().newer_token(Some(&Token::new("dom-1")), MINUTE).await;
+    session.held_lease().progress.progress(json!(2)).expect("space in the queue");
     plane.expect(&HEARTBEAT.replace(TASK, OTHER)).await.ok(json!({}));
     let closed = close(session, async || {
         if let Some(call) = plane.waiting() {
@@ -427,12 +427,12 @@ async fn heartbeats_and_report_follow_a_renamed_task() {
 }
 
 #[tokio::test]
-async fn a_lease_nobody_extends_is_lost_when_it_expires_and_not_before() {
+async fn unextended_lease_is_lost_only_at_expiry() {
     let opened = Instant::now();
     let (mut plane, session) = open(lease(Duration::from_millis(2500))).await;
-    let grant = session.grant();
+    let held_lease = session.held_lease();
     let mut held: Vec<Call> = vec![plane.expect(HEARTBEAT).await];
-    assert_eq!(grant.cancel.cancelled().await, CancelReason::LeaseLost);
+    assert_eq!(held_lease.cancel.cancelled().await, CancelReason::LeaseLost);
     assert!(opened.elapsed() >= Duration::from_millis(2490), "{:?}", opened.elapsed());
     while let Some(call) = plane.waiting() {
         held.push(call);
@@ -442,7 +442,7 @@ async fn a_lease_nobody_extends_is_lost_when_it_expires_and_not_before() {
 }
 
 #[tokio::test]
-async fn the_timer_keeps_a_short_lease_alive() {
+async fn heartbeat_timer_extends_a_short_lease() {
     let short = Duration::from_secs(2);
     let (mut plane, session) = open(lease(short)).await;
     let opened = Instant::now();
@@ -452,16 +452,16 @@ async fn the_timer_keeps_a_short_lease_alive() {
         calls.push(call.at);
         call.ok(json!({ "lease_expires_at": in_future(short).to_string() }));
     }
-    assert_eq!(session.grant().cancel.reason(), None);
+    assert_eq!(session.held_lease().cancel.reason(), None);
     assert!(calls.windows(2).all(|pair| pair[1] - pair[0] >= Duration::from_millis(200)), "no flood");
 }
 
 #[tokio::test]
-async fn a_clock_that_is_wrong_makes_no_flood_and_loses_nothing() {
+async fn wrong_clock_does_not_flood_or_lose_lease() {
     let past = (Timestamp::now() - SignedDuration::from_secs(3600)).to_string();
     let taken = Lease { expires_at: None, ..lease(MINUTE) };
     let (mut plane, session) = set_up(taken, json!({ "lease_expires_at": past })).await;
-    session.grant().progress.progress(json!(1)).expect("space in the queue");
+    session.held_lease().progress.progress(json!(1)).expect("space in the queue");
     plane.expect(HEARTBEAT).await.ok(json!({ "lease_expires_at": past }));
     assert_eq!(ended(session).await, Ok(named()));
     assert!(plane.waiting().is_none());
@@ -469,10 +469,11 @@ async fn a_clock_that_is_wrong_makes_no_flood_and_loses_nothing() {
 
 // The plane must not lease the task again while its report is being sent.
 #[tokio::test]
-async fn a_closed_session_keeps_its_lease_until_it_is_dropped() {
+async fn closed_session_keeps_lease_until_dropped() {
     let short = Duration::from_secs(2);
-    let (mut plane, mut session) = set_up(lease(short), json!({})).await;
-    assert_eq!(session.close().await, Ok(named()));
+    let (mut plane, session) = set_up(lease(short), json!({})).await;
+    let session = session.close().await.expect("a report is allowed");
+    assert_eq!(session.address(), named());
     let closed = Instant::now();
     while closed.elapsed() < short + short / 4 {
         plane.expect(HEARTBEAT).await.ok(json!({ "lease_expires_at": in_future(short).to_string() }));
@@ -482,8 +483,8 @@ async fn a_closed_session_keeps_its_lease_until_it_is_dropped() {
 
     // After the plane says that the lease is over, no more requests are sent to it.
     for answer in [json!({ "cancel": true }), Value::Null] {
-        let (mut plane, mut session) = set_up(lease(short), json!({})).await;
-        assert_eq!(session.close().await, Ok(named()));
+        let (mut plane, session) = set_up(lease(short), json!({})).await;
+        let _session = session.close().await.expect("a report is allowed");
         let call = plane.expect(HEARTBEAT).await;
         if answer.is_null() {
             call.answer(410, "")
@@ -496,29 +497,29 @@ async fn a_closed_session_keeps_its_lease_until_it_is_dropped() {
 }
 
 #[tokio::test]
-async fn a_dropped_session_ends_its_driver() {
+async fn dropped_session_stops_its_driver() {
     let (mut plane, session) = open(lease(MINUTE)).await;
     let held = plane.expect(HEARTBEAT).await;
-    let grant = session.grant();
+    let held_lease = session.held_lease();
     drop(session);
-    assert!(matches!(grant.setup().await, Setup::Refused(_)));
+    assert!(matches!(held_lease.setup().await, Setup::Refused(_)));
     held.ok(json!({}));
     assert!(plane.waiting().is_none());
 }
 
 #[tokio::test]
-async fn a_drained_task_is_reported() {
+async fn drained_task_is_reported() {
     let (_plane, session) = set_up(lease(MINUTE), json!({})).await;
-    session.grant().cancel.cancel(CancelReason::Drained);
+    session.held_lease().cancel.cancel(CancelReason::Drained);
     assert_eq!(session.no_report(&Outcome::Drained), None);
     assert_eq!(ended(session).await, Ok(named()));
 }
 
 // A task that ended within its lease may be reported after it. The plane decides whether the report counts.
 #[tokio::test]
-async fn a_lease_that_runs_out_under_the_last_words_silences_nothing() {
+async fn lease_expiry_during_final_flush_keeps_report() {
     let (mut plane, session) = set_up(lease(Duration::from_millis(1200)), json!({})).await;
-    session.grant().progress.event(json!("end")).expect("space in the queue");
+    session.held_lease().progress.event(json!("end")).expect("space in the queue");
     assert_eq!(session.no_report(&Outcome::Completed), None);
     let mut held = Vec::new();
     let closing = async {

@@ -251,7 +251,7 @@ mod tests {
     }
 
     #[test]
-    fn at_most_four_blocks_wait_for_a_hanging_stage() {
+    fn hanging_stage_queues_at_most_four_blocks() {
         struct Hangs(std::sync::mpsc::Receiver<()>);
         impl Stage for Hangs {
             fn take(&mut self, _: &Bytes) -> io::Result<()> {

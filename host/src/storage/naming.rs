@@ -241,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn task_ids_of_any_kind_are_safe_in_file_names() {
+    fn any_task_id_is_safe_in_file_names() {
         let longest = "x".repeat(TaskId::BYTES_MAX);
         let [dots, path, long] = ["..", "../a/b", &longest].map(|id| TaskId::parse(id).expect("an id"));
         for task in [&dots, &path, &long] {

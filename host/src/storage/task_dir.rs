@@ -392,7 +392,7 @@ mod tests {
     }
 
     #[test]
-    fn task_directory_removed_by_its_runner_is_no_error() {
+    fn close_accepts_task_directory_removed_by_runner() {
         let base = base();
         let task = made(&Scratch::open(base.path().to_owned()).expect("opens"));
         fs::remove_dir_all(task.path()).expect("removed");

@@ -43,7 +43,7 @@ pub(crate) async fn run(cell: Cell, plugin: PathBuf) -> Report {
     let began = Instant::now();
     let faults = Faults::parse(&cell.file()).expect("the plan's files are sound");
     let at_start = cell.is_of_sign_in() || cell.is_of_the_clock();
-    let lab = TestServer::with(|config| {
+    let test_server = TestServer::with(|config| {
         config.lease_ttl = LEASE;
         config.part_size = 64 * 1024;
         config.request_max_bytes = 100_000;
@@ -53,13 +53,13 @@ pub(crate) async fn run(cell: Cell, plugin: PathBuf) -> Report {
         }
     })
     .await;
-    let ended = tokio::time::timeout(LIMIT * 2, judged(&cell, &lab, faults, plugin)).await;
+    let ended = tokio::time::timeout(LIMIT * 2, judged(&cell, &test_server, faults, plugin)).await;
     if !cell.is_of_the_clock() {
         // If a client disconnects, its request is in the journal only after the fault has ended.
         let struck = |seen: &[Seen]| seen.iter().any(|seen| cell.struck(seen));
-        let _ = tokio::time::timeout(LONG, lab.dev_server.journal_until(struck)).await;
+        let _ = tokio::time::timeout(LONG, test_server.dev_server.journal_until(struck)).await;
     }
-    let journal = lab.dev_server.journal();
+    let journal = test_server.dev_server.journal();
     let struck = journal.iter().filter(|seen| cell.struck(seen)).count();
     let (busiest, call) = busiest(&journal);
     let failure = match ended {
@@ -69,12 +69,12 @@ pub(crate) async fn run(cell: Cell, plugin: PathBuf) -> Report {
         Ok(Ok(())) if busiest > BUSIEST => Some(format!("{busiest} times {call} within a second")),
         Ok(Ok(())) => None,
     };
-    lab.dev_server.stop().await;
+    test_server.dev_server.stop().await;
     Report { cell, took: began.elapsed(), struck, busiest, failure }
 }
 
-async fn judged(cell: &Cell, lab: &TestServer, faults: Faults, plugin: PathBuf) -> Result<(), String> {
-    let setup = lab
+async fn judged(cell: &Cell, test_server: &TestServer, faults: Faults, plugin: PathBuf) -> Result<(), String> {
+    let setup = test_server
         .node(&[plugin])
         .set("REQUEST_TIMEOUT_SECS", "1")
         .set("REGISTER_INTERVAL_SECS", "1")
@@ -86,32 +86,32 @@ async fn judged(cell: &Cell, lab: &TestServer, faults: Faults, plugin: PathBuf) 
     let node = setup.start().await;
     let told = |problem: String| format!("{problem}\n{}", node.log());
     if !(cell.is_of_sign_in() || cell.is_of_the_clock()) {
-        within("the first poll", lab.dev_server.journal_until(polled)).await.map_err(told)?;
-        lab.dev_server.set_faults(faults);
+        within("the first poll", test_server.dev_server.journal_until(polled)).await.map_err(told)?;
+        test_server.dev_server.set_faults(faults);
     }
     let input: Vec<u8> = (0..INPUT_BYTES).map(|n| (n % 251) as u8).collect();
-    let cid = lab.put("in", &input).await;
+    let cid = test_server.put("in", &input).await;
     let meta = json!({ "fail": cell.endpoint == "fail" });
-    let task = lab.task("/fixtures/everything/v1").inputs(&[cid]).meta(meta);
+    let task = test_server.task("/fixtures/everything/v1").inputs(&[cid]).meta(meta);
     let job = task.set("max_attempts", json!(if cell.endpoint == "fail" { 2 } else { 30 })).submit();
     if cell.length == Length::Long && !cell.is_of_the_clock() {
         let struck = |seen: &[Seen]| seen.iter().any(|seen| cell.struck(seen));
-        within("the first fault", lab.dev_server.journal_until(struck)).await.map_err(told)?;
+        within("the first fault", test_server.dev_server.journal_until(struck)).await.map_err(told)?;
         // No event: the fault itself is a period of time.
         tokio::time::sleep(LONG).await;
-        lab.dev_server.set_faults(Faults::default());
+        test_server.dev_server.set_faults(Faults::default());
     }
     let over = |view: &Value| matches!(view["job"]["status"].as_str(), Some("completed" | "failed" | "canceled"));
-    let ended = within("the end of the task", lab.dev_server.job_until(job, over)).await.map_err(told)?;
+    let ended = within("the end of the task", test_server.dev_server.job_until(job, over)).await.map_err(told)?;
     if cell.strikes_the_test() {
-        lab.dev_server.set_faults(Faults::default());
+        test_server.dev_server.set_faults(Faults::default());
     }
-    one_verdict(cell, lab, &Ended(ended), &input).await.map_err(told)?;
-    nothing_left(cell, lab, &node).await.map_err(told)
+    one_verdict(cell, test_server, &Ended(ended), &input).await.map_err(told)?;
+    nothing_left(cell, test_server, &node).await.map_err(told)
 }
 
 /// Checks for one completion, or failures with a reason. Artifacts must be complete and without duplicates.
-async fn one_verdict(cell: &Cell, lab: &TestServer, ended: &Ended, input: &[u8]) -> Result<(), String> {
+async fn one_verdict(cell: &Cell, test_server: &TestServer, ended: &Ended, input: &[u8]) -> Result<(), String> {
     let receipts = ended.0["receipts"].as_array().ok_or("no receipts")?;
     let completed = receipts.iter().filter(|receipt| receipt["meta"]["artifacts"].is_array()).count();
     let failures = receipts.iter().filter_map(|receipt| receipt["meta"]["reason"].as_str());
@@ -140,10 +140,12 @@ async fn one_verdict(cell: &Cell, lab: &TestServer, ended: &Ended, input: &[u8])
     if artifacts.keys().map(String::as_str).collect::<Vec<_>>() != ["large.bin", "small.txt"] {
         return Err(format!("expected two artifacts: {:#}", ended.0));
     }
-    if lab.artifact(ended, "large.bin").await != input || lab.artifact(ended, "small.txt").await != b"200000 bytes" {
+    if test_server.artifact(ended, "large.bin").await != input
+        || test_server.artifact(ended, "small.txt").await != b"200000 bytes"
+    {
         return Err("an artifact is not what was published".to_owned());
     }
-    let stored = lab.stored().await;
+    let stored = test_server.stored().await;
     if stored != 3 {
         return Err(format!("{stored} items are stored, expected the input and two artifacts"));
     }
@@ -151,7 +153,7 @@ async fn one_verdict(cell: &Cell, lab: &TestServer, ended: &Ended, input: &[u8])
 }
 
 /// Checks that no upload, file or process is left.
-async fn nothing_left(cell: &Cell, lab: &TestServer, node: &TestNode) -> Result<(), String> {
+async fn nothing_left(cell: &Cell, test_server: &TestServer, node: &TestNode) -> Result<(), String> {
     node.term();
     let code = within("the end of the node", node.wait()).await?;
     if code != 0 {
@@ -164,7 +166,7 @@ async fn nothing_left(cell: &Cell, lab: &TestServer, node: &TestNode) -> Result<
     if node.log().contains("panicked") {
         return Err("something panicked".to_owned());
     }
-    let open = lab.dev_server.open_uploads();
+    let open = test_server.dev_server.open_uploads();
     if open > 0 && !may_leave_uploads(cell) {
         return Err(format!("{open} uploads were left open"));
     }

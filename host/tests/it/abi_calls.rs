@@ -24,9 +24,9 @@ fn fields(line: &Value) -> Value {
 
 #[tokio::test]
 async fn second_completion_is_stale_and_counted() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::c("behave", &[])]).await;
-    lab.run(&node, "/fixtures/c-double/v1", json!({})).await.completed();
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::c("behave", &[])]).await;
+    test_server.run(&node, "/fixtures/c-double/v1", json!({})).await.completed();
     let line = node.says_text("completed twice").await;
     let (ok, stale) = (runner_sdk::abi::Status::OK.0, runner_sdk::abi::Status::STALE.0);
     assert_eq!(fields(&line), json!({ "first": ok, "second": stale }));
@@ -36,9 +36,9 @@ async fn second_completion_is_stale_and_counted() {
 
 #[tokio::test]
 async fn late_and_forged_calls_are_answered_stale() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::c("behave", &[])]).await;
-    lab.run(&node, "/fixtures/c-late/v1", json!({})).await.completed();
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::c("behave", &[])]).await;
+    test_server.run(&node, "/fixtures/c-late/v1", json!({})).await.completed();
     let stale = runner_sdk::abi::Status::STALE.0;
     for message in ["late calls", "forged calls"] {
         let line = node.says_text(message).await;
@@ -47,16 +47,16 @@ async fn late_and_forged_calls_are_answered_stale() {
     // Two rounds of 14 calls with an answer, plus log, cancelled and complete.
     assert_eq!(node.status().await["stale_calls"], 34);
     // These calls have no effect, and the next task is not disturbed.
-    let ended = lab.run(&node, "/fixtures/c-thread/v1", json!({})).await;
+    let ended = test_server.run(&node, "/fixtures/c-thread/v1", json!({})).await;
     assert!(ended.completed().artifacts().is_empty());
     node.stop().await;
 }
 
 #[tokio::test]
 async fn progress_and_events_must_be_json() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::c("behave", &[])]).await;
-    let ended = lab.run(&node, "/fixtures/c-words/v1", json!({})).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::c("behave", &[])]).await;
+    let ended = test_server.run(&node, "/fixtures/c-words/v1", json!({})).await;
     let line = node.says_text("words that are no JSON").await;
     let (ok, refused) = (runner_sdk::abi::Status::OK.0, runner_sdk::abi::Status::BAD_REQUEST.0);
     assert_eq!(fields(&line), json!({ "progress": refused, "event": refused, "sound": ok }));
@@ -68,15 +68,15 @@ async fn progress_and_events_must_be_json() {
 
 #[tokio::test]
 async fn context_gets_task_over_after_the_end() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
-    let ended = lab.run(&node, "/fixtures/use-after-end/v1", json!({})).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
+    let ended = test_server.run(&node, "/fixtures/use-after-end/v1", json!({})).await;
     let line = node.says_text("call after the end").await;
     assert_eq!(fields(&line)["kind"], "TaskOver");
     assert_eq!(fields(&line)["all"], true);
     assert!(ended.completed().artifacts().is_empty());
     assert!(node.status().await["stale_calls"].as_u64() >= Some(4));
-    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+    test_server.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
     node.stop().await;
 }
 
@@ -88,15 +88,15 @@ fn failure(ended: &Ended) -> (String, Value, Value) {
 
 #[tokio::test]
 async fn panic_fails_its_task_with_text_and_place() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
     let cases = [
         ("/fixtures/panic/v1", "boom 42"),
         ("/fixtures/panic-in-drop/v1", "boom in drop"),
         ("/fixtures/panic-blocking/v1", "boom on a blocking thread"),
     ];
     for (capability, text) in cases {
-        let ended = lab.run(&node, capability, json!({})).await;
+        let ended = test_server.run(&node, capability, json!({})).await;
         let (reason, outcome, code) = failure(&ended);
         let place = reason.strip_prefix(&format!("runner panicked: {text} at src/ends.rs:"));
         let line = place.unwrap_or_else(|| panic!("{capability}: {reason}"));
@@ -104,20 +104,20 @@ async fn panic_fails_its_task_with_text_and_place() {
         assert_eq!((outcome, code), (json!("panicked"), json!("runner_panic")), "{capability}");
     }
     // A panic on another thread does not end the task. The host logs its text and place.
-    lab.run(&node, "/fixtures/panic-thread/v1", json!({})).await.completed();
+    test_server.run(&node, "/fixtures/panic-thread/v1", json!({})).await.completed();
     let line = node.says_text("boom on a thread of its own").await;
     assert_eq!((&line["level"], &line["plugin"]), (&json!("ERROR"), &json!("zoo")));
     assert!(fields(&line)["place"].as_str().is_some_and(|place| place.starts_with("src/ends.rs:")), "{line}");
     assert_eq!(fields(&line)["hint"], "set RUST_BACKTRACE=1 to log a backtrace", "{line}");
-    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+    test_server.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
     node.stop().await;
 }
 
 #[tokio::test]
 async fn panic_logs_a_backtrace_on_request() {
-    let lab = TestServer::start().await;
-    let node = lab.node(&[fixtures::zoo()]).set("RUST_BACKTRACE", "1").leasing().await;
-    lab.run(&node, "/fixtures/panic-thread/v1", json!({})).await.completed();
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::zoo()]).set("RUST_BACKTRACE", "1").leasing().await;
+    test_server.run(&node, "/fixtures/panic-thread/v1", json!({})).await.completed();
     let line = node.says_text("boom on a thread of its own").await;
     assert!(fields(&line)["backtrace"].as_str().is_some_and(|trace| trace.contains("panic_thread")), "{line}");
     node.stop().await;
@@ -125,10 +125,10 @@ async fn panic_logs_a_backtrace_on_request() {
 
 #[tokio::test]
 async fn plugin_log_lines_carry_plugin_and_task() {
-    let lab = TestServer::start().await;
-    let node = lab.node(&[fixtures::zoo()]).set("RUST_LOG", "trace").leasing().await;
-    let job = lab.task("/fixtures/logs/v1").submit();
-    let ended = lab.ended(&node, job).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::zoo()]).set("RUST_LOG", "trace").leasing().await;
+    let job = test_server.task("/fixtures/logs/v1").submit();
+    let ended = test_server.ended(&node, job).await;
     let task = ended.completed().task()["id"].as_str().expect("an id").to_owned();
     let own_thread = node.says_text("from a thread of its own").await;
     let by_text: BTreeMap<String, Value> = node
@@ -158,12 +158,12 @@ async fn plugin_log_lines_carry_plugin_and_task() {
 
 #[tokio::test]
 async fn log_line_belongs_to_its_spans_task() {
-    let lab = TestServer::start().await;
-    let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "2").leasing().await;
-    let jobs = [lab.task("/fixtures/spans/v1").submit(), lab.task("/fixtures/spans/v1").submit()];
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "2").leasing().await;
+    let jobs = [test_server.task("/fixtures/spans/v1").submit(), test_server.task("/fixtures/spans/v1").submit()];
     let mut tasks = Vec::new();
     for job in jobs {
-        tasks.push(lab.ended(&node, job).await.completed().task()["id"].clone());
+        tasks.push(test_server.ended(&node, job).await.completed().task()["id"].clone());
     }
     node.stop().await;
     let spoken = |line: &Value| line["plugin_target"] == "zoo::calls";
@@ -197,9 +197,9 @@ async fn log_line_belongs_to_its_spans_task() {
 
 #[tokio::test]
 async fn log_lines_of_plugins_obey_the_hosts_filter() {
-    let lab = TestServer::start().await;
-    let node = lab.node(&[fixtures::zoo()]).set("RUST_LOG", "warn,runner_host::app=info").leasing().await;
-    lab.run(&node, "/fixtures/logs/v1", json!({})).await.completed();
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::zoo()]).set("RUST_LOG", "warn,runner_host::app=info").leasing().await;
+    test_server.run(&node, "/fixtures/logs/v1", json!({})).await.completed();
     let said = |text: &str| !node.said_text(text).is_empty();
     assert!(said("tracing at warn") && said("log at error"));
     assert!(!said("tracing at info") && !said("log at debug"));
@@ -246,9 +246,9 @@ async fn dropped_writer_publishes_nothing() {
     assert_eq!(said.stdout.lines().count(), 1, "{}", said.stdout);
     assert_eq!(folder.output("kept.txt"), b"kept");
 
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
-    let ended = lab.run(&node, "/fixtures/drop-writer/v1", json!({})).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
+    let ended = test_server.run(&node, "/fixtures/drop-writer/v1", json!({})).await;
     let artifacts = ended.completed().artifacts();
     assert_eq!(artifacts.keys().collect::<Vec<_>>(), ["kept.txt"]);
     node.stop().await;
@@ -309,10 +309,10 @@ fn walk(dir: &Path) -> Vec<String> {
 #[tokio::test]
 async fn plugin_with_hanging_calls_goes_out_of_service() {
     const SLOTS: u64 = 2;
-    let lab = TestServer::start().await;
-    let node = lab.node(&[fixtures::c("behave", &[]), fixtures::zoo()]);
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::c("behave", &[]), fixtures::zoo()]);
     let node = node.set("MAX_CONCURRENCY", SLOTS.to_string()).leasing().await;
-    lab.run(&node, "/fixtures/c-hangs/v1", json!({})).await.completed();
+    test_server.run(&node, "/fixtures/c-hangs/v1", json!({})).await.completed();
     let line = node.line(|line| line["event"] == "plugin.calls_hang").await;
     assert_eq!(json!([line["plugin"], line["call"], line["calls"]]), json!(["behave", "start", 1]), "{line}");
     let behave = |page: &Value| {
@@ -321,7 +321,7 @@ async fn plugin_with_hanging_calls_goes_out_of_service() {
     };
     node.page_until("/status.json", |page| behave(&page.1)["hanging_calls"] == 1).await;
 
-    let jobs: Vec<_> = (0..200).map(|_| lab.task("/fixtures/c-hangs/v1").submit()).collect();
+    let jobs: Vec<_> = (0..200).map(|_| test_server.task("/fixtures/c-hangs/v1").submit()).collect();
     let line = node.line(|line| line["event"] == "plugin.out_of_service").await;
     assert_eq!(line["plugin"], "behave", "{line}");
     let reason = line["reason"].as_str().expect("a reason").to_owned();
@@ -330,7 +330,7 @@ async fn plugin_with_hanging_calls_goes_out_of_service() {
     assert_eq!(behave(&status)["reason"], reason);
     let (code, ready) = node.page("/ready").await;
     assert_eq!((code, &ready["degraded"]), (200, &json!([format!("plugin behave is out of service: {reason}")])));
-    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+    test_server.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
     let threads = std::fs::read_dir(format!("/proc/{}/task", node.pid())).expect("it runs").count();
     assert!(threads < jobs.len() / 2, "{threads} threads");
     node.stop().await;
@@ -340,16 +340,16 @@ async fn plugin_with_hanging_calls_goes_out_of_service() {
 #[tokio::test]
 async fn blocking_start_affects_only_its_plugin() {
     // A short lease, so that the heartbeat with the cancel comes soon.
-    let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
+    let test_server = TestServer::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
     let plugins = [fixtures::c("refused", &["START_BLOCKS"]), fixtures::zoo()];
-    let node = lab.node(&plugins).set("CANCEL_GRACE", "200ms").set("MAX_CONCURRENCY", "2").leasing().await;
-    let stuck = lab.task("/fixtures/refused/v1").submit();
+    let node = test_server.node(&plugins).set("CANCEL_GRACE", "200ms").set("MAX_CONCURRENCY", "2").leasing().await;
+    let stuck = test_server.task("/fixtures/refused/v1").submit();
     node.says("task.started").await;
-    lab.run(&node, "/fixtures/tokio-net/v1", json!({})).await.completed();
-    assert!(lab.dev_server.cancel_job(stuck));
+    test_server.run(&node, "/fixtures/tokio-net/v1", json!({})).await.completed();
+    assert!(test_server.dev_server.cancel_job(stuck));
     node.says("runner.stuck").await;
     for _ in 0..4 {
-        lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+        test_server.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
     }
     let status = node.status().await;
     let held = status["tasks"].as_object().expect("tasks").values();
@@ -359,9 +359,9 @@ async fn blocking_start_affects_only_its_plugin() {
 
 #[tokio::test]
 async fn plugin_texts_are_bounded_and_readable() {
-    let lab = TestServer::start().await;
-    let node = lab.node(&[fixtures::c("untidy", &[])]).set("RUST_LOG", "info").leasing().await;
-    let ended = lab.run(&node, "/fixtures/c-text/v1", json!({})).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::c("untidy", &[])]).set("RUST_LOG", "info").leasing().await;
+    let ended = test_server.run(&node, "/fixtures/c-text/v1", json!({})).await;
     let (reason, details) = ended.failed();
     assert!(reason.contains("caf\u{fffd} xxx"), "{}", &reason[..200]);
     assert!(reason.len() < 20_000, "{}", reason.len());
@@ -376,15 +376,15 @@ async fn plugin_texts_are_bounded_and_readable() {
 
 #[tokio::test]
 async fn unreleased_bytes_are_counted_and_warned_of() {
-    let lab = TestServer::start().await;
-    let node = lab.node(&[fixtures::c("untidy", &[]), fixtures::hello()]).leasing().await;
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::c("untidy", &[]), fixtures::hello()]).leasing().await;
     let bytes = 17 << 20;
-    let input = lab.put("in", &vec![7; bytes]).await;
-    lab.ended(&node, lab.task("/fixtures/c-leak/v1").inputs(&[input]).submit()).await.completed();
+    let input = test_server.put("in", &vec![7; bytes]).await;
+    test_server.ended(&node, test_server.task("/fixtures/c-leak/v1").inputs(&[input]).submit()).await.completed();
     let warned = node.line(|line| line["event"] == "plugin.leaked").await;
     assert_eq!(warned["plugin"], "untidy");
     assert!(warned["bytes"].as_u64().is_some_and(|warned| warned >= bytes as u64), "{warned}");
-    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    test_server.run(&node, "/examples/hello/v1", json!({})).await.completed();
     let none_of_hello = |plugin: &Value| plugin["name"] != "hello" || plugin["unreleased_bytes"] == 0;
     let settled = |page: &(u16, Value)| page.1["plugins"].as_array().is_some_and(|all| all.iter().all(none_of_hello));
     let (_, status) = node.page_until("/status.json", settled).await;

@@ -6,9 +6,10 @@ use runner_host::dev::{Faults, Seen};
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Ended, TestServer, fixtures,
+    Ended, TestServer,
+    fault_proxy::{Bad, FaultProxy},
+    fixtures,
     node::TestNode,
-    rubbish::{Bad, Rubbish},
 };
 
 const PUTS: &str = "/fixtures/puts/v1";
@@ -22,29 +23,29 @@ async fn small_parts() -> TestServer {
     .await
 }
 
-async fn puts(lab: &TestServer, node: &TestNode, puts: Value) -> Ended {
-    lab.run(node, PUTS, json!({ "puts": puts })).await
+async fn puts(test_server: &TestServer, node: &TestNode, puts: Value) -> Ended {
+    test_server.run(node, PUTS, json!({ "puts": puts })).await
 }
 
 /// The result of each entry, as the runner saw it.
-async fn results(lab: &TestServer, ended: &Ended) -> Vec<Value> {
-    serde_json::from_slice(&lab.artifact(ended, "puts.json").await).expect("the runner's own JSON")
+async fn results(test_server: &TestServer, ended: &Ended) -> Vec<Value> {
+    serde_json::from_slice(&test_server.artifact(ended, "puts.json").await).expect("the runner's own JSON")
 }
 
 #[tokio::test]
 async fn paths_with_one_reduced_name_are_separate_artifacts() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
     let paths = ["a/b.json", "a_b.json", "a.b.json"];
     let mut list: Vec<Value> = paths.iter().map(|path| json!({ "path": path, "text": path })).collect();
     list.push(json!({ "path": "a/b.json", "text": "the same path again" }));
-    let ended = puts(&lab, &node, json!(list)).await;
+    let ended = puts(&test_server, &node, json!(list)).await;
     let artifacts = ended.completed().artifacts();
     let ids: BTreeSet<&str> = paths.iter().filter_map(|path| artifacts[*path]["id"].as_str()).collect();
     assert_eq!((artifacts.len(), ids.len()), (4, 3), "{artifacts:#?}");
-    assert_eq!(lab.artifact(&ended, "a/b.json").await, b"the same path again");
+    assert_eq!(test_server.artifact(&ended, "a/b.json").await, b"the same path again");
     for path in &paths[1..] {
-        assert_eq!(lab.artifact(&ended, path).await, path.as_bytes());
+        assert_eq!(test_server.artifact(&ended, path).await, path.as_bytes());
     }
     let task = ended.task()["id"].as_str().expect("an id");
     assert_eq!(artifacts["a/b.json"]["name"], format!("a_b_json_{task}"));
@@ -52,12 +53,15 @@ async fn paths_with_one_reduced_name_are_separate_artifacts() {
 
 #[tokio::test]
 async fn report_lists_each_artifact_once_in_order() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
     let same = json!({ "path": "z", "text": "1", "name": "n", "data_type": "t" });
     let other = json!({ "path": "m", "text": "2", "name": "n", "data_type": "t" });
-    let ended =
-        puts(&lab, &node, json!([same, other, { "path": "b", "file": "9 bytes" }, { "path": "b", "text": "b" }]));
+    let ended = puts(
+        &test_server,
+        &node,
+        json!([same, other, { "path": "b", "file": "9 bytes" }, { "path": "b", "text": "b" }]),
+    );
     let ended = ended.await;
     let receipt = ended.completed().receipt();
     let listed = receipt["artifacts"].as_array().expect("a list");
@@ -74,18 +78,18 @@ async fn report_lists_each_artifact_once_in_order() {
 
 #[tokio::test]
 async fn every_domain_call_has_the_client_id() {
-    let lab = small_parts().await;
-    let rubbish = Rubbish::before(&lab).await;
-    let node = rubbish.node(&[fixtures::zoo(), fixtures::echo()]).set("CLIENT_ID", "billed-once").leasing().await;
-    let input = lab.put("in", b"some input").await;
-    lab.ended(&node, lab.task("/examples/echo-bytes/v1").inputs(&[input]).submit()).await.completed();
-    puts(&lab, &node, json!([{ "path": "large", "file": "200000 bytes" }])).await.completed();
-    let seen = rubbish.headers("/api/", "posemesh-client-id");
+    let test_server = small_parts().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    let node = proxy.node(&[fixtures::zoo(), fixtures::echo()]).set("CLIENT_ID", "billed-once").leasing().await;
+    let input = test_server.put("in", b"some input").await;
+    test_server.ended(&node, test_server.task("/examples/echo-bytes/v1").inputs(&[input]).submit()).await.completed();
+    puts(&test_server, &node, json!([{ "path": "large", "file": "200000 bytes" }])).await.completed();
+    let seen = proxy.headers("/api/", "posemesh-client-id");
     for call in ["GET /api/v1/info", "POST /api/v1/domains", "PUT /api/v1/domains", "GET /api/v1/domains"] {
         assert!(seen.iter().any(|(name, _)| name.starts_with(call)), "no {call} in {seen:#?}");
     }
     assert!(seen.iter().all(|(_, id)| id.as_deref() == Some("billed-once")), "{seen:#?}");
-    let unbilled = rubbish.headers("/v1/", "posemesh-client-id");
+    let unbilled = proxy.headers("/v1/", "posemesh-client-id");
     assert!(unbilled.iter().all(|(_, id)| id.is_none()), "the plane is not told");
 }
 
@@ -93,15 +97,18 @@ async fn every_domain_call_has_the_client_id() {
 async fn node_creates_and_keeps_a_client_id() {
     let mut ids = BTreeSet::new();
     for _ in 0..2 {
-        let lab = TestServer::start().await;
-        let rubbish = Rubbish::before(&lab).await;
-        let node = rubbish.node(&[fixtures::echo()]).leasing().await;
-        let input = lab.put("in", b"some input").await;
+        let test_server = TestServer::start().await;
+        let proxy = FaultProxy::before(&test_server).await;
+        let node = proxy.node(&[fixtures::echo()]).leasing().await;
+        let input = test_server.put("in", b"some input").await;
         for _ in 0..2 {
-            lab.ended(&node, lab.task("/examples/echo-bytes/v1").inputs(&[input]).submit()).await.completed();
+            test_server
+                .ended(&node, test_server.task("/examples/echo-bytes/v1").inputs(&[input]).submit())
+                .await
+                .completed();
         }
         let seen: BTreeSet<Option<String>> =
-            rubbish.headers("/api/", "posemesh-client-id").into_iter().map(|(_, id)| id).collect();
+            proxy.headers("/api/", "posemesh-client-id").into_iter().map(|(_, id)| id).collect();
         assert_eq!(seen.len(), 1, "one id for all of its calls: {seen:?}");
         let id = seen.into_iter().next().flatten().expect("each call says it");
         let own = id.strip_prefix("runner-host/").and_then(|rest| rest.parse::<uuid::Uuid>().ok());
@@ -113,27 +120,28 @@ async fn node_creates_and_keeps_a_client_id() {
 
 #[tokio::test]
 async fn artifact_with_an_id_replaces_that_data() {
-    let lab = small_parts().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
-    let (text, file, stream) = (lab.put("one", b"1").await, lab.put("two", b"2").await, lab.put("three", b"3").await);
-    let before = lab.stored().await;
+    let test_server = small_parts().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
+    let (text, file, stream) =
+        (test_server.put("one", b"1").await, test_server.put("two", b"2").await, test_server.put("three", b"3").await);
+    let before = test_server.stored().await;
     let list = json!([
         { "path": "a", "text": "new", "id": text },
         { "path": "b", "file": "9 bytes", "id": file },
         { "path": "c", "stream": 200_000, "id": stream },
     ]);
-    let ended = puts(&lab, &node, list).await;
+    let ended = puts(&test_server, &node, list).await;
     for (path, id, size) in [("a", text, 3), ("b", file, 9), ("c", stream, 200_000)] {
         assert_eq!(ended.completed().artifacts()[path]["id"], json!(id), "{path}");
-        assert_eq!(lab.size(&id.to_string()).await, size, "{path}");
+        assert_eq!(test_server.size(&id.to_string()).await, size, "{path}");
     }
-    assert_eq!(lab.stored().await - before, 1, "only the runner's own list is new");
+    assert_eq!(test_server.stored().await - before, 1, "only the runner's own list is new");
 }
 
 #[tokio::test]
 async fn unfit_files_are_refused_in_one_line() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
     let cases = [
         ("folder", "is a directory, expected a regular file"),
         ("empty", "is empty; expected at least one byte"),
@@ -141,8 +149,8 @@ async fn unfit_files_are_refused_in_one_line() {
         ("link /etc/hostname", "leads out of the task's directory; publish a file in it, without links"),
     ];
     let list: Vec<Value> = cases.iter().map(|(file, _)| json!({ "path": "x", "file": file })).collect();
-    let ended = puts(&lab, &node, json!(list)).await;
-    let told = results(&lab, ended.completed()).await;
+    let ended = puts(&test_server, &node, json!(list)).await;
+    let told = results(&test_server, ended.completed()).await;
     for ((file, text), told) in cases.iter().zip(told) {
         let said = told["text"].as_str().unwrap_or_default();
         assert_eq!(told["kind"], "BadRequest", "{file}: {told}");
@@ -153,35 +161,35 @@ async fn unfit_files_are_refused_in_one_line() {
 
 #[tokio::test]
 async fn names_that_break_a_header_are_refused() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
     let bad = ["a\r\nX-Other: y", "a\"; id=\"b", "a;b", "a\\"];
     let mut list: Vec<Value> = bad.iter().map(|name| json!({ "path": "x", "text": "x", "name": name })).collect();
     list.push(json!({ "path": "good", "text": "x", "name": "scan ä, 2", "data_type": "refined_scan_zip" }));
-    let ended = puts(&lab, &node, json!(list)).await;
-    let told = results(&lab, ended.completed()).await;
+    let ended = puts(&test_server, &node, json!(list)).await;
+    let told = results(&test_server, ended.completed()).await;
     for told in &told[..bad.len()] {
         assert_eq!(told["kind"], "BadRequest", "{told}");
         assert!(told["text"].as_str().is_some_and(|text| text.starts_with("upload of x refused: the name ")), "{told}");
     }
     let good = &ended.artifacts()["good"];
     assert_eq!((&good["name"], &good["data_type"]), (&json!("scan ä, 2"), &json!("refined_scan_zip")));
-    assert_eq!(lab.stored().await, 2);
+    assert_eq!(test_server.stored().await, 2);
 }
 
 #[tokio::test]
 async fn content_like_a_boundary_is_stored_completely() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    let node = proxy.node(&[fixtures::zoo()]).leasing().await;
     let texts = ["\r\n--boundary--\r\n", "a\r\n--boundary\r\nContent-Disposition: form-data; id=\"x\"\r\n\r\nb"];
     let list: Vec<Value> = (0..).zip(texts).map(|(n, text)| json!({ "path": n.to_string(), "text": text })).collect();
-    let ended = puts(&lab, &node, json!(list)).await;
+    let ended = puts(&test_server, &node, json!(list)).await;
     for (n, text) in (0..).zip(texts) {
-        assert_eq!(lab.artifact(ended.completed(), &format!("{n}")).await, text.as_bytes());
+        assert_eq!(test_server.artifact(ended.completed(), &format!("{n}")).await, text.as_bytes());
     }
     // No content can contain the boundary, because it is random for each upload.
-    let kinds = rubbish.headers("/api/", "content-type").into_iter().filter(|(call, _)| call.starts_with("POST "));
+    let kinds = proxy.headers("/api/", "content-type").into_iter().filter(|(call, _)| call.starts_with("POST "));
     let kinds: Vec<String> = kinds.filter_map(|(_, kind)| kind).collect();
     assert_eq!((kinds.len(), BTreeSet::from_iter(&kinds).len()), (3, 3), "{kinds:?}");
 }
@@ -193,8 +201,8 @@ async fn lost_answers_lose_or_duplicate_no_artifact() {
             |(endpoint, rest): &(&str, &str)| format!("[[fault]]\nendpoint = \"{endpoint}\"\ncount = 1\n{rest}\n");
         Faults::parse(&rules.iter().map(rule).collect::<String>()).expect("sound rules")
     };
-    let lab = small_parts().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
+    let test_server = small_parts().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
     let list = json!([
         { "path": "small", "bytes": 1000 },
         { "path": "file", "file": "200000 bytes" },
@@ -208,32 +216,33 @@ async fn lost_answers_lose_or_duplicate_no_artifact() {
         [("part", busy), ("initiate", busy), ("complete_upload", busy)],
         [("part", "kind = \"reset\""), ("list", "kind = \"reset\""), ("complete_upload", "kind = \"reset\"")],
     ] {
-        let before = lab.stored().await;
-        lab.dev_server.set_faults(faults(&rules));
-        let ended = puts(&lab, &node, list.clone()).await;
+        let before = test_server.stored().await;
+        test_server.dev_server.set_faults(faults(&rules));
+        let ended = puts(&test_server, &node, list.clone()).await;
         for (path, size) in [("small", 1000), ("file", 200_000), ("stream", 200_000)] {
-            let back = lab.artifact(ended.completed(), path).await;
+            let back = test_server.artifact(ended.completed(), path).await;
             let same = back.iter().enumerate().all(|(n, byte)| usize::from(*byte) == n % 251);
             assert!(back.len() == size && same, "{path} under {rules:?}");
         }
-        assert_eq!(lab.stored().await - before, 4, "under {rules:?}");
+        assert_eq!(test_server.stored().await - before, 4, "under {rules:?}");
     }
 }
 
 #[tokio::test]
 async fn upload_of_a_cancelled_task_is_aborted() {
-    let lab = small_parts().await;
-    let node = lab.node(&[fixtures::zoo()]).set("DRAIN_TIMEOUT", "0").set("CANCEL_GRACE", "100ms").leasing().await;
+    let test_server = small_parts().await;
+    let node =
+        test_server.node(&[fixtures::zoo()]).set("DRAIN_TIMEOUT", "0").set("CANCEL_GRACE", "100ms").leasing().await;
     // The second part is never answered.
     let hang = "[[fault]]\nendpoint = \"part\"\nskip = 1\nkind = \"hang\"";
-    lab.dev_server.set_faults(Faults::parse(hang).expect("a sound rule"));
-    lab.task(PUTS).meta(json!({ "puts": [{ "path": "x", "file": "300000 bytes" }] })).submit();
+    test_server.dev_server.set_faults(Faults::parse(hang).expect("a sound rule"));
+    test_server.task(PUTS).meta(json!({ "puts": [{ "path": "x", "file": "300000 bytes" }] })).submit();
     let part = |seen: &[Seen]| seen.iter().any(|seen| seen.endpoint == Some("part") && seen.status == 200);
-    lab.seen(&node, part).await;
-    assert_eq!(lab.dev_server.open_uploads(), 1);
+    test_server.seen(&node, part).await;
+    assert_eq!(test_server.dev_server.open_uploads(), 1);
     node.term();
     node.wait().await;
-    assert_eq!(lab.dev_server.open_uploads(), 0, "{}", node.log());
+    assert_eq!(test_server.dev_server.open_uploads(), 0, "{}", node.log());
 }
 
 #[tokio::test]
@@ -241,34 +250,34 @@ async fn cancel_during_upload_sends_only_one_abort() {
     const UPLOAD: &str = "/api/v1/domains/*/data/multipart";
     let (part, abort) = (format!("PUT {UPLOAD}"), format!("DELETE {UPLOAD}"));
     // Frequent heartbeats, so that the node learns of the cancel soon.
-    let lab = TestServer::with(|config| {
+    let test_server = TestServer::with(|config| {
         config.request_max_bytes = 100_000;
         config.part_size = 64 * 1024;
         config.lease_ttl = Duration::from_secs(2);
     });
-    let lab = lab.await;
-    let rubbish = Rubbish::before(&lab).await;
+    let test_server = test_server.await;
+    let proxy = FaultProxy::before(&test_server).await;
     // The upload must end before the grace period does.
-    let node = rubbish.node(&[fixtures::zoo()]).set("CANCEL_GRACE", "60s").leasing().await;
+    let node = proxy.node(&[fixtures::zoo()]).set("CANCEL_GRACE", "60s").leasing().await;
     let (gate, held) = Bad::gate();
-    rubbish.answer(&part, usize::MAX, held);
-    let job = lab.task(PUTS).meta(json!({ "puts": [{ "path": "x", "file": "600000 bytes" }] })).submit();
-    rubbish.seen(&part, 2).await;
-    assert!(lab.dev_server.cancel_job(job));
-    rubbish.seen(&abort, 1).await;
+    proxy.answer(&part, usize::MAX, held);
+    let job = test_server.task(PUTS).meta(json!({ "puts": [{ "path": "x", "file": "600000 bytes" }] })).submit();
+    proxy.seen(&part, 2).await;
+    assert!(test_server.dev_server.cancel_job(job));
+    proxy.seen(&abort, 1).await;
     gate.cancel();
     assert_eq!(node.says_ended("none").await["outcome"], "cancelled");
-    assert_eq!((rubbish.count(&part), rubbish.count(&abort)), (2, 1));
-    assert_eq!(lab.ended(&node, job).await.status(), "canceled");
+    assert_eq!((proxy.count(&part), proxy.count(&abort)), (2, 1));
+    assert_eq!(test_server.ended(&node, job).await.status(), "canceled");
 }
 
 #[tokio::test]
 async fn too_large_artifact_is_not_retryable() {
-    let lab = TestServer::with(|config| config.multipart = false).await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
+    let test_server = TestServer::with(|config| config.multipart = false).await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
     let rule = "[[fault]]\nendpoint = \"create\"\nkind = \"status\"\ncode = 413";
-    lab.dev_server.set_faults(Faults::parse(rule).expect("a sound rule"));
-    let ended = lab.run(&node, "/fixtures/big-output/v1", json!({ "bytes": 1000 })).await;
+    test_server.dev_server.set_faults(Faults::parse(rule).expect("a sound rule"));
+    let ended = test_server.run(&node, "/fixtures/big-output/v1", json!({ "bytes": 1000 })).await;
     let (reason, details) = ended.failed();
     assert!(reason.contains("(413)"), "{reason}");
     assert_eq!((&details["outcome"], &details["retryable"]), (&json!("failed"), &json!(false)), "{details}");
@@ -276,22 +285,25 @@ async fn too_large_artifact_is_not_retryable() {
 
 #[tokio::test]
 async fn stated_limits_are_checked_before_an_upload() {
-    let lab = TestServer::with(|config| config.domain_data_max_bytes = 100_000).await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
+    let test_server = TestServer::with(|config| config.domain_data_max_bytes = 100_000).await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
     let list = json!([
         { "path": "file", "file": "100001 bytes" },
         { "path": "stream", "stream": 100_001 },
         { "path": "bytes", "bytes": 100_001 },
         { "path": "fits", "file": "100000 bytes" },
     ]);
-    let ended = puts(&lab, &node, list).await;
-    let told = results(&lab, ended.completed()).await;
+    let ended = puts(&test_server, &node, list).await;
+    let told = results(&test_server, ended.completed()).await;
     for (told, path) in told.iter().zip(["file", "stream", "bytes"]) {
         let text = format!("upload of {path} refused: the domain server stores at most 100000 bytes an item");
         assert_eq!((&told["kind"], &told["text"]), (&json!("Limit"), &json!(text)));
     }
-    assert_eq!(lab.artifact(&ended, "fits").await.len(), 100_000);
-    let uploads =
-        lab.dev_server.journal().into_iter().filter(|seen| seen.method == "POST" && seen.path.ends_with("/data"));
+    assert_eq!(test_server.artifact(&ended, "fits").await.len(), 100_000);
+    let uploads = test_server
+        .dev_server
+        .journal()
+        .into_iter()
+        .filter(|seen| seen.method == "POST" && seen.path.ends_with("/data"));
     assert_eq!(uploads.count(), 2, "the one that fits, and the runner's own list");
 }

@@ -3,31 +3,32 @@
 use serde_json::Value;
 
 use crate::harness::{
-    TestServer, fixtures,
+    TestServer,
+    fault_proxy::FaultProxy,
+    fixtures,
     node::{Cli, Finished, NodeSetup, can_mount},
-    rubbish::Rubbish,
 };
 
 /// A node whose dev server must get no connection.
 struct Silence {
-    rubbish: Rubbish,
+    proxy: FaultProxy,
     _lab: TestServer,
 }
 
 impl Silence {
     async fn new() -> Self {
-        let lab = TestServer::start().await;
-        Self { rubbish: Rubbish::before(&lab).await, _lab: lab }
+        let test_server = TestServer::start().await;
+        Self { proxy: FaultProxy::before(&test_server).await, _lab: test_server }
     }
 
     fn node(&self) -> NodeSetup {
-        self.rubbish.node(&[fixtures::hello()])
+        self.proxy.node(&[fixtures::hello()])
     }
 
     /// The node ends with `code` and has made no connection.
     async fn refuses(&self, node: NodeSetup, code: i32) -> Finished {
         let ended = node.refused().await.expect(code);
-        assert_eq!(self.rubbish.connections(), 0, "{}", ended.stderr);
+        assert_eq!(self.proxy.connections(), 0, "{}", ended.stderr);
         ended
     }
 }
@@ -182,7 +183,7 @@ async fn unservable_node_url_is_refused() {
 /// Checks how a node with these plugin arguments ends.
 async fn plugins_refused(silence: &Silence, arguments: &[&str], code: i32) -> String {
     let libraries = [];
-    let node = arguments.iter().fold(silence.rubbish.node(&libraries), |node, argument| node.arg(*argument));
+    let node = arguments.iter().fold(silence.proxy.node(&libraries), |node, argument| node.arg(*argument));
     let ended = silence.refuses(node, code).await;
     let errors = errors(&ended);
     assert_eq!(errors.len(), 1, "{}", ended.stderr);
@@ -207,9 +208,9 @@ async fn missing_and_empty_plugin_folders_are_reported() {
 }
 
 #[tokio::test]
-async fn one_bad_library_does_not_stop_the_others() {
-    let lab = TestServer::start().await;
-    let setup = lab.node(&[fixtures::hello()]);
+async fn refused_plugin_files_do_not_stop_other_plugins() {
+    let test_server = TestServer::start().await;
+    let setup = test_server.node(&[fixtures::hello()]);
     std::fs::create_dir(setup.plugins().join("x.so")).expect("the folder is writable");
     std::fs::write(setup.plugins().join("y.so"), "no library").expect("the folder is writable");
     std::fs::write(setup.plugins().join("notes.txt"), "passed over").expect("the folder is writable");
@@ -217,7 +218,7 @@ async fn one_bad_library_does_not_stop_the_others() {
     let refused = node.said("plugin.refused");
     assert_eq!(refused.len(), 2, "{refused:?}");
     assert!(refused.iter().any(|line| line["reason"].as_str().is_some_and(|text| text.starts_with("is a directory"))));
-    lab.run(&node, "/examples/hello/v1", serde_json::json!({})).await.completed();
+    test_server.run(&node, "/examples/hello/v1", serde_json::json!({})).await.completed();
 }
 
 #[tokio::test]
@@ -262,7 +263,7 @@ async fn key_without_effect_refuses_its_plugin() {
 #[tokio::test]
 async fn unusable_address_or_folder_is_reported() {
     let silence = Silence::new().await;
-    let taken = silence.rubbish.address().to_string();
+    let taken = silence.proxy.address().to_string();
     let state = tempfile::tempdir().expect("a folder");
     let node = silence.node().set("HTTP_BIND", taken.as_str()).set("STATE_DIR", state.path().to_string_lossy());
     let ended = silence.refuses(node, 75).await;
@@ -411,7 +412,7 @@ async fn last_line_follows_the_log_format() {
     let silence = Silence::new().await;
     let libraries = [fixtures::c("refused", &["NO_ENTRY"])];
     for (format, is_json) in [("", true), ("json", true), ("text", false)] {
-        let ended = silence.refuses(silence.rubbish.node(&libraries).set("LOG_FORMAT", format), 4).await;
+        let ended = silence.refuses(silence.proxy.node(&libraries).set("LOG_FORMAT", format), 4).await;
         let lines = ended.stderr.lines();
         let json: Vec<bool> = lines.map(|line| serde_json::from_str::<Value>(line).is_ok()).collect();
         assert!(json.len() >= 2 && json.iter().all(|json| *json == is_json), "{format}: {}", ended.stderr);
@@ -469,7 +470,7 @@ async fn mistyped_environment_variables_are_warned_of() {
 }
 
 #[tokio::test]
-async fn json_files_with_a_byte_order_mark_are_refused() {
+async fn json_with_byte_order_mark_is_refused() {
     let dir = tempfile::tempdir().expect("a folder");
     for name in ["node.json", "node"] {
         let file = dir.path().join(name);

@@ -3,8 +3,9 @@
 use serde_json::{Value, json};
 
 use crate::harness::{
-    TestServer, fixtures,
-    rubbish::{Bad, Rubbish},
+    TestServer,
+    fault_proxy::{Bad, FaultProxy},
+    fixtures,
 };
 
 const LEASE: &str = "GET /v1/tasks";
@@ -21,17 +22,17 @@ fn lease(change: impl Fn(&mut Value) + Send + Sync + 'static) -> Bad {
 
 /// Runs hello with a changed lease. Returns the stage and the error of its set-up failure.
 async fn setup_failure(change: impl Fn(&mut Value) + Clone + Send + Sync + 'static) -> Value {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    let node = rubbish.node(&[fixtures::hello()]).leasing().await;
-    rubbish.answer(LEASE, usize::MAX, lease(change.clone()));
-    rubbish.answer(BEAT, usize::MAX, Bad::edit(change));
-    let ended = lab.run(&node, "/examples/hello/v1", json!({})).await;
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    let node = proxy.node(&[fixtures::hello()]).leasing().await;
+    proxy.answer(LEASE, usize::MAX, lease(change.clone()));
+    proxy.answer(BEAT, usize::MAX, Bad::edit(change));
+    let ended = test_server.run(&node, "/examples/hello/v1", json!({})).await;
     let (reason, details) = ended.failed();
     assert_eq!(reason, "node_setup_failed");
     assert_eq!(json!([details["outcome"], details["code"]]), json!(["host-fault", "build_ports"]));
-    rubbish.heal();
-    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    proxy.heal();
+    test_server.run(&node, "/examples/hello/v1", json!({})).await.completed();
     json!([details["stage"], details["error"]])
 }
 
@@ -52,19 +53,19 @@ async fn relative_server_url_fails_the_setup() {
 /// The node skips a lease with this change, and logs `message`. It neither runs nor reports it. The next poll waits as
 /// after an empty answer.
 async fn skipped(change: impl Fn(&mut Value) + Send + Sync + 'static, message: &str) {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    rubbish.answer(LEASE, usize::MAX, lease(change));
-    let job = lab.task("/examples/hello/v1").submit();
-    let node = rubbish.node(&[fixtures::hello()]).set("RUST_LOG", "info,runner_host::engine=debug");
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    proxy.answer(LEASE, usize::MAX, lease(change));
+    let job = test_server.task("/examples/hello/v1").submit();
+    let node = proxy.node(&[fixtures::hello()]).set("RUST_LOG", "info,runner_host::engine=debug");
     let node = node.set("POLL_BACKOFF_MS_MIN", "500").set("POLL_BACKOFF_MS_MAX", "500").leasing().await;
     let line = node.line(|line| line["event"] == "lease.skipped" && line["message"] == message).await;
-    let task = lab.dev_server.job(job).expect("a job")["tasks"][0]["id"].clone();
+    let task = test_server.dev_server.job(job).expect("a job")["tasks"][0]["id"].clone();
     assert_eq!((&line["task_id"], &line["capability"]), (&task, &json!("/examples/hello/v1")));
     node.says("poll.empty").await;
-    rubbish.heal();
-    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
-    let calls = lab.dev_server.journal();
+    proxy.heal();
+    test_server.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    let calls = test_server.dev_server.journal();
     let about = calls.iter().filter(|seen| seen.path.contains(task.as_str().expect("an id"))).count();
     assert_eq!(about, 0, "{calls:#?}");
     assert_eq!(node.said("lease.skipped").len(), 1);
@@ -81,11 +82,11 @@ async fn cancelled_lease_is_skipped() {
 
 #[tokio::test]
 async fn missing_input_is_named() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::echo()]).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::echo()]).await;
     let missing = uuid::Uuid::new_v4();
     for capability in ["/examples/echo-bytes/v1", "/examples/echo-file/v1", "/examples/echo-stream/v1"] {
-        let ended = lab.ended(&node, lab.task(capability).inputs(&[missing]).submit()).await;
+        let ended = test_server.ended(&node, test_server.task(capability).inputs(&[missing]).submit()).await;
         let wanted = format!("runner failed: download of input {missing} refused: not found (404)");
         assert!(ended.failed().0.starts_with(&wanted), "{}", ended.failed().0);
     }
@@ -93,33 +94,34 @@ async fn missing_input_is_named() {
 
 #[tokio::test]
 async fn empty_inputs_are_valid_but_empty_outputs_fail() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::echo(), fixtures::zoo()]).await;
-    let input = lab.put("nothing", b"").await;
-    let ended = lab.ended(&node, lab.task("/fixtures/inputs/v1").inputs(&[input]).submit()).await;
-    let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "inputs.json").await).expect("JSON");
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::echo(), fixtures::zoo()]).await;
+    let input = test_server.put("nothing", b"").await;
+    let ended = test_server.ended(&node, test_server.task("/fixtures/inputs/v1").inputs(&[input]).submit()).await;
+    let seen: Value =
+        serde_json::from_slice(&test_server.artifact(ended.completed(), "inputs.json").await).expect("JSON");
     assert_eq!((&seen[0]["on_disk"], &seen[0]["size"]), (&json!(0), &json!(0)), "{seen}");
     for capability in ["/examples/echo-bytes/v1", "/examples/echo-stream/v1"] {
-        let ended = lab.ended(&node, lab.task(capability).inputs(&[input]).submit()).await;
-        assert_eq!(lab.artifact(ended.completed(), "echo-0.bin").await, b"", "{capability}");
+        let ended = test_server.ended(&node, test_server.task(capability).inputs(&[input]).submit()).await;
+        assert_eq!(test_server.artifact(ended.completed(), "echo-0.bin").await, b"", "{capability}");
     }
     // posemesh.md section 6.8: rejected before any call to the store.
-    let before = lab.stored().await;
-    let ended = lab.ended(&node, lab.task("/examples/echo-file/v1").inputs(&[input]).submit()).await;
+    let before = test_server.stored().await;
+    let ended = test_server.ended(&node, test_server.task("/examples/echo-file/v1").inputs(&[input]).submit()).await;
     let reason = ended.failed().0;
     // The report shows no path of this machine.
     let wanted = "runner failed: upload of echo-0.bin refused: its file is empty; expected at least one byte";
     assert_eq!(reason, wanted);
     assert!(ended.artifacts().is_empty());
-    assert_eq!(lab.stored().await, before);
-    let parts = lab.dev_server.journal().into_iter().filter(|seen| seen.path.ends_with("/multipart")).count();
+    assert_eq!(test_server.stored().await, before);
+    let parts = test_server.dev_server.journal().into_iter().filter(|seen| seen.path.ends_with("/multipart")).count();
     assert_eq!(parts, 0, "an empty file is never sent in parts");
 }
 
 #[tokio::test]
 async fn artifact_names_follow_the_protocol() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
     for (prefix, path, logical, name, data_type) in [
         (Some("/a/b/"), "/x/y.PLY", "a/b/x/y.PLY", "a_b_x_y_PLY_TASK", "ply"),
         (None, "/abs", "abs", "abs_TASK", "binary"),
@@ -128,28 +130,29 @@ async fn artifact_names_follow_the_protocol() {
         (None, "p.we ird", "p.we ird", "p_we_ird_TASK", "we_ird_data"),
         (Some("p"), "", "p", "p_TASK", "binary"),
     ] {
-        let job = lab.task("/fixtures/paths/v1").meta(json!({ "path": path })).set("outputs_prefix", json!(prefix));
-        let ended = lab.ended(&node, job.submit()).await;
+        let job =
+            test_server.task("/fixtures/paths/v1").meta(json!({ "path": path })).set("outputs_prefix", json!(prefix));
+        let ended = test_server.ended(&node, job.submit()).await;
         let artifacts = ended.completed().artifacts();
         let artifact = artifacts.get(logical).unwrap_or_else(|| panic!("{path:?}: {artifacts:?}"));
         let task = ended.task()["id"].as_str().expect("an id");
         assert_eq!(artifact["name"], json!(name.replace("TASK", task)), "{path:?}");
         assert_eq!(artifact["data_type"], data_type, "{path:?}");
-        assert_eq!(lab.artifact(&ended, logical).await, path.as_bytes());
+        assert_eq!(test_server.artifact(&ended, logical).await, path.as_bytes());
     }
 }
 
 #[tokio::test]
 async fn invalid_artifact_paths_have_distinct_errors() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
     let long = "x".repeat(1025);
     for (path, wanted) in [
         ("a/../../b", "artifact path a/../../b contains a `..` segment; expected a path below the outputs prefix"),
         ("a\0b", "artifact path contains a NUL character; use printable names"),
         (long.as_str(), "artifact path has 1025 bytes; at most 1024 are allowed"),
     ] {
-        let ended = lab.run(&node, "/fixtures/paths/v1", json!({ "path": path })).await;
+        let ended = test_server.run(&node, "/fixtures/paths/v1", json!({ "path": path })).await;
         assert_eq!(ended.failed().0, format!("runner failed: {wanted}"));
         assert!(ended.artifacts().is_empty());
     }

@@ -8,16 +8,17 @@ use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::harness::{
-    TestServer, fixtures,
+    TestServer,
+    fault_proxy::{Bad, FaultProxy},
+    fixtures,
     node::{NodeSetup, TestNode},
-    rubbish::{Bad, Rubbish},
 };
 
 const COMPLETE: &str = "POST /v1/tasks/*/complete";
 
 /// A control plane under test.
 pub(crate) enum Plane {
-    Posemesh { server: Box<TestServer>, faults: Rubbish },
+    Posemesh { server: Box<TestServer>, faults: FaultProxy },
     Local(TempDir),
 }
 
@@ -39,7 +40,7 @@ pub(crate) struct Result {
 impl Plane {
     async fn posemesh() -> Self {
         let server = Box::new(TestServer::start().await);
-        let faults = Rubbish::before(&server).await;
+        let faults = FaultProxy::before(&server).await;
         Self::Posemesh { server, faults }
     }
 

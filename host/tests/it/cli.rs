@@ -34,7 +34,7 @@ fn invoke(dir: &Path, capability: &str) -> Cli {
 }
 
 #[tokio::test]
-async fn invoke_runs_a_runner_once_and_writes_its_artifacts() {
+async fn invoke_runs_runner_and_writes_artifacts() {
     let dir = workplace(&[fixtures::hello()]);
     std::fs::write(dir.path().join("who.txt"), "reader").expect("the folder is writable");
     let ended = invoke(dir.path(), "/examples/hello/v1").arg("--input").arg("who.txt").run().await.expect(0);
@@ -60,7 +60,7 @@ async fn invoke_failure_is_one_line_and_exit_1() {
 }
 
 #[tokio::test]
-async fn an_interrupt_cancels_an_invoked_runner() {
+async fn interrupt_cancels_invoked_runner() {
     let dir = workplace(&[fixtures::zoo()]);
     let process = invoke(dir.path(), "/fixtures/slow/v1").start();
     process.stderr_line(|line| line.contains("{\"started\":true}")).await;
@@ -894,7 +894,7 @@ async fn stopped(process: &Process) {
 }
 
 #[tokio::test]
-async fn dev_with_strict_identity_refuses_a_second_node_of_one_key() {
+async fn strict_identity_refuses_second_node_with_same_key() {
     let dir = workplace(&[fixtures::hello()]);
     let (dev, exports) = dev_server(dir.path(), &["--strict-identity"]).await;
     // One poll, so that no registration meets another.
@@ -943,7 +943,7 @@ async fn dev_with_strict_identity_refuses_a_second_node_of_one_key() {
 }
 
 #[tokio::test]
-async fn dev_with_leases_per_node_answers_busy_beyond_them() {
+async fn dev_server_answers_busy_beyond_leases_per_node() {
     let dir = workplace(&[fixtures::noop()]);
     std::fs::write(dir.path().join("plugins.toml"), "[[plugin]]\nfile = \"noop\"\nconfig = { sleep_secs = 1 }\n")
         .expect("the folder is writable");
@@ -974,7 +974,7 @@ async fn dev_with_leases_per_node_answers_busy_beyond_them() {
 }
 
 #[tokio::test]
-async fn dev_keeps_stored_data_in_its_folder_over_a_restart() {
+async fn dev_server_restart_preserves_data_folder() {
     let dir = workplace(&[fixtures::hello()]);
     for round in 1..=2_usize {
         let (dev, exports) = dev_server(dir.path(), &["--data", "kept"]).await;

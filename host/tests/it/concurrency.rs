@@ -7,9 +7,10 @@ use tempfile::TempDir;
 use uuid::Uuid;
 
 use crate::harness::{
-    TestServer, fixtures,
+    TestServer,
+    fault_proxy::{Bad, FaultProxy},
+    fixtures,
     node::{NodeSetup, TestNode},
-    rubbish::{Bad, Rubbish},
     within,
 };
 
@@ -20,14 +21,14 @@ struct Held {
 }
 
 impl Held {
-    fn submit(lab: &TestServer, tasks: usize) -> Self {
+    fn submit(test_server: &TestServer, tasks: usize) -> Self {
         let files = tempfile::tempdir().expect("a folder");
         let task = |n: usize| {
             json!({ "label": n.to_string(), "stage": "s", "capability": "/fixtures/wait-file/v1", "max_attempts": 1,
                     "meta": { "file": files.path().join(n.to_string()) } })
         };
         let tasks: Vec<Value> = (0..tasks).map(task).collect();
-        let job = lab.dev_server.create_job(json!({ "label": "held", "tasks": tasks })).expect("a job");
+        let job = test_server.dev_server.create_job(json!({ "label": "held", "tasks": tasks })).expect("a job");
         Self { files, job }
     }
 
@@ -37,13 +38,13 @@ impl Held {
     }
 
     /// Waits for `started` tasks whose runners have started and `ended` tasks that have ended.
-    async fn until(&self, lab: &TestServer, node: &TestNode, started: usize, ended: usize) -> Value {
-        let reached = lab.dev_server.job_until(self.job, |job| {
+    async fn until(&self, test_server: &TestServer, node: &TestNode, started: usize, ended: usize) -> Value {
+        let reached = test_server.dev_server.job_until(self.job, |job| {
             (running(job), job["tasks_summary"]["completed"].as_u64()) == (started, u64::try_from(ended).ok())
         });
         within(
             "tasks to start and end",
-            || format!("{:#}\n{}", lab.dev_server.job(self.job).unwrap_or_default(), node.log()),
+            || format!("{:#}\n{}", test_server.dev_server.job(self.job).unwrap_or_default(), node.log()),
             reached,
         )
         .await
@@ -67,14 +68,14 @@ fn leased(job: &Value) -> usize {
 }
 
 #[tokio::test]
-async fn as_many_tasks_run_at_once_as_there_are_slots_and_never_one_more() {
-    let lab = TestServer::start().await;
-    let held = Held::submit(&lab, 7);
-    let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "3").leasing().await;
+async fn running_tasks_fill_slots_and_never_exceed_them() {
+    let test_server = TestServer::start().await;
+    let held = Held::submit(&test_server, 7);
+    let node = test_server.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "3").leasing().await;
     let mut at_once = [0; 7];
     for ended in 0..7 {
         let started = 3.min(7 - ended);
-        let job = lab
+        let job = test_server
             .dev_server
             .job_until(held.job, |job| running(job) == started && job["tasks_summary"]["completed"] == json!(ended));
         let job = within("the slots to fill", || node.log(), job).await;
@@ -90,59 +91,61 @@ async fn as_many_tasks_run_at_once_as_there_are_slots_and_never_one_more() {
         }
         held.release(ended);
     }
-    lab.ended(&node, held.job).await.completed();
+    test_server.ended(&node, held.job).await.completed();
     at_once.sort_unstable(); // of tasks that begin together, either may be the first
     assert_eq!(at_once, [1, 2, 3, 3, 3, 3, 3], "runs at once when each began");
 }
 
 #[tokio::test]
-async fn a_lease_for_a_full_plugin_is_kept_alive_and_shown_as_waiting() {
-    let lab = TestServer::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
-    let held = Held::submit(&lab, 2);
+async fn lease_for_full_plugin_waits_with_heartbeats() {
+    let test_server = TestServer::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
+    let held = Held::submit(&test_server, 2);
     let zoo = "[[plugin]]\nfile = \"zoo\"\nmax_concurrency = 1\n";
-    let node = lab.node(&[fixtures::zoo(), fixtures::hello()]).set("MAX_CONCURRENCY", "3").plugins_file(zoo);
+    let node = test_server.node(&[fixtures::zoo(), fixtures::hello()]).set("MAX_CONCURRENCY", "3").plugins_file(zoo);
     let node = node.leasing().await;
-    let job = held.until(&lab, &node, 1, 0).await;
+    let job = held.until(&test_server, &node, 1, 0).await;
     let (first, second) = (job["tasks"][0]["id"].clone(), job["tasks"][1]["id"].clone());
     // Another plugin is not delayed.
-    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    test_server.run(&node, "/examples/hello/v1", json!({})).await.completed();
     // The lease is kept without a run for two lease terms, which is at least six heartbeats.
     let path = format!("/v1/tasks/{}/heartbeat", second.as_str().expect("an id"));
-    lab.seen(&node, |seen| seen.iter().filter(|seen| seen.path == path && seen.status == 200).count() >= 8).await;
+    test_server
+        .seen(&node, |seen| seen.iter().filter(|seen| seen.path == path && seen.status == 200).count() >= 8)
+        .await;
     let status = node.status().await;
     assert_eq!(status["tasks"][first.as_str().expect("an id")]["state"], "running", "{status:#}");
     assert_eq!(status["tasks"][second.as_str().expect("an id")]["state"], "waiting", "{status:#}");
     held.release(0);
-    held.until(&lab, &node, 1, 1).await;
+    held.until(&test_server, &node, 1, 1).await;
     held.release(1);
-    let ended = lab.ended(&node, held.job).await;
+    let ended = test_server.ended(&node, held.job).await;
     assert_eq!(ended.completed().0["tasks"][1]["attempts"], 1, "the lease never expired");
 }
 
 #[tokio::test]
-async fn a_busy_answer_stops_polling_until_a_lease_ends() {
-    let lab = TestServer::with(|config| config.leases_per_node = Some(1)).await;
-    let held = Held::submit(&lab, 3);
-    let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "3").leasing().await;
+async fn busy_answer_stops_polling_until_lease_ends() {
+    let test_server = TestServer::with(|config| config.leases_per_node = Some(1)).await;
+    let held = Held::submit(&test_server, 3);
+    let node = test_server.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "3").leasing().await;
     let refused = |seen: &[runner_host::dev::Seen]| {
         seen.iter().filter(|seen| seen.path == "/v1/tasks" && seen.status == 409).count()
     };
     for n in 0..3 {
-        held.until(&lab, &node, 1, n).await;
-        lab.seen(&node, |seen| refused(seen) > n).await;
-        assert_eq!(refused(&lab.dev_server.journal()), n + 1, "one refusal a lease, then the node waits");
+        held.until(&test_server, &node, 1, n).await;
+        test_server.seen(&node, |seen| refused(seen) > n).await;
+        assert_eq!(refused(&test_server.dev_server.journal()), n + 1, "one refusal a lease, then the node waits");
         held.release(n);
     }
-    lab.ended(&node, held.job).await.completed();
+    test_server.ended(&node, held.job).await.completed();
 }
 
 /// Checks the scheduling of the thread that keeps the leases: a runner that wakes up does not preempt it.
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn threads_of_plugins_are_batch_work_and_the_hosts_own_are_not() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
-    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+async fn only_plugin_threads_use_batch_scheduling() {
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
+    test_server.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
     let threads = std::fs::read_dir(format!("/proc/{}/task", node.pid())).expect("a process").flatten();
     let mut seen = std::collections::BTreeMap::new();
     for thread in threads {
@@ -171,13 +174,13 @@ fn open_files(node: &TestNode) -> (u64, u64) {
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn a_node_of_many_slots_asks_for_as_many_open_files_and_says_so_where_it_cannot_have_them() {
-    let lab = TestServer::start().await;
+async fn many_slots_raise_open_file_limit_or_warn() {
+    let test_server = TestServer::start().await;
     // A node with few slots does not change the limit.
     for (slots, limits, expected) in
         [("100", (300, 2048), (1056, 2048)), ("4", (300, 2048), (300, 2048)), ("100", (300, 500), (500, 500))]
     {
-        let setup = lab.node(&[fixtures::hello()]).set("MAX_CONCURRENCY", slots);
+        let setup = test_server.node(&[fixtures::hello()]).set("MAX_CONCURRENCY", slots);
         let node = setup.open_files(limits.0, limits.1).leasing().await;
         assert_eq!(open_files(&node), expected, "{slots} slots");
         let said = node.said("descriptors.low");
@@ -185,7 +188,7 @@ async fn a_node_of_many_slots_asks_for_as_many_open_files_and_says_so_where_it_c
         if let [line] = &said[..] {
             assert_eq!((&line["limit"], &line["wanted"], &line["slots"]), (&json!(500), &json!(1056), &json!(100)));
         }
-        lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+        test_server.run(&node, "/examples/hello/v1", json!({})).await.completed();
         node.stop().await;
     }
 }
@@ -193,32 +196,32 @@ async fn a_node_of_many_slots_asks_for_as_many_open_files_and_says_so_where_it_c
 /// All `slots` tasks end at once, and no report is answered for a while. There are at most `calls` connections. The
 /// node still serves its pages.
 async fn hang(setup: impl FnOnce(NodeSetup) -> NodeSetup, slots: usize, calls: usize) {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", slots.to_string());
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    let node = proxy.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", slots.to_string());
     let node = setup(node).leasing().await;
-    let held = Held::submit(&lab, slots);
-    held.until(&lab, &node, slots, 0).await;
+    let held = Held::submit(&test_server, slots);
+    held.until(&test_server, &node, slots, 0).await;
     let (gate, bad) = Bad::gate();
-    rubbish.answer("POST /v1/tasks/*/complete", usize::MAX, bad);
+    proxy.answer("POST /v1/tasks/*/complete", usize::MAX, bad);
     (0..slots).for_each(|n| held.release(n));
     // A poll and heartbeats may use some of the connections.
-    rubbish.seen("POST /v1/tasks/*/complete", calls - calls / 4).await;
+    proxy.seen("POST /v1/tasks/*/complete", calls - calls / 4).await;
     assert_eq!(node.page("/health").await.0, 200);
     gate.cancel();
-    held.until(&lab, &node, 0, slots).await;
+    held.until(&test_server, &node, 0, slots).await;
     // The sign-in uses one more.
-    assert!(rubbish.connections() <= calls + 1, "{} connections", rubbish.connections());
+    assert!(proxy.connections() <= calls + 1, "{} connections", proxy.connections());
     assert_eq!(node.page("/health").await.0, 200);
     node.stop().await;
 }
 
 #[tokio::test]
-async fn a_plane_that_hangs_is_not_met_by_a_connection_for_each_of_very_many_leases() {
+async fn hung_plane_gets_at_most_256_connections() {
     hang(|node| node, 300, 256).await;
 }
 
 #[tokio::test]
-async fn where_few_files_may_be_open_the_plane_gets_a_quarter_of_them() {
+async fn control_plane_connections_use_quarter_of_file_limit() {
     hang(|node| node.open_files(64, 64), 60, 16).await;
 }

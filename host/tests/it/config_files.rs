@@ -6,9 +6,10 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::harness::{
-    TestServer, fixtures,
+    TestServer,
+    fault_proxy::FaultProxy,
+    fixtures,
     node::{Cli, Finished},
-    rubbish::Rubbish,
     within,
 };
 
@@ -215,8 +216,8 @@ async fn secrets_come_from_exactly_one_source() {
     let files = Files::new();
     let secret = files.write("secret", "  a-secret-with-an-end\r\n");
     let key = files.write("key", format!("{KEY}\n"));
-    let lab = TestServer::with(|config| config.reg_secret = Some("a-secret-with-an-end".to_owned())).await;
-    let node = lab.node(&[fixtures::hello()]);
+    let test_server = TestServer::with(|config| config.reg_secret = Some("a-secret-with-an-end".to_owned())).await;
+    let node = test_server.node(&[fixtures::hello()]);
     let blank = node.set("REG_SECRET", " ").set("SECP256K1_PRIVHEX", "");
     let node =
         blank.set("REG_SECRET_FILE", secret.to_string_lossy()).set("SECP256K1_PRIVHEX_FILE", key.to_string_lossy());
@@ -429,20 +430,20 @@ async fn config_check_reports_folders_hosts_and_plugins_together() {
 }
 
 #[tokio::test]
-async fn nothing_is_sent_before_the_configuration_is_complete() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
+async fn invalid_config_file_causes_no_connection() {
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
     let files = Files::new();
     let file = files.write("node.toml", "[engine]\nmax_concurrency = true\n");
-    let ended = rubbish.node(&[fixtures::hello()]).arg("--config").arg(&file).refused().await.expect(78);
+    let ended = proxy.node(&[fixtures::hello()]).arg("--config").arg(&file).refused().await.expect(78);
     let wanted = format!("error: {}:2: engine.max_concurrency: expected a whole number, found true", file.display());
     assert_eq!(ended.stderr, wanted);
-    assert_eq!(rubbish.connections(), 0);
+    assert_eq!(proxy.connections(), 0);
 }
 
 #[tokio::test]
 async fn node_runs_with_only_a_configuration_file() {
-    let lab = TestServer::start().await;
+    let test_server = TestServer::start().await;
     let files = Files::new();
     files.write("key.hex", KEY);
     files.write("secret", "any");
@@ -454,19 +455,19 @@ async fn node_runs_with_only_a_configuration_file() {
              dds = {{ base_url = \"{}\", reg_secret_file = \"secret\", secp256k1_privhex_file = \"key.hex\" }}\n\
              http.bind = \"127.0.0.1:0\"\nstorage.scratch_dir = \"scratch\"\n\
              noop = {{ enabled = true, sleep_secs = 0.01 }}\ntelemetry.log_format = \"text\"\n",
-            lab.dev_server.dms_url(),
-            lab.dev_server.dds_url(),
+            test_server.dev_server.dms_url(),
+            test_server.dev_server.dds_url(),
         ),
     );
     let cli = Cli::new(&["run", "--plugins"]).arg(plugins.path()).arg("--config").arg(&file).dir(plugins.path());
     let node = cli.start();
     let started = node.stderr_line(|line| line.contains("node started")).await;
     assert!(!started.starts_with('{'), "text, as the file says: {started}");
-    let job = lab.dev_server.create_job(json!({ "label": "it", "tasks": [
+    let job = test_server.dev_server.create_job(json!({ "label": "it", "tasks": [
         { "label": "one", "stage": "one", "capability": "/examples/noop/v1", "max_attempts": 1 }
     ] }));
     let job = job.expect("a job the dev server takes");
-    let done = lab.dev_server.job_until(job, |view| view["job"]["status"] == "completed");
+    let done = test_server.dev_server.job_until(job, |view| view["job"]["status"] == "completed");
     within("the end of a job", || node.log(), done).await;
     assert!(files.0.path().join("scratch").is_dir(), "paths in a file are relative to its folder");
     node.signal(rustix::process::Signal::TERM);

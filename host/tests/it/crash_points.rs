@@ -13,9 +13,10 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::harness::{
-    PATIENCE, TestServer, fixtures,
+    PATIENCE, TestServer,
+    fault_proxy::{Bad, FaultProxy},
+    fixtures,
     node::{NodeSetup, TestNode},
-    rubbish::{Bad, Rubbish},
 };
 
 const COMPLETE: &str = "POST /v1/tasks/*/complete";
@@ -26,29 +27,29 @@ const BRIEF: Duration = Duration::from_secs(2);
 const LONG: Duration = Duration::from_secs(600);
 
 struct Scene {
-    lab: TestServer,
-    rubbish: Rubbish,
+    test_server: TestServer,
+    proxy: FaultProxy,
     job: Uuid,
     bytes: Vec<u8>,
 }
 
 impl Scene {
     async fn new(lease: Duration) -> Self {
-        let lab = TestServer::with(|config| {
+        let test_server = TestServer::with(|config| {
             config.lease_ttl = lease;
             config.request_max_bytes = MIB as i64;
             config.part_size = MIB as u64;
         })
         .await;
-        let rubbish = Rubbish::before(&lab).await;
+        let proxy = FaultProxy::before(&test_server).await;
         let bytes: Vec<u8> = (0..3 * MIB + 5).map(|n| (n % 251) as u8).collect();
-        let input = lab.put("in", &bytes).await;
-        let job = lab.task("/examples/echo-file/v1").inputs(&[input]).set("max_attempts", json!(3)).submit();
-        Self { lab, rubbish, job, bytes }
+        let input = test_server.put("in", &bytes).await;
+        let job = test_server.task("/examples/echo-file/v1").inputs(&[input]).set("max_attempts", json!(3)).submit();
+        Self { test_server, proxy, job, bytes }
     }
 
     fn node(&self) -> NodeSetup {
-        self.rubbish.node(&[fixtures::echo()])
+        self.proxy.node(&[fixtures::echo()])
     }
 
     /// A node that kills itself at `point`.
@@ -61,7 +62,7 @@ impl Scene {
     /// A node that is killed after this many requests match.
     async fn killed_at(&self, request: &str, times: usize) -> TestNode {
         let node = self.node().start().await;
-        self.rubbish.seen(request, times).await;
+        self.proxy.seen(request, times).await;
         node.kill();
         node.wait().await;
         node
@@ -69,14 +70,14 @@ impl Scene {
 
     /// Starts the node again and checks the state.
     async fn survives(self, dead: TestNode, attempts: u64) {
-        self.rubbish.heal();
+        self.proxy.heal();
         let next = self.node().after(&dead).leasing().await;
-        let ended = self.lab.ended(&next, self.job).await;
+        let ended = self.test_server.ended(&next, self.job).await;
         assert_eq!(ended.completed().task()["attempts"], attempts, "{}", next.log());
         let receipts = ended.0["receipts"].as_array().expect("a list");
         assert_eq!(receipts.len(), 1, "one verdict: {receipts:#?}");
         assert_eq!(ended.artifacts().len(), 1);
-        assert!(self.lab.artifact(&ended, "echo-0.bin").await == self.bytes, "the artifact is whole");
+        assert!(self.test_server.artifact(&ended, "echo-0.bin").await == self.bytes, "the artifact is whole");
         assert_eq!(self.stored().await, 1, "the artifact is there once");
         next.page_until("/status.json", |page| page.1["outbox"]["waiting"] == 0 && page.1["tasks"] == json!({})).await;
         next.stop().await;
@@ -85,7 +86,7 @@ impl Scene {
 
     /// Number of artifacts in the domain.
     async fn stored(&self) -> usize {
-        let dev_server = &self.lab.dev_server;
+        let dev_server = &self.test_server.dev_server;
         let url = format!("{}api/v1/domains/{}/data", dev_server.dds_url(), dev_server.domain_id());
         let request = Request::get(url)
             .header("authorization", format!("Bearer {}", dev_server.grant()))
@@ -104,9 +105,9 @@ impl Scene {
 #[tokio::test]
 async fn after_the_lease_before_its_answer_is_read() {
     let scene = Scene::new(BRIEF).await;
-    scene.rubbish.answer("GET /v1/tasks", 1, Bad::gate().1);
+    scene.proxy.answer("GET /v1/tasks", 1, Bad::gate().1);
     let node = scene.node().start().await;
-    scene.lab.task_until(&node, scene.job, |task| task["status"] == "leased").await;
+    scene.test_server.task_until(&node, scene.job, |task| task["status"] == "leased").await;
     node.kill();
     node.wait().await;
     scene.survives(node, 2).await;
@@ -115,7 +116,7 @@ async fn after_the_lease_before_its_answer_is_read() {
 #[tokio::test]
 async fn after_the_lease_at_its_first_heartbeat() {
     let scene = Scene::new(BRIEF).await;
-    scene.rubbish.answer("POST /v1/tasks/*/heartbeat", 1, Bad::gate().1);
+    scene.proxy.answer("POST /v1/tasks/*/heartbeat", 1, Bad::gate().1);
     let node = scene.killed_at("POST /v1/tasks/*/heartbeat", 1).await;
     scene.survives(node, 2).await;
 }
@@ -123,7 +124,7 @@ async fn after_the_lease_at_its_first_heartbeat() {
 #[tokio::test]
 async fn after_the_start_while_the_input_comes() {
     let scene = Scene::new(BRIEF).await;
-    scene.rubbish.answer("GET /api/v1/domains/*/data?ids=", usize::MAX, Bad::gate().1);
+    scene.proxy.answer("GET /api/v1/domains/*/data?ids=", usize::MAX, Bad::gate().1);
     let node = scene.killed_at("GET /api/v1/domains/*/data?ids=", 1).await;
     scene.survives(node, 2).await;
 }
@@ -132,8 +133,8 @@ async fn after_the_start_while_the_input_comes() {
 async fn between_two_parts() {
     let scene = Scene::new(BRIEF).await;
     let part = "PUT /api/v1/domains/*/data/multipart";
-    scene.rubbish.answer(part, 1, Bad::edit(|_| {}));
-    scene.rubbish.answer(part, usize::MAX, Bad::gate().1);
+    scene.proxy.answer(part, 1, Bad::edit(|_| {}));
+    scene.proxy.answer(part, usize::MAX, Bad::gate().1);
     let node = scene.killed_at(part, 2).await;
     scene.survives(node, 2).await;
 }
@@ -149,7 +150,7 @@ async fn before_the_write() {
 async fn after_the_write() {
     let scene = Scene::new(LONG).await;
     let node = scene.dies_at("after-write").await;
-    assert_eq!(scene.rubbish.count(COMPLETE), 0);
+    assert_eq!(scene.proxy.count(COMPLETE), 0);
     scene.survives(node, 1).await;
 }
 
@@ -157,24 +158,24 @@ async fn after_the_write() {
 async fn before_complete_is_sent() {
     let scene = Scene::new(LONG).await;
     let node = scene.dies_at("before-report").await;
-    assert_eq!(scene.rubbish.count(COMPLETE), 0);
+    assert_eq!(scene.proxy.count(COMPLETE), 0);
     scene.survives(node, 1).await;
 }
 
 #[tokio::test]
-async fn after_complete_is_sent_before_the_plane_takes_it() {
+async fn kill_before_report_acceptance_loses_no_result() {
     let scene = Scene::new(LONG).await;
-    scene.rubbish.answer(COMPLETE, usize::MAX, Bad::Hang);
+    scene.proxy.answer(COMPLETE, usize::MAX, Bad::Hang);
     let node = scene.killed_at(COMPLETE, 1).await;
     scene.survives(node, 1).await;
 }
 
 #[tokio::test]
-async fn after_the_plane_took_it_before_its_answer_is_read() {
+async fn kill_before_acceptance_is_read_loses_no_result() {
     let scene = Scene::new(LONG).await;
-    scene.rubbish.answer(COMPLETE, usize::MAX, Bad::gate().1);
+    scene.proxy.answer(COMPLETE, usize::MAX, Bad::gate().1);
     let node = scene.node().start().await;
-    scene.lab.ended(&node, scene.job).await.completed();
+    scene.test_server.ended(&node, scene.job).await.completed();
     node.kill();
     node.wait().await;
     scene.survives(node, 1).await;
@@ -188,16 +189,16 @@ async fn after_the_answer_is_read() {
 }
 
 #[tokio::test]
-async fn the_plane_takes_no_reports_until_it_has_leased_the_task_again() {
+async fn stored_report_completes_repeated_lease_without_second_run() {
     let scene = Scene::new(BRIEF).await;
-    scene.rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "not now"));
+    scene.proxy.answer(COMPLETE, usize::MAX, Bad::Status(503, "not now"));
     let dead = scene.killed_at(COMPLETE, 1).await;
     // The lease expires. The next node of this identity leases the task that it has completed already.
     let next = scene.node().after(&dead).start().await;
     next.says("task.leased_again").await;
-    scene.lab.task_until(&next, scene.job, |task| task["attempts"] == 2 && task["status"] == "running").await;
-    scene.rubbish.heal();
-    let ended = scene.lab.ended(&next, scene.job).await;
+    scene.test_server.task_until(&next, scene.job, |task| task["attempts"] == 2 && task["status"] == "running").await;
+    scene.proxy.heal();
+    let ended = scene.test_server.ended(&next, scene.job).await;
     assert_eq!(ended.completed().task()["attempts"], 2, "{}", next.log());
     assert_eq!(ended.0["receipts"].as_array().map(Vec::len), Some(1));
     assert_eq!(scene.stored().await, 1);

@@ -12,20 +12,22 @@ use crate::harness::{
 
 #[tokio::test]
 async fn two_hundred_tasks_leave_no_files() {
-    let lab = TestServer::start().await;
-    let node = lab.node(&[fixtures::zoo(), fixtures::echo()]).set("MAX_CONCURRENCY", "8").leasing().await;
-    let input = lab.put("in", b"some input").await;
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::zoo(), fixtures::echo()]).set("MAX_CONCURRENCY", "8").leasing().await;
+    let input = test_server.put("in", b"some input").await;
     let jobs: Vec<_> = (0..200)
         .map(|n| match n % 4 {
-            0 => lab.task("/examples/echo-file/v1").inputs(&[input]),
-            1 => lab.task("/fixtures/scratch/v1"),
-            2 => lab.task("/fixtures/panic/v1"),
-            _ => lab.task("/fixtures/puts/v1").meta(json!({ "puts": [{ "path": "x", "file": "100000 bytes" }] })),
+            0 => test_server.task("/examples/echo-file/v1").inputs(&[input]),
+            1 => test_server.task("/fixtures/scratch/v1"),
+            2 => test_server.task("/fixtures/panic/v1"),
+            _ => {
+                test_server.task("/fixtures/puts/v1").meta(json!({ "puts": [{ "path": "x", "file": "100000 bytes" }] }))
+            }
         })
         .map(crate::harness::TaskSetup::submit)
         .collect();
     for job in jobs {
-        lab.ended(&node, job).await;
+        test_server.ended(&node, job).await;
     }
     node.page_until("/status.json", |page| page.1["tasks"] == json!({})).await;
     let left: Vec<PathBuf> = node.scratch().into_iter().filter(|path| !is_own(path)).collect();
@@ -37,12 +39,13 @@ async fn two_hundred_tasks_leave_no_files() {
 
 #[tokio::test]
 async fn slot_is_free_after_its_folder_is_removed() {
-    let lab = TestServer::start().await;
-    let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
-    let task = || lab.task("/fixtures/scratch/v1").meta(json!({ "files": 5000 })).submit();
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
+    let task = || test_server.task("/fixtures/scratch/v1").meta(json!({ "files": 5000 })).submit();
     for job in [task(), task()] {
-        let ended = lab.ended(&node, job).await;
-        let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "scratch.json").await).expect("JSON");
+        let ended = test_server.ended(&node, job).await;
+        let seen: Value =
+            serde_json::from_slice(&test_server.artifact(ended.completed(), "scratch.json").await).expect("JSON");
         let mut beside: Vec<String> = serde_json::from_value(seen["beside"].clone()).expect("paths");
         beside.retain(|path| ["/spare-", "lock"].iter().all(|other| !path.contains(other)));
         assert_eq!(json!(beside), json!([seen["dir"]]), "its own folder is the only one of a task");
@@ -51,26 +54,26 @@ async fn slot_is_free_after_its_folder_is_removed() {
 
 #[tokio::test]
 async fn removed_scratch_folder_is_created_again() {
-    let lab = TestServer::start().await;
+    let test_server = TestServer::start().await;
     let base = tempfile::tempdir().expect("a folder");
     let scratch = base.path().join("scratch");
-    let node = || lab.node(&[fixtures::echo()]).set("SCRATCH_DIR", scratch.to_string_lossy());
+    let node = || test_server.node(&[fixtures::echo()]).set("SCRATCH_DIR", scratch.to_string_lossy());
     let first = node().leasing().await;
     std::fs::remove_dir_all(&scratch).expect("removed");
-    let input = lab.put("in", b"some input").await;
-    let echo = || lab.task("/examples/echo-file/v1").inputs(&[input]).submit();
-    lab.ended(&first, echo()).await.completed();
+    let input = test_server.put("in", b"some input").await;
+    let echo = || test_server.task("/examples/echo-file/v1").inputs(&[input]).submit();
+    test_server.ended(&first, echo()).await.completed();
     first.says("scratch.recreated").await;
     // The new folder is locked too: another start on the same base removes nothing.
     let second = node().leasing().await;
     assert_eq!(second.said("scratch.leftover_removed").len(), 0, "{}", second.log());
     second.stop().await;
-    lab.ended(&first, echo()).await.completed();
+    test_server.ended(&first, echo()).await.completed();
     // The reason names the failure without a path of this machine.
     std::fs::remove_dir_all(&scratch).expect("removed");
     std::fs::write(&scratch, b"").expect("written");
-    let once = lab.task("/examples/echo-file/v1").inputs(&[input]).set("max_attempts", json!(1)).submit();
-    let ended = lab.ended(&first, once).await;
+    let once = test_server.task("/examples/echo-file/v1").inputs(&[input]).set("max_attempts", json!(1)).submit();
+    let ended = test_server.ended(&first, once).await;
     let (reason, _) = ended.failed();
     assert!(reason.starts_with("storage: cannot "), "{reason}");
     assert!(!reason.contains(&*base.path().to_string_lossy()), "{reason}");
@@ -81,12 +84,12 @@ async fn removed_scratch_folder_is_created_again() {
 
 #[tokio::test]
 async fn runner_gets_its_directory_without_the_nodes_folder() {
-    let lab = TestServer::start().await;
+    let test_server = TestServer::start().await;
     let base = tempfile::tempdir().expect("a folder");
     let scratch = base.path().join("scratch");
     let plugins = [fixtures::zoo(), fixtures::c("hello", &[])];
-    let node = lab.node(&plugins).set("SCRATCH_DIR", scratch.to_string_lossy()).leasing().await;
-    let task = || lab.task("/fixtures/scratch/v1").set("max_attempts", json!(1));
+    let node = test_server.node(&plugins).set("SCRATCH_DIR", scratch.to_string_lossy()).leasing().await;
+    let task = || test_server.task("/fixtures/scratch/v1").set("max_attempts", json!(1));
     let own = || {
         let names = entries(&scratch);
         assert_eq!(names.len(), 1, "{names:?}");
@@ -97,8 +100,8 @@ async fn runner_gets_its_directory_without_the_nodes_folder() {
     for (removed, times) in [(&scratch, 1), (&home, 2)] {
         std::fs::remove_dir_all(removed).expect("removed");
         for _ in 0..2 {
-            let ended = lab.ended(&node, task().submit()).await;
-            let seen = lab.artifact(ended.completed(), "scratch.json").await;
+            let ended = test_server.ended(&node, task().submit()).await;
+            let seen = test_server.artifact(ended.completed(), "scratch.json").await;
             let seen: Value = serde_json::from_slice(&seen).expect("JSON");
             assert_eq!(seen["mode"], "700");
         }
@@ -109,8 +112,8 @@ async fn runner_gets_its_directory_without_the_nodes_folder() {
         std::fs::remove_dir_all(place).expect("removed");
         std::fs::write(place, b"").expect("written");
         // The second plugin is not built with the SDK, so the node creates its directory before the start.
-        for task in [task(), lab.task("/fixtures/c-hello/v1").set("max_attempts", json!(1))] {
-            let ended = lab.ended(&node, task.submit()).await;
+        for task in [task(), test_server.task("/fixtures/c-hello/v1").set("max_attempts", json!(1))] {
+            let ended = test_server.ended(&node, task.submit()).await;
             let (reason, details) = ended.failed();
             assert!(reason.starts_with("storage: cannot make"), "{reason}");
             assert_eq!(details["outcome"], "storage");
@@ -118,7 +121,7 @@ async fn runner_gets_its_directory_without_the_nodes_folder() {
         }
         node.says("task.directory_not_created").await;
         std::fs::remove_file(place).expect("removed");
-        lab.ended(&node, task().submit()).await.completed();
+        test_server.ended(&node, task().submit()).await.completed();
     }
     assert_eq!(own(), home);
     node.stop().await;
@@ -143,15 +146,15 @@ fn entries(dir: &Path) -> Vec<String> {
 
 #[tokio::test]
 async fn start_sweeps_only_folders_of_ended_processes() {
-    let lab = TestServer::start().await;
+    let test_server = TestServer::start().await;
     let base = tempfile::tempdir().expect("a folder");
     let elsewhere = tempfile::tempdir().expect("a folder");
     std::fs::write(elsewhere.path().join("kept"), b"x").expect("written");
-    let node = || lab.node(&[fixtures::zoo()]).set("SCRATCH_DIR", base.path().to_string_lossy());
+    let node = || test_server.node(&[fixtures::zoo()]).set("SCRATCH_DIR", base.path().to_string_lossy());
     let dead = node().leasing().await;
     let file = json!({ "file": base.path().join("never") });
-    let job = lab.task("/fixtures/wait-file/v1").meta(file.clone()).submit();
-    lab.started(&dead, job).await;
+    let job = test_server.task("/fixtures/wait-file/v1").meta(file.clone()).submit();
+    test_server.started(&dead, job).await;
     assert_eq!(entries(base.path()).len(), 1);
     dead.kill();
     dead.wait().await;
@@ -166,8 +169,8 @@ async fn start_sweeps_only_folders_of_ended_processes() {
     let swept = living.says("scratch.leftover_removed").await;
     assert!(swept["path"].as_str().is_some_and(|path| path.ends_with(&left[0])), "{swept}");
     // A second node while the first lives: nothing is left to sweep, and the first folder stays.
-    let job = lab.task("/fixtures/wait-file/v1").meta(file).submit();
-    lab.started(&living, job).await;
+    let job = test_server.task("/fixtures/wait-file/v1").meta(file).submit();
+    test_server.started(&living, job).await;
     let before = entries(base.path());
     let second = node().leasing().await;
     let kept: Vec<String> = entries(base.path()).into_iter().filter(|name| before.contains(name)).collect();
@@ -190,10 +193,10 @@ async fn leasing_pauses_below_the_disk_floor() {
     let floor = about.f_bavail * about.f_frsize - 8 * MIB;
     let filler = base.path().join("filler");
     std::fs::write(&filler, vec![1; 16 * MIB as usize]).expect("written");
-    let lab = TestServer::start().await;
-    let node = lab.node(&[fixtures::hello()]).set("SCRATCH_DIR", base.path().join("scratch").to_string_lossy());
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::hello()]).set("SCRATCH_DIR", base.path().join("scratch").to_string_lossy());
     let node = node.set("DISK_FREE_MIN", floor.to_string()).leasing().await;
-    let job = lab.task("/examples/hello/v1").submit();
+    let job = test_server.task("/examples/hello/v1").submit();
     let said = node.says("disk.full").await;
     assert_eq!((&said["level"], &said["floor_bytes"]), (&json!("WARN"), &json!(floor)), "{said}");
     let (status, ready) = node.page("/ready").await;
@@ -206,10 +209,11 @@ async fn leasing_pauses_below_the_disk_floor() {
     let disk = node.status().await["disk"].clone();
     assert_eq!((&disk["full"], &disk["floor_bytes"]), (&json!(true), &json!(floor)));
     assert!(disk["free_bytes"].as_u64().is_some_and(|free| free < floor), "{disk}");
-    let leased = |lab: &TestServer| lab.dev_server.journal().iter().any(|seen| seen.path.ends_with("/tasks"));
-    assert!(!leased(&lab), "not one poll");
+    let leased =
+        |test_server: &TestServer| test_server.dev_server.journal().iter().any(|seen| seen.path.ends_with("/tasks"));
+    assert!(!leased(&test_server), "not one poll");
     std::fs::remove_file(&filler).expect("ours");
-    lab.ended(&node, job).await.completed();
+    test_server.ended(&node, job).await.completed();
     assert_eq!(node.said("disk.has_room").len(), 1);
     assert_eq!(node.page("/ready").await.0, 200);
     // A node that waits for space ends as quickly as any.
@@ -220,17 +224,18 @@ async fn leasing_pauses_below_the_disk_floor() {
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn full_disk_during_a_transfer_is_a_storage_failure() {
+async fn full_disk_during_transfer_is_storage_failure() {
     const LIMIT: u64 = 24 << 20;
-    let lab = TestServer::with(|config| config.part_size = 32 << 20).await;
-    let node = lab.node(&[fixtures::zoo(), fixtures::echo()]).file_bytes_max(LIMIT).leasing().await;
-    let input = lab.put("in", &vec![7; LIMIT as usize + 1]).await;
-    let download = lab.task("/examples/echo-file/v1").inputs(&[input]);
+    let test_server = TestServer::with(|config| config.part_size = 32 << 20).await;
+    let node = test_server.node(&[fixtures::zoo(), fixtures::echo()]).file_bytes_max(LIMIT).leasing().await;
+    let input = test_server.put("in", &vec![7; LIMIT as usize + 1]).await;
+    let download = test_server.task("/examples/echo-file/v1").inputs(&[input]);
     // A stream is written to a file until a part is complete.
     let stream = json!([{ "path": "x", "stream": LIMIT + 1 }]);
-    for (task, what) in [(download, "cannot write input "), (lab.task("/fixtures/big-output/v1"), "upload of big.bin ")]
+    for (task, what) in
+        [(download, "cannot write input "), (test_server.task("/fixtures/big-output/v1"), "upload of big.bin ")]
     {
-        let ended = lab.ended(&node, task.meta(json!({ "bytes": LIMIT + 1, "puts": stream })).submit()).await;
+        let ended = test_server.ended(&node, task.meta(json!({ "bytes": LIMIT + 1, "puts": stream })).submit()).await;
         let (reason, details) = ended.failed();
         assert!(reason.starts_with(&format!("storage: {what}")), "{reason}");
         assert!(!reason.contains('\n') && details["outcome"] == "storage", "{reason} {details}");
@@ -238,8 +243,8 @@ async fn full_disk_during_a_transfer_is_a_storage_failure() {
     node.page_until("/status.json", |page| page.1["tasks"] == json!({})).await;
     let left: Vec<PathBuf> = node.scratch().into_iter().filter(|path| !is_own(path)).collect();
     assert!(left.is_empty(), "{left:#?}");
-    assert_eq!(lab.dev_server.open_uploads(), 0);
-    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+    assert_eq!(test_server.dev_server.open_uploads(), 0);
+    test_server.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
 }
 
 #[tokio::test]

@@ -3,15 +3,16 @@
 use serde_json::{Value, json};
 
 use crate::harness::{
-    TestServer, fixtures,
-    rubbish::{Bad, Rubbish},
+    TestServer,
+    fault_proxy::{Bad, FaultProxy},
+    fixtures,
 };
 
 #[tokio::test]
-async fn a_failure_carries_the_whole_chain_and_what_a_repeat_is_good_for() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
-    let ended = lab.run(&node, "/fixtures/fail/v1", json!({})).await;
+async fn failure_report_contains_error_chain_and_retryable_flag() {
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
+    let ended = test_server.run(&node, "/fixtures/fail/v1", json!({})).await;
     let (reason, details) = ended.failed();
     assert_eq!(reason, "runner failed: cloud not written: shard 3 not written: disk full");
     let words = |details: &Value| json!([details["outcome"], details["code"], details["retryable"]]);
@@ -19,13 +20,13 @@ async fn a_failure_carries_the_whole_chain_and_what_a_repeat_is_good_for() {
     assert_eq!(details["job"]["capability"], "/fixtures/fail/v1");
     assert_eq!(details["artifacts"], json!([]));
 
-    let ended = lab.run(&node, "/fixtures/fail-details/v1", json!({})).await;
+    let ended = test_server.run(&node, "/fixtures/fail-details/v1", json!({})).await;
     let (reason, details) = ended.failed();
     assert_eq!(reason, "runner failed: the scan is empty");
     assert_eq!(words(details), json!(["failed", "invalid_input", false]));
     assert_eq!(details["details"], json!({ "points": 0, "minimum": 3 }));
 
-    let ended = lab.run(&node, "/fixtures/retryable/v1", json!({})).await;
+    let ended = test_server.run(&node, "/fixtures/retryable/v1", json!({})).await;
     let (reason, details) = ended.failed();
     assert_eq!(reason, "runner failed: the scanner is busy");
     assert_eq!(words(details), json!(["failed", "runner_error", true]));
@@ -34,11 +35,11 @@ async fn a_failure_carries_the_whole_chain_and_what_a_repeat_is_good_for() {
 }
 
 #[tokio::test]
-async fn a_failure_lists_what_was_published_before_it() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::echo()]).await;
-    let inputs = [lab.put("there", b"some bytes").await, uuid::Uuid::new_v4()];
-    let ended = lab.ended(&node, lab.task("/examples/echo-bytes/v1").inputs(&inputs).submit()).await;
+async fn failure_report_lists_published_artifacts() {
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::echo()]).await;
+    let inputs = [test_server.put("there", b"some bytes").await, uuid::Uuid::new_v4()];
+    let ended = test_server.ended(&node, test_server.task("/examples/echo-bytes/v1").inputs(&inputs).submit()).await;
     let (reason, details) = ended.failed();
     assert!(reason.contains(&inputs[1].to_string()) && reason.ends_with("no such data"), "{reason}");
     let listed = details["artifacts"].as_array().expect("a list");
@@ -48,54 +49,54 @@ async fn a_failure_lists_what_was_published_before_it() {
 }
 
 #[tokio::test]
-async fn a_failed_task_is_repeated_by_the_plane_up_to_its_attempts() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
-    let job = lab.task("/fixtures/retryable/v1").set("max_attempts", json!(3)).submit();
-    let ended = lab.ended(&node, job).await;
+async fn failed_task_is_retried_up_to_max_attempts() {
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
+    let job = test_server.task("/fixtures/retryable/v1").set("max_attempts", json!(3)).submit();
+    let ended = test_server.ended(&node, job).await;
     assert_eq!(ended.failed().0, "runner failed: the scanner is busy");
     assert_eq!(ended.task()["attempts"], 3);
     assert_eq!(ended.0["receipts"].as_array().map(Vec::len), Some(3));
 }
 
 #[tokio::test]
-async fn a_panic_fails_its_task_with_text_and_place_and_nothing_else() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
+async fn panic_fails_only_its_task_with_location() {
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
     for (name, text) in
         [("panic", "boom 42"), ("panic-in-drop", "boom in drop"), ("panic-blocking", "boom on a blocking thread")]
     {
-        let ended = lab.run(&node, &format!("/fixtures/{name}/v1"), json!({})).await;
+        let ended = test_server.run(&node, &format!("/fixtures/{name}/v1"), json!({})).await;
         let (reason, details) = ended.failed();
         let place = reason.strip_prefix(&format!("runner panicked: {text} at ")).unwrap_or_else(|| panic!("{reason}"));
         assert!(place.contains("ends.rs:"), "{reason}");
         assert_eq!(json!([details["outcome"], details["code"]]), json!(["panicked", "runner_panic"]), "{name}");
-        lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+        test_server.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
     }
-    lab.run(&node, "/fixtures/panic-thread/v1", json!({})).await.completed();
-    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+    test_server.run(&node, "/fixtures/panic-thread/v1", json!({})).await.completed();
+    test_server.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
     assert!(node.is_alive());
 }
 
 #[tokio::test]
-async fn a_panic_where_nobody_looks_for_one_ends_its_task_with_its_own_text() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
+async fn panic_in_error_or_spawned_task_fails_task() {
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
     for (name, text) in [("panic-in-error", "boom in an error's text"), ("panic-passed-on", "boom in a spawned task")] {
-        let ended = lab.run(&node, &format!("/fixtures/{name}/v1"), json!({})).await;
+        let ended = test_server.run(&node, &format!("/fixtures/{name}/v1"), json!({})).await;
         let (reason, details) = ended.failed();
         assert!(reason.starts_with(&format!("runner panicked: {text} at ")), "{reason}");
         assert_eq!(json!([details["outcome"], details["code"]]), json!(["panicked", "runner_panic"]), "{name}");
-        lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+        test_server.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
     }
     node.stop().await;
 }
 
 #[tokio::test]
-async fn a_lease_for_a_capability_nobody_serves_is_refused_by_name() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    rubbish.answer(
+async fn lease_for_unknown_capability_fails_with_its_name() {
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    proxy.answer(
         "GET /v1/tasks",
         usize::MAX,
         Bad::edit(|lease| {
@@ -104,19 +105,19 @@ async fn a_lease_for_a_capability_nobody_serves_is_refused_by_name() {
             }
         }),
     );
-    let node = rubbish.node(&[fixtures::zoo()]).leasing().await; // its first poll is answered like all others
-    let ended = lab.run(&node, "/fixtures/ok/v1", json!({})).await;
+    let node = proxy.node(&[fixtures::zoo()]).leasing().await; // its first poll is answered like all others
+    let ended = test_server.run(&node, "/fixtures/ok/v1", json!({})).await;
     let (reason, details) = ended.failed();
     assert_eq!(reason, "no runner registered for capability: /nobody/serves-this/v1");
     assert_eq!(details["job"]["capability"], "/nobody/serves-this/v1");
     assert_eq!(details["artifacts"], json!([]));
-    rubbish.heal();
-    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+    proxy.heal();
+    test_server.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
 }
 
 /// Checks that no task end was reported.
-fn assert_silence(lab: &TestServer) {
-    let told: Vec<_> = lab
+fn assert_silence(test_server: &TestServer) {
+    let told: Vec<_> = test_server
         .dev_server
         .journal()
         .into_iter()
@@ -126,50 +127,50 @@ fn assert_silence(lab: &TestServer) {
 }
 
 #[tokio::test]
-async fn a_cancelled_job_stops_its_runner_and_nothing_is_reported() {
-    let lab = TestServer::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
-    let job = lab.task("/fixtures/slow/v1").submit();
-    lab.started(&node, job).await;
-    assert!(lab.dev_server.cancel_job(job));
-    let ended = lab.ended(&node, job).await;
+async fn cancelled_job_stops_runner_without_report() {
+    let test_server = TestServer::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
+    let job = test_server.task("/fixtures/slow/v1").submit();
+    test_server.started(&node, job).await;
+    assert!(test_server.dev_server.cancel_job(job));
+    let ended = test_server.ended(&node, job).await;
     assert_eq!(ended.status(), "canceled");
     let line = node.says_ended("none").await;
     assert_eq!(line["outcome"], "cancelled", "{line}");
-    assert_silence(&lab);
+    assert_silence(&test_server);
     assert_eq!(node.status().await["tasks"], json!({}));
-    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+    test_server.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
 }
 
 #[tokio::test]
-async fn a_cancel_shows_in_the_flag_that_a_runner_asks_without_waiting() {
-    let lab = TestServer::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
-    let job = lab.task("/fixtures/polls-cancel/v1").submit();
-    lab.started(&node, job).await;
-    assert!(lab.dev_server.cancel_job(job));
+async fn cancelled_job_sets_cancel_flag_for_runner() {
+    let test_server = TestServer::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
+    let job = test_server.task("/fixtures/polls-cancel/v1").submit();
+    test_server.started(&node, job).await;
+    assert!(test_server.dev_server.cancel_job(job));
     let line = node.says_text("flag seen").await;
     assert!(line.to_string().contains("Plane"), "{line}");
-    assert_eq!(lab.ended(&node, job).await.status(), "canceled");
+    assert_eq!(test_server.ended(&node, job).await.status(), "canceled");
     node.says_ended("none").await;
-    assert_silence(&lab);
+    assert_silence(&test_server);
 }
 
 #[tokio::test]
-async fn a_runner_hears_why_it_shall_end() {
-    let lab = TestServer::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
-    let rubbish = Rubbish::before(&lab).await;
-    let node = rubbish.node(&[fixtures::zoo()]).set("DRAIN_TIMEOUT", "0").leasing().await;
-    let task = || lab.task("/fixtures/polls-cancel/v1").submit();
-    lab.started(&node, task()).await;
-    rubbish.answer("POST /v1/tasks/*/heartbeat", 1, Bad::Status(410, "gone"));
+async fn runner_receives_cancel_reason() {
+    let test_server = TestServer::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
+    let proxy = FaultProxy::before(&test_server).await;
+    let node = proxy.node(&[fixtures::zoo()]).set("DRAIN_TIMEOUT", "0").leasing().await;
+    let task = || test_server.task("/fixtures/polls-cancel/v1").submit();
+    test_server.started(&node, task()).await;
+    proxy.answer("POST /v1/tasks/*/heartbeat", 1, Bad::Status(410, "gone"));
     let line = node.says_text("flag seen").await;
     assert!(line.to_string().contains("LeaseLost"), "{line}");
     node.says_ended("none").await;
     let job = task();
-    lab.started(&node, job).await;
+    test_server.started(&node, job).await;
     node.term();
     node.line(|line| line["message"] == "flag seen" && line.to_string().contains("Drained")).await;
-    assert_eq!(lab.ended(&node, job).await.failed().0, "drained");
+    assert_eq!(test_server.ended(&node, job).await.failed().0, "drained");
     node.wait().await;
 }

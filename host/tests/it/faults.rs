@@ -43,7 +43,7 @@ async fn address(dev: &Process) -> String {
 }
 
 #[tokio::test]
-async fn tasks_complete_despite_faults_and_the_journal_shows_them() {
+async fn task_completes_and_request_journal_records_faults() {
     let dir = workplace(
         "seed = 5
         [[fault]]\nname = \"busy\"\nendpoint = \"lease\"\nkind = \"status\"\ncode = 503\ncount = 2
@@ -72,7 +72,7 @@ async fn tasks_complete_despite_faults_and_the_journal_shows_them() {
 }
 
 #[tokio::test]
-async fn a_bad_fault_file_is_refused_in_one_line_before_anything_starts() {
+async fn invalid_fault_file_is_refused_in_one_line() {
     for (text, problem) in [
         (
             "[[fault]]\nname = \"busy\"\nendpoint = \"lease\"\nkind = \"reset\"\ncuont = 1",
@@ -92,7 +92,7 @@ async fn a_bad_fault_file_is_refused_in_one_line_before_anything_starts() {
 }
 
 #[test]
-fn every_example_is_a_sound_file_and_stands_on_the_page() {
+fn example_fault_files_are_valid_and_documented() {
     let page = std::fs::read_to_string(docs().join("faults.md")).expect("the page");
     let mut examples = 0;
     for entry in std::fs::read_dir(docs().join("faults")).expect("the examples") {
@@ -109,28 +109,30 @@ fn every_example_is_a_sound_file_and_stands_on_the_page() {
 }
 
 #[tokio::test]
-async fn a_node_does_its_work_under_every_example() {
+async fn node_completes_tasks_under_every_example_fault_file() {
     let examples = std::fs::read_dir(docs().join("faults")).expect("the examples");
     let run = examples.map(|entry| async {
         let file = entry.expect("an entry").path();
-        let lab = TestServer::with(|config| {
+        let test_server = TestServer::with(|config| {
             config.lease_ttl = Duration::from_secs(2);
             config.part_size = 64 * 1024;
             config.faults = Faults::read(&file).expect("a sound file");
         })
         .await;
-        let setup = lab.node(&[fixtures::echo()]).set("REQUEST_TIMEOUT_SECS", "1").set("REGISTER_INTERVAL_SECS", "1");
+        let setup =
+            test_server.node(&[fixtures::echo()]).set("REQUEST_TIMEOUT_SECS", "1").set("REGISTER_INTERVAL_SECS", "1");
         let node = setup.start().await;
-        let input = lab.put("in", &[7; 150_000]).await;
-        let task = |_| lab.task("/examples/echo-file/v1").inputs(&[input]).set("max_attempts", json!(20)).submit();
+        let input = test_server.put("in", &[7; 150_000]).await;
+        let task =
+            |_| test_server.task("/examples/echo-file/v1").inputs(&[input]).set("max_attempts", json!(20)).submit();
         for job in (0..3).map(task).collect::<Vec<_>>() {
-            let ended = lab.ended(&node, job).await;
+            let ended = test_server.ended(&node, job).await;
             assert_eq!(ended.status(), "completed", "{}: {:#}\n{}", file.display(), ended.0, node.log());
         }
         node.stop().await;
         // The rules do not apply to the requests from here on.
-        lab.dev_server.set_faults(Faults::default());
-        let left = (lab.stored().await, lab.dev_server.open_uploads(), node.scratch());
+        test_server.dev_server.set_faults(Faults::default());
+        let left = (test_server.stored().await, test_server.dev_server.open_uploads(), node.scratch());
         assert_eq!(left, (4, 0, Vec::new()), "{}: items, open uploads, files", file.display());
     });
     futures_util::future::join_all(run).await;

@@ -3,9 +3,10 @@
 use serde_json::{Value, json};
 
 use crate::harness::{
-    Ended, TestServer, fixtures,
+    Ended, TestServer,
+    fault_proxy::{Bad, FaultProxy},
+    fixtures,
     node::TestNode,
-    rubbish::{Bad, Rubbish},
 };
 
 const LIST: &str = "GET /api/v1/domains/*/data?ids=";
@@ -16,8 +17,8 @@ fn pattern(length: usize) -> Vec<u8> {
 }
 
 /// The output of `/fixtures/inputs/v1`.
-async fn seen(lab: &TestServer, ended: &Ended) -> Vec<Value> {
-    serde_json::from_slice(&lab.artifact(ended.completed(), "inputs.json").await).expect("JSON")
+async fn seen(test_server: &TestServer, ended: &Ended) -> Vec<Value> {
+    serde_json::from_slice(&test_server.artifact(ended.completed(), "inputs.json").await).expect("JSON")
 }
 
 /// The count of inputs, or files of them, on disk.
@@ -31,13 +32,14 @@ async fn nothing_in_flight(node: &TestNode) {
 }
 
 #[tokio::test]
-async fn every_form_of_an_input_is_the_same_file() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
+async fn every_input_form_resolves_to_same_file() {
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
     let name = "dmt_2025-06-01_08-30-00";
-    let one = lab.dev_server.put_data(name, "dmt_frames_csv", b"frames").await.expect("stored");
-    let two = lab.dev_server.put_data(name, "dmt_gyro_csv", b"gyro").await.expect("stored");
-    let data = format!("{}api/v1/domains/{}/data", lab.dev_server.dds_url(), lab.dev_server.domain_id());
+    let one = test_server.dev_server.put_data(name, "dmt_frames_csv", b"frames").await.expect("stored");
+    let two = test_server.dev_server.put_data(name, "dmt_gyro_csv", b"gyro").await.expect("stored");
+    let data =
+        format!("{}api/v1/domains/{}/data", test_server.dev_server.dds_url(), test_server.dev_server.domain_id());
     let path = url::Url::parse(&data).expect("a URL").path().to_owned();
     let forms = [
         one.to_string(),
@@ -50,8 +52,10 @@ async fn every_form_of_an_input_is_the_same_file() {
         format!("{data}?ids={one}%2C{two}"),
         format!("{data}?ids={one},{two}"),
     ];
-    let ended = lab.ended(&node, lab.task("/fixtures/inputs/v1").set("inputs_cids", json!(forms)).submit()).await;
-    for (form, input) in forms.iter().zip(seen(&lab, &ended).await) {
+    let ended = test_server
+        .ended(&node, test_server.task("/fixtures/inputs/v1").set("inputs_cids", json!(forms)).submit())
+        .await;
+    for (form, input) in forms.iter().zip(seen(&test_server, &ended).await) {
         // The folder is the scan's time, the extension its data type (posemesh.md section 11.3).
         let root = input["root_dir"].as_str().expect("a folder");
         let path = input["path"].as_str().expect("a path").strip_prefix(root).expect("below its root");
@@ -67,46 +71,51 @@ async fn every_form_of_an_input_is_the_same_file() {
 
 /// The pause is limited to the rest of `TRANSFER_PATIENCE`.
 #[tokio::test]
-async fn long_retry_after_of_storage_gets_one_last_try() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    rubbish.answer(LIST, 1, Bad::Busy(503, 300));
-    let node = rubbish.node(&[fixtures::echo()]).set("TRANSFER_PATIENCE", "2s").leasing().await;
-    let input = lab.put("in", b"body").await;
-    let job = lab.task("/examples/echo-bytes/v1").inputs(&[input]).submit();
-    lab.ended(&node, job).await.completed();
-    assert_eq!(rubbish.count(LIST), 2);
+async fn transfer_patience_limits_long_retry_after() {
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    proxy.answer(LIST, 1, Bad::Busy(503, 300));
+    let node = proxy.node(&[fixtures::echo()]).set("TRANSFER_PATIENCE", "2s").leasing().await;
+    let input = test_server.put("in", b"body").await;
+    let job = test_server.task("/examples/echo-bytes/v1").inputs(&[input]).submit();
+    test_server.ended(&node, job).await.completed();
+    assert_eq!(proxy.count(LIST), 2);
     node.stop().await;
 }
 
 #[tokio::test]
 async fn concurrent_tasks_see_only_their_own_data() {
-    let lab = TestServer::start().await;
-    let node = lab.node(&[fixtures::echo()]).set("MAX_CONCURRENCY", "6").leasing().await;
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::echo()]).set("MAX_CONCURRENCY", "6").leasing().await;
     let mut jobs = Vec::new();
     for n in 0..6_u8 {
         let form = ["bytes", "file", "stream"][usize::from(n) % 3];
-        let input = lab.put(&format!("in {n}"), &vec![n; 300_000]).await;
-        jobs.push(lab.task(&format!("/examples/echo-{form}/v1")).inputs(&[input]).submit());
+        let input = test_server.put(&format!("in {n}"), &vec![n; 300_000]).await;
+        jobs.push(test_server.task(&format!("/examples/echo-{form}/v1")).inputs(&[input]).submit());
     }
     for (n, job) in (0_u8..).zip(jobs) {
-        let ended = lab.ended(&node, job).await;
+        let ended = test_server.ended(&node, job).await;
         assert_eq!(ended.completed().artifacts().len(), 1);
-        assert!(lab.artifact(&ended, "echo-0.bin").await == vec![n; 300_000], "task {n}");
+        assert!(test_server.artifact(&ended, "echo-0.bin").await == vec![n; 300_000], "task {n}");
     }
     nothing_in_flight(&node).await;
 }
 
 #[tokio::test]
-async fn inputs_of_other_servers_and_whole_domains_are_refused() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
-    let own = lab.dev_server.dds_url().to_string();
+async fn inputs_from_other_servers_or_whole_domains_fail() {
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
+    let own = test_server.dev_server.dds_url().to_string();
     for (cid, text) in [
         ("https://elsewhere.example/api/v1/domains/d/data/x".to_owned(), "the lease's domain server is"),
-        (format!("{own}api/v1/domains/{}/data", lab.dev_server.domain_id()), "which would fetch a whole domain"),
+        (
+            format!("{own}api/v1/domains/{}/data", test_server.dev_server.domain_id()),
+            "which would fetch a whole domain",
+        ),
     ] {
-        let ended = lab.ended(&node, lab.task("/fixtures/inputs/v1").set("inputs_cids", json!([cid])).submit()).await;
+        let ended = test_server
+            .ended(&node, test_server.task("/fixtures/inputs/v1").set("inputs_cids", json!([cid])).submit())
+            .await;
         let (reason, _) = ended.failed();
         assert!(reason.starts_with("runner failed: input ") && reason.contains(text), "{reason}");
     }
@@ -115,43 +124,48 @@ async fn inputs_of_other_servers_and_whole_domains_are_refused() {
 /// posemesh.md section 11.3: some runners put names and types there, and the host does not read them.
 #[tokio::test]
 async fn host_ignores_inputs_that_are_names() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
     let names = json!(["refined_scan_2025-06-01_08-30-00", "", "://", 7.to_string()]);
-    let ended = lab.ended(&node, lab.task("/fixtures/echo-meta/v1").set("inputs_cids", names.clone()).submit()).await;
-    let lease: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "lease.json").await).expect("JSON");
+    let ended = test_server
+        .ended(&node, test_server.task("/fixtures/echo-meta/v1").set("inputs_cids", names.clone()).submit())
+        .await;
+    let lease: Value =
+        serde_json::from_slice(&test_server.artifact(ended.completed(), "lease.json").await).expect("JSON");
     assert_eq!(lease["task"]["inputs_cids"], names);
 }
 
 #[tokio::test]
 async fn node_resumes_a_broken_download() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    let node = rubbish.node(&[fixtures::echo()]).leasing().await;
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    let node = proxy.node(&[fixtures::echo()]).leasing().await;
     let bytes = pattern(1_000_000);
-    let input = lab.put("in", &bytes).await;
+    let input = test_server.put("in", &bytes).await;
     for (n, form) in ["bytes", "file", "stream"].into_iter().enumerate() {
-        rubbish.answer(LIST, 1, Bad::Status(503, "later"));
-        rubbish.answer(LIST, 1, Bad::Cut);
-        rubbish.answer(LIST, 1, Bad::CutAfter(600_000));
-        rubbish.answer(RAW, 1, Bad::Status(429, "slowly"));
-        rubbish.answer(RAW, 1, Bad::CutAfter(200_000));
-        let ended = lab.ended(&node, lab.task(&format!("/examples/echo-{form}/v1")).inputs(&[input]).submit()).await;
-        assert!(lab.artifact(ended.completed(), "echo-0.bin").await == bytes, "{form}");
+        proxy.answer(LIST, 1, Bad::Status(503, "later"));
+        proxy.answer(LIST, 1, Bad::Cut);
+        proxy.answer(LIST, 1, Bad::CutAfter(600_000));
+        proxy.answer(RAW, 1, Bad::Status(429, "slowly"));
+        proxy.answer(RAW, 1, Bad::CutAfter(200_000));
+        let ended = test_server
+            .ended(&node, test_server.task(&format!("/examples/echo-{form}/v1")).inputs(&[input]).submit())
+            .await;
+        assert!(test_server.artifact(ended.completed(), "echo-0.bin").await == bytes, "{form}");
         // Neither the list nor the content is requested again from its beginning.
-        assert_eq!((rubbish.count(LIST), rubbish.count(RAW)), (3 * (n + 1), 3 * (n + 1)), "{form}");
+        assert_eq!((proxy.count(LIST), proxy.count(RAW)), (3 * (n + 1), 3 * (n + 1)), "{form}");
     }
     nothing_in_flight(&node).await;
 }
 
 #[tokio::test]
 async fn download_from_an_unreachable_server_gives_up() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    let node = rubbish.node(&[fixtures::echo()]).set("TRANSFER_PATIENCE", "900ms").leasing().await;
-    let input = lab.put("in", &pattern(100_000)).await;
-    rubbish.answer(LIST, usize::MAX, Bad::Status(503, "closed"));
-    let ended = lab.ended(&node, lab.task("/examples/echo-file/v1").inputs(&[input]).submit()).await;
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    let node = proxy.node(&[fixtures::echo()]).set("TRANSFER_PATIENCE", "900ms").leasing().await;
+    let input = test_server.put("in", &pattern(100_000)).await;
+    proxy.answer(LIST, usize::MAX, Bad::Status(503, "closed"));
+    let ended = test_server.ended(&node, test_server.task("/examples/echo-file/v1").inputs(&[input]).submit()).await;
     let (reason, details) = ended.failed();
     assert!(reason.starts_with("storage: download of input "), "{reason}");
     assert!(reason.ends_with("server error (503): closed (given up after 3 tries)"), "{reason}");
@@ -162,24 +176,24 @@ async fn download_from_an_unreachable_server_gives_up() {
 
 #[tokio::test]
 async fn silent_download_is_requested_again() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    let node = rubbish.node(&[fixtures::echo()]).set("TRANSFER_STALL_TIMEOUT", "300ms").leasing().await;
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    let node = proxy.node(&[fixtures::echo()]).set("TRANSFER_STALL_TIMEOUT", "300ms").leasing().await;
     let bytes = pattern(300_000);
-    let input = lab.put("in", &bytes).await;
-    rubbish.answer(LIST, 1, Bad::SilentAfter(100_000));
-    let ended = lab.ended(&node, lab.task("/examples/echo-file/v1").inputs(&[input]).submit()).await;
-    assert!(lab.artifact(ended.completed(), "echo-0.bin").await == bytes);
-    assert_eq!((rubbish.count(LIST), rubbish.count(RAW)), (1, 1));
+    let input = test_server.put("in", &bytes).await;
+    proxy.answer(LIST, 1, Bad::SilentAfter(100_000));
+    let ended = test_server.ended(&node, test_server.task("/examples/echo-file/v1").inputs(&[input]).submit()).await;
+    assert!(test_server.artifact(ended.completed(), "echo-0.bin").await == bytes);
+    assert_eq!((proxy.count(LIST), proxy.count(RAW)), (1, 1));
 }
 
 #[tokio::test]
 async fn bytes_over_the_budget_are_refused_or_wait() {
-    let lab = TestServer::start().await;
-    let node = lab.node(&[fixtures::echo(), fixtures::zoo()]);
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::echo(), fixtures::zoo()]);
     let node = node.set("MEMORY_BUDGET", "3MiB").set("MAX_CONCURRENCY", "4").leasing().await;
-    let large = lab.put("large", &pattern(4 << 20)).await;
-    let ended = lab.ended(&node, lab.task("/examples/echo-bytes/v1").inputs(&[large]).submit()).await;
+    let large = test_server.put("large", &pattern(4 << 20)).await;
+    let ended = test_server.ended(&node, test_server.task("/examples/echo-bytes/v1").inputs(&[large]).submit()).await;
     let reason = ended.failed().0;
     assert_eq!(
         reason,
@@ -187,17 +201,21 @@ async fn bytes_over_the_budget_are_refused_or_wait() {
     );
     // Files and streams of any size pass.
     for form in ["file", "stream"] {
-        lab.ended(&node, lab.task(&format!("/examples/echo-{form}/v1")).inputs(&[large]).submit()).await.completed();
+        test_server
+            .ended(&node, test_server.task(&format!("/examples/echo-{form}/v1")).inputs(&[large]).submit())
+            .await
+            .completed();
     }
-    let output = |piece: usize| lab.run(&node, "/fixtures/big-output/v1", json!({ "bytes": 4 << 20, "piece": piece }));
+    let output =
+        |piece: usize| test_server.run(&node, "/fixtures/big-output/v1", json!({ "bytes": 4 << 20, "piece": piece }));
     let ended = output(4 << 20).await;
     assert!(ended.failed().0.starts_with("runner failed: 4194304 bytes do not fit into MEMORY_BUDGET"), "{ended:?}");
     output(2 << 20).await.completed();
     // Four tasks that need two thirds of the budget each run one after the other.
-    let medium = lab.put("medium", &pattern(2 << 20)).await;
-    let jobs: Vec<_> = (0..4).map(|_| lab.task("/examples/echo-bytes/v1").inputs(&[medium]).submit()).collect();
+    let medium = test_server.put("medium", &pattern(2 << 20)).await;
+    let jobs: Vec<_> = (0..4).map(|_| test_server.task("/examples/echo-bytes/v1").inputs(&[medium]).submit()).collect();
     for job in jobs {
-        lab.ended(&node, job).await.completed();
+        test_server.ended(&node, job).await.completed();
     }
     nothing_in_flight(&node).await;
     let memory = node.status().await["memory"].clone();
@@ -217,30 +235,31 @@ fn peak(pid: u32) -> u64 {
 #[tokio::test]
 async fn byte_form_holds_one_copy_of_an_object() {
     const OBJECT: usize = 256 << 20;
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::echo()]).await;
-    let small = lab.put("small", &pattern(1000)).await;
-    lab.ended(&node, lab.task("/examples/echo-bytes/v1").inputs(&[small]).submit()).await.completed();
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::echo()]).await;
+    let small = test_server.put("small", &pattern(1000)).await;
+    test_server.ended(&node, test_server.task("/examples/echo-bytes/v1").inputs(&[small]).submit()).await.completed();
     let before = peak(node.pid());
-    let large = lab.put("large", &vec![7; OBJECT]).await;
-    let ended = lab.ended(&node, lab.task("/examples/echo-bytes/v1").inputs(&[large]).submit()).await;
+    let large = test_server.put("large", &vec![7; OBJECT]).await;
+    let ended = test_server.ended(&node, test_server.task("/examples/echo-bytes/v1").inputs(&[large]).submit()).await;
     let id = ended.completed().artifacts()["echo-0.bin"]["id"].clone();
     let grown = peak(node.pid()) - before;
     assert!(grown < OBJECT as u64 + (24 << 20), "{} MiB for an object of 256 MiB", grown >> 20);
     // Memory that was free before is used first.
     assert!(grown > OBJECT as u64 - (16 << 20), "{grown}: it was not held at all?");
-    assert_eq!(lab.size(id.as_str().expect("an id")).await, OBJECT as u64);
+    assert_eq!(test_server.size(id.as_str().expect("an id")).await, OBJECT as u64);
     nothing_in_flight(&node).await;
 }
 
 /// posemesh.md section 11.3: real runners remove the folder and read the data by its id.
 #[tokio::test]
 async fn runner_may_remove_the_folder_of_an_input() {
-    let lab = TestServer::start().await;
-    let node = lab.node(&[fixtures::zoo()]).plugins_file("[defaults]\ngrant = [\"token\"]\n").leasing().await;
-    let input = lab.put("in", b"some input").await;
-    let ended = lab.ended(&node, lab.task("/fixtures/own-reads/v1").inputs(&[input]).submit()).await;
-    let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "own-reads.json").await).expect("JSON");
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::zoo()]).plugins_file("[defaults]\ngrant = [\"token\"]\n").leasing().await;
+    let input = test_server.put("in", b"some input").await;
+    let ended = test_server.ended(&node, test_server.task("/fixtures/own-reads/v1").inputs(&[input]).submit()).await;
+    let seen: Value =
+        serde_json::from_slice(&test_server.artifact(ended.completed(), "own-reads.json").await).expect("JSON");
     assert_eq!(seen["again"], 10, "an input comes again after its folder was removed");
     assert_eq!(seen["raw"], "some input");
     assert_eq!(seen["status"], json!([200, 200, 200]));

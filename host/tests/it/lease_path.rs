@@ -3,8 +3,9 @@
 use serde_json::{Value, json};
 
 use crate::harness::{
-    TestServer, fixtures,
-    rubbish::{Bad, Rubbish},
+    TestServer,
+    fault_proxy::{Bad, FaultProxy},
+    fixtures,
 };
 
 const MIB: usize = 1024 * 1024;
@@ -15,13 +16,14 @@ fn pattern(bytes: usize) -> Vec<u8> {
 
 #[tokio::test]
 async fn hello_reads_its_input_and_publishes_its_greeting() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::hello()]).await;
-    let input = lab.put("who", b"world").await;
-    let job = lab.task("/examples/hello/v1").inputs(&[input]).set("outputs_prefix", json!("/greetings/")).submit();
-    let ended = lab.ended(&node, job).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::hello()]).await;
+    let input = test_server.put("who", b"world").await;
+    let job =
+        test_server.task("/examples/hello/v1").inputs(&[input]).set("outputs_prefix", json!("/greetings/")).submit();
+    let ended = test_server.ended(&node, job).await;
     ended.completed();
-    assert_eq!(lab.artifact(&ended, "greetings/outputs/hello.bin").await, b"hello, world");
+    assert_eq!(test_server.artifact(&ended, "greetings/outputs/hello.bin").await, b"hello, world");
 
     // The receipt contains the fields of posemesh.md section 4.7 and no others.
     let task = ended.task()["id"].as_str().expect("an id");
@@ -30,7 +32,7 @@ async fn hello_reads_its_input_and_publishes_its_greeting() {
     assert_eq!(
         *ended.receipt(),
         json!({
-            "job": { "task_id": task, "job_id": job, "domain_id": lab.dev_server.domain_id(),
+            "job": { "task_id": task, "job_id": job, "domain_id": test_server.dev_server.domain_id(),
                      "capability": "/examples/hello/v1" },
             "artifacts": [{ "logical_path": "greetings/outputs/hello.bin", "data_type": "bin_data", "id": stored,
                             "name": format!("greetings_outputs_hello_bin_{task}") }],
@@ -40,7 +42,7 @@ async fn hello_reads_its_input_and_publishes_its_greeting() {
     assert_eq!(ended.task()["meta"]["progress"], json!({ "status": "finished" }));
     assert_eq!(ended.task()["meta"]["events"], json!([{ "level": "info", "message": "greeted", "bytes": 5 }]));
     // The control plane's answer to the first heartbeat is evaluated before any input is downloaded.
-    let journal = lab.dev_server.journal();
+    let journal = test_server.dev_server.journal();
     let first = |part: &str| journal.iter().position(|seen| seen.path.contains(part)).expect("it was asked");
     assert!(first("/heartbeat") < first("/api/v1/domains/"), "{journal:#?}");
     node.stop().await;
@@ -49,26 +51,29 @@ async fn hello_reads_its_input_and_publishes_its_greeting() {
 
 /// Inputs of these sizes come back unchanged.
 async fn echoed(capability: &str, sizes: [usize; 3]) {
-    let lab = TestServer::with(|config| {
+    let test_server = TestServer::with(|config| {
         config.request_max_bytes = 2 * MIB as i64;
         config.part_size = MIB as u64;
     })
     .await;
-    let node = lab.joined(&[fixtures::echo()]).await;
+    let node = test_server.joined(&[fixtures::echo()]).await;
     let mut inputs = Vec::new();
     for size in sizes {
-        inputs.push(lab.put(&format!("input-{size}"), &pattern(size)).await);
+        inputs.push(test_server.put(&format!("input-{size}"), &pattern(size)).await);
     }
-    let ended = lab.ended(&node, lab.task(capability).inputs(&inputs).submit()).await;
+    let ended = test_server.ended(&node, test_server.task(capability).inputs(&inputs).submit()).await;
     ended.completed();
     assert_eq!(ended.artifacts().len(), sizes.len());
     for (index, size) in sizes.into_iter().enumerate() {
-        let back = lab.artifact(&ended, &format!("echo-{index}.bin")).await;
+        let back = test_server.artifact(&ended, &format!("echo-{index}.bin")).await;
         assert!(back == pattern(size), "{capability} of {size} bytes came back as {}", back.len());
     }
     // The large artifact was sent in parts.
-    let puts =
-        lab.dev_server.journal().into_iter().filter(|seen| seen.method == "PUT" && seen.path.ends_with("multipart"));
+    let puts = test_server
+        .dev_server
+        .journal()
+        .into_iter()
+        .filter(|seen| seen.method == "PUT" && seen.path.ends_with("multipart"));
     assert!(puts.count() >= 6, "5 MiB and 7 bytes are six parts");
 }
 
@@ -89,19 +94,19 @@ async fn streams_come_back_unchanged() {
 }
 
 #[tokio::test]
-async fn every_capability_of_every_plugin_is_served_in_turn() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::hello(), fixtures::echo(), fixtures::zoo()]).await;
+async fn long_queue_does_not_delay_another_capability() {
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::hello(), fixtures::echo(), fixtures::zoo()]).await;
     let served: Vec<String> = serde_json::from_value(node.status().await["capabilities"].clone()).expect("names");
     assert!(served.is_sorted() && served.len() > 20, "{served:?}");
     // The first job has a long queue. The last job must not wait for its end.
     let many: Vec<Value> = (0..40).map(|n| task("/fixtures/ok/v1", n)).collect();
-    let many = lab.dev_server.create_job(json!({ "label": "many", "tasks": many })).expect("a job");
-    let one = lab.task("/examples/hello/v1").submit();
-    lab.ended(&node, one).await.completed();
-    let left = lab.dev_server.job(many).expect("a job")["tasks_summary"]["queued"].clone();
+    let many = test_server.dev_server.create_job(json!({ "label": "many", "tasks": many })).expect("a job");
+    let one = test_server.task("/examples/hello/v1").submit();
+    test_server.ended(&node, one).await.completed();
+    let left = test_server.dev_server.job(many).expect("a job")["tasks_summary"]["queued"].clone();
     assert!(left.as_u64() > Some(0), "the other capability was served before the queue ended: {left}");
-    lab.ended(&node, many).await.completed();
+    test_server.ended(&node, many).await.completed();
 }
 
 fn task(capability: &str, number: usize) -> Value {
@@ -109,40 +114,40 @@ fn task(capability: &str, number: usize) -> Value {
 }
 
 #[tokio::test]
-async fn a_storm_of_progress_is_gathered_and_events_arrive_once_and_in_order() {
-    let lab = TestServer::start().await;
-    let node = lab.node(&[fixtures::zoo()]).set("HEARTBEAT_JITTER_MS", "100").leasing().await;
-    let ended = lab.run(&node, "/fixtures/progress-storm/v1", json!({ "count": 500 })).await;
+async fn heartbeats_combine_progress_and_send_events_in_order() {
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::zoo()]).set("HEARTBEAT_JITTER_MS", "100").leasing().await;
+    let ended = test_server.run(&node, "/fixtures/progress-storm/v1", json!({ "count": 500 })).await;
     assert_eq!(ended.completed().task()["meta"]["progress"], json!({ "n": 500 }));
-    let beats = lab.dev_server.journal().iter().filter(|seen| seen.path.ends_with("/heartbeat")).count();
+    let beats = test_server.dev_server.journal().iter().filter(|seen| seen.path.ends_with("/heartbeat")).count();
     assert!(beats < 50, "{beats} heartbeats for 500 reports");
-    let ended = lab.run(&node, "/fixtures/events/v1", json!({ "count": 40 })).await;
+    let ended = test_server.run(&node, "/fixtures/events/v1", json!({ "count": 40 })).await;
     let wanted: Vec<Value> = (1..=40).map(|n| json!({ "n": n })).collect();
     assert_eq!(ended.completed().task()["meta"]["events"], json!(wanted));
 }
 
 #[tokio::test]
-async fn a_plugin_may_use_its_own_tokio_sockets_and_threads() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
-    let ended = lab.run(&node, "/fixtures/tokio-net/v1", json!({})).await;
-    assert_eq!(lab.artifact(ended.completed(), "net.txt").await, b"through the loopback");
-    let ended = lab.run(&node, "/fixtures/block-on/v1", json!({})).await;
-    assert_eq!(lab.artifact(ended.completed(), "blocking.txt").await, b"blocking");
-    assert_eq!(lab.artifact(&ended, "thread.txt").await, b"thread");
+async fn plugin_can_use_own_tokio_sockets_and_threads() {
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
+    let ended = test_server.run(&node, "/fixtures/tokio-net/v1", json!({})).await;
+    assert_eq!(test_server.artifact(ended.completed(), "net.txt").await, b"through the loopback");
+    let ended = test_server.run(&node, "/fixtures/block-on/v1", json!({})).await;
+    assert_eq!(test_server.artifact(ended.completed(), "blocking.txt").await, b"blocking");
+    assert_eq!(test_server.artifact(&ended, "thread.txt").await, b"thread");
     // A dropped writer publishes nothing. Artifacts published before and after it remain.
-    let ended = lab.run(&node, "/fixtures/drop-writer/v1", json!({})).await;
+    let ended = test_server.run(&node, "/fixtures/drop-writer/v1", json!({})).await;
     assert_eq!(ended.completed().artifacts().keys().collect::<Vec<_>>(), ["kept.txt"]);
-    lab.run(&node, "/fixtures/use-after-end/v1", json!({})).await.completed();
+    test_server.run(&node, "/fixtures/use-after-end/v1", json!({})).await.completed();
     let late = node.says_text("call after the end").await;
     assert_eq!(late["all"], true, "{late}");
 }
 
 #[tokio::test]
 async fn lines_of_a_runner_carry_the_task() {
-    let lab = TestServer::start().await;
-    let node = lab.node(&[fixtures::zoo()]).set("RUST_LOG", "").leasing().await;
-    let ended = lab.run(&node, "/fixtures/logs/v1", json!({})).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::zoo()]).set("RUST_LOG", "").leasing().await;
+    let ended = test_server.run(&node, "/fixtures/logs/v1", json!({})).await;
     let line = node.says_text("tracing at info").await;
     let task = &ended.completed().task()["id"];
     let text = line.to_string();
@@ -154,12 +159,12 @@ async fn lines_of_a_runner_carry_the_task() {
 }
 
 #[tokio::test]
-async fn a_runner_sees_its_lease_with_unknown_fields_and_without_tokens() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
+async fn runner_lease_has_unknown_fields_but_no_token() {
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
     let meta = json!({ "voxel": 0.25, "nested": { "a": [1, "é"] } });
-    let ended = lab.run(&node, "/fixtures/echo-meta/v1", meta.clone()).await;
-    let lease = lab.artifact(ended.completed(), "lease.json").await;
+    let ended = test_server.run(&node, "/fixtures/echo-meta/v1", meta.clone()).await;
+    let lease = test_server.artifact(ended.completed(), "lease.json").await;
     let lease: Value = serde_json::from_slice(&lease).expect("JSON");
     assert_eq!(lease["task"]["meta"], meta);
     assert_eq!(lease["task"]["stage"], "one", "fields the host does not read are kept: {lease}");
@@ -167,12 +172,13 @@ async fn a_runner_sees_its_lease_with_unknown_fields_and_without_tokens() {
 }
 
 #[tokio::test]
-async fn inputs_on_disk_come_with_what_is_known_of_them() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
-    let id = lab.dev_server.put_data("scan_2025-06-01_08-30-00", "dmt_manifest_json", b"{}").await.expect("stored");
-    let ended = lab.ended(&node, lab.task("/fixtures/inputs/v1").inputs(&[id]).submit()).await;
-    let seen = lab.artifact(ended.completed(), "inputs.json").await;
+async fn downloaded_input_includes_its_metadata() {
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
+    let id =
+        test_server.dev_server.put_data("scan_2025-06-01_08-30-00", "dmt_manifest_json", b"{}").await.expect("stored");
+    let ended = test_server.ended(&node, test_server.task("/fixtures/inputs/v1").inputs(&[id]).submit()).await;
+    let seen = test_server.artifact(ended.completed(), "inputs.json").await;
     let seen: Value = serde_json::from_slice(&seen).expect("JSON");
     let input = &seen[0];
     assert_eq!(input["data_id"], json!(id));
@@ -184,11 +190,12 @@ async fn inputs_on_disk_come_with_what_is_known_of_them() {
 }
 
 #[tokio::test]
-async fn a_task_works_in_a_private_folder_that_goes_with_it() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
-    let ended = lab.run(&node, "/fixtures/scratch/v1", json!({})).await;
-    let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "scratch.json").await).expect("JSON");
+async fn task_folder_is_private_and_removed_afterwards() {
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
+    let ended = test_server.run(&node, "/fixtures/scratch/v1", json!({})).await;
+    let seen: Value =
+        serde_json::from_slice(&test_server.artifact(ended.completed(), "scratch.json").await).expect("JSON");
     assert_eq!(seen["mode"], "700", "{seen}");
     let dir = seen["dir"].as_str().expect("a path");
     node.says("task.ended").await;
@@ -196,46 +203,47 @@ async fn a_task_works_in_a_private_folder_that_goes_with_it() {
 }
 
 #[tokio::test]
-async fn a_server_without_uploads_in_parts_gets_one_request() {
-    let lab = TestServer::with(|config| {
+async fn server_without_multipart_gets_single_upload_request() {
+    let test_server = TestServer::with(|config| {
         config.multipart = false;
         config.request_max_bytes = 0;
     })
     .await;
-    let node = lab.joined(&[fixtures::echo()]).await;
-    let input = lab.put("large", &pattern(6 * MIB)).await;
+    let node = test_server.joined(&[fixtures::echo()]).await;
+    let input = test_server.put("large", &pattern(6 * MIB)).await;
     for capability in ["/examples/echo-file/v1", "/examples/echo-stream/v1"] {
-        let ended = lab.ended(&node, lab.task(capability).inputs(&[input]).submit()).await;
-        let back = lab.artifact(ended.completed(), "echo-0.bin").await;
+        let ended = test_server.ended(&node, test_server.task(capability).inputs(&[input]).submit()).await;
+        let back = test_server.artifact(ended.completed(), "echo-0.bin").await;
         assert!(back == pattern(6 * MIB), "{capability}");
     }
 }
 
 #[tokio::test]
-async fn a_repeated_attempt_replaces_what_the_first_one_stored() {
-    let lab = TestServer::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
-    let rubbish = Rubbish::before(&lab).await;
-    let node = rubbish.node(&[fixtures::hello()]).leasing().await;
+async fn second_attempt_replaces_artifacts_of_first_attempt() {
+    let test_server = TestServer::with(|config| config.lease_ttl = std::time::Duration::from_secs(2)).await;
+    let proxy = FaultProxy::before(&test_server).await;
+    let node = proxy.node(&[fixtures::hello()]).leasing().await;
     // The first report is rejected permanently, so the control plane leases the task again.
-    rubbish.answer("POST /v1/tasks/*/complete", 1, Bad::Status(409, "not yours"));
-    let ended = lab.ended(&node, lab.task("/examples/hello/v1").set("max_attempts", json!(2)).submit()).await;
+    proxy.answer("POST /v1/tasks/*/complete", 1, Bad::Status(409, "not yours"));
+    let ended =
+        test_server.ended(&node, test_server.task("/examples/hello/v1").set("max_attempts", json!(2)).submit()).await;
     assert_eq!(ended.completed().task()["attempts"], 2);
     let line = node.says_ended("refused").await;
     assert_eq!(line["outcome"], "completed", "{line}");
-    let calls = |method: &str| rubbish.count(&format!("{method} /api/v1/domains/*/data"));
+    let calls = |method: &str| proxy.count(&format!("{method} /api/v1/domains/*/data"));
     assert_eq!((calls("POST"), calls("PUT")), (1, 1), "one creation, one replacement");
 }
 
 #[tokio::test]
 async fn many_tasks_are_each_done_and_reported_once() {
-    let lab = TestServer::start().await;
+    let test_server = TestServer::start().await;
     let nodes = [
-        lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "8").leasing().await,
-        lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "8").leasing().await,
+        test_server.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "8").leasing().await,
+        test_server.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "8").leasing().await,
     ];
     let tasks: Vec<Value> = (0..300).map(|n| task("/fixtures/ok/v1", n)).collect();
-    let job = lab.dev_server.create_job(json!({ "label": "many", "tasks": tasks })).expect("a job");
-    let ended = lab.ended(&nodes[0], job).await;
+    let job = test_server.dev_server.create_job(json!({ "label": "many", "tasks": tasks })).expect("a job");
+    let ended = test_server.ended(&nodes[0], job).await;
     ended.completed();
     let receipts = ended.0["receipts"].as_array().expect("receipts");
     let workers: std::collections::BTreeSet<String> = receipts.iter().map(|one| one["node_id"].to_string()).collect();
@@ -247,48 +255,49 @@ async fn many_tasks_are_each_done_and_reported_once() {
         let calm = |line: &Value| !loud(line) || line["event"] == "plugin.slow";
         assert!(node.lines().iter().all(calm), "{}", node.log());
     }
-    let reports = lab.dev_server.journal().into_iter().filter(|seen| seen.path.ends_with("/complete")).count();
+    let reports = test_server.dev_server.journal().into_iter().filter(|seen| seen.path.ends_with("/complete")).count();
     assert_eq!(reports, 300);
 }
 
 /// Issue 3, section 6: a lease, a heartbeat and a report for each task, all over persistent connections.
 #[tokio::test]
-async fn a_task_that_does_nothing_costs_three_requests_and_no_connection() {
+async fn empty_task_sends_three_requests_over_open_connections() {
     const TASKS: usize = 150;
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    let node = proxy.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
     let tasks: Vec<Value> = (0..TASKS).map(|n| task("/fixtures/ok/v1", n)).collect();
-    let job = lab.dev_server.create_job(json!({ "label": "many", "tasks": tasks })).expect("a job");
-    lab.ended(&node, job).await.completed();
+    let job = test_server.dev_server.create_job(json!({ "label": "many", "tasks": tasks })).expect("a job");
+    test_server.ended(&node, job).await.completed();
     node.stop().await;
-    let journal = lab.dev_server.journal();
+    let journal = test_server.dev_server.journal();
     let about_tasks = journal.iter().filter(|seen| seen.path.starts_with("/v1/tasks") && seen.status != 204).count();
     assert!((2 * TASKS..=3 * TASKS).contains(&about_tasks), "{about_tasks} requests for {TASKS} tasks");
     // At most these requests are concurrent: the running task's, the previous task's, a poll and a login.
-    let connections = rubbish.connections();
+    let connections = proxy.connections();
     assert!(connections <= 6, "{connections} connections for {TASKS} tasks");
 }
 
 #[tokio::test]
-async fn the_packaged_noop_is_listed_by_a_switch() {
-    let lab = TestServer::start().await;
-    let node = lab.node(&[fixtures::noop()]).set("ENABLE_NOOP", "true").set("NOOP_SLEEP_SECS", "0.01").leasing().await;
-    let ended = lab.run(&node, "/examples/noop/v1", json!({})).await;
+async fn enable_noop_activates_packaged_noop_plugin() {
+    let test_server = TestServer::start().await;
+    let node =
+        test_server.node(&[fixtures::noop()]).set("ENABLE_NOOP", "true").set("NOOP_SLEEP_SECS", "0.01").leasing().await;
+    let ended = test_server.run(&node, "/examples/noop/v1", json!({})).await;
     assert!(ended.completed().artifacts().is_empty());
 }
 
 #[tokio::test]
-async fn a_domain_server_that_is_not_allowed_gets_no_token() {
-    let lab = TestServer::start().await;
-    let node = lab.node(&[fixtures::hello()]).set("DOMAIN_HOSTS", "data.example, 127.0.0.1:1").leasing().await;
-    let ended = lab.run(&node, "/examples/hello/v1", json!({})).await;
+async fn unlisted_domain_server_gets_no_request() {
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::hello()]).set("DOMAIN_HOSTS", "data.example, 127.0.0.1:1").leasing().await;
+    let ended = test_server.run(&node, "/examples/hello/v1", json!({})).await;
     let reason = ended.failed().0;
     assert!(reason.contains("domain server 127.0.0.1 is not in DOMAIN_HOSTS; add it there to allow it"), "{reason}");
-    let asked = lab.dev_server.journal().into_iter().any(|seen| seen.path.contains("/domains/"));
+    let asked = test_server.dev_server.journal().into_iter().any(|seen| seen.path.contains("/domains/"));
     assert!(!asked, "nothing was sent there");
     node.stop().await;
-    let host = lab.dev_server.address().to_string();
-    let node = lab.node(&[fixtures::hello()]).set("DOMAIN_HOSTS", host).leasing().await;
-    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    let host = test_server.dev_server.address().to_string();
+    let node = test_server.node(&[fixtures::hello()]).set("DOMAIN_HOSTS", host).leasing().await;
+    test_server.run(&node, "/examples/hello/v1", json!({})).await.completed();
 }

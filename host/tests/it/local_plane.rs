@@ -96,7 +96,7 @@ async fn job_for_another_capability_stays_in_the_folder() {
 }
 
 #[tokio::test]
-async fn two_nodes_share_a_folder_without_doubling_a_job() {
+async fn two_nodes_sharing_folder_run_each_job_once() {
     let plane = Plane::local();
     let nodes = [
         plane.node(&[fixtures::echo()]).set("MAX_CONCURRENCY", "2").leasing().await,
@@ -130,7 +130,7 @@ async fn two_nodes_share_a_folder_without_doubling_a_job() {
 }
 
 #[tokio::test]
-async fn lease_that_waits_for_a_slot_is_shown_as_waiting() {
+async fn status_shows_lease_without_slot_as_waiting() {
     let plane = Plane::local();
     let files = tempfile::tempdir().expect("a folder");
     let go = files.path().join("go");
@@ -167,7 +167,7 @@ async fn run_past_its_time_limit_fails() {
 
 #[cfg(unix)]
 #[tokio::test]
-async fn pipes_and_dot_names_do_not_stop_the_node() {
+async fn pipes_and_dot_names_do_not_stop_node() {
     let plane = Plane::local();
     let node = plane.node(&[fixtures::echo()]).leasing().await;
     let Plane::Local(folder) = &plane else { panic!("a folder") };

@@ -3,20 +3,21 @@
 use serde_json::{Value, json};
 
 use crate::harness::{
-    TestServer, fixtures,
+    TestServer,
+    fault_proxy::{Bad, FaultProxy},
+    fixtures,
     folder::Folder,
     node::Cli,
-    rubbish::{Bad, Rubbish},
 };
 
 #[tokio::test]
 async fn every_line_of_a_task_carries_its_ids() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    rubbish.answer("POST /v1/tasks/*/heartbeat", 1, Bad::Status(503, "later"));
-    rubbish.answer("POST /v1/tasks/*/complete", 1, Bad::Cut);
-    let node = rubbish.node(&[fixtures::zoo()]).set("RUST_LOG", "info").leasing().await;
-    let ended = lab.run(&node, "/fixtures/logs/v1", json!({})).await;
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    proxy.answer("POST /v1/tasks/*/heartbeat", 1, Bad::Status(503, "later"));
+    proxy.answer("POST /v1/tasks/*/complete", 1, Bad::Cut);
+    let node = proxy.node(&[fixtures::zoo()]).set("RUST_LOG", "info").leasing().await;
+    let ended = test_server.run(&node, "/fixtures/logs/v1", json!({})).await;
     let task = &ended.completed().task()["id"];
     node.says("report.delivered").await;
     node.stop().await;
@@ -36,7 +37,7 @@ async fn every_line_of_a_task_carries_its_ids() {
     let job = of_task[0]["job_id"].clone();
     for line in &of_task {
         assert_eq!(line["capability"], "/fixtures/logs/v1", "{line}");
-        assert_eq!((&line["job_id"], &line["domain_id"]), (&job, &json!(lab.dev_server.domain_id())), "{line}");
+        assert_eq!((&line["job_id"], &line["domain_id"]), (&job, &json!(test_server.dev_server.domain_id())), "{line}");
         // The outbox knows only the report, possibly from an earlier process.
         if line["event"] != "report.delivered" && line["event"] != "report.waiting" {
             assert_eq!((&line["plugin"], &line["attempt"]), (&json!("zoo"), &json!(1)), "{line}");
@@ -50,11 +51,12 @@ async fn every_line_of_a_task_carries_its_ids() {
 
 #[tokio::test]
 async fn text_lines_are_for_people() {
-    let lab = TestServer::start().await;
-    let node = lab.node(&[fixtures::hello()]).set("LOG_FORMAT", " TEXT ").set("HTTP_BIND", "999").refused().await;
+    let test_server = TestServer::start().await;
+    let node =
+        test_server.node(&[fixtures::hello()]).set("LOG_FORMAT", " TEXT ").set("HTTP_BIND", "999").refused().await;
     let node = node.expect(78);
     assert!(node.stderr.starts_with("error: HTTP_BIND: "), "{}", node.stderr);
-    for format in ["json", "JSON", "rubbish", ""] {
+    for format in ["json", "JSON", "proxy", ""] {
         let ended = Cli::new(&["run"]).set("LOG_FORMAT", format).set("HTTP_BIND", "999").run().await.expect(78);
         let as_json = ended.stderr.lines().all(|line| serde_json::from_str::<Value>(line).is_ok());
         assert_eq!(as_json, !format.is_empty(), "s0_15a, LOG_FORMAT={format}: {}", ended.stderr);
@@ -146,10 +148,10 @@ fn second_log_set_up_changes_nothing() {
 
 #[tokio::test]
 async fn log_is_json_at_level_info_by_default() {
-    let lab = TestServer::start().await;
+    let test_server = TestServer::start().await;
     // Blank is unset.
-    let node = lab.node(&[fixtures::hello()]).set("RUST_LOG", "").leasing().await;
-    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    let node = test_server.node(&[fixtures::hello()]).set("RUST_LOG", "").leasing().await;
+    test_server.run(&node, "/examples/hello/v1", json!({})).await.completed();
     node.stop().await;
     let lines = node.lines();
     assert!(lines[0]["timestamp"].is_string() && lines[0]["message"].is_string(), "{}", lines[0]);

@@ -21,17 +21,17 @@ const REST_BYTES: u64 = 64 * MIB;
 
 #[tokio::test]
 async fn transfers_of_256_mib_stay_within_the_budget() {
-    let lab = TestServer::with(|config| config.part_size = PART_BYTES).await;
+    let test_server = TestServer::with(|config| config.part_size = PART_BYTES).await;
     let object: Vec<u8> = (0..OBJECT_BYTES).map(|n| (n % 251) as u8).collect();
-    let input = lab.put("large", &object).await;
-    let node = lab.node(&[fixtures::echo()]).set("MAX_CONCURRENCY", "4");
+    let input = test_server.put("large", &object).await;
+    let node = test_server.node(&[fixtures::echo()]).set("MAX_CONCURRENCY", "4");
     let node = node.set("MEMORY_BUDGET", BUDGET_BYTES.to_string()).set("RUST_LOG", "info").leasing().await;
     let kinds = ["/examples/echo-file/v1", "/examples/echo-stream/v1"];
-    let jobs = [0, 1, 0, 1].map(|kind| lab.task(kinds[kind]).inputs(&[input]).submit());
+    let jobs = [0, 1, 0, 1].map(|kind| test_server.task(kinds[kind]).inputs(&[input]).submit());
     for job in jobs {
-        let ended = lab.ended(&node, job).await;
+        let ended = test_server.ended(&node, job).await;
         let artifact = &ended.completed().artifacts()["echo-0.bin"];
-        assert_eq!(lab.size(artifact["id"].as_str().expect("an id")).await, OBJECT_BYTES);
+        assert_eq!(test_server.size(artifact["id"].as_str().expect("an id")).await, OBJECT_BYTES);
     }
     // The control plane learns of an end before the page shows it.
     let all = |page: &(u16, Value)| page.1["recent"].as_array().is_some_and(|recent| recent.len() == 4);
@@ -52,16 +52,16 @@ const PANICS_BYTES: u64 = 16 * MIB;
 
 #[tokio::test]
 async fn panicking_runners_leak_no_memory() {
-    let lab = TestServer::start().await;
-    let node = lab.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "4").set("RUST_LOG", "info").leasing().await;
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "4").set("RUST_LOG", "info").leasing().await;
     let panics = ["/fixtures/panic/v1", "/fixtures/panic-in-drop/v1", "/fixtures/panic-blocking/v1"];
     for capability in ["/fixtures/ok/v1"; 50] {
-        lab.run(&node, capability, json!({})).await.completed();
+        test_server.run(&node, capability, json!({})).await.completed();
     }
     let before = node.memory("RssAnon");
-    let jobs: Vec<_> = panics.iter().cycle().take(200).map(|panic| lab.task(panic).submit()).collect();
+    let jobs: Vec<_> = panics.iter().cycle().take(200).map(|panic| test_server.task(panic).submit()).collect();
     for job in jobs {
-        assert_eq!(lab.ended(&node, job).await.failed().1["outcome"], "panicked");
+        assert_eq!(test_server.ended(&node, job).await.failed().1["outcome"], "panicked");
     }
     let kept = node.memory("RssAnon").saturating_sub(before);
     assert!(kept < PANICS_BYTES, "{} KiB kept of 200 panics", kept / 1024);

@@ -11,9 +11,10 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::harness::{
-    TestServer, fixtures,
+    TestServer,
+    fault_proxy::{Bad, FaultProxy},
+    fixtures,
     node::{Cli, TestNode, can_mount},
-    rubbish::{Bad, Rubbish},
 };
 
 const COMPLETE: &str = "POST /v1/tasks/*/complete";
@@ -25,15 +26,15 @@ async fn waiting(node: &TestNode, count: usize) -> Value {
 }
 
 /// Number of reports that the dev server has accepted.
-fn accepted(lab: &TestServer) -> usize {
-    let journal = lab.dev_server.journal();
+fn accepted(test_server: &TestServer) -> usize {
+    let journal = test_server.dev_server.journal();
     journal.iter().filter(|seen| seen.path.ends_with("/complete") && seen.status == 200).count()
 }
 
 #[tokio::test]
-async fn finished_work_outlives_an_outage_of_several_leases_and_a_restart() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
+async fn reports_survive_long_outage_and_restart() {
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
     // The leases of the dev server are longer, but the node gets an expiry in one second.
     let brief = || {
         Bad::edit(|answer| {
@@ -41,12 +42,12 @@ async fn finished_work_outlives_an_outage_of_several_leases_and_a_restart() {
             answer["lease_expires_at"] = soon.to_string().into();
         })
     };
-    rubbish.answer("GET /v1/tasks", usize::MAX, brief());
-    rubbish.answer("POST /v1/tasks/*/heartbeat", usize::MAX, brief());
-    rubbish.answer(COMPLETE, usize::MAX, Bad::Cut);
-    let node = rubbish.node(&[fixtures::hello()]).set("MAX_CONCURRENCY", "2").leasing().await;
-    let input = lab.put("who", b"world").await;
-    let jobs: Vec<_> = (0..5).map(|_| lab.task("/examples/hello/v1").inputs(&[input]).submit()).collect();
+    proxy.answer("GET /v1/tasks", usize::MAX, brief());
+    proxy.answer("POST /v1/tasks/*/heartbeat", usize::MAX, brief());
+    proxy.answer(COMPLETE, usize::MAX, Bad::Cut);
+    let node = proxy.node(&[fixtures::hello()]).set("MAX_CONCURRENCY", "2").leasing().await;
+    let input = test_server.put("who", b"world").await;
+    let jobs: Vec<_> = (0..5).map(|_| test_server.task("/examples/hello/v1").inputs(&[input]).submit()).collect();
     // A report is in the outbox shortly before its task is among the recent ones.
     let all =
         |page: &Value| page["outbox"]["waiting"] == 5 && page["recent"].as_array().is_some_and(|all| all.len() == 5);
@@ -59,35 +60,35 @@ async fn finished_work_outlives_an_outage_of_several_leases_and_a_restart() {
         "{status:#}"
     );
     tokio::time::sleep(Duration::from_secs(2)).await; // two more leases
-    assert_eq!(accepted(&lab), 0);
+    assert_eq!(accepted(&test_server), 0);
     // The process ends while reports wait.
     node.term();
     assert_eq!(node.wait().await, 75, "{}", node.log());
     assert_eq!(node.said("outbox.reports_left")[0]["reports"], 5);
     assert_eq!(node.said("report.waiting").len(), 1, "an outage is said once: {}", node.log());
 
-    rubbish.heal();
-    let next = rubbish.node(&[fixtures::hello()]).after(&node).leasing().await;
+    proxy.heal();
+    let next = proxy.node(&[fixtures::hello()]).after(&node).leasing().await;
     for job in jobs {
-        let ended = lab.ended(&next, job).await;
+        let ended = test_server.ended(&next, job).await;
         assert_eq!(ended.completed().task()["attempts"], 1, "nothing is done twice");
     }
-    assert_eq!(accepted(&lab), 5);
+    assert_eq!(accepted(&test_server), 5);
     waiting(&next, 0).await;
     next.stop().await;
     assert_eq!(next.said("report.delivered").len(), 5);
 }
 
 #[tokio::test]
-async fn a_report_is_owed_from_the_end_of_its_task_and_each_try_counts_however_it_ends() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    rubbish.answer(COMPLETE, usize::MAX, Bad::Hang);
-    let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
+async fn unanswered_report_counts_as_waiting_and_tried() {
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    proxy.answer(COMPLETE, usize::MAX, Bad::Hang);
+    let node = proxy.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
     // The first task ends at once. The second takes longer, and its report is written before the first try.
     for (count, nap) in [(1, 0), (2, 100)] {
-        lab.task("/fixtures/ignores-cancel/v1").meta(json!({ "sleep_ms": nap })).submit();
-        rubbish.seen(COMPLETE, count).await;
+        test_server.task("/fixtures/ignores-cancel/v1").meta(json!({ "sleep_ms": nap })).submit();
+        proxy.seen(COMPLETE, count).await;
         let outbox = node.status().await["outbox"].clone();
         assert_eq!((&outbox["waiting"], &outbox["oldest_tries"]), (&json!(count), &json!(1)), "{outbox:#}");
         assert!(outbox["oldest"].is_string() && outbox["last_error"].is_null(), "{outbox:#}");
@@ -103,13 +104,13 @@ async fn a_report_is_owed_from_the_end_of_its_task_and_each_try_counts_however_i
 }
 
 #[tokio::test]
-async fn a_backlog_goes_out_several_at_once_the_oldest_first() {
+async fn backlog_is_delivered_oldest_first_with_limited_concurrency() {
     const COUNT: usize = 20;
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
-    let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
-    let jobs: Vec<_> = (0..COUNT).map(|_| lab.task("/fixtures/ok/v1").submit()).collect();
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    proxy.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    let node = proxy.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
+    let jobs: Vec<_> = (0..COUNT).map(|_| test_server.task("/fixtures/ok/v1").submit()).collect();
     waiting(&node, COUNT).await;
     node.term();
     assert_eq!(node.wait().await, 75);
@@ -117,185 +118,189 @@ async fn a_backlog_goes_out_several_at_once_the_oldest_first() {
     let tasks = listed.as_array().expect("a list").iter().map(|report| report["task_id"].as_str().expect("an id"));
     let tasks: Vec<String> = tasks.map(|task| format!("POST /v1/tasks/{task}/complete")).collect();
 
-    rubbish.heal();
+    proxy.heal();
     let (first, held) = Bad::gate();
-    rubbish.answer(COMPLETE, 1, held);
+    proxy.answer(COMPLETE, 1, held);
     let (others, held) = Bad::gate();
-    rubbish.answer(COMPLETE, usize::MAX, held);
-    let before: Vec<usize> = tasks.iter().map(|task| rubbish.count(task)).collect();
-    let sent = |rubbish: &Rubbish| -> Vec<bool> {
-        tasks.iter().zip(&before).map(|(task, before)| rubbish.count(task) > *before).collect()
+    proxy.answer(COMPLETE, usize::MAX, held);
+    let before: Vec<usize> = tasks.iter().map(|task| proxy.count(task)).collect();
+    let sent = |proxy: &FaultProxy| -> Vec<bool> {
+        tasks.iter().zip(&before).map(|(task, before)| proxy.count(task) > *before).collect()
     };
     let so_far = before.iter().sum::<usize>();
-    let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
+    let next = proxy.node(&[fixtures::zoo()]).after(&node).leasing().await;
     // The node first tries one report only.
-    rubbish.seen(COMPLETE, so_far + 1).await;
-    assert_eq!(sent(&rubbish).iter().position(|sent| !sent), Some(1));
+    proxy.seen(COMPLETE, so_far + 1).await;
+    assert_eq!(sent(&proxy).iter().position(|sent| !sent), Some(1));
     first.cancel();
-    rubbish.seen(COMPLETE, so_far + 9).await;
+    proxy.seen(COMPLETE, so_far + 9).await;
     // More reports than allowed could be sent in this time.
     next.page_until("/status.json", |page| page.1["outbox"]["waiting"] == COUNT - 1).await;
-    let sent: Vec<usize> = (0..COUNT).filter(|at| sent(&rubbish)[*at]).collect();
+    let sent: Vec<usize> = (0..COUNT).filter(|at| sent(&proxy)[*at]).collect();
     assert_eq!(sent, (0..9).collect::<Vec<_>>(), "the oldest eight more, and each once");
-    assert_eq!(rubbish.count(COMPLETE), so_far + 9);
+    assert_eq!(proxy.count(COMPLETE), so_far + 9);
     others.cancel();
     for job in jobs {
-        lab.ended(&next, job).await.completed();
+        test_server.ended(&next, job).await.completed();
     }
     waiting(&next, 0).await;
     next.stop().await;
-    assert_eq!(accepted(&lab), COUNT);
+    assert_eq!(accepted(&test_server), COUNT);
 }
 
 #[tokio::test]
-async fn a_token_that_dies_during_delivery_is_renewed() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    rubbish.answer(COMPLETE, 3, Bad::Status(401, "no"));
-    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
-    let job = lab.task("/fixtures/ok/v1").submit();
-    assert_eq!(lab.ended(&node, job).await.completed().task()["attempts"], 1);
+async fn node_token_refused_during_delivery_is_renewed() {
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    proxy.answer(COMPLETE, 3, Bad::Status(401, "no"));
+    let node = proxy.node(&[fixtures::zoo()]).leasing().await;
+    let job = test_server.task("/fixtures/ok/v1").submit();
+    assert_eq!(test_server.ended(&node, job).await.completed().task()["attempts"], 1);
     let record = node.page_until("/status.json", |page| page.1["recent"][0]["report"] == "accepted").await.1;
     assert_eq!(record["outbox"]["waiting"], 0);
-    assert!(rubbish.count("POST /internal/v1/auth/siwe/verify") > 1, "it signed in anew");
+    assert!(proxy.count("POST /internal/v1/auth/siwe/verify") > 1, "it signed in anew");
     node.stop().await;
 }
 
 #[tokio::test]
-async fn a_report_refused_for_good_is_said_once_and_not_repeated() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    rubbish.answer(COMPLETE, 1, Bad::Cut);
-    rubbish.answer(COMPLETE, 1, Bad::Status(410, "gone"));
-    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
-    lab.task("/fixtures/ok/v1").submit();
+async fn permanently_refused_report_is_logged_not_repeated() {
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    proxy.answer(COMPLETE, 1, Bad::Cut);
+    proxy.answer(COMPLETE, 1, Bad::Status(410, "gone"));
+    let node = proxy.node(&[fixtures::zoo()]).leasing().await;
+    test_server.task("/fixtures/ok/v1").submit();
     let line = node.says("report.refused").await;
     assert!(line["error"].as_str().is_some_and(|text| text.contains("410")), "{line}");
     let status = waiting(&node, 0).await;
     assert_eq!((&status["unreported"], &status["recent"][0]["report"]), (&json!(1), &json!("refused")));
     assert_eq!(status["outbox"]["last_error"], Value::Null);
     node.stop().await;
-    assert_eq!(rubbish.count(COMPLETE), 2);
+    assert_eq!(proxy.count(COMPLETE), 2);
 }
 
 #[tokio::test]
-async fn a_plane_that_says_when_to_come_again_gets_the_report_then() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    rubbish.answer(COMPLETE, 1, Bad::Busy(429, 1));
-    rubbish.answer(COMPLETE, 1, Bad::Busy(503, 1));
-    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
-    let job = lab.task("/fixtures/ok/v1").submit();
-    rubbish.seen(COMPLETE, 1).await;
+async fn report_retry_waits_for_retry_after() {
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    proxy.answer(COMPLETE, 1, Bad::Busy(429, 1));
+    proxy.answer(COMPLETE, 1, Bad::Busy(503, 1));
+    let node = proxy.node(&[fixtures::zoo()]).leasing().await;
+    let job = test_server.task("/fixtures/ok/v1").submit();
+    proxy.seen(COMPLETE, 1).await;
     let began = Instant::now();
-    lab.ended(&node, job).await.completed();
+    test_server.ended(&node, job).await.completed();
     assert!(began.elapsed() >= Duration::from_millis(1900), "two seconds were asked for: {:?}", began.elapsed());
-    assert_eq!(rubbish.count(COMPLETE), 3);
+    assert_eq!(proxy.count(COMPLETE), 3);
     node.stop().await;
 }
 
 // posemesh.md section 9: while heartbeats work, a long wait for acceptance causes no second run.
 #[tokio::test]
-async fn a_lease_is_kept_while_its_report_is_on_its_way_and_no_longer() {
+async fn heartbeats_continue_until_report_is_accepted() {
     const HEARTBEAT: &str = "POST /v1/tasks/*/heartbeat";
     let ttl = Duration::from_secs(1);
-    let lab = TestServer::with(|config| config.lease_ttl = ttl).await;
-    let rubbish = Rubbish::before(&lab).await;
-    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
-    let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
-    let job = lab.task("/fixtures/ok/v1").set("max_attempts", json!(5)).submit();
+    let test_server = TestServer::with(|config| config.lease_ttl = ttl).await;
+    let proxy = FaultProxy::before(&test_server).await;
+    proxy.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    let node = proxy.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
+    let job = test_server.task("/fixtures/ok/v1").set("max_attempts", json!(5)).submit();
     node.says_ended("waiting").await;
     let began = Instant::now();
     // The slot is free during the wait.
-    lab.run(&node, "/fixtures/fail/v1", json!({})).await.failed();
+    test_server.run(&node, "/fixtures/fail/v1", json!({})).await.failed();
     tokio::time::sleep((ttl * 3).saturating_sub(began.elapsed())).await; // three lengths of the lease
-    rubbish.heal();
-    let ended = lab.ended(&node, job).await;
+    proxy.heal();
+    let ended = test_server.ended(&node, job).await;
     assert_eq!(ended.completed().task()["attempts"], 1, "{:#}", ended.0);
     assert_eq!(ended.0["receipts"].as_array().map(Vec::len), Some(1), "{:#}", ended.0);
     waiting(&node, 0).await;
-    let beats = rubbish.count(HEARTBEAT);
+    let beats = proxy.count(HEARTBEAT);
     assert!(beats >= 8, "{beats} heartbeats in three lengths of a lease");
     tokio::time::sleep(ttl).await; // not an event: nothing may happen
-    assert_eq!(rubbish.count(HEARTBEAT), beats, "no heartbeat for what is accepted");
+    assert_eq!(proxy.count(HEARTBEAT), beats, "no heartbeat for what is accepted");
     assert!(node.said("lease.lost").is_empty(), "{}", node.log());
     node.stop().await;
 }
 
 #[tokio::test]
-async fn a_waiting_report_follows_its_task_when_a_heartbeat_renames_it() {
+async fn waiting_report_uses_new_id_after_heartbeat_rename() {
     let other = "11111111-2222-4333-8444-555555555555";
-    let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(1)).await;
-    let rubbish = Rubbish::before(&lab).await;
+    let test_server = TestServer::with(|config| config.lease_ttl = Duration::from_secs(1)).await;
+    let proxy = FaultProxy::before(&test_server).await;
     let complete = format!("POST /v1/tasks/{other}/complete");
     // The test answers calls for the new name: the dev server knows only the old name.
-    rubbish.answer(&complete, 1, Bad::Json(json!({})));
-    rubbish.answer(&format!("POST /v1/tasks/{other}/heartbeat"), usize::MAX, Bad::Json(json!({})));
-    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
-    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
-    lab.task("/fixtures/ok/v1").submit();
+    proxy.answer(&complete, 1, Bad::Json(json!({})));
+    proxy.answer(&format!("POST /v1/tasks/{other}/heartbeat"), usize::MAX, Bad::Json(json!({})));
+    proxy.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    let node = proxy.node(&[fixtures::zoo()]).leasing().await;
+    test_server.task("/fixtures/ok/v1").submit();
     waiting(&node, 1).await;
-    rubbish.answer("POST /v1/tasks/*/heartbeat", usize::MAX, Bad::Json(json!({ "task_id": other })));
+    proxy.answer("POST /v1/tasks/*/heartbeat", usize::MAX, Bad::Json(json!({ "task_id": other })));
     let line = node.says("report.delivered").await;
-    assert_eq!((line["task_id"].as_str(), rubbish.count(&complete)), (Some(other), 1), "{}", node.log());
+    assert_eq!((line["task_id"].as_str(), proxy.count(&complete)), (Some(other), 1), "{}", node.log());
     node.page_until("/status.json", |page| page.1["recent"][0]["report"] == "accepted").await;
     node.stop().await;
 }
 
 #[tokio::test]
-async fn a_node_that_stops_tries_its_reports_more_than_once() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
+async fn stopping_node_retries_report_before_exit() {
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
     let (gate, held) = Bad::gate();
-    rubbish.answer(COMPLETE, 1, held);
-    rubbish.answer(COMPLETE, 1, Bad::Cut);
-    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
-    let job = lab.task("/fixtures/ok/v1").submit();
-    rubbish.seen(COMPLETE, 1).await;
+    proxy.answer(COMPLETE, 1, held);
+    proxy.answer(COMPLETE, 1, Bad::Cut);
+    let node = proxy.node(&[fixtures::zoo()]).leasing().await;
+    let job = test_server.task("/fixtures/ok/v1").submit();
+    proxy.seen(COMPLETE, 1).await;
     // The first try hangs when the second signal arrives. The second try fails.
     node.term();
     node.says("node.draining").await;
     node.term();
     assert_eq!(node.wait().await, 75, "tasks were cut short: {}", node.log());
     drop(gate);
-    lab.ended(&node, job).await.completed();
-    assert_eq!(rubbish.count(COMPLETE), 3);
+    test_server.ended(&node, job).await.completed();
+    assert_eq!(proxy.count(COMPLETE), 3);
     assert!(node.said("outbox.reports_left").is_empty(), "{}", node.log());
 }
 
 #[tokio::test]
-async fn a_node_that_stops_does_not_wait_for_reports_that_are_safe() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    rubbish.answer(COMPLETE, usize::MAX, Bad::Hang);
-    let node = rubbish.node(&[fixtures::zoo()]).set("DRAIN_TIMEOUT", "10m").leasing().await;
-    let job = lab.task("/fixtures/ok/v1").submit();
-    rubbish.seen(COMPLETE, 1).await;
+async fn stopping_node_does_not_wait_for_stored_reports() {
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    proxy.answer(COMPLETE, usize::MAX, Bad::Hang);
+    let node = proxy.node(&[fixtures::zoo()]).set("DRAIN_TIMEOUT", "10m").leasing().await;
+    let job = test_server.task("/fixtures/ok/v1").submit();
+    proxy.seen(COMPLETE, 1).await;
     node.term();
     // The test has a limit for this that is far below ten minutes.
     assert_eq!(node.wait().await, 75, "{}", node.log());
     assert_eq!(node.said("outbox.reports_left")[0]["reports"], 1);
-    rubbish.heal();
-    let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
-    assert_eq!(lab.ended(&next, job).await.completed().task()["attempts"], 1);
+    proxy.heal();
+    let next = proxy.node(&[fixtures::zoo()]).after(&node).leasing().await;
+    assert_eq!(test_server.ended(&next, job).await.completed().task()["attempts"], 1);
     next.stop().await;
 }
 
 #[tokio::test]
-async fn a_full_outbox_pauses_leasing_until_there_is_room() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
-    let node = rubbish.node(&[fixtures::zoo()]).set("OUTBOX_MAX", "2").leasing().await;
-    let jobs: Vec<_> = (0..3).map(|_| lab.task("/fixtures/ok/v1").submit()).collect();
+async fn full_outbox_pauses_leasing_until_space_is_free() {
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    proxy.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    let node = proxy.node(&[fixtures::zoo()]).set("OUTBOX_MAX", "2").leasing().await;
+    let jobs: Vec<_> = (0..3).map(|_| test_server.task("/fixtures/ok/v1").submit()).collect();
     node.says("outbox.full").await;
     let reason = "the outbox is full: 2 reports wait for the control plane";
     node.page_until("/ready", |page| page.0 == 503 && page.1["reason"] == reason).await;
     assert_eq!(node.status().await["outbox"]["full"], true);
-    assert_eq!(lab.dev_server.job(jobs[2]).expect("a job")["job"]["status"], "pending", "nothing new is leased");
-    rubbish.heal();
+    assert_eq!(
+        test_server.dev_server.job(jobs[2]).expect("a job")["job"]["status"],
+        "pending",
+        "nothing new is leased"
+    );
+    proxy.heal();
     for job in jobs {
-        lab.ended(&node, job).await.completed();
+        test_server.ended(&node, job).await.completed();
     }
     node.says("outbox.has_room").await;
     node.page_until("/ready", |page| page.0 == 200).await;
@@ -309,15 +314,15 @@ fn written(node: &TestNode) -> std::time::SystemTime {
 }
 
 #[tokio::test]
-async fn a_brief_task_whose_report_is_taken_at_once_costs_no_write() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
+async fn report_accepted_at_once_needs_no_disk_write() {
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
     // On a busy machine an answer can be late. Then the report is written, which is correct.
     let mut unwritten = 0;
     for _ in 0..50 {
         let before = written(&node);
-        let job = lab.task("/fixtures/ok/v1").submit();
-        lab.ended(&node, job).await.completed();
+        let job = test_server.task("/fixtures/ok/v1").submit();
+        test_server.ended(&node, job).await.completed();
         node.page_until("/status.json", |page| page.1["tasks"] == json!({})).await;
         unwritten += usize::from(written(&node) == before);
     }
@@ -326,41 +331,41 @@ async fn a_brief_task_whose_report_is_taken_at_once_costs_no_write() {
 }
 
 #[tokio::test]
-async fn a_brief_task_whose_report_is_not_taken_at_once_is_on_the_disk_soon() {
-    let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(600)).await;
-    let rubbish = Rubbish::before(&lab).await;
-    rubbish.answer(COMPLETE, usize::MAX, Bad::Hang);
-    let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
-    let first = lab.task("/fixtures/ok/v1").submit();
-    rubbish.seen(COMPLETE, 1).await;
+async fn unanswered_report_is_written_to_disk() {
+    let test_server = TestServer::with(|config| config.lease_ttl = Duration::from_secs(600)).await;
+    let proxy = FaultProxy::before(&test_server).await;
+    proxy.answer(COMPLETE, usize::MAX, Bad::Hang);
+    let node = proxy.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
+    let first = test_server.task("/fixtures/ok/v1").submit();
+    proxy.seen(COMPLETE, 1).await;
     // The one slot serves the next task only after the first report is on the disk.
-    lab.task("/fixtures/ok/v1").submit();
-    rubbish.seen(COMPLETE, 2).await;
+    test_server.task("/fixtures/ok/v1").submit();
+    proxy.seen(COMPLETE, 2).await;
     node.kill();
     node.wait().await;
-    rubbish.heal();
-    let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
+    proxy.heal();
+    let next = proxy.node(&[fixtures::zoo()]).after(&node).leasing().await;
     // Its lease has not expired, so the report is from the disk.
-    let ended = lab.ended(&next, first).await;
+    let ended = test_server.ended(&next, first).await;
     assert_eq!(ended.completed().task()["attempts"], 1, "{}", next.log());
     assert_eq!(ended.0["receipts"].as_array().map(Vec::len), Some(1));
     next.stop().await;
 }
 
 #[tokio::test]
-async fn a_node_that_dies_with_an_unwritten_report_loses_and_doubles_none() {
+async fn node_crash_with_unwritten_report_yields_one_receipt() {
     for held in [Bad::Hang, Bad::gate().1] {
-        let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
-        let rubbish = Rubbish::before(&lab).await;
-        rubbish.answer(COMPLETE, usize::MAX, held);
-        let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
-        let job = lab.task("/fixtures/ok/v1").set("max_attempts", json!(3)).submit();
-        rubbish.seen(COMPLETE, 1).await;
+        let test_server = TestServer::with(|config| config.lease_ttl = Duration::from_secs(2)).await;
+        let proxy = FaultProxy::before(&test_server).await;
+        proxy.answer(COMPLETE, usize::MAX, held);
+        let node = proxy.node(&[fixtures::zoo()]).leasing().await;
+        let job = test_server.task("/fixtures/ok/v1").set("max_attempts", json!(3)).submit();
+        proxy.seen(COMPLETE, 1).await;
         node.kill();
         node.wait().await;
-        rubbish.heal();
-        let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
-        let ended = lab.ended(&next, job).await;
+        proxy.heal();
+        let next = proxy.node(&[fixtures::zoo()]).after(&node).leasing().await;
+        let ended = test_server.ended(&next, job).await;
         assert_eq!(ended.completed().0["receipts"].as_array().map(Vec::len), Some(1), "{}", next.log());
         next.page_until("/status.json", |page| page.1["outbox"]["waiting"] == 0 && page.1["tasks"] == json!({})).await;
         next.stop().await;
@@ -368,28 +373,28 @@ async fn a_node_that_dies_with_an_unwritten_report_loses_and_doubles_none() {
 }
 
 #[tokio::test]
-async fn a_plane_that_is_away_blocks_no_slot() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
+async fn unanswered_report_does_not_block_its_slot() {
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
     let (gate, held) = Bad::gate();
-    rubbish.answer(COMPLETE, 1, held);
-    let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
-    let first = lab.task("/fixtures/ok/v1").submit();
-    rubbish.seen(COMPLETE, 1).await;
+    proxy.answer(COMPLETE, 1, held);
+    let node = proxy.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
+    let first = test_server.task("/fixtures/ok/v1").submit();
+    proxy.seen(COMPLETE, 1).await;
     // Its report hangs. The one slot serves the next task.
-    lab.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
+    test_server.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
     gate.cancel();
-    lab.ended(&node, first).await.completed();
+    test_server.ended(&node, first).await.completed();
     node.stop().await;
 }
 
 #[tokio::test]
-async fn no_token_is_in_the_file_the_log_or_a_report() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
+async fn state_files_logs_and_reports_contain_no_token() {
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
     let token = std::sync::Arc::new(std::sync::Mutex::new(String::new()));
     let seen = std::sync::Arc::clone(&token);
-    rubbish.answer(
+    proxy.answer(
         "GET /v1/tasks",
         usize::MAX,
         Bad::edit(move |lease| {
@@ -398,10 +403,10 @@ async fn no_token_is_in_the_file_the_log_or_a_report() {
             }
         }),
     );
-    rubbish.answer("POST /v1/tasks/*/fail", usize::MAX, Bad::Status(503, "later"));
-    let node = rubbish.node(&[fixtures::zoo()]).plugins_file("[[plugin]]\nfile = \"zoo\"\ngrant = [\"token\"]\n");
+    proxy.answer("POST /v1/tasks/*/fail", usize::MAX, Bad::Status(503, "later"));
+    let node = proxy.node(&[fixtures::zoo()]).plugins_file("[[plugin]]\nfile = \"zoo\"\ngrant = [\"token\"]\n");
     let node = node.leasing().await;
-    let job = lab.task("/fixtures/tells-token/v1").submit();
+    let job = test_server.task("/fixtures/tells-token/v1").submit();
     waiting(&node, 1).await;
     node.kill();
     node.wait().await;
@@ -417,9 +422,9 @@ async fn no_token_is_in_the_file_the_log_or_a_report() {
         assert_eq!(mode & 0o077, 0, "{} is for others to read", file.path().display());
     }
     assert!(!node.log().contains(&token), "{}", node.log());
-    rubbish.heal();
-    let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
-    let ended = lab.ended(&next, job).await;
+    proxy.heal();
+    let next = proxy.node(&[fixtures::zoo()]).after(&node).leasing().await;
+    let ended = test_server.ended(&next, job).await;
     let (reason, details) = ended.failed();
     assert_eq!(reason, "runner failed: refused with (token)");
     assert_eq!(details["details"], json!({ "header": "Bearer (token)" }));
@@ -427,11 +432,11 @@ async fn no_token_is_in_the_file_the_log_or_a_report() {
 }
 
 #[tokio::test]
-async fn a_second_node_on_the_same_folder_is_refused_in_one_line() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::hello()]).await;
+async fn second_node_on_same_state_folder_is_refused() {
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::hello()]).await;
     let dir = node.state_dir().to_string_lossy().into_owned();
-    let said = lab.node(&[fixtures::hello()]).set("STATE_DIR", dir.as_str()).set("LOG_FORMAT", "text");
+    let said = test_server.node(&[fixtures::hello()]).set("STATE_DIR", dir.as_str()).set("LOG_FORMAT", "text");
     let said = said.refused().await.expect(75);
     let wanted = format!("error: STATE_DIR cannot be used: {dir} is in use by another node (process ");
     let lines: Vec<&str> = said.stderr.lines().filter(|line| line.starts_with("error")).collect();
@@ -439,17 +444,17 @@ async fn a_second_node_on_the_same_folder_is_refused_in_one_line() {
     node.stop().await;
     let file = tempfile::NamedTempFile::new().expect("a file");
     let path = file.path().to_string_lossy().into_owned();
-    let said = lab.node(&[fixtures::hello()]).set("STATE_DIR", path.as_str()).refused().await.expect(78);
+    let said = test_server.node(&[fixtures::hello()]).set("STATE_DIR", path.as_str()).refused().await.expect(78);
     assert_eq!(said.stderr, format!("error: STATE_DIR: expected a folder, found a file at {path}"));
 }
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn a_node_hears_commands_however_long_the_path_of_its_state_is() {
-    let lab = TestServer::start().await;
+async fn node_accepts_commands_with_long_state_path() {
+    let test_server = TestServer::start().await;
     let base = tempfile::tempdir().expect("a folder");
     let long = base.path().join("a".repeat(120)).join("b".repeat(120));
-    let node = lab.node(&[fixtures::hello()]).set("STATE_DIR", long.to_string_lossy()).leasing().await;
+    let node = test_server.node(&[fixtures::hello()]).set("STATE_DIR", long.to_string_lossy()).leasing().await;
     let list = || Cli::new(&["outbox", "list", "--state-dir"]).arg(&long).run();
     let said = list().await.expect(0);
     assert_eq!(said.stderr.lines().last(), Some("the outbox is empty"), "{}", said.stderr);
@@ -459,28 +464,28 @@ async fn a_node_hears_commands_however_long_the_path_of_its_state_is() {
 }
 
 #[tokio::test]
-async fn a_damaged_file_is_set_aside_and_said_and_the_node_goes_on() {
-    let lab = TestServer::start().await;
+async fn node_moves_damaged_outbox_file_and_continues() {
+    let test_server = TestServer::start().await;
     let state = tempfile::tempdir().expect("a folder");
     std::fs::write(state.path().join("outbox.redb"), "no database").expect("written");
-    let node = lab.node(&[fixtures::hello()]).set("STATE_DIR", state.path().to_string_lossy()).leasing().await;
+    let node = test_server.node(&[fixtures::hello()]).set("STATE_DIR", state.path().to_string_lossy()).leasing().await;
     let line = node.says("outbox.damaged").await;
     assert_eq!(line["level"], "ERROR");
     let aside = line["moved_to"].as_str().expect("a path");
     assert_eq!(std::fs::read(aside).expect("kept"), b"no database");
-    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    test_server.run(&node, "/examples/hello/v1", json!({})).await.completed();
     node.stop().await;
 }
 
 /// A device simulates a disk with errors.
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn a_file_the_system_gives_no_access_to_is_not_taken_for_a_damaged_one() {
-    let lab = TestServer::start().await;
+async fn inaccessible_outbox_file_is_not_treated_as_damaged() {
+    let test_server = TestServer::start().await;
     let state = tempfile::tempdir().expect("a folder");
     let file = state.path().join("outbox.redb");
     std::os::unix::fs::symlink("/dev/full", &file).expect("made");
-    let node = lab.node(&[fixtures::hello()]).set("STATE_DIR", state.path().to_string_lossy());
+    let node = test_server.node(&[fixtures::hello()]).set("STATE_DIR", state.path().to_string_lossy());
     let node = node.set("LOG_FORMAT", "text").refused().await;
     let said = node.stderr.lines().filter(|line| line.starts_with("error: ")).collect::<Vec<_>>();
     let start = format!("error: STATE_DIR cannot be used: cannot open {}: ", file.display());
@@ -493,15 +498,15 @@ async fn a_file_the_system_gives_no_access_to_is_not_taken_for_a_damaged_one() {
 const MADE_AGAIN: &str = "state.recreated";
 
 #[tokio::test]
-async fn a_state_folder_that_is_removed_under_a_node_is_made_again_with_what_is_owed() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
-    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
-    let first = lab.task("/fixtures/ok/v1").submit();
+async fn removed_state_folder_is_recreated_with_waiting_reports() {
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    proxy.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    let node = proxy.node(&[fixtures::zoo()]).leasing().await;
+    let first = test_server.task("/fixtures/ok/v1").submit();
     waiting(&node, 1).await;
     std::fs::remove_dir_all(node.state_dir()).expect("removed");
-    let second = lab.task("/fixtures/ok/v1").submit();
+    let second = test_server.task("/fixtures/ok/v1").submit();
     let line = node.says(MADE_AGAIN).await;
     assert_eq!(line["level"], "ERROR", "{line}");
     waiting(&node, 2).await;
@@ -515,38 +520,38 @@ async fn a_state_folder_that_is_removed_under_a_node_is_made_again_with_what_is_
     assert_eq!(node.wait().await, 75, "{}", node.log());
     assert_eq!(node.said("outbox.reports_left")[0]["reports"], 2);
     assert_eq!(node.said(MADE_AGAIN).len(), 1, "{}", node.log());
-    rubbish.heal();
-    let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
+    proxy.heal();
+    let next = proxy.node(&[fixtures::zoo()]).after(&node).leasing().await;
     for job in [first, second] {
-        assert_eq!(lab.ended(&next, job).await.completed().task()["attempts"], 1, "nothing is done twice");
+        assert_eq!(test_server.ended(&next, job).await.completed().task()["attempts"], 1, "nothing is done twice");
     }
     next.stop().await;
 }
 
 #[tokio::test]
-async fn while_reports_cannot_be_written_nothing_is_leased_and_none_is_called_safe() {
-    let lab = TestServer::start().await;
+async fn unwritable_outbox_stops_leasing_and_logs_lost_reports() {
+    let test_server = TestServer::start().await;
     let base = tempfile::tempdir().expect("a folder");
     let state = base.path().join("state");
-    let rubbish = Rubbish::before(&lab).await;
-    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
-    let node = rubbish.node(&[fixtures::zoo()]).set("STATE_DIR", state.to_string_lossy()).leasing().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    proxy.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    let node = proxy.node(&[fixtures::zoo()]).set("STATE_DIR", state.to_string_lossy()).leasing().await;
     let in_the_way = || {
         std::fs::remove_dir_all(&state).expect("removed");
         std::fs::write(&state, "in the way").expect("written");
     };
     in_the_way();
-    let first = lab.task("/fixtures/ok/v1").submit();
+    let first = test_server.task("/fixtures/ok/v1").submit();
     let broken = "outbox.not_writable";
     assert_eq!(node.says(broken).await["level"], "ERROR");
     let page = node.page_until("/ready", |page| page.0 == 503).await.1;
     let reason = page["reason"].as_str().unwrap_or_default();
     assert!(reason.starts_with("the outbox cannot be written: cannot make "), "{reason}");
     waiting(&node, 1).await;
-    let second = lab.task("/fixtures/ok/v1").submit();
+    let second = test_server.task("/fixtures/ok/v1").submit();
     // The pause after a failed report is longer than several pauses between polls.
-    rubbish.seen(COMPLETE, rubbish.count(COMPLETE) + 2).await;
-    assert_eq!(lab.dev_server.job(second).expect("a job")["job"]["status"], "pending", "nothing new is leased");
+    proxy.seen(COMPLETE, proxy.count(COMPLETE) + 2).await;
+    assert_eq!(test_server.dev_server.job(second).expect("a job")["job"]["status"], "pending", "nothing new is leased");
     std::fs::remove_file(&state).expect("removed");
     // The node detects this without a restart. Then it leases the second task.
     node.says("outbox.writable").await;
@@ -558,26 +563,26 @@ async fn while_reports_cannot_be_written_nothing_is_leased_and_none_is_called_sa
     assert_eq!(node.wait().await, 75, "{}", node.log());
     let lost = node.said("outbox.reports_lost");
     assert_eq!((&lost[0]["level"], &lost[0]["lost"]), (&json!("ERROR"), &json!(2)), "{lost:?}");
-    let tasks = [first, second].map(|job| lab.dev_server.job(job).expect("a job")["tasks"][0]["id"].clone());
+    let tasks = [first, second].map(|job| test_server.dev_server.job(job).expect("a job")["tasks"][0]["id"].clone());
     assert_eq!(lost[0]["tasks"], tasks.map(|id| id.as_str().expect("an id").to_owned()).join(" "));
     assert!(node.said("outbox.reports_left").is_empty(), "{}", node.log());
 }
 
 #[cfg(target_os = "linux")]
 #[tokio::test]
-async fn a_full_disk_is_one_trouble_that_lasts_until_there_is_room() {
+async fn full_disk_is_logged_once_until_space_returns() {
     if !can_mount() {
         return;
     }
-    let lab = TestServer::start().await;
+    let test_server = TestServer::start().await;
     let folder = tempfile::tempdir().expect("a folder");
-    let rubbish = Rubbish::before(&lab).await;
-    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
-    let node = rubbish.node(&[fixtures::zoo()]).set("STATE_DIR", folder.path().to_string_lossy());
+    let proxy = FaultProxy::before(&test_server).await;
+    proxy.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    let node = proxy.node(&[fixtures::zoo()]).set("STATE_DIR", folder.path().to_string_lossy());
     let node = node.small_disk(folder.path()).leasing().await;
     // These reports make the file grow. Later reports can use the pages that they free.
     for _ in 0..20 {
-        lab.task("/fixtures/ok/v1").submit();
+        test_server.task("/fixtures/ok/v1").submit();
     }
     waiting(&node, 20).await;
     // The disk in the mount namespace of the node.
@@ -588,7 +593,7 @@ async fn a_full_disk_is_one_trouble_that_lasts_until_there_is_room() {
     let (broken, mended) = ("outbox.not_writable", "outbox.writable");
     // Some of these reports fit into the file, others do not.
     for _ in 0..200 {
-        lab.task("/fixtures/ok/v1").submit();
+        test_server.task("/fixtures/ok/v1").submit();
     }
     node.says(broken).await;
     node.page_until("/ready", |page| page.0 == 503).await;
@@ -608,25 +613,25 @@ async fn a_full_disk_is_one_trouble_that_lasts_until_there_is_room() {
 }
 
 #[tokio::test]
-async fn reports_of_another_identity_are_kept_and_said() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    rubbish.answer(COMPLETE, usize::MAX, Bad::Cut);
-    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
-    lab.task("/fixtures/ok/v1").submit();
+async fn reports_of_another_identity_remain_unsent_and_logged() {
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    proxy.answer(COMPLETE, usize::MAX, Bad::Cut);
+    let node = proxy.node(&[fixtures::zoo()]).leasing().await;
+    test_server.task("/fixtures/ok/v1").submit();
     waiting(&node, 1).await;
     node.term();
     assert_eq!(node.wait().await, 75);
-    rubbish.heal();
-    let before = rubbish.count(COMPLETE);
+    proxy.heal();
+    let before = proxy.count(COMPLETE);
     let dir = node.state_dir().to_string_lossy().into_owned();
-    let other = rubbish.node(&[fixtures::zoo()]).set("STATE_DIR", dir).leasing().await;
+    let other = proxy.node(&[fixtures::zoo()]).set("STATE_DIR", dir).leasing().await;
     let line = other.says("outbox.foreign_reports").await;
     assert_eq!(line["reports"], 1);
     let status = other.status().await;
     assert_eq!((&status["outbox"]["foreign"], &status["outbox"]["waiting"]), (&json!(1), &json!(0)));
     other.stop().await;
-    assert_eq!(rubbish.count(COMPLETE), before);
+    assert_eq!(proxy.count(COMPLETE), before);
 }
 
 /// `runner-host outbox …` on a state folder.
@@ -638,13 +643,13 @@ async fn outbox(node: &TestNode, words: &[&str], code: i32) -> (Value, String) {
 }
 
 #[tokio::test]
-async fn outbox_list_retry_and_drop_work_on_a_running_node_and_on_a_stopped_one() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
-    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+async fn outbox_commands_work_with_and_without_running_node() {
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    proxy.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    let node = proxy.node(&[fixtures::zoo()]).leasing().await;
     assert_eq!(outbox(&node, &["list"], 0).await, (json!([]), "the outbox is empty".to_owned()));
-    let jobs: Vec<_> = (0..3).map(|_| lab.task("/fixtures/ok/v1").submit()).collect();
+    let jobs: Vec<_> = (0..3).map(|_| test_server.task("/fixtures/ok/v1").submit()).collect();
     waiting(&node, 3).await;
     let (listed, _) = outbox(&node, &["list"], 0).await;
     let task = |at: usize| listed[at]["task_id"].as_str().expect("an id").to_owned();
@@ -662,10 +667,10 @@ async fn outbox_list_retry_and_drop_work_on_a_running_node_and_on_a_stopped_one(
     for word in ["drop", "retry"] {
         assert_eq!(outbox(&node, &[word, &task(0)], 1).await, (json!([]), gone.clone()), "{word}");
     }
-    let tries = rubbish.count(COMPLETE);
+    let tries = proxy.count(COMPLETE);
     let (_, said) = outbox(&node, &["retry", "--all"], 0).await;
     assert_eq!(said, "2 reports will be sent now");
-    rubbish.seen(COMPLETE, tries + 1).await;
+    proxy.seen(COMPLETE, tries + 1).await;
     node.term();
     assert_eq!(node.wait().await, 75);
 
@@ -685,10 +690,10 @@ async fn outbox_list_retry_and_drop_work_on_a_running_node_and_on_a_stopped_one(
     }
     let (dropped, said) = outbox(&node, &["drop", &task(1), &task(0)], 1).await;
     assert_eq!((dropped, said.lines().count()), (json!([]), 2), "one that is gone twice, and one that is gone: {said}");
-    rubbish.heal();
-    let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
-    lab.ended(&next, jobs[2]).await.completed();
-    assert_eq!(accepted(&lab), 1);
+    proxy.heal();
+    let next = proxy.node(&[fixtures::zoo()]).after(&node).leasing().await;
+    test_server.ended(&next, jobs[2]).await.completed();
+    assert_eq!(accepted(&test_server), 1);
     next.stop().await;
     let text = Cli::new(&["outbox", "list"]).set("STATE_DIR", node.state_dir().to_string_lossy()).run().await.expect(0);
     assert_eq!((text.stdout.as_str(), text.stderr.as_str()), ("", "the outbox is empty"));
@@ -706,23 +711,23 @@ async fn retry_from(state: &Path, file: &Path) -> (Vec<Value>, String) {
 }
 
 /// A state folder of a node that was killed with this many waiting reports.
-async fn killed_with_reports(rubbish: &Rubbish, lab: &TestServer, count: usize) -> (TestNode, Vec<Uuid>) {
-    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
-    let node = rubbish.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
-    let jobs = (0..count).map(|_| lab.task("/fixtures/ok/v1").submit()).collect();
+async fn killed_with_reports(proxy: &FaultProxy, test_server: &TestServer, count: usize) -> (TestNode, Vec<Uuid>) {
+    proxy.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    let node = proxy.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "1").leasing().await;
+    let jobs = (0..count).map(|_| test_server.task("/fixtures/ok/v1").submit()).collect();
     waiting(&node, count).await;
     node.term();
     assert_eq!(node.wait().await, 75, "{}", node.log());
-    rubbish.heal();
+    proxy.heal();
     (node, jobs)
 }
 
 #[tokio::test]
 async fn retry_takes_up_a_damaged_file() {
     const COUNT: usize = 8;
-    let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(600)).await;
-    let rubbish = Rubbish::before(&lab).await;
-    let (node, jobs) = killed_with_reports(&rubbish, &lab, COUNT).await;
+    let test_server = TestServer::with(|config| config.lease_ttl = Duration::from_secs(600)).await;
+    let proxy = FaultProxy::before(&test_server).await;
+    let (node, jobs) = killed_with_reports(&proxy, &test_server, COUNT).await;
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("set-aside.redb");
     let mut bytes = std::fs::read(node.state_dir().join("outbox.redb")).expect("read");
@@ -730,7 +735,7 @@ async fn retry_takes_up_a_damaged_file() {
         bytes[at] ^= 1;
     }
     std::fs::write(&file, &bytes).expect("written");
-    let next = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    let next = proxy.node(&[fixtures::zoo()]).leasing().await;
     // The first file is from another node: its reports are kept and not sent.
     let (taken, said) = retry_from(next.state_dir(), &file).await;
     assert!(taken.len() >= COUNT - 1, "{taken:#?}");
@@ -740,12 +745,12 @@ async fn retry_takes_up_a_damaged_file() {
 
     // The same node without its outbox sends them.
     std::fs::remove_file(node.state_dir().join("outbox.redb")).expect("removed");
-    let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
+    let next = proxy.node(&[fixtures::zoo()]).after(&node).leasing().await;
     let (taken, _) = retry_from(node.state_dir(), &file).await;
     next.page_until("/status.json", |page| page.1["outbox"]["waiting"] == 0).await;
     next.stop().await;
     assert!(taken.len() >= COUNT - 1, "{taken:#?}");
-    assert_eq!(accepted(&lab), taken.len());
+    assert_eq!(accepted(&test_server), taken.len());
     assert_eq!(std::fs::read(&file).expect("read"), bytes, "the file is as it was");
     drop(jobs);
 }
@@ -754,9 +759,9 @@ async fn retry_takes_up_a_damaged_file() {
 async fn retry_doubles_no_report() {
     const COUNT: usize = 3;
     // No lease ends meanwhile: a task that is leased again may run again.
-    let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(600)).await;
-    let rubbish = Rubbish::before(&lab).await;
-    let (node, jobs) = killed_with_reports(&rubbish, &lab, COUNT).await;
+    let test_server = TestServer::with(|config| config.lease_ttl = Duration::from_secs(600)).await;
+    let proxy = FaultProxy::before(&test_server).await;
+    let (node, jobs) = killed_with_reports(&proxy, &test_server, COUNT).await;
     let state = node.state_dir();
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("copy.redb");
@@ -770,18 +775,18 @@ async fn retry_doubles_no_report() {
     assert_eq!(json!(taken), dropped);
     assert_eq!(retry_from(state, &file).await, (Vec::new(), doubled.to_owned()));
     // A running node that cannot deliver the reports.
-    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
-    let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
+    proxy.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    let next = proxy.node(&[fixtures::zoo()]).after(&node).leasing().await;
     assert_eq!(retry_from(state, &file).await, (Vec::new(), doubled.to_owned()));
-    rubbish.heal();
+    proxy.heal();
     // The node may have delivered some of them by itself by now.
     let said = outbox(&node, &["retry", "--all"], 0).await.1;
     assert!(said.ends_with(" will be sent now") || said == "the outbox is empty", "{said}");
     for job in jobs {
-        lab.ended(&next, job).await.completed();
+        test_server.ended(&next, job).await.completed();
     }
     next.stop().await;
-    assert_eq!(accepted(&lab), COUNT, "{}", next.log());
+    assert_eq!(accepted(&test_server), COUNT, "{}", next.log());
     // A file without reports, and a missing file.
     std::fs::write(&file, "no database").expect("written");
     let from = |file: &Path| Cli::new(&["outbox", "retry", "--from"]).arg(file).arg("--state-dir").arg(state);
@@ -794,9 +799,9 @@ async fn retry_doubles_no_report() {
 #[tokio::test]
 async fn damage_in_any_page_leaves_readable_reports() {
     const COUNT: usize = 8;
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    let (node, _) = killed_with_reports(&rubbish, &lab, COUNT).await;
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    let (node, _) = killed_with_reports(&proxy, &test_server, COUNT).await;
     let sound = std::fs::read(node.state_dir().join("outbox.redb")).expect("read");
     let target = node.state_dir();
     let folder = tempfile::tempdir().expect("a folder");
@@ -813,12 +818,12 @@ async fn damage_in_any_page_leaves_readable_reports() {
         assert!(taken.len() >= COUNT - 1, "page {page}: {} reports; {said}", taken.len());
     }
     // The next start sets such a file aside. The first byte of a page is its kind.
-    rubbish.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
+    proxy.answer(COMPLETE, usize::MAX, Bad::Status(503, "later"));
     for some in [&pages[..], &pages[1..], &pages[pages.len() / 2..]] {
         let mut bytes = sound.clone();
         some.iter().for_each(|page| bytes[page * 4096] ^= 0x10);
         std::fs::write(target.join("outbox.redb"), &bytes).expect("written");
-        let next = rubbish.node(&[fixtures::zoo()]).after(&node).leasing().await;
+        let next = proxy.node(&[fixtures::zoo()]).after(&node).leasing().await;
         let kept = next.status().await["outbox"]["waiting"].as_u64().expect("a number");
         assert!(kept >= COUNT as u64 - 1, "{kept} reports; {}", next.log());
         let line = next.line(|line| line["event"] == "outbox.damaged").await;

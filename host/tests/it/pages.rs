@@ -9,9 +9,10 @@ use tokio::{
 };
 
 use crate::harness::{
-    TestServer, fixtures,
+    TestServer,
+    fault_proxy::{Bad, FaultProxy},
+    fixtures,
     node::TestNode,
-    rubbish::{Bad, Rubbish},
     within,
 };
 
@@ -21,17 +22,17 @@ const HELLO_WORLD: &str = "09ca7e4eaa6e8ae9c7d261167129184883644d07dfba7cbfbc4c8
 
 #[tokio::test]
 async fn health_answers_and_ready_has_reasons() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    rubbish.answer("POST /internal/v1/nodes/register-wallet", usize::MAX, Bad::Status(403, "not on the list"));
-    let node = rubbish.node(&[fixtures::hello()]).set("REGISTER_INTERVAL_SECS", "1").start().await;
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    proxy.answer("POST /internal/v1/nodes/register-wallet", usize::MAX, Bad::Status(403, "not on the list"));
+    let node = proxy.node(&[fixtures::hello()]).set("REGISTER_INTERVAL_SECS", "1").start().await;
     node.says("registration.failed").await;
     assert_eq!(node.page("/health").await.0, 200);
     let said = |text: &str| text.starts_with("not signed in (") && text.contains("not on the list");
     let page = node.page_until("/ready", |page| page.1["reason"].as_str().is_some_and(said)).await;
     assert_eq!((page.0, &page.1["ready"]), (503, &json!(false)));
-    assert_eq!(rubbish.count("GET /v1/tasks"), 0, "nothing is leased before the sign-in");
-    rubbish.heal();
+    assert_eq!(proxy.count("GET /v1/tasks"), 0, "nothing is leased before the sign-in");
+    proxy.heal();
     let ready = node.page_until("/ready", |page| page.0 == 200).await;
     assert_eq!(ready.1, json!({ "ready": true }));
     assert_eq!(node.page("/no-such-page").await.0, 404);
@@ -39,26 +40,26 @@ async fn health_answers_and_ready_has_reasons() {
 
 #[tokio::test]
 async fn node_without_poll_answers_is_not_ready() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    let node = rubbish.node(&[fixtures::hello()]).set("REQUEST_TIMEOUT_SECS", "15").leasing().await;
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    let node = proxy.node(&[fixtures::hello()]).set("REQUEST_TIMEOUT_SECS", "15").leasing().await;
     node.page_until("/ready", |page| page.0 == 200).await;
-    rubbish.answer("GET /v1/tasks", usize::MAX, Bad::Hang);
+    proxy.answer("GET /v1/tasks", usize::MAX, Bad::Hang);
     let (_, page) = node.page_until("/ready", |page| page.0 == 503).await;
     assert_eq!(page["reason"], "the control plane does not answer the poll");
     assert_eq!(node.status().await["polls"], json!({ "failed": 0, "last_error": null, "unanswered": true }));
-    rubbish.heal();
+    proxy.heal();
     node.page_until("/ready", |page| page.0 == 200).await;
     assert_eq!(node.status().await["polls"], json!({ "failed": 0, "last_error": null, "unanswered": false }));
 }
 
 #[tokio::test]
 async fn node_with_failed_polls_is_not_ready() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    let node = rubbish.node(&[fixtures::hello()]).leasing().await;
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    let node = proxy.node(&[fixtures::hello()]).leasing().await;
     node.page_until("/ready", |page| page.0 == 200).await;
-    rubbish.answer("GET /v1/tasks", usize::MAX, Bad::Status(404, "nothing here"));
+    proxy.answer("GET /v1/tasks", usize::MAX, Bad::Status(404, "nothing here"));
     let (_, page) = node.page_until("/ready", |page| page.0 == 503).await;
     let reason = page["reason"].as_str().expect("a reason");
     let (start, end) = ("the control plane does not give work, ", "it usually ends in /v1: nothing here");
@@ -70,11 +71,11 @@ async fn node_with_failed_polls_is_not_ready() {
     let line = node.says("poll.failed").await;
     let remedy = "control plane answered 404 to the poll; check the path of DMS_BASE_URL, it usually ends in /v1";
     assert!(line["error"].as_str().is_some_and(|err| err.starts_with(remedy)), "{line}");
-    rubbish.heal();
+    proxy.heal();
     node.page_until("/ready", |page| page.0 == 200).await;
     assert_eq!(node.status().await["polls"], json!({ "failed": 0, "last_error": null, "unanswered": false }));
     // A single failure changes nothing.
-    rubbish.answer("GET /v1/tasks", 1, Bad::Status(503, "later"));
+    proxy.answer("GET /v1/tasks", 1, Bad::Status(503, "later"));
     node.line(|line| line["error"].as_str().is_some_and(|err| err.contains("503"))).await;
     assert_eq!(node.page("/ready").await.0, 200);
     node.stop().await;
@@ -83,15 +84,15 @@ async fn node_with_failed_polls_is_not_ready() {
 #[tokio::test]
 async fn full_node_with_failed_heartbeats_is_not_ready() {
     // Long enough for three failed heartbeats on a busy machine, and short enough that the first comes soon.
-    let lab = TestServer::with(|config| config.lease_ttl = Duration::from_secs(10)).await;
-    let rubbish = Rubbish::before(&lab).await;
-    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
+    let test_server = TestServer::with(|config| config.lease_ttl = Duration::from_secs(10)).await;
+    let proxy = FaultProxy::before(&test_server).await;
+    let node = proxy.node(&[fixtures::zoo()]).leasing().await;
     let files = tempfile::tempdir().expect("a folder");
-    let task = |name: &str| lab.task("/fixtures/wait-file/v1").meta(json!({ "file": files.path().join(name) }));
+    let task = |name: &str| test_server.task("/fixtures/wait-file/v1").meta(json!({ "file": files.path().join(name) }));
     let job = task("first").submit();
-    let id = lab.started(&node, job).await["id"].as_str().expect("an id").to_owned();
+    let id = test_server.started(&node, job).await["id"].as_str().expect("an id").to_owned();
     assert_eq!(node.page("/ready").await.0, 200);
-    rubbish.answer("POST /v1/tasks/*/heartbeat", usize::MAX, Bad::Status(503, "under repair"));
+    proxy.answer("POST /v1/tasks/*/heartbeat", usize::MAX, Bad::Status(503, "under repair"));
     let (_, page) = node.page_until("/ready", |page| page.0 == 503).await;
     let reason = page["reason"].as_str().expect("a reason");
     assert!(reason.starts_with("the control plane does not take heartbeats, "), "{reason}");
@@ -99,25 +100,25 @@ async fn full_node_with_failed_heartbeats_is_not_ready() {
     assert!(shown["heartbeats_failed"].as_u64().is_some_and(|failed| failed >= 3), "{shown}");
     let error = shown["heartbeat_error"].as_str().expect("an error");
     assert!(error.contains("503") && reason.ends_with(error), "{reason}: {shown}");
-    rubbish.heal();
+    proxy.heal();
     node.page_until("/ready", |page| page.0 == 200).await;
     let shown = node.status().await["tasks"][&id].clone();
     assert!(shown["state"] == "running" && shown["heartbeats_failed"] == 0, "{shown}");
     std::fs::write(files.path().join("first"), "").expect("the folder is writable");
-    lab.ended(&node, job).await.completed();
+    test_server.ended(&node, job).await.completed();
 }
 
 #[tokio::test]
 async fn status_page_shows_running_and_ended_tasks() {
-    let lab = TestServer::start().await;
+    let test_server = TestServer::start().await;
     let files = tempfile::tempdir().expect("a folder");
     let refused = files.path().join("broken.so");
     std::fs::write(&refused, "no library").expect("the folder is writable");
-    let node = lab.node(&[fixtures::zoo(), refused]).set("MAX_CONCURRENCY", "2").leasing().await;
-    lab.run(&node, "/fixtures/fail/v1", json!({})).await.failed();
+    let node = test_server.node(&[fixtures::zoo(), refused]).set("MAX_CONCURRENCY", "2").leasing().await;
+    test_server.run(&node, "/fixtures/fail/v1", json!({})).await.failed();
     node.says("task.ended").await;
-    let job = lab.task("/fixtures/wait-file/v1").meta(json!({ "file": files.path().join("go") })).submit();
-    let task = lab.started(&node, job).await;
+    let job = test_server.task("/fixtures/wait-file/v1").meta(json!({ "file": files.path().join("go") })).submit();
+    let task = test_server.started(&node, job).await;
     let status = node.status().await;
     assert_eq!(status["phase"], "running");
     assert_eq!(status["registration"], "registered");
@@ -130,7 +131,7 @@ async fn status_page_shows_running_and_ended_tasks() {
     assert_eq!((&shown["capability"], &shown["state"]), (&json!("/fixtures/wait-file/v1"), &json!("running")));
     assert_eq!(shown["job_id"], json!(job));
     assert_eq!((&shown["plugin"], &shown["attempt"]), (&json!("zoo"), &json!(1)));
-    assert_eq!(shown["domain_id"], json!(lab.dev_server.domain_id()));
+    assert_eq!(shown["domain_id"], json!(test_server.dev_server.domain_id()));
     let at = |key: &str| shown[key].as_str().and_then(|text| text.parse::<jiff::Timestamp>().ok());
     let now = jiff::Timestamp::now();
     assert!(
@@ -148,24 +149,24 @@ async fn status_page_shows_running_and_ended_tasks() {
 
 #[tokio::test]
 async fn domain_of_the_set_up_heartbeat_is_shown() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
     let without = Bad::edit(|lease| {
         if lease["task"].is_object() {
             lease["domain_id"] = serde_json::Value::Null;
         }
     });
-    rubbish.answer("GET /v1/tasks", usize::MAX, without);
+    proxy.answer("GET /v1/tasks", usize::MAX, without);
     let files = tempfile::tempdir().expect("a folder");
     let go = files.path().join("go");
-    let node = rubbish.node(&[fixtures::zoo()]).leasing().await;
-    let job = lab.task("/fixtures/wait-file/v1").meta(json!({ "file": go })).submit();
-    let task = lab.started(&node, job).await;
+    let node = proxy.node(&[fixtures::zoo()]).leasing().await;
+    let job = test_server.task("/fixtures/wait-file/v1").meta(json!({ "file": go })).submit();
+    let task = test_server.started(&node, job).await;
     let id = task["id"].as_str().expect("an id");
-    let (domain, status) = (json!(lab.dev_server.domain_id()), node.status().await);
+    let (domain, status) = (json!(test_server.dev_server.domain_id()), node.status().await);
     assert_eq!(status["tasks"][id]["domain_id"], domain, "{status:#}");
     std::fs::write(&go, "").expect("the folder is writable");
-    lab.ended(&node, job).await.completed();
+    test_server.ended(&node, job).await.completed();
     let ended = node.says("task.ended").await;
     assert_eq!((&ended["task_id"], &ended["domain_id"]), (&json!(id), &domain), "{ended}");
     assert!(node.says("task.started").await.get("domain_id").is_none(), "the lease did not say it");
@@ -180,11 +181,11 @@ fn at_since(shown: &serde_json::Value) -> Option<jiff::Timestamp> {
 
 #[tokio::test]
 async fn ended_task_shows_sizes_and_digests() {
-    let lab = TestServer::start().await;
-    let node = lab.node(&[fixtures::hello()]).leasing().await;
-    let input = lab.put("who", b"world").await;
-    let job = lab.task("/examples/hello/v1").inputs(&[input]).submit();
-    let ended = lab.ended(&node, job).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::hello()]).leasing().await;
+    let input = test_server.put("who", b"world").await;
+    let job = test_server.task("/examples/hello/v1").inputs(&[input]).submit();
+    let ended = test_server.ended(&node, job).await;
     let id = ended.completed().artifacts()["outputs/hello.bin"]["id"].clone();
     let page = node.page_until("/status.json", |page| page.1["recent"][0]["report"] == "accepted").await.1;
     let record = &page["recent"][0];
@@ -228,24 +229,24 @@ async fn slow(node: &TestNode, count: usize) -> Vec<TcpStream> {
 
 #[tokio::test]
 async fn status_keys_match_their_documentation() {
-    let lab = TestServer::start().await;
+    let test_server = TestServer::start().await;
     let files = tempfile::tempdir().expect("a folder");
     let broken = files.path().join("broken.so");
     std::fs::write(&broken, "no library").expect("the folder is writable");
     let libraries = [fixtures::hello(), fixtures::zoo(), broken];
-    let node = lab.node(&libraries).set("MAX_CONCURRENCY", "2").leasing().await;
-    let input = lab.put("who", b"world").await;
-    let job = lab.task("/examples/hello/v1").inputs(&[input]).submit();
-    lab.ended(&node, job).await.completed();
-    lab.run(&node, "/fixtures/fail/v1", json!({})).await.failed();
+    let node = test_server.node(&libraries).set("MAX_CONCURRENCY", "2").leasing().await;
+    let input = test_server.put("who", b"world").await;
+    let job = test_server.task("/examples/hello/v1").inputs(&[input]).submit();
+    test_server.ended(&node, job).await.completed();
+    test_server.run(&node, "/fixtures/fail/v1", json!({})).await.failed();
     let go = files.path().join("go");
-    let job = lab.task("/fixtures/wait-file/v1").meta(json!({ "file": go })).submit();
-    lab.started(&node, job).await;
+    let job = test_server.task("/fixtures/wait-file/v1").meta(json!({ "file": go })).submit();
+    test_server.started(&node, job).await;
     let page = node.page_until("/status.json", |page| page.1["recent"].as_array().is_some_and(|all| all.len() == 2));
     let status = page.await.1;
     assert!(status["recent"][1]["reason"].as_str().is_some_and(|reason| !reason.is_empty()), "{status:#}");
     std::fs::write(&go, "").expect("the folder is writable");
-    lab.ended(&node, job).await.completed();
+    test_server.ended(&node, job).await.completed();
 
     let text = include_str!("../../../docs/operations/status.md");
     let (_, table) = text.split_once("| key | type | meaning |\n|---|---|---|\n").expect("the table");
@@ -308,8 +309,8 @@ fn keys<'a>(
 /// Other machines may reach the pages.
 #[tokio::test]
 async fn slow_connections_do_not_delay_others() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::hello()]).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::hello()]).await;
     let began = Instant::now();
     let mut visitors = slow(&node, 400).await;
     let answer = ask(&node, "/health", "node").await;
@@ -321,14 +322,14 @@ async fn slow_connections_do_not_delay_others() {
     let gone = within("the end of a connection", || node.log(), visitors[0].read_to_end(&mut nothing)).await;
     assert!(matches!(gone, Ok(0) | Err(_)), "{gone:?}");
     assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
-    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    test_server.run(&node, "/examples/hello/v1", json!({})).await.completed();
     node.stop().await;
 }
 
 #[tokio::test]
 async fn silent_connections_are_closed() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::hello()]).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::hello()]).await;
     let mut visitor = slow(&node, 1).await.remove(0);
     let mut nothing = Vec::new();
     let gone = within("the end of a connection", || node.log(), visitor.read_to_end(&mut nothing)).await;
@@ -339,11 +340,11 @@ async fn silent_connections_are_closed() {
 #[cfg(target_os = "linux")]
 #[tokio::test]
 async fn pages_answer_without_free_descriptors() {
-    let lab = TestServer::start().await;
-    let node = lab.node(&[fixtures::zoo()]).open_files(128, 128).leasing().await;
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::zoo()]).open_files(128, 128).leasing().await;
     let files = tempfile::tempdir().expect("a folder");
     let (taken, go) = (files.path().join("taken"), files.path().join("go"));
-    let job = lab.task("/fixtures/take-files/v1").meta(json!({ "taken": taken, "file": go })).submit();
+    let job = test_server.task("/fixtures/take-files/v1").meta(json!({ "taken": taken, "file": go })).submit();
     // The runner cannot report, because no descriptor is left for a connection.
     let all_taken = async {
         while !taken.exists() {
@@ -360,14 +361,14 @@ async fn pages_answer_without_free_descriptors() {
     node.line(|line| line["event"] == "descriptors.exhausted").await;
     drop(visitors);
     std::fs::write(&go, "").expect("the folder is writable");
-    lab.ended(&node, job).await.completed();
+    test_server.ended(&node, job).await.completed();
     node.stop().await;
 }
 
 #[tokio::test]
 async fn status_page_answers_own_host_names_only() {
-    let lab = TestServer::start().await;
-    let setup = lab.node(&[fixtures::hello()]).set("REGISTRATION", "wallet");
+    let test_server = TestServer::start().await;
+    let setup = test_server.node(&[fixtures::hello()]).set("REGISTRATION", "wallet");
     let node = setup.set("NODE_URL", "https://node.example:8443/below").leasing().await;
     for own in ["127.0.0.1", "127.0.0.1:8080", "[::1]:80", "localhost", "node.example:8443", "NODE.example"] {
         let answer = ask(&node, "/status.json", own).await;
@@ -386,8 +387,8 @@ async fn status_page_answers_own_host_names_only() {
 
 #[tokio::test]
 async fn incomplete_request_does_not_delay_a_stop() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::hello()]).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::hello()]).await;
     let mut client = TcpStream::connect(&node.address).await.expect("the pages answer");
     client.write_all(b"GET /health HTTP/1.1\r\nHo").await.expect("sent");
     // Sent later on the same listener. After its answer, the incomplete request is being read.

@@ -229,7 +229,7 @@ async fn override_takes_only_its_own_capabilities() {
 
 /// A's constructor overwrites B's file. B runs as it was hashed.
 #[tokio::test]
-async fn every_file_is_read_before_the_first_is_opened() {
+async fn all_plugin_files_are_read_before_first_load() {
     let mut folder = Folder::new();
     let capability = "CAPABILITY=\"/fixtures/victim/v1\"";
     folder.put("a.so", &fixtures::c("refused", &["OVERWRITES"]));
@@ -421,11 +421,11 @@ async fn node_names_the_plugin_that_called_exit() {
         ("/fixtures/refused/v1", "refused", "plugin-refused", vec!["/fixtures/refused/v1"]),
         ("/fixtures/exits/v1", "zoo", "runner-zoo", vec![wait, "/fixtures/exits/v1"]),
     ] {
-        let lab = TestServer::start().await;
-        let node = lab.node(&plugins).set("MAX_CONCURRENCY", "2").leasing().await;
-        let other = lab.task(wait).meta(serde_json::json!({ "file": "/never" })).submit();
-        lab.started(&node, other).await;
-        lab.task(exits).submit();
+        let test_server = TestServer::start().await;
+        let node = test_server.node(&plugins).set("MAX_CONCURRENCY", "2").leasing().await;
+        let other = test_server.task(wait).meta(serde_json::json!({ "file": "/never" })).submit();
+        test_server.started(&node, other).await;
+        test_server.task(exits).submit();
         assert_eq!(node.wait().await, 75);
         let line = node.says("plugin.exited").await;
         let told = [&line["level"], &line["plugin"], &line["thread"]];
@@ -453,8 +453,8 @@ async fn last_log_line_names_a_plugin_that_crashes() {
         };
         let list = folder.cli(&["plugins", "list"]).set("RUST_LOG", "info").run().await.expect(code);
         assert!(named(&list.stderr), "{}", list.stderr);
-        let lab = TestServer::start().await;
-        let node = lab.node(&[fixtures::hello(), bad.clone()]).begun();
+        let test_server = TestServer::start().await;
+        let node = test_server.node(&[fixtures::hello(), bad.clone()]).begun();
         assert_eq!(node.wait().await, code);
         let lines = node.lines();
         let last = lines.last().expect("it said something");
@@ -557,7 +557,7 @@ fn plugin_with_panic_abort_does_not_compile() {
 }
 
 #[tokio::test]
-async fn plugins_list_strict_exits_4_when_one_is_refused() {
+async fn plugins_list_strict_exits_4_on_refused_plugin() {
     let folder = Folder::with_a_good_one();
     folder.cli(&["plugins", "list", "--strict"]).run().await.expect(0);
     folder.write("bad.so", "no library");

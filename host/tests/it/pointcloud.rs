@@ -20,11 +20,11 @@ fn scan(strip_first: bool) -> String {
 }
 
 /// Runs a task on this scan to its end.
-async fn downsampled(lab: &TestServer, scan: &str) -> Ended {
-    let node = lab.joined(&[fixtures::pointcloud()]).await;
-    let input = lab.put("scan", scan.as_bytes()).await;
-    let job = lab.task(CAPABILITY).inputs(&[input]).meta(json!({ "voxel": 1.0 })).submit();
-    let ended = lab.ended(&node, job).await;
+async fn downsampled(test_server: &TestServer, scan: &str) -> Ended {
+    let node = test_server.joined(&[fixtures::pointcloud()]).await;
+    let input = test_server.put("scan", scan.as_bytes()).await;
+    let job = test_server.task(CAPABILITY).inputs(&[input]).meta(json!({ "voxel": 1.0 })).submit();
+    let ended = test_server.ended(&node, job).await;
     node.stop().await;
     ended
 }
@@ -32,26 +32,26 @@ async fn downsampled(lab: &TestServer, scan: &str) -> Ended {
 #[tokio::test]
 async fn leased_scan_gives_cloud_picture_and_report() {
     for strip_first in [false, true] {
-        let lab = TestServer::start().await;
-        let ended = downsampled(&lab, &scan(strip_first)).await;
+        let test_server = TestServer::start().await;
+        let ended = downsampled(&test_server, &scan(strip_first)).await;
         let artifacts = ended.completed().artifacts();
         let types: Vec<_> = artifacts.iter().map(|(path, artifact)| (path.as_str(), &artifact["data_type"])).collect();
         let wanted = [("cloud.ply", json!("ply")), ("preview.png", json!("png_data")), ("report.json", json!("json"))];
         assert_eq!(types, wanted.each_ref().map(|(path, data_type)| (*path, data_type)));
 
-        let cloud = lab.artifact(&ended, "cloud.ply").await;
+        let cloud = test_server.artifact(&ended, "cloud.ply").await;
         assert!(cloud.starts_with(b"ply\n"), "{}", cloud.escape_ascii());
         assert!(cloud.windows(17).any(|words| words == b"element vertex 3\n"), "{}", cloud.escape_ascii());
-        assert!(lab.artifact(&ended, "preview.png").await.starts_with(b"\x89PNG\r\n\x1a\n"));
-        let report: Value = serde_json::from_slice(&lab.artifact(&ended, "report.json").await).expect("JSON");
+        assert!(test_server.artifact(&ended, "preview.png").await.starts_with(b"\x89PNG\r\n\x1a\n"));
+        let report: Value = serde_json::from_slice(&test_server.artifact(&ended, "report.json").await).expect("JSON");
         assert_eq!(json!([report["points_in"], report["points_out"], report["voxel"]]), json!([4, 3, 1.0]), "{report}");
     }
 }
 
 #[tokio::test]
 async fn scan_with_wrong_header_is_not_retried() {
-    let lab = TestServer::start().await;
-    let ended = downsampled(&lab, &scan(false).replace("vertex 4", "vertex 4000")).await;
+    let test_server = TestServer::start().await;
+    let ended = downsampled(&test_server, &scan(false).replace("vertex 4", "vertex 4000")).await;
     let (reason, details) = ended.failed();
     assert!(reason.starts_with("runner failed: ") && reason.contains("input 1 of 1"), "{reason}");
     assert_eq!(

@@ -5,9 +5,10 @@ use std::sync::{Arc, Mutex};
 use serde_json::{Value, json};
 
 use crate::harness::{
-    TestServer, fixtures,
+    TestServer,
+    fault_proxy::{Bad, FaultProxy},
+    fixtures,
     node::{Cli, NodeSetup},
-    rubbish::{Bad, Rubbish},
 };
 
 const REG_SECRET: &str = "a-registration-secret-nobody-may-see";
@@ -16,15 +17,15 @@ const CONTENT: &str = "what-only-the-jobs-author-knows";
 
 #[tokio::test]
 async fn plugin_finds_no_secret_in_the_environment() {
-    let lab = TestServer::start().await;
-    let node = lab.node(&[fixtures::zoo()]).set("REG_SECRET", REG_SECRET).set("SOMETHING_ELSE", "is visible");
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::zoo()]).set("REG_SECRET", REG_SECRET).set("SOMETHING_ELSE", "is visible");
     // Otherwise only the superuser can read /proc/self/environ.
     let node = node.set("ALLOW_CORE_DUMPS", "true").leasing().await;
-    let ended = lab.run(&node, "/fixtures/dump-env/v1", json!({})).await;
-    let env: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "env.json").await).expect("JSON");
+    let ended = test_server.run(&node, "/fixtures/dump-env/v1", json!({})).await;
+    let env: Value = serde_json::from_slice(&test_server.artifact(ended.completed(), "env.json").await).expect("JSON");
     assert_eq!(env["SOMETHING_ELSE"], "is visible", "the dump works");
     assert!(env.get("REG_SECRET").is_none() && env.get("SECP256K1_PRIVHEX").is_none(), "{env}");
-    let kernel = lab.artifact(&ended, "proc-environ.bin").await;
+    let kernel = test_server.artifact(&ended, "proc-environ.bin").await;
     let kernel = String::from_utf8_lossy(&kernel);
     assert!(kernel.contains("SOMETHING_ELSE=is visible"), "the dump works");
     for secret in [REG_SECRET, &node.key] {
@@ -34,14 +35,14 @@ async fn plugin_finds_no_secret_in_the_environment() {
 
 #[tokio::test]
 async fn no_log_line_contains_a_secret() {
-    let lab = TestServer::with(|config| {
+    let test_server = TestServer::with(|config| {
         config.lease_ttl = std::time::Duration::from_secs(2);
         config.domain_token_renew_after = std::time::Duration::ZERO;
         config.request_max_bytes = 64 * 1024;
         config.part_size = 64 * 1024;
     })
     .await;
-    let rubbish = Rubbish::before(&lab).await;
+    let proxy = FaultProxy::before(&test_server).await;
     let tokens: Arc<Mutex<Vec<String>>> = Arc::default();
     let note = || {
         let tokens = Arc::clone(&tokens);
@@ -51,23 +52,26 @@ async fn no_log_line_contains_a_secret() {
         })
     };
     for call in ["POST /internal/v1/auth/siwe/verify", "GET /v1/tasks", "POST /v1/tasks/*/heartbeat"] {
-        rubbish.answer(call, usize::MAX, note());
+        proxy.answer(call, usize::MAX, note());
     }
-    let node = rubbish.node(&[fixtures::hello(), fixtures::echo(), fixtures::zoo()]);
+    let node = proxy.node(&[fixtures::hello(), fixtures::echo(), fixtures::zoo()]);
     let node = node.set("REG_SECRET", REG_SECRET).set("RUST_LOG", "trace").leasing().await;
-    let input = lab.put("in", CONTENT.repeat(10_000).as_bytes()).await;
+    let input = test_server.put("in", CONTENT.repeat(10_000).as_bytes()).await;
     let note = json!({ "note": CONTENT, "path": CONTENT });
     for capability in ["/examples/hello/v1", "/examples/echo-file/v1", "/examples/echo-stream/v1"] {
-        lab.ended(&node, lab.task(capability).inputs(&[input]).meta(note.clone()).submit()).await.completed();
+        test_server
+            .ended(&node, test_server.task(capability).inputs(&[input]).meta(note.clone()).submit())
+            .await
+            .completed();
     }
-    lab.run(&node, "/fixtures/echo-meta/v1", note).await.completed();
-    lab.run(&node, "/fixtures/fail/v1", json!({})).await.failed();
+    test_server.run(&node, "/fixtures/echo-meta/v1", note).await.completed();
+    test_server.run(&node, "/fixtures/fail/v1", json!({})).await.failed();
     // A rejection that repeats the request is the usual way for a secret into a log.
-    rubbish.answer("GET /api/v1/domains/*/data", 1, Bad::Echo(403));
-    lab.ended(&node, lab.task("/examples/hello/v1").inputs(&[input]).submit()).await.failed();
-    rubbish.answer("GET /v1/tasks", 1, Bad::Echo(500));
-    rubbish.heal();
-    rubbish.answer("GET /v1/tasks", 1, Bad::Echo(500));
+    proxy.answer("GET /api/v1/domains/*/data", 1, Bad::Echo(403));
+    test_server.ended(&node, test_server.task("/examples/hello/v1").inputs(&[input]).submit()).await.failed();
+    proxy.answer("GET /v1/tasks", 1, Bad::Echo(500));
+    proxy.heal();
+    proxy.answer("GET /v1/tasks", 1, Bad::Echo(500));
     node.says("poll.failed").await;
     node.stop().await;
     let log = node.log();
@@ -93,19 +97,19 @@ fn verbose(node: NodeSetup) -> NodeSetup {
 
 #[tokio::test]
 async fn refused_sign_ins_show_no_secret() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
     for (call, statuses) in [(NONCE, [500, 403]), (WALLET, [403, 409]), (VERIFY, [401, 404])] {
         for status in statuses {
-            rubbish.answer(call, 1, Bad::Echo(status));
+            proxy.answer(call, 1, Bad::Echo(status));
         }
     }
     let token = json!({ "access_token": "dev-node-token-planted", "access_expires_at": "1999-01-01T00:00:00Z" });
-    rubbish.answer(VERIFY, 1, Bad::Json(token));
-    rubbish.answer(VERIFY, 1, Bad::Json(json!({ "access_token": "dev-node-token-planted", "expires_at": "soon" })));
-    rubbish.answer(VERIFY, 1, Bad::Json(json!({ "access_token": ["dev-node-token-planted"] })));
-    rubbish.answer(VERIFY, 1, Bad::Status(500, "{\"access_token\":\"dev-node-token-planted\"}"));
-    let node = verbose(rubbish.node(&[fixtures::hello()])).set("TOKEN_REAUTH_JITTER_MS", "0").start().await;
+    proxy.answer(VERIFY, 1, Bad::Json(token));
+    proxy.answer(VERIFY, 1, Bad::Json(json!({ "access_token": "dev-node-token-planted", "expires_at": "soon" })));
+    proxy.answer(VERIFY, 1, Bad::Json(json!({ "access_token": ["dev-node-token-planted"] })));
+    proxy.answer(VERIFY, 1, Bad::Status(500, "{\"access_token\":\"dev-node-token-planted\"}"));
+    let node = verbose(proxy.node(&[fixtures::hello()])).set("TOKEN_REAUTH_JITTER_MS", "0").start().await;
     node.says("node.leasing").await;
     for event in ["registration.failed", "login.failed"] {
         assert!(node.said(event).len() >= 4, "{event}: {}", node.log());
@@ -118,24 +122,24 @@ async fn refused_sign_ins_show_no_secret() {
 
 #[tokio::test]
 async fn refused_registration_by_url_shows_no_secret() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
     for status in [500, 403, 409] {
-        rubbish.answer(BY_URL, 1, Bad::Echo(status));
+        proxy.answer(BY_URL, 1, Bad::Echo(status));
     }
-    let node = verbose(rubbish.node(&[fixtures::hello()]).reachable()).start().await;
+    let node = verbose(proxy.node(&[fixtures::hello()]).reachable()).start().await;
     node.says("node.leasing").await;
     assert_eq!(node.said("registration.failed").len(), 3);
     assert_eq!(node.said("registration.called_back").len(), 1);
-    lab.run(&node, "/examples/hello/v1", json!({})).await.completed();
+    test_server.run(&node, "/examples/hello/v1", json!({})).await.completed();
     node.stop().await;
 }
 
 #[tokio::test]
 async fn ended_tasks_and_refused_reports_show_no_secret() {
-    let lab = TestServer::start().await;
-    let rubbish = Rubbish::before(&lab).await;
-    let node = verbose(rubbish.node(&[fixtures::hello(), fixtures::zoo()])).leasing().await;
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    let node = verbose(proxy.node(&[fixtures::hello(), fixtures::zoo()])).leasing().await;
     let (complete, fail) = ("POST /v1/tasks/*/complete", "POST /v1/tasks/*/fail");
     for (call, capability) in [
         (complete, "/examples/hello/v1"),
@@ -144,16 +148,16 @@ async fn ended_tasks_and_refused_reports_show_no_secret() {
         (fail, "/fixtures/fail/v1"),
         (fail, "/fixtures/panic/v1"),
     ] {
-        rubbish.answer(call, 1, Bad::Echo(500));
-        lab.run(&node, capability, json!({})).await;
+        proxy.answer(call, 1, Bad::Echo(500));
+        test_server.run(&node, capability, json!({})).await;
     }
     // A permanent rejection, and a rejection whose text repeats the token.
-    rubbish.answer(complete, 1, Bad::Echo(409));
-    rubbish.answer("GET /v1/tasks", 1, Bad::Echo(401));
-    let job = lab.task("/examples/hello/v1").submit();
-    rubbish.seen(complete, 3).await;
-    rubbish.seen(VERIFY, 2).await;
-    lab.dev_server.cancel_job(job);
+    proxy.answer(complete, 1, Bad::Echo(409));
+    proxy.answer("GET /v1/tasks", 1, Bad::Echo(401));
+    let job = test_server.task("/examples/hello/v1").submit();
+    proxy.seen(complete, 3).await;
+    proxy.seen(VERIFY, 2).await;
+    test_server.dev_server.cancel_job(job);
     node.stop().await;
 }
 
@@ -161,9 +165,9 @@ const GRANTED: &str = "[[plugin]]\nfile = \"zoo\"\ngrant = [\"token\"]\n";
 
 #[tokio::test]
 async fn token_in_lines_or_panics_is_removed() {
-    let lab = TestServer::start().await;
-    let node = lab.node(&[fixtures::zoo()]).plugins_file(GRANTED).set("RUST_LOG", "trace").leasing().await;
-    let ended = lab.run(&node, "/fixtures/says-token/v1", json!({})).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.node(&[fixtures::zoo()]).plugins_file(GRANTED).set("RUST_LOG", "trace").leasing().await;
+    let ended = test_server.run(&node, "/fixtures/says-token/v1", json!({})).await;
     let (reason, _) = ended.failed();
     assert!(reason.starts_with("runner panicked: refused with (token) at "), "{reason}");
     let line = node.says_text("granted (token)").await;
@@ -175,7 +179,7 @@ async fn token_in_lines_or_panics_is_removed() {
         ("input", "download of input (token)"),
         ("path", "the path, name or data type of an artifact contains the task's token; use one without it"),
     ] {
-        let ended = lab.run(&node, "/fixtures/tells-token/v1", json!({ "as": place })).await;
+        let ended = test_server.run(&node, "/fixtures/tells-token/v1", json!({ "as": place })).await;
         let (reason, _) = ended.failed();
         assert!(reason.contains(expected), "{reason}");
     }
@@ -185,14 +189,15 @@ async fn token_in_lines_or_panics_is_removed() {
 
 #[tokio::test]
 async fn runner_gets_the_newest_token() {
-    let lab = TestServer::with(|config| {
+    let test_server = TestServer::with(|config| {
         config.lease_ttl = std::time::Duration::from_secs(2);
         config.domain_token_renew_after = std::time::Duration::from_millis(500);
     })
     .await;
-    let node = lab.node(&[fixtures::zoo()]).plugins_file(GRANTED).leasing().await;
-    let ended = lab.run(&node, "/fixtures/turned-token/v1", json!({})).await;
-    let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "turned.json").await).expect("JSON");
+    let node = test_server.node(&[fixtures::zoo()]).plugins_file(GRANTED).leasing().await;
+    let ended = test_server.run(&node, "/fixtures/turned-token/v1", json!({})).await;
+    let seen: Value =
+        serde_json::from_slice(&test_server.artifact(ended.completed(), "turned.json").await).expect("JSON");
     assert!(seen["asked"].as_u64() > Some(0), "{seen}");
 }
 
@@ -218,16 +223,18 @@ async fn secret_search_finds_a_leaked_secret() {
 
 #[tokio::test]
 async fn runner_gets_the_token_only_with_a_grant() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo()]).await;
-    let ended = lab.run(&node, "/fixtures/token/v1", json!({})).await;
-    let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "token.json").await).expect("JSON");
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo()]).await;
+    let ended = test_server.run(&node, "/fixtures/token/v1", json!({})).await;
+    let seen: Value =
+        serde_json::from_slice(&test_server.artifact(ended.completed(), "token.json").await).expect("JSON");
     assert_eq!((&seen["granted"], &seen["kind"]), (&json!(false), &json!("Unsupported")), "{seen}");
     node.stop().await;
 
-    let node = lab.node(&[fixtures::zoo()]).plugins_file(GRANTED).leasing().await;
-    let ended = lab.run(&node, "/fixtures/token/v1", json!({})).await;
-    let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "token.json").await).expect("JSON");
+    let node = test_server.node(&[fixtures::zoo()]).plugins_file(GRANTED).leasing().await;
+    let ended = test_server.run(&node, "/fixtures/token/v1", json!({})).await;
+    let seen: Value =
+        serde_json::from_slice(&test_server.artifact(ended.completed(), "token.json").await).expect("JSON");
     assert_eq!(seen["granted"], true, "{seen}");
     assert!(seen["length"].as_u64() > Some(20), "{seen}");
 }
@@ -235,12 +242,12 @@ async fn runner_gets_the_token_only_with_a_grant() {
 #[cfg(target_os = "linux")]
 #[tokio::test]
 async fn running_node_cannot_be_dumped() {
-    let lab = TestServer::start().await;
+    let test_server = TestServer::start().await;
     for (allowed, dumpable) in [("", 0), ("true", 1)] {
-        let node = lab.node(&[fixtures::zoo()]).set("ALLOW_CORE_DUMPS", allowed).leasing().await;
-        let ended = lab.run(&node, "/fixtures/dumpable/v1", json!({})).await;
+        let node = test_server.node(&[fixtures::zoo()]).set("ALLOW_CORE_DUMPS", allowed).leasing().await;
+        let ended = test_server.run(&node, "/fixtures/dumpable/v1", json!({})).await;
         let seen: Value =
-            serde_json::from_slice(&lab.artifact(ended.completed(), "dumpable.json").await).expect("JSON");
+            serde_json::from_slice(&test_server.artifact(ended.completed(), "dumpable.json").await).expect("JSON");
         assert_eq!(seen["dumpable"], dumpable, "ALLOW_CORE_DUMPS={allowed}");
         node.stop().await;
     }

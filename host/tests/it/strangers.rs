@@ -24,12 +24,12 @@ async fn plugin_with_another_tokio_runs_leased_tasks() {
     let (ours, theirs) = (tokio(&fixture("../Cargo.lock")), tokio(&fixture("tests/fixtures/rust/stranger/Cargo.lock")));
     assert_ne!(ours, theirs, "the stranger is no stranger");
     assert_eq!(ours.rsplit_once('.').map(|(minor, _)| minor), theirs.rsplit_once('.').map(|(minor, _)| minor));
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::stranger()]).await;
-    let input = lab.put("letter", b"a letter").await;
-    let ended = lab.ended(&node, lab.task("/fixtures/stranger/v1").inputs(&[input]).submit()).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::stranger()]).await;
+    let input = test_server.put("letter", b"a letter").await;
+    let ended = test_server.ended(&node, test_server.task("/fixtures/stranger/v1").inputs(&[input]).submit()).await;
     ended.completed();
-    assert_eq!(lab.artifact(&ended, "stranger.txt").await, b"a stranger read: a letter");
+    assert_eq!(test_server.artifact(&ended, "stranger.txt").await, b"a stranger read: a letter");
     node.stop().await;
 }
 
@@ -37,16 +37,16 @@ async fn plugin_with_another_tokio_runs_leased_tasks() {
 async fn c_plugin_of_sixty_lines_runs_leased_tasks() {
     let lines = fixture("tests/fixtures/c/hello.c").lines().count();
     assert!(lines <= 60, "{lines} lines");
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::c("hello", &[])]).await;
-    let input = lab.put("who", b"world").await;
-    let ended = lab.ended(&node, lab.task("/fixtures/c-hello/v1").inputs(&[input]).submit()).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::c("hello", &[])]).await;
+    let input = test_server.put("who", b"world").await;
+    let ended = test_server.ended(&node, test_server.task("/fixtures/c-hello/v1").inputs(&[input]).submit()).await;
     ended.completed();
-    assert_eq!(lab.artifact(&ended, "c-hello.txt").await, b"hello from C, world");
+    assert_eq!(test_server.artifact(&ended, "c-hello.txt").await, b"hello from C, world");
 
     // It forwards the host's errors with their text.
     let missing = uuid::Uuid::new_v4();
-    let ended = lab.ended(&node, lab.task("/fixtures/c-hello/v1").inputs(&[missing]).submit()).await;
+    let ended = test_server.ended(&node, test_server.task("/fixtures/c-hello/v1").inputs(&[missing]).submit()).await;
     let (reason, _) = ended.failed();
     assert!(reason.starts_with("runner failed: ") && reason.contains("404"), "{reason}");
     node.stop().await;
@@ -54,24 +54,26 @@ async fn c_plugin_of_sixty_lines_runs_leased_tasks() {
 
 #[tokio::test]
 async fn plugin_of_a_later_sdk_loads() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::newer_sdk()]).await;
-    lab.run(&node, "/fixtures/newer-sdk/v1", json!({})).await.completed();
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::newer_sdk()]).await;
+    test_server.run(&node, "/fixtures/newer-sdk/v1", json!({})).await.completed();
     node.stop().await;
 }
 
 #[tokio::test]
 async fn foreign_and_own_plugins_serve_together() {
-    let lab = TestServer::start().await;
+    let test_server = TestServer::start().await;
     let plugins = [fixtures::stranger(), fixtures::c("hello", &[]), fixtures::hello(), fixtures::zoo()];
-    let node = lab.node(&plugins).set("MAX_CONCURRENCY", "4").leasing().await;
+    let node = test_server.node(&plugins).set("MAX_CONCURRENCY", "4").leasing().await;
     let capabilities =
         ["/fixtures/stranger/v1", "/fixtures/c-hello/v1", "/examples/hello/v1", "/fixtures/tokio-net/v1"];
-    let input = lab.put("who", b"all").await;
-    let jobs: Vec<_> =
-        (0..5).flat_map(|_| capabilities).map(|capability| lab.task(capability).inputs(&[input]).submit()).collect();
+    let input = test_server.put("who", b"all").await;
+    let jobs: Vec<_> = (0..5)
+        .flat_map(|_| capabilities)
+        .map(|capability| test_server.task(capability).inputs(&[input]).submit())
+        .collect();
     for job in jobs {
-        lab.ended(&node, job).await.completed();
+        test_server.ended(&node, job).await.completed();
     }
     assert_eq!(node.status().await["stale_calls"], 0);
     node.stop().await;

@@ -1,9 +1,10 @@
 //! Services behind TLS with a private certificate authority, and proxies (posemesh.md section 1.1).
 
 use crate::harness::{
-    TestServer, fixtures,
+    TestServer,
+    fault_proxy::FaultProxy,
+    fixtures,
     node::{Cli, NodeSetup},
-    rubbish::Rubbish,
     tls::{Front, NAME, authority},
 };
 
@@ -13,17 +14,17 @@ const BASIC: &str = "Basic bWU6cGFzcyB3b3JkLW5vYm9keS1tYXktc2Vl";
 
 /// A dev server that is reachable at `https://NAME` only.
 struct TlsServer {
-    lab: TestServer,
-    _rubbish: Rubbish,
+    test_server: TestServer,
+    _rubbish: FaultProxy,
     tls: Front,
 }
 
 impl TlsServer {
     async fn new() -> Self {
-        let lab = TestServer::start().await;
-        let rubbish = Rubbish::known_as(&lab, Some(&format!("https://{NAME}"))).await;
-        let tls = Front::tls(rubbish.address()).await;
-        Self { lab, _rubbish: rubbish, tls }
+        let test_server = TestServer::start().await;
+        let proxy = FaultProxy::known_as(&test_server, Some(&format!("https://{NAME}"))).await;
+        let tls = Front::tls(proxy.address()).await;
+        Self { test_server, _rubbish: proxy, tls }
     }
 
     fn node(&self) -> NodeSetup {
@@ -41,9 +42,9 @@ async fn task_runs_over_tls_through_a_proxy() {
     let url = format!("http://me:{SECRET}@{}", proxy.address);
     let node = server.node().set("CA_BUNDLE", authority()).set("https_proxy", url).set("RUST_LOG", "trace");
     let node = node.leasing().await;
-    let input = server.lab.put("in", &[7; 300_000]).await;
-    let job = server.lab.task("/examples/echo-stream/v1").inputs(&[input]).submit();
-    server.lab.ended(&node, job).await.completed();
+    let input = server.test_server.put("in", &[7; 300_000]).await;
+    let job = server.test_server.task("/examples/echo-stream/v1").inputs(&[input]).submit();
+    server.test_server.ended(&node, job).await.completed();
     node.stop().await;
     let asked = proxy.seen();
     assert!(!asked.is_empty() && asked.iter().all(|line| line == "CONNECT plane.test:443 HTTP/1.1"), "{asked:?}");
@@ -85,8 +86,8 @@ async fn proxy_errors_hide_the_password() {
 
 #[tokio::test]
 async fn plain_http_uses_the_proxy_except_for_loopback() {
-    let lab = TestServer::start().await;
-    let proxy = Front::proxy(lab.dev_server.address(), None).await;
+    let test_server = TestServer::start().await;
+    let proxy = Front::proxy(test_server.dev_server.address(), None).await;
     let url = |path: &str| format!("http://{NAME}{path}").parse().expect("a URL");
     let node = NodeSetup::new(&url("/"), &url("/v1"), &[fixtures::echo()])
         .set("SIGN_IN_DOMAIN", "127.0.0.1")
@@ -95,13 +96,13 @@ async fn plain_http_uses_the_proxy_except_for_loopback() {
         .leasing()
         .await;
     // The lease names the domain server by its loopback address.
-    let input = lab.put("in", b"bytes").await;
-    lab.ended(&node, lab.task("/examples/echo-file/v1").inputs(&[input]).submit()).await.completed();
+    let input = test_server.put("in", b"bytes").await;
+    test_server.ended(&node, test_server.task("/examples/echo-file/v1").inputs(&[input]).submit()).await.completed();
     node.stop().await;
     let asked = proxy.seen();
     assert!(asked.iter().any(|line| line.contains("http://plane.test/")), "{asked:?}");
     assert!(!asked.iter().any(|line| line.contains("127.0.0.1")), "{asked:?}");
-    let data = lab.seen(&node, |seen| seen.iter().any(|request| request.path.contains("/data"))).await;
+    let data = test_server.seen(&node, |seen| seen.iter().any(|request| request.path.contains("/data"))).await;
     assert!(!data.is_empty(), "the input was fetched");
 
     // With the host in NO_PROXY, the node resolves its name directly, which fails.
@@ -131,7 +132,7 @@ async fn invalid_bundle_or_proxy_is_one_error_line() {
         (missing, "No such file"),
         (folder.path().to_string_lossy().into_owned(), "directory"),
         (write("empty.pem", b""), "expected certificates in PEM form (-----BEGIN CERTIFICATE-----), found none"),
-        (write("rubbish.pem", &[0xff; 4096]), "expected certificates in PEM form"),
+        (write("proxy.pem", &[0xff; 4096]), "expected certificates in PEM form"),
         (write("base64.pem", pem("!!").as_bytes()), "certificate 1 is not valid PEM: "),
         (write("der.pem", pem("AAAA").as_bytes()), "certificate 1 cannot be used: "),
     ] {

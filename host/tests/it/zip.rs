@@ -16,20 +16,21 @@ fn archive(method: CompressionMethod, files: &[(&str, &[u8])]) -> Vec<u8> {
     writer.finish().expect("written").into_inner()
 }
 
-async fn inputs(lab: &TestServer, node: &TestNode, name: &str, data_type: &str, bytes: &[u8]) -> Ended {
-    let id = lab.dev_server.put_data(name, data_type, bytes).await.expect("stored");
-    lab.ended(node, lab.task("/fixtures/inputs/v1").inputs(&[id]).submit()).await
+async fn inputs(test_server: &TestServer, node: &TestNode, name: &str, data_type: &str, bytes: &[u8]) -> Ended {
+    let id = test_server.dev_server.put_data(name, data_type, bytes).await.expect("stored");
+    test_server.ended(node, test_server.task("/fixtures/inputs/v1").inputs(&[id]).submit()).await
 }
 
 #[tokio::test]
 async fn refined_scan_is_unpacked_for_later_stages() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::zoo(), fixtures::echo()]).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::zoo(), fixtures::echo()]).await;
     let files: [(&str, &[u8]); 4] =
         [("images.bin", &[1; 70_000]), ("cameras.bin", b"c"), ("points3D.bin", b"p"), ("portals.csv", b"a,b\n")];
     let bytes = archive(CompressionMethod::Stored, &files);
-    let ended = inputs(&lab, &node, "refined_scan_2025-06-01_08-30-00", "refined_scan_zip", &bytes).await;
-    let seen: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "inputs.json").await).expect("JSON");
+    let ended = inputs(&test_server, &node, "refined_scan_2025-06-01_08-30-00", "refined_scan_zip", &bytes).await;
+    let seen: Value =
+        serde_json::from_slice(&test_server.artifact(ended.completed(), "inputs.json").await).expect("JSON");
     let input = &seen[0];
     let root = input["root_dir"].as_str().expect("a folder");
     let expected: Vec<String> =
@@ -38,18 +39,23 @@ async fn refined_scan_is_unpacked_for_later_stages() {
     assert_eq!(json!([input["inside"], input["on_disk"]]), json!([true, bytes.len()]), "the archive stays beside them");
     assert!(input["path"].as_str().is_some_and(|path| path.ends_with(".refined_scan_zip")), "{input}");
     // The byte form is the archive itself, because real runners unpack it (posemesh.md section 11.4).
-    let ended =
-        lab.ended(&node, lab.task("/examples/echo-bytes/v1").set("inputs_cids", json!([input["cid"]])).submit()).await;
-    assert!(lab.artifact(ended.completed(), "echo-0.bin").await == bytes);
+    let ended = test_server
+        .ended(&node, test_server.task("/examples/echo-bytes/v1").set("inputs_cids", json!([input["cid"]])).submit())
+        .await;
+    assert!(test_server.artifact(ended.completed(), "echo-0.bin").await == bytes);
     node.page_until("/status.json", |page| page.1["tasks"] == json!({})).await;
     assert_eq!(node.scratch().iter().filter(|path| path.is_file()).count(), 0);
 }
 
 #[tokio::test]
 async fn unsafe_archives_are_refused_in_one_line() {
-    let lab = TestServer::start().await;
-    let node =
-        lab.node(&[fixtures::zoo()]).set("UNPACK_BYTES_MAX", "2MiB").set("UNPACK_FILES_MAX", "3").leasing().await;
+    let test_server = TestServer::start().await;
+    let node = test_server
+        .node(&[fixtures::zoo()])
+        .set("UNPACK_BYTES_MAX", "2MiB")
+        .set("UNPACK_FILES_MAX", "3")
+        .leasing()
+        .await;
     let deflated = CompressionMethod::Deflated;
     let mut escaping = archive(deflated, &[("qqqqqqq", b"x")]);
     let places: Vec<usize> = (0..escaping.len() - 7).filter(|at| escaping[*at..].starts_with(b"qqqqqqq")).collect();
@@ -65,7 +71,7 @@ async fn unsafe_archives_are_refused_in_one_line() {
         (b"not an archive".to_vec(), "it is no valid zip archive: its end is missing; is the upload complete?"),
     ] {
         let name = format!("scans {}", bytes.len());
-        let ended = inputs(&lab, &node, &name, "zip_data", &bytes).await;
+        let ended = inputs(&test_server, &node, &name, "zip_data", &bytes).await;
         let (reason, details) = ended.failed();
         assert!(reason.starts_with(&format!("runner failed: archive {name} refused: ")), "{reason}");
         assert!(reason.ends_with(text) && !reason.contains('\n'), "{reason}");
@@ -77,18 +83,18 @@ async fn unsafe_archives_are_refused_in_one_line() {
 
 #[tokio::test]
 async fn unpack_ratio_is_a_setting() {
-    let lab = TestServer::start().await;
+    let test_server = TestServer::start().await;
     let bomb = archive(CompressionMethod::Deflated, &[("zeros", &vec![0; 20 << 20])]);
-    let strict = lab.joined(&[fixtures::zoo()]).await;
-    let ended = inputs(&lab, &strict, "few zeros", "zip", &bomb).await;
+    let strict = test_server.joined(&[fixtures::zoo()]).await;
+    let ended = inputs(&test_server, &strict, "few zeros", "zip", &bomb).await;
     let reason = ended.failed().0;
     assert!(
         reason.ends_with("it unpacks to 20971520 bytes, more than 200 times its size (UNPACK_RATIO_MAX)"),
         "{reason}"
     );
     strict.stop().await;
-    let node = lab.node(&[fixtures::zoo()]).set("UNPACK_RATIO_MAX", "5000").leasing().await;
-    inputs(&lab, &node, "zeros", "zip", &bomb).await.completed();
+    let node = test_server.node(&[fixtures::zoo()]).set("UNPACK_RATIO_MAX", "5000").leasing().await;
+    inputs(&test_server, &node, "zeros", "zip", &bomb).await.completed();
 }
 
 const PLY: &str =
@@ -96,20 +102,21 @@ const PLY: &str =
 
 #[tokio::test]
 async fn pointcloud_merges_the_clouds_of_an_archive() {
-    let lab = TestServer::start().await;
-    let node = lab.joined(&[fixtures::pointcloud()]).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.joined(&[fixtures::pointcloud()]).await;
     let (one, two) = (format!("{PLY}0 0 0\n4 0 0\n"), format!("{PLY}0 4 0\n0 0 4\n"));
     let clouds = archive(
         CompressionMethod::Deflated,
         &[("scans/a.ply", one.as_bytes()), ("notes.txt", b"no cloud"), ("scans/b.PLY", two.as_bytes())],
     );
     let task = async |bytes: &[u8], name: &str| {
-        let id = lab.dev_server.put_data(name, "zip", bytes).await.expect("stored");
-        let task = lab.task("/pointcloud/downsample/v1").inputs(&[id]).meta(json!({ "voxel": 1.0 }));
-        lab.ended(&node, task.submit()).await
+        let id = test_server.dev_server.put_data(name, "zip", bytes).await.expect("stored");
+        let task = test_server.task("/pointcloud/downsample/v1").inputs(&[id]).meta(json!({ "voxel": 1.0 }));
+        test_server.ended(&node, task.submit()).await
     };
     let ended = task(&clouds, "clouds").await;
-    let report: Value = serde_json::from_slice(&lab.artifact(ended.completed(), "report.json").await).expect("JSON");
+    let report: Value =
+        serde_json::from_slice(&test_server.artifact(ended.completed(), "report.json").await).expect("JSON");
     assert_eq!(json!([report["points_in"], report["points_out"]]), json!([4, 4]), "{report}");
     let ended = task(&archive(CompressionMethod::Stored, &[("notes.txt", b"no cloud")]), "notes").await;
     let (reason, details) = ended.failed();

@@ -109,7 +109,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cancelled_stream_publishes_nothing() {
+    fn cancelled_stream_publishes_nothing() {
         let ended = TestHost::new().input("a", vec![7; 4 << 20]).cancel_after_progress(2).run_blocking(&EchoStream);
         assert!(!ended.is_ok());
         assert!(ended.outputs().is_empty());

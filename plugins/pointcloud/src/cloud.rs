@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_box_grows_to_hold_what_it_is_shown() {
+    fn bounds_contain_all_points() {
         let bounds = Bounds::around([[1.0, -2.0, 3.0], [4.0, 2.0, 3.0]]).expect("two points");
         assert_eq!(bounds, Bounds { min: [1.0, -2.0, 3.0], max: [4.0, 2.0, 3.0] });
         assert_eq!((bounds.extent(), bounds.diagonal(), bounds.reach()), ([3.0, 4.0, 0.0], 5.0, 4.0));

@@ -120,7 +120,7 @@ mod tests {
     }
 
     #[test]
-    fn a_cancelled_task_stops_and_publishes_nothing() {
+    fn cancelled_task_stops_and_publishes_nothing() {
         let ended = TestHost::new().input("scan", scan(300_000)).cancel_after_progress(1).run_blocking(&Downsample);
         assert!(!ended.is_ok() && ended.outputs().is_empty());
     }

@@ -90,7 +90,7 @@ fn check((few_voxels, few): (u64, usize), (many_voxels, many): (u64, usize), mos
 
 // This is one test, because two concurrent tests would count each other's bytes.
 #[test]
-fn ten_million_points_need_no_more_memory_than_one_million() {
+fn memory_use_is_independent_of_point_count() {
     let size = VoxelSize::new(0.006).expect("a size above 0");
 
     // The whole job. The picture takes most of its memory. Ten million positions alone would be 114 MiB.

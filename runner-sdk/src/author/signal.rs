@@ -85,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn blocked_thread_wakes_on_stop_or_at_its_limit() {
+    fn blocked_thread_wakes_on_stop_or_timeout() {
         let signal = Arc::new(StopSignal::default());
         assert!(!Arc::clone(&signal).wait_for(Duration::from_millis(1)));
         let waiting = Arc::clone(&signal);

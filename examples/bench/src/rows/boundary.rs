@@ -115,9 +115,9 @@ impl<'a> Runs<'a> {
     }
 
     async fn one(&self) -> anyhow::Result<()> {
-        let (grant, _keys) = HeldLease::new(self.lease.clone(), Setup::Pending);
+        let (held_lease, _writer) = HeldLease::new(self.lease.clone(), Setup::Pending);
         let job = Job {
-            grant,
+            held_lease,
             ports: Arc::clone(&self.ports) as Arc<dyn Ports>,
             folder: self.folder.clone(),
             workers: self.workers.clone(),

@@ -150,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_receipt_of_the_task_counts() {
+    fn newest_receipt_gives_artifacts_and_failure_reason() {
         let job = json!({"receipts": [
             {"task_id": "t", "outputs": [], "meta": {"reason": "first"}},
             {"task_id": "t", "outputs": ["d-1", "d-2"], "meta": {"artifacts": [{"logical_path": "a.json", "id": "d-1"}]}},

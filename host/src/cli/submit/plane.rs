@@ -361,27 +361,27 @@ impl Plane {
             return Err(refused(&format!("artifact {id}"), head.status, &head.headers, transport::excerpt(&text)));
         }
         let total = head.headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
-        let trouble = |err: std::io::Error| PlaneError::file(path, &err);
+        let problem = |err: std::io::Error| PlaneError::file(path, &err);
         let folder = path.parent().unwrap_or(Path::new("."));
-        tokio::fs::create_dir_all(folder).await.map_err(trouble)?;
-        let beside = new_file(folder).map_err(trouble)?;
-        let file = beside.reopen().map_err(trouble)?;
+        tokio::fs::create_dir_all(folder).await.map_err(problem)?;
+        let beside = new_file(folder).map_err(problem)?;
+        let file = beside.reopen().map_err(problem)?;
         let mut file = BufWriter::with_capacity(CHUNK_BYTES, tokio::fs::File::from_std(file));
         let mut done = 0;
         while let Some(frame) = body.frame().await {
             let broke = |err: hyper::Error| TransportError::Truncated { host: host.clone(), reason: innermost(&err) };
             let Ok(bytes) = frame.map_err(broke)?.into_data() else { continue };
-            file.write_all(&bytes).await.map_err(trouble)?;
+            file.write_all(&bytes).await.map_err(problem)?;
             done += bytes.len() as u64;
             notes.bytes(&format!("bringing {}", path.display()), done, total.unwrap_or(0).max(done));
         }
-        file.flush().await.map_err(trouble)?;
+        file.flush().await.map_err(problem)?;
         drop(file);
         let kept = tokio::task::spawn_blocking({
             let path = path.to_owned();
             move || beside.persist(path).map(drop).map_err(|err| err.error)
         });
-        kept.await.expect("storing a file does not panic").map_err(trouble)
+        kept.await.expect("storing a file does not panic").map_err(problem)
     }
 
     async fn limits(&self, notes: &mut Notes) -> Limits {

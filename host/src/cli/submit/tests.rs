@@ -48,12 +48,12 @@ struct Ended {
     stderr: String,
 }
 
-async fn submit_line(lab: Option<&TestServer>, line: &[&str]) -> Ended {
-    submit_until(lab, line, std::future::pending()).await
+async fn submit_line(test_server: Option<&TestServer>, line: &[&str]) -> Ended {
+    submit_until(test_server, line, std::future::pending()).await
 }
 
-async fn submit_until(lab: Option<&TestServer>, line: &[&str], interrupt: impl Future<Output = ()>) -> Ended {
-    let dev = lab.map(|lab| lab.server.dds_url().to_string());
+async fn submit_until(test_server: Option<&TestServer>, line: &[&str], interrupt: impl Future<Output = ()>) -> Ended {
+    let dev = test_server.map(|test_server| test_server.server.dds_url().to_string());
     let mut line = line.to_vec();
     if let Some(dev) = &dev {
         line.extend(["--dev", dev]);
@@ -67,10 +67,10 @@ async fn submit_until(lab: Option<&TestServer>, line: &[&str], interrupt: impl F
 }
 
 /// Leases the next task as soon as there is one.
-async fn take(lab: &TestServer, node: &TestNode) -> Value {
-    lab.server.journal_until(|seen| seen.iter().any(|seen| seen.path == "/v1/jobs")).await;
+async fn take(test_server: &TestServer, node: &TestNode) -> Value {
+    test_server.server.journal_until(|seen| seen.iter().any(|seen| seen.path == "/v1/jobs")).await;
     loop {
-        let answer = lab.get("/v1/tasks", Some(&node.token)).await;
+        let answer = test_server.get("/v1/tasks", Some(&node.token)).await;
         if answer.status == 200 {
             return answer.json().expect("a lease");
         }
@@ -78,36 +78,38 @@ async fn take(lab: &TestServer, node: &TestNode) -> Value {
 }
 
 /// Serves one task: returns its only input as its artifact.
-async fn echo(lab: &TestServer, node: &TestNode, logical_path: &str) -> Vec<u8> {
-    let lease = take(lab, node).await;
+async fn echo(test_server: &TestServer, node: &TestNode, logical_path: &str) -> Vec<u8> {
+    let lease = take(test_server, node).await;
     let (token, domain) = (lease["access_token"].as_str().expect("a token"), &lease["domain_id"]);
     let data = format!("/api/v1/domains/{}/data", domain.as_str().expect("an id"));
     let input = lease["task"]["inputs_cids"][0].as_str().expect("an input");
-    let input = lab.get(&format!("{data}/{input}?raw=true"), Some(token)).await.body;
+    let input = test_server.get(&format!("{data}/{input}?raw=true"), Some(token)).await.body;
     let task = lease["task"]["id"].as_str().expect("an id");
     let mut form =
         format!("--b\r\nContent-Disposition: form-data; name=\"echo_{task}\"; data-type=\"json\"\r\n\r\n").into_bytes();
     form.extend_from_slice(&input);
     form.extend_from_slice(b"\r\n--b--\r\n");
     let headers = [("content-type", "multipart/form-data; boundary=b")];
-    let stored: Value = lab.send(Method::POST, &data, Some(token), &headers, form).await.json().expect("metadata");
+    let stored: Value =
+        test_server.send(Method::POST, &data, Some(token), &headers, form).await.json().expect("metadata");
     let id = &stored["data"][0]["id"];
     let report = json!({"output_cids": [id], "meta": {"artifacts": [{"logical_path": logical_path, "id": id}]}});
     let path = format!("/v1/tasks/{task}/complete");
-    assert_eq!(lab.post(&path, Some(&node.token), &report).await.status, 200);
+    assert_eq!(test_server.post(&path, Some(&node.token), &report).await.status, 200);
     input.to_vec()
 }
 
 #[tokio::test]
-async fn an_input_goes_up_and_the_artifact_comes_to_the_folder() {
-    let lab = TestServer::start().await;
-    let node = lab.node(1, &[ECHO]).await;
+async fn submit_uploads_input_and_downloads_artifact_to_folder() {
+    let test_server = TestServer::start().await;
+    let node = test_server.node(1, &[ECHO]).await;
     let folder = tempfile::tempdir().expect("a folder");
     let (input, out) = (folder.path().join("my scan.json"), folder.path().join("out"));
     std::fs::write(&input, b"{\"a\":1}").expect("writable");
     let (input, out) = (input.to_str().expect("text"), out.to_str().expect("text"));
     let line = [ECHO, "--input", input, "--wait", "--out", out, "--meta", "{\"k\":2}"];
-    let (ended, read) = tokio::join!(submit_line(Some(&lab), &line), echo(&lab, &node, "deep/echo.json"));
+    let (ended, read) =
+        tokio::join!(submit_line(Some(&test_server), &line), echo(&test_server, &node, "deep/echo.json"));
     assert_eq!((ended.code, &read[..]), (Exit::Done, &b"{\"a\":1}"[..]), "{}", ended.stderr);
     let artifact = Path::new(out).join("deep/echo.json");
     assert_eq!(ended.stdout.trim_end(), artifact.display().to_string());
@@ -118,33 +120,38 @@ async fn an_input_goes_up_and_the_artifact_comes_to_the_folder() {
 
 #[tokio::test]
 async fn large_and_empty_inputs_go_up_whole() {
-    let lab = TestServer::with(Config { part_size: 1000, request_max_bytes: 5000, ..Config::default() }).await;
-    let node = lab.node(1, &[ECHO]).await;
+    let test_server = TestServer::with(Config { part_size: 1000, request_max_bytes: 5000, ..Config::default() }).await;
+    let node = test_server.node(1, &[ECHO]).await;
     let folder = tempfile::tempdir().expect("a folder");
     for size in [0_usize, 2500, 899] {
         let file = folder.path().join(format!("{size}.bin"));
         let content: Vec<u8> = (0..size).map(|n| n.to_le_bytes()[0]).collect();
         std::fs::write(&file, &content).expect("writable");
         let line = [ECHO, "--wait", "-o", "json", "--input", file.to_str().expect("text")];
-        let (ended, read) = tokio::join!(submit_line(Some(&lab), &line), echo(&lab, &node, "echo.json"));
+        let (ended, read) =
+            tokio::join!(submit_line(Some(&test_server), &line), echo(&test_server, &node, "echo.json"));
         assert_eq!((ended.code, read == content), (Exit::Done, true), "{size} bytes: {}", ended.stderr);
         let printed: Value = serde_json::from_str(&ended.stdout).expect("JSON");
         assert_eq!(printed["tasks"][0]["artifacts"][0]["logical_path"], "echo.json");
     }
-    let parts =
-        lab.server.journal().iter().filter(|seen| seen.method == "PUT" && seen.path.ends_with("/multipart")).count();
+    let parts = test_server
+        .server
+        .journal()
+        .iter()
+        .filter(|seen| seen.method == "PUT" && seen.path.ends_with("/multipart"))
+        .count();
     assert_eq!(parts, 3, "only the one that does not fit a request went up in parts");
 }
 
 #[tokio::test]
-async fn an_artifact_that_would_leave_the_folder_is_kept_inside() {
-    let lab = TestServer::start().await;
-    let node = lab.node(1, &[ECHO]).await;
+async fn escaping_artifact_is_stored_inside_the_output_folder() {
+    let test_server = TestServer::start().await;
+    let node = test_server.node(1, &[ECHO]).await;
     let folder = tempfile::tempdir().expect("a folder");
     let (input, out) = (folder.path().join("in.json"), folder.path().join("out"));
     std::fs::write(&input, b"x").expect("writable");
     let line = [ECHO, "--wait", "--input", input.to_str().expect("text"), "--out", out.to_str().expect("text")];
-    let (ended, _) = tokio::join!(submit_line(Some(&lab), &line), echo(&lab, &node, "../escaped.json"));
+    let (ended, _) = tokio::join!(submit_line(Some(&test_server), &line), echo(&test_server, &node, "../escaped.json"));
     assert_eq!(ended.code, Exit::Done);
     assert!(ended.stderr.contains("would leave the folder"), "{}", ended.stderr);
     assert!(!folder.path().join("escaped.json").exists());
@@ -152,14 +159,14 @@ async fn an_artifact_that_would_leave_the_folder_is_kept_inside() {
 }
 
 #[tokio::test]
-async fn a_failed_task_tells_why() {
-    let lab = TestServer::start().await;
-    let node = lab.node(1, &[ECHO]).await;
+async fn failed_task_prints_its_reason() {
+    let test_server = TestServer::start().await;
+    let node = test_server.node(1, &[ECHO]).await;
     let serve = async {
-        let lease = take(&lab, &node).await;
-        node.fail(&lab, &lease, "runner failed: no points").await;
+        let lease = take(&test_server, &node).await;
+        node.fail(&test_server, &lease, "runner failed: no points").await;
     };
-    let (ended, ()) = tokio::join!(submit_line(Some(&lab), &[ECHO, "--wait", "--attempts", "1"]), serve);
+    let (ended, ()) = tokio::join!(submit_line(Some(&test_server), &[ECHO, "--wait", "--attempts", "1"]), serve);
     assert_eq!(ended.code, Exit::Failed);
     assert!(ended.stderr.contains("failed: runner failed: no points"), "{}", ended.stderr);
     assert_eq!(ended.stdout, "");
@@ -167,69 +174,70 @@ async fn a_failed_task_tells_why() {
 
 #[tokio::test]
 async fn many_tasks_become_jobs_of_a_bounded_size() {
-    let lab = TestServer::start().await;
-    let node = lab.node(1, &[ECHO]).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.node(1, &[ECHO]).await;
     let serve = async {
         for _ in 0..250 {
-            let lease = take(&lab, &node).await;
-            node.complete(&lab, &lease, &[]).await;
+            let lease = take(&test_server, &node).await;
+            node.complete(&test_server, &lease, &[]).await;
         }
     };
-    let (ended, ()) = tokio::join!(submit_line(Some(&lab), &[ECHO, "--wait", "--count", "250"]), serve);
+    let (ended, ()) = tokio::join!(submit_line(Some(&test_server), &[ECHO, "--wait", "--count", "250"]), serve);
     assert_eq!(ended.code, Exit::Done, "{}", ended.stderr);
     assert!(ended.stderr.contains("250 of 250 tasks ended"), "{}", ended.stderr);
-    let listed = lab.get("/v1/jobs", Some(&lab.server.grant())).await.json::<Value>().expect("JSON");
+    let listed = test_server.get("/v1/jobs", Some(&test_server.server.grant())).await.json::<Value>().expect("JSON");
     assert_eq!(listed["items"].as_array().map(Vec::len), Some(3));
 }
 
 #[tokio::test]
-async fn without_a_node_it_says_so_once_and_gives_up_in_time() {
-    let lab = TestServer::start().await;
-    let ended = submit_line(Some(&lab), &[ECHO, "--wait", "--timeout", "1500ms"]).await;
+async fn missing_node_warns_once_and_wait_times_out() {
+    let test_server = TestServer::start().await;
+    let ended = submit_line(Some(&test_server), &[ECHO, "--wait", "--timeout", "1500ms"]).await;
     assert_eq!(ended.code, Exit::TimedOut);
     assert_eq!(ended.stderr.matches("no node serves /lab/echo/v1").count(), 1, "{}", ended.stderr);
     assert!(ended.stderr.contains("the job goes on"), "{}", ended.stderr);
 }
 
 #[tokio::test]
-async fn an_interrupted_wait_leaves_the_job_running() {
-    let lab = TestServer::start().await;
+async fn interrupted_wait_does_not_cancel_the_job() {
+    let test_server = TestServer::start().await;
     let looked = async {
         let path = |seen: &crate::dev::Seen| seen.path.starts_with("/v1/jobs/");
-        lab.server.journal_until(|seen| seen.iter().any(path)).await;
+        test_server.server.journal_until(|seen| seen.iter().any(path)).await;
     };
-    let ended = submit_until(Some(&lab), &[ECHO, "--wait"], looked).await;
+    let ended = submit_until(Some(&test_server), &[ECHO, "--wait"], looked).await;
     assert_eq!(ended.code, Exit::Cancelled);
-    let listed = lab.get("/v1/jobs", Some(&lab.server.grant())).await.json::<Value>().expect("JSON");
+    let listed = test_server.get("/v1/jobs", Some(&test_server.server.grant())).await.json::<Value>().expect("JSON");
     let job = &listed["items"][0]["job"];
     assert_eq!(job["status"], "pending", "nobody cancelled it");
     let id = job["id"].as_str().expect("an id");
     assert!(ended.stderr.contains(&format!("interrupted; the job goes on: {id}")), "{}", ended.stderr);
-    let ended = submit_until(Some(&lab), &[ECHO], std::future::ready(())).await;
+    let ended = submit_until(Some(&test_server), &[ECHO], std::future::ready(())).await;
     assert_eq!((ended.code, ended.stderr.contains("no job was submitted")), (Exit::Cancelled, true));
 }
 
 #[tokio::test]
-async fn a_cancelled_job_has_an_exit_code_of_its_own() {
-    let lab = TestServer::start().await;
-    let handed_in = submit_line(Some(&lab), &[ECHO]).await;
+async fn cancelled_job_has_its_own_exit_code() {
+    let test_server = TestServer::start().await;
+    let handed_in = submit_line(Some(&test_server), &[ECHO]).await;
     assert_eq!(handed_in.code, Exit::Done);
     assert!(Uuid::parse_str(handed_in.stdout.trim()).is_ok(), "the job's id: {}", handed_in.stdout);
     let cancel = async {
         let made = |seen: &[crate::dev::Seen]| seen.iter().filter(|seen| seen.path == "/v1/jobs").count() == 2;
-        lab.server.journal_until(made).await;
-        let listed = lab.get("/v1/jobs", Some(&lab.server.grant())).await.json::<Value>().expect("JSON");
+        test_server.server.journal_until(made).await;
+        let listed =
+            test_server.get("/v1/jobs", Some(&test_server.server.grant())).await.json::<Value>().expect("JSON");
         let newest = listed["items"][0]["job"]["id"].as_str().expect("an id").parse().expect("a UUID");
-        assert!(lab.server.cancel_job(newest));
+        assert!(test_server.server.cancel_job(newest));
     };
-    let (ended, ()) = tokio::join!(submit_line(Some(&lab), &[ECHO, "--wait"]), cancel);
+    let (ended, ()) = tokio::join!(submit_line(Some(&test_server), &[ECHO, "--wait"]), cancel);
     assert_eq!(ended.code, Exit::Cancelled, "{}", ended.stderr);
 }
 
 #[tokio::test]
-async fn what_cannot_be_is_said_in_one_line() {
-    let lab = TestServer::start().await;
-    let address = lab.server.dds_url().to_string();
+async fn submit_errors_are_one_line_with_exit_codes() {
+    let test_server = TestServer::start().await;
+    let address = test_server.server.dds_url().to_string();
     let away = TestServer::start().await;
     let away_address = away.server.dds_url().to_string();
     away.server.stop().await;
@@ -238,12 +246,12 @@ async fn what_cannot_be_is_said_in_one_line() {
     assert!(ended.stderr.contains("start runner-host dev"), "{}", ended.stderr);
     assert_eq!(ended.stderr.lines().count(), 1);
 
-    let ended = submit_line(Some(&lab), &[ECHO, "--input", "/no/such/file"]).await;
+    let ended = submit_line(Some(&test_server), &[ECHO, "--input", "/no/such/file"]).await;
     assert_eq!((ended.code, ended.stderr.lines().count()), (Exit::Usage, 1));
     assert!(ended.stderr.contains("/no/such/file"), "{}", ended.stderr);
 
-    let domain = lab.server.domain_id().to_string();
-    let dms = lab.server.dms_url().to_string();
+    let domain = test_server.server.domain_id().to_string();
+    let dms = test_server.server.dms_url().to_string();
     let elsewhere = [ECHO, "--dms", &dms, "--domain", &domain, "--domain-server", &address];
     let ended = submit_line(None, &elsewhere).await;
     assert_eq!(ended.code, Exit::Usage, "no token");
@@ -251,7 +259,7 @@ async fn what_cannot_be_is_said_in_one_line() {
     assert_eq!(ended.code, Exit::Usage);
     assert!(ended.stderr.contains("401") && !ended.stderr.contains("wrong"), "{}", ended.stderr);
     let file = tempfile::NamedTempFile::new().expect("a file");
-    std::fs::write(file.path(), format!("{}\n", lab.server.grant())).expect("writable");
+    std::fs::write(file.path(), format!("{}\n", test_server.server.grant())).expect("writable");
     let token_file = file.path().to_str().expect("text").to_owned();
     let ended = submit_line(None, &[&elsewhere[..], &["--token-file", &token_file]].concat()).await;
     assert_eq!(ended.code, Exit::Done, "{}", ended.stderr);

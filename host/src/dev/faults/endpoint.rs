@@ -244,7 +244,7 @@ mod tests {
     }
 
     #[test]
-    fn a_word_names_one_call_or_several() {
+    fn endpoint_name_selects_one_call_or_a_group() {
         assert_eq!(Endpoint::named("part"), Some(vec![Endpoint::Part]));
         assert_eq!(Endpoint::named("upload"), Some(vec![Endpoint::Create, Endpoint::Replace]));
         let any = Endpoint::named("any").expect("a group");

@@ -225,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn skip_lets_requests_through_and_count_ends_the_rule() {
+    fn skip_passes_first_requests_and_count_limits_faults() {
         let file = "[[fault]]\nname = \"a\"\nendpoint = \"lease\"\nkind = \"reset\"\nskip = 1\ncount = 2";
         check(file, "lease heartbeat lease lease lease", "- - a a -");
     }
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_rule_that_strikes_hides_the_request_from_the_others() {
+    fn applied_rule_hides_request_from_later_rules() {
         let file = "
             [[fault]]\nname = \"a\"\nendpoint = \"part\"\nkind = \"reset\"\ncount = 1
             [[fault]]\nname = \"b\"\nendpoint = [\"part\", \"abort\"]\nkind = \"hang\"\nskip = 1";
@@ -254,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn a_seed_makes_the_draws_repeatable_and_rules_draw_apart() {
+    fn seed_makes_draws_repeatable_and_rules_draw_independently() {
         let rule = |name: &str| {
             format!("[[fault]]\nname = \"{name}\"\nendpoint = \"part\"\nkind = \"reset\"\nprobability = 0.5\n")
         };

@@ -91,7 +91,7 @@ fn client_must_make_the_call() {
 }
 
 #[test]
-fn a_group_stands_for_those_of_its_calls_that_fit() {
+fn endpoint_group_keeps_only_calls_valid_for_fault() {
     let faults = Faults::parse("[[fault]]\nendpoint = \"any\"\nkind = \"revoke_token\"").expect("a sound file");
     assert!(faults.rules[0].endpoints.contains(&Endpoint::Lease));
     assert!(faults.rules[0].endpoints.contains(&Endpoint::Part));

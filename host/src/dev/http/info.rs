@@ -80,7 +80,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_grant_is_told_to_loopback_names_only() {
+    fn grant_is_given_only_to_loopback_hosts() {
         let told = |host: &'static str| {
             let mut headers = HeaderMap::new();
             headers.insert(header::HOST, host.parse().expect("a header"));

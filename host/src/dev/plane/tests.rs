@@ -70,7 +70,7 @@ fn word(plane: &mut Plane, job: Uuid, now: u64) -> String {
 }
 
 #[test]
-fn a_lease_ends_at_its_expiry_and_a_heartbeat_moves_that() {
+fn heartbeat_extends_lease_and_expired_task_is_requeued() {
     let mut plane = plane(fast());
     let (one, two) = (node(1, &["/a"]), node(2, &["/a"]));
     let job = add(&mut plane, &[("s", "/a")], &[], 3, 0);
@@ -86,7 +86,7 @@ fn a_lease_ends_at_its_expiry_and_a_heartbeat_moves_that() {
 }
 
 #[test]
-fn a_replaced_token_is_good_until_its_grace_or_its_own_end() {
+fn replaced_token_is_valid_until_grace_or_expiry() {
     let mut plane = plane(fast());
     let one = node(1, &["/a"]);
     add(&mut plane, &[("s", "/a")], &[], 3, 0);
@@ -106,7 +106,7 @@ fn a_replaced_token_is_good_until_its_grace_or_its_own_end() {
 }
 
 #[test]
-fn a_token_of_an_earlier_lease_opens_nothing() {
+fn token_of_earlier_lease_is_rejected() {
     let mut plane = plane(Config { domain_token_ttl: Duration::from_secs(60), ..fast() });
     let one = node(1, &["/a"]);
     add(&mut plane, &[("s", "/a")], &[], 3, 0);
@@ -119,7 +119,7 @@ fn a_token_of_an_earlier_lease_opens_nothing() {
 }
 
 #[test]
-fn recent_events_are_kept_and_progress_starts_anew_with_each_attempt() {
+fn events_are_limited_and_new_attempt_resets_progress() {
     let mut plane = plane(fast());
     let one = node(1, &["/a"]);
     let job = add(&mut plane, &[("s", "/a")], &[], 3, 0);
@@ -135,7 +135,7 @@ fn recent_events_are_kept_and_progress_starts_anew_with_each_attempt() {
 }
 
 #[test]
-fn a_cancelled_lease_that_runs_out_is_cancelled_not_queued() {
+fn expired_lease_of_cancelled_task_is_not_requeued() {
     let mut plane = plane(fast());
     let one = node(1, &["/a"]);
     let job = add(&mut plane, &[("s", "/a"), ("t", "/a")], &[("s", "t")], 3, 0);
@@ -148,7 +148,7 @@ fn a_cancelled_lease_that_runs_out_is_cancelled_not_queued() {
 }
 
 #[test]
-fn work_that_ends_before_its_cancel_is_heard_counts() {
+fn completion_before_cancel_delivery_is_accepted() {
     let mut plane = plane(fast());
     let one = node(1, &["/a"]);
     let job = add(&mut plane, &[("s", "/a"), ("s", "/a")], &[], 3, 0);

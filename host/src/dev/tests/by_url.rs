@@ -23,7 +23,7 @@ impl TestNode {
     }
 
     /// Registers at `url`, with `page` answering the callback.
-    async fn register_url(&self, lab: &TestServer, page: &mut Service, url: &str) -> Answer {
+    async fn register_url(&self, test_server: &TestServer, page: &mut Service, url: &str) -> Answer {
         let entry = self.entry(url, Timestamp::now());
         let answered = async {
             let call = page.expect(CALLED_BACK).await;
@@ -34,7 +34,7 @@ impl TestNode {
             assert!(body["domains"].is_array() && body["lighthouses_in_domains"].is_array(), "{body}");
             call.ok(json!({ "ok": true }));
         };
-        tokio::join!(lab.post(REGISTER, None, &entry), answered).0
+        tokio::join!(test_server.post(REGISTER, None, &entry), answered).0
     }
 }
 
@@ -43,56 +43,61 @@ fn node(key: u8) -> TestNode {
 }
 
 #[tokio::test]
-async fn a_node_with_a_url_is_called_back_before_the_answer_and_asked_for_its_health_afterwards() {
+async fn registration_calls_node_url_back_then_probes_health() {
     let config = Config { health_interval: Duration::from_millis(10), ..Config::default() };
-    let lab = TestServer::with(config).await;
+    let test_server = TestServer::with(config).await;
     let (mut page, mut node) = (Service::start().await, node(1));
     let url = page.url.to_string();
     assert!(url.ends_with('/'), "as older nodes print theirs");
-    let answer = node.register_url(&lab, &mut page, &url).await;
+    let answer = node.register_url(&test_server, &mut page, &url).await;
     assert_eq!(answer.status, StatusCode::OK, "{}", answer.excerpt());
     for _ in 0..2 {
         let probe = page.expect(PROBED).await;
         assert_eq!(probe.headers["user-agent"].as_bytes()[..5], *b"DDS v");
         probe.answer(200, "");
     }
-    node.login(&lab).await;
-    assert_eq!(node.poll(&lab, "").await.status, StatusCode::NO_CONTENT);
-    lab.server.stop().await;
+    node.login(&test_server).await;
+    assert_eq!(node.poll(&test_server, "").await.status, StatusCode::NO_CONTENT);
+    test_server.server.stop().await;
 }
 
 #[tokio::test]
-async fn a_repeat_with_the_same_url_is_a_refresh_and_another_url_only_if_the_first_is_silent() {
-    let lab = TestServer::with(Config { health_interval: Duration::from_secs(3600), ..Config::default() }).await;
+async fn node_url_changes_only_after_old_url_fails() {
+    let test_server =
+        TestServer::with(Config { health_interval: Duration::from_secs(3600), ..Config::default() }).await;
     let (mut first, mut second, mut node) = (Service::start().await, Service::start().await, node(1));
     let (first_url, second_url) = (first.url.to_string(), second.url.to_string());
-    assert_eq!(node.register_url(&lab, &mut first, &first_url).await.status, StatusCode::OK);
+    assert_eq!(node.register_url(&test_server, &mut first, &first_url).await.status, StatusCode::OK);
     first.expect(PROBED).await.answer(200, "");
-    node.login(&lab).await;
-    assert_eq!(node.register_url(&lab, &mut first, &first_url).await.status, StatusCode::OK);
-    assert_eq!(node.poll(&lab, "").await.status, StatusCode::NO_CONTENT, "its token lives on");
+    node.login(&test_server).await;
+    assert_eq!(node.register_url(&test_server, &mut first, &first_url).await.status, StatusCode::OK);
+    assert_eq!(node.poll(&test_server, "").await.status, StatusCode::NO_CONTENT, "its token lives on");
     first.expect(PROBED).await.answer(200, "");
 
     let entry = node.entry(&second_url, Timestamp::now());
     let alive = async { first.expect(PROBED).await.answer(200, "") };
-    let (refused, ()) = tokio::join!(lab.post(REGISTER, None, &entry), alive);
+    let (refused, ()) = tokio::join!(test_server.post(REGISTER, None, &entry), alive);
     assert_eq!(refused.status, StatusCode::CONFLICT, "{}", refused.excerpt());
     assert!(second.waiting().is_none(), "the second is not called");
     drop(first);
-    assert_eq!(node.register_url(&lab, &mut second, &second_url).await.status, StatusCode::OK, "the first has gone");
-    assert_eq!(node.poll(&lab, "").await.status, StatusCode::NO_CONTENT);
+    assert_eq!(
+        node.register_url(&test_server, &mut second, &second_url).await.status,
+        StatusCode::OK,
+        "the first has gone"
+    );
+    assert_eq!(node.poll(&test_server, "").await.status, StatusCode::NO_CONTENT);
 }
 
 #[tokio::test]
 async fn registrations_with_a_url_are_checked() {
-    let lab = TestServer::with(Config { reg_secret: Some("right".to_owned()), ..Config::default() }).await;
+    let test_server = TestServer::with(Config { reg_secret: Some("right".to_owned()), ..Config::default() }).await;
     let node = node(1);
     let closed = {
         let gone = Service::start().await;
         gone.url.to_string()
     };
     let check = async |entry: Value, status: StatusCode, line: &str| {
-        let answer = lab.post(REGISTER, None, &entry).await;
+        let answer = test_server.post(REGISTER, None, &entry).await;
         assert_eq!(answer.status, status, "{}", answer.excerpt());
         assert!(refusal(&answer).contains(line), "{}", answer.excerpt());
     };

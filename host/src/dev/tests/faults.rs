@@ -44,62 +44,63 @@ fn once(endpoint: &str, rest: &str) -> String {
 }
 
 #[tokio::test]
-async fn a_status_comes_with_headers_and_body_and_nothing_is_done() {
-    let lab = TestServer::start().await;
-    let node = lab.node(1, &[HELLO]).await;
-    let job = lab.job(HELLO, 1);
-    lab.faults(&once("lease", "kind = \"status\"\ncode = 503\nheaders = { Retry-After = \"7\" }\nbody = \"later\""));
-    let answer = node.poll(&lab, "").await;
+async fn status_fault_answers_without_processing_the_request() {
+    let test_server = TestServer::start().await;
+    let node = test_server.node(1, &[HELLO]).await;
+    let job = test_server.job(HELLO, 1);
+    test_server
+        .faults(&once("lease", "kind = \"status\"\ncode = 503\nheaders = { Retry-After = \"7\" }\nbody = \"later\""));
+    let answer = node.poll(&test_server, "").await;
     assert_eq!(answer.status, StatusCode::SERVICE_UNAVAILABLE);
     assert_eq!((&answer.headers["retry-after"], &answer.body[..]), (&"7".parse().expect("a value"), &b"later"[..]));
-    assert_eq!(lab.server.job(job).expect("known")["tasks"][0]["status"], "queued");
-    let seen = lab.last_seen();
+    assert_eq!(test_server.server.job(job).expect("known")["tasks"][0]["status"], "queued");
+    let seen = test_server.last_seen();
     assert_eq!((seen.endpoint, seen.fault, seen.status), (Some("lease"), Some("status"), 503));
-    node.lease(&lab).await;
-    assert_eq!(lab.last_seen().fault, None, "the rule is used up");
+    node.lease(&test_server).await;
+    assert_eq!(test_server.last_seen().fault, None, "the rule is used up");
 }
 
 #[tokio::test]
-async fn a_reset_is_one_and_nothing_is_done() {
-    let lab = TestServer::start().await;
-    let node = lab.node(1, &[HELLO]).await;
-    let job = lab.job(HELLO, 1);
-    lab.faults(&once("lease", "kind = \"reset\""));
-    let (came, end) = lab.exchange("GET /v1/tasks", &node.token, "").await;
+async fn reset_fault_drops_request_without_processing_it() {
+    let test_server = TestServer::start().await;
+    let node = test_server.node(1, &[HELLO]).await;
+    let job = test_server.job(HELLO, 1);
+    test_server.faults(&once("lease", "kind = \"reset\""));
+    let (came, end) = test_server.exchange("GET /v1/tasks", &node.token, "").await;
     assert!(is_reset(end) && came.is_empty(), "{came}");
-    assert_eq!(lab.server.job(job).expect("known")["tasks"][0]["status"], "queued");
-    let seen = lab.last_seen();
+    assert_eq!(test_server.server.job(job).expect("known")["tasks"][0]["status"], "queued");
+    let seen = test_server.last_seen();
     assert_eq!((seen.fault, seen.status), (Some("reset"), 0));
 }
 
 #[tokio::test]
-async fn a_lost_answer_has_done_its_work() {
-    let lab = TestServer::start().await;
-    let node = lab.node(1, &[HELLO]).await;
-    let job = lab.job(HELLO, 1);
-    let lease = node.lease(&lab).await;
-    lab.faults(&once("complete", "kind = \"lost_answer\""));
-    let (came, end) = lab.exchange(&format!("POST {}", path(&lease, "complete")), &node.token, "{}").await;
+async fn lost_answer_fault_processes_request_without_answering() {
+    let test_server = TestServer::start().await;
+    let node = test_server.node(1, &[HELLO]).await;
+    let job = test_server.job(HELLO, 1);
+    let lease = node.lease(&test_server).await;
+    test_server.faults(&once("complete", "kind = \"lost_answer\""));
+    let (came, end) = test_server.exchange(&format!("POST {}", path(&lease, "complete")), &node.token, "{}").await;
     assert!(is_reset(end) && came.is_empty(), "{came}");
-    assert_eq!(lab.server.job(job).expect("known")["job"]["status"], "completed");
+    assert_eq!(test_server.server.job(job).expect("known")["job"]["status"], "completed");
 }
 
 #[tokio::test]
-async fn a_body_is_reset_in_its_middle() {
-    let lab = TestServer::start().await;
-    let node = lab.node(1, &[HELLO]).await;
-    lab.job(HELLO, 1);
-    lab.faults(&once("lease", "kind = \"reset_body\""));
-    let (came, end) = lab.exchange("GET /v1/tasks", &node.token, "").await;
+async fn reset_body_fault_resets_connection_in_mid_body() {
+    let test_server = TestServer::start().await;
+    let node = test_server.node(1, &[HELLO]).await;
+    test_server.job(HELLO, 1);
+    test_server.faults(&once("lease", "kind = \"reset_body\""));
+    let (came, end) = test_server.exchange("GET /v1/tasks", &node.token, "").await;
     assert!(is_reset(end), "{came}");
     let (head, body) = came.split_once("\r\n\r\n").expect("a head");
     let promised = head.lines().find_map(|line| line.to_lowercase().strip_prefix("content-length: ")?.parse().ok());
     assert_eq!(promised, Some(body.len() * 2 + body.len() % 2).filter(|_| body.len() > 100), "{came}");
 
-    let id = lab.server.put_data("long", "bin", &[7; 300_000]).await.expect("stored");
-    let ask = format!("GET /api/v1/domains/{}/data/{id}?raw=true", lab.server.domain_id());
-    lab.faults(&once("by_id", "kind = \"reset_body\"\nafter_bytes = 200000"));
-    let (came, end) = lab.exchange(&ask, &lab.server.grant(), "").await;
+    let id = test_server.server.put_data("long", "bin", &[7; 300_000]).await.expect("stored");
+    let ask = format!("GET /api/v1/domains/{}/data/{id}?raw=true", test_server.server.domain_id());
+    test_server.faults(&once("by_id", "kind = \"reset_body\"\nafter_bytes = 200000"));
+    let (came, end) = test_server.exchange(&ask, &test_server.server.grant(), "").await;
     let (head, body) = came.split_once("\r\n\r\n").expect("a head");
     assert!(is_reset(end) && head.to_lowercase().contains("content-length: 300000"), "{head}");
     // Bytes that were not sent yet are lost with the connection.
@@ -108,121 +109,121 @@ async fn a_body_is_reset_in_its_middle() {
 
 #[tokio::test]
 async fn spoilt_answers_come_in_good_form() {
-    let lab = TestServer::start().await;
-    let node = lab.node(1, &[HELLO]).await;
-    let (first, second) = (lab.job(HELLO, 1), lab.job(HELLO, 1));
-    lab.faults(&once("lease", "kind = \"malformed\""));
-    let answer = node.poll(&lab, "").await;
+    let test_server = TestServer::start().await;
+    let node = test_server.node(1, &[HELLO]).await;
+    let (first, second) = (test_server.job(HELLO, 1), test_server.job(HELLO, 1));
+    test_server.faults(&once("lease", "kind = \"malformed\""));
+    let answer = node.poll(&test_server, "").await;
     assert_eq!(
         (answer.status, &answer.headers["content-type"]),
         (StatusCode::OK, &"application/json".parse().expect("a value"))
     );
     assert!(answer.body.starts_with(b"{") && answer.json::<Value>().is_err());
-    assert_eq!(lab.server.job(first).expect("known")["tasks"][0]["status"], "leased", "the work was done");
-    lab.faults(&once("lease", "kind = \"wrong_type\""));
-    let answer = node.poll(&lab, "").await;
+    assert_eq!(test_server.server.job(first).expect("known")["tasks"][0]["status"], "leased", "the work was done");
+    test_server.faults(&once("lease", "kind = \"wrong_type\""));
+    let answer = node.poll(&test_server, "").await;
     assert_eq!(
         (answer.status, &answer.headers["content-type"]),
         (StatusCode::OK, &"text/html; charset=utf-8".parse().expect("a value"))
     );
-    assert_eq!(lab.server.job(second).expect("known")["tasks"][0]["status"], "leased");
-    lab.faults(&once("lease", "kind = \"oversize\"\nbytes = 100000"));
-    let answer = node.poll(&lab, "").await;
+    assert_eq!(test_server.server.job(second).expect("known")["tasks"][0]["status"], "leased");
+    test_server.faults(&once("lease", "kind = \"oversize\"\nbytes = 100000"));
+    let answer = node.poll(&test_server, "").await;
     assert_eq!((answer.status, answer.body.len()), (StatusCode::OK, 100_000), "also where there was no work");
     assert!(answer.json::<String>().is_ok());
-    lab.faults(&once("by_id", "kind = \"malformed\""));
-    let id = lab.server.put_data("bytes", "bin", b"0123456789").await.expect("stored");
-    let ask = format!("/api/v1/domains/{}/data/{id}?raw=true", lab.server.domain_id());
-    assert_eq!(&lab.get(&ask, Some(&lab.server.grant())).await.body[..], b"01234");
+    test_server.faults(&once("by_id", "kind = \"malformed\""));
+    let id = test_server.server.put_data("bytes", "bin", b"0123456789").await.expect("stored");
+    let ask = format!("/api/v1/domains/{}/data/{id}?raw=true", test_server.server.domain_id());
+    assert_eq!(&test_server.get(&ask, Some(&test_server.server.grant())).await.body[..], b"01234");
 }
 
 #[tokio::test]
-async fn a_delay_passes_and_then_the_work_is_done() {
-    let lab = TestServer::start().await;
-    let node = lab.node(1, &[HELLO]).await;
-    lab.faults(&once("lease", "kind = \"delay\"\ndelay = \"150ms\""));
+async fn delay_fault_delays_and_then_processes_request() {
+    let test_server = TestServer::start().await;
+    let node = test_server.node(1, &[HELLO]).await;
+    test_server.faults(&once("lease", "kind = \"delay\"\ndelay = \"150ms\""));
     let began = Instant::now();
-    assert_eq!(node.poll(&lab, "").await.status, StatusCode::NO_CONTENT);
+    assert_eq!(node.poll(&test_server, "").await.status, StatusCode::NO_CONTENT);
     assert!(began.elapsed() >= Duration::from_millis(150));
 }
 
 #[tokio::test]
 async fn hangs_last_until_client_or_dev_server_ends() {
-    let lab = TestServer::start().await;
-    let node = lab.node(1, &[HELLO]).await;
-    lab.faults("[[fault]]\nendpoint = \"lease\"\nkind = \"hang\"");
-    let asked = lab.exchange("GET /v1/tasks", &node.token, "");
+    let test_server = TestServer::start().await;
+    let node = test_server.node(1, &[HELLO]).await;
+    test_server.faults("[[fault]]\nendpoint = \"lease\"\nkind = \"hang\"");
+    let asked = test_server.exchange("GET /v1/tasks", &node.token, "");
     let stop = async {
-        lab.server.journal_until(|seen| seen.iter().any(|seen| seen.fault == Some("hang"))).await;
-        lab.server.stop.cancel();
+        test_server.server.journal_until(|seen| seen.iter().any(|seen| seen.fault == Some("hang"))).await;
+        test_server.server.stop.cancel();
     };
     let ((came, end), ()) = tokio::join!(asked, stop);
     assert!(is_reset(end) && came.is_empty(), "{came}");
 }
 
 #[tokio::test]
-async fn a_revoked_token_is_dead_and_can_be_renewed() {
-    let lab = TestServer::start().await;
-    let mut node = lab.node(1, &[HELLO]).await;
-    lab.job(HELLO, 1);
-    let lease = node.lease(&lab).await;
-    lab.faults(&once("heartbeat", "kind = \"revoke_token\""));
-    assert_eq!(node.beat(&lab, &lease, &json!({})).await.status, StatusCode::UNAUTHORIZED);
-    assert_eq!(node.beat(&lab, &lease, &json!({})).await.status, StatusCode::UNAUTHORIZED);
-    node.login(&lab).await;
-    assert_eq!(node.beat(&lab, &lease, &json!({})).await.status, StatusCode::OK);
+async fn revoked_token_is_rejected_and_can_be_renewed() {
+    let test_server = TestServer::start().await;
+    let mut node = test_server.node(1, &[HELLO]).await;
+    test_server.job(HELLO, 1);
+    let lease = node.lease(&test_server).await;
+    test_server.faults(&once("heartbeat", "kind = \"revoke_token\""));
+    assert_eq!(node.beat(&test_server, &lease, &json!({})).await.status, StatusCode::UNAUTHORIZED);
+    assert_eq!(node.beat(&test_server, &lease, &json!({})).await.status, StatusCode::UNAUTHORIZED);
+    node.login(&test_server).await;
+    assert_eq!(node.beat(&test_server, &lease, &json!({})).await.status, StatusCode::OK);
 
-    let list = format!("/api/v1/domains/{}/data", lab.server.domain_id());
+    let list = format!("/api/v1/domains/{}/data", test_server.server.domain_id());
     let old = lease["access_token"].as_str();
-    assert_eq!(lab.get(&list, old).await.status, StatusCode::OK);
-    lab.faults(&once("list", "kind = \"revoke_token\""));
-    assert_eq!(lab.get(&list, old).await.status, StatusCode::UNAUTHORIZED);
-    let beat = body(&node.beat(&lab, &lease, &json!({})).await);
-    assert_eq!(lab.get(&list, old).await.status, StatusCode::UNAUTHORIZED, "no grace for a revoked token");
-    assert_eq!(lab.get(&list, beat["access_token"].as_str()).await.status, StatusCode::OK);
+    assert_eq!(test_server.get(&list, old).await.status, StatusCode::OK);
+    test_server.faults(&once("list", "kind = \"revoke_token\""));
+    assert_eq!(test_server.get(&list, old).await.status, StatusCode::UNAUTHORIZED);
+    let beat = body(&node.beat(&test_server, &lease, &json!({})).await);
+    assert_eq!(test_server.get(&list, old).await.status, StatusCode::UNAUTHORIZED, "no grace for a revoked token");
+    assert_eq!(test_server.get(&list, beat["access_token"].as_str()).await.status, StatusCode::OK);
 }
 
 #[tokio::test]
-async fn a_forgotten_node_must_register_again() {
+async fn forgotten_node_must_register_again() {
     for endpoint in ["lease", "verify"] {
-        let lab = TestServer::start().await;
-        let mut node = lab.node(1, &[HELLO]).await;
-        lab.faults(&once(endpoint, "kind = \"forget_node\""));
+        let test_server = TestServer::start().await;
+        let mut node = test_server.node(1, &[HELLO]).await;
+        test_server.faults(&once(endpoint, "kind = \"forget_node\""));
         if endpoint == "lease" {
-            assert_eq!(node.poll(&lab, "").await.status, StatusCode::UNAUTHORIZED);
+            assert_eq!(node.poll(&test_server, "").await.status, StatusCode::UNAUTHORIZED);
         }
-        assert_eq!(node.try_login(&lab).await.status, StatusCode::FORBIDDEN);
-        assert_eq!(node.register(&lab, &[HELLO]).await.status, StatusCode::OK);
-        node.login(&lab).await;
-        assert_eq!(node.poll(&lab, "").await.status, StatusCode::NO_CONTENT);
+        assert_eq!(node.try_login(&test_server).await.status, StatusCode::FORBIDDEN);
+        assert_eq!(node.register(&test_server, &[HELLO]).await.status, StatusCode::OK);
+        node.login(&test_server).await;
+        assert_eq!(node.poll(&test_server, "").await.status, StatusCode::NO_CONTENT);
     }
 }
 
 #[tokio::test]
-async fn a_stolen_lease_is_anothers_and_comes_back_by_expiry() {
-    let lab = TestServer::with(Config { lease_ttl: Duration::from_millis(300), ..Config::default() }).await;
-    let node = lab.node(1, &[HELLO]).await;
-    let job = lab.job(HELLO, 4);
-    let lease = node.lease(&lab).await;
-    lab.faults(&once("heartbeat", "kind = \"steal_lease\""));
-    assert_eq!(node.beat(&lab, &lease, &json!({})).await.status, StatusCode::CONFLICT);
-    assert_eq!(node.complete(&lab, &lease, &[]).await.status, StatusCode::CONFLICT);
-    let back = lab.server.job_until(job, |job| job["tasks"][0]["status"] == "queued");
+async fn stolen_lease_conflicts_and_task_requeues_after_expiry() {
+    let test_server = TestServer::with(Config { lease_ttl: Duration::from_millis(300), ..Config::default() }).await;
+    let node = test_server.node(1, &[HELLO]).await;
+    let job = test_server.job(HELLO, 4);
+    let lease = node.lease(&test_server).await;
+    test_server.faults(&once("heartbeat", "kind = \"steal_lease\""));
+    assert_eq!(node.beat(&test_server, &lease, &json!({})).await.status, StatusCode::CONFLICT);
+    assert_eq!(node.complete(&test_server, &lease, &[]).await.status, StatusCode::CONFLICT);
+    let back = test_server.server.job_until(job, |job| job["tasks"][0]["status"] == "queued");
     assert_eq!(tokio::time::timeout(LIMIT, back).await.expect("re-queued")["tasks"][0]["attempts"], 2);
-    let lease = node.lease(&lab).await;
-    lab.faults(&once("list", "kind = \"steal_lease\""));
-    let list = format!("/api/v1/domains/{}/data", lab.server.domain_id());
-    assert_eq!(lab.get(&list, lease["access_token"].as_str()).await.status, StatusCode::UNAUTHORIZED);
+    let lease = node.lease(&test_server).await;
+    test_server.faults(&once("list", "kind = \"steal_lease\""));
+    let list = format!("/api/v1/domains/{}/data", test_server.server.domain_id());
+    assert_eq!(test_server.get(&list, lease["access_token"].as_str()).await.status, StatusCode::UNAUTHORIZED);
 }
 
 #[tokio::test]
-async fn a_clock_offset_changes_every_reported_time() {
+async fn clock_offset_changes_every_reported_time() {
     for (offset, minutes) in [("20m", 20), ("-20m", -20)] {
         let faults = Faults::parse(&format!("[[fault]]\nkind = \"clock_offset\"\noffset = \"{offset}\""));
-        let lab = TestServer::with(Config { faults: faults.expect("a sound file"), ..Config::default() }).await;
-        let node = lab.node(1, &[HELLO]).await;
-        lab.job(HELLO, 1);
-        let answer = node.poll(&lab, "").await;
+        let test_server = TestServer::with(Config { faults: faults.expect("a sound file"), ..Config::default() }).await;
+        let node = test_server.node(1, &[HELLO]).await;
+        test_server.job(HELLO, 1);
+        let answer = node.poll(&test_server, "").await;
         let lease = body(&answer);
         let now = jiff::Timestamp::now() + jiff::SignedDuration::from_mins(minutes);
         let near = |at: jiff::Timestamp, ahead: i64| {
@@ -232,20 +233,20 @@ async fn a_clock_offset_changes_every_reported_time() {
         let date = jiff::fmt::rfc2822::parse(answer.headers["date"].to_str().expect("text")).expect("a date");
         assert!(near(date.timestamp(), 0), "{date}");
         assert!(near(lease["lease_expires_at"].as_str().expect("text").parse().expect("a time"), 60));
-        let list = format!("/api/v1/domains/{}/data", lab.server.domain_id());
-        assert_eq!(lab.get(&list, lease["access_token"].as_str()).await.status, StatusCode::OK);
-        assert_eq!(node.beat(&lab, &lease, &json!({})).await.status, StatusCode::OK);
-        assert_eq!(node.complete(&lab, &lease, &[]).await.status, StatusCode::OK);
+        let list = format!("/api/v1/domains/{}/data", test_server.server.domain_id());
+        assert_eq!(test_server.get(&list, lease["access_token"].as_str()).await.status, StatusCode::OK);
+        assert_eq!(node.beat(&test_server, &lease, &json!({})).await.status, StatusCode::OK);
+        assert_eq!(node.complete(&test_server, &lease, &[]).await.status, StatusCode::OK);
     }
 }
 
 #[tokio::test]
-async fn the_journal_page_shows_what_was_struck() {
-    let lab = TestServer::start().await;
-    let node = lab.node(1, &[HELLO]).await;
-    lab.faults(&once("lease", "kind = \"status\"\ncode = 500"));
-    node.poll(&lab, "").await;
-    let page = body(&lab.get("/dev/v1/requests", None).await);
+async fn journal_page_lists_requests_with_faults() {
+    let test_server = TestServer::start().await;
+    let node = test_server.node(1, &[HELLO]).await;
+    test_server.faults(&once("lease", "kind = \"status\"\ncode = 500"));
+    node.poll(&test_server, "").await;
+    let page = body(&test_server.get("/dev/v1/requests", None).await);
     let struck = page["requests"].as_array().expect("a list").last().expect("a request").clone();
     assert_eq!(
         (&struck["endpoint"], &struck["fault"], &struck["status"]),

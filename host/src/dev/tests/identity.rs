@@ -5,47 +5,47 @@ use super::*;
 const LOGIN: &str = "/internal/v1/auth/siwe/verify";
 
 #[tokio::test]
-async fn a_wallet_registers_logs_in_and_may_poll() {
-    let lab = TestServer::start().await;
+async fn registered_wallet_can_log_in_and_poll() {
+    let test_server = TestServer::start().await;
     let mut node = TestNode { key: SigningKey::from_slice(&[1; 32]).expect("a key"), token: "none".to_owned() };
     assert_eq!(node.wallet(), "0x1a642f0e3c3af545e7acbd38b07251b3990914f1");
-    assert_eq!(node.poll(&lab, "").await.status, StatusCode::UNAUTHORIZED);
-    assert_eq!(node.try_login(&lab).await.status, StatusCode::FORBIDDEN, "not registered yet");
-    assert_eq!(node.register(&lab, &[HELLO]).await.status, StatusCode::OK);
-    node.login(&lab).await;
-    assert_eq!(node.poll(&lab, "").await.status, StatusCode::NO_CONTENT);
-    assert_eq!(lab.get("/v1//tasks", Some(&node.token)).await.status, StatusCode::NOT_FOUND);
+    assert_eq!(node.poll(&test_server, "").await.status, StatusCode::UNAUTHORIZED);
+    assert_eq!(node.try_login(&test_server).await.status, StatusCode::FORBIDDEN, "not registered yet");
+    assert_eq!(node.register(&test_server, &[HELLO]).await.status, StatusCode::OK);
+    node.login(&test_server).await;
+    assert_eq!(node.poll(&test_server, "").await.status, StatusCode::NO_CONTENT);
+    assert_eq!(test_server.get("/v1//tasks", Some(&node.token)).await.status, StatusCode::NOT_FOUND);
 
-    assert!(lab.server.forget_wallet(&node.wallet()));
-    assert_eq!(node.poll(&lab, "").await.status, StatusCode::UNAUTHORIZED);
-    assert_eq!(node.try_login(&lab).await.status, StatusCode::FORBIDDEN);
-    lab.server.stop().await;
+    assert!(test_server.server.forget_wallet(&node.wallet()));
+    assert_eq!(node.poll(&test_server, "").await.status, StatusCode::UNAUTHORIZED);
+    assert_eq!(node.try_login(&test_server).await.status, StatusCode::FORBIDDEN);
+    test_server.server.stop().await;
 }
 
 #[tokio::test]
-async fn a_nonce_serves_once_and_a_signature_its_own_message_only() {
-    let lab = TestServer::start().await;
-    let node = lab.node(1, &[HELLO]).await;
-    let message = node.message(&lab).await;
+async fn login_rejects_reused_nonce_wrong_signature_or_domain() {
+    let test_server = TestServer::start().await;
+    let node = test_server.node(1, &[HELLO]).await;
+    let message = node.message(&test_server).await;
     let request =
         |message: &str, signature: &str| json!({"address": node.wallet(), "message": message, "signature": signature});
     let forged = request(&message, &node.sign("something else"));
-    assert_eq!(lab.post(LOGIN, None, &forged).await.status, StatusCode::UNAUTHORIZED);
+    assert_eq!(test_server.post(LOGIN, None, &forged).await.status, StatusCode::UNAUTHORIZED);
     let good = request(&message, &node.sign(&message));
-    assert_eq!(lab.post(LOGIN, None, &good).await.status, StatusCode::OK);
-    let again = lab.post(LOGIN, None, &good).await;
+    assert_eq!(test_server.post(LOGIN, None, &good).await.status, StatusCode::OK);
+    let again = test_server.post(LOGIN, None, &good).await;
     assert_eq!((again.status, refusal(&again).contains("nonce")), (StatusCode::UNAUTHORIZED, true));
     let elsewhere = message.replacen("127.0.0.1", "127.0.0.2", 1);
-    let elsewhere = lab.post(LOGIN, None, &request(&elsewhere, &node.sign(&elsewhere))).await;
+    let elsewhere = test_server.post(LOGIN, None, &request(&elsewhere, &node.sign(&elsewhere))).await;
     assert_eq!(elsewhere.status, StatusCode::UNAUTHORIZED);
 }
 
 #[tokio::test]
-async fn a_repeated_registration_is_a_refresh_and_strictness_refuses_a_second_node() {
-    let lab = TestServer::start().await;
-    let node = lab.node(1, &[HELLO]).await;
-    assert_eq!(node.register(&lab, &[HELLO]).await.status, StatusCode::OK);
-    assert_eq!(node.poll(&lab, "").await.status, StatusCode::NO_CONTENT, "its token lives on");
+async fn strict_identity_accepts_reregistration_only_from_same_process() {
+    let test_server = TestServer::start().await;
+    let node = test_server.node(1, &[HELLO]).await;
+    assert_eq!(node.register(&test_server, &[HELLO]).await.status, StatusCode::OK);
+    assert_eq!(node.poll(&test_server, "").await.status, StatusCode::NO_CONTENT, "its token lives on");
 
     let mut strict = TestServer::with(Config { strict_identity: true, ..Config::default() }).await;
     let node = strict.node(1, &[HELLO]).await;
@@ -57,20 +57,20 @@ async fn a_repeated_registration_is_a_refresh_and_strictness_refuses_a_second_no
 }
 
 #[tokio::test]
-async fn a_node_token_expires() {
-    let lab = TestServer::with(Config { node_token_ttl: Duration::from_millis(1), ..Config::default() }).await;
-    let node = lab.node(1, &[HELLO]).await;
+async fn node_token_expires() {
+    let test_server = TestServer::with(Config { node_token_ttl: Duration::from_millis(1), ..Config::default() }).await;
+    let node = test_server.node(1, &[HELLO]).await;
     // The token expires either during the login or before a later poll.
-    let refused = async { while node.poll(&lab, "").await.status != StatusCode::UNAUTHORIZED {} };
+    let refused = async { while node.poll(&test_server, "").await.status != StatusCode::UNAUTHORIZED {} };
     tokio::time::timeout(LIMIT, refused).await.expect("the token runs out");
 }
 
 #[tokio::test]
 async fn registrations_are_checked() {
-    let lab = TestServer::with(Config { reg_secret: Some("right".to_owned()), ..Config::default() }).await;
+    let test_server = TestServer::with(Config { reg_secret: Some("right".to_owned()), ..Config::default() }).await;
     let node = TestNode { key: SigningKey::from_slice(&[1; 32]).expect("a key"), token: String::new() };
     let check = async |change: Value, status: StatusCode, line: &str| {
-        let message = node.message(&lab).await;
+        let message = node.message(&test_server).await;
         let mut request = json!({
             "message": message, "signature": node.sign(&message), "registration_credentials": "right",
             "capabilities": [HELLO], "version": "1.2.3",
@@ -78,7 +78,7 @@ async fn registrations_are_checked() {
         for (name, value) in change.as_object().expect("an object") {
             request[name] = value.clone();
         }
-        let answer = lab.post("/internal/v1/nodes/register-wallet", None, &request).await;
+        let answer = test_server.post("/internal/v1/nodes/register-wallet", None, &request).await;
         assert_eq!(answer.status, status, "{}", answer.excerpt());
         assert!(status.is_success() || refusal(&answer).contains(line), "{}", answer.excerpt());
     };
@@ -92,9 +92,9 @@ async fn registrations_are_checked() {
     check(json!({}), StatusCode::OK, "").await;
 
     let nonce = "/internal/v1/auth/siwe/request";
-    assert_eq!(lab.post(nonce, None, &json!({"wallet": "0x12"})).await.status, StatusCode::BAD_REQUEST);
-    let huge = lab.post(nonce, None, &json!({"wallet": "x".repeat(100_000)})).await;
+    assert_eq!(test_server.post(nonce, None, &json!({"wallet": "0x12"})).await.status, StatusCode::BAD_REQUEST);
+    let huge = test_server.post(nonce, None, &json!({"wallet": "x".repeat(100_000)})).await;
     assert_eq!(huge.status, StatusCode::PAYLOAD_TOO_LARGE);
-    let broken = lab.send(Method::POST, nonce, None, &[], "{").await;
+    let broken = test_server.send(Method::POST, nonce, None, &[], "{").await;
     assert!(refusal(&broken).contains("not the expected JSON"));
 }

@@ -114,8 +114,8 @@ impl TestNode {
     }
 
     /// Requests a nonce and composes the message.
-    async fn message(&self, lab: &TestServer) -> String {
-        let asked = lab.post("/internal/v1/auth/siwe/request", None, &json!({"wallet": self.wallet()})).await;
+    async fn message(&self, test_server: &TestServer) -> String {
+        let asked = test_server.post("/internal/v1/auth/siwe/request", None, &json!({"wallet": self.wallet()})).await;
         let asked = body(&asked);
         let text = |name: &str| asked[name].as_str().expect("text").to_owned();
         format!(
@@ -131,47 +131,49 @@ impl TestNode {
         )
     }
 
-    async fn register(&self, lab: &TestServer, capabilities: &[&str]) -> Answer {
-        let message = self.message(lab).await;
+    async fn register(&self, test_server: &TestServer, capabilities: &[&str]) -> Answer {
+        let message = self.message(test_server).await;
         let request = json!({
             "message": message, "signature": self.sign(&message), "registration_credentials": "any",
             "capabilities": capabilities, "version": "1.2.3",
         });
-        lab.post("/internal/v1/nodes/register-wallet", None, &request).await
+        test_server.post("/internal/v1/nodes/register-wallet", None, &request).await
     }
 
-    async fn try_login(&self, lab: &TestServer) -> Answer {
-        let message = self.message(lab).await;
+    async fn try_login(&self, test_server: &TestServer) -> Answer {
+        let message = self.message(test_server).await;
         let request = json!({"address": self.wallet(), "message": message, "signature": self.sign(&message)});
-        lab.post("/internal/v1/auth/siwe/verify", None, &request).await
+        test_server.post("/internal/v1/auth/siwe/verify", None, &request).await
     }
 
-    async fn login(&mut self, lab: &TestServer) {
-        let answer = self.try_login(lab).await;
+    async fn login(&mut self, test_server: &TestServer) {
+        let answer = self.try_login(test_server).await;
         assert_eq!(answer.status, StatusCode::OK, "{}", answer.excerpt());
         self.token = body(&answer)["access_token"].as_str().expect("a token").to_owned();
     }
 
-    async fn poll(&self, lab: &TestServer, query: &str) -> Answer {
-        lab.get(&format!("/v1/tasks{query}"), Some(&self.token)).await
+    async fn poll(&self, test_server: &TestServer, query: &str) -> Answer {
+        test_server.get(&format!("/v1/tasks{query}"), Some(&self.token)).await
     }
 
-    pub(crate) async fn lease(&self, lab: &TestServer) -> Value {
-        let answer = self.poll(lab, "").await;
+    pub(crate) async fn lease(&self, test_server: &TestServer) -> Value {
+        let answer = self.poll(test_server, "").await;
         assert_eq!(answer.status, StatusCode::OK, "{}", answer.excerpt());
         body(&answer)
     }
 
-    pub(crate) async fn beat(&self, lab: &TestServer, lease: &Value, request: &Value) -> Answer {
-        lab.post(&path(lease, "heartbeat"), Some(&self.token), request).await
+    pub(crate) async fn beat(&self, test_server: &TestServer, lease: &Value, request: &Value) -> Answer {
+        test_server.post(&path(lease, "heartbeat"), Some(&self.token), request).await
     }
 
-    pub(crate) async fn complete(&self, lab: &TestServer, lease: &Value, outputs: &[&str]) -> Answer {
-        lab.post(&path(lease, "complete"), Some(&self.token), &json!({"output_cids": outputs, "meta": {"a": 1}})).await
+    pub(crate) async fn complete(&self, test_server: &TestServer, lease: &Value, outputs: &[&str]) -> Answer {
+        test_server
+            .post(&path(lease, "complete"), Some(&self.token), &json!({"output_cids": outputs, "meta": {"a": 1}}))
+            .await
     }
 
-    pub(crate) async fn fail(&self, lab: &TestServer, lease: &Value, reason: &str) -> Answer {
-        lab.post(&path(lease, "fail"), Some(&self.token), &json!({"reason": reason, "details": null})).await
+    pub(crate) async fn fail(&self, test_server: &TestServer, lease: &Value, reason: &str) -> Answer {
+        test_server.post(&path(lease, "fail"), Some(&self.token), &json!({"reason": reason, "details": null})).await
     }
 }
 

@@ -21,12 +21,12 @@ fn ahead(time: &Value) -> bool {
 
 /// 10.3: a lease has all coordinates and times, and its token has the claims that nodes check.
 #[tokio::test]
-async fn a_lease_has_everything_newer_nodes_require() {
-    let lab = TestServer::start().await;
-    let node = lab.node(1, &[HELLO]).await;
-    lab.job(HELLO, 1);
-    let lease = node.lease(&lab).await;
-    assert_eq!(lease["domain_id"], lab.server.domain_id().to_string());
+async fn lease_has_all_fields_newer_nodes_require() {
+    let test_server = TestServer::start().await;
+    let node = test_server.node(1, &[HELLO]).await;
+    test_server.job(HELLO, 1);
+    let lease = node.lease(&test_server).await;
+    assert_eq!(lease["domain_id"], test_server.server.domain_id().to_string());
     for time in [&lease["access_token_expires_at"], &lease["lease_expires_at"], &lease["task"]["lease_expires_at"]] {
         assert!(ahead(time), "{lease:#}");
     }
@@ -40,7 +40,7 @@ async fn a_lease_has_everything_newer_nodes_require() {
         assert!(lease["task"][amount].is_string(), "{amount} is decimal text");
     }
     // 10.3: values that a heartbeat answer must not change, and values that it must contain.
-    let beat = body(&node.beat(&lab, &lease, &json!({})).await);
+    let beat = body(&node.beat(&test_server, &lease, &json!({})).await);
     assert!(beat.is_object() && ahead(&beat["lease_expires_at"]));
     assert_eq!(beat["domain_id"], lease["domain_id"]);
     assert!(beat["task_id"].is_null() && beat["task"].is_null() && beat["status"] == "running", "{beat}");
@@ -48,14 +48,14 @@ async fn a_lease_has_everything_newer_nodes_require() {
 
 /// 4.14, 10.3: a poll names one capability, several or none, and never gets a capability that it did not request.
 #[tokio::test]
-async fn a_poll_may_name_one_capability_or_several() {
-    let lab = TestServer::start().await;
-    let node = lab.node(1, &["/a", "/b", "/c"]).await;
+async fn poll_can_request_one_or_several_capabilities() {
+    let test_server = TestServer::start().await;
+    let node = test_server.node(1, &["/a", "/b", "/c"]).await;
     for capability in ["/a", "/b", "/c"] {
-        lab.job(capability, 1);
+        test_server.job(capability, 1);
     }
     let ask = async |query: &str| {
-        let answer = node.poll(&lab, query).await;
+        let answer = node.poll(&test_server, query).await;
         (answer.status == StatusCode::OK).then(|| body(&answer)["task"]["capability"].clone())
     };
     assert_eq!(ask("?capability=%2Fb").await, Some(json!("/b")));
@@ -68,39 +68,39 @@ async fn a_poll_may_name_one_capability_or_several() {
 /// 4.14, 10.1, 10.3, 10.6: fields that the oldest nodes omit and the newest send as null.
 #[tokio::test]
 async fn reports_need_no_progress_events_meta_or_details() {
-    let lab = TestServer::start().await;
-    let node = lab.node(1, &[HELLO]).await;
-    let job = lab.job(HELLO, 9);
+    let test_server = TestServer::start().await;
+    let node = test_server.node(1, &[HELLO]).await;
+    let job = test_server.job(HELLO, 9);
     for report in [json!({"reason": "x"}), json!({"reason": "x", "details": null}), json!({"reason": "y".repeat(4096)})]
     {
-        let lease = node.lease(&lab).await;
+        let lease = node.lease(&test_server).await;
         for beat in ["{}", "{\"progress\":null}", "{\"events\":[]}", "{\"progress\":{\"pct\":1}}", ""] {
-            let sent = lab.send(Method::POST, &path(&lease, "heartbeat"), Some(&node.token), &[], beat).await;
+            let sent = test_server.send(Method::POST, &path(&lease, "heartbeat"), Some(&node.token), &[], beat).await;
             assert_eq!(sent.status, StatusCode::OK, "{beat:?}: {}", sent.excerpt());
         }
-        assert_eq!(lab.post(&path(&lease, "fail"), Some(&node.token), &report).await.status, StatusCode::OK);
+        assert_eq!(test_server.post(&path(&lease, "fail"), Some(&node.token), &report).await.status, StatusCode::OK);
     }
-    let lease = node.lease(&lab).await;
+    let lease = node.lease(&test_server).await;
     // The maximum size that newer nodes allow.
     let large = json!({"progress": {"text": "p".repeat(65_000)}, "events": vec![json!({"n": 1}); 1024]});
-    assert_eq!(node.beat(&lab, &lease, &large).await.status, StatusCode::OK);
-    let done = lab.post(&path(&lease, "complete"), Some(&node.token), &json!({"output_cids": ["d"]})).await;
+    assert_eq!(node.beat(&test_server, &lease, &large).await.status, StatusCode::OK);
+    let done = test_server.post(&path(&lease, "complete"), Some(&node.token), &json!({"output_cids": ["d"]})).await;
     assert_eq!(done.status, StatusCode::OK, "{}", done.excerpt());
-    assert_eq!(lab.server.job(job).expect("known")["receipts"][3]["outputs"], json!(["d"]));
+    assert_eq!(test_server.server.job(job).expect("known")["receipts"][3]["outputs"], json!(["d"]));
 }
 
 /// 4.14: heartbeats at the rate of the progress updates, and repeated events.
 #[tokio::test]
-async fn heartbeats_may_come_at_any_rate_and_repeat_events() {
-    let lab = TestServer::start().await;
-    let node = lab.node(1, &[HELLO]).await;
-    let job = lab.job(HELLO, 1);
-    let lease = node.lease(&lab).await;
+async fn frequent_heartbeats_with_repeated_events_are_accepted() {
+    let test_server = TestServer::start().await;
+    let node = test_server.node(1, &[HELLO]).await;
+    let job = test_server.job(HELLO, 1);
+    let lease = node.lease(&test_server).await;
     for n in 0..30 {
-        let beat = node.beat(&lab, &lease, &json!({"progress": {"n": n}, "events": [{"same": 1}]})).await;
+        let beat = node.beat(&test_server, &lease, &json!({"progress": {"n": n}, "events": [{"same": 1}]})).await;
         assert_eq!(beat.status, StatusCode::OK);
     }
-    let task = lab.server.job(job).expect("known")["tasks"][0].clone();
+    let task = test_server.server.job(job).expect("known")["tasks"][0].clone();
     assert_eq!(
         (&task["meta"]["progress"], task["meta"]["events"].as_array().map(Vec::len)),
         (&json!({"n": 29}), Some(30))
@@ -110,16 +110,16 @@ async fn heartbeats_may_come_at_any_rate_and_repeat_events() {
 /// 10.2, 10.6: a registration every 120 s by a wallet that is logged in and works.
 #[tokio::test]
 async fn registering_again_is_a_refresh_that_disturbs_nothing() {
-    let lab = TestServer::start().await;
-    let node = lab.node(1, &[HELLO]).await;
-    lab.job(HELLO, 1);
-    let lease = node.lease(&lab).await;
+    let test_server = TestServer::start().await;
+    let node = test_server.node(1, &[HELLO]).await;
+    test_server.job(HELLO, 1);
+    let lease = node.lease(&test_server).await;
     for _ in 0..3 {
-        assert_eq!(node.register(&lab, &[HELLO, "/more"]).await.status, StatusCode::OK);
+        assert_eq!(node.register(&test_server, &[HELLO, "/more"]).await.status, StatusCode::OK);
     }
-    assert_eq!(node.beat(&lab, &lease, &json!({})).await.status, StatusCode::OK, "token and lease live on");
-    lab.job("/more", 1);
-    assert_eq!(node.lease(&lab).await["task"]["capability"], "/more", "a changed set counts at once");
+    assert_eq!(node.beat(&test_server, &lease, &json!({})).await.status, StatusCode::OK, "token and lease live on");
+    test_server.job("/more", 1);
+    assert_eq!(node.lease(&test_server).await["task"]["capability"], "/more", "a changed set counts at once");
 }
 
 /// 6.6, 6.7, 10.5, 10.6: limits and the start of an upload, in both spellings.
@@ -127,7 +127,7 @@ async fn registering_again_is_a_refresh_that_disturbs_nothing() {
 async fn uploads_tell_all_that_newer_writers_need() {
     let config =
         Config { request_max_bytes: 9_000, domain_data_max_bytes: 70_000, part_size: 1_000, ..Config::default() };
-    let lab = TestServer::with(config).await;
+    let test_server = TestServer::with(config).await;
     let limits = json!({
         "upload": {"request_max_bytes": 9_000, "domain_data_max_bytes": 70_000,
                    "multipart": {"enabled": true, "part_size_bytes": 1_000}},
@@ -136,11 +136,11 @@ async fn uploads_tell_all_that_newer_writers_need() {
     let headers =
         [("posemesh-client-id", "it"), ("posemesh-sdk-version", "auki-sdk/1.0.0"), ("accept", "application/json")];
     let path = "/api/v1/info";
-    assert_eq!(body(&lab.send(Method::GET, path, None, &headers, "").await), limits);
-    let base = format!("/api/v1/domains/{}/data", lab.server.domain_id());
-    let grant = lab.server.grant();
+    assert_eq!(body(&test_server.send(Method::GET, path, None, &headers, "").await), limits);
+    let base = format!("/api/v1/domains/{}/data", test_server.server.domain_id());
+    let grant = test_server.server.grant();
     let send = async |method: Method, query: &str, sent: String| {
-        body(&lab.send(method, &format!("{base}/multipart{query}"), Some(&grant), &headers, sent).await)
+        body(&test_server.send(method, &format!("{base}/multipart{query}"), Some(&grant), &headers, sent).await)
     };
     let mut existing = json!(null);
     for (spelling, fields) in [
@@ -173,11 +173,12 @@ async fn uploads_tell_all_that_newer_writers_need() {
 
 /// 10.5: content and metadata by id, lists with encoded ids, boundaries chosen by the writer.
 #[tokio::test]
-async fn data_is_served_in_the_newer_forms_beside_the_old() {
-    let lab = TestServer::start().await;
-    let (base, grant) = (format!("/api/v1/domains/{}/data", lab.server.domain_id()), lab.server.grant());
+async fn data_api_supports_newer_request_forms() {
+    let test_server = TestServer::start().await;
+    let (base, grant) =
+        (format!("/api/v1/domains/{}/data", test_server.server.domain_id()), test_server.server.grant());
     let send = async |method: Method, rest: &str, headers: &[(&str, &str)], sent: &str| {
-        lab.send(method, &format!("{base}{rest}"), Some(&grant), headers, sent.to_owned()).await
+        test_server.send(method, &format!("{base}{rest}"), Some(&grant), headers, sent.to_owned()).await
     };
     let boundary = "auki-3f0c1c1e-8f57-4d0a-9a83-5f0f3f1b7c11";
     let kind = format!("multipart/form-data; boundary={boundary}");
@@ -193,7 +194,7 @@ async fn data_is_served_in_the_newer_forms_beside_the_old() {
     assert_eq!((again.status, refusal(&again).contains("exists already")), (StatusCode::CONFLICT, true));
 
     let json = [("accept", "application/json")];
-    let other = lab.server.put_data("b", "ply", b"b").await.expect("stored");
+    let other = test_server.server.put_data("b", "ply", b"b").await.expect("stored");
     for query in [format!("?ids={id},{other}"), format!("?ids={id}%2C{other}")] {
         let listed = body(&send(Method::GET, &query, &json, "").await);
         assert_eq!(listed["data"].as_array().map(Vec::len), Some(2), "{query}");
@@ -206,9 +207,9 @@ async fn data_is_served_in_the_newer_forms_beside_the_old() {
 /// 10.6: JSON content types on every answer, including rejections.
 #[tokio::test]
 async fn every_json_answer_says_so() {
-    let lab = TestServer::start().await;
-    let node = lab.node(1, &[HELLO]).await;
-    let (domain, grant) = (lab.server.domain_id(), lab.server.grant());
+    let test_server = TestServer::start().await;
+    let node = test_server.node(1, &[HELLO]).await;
+    let (domain, grant) = (test_server.server.domain_id(), test_server.server.grant());
     let data = format!("/api/v1/domains/{domain}/data");
     let unknown = format!("/v1/tasks/{}/heartbeat", Uuid::new_v4());
     for (method, path, bearer) in [
@@ -227,38 +228,39 @@ async fn every_json_answer_says_so() {
         (Method::GET, "/nowhere", ""),
         (Method::PUT, "/v1/tasks", ""),
     ] {
-        let answer = lab.send(method.clone(), path, Some(bearer), &[], "").await;
+        let answer = test_server.send(method.clone(), path, Some(bearer), &[], "").await;
         assert!(body(&answer).is_object(), "{method} {path}");
     }
 }
 
 /// The dev server's old form: the fields that the reference does not need are absent.
 #[tokio::test]
-async fn the_old_form_leaves_out_what_is_newer() {
-    let lab = TestServer::start().await;
-    let node = lab.node(1, &[HELLO]).await;
-    lab.server.set_faults(Faults::parse("[world]\nform = \"old\"").expect("a sound file"));
+async fn old_form_omits_newer_fields_and_endpoints() {
+    let test_server = TestServer::start().await;
+    let node = test_server.node(1, &[HELLO]).await;
+    test_server.server.set_faults(Faults::parse("[world]\nform = \"old\"").expect("a sound file"));
     // No header says that the answer is JSON.
     let plain = |answer: &Answer| {
         assert_eq!(answer.headers["content-type"], "text/plain; charset=utf-8");
         serde_json::from_slice::<Value>(&answer.body).expect("JSON all the same")
     };
-    lab.job(HELLO, 1);
-    let lease = plain(&node.poll(&lab, "").await);
+    test_server.job(HELLO, 1);
+    let lease = plain(&node.poll(&test_server, "").await);
     let opaque = lease["access_token"].as_str().expect("text");
     assert!(!opaque.contains('.'), "no JWT");
     assert!(lease["access_token_expires_at"].is_null() && lease["task"]["lease_expires_at"].is_null());
     assert!(ahead(&lease["lease_expires_at"]));
-    let beat = plain(&node.beat(&lab, &lease, &json!({})).await);
+    let beat = plain(&node.beat(&test_server, &lease, &json!({})).await);
     let said: Vec<&String> =
         beat.as_object().expect("an object").iter().filter(|(_, v)| !v.is_null()).map(|(k, _)| k).collect();
     assert_eq!(said, ["cancel", "lease_expires_at"]);
-    assert_eq!(lab.get("/api/v1/info", None).await.status, StatusCode::NOT_FOUND);
-    let data = format!("/api/v1/domains/{}/data", lab.server.domain_id());
-    let begun =
-        lab.post(&format!("{data}/multipart?uploads"), Some(opaque), &json!({"name": "a", "data_type": "b"})).await;
+    assert_eq!(test_server.get("/api/v1/info", None).await.status, StatusCode::NOT_FOUND);
+    let data = format!("/api/v1/domains/{}/data", test_server.server.domain_id());
+    let begun = test_server
+        .post(&format!("{data}/multipart?uploads"), Some(opaque), &json!({"name": "a", "data_type": "b"}))
+        .await;
     assert_eq!(begun.status, StatusCode::NOT_FOUND);
-    assert_eq!(lab.get(&data, Some(opaque)).await.status, StatusCode::OK);
-    assert_eq!(node.complete(&lab, &lease, &[]).await.status, StatusCode::OK);
-    assert_eq!(lab.get(&data, Some(opaque)).await.status, StatusCode::UNAUTHORIZED, "no lease, no access");
+    assert_eq!(test_server.get(&data, Some(opaque)).await.status, StatusCode::OK);
+    assert_eq!(node.complete(&test_server, &lease, &[]).await.status, StatusCode::OK);
+    assert_eq!(test_server.get(&data, Some(opaque)).await.status, StatusCode::UNAUTHORIZED, "no lease, no access");
 }

@@ -81,7 +81,7 @@ impl Hygiene {
 }
 
 #[test]
-fn every_spelling_is_found_and_what_is_no_secret_is_not() {
+fn search_finds_only_secrets_in_every_spelling() {
     let key = format!("0x{}", "aB".repeat(32));
     let env = [("SECP256K1_PRIVHEX", key.as_str()), ("REG_SECRET", "planted-\"secret\""), ("CLIENT_ID", "somebody")];
     let hygiene = Hygiene::of(&env.map(|(name, value)| (name.to_owned(), value.to_owned())).into());

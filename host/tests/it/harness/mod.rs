@@ -1,14 +1,14 @@
 //! The base of every integration test: the real binary, the real dev server, real plugins.
 //!
-//! [`TestServer`] is a dev server with helpers for jobs and data. [`node`] starts the binary. [`rubbish`] is a proxy
+//! [`TestServer`] is a dev server with helpers for jobs and data. [`node`] starts the binary. [`fault_proxy`] is a proxy
 //! between the two that gives bad answers. [`fixtures`] builds the plugins. Nothing here sleeps: every wait is for an
 //! event. Each wait has a time limit, and a timeout fails with the node's own log.
 
+pub(crate) mod fault_proxy;
 pub(crate) mod fixtures;
 pub(crate) mod folder;
 pub(crate) mod hygiene;
 pub(crate) mod node;
-pub(crate) mod rubbish;
 pub(crate) mod tls;
 
 use std::{collections::BTreeMap, future::Future, path::PathBuf, time::Duration};
@@ -71,7 +71,7 @@ impl TestServer {
     /// A job with one task.
     pub(crate) fn task(&self, capability: &str) -> TaskSetup<'_> {
         let task = json!({ "label": "one", "stage": "one", "capability": capability, "max_attempts": 1 });
-        TaskSetup { lab: self, task }
+        TaskSetup { test_server: self, task }
     }
 
     /// Runs a job with one task to its end.
@@ -145,7 +145,7 @@ impl TestServer {
 
 /// A task before it is submitted.
 pub(crate) struct TaskSetup<'a> {
-    lab: &'a TestServer,
+    test_server: &'a TestServer,
     task: Value,
 }
 
@@ -167,7 +167,7 @@ impl TaskSetup<'_> {
     }
 
     pub(crate) fn submit(self) -> Uuid {
-        self.lab
+        self.test_server
             .dev_server
             .create_job(json!({ "label": "it", "tasks": [self.task] }))
             .expect("a job the dev server takes")

@@ -113,7 +113,7 @@ fn writer_enforces_the_announced_count() {
 }
 
 #[test]
-fn properties_are_found_in_any_order_and_of_any_type() {
+fn ply_properties_parse_in_any_order_and_type() {
     const TYPES: [&str; 8] = ["char", "uchar", "short", "ushort", "int", "uint", "float", "double"];
     for seed in 0..300 {
         let mut random = Random::new(seed);

@@ -50,7 +50,7 @@ fn ball(points: usize, middle: [f64; 3], radius: f64) -> Vec<Point> {
 }
 
 #[test]
-fn a_ball_is_lit_in_the_middle_on_a_dark_ground() {
+fn ball_is_bright_and_centered_on_dark_background() {
     let picture = picture(&ball(20_000, [5e6, -3.0, 0.0], 2.0), 0.03);
     let middle = at(&picture, SIDE / 2, SIDE / 2);
     assert!(middle.iter().all(|channel| *channel > 120), "{middle:?}");
@@ -148,7 +148,7 @@ fn same_cloud_gives_the_same_picture() {
 }
 
 #[test]
-fn drawing_stops_when_told() {
+fn drawing_stops_after_cancellation() {
     let mut random = Random::new(1);
     let cloud: Vec<Point> =
         (0..50_000).map(|_| Point { position: std::array::from_fn(|_| random.unit()), color: None }).collect();

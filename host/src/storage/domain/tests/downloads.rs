@@ -39,7 +39,7 @@ async fn input_streams_have_the_metadata_of_the_store() {
 }
 
 #[tokio::test]
-async fn each_part_of_an_input_has_its_own_file() {
+async fn each_input_part_gets_its_own_file() {
     let fixture = fixture().await;
     fixture.item("a", "dmt_2025-06-01_08-30-00", "dmt_manifest_json", "one");
     fixture.item("b", "dmt_2025-06-01_08-30-00", "dmt_manifest_json", "two");

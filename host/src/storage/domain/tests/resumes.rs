@@ -147,7 +147,7 @@ async fn unreachable_server_is_asked_again() {
 }
 
 #[tokio::test]
-async fn requested_pause_is_kept() {
+async fn download_retry_waits_for_requested_pause() {
     let fixture = patient(b"body").await;
     let later = Response::builder().status(503).header(header::RETRY_AFTER, "1").body(Body::empty());
     fixture.trick("download", Trick::Answer(later.expect("a response")));

@@ -83,7 +83,7 @@ async fn silent_about_limits() -> Fixture {
 }
 
 #[tokio::test]
-async fn while_limits_are_unknown_files_try_parts_first() {
+async fn files_try_parts_first_if_limits_are_unknown() {
     // posemesh.md section 6.8: files need no /info for that.
     let fixture = silent_about_limits().await;
     fixture.server.store().part_size = 50_000;
@@ -152,7 +152,7 @@ async fn without_parts_a_large_file_is_one_request() {
 }
 
 #[tokio::test]
-async fn a_bearer_turned_between_two_parts_is_used_by_the_next() {
+async fn next_part_uses_token_renewed_between_parts() {
     // With one part at a time, the old bearer is refused from the third on.
     let fixture = fixture_with(|config| config.parallel_parts = 1).await;
     let (server, writer) = (fixture.server.clone(), Arc::clone(&fixture.writer));
@@ -173,7 +173,7 @@ async fn a_bearer_turned_between_two_parts_is_used_by_the_next() {
 }
 
 #[tokio::test]
-async fn a_refused_part_is_not_sent_again() {
+async fn refused_part_is_not_sent_again() {
     let fixture = fixture_with(|config| config.parallel_parts = 1).await;
     let bytes = noise(5 * MIB);
     fixture.answer("part", 409, "text/plain", "taken");
@@ -213,7 +213,7 @@ async fn whatever_fails_after_the_beginning_aborts_once() {
 }
 
 #[tokio::test]
-async fn an_upload_nobody_waits_for_is_aborted() {
+async fn abandoned_upload_is_aborted() {
     let fixture = fixture().await;
     fixture.trick("part", Trick::Hang);
     let bytes = noise(5 * MIB);
@@ -261,7 +261,7 @@ async fn control_plane_cancel_sends_only_one_abort() {
 }
 
 #[tokio::test]
-async fn a_lost_lease_sends_nothing_more_not_even_an_abort() {
+async fn lost_lease_stops_upload_without_abort() {
     let fixture = fixture_with(|config| config.stall = Duration::from_secs(60)).await;
     for _ in 0..2 {
         fixture.trick("part", Trick::Hang);
@@ -279,7 +279,7 @@ async fn a_lost_lease_sends_nothing_more_not_even_an_abort() {
 }
 
 #[tokio::test]
-async fn a_bearer_refused_without_reading_the_body_is_replaced_too() {
+async fn token_rejected_before_body_is_read_is_replaced() {
     // The refusal itself may be lost when the server closes on a body it does not want.
     let fixture = fixture().await;
     let (server, writer) = (fixture.server.clone(), Arc::clone(&fixture.writer));

@@ -1,5 +1,5 @@
 //! A proxy between a node and a dev server that gives bad answers. It forwards every request, except those that a
-//! test tells it to answer. After [`Rubbish::heal`] it forwards every request again.
+//! test tells it to answer. After [`FaultProxy::heal`] it forwards every request again.
 
 use std::{
     convert::Infallible,
@@ -117,25 +117,25 @@ struct Inner {
 }
 
 /// See the module documentation.
-pub(crate) struct Rubbish {
+pub(crate) struct FaultProxy {
     inner: Arc<Inner>,
     address: SocketAddr,
     _stop: tokio_util::sync::DropGuard,
     _server: AbortOnDropHandle<()>,
 }
 
-impl Rubbish {
-    /// Starts a proxy before the dev server of `lab`.
-    pub(crate) async fn before(lab: &TestServer) -> Self {
-        Self::known_as(lab, None).await
+impl FaultProxy {
+    /// Starts a proxy before the dev server of `test_server`.
+    pub(crate) async fn before(test_server: &TestServer) -> Self {
+        Self::known_as(test_server, None).await
     }
 
-    /// Like [`Rubbish::before`], for nodes that reach it under another URL.
-    pub(crate) async fn known_as(lab: &TestServer, url: Option<&str>) -> Self {
+    /// Like [`FaultProxy::before`], for nodes that reach it under another URL.
+    pub(crate) async fn known_as(test_server: &TestServer, url: Option<&str>) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a free port");
         let address = listener.local_addr().expect("a bound listener has an address");
         let inner = Arc::new(Inner {
-            dev_server: format!("http://{}", lab.dev_server.address()),
+            dev_server: format!("http://{}", test_server.dev_server.address()),
             own: url.map_or_else(|| format!("http://{address}"), str::to_owned),
             client: Client::new(transport::Config::default()),
             rules: Mutex::default(),
