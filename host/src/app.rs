@@ -14,7 +14,7 @@ use crate::{
     control::ControlSocket,
     engine::{Ended, Engine, Modules, StopSignals},
     leases::{
-        LeaseSource,
+        LeaseSource, PlaneReadiness,
         dms::{self, Dms},
         local::{self, Local},
     },
@@ -194,6 +194,7 @@ impl Node {
         let socket: Option<tokio::task::JoinHandle<()>> = None;
         let registration = plane.registration;
         let watching = registration.map(|status| tokio::spawn(show_registration(status, board.clone(), over.clone())));
+        let readiness = plane.readiness.map(|status| tokio::spawn(show_plane(status, board.clone(), over.clone())));
         let serving = tokio::spawn(show_plugins(Arc::clone(&plugins), board.clone(), over.clone()));
         let calls = (Arc::clone(&plugins), over.clone());
         let calls = tokio::spawn(async move { calls.0.watch(calls.1).await });
@@ -227,7 +228,14 @@ impl Node {
         }
         plugins.shutdown(SHUTDOWN_LIMIT).await;
         over.cancel();
-        for task in [serving, calls, disk].into_iter().chain(pages).chain(watching).chain(running).chain(socket) {
+        for task in [serving, calls, disk]
+            .into_iter()
+            .chain(pages)
+            .chain(watching)
+            .chain(readiness)
+            .chain(running)
+            .chain(socket)
+        {
             if let Err(err) = task.await {
                 warn!(event = "node.part_failed", error = %err, "a part of the node ended unexpectedly");
             }
@@ -244,6 +252,8 @@ struct BuiltPlane {
     registration_form: RegistrationForm,
     /// The state of the registration. `None`: the plane has no registration.
     registration: Option<watch::Receiver<Registration>>,
+    /// Whether the plane can be used. `None`: the registration and the polls show it.
+    readiness: Option<watch::Receiver<PlaneReadiness>>,
     /// Handles the requests of a sign-in service to the pages.
     health_checks: Arc<dyn HealthChecks>,
 }
@@ -253,6 +263,7 @@ impl BuiltPlane {
         Self {
             registration_form: auth.form().kind(),
             registration: Some(auth.status()),
+            readiness: None,
             health_checks: auth.health_checks(),
             source: Arc::new(Dms::new(config, client, auth)),
         }
@@ -263,6 +274,7 @@ impl BuiltPlane {
         Ok(Self {
             registration_form: RegistrationForm::None,
             registration: None,
+            readiness: Some(source.status()),
             health_checks: Arc::new(NoRegistration),
             source: Arc::new(source),
         })
@@ -330,6 +342,21 @@ async fn show_registration(mut status: watch::Receiver<Registration>, board: Sta
             status.token_expires_at = now.token_expires_at;
             status.login_error = now.login_error;
         });
+        tokio::select! {
+            () = over.cancelled() => return,
+            changed = status.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+/// Copies to the status page whether the control plane can be used.
+async fn show_plane(mut status: watch::Receiver<PlaneReadiness>, board: StatusBoard, over: CancellationToken) {
+    loop {
+        let error = match &*status.borrow_and_update() {
+            PlaneReadiness::Ready => None,
+            PlaneReadiness::NotReady(reason) => Some(reason.clone()),
+        };
+        board.change(|status| status.plane_error = error);
         tokio::select! {
             () = over.cancelled() => return,
             changed = status.changed() => if changed.is_err() { return },

@@ -49,6 +49,8 @@ pub enum NotReadyReason {
     },
     /// The node has no valid node token, and the last sign-in failed.
     NotSignedIn(String),
+    /// The control plane cannot be used now.
+    PlaneNotReady(String),
     /// Polls fail.
     PollsFail {
         /// How many in a row.
@@ -91,6 +93,7 @@ impl NotReadyReason {
             Self::OutboxNotWritten(_) => "outbox-not-written",
             Self::DiskFull { .. } => "disk-full",
             Self::NotSignedIn(_) => "not-signed-in",
+            Self::PlaneNotReady(_) => "plane-not-ready",
             Self::PollsFail { .. } => "polls-fail",
             Self::PollUnanswered => "poll-unanswered",
             Self::HeartbeatsFail { .. } => "heartbeats-fail",
@@ -120,6 +123,7 @@ impl fmt::Display for NotReadyReason {
                 "disk nearly full: {free_bytes} bytes are free where tasks work, DISK_FREE_MIN is {floor_bytes}"
             ),
             Self::NotSignedIn(err) => write!(f, "not signed in: {err}"),
+            Self::PlaneNotReady(err) => write!(f, "the control plane cannot be used: {err}"),
             Self::PollsFail { failed, error } => {
                 write!(f, "the control plane does not give work, {failed} polls in a row failed: {error}")
             }
@@ -149,9 +153,12 @@ impl Readiness {
     #[must_use]
     pub fn of(status: &HostStatus, now: Timestamp) -> Self {
         let reasons = match status.phase {
-            Phase::Starting => vec![NotReadyReason::Starting {
-                registration: status.registration,
-                error: status.registration_error.clone(),
+            Phase::Starting => vec![match &status.plane_error {
+                Some(err) => NotReadyReason::PlaneNotReady(err.clone()),
+                None => NotReadyReason::Starting {
+                    registration: status.registration,
+                    error: status.registration_error.clone(),
+                },
             }],
             Phase::Running => while_running(status, now),
             Phase::Draining => vec![NotReadyReason::Draining],
@@ -202,6 +209,9 @@ fn while_running(status: &HostStatus, now: Timestamp) -> Vec<NotReadyReason> {
     {
         reasons.push(NotReadyReason::NotSignedIn(err.clone()));
     }
+    if let Some(err) = &status.plane_error {
+        reasons.push(NotReadyReason::PlaneNotReady(err.clone()));
+    }
     if polls.failed >= FAILED_POLLS_MIN {
         let error = polls.last_error.clone().unwrap_or_default();
         reasons.push(NotReadyReason::PollsFail { failed: polls.failed, error });
@@ -250,6 +260,7 @@ mod tests {
                 now.outbox.not_written = Some("no space".to_owned());
                 now.disk.full = true;
                 now.login_error = Some("401".to_owned());
+                now.plane_error = Some("read-only".to_owned());
                 now.polls.failed = FAILED_POLLS_MIN;
                 now.polls.unanswered = true;
             },
@@ -261,6 +272,7 @@ mod tests {
                 "outbox-not-written",
                 "disk-full",
                 "not-signed-in",
+                "plane-not-ready",
                 "polls-fail",
             ],
         );

@@ -50,6 +50,8 @@ pub struct HostStatus {
     pub token_expires_at: Option<Timestamp>,
     /// Why the last login failed, one line.
     pub login_error: Option<String>,
+    /// Why the control plane cannot be used now, one line.
+    pub plane_error: Option<String>,
     /// The state of polling.
     pub polls: PollStatus,
     /// Disk space for the tasks' files.
@@ -421,6 +423,7 @@ impl StatusBoard {
             last_healthcheck: None,
             token_expires_at: None,
             login_error: None,
+            plane_error: None,
             polls: PollStatus::default(),
             disk: DiskStatus::default(),
             slots,

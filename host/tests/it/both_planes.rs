@@ -55,7 +55,7 @@ impl Plane {
         }
     }
 
-    fn folder(&self) -> &std::path::Path {
+    pub(crate) fn folder(&self) -> &std::path::Path {
         match self {
             Self::Local(folder) => folder.path(),
             Self::Posemesh { .. } => panic!("only the local control plane has a folder"),
@@ -231,15 +231,19 @@ async fn five_tasks_pass_through_one_slot(plane: Plane) {
 }
 
 async fn reports_survive_an_outage_and_a_restart(plane: Plane) {
-    let first = plane.node(&[fixtures::echo()]).leasing().await;
+    let files = tempfile::tempdir().expect("a folder");
+    let go = files.path().join("go");
+    let first = plane.node(&[fixtures::zoo()]).leasing().await;
+    let task = plane.submit("/fixtures/wait-file/v1", b"", json!({ "file": go })).await;
+    first.says("task.started").await;
     plane.refuse_reports();
-    let task = plane.submit("/examples/echo-file/v1", b"kept", json!({})).await;
+    fs::write(&go, "").expect("the folder is writable");
     first.says("report.waiting").await;
     first.page_until("/status.json", |page| page.1["outbox"]["waiting"] == 1).await;
     first.term();
     assert_eq!(first.wait().await, 75, "{}", first.log());
     plane.accept_reports();
-    let next = plane.node(&[fixtures::echo()]).after(&first).leasing().await;
+    let next = plane.node(&[fixtures::zoo()]).after(&first).leasing().await;
     let result = plane.result(&next, &task).await;
     assert!(result.completed && result.results == 1, "{result:?}");
     assert!(next.said("task.started").is_empty(), "the task is not run again: {}", next.log());

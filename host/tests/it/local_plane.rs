@@ -186,19 +186,60 @@ async fn pipes_and_dot_names_do_not_stop_node() {
     node.stop().await;
 }
 
-#[cfg(unix)]
+/// Waits until `/ready` shows that the control plane cannot be used, and returns why.
+async fn not_ready(node: &TestNode) -> String {
+    let message = |page: &Value| page["reasons"][0]["message"].as_str().unwrap_or_default().to_owned();
+    let is_known = |page: &Value| !message(page).ends_with("is not checked yet");
+    let (_, page) = node.page_until("/ready", |page| page.0 == 503 && is_known(&page.1)).await;
+    assert_eq!(page["reasons"][0]["code"], "plane-not-ready", "{page}");
+    message(&page)
+}
+
 #[tokio::test]
-async fn job_without_a_claim_does_not_run() {
+async fn unwritable_folder_is_not_ready_and_claims_nothing() {
     let plane = Plane::local();
     let node = plane.node(&[fixtures::echo()]).leasing().await;
-    let Plane::Local(folder) = &plane else { panic!("a folder") };
-    let running = folder.path().join("running");
-    fs::remove_dir(&running).expect("an empty folder");
-    fs::write(&running, "in the way").expect("the folder is writable");
+    node.page_until("/ready", |page| page.0 == 200).await;
+    for part in ["done", "running"] {
+        let path = plane.folder().join(part);
+        fs::rename(&path, path.with_extension("away")).expect("the folder is writable");
+        fs::write(&path, "in the way").expect("the folder is writable");
+        let task = plane.submit("/examples/echo-file/v1", b"x", json!({})).await;
+        let reason = not_ready(&node).await;
+        assert!(reason.contains(&format!("cannot write to {part}: Not a directory")), "{reason}");
+        assert!(reason.contains(&plane.folder().canonicalize().expect("a folder").display().to_string()), "{reason}");
+        let line = node.says("plane.not_ready").await;
+        assert_eq!(line["plane"], "jobs", "{line}");
+        let Submitted::File(id) = &task else { panic!("a file") };
+        let started = node.said("task.started").iter().any(|line| line["task_id"] == id.as_str());
+        assert!(!started, "{}", node.log());
+        fs::remove_file(&path).expect("the file in the way");
+        fs::rename(path.with_extension("away"), &path).expect("the folder is writable");
+        assert!(plane.result(&node, &task).await.completed, "{}", node.log());
+        node.page_until("/ready", |page| page.0 == 200).await;
+        node.says("plane.ready").await;
+    }
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn lock_held_elsewhere_is_not_ready() {
+    let plane = Plane::local();
+    let lock = fs::File::create(plane.folder().join(".lock")).expect("the folder is writable");
+    lock.lock().expect("nobody holds it");
+    // Held at the start: the node waits for it.
+    let node = plane.node(&[fixtures::echo()]).start().await;
+    let reason = not_ready(&node).await;
+    assert!(reason.ends_with("another process has held .lock for 2 s"), "{reason}");
+    lock.unlock().expect("it is ours");
+    node.page_until("/ready", |page| page.0 == 200).await;
+    // Held while the node runs.
+    lock.lock().expect("nodes hold it for a short time");
     let task = plane.submit("/examples/echo-file/v1", b"x", json!({})).await;
-    node.says("claim.not_written").await;
+    not_ready(&node).await;
     assert!(node.said("task.started").is_empty(), "{}", node.log());
-    fs::remove_file(&running).expect("the file in the way");
+    lock.unlock().expect("it is ours");
     assert!(plane.result(&node, &task).await.completed, "{}", node.log());
+    lock.lock().expect("nodes hold it for a short time");
     node.stop().await;
 }

@@ -11,10 +11,11 @@
 
 use std::{
     collections::HashSet,
-    fs::{self, File},
+    fs::{self, File, TryLockError},
     io::{self, Write as _},
     path::{Path, PathBuf},
-    time::Duration,
+    thread,
+    time::{Duration, Instant},
 };
 
 use jiff::{SignedDuration, Timestamp};
@@ -27,6 +28,13 @@ use crate::model::{Capability, TaskId, TaskResult};
 
 /// The folders of the control plane.
 const OWN_FOLDERS: [&str; 3] = ["jobs", "running", "done"];
+/// The folders that the node must be able to write, or it cannot run jobs.
+const WRITTEN: [&str; 2] = ["running", "done"];
+/// How long a change waits for the lock file. Nodes hold it for milliseconds.
+const LOCK_LIMIT: Duration = Duration::from_secs(2);
+/// The pauses between two tries to lock it. They double from the first to the last.
+const LOCK_PAUSE_MIN: Duration = Duration::from_millis(1);
+const LOCK_PAUSE_MAX: Duration = Duration::from_millis(50);
 /// Largest job file, in bytes.
 const JOB_BYTES_MAX: u64 = 2 * 1024 * 1024;
 /// How long a claim lasts when the job does not say it.
@@ -193,11 +201,54 @@ impl Folder {
     /// Runs `work` while no other node changes a claim.
     fn locked<T>(&self, work: impl FnOnce() -> io::Result<T>) -> Result<T, String> {
         let locked = || {
-            let lock = File::options().create(true).truncate(false).write(true).open(self.0.join(".lock"))?;
-            lock.lock()?;
-            work() // the lock ends with the file
+            let _lock = self.lock()?; // the lock ends with the file
+            work()
         };
         locked().map_err(|err| format!("cannot use {}: {err}", self.0.display()))
+    }
+
+    /// Another process may hold the lock for ever. It must not keep threads of this node for ever.
+    fn lock(&self) -> io::Result<File> {
+        let lock = File::options().create(true).truncate(false).write(true).open(self.0.join(".lock"))?;
+        let (until, mut pause) = (Instant::now() + LOCK_LIMIT, LOCK_PAUSE_MIN);
+        loop {
+            match lock.try_lock() {
+                Ok(()) => return Ok(lock),
+                Err(TryLockError::Error(err)) => return Err(err),
+                Err(TryLockError::WouldBlock) if Instant::now() < until => {
+                    thread::sleep(pause);
+                    pause = (pause * 2).min(LOCK_PAUSE_MAX);
+                }
+                Err(TryLockError::WouldBlock) => {
+                    let held = format!("another process has held .lock for {} s", LOCK_LIMIT.as_secs());
+                    return Err(io::Error::new(io::ErrorKind::TimedOut, held));
+                }
+            }
+        }
+    }
+
+    /// Whether claims and results can be written now. Missing folders are created.
+    ///
+    /// # Errors
+    /// One line with the folder and the reason.
+    pub(super) fn check(&self) -> Result<(), String> {
+        self.locked(|| self.try_write())
+    }
+
+    /// Writes one byte to a file without a name in each folder that claims and results need.
+    fn try_write(&self) -> io::Result<()> {
+        for part in WRITTEN {
+            let path = self.0.join(part);
+            let write = || {
+                match fs::create_dir(&path) {
+                    Err(err) if err.kind() != io::ErrorKind::AlreadyExists => return Err(err),
+                    _ => {}
+                }
+                tempfile::tempfile_in(&path)?.write_all(b"\n")
+            };
+            write().map_err(|err| io::Error::new(err.kind(), format!("cannot write to {part}: {}", bare(&err))))?;
+        }
+        Ok(())
     }
 
     /// The first job, by name, that no node holds and one of `served` can run. An unreadable job counts too.
@@ -246,8 +297,9 @@ impl Folder {
             if held || self.done(id).exists() || !self.job(id).exists() {
                 return Ok(Claimed::Other);
             }
+            // Without a place for its result, the job must not run.
+            self.try_write()?;
             let ends_at = now + SignedDuration::try_from(left).unwrap_or(SignedDuration::MAX);
-            fs::create_dir_all(self.0.join("running"))?;
             write(&self.running(id), &json!(Claim { claim, ends_at }))?;
             Ok(Claimed::Ours)
         })
@@ -394,6 +446,14 @@ fn write(path: &Path, content: &Value) -> io::Result<()> {
     #[cfg(unix)]
     File::open(folder)?.sync_all()?;
     Ok(())
+}
+
+/// The error of the operating system, without the path that `tempfile` adds.
+fn bare(err: &io::Error) -> String {
+    match err.get_ref().and_then(std::error::Error::source) {
+        Some(source) => source.to_string(),
+        None => err.to_string(),
+    }
 }
 
 fn remove(path: &Path) -> io::Result<()> {

@@ -23,7 +23,7 @@ use tokio::{
     task::spawn_blocking,
 };
 use tokio_util::sync::CancellationToken;
-use tracing::warn;
+use tracing::{info, warn};
 use uuid::Uuid;
 
 use self::folder::{Claimed, Folder, Found, Outcomes};
@@ -36,6 +36,8 @@ use crate::model::{
 
 /// How often the folder is scanned while no job waits.
 const SCAN_EVERY: Duration = Duration::from_millis(200);
+/// How often the node checks that it can write to the folder.
+const CHECK_EVERY: Duration = Duration::from_secs(1);
 /// The pause after a claim that could not be written.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(5);
 /// Longest pause between two heartbeats: a heartbeat notices a cancel file and passes progress on.
@@ -71,6 +73,7 @@ pub struct Local {
     folder: Arc<Folder>,
     capabilities: watch::Receiver<Vec<Capability>>,
     observer: Option<mpsc::UnboundedSender<LocalEvent>>,
+    readiness: watch::Sender<PlaneReadiness>,
     /// Jobs that a poll returned and this node has not claimed yet.
     offered: Mutex<HashSet<TaskId>>,
     quiet: CancellationToken,
@@ -98,10 +101,17 @@ impl Local {
             folder: Arc::new(folder),
             capabilities,
             observer,
+            readiness: watch::Sender::new(PlaneReadiness::NotReady("the folder is not checked yet".to_owned())),
             offered: Mutex::default(),
             quiet: CancellationToken::new(),
             pause: AtomicBool::new(false),
         })
+    }
+
+    /// Whether the node can write to the folder.
+    #[must_use]
+    pub fn status(&self) -> watch::Receiver<PlaneReadiness> {
+        self.readiness.subscribe()
     }
 
     /// Runs `work` on the folder, on a thread that may block.
@@ -181,16 +191,37 @@ impl LeaseSource for Local {
         &self.facts
     }
 
+    /// Checks the folder again and again: the node must not claim a job whose result it cannot write.
     async fn run(&self, stop: CancellationToken) {
-        stop.cancelled().await;
+        let (plane, mut failure) = (&self.facts.name, None);
+        loop {
+            let checked = tokio::select! {
+                () = stop.cancelled() => return,
+                checked = self.on_disk(Folder::check) => checked.err().map(|err| err.to_string()),
+            };
+            match (&failure, &checked) {
+                (before, Some(error)) if before.as_ref() != Some(error) => {
+                    warn!(event = "plane.not_ready", %plane, error, "control plane cannot be used, no job is claimed");
+                }
+                (Some(_), None) => info!(event = "plane.ready", %plane, "control plane can be used again"),
+                _ => {}
+            }
+            failure.clone_from(&checked);
+            self.readiness.send_replace(checked.map_or(PlaneReadiness::Ready, PlaneReadiness::NotReady));
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(CHECK_EVERY) => {}
+            }
+        }
     }
 
     fn readiness(&self) -> PlaneReadiness {
-        PlaneReadiness::Ready
+        self.readiness.borrow().clone()
     }
 
     async fn until_ready(&self) -> bool {
-        true
+        let mut readiness = self.status();
+        readiness.wait_for(|now| *now == PlaneReadiness::Ready).await.is_ok()
     }
 
     fn quiesce(&self) {
@@ -206,6 +237,13 @@ impl LeaseSource for Local {
                 tokio::select! {
                     () = self.quiet.cancelled() => {}
                     () = tokio::time::sleep(PAUSE_AFTER_FAILURE) => {}
+                }
+                continue;
+            }
+            if self.readiness() != PlaneReadiness::Ready {
+                tokio::select! {
+                    () = self.quiet.cancelled() => {}
+                    _ = self.until_ready() => {}
                 }
                 continue;
             }
