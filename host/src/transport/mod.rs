@@ -178,11 +178,14 @@ impl Answer {
 
     /// Decodes the body as JSON.
     pub fn json<'a, T: Deserialize<'a>>(&'a self) -> Result<T, TransportError> {
-        serde_json::from_slice(&self.body).map_err(|err| TransportError::NotJson {
-            host: self.host.to_string(),
-            bytes: self.body.len(),
-            reason: decode_complaint(&self.body, &err),
-        })
+        serde_json::from_slice(&self.body).map_err(|err| self.not_json(&err))
+    }
+
+    /// The error about a body, or a part of it, that was not decoded because of `err`. It quotes no value.
+    #[must_use]
+    pub fn not_json(&self, err: &serde_json::Error) -> TransportError {
+        let (host, bytes) = (self.host.to_string(), self.body.len());
+        TransportError::NotJson { host, bytes, reason: decode_complaint(&self.body, err) }
     }
 
     /// The first [`EXCERPT_BYTES_MAX`] bytes of the body on one line, for error texts.

@@ -60,6 +60,23 @@ async fn invoke_failure_is_one_line_and_exit_1() {
 }
 
 #[tokio::test]
+async fn invoke_obeys_the_memory_budget() {
+    let dir = workplace(&[fixtures::echo()]);
+    std::fs::write(dir.path().join("large.bin"), vec![7; 4 << 20]).expect("the folder is writable");
+    let echo = |budget| {
+        let command = invoke(dir.path(), "/examples/echo-bytes/v1").arg("--input").arg("large.bin");
+        command.set("MEMORY_BUDGET", budget).set("RUST_LOG", "").run()
+    };
+    let refused = echo("3MiB").await.expect(1);
+    assert!(
+        refused.stderr.contains("4194304 bytes do not fit into MEMORY_BUDGET, 3145728 bytes"),
+        "{}",
+        refused.stderr
+    );
+    assert_eq!(echo("30MiB").await.expect(0).stdout, "out/echo-0.bin");
+}
+
+#[tokio::test]
 async fn interrupt_cancels_invoked_runner() {
     let dir = workplace(&[fixtures::zoo()]);
     let process = invoke(dir.path(), "/fixtures/slow/v1").start();

@@ -331,8 +331,8 @@ fn refused_for(to: &ReportAddress, answer: &Answer, token: &Token) -> LeaseError
 /// Reads the answer to a poll as a lease. The error about an unusable lease shows only its size.
 fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
     let malformed = |reason: String| LeaseError::Malformed { task: task_id(&answer.body), reason };
-    let envelope: LeaseFacts = answer.json().map_err(|err| malformed(err.to_string()))?;
     let mut document: Members = answer.json().map_err(|err| malformed(err.to_string()))?;
+    let envelope = LeaseFacts::read(&document).map_err(|err| malformed(answer.not_json(&err).to_string()))?;
     document.0.retain(|(key, _)| !is_credential(key));
     let document = to_raw_value(&document).expect("JSON is JSON");
     let task = envelope.task;

@@ -8,7 +8,7 @@ use std::{borrow::Cow, cell::Cell, fmt};
 use jiff::Timestamp;
 use serde::{
     Deserialize, Deserializer, Serialize, Serializer,
-    de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor},
+    de::{DeserializeSeed, IgnoredAny, MapAccess, Visitor, value::MapDeserializer},
 };
 use serde_json::{Map, Value, value::RawValue};
 use uuid::Uuid;
@@ -86,6 +86,24 @@ pub(super) struct LeaseFacts<'a> {
     pub(super) domain_server_url: Option<String>,
     #[serde(borrow)]
     pub(super) task: TaskFacts<'a>,
+}
+
+impl<'a> LeaseFacts<'a> {
+    const KEYS: [&'static str; 7] = [
+        "access_token",
+        "access_token_expires_at",
+        "lease_expires_at",
+        "cancel",
+        "domain_id",
+        "domain_server_url",
+        "task",
+    ];
+
+    /// Reads the members of a lease. Unknown ones are not parsed.
+    pub(super) fn read(members: &Members<'a>) -> serde_json::Result<Self> {
+        let known = members.0.iter().filter(|(key, _)| Self::KEYS.contains(&&**key));
+        Self::deserialize(MapDeserializer::new(known.map(|(key, value)| (&**key, *value))))
+    }
 }
 
 /// The part of a [`TaskSpec`] that the node reads.
