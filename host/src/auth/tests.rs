@@ -1,4 +1,4 @@
-//! Runs the module against a DDS whose answers each test gives.
+//! Runs the module against a test DDS. Each test decides its answers.
 
 mod registering;
 
@@ -301,7 +301,7 @@ async fn stop_ends_calls_and_waits() {
 }
 
 #[tokio::test]
-async fn unanswered_call_ends_at_its_limit() {
+async fn unanswered_call_times_out() {
     let mut auth = TestAuth::start(|config| config.request_timeout = Duration::from_secs(1)).await;
     let held = auth.dds.expect(REQUEST).await;
     let seen = auth.until(RegistrationState::Registering).await;

@@ -47,7 +47,7 @@ pub(super) enum TokenState {
 }
 
 impl TokenState {
-    fn look(&self, now: Instant) -> Option<Result<Token, AuthError>> {
+    fn current_state(&self, now: Instant) -> Option<Result<Token, AuthError>> {
         match self {
             Self::Held { token, expires, .. } if now < *expires => Some(Ok(token.clone())),
             Self::Held { renewal_error: Some(renewal_error), .. } | Self::Failed(renewal_error) => {
@@ -67,14 +67,14 @@ impl TokenSource {
     /// The result of [`TokenSource::bearer`], or `None` if that would wait.
     #[must_use]
     pub fn now(&self) -> Option<Result<Token, AuthError>> {
-        self.0.borrow().look(Instant::now())
+        self.0.borrow().current_state(Instant::now())
     }
 
     /// Returns the current token. Waits while a login is in progress. Fails while the service is unavailable.
     pub async fn bearer(&self) -> Result<Token, AuthError> {
         let mut watch = self.0.subscribe();
         loop {
-            let seen = watch.borrow_and_update().look(Instant::now());
+            let seen = watch.borrow_and_update().current_state(Instant::now());
             if let Some(found) = seen {
                 return found;
             }
@@ -88,7 +88,7 @@ impl TokenSource {
     pub async fn available(&self) -> bool {
         let mut watch = self.0.subscribe();
         loop {
-            match watch.borrow_and_update().look(Instant::now()) {
+            match watch.borrow_and_update().current_state(Instant::now()) {
                 Some(Ok(_)) => return true,
                 Some(Err(AuthError::Stopped)) => return false,
                 Some(Err(AuthError::Unavailable(_))) | None => {}
@@ -209,7 +209,11 @@ mod tests {
             (TokenState::Rejected { accepted: true }, 0, None),
             (TokenState::Stopped, 0, Some(Err(AuthError::Stopped))),
         ] {
-            assert_eq!(state.look(now + Duration::from_secs(after_s)), expected, "{state:?} after {after_s} s");
+            assert_eq!(
+                state.current_state(now + Duration::from_secs(after_s)),
+                expected,
+                "{state:?} after {after_s} s"
+            );
         }
     }
 }

@@ -128,7 +128,7 @@ pub fn main(secrets: &Secrets) -> ExitCode {
         tell("error: runner-host has a bug and panicked; report the message above");
         Exit::Panicked
     });
-    crate::plugins::leave(exit as u8);
+    crate::plugins::exit_process(exit as u8);
     exit.into()
 }
 

@@ -22,7 +22,7 @@ pub(super) fn listen(stops: StopSignals) -> std::io::Result<()> {
         stops.cancel.cancel();
         let third = signals.next().await;
         warn!(event = "signal.exit", signal = third, "exiting at once");
-        crate::plugins::leave(Exit::Temporary as u8);
+        crate::plugins::exit_process(Exit::Temporary as u8);
         std::process::exit(Exit::Temporary as i32);
     });
     Ok(())
@@ -58,7 +58,7 @@ pub(super) fn cancel(stops: StopSignals) -> std::io::Result<()> {
         stops.drain.cancel();
         stops.cancel.cancel();
         signals.next().await;
-        crate::plugins::leave(Exit::Cancelled as u8);
+        crate::plugins::exit_process(Exit::Cancelled as u8);
         std::process::exit(Exit::Cancelled as i32);
     });
     Ok(())

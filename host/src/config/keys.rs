@@ -205,8 +205,8 @@ pub const KEYS: &[Key] = &[
             // A missing answer is a stall too.
             c.storage.domain.request_timeout = c.storage.domain.stall;
         }),
-    key("TRANSFER_PATIENCE", "storage.patience", Duration, Some("2m"), "how long a transfer in which nothing moves is tried again",
-        |c, p, name| c.storage.domain.patience = p.duration(name)),
+    key("TRANSFER_PATIENCE", "storage.patience", Duration, Some("2m"), "retry limit for a transfer without progress",
+        |c, p, name| c.storage.domain.retry_limit = p.duration(name)),
     key("MEMORY_BUDGET", "storage.memory_budget", Size, Some("1GiB"), "most bytes on their way to and from runners in memory at once; objects beyond it are refused",
         |c, p, name| c.storage.domain.budget = Budget::new(p.size_above_zero(name))),
     key("UNPACK_FILES_MAX", "storage.unpack.files_max", Whole, Some("65536"), "most files and folders a zip input may hold",

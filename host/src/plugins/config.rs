@@ -78,7 +78,7 @@ impl Default for Settings {
 pub struct ConfigError {
     /// The file.
     pub file: PathBuf,
-    /// The place in the file, what was expected and what was found.
+    /// The location in the file, what was expected and what was found.
     pub problem: String,
 }
 
@@ -174,13 +174,13 @@ impl PluginsFile {
             Some(other) => return Err(format!("[[plugin]] {number} file: expected a path or a name, found {other}")),
             None => return Err(format!("[[plugin]] {number}: the key \"file\" is missing")),
         };
-        let place = format!("[[plugin]] {file:?} ");
+        let location = format!("[[plugin]] {file:?} ");
         let mut keys = SETTINGS_KEYS.to_vec();
         keys.push("file");
-        known_keys(&place, plugin, &keys)?;
-        let settings = settings(&place, plugin, self.defaults.clone())?;
+        known_keys(&location, plugin, &keys)?;
+        let settings = settings(&location, plugin, self.defaults.clone())?;
         if self.entries.iter().any(|entry| entry.file == file) {
-            return Err(format!("{place}is listed twice; keep one entry"));
+            return Err(format!("{location}is listed twice; keep one entry"));
         }
         Ok(Entry { file, settings })
     }
@@ -190,18 +190,18 @@ fn section<'a>(name: &str, value: &'a Toml) -> Result<&'a Table, String> {
     value.as_table().ok_or_else(|| format!("expected [{name}] as a table, found {value}"))
 }
 
-fn known_keys(place: &str, table: &Table, known: &[&str]) -> Result<(), String> {
+fn known_keys(location: &str, table: &Table, known: &[&str]) -> Result<(), String> {
     let Some(key) = table.keys().find(|key| !known.contains(&key.as_str())) else { return Ok(()) };
     match nearest(key, known.iter().copied()) {
-        Some(near) => Err(format!("{place}unknown key {key:?}, did you mean {near:?}?")),
-        None => Err(format!("{place}unknown key {key:?}, expected one of {}", known.join(", "))),
+        Some(near) => Err(format!("{location}unknown key {key:?}, did you mean {near:?}?")),
+        None => Err(format!("{location}unknown key {key:?}, expected one of {}", known.join(", "))),
     }
 }
 
-fn settings(place: &str, table: &Table, defaults: Settings) -> Result<Settings, String> {
+fn settings(location: &str, table: &Table, defaults: Settings) -> Result<Settings, String> {
     let mut settings = defaults;
     for (key, value) in table {
-        let wrong = |expected: &str| Err(format!("{place}{key}: expected {expected}, found {value}"));
+        let wrong = |expected: &str| Err(format!("{location}{key}: expected {expected}, found {value}"));
         match (key.as_str(), value) {
             ("file", _) => {}
             ("enabled", Toml::Boolean(enabled)) => settings.enabled = *enabled,
@@ -219,8 +219,8 @@ fn settings(place: &str, table: &Table, defaults: Settings) -> Result<Settings, 
                 let parsed: Result<BTreeSet<_>, String> = names
                     .iter()
                     .map(|name| match name.as_str() {
-                        Some(name) => Capability::parse(name).map_err(|err| format!("{place}capabilities: {err}")),
-                        None => Err(format!("{place}capabilities: expected names, found {name}")),
+                        Some(name) => Capability::parse(name).map_err(|err| format!("{location}capabilities: {err}")),
+                        None => Err(format!("{location}capabilities: expected names, found {name}")),
                     })
                     .collect();
                 settings.capabilities = Some(parsed?);
@@ -231,7 +231,7 @@ fn settings(place: &str, table: &Table, defaults: Settings) -> Result<Settings, 
                 for grant in grants {
                     match grant.as_str() {
                         Some("token") => settings.grant_token = true,
-                        _ => return Err(format!("{place}grant: expected \"token\", found {grant}")),
+                        _ => return Err(format!("{location}grant: expected \"token\", found {grant}")),
                     }
                 }
             }
@@ -249,7 +249,7 @@ fn settings(place: &str, table: &Table, defaults: Settings) -> Result<Settings, 
             }
             ("isolation", _) => return wrong("\"in-process\" or \"process\""),
             ("limits", Toml::Table(limits)) => {
-                known_keys(&format!("{place}limits "), limits, LIMITS_KEYS)?;
+                known_keys(&format!("{location}limits "), limits, LIMITS_KEYS)?;
                 settings.unavailable.retain(|key| !key.starts_with("limits."));
                 settings.unavailable.extend(limits.keys().map(|limit| format!("limits.{limit}")));
             }

@@ -20,7 +20,7 @@ pub(super) struct Found {
     pub(super) refused: Option<InstallError>,
 }
 
-/// Where to look.
+/// The paths that are searched for libraries.
 #[derive(Clone, Debug, Default)]
 pub struct Places {
     /// Folders, searched for libraries, not recursively.
@@ -29,7 +29,7 @@ pub struct Places {
     pub files: Vec<PathBuf>,
 }
 
-/// Why the places cannot be used. The cause is a mistake in the command or the configuration.
+/// Why a path cannot be used. The cause is a mistake in the command or the configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum PlaceError {
     /// Neither a folder nor a file.
@@ -47,7 +47,7 @@ pub enum PlaceError {
 }
 
 impl PlaceError {
-    /// Whether the place may be usable later. This is so when too many files are open.
+    /// Whether the path may be usable later, which is so when too many files are open.
     #[must_use]
     pub fn is_temporary(&self) -> bool {
         matches!(self, Self::Unreadable { reason, .. } if super::error::is_out_of_files(&reason.to_string()))
@@ -78,7 +78,7 @@ fn unreadable(folder: &Path) -> impl Fn(std::io::Error) -> PlaceError + use<'_> 
 
 /// Lists every candidate. Listed files come first, in the file's order. The others follow by name.
 pub(super) fn discover(places: &Places, file: &PluginsFile) -> Result<Vec<Found>, PlaceError> {
-    let mut seen = BTreeMap::new();
+    let mut known = BTreeMap::new();
     let mut all = Vec::new();
     for path in &places.files {
         all.push(path.clone());
@@ -96,8 +96,8 @@ pub(super) fn discover(places: &Places, file: &PluginsFile) -> Result<Vec<Found>
         };
         let mut refused = refused;
         let path = path.unwrap_or_else(|| PathBuf::from(&entry.file));
-        match seen.entry(identity(&path)) {
-            btree_map::Entry::Vacant(place) => drop(place.insert(entry.file.clone())),
+        match known.entry(identity(&path)) {
+            btree_map::Entry::Vacant(vacant) => drop(vacant.insert(entry.file.clone())),
             btree_map::Entry::Occupied(first) => {
                 refused = Some(InstallError::SameFile { other: first.get().clone() });
             }
@@ -105,7 +105,7 @@ pub(super) fn discover(places: &Places, file: &PluginsFile) -> Result<Vec<Found>
         found.push(Found { file: path, settings: entry.settings.clone(), refused });
     }
     for path in all {
-        if seen.insert(identity(&path), path.display().to_string()).is_none() {
+        if known.insert(identity(&path), path.display().to_string()).is_none() {
             let refused = file.refuse_unlisted.then_some(InstallError::Unlisted);
             let refused = if file.defaults.enabled { refused } else { Some(InstallError::Disabled) };
             found.push(Found { file: path, settings: file.defaults.clone(), refused });
@@ -140,10 +140,10 @@ fn libraries(folder: &Path) -> Result<Vec<PathBuf>, PlaceError> {
 
 /// Finds the library for a `name`. A path is relative to the plugins file. A bare name is looked up in the folders,
 /// with and without the platform's prefix and suffix.
-fn locate(name: &str, places: &Places, beside: &Path) -> Option<PathBuf> {
+fn locate(name: &str, places: &Places, file_folder: &Path) -> Option<PathBuf> {
     let path = Path::new(name);
     if path.components().count() > 1 {
-        let path = beside.join(path);
+        let path = file_folder.join(path);
         return path.exists().then_some(path);
     }
     let decorated = decorated(name);
@@ -162,10 +162,10 @@ fn decorated(name: &str) -> String {
     format!("{}{}{}", std::env::consts::DLL_PREFIX, name.replace('-', "_"), std::env::consts::DLL_SUFFIX)
 }
 
-fn searched(places: &Places, beside: &Path) -> String {
+fn searched(places: &Places, file_folder: &Path) -> String {
     let mut folders: Vec<String> = places.folders.iter().map(|folder| folder.display().to_string()).collect();
     if folders.is_empty() {
-        folders.push(beside.display().to_string());
+        folders.push(file_folder.display().to_string());
     }
     folders.join(", ")
 }

@@ -1,7 +1,7 @@
 //! The threads on which the host calls into a plugin.
 //!
 //! One thread leads: it makes the calls in their order. A call should return at once. When a call does not return
-//! and others wait, a second thread watches. After [`PATIENCE`] it takes the lead. Thus a plugin that blocks in a
+//! and others wait, a second thread watches. After [`WATCH_INTERVAL`] it takes the lead. Thus a plugin that blocks in a
 //! call blocks only the thread of that call. Its other tasks and the host go on. Calls that do not return are
 //! counted. Each keeps its thread.
 
@@ -16,9 +16,9 @@ use tracing::{error, warn};
 use super::threads;
 use crate::model::millis;
 
-/// Time that calls wait behind one that does not return. Each check of the watching thread costs a wake-up.
+/// How long calls wait behind one that does not return. Each check of the watching thread costs a wake-up.
 /// Therefore this is long compared with a call, and shorter than a delay a person notices.
-const PATIENCE: Duration = Duration::from_millis(5);
+const WATCH_INTERVAL: Duration = Duration::from_millis(5);
 
 /// A call that takes longer than this is worth a warning. On a busy machine any call can take a few milliseconds.
 const SLOW: Duration = Duration::from_millis(50);
@@ -59,7 +59,7 @@ impl Drop for Sender {
 
 struct Shared {
     plugin: Arc<str>,
-    patience: Duration,
+    watch_interval: Duration,
     /// Stack size of each new thread in bytes, above 0. A test asks for more than the system has.
     #[cfg(test)]
     stack: std::sync::atomic::AtomicUsize,
@@ -93,19 +93,19 @@ enum Watcher {
     Missing,
     /// The thread waits until it is needed.
     Asleep,
-    /// The thread checks the queue every [`PATIENCE`].
+    /// The thread checks the queue every [`WATCH_INTERVAL`].
     Awake,
 }
 
 impl Dispatcher {
     /// Starts the leading thread.
     pub(super) fn start(plugin: Arc<str>) -> std::io::Result<Self> {
-        let dispatcher = Self::new(plugin, PATIENCE);
+        let dispatcher = Self::new(plugin, WATCH_INTERVAL);
         dispatcher.lead()?;
         Ok(dispatcher)
     }
 
-    fn new(plugin: Arc<str>, patience: Duration) -> Self {
+    fn new(plugin: Arc<str>, watch_interval: Duration) -> Self {
         let state = State {
             queue: VecDeque::new(),
             open: true,
@@ -119,7 +119,7 @@ impl Dispatcher {
         };
         Self(Arc::new(Sender(Arc::new(Shared {
             plugin,
-            patience,
+            watch_interval,
             #[cfg(test)]
             stack: Default::default(),
             state: Mutex::new(state),
@@ -267,7 +267,7 @@ impl Shared {
         loop {
             let seen = state.begun;
             drop(state);
-            std::thread::sleep(self.patience);
+            std::thread::sleep(self.watch_interval);
             state = self.state();
             if state.begun != seen {
                 continue;
@@ -309,12 +309,14 @@ mod tests {
     #[test]
     fn calls_run_in_order_on_one_thread() {
         let dispatcher = dispatcher();
-        let (tell, told) = mpsc::channel();
+        let (report_call, calls_made) = mpsc::channel();
         for number in 0..100 {
-            let tell = tell.clone();
-            dispatcher.run("start", move || tell.send((number, std::thread::current().id())).expect("listened to"));
+            let report_call = report_call.clone();
+            dispatcher.run("start", move || {
+                report_call.send((number, std::thread::current().id())).expect("the test listens")
+            });
         }
-        let seen: Vec<_> = (0..100).map(|_| told.recv_timeout(LIMIT).expect("called")).collect();
+        let seen: Vec<_> = (0..100).map(|_| calls_made.recv_timeout(LIMIT).expect("called")).collect();
         assert!(seen.iter().map(|(number, _)| *number).eq(0..100));
         assert!(seen.iter().all(|(_, thread)| *thread == seen[0].1), "no call blocked");
     }
@@ -322,9 +324,9 @@ mod tests {
     #[test]
     fn first_call_starts_no_watcher() {
         let dispatcher = dispatcher();
-        let (tell, told) = mpsc::channel();
-        dispatcher.run("init", move || tell.send(()).expect("listened to"));
-        told.recv_timeout(LIMIT).expect("called");
+        let (report_call, calls_made) = mpsc::channel();
+        dispatcher.run("init", move || report_call.send(()).expect("the test listens"));
+        calls_made.recv_timeout(LIMIT).expect("called");
         assert!(dispatcher.0.0.state().watcher == Watcher::Missing);
     }
 
@@ -337,9 +339,9 @@ mod tests {
             let hanging = Arc::clone(&hanging);
             dispatcher.run("start", move || assert!(hanging.lock().expect("not poisoned").recv().is_err()));
         }
-        let (tell, told) = mpsc::channel();
-        dispatcher.run("cancel", move || tell.send(()).expect("listened to"));
-        told.recv_timeout(LIMIT).expect("three calls hang, the fourth is made");
+        let (report_call, calls_made) = mpsc::channel();
+        dispatcher.run("cancel", move || report_call.send(()).expect("the test listens"));
+        calls_made.recv_timeout(LIMIT).expect("three calls hang, the fourth is made");
         drop(release);
     }
 
@@ -375,19 +377,19 @@ mod tests {
         dispatcher.run("start", move || assert!(hanging.recv().is_err()));
         // No system can map a stack of this size.
         dispatcher.0.0.stack.store(1 << 60, Ordering::Relaxed);
-        let (tell, told) = mpsc::channel();
+        let (report_call, calls_made) = mpsc::channel();
         // Waits until the leading thread is in its call.
         while dispatcher.0.0.state().calls.is_empty() {
             std::thread::yield_now();
         }
-        dispatcher.run("cancel", move || tell.send(()).expect("listened to"));
+        dispatcher.run("cancel", move || report_call.send(()).expect("the test listens"));
         assert!(dispatcher.no_thread().is_some());
         dispatcher.retry_thread();
-        assert!(dispatcher.no_thread().is_some(), "there is still none");
+        assert!(dispatcher.no_thread().is_some(), "no thread exists yet");
         dispatcher.0.0.stack.store(0, Ordering::Relaxed);
         dispatcher.retry_thread();
         assert_eq!(dispatcher.no_thread(), None);
-        told.recv_timeout(LIMIT).expect("called on the new thread");
+        calls_made.recv_timeout(LIMIT).expect("called on the new thread");
         drop(release);
     }
 
@@ -395,11 +397,11 @@ mod tests {
     fn changing_lead_loses_no_call() {
         let dispatcher = Dispatcher::new("test".into(), Duration::ZERO);
         dispatcher.lead().expect("a thread");
-        let (tell, told) = mpsc::channel();
+        let (report_call, calls_made) = mpsc::channel();
         for number in 0..5000 {
-            let tell = tell.clone();
-            dispatcher.run("start", move || tell.send(number).expect("listened to"));
-            assert_eq!(told.recv_timeout(LIMIT), Ok(number));
+            let report_call = report_call.clone();
+            dispatcher.run("start", move || report_call.send(number).expect("the test listens"));
+            assert_eq!(calls_made.recv_timeout(LIMIT), Ok(number));
         }
     }
 
@@ -408,10 +410,10 @@ mod tests {
         let dispatcher = dispatcher();
         let shared = Arc::downgrade(&dispatcher.0.0);
         let (release, hanging) = mpsc::channel::<()>();
-        let (tell, told) = mpsc::channel();
+        let (report_call, calls_made) = mpsc::channel();
         dispatcher.run("start", move || assert!(hanging.recv().is_err()));
-        dispatcher.run("cancel", move || tell.send(()).expect("listened to"));
-        told.recv_timeout(LIMIT).expect("called beside the one that hangs");
+        dispatcher.run("cancel", move || report_call.send(()).expect("the test listens"));
+        calls_made.recv_timeout(LIMIT).expect("called while another call hangs");
         drop((dispatcher, release));
         let began = Instant::now();
         while shared.strong_count() > 0 {

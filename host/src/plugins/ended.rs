@@ -30,8 +30,8 @@ static NAMES: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 /// Exit code after a plugin ended the process. A supervisor should restart it.
 const ENDED_BY_PLUGIN: u8 = 75;
-/// Time limit for the last line. A reader that does not read must not keep the process alive.
-const LAST_LINE: Duration = Duration::from_secs(1);
+/// Time limit for this report. A stderr that nobody reads must not keep the process alive.
+const REPORT_LIMIT: Duration = Duration::from_secs(1);
 /// Maximum length of a thread name in the system.
 const THREAD_NAME_CHARS: usize = 15;
 /// Maximum number of tasks that are named.
@@ -57,21 +57,21 @@ pub(super) fn opened() {
 
 /// Ends the process with `code` when a library was opened in it. Exit handlers of that library do not run. Returns
 /// when no library was opened.
-pub fn leave(code: u8) {
+pub fn exit_process(code: u8) {
     if OPENED.load(Ordering::Relaxed) {
-        // When that fails, nobody can be informed.
+        // A failure cannot be reported any more.
         let _ = std::io::stdout().flush();
-        open::leave(code);
+        open::exit_process(code);
     }
 }
 
-/// For a program that ends by [`leave`]. Any other exit after a library was opened is reported as the library's
-/// doing. It never has the exit code of a success.
+/// For a program that ends by [`exit_process`]. Any other exit after a library was opened is reported as caused by the
+/// library. Its exit code is never that of a success.
 pub fn watch_exit() {
     open::on_exit(ended_by_plugin);
 }
 
-/// Runs on the thread that called `exit`. The locals of that thread are gone already, so another thread writes the
+/// Runs on the thread that called `exit`. The locals of that thread are already destroyed, so another thread writes the
 /// report.
 extern "C" fn ended_by_plugin() {
     if !OPENED.load(Ordering::Relaxed) {
@@ -79,27 +79,27 @@ extern "C" fn ended_by_plugin() {
     }
     let _ = catch_unwind(|| {
         let thread = thread_name();
-        let (tell, told) = mpsc::channel();
-        let speaker = std::thread::Builder::new().spawn(move || {
-            say(&thread);
-            let _ = tell.send(());
+        let (reported, wait_reported) = mpsc::channel();
+        let reporter = std::thread::Builder::new().spawn(move || {
+            report(&thread);
+            let _ = reported.send(());
         });
-        if speaker.is_ok() {
-            let _ = told.recv_timeout(LAST_LINE);
+        if reporter.is_ok() {
+            let _ = wait_reported.recv_timeout(REPORT_LIMIT);
         }
     });
-    open::leave(ENDED_BY_PLUGIN);
+    open::exit_process(ENDED_BY_PLUGIN);
 }
 
 /// A node writes this to its log. A command that logs only errors prints it as the reason of its end.
-fn say(thread: &str) {
+fn report(thread: &str) {
     let logged = tracing::enabled!(tracing::Level::WARN);
     if let Some(file) = lock(&OPENING).clone() {
         let file = file.display();
         if logged {
             error!(event = "plugin.exited", file = %file, "a plugin ended the process while it was loaded; remove the plugin");
         } else {
-            complain(&format!("plugin {file} ended the process while it was loaded; remove it"));
+            print_error(&format!("plugin {file} ended the process while it was loaded; remove it"));
         }
         return;
     }
@@ -119,27 +119,27 @@ fn say(thread: &str) {
                 line = format!("{line}; {what}: {found}");
             }
         }
-        complain(&line);
+        print_error(&line);
     }
 }
 
 /// Unlike `eprintln!`, it does not panic when nobody reads.
-fn complain(line: &str) {
+fn print_error(line: &str) {
     let _ = writeln!(std::io::stderr(), "error: {}", in_a_line(line));
 }
 
 /// The plugins that a thread of this name may belong to.
 fn owner(thread: &str) -> Option<String> {
     let names = lock(&NAMES);
-    let names: Vec<&str> = names.iter().map(String::as_str).filter(|name| is_of(name, thread)).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).filter(|name| belongs_to(name, thread)).collect();
     (!names.is_empty()).then(|| names.join(" or "))
 }
 
 /// The tasks that run in those plugins. When the thread belongs to no plugin, the tasks of all plugins.
 fn running(thread: &str) -> Option<String> {
     let mut tasks = ffi::running();
-    if tasks.iter().any(|(plugin, _)| is_of(plugin, thread)) {
-        tasks.retain(|(plugin, _)| is_of(plugin, thread));
+    if tasks.iter().any(|(plugin, _)| belongs_to(plugin, thread)) {
+        tasks.retain(|(plugin, _)| belongs_to(plugin, thread));
     }
     let names: Vec<String> = tasks.iter().take(TASKS_MAX).map(|(_, task)| task.to_string()).collect();
     let more = if tasks.len() > names.len() { " …" } else { "" };
@@ -147,9 +147,9 @@ fn running(thread: &str) -> Option<String> {
 }
 
 /// Host threads that call into a plugin, and SDK threads inside it, have names with the plugin's name.
-fn is_of(plugin: &str, thread: &str) -> bool {
-    let whole = ["plugin-", "runner-"].map(|kind| format!("{kind}{plugin}"));
-    whole.iter().any(|whole| whole.chars().take(THREAD_NAME_CHARS).eq(thread.chars()))
+fn belongs_to(plugin: &str, thread: &str) -> bool {
+    let names = ["plugin-", "runner-"].map(|kind| format!("{kind}{plugin}"));
+    names.iter().any(|name| name.chars().take(THREAD_NAME_CHARS).eq(thread.chars()))
 }
 
 /// The thread name as the system knows it. A plugin's own copy of std has started most of its threads.
@@ -168,8 +168,8 @@ mod tests {
 
     #[test]
     fn thread_name_identifies_its_plugin() {
-        assert!(is_of("echo", "plugin-echo") && is_of("echo", "runner-echo"));
-        assert!(is_of("pointcloud", "runner-pointclo") && is_of("pointcloth", "plugin-pointclo"));
-        assert!(!is_of("echo", "plugin-echoes") && !is_of("echo", "echo") && !is_of("echo", ""));
+        assert!(belongs_to("echo", "plugin-echo") && belongs_to("echo", "runner-echo"));
+        assert!(belongs_to("pointcloud", "runner-pointclo") && belongs_to("pointcloth", "plugin-pointclo"));
+        assert!(!belongs_to("echo", "plugin-echoes") && !belongs_to("echo", "echo") && !belongs_to("echo", ""));
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! All unsafe code about values that cross the boundary is in this file. Every host entry looks up its task by
 //! handle and copies the lent values. It answers through the plugin's dispatch thread. If the call need not wait,
-//! it answers in place.
+//! it answers at once, on the calling thread.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -41,7 +41,7 @@ use crate::model::{
 /// Maximum number of streams that one task may hold open.
 const STREAMS_MAX: usize = 64;
 /// Time an ended task has to release its bytes before a warning is logged.
-const RELEASE_PATIENCE: Duration = Duration::from_secs(1);
+const RELEASE_GRACE: Duration = Duration::from_secs(1);
 /// Largest piece handed to a plugin at once, in bytes. A plugin that asks for more gets this much.
 const PIECE_BYTES_MAX: u64 = 1024 * 1024;
 
@@ -109,8 +109,8 @@ pub(super) unsafe fn read_table(entry: *const c_void) -> Result<Entries, Install
         need(4, "cancel")?;
         need(5, "shutdown")?;
         // A C table may hold NULL. Reading NULL as a Rust function pointer would be undefined behaviour.
-        let function = |place: *const c_void, entry: &'static str| {
-            let address = place.cast::<*const c_void>().read();
+        let function = |address_of: *const c_void, entry: &'static str| {
+            let address = address_of.cast::<*const c_void>().read();
             if address.is_null() { Err(InstallError::MissingEntry { entry }) } else { Ok(address) }
         };
         let init = function((&raw const (*table).entries.init).cast(), "init")?;
@@ -130,15 +130,15 @@ pub(super) unsafe fn read_table(entry: *const c_void) -> Result<Entries, Install
 pub(super) type InitAnswer = (Status, String);
 
 impl Entries {
-    /// Calls `init`. The answer arrives on `tell`, during the call or later.
-    pub(super) fn init(&self, config: &str, log_level: u32, tell: mpsc::Sender<InitAnswer>) {
+    /// Calls `init`. The answer arrives on `answer_sender`, during the call or later.
+    pub(super) fn init(&self, config: &str, log_level: u32, answer_sender: mpsc::Sender<InitAnswer>) {
         unsafe extern "C" fn answered(user: *mut c_void, status: Status, data: abi::Bytes) {
             // SAFETY: the plugin handed the bytes over and nobody else releases them.
             let data = unsafe { Foreign::new(data) };
             let answer = (status, text::lossy(data.as_ref(), REASON_BYTES_MAX));
             match INITS.lock().unwrap_or_else(PoisonError::into_inner).remove(&user.addr()) {
                 // The receiver is gone after the time limit.
-                Some(tell) => drop(tell.send(answer)),
+                Some(answer_sender) => drop(answer_sender.send(answer)),
                 None => warn!(event = "plugin.second_init", "a plugin answered init a second time"),
             }
         }
@@ -146,7 +146,7 @@ impl Entries {
         // This is a number, not an address. A second answer finds no entry.
         static NEXT: AtomicUsize = AtomicUsize::new(1);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        INITS.lock().unwrap_or_else(PoisonError::into_inner).insert(number, tell);
+        INITS.lock().unwrap_or_else(PoisonError::into_inner).insert(number, answer_sender);
         let user = std::ptr::without_provenance_mut(number);
         // SAFETY: `read_table` checked the entry. `config` outlives the call, and the host's table outlives the
         // process. The SDK's shim never unwinds, and C cannot.
@@ -184,8 +184,8 @@ pub(super) struct Completion {
     pub(super) details: String,
 }
 
-/// The place of a task's data, and the runtime that moves the data.
-pub(super) struct Place {
+/// The access to a task's data, and the runtime that moves the data.
+pub(super) struct TaskData {
     pub(super) ports: Arc<dyn Ports>,
     pub(super) folder: Folder,
     pub(super) runtime: Handle,
@@ -197,7 +197,7 @@ pub(super) struct Running {
     dispatcher: Dispatcher,
     grant_token: bool,
     held_lease: HeldLease,
-    place: Place,
+    data: TaskData,
     over: CancellationToken,
     span: Span,
     ended: Mutex<Option<oneshot::Sender<Completion>>>,
@@ -237,8 +237,8 @@ impl Drop for Entered {
         if unreleased.is_notable() {
             let (unreleased, plugin) = (Arc::clone(unreleased), Arc::clone(&self.running.plugin));
             // Not joined: the future only logs a warning, or does nothing.
-            self.running.place.runtime.spawn(async move {
-                tokio::time::sleep(RELEASE_PATIENCE).await;
+            self.running.data.runtime.spawn(async move {
+                tokio::time::sleep(RELEASE_GRACE).await;
                 unreleased.warn(&plugin);
             });
         }
@@ -251,19 +251,19 @@ pub(super) fn enter(
     dispatcher: Dispatcher,
     grant_token: bool,
     held_lease: HeldLease,
-    place: Place,
+    data: TaskData,
     bytes: Arc<TaskBytes>,
 ) -> (Entered, oneshot::Receiver<Completion>) {
-    let (tell, ended) = oneshot::channel();
+    let (completion_sender, ended) = oneshot::channel();
     let running = Arc::new(Running {
         plugin,
         dispatcher,
         grant_token,
         held_lease,
-        place,
+        data,
         over: CancellationToken::new(),
         span: Span::current(),
-        ended: Mutex::new(Some(tell)),
+        ended: Mutex::new(Some(completion_sender)),
         streams: Mutex::default(),
         next_stream: AtomicU64::new(1),
         bytes,
@@ -281,7 +281,7 @@ impl Running {
     /// Creates the task's directory, for calls that write to it. The creation may wait for a file. Therefore it
     /// runs on a worker or on one of the plugin's own threads.
     fn make_folder(&self) -> Result<(), PortError> {
-        (self.place.folder.make)().map_err(|text| PortError::new(PortErrorKind::Local, text))
+        (self.data.folder.make)().map_err(|text| PortError::new(PortErrorKind::Local, text))
     }
 
     fn add(&self, stream: Stream) -> Result<u64, PortError> {
@@ -355,7 +355,7 @@ impl Drop for Foreign {
 }
 
 /// Bytes that were handed to a plugin. `_held` counts them for their task, if there is one.
-struct Given {
+struct HandedOver {
     bytes: Bytes,
     _held: Option<Holding>,
 }
@@ -364,13 +364,13 @@ struct Given {
 fn hand_over(bytes: Bytes, task: Option<&Arc<TaskBytes>>) -> abi::Bytes {
     unsafe extern "C" fn release(owner: *mut c_void) {
         // SAFETY: this is the box created below. The contract says that it is released exactly once.
-        drop(unsafe { Box::from_raw(owner.cast::<Given>()) });
+        drop(unsafe { Box::from_raw(owner.cast::<HandedOver>()) });
     }
     if bytes.is_empty() {
         return abi::Bytes { ptr: std::ptr::null(), len: 0, owner: std::ptr::null_mut(), release: None };
     }
     let held = task.map(|task| task.hold(bytes.len()));
-    let boxed = Box::new(Given { bytes, _held: held });
+    let boxed = Box::new(HandedOver { bytes, _held: held });
     let (ptr, len) = (boxed.bytes.as_ptr(), boxed.bytes.len());
     abi::Bytes { ptr, len, owner: Box::into_raw(boxed).cast(), release: Some(release) }
 }
@@ -444,8 +444,8 @@ fn task_over() -> PortError {
     PortError::new(PortErrorKind::TaskOver, "the task is over")
 }
 
-/// Answers a call in place.
-fn answer_in_place(task: Task, reply: Callback, user: *mut c_void, work: impl FnOnce(&Running) -> Answer) {
+/// Answers a call at once, on the calling thread.
+fn answer_now(task: Task, reply: Callback, user: *mut c_void, work: impl FnOnce(&Running) -> Answer) {
     let running = TASKS.get(task);
     let answer = guarded(|| match &running {
         Some(running) => work(running),
@@ -481,7 +481,7 @@ fn answer_later<F>(
         pending.send(answer);
     };
     // Not joined: `over` ends it together with the task. Its last action is the answer that the plugin must get.
-    running.place.runtime.spawn(tracing::Instrument::instrument(work, span));
+    running.data.runtime.spawn(tracing::Instrument::instrument(work, span));
 }
 
 /// An answer that a plugin must get exactly once. It is also sent when its work panicked or the runtime ended.
@@ -590,7 +590,7 @@ unsafe extern "C" fn log(task: Task, level: u32, target: Str, text: Str, fields:
 unsafe extern "C" fn progress(task: Task, json: Str, reply: Callback, user: *mut c_void) {
     // SAFETY: lent for this call.
     let json = unsafe { copy(json) };
-    answer_in_place(task, reply, user, |running| {
+    answer_now(task, reply, user, |running| {
         running.held_lease.progress.progress(parse(&json?)?).map_err(limit)?;
         Ok(Bytes::new())
     });
@@ -599,7 +599,7 @@ unsafe extern "C" fn progress(task: Task, json: Str, reply: Callback, user: *mut
 unsafe extern "C" fn event(task: Task, json: Str, reply: Callback, user: *mut c_void) {
     // SAFETY: lent for this call.
     let json = unsafe { copy(json) };
-    answer_in_place(task, reply, user, |running| {
+    answer_now(task, reply, user, |running| {
         running.held_lease.progress.event(parse(&json?)?).map_err(limit)?;
         Ok(Bytes::new())
     });
@@ -614,7 +614,7 @@ unsafe extern "C" fn cancelled(task: Task) -> i32 {
 }
 
 unsafe extern "C" fn cancel_reason(task: Task, reply: Callback, user: *mut c_void) {
-    answer_in_place(task, reply, user, |running| {
+    answer_now(task, reply, user, |running| {
         let word = running.held_lease.cancel.reason().map_or("", |reason| reason.as_str());
         Ok(Bytes::from_static(word.as_bytes()))
     });
@@ -623,7 +623,7 @@ unsafe extern "C" fn cancel_reason(task: Task, reply: Callback, user: *mut c_voi
 unsafe extern "C" fn token(task: Task, reply: Callback, user: *mut c_void) {
     answer_later(task, reply, user, |running| {
         if !running.grant_token {
-            let text = "this plugin was not granted the token; the operator can write held_lease = [\"token\"]";
+            let text = "this plugin was not granted the token; the operator can set grant = [\"token\"]";
             return Err(PortError::new(PortErrorKind::Unsupported, text));
         }
         Ok(async move {
@@ -644,7 +644,7 @@ unsafe extern "C" fn input_open(task: Task, cid: Str, reply: Callback, user: *mu
     answer_later(task, reply, user, |running| {
         let cid = cid?;
         Ok(async move {
-            let stream = running.place.ports.open(&cid).await?;
+            let stream = running.data.ports.open(&cid).await?;
             let mut answer = serde_json::to_value(stream.meta()).map_err(internal)?;
             let reading = Reading { stream, rest: Bytes::new(), held: None };
             let id = running.add(Stream::Input(Arc::new(tokio::sync::Mutex::new(reading))))?;
@@ -661,7 +661,7 @@ unsafe extern "C" fn input_read(task: Task, stream: u64, max: u64, reply: Callba
         let max = usize::try_from(max).expect("a piece fits in memory");
         Ok(async move {
             let mut reading = reading.lock().await;
-            let budget = running.place.ports.budget();
+            let budget = running.data.ports.budget();
             if holds && reading.held.is_none() {
                 let size = reading.stream.meta().size.unwrap_or_default();
                 reading.held = Some(budget.reserve(size).await.map_err(over_budget)?);
@@ -679,7 +679,7 @@ unsafe extern "C" fn input_read(task: Task, stream: u64, max: u64, reply: Callba
 }
 
 unsafe extern "C" fn input_close(task: Task, stream: u64, reply: Callback, user: *mut c_void) {
-    answer_in_place(task, reply, user, |running| {
+    answer_now(task, reply, user, |running| {
         running.take(stream);
         Ok(Bytes::new())
     });
@@ -692,7 +692,7 @@ unsafe extern "C" fn input_file(task: Task, cid: Str, reply: Callback, user: *mu
         let cid = cid?;
         Ok(async move {
             running.make_folder()?;
-            let input = running.place.ports.materialize(&cid).await?;
+            let input = running.data.ports.materialize(&cid).await?;
             serde_json::to_vec(&input).map(Bytes::from).map_err(internal)
         })
     });
@@ -705,7 +705,7 @@ unsafe extern "C" fn output_open(task: Task, spec: Str, reply: Callback, user: *
         let spec = artifact_spec(&spec?)?;
         Ok(async move {
             running.make_folder()?;
-            let stream = running.place.ports.create(spec).await?;
+            let stream = running.data.ports.create(spec).await?;
             let id = running.add(Stream::Output(Arc::new(tokio::sync::Mutex::new(Some(stream)))))?;
             Ok(Bytes::from(json!({ "stream": id }).to_string()))
         })
@@ -721,7 +721,7 @@ unsafe extern "C" fn output_write(task: Task, stream: u64, data: abi::Bytes, rep
         Ok(async move {
             let mut writing = writing.lock().await;
             let writer = writing.as_mut().ok_or_else(|| wrong_direction(stream))?;
-            let (size, budget) = (data.as_ref().len() as u64, running.place.ports.budget());
+            let (size, budget) = (data.as_ref().len() as u64, running.data.ports.budget());
             if size > 0 {
                 let charge = match size > PIECE_BYTES_MAX {
                     true => budget.reserve(size).await.map_err(over_budget)?,
@@ -763,7 +763,7 @@ unsafe extern "C" fn output_file(task: Task, spec: Str, path: Str, reply: Callba
     let (spec, path) = unsafe { (copy(spec), copy(path)) };
     answer_later(task, reply, user, |running| {
         let (spec, path) = (artifact_spec(&spec?)?, path?);
-        Ok(async move { published(running.place.ports.put_file(spec, Path::new(&path)).await?) })
+        Ok(async move { published(running.data.ports.put_file(spec, Path::new(&path)).await?) })
     });
 }
 
@@ -782,11 +782,11 @@ unsafe extern "C" fn complete(task: Task, status: Status, text: Str, details: St
             return Ok(Status::STALE);
         };
         TASKS.remove(task);
-        let tell = running.ended.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let Some(tell) = tell else { return Ok(Status::STALE) };
+        let completion_sender = running.ended.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(completion_sender) = completion_sender else { return Ok(Status::STALE) };
         let completion = Completion { status, text, details };
         // The receiver is gone when the task was abandoned as stuck.
-        if tell.send(completion).is_ok() {
+        if completion_sender.send(completion).is_ok() {
             return Ok(Status::OK);
         }
         super::stuck::returned(task);
@@ -796,9 +796,9 @@ unsafe extern "C" fn complete(task: Task, status: Status, text: Str, details: St
 }
 
 unsafe extern "C" fn task_dir(task: Task, reply: Callback, user: *mut c_void) {
-    // Answered in place: the caller is a thread of the plugin. It would create the directory itself and wait as
+    // Answered at once: the caller is a thread of the plugin. It would create the directory itself and wait as
     // long.
-    answer_in_place(task, reply, user, |running| running.make_folder().map(|()| Bytes::new()));
+    answer_now(task, reply, user, |running| running.make_folder().map(|()| Bytes::new()));
 }
 
 fn parse(json: &str) -> Result<serde_json::Value, PortError> {

@@ -129,7 +129,7 @@ fn beginning(bytes: &[u8], kind: Option<FileKind>) -> String {
         return format!("a file of kind {kind:?}").to_lowercase();
     }
     if bytes.starts_with(b"\x7fELF") || b"\x7fELF".starts_with(bytes) {
-        return "the beginning of one".to_owned();
+        return "the beginning of a library".to_owned();
     }
     let text = |byte: &u8| byte.is_ascii_graphic() || byte.is_ascii_whitespace();
     if bytes.iter().take(64).all(text) { "text".to_owned() } else { "something else".to_owned() }
@@ -268,10 +268,10 @@ mod tests {
             ("/\u{e4}", false),
             (long.leak(), false),
         ];
-        for (name, sound) in cases {
-            assert_eq!(Capability::parse(name).is_ok(), sound, "the host's rule for {name:?}");
+        for (name, valid) in cases {
+            assert_eq!(Capability::parse(name).is_ok(), valid, "the host's rule for {name:?}");
             let sdk = std::panic::catch_unwind(|| runner_sdk::__private::checked(name));
-            assert_eq!(sdk.is_ok(), sound, "the SDK's rule for {name:?}");
+            assert_eq!(sdk.is_ok(), valid, "the SDK's rule for {name:?}");
         }
     }
 }

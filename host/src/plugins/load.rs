@@ -58,14 +58,14 @@ const READERS_MAX: usize = 4;
 /// Reads and checks files, several at once. Returns them in their order. No code of the files runs.
 pub(super) fn verify_all(found: Vec<Found>, allow_writable: bool) -> Vec<Result<Verified, (PathBuf, InstallError)>> {
     let readers = std::thread::available_parallelism().map_or(1, usize::from).min(READERS_MAX).min(found.len());
-    let mut places: Vec<_> = found.iter().map(|_| None).collect();
-    let queue = Mutex::new(places.iter_mut().zip(found));
+    let mut results: Vec<_> = found.iter().map(|_| None).collect();
+    let queue = Mutex::new(results.iter_mut().zip(found));
     let work = || {
         let mut buffer = Vec::new();
         loop {
-            let next = queue.lock().expect("a reader that takes work does not panic").next();
-            let Some((place, found)) = next else { return };
-            *place = Some(verify(found, allow_writable, &mut buffer));
+            let next = queue.lock().expect("a reader thread does not panic").next();
+            let Some((result, found)) = next else { return };
+            *result = Some(verify(found, allow_writable, &mut buffer));
         }
     };
     std::thread::scope(|scope| {
@@ -78,7 +78,7 @@ pub(super) fn verify_all(found: Vec<Found>, allow_writable: bool) -> Vec<Result<
         work();
     });
     drop(queue);
-    places.into_iter().map(|place| place.expect("the queue was worked off")).collect()
+    results.into_iter().map(|result| result.expect("every queued file was processed")).collect()
 }
 
 /// Reads and checks one file. The caller may reuse the buffer.
@@ -129,7 +129,7 @@ fn read_into(file: &Path, bytes: &mut Vec<u8>) -> Result<std::fs::Metadata, Inst
         return Err(InstallError::Directory);
     }
     if !facts.is_file() {
-        return Err(InstallError::NotALibrary { found: "something that is no regular file".to_owned() });
+        return Err(InstallError::NotALibrary { found: "something that is not a regular file".to_owned() });
     }
     if facts.len() > LIBRARY_BYTES_MAX {
         return Err(InstallError::TooLarge { bytes: facts.len() });
@@ -184,13 +184,13 @@ pub(super) fn open(verified: Verified, limit: Duration, log_level: u32) -> Resul
     let config = serde_json::Value::Object(verified.settings.config.clone()).to_string();
     let (sealed, rust) = (verified.sealed, verified.facts.rust);
     let began = Instant::now();
-    let (tell, opened) = mpsc::channel();
+    let (entries_sender, opened) = mpsc::channel();
     let (answer, answered) = mpsc::channel();
     dispatcher.run("init", move || {
         let entries = map(sealed, rust);
         let begun = entries.as_ref().ok().copied();
         // The receiver is gone after the time limit.
-        let _ = tell.send(entries);
+        let _ = entries_sender.send(entries);
         if let Some(entries) = begun {
             entries.init(&config, log_level, answer);
         }

@@ -36,7 +36,7 @@ use tracing::{info, warn};
 
 pub use config::{ConfigError, Entry, PluginsFile, Settings};
 pub use discover::{PlaceError, Places};
-pub use ended::{leave, watch_exit};
+pub use ended::{exit_process, watch_exit};
 pub use error::InstallError;
 pub use inspect::{Facts, Manifest};
 pub use run::{Folder, Job};
@@ -47,7 +47,7 @@ use load::Verified;
 use run::Plugin;
 
 /// Interval at which the calls into plugins are checked. The end of a task checks the calls of its plugin.
-const WATCH: Duration = Duration::from_secs(5);
+const CHECK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// The operator's settings for all plugins, outside the plugins file.
 #[derive(Clone, Debug)]
@@ -177,7 +177,7 @@ impl Plugins {
                 }
             }
         }
-        share_out(&mut verified, &mut listings);
+        assign_capabilities(&mut verified, &mut listings);
         let (mut loaded, mut by_capability, mut ids) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
         let mut hanging = None;
         for (number, (listing, plugin)) in listings.iter_mut().zip(verified).enumerate() {
@@ -238,7 +238,7 @@ impl Plugins {
 
     /// Checks the calls into all plugins at intervals, until `over`.
     pub async fn watch(&self, over: CancellationToken) {
-        let mut interval = tokio::time::interval(WATCH);
+        let mut interval = tokio::time::interval(CHECK_INTERVAL);
         loop {
             tokio::select! {
                 () = over.cancelled() => return,
@@ -261,7 +261,7 @@ impl Plugins {
     }
 
     fn in_service(&self) -> Vec<Capability> {
-        let serves = |plugin: &Plugin| plugin.record().out_of_service().is_none();
+        let serves = |plugin: &Plugin| plugin.faults().out_of_service().is_none();
         self.by_capability.iter().filter(|(_, plugin)| serves(plugin)).map(|(name, _)| name.clone()).collect()
     }
 
@@ -283,11 +283,11 @@ impl Plugins {
         let mut listings = self.listings.clone();
         for (number, plugin) in &self.loaded {
             let listing = &mut listings[*number];
-            listing.stuck_runners = plugin.record().strikes();
+            listing.stuck_runners = plugin.faults().strikes();
             listing.hanging_calls = plugin.hanging_calls();
             listing.no_thread = plugin.no_thread();
             listing.unreleased_bytes = plugin.unreleased_bytes();
-            if let Some(reason) = plugin.record().out_of_service() {
+            if let Some(reason) = plugin.faults().out_of_service() {
                 listing.state = PluginState::OutOfService;
                 listing.reason = Some(reason.to_owned());
             }
@@ -326,7 +326,7 @@ pub fn inspect_file(file: &Path) -> Result<(String, Facts), InstallError> {
 /// Assigns every capability to one plugin, in order. Plugins with `override` come first, then the others. A plugin
 /// is rejected in two cases. No capability is left for it, or another plugin serves one of them and `override` does
 /// not decide between the two. The next plugins can serve the capabilities of a rejected plugin.
-fn share_out(verified: &mut [Option<Verified>], listings: &mut [Listing]) {
+fn assign_capabilities(verified: &mut [Option<Verified>], listings: &mut [Listing]) {
     let mut owners: HashMap<Capability, (usize, bool)> = HashMap::new();
     for overriding in [true, false] {
         for index in 0..verified.len() {
@@ -353,12 +353,12 @@ fn share_out(verified: &mut [Option<Verified>], listings: &mut [Listing]) {
     }
 }
 
-#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde asks with a reference")]
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
 fn is_zero(count: &u32) -> bool {
     *count == 0
 }
 
-#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde asks with a reference")]
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
 fn is_none(count: &usize) -> bool {
     *count == 0
 }

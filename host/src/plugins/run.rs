@@ -22,14 +22,14 @@ use super::{
     ffi::{self, Completion, Entries},
     held_bytes::{TaskBytes, Unreleased},
     load::Loaded,
-    stuck::{self, Record},
+    stuck::{self, Faults},
 };
 use crate::model::{CancelReason, HeldLease, Outcome, Ports, SetupStage, millis};
 
 /// The log warns about a call that takes longer than this.
-const HANGS: Duration = Duration::from_secs(1);
+const HANG_WARNING_AFTER: Duration = Duration::from_secs(1);
 /// Interval at which the warning is repeated while the number of hanging calls does not grow.
-const HANGS_AGAIN: Duration = Duration::from_secs(60);
+const HANG_WARNING_INTERVAL: Duration = Duration::from_secs(60);
 
 /// One task to run.
 pub struct Job {
@@ -82,7 +82,7 @@ pub(super) struct Plugin {
     grant_token: bool,
     slots: Semaphore,
     slots_max: usize,
-    record: Record,
+    faults: Faults,
     shown: Mutex<Shown>,
     unreleased: Arc<Unreleased>,
     /// The task directory must exist when a task starts. The SDK creates it by itself.
@@ -110,7 +110,7 @@ impl Plugin {
             grant_token,
             slots: Semaphore::new(slots),
             slots_max: slots,
-            record: Record::default(),
+            faults: Faults::default(),
             unreleased: Arc::default(),
             shown: Mutex::default(),
             needs_folder: !rust,
@@ -120,12 +120,12 @@ impl Plugin {
     /// Checks for hanging calls. Returns whether a value on the status page has changed.
     pub(super) fn review(&self) -> bool {
         let hanging = self.dispatcher.hanging();
-        self.record.judge(&self.name, hanging, self.slots_max);
-        let out_of_service = self.record.out_of_service().is_some();
+        self.faults.check_hanging(&self.name, hanging, self.slots_max);
+        let out_of_service = self.faults.out_of_service().is_some();
         if out_of_service {
             self.slots.close();
         }
-        let now = (self.record.strikes(), out_of_service, hanging.calls, self.no_thread().is_some());
+        let now = (self.faults.strikes(), out_of_service, hanging.calls, self.no_thread().is_some());
         let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
         self.warn(&mut shown.warned, hanging);
         let before = (shown.strikes, shown.out_of_service, shown.hanging, shown.no_thread);
@@ -136,14 +136,14 @@ impl Plugin {
     /// Logs a warning about hanging calls when their number grows, and at intervals.
     fn warn(&self, warned: &mut Option<(usize, Instant)>, hanging: Hanging) {
         let Hanging { calls, longest, entry } = hanging;
-        if longest < HANGS {
+        if longest < HANG_WARNING_AFTER {
             if warned.take().is_some() {
                 info!(event = "plugin.calls_returned", plugin = %self.name, "calls into the plugin have returned");
             }
             return;
         }
         let now = Instant::now();
-        if warned.is_none_or(|(before, at)| calls >= 2 * before || now - at > HANGS_AGAIN) {
+        if warned.is_none_or(|(before, at)| calls >= 2 * before || now - at > HANG_WARNING_INTERVAL) {
             *warned = Some((calls, now));
             let longest_ms = millis(longest);
             warn!(event = "plugin.calls_hang", plugin = %self.name, calls, call = entry, longest_ms, "calls into the plugin do not return");
@@ -171,12 +171,12 @@ impl Plugin {
 
     /// Begins the plugin's shutdown. The future waits until the shutdown ends.
     pub(super) fn shutdown(&self, deadline: Duration) -> impl Future<Output = ()> + use<> {
-        let (tell, done) = oneshot::channel();
+        let (ended, done) = oneshot::channel();
         let entries = self.entries;
         self.dispatcher.run("shutdown", move || {
             entries.shutdown(deadline);
             // The receiver is gone after the deadline.
-            let _ = tell.send(());
+            let _ = ended.send(());
         });
         async move {
             // An error means that the thread has ended. That also ends the wait.
@@ -190,13 +190,13 @@ impl Plugin {
     }
 
     /// The faults of the plugin.
-    pub(super) fn record(&self) -> &Record {
-        &self.record
+    pub(super) fn faults(&self) -> &Faults {
+        &self.faults
     }
 
     /// The reason why the plugin takes no work, if there is one. It is the outcome of a task leased for it.
     pub(super) fn refusal(&self) -> Option<Outcome> {
-        let reason = self.record.out_of_service()?;
+        let reason = self.faults.out_of_service()?;
         let message = format!("plugin {} is out of service: {reason}", self.name);
         Some(Outcome::Setup { stage: SetupStage::StartSession, message })
     }
@@ -230,14 +230,14 @@ impl Plugin {
                 return Outcome::Storage { message };
             }
         }
-        let place = ffi::Place { ports, folder, runtime: workers };
+        let data = ffi::TaskData { ports, folder, runtime: workers };
         let bytes = TaskBytes::new(Arc::clone(&self.unreleased));
         let (entered, mut ended) = ffi::enter(
             Arc::clone(&self.name),
             self.dispatcher.clone(),
             self.grant_token,
             held_lease.clone(),
-            place,
+            data,
             bytes,
         );
         let (entries, task) = (self.entries, entered.task);
@@ -250,8 +250,8 @@ impl Plugin {
                 match tokio::time::timeout(cancel_grace, ended).await {
                     Ok(ended) => ended,
                     Err(_) => {
-                        self.record.give_up(&self.name, task, held_lease.lease.task().clone(), cancel_grace);
-                        if self.record.out_of_service().is_some() {
+                        self.faults.abandon(&self.name, task, held_lease.lease.task().clone(), cancel_grace);
+                        if self.faults.out_of_service().is_some() {
                             // Tasks that wait for a slot must not wait forever.
                             self.slots.close();
                         }

@@ -20,14 +20,14 @@ pub enum ScaffoldError {
         why: &'static str,
     },
     /// The target folder exists and is not empty.
-    #[error("{} is there already and not an empty folder; choose another name or remove it", path.display())]
+    #[error("{} exists and is not an empty folder; choose another name or remove it", path.display())]
     Occupied {
         /// The folder.
         path: PathBuf,
     },
     /// The folder cannot be created at this path.
-    #[error("{}: expected a folder, found a file at {}; name another place", path.display(), file.display())]
-    InTheWay {
+    #[error("{}: expected a folder, found a file at {}; name another path", path.display(), file.display())]
+    FileInPath {
         /// The folder.
         path: PathBuf,
         /// The file that is a part of the path.
@@ -45,8 +45,8 @@ pub enum ScaffoldError {
         path: PathBuf,
     },
     /// The path cannot be written to a Cargo.toml.
-    #[error("{} is not valid UTF-8, which a Cargo.toml has to be; move the SDK elsewhere", path.display())]
-    NotText {
+    #[error("{} is not valid UTF-8, which a Cargo.toml must be; move the SDK elsewhere", path.display())]
+    NotUtf8 {
         /// The SDK's folder.
         path: PathBuf,
     },
@@ -72,7 +72,7 @@ pub fn create(dir: &Path, name: &str, sdk: Option<&Path>) -> Result<Vec<PathBuf>
     check_name(name)?;
     let dependency = dependency(sdk.ok_or(ScaffoldError::SdkNotNamed)?)?;
     if let Some(file) = dir.ancestors().skip(1).find(|above| above.is_file()) {
-        return Err(ScaffoldError::InTheWay { path: dir.to_owned(), file: file.to_owned() });
+        return Err(ScaffoldError::FileInPath { path: dir.to_owned(), file: file.to_owned() });
     }
     if !is_free(dir) {
         return Err(ScaffoldError::Occupied { path: dir.to_owned() });
@@ -110,7 +110,7 @@ impl Names<'_> {
 /// The longest crate name. With prefix and suffix it is a valid file name on every system.
 const NAME_BYTES_MAX: usize = 64;
 
-/// Words that are invalid as crate names. Cargo, the compiler or the new crate's code uses them for something else.
+/// Words that are invalid as crate names. They already have a meaning for cargo, for the compiler or in the code of the new crate.
 const RESERVED: [&str; 14] = [
     "alloc",
     "build",
@@ -148,7 +148,7 @@ fn check_name(name: &str) -> Result<(), ScaffoldError> {
     } else if !name.starts_with(|c: char| c.is_ascii_lowercase()) {
         "it does not begin with a lower-case letter"
     } else if !name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '_') {
-        "it holds something else than lower-case letters, digits, `-` and `_`"
+        "it contains characters other than lower-case letters, digits, `-` and `_`"
     } else if KEYWORDS.contains(&name) {
         "it is a word of the Rust language"
     } else if RESERVED.contains(&name) {
@@ -178,7 +178,7 @@ fn dependency(path: &Path) -> Result<String, ScaffoldError> {
         return Err(missing());
     }
     let absolute = std::path::absolute(path).map_err(|_| missing())?;
-    let text = absolute.to_str().ok_or_else(|| ScaffoldError::NotText { path: absolute.clone() })?;
+    let text = absolute.to_str().ok_or_else(|| ScaffoldError::NotUtf8 { path: absolute.clone() })?;
     Ok(format!("{{ path = {} }}", quoted(text)))
 }
 
@@ -372,11 +372,11 @@ mod tests {
             if !output.status.success() {
                 output = test(&[]);
             }
-            let said = String::from_utf8_lossy(&output.stdout);
-            let told = String::from_utf8_lossy(&output.stderr);
-            assert!(output.status.success(), "{said}{told}");
-            assert!(!told.contains("warning"), "{told}");
-            assert!(said.contains("2 passed"), "{said}");
+            let stdout = String::from_utf8_lossy(&output.stdout);
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            assert!(output.status.success(), "{stdout}{stderr}");
+            assert!(!stderr.contains("warning"), "{stderr}");
+            assert!(stdout.contains("2 passed"), "{stdout}");
         }
     }
 }

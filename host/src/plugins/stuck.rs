@@ -30,9 +30,9 @@ static TOTAL: AtomicU64 = AtomicU64::new(0);
 
 /// Abandoned runners that have not returned yet, by handle. The strikes and the concurrent tasks of a plugin bound
 /// their number.
-static GIVEN_UP: LazyLock<Mutex<HashMap<Task, GivenUp>>> = LazyLock::new(Mutex::default);
+static ABANDONED: LazyLock<Mutex<HashMap<Task, Abandoned>>> = LazyLock::new(Mutex::default);
 
-struct GivenUp {
+struct Abandoned {
     plugin: Arc<str>,
     task: TaskId,
     since: BootInstant,
@@ -45,21 +45,21 @@ pub(super) fn total() -> u64 {
 
 /// Logs when an abandoned task behind a stale handle ends late.
 pub(super) fn returned(handle: Task) {
-    let found = GIVEN_UP.lock().unwrap_or_else(PoisonError::into_inner).remove(&handle);
-    if let Some(GivenUp { plugin, task, since }) = found {
+    let found = ABANDONED.lock().unwrap_or_else(PoisonError::into_inner).remove(&handle);
+    if let Some(Abandoned { plugin, task, since }) = found {
         let late_ms = millis(BootInstant::now() - since);
-        info!(event = "runner.returned_late", plugin = %plugin, task_id = %task, late_ms, "stuck runner returned after its task was given up");
+        info!(event = "runner.returned_late", plugin = %plugin, task_id = %task, late_ms, "stuck runner returned after its task was abandoned");
     }
 }
 
 /// The faults of one plugin.
 #[derive(Default)]
-pub(super) struct Record {
+pub(super) struct Faults {
     strikes: AtomicU32,
-    out: OnceLock<String>,
+    out_of_service: OnceLock<String>,
 }
 
-impl Record {
+impl Faults {
     /// How many of its runners were abandoned.
     pub(super) fn strikes(&self) -> u32 {
         self.strikes.load(Ordering::Acquire)
@@ -67,39 +67,39 @@ impl Record {
 
     /// Why the plugin is out of service, if it is.
     pub(super) fn out_of_service(&self) -> Option<&str> {
-        self.out.get().map(String::as_str)
+        self.out_of_service.get().map(String::as_str)
     }
 
     /// Abandons the runner of `task` behind `handle`.
-    pub(super) fn give_up(&self, plugin: &Arc<str>, handle: Task, task: TaskId, grace: Duration) {
+    pub(super) fn abandon(&self, plugin: &Arc<str>, handle: Task, task: TaskId, grace: Duration) {
         TOTAL.fetch_add(1, Ordering::Relaxed);
-        let given_up = GivenUp { plugin: Arc::clone(plugin), task, since: BootInstant::now() };
-        GIVEN_UP.lock().unwrap_or_else(PoisonError::into_inner).insert(handle, given_up);
+        let abandoned = Abandoned { plugin: Arc::clone(plugin), task, since: BootInstant::now() };
+        ABANDONED.lock().unwrap_or_else(PoisonError::into_inner).insert(handle, abandoned);
         let strikes = self.strikes.fetch_add(1, Ordering::AcqRel) + 1;
         let grace_ms = millis(grace);
         warn!(event = "runner.stuck", plugin = %plugin, grace_ms, strikes, "runner ignored its cancel, slot released");
         if strikes < STRIKES_MAX {
             return;
         }
-        self.put_out(
+        self.take_out_of_service(
             plugin,
             format!("{STRIKES_MAX} of its runners ignored their cancellation; fix the plugin and restart the node"),
         );
     }
 
     /// Takes the plugin out of service when more of its calls hang than `slots` plus `HANGING_SPARE`.
-    pub(super) fn judge(&self, plugin: &Arc<str>, hanging: Hanging, slots: usize) {
+    pub(super) fn check_hanging(&self, plugin: &Arc<str>, hanging: Hanging, slots: usize) {
         if hanging.calls > slots.saturating_add(HANGING_SPARE) {
             let Hanging { calls, entry, .. } = hanging;
-            self.put_out(
+            self.take_out_of_service(
                 plugin,
                 format!("{calls} calls into it have not returned, the oldest is {entry}; fix the plugin and restart the node"),
             );
         }
     }
 
-    fn put_out(&self, plugin: &Arc<str>, reason: String) {
-        if self.out.set(reason.clone()).is_ok() {
+    fn take_out_of_service(&self, plugin: &Arc<str>, reason: String) {
+        if self.out_of_service.set(reason.clone()).is_ok() {
             error!(event = "plugin.out_of_service", plugin = %plugin, reason, "plugin is out of service");
         }
     }

@@ -1,6 +1,6 @@
 //! SHA-256 of a stream.
 //!
-//! Hashing takes longer than copying, so it has its own lane.
+//! Hashing takes longer than copying, so it has its own queue.
 
 use std::io;
 
@@ -9,15 +9,15 @@ pub(crate) use base16ct::lower::encode_string as hex;
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
 
-use super::lane::{Lane, Stage};
+use super::piece_queue::{PieceQueue, Processor};
 
-/// See the module's text.
-pub(crate) struct Digester(Lane<Sha256>);
+/// See the module documentation.
+pub(crate) struct Digester(PieceQueue<Sha256>);
 
-impl Stage for Sha256 {
+impl Processor for Sha256 {
     const IN_PLACE_BYTES_MAX: usize = 16 * 1024;
 
-    fn take(&mut self, piece: &Bytes) -> io::Result<()> {
+    fn process(&mut self, piece: &Bytes) -> io::Result<()> {
         self.update(piece);
         Ok(())
     }
@@ -25,7 +25,7 @@ impl Stage for Sha256 {
 
 impl Digester {
     pub(crate) fn new() -> Self {
-        Self(Lane::new(Sha256::new()))
+        Self(PieceQueue::new(Sha256::new()))
     }
 
     /// Hashes the next piece. Waits only while four blocks are queued.
@@ -35,7 +35,7 @@ impl Digester {
 
     /// The digest of all pieces so far.
     pub(crate) async fn so_far(&mut self) -> io::Result<[u8; 32]> {
-        self.0.settled(|state| state.clone().finalize().into()).await
+        self.0.when_processed(|state| state.clone().finalize().into()).await
     }
 }
 
@@ -44,15 +44,15 @@ mod tests {
     use super::{super::file::BLOCK_BYTES, *};
 
     #[tokio::test]
-    async fn digest_is_that_of_the_joined_pieces() {
+    async fn digest_covers_all_pieces() {
         let bytes: Vec<u8> = (0..BLOCK_BYTES * 3 + 17).map(|n| (n % 251) as u8).collect();
         let mut digester = Digester::new();
-        let mut taken = 0;
+        let mut pushed = 0;
         for piece in bytes.chunks(100_001) {
             digester.push(Bytes::copy_from_slice(piece)).await.expect("hashed");
-            taken += piece.len();
-            let expected: [u8; 32] = Sha256::digest(&bytes[..taken]).into();
-            if taken % 2 == 0 {
+            pushed += piece.len();
+            let expected: [u8; 32] = Sha256::digest(&bytes[..pushed]).into();
+            if pushed % 2 == 0 {
                 assert_eq!(digester.so_far().await.expect("hashed"), expected);
             }
         }

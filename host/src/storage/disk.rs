@@ -1,6 +1,6 @@
 //! Free space of the disk that tasks use.
 //!
-//! A task that is leased with a full disk fails after its work, or makes other tasks fail. Below a floor
+//! A task that is leased with a full disk fails after its work, or makes other tasks fail. Below a minimum
 //! the node leases nothing new. Running tasks continue. Leasing resumes when there is space again.
 
 use std::{
@@ -20,9 +20,9 @@ use crate::{
 };
 
 /// How often the free space is read.
-const RHYTHM: Duration = Duration::from_secs(1);
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// See the module's text. Cheap to clone.
+/// See the module documentation. Cheap to clone.
 #[derive(Clone)]
 pub struct Disk(Arc<Inner>);
 
@@ -30,39 +30,39 @@ struct Inner {
     path: PathBuf,
     /// In bytes. 0: no floor.
     floor: u64,
-    seen: watch::Sender<DiskStatus>,
+    status: watch::Sender<DiskStatus>,
 }
 
 impl Disk {
     /// Watches the file system of `path`. It counts as full below `floor` free bytes. With 0 it never counts as full.
     #[must_use]
     pub fn new(path: PathBuf, floor: u64) -> Self {
-        let seen = watch::Sender::new(look(&path, floor));
-        Self(Arc::new(Inner { path, floor, seen }))
+        let status = watch::Sender::new(read_status(&path, floor));
+        Self(Arc::new(Inner { path, floor, status }))
     }
 
     /// The latest reading.
     #[must_use]
     pub fn status(&self) -> DiskStatus {
-        *self.0.seen.borrow()
+        *self.0.status.borrow()
     }
 
     /// Whether there is space for a new task.
     #[must_use]
     pub fn has_room(&self) -> bool {
-        !self.0.seen.borrow().full
+        !self.0.status.borrow().full
     }
 
     /// Waits until there is space for a new task.
     pub async fn until_room(&self) {
-        let mut seen = self.0.seen.subscribe();
-        let space = seen.wait_for(|seen| !seen.full).await;
+        let mut status = self.0.status.subscribe();
+        let space = status.wait_for(|status| !status.full).await;
         space.map(drop).expect("the disk holds its own sender");
     }
 
     /// Reads the free space at intervals and shows it on the status board, until `stop`.
     pub async fn run(self, events: NodeEvents, stop: CancellationToken) {
-        show(&events, self.status());
+        update_board(&events, self.status());
         if self.0.floor == 0 {
             return;
         }
@@ -72,13 +72,13 @@ impl Disk {
         loop {
             tokio::select! {
                 () = stop.cancelled() => return,
-                () = tokio::time::sleep(RHYTHM) => {}
+                () = tokio::time::sleep(CHECK_INTERVAL) => {}
             }
             // A disk that does not answer, such as a remote one, must not block a worker thread.
             let (path, floor) = (self.0.path.clone(), self.0.floor);
-            let Ok(now) = tokio::task::spawn_blocking(move || look(&path, floor)).await else { return };
-            let before = self.0.seen.send_replace(now);
-            show(&events, now);
+            let Ok(now) = tokio::task::spawn_blocking(move || read_status(&path, floor)).await else { return };
+            let before = self.0.status.send_replace(now);
+            update_board(&events, now);
             if before.full != now.full {
                 self.report(&events, now);
             }
@@ -91,12 +91,12 @@ impl Disk {
     }
 }
 
-fn show(events: &NodeEvents, now: DiskStatus) {
+fn update_board(events: &NodeEvents, now: DiskStatus) {
     events.board().change(|status| status.disk = now);
 }
 
 /// Unknown free space does not count as full: a write to a full disk reports its own error.
-fn look(path: &Path, floor: u64) -> DiskStatus {
+fn read_status(path: &Path, floor: u64) -> DiskStatus {
     let free_bytes = match free(path) {
         Ok(free) => free,
         Err(err) => {
@@ -110,8 +110,8 @@ fn look(path: &Path, floor: u64) -> DiskStatus {
 /// Bytes that an ordinary user can still write.
 #[cfg(unix)]
 fn free(path: &Path) -> io::Result<Option<u64>> {
-    let about = rustix::fs::statvfs(path)?;
-    Ok(Some(about.f_bavail.saturating_mul(about.f_frsize)))
+    let stat = rustix::fs::statvfs(path)?;
+    Ok(Some(stat.f_bavail.saturating_mul(stat.f_frsize)))
 }
 
 #[cfg(not(unix))]
@@ -133,6 +133,6 @@ mod tests {
         check(dir.path(), 0, true);
         check(dir.path(), 1, true);
         check(dir.path(), u64::MAX, false);
-        check(&dir.path().join("gone"), u64::MAX, true);
+        check(&dir.path().join("missing"), u64::MAX, true);
     }
 }

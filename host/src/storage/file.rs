@@ -12,26 +12,26 @@ use std::{
 use bytes::Bytes;
 use tokio::task::{JoinHandle, spawn_blocking};
 
-use super::lane::{Lane, Stage};
+use super::piece_queue::{PieceQueue, Processor};
 
 /// Bytes of one read or write.
 pub(crate) const BLOCK_BYTES: usize = 256 * 1024;
 
 /// Writes a stream of pieces to a file.
-pub(crate) struct FileSink(Lane<Disk>);
+pub(crate) struct FileSink(PieceQueue<Disk>);
 
 /// `None` after the file was returned.
 struct Disk(Option<File>);
 
-impl Stage for Disk {
-    fn take(&mut self, piece: &Bytes) -> io::Result<()> {
+impl Processor for Disk {
+    fn process(&mut self, piece: &Bytes) -> io::Result<()> {
         self.0.as_mut().ok_or(io::ErrorKind::NotFound)?.write_all(piece)
     }
 }
 
 impl FileSink {
     pub(crate) fn new(file: File) -> Self {
-        Self(Lane::new(Disk(Some(file))))
+        Self(PieceQueue::new(Disk(Some(file))))
     }
 
     /// Writes a piece. Waits only while four blocks are queued.
@@ -41,7 +41,7 @@ impl FileSink {
 
     /// Writes the rest and returns the file.
     pub(crate) async fn finish(mut self) -> io::Result<File> {
-        let file = self.0.settled(|disk| disk.0.take()).await?;
+        let file = self.0.when_processed(|disk| disk.0.take()).await?;
         Ok(file.expect("returned once"))
     }
 }

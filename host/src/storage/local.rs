@@ -1,4 +1,4 @@
-//! A task's data in files of this machine.
+//! A task's data in files on this machine.
 //!
 //! Inputs are the files that the lease names, called `input-0`, `input-1`… or by their path.
 //! Outputs appear below one folder under their logical paths, complete or not at all.
@@ -26,7 +26,7 @@ use super::{
     Storage,
     digest::hex,
     file::{FileBlocks, FileSink},
-    naming::{data_type, dataset_file, dataset_folder, logical_path, relative_path, safe, shown},
+    naming::{data_type, dataset_file, dataset_folder, for_message, logical_path, relative_path, safe},
     runner_file::RunnerFile,
     zip::{self, UnpackLimits},
 };
@@ -62,7 +62,7 @@ impl Storage for LocalStorage {
     }
 }
 
-/// The ports of one task. See the module's text.
+/// The ports of one task. See the module documentation.
 pub struct LocalPorts {
     inputs: Vec<PathBuf>,
     dir: PathBuf,
@@ -85,7 +85,7 @@ struct OutputFolder {
 
 impl OutputFolder {
     /// An error if the lease is lost or the task is over.
-    fn still_ours(&self) -> Result<(), PortError> {
+    fn check_held(&self) -> Result<(), PortError> {
         let why = match self.closed.is_cancelled() {
             true => "the task is over",
             false if !self.held.is_ours() => "the lease is lost",
@@ -119,13 +119,13 @@ impl LocalPorts {
         found.map(PathBuf::as_path).ok_or_else(|| {
             let count = self.inputs.len();
             let message =
-                format!("input {} not found (404): {count} inputs were given, input-0 is the first", shown(cid));
+                format!("input {} not found (404): {count} inputs were given, input-0 is the first", for_message(cid));
             PortError::new(PortErrorKind::NotFound, message)
         })
     }
 
     async fn input(&self, cid: &str) -> Result<(PathBuf, File, InputMeta), PortError> {
-        self.folder.still_ours()?;
+        self.folder.check_held()?;
         let path = self.find(cid)?.to_owned();
         let source = path.clone();
         let opened = blocking(move || {
@@ -181,7 +181,7 @@ impl Ports for LocalPorts {
         });
         let copied =
             copied.await.map_err(|err| self.folder.failed(&format!("copy input {}", source.display()), &err))?;
-        note(&self.fetched, &meta, copied);
+        list_fetched(&self.fetched, &meta, copied);
         let data_type = meta.data_type.as_deref().unwrap_or_default();
         let extracted_paths = match zip::is_archive(data_type) {
             false => Vec::new(),
@@ -195,9 +195,9 @@ impl Ports for LocalPorts {
     }
 
     async fn put_file(&self, spec: ArtifactSpec, file: &Path) -> Result<Option<String>, PortError> {
-        self.folder.still_ours()?;
+        self.folder.check_held()?;
         let place = self.folder.place(spec)?;
-        let what = format!("upload of {}", shown(&place.artifact.logical_path));
+        let what = format!("upload of {}", for_message(&place.artifact.logical_path));
         let source = RunnerFile::open(&what, file, &self.dir).await?;
         let temporary = place.temporary().await?;
         let (from, size) = (source.handle(), source.size());
@@ -214,7 +214,7 @@ impl Ports for LocalPorts {
     }
 
     async fn create(&self, spec: ArtifactSpec) -> Result<Box<dyn OutputStream>, PortError> {
-        self.folder.still_ours()?;
+        self.folder.check_held()?;
         let place = self.folder.place(spec)?;
         let temporary = place.temporary().await?;
         let file = temporary.as_file().try_clone().map_err(|err| failed("write an output", &err))?;
@@ -257,7 +257,7 @@ fn copy_hashed(from: &mut impl io::Read, to: &mut impl io::Write) -> io::Result<
 }
 
 /// Lists an input that was read to its end. Each input is listed once.
-fn note(fetched: &Mutex<Vec<Fetched>>, meta: &InputMeta, (size, sha256): (u64, String)) {
+fn list_fetched(fetched: &Mutex<Vec<Fetched>>, meta: &InputMeta, (size, sha256): (u64, String)) {
     let input = Fetched { cid: meta.cid.clone(), name: meta.name.clone(), size, sha256 };
     let mut fetched = fetched.lock().expect("only read and pushed to");
     if !fetched.contains(&input) {
@@ -291,7 +291,7 @@ impl InputStream for Reader {
             }
             None if !self.ended => {
                 self.ended = true;
-                note(&self.fetched, &self.meta, (self.size, hex(&self.hasher.clone().finalize())));
+                list_fetched(&self.fetched, &self.meta, (self.size, hex(&self.hasher.clone().finalize())));
             }
             None => {}
         }
@@ -331,7 +331,7 @@ impl OutputFolder {
             sha256: None,
         };
         let Some(out) = &self.out else {
-            let message = "this task has no place for outputs: its lease names no data location";
+            let message = "this task has no output folder: its lease names no data location";
             return Err(PortError::new(PortErrorKind::Unsupported, message));
         };
         let target = out.join(&relative);
@@ -361,11 +361,11 @@ impl Place {
         sha256: String,
     ) -> Result<Option<String>, PortError> {
         if let Some(promised) = self.size.filter(|promised| *promised != size) {
-            let path = shown(&self.artifact.logical_path);
+            let path = for_message(&self.artifact.logical_path);
             let message = format!("upload of {path} refused: {promised} bytes were promised, {size} came");
             return Err(PortError::new(PortErrorKind::BadRequest, message));
         }
-        self.folder.still_ours()?;
+        self.folder.check_held()?;
         let target = self.target.clone();
         let renamed = blocking(move || temporary.persist(target).map_err(|err| err.error));
         renamed.await.map_err(|err| self.folder.failed(&format!("make {}", self.target.display()), &err))?;

@@ -34,7 +34,7 @@ pub(crate) fn relative_path(path: &str) -> Result<String, PortError> {
     }
     let segments: Vec<&str> = path.split('/').filter(|segment| !segment.is_empty() && *segment != ".").collect();
     if segments.contains(&"..") {
-        let path = shown(path);
+        let path = for_message(path);
         return refuse(&format!(
             "artifact path {path} contains a `..` segment; expected a path below the outputs prefix"
         ));
@@ -130,13 +130,13 @@ fn cut(mut ascii: String, limit: usize) -> String {
 }
 
 /// `text` for an error message: one line of bounded length.
-pub(crate) fn shown(text: &str) -> String {
+pub(crate) fn for_message(text: &str) -> String {
     const CHARS_MAX: usize = 200;
-    let mut shown = in_a_line(&text.chars().take(CHARS_MAX).collect::<String>());
+    let mut for_message = in_a_line(&text.chars().take(CHARS_MAX).collect::<String>());
     if text.chars().nth(CHARS_MAX).is_some() {
-        shown.push('…');
+        for_message.push('…');
     }
-    shown
+    for_message
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! A file that a runner publishes: checked, opened once, and hashed in parallel with the upload.
 //!
-//! A runner may publish files from any place. But a path in the task's directory must not lead out of it,
+//! A runner may publish files from any directory. But a path in the task's directory must not lead out of it,
 //! because a link that came with an input could publish other files.
 
 use std::{
@@ -25,7 +25,7 @@ use crate::model::{PortError, PortErrorKind};
 /// save time. Then a file that was touched counts as changed, even if its bytes are the same.
 const HASHED_FIRST_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
-/// See the module's text. On drop the hashing ends too.
+/// See the module documentation. On drop the hashing ends too.
 pub(crate) struct RunnerFile {
     file: Arc<File>,
     stamp: Stamp,
@@ -46,15 +46,15 @@ struct Stamp {
 }
 
 impl Stamp {
-    fn of(about: &Metadata) -> Self {
-        Self { size: about.len(), modified: about.modified().ok() }
+    fn of(metadata: &Metadata) -> Self {
+        Self { size: metadata.len(), modified: metadata.modified().ok() }
     }
 }
 
 /// Why a file is refused.
 enum Refusal {
     /// It is not a file that can be published.
-    Unfit(&'static str),
+    Unusable(&'static str),
     Io(io::Error),
 }
 
@@ -77,7 +77,7 @@ impl RunnerFile {
             // enough for the runner.
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             let refused = match refusal {
-                Refusal::Unfit(why) => {
+                Refusal::Unusable(why) => {
                     PortError::new(PortErrorKind::BadRequest, format!("{what} refused: its file {why}"))
                 }
                 Refusal::Io(err) => {
@@ -111,7 +111,8 @@ impl RunnerFile {
     /// # Errors
     /// `Local` if they changed since the file was opened. A file of up to 16 MiB may have grown.
     pub(crate) async fn digest(self, what: &str) -> Result<String, PortError> {
-        let stamp = |file: &File| file.metadata().map(|about| Stamp::of(&about)).map_err(|err| unreadable(what, &err));
+        let stamp =
+            |file: &File| file.metadata().map(|metadata| Stamp::of(&metadata)).map_err(|err| unreadable(what, &err));
         let hash = match self.hash {
             Hash::Known(hash) => hash,
             Hash::Running(hashing) => {
@@ -150,24 +151,24 @@ fn open(path: &Path, dir: &Path) -> Result<(Arc<File>, Stamp), Refusal> {
     let real = path.canonicalize()?;
     let real_dir = dir.canonicalize().unwrap_or_else(|_| dir.to_owned());
     if (path.starts_with(dir) || path.starts_with(&real_dir)) && !real.starts_with(&real_dir) {
-        return Err(Refusal::Unfit("leads out of the task's directory; publish a file in it, without links"));
+        return Err(Refusal::Unusable("leads out of the task's directory; publish a file in it, without links"));
     }
     // Checked before the open: an open of a pipe waits for its writer, and an open of a device can have effects.
-    fit(std::fs::symlink_metadata(&real)?.file_type())?;
+    check_kind(std::fs::symlink_metadata(&real)?.file_type())?;
     let file = open_plain(&real)?;
-    let about = file.metadata()?;
-    fit(about.file_type())?;
-    match Stamp::of(&about) {
-        Stamp { size: 0, .. } => Err(Refusal::Unfit("is empty; expected at least one byte")),
+    let metadata = file.metadata()?;
+    check_kind(metadata.file_type())?;
+    match Stamp::of(&metadata) {
+        Stamp { size: 0, .. } => Err(Refusal::Unusable("is empty; expected at least one byte")),
         stamp => Ok((Arc::new(file), stamp)),
     }
 }
 
-fn fit(kind: FileType) -> Result<(), Refusal> {
+fn check_kind(kind: FileType) -> Result<(), Refusal> {
     match kind {
         kind if kind.is_file() => Ok(()),
-        kind if kind.is_dir() => Err(Refusal::Unfit("is a directory, expected a regular file")),
-        _ => Err(Refusal::Unfit("is a pipe, socket, device or link, expected a regular file")),
+        kind if kind.is_dir() => Err(Refusal::Unusable("is a directory, expected a regular file")),
+        _ => Err(Refusal::Unusable("is a pipe, socket, device or link, expected a regular file")),
     }
 }
 

@@ -56,11 +56,11 @@ fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Scratc
 /// dropped.
 #[derive(Clone, Debug)]
 pub struct Scratch {
-    home: Arc<Home>,
+    process_dir: Arc<ProcessDir>,
 }
 
 #[derive(Debug)]
-struct Home {
+struct ProcessDir {
     base: PathBuf,
     path: PathBuf,
     task_dirs: AtomicU64,
@@ -68,15 +68,15 @@ struct Home {
     lock: Mutex<File>,
 }
 
-impl Home {
+impl ProcessDir {
     /// Creates the folder again after something removed it, such as a cleaner of temporary folders.
     fn restore(&self) -> Result<(), ScratchError> {
         let mut lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
         if self.path.join(OWNER_LOCK).exists() {
             return Ok(()); // another task created it
         }
-        let base_lock = enter(&self.base)?;
-        *lock = own(&self.path)?;
+        let base_lock = lock_base(&self.base)?;
+        *lock = create_process_dir(&self.path)?;
         drop(base_lock);
         tracing::warn!(event = "scratch.recreated", path = %self.path.display(), "scratch folder was removed, it was created again");
         Ok(())
@@ -84,7 +84,7 @@ impl Home {
 }
 
 /// Creates the base folder if it is missing, and waits for its lock.
-fn enter(base: &Path) -> Result<File, ScratchError> {
+fn lock_base(base: &Path) -> Result<File, ScratchError> {
     match make_private(base, true) {
         Err(err) if err.kind() == io::ErrorKind::AlreadyExists && base.is_dir() => {}
         made => made.map_err(failed("make scratch folder", base))?,
@@ -96,7 +96,7 @@ fn enter(base: &Path) -> Result<File, ScratchError> {
 }
 
 /// Creates the folder of this process and locks it.
-fn own(path: &Path) -> Result<File, ScratchError> {
+fn create_process_dir(path: &Path) -> Result<File, ScratchError> {
     match make_private(path, false) {
         Err(err) if err.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}
         made => made.map_err(failed("make", path))?,
@@ -107,7 +107,7 @@ fn own(path: &Path) -> Result<File, ScratchError> {
     Ok(held)
 }
 
-impl Drop for Home {
+impl Drop for ProcessDir {
     fn drop(&mut self) {
         if let Err(err) = remove_tree(&self.path) {
             tracing::warn!(event = "scratch.not_removed", path = %self.path.display(), error = %err, "scratch folder could not be removed");
@@ -119,44 +119,48 @@ impl Scratch {
     /// Creates this process's folder below `base` and removes the folders of ended processes. Creates `base` if it
     /// is missing. Blocks, so call it before the node serves.
     pub fn open(base: PathBuf) -> Result<Self, ScratchError> {
-        let base_lock = enter(&base)?;
+        let base_lock = lock_base(&base)?;
         sweep(&base).map_err(failed("read scratch folder", &base))?;
 
         let path = base.join(format!("{OWNER_PREFIX}{}-{}", std::process::id(), Uuid::new_v4().simple()));
-        let lock = Mutex::new(own(&path)?);
+        let lock = Mutex::new(create_process_dir(&path)?);
         drop(base_lock);
-        Ok(Self { home: Arc::new(Home { base, path, task_dirs: AtomicU64::new(0), lock }) })
+        Ok(Self { process_dir: Arc::new(ProcessDir { base, path, task_dirs: AtomicU64::new(0), lock }) })
     }
 
     /// The folder of this process, for files that the process needs until its end.
     #[must_use]
     pub fn path(&self) -> &Path {
-        &self.home.path
+        &self.process_dir.path
     }
 
     /// A directory for `task`, not created yet. Each call returns another path.
     #[must_use]
     pub fn task_dir(&self, task: &TaskId) -> TaskDir {
-        let number = self.home.task_dirs.fetch_add(1, Ordering::Relaxed);
-        let path = self.home.path.join(format!("{}-{number}", in_file_name(task)));
-        TaskDir(Arc::new(Place { path, stage: Mutex::new(Stage::Named), home: Arc::clone(&self.home) }))
+        let number = self.process_dir.task_dirs.fetch_add(1, Ordering::Relaxed);
+        let path = self.process_dir.path.join(format!("{}-{number}", in_file_name(task)));
+        TaskDir(Arc::new(Inner {
+            path,
+            state: Mutex::new(DirState::Named),
+            process_dir: Arc::clone(&self.process_dir),
+        }))
     }
 }
 
 /// A task's directory. Cheap to clone. It is removed with its content when the last clone is dropped.
 /// [`TaskDir::close`] removes it for all clones and returns the error.
 #[derive(Clone, Debug)]
-pub struct TaskDir(Arc<Place>);
+pub struct TaskDir(Arc<Inner>);
 
 #[derive(Debug)]
-struct Place {
+struct Inner {
     path: PathBuf,
-    stage: Mutex<Stage>,
-    home: Arc<Home>,
+    state: Mutex<DirState>,
+    process_dir: Arc<ProcessDir>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
+enum DirState {
     /// The node has not created it. The runner's SDK may have.
     Named,
     Created,
@@ -172,22 +176,22 @@ impl TaskDir {
 
     /// Creates it if it is missing, readable by this user only. Blocks.
     pub fn make(&self) -> Result<(), ScratchError> {
-        let mut stage = self.0.stage();
+        let mut state = self.0.state();
         // It may have been removed since it was created.
-        if *stage != Stage::Closed {
+        if *state != DirState::Closed {
             let mut made = make_private(&self.0.path, false);
             if made
                 .as_ref()
                 .is_err_and(|err| matches!(err.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory))
             {
-                self.0.home.restore()?;
+                self.0.process_dir.restore()?;
                 made = make_private(&self.0.path, false);
             }
             match made {
                 Err(err) if err.kind() == io::ErrorKind::AlreadyExists => {}
                 made => made.map_err(failed("make task directory", &self.0.path))?,
             }
-            *stage = Stage::Created;
+            *state = DirState::Created;
         }
         Ok(())
     }
@@ -205,33 +209,33 @@ impl TaskDir {
     }
 }
 
-impl Place {
-    fn stage(&self) -> MutexGuard<'_, Stage> {
-        self.stage.lock().unwrap_or_else(PoisonError::into_inner)
+impl Inner {
+    fn state(&self) -> MutexGuard<'_, DirState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn close_empty(&self) -> bool {
-        let mut stage = self.stage();
+        let mut state = self.state();
         let missing = |err: io::Error| err.kind() == io::ErrorKind::NotFound;
         // Most directories do not exist. To ask first saves 3 µs of the 80 µs of a no-op task: `rmdir` of a missing
         // name locks the parent.
         let empty = fs::symlink_metadata(&self.path).is_err_and(missing)
             || fs::remove_dir(&self.path).map_or_else(missing, |()| true);
-        *stage = if empty { Stage::Closed } else { Stage::Created };
+        *state = if empty { DirState::Closed } else { DirState::Created };
         empty
     }
 
     fn close(&self) -> io::Result<()> {
-        let mut stage = self.stage();
-        if *stage == Stage::Closed {
+        let mut state = self.state();
+        if *state == DirState::Closed {
             return Ok(());
         }
-        *stage = Stage::Closed;
+        *state = DirState::Closed;
         remove_tree(&self.path)
     }
 }
 
-impl Drop for Place {
+impl Drop for Inner {
     fn drop(&mut self) {
         if let Err(err) = self.close() {
             tracing::warn!(event = "task.directory_not_removed", path = %self.path.display(), error = %err, "task directory could not be removed");
@@ -243,19 +247,19 @@ impl Drop for Place {
 fn sweep(base: &Path) -> io::Result<()> {
     for entry in fs::read_dir(base)? {
         let entry = entry?;
-        let ours = entry.file_name().to_string_lossy().starts_with(OWNER_PREFIX);
+        let is_process_dir = entry.file_name().to_string_lossy().starts_with(OWNER_PREFIX);
         // `file_type` does not follow links, so a link to another folder is never entered.
-        if !ours || !entry.file_type()?.is_dir() {
+        if !is_process_dir || !entry.file_type()?.is_dir() {
             continue;
         }
         let path = entry.path();
-        let dead = match File::options().read(true).write(true).open(path.join(OWNER_LOCK)) {
+        let ended = match File::options().read(true).write(true).open(path.join(OWNER_LOCK)) {
             Ok(file) => file.try_lock().is_ok(),
             // Its owner ended after it created the folder and before it created the lock. No living process is
             // between these steps now, because we hold the base lock.
             Err(err) => err.kind() == io::ErrorKind::NotFound,
         };
-        if !dead {
+        if !ended {
             continue;
         }
         match remove_tree(&path) {
@@ -274,7 +278,7 @@ fn sweep(base: &Path) -> io::Result<()> {
 fn remove_tree(path: &Path) -> io::Result<()> {
     match fs::remove_dir_all(path) {
         Err(err) if err.kind() == io::ErrorKind::PermissionDenied => {
-            open_up(path);
+            make_writable(path);
             match fs::remove_dir_all(path) {
                 Err(err) if err.kind() == io::ErrorKind::NotFound => Ok(()),
                 result => result,
@@ -287,7 +291,7 @@ fn remove_tree(path: &Path) -> io::Result<()> {
 
 /// Makes every directory of a tree writable for this user. Errors are ignored, because the removal that follows
 /// reports them.
-fn open_up(path: &Path) {
+fn make_writable(path: &Path) {
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
@@ -295,7 +299,7 @@ fn open_up(path: &Path) {
     }
     for entry in fs::read_dir(path).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            open_up(&entry.path());
+            make_writable(&entry.path());
         }
     }
 }
@@ -348,12 +352,12 @@ mod tests {
             assert_eq!(mode & 0o777, 0o700, "{}", path.display());
         }
         fs::write(one.path().join("file"), b"x").expect("writable");
-        let gone = [one.path().to_owned(), two.path().to_owned()];
+        let missing = [one.path().to_owned(), two.path().to_owned()];
         drop(one);
         two.close().expect("closes");
-        assert!(gone.iter().all(|path| !path.exists()));
+        assert!(missing.iter().all(|path| !path.exists()));
         drop((two, scratch));
-        assert_eq!(folders(&base.path().join("deep/er")), 0, "a clean exit takes the process folder too");
+        assert_eq!(folders(&base.path().join("deep/er")), 0, "a clean exit removes the process folder too");
     }
 
     #[test]
@@ -368,7 +372,7 @@ mod tests {
 
         let dir = scratch.task_dir(&task());
         make_private(dir.path(), false).expect("made by a runner");
-        dir.make().expect("there already");
+        dir.make().expect("it exists");
         fs::write(dir.path().join("file"), b"x").expect("written");
         assert!(!dir.close_empty(), "it is not empty");
         dir.close().expect("removed");
@@ -387,7 +391,7 @@ mod tests {
             fs::set_permissions(path, fs::Permissions::from_mode(0o500)).expect("changed");
         }
         let path = task.path().to_owned();
-        task.close().expect("removed all the same");
+        task.close().expect("removed although read-only");
         assert!(!path.exists());
     }
 
@@ -398,7 +402,7 @@ mod tests {
         fs::remove_dir_all(task.path()).expect("removed");
         task.close().expect("nothing left to do");
         drop(task);
-        assert_eq!(folders(base.path()), 0, "the last task directory takes the process folder with it");
+        assert_eq!(folders(base.path()), 0, "the drop of the last task directory removes the process folder");
     }
 
     #[test]
@@ -406,19 +410,19 @@ mod tests {
         let base = base();
         let living = Scratch::open(base.path().to_owned()).expect("opens");
         let task = made(&living);
-        let dead = base.path().join("node-1-dead");
+        let ended = base.path().join("node-1-ended");
         let unlocked = base.path().join("node-2-before-its-lock");
         let other = base.path().join("other");
-        for dir in [&dead, &unlocked, &other] {
+        for dir in [&ended, &unlocked, &other] {
             fs::create_dir_all(dir.join("left")).expect("made");
         }
-        fs::write(dead.join(OWNER_LOCK), b"").expect("written");
+        fs::write(ended.join(OWNER_LOCK), b"").expect("written");
         std::os::unix::fs::symlink(&other, base.path().join("node-3-link")).expect("linked");
         let second = Scratch::open(base.path().to_owned()).expect("opens while the first lives");
-        assert!(!dead.exists() && !unlocked.exists());
+        assert!(!ended.exists() && !unlocked.exists());
         assert!(task.path().exists() && other.join("left").exists());
         drop(second);
-        assert!(task.path().exists(), "a clean exit takes only its own folder");
+        assert!(task.path().exists(), "a clean exit removes only its own folder");
     }
 
     #[test]

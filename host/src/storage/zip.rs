@@ -17,12 +17,12 @@ use std::{
 use tokio_util::{sync::CancellationToken, task::task_tracker::TaskTrackerToken};
 use zip::{CompressionMethod, ZipArchive, result::ZipError};
 
-use super::naming::{dataset_folder, shown};
+use super::naming::{dataset_folder, for_message};
 use crate::model::{PortError, PortErrorKind};
 
 /// Bytes of one read from an archive.
 const BLOCK_BYTES: usize = 128 * 1024;
-/// Up to so many bytes, an archive may unpack to any multiple of its size.
+/// An archive of at most so many bytes may unpack to any multiple of its size.
 const RATIO_FREE_BYTES: u64 = 16 << 20;
 /// Largest directory of an archive, in bytes. It is held in memory.
 const DIRECTORY_BYTES_MAX: u64 = 64 << 20;
@@ -50,7 +50,7 @@ impl Default for UnpackLimits {
 /// Why an archive was not unpacked.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum UnpackError {
-    #[error("it is no valid zip archive: {0}")]
+    #[error("it is not a valid zip archive: {0}")]
     Invalid(String),
     #[error("its entry {name} {why}")]
     Entry { name: String, why: String },
@@ -171,7 +171,7 @@ pub(crate) fn unpack(
         let path = into.join(&entry.path);
         let mut target = File::create_new(&path).map_err(disk(&path))?;
         let mut source = zip.by_index(entry.index)?;
-        let lies = |why: &str| UnpackError::Entry { name: quoted(&entry.path), why: why.to_owned() };
+        let bad_entry = |why: &str| UnpackError::Entry { name: quoted(&entry.path), why: why.to_owned() };
         let mut left = entry.size;
         loop {
             if stopped() {
@@ -181,13 +181,13 @@ pub(crate) fn unpack(
                 Ok(0) => break,
                 Ok(read) => read,
                 Err(err) if err.kind() == io::ErrorKind::Interrupted => continue,
-                Err(err) => return Err(lies(&format!("cannot be unpacked: {err}"))),
+                Err(err) => return Err(bad_entry(&format!("cannot be unpacked: {err}"))),
             };
-            left = left.checked_sub(read as u64).ok_or_else(|| lies("is longer than its directory says"))?;
+            left = left.checked_sub(read as u64).ok_or_else(|| bad_entry("is longer than its directory says"))?;
             target.write_all(&block[..read]).map_err(disk(&path))?;
         }
         if left > 0 {
-            return Err(lies("is shorter than its directory says"));
+            return Err(bad_entry("is shorter than its directory says"));
         }
         files.push(path);
     }
@@ -220,7 +220,7 @@ fn plan(zip: &mut ZipArchive<File>, archive_bytes: u64, limits: &UnpackLimits) -
     for index in 0..zip.len() {
         let entry = zip.by_index_data(index)?;
         let name = entry.name()?.into_owned();
-        let refuse = |why: &str| UnpackError::Entry { name: shown(&name), why: why.to_owned() };
+        let refuse = |why: &str| UnpackError::Entry { name: for_message(&name), why: why.to_owned() };
         let path = safe_path(&name).map_err(refuse)?;
         let folder = name.ends_with('/');
         // The upper bits of the mode name the kind of file. Archives of some systems have none.
@@ -239,7 +239,7 @@ fn plan(zip: &mut ZipArchive<File>, archive_bytes: u64, limits: &UnpackLimits) -
         }
         // Two names that differ only in case are one file on some systems.
         let key = |path: &Path| path.to_string_lossy().to_lowercase();
-        let twice = || UnpackError::Twice(shown(&name));
+        let twice = || UnpackError::Twice(for_message(&name));
         if path.as_os_str().is_empty() {
             return Err(refuse("has no name"));
         }
@@ -264,7 +264,7 @@ fn plan(zip: &mut ZipArchive<File>, archive_bytes: u64, limits: &UnpackLimits) -
         entries.push(Entry { index, path, folder, size: entry.size() });
     }
     if let Some(both) = files.intersection(&folders).next() {
-        return Err(UnpackError::Twice(shown(both)));
+        return Err(UnpackError::Twice(for_message(both)));
     }
     if total > limits.bytes {
         return Err(UnpackError::Bytes { found: total, max: limits.bytes });
@@ -337,9 +337,9 @@ fn check_directory(file: &mut File, size: u64, limits: &UnpackLimits) -> io::Res
 fn check_space(entries: &[Entry], into: &Path) -> Result<(), UnpackError> {
     #[cfg(unix)]
     {
-        let about =
+        let stat =
             rustix::fs::statvfs(into).map_err(|err| UnpackError::Disk { path: into.to_owned(), source: err.into() })?;
-        let free = about.f_bavail.saturating_mul(about.f_frsize);
+        let free = stat.f_bavail.saturating_mul(stat.f_frsize);
         let found = entries.iter().map(|entry| entry.size).fold(0, u64::saturating_add);
         if found > free {
             return Err(UnpackError::Space { found, free });
@@ -351,7 +351,7 @@ fn check_space(entries: &[Entry], into: &Path) -> Result<(), UnpackError> {
 }
 
 fn quoted(path: &Path) -> String {
-    shown(&path.to_string_lossy())
+    for_message(&path.to_string_lossy())
 }
 
 #[cfg(test)]

@@ -162,39 +162,39 @@ fn zip_bombs_are_refused_before_unpacking() {
     let err = check(&two, &UnpackLimits { files: 1, ..limits.clone() }).expect_err("too many");
     assert_eq!(err, "it contains 2 files and folders, at most 1 are allowed (UNPACK_FILES_MAX)");
     // The end record states a directory of 4 GiB.
-    let mut liar = two.clone();
-    let end = memchr::memmem::rfind(&liar, b"PK\x05\x06").expect("an end");
-    liar[end + 12..end + 16].copy_from_slice(&u32::MAX.to_le_bytes());
-    assert!(check(&liar, &limits).expect_err("too large").contains("directory has 4294967295 bytes"));
+    let mut changed = two.clone();
+    let end = memchr::memmem::rfind(&changed, b"PK\x05\x06").expect("an end");
+    changed[end + 12..end + 16].copy_from_slice(&u32::MAX.to_le_bytes());
+    assert!(check(&changed, &limits).expect_err("too large").contains("directory has 4294967295 bytes"));
 }
 
 #[test]
 fn sizes_in_the_directory_are_checked() {
     for size in [99_u32, 101] {
-        let mut liar = archive(&[("a", &[1; 100])]);
-        let at = listed(&liar, 0);
-        liar[at + 24..at + 28].copy_from_slice(&size.to_le_bytes());
-        refused(&liar, "its entry a ");
+        let mut changed = archive(&[("a", &[1; 100])]);
+        let at = listed(&changed, 0);
+        changed[at + 24..at + 28].copy_from_slice(&size.to_le_bytes());
+        refused(&changed, "its entry a ");
     }
 }
 
 #[test]
 fn damaged_archives_are_refused() {
-    let sound =
+    let valid =
         archive_with(&[("a", &[1; 1000])], SimpleFileOptions::default().compression_method(CompressionMethod::Stored));
-    refused(&sound[..sound.len() - 30], "no valid zip");
-    refused(&sound[500..], "no valid zip");
-    refused(b"ply\nformat ascii 1.0\n", "no valid zip");
-    refused(b"", "no valid zip");
-    let mut flipped = sound.clone();
+    refused(&valid[..valid.len() - 30], "not a valid zip");
+    refused(&valid[500..], "not a valid zip");
+    refused(b"ply\nformat ascii 1.0\n", "not a valid zip");
+    refused(b"", "not a valid zip");
+    let mut flipped = valid.clone();
     flipped[500] ^= 1;
     refused(&flipped, "its entry a cannot be unpacked: Invalid checksum");
-    let mut encrypted = sound.clone();
-    let at = listed(&sound, 0);
+    let mut encrypted = valid.clone();
+    let at = listed(&valid, 0);
     encrypted[at + 8] |= 1;
     encrypted[6] |= 1;
     refused(&encrypted, "is encrypted");
-    let mut unknown = sound;
+    let mut unknown = valid;
     unknown[at + 10..at + 12].copy_from_slice(&98_u16.to_le_bytes());
     refused(&unknown, "compressed by another method than deflate");
 }

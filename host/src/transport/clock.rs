@@ -32,18 +32,18 @@ struct Range {
 }
 
 impl Range {
-    /// Measures one answer: dated `date`, requested at `sent`, received at `received` by the local clock.
+    /// Measures one answer: dated `date`. `sent` and `received` are the times of the request and the answer, by the local clock.
     fn measured(date: Timestamp, sent: Timestamp, received: Timestamp) -> Self {
         Self { low: date.duration_since(received), high: date.duration_since(sent).saturating_add(DATE_RESOLUTION) }
     }
 
-    /// The intersection. If it is empty, a clock was set: then the newer range alone.
+    /// The intersection. If it is empty, a clock was changed: the newer range alone.
     fn and(self, newer: Self) -> Self {
         let both = Self { low: self.low.max(newer.low), high: self.high.min(newer.high) };
         if both.low <= both.high { both } else { newer }
     }
 
-    /// The correction, if the difference certainly exceeds `noise`.
+    /// The correction, if the difference is certain to exceed `noise`.
     fn beyond(self, noise: SignedDuration) -> Option<SignedDuration> {
         (self.low > noise || self.high < -noise).then(|| (self.low.saturating_add(self.high)) / 2)
     }
@@ -60,13 +60,13 @@ pub(super) struct Clocks {
 
 impl Clocks {
     /// Measures an answer of `host` that was requested at `sent` and has just arrived.
-    pub(super) fn note(&self, host: &str, headers: &HeaderMap, sent: BootInstant) -> Reading {
+    pub(super) fn measure(&self, host: &str, headers: &HeaderMap, sent: BootInstant) -> Reading {
         // The duration is read before the time of day. A process stop in between only widens the range.
         let (elapsed, received) = (BootInstant::now() - sent, Timestamp::now());
         let date = headers.get(header::DATE).and_then(|date| self.date(date.as_bytes()));
-        let asked = received.checked_sub(elapsed).unwrap_or(received);
-        let measured = date.map(|date| Range::measured(date, asked, received));
-        Reading { sent, range: self.take(host, measured) }
+        let requested_at = received.checked_sub(elapsed).unwrap_or(received);
+        let measured = date.map(|date| Range::measured(date, requested_at, received));
+        Reading { sent, range: self.update(host, measured) }
     }
 
     fn date(&self, text: &[u8]) -> Option<Timestamp> {
@@ -89,7 +89,7 @@ impl Clocks {
         Timestamp::now().saturating_add(ahead).expect("a difference of clocks fits a timestamp")
     }
 
-    fn take(&self, host: &str, measured: Option<Range>) -> Option<Range> {
+    fn update(&self, host: &str, measured: Option<Range>) -> Option<Range> {
         let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
         let mut known = hosts.iter_mut().find(|(known, _)| known == host).map(|(_, range)| range);
         let was = known.as_deref().copied();
@@ -130,16 +130,16 @@ pub(super) struct Reading {
 
 impl Reading {
     /// Converts `at` from the sender's clock to the local clock. `None`: the time had passed before the request was
-    /// sent. Such a time cannot apply to what the answer just issued.
-    pub(super) fn moment(&self, at: Timestamp) -> Option<BootInstant> {
-        let (now, today) = (BootInstant::now(), Timestamp::now());
-        let plain = at.duration_since(today);
+    /// sent. Such a time cannot belong to something that the answer has just issued.
+    pub(super) fn local_time(&self, at: Timestamp) -> Option<BootInstant> {
+        let (now, wall_clock) = (BootInstant::now(), Timestamp::now());
+        let plain = at.duration_since(wall_clock);
         // A short time needs an exact clock. A long one tolerates a small error.
         let noise = (plain / 10).clamp(SignedDuration::ZERO, NOISE);
         let ahead = self.range.and_then(|range| range.beyond(noise)).unwrap_or_default();
         let left = plain.saturating_sub(ahead);
-        let moment = if left.is_negative() { now.back(left.unsigned_abs()) } else { now + left.unsigned_abs() };
-        (moment > self.sent).then_some(moment)
+        let local_time = if left.is_negative() { now.back(left.unsigned_abs()) } else { now + left.unsigned_abs() };
+        (local_time > self.sent).then_some(local_time)
     }
 
     /// Whether the sender's clock has been measured, by this answer or an earlier one.
@@ -148,8 +148,8 @@ impl Reading {
     }
 
     /// The time left until the sender's `at`. `None`: it has passed.
-    pub(super) fn left(&self, at: Timestamp) -> Option<Duration> {
-        self.moment(at).map(BootInstant::left).filter(|left| !left.is_zero())
+    pub(super) fn time_left(&self, at: Timestamp) -> Option<Duration> {
+        self.local_time(at).map(BootInstant::left).filter(|left| !left.is_zero())
     }
 }
 
@@ -174,7 +174,7 @@ mod tests {
         let mut last = None;
         for answer in answers {
             let [date, sent, received] = answer.split(' ').collect::<Vec<_>>()[..] else { panic!("three numbers") };
-            last = clocks.take("h", Some(Range::measured(at(date), at(sent), at(received))));
+            last = clocks.update("h", Some(Range::measured(at(date), at(sent), at(received))));
         }
         let range = last.expect("there was an answer");
         let shown = |time: SignedDuration| format!("{:.1}", time.as_secs_f64());
@@ -210,7 +210,7 @@ mod tests {
     fn left(ahead: &str, at: &str) -> Option<f64> {
         let range = Range { low: seconds(ahead), high: seconds(ahead) };
         let reading = Reading { sent: BootInstant::now().back(Duration::from_secs(1)), range: Some(range) };
-        let left = reading.left(Timestamp::now() + seconds(at))?;
+        let left = reading.time_left(Timestamp::now() + seconds(at))?;
         Some((left.as_secs_f64() * 10.0).round() / 10.0)
     }
 
@@ -228,11 +228,11 @@ mod tests {
     fn times_before_the_request_are_ignored() {
         assert_eq!(left("0", "-60"), None);
         let reading = Reading { sent: BootInstant::now().back(Duration::from_secs(5)), range: None };
-        let between = reading.moment(Timestamp::now() - SignedDuration::from_secs(2));
+        let between = reading.local_time(Timestamp::now() - SignedDuration::from_secs(2));
         assert!(between.is_some_and(BootInstant::has_passed), "it ended while the answer was in transit");
-        assert_eq!(reading.left(Timestamp::now() - SignedDuration::from_secs(2)), None);
-        assert_eq!(reading.moment(Timestamp::MIN), None);
-        assert!(reading.moment(Timestamp::MAX).is_some());
+        assert_eq!(reading.time_left(Timestamp::now() - SignedDuration::from_secs(2)), None);
+        assert_eq!(reading.local_time(Timestamp::MIN), None);
+        assert!(reading.local_time(Timestamp::MAX).is_some());
     }
 
     #[test]

@@ -160,8 +160,8 @@ impl Answer {
     /// Converts `at` from the clock of the service to the local clock. `None`: the time had passed before the request
     /// was sent.
     #[must_use]
-    pub fn moment(&self, at: Timestamp) -> Option<BootInstant> {
-        self.clock.moment(at)
+    pub fn local_time(&self, at: Timestamp) -> Option<BootInstant> {
+        self.clock.local_time(at)
     }
 
     /// Whether the clock of the service is known. It is unknown if the service never sent a `Date`.
@@ -173,7 +173,7 @@ impl Answer {
     /// The time left until `at`, which follows the clock of the service. `None`: it has passed.
     #[must_use]
     pub fn left_until(&self, at: Timestamp) -> Option<Duration> {
-        self.clock.left(at)
+        self.clock.time_left(at)
     }
 
     /// Decodes the body as JSON.
@@ -381,7 +381,7 @@ impl Client {
         let answered = self.pool.request(self.for_proxy(request)).await;
         let (response, connection) = answered.map_err(|reason| unreachable(host, reason))?;
         let (parts, body) = response.into_parts();
-        let clock = self.clocks.note(host.as_str(), &parts.headers, sent);
+        let clock = self.clocks.measure(host.as_str(), &parts.headers, sent);
         *head = Some((parts, clock));
         let body = read_capped(body, JSON_BYTES_MAX, host.as_str()).await?;
         self.pool.give_back(connection);
@@ -520,7 +520,7 @@ mod tests {
                 headers: http::HeaderMap::new(),
                 body: body.into(),
                 host: Authority::from_static("plane"),
-                clock: Clocks::default().note("", &http::HeaderMap::new(), BootInstant::now()),
+                clock: Clocks::default().measure("", &http::HeaderMap::new(), BootInstant::now()),
             };
             let text = answer.excerpt_without(&["", "top-secret"]);
             assert!(!text.contains("top-"), "{text}");

@@ -68,7 +68,7 @@ enum State {
     /// In a body without `size`, which ends at a delimiter on its own line.
     Searched { lf: bool, begun: bool },
     /// After the closing delimiter.
-    Over,
+    Ended,
 }
 
 /// See the module documentation.
@@ -79,11 +79,11 @@ pub(crate) struct Parser {
     ended: bool,
     state: State,
     /// Whether anything but line ends has arrived.
-    seen: bool,
+    has_content: bool,
 }
 
 /// What a position in the buffer holds.
-enum Mark {
+enum Delimiter {
     /// Not a delimiter (for instance a longer word with the same beginning).
     None,
     /// More bytes are needed to decide.
@@ -109,12 +109,12 @@ impl Parser {
             return Err(refused());
         }
         let delimiter = format!("--{boundary}").into_bytes();
-        Ok(Self { delimiter, buffer: Bytes::new(), ended: false, state: State::Preamble, seen: false })
+        Ok(Self { delimiter, buffer: Bytes::new(), ended: false, state: State::Preamble, has_content: false })
     }
 
     /// Adds the next bytes of the body. Call [`Parser::next`] until it returns `None` in between.
     pub(crate) fn feed(&mut self, bytes: Bytes) {
-        self.seen |= bytes.iter().any(|byte| !matches!(byte, b'\r' | b'\n'));
+        self.has_content |= bytes.iter().any(|byte| !matches!(byte, b'\r' | b'\n'));
         if self.buffer.is_empty() {
             self.buffer = bytes;
         } else {
@@ -144,7 +144,7 @@ impl Parser {
                 State::Sized { left: 0, size } => self.state = State::Between { size },
                 State::Sized { left, size } => {
                     if self.buffer.is_empty() {
-                        return self.starve("a part has fewer bytes than its size");
+                        return self.need_more("a part has fewer bytes than its size");
                     }
                     let take = usize::try_from(left).unwrap_or(usize::MAX).min(self.buffer.len());
                     self.state = State::Sized { left: left - take as u64, size };
@@ -152,22 +152,22 @@ impl Parser {
                 }
                 State::Between { size } => {
                     let skip = line_end(&self.buffer).unwrap_or(0);
-                    match self.mark(skip) {
-                        Mark::Part { .. } | Mark::Close => {
+                    match self.delimiter_at(skip) {
+                        Delimiter::Part { .. } | Delimiter::Close => {
                             return Ok(Some(self.end_part(skip)));
                         }
-                        Mark::Open => return Ok(None),
+                        Delimiter::Open => return Ok(None),
                         // A CR alone may be the beginning of a line end. At the end of the body, a partial delimiter
                         // means that the body was cut off.
-                        Mark::None if !self.ended && *self.buffer == *b"\r" => return Ok(None),
-                        Mark::None if self.ended && self.cut_off(skip) => {
+                        Delimiter::None if !self.ended && *self.buffer == *b"\r" => return Ok(None),
+                        Delimiter::None if self.ended && self.cut_off(skip) => {
                             return Err(PartsError::Truncated("the closing boundary is missing"));
                         }
-                        Mark::None => return Err(PartsError::LongerThanSize(size)),
+                        Delimiter::None => return Err(PartsError::LongerThanSize(size)),
                     }
                 }
                 State::Searched { lf, begun } => return self.search(lf, begun),
-                State::Over => {
+                State::Ended => {
                     self.buffer.clear();
                     return Ok(None);
                 }
@@ -176,27 +176,27 @@ impl Parser {
     }
 
     /// Waits for more bytes. At the end of the body, `what` is the error.
-    fn starve(&self, what: &'static str) -> Result<Option<PartsEvent>, PartsError> {
+    fn need_more(&self, what: &'static str) -> Result<Option<PartsEvent>, PartsError> {
         if self.ended { Err(PartsError::Truncated(what)) } else { Ok(None) }
     }
 
     /// What the buffer holds at `at`, where a delimiter may begin.
-    fn mark(&self, at: usize) -> Mark {
+    fn delimiter_at(&self, at: usize) -> Delimiter {
         let rest = &self.buffer[at.min(self.buffer.len())..];
         if rest.len() < self.delimiter.len() {
-            return if !self.ended && self.delimiter.starts_with(rest) { Mark::Open } else { Mark::None };
+            return if !self.ended && self.delimiter.starts_with(rest) { Delimiter::Open } else { Delimiter::None };
         }
-        let Some(tail) = rest.strip_prefix(self.delimiter.as_slice()) else { return Mark::None };
+        let Some(tail) = rest.strip_prefix(self.delimiter.as_slice()) else { return Delimiter::None };
         if tail.starts_with(b"--") {
-            return Mark::Close;
+            return Delimiter::Close;
         }
         let blank = tail.iter().take_while(|byte| matches!(byte, b' ' | b'\t')).count();
         let after = &tail[blank..];
         match line_end(after) {
-            Some(end) => Mark::Part { skip: self.delimiter.len() + blank + end, lf: end == 1 },
-            None if self.ended || blank > HEAD_BYTES_MAX => Mark::None,
-            None if after.is_empty() || after == b"\r" || tail == b"-" => Mark::Open,
-            None => Mark::None,
+            Some(end) => Delimiter::Part { skip: self.delimiter.len() + blank + end, lf: end == 1 },
+            None if self.ended || blank > HEAD_BYTES_MAX => Delimiter::None,
+            None if after.is_empty() || after == b"\r" || tail == b"-" => Delimiter::Open,
+            None => Delimiter::None,
         }
     }
 
@@ -205,17 +205,17 @@ impl Parser {
         let mut from = 0;
         while let Some(at) = find(&self.buffer[from..], self.delimiter[0]) {
             let at = from + at;
-            match self.mark(at) {
-                Mark::Part { .. } | Mark::Close => return Ok(Some(at)),
-                Mark::Open => {
+            match self.delimiter_at(at) {
+                Delimiter::Part { .. } | Delimiter::Close => return Ok(Some(at)),
+                Delimiter::Open => {
                     let _ = self.buffer.split_to(at);
                     return Ok(None);
                 }
-                Mark::None => from = at + 1,
+                Delimiter::None => from = at + 1,
             }
         }
         self.buffer.clear();
-        match (self.ended, self.seen) {
+        match (self.ended, self.has_content) {
             (true, true) => Err(PartsError::NoBoundary),
             _ => Ok(None),
         }
@@ -223,15 +223,15 @@ impl Parser {
 
     /// Skips the delimiter at `skip`. There must be one.
     fn pass(&mut self, skip: usize) -> Result<Option<PartsEvent>, PartsError> {
-        match self.mark(skip) {
-            Mark::Part { skip: more, lf } => {
+        match self.delimiter_at(skip) {
+            Delimiter::Part { skip: more, lf } => {
                 let _ = self.buffer.split_to(skip + more);
                 self.state = State::Head { lf };
                 Ok(None)
             }
             _ => {
                 self.buffer.clear();
-                self.state = State::Over;
+                self.state = State::Ended;
                 Ok(Some(PartsEvent::End))
             }
         }
@@ -275,7 +275,7 @@ impl Parser {
         if self.buffer.len() > HEAD_BYTES_MAX {
             return Err(PartsError::HeadTooLarge);
         }
-        self.starve("it stops inside a header block")
+        self.need_more("it stops inside a header block")
     }
 
     /// Reads a body without `size`: all bytes before a line end and a delimiter.
@@ -283,12 +283,12 @@ impl Parser {
         let end: &[u8] = if lf { b"\n" } else { b"\r\n" };
         // An empty body may have no line end of its own before the delimiter.
         if !begun {
-            match self.mark(0) {
-                Mark::Part { .. } | Mark::Close => {
+            match self.delimiter_at(0) {
+                Delimiter::Part { .. } | Delimiter::Close => {
                     return Ok(Some(self.end_part(0)));
                 }
-                Mark::Open => return self.starve("the closing boundary is missing"),
-                Mark::None => {}
+                Delimiter::Open => return self.need_more("the closing boundary is missing"),
+                Delimiter::None => {}
             }
         }
         let mut from = 0;
@@ -300,18 +300,18 @@ impl Parser {
                 break if self.ended { self.buffer.len() } else { at };
             }
             if rest.starts_with(end) {
-                match self.mark(at + end.len()) {
-                    Mark::Part { .. } | Mark::Close if at == 0 => {
+                match self.delimiter_at(at + end.len()) {
+                    Delimiter::Part { .. } | Delimiter::Close if at == 0 => {
                         return Ok(Some(self.end_part(end.len())));
                     }
-                    Mark::Part { .. } | Mark::Close | Mark::Open => break at,
-                    Mark::None => {}
+                    Delimiter::Part { .. } | Delimiter::Close | Delimiter::Open => break at,
+                    Delimiter::None => {}
                 }
             }
             from = at + 1;
         };
         if safe == 0 {
-            return self.starve("the closing boundary is missing");
+            return self.need_more("the closing boundary is missing");
         }
         self.state = State::Searched { lf, begun: true };
         Ok(Some(PartsEvent::Data(self.buffer.split_to(safe))))

@@ -54,7 +54,7 @@ fn bodies(kind: &str, body: &str) -> Vec<String> {
 #[track_caller]
 fn refusal(body: &str) -> PartsError {
     let whole = parse(TYPE, body.as_bytes(), || usize::MAX).expect_err("refused");
-    assert_eq!(parse(TYPE, body.as_bytes(), || 1).expect_err("refused byte by byte"), whole);
+    assert_eq!(parse(TYPE, body.as_bytes(), || 1).expect_err("rejected byte by byte"), whole);
     whole
 }
 
@@ -149,7 +149,7 @@ fn quoted_values_keep_semicolons_and_escaped_quotes() {
 }
 
 #[test]
-fn empty_bodies_are_no_error() {
+fn empty_bodies_are_accepted() {
     for body in ["", "\r\n", "--q7--", "--q7--\r\n", "\r\n--q7--\r\n"] {
         assert_eq!(bodies(TYPE, body), [""; 0], "{body:?}");
     }

@@ -33,16 +33,16 @@ async fn server(behaviour: Behaviour) -> Server {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
     let url = format!("http://{}/path?query", listener.local_addr().expect("an address"));
     let opened = Arc::new(AtomicUsize::new(0));
-    let (tell, closed) = tokio::sync::mpsc::unbounded_channel();
+    let (received_by_connection, closed) = tokio::sync::mpsc::unbounded_channel();
     let count = Arc::clone(&opened);
     let task = tokio::spawn(async move {
         loop {
             let (socket, _) = listener.accept().await.expect("a connection");
             count.fetch_add(1, Ordering::Relaxed);
-            let tell = tell.clone();
+            let received_by_connection = received_by_connection.clone();
             tokio::spawn(async move {
                 let received = serve(socket, behaviour).await;
-                let _ = tell.send(received);
+                let _ = received_by_connection.send(received);
             });
         }
     });
@@ -108,8 +108,8 @@ async fn idle_connections_are_bounded() {
 
 #[tokio::test]
 async fn timed_out_request_releases_its_permit() {
-    let silent = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    let url = format!("http://{}", silent.local_addr().expect("an address"));
+    let hung = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let url = format!("http://{}", hung.local_addr().expect("an address"));
     let server = server(Behaviour { answers: 1, head: "content-length: 3" }).await;
     let client = Client::new(Config { at_once: 1, ..Config::default() });
     let hangs = client.call(ask(&url), Duration::from_millis(20)).await;

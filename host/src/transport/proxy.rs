@@ -14,14 +14,14 @@ use super::is_loopback;
 pub struct Proxies(Option<Arc<Matcher>>);
 
 impl Proxies {
-    /// Creates the proxies from their URLs. `None`: no proxy. `without` is a list in the form of `NO_PROXY`.
+    /// Creates the proxies from their URLs. `None`: no proxy. `no_proxy` is a list in the form of `NO_PROXY`.
     #[must_use]
-    pub fn new(http: Option<&str>, https: Option<&str>, all: Option<&str>, without: &str) -> Self {
+    pub fn new(http: Option<&str>, https: Option<&str>, all: Option<&str>, no_proxy: &str) -> Self {
         if http.or(https).or(all).is_none() {
             return Self(None);
         }
         let text = |url: Option<&str>| url.unwrap_or_default().to_owned();
-        let matcher = Matcher::builder().http(text(http)).https(text(https)).all(text(all)).no(without.to_owned());
+        let matcher = Matcher::builder().http(text(http)).https(text(https)).all(text(all)).no(no_proxy.to_owned());
         Self(Some(Arc::new(matcher.build())))
     }
 
@@ -31,14 +31,14 @@ impl Proxies {
     /// The expected form.
     pub fn check(url: &str) -> Result<(), &'static str> {
         const EXPECTED: &str = "expected the URL of an http or https proxy, such as http://proxy.example:3128";
-        let whole = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
-        let parsed = Url::parse(&whole).map_err(|_| EXPECTED)?;
+        let full = if url.contains("://") { url.to_owned() } else { format!("http://{url}") };
+        let parsed = Url::parse(&full).map_err(|_| EXPECTED)?;
         if !matches!(parsed.scheme(), "http" | "https") || parsed.host().is_none() {
             return Err(EXPECTED);
         }
         // The matcher ignores invalid URLs. A configured proxy must never be ignored.
-        let anywhere = Uri::from_static("https://example.com");
-        let read = Matcher::builder().all(url.to_owned()).build().intercept(&anywhere);
+        let any_uri = Uri::from_static("https://example.com");
+        let read = Matcher::builder().all(url.to_owned()).build().intercept(&any_uri);
         if read.is_some() { Ok(()) } else { Err(EXPECTED) }
     }
 

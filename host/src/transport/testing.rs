@@ -1,6 +1,6 @@
-//! A service whose answers a test gives.
+//! A test service. The test decides each answer.
 //!
-//! Requests arrive at [`Service::next`] in order. Each waits until the test answers it. So tests await events instead of
+//! Requests arrive at [`Service::next`] in order. Each waits until the test answers it. Thus tests await events instead of
 //! sleeping, and see each request exactly.
 
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! The trusted certificate authorities: those of the system, and those of a bundle.
+//! The trusted certificate authorities, from the system and from a bundle.
 
 use std::{
     path::Path,
@@ -50,7 +50,7 @@ impl Roots {
 
     /// TLS that trusts these authorities.
     pub(super) fn tls(&self) -> Arc<ClientConfig> {
-        let made = self.tls.get_or_init(|| {
+        let config = self.tls.get_or_init(|| {
             let mut roots = RootCertStore::empty();
             let found = rustls_native_certs::load_native_certs();
             for problem in &found.errors {
@@ -63,7 +63,7 @@ impl Roots {
             }
             config(roots)
         });
-        Arc::clone(made)
+        Arc::clone(config)
     }
 
     /// TLS without authorities, for connections without TLS.

@@ -301,7 +301,7 @@ async fn inspect_refuses_with_one_line_and_exit_4() {
     let text = folder.write("text.so", "hello");
     let cases = [
         (text, "expected a shared library, found text; build the runner as a cdylib"),
-        (pipe, "expected a shared library, found something that is no regular file; build the runner as a cdylib"),
+        (pipe, "expected a shared library, found something that is not a regular file; build the runner as a cdylib"),
         (folder.root().to_owned(), "is a directory, expected a library file; folders are not searched recursively"),
         (
             folder.path("absent.so"),
@@ -540,11 +540,11 @@ async fn new_plugin_needs_name_folder_and_sdk() {
     assert!(said.stderr.contains("holds no runner-sdk"), "{}", said.stderr);
     folder.write("something", "here");
     let said = new(&folder, &["mine", "--dir", "plugins", "--sdk", &sdk]).await.expect(2);
-    assert!(said.stderr.contains("is there already and not an empty folder"), "{}", said.stderr);
+    assert!(said.stderr.contains("exists and is not an empty folder"), "{}", said.stderr);
     assert_eq!(said.stderr.lines().count(), 1);
     let said = new(&folder, &["mine", "--dir", "plugins/something/deep/er", "--sdk", &sdk]).await.expect(2);
     let blocked =
-        "error: plugins/something/deep/er: expected a folder, found a file at plugins/something; name another place";
+        "error: plugins/something/deep/er: expected a folder, found a file at plugins/something; name another path";
     assert_eq!(said.stderr, blocked);
     assert!(!folder.root().join("mine").exists());
 }

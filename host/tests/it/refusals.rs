@@ -85,7 +85,10 @@ async fn non_library_files_are_refused() {
             "dangling.so",
             "cannot be read: No such file or directory (os error 2); check that it exists and that this user may read it",
         ),
-        ("pipe.so", "expected a shared library, found something that is no regular file; build the runner as a cdylib"),
+        (
+            "pipe.so",
+            "expected a shared library, found something that is not a regular file; build the runner as a cdylib",
+        ),
     ];
     check(&folder, &reasons).await;
 }

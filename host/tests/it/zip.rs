@@ -68,7 +68,7 @@ async fn unsafe_archives_are_refused_in_one_line() {
             archive(deflated, &["a", "b", "c", "d"].map(|name| (name, small))),
             "at most 3 are allowed (UNPACK_FILES_MAX)",
         ),
-        (b"not an archive".to_vec(), "it is no valid zip archive: its end is missing; is the upload complete?"),
+        (b"not an archive".to_vec(), "it is not a valid zip archive: its end is missing; is the upload complete?"),
     ] {
         let name = format!("scans {}", bytes.len());
         let ended = inputs(&test_server, &node, &name, "zip_data", &bytes).await;

@@ -435,11 +435,11 @@ fn lease_end(answer: &Answer, at: Option<Timestamp>) -> Option<BootInstant> {
 /// It cannot apply to a lease or token that was just issued.
 fn local_time(answer: &Answer, at: Option<Timestamp>) -> Option<BootInstant> {
     let at = at?;
-    let moment = answer.moment(at);
-    if moment.is_none() {
+    let converted = answer.local_time(at);
+    if converted.is_none() {
         tracing::debug!(at = %at, "a time of the control plane is in the past and is ignored");
     }
-    moment
+    converted
 }
 
 /// The values of a heartbeat's `status` that mean a cancel (posemesh.md section 10.3). `canceled` of the job API is not

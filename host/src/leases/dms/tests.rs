@@ -136,7 +136,7 @@ async fn times_follow_the_clock_of_the_control_plane() {
     for off in [0, 1200, -1200] {
         let now = Timestamp::now() + jiff::SignedDuration::from_secs(off);
         let at = |seconds| (now + jiff::SignedDuration::from_secs(seconds)).to_string();
-        let minute = |moment: Option<BootInstant>| moment.map(|at| (58..=61).contains(&at.left().as_secs()));
+        let minute = |time: Option<BootInstant>| time.map(|at| (58..=61).contains(&at.left().as_secs()));
         let mut envelope = sample_envelope();
         envelope["lease_expires_at"] = at(60).into();
         envelope["access_token_expires_at"] = at(60).into();

@@ -6,6 +6,6 @@ mod unix;
 mod windows;
 
 #[cfg(unix)]
-pub(super) use unix::{Sealed, leave, on_exit};
+pub(super) use unix::{Sealed, exit_process, on_exit};
 #[cfg(windows)]
-pub(super) use windows::{Sealed, leave, on_exit};
+pub(super) use windows::{Sealed, exit_process, on_exit};

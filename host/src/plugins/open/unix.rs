@@ -20,12 +20,12 @@ const RTLD_NODELETE: i32 = 0;
 /// Checked bytes in a place that nobody else can change.
 pub(in crate::plugins) struct Sealed {
     path: PathBuf,
-    /// Stays open until the process ends. glibc recognises libraries by path. If a number were used twice, glibc
-    /// would return the library of its first use.
-    keep: Keep,
+    /// Stays open until the process ends. glibc recognises libraries by path. If a descriptor number were used twice, glibc
+    /// would return the library of the first use.
+    storage: Storage,
 }
 
-enum Keep {
+enum Storage {
     #[cfg(target_os = "linux")]
     Memory(OwnedFd),
     Folder(tempfile::TempDir),
@@ -52,7 +52,7 @@ impl Sealed {
         let fd = OwnedFd::from(file);
         fcntl_add_seals(&fd, SealFlags::WRITE | SealFlags::GROW | SealFlags::SHRINK | SealFlags::SEAL)?;
         let path = PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()));
-        Ok(Self { path, keep: Keep::Memory(fd) })
+        Ok(Self { path, storage: Storage::Memory(fd) })
     }
 
     fn private_copy(name: &str, bytes: &[u8]) -> io::Result<Self> {
@@ -60,7 +60,7 @@ impl Sealed {
         let path = folder.path().join(name);
         let mut file = File::create_new(&path)?;
         file.write_all(bytes)?;
-        Ok(Self { path, keep: Keep::Folder(folder) })
+        Ok(Self { path, storage: Storage::Folder(folder) })
     }
 
     /// Maps the library and runs its constructors.
@@ -69,11 +69,11 @@ impl Sealed {
         // the exact bytes that were hashed and inspected.
         let library = unsafe { Library::open(Some(&self.path), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE) };
         let library = library.map_err(|err| self.words(&err))?;
-        match self.keep {
+        match self.storage {
             #[cfg(target_os = "linux")]
-            Keep::Memory(fd) => std::mem::forget(fd),
+            Storage::Memory(fd) => std::mem::forget(fd),
             // The copy can be removed after it is mapped.
-            Keep::Folder(folder) => drop(folder),
+            Storage::Folder(folder) => drop(folder),
         }
         Ok(Opened { library })
     }
@@ -90,7 +90,7 @@ impl Sealed {
 
 /// Ends the process now. No destructor and no exit handler of a library runs. The library's threads may still use
 /// what those would free. A thread whose constructor hangs holds the lock they wait for.
-pub(in crate::plugins) fn leave(code: u8) -> ! {
+pub(in crate::plugins) fn exit_process(code: u8) -> ! {
     unsafe extern "C" {
         fn _exit(code: std::ffi::c_int) -> !;
     }
@@ -98,14 +98,14 @@ pub(in crate::plugins) fn leave(code: u8) -> ! {
     unsafe { _exit(code.into()) }
 }
 
-/// Registers `told` to be called when any code calls `exit`.
-pub(in crate::plugins) fn on_exit(told: extern "C" fn()) {
+/// Registers `handler` to be called when any code calls `exit`.
+pub(in crate::plugins) fn on_exit(handler: extern "C" fn()) {
     unsafe extern "C" {
-        fn atexit(told: extern "C" fn()) -> std::ffi::c_int;
+        fn atexit(handler: extern "C" fn()) -> std::ffi::c_int;
     }
-    // SAFETY: `told` is a function of this program and exists until the process ends. If the registration fails for
+    // SAFETY: `handler` is a function of this program and exists until the process ends. If the registration fails for
     // lack of memory, an exit is not reported.
-    let _ = unsafe { atexit(told) };
+    let _ = unsafe { atexit(handler) };
 }
 
 /// A library that stays mapped.

@@ -31,12 +31,12 @@ impl Sealed {
 }
 
 /// Ends the process.
-pub(in crate::plugins) fn leave(code: u8) -> ! {
+pub(in crate::plugins) fn exit_process(code: u8) -> ! {
     std::process::exit(code.into())
 }
 
 /// Not supported on this system. Exits are not reported.
-pub(in crate::plugins) fn on_exit(_told: extern "C" fn()) {}
+pub(in crate::plugins) fn on_exit(_handler: extern "C" fn()) {}
 
 /// A library that stays mapped.
 pub(in crate::plugins) struct Opened {

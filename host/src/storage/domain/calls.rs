@@ -12,8 +12,8 @@ use url::Url;
 
 use super::{
     Inner,
-    retry::{Patience, passing},
-    source::{Pulse, Source, body},
+    retry::{Retries, transient},
+    source::{BodyProgress, Source, body},
 };
 use crate::{
     model::{CancelReason, PortError, PortErrorKind, Token},
@@ -69,7 +69,7 @@ impl<'a> Call<'a> {
 pub(super) struct Failed {
     pub(super) err: PortError,
     /// A transient failure: no answer, an incomplete or unreadable one, 5xx, 408, 425, 429.
-    pub(super) passing: bool,
+    pub(super) transient: bool,
     /// The server refuses requests of this size.
     pub(super) too_large: bool,
     /// How long the server asks to wait.
@@ -78,40 +78,40 @@ pub(super) struct Failed {
 
 impl From<PortError> for Failed {
     fn from(err: PortError) -> Self {
-        let passing = err.kind == PortErrorKind::Network;
-        Self { err, passing, too_large: false, after: None }
+        let transient = err.kind == PortErrorKind::Network;
+        Self { err, transient, too_large: false, after: None }
     }
 }
 
 impl Failed {
     /// The answer does not show whether the request was done.
-    pub(super) fn unread(err: PortError) -> Self {
-        Self { err, passing: true, too_large: false, after: None }
+    pub(super) fn unknown_result(err: PortError) -> Self {
+        Self { err, transient: true, too_large: false, after: None }
     }
 
     /// Waits before the next try. Returns the error if there must be none.
-    pub(super) async fn wait(self, patience: &mut Patience) -> Result<(), PortError> {
-        match self.passing {
-            true => patience.pause(self.err, self.after).await,
+    pub(super) async fn wait(self, retries: &mut Retries) -> Result<(), PortError> {
+        match self.transient {
+            true => retries.pause(self.err, self.after).await,
             false => Err(self.err),
         }
     }
 }
 
 impl Inner {
-    /// The patience for one request and its repetitions.
-    pub(super) fn patience(&self) -> Patience {
-        Patience::new(self.config.part_pause, self.config.patience)
+    /// The retries for one request and its repetitions.
+    pub(super) fn retries(&self) -> Retries {
+        Retries::new(self.config.part_pause, self.config.retry_limit)
     }
 
     /// Sends `call` until it succeeds or fails permanently, and decodes a 2xx answer. Only for calls that may be
     /// repeated after any failure.
     pub(super) async fn json<T: DeserializeOwned>(&self, call: &Call<'_>) -> Result<T, PortError> {
-        let mut patience = self.patience();
+        let mut retries = self.retries();
         loop {
             match self.try_json(call).await {
                 Ok(answer) => return Ok(answer),
-                Err(failed) => failed.wait(&mut patience).await?,
+                Err(failed) => failed.wait(&mut retries).await?,
             }
         }
     }
@@ -136,7 +136,7 @@ impl Inner {
         let after = transport::retry_after(response.headers());
         let excerpt = self.excerpt(response).await;
         let too_large = status == StatusCode::PAYLOAD_TOO_LARGE;
-        Err(Failed { err: status_error(call.what, status, &excerpt), passing: passing(status), too_large, after })
+        Err(Failed { err: status_error(call.what, status, &excerpt), transient: transient(status), too_large, after })
     }
 
     /// Decodes a JSON answer of at most [`JSON_BYTES_MAX`] bytes.
@@ -161,7 +161,7 @@ impl Inner {
                 TransportError::NotJson { host, bytes: body.len(), reason }
             })
         });
-        decoded.map_err(|err| Failed::unread(call.failed(&err)))
+        decoded.map_err(|err| Failed::unknown_result(call.failed(&err)))
     }
 
     /// Sends `call`, and once more with the newest bearer if the first one was refused.
@@ -205,8 +205,8 @@ impl Inner {
 
     async fn send_once(&self, call: &Call<'_>, token: Option<&Token>) -> Result<Response<Incoming>, PortError> {
         let length: u64 = call.payload.iter().map(Source::length).sum();
-        let pulse = Pulse::new(length);
-        let request = self.request(call, token, length, &pulse)?;
+        let progress = BodyProgress::new(length);
+        let request = self.request(call, token, length, &progress)?;
         if !self.held.check_deadline() {
             return Err(self.over().await);
         }
@@ -215,12 +215,12 @@ impl Inner {
         let limit = if length == 0 { answer } else { Duration::MAX };
         let sent = tokio::select! {
             sent = self.client.send(request, limit) => sent.map_err(|err| call.failed(&err)),
-            limit = pulse.silent(stall), if length > 0 => {
+            limit = progress.stalled(stall), if length > 0 => {
                 let host = call.url.authority().to_owned();
                 Err(call.failed(&TransportError::Timeout { host, limit }))
             }
         };
-        match pulse.fault.get() {
+        match progress.fault.get() {
             Some(fault) if sent.is_err() => {
                 let message = format!("{} failed: its file could not be read: {fault}", call.what);
                 Err(PortError::new(PortErrorKind::Local, message))
@@ -234,7 +234,7 @@ impl Inner {
         call: &Call<'_>,
         token: Option<&Token>,
         length: u64,
-        pulse: &std::sync::Arc<Pulse>,
+        progress: &std::sync::Arc<BodyProgress>,
     ) -> Result<Request<transport::Body>, PortError> {
         let bad = |kind, what: &str| PortError::new(kind, format!("{} is not possible: {what}", call.what));
         let mut request = Request::builder()
@@ -261,7 +261,7 @@ impl Inner {
         }
         let body = match call.payload.is_empty() {
             true => transport::full(Bytes::new()),
-            false => body(call.payload.clone(), pulse.clone()),
+            false => body(call.payload.clone(), progress.clone()),
         };
         request.body(body).map_err(|_| {
             bad(PortErrorKind::Setup, "CLIENT_ID or the URL contains characters that a request cannot hold")

@@ -7,7 +7,7 @@ use url::Url;
 
 use crate::{
     model::{Coordinates, PortError, PortErrorKind},
-    storage::naming::shown,
+    storage::naming::for_message,
 };
 
 /// The data an input names: at least one id or filter, never a whole domain.
@@ -66,18 +66,18 @@ pub(crate) fn resolve(cid: &str, server: &Url) -> Result<Target, PortError> {
         return Err(bad("the input id is empty; expected an id, a URL or a path".to_owned()));
     }
     let url = if cid.contains("://") {
-        Url::parse(cid).map_err(|err| bad(format!("input {} is not a URL: {err}", shown(cid))))?
+        Url::parse(cid).map_err(|err| bad(format!("input {} is not a URL: {err}", for_message(cid))))?
     } else if cid.starts_with('/') {
         // A path that begins with two slashes names a host. The check below finds it.
-        server.join(cid).map_err(|err| bad(format!("input {} is not a path: {err}", shown(cid))))?
+        server.join(cid).map_err(|err| bad(format!("input {} is not a path: {err}", for_message(cid))))?
     } else {
         return Ok(Target { ids: vec![cid.to_owned()], ..Target::default() });
     };
     if url.origin() != server.origin() || url.host().is_none() {
-        let (theirs, ours) = (url.origin().ascii_serialization(), server.origin().ascii_serialization());
-        let theirs = if url.host().is_none() { shown(cid) } else { theirs };
+        let (named, expected) = (url.origin().ascii_serialization(), server.origin().ascii_serialization());
+        let named = if url.host().is_none() { for_message(cid) } else { named };
         return Err(bad(format!(
-            "input names {theirs}, but the lease's domain server is {ours}; use its URL or an id"
+            "input names {named}, but the lease's domain server is {expected}; use its URL or an id"
         )));
     }
     let mut target = Target::default();
@@ -92,12 +92,12 @@ pub(crate) fn resolve(cid: &str, server: &Url) -> Result<Target, PortError> {
         }
     }
     let segments: Vec<String> = url.path_segments().into_iter().flatten().map(decoded).collect();
-    let place = segments.windows(3).position(|w| w[0] == "domains" && !w[1].is_empty() && w[2] == "data");
-    if let Some(at) = place {
+    let domains_at = segments.windows(3).position(|w| w[0] == "domains" && !w[1].is_empty() && w[2] == "data");
+    if let Some(at) = domains_at {
         let domain = &segments[at + 1];
-        // A segment that decodes to dots would leave the path that it becomes a part of.
+        // A segment that decodes to dots would change the path of the request.
         if matches!(domain.as_str(), "." | "..") {
-            return Err(bad(format!("input {} names no domain", shown(cid))));
+            return Err(bad(format!("input {} names no domain", for_message(cid))));
         }
         target.domain = Some(domain.clone());
         if let Some(id) = segments.get(at + 3).filter(|id| !id.is_empty()) {
@@ -108,7 +108,7 @@ pub(crate) fn resolve(cid: &str, server: &Url) -> Result<Target, PortError> {
         return Err(bad(format!(
             "input {} names neither an id nor a filter, which would fetch a whole domain; \
              expected …/domains/<domain>/data/<id> or ?ids=, ?name=, ?data_type=",
-            shown(cid)
+            for_message(cid)
         )));
     }
     Ok(target)

@@ -18,7 +18,7 @@ use crate::{
     model::{InputMeta, InputStream, Materialized, PortError, PortErrorKind},
     storage::{
         file::FileSink,
-        naming::{dataset_file, dataset_folder, shown},
+        naming::{dataset_file, dataset_folder, for_message},
         zip,
     },
     transport::multipart::PartHead,
@@ -40,7 +40,7 @@ struct FirstPart {
 enum State {
     Running(Box<Transfer>),
     /// Its end was returned.
-    Over,
+    Ended,
     /// Every later call returns the same error, so that a failure never looks like an end.
     Failed(PortError),
 }
@@ -55,7 +55,7 @@ impl InputStream for FirstPart {
         let state = &mut self.state;
         let next = async {
             let transfer = match state {
-                State::Over => return Ok(None),
+                State::Ended => return Ok(None),
                 State::Failed(err) => return Err(err.clone()),
                 State::Running(transfer) => transfer,
             };
@@ -63,8 +63,8 @@ impl InputStream for FirstPart {
                 Ok(Arrived::Data(data)) => Ok(Some(data)),
                 Ok(_) => {
                     // A stream has only the first part.
-                    transfer.leave().await;
-                    *state = State::Over;
+                    transfer.read_to_end().await;
+                    *state = State::Ended;
                     Ok(None)
                 }
                 Err(err) => {
@@ -95,7 +95,7 @@ pub(super) async fn materialize(inner: &Arc<Inner>, cid: &str) -> Result<Materia
             _ => None,
         };
     }
-    transfer.leave().await;
+    transfer.read_to_end().await;
     unfinished.keep();
     let path = files.remove(0);
     let meta = meta(cid, first);
@@ -118,7 +118,7 @@ async fn unpack(
     let into = (1..).map(|number| root.join(zip::folder(data_type, name, number)));
     let into = into.into_iter().find(|into| taken.insert(into.clone()));
     let into = into.expect("the numbers are unlimited");
-    let what = format!("archive {}", shown(name));
+    let what = format!("archive {}", for_message(name));
     let work = zip::unpacked(&what, archive.to_owned(), into, inner.config.unpack.clone(), Some(inner.tracker.token()));
     tokio::select! {
         biased;

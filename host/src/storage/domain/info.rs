@@ -16,9 +16,9 @@ use super::{
 use crate::model::{PortError, PortErrorKind};
 
 /// How long an answer is cached.
-const FRESH: Duration = Duration::from_secs(60);
+const CACHE_TIME: Duration = Duration::from_secs(60);
 
-/// Up to so many bytes, an artifact is sent in one request. A stream is held in memory until it is longer.
+/// An artifact of at most so many bytes is sent in one request. A stream is held in memory until it is longer.
 const SINGLE_BYTES_MAX: u64 = 4 * 1024 * 1024;
 /// The same for a file while the server's limits are unknown.
 const UNSTATED_BYTES_MAX: u64 = 64 * 1024;
@@ -58,11 +58,11 @@ impl Limits {
         })
     }
 
-    /// The largest payload of `plan` that is sent in one request without a try in parts.
+    /// The largest payload of `plan` that is sent in one request, without trying parts.
     pub(super) fn single_bytes_max(&self, plan: &Plan) -> u64 {
         // Boundary, part headers and line ends, with a margin.
-        let around = 512 + plan.name.len() as u64 + plan.data_type.len() as u64;
-        let most = self.request_bytes_max.map_or(u64::MAX, |limit| limit.saturating_sub(around));
+        let overhead = 512 + plan.name.len() as u64 + plan.data_type.len() as u64;
+        let most = self.request_bytes_max.map_or(u64::MAX, |limit| limit.saturating_sub(overhead));
         most.min(SINGLE_BYTES_MAX)
     }
 
@@ -96,7 +96,7 @@ impl Inner {
         let key = server.as_str().trim_end_matches('/').to_owned();
         let cache = &self.config.info.0;
         let lock = || cache.lock().expect("the cache is only read and set");
-        if let Some((_, limits)) = lock().get(&key).filter(|(asked, _)| asked.elapsed() < FRESH) {
+        if let Some((_, limits)) = lock().get(&key).filter(|(requested_at, _)| requested_at.elapsed() < CACHE_TIME) {
             return *limits;
         }
         let limits = match self.ask_limits(server).await {
@@ -107,7 +107,7 @@ impl Inner {
             }
         };
         let mut known = lock();
-        known.retain(|_, (asked, _)| asked.elapsed() < FRESH);
+        known.retain(|_, (requested_at, _)| requested_at.elapsed() < CACHE_TIME);
         known.insert(key, (Instant::now(), limits));
         limits
     }

@@ -61,8 +61,8 @@ pub struct Config {
     pub token_wait: Duration,
     /// First pause before a failed request is repeated. It grows with each try.
     pub part_pause: Duration,
-    /// How long a transfer without progress is repeated.
-    pub patience: Duration,
+    /// Retry limit of a transfer without progress.
+    pub retry_limit: Duration,
     /// Bytes in memory are charged to it.
     pub budget: Budget,
     /// Limits for the content of zip inputs.
@@ -85,7 +85,7 @@ impl Config {
             request_timeout: Duration::from_secs(30),
             token_wait: Duration::from_secs(3),
             part_pause: Duration::from_millis(250),
-            patience: Duration::from_secs(120),
+            retry_limit: Duration::from_secs(120),
             budget: Budget::unlimited(),
             unpack: UnpackLimits::default(),
             domain_hosts: Vec::new(),
@@ -115,7 +115,7 @@ impl Storage for DomainStorage {
     }
 }
 
-/// See the module's text.
+/// See the module documentation.
 pub struct DomainPorts {
     inner: Arc<Inner>,
 }
@@ -249,7 +249,7 @@ impl Inner {
     }
 
     /// The error of [`Self::over`] if that has happened.
-    async fn still_ours(&self) -> Result<(), PortError> {
+    async fn check_held(&self) -> Result<(), PortError> {
         let cancelled = self.held.cancel.reason() == Some(CancelReason::Plane);
         match cancelled || self.closed.is_cancelled() || !self.held.check_deadline() {
             true => Err(self.over().await),

@@ -12,7 +12,7 @@ const PAUSE_MAX: Duration = Duration::from_secs(10);
 
 /// The pauses and the time limit of one transfer. Progress resets both.
 #[derive(Debug)]
-pub(super) struct Patience {
+pub(super) struct Retries {
     pauses: Backoff,
     limit: Duration,
     /// The time of the first failure since the last progress.
@@ -20,7 +20,7 @@ pub(super) struct Patience {
     failures: u32,
 }
 
-impl Patience {
+impl Retries {
     /// Pauses of `first`, twice that, and so on. It gives up after `limit` without progress.
     pub(super) fn new(first: Duration, limit: Duration) -> Self {
         Self { pauses: Backoff::new(first, PAUSE_MAX, Jitter::Fifth), limit, since: None, failures: 0 }
@@ -60,7 +60,7 @@ impl Patience {
 }
 
 /// Whether the same request may succeed later.
-pub(super) fn passing(status: StatusCode) -> bool {
+pub(super) fn transient(status: StatusCode) -> bool {
     status.is_server_error() && status != StatusCode::NOT_IMPLEMENTED || matches!(status.as_u16(), 408 | 425 | 429)
 }
 
@@ -72,11 +72,11 @@ mod tests {
 
     #[test]
     fn pauses_grow_and_end_at_the_limit() {
-        let mut patience = Patience::new(SECOND, 30 * SECOND);
+        let mut retries = Retries::new(SECOND, 30 * SECOND);
         let began = Instant::now();
         let mut now = began;
         let mut pauses = Vec::new();
-        while let Some(pause) = patience.next_pause(None, now) {
+        while let Some(pause) = retries.next_pause(None, now) {
             pauses.push(pause.as_secs_f64());
             now += pause;
         }
@@ -85,16 +85,16 @@ mod tests {
             let middle = f64::from(1 << n).min(10.0);
             assert!((middle * 0.8..middle * 1.2).contains(pause), "{pauses:?}");
         }
-        patience.progress();
-        assert!(patience.next_pause(None, now).is_some(), "progress resets the limit");
+        retries.progress();
+        assert!(retries.next_pause(None, now).is_some(), "progress resets the limit");
     }
 
     #[test]
     fn retry_after_is_obeyed_within_the_limit() {
-        let mut patience = Patience::new(SECOND, 30 * SECOND);
+        let mut retries = Retries::new(SECOND, 30 * SECOND);
         let now = Instant::now();
-        assert_eq!(patience.next_pause(Some(20 * SECOND), now), Some(20 * SECOND));
-        assert_eq!(patience.next_pause(Some(Duration::MAX), now + 20 * SECOND), Some(10 * SECOND), "one last try");
-        assert_eq!(patience.next_pause(Some(20 * SECOND), now + 30 * SECOND), None);
+        assert_eq!(retries.next_pause(Some(20 * SECOND), now), Some(20 * SECOND));
+        assert_eq!(retries.next_pause(Some(Duration::MAX), now + 20 * SECOND), Some(10 * SECOND), "one last try");
+        assert_eq!(retries.next_pause(Some(20 * SECOND), now + 30 * SECOND), None);
     }
 }

@@ -44,49 +44,49 @@ const UNSENT_BYTES_MAX: u64 = 8 * 1024 * 1024;
 
 /// Progress of a body, and the error of its file.
 #[derive(Debug)]
-pub(super) struct Pulse {
+pub(super) struct BodyProgress {
     /// Bytes of the whole body.
     length: u64,
     began: Instant,
-    last: Mutex<Beat>,
+    last: Mutex<LastFrame>,
     /// Why the file could not be read.
     pub(super) fault: OnceLock<String>,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Beat {
+struct LastFrame {
     at: Instant,
     /// Bytes taken until then.
     taken: u64,
 }
 
-impl Pulse {
+impl BodyProgress {
     /// The progress of a body of `length` bytes.
     pub(super) fn new(length: u64) -> Arc<Self> {
         let began = Instant::now();
-        let last = Mutex::new(Beat { at: began, taken: 0 });
+        let last = Mutex::new(LastFrame { at: began, taken: 0 });
         Arc::new(Self { length, began, last, fault: OnceLock::new() })
     }
 
     /// Counts bytes that were taken.
-    fn beat(&self, bytes: usize) {
-        let mut last = self.last.lock().expect("a pulse is only read and set");
-        *last = Beat { at: Instant::now(), taken: last.taken + bytes as u64 };
+    fn count(&self, bytes: usize) {
+        let mut last = self.last.lock().expect("the lock is only held to read or set");
+        *last = LastFrame { at: Instant::now(), taken: last.taken + bytes as u64 };
     }
 
     /// Waits until no bytes were taken for `stall`. After the whole body was taken, the answer has a longer limit. It
-    /// is `stall` plus the time for the bytes in the system's buffers at the pace of the others.
-    pub(super) async fn silent(&self, stall: Duration) -> Duration {
+    /// is `stall` plus the time for the bytes in the system's buffers at the rate of the earlier bytes.
+    pub(super) async fn stalled(&self, stall: Duration) -> Duration {
         loop {
-            let last = *self.last.lock().expect("a pulse is only read and set");
+            let last = *self.last.lock().expect("the lock is only held to read or set");
             // A body of known length is not polled after its last byte.
             let limit = match last.taken >= self.length {
                 false => stall,
                 true => {
-                    // The first bytes filled those buffers at once, so they do not show the pace.
-                    let paced = last.taken.saturating_sub(UNSENT_BYTES_MAX).max(UNSENT_BYTES_MAX);
+                    // The first bytes filled those buffers at once, so they do not show the rate.
+                    let measured = last.taken.saturating_sub(UNSENT_BYTES_MAX).max(UNSENT_BYTES_MAX);
                     let unsent = last.taken.min(UNSENT_BYTES_MAX);
-                    stall + (last.at - self.began).mul_f64(unsent as f64 / paced as f64)
+                    stall + (last.at - self.began).mul_f64(unsent as f64 / measured as f64)
                 }
             };
             if last.at.elapsed() >= limit {
@@ -97,8 +97,8 @@ impl Pulse {
     }
 }
 
-/// Joins the sources to one body. Each frame that is taken counts in `pulse`.
-pub(super) fn body(sources: Vec<Source>, pulse: Arc<Pulse>) -> Body {
+/// Joins the sources to one body. Each frame that is taken counts in `progress`.
+pub(super) fn body(sources: Vec<Source>, progress: Arc<BodyProgress>) -> Body {
     enum Now {
         Bytes(Bytes),
         Blocks(FileBlocks),
@@ -109,13 +109,13 @@ pub(super) fn body(sources: Vec<Source>, pulse: Arc<Pulse>) -> Body {
         Source::Memory(bytes) => Now::Bytes(bytes),
         Source::File { file, offset, length } => Now::Blocks(FileBlocks::new(file, offset, length)),
     };
-    let state = (first.map(begin), left, Bytes::new(), pulse);
-    let blocks = stream::unfold(state, move |(mut now, mut left, mut block, pulse)| async move {
+    let state = (first.map(begin), left, Bytes::new(), progress);
+    let blocks = stream::unfold(state, move |(mut now, mut left, mut block, progress)| async move {
         loop {
             if !block.is_empty() {
                 let frame = block.split_to(block.len().min(FRAME_BYTES));
-                pulse.beat(frame.len());
-                return Some((Ok(Frame::data(frame)), (now, left, block, pulse)));
+                progress.count(frame.len());
+                return Some((Ok(Frame::data(frame)), (now, left, block, progress)));
             }
             let next = match &mut now {
                 None => return None,
@@ -126,8 +126,8 @@ pub(super) fn body(sources: Vec<Source>, pulse: Arc<Pulse>) -> Body {
                 Ok(Some(next)) => block = next,
                 Ok(None) => now = left.next().map(begin),
                 Err(err) => {
-                    let _ = pulse.fault.set(err.to_string());
-                    return Some((Err::<_, io::Error>(err), (None, Vec::new().into_iter(), Bytes::new(), pulse)));
+                    let _ = progress.fault.set(err.to_string());
+                    return Some((Err::<_, io::Error>(err), (None, Vec::new().into_iter(), Bytes::new(), progress)));
                 }
             }
         }

@@ -81,7 +81,7 @@ fn internal(err: &tokio::task::JoinError) -> PortError {
 #[async_trait]
 impl OutputStream for Writer {
     async fn write(&mut self, piece: Bytes) -> Result<(), PortError> {
-        self.inner.still_ours().await?;
+        self.inner.check_held().await?;
         match self.pieces.send(Message::Piece(piece)).await {
             Ok(()) => Ok(()),
             Err(_) => Err(self.failure().await),
@@ -89,7 +89,7 @@ impl OutputStream for Writer {
     }
 
     async fn finish(mut self: Box<Self>) -> Result<Option<String>, PortError> {
-        self.inner.still_ours().await?;
+        self.inner.check_held().await?;
         if self.pieces.send(Message::Finish).await.is_err() {
             return Err(self.failure().await);
         }
@@ -121,16 +121,16 @@ impl Pieces {
     }
 
     /// Hashes a piece, once.
-    async fn note(&mut self, piece: &Bytes) -> Result<(), PortError> {
-        self.digester.push(piece.clone()).await.map_err(|err| unhashed(&err))
+    async fn hash(&mut self, piece: &Bytes) -> Result<(), PortError> {
+        self.digester.push(piece.clone()).await.map_err(|err| hash_failed(&err))
     }
 
     async fn digest(&mut self) -> Result<String, PortError> {
-        self.digester.so_far().await.map(|digest| hex(&digest)).map_err(|err| unhashed(&err))
+        self.digester.so_far().await.map(|digest| hex(&digest)).map_err(|err| hash_failed(&err))
     }
 }
 
-fn unhashed(err: &std::io::Error) -> PortError {
+fn hash_failed(err: &std::io::Error) -> PortError {
     PortError::new(PortErrorKind::Other, format!("the upload could not be hashed: {err}"))
 }
 
@@ -143,7 +143,7 @@ async fn write(inner: &Arc<Inner>, mut plan: Plan, mut pieces: Pieces) -> Result
         match pieces.recv().await {
             None => return Err(abandoned(&plan)),
             Some(Message::Piece(piece)) => {
-                pieces.note(&piece).await?;
+                pieces.hash(&piece).await?;
                 let length = held.len() as u64 + piece.len() as u64;
                 check_overrun(&plan, length)?;
                 let limits = known(inner, &mut limits).await?;
@@ -232,7 +232,7 @@ async fn fill_parts(
             None => tokio::select! {
                 message = pieces.recv() => {
                     if let Some(Message::Piece(piece)) = &message {
-                        pieces.note(piece).await?;
+                        pieces.hash(piece).await?;
                     }
                     message
                 }
@@ -327,7 +327,7 @@ async fn spool(
         match pieces.recv().await {
             None => return Err(abandoned(plan)),
             Some(Message::Piece(piece)) => {
-                pieces.note(&piece).await?;
+                pieces.hash(&piece).await?;
                 whole.take(plan, piece).await?;
                 check_overrun(plan, whole.length)?;
                 limits.check(plan, whole.length)?;
@@ -356,5 +356,5 @@ fn check_overrun(plan: &Plan, so_far: u64) -> Result<(), PortError> {
 }
 
 fn abandoned(plan: &Plan) -> PortError {
-    PortError::new(PortErrorKind::Other, format!("{} was given up before its end; nothing is published", plan.what))
+    PortError::new(PortErrorKind::Other, format!("{} was aborted before its end; nothing is published", plan.what))
 }

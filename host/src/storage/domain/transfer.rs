@@ -25,14 +25,14 @@ use super::{
     Inner,
     calls::{Call, status_error},
     cid::{Target, resolve},
-    retry::{Patience, passing},
+    retry::{Retries, transient},
 };
 use crate::{
     model::{Charge, Coordinates, Fetched, PortError, PortErrorKind},
     storage::{
         digest::{Digester, hex},
         file::BLOCK_BYTES,
-        naming::shown,
+        naming::for_message,
     },
     transport::{
         self, innermost,
@@ -60,7 +60,7 @@ pub(super) enum Arrived {
     End,
 }
 
-/// See the module's text.
+/// See the module documentation.
 pub(super) struct Transfer {
     inner: Arc<Inner>,
     what: String,
@@ -75,7 +75,7 @@ pub(super) struct Transfer {
     /// Whether to request raw content, and ranges of it. `false` after the server did not support it.
     raw: bool,
     ranges: bool,
-    patience: Patience,
+    retries: Retries,
     /// For the bytes that wait for disk and digest.
     _charge: Charge,
 }
@@ -117,13 +117,13 @@ enum Failure {
     /// A repetition does not help.
     Final(PortError),
     /// A repetition may help.
-    Passing { err: PortError, asked: Option<Duration> },
+    Transient { err: PortError, asked: Option<Duration> },
 }
 
 impl From<PortError> for Failure {
     fn from(err: PortError) -> Self {
         match err.kind {
-            PortErrorKind::Network => Self::Passing { err, asked: None },
+            PortErrorKind::Network => Self::Transient { err, asked: None },
             _ => Self::Final(err),
         }
     }
@@ -136,7 +136,7 @@ impl Transfer {
         let target = resolve(cid, &at.server)?;
         let mut transfer = Self {
             inner: Arc::clone(inner),
-            what: format!("download of input {}", shown(cid.trim())),
+            what: format!("download of input {}", for_message(cid.trim())),
             cid: cid.to_owned(),
             at,
             target,
@@ -146,12 +146,12 @@ impl Transfer {
             raw: true,
             ranges: true,
             _charge: inner.config.budget.count(TRANSFER_BYTES),
-            patience: Patience::new(inner.config.part_pause, inner.config.patience),
+            retries: Retries::new(inner.config.part_pause, inner.config.retry_limit),
         };
         match transfer.next().await? {
             Arrived::Part(head) => Ok((transfer, head)),
             _ => {
-                transfer.leave().await;
+                transfer.read_to_end().await;
                 Err(transfer.not_found())
             }
         }
@@ -162,21 +162,21 @@ impl Transfer {
         loop {
             match self.step().await {
                 Ok(Some(arrived)) => {
-                    self.patience.progress();
+                    self.retries.progress();
                     return Ok(arrived);
                 }
                 Ok(None) => {}
                 Err(Failure::Final(err)) => return Err(err),
-                Err(Failure::Passing { err, asked }) => {
+                Err(Failure::Transient { err, asked }) => {
                     self.flow = Flow::Closed;
-                    self.patience.pause(err, asked).await?;
+                    self.retries.pause(err, asked).await?;
                 }
             }
         }
     }
 
     /// Reads the bytes after the end, so that the connection can be reused.
-    pub(super) async fn leave(&mut self) {
+    pub(super) async fn read_to_end(&mut self) {
         let (Flow::Form { body, .. } | Flow::Raw { body }) = &mut self.flow else { return };
         let mut left = EPILOGUE_BYTES_MAX;
         let rest = async {
@@ -386,15 +386,15 @@ impl Transfer {
     async fn refused(&self, response: Response<Incoming>) -> Failure {
         let (status, asked) = (response.status(), transport::retry_after(response.headers()));
         let err = status_error(&self.what, status, &self.inner.excerpt(response).await);
-        match passing(status) {
-            true => Failure::Passing { err, asked },
+        match transient(status) {
+            true => Failure::Transient { err, asked },
             false => Failure::Final(err),
         }
     }
 
     fn broken(&self, why: &str) -> Failure {
         let err = PortError::new(PortErrorKind::Network, format!("{} failed: {why}", self.what));
-        Failure::Passing { err, asked: None }
+        Failure::Transient { err, asked: None }
     }
 
     fn malformed(&self, err: &PartsError) -> Failure {
@@ -403,7 +403,7 @@ impl Transfer {
             // Something between the node and the server has answered, such as a gateway with its own page.
             PartsError::ContentType(_) => {
                 let err = PortError::new(PortErrorKind::Malformed, format!("{} failed: {err}", self.what));
-                Failure::Passing { err, asked: None }
+                Failure::Transient { err, asked: None }
             }
             _ => Failure::Final(PortError::new(PortErrorKind::Malformed, format!("{} failed: {err}", self.what))),
         }

@@ -18,7 +18,7 @@ use super::{
 use crate::{
     model::{Artifact, ArtifactSpec, Coordinates, PortError, PortErrorKind, holds_token},
     storage::{
-        naming::{data_type, logical_path, marked_name, relative_path, shown, stored_name},
+        naming::{data_type, for_message, logical_path, marked_name, relative_path, stored_name},
         runner_file::RunnerFile,
     },
 };
@@ -65,10 +65,10 @@ impl Plan {
                 malformed(format!("{what} failed: {size} bytes were sent, the server stored {stored}"))
             }
             (_, Some(name), _) if created && name != self.name => {
-                malformed(format!("{what} failed: the server stored it under the name {}", shown(&name)))
+                malformed(format!("{what} failed: the server stored it under the name {}", for_message(&name)))
             }
             (_, _, Some(data_type)) if created && data_type != self.data_type => {
-                malformed(format!("{what} failed: the server stored it as the type {}", shown(&data_type)))
+                malformed(format!("{what} failed: the server stored it as the type {}", for_message(&data_type)))
             }
             _ => Ok(Stored { id, updated_at: stored.updated_at }),
         }
@@ -137,7 +137,7 @@ impl Inner {
             let why = "the path, name or data type of an artifact contains the task's token; use one without it";
             return Err(PortError::new(PortErrorKind::InvalidPath, why.to_owned()));
         }
-        let what = format!("upload of {}", shown(&logical_path));
+        let what = format!("upload of {}", for_message(&logical_path));
         for (field, value) in [("name", &spec.name), ("data type", &spec.data_type), ("id", &spec.existing_id)] {
             if let Some(value) = value {
                 check_header_text(&what, field, value)?;
@@ -270,7 +270,7 @@ impl Inner {
         source: Source,
     ) -> Result<Stored, Failed> {
         let size = source.length();
-        let mut patience = self.patience();
+        let mut retries = self.retries();
         let mut in_doubt = false;
         loop {
             let call = single(at, plan, existing.as_ref(), source.clone());
@@ -279,18 +279,18 @@ impl Inner {
                     Some(stored) => return Ok(plan.check_stored(stored, size, existing.is_none())?),
                     None => {
                         let message = format!("{} failed: the answer lists no data, expected one entry", plan.what);
-                        Failed::unread(PortError::new(PortErrorKind::Malformed, message))
+                        Failed::unknown_result(PortError::new(PortErrorKind::Malformed, message))
                     }
                 },
                 Err(failed) => failed,
             };
             let created = existing.is_none();
             // The conflict is with the data of an earlier try that the search did not show yet.
-            failed.passing |= in_doubt && created && failed.err.kind == PortErrorKind::Conflict;
-            if !failed.passing {
+            failed.transient |= in_doubt && created && failed.err.kind == PortErrorKind::Conflict;
+            if !failed.transient {
                 return Err(failed);
             }
-            failed.wait(&mut patience).await?;
+            failed.wait(&mut retries).await?;
             if created {
                 in_doubt = true;
                 *existing = self.find(at, plan).await?;

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     model::{Coordinates, PortError, PortErrorKind},
-    storage::{naming::shown, runner_file::RunnerFile},
+    storage::{naming::for_message, runner_file::RunnerFile},
 };
 
 /// Most parts of one upload, on any server (posemesh.md section 10.5).
@@ -72,7 +72,7 @@ impl PartsUpload {
         let existing_id = replaced.map(|existing| existing.id.as_str());
         let json = InitiateJson { name, data_type, size, content_type, existing_id };
         let call = Call::new(&plan.what, Method::POST, begin).with_json(&json);
-        let mut patience = inner.patience();
+        let mut retries = inner.retries();
         let begun: InitiatedJson = loop {
             let failed = match inner.exchange(&call).await {
                 Ok(response) if not_offered(response.status()) => {
@@ -88,7 +88,7 @@ impl PartsUpload {
                 },
                 Err(err) => err.into(),
             };
-            failed.wait(&mut patience).await?;
+            failed.wait(&mut retries).await?;
         };
         let target = Target {
             inner: Arc::clone(inner),
@@ -109,7 +109,7 @@ impl PartsUpload {
             open: true,
         };
         if upload.part_size == 0 {
-            let found = shown(&begun.part_size.to_string());
+            let found = for_message(&begun.part_size.to_string());
             let message = format!("{} failed: part_size is {found}, expected a whole number above 0", plan.what);
             return upload.fail(PortError::new(PortErrorKind::Malformed, message)).await;
         }
@@ -198,7 +198,7 @@ impl PartsUpload {
         let (plan, replaced) = (&target.plan, target.replaced.as_ref());
         let call =
             Call::new(&plan.what, Method::POST, target.url_with(None)).with_json(&CompleteJson { parts: &self.sent });
-        let mut patience = target.inner.patience();
+        let mut retries = target.inner.retries();
         // Whether an earlier try may have succeeded, although its answer was lost.
         let mut in_doubt = false;
         let stored = loop {
@@ -206,14 +206,14 @@ impl PartsUpload {
                 Ok(stored) => break stored,
                 Err(failed) => failed,
             };
-            let passing = failed.passing;
-            let Err(err) = failed.wait(&mut patience).await else {
+            let transient = failed.transient;
+            let Err(err) = failed.wait(&mut retries).await else {
                 in_doubt = true;
                 continue;
             };
             // A complete upload no longer exists, so servers refuse the repetition. Then the stored data shows
             // whether it succeeded.
-            if in_doubt || passing {
+            if in_doubt || transient {
                 match target.inner.happened(&target.at, plan, replaced, self.total).await {
                     Ok(Some(stored)) => break stored,
                     Ok(None) => {}
@@ -272,7 +272,7 @@ impl Target {
     async fn abort(&self) {
         let call = Call::new("abort of an upload", Method::DELETE, self.url_with(None));
         let aborting = async {
-            let mut patience = self.inner.patience();
+            let mut retries = self.inner.retries();
             loop {
                 let failed = match self.inner.exchange(&call).await {
                     // The upload no longer exists.
@@ -283,7 +283,7 @@ impl Target {
                     },
                     Err(err) => err.into(),
                 };
-                failed.wait(&mut patience).await?;
+                failed.wait(&mut retries).await?;
             }
         };
         let aborted = tokio::select! {

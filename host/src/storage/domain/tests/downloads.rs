@@ -35,7 +35,7 @@ async fn input_streams_have_the_metadata_of_the_store() {
     assert_eq!((meta.data_type.as_deref(), meta.size), (Some("ply"), Some(bytes.len() as u64)));
     assert_eq!(meta.domain_id, Some(DOMAIN.to_string()));
     assert_eq!(drain(&mut stream).await.expect("reads"), bytes);
-    assert!(stream.next().await.expect("stays at its end").is_none());
+    assert!(stream.next().await.expect("every later call returns the end").is_none());
 }
 
 #[tokio::test]
@@ -78,10 +78,14 @@ async fn empty_inputs_are_empty_files_and_streams() {
 async fn missing_inputs_are_not_found() {
     // The three answers for missing data.
     let fixture = fixture().await;
-    refused(fixture.ports.materialize("gone").await, PortErrorKind::NotFound, "input gone refused: not found (404)");
+    refused(
+        fixture.ports.materialize("missing").await,
+        PortErrorKind::NotFound,
+        "input missing refused: not found (404)",
+    );
     for body in ["--q7--\r\n", ""] {
         fixture.answer("download", 200, KIND, body);
-        refused(fixture.ports.open("gone").await.map(|_| ()), PortErrorKind::NotFound, "gone");
+        refused(fixture.ports.open("missing").await.map(|_| ()), PortErrorKind::NotFound, "missing");
     }
     fixture.item("here", "a", "b", "c");
     fixture.answer("download", 404, "application/json", "{}");
@@ -135,7 +139,7 @@ async fn refused_bearer_is_replaced_once() {
         fixture.until("download").await;
         fixture.writer.publish(|now| now.token = Some(Token::new("t2")));
     });
-    input.expect("comes with the newer bearer");
+    input.expect("sent with the newer bearer");
     assert_eq!(fixture.count("download"), 2);
 }
 
@@ -180,7 +184,7 @@ async fn lost_lease_ends_transfers_and_forbids_new_ones() {
     let before = fixture.log().len();
     refused(fixture.ports.materialize("d").await, PortErrorKind::LeaseOver, "lease is lost");
     refused(fixture.put("x", b"y").await, PortErrorKind::LeaseOver, "lease is lost");
-    assert_eq!(fixture.log().len(), before, "no request is begun");
+    assert_eq!(fixture.log().len(), before, "no request is sent");
 }
 
 #[tokio::test]
@@ -199,7 +203,7 @@ async fn control_plane_cancel_forbids_new_transfers() {
 
 #[tokio::test]
 async fn download_of_wrong_type_is_retried() {
-    let fixture = fixture_with(|config| config.patience = Duration::from_secs(30)).await;
+    let fixture = fixture_with(|config| config.retry_limit = Duration::from_secs(30)).await;
     fixture.item("d", "n", "t", "body");
     fixture.answer("download", 200, "text/html", "<html>sign in</html>");
     let input = fixture.ports.materialize("d").await.expect("the second answer is the input");

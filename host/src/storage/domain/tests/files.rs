@@ -109,8 +109,8 @@ async fn while_changed(
 ) -> Option<PortError> {
     let path = old_file(fixture, bytes);
     let file = File::options().write(true).open(&path).expect("ours");
-    fixture.trick("part", Trick::First(Box::new(|| {})));
-    fixture.trick("part", Trick::First(Box::new(move || change(file))));
+    fixture.fault("part", Fault::First(Box::new(|| {})));
+    fixture.fault("part", Fault::First(Box::new(move || change(file))));
     fixture.ports.put_file(spec("x.bin"), &path).await.err()
 }
 
@@ -127,7 +127,7 @@ async fn large_file_changed_during_upload_is_not_published() {
 }
 
 #[tokio::test]
-async fn growing_file_is_published_as_it_was() {
+async fn growing_file_is_published_with_its_first_size() {
     // Runners publish their logs while they write them.
     let fixture = fixture_with(|config| config.parallel_parts = 1).await;
     let bytes = noise(5 * MIB);
@@ -146,7 +146,7 @@ async fn small_file_changed_during_upload_is_not_published() {
     let fixture = fixture().await;
     let path = old_file(&fixture, b"before");
     let target = path.clone();
-    fixture.trick("create", Trick::First(Box::new(move || std::fs::write(target, b"after!").expect("ours"))));
+    fixture.fault("create", Fault::First(Box::new(move || std::fs::write(target, b"after!").expect("ours"))));
     let changed = fixture.ports.put_file(spec("x"), &path).await;
     refused(changed, PortErrorKind::Local, "its file changed while it was uploaded");
     assert!(fixture.ports.published().is_empty());

@@ -54,7 +54,7 @@ struct Item {
 }
 
 /// What the server does with one request instead of the normal answer, or before it.
-enum Trick {
+enum Fault {
     /// Answers after reading the request.
     Answer(Response),
     /// Answers without reading the request, which ends the connection.
@@ -83,7 +83,7 @@ struct Store {
     /// The kind of each request: list, download, raw, raw from <byte>, meta, info, initiate, part, complete, abort.
     log: Vec<String>,
     tokens: Vec<String>,
-    tricks: VecDeque<(&'static str, Trick)>,
+    faults: VecDeque<(&'static str, Fault)>,
     raw: Raw,
     part_size: i64,
     info: Value,
@@ -108,7 +108,7 @@ struct Server {
 
 impl Server {
     fn store(&self) -> MutexGuard<'_, Store> {
-        self.store.lock().expect("the store is never poisoned in a passing test")
+        self.store.lock().expect("the store is never poisoned in a transient test")
     }
 }
 
@@ -156,7 +156,7 @@ async fn fixture_with(change: impl FnOnce(&mut Config)) -> Fixture {
         uploads: BTreeMap::new(),
         log: Vec::new(),
         tokens: vec!["t1".to_owned()],
-        tricks: VecDeque::new(),
+        faults: VecDeque::new(),
         raw: Raw { served: true, ranges: true, etags: true },
         part_size: MIB as i64,
         info: json!({"upload": {"request_max_bytes": 8 * MIB, "multipart": {"enabled": true}}}),
@@ -173,7 +173,7 @@ async fn fixture_with(change: impl FnOnce(&mut Config)) -> Fixture {
     config.request_timeout = Duration::from_secs(30);
     config.token_wait = Duration::from_millis(20);
     config.part_pause = Duration::from_millis(1);
-    config.patience = Duration::ZERO;
+    config.retry_limit = Duration::ZERO;
     change(&mut config);
     let (held, writer) = HeldLease::new(lease(&[]), Setup::Pending);
     writer.publish(|now| {
@@ -202,13 +202,13 @@ impl Fixture {
         DomainPorts::new(client, self.held.clone(), self.dir.path().to_owned(), config)
     }
 
-    /// Applies `trick` to the next request whose kind begins with `at`.
-    fn trick(&self, at: &'static str, trick: Trick) {
-        self.server.store().tricks.push_back((at, trick));
+    /// Applies `fault` to the next request whose kind begins with `at`.
+    fn fault(&self, at: &'static str, fault: Fault) {
+        self.server.store().faults.push_back((at, fault));
     }
 
     fn answer(&self, at: &'static str, status: u16, kind: &'static str, body: impl Into<Body>) {
-        self.trick(at, Trick::Answer(reply(status, kind, body)));
+        self.fault(at, Fault::Answer(reply(status, kind, body)));
     }
 
     fn log(&self) -> Vec<String> {
@@ -314,29 +314,29 @@ async fn handle(State(server): State<Server>, request: Request) -> Response {
         },
         _ => "unknown",
     };
-    let trick = {
+    let fault = {
         let mut store = server.store();
         let range = head.headers.get(header::RANGE).map(|range| range.to_str().expect("text"));
         store.log.push(match range {
             Some(range) => format!("{what} from {}", range.trim_start_matches("bytes=").trim_end_matches('-')),
             None => what.to_owned(),
         });
-        let meets = store.tricks.iter().position(|(at, _)| what.starts_with(at));
-        meets.and_then(|at| store.tricks.remove(at)).map(|(_, trick)| trick)
+        let found = store.faults.iter().position(|(at, _)| what.starts_with(at));
+        found.and_then(|at| store.faults.remove(at)).map(|(_, fault)| fault)
     };
     server.calls.send_modify(|calls| *calls += 1);
     let mut lost = None;
     let mut body = body;
-    match trick {
-        Some(Trick::Answer(response)) => {
+    match fault {
+        Some(Fault::Answer(response)) => {
             let _ = axum::body::to_bytes(body, usize::MAX).await;
             return response;
         }
-        Some(Trick::Unread(answer)) => return answer(),
-        Some(Trick::Hang) => return std::future::pending().await,
-        Some(Trick::Slow(bytes_per_second)) => body = slow::read(body, bytes_per_second).await,
-        Some(Trick::First(act)) => act(),
-        Some(Trick::Lost(answer)) => lost = Some(answer),
+        Some(Fault::Unread(answer)) => return answer(),
+        Some(Fault::Hang) => return std::future::pending().await,
+        Some(Fault::Slow(bytes_per_second)) => body = slow::read(body, bytes_per_second).await,
+        Some(Fault::First(act)) => act(),
+        Some(Fault::Lost(answer)) => lost = Some(answer),
         None => {}
     }
     let answer = work(&server, what, head, body, &query).await;
@@ -357,7 +357,7 @@ async fn work(server: &Server, what: &str, head: Parts, body: Body, query: &BTre
     let known =
         |store: &Store| bearer.as_ref().is_some_and(|b| store.tokens.iter().any(|t| *b == format!("Bearer {t}")));
     match what {
-        "info" if bearer.is_some() => return reply(400, "text/plain", "a bearer where none belongs"),
+        "info" if bearer.is_some() => return reply(400, "text/plain", "an unexpected bearer"),
         "info" => return axum::Json(server.store().info.clone()).into_response(),
         _ if !known(&server.store()) => {
             return reply(401, "text/plain", format!("{} is not accepted", bearer.unwrap_or_default()));

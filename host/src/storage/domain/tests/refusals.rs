@@ -49,7 +49,7 @@ async fn answers_outside_the_protocol_are_malformed() {
 }
 
 #[tokio::test]
-async fn unknown_limits_stop_no_upload() {
+async fn uploads_succeed_without_known_limits() {
     let fixture = fixture().await;
     for (status, body) in [(200, "<html>"), (500, ""), (404, "")] {
         fixture.answer("info", status, "text/html", body);
@@ -85,7 +85,7 @@ async fn invalid_artifacts_are_refused_before_any_request() {
 }
 
 #[tokio::test]
-async fn without_set_up_nothing_is_requested() {
+async fn no_request_before_the_set_up_heartbeat() {
     let fixture = fixture().await;
     let at = |server: &str| {
         DataLocation::DomainServer(Coordinates { server: Url::parse(server).expect("a URL"), domain: DOMAIN })
@@ -106,7 +106,7 @@ async fn without_set_up_nothing_is_requested() {
 }
 
 #[tokio::test]
-async fn first_call_waits_for_the_set_up() {
+async fn first_call_waits_for_the_set_up_heartbeat() {
     let fixture = fixture().await;
     fixture.item("d", "n", "t", "body");
     let mut ready = Setup::Pending;
@@ -133,7 +133,7 @@ async fn only_allowed_hosts_get_the_bearer() {
 }
 
 #[tokio::test]
-async fn without_a_bearer_nothing_is_requested() {
+async fn no_request_without_a_bearer() {
     let fixture = fixture().await;
     fixture.writer.publish(|now| now.token = None);
     refused(fixture.ports.materialize("d").await, PortErrorKind::Setup, "no domain token");
@@ -157,14 +157,14 @@ async fn unreachable_server_is_a_network_error() {
 }
 
 #[tokio::test]
-async fn silent_server_ends_an_upload() {
+async fn upload_to_a_hung_server_times_out() {
     let fixture = fixture_with(|config| {
         config.request_timeout = Duration::from_millis(500);
         config.stall = Duration::from_millis(500);
     })
     .await;
-    fixture.trick("create", Trick::Hang);
+    fixture.fault("create", Fault::Hang);
     refused(fixture.put("x", &noise(MIB)).await, PortErrorKind::Network, "did not answer within");
-    fixture.trick("list", Trick::Hang);
+    fixture.fault("list", Fault::Hang);
     refused(fixture.put("x", &noise(MIB)).await, PortErrorKind::Network, "did not answer within");
 }

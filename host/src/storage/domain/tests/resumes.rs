@@ -23,8 +23,8 @@ fn cut(bytes: Vec<u8>) -> Body {
 }
 
 /// A fixture whose ports repeat failed requests, with one item `d`.
-async fn patient(bytes: &[u8]) -> Fixture {
-    let fixture = fixture_with(|config| config.patience = Duration::from_secs(20)).await;
+async fn retrying(bytes: &[u8]) -> Fixture {
+    let fixture = fixture_with(|config| config.retry_limit = Duration::from_secs(20)).await;
     fixture.item("d", "n", "t", bytes);
     fixture
 }
@@ -46,11 +46,11 @@ fn sha256(bytes: &[u8]) -> String {
     crate::storage::digest::hex(&Sha256::digest(bytes))
 }
 
-/// Reads `d` as a stream and as a file. `tricks` prepares the server before each.
-async fn comes_whole(fixture: &Fixture, bytes: &[u8], tricks: impl Fn(&Fixture), requests: &[&str]) {
+/// Reads `d` as a stream and as a file. `faults` prepares the server before each.
+async fn comes_whole(fixture: &Fixture, bytes: &[u8], faults: impl Fn(&Fixture), requests: &[&str]) {
     for file in [false, true] {
         fixture.server.store().log.clear();
-        tricks(fixture);
+        faults(fixture);
         let read = if file {
             std::fs::read(fixture.ports.materialize("d").await.expect("comes").path).expect("there")
         } else {
@@ -60,7 +60,7 @@ async fn comes_whole(fixture: &Fixture, bytes: &[u8], tricks: impl Fn(&Fixture),
         assert_eq!(fixture.log(), requests, "file: {file}");
     }
     let fetched = fixture.ports.fetched();
-    let [input] = &*fetched else { panic!("noted once: {fetched:?}") };
+    let [input] = &*fetched else { panic!("listed once: {fetched:?}") };
     assert_eq!((input.cid.as_str(), input.name.as_deref(), input.size), ("d", Some("n"), bytes.len() as u64));
     assert_eq!(input.sha256, sha256(bytes));
 }
@@ -68,7 +68,7 @@ async fn comes_whole(fixture: &Fixture, bytes: &[u8], tricks: impl Fn(&Fixture),
 #[tokio::test]
 async fn broken_download_resumes_at_its_byte() {
     let bytes = noise(700_000);
-    let fixture = patient(&bytes).await;
+    let fixture = retrying(&bytes).await;
     comes_whole(
         &fixture,
         &bytes,
@@ -81,18 +81,18 @@ async fn broken_download_resumes_at_its_byte() {
 #[tokio::test]
 async fn broken_rest_is_resumed_by_entity_tag() {
     let bytes = noise(700_000);
-    let fixture = patient(&bytes).await;
-    let tricks = |fixture: &Fixture| {
+    let fixture = retrying(&bytes).await;
+    let faults = |fixture: &Fixture| {
         breaks_after(fixture, &["d"], 100_000);
         let answer = Response::builder()
             .status(206)
             .header(header::ETAG, "\"d-0\"")
             .header(header::CONTENT_RANGE, "bytes 100000-699999/700000")
             .body(cut(noise(700_000)[100_000..300_000].to_vec()));
-        fixture.trick("raw", Trick::Answer(answer.expect("a response")));
+        fixture.fault("raw", Fault::Answer(answer.expect("a response")));
     };
     let requests = ["download", "raw from 100000", "meta", "raw from 300000"];
-    comes_whole(&fixture, &bytes, tricks, &requests).await;
+    comes_whole(&fixture, &bytes, faults, &requests).await;
 }
 
 #[tokio::test]
@@ -102,7 +102,7 @@ async fn restarted_download_delivers_no_byte_twice() {
         (Raw { served: true, ranges: false, etags: true }, &["download", "raw from 400000"][..]),
         (Raw { served: false, ranges: false, etags: false }, &["download", "raw from 400000", "download"]),
     ] {
-        let fixture = patient(&bytes).await;
+        let fixture = retrying(&bytes).await;
         fixture.server.store().raw = raw;
         comes_whole(&fixture, &bytes, |fixture| breaks_after(fixture, &["d"], 400_000), requests).await;
     }
@@ -111,7 +111,7 @@ async fn restarted_download_delivers_no_byte_twice() {
 #[tokio::test]
 async fn changed_data_is_never_mixed() {
     for (ranges, etags) in [(true, true), (true, false), (false, true)] {
-        let fixture = patient(&noise(700_000)).await;
+        let fixture = retrying(&noise(700_000)).await;
         fixture.server.store().raw = Raw { served: true, ranges, etags };
         for file in [false, true] {
             breaks_after(&fixture, &["d"], 400_000);
@@ -122,45 +122,45 @@ async fn changed_data_is_never_mixed() {
                 item.bytes.iter_mut().for_each(|byte| *byte ^= 1);
                 item.version += 1;
             };
-            fixture.trick("raw", Trick::First(Box::new(change)));
+            fixture.fault("raw", Fault::First(Box::new(change)));
             let result = match file {
                 true => fixture.ports.materialize("d").await.map(|_| ()),
                 false => drain(&mut fixture.ports.open("d").await.expect("opens")).await.map(|_| ()),
             };
             refused(result, PortErrorKind::Network, "changed on the server");
         }
-        assert!(fixture.ports.fetched().is_empty(), "half an input is none");
+        assert!(fixture.ports.fetched().is_empty(), "a partial input is not listed");
         assert_eq!(std::fs::read_dir(fixture.dir.path()).expect("listed").count(), 0);
     }
 }
 
 #[tokio::test]
 async fn unreachable_server_is_asked_again() {
-    let fixture = patient(b"body").await;
-    let tricks = |fixture: &Fixture| {
+    let fixture = retrying(b"body").await;
+    let faults = |fixture: &Fixture| {
         for status in [503, 500, 429, 408] {
             fixture.answer("download", status, "text/plain", "later");
         }
-        fixture.trick("download", Trick::Unread(Box::new(|| reply(200, KIND, cut(Vec::new())))));
+        fixture.fault("download", Fault::Unread(Box::new(|| reply(200, KIND, cut(Vec::new())))));
     };
-    comes_whole(&fixture, b"body", tricks, &["download"; 6]).await;
+    comes_whole(&fixture, b"body", faults, &["download"; 6]).await;
 }
 
 #[tokio::test]
 async fn download_retry_waits_for_requested_pause() {
-    let fixture = patient(b"body").await;
+    let fixture = retrying(b"body").await;
     let later = Response::builder().status(503).header(header::RETRY_AFTER, "1").body(Body::empty());
-    fixture.trick("download", Trick::Answer(later.expect("a response")));
+    fixture.fault("download", Fault::Answer(later.expect("a response")));
     let began = std::time::Instant::now();
     fixture.ports.materialize("d").await.expect("comes");
     assert!(began.elapsed() >= Duration::from_secs(1));
 }
 
 #[tokio::test]
-async fn silence_ends_a_download_but_slowness_does_not() {
+async fn stalled_downloads_fail_and_slow_ones_succeed() {
     let bytes = noise(10_000);
     let fixture = fixture_with(|config| {
-        config.patience = Duration::from_secs(20);
+        config.retry_limit = Duration::from_secs(20);
         config.stall = Duration::from_millis(400);
     })
     .await;
@@ -176,8 +176,8 @@ async fn silence_ends_a_download_but_slowness_does_not() {
     let mut stream = fixture.ports.open("d").await.expect("opens");
     assert!(drain(&mut stream).await.expect("reads") == bytes);
     assert_eq!(fixture.log(), ["download"]);
-    let silent = stream::iter([Ok::<_, io::Error>(Bytes::copy_from_slice(&whole[..5000]))]).chain(stream::pending());
-    fixture.answer("download", 200, KIND, Body::from_stream(silent));
+    let stalled = stream::iter([Ok::<_, io::Error>(Bytes::copy_from_slice(&whole[..5000]))]).chain(stream::pending());
+    fixture.answer("download", 200, KIND, Body::from_stream(stalled));
     let mut stream = fixture.ports.open("d").await.expect("opens");
     assert!(drain(&mut stream).await.expect("reads") == bytes);
     assert_eq!(fixture.log().len(), 4, "{:?}", fixture.log());
@@ -185,7 +185,7 @@ async fn silence_ends_a_download_but_slowness_does_not() {
 
 #[tokio::test]
 async fn only_missing_parts_are_requested_again() {
-    let fixture = patient(&noise(300_000)).await;
+    let fixture = retrying(&noise(300_000)).await;
     fixture.item("e", "m", "t", noise(200_000));
     fixture.item("f", "l", "t", noise(100));
     let url = format!("{}api/v1/domains/{DOMAIN}/data?ids=d,e,f", fixture.url);
@@ -221,7 +221,7 @@ async fn digest_of_the_server_is_compared() {
     for header in [
         format!("Repr-Digest: sha-512=:AAAA:, sha-256=:{}:", digest(b"body")),
         format!("Digest: SHA-256={}", digest(b"body")),
-        "Digest: sha-256=rubbish".to_owned(),
+        "Digest: sha-256=invalid".to_owned(),
     ] {
         fixture.answer("download", 200, KIND, with(header));
         fixture.ports.materialize("d").await.expect("comes");
@@ -233,19 +233,19 @@ async fn digest_of_the_server_is_compared() {
 #[tokio::test]
 async fn resumed_download_has_the_newest_bearer() {
     let bytes = noise(700_000);
-    let fixture = patient(&bytes).await;
+    let fixture = retrying(&bytes).await;
     breaks_after(&fixture, &["d"], 400_000);
     let mut stream = fixture.ports.open("d").await.expect("opens");
     assert!(stream.next().await.expect("the first piece").is_some());
     fixture.server.store().tokens = vec!["t2".to_owned()];
     fixture.writer.publish(|now| now.token = Some(Token::new("t2")));
-    drain(&mut stream).await.expect("comes with the newer bearer");
+    drain(&mut stream).await.expect("sent with the newer bearer");
 }
 
 #[tokio::test]
 async fn lost_lease_ends_the_pause() {
     let fixture = fixture_with(|config| {
-        config.patience = Duration::from_secs(600);
+        config.retry_limit = Duration::from_secs(600);
         config.part_pause = Duration::from_secs(60);
     })
     .await;

@@ -17,18 +17,18 @@ pub(super) async fn read(body: Body, bytes_per_second: u32) -> Body {
 }
 
 #[tokio::test]
-async fn silence_ends_an_upload_but_slowness_does_not() {
+async fn stalled_uploads_fail_and_slow_ones_succeed() {
     // The bytes in the system's buffers need longer than the stall limit after the whole body was taken.
     let limit = Duration::from_secs(1);
     let fixture = fixture_with(|config| config.stall = limit).await;
     fixture.server.store().part_size = 16 * MIB as i64;
-    fixture.trick("part", Trick::Slow(5_000_000));
+    fixture.fault("part", Fault::Slow(5_000_000));
     let bytes = noise(16 * MIB);
     let began = std::time::Instant::now();
     let id = fixture.put("x.bin", &bytes).await.expect("stored").expect("an id");
     assert!(fixture.stored(&id).bytes == bytes);
     assert!(began.elapsed() > limit * 3, "{:?}", began.elapsed());
     assert_eq!((fixture.count("part"), fixture.count("abort")), (1, 0));
-    fixture.trick("part", Trick::Hang);
+    fixture.fault("part", Fault::Hang);
     refused(fixture.put("y.bin", &bytes).await, PortErrorKind::Network, "did not answer within");
 }

@@ -38,7 +38,7 @@ async fn long_stream_is_sent_in_parts() {
         assert!(fixture.stored(&id).bytes == bytes, "{part_size} {piece}");
     }
     assert_eq!((fixture.count("complete"), fixture.count("create")), (4, 0));
-    assert_eq!(std::fs::read_dir(fixture.dir.path()).expect("listed").count(), 0, "no spool file stays");
+    assert_eq!(std::fs::read_dir(fixture.dir.path()).expect("listed").count(), 0, "no spool file is left");
 }
 
 #[tokio::test]

@@ -76,7 +76,7 @@ async fn request_limit_of_a_server_is_obeyed() {
 }
 
 /// A fixture whose server states no limits.
-async fn silent_about_limits() -> Fixture {
+async fn without_stated_limits() -> Fixture {
     let fixture = fixture().await;
     fixture.answer("info", 404, "text/plain", "");
     fixture
@@ -85,7 +85,7 @@ async fn silent_about_limits() -> Fixture {
 #[tokio::test]
 async fn files_try_parts_first_if_limits_are_unknown() {
     // posemesh.md section 6.8: files need no /info for that.
-    let fixture = silent_about_limits().await;
+    let fixture = without_stated_limits().await;
     fixture.server.store().part_size = 50_000;
     let bytes = noise(70_000);
     let id = fixture.put("x.bin", &bytes).await.expect("stored").expect("an id");
@@ -101,11 +101,11 @@ async fn files_try_parts_first_if_limits_are_unknown() {
 
 #[tokio::test]
 async fn upload_after_413_is_sent_in_parts() {
-    let fixture = silent_about_limits().await;
+    let fixture = without_stated_limits().await;
     let bytes = noise(1000);
     fixture.server.store().part_size = 600;
-    for trick in ["create", "create", "update"] {
-        fixture.answer(trick, 413, "text/plain", "too much");
+    for fault in ["create", "create", "update"] {
+        fixture.answer(fault, 413, "text/plain", "too much");
     }
     let id = fixture.put("x.bin", &bytes).await.expect("stored").expect("an id");
     assert!(fixture.stored(&id).bytes == bytes);
@@ -123,13 +123,13 @@ async fn upload_after_413_is_sent_in_parts() {
 
 #[tokio::test]
 async fn too_large_artifact_is_refused() {
-    let fixture = silent_about_limits().await;
+    let fixture = without_stated_limits().await;
     for bytes in [noise(1000), noise(70_000)] {
         fixture.answer("initiate", 405, "text/plain", "no");
         fixture.answer("create", 413, "text/plain", "too much");
         refused(fixture.put("x.bin", &bytes).await, PortErrorKind::Limit, "unexpected status (413): too much");
     }
-    assert_eq!(fixture.count("initiate"), 2, "asked once for each");
+    assert_eq!(fixture.count("initiate"), 2, "limits are requested once per server");
     // Zero bytes cannot be split.
     fixture.answer("create", 413, "text/plain", "too much");
     let stream = fixture.ports.create(spec("y.bin")).await.expect("opens");
@@ -157,11 +157,11 @@ async fn next_part_uses_token_renewed_between_parts() {
     let fixture = fixture_with(|config| config.parallel_parts = 1).await;
     let (server, writer) = (fixture.server.clone(), Arc::clone(&fixture.writer));
     for _ in 0..2 {
-        fixture.trick("part", Trick::First(Box::new(|| {})));
+        fixture.fault("part", Fault::First(Box::new(|| {})));
     }
-    fixture.trick(
+    fixture.fault(
         "part",
-        Trick::First(Box::new(move || {
+        Fault::First(Box::new(move || {
             server.store().tokens = vec!["t2".to_owned()];
             writer.publish(|now| now.token = Some(Token::new("t2")));
         })),
@@ -169,7 +169,7 @@ async fn next_part_uses_token_renewed_between_parts() {
     let bytes = noise(6 * MIB);
     let id = fixture.put("x.ply", &bytes).await.expect("stored").expect("an id");
     assert!(fixture.stored(&id).bytes == bytes);
-    assert_eq!(fixture.count("part"), 7, "the part on its way was refused with the old bearer and repeated");
+    assert_eq!(fixture.count("part"), 7, "the part in flight was refused with the old bearer and repeated");
 }
 
 #[tokio::test]
@@ -185,7 +185,7 @@ async fn refused_part_is_not_sent_again() {
 static LONG_ETAG: LazyLock<String> = LazyLock::new(|| json!({ "etag": "e".repeat(1025) }).to_string());
 
 #[tokio::test]
-async fn whatever_fails_after_the_beginning_aborts_once() {
+async fn every_failure_after_initiate_aborts_once() {
     let fixture = fixture().await;
     let bytes = noise(5 * MIB);
     let json = "application/json";
@@ -213,12 +213,12 @@ async fn whatever_fails_after_the_beginning_aborts_once() {
 }
 
 #[tokio::test]
-async fn abandoned_upload_is_aborted() {
+async fn dropped_upload_is_aborted() {
     let fixture = fixture().await;
-    fixture.trick("part", Trick::Hang);
+    fixture.fault("part", Fault::Hang);
     let bytes = noise(5 * MIB);
     tokio::select! {
-        result = fixture.put("x.ply", &bytes) => panic!("it hangs, but: {result:?}"),
+        result = fixture.put("x.ply", &bytes) => panic!("the call did not wait: {result:?}"),
         () = fixture.until("part") => {}
     }
     fixture.ports.close().await;
@@ -226,10 +226,10 @@ async fn abandoned_upload_is_aborted() {
 }
 
 #[tokio::test]
-async fn closing_ends_and_aborts_what_is_under_way() {
+async fn close_aborts_uploads_in_transfer() {
     let fixture = fixture_with(|config| config.stall = Duration::from_secs(60)).await;
     for _ in 0..2 {
-        fixture.trick("part", Trick::Hang);
+        fixture.fault("part", Fault::Hang);
     }
     let bytes = noise(5 * MIB);
     let (result, ()) = tokio::join!(fixture.put("x.ply", &bytes), async {
@@ -245,7 +245,7 @@ async fn control_plane_cancel_sends_only_one_abort() {
     // The server revokes the token together with the task.
     let fixture = fixture_with(|config| config.token_wait = Duration::from_secs(60)).await;
     for _ in 0..2 {
-        fixture.trick("part", Trick::Hang);
+        fixture.fault("part", Fault::Hang);
     }
     let bytes = noise(5 * MIB);
     let (result, ()) = tokio::join!(fixture.put("x.ply", &bytes), async {
@@ -264,7 +264,7 @@ async fn control_plane_cancel_sends_only_one_abort() {
 async fn lost_lease_stops_upload_without_abort() {
     let fixture = fixture_with(|config| config.stall = Duration::from_secs(60)).await;
     for _ in 0..2 {
-        fixture.trick("part", Trick::Hang);
+        fixture.fault("part", Fault::Hang);
     }
     let bytes = noise(5 * MIB);
     let (result, before) = tokio::join!(fixture.put("x.ply", &bytes), async {
@@ -274,7 +274,7 @@ async fn lost_lease_stops_upload_without_abort() {
     });
     refused(result, PortErrorKind::LeaseOver, "lease is lost");
     fixture.ports.close().await;
-    assert!(fixture.log().len() <= before + 1, "at most the second part was already on its way");
+    assert!(fixture.log().len() <= before + 1, "at most the second part was already in flight");
     assert_eq!(fixture.count("abort"), 0);
 }
 
@@ -283,9 +283,9 @@ async fn token_rejected_before_body_is_read_is_replaced() {
     // The refusal itself may be lost when the server closes on a body it does not want.
     let fixture = fixture().await;
     let (server, writer) = (fixture.server.clone(), Arc::clone(&fixture.writer));
-    fixture.trick(
+    fixture.fault(
         "create",
-        Trick::Unread(Box::new(move || {
+        Fault::Unread(Box::new(move || {
             server.store().tokens = vec!["t2".to_owned()];
             writer.publish(|now| now.token = Some(Token::new("t2")));
             reply(401, "text/plain", "old")

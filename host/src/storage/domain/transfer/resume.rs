@@ -5,7 +5,7 @@ use sha2::{Digest, Sha256};
 use url::Url;
 
 use super::{
-    super::{calls::Call, cid::data_url, retry::passing, wire::MetadataJson},
+    super::{calls::Call, cid::data_url, retry::transient, wire::MetadataJson},
     Arrived, Failure, Flow, Skip, Transfer, same_time,
 };
 use crate::{
@@ -30,7 +30,7 @@ impl Transfer {
         }
         let response = self.inner.exchange(&call).await?;
         let status = response.status();
-        if passing(status) || status == StatusCode::UNAUTHORIZED {
+        if transient(status) || status == StatusCode::UNAUTHORIZED {
             return Err(self.refused(response).await);
         }
         let text = |name| response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
@@ -96,7 +96,7 @@ impl Transfer {
             Ok(_) => Ok(None),
             // Not every server has this request, and some answer with something else.
             Err(failed) if failed.err.kind == PortErrorKind::Malformed => Ok(None),
-            Err(failed) if failed.passing => Err(Failure::Passing { err: failed.err, asked: None }),
+            Err(failed) if failed.transient => Err(Failure::Transient { err: failed.err, asked: None }),
             Err(_) => Ok(None),
         }
     }

@@ -1,6 +1,6 @@
 //! Work on a stream that must not delay the network: hashing and writing.
 //!
-//! A [`Lane`] takes pieces and gives them in order to its [`Stage`] on the blocking pool. It uses a thread
+//! A [`PieceQueue`] passes its pieces in order to a [`Processor`] on the blocking pool. It uses a thread
 //! only while there is work. One thread processes all queued pieces, without a hand-over between them.
 //! `push` waits while four blocks are queued.
 
@@ -15,28 +15,28 @@ use tokio::{sync::Notify, task::spawn_blocking};
 
 use super::file::BLOCK_BYTES;
 
-/// With as many bytes queued, `push` waits.
+/// At this number of queued bytes, `push` waits.
 const QUEUED_BYTES_MAX: usize = 4 * BLOCK_BYTES;
-/// With as many bytes queued, a worker starts and works until the queue is empty. This saves hand-overs.
+/// At this number of queued bytes, a worker starts. It works until the queue is empty. This saves hand-overs.
 const BEGIN_BYTES: usize = 2 * BLOCK_BYTES;
 
 /// The work on each piece. It may block.
-pub(crate) trait Stage: Send + 'static {
-    /// Up to so many bytes, the last pieces take less time than a hand-over to the pool.
+pub(crate) trait Processor: Send + 'static {
+    /// Last pieces of at most so many bytes are processed by the caller, which takes less time than a hand-over to the pool.
     const IN_PLACE_BYTES_MAX: usize = 0;
 
-    fn take(&mut self, piece: &Bytes) -> io::Result<()>;
+    fn process(&mut self, piece: &Bytes) -> io::Result<()>;
 }
 
-/// See the module's text.
-pub(crate) struct Lane<S: Stage> {
+/// See the module documentation.
+pub(crate) struct PieceQueue<S: Processor> {
     shared: Arc<Shared<S>>,
 }
 
 struct Shared<S> {
     queue: Mutex<Queue<S>>,
     /// Notified when the queue has space, and when a worker ends.
-    moved: Notify,
+    changed: Notify,
 }
 
 struct Queue<S> {
@@ -53,17 +53,17 @@ enum State<S> {
     Failed(io::Error),
 }
 
-impl<S: Stage> Lane<S> {
-    pub(crate) fn new(stage: S) -> Self {
-        let queue = Queue { pieces: VecDeque::new(), bytes: 0, state: State::Idle(stage) };
-        Self { shared: Arc::new(Shared { queue: Mutex::new(queue), moved: Notify::new() }) }
+impl<S: Processor> PieceQueue<S> {
+    pub(crate) fn new(processor: S) -> Self {
+        let queue = Queue { pieces: VecDeque::new(), bytes: 0, state: State::Idle(processor) };
+        Self { shared: Arc::new(Shared { queue: Mutex::new(queue), changed: Notify::new() }) }
     }
 
-    /// Queues the next piece. Waits only while four blocks are queued. After an error of the stage, every call
+    /// Queues the next piece. Waits only while four blocks are queued. After an error of the processor, every call
     /// returns that error.
     pub(crate) async fn push(&mut self, piece: Bytes) -> io::Result<()> {
         while !self.has_space()? {
-            self.shared.moved.notified().await;
+            self.shared.changed.notified().await;
         }
         let begun = {
             let mut queue = self.shared.queue();
@@ -81,17 +81,17 @@ impl<S: Stage> Lane<S> {
         Ok(queue.bytes < QUEUED_BYTES_MAX)
     }
 
-    /// Calls `ask` with the stage after it has processed every pushed piece.
-    pub(crate) async fn settled<T>(&mut self, ask: impl FnOnce(&mut S) -> T) -> io::Result<T> {
+    /// Calls `ask` with the processor after it has processed every pushed piece.
+    pub(crate) async fn when_processed<T>(&mut self, ask: impl FnOnce(&mut S) -> T) -> io::Result<T> {
         loop {
             let begun = {
                 let mut queue = self.shared.queue();
                 queue.check()?;
-                queue.take_in_place()?;
+                queue.process_in_place()?;
                 match queue.begin() {
                     None => {
-                        if let State::Idle(stage) = &mut queue.state {
-                            return Ok(ask(stage));
+                        if let State::Idle(processor) = &mut queue.state {
+                            return Ok(ask(processor));
                         }
                         None
                     }
@@ -99,16 +99,16 @@ impl<S: Stage> Lane<S> {
                 }
             };
             self.work(begun);
-            self.shared.moved.notified().await;
+            self.shared.changed.notified().await;
         }
     }
 
     /// Do not call it with the queue locked: a runtime that ends drops the worker at once, and the drop locks it.
     fn work(&self, begun: Option<S>) {
-        if let Some(stage) = begun {
+        if let Some(processor) = begun {
             let worker = Worker { shared: Arc::clone(&self.shared), ended: false };
             // Not joined: the queue's state shows its end, also after a panic.
-            spawn_blocking(move || worker.work(stage));
+            spawn_blocking(move || worker.work(processor));
         }
     }
 }
@@ -119,30 +119,30 @@ impl<S> Shared<S> {
     }
 }
 
-impl<S: Stage> Queue<S> {
-    /// The stage for a new worker, if there are pieces and no worker runs.
+impl<S: Processor> Queue<S> {
+    /// The processor for a new worker, if there are pieces and no worker runs.
     fn begin(&mut self) -> Option<S> {
         if self.pieces.is_empty() || !matches!(self.state, State::Idle(_)) {
             return None;
         }
         match mem::replace(&mut self.state, State::Busy) {
-            State::Idle(stage) => Some(stage),
+            State::Idle(processor) => Some(processor),
             _ => None,
         }
     }
 
     /// Processes the last pieces on this thread, if they are few.
-    fn take_in_place(&mut self) -> io::Result<()> {
+    fn process_in_place(&mut self) -> io::Result<()> {
         if self.bytes <= S::IN_PLACE_BYTES_MAX
-            && let State::Idle(stage) = &mut self.state
+            && let State::Idle(processor) = &mut self.state
         {
             self.bytes = 0;
-            self.pieces.drain(..).try_for_each(|piece| stage.take(&piece))?;
+            self.pieces.drain(..).try_for_each(|piece| processor.process(&piece))?;
         }
         Ok(())
     }
 
-    /// The error of the stage. The first call gets the original, later calls a copy of its kind and text.
+    /// The error of the processor. The first call gets the original, later calls a copy of its kind and text.
     fn check(&mut self) -> io::Result<()> {
         match &mut self.state {
             State::Failed(err) => {
@@ -154,46 +154,46 @@ impl<S: Stage> Queue<S> {
     }
 }
 
-/// Runs on the blocking pool. If it is dropped early, by a panic or the end of the runtime, the lane fails.
-struct Worker<S: Stage> {
+/// Runs on the blocking pool. If it is dropped early, by a panic or the end of the runtime, the queue fails.
+struct Worker<S: Processor> {
     shared: Arc<Shared<S>>,
     ended: bool,
 }
 
-impl<S: Stage> Worker<S> {
-    fn work(mut self, mut stage: S) {
+impl<S: Processor> Worker<S> {
+    fn work(mut self, mut processor: S) {
         let mut done = 0;
         loop {
             let piece = {
                 let mut queue = self.shared.queue();
                 queue.bytes -= done;
                 if done > 0 && queue.bytes <= QUEUED_BYTES_MAX / 2 {
-                    self.shared.moved.notify_one();
+                    self.shared.changed.notify_one();
                 }
                 match queue.pieces.pop_front() {
                     Some(piece) => piece,
                     None => {
-                        queue.state = State::Idle(stage);
+                        queue.state = State::Idle(processor);
                         break;
                     }
                 }
             };
             done = piece.len();
-            if let Err(err) = stage.take(&piece) {
+            if let Err(err) = processor.process(&piece) {
                 self.shared.queue().state = State::Failed(err);
                 break;
             }
         }
         self.ended = true;
-        self.shared.moved.notify_one();
+        self.shared.changed.notify_one();
     }
 }
 
-impl<S: Stage> Drop for Worker<S> {
+impl<S: Processor> Drop for Worker<S> {
     fn drop(&mut self) {
         if !self.ended {
             self.shared.queue().state = State::Failed(io::Error::other("the worker ended unexpectedly"));
-            self.shared.moved.notify_one();
+            self.shared.changed.notify_one();
         }
     }
 }
@@ -206,11 +206,11 @@ mod tests {
     #[derive(Default)]
     struct Collect(Vec<u8>);
 
-    impl Stage for Collect {
-        fn take(&mut self, piece: &Bytes) -> io::Result<()> {
-            assert_ne!(piece.first(), Some(&254), "the piece asks for a panic");
+    impl Processor for Collect {
+        fn process(&mut self, piece: &Bytes) -> io::Result<()> {
+            assert_ne!(piece.first(), Some(&254), "this piece causes a panic");
             if piece.first() == Some(&255) {
-                return Err(io::Error::other("disk on fire"));
+                return Err(io::Error::other("disk failed"));
             }
             self.0.extend_from_slice(piece);
             Ok(())
@@ -218,11 +218,11 @@ mod tests {
     }
 
     async fn push_until_it_fails(first: u8) -> io::Error {
-        let mut lane = Lane::new(Collect::default());
+        let mut queue = PieceQueue::new(Collect::default());
         let piece = Bytes::from(vec![first; BLOCK_BYTES / 3]);
         loop {
-            if let Err(err) = lane.push(piece.clone()).await {
-                assert!(lane.settled(|_| ()).await.is_err(), "an error stays");
+            if let Err(err) = queue.push(piece.clone()).await {
+                assert!(queue.when_processed(|_| ()).await.is_err(), "every later call returns the error");
                 return err;
             }
         }
@@ -230,43 +230,43 @@ mod tests {
 
     #[tokio::test]
     async fn pieces_arrive_in_order_at_any_time() {
-        let mut lane = Lane::new(Collect::default());
+        let mut queue = PieceQueue::new(Collect::default());
         let mut expected = Vec::new();
         for n in 0..100_u8 {
             let piece = vec![n; usize::from(n) * 1000];
             expected.extend_from_slice(&piece);
-            lane.push(piece.into()).await.expect("taken");
+            queue.push(piece.into()).await.expect("processed");
             if n % 30 == 0 {
-                let so_far = lane.settled(|stage| stage.0.clone()).await.expect("taken");
+                let so_far = queue.when_processed(|processor| processor.0.clone()).await.expect("processed");
                 assert!(so_far == expected);
             }
         }
-        assert!(lane.settled(|stage| mem::take(&mut stage.0)).await.expect("taken") == expected);
+        assert!(queue.when_processed(|processor| mem::take(&mut processor.0)).await.expect("processed") == expected);
     }
 
     #[tokio::test]
     async fn stage_errors_and_panics_reach_push() {
-        assert_eq!(push_until_it_fails(255).await.to_string(), "disk on fire");
+        assert_eq!(push_until_it_fails(255).await.to_string(), "disk failed");
         assert_eq!(push_until_it_fails(254).await.to_string(), "the worker ended unexpectedly");
     }
 
     #[test]
     fn hanging_stage_queues_at_most_four_blocks() {
-        struct Hangs(std::sync::mpsc::Receiver<()>);
-        impl Stage for Hangs {
-            fn take(&mut self, _: &Bytes) -> io::Result<()> {
+        struct HungProcessor(std::sync::mpsc::Receiver<()>);
+        impl Processor for HungProcessor {
+            fn process(&mut self, _: &Bytes) -> io::Result<()> {
                 self.0.recv().map_err(io::Error::other)
             }
         }
         let runtime = tokio::runtime::Builder::new_current_thread().build().expect("a runtime");
         runtime.block_on(async {
             let (go, wait) = std::sync::mpsc::channel();
-            let mut lane = Lane::new(Hangs(wait));
+            let mut queue = PieceQueue::new(HungProcessor(wait));
             let piece = Bytes::from(vec![1; BLOCK_BYTES / 4]);
             for _ in 0..16 {
-                lane.push(piece.clone()).await.expect("there is space");
+                queue.push(piece.clone()).await.expect("there is space");
             }
-            let mut next = Box::pin(lane.push(piece));
+            let mut next = Box::pin(queue.push(piece));
             assert!(futures_util::poll!(&mut next).is_pending());
             drop(next);
             drop(go);
