@@ -73,7 +73,7 @@ enum Value {
     Number(String),
     Switch(bool),
     List(Vec<Value>),
-    Nothing,
+    Null,
     Date,
     Table(Members),
 }
@@ -252,7 +252,7 @@ impl Walk<'_> {
         }
         let found = if key.is_secret() { value.kind().to_owned() } else { value.describe() };
         let text = match (key.kind, value) {
-            (_, Value::Nothing) => return,
+            (_, Value::Null) => return,
             (Kind::Whole | Kind::Number | Kind::Size, Value::Whole(text)) | (Kind::Number, Value::Number(text)) => {
                 Some(text)
             }
@@ -305,7 +305,7 @@ impl Value {
             Self::Whole(_) | Self::Number(_) => "a number",
             Self::Switch(_) => "true or false",
             Self::List(_) => "an array",
-            Self::Nothing => "nothing",
+            Self::Null => "nothing",
             Self::Date => "a date",
             Self::Table(_) => "a table",
         }
@@ -367,8 +367,8 @@ fn toml_value(text: &str, value: DeValue<'_>) -> Value {
 
 fn json(text: &str) -> Result<Members, (usize, String)> {
     let raw: &RawValue = serde_json::from_str(text).map_err(|err| {
-        let said = err.to_string();
-        let problem = said.split(" at line ").next().unwrap_or_default();
+        let error = err.to_string();
+        let problem = error.split(" at line ").next().unwrap_or_default();
         (err.line().max(1), format!("is not JSON: {problem}"))
     })?;
     let line = line_of(text, text.len() - text.trim_start().len());
@@ -380,14 +380,14 @@ fn json(text: &str) -> Result<Members, (usize, String)> {
 
 /// The value of `raw`, which begins on `line`.
 fn json_value(raw: &RawValue, line: usize, depth: usize) -> Value {
-    let said = raw.get();
-    match said.as_bytes().first() {
+    let text = raw.get();
+    match text.as_bytes().first() {
         // No setting is nested this deep. Its type is enough for the message.
         Some(b'{') if depth > DEPTH_MAX => Value::Table(Vec::new()),
         Some(b'[') if depth > DEPTH_MAX => Value::List(Vec::new()),
         Some(b'{') => {
-            let members = serde_json::Deserializer::from_str(said).deserialize_map(RawMembers).unwrap_or_default();
-            let (mut line, mut rest) = (line, said);
+            let members = serde_json::Deserializer::from_str(text).deserialize_map(RawMembers).unwrap_or_default();
+            let (mut line, mut rest) = (line, text);
             let mut line_of_next = |raw: &RawValue| {
                 // Only white space and punctuation precede a name or a value, so the first match is the right one.
                 let at = rest.find(raw.get()).unwrap_or_default();
@@ -406,14 +406,14 @@ fn json_value(raw: &RawValue, line: usize, depth: usize) -> Value {
             Value::Table(members.into_iter().map(member).collect())
         }
         Some(b'[') => {
-            let items: Vec<&RawValue> = serde_json::from_str(said).unwrap_or_default();
+            let items: Vec<&RawValue> = serde_json::from_str(text).unwrap_or_default();
             Value::List(items.into_iter().map(|item| json_value(item, line, depth + 1)).collect())
         }
-        Some(b'"') => serde_json::from_str(said).map_or(Value::Nothing, Value::Text),
-        Some(b't' | b'f') => Value::Switch(said == "true"),
-        Some(b'n') | None => Value::Nothing,
-        Some(_) if said.bytes().all(|byte| byte.is_ascii_digit() || byte == b'-') => Value::Whole(said.to_owned()),
-        Some(_) => Value::Number(said.to_owned()),
+        Some(b'"') => serde_json::from_str(text).map_or(Value::Null, Value::Text),
+        Some(b't' | b'f') => Value::Switch(text == "true"),
+        Some(b'n') | None => Value::Null,
+        Some(_) if text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'-') => Value::Whole(text.to_owned()),
+        Some(_) => Value::Number(text.to_owned()),
     }
 }
 

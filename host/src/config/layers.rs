@@ -229,7 +229,7 @@ fn near_miss(name: &str) -> Option<String> {
         return None;
     }
     let near = nearest(name, Key::suggested_names())?;
-    Some(format!("environment variable {name} is no setting and has no effect, did you mean {near}?"))
+    Some(format!("environment variable {name} is not a setting and has no effect, did you mean {near}?"))
 }
 
 #[cfg(test)]

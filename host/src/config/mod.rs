@@ -3,11 +3,11 @@
 //! This module does not use the network. The node uses the network only after this module has succeeded.
 
 mod file;
+mod folders_and_hosts;
 mod keys;
 mod layers;
 mod node_url;
 mod parser;
-mod places;
 mod secrets;
 
 use std::path::{Path, PathBuf};
@@ -15,10 +15,10 @@ use std::path::{Path, PathBuf};
 use tokio::sync::mpsc;
 use url::Url;
 
+pub use folders_and_hosts::{folder_problem, host_problem, kernel_problem};
 pub use keys::{KEYS, Key, Kind};
 pub use layers::{Layers, Origin};
 pub use parser::{Remark, duration};
-pub use places::{folder_problem, host_problem, kernel_problem};
 pub use secrets::Secrets;
 
 use file::{PlaneEntry, PlaneKind};
@@ -87,7 +87,7 @@ impl HostConfig {
     /// # Errors
     /// All mistakes at once. None contains the value of a secret.
     pub fn build(layers: &Layers, secrets: &Secrets) -> Result<Self, Mistakes> {
-        let (mut built, parser) = Self::examine(layers, secrets);
+        let (mut built, parser) = Self::build_and_check(layers, secrets);
         built.warnings = parser::lines(&parser.warnings);
         // A placeholder remains only if a mistake was noted.
         parser.end(built)
@@ -124,7 +124,7 @@ impl HostConfig {
     }
 
     /// A configuration with placeholders for unusable values, with its mistakes and warnings.
-    fn examine<'a>(layers: &'a Layers, secrets: &Secrets) -> (Self, Parser<'a>) {
+    fn build_and_check<'a>(layers: &'a Layers, secrets: &Secrets) -> (Self, Parser<'a>) {
         let posemesh = layers.needs_posemesh();
         let mut parser = Parser::new(layers);
         parser.mistakes = layers.mistakes.iter().map(Remark::plain).collect();
@@ -160,7 +160,7 @@ impl HostConfig {
         }
         let policy = transport::Policy { allow_insecure_http: built.transport.allow_insecure_http };
         for (name, url) in [("DMS_BASE_URL", &built.dms.base), ("DDS_BASE_URL", &built.auth.dds)] {
-            parser.look_at_base_url(name, url, policy);
+            parser.check_base_url(name, url, policy);
         }
         built.observe.node_host = parser.optional("NODE_URL").and_then(node_url::host);
         built.auth.form = match built.observe.status_page {
@@ -174,7 +174,7 @@ impl HostConfig {
 /// Mistakes and warnings about single values, for `config show`.
 #[must_use]
 pub fn remarks(layers: &Layers, secrets: &Secrets) -> (Vec<Remark>, Vec<Remark>) {
-    let (_, parser) = HostConfig::examine(layers, secrets);
+    let (_, parser) = HostConfig::build_and_check(layers, secrets);
     let mut mistakes = parser.mistakes;
     mistakes.extend(folder_remarks(layers));
     (mistakes, parser.warnings)
@@ -193,12 +193,12 @@ fn folder_remarks(layers: &Layers) -> Vec<Remark> {
     let named = parser.mistakes.is_empty();
     // A folder without a name is reported elsewhere.
     parser.mistakes.clear();
-    parser.look_at_folder("SCRATCH_DIR", &scratch);
-    parser.look_at_own_folder();
+    parser.check_folder("SCRATCH_DIR", &scratch);
+    parser.check_default_folder();
     // A folder that the command chose for its own node needs no check.
     if named && parser.origin("STATE_DIR") != Origin::Command {
-        parser.look_at_folder("STATE_DIR", &state);
-        if let Some(problem) = places::clash(&scratch, &state) {
+        parser.check_folder("STATE_DIR", &state);
+        if let Some(problem) = folders_and_hosts::conflict(&scratch, &state) {
             parser.mistake("STATE_DIR", problem);
         }
     }
@@ -223,7 +223,7 @@ impl Parser<'_> {
     }
 
     /// Notes a base URL that is not allowed, or to which paths cannot be added.
-    fn look_at_base_url(&mut self, name: &str, url: &Url, policy: transport::Policy) {
+    fn check_base_url(&mut self, name: &str, url: &Url, policy: transport::Policy) {
         if let Err(err) = policy.check(url) {
             self.mistake(name, err);
         }
@@ -245,7 +245,8 @@ impl Parser<'_> {
     fn proxies(&mut self) -> Proxies {
         let [http, https, all] = ["HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"].map(|name| {
             let url = self.optional(name)?;
-            let problem = Proxies::check(url).map_err(str::to_owned).err().or_else(|| places::proxy_problem(url));
+            let problem =
+                Proxies::check(url).map_err(str::to_owned).err().or_else(|| folders_and_hosts::proxy_problem(url));
             match problem {
                 None => Some(url),
                 Some(problem) => {
@@ -255,7 +256,7 @@ impl Parser<'_> {
             }
         });
         if http.or(https).or(all).is_some() {
-            self.look_at_unproxied("NO_PROXY");
+            self.check_no_proxy("NO_PROXY");
         }
         Proxies::new(http, https, all, self.optional("NO_PROXY").unwrap_or_default())
     }
@@ -289,7 +290,7 @@ pub fn own_scratch_dir() -> Result<PathBuf, Mistakes> {
     std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
     // It may exist. Any other error is reported when the folder is used.
     let _ = builder.create(&dir);
-    match places::foreign_problem(&dir) {
+    match folders_and_hosts::foreign_problem(&dir) {
         Some(problem) => Err(Mistakes(vec![format!("SCRATCH_DIR: {problem}")])),
         None => Ok(dir),
     }

@@ -57,10 +57,10 @@ fn servable(url: &Url, bind: SocketAddr, dds: &Url) -> Result<(), String> {
     }
     let address = address(url);
     if url.port() == Some(0) || address.is_some_and(|ip| ip.is_unspecified() || ip.is_multicast()) {
-        return Err("nobody can be reached there; name the host and port others use".to_owned());
+        return Err("no node can be reached there; use the host and port that others connect to".to_owned());
     }
     if bind.port() == 0 {
-        return Err(format!("HTTP_BIND {bind} takes any free port; give it the port that is reached by this URL"));
+        return Err(format!("HTTP_BIND {bind} uses any free port; set the port of this URL"));
     }
     let loopback = address.is_some_and(|ip| ip.is_loopback());
     if loopback && !self::address(dds).is_some_and(|ip| ip.is_loopback()) {
@@ -104,44 +104,44 @@ mod tests {
     #[track_caller]
     fn check(url: &str, bind: &str, dds: &str, expected: &str) {
         let (parsed, dds) = (Url::parse(url).expect("a URL"), Url::parse(dds).expect("a URL"));
-        let said = servable(&parsed, bind.parse().expect("an address"), &dds).err();
-        let said = said.unwrap_or_else(|| "fine".to_owned());
-        assert!(said.contains(expected), "{url} at {bind}: {said}");
+        let problem = servable(&parsed, bind.parse().expect("an address"), &dds).err();
+        let problem = problem.unwrap_or_else(|| "fine".to_owned());
+        assert!(problem.contains(expected), "{url} at {bind}: {problem}");
     }
 
     #[test]
     fn unservable_node_url_fails_and_proxied_url_passes() {
-        let away = "https://dds.example";
-        check("http://node.example:8080", "0.0.0.0:8080", away, "fine");
-        check("http://node.example", "0.0.0.0:8080", away, "fine"); // a mapped port
-        check("http://203.0.113.9:8080", "10.0.0.5:8080", away, "fine"); // a mapped address
-        check("http://node.example:8080", "[::]:8080", away, "fine");
-        check("https://node.example/some/where", "127.0.0.1:8080", away, "fine"); // a proxy on this machine
+        let remote = "https://dds.example";
+        check("http://node.example:8080", "0.0.0.0:8080", remote, "fine");
+        check("http://node.example", "0.0.0.0:8080", remote, "fine"); // a mapped port
+        check("http://203.0.113.9:8080", "10.0.0.5:8080", remote, "fine"); // a mapped address
+        check("http://node.example:8080", "[::]:8080", remote, "fine");
+        check("https://node.example/some/where", "127.0.0.1:8080", remote, "fine"); // a proxy on this machine
         check(
             "http://node.example:8080",
             "127.0.0.1:8080",
-            away,
+            remote,
             "is not reached from other machines; set HTTP_BIND=0",
         );
-        check("http://192.0.2.7:8080", "[::1]:8080", away, "is not reached from other machines");
-        check("https://node.example", "127.0.0.1:0", away, "takes any free port");
-        check("http://0.0.0.0:8080", "0.0.0.0:8080", away, "nobody can be reached there");
-        check("http://[::]:8080", "0.0.0.0:8080", away, "nobody can be reached there");
-        check("http://239.1.2.3:8080", "0.0.0.0:8080", away, "nobody can be reached there");
-        check("http://node.example:0", "0.0.0.0:8080", away, "nobody can be reached there");
-        check("https://node.example/?x=1", "0.0.0.0:8080", away, "without query or fragment");
-        check("https://node.example/#x", "0.0.0.0:8080", away, "without query or fragment");
-        check("https://localhost", "127.0.0.1:8080", away, "another machine cannot reach loopback");
+        check("http://192.0.2.7:8080", "[::1]:8080", remote, "is not reached from other machines");
+        check("https://node.example", "127.0.0.1:0", remote, "uses any free port");
+        check("http://0.0.0.0:8080", "0.0.0.0:8080", remote, "no node can be reached there");
+        check("http://[::]:8080", "0.0.0.0:8080", remote, "no node can be reached there");
+        check("http://239.1.2.3:8080", "0.0.0.0:8080", remote, "no node can be reached there");
+        check("http://node.example:0", "0.0.0.0:8080", remote, "no node can be reached there");
+        check("https://node.example/?x=1", "0.0.0.0:8080", remote, "without query or fragment");
+        check("https://node.example/#x", "0.0.0.0:8080", remote, "without query or fragment");
+        check("https://localhost", "127.0.0.1:8080", remote, "another machine cannot reach loopback");
     }
 
     #[test]
     fn loopback_http_url_must_match_bind_address() {
-        let here = "http://127.0.0.1:8700";
-        check("http://127.0.0.1:8080", "127.0.0.1:8080", here, "fine");
-        check("http://localhost:8080/", "0.0.0.0:8080", here, "fine");
-        check("http://127.0.0.1:8081", "127.0.0.1:8080", here, "listens on another port");
-        check("http://127.0.0.1", "127.0.0.1:8080", here, "listens on another port");
-        check("http://127.0.0.1:8080", "192.0.2.7:8080", here, "is not reached from loopback");
-        check("https://127.0.0.1:8443", "127.0.0.1:8080", here, "fine");
+        let local = "http://127.0.0.1:8700";
+        check("http://127.0.0.1:8080", "127.0.0.1:8080", local, "fine");
+        check("http://localhost:8080/", "0.0.0.0:8080", local, "fine");
+        check("http://127.0.0.1:8081", "127.0.0.1:8080", local, "listens on another port");
+        check("http://127.0.0.1", "127.0.0.1:8080", local, "listens on another port");
+        check("http://127.0.0.1:8080", "192.0.2.7:8080", local, "is not reached from loopback");
+        check("https://127.0.0.1:8443", "127.0.0.1:8080", local, "fine");
     }
 }

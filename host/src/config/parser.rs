@@ -7,9 +7,9 @@ use url::Url;
 
 use super::{
     Mistakes,
+    folders_and_hosts::host_problem,
     keys::Key,
     layers::{Layers, Origin},
-    places::host_problem,
 };
 use crate::auth::NodeKey;
 
@@ -144,7 +144,7 @@ impl<'a> Parser<'a> {
         let expected = format!("whole seconds, at most {SECS_MAX}");
         let seconds = self.value(name, &expected, 1, |text| text.parse().ok().filter(|secs| *secs <= SECS_MAX));
         if seconds == 0 {
-            self.warning(name, "0 is no time at all, using 1");
+            self.warning(name, "0 is too short, using 1");
         }
         Duration::from_secs(seconds.max(1))
     }
@@ -162,7 +162,7 @@ impl<'a> Parser<'a> {
         });
         let clamped = ratio.clamp(0.0, 1.0);
         if clamped != ratio {
-            self.warning(name, format_args!("{ratio} lies outside 0 to 1, using {clamped}"));
+            self.warning(name, format_args!("{ratio} is outside 0 to 1, using {clamped}"));
         }
         clamped
     }
@@ -226,8 +226,8 @@ impl<'a> Parser<'a> {
     /// A time that is not 0.
     pub(super) fn duration_above_zero(&mut self, name: &str) -> Duration {
         let expected = format!("a duration above 0 such as 30s, at most {SECS_MAX} seconds");
-        let sane = |time: &Duration| !time.is_zero() && time.as_secs() <= SECS_MAX;
-        self.value(name, &expected, Duration::from_secs(1), |text| duration(text).filter(sane))
+        let valid = |time: &Duration| !time.is_zero() && time.as_secs() <= SECS_MAX;
+        self.value(name, &expected, Duration::from_secs(1), |text| duration(text).filter(valid))
     }
 
     /// A number of bytes.
@@ -256,7 +256,7 @@ impl<'a> Parser<'a> {
     }
 
     /// Warns of a word that is neither form. Then `json` is used (posemesh.md section 7.1).
-    pub(super) fn look_at_log_format(&mut self) {
+    pub(super) fn check_log_format(&mut self) {
         let Some(text) = self.optional("LOG_FORMAT") else { return };
         if !["json", "text"].iter().any(|form| text.eq_ignore_ascii_case(form)) {
             self.warning("LOG_FORMAT", format_args!("expected json or text, found {text:?}, using json"));

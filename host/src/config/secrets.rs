@@ -21,7 +21,7 @@ const BYTES_MAX: u64 = 16 * 1024;
 pub struct Secrets {
     values: BTreeMap<&'static str, SecretString>,
     /// The given secrets that are not UTF-8.
-    garbled: Vec<&'static str>,
+    not_utf8: Vec<&'static str>,
     origin: Origin,
 }
 
@@ -32,12 +32,12 @@ impl Secrets {
     /// No other thread may be running: call it first in `main`.
     #[must_use]
     pub unsafe fn take() -> Self {
-        let (mut found, mut garbled) = (BTreeMap::new(), Vec::new());
+        let (mut found, mut not_utf8) = (BTreeMap::new(), Vec::new());
         for name in KEYS.iter().filter(|key| key.is_secret()).map(|key| key.name) {
             if let Some(value) = std::env::var_os(name) {
                 match value.into_string() {
                     Ok(value) => drop(found.insert(name, SecretString::from(value))),
-                    Err(_) => garbled.push(name),
+                    Err(_) => not_utf8.push(name),
                 }
                 // SAFETY: the caller guarantees that no other thread reads or writes the environment now.
                 unsafe {
@@ -46,7 +46,7 @@ impl Secrets {
                 }
             }
         }
-        Self { values: found, garbled, origin: Origin::Environment }
+        Self { values: found, not_utf8, origin: Origin::Environment }
     }
 
     /// Secrets that are not from the environment. Unknown names are ignored.
@@ -54,7 +54,7 @@ impl Secrets {
         let known = |name: &str| Key::find(name).filter(|key| key.is_secret()).map(|key| key.name);
         let pairs = pairs.into_iter();
         let values = pairs.filter_map(|(name, value)| Some((known(name)?, SecretString::from(value.to_owned()))));
-        Self { values: values.collect(), garbled: Vec::new(), origin: Origin::Command }
+        Self { values: values.collect(), not_utf8: Vec::new(), origin: Origin::Command }
     }
 
     /// The secret itself, if it was given directly. Blank is unset.
@@ -69,7 +69,7 @@ impl Secrets {
     /// # Errors
     /// One line without the secret: both were given in one layer, it is not text, or the file cannot be used.
     pub fn find(&self, key: &Key, layers: &Layers) -> Result<Option<(SecretString, String)>, String> {
-        if self.garbled.contains(&key.name) {
+        if self.not_utf8.contains(&key.name) {
             return Err(format!("{}: expected UTF-8, found other bytes", key.name));
         }
         let direct = self.direct(key).or_else(|| layers.secret(key));

@@ -130,7 +130,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn moments_add_up_and_never_overflow() {
+    fn instants_add_up_and_never_overflow() {
         let now = BootInstant::now();
         let later = now + Duration::from_secs(3);
         assert_eq!((later - now, now - later), (Duration::from_secs(3), Duration::ZERO));
@@ -146,7 +146,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn work_is_not_begun_after_its_moment() {
+    async fn work_does_not_start_after_its_deadline() {
         let (past, soon) = (BootInstant::now(), BootInstant::now() + Duration::from_millis(5));
         assert_eq!(past.before(async { 1 }).await, None);
         assert_eq!(soon.before(std::future::pending::<()>()).await, None);

@@ -31,11 +31,11 @@ pub struct Budget(Arc<Shared>);
 #[derive(Debug)]
 struct Shared {
     limit: u64,
-    books: Mutex<Books>,
+    usage: Mutex<Usage>,
 }
 
 #[derive(Debug, Default)]
-struct Books {
+struct Usage {
     /// Everything charged.
     in_flight: u64,
     /// The reserved part of it.
@@ -49,7 +49,7 @@ impl Budget {
     /// A budget of `limit` bytes.
     #[must_use]
     pub fn new(limit: u64) -> Self {
-        Self(Arc::new(Shared { limit, books: Mutex::default() }))
+        Self(Arc::new(Shared { limit, usage: Mutex::default() }))
     }
 
     /// A budget that only counts and never limits.
@@ -58,8 +58,8 @@ impl Budget {
         Self::new(u64::MAX)
     }
 
-    /// Charges an object of `bytes`. Waits until enough bytes are free, in order of arrival. Dropping the future gives
-    /// up its place in the queue.
+    /// Charges an object of `bytes`. Waits until enough bytes are free, in order of arrival. A drop of the
+    /// future removes it from the queue.
     ///
     /// # Errors
     /// At once, when the object is larger than the budget.
@@ -68,45 +68,45 @@ impl Budget {
         if bytes > limit {
             return Err(OverBudget { bytes, limit });
         }
-        let turn = {
-            let mut books = self.0.books();
-            if books.waiting.is_empty() && books.fits(bytes, limit) {
-                return Ok(self.charge(&mut books, bytes, true));
+        let admission = {
+            let mut usage = self.0.usage();
+            if usage.waiting.is_empty() && usage.fits(bytes, limit) {
+                return Ok(self.charge(&mut usage, bytes, true));
             }
-            let (tell, turn) = oneshot::channel();
-            books.waiting.push_back((bytes, tell));
-            turn
+            let (sender, admission) = oneshot::channel();
+            usage.waiting.push_back((bytes, sender));
+            admission
         };
-        Ok(turn.await.expect("each waiter gets an answer before the budget is dropped"))
+        Ok(admission.await.expect("each waiter gets an answer before the budget is dropped"))
     }
 
     /// Charges a piece of `bytes` that is already in transfer.
     #[must_use]
     pub fn count(&self, bytes: u64) -> Charge {
-        self.charge(&mut self.0.books(), bytes, false)
+        self.charge(&mut self.0.usage(), bytes, false)
     }
 
     /// Bytes charged now.
     #[must_use]
     pub fn in_flight(&self) -> u64 {
-        self.0.books().in_flight
+        self.0.usage().in_flight
     }
 
-    fn charge(&self, books: &mut Books, bytes: u64, reserved: bool) -> Charge {
-        books.in_flight += bytes;
-        books.reserved += if reserved { bytes } else { 0 };
-        books.peak = books.peak.max(books.in_flight);
+    fn charge(&self, usage: &mut Usage, bytes: u64, reserved: bool) -> Charge {
+        usage.in_flight += bytes;
+        usage.reserved += if reserved { bytes } else { 0 };
+        usage.peak = usage.peak.max(usage.in_flight);
         Charge { budget: self.clone(), bytes, reserved }
     }
 }
 
 impl Shared {
-    fn books(&self) -> MutexGuard<'_, Books> {
-        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    fn usage(&self) -> MutexGuard<'_, Usage> {
+        self.usage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Books {
+impl Usage {
     fn fits(&self, bytes: u64, limit: u64) -> bool {
         self.reserved == 0 || self.in_flight.saturating_add(bytes) <= limit
     }
@@ -115,10 +115,10 @@ impl Books {
 /// The form that `/status.json` shows.
 impl Serialize for Budget {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let books = self.0.books();
+        let usage = self.0.usage();
         let mut shown = serializer.serialize_struct("Budget", 3)?;
-        shown.serialize_field("in_flight_bytes", &books.in_flight)?;
-        shown.serialize_field("peak_bytes", &books.peak)?;
+        shown.serialize_field("in_flight_bytes", &usage.in_flight)?;
+        shown.serialize_field("peak_bytes", &usage.peak)?;
         shown.serialize_field("limit_bytes", &self.0.limit)?;
         shown.end()
     }
@@ -159,23 +159,23 @@ impl<T: AsRef<[u8]>> AsRef<[u8]> for Tied<T> {
 
 impl Drop for Charge {
     fn drop(&mut self) {
-        let mut turns = Vec::new();
+        let mut admitted = Vec::new();
         {
-            let mut books = self.budget.0.books();
-            books.in_flight -= self.bytes;
-            books.reserved -= if self.reserved { self.bytes } else { 0 };
-            books.waiting.retain(|(_, tell)| !tell.is_closed());
-            while let Some((bytes, _)) = books.waiting.front() {
-                if !books.fits(*bytes, self.budget.0.limit) {
+            let mut usage = self.budget.0.usage();
+            usage.in_flight -= self.bytes;
+            usage.reserved -= if self.reserved { self.bytes } else { 0 };
+            usage.waiting.retain(|(_, sender)| !sender.is_closed());
+            while let Some((bytes, _)) = usage.waiting.front() {
+                if !usage.fits(*bytes, self.budget.0.limit) {
                     break;
                 }
-                let (bytes, tell) = books.waiting.pop_front().expect("just seen");
-                turns.push((tell, self.budget.charge(&mut books, bytes, true)));
+                let (bytes, sender) = usage.waiting.pop_front().expect("the queue has a front");
+                admitted.push((sender, self.budget.charge(&mut usage, bytes, true)));
             }
         }
-        for (tell, charge) in turns {
-            // If the waiter has given up, the charge is dropped here and the next waiter gets its turn.
-            drop(tell.send(charge));
+        for (sender, charge) in admitted {
+            // If the waiter was dropped, the charge is dropped here, which admits the next waiter.
+            drop(sender.send(charge));
         }
     }
 }
@@ -190,9 +190,9 @@ mod tests {
 
     use super::*;
 
-    /// Polls once whether a reservation has its turn.
-    fn poll(turn: std::pin::Pin<&mut impl Future<Output = Result<Charge, OverBudget>>>) -> Option<Charge> {
-        match turn.poll(&mut Context::from_waker(Waker::noop())) {
+    /// Polls once whether a reservation was admitted.
+    fn poll(admission: std::pin::Pin<&mut impl Future<Output = Result<Charge, OverBudget>>>) -> Option<Charge> {
+        match admission.poll(&mut Context::from_waker(Waker::noop())) {
             Poll::Ready(charge) => Some(charge.expect("it can fit")),
             Poll::Pending => None,
         }
@@ -203,11 +203,11 @@ mod tests {
         let budget = Budget::new(100);
         let (mut a, mut b, mut c) = (pin!(budget.reserve(60)), pin!(budget.reserve(60)), pin!(budget.reserve(10)));
         let first = poll(a.as_mut()).expect("there is space");
-        assert!(poll(b.as_mut()).is_none() && poll(c.as_mut()).is_none(), "the third does not overtake");
+        assert!(poll(b.as_mut()).is_none() && poll(c.as_mut()).is_none(), "reservations are admitted in order");
         let piece = budget.count(50);
         assert_eq!(budget.in_flight(), 110);
         drop(first);
-        let second = poll(b.as_mut()).expect("alone it has room, whatever the pieces");
+        let second = poll(b.as_mut()).expect("a single object is admitted, whatever the pieces");
         assert!(poll(c.as_mut()).is_none());
         drop(piece);
         let third = poll(c.as_mut()).expect("now it fits");
@@ -220,8 +220,8 @@ mod tests {
     fn oversized_reservation_is_refused_immediately() {
         let budget = Budget::new(100);
         let _held = budget.count(100);
-        let mut turn = pin!(budget.reserve(101));
-        let Poll::Ready(Err(err)) = turn.as_mut().poll(&mut Context::from_waker(Waker::noop())) else {
+        let mut admission = pin!(budget.reserve(101));
+        let Poll::Ready(Err(err)) = admission.as_mut().poll(&mut Context::from_waker(Waker::noop())) else {
             panic!("refused")
         };
         assert!(err.to_string().starts_with("101 bytes do not fit into MEMORY_BUDGET, 100 bytes"), "{err}");
@@ -233,8 +233,8 @@ mod tests {
         let held = poll(pin!(budget.reserve(100))).expect("there is space");
         let mut after = pin!(budget.reserve(100));
         {
-            let mut gone = pin!(budget.reserve(50));
-            assert!(poll(gone.as_mut()).is_none());
+            let mut dropped = pin!(budget.reserve(50));
+            assert!(poll(dropped.as_mut()).is_none());
             assert!(poll(after.as_mut()).is_none());
         }
         drop(held);

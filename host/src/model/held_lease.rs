@@ -1,7 +1,7 @@
 //! A live view of a held lease for everything that works on its task.
 //!
-//! The session owns the [`HeldLeaseWriter`] and publishes changes from the plane through it. Runners, ports and the
-//! engine hold clones of the [`HeldLease`] and only read.
+//! The session owns the [`HeldLeaseWriter`] and publishes changes from the control plane through it. Runners, ports and
+//! the engine hold clones of the [`HeldLease`] and only read.
 
 use std::{
     fmt,
@@ -119,11 +119,11 @@ pub enum Setup {
     Pending,
     /// Answered, or not needed. `Err` says in one line which part of the location is missing or malformed.
     Ready(Result<DataLocation, String>),
-    /// The plane refused permanently. The text is its status and contains no secret.
+    /// The control plane refused permanently. The text is its status and contains no secret.
     Refused(String),
 }
 
-/// The parts of a lease that the plane may change.
+/// The parts of a lease that the control plane may change.
 pub struct LeaseUpdates {
     /// The newest bearer. [`HeldLeaseWriter::renew`] changes it and stores the previous one.
     pub token: Option<Token>,
@@ -149,7 +149,7 @@ impl Deadline {
         BootInstant::from_bits(self.0.load(Ordering::Acquire))
     }
 
-    /// Moves the deadline: the plane has extended or shortened the lease.
+    /// Moves the deadline: the control plane has extended or shortened the lease.
     pub fn set(&self, until: BootInstant) {
         self.0.store(until.to_bits(), Ordering::Release);
     }
@@ -173,7 +173,7 @@ pub struct HeldLeaseState {
     replaced: Mutex<Vec<Token>>,
     /// Where the report goes, if a heartbeat has changed that.
     renamed: Mutex<Option<ReportAddress>>,
-    news: Watched<LeaseUpdates>,
+    updates: Watched<LeaseUpdates>,
 }
 
 impl Deref for HeldLease {
@@ -212,7 +212,8 @@ impl HeldLeaseWriter {
         &self.0.deadline
     }
 
-    /// The end of the newest bearer, for the session to move. [`BootInstant::NEVER`] if the plane has not sent it.
+    /// The end of the newest bearer, for the session to move. [`BootInstant::NEVER`] if the control plane has not sent
+    /// it.
     #[must_use]
     pub fn token_deadline(&self) -> &Deadline {
         &self.0.token_deadline
@@ -234,9 +235,9 @@ impl HeldLeaseWriter {
         *self.0.renamed.lock().unwrap_or_else(PoisonError::into_inner) = Some(address);
     }
 
-    /// Publishes a change from the plane.
+    /// Publishes a change from the control plane.
     pub fn publish(&self, change: impl FnOnce(&mut LeaseUpdates)) {
-        self.0.news.change(|now| {
+        self.0.updates.change(|now| {
             change(now);
             true
         });
@@ -245,7 +246,7 @@ impl HeldLeaseWriter {
     /// Publishes a newer bearer. Returns `false` if the bearer is already known.
     pub fn renew(&self, token: Token) -> bool {
         let mut old = None;
-        let newer = self.0.news.change(|now| {
+        let newer = self.0.updates.change(|now| {
             let newer = now.token.as_ref() != Some(&token);
             if newer {
                 old = now.token.replace(token);
@@ -264,17 +265,17 @@ impl HeldLeaseWriter {
 
     /// Publishes the state of the set-up, if `change` changes it.
     pub fn set_up(&self, change: impl FnOnce(&mut Setup) -> bool) {
-        self.0.news.change(|now| change(&mut now.setup));
+        self.0.updates.change(|now| change(&mut now.setup));
     }
 }
 
 impl HeldLease {
-    /// Creates the view of `lease` and its writer. Pass `Pending` as `setup` if a plane will answer, and `Ready` for
-    /// local runs.
+    /// Creates the view of `lease` and its writer. Pass `Pending` as `setup` if a control plane will answer, and
+    /// `Ready` for local runs.
     #[must_use]
     pub fn new(lease: Lease, setup: Setup) -> (Self, HeldLeaseWriter) {
-        let news = Watched::new(LeaseUpdates { token: lease.token.clone(), setup, over: false });
-        let granted = Arc::new(HeldLeaseState {
+        let updates = Watched::new(LeaseUpdates { token: lease.token.clone(), setup, over: false });
+        let state = Arc::new(HeldLeaseState {
             deadline: Deadline::new(BootInstant::NEVER),
             token_deadline: Deadline::new(lease.token_expires_at.unwrap_or(BootInstant::NEVER)),
             lease,
@@ -283,9 +284,9 @@ impl HeldLease {
             missed: Mutex::default(),
             replaced: Mutex::default(),
             renamed: Mutex::default(),
-            news,
+            updates,
         });
-        (Self(Arc::clone(&granted)), HeldLeaseWriter(granted))
+        (Self(Arc::clone(&state)), HeldLeaseWriter(state))
     }
 
     /// Every bearer that the runner may have received, the newest last. Above the limit, the oldest are dropped.
@@ -296,7 +297,7 @@ impl HeldLease {
         tokens
     }
 
-    /// Where the report goes, according to the plane so far.
+    /// Where the report goes, according to the control plane so far.
     #[must_use]
     pub fn address(&self) -> ReportAddress {
         let renamed = self.renamed.lock().unwrap_or_else(PoisonError::into_inner);
@@ -332,13 +333,13 @@ impl HeldLease {
         self.missed.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The deadline of the lease, according to the plane so far.
+    /// The deadline of the lease, according to the control plane so far.
     #[must_use]
     pub fn deadline(&self) -> &Deadline {
         &self.deadline
     }
 
-    /// The end of the newest bearer, according to the plane so far.
+    /// The end of the newest bearer, according to the control plane so far.
     #[must_use]
     pub fn token_deadline(&self) -> &Deadline {
         &self.token_deadline
@@ -347,16 +348,16 @@ impl HeldLease {
     /// The newest bearer for the domain server. Call this again for each request.
     #[must_use]
     pub fn token(&self) -> Option<Token> {
-        self.news.lock().token.clone()
+        self.updates.lock().token.clone()
     }
 
     /// Waits up to `limit` for a bearer other than `old` (after a 401), then returns the newest. It requests a
     /// heartbeat, whose answer should bring a newer bearer (posemesh.md section 10.3).
     pub async fn newer_token(&self, old: Option<&Token>, limit: std::time::Duration) -> Option<Token> {
-        if self.news.lock().token.as_ref() == old {
+        if self.updates.lock().token.as_ref() == old {
             self.progress.ask();
         }
-        let newer = self.news.until(|now| (now.over || now.token.as_ref() != old).then_some(()));
+        let newer = self.updates.until(|now| (now.over || now.token.as_ref() != old).then_some(()));
         let _ = tokio::time::timeout(limit, newer).await;
         self.token()
     }
@@ -364,13 +365,13 @@ impl HeldLease {
     /// The current state of the set-up heartbeat.
     #[must_use]
     pub fn setup_now(&self) -> Setup {
-        self.news.lock().setup.clone()
+        self.updates.lock().setup.clone()
     }
 
     /// Whether the control plane refused the set-up, or named an unusable data location.
     #[must_use]
     pub fn is_refused(&self) -> bool {
-        matches!(self.news.lock().setup, Setup::Refused(_) | Setup::Ready(Err(_)))
+        matches!(self.updates.lock().setup, Setup::Refused(_) | Setup::Ready(Err(_)))
     }
 
     /// Waits for the answer to the set-up heartbeat. Never returns [`Setup::Pending`]. Returns `Refused` early when
@@ -384,7 +385,7 @@ impl HeldLease {
             Setup::Pending => None,
             setup => Some(setup.clone()),
         };
-        self.news.until(answered).await
+        self.updates.until(answered).await
     }
 }
 

@@ -146,11 +146,11 @@ pub struct Lease {
     pub address: ReportAddress,
     /// The job the task belongs to, for logs and pages.
     pub job: Option<Uuid>,
-    /// Number of this run of the task, as the plane counts runs. Most planes count from 1.
+    /// Number of this run of the task, as the control plane counts runs. Most control planes count from 1.
     pub attempt: Option<u64>,
     /// The requested capability.
     pub capability: Capability,
-    /// When the plane gives the task to another node. `None` if the plane sent no plausible time.
+    /// When the control plane gives the task to another node. `None` if the control plane sent no plausible time.
     pub expires_at: Option<BootInstant>,
     /// When the run must have ended, for any term of the lease. It is cancelled then, and fails.
     pub hard_deadline: Option<BootInstant>,
@@ -160,14 +160,14 @@ pub struct Lease {
     pub data: AnnouncedData,
     /// Bearer for the domain server.
     pub token: Option<Token>,
-    /// When that bearer ends, if the plane sent that.
+    /// When that bearer ends, if the control plane sent that.
     pub token_expires_at: Option<BootInstant>,
     /// Input ids, URLs or names, passed on unchanged.
     pub inputs: Vec<String>,
     /// Prefix of artifact paths, as received.
     pub outputs_prefix: Option<String>,
-    /// The lease as the plane sent it, with unknown fields, and without any credential. A runner receives this text
-    /// unchanged. The host does not parse it.
+    /// The lease as the control plane sent it, with unknown fields, and without any credential. A runner receives this
+    /// text unchanged. The host does not parse it.
     pub document: Box<RawValue>,
 }
 

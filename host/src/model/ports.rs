@@ -38,7 +38,7 @@ pub enum PortErrorKind {
     /// A limit was exceeded (size of progress, number of waiting events, bytes in memory, size of an archive), or the
     /// store answered 413.
     Limit,
-    /// The task ended while the call was under way.
+    /// The task ended while the call was in progress.
     TaskOver,
     /// Everything else, such as 403.
     Other,
@@ -152,7 +152,7 @@ pub trait Ports: Send + Sync {
     fn disk_was_full(&self) -> bool {
         false
     }
-    /// Ends the task's access. Calls under way fail with [`PortErrorKind::LeaseOver`], and unfinished outputs are
+    /// Ends the task's access. Calls in progress fail with [`PortErrorKind::LeaseOver`], and unfinished outputs are
     /// aborted. This returns when that is done. Published artifacts stay listed.
     async fn close(&self);
 }

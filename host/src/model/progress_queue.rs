@@ -10,13 +10,13 @@ use tokio::sync::Notify;
 
 use super::BootInstant;
 
-/// Largest progress value, in bytes of JSON. Newer planes reject larger values.
+/// Largest progress value, in bytes of JSON. Newer control planes reject larger values.
 pub(crate) const PROGRESS_BYTES_MAX: usize = 64 * 1024;
 /// Most events that wait for acknowledgement.
 pub(crate) const EVENTS_MAX: usize = 1024;
 /// Most bytes of JSON in waiting events.
 pub(crate) const EVENTS_BYTES_MAX: usize = 256 * 1024;
-/// Most bytes of events in one heartbeat, and the largest event. Newer planes reject more.
+/// Most bytes of events in one heartbeat, and the largest event. Newer control planes reject more.
 pub(crate) const EVENT_BYTES_MAX: usize = 64 * 1024;
 
 /// Why progress or an event was not accepted.
@@ -60,7 +60,7 @@ struct State {
     version: u64,
     acknowledged: u64,
     /// A caller waits for the answer to a heartbeat that has not been sent yet.
-    asked: bool,
+    answer_requested: bool,
     events: VecDeque<(Value, usize)>,
     events_bytes: usize,
 }
@@ -106,13 +106,13 @@ impl ProgressQueue {
 
     /// Requests a heartbeat soon although nothing has changed: a caller waits for its answer.
     pub fn ask(&self) {
-        self.lock().asked = true;
+        self.lock().answer_requested = true;
         self.changed.notify_one();
     }
 
     /// Records that the requested answer has arrived.
     pub fn answered(&self) {
-        self.lock().asked = false;
+        self.lock().answer_requested = false;
     }
 
     /// Returns a copy of the data for the next heartbeat.
@@ -120,11 +120,11 @@ impl ProgressQueue {
     pub fn pending(&self) -> Pending {
         let mut state = self.lock();
         // A failed heartbeat is repeated in any case.
-        state.asked = false;
-        let mut room = EVENT_BYTES_MAX;
+        state.answer_requested = false;
+        let mut space = EVENT_BYTES_MAX;
         let fits = |(_, bytes): &&(Value, usize)| {
-            let left = room.checked_sub(*bytes);
-            room = left.unwrap_or(0);
+            let left = space.checked_sub(*bytes);
+            space = left.unwrap_or(0);
             left.is_some()
         };
         Pending {
@@ -154,7 +154,7 @@ impl ProgressQueue {
     #[must_use]
     pub fn is_dirty(&self) -> bool {
         let state = self.lock();
-        state.asked || state.acknowledged < state.version || !state.events.is_empty()
+        state.answer_requested || state.acknowledged < state.version || !state.events.is_empty()
     }
 
     /// Waits for a change since the last call. At most one change is stored.
@@ -175,60 +175,60 @@ mod tests {
 
     #[test]
     fn acknowledgement_removes_only_sent_events() {
-        let mailbox = ProgressQueue::default();
-        mailbox.event(json!(1)).expect("space in the queue");
-        let sent = mailbox.pending();
-        mailbox.event(json!(2)).expect("space in the queue");
-        mailbox.acknowledge(&sent);
-        assert_eq!(mailbox.pending().events, [json!(2)]);
-        assert!(mailbox.is_dirty());
+        let queue = ProgressQueue::default();
+        queue.event(json!(1)).expect("space in the queue");
+        let sent = queue.pending();
+        queue.event(json!(2)).expect("space in the queue");
+        queue.acknowledge(&sent);
+        assert_eq!(queue.pending().events, [json!(2)]);
+        assert!(queue.is_dirty());
     }
 
     #[test]
     fn large_events_are_split_across_heartbeats() {
-        let mailbox = ProgressQueue::default();
+        let queue = ProgressQueue::default();
         for n in 0..5 {
-            mailbox.event(json!(format!("{n}{}", "x".repeat(20_000)))).expect("space in the queue");
+            queue.event(json!(format!("{n}{}", "x".repeat(20_000)))).expect("space in the queue");
         }
         let mut sizes = Vec::new();
-        while mailbox.is_dirty() {
-            let sent = mailbox.pending();
+        while queue.is_dirty() {
+            let sent = queue.pending();
             assert!(
                 sent.events[0].as_str().is_some_and(|text| text.starts_with(&sizes.iter().sum::<usize>().to_string()))
             );
             sizes.push(sent.events.len());
-            mailbox.acknowledge(&sent);
+            queue.acknowledge(&sent);
         }
         assert_eq!(sizes, [3, 2]);
     }
 
     #[test]
     fn ask_triggers_heartbeat_with_empty_progress() {
-        let mailbox = ProgressQueue::default();
-        mailbox.ask();
-        assert!(mailbox.is_dirty());
-        let sent = mailbox.pending();
+        let queue = ProgressQueue::default();
+        queue.ask();
+        assert!(queue.is_dirty());
+        let sent = queue.pending();
         assert_eq!((sent.progress.clone(), sent.events.len()), (json!({}), 0));
-        mailbox.acknowledge(&sent);
-        assert!(!mailbox.is_dirty());
+        queue.acknowledge(&sent);
+        assert!(!queue.is_dirty());
     }
 
     #[test]
     fn queue_is_limited_by_count_and_bytes() {
-        let mailbox = ProgressQueue::default();
+        let queue = ProgressQueue::default();
         for n in 0..EVENTS_MAX {
-            mailbox.event(json!(n)).expect("space in the queue");
+            queue.event(json!(n)).expect("space in the queue");
         }
-        assert_eq!(mailbox.event(json!("one more")), Err(ProgressError::EventsFull));
-        let mailbox = ProgressQueue::default();
+        assert_eq!(queue.event(json!("one more")), Err(ProgressError::EventsFull));
+        let queue = ProgressQueue::default();
         let quarter = json!("x".repeat(EVENTS_BYTES_MAX / 4 - 2));
         for _ in 0..4 {
-            mailbox.event(quarter.clone()).expect("space in the queue");
+            queue.event(quarter.clone()).expect("space in the queue");
         }
-        assert_eq!(mailbox.event(json!(1)), Err(ProgressError::EventsFull));
-        assert!(matches!(mailbox.event(json!("x".repeat(EVENT_BYTES_MAX))), Err(ProgressError::EventTooLarge(_))));
+        assert_eq!(queue.event(json!(1)), Err(ProgressError::EventsFull));
+        assert!(matches!(queue.event(json!("x".repeat(EVENT_BYTES_MAX))), Err(ProgressError::EventTooLarge(_))));
         assert!(matches!(
-            mailbox.progress(json!("x".repeat(PROGRESS_BYTES_MAX))),
+            queue.progress(json!("x".repeat(PROGRESS_BYTES_MAX))),
             Err(ProgressError::ProgressTooLarge(_))
         ));
     }

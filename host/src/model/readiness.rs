@@ -125,11 +125,11 @@ impl fmt::Display for NotReadyReason {
             Self::NotSignedIn(err) => write!(f, "not signed in: {err}"),
             Self::PlaneNotReady(err) => write!(f, "the control plane cannot be used: {err}"),
             Self::PollsFail { failed, error } => {
-                write!(f, "the control plane does not give work, {failed} polls in a row failed: {error}")
+                write!(f, "the last {failed} polls of the control plane failed: {error}")
             }
             Self::PollUnanswered => f.write_str("the control plane does not answer the poll"),
             Self::HeartbeatsFail { failed, error } => {
-                write!(f, "the control plane does not take heartbeats, {failed} in a row failed: {error}")
+                write!(f, "the last {failed} heartbeats of a lease failed: {error}")
             }
             Self::Starting { registration, error: Some(err) } => write!(f, "not signed in ({registration}): {err}"),
             Self::Starting { registration, error: None } => write!(f, "not signed in ({registration})"),

@@ -100,9 +100,9 @@ pub struct PollStatus {
 pub struct DiskStatus {
     /// The free space. `None` if the system does not return it.
     pub free_bytes: Option<u64>,
-    /// Below this, nothing new is leased. 0 means no floor.
+    /// Below this, nothing new is leased. 0 means no minimum.
     pub floor_bytes: u64,
-    /// Whether the free space is below the floor.
+    /// Whether the free space is below that minimum.
     pub full: bool,
 }
 
@@ -247,7 +247,7 @@ pub struct TaskStatus {
     /// The plugin that serves it.
     #[serde(serialize_with = "name_of_plugin")]
     pub plugin: Option<PluginId>,
-    /// Number of this run of the task, as the plane counts runs.
+    /// Number of this run of the task, as the control plane counts runs.
     pub attempt: Option<u64>,
     /// Its stage.
     pub state: TaskStage,
@@ -260,7 +260,7 @@ pub struct TaskStatus {
     pub running: RunningTask,
 }
 
-/// The values that the plane and the runner may change while a task is held. They are read when they are shown.
+/// The values that the control plane and the runner may change while a task is held. They are read when they are shown.
 #[derive(Clone)]
 pub struct RunningTask(HeldLease);
 
@@ -350,7 +350,7 @@ pub struct TaskRecord {
     /// The capability of the task.
     #[serde(serialize_with = "as_text")]
     pub capability: Capability,
-    /// Number of this run of the task, as the plane counts runs.
+    /// Number of this run of the task, as the control plane counts runs.
     pub attempt: Option<u64>,
     /// Name of the plugin that served it.
     pub plugin: Option<Arc<str>>,
@@ -527,7 +527,7 @@ impl StatusBoard {
     pub fn settled(&self, task: &TaskId, report: ReportState) {
         self.change(|status| {
             status.unreported += u64::from(report == ReportState::Refused);
-            // The same task may have ended here twice: the plane leased it again.
+            // The same task may have ended here twice: the control plane leased it again.
             let waiting =
                 |record: &&mut Arc<TaskRecord>| record.task_id == *task && record.report == ReportState::Waiting;
             if let Some(record) = status.recent.iter_mut().find(waiting) {

@@ -11,12 +11,12 @@ pub fn nearest<'a>(word: &str, candidates: impl IntoIterator<Item = &'a str>) ->
     if len < 3 {
         return None;
     }
-    let slips_max = (len / 6).max(1);
+    let edits_max = (len / 6).max(1);
     let scored = candidates.into_iter().map(|candidate| {
         let other = candidate.to_ascii_lowercase();
         (strsim::osa_distance(&word, &other), -strsim::jaro_winkler(&word, &other), candidate)
     });
-    let near = scored.filter(|(slips, _, candidate)| *slips <= slips_max && candidate.len() > 2);
+    let near = scored.filter(|(edits, _, candidate)| *edits <= edits_max && candidate.len() > 2);
     near.min_by(|a, b| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1))).map(|(_, _, candidate)| candidate)
 }
 

@@ -36,13 +36,13 @@ impl<T> Watched<T> {
         changed
     }
 
-    /// Waits until `look` returns a result.
-    pub(super) async fn until<R>(&self, mut look: impl FnMut(&T) -> Option<R>) -> R {
+    /// Waits until `check` returns a result.
+    pub(super) async fn until<R>(&self, mut check: impl FnMut(&T) -> Option<R>) -> R {
         loop {
             // Registers before the check, so that no change between the two is missed.
             let mut changed = pin!(self.changed.notified());
             changed.as_mut().enable();
-            if let Some(found) = look(&self.lock()) {
+            if let Some(found) = check(&self.lock()) {
                 return found;
             }
             changed.await;
@@ -57,20 +57,20 @@ mod tests {
     #[tokio::test]
     async fn waiter_wakes_only_on_real_changes() {
         let number = Watched::new(0);
-        let mut looks = 0;
+        let mut checks = 0;
         let waiting = number.until(|now| {
-            looks += 1;
+            checks += 1;
             (*now == 3).then_some("three")
         });
         let changing = async {
             for next in 1..=3 {
                 tokio::task::yield_now().await;
-                assert!(!number.change(|_| false), "nobody is woken");
+                assert!(!number.change(|_| false), "no waiter is woken");
                 assert!(number.change(|now| std::mem::replace(now, next) != next));
             }
         };
         assert_eq!(tokio::join!(biased; waiting, changing).0, "three");
-        assert_eq!(looks, 4, "once before it waited, once for each change");
+        assert_eq!(checks, 4, "once before it waited, once for each change");
     }
 
     #[tokio::test]

@@ -110,7 +110,8 @@ impl Names<'_> {
 /// The longest crate name. With prefix and suffix it is a valid file name on every system.
 const NAME_BYTES_MAX: usize = 64;
 
-/// Words that are invalid as crate names. They already have a meaning for cargo, for the compiler or in the code of the new crate.
+/// Words that are invalid as crate names. They already have a meaning for cargo, for the compiler or in the code of the
+/// new crate.
 const RESERVED: [&str; 14] = [
     "alloc",
     "build",

@@ -22,7 +22,8 @@ const BEGIN_BYTES: usize = 2 * BLOCK_BYTES;
 
 /// The work on each piece. It may block.
 pub(crate) trait Processor: Send + 'static {
-    /// Last pieces of at most so many bytes are processed by the caller, which takes less time than a hand-over to the pool.
+    /// Last pieces of at most so many bytes are processed by the caller, which takes less time than a hand-over to the
+    /// pool.
     const IN_PLACE_BYTES_MAX: usize = 0;
 
     fn process(&mut self, piece: &Bytes) -> io::Result<()>;

@@ -32,7 +32,8 @@ struct Range {
 }
 
 impl Range {
-    /// Measures one answer: dated `date`. `sent` and `received` are the times of the request and the answer, by the local clock.
+    /// Measures one answer: dated `date`. `sent` and `received` are the times of the request and the answer, by the
+    /// local clock.
     fn measured(date: Timestamp, sent: Timestamp, received: Timestamp) -> Self {
         Self { low: date.duration_since(received), high: date.duration_since(sent).saturating_add(DATE_RESOLUTION) }
     }

@@ -1,7 +1,7 @@
 //! A test service. The test decides each answer.
 //!
-//! Requests arrive at [`Service::next`] in order. Each waits until the test answers it. Thus tests await events instead of
-//! sleeping, and see each request exactly.
+//! Requests arrive at [`Service::next`] in order. Each waits until the test answers it. Thus tests await events instead
+//! of sleeping, and see each request exactly.
 
 use std::time::Duration;
 

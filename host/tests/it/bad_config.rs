@@ -147,12 +147,12 @@ async fn unservable_node_url_is_refused() {
     let silence = Silence::new().await;
     for (url, bind, wanted) in [
         ("node.example", "127.0.0.1:8080", "expected an absolute http or https URL, found \"node.example\""),
-        ("http://0.0.0.0:8080", "0.0.0.0:8080", "nobody can be reached there; name the host and port others use"),
         (
-            "http://127.0.0.1:8080",
-            "127.0.0.1:0",
-            "HTTP_BIND 127.0.0.1:0 takes any free port; give it the port that is reached by this URL",
+            "http://0.0.0.0:8080",
+            "0.0.0.0:8080",
+            "no node can be reached there; use the host and port that others connect to",
         ),
+        ("http://127.0.0.1:8080", "127.0.0.1:0", "HTTP_BIND 127.0.0.1:0 uses any free port; set the port of this URL"),
         (
             "http://node.example:8080",
             "127.0.0.1:8080",
@@ -448,7 +448,7 @@ async fn config_check_strict_exits_78_on_warnings() {
     let warned = |args: &[&str]| complete(args).set("TOKEN_SAFETY_RATIO", "7");
     warned(&["config", "check"]).run().await.expect(0);
     let ended = warned(&["config", "check", "--strict"]).run().await.expect(78);
-    assert!(ended.stderr.starts_with("warning: TOKEN_SAFETY_RATIO: 7 lies outside"), "{}", ended.stderr);
+    assert!(ended.stderr.starts_with("warning: TOKEN_SAFETY_RATIO: 7 is outside"), "{}", ended.stderr);
     let ended = warned(&["config", "check", "--strict", "-o", "json"]).run().await.expect(78);
     let report: Value = serde_json::from_str(&ended.stdout).expect("JSON");
     assert_eq!((&report["complete"], report["warnings"].as_array().map(Vec::len)), (&Value::Bool(true), Some(1)));
@@ -460,7 +460,7 @@ async fn mistyped_environment_variables_are_warned_of() {
     let cli = complete(&["config", "check"]).set("MAX_CONCURENCY", "3").set("ALLOW_INSECURE_HTP", "true");
     let ended = cli.set("FTP_PROXY", "x").set("NODE_ENV", "x").set("http_proxy", "http://127.0.0.1:9").run().await;
     let ended = ended.expect(0);
-    let wanted = "warning: environment variable MAX_CONCURENCY is no setting and has no effect, did you mean \
+    let wanted = "warning: environment variable MAX_CONCURENCY is not a setting and has no effect, did you mean \
                   MAX_CONCURRENCY?";
     assert_eq!(ended.stderr, wanted);
     for name in ["ALLOW_INSECURE_HTP=true", "ALLOWINSECURE_HTTP=true"] {

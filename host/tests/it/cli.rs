@@ -802,7 +802,7 @@ async fn temporary_folder_of_another_user_is_refused() {
         &["config", "check"],
         &["run", "--set", "MAX_CONCURRENCY=1"],
     ];
-    for (found, laid) in [("a link", 0), ("one that others can write to", 1), ("one of somebody else", 2)] {
+    for (found, laid) in [("a link", 0), ("a folder that others can write to", 1), ("a folder of another user", 2)] {
         let _ = std::fs::remove_file(&trap).or_else(|_| std::fs::remove_dir(&trap));
         match laid {
             0 => symlink(elsewhere.path(), &trap).expect("the folder is writable"),

@@ -424,7 +424,7 @@ async fn config_check_reports_folders_hosts_and_plugins_together() {
     let later = files.0.path().join("later");
     let ended = check().set("SCRATCH_DIR", later.to_string_lossy()).run().await.expect(0);
     let warned =
-        |entry: &str| format!("warning: NO_PROXY: \"{entry}\" is no host, domain or network and has no effect");
+        |entry: &str| format!("warning: NO_PROXY: \"{entry}\" is not a host, domain or network and has no effect");
     assert_eq!(ended.stderr.lines().collect::<Vec<_>>(), [warned("*.example"), warned("10.0.0.0/33")]);
     assert!(!later.exists(), "a check creates nothing");
 }

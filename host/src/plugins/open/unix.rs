@@ -20,8 +20,8 @@ const RTLD_NODELETE: i32 = 0;
 /// Checked bytes in a place that nobody else can change.
 pub(in crate::plugins) struct Sealed {
     path: PathBuf,
-    /// Stays open until the process ends. glibc recognises libraries by path. If a descriptor number were used twice, glibc
-    /// would return the library of the first use.
+    /// Stays open until the process ends. glibc recognises libraries by path. If a descriptor number were used twice,
+    /// glibc would return the library of the first use.
     storage: Storage,
 }
 

@@ -11,7 +11,7 @@ use url::{Host, Url};
 use super::parser::Parser;
 
 /// Folders of the kernel, except [`SHARED_MEMORY`].
-const KERNELS: [&str; 3] = ["/proc", "/sys", "/dev"];
+const KERNEL_FOLDERS: [&str; 3] = ["/proc", "/sys", "/dev"];
 const SHARED_MEMORY: &str = "/dev/shm";
 
 /// The prefix of folders in SCRATCH_DIR. A node removes such a folder when its process has ended
@@ -22,7 +22,7 @@ const SWEPT_PREFIX: &str = "node-";
 const LABEL_BYTES_MAX: usize = 63;
 const HOST_BYTES_MAX: usize = 253;
 
-/// Why no folder can be created or written to at `path`, as far as a check shows.
+/// Why `path` cannot be created as a folder, or written to.
 #[must_use]
 pub fn folder_problem(path: &Path) -> Option<String> {
     kernel_problem(path).or_else(|| writable_problem(path))
@@ -32,10 +32,13 @@ pub fn folder_problem(path: &Path) -> Option<String> {
 #[must_use]
 pub fn kernel_problem(path: &Path) -> Option<String> {
     let real = resolved(path);
-    let kernels = KERNELS.iter().find(|kernels| real.starts_with(kernels) && !real.starts_with(SHARED_MEMORY))?;
+    let kernel_folder = KERNEL_FOLDERS
+        .iter()
+        .find(|kernel_folder| real.starts_with(kernel_folder) && !real.starts_with(SHARED_MEMORY))?;
     let shown = path.display();
-    let leads = if path.starts_with(kernels) { String::new() } else { format!(", which is {}", real.display()) };
-    Some(format!("expected a folder for files, found {shown}{leads}; name one that is not below {kernels}"))
+    let resolves_to =
+        if path.starts_with(kernel_folder) { String::new() } else { format!(", which is {}", real.display()) };
+    Some(format!("expected a folder for files, found {shown}{resolves_to}; name one that is not below {kernel_folder}"))
 }
 
 /// Why the default folder cannot be used. Every user may create folders in its parent, so a link or a folder of
@@ -43,11 +46,11 @@ pub fn kernel_problem(path: &Path) -> Option<String> {
 #[cfg(unix)]
 pub(super) fn foreign_problem(path: &Path) -> Option<String> {
     use std::os::unix::fs::MetadataExt as _;
-    let about = std::fs::symlink_metadata(path).ok()?;
+    let metadata = std::fs::symlink_metadata(path).ok()?;
     let found = match () {
-        () if about.is_symlink() => "a link",
-        () if about.uid() != rustix::process::geteuid().as_raw() => "one of somebody else",
-        () if about.mode() & 0o022 != 0 => "one that others can write to",
+        () if metadata.is_symlink() => "a link",
+        () if metadata.uid() != rustix::process::geteuid().as_raw() => "a folder of another user",
+        () if metadata.mode() & 0o022 != 0 => "a folder that others can write to",
         () => return None,
     };
     let shown = path.display();
@@ -62,7 +65,7 @@ pub(super) fn foreign_problem(_: &Path) -> Option<String> {
 }
 
 /// Why the two folders conflict: they are the same, or a start would remove the second.
-pub(super) fn clash(scratch: &Path, state: &Path) -> Option<String> {
+pub(super) fn conflict(scratch: &Path, state: &Path) -> Option<String> {
     let (real_scratch, real_state) = (resolved(scratch), resolved(state));
     let (scratch, shown) = (scratch.display(), state.display());
     if is_same(&real_scratch, &real_state) {
@@ -83,8 +86,8 @@ pub(super) fn clash(scratch: &Path, state: &Path) -> Option<String> {
 #[cfg(unix)]
 fn is_same(one: &Path, other: &Path) -> bool {
     use std::os::unix::fs::MetadataExt as _;
-    let about = |path: &Path| std::fs::metadata(path).ok().map(|about| (about.dev(), about.ino()));
-    one == other || about(one).is_some_and(|one| about(other) == Some(one))
+    let metadata = |path: &Path| std::fs::metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()));
+    one == other || metadata(one).is_some_and(|one| metadata(other) == Some(one))
 }
 
 #[cfg(not(unix))]
@@ -119,9 +122,9 @@ fn writable_problem(path: &Path) -> Option<String> {
         let shown = place.display();
         return match std::fs::metadata(place) {
             Err(err) if err.kind() == ErrorKind::NotFound && place.is_symlink() => {
-                Some(format!("expected a folder, found a link to nothing at {shown}"))
+                Some(format!("expected a folder, found a broken link at {shown}"))
             }
-            Ok(about) if !about.is_dir() => Some(format!("expected a folder, found a file at {shown}")),
+            Ok(metadata) if !metadata.is_dir() => Some(format!("expected a folder, found a file at {shown}")),
             Ok(_) => {
                 may_write(place).map(|err| format!("expected a folder this user can write to, found {shown}: {err}"))
             }
@@ -175,14 +178,14 @@ fn is_name(host: &str) -> bool {
 
 impl Parser<'_> {
     /// Notes a folder that cannot be used.
-    pub(super) fn look_at_folder(&mut self, name: &str, path: &Path) {
+    pub(super) fn check_folder(&mut self, name: &str, path: &Path) {
         if let Some(problem) = folder_problem(path) {
             self.mistake(name, problem);
         }
     }
 
     /// Notes that another user owns the folder of this user, if it will be used.
-    pub(super) fn look_at_own_folder(&mut self) {
+    pub(super) fn check_default_folder(&mut self) {
         if self.optional("SCRATCH_DIR").is_none()
             && let Some(problem) = foreign_problem(&super::default_scratch_dir())
         {
@@ -197,24 +200,28 @@ impl Parser<'_> {
     /// Hosts, with or without a port each.
     pub(super) fn hosts(&mut self, name: &str) -> Vec<String> {
         let hosts = self.list(name);
-        let mut odd: Vec<String> = hosts.iter().filter(|host| !is_host(host)).map(|host| format!("{host:?}")).collect();
+        let mut invalid: Vec<String> =
+            hosts.iter().filter(|host| !is_host(host)).map(|host| format!("{host:?}")).collect();
         if hosts.is_empty() {
             // A list of only commas must not allow every host.
-            odd.extend(self.optional(name).map(|text| format!("{text:?}")));
+            invalid.extend(self.optional(name).map(|text| format!("{text:?}")));
         }
-        if !odd.is_empty() {
-            let odd = odd.join(", ");
-            self.mistake(name, format_args!("expected hosts such as data.example or data.example:8443, found {odd}"));
+        if !invalid.is_empty() {
+            let invalid = invalid.join(", ");
+            self.mistake(
+                name,
+                format_args!("expected hosts such as data.example or data.example:8443, found {invalid}"),
+            );
         }
         hosts
     }
 
-    /// Warns of invalid entries in a list of hosts without a proxy. They are no mistake, because other programs read
+    /// Warns of invalid entries in a list of hosts without a proxy. They are not mistakes, because other programs read
     /// the list too.
-    pub(super) fn look_at_unproxied(&mut self, name: &str) {
-        let odd: Vec<String> = self.list(name).into_iter().filter(|entry| !is_unproxied(entry)).collect();
-        for entry in odd {
-            self.warning(name, format_args!("{entry:?} is no host, domain or network and has no effect"));
+    pub(super) fn check_no_proxy(&mut self, name: &str) {
+        let invalid: Vec<String> = self.list(name).into_iter().filter(|entry| !is_no_proxy_entry(entry)).collect();
+        for entry in invalid {
+            self.warning(name, format_args!("{entry:?} is not a host, domain or network and has no effect"));
         }
     }
 }
@@ -232,14 +239,14 @@ fn is_host(text: &str) -> bool {
 }
 
 /// `*`, an address, a network such as `10.0.0.0/8`, a host or a domain. A leading dot is allowed.
-fn is_unproxied(text: &str) -> bool {
+fn is_no_proxy_entry(text: &str) -> bool {
     if let Some((address, bits)) = text.split_once('/') {
-        let most = match address.parse() {
+        let bits_max = match address.parse() {
             Ok(IpAddr::V4(_)) => 32,
             Ok(IpAddr::V6(_)) => 128,
             Err(_) => return false,
         };
-        return bits.parse::<u8>().is_ok_and(|bits| bits <= most);
+        return bits.parse::<u8>().is_ok_and(|bits| bits <= bits_max);
     }
     let domain = text.strip_prefix('.').unwrap_or(text);
     text == "*" || text.parse::<IpAddr>().is_ok() || (is_host(domain) && !domain.contains(':'))
@@ -257,15 +264,15 @@ mod tests {
         assert_eq!(folder_problem(base.path()), None);
         assert_eq!(folder_problem(&base.path().join("a/b/c")), None);
         assert_eq!(folder_problem(Path::new("not-there/yet")), None);
-        let said = format!("expected a folder, found a file at {}", file.display());
+        let problem = format!("expected a folder, found a file at {}", file.display());
         for below in ["", "a", "a/b"] {
-            assert_eq!(folder_problem(&file.join(below)).as_deref(), Some(&*said), "{below}");
+            assert_eq!(folder_problem(&file.join(below)).as_deref(), Some(&*problem), "{below}");
         }
     }
 
     #[cfg(target_os = "linux")]
     #[test]
-    fn folders_are_compared_by_where_they_lead() {
+    fn folders_are_compared_with_links_resolved() {
         let base = tempfile::tempdir().expect("a folder");
         let at = |inside: &str| base.path().join(inside);
         std::fs::create_dir(at("a")).expect("made");
@@ -273,23 +280,29 @@ mod tests {
         std::os::unix::fs::symlink("/proc", at("kernel")).expect("made");
         std::os::unix::fs::symlink(at("none"), at("lost")).expect("made");
         for same in ["a", "a/", "a/.", "link", "link/../a", "not/../a", "a/not/.."] {
-            assert!(clash(&at("a"), &at(same)).is_some_and(|said| said.contains("name two folders")), "{same}");
+            assert!(
+                conflict(&at("a"), &at(same)).is_some_and(|problem| problem.contains("name two folders")),
+                "{same}"
+            );
         }
         for apart in ["b", "a/state", "link/x/node-1", "not/there"] {
-            assert_eq!(clash(&at("a"), &at(apart)), None, "{apart}");
+            assert_eq!(conflict(&at("a"), &at(apart)), None, "{apart}");
         }
-        assert_eq!(clash(&at("a/node-1"), &at("a")), None, "only folders in SCRATCH_DIR are removed");
+        assert_eq!(conflict(&at("a/node-1"), &at("a")), None, "only folders in SCRATCH_DIR are removed");
         for swept in ["a/node-1", "link/node-x/deep"] {
-            assert!(clash(&at("a"), &at(swept)).is_some_and(|said| said.contains("is removed at a start")), "{swept}");
+            assert!(
+                conflict(&at("a"), &at(swept)).is_some_and(|problem| problem.contains("is removed at a start")),
+                "{swept}"
+            );
         }
-        for kernels in ["/proc", "/proc/self/x", "/sys/none", "/dev/", "/dev/shm/../x", "/dev/null"] {
-            let said = folder_problem(Path::new(kernels)).expect(kernels);
-            assert!(said.contains("expected a folder for files, found "), "{said}");
+        for kernel_folder in ["/proc", "/proc/self/x", "/sys/none", "/dev/", "/dev/shm/../x", "/dev/null"] {
+            let problem = folder_problem(Path::new(kernel_folder)).expect(kernel_folder);
+            assert!(problem.contains("expected a folder for files, found "), "{problem}");
         }
-        let said = folder_problem(&at("kernel/x")).expect("the kernel's");
-        assert!(said.ends_with(", which is /proc/x; name one that is not below /proc"), "{said}");
-        let said = folder_problem(&at("lost/x")).expect("a link to nothing");
-        assert_eq!(said, format!("expected a folder, found a link to nothing at {}", at("lost").display()));
+        let problem = folder_problem(&at("kernel/x")).expect("the kernel's");
+        assert!(problem.ends_with(", which is /proc/x; name one that is not below /proc"), "{problem}");
+        let problem = folder_problem(&at("lost/x")).expect("a broken link");
+        assert_eq!(problem, format!("expected a folder, found a broken link at {}", at("lost").display()));
         assert_eq!(kernel_problem(Path::new("/dev/shm/x")), None);
         assert_eq!(kernel_problem(Path::new("/process")), None);
     }
@@ -304,11 +317,11 @@ mod tests {
         let longer = "a".repeat(64);
         let deep = format!("{}e", "a.".repeat(127));
         for bad in ["a..b", ".a", "-x", "x-", "a.-b", "a..", &longer, &deep] {
-            let said = problem(bad).expect(bad);
-            assert!(said.ends_with(&format!("found {bad:?}; correct the host")), "{said}");
+            let problem = problem(bad).expect(bad);
+            assert!(problem.ends_with(&format!("found {bad:?}; correct the host")), "{problem}");
         }
-        let said = proxy_problem("http://me:secret@a..b:1").expect("no host");
-        assert!(!said.contains("secret") && !said.contains("a..b"), "{said}");
+        let problem = proxy_problem("http://me:secret@a..b:1").expect("no host");
+        assert!(!problem.contains("secret") && !problem.contains("a..b"), "{problem}");
     }
 
     #[cfg(unix)]
@@ -319,10 +332,10 @@ mod tests {
         std::fs::set_permissions(base.path(), std::fs::Permissions::from_mode(0o500)).expect("ours");
         // The superuser has access to every folder.
         let open = rustix::process::geteuid().is_root();
-        let said = folder_problem(&base.path().join("a"));
+        let problem = folder_problem(&base.path().join("a"));
         let wanted = format!("expected a folder this user can write to, found {}: ", base.path().display());
-        assert_eq!(said.is_none(), open, "{said:?}");
-        assert!(said.is_none_or(|said| said.starts_with(&wanted)));
+        assert_eq!(problem.is_none(), open, "{problem:?}");
+        assert!(problem.is_none_or(|problem| problem.starts_with(&wanted)));
     }
 
     #[test]
@@ -354,12 +367,12 @@ mod tests {
     #[test]
     fn no_proxy_check_rejects_entries_without_effect() {
         for good in ["*", "a.example", ".a.example", "10.0.0.1", "10.0.0.0/8", "::1", "fd00::/8", "localhost"] {
-            assert!(is_unproxied(good), "{good}");
+            assert!(is_no_proxy_entry(good), "{good}");
         }
         for bad in
             ["*.example", "a.example:8080", "http://a.example", "10.0.0.0/33", "10.0/8", "a/8", "[::1]", "a b", "."]
         {
-            assert!(!is_unproxied(bad), "{bad}");
+            assert!(!is_no_proxy_entry(bad), "{bad}");
         }
     }
 }
