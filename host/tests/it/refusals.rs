@@ -77,7 +77,7 @@ async fn non_library_files_are_refused() {
     let reasons = [
         ("text.so", "expected a shared library, found text; build the runner as a cdylib"),
         ("empty.so", "expected a shared library, found an empty file; build the runner as a cdylib"),
-        ("magic.so", "expected a shared library, found the beginning of one; build the runner as a cdylib"),
+        ("magic.so", "expected a shared library, found the beginning of a library; build the runner as a cdylib"),
         ("noise.so", "expected a shared library, found something else; build the runner as a cdylib"),
         ("program.so", "expected a shared library, found a program; build the runner as a cdylib"),
         ("dir.so", "is a directory, expected a library file; folders are not searched recursively"),
@@ -119,7 +119,7 @@ async fn truncated_library_is_refused_at_any_length() {
     assert_eq!(rows.len(), count + 1);
     for row in rows.iter().filter(|row| !row.contains("good.so")) {
         assert!(row.starts_with("refused  cut-"), "{row}");
-        assert!(row.contains(CUT) || row.contains("found the beginning of one"), "{row}");
+        assert!(row.contains(CUT) || row.contains("found the beginning of a library"), "{row}");
     }
     let header = rows.iter().find(|row| row.contains("cut-64.so")).expect("listed");
     assert!(header.contains(CUT), "{header}");
