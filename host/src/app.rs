@@ -3,18 +3,17 @@
 use std::{net::SocketAddr, sync::Arc, thread, time::Duration};
 
 use anyhow::Context;
-use serde_json::Value;
-use tokio::{runtime::Handle, sync::watch};
+use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 
 use crate::{
-    auth::{Auth, Registration},
+    auth::Auth,
     config::{HostConfig, PlaneChoice},
     control::ControlSocket,
     engine::{Ended, Engine, Modules, StopSignals},
     leases::{
-        LeaseSource, PlaneReadiness,
+        LeaseSource,
         dms::{self, Dms},
         local::{self, Local},
     },
@@ -22,7 +21,7 @@ use crate::{
     node_event::{NodeEvent, NodeEvents},
     observe::{StatusPage, pages::Pages},
     outbox::{self, Outbox, Remaining, StateDir},
-    plugins::{PluginState, Plugins},
+    plugins::Plugins,
     session::Sessions,
     storage::{Disk, DomainStorage, LocalStorage, Scratch, Stores},
     transport,
@@ -81,23 +80,25 @@ impl Node {
         let control_client =
             transport::Client::new(transport::Config { at_once, idle_at_most: at_once, ..http.clone() });
         let data_client = transport::Client::new(http);
+        let capabilities = plugins.capabilities().iter().map(ToString::to_string).collect();
+        let board = StatusBoard::new(engine.slots, capabilities);
+        let events = NodeEvents::new(board.clone());
         let plane = match plane {
             PlaneChoice::Posemesh => {
-                let auth = Auth::new(auth, plugins.serving(), sign_in_client);
+                let auth = Auth::new(auth, plugins.serving(), sign_in_client, events.clone());
                 BuiltPlane::posemesh(dms, auth, control_client)
             }
             PlaneChoice::Local { name, folder, observer } => {
                 let local = local::Config { name, folder, capabilities: plugins.serving(), observer };
-                BuiltPlane::local(local)?
+                BuiltPlane::local(local, events.clone())?
             }
         };
-        let (source, facts) = (Arc::clone(&plane.source), plane.source.facts().clone());
-        let capabilities = plugins.capabilities().iter().map(ToString::to_string).collect();
-        let board = StatusBoard::new(facts.node.to_string(), engine.slots, capabilities, Value::Null);
+        let source = Arc::clone(&plane.source);
         let listed = Arc::clone(&plugins);
         let listings = Listings(Arc::new(move || serde_json::to_value(listed.listings()).unwrap_or_default()));
         let budget = storage.domain.budget.clone();
         board.change(|status| {
+            status.node = source.facts().node.to_string();
             status.plugins = listings;
             status.registration_form = plane.registration_form;
             status.stale_calls = Live(Plugins::stale_calls);
@@ -120,7 +121,7 @@ impl Node {
                 // The next task of each slot may end while the last report of the slot is being sent.
                 senders: engine.slots.saturating_mul(2).max(8),
             },
-            board.clone(),
+            events.clone(),
         )
         .context("STATE_DIR cannot be used")?;
         let pages = match observe.status_page {
@@ -132,7 +133,6 @@ impl Node {
             ),
         };
         let disk = Disk::new(storage.scratch_dir, storage.disk_free_min);
-        let events = NodeEvents::new(board.clone());
         let modules = Modules {
             sessions: Sessions::new(session, control.handle.clone(), events.clone()),
             planes: vec![source],
@@ -184,7 +184,6 @@ impl Node {
     pub async fn run(self, stops: StopSignals) -> Ended {
         let address = self.address();
         let Self { engine, plane, outbox, pages, events, disk, control, plugins, .. } = self;
-        let board = events.board().clone();
         events.emit(NodeEvent::NodeStarted { address, plane: plane.source.facts().name.clone() });
         let over = CancellationToken::new();
         let pages = pages.map(|pages| tokio::spawn(pages.run(over.clone())));
@@ -192,12 +191,8 @@ impl Node {
         let socket = self.socket.map(|socket| tokio::spawn(keep_open(socket, outbox.clone(), over.clone())));
         #[cfg(not(unix))]
         let socket: Option<tokio::task::JoinHandle<()>> = None;
-        let registration = plane.registration;
-        let watching = registration.map(|status| tokio::spawn(show_registration(status, board.clone(), over.clone())));
-        let readiness = plane.readiness.map(|status| tokio::spawn(show_plane(status, board.clone(), over.clone())));
-        let serving = tokio::spawn(show_plugins(Arc::clone(&plugins), board.clone(), over.clone()));
-        let calls = (Arc::clone(&plugins), over.clone());
-        let calls = tokio::spawn(async move { calls.0.watch(calls.1).await });
+        let calls = (Arc::clone(&plugins), events.clone(), over.clone());
+        let calls = tokio::spawn(async move { calls.0.watch(calls.1, calls.2).await });
         let disk = tokio::spawn(disk.run(events.clone(), over.clone()));
         // If a stop is requested before the node begins, the node does not register.
         let running = (!stops.drain.is_cancelled()).then(|| {
@@ -228,14 +223,7 @@ impl Node {
         }
         plugins.shutdown(SHUTDOWN_LIMIT).await;
         over.cancel();
-        for task in [serving, calls, disk]
-            .into_iter()
-            .chain(pages)
-            .chain(watching)
-            .chain(readiness)
-            .chain(running)
-            .chain(socket)
-        {
+        for task in [calls, disk].into_iter().chain(pages).chain(running).chain(socket) {
             if let Err(err) = task.await {
                 warn!(event = "node.part_failed", error = %err, "a part of the node ended unexpectedly");
             }
@@ -250,10 +238,6 @@ impl Node {
 struct BuiltPlane {
     source: Arc<dyn LeaseSource>,
     registration_form: RegistrationForm,
-    /// The state of the registration. `None`: the plane has no registration.
-    registration: Option<watch::Receiver<Registration>>,
-    /// Whether the plane can be used. `None`: the registration and the polls show it.
-    readiness: Option<watch::Receiver<PlaneReadiness>>,
     /// Handles the requests of a sign-in service to the pages.
     health_checks: Arc<dyn HealthChecks>,
 }
@@ -262,19 +246,15 @@ impl BuiltPlane {
     fn posemesh(config: dms::Config, auth: Auth, client: transport::Client) -> Self {
         Self {
             registration_form: auth.form().kind(),
-            registration: Some(auth.status()),
-            readiness: None,
             health_checks: auth.health_checks(),
             source: Arc::new(Dms::new(config, client, auth)),
         }
     }
 
-    fn local(config: local::Config) -> anyhow::Result<Self> {
-        let source = Local::open(config).map_err(|problem| anyhow::anyhow!(problem))?;
+    fn local(config: local::Config, events: NodeEvents) -> anyhow::Result<Self> {
+        let source = Local::open(config, events).map_err(|problem| anyhow::anyhow!(problem))?;
         Ok(Self {
             registration_form: RegistrationForm::None,
-            registration: None,
-            readiness: Some(source.status()),
             health_checks: Arc::new(NoRegistration),
             source: Arc::new(source),
         })
@@ -328,66 +308,6 @@ async fn keep_open(mut socket: ControlSocket, outbox: Outbox, over: Cancellation
 #[cfg(unix)]
 fn no_control_socket(folder: &std::path::Path, err: &std::io::Error) {
     warn!(event = "control.no_socket", state_dir = %folder.display(), error = %err, "control socket cannot be created, commands do not reach this node");
-}
-
-/// Copies the registration state to the status page.
-async fn show_registration(mut status: watch::Receiver<Registration>, board: StatusBoard, over: CancellationToken) {
-    loop {
-        let now = status.borrow_and_update().clone();
-        board.change(|status| {
-            status.registration = now.state;
-            status.registration_since = now.since;
-            status.registration_error = now.error;
-            status.last_healthcheck = now.probed_at;
-            status.token_expires_at = now.token_expires_at;
-            status.login_error = now.login_error;
-        });
-        tokio::select! {
-            () = over.cancelled() => return,
-            changed = status.changed() => if changed.is_err() { return },
-        }
-    }
-}
-
-/// Copies to the status page whether the control plane can be used.
-async fn show_plane(mut status: watch::Receiver<PlaneReadiness>, board: StatusBoard, over: CancellationToken) {
-    loop {
-        let error = match &*status.borrow_and_update() {
-            PlaneReadiness::Ready => None,
-            PlaneReadiness::NotReady(reason) => Some(reason.clone()),
-        };
-        board.change(|status| status.plane_error = error);
-        tokio::select! {
-            () = over.cancelled() => return,
-            changed = status.changed() => if changed.is_err() { return },
-        }
-    }
-}
-
-/// Copies the state of the plugins to the status page.
-async fn show_plugins(plugins: Arc<Plugins>, board: StatusBoard, over: CancellationToken) {
-    let mut serving = plugins.serving();
-    loop {
-        tokio::select! {
-            () = over.cancelled() => return,
-            changed = serving.changed() => if changed.is_err() { return },
-        }
-        let served = serving.borrow_and_update().iter().map(ToString::to_string).collect();
-        let listings = plugins.listings();
-        let out = listings.iter().filter(|listing| listing.state == PluginState::OutOfService);
-        let degraded = out.map(|listing| {
-            let (name, reason) =
-                (listing.name.as_deref().unwrap_or("?"), listing.reason.as_deref().unwrap_or_default());
-            format!("plugin {name} is out of service: {reason}")
-        });
-        let degraded = degraded.collect();
-        let no_thread = listings.iter().find_map(|listing| listing.no_thread.clone());
-        board.change(|status| {
-            status.no_thread = no_thread;
-            status.capabilities = served;
-            status.degraded = degraded;
-        });
-    }
 }
 
 /// A thread with its own runtime for all calls to the control plane. Work that keeps the other threads busy then

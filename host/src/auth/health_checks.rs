@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use secrecy::SecretString;
 use tokio::{sync::watch, time::Instant};
 
-use crate::model::{Callback, HealthChecks, Unexpected};
+use crate::model::{Callback, HealthChecks, StatusBoard, Unexpected};
 
 /// Most characters of an id in the log. The sender of a callback is not authenticated.
 const SHOWN_MAX: usize = 128;
@@ -26,26 +26,23 @@ enum State {
     CalledBack,
 }
 
-/// The time of the last request for `/health` by the service, on both clocks.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Probe {
-    pub(super) at: Instant,
-    pub(super) shown: Timestamp,
-}
-
 /// Shared by the HTTP pages and the registration. See the module documentation.
 pub(super) struct CallbackGate {
     state: watch::Sender<State>,
     secret: Mutex<Option<Arc<SecretString>>>,
-    probe: watch::Sender<Option<Probe>>,
+    /// When the service last requested `/health`.
+    probed_at: watch::Sender<Option<Instant>>,
+    board: StatusBoard,
 }
 
 impl CallbackGate {
-    pub(super) fn new() -> Arc<Self> {
+    /// `board` shows the time of the last health check.
+    pub(super) fn new(board: StatusBoard) -> Arc<Self> {
         Arc::new(Self {
             state: watch::Sender::new(State::Closed),
             secret: Mutex::default(),
-            probe: watch::Sender::new(None),
+            probed_at: watch::Sender::new(None),
+            board,
         })
     }
 
@@ -61,8 +58,8 @@ impl CallbackGate {
     }
 
     /// Watches the last health check.
-    pub(super) fn probes(&self) -> watch::Receiver<Option<Probe>> {
-        self.probe.subscribe()
+    pub(super) fn probed_at(&self) -> watch::Receiver<Option<Instant>> {
+        self.probed_at.subscribe()
     }
 }
 
@@ -94,7 +91,8 @@ impl HealthChecks for CallbackGate {
     }
 
     fn probed(&self) {
-        self.probe.send_replace(Some(Probe { at: Instant::now(), shown: Timestamp::now() }));
+        self.probed_at.send_replace(Some(Instant::now()));
+        self.board.change(|status| status.last_healthcheck = Some(Timestamp::now()));
     }
 }
 
@@ -131,7 +129,7 @@ mod tests {
 
     #[test]
     fn only_an_open_gate_accepts_callbacks() {
-        let gate = CallbackGate::new();
+        let gate = CallbackGate::new(StatusBoard::new(1, Vec::new()));
         let secret = || gate.secret().map(|secret| secret.expose_secret().to_owned());
         assert_eq!(gate.called_back(callback("early")), Err(Unexpected));
         assert_eq!(secret(), None);

@@ -27,12 +27,12 @@ use tokio_util::sync::CancellationToken;
 use url::Url;
 
 use crate::{
-    model::{Capability, HealthChecks, RegistrationForm, RegistrationState},
+    model::{Capability, HealthChecks, RegistrationForm},
+    node_event::NodeEvents,
     transport,
 };
 
 pub use key::{KeyError, NodeKey};
-pub use registration::Registration;
 pub use tokens::{AuthError, TokenSource};
 
 /// How a node registers.
@@ -48,21 +48,12 @@ pub enum Form {
 }
 
 impl Form {
-    /// The value on the status page.
+    /// Its name in the status and in the log.
     #[must_use]
     pub fn kind(&self) -> RegistrationForm {
         match self {
             Self::Wallet => RegistrationForm::Wallet,
             Self::Callback { .. } => RegistrationForm::Callback,
-        }
-    }
-
-    /// The value in the log.
-    #[must_use]
-    pub fn word(&self) -> &'static str {
-        match self {
-            Self::Wallet => "wallet",
-            Self::Callback { .. } => "callback",
         }
     }
 }
@@ -126,7 +117,8 @@ pub struct Auth {
     dds: dds::Dds,
     issuer: tokens::TokenIssuer,
     gate: Arc<health_checks::CallbackGate>,
-    status: watch::Sender<Registration>,
+    /// Receives each change of the registration and of the login, and shows them in the status.
+    events: NodeEvents,
     /// Requests a new registration, because the service may have lost the current one.
     reregister: Notify,
 }
@@ -136,11 +128,15 @@ impl Auth {
     ///
     /// `capabilities` is what this node serves now. It is sent sorted, without duplicates, and again after every change.
     #[must_use]
-    pub fn new(config: Config, capabilities: watch::Receiver<Vec<Capability>>, client: transport::Client) -> Self {
-        let gate = health_checks::CallbackGate::new();
+    pub fn new(
+        config: Config,
+        capabilities: watch::Receiver<Vec<Capability>>,
+        client: transport::Client,
+        events: NodeEvents,
+    ) -> Self {
+        let gate = health_checks::CallbackGate::new(events.board().clone());
         let dds = dds::Dds::new(&config, client, Arc::clone(&gate));
-        let status = watch::Sender::new(Registration::default());
-        Self { config, capabilities, dds, issuer: tokens::TokenIssuer::new(), gate, status, reregister: Notify::new() }
+        Self { config, capabilities, dds, issuer: tokens::TokenIssuer::new(), gate, events, reregister: Notify::new() }
     }
 
     /// The source of the node token for other modules.
@@ -153,12 +149,6 @@ impl Auth {
     #[must_use]
     pub fn address(&self) -> &str {
         self.config.key.address()
-    }
-
-    /// The state of the registration, for the status page and readiness.
-    #[must_use]
-    pub fn status(&self) -> watch::Receiver<Registration> {
-        self.status.subscribe()
     }
 
     /// How the node registers.

@@ -1,4 +1,4 @@
-//! The node's registration: its status, its attempts, and its repetition (posemesh.md sections 2.5, 2.6 and 2.9).
+//! The node's registration: its attempts, and its repetition (posemesh.md sections 2.5, 2.6 and 2.9).
 //!
 //! The service may lose a registration, and the capabilities may change. So the node repeats the registration
 //! ([`Auth::refresh`]) while it works. The current token stays in use.
@@ -6,8 +6,6 @@
 
 use std::{convert::Infallible, time::Duration};
 
-use jiff::Timestamp;
-use serde::Serialize;
 use tokio::time::Instant;
 
 use super::{
@@ -16,42 +14,13 @@ use super::{
     refusal::{Class, Refusal},
 };
 use crate::{
-    model::{Capability, RegistrationState, millis, pause_asked},
+    model::{Capability, RegistrationState, pause_asked},
+    node_event::{NodeEvent, NodeEvents, RepeatCause},
     transport::RETRY_AFTER_MAX,
 };
 
 /// The least time between two warnings about a registration that only an operator can fix.
 const WARN_EVERY: Duration = Duration::from_secs(180);
-
-/// The state of registration and login, for operators.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Registration {
-    /// The state.
-    pub state: RegistrationState,
-    /// When the state began.
-    pub since: Timestamp,
-    /// Why the last attempt failed, one line. `None`: it did not fail.
-    pub error: Option<String>,
-    /// When the service last requested this node's health.
-    pub probed_at: Option<Timestamp>,
-    /// When the current node token expires, by the local clock. `None`: there is no token.
-    pub token_expires_at: Option<Timestamp>,
-    /// Why the last login failed, one line. `None`: it did not fail.
-    pub login_error: Option<String>,
-}
-
-impl Default for Registration {
-    fn default() -> Self {
-        Self {
-            state: RegistrationState::default(),
-            since: Timestamp::now(),
-            error: None,
-            probed_at: None,
-            token_expires_at: None,
-            login_error: None,
-        }
-    }
-}
 
 /// A failed attempt to register.
 struct Failure {
@@ -71,27 +40,6 @@ impl From<Refusal> for Failure {
     }
 }
 
-/// Why a registration is repeated.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Cause {
-    /// It is old, and the service has not requested this node's health either.
-    Age,
-    /// The capabilities changed.
-    Capabilities,
-    /// The control plane rejects fresh tokens.
-    Rejections,
-}
-
-impl Cause {
-    fn word(self) -> &'static str {
-        match self {
-            Self::Age => "age",
-            Self::Capabilities => "capabilities",
-            Self::Rejections => "rejected tokens",
-        }
-    }
-}
-
 /// Consecutive attempts, with their pauses and warnings.
 struct Series {
     pauses: Pauses,
@@ -103,17 +51,16 @@ impl Series {
         Self { pauses: Pauses::new(auth.config.register_interval, auth.config.register_max_retry), warned: None }
     }
 
-    /// Logs a failed attempt. Returns the pause before the next one.
-    fn failed(&mut self, failure: &Failure) -> Duration {
+    /// Emits a failed attempt of a node that is `registered` already or not. Returns the pause before the next one.
+    fn failed(&mut self, events: &NodeEvents, registered: bool, failure: Failure) -> Duration {
         let Failure { class, retry_after, error } = failure;
-        let pause = pause_asked(self.pauses.after(*class, rand::random()), *retry_after, RETRY_AFTER_MAX);
-        let transient = *class == Class::Transient;
-        if transient || self.warned.is_none_or(|at| at.elapsed() >= WARN_EVERY) {
+        let pause = pause_asked(self.pauses.after(class, rand::random()), retry_after, RETRY_AFTER_MAX);
+        let transient = class == Class::Transient;
+        let repeated = !transient && self.warned.is_some_and(|at| at.elapsed() < WARN_EVERY);
+        if !repeated {
             self.warned = (!transient).then(Instant::now);
-            tracing::warn!(event = "registration.failed", %error, state = %class.state(), retry_in_ms = millis(pause), "registration failed");
-        } else {
-            tracing::debug!(event = "registration.failed", %error, state = %class.state(), retry_in_ms = millis(pause), "registration failed");
         }
+        events.emit(NodeEvent::RegistrationFailed { error, state: class.state(), registered, pause, repeated });
         pause
     }
 }
@@ -135,70 +82,42 @@ impl Auth {
         let mut series = Series::new(self);
         self.issuer.working();
         loop {
-            self.publish(RegistrationState::Registering, None);
+            self.events.board().registration(RegistrationState::Registering, None);
             let failure = match self.attempt().await {
                 Ok(served) => {
-                    self.publish(RegistrationState::Registered, None);
-                    let (address, form) = (self.config.key.address(), self.config.form.word());
-                    tracing::info!(
-                        event = "registration.accepted",
-                        address,
-                        form,
-                        capabilities = served.len(),
-                        "node registered"
-                    );
+                    self.events.emit(NodeEvent::RegistrationAccepted {
+                        address: self.config.key.address().to_owned(),
+                        form: self.config.form.kind(),
+                        capabilities: served.len(),
+                    });
                     return served;
                 }
                 Err(failure) => failure,
             };
-            let pause = series.failed(&failure);
             self.issuer.failed(&format!("not registered: {}", failure.error));
-            self.publish(failure.class.state(), Some(failure.error));
+            let pause = series.failed(&self.events, false, failure);
             tokio::time::sleep(pause).await;
         }
     }
 
-    /// Repeats the registration of `served` whenever there is a [`Cause`]. The current token stays in use. Only a
-    /// conflict changes the state: while logins succeed, the service knows this node.
+    /// Repeats the registration of `served` whenever there is a [`RepeatCause`]. The current token stays in use.
     pub(super) async fn refresh(&self, mut served: Vec<Capability>) -> Infallible {
         let mut last = Instant::now();
         loop {
             let cause = tokio::select! {
-                () = self.until_old(last) => Cause::Age,
-                () = self.until_capabilities_differ(&served) => Cause::Capabilities,
-                () = self.reregister.notified() => Cause::Rejections,
+                () = self.until_old(last) => RepeatCause::Age,
+                () = self.until_capabilities_differ(&served) => RepeatCause::Capabilities,
+                () = self.reregister.notified() => RepeatCause::Rejections,
             };
             let mut series = Series::new(self);
             loop {
                 match self.attempt().await {
                     Ok(now) => {
-                        self.publish(RegistrationState::Registered, None);
-                        if cause == Cause::Age {
-                            tracing::debug!(
-                                event = "registration.repeated",
-                                cause = cause.word(),
-                                "registration repeated"
-                            );
-                        } else {
-                            tracing::info!(
-                                event = "registration.repeated",
-                                cause = cause.word(),
-                                capabilities = now.len(),
-                                "registration repeated"
-                            );
-                        }
+                        self.events.emit(NodeEvent::RegistrationRepeated { cause, capabilities: now.len() });
                         (served, last) = (now, Instant::now());
                         break;
                     }
-                    Err(failure) => {
-                        let pause = series.failed(&failure);
-                        let state = match failure.class {
-                            Class::Conflict => RegistrationState::Conflict,
-                            Class::Transient | Class::Persistent => self.status.borrow().state,
-                        };
-                        self.publish(state, Some(failure.error));
-                        tokio::time::sleep(pause).await;
-                    }
+                    Err(failure) => tokio::time::sleep(series.failed(&self.events, true, failure)).await,
                 }
             }
         }
@@ -252,10 +171,10 @@ impl Auth {
     /// service proves that it still knows this node, and restarts the interval.
     async fn until_old(&self, last: Instant) {
         let interval = self.config.register_interval.max(Duration::from_secs(1));
-        let probes = self.gate.probes();
+        let probed_at = self.gate.probed_at();
         loop {
-            let probed = probes.borrow().map(|probe| probe.at).filter(|_| self.config.form != Form::Wallet);
-            let due = probed.map_or(last, |at| at.max(last)) + interval;
+            let last_probe = probed_at.borrow().filter(|_| self.config.form != Form::Wallet);
+            let due = last_probe.map_or(last, |at| at.max(last)) + interval;
             if due <= Instant::now() {
                 return;
             }
@@ -274,29 +193,6 @@ impl Auth {
         if now.wait_for(other).await.is_err() {
             // The sender is gone, so they never change again.
             std::future::pending().await
-        }
-    }
-
-    pub(super) fn publish(&self, state: RegistrationState, error: Option<String>) {
-        self.status.send_modify(|now| {
-            if now.state != state {
-                now.since = Timestamp::now();
-                now.state = state;
-            }
-            // During an attempt, the status still shows the last failure.
-            if error.is_some() || state == RegistrationState::Registered {
-                now.error = error;
-            }
-        });
-    }
-
-    /// Copies the times of health checks to the status.
-    pub(super) async fn show_probes(&self) -> Infallible {
-        let mut probes = self.gate.probes();
-        loop {
-            probes.changed().await.expect("the gate holds the sender");
-            let shown = probes.borrow_and_update().map(|probe| probe.shown);
-            self.status.send_modify(|now| now.probed_at = shown);
         }
     }
 }

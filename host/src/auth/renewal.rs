@@ -8,14 +8,11 @@ use std::{convert::Infallible, time::Duration};
 use tokio::time::Instant;
 
 use super::{
-    Auth, RegistrationState,
+    Auth,
     dds::Login,
     pauses::{AcceptedTokens, after_login},
 };
-use crate::{
-    model::{millis, pause_asked},
-    transport::RETRY_AFTER_MAX,
-};
+use crate::{model::pause_asked, node_event::NodeEvent, transport::RETRY_AFTER_MAX};
 
 /// The least time between two logins, for any ratio, lifetime or number of rejections.
 const LOGIN_GAP_MIN: Duration = Duration::from_millis(100);
@@ -86,28 +83,22 @@ impl Rejections {
 impl Auth {
     /// Runs until [`Auth::run`] drops it.
     pub(super) async fn sign_in_loop(&self) -> Infallible {
-        let registered = async {
-            let mut unknown = 0_u32;
-            loop {
-                let served = self.register().await;
-                let logged_in = tokio::select! {
-                    logged_in = self.renew() => logged_in,
-                    never = self.refresh(served) => match never {},
-                };
-                unknown = if logged_in { 1 } else { unknown.saturating_add(1) };
-                // The service may accept every registration and still not know the wallet. Then the attempts need pauses.
-                if unknown > 1 {
-                    let pause = after_login(self.config.token_jitter).pause(unknown - 1, rand::random());
-                    if pause >= FAIL_CALLERS_FROM {
-                        self.issuer.failed("the sign-in service registers this node and then does not know it");
-                    }
-                    tokio::time::sleep(pause).await;
+        let mut unknown = 0_u32;
+        loop {
+            let served = self.register().await;
+            let logged_in = tokio::select! {
+                logged_in = self.renew() => logged_in,
+                never = self.refresh(served) => match never {},
+            };
+            unknown = if logged_in { 1 } else { unknown.saturating_add(1) };
+            // The service may accept every registration and still not know the wallet. Then the attempts need pauses.
+            if unknown > 1 {
+                let pause = after_login(self.config.token_jitter).pause(unknown - 1, rand::random());
+                if pause >= FAIL_CALLERS_FROM {
+                    self.issuer.failed("the sign-in service registers this node and then does not know it");
                 }
+                tokio::time::sleep(pause).await;
             }
-        };
-        tokio::select! {
-            never = registered => never,
-            never = self.show_probes() => never,
         }
     }
 
@@ -121,12 +112,9 @@ impl Auth {
             // A longer lifetime could overflow the clock.
             let ttl = login.ttl.min(Duration::from_secs(24 * 3600));
             let wait = renew_in(ttl, self.config.token_safety_ratio, self.config.token_jitter, rand::random());
+            // First: the node starts to lease as soon as it holds a token.
+            self.events.emit(NodeEvent::TokenRenewed { lifetime: ttl, renew_in: wait });
             self.issuer.hold(login.token, got + ttl);
-            self.status.send_modify(|now| {
-                now.token_expires_at = jiff::Timestamp::now().checked_add(ttl).ok();
-                now.login_error = None;
-            });
-            tracing::debug!(ttl_ms = millis(ttl), renew_in_ms = millis(wait), "node token renewed");
             let due = tokio::select! {
                 () = tokio::time::sleep_until(got + wait) => Due::Planned,
                 accepted = self.issuer.rejected() => Due::Rejected { accepted },
@@ -135,12 +123,11 @@ impl Auth {
                 rejections = Rejections::default();
                 continue;
             };
-            self.status.send_modify(|now| now.token_expires_at = None);
+            self.events.board().change(|status| status.token_expires_at = None);
             let jitter = self.config.token_jitter;
             // An accepted token is replaced at once. When fresh tokens are rejected, a faster login does not help.
             if let Some(Pause { length, error }) = rejections.count(accepted, got.elapsed(), jitter, rand::random()) {
-                self.status.send_modify(|now| now.login_error = Some(error.to_owned()));
-                tracing::warn!(event = "token.rejected", error, retry_in_ms = millis(length), "node token rejected");
+                self.events.emit(NodeEvent::TokenRejected { error, pause: length });
                 // The control plane may reject tokens because it does not know this node. A repeated registration fixes
                 // that: once at first, then once every few minutes.
                 if rejections.fresh % REREGISTER_EVERY == REREGISTER_FROM {
@@ -166,16 +153,14 @@ impl Auth {
             };
             let error = refusal.to_string();
             if refusal.unknown_wallet() {
-                tracing::warn!(event = "registration.lost", %error, "node is not registered any more");
-                self.publish(RegistrationState::Disconnected, Some(error));
+                self.events.emit(NodeEvent::RegistrationLost { error });
                 return None;
             }
             failures = failures.saturating_add(1);
             let own = after_login(self.config.token_jitter).pause(failures, rand::random());
             let pause = pause_asked(own, refusal.retry_after(), RETRY_AFTER_MAX);
-            tracing::warn!(event = "login.failed", %error, attempt = failures, retry_in_ms = millis(pause), "login failed");
+            self.events.emit(NodeEvent::LoginFailed { error: error.clone(), failures, pause });
             let error = format!("login failed {failures} times: {error}");
-            self.status.send_modify(|now| now.login_error = Some(error.clone()));
             // Callers wait through short pauses. After that they get the error at once, also during later attempts:
             // no caller may wait for an unavailable service.
             if failures > self.config.token_max_retries || pause >= FAIL_CALLERS_FROM {

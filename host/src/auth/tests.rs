@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::*;
+use crate::model::{HostStatus, RegistrationState, StatusBoard};
 use crate::transport::testing::{BAD_BODIES, Call, Service, assert_clean};
 
 const REQUEST: &str = "POST /prefix/internal/v1/auth/siwe/request";
@@ -20,7 +21,7 @@ const ADDRESS: &str = "0x1a642f0e3c3af545e7acbd38b07251b3990914f1";
 struct TestAuth {
     dds: Service,
     tokens: TokenSource,
-    status: watch::Receiver<Registration>,
+    board: StatusBoard,
     stop: CancellationToken,
     running: AbortOnDropHandle<()>,
     health_checks: Arc<dyn HealthChecks>,
@@ -51,11 +52,13 @@ impl TestAuth {
             request_timeout: Duration::from_secs(20),
         };
         adjust(&mut config);
-        let module = Auth::new(config, served, transport::Client::new(transport::Config::default()));
-        let (tokens, status, stop) = (module.tokens(), module.status(), CancellationToken::new());
+        let board = StatusBoard::new(1, Vec::new());
+        let client = transport::Client::new(transport::Config::default());
+        let module = Auth::new(config, served, client, NodeEvents::new(board.clone()));
+        let (tokens, stop) = (module.tokens(), CancellationToken::new());
         let health_checks = module.health_checks();
         let running = AbortOnDropHandle::new(tokio::spawn(module.run(stop.clone())));
-        Self { dds, tokens, status, stop, running, health_checks, capabilities }
+        Self { dds, tokens, board, stop, running, health_checks, capabilities }
     }
 
     async fn nonce(&mut self) -> Instant {
@@ -114,11 +117,15 @@ impl TestAuth {
         soon.await.expect("no endless wait").map(|token| token.expose().to_owned())
     }
 
-    async fn until(&mut self, state: RegistrationState) -> Registration {
-        let wait = self
-            .status
-            .wait_for(|now| now.state == state && (now.error.is_some() || state == RegistrationState::Registered));
-        tokio::time::timeout(Duration::from_secs(20), wait).await.expect("in time").expect("the module runs").clone()
+    /// Waits until the node has registered, or failed to register and entered `state`.
+    async fn until(&self, state: RegistrationState) -> HostStatus {
+        let is_registered = state == RegistrationState::Registered;
+        self.until_status(|now| now.registration == state && now.registration_error.is_none() == is_registered).await
+    }
+
+    async fn until_status(&self, wanted: impl FnMut(&HostStatus) -> bool) -> HostStatus {
+        tokio::time::timeout(Duration::from_secs(20), self.board.until(wanted)).await.expect("in time");
+        self.board.now().clone()
     }
 }
 
@@ -249,7 +256,7 @@ async fn unknown_wallet_is_registered_again() {
         auth.register().await;
         auth.login("again", Duration::from_secs(3600)).await;
         assert_eq!(auth.bearer().await, Ok("again".to_owned()));
-        assert_eq!(auth.until(RegistrationState::Registered).await.error, None);
+        assert_eq!(auth.until(RegistrationState::Registered).await.registration_error, None);
     }
 }
 
@@ -259,12 +266,12 @@ async fn conflict_has_its_state_and_hides_secrets() {
     auth.nonce().await;
     auth.dds.expect(REGISTER).await.answer(409, "taken by top-secret-registration\nsecond line");
     let seen = auth.until(RegistrationState::Conflict).await;
-    let error = seen.error.expect("a reason");
+    let error = seen.registration_error.expect("a reason");
     assert_clean(&error);
     assert!(error.contains("another node") && error.contains("409") && error.contains("[secret]"), "{error}");
     assert!(matches!(auth.bearer().await, Err(AuthError::Unavailable(_))), "callers get an error");
     auth.register().await;
-    assert_eq!(auth.until(RegistrationState::Registered).await.error, None);
+    assert_eq!(auth.until(RegistrationState::Registered).await.registration_error, None);
 }
 
 #[tokio::test]
@@ -283,7 +290,7 @@ async fn registration_obeys_retry_after() {
 async fn empty_capabilities_are_an_error_without_a_request() {
     let mut auth = TestAuth::serving(&[], |_| {}).await;
     let seen = auth.until(RegistrationState::Disconnected).await;
-    assert_eq!(seen.error.as_deref(), Some("there is no capability to register; load a plugin"));
+    assert_eq!(seen.registration_error.as_deref(), Some("there is no capability to register; load a plugin"));
     assert!(auth.dds.waiting().is_none());
 }
 
@@ -305,7 +312,10 @@ async fn unanswered_call_times_out() {
     let mut auth = TestAuth::start(|config| config.request_timeout = Duration::from_secs(1)).await;
     let held = auth.dds.expect(REQUEST).await;
     let seen = auth.until(RegistrationState::Registering).await;
-    assert!(seen.error.as_deref().is_some_and(|error| error.contains("did not answer within 1s")), "{seen:?}");
+    assert!(
+        seen.registration_error.as_deref().is_some_and(|error| error.contains("did not answer within 1s")),
+        "{seen:?}"
+    );
     drop(held);
 }
 
@@ -314,7 +324,7 @@ async fn unusable_challenges_give_one_line_without_secrets() {
     for kind in BAD_BODIES {
         let mut auth = TestAuth::start(|_| {}).await;
         auth.dds.expect(REQUEST).await.bad(200, kind);
-        let error = auth.until(RegistrationState::Registering).await.error.expect("a reason");
+        let error = auth.until(RegistrationState::Registering).await.registration_error.expect("a reason");
         assert_clean(&error);
         assert!(error.starts_with("sign-in challenge: "), "{kind}: {error}");
     }
@@ -322,7 +332,7 @@ async fn unusable_challenges_give_one_line_without_secrets() {
     let mut forged = challenge();
     forged["nonce"] = "x\nURI: https://elsewhere".into();
     auth.dds.expect(REQUEST).await.ok(forged);
-    let error = auth.until(RegistrationState::Registering).await.error.expect("a reason");
+    let error = auth.until(RegistrationState::Registering).await.registration_error.expect("a reason");
     assert_eq!(error, "sign-in challenge: field nonce holds a control character, which is not signed");
 }
 

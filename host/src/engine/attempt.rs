@@ -254,6 +254,7 @@ async fn run(modules: Arc<Modules>, held: HeldNumber, held_lease: HeldLease, gra
         workers: modules.workers.clone(),
         cancel_grace: grace,
         began: Box::new(move || board.moved(held, TaskStage::Running)),
+        events: modules.events.clone(),
     };
     let outcome = modules.plugins.run(job).await;
     ports.close().await; // ends or aborts the calls under way

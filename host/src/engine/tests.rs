@@ -79,7 +79,7 @@ async fn engine(dir: &std::path::Path, events: NodeEvents) -> Engine {
         max: 10,
         senders: 1,
     };
-    let outbox = Outbox::open(config, events.board().clone()).expect("opens");
+    let outbox = Outbox::open(config, events.clone()).expect("opens");
     let storage = storage::Config::new(dir.join("scratch")).domain;
     let client = transport::Client::new(transport::Config::default());
     let plugins = plugins::Config {
@@ -109,10 +109,10 @@ async fn engine(dir: &std::path::Path, events: NodeEvents) -> Engine {
 
 #[tokio::test]
 async fn subscribers_see_a_task_as_the_log_does() {
-    let codes = LogCodes::default();
+    let codes = LogCodes::up_to(tracing::Level::INFO);
     let _log = tracing::subscriber::set_default(tracing_subscriber::registry().with(codes.clone()));
     let dir = tempfile::tempdir().expect("a folder");
-    let events = NodeEvents::new(StatusBoard::new("node".to_owned(), 1, Vec::new(), serde_json::Value::Null));
+    let events = NodeEvents::new(StatusBoard::new(1, Vec::new()));
     let mut subscriber = events.subscribe();
     let stops = StopSignals::default();
     let running = tokio::spawn(engine(dir.path(), events.clone()).await.run(stops.clone()));

@@ -233,8 +233,7 @@ mod tests {
 
     #[track_caller]
     fn check(change: impl FnOnce(&mut HostStatus), codes: &[&str]) {
-        let board =
-            StatusBoard::new("node".to_owned(), 1, vec!["/examples/hello/v1".to_owned()], serde_json::Value::Null);
+        let board = StatusBoard::new(1, vec!["/examples/hello/v1".to_owned()]);
         let mut status = board.now();
         status.phase = Phase::Running;
         change(&mut status);

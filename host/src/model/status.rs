@@ -184,6 +184,18 @@ pub enum RegistrationForm {
     None,
 }
 
+impl RegistrationForm {
+    /// The value on the status page and in the log.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Wallet => "wallet",
+            Self::Callback => "callback",
+            Self::None => "none",
+        }
+    }
+}
+
 /// The stage of a held task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -408,12 +420,12 @@ impl TaskRecord {
 pub struct StatusBoard(Arc<Watched<HostStatus>>);
 
 impl StatusBoard {
-    /// A board for a node that is starting.
+    /// A board for a node that is starting. What is not known yet is empty.
     #[must_use]
-    pub fn new(node: String, slots: usize, capabilities: Vec<String>, plugins: serde_json::Value) -> Self {
+    pub fn new(slots: usize, capabilities: Vec<String>) -> Self {
         Self(Arc::new(Watched::new(HostStatus {
             version: env!("CARGO_PKG_VERSION"),
-            node,
+            node: String::new(),
             started_at: Timestamp::now(),
             phase: Phase::Starting,
             registration: RegistrationState::default(),
@@ -438,7 +450,7 @@ impl StatusBoard {
             stale_calls: Live(|| 0),
             stuck_runners: Live(|| 0),
             memory: Budget::unlimited(),
-            plugins: Listings(Arc::new(move || plugins.clone())),
+            plugins: Listings(Arc::new(|| serde_json::Value::Null)),
         })))
     }
 
@@ -458,6 +470,20 @@ impl StatusBoard {
         self.0.change(|status| {
             change(status);
             true
+        });
+    }
+
+    /// Enters a state of the registration. `error` says why, in one line. Without one, the last error remains until
+    /// the node is registered.
+    pub fn registration(&self, state: RegistrationState, error: Option<String>) {
+        self.change(|status| {
+            if status.registration != state {
+                status.registration = state;
+                status.registration_since = Timestamp::now();
+            }
+            if error.is_some() || state == RegistrationState::Registered {
+                status.registration_error = error;
+            }
         });
     }
 
@@ -549,7 +575,7 @@ mod tests {
 
     #[test]
     fn lost_attempt_does_not_change_newer_attempt_status() {
-        let board = StatusBoard::new("node".to_owned(), 2, Vec::new(), serde_json::Value::Null);
+        let board = StatusBoard::new(2, Vec::new());
         let shown = || serde_json::to_value(&*board.now()).expect("a page")["tasks"].clone();
         let lost = held_lease(Uuid::from_u128(7).into());
         let id = lost.lease.task().to_string();

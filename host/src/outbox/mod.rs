@@ -58,7 +58,8 @@ use self::{
 };
 use crate::{
     leases::LeaseSource,
-    model::{LeaseKeeper, OutboxStatus, PlaneName, ReportState, StatusBoard, TaskId},
+    model::{LeaseKeeper, OutboxStatus, PlaneName, TaskId},
+    node_event::{NodeEvent, NodeEvents},
 };
 
 /// Most failures in the last rounds. Without this limit, a shutdown with an unreachable control plane would send
@@ -103,7 +104,7 @@ pub struct Outbox(Arc<Inner>);
 struct Inner {
     planes: Vec<Arc<dyn LeaseSource>>,
     max: usize,
-    board: StatusBoard,
+    events: NodeEvents,
     writer: Writer,
     senders: Semaphore,
     queue: Arc<Mutex<QueueState>>,
@@ -172,7 +173,7 @@ impl Outbox {
     ///
     /// # Errors
     /// When the folder cannot be used. An unreadable file is no error: it is set aside.
-    pub fn open(config: Config, board: StatusBoard) -> Result<Self, StateError> {
+    pub fn open(config: Config, events: NodeEvents) -> Result<Self, StateError> {
         let state = Arc::new(config.state);
         let folder = state.path().to_owned();
         let (store, rows) = store::open_or_set_aside(&folder)?;
@@ -202,13 +203,13 @@ impl Outbox {
         }
         let queue = Arc::new(Mutex::new(QueueState { queue, ..QueueState::default() }));
         let (room, moved) = (Arc::new(Notify::new()), Arc::new(Notify::new()));
-        let listener = listener(Arc::clone(&queue), board.clone(), Arc::clone(&room), Arc::clone(&moved));
+        let listener = listener(Arc::clone(&queue), events.clone(), Arc::clone(&room), Arc::clone(&moved));
         let writer = Writer::start(Arc::clone(&state), store, rows, listener);
         let writer = writer.map_err(state::failed("start the writer of", &folder))?;
         let outbox = Self(Arc::new(Inner {
             planes: config.planes,
             max: config.max.max(1),
-            board,
+            events,
             writer,
             senders: Semaphore::new(config.senders.max(1)),
             queue,
@@ -392,8 +393,8 @@ impl Outbox {
             else {
                 continue;
             };
-            warn!(event = "report.dropped", task_id = %entry.task(), outcome = entry.task_result.outcome.word(), "report dropped by an operator");
-            self.0.board.settled(&ended_as, ReportState::Dropped);
+            let (task, outcome) = (entry.task().clone(), entry.task_result.outcome.kind());
+            self.0.events.emit(NodeEvent::ReportDropped { task, ended_as, outcome });
             if written && let Err(err) = self.0.writer.write(Change::Remove(number)).await {
                 warn!(event = "report.drop_not_written", task_id = %entry.task(), error = %err, "dropped report is still in the file");
             }
@@ -433,20 +434,21 @@ impl Outbox {
             not_written: state.shown.not_written.clone(),
         };
         // Reports in their first try are no outage.
-        if full && queue.waiting() > 0 && !state.paused {
+        let event = if full && queue.waiting() > 0 && !state.paused {
             state.paused = true;
-            warn!(
-                event = "outbox.full",
-                waiting = now.waiting,
-                limit = self.0.max,
-                "leasing paused, the outbox is full"
-            );
+            Some(NodeEvent::OutboxFull { waiting: now.waiting, limit: self.0.max })
         } else if !full && std::mem::take(&mut state.paused) {
-            info!(event = "outbox.has_room", waiting = now.waiting, "leasing resumed, the outbox has room");
-        }
+            Some(NodeEvent::OutboxHasRoom { waiting: now.waiting })
+        } else {
+            None
+        };
         if now != state.shown {
             state.shown = now.clone();
-            self.0.board.change(|status| status.outbox = now);
+            self.0.events.board().change(|status| status.outbox = now);
+        }
+        // Under the lock, so that the events are in order.
+        if let Some(event) = event {
+            self.0.events.emit(event);
         }
         drop(state);
         if was_full && !full {
@@ -460,24 +462,25 @@ impl Outbox {
     }
 }
 
-/// Applies the events of the writer: updates the status board and wakes waiting tasks.
+/// Applies the events of the writer: updates the status board, emits the event of the node and wakes waiting tasks.
 fn listener(
     queue: Arc<Mutex<QueueState>>,
-    board: StatusBoard,
+    events: NodeEvents,
     room: Arc<Notify>,
     moved: Arc<Notify>,
 ) -> impl Fn(WriterEvent) + Send + 'static {
     move |news| {
-        let not_written = match news {
+        let (not_written, event) = match news {
             WriterEvent::Moved => return moved.notify_one(),
-            WriterEvent::Broken(why) => Some(why),
-            WriterEvent::Mended => None,
+            WriterEvent::Broken(error) => (Some(error.clone()), NodeEvent::OutboxNotWritable { error }),
+            WriterEvent::Mended => (None, NodeEvent::OutboxWritable),
         };
         let mut state = queue.lock().unwrap_or_else(PoisonError::into_inner);
         state.shown.not_written = not_written;
         let now = state.shown.clone();
-        board.change(|status| status.outbox = now);
+        events.board().change(|status| status.outbox = now);
         drop(state);
+        events.emit(event);
         room.notify_waiters();
     }
 }

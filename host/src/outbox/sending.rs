@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use jiff::{SignedDuration, Timestamp};
 use tokio::time::Instant;
-use tracing::{Instrument as _, Span, debug, info, info_span, warn};
+use tracing::{Instrument as _, Span, debug, info_span};
 
 use super::{
     Outbox, Sent,
@@ -15,7 +15,8 @@ use super::{
 };
 use crate::{
     leases::{Advice, LeaseError},
-    model::{ReportState, millis},
+    model::millis,
+    node_event::NodeEvent,
 };
 
 /// The error of a try whose sender ended before an answer.
@@ -74,15 +75,15 @@ impl Try {
         let settled = source.report(&self.entry.address, &self.entry.task_result).await;
         self.ended = true;
         let Self { outbox, number, entry, tries, who, .. } = &self;
-        let (task, task_result, tries) = (entry.task(), &entry.task_result, tries.count);
+        let (task, outcome, tries) = (entry.task(), entry.task_result.outcome.kind(), tries.count);
         let Err(err) = settled else {
             crate::crash::point("answer-read");
             let ended_as = outbox.answered(*number);
             if *who == Sender::Outbox {
-                let waited = Timestamp::now().duration_since(entry.ended_at).max(SignedDuration::ZERO);
-                let waited_ms = millis(waited.unsigned_abs());
-                outbox.0.board.settled(ended_as.as_ref().unwrap_or(task), ReportState::Accepted);
-                info!(event = "report.delivered", task_id = %task, outcome = task_result.outcome.word(), tries, waited_ms, "report delivered");
+                let waited = Timestamp::now().duration_since(entry.ended_at).max(SignedDuration::ZERO).unsigned_abs();
+                let ended_as = ended_as.unwrap_or_else(|| task.clone());
+                let delivered = NodeEvent::ReportDelivered { task: task.clone(), ended_as, outcome, tries, waited };
+                outbox.0.events.emit(delivered);
             }
             return Some(Sent::Accepted);
         };
@@ -90,8 +91,8 @@ impl Try {
         if for_good(&err) {
             let ended_as = outbox.answered(*number)?;
             if *who == Sender::Outbox {
-                outbox.0.board.settled(&ended_as, ReportState::Refused);
-                warn!(event = "report.refused", task_id = %task, outcome = task_result.outcome.word(), tries, error, "report refused permanently");
+                let (task, error) = (task.clone(), error.clone());
+                outbox.0.events.emit(NodeEvent::ReportRefused { task, ended_as, outcome, tries, error });
             }
             return Some(Sent::Refused(error));
         }
@@ -104,7 +105,7 @@ impl Try {
         })?;
         outbox.0.report_due.notify_one();
         if first {
-            warn!(event = "report.waiting", task_id = %task, error, retry_in_ms = millis(pause), "reports wait for the control plane");
+            outbox.0.events.emit(NodeEvent::ReportWaiting { task: task.clone(), error: error.clone(), pause });
         } else {
             debug!(task_id = %task, error, tries, retry_in_ms = millis(pause), "report failed");
         }

@@ -1,6 +1,6 @@
 //! Tests the outbox with the real adapter, against a DMS whose answers each test gives.
 
-use serde_json::{Value, json};
+use serde_json::json;
 use tempfile::TempDir;
 use uuid::Uuid;
 
@@ -8,7 +8,7 @@ use super::{delivery::PendingReport, *};
 use crate::{
     auth::TokenSource,
     leases::dms::{self, Dms},
-    model::{AnnouncedData, Artifact, Lease, Outcome, ReportAddress, TaskId, TaskResult},
+    model::{AnnouncedData, Artifact, Lease, Outcome, ReportAddress, StatusBoard, TaskId, TaskResult},
     transport::{
         self,
         testing::{Call, Service, assert_clean},
@@ -63,13 +63,13 @@ fn complete(number: u128) -> String {
 struct Bench {
     plane: Service,
     state: TempDir,
-    board: StatusBoard,
+    events: NodeEvents,
 }
 
 impl Bench {
     async fn new() -> Self {
-        let board = StatusBoard::new(NODE.into(), 1, Vec::new(), Value::Null);
-        Self { plane: Service::start().await, state: tempfile::tempdir().expect("a folder"), board }
+        let events = NodeEvents::new(StatusBoard::new(1, Vec::new()));
+        Self { plane: Service::start().await, state: tempfile::tempdir().expect("a folder"), events }
     }
 
     fn open_as(&self, node: &str, max: usize) -> Outbox {
@@ -84,7 +84,7 @@ impl Bench {
             Arc::new(Dms::with_tokens(config, client, node.into(), TokenSource::holding("node")));
         let state = StateDir::open(self.state.path()).expect("a folder of our own");
         let config = Config { state, planes: vec![source], max, senders: 2 };
-        Outbox::open(config, self.board.clone()).expect("opens")
+        Outbox::open(config, self.events.clone()).expect("opens")
     }
 
     fn open(&self) -> Outbox {
@@ -103,11 +103,11 @@ impl Bench {
     }
 
     fn status(&self) -> OutboxStatus {
-        self.board.now().outbox.clone()
+        self.events.board().now().outbox.clone()
     }
 
     async fn until(&self, wanted: impl Fn(&OutboxStatus) -> bool) {
-        let seen = self.board.until(|status| wanted(&status.outbox));
+        let seen = self.events.board().until(|status| wanted(&status.outbox));
         let seen = tokio::time::timeout(Duration::from_secs(20), seen).await;
         assert!(seen.is_ok(), "waited for another status than {:?}", self.status());
     }
@@ -322,16 +322,21 @@ async fn report_for_another_plane_is_never_sent() {
 #[tokio::test]
 async fn full_outbox_has_space_after_reports_are_accepted() {
     let mut bench = Bench::new().await;
+    let mut events = bench.events.subscribe();
     let outbox = bench.open_as(NODE, 2);
     drop(bench.kept(&outbox, [1, 2]).await);
     assert!(!outbox.has_room() && bench.status().full);
     let running = Running::start(&outbox);
     let (_, ()) = tokio::join!(outbox.until_room(), async {
         bench.plane.expect(&complete(1)).await.ok(json!({}));
-        bench.plane.expect(&complete(2)).await.ok(json!({}));
     });
-    bench.until(|status| !status.full).await;
+    bench.until(|status| !status.full && status.waiting == 1).await;
+    bench.plane.expect(&complete(2)).await.answer(400, "no");
+    bench.until(|status| status.waiting == 0).await;
     running.stop().await;
+    let names: Vec<_> = std::iter::from_fn(|| events.try_recv().ok()).map(|event| event.name()).collect();
+    assert_eq!(names, ["outbox.full", "outbox.has_room", "report.delivered", "report.refused"]);
+    assert_eq!(bench.events.board().now().unreported, 1);
 }
 
 #[tokio::test]

@@ -206,12 +206,10 @@ impl Thread {
         match &result {
             Ok(()) if self.broken && self.has_room() => {
                 self.broken = false;
-                tracing::info!(event = "outbox.writable", "outbox can be written again");
                 (self.tell)(WriterEvent::Mended);
             }
             Err(err) if !self.broken => {
                 self.broken = true;
-                tracing::error!(event = "outbox.not_writable", error = %err, "outbox cannot be written, reports are kept in memory only");
                 (self.tell)(WriterEvent::Broken(err.clone()));
             }
             Ok(()) | Err(_) => {}

@@ -42,7 +42,10 @@ pub use inspect::{Facts, Manifest};
 pub use run::{Folder, Job};
 pub use scaffold::{ScaffoldError, create};
 
-use crate::model::{Capability, Outcome, PluginId, in_a_line};
+use crate::{
+    model::{Capability, Outcome, PluginId, in_a_line},
+    node_event::{NodeEvent, NodeEvents},
+};
 use load::Verified;
 use run::Plugin;
 
@@ -150,7 +153,7 @@ pub struct Plugins {
     /// Each plugin, with the index of its listing.
     loaded: Vec<(usize, Arc<Plugin>)>,
     listings: Vec<Listing>,
-    /// Every capability that is served, sorted. It is sent on each fault of a plugin.
+    /// Every capability that is served, sorted.
     serving: watch::Sender<Vec<Capability>>,
 }
 
@@ -229,35 +232,43 @@ impl Plugins {
         self.serving.borrow().clone()
     }
 
-    /// A live view of [`Plugins::capabilities`]. It shrinks when a plugin goes out of service. It is sent whenever
-    /// [`Plugins::listings`] has changed, even if its own value did not change.
+    /// A live view of [`Plugins::capabilities`]. It shrinks when a plugin goes out of service.
     #[must_use]
     pub fn serving(&self) -> watch::Receiver<Vec<Capability>> {
         self.serving.subscribe()
     }
 
     /// Checks the calls into all plugins at intervals, until `over`.
-    pub async fn watch(&self, over: CancellationToken) {
+    pub async fn watch(&self, events: NodeEvents, over: CancellationToken) {
         let mut interval = tokio::time::interval(CHECK_INTERVAL);
         loop {
             tokio::select! {
                 () = over.cancelled() => return,
                 _ = interval.tick() => {}
             }
-            let mut changed = false;
             for (_, plugin) in &self.loaded {
                 plugin.retry_thread();
-                changed |= plugin.review();
-            }
-            if changed {
-                self.show();
+                self.review(plugin, &events);
             }
         }
     }
 
-    /// Notifies all receivers that listings have changed.
-    fn show(&self) {
-        self.serving.send_modify(|serving| *serving = self.in_service());
+    /// Checks the calls into one plugin.
+    fn review(&self, plugin: &Arc<Plugin>, events: &NodeEvents) {
+        let changes = plugin.review(events);
+        if changes.no_thread {
+            let no_thread = self.loaded.iter().find_map(|(_, plugin)| plugin.no_thread());
+            events.board().change(|status| status.no_thread = no_thread);
+        }
+        if changes.out_of_service {
+            let served = self.by_capability.iter().filter(|(_, of)| Arc::ptr_eq(of, plugin));
+            events.emit(NodeEvent::PluginOutOfService {
+                plugin: plugin.name(),
+                reason: plugin.faults().out_of_service().unwrap_or_default().to_owned(),
+                capabilities: served.map(|(capability, _)| capability.clone()).collect(),
+            });
+            self.serving.send_modify(|serving| *serving = self.in_service());
+        }
     }
 
     fn in_service(&self) -> Vec<Capability> {

@@ -14,7 +14,6 @@ use tokio::{
     runtime::Handle,
     sync::{Semaphore, oneshot},
 };
-use tracing::{info, warn};
 
 use super::{
     Plugins,
@@ -24,11 +23,14 @@ use super::{
     load::Loaded,
     stuck::{self, Faults},
 };
-use crate::model::{CancelReason, HeldLease, Outcome, Ports, SetupStage, millis};
+use crate::{
+    model::{CancelReason, HeldLease, Outcome, Ports, SetupStage},
+    node_event::{NodeEvent, NodeEvents},
+};
 
-/// The log warns about a call that takes longer than this.
+/// An event reports a call that takes longer than this.
 const HANG_WARNING_AFTER: Duration = Duration::from_secs(1);
-/// Interval at which the warning is repeated while the number of hanging calls does not grow.
+/// Interval at which the event is repeated while the number of hanging calls does not grow.
 const HANG_WARNING_INTERVAL: Duration = Duration::from_secs(60);
 
 /// One task to run.
@@ -45,6 +47,8 @@ pub struct Job {
     pub cancel_grace: Duration,
     /// Called when the plugin has a free slot and the runner begins.
     pub began: Box<dyn FnOnce() + Send>,
+    /// Receives the faults of the plugin.
+    pub events: NodeEvents,
 }
 
 /// A directory that is created on first use.
@@ -89,15 +93,21 @@ pub(super) struct Plugin {
     needs_folder: bool,
 }
 
-/// The plugin's state as last shown on the status page, and the last log warning about hanging calls.
+/// What the last review of the plugin found.
 #[derive(Default)]
 struct Shown {
-    strikes: u32,
     out_of_service: bool,
-    hanging: usize,
     no_thread: bool,
-    /// How many calls hung at the last warning, and the time of that warning.
-    warned: Option<(usize, Instant)>,
+    /// How many calls hung at the last event about them, and the time of that event.
+    hanging: Option<(usize, Instant)>,
+}
+
+/// What has changed since the last review of a plugin.
+pub(super) struct Changes {
+    /// It went out of service.
+    pub(super) out_of_service: bool,
+    /// A thread for its calls cannot be created, or can be created again.
+    pub(super) no_thread: bool,
 }
 
 impl Plugin {
@@ -117,36 +127,36 @@ impl Plugin {
         }
     }
 
-    /// Checks for hanging calls. Returns whether a value on the status page has changed.
-    pub(super) fn review(&self) -> bool {
+    /// Checks for hanging calls.
+    pub(super) fn review(&self, events: &NodeEvents) -> Changes {
         let hanging = self.dispatcher.hanging();
-        self.faults.check_hanging(&self.name, hanging, self.slots_max);
+        self.faults.check_hanging(hanging, self.slots_max);
         let out_of_service = self.faults.out_of_service().is_some();
         if out_of_service {
             self.slots.close();
         }
-        let now = (self.faults.strikes(), out_of_service, hanging.calls, self.no_thread().is_some());
+        let no_thread = self.no_thread().is_some();
         let mut shown = self.shown.lock().unwrap_or_else(PoisonError::into_inner);
-        self.warn(&mut shown.warned, hanging);
-        let before = (shown.strikes, shown.out_of_service, shown.hanging, shown.no_thread);
-        (shown.strikes, shown.out_of_service, shown.hanging, shown.no_thread) = now;
-        now != before
+        self.show_hanging(&mut shown.hanging, hanging, events);
+        Changes {
+            out_of_service: std::mem::replace(&mut shown.out_of_service, out_of_service) != out_of_service,
+            no_thread: std::mem::replace(&mut shown.no_thread, no_thread) != no_thread,
+        }
     }
 
-    /// Logs a warning about hanging calls when their number grows, and at intervals.
-    fn warn(&self, warned: &mut Option<(usize, Instant)>, hanging: Hanging) {
-        let Hanging { calls, longest, entry } = hanging;
+    /// Emits an event about hanging calls when their number grows, and at intervals.
+    fn show_hanging(&self, shown: &mut Option<(usize, Instant)>, hanging: Hanging, events: &NodeEvents) {
+        let Hanging { calls, longest, entry: call } = hanging;
         if longest < HANG_WARNING_AFTER {
-            if warned.take().is_some() {
-                info!(event = "plugin.calls_returned", plugin = %self.name, "calls into the plugin have returned");
+            if shown.take().is_some() {
+                events.emit(NodeEvent::PluginCallsReturned { plugin: self.name() });
             }
             return;
         }
         let now = Instant::now();
-        if warned.is_none_or(|(before, at)| calls >= 2 * before || now - at > HANG_WARNING_INTERVAL) {
-            *warned = Some((calls, now));
-            let longest_ms = millis(longest);
-            warn!(event = "plugin.calls_hang", plugin = %self.name, calls, call = entry, longest_ms, "calls into the plugin do not return");
+        if shown.is_none_or(|(before, at)| calls >= 2 * before || now - at > HANG_WARNING_INTERVAL) {
+            *shown = Some((calls, now));
+            events.emit(NodeEvent::PluginCallsHang { plugin: self.name(), calls, call, longest });
         }
     }
 
@@ -202,7 +212,7 @@ impl Plugin {
     }
 
     async fn run(&self, job: Job) -> Outcome {
-        let Job { held_lease, ports, folder, workers, cancel_grace, began } = job;
+        let Job { held_lease, ports, folder, workers, cancel_grace, began, events } = job;
         let slot = tokio::select! {
             slot = self.slots.acquire() => slot,
             reason = held_lease.cancel.cancelled() => return Outcome::of_cancel(reason),
@@ -250,7 +260,8 @@ impl Plugin {
                 match tokio::time::timeout(cancel_grace, ended).await {
                     Ok(ended) => ended,
                     Err(_) => {
-                        self.faults.abandon(&self.name, task, held_lease.lease.task().clone(), cancel_grace);
+                        let leased = held_lease.lease.task().clone();
+                        self.faults.abandon(&self.name, task, leased, cancel_grace, &events);
                         if self.faults.out_of_service().is_some() {
                             // Tasks that wait for a slot must not wait forever.
                             self.slots.close();
@@ -275,10 +286,9 @@ impl Plugins {
     pub async fn run(&self, job: Job) -> Outcome {
         match self.plugin(&job.held_lease.lease.capability) {
             Some(plugin) => {
+                let events = job.events.clone();
                 let outcome = plugin.run(job).await;
-                if plugin.review() {
-                    self.show();
-                }
+                self.review(plugin, &events);
                 outcome
             }
             None => Outcome::NoRunner,

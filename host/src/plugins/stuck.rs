@@ -14,10 +14,13 @@ use std::{
 };
 
 use runner_sdk::abi::Task;
-use tracing::{error, info, warn};
+use tracing::info;
 
 use super::dispatch::Hanging;
-use crate::model::{BootInstant, TaskId, millis};
+use crate::{
+    model::{BootInstant, TaskId, millis},
+    node_event::{NodeEvent, NodeEvents},
+};
 
 /// A plugin gets no more work after this number of abandoned runners.
 const STRIKES_MAX: u32 = 3;
@@ -71,36 +74,31 @@ impl Faults {
     }
 
     /// Abandons the runner of `task` behind `handle`.
-    pub(super) fn abandon(&self, plugin: &Arc<str>, handle: Task, task: TaskId, grace: Duration) {
+    pub(super) fn abandon(&self, plugin: &Arc<str>, handle: Task, task: TaskId, grace: Duration, events: &NodeEvents) {
         TOTAL.fetch_add(1, Ordering::Relaxed);
-        let abandoned = Abandoned { plugin: Arc::clone(plugin), task, since: BootInstant::now() };
+        let abandoned = Abandoned { plugin: Arc::clone(plugin), task: task.clone(), since: BootInstant::now() };
         ABANDONED.lock().unwrap_or_else(PoisonError::into_inner).insert(handle, abandoned);
         let strikes = self.strikes.fetch_add(1, Ordering::AcqRel) + 1;
-        let grace_ms = millis(grace);
-        warn!(event = "runner.stuck", plugin = %plugin, grace_ms, strikes, "runner ignored its cancel, slot released");
-        if strikes < STRIKES_MAX {
-            return;
+        events.emit(NodeEvent::RunnerStuck { task, plugin: Arc::clone(plugin), grace, strikes });
+        if strikes >= STRIKES_MAX {
+            self.take_out_of_service(format!(
+                "{STRIKES_MAX} of its runners ignored their cancellation; fix the plugin and restart the node"
+            ));
         }
-        self.take_out_of_service(
-            plugin,
-            format!("{STRIKES_MAX} of its runners ignored their cancellation; fix the plugin and restart the node"),
-        );
     }
 
     /// Takes the plugin out of service when more of its calls hang than `slots` plus `HANGING_SPARE`.
-    pub(super) fn check_hanging(&self, plugin: &Arc<str>, hanging: Hanging, slots: usize) {
+    pub(super) fn check_hanging(&self, hanging: Hanging, slots: usize) {
         if hanging.calls > slots.saturating_add(HANGING_SPARE) {
             let Hanging { calls, entry, .. } = hanging;
-            self.take_out_of_service(
-                plugin,
-                format!("{calls} calls into it have not returned, the oldest is {entry}; fix the plugin and restart the node"),
-            );
+            self.take_out_of_service(format!(
+                "{calls} calls into it have not returned, the oldest is {entry}; fix the plugin and restart the node"
+            ));
         }
     }
 
-    fn take_out_of_service(&self, plugin: &Arc<str>, reason: String) {
-        if self.out_of_service.set(reason.clone()).is_ok() {
-            error!(event = "plugin.out_of_service", plugin = %plugin, reason, "plugin is out of service");
-        }
+    /// The first reason counts.
+    fn take_out_of_service(&self, reason: String) {
+        let _ = self.out_of_service.set(reason);
     }
 }

@@ -71,7 +71,7 @@ async fn open(lease: Lease) -> (Service, Session) {
     let source: Arc<dyn LeaseSource> =
         Arc::new(Dms::with_tokens(config, client, "node".into(), TokenSource::holding("node")));
     let config = Config { coalesce: Duration::from_millis(50), ..Config::default() };
-    let events = NodeEvents::new(StatusBoard::new("node".to_owned(), 1, Vec::new(), Value::Null));
+    let events = NodeEvents::new(StatusBoard::new(1, Vec::new()));
     let session = Sessions::new(config, Handle::current(), events).open(&source, lease);
     (plane, session)
 }

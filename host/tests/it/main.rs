@@ -28,6 +28,7 @@ mod local_plane;
 mod login;
 mod logs;
 mod memory;
+mod node_events;
 mod outbox;
 mod pages;
 mod plugin_files;

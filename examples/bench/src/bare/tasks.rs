@@ -11,7 +11,8 @@ use bytes::Bytes;
 use http::Method;
 use runner_host::{
     auth::{self, Auth, NodeKey},
-    model::Capability,
+    model::{Capability, StatusBoard},
+    node_event::NodeEvents,
     transport,
 };
 use serde::Deserialize;
@@ -119,7 +120,8 @@ async fn sign_in(args: &Args) -> anyhow::Result<String> {
         token_jitter: Duration::ZERO,
         request_timeout: Duration::from_secs(10),
     };
-    let auth = Auth::new(config, capabilities, transport::Client::new(transport::Config::default()));
+    let client = transport::Client::new(transport::Config::default());
+    let auth = Auth::new(config, capabilities, client, NodeEvents::new(StatusBoard::new(1, Vec::new())));
     let (tokens, over) = (auth.tokens(), CancellationToken::new());
     let signing = tokio::spawn(auth.run(over.clone()));
     let token = tokens.bearer().await?.expose().to_owned();

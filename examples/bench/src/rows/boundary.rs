@@ -16,8 +16,9 @@ use async_trait::async_trait;
 use runner_host::{
     model::{
         Artifact, ArtifactSpec, Budget, Capability, Fetched, HeldLease, InputMeta, InputStream, Lease, Materialized,
-        Outcome, OutputStream, PortError, PortErrorKind, Ports, Setup, TaskId,
+        Outcome, OutputStream, PortError, PortErrorKind, Ports, Setup, StatusBoard, TaskId,
     },
+    node_event::NodeEvents,
     plugins::{self, Folder, Job, Places, Plugins, PluginsFile},
 };
 use serde_json::value::to_raw_value;
@@ -96,6 +97,7 @@ struct Runs<'a> {
     ports: Arc<Ready>,
     folder: Folder,
     workers: Handle,
+    events: NodeEvents,
 }
 
 impl<'a> Runs<'a> {
@@ -111,7 +113,8 @@ impl<'a> Runs<'a> {
         };
         let folder = Folder { path: scratch.join("task"), make: Arc::new(|| Ok(())) };
         let ports = Arc::new(Ready { input: scratch.join("task/input"), budget: Budget::unlimited() });
-        Ok(Self { plugins, lease, ports, folder, workers })
+        let events = NodeEvents::new(StatusBoard::new(1, Vec::new()));
+        Ok(Self { plugins, lease, ports, folder, workers, events })
     }
 
     async fn one(&self) -> anyhow::Result<()> {
@@ -123,6 +126,7 @@ impl<'a> Runs<'a> {
             workers: self.workers.clone(),
             cancel_grace: LIMIT,
             began: Box::new(|| {}),
+            events: self.events.clone(),
         };
         match self.plugins.run(job).await {
             Outcome::Completed => Ok(()),

@@ -57,11 +57,11 @@ async fn registration_needs_the_answer_and_the_callback() {
     let call = auth.dds.expect(BY_URL).await;
     call.ok(json!({}));
     tokio::time::sleep(Duration::from_millis(50)).await; // the answer alone does not register the node
-    assert_eq!(auth.status.borrow().state, RegistrationState::Registering);
+    assert_eq!(auth.board.now().registration, RegistrationState::Registering);
     assert!(auth.dds.waiting().is_none(), "no login before the callback");
     assert_eq!(auth.health_checks.called_back(callback("s")), Ok(()));
     auth.nonce().await;
-    assert_eq!(auth.status.borrow().state, RegistrationState::Registered);
+    assert_eq!(auth.board.now().registration, RegistrationState::Registered);
     assert_eq!(auth.health_checks.called_back(callback("late")), Err(Unexpected), "no registration is in flight");
 }
 
@@ -72,7 +72,7 @@ async fn callback_replaces_a_lost_answer() {
     assert_eq!(auth.health_checks.called_back(callback("s")), Ok(()));
     drop(call);
     auth.nonce().await;
-    assert_eq!(auth.status.borrow().state, RegistrationState::Registered);
+    assert_eq!(auth.board.now().registration, RegistrationState::Registered);
 }
 
 #[tokio::test]
@@ -82,7 +82,7 @@ async fn refusal_counts_even_after_the_callback() {
         let call = auth.dds.expect(BY_URL).await;
         assert_eq!(auth.health_checks.called_back(callback("called-back-secret")), Ok(()));
         call.answer(status, "not you, called-back-secret, top-secret-registration");
-        let error = auth.until(state).await.error.expect("a reason");
+        let error = auth.until(state).await.registration_error.expect("a reason");
         assert!(!error.contains("called-back") && error.contains("[secret]"), "{error}");
         assert_clean(&error);
         assert_eq!(auth.health_checks.called_back(callback("s")), Err(Unexpected));
@@ -97,7 +97,7 @@ async fn missing_callback_error_names_the_url() {
     })
     .await;
     auth.dds.expect(BY_URL).await.ok(json!({}));
-    let error = auth.until(RegistrationState::Registering).await.error.expect("a reason");
+    let error = auth.until(RegistrationState::Registering).await.registration_error.expect("a reason");
     assert_eq!(
         error,
         "registration: accepted, but the service did not call back at NODE_URL http://node.lab.test:8080/ within 1s; check that \
@@ -106,8 +106,7 @@ async fn missing_callback_error_names_the_url() {
     auth.dds.expect(BY_URL).await.answer(500, "no route");
     let wanted = "registration: answered 500 Internal Server Error: no route; check that the service can reach NODE_URL \
                   http://node.lab.test:8080/";
-    let seen = auth.status.wait_for(|now| now.error.as_deref() == Some(wanted));
-    tokio::time::timeout(Duration::from_secs(20), seen).await.expect("in time").expect("the module runs");
+    auth.until_status(|now| now.registration_error.as_deref() == Some(wanted)).await;
 }
 
 #[tokio::test]
@@ -125,12 +124,11 @@ async fn registration_by_url_is_repeated_without_health_checks() {
     let again = auth.dds.expect(BY_URL).await;
     let waited = again.at - registered;
     assert!(waited >= Duration::from_millis(2900), "the health check postponed it: {waited:?}");
-    assert!(auth.status.borrow().probed_at.is_some());
+    assert!(auth.board.now().last_healthcheck.is_some());
     busy(again);
     assert_eq!(auth.bearer().await, Ok("t".to_owned()), "the token stays in use");
     auth.register_url().await;
-    let well = auth.status.wait_for(|now| now.error.is_none());
-    tokio::time::timeout(Duration::from_secs(20), well).await.expect("in time").expect("the module runs");
+    auth.until_status(|now| now.registration_error.is_none()).await;
 }
 
 #[tokio::test]
@@ -140,11 +138,11 @@ async fn wallet_is_registered_again_every_interval() {
     auth.health_checks.probed();
     auth.nonce().await;
     auth.dds.expect(REGISTER).await.answer(409, "two of you");
-    let error = auth.until(RegistrationState::Conflict).await.error.expect("a reason");
+    let error = auth.until(RegistrationState::Conflict).await.registration_error.expect("a reason");
     assert!(error.starts_with("another node with this wallet is online"), "{error}");
     assert_eq!(auth.bearer().await, Ok("t".to_owned()), "the token stays in use");
     auth.register().await;
-    assert_eq!(auth.until(RegistrationState::Registered).await.error, None);
+    assert_eq!(auth.until(RegistrationState::Registered).await.registration_error, None);
 }
 
 #[tokio::test]
@@ -198,7 +196,7 @@ async fn registrations_without_effect_have_growing_pauses() {
 async fn challenge_for_another_service_is_not_signed() {
     let mut auth = TestAuth::start(|config| config.sign_in_domain = Some("login.example".to_owned())).await;
     auth.dds.expect(REQUEST).await.ok(challenge());
-    let error = auth.until(RegistrationState::Disconnected).await.error.expect("a reason");
+    let error = auth.until(RegistrationState::Disconnected).await.registration_error.expect("a reason");
     assert_eq!(
         error,
         "sign-in challenge: field domain names dds.test.local, expected login.example; set \

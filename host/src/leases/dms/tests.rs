@@ -327,6 +327,7 @@ async fn with_login() -> (Service, Dms, tokio_util::task::AbortOnDropHandle<()>)
         },
         tokio::sync::watch::Sender::new(vec!["/lab/echo/v1".parse().expect("a name")]).subscribe(),
         client.clone(),
+        crate::node_event::NodeEvents::new(crate::model::StatusBoard::new(1, Vec::new())),
     );
     let config = Config { request_timeout: SOON, ..Config::new(plane.url.clone()) };
     let dms = Dms::with_tokens(config, client, "node".into(), auth.tokens());

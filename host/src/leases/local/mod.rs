@@ -23,21 +23,26 @@ use tokio::{
     task::spawn_blocking,
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::warn;
 use uuid::Uuid;
 
 use self::folder::{Claimed, Folder, Found, Outcomes};
 pub use self::folder::{Job, TERM_MAX, submit};
 use super::{Admission, LeaseError, LeaseSource, PlaneFacts, PlaneReadiness, Renewal};
-use crate::model::{
-    AnnouncedData, BootInstant, Capability, DataLocation, Lease, LocalFiles, Outcome, Pending, PlaneName,
-    ReportAddress, TaskId, TaskResult, Term,
+use crate::{
+    model::{
+        AnnouncedData, BootInstant, Capability, DataLocation, Lease, LocalFiles, Outcome, Pending, PlaneName,
+        ReportAddress, TaskId, TaskResult, Term,
+    },
+    node_event::{NodeEvent, NodeEvents},
 };
 
 /// How often the folder is scanned while no job waits.
 const SCAN_EVERY: Duration = Duration::from_millis(200);
 /// How often the node checks that it can write to the folder.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
+/// Why no job is claimed before the first check.
+const NOT_CHECKED: &str = "the folder is not checked yet";
 /// The pause after a claim that could not be written.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(5);
 /// Longest pause between two heartbeats: a heartbeat notices a cancel file and passes progress on.
@@ -74,6 +79,7 @@ pub struct Local {
     capabilities: watch::Receiver<Vec<Capability>>,
     observer: Option<mpsc::UnboundedSender<LocalEvent>>,
     readiness: watch::Sender<PlaneReadiness>,
+    events: NodeEvents,
     /// Jobs that a poll returned and this node has not claimed yet.
     offered: Mutex<HashSet<TaskId>>,
     quiet: CancellationToken,
@@ -86,7 +92,7 @@ impl Local {
     ///
     /// # Errors
     /// One line when the folder cannot be used.
-    pub fn open(config: Config) -> Result<Self, String> {
+    pub fn open(config: Config, events: NodeEvents) -> Result<Self, String> {
         let Config { name, folder, capabilities, observer } = config;
         let folder = Folder::open(folder)?;
         let facts = PlaneFacts {
@@ -96,22 +102,37 @@ impl Local {
             admission: Admission::LeaseFirst,
             heartbeat_every: Some(HEARTBEAT_EVERY),
         };
+        events.board().change(|status| status.plane_error = Some(NOT_CHECKED.to_owned()));
         Ok(Self {
             facts,
             folder: Arc::new(folder),
             capabilities,
             observer,
-            readiness: watch::Sender::new(PlaneReadiness::NotReady("the folder is not checked yet".to_owned())),
+            readiness: watch::Sender::new(PlaneReadiness::NotReady(NOT_CHECKED.to_owned())),
+            events,
             offered: Mutex::default(),
             quiet: CancellationToken::new(),
             pause: AtomicBool::new(false),
         })
     }
 
-    /// Whether the node can write to the folder.
-    #[must_use]
-    pub fn status(&self) -> watch::Receiver<PlaneReadiness> {
-        self.readiness.subscribe()
+    /// Shows whether the node can write to the folder.
+    fn set_readiness(&self, now: PlaneReadiness) {
+        let before = self.readiness();
+        if now == before {
+            return;
+        }
+        let plane = self.facts.name.clone();
+        match &now {
+            PlaneReadiness::NotReady(error) => {
+                self.events.emit(NodeEvent::PlaneNotReady { plane, error: error.clone() });
+            }
+            PlaneReadiness::Ready if before == PlaneReadiness::NotReady(NOT_CHECKED.to_owned()) => {
+                self.events.board().change(|status| status.plane_error = None);
+            }
+            PlaneReadiness::Ready => self.events.emit(NodeEvent::PlaneReady { plane }),
+        }
+        self.readiness.send_replace(now);
     }
 
     /// Runs `work` on the folder, on a thread that may block.
@@ -193,21 +214,15 @@ impl LeaseSource for Local {
 
     /// Checks the folder again and again: the node must not claim a job whose result it cannot write.
     async fn run(&self, stop: CancellationToken) {
-        let (plane, mut failure) = (&self.facts.name, None);
         loop {
             let checked = tokio::select! {
                 () = stop.cancelled() => return,
-                checked = self.on_disk(Folder::check) => checked.err().map(|err| err.to_string()),
+                checked = self.on_disk(Folder::check) => checked,
             };
-            match (&failure, &checked) {
-                (before, Some(error)) if before.as_ref() != Some(error) => {
-                    warn!(event = "plane.not_ready", %plane, error, "control plane cannot be used, no job is claimed");
-                }
-                (Some(_), None) => info!(event = "plane.ready", %plane, "control plane can be used again"),
-                _ => {}
-            }
-            failure.clone_from(&checked);
-            self.readiness.send_replace(checked.map_or(PlaneReadiness::Ready, PlaneReadiness::NotReady));
+            self.set_readiness(match checked {
+                Ok(()) => PlaneReadiness::Ready,
+                Err(err) => PlaneReadiness::NotReady(err.to_string()),
+            });
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(CHECK_EVERY) => {}
@@ -220,7 +235,7 @@ impl LeaseSource for Local {
     }
 
     async fn until_ready(&self) -> bool {
-        let mut readiness = self.status();
+        let mut readiness = self.readiness.subscribe();
         readiness.wait_for(|now| *now == PlaneReadiness::Ready).await.is_ok()
     }
 
