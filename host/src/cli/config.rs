@@ -3,9 +3,9 @@
 use serde_json::json;
 
 use super::{
-    Exit, Output, PluginArgs, complain, put,
+    Exit, Output, PluginArgs, print_error, print_line, put,
     run::{Settings, checked},
-    table, tell,
+    table,
 };
 use crate::{
     config::{KEYS, Key, Kind, Layers, Remark, Secrets, remarks},
@@ -59,9 +59,9 @@ pub(super) fn run(command: &Command, layers: &Layers, secrets: &Secrets) -> anyh
             match output {
                 Output::Json => report(&[], &warnings)?,
                 Output::Text => {
-                    warnings.iter().for_each(|warning| tell(format_args!("warning: {warning}")));
+                    warnings.iter().for_each(|warning| print_line(format_args!("warning: {warning}")));
                     if is_bad {
-                        complain("with --strict a warning is a mistake; correct what the warnings name");
+                        print_error("with --strict a warning is a mistake; correct what the warnings name");
                     } else {
                         put(std::io::stdout(), "the configuration is complete\n")?;
                     }
@@ -94,18 +94,18 @@ fn row(key: &Key, layers: &Layers, secrets: &Secrets, mistakes: &[Remark], warni
             Ok(Some((_, origin))) => (Some("********".to_owned()), origin),
             Ok(None) => (None, "unset".to_owned()),
             Err(problem) => {
-                complain(&problem);
+                print_error(&problem);
                 (None, "mistake".to_owned())
             }
         }
     } else {
         let (value, origin) = layers.get(key);
-        (value.map(|value| as_shown(key, value)), layers.describe(origin))
+        (value.map(|value| masked_text(key, value)), layers.describe(origin))
     };
     let masked = |what: &str| match (key.is_secret(), layers.get(key).0) {
         // A remark repeats only the shown part of the value.
         (false, Some(raw)) => {
-            let shown = as_shown(key, raw);
+            let shown = masked_text(key, raw);
             what.replace(&format!("{raw:?}"), &format!("{shown:?}")).replace(raw, &shown)
         }
         _ => what.to_owned(),
@@ -118,25 +118,25 @@ fn row(key: &Key, layers: &Layers, secrets: &Secrets, mistakes: &[Remark], warni
     Row { name: key.name.to_owned(), value, origin, mistake: about(mistakes), warning: about(warnings) }
 }
 
-fn as_shown(key: &Key, value: &str) -> String {
+fn masked_text(key: &Key, value: &str) -> String {
     if matches!(key.kind, Kind::Proxy | Kind::Url) { without_password(value) } else { value.to_owned() }
 }
 
 impl Row {
     fn text(&self) -> String {
         let value = self.value.as_deref().unwrap_or("-");
-        let said = [("mistake", &self.mistake), ("warning", &self.warning)];
-        let said: String =
-            said.iter().filter_map(|(word, said)| said.as_ref().map(|said| format!("  {word}: {said}"))).collect();
-        format!("{:<26} {value:<34} {}{said}", self.name, self.origin)
+        let remarks = [("mistake", &self.mistake), ("warning", &self.warning)];
+        let remarks_text: String =
+            remarks.iter().filter_map(|(word, text)| text.as_ref().map(|text| format!("  {word}: {text}"))).collect();
+        format!("{:<26} {value:<34} {}{remarks_text}", self.name, self.origin)
     }
 
     /// The keys `mistake` and `warning` exist only if there is one.
     fn json(self) -> serde_json::Value {
         let mut row = json!({ "value": self.value, "origin": self.origin });
-        for (word, said) in [("mistake", self.mistake), ("warning", self.warning)] {
-            if let Some(said) = said {
-                row[word] = said.into();
+        for (word, text) in [("mistake", self.mistake), ("warning", self.warning)] {
+            if let Some(text) = text {
+                row[word] = text.into();
             }
         }
         row
@@ -173,6 +173,6 @@ fn show(layers: &Layers, secrets: &Secrets, output: Output) -> anyhow::Result<Ex
     };
     put(std::io::stdout(), &text)?;
     // Mistakes that belong to no row.
-    layers.mistakes().iter().for_each(|mistake| complain(mistake));
+    layers.mistakes().iter().for_each(|mistake| print_error(mistake));
     Ok(if layers.mistakes().is_empty() { Exit::Done } else { Exit::Configuration })
 }

@@ -9,7 +9,7 @@ use std::{
 use anyhow::Context;
 use url::Url;
 
-use super::{Exit, PluginArgs, block_on, counted, no_text, put, run::checked, signals, tell, too_few_files};
+use super::{Exit, PluginArgs, block_on, counted, print_line, put, read_problem, run::checked, signals, too_few_files};
 use crate::{
     app::Node,
     auth::NodeKey,
@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// The default port of the dev server.
-const USUAL_PORT: u16 = 8700;
+const DEFAULT_PORT: u16 = 8700;
 
 /// Flags of `dev`.
 #[derive(clap::Args)]
@@ -94,7 +94,7 @@ async fn live(args: Args, layers: Layers) -> anyhow::Result<Exit> {
 /// Checks all flags before anything is loaded or created. All mistakes are reported at once.
 fn look(args: &Args, layers: &Layers) -> Result<(), Mistakes> {
     let mut mistakes = Vec::new();
-    mistakes.extend(args.faults.as_deref().and_then(|file| no_text("--faults", file)));
+    mistakes.extend(args.faults.as_deref().and_then(|file| read_problem("--faults", file)));
     let data = args.data.as_deref().and_then(|data| Some((data, folder_problem(data)?)));
     mistakes.extend(data.map(|(data, why)| format!("--data {}: {why}", data.display())));
     if !args.no_node {
@@ -120,9 +120,9 @@ async fn start(args: &Args, faults: &Faults, temporary: &Path) -> anyhow::Result
     if let Some(port) = args.port {
         return DevServer::start(config(port)).await.context("the dev server did not start");
     }
-    match DevServer::start(config(USUAL_PORT)).await {
+    match DevServer::start(config(DEFAULT_PORT)).await {
         Err(DevError::Listen { source, .. }) if source.kind() == std::io::ErrorKind::AddrInUse => {
-            tell(format_args!("port {USUAL_PORT} is taken, using a free one"));
+            print_line(format_args!("port {DEFAULT_PORT} is taken, using a free one"));
             DevServer::start(config(0)).await.context("the dev server did not start")
         }
         other => other.context("the dev server did not start"),
@@ -183,8 +183,8 @@ fn greeting(
         row("serving", if served.is_empty() { "nothing: no plugin is loaded".to_owned() } else { served.join(" ") });
     }
     let state = match &args.data {
-        Some(dir) => format!("stored data stays in {}; jobs are forgotten at the end", dir.display()),
-        None => "everything is gone when this ends; --data DIR keeps stored data".to_owned(),
+        Some(dir) => format!("stored data stays in {}; jobs are deleted at the end", dir.display()),
+        None => "all data is deleted at the end; --data DIR keeps stored data".to_owned(),
     };
     row("state", state);
     if let Some(file) = &args.faults {

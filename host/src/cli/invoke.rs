@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use super::{
-    Exit, Output, PluginArgs, block_on_beside_control, nothing_to_serve, put, reserve_stdout, signals, table, tell,
+    Exit, Output, PluginArgs, block_on_node_runtime, nothing_to_serve, print_line, put, reserve_stdout, signals, table,
     too_few_files, unreadable,
 };
 use crate::{
@@ -75,15 +75,15 @@ pub(super) fn run(args: Args, layers: &Layers) -> anyhow::Result<Exit> {
     if !plugins.capabilities().contains(&capability) {
         let served: Vec<String> = plugins.capabilities().iter().map(ToString::to_string).collect();
         let near = did_you_mean(capability.as_str(), served.iter().map(String::as_str));
-        tell(format_args!("error: no plugin serves {capability}; these do: {}{near}", served.join(", ")));
+        print_line(format_args!("error: no plugin serves {capability}; these do: {}{near}", served.join(", ")));
         for listing in plugins.listings() {
             if let Some(reason) = &listing.reason {
-                tell(format_args!("note: plugin {} was refused: {reason}", listing.file.display()));
+                print_line(format_args!("note: plugin {} was refused: {reason}", listing.file.display()));
             }
         }
         return Ok(Exit::Usage);
     }
-    block_on_beside_control(invoke(args, capability, meta, config, plugins, data))
+    block_on_node_runtime(invoke(args, capability, meta, config, plugins, data))
 }
 
 async fn invoke(
@@ -124,17 +124,17 @@ async fn invoke(
         show(event, &mut result, &stops);
     }
     let Some(result) = result else {
-        tell(format_args!("cancelled"));
+        print_line(format_args!("cancelled"));
         return Ok(Exit::Cancelled);
     };
     match &result.outcome {
         Outcome::Completed => {}
         Outcome::Drained | Outcome::Cancelled => {
-            tell(format_args!("cancelled"));
+            print_line(format_args!("cancelled"));
             return Ok(Exit::Cancelled);
         }
         other => {
-            tell(format_args!("error: {}: {}", other.word(), other.reason().unwrap_or_default()));
+            print_line(format_args!("error: {}: {}", other.word(), other.reason().unwrap_or_default()));
             return Ok(if result.disk_was_full { Exit::Temporary } else { Exit::Failed });
         }
     }
@@ -157,8 +157,8 @@ async fn invoke(
 /// Prints progress and events, one line each. The end of the task stops the node.
 fn show(event: LocalEvent, result: &mut Option<TaskResult>, stops: &StopSignals) {
     match event {
-        LocalEvent::Event(event) => tell(format_args!("event    {event}")),
-        LocalEvent::Progress(progress) => tell(format_args!("progress {progress}")),
+        LocalEvent::Event(event) => print_line(format_args!("event    {event}")),
+        LocalEvent::Progress(progress) => print_line(format_args!("progress {progress}")),
         LocalEvent::Ended(ended) => {
             *result = Some(ended);
             stops.drain.cancel();

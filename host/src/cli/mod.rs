@@ -123,9 +123,9 @@ pub enum Output {
 pub fn main(secrets: &Secrets) -> ExitCode {
     let cli = Cli::try_parse().unwrap_or_else(|err| with_suggestion(err).exit());
     crate::plugins::watch_exit();
-    // The exit guard attributes every exit without `leave` to a plugin.
+    // The exit guard attributes every exit without `exit_process` to a plugin.
     let exit = catch_unwind(AssertUnwindSafe(|| execute(cli, secrets))).unwrap_or_else(|_| {
-        tell("error: runner-host has a bug and panicked; report the message above");
+        print_line("error: runner-host has a bug and panicked; report the message above");
         Exit::Panicked
     });
     crate::plugins::exit_process(exit as u8);
@@ -135,11 +135,11 @@ pub fn main(secrets: &Secrets) -> ExitCode {
 fn execute(cli: Cli, secrets: &Secrets) -> Exit {
     let mut layers = Layers::from_environment();
     // The file and the flags configure the logs. So a mistake in them is reported after the logs start.
-    let laid = cli.command.lay(&mut layers);
+    let layered = cli.command.lay(&mut layers);
     start_logs(&cli.command, &layers);
-    let quiet = cli.command.is_quiet();
+    let quiet = cli.command.logs_errors_only();
     let reports_json = matches!(&cli.command, Command::Config(command) if command.reports_json());
-    let ended = laid.and_then(|()| match cli.command {
+    let ended = layered.and_then(|()| match cli.command {
         Command::Run(args) => run::run(&args, &layers, secrets),
         Command::Dev(args) => dev::run(args, layers),
         Command::Submit(args) => block_on(submit::run(*args, HostConfig::some(&layers, &["transport"])?.transport)),
@@ -158,7 +158,7 @@ fn execute(cli: Cli, secrets: &Secrets) -> Exit {
             // A closed stdout cannot be reported to anyone.
             let _ = config::report(&lines, &[]);
         } else {
-            lines.iter().for_each(|line| complain(line));
+            lines.iter().for_each(|line| print_error(line));
         }
         exit_of(&err, quiet)
     })
@@ -176,7 +176,7 @@ impl Command {
     }
 
     /// Whether the command does one thing and ends, so that it logs only errors.
-    fn is_quiet(&self) -> bool {
+    fn logs_errors_only(&self) -> bool {
         !matches!(self, Self::Run(_) | Self::Dev(_))
     }
 }
@@ -188,25 +188,25 @@ fn start_logs(command: &Command, layers: &Layers) {
     let format = layers.text("LOG_FORMAT").filter(|_| !is_for_people).map(Format::parse);
     let filter = match Key::find("RUST_LOG").map(|key| layers.get(key)) {
         Some((Some(filter), origin)) if origin > Origin::Default => filter,
-        _ if command.is_quiet() => "error",
+        _ if command.logs_errors_only() => "error",
         _ => "info",
     };
     logs::init(format.unwrap_or(fallback), filter);
     LOGS_ARE_JSON.store(format.unwrap_or(fallback) == Format::Json, Ordering::Relaxed);
-    COMPLAIN_AS_JSON.store(format == Some(Format::Json), Ordering::Relaxed);
+    ERRORS_AS_JSON.store(format == Some(Format::Json), Ordering::Relaxed);
 }
 
 /// JSON logs were requested, so the reason for a failure is JSON too.
-static COMPLAIN_AS_JSON: AtomicBool = AtomicBool::new(false);
+static ERRORS_AS_JSON: AtomicBool = AtomicBool::new(false);
 /// The form of log lines.
 static LOGS_ARE_JSON: AtomicBool = AtomicBool::new(false);
 
 /// From this call on, the reason for a failure has the form of the log lines.
-fn complain_as_log() {
-    COMPLAIN_AS_JSON.store(LOGS_ARE_JSON.load(Ordering::Relaxed), Ordering::Relaxed);
+fn errors_as_logs() {
+    ERRORS_AS_JSON.store(LOGS_ARE_JSON.load(Ordering::Relaxed), Ordering::Relaxed);
 }
 
-/// Adds the nearest subcommand. The measure of clap misses swapped letters in short words.
+/// Adds the nearest subcommand. clap does not find swapped letters in short words.
 fn with_suggestion(mut err: clap::Error) -> clap::Error {
     use clap::error::{ContextKind, ContextValue, ErrorKind};
     let Some(ContextValue::String(word)) = err.get(ContextKind::InvalidSubcommand) else { return err };
@@ -229,11 +229,11 @@ fn with_suggestion(mut err: clap::Error) -> clap::Error {
 }
 
 /// Prints why the command failed: one line, in the log format if that was chosen.
-fn complain(problem: &str) {
-    if COMPLAIN_AS_JSON.load(Ordering::Relaxed) && tracing::enabled!(tracing::Level::ERROR) {
+fn print_error(problem: &str) {
+    if ERRORS_AS_JSON.load(Ordering::Relaxed) && tracing::enabled!(tracing::Level::ERROR) {
         tracing::error!(event = "node.failed", error = %problem, "cannot continue");
     } else {
-        tell(format_args!("error: {problem}"));
+        print_line(format_args!("error: {problem}"));
     }
 }
 
@@ -341,7 +341,7 @@ fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<
 fn too_few_files(slots: usize) -> Option<Exit> {
     #[cfg(unix)]
     if let Err(few) = crate::open_files::check(slots) {
-        complain(&few.to_string());
+        print_error(&few.to_string());
         return Some(Exit::Temporary);
     }
     #[cfg(not(unix))]
@@ -349,9 +349,9 @@ fn too_few_files(slots: usize) -> Option<Exit> {
     None
 }
 
-/// Like [`block_on`] for a process that is only a node. The control thread is as busy as a worker,
+/// Like [`block_on`] for a process that is only a node. The control thread uses as much processor time as a worker,
 /// so the number of workers is one less than the number of processors.
-fn block_on_beside_control<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+fn block_on_node_runtime<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
     let workers = std::thread::available_parallelism().map_or(1, |count| (count.get() - 1).max(1));
     on_runtime(tokio::runtime::Builder::new_multi_thread().worker_threads(workers).enable_all().build()?, work)
 }
@@ -391,7 +391,7 @@ impl PluginArgs {
         let mut mistakes = Vec::new();
         let usual = PathBuf::from("plugins.toml");
         let file = match &self.plugins_file {
-            Some(file) => no_text("--plugins-file", file).map_or_else(
+            Some(file) => read_problem("--plugins-file", file).map_or_else(
                 || Some(file.clone()),
                 |why| {
                     mistakes.push(why);
@@ -471,7 +471,7 @@ fn unreadable(flag: &str, file: &Path) -> Option<String> {
 }
 
 /// The same for a file that is read completely. It must not be a device, which has no end, and must not be too large.
-fn no_text(flag: &str, file: &Path) -> Option<String> {
+fn read_problem(flag: &str, file: &Path) -> Option<String> {
     let shown = file.display();
     unreadable(flag, file).or_else(|| match std::fs::metadata(file).ok()? {
         about if is_device(&about) => Some(format!("{flag} {shown}: expected a file, found a device")),
@@ -494,7 +494,7 @@ fn is_device(_: &std::fs::Metadata) -> bool {
 }
 
 /// A line for people, on stderr. A closed stderr is ignored.
-fn tell(line: impl std::fmt::Display) {
+fn print_line(line: impl std::fmt::Display) {
     let _ = writeln!(std::io::stderr(), "{}", in_a_line(&line.to_string()));
 }
 
@@ -533,12 +533,12 @@ fn nothing_to_serve(plugins: &crate::plugins::Plugins) -> Option<Exit> {
         return None;
     }
     if plugins.listings().is_empty() {
-        complain("no plugin was found; put a library into the plugins folder or name one with --plugins");
+        print_error("no plugin was found; put a library into the plugins folder or name one with --plugins");
         return Some(Exit::Configuration);
     }
     for listing in plugins.listings() {
         let reason = listing.reason.as_deref().unwrap_or("refused");
-        complain(&format!("plugin {}: {reason}", listing.file.display()));
+        print_error(&format!("plugin {}: {reason}", listing.file.display()));
     }
     Some(refused_exit(&plugins.listings()))
 }

@@ -5,7 +5,7 @@ use std::{collections::HashSet, path::PathBuf};
 use anyhow::Context as _;
 use uuid::Uuid;
 
-use super::{Exit, Output, block_on, complain, counted, put, table, tell};
+use super::{Exit, Output, block_on, counted, print_error, print_line, put, table};
 use crate::{
     config::{HostConfig, Layers},
     control::{Reports, Wanted, client},
@@ -19,27 +19,27 @@ pub(super) enum Command {
     /// Show the reports that are not accepted yet
     List {
         #[command(flatten)]
-        place: Place,
+        state_args: StateArgs,
     },
-    /// Send reports now instead of after their pause, or take up reports from a file that was set aside
+    /// Send reports now instead of after their pause, or add reports from a file that was set aside
     Retry {
         #[command(flatten)]
         what: Retried,
         #[command(flatten)]
-        place: Place,
+        state_args: StateArgs,
     },
     /// Delete reports: the control plane never gets their results
     Drop {
         #[command(flatten)]
         which: Which,
         #[command(flatten)]
-        place: Place,
+        state_args: StateArgs,
     },
 }
 
 /// The outbox and the form of the output.
 #[derive(clap::Args)]
-pub(super) struct Place {
+pub(super) struct StateArgs {
     /// The node's state folder [default: STATE_DIR]
     #[arg(long, value_name = "DIR")]
     state_dir: Option<PathBuf>,
@@ -96,8 +96,8 @@ impl Command {
 }
 
 pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
-    let (Command::List { place } | Command::Retry { place, .. } | Command::Drop { place, .. }) = command;
-    let folder = match &place.state_dir {
+    let (Command::List { state_args } | Command::Retry { state_args, .. } | Command::Drop { state_args, .. }) = command;
+    let folder = match &state_args.state_dir {
         Some(folder) => folder.clone(),
         None => HostConfig::some(layers, &["state"])?.outbox.state_dir,
     };
@@ -105,15 +105,15 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
     let set_aside = command.set_aside()?;
     let found = set_aside.as_ref().map(SetAside::len);
     if found == Some(0) {
-        complain("the file has no report that can be read");
+        print_error("the file has no report that can be read");
         return Ok(Exit::Failed);
     }
     let (reports, running) = match OfflineOutbox::open(&folder) {
-        Ok(Some(shelf)) => (stopped(command, shelf, tasks.as_deref(), set_aside)?, false),
+        Ok(Some(outbox)) => (stopped(command, outbox, tasks.as_deref(), set_aside)?, false),
         // A mistyped folder must not look like an empty outbox.
         Ok(None) => {
             let folder = folder.display();
-            complain(&format!(
+            print_error(&format!(
                 "there is no outbox in {folder}; name a node's state folder with --state-dir or STATE_DIR"
             ));
             return Ok(Exit::Failed);
@@ -132,19 +132,21 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
         }
         Err(err) => return Err(err.into()),
     };
-    put(std::io::stdout(), &shown(&reports, place.output)?)?;
+    put(std::io::stdout(), &shown(&reports, state_args.output)?)?;
     if let Some(found) = found {
-        say_taken_up(reports.len(), found, running);
+        print_added(reports.len(), found, running);
         return Ok(Exit::Done);
     }
     // Named reports that are missing are listed below.
     if tasks.is_none() || !reports.is_empty() {
-        say(command, reports.len(), running);
+        print_effect(command, reports.len(), running);
     }
     let found: HashSet<TaskId> = reports.iter().map(|report| report.task_id.clone()).collect();
     let missing: Vec<TaskId> = tasks.unwrap_or_default().into_iter().filter(|task| !found.contains(task)).collect();
     for task in &missing {
-        tell(format_args!("error: no report of task {task} is in the outbox; `runner-host outbox list` shows what is"));
+        print_line(format_args!(
+            "error: no report of task {task} is in the outbox; `runner-host outbox list` shows what is"
+        ));
     }
     Ok(if missing.is_empty() { Exit::Done } else { Exit::Failed })
 }
@@ -152,43 +154,43 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
 /// For a node that does not run. Its waiting reports are sent after the next start.
 fn stopped(
     command: &Command,
-    mut shelf: OfflineOutbox,
+    mut outbox: OfflineOutbox,
     tasks: Option<&[TaskId]>,
     set_aside: Option<SetAside>,
 ) -> anyhow::Result<Vec<Listing>> {
     if let Some(set_aside) = set_aside {
-        return Ok(shelf.take_up(set_aside)?);
+        return Ok(outbox.take_up(set_aside)?);
     }
     let tasks: Option<HashSet<TaskId>> = tasks.map(|tasks| tasks.iter().cloned().collect());
     Ok(match command {
-        Command::List { .. } | Command::Retry { .. } => shelf.listings(tasks.as_ref()),
-        Command::Drop { .. } => shelf.drop_reports(tasks.as_ref())?,
+        Command::List { .. } | Command::Retry { .. } => outbox.listings(tasks.as_ref()),
+        Command::Drop { .. } => outbox.drop_reports(tasks.as_ref())?,
     })
 }
 
 /// Prints the effect for people.
-fn say(command: &Command, count: usize, running: bool) {
+fn print_effect(command: &Command, count: usize, running: bool) {
     let reports = counted(count, "report", "reports");
     match command {
-        _ if count == 0 => tell(format_args!("the outbox is empty")),
+        _ if count == 0 => print_line(format_args!("the outbox is empty")),
         Command::List { .. } => {}
-        Command::Retry { .. } if running => tell(format_args!("{reports} will be sent now")),
-        Command::Retry { .. } => tell(format_args!("no node runs here; {reports} will be sent when one starts")),
-        Command::Drop { .. } => tell(format_args!("dropped {reports}")),
+        Command::Retry { .. } if running => print_line(format_args!("{reports} will be sent now")),
+        Command::Retry { .. } => print_line(format_args!("no node runs here; {reports} will be sent when one starts")),
+        Command::Drop { .. } => print_line(format_args!("dropped {reports}")),
     }
 }
 
 /// Prints for people how many of the `found` reports were added.
-fn say_taken_up(count: usize, found: usize, running: bool) {
+fn print_added(count: usize, found: usize, running: bool) {
     if count < found {
         let known = counted(found - count, "report is", "reports are");
-        tell(format_args!("{known} in the outbox already"));
+        print_line(format_args!("{known} in the outbox already"));
     }
     let reports = counted(count, "report", "reports");
     match running {
         _ if count == 0 => {}
-        true => tell(format_args!("took up {reports}, which will be sent now")),
-        false => tell(format_args!("took up {reports}; no node runs here, the next start sends them")),
+        true => print_line(format_args!("added {reports}, which will be sent now")),
+        false => print_line(format_args!("added {reports}; no node runs here, the next start sends them")),
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use super::{Exit, Output, PluginArgs, complain, one_line, put, refused_exit, reserve_stdout, table, tell};
+use super::{Exit, Output, PluginArgs, one_line, print_error, print_line, put, refused_exit, reserve_stdout, table};
 use crate::{
     config::{HostConfig, Layers},
     plugins::{Listing, ScaffoldError, create, inspect_file},
@@ -61,7 +61,7 @@ fn list(args: &PluginArgs, strict: bool, output: Output, layers: &Layers) -> any
         Output::Json => put(data, &format!("{}\n", serde_json::to_string(&listings)?))?,
         Output::Text => {
             if listings.is_empty() {
-                tell(format_args!("no plugin was found"));
+                print_line(format_args!("no plugin was found"));
             }
             put(data, &table(listings.iter().map(row)))?;
         }
@@ -83,7 +83,7 @@ fn inspect(file: &std::path::Path, output: Output) -> anyhow::Result<Exit> {
     let (sha256, facts) = match inspect_file(file) {
         Ok(facts) => facts,
         Err(err) => {
-            tell(format_args!("error: plugin {}: {err}", file.display()));
+            print_line(format_args!("error: plugin {}: {err}", file.display()));
             return Ok(if err.is_temporary() { Exit::Temporary } else { Exit::PluginsRefused });
         }
     };
@@ -118,11 +118,11 @@ fn new(name: &str, dir: Option<PathBuf>, sdk: Option<PathBuf>) -> anyhow::Result
         Err(err) => {
             // A write error is no wrong usage.
             let exit = if matches!(err, ScaffoldError::Write { .. }) { Exit::Failed } else { Exit::Usage };
-            complain(&one_line(&err.into()));
+            print_error(&one_line(&err.into()));
             return Ok(exit);
         }
     };
     put(std::io::stdout(), &table(files.iter().map(|file| file.display())))?;
-    tell(format_args!("next: cd {} && cargo test && cargo build --release", dir.display()));
+    print_line(format_args!("next: cd {} && cargo test && cargo build --release", dir.display()));
     Ok(Exit::Done)
 }

@@ -5,7 +5,7 @@ use std::{path::PathBuf, sync::Arc};
 #[cfg(target_os = "linux")]
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
-use super::{Exit, PluginArgs, block_on_beside_control, nothing_to_serve, signals};
+use super::{Exit, PluginArgs, block_on_node_runtime, nothing_to_serve, signals};
 use crate::{
     app::Node,
     config::{
@@ -117,14 +117,14 @@ pub(super) fn run(args: &Args, layers: &Layers, secrets: &Secrets) -> anyhow::Re
         tracing::warn!(event = "dumps.allowed", error = %err, "core dumps cannot be disabled, they contain the secrets");
     }
     // Log lines start here, so the last line must have the same form.
-    super::complain_as_log();
+    super::errors_as_logs();
     if let Some(exit) = super::too_few_files(config.engine.slots) {
         return Ok(exit);
     }
     for warning in &config.warnings {
         tracing::warn!(event = "setting.warning", reason = %warning, "a setting should be changed");
     }
-    block_on_beside_control(async {
+    block_on_node_runtime(async {
         let stops = StopSignals::default();
         // Before the plugins load, which may take long: a signal in this time must end the node.
         signals::listen(stops.clone())?;

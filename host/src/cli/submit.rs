@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use url::Url;
 use uuid::Uuid;
 
-use super::{Exit, Output, no_text, put, signals, table, unreadable};
+use super::{Exit, Output, put, read_problem, signals, table, unreadable};
 use crate::{
     config::{folder_problem, host_problem},
     model::{Capability, did_you_mean},
@@ -32,14 +32,14 @@ use plane::{Plane, PlaneError};
 const TASKS_PER_JOB: usize = 100;
 /// The delay before the note that no node has leased the job. It is for control planes that do not list what their
 /// nodes serve.
-const NOBODY_AFTER: Duration = Duration::from_secs(5);
+const NO_NODE_AFTER: Duration = Duration::from_secs(5);
 /// How long the control plane may be unreachable during a wait.
-const AWAY_MAX: Duration = Duration::from_secs(30);
-/// After this time without an answer the control plane is called unreachable.
-const SILENT_AFTER: Duration = Duration::from_secs(2);
+const UNREACHABLE_MAX: Duration = Duration::from_secs(30);
+/// After this time without an answer the control plane counts as unreachable.
+const UNANSWERED_AFTER: Duration = Duration::from_secs(2);
 /// Pauses between two queries of a job: they grow from the first to the last.
-const LOOK_PAUSE_MIN: Duration = Duration::from_millis(50);
-const LOOK_PAUSE_MAX: Duration = Duration::from_millis(500);
+const QUERY_PAUSE_MIN: Duration = Duration::from_millis(50);
+const QUERY_PAUSE_MAX: Duration = Duration::from_millis(500);
 
 /// Create a job; with --wait, wait for it and download its artifacts
 ///
@@ -68,7 +68,7 @@ pub(super) struct Args {
     /// Wait for the end and show progress
     #[arg(long)]
     pub(super) wait: bool,
-    /// End after this time, such as 90s, 15m or 2h; a created job goes on
+    /// End after this time, such as 90s, 15m or 2h; a created job continues
     #[arg(long, value_name = "TIME", allow_hyphen_values = true, value_parser = super::parse_duration_above_zero)]
     pub(super) timeout: Option<Duration>,
     /// Folder for the artifacts
@@ -80,7 +80,7 @@ pub(super) struct Args {
     /// Address of a running `runner-host dev`
     #[arg(long, value_name = "URL", env = "RUNNER_HOST_DEV", default_value = "http://127.0.0.1:8700", value_parser = parse_base_url)]
     pub(super) dev: Url,
-    /// Base URL of another task service, with its /v1
+    /// Base URL of another task service, including /v1
     #[arg(long, value_name = "URL", requires_all = ["domain", "domain_server"], value_parser = parse_base_url)]
     pub(super) dms: Option<Url>,
     /// Domain to work in
@@ -116,7 +116,7 @@ fn parse_json(text: &str) -> Result<Value, String> {
 /// # Errors
 /// Errors without their own exit code: a file that cannot be read or written.
 pub(super) async fn run(args: Args, http: transport::Config) -> anyhow::Result<Exit> {
-    run_to(args, http, &mut std::io::stdout(), Notes::to_stderr(), NOBODY_AFTER, signals::interrupted()).await
+    run_to(args, http, &mut std::io::stdout(), Notes::to_stderr(), NO_NODE_AFTER, signals::interrupted()).await
 }
 
 async fn run_to(
@@ -124,10 +124,10 @@ async fn run_to(
     http: transport::Config,
     out: &mut impl Write,
     mut notes: Notes,
-    nobody_after: Duration,
+    no_node_after: Duration,
     interrupt: impl Future<Output = ()>,
 ) -> anyhow::Result<Exit> {
-    let (reached, plane) = (Mutex::new(Reached::default()), OnceLock::new());
+    let (state, plane) = (Mutex::new(SubmitState::default()), OnceLock::new());
     let out_of_time = async {
         match args.timeout {
             Some(limit) => tokio::time::sleep(limit).await,
@@ -135,7 +135,7 @@ async fn run_to(
         }
     };
     let ended = tokio::select! {
-        ended = submit(&args, http, &plane, &reached, out, &mut notes, nobody_after) => Ok(ended),
+        ended = submit(&args, http, &plane, &state, out, &mut notes, no_node_after) => Ok(ended),
         () = interrupt => Err(("interrupted".to_owned(), Exit::Cancelled)),
         () = out_of_time => Err((format!("stopped after {:?}", args.timeout.unwrap_or_default()), Exit::TimedOut)),
     };
@@ -143,11 +143,12 @@ async fn run_to(
     let ended = match ended {
         Ok(ended) => ended,
         Err((what, exit)) => {
-            let reached = reached.into_inner().expect("nothing panics while it holds this");
-            let exit = if exit == Exit::TimedOut && reached.silence().is_some() { Exit::Temporary } else { exit };
-            notes.line(&format!("{what}; {reached}"));
+            let state = state.into_inner().expect("nothing panics while it holds this");
+            let exit =
+                if exit == Exit::TimedOut && state.unreachable_reason().is_some() { Exit::Temporary } else { exit };
+            notes.line(&format!("{what}; {state}"));
             if args.output == Output::Json {
-                put(out, &format!("{}\n", reached.to_json(exit, &what)))?;
+                put(out, &format!("{}\n", state.to_json(exit, &what)))?;
             }
             if let Some(plane) = plane.get() {
                 plane.give_up().await;
@@ -158,16 +159,16 @@ async fn run_to(
     match ended {
         Ok(code) => Ok(code),
         Err(Stop::Plane(err)) => {
-            let mut reached = reached.into_inner().expect("nothing panics while it holds this");
-            if !err.is_temporary() || (reached.jobs.is_empty() && !reached.unsure) {
+            let mut state = state.into_inner().expect("nothing panics while it holds this");
+            if !err.is_temporary() || (state.jobs.is_empty() && !state.job_unanswered) {
                 notes.line(&format!("error: {err}"));
                 return Ok(err.exit_code());
             }
             let err = err.to_string();
-            reached.away.get_or_insert_with(|| err.clone());
-            notes.line(&format!("error: {reached}"));
+            state.last_error.get_or_insert_with(|| err.clone());
+            notes.line(&format!("error: {state}"));
             if args.output == Output::Json {
-                put(out, &format!("{}\n", reached.to_json(Exit::Temporary, &err)))?;
+                put(out, &format!("{}\n", state.to_json(Exit::Temporary, &err)))?;
             }
             Ok(Exit::Temporary)
         }
@@ -200,15 +201,15 @@ impl From<anyhow::Error> for Stop {
 
 /// Progress of a submission: what continues when the command ends early.
 #[derive(Default)]
-struct Reached {
+struct SubmitState {
     stage: Stage,
     jobs: Vec<Uuid>,
     /// Another request was sent, and its answer has not arrived.
-    unsure: bool,
+    job_unanswered: bool,
     /// Why the last call to the control plane failed.
-    away: Option<String>,
+    last_error: Option<String>,
     /// The start of the time in which queries of a job got no answer.
-    asked: Option<Instant>,
+    query_sent_at: Option<Instant>,
     /// The last known state of each task. Only used for JSON.
     tasks: Vec<Value>,
 }
@@ -239,12 +240,12 @@ impl Stage {
     }
 }
 
-impl Reached {
+impl SubmitState {
     /// Why the current state of the jobs is unknown, if it is.
-    fn silence(&self) -> Option<String> {
-        let asked = self.asked.map(|asked| asked.elapsed()).filter(|since| *since >= SILENT_AFTER);
-        let unanswered = || asked.map(|since| format!("no answer for {} s", since.as_secs()));
-        self.away.clone().or_else(unanswered)
+    fn unreachable_reason(&self) -> Option<String> {
+        let unanswered_for = self.query_sent_at.map(|sent| sent.elapsed()).filter(|since| *since >= UNANSWERED_AFTER);
+        let unanswered = || unanswered_for.map(|since| format!("no answer for {} s", since.as_secs()));
+        self.last_error.clone().or_else(unanswered)
     }
 
     fn to_json(&self, exit: Exit, reason: &str) -> Value {
@@ -255,24 +256,24 @@ impl Reached {
         };
         json!({
             "status": status, "reason": reason,
-            "during": self.stage.word(), "jobs": self.jobs, "unanswered": self.unsure, "tasks": self.tasks,
+            "during": self.stage.word(), "jobs": self.jobs, "unanswered": self.job_unanswered, "tasks": self.tasks,
         })
     }
 }
 
-impl std::fmt::Display for Reached {
+impl std::fmt::Display for SubmitState {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match (&self.jobs[..], self.stage) {
             (_, Stage::Cancel) => f.write_str("whether the job was cancelled is not known"),
-            ([], _) if self.unsure => {
+            ([], _) if self.job_unanswered => {
                 f.write_str("a job was sent and not answered; whether it was created is not known")
             }
             ([], _) => f.write_str("no job was submitted"),
             (jobs, Stage::Download) => {
-                write!(f, "the job has ended, its artifacts were not all brought: {}", names(jobs))
+                write!(f, "the job has ended, not all artifacts were downloaded: {}", names(jobs))
             }
-            (jobs, _) => match self.silence() {
-                None => write!(f, "the job goes on: {}", names(jobs)),
+            (jobs, _) => match self.unreachable_reason() {
+                None => write!(f, "the job continues: {}", names(jobs)),
                 Some(why) => {
                     let jobs = names(jobs);
                     write!(
@@ -286,56 +287,56 @@ impl std::fmt::Display for Reached {
 }
 
 /// Reads and changes the progress.
-fn at<T>(reached: &Mutex<Reached>, change: impl FnOnce(&mut Reached) -> T) -> T {
-    change(&mut reached.lock().expect("nothing panics while it holds this"))
+fn at<T>(state: &Mutex<SubmitState>, change: impl FnOnce(&mut SubmitState) -> T) -> T {
+    change(&mut state.lock().expect("nothing panics while it holds this"))
 }
 
 async fn submit(
     args: &Args,
     http: transport::Config,
-    place: &OnceLock<Plane>,
-    reached: &Mutex<Reached>,
+    plane_cell: &OnceLock<Plane>,
+    state: &Mutex<SubmitState>,
     out: &mut impl Write,
     notes: &mut Notes,
-    nobody_after: Duration,
+    no_node_after: Duration,
 ) -> Result<Exit, Stop> {
     look(args).map_err(Stop::Usage)?;
     let found = find_plane(args, http).await?;
-    let plane = place.get_or_init(|| found);
+    let plane = plane_cell.get_or_init(|| found);
     if let Some(id) = args.cancel {
-        at(reached, |reached| reached.stage = Stage::Cancel);
+        at(state, |state| state.stage = Stage::Cancel);
         return cancel(args.output, plane, id, out, notes).await;
     }
     let capability = args.capability.as_ref().expect("clap requires it without --cancel");
-    at(reached, |reached| reached.stage = Stage::Upload);
+    at(state, |state| state.stage = Stage::Upload);
     let mut inputs = Vec::new();
     for input in &args.inputs {
         inputs.push(plane.upload(input, notes).await?);
     }
-    at(reached, |reached| reached.stage = Stage::Create);
+    at(state, |state| state.stage = Stage::Create);
     let mut jobs = Vec::new();
     let mut left = args.count as usize;
     while left > 0 {
         let tasks = left.min(TASKS_PER_JOB);
-        at(reached, |reached| reached.unsure = true);
+        at(state, |state| state.job_unanswered = true);
         let id = plane.create_job(&job(args, capability, plane, &inputs, tasks), notes).await?;
         jobs.push(id);
-        at(reached, |reached| {
-            reached.unsure = false;
-            reached.jobs.push(id);
+        at(state, |state| {
+            state.job_unanswered = false;
+            state.jobs.push(id);
         });
         left -= tasks;
     }
     if !args.wait {
-        print_handed_in(args.output, out, &jobs)?;
-        note_unserved(capability, plane, notes).await;
+        print_job_ids(args.output, out, &jobs)?;
+        print_unserved(capability, plane, notes).await;
         return Ok(Exit::Done);
     }
-    at(reached, |reached| reached.stage = Stage::Wait);
+    at(state, |state| state.stage = Stage::Wait);
     // Only a dev server lists what its nodes serve. Elsewhere the note follows after a time without a lease.
-    let nobody_after = if note_unserved(capability, plane, notes).await { None } else { Some(nobody_after) };
-    let ended = watch(args, capability, plane, &jobs, reached, notes, nobody_after).await?;
-    at(reached, |reached| reached.stage = Stage::Download);
+    let no_node_after = if print_unserved(capability, plane, notes).await { None } else { Some(no_node_after) };
+    let ended = watch(args, capability, plane, &jobs, state, notes, no_node_after).await?;
+    at(state, |state| state.stage = Stage::Download);
     finish(args, plane, &ended, out, notes).await
 }
 
@@ -382,7 +383,7 @@ async fn find_plane(args: &Args, http: transport::Config) -> Result<Plane, Stop>
     let token = match (&args.token, &args.token_file) {
         (Some(token), _) => token.trim().to_owned(),
         (None, Some(file)) => {
-            if let Some(why) = no_text("--token-file", file) {
+            if let Some(why) = read_problem("--token-file", file) {
                 return Err(Stop::Usage(why));
             }
             let text = std::fs::read_to_string(file);
@@ -420,7 +421,7 @@ fn names(jobs: &[Uuid]) -> String {
     }
 }
 
-fn print_handed_in(form: Output, out: &mut impl Write, jobs: &[Uuid]) -> anyhow::Result<()> {
+fn print_job_ids(form: Output, out: &mut impl Write, jobs: &[Uuid]) -> anyhow::Result<()> {
     match form {
         Output::Json => put(out, &format!("{}\n", json!({ "jobs": jobs }))),
         Output::Text => put(out, &table(jobs)),
@@ -429,7 +430,7 @@ fn print_handed_in(form: Output, out: &mut impl Write, jobs: &[Uuid]) -> anyhow:
 
 /// Prints that no node serves the capability, with a similar one that a node serves. Returns whether the control
 /// plane lists what its nodes serve.
-async fn note_unserved(capability: &Capability, plane: &Plane, notes: &mut Notes) -> bool {
+async fn print_unserved(capability: &Capability, plane: &Plane, notes: &mut Notes) -> bool {
     let Some(served) = plane.served().await else { return false };
     if !served.iter().any(|name| name == capability.as_str()) {
         let near = did_you_mean(capability.as_str(), served.iter().map(String::as_str));
@@ -444,33 +445,33 @@ async fn watch(
     capability: &Capability,
     plane: &Plane,
     jobs: &[Uuid],
-    reached: &Mutex<Reached>,
+    state: &Mutex<SubmitState>,
     notes: &mut Notes,
-    nobody_after: Option<Duration>,
+    no_node_after: Option<Duration>,
 ) -> Result<Vec<Value>, Stop> {
-    let mut seen: Vec<Value> = vec![Value::Null; jobs.len()];
-    let (started, mut pause) = (Instant::now(), LOOK_PAUSE_MIN);
-    let mut away_since: Option<Instant> = None;
-    let mut nobody_at = nobody_after.map(|after| started + after);
+    let mut known: Vec<Value> = vec![Value::Null; jobs.len()];
+    let (started, mut pause) = (Instant::now(), QUERY_PAUSE_MIN);
+    let mut unreachable_since: Option<Instant> = None;
+    let mut no_node_at = no_node_after.map(|after| started + after);
     loop {
-        for (job, seen) in jobs.iter().zip(&mut seen).filter(|(_, seen)| !has_ended(seen)) {
-            at(reached, |reached| reached.asked = Some(Instant::now()));
+        for (job, known) in jobs.iter().zip(&mut known).filter(|(_, known)| !has_ended(known)) {
+            at(state, |state| state.query_sent_at = Some(Instant::now()));
             let answer = plane.job(*job).await;
-            at(reached, |reached| {
-                reached.asked = None;
-                reached.away = answer.as_ref().err().map(ToString::to_string);
+            at(state, |state| {
+                state.query_sent_at = None;
+                state.last_error = answer.as_ref().err().map(ToString::to_string);
             });
             match answer {
                 Ok(now) => {
-                    *seen = now;
-                    away_since = None;
+                    *known = now;
+                    unreachable_since = None;
                 }
                 Err(err) if err.is_temporary() => {
-                    let since = *away_since.get_or_insert_with(|| {
+                    let since = *unreachable_since.get_or_insert_with(|| {
                         notes.line(&format!("{err}; trying again"));
                         Instant::now()
                     });
-                    if since.elapsed() > AWAY_MAX {
+                    if since.elapsed() > UNREACHABLE_MAX {
                         return Err(err.into());
                     }
                     break;
@@ -479,21 +480,21 @@ async fn watch(
             }
         }
         if args.output == Output::Json {
-            let rows = seen.iter().flat_map(|job| tasks(job).map(|task| row(job, task))).collect();
-            at(reached, |reached| reached.tasks = rows);
+            let rows = known.iter().flat_map(|job| tasks(job).map(|task| row(job, task))).collect();
+            at(state, |state| state.tasks = rows);
         }
-        notes.show(args.count as usize, &seen);
-        if seen.iter().all(has_ended) {
-            return Ok(seen);
+        notes.show(args.count as usize, &known);
+        if known.iter().all(has_ended) {
+            return Ok(known);
         }
-        if nobody_at.is_some_and(|at| Instant::now() >= at) {
-            nobody_at = None;
-            if !seen.iter().any(was_leased) {
-                notes.line(&format!("no node has taken a task of {capability} yet; the job waits for one"));
+        if no_node_at.is_some_and(|at| Instant::now() >= at) {
+            no_node_at = None;
+            if !known.iter().any(was_leased) {
+                notes.line(&format!("no node has leased a task of {capability} yet; the job waits for one"));
             }
         }
         tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(LOOK_PAUSE_MAX);
+        pause = (pause * 2).min(QUERY_PAUSE_MAX);
     }
 }
 
@@ -576,11 +577,11 @@ async fn bring(
     notes: &mut Notes,
 ) -> Result<(), Stop> {
     let Some(id) = artifact.id.clone() else {
-        notes.line(&format!("artifact {} has no id, it cannot be brought", artifact.logical_path));
+        notes.line(&format!("artifact {} has no id, it cannot be downloaded", artifact.logical_path));
         return Ok(());
     };
-    let own = match artifacts::place(folder, &artifact.logical_path) {
-        Ok(path) => match artifacts::make_way(&path) {
+    let own = match artifacts::local_path(folder, &artifact.logical_path) {
+        Ok(path) => match artifacts::create_parents(&path) {
             Ok(None) => Ok(path),
             Ok(Some(why)) => Err(why),
             Err(err) => return Err(PlaneError::file(&path, &err).into()),

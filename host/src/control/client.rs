@@ -9,14 +9,14 @@ use serde::{Serialize, de::DeserializeOwned};
 pub enum ControlError {
     /// No process listens, or the answer cannot be used.
     #[error("the node at {path} does not answer: {reason}", path = path.display())]
-    Silent {
+    NoAnswer {
         /// Its socket.
         path: PathBuf,
         /// The error.
         reason: String,
     },
     /// This system has no such sockets.
-    #[error("a running node cannot be asked on this system; stop the node first")]
+    #[error("commands cannot reach a running node on this system; stop the node first")]
     Unsupported,
 }
 
@@ -37,7 +37,7 @@ pub async fn ask<T: DeserializeOwned>(
     use hyper_util::rt::TokioIo;
 
     /// A busy node answers in milliseconds. A stopped process never answers.
-    const PATIENCE: Duration = Duration::from_secs(10);
+    const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 
     let socket = folder.join(super::SOCKET);
     let asking = async {
@@ -63,9 +63,9 @@ pub async fn ask<T: DeserializeOwned>(
         }
         serde_json::from_slice(&body).map_err(|err| err.to_string())
     };
-    let answer = tokio::time::timeout(PATIENCE, asking).await;
-    let answer = answer.unwrap_or_else(|_| Err(format!("no answer within {PATIENCE:?}")));
-    answer.map_err(|reason| ControlError::Silent { path: socket, reason })
+    let answer = tokio::time::timeout(ANSWER_LIMIT, asking).await;
+    let answer = answer.unwrap_or_else(|_| Err(format!("no answer within {ANSWER_LIMIT:?}")));
+    answer.map_err(|reason| ControlError::NoAnswer { path: socket, reason })
 }
 
 /// This system has no such sockets.

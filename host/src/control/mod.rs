@@ -104,7 +104,7 @@ mod socket {
     impl Drop for Socket {
         fn drop(&mut self) {
             if let Err(err) = std::fs::remove_file(&self.0) {
-                tracing::debug!(error = %err, "control socket was gone already");
+                tracing::debug!(error = %err, "control socket was already removed");
             }
         }
     }

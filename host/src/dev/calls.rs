@@ -24,7 +24,7 @@ pub(super) struct NodeUrl(String);
 impl NodeUrl {
     /// Parses a base URL. The error is one clause.
     pub(super) fn parse(text: &str) -> Result<Self, String> {
-        let url = Url::parse(text).map_err(|err| format!("url {text:?} is no URL: {err}"))?;
+        let url = Url::parse(text).map_err(|err| format!("url {text:?} is not a URL: {err}"))?;
         transport::Policy::default().check(&url).map_err(|err| format!("url: {err}"))?;
         if url.scheme() != "http" || url.query().is_some() || url.fragment().is_some() {
             return Err(format!("url {text:?}: the dev server calls http URLs on loopback only"));

@@ -290,7 +290,7 @@ mod tests {
         let (token, _) = identity.login(WALLET, at(0)).expect("registered");
         assert_eq!(register(&mut identity, 1), Err(Denied::Conflict));
         assert!(identity.node(&token, at(2)).is_some(), "the first node is not disturbed");
-        assert!(register(&mut identity, 100).is_ok(), "its token has run out");
+        assert!(register(&mut identity, 100).is_ok(), "its token has expired");
         let held = identity.register(entry(Uuid::new_v4(), None, &Peer::default()), |_| true, at(101));
         assert_eq!(held.map(drop), Err(Denied::Conflict));
     }
@@ -303,9 +303,13 @@ mod tests {
         let (token, _) = identity.login(WALLET, at(0)).expect("registered");
         assert_eq!(register_over(&mut identity, 1, &its), Ok(id));
         assert_eq!(register_over(&mut identity, 1, &another), Err(Denied::Conflict));
-        assert_eq!(register_over(&mut identity, 2, &another), Err(Denied::Conflict), "asking again changes nothing");
+        assert_eq!(
+            register_over(&mut identity, 2, &another),
+            Err(Denied::Conflict),
+            "a repeated request changes nothing"
+        );
         another.is(id);
-        assert_eq!(register_over(&mut identity, 3, &another), Ok(id), "it has shown the token there");
+        assert_eq!(register_over(&mut identity, 3, &another), Ok(id), "it used its token on that connection");
         assert!(identity.node(&token, at(4)).is_some());
     }
 
@@ -316,7 +320,7 @@ mod tests {
         for second in [0, 10] {
             let peer = Peer::default();
             let registered = identity.register(entry(identity.id_of(WALLET), Some(url), &peer), |_| true, at(second));
-            assert!(registered.is_ok(), "the caller knows better than strictness");
+            assert!(registered.is_ok(), "the the caller checks for a second node itself");
             assert_eq!(identity.due(at(second)), [url.into()]);
             assert_eq!(identity.due(at(second + 29)), []);
         }

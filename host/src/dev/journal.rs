@@ -13,7 +13,7 @@ use super::Inner;
 /// One request that was answered, or that ended without an answer. Query, headers and body are left out, because they
 /// may contain tokens.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Seen {
+pub struct JournalEntry {
     /// Counts all requests since the start, from 0, in the order in which they ended.
     pub number: u64,
     /// When it arrived, by the true clock.
@@ -34,7 +34,7 @@ pub struct Seen {
 
 /// The newest requests, with a bound on their number.
 pub(super) struct Journal {
-    seen: VecDeque<Seen>,
+    seen: VecDeque<JournalEntry>,
     max: usize,
     next: u64,
 }
@@ -44,29 +44,29 @@ impl Journal {
         Self { seen: VecDeque::new(), max, next: 0 }
     }
 
-    fn add(&mut self, seen: Seen) {
+    fn add(&mut self, seen: JournalEntry) {
         if self.seen.len() >= self.max {
             self.seen.pop_front();
         }
-        self.seen.push_back(Seen { number: self.next, ..seen });
+        self.seen.push_back(JournalEntry { number: self.next, ..seen });
         self.next += 1;
     }
 
     /// Stored requests from `number` on, and the number after the newest.
-    pub(super) fn since(&self, number: u64) -> (u64, Vec<Seen>) {
+    pub(super) fn since(&self, number: u64) -> (u64, Vec<JournalEntry>) {
         (self.next, self.seen.iter().filter(|seen| seen.number >= number).cloned().collect())
     }
 }
 
 /// A request in progress. It is recorded when it ends, also when the client disconnects.
 pub(super) struct Note {
-    seen: Option<Seen>,
+    seen: Option<JournalEntry>,
     server: Arc<Inner>,
 }
 
 impl Note {
     pub(super) fn of<B>(server: &Arc<Inner>, request: &Request<B>, endpoint: Option<&'static str>) -> Self {
-        let seen = (server.config.journal_max > 0).then(|| Seen {
+        let seen = (server.config.journal_max > 0).then(|| JournalEntry {
             number: 0,
             at: Timestamp::now(),
             method: request.method().to_string(),

@@ -54,7 +54,7 @@ use crate::{
 
 pub use config::{Config, DevError};
 pub use faults::{Endpoint, Faults, FaultsError, WireForm};
-pub use journal::Seen;
+pub use journal::JournalEntry;
 
 /// A node counts as online if it has sent a request within this time. Nodes without work wait up to 30 s between
 /// polls.
@@ -90,7 +90,7 @@ struct Inner {
     /// Client for calls to nodes that registered with a URL. It is created for the first such node.
     client: OnceLock<transport::Client>,
     /// Notified after every change and every answered request.
-    bell: Notify,
+    changed: Notify,
 }
 
 impl DevServer {
@@ -115,7 +115,7 @@ impl DevServer {
             plane: Mutex::new(Plane::new(config.clone(), domain_id, org)),
             journal: Mutex::new(Journal::new(config.journal_max)),
             client: OnceLock::new(),
-            bell: Notify::new(),
+            changed: Notify::new(),
             base,
             domain_id,
             org,
@@ -234,12 +234,12 @@ impl DevServer {
 
     /// The newest requests, oldest first ([`Config::journal_max`]).
     #[must_use]
-    pub fn journal(&self) -> Vec<Seen> {
+    pub fn journal(&self) -> Vec<JournalEntry> {
         self.inner.journal().since(0).1
     }
 
     /// Waits until the journal matches `wanted`. There is no time limit, so the caller must set one.
-    pub async fn journal_until(&self, wanted: impl Fn(&[Seen]) -> bool) -> Vec<Seen> {
+    pub async fn journal_until(&self, wanted: impl Fn(&[JournalEntry]) -> bool) -> Vec<JournalEntry> {
         self.until(|| Some(self.journal()).filter(|journal| wanted(journal))).await
     }
 
@@ -267,12 +267,12 @@ impl DevServer {
     async fn until<T>(&self, mut check: impl FnMut() -> Option<T>) -> T {
         loop {
             // Subscribe before the check, so that no change between the two is missed.
-            let mut rung = std::pin::pin!(self.inner.bell.notified());
-            rung.as_mut().enable();
+            let mut notified = std::pin::pin!(self.inner.changed.notified());
+            notified.as_mut().enable();
             if let Some(found) = check() {
                 return found;
             }
-            rung.await;
+            notified.await;
         }
     }
 }
@@ -322,7 +322,7 @@ impl Inner {
     }
 
     fn changed(&self) {
-        self.bell.notify_waiters();
+        self.changed.notify_waiters();
     }
 
     /// Host and port, the `domain` of sign-in messages.

@@ -26,7 +26,8 @@ pub(super) fn parse(text: &str) -> Result<Message, String> {
         .and_then(|line| line.strip_suffix(OPENING))
         .ok_or_else(|| format!("the first line of the message does not end in {OPENING:?}"))?;
     let address = lines.next().unwrap_or_default();
-    let address = address_of(address).ok_or("the second line of the message is no address (0x and 40 hex digits)")?;
+    let address =
+        address_of(address).ok_or("the second line of the message is not an address (0x and 40 hex digits)")?;
     // A statement and further fields may be anywhere in between. The nonce binds the message to this sign-in.
     let nonce = lines
         .find_map(|line| line.strip_prefix("Nonce: "))

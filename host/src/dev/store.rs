@@ -442,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_domain_servers_refuse_are_refused_here() {
+    fn names_that_domain_servers_refuse_are_refused() {
         assert!(check_name("name", "scan a_2025-01-01é").is_ok());
         assert_eq!(
             check_name("name", "a;b").expect_err("semicolon").to_string(),

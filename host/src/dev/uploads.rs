@@ -17,7 +17,7 @@ const PARTS_MAX: u64 = 10_000;
 
 /// Held by the task that writes to a file. The system admits one writer at a time, and a thread that waits there
 /// spins.
-pub(super) type Turn = Arc<Mutex<()>>;
+pub(super) type WriteLock = Arc<Mutex<()>>;
 
 /// An upload in progress, or a finished one. A finished upload is kept until it expires, because the answer to the
 /// last call may have been lost.
@@ -28,7 +28,7 @@ pub(super) struct Upload {
     size: Option<u64>,
     expires: Timestamp,
     parts: BTreeMap<u64, Part>,
-    turn: Turn,
+    write_lock: WriteLock,
     done: Option<Item>,
 }
 
@@ -67,7 +67,7 @@ pub(super) struct Writing {
     number: u64,
     pub(super) path: std::path::PathBuf,
     pub(super) offset: u64,
-    pub(super) turn: Turn,
+    pub(super) write_lock: WriteLock,
     finished: bool,
 }
 
@@ -102,8 +102,8 @@ impl Store {
         };
         let upload_id = Uuid::new_v4();
         let expires = now + self.config.upload_ttl;
-        let (size, parts, turn, done) = (request.size, BTreeMap::new(), Turn::default(), None);
-        index.uploads.insert(upload_id, Upload { data_id, name, data_type, size, expires, parts, turn, done });
+        let (size, parts, write_lock, done) = (request.size, BTreeMap::new(), WriteLock::default(), None);
+        index.uploads.insert(upload_id, Upload { data_id, name, data_type, size, expires, parts, write_lock, done });
         Ok(Initiated { upload_id, data_id, expires })
     }
 
@@ -120,14 +120,14 @@ impl Store {
             return Err(StoreError::Conflict(format!("part {number} is being written by another request")));
         }
         upload.parts.insert(number, Part::Writing);
-        let turn = Arc::clone(&upload.turn);
+        let write_lock = Arc::clone(&upload.write_lock);
         Ok(Writing {
             store: self.clone(),
             upload: upload_id,
             number,
             path: self.upload_path(upload_id),
             offset: (number - 1) * part_size,
-            turn,
+            write_lock,
             finished: false,
         })
     }

@@ -36,12 +36,12 @@ const SECRET_BYTES_MAX: usize = 4096;
 /// Time limit for the arrival of a body.
 const BODY_TIME_MAX: Duration = Duration::from_secs(5);
 /// Bodies that are read concurrently.
-const AT_ONCE_MAX: usize = 8;
+const CONCURRENT_MAX: usize = 8;
 /// Bodies of one sender that are read concurrently.
-const AT_ONCE_PER_SENDER_MAX: usize = 2;
-/// Requests of one sender in a row, and the time after which one of them no longer counts.
+const CONCURRENT_PER_SENDER_MAX: usize = 2;
+/// Requests of one sender in a row, and the interval at which the count decreases by one.
 const BURST: u32 = 20;
-const FORGET_ONE: Duration = Duration::from_millis(500);
+const DECREASE_INTERVAL: Duration = Duration::from_millis(500);
 /// Most senders in memory.
 const SENDERS_MAX: usize = 256;
 
@@ -58,11 +58,11 @@ impl CallbackQueue {
         Arc::new(Self { health_checks, senders: Mutex::default(), reading: Mutex::default() })
     }
 
-    /// Reserves a place for a body of `sender`. `None`: too many are being read.
+    /// Admits a body of `sender`. `None`: too many are being read.
     fn reading(&self, sender: IpAddr) -> Option<Reading<'_>> {
         let mut reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
         let own = reading.iter().filter(|other| **other == sender).count();
-        (own < AT_ONCE_PER_SENDER_MAX && reading.len() < AT_ONCE_MAX).then(|| {
+        (own < CONCURRENT_PER_SENDER_MAX && reading.len() < CONCURRENT_MAX).then(|| {
             reading.push(sender);
             Reading { queue: self, sender }
         })
@@ -109,7 +109,7 @@ fn wiped<'de, D: Deserializer<'de>>(from: D) -> Result<Zeroizing<String>, D::Err
 /// Status and text of a refused request.
 type Refusal = (StatusCode, &'static str);
 
-/// See the module's text.
+/// See the module documentation.
 pub(super) async fn registrations(
     State(queue): State<Arc<CallbackQueue>>,
     ConnectInfo(sender): ConnectInfo<SocketAddr>,
@@ -190,14 +190,14 @@ fn is_json(headers: &HeaderMap) -> bool {
     essence == "application/json" || (essence.starts_with("application/") && essence.ends_with("+json"))
 }
 
-/// Recent requests of each sender: a count that decreases by one every [`FORGET_ONE`].
+/// Recent requests of each sender: a count that decreases by one every [`DECREASE_INTERVAL`].
 #[derive(Default)]
 struct Senders(HashMap<IpAddr, (u32, Instant)>);
 
 impl Senders {
     fn admit(&mut self, sender: IpAddr, now: Instant) -> bool {
         let left = |(count, since): (u32, Instant)| {
-            let forgotten = now.saturating_duration_since(since).as_millis() / FORGET_ONE.as_millis();
+            let forgotten = now.saturating_duration_since(since).as_millis() / DECREASE_INTERVAL.as_millis();
             count.saturating_sub(u32::try_from(forgotten).unwrap_or(u32::MAX))
         };
         if !self.0.contains_key(&sender) && self.0.len() >= SENDERS_MAX {
@@ -244,7 +244,7 @@ mod tests {
         let ip = |n: u32| IpAddr::from(n.to_be_bytes());
         assert!((0..256).all(|n| senders.admit(ip(n), start)));
         assert!(!senders.admit(ip(256), start), "all senders are recent");
-        assert!(senders.admit(ip(256), start + FORGET_ONE));
+        assert!(senders.admit(ip(256), start + DECREASE_INTERVAL));
         assert_eq!(senders.0.len(), 1);
     }
 }

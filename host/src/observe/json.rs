@@ -92,7 +92,7 @@ fn has(about: &Metadata<'_>, name: &str) -> bool {
 }
 
 /// Writes the members of a JSON object. A taken name is replaced by `instead`, or left out. Returns `false` and
-/// writes nothing if `object` is no JSON object.
+/// writes nothing if `object` is not a JSON object.
 fn push_members(
     line: &mut String,
     object: &str,

@@ -1,7 +1,8 @@
 //! The fields of a log line as text for people.
 //!
-//! Fields of the node are `name=value` on the line. Fields of a plugin are too; its backtrace follows on indented
-//! lines. Every log line begins with a timestamp in the first column, so an indented line is never taken for one.
+//! Fields of the node are `name=value` on the line. Fields of a plugin have the same form. Its backtrace follows on
+//! indented lines. Every log line begins with a timestamp in the first column, so an indented line is never taken for
+//! one.
 
 use std::fmt::{self, Debug, Write as _};
 
@@ -133,11 +134,11 @@ fn push_backtrace(line: &mut String, backtrace: &str) {
         })
     };
     let lines: Vec<&str> = backtrace.lines().map(str::trim_end).filter(|line| !line.is_empty()).collect();
-    let is_place = |line: &&&str| line.trim_start().starts_with("at ");
+    let is_source_position = |line: &&&str| line.trim_start().starts_with("at ");
     let begin = lines
         .iter()
         .rposition(|line| is_machinery(line))
-        .map_or(0, |at| at + 1 + lines[at + 1..].iter().take_while(is_place).count());
+        .map_or(0, |at| at + 1 + lines[at + 1..].iter().take_while(is_source_position).count());
     let rest = &lines[begin..];
     let end = rest.iter().position(|line| line.contains("__rust_begin_short_backtrace")).unwrap_or(rest.len());
     let shown = end.min(BACKTRACE_LINES_MAX);

@@ -97,7 +97,7 @@ pub struct Config {
     pub senders: usize,
 }
 
-/// See the module's text. Cheap to clone.
+/// See the module documentation. Cheap to clone.
 #[derive(Clone)]
 pub struct Outbox(Arc<Inner>);
 

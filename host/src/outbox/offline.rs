@@ -25,7 +25,7 @@ pub enum OfflineOutboxError {
     },
 }
 
-/// See the module's text. It holds the folder, so no node can start there while it exists.
+/// See the module documentation. It holds the folder, so no node can start there while it exists.
 pub struct OfflineOutbox {
     state: StateDir,
     store: Store,

@@ -143,7 +143,7 @@ impl Lane {
     }
 }
 
-/// See the module's text.
+/// See the module documentation.
 #[derive(Default)]
 pub(super) struct ReportQueue {
     held: BTreeMap<u64, Held>,

@@ -65,7 +65,7 @@ impl<E: Into<redb::Error>> From<E> for StoreError {
     }
 }
 
-/// See the module's text.
+/// See the module documentation.
 pub(super) struct Store {
     database: Database,
     known: Mutex<Known>,

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use runner_host::dev::{Faults, Seen};
+use runner_host::dev::{Faults, JournalEntry};
 use serde_json::{Value, json};
 
 use crate::{
@@ -56,7 +56,7 @@ pub(crate) async fn run(cell: Cell, plugin: PathBuf) -> Report {
     let ended = tokio::time::timeout(LIMIT * 2, judged(&cell, &test_server, faults, plugin)).await;
     if !cell.is_of_the_clock() {
         // If a client disconnects, its request is in the journal only after the fault has ended.
-        let struck = |seen: &[Seen]| seen.iter().any(|seen| cell.struck(seen));
+        let struck = |seen: &[JournalEntry]| seen.iter().any(|seen| cell.struck(seen));
         let _ = tokio::time::timeout(LONG, test_server.dev_server.journal_until(struck)).await;
     }
     let journal = test_server.dev_server.journal();
@@ -95,7 +95,7 @@ async fn judged(cell: &Cell, test_server: &TestServer, faults: Faults, plugin: P
     let task = test_server.task("/fixtures/everything/v1").inputs(&[cid]).meta(meta);
     let job = task.set("max_attempts", json!(if cell.endpoint == "fail" { 2 } else { 30 })).submit();
     if cell.length == Length::Long && !cell.is_of_the_clock() {
-        let struck = |seen: &[Seen]| seen.iter().any(|seen| cell.struck(seen));
+        let struck = |seen: &[JournalEntry]| seen.iter().any(|seen| cell.struck(seen));
         within("the first fault", test_server.dev_server.journal_until(struck)).await.map_err(told)?;
         // No event: the fault itself is a period of time.
         tokio::time::sleep(LONG).await;
@@ -185,7 +185,7 @@ fn may_leave_uploads(cell: &Cell) -> bool {
 }
 
 /// The highest number of requests of one call that arrived within any second.
-fn busiest(journal: &[Seen]) -> (usize, &'static str) {
+fn busiest(journal: &[JournalEntry]) -> (usize, &'static str) {
     let mut arrivals: BTreeMap<&'static str, Vec<jiff::Timestamp>> = BTreeMap::new();
     for seen in journal {
         // The requests of the test itself have no node id. There are few of them.
@@ -201,7 +201,7 @@ fn busiest(journal: &[Seen]) -> (usize, &'static str) {
     arrivals.iter_mut().map(|(call, times)| (most(times), *call)).max().unwrap_or_default()
 }
 
-fn polled(seen: &[Seen]) -> bool {
+fn polled(seen: &[JournalEntry]) -> bool {
     seen.iter().any(|seen| seen.endpoint == Some("lease") && seen.status == 204)
 }
 

@@ -1,6 +1,6 @@
 //! The cells, and the combinations that are skipped.
 
-use runner_host::dev::Seen;
+use runner_host::dev::JournalEntry;
 
 /// A kind of fault: its name in the table, and the keys of its rule.
 pub(crate) type Kind = (&'static str, &'static str);
@@ -126,7 +126,7 @@ impl Cell {
     }
 
     /// Whether the cell's own fault was applied to this request.
-    pub(crate) fn struck(&self, seen: &Seen) -> bool {
+    pub(crate) fn struck(&self, seen: &JournalEntry) -> bool {
         seen.fault.is_some() && (self.endpoint == "any" || seen.endpoint == Some(self.endpoint))
     }
 

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, time::Duration};
 
-use runner_host::dev::{Faults, Seen};
+use runner_host::dev::{Faults, JournalEntry};
 use serde_json::{Value, json};
 
 use crate::harness::{
@@ -237,7 +237,7 @@ async fn upload_of_a_cancelled_task_is_aborted() {
     let hang = "[[fault]]\nendpoint = \"part\"\nskip = 1\nkind = \"hang\"";
     test_server.dev_server.set_faults(Faults::parse(hang).expect("a sound rule"));
     test_server.task(PUTS).meta(json!({ "puts": [{ "path": "x", "file": "300000 bytes" }] })).submit();
-    let part = |seen: &[Seen]| seen.iter().any(|seen| seen.endpoint == Some("part") && seen.status == 200);
+    let part = |seen: &[JournalEntry]| seen.iter().any(|seen| seen.endpoint == Some("part") && seen.status == 200);
     test_server.seen(&node, part).await;
     assert_eq!(test_server.dev_server.open_uploads(), 1);
     node.term();

@@ -258,7 +258,7 @@ async fn dev_starts_services_and_a_node() {
     let dev = Cli::new(&["dev", "--port", "0"]).dir(dir.path()).set("TMPDIR", dir.path().to_string_lossy()).start();
     dev.stdout_line(|line| line == "For development and tests, not for production.").await;
     let table = dev.stdout().join("\n");
-    assert!(table.contains("everything is gone when this ends"), "{table}");
+    assert!(table.contains("all data is deleted at the end"), "{table}");
     assert!(dev.stdout().iter().any(|line| line.starts_with("serving") && line.ends_with("/examples/hello/v1")));
     let exports = exports(&dev);
     let base = &exports.iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1;
@@ -299,7 +299,7 @@ async fn submit_finds_dev_server_and_downloads_artifacts() {
         .run()
         .await
         .expect(5);
-    assert!(ended.stderr.contains("the job goes on"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("the job continues"), "{}", ended.stderr);
     let waits = "no node serves /nobody/serves-this/v1 at the moment; the job waits for one";
     assert_eq!(ended.stderr.lines().next(), Some(waits), "it is said at once");
     let ended = submit("/exmaples/hello/v1").set("RUST_LOG", "").run().await.expect(0);
@@ -322,13 +322,13 @@ async fn artifacts_with_unusable_paths_are_stored_by_id() {
     let long = format!("long/{}", "x".repeat(300));
     let cases = [
         ("a", None),
-        ("a/b", Some("leads through a file that is there")),
-        ("a/b/c", Some("leads through a file that is there")),
+        ("a/b", Some("leads through an existing file")),
+        ("a/b/c", Some("leads through an existing file")),
         ("d/e", None),
-        ("folder", Some("is that of a folder that is there")),
+        ("folder", Some("is the path of an existing folder")),
         ("", Some("names no file")),
         (&*long, Some("has a name that is too long for a file")),
-        ("C:x", Some("holds a character that no file name should")),
+        ("C:x", Some("contains a character that is invalid in file names")),
         ("last", None),
     ];
     let puts = cases.map(|(path, _)| json!({ "path": path, "text": path }));
@@ -434,7 +434,7 @@ async fn submit_timeout_ends_every_stage() {
     let said = "stopped after 1s; a job was sent and not answered; whether it was created is not known";
     assert!(ended.stderr.ends_with(said), "{}", ended.stderr);
     let ended = submit().arg("--wait").arg("--out").arg("brought").arg("--timeout").arg("5s").run().await.expect(5);
-    let said = "stopped after 5s; the job has ended, its artifacts were not all brought: ";
+    let said = "stopped after 5s; the job has ended, not all artifacts were downloaded: ";
     assert!(ended.stderr.contains(said), "{}", ended.stderr);
     stopped(&dev).await;
 }
@@ -539,7 +539,10 @@ async fn submit_exits_75_when_the_dev_server_dies() {
     assert_eq!(submit.wait().await, 75, "{}", submit.log());
     let last = submit.stderr().last().cloned().unwrap_or_default();
     assert!(last.starts_with("stopped after 4s; the control plane is unreachable ("), "{last}");
-    assert!(last.contains("); whether the job continues is not known: ") && !last.contains("goes on"), "{last}");
+    assert!(
+        last.contains("); whether the job continues is not known: ") && !last.contains("the job continues"),
+        "{last}"
+    );
     let said: Value = serde_json::from_str(&submit.stdout().join("\n")).expect("JSON");
     assert_eq!((&said["status"], said["jobs"].as_array().map(Vec::len)), (&json!("unreachable"), Some(1)), "{said}");
 }

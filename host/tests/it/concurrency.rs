@@ -127,7 +127,7 @@ async fn busy_answer_stops_polling_until_lease_ends() {
     let test_server = TestServer::with(|config| config.leases_per_node = Some(1)).await;
     let held = Held::submit(&test_server, 3);
     let node = test_server.node(&[fixtures::zoo()]).set("MAX_CONCURRENCY", "3").leasing().await;
-    let refused = |seen: &[runner_host::dev::Seen]| {
+    let refused = |seen: &[runner_host::dev::JournalEntry]| {
         seen.iter().filter(|seen| seen.path == "/v1/tasks" && seen.status == 409).count()
     };
     for n in 0..3 {

@@ -80,7 +80,7 @@ async fn invalid_fault_file_is_refused_in_one_line() {
         ),
         (
             "[[fault]]\nendpoint = \"lease\"\nkind = \"steal_lease\"",
-            "faults.toml: [[fault]] 1 kind: steal_lease cannot strike lease: it is not about a task",
+            "faults.toml: [[fault]] 1 kind: steal_lease cannot apply to lease: the call names no task",
         ),
     ] {
         let dir = workplace(text);

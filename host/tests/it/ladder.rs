@@ -6,7 +6,7 @@ use std::{
 };
 
 use futures_util::FutureExt as _;
-use runner_host::dev::Seen;
+use runner_host::dev::JournalEntry;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -167,7 +167,7 @@ async fn runner_polling_for_cancel_uses_little_cpu() {
     test_server.started(&node, job).await;
     let (began, before) = (Instant::now(), node.processor_time());
     // Two more heartbeats take at least a second.
-    let beats = |seen: &[Seen]| seen.iter().filter(|seen| seen.path.ends_with("/heartbeat")).count();
+    let beats = |seen: &[JournalEntry]| seen.iter().filter(|seen| seen.path.ends_with("/heartbeat")).count();
     let sent = beats(&test_server.dev_server.journal());
     test_server.seen(&node, |seen| beats(seen) >= sent + 2).await;
     let (took, used) = (began.elapsed(), node.processor_time() - before);

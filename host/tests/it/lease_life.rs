@@ -158,7 +158,8 @@ async fn domain_token_expiry_triggers_earlier_heartbeats() {
     let (files, meta) = go();
     let job = test_server.task("/fixtures/wait-file/v1").meta(meta).submit();
     test_server.started(&node, job).await;
-    let beats = |seen: &[runner_host::dev::Seen]| seen.iter().filter(|seen| seen.path.ends_with("/heartbeat")).count();
+    let beats =
+        |seen: &[runner_host::dev::JournalEntry]| seen.iter().filter(|seen| seen.path.ends_with("/heartbeat")).count();
     let (began, before) = (std::time::Instant::now(), beats(&test_server.dev_server.journal()));
     test_server.seen(&node, |seen| beats(seen) >= before + 2).await;
     assert!(began.elapsed() < Duration::from_secs(5), "a lease of a minute alone asks for one in 15 s");
@@ -341,7 +342,7 @@ async fn node_tokens_are_renewed_before_they_end() {
     let job = test_server.task("/fixtures/wait-file/v1").meta(meta).submit();
     test_server.started(&node, job).await;
     // Five logins at intervals of half a second take longer than the first token lives.
-    let login = |seen: &&runner_host::dev::Seen| seen.path.ends_with("/siwe/verify");
+    let login = |seen: &&runner_host::dev::JournalEntry| seen.path.ends_with("/siwe/verify");
     let seen = test_server.seen(&node, |seen| seen.iter().filter(login).count() >= 6).await;
     let at: Vec<jiff::Timestamp> = seen.iter().filter(login).map(|seen| seen.at).collect();
     let five = at[5].duration_since(at[0]);
@@ -358,7 +359,7 @@ async fn polls_of_a_node_without_work_are_few() {
     let node =
         test_server.node(&[fixtures::hello()]).set("POLL_BACKOFF_MS_MIN", "100").set("POLL_BACKOFF_MS_MAX", "100");
     let node = node.leasing().await;
-    let polls = |seen: &[runner_host::dev::Seen]| seen.iter().filter(|seen| seen.path == "/v1/tasks").count();
+    let polls = |seen: &[runner_host::dev::JournalEntry]| seen.iter().filter(|seen| seen.path == "/v1/tasks").count();
     test_server.seen(&node, |seen| polls(seen) >= 1).await;
     let (began, before) = (std::time::Instant::now(), polls(&test_server.dev_server.journal()));
     test_server.seen(&node, |seen| polls(seen) >= before + 5).await;

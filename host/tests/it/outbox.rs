@@ -740,7 +740,7 @@ async fn retry_takes_up_a_damaged_file() {
     let (taken, said) = retry_from(next.state_dir(), &file).await;
     assert!(taken.len() >= COUNT - 1, "{taken:#?}");
     assert!(taken.iter().all(|report| report["state"] == "foreign"), "{taken:#?}");
-    assert_eq!(said, format!("took up {} reports, which will be sent now", taken.len()));
+    assert_eq!(said, format!("added {} reports, which will be sent now", taken.len()));
     next.stop().await;
 
     // The same node without its outbox sends them.
@@ -771,7 +771,7 @@ async fn retry_doubles_no_report() {
     let (dropped, _) = outbox(&node, &["drop", "--all"], 0).await;
     assert_eq!(dropped.as_array().map(Vec::len), Some(COUNT));
     let (taken, said) = retry_from(state, &file).await;
-    assert_eq!(said, "took up 3 reports; no node runs here, the next start sends them");
+    assert_eq!(said, "added 3 reports; no node runs here, the next start sends them");
     assert_eq!(json!(taken), dropped);
     assert_eq!(retry_from(state, &file).await, (Vec::new(), doubled.to_owned()));
     // A running node that cannot deliver the reports.

@@ -68,21 +68,21 @@ fn receipts<'a>(job: &'a Value, task: &'a str) -> impl Iterator<Item = &'a Value
     job["receipts"].as_array().into_iter().flatten().filter(move |receipt| receipt["task_id"] == task)
 }
 
-/// Why an artifact cannot be stored under its own path.
+/// Why an artifact cannot be stored under its logical path.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
-pub(super) enum NoPlace {
+pub(super) enum UnusablePath {
     #[error("names no file")]
     Empty,
     #[error("would leave the folder")]
-    Leaves,
-    /// On other systems a backslash or a colon begins a path of its own.
-    #[error("holds a character that no file name should")]
-    Odd,
+    OutsideFolder,
+    /// On other systems a backslash or a colon begins an absolute path.
+    #[error("contains a character that is invalid in file names")]
+    InvalidCharacter,
     #[error("has a name that is too long for a file")]
     TooLong,
-    #[error("leads through a file that is there")]
+    #[error("leads through an existing file")]
     ThroughFile,
-    #[error("is that of a folder that is there")]
+    #[error("is the path of an existing folder")]
     Folder,
 }
 
@@ -90,34 +90,34 @@ pub(super) enum NoPlace {
 ///
 /// # Errors
 /// When the logical path is not a usable path below `folder`.
-pub(super) fn place(folder: &Path, logical_path: &str) -> Result<PathBuf, NoPlace> {
+pub(super) fn local_path(folder: &Path, logical_path: &str) -> Result<PathBuf, UnusablePath> {
     let mut path = folder.to_owned();
     let mut deeper = false;
     for segment in logical_path.split('/').filter(|segment| !segment.is_empty() && *segment != ".") {
         if segment == ".." {
-            return Err(NoPlace::Leaves);
+            return Err(UnusablePath::OutsideFolder);
         }
         if segment.contains(['\0', '\\', ':']) {
-            return Err(NoPlace::Odd);
+            return Err(UnusablePath::InvalidCharacter);
         }
         path.push(segment);
         deeper = true;
     }
-    if deeper { Ok(path) } else { Err(NoPlace::Empty) }
+    if deeper { Ok(path) } else { Err(UnusablePath::Empty) }
 }
 
 /// Creates the folders above `path` and checks whether a file can be stored there. `Some` if not.
 ///
 /// # Errors
 /// Errors that do not concern the path, such as a full disk.
-pub(super) fn make_way(path: &Path) -> io::Result<Option<NoPlace>> {
+pub(super) fn create_parents(path: &Path) -> io::Result<Option<UnusablePath>> {
     let made = path.parent().map_or(Ok(()), fs::create_dir_all);
     match made.and_then(|()| fs::symlink_metadata(path)) {
-        Ok(about) => Ok(about.is_dir().then_some(NoPlace::Folder)),
+        Ok(metadata) => Ok(metadata.is_dir().then_some(UnusablePath::Folder)),
         Err(err) => match err.kind() {
             ErrorKind::NotFound => Ok(None),
-            ErrorKind::AlreadyExists | ErrorKind::NotADirectory => Ok(Some(NoPlace::ThroughFile)),
-            ErrorKind::InvalidFilename => Ok(Some(NoPlace::TooLong)),
+            ErrorKind::AlreadyExists | ErrorKind::NotADirectory => Ok(Some(UnusablePath::ThroughFile)),
+            ErrorKind::InvalidFilename => Ok(Some(UnusablePath::TooLong)),
             _ => Err(err),
         },
     }
@@ -134,16 +134,16 @@ mod tests {
 
     #[test]
     fn artifacts_stay_below_the_folder() {
-        let place = |path: &str| place(Path::new("out"), path);
-        assert_eq!(place("a/b.json"), Ok(PathBuf::from("out/a/b.json")));
-        assert_eq!(place("/abs//x/./y"), Ok(PathBuf::from("out/abs/x/y")));
+        let check = |path: &str| local_path(Path::new("out"), path);
+        assert_eq!(check("a/b.json"), Ok(PathBuf::from("out/a/b.json")));
+        assert_eq!(check("/abs//x/./y"), Ok(PathBuf::from("out/abs/x/y")));
         for (why, bad) in [
-            (NoPlace::Leaves, &["../x", "a/../../x"][..]),
-            (NoPlace::Empty, &["", "/", ".", "//./"]),
-            (NoPlace::Odd, &["a\0b", "a\\..\\b", "C:x"]),
+            (UnusablePath::OutsideFolder, &["../x", "a/../../x"][..]),
+            (UnusablePath::Empty, &["", "/", ".", "//./"]),
+            (UnusablePath::InvalidCharacter, &["a\0b", "a\\..\\b", "C:x"]),
         ] {
             for path in bad {
-                assert_eq!(place(path).as_ref(), Err(&why), "{path:?}");
+                assert_eq!(check(path).as_ref(), Err(&why), "{path:?}");
             }
         }
         assert_eq!(plain("../a b"), "___a_b");

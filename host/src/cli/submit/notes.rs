@@ -16,7 +16,7 @@ const LINE_PAUSE: Duration = Duration::from_secs(1);
 /// Smaller transfers get a line only at their end.
 const LONG_BYTES: u64 = 16 * 1024 * 1024;
 
-/// See the module's text.
+/// See the module documentation.
 pub(super) struct Notes {
     lines: Box<dyn Write + Send>,
     bar: Option<ProgressBar>,
@@ -91,9 +91,9 @@ impl Notes {
             bar.set_message(in_a_line(&text));
             return;
         }
-        let news = self.shown.as_ref() != Some(&text);
+        let is_new = self.shown.as_ref() != Some(&text);
         let paused = self.shown_at.is_none_or(|at| at.elapsed() >= LINE_PAUSE) || done == total;
-        if news && paused {
+        if is_new && paused {
             self.line(&text);
             self.shown = Some(text);
             self.shown_at = Some(Instant::now());

@@ -20,7 +20,7 @@ use tokio_util::io::ReaderStream;
 use url::Url;
 use uuid::Uuid;
 
-use super::{AWAY_MAX, Exit, artifacts::plain, notes::Notes};
+use super::{Exit, UNREACHABLE_MAX, artifacts::plain, notes::Notes};
 use crate::transport::{self, Answer, Body, Client, TransportError, full, innermost, read_capped, retry_after};
 
 /// How long a call with a small body may take.
@@ -44,7 +44,7 @@ const RETRY_PAUSE_MAX: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
 pub(super) enum PlaneError {
     #[error("no dev server answers at {url} ({reason}); start runner-host dev, or name a control plane with --dms")]
-    NoDev { url: String, reason: String },
+    NoDevServer { url: String, reason: String },
     #[error(transparent)]
     Transport(#[from] TransportError),
     #[error("{what} was answered {status}: {excerpt}")]
@@ -62,7 +62,7 @@ impl PlaneError {
     /// Whether a repeat may help.
     pub(super) fn is_temporary(&self) -> bool {
         match self {
-            Self::NoDev { .. } => true,
+            Self::NoDevServer { .. } => true,
             Self::Transport(err) => !matches!(err, TransportError::Insecure { .. } | TransportError::BadUrl { .. }),
             Self::Refused { status, .. } => matches!(status, 408 | 429 | 500..),
             Self::File { .. } => false,
@@ -87,7 +87,7 @@ impl PlaneError {
     }
 }
 
-/// See the module's text.
+/// See the module documentation.
 pub(super) struct Plane {
     client: Client,
     dms: String,
@@ -131,7 +131,7 @@ impl Plane {
     pub(super) async fn of_dev(client: Client, url: &Url) -> Result<Self, PlaneError> {
         client.check(url)?;
         let dev = base(url);
-        let away = |reason: String| PlaneError::NoDev { url: dev.clone(), reason };
+        let away = |reason: String| PlaneError::NoDevServer { url: dev.clone(), reason };
         let answer = dev_server(&client, &dev).await.map_err(|err| away(err.to_string()))?;
         let parse = |url: &str| Url::parse(url).map_err(|err| away(err.to_string()));
         let (dms, server) = (parse(&answer.dms)?, parse(&answer.domain_server)?);
@@ -255,7 +255,7 @@ impl Plane {
             .append_pair("data_type", data_type)
             .finish();
         let request = self.request(Method::GET, &self.data(&format!("?{query}")));
-        let answer: Value = self.call(request, full(""), CALL_LIMIT, "the look for the upload").await?.json()?;
+        let answer: Value = self.call(request, full(""), CALL_LIMIT, "the search for the upload").await?.json()?;
         id_in(&answer["data"][0])
     }
 
@@ -373,7 +373,7 @@ impl Plane {
             let Ok(bytes) = frame.map_err(broke)?.into_data() else { continue };
             file.write_all(&bytes).await.map_err(problem)?;
             done += bytes.len() as u64;
-            notes.bytes(&format!("bringing {}", path.display()), done, total.unwrap_or(0).max(done));
+            notes.bytes(&format!("downloading {}", path.display()), done, total.unwrap_or(0).max(done));
         }
         file.flush().await.map_err(problem)?;
         drop(file);
@@ -433,7 +433,7 @@ const JSON: &str = "application/json";
 const CLIENT_ID: &str = "posemesh-client-id";
 const CLIENT: &str = "runner-host-submit";
 
-/// Makes a call until it succeeds, fails in a way that `again` does not accept, or has failed for [`AWAY_MAX`].
+/// Makes a call until it succeeds, fails in a way that `again` does not accept, or has failed for [`UNREACHABLE_MAX`].
 async fn retrying<T>(
     notes: &mut Notes,
     again: impl Fn(&PlaneError) -> bool,
@@ -452,7 +452,7 @@ async fn retrying<T>(
             _ => Duration::ZERO,
         };
         let wait = pause.mul_f64(rand::random_range(0.8..1.2)).max(asked);
-        if !again(&err) || since.elapsed() + wait > AWAY_MAX {
+        if !again(&err) || since.elapsed() + wait > UNREACHABLE_MAX {
             return Err(err);
         }
         if first {

@@ -30,9 +30,9 @@ fn args(line: &[&str]) -> Args {
 
 /// The output on stderr.
 #[derive(Clone, Default)]
-struct Said(Arc<Mutex<Vec<u8>>>);
+struct StderrCopy(Arc<Mutex<Vec<u8>>>);
 
-impl Write for Said {
+impl Write for StderrCopy {
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         self.0.lock().expect("not poisoned").write(bytes)
     }
@@ -58,11 +58,11 @@ async fn submit_until(test_server: Option<&TestServer>, line: &[&str], interrupt
     if let Some(dev) = &dev {
         line.extend(["--dev", dev]);
     }
-    let (mut stdout, said) = (Vec::new(), Said::default());
-    let notes = Notes::to(Box::new(said.clone()));
+    let (mut stdout, stderr_copy) = (Vec::new(), StderrCopy::default());
+    let notes = Notes::to(Box::new(stderr_copy.clone()));
     let running = run_to(args(&line), Default::default(), &mut stdout, notes, Duration::from_millis(100), interrupt);
     let code = tokio::time::timeout(LIMIT, running).await.expect("ends in time").expect("no unexpected error");
-    let stderr = String::from_utf8(said.0.lock().expect("not poisoned").clone()).expect("text");
+    let stderr = String::from_utf8(stderr_copy.0.lock().expect("not poisoned").clone()).expect("text");
     Ended { code, stdout: String::from_utf8(stdout).expect("text"), stderr }
 }
 
@@ -114,12 +114,12 @@ async fn submit_uploads_input_and_downloads_artifact_to_folder() {
     let artifact = Path::new(out).join("deep/echo.json");
     assert_eq!(ended.stdout.trim_end(), artifact.display().to_string());
     assert_eq!(std::fs::read(&artifact).expect("brought"), read);
-    assert_eq!(std::fs::read_dir(artifact.parent().expect("a folder")).expect("readable").count(), 1, "nothing beside");
+    assert_eq!(std::fs::read_dir(artifact.parent().expect("a folder")).expect("readable").count(), 1, "no other file");
     assert!(ended.stderr.contains("completed"), "{}", ended.stderr);
 }
 
 #[tokio::test]
-async fn large_and_empty_inputs_go_up_whole() {
+async fn large_and_empty_inputs_are_uploaded_completely() {
     let test_server = TestServer::with(Config { part_size: 1000, request_max_bytes: 5000, ..Config::default() }).await;
     let node = test_server.node(1, &[ECHO]).await;
     let folder = tempfile::tempdir().expect("a folder");
@@ -140,7 +140,7 @@ async fn large_and_empty_inputs_go_up_whole() {
         .iter()
         .filter(|seen| seen.method == "PUT" && seen.path.ends_with("/multipart"))
         .count();
-    assert_eq!(parts, 3, "only the one that does not fit a request went up in parts");
+    assert_eq!(parts, 3, "only the one that does not fit a request was uploaded in parts");
 }
 
 #[tokio::test]
@@ -195,23 +195,23 @@ async fn missing_node_warns_once_and_wait_times_out() {
     let ended = submit_line(Some(&test_server), &[ECHO, "--wait", "--timeout", "1500ms"]).await;
     assert_eq!(ended.code, Exit::TimedOut);
     assert_eq!(ended.stderr.matches("no node serves /lab/echo/v1").count(), 1, "{}", ended.stderr);
-    assert!(ended.stderr.contains("the job goes on"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("the job continues"), "{}", ended.stderr);
 }
 
 #[tokio::test]
 async fn interrupted_wait_does_not_cancel_the_job() {
     let test_server = TestServer::start().await;
-    let looked = async {
-        let path = |seen: &crate::dev::Seen| seen.path.starts_with("/v1/jobs/");
+    let queried = async {
+        let path = |seen: &crate::dev::JournalEntry| seen.path.starts_with("/v1/jobs/");
         test_server.server.journal_until(|seen| seen.iter().any(path)).await;
     };
-    let ended = submit_until(Some(&test_server), &[ECHO, "--wait"], looked).await;
+    let ended = submit_until(Some(&test_server), &[ECHO, "--wait"], queried).await;
     assert_eq!(ended.code, Exit::Cancelled);
     let listed = test_server.get("/v1/jobs", Some(&test_server.server.grant())).await.json::<Value>().expect("JSON");
     let job = &listed["items"][0]["job"];
-    assert_eq!(job["status"], "pending", "nobody cancelled it");
+    assert_eq!(job["status"], "pending", "the job was not cancelled");
     let id = job["id"].as_str().expect("an id");
-    assert!(ended.stderr.contains(&format!("interrupted; the job goes on: {id}")), "{}", ended.stderr);
+    assert!(ended.stderr.contains(&format!("interrupted; the job continues: {id}")), "{}", ended.stderr);
     let ended = submit_until(Some(&test_server), &[ECHO], std::future::ready(())).await;
     assert_eq!((ended.code, ended.stderr.contains("no job was submitted")), (Exit::Cancelled, true));
 }
@@ -219,11 +219,11 @@ async fn interrupted_wait_does_not_cancel_the_job() {
 #[tokio::test]
 async fn cancelled_job_has_its_own_exit_code() {
     let test_server = TestServer::start().await;
-    let handed_in = submit_line(Some(&test_server), &[ECHO]).await;
-    assert_eq!(handed_in.code, Exit::Done);
-    assert!(Uuid::parse_str(handed_in.stdout.trim()).is_ok(), "the job's id: {}", handed_in.stdout);
+    let submitted = submit_line(Some(&test_server), &[ECHO]).await;
+    assert_eq!(submitted.code, Exit::Done);
+    assert!(Uuid::parse_str(submitted.stdout.trim()).is_ok(), "the job's id: {}", submitted.stdout);
     let cancel = async {
-        let made = |seen: &[crate::dev::Seen]| seen.iter().filter(|seen| seen.path == "/v1/jobs").count() == 2;
+        let made = |seen: &[crate::dev::JournalEntry]| seen.iter().filter(|seen| seen.path == "/v1/jobs").count() == 2;
         test_server.server.journal_until(made).await;
         let listed =
             test_server.get("/v1/jobs", Some(&test_server.server.grant())).await.json::<Value>().expect("JSON");
@@ -238,10 +238,10 @@ async fn cancelled_job_has_its_own_exit_code() {
 async fn submit_errors_are_one_line_with_exit_codes() {
     let test_server = TestServer::start().await;
     let address = test_server.server.dds_url().to_string();
-    let away = TestServer::start().await;
-    let away_address = away.server.dds_url().to_string();
-    away.server.stop().await;
-    let ended = submit_line(None, &[ECHO, "--dev", &away_address]).await;
+    let unreachable = TestServer::start().await;
+    let unreachable_address = unreachable.server.dds_url().to_string();
+    unreachable.server.stop().await;
+    let ended = submit_line(None, &[ECHO, "--dev", &unreachable_address]).await;
     assert_eq!(ended.code, Exit::Temporary);
     assert!(ended.stderr.contains("start runner-host dev"), "{}", ended.stderr);
     assert_eq!(ended.stderr.lines().count(), 1);

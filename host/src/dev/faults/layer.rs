@@ -12,10 +12,10 @@ use jiff::fmt::rfc2822::DateTimePrinter;
 use serde_json::Value;
 use uuid::Uuid;
 
-use super::{Client, Endpoint, Kind, Strike, WireForm, wire::Line};
+use super::{AppliedFault, Client, Endpoint, Kind, WireForm, wire::Line};
 use crate::dev::{
     Inner,
-    http::{AskedBy, bearer, drain},
+    http::{CallerNode, bearer, drain},
     journal::Note,
 };
 
@@ -33,7 +33,7 @@ const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
 /// The connection must be broken.
 #[derive(Debug, thiserror::Error)]
-#[error("reset on order")]
+#[error("reset by a fault rule")]
 pub(in crate::dev) struct Reset;
 
 /// Handles one request: applies a fault or routes it, answers it, and records it.
@@ -47,17 +47,17 @@ pub(in crate::dev) async fn answer(
     let client = Client::of(request.headers());
     let mut note = Note::of(&server, &request, endpoint.map(Endpoint::name));
     let request = request.map(Body::new);
-    let strike = endpoint.and_then(|endpoint| Some((endpoint, server.faults().strike(endpoint, client)?)));
-    let answered = match strike {
+    let applied = endpoint.and_then(|endpoint| Some((endpoint, server.faults().apply(endpoint, client)?)));
+    let answered = match applied {
         None => Ok(route(router, request).await),
-        Some((endpoint, strike)) => {
-            tracing::info!(event = "dev.fault_injected", endpoint = endpoint.name(), fault = strike.kind(), rule = %strike.rule, "fault injected");
-            note.fault(strike.kind());
-            Struck { server: &server, router, line, endpoint, note: &mut note }.by(strike, request).await
+        Some((endpoint, applied)) => {
+            tracing::info!(event = "dev.fault_injected", endpoint = endpoint.name(), fault = applied.kind(), rule = %applied.rule, "fault injected");
+            note.fault(applied.kind());
+            FaultedRequest { server: &server, router, line, endpoint, note: &mut note }.answer(applied, request).await
         }
     };
     let mut answer = answered?;
-    let node = answer.extensions().get::<AskedBy>().map(|by| by.0);
+    let node = answer.extensions().get::<CallerNode>().map(|by| by.0);
     note.answered(answer.status().as_u16(), node);
     if server.form() == WireForm::Old && answer.headers().get(header::CONTENT_TYPE) == Some(&JSON) {
         answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
@@ -77,7 +77,7 @@ async fn route(router: Router, request: Request<Body>) -> Response<Body> {
 }
 
 /// A request to which a rule applies.
-struct Struck<'a> {
+struct FaultedRequest<'a> {
     server: &'a Arc<Inner>,
     router: Router,
     line: Arc<Line>,
@@ -85,12 +85,12 @@ struct Struck<'a> {
     note: &'a mut Note,
 }
 
-impl Struck<'_> {
-    async fn by(self, strike: Strike, request: Request<Body>) -> Result<Response<Body>, Reset> {
-        if !strike.delay.is_zero() {
-            self.pause(strike.delay).await?;
+impl FaultedRequest<'_> {
+    async fn answer(self, applied: AppliedFault, request: Request<Body>) -> Result<Response<Body>, Reset> {
+        if !applied.delay.is_zero() {
+            self.pause(applied.delay).await?;
         }
-        match strike.kind {
+        match applied.kind {
             Kind::Delay => Ok(route(self.router, request).await),
             Kind::Status { code, headers, body } => {
                 drain(request.into_body()).await;

@@ -1,7 +1,7 @@
 //! Fault injection: the failures that `runner-host dev --faults FILE` and tests request, and when they occur.
 //!
 //! [`Faults`] is the checked content of such a file. For each request it decides whether a rule applies
-//! ([`Live::strike`]). That decision is pure, counted, and repeatable by its seed. [`layer`] applies the fault around
+//! ([`Live::apply`]). That decision is pure, counted, and repeatable by its seed. [`layer`] applies the fault around
 //! the router, and [`wire`] breaks connections. `docs/operations/faults.md` is the reference for the format.
 
 mod endpoint;
@@ -132,29 +132,29 @@ impl Faults {
 
 /// Active rules, with the counts of requests that passed and requests that were hit.
 pub(super) struct Live {
-    rules: Vec<Armed>,
+    rules: Vec<ActiveRule>,
     seed: u64,
     clock_offset: SignedDuration,
     form: WireForm,
 }
 
-struct Armed {
+struct ActiveRule {
     rule: Rule,
-    let_through: u64,
-    struck: u64,
+    passed: u64,
+    applied: u64,
     draw: StdRng,
 }
 
 /// A rule that applies to a request.
 #[derive(Clone, Debug)]
-pub(super) struct Strike {
+pub(super) struct AppliedFault {
     /// Name of the rule.
     pub(super) rule: String,
     kind: Kind,
     delay: Duration,
 }
 
-impl Strike {
+impl AppliedFault {
     pub(super) fn kind(&self) -> &'static str {
         self.kind.name()
     }
@@ -163,12 +163,12 @@ impl Strike {
 impl Live {
     pub(super) fn new(faults: Faults) -> Self {
         let seed = faults.seed.unwrap_or_else(rand::random);
-        let arm = |(place, rule): (u64, Rule)| {
+        let activate = |(place, rule): (u64, Rule)| {
             // Each rule has its own random draws, so an additional rule does not change the others.
             let draw = StdRng::seed_from_u64(rule.seed.unwrap_or_else(|| seed.wrapping_add(place)));
-            Armed { rule, let_through: 0, struck: 0, draw }
+            ActiveRule { rule, passed: 0, applied: 0, draw }
         };
-        let rules = (0..).zip(faults.rules).map(arm).collect();
+        let rules = (0..).zip(faults.rules).map(activate).collect();
         Self { rules, seed, clock_offset: faults.clock_offset, form: faults.form }
     }
 
@@ -185,27 +185,27 @@ impl Live {
     }
 
     /// The first rule that applies to this request. Later rules do not see the request.
-    pub(super) fn strike(&mut self, endpoint: Endpoint, client: Client) -> Option<Strike> {
-        self.rules.iter_mut().find_map(|armed| armed.strike(endpoint, client))
+    pub(super) fn apply(&mut self, endpoint: Endpoint, client: Client) -> Option<AppliedFault> {
+        self.rules.iter_mut().find_map(|active| active.apply(endpoint, client))
     }
 }
 
-impl Armed {
-    fn strike(&mut self, endpoint: Endpoint, client: Client) -> Option<Strike> {
+impl ActiveRule {
+    fn apply(&mut self, endpoint: Endpoint, client: Client) -> Option<AppliedFault> {
         let rule = &self.rule;
         let other = rule.client.is_some_and(|wanted| wanted != client);
-        if other || !rule.endpoints.contains(&endpoint) || self.struck >= rule.count {
+        if other || !rule.endpoints.contains(&endpoint) || self.applied >= rule.count {
             return None;
         }
-        if self.let_through < rule.skip {
-            self.let_through += 1;
+        if self.passed < rule.skip {
+            self.passed += 1;
             return None;
         }
         if rule.probability < 1.0 && !self.draw.random_bool(rule.probability) {
             return None;
         }
-        self.struck += 1;
-        Some(Strike { rule: rule.name.clone(), kind: rule.kind.clone(), delay: rule.delay })
+        self.applied += 1;
+        Some(AppliedFault { rule: rule.name.clone(), kind: rule.kind.clone(), delay: rule.delay })
     }
 }
 
@@ -215,13 +215,13 @@ mod tests {
 
     /// The result for each of `requests`: the name of the rule that applies, or `-`.
     #[track_caller]
-    fn check(file: &str, requests: &str, struck: &str) {
-        let mut live = Live::new(Faults::parse(file).expect("a sound file"));
-        let strike = |word: &str| {
+    fn check(file: &str, requests: &str, applied: &str) {
+        let mut live = Live::new(Faults::parse(file).expect("a valid file"));
+        let apply = |word: &str| {
             let endpoint = Endpoint::named(word).expect("a name")[0];
-            live.strike(endpoint, Client::Node).map_or("-".to_owned(), |strike| strike.rule)
+            live.apply(endpoint, Client::Node).map_or("-".to_owned(), |apply| apply.rule)
         };
-        assert_eq!(requests.split(' ').map(strike).collect::<Vec<_>>().join(" "), struck);
+        assert_eq!(requests.split(' ').map(apply).collect::<Vec<_>>().join(" "), applied);
     }
 
     #[test]
@@ -231,18 +231,18 @@ mod tests {
     }
 
     #[test]
-    fn rules_strike_nodes_unless_they_say_client() {
-        for (client, struck) in [("", "node"), ("node", "node"), ("submit", "submit"), ("any", "node submit")] {
+    fn rules_apply_to_nodes_by_default() {
+        for (client, applied) in [("", "node"), ("node", "node"), ("submit", "submit"), ("any", "node submit")] {
             let client = if client.is_empty() { String::new() } else { format!("client = \"{client}\"\n") };
             let file = format!("[[fault]]\nendpoint = \"create\"\nkind = \"reset\"\n{client}");
-            let mut live = Live::new(Faults::parse(&file).expect("a sound file"));
+            let mut live = Live::new(Faults::parse(&file).expect("a valid file"));
             let callers = [(Client::Node, "node"), (Client::Submit, "submit")];
-            let hit = callers.into_iter().filter(|(caller, _)| live.strike(Endpoint::Create, *caller).is_some());
-            assert_eq!(hit.map(|(_, word)| word).collect::<Vec<_>>().join(" "), struck, "{client}");
+            let hit = callers.into_iter().filter(|(caller, _)| live.apply(Endpoint::Create, *caller).is_some());
+            assert_eq!(hit.map(|(_, word)| word).collect::<Vec<_>>().join(" "), applied, "{client}");
         }
         let mut live = Live::new(Faults::parse("[[fault]]\nendpoint = \"jobs\"\nkind = \"reset\"").expect("sound"));
-        assert!(live.strike(Endpoint::Jobs, Client::Submit).is_some(), "no node calls jobs");
-        assert!(live.strike(Endpoint::Jobs, Client::Node).is_some(), "neither does an author of another make");
+        assert!(live.apply(Endpoint::Jobs, Client::Submit).is_some(), "no node calls jobs");
+        assert!(live.apply(Endpoint::Jobs, Client::Node).is_some(), "nor does an author with another client");
     }
 
     #[test]
@@ -259,15 +259,15 @@ mod tests {
             format!("[[fault]]\nname = \"{name}\"\nendpoint = \"part\"\nkind = \"reset\"\nprobability = 0.5\n")
         };
         let draws = |file: String| {
-            let mut live = Live::new(Faults::parse(&file).expect("a sound file"));
-            let struck = (0..64).map(|_| live.strike(Endpoint::Part, Client::Node).map(|strike| strike.rule));
-            struck.collect::<Vec<_>>()
+            let mut live = Live::new(Faults::parse(&file).expect("a valid file"));
+            let applied = (0..64).map(|_| live.apply(Endpoint::Part, Client::Node).map(|apply| apply.rule));
+            applied.collect::<Vec<_>>()
         };
         let one = draws(format!("seed = 7\n{}", rule("a")));
         assert_eq!(one, draws(format!("seed = 7\n{}", rule("a"))));
         assert_ne!(one, draws(format!("seed = 8\n{}", rule("a"))));
-        let struck = one.iter().flatten().count();
-        assert!((16..48).contains(&struck), "{struck} of 64 at a half");
+        let applied = one.iter().flatten().count();
+        assert!((16..48).contains(&applied), "{applied} of 64 at a half");
         let two = draws(format!("seed = 7\n{}{}", rule("a"), rule("b")));
         let first: Vec<_> = two.into_iter().map(|rule| rule.filter(|rule| rule == "a")).collect();
         assert_eq!(one, first, "a second rule does not change the first one's draws");

@@ -81,13 +81,14 @@ fn parse(text: &str) -> Result<Faults, String> {
     if let Some(seed) = table.get("seed") {
         faults.seed = Some(whole("seed", seed)?);
     }
-    if let Some(world) = table.get("world") {
-        let world = world.as_table().ok_or_else(|| format!("expected [world] as a table, found {world}"))?;
-        known("[world] ", world, &["form"])?;
-        faults.form = match world.get("form").map(Toml::as_str) {
+    if let Some(wire_table) = table.get("world") {
+        let wire_table =
+            wire_table.as_table().ok_or_else(|| format!("expected [world] as a table, found {wire_table}"))?;
+        known("[world] ", wire_table, &["form"])?;
+        faults.form = match wire_table.get("form").map(Toml::as_str) {
             None | Some(Some("new")) => WireForm::New,
             Some(Some("old")) => WireForm::Old,
-            Some(_) => return Err(format!("[world] form: expected \"old\" or \"new\", found {}", world["form"])),
+            Some(_) => return Err(format!("[world] form: expected \"old\" or \"new\", found {}", wire_table["form"])),
         };
     }
     let Some(rules) = table.get("fault") else { return Ok(faults) };
@@ -96,56 +97,57 @@ fn parse(text: &str) -> Result<Faults, String> {
     for (index, rule) in rules.iter().enumerate() {
         let number = index + 1;
         let rule = rule.as_table().ok_or_else(|| format!("[[fault]] {number}: expected a table"))?;
-        let place = Place::of(number, rule)?;
+        let label = RuleLabel::of(number, rule)?;
         if rule.get("kind").and_then(Toml::as_str) == Some("clock_offset") {
             clocks += 1;
             if clocks > 1 {
-                return Err(place.say("kind", "clock_offset stands twice; the dev server has one clock"));
+                return Err(label.problem("kind", "clock_offset is given twice; the dev server has one clock"));
             }
-            faults.clock_offset = clock_offset(&place, rule)?;
+            faults.clock_offset = clock_offset(&label, rule)?;
         } else {
-            faults.rules.push(self::rule(&place, rule)?);
+            faults.rules.push(self::rule(&label, rule)?);
         }
     }
     Ok(faults)
 }
 
-/// The current position in the file, for error messages.
-struct Place {
+/// The rule as error messages name it.
+struct RuleLabel {
     rule: String,
-    shown: String,
+    text: String,
 }
 
-impl Place {
+impl RuleLabel {
     fn of(number: usize, rule: &Table) -> Result<Self, String> {
         match rule.get("name") {
-            None => Ok(Self { rule: format!("fault {number}"), shown: format!("[[fault]] {number}") }),
+            None => Ok(Self { rule: format!("fault {number}"), text: format!("[[fault]] {number}") }),
             Some(Toml::String(name)) if !name.trim().is_empty() => {
-                Ok(Self { rule: name.clone(), shown: format!("[[fault]] {number} {name:?}") })
+                Ok(Self { rule: name.clone(), text: format!("[[fault]] {number} {name:?}") })
             }
             Some(other) => Err(format!("[[fault]] {number} name: expected a word, found {other}")),
         }
     }
 
-    fn say(&self, key: &str, problem: impl std::fmt::Display) -> String {
-        format!("{} {key}: {problem}", self.shown)
+    fn problem(&self, key: &str, problem: impl std::fmt::Display) -> String {
+        format!("{} {key}: {problem}", self.text)
     }
 }
 
-fn rule(place: &Place, table: &Table) -> Result<Rule, String> {
-    known(&format!("{} ", place.shown), table, &KEYS)?;
-    let kind = kind(place, table)?;
-    let endpoints = endpoints(place, table)?;
-    let client = client(place, table)?;
+fn rule(label: &RuleLabel, table: &Table) -> Result<Rule, String> {
+    known(&format!("{} ", label.text), table, &KEYS)?;
+    let kind = kind(label, table)?;
+    let endpoints = endpoints(label, table)?;
+    let client = client(label, table)?;
     let fits = |call: Endpoint| {
         fits(&kind, call)
-            .map_err(|why| place.say("kind", format!("{} cannot strike {}: {why}", kind.name(), call.name())))?;
+            .map_err(|why| label.problem("kind", format!("{} cannot apply to {}: {why}", kind.name(), call.name())))?;
         let made = client.map_or(Ok(()), |client| client.makes(call));
-        made.map_err(|why| place.say("client", format!("{} does not fit {}: {why}", table["client"], call.name())))
+        made.map_err(|why| label.problem("client", format!("{} does not fit {}: {why}", table["client"], call.name())))
     };
     // No node calls `jobs`. A rule for `jobs` alone that names no client applies to every client.
     let jobs = |call: &Endpoint| *call == Endpoint::Jobs;
-    let striking = if endpoints.iter().all(jobs) || table.contains_key("client") { client } else { Some(Client::Node) };
+    let client_filter =
+        if endpoints.iter().all(jobs) || table.contains_key("client") { client } else { Some(Client::Node) };
     let fitting: Vec<Endpoint> = endpoints.iter().copied().filter(|call| fits(*call).is_ok()).collect();
     // A group selects those of its calls that fit the kind. A call that is named alone must fit.
     if fitting.is_empty() || (named_alone(table) && fitting.len() < endpoints.len()) {
@@ -154,32 +156,32 @@ fn rule(place: &Place, table: &Table) -> Result<Rule, String> {
     }
     let delay = match table.get("delay") {
         None if kind == Kind::Delay => {
-            return Err(format!("{}: the key \"delay\" is missing, such as delay = \"500ms\"", place.shown));
+            return Err(format!("{}: the key \"delay\" is missing, such as delay = \"500ms\"", label.text));
         }
         None => Duration::ZERO,
-        Some(text) => duration(place, "delay", text)?,
+        Some(text) => duration(label, "delay", text)?,
     };
     if !delay.is_zero() && kind == Kind::Hang {
-        return Err(place.say("delay", "a hang has no end; leave the key out"));
+        return Err(label.problem("delay", "a hang does not end; remove the key"));
     }
-    let number = |key: &str| table.get(key).map(|value| whole(&format!("{} {key}", place.shown), value)).transpose();
+    let number = |key: &str| table.get(key).map(|value| whole(&format!("{} {key}", label.text), value)).transpose();
     let count = number("count")?;
     if count == Some(0) {
-        return Err(place.say("count", "is 0, so the rule never strikes; remove the rule"));
+        return Err(label.problem("count", "is 0, so the rule never applies; remove the rule"));
     }
     let probability = match table.get("probability") {
         None => 1.0,
         Some(value) => {
-            #[expect(clippy::cast_precision_loss, reason = "only 0 and 1 are let through")]
+            #[expect(clippy::cast_precision_loss, reason = "only 0 and 1 pass the filter")]
             let share = value.as_float().or(value.as_integer().map(|whole| whole as f64));
             let share = share.filter(|share| *share > 0.0 && *share <= 1.0);
-            share.ok_or_else(|| place.say("probability", format!("expected above 0, at most 1, found {value}")))?
+            share.ok_or_else(|| label.problem("probability", format!("expected above 0, at most 1, found {value}")))?
         }
     };
     Ok(Rule {
-        name: place.rule.clone(),
+        name: label.rule.clone(),
         endpoints: fitting,
-        client: striking,
+        client: client_filter,
         kind,
         delay,
         count: count.unwrap_or(u64::MAX),
@@ -190,13 +192,13 @@ fn rule(place: &Place, table: &Table) -> Result<Rule, String> {
 }
 
 /// The client that the rule names. `None`: any client.
-fn client(place: &Place, table: &Table) -> Result<Option<Client>, String> {
+fn client(label: &RuleLabel, table: &Table) -> Result<Option<Client>, String> {
     match table.get("client").map(|value| (value.as_str(), value)) {
         None | Some((Some("any"), _)) => Ok(None),
         Some((Some("node"), _)) => Ok(Some(Client::Node)),
         Some((Some("submit"), _)) => Ok(Some(Client::Submit)),
         Some((_, other)) => {
-            Err(place.say("client", format!("expected \"any\", \"node\" or \"submit\", found {other}")))
+            Err(label.problem("client", format!("expected \"any\", \"node\" or \"submit\", found {other}")))
         }
     }
 }
@@ -211,15 +213,18 @@ fn named_alone(table: &Table) -> bool {
     }
 }
 
-fn endpoints(place: &Place, table: &Table) -> Result<Vec<Endpoint>, String> {
+fn endpoints(label: &RuleLabel, table: &Table) -> Result<Vec<Endpoint>, String> {
     let word = |value: &Toml| {
-        let name = value.as_str().ok_or_else(|| place.say("endpoint", format!("expected a name, found {value}")))?;
+        let name =
+            value.as_str().ok_or_else(|| label.problem("endpoint", format!("expected a name, found {value}")))?;
         Endpoint::named(name)
-            .ok_or_else(|| place.say("endpoint", unknown(name, &Endpoint::words().collect::<Vec<_>>())))
+            .ok_or_else(|| label.problem("endpoint", unknown(name, &Endpoint::words().collect::<Vec<_>>())))
     };
     match table.get("endpoint") {
-        None => Err(format!("{}: the key \"endpoint\" is missing, such as endpoint = \"lease\"", place.shown)),
-        Some(Toml::Array(words)) if words.is_empty() => Err(place.say("endpoint", "is empty, expected names of calls")),
+        None => Err(format!("{}: the key \"endpoint\" is missing, such as endpoint = \"lease\"", label.text)),
+        Some(Toml::Array(words)) if words.is_empty() => {
+            Err(label.problem("endpoint", "is empty, expected names of calls"))
+        }
         Some(Toml::Array(words)) => {
             let calls = words.iter().map(word).collect::<Result<Vec<_>, _>>()?;
             let mut calls = calls.concat();
@@ -231,11 +236,11 @@ fn endpoints(place: &Place, table: &Table) -> Result<Vec<Endpoint>, String> {
     }
 }
 
-fn kind(place: &Place, table: &Table) -> Result<Kind, String> {
+fn kind(label: &RuleLabel, table: &Table) -> Result<Kind, String> {
     let word = match table.get("kind") {
-        None => return Err(format!("{}: the key \"kind\" is missing, such as kind = \"status\"", place.shown)),
+        None => return Err(format!("{}: the key \"kind\" is missing, such as kind = \"status\"", label.text)),
         Some(Toml::String(word)) => word.as_str(),
-        Some(other) => return Err(place.say("kind", format!("expected a word, found {other}"))),
+        Some(other) => return Err(label.problem("kind", format!("expected a word, found {other}"))),
     };
     // Keys that only some kinds accept.
     let own: &[&str] = match word {
@@ -248,15 +253,15 @@ fn kind(place: &Place, table: &Table) -> Result<Kind, String> {
     if let Some(key) = foreign.iter().find(|key| table.contains_key(**key) && !own.contains(key))
         && KINDS.contains(&word)
     {
-        return Err(place.say(key, format!("says nothing to kind {word:?}; remove it")));
+        return Err(label.problem(key, format!("has no effect with kind {word:?}; remove it")));
     }
     let after = || -> Result<Option<usize>, String> {
         let Some(value) = table.get("after_bytes") else { return Ok(None) };
-        let bytes = whole(&format!("{} after_bytes", place.shown), value)?;
+        let bytes = whole(&format!("{} after_bytes", label.text), value)?;
         Ok(Some(usize::try_from(bytes).unwrap_or(usize::MAX)))
     };
     Ok(match word {
-        "status" => status(place, table)?,
+        "status" => status(label, table)?,
         "delay" => Kind::Delay,
         "reset" => Kind::Reset,
         "reset_body" => Kind::ResetBody { after: after()? },
@@ -265,10 +270,10 @@ fn kind(place: &Place, table: &Table) -> Result<Kind, String> {
             let bytes = match table.get("bytes") {
                 None => OVERSIZE,
                 Some(Toml::Integer(bytes)) if (1..=OVERSIZE_MAX).contains(bytes) => {
-                    usize::try_from(*bytes).expect("a gibibyte fits")
+                    usize::try_from(*bytes).expect("a gibibyte fits in usize")
                 }
                 Some(other) => {
-                    return Err(place.say("bytes", format!("expected 1 to {OVERSIZE_MAX}, found {other}")));
+                    return Err(label.problem("bytes", format!("expected 1 to {OVERSIZE_MAX}, found {other}")));
                 }
             };
             Kind::Oversize { bytes }
@@ -279,43 +284,47 @@ fn kind(place: &Place, table: &Table) -> Result<Kind, String> {
         "revoke_token" => Kind::RevokeToken,
         "forget_node" => Kind::ForgetNode,
         "steal_lease" => Kind::StealLease,
-        other => return Err(place.say("kind", unknown(other, &KINDS))),
+        other => return Err(label.problem("kind", unknown(other, &KINDS))),
     })
 }
 
-fn status(place: &Place, table: &Table) -> Result<Kind, String> {
+fn status(label: &RuleLabel, table: &Table) -> Result<Kind, String> {
     let code = match table.get("code") {
-        None => return Err(format!("{}: the key \"code\" is missing, such as code = 503", place.shown)),
+        None => return Err(format!("{}: the key \"code\" is missing, such as code = 503", label.text)),
         Some(Toml::Integer(code)) if (200..=599).contains(code) => {
             let code = u16::try_from(*code).ok().and_then(|code| StatusCode::from_u16(code).ok());
             code.expect("200 to 599 are statuses")
         }
-        Some(other) => return Err(place.say("code", format!("expected a status from 200 to 599, found {other}"))),
+        Some(other) => return Err(label.problem("code", format!("expected a status from 200 to 599, found {other}"))),
     };
     let mut headers = HeaderMap::new();
     if let Some(table) = table.get("headers") {
-        let table = table.as_table().ok_or_else(|| place.say("headers", format!("expected a table, found {table}")))?;
+        let table =
+            table.as_table().ok_or_else(|| label.problem("headers", format!("expected a table, found {table}")))?;
         for (name, value) in table {
-            let wrong = |problem: &str| place.say("headers", format!("{name:?} {problem}"));
+            let wrong = |problem: &str| label.problem("headers", format!("{name:?} {problem}"));
             let text = match value {
                 Toml::String(text) => text.clone(),
                 Toml::Integer(number) => number.to_string(),
                 other => return Err(wrong(&format!("expected text, found {other}"))),
             };
-            let known = HeaderName::try_from(name).map_err(|_| wrong("is no name of a header"))?;
+            let known = HeaderName::try_from(name).map_err(|_| wrong("is not a header name"))?;
             if known == ::http::header::CONTENT_LENGTH || known == ::http::header::TRANSFER_ENCODING {
                 return Err(wrong("is set by the dev server; remove it"));
             }
-            headers.append(known, HeaderValue::try_from(text).map_err(|_| wrong("holds what no header may"))?);
+            headers.append(
+                known,
+                HeaderValue::try_from(text).map_err(|_| wrong("contains characters that are invalid in a header"))?,
+            );
         }
     }
     let body = match table.get("body") {
         None => String::new(),
         Some(Toml::String(body)) => body.clone(),
-        Some(other) => return Err(place.say("body", format!("expected text, found {other}"))),
+        Some(other) => return Err(label.problem("body", format!("expected text, found {other}"))),
     };
     if !body.is_empty() && [204, 205, 304].contains(&code.as_u16()) {
-        return Err(place.say("body", format!("an answer {} has none; remove it", code.as_u16())));
+        return Err(label.problem("body", format!("an answer {} has no body; remove it", code.as_u16())));
     }
     Ok(Kind::Status { code, headers, body })
 }
@@ -324,48 +333,50 @@ fn status(place: &Place, table: &Table) -> Result<Kind, String> {
 fn fits(kind: &Kind, call: Endpoint) -> Result<(), &'static str> {
     let task = matches!(call, Endpoint::Heartbeat | Endpoint::Complete | Endpoint::Fail) || call.is_of_domain();
     match kind {
-        Kind::RevokeToken if !call.is_of_dms() && !call.is_of_domain() => Err("it shows no token of a node or a task"),
-        Kind::ForgetNode if !call.is_of_dms() && call != Endpoint::Verify => Err("it does not say which node asks"),
-        Kind::StealLease if !task => Err("it is not about a task"),
+        Kind::RevokeToken if !call.is_of_dms() && !call.is_of_domain() => {
+            Err("the call has no token of a node or a task")
+        }
+        Kind::ForgetNode if !call.is_of_dms() && call != Endpoint::Verify => Err("the call does not name a node"),
+        Kind::StealLease if !task => Err("the call names no task"),
         Kind::Oversize { .. } if matches!(call, Endpoint::Download | Endpoint::ById) => {
-            Err("data has the size it has; store a larger item")
+            Err("the size of data is fixed; store a larger item")
         }
         _ => Ok(()),
     }
 }
 
-fn clock_offset(place: &Place, table: &Table) -> Result<SignedDuration, String> {
-    known(&format!("{} ", place.shown), table, &["name", "kind", "endpoint", "offset"])?;
+fn clock_offset(label: &RuleLabel, table: &Table) -> Result<SignedDuration, String> {
+    known(&format!("{} ", label.text), table, &["name", "kind", "endpoint", "offset"])?;
     if let Some(other) = table.get("endpoint").filter(|value| value.as_str() != Some("any")) {
-        return Err(place.say("endpoint", format!("the dev server has one clock; expected \"any\", found {other}")));
+        return Err(label.problem("endpoint", format!("the dev server has one clock; expected \"any\", found {other}")));
     }
     let Some(offset) = table.get("offset") else {
-        return Err(format!("{}: the key \"offset\" is missing, such as offset = \"-20m\"", place.shown));
+        return Err(format!("{}: the key \"offset\" is missing, such as offset = \"-20m\"", label.text));
     };
     let length = offset.as_str().and_then(|text| text.parse::<SignedDuration>().ok());
     length.filter(|length| length.unsigned_abs() <= YEAR).ok_or_else(|| {
         let expected = "expected a time such as \"20m\" or \"-20m\", at most a year";
-        place.say("offset", format!("{expected}, found {offset}"))
+        label.problem("offset", format!("{expected}, found {offset}"))
     })
 }
 
-fn duration(place: &Place, key: &str, value: &Toml) -> Result<Duration, String> {
+fn duration(label: &RuleLabel, key: &str, value: &Toml) -> Result<Duration, String> {
     let length = value.as_str().and_then(|text| text.parse::<SignedDuration>().ok());
     let length = length.and_then(|length| Duration::try_from(length).ok()).filter(|length| *length <= HOUR);
     length.ok_or_else(|| {
-        place.say(key, format!("expected a time such as \"500ms\" or \"2s\", at most 1h, found {value}"))
+        label.problem(key, format!("expected a time such as \"500ms\" or \"2s\", at most 1h, found {value}"))
     })
 }
 
-fn whole(place: &str, value: &Toml) -> Result<u64, String> {
+fn whole(label: &str, value: &Toml) -> Result<u64, String> {
     let number = value.as_integer().and_then(|number| u64::try_from(number).ok());
-    number.ok_or_else(|| format!("{place}: expected a whole number, not negative, found {value}"))
+    number.ok_or_else(|| format!("{label}: expected a whole number, not negative, found {value}"))
 }
 
-fn known(place: &str, table: &Table, known: &[&str]) -> Result<(), String> {
+fn known(label: &str, table: &Table, known: &[&str]) -> Result<(), String> {
     match table.keys().find(|key| !known.contains(&key.as_str())) {
         None => Ok(()),
-        Some(key) => Err(format!("{place}unknown key {}", unknown(key, known))),
+        Some(key) => Err(format!("{label}unknown key {}", unknown(key, known))),
     }
 }
 

@@ -22,7 +22,7 @@ fn mistakes_name_the_rule_and_the_key() {
     check(&rule(""), "[[fault]] 1: the key \"kind\" is missing, such as kind = \"status\"");
     check(&rule("kind = \"rest\""), "[[fault]] 1 kind: \"rest\", did you mean \"reset\"?");
     check(&rule("kind = \"reset\"\ncuont = 1"), "[[fault]] 1 unknown key \"cuont\", did you mean \"count\"?");
-    check(&rule("kind = \"reset\"\ncount = 0"), "[[fault]] 1 count: is 0, so the rule never strikes; remove the rule");
+    check(&rule("kind = \"reset\"\ncount = 0"), "[[fault]] 1 count: is 0, so the rule never applies; remove the rule");
     check(
         &rule("name = \"n\"\nkind = \"reset\"\nprobability = 1.5"),
         "[[fault]] 1 \"n\" probability: expected above 0, at most 1, found 1.5",
@@ -31,7 +31,7 @@ fn mistakes_name_the_rule_and_the_key() {
     check(&rule("kind = \"status\"\ncode = 99"), "[[fault]] 1 code: expected a status from 200 to 599, found 99");
     check(
         &rule("kind = \"status\"\ncode = 503\nheaders = { \"a b\" = \"1\" }"),
-        "[[fault]] 1 headers: \"a b\" is no name of a header",
+        "[[fault]] 1 headers: \"a b\" is not a header name",
     );
     check(&rule("kind = \"delay\""), "[[fault]] 1: the key \"delay\" is missing, such as delay = \"500ms\"");
     check(
@@ -46,22 +46,28 @@ fn mistakes_name_the_rule_and_the_key() {
 }
 
 #[test]
-fn combinations_without_sense_are_refused() {
-    check(&rule("kind = \"reset\"\ncode = 503"), "[[fault]] 1 code: says nothing to kind \"reset\"; remove it");
-    check(&rule("kind = \"hang\"\ndelay = \"1s\""), "[[fault]] 1 delay: a hang has no end; leave the key out");
-    check(&rule("kind = \"status\"\ncode = 204\nbody = \"x\""), "[[fault]] 1 body: an answer 204 has none; remove it");
-    check(&rule("kind = \"steal_lease\""), "[[fault]] 1 kind: steal_lease cannot strike lease: it is not about a task");
+fn invalid_combinations_are_refused() {
+    check(&rule("kind = \"reset\"\ncode = 503"), "[[fault]] 1 code: has no effect with kind \"reset\"; remove it");
+    check(&rule("kind = \"hang\"\ndelay = \"1s\""), "[[fault]] 1 delay: a hang does not end; remove the key");
+    check(
+        &rule("kind = \"status\"\ncode = 204\nbody = \"x\""),
+        "[[fault]] 1 body: an answer 204 has no body; remove it",
+    );
+    check(
+        &rule("kind = \"steal_lease\""),
+        "[[fault]] 1 kind: steal_lease cannot apply to lease: the call names no task",
+    );
     check(
         "[[fault]]\nendpoint = [\"lease\", \"info\"]\nkind = \"revoke_token\"",
-        "[[fault]] 1 kind: revoke_token cannot strike info: it shows no token of a node or a task",
+        "[[fault]] 1 kind: revoke_token cannot apply to info: the call has no token of a node or a task",
     );
     check(
         "[[fault]]\nendpoint = \"nonce\"\nkind = \"forget_node\"",
-        "[[fault]] 1 kind: forget_node cannot strike nonce: it does not say which node asks",
+        "[[fault]] 1 kind: forget_node cannot apply to nonce: the call does not name a node",
     );
     check(
         "[[fault]]\nendpoint = \"download\"\nkind = \"oversize\"",
-        "[[fault]] 1 kind: oversize cannot strike download: data has the size it has; store a larger item",
+        "[[fault]] 1 kind: oversize cannot apply to download: the size of data is fixed; store a larger item",
     );
     check(
         "[[fault]]\nendpoint = \"lease\"\nkind = \"clock_offset\"\noffset = \"1m\"",
@@ -92,7 +98,7 @@ fn client_must_make_the_call() {
 
 #[test]
 fn endpoint_group_keeps_only_calls_valid_for_fault() {
-    let faults = Faults::parse("[[fault]]\nendpoint = \"any\"\nkind = \"revoke_token\"").expect("a sound file");
+    let faults = Faults::parse("[[fault]]\nendpoint = \"any\"\nkind = \"revoke_token\"").expect("a valid file");
     assert!(faults.rules[0].endpoints.contains(&Endpoint::Lease));
     assert!(faults.rules[0].endpoints.contains(&Endpoint::Part));
     assert!(!faults.rules[0].endpoints.contains(&Endpoint::Nonce));
@@ -100,7 +106,7 @@ fn endpoint_group_keeps_only_calls_valid_for_fault() {
 }
 
 #[test]
-fn everything_a_rule_can_say_is_read() {
+fn all_keys_of_a_rule_are_read() {
     let text = "
         seed = 9
         [world]
@@ -120,7 +126,7 @@ fn everything_a_rule_can_say_is_read() {
         [[fault]]
         kind = \"clock_offset\"
         offset = \"-20m\"";
-    let faults = Faults::parse(text).expect("a sound file");
+    let faults = Faults::parse(text).expect("a valid file");
     assert_eq!((faults.seed, faults.form), (Some(9), WireForm::Old));
     assert_eq!(faults.clock_offset(), SignedDuration::from_mins(-20));
     let rule = &faults.rules[0];

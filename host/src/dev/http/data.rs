@@ -22,7 +22,7 @@ use crate::{
     dev::{
         Inner,
         store::{Filter, Item, Staged, StoreError, Target, check_name},
-        uploads::Turn,
+        uploads::WriteLock,
     },
     transport::multipart::{Parser, PartHead, PartsError, PartsEvent},
 };
@@ -42,7 +42,7 @@ pub(super) async fn find(
     headers: HeaderMap,
     RawQuery(query): RawQuery,
 ) -> Answer {
-    server.visitor(&headers, &domain)?;
+    server.caller(&headers, &domain)?;
     let items = server.store.find(&filter(query.as_deref()));
     let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
     if !accept.contains("multipart/form-data") {
@@ -117,7 +117,7 @@ pub(super) async fn by_id(
     headers: HeaderMap,
     RawQuery(query): RawQuery,
 ) -> Answer {
-    server.visitor(&headers, &domain)?;
+    server.caller(&headers, &domain)?;
     let id = data_id(&id)?;
     let raw = pairs(query.as_deref()).iter().any(|(name, value)| name == "raw" && value != "false" && value != "0");
     if !raw {
@@ -145,7 +145,7 @@ pub(super) async fn by_id(
     } else if status == StatusCode::RANGE_NOT_SATISFIABLE {
         response = response.header(header::CONTENT_RANGE, format!("bytes */{}", item.size));
     }
-    Ok(response.body(body).expect("headers of our own making"))
+    Ok(response.body(body).expect("these headers are valid"))
 }
 
 /// The requested range of an item.
@@ -185,7 +185,7 @@ pub(super) async fn delete(
     Path((domain, id)): Path<(String, String)>,
     headers: HeaderMap,
 ) -> Answer {
-    server.visitor(&headers, &domain)?;
+    server.caller(&headers, &domain)?;
     let id = data_id(&id)?;
     let store = server.store.clone();
     blocking(move || store.delete(id)).await?;
@@ -223,7 +223,7 @@ enum Kind {
 }
 
 async fn upload(server: Arc<Inner>, domain: &str, headers: &HeaderMap, mut body: Body, kind: Kind) -> Answer {
-    let received = match server.visitor(headers, domain) {
+    let received = match server.caller(headers, domain) {
         Ok(()) => receive(&server, headers, &mut body, kind).await,
         Err(refusal) => Err(refusal),
     };
@@ -275,7 +275,7 @@ async fn receive(
                     let staged = server.store.stage();
                     let path = staged.path().to_owned();
                     let file = blocking(move || Ok(std::fs::File::create(path)?)).await?;
-                    spool = Some(Spool::new(file, Turn::default()));
+                    spool = Some(Spool::new(file, WriteLock::default()));
                     batch.push((target, 0, staged));
                 }
                 PartsEvent::Data(data) => {

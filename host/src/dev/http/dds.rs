@@ -32,7 +32,7 @@ struct NonceRequest {
 pub(super) async fn nonce(State(server): State<Arc<Inner>>, body: Body) -> Answer {
     let request: NonceRequest = read_json(body, IDENTITY_BYTES_MAX).await?;
     let wallet = siwe::address_of(&request.wallet)
-        .ok_or_else(|| Refusal::bad("wallet is no address, expected 0x and 40 hex digits"))?;
+        .ok_or_else(|| Refusal::bad("wallet is not an address, expected 0x and 40 hex digits"))?;
     let now = server.now();
     let nonce = server.identity().nonce(&wallet, now);
     ok(&json!({
@@ -102,10 +102,10 @@ pub(super) async fn register_url(
     let unauthorized = |text: String| Refusal::new(StatusCode::UNAUTHORIZED, text);
     let wallet = siwe::url_signer(&request.url, &request.timestamp, &request.signature, &request.public_key);
     let wallet = wallet.map_err(unauthorized)?;
-    let stamp: Timestamp = request.timestamp.parse().map_err(|_| Refusal::bad("timestamp is no RFC 3339 time"))?;
+    let stamp: Timestamp = request.timestamp.parse().map_err(|_| Refusal::bad("timestamp is not an RFC 3339 time"))?;
     let age = server.now().duration_since(stamp).as_secs();
     if age.abs() > TIMESTAMP_WINDOW {
-        let text = format!("timestamp lies {age} s in the past, expected at most {TIMESTAMP_WINDOW} to either side");
+        let text = format!("timestamp is {age} s in the past, expected at most {TIMESTAMP_WINDOW} to either side");
         return Err(unauthorized(text));
     }
     // Nodes of the first version send the secret as Base64.
@@ -174,7 +174,10 @@ fn signed_by(server: &Inner, text: &str, signature: &str, now: Timestamp) -> Res
     }
     let signer = siwe::signer(text, signature).map_err(|err| Refusal::new(StatusCode::UNAUTHORIZED, err))?;
     if signer != message.address {
-        return Err(Refusal::new(StatusCode::UNAUTHORIZED, "the signature is of another address than the message"));
+        return Err(Refusal::new(
+            StatusCode::UNAUTHORIZED,
+            "the signature is from another address than the message names",
+        ));
     }
     server.identity().redeem(&message.nonce, &signer, now).map_err(denied)?;
     Ok(signer)

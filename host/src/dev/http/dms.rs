@@ -17,7 +17,7 @@ use crate::{
     dev::{
         Inner, WireForm,
         identity::Peer,
-        plane::{Beat, Granted},
+        plane::{Granted, HeartbeatAnswer},
     },
     leases::dms::wire::{CompleteRequest, FailRequest, HeartbeatRequest, HeartbeatResponse, LeaseEnvelope, TaskSpec},
 };
@@ -37,7 +37,7 @@ pub(super) async fn lease(
         let job = match asked("job_id").map(Uuid::parse_str) {
             None => None,
             Some(Ok(job)) => Some(job),
-            Some(Err(_)) => return Err(Refusal::bad("job_id is no UUID")),
+            Some(Err(_)) => return Err(Refusal::bad("job_id is not a UUID")),
         };
         if asked("domain_id").is_some_and(|domain| Uuid::parse_str(domain) != Ok(server.domain_id)) {
             return Ok(StatusCode::NO_CONTENT.into_response());
@@ -49,7 +49,7 @@ pub(super) async fn lease(
         let wanted: Vec<&str> = wanted.map(|(_, value)| &**value).collect();
         let granted = server.plane().lease(node, &wanted, job, now);
         let Ok(granted) = granted else {
-            return Err(Refusal::new(StatusCode::CONFLICT, "this node holds as many leases as it may"));
+            return Err(Refusal::new(StatusCode::CONFLICT, "this node holds its maximum number of leases"));
         };
         let Some(granted) = granted else { return Ok(StatusCode::NO_CONTENT.into_response()) };
         tracing::debug!(task_id = %granted.task, capability = %granted.request.capability, "leased");
@@ -110,7 +110,7 @@ pub(super) async fn heartbeat(
     for_node(&server, &headers, |node| {
         let (task, request) = (task_id(&task)?, request?);
         let now = server.now();
-        let beat = server.plane().beat(task, node.id, request.progress, request.events, now)?;
+        let beat = server.plane().heartbeat(task, node.id, request.progress, request.events, now)?;
         server.changed();
         let old = server.form() == WireForm::Old;
         let mut answer = HeartbeatResponse {
@@ -119,8 +119,8 @@ pub(super) async fn heartbeat(
             ..HeartbeatResponse::default()
         };
         match beat {
-            Beat::Cancel => answer.cancel = Some(true),
-            Beat::Kept { expires, token } => {
+            HeartbeatAnswer::Cancel => answer.cancel = Some(true),
+            HeartbeatAnswer::Extended { expires, token } => {
                 answer.cancel = Some(false);
                 answer.status = Some("running".to_owned()).filter(|_| !old);
                 answer.lease_expires_at = Some(expires);
@@ -173,5 +173,5 @@ fn settled() -> Answer {
 }
 
 fn task_id(text: &str) -> Result<Uuid, Refusal> {
-    Uuid::parse_str(text).map_err(|_| Refusal::new(StatusCode::NOT_FOUND, "no such task: the id is no UUID"))
+    Uuid::parse_str(text).map_err(|_| Refusal::new(StatusCode::NOT_FOUND, "no such task: the id is not a UUID"))
 }

@@ -57,7 +57,7 @@ pub(super) async fn requests(
     from_this_machine(&headers)?;
     let query = pairs(query.as_deref());
     let since = query.iter().find(|(name, _)| name == "since").map_or(Ok(0), |(_, value)| value.parse());
-    let since = since.map_err(|_| Refusal::bad("since is no number"))?;
+    let since = since.map_err(|_| Refusal::bad("since is not a number"))?;
     let (next, requests) = server.journal().since(since);
     ok(&json!({ "next": next, "requests": requests }))
 }
@@ -72,7 +72,7 @@ fn from_this_machine(headers: &HeaderMap) -> Result<(), Refusal> {
         Some(url::Host::Ipv6(ip)) => ip.is_loopback(),
         None => false,
     });
-    if loopback { Ok(()) } else { Err(Refusal::new(StatusCode::FORBIDDEN, "ask this by a loopback address")) }
+    if loopback { Ok(()) } else { Err(Refusal::new(StatusCode::FORBIDDEN, "send this request to a loopback address")) }
 }
 
 #[cfg(test)]

@@ -70,7 +70,7 @@ fn listing(query: &[(String, String)], domain_id: Uuid) -> Result<Listing, Refus
             }
             "cursor" if !value.is_empty() => {
                 let bytes = BASE64.decode(value).ok().and_then(|bytes| <[u8; 8]>::try_from(bytes).ok());
-                let bytes = bytes.ok_or_else(|| Refusal::bad("cursor is not one this service gave out"))?;
+                let bytes = bytes.ok_or_else(|| Refusal::bad("cursor is not from this service"))?;
                 listing.before = Some(u64::from_be_bytes(bytes));
             }
             "status" if !STATUSES.contains(&&**value) => {

@@ -134,7 +134,7 @@ fn ok(body: &impl Serialize) -> Answer {
 
 /// The node that sent the request, for the journal.
 #[derive(Clone, Copy)]
-pub(super) struct AskedBy(pub(super) Uuid);
+pub(super) struct CallerNode(pub(super) Uuid);
 
 /// Runs `handler` for the node that owns the bearer token.
 fn for_node(server: &Inner, headers: &HeaderMap, handler: impl FnOnce(&Node) -> Answer) -> Response {
@@ -143,7 +143,7 @@ fn for_node(server: &Inner, headers: &HeaderMap, handler: impl FnOnce(&Node) -> 
         Err(refusal) => return refusal.into_response(),
     };
     let mut response = handler(&node).unwrap_or_else(IntoResponse::into_response);
-    response.extensions_mut().insert(AskedBy(node.id));
+    response.extensions_mut().insert(CallerNode(node.id));
     response
 }
 
@@ -174,7 +174,7 @@ impl Inner {
     }
 
     /// Requires a task's token or an author's grant, for data of `domain`.
-    fn visitor(&self, headers: &HeaderMap, domain: &str) -> Result<(), Refusal> {
+    fn caller(&self, headers: &HeaderMap, domain: &str) -> Result<(), Refusal> {
         let token = bearer(headers).ok_or_else(|| unauthorized("the domain token is missing"))?;
         let now = self.now();
         let refused = || unauthorized("the domain token is unknown, expired, or its lease has ended");

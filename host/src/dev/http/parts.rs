@@ -38,7 +38,7 @@ pub(super) async fn post(
     RawQuery(query): RawQuery,
     body: Body,
 ) -> Answer {
-    server.visitor(&headers, &domain)?;
+    server.caller(&headers, &domain)?;
     offered(&server)?;
     let query = pairs(query.as_deref());
     if query.iter().any(|(name, _)| name == "uploads") {
@@ -65,11 +65,11 @@ pub(super) async fn put(
     RawQuery(query): RawQuery,
     mut body: Body,
 ) -> Answer {
-    let begun = server.visitor(&headers, &domain).and_then(|()| {
+    let begun = server.caller(&headers, &domain).and_then(|()| {
         offered(&server)?;
         let query = pairs(query.as_deref());
         let number = query.iter().find(|(name, _)| name == "partNumber").and_then(|(_, value)| value.parse().ok());
-        let number = number.ok_or_else(|| Refusal::bad("partNumber is missing or no number"))?;
+        let number = number.ok_or_else(|| Refusal::bad("partNumber is missing or not a number"))?;
         Ok(server.store.begin_part(upload_id(&query)?, number, server.now())?)
     });
     let written = match begun {
@@ -94,7 +94,7 @@ async fn write(server: &Inner, writing: Writing, body: &mut Body) -> Result<Stri
         file.seek(SeekFrom::Start(offset))?;
         Ok(file)
     };
-    let mut spool = Spool::new(blocking(open).await?, writing.turn.clone());
+    let mut spool = Spool::new(blocking(open).await?, writing.write_lock.clone());
     let mut size = 0;
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|_| Refusal::bad("the part broke off"))?;
@@ -119,7 +119,7 @@ pub(super) async fn abort(
     headers: HeaderMap,
     RawQuery(query): RawQuery,
 ) -> Answer {
-    server.visitor(&headers, &domain)?;
+    server.caller(&headers, &domain)?;
     let upload = upload_id(&pairs(query.as_deref()))?.to_owned();
     let (store, now) = (server.store.clone(), server.now());
     blocking(move || store.abort_upload(&upload, now)).await?;

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use futures_util::{Stream, stream};
 use tokio::task::spawn_blocking;
 
-use crate::dev::uploads::Turn;
+use crate::dev::uploads::WriteLock;
 
 /// Bytes read from or written to a file at once.
 const CHUNK_BYTES: usize = 256 * 1024;
@@ -39,15 +39,15 @@ pub(super) fn chunks(file: File, from: u64, length: u64) -> impl Stream<Item = i
 pub(super) struct Spool {
     /// `None` after an error.
     file: Option<File>,
-    turn: Turn,
+    write_lock: WriteLock,
     pieces: Vec<Bytes>,
     /// Total size of `pieces`.
     bytes: usize,
 }
 
 impl Spool {
-    pub(super) fn new(file: File, turn: Turn) -> Self {
-        Self { file: Some(file), turn, pieces: Vec::new(), bytes: 0 }
+    pub(super) fn new(file: File, write_lock: WriteLock) -> Self {
+        Self { file: Some(file), write_lock, pieces: Vec::new(), bytes: 0 }
     }
 
     /// Adds bytes, and writes when a chunk is complete.
@@ -62,9 +62,9 @@ impl Spool {
         let mut file = self.file.take().ok_or(io::ErrorKind::BrokenPipe)?;
         let pieces = mem::take(&mut self.pieces);
         self.bytes = 0;
-        let turn = Arc::clone(&self.turn).lock_owned().await;
+        let write_lock = Arc::clone(&self.write_lock).lock_owned().await;
         let write = move || {
-            let _turn = turn; // held until the write ends, also if the caller is gone
+            let _write_lock = write_lock; // held until the write ends, also if the caller was dropped
             pieces.iter().try_for_each(|piece| file.write_all(piece))?;
             Ok::<_, io::Error>(file)
         };

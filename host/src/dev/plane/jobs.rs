@@ -157,7 +157,7 @@ fn check(request: &JobRequest, domain_id: Uuid) -> Result<(), String> {
             return Err(format!("tasks[{at}]: stage is empty, expected a name"));
         }
         if let Some((name, _)) = task.capability_filters.iter().find(|(_, value)| !value.is_string()) {
-            return Err(format!("tasks[{at}]: capability_filters.{name} is no text"));
+            return Err(format!("tasks[{at}]: capability_filters.{name} is not text"));
         }
     }
     let stages: HashSet<&str> = request.tasks.iter().map(|task| &*task.stage).collect();
@@ -170,7 +170,7 @@ fn check(request: &JobRequest, domain_id: Uuid) -> Result<(), String> {
         }
     }
     match on_a_cycle(&stages, &request.edges) {
-        Some(stage) => Err(format!("edges: stage {stage:?} would wait for itself by way of others")),
+        Some(stage) => Err(format!("edges: stage {stage:?} would wait for itself through other stages")),
         None => Ok(()),
     }
 }
@@ -260,9 +260,9 @@ impl Plane {
         );
         for ((task_id, task), blocked) in tasks.into_iter().zip(request.tasks).zip(blocked) {
             let serial = self.next_serial();
-            let turn = (Reverse(request.priority), Reverse(task.priority), serial, task_id);
+            let queue_key = (Reverse(request.priority), Reverse(task.priority), serial, task_id);
             if !blocked {
-                self.ready.entry(task.capability.clone()).or_default().insert(turn);
+                self.ready.entry(task.capability.clone()).or_default().insert(queue_key);
             }
             self.tasks.insert(
                 task_id,
@@ -270,7 +270,7 @@ impl Plane {
                     id: task_id,
                     job: id,
                     request: Arc::new(task),
-                    turn,
+                    queue_key,
                     attempts: 0,
                     next_token: 0,
                     state: if blocked { State::Blocked } else { State::Ready },
@@ -338,7 +338,7 @@ impl Plane {
         let job = self.jobs.get_mut(&job_id).expect("tasks belong to known jobs");
         job.updated_at = now;
         let mut opened = Vec::new();
-        let mut doomed = Vec::new();
+        let mut cancelled_stages = Vec::new();
         for name in job.stages[&stage].next.clone() {
             let next = job.stages.get_mut(&name).expect("edges were checked");
             if end == End::Completed {
@@ -347,7 +347,7 @@ impl Plane {
                     opened.extend_from_slice(&next.tasks);
                 }
             } else {
-                doomed.extend_from_slice(&next.tasks);
+                cancelled_stages.extend_from_slice(&next.tasks);
             }
         }
         for id in opened {
@@ -355,7 +355,7 @@ impl Plane {
                 self.enter(id, State::Ready, now);
             }
         }
-        for id in doomed {
+        for id in cancelled_stages {
             if matches!(self.tasks.get(&id).map(|task| &task.state), Some(State::Blocked)) {
                 self.enter(id, State::Ended { end: End::Canceled, node: None }, now);
             }

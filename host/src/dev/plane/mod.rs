@@ -39,7 +39,7 @@ pub(super) struct Plane {
     /// Jobs by age.
     order: BTreeMap<u64, Uuid>,
     /// Capabilities with ready tasks, each with its tasks in the order of leasing.
-    ready: HashMap<Arc<str>, BTreeSet<Turn>>,
+    ready: HashMap<Arc<str>, BTreeSet<QueueKey>>,
     /// Held tasks, ordered by the end of their lease.
     expiries: BTreeSet<(Timestamp, Uuid)>,
     slots: HashMap<Uuid, Slot>,
@@ -52,7 +52,7 @@ pub(super) struct Plane {
 }
 
 /// The position of a ready task in its queue: priority of the job, then of the task, then age.
-type Turn = (Reverse<u32>, Reverse<i32>, u64, Uuid);
+type QueueKey = (Reverse<u32>, Reverse<i32>, u64, Uuid);
 
 /// What the plane stores about a node between polls.
 #[derive(Default)]
@@ -66,7 +66,7 @@ pub(super) struct Task {
     id: Uuid,
     job: Uuid,
     request: Arc<TaskRequest>,
-    turn: Turn,
+    queue_key: QueueKey,
     /// Number of leases so far, including a current one.
     attempts: u64,
     /// Number of the next domain token. It continues from lease to lease. A token of an earlier lease must not be
@@ -172,9 +172,9 @@ pub(super) struct Busy;
 
 /// The answer to a heartbeat.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Beat {
+pub(super) enum HeartbeatAnswer {
     /// The lease is extended.
-    Kept { expires: Timestamp, token: Option<NewToken> },
+    Extended { expires: Timestamp, token: Option<NewToken> },
     /// The node must stop. No further call is expected.
     Cancel,
 }
@@ -215,7 +215,7 @@ impl Plane {
     }
 
     /// Leases the next task to `node`. `only` restricts the capabilities unless it is empty. `job` restricts the
-    /// jobs, as the oldest nodes request. The capabilities alternate. Within one capability, the order of [`Turn`]
+    /// jobs, as the oldest nodes request. The capabilities alternate. Within one capability, the order of [`QueueKey`]
     /// applies.
     pub(super) fn lease(
         &mut self,
@@ -237,19 +237,21 @@ impl Plane {
             .filter(|name| only.is_empty() || only.contains(&&***name))
             .find_map(|name| {
                 let queue = self.ready.get(name)?;
-                let turn = match job {
+                let queue_key = match job {
                     None => queue.first(),
-                    Some(job) => queue.iter().find(|turn| self.tasks.get(&turn.3).is_some_and(|task| task.job == job)),
+                    Some(job) => {
+                        queue.iter().find(|queue_key| self.tasks.get(&queue_key.3).is_some_and(|task| task.job == job))
+                    }
                 };
-                Some((name.clone(), *turn?))
+                Some((name.clone(), *queue_key?))
             });
-        let Some((name, turn)) = found else { return Ok(None) };
+        let Some((name, queue_key)) = found else { return Ok(None) };
 
         slot.held += 1;
         slot.last = Some(name.clone());
-        self.leave_queue(&name, &turn);
+        self.leave_queue(&name, &queue_key);
         let expires = now + self.config.lease_ttl;
-        let task = self.tasks.get_mut(&turn.3).expect("queues name known tasks");
+        let task = self.tasks.get_mut(&queue_key.3).expect("queues name known tasks");
         let token = NewToken { serial: task.next_token, expires: now + self.config.domain_token_ttl };
         task.next_token += 1;
         task.attempts += 1;
@@ -271,40 +273,42 @@ impl Plane {
             refused: false,
         };
         let hold = Hold { node: node.id, expires, running: false, cancel_requested_at: None, token: held_token };
-        self.expiries.insert((expires, turn.3));
-        self.enter(turn.3, State::Held(hold), now);
+        self.expiries.insert((expires, queue_key.3));
+        self.enter(queue_key.3, State::Held(hold), now);
         Ok(Some(granted))
     }
 
     /// A heartbeat: extends the lease and stores progress (`null`: none) and events.
-    pub(super) fn beat(
+    pub(super) fn heartbeat(
         &mut self,
         task: Uuid,
         node: Uuid,
         progress: Value,
         events: Vec<Value>,
         now: Timestamp,
-    ) -> Result<Beat, Gone> {
+    ) -> Result<HeartbeatAnswer, Gone> {
         self.expire(now);
         let known = self.tasks.get_mut(&task).ok_or(Gone::Unknown)?;
         let hold = match &mut known.state {
             State::Held(hold) if hold.node == node => hold,
             // The earlier answer with the cancel may have been lost.
-            State::Ended { end: End::Canceled, node: Some(last) } if *last == node => return Ok(Beat::Cancel),
+            State::Ended { end: End::Canceled, node: Some(last) } if *last == node => {
+                return Ok(HeartbeatAnswer::Cancel);
+            }
             _ => return Err(Gone::NotHeld),
         };
         if !progress.is_null() {
             known.progress = progress;
         }
         known.events.extend(events);
-        let surplus = known.events.len().saturating_sub(EVENTS_MAX);
-        known.events.drain(..surplus);
+        let dropped_events = known.events.len().saturating_sub(EVENTS_MAX);
+        known.events.drain(..dropped_events);
         known.last_heartbeat_at = Some(now);
         known.updated_at = now;
         if hold.cancel_requested_at.is_some() {
             self.release(task, node);
             self.enter(task, State::Ended { end: End::Canceled, node: Some(node) }, now);
-            return Ok(Beat::Cancel);
+            return Ok(HeartbeatAnswer::Cancel);
         }
         let first = !hold.running;
         hold.running = true;
@@ -317,7 +321,7 @@ impl Plane {
             let job = known.job;
             self.recount(job, Word::Leased, Word::Running);
         }
-        Ok(Beat::Kept { expires, token })
+        Ok(HeartbeatAnswer::Extended { expires, token })
     }
 
     /// A completion. A repeat is allowed.
@@ -481,9 +485,9 @@ impl Plane {
         }
     }
 
-    fn leave_queue(&mut self, capability: &Arc<str>, turn: &Turn) {
+    fn leave_queue(&mut self, capability: &Arc<str>, queue_key: &QueueKey) {
         if let Some(queue) = self.ready.get_mut(capability) {
-            queue.remove(turn);
+            queue.remove(queue_key);
             // An author may use any number of capabilities over time.
             if queue.is_empty() {
                 self.ready.remove(capability);
@@ -495,10 +499,10 @@ impl Plane {
     fn enter(&mut self, id: Uuid, state: State, now: Timestamp) {
         let task = self.tasks.get_mut(&id).expect("states change of known tasks");
         let before = task.state.word();
-        let (job, turn, capability) = (task.job, task.turn, task.request.capability.clone());
+        let (job, queue_key, capability) = (task.job, task.queue_key, task.request.capability.clone());
         if matches!(task.state, State::Ready) && !matches!(state, State::Ready | State::Held(_)) {
             task.state = state;
-            self.leave_queue(&capability, &turn);
+            self.leave_queue(&capability, &queue_key);
         } else {
             task.state = state;
         }
@@ -507,7 +511,7 @@ impl Plane {
         let after = task.state.word();
         let end = if let State::Ended { end, .. } = task.state { Some(end) } else { None };
         if matches!(task.state, State::Ready) {
-            self.ready.entry(capability).or_default().insert(turn);
+            self.ready.entry(capability).or_default().insert(queue_key);
         }
         self.recount(job, before, after);
         if let Some(end) = end {

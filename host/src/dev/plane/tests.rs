@@ -54,8 +54,8 @@ fn lease(plane: &mut Plane, node: &Node, now: u64) -> Option<Granted> {
     plane.lease(node, &[], None, at(now)).expect("not busy")
 }
 
-fn beat(plane: &mut Plane, task: Uuid, node: &Node, now: u64) -> Result<Beat, Gone> {
-    plane.beat(task, node.id, Value::Null, Vec::new(), at(now))
+fn heartbeat(plane: &mut Plane, task: Uuid, node: &Node, now: u64) -> Result<HeartbeatAnswer, Gone> {
+    plane.heartbeat(task, node.id, Value::Null, Vec::new(), at(now))
 }
 
 fn word(plane: &mut Plane, job: Uuid, now: u64) -> String {
@@ -76,11 +76,13 @@ fn heartbeat_extends_lease_and_expired_task_is_requeued() {
     let job = add(&mut plane, &[("s", "/a")], &[], 3, 0);
     let task = lease(&mut plane, &one, 0).expect("work").task;
     assert!(lease(&mut plane, &two, 99).is_none());
-    assert!(matches!(beat(&mut plane, task, &one, 99), Ok(Beat::Kept { expires, .. }) if expires == at(199)));
+    assert!(
+        matches!(heartbeat(&mut plane, task, &one, 99), Ok(HeartbeatAnswer::Extended { expires, .. }) if expires == at(199))
+    );
     assert!(lease(&mut plane, &two, 198).is_none());
-    let again = lease(&mut plane, &two, 199).expect("it has run out");
+    let again = lease(&mut plane, &two, 199).expect("the lease has expired");
     assert_eq!((again.task, again.attempts), (task, 2));
-    assert_eq!(beat(&mut plane, task, &one, 199), Err(Gone::NotHeld));
+    assert_eq!(heartbeat(&mut plane, task, &one, 199), Err(Gone::NotHeld));
     assert_eq!(word(&mut plane, job, 199), "leased");
     assert_eq!((plane.held(one.id, at(199)), plane.held(two.id, at(199))), (0, 1));
 }
@@ -91,16 +93,22 @@ fn replaced_token_is_valid_until_grace_or_expiry() {
     let one = node(1, &["/a"]);
     add(&mut plane, &[("s", "/a")], &[], 3, 0);
     let task = lease(&mut plane, &one, 0).expect("work").task;
-    assert!(matches!(beat(&mut plane, task, &one, 39), Ok(Beat::Kept { token: None, .. })));
+    assert!(matches!(heartbeat(&mut plane, task, &one, 39), Ok(HeartbeatAnswer::Extended { token: None, .. })));
     let renewed = Some(NewToken { serial: 1, expires: at(120) });
-    assert_eq!(beat(&mut plane, task, &one, 40), Ok(Beat::Kept { expires: at(140), token: renewed }));
+    assert_eq!(
+        heartbeat(&mut plane, task, &one, 40),
+        Ok(HeartbeatAnswer::Extended { expires: at(140), token: renewed })
+    );
     let mut open = |serial: u64, now: u64| plane.admit(task, serial, at(now)) == Admission::Open;
     assert!(open(0, 59) && open(1, 59));
     assert!(!open(0, 60), "the grace is over");
     assert!(open(1, 119));
-    assert!(!open(2, 60), "nobody has been given that one");
+    assert!(!open(2, 60), "this token was never issued");
     // The rejection above requests a newer token early.
-    assert!(matches!(beat(&mut plane, task, &one, 61), Ok(Beat::Kept { token: Some(NewToken { serial: 2, .. }), .. })));
+    assert!(matches!(
+        heartbeat(&mut plane, task, &one, 61),
+        Ok(HeartbeatAnswer::Extended { token: Some(NewToken { serial: 2, .. }), .. })
+    ));
     plane.complete(task, one.id, Vec::new(), Value::Null, at(62)).expect("held");
     assert_eq!(plane.admit(task, 2, at(63)), Admission::Closed, "no lease, no access");
 }
@@ -112,7 +120,7 @@ fn token_of_earlier_lease_is_rejected() {
     add(&mut plane, &[("s", "/a")], &[], 3, 0);
     let first = lease(&mut plane, &one, 0).expect("work");
     assert_eq!(plane.admit(first.task, first.token.serial, at(99)), Admission::Open);
-    assert_eq!(plane.admit(first.task, first.token.serial, at(100)), Admission::Closed, "the lease ran out");
+    assert_eq!(plane.admit(first.task, first.token.serial, at(100)), Admission::Closed, "the lease has expired");
     let second = lease(&mut plane, &one, 100).expect("re-queued");
     assert_eq!(plane.admit(second.task, first.token.serial, at(101)), Admission::Closed);
     assert_eq!(plane.admit(second.task, second.token.serial, at(101)), Admission::Open);
@@ -125,7 +133,7 @@ fn events_are_limited_and_new_attempt_resets_progress() {
     let job = add(&mut plane, &[("s", "/a")], &[], 3, 0);
     let task = lease(&mut plane, &one, 0).expect("work").task;
     let events: Vec<Value> = (0..EVENTS_MAX + 5).map(|n| json!(n)).collect();
-    plane.beat(task, one.id, json!({"pct": 1}), events, at(1)).expect("held");
+    plane.heartbeat(task, one.id, json!({"pct": 1}), events, at(1)).expect("held");
     let seen = plane.job(job, at(2)).expect("known");
     let kept = seen["tasks"][0]["meta"]["events"].as_array().expect("events").clone();
     assert_eq!((kept.len(), &kept[0]), (EVENTS_MAX, &json!(5)));
@@ -164,7 +172,7 @@ fn completion_before_cancel_delivery_is_accepted() {
 /// Two nodes and an author make random calls. After each call, counts, queues and expiries agree with the tasks'
 /// states. No task is leased twice at once, and attempts stay within their bound. In the end every job ends.
 #[test]
-fn random_calls_keep_the_books_in_order() {
+fn random_calls_keep_the_invariants() {
     for seed in 0..60 {
         let mut random = StdRng::seed_from_u64(seed);
         let mut plane = plane(Config { leases_per_node: Some(4), finished_tasks_max: 20, ..fast() });
@@ -190,31 +198,31 @@ fn random_calls_keep_the_books_in_order() {
                         held.push((granted.task, who));
                     }
                 }
-                (4, Some((task, _))) => drop(beat(&mut plane, task, &nodes[who], now)),
+                (4, Some((task, _))) => drop(heartbeat(&mut plane, task, &nodes[who], now)),
                 (5 | 6, Some((task, by))) => {
                     drop(plane.complete(task, nodes[by].id, Vec::new(), Value::Null, at(now)));
                 }
                 (7, Some((task, _))) => drop(plane.fail(task, nodes[who].id, "x", Value::Null, at(now))),
                 _ => {}
             }
-            check_books(&mut plane, &nodes, now);
+            check_invariants(&mut plane, &nodes, now);
         }
         // No more calls of the two nodes. Leases expire, and one reliable node finishes the rest.
-        let diligent = node(3, &["/a", "/b"]);
+        let reliable = node(3, &["/a", "/b"]);
         now += 1000;
-        while let Some(granted) = lease(&mut plane, &diligent, now) {
-            plane.complete(granted.task, diligent.id, Vec::new(), Value::Null, at(now)).expect("held");
-            check_books(&mut plane, &nodes, now);
+        while let Some(granted) = lease(&mut plane, &reliable, now) {
+            plane.complete(granted.task, reliable.id, Vec::new(), Value::Null, at(now)).expect("held");
+            check_invariants(&mut plane, &nodes, now);
         }
         for job in jobs {
             let status = plane.job_status(job);
             assert!(!matches!(status, Some("pending" | "running")), "seed {seed}: {status:?}");
         }
-        assert!(plane.tasks.len() <= 24, "old ends are forgotten");
+        assert!(plane.tasks.len() <= 24, "old ended jobs are dropped");
     }
 }
 
-fn check_books(plane: &mut Plane, nodes: &[Node], now: u64) {
+fn check_invariants(plane: &mut Plane, nodes: &[Node], now: u64) {
     plane.expire(at(now));
     let queued: usize = plane.ready.values().map(BTreeSet::len).sum();
     let ready = plane.tasks.values().filter(|task| matches!(task.state, State::Ready)).count();
@@ -239,7 +247,7 @@ fn check_books(plane: &mut Plane, nodes: &[Node], now: u64) {
     for task in plane.tasks.values() {
         assert!(task.attempts <= task.request.max_attempts());
         let open = plane.deps_remaining(task) == 0;
-        assert!(open || matches!(task.state, State::Blocked), "only what waits has something to wait for");
+        assert!(open || matches!(task.state, State::Blocked), "only blocked tasks wait for other tasks");
     }
     assert_eq!(plane.order.len(), plane.jobs.len());
 }

@@ -71,7 +71,7 @@ async fn node_url_changes_only_after_old_url_fails() {
     first.expect(PROBED).await.answer(200, "");
     node.login(&test_server).await;
     assert_eq!(node.register_url(&test_server, &mut first, &first_url).await.status, StatusCode::OK);
-    assert_eq!(node.poll(&test_server, "").await.status, StatusCode::NO_CONTENT, "its token lives on");
+    assert_eq!(node.poll(&test_server, "").await.status, StatusCode::NO_CONTENT, "its token stays valid");
     first.expect(PROBED).await.answer(200, "");
 
     let entry = node.entry(&second_url, Timestamp::now());
@@ -83,7 +83,7 @@ async fn node_url_changes_only_after_old_url_fails() {
     assert_eq!(
         node.register_url(&test_server, &mut second, &second_url).await.status,
         StatusCode::OK,
-        "the first has gone"
+        "the first node is not reachable any more"
     );
     assert_eq!(node.poll(&test_server, "").await.status, StatusCode::NO_CONTENT);
 }
@@ -118,7 +118,7 @@ async fn registrations_with_a_url_are_checked() {
     check(node.entry(&closed, now + Duration::from_secs(310)), refused, "s in the past").await;
     check(node.entry("https://127.0.0.1:1", now), bad, "http URLs on loopback only").await;
     check(node.entry("http://192.0.2.1", now), bad, "loopback only").await;
-    check(node.entry("here", now), bad, "is no URL").await;
+    check(node.entry("here", now), bad, "is not a URL").await;
     // The request is valid, but the node is unreachable.
     let unreachable = StatusCode::INTERNAL_SERVER_ERROR;
     check(node.entry(&closed, now), unreachable, "cannot be reached at its url").await;

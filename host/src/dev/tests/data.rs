@@ -204,7 +204,7 @@ async fn data_access_needs_valid_token_for_its_domain() {
     let headers = [("content-type", "multipart/form-data; boundary=boundary")];
     let large = form("boundary", &[("name=\"a\"; data-type=\"b\"", &vec![0; 5_000_000])]);
     let refused = test_server.send(Method::POST, &test_server.data(""), Some("x"), &headers, large).await;
-    assert_eq!(refused.status, StatusCode::UNAUTHORIZED, "told although the body was still on its way");
+    assert_eq!(refused.status, StatusCode::UNAUTHORIZED, "answered before the body was complete");
     let info = body(&test_server.get("/api/v1/info", None).await);
     assert!(info["upload"]["request_max_bytes"].is_i64() && info["upload"]["domain_data_max_bytes"].is_i64());
     assert_eq!(info["upload"]["multipart"]["enabled"], true);

@@ -8,11 +8,11 @@ use tokio::{
 };
 
 use super::*;
-use crate::dev::{Faults, Seen};
+use crate::dev::{Faults, JournalEntry};
 
 impl TestServer {
     fn faults(&self, file: &str) {
-        self.server.set_faults(Faults::parse(file).expect("a sound file"));
+        self.server.set_faults(Faults::parse(file).expect("a valid file"));
     }
 
     /// Sends one request on a new connection. Returns the bytes received and how the connection ended.
@@ -29,7 +29,7 @@ impl TestServer {
         (String::from_utf8_lossy(&came).into_owned(), read.map(drop))
     }
 
-    fn last_seen(&self) -> Seen {
+    fn last_seen(&self) -> JournalEntry {
         self.server.journal().pop().expect("a request")
     }
 }
@@ -108,7 +108,7 @@ async fn reset_body_fault_resets_connection_in_mid_body() {
 }
 
 #[tokio::test]
-async fn spoilt_answers_come_in_good_form() {
+async fn damaged_answers_are_valid_http() {
     let test_server = TestServer::start().await;
     let node = test_server.node(1, &[HELLO]).await;
     let (first, second) = (test_server.job(HELLO, 1), test_server.job(HELLO, 1));
@@ -168,17 +168,17 @@ async fn revoked_token_is_rejected_and_can_be_renewed() {
     test_server.job(HELLO, 1);
     let lease = node.lease(&test_server).await;
     test_server.faults(&once("heartbeat", "kind = \"revoke_token\""));
-    assert_eq!(node.beat(&test_server, &lease, &json!({})).await.status, StatusCode::UNAUTHORIZED);
-    assert_eq!(node.beat(&test_server, &lease, &json!({})).await.status, StatusCode::UNAUTHORIZED);
+    assert_eq!(node.heartbeat(&test_server, &lease, &json!({})).await.status, StatusCode::UNAUTHORIZED);
+    assert_eq!(node.heartbeat(&test_server, &lease, &json!({})).await.status, StatusCode::UNAUTHORIZED);
     node.login(&test_server).await;
-    assert_eq!(node.beat(&test_server, &lease, &json!({})).await.status, StatusCode::OK);
+    assert_eq!(node.heartbeat(&test_server, &lease, &json!({})).await.status, StatusCode::OK);
 
     let list = format!("/api/v1/domains/{}/data", test_server.server.domain_id());
     let old = lease["access_token"].as_str();
     assert_eq!(test_server.get(&list, old).await.status, StatusCode::OK);
     test_server.faults(&once("list", "kind = \"revoke_token\""));
     assert_eq!(test_server.get(&list, old).await.status, StatusCode::UNAUTHORIZED);
-    let beat = body(&node.beat(&test_server, &lease, &json!({})).await);
+    let beat = body(&node.heartbeat(&test_server, &lease, &json!({})).await);
     assert_eq!(test_server.get(&list, old).await.status, StatusCode::UNAUTHORIZED, "no grace for a revoked token");
     assert_eq!(test_server.get(&list, beat["access_token"].as_str()).await.status, StatusCode::OK);
 }
@@ -206,7 +206,7 @@ async fn stolen_lease_conflicts_and_task_requeues_after_expiry() {
     let job = test_server.job(HELLO, 4);
     let lease = node.lease(&test_server).await;
     test_server.faults(&once("heartbeat", "kind = \"steal_lease\""));
-    assert_eq!(node.beat(&test_server, &lease, &json!({})).await.status, StatusCode::CONFLICT);
+    assert_eq!(node.heartbeat(&test_server, &lease, &json!({})).await.status, StatusCode::CONFLICT);
     assert_eq!(node.complete(&test_server, &lease, &[]).await.status, StatusCode::CONFLICT);
     let back = test_server.server.job_until(job, |job| job["tasks"][0]["status"] == "queued");
     assert_eq!(tokio::time::timeout(LIMIT, back).await.expect("re-queued")["tasks"][0]["attempts"], 2);
@@ -220,7 +220,7 @@ async fn stolen_lease_conflicts_and_task_requeues_after_expiry() {
 async fn clock_offset_changes_every_reported_time() {
     for (offset, minutes) in [("20m", 20), ("-20m", -20)] {
         let faults = Faults::parse(&format!("[[fault]]\nkind = \"clock_offset\"\noffset = \"{offset}\""));
-        let test_server = TestServer::with(Config { faults: faults.expect("a sound file"), ..Config::default() }).await;
+        let test_server = TestServer::with(Config { faults: faults.expect("a valid file"), ..Config::default() }).await;
         let node = test_server.node(1, &[HELLO]).await;
         test_server.job(HELLO, 1);
         let answer = node.poll(&test_server, "").await;
@@ -235,7 +235,7 @@ async fn clock_offset_changes_every_reported_time() {
         assert!(near(lease["lease_expires_at"].as_str().expect("text").parse().expect("a time"), 60));
         let list = format!("/api/v1/domains/{}/data", test_server.server.domain_id());
         assert_eq!(test_server.get(&list, lease["access_token"].as_str()).await.status, StatusCode::OK);
-        assert_eq!(node.beat(&test_server, &lease, &json!({})).await.status, StatusCode::OK);
+        assert_eq!(node.heartbeat(&test_server, &lease, &json!({})).await.status, StatusCode::OK);
         assert_eq!(node.complete(&test_server, &lease, &[]).await.status, StatusCode::OK);
     }
 }
@@ -247,9 +247,9 @@ async fn journal_page_lists_requests_with_faults() {
     test_server.faults(&once("lease", "kind = \"status\"\ncode = 500"));
     node.poll(&test_server, "").await;
     let page = body(&test_server.get("/dev/v1/requests", None).await);
-    let struck = page["requests"].as_array().expect("a list").last().expect("a request").clone();
+    let applied = page["requests"].as_array().expect("a list").last().expect("a request").clone();
     assert_eq!(
-        (&struck["endpoint"], &struck["fault"], &struck["status"]),
+        (&applied["endpoint"], &applied["fault"], &applied["status"]),
         (&json!("lease"), &json!("status"), &json!(500))
     );
 }

@@ -45,7 +45,7 @@ async fn strict_identity_accepts_reregistration_only_from_same_process() {
     let test_server = TestServer::start().await;
     let node = test_server.node(1, &[HELLO]).await;
     assert_eq!(node.register(&test_server, &[HELLO]).await.status, StatusCode::OK);
-    assert_eq!(node.poll(&test_server, "").await.status, StatusCode::NO_CONTENT, "its token lives on");
+    assert_eq!(node.poll(&test_server, "").await.status, StatusCode::NO_CONTENT, "its token stays valid");
 
     let mut strict = TestServer::with(Config { strict_identity: true, ..Config::default() }).await;
     let node = strict.node(1, &[HELLO]).await;
@@ -62,7 +62,7 @@ async fn node_token_expires() {
     let node = test_server.node(1, &[HELLO]).await;
     // The token expires either during the login or before a later poll.
     let refused = async { while node.poll(&test_server, "").await.status != StatusCode::UNAUTHORIZED {} };
-    tokio::time::timeout(LIMIT, refused).await.expect("the token runs out");
+    tokio::time::timeout(LIMIT, refused).await.expect("the token expires");
 }
 
 #[tokio::test]

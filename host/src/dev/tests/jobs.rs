@@ -8,7 +8,7 @@ fn job(test_server: &TestServer, tasks: &[Value], edges: &[(&str, &str)]) -> Val
 }
 
 #[tokio::test]
-async fn stages_open_when_all_before_them_are_complete() {
+async fn stages_start_after_all_earlier_stages() {
     let test_server = TestServer::start().await;
     let node = test_server.node(1, &["/one", "/two"]).await;
     let request = job(
@@ -66,7 +66,7 @@ async fn invalid_jobs_are_refused_with_one_line() {
     check(job(&test_server, &[], &[]), "tasks is empty").await;
     check(job(&test_server, std::slice::from_ref(&a), &[("a", "z")]), "no task has stage \"z\"").await;
     check(job(&test_server, std::slice::from_ref(&a), &[("a", "a")]), "cannot wait for itself").await;
-    check(job(&test_server, &[a.clone(), b.clone()], &[("a", "b"), ("b", "a")]), "by way of others").await;
+    check(job(&test_server, &[a.clone(), b.clone()], &[("a", "b"), ("b", "a")]), "through other stages").await;
     check(job(&test_server, &[task("a", "", 1)], &[]), "tasks[0]: capability is empty").await;
     check(job(&test_server, &[json!({"stage": "a"})], &[]), "missing field `label`").await;
     let mut elsewhere = job(&test_server, std::slice::from_ref(&a), &[]);
@@ -178,6 +178,6 @@ async fn priority_orders_leases_and_finished_jobs_are_limited() {
         node.complete(&test_server, &lease, &[]).await;
     }
     assert_eq!(order, [ids[2], ids[1], ids[0]].map(|id| id.to_string()));
-    assert_eq!(test_server.server.job(ids[2]), None, "the oldest end was forgotten");
+    assert_eq!(test_server.server.job(ids[2]), None, "the oldest ended job was dropped");
     assert!(test_server.server.job(ids[0]).is_some());
 }

@@ -21,7 +21,7 @@ async fn task_runs_from_job_creation_to_receipt() {
     assert_eq!(lease["cancel"], false);
     for time in ["access_token_expires_at", "lease_expires_at"] {
         let at: jiff::Timestamp = lease[time].as_str().expect("text").parse().expect("a time");
-        assert!(at > jiff::Timestamp::now(), "{time} lies ahead");
+        assert!(at > jiff::Timestamp::now(), "{time} is in the future");
     }
     let task = &lease["task"];
     assert_eq!(task["job_id"], job.to_string());
@@ -30,14 +30,15 @@ async fn task_runs_from_job_creation_to_receipt() {
     assert_eq!((&task["attempts"], &task["max_attempts"]), (&json!(1), &json!(2)));
     assert_eq!(test_server.server.job(job).expect("known")["job"]["status"], "running");
 
-    let beat = node.beat(&test_server, &lease, &json!({"progress": {"pct": 20}, "events": [{"n": 1}, {"n": 2}]})).await;
+    let beat =
+        node.heartbeat(&test_server, &lease, &json!({"progress": {"pct": 20}, "events": [{"n": 1}, {"n": 2}]})).await;
     assert_eq!((beat.status, &body(&beat)["cancel"]), (StatusCode::OK, &json!(false)));
     let seen = test_server.server.job(job).expect("known");
     assert_eq!(seen["tasks"][0]["status"], "running");
     assert_eq!(seen["tasks"][0]["meta"]["progress"], json!({"pct": 20}));
     assert_eq!(seen["tasks"][0]["meta"]["events"], json!([{"n": 1}, {"n": 2}]));
     // The oldest nodes send neither progress nor events.
-    assert_eq!(node.beat(&test_server, &lease, &json!({})).await.status, StatusCode::OK);
+    assert_eq!(node.heartbeat(&test_server, &lease, &json!({})).await.status, StatusCode::OK);
     assert_eq!(test_server.server.job(job).expect("known")["tasks"][0]["meta"]["progress"], json!({"pct": 20}));
 
     for _ in 0..2 {
@@ -48,7 +49,11 @@ async fn task_runs_from_job_creation_to_receipt() {
     assert_eq!(seen["tasks_summary"]["completed"], 1);
     assert_eq!(seen["receipts"].as_array().map(Vec::len), Some(1));
     assert_eq!((&seen["receipts"][0]["outputs"], &seen["receipts"][0]["meta"]), (&json!(["out-1"]), &json!({"a": 1})));
-    assert_eq!(node.beat(&test_server, &lease, &json!({})).await.status, StatusCode::CONFLICT, "the lease is over");
+    assert_eq!(
+        node.heartbeat(&test_server, &lease, &json!({})).await.status,
+        StatusCode::CONFLICT,
+        "the lease is over"
+    );
     test_server.server.stop().await;
 }
 
@@ -58,15 +63,18 @@ async fn foreign_and_unknown_tasks_are_refused() {
     let (owner, other) = (test_server.node(1, &[HELLO]).await, test_server.node(2, &[HELLO]).await);
     test_server.job(HELLO, 1);
     let lease = owner.lease(&test_server).await;
-    assert_eq!(other.beat(&test_server, &lease, &json!({})).await.status, StatusCode::CONFLICT);
+    assert_eq!(other.heartbeat(&test_server, &lease, &json!({})).await.status, StatusCode::CONFLICT);
     assert_eq!(other.complete(&test_server, &lease, &[]).await.status, StatusCode::CONFLICT);
     assert_eq!(other.fail(&test_server, &lease, "no").await.status, StatusCode::CONFLICT);
     let unknown = json!({"task": {"id": Uuid::new_v4()}});
-    assert_eq!(owner.beat(&test_server, &unknown, &json!({})).await.status, StatusCode::NOT_FOUND);
-    assert_eq!(owner.beat(&test_server, &json!({"task": {"id": "x"}}), &json!({})).await.status, StatusCode::NOT_FOUND);
+    assert_eq!(owner.heartbeat(&test_server, &unknown, &json!({})).await.status, StatusCode::NOT_FOUND);
+    assert_eq!(
+        owner.heartbeat(&test_server, &json!({"task": {"id": "x"}}), &json!({})).await.status,
+        StatusCode::NOT_FOUND
+    );
     assert_eq!(owner.complete(&test_server, &lease, &[]).await.status, StatusCode::OK);
-    let stranger = test_server.post(&path(&lease, "complete"), Some("nobody"), &json!({})).await;
-    assert_eq!(stranger.status, StatusCode::UNAUTHORIZED);
+    let other_node = test_server.post(&path(&lease, "complete"), Some("nobody"), &json!({})).await;
+    assert_eq!(other_node.status, StatusCode::UNAUTHORIZED);
     assert_eq!(test_server.post(&path(&lease, "complete"), None, &json!({})).await.status, StatusCode::UNAUTHORIZED);
 }
 
@@ -77,8 +85,9 @@ async fn expired_lease_requeues_task_until_attempts_run_out() {
     let job = test_server.job(HELLO, 2);
     let first = node.lease(&test_server).await;
     let waiting = |job: &Value| job["tasks"][0]["status"] == "queued";
-    let seen =
-        tokio::time::timeout(LIMIT, test_server.server.job_until(job, waiting)).await.expect("re-queued by the clock");
+    let seen = tokio::time::timeout(LIMIT, test_server.server.job_until(job, waiting))
+        .await
+        .expect("re-queued after the expiry");
     assert_eq!(seen["tasks"][0]["attempts"], 1);
     assert_eq!(node.complete(&test_server, &first, &[]).await.status, StatusCode::CONFLICT, "a stale report");
     let second = node.lease(&test_server).await;
@@ -174,7 +183,7 @@ async fn heartbeat_answer_delivers_job_cancellation() {
     assert_eq!((&seen["tasks"][0]["status"], &seen["tasks"][1]["status"]), (&json!("leased"), &json!("canceled")));
     assert!(seen["tasks"][0]["cancel_requested_at"].is_string());
     for _ in 0..2 {
-        let beat = node.beat(&test_server, &lease, &json!({})).await;
+        let beat = node.heartbeat(&test_server, &lease, &json!({})).await;
         assert_eq!((beat.status, &body(&beat)["cancel"]), (StatusCode::OK, &json!(true)));
     }
     assert_eq!(test_server.server.job(job).expect("known")["tasks"][0]["status"], "canceled");
@@ -202,7 +211,7 @@ async fn heartbeat_renews_token_and_old_token_has_grace() {
     let opens = async |token: &Value| test_server.get(&list, token.as_str()).await.status;
     let old = lease["access_token"].clone();
     assert_eq!(opens(&old).await, StatusCode::OK);
-    let new = body(&node.beat(&test_server, &lease, &json!({})).await)["access_token"].clone();
+    let new = body(&node.heartbeat(&test_server, &lease, &json!({})).await)["access_token"].clone();
     assert!(new.is_string() && new != old);
     assert_eq!(opens(&new).await, StatusCode::OK);
     let dead = async { while opens(&old).await != StatusCode::UNAUTHORIZED {} };
@@ -223,8 +232,8 @@ async fn rejected_token_is_replaced_by_next_heartbeat() {
     let refused = async {
         while test_server.get(&list, lease["access_token"].as_str()).await.status != StatusCode::UNAUTHORIZED {}
     };
-    tokio::time::timeout(LIMIT, refused).await.expect("the token runs out");
-    assert!(body(&node.beat(&test_server, &lease, &json!({})).await)["access_token"].is_string());
+    tokio::time::timeout(LIMIT, refused).await.expect("the token expires");
+    assert!(body(&node.heartbeat(&test_server, &lease, &json!({})).await)["access_token"].is_string());
 }
 
 #[tokio::test]

@@ -162,7 +162,7 @@ impl TestNode {
         body(&answer)
     }
 
-    pub(crate) async fn beat(&self, test_server: &TestServer, lease: &Value, request: &Value) -> Answer {
+    pub(crate) async fn heartbeat(&self, test_server: &TestServer, lease: &Value, request: &Value) -> Answer {
         test_server.post(&path(lease, "heartbeat"), Some(&self.token), request).await
     }
 

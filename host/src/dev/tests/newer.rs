@@ -40,7 +40,7 @@ async fn lease_has_all_fields_newer_nodes_require() {
         assert!(lease["task"][amount].is_string(), "{amount} is decimal text");
     }
     // 10.3: values that a heartbeat answer must not change, and values that it must contain.
-    let beat = body(&node.beat(&test_server, &lease, &json!({})).await);
+    let beat = body(&node.heartbeat(&test_server, &lease, &json!({})).await);
     assert!(beat.is_object() && ahead(&beat["lease_expires_at"]));
     assert_eq!(beat["domain_id"], lease["domain_id"]);
     assert!(beat["task_id"].is_null() && beat["task"].is_null() && beat["status"] == "running", "{beat}");
@@ -83,7 +83,7 @@ async fn reports_need_no_progress_events_meta_or_details() {
     let lease = node.lease(&test_server).await;
     // The maximum size that newer nodes allow.
     let large = json!({"progress": {"text": "p".repeat(65_000)}, "events": vec![json!({"n": 1}); 1024]});
-    assert_eq!(node.beat(&test_server, &lease, &large).await.status, StatusCode::OK);
+    assert_eq!(node.heartbeat(&test_server, &lease, &large).await.status, StatusCode::OK);
     let done = test_server.post(&path(&lease, "complete"), Some(&node.token), &json!({"output_cids": ["d"]})).await;
     assert_eq!(done.status, StatusCode::OK, "{}", done.excerpt());
     assert_eq!(test_server.server.job(job).expect("known")["receipts"][3]["outputs"], json!(["d"]));
@@ -97,7 +97,7 @@ async fn frequent_heartbeats_with_repeated_events_are_accepted() {
     let job = test_server.job(HELLO, 1);
     let lease = node.lease(&test_server).await;
     for n in 0..30 {
-        let beat = node.beat(&test_server, &lease, &json!({"progress": {"n": n}, "events": [{"same": 1}]})).await;
+        let beat = node.heartbeat(&test_server, &lease, &json!({"progress": {"n": n}, "events": [{"same": 1}]})).await;
         assert_eq!(beat.status, StatusCode::OK);
     }
     let task = test_server.server.job(job).expect("known")["tasks"][0].clone();
@@ -109,7 +109,7 @@ async fn frequent_heartbeats_with_repeated_events_are_accepted() {
 
 /// 10.2, 10.6: a registration every 120 s by a wallet that is logged in and works.
 #[tokio::test]
-async fn registering_again_is_a_refresh_that_disturbs_nothing() {
+async fn repeated_registration_keeps_token_and_lease() {
     let test_server = TestServer::start().await;
     let node = test_server.node(1, &[HELLO]).await;
     test_server.job(HELLO, 1);
@@ -117,14 +117,18 @@ async fn registering_again_is_a_refresh_that_disturbs_nothing() {
     for _ in 0..3 {
         assert_eq!(node.register(&test_server, &[HELLO, "/more"]).await.status, StatusCode::OK);
     }
-    assert_eq!(node.beat(&test_server, &lease, &json!({})).await.status, StatusCode::OK, "token and lease live on");
+    assert_eq!(
+        node.heartbeat(&test_server, &lease, &json!({})).await.status,
+        StatusCode::OK,
+        "token and lease stay valid"
+    );
     test_server.job("/more", 1);
     assert_eq!(node.lease(&test_server).await["task"]["capability"], "/more", "a changed set counts at once");
 }
 
 /// 6.6, 6.7, 10.5, 10.6: limits and the start of an upload, in both spellings.
 #[tokio::test]
-async fn uploads_tell_all_that_newer_writers_need() {
+async fn upload_answers_have_all_fields_newer_writers_need() {
     let config =
         Config { request_max_bytes: 9_000, domain_data_max_bytes: 70_000, part_size: 1_000, ..Config::default() };
     let test_server = TestServer::with(config).await;
@@ -206,7 +210,7 @@ async fn data_api_supports_newer_request_forms() {
 
 /// 10.6: JSON content types on every answer, including rejections.
 #[tokio::test]
-async fn every_json_answer_says_so() {
+async fn every_json_answer_has_a_json_content_type() {
     let test_server = TestServer::start().await;
     let node = test_server.node(1, &[HELLO]).await;
     let (domain, grant) = (test_server.server.domain_id(), test_server.server.grant());
@@ -238,11 +242,11 @@ async fn every_json_answer_says_so() {
 async fn old_form_omits_newer_fields_and_endpoints() {
     let test_server = TestServer::start().await;
     let node = test_server.node(1, &[HELLO]).await;
-    test_server.server.set_faults(Faults::parse("[world]\nform = \"old\"").expect("a sound file"));
+    test_server.server.set_faults(Faults::parse("[world]\nform = \"old\"").expect("a valid file"));
     // No header says that the answer is JSON.
     let plain = |answer: &Answer| {
         assert_eq!(answer.headers["content-type"], "text/plain; charset=utf-8");
-        serde_json::from_slice::<Value>(&answer.body).expect("JSON all the same")
+        serde_json::from_slice::<Value>(&answer.body).expect("it is JSON although no header says so")
     };
     test_server.job(HELLO, 1);
     let lease = plain(&node.poll(&test_server, "").await);
@@ -250,10 +254,10 @@ async fn old_form_omits_newer_fields_and_endpoints() {
     assert!(!opaque.contains('.'), "no JWT");
     assert!(lease["access_token_expires_at"].is_null() && lease["task"]["lease_expires_at"].is_null());
     assert!(ahead(&lease["lease_expires_at"]));
-    let beat = plain(&node.beat(&test_server, &lease, &json!({})).await);
-    let said: Vec<&String> =
+    let beat = plain(&node.heartbeat(&test_server, &lease, &json!({})).await);
+    let content_types: Vec<&String> =
         beat.as_object().expect("an object").iter().filter(|(_, v)| !v.is_null()).map(|(k, _)| k).collect();
-    assert_eq!(said, ["cancel", "lease_expires_at"]);
+    assert_eq!(content_types, ["cancel", "lease_expires_at"]);
     assert_eq!(test_server.get("/api/v1/info", None).await.status, StatusCode::NOT_FOUND);
     let data = format!("/api/v1/domains/{}/data", test_server.server.domain_id());
     let begun = test_server

@@ -16,7 +16,7 @@ use std::{collections::BTreeMap, future::Future, path::PathBuf, time::Duration};
 use http::{Request, StatusCode};
 use http_body_util::BodyExt;
 use runner_host::{
-    dev::{Config, DevServer, Seen},
+    dev::{Config, DevServer, JournalEntry},
     transport::{self, Client},
 };
 use serde_json::{Value, json};
@@ -98,7 +98,7 @@ impl TestServer {
     }
 
     /// Waits until the dev server's journal matches `wanted`.
-    pub(crate) async fn seen(&self, node: &TestNode, wanted: impl Fn(&[Seen]) -> bool) -> Vec<Seen> {
+    pub(crate) async fn seen(&self, node: &TestNode, wanted: impl Fn(&[JournalEntry]) -> bool) -> Vec<JournalEntry> {
         within("a request", || node.log(), self.dev_server.journal_until(wanted)).await
     }
 
