@@ -38,11 +38,11 @@ struct End {
 type Tidying = JoinHandle<Result<(), ScratchError>>;
 
 /// How the report of an attempt ended.
-enum Settled {
+enum ReportEnd {
     /// It was sent, with this result.
     Sent(Sent),
     /// Nothing may be reported.
-    Silent(CancelReason),
+    NotReported(CancelReason),
 }
 
 /// The slot of an attempt.
@@ -110,13 +110,13 @@ pub(super) async fn attempt(modules: Arc<Modules>, slot: Slot, session: Session,
     modules.events.board().moved(slot.held, TaskStage::Reporting);
     slot.pace.ended(lease_value(&held_lease, &result.outcome));
     let report = NewReport { plane: slot.source.facts(), lease, task_result: &result, elapsed: began.elapsed() };
-    let settled = settle(&modules.outbox, report, free(permit, tidying), session, &stops).await;
-    let record = TaskRecord::new(lease, slot.plugin.as_ref(), &result, began.elapsed(), settled.state());
+    let report_end = deliver_report(&modules.outbox, report, free(permit, tidying), session, &stops).await;
+    let record = TaskRecord::new(lease, slot.plugin.as_ref(), &result, began.elapsed(), report_end.state());
     modules.events.emit(NodeEvent::TaskEnded {
         held: slot.held,
         record: Arc::new(record),
         reason: result.outcome.reason(),
-        report_reason: settled.reason(),
+        report_reason: report_end.reason(),
     });
 }
 
@@ -158,9 +158,9 @@ async fn admit(
 /// Classifies the ended task for the pace of polling.
 fn lease_value(held_lease: &HeldLease, outcome: &Outcome) -> LeaseValue {
     let begun = !held_lease.is_refused();
-    let ours = held_lease.cancel.reason() != Some(CancelReason::LeaseLost);
+    let held = held_lease.cancel.reason() != Some(CancelReason::LeaseLost);
     match outcome {
-        _ if !begun || !ours => LeaseValue::Nothing,
+        _ if !begun || !held => LeaseValue::Nothing,
         Outcome::Completed
         | Outcome::Budget { .. }
         | Outcome::Failed { .. }
@@ -175,22 +175,22 @@ fn lease_value(held_lease: &HeldLease, outcome: &Outcome) -> LeaseValue {
 }
 
 /// Reports the task result. Then the slot is `freed`.
-async fn settle(
+async fn deliver_report(
     outbox: &Outbox,
     report: NewReport<'_>,
     freed: impl Future<Output = ()>,
     session: Session,
     stops: &StopSignals,
-) -> Settled {
+) -> ReportEnd {
     if let Some(reason) = session.no_report(&report.task_result.outcome) {
         freed.await;
-        return Settled::Silent(reason);
+        return ReportEnd::NotReported(reason);
     }
     let stops = outbox::Stops { drain: &stops.drain, cancel: &stops.cancel };
     match outbox.deliver(report, session.close(), stops, freed).await {
-        Ok(sent) => Settled::Sent(sent),
-        Err(NoReport::Over(reason)) => Settled::Silent(reason),
-        Err(NoReport::Gone(why)) => Settled::Sent(Sent::Refused(why)),
+        Ok(sent) => ReportEnd::Sent(sent),
+        Err(NoReport::Over(reason)) => ReportEnd::NotReported(reason),
+        Err(NoReport::Refused(why)) => ReportEnd::Sent(Sent::Refused(why)),
     }
 }
 
@@ -312,7 +312,7 @@ impl End {
     }
 }
 
-impl Settled {
+impl ReportEnd {
     /// The state that the status page shows.
     fn state(&self) -> ReportState {
         match self {
@@ -320,7 +320,7 @@ impl Settled {
             Self::Sent(Sent::Refused(_)) => ReportState::Refused,
             Self::Sent(Sent::Waiting(_)) => ReportState::Waiting,
             Self::Sent(Sent::Dropped) => ReportState::Dropped,
-            Self::Silent(_) => ReportState::None,
+            Self::NotReported(_) => ReportState::None,
         }
     }
 
@@ -329,7 +329,7 @@ impl Settled {
         match self {
             Self::Sent(Sent::Accepted | Sent::Dropped) => None,
             Self::Sent(Sent::Refused(why) | Sent::Waiting(why)) => Some(why),
-            Self::Silent(reason) => Some(reason.as_str().to_owned()),
+            Self::NotReported(reason) => Some(reason.as_str().to_owned()),
         }
     }
 }

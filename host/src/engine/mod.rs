@@ -151,22 +151,22 @@ impl SharedPace {
         self.lock().next()
     }
 
-    fn won(&self) {
-        self.lock().won(Instant::now());
+    fn leased(&self) {
+        self.lock().leased(Instant::now());
     }
 
     fn width(&self) -> usize {
         self.lock().width()
     }
 
-    fn alone(&self) {
-        self.lock().alone();
+    fn one_poll(&self) {
+        self.lock().one_poll();
     }
 
     fn pause(&self, sent: Instant, asked: Option<Duration>) -> Option<Duration> {
         let mut pace = self.lock();
         if let Some(asked) = asked {
-            pace.leave_alone(asked, Instant::now());
+            pace.pause_as_asked(asked, Instant::now());
         }
         pace.pause(sent, Instant::now())
     }
@@ -175,8 +175,8 @@ impl SharedPace {
         self.lock().ended(lease_value, Instant::now());
     }
 
-    fn hasten(&self) {
-        self.lock().hasten(Instant::now());
+    fn poll_now(&self) {
+        self.lock().poll_now(Instant::now());
     }
 }
 
@@ -184,7 +184,7 @@ impl SharedPace {
 struct Polled {
     poll_slot: PollSlot,
     sent: Instant,
-    taken: Result<Option<Lease>, LeaseError>,
+    answer: Result<Option<Lease>, LeaseError>,
 }
 
 impl Engine {
@@ -211,7 +211,7 @@ impl Engine {
                 () = stops.drain.cancelled() => break,
                 Some(polled) = polls.next() => self.found(polled, &stops),
                 // The next poll follows at once after a finished task.
-                Some(ended) = self.attempts.join_next() => self.look_at(ended),
+                Some(ended) = self.attempts.join_next() => self.attempt_ended(ended),
                 poll_slot = next_poll(&self.modules, &self.planes, &self.slots), if more => {
                     let plane = &mut self.planes[poll_slot.plane];
                     plane.sent(Instant::now());
@@ -241,25 +241,25 @@ impl Engine {
 
     /// Handles the result of a poll.
     fn found(&mut self, polled: Polled, stops: &StopSignals) {
-        let Polled { poll_slot: PollSlot { plane: place, permit }, sent, taken } = polled;
+        let Polled { poll_slot: PollSlot { plane: index, permit }, sent, answer } = polled;
         let attempts_run = !self.attempts.is_empty();
-        let plane = &mut self.planes[place];
+        let plane = &mut self.planes[index];
         plane.under_way -= 1;
         plane.since = Instant::now();
-        if taken.is_ok() {
+        if answer.is_ok() {
             self.modules.outbox.plane_answers(&plane.source.facts().name);
         }
         // An unreadable lease is an answer too. So is a request to end a task first.
-        if matches!(taken, Ok(_) | Err(LeaseError::Busy | LeaseError::Malformed { task: Some(_), .. })) {
+        if matches!(answer, Ok(_) | Err(LeaseError::Busy | LeaseError::Malformed { task: Some(_), .. })) {
             self.modules.events.board().polled(None);
         }
-        match taken {
+        match answer {
             Ok(Some(lease)) if admits(&self.modules, &lease) => {
-                plane.pace.won();
-                self.begin(lease, place, permit, stops);
+                plane.pace.leased();
+                self.begin(lease, index, permit, stops);
             }
             Err(LeaseError::Busy) if attempts_run => {
-                plane.pace.alone();
+                plane.pace.one_poll();
                 plane.busy = true;
             }
             Ok(_) | Err(LeaseError::Busy) => {
@@ -278,7 +278,7 @@ impl Engine {
                 self.attempts.spawn(async move {
                     refusal.await;
                     drop(permit);
-                    place
+                    index
                 });
             }
             Err(err) => {
@@ -291,8 +291,8 @@ impl Engine {
         }
     }
 
-    fn begin(&mut self, lease: Lease, place: usize, permit: Option<OwnedSemaphorePermit>, stops: &StopSignals) {
-        let plane = &self.planes[place];
+    fn begin(&mut self, lease: Lease, index: usize, permit: Option<OwnedSemaphorePermit>, stops: &StopSignals) {
+        let plane = &self.planes[index];
         let plugin = self.modules.plugins.id_of(&lease.capability).cloned();
         let span = attempt::span(&lease, plugin.as_ref().map(|plugin| &*plugin.name));
         let task = lease.task().clone();
@@ -317,18 +317,18 @@ impl Engine {
             async move {
                 // Called here: a future that is captured and awaited exists twice in this one.
                 attempt::attempt(modules, slot, session, grace, stops).await;
-                place
+                index
             }
             .instrument(span),
         );
     }
 
     /// An attempt reports the end of its lease itself. An error here is a host bug.
-    fn look_at(&mut self, ended: Result<usize, JoinError>) {
+    fn attempt_ended(&mut self, ended: Result<usize, JoinError>) {
         match ended {
-            Ok(place) => {
-                self.planes[place].busy = false;
-                self.planes[place].pace.hasten();
+            Ok(index) => {
+                self.planes[index].busy = false;
+                self.planes[index].pace.poll_now();
             }
             Err(err) => {
                 self.planes.iter_mut().for_each(|plane| plane.busy = false);
@@ -349,7 +349,7 @@ impl Engine {
                 // Ended tasks are checked first: with DRAIN_TIMEOUT=0 an idle node is not cut short.
                 biased;
                 next = self.attempts.join_next() => match next {
-                    Some(end) => self.look_at(end),
+                    Some(end) => self.attempt_ended(end),
                     None => break,
                 },
                 () = &mut patience, if ended == Ended::Drained => {
@@ -387,13 +387,13 @@ fn hangs(plane: &Plane) -> bool {
 /// Asks for a lease.
 async fn poll(source: Arc<dyn LeaseSource>, poll_slot: PollSlot) -> Polled {
     let sent = Instant::now();
-    Polled { poll_slot, sent, taken: source.poll().await }
+    Polled { poll_slot, sent, answer: source.poll().await }
 }
 
 /// Reports a lease that could not be read. If the plane does not accept that report, the lease expires.
 async fn refuse(source: Arc<dyn LeaseSource>, to: ReportAddress, reason: String, cancel: CancellationToken) {
     let outcome = Outcome::Setup { stage: SetupStage::StartSession, message: reason };
-    let telling = async {
+    let rejecting = async {
         for tries in 1..=REFUSALS_MAX {
             let Err(err) = source.reject(&to, &outcome).await else { return };
             warn!(event = "lease.not_rejected", task_id = %to.task, error = %err, tries, "lease could not be rejected");
@@ -404,7 +404,7 @@ async fn refuse(source: Arc<dyn LeaseSource>, to: ReportAddress, reason: String,
         }
     };
     tokio::select! {
-        () = telling => {}
+        () = rejecting => {}
         () = cancel.cancelled() => {}
     }
 }

@@ -50,7 +50,7 @@ pub(super) struct Pace {
     /// The end of the last pause after an unusable lease. Leases that end before it belong to the same failure.
     paused_until: Instant,
     /// Leases since the last poll without one.
-    wins: usize,
+    leases: usize,
     /// The last ended lease was unusable. The next leases are polled one at a time.
     wary: bool,
 }
@@ -67,19 +67,19 @@ impl Pace {
             not_before: now,
             paused_at: now,
             paused_until: now,
-            wins: 0,
+            leases: 0,
             wary: false,
         }
     }
 
     /// How many polls may be under way. One without work. Each lease adds one.
     pub(super) fn width(&self) -> usize {
-        if self.wary { 1 } else { self.wins.clamp(1, WIDTH_MAX) }
+        if self.wary { 1 } else { self.leases.clamp(1, WIDTH_MAX) }
     }
 
     /// Only one poll may be under way next.
-    pub(super) fn alone(&mut self) {
-        self.wins = 0;
+    pub(super) fn one_poll(&mut self) {
+        self.leases = 0;
     }
 
     /// The earliest instant of the next poll.
@@ -88,24 +88,24 @@ impl Pace {
     }
 
     /// The plane asks for no polls for the time `asked`.
-    pub(super) fn leave_alone(&mut self, asked: Duration, now: Instant) {
+    pub(super) fn pause_as_asked(&mut self, asked: Duration, now: Instant) {
         self.not_before = now + pause_asked(Duration::ZERO, Some(asked), self.high.max(ASKED_MAX));
     }
 
     /// A poll returned a lease.
-    pub(super) fn won(&mut self, now: Instant) {
+    pub(super) fn leased(&mut self, now: Instant) {
         if self.wary {
             self.next = now + self.low;
         } else {
             self.pauses = 0;
-            self.wins += 1;
+            self.leases += 1;
         }
     }
 
     /// A poll sent at `sent` returned nothing that could run. Returns the pause. Returns `None` if a concurrent poll
     /// has started the pause already.
     pub(super) fn pause(&mut self, sent: Instant, now: Instant) -> Option<Duration> {
-        self.alone();
+        self.one_poll();
         if sent < self.paused_at {
             return None;
         }
@@ -130,7 +130,7 @@ impl Pace {
             LeaseValue::Nothing if self.wary && now < self.paused_until => {}
             LeaseValue::Nothing => {
                 self.wary = true;
-                self.alone();
+                self.one_poll();
                 self.wait(now);
                 self.paused_until = self.next;
             }
@@ -138,7 +138,7 @@ impl Pace {
     }
 
     /// The plane has learned that a task ended. It may have more work now.
-    pub(super) fn hasten(&mut self, now: Instant) {
+    pub(super) fn poll_now(&mut self, now: Instant) {
         if !self.wary {
             self.pauses = 0;
             self.next = now;
@@ -183,14 +183,14 @@ mod tests {
             .map(|(at, event)| {
                 let now = start + *at * MS;
                 match *event {
-                    "won" => pace.won(now),
+                    "leased" => pace.leased(now),
                     "empty" => drop(pace.pause(now, now)),
                     "work" => pace.ended(LeaseValue::Work, now),
                     "nothing" => pace.ended(LeaseValue::Nothing, now),
                     _ => {}
                 }
-                if !matches!(*event, "won" | "empty") {
-                    pace.hasten(now);
+                if !matches!(*event, "leased" | "empty") {
+                    pace.poll_now(now);
                 }
                 (pace.next() - start).as_millis()
             })
@@ -200,9 +200,12 @@ mod tests {
 
     #[test]
     fn only_finished_work_triggers_an_immediate_poll() {
-        check(&[(0, "won"), (5, "won"), (9, "work"), (10, "empty"), (50, "work")], &[0, 0, 9, 110, 50]);
-        check(&[(0, "won"), (5, "nothing"), (6, "nothing"), (105, "won"), (110, "nothing")], &[0, 105, 105, 205, 210]);
-        check(&[(0, "nothing"), (100, "won"), (150, "work"), (151, "won")], &[100, 200, 150, 150]);
+        check(&[(0, "leased"), (5, "leased"), (9, "work"), (10, "empty"), (50, "work")], &[0, 0, 9, 110, 50]);
+        check(
+            &[(0, "leased"), (5, "nothing"), (6, "nothing"), (105, "leased"), (110, "nothing")],
+            &[0, 105, 105, 205, 210],
+        );
+        check(&[(0, "nothing"), (100, "leased"), (150, "work"), (151, "leased")], &[100, 200, 150, 150]);
     }
 
     #[test]
@@ -210,11 +213,11 @@ mod tests {
         for (high, asked, expected) in [(3, 7, 7), (3, 3600, 60), (300, 3600, 300)] {
             let start = Instant::now();
             let mut pace = Pace::new((100 * MS, high * 1000 * MS), start);
-            pace.leave_alone(asked * 1000 * MS, start);
+            pace.pause_as_asked(asked * 1000 * MS, start);
             assert_eq!(pace.pause(start, start), Some(expected * 1000 * MS));
             // Work that ends meanwhile does not change the pause.
             pace.ended(LeaseValue::Work, start + MS);
-            pace.hasten(start + MS);
+            pace.poll_now(start + MS);
             assert_eq!(pace.next(), start + expected * 1000 * MS);
         }
     }
@@ -223,16 +226,16 @@ mod tests {
     fn only_consecutive_leases_increase_parallel_polls() {
         let start = Instant::now();
         let mut pace = Pace::new((100 * MS, 1600 * MS), start);
-        let widths = |pace: &mut Pace, wins: usize| {
-            let won = (0..wins).map(|_| {
-                pace.won(start);
+        let widths = |pace: &mut Pace, leases: usize| {
+            let leased = (0..leases).map(|_| {
+                pace.leased(start);
                 pace.width()
             });
-            won.collect::<Vec<_>>()
+            leased.collect::<Vec<_>>()
         };
         assert_eq!(pace.width(), 1);
         assert_eq!(widths(&mut pace, 10), [1, 2, 3, 4, 5, 6, 7, 8, 8, 8]);
-        pace.alone();
+        pace.one_poll();
         assert_eq!(widths(&mut pace, 3), [1, 2, 3]);
         // Three concurrent polls found nothing: they cause one pause, not a third one.
         assert!(pace.pause(start, start + 5 * MS).is_some());
@@ -251,7 +254,7 @@ mod tests {
         let mut pace = Pace::new((100 * MS, 1600 * MS), start);
         let mut now = start;
         let longest = (0..6).map(|_| {
-            pace.won(now);
+            pace.leased(now);
             pace.ended(LeaseValue::Nothing, now + MS);
             now = pace.next();
             pace.backoff.grown(pace.pauses).as_millis()

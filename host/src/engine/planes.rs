@@ -130,8 +130,8 @@ async fn due(planes: &[Plane]) -> Option<usize> {
     let now = Instant::now();
     let ready = || wanting().filter(|(_, plane)| plane.is_ready());
     let first = ready().filter(|(_, plane)| plane.pace.next() <= now).min_by_key(|(_, plane)| plane.polled_at);
-    if let Some((place, _)) = first {
-        return Some(place);
+    if let Some((index, _)) = first {
+        return Some(index);
     }
     let next = ready().map(|(_, plane)| plane.pace.next()).min();
     let mut unready: FuturesUnordered<_> = wanting()

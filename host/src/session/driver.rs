@@ -40,7 +40,7 @@ pub(super) struct Driver {
     /// The advice of the latest heartbeat's failure. `None` after an answered heartbeat. Each advice is logged once.
     last_advice: Option<Advice>,
     /// The plane's message that this node no longer holds the lease.
-    gone: Option<String>,
+    refusal: Option<String>,
 }
 
 impl Driver {
@@ -73,35 +73,35 @@ impl Driver {
             located: false,
             ended: false,
             last_advice: None,
-            gone: None,
+            refusal: None,
         };
         driver.publish_deadline();
         driver
     }
 
-    /// Keeps the lease while its task runs, sends the final flush, and keeps the lease while the report is sent.
+    /// Holds the lease while its task runs, sends the final flush, and holds the lease while the report is sent.
     /// If the caller drops the session instead of closing it, this future ends at once.
     pub(super) async fn run(mut self) {
-        let Some(closing) = self.keep_for_task().await else { return };
+        let Some(closing) = self.hold_for_task().await else { return };
         if self.pacing.left(BootInstant::now()).is_some() && self.held_lease.progress.is_dirty() {
             self.flush().await;
         }
         let end = self.end();
         let report = end.is_ok();
-        // The receiver is gone: the node stops, and the outbox owns the report.
+        // The receiver no longer exists: the node stops, and the outbox owns the report.
         if closing.send(end).is_ok() && report {
-            self.keep_for_report().await;
+            self.hold_for_report().await;
         }
     }
 
-    /// Keeps the lease until the session is closed.
-    async fn keep_for_task(&mut self) -> Option<Closing> {
+    /// Holds the lease until the session is closed.
+    async fn hold_for_task(&mut self) -> Option<Closing> {
         let mut event = PacingEvent::Tick;
         loop {
             let step = self.pacing.on(event, BootInstant::now(), rand::random());
             self.publish_deadline();
             match step {
-                PacingStep::Beat { until } => event = self.beat(until).await,
+                PacingStep::Heartbeat { until } => event = self.send_heartbeat(until).await,
                 PacingStep::Sleep { until } => {
                     event = tokio::select! {
                         biased;
@@ -116,21 +116,21 @@ impl Driver {
                 }
                 PacingStep::Rest => return (&mut self.closed).await.ok(),
                 end => {
-                    self.tell(end);
+                    self.publish_step(end);
                     event = PacingEvent::Tick;
                 }
             }
         }
     }
 
-    /// Keeps the lease until it is over. Messages of the plane meanwhile do not affect the report. The answer to the
+    /// Holds the lease until it is over. Messages of the plane meanwhile do not affect the report. The answer to the
     /// report decides whether it counts.
-    async fn keep_for_report(&mut self) {
+    async fn hold_for_report(&mut self) {
         self.ended = true;
         let mut event = PacingEvent::Tick;
         loop {
             match self.pacing.on(event, BootInstant::now(), rand::random()) {
-                PacingStep::Beat { until } => event = self.beat(until).await,
+                PacingStep::Heartbeat { until } => event = self.send_heartbeat(until).await,
                 PacingStep::Sleep { until } => {
                     sleep(until.left()).await;
                     event = PacingEvent::Tick;
@@ -157,7 +157,7 @@ impl Driver {
     }
 
     /// Publishes the end of the lease or a cancel to everything that works on the task.
-    fn tell(&self, step: PacingStep) {
+    fn publish_step(&self, step: PacingStep) {
         match step {
             PacingStep::Cancel => {
                 self.events.emit(NodeEvent::TaskCancelled { task: self.task() });
@@ -171,7 +171,7 @@ impl Driver {
                 self.held_lease.cancel.cancel(CancelReason::LeaseLost);
                 self.set_up(Setup::Refused("the lease was lost before its set-up heartbeat was answered".to_owned()));
             }
-            PacingStep::Beat { .. } | PacingStep::Sleep { .. } | PacingStep::Rest => {}
+            PacingStep::Heartbeat { .. } | PacingStep::Sleep { .. } | PacingStep::Rest => {}
         }
     }
 
@@ -186,10 +186,10 @@ impl Driver {
         });
     }
 
-    async fn beat(&mut self, until: BootInstant) -> PacingEvent {
+    async fn send_heartbeat(&mut self, until: BootInstant) -> PacingEvent {
         let sent = self.held_lease.progress.pending();
         let failure = match self.source.heartbeat(&self.address, &sent, until).await {
-            Ok(kept) => return self.adopt(&sent, kept),
+            Ok(renewal) => return self.apply_renewal(&sent, renewal),
             Err(err) => err,
         };
         match failure.advice() {
@@ -198,9 +198,9 @@ impl Driver {
                 self.events.emit(NodeEvent::HeartbeatRefused { task, error: error.clone(), ended });
                 // After the task has ended, its report may have arrived although its answer was lost.
                 if !ended {
-                    self.gone = Some(error);
+                    self.refusal = Some(error);
                 }
-                return PacingEvent::Gone;
+                return PacingEvent::Refused;
             }
             Advice::GiveUp => self.set_up(Setup::Refused(failure.to_string())),
             Advice::RetryLater => {}
@@ -215,19 +215,19 @@ impl Driver {
     }
 
     /// Applies an answer in the order of posemesh.md section 4.10. The cancel comes last.
-    fn adopt(&mut self, sent: &Pending, kept: Renewal) -> PacingEvent {
+    fn apply_renewal(&mut self, sent: &Pending, renewal: Renewal) -> PacingEvent {
         if self.last_advice.take().is_some() {
             self.writer.answered();
             self.events.emit(NodeEvent::HeartbeatRecovered { task: self.task() });
         }
         self.held_lease.progress.acknowledge(sent);
-        if kept.token.is_some_and(|token| self.writer.renew(token)) {
+        if renewal.token.is_some_and(|token| self.writer.renew(token)) {
             self.held_lease.progress.answered();
         }
-        if let Some(ends) = kept.token_expires_at {
+        if let Some(ends) = renewal.token_expires_at {
             self.writer.token_deadline().set(ends);
         }
-        if let Some(address) = kept.address {
+        if let Some(address) = renewal.address {
             if address.task != self.address.task {
                 let (task, formerly) = (address.task.clone(), self.task());
                 self.events.emit(NodeEvent::TaskRenamed { task, formerly });
@@ -235,21 +235,21 @@ impl Driver {
             self.address = address.clone();
             self.writer.rename(address);
         }
-        if let Some(capability) = kept.capability.filter(|name| name != self.held_lease.lease.capability.as_str()) {
+        if let Some(capability) = renewal.capability.filter(|name| name != self.held_lease.lease.capability.as_str()) {
             // The running runner does not change. A plane that wants another runner must create another task.
             warn!(event = "task.capability_renamed", task_id = %self.address.task, renamed = %capability, "control plane renamed the task's capability, the runner continues");
         }
         if self.announced.domain().is_none()
-            && let Some(domain) = kept.data.as_ref().and_then(AnnouncedData::domain)
+            && let Some(domain) = renewal.data.as_ref().and_then(AnnouncedData::domain)
         {
             // The span of the task was created before this was known.
             tracing::Span::current().record("domain_id", tracing::field::display(domain));
         }
         // The runner of a cancelled task must not start to fetch.
-        if !kept.cancel {
-            self.locate_data(kept.data);
+        if !renewal.cancel {
+            self.locate_data(renewal.data);
         }
-        PacingEvent::Answered { term: kept.term, token: kept.token_expires_at, cancel: kept.cancel }
+        PacingEvent::Answered { term: renewal.term, token: renewal.token_expires_at, cancel: renewal.cancel }
     }
 
     /// Publishes the location of the task's data with the set-up heartbeat, and after each change.
@@ -281,8 +281,8 @@ impl Driver {
 
     /// Whether the end of the task may be reported.
     fn end(&self) -> Result<(), NoReport> {
-        if let Some(why) = self.gone.clone() {
-            return Err(NoReport::Gone(why));
+        if let Some(why) = self.refusal.clone() {
+            return Err(NoReport::Refused(why));
         }
         if matches!(self.pacing.state(), State::Cancelled { .. }) {
             return Err(NoReport::Over(CancelReason::Plane));
@@ -297,15 +297,15 @@ impl Driver {
         let deadline = started + self.pacing.left(started).unwrap_or_default() / 2;
         let mut failures = 0;
         loop {
-            let mut step = self.pacing.beat_now(BootInstant::now());
+            let mut step = self.pacing.heartbeat_now(BootInstant::now());
             let mut answered = false;
-            if let PacingStep::Beat { until } = step {
-                let event = self.beat(until.min(deadline)).await;
+            if let PacingStep::Heartbeat { until } = step {
+                let event = self.send_heartbeat(until.min(deadline)).await;
                 answered = matches!(event, PacingEvent::Answered { .. });
                 step = self.pacing.on(event, BootInstant::now(), rand::random());
             }
             self.publish_deadline();
-            self.tell(step);
+            self.publish_step(step);
             let PacingStep::Sleep { until } = step else { return };
             if !self.held_lease.progress.is_dirty() {
                 return;

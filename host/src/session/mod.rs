@@ -84,8 +84,8 @@ type Closing = oneshot::Sender<Result<(), NoReport>>;
 pub enum NoReport {
     /// The task was cancelled or its lease lost before it ended.
     Over(CancelReason),
-    /// The plane has said that this node does not hold the task. The text is the reason in one line.
-    Gone(String),
+    /// The control plane refused a heartbeat: this node does not hold the task. The text is the reason in one line.
+    Refused(String),
 }
 
 impl Session {
@@ -99,9 +99,9 @@ impl Session {
     #[must_use]
     pub fn no_report(&self, outcome: &Outcome) -> Option<CancelReason> {
         // This also reads the clock: a process that was stopped may not have noticed the end of the lease yet.
-        let ours = self.held_lease.check_deadline();
+        let still_held = self.held_lease.check_deadline();
         match (self.held_lease.cancel.reason(), outcome) {
-            _ if !ours => Some(CancelReason::LeaseLost),
+            _ if !still_held => Some(CancelReason::LeaseLost),
             (Some(reason @ (CancelReason::Plane | CancelReason::LeaseLost)), _) => Some(reason),
             (_, Outcome::LeaseLost) => Some(CancelReason::LeaseLost),
             (reason, Outcome::Cancelled) => Some(reason.unwrap_or(CancelReason::Plane)),
@@ -117,9 +117,9 @@ impl Session {
     /// When nothing may be reported.
     pub async fn close(self) -> Result<ClosedSession, NoReport> {
         let Self { held_lease, close, driver } = self;
-        let (tell, closed) = oneshot::channel();
+        let (end, closed) = oneshot::channel();
         // The driver may have ended by a panic. Then nobody receives this message.
-        let _ = close.send(tell);
+        let _ = close.send(end);
         match closed.await {
             Ok(end) => end?,
             Err(_) => {

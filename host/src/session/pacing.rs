@@ -65,15 +65,15 @@ pub(super) enum PacingEvent {
     /// The heartbeat failed in a way that does not end the lease. `retry_after` is the pause that the plane asked for,
     /// if any.
     Failed { retry_after: Option<Duration> },
-    /// The plane says that this node no longer holds the lease.
-    Gone,
+    /// The control plane refuses the heartbeat: this node no longer holds the lease.
+    Refused,
 }
 
 /// What to do now.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum PacingStep {
     /// Send a heartbeat that must end by `until`. Its result is the next event.
-    Beat { until: BootInstant },
+    Heartbeat { until: BootInstant },
     /// Do nothing before `until`.
     Sleep { until: BootInstant },
     /// Publish that the plane asks to stop.
@@ -92,7 +92,7 @@ pub(super) enum State {
     /// Still held until it expires, but heartbeats fail.
     Doubtful { misses: u32, expires: BootInstant, next: BootInstant },
     /// A heartbeat is under way.
-    Beating { misses: u32, expires: BootInstant },
+    Sending { misses: u32, expires: BootInstant },
     /// The plane asked to stop. No more heartbeats are sent. The lease is lost when it expires.
     Cancelled { expires: BootInstant },
     /// No longer held.
@@ -103,11 +103,11 @@ pub(super) enum State {
 #[derive(Debug)]
 pub(super) struct Pacing {
     timing: HeartbeatTiming,
-    /// The term that the plane granted last. An answer without a time is assumed to held_lease it again.
+    /// The term that the plane granted last. An answer without a time is assumed to grant it again.
     term: Duration,
     /// When the domain token ends, if the plane has sent that.
     token: Option<BootInstant>,
-    last_beat: Option<BootInstant>,
+    last_heartbeat: Option<BootInstant>,
     state: State,
 }
 
@@ -121,7 +121,7 @@ impl Pacing {
         now: BootInstant,
     ) -> Self {
         let term = expires.map_or(TERM_ASSUMED, |at| at - now).min(TERM_MAX);
-        Self { timing, term, token, last_beat: None, state: State::Held { expires: now + term, next: now } }
+        Self { timing, term, token, last_heartbeat: None, state: State::Held { expires: now + term, next: now } }
     }
 
     /// A lease that arrived cancelled.
@@ -141,7 +141,7 @@ impl Pacing {
         match self.state {
             State::Held { expires, .. }
             | State::Doubtful { expires, .. }
-            | State::Beating { expires, .. }
+            | State::Sending { expires, .. }
             | State::Cancelled { expires } => Some(expires),
             State::Lost => None,
         }
@@ -150,7 +150,7 @@ impl Pacing {
     /// The time left of the lease, while it is held and not cancelled.
     pub(super) fn left(&self, now: BootInstant) -> Option<Duration> {
         match self.state {
-            State::Held { expires, .. } | State::Doubtful { expires, .. } | State::Beating { expires, .. } => {
+            State::Held { expires, .. } | State::Doubtful { expires, .. } | State::Sending { expires, .. } => {
                 Some(expires - now).filter(|left| !left.is_zero())
             }
             State::Cancelled { .. } | State::Lost => None,
@@ -160,14 +160,14 @@ impl Pacing {
     /// Handles one event and returns the next step. `draw` is in 0..1 and decides the jitter, if there is any.
     pub(super) fn on(&mut self, event: PacingEvent, now: BootInstant, draw: f64) -> PacingStep {
         match (event, self.state) {
-            (PacingEvent::Gone, State::Held { .. } | State::Doubtful { .. } | State::Beating { .. }) => {
+            (PacingEvent::Refused, State::Held { .. } | State::Doubtful { .. } | State::Sending { .. }) => {
                 return self.lose();
             }
-            (PacingEvent::Answered { term, token, cancel }, State::Beating { expires: old, .. }) => {
+            (PacingEvent::Answered { term, token, cancel }, State::Sending { expires: old, .. }) => {
                 self.token = token.or(self.token);
                 return self.answered(term, cancel, old, now, draw);
             }
-            (PacingEvent::Failed { retry_after }, State::Beating { misses, expires }) => {
+            (PacingEvent::Failed { retry_after }, State::Sending { misses, expires }) => {
                 let misses = misses.saturating_add(1);
                 let left = expires - now;
                 // The pause that the plane asks for still leaves time for one more try within the lease.
@@ -186,11 +186,11 @@ impl Pacing {
     }
 
     /// Sends one unscheduled heartbeat for the final flush of a task, if the lease is still held.
-    pub(super) fn beat_now(&mut self, now: BootInstant) -> PacingStep {
+    pub(super) fn heartbeat_now(&mut self, now: BootInstant) -> PacingStep {
         match self.state {
             State::Held { expires, .. } => self.state = State::Held { expires, next: now },
             State::Doubtful { misses, expires, .. } => self.state = State::Doubtful { misses, expires, next: now },
-            State::Beating { .. } | State::Cancelled { .. } | State::Lost => {}
+            State::Sending { .. } | State::Cancelled { .. } | State::Lost => {}
         }
         self.tick(now)
     }
@@ -199,10 +199,10 @@ impl Pacing {
         let (misses, expires, next) = match self.state {
             State::Held { expires, next } => (0, expires, next),
             State::Doubtful { misses, expires, next } => (misses, expires, next),
-            State::Beating { expires, .. } | State::Cancelled { expires } if now < expires => {
+            State::Sending { expires, .. } | State::Cancelled { expires } if now < expires => {
                 return PacingStep::Sleep { until: expires };
             }
-            State::Beating { .. } | State::Cancelled { .. } => return self.lose(),
+            State::Sending { .. } | State::Cancelled { .. } => return self.lose(),
             State::Lost => return PacingStep::Rest,
         };
         if now >= expires {
@@ -211,18 +211,18 @@ impl Pacing {
         if now < next {
             return PacingStep::Sleep { until: next.min(expires) };
         }
-        self.last_beat = Some(now);
-        self.state = State::Beating { misses, expires };
-        PacingStep::Beat { until: now + patience(expires - now) }
+        self.last_heartbeat = Some(now);
+        self.state = State::Sending { misses, expires };
+        PacingStep::Heartbeat { until: now + patience(expires - now) }
     }
 
-    fn answered(&mut self, said: Term, cancel: bool, old: BootInstant, now: BootInstant, draw: f64) -> PacingStep {
-        let expires = match said {
+    fn answered(&mut self, term: Term, cancel: bool, old: BootInstant, now: BootInstant, draw: f64) -> PacingStep {
+        let expires = match term {
             Term::Until(at) => {
                 self.term = (at - now).min(TERM_MAX);
                 now + self.term
             }
-            Term::SameTerm => old.max(self.last_beat.unwrap_or(now) + self.term),
+            Term::SameTerm => old.max(self.last_heartbeat.unwrap_or(now) + self.term),
             Term::Unchanged => old,
         };
         // The process was stopped between the answer and now. The answer is about a lease that is over.
@@ -235,7 +235,7 @@ impl Pacing {
         }
         // A fixed end comes nearer with each heartbeat. A share of the time left would then send more and more
         // heartbeats.
-        let left = if said == Term::Unchanged { self.term } else { expires - now };
+        let left = if term == Term::Unchanged { self.term } else { expires - now };
         let mut interval = self.timing.interval(left, draw);
         // The answer should bring a newer domain token before the old one ends.
         if let Some(left) = self.token.map(|token| token - now).filter(|left| !left.is_zero()) {
@@ -251,7 +251,7 @@ impl Pacing {
     }
 
     fn not_before(&self, wanted: BootInstant) -> BootInstant {
-        self.last_beat.map_or(wanted, |last| wanted.max(last + GAP_MIN))
+        self.last_heartbeat.map_or(wanted, |last| wanted.max(last + GAP_MIN))
     }
 }
 
@@ -272,29 +272,29 @@ mod tests {
 
     /// An event in the form that a test writes. The remaining time in an answer counts from the event.
     #[derive(Clone, Copy)]
-    enum Told {
+    enum TestEvent {
         Tick,
         Dirty,
         Failed,
         /// Failed. The plane asked for a retry after this many milliseconds.
         Busy(u64),
-        Gone,
+        Refused,
         Answered {
             left: Option<Duration>,
             token: Option<Duration>,
             cancel: bool,
         },
     }
-    use Told::*;
+    use TestEvent::*;
 
-    impl Told {
+    impl TestEvent {
         fn at(self, now: BootInstant) -> PacingEvent {
             match self {
                 Tick => PacingEvent::Tick,
                 Dirty => PacingEvent::Dirty,
                 Failed => PacingEvent::Failed { retry_after: None },
                 Busy(ms) => PacingEvent::Failed { retry_after: Some(Duration::from_millis(ms)) },
-                Gone => PacingEvent::Gone,
+                Refused => PacingEvent::Refused,
                 Answered { left, token, cancel } => PacingEvent::Answered {
                     term: left.map_or(Term::SameTerm, |left| Term::Until(now + left)),
                     token: token.map(|left| now + left),
@@ -304,7 +304,7 @@ mod tests {
         }
     }
 
-    fn good(left_ms: u64) -> Told {
+    fn good(left_ms: u64) -> TestEvent {
         Answered { left: Some(ms(left_ms)), token: None, cancel: false }
     }
 
@@ -315,7 +315,7 @@ mod tests {
     /// Runs events at their milliseconds against a lease of `left`. The expected text lists the steps, with instants
     /// as milliseconds since the start. Draws are always in the middle.
     #[track_caller]
-    fn check(left: Option<u64>, events: &[(u64, Told)], expected: &str) {
+    fn check(left: Option<u64>, events: &[(u64, TestEvent)], expected: &str) {
         let start = BootInstant::now();
         let mut pacing = pacing(HeartbeatTiming::new(0.35, 0.25, ms(250)), left.map(ms), start);
         let seen: Vec<String> = events
@@ -323,7 +323,7 @@ mod tests {
             .map(|(at, event)| {
                 let now = start + ms(*at);
                 let what = match pacing.on(event.at(now), now, 0.5) {
-                    PacingStep::Beat { until } => format!("beat({})", (until - now).as_millis()),
+                    PacingStep::Heartbeat { until } => format!("send({})", (until - now).as_millis()),
                     PacingStep::Sleep { until } => format!("sleep({})", (until - start).as_millis()),
                     PacingStep::Cancel => "cancel".to_owned(),
                     PacingStep::Lose => "lose".to_owned(),
@@ -340,7 +340,7 @@ mod tests {
         check(
             Some(60_000),
             &[(0, Tick), (40, good(60_000)), (18_039, Tick), (18_040, Tick), (18_100, good(60_000))],
-            "0 beat(20000), 40 sleep(18040), 18039 sleep(18040), 18040 beat(14000), 18100 sleep(36100)",
+            "0 send(20000), 40 sleep(18040), 18039 sleep(18040), 18040 send(14000), 18100 sleep(36100)",
         );
     }
 
@@ -359,7 +359,7 @@ mod tests {
                 (3_000, Failed),
                 (3_001, Tick),
             ],
-            "0 beat(1000), 10 sleep(160), 160 beat(1000), 200 sleep(500), 500 beat(1000), 1600 sleep(1950), 2000 beat(1000), \
+            "0 send(1000), 10 sleep(160), 160 send(1000), 200 sleep(500), 500 send(1000), 1600 sleep(1950), 2000 send(1000), \
              3000 lose, 3001 rest",
         );
     }
@@ -369,12 +369,12 @@ mod tests {
         check(
             Some(60_000),
             &[(0, Tick), (10, Busy(7_000)), (7_010, Tick)],
-            "0 beat(20000), 10 sleep(7010), 7010 beat(17663)",
+            "0 send(20000), 10 sleep(7010), 7010 send(17663)",
         );
         check(
             Some(3_000),
             &[(0, Tick), (10, Busy(7_000)), (1_505, Tick)],
-            "0 beat(1000), 10 sleep(1505), 1505 beat(1000)",
+            "0 send(1000), 10 sleep(1505), 1505 send(1000)",
         );
     }
 
@@ -383,7 +383,7 @@ mod tests {
         check(
             Some(60_000),
             &[(0, Tick), (10, Failed), (160, Tick), (200, good(60_000)), (18_200, Tick), (18_210, Failed)],
-            "0 beat(20000), 10 sleep(160), 160 beat(19946), 200 sleep(18200), 18200 beat(14000), 18210 sleep(18360)",
+            "0 send(20000), 10 sleep(160), 160 send(19946), 200 sleep(18200), 18200 send(14000), 18210 sleep(18360)",
         );
     }
 
@@ -392,7 +392,7 @@ mod tests {
         check(
             Some(60_000),
             &[(0, Tick), (10, good(60_000)), (1_000, Dirty), (1_200, Dirty), (1_250, Dirty), (1_260, good(60_000))],
-            "0 beat(20000), 10 sleep(18010), 1000 sleep(1250), 1200 sleep(1250), 1250 beat(19586), 1260 sleep(19260)",
+            "0 send(20000), 10 sleep(18010), 1000 sleep(1250), 1200 sleep(1250), 1250 send(19586), 1260 sleep(19260)",
         );
     }
 
@@ -401,7 +401,7 @@ mod tests {
         check(
             Some(60_000),
             &[(0, Tick), (10, Failed), (11, Dirty), (160, Dirty)],
-            "0 beat(20000), 10 sleep(160), 11 sleep(160), 160 beat(19946)",
+            "0 send(20000), 10 sleep(160), 11 sleep(160), 160 send(19946)",
         );
     }
 
@@ -411,9 +411,9 @@ mod tests {
         check(
             Some(2_000),
             &[(0, Tick), (100, plain), (1_900, Tick), (1_950, plain), (3_899, Tick), (3_900, Tick)],
-            "0 beat(1000), 100 sleep(670), 1900 beat(100), 1950 sleep(2535), 3899 beat(1), 3900 lose",
+            "0 send(1000), 100 sleep(670), 1900 send(100), 1950 sleep(2535), 3899 send(1), 3900 lose",
         );
-        check(None, &[(0, Tick), (0, plain)], "0 beat(20000), 0 sleep(18000)");
+        check(None, &[(0, Tick), (0, plain)], "0 send(20000), 0 sleep(18000)");
     }
 
     #[test]
@@ -429,25 +429,25 @@ mod tests {
                 (5_100, Tick),
                 (5_100, token(1_500)),
             ],
-            "0 beat(20000), 0 sleep(3000), 3000 beat(19000), 3000 sleep(5100), 5100 beat(19300), 5100 sleep(6100)",
+            "0 send(20000), 0 sleep(3000), 3000 send(19000), 3000 sleep(5100), 5100 send(19300), 5100 sleep(6100)",
         );
-        check(Some(60_000), &[(0, Tick), (0, token(0))], "0 beat(20000), 0 sleep(18000)");
+        check(Some(60_000), &[(0, Tick), (0, token(0))], "0 send(20000), 0 sleep(18000)");
     }
 
     #[test]
     fn late_answer_does_not_restore_expired_lease() {
-        check(Some(2_000), &[(0, Tick), (4_000, good(2_000))], "0 beat(1000), 4000 lose");
+        check(Some(2_000), &[(0, Tick), (4_000, good(2_000))], "0 send(1000), 4000 lose");
         let over = Answered { left: Some(ms(0)), token: None, cancel: false };
-        check(Some(9_000), &[(0, Tick), (10, over), (11, Tick)], "0 beat(3000), 10 lose, 11 rest");
+        check(Some(9_000), &[(0, Tick), (10, over), (11, Tick)], "0 send(3000), 10 lose, 11 rest");
     }
 
     #[test]
     fn extreme_lease_times_cause_no_heartbeat_flood() {
         let mut events = vec![(0, Tick)];
         events.extend([(1, good(1)), (2, Tick)]);
-        check(Some(60_000), &events, "0 beat(20000), 1 sleep(2), 2 lose");
+        check(Some(60_000), &events, "0 send(20000), 1 sleep(2), 2 lose");
         check(Some(0), &[(0, Tick), (1, Tick)], "0 lose, 1 rest");
-        check(Some(u64::MAX), &[(0, Tick), (0, good(u64::MAX))], "0 beat(28800000), 0 sleep(25920000)");
+        check(Some(u64::MAX), &[(0, Tick), (0, good(u64::MAX))], "0 send(28800000), 0 sleep(25920000)");
     }
 
     #[test]
@@ -459,27 +459,27 @@ mod tests {
                 (5, Answered { left: None, token: None, cancel: true }),
                 (6, Tick),
                 (7, Dirty),
-                (8, Gone),
+                (8, Refused),
                 (10_000, Tick),
                 (10_001, Tick),
             ],
-            "0 beat(3333), 5 cancel, 6 sleep(10000), 7 sleep(10000), 8 sleep(10000), 10000 lose, 10001 rest",
+            "0 send(3333), 5 cancel, 6 sleep(10000), 7 sleep(10000), 8 sleep(10000), 10000 lose, 10001 rest",
         );
     }
 
     #[test]
     fn lease_loss_answer_stops_heartbeats_immediately() {
-        check(Some(10_000), &[(0, Tick), (5, Gone), (6, good(1_000))], "0 beat(3333), 5 lose, 6 rest");
+        check(Some(10_000), &[(0, Tick), (5, Refused), (6, good(1_000))], "0 send(3333), 5 lose, 6 rest");
     }
 
     #[test]
     fn final_heartbeat_ignores_the_schedule() {
         let start = BootInstant::now();
         let mut pacing = pacing(HeartbeatTiming::new(0.25, 0.35, ms(250)), Some(ms(9_000)), start);
-        assert_eq!(pacing.beat_now(start), PacingStep::Beat { until: start + ms(3_000) });
+        assert_eq!(pacing.heartbeat_now(start), PacingStep::Heartbeat { until: start + ms(3_000) });
         pacing.on(PacingEvent::Failed { retry_after: None }, start + ms(1), 0.5);
-        assert_eq!(pacing.beat_now(start + ms(2)), PacingStep::Beat { until: start + ms(2) + ms(8_998) / 3 });
-        assert_eq!(pacing.beat_now(start + ms(9_000)), PacingStep::Lose);
+        assert_eq!(pacing.heartbeat_now(start + ms(2)), PacingStep::Heartbeat { until: start + ms(2) + ms(8_998) / 3 });
+        assert_eq!(pacing.heartbeat_now(start + ms(9_000)), PacingStep::Lose);
         assert_eq!(pacing.left(start + ms(9_000)), None);
     }
 
@@ -495,19 +495,19 @@ mod tests {
         for (coalesce, most) in [(0, 101), (250, 41)] {
             let start = BootInstant::now();
             let mut pacing = pacing(HeartbeatTiming::new(0.25, 0.35, ms(coalesce)), Some(ms(60_000)), start);
-            let mut beats = 0;
+            let mut heartbeats = 0;
             for at in 0..10_000 {
-                if matches!(pacing.on(PacingEvent::Dirty, start + ms(at), 0.5), PacingStep::Beat { .. }) {
-                    beats += 1;
+                if matches!(pacing.on(PacingEvent::Dirty, start + ms(at), 0.5), PacingStep::Heartbeat { .. }) {
+                    heartbeats += 1;
                     let now = start + ms(at);
                     pacing.on(good(60_000).at(now), now, 0.5);
                 }
             }
-            assert!(beats <= most && beats >= most - 2, "{beats} beats at {coalesce} ms");
+            assert!(heartbeats <= most && heartbeats >= most - 2, "{heartbeats} heartbeats at {coalesce} ms");
         }
     }
 
-    /// A small model runs in parallel with the state machine. It says who may send a heartbeat, how often, and when it
+    /// A small model runs in parallel with the state machine. It decides who may send a heartbeat, how often, and when it
     /// must end.
     #[test]
     fn random_event_sequences_keep_pacing_invariants() {
@@ -520,7 +520,7 @@ mod tests {
                 left,
                 start,
             );
-            let (mut now, mut last_beat, mut beating) = (start, None::<BootInstant>, false);
+            let (mut now, mut last_heartbeat, mut sending) = (start, None::<BootInstant>, false);
             let (mut lost, mut cancelled) = (false, false);
             for _ in 0..200 {
                 now = now + ms(chance.random_range(0..400));
@@ -533,17 +533,20 @@ mod tests {
                         cancel: chance.random_bool(0.03),
                     },
                     16..19 => Failed,
-                    _ if chance.random_bool(0.2) => Gone,
+                    _ if chance.random_bool(0.2) => Refused,
                     _ => Tick,
                 };
-                let asked = matches!(event, Answered { cancel: true, .. }) && beating;
-                beating &= !matches!(event, Answered { .. } | Failed);
+                let asked = matches!(event, Answered { cancel: true, .. }) && sending;
+                sending &= !matches!(event, Answered { .. } | Failed);
                 match pacing.on(event.at(now), now, chance.random()) {
-                    PacingStep::Beat { until } => {
-                        assert!(!lost && !cancelled && !beating, "seed {seed}");
-                        assert!(last_beat.is_none_or(|last| now - last >= GAP_MIN), "seed {seed}: beats too close");
+                    PacingStep::Heartbeat { until } => {
+                        assert!(!lost && !cancelled && !sending, "seed {seed}");
+                        assert!(
+                            last_heartbeat.is_none_or(|last| now - last >= GAP_MIN),
+                            "seed {seed}: heartbeats too close"
+                        );
                         assert!(until > now && Some(until) <= pacing.expires(), "seed {seed}");
-                        (last_beat, beating) = (Some(now), true);
+                        (last_heartbeat, sending) = (Some(now), true);
                     }
                     PacingStep::Sleep { until } => assert!(until > now && !lost, "seed {seed}: a sleep that spins"),
                     PacingStep::Cancel => {

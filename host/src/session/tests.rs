@@ -124,8 +124,8 @@ async fn setup_heartbeat_includes_early_progress() {
 #[tokio::test]
 async fn coordinates_combine_lease_and_setup_heartbeat() {
     let check = async |server: Option<&str>, domain: Option<Uuid>, answer: Value, expected: Result<&str, &str>| {
-        let taken = Lease { data: AnnouncedData::at_server(server, domain), ..lease(MINUTE) };
-        let (_plane, session) = set_up(taken, answer).await;
+        let lease = Lease { data: AnnouncedData::at_server(server, domain), ..lease(MINUTE) };
+        let (_plane, session) = set_up(lease, answer).await;
         let Setup::Ready(found) = session.held_lease().setup().await else { panic!("answered") };
         assert_eq!(found.as_ref().map(server_of).map_err(String::as_str), expected);
     };
@@ -140,8 +140,8 @@ async fn coordinates_combine_lease_and_setup_heartbeat() {
 
 #[tokio::test]
 async fn report_uses_job_and_domain_from_setup_heartbeat() {
-    let taken = Lease { data: AnnouncedData::at_server(Some("https://ds.lab.test"), None), ..lease(MINUTE) };
-    let (_plane, session) = set_up(taken, json!({ "domain_id": OTHER, "job_id": OTHER })).await;
+    let lease = Lease { data: AnnouncedData::at_server(Some("https://ds.lab.test"), None), ..lease(MINUTE) };
+    let (_plane, session) = set_up(lease, json!({ "domain_id": OTHER, "job_id": OTHER })).await;
     let other = OTHER.parse().ok();
     assert_eq!(ended(session).await, Ok(address(TASK, other, other)));
 }
@@ -187,8 +187,8 @@ async fn lease_held_by_another_node_is_lost() {
         assert_eq!(held_lease.cancel.cancelled().await, CancelReason::LeaseLost);
         assert!(matches!(held_lease.setup().await, Setup::Refused(_)), "nobody waits for a set-up that never comes");
         assert_eq!(session.no_report(&Outcome::Completed), Some(CancelReason::LeaseLost));
-        let gone = format!("lease of task {TASK} is gone ({status})");
-        assert_eq!(ended(session).await, Err(NoReport::Gone(gone)));
+        let refusal = format!("lease of task {TASK} is gone ({status})");
+        assert_eq!(ended(session).await, Err(NoReport::Refused(refusal)));
         assert!(plane.waiting().is_none(), "nothing is sent for a lease of somebody else");
     }
 }
@@ -276,7 +276,7 @@ async fn progress_is_gathered_and_events_arrive_once() {
     call.ok(json!({}));
     let call = plane.expect(HEARTBEAT).await;
     assert_eq!(call.json(), json!({ "progress": { "n": 49 }, "events": ["later"] }));
-    assert!(call.at - first >= Duration::from_millis(50), "later news are gathered too");
+    assert!(call.at - first >= Duration::from_millis(50), "later events are gathered too");
     call.ok(json!({}));
 }
 
@@ -362,7 +362,7 @@ async fn failed_final_flush_does_not_prevent_the_report() {
 #[tokio::test]
 async fn unanswered_final_flush_takes_half_the_lease() {
     let (mut plane, session) = set_up(lease(MINUTE), json!({})).await;
-    // From here on the lease is short, because the plane says so.
+    // From here on the lease is short, because the control plane shortened it.
     session.held_lease().progress.progress(json!(1)).expect("space in the queue");
     let short = in_future(Duration::from_secs(3)).to_string();
     plane.expect(HEARTBEAT).await.ok(json!({ "lease_expires_at": short, "access_token": "short" }));
@@ -459,8 +459,8 @@ async fn heartbeat_timer_extends_a_short_lease() {
 #[tokio::test]
 async fn wrong_clock_does_not_flood_or_lose_lease() {
     let past = (Timestamp::now() - SignedDuration::from_secs(3600)).to_string();
-    let taken = Lease { expires_at: None, ..lease(MINUTE) };
-    let (mut plane, session) = set_up(taken, json!({ "lease_expires_at": past })).await;
+    let lease = Lease { expires_at: None, ..lease(MINUTE) };
+    let (mut plane, session) = set_up(lease, json!({ "lease_expires_at": past })).await;
     session.held_lease().progress.progress(json!(1)).expect("space in the queue");
     plane.expect(HEARTBEAT).await.ok(json!({ "lease_expires_at": past }));
     assert_eq!(ended(session).await, Ok(named()));
@@ -481,7 +481,7 @@ async fn closed_session_keeps_lease_until_dropped() {
     drop(session);
     assert!(plane.waiting().is_none());
 
-    // After the plane says that the lease is over, no more requests are sent to it.
+    // After the control plane has refused a heartbeat, no more requests are sent to it.
     for answer in [json!({ "cancel": true }), Value::Null] {
         let (mut plane, session) = set_up(lease(short), json!({})).await;
         let _session = session.close().await.expect("a report is allowed");
