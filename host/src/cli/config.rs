@@ -111,7 +111,7 @@ fn row(key: &Key, layers: &Layers, secrets: &Secrets, mistakes: &[Remark], warni
         _ => what.to_owned(),
     };
     let about = |remarks: &[Remark]| {
-        let all = remarks.iter().filter(|remark| remark.setting == Some(key.name));
+        let all = remarks.iter().filter(|remark| remark.is_about(key.name));
         let all: Vec<String> = all.map(|remark| masked(&remark.what)).collect();
         (!all.is_empty()).then(|| all.join("; "))
     };
@@ -157,10 +157,10 @@ fn show(layers: &Layers, secrets: &Secrets, output: Output) -> anyhow::Result<Ex
     let filter = layers.text("RUST_LOG").and_then(logs::filter_mistake);
     warnings.extend(filter.map(|why| Remark::at("RUST_LOG", "", format_args!("{why}, using info"))));
     let planes = layers.plane_rows().into_iter().map(|(name, value, origin)| Row {
+        mistake: mistakes.iter().find(|mistake| mistake.is_about(&name)).map(|mistake| mistake.what.clone()),
         name,
         value: Some(value),
         origin: layers.describe(origin),
-        mistake: None,
         warning: None,
     });
     let rows = planes.chain(KEYS.iter().map(|key| row(key, layers, secrets, &mistakes, &warnings)));

@@ -26,7 +26,10 @@ use file::{PlaneEntry, PlaneKind};
 use crate::{
     auth::{self, NodeKey},
     engine,
-    leases::{dms, local::LocalEvent},
+    leases::{
+        dms,
+        local::{self, LocalEvent},
+    },
     model::PlaneName,
     observe::{self, StatusPage},
     outbox, plugins, session, storage,
@@ -195,6 +198,11 @@ fn folder_remarks(layers: &Layers) -> Vec<Remark> {
     parser.mistakes.clear();
     parser.check_folder("SCRATCH_DIR", &scratch);
     parser.check_default_folder();
+    if let Some(PlaneEntry { name, kind: PlaneKind::Local { folder, line }, .. }) = layers.plane() {
+        let problem = local::folders(folder).iter().find_map(|folder| folder_problem(folder));
+        let place = format!("{}: plane.{name}.folder", layers.describe(Origin::File { line: *line }));
+        parser.mistakes.extend(problem.map(|problem| Remark::elsewhere(place, problem)));
+    }
     // A folder that the command chose for its own node needs no check.
     if named && parser.origin("STATE_DIR") != Origin::Command {
         parser.check_folder("STATE_DIR", &state);

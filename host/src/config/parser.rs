@@ -33,6 +33,17 @@ impl Remark {
         Self { setting: None, place: String::new(), what: line.into() }
     }
 
+    /// A remark about a value that is not in [`super::KEYS`]. The place ends with its name.
+    pub(super) fn elsewhere(place: String, what: impl Into<String>) -> Self {
+        Self { setting: None, place, what: what.into() }
+    }
+
+    /// Whether the remark is about the value of this name.
+    #[must_use]
+    pub fn is_about(&self, name: &str) -> bool {
+        self.setting == Some(name) || (self.setting.is_none() && self.place.ends_with(&format!(": {name}")))
+    }
+
     /// A remark about a setting, with a special text for its place.
     pub fn at(setting: &'static str, place: impl Into<String>, what: impl std::fmt::Display) -> Self {
         Self { setting: Some(setting), place: place.into(), what: what.to_string() }

@@ -367,6 +367,47 @@ async fn run_dev_and_check_report_the_same_folder_mistakes() {
     assert_eq!(errors(&ended), [format!("--data /proc/x: {}", kernels("/proc/x", "/proc"))]);
 }
 
+#[cfg(unix)]
+#[tokio::test]
+async fn folder_of_local_plane_is_checked() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let dir = tempfile::tempdir().expect("a folder");
+    let at = |inside: &str| dir.path().join(inside).display().to_string();
+    std::fs::write(at("file"), "").expect("the folder is writable");
+    std::os::unix::fs::symlink("nothing", at("link")).expect("the folder is writable");
+    std::fs::create_dir_all(at("part/running")).expect("the folder is writable");
+    std::fs::write(at("part/done"), "").expect("the folder is writable");
+    std::fs::create_dir(at("closed")).expect("the folder is writable");
+    std::fs::set_permissions(at("closed"), std::fs::Permissions::from_mode(0o500)).expect("ours");
+    let file = at("node.toml");
+    for (folder, wanted) in [
+        ("file", format!("expected a folder, found a file at {}", at("file"))),
+        ("file/below", format!("expected a folder, found a file at {}", at("file"))),
+        ("link", format!("expected a folder, found a broken link at {}", at("link"))),
+        ("part", format!("expected a folder, found a file at {}", at("part/done"))),
+        ("closed", format!("expected a folder this user can write to, found {}: ", at("closed"))),
+        ("closed/missing", format!("expected a folder this user can write to, found {}: ", at("closed"))),
+    ] {
+        let text = format!("[plane.jobs]\nkind = \"local\"\nfolder = {:?}\n", at(folder));
+        std::fs::write(&file, text).expect("the folder is writable");
+        let place = format!("{file}:3: plane.jobs.folder: ");
+        for command in [&["run", "--config"][..], &["config", "check", "--config"]] {
+            let ended = Cli::new(command).arg(&file).dir(dir.path()).obeys_permissions().run().await.expect(78);
+            let errors = errors(&ended);
+            assert!(errors[0].starts_with(&format!("{place}{wanted}")), "{folder}: {errors:#?}");
+        }
+        let show = Cli::new(&["config", "show", "-o", "json", "--config"]).arg(&file).dir(dir.path());
+        let shown: Value = serde_json::from_str(&show.obeys_permissions().run().await.stdout).expect("JSON");
+        let mistake = shown["plane.jobs.folder"]["mistake"].as_str().expect("a mistake");
+        assert!(mistake.starts_with(&wanted), "{folder}: {mistake}");
+    }
+    // A node creates a missing folder.
+    std::fs::write(&file, format!("[plane.jobs]\nkind = \"local\"\nfolder = {:?}\n", at("new/jobs"))).expect("written");
+    std::fs::create_dir(at("plugins")).expect("the folder is writable");
+    let check = Cli::new(&["config", "check", "--plugins", "plugins", "--config"]).arg(&file).dir(dir.path());
+    check.run().await.expect(0);
+}
+
 #[tokio::test]
 async fn invalid_plugin_folder_is_reported_with_all_others() {
     let silence = Silence::new().await;

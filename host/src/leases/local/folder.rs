@@ -42,6 +42,13 @@ const TERM_DEFAULT: Duration = Duration::from_secs(3600);
 /// Longest term of a claim.
 pub const TERM_MAX: Duration = Duration::from_secs(24 * 3600);
 
+/// The folder of a control plane and the folders that it uses there.
+#[must_use]
+pub fn folders(folder: &Path) -> Vec<PathBuf> {
+    let parts = OWN_FOLDERS.iter().map(|part| folder.join(part));
+    std::iter::once(folder.to_owned()).chain(parts).collect()
+}
+
 /// A job that can be run.
 #[derive(Clone, Debug)]
 pub struct Job {

@@ -27,7 +27,7 @@ use tracing::warn;
 use uuid::Uuid;
 
 use self::folder::{Claimed, Folder, Found, Outcomes};
-pub use self::folder::{Job, TERM_MAX, submit};
+pub use self::folder::{Job, TERM_MAX, folders, submit};
 use super::{Admission, LeaseError, LeaseSource, PlaneFacts, PlaneReadiness, Renewal};
 use crate::{
     model::{
