@@ -243,3 +243,38 @@ async fn lock_held_elsewhere_is_not_ready() {
     lock.lock().expect("nodes hold it for a short time");
     node.stop().await;
 }
+
+#[tokio::test]
+async fn claims_of_other_programs_are_bounded() {
+    let plane = Plane::local();
+    let running = plane.folder().join("running");
+    fs::create_dir(&running).expect("the folder is writable");
+    let far = json!({ "claim": uuid::Uuid::nil(), "ends_at": "9999-01-01T00:00:00Z" }).to_string();
+    let day = std::time::Duration::from_secs(24 * 3600);
+    let claims = [
+        ("far-new", far.as_str(), "9999-01-01T00:00:00Z, more than 24 h after it was written"),
+        ("far-old", far.as_str(), "9999-01-01T00:00:00Z, more than 24 h after it was written"),
+        ("no-time", r#"{"claim":"00000000-0000-0000-0000-000000000000"}"#, "missing field `ends_at`"),
+        ("not-json", "held", "expected value at line 1"),
+    ];
+    for (id, claim, _) in claims {
+        fs::write(running.join(format!("{id}.json")), claim).expect("the folder is writable");
+        plane.put_job(id, &json!({ "capability": "/examples/echo-file/v1" }));
+    }
+    let file = fs::File::options().write(true).open(running.join("far-old.json")).expect("written");
+    file.set_modified(std::time::SystemTime::now() - 2 * day).expect("the file is ours");
+    let node = plane.node(&[fixtures::echo()]).leasing().await;
+    for (id, _, text) in &claims {
+        let line = node.line(|line| line["event"] == "claim.invalid" && line["task_id"] == *id).await;
+        assert!(line["error"].as_str().is_some_and(|error| error.contains(text)), "{line}");
+    }
+    for id in ["far-old", "no-time", "not-json"] {
+        assert_eq!(done(&plane, &node, id).await["id"], id);
+    }
+    // More scans: the claim that still holds is logged once.
+    let last = plane.submit("/examples/echo-file/v1", b"x", json!({})).await;
+    assert!(plane.result(&node, &last).await.completed);
+    assert_eq!(plane.done("far-new"), None, "its claim holds");
+    assert_eq!(node.said("claim.invalid").len(), claims.len(), "{}", node.log());
+    node.stop().await;
+}

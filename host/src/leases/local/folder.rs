@@ -14,6 +14,7 @@ use std::{
     fs::{self, File, TryLockError},
     io::{self, Write as _},
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -22,6 +23,7 @@ use jiff::{SignedDuration, Timestamp};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tempfile::NamedTempFile;
+use tracing::warn;
 use uuid::Uuid;
 
 use crate::model::{Capability, TaskId, TaskResult};
@@ -48,6 +50,9 @@ pub fn folders(folder: &Path) -> Vec<PathBuf> {
     let parts = OWN_FOLDERS.iter().map(|part| folder.join(part));
     std::iter::once(folder.to_owned()).chain(parts).collect()
 }
+
+/// How much later than its file a claim may be dated. The clock of a file system may differ a little.
+const CLAIM_MARGIN: Duration = Duration::from_secs(60);
 
 /// A job that can be run.
 #[derive(Clone, Debug)]
@@ -157,6 +162,7 @@ pub(super) enum Outcomes {
 }
 
 #[derive(Serialize, Deserialize)]
+#[serde(expecting = "an object")]
 struct Claim {
     claim: Uuid,
     ends_at: Timestamp,
@@ -169,7 +175,11 @@ struct Done {
 }
 
 /// See the module documentation.
-pub(super) struct Folder(PathBuf);
+pub(super) struct Folder {
+    path: PathBuf,
+    /// Jobs whose claim is not valid. Each is logged once.
+    invalid_claims: Mutex<HashSet<TaskId>>,
+}
 
 impl Folder {
     /// Opens the folder and creates its missing parts.
@@ -182,27 +192,59 @@ impl Folder {
             fs::create_dir_all(&part).map_err(|err| format!("cannot make {}: {err}", part.display()))?;
         }
         let path = path.canonicalize().map_err(|err| format!("cannot open {}: {err}", path.display()))?;
-        Ok(Self(path))
+        Ok(Self { path, invalid_claims: Mutex::default() })
     }
 
     pub(super) fn path(&self) -> &Path {
-        &self.0
+        &self.path
     }
 
     fn job(&self, id: &TaskId) -> PathBuf {
-        self.0.join("jobs").join(format!("{id}.json"))
+        self.path.join("jobs").join(format!("{id}.json"))
     }
 
     fn cancel(&self, id: &TaskId) -> PathBuf {
-        self.0.join("jobs").join(format!("{id}.cancel"))
+        self.path.join("jobs").join(format!("{id}.cancel"))
     }
 
     fn running(&self, id: &TaskId) -> PathBuf {
-        self.0.join("running").join(format!("{id}.json"))
+        self.path.join("running").join(format!("{id}.json"))
     }
 
     fn done(&self, id: &TaskId) -> PathBuf {
-        self.0.join("done").join(format!("{id}.json"))
+        self.path.join("done").join(format!("{id}.json"))
+    }
+
+    /// The claim that holds the job now. A claim of a node lasts at most [`TERM_MAX`]. A later end is the work of
+    /// another program and must not block the job for ever.
+    fn holder(&self, id: &TaskId, now: Timestamp) -> Option<Uuid> {
+        let path = self.running(id);
+        let about = fs::metadata(&path).ok()?;
+        let invalid = match parse_claim(&path, &about) {
+            Ok(Claim { claim, ends_at }) => {
+                let written = about.modified().ok().and_then(|at| Timestamp::try_from(at).ok()).unwrap_or(now);
+                let latest =
+                    written.saturating_add(TERM_MAX + CLAIM_MARGIN).expect("a time span without calendar units");
+                if ends_at <= latest {
+                    return (ends_at > now).then_some(claim);
+                }
+                self.warn_once(
+                    id,
+                    &format!("it ends at {ends_at}, more than 24 h after it was written; {latest} is used"),
+                );
+                return (latest > now).then_some(claim);
+            }
+            Err(err) if err.kind() == io::ErrorKind::NotFound => return None,
+            Err(err) => err,
+        };
+        self.warn_once(id, &format!("{invalid}; the job counts as not claimed"));
+        None
+    }
+
+    fn warn_once(&self, id: &TaskId, error: &str) {
+        if self.invalid_claims.lock().unwrap_or_else(PoisonError::into_inner).insert(id.clone()) {
+            warn!(event = "claim.invalid", task_id = %id, error, "claim in the folder running is not valid");
+        }
     }
 
     /// Runs `work` while no other node changes a claim.
@@ -211,12 +253,12 @@ impl Folder {
             let _lock = self.lock()?; // the lock ends with the file
             work()
         };
-        locked().map_err(|err| format!("cannot use {}: {err}", self.0.display()))
+        locked().map_err(|err| format!("cannot use {}: {err}", self.path.display()))
     }
 
     /// Another process may hold the lock for ever. It must not keep threads of this node for ever.
     fn lock(&self) -> io::Result<File> {
-        let lock = File::options().create(true).truncate(false).write(true).open(self.0.join(".lock"))?;
+        let lock = File::options().create(true).truncate(false).write(true).open(self.path.join(".lock"))?;
         let (until, mut pause) = (Instant::now() + LOCK_LIMIT, LOCK_PAUSE_MIN);
         loop {
             match lock.try_lock() {
@@ -245,7 +287,7 @@ impl Folder {
     /// Writes one byte to a file without a name in each folder that claims and results need.
     fn try_write(&self) -> io::Result<()> {
         for part in WRITTEN {
-            let path = self.0.join(part);
+            let path = self.path.join(part);
             let write = || {
                 match fs::create_dir(&path) {
                     Err(err) if err.kind() != io::ErrorKind::AlreadyExists => return Err(err),
@@ -267,7 +309,7 @@ impl Folder {
     ) -> Result<Option<Found>, String> {
         let list = || -> io::Result<Vec<TaskId>> {
             let mut ids = Vec::new();
-            for entry in fs::read_dir(self.0.join("jobs"))? {
+            for entry in fs::read_dir(self.path.join("jobs"))? {
                 let path = PathBuf::from(entry?.file_name());
                 let is_job = path.extension().is_some_and(|extension| extension == "json");
                 let stem = path.file_stem().and_then(|stem| stem.to_str()).filter(|_| is_job);
@@ -278,13 +320,18 @@ impl Folder {
             ids.sort();
             Ok(ids)
         };
-        let ids = list().map_err(|err| format!("cannot list {}: {err}", self.0.join("jobs").display()))?;
+        let ids = list();
+        if let Ok(ids) = &ids {
+            let mut invalid = self.invalid_claims.lock().unwrap_or_else(PoisonError::into_inner);
+            invalid.retain(|id| ids.binary_search(id).is_ok());
+        }
+        let ids = ids.map_err(|err| format!("cannot list {}: {err}", self.path.join("jobs").display()))?;
         for id in ids.into_iter().filter(|id| !skip.contains(id)) {
             if self.done(&id).exists() {
                 self.tidy(&id);
                 continue;
             }
-            if read::<Claim>(&self.running(&id)).is_some_and(|claim| claim.ends_at > now) {
+            if self.holder(&id, now).is_some() {
                 continue;
             }
             match read_job(&self.job(&id)) {
@@ -300,7 +347,7 @@ impl Folder {
     /// Claims a job for `left` from now on, unless it has ended or another claim holds it.
     pub(super) fn claim(&self, id: &TaskId, claim: Uuid, left: Duration, now: Timestamp) -> Result<Claimed, String> {
         self.locked(|| {
-            let held = read::<Claim>(&self.running(id)).is_some_and(|held| held.ends_at > now && held.claim != claim);
+            let held = self.holder(id, now).is_some_and(|holder| holder != claim);
             if held || self.done(id).exists() || !self.job(id).exists() {
                 return Ok(Claimed::Other);
             }
@@ -354,8 +401,7 @@ impl Folder {
         now: Timestamp,
     ) -> Result<(), String> {
         self.locked(|| {
-            let other = read::<Claim>(&self.running(id)).is_some_and(|held| held.ends_at > now && held.claim != claim);
-            if other {
+            if self.holder(id, now).is_some_and(|holder| holder != claim) {
                 return Ok(());
             }
             if !self.done(id).exists() {
@@ -433,6 +479,15 @@ fn read_job(path: &Path) -> Result<Option<Job>, String> {
     let inputs = file.inputs.into_iter().map(PathBuf::from).collect();
     let time_limit = file.time_limit_secs.map(Duration::from_secs);
     Ok(Some(Job { capability, inputs, meta: file.meta, out: file.out.map(PathBuf::from), term, time_limit }))
+}
+
+/// The error says what is wrong with the file.
+fn parse_claim(path: &Path, about: &fs::Metadata) -> io::Result<Claim> {
+    // Reading a pipe would wait for its writer.
+    if !about.is_file() {
+        return Err(io::Error::other("it is not a regular file"));
+    }
+    serde_json::from_slice(&fs::read(path)?).map_err(io::Error::from)
 }
 
 fn read<T: for<'de> Deserialize<'de>>(path: &Path) -> Option<T> {
