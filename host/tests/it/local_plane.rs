@@ -278,3 +278,53 @@ async fn claims_of_other_programs_are_bounded() {
     assert_eq!(node.said("claim.invalid").len(), claims.len(), "{}", node.log());
     node.stop().await;
 }
+
+#[tokio::test]
+async fn removed_job_gets_its_result_and_loses_its_claim() {
+    let plane = Plane::local();
+    let files = tempfile::tempdir().expect("a folder");
+    let go = files.path().join("go");
+    let claim = |id: &str| plane.folder().join("running").join(format!("{id}.json"));
+    let node = plane.node(&[fixtures::zoo()]).set("DRAIN_TIMEOUT", "0s").leasing().await;
+    let start = async |id: &str| {
+        plane.put_job(id, &json!({ "capability": "/fixtures/wait-file/v1", "meta": { "file": go } }));
+        node.line(|line| line["event"] == "task.started" && line["task_id"] == id).await;
+        fs::remove_file(plane.folder().join("jobs").join(format!("{id}.json"))).expect("the job file");
+    };
+    start("ends").await;
+    fs::write(&go, "").expect("the folder is writable");
+    assert_eq!(done(&plane, &node, "ends").await["outcome"], "completed");
+    assert!(!claim("ends").exists());
+    fs::remove_file(&go).expect("written above");
+    start("stopped").await;
+    node.term();
+    assert_eq!(node.wait().await, 75, "{}", node.log());
+    let result = plane.done("stopped").expect("a result");
+    assert_eq!((&result["outcome"], &result["retryable"]), (&json!("drained"), &json!(true)), "{result}");
+    assert!(!claim("stopped").exists());
+}
+
+#[tokio::test]
+async fn abandoned_claims_are_removed_at_start() {
+    let plane = Plane::local();
+    let running = plane.folder().join("running");
+    fs::create_dir(&running).expect("the folder is writable");
+    let minute = jiff::SignedDuration::from_mins(1);
+    let now = jiff::Timestamp::now();
+    for (id, ends_at) in [("old", now - 11 * minute), ("recent", now - minute), ("held", now + minute)] {
+        let claim = json!({ "claim": uuid::Uuid::nil(), "ends_at": ends_at });
+        fs::write(running.join(format!("{id}.json")), claim.to_string()).expect("the folder is writable");
+    }
+    fs::write(
+        running.join("with-job.json"),
+        json!({ "claim": uuid::Uuid::nil(), "ends_at": now - 11 * minute }).to_string(),
+    )
+    .expect("the folder is writable");
+    plane.put_job("with-job", &json!({ "capability": "/other/v1" }));
+    let node = plane.node(&[fixtures::echo()]).leasing().await;
+    node.page_until("/ready", |page| page.0 == 200).await;
+    let mut left: Vec<_> = fs::read_dir(&running).expect("a folder").flatten().map(|entry| entry.file_name()).collect();
+    left.sort();
+    assert_eq!(left, ["held.json", "recent.json", "with-job.json"]);
+    node.stop().await;
+}

@@ -11,6 +11,7 @@
 
 use std::{
     collections::HashSet,
+    ffi::OsStr,
     fs::{self, File, TryLockError},
     io::{self, Write as _},
     path::{Path, PathBuf},
@@ -53,6 +54,9 @@ pub fn folders(folder: &Path) -> Vec<PathBuf> {
 
 /// How much later than its file a claim may be dated. The clock of a file system may differ a little.
 const CLAIM_MARGIN: Duration = Duration::from_secs(60);
+
+/// How long an abandoned claim stays. The outbox of a node sends the result of its run within this time.
+const LATE_REPORT: Duration = Duration::from_secs(600);
 
 /// A job that can be run.
 #[derive(Clone, Debug)]
@@ -223,8 +227,7 @@ impl Folder {
         let invalid = match parse_claim(&path, &about) {
             Ok(Claim { claim, ends_at }) => {
                 let written = about.modified().ok().and_then(|at| Timestamp::try_from(at).ok()).unwrap_or(now);
-                let latest =
-                    written.saturating_add(TERM_MAX + CLAIM_MARGIN).expect("a time span without calendar units");
+                let latest = later(written, TERM_MAX + CLAIM_MARGIN);
                 if ends_at <= latest {
                     return (ends_at > now).then_some(claim);
                 }
@@ -310,12 +313,7 @@ impl Folder {
         let list = || -> io::Result<Vec<TaskId>> {
             let mut ids = Vec::new();
             for entry in fs::read_dir(self.path.join("jobs"))? {
-                let path = PathBuf::from(entry?.file_name());
-                let is_job = path.extension().is_some_and(|extension| extension == "json");
-                let stem = path.file_stem().and_then(|stem| stem.to_str()).filter(|_| is_job);
-                // `.` and `..` would name folders of this machine.
-                let stem = stem.filter(|stem| !matches!(*stem, "." | ".."));
-                ids.extend(stem.and_then(|stem| TaskId::parse(stem).ok()));
+                ids.extend(job_id(&entry?.file_name()));
             }
             ids.sort();
             Ok(ids)
@@ -382,8 +380,9 @@ impl Folder {
                 return Ok(Claimed::Other);
             }
             match outcome {
-                Outcomes::Requeue => remove(&self.running(id))?,
-                Outcomes::Done => {
+                Outcomes::Requeue if self.job(id).exists() => remove(&self.running(id))?,
+                // Without its job file a job cannot run again, so a stopped run is its result.
+                Outcomes::Requeue | Outcomes::Done => {
                     write(&self.done(id), &done(id, claim, result, now))?;
                     self.tidy(id);
                 }
@@ -430,12 +429,45 @@ impl Folder {
         })
     }
 
+    /// Removes claims that have ended and whose job file is gone: nobody else would replace them.
+    pub(super) fn remove_abandoned(&self, now: Timestamp) -> Result<(), String> {
+        self.locked(|| {
+            for entry in fs::read_dir(self.path.join("running"))?.flatten() {
+                let Some(id) = job_id(&entry.file_name()) else { continue };
+                let is_abandoned = || -> io::Result<bool> {
+                    let about = entry.metadata()?;
+                    let written = Timestamp::try_from(about.modified()?).unwrap_or(now);
+                    let ends_at = parse_claim(&entry.path(), &about).map_or(written, |claim| claim.ends_at);
+                    let ends_at = ends_at.min(later(written, TERM_MAX + CLAIM_MARGIN));
+                    Ok(later(ends_at, LATE_REPORT) < now)
+                };
+                let job_is_gone =
+                    matches!(self.job(&id).symlink_metadata(), Err(err) if err.kind() == io::ErrorKind::NotFound);
+                if job_is_gone && is_abandoned().unwrap_or(false) {
+                    remove(&entry.path())?;
+                }
+            }
+            Ok(())
+        })
+    }
+
     /// Removes the files of a job that has a result. The next scan retries what could not be removed.
     fn tidy(&self, id: &TaskId) {
         for path in [self.job(id), self.cancel(id), self.running(id)] {
             let _ = remove(&path);
         }
     }
+}
+
+fn later(at: Timestamp, by: Duration) -> Timestamp {
+    at.saturating_add(by).expect("a time span without calendar units")
+}
+
+/// The id of the job whose file has this name.
+fn job_id(name: &OsStr) -> Option<TaskId> {
+    let stem = name.to_str()?.strip_suffix(".json")?;
+    // `.` and `..` would name folders of this machine.
+    if matches!(stem, "." | "..") { None } else { TaskId::parse(stem).ok() }
 }
 
 fn done(id: &TaskId, claim: Uuid, result: &TaskResult, now: Timestamp) -> Value {

@@ -43,6 +43,8 @@ const SCAN_EVERY: Duration = Duration::from_millis(200);
 const CHECK_EVERY: Duration = Duration::from_secs(1);
 /// Why no job is claimed before the first check.
 const NOT_CHECKED: &str = "the folder is not checked yet";
+/// Number of checks between two searches for abandoned claims.
+const CHECKS_PER_SEARCH: u32 = 60;
 /// The pause after a claim that could not be written.
 const PAUSE_AFTER_FAILURE: Duration = Duration::from_secs(5);
 /// Longest pause between two heartbeats: a heartbeat notices a cancel file and passes progress on.
@@ -214,11 +216,20 @@ impl LeaseSource for Local {
 
     /// Checks the folder again and again: the node must not claim a job whose result it cannot write.
     async fn run(&self, stop: CancellationToken) {
+        let mut checks = 0_u32;
         loop {
+            let check = self.on_disk(move |folder| {
+                folder.check()?;
+                if checks.is_multiple_of(CHECKS_PER_SEARCH) {
+                    folder.remove_abandoned(Timestamp::now())?;
+                }
+                Ok(())
+            });
             let checked = tokio::select! {
                 () = stop.cancelled() => return,
-                checked = self.on_disk(Folder::check) => checked,
+                checked = check => checked,
             };
+            checks = checks.wrapping_add(u32::from(checked.is_ok()));
             self.set_readiness(match checked {
                 Ok(()) => PlaneReadiness::Ready,
                 Err(err) => PlaneReadiness::NotReady(err.to_string()),
