@@ -15,6 +15,12 @@ pub enum OfflineOutboxError {
     /// The folder cannot be used, or a node runs on it.
     #[error(transparent)]
     State(#[from] StateError),
+    /// The file has no content. A node never leaves it so.
+    #[error("{path} is empty: it has 0 bytes, its reports are lost; a node that starts there creates a new one", path = path.display())]
+    Empty {
+        /// The file.
+        path: std::path::PathBuf,
+    },
     /// The file cannot be read or written.
     #[error("{path}: {reason}; a node that starts there sets a damaged file aside", path = path.display())]
     File {
@@ -46,7 +52,11 @@ impl OfflineOutbox {
             return Ok(None);
         }
         let state = StateDir::open(folder)?;
-        let (store, rows) = Store::open(&state.path().join(FILE)).map_err(|err| bad_file(&state, &err))?;
+        let file = state.path().join(FILE);
+        if std::fs::metadata(&file).map_err(failed("open", &file))?.len() == 0 {
+            return Err(OfflineOutboxError::Empty { path: file });
+        }
+        let (store, rows) = Store::open(&file).map_err(|err| bad_file(&state, &err))?;
         let next = rows.iter().map(|(number, _)| number.saturating_add(1)).max().unwrap_or_default();
         let reports = rows.into_iter().filter_map(|(number, bytes)| {
             let (entry, tries) = Entry::decode(&bytes).ok()?;

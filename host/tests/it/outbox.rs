@@ -873,3 +873,19 @@ async fn retry_from_refuses_devices() {
     let ended = Cli::new(&["outbox", "retry", "--from", "/dev/zero", "--state-dir"]).arg(folder.path()).run().await;
     assert!(ended.code != 0 && ended.stderr.contains("expected a regular file"), "{ended:?}");
 }
+
+#[tokio::test]
+async fn empty_outbox_file_is_reported() {
+    let state = tempfile::tempdir().expect("a folder");
+    let file = state.path().canonicalize().expect("a folder").join("outbox.redb");
+    std::fs::write(&file, "").expect("the folder is writable");
+    let wanted = format!(
+        "error: {} is empty: it has 0 bytes, its reports are lost; a node that starts there creates a new one",
+        file.display()
+    );
+    for args in [&["outbox", "list", "-o", "json"][..], &["outbox", "drop", "--all"], &["outbox", "retry", "--all"]] {
+        let ended = Cli::new(args).set("STATE_DIR", state.path().to_string_lossy()).run().await.expect(78);
+        assert_eq!((ended.stdout.as_str(), ended.stderr.as_str()), ("", wanted.as_str()), "{args:?}");
+    }
+    assert_eq!(std::fs::metadata(&file).expect("it stays").len(), 0, "the commands change nothing");
+}
