@@ -47,6 +47,17 @@ async fn cancel_file_ends_a_task() {
     node.stop().await;
 }
 
+/// Waits until the node has removed a file.
+async fn removed(file: &std::path::Path, node: &TestNode) {
+    crate::harness::within("a removed file", || node.log(), async {
+        // A file gives no event.
+        while file.is_symlink() || file.exists() {
+            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn unusable_job_gets_a_result_at_once() {
     let plane = Plane::local();
@@ -66,17 +77,7 @@ async fn unusable_job_gets_a_result_at_once() {
         plane.put_job(id, &job);
         let line = node.line(|line| line["event"] == "lease.unreadable" && line["task_id"] == id).await;
         assert!(line["error"].as_str().is_some_and(|error| error.contains(text)), "{line}");
-        let folder = match &plane {
-            Plane::Local(folder) => folder.path().join("jobs").join(format!("{id}.json")),
-            Plane::Posemesh { .. } => unreachable!("the plane is local"),
-        };
-        crate::harness::within("a result", || node.log(), async {
-            // A file gives no event.
-            while folder.exists() {
-                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-            }
-        })
-        .await;
+        removed(&plane.folder().join("jobs").join(format!("{id}.json")), &node).await;
         let result = plane.done(id).expect("a result");
         assert_eq!((&result["outcome"], &result["code"]), (&json!("host-fault"), &json!("start_session")), "{result}");
     }
@@ -167,7 +168,7 @@ async fn run_past_its_time_limit_fails() {
 
 #[cfg(unix)]
 #[tokio::test]
-async fn pipes_and_dot_names_do_not_stop_node() {
+async fn pipes_links_and_dot_names_do_not_stop_node() {
     let plane = Plane::local();
     let node = plane.node(&[fixtures::echo()]).leasing().await;
     let Plane::Local(folder) = &plane else { panic!("a folder") };
@@ -180,6 +181,12 @@ async fn pipes_and_dot_names_do_not_stop_node() {
     }
     let line = node.line(|line| line["event"] == "lease.unreadable" && line["task_id"] == "a-pipe").await;
     assert_eq!(line["error"], "the job file is not a regular file");
+    let link = folder.path().join("jobs/link.json");
+    std::os::unix::fs::symlink("nothing", &link).expect("the folder is writable");
+    let line = node.line(|line| line["event"] == "lease.unreadable" && line["task_id"] == "link").await;
+    assert_eq!(line["error"], "the job file is a link to a file that does not exist");
+    removed(&link, &node).await;
+    assert!(plane.done("link").is_some());
     let task = plane.submit("/examples/echo-file/v1", b"x", json!({})).await;
     assert!(plane.result(&node, &task).await.completed);
     assert!(node.lines().iter().all(|line| line["task_id"] != "." && line["task_id"] != ".."), "{}", node.log());

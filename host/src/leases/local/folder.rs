@@ -489,6 +489,9 @@ fn read_job(path: &Path) -> Result<Option<Job>, String> {
     let size = match fs::metadata(path) {
         Ok(metadata) if !metadata.is_file() => return Err("the job file is not a regular file".to_owned()),
         Ok(metadata) => metadata.len(),
+        Err(err) if err.kind() == io::ErrorKind::NotFound && path.is_symlink() => {
+            return Err("the job file is a link to a file that does not exist".to_owned());
+        }
         Err(err) if err.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(err) => return Err(format!("the job file cannot be read: {err}")),
     };
