@@ -90,7 +90,7 @@ impl Plane {
     }
 
     /// Writes a complete job file.
-    pub(crate) fn put_job(&self, id: &str, job: &Value) {
+    pub(crate) fn put_job(&self, id: &str, job: &impl ToString) {
         let jobs = self.folder().join("jobs");
         fs::create_dir_all(&jobs).expect("the folder is writable");
         fs::write(jobs.join("new"), job.to_string()).expect("the folder is writable");

@@ -62,25 +62,52 @@ async fn removed(file: &std::path::Path, node: &TestNode) {
 async fn unusable_job_gets_a_result_at_once() {
     let plane = Plane::local();
     let node = plane.node(&[fixtures::echo()]).leasing().await;
-    for (id, job, text) in [
-        ("no-capability", json!({ "inputs": [] }), "capability"),
-        ("bad-capability", json!({ "capability": "echo" }), "does not begin with /"),
-        ("unknown-key", json!({ "capability": "/examples/echo-file/v1", "input": [] }), "unknown field `input`"),
-        ("no-object", json!("text"), "the job file cannot be used"),
+    let echo = |rest: &str| format!("{{\"capability\":\"/examples/echo-file/v1\",\n{rest}}}");
+    let cases = [
+        ("no-capability", r#"{"inputs":[]}"#.to_owned(), "missing field `capability` at line 1 column 13"),
+        ("bad-capability", r#"{"capability":"echo"}"#.to_owned(), "does not begin with /"),
+        ("unknown-key", echo(r#""input":[]"#), "unknown field `input`"),
+        ("text", "\"text\"".to_owned(), r#"invalid type: string "text", expected an object at line 1"#),
+        ("array", r#"["/examples/echo-file/v1",[],{},null,60,null]"#.to_owned(), "expected an object at line 1"),
+        ("twice", echo(r#""meta":null"#) + "{}", "trailing characters at line 2"),
+        ("cut", r#"{"capability":"/examples/"#.to_owned(), "EOF while parsing a string at line 1"),
+        ("not-json", "capability".to_owned(), "expected value at line 1 column 1"),
+        ("term", echo(r#""term_secs":0"#), "term_secs is 0, expected 1 to 86400 at line 2"),
         (
-            "term",
-            json!({ "capability": "/examples/echo-file/v1", "term_secs": 0 }),
-            "term_secs is 0, expected 1 to 86400",
+            "term-text",
+            echo(r#""term_secs":"1h""#),
+            r#"term_secs is "1h", expected a whole number of seconds at line 2"#,
         ),
-        ("out", json!({ "capability": "/examples/echo-file/v1", "out": "done/x" }), "a folder of the control plane"),
-    ] {
+        (
+            "limit",
+            echo(r#""time_limit_secs":-1"#),
+            "time_limit_secs is -1, expected a whole number of seconds at line 2",
+        ),
+        ("input", echo(r#""inputs":[5]"#), "a path is 5, expected a text or an array of bytes at line 2"),
+        ("bytes", echo(r#""inputs":[[300]]"#), "a path is [300], expected a text or an array of bytes at line 2"),
+        (
+            "out",
+            echo(r#""out":"done/x""#),
+            "out is done/x, a folder of the control plane; give another folder at line 2",
+        ),
+    ];
+    for (id, job, text) in cases {
         plane.put_job(id, &job);
         let line = node.line(|line| line["event"] == "lease.unreadable" && line["task_id"] == id).await;
-        assert!(line["error"].as_str().is_some_and(|error| error.contains(text)), "{line}");
+        let error = line["error"].as_str().expect("a text");
+        assert!(error.contains(text) && error.contains(" at line "), "{id}: {error}");
+        for name in ["AnyPath", "struct", "enum", "u64", "u8"] {
+            assert!(!error.contains(name), "{id}: {error}");
+        }
         removed(&plane.folder().join("jobs").join(format!("{id}.json")), &node).await;
         let result = plane.done(id).expect("a result");
-        assert_eq!((&result["outcome"], &result["code"]), (&json!("host-fault"), &json!("start_session")), "{result}");
+        assert_eq!((&result["outcome"], &result["code"]), (&json!("failed"), &json!("invalid_input")), "{result}");
+        assert_eq!((&result["retryable"], &result["reason"]), (&json!(false), &line["error"]), "{result}");
     }
+    // Some editors write a byte order mark.
+    plane.put_job("mark", &format!("\u{feff}{}", echo(r#""meta":null"#)));
+    let result = done(&plane, &node, "mark").await;
+    assert_ne!(result["code"], "invalid_input", "{result}");
     node.stop().await;
 }
 
@@ -186,7 +213,7 @@ async fn pipes_links_and_dot_names_do_not_stop_node() {
     let line = node.line(|line| line["event"] == "lease.unreadable" && line["task_id"] == "link").await;
     assert_eq!(line["error"], "the job file is a link to a file that does not exist");
     removed(&link, &node).await;
-    assert!(plane.done("link").is_some());
+    assert_eq!(plane.done("link").expect("a result")["reason"], line["error"]);
     let task = plane.submit("/examples/echo-file/v1", b"x", json!({})).await;
     assert!(plane.result(&node, &task).await.completed);
     assert!(node.lines().iter().all(|line| line["task_id"] != "." && line["task_id"] != ".."), "{}", node.log());

@@ -12,6 +12,7 @@
 use std::{
     collections::HashSet,
     ffi::OsStr,
+    fmt,
     fs::{self, File, TryLockError},
     io::{self, Write as _},
     path::{Path, PathBuf},
@@ -21,7 +22,10 @@ use std::{
 };
 
 use jiff::{SignedDuration, Timestamp};
-use serde::{Deserialize, Serialize};
+use serde::{
+    Deserialize, Deserializer, Serialize, Serializer,
+    de::{self, Error as _, value::MapAccessDeserializer},
+};
 use serde_json::{Value, json};
 use tempfile::NamedTempFile;
 use tracing::warn;
@@ -38,6 +42,10 @@ const LOCK_LIMIT: Duration = Duration::from_secs(2);
 /// The pauses between two tries to lock it. They double from the first to the last.
 const LOCK_PAUSE_MIN: Duration = Duration::from_millis(1);
 const LOCK_PAUSE_MAX: Duration = Duration::from_millis(50);
+/// Most characters of a wrong value that an error shows.
+const SHOWN_CHARS_MAX: usize = 60;
+/// Some editors write it before UTF-8 text.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 /// Largest job file, in bytes.
 const JOB_BYTES_MAX: u64 = 2 * 1024 * 1024;
 /// How long a claim lasts when the job does not say it.
@@ -83,37 +91,146 @@ pub fn submit(folder: &Path, id: &TaskId, job: &Job) -> anyhow::Result<()> {
     let folder = Folder::open(folder.to_owned()).map_err(|problem| anyhow::anyhow!(problem))?;
     let Job { capability, inputs, meta, out, term, time_limit } = job;
     let file = JobFile {
-        capability: capability.to_string(),
+        capability: capability.clone(),
         inputs: inputs.iter().map(AnyPath::from).collect(),
         meta: meta.clone(),
         out: out.as_ref().map(AnyPath::from),
-        term_secs: Some(term.as_secs()),
-        time_limit_secs: time_limit.map(|limit| limit.as_secs()),
+        term_secs: *term,
+        time_limit_secs: *time_limit,
     };
     Ok(write(&folder.job(id), &serde_json::to_value(file)?)?)
 }
 
-/// The content of a job file.
+/// The content of a job file. Its errors carry a position and no names of types.
 #[derive(Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct JobFile {
-    capability: String,
+    #[serde(serialize_with = "as_text", deserialize_with = "capability")]
+    capability: Capability,
     #[serde(default)]
     inputs: Vec<AnyPath>,
     #[serde(default)]
     meta: Value,
+    #[serde(default, deserialize_with = "out")]
     out: Option<AnyPath>,
-    term_secs: Option<u64>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    time_limit_secs: Option<u64>,
+    #[serde(default = "term_default", serialize_with = "as_seconds", deserialize_with = "term")]
+    term_secs: Duration,
+    #[serde(default, serialize_with = "as_optional_seconds", deserialize_with = "time_limit")]
+    time_limit_secs: Option<Duration>,
+}
+
+impl JobFile {
+    /// Reads a job. A byte order mark before it is ignored.
+    fn parse(bytes: &[u8]) -> serde_json::Result<Self> {
+        /// Accepts only an object. The derived code would also read an array, by position.
+        struct Object;
+
+        impl<'de> de::Visitor<'de> for Object {
+            type Value = JobFile;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<JobFile, A::Error> {
+                JobFile::deserialize(MapAccessDeserializer::new(map))
+            }
+        }
+
+        let text = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(bytes);
+        let mut reader = serde_json::Deserializer::from_slice(text);
+        let file = reader.deserialize_any(Object)?;
+        reader.end()?;
+        Ok(file)
+    }
+}
+
+fn term_default() -> Duration {
+    TERM_DEFAULT
+}
+
+fn as_text<S: Serializer>(value: &impl ToString, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&value.to_string())
+}
+
+fn as_seconds<S: Serializer>(time: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_u64(time.as_secs())
+}
+
+fn as_optional_seconds<S: Serializer>(time: &Option<Duration>, serializer: S) -> Result<S::Ok, S::Error> {
+    time.map(|time| time.as_secs()).serialize(serializer)
+}
+
+fn capability<'de, D: Deserializer<'de>>(reader: D) -> Result<Capability, D::Error> {
+    Capability::parse(&String::deserialize(reader)?).map_err(D::Error::custom)
+}
+
+fn out<'de, D: Deserializer<'de>>(reader: D) -> Result<Option<AnyPath>, D::Error> {
+    let Some(out) = Option::<AnyPath>::deserialize(reader)? else { return Ok(None) };
+    let path = PathBuf::from(out.clone());
+    if OWN_FOLDERS.iter().any(|own| path.starts_with(own)) {
+        let message = format!("out is {}, a folder of the control plane; give another folder", path.display());
+        return Err(D::Error::custom(message));
+    }
+    Ok(Some(out))
+}
+
+fn term<'de, D: Deserializer<'de>>(reader: D) -> Result<Duration, D::Error> {
+    let Some(term) = seconds(reader, "term_secs")? else { return Ok(TERM_DEFAULT) };
+    if !(Duration::from_secs(1)..=TERM_MAX).contains(&term) {
+        let message = format!("term_secs is {}, expected 1 to {}", term.as_secs(), TERM_MAX.as_secs());
+        return Err(D::Error::custom(message));
+    }
+    Ok(term)
+}
+
+fn time_limit<'de, D: Deserializer<'de>>(reader: D) -> Result<Option<Duration>, D::Error> {
+    seconds(reader, "time_limit_secs")
+}
+
+/// A whole number of seconds, or `null`.
+fn seconds<'de, D: Deserializer<'de>>(reader: D, key: &str) -> Result<Option<Duration>, D::Error> {
+    match Value::deserialize(reader)? {
+        Value::Null => Ok(None),
+        value => match value.as_u64() {
+            Some(seconds) => Ok(Some(Duration::from_secs(seconds))),
+            None => Err(D::Error::custom(format!("{key} is {}, expected a whole number of seconds", begin(&value)))),
+        },
+    }
+}
+
+/// The beginning of a value that may be large.
+fn begin(value: &Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(SHOWN_CHARS_MAX) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
 }
 
 /// A path in JSON: a text, or an array of bytes if the path is not UTF-8.
-#[derive(Clone, Deserialize, Serialize)]
+#[derive(Clone, Serialize)]
 #[serde(untagged)]
 enum AnyPath {
     Text(String),
     Bytes(Vec<u8>),
+}
+
+impl<'de> Deserialize<'de> for AnyPath {
+    fn deserialize<D: Deserializer<'de>>(reader: D) -> Result<Self, D::Error> {
+        let value = Value::deserialize(reader)?;
+        let path = match &value {
+            Value::String(text) => Some(Self::Text(text.clone())),
+            Value::Array(bytes) => {
+                let byte = |byte: &Value| byte.as_u64().and_then(|byte| u8::try_from(byte).ok());
+                bytes.iter().map(byte).collect::<Option<_>>().map(Self::Bytes)
+            }
+            _ => None,
+        };
+        path.ok_or_else(|| {
+            D::Error::custom(format!("a path is {}, expected a text or an array of bytes", begin(&value)))
+        })
+    }
 }
 
 impl From<&PathBuf> for AnyPath {
@@ -499,21 +616,10 @@ fn read_job(path: &Path) -> Result<Option<Job>, String> {
         return Err(format!("the job file has {size} bytes; at most {JOB_BYTES_MAX} are read"));
     }
     let bytes = fs::read(path).map_err(|err| format!("the job file cannot be read: {err}"))?;
-    let file: JobFile = serde_json::from_slice(&bytes).map_err(|err| format!("the job file cannot be used: {err}"))?;
-    let capability =
-        Capability::parse(&file.capability).map_err(|err| format!("the job file cannot be used: {err}"))?;
-    let term = file.term_secs.map_or(TERM_DEFAULT, Duration::from_secs);
-    if !(Duration::from_secs(1)..=TERM_MAX).contains(&term) {
-        return Err(format!("term_secs is {}, expected 1 to {}", term.as_secs(), TERM_MAX.as_secs()));
-    }
-    if let Some(out) = file.out.as_ref().map(|out| PathBuf::from(out.clone()))
-        && OWN_FOLDERS.iter().any(|own| out.starts_with(own))
-    {
-        return Err(format!("out is {}, a folder of the control plane; give another folder", out.display()));
-    }
-    let inputs = file.inputs.into_iter().map(PathBuf::from).collect();
-    let time_limit = file.time_limit_secs.map(Duration::from_secs);
-    Ok(Some(Job { capability, inputs, meta: file.meta, out: file.out.map(PathBuf::from), term, time_limit }))
+    let file = JobFile::parse(&bytes).map_err(|err| format!("the job file cannot be used: {err}"))?;
+    let JobFile { capability, inputs, meta, out, term_secs: term, time_limit_secs: time_limit } = file;
+    let inputs = inputs.into_iter().map(PathBuf::from).collect();
+    Ok(Some(Job { capability, inputs, meta, out: out.map(PathBuf::from), term, time_limit }))
 }
 
 /// The error says what is wrong with the file.

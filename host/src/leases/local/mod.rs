@@ -350,7 +350,14 @@ impl LeaseSource for Local {
     }
 
     async fn reject(&self, to: &ReportAddress, why: &Outcome) -> Result<(), LeaseError> {
-        let (id, claim, result) = (to.task.clone(), claim(to)?, TaskResult::bare(why.clone()));
+        // The file of the job is wrong. Another node would fail too.
+        let why = match why.clone() {
+            Outcome::Setup { message, .. } => {
+                Outcome::Failed { message, retryable: false, invalid_input: true, details: Value::Null }
+            }
+            other => other,
+        };
+        let (id, claim, result) = (to.task.clone(), claim(to)?, TaskResult::bare(why));
         let ended = result.clone();
         let written = self.on_disk(move |folder| folder.reject(&id, claim, &result, Timestamp::now())).await?;
         if written == Claimed::Other {
