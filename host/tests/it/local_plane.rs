@@ -362,3 +362,22 @@ async fn abandoned_claims_are_removed_at_start() {
     assert_eq!(left, ["held.json", "recent.json", "with-job.json"]);
     node.stop().await;
 }
+
+#[tokio::test]
+async fn start_removes_temporary_files_of_killed_nodes() {
+    let plane = Plane::local();
+    let kept = ["running/.tmp-job.json", "running/notes", "done/.tmp-job.json"].map(|name| plane.folder().join(name));
+    let removed = ["running/.tmpAbC123", "done/.tmpXyZ789"].map(|name| plane.folder().join(name));
+    for part in ["running", "done"] {
+        fs::create_dir(plane.folder().join(part)).expect("the folder is writable");
+    }
+    let claim = json!({ "claim": uuid::Uuid::nil(), "ends_at": jiff::Timestamp::now() }).to_string();
+    for file in kept.iter().chain(&removed) {
+        fs::write(file, &claim).expect("the folder is writable");
+    }
+    let node = plane.node(&[fixtures::echo()]).leasing().await;
+    node.page_until("/ready", |page| page.0 == 200).await;
+    assert!(kept.iter().all(|file| file.exists()), "files of other kinds stay");
+    assert!(!removed.iter().any(|file| file.exists()), "temporary files are removed");
+    node.stop().await;
+}

@@ -27,7 +27,6 @@ use serde::{
     de::{self, Error as _, value::MapAccessDeserializer},
 };
 use serde_json::{Value, json};
-use tempfile::NamedTempFile;
 use tracing::warn;
 use uuid::Uuid;
 
@@ -44,6 +43,8 @@ const LOCK_PAUSE_MIN: Duration = Duration::from_millis(1);
 const LOCK_PAUSE_MAX: Duration = Duration::from_millis(50);
 /// Most characters of a wrong value that an error shows.
 const SHOWN_CHARS_MAX: usize = 60;
+/// The names of files that are being written begin with it.
+const TEMPORARY: &str = ".tmp";
 /// Some editors write it before UTF-8 text.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 /// Largest job file, in bytes.
@@ -546,6 +547,22 @@ impl Folder {
         })
     }
 
+    /// Removes files that a killed process began to write. All writes happen under the lock.
+    pub(super) fn remove_temporary(&self) -> Result<(), String> {
+        self.locked(|| {
+            for part in WRITTEN {
+                for entry in fs::read_dir(self.path.join(part))?.flatten() {
+                    let name = entry.file_name();
+                    let is_temporary = name.to_str().is_some_and(|name| name.starts_with(TEMPORARY));
+                    if is_temporary && job_id(&name).is_none() {
+                        remove(&entry.path())?;
+                    }
+                }
+            }
+            Ok(())
+        })
+    }
+
     /// Removes claims that have ended and whose job file is gone: nobody else would replace them.
     pub(super) fn remove_abandoned(&self, now: Timestamp) -> Result<(), String> {
         self.locked(|| {
@@ -642,7 +659,7 @@ fn read<T: for<'de> Deserialize<'de>>(path: &Path) -> Option<T> {
 /// Writes a file atomically, also across a power failure.
 fn write(path: &Path, content: &Value) -> io::Result<()> {
     let folder = path.parent().expect("a file in the folder of jobs");
-    let mut file = NamedTempFile::new_in(folder)?;
+    let mut file = tempfile::Builder::new().prefix(TEMPORARY).tempfile_in(folder)?;
     file.write_all(format!("{content}\n").as_bytes())?;
     file.as_file().sync_all()?;
     file.persist(path).map_err(|err| err.error)?;

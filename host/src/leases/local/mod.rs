@@ -220,6 +220,9 @@ impl LeaseSource for Local {
         loop {
             let check = self.on_disk(move |folder| {
                 folder.check()?;
+                if checks == 0 {
+                    folder.remove_temporary()?;
+                }
                 if checks.is_multiple_of(CHECKS_PER_SEARCH) {
                     folder.remove_abandoned(Timestamp::now())?;
                 }
