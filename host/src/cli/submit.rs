@@ -21,7 +21,7 @@ use uuid::Uuid;
 use super::{Exit, Output, put, read_problem, signals, table, unreadable};
 use crate::{
     config::{folder_problem, host_problem},
-    model::{Capability, did_you_mean},
+    model::{Capability, did_you_mean, in_a_line},
     transport::{self, Client},
 };
 use artifacts::Artifact;
@@ -349,7 +349,10 @@ async fn cancel(form: Output, plane: &Plane, id: Uuid, out: &mut impl Write, not
             return Ok(Exit::Failed);
         }
         Err(err) if err.is_conflict() => {
-            notes.line(&format!("error: job {id} was not cancelled: {err}"));
+            // The answer to the cancellation is not for people.
+            let status = plane.job(id).await.ok().and_then(|job| Some(job["job"]["status"].as_str()?.to_owned()));
+            let status = status.map(|status| format!(", its status is {}", in_a_line(&status))).unwrap_or_default();
+            notes.line(&format!("error: job {id} cannot be cancelled any more{status}"));
             return Ok(Exit::Failed);
         }
         Err(err) => return Err(err.into()),

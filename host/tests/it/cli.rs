@@ -585,6 +585,28 @@ async fn submit_cancel_cancels_a_job() {
 }
 
 #[tokio::test]
+async fn cancel_of_an_ended_job_is_one_clear_line() {
+    let dir = workplace(&[fixtures::hello()]);
+    std::fs::write(dir.path().join("who.txt"), "reader").expect("the folder is writable");
+    let dev = Cli::new(&["dev", "--port", "0"]).dir(dir.path()).set("TMPDIR", dir.path().to_string_lossy()).start();
+    dev.stdout_line(|line| line == "For development and tests, not for production.").await;
+    let base = exports(&dev).into_iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1;
+    let submit = |args: &[&str]| {
+        let submit = Cli::new(&[&["submit"], args].concat()).dir(dir.path());
+        submit.set("RUNNER_HOST_DEV", base.as_str()).set("RUST_LOG", "")
+    };
+    let args = ["/examples/hello/v1", "--input", "who.txt", "--wait", "-o", "json"];
+    let said: Value = serde_json::from_str(&submit(&args).run().await.expect(0).stdout).expect("JSON");
+    let id = said["tasks"][0]["job_id"].as_str().expect("an id");
+    for form in ["text", "json"] {
+        let ended = submit(&["--cancel", id, "-o", form]).run().await.expect(1);
+        let wanted = format!("error: job {id} cannot be cancelled any more, its status is completed");
+        assert_eq!((ended.stdout.as_str(), ended.stderr), ("", wanted), "{form}");
+    }
+    stopped(&dev).await;
+}
+
+#[tokio::test]
 async fn submit_retries_transient_errors() {
     let dir = workplace(&[fixtures::hello()]);
     std::fs::write(dir.path().join("who.txt"), "reader").expect("the folder is writable");
