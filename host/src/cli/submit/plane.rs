@@ -13,7 +13,7 @@ use futures_util::StreamExt;
 use http::{HeaderMap, Method, Request, StatusCode, header};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
-use serde::Deserialize;
+use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncSeekExt, AsyncWriteExt, BufWriter};
 use tokio_util::io::ReaderStream;
@@ -277,13 +277,8 @@ impl Plane {
             "existing_id": null,
         });
         // The server deletes an upload whose answer was lost after some time.
-        let begin = async |_: &mut Notes| {
-            let request = self.request(Method::POST, &self.data("/multipart?uploads"));
-            let request = request.header(header::CONTENT_TYPE, JSON);
-            let answer = self.call(request, full(initiate.to_string()), CALL_LIMIT, "the upload").await?;
-            Ok(answer.json::<Begun>()?)
-        };
-        let begun = retrying(notes, PlaneError::is_temporary, begin).await?;
+        let begin = async |_: &mut Notes| self.post_upload("?uploads", &initiate, CALL_LIMIT).await;
+        let begun: Begun = retrying(notes, PlaneError::is_temporary, begin).await?;
         let upload: String = url::form_urlencoded::byte_serialize(begun.upload_id.as_bytes()).collect();
         drop(self.note(Some(upload.clone())));
         let stored = self.upload_begun(file, size, &upload, begun.part_size.max(1), notes).await;
@@ -292,6 +287,18 @@ impl Plane {
             Err(_) => self.give_up().await,
         }
         stored
+    }
+
+    /// Begins or completes an upload in parts.
+    async fn post_upload<T: DeserializeOwned>(
+        &self,
+        query: &str,
+        body: &Value,
+        limit: Duration,
+    ) -> Result<T, PlaneError> {
+        let request = self.request(Method::POST, &self.data(&format!("/multipart{query}")));
+        let request = request.header(header::CONTENT_TYPE, JSON);
+        Ok(self.call(request, full(body.to_string()), limit, "the upload").await?.json()?)
     }
 
     fn note(&self, upload: Option<String>) -> Option<String> {
@@ -332,13 +339,9 @@ impl Plane {
             parts.push(json!({ "part_number": number, "etag": answer["etag"] }));
             offset += length;
         }
-        let parts = json!({ "parts": parts }).to_string();
-        let complete = async |_: &mut Notes| {
-            let request = self.request(Method::POST, &self.data(&format!("/multipart?uploadId={upload}")));
-            let request = request.header(header::CONTENT_TYPE, JSON);
-            Ok(self.call(request, full(parts.clone()), UPLOAD_LIMIT, "the upload").await?.json::<Value>()?)
-        };
-        let answer = retrying(notes, PlaneError::is_temporary, complete).await?;
+        let (query, parts) = (format!("?uploadId={upload}"), json!({ "parts": parts }));
+        let complete = async |_: &mut Notes| self.post_upload(&query, &parts, UPLOAD_LIMIT).await;
+        let answer: Value = retrying(notes, PlaneError::is_temporary, complete).await?;
         notes.bytes(&format!("uploading {}", file.display()), size, size);
         id_in(&answer)
     }
