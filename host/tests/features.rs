@@ -29,7 +29,7 @@ fn every_row_names_tests_that_exist() {
             continue;
         };
         if !seen.insert(row.to_owned()) {
-            problems.push(format!("{row} stands twice"));
+            problems.push(format!("{row} is listed twice"));
         }
         let named: Vec<&str> =
             proof.split('`').skip(1).step_by(2).filter(|name| name.contains("::") && !name.contains(' ')).collect();
@@ -48,7 +48,7 @@ fn every_row_names_tests_that_exist() {
     }
     let promised = promised();
     problems.extend(promised.difference(&seen).map(|row| format!("{row} is missing")));
-    problems.extend(seen.difference(&promised).map(|row| format!("{row} is no row")));
+    problems.extend(seen.difference(&promised).map(|row| format!("{row} is not a promised row")));
     assert!(problems.is_empty(), "docs/features.md:\n{}", problems.join("\n"));
 }
 
@@ -69,10 +69,10 @@ fn troubleshooting_page_messages_occur_in_the_source() {
         seen += 1;
         let pieces: Vec<&str> = message.split('…').map(str::trim).filter(|piece| piece.len() > 2).collect();
         if !pieces.iter().any(|piece| piece.len() >= 8) {
-            problems.push(format!("`{message}` says too little to be looked for"));
+            problems.push(format!("`{message}` is too short to search for"));
         }
         let missing = pieces.iter().filter(|piece| !source.contains(**piece));
-        problems.extend(missing.map(|piece| format!("`{message}`: nothing says `{piece}`")));
+        problems.extend(missing.map(|piece| format!("`{message}`: no source contains `{piece}`")));
     }
     assert!(problems.is_empty(), "docs/operations/troubleshooting.md:\n{}", problems.join("\n"));
     assert!(seen > 100, "{seen} messages were found; are they still rows that begin with one?");
@@ -86,7 +86,7 @@ fn troubleshooting_page_lists_node_warnings_and_errors() {
     for file in rust_files(&root.join("host/src")) {
         let inside = file.strip_prefix(&root).expect("found below it").to_string_lossy().into_owned();
         if inside.contains("tests") || inside.starts_with("host/src/dev/") {
-            continue; // what the dev server says is no operator's business
+            continue; // messages of the dev server are not for operators
         }
         let text = fs::read_to_string(&file).expect("a readable file");
         let code = text.split("#[cfg(test)]\nmod tests {").next().unwrap_or_default();
@@ -100,7 +100,7 @@ fn troubleshooting_page_lists_node_warnings_and_errors() {
         }
     }
     assert!(missing.is_empty(), "docs/operations/troubleshooting.md lacks\n{}", missing.join("\n"));
-    assert!(seen > 50, "{seen} warnings and errors were found; are they still made by these macros?");
+    assert!(seen > 50, "{seen} warnings and errors were found; do these macros still write them?");
 }
 
 /// `docs/operations/events.md` lists each event code of the log with its levels and fields, and no other code.
@@ -140,9 +140,9 @@ fn event_codes_match_their_page() {
         }
     }
     assert!(nameless.is_empty(), "log lines without an event code:\n{}", nameless.join("\n"));
-    assert!(used.len() > 60, "{} codes were found; are lines still made by these macros?", used.len());
-    let only = |ours: &BTreeMap<_, _>, theirs: &BTreeMap<_, _>| -> Vec<String> {
-        let differs = ours.iter().filter(|(code, facts)| theirs.get(*code) != Some(*facts));
+    assert!(used.len() > 60, "{} codes were found; do these macros still write lines?", used.len());
+    let only = |page_codes: &BTreeMap<_, _>, source_codes: &BTreeMap<_, _>| -> Vec<String> {
+        let differs = page_codes.iter().filter(|(code, facts)| source_codes.get(*code) != Some(*facts));
         differs
             .map(|(code, facts): (&String, &(BTreeSet<String>, BTreeSet<String>))| format!("{code}: {facts:?}"))
             .collect()

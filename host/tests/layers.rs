@@ -20,15 +20,19 @@ const RULES: &[Rule] = &[
     ("transport", &["model"], "the HTTP client knows addresses, bytes and clocks, not leases"),
     ("node_event", &["model"], "what the node does; a module whose state an operator follows imports it"),
     ("listen", &[], "accepts connections and serves HTTP; knows no page"),
-    ("observe", &["listen", "model"], "logs, and pages made from a status it is shown"),
+    ("observe", &["listen", "model"], "logs, and pages that show the status"),
     ("plugins", &["model", "node_event"], "runs a task in a library; knows no plane and no store"),
-    ("storage", &["model", "node_event", "transport"], "moves inputs and outputs; gets its token in a grant"),
+    ("storage", &["model", "node_event", "transport"], "moves inputs and outputs; gets its token from a held lease"),
     ("auth", &["model", "node_event", "transport"], "signs in and keeps the node's token fresh"),
     ("leases", &["auth", "model", "node_event", "transport"], "speaks to one control plane with the node's token"),
-    ("session", &["leases", "model", "node_event"], "keeps one lease, whoever gave it"),
-    ("outbox", &["crash", "leases", "model", "node_event"], "keeps reports until their plane has them"),
-    ("control", &["listen", "model", "outbox"], "commands ask a running node about what it holds"),
-    ("crash", &[], "where tests let the process die"),
+    ("session", &["leases", "model", "node_event"], "keeps one lease of any control plane"),
+    (
+        "outbox",
+        &["crash", "leases", "model", "node_event"],
+        "keeps reports until their control plane has accepted them",
+    ),
+    ("control", &["listen", "model", "outbox"], "commands query a running node"),
+    ("crash", &[], "crash points for tests"),
     ("open_files", &[], "asks the system for more open files, once"),
     (
         "engine",
@@ -43,7 +47,7 @@ const RULES: &[Rule] = &[
     (
         "dev",
         &["leases", "listen", "model", "transport"],
-        "the other side of the wire, in the same wire types; calls nodes back",
+        "the server side of the wire, in the same wire types; calls nodes back",
     ),
     (
         "app",
@@ -90,14 +94,14 @@ const RULES: &[Rule] = &[
 
 /// Dependencies that only tests have: a module is tested with the real modules around it.
 const IN_TESTS: &[Rule] = &[
-    ("cli", &["dev"], "`submit` is tried against the dev server"),
+    ("cli", &["dev"], "`submit` is tested against the dev server"),
     ("engine", &["transport"], "the engine is tested with the storage of a node"),
     ("outbox", &["auth", "transport"], "reports are sent over a real connection"),
-    ("session", &["auth", "transport"], "a session is tried over a real connection"),
+    ("session", &["auth", "transport"], "a session is tested over a real connection"),
 ];
 
 /// The crate roots of the library and of the binary, which are not modules of the map.
-const DOORS: [&str; 2] = ["lib", "main"];
+const CRATE_ROOTS: [&str; 2] = ["lib", "main"];
 
 /// All code of the plugin boundary, and the code that removes secrets from the process memory.
 const UNSAFE_HERE: [&str; 9] = [
@@ -126,7 +130,7 @@ fn modules_import_only_what_the_table_allows() {
         let inside = file.strip_prefix(root.join("host/src")).expect("found below it");
         let module = inside.components().next().expect("a file has a name").as_os_str().to_string_lossy();
         let module = module.trim_end_matches(".rs").to_owned();
-        if !known.contains(module.as_str()) && !DOORS.contains(&module.as_str()) {
+        if !known.contains(module.as_str()) && !CRATE_ROOTS.contains(&module.as_str()) {
             problems.push(format!("{}: {module} is not in the table", inside.display()));
         }
         let text = fs::read_to_string(&file).expect("readable source");
@@ -169,7 +173,7 @@ fn layer_table_has_no_cycle() {
 }
 
 #[test]
-fn unsafe_stands_only_at_the_boundary() {
+fn unsafe_is_only_at_the_boundary() {
     let root = workspace();
     let mut found = BTreeSet::new();
     for folder in ["host/src", "runner-sdk/src", "plugins", "examples"] {
@@ -215,7 +219,7 @@ fn imports_are_found_in_every_form() {
 
 fn allowed(rules: &[Rule], module: &str, other: &str) -> bool {
     // lib.rs and main.rs may import every module, because they declare the modules.
-    DOORS.contains(&module) || rules.iter().any(|rule| rule.0 == module && rule.1.contains(&other))
+    CRATE_ROOTS.contains(&module) || rules.iter().any(|rule| rule.0 == module && rule.1.contains(&other))
 }
 
 fn workspace() -> PathBuf {

@@ -166,12 +166,12 @@ fn cancellation_has_flag_future_and_reason() {
         let host = TestHost::new();
         host.cancel(reason.clone());
         let seen = Arc::new(Mutex::new(None));
-        let tell = Arc::clone(&seen);
+        let sender = Arc::clone(&seen);
         host.run_blocking(&Act(move |ctx: TaskCtx| {
-            let tell = Arc::clone(&tell);
+            let sender = Arc::clone(&sender);
             async move {
                 let reason = ctx.ctrl.cancelled().await;
-                *tell.lock().expect("not poisoned") = Some(reason);
+                *sender.lock().expect("not poisoned") = Some(reason);
                 Ok(())
             }
         }));
@@ -198,10 +198,10 @@ fn lost_lease_blocks_input_and_output() {
     let ended =
         TestHost::new().input("a", b"x").cancel_after_progress(1).run_blocking(&Act(|ctx: TaskCtx| async move {
             ctx.ctrl.progress(json!(1)).await?;
-            ctx.output.put_bytes("after-a-cancel.txt", "still ours").await?;
+            ctx.output.put_bytes("after-a-cancel.txt", "still held").await?;
             Ok(())
         }));
-    assert_eq!(ended.output("after-a-cancel.txt"), Some(&b"still ours"[..]));
+    assert_eq!(ended.output("after-a-cancel.txt"), Some(&b"still held"[..]));
 
     let host = TestHost::new().input("a", b"x");
     host.cancel(CancelReason::LeaseLost);
@@ -219,8 +219,8 @@ fn lost_lease_blocks_input_and_output() {
 fn input_is_read_in_every_form() {
     let content: Vec<u8> = (0..700_000_u32).map(|n| (n % 251) as u8).collect();
     let expected = content.clone();
-    let kept = Arc::new(Mutex::new(None));
-    let keep = Arc::clone(&kept);
+    let clone_of_context = Arc::new(Mutex::new(None));
+    let keep = Arc::clone(&clone_of_context);
     let ended = TestHost::new().input("scan", content).input("none", b"").run_blocking(&Act(move |ctx: TaskCtx| {
         let (expected, keep) = (expected.clone(), Arc::clone(&keep));
         async move {
@@ -247,7 +247,7 @@ fn input_is_read_in_every_form() {
         }
     }));
     assert!(ended.is_ok(), "{:?}", ended.failure());
-    let path = kept.lock().expect("not poisoned").take().expect("the run kept it");
+    let path = clone_of_context.lock().expect("not poisoned").take().expect("the run kept it");
     assert!(!path.exists(), "the task's directory is removed with the task");
 }
 
@@ -318,7 +318,7 @@ fn token_needs_a_grant() {
 
 #[tokio::test]
 async fn context_is_refused_after_its_run() {
-    let (give, kept) = tokio::sync::oneshot::channel();
+    let (give, clone_of_context) = tokio::sync::oneshot::channel();
     let give = Mutex::new(Some(give));
     let runner = Act(move |ctx: TaskCtx| {
         let give = give.lock().expect("not poisoned").take();
@@ -330,7 +330,7 @@ async fn context_is_refused_after_its_run() {
     let ended = TestHost::new().input("a", b"x").token("t").run(&runner).await;
     assert!(ended.is_ok());
 
-    let ctx = kept.await.expect("the run sent its context");
+    let ctx = clone_of_context.await.expect("the run sent its context");
     let late = tokio::spawn(async move {
         [
             ctx.ctrl.progress(json!(1)).await.err(),
@@ -439,25 +439,25 @@ fn exported_table_has_this_version() {
 
 #[tokio::test]
 async fn context_reports_the_end_of_its_run() {
-    let (tell, told) = tokio::sync::oneshot::channel();
-    let tell = Mutex::new(Some(tell));
+    let (sender, received) = tokio::sync::oneshot::channel();
+    let sender = Mutex::new(Some(sender));
     let runner = Act(move |ctx: TaskCtx| {
-        let tell = tell.lock().expect("not poisoned").take();
+        let sender = sender.lock().expect("not poisoned").take();
         async move {
-            let Some(tell) = tell else {
+            let Some(sender) = sender else {
                 assert!(!ctx.ctrl.is_cancelled(), "the end of the first run does not stop the second");
                 return Ok(());
             };
             tokio::spawn(async move {
                 let reason = ctx.ctrl.cancelled().await;
-                let _ = tell.send((ctx.ctrl.is_cancelled(), reason, ctx.ctrl.cancel_reason().await));
+                let _ = sender.send((ctx.ctrl.is_cancelled(), reason, ctx.ctrl.cancel_reason().await));
             });
             Ok(())
         }
     });
     let host = TestHost::new();
     assert!(host.run(&runner).await.is_ok());
-    let seen = tokio::time::timeout(Duration::from_secs(10), told).await.expect("the end is reported");
+    let seen = tokio::time::timeout(Duration::from_secs(10), received).await.expect("the end is reported");
     assert_eq!(seen, Ok((true, CancelReason::TaskOver, Some(CancelReason::TaskOver))));
     assert!(host.run(&runner).await.is_ok());
 }

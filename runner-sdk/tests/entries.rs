@@ -42,7 +42,7 @@ impl Runner for Outlived {
         tokio::spawn(async move {
             let reason = ctx.ctrl.cancelled().await;
             let seen = (ctx.ctrl.is_cancelled(), reason);
-            OUTLIVED.get().map(|tell| tell.send(seen))
+            OUTLIVED.get().map(|sender| sender.send(seen))
         });
         Ok(())
     }
@@ -120,9 +120,9 @@ mod host {
             // SAFETY: lent for this call.
             unsafe { std::slice::from_raw_parts(text.ptr, text.len) }
         };
-        let told = (task, status, String::from_utf8_lossy(bytes).into_owned());
-        if let Some(tell) = COMPLETED.get() {
-            let _ = tell.lock().expect("not poisoned").send(told);
+        let answer = (task, status, String::from_utf8_lossy(bytes).into_owned());
+        if let Some(sender) = COMPLETED.get() {
+            let _ = sender.lock().expect("not poisoned").send(answer);
         }
         Status::OK
     }
@@ -157,27 +157,27 @@ fn lend(text: &str) -> Str {
 
 unsafe extern "C" fn ready(user: *mut c_void, status: Status, data: Bytes) {
     // SAFETY: the sender of `plugin`, which waits for this answer.
-    let tell = unsafe { &*user.cast::<mpsc::Sender<Status>>() };
+    let sender = unsafe { &*user.cast::<mpsc::Sender<Status>>() };
     if let Some(release) = data.release {
         // SAFETY: this call transfers the bytes.
         unsafe { release(data.owner) };
     }
-    let _ = tell.send(status);
+    let _ = sender.send(status);
 }
 
 /// The plugin in this file, initialised, and the completions of its tasks.
 fn plugin() -> (abi::ModuleRef, mpsc::Receiver<Completed>) {
-    let (tell, completed) = mpsc::channel();
-    assert!(COMPLETED.set(Mutex::new(tell)).is_ok(), "one test initialises the plugin");
-    let (tell, told) = mpsc::channel::<Status>();
-    let user = (&raw const tell).cast_mut().cast::<c_void>();
+    let (sender, completed) = mpsc::channel();
+    assert!(COMPLETED.set(Mutex::new(sender)).is_ok(), "one test initialises the plugin");
+    let (sender, answer) = mpsc::channel::<Status>();
+    let user = (&raw const sender).cast_mut().cast::<c_void>();
     // SAFETY: exported by the macro above, with this signature. `tell` outlives the answer.
     let table = unsafe {
         let table = runner_module_v1();
         table.init()(abi::publish_host(host::table()), lend("{}"), Callback { call: ready }, user);
         table
     };
-    assert_eq!(told.recv_timeout(LIMIT), Ok(Status::OK));
+    assert_eq!(answer.recv_timeout(LIMIT), Ok(Status::OK));
     (table, completed)
 }
 
@@ -192,8 +192,8 @@ fn start(table: abi::ModuleRef, task: Task, capability: &str) {
 #[test]
 fn entries_keep_their_contract() {
     let (table, completed) = plugin();
-    let (tell, outlived) = mpsc::channel();
-    OUTLIVED.set(tell).expect("set once");
+    let (sender, outlived) = mpsc::channel();
+    OUTLIVED.set(sender).expect("set once");
 
     // `tokio::task::id` works before the first wait, in each run.
     for task in 1..=50 {

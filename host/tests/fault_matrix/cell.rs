@@ -84,9 +84,9 @@ async fn judged(cell: &Cell, test_server: &TestServer, faults: Faults, plugin: P
         .set("MAX_CONCURRENCY", "2");
     let setup = if cell.is_by_url() { setup.reachable() } else { setup };
     let node = setup.start().await;
-    let told = |problem: String| format!("{problem}\n{}", node.log());
+    let result = |problem: String| format!("{problem}\n{}", node.log());
     if !(cell.is_of_sign_in() || cell.is_of_the_clock()) {
-        within("the first poll", test_server.dev_server.journal_until(polled)).await.map_err(told)?;
+        within("the first poll", test_server.dev_server.journal_until(polled)).await.map_err(result)?;
         test_server.dev_server.set_faults(faults);
     }
     let input: Vec<u8> = (0..INPUT_BYTES).map(|n| (n % 251) as u8).collect();
@@ -96,22 +96,22 @@ async fn judged(cell: &Cell, test_server: &TestServer, faults: Faults, plugin: P
     let job = task.set("max_attempts", json!(if cell.endpoint == "fail" { 2 } else { 30 })).submit();
     if cell.length == Length::Long && !cell.is_of_the_clock() {
         let struck = |seen: &[JournalEntry]| seen.iter().any(|seen| cell.struck(seen));
-        within("the first fault", test_server.dev_server.journal_until(struck)).await.map_err(told)?;
+        within("the first fault", test_server.dev_server.journal_until(struck)).await.map_err(result)?;
         // No event: the fault itself is a period of time.
         tokio::time::sleep(LONG).await;
         test_server.dev_server.set_faults(Faults::default());
     }
     let over = |view: &Value| matches!(view["job"]["status"].as_str(), Some("completed" | "failed" | "canceled"));
-    let ended = within("the end of the task", test_server.dev_server.job_until(job, over)).await.map_err(told)?;
+    let ended = within("the end of the task", test_server.dev_server.job_until(job, over)).await.map_err(result)?;
     if cell.strikes_the_test() {
         test_server.dev_server.set_faults(Faults::default());
     }
-    one_verdict(cell, test_server, &Ended(ended), &input).await.map_err(told)?;
-    nothing_left(cell, test_server, &node).await.map_err(told)
+    one_result(cell, test_server, &Ended(ended), &input).await.map_err(result)?;
+    nothing_left(cell, test_server, &node).await.map_err(result)
 }
 
 /// Checks for one completion, or failures with a reason. Artifacts must be complete and without duplicates.
-async fn one_verdict(cell: &Cell, test_server: &TestServer, ended: &Ended, input: &[u8]) -> Result<(), String> {
+async fn one_result(cell: &Cell, test_server: &TestServer, ended: &Ended, input: &[u8]) -> Result<(), String> {
     let receipts = ended.0["receipts"].as_array().ok_or("no receipts")?;
     let completed = receipts.iter().filter(|receipt| receipt["meta"]["artifacts"].is_array()).count();
     let failures = receipts.iter().filter_map(|receipt| receipt["meta"]["reason"].as_str());

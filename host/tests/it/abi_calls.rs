@@ -167,7 +167,7 @@ async fn log_line_belongs_to_its_spans_task() {
     }
     node.stop().await;
     let spoken = |line: &Value| line["plugin_target"] == "zoo::calls";
-    let said = |task: &Value| -> Vec<String> {
+    let texts_of = |task: &Value| -> Vec<String> {
         let own = node.lines().into_iter().filter(|line| spoken(line) && &line["task_id"] == task);
         let mut texts: Vec<String> = own.map(|line| line["message"].as_str().expect("a text").to_owned()).collect();
         texts.sort();
@@ -184,7 +184,7 @@ async fn log_line_belongs_to_its_spans_task() {
             "out of one of them",
             "with the span as its parent",
         ];
-        assert_eq!(said(task), wanted, "{}", node.log());
+        assert_eq!(texts_of(task), wanted, "{}", node.log());
     }
     let nobodys = [
         "in a span of nobody",
@@ -192,7 +192,12 @@ async fn log_line_belongs_to_its_spans_task() {
         "in a spawned task that was not",
         "in a spawned task that was not",
     ];
-    assert_eq!(said(&Value::Null), [&nobodys[..], &["with no parent", "with no parent"]].concat(), "{}", node.log());
+    assert_eq!(
+        texts_of(&Value::Null),
+        [&nobodys[..], &["with no parent", "with no parent"]].concat(),
+        "{}",
+        node.log()
+    );
 }
 
 #[tokio::test]
@@ -200,9 +205,9 @@ async fn log_lines_of_plugins_obey_the_hosts_filter() {
     let test_server = TestServer::start().await;
     let node = test_server.node(&[fixtures::zoo()]).set("RUST_LOG", "warn,runner_host::app=info").leasing().await;
     test_server.run(&node, "/fixtures/logs/v1", json!({})).await.completed();
-    let said = |text: &str| !node.said_text(text).is_empty();
-    assert!(said("tracing at warn") && said("log at error"));
-    assert!(!said("tracing at info") && !said("log at debug"));
+    let is_logged = |text: &str| !node.said_text(text).is_empty();
+    assert!(is_logged("tracing at warn") && is_logged("log at error"));
+    assert!(!is_logged("tracing at info") && !is_logged("log at debug"));
     node.stop().await;
 }
 
@@ -220,13 +225,13 @@ async fn runner_uses_tokio_and_blocking_threads() {
 async fn task_opens_at_most_64_streams() {
     let folder = zoo();
     folder.invoke("/fixtures/streams/v1", &["--meta", "{\"count\":70}"]).await.expect(0);
-    let said: Value = serde_json::from_slice(&folder.output("streams.json")).expect("JSON");
-    assert_eq!(said["open"], 64);
-    assert_eq!(said["refused"]["kind"], "BadRequest");
+    let output: Value = serde_json::from_slice(&folder.output("streams.json")).expect("JSON");
+    assert_eq!(output["open"], 64);
+    assert_eq!(output["refused"]["kind"], "BadRequest");
     assert!(
-        said["refused"]["text"].as_str().is_some_and(|text| text.contains("64 inputs and outputs are open already"))
+        output["refused"]["text"].as_str().is_some_and(|text| text.contains("64 inputs and outputs are open already"))
     );
-    assert_eq!(said["again"], true);
+    assert_eq!(output["again"], true);
 }
 
 /// The files below `invoke`'s output folder.
@@ -241,9 +246,9 @@ fn published(folder: &Folder) -> Vec<String> {
 #[tokio::test]
 async fn dropped_writer_publishes_nothing() {
     let folder = zoo();
-    let said = folder.invoke("/fixtures/drop-writer/v1", &["-o", "json"]).await.expect(0);
+    let output = folder.invoke("/fixtures/drop-writer/v1", &["-o", "json"]).await.expect(0);
     assert_eq!(published(&folder), ["kept.txt"]);
-    assert_eq!(said.stdout.lines().count(), 1, "{}", said.stdout);
+    assert_eq!(output.stdout.lines().count(), 1, "{}", output.stdout);
     assert_eq!(folder.output("kept.txt"), b"kept");
 
     let test_server = TestServer::start().await;
@@ -257,9 +262,9 @@ async fn dropped_writer_publishes_nothing() {
 #[tokio::test]
 async fn fast_progress_keeps_the_last_value() {
     let folder = zoo();
-    let said = folder.invoke("/fixtures/progress-storm/v1", &["--meta", "{\"count\":20000}"]).await.expect(0);
-    let last = said.stderr.lines().rfind(|line| line.starts_with("progress"));
-    assert_eq!(last, Some("progress {\"n\":20000}"), "{}", said.stderr);
+    let output = folder.invoke("/fixtures/progress-storm/v1", &["--meta", "{\"count\":20000}"]).await.expect(0);
+    let last = output.stderr.lines().rfind(|line| line.starts_with("progress"));
+    assert_eq!(last, Some("progress {\"n\":20000}"), "{}", output.stderr);
 }
 
 #[tokio::test]
@@ -285,12 +290,12 @@ async fn failed_invoke_reports_why_and_cleans_up() {
         ("retryable", "error: failed: the scanner is busy"),
     ];
     for (runner, line) in cases {
-        let said = folder.invoke(&format!("/fixtures/{runner}/v1"), &[]).await.expect(1);
-        assert_eq!(said.stderr, line);
+        let output = folder.invoke(&format!("/fixtures/{runner}/v1"), &[]).await.expect(1);
+        assert_eq!(output.stderr, line);
     }
-    let said = folder.invoke("/fixtures/panic/v1", &[]).await.expect(1);
-    let last = said.stderr.lines().last().expect("a line");
-    assert!(last.starts_with("error: panicked: boom 42 at src/ends.rs:"), "{}", said.stderr);
+    let output = folder.invoke("/fixtures/panic/v1", &[]).await.expect(1);
+    let last = output.stderr.lines().last().expect("a line");
+    assert!(last.starts_with("error: panicked: boom 42 at src/ends.rs:"), "{}", output.stderr);
     let left: Vec<_> = walk(folder.root()).into_iter().filter(|path| path.contains("/task")).collect();
     assert!(left.is_empty(), "{left:?}");
 }

@@ -90,7 +90,7 @@ async fn every_domain_call_has_the_client_id() {
     }
     assert!(seen.iter().all(|(_, id)| id.as_deref() == Some("billed-once")), "{seen:#?}");
     let unbilled = proxy.headers("/v1/", "posemesh-client-id");
-    assert!(unbilled.iter().all(|(_, id)| id.is_none()), "the plane is not told");
+    assert!(unbilled.iter().all(|(_, id)| id.is_none()), "no request goes to the control plane");
 }
 
 #[tokio::test]
@@ -139,7 +139,7 @@ async fn artifact_with_an_id_replaces_that_data() {
 }
 
 #[tokio::test]
-async fn unfit_files_are_refused_in_one_line() {
+async fn unusable_files_are_refused_in_one_line() {
     let test_server = TestServer::start().await;
     let node = test_server.joined(&[fixtures::zoo()]).await;
     let cases = [
@@ -150,12 +150,12 @@ async fn unfit_files_are_refused_in_one_line() {
     ];
     let list: Vec<Value> = cases.iter().map(|(file, _)| json!({ "path": "x", "file": file })).collect();
     let ended = puts(&test_server, &node, json!(list)).await;
-    let told = results(&test_server, ended.completed()).await;
-    for ((file, text), told) in cases.iter().zip(told) {
-        let said = told["text"].as_str().unwrap_or_default();
-        assert_eq!(told["kind"], "BadRequest", "{file}: {told}");
-        assert!(said == format!("upload of x refused: its file {text}"), "{file}: {said}");
-        assert!(!said.contains('\n'), "{said}");
+    let result = results(&test_server, ended.completed()).await;
+    for ((file, text), result) in cases.iter().zip(result) {
+        let output = result["text"].as_str().unwrap_or_default();
+        assert_eq!(result["kind"], "BadRequest", "{file}: {result}");
+        assert!(output == format!("upload of x refused: its file {text}"), "{file}: {output}");
+        assert!(!output.contains('\n'), "{output}");
     }
 }
 
@@ -167,10 +167,13 @@ async fn names_that_break_a_header_are_refused() {
     let mut list: Vec<Value> = bad.iter().map(|name| json!({ "path": "x", "text": "x", "name": name })).collect();
     list.push(json!({ "path": "good", "text": "x", "name": "scan ä, 2", "data_type": "refined_scan_zip" }));
     let ended = puts(&test_server, &node, json!(list)).await;
-    let told = results(&test_server, ended.completed()).await;
-    for told in &told[..bad.len()] {
-        assert_eq!(told["kind"], "BadRequest", "{told}");
-        assert!(told["text"].as_str().is_some_and(|text| text.starts_with("upload of x refused: the name ")), "{told}");
+    let result = results(&test_server, ended.completed()).await;
+    for result in &result[..bad.len()] {
+        assert_eq!(result["kind"], "BadRequest", "{result}");
+        assert!(
+            result["text"].as_str().is_some_and(|text| text.starts_with("upload of x refused: the name ")),
+            "{result}"
+        );
     }
     let good = &ended.artifacts()["good"];
     assert_eq!((&good["name"], &good["data_type"]), (&json!("scan ä, 2"), &json!("refined_scan_zip")));
@@ -294,10 +297,10 @@ async fn stated_limits_are_checked_before_an_upload() {
         { "path": "fits", "file": "100000 bytes" },
     ]);
     let ended = puts(&test_server, &node, list).await;
-    let told = results(&test_server, ended.completed()).await;
-    for (told, path) in told.iter().zip(["file", "stream", "bytes"]) {
+    let result = results(&test_server, ended.completed()).await;
+    for (result, path) in result.iter().zip(["file", "stream", "bytes"]) {
         let text = format!("upload of {path} refused: the domain server stores at most 100000 bytes an item");
-        assert_eq!((&told["kind"], &told["text"]), (&json!("Limit"), &json!(text)));
+        assert_eq!((&result["kind"], &result["text"]), (&json!("Limit"), &json!(text)));
     }
     assert_eq!(test_server.artifact(&ended, "fits").await.len(), 100_000);
     let uploads = test_server

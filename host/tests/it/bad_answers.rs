@@ -237,7 +237,7 @@ async fn unusable_multipart_end_is_a_storage_failure() {
 }
 
 #[tokio::test]
-async fn parts_are_retried_until_the_patience_ends() {
+async fn parts_are_retried_until_the_retry_limit() {
     let test_server = TestServer::with(|config| {
         config.request_max_bytes = 100_000;
         config.part_size = 64 * 1024;

@@ -166,8 +166,8 @@ async fn unservable_node_url_is_refused() {
         ),
     ] {
         let ended = silence.refuses(silence.node().set("NODE_URL", url).set("HTTP_BIND", bind), 78).await;
-        let said = errors(&ended);
-        assert!(said.len() == 1 && said[0].starts_with("NODE_URL") && said[0].ends_with(wanted), "{said:#?}");
+        let output = errors(&ended);
+        assert!(output.len() == 1 && output[0].starts_with("NODE_URL") && output[0].ends_with(wanted), "{output:#?}");
     }
     let away = silence.node().set("NODE_URL", "https://127.0.0.1").set("DDS_BASE_URL", "https://dds.example");
     let wanted = "NODE_URL https://127.0.0.1: a sign-in service on another machine cannot reach loopback; name this \
@@ -416,14 +416,17 @@ async fn invalid_plugin_folder_is_reported_with_all_others() {
     let wanted = "plugins folder plugins: expected a folder, found a file; name it with --plugins if it is a library";
     for command in [&["run"][..], &["config", "check"], &["dev"], &["plugins", "list"], &["invoke", "/a"]] {
         let ended = Cli::new(command).dir(folder.path()).run().await.expect(78);
-        let said = errors(&ended);
-        assert_eq!(said.last().map(|said| said.replace("./", "")).as_deref(), Some(wanted), "{command:?}");
+        let output = errors(&ended);
+        assert_eq!(output.last().map(|output| output.replace("./", "")).as_deref(), Some(wanted), "{command:?}");
     }
     let node = silence.node().set("MAX_CONCURRENCY", "0").set("SCRATCH_DIR", "/proc/x").arg("--plugins").arg("/sys");
     let ended = silence.refuses(node.arg("--plugins-file").arg("/no/such"), 78).await;
     let starts = ["MAX_CONCURRENCY: ", "SCRATCH_DIR: ", "--plugins-file /no/such: No such file", "plugins folder: "];
-    let said = errors(&ended);
-    assert!(said.len() == 4 && said.iter().zip(starts).all(|(said, start)| said.starts_with(start)), "{said:#?}");
+    let output = errors(&ended);
+    assert!(
+        output.len() == 4 && output.iter().zip(starts).all(|(output, start)| output.starts_with(start)),
+        "{output:#?}"
+    );
 }
 
 #[tokio::test]
@@ -443,7 +446,7 @@ async fn invalid_host_names_are_refused() {
         }
         let wanted = format!("HTTPS_PROXY: {expected}; correct the host of the proxy");
         assert!(errors(&ended).contains(&wanted), "{}", ended.stderr);
-        assert!(errors(&ended).iter().any(|said| said.starts_with("DOMAIN_HOSTS: expected hosts such as ")));
+        assert!(errors(&ended).iter().any(|output| output.starts_with("DOMAIN_HOSTS: expected hosts such as ")));
         assert_eq!(errors(&ended).len(), 5, "{}", ended.stderr);
     }
 }

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::harness::{
-    PATIENCE, fixtures,
+    EVENT_LIMIT, fixtures,
     folder::Folder,
     node::{Cli, Process},
     within,
@@ -205,7 +205,7 @@ async fn call(request: http::request::Builder, body: &Value) -> Value {
     let body = if body.is_null() { String::new() } else { body.to_string() };
     let request = request.header("content-type", "application/json").body(transport::full(body)).expect("a request");
     let answer =
-        Client::new(transport::Config::default()).call(request, PATIENCE).await.expect("the dev server answers");
+        Client::new(transport::Config::default()).call(request, EVENT_LIMIT).await.expect("the dev server answers");
     assert!(answer.status.is_success(), "{}", answer.excerpt());
     answer.json().expect("JSON")
 }
@@ -301,7 +301,7 @@ async fn submit_finds_dev_server_and_downloads_artifacts() {
         .expect(5);
     assert!(ended.stderr.contains("the job continues"), "{}", ended.stderr);
     let waits = "no node serves /nobody/serves-this/v1 at the moment; the job waits for one";
-    assert_eq!(ended.stderr.lines().next(), Some(waits), "it is said at once");
+    assert_eq!(ended.stderr.lines().next(), Some(waits), "it is printed at once");
     let ended = submit("/exmaples/hello/v1").set("RUST_LOG", "").run().await.expect(0);
     let suggests =
         "no node serves /exmaples/hello/v1 at the moment; the job waits for one, did you mean /examples/hello/v1?";
@@ -431,11 +431,11 @@ async fn submit_timeout_ends_every_stage() {
     let ended = submit().arg("--input").arg("who.txt").arg("--timeout").arg("1s").run().await.expect(5);
     assert!(ended.stderr.ends_with("stopped after 1s; no job was submitted"), "{}", ended.stderr);
     let ended = submit().arg("--timeout").arg("1s").run().await.expect(5);
-    let said = "stopped after 1s; a job was sent and not answered; whether it was created is not known";
-    assert!(ended.stderr.ends_with(said), "{}", ended.stderr);
+    let output = "stopped after 1s; a job was sent and not answered; whether it was created is not known";
+    assert!(ended.stderr.ends_with(output), "{}", ended.stderr);
     let ended = submit().arg("--wait").arg("--out").arg("brought").arg("--timeout").arg("5s").run().await.expect(5);
-    let said = "stopped after 5s; the job has ended, not all artifacts were downloaded: ";
-    assert!(ended.stderr.contains(said), "{}", ended.stderr);
+    let output = "stopped after 5s; the job has ended, not all artifacts were downloaded: ";
+    assert!(ended.stderr.contains(output), "{}", ended.stderr);
     stopped(&dev).await;
 }
 
@@ -466,18 +466,18 @@ async fn interrupted_submit_aborts_upload_and_prints_json() {
     };
     let aborts = async |status: u64| {
         let all = calls(base).await;
-        all.iter().filter(|(name, said)| name == "abort" && *said == status).count()
+        all.iter().filter(|(name, output)| name == "abort" && *output == status).count()
     };
     // The abort hangs as well: the command ends all the same.
     let began = std::time::Instant::now();
     let ended = submit().arg("--input").arg("large.bin").arg("--timeout").arg("1s").run().await.expect(5);
     assert!(began.elapsed() < std::time::Duration::from_secs(8), "{:?}", began.elapsed());
-    let said: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+    let output: Value = serde_json::from_str(&ended.stdout).expect("JSON");
     let wanted = json!({
         "status": "timed_out", "reason": "stopped after 1s", "during": "upload", "jobs": [], "unanswered": false,
         "tasks": [],
     });
-    assert_eq!(said, wanted);
+    assert_eq!(output, wanted);
     submit().arg("--input").arg("large.bin").arg("--timeout").arg("1s").run().await.expect(5);
     assert_eq!(aborts(200).await, 1, "{:?}", calls(base).await);
 
@@ -493,16 +493,16 @@ async fn interrupted_submit_aborts_upload_and_prints_json() {
         process.signal(signal);
         assert_eq!(process.wait().await, 3, "{}", process.log());
         assert_eq!(process.stderr().last().map(String::as_str), Some("interrupted; no job was submitted"));
-        let said: Value = serde_json::from_str(&process.stdout().join("\n")).expect("JSON");
-        assert_eq!((&said["status"], &said["during"]), (&json!("interrupted"), &json!("upload")), "{said}");
+        let output: Value = serde_json::from_str(&process.stdout().join("\n")).expect("JSON");
+        assert_eq!((&output["status"], &output["during"]), (&json!("interrupted"), &json!("upload")), "{output}");
         assert_eq!(aborts(200).await, parts - 1, "{:?}", calls(base).await);
     }
 
     let ended = submit().arg("--wait").arg("--timeout").arg("1s").run().await.expect(5);
-    let said: Value = serde_json::from_str(&ended.stdout).expect("JSON");
-    assert_eq!((&said["status"], &said["during"]), (&json!("timed_out"), &json!("wait")), "{said}");
-    let (jobs, task) = (said["jobs"].as_array().expect("jobs"), &said["tasks"][0]);
-    assert_eq!((jobs.len(), &task["job_id"], &task["status"]), (1, &jobs[0], &json!("queued")), "{said}");
+    let output: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+    assert_eq!((&output["status"], &output["during"]), (&json!("timed_out"), &json!("wait")), "{output}");
+    let (jobs, task) = (output["jobs"].as_array().expect("jobs"), &output["tasks"][0]);
+    assert_eq!((jobs.len(), &task["job_id"], &task["status"]), (1, &jobs[0], &json!("queued")), "{output}");
     stopped(&dev).await;
 }
 
@@ -543,8 +543,12 @@ async fn submit_exits_75_when_the_dev_server_dies() {
         last.contains("); whether the job continues is not known: ") && !last.contains("the job continues"),
         "{last}"
     );
-    let said: Value = serde_json::from_str(&submit.stdout().join("\n")).expect("JSON");
-    assert_eq!((&said["status"], said["jobs"].as_array().map(Vec::len)), (&json!("unreachable"), Some(1)), "{said}");
+    let output: Value = serde_json::from_str(&submit.stdout().join("\n")).expect("JSON");
+    assert_eq!(
+        (&output["status"], output["jobs"].as_array().map(Vec::len)),
+        (&json!("unreachable"), Some(1)),
+        "{output}"
+    );
 }
 
 #[tokio::test]
@@ -573,8 +577,8 @@ async fn submit_cancel_cancels_a_job() {
     assert_eq!((ended.stdout, status(&id).await), (format!("cancelled job {id}"), json!("canceled")));
     let id = create().await;
     let ended = submit(&["--cancel", &id, "-o", "json"]).run().await.expect(0);
-    let said: Value = serde_json::from_str(&ended.stdout).expect("JSON");
-    assert_eq!((said, status(&id).await), (json!({ "job_id": id, "status": "canceled" }), json!("canceled")));
+    let output: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+    assert_eq!((output, status(&id).await), (json!({ "job_id": id, "status": "canceled" }), json!("canceled")));
 
     let nil = uuid::Uuid::nil().to_string();
     let ended = submit(&["--cancel", &nil]).run().await.expect(1);
@@ -880,9 +884,9 @@ async fn terminal_output_has_the_same_text() {
             eprintln!("skipped: there is no script(1)");
             return;
         };
-        let said = String::from_utf8_lossy(&ended.stdout).into_owned();
-        assert_eq!(ended.status.code(), Some(code), "{command}: {said}");
-        assert!(said.contains(wanted) && !said.contains("tracing-subscriber"), "{command}: {said}");
+        let output = String::from_utf8_lossy(&ended.stdout).into_owned();
+        assert_eq!(ended.status.code(), Some(code), "{command}: {output}");
+        assert!(output.contains(wanted) && !output.contains("tracing-subscriber"), "{command}: {output}");
     }
 }
 
@@ -968,7 +972,7 @@ async fn strict_identity_refuses_second_node_with_same_key() {
         loop {
             let request = Request::get(&ready).body(transport::full("")).expect("a request");
             let answer =
-                Client::new(transport::Config::default()).call(request, PATIENCE).await.expect("the page is served");
+                Client::new(transport::Config::default()).call(request, EVENT_LIMIT).await.expect("the page is served");
             let page: Value = answer.json().expect("JSON");
             assert_eq!(answer.status.as_u16(), 503, "{page}");
             if page["reason"].as_str().is_some_and(|reason| reason.contains("conflict")) {

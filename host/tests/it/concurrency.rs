@@ -183,9 +183,9 @@ async fn many_slots_raise_open_file_limit_or_warn() {
         let setup = test_server.node(&[fixtures::hello()]).set("MAX_CONCURRENCY", slots);
         let node = setup.open_files(limits.0, limits.1).leasing().await;
         assert_eq!(open_files(&node), expected, "{slots} slots");
-        let said = node.said("descriptors.low");
-        assert_eq!(said.len(), usize::from(expected.0 < 1056 && slots == "100"), "{}", node.log());
-        if let [line] = &said[..] {
+        let output = node.said("descriptors.low");
+        assert_eq!(output.len(), usize::from(expected.0 < 1056 && slots == "100"), "{}", node.log());
+        if let [line] = &output[..] {
             assert_eq!((&line["limit"], &line["wanted"], &line["slots"]), (&json!(500), &json!(1056), &json!(100)));
         }
         test_server.run(&node, "/examples/hello/v1", json!({})).await.completed();

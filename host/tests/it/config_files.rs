@@ -167,8 +167,8 @@ MAX_CONCURRENCY = 1
         format!("SECP256K1_PRIVHEX ({at}:8): private key has 6 characters"),
     ];
     for wanted in &wanted {
-        let told = ended.stderr.lines().any(|line| line.starts_with(&format!("error: {wanted}")));
-        assert!(told, "{wanted} is not in\n{}", ended.stderr);
+        let result = ended.stderr.lines().any(|line| line.starts_with(&format!("error: {wanted}")));
+        assert!(result, "{wanted} is not in\n{}", ended.stderr);
     }
     // A registration secret of a wrong type is missing too.
     assert_eq!(ended.stderr.lines().count(), wanted.len() + 1, "{}", ended.stderr);
@@ -344,11 +344,11 @@ async fn every_variable_accepts_only_valid_values() {
             assert_eq!((ended.code, ended.stderr.lines().count()), (code, lines), "{name}={value:?}: {}", ended.stderr);
             assert!(ended.stderr.lines().all(|line| line.contains(name)), "{name}={value:?}: {}", ended.stderr);
             let all = shown(whole("show").set(name, value)).await;
-            let (said, origin) = (&all[*name]["value"], &all[*name]["origin"]);
+            let (output, origin) = (&all[*name]["value"], &all[*name]["origin"]);
             if value.trim().is_empty() {
                 assert_ne!(origin, "environment", "blank is unset: {name}");
             } else {
-                assert_eq!((said, origin), (&json!(value.trim()), &json!("environment")), "{name}");
+                assert_eq!((output, origin), (&json!(value.trim()), &json!("environment")), "{name}");
             }
             let marked = [(78, "mistake"), (0, "warning")]
                 .map(|(with, word)| code == with && lines == 1 && all[*name][word].is_string());
@@ -389,8 +389,8 @@ async fn config_show_marks_unusable_values() {
     assert_eq!(text.lines().count(), all.as_object().expect("an object").len());
     assert_eq!(all["MAX_CONCURRENCY"]["mistake"], "expected a number from 1 to 65536, found \"0\"");
     assert_eq!(all["DRAIN_TIMEOUT"], json!({ "value": "30s", "origin": "default" }));
-    for said in [&text, &stderr, &all.to_string()] {
-        assert!(!said.contains("c0ffee") && !said.contains("not-shown"), "{said}");
+    for output in [&text, &stderr, &all.to_string()] {
+        assert!(!output.contains("c0ffee") && !output.contains("not-shown"), "{output}");
     }
 }
 
@@ -418,8 +418,8 @@ async fn config_check_reports_folders_hosts_and_plugins_together() {
     assert_eq!(ended.stderr.lines().collect::<Vec<_>>(), wanted);
 
     let ended = check().set("DOMAIN_HOSTS", ", ,").run().await.expect(78);
-    let said = "error: DOMAIN_HOSTS: expected hosts such as data.example or data.example:8443, found \", ,\"";
-    assert_eq!(ended.stderr.lines().collect::<Vec<_>>(), [said], "an empty list allows no host");
+    let output = "error: DOMAIN_HOSTS: expected hosts such as data.example or data.example:8443, found \", ,\"";
+    assert_eq!(ended.stderr.lines().collect::<Vec<_>>(), [output], "an empty list allows no host");
 
     let later = files.0.path().join("later");
     let ended = check().set("SCRATCH_DIR", later.to_string_lossy()).run().await.expect(0);

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::harness::{
-    PATIENCE, TestServer,
+    EVENT_LIMIT, TestServer,
     fault_proxy::{Bad, FaultProxy},
     fixtures,
     node::{NodeSetup, TestNode},
@@ -75,7 +75,7 @@ impl Scene {
         let ended = self.test_server.ended(&next, self.job).await;
         assert_eq!(ended.completed().task()["attempts"], attempts, "{}", next.log());
         let receipts = ended.0["receipts"].as_array().expect("a list");
-        assert_eq!(receipts.len(), 1, "one verdict: {receipts:#?}");
+        assert_eq!(receipts.len(), 1, "one result: {receipts:#?}");
         assert_eq!(ended.artifacts().len(), 1);
         assert!(self.test_server.artifact(&ended, "echo-0.bin").await == self.bytes, "the artifact is whole");
         assert_eq!(self.stored().await, 1, "the artifact is there once");
@@ -94,7 +94,7 @@ impl Scene {
             .body(transport::full(""))
             .expect("a request");
         let answer =
-            Client::new(transport::Config::default()).send(request, PATIENCE).await.expect("the dev server answers");
+            Client::new(transport::Config::default()).send(request, EVENT_LIMIT).await.expect("the dev server answers");
         let body = answer.into_body().collect().await.expect("a whole body").to_bytes();
         let value: Value = serde_json::from_slice(&body).unwrap_or_else(|err| panic!("{err}: {body:?}"));
         let all = value["data"].as_array().or(value.as_array()).expect("a list of data");

@@ -197,8 +197,8 @@ async fn leasing_pauses_below_the_disk_floor() {
     let node = test_server.node(&[fixtures::hello()]).set("SCRATCH_DIR", base.path().join("scratch").to_string_lossy());
     let node = node.set("DISK_FREE_MIN", floor.to_string()).leasing().await;
     let job = test_server.task("/examples/hello/v1").submit();
-    let said = node.says("disk.full").await;
-    assert_eq!((&said["level"], &said["floor_bytes"]), (&json!("WARN"), &json!(floor)), "{said}");
+    let output = node.says("disk.full").await;
+    assert_eq!((&output["level"], &output["floor_bytes"]), (&json!("WARN"), &json!(floor)), "{output}");
     let (status, ready) = node.page("/ready").await;
     let reason = ready["reason"].as_str().unwrap_or_default().to_owned();
     assert_eq!(status, 503);

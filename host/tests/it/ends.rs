@@ -117,13 +117,13 @@ async fn lease_for_unknown_capability_fails_with_its_name() {
 
 /// Checks that no task end was reported.
 fn assert_silence(test_server: &TestServer) {
-    let told: Vec<_> = test_server
+    let result: Vec<_> = test_server
         .dev_server
         .journal()
         .into_iter()
         .filter(|seen| seen.path.ends_with("/complete") || seen.path.ends_with("/fail"))
         .collect();
-    assert!(told.is_empty(), "{told:?}");
+    assert!(result.is_empty(), "{result:?}");
 }
 
 #[tokio::test]

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::harness::{
-    PATIENCE, TestServer, fixtures,
+    EVENT_LIMIT, TestServer, fixtures,
     node::{Cli, Process},
 };
 
@@ -60,7 +60,7 @@ async fn task_completes_and_request_journal_records_faults() {
     dev.stderr_line(struck("not heard")).await;
     let request = Request::get(format!("{address}/dev/v1/requests")).body(transport::full("")).expect("a request");
     let answer =
-        Client::new(transport::Config::default()).call(request, PATIENCE).await.expect("the dev server answers");
+        Client::new(transport::Config::default()).call(request, EVENT_LIMIT).await.expect("the dev server answers");
     let requests: Value = answer.json().expect("JSON");
     let seen = |endpoint: &str, fault: Value| {
         let all = requests["requests"].as_array().expect("a list").iter();

@@ -1,4 +1,4 @@
-//! A lease is kept while its task runs, and given up when it is lost.
+//! A lease is kept while its task runs, and dropped when it is lost.
 
 use std::time::Duration;
 
@@ -57,8 +57,8 @@ async fn later_transfers_use_renewed_domain_token() {
     // The input arrives only after the first token has long been replaced.
     let (gate, held) = Bad::gate();
     proxy.answer("GET /api/v1/domains/*/data?ids=", 1, held);
-    let turned: std::sync::Arc<tokio::sync::Semaphore> = std::sync::Arc::new(tokio::sync::Semaphore::new(0));
-    let note = std::sync::Arc::clone(&turned);
+    let newer_tokens: std::sync::Arc<tokio::sync::Semaphore> = std::sync::Arc::new(tokio::sync::Semaphore::new(0));
+    let note = std::sync::Arc::clone(&newer_tokens);
     proxy.answer(
         "POST /v1/tasks/*/heartbeat",
         usize::MAX,
@@ -67,7 +67,7 @@ async fn later_transfers_use_renewed_domain_token() {
         }),
     );
     let job = test_server.task("/examples/echo-bytes/v1").inputs(&[input]).submit();
-    let twice = async { turned.acquire_many(2).await.expect("never closed").forget() };
+    let twice = async { newer_tokens.acquire_many(2).await.expect("never closed").forget() };
     crate::harness::within("two newer tokens", || node.log(), twice).await;
     gate.cancel();
     let ended = test_server.ended(&node, job).await;
@@ -77,7 +77,7 @@ async fn later_transfers_use_renewed_domain_token() {
 }
 
 /// Lets a runner send as much as it can while no heartbeat is answered, so that nothing leaves its queue. Returns how
-/// its task ended and what the runner was told.
+/// its task ended and what the runner received.
 async fn says_too_much(meta: Value) -> (Ended, Value) {
     let test_server = TestServer::start().await;
     let proxy = FaultProxy::before(&test_server).await;
@@ -86,7 +86,7 @@ async fn says_too_much(meta: Value) -> (Ended, Value) {
     let node = proxy.node(&[fixtures::zoo()]).leasing().await;
     let job = test_server.task("/fixtures/limits/v1").meta(meta).submit();
     proxy.seen("POST /v1/tasks/*/heartbeat", 1).await;
-    node.says_text("said all I could").await;
+    node.says_text("reached every limit").await;
     gate.cancel();
     let ended = test_server.ended(&node, job).await;
     let seen = test_server.artifact(ended.completed(), "limits.json").await;
@@ -310,8 +310,9 @@ async fn nodes_rejoin_a_restarted_dev_server() {
     let line = node.says_ended("none").await;
     assert_eq!(line["outcome"], "lease-lost", "{line}");
     test_server.run(&node, "/fixtures/ok/v1", json!({})).await.completed();
-    let strangers = test_server.dev_server.journal().into_iter().filter(|seen| seen.path.ends_with("/fail")).count();
-    assert_eq!(strangers, 0, "nothing is reported of a lease of another life");
+    let foreign_reports =
+        test_server.dev_server.journal().into_iter().filter(|seen| seen.path.ends_with("/fail")).count();
+    assert_eq!(foreign_reports, 0, "nothing is reported for a lease of an earlier process");
 }
 
 #[tokio::test]
@@ -328,8 +329,8 @@ async fn node_token_revoked_by_second_login_is_renewed() {
         })
         .await;
     test_server.run(&first, "/examples/hello/v1", json!({})).await.completed();
-    let said = first.said("poll.failed");
-    assert!(said.is_empty(), "one rejection is repeated, not complained about: {said:?}");
+    let output = first.said("poll.failed");
+    assert!(output.is_empty(), "one rejection is repeated and not logged: {output:?}");
 }
 
 #[tokio::test]

@@ -66,7 +66,7 @@ async fn token_is_used_until_expiry_during_an_outage() {
 }
 
 #[tokio::test]
-async fn unanswered_login_ends_at_its_limit() {
+async fn unanswered_login_times_out() {
     let (test_server, proxy) = test_server(Duration::from_secs(60)).await;
     proxy.answer(VERIFY, 1, Bad::Hang);
     let node = proxy.node(&[fixtures::hello()]).set("REQUEST_TIMEOUT_SECS", "1").start().await;

@@ -29,11 +29,11 @@ async fn every_line_of_a_task_carries_its_ids() {
         }
     }
     let of_task: Vec<&Value> = lines.iter().filter(|line| &line["task_id"] == task).collect();
-    let said = |field: &str, value: &str| of_task.iter().filter(|line| line[field] == value).count();
+    let count_of = |field: &str, value: &str| of_task.iter().filter(|line| line[field] == value).count();
     let codes = ["task.started", "heartbeat.failed", "task.ended", "report.delivered"];
-    assert_eq!(codes.map(|code| said("event", code)), [1; 4], "{of_task:#?}");
+    assert_eq!(codes.map(|code| count_of("event", code)), [1; 4], "{of_task:#?}");
     let texts = ["tracing at info", "from a blocking thread"];
-    assert_eq!(texts.map(|text| said("message", text)), [1; 2], "{of_task:#?}");
+    assert_eq!(texts.map(|text| count_of("message", text)), [1; 2], "{of_task:#?}");
     let job = of_task[0]["job_id"].clone();
     for line in &of_task {
         assert_eq!(line["capability"], "/fixtures/logs/v1", "{line}");
@@ -50,7 +50,7 @@ async fn every_line_of_a_task_carries_its_ids() {
 }
 
 #[tokio::test]
-async fn text_lines_are_for_people() {
+async fn text_log_lines_are_readable() {
     let test_server = TestServer::start().await;
     let node =
         test_server.node(&[fixtures::hello()]).set("LOG_FORMAT", " TEXT ").set("HTTP_BIND", "999").refused().await;
@@ -114,8 +114,8 @@ async fn plugin_fields_are_readable_in_text_logs() {
 async fn invalid_filter_is_one_line() {
     for filter in ["runner_host=loud", "a=b=c", "[", "info,runner_host[x=\"=debug"] {
         let ended = Cli::new(&["config", "check"]).set("RUST_LOG", filter).run().await.expect(78);
-        let said = ended.stderr.lines().filter(|line| line.contains("RUST_LOG cannot be used")).count();
-        assert_eq!(said, 1, "{filter}: {}", ended.stderr);
+        let output = ended.stderr.lines().filter(|line| line.contains("RUST_LOG cannot be used")).count();
+        assert_eq!(output, 1, "{filter}: {}", ended.stderr);
         assert!(!ended.stderr.lines().any(|line| line.trim().is_empty()), "{}", ended.stderr);
     }
     // Blank is unset.
@@ -139,11 +139,11 @@ fn second_log_set_up_changes_nothing() {
     let name = "logs::second_log_set_up_changes_nothing";
     let ended = std::process::Command::new(this).args(["--exact", name, "--nocapture"]).env(TWICE, "1").output();
     let ended = ended.expect("it starts");
-    let said = String::from_utf8_lossy(&ended.stderr);
-    assert!(ended.status.success(), "{said}");
-    let lines: Vec<Value> = said.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
+    let output = String::from_utf8_lossy(&ended.stderr);
+    assert!(ended.status.success(), "{output}");
+    let lines: Vec<Value> = output.lines().filter_map(|line| serde_json::from_str(line).ok()).collect();
     let messages: Vec<&Value> = lines.iter().map(|line| &line["message"]).collect();
-    assert_eq!((messages, said.lines().count()), (vec![&json!("set up twice")], 1), "{said}");
+    assert_eq!((messages, output.lines().count()), (vec![&json!("set up twice")], 1), "{output}");
 }
 
 #[tokio::test]

@@ -10,6 +10,7 @@ mod bad_answers;
 mod bad_config;
 mod bad_leases;
 mod both_planes;
+mod cancellation;
 mod cli;
 mod clocks;
 mod concurrency;
@@ -18,10 +19,11 @@ mod crash_points;
 mod disk;
 mod ends;
 mod faults;
+mod foreign_plugins;
 mod harness;
 mod heartbeats;
 mod inputs;
-mod ladder;
+
 mod lease_life;
 mod lease_path;
 mod local_plane;
@@ -39,6 +41,6 @@ mod registration;
 mod secrets;
 mod settings;
 mod signals;
-mod strangers;
+
 mod tls_and_proxy;
 mod zip;

@@ -28,8 +28,8 @@ async fn health_answers_and_ready_has_reasons() {
     let node = proxy.node(&[fixtures::hello()]).set("REGISTER_INTERVAL_SECS", "1").start().await;
     node.says("registration.failed").await;
     assert_eq!(node.page("/health").await.0, 200);
-    let said = |text: &str| text.starts_with("not signed in (") && text.contains("not on the list");
-    let page = node.page_until("/ready", |page| page.1["reason"].as_str().is_some_and(said)).await;
+    let is_refused = |text: &str| text.starts_with("not signed in (") && text.contains("not on the list");
+    let page = node.page_until("/ready", |page| page.1["reason"].as_str().is_some_and(is_refused)).await;
     assert_eq!((page.0, &page.1["ready"]), (503, &json!(false)));
     assert_eq!(proxy.count("GET /v1/tasks"), 0, "nothing is leased before the sign-in");
     proxy.heal();
@@ -322,21 +322,21 @@ async fn slow_connections_do_not_delay_others() {
     assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
     // The first ones were closed for later ones of the same sender.
     let mut nothing = Vec::new();
-    let gone = within("the end of a connection", || node.log(), visitors[0].read_to_end(&mut nothing)).await;
-    assert!(matches!(gone, Ok(0) | Err(_)), "{gone:?}");
+    let closed = within("the end of a connection", || node.log(), visitors[0].read_to_end(&mut nothing)).await;
+    assert!(matches!(closed, Ok(0) | Err(_)), "{closed:?}");
     assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
     test_server.run(&node, "/examples/hello/v1", json!({})).await.completed();
     node.stop().await;
 }
 
 #[tokio::test]
-async fn silent_connections_are_closed() {
+async fn idle_connections_are_closed_by_pages() {
     let test_server = TestServer::start().await;
     let node = test_server.joined(&[fixtures::hello()]).await;
     let mut visitor = slow(&node, 1).await.remove(0);
     let mut nothing = Vec::new();
-    let gone = within("the end of a connection", || node.log(), visitor.read_to_end(&mut nothing)).await;
-    assert!(gone.is_ok(), "{gone:?}");
+    let closed = within("the end of a connection", || node.log(), visitor.read_to_end(&mut nothing)).await;
+    assert!(closed.is_ok(), "{closed:?}");
     node.stop().await;
 }
 

@@ -97,8 +97,8 @@ async fn plugins_file_selects_capabilities() {
     folder.put("libbehave.so", &fixtures::c("behave", &[]));
     folder.plugins_file("[[plugin]]\nfile = \"behave\"\ncapabilities = [\"/fixtures/c-thread/v1\"]\n");
     assert_eq!(row(&folder, 0, "libbehave.so").await, "loaded libbehave.so /fixtures/c-thread/v1");
-    let said = folder.invoke("/fixtures/c-double/v1", &[]).await.expect(2);
-    assert!(said.stderr.contains("no plugin serves /fixtures/c-double/v1; these do: /fixtures/c-thread/v1"));
+    let output = folder.invoke("/fixtures/c-double/v1", &[]).await.expect(2);
+    assert!(output.stderr.contains("no plugin serves /fixtures/c-double/v1; these do: /fixtures/c-thread/v1"));
 
     folder.plugins_file("[[plugin]]\nfile = \"behave\"\ncapabilities = [\"/fixtures/c-four/v1\"]\n");
     assert_eq!(
@@ -126,13 +126,13 @@ async fn unavailable_key_refuses_only_its_plugin() {
     ];
     for (line, key) in keys {
         folder.plugins_file(&format!("[[plugin]]\nfile = \"bad.so\"\n{line}\n"));
-        let said = row(&folder, 0, "bad.so").await;
-        assert_eq!(said, format!("refused bad.so {key} is not available in this version; remove it"));
+        let output = row(&folder, 0, "bad.so").await;
+        assert_eq!(output, format!("refused bad.so {key} is not available in this version; remove it"));
     }
     for (line, key) in [("require_pin = true", "require_pin = true"), ("signers = [\"02ab\"]", "signers")] {
         folder.plugins_file(&format!("[trust]\n{line}\n[[plugin]]\nfile = \"bad.so\"\n"));
-        let said = row(&folder, 4, "bad.so").await;
-        assert_eq!(said, format!("refused bad.so {key} is not available in this version; remove it"));
+        let output = row(&folder, 4, "bad.so").await;
+        assert_eq!(output, format!("refused bad.so {key} is not available in this version; remove it"));
     }
     folder.plugins_file("[defaults]\nper_task = true\n[[plugin]]\nfile = \"bad.so\"\nper_task = false\n");
     assert_eq!(row(&folder, 0, "bad.so").await, "loaded bad.so /fixtures/refused/v1");
@@ -162,27 +162,30 @@ async fn plugins_file_error_is_one_line() {
     ];
     for (text, part) in cases {
         folder.plugins_file(text);
-        let said = folder.cli(&["plugins", "list"]).run().await.expect(78);
-        assert!(said.stderr.contains(part), "{text:?}: {}", said.stderr);
-        assert!(said.stderr.starts_with(&format!("error: {}: ", file.display())), "{}", said.stderr);
-        assert_eq!(said.stderr.lines().count(), 1, "{}", said.stderr);
+        let output = folder.cli(&["plugins", "list"]).run().await.expect(78);
+        assert!(output.stderr.contains(part), "{text:?}: {}", output.stderr);
+        assert!(output.stderr.starts_with(&format!("error: {}: ", file.display())), "{}", output.stderr);
+        assert_eq!(output.stderr.lines().count(), 1, "{}", output.stderr);
     }
     std::fs::remove_file(&file).expect("it is there");
-    let said = folder.cli(&["plugins", "list"]).run().await.expect(78);
-    assert!(said.stderr.ends_with("plugins.toml: No such file or directory (os error 2)"), "{}", said.stderr);
+    let output = folder.cli(&["plugins", "list"]).run().await.expect(78);
+    assert!(output.stderr.ends_with("plugins.toml: No such file or directory (os error 2)"), "{}", output.stderr);
 }
 
 #[tokio::test]
 async fn missing_plugins_folder_is_an_error() {
     let folder = Folder::new();
     assert!(folder.rows(0).await.is_empty());
-    let said = folder.invoke("/fixtures/good/v1", &[]).await.expect(78);
+    let output = folder.invoke("/fixtures/good/v1", &[]).await.expect(78);
     assert_eq!(
-        said.stderr,
+        output.stderr,
         "error: no plugin was found; put a library into the plugins folder or name one with --plugins"
     );
-    let said = Cli::new(&["plugins", "list", "--plugins", "nowhere"]).dir(folder.root()).run().await.expect(78);
-    assert_eq!(said.stderr, "error: plugins folder nowhere does not exist; create it, or name another with --plugins");
+    let output = Cli::new(&["plugins", "list", "--plugins", "nowhere"]).dir(folder.root()).run().await.expect(78);
+    assert_eq!(
+        output.stderr,
+        "error: plugins folder nowhere does not exist; create it, or name another with --plugins"
+    );
 }
 
 #[tokio::test]
@@ -246,8 +249,8 @@ async fn all_plugin_files_are_read_before_first_load() {
     folder.put("b.so", &fixtures::c("refused", &[capability]));
     folder.invoke("/fixtures/victim/v1", &[]).await.expect(0);
     assert_eq!(sha256(&victim), sha256(&other), "the constructor did not overwrite anything");
-    let said = folder.invoke("/fixtures/victim/v1", &[]).await.expect(1);
-    assert!(said.stderr.contains("this is the other library"), "{}", said.stderr);
+    let output = folder.invoke("/fixtures/victim/v1", &[]).await.expect(1);
+    assert!(output.stderr.contains("this is the other library"), "{}", output.stderr);
 }
 
 #[tokio::test]
@@ -260,16 +263,16 @@ async fn inspect_runs_no_code_of_the_file() {
         let cli = Cli::new(&["plugins", "inspect", "-o", output]).arg(&library);
         cli.set("RH_FIXTURE_MARK", mark.to_string_lossy()).run()
     };
-    let said = inspect("text").await.expect(0);
+    let output = inspect("text").await.expect(0);
     for line in [
         "name             refused",
         "version          1.0.0",
         "capabilities     /fixtures/refused/v1",
         "abi              1.0",
     ] {
-        assert!(said.stdout.lines().any(|found| found == line), "{line}\n{}", said.stdout);
+        assert!(output.stdout.lines().any(|found| found == line), "{line}\n{}", output.stdout);
     }
-    assert!(said.stdout.contains(&sha256(&library)) && said.stdout.contains("libc.so.6"), "{}", said.stdout);
+    assert!(output.stdout.contains(&sha256(&library)) && output.stdout.contains("libc.so.6"), "{}", output.stdout);
     let facts: Value = serde_json::from_str(&inspect("json").await.expect(0).stdout).expect("JSON");
     assert_eq!(facts["facts"]["manifest"]["name"], "refused");
     assert_eq!(facts["facts"]["machine"], std::env::consts::ARCH);
@@ -283,8 +286,8 @@ async fn inspect_runs_no_code_of_the_file() {
 
 #[tokio::test]
 async fn inspect_describes_a_rust_plugin() {
-    let said = Cli::new(&["plugins", "inspect", "-o", "json"]).arg(fixtures::hello()).run().await.expect(0);
-    let facts: Value = serde_json::from_str(&said.stdout).expect("JSON");
+    let output = Cli::new(&["plugins", "inspect", "-o", "json"]).arg(fixtures::hello()).run().await.expect(0);
+    let facts: Value = serde_json::from_str(&output.stdout).expect("JSON");
     assert_eq!(facts["facts"]["rust"], true);
     assert_eq!(facts["facts"]["manifest"]["sdk"], env!("CARGO_PKG_VERSION"));
     assert_eq!(facts["facts"]["manifest"]["capabilities"], serde_json::json!(["/examples/hello/v1"]));
@@ -309,9 +312,9 @@ async fn inspect_refuses_with_one_line_and_exit_4() {
         ),
     ];
     for (file, reason) in cases {
-        let said = Cli::new(&["plugins", "inspect"]).arg(&file).run().await.expect(4);
-        assert_eq!(said.stderr, format!("error: plugin {}: {reason}", file.display()));
-        assert!(said.stdout.is_empty());
+        let output = Cli::new(&["plugins", "inspect"]).arg(&file).run().await.expect(4);
+        assert_eq!(output.stderr, format!("error: plugin {}: {reason}", file.display()));
+        assert!(output.stdout.is_empty());
     }
 }
 
@@ -355,9 +358,9 @@ async fn plugin_output_does_not_reach_stdout() {
     folder.put("prints.so", &fixtures::c("refused", &["INIT_PRINTS"]));
     let listings = folder.listings(0).await;
     assert_eq!(listings[0]["state"], "loaded");
-    let said = folder.invoke("/fixtures/refused/v1", &["-o", "json"]).await.expect(0);
-    assert_eq!(said.stdout, "");
-    assert_eq!(said.stderr, "init was here");
+    let output = folder.invoke("/fixtures/refused/v1", &["-o", "json"]).await.expect(0);
+    assert_eq!(output.stdout, "");
+    assert_eq!(output.stderr, "init was here");
 }
 
 /// Opening a library holds the linker's lock for all libraries. This process cannot recover from a constructor that
@@ -374,8 +377,8 @@ async fn hanging_constructor_is_named_and_the_process_ends() {
     );
     many(&folder, 40);
     let began = Instant::now();
-    let said = row(&folder, 0, "z.so").await;
-    assert!(said.starts_with("refused"), "{said}");
+    let output = row(&folder, 0, "z.so").await;
+    assert!(output.starts_with("refused"), "{output}");
     let rows = folder.rows(0).await;
     let behind: Vec<_> = rows.iter().filter(|row| row.contains("zz-")).collect();
     assert_eq!(behind.len(), 40);
@@ -402,13 +405,13 @@ fn many(folder: &Folder, count: usize) {
 async fn plugin_that_calls_exit_is_named() {
     let folder = Folder::with_a_good_one().usual_logs();
     let bad = folder.put("z.so", &fixtures::c("refused", &["INIT_EXITS"]));
-    let said = folder.cli(&["plugins", "list"]).run().await.expect(75);
+    let output = folder.cli(&["plugins", "list"]).run().await.expect(75);
     let line = format!("error: plugin {} ended the process while it was loaded; remove it", bad.display());
-    assert_eq!(said.stderr, line);
+    assert_eq!(output.stderr, line);
     folder.put("z.so", &fixtures::c("refused", &["TASK_EXITS"]));
-    let said = folder.invoke("/fixtures/refused/v1", &[]).await.expect(75);
+    let output = folder.invoke("/fixtures/refused/v1", &[]).await.expect(75);
     let why = "error: a plugin ended the process; a runner must not call exit; plugin: refused; running tasks: ";
-    let rest = said.stderr.strip_prefix(why).unwrap_or_else(|| panic!("{}", said.stderr));
+    let rest = output.stderr.strip_prefix(why).unwrap_or_else(|| panic!("{}", output.stderr));
     let (task, thread) = rest.split_once("; ").expect("two parts");
     assert_eq!((task, thread), ("invoke", "thread: plugin-refused"));
 }
@@ -428,8 +431,8 @@ async fn node_names_the_plugin_that_called_exit() {
         test_server.task(exits).submit();
         assert_eq!(node.wait().await, 75);
         let line = node.says("plugin.exited").await;
-        let told = [&line["level"], &line["plugin"], &line["thread"]];
-        assert_eq!(told, ["ERROR", plugin, thread], "{line}");
+        let result = [&line["level"], &line["plugin"], &line["thread"]];
+        assert_eq!(result, ["ERROR", plugin, thread], "{line}");
         let ids = line["task_ids"].as_str().unwrap_or_default().split(' ');
         let mut running: Vec<Value> = Vec::new();
         for id in ids {
@@ -457,7 +460,7 @@ async fn last_log_line_names_a_plugin_that_crashes() {
         let node = test_server.node(&[fixtures::hello(), bad.clone()]).begun();
         assert_eq!(node.wait().await, code);
         let lines = node.lines();
-        let last = lines.last().expect("it said something");
+        let last = lines.last().expect("it printed something");
         assert_eq!((&last["event"], &last["plugin"]), (&"plugin.loading".into(), &"refused".into()), "{last}");
         assert_eq!(node.said("plugin.loaded").len(), 1);
     }
@@ -503,9 +506,9 @@ async fn new(folder: &Folder, args: &[&str]) -> Finished {
 #[tokio::test]
 async fn new_plugin_without_sdk_is_an_error() {
     let folder = Folder::new();
-    let said = new(&folder, &["line-count"]).await.expect(2);
+    let output = new(&folder, &["line-count"]).await.expect(2);
     let wanted = "error: runner-sdk is not published yet, so cargo cannot find it; name a copy with --sdk PATH";
-    assert!(said.stderr.starts_with(wanted) && said.stderr.lines().count() == 1, "{}", said.stderr);
+    assert!(output.stderr.starts_with(wanted) && output.stderr.lines().count() == 1, "{}", output.stderr);
     assert!(!folder.root().join("line-count").exists());
 }
 
@@ -513,9 +516,9 @@ async fn new_plugin_without_sdk_is_an_error() {
 async fn new_plugin_builds_and_runs_a_task() {
     let folder = Folder::new();
     let sdk = sdk();
-    let said = new(&folder, &["line-count", "--sdk", &sdk.to_string_lossy()]).await.expect(0);
-    assert_eq!(said.stdout.lines().count(), 4, "{}", said.stdout);
-    assert_eq!(said.stderr, "next: cd line-count && cargo test && cargo build --release");
+    let output = new(&folder, &["line-count", "--sdk", &sdk.to_string_lossy()]).await.expect(0);
+    assert_eq!(output.stdout.lines().count(), 4, "{}", output.stdout);
+    assert_eq!(output.stderr, "next: cd line-count && cargo test && cargo build --release");
     let dir = folder.root().join("line-count");
 
     let tested = fixtures::cargo(&dir, &["test"]);
@@ -532,28 +535,28 @@ async fn new_plugin_needs_name_folder_and_sdk() {
     let folder = Folder::new();
     let sdk = sdk().to_string_lossy().into_owned();
     for name in ["", "Big", "a b", "../up", "fn", "a\nb"] {
-        let said = new(&folder, &[name, "--sdk", &sdk]).await.expect(2);
-        assert_eq!(said.stderr.lines().count(), 1, "{name:?}: {}", said.stderr);
-        assert!(said.stderr.contains("cannot be the name of a plugin"), "{name:?}: {}", said.stderr);
+        let output = new(&folder, &[name, "--sdk", &sdk]).await.expect(2);
+        assert_eq!(output.stderr.lines().count(), 1, "{name:?}: {}", output.stderr);
+        assert!(output.stderr.contains("cannot be the name of a plugin"), "{name:?}: {}", output.stderr);
     }
-    let said = new(&folder, &["mine", "--dir", "plugins", "--sdk", "plugins"]).await.expect(2);
-    assert!(said.stderr.contains("holds no runner-sdk"), "{}", said.stderr);
+    let output = new(&folder, &["mine", "--dir", "plugins", "--sdk", "plugins"]).await.expect(2);
+    assert!(output.stderr.contains("holds no runner-sdk"), "{}", output.stderr);
     folder.write("something", "here");
-    let said = new(&folder, &["mine", "--dir", "plugins", "--sdk", &sdk]).await.expect(2);
-    assert!(said.stderr.contains("exists and is not an empty folder"), "{}", said.stderr);
-    assert_eq!(said.stderr.lines().count(), 1);
-    let said = new(&folder, &["mine", "--dir", "plugins/something/deep/er", "--sdk", &sdk]).await.expect(2);
+    let output = new(&folder, &["mine", "--dir", "plugins", "--sdk", &sdk]).await.expect(2);
+    assert!(output.stderr.contains("exists and is not an empty folder"), "{}", output.stderr);
+    assert_eq!(output.stderr.lines().count(), 1);
+    let output = new(&folder, &["mine", "--dir", "plugins/something/deep/er", "--sdk", &sdk]).await.expect(2);
     let blocked =
         "error: plugins/something/deep/er: expected a folder, found a file at plugins/something; name another path";
-    assert_eq!(said.stderr, blocked);
+    assert_eq!(output.stderr, blocked);
     assert!(!folder.root().join("mine").exists());
 }
 
 #[test]
 fn plugin_with_panic_abort_does_not_compile() {
-    let said = fixtures::refused("aborts");
+    let output = fixtures::refused("aborts");
     let sentence = "runner-sdk catches panics at the plugin's boundary, which panic = \"abort\" makes impossible; remove it from the profile";
-    assert!(said.contains(&format!("error: {sentence}")), "{said}");
+    assert!(output.contains(&format!("error: {sentence}")), "{output}");
 }
 
 #[tokio::test]
@@ -589,7 +592,7 @@ async fn mistyped_capability_gets_a_suggestion() {
 #[tokio::test]
 async fn world_writable_plugins_are_refused_unless_pinned() {
     let mode = |path: &Path, mode: u32| {
-        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("it is ours");
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("this user owns it");
     };
     let mut folder = Folder::with_a_good_one();
     let (file, plugins) = (folder.path("good.so"), folder.root().join("plugins"));

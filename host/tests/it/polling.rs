@@ -98,7 +98,7 @@ async fn failures_first(capability: &str, outcome: &str) {
 }
 
 #[tokio::test]
-async fn failing_tasks_do_not_delay_the_good_ones() {
+async fn failing_tasks_do_not_delay_other_tasks() {
     failures_first("/fixtures/fail/v1", "failed").await;
 }
 
@@ -261,7 +261,7 @@ async fn permanently_refused_lease_rejection_is_not_repeated() {
 
 // The bounds are accepted in either order.
 #[tokio::test]
-async fn polls_keep_the_shorter_bound_whichever_comes_first() {
+async fn poll_pause_bounds_are_accepted_in_either_order() {
     let test_server = TestServer::start().await;
     let proxy = FaultProxy::before(&test_server).await;
     let node = proxy.node(&[fixtures::hello()]).set("POLL_BACKOFF_MS_MIN", "200");
@@ -275,7 +275,7 @@ async fn polls_keep_the_shorter_bound_whichever_comes_first() {
 }
 
 #[tokio::test]
-async fn pauses_of_nothing_are_no_licence_to_storm() {
+async fn zero_pauses_cause_no_request_storm() {
     let test_server = TestServer::start().await;
     let proxy = FaultProxy::before(&test_server).await;
     let node = proxy.node(&[fixtures::hello()]).set("POLL_BACKOFF_MS_MIN", "0").set("POLL_BACKOFF_MS_MAX", "0");

@@ -307,15 +307,15 @@ async fn hanging_init_is_refused_after_the_timeout() {
 async fn invalid_init_timeout_is_one_line() {
     let mut folder = Folder::with_a_good_one();
     folder.set("PLUGIN_INIT_TIMEOUT", "soon");
-    let said = folder.cli(&["plugins", "list"]).run().await.expect(78);
+    let output = folder.cli(&["plugins", "list"]).run().await.expect(78);
     assert_eq!(
-        said.stderr,
+        output.stderr,
         "error: PLUGIN_INIT_TIMEOUT: expected a duration above 0 such as 30s, at most 316224000 seconds, found \"soon\""
     );
     folder.set("PLUGIN_INIT_TIMEOUT", "1e18");
-    let said = folder.cli(&["plugins", "list"]).run().await.expect(78);
+    let output = folder.cli(&["plugins", "list"]).run().await.expect(78);
     assert_eq!(
-        said.stderr,
+        output.stderr,
         "error: PLUGIN_INIT_TIMEOUT: expected a duration above 0 such as 30s, at most 316224000 seconds, found \"1e18\""
     );
     folder.set("PLUGIN_INIT_TIMEOUT", "316224000s");
@@ -359,8 +359,8 @@ async fn capability_has_one_owner() {
     let rows = folder.rows(0).await;
     assert_eq!(rows[0], format!("loaded   {:<24} /fixtures/contested/v1", "b.so"));
     assert_eq!(rows[1], format!("refused  {:<24} {}", "a.so", serves(&folder.path("b.so"))));
-    let said = folder.invoke("/fixtures/contested/v1", &[]).await.expect(1);
-    assert!(said.stderr.contains("this is the other library"), "{}", said.stderr);
+    let output = folder.invoke("/fixtures/contested/v1", &[]).await.expect(1);
+    assert!(output.stderr.contains("this is the other library"), "{}", output.stderr);
 
     // If both have an override, neither has priority, and the first one in the file serves.
     folder.plugins_file("[[plugin]]\nfile = \"b.so\"\noverride = true\n[[plugin]]\nfile = \"a.so\"\noverride = true\n");

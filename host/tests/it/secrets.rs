@@ -114,8 +114,11 @@ async fn refused_sign_ins_show_no_secret() {
     for event in ["registration.failed", "login.failed"] {
         assert!(node.said(event).len() >= 4, "{event}: {}", node.log());
     }
-    let said = node.said("registration.failed");
-    assert!(said.iter().any(|line| line["error"].as_str().is_some_and(|text| text.contains("[secret]"))), "{said:?}");
+    let output = node.said("registration.failed");
+    assert!(
+        output.iter().any(|line| line["error"].as_str().is_some_and(|text| text.contains("[secret]"))),
+        "{output:?}"
+    );
     assert_eq!(node.page("/status.json").await.0, 200);
     node.stop().await;
 }
@@ -195,9 +198,9 @@ async fn runner_gets_the_newest_token() {
     })
     .await;
     let node = test_server.node(&[fixtures::zoo()]).plugins_file(GRANTED).leasing().await;
-    let ended = test_server.run(&node, "/fixtures/turned-token/v1", json!({})).await;
+    let ended = test_server.run(&node, "/fixtures/renewed-token/v1", json!({})).await;
     let seen: Value =
-        serde_json::from_slice(&test_server.artifact(ended.completed(), "turned.json").await).expect("JSON");
+        serde_json::from_slice(&test_server.artifact(ended.completed(), "renewed.json").await).expect("JSON");
     assert!(seen["asked"].as_u64() > Some(0), "{seen}");
 }
 
@@ -217,8 +220,8 @@ async fn secret_search_finds_a_leaked_secret() {
     let process = cli.start();
     assert_eq!(process.wait().await, 0, "{}", process.log());
     let dropped = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(process)));
-    let said = dropped.expect_err("the search fails the test");
-    assert!(said.downcast_ref::<String>().is_some_and(|said| said.starts_with("a secret got out: ")));
+    let output = dropped.expect_err("the search fails the test");
+    assert!(output.downcast_ref::<String>().is_some_and(|output| output.starts_with("a secret got out: ")));
 }
 
 #[tokio::test]

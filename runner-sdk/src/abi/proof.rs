@@ -53,7 +53,7 @@ pub unsafe fn prove_layout(header: *const std::ffi::c_void) -> Result<(), Layout
         full: err.to_string(),
     })?;
     match header.layout() {
-        Some(theirs) => compare(ModuleRef::LAYOUT, theirs),
+        Some(plugin) => compare(ModuleRef::LAYOUT, plugin),
         None => Err(LayoutMismatch {
             line: "its header carries no layout, expected one made by export_runner!".to_owned(),
             full: String::new(),
@@ -61,9 +61,9 @@ pub unsafe fn prove_layout(header: *const std::ffi::c_void) -> Result<(), Layout
     }
 }
 
-fn compare(ours: &'static TypeLayout, theirs: &'static TypeLayout) -> Result<(), LayoutMismatch> {
-    let Err(forth) = same_but_for_versions(ours, theirs) else { return Ok(()) };
-    if same_but_for_versions(theirs, ours).is_ok() {
+fn compare(host: &'static TypeLayout, plugin: &'static TypeLayout) -> Result<(), LayoutMismatch> {
+    let Err(forth) = same_but_for_versions(host, plugin) else { return Ok(()) };
+    if same_but_for_versions(plugin, host).is_ok() {
         return Ok(());
     }
     Err(LayoutMismatch { line: one_line(&forth), full: forth.to_string() })
@@ -71,8 +71,8 @@ fn compare(ours: &'static TypeLayout, theirs: &'static TypeLayout) -> Result<(),
 
 /// abi_stable's check without crate versions. Each type has the version of the crate that declares it. abi_stable
 /// rejects 0.1 against 0.2 even if the layout is equal. Here only the ABI version decides.
-fn same_but_for_versions(ours: &'static TypeLayout, theirs: &'static TypeLayout) -> Result<(), AbiInstabilityErrors> {
-    let Err(mut found) = check_layout_compatibility(ours, theirs) else { return Ok(()) };
+fn same_but_for_versions(host: &'static TypeLayout, plugin: &'static TypeLayout) -> Result<(), AbiInstabilityErrors> {
+    let Err(mut found) = check_layout_compatibility(host, plugin) else { return Ok(()) };
     for error in &mut found.errors {
         error.errs.retain(|err| !matches!(err, AbiInstability::PackageVersion(_)));
     }
@@ -100,14 +100,14 @@ fn one_line(errors: &AbiInstabilityErrors) -> String {
         inside = Some(&step.expected);
     }
     let parameters = error.stack_trace.last().and_then(|step| match (&step.expected, &step.found) {
-        (TLFieldOrFunction::Function(ours), TLFieldOrFunction::Function(theirs)) => {
-            Some((ours.param_type_layouts.len(), theirs.param_type_layouts.len()))
+        (TLFieldOrFunction::Function(host), TLFieldOrFunction::Function(plugin)) => {
+            Some((host.param_type_layouts.len(), plugin.param_type_layouts.len()))
         }
         _ => None,
     });
     match parameters {
-        Some((ours, theirs)) if ours != theirs => {
-            line.push_str(&format!("number of parameters: expected {ours}, found {theirs}"));
+        Some((host, plugin)) if host != plugin => {
+            line.push_str(&format!("number of parameters: expected {host}, found {plugin}"));
         }
         _ => line.push_str(&error.errs.first().map_or_else(|| "differs".to_owned(), describe)),
     }
@@ -224,12 +224,12 @@ mod tests {
         cancel: unsafe extern "C" fn(task: Task) -> Status,
     });
 
-    fn check(theirs: &'static TypeLayout, line: &str) {
-        let ours = released::TableRef::LAYOUT;
-        for refused in [compare(ours, theirs), compare(theirs, ours)] {
+    fn check(plugin: &'static TypeLayout, line: &str) {
+        let host = released::TableRef::LAYOUT;
+        for refused in [compare(host, plugin), compare(plugin, host)] {
             assert!(refused.is_err(), "{line}: accepted");
         }
-        let mismatch = compare(ours, theirs).expect_err("refused above");
+        let mismatch = compare(host, plugin).expect_err("refused above");
         assert_eq!(mismatch.line, line);
         assert!(mismatch.full.lines().count() > 1, "the full text is kept for a debug log");
     }

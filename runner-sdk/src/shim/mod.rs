@@ -168,7 +168,7 @@ fn begin(task: Task, request: &str) -> Result<(), String> {
     lock(&plugin.tasks).insert(task.0, Arc::clone(&signal));
     let ending = Ending { plugin, task, signal: Arc::clone(&signal) };
     // A cancel may have come before the task was in the table. Later ones find it there.
-    if stopped_already(task) {
+    if already_stopped(task) {
         signal.stop();
     }
     let port = Arc::new(HostPort { task, signal });
@@ -248,11 +248,11 @@ struct HostPort {
 
 impl Port for HostPort {
     fn call(&self, call: Call) -> Reply {
-        let (tell, answer) = oneshot::channel();
+        let (sender, answer) = oneshot::channel();
         match HOST.get() {
-            Some(host) => dispatch(*host, self.task, call, tell),
+            Some(host) => dispatch(*host, self.task, call, sender),
             None => {
-                let _ = tell.send(Err(PortError::new(PortErrorKind::TaskOver, "there is no host")));
+                let _ = sender.send(Err(PortError::new(PortErrorKind::TaskOver, "there is no host")));
             }
         }
         Box::pin(async move {
@@ -265,11 +265,11 @@ impl Port for HostPort {
     }
 }
 
-type Tell = oneshot::Sender<Result<Payload, PortError>>;
+type ReplySender = oneshot::Sender<Result<Payload, PortError>>;
 
-fn dispatch(host: HostRef, task: Task, call: Call, tell: Tell) {
+fn dispatch(host: HostRef, task: Task, call: Call, sender: ReplySender) {
     let reply = Callback { call: answered };
-    let user = Box::into_raw(Box::new(tell)).cast::<c_void>();
+    let user = Box::into_raw(Box::new(sender)).cast::<c_void>();
     // SAFETY: every entry of `host` used here is a mandatory one of version 1, or looked up. Borrowed texts live
     // until the call returns, and the host may not use them longer. `user` is the box above, and the host passes it
     // to `reply` exactly once.
@@ -304,14 +304,14 @@ unsafe extern "C" fn answered(user: *mut c_void, status: Status, data: Bytes) {
     // SAFETY: the host received `data` from nobody else and hands it over here.
     let data = unsafe { OwnedBytes::new(data) };
     // SAFETY: `user` is the box made in `dispatch`, and the host calls back exactly once.
-    let tell = unsafe { Box::from_raw(user.cast::<Tell>()) };
+    let sender = unsafe { Box::from_raw(user.cast::<ReplySender>()) };
     let _ = guard(|| {
         let answer = if status == Status::OK {
             Ok(Payload::Foreign(data))
         } else {
             Err(PortError::new(kind(status), String::from_utf8_lossy(&data).into_owned()))
         };
-        let _ = tell.send(answer);
+        let _ = sender.send(answer);
     });
 }
 
@@ -336,7 +336,7 @@ fn kind(status: Status) -> PortErrorKind {
 }
 
 /// Whether the host wants the task to stop, or has abandoned it.
-fn stopped_already(task: Task) -> bool {
+fn already_stopped(task: Task) -> bool {
     // SAFETY: this is a mandatory entry of version 1, which accepts any number.
     HOST.get().is_some_and(|host| unsafe { host.cancelled()(task) } != 0)
 }

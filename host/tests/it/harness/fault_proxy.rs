@@ -23,7 +23,7 @@ use tokio::{net::TcpListener, sync::watch};
 use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use url::Url;
 
-use super::{PATIENCE, TestServer, node::NodeSetup, within};
+use super::{EVENT_LIMIT, TestServer, node::NodeSetup, within};
 
 type Body = BoxBody<Bytes, std::io::Error>;
 type Edit = Arc<dyn Fn(&mut Value) + Send + Sync>;
@@ -242,7 +242,7 @@ impl Inner {
             }
         }
         let passed = passed.body(transport::full(body.to_bytes())).expect("a request that was one before");
-        let answer = self.client.send(passed, PATIENCE).await.expect("the dev server answers");
+        let answer = self.client.send(passed, EVENT_LIMIT).await.expect("the dev server answers");
         let (head, body) = answer.into_parts();
         (head.status, head.headers, body.collect().await.expect("the dev server's answers are whole").to_bytes())
     }

@@ -40,9 +40,9 @@ pub(crate) fn newer_sdk() -> PathBuf {
 }
 
 /// A plugin with its own lock file and another version of tokio.
-pub(crate) fn stranger() -> PathBuf {
+pub(crate) fn independent() -> PathBuf {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
-    BUILT.get_or_init(|| fixture("stranger", "stranger")).clone()
+    BUILT.get_or_init(|| fixture("independent", "independent")).clone()
 }
 
 /// The workspace's own `hello`.

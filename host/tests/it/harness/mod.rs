@@ -26,13 +26,13 @@ use uuid::Uuid;
 use node::{NodeSetup, TestNode};
 
 /// Far longer than any step takes. It turns a hang into a failed test.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const EVENT_LIMIT: Duration = Duration::from_secs(20);
 
 /// Waits for `event`. On timeout it fails and names the event.
 pub(crate) async fn within<T>(what: &str, log: impl Fn() -> String, event: impl Future<Output = T>) -> T {
-    match tokio::time::timeout(PATIENCE, event).await {
+    match tokio::time::timeout(EVENT_LIMIT, event).await {
         Ok(value) => value,
-        Err(_) => panic!("waited {PATIENCE:?} for {what}; the node said:\n{}", log()),
+        Err(_) => panic!("waited {EVENT_LIMIT:?} for {what}; the node said:\n{}", log()),
     }
 }
 
@@ -113,7 +113,7 @@ impl TestServer {
             format!("{}api/v1/domains/{}/data/{id}?raw=1", self.dev_server.dds_url(), self.dev_server.domain_id());
         let request = Request::get(url).header("authorization", format!("Bearer {}", self.dev_server.grant()));
         let request = request.body(transport::full("")).expect("a request");
-        let answer = self.client.send(request, PATIENCE).await.expect("the dev server answers");
+        let answer = self.client.send(request, EVENT_LIMIT).await.expect("the dev server answers");
         assert_eq!(answer.status(), StatusCode::OK, "artifact {id}");
         answer.into_body().collect().await.expect("a whole body").to_bytes().to_vec()
     }
@@ -123,7 +123,7 @@ impl TestServer {
         let url = format!("{}api/v1/domains/{}/data", self.dev_server.dds_url(), self.dev_server.domain_id());
         let request = Request::get(url).header("authorization", format!("Bearer {}", self.dev_server.grant()));
         let request = request.body(transport::full("")).expect("a request");
-        let answer = self.client.call(request, PATIENCE).await.expect("the dev server answers");
+        let answer = self.client.call(request, EVENT_LIMIT).await.expect("the dev server answers");
         let listed: Value = answer.json().expect("JSON");
         listed["data"].as_array().expect("a list").len()
     }
@@ -133,7 +133,7 @@ impl TestServer {
         let url = format!("{}api/v1/domains/{}/data/{id}", self.dev_server.dds_url(), self.dev_server.domain_id());
         let request = Request::get(url).header("authorization", format!("Bearer {}", self.dev_server.grant()));
         let request = request.body(transport::full("")).expect("a request");
-        let answer = self.client.call(request, PATIENCE).await.expect("the dev server answers");
+        let answer = self.client.call(request, EVENT_LIMIT).await.expect("the dev server answers");
         answer.json::<Value>().expect("JSON")["size"].as_u64().expect("a size")
     }
 

@@ -31,7 +31,7 @@ use tempfile::TempDir;
 use tokio::sync::watch;
 use url::Url;
 
-use super::{PATIENCE, fixtures, hygiene::Hygiene, trimmed, within};
+use super::{EVENT_LIMIT, fixtures, hygiene::Hygiene, trimmed, within};
 
 /// A command line of the binary. Its environment contains only the variables that are set here.
 pub(crate) struct Cli {
@@ -376,8 +376,8 @@ impl Drop for Process {
             return;
         }
         // The last lines still arrive, unless a child of the process holds the pipe open.
-        let patience = std::time::Instant::now() + Duration::from_secs(2);
-        while !self.has_ended() && std::time::Instant::now() < patience {
+        let deadline = std::time::Instant::now() + Duration::from_secs(2);
+        while !self.has_ended() && std::time::Instant::now() < deadline {
             thread::sleep(Duration::from_millis(1));
         }
         let leak = self.hygiene.find(self.log().as_bytes()).or_else(|| self.hygiene.find_in_files());
@@ -696,7 +696,7 @@ impl TestNode {
     /// Requests one of the node's pages.
     pub(crate) async fn page(&self, path: &str) -> (u16, Value) {
         let request = Request::get(format!("http://{}{path}", self.address)).body(transport::full(""));
-        let answer = self.client.call(request.expect("a request"), PATIENCE).await;
+        let answer = self.client.call(request.expect("a request"), EVENT_LIMIT).await;
         let answer = answer.unwrap_or_else(|err| panic!("{path}: {err}\n{}", self.log()));
         let leak = self.process.hygiene.find(&answer.body);
         assert!(leak.is_none(), "a secret is on {path}: {}", leak.unwrap_or_default());
@@ -706,7 +706,7 @@ impl TestNode {
     /// Posts to one of the node's pages. Returns status, `Content-Type` and text of the answer.
     pub(crate) async fn post(&self, path: &str, content_type: &str, body: impl Into<Bytes>) -> (u16, String, String) {
         let request = Request::post(format!("http://{}{path}", self.address)).header("content-type", content_type);
-        let answer = self.client.call(request.body(transport::full(body)).expect("a request"), PATIENCE).await;
+        let answer = self.client.call(request.body(transport::full(body)).expect("a request"), EVENT_LIMIT).await;
         let answer = answer.unwrap_or_else(|err| panic!("{path}: {err}\n{}", self.log()));
         let kind = answer.headers.get("content-type").and_then(|kind| kind.to_str().ok()).unwrap_or_default();
         (answer.status.as_u16(), kind.to_owned(), String::from_utf8_lossy(&answer.body).into_owned())

@@ -21,15 +21,19 @@ fn tokio(lock: &str) -> String {
 
 #[tokio::test]
 async fn plugin_with_another_tokio_runs_leased_tasks() {
-    let (ours, theirs) = (tokio(&fixture("../Cargo.lock")), tokio(&fixture("tests/fixtures/rust/stranger/Cargo.lock")));
-    assert_ne!(ours, theirs, "the stranger is no stranger");
-    assert_eq!(ours.rsplit_once('.').map(|(minor, _)| minor), theirs.rsplit_once('.').map(|(minor, _)| minor));
+    let (own_version, plugin_version) =
+        (tokio(&fixture("../Cargo.lock")), tokio(&fixture("tests/fixtures/rust/independent/Cargo.lock")));
+    assert_ne!(own_version, plugin_version, "the plugin must use another tokio version");
+    assert_eq!(
+        own_version.rsplit_once('.').map(|(minor, _)| minor),
+        plugin_version.rsplit_once('.').map(|(minor, _)| minor)
+    );
     let test_server = TestServer::start().await;
-    let node = test_server.joined(&[fixtures::stranger()]).await;
+    let node = test_server.joined(&[fixtures::independent()]).await;
     let input = test_server.put("letter", b"a letter").await;
-    let ended = test_server.ended(&node, test_server.task("/fixtures/stranger/v1").inputs(&[input]).submit()).await;
+    let ended = test_server.ended(&node, test_server.task("/fixtures/independent/v1").inputs(&[input]).submit()).await;
     ended.completed();
-    assert_eq!(test_server.artifact(&ended, "stranger.txt").await, b"a stranger read: a letter");
+    assert_eq!(test_server.artifact(&ended, "independent.txt").await, b"an independent plugin read: a letter");
     node.stop().await;
 }
 
@@ -63,10 +67,10 @@ async fn plugin_of_a_later_sdk_loads() {
 #[tokio::test]
 async fn foreign_and_own_plugins_serve_together() {
     let test_server = TestServer::start().await;
-    let plugins = [fixtures::stranger(), fixtures::c("hello", &[]), fixtures::hello(), fixtures::zoo()];
+    let plugins = [fixtures::independent(), fixtures::c("hello", &[]), fixtures::hello(), fixtures::zoo()];
     let node = test_server.node(&plugins).set("MAX_CONCURRENCY", "4").leasing().await;
     let capabilities =
-        ["/fixtures/stranger/v1", "/fixtures/c-hello/v1", "/examples/hello/v1", "/fixtures/tokio-net/v1"];
+        ["/fixtures/independent/v1", "/fixtures/c-hello/v1", "/examples/hello/v1", "/fixtures/tokio-net/v1"];
     let input = test_server.put("who", b"all").await;
     let jobs: Vec<_> = (0..5)
         .flat_map(|_| capabilities)

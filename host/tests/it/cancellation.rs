@@ -50,7 +50,7 @@ async fn stuck_runner_releases_slot_after_cancel_grace() {
 }
 
 #[tokio::test]
-async fn return_within_the_grace_is_no_strike() {
+async fn return_within_the_grace_adds_no_strike() {
     let test_server = test_server().await;
     let node = test_server.node(&[fixtures::zoo()]).set("CANCEL_GRACE", "15s").leasing().await;
     let files = tempfile::tempdir().expect("a folder");
