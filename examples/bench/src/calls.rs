@@ -43,8 +43,8 @@ impl Author {
             domain: dev_server.domain.to_string(),
             grant: String::new(),
         };
-        let told = author.call(Method::GET, "/dev/v1/world", None)?;
-        author.grant = told["grant"].as_str().context("the dev server gave no grant")?.to_owned();
+        let info = author.call(Method::GET, "/dev/v1/world", None)?;
+        author.grant = info["grant"].as_str().context("the dev server gave no grant")?.to_owned();
         Ok(author)
     }
 

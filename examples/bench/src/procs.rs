@@ -98,7 +98,7 @@ impl DevServer {
         let mut line = String::new();
         while base.is_none() || domain.is_none() {
             line.clear();
-            anyhow::ensure!(table.read_line(&mut line)? > 0, "the dev server ended before it said where it is");
+            anyhow::ensure!(table.read_line(&mut line)? > 0, "the dev server ended before it printed its address");
             match line.trim().rsplit_once("  ").map(|(name, value)| (name.trim(), value.trim())) {
                 Some(("sign-in (DDS)", url)) => base = Some(Url::parse(url).context("the dev server's address")?),
                 Some(("domain", id)) => domain = Some(Uuid::parse_str(id).context("the dev server's domain")?),
@@ -107,7 +107,7 @@ impl DevServer {
         }
         // The rest of the table fits into the pipe, and nothing is printed after it.
         process.0.stdout = Some(table.into_inner());
-        let (Some(base), Some(domain)) = (base, domain) else { anyhow::bail!("the dev server said nothing") };
+        let (Some(base), Some(domain)) = (base, domain) else { anyhow::bail!("the dev server printed no address") };
         Ok(Self { process, base, domain })
     }
 
@@ -193,7 +193,7 @@ impl Bare {
         let answers = BufReader::new(process.0.stdout.take().context("the bare client has no stdout")?);
         let mut bare = Self { process, orders, answers };
         let ready = bare.answer()?;
-        anyhow::ensure!(ready == "ready", "the bare client said {ready:?}, expected \"ready\"");
+        anyhow::ensure!(ready == "ready", "the bare client answered {ready:?}, expected \"ready\"");
         Ok(bare)
     }
 

@@ -249,7 +249,7 @@ mod tests {
         {
             assert_eq!(passes(quick_run, false, &[seen], 48.0, Some(96.0)), expected, "{quick_run} {seen}");
         }
-        assert!(passes(true, true, &[0.01], 0.5, None), "a short look cannot tell");
+        assert!(passes(true, true, &[0.01], 0.5, None), "a quick run detects only a clear regression");
         assert!(!passes(false, true, &[0.01], 0.5, None));
         assert!(!passes(true, false, &[], 48.0, Some(96.0)), "no number");
     }

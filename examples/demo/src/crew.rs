@@ -32,16 +32,16 @@ impl Crew {
     pub(crate) async fn step(&mut self, what: &str, mut command: Command) -> anyhow::Result<Vec<u8>> {
         let child = spawn(what, &mut command)?;
         let child = self.step.insert(child);
-        let mut said = Vec::new();
+        let mut stdout_bytes = Vec::new();
         if let Some(mut stdout) = child.stdout.take() {
-            tokio::io::copy(&mut stdout, &mut said).await?;
+            tokio::io::copy(&mut stdout, &mut stdout_bytes).await?;
         }
         let status = child.wait().await?;
         self.step = None;
         if !status.success() {
             bail!("{what} failed ({status})");
         }
-        Ok(said)
+        Ok(stdout_bytes)
     }
 
     /// Starts the dev server and returns its output line by line.
@@ -67,7 +67,7 @@ impl Crew {
     }
 
     /// Ends all remaining processes at once.
-    pub(crate) async fn dismiss(mut self) {
+    pub(crate) async fn kill_all(mut self) {
         for child in [self.step.take(), self.dev_server.take()].into_iter().flatten() {
             kill(child).await;
         }

@@ -55,7 +55,7 @@ async fn demo() -> anyhow::Result<ExitCode> {
         ended = work(&mut crew, temp.path()) => Some(ended),
         () = interrupts.next() => None,
     };
-    crew.dismiss().await;
+    crew.kill_all().await;
     temp.close().context("remove the temporary folder")?;
     match ended {
         Some(Ok(summary)) => {
@@ -149,9 +149,9 @@ async fn start_dev_server(crew: &mut Crew, command: Command) -> anyhow::Result<S
                 return Ok(address.to_owned());
             }
         }
-        bail!("the dev server ended before it was up")
+        bail!("the dev server ended during its start")
     };
-    let address = timeout(START_LIMIT, address).await.context("the dev server was not up in time")??;
+    let address = timeout(START_LIMIT, address).await.context("the dev server did not start in time")??;
     // Reads the rest of the table, because a full pipe would block the dev server.
     tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
     Ok(address)

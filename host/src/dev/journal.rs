@@ -34,39 +34,39 @@ pub struct JournalEntry {
 
 /// The newest requests, with a bound on their number.
 pub(super) struct Journal {
-    seen: VecDeque<JournalEntry>,
+    entries: VecDeque<JournalEntry>,
     max: usize,
     next: u64,
 }
 
 impl Journal {
     pub(super) fn new(max: usize) -> Self {
-        Self { seen: VecDeque::new(), max, next: 0 }
+        Self { entries: VecDeque::new(), max, next: 0 }
     }
 
-    fn add(&mut self, seen: JournalEntry) {
-        if self.seen.len() >= self.max {
-            self.seen.pop_front();
+    fn add(&mut self, entry: JournalEntry) {
+        if self.entries.len() >= self.max {
+            self.entries.pop_front();
         }
-        self.seen.push_back(JournalEntry { number: self.next, ..seen });
+        self.entries.push_back(JournalEntry { number: self.next, ..entry });
         self.next += 1;
     }
 
     /// Stored requests from `number` on, and the number after the newest.
     pub(super) fn since(&self, number: u64) -> (u64, Vec<JournalEntry>) {
-        (self.next, self.seen.iter().filter(|seen| seen.number >= number).cloned().collect())
+        (self.next, self.entries.iter().filter(|entry| entry.number >= number).cloned().collect())
     }
 }
 
 /// A request in progress. It is recorded when it ends, also when the client disconnects.
 pub(super) struct Note {
-    seen: Option<JournalEntry>,
+    entry: Option<JournalEntry>,
     server: Arc<Inner>,
 }
 
 impl Note {
     pub(super) fn of<B>(server: &Arc<Inner>, request: &Request<B>, endpoint: Option<&'static str>) -> Self {
-        let seen = (server.config.journal_max > 0).then(|| JournalEntry {
+        let entry = (server.config.journal_max > 0).then(|| JournalEntry {
             number: 0,
             at: Timestamp::now(),
             method: request.method().to_string(),
@@ -76,25 +76,25 @@ impl Note {
             node: None,
             fault: None,
         });
-        Self { seen, server: server.clone() }
+        Self { entry, server: server.clone() }
     }
 
     pub(super) fn fault(&mut self, kind: &'static str) {
-        if let Some(seen) = &mut self.seen {
-            seen.fault = Some(kind);
+        if let Some(entry) = &mut self.entry {
+            entry.fault = Some(kind);
         }
     }
 
     pub(super) fn answered(&mut self, status: u16, node: Option<Uuid>) {
-        if let Some(seen) = &mut self.seen {
-            (seen.status, seen.node) = (status, node);
+        if let Some(entry) = &mut self.entry {
+            (entry.status, entry.node) = (status, node);
         }
     }
 
     /// Records the request now, because it may end much later.
     pub(super) fn now(&mut self) {
-        if let Some(seen) = self.seen.take() {
-            self.server.journal().add(seen);
+        if let Some(entry) = self.entry.take() {
+            self.server.journal().add(entry);
             self.server.changed();
         }
     }

@@ -283,7 +283,7 @@ pub fn run<S: Source>(
 
     watch.step(Stage::Writing, 92)?;
     write(cloud, &points, &bounds, size, &watch)?;
-    watch.tell(Stage::Writing, 100);
+    watch.report(Stage::Writing, 100);
     let report = Report {
         points_in: seen.points,
         points_out: points.len() as u64,
@@ -402,11 +402,11 @@ impl Watch<'_> {
         if (self.cancelled)() {
             return Err(Cancelled);
         }
-        self.tell(stage, percent);
+        self.report(stage, percent);
         Ok(())
     }
 
-    fn tell(&self, stage: Stage, percent: u8) {
+    fn report(&self, stage: Stage, percent: u8) {
         let now = Progress { stage, percent };
         if self.last.replace(Some(now)) != Some(now) {
             (self.progress)(now);

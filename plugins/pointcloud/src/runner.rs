@@ -51,9 +51,9 @@ impl Runner for Downsample {
         let outcome = runner_sdk::spawn_blocking(move || {
             let runtime = tokio::runtime::Handle::current();
             let progress = |now: Progress| {
-                let told = json!({ "pct": now.percent, "stage": now.stage.name() });
+                let reported = json!({ "pct": now.percent, "stage": now.stage.name() });
                 // A lost progress report must not end the job.
-                let _ = runtime.block_on(worker.ctrl.progress(told));
+                let _ = runtime.block_on(worker.ctrl.progress(reported));
             };
             downsample::run(&sources, settings, cloud, &progress, &|| worker.ctrl.is_cancelled())
         })

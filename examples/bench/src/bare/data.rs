@@ -26,7 +26,7 @@ const BLOCK_BYTES: usize = 256 * 1024;
 /// Concurrent parts.
 const PARALLEL: usize = 2;
 
-/// Where the data lies.
+/// The location of the data.
 #[derive(clap::Args)]
 pub(crate) struct Args {
     /// Base URL of the dev server

@@ -20,7 +20,7 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use url::Url;
 
-/// What the bare client is for.
+/// The work of the bare client.
 #[derive(clap::Subcommand)]
 pub(crate) enum Work {
     /// Lease, one heartbeat, complete

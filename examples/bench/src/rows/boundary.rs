@@ -189,17 +189,17 @@ struct Words(mpsc::UnboundedSender<oneshot::Sender<()>>);
 
 impl Words {
     fn start() -> anyhow::Result<Self> {
-        let (say, mut said) = mpsc::unbounded_channel::<oneshot::Sender<()>>();
+        let (requests, mut received) = mpsc::unbounded_channel::<oneshot::Sender<()>>();
         let runtime = Builder::new_current_thread().enable_all().build()?;
         // Not joined: it ends when the sender is dropped.
         thread::Builder::new().name("ping-pong".to_owned()).spawn(move || {
             runtime.block_on(async {
-                while let Some(answer) = said.recv().await {
+                while let Some(answer) = received.recv().await {
                     let _ = answer.send(());
                 }
             });
         })?;
-        Ok(Self(say))
+        Ok(Self(requests))
     }
 
     async fn one(&self) -> anyhow::Result<()> {

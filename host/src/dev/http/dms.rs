@@ -110,7 +110,7 @@ pub(super) async fn heartbeat(
     for_node(&server, &headers, |node| {
         let (task, request) = (task_id(&task)?, request?);
         let now = server.now();
-        let beat = server.plane().heartbeat(task, node.id, request.progress, request.events, now)?;
+        let heartbeat = server.plane().heartbeat(task, node.id, request.progress, request.events, now)?;
         server.changed();
         let old = server.form() == WireForm::Old;
         let mut answer = HeartbeatResponse {
@@ -118,7 +118,7 @@ pub(super) async fn heartbeat(
             domain_server_url: Some(server.base.clone()).filter(|_| !old),
             ..HeartbeatResponse::default()
         };
-        match beat {
+        match heartbeat {
             HeartbeatAnswer::Cancel => answer.cancel = Some(true),
             HeartbeatAnswer::Extended { expires, token } => {
                 answer.cancel = Some(false);
@@ -147,7 +147,7 @@ pub(super) async fn complete(
         server.plane().complete(task, node.id, request.output_cids, request.meta, server.now())?;
         tracing::debug!(task_id = %task, "completed");
         server.changed();
-        settled()
+        report_answer()
     })
 }
 
@@ -164,11 +164,11 @@ pub(super) async fn fail(
         server.plane().fail(task, node.id, &request.reason, request.details, server.now())?;
         tracing::debug!(task_id = %task, "failed");
         server.changed();
-        settled()
+        report_answer()
     })
 }
 
-fn settled() -> Answer {
+fn report_answer() -> Answer {
     ok(&empty_object())
 }
 

@@ -81,12 +81,12 @@ mod tests {
 
     #[test]
     fn grant_is_given_only_to_loopback_hosts() {
-        let told = |host: &'static str| {
+        let is_allowed = |host: &'static str| {
             let mut headers = HeaderMap::new();
             headers.insert(header::HOST, host.parse().expect("a header"));
             from_this_machine(&headers).is_ok()
         };
-        assert!(told("127.0.0.1:8700") && told("localhost:1") && told("[::1]:8700"));
-        assert!(!told("rebound.example:8700") && !told("") && !told("127.0.0.1.example"));
+        assert!(is_allowed("127.0.0.1:8700") && is_allowed("localhost:1") && is_allowed("[::1]:8700"));
+        assert!(!is_allowed("rebound.example:8700") && !is_allowed("") && !is_allowed("127.0.0.1.example"));
     }
 }

@@ -26,7 +26,7 @@ use uuid::Uuid;
 use super::{
     Inner,
     identity::Node,
-    plane::{Admission, Gone},
+    plane::{Admission, CallRefusal},
     store::StoreError,
 };
 
@@ -111,11 +111,11 @@ impl From<StoreError> for Refusal {
     }
 }
 
-impl From<Gone> for Refusal {
-    fn from(gone: Gone) -> Self {
+impl From<CallRefusal> for Refusal {
+    fn from(gone: CallRefusal) -> Self {
         match gone {
-            Gone::Unknown => Self::new(StatusCode::NOT_FOUND, "no such task"),
-            Gone::NotHeld => Self::new(StatusCode::CONFLICT, "this node does not hold the task"),
+            CallRefusal::Unknown => Self::new(StatusCode::NOT_FOUND, "no such task"),
+            CallRefusal::NotHeld => Self::new(StatusCode::CONFLICT, "this node does not hold the task"),
         }
     }
 }

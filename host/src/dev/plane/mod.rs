@@ -181,7 +181,7 @@ pub(super) enum HeartbeatAnswer {
 
 /// The reason why a call about a task was rejected.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Gone {
+pub(super) enum CallRefusal {
     /// No such task, or no longer.
     Unknown,
     /// The caller does not hold the task.
@@ -286,16 +286,16 @@ impl Plane {
         progress: Value,
         events: Vec<Value>,
         now: Timestamp,
-    ) -> Result<HeartbeatAnswer, Gone> {
+    ) -> Result<HeartbeatAnswer, CallRefusal> {
         self.expire(now);
-        let known = self.tasks.get_mut(&task).ok_or(Gone::Unknown)?;
+        let known = self.tasks.get_mut(&task).ok_or(CallRefusal::Unknown)?;
         let hold = match &mut known.state {
             State::Held(hold) if hold.node == node => hold,
             // The earlier answer with the cancel may have been lost.
             State::Ended { end: End::Canceled, node: Some(last) } if *last == node => {
                 return Ok(HeartbeatAnswer::Cancel);
             }
-            _ => return Err(Gone::NotHeld),
+            _ => return Err(CallRefusal::NotHeld),
         };
         if !progress.is_null() {
             known.progress = progress;
@@ -332,8 +332,8 @@ impl Plane {
         outputs: Vec<String>,
         meta: Value,
         now: Timestamp,
-    ) -> Result<(), Gone> {
-        if self.settle(task, node, ReceiptKind::Completed, outputs, meta, now)? {
+    ) -> Result<(), CallRefusal> {
+        if self.end_lease(task, node, ReceiptKind::Completed, outputs, meta, now)? {
             // The task is complete. A cancel that the node had not received has no effect.
             self.enter(task, State::Ended { end: End::Completed, node: Some(node) }, now);
         }
@@ -348,17 +348,17 @@ impl Plane {
         reason: &str,
         details: Value,
         now: Timestamp,
-    ) -> Result<(), Gone> {
+    ) -> Result<(), CallRefusal> {
         let meta = json!({ "reason": reason, "details": details });
         let cancelled = self.cancel_requested(task);
-        if self.settle(task, node, ReceiptKind::Failed, Vec::new(), meta, now)? {
+        if self.end_lease(task, node, ReceiptKind::Failed, Vec::new(), meta, now)? {
             self.after_attempt(task, node, cancelled, now);
         }
         Ok(())
     }
 
     /// Ends the lease with a receipt. `false`: the report was a repeat, and nothing has changed.
-    fn settle(
+    fn end_lease(
         &mut self,
         task: Uuid,
         node: Uuid,
@@ -366,13 +366,13 @@ impl Plane {
         outputs: Vec<String>,
         meta: Value,
         now: Timestamp,
-    ) -> Result<bool, Gone> {
+    ) -> Result<bool, CallRefusal> {
         self.expire(now);
-        let known = self.tasks.get_mut(&task).ok_or(Gone::Unknown)?;
+        let known = self.tasks.get_mut(&task).ok_or(CallRefusal::Unknown)?;
         match &known.state {
             State::Held(hold) if hold.node == node => {}
             _ if known.receipts.iter().any(|receipt| receipt.node == node && receipt.kind == kind) => return Ok(false),
-            _ => return Err(Gone::NotHeld),
+            _ => return Err(CallRefusal::NotHeld),
         }
         known.receipts.push(Receipt { id: Uuid::new_v4(), node, kind, outputs, meta, created_at: now });
         known.updated_at = now;

@@ -54,7 +54,7 @@ fn lease(plane: &mut Plane, node: &Node, now: u64) -> Option<Granted> {
     plane.lease(node, &[], None, at(now)).expect("not busy")
 }
 
-fn heartbeat(plane: &mut Plane, task: Uuid, node: &Node, now: u64) -> Result<HeartbeatAnswer, Gone> {
+fn heartbeat(plane: &mut Plane, task: Uuid, node: &Node, now: u64) -> Result<HeartbeatAnswer, CallRefusal> {
     plane.heartbeat(task, node.id, Value::Null, Vec::new(), at(now))
 }
 
@@ -82,7 +82,7 @@ fn heartbeat_extends_lease_and_expired_task_is_requeued() {
     assert!(lease(&mut plane, &two, 198).is_none());
     let again = lease(&mut plane, &two, 199).expect("the lease has expired");
     assert_eq!((again.task, again.attempts), (task, 2));
-    assert_eq!(heartbeat(&mut plane, task, &one, 199), Err(Gone::NotHeld));
+    assert_eq!(heartbeat(&mut plane, task, &one, 199), Err(CallRefusal::NotHeld));
     assert_eq!(word(&mut plane, job, 199), "leased");
     assert_eq!((plane.held(one.id, at(199)), plane.held(two.id, at(199))), (0, 1));
 }

@@ -48,7 +48,7 @@ async fn registration_calls_node_url_back_then_probes_health() {
     let test_server = TestServer::with(config).await;
     let (mut page, mut node) = (Service::start().await, node(1));
     let url = page.url.to_string();
-    assert!(url.ends_with('/'), "as older nodes print theirs");
+    assert!(url.ends_with('/'), "as older nodes print their keys");
     let answer = node.register_url(&test_server, &mut page, &url).await;
     assert_eq!(answer.status, StatusCode::OK, "{}", answer.excerpt());
     for _ in 0..2 {
@@ -93,8 +93,8 @@ async fn registrations_with_a_url_are_checked() {
     let test_server = TestServer::with(Config { reg_secret: Some("right".to_owned()), ..Config::default() }).await;
     let node = node(1);
     let closed = {
-        let gone = Service::start().await;
-        gone.url.to_string()
+        let unreachable = Service::start().await;
+        unreachable.url.to_string()
     };
     let check = async |entry: Value, status: StatusCode, line: &str| {
         let answer = test_server.post(REGISTER, None, &entry).await;

@@ -178,9 +178,9 @@ async fn revoked_token_is_rejected_and_can_be_renewed() {
     assert_eq!(test_server.get(&list, old).await.status, StatusCode::OK);
     test_server.faults(&once("list", "kind = \"revoke_token\""));
     assert_eq!(test_server.get(&list, old).await.status, StatusCode::UNAUTHORIZED);
-    let beat = body(&node.heartbeat(&test_server, &lease, &json!({})).await);
+    let heartbeat = body(&node.heartbeat(&test_server, &lease, &json!({})).await);
     assert_eq!(test_server.get(&list, old).await.status, StatusCode::UNAUTHORIZED, "no grace for a revoked token");
-    assert_eq!(test_server.get(&list, beat["access_token"].as_str()).await.status, StatusCode::OK);
+    assert_eq!(test_server.get(&list, heartbeat["access_token"].as_str()).await.status, StatusCode::OK);
 }
 
 #[tokio::test]

@@ -30,9 +30,9 @@ async fn task_runs_from_job_creation_to_receipt() {
     assert_eq!((&task["attempts"], &task["max_attempts"]), (&json!(1), &json!(2)));
     assert_eq!(test_server.server.job(job).expect("known")["job"]["status"], "running");
 
-    let beat =
+    let heartbeat =
         node.heartbeat(&test_server, &lease, &json!({"progress": {"pct": 20}, "events": [{"n": 1}, {"n": 2}]})).await;
-    assert_eq!((beat.status, &body(&beat)["cancel"]), (StatusCode::OK, &json!(false)));
+    assert_eq!((heartbeat.status, &body(&heartbeat)["cancel"]), (StatusCode::OK, &json!(false)));
     let seen = test_server.server.job(job).expect("known");
     assert_eq!(seen["tasks"][0]["status"], "running");
     assert_eq!(seen["tasks"][0]["meta"]["progress"], json!({"pct": 20}));
@@ -183,8 +183,8 @@ async fn heartbeat_answer_delivers_job_cancellation() {
     assert_eq!((&seen["tasks"][0]["status"], &seen["tasks"][1]["status"]), (&json!("leased"), &json!("canceled")));
     assert!(seen["tasks"][0]["cancel_requested_at"].is_string());
     for _ in 0..2 {
-        let beat = node.heartbeat(&test_server, &lease, &json!({})).await;
-        assert_eq!((beat.status, &body(&beat)["cancel"]), (StatusCode::OK, &json!(true)));
+        let heartbeat = node.heartbeat(&test_server, &lease, &json!({})).await;
+        assert_eq!((heartbeat.status, &body(&heartbeat)["cancel"]), (StatusCode::OK, &json!(true)));
     }
     assert_eq!(test_server.server.job(job).expect("known")["tasks"][0]["status"], "canceled");
     assert_eq!(node.complete(&test_server, &lease, &[]).await.status, StatusCode::CONFLICT);

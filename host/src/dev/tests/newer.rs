@@ -40,10 +40,13 @@ async fn lease_has_all_fields_newer_nodes_require() {
         assert!(lease["task"][amount].is_string(), "{amount} is decimal text");
     }
     // 10.3: values that a heartbeat answer must not change, and values that it must contain.
-    let beat = body(&node.heartbeat(&test_server, &lease, &json!({})).await);
-    assert!(beat.is_object() && ahead(&beat["lease_expires_at"]));
-    assert_eq!(beat["domain_id"], lease["domain_id"]);
-    assert!(beat["task_id"].is_null() && beat["task"].is_null() && beat["status"] == "running", "{beat}");
+    let heartbeat = body(&node.heartbeat(&test_server, &lease, &json!({})).await);
+    assert!(heartbeat.is_object() && ahead(&heartbeat["lease_expires_at"]));
+    assert_eq!(heartbeat["domain_id"], lease["domain_id"]);
+    assert!(
+        heartbeat["task_id"].is_null() && heartbeat["task"].is_null() && heartbeat["status"] == "running",
+        "{heartbeat}"
+    );
 }
 
 /// 4.14, 10.3: a poll names one capability, several or none, and never gets a capability that it did not request.
@@ -74,9 +77,10 @@ async fn reports_need_no_progress_events_meta_or_details() {
     for report in [json!({"reason": "x"}), json!({"reason": "x", "details": null}), json!({"reason": "y".repeat(4096)})]
     {
         let lease = node.lease(&test_server).await;
-        for beat in ["{}", "{\"progress\":null}", "{\"events\":[]}", "{\"progress\":{\"pct\":1}}", ""] {
-            let sent = test_server.send(Method::POST, &path(&lease, "heartbeat"), Some(&node.token), &[], beat).await;
-            assert_eq!(sent.status, StatusCode::OK, "{beat:?}: {}", sent.excerpt());
+        for heartbeat in ["{}", "{\"progress\":null}", "{\"events\":[]}", "{\"progress\":{\"pct\":1}}", ""] {
+            let sent =
+                test_server.send(Method::POST, &path(&lease, "heartbeat"), Some(&node.token), &[], heartbeat).await;
+            assert_eq!(sent.status, StatusCode::OK, "{heartbeat:?}: {}", sent.excerpt());
         }
         assert_eq!(test_server.post(&path(&lease, "fail"), Some(&node.token), &report).await.status, StatusCode::OK);
     }
@@ -97,8 +101,9 @@ async fn frequent_heartbeats_with_repeated_events_are_accepted() {
     let job = test_server.job(HELLO, 1);
     let lease = node.lease(&test_server).await;
     for n in 0..30 {
-        let beat = node.heartbeat(&test_server, &lease, &json!({"progress": {"n": n}, "events": [{"same": 1}]})).await;
-        assert_eq!(beat.status, StatusCode::OK);
+        let heartbeat =
+            node.heartbeat(&test_server, &lease, &json!({"progress": {"n": n}, "events": [{"same": 1}]})).await;
+        assert_eq!(heartbeat.status, StatusCode::OK);
     }
     let task = test_server.server.job(job).expect("known")["tasks"][0].clone();
     assert_eq!(
@@ -254,9 +259,9 @@ async fn old_form_omits_newer_fields_and_endpoints() {
     assert!(!opaque.contains('.'), "no JWT");
     assert!(lease["access_token_expires_at"].is_null() && lease["task"]["lease_expires_at"].is_null());
     assert!(ahead(&lease["lease_expires_at"]));
-    let beat = plain(&node.heartbeat(&test_server, &lease, &json!({})).await);
+    let heartbeat = plain(&node.heartbeat(&test_server, &lease, &json!({})).await);
     let content_types: Vec<&String> =
-        beat.as_object().expect("an object").iter().filter(|(_, v)| !v.is_null()).map(|(k, _)| k).collect();
+        heartbeat.as_object().expect("an object").iter().filter(|(_, v)| !v.is_null()).map(|(k, _)| k).collect();
     assert_eq!(content_types, ["cancel", "lease_expires_at"]);
     assert_eq!(test_server.get("/api/v1/info", None).await.status, StatusCode::NOT_FOUND);
     let data = format!("/api/v1/domains/{}/data", test_server.server.domain_id());

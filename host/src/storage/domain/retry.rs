@@ -42,7 +42,7 @@ impl Retries {
             };
             return Err(PortError { kind, message });
         };
-        tracing::debug!(error = %err, attempt = self.failures, retry_in_ms = millis(pause), "transfer is tried again");
+        tracing::debug!(error = %err, attempt = self.failures, retry_in_ms = millis(pause), "transfer will be retried");
         tokio::time::sleep(pause).await;
         Ok(())
     }

@@ -260,14 +260,14 @@ fn progress_rises_and_names_every_stage() {
     for (settings, stages) in
         [(Settings::default(), "measuring reading drawing writing"), (size(0.01), "reading drawing writing")]
     {
-        let told = RefCell::new(Vec::new());
+        let reported = RefCell::new(Vec::new());
         let scans = [1, 2].map(|seed| Held::scan("scan", seed, 200_000, Encoding::LittleEndian));
-        run(&scans, settings, io::sink(), &|now| told.borrow_mut().push(now), &|| false).expect("good scans");
-        let told = told.into_inner();
-        assert!(told.is_sorted_by_key(|now| now.percent), "{told:?}");
-        assert_eq!((told[0].percent, told[told.len() - 1].percent), (0, 100));
-        assert!((20..=102).contains(&told.len()), "{} calls", told.len());
-        let mut seen: Vec<&str> = told.iter().map(|now| now.stage.name()).collect();
+        run(&scans, settings, io::sink(), &|now| reported.borrow_mut().push(now), &|| false).expect("good scans");
+        let reported = reported.into_inner();
+        assert!(reported.is_sorted_by_key(|now| now.percent), "{reported:?}");
+        assert_eq!((reported[0].percent, reported[reported.len() - 1].percent), (0, 100));
+        assert!((20..=102).contains(&reported.len()), "{} calls", reported.len());
+        let mut seen: Vec<&str> = reported.iter().map(|now| now.stage.name()).collect();
         seen.dedup();
         assert_eq!(seen.join(" "), stages);
     }

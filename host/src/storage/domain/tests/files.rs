@@ -96,8 +96,8 @@ async fn only_regular_files_with_content_are_accepted() {
 /// A file with an old time of change, so that a change is visible with a coarse clock too.
 fn old_file(fixture: &Fixture, bytes: &[u8]) -> PathBuf {
     let path = fixture.file(bytes);
-    let file = File::options().write(true).open(&path).expect("ours");
-    file.set_modified(SystemTime::now() - Duration::from_secs(3600)).expect("ours");
+    let file = File::options().write(true).open(&path).expect("the file is writable");
+    file.set_modified(SystemTime::now() - Duration::from_secs(3600)).expect("the file is writable");
     path
 }
 
@@ -108,7 +108,7 @@ async fn while_changed(
     change: impl FnOnce(File) + Send + 'static,
 ) -> Option<PortError> {
     let path = old_file(fixture, bytes);
-    let file = File::options().write(true).open(&path).expect("ours");
+    let file = File::options().write(true).open(&path).expect("the file is writable");
     fixture.fault("part", Fault::First(Box::new(|| {})));
     fixture.fault("part", Fault::First(Box::new(move || change(file))));
     fixture.ports.put_file(spec("x.bin"), &path).await.err()
@@ -118,9 +118,10 @@ async fn while_changed(
 async fn large_file_changed_during_upload_is_not_published() {
     let fixture = fixture_with(|config| config.parallel_parts = 1).await;
     let bytes = noise(5 * MIB);
-    let changed = while_changed(&fixture, &bytes, |mut file| file.write_all(b"other").expect("ours")).await;
+    let changed =
+        while_changed(&fixture, &bytes, |mut file| file.write_all(b"other").expect("the file is writable")).await;
     refused(changed.map_or(Ok(()), Err), PortErrorKind::Local, "its file changed while it was uploaded");
-    let shorter = while_changed(&fixture, &bytes, |file| file.set_len(MIB as u64).expect("ours")).await;
+    let shorter = while_changed(&fixture, &bytes, |file| file.set_len(MIB as u64).expect("the file is writable")).await;
     refused(shorter.map_or(Ok(()), Err), PortErrorKind::Local, "the file became shorter meanwhile");
     assert_eq!((fixture.count("complete"), fixture.count("abort"), fixture.server.store().uploads.len()), (0, 2, 0));
     assert!(fixture.ports.published().is_empty());
@@ -132,8 +133,8 @@ async fn growing_file_is_published_with_its_first_size() {
     let fixture = fixture_with(|config| config.parallel_parts = 1).await;
     let bytes = noise(5 * MIB);
     let grown = |mut file: File| {
-        std::io::Seek::seek(&mut file, std::io::SeekFrom::End(0)).expect("ours");
-        file.write_all(b"one more line").expect("ours");
+        std::io::Seek::seek(&mut file, std::io::SeekFrom::End(0)).expect("the file is writable");
+        file.write_all(b"one more line").expect("the file is writable");
     };
     assert!(while_changed(&fixture, &bytes, grown).await.is_none());
     let published = &fixture.ports.published()[0];
@@ -146,7 +147,10 @@ async fn small_file_changed_during_upload_is_not_published() {
     let fixture = fixture().await;
     let path = old_file(&fixture, b"before");
     let target = path.clone();
-    fixture.fault("create", Fault::First(Box::new(move || std::fs::write(target, b"after!").expect("ours"))));
+    fixture.fault(
+        "create",
+        Fault::First(Box::new(move || std::fs::write(target, b"after!").expect("the file is writable"))),
+    );
     let changed = fixture.ports.put_file(spec("x"), &path).await;
     refused(changed, PortErrorKind::Local, "its file changed while it was uploaded");
     assert!(fixture.ports.published().is_empty());
