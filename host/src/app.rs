@@ -7,6 +7,8 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, warn};
 
+#[cfg(feature = "grpc")]
+use crate::leases::node_runtime::{self, NodeRuntime};
 use crate::{
     auth::Auth,
     config::{HostConfig, PlaneChoice},
@@ -91,6 +93,10 @@ impl Node {
             PlaneChoice::Local { name, folder, observer } => {
                 let local = local::Config { name, folder, capabilities: plugins.serving(), observer };
                 BuiltPlane::local(local, events.clone())?
+            }
+            #[cfg(feature = "grpc")]
+            PlaneChoice::NodeRuntime(config) => {
+                BuiltPlane::node_runtime(*config, engine.slots, control_client, &events)
             }
         };
         let source = Arc::clone(&plane.source);
@@ -248,6 +254,20 @@ impl BuiltPlane {
             registration_form: auth.form().kind(),
             health_checks: auth.health_checks(),
             source: Arc::new(Dms::new(config, client, auth)),
+        }
+    }
+
+    #[cfg(feature = "grpc")]
+    fn node_runtime(
+        config: node_runtime::Config,
+        slots: usize,
+        client: transport::Client,
+        events: &NodeEvents,
+    ) -> Self {
+        Self {
+            registration_form: RegistrationForm::None,
+            health_checks: Arc::new(NoRegistration),
+            source: Arc::new(NodeRuntime::new(config, slots, client, events.board().clone())),
         }
     }
 

@@ -194,17 +194,32 @@ fn unsafe_is_only_at_the_boundary() {
 
 #[test]
 fn sdk_depends_on_no_network_or_host_crate() {
+    let names = tree(&["-p", "runner-sdk"]);
+    assert!(names.contains("runner-sdk") && names.contains("abi_stable"), "the tree is its tree: {names:?}");
+    let unwanted: Vec<_> = NOT_IN_THE_SDK.iter().filter(|name| names.contains(**name)).collect();
+    assert!(unwanted.is_empty(), "runner-sdk depends on {unwanted:?}");
+}
+
+#[test]
+fn grpc_feature_brings_all_grpc_crates() {
+    let with = tree(&["-p", "runner-host"]);
+    let without = tree(&["-p", "runner-host", "--no-default-features"]);
+    for name in ["h2", "prost", "tonic", "tonic-prost"] {
+        assert!(with.contains(name) && !without.contains(name), "{name}");
+    }
+}
+
+/// The names of all packages that `cargo tree` lists for ordinary dependencies.
+fn tree(arguments: &[&str]) -> BTreeSet<String> {
     let output = Command::new(env!("CARGO"))
-        .args(["tree", "--locked", "-p", "runner-sdk", "-e", "normal", "--prefix", "none", "--format", "{p}"])
+        .args(["tree", "--locked", "-e", "normal", "--prefix", "none", "--format", "{p}"])
+        .args(arguments)
         .current_dir(workspace())
         .output()
         .expect("cargo starts");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let tree = String::from_utf8(output.stdout).expect("cargo prints text");
-    let names: BTreeSet<&str> = tree.lines().filter_map(|line| line.split_whitespace().next()).collect();
-    assert!(names.contains("runner-sdk") && names.contains("abi_stable"), "the tree is its tree: {names:?}");
-    let unwanted: Vec<_> = NOT_IN_THE_SDK.iter().filter(|name| names.contains(*name)).collect();
-    assert!(unwanted.is_empty(), "runner-sdk depends on {unwanted:?}");
+    tree.lines().filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect()
 }
 
 #[test]

@@ -17,6 +17,8 @@ use serde_json::value::RawValue;
 use toml::de::{DeTable, DeValue};
 
 use super::keys::{KEYS, Key, Kind};
+#[cfg(feature = "grpc")]
+use super::node_runtime::{self, NodeRuntimeTable};
 use crate::model::{PlaneName, nearest};
 
 /// Limit of the file size. It is far more than all settings need.
@@ -24,6 +26,9 @@ const BYTES_MAX: u64 = 1024 * 1024;
 
 /// The byte order mark. Some editors write it before UTF-8 text.
 const BYTE_ORDER_MARK: char = '\u{feff}';
+
+/// The `kind` of a Node Runtime control plane.
+const NODE_RUNTIME: &str = "node-runtime";
 
 /// The depth to which JSON is read.
 const DEPTH_MAX: usize = 8;
@@ -56,6 +61,9 @@ pub(super) enum PlaneKind {
     Posemesh,
     /// A folder of job files, as it is written in the file.
     Local { folder: PathBuf, line: usize },
+    /// A Node Runtime control plane.
+    #[cfg(feature = "grpc")]
+    NodeRuntime(Box<NodeRuntimeTable>),
 }
 
 /// One setting in a file.
@@ -67,7 +75,7 @@ pub(super) struct Entry {
 }
 
 /// A value of either form.
-enum Value {
+pub(super) enum Value {
     Text(String),
     Whole(String),
     Number(String),
@@ -79,7 +87,7 @@ enum Value {
 }
 
 /// A table's keys in the file's order, each with its line.
-type Members = Vec<(String, usize, Value)>;
+pub(super) type Members = Vec<(String, usize, Value)>;
 
 /// Reads a file whole.
 ///
@@ -200,6 +208,13 @@ impl Walk<'_> {
             self.mistake(line, place, &format!("expected a table, found {}", value.describe()));
             return None;
         };
+        let given = members.iter().find_map(|(key, line, value)| match value {
+            Value::Text(text) if key == "kind" => Some((text.as_str(), *line)),
+            _ => None,
+        });
+        if let Some((NODE_RUNTIME, kind_line)) = given {
+            return self.node_runtime(line, kind_line, name, members);
+        }
         let (mut kind, mut folder) = (None, None);
         for (key, line, value) in members {
             match (key.as_str(), value) {
@@ -217,7 +232,9 @@ impl Walk<'_> {
             }
         }
         match (kind, folder) {
-            (None, _) => self.mistake(line, place, "has no kind; expected kind = \"posemesh\" or \"local\""),
+            (None, _) => {
+                self.mistake(line, place, "has no kind; expected kind = \"posemesh\", \"local\" or \"node-runtime\"")
+            }
             (Some((kind_line, kind)), None) if kind == "posemesh" => {
                 return Some(PlaneEntry { name, line, kind_line, kind: PlaneKind::Posemesh });
             }
@@ -239,10 +256,30 @@ impl Walk<'_> {
                 self.mistake(
                     line,
                     &format!("{place}.kind"),
-                    &format!("expected \"posemesh\" or \"local\", found {kind:?}"),
+                    &format!("expected \"posemesh\", \"local\" or \"node-runtime\", found {kind:?}"),
                 );
             }
         }
+        None
+    }
+
+    #[cfg(feature = "grpc")]
+    fn node_runtime(&mut self, line: usize, kind_line: usize, name: PlaneName, members: Members) -> Option<PlaneEntry> {
+        match node_runtime::read(name.clone(), line, members) {
+            Ok(table) => Some(PlaneEntry { name, line, kind_line, kind: PlaneKind::NodeRuntime(Box::new(table)) }),
+            Err(mistakes) => {
+                for (line, key, what) in mistakes {
+                    self.mistake(line, &format!("plane.{name}.{key}"), &what);
+                }
+                None
+            }
+        }
+    }
+
+    #[cfg(not(feature = "grpc"))]
+    fn node_runtime(&mut self, _: usize, kind_line: usize, name: PlaneName, _: Members) -> Option<PlaneEntry> {
+        let what = "this binary was built without gRPC, which \"node-runtime\" needs; build it with the feature grpc";
+        self.mistake(kind_line, &format!("plane.{name}.kind"), what);
         None
     }
 
@@ -312,7 +349,7 @@ impl Value {
     }
 
     /// The kind and the value.
-    fn describe(&self) -> String {
+    pub(super) fn describe(&self) -> String {
         match self {
             Self::Text(text) => format!("{text:?}"),
             Self::Whole(text) | Self::Number(text) => text.clone(),

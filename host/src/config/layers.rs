@@ -138,6 +138,10 @@ impl Layers {
                 row("kind", "local".to_owned(), plane.kind_line),
                 row("folder", folder.to_string_lossy().into_owned(), *line),
             ],
+            #[cfg(feature = "grpc")]
+            PlaneKind::NodeRuntime(table) => {
+                table.rows.iter().map(|(key, value, line)| row(key, value.clone(), *line)).collect()
+            }
         }
     }
 

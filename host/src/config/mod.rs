@@ -6,6 +6,8 @@ mod file;
 mod folders_and_hosts;
 mod keys;
 mod layers;
+#[cfg(feature = "grpc")]
+mod node_runtime;
 mod node_url;
 mod parser;
 mod secrets;
@@ -23,6 +25,8 @@ pub use secrets::Secrets;
 
 use file::{PlaneEntry, PlaneKind};
 
+#[cfg(feature = "grpc")]
+use crate::leases::node_runtime::Config as NodeRuntimeConfig;
 use crate::{
     auth::{self, NodeKey},
     engine,
@@ -77,6 +81,9 @@ pub enum PlaneChoice {
         /// Receives the events of the jobs.
         observer: Option<mpsc::UnboundedSender<LocalEvent>>,
     },
+    /// A Node Runtime control plane.
+    #[cfg(feature = "grpc")]
+    NodeRuntime(Box<NodeRuntimeConfig>),
 }
 
 /// Every mistake in the configuration, one line each.
@@ -156,6 +163,23 @@ impl HostConfig {
         match layers.plane() {
             Some(PlaneEntry { name, kind: PlaneKind::Local { folder, .. }, .. }) => {
                 built.plane = PlaneChoice::Local { name: name.clone(), folder: folder.clone(), observer: None };
+                return (built, parser);
+            }
+            #[cfg(feature = "grpc")]
+            Some(PlaneEntry { name, kind: PlaneKind::NodeRuntime(table), .. }) => {
+                let policy = transport::Policy { allow_insecure_http: built.transport.allow_insecure_http };
+                for (key, problem) in table.url_problems(policy) {
+                    parser.mistakes.push(Remark::plain(format!("plane.{name}.{key}: {problem}")));
+                }
+                let mut config = table.config.clone();
+                let slots = &mut config.capacity.slots;
+                if *slots > 0 && parser.origin("MAX_CONCURRENCY") == Origin::Default {
+                    built.engine.slots = usize::try_from(*slots).unwrap_or(engine::SLOTS_MAX);
+                }
+                if *slots == 0 {
+                    *slots = u32::try_from(built.engine.slots).unwrap_or(u32::MAX);
+                }
+                built.plane = PlaneChoice::NodeRuntime(Box::new(config));
                 return (built, parser);
             }
             Some(PlaneEntry { name, kind: PlaneKind::Posemesh, .. }) => built.dms.name = name.clone(),

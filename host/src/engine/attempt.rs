@@ -1,6 +1,7 @@
 //! One attempt: runs one task from its lease to its report.
 
 use std::{
+    collections::BTreeMap,
     panic::AssertUnwindSafe,
     sync::Arc,
     time::{Duration, Instant},
@@ -19,7 +20,7 @@ use crate::{
     leases::{Advice, LeaseSource},
     model::{
         BootInstant, CancelReason, HeldLease, HeldNumber, Lease, Outcome, PluginId, ReportState, Setup, SetupStage,
-        TaskRecord, TaskResult, TaskStage,
+        TaskRecord, TaskResult, TaskStage, Timings,
     },
     node_event::{NodeEvent, NodeEvents},
     outbox::{self, NewReport, Outbox, Sent},
@@ -99,6 +100,7 @@ pub(super) async fn attempt(modules: Arc<Modules>, slot: Slot, session: Session,
             End::bare(Outcome::HostFault { message })
         })
     };
+    let queued = began.elapsed();
     let End { mut result, tidying } = match refused {
         Some(end) => end,
         None => {
@@ -106,6 +108,7 @@ pub(super) async fn attempt(modules: Arc<Modules>, slot: Slot, session: Session,
             run_to_end(ended, &held_lease, &stops.cancel).await
         }
     };
+    result.timings = Timings::new(queued, began.elapsed().saturating_sub(queued));
     result.outcome.redact(&held_lease.tokens());
     modules.events.board().moved(slot.held, TaskStage::Reporting);
     slot.pace.ended(lease_value(&held_lease, &result.outcome));
@@ -149,6 +152,7 @@ async fn admit(
         biased;
         () = stops.drain.cancelled() => Err(Outcome::Drained),
         reason = held_lease.cancel.cancelled() => Err(Outcome::of_cancel(reason)),
+        () = passed(held_lease.lease.hard_deadline) => Err(Outcome::of_cancel(CancelReason::Deadline)),
         permit = slots.acquire_owned() => Ok(permit.expect("the slots are never closed")),
     };
     drop(waiting);
@@ -221,10 +225,12 @@ async fn passed(deadline: Option<BootInstant>) {
 /// Waits until `run` ends, and cancels the task when the node cancels all tasks.
 async fn run_to_end(run: impl Future<Output = End>, held_lease: &HeldLease, cancel_all: &CancellationToken) -> End {
     tokio::pin!(run);
+    let limit = held_lease.lease.time_limit.map(|limit| BootInstant::now() + limit);
+    let deadline = held_lease.lease.hard_deadline.into_iter().chain(limit).min();
     tokio::select! {
         end = &mut run => return end,
         () = cancel_all.cancelled() => held_lease.cancel.cancel(CancelReason::Drained),
-        () = passed(held_lease.lease.hard_deadline) => held_lease.cancel.cancel(CancelReason::Deadline),
+        () = passed(deadline) => held_lease.cancel.cancel(CancelReason::Deadline),
     }
     run.await
 }
@@ -260,10 +266,10 @@ async fn run(modules: Arc<Modules>, held: HeldNumber, held_lease: HeldLease, gra
     ports.close().await; // ends or aborts the calls under way
     let (artifacts, inputs, disk_was_full) = (ports.published(), ports.fetched(), ports.disk_was_full());
     let tidying = (!dir.close_empty()).then(|| modules.workers.spawn_blocking(move || dir.close()));
-    End {
-        result: TaskResult { outcome: refused_setup(&held_lease, outcome), artifacts, inputs, disk_was_full },
-        tidying,
-    }
+    let outcome = refused_setup(&held_lease, outcome);
+    let inline = if outcome == Outcome::Completed { ports.inline() } else { BTreeMap::new() };
+    let result = TaskResult { artifacts, inputs, disk_was_full, inline, ..TaskResult::bare(outcome) };
+    End { result, tidying }
 }
 
 /// The task's directory in the form that plugins use.

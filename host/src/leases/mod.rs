@@ -5,6 +5,8 @@
 
 pub mod dms;
 pub mod local;
+#[cfg(feature = "grpc")]
+pub mod node_runtime;
 
 use std::{sync::Arc, time::Duration};
 
@@ -149,6 +151,22 @@ pub enum LeaseError {
         /// What is wrong with the body.
         reason: String,
     },
+    /// A gRPC call ended with an error status.
+    #[error("control plane answered {code}{}", suffix(message))]
+    Grpc {
+        /// The name of the status code.
+        code: String,
+        /// The beginning of its message.
+        message: String,
+        /// Whether the call may be repeated.
+        retry: bool,
+    },
+    /// The control plane answered a report with `success = false`. It answers so on its own failures too.
+    #[error("control plane did not accept the report{}", suffix(message))]
+    NotAccepted {
+        /// The beginning of its message.
+        message: String,
+    },
     /// The adapter cannot read an address that it wrote earlier.
     #[error("report address cannot be read: {0}; start the version of the node that wrote the report")]
     Address(String),
@@ -179,12 +197,14 @@ impl LeaseError {
             | Self::Unauthorized
             | Self::Busy
             | Self::Malformed { .. }
+            | Self::NotAccepted { .. }
+            | Self::Grpc { retry: true, .. }
             | Self::Address(_) => Advice::RetryLater,
             // 5xx: the control plane failed. 3xx: a gateway before it may redirect for a while.
             Self::Refused { status, .. } if matches!(status, 408 | 425 | 429) || !(400..500).contains(status) => {
                 Advice::RetryLater
             }
-            Self::Refused { .. } | Self::NoSuchPath { .. } => Advice::GiveUp,
+            Self::Refused { .. } | Self::NoSuchPath { .. } | Self::Grpc { .. } => Advice::GiveUp,
             Self::Gone { .. } => Advice::StopTask,
         }
     }

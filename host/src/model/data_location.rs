@@ -1,7 +1,8 @@
 //! The location of a task's data. The control plane's adapter announces it, and `storage` reads it.
 
-use std::path::PathBuf;
+use std::{collections::BTreeMap, fmt, path::PathBuf, sync::Arc};
 
+use bytes::Bytes;
 use url::Url;
 use uuid::Uuid;
 
@@ -26,6 +27,17 @@ pub struct LocalFiles {
     pub out: PathBuf,
 }
 
+/// Inputs that came with the lease. The artifacts travel in the report.
+#[derive(Clone, PartialEq, Eq)]
+pub struct InlineInputs(pub Arc<BTreeMap<String, Bytes>>);
+
+/// The bytes of inputs are never printed.
+impl fmt::Debug for InlineInputs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} inputs", self.0.len())
+    }
+}
+
 /// Where a task's data is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum DataLocation {
@@ -33,6 +45,8 @@ pub enum DataLocation {
     DomainServer(Coordinates),
     /// In files on this machine.
     LocalFiles(LocalFiles),
+    /// In the lease and in the report.
+    Inline(InlineInputs),
     /// The task has no data: every input and output call fails.
     None,
 }
@@ -64,7 +78,7 @@ impl AnnouncedData {
         match self {
             Self::DomainServer { domain, .. } => *domain,
             Self::Known(DataLocation::DomainServer(coordinates)) => Some(coordinates.domain),
-            Self::Known(DataLocation::LocalFiles(_) | DataLocation::None) => None,
+            Self::Known(DataLocation::LocalFiles(_) | DataLocation::Inline(_) | DataLocation::None) => None,
         }
     }
 

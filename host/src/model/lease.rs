@@ -1,6 +1,6 @@
 //! The lease that a control plane gives to this node.
 
-use std::{fmt, sync::Arc};
+use std::{any::Any, fmt, sync::Arc, time::Duration};
 
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 use serde_json::value::RawValue;
@@ -154,6 +154,8 @@ pub struct Lease {
     pub expires_at: Option<BootInstant>,
     /// When the run must have ended, for any term of the lease. It is cancelled then, and fails.
     pub hard_deadline: Option<BootInstant>,
+    /// How long the run may take, counted from its start. It is cancelled then, and fails.
+    pub time_limit: Option<Duration>,
     /// True when the lease arrived cancelled.
     pub cancelled: bool,
     /// Where the task's data is, according to the control plane so far.
@@ -169,6 +171,26 @@ pub struct Lease {
     /// The lease as the control plane sent it, with unknown fields, and without any credential. A runner receives this
     /// text unchanged. The host does not parse it.
     pub document: Box<RawValue>,
+    /// Dropped when the node no longer works on the task and owes no report about it.
+    pub hold: Option<LeaseHold>,
+}
+
+/// A guard that the control plane's adapter attaches to a lease.
+#[derive(Clone)]
+pub struct LeaseHold(#[expect(dead_code, reason = "only its drop matters")] Arc<dyn Any + Send + Sync>);
+
+impl LeaseHold {
+    /// Wraps the guard. Clones share it.
+    #[must_use]
+    pub fn new(guard: impl Any + Send + Sync) -> Self {
+        Self(Arc::new(guard))
+    }
+}
+
+impl fmt::Debug for LeaseHold {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("LeaseHold")
+    }
 }
 
 impl Lease {
@@ -182,6 +204,7 @@ impl Lease {
             capability,
             expires_at: None,
             hard_deadline: None,
+            time_limit: None,
             cancelled: false,
             data: AnnouncedData::Known(DataLocation::None),
             token: None,
@@ -189,8 +212,10 @@ impl Lease {
             inputs: Vec::new(),
             outputs_prefix: None,
             document: RawValue::NULL.to_owned(),
+            hold: None,
         }
     }
+
     /// The task of this lease.
     #[must_use]
     pub fn task(&self) -> &TaskId {

@@ -28,16 +28,16 @@ pub use backoff::{Backoff, Jitter, pause_asked};
 pub use boot_instant::BootInstant;
 pub use budget::{Budget, Charge, OverBudget};
 pub use capability::{Capability, CapabilityError};
-pub use data_location::{AnnouncedData, Coordinates, DataLocation, LocalFiles};
+pub use data_location::{AnnouncedData, Coordinates, DataLocation, InlineInputs, LocalFiles};
 pub use health_checks::{Callback, HealthChecks, NoRegistration, Unexpected};
 pub use held_lease::{
     CancelReason, CancelSignal, Deadline, HeldLease, HeldLeaseState, HeldLeaseWriter, LeaseUpdates, MissedHeartbeats,
     Setup, Token,
 };
-pub use lease::{Lease, PlaneName, PlaneNameError, ReportAddress, TaskId, TaskIdError, Term};
+pub use lease::{Lease, LeaseHold, PlaneName, PlaneNameError, ReportAddress, TaskId, TaskIdError, Term};
 pub use line::in_a_line;
 pub use millis::millis;
-pub use outcome::{LeaseKeeper, Outcome, OutcomeWord, SetupStage, TaskResult};
+pub use outcome::{LeaseKeeper, Outcome, OutcomeWord, SetupStage, TaskResult, Timings};
 pub(crate) use outcome::{holds_token, redact};
 pub use ports::{Fetched, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports};
 pub use progress_queue::{Pending, ProgressError, ProgressQueue};

@@ -1,9 +1,11 @@
 //! How a task ended. All modules use this one type.
 
+use std::{collections::BTreeMap, time::Duration};
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Artifact, CancelReason, Fetched, ReportAddress, Token};
+use super::{Artifact, CancelReason, Fetched, ReportAddress, Token, millis};
 
 /// Shortest token that is redacted, in bytes. A shorter token is an ordinary word. Its removal would damage texts and
 /// hide nothing.
@@ -296,13 +298,44 @@ pub struct TaskResult {
     /// Whether an output was not written because a disk of this machine was full.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub disk_was_full: bool,
+    /// The artifacts themselves, if the report carries them: their texts by logical path. The bytes of an artifact that
+    /// is not UTF-8 are base64, under its path with `;base64`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub inline: BTreeMap<String, String>,
+    /// How long the task waited and ran.
+    #[serde(default)]
+    pub timings: Timings,
+}
+
+/// How long a task waited and ran, in milliseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Timings {
+    /// From the arrival of the lease to the start of the run.
+    pub queue_ms: u64,
+    /// From the start of the run to its end.
+    pub run_ms: u64,
+}
+
+impl Timings {
+    /// The two times as they are reported.
+    #[must_use]
+    pub fn new(queue: Duration, run: Duration) -> Self {
+        Self { queue_ms: millis(queue), run_ms: millis(run) }
+    }
 }
 
 impl TaskResult {
     /// A result without artifacts and inputs.
     #[must_use]
     pub fn bare(outcome: Outcome) -> Self {
-        Self { outcome, artifacts: Vec::new(), inputs: Vec::new(), disk_was_full: false }
+        Self {
+            outcome,
+            artifacts: Vec::new(),
+            inputs: Vec::new(),
+            disk_was_full: false,
+            inline: BTreeMap::new(),
+            timings: Timings::default(),
+        }
     }
 }
 

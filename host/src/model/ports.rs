@@ -1,6 +1,9 @@
 //! The interfaces through which a task's data moves. `storage` implements them, `plugins` uses them.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -148,6 +151,10 @@ pub trait Ports: Send + Sync {
     fn fetched(&self) -> Vec<Fetched>;
     /// The budget to which bytes in memory are charged.
     fn budget(&self) -> &Budget;
+    /// The published artifacts for [`super::TaskResult::inline`], if the report carries them.
+    fn inline(&self) -> BTreeMap<String, String> {
+        BTreeMap::new()
+    }
     /// Whether an output was not written because a disk of this machine was full.
     fn disk_was_full(&self) -> bool {
         false

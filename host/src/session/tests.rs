@@ -33,6 +33,7 @@ fn lease(left: Duration) -> Lease {
         capability: "/lab/echo/v1".parse().expect("a name"),
         expires_at: Some(BootInstant::now() + left),
         hard_deadline: None,
+        time_limit: None,
         cancelled: false,
         data: AnnouncedData::at_server(Some("https://ds.lab.test"), Some(Uuid::nil())),
         token: Some(Token::new("dom-1")),
@@ -41,6 +42,7 @@ fn lease(left: Duration) -> Lease {
         outputs_prefix: None,
         attempt: None,
         document: serde_json::value::RawValue::NULL.to_owned(),
+        hold: None,
     }
 }
 

@@ -50,6 +50,14 @@ impl LocalStorage {
     pub fn new(budget: Budget, unpack: UnpackLimits) -> Self {
         Self { budget, unpack }
     }
+
+    pub(super) fn budget(&self) -> &Budget {
+        &self.budget
+    }
+
+    pub(super) fn unpack(&self) -> &UnpackLimits {
+        &self.unpack
+    }
 }
 
 impl Storage for LocalStorage {

@@ -1,7 +1,7 @@
 //! Inputs and outputs of tasks.
 //!
 //! A task's data moves through [`crate::model::Ports`]. A [`Storage`] makes them: [`DomainStorage`] for a
-//! domain server, [`LocalStorage`] for files of this machine. [`Stores`] chooses one by the lease.
+//! domain server, [`LocalStorage`] for files of this machine, [`InlineStorage`] for data in the lease and in the report. [`Stores`] chooses one by the lease.
 //! [`Scratch`] gives each task its directory. Both directions stream: nothing here holds a whole object.
 //! This module decides neither when a task runs nor what is reported about it. It lists what was published.
 //! Start at [`domain`].
@@ -10,6 +10,7 @@ mod digest;
 mod disk;
 mod domain;
 mod file;
+mod inline;
 mod local;
 mod naming;
 mod piece_queue;
@@ -24,6 +25,7 @@ use std::{
 
 pub use disk::Disk;
 pub use domain::{Config as DomainConfig, DomainPorts, DomainStorage};
+pub use inline::{INLINE_BYTES_MAX, InlineStorage};
 pub use local::{LocalPorts, LocalStorage};
 pub use task_dir::{Scratch, ScratchError, TaskDir};
 pub use zip::UnpackLimits;
@@ -63,13 +65,15 @@ pub struct Stores {
     disk: Disk,
     domain: DomainStorage,
     local: LocalStorage,
+    inline: InlineStorage,
 }
 
 impl Stores {
     /// Combines the parts. Nothing is created yet.
     #[must_use]
     pub fn new(scratch: Scratch, disk: Disk, local: LocalStorage, domain: DomainStorage) -> Self {
-        Self { scratch, disk, domain, local }
+        let inline = InlineStorage::new(local.budget().clone(), local.unpack().clone());
+        Self { scratch, disk, domain, local, inline }
     }
 
     /// A directory for a task. It is created when it is first needed and removed on drop.
@@ -89,6 +93,7 @@ impl Stores {
     pub fn ports(&self, held: &HeldLease, dir: &Path) -> Arc<dyn Ports> {
         let storage: &dyn Storage = match held.lease.data {
             AnnouncedData::DomainServer { .. } | AnnouncedData::Known(DataLocation::DomainServer(_)) => &self.domain,
+            AnnouncedData::Known(DataLocation::Inline(_)) => &self.inline,
             AnnouncedData::Known(DataLocation::LocalFiles(_) | DataLocation::None) => &self.local,
         };
         storage.ports(held, dir)

@@ -36,8 +36,23 @@ impl Connector {
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
         tcp.set_connect_timeout(Some(config.connect_timeout));
-        let route = Route { tcp, roots: config.roots.clone(), proxies: config.proxies.clone() };
-        Self { route, limit: config.connect_timeout }
+        let (roots, proxies) = (config.roots.clone(), config.proxies.clone());
+        Self { route: Route { tcp, roots, proxies, http2: false }, limit: config.connect_timeout }
+    }
+
+    /// A connector for HTTP/2. After `patience` without a sign of the peer, TCP looks for it and gives up.
+    #[cfg(feature = "grpc")]
+    pub(super) fn http2(config: &Config, patience: Duration) -> Self {
+        const PROBES: u32 = 3;
+        let mut connector = Self::new(config);
+        connector.route.http2 = true;
+        let tcp = &mut connector.route.tcp;
+        tcp.set_keepalive(Some(patience));
+        tcp.set_keepalive_interval(Some(patience / PROBES));
+        tcp.set_keepalive_retries(Some(PROBES));
+        #[cfg(target_os = "linux")]
+        tcp.set_tcp_user_timeout(Some(patience * 2));
+        connector
     }
 }
 
@@ -54,7 +69,9 @@ impl Service<Uri> for Connector {
         let limit = self.limit;
         let opening: Connecting<_> = if to.scheme() == Some(&http::uri::Scheme::HTTPS) {
             // Certificates are read when the first https connection needs them.
-            HttpsConnector::from((self.route.clone(), self.route.roots.tls())).call(to)
+            let tls = self.route.roots.tls();
+            let tls = if self.route.http2 { super::tls::for_http2(&tls) } else { tls };
+            HttpsConnector::from((self.route.clone(), tls)).call(to)
         } else {
             let opening = self.route.call(to);
             Box::pin(async move { Ok(MaybeHttpsStream::Http(opening.await?)) })
@@ -72,6 +89,8 @@ struct Route {
     tcp: HttpConnector,
     roots: Roots,
     proxies: Proxies,
+    /// A proxy cannot forward HTTP/2 requests, so every request uses a tunnel.
+    http2: bool,
 }
 
 impl Route {
@@ -102,7 +121,7 @@ impl Service<Uri> for Route {
             move |reason: String| Box::new(ProxyFailed { host, reason })
         };
         let mut direct = self.to_proxy(&at);
-        if to.scheme() != Some(&http::uri::Scheme::HTTPS) {
+        if to.scheme() != Some(&http::uri::Scheme::HTTPS) && !self.http2 {
             let opening = direct.call(at);
             return Box::pin(async move {
                 let stream = opening.await.map_err(|err| failed(innermost(&*err)))?;

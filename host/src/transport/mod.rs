@@ -6,6 +6,8 @@
 
 mod clock;
 mod connect;
+#[cfg(feature = "grpc")]
+mod http2;
 pub(crate) mod multipart;
 mod pool;
 mod proxy;
@@ -25,6 +27,8 @@ use serde::Deserialize;
 use tokio::sync::Semaphore;
 use url::Url;
 
+#[cfg(feature = "grpc")]
+pub use http2::{Http2, Http2Limits};
 pub use proxy::Proxies;
 pub use retry_after::{RETRY_AFTER_MAX, retry_after};
 pub use tls::Roots;

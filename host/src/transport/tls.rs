@@ -73,6 +73,13 @@ impl Roots {
     }
 }
 
+/// The same TLS, for a server that speaks HTTP/2.
+pub(super) fn for_http2(tls: &Arc<ClientConfig>) -> Arc<ClientConfig> {
+    let mut tls = ClientConfig::clone(tls);
+    tls.alpn_protocols = vec![b"h2".to_vec()];
+    Arc::new(tls)
+}
+
 fn config(roots: RootCertStore) -> Arc<ClientConfig> {
     let config = ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
         .with_safe_default_protocol_versions()

@@ -172,6 +172,7 @@ async fn completed_task_publishes_its_artifacts(plane: Plane) {
     let result = plane.result(&node, &task).await;
     assert!(result.completed && result.results == 1, "{result:?}");
     assert_eq!(plane.echoed(&node, &task).await, b"some bytes");
+    node.says_ended("accepted").await;
     let page = node.page("/status.json").await.1;
     let recent = &page["recent"][0];
     assert_eq!((&recent["report"], &recent["inputs"][0]["size"]), (&json!("accepted"), &json!(10)), "{page:#}");

@@ -31,6 +31,8 @@ mod login;
 mod logs;
 mod memory;
 mod node_events;
+#[cfg(feature = "grpc")]
+mod node_runtime;
 mod outbox;
 mod pages;
 mod plugin_files;

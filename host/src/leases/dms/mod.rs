@@ -351,6 +351,7 @@ fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
         capability,
         expires_at: lease_end(answer, envelope.lease_expires_at.or_else(|| time(&value(task.lease_expires_at)))),
         hard_deadline: None,
+        time_limit: None,
         cancelled: envelope.cancel,
         data: AnnouncedData::DomainServer {
             server: filled(envelope.domain_server_url).or_else(|| server_of_meta(&value(task.meta))),
@@ -361,6 +362,7 @@ fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
         inputs: task.inputs_cids,
         outputs_prefix: task.outputs_prefix,
         document,
+        hold: None,
     })
 }
 

@@ -9,6 +9,8 @@ pub(crate) mod fixtures;
 pub(crate) mod folder;
 pub(crate) mod hygiene;
 pub(crate) mod node;
+#[cfg(feature = "grpc")]
+pub(crate) mod node_plane;
 pub(crate) mod tls;
 
 use std::{collections::BTreeMap, future::Future, path::PathBuf, time::Duration};

@@ -428,9 +428,14 @@ impl NodeSetup {
 
     /// A node of the local control plane in `folder`, without settings of another control plane.
     pub(crate) fn local(folder: &Path, libraries: &[PathBuf]) -> Self {
+        let text = format!("[plane.jobs]\nkind = \"local\"\nfolder = {:?}\n", folder.display().to_string());
+        Self::with_config(&text, libraries)
+    }
+
+    /// A node with this configuration file, without settings of another control plane.
+    pub(crate) fn with_config(text: &str, libraries: &[PathBuf]) -> Self {
         let setup = Self::bare(libraries);
         let file = setup.plugins.path().join("node.toml");
-        let text = format!("[plane.jobs]\nkind = \"local\"\nfolder = {:?}\n", folder.display().to_string());
         std::fs::write(&file, text).expect("the folder is writable");
         setup.arg("--config").arg(file)
     }

@@ -135,6 +135,7 @@ fn lease(inputs: &[&str]) -> Lease {
         capability: Capability::parse("/test/storage/v1").expect("a capability"),
         expires_at: None,
         hard_deadline: None,
+        time_limit: None,
         cancelled: false,
         data: AnnouncedData::at_server(None, Some(DOMAIN)),
         token: Some(Token::new("t1")),
@@ -143,6 +144,7 @@ fn lease(inputs: &[&str]) -> Lease {
         outputs_prefix: Some("/out/".to_owned()),
         attempt: None,
         document: serde_json::value::RawValue::NULL.to_owned(),
+        hold: None,
     }
 }
 

@@ -1,0 +1,307 @@
+//! Converts a lease of the wire to a [`model::Lease`](crate::model::Lease). Everything in it is untrusted.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::Arc,
+    time::Duration,
+};
+
+use base64::{Engine as _, prelude::BASE64_STANDARD};
+use bytes::Bytes;
+use jiff::Timestamp;
+use serde_json::{Value, json, value::to_raw_value};
+use sha2::{Digest, Sha256};
+
+use super::{lease, report::At};
+use crate::model::{
+    AnnouncedData, BootInstant, Capability, DataLocation, InlineInputs, Lease, PlaneName, ReportAddress, TaskId,
+};
+
+/// Longest id that is used, in bytes.
+const ID_BYTES_MAX: usize = 1024;
+/// Most inputs of a lease.
+const INPUTS_MAX: usize = 1000;
+/// Longest name of an input, in bytes.
+const INPUT_NAME_BYTES_MAX: usize = 1024;
+/// Longest time that a run may take. A later deadline counts as this one.
+const RUN_MAX: Duration = Duration::from_secs(23 * 3600);
+/// How long after its deadline the end of a run may still be reported. The control plane decides whether it counts.
+const REPORT_TIME: Duration = Duration::from_secs(3600);
+/// The end of an input's name whose value is base64.
+const BASE64_SUFFIX: &str = ";base64";
+
+/// The ids of a lease. They are checked first: without them nothing can be reported.
+#[derive(Debug)]
+pub(super) struct Ids {
+    pub(super) task: TaskId,
+    pub(super) lease: String,
+    pub(super) run: String,
+}
+
+impl Ids {
+    /// # Errors
+    /// One line about the unusable id.
+    pub(super) fn read(plane: &PlaneName, wire: &lease::Lease) -> Result<Self, String> {
+        for (name, id) in [("lease_id", &wire.lease_id), ("run_id", &wire.run_id)] {
+            if id.trim().is_empty() {
+                return Err(format!("its {name} is blank"));
+            }
+            if id.len() > ID_BYTES_MAX {
+                return Err(format!("its {name} has {} bytes, at most {ID_BYTES_MAX} are allowed", id.len()));
+            }
+        }
+        let task = task(plane, &wire.run_id);
+        Ok(Self { task, lease: wire.lease_id.clone(), run: wire.run_id.clone() })
+    }
+
+    /// Where the report of the run goes.
+    pub(super) fn at(&self) -> At {
+        At { lease: self.lease.clone(), run: self.run.clone(), limit: None }
+    }
+}
+
+/// The task of a run: its id, or a UUID that depends only on the plane and the id.
+fn task(plane: &PlaneName, run: &str) -> TaskId {
+    TaskId::parse(run).unwrap_or_else(|_| {
+        let digest = Sha256::new().chain_update(plane.as_str()).chain_update([0]).chain_update(run).finalize();
+        let mut bytes = [0; 16];
+        bytes.copy_from_slice(&digest[..16]);
+        uuid::Builder::from_custom_bytes(bytes).into_uuid().into()
+    })
+}
+
+/// Why a lease cannot run here.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Unusable {
+    /// Its deadline has passed.
+    Expired,
+    /// It is malformed. One line.
+    Malformed(String),
+}
+
+/// Reads the lease. `now` is the time of the control plane.
+pub(super) fn lease(
+    ids: &Ids,
+    wire: lease::Lease,
+    agents: &BTreeMap<String, Capability>,
+    now: Timestamp,
+) -> Result<Lease, Unusable> {
+    let malformed = |reason: String| Unusable::Malformed(reason);
+    let left = left(wire.deadline_unix_ms, now)?;
+    let spec = wire.run_spec.ok_or_else(|| malformed("the lease has no run_spec".to_owned()))?;
+    let capability = capability(&spec, agents).map_err(malformed)?;
+    let inputs = inputs(spec.input_ref).map_err(malformed)?;
+    let names: Vec<String> = inputs.keys().cloned().collect();
+    let budgets = spec.budgets.unwrap_or_default();
+    let limit = u64::try_from(budgets.max_duration_seconds).ok().filter(|limit| *limit > 0);
+    let mut meta: serde_json::Map<String, Value> = spec
+        .metadata
+        .into_iter()
+        .filter(|(key, _)| !is_credential(key))
+        .map(|(key, value)| (key, Value::String(value)))
+        .collect();
+    let given = [("max_tokens", budgets.max_tokens), ("max_duration_seconds", budgets.max_duration_seconds)];
+    let given = given.into_iter().filter(|(_, value)| *value > 0);
+    meta.insert("budgets".into(), given.map(|(key, value)| (key.to_owned(), Value::from(value))).collect());
+    let task =
+        json!({ "id": ids.run, "capability": capability.as_str(), "inputs_cids": names, "meta": Value::Object(meta) });
+    let end = BootInstant::now() + left;
+    let at = At { limit, ..ids.at() };
+    Ok(Lease {
+        expires_at: Some(end + REPORT_TIME),
+        hard_deadline: Some(end),
+        time_limit: limit.map(Duration::from_secs),
+        data: AnnouncedData::Known(DataLocation::Inline(InlineInputs(Arc::new(inputs)))),
+        inputs: names,
+        document: to_raw_value(&json!({ "task": task })).expect("JSON values are JSON"),
+        ..Lease::bare(ReportAddress { task: ids.task.clone(), at: at.text().into() }, capability)
+    })
+}
+
+/// The time until the deadline. 0 on the wire is no deadline.
+fn left(deadline_ms: i64, now: Timestamp) -> Result<Duration, Unusable> {
+    match deadline_ms {
+        ..0 => Err(Unusable::Malformed(format!("its deadline is {deadline_ms}, expected a time"))),
+        0 => Ok(RUN_MAX),
+        _ => {
+            // A time that no calendar has is far away.
+            let Ok(deadline) = Timestamp::from_millisecond(deadline_ms) else { return Ok(RUN_MAX) };
+            let left = Duration::try_from(deadline.duration_since(now)).unwrap_or_default();
+            if left.is_zero() { Err(Unusable::Expired) } else { Ok(left.min(RUN_MAX)) }
+        }
+    }
+}
+
+/// The runner of a run: the metadata names it, or the configuration, or the agent.
+fn capability(spec: &lease::RunSpec, agents: &BTreeMap<String, Capability>) -> Result<Capability, String> {
+    if let Some(name) = spec.metadata.get("capability").filter(|name| !name.trim().is_empty()) {
+        return Capability::from_wire(name).map_err(|err| format!("metadata.capability: {err}"));
+    }
+    if let Some(capability) = agents.get(&spec.agent_id) {
+        return Ok(capability.clone());
+    }
+    if spec.agent_id.starts_with('/') {
+        return Capability::from_wire(&spec.agent_id).map_err(|err| format!("agent_id: {err}"));
+    }
+    let version = spec.version.trim();
+    let name = if version.is_empty() {
+        format!("/agents/{}", spec.agent_id)
+    } else {
+        format!("/agents/{}/{version}", spec.agent_id)
+    };
+    if spec.agent_id.trim().is_empty() {
+        return Err("the lease names no agent and no capability".to_owned());
+    }
+    Capability::from_wire(&name).map_err(|err| format!("agent_id and version: {err}"))
+}
+
+/// The inputs by their names. A value under a name that ends in `;base64` is decoded.
+fn inputs(wire: HashMap<String, String>) -> Result<BTreeMap<String, Bytes>, String> {
+    let count = wire.len();
+    if count > INPUTS_MAX {
+        return Err(format!("input_ref has {count} entries, at most {INPUTS_MAX} are allowed"));
+    }
+    let mut inputs = BTreeMap::new();
+    for (key, value) in wire {
+        let (name, value) = match key.strip_suffix(BASE64_SUFFIX) {
+            None => (key, Bytes::from(value)),
+            Some(name) => match BASE64_STANDARD.decode(value.as_bytes()) {
+                Ok(bytes) => (name.to_owned(), Bytes::from(bytes)),
+                Err(err) => return Err(format!("input_ref has an entry that is not base64: {err}")),
+            },
+        };
+        if name.is_empty() || name.len() > INPUT_NAME_BYTES_MAX {
+            let bytes = name.len();
+            return Err(format!("input_ref has a name of {bytes} bytes, expected 1 to {INPUT_NAME_BYTES_MAX}"));
+        }
+        inputs.insert(name, value);
+    }
+    if inputs.len() < count {
+        return Err(format!("input_ref has a name both with and without {BASE64_SUFFIX}"));
+    }
+    Ok(inputs)
+}
+
+/// Whether an entry of the metadata is a credential. The runner does not get it.
+fn is_credential(key: &str) -> bool {
+    key.to_ascii_lowercase().ends_with("token")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plane() -> PlaneName {
+        PlaneName::parse("p").expect("a name")
+    }
+
+    fn wire() -> lease::Lease {
+        lease::Lease {
+            lease_id: "l".into(),
+            run_id: "r".into(),
+            run_spec: Some(lease::RunSpec { agent_id: "a".into(), version: "v1".into(), ..Default::default() }),
+            deadline_unix_ms: 0,
+            trace_id: String::new(),
+        }
+    }
+
+    /// Changes a usable lease and reads it at second 1000 of the epoch.
+    fn read(change: impl FnOnce(&mut lease::Lease)) -> Result<Lease, Unusable> {
+        let mut wire = wire();
+        change(&mut wire);
+        let agents = BTreeMap::from([("mapped".to_owned(), Capability::parse("/lab/mapped/v1").expect("a name"))]);
+        let ids = Ids::read(&plane(), &wire).map_err(Unusable::Malformed)?;
+        lease(&ids, wire, &agents, Timestamp::from_second(1000).expect("a time"))
+    }
+
+    fn spec(change: impl FnOnce(&mut lease::RunSpec)) -> Result<Lease, Unusable> {
+        read(|wire| change(wire.run_spec.as_mut().expect("a spec")))
+    }
+
+    #[track_caller]
+    fn refused(read: Result<Lease, Unusable>, text: &str) {
+        match read {
+            Err(Unusable::Malformed(reason)) => assert!(reason.contains(text), "{reason}"),
+            other => panic!("expected {text:?}: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn run_names_its_runner_in_four_ways() {
+        let name = |read: Result<Lease, Unusable>| read.expect("usable").capability.to_string();
+        assert_eq!(name(read(|_| {})), "/agents/a/v1");
+        assert_eq!(name(spec(|spec| spec.version.clear())), "/agents/a");
+        assert_eq!(name(spec(|spec| spec.agent_id = "/lab/echo/v1".into())), "/lab/echo/v1");
+        assert_eq!(name(spec(|spec| spec.agent_id = "mapped".into())), "/lab/mapped/v1");
+        let named = |spec: &mut lease::RunSpec| {
+            spec.agent_id = "mapped".into();
+            spec.metadata.insert("capability".into(), "/lab/x/v1".into());
+        };
+        assert_eq!(name(spec(named)), "/lab/x/v1");
+        refused(spec(|spec| spec.agent_id.clear()), "names no agent");
+        refused(spec(|spec| spec.agent_id = "a b".into()), "white space");
+    }
+
+    #[test]
+    fn unusable_leases_are_refused() {
+        refused(read(|wire| wire.run_spec = None), "no run_spec");
+        refused(read(|wire| wire.lease_id = " ".into()), "lease_id is blank");
+        refused(read(|wire| wire.run_id = "x".repeat(100_000)), "run_id has 100000 bytes");
+        refused(read(|wire| wire.deadline_unix_ms = -1), "its deadline is -1");
+        assert_eq!(read(|wire| wire.deadline_unix_ms = 1_000_000).err(), Some(Unusable::Expired));
+        let many = |spec: &mut lease::RunSpec| {
+            spec.input_ref = (0..10_000).map(|number| (number.to_string(), String::new())).collect();
+        };
+        refused(spec(many), "10000 entries");
+        let entry = |key: &str, value: &str| (key.to_owned(), value.to_owned());
+        refused(spec(|spec| spec.input_ref = HashMap::from([entry("a;base64", "!")])), "not base64");
+        refused(spec(|spec| spec.input_ref = HashMap::from([entry(";base64", "")])), "0 bytes");
+        let both = HashMap::from([entry("a;base64", ""), entry("a", "")]);
+        refused(spec(|spec| spec.input_ref = both), "both with and without");
+    }
+
+    #[test]
+    fn deadlines_are_bounded() {
+        let left = |ms| {
+            let lease = read(|wire| wire.deadline_unix_ms = ms).expect("usable");
+            lease.hard_deadline.expect("a deadline").left().as_secs_f64().round()
+        };
+        assert_eq!([left(1_002_000), left(0), left(i64::MAX)], [2.0, RUN_MAX.as_secs_f64(), RUN_MAX.as_secs_f64()]);
+    }
+
+    #[test]
+    fn inputs_and_document_hold_no_credential() {
+        let full = |spec: &mut lease::RunSpec| {
+            spec.input_ref = HashMap::from([("b".into(), "text".into()), ("a.bin;base64".into(), "/wA=".into())]);
+            spec.metadata.insert("Access_Token".into(), "secret".into());
+            spec.metadata.insert("voxel".into(), "0.1".into());
+            spec.budgets = Some(lease::BudgetConstraints { max_tokens: 7, max_duration_seconds: 60 });
+        };
+        let lease = spec(full).expect("usable");
+        assert_eq!((lease.inputs.as_slice(), lease.time_limit), (&["a.bin".into(), "b".into()][..], Some(60 * SECOND)));
+        let document: Value = serde_json::from_str(lease.document.get()).expect("JSON");
+        assert_eq!(
+            document["task"],
+            json!({
+                "id": "r",
+                "capability": "/agents/a/v1",
+                "inputs_cids": ["a.bin", "b"],
+                "meta": { "voxel": "0.1", "budgets": { "max_tokens": 7, "max_duration_seconds": 60 } },
+            })
+        );
+        let AnnouncedData::Known(DataLocation::Inline(inputs)) = lease.data else { panic!("inline") };
+        assert_eq!((&inputs.0["a.bin"][..], &inputs.0["b"][..]), (&b"\xff\x00"[..], &b"text"[..]));
+        assert_eq!(&*lease.address.at, r#"{"lease":"l","run":"r","limit":60}"#);
+    }
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[test]
+    fn unusual_run_ids_get_a_stable_task_id() {
+        let task = |run: &str| task(&plane(), run).to_string();
+        assert_eq!(task("run-7"), "run-7");
+        assert_eq!(task("a b"), task("a b"));
+        assert_ne!(task("a b"), task("a  b"));
+        assert_eq!(task("é").len(), 36);
+    }
+}

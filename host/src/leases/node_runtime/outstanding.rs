@@ -1,0 +1,133 @@
+//! The runs that this node has accepted and not settled yet.
+//!
+//! Their number is bounded: the stream of leases is read only while there is a permit. A run that is leased again
+//! takes the new lease id here, and does not start a second time.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+};
+
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+
+use crate::model::{LeaseHold, TaskId};
+
+/// See the module documentation.
+pub(super) struct Outstanding {
+    permits: Arc<Semaphore>,
+    runs: Arc<Mutex<Runs>>,
+}
+
+#[derive(Default)]
+struct Runs {
+    by_task: HashMap<TaskId, Run>,
+    next: u64,
+    ended: Arc<Notify>,
+}
+
+impl Runs {
+    fn remove(&mut self, task: &TaskId) {
+        if self.by_task.remove(task).is_some() {
+            self.ended.notify_one();
+        }
+    }
+}
+
+struct Run {
+    number: u64,
+    lease: Arc<str>,
+    _permit: OwnedSemaphorePermit,
+}
+
+/// Ends a run of [`Outstanding`] when the node needs its lease no more.
+struct Guard {
+    runs: Weak<Mutex<Runs>>,
+    task: TaskId,
+    number: u64,
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let Some(runs) = self.runs.upgrade() else { return };
+        let mut runs = lock(&runs);
+        if runs.by_task.get(&self.task).is_some_and(|run| run.number == self.number) {
+            runs.remove(&self.task);
+        }
+    }
+}
+
+fn lock(runs: &Mutex<Runs>) -> MutexGuard<'_, Runs> {
+    runs.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Outstanding {
+    pub(super) fn new(max: usize) -> Self {
+        Self { permits: Arc::new(Semaphore::new(max.min(Semaphore::MAX_PERMITS))), runs: Arc::default() }
+    }
+
+    /// Waits until one more lease may be read.
+    pub(super) async fn permit(&self) -> OwnedSemaphorePermit {
+        Arc::clone(&self.permits).acquire_owned().await.expect("the semaphore is never closed")
+    }
+
+    /// How many runs are accepted.
+    pub(super) fn count(&self) -> usize {
+        lock(&self.runs).by_task.len()
+    }
+
+    /// Waits until a run ends, or returns at once if one has ended since the last call.
+    pub(super) async fn one_ended(&self) {
+        let ended = Arc::clone(&lock(&self.runs).ended);
+        ended.notified().await;
+    }
+
+    /// Gives a known run a newer lease. `false`: the run is not known.
+    pub(super) fn adopt(&self, task: &TaskId, lease: &str) -> bool {
+        match lock(&self.runs).by_task.get_mut(task) {
+            Some(run) => {
+                run.lease = lease.into();
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Adds a run. It ends when the returned guard is dropped, or with [`Self::settled`].
+    pub(super) fn add(&self, task: &TaskId, lease: &str, permit: OwnedSemaphorePermit) -> LeaseHold {
+        let mut runs = lock(&self.runs);
+        let number = runs.next;
+        runs.next += 1;
+        runs.by_task.insert(task.clone(), Run { number, lease: lease.into(), _permit: permit });
+        LeaseHold::new(Guard { runs: Arc::downgrade(&self.runs), task: task.clone(), number })
+    }
+
+    /// The newest lease of a run.
+    pub(super) fn lease_of(&self, task: &TaskId) -> Option<Arc<str>> {
+        lock(&self.runs).by_task.get(task).map(|run| Arc::clone(&run.lease))
+    }
+
+    /// Ends a run: the control plane has answered its report.
+    pub(super) fn settled(&self, task: &TaskId) {
+        lock(&self.runs).remove(task);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn guard_ends_only_its_own_run() {
+        let (outstanding, task) = (Outstanding::new(2), TaskId::parse("run").expect("an id"));
+        let first = outstanding.add(&task, "a", outstanding.permit().await);
+        assert!(outstanding.adopt(&task, "b"));
+        assert_eq!((outstanding.lease_of(&task).as_deref(), outstanding.count()), (Some("b"), 1));
+        outstanding.settled(&task);
+        let second = outstanding.add(&task, "c", outstanding.permit().await);
+        drop(first);
+        assert_eq!((outstanding.lease_of(&task).as_deref(), outstanding.count()), (Some("c"), 1));
+        drop(second);
+        assert!(!outstanding.adopt(&task, "d"));
+        assert_eq!(outstanding.count(), 0);
+    }
+}

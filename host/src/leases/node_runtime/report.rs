@@ -1,0 +1,175 @@
+//! The report of a run: a completion or a failure, and the meaning of a gRPC status.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use tonic::{Code, Status};
+
+use super::lease::{CompleteRequest, CostInfo, FailRequest, TimingInfo};
+use crate::{
+    leases::LeaseError,
+    model::{Outcome, ReportAddress, TaskResult, Timings},
+};
+
+/// Longest error message that is sent, in bytes.
+const MESSAGE_BYTES_MAX: usize = 4096;
+/// Largest error details that are sent, in bytes of JSON.
+const DETAILS_BYTES_MAX: usize = 32 * 1024;
+
+/// The address of a report on this control plane: compact JSON in [`ReportAddress::at`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct At {
+    pub(super) lease: String,
+    pub(super) run: String,
+    /// How long the run may take, in seconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) limit: Option<u64>,
+}
+
+impl At {
+    pub(super) fn read(address: &ReportAddress) -> Result<Self, LeaseError> {
+        serde_json::from_str(&address.at).map_err(|err| LeaseError::Address(err.to_string()))
+    }
+
+    pub(super) fn text(&self) -> String {
+        serde_json::to_string(self).expect("ids and numbers are JSON")
+    }
+}
+
+/// A report as it is sent.
+#[derive(Debug, PartialEq)]
+pub(super) enum Report {
+    Complete(CompleteRequest),
+    Fail(FailRequest),
+}
+
+/// The report of a task result. `None`: the task must not be reported.
+pub(super) fn report(at: &At, node: &str, task_result: &TaskResult) -> Option<Report> {
+    let TaskResult { outcome, inline, timings, .. } = task_result;
+    match outcome {
+        Outcome::Cancelled | Outcome::LeaseLost => None,
+        Outcome::Completed => Some(Report::Complete(CompleteRequest {
+            lease_id: at.lease.clone(),
+            run_id: at.run.clone(),
+            node_id: node.to_owned(),
+            result: inline.iter().map(|(path, text)| (path.clone(), text.clone())).collect(),
+            timings: Some(times(*timings)),
+            costs: Some(CostInfo::default()),
+        })),
+        outcome => Some(Report::Fail(failure(at, node, outcome, *timings))),
+    }
+}
+
+/// The failure of a run.
+pub(super) fn failure(at: &At, node: &str, outcome: &Outcome, timings: Timings) -> FailRequest {
+    let over = at.limit.filter(|limit| timings.run_ms >= limit.saturating_mul(1000));
+    let (message, retryable) = match (outcome, over) {
+        (Outcome::Budget { .. }, Some(limit)) => (format!("the run exceeded max_duration_seconds ({limit} s)"), false),
+        // Another node may finish before the deadline of the next lease.
+        (Outcome::Budget { message }, None) => (message.clone(), true),
+        (Outcome::Drained, _) => ("the node stopped before the run ended".to_owned(), true),
+        // The next lease would find the same runners.
+        (Outcome::NoRunner, _) => (outcome.reason().unwrap_or_default(), false),
+        _ => (outcome.reason().unwrap_or_default(), outcome.retryable()),
+    };
+    let mut details = json!({ "outcome": outcome.word(), "code": outcome.code() });
+    if let Outcome::Failed { details: own, .. } = outcome
+        && !own.is_null()
+    {
+        let bytes = own.to_string().len();
+        let omitted = || json!({ "omitted": format!("{bytes} bytes, at most {DETAILS_BYTES_MAX} are reported") });
+        details["details"] = if bytes + 256 > DETAILS_BYTES_MAX { omitted() } else { own.clone() };
+    }
+    fail(at, node, &message, &details, retryable, timings)
+}
+
+/// A failure with this text.
+pub(super) fn fail(
+    at: &At,
+    node: &str,
+    message: &str,
+    details: &Value,
+    retryable: bool,
+    timings: Timings,
+) -> FailRequest {
+    let mut end = message.len().min(MESSAGE_BYTES_MAX);
+    while !message.is_char_boundary(end) {
+        end -= 1;
+    }
+    FailRequest {
+        lease_id: at.lease.clone(),
+        run_id: at.run.clone(),
+        node_id: node.to_owned(),
+        error_message: message[..end].to_owned(),
+        error_details: details.to_string(),
+        timings: Some(times(timings)),
+        retryable,
+    }
+}
+
+fn times(Timings { queue_ms, run_ms }: Timings) -> TimingInfo {
+    let whole = |ms: u64| i64::try_from(ms).unwrap_or(i64::MAX);
+    TimingInfo {
+        duration_ms: whole(queue_ms.saturating_add(run_ms)),
+        queue_time_ms: whole(queue_ms),
+        execution_time_ms: whole(run_ms),
+    }
+}
+
+/// The error of a call that ended with `status`. These codes may end differently next time.
+pub(super) fn refused(status: &Status) -> LeaseError {
+    let retry = matches!(
+        status.code(),
+        Code::Unavailable
+            | Code::DeadlineExceeded
+            | Code::Aborted
+            | Code::Internal
+            | Code::Unknown
+            | Code::Cancelled
+            | Code::Unauthenticated
+    );
+    LeaseError::Grpc { code: format!("{:?}", status.code()), message: excerpt(status.message()), retry }
+}
+
+/// The beginning of a text of the control plane, in one line.
+pub(super) fn excerpt(text: &str) -> String {
+    crate::transport::excerpt(text.as_bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[track_caller]
+    fn check(outcome: Outcome, run_ms: u64, expected: (&str, bool)) {
+        let at = At { lease: "l".into(), run: "r".into(), limit: Some(2) };
+        let result = TaskResult { timings: Timings { queue_ms: 5, run_ms }, ..TaskResult::bare(outcome) };
+        let Some(Report::Fail(sent)) = report(&at, "n", &result) else { panic!("a failure") };
+        assert_eq!((sent.error_message.as_str(), sent.retryable), expected);
+        let timings = sent.timings.expect("timings");
+        assert_eq!((timings.duration_ms, timings.queue_time_ms), (i64::try_from(run_ms).expect("small") + 5, 5));
+        assert!(sent.error_details.len() <= DETAILS_BYTES_MAX, "{} bytes", sent.error_details.len());
+    }
+
+    #[test]
+    fn outcomes_decide_whether_a_run_is_retried() {
+        let budget = || Outcome::Budget { message: "the deadline of the run has passed".into() };
+        check(budget(), 1999, ("the deadline of the run has passed", true));
+        check(budget(), 2000, ("the run exceeded max_duration_seconds (2 s)", false));
+        check(Outcome::NoRunner, 0, ("no runner registered for this capability", false));
+        check(Outcome::Drained, 0, ("the node stopped before the run ended", true));
+        let failed =
+            |retryable, details| Outcome::Failed { message: "m\nn".into(), retryable, invalid_input: false, details };
+        check(failed(true, Value::Null), 1, ("m\nn", true));
+        check(failed(false, json!({ "large": "x".repeat(DETAILS_BYTES_MAX) })), 1, ("m\nn", false));
+        let at = At { lease: "l".into(), run: "r".into(), limit: None };
+        assert_eq!(report(&at, "n", &TaskResult::bare(Outcome::LeaseLost)), None);
+    }
+
+    #[test]
+    fn status_codes_decide_whether_a_report_is_repeated() {
+        for (code, retry) in [(Code::Unavailable, true), (Code::Cancelled, true), (Code::InvalidArgument, false)] {
+            let LeaseError::Grpc { retry: seen, .. } = refused(&Status::new(code, "m")) else { panic!("a status") };
+            assert_eq!(seen, retry, "{code:?}");
+        }
+    }
+}
