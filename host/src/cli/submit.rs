@@ -74,7 +74,7 @@ pub(super) struct Args {
     /// Folder for the artifacts
     #[arg(long, value_name = "DIR", requires = "wait")]
     pub(super) out: Option<PathBuf>,
-    /// Form of the output; JSON also after a timeout or an interrupt
+    /// Form of the output; JSON also after a timeout, an interrupt or a temporary failure
     #[arg(long = "output", short, value_name = "FORM", value_enum, default_value_t = Output::Text)]
     pub(super) output: Output,
     /// Address of a running `runner-host dev`
@@ -148,7 +148,12 @@ async fn run_to(
                 if exit == Exit::TimedOut && state.unreachable_reason().is_some() { Exit::Temporary } else { exit };
             notes.line(&format!("{what}; {state}"));
             if args.output == Output::Json {
-                put(out, &format!("{}\n", state.to_json(exit, &what)))?;
+                let status = match exit {
+                    Exit::TimedOut => "timed_out",
+                    Exit::Temporary => "unreachable",
+                    _ => "interrupted",
+                };
+                put(out, &format!("{}\n", state.to_json(status, &what)))?;
             }
             if let Some(plane) = plane.get() {
                 plane.give_up().await;
@@ -160,17 +165,24 @@ async fn run_to(
         Ok(code) => Ok(code),
         Err(Stop::Plane(err)) => {
             let mut state = state.into_inner().expect("nothing panics while it holds this");
-            if !err.is_temporary() || (state.jobs.is_empty() && !state.job_unanswered) {
-                notes.line(&format!("error: {err}"));
-                return Ok(err.exit_code());
+            let (exit, reason) = (err.exit_code(), err.to_string());
+            let text = if err.is_disk_full() {
+                format!(
+                    "{reason}; {state}; the domain still has the artifacts: free the disk, then download them there or \
+                     submit again"
+                )
+            } else if err.is_temporary() && (!state.jobs.is_empty() || state.job_unanswered) {
+                state.last_error.get_or_insert_with(|| reason.clone());
+                state.to_string()
+            } else {
+                reason.clone()
+            };
+            notes.line(&format!("error: {text}"));
+            if exit == Exit::Temporary && args.output == Output::Json {
+                let status = if err.is_disk_full() { "disk_full" } else { "unreachable" };
+                put(out, &format!("{}\n", state.to_json(status, &reason)))?;
             }
-            let err = err.to_string();
-            state.last_error.get_or_insert_with(|| err.clone());
-            notes.line(&format!("error: {state}"));
-            if args.output == Output::Json {
-                put(out, &format!("{}\n", state.to_json(Exit::Temporary, &err)))?;
-            }
-            Ok(Exit::Temporary)
+            Ok(exit)
         }
         Err(Stop::Usage(text)) => {
             notes.line(&format!("error: {text}"));
@@ -248,12 +260,7 @@ impl SubmitState {
         self.last_error.clone().or_else(unanswered)
     }
 
-    fn to_json(&self, exit: Exit, reason: &str) -> Value {
-        let status = match exit {
-            Exit::TimedOut => "timed_out",
-            Exit::Temporary => "unreachable",
-            _ => "interrupted",
-        };
+    fn to_json(&self, status: &str, reason: &str) -> Value {
         json!({
             "status": status, "reason": reason,
             "during": self.stage.word(), "jobs": self.jobs, "unanswered": self.job_unanswered, "tasks": self.tasks,

@@ -313,6 +313,21 @@ async fn submit_finds_dev_server_and_downloads_artifacts() {
 }
 
 #[tokio::test]
+async fn submit_without_connection_prints_json() {
+    for what in [&["/examples/hello/v1"][..], &["--cancel", "6f1e9a3c-52f3-4b2e-9d0a-0c8f3f1d7a11"]] {
+        let line = [&["submit"], what, &["-o", "json", "--dev", "http://127.0.0.1:1"]].concat();
+        let ended = Cli::new(&line).run().await.expect(75);
+        let mut printed: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+        let reason = printed["reason"].take();
+        assert!(reason.as_str().is_some_and(|reason| ended.stderr.ends_with(reason)), "{reason} {}", ended.stderr);
+        let expected = json!({
+            "status": "unreachable", "reason": null, "during": "connect", "jobs": [], "unanswered": false, "tasks": [],
+        });
+        assert_eq!(printed, expected);
+    }
+}
+
+#[tokio::test]
 async fn artifacts_with_unusable_paths_are_stored_by_id() {
     let dir = workplace(&[fixtures::zoo()]);
     let dev = Cli::new(&["dev", "--port", "0"]).dir(dir.path()).set("TMPDIR", dir.path().to_string_lossy()).start();

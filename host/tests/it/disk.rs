@@ -268,3 +268,35 @@ async fn invoke_on_a_full_disk_exits_75() {
         assert!(ended.stderr.contains("No space left on device"), "{}", ended.stderr);
     }
 }
+
+#[tokio::test]
+async fn submit_onto_a_full_disk_exits_75() {
+    if !can_mount() {
+        return;
+    }
+    let test_server = TestServer::start().await;
+    let _node = test_server.node(&[fixtures::hello(), fixtures::echo()]).leasing().await;
+    let dir = tempfile::tempdir().expect("a folder");
+    let (out, input) = (dir.path().join("out"), dir.path().join("input.bin"));
+    std::fs::create_dir(&out).expect("the folder is writable");
+    std::fs::write(&input, vec![7; 6_000_000]).expect("the folder is writable");
+    let submit = |capability: &str| {
+        let submit = Cli::new(&["submit", capability, "--wait", "-o", "json", "--out"]).arg(&out);
+        submit.set("RUNNER_HOST_DEV", test_server.dev_server.dds_url().to_string())
+    };
+    let small = submit("/examples/hello/v1").full_disk(&out);
+    let large = submit("/examples/echo-file/v1").arg("--input").arg(&input).small_disk(&out);
+    for submit in [small, large] {
+        let ended = submit.run().await.expect(75);
+        let printed: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+        assert_eq!((&printed["status"], &printed["during"]), (&json!("disk_full"), &json!("download")), "{printed}");
+        assert_eq!((&printed["unanswered"], &printed["tasks"][0]["status"]), (&json!(false), &json!("completed")));
+        let jobs = printed["jobs"].as_array().expect("a list");
+        assert_eq!((jobs.len(), &jobs[0]), (1, &printed["tasks"][0]["job_id"]), "{printed}");
+        let job = jobs[0].as_str().expect("an id");
+        let last = ended.stderr.lines().last().expect("an error");
+        for part in ["error: ", "No space left on device", job, "free the disk"] {
+            assert!(last.contains(part), "{part}: {}", ended.stderr);
+        }
+    }
+}

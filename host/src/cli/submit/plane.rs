@@ -2,7 +2,7 @@
 //! (posemesh.md sections 4.13 and 6). Bodies are streamed from and to files.
 
 use std::{
-    io::SeekFrom,
+    io::{ErrorKind, SeekFrom},
     path::Path,
     sync::Mutex,
     time::{Duration, Instant},
@@ -51,21 +51,27 @@ pub(super) enum PlaneError {
     Refused { what: String, status: u16, excerpt: String, retry_after: Option<Duration> },
     #[error("{what}: {reason}")]
     File { what: String, reason: String },
+    #[error("{what}: {reason}")]
+    DiskFull { what: String, reason: String },
 }
 
 impl PlaneError {
     /// An error of the operating system about a file.
     pub(super) fn file(path: &Path, err: &std::io::Error) -> Self {
-        Self::File { what: path.display().to_string(), reason: err.to_string() }
+        let (what, reason) = (path.display().to_string(), err.to_string());
+        match err.kind() {
+            ErrorKind::StorageFull | ErrorKind::QuotaExceeded => Self::DiskFull { what, reason },
+            _ => Self::File { what, reason },
+        }
     }
 
-    /// Whether a repeat may help.
+    /// Whether an immediate repeat may help.
     pub(super) fn is_temporary(&self) -> bool {
         match self {
             Self::NoDevServer { .. } => true,
             Self::Transport(err) => !matches!(err, TransportError::Insecure { .. } | TransportError::BadUrl { .. }),
             Self::Refused { status, .. } => matches!(status, 408 | 429 | 500..),
-            Self::File { .. } => false,
+            Self::File { .. } | Self::DiskFull { .. } => false,
         }
     }
 
@@ -78,9 +84,13 @@ impl PlaneError {
         matches!(self, Self::Refused { status: 409, .. })
     }
 
+    pub(super) fn is_disk_full(&self) -> bool {
+        matches!(self, Self::DiskFull { .. })
+    }
+
     pub(super) fn exit_code(&self) -> Exit {
         match self {
-            _ if self.is_temporary() => Exit::Temporary,
+            _ if self.is_temporary() || self.is_disk_full() => Exit::Temporary,
             Self::File { .. } => Exit::Failed,
             _ => Exit::Usage,
         }
