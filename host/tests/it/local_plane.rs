@@ -139,6 +139,51 @@ async fn two_nodes_sharing_folder_run_each_job_once() {
     }
     let Plane::Local(folder) = &plane else { panic!("a folder") };
     crate::harness::within("20 results", || nodes[0].log(), async {
+#[cfg(unix)]
+#[tokio::test]
+async fn out_in_own_folders_is_refused() {
+    let plane = Plane::local();
+    let node = plane.node(&[fixtures::echo()]).leasing().await;
+    let folder = plane.folder().canonicalize().expect("a folder");
+    for (link, to) in [("to-done", "done"), ("to-plane", ".")] {
+        std::os::unix::fs::symlink(to, folder.join(link)).expect("the folder is writable");
+    }
+    fs::write(folder.join("input"), "x").expect("the folder is writable");
+    let job = |out: &str| json!({ "capability": "/examples/echo-file/v1", "inputs": ["input"], "out": out });
+    let absolute = folder.join("new/../running/.").display().to_string();
+    let itself = folder.display().to_string();
+    let refused = [
+        "./done",
+        "x/../jobs",
+        "x/../jobs/y",
+        "running/",
+        "to-done",
+        "to-done/x",
+        "to-plane/jobs",
+        "to-plane",
+        ".",
+        "x/..",
+        "",
+        &absolute,
+        &itself,
+    ];
+    for (number, out) in refused.into_iter().enumerate() {
+        let id = format!("refused-{number}");
+        plane.put_job(&id, &job(out));
+        let line = node.line(|line| line["task_id"] == id.as_str() && line["event"] == "lease.unreadable").await;
+        let error = line["error"].as_str().expect("a text");
+        let text = format!("out is {out}, a folder of the control plane; give another folder at line 1 column ");
+        assert!(error.contains(&text), "{out}: {error}");
+    }
+    for (number, out) in ["results", "done-old", "jobs/../results", "done.x/y"].into_iter().enumerate() {
+        let id = format!("accepted-{number}");
+        plane.put_job(&id, &job(out));
+        assert_eq!(done(&plane, &node, &id).await["outcome"], "completed", "{out}");
+        assert!(folder.join(out).join("echo-0.bin").exists(), "{out}");
+    }
+    node.stop().await;
+}
+
         // A file gives no event.
         while ids.iter().any(|id| plane.done(id).is_none()) {
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;

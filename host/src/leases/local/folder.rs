@@ -15,7 +15,7 @@ use std::{
     fmt,
     fs::{self, File, TryLockError},
     io::{self, Write as _},
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
     sync::{Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -112,7 +112,7 @@ struct JobFile {
     inputs: Vec<AnyPath>,
     #[serde(default)]
     meta: Value,
-    #[serde(default, deserialize_with = "out")]
+    #[serde(default)]
     out: Option<AnyPath>,
     #[serde(default = "term_default", serialize_with = "as_seconds", deserialize_with = "term")]
     term_secs: Duration,
@@ -121,12 +121,12 @@ struct JobFile {
 }
 
 impl JobFile {
-    /// Reads a job. A byte order mark before it is ignored.
-    fn parse(bytes: &[u8]) -> serde_json::Result<Self> {
+    /// Reads a job of the control plane in `folder`. A byte order mark before it is ignored.
+    fn parse(bytes: &[u8], folder: &Path) -> serde_json::Result<Self> {
         /// Accepts only an object. The derived code would also read an array, by position.
-        struct Object;
+        struct Object<'a>(&'a Path);
 
-        impl<'de> de::Visitor<'de> for Object {
+        impl<'de> de::Visitor<'de> for Object<'_> {
             type Value = JobFile;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -134,13 +134,22 @@ impl JobFile {
             }
 
             fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<JobFile, A::Error> {
-                JobFile::deserialize(MapAccessDeserializer::new(map))
+                let file = JobFile::deserialize(MapAccessDeserializer::new(map))?;
+                // Checked here, so that the error gets a position in the file.
+                let out = file.out.clone().map(PathBuf::from);
+                match out.filter(|out| is_own(self.0, out)) {
+                    None => Ok(file),
+                    Some(out) => Err(A::Error::custom(format!(
+                        "out is {}, a folder of the control plane; give another folder",
+                        out.display()
+                    ))),
+                }
             }
         }
 
         let text = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(bytes);
         let mut reader = serde_json::Deserializer::from_slice(text);
-        let file = reader.deserialize_any(Object)?;
+        let file = reader.deserialize_any(Object(folder))?;
         reader.end()?;
         Ok(file)
     }
@@ -166,14 +175,28 @@ fn capability<'de, D: Deserializer<'de>>(reader: D) -> Result<Capability, D::Err
     Capability::parse(&String::deserialize(reader)?).map_err(D::Error::custom)
 }
 
-fn out<'de, D: Deserializer<'de>>(reader: D) -> Result<Option<AnyPath>, D::Error> {
-    let Some(out) = Option::<AnyPath>::deserialize(reader)? else { return Ok(None) };
-    let path = PathBuf::from(out.clone());
-    if OWN_FOLDERS.iter().any(|own| path.starts_with(own)) {
-        let message = format!("out is {}, a folder of the control plane; give another folder", path.display());
-        return Err(D::Error::custom(message));
+/// Whether artifacts in `out` could become files of the control plane in `folder`.
+fn is_own(folder: &Path, out: &Path) -> bool {
+    let (folder, out) = (resolved(folder), resolved(&folder.join(out)));
+    out == folder || OWN_FOLDERS.iter().any(|own| out.starts_with(resolved(&folder.join(own))))
+}
+
+/// An absolute path with links resolved. A part that does not exist stays as it is.
+fn resolved(path: &Path) -> PathBuf {
+    let mut rest = Vec::new();
+    for place in path.ancestors() {
+        if let Ok(mut real) = place.canonicalize() {
+            for part in rest.into_iter().rev() {
+                match part {
+                    Component::ParentDir => drop(real.pop()),
+                    part => real.push(part),
+                }
+            }
+            return real;
+        }
+        rest.extend(place.components().next_back());
     }
-    Ok(Some(out))
+    path.to_owned()
 }
 
 fn term<'de, D: Deserializer<'de>>(reader: D) -> Result<Duration, D::Error> {
@@ -450,7 +473,7 @@ impl Folder {
             if self.holder(&id, now).is_some() {
                 continue;
             }
-            match read_job(&self.job(&id)) {
+            match read_job(&self.job(&id), &self.path) {
                 Ok(Some(job)) if !served.contains(&job.capability) => {}
                 Ok(Some(job)) => return Ok(Some(Found { id, job: Ok(job) })),
                 Ok(None) => {} // another node ended it meanwhile
@@ -618,8 +641,8 @@ fn done(id: &TaskId, claim: Uuid, result: &TaskResult, now: Timestamp) -> Value 
     })
 }
 
-/// `None`: there is no such file.
-fn read_job(path: &Path) -> Result<Option<Job>, String> {
+/// Reads a job of the control plane in `folder`. `None`: there is no such file.
+fn read_job(path: &Path, folder: &Path) -> Result<Option<Job>, String> {
     let size = match fs::metadata(path) {
         Ok(metadata) if !metadata.is_file() => return Err("the job file is not a regular file".to_owned()),
         Ok(metadata) => metadata.len(),
@@ -633,7 +656,7 @@ fn read_job(path: &Path) -> Result<Option<Job>, String> {
         return Err(format!("the job file has {size} bytes; at most {JOB_BYTES_MAX} are read"));
     }
     let bytes = fs::read(path).map_err(|err| format!("the job file cannot be read: {err}"))?;
-    let file = JobFile::parse(&bytes).map_err(|err| format!("the job file cannot be used: {err}"))?;
+    let file = JobFile::parse(&bytes, folder).map_err(|err| format!("the job file cannot be used: {err}"))?;
     let JobFile { capability, inputs, meta, out, term_secs: term, time_limit_secs: time_limit } = file;
     let inputs = inputs.into_iter().map(PathBuf::from).collect();
     Ok(Some(Job { capability, inputs, meta, out: out.map(PathBuf::from), term, time_limit }))
