@@ -17,7 +17,7 @@ use tracing::{Span, info_span, warn};
 
 use super::{Modules, SharedPace, StopSignals, pace::LeaseValue, planes::WaitingLease};
 use crate::{
-    leases::{Advice, LeaseSource},
+    leases::{Acknowledged, Advice, LeaseSource},
     model::{
         BootInstant, CancelReason, HeldLease, HeldNumber, Lease, Outcome, PluginId, ReportState, Setup, SetupStage,
         TaskRecord, TaskResult, TaskStage, Timings,
@@ -133,7 +133,8 @@ async fn admit(
     stops: &StopSignals,
 ) -> Result<OwnedSemaphorePermit, Outcome> {
     match source.acknowledge(&held_lease.lease).await {
-        Ok(()) => {}
+        Ok(Acknowledged::Held) => {}
+        Ok(Acknowledged::Cancelled) => return Err(Outcome::Cancelled),
         Err(err) if err.advice() == Advice::StopTask => {
             let (task, error) = (held_lease.lease.task().clone(), err.to_string());
             events.emit(NodeEvent::LeaseTakenElsewhere { task, error });

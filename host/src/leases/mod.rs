@@ -67,8 +67,8 @@ pub trait LeaseSource: Send + Sync {
     fn quiesce(&self) {}
     /// Confirms to the control plane that the lease has arrived, if its wire has such a call. Called once for each
     /// lease, before its task runs. [`LeaseError::Gone`]: another node has it.
-    async fn acknowledge(&self, _lease: &Lease) -> Result<(), LeaseError> {
-        Ok(())
+    async fn acknowledge(&self, _lease: &Lease) -> Result<Acknowledged, LeaseError> {
+        Ok(Acknowledged::Held)
     }
     /// Returns the next lease that this node can serve, or `None` (no work, back off).
     /// Do not drop this future: it may already own a lease.
@@ -174,6 +174,15 @@ pub enum LeaseError {
 
 fn suffix(excerpt: &str) -> String {
     if excerpt.is_empty() { String::new() } else { format!(": {excerpt}") }
+}
+
+/// The answer to [`LeaseSource::acknowledge`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Acknowledged {
+    /// The task may run.
+    Held,
+    /// The task was cancelled before its start. It must not run, and it is not reported.
+    Cancelled,
 }
 
 /// What to do about a [`LeaseError`].

@@ -47,6 +47,34 @@ async fn cancel_file_ends_a_task() {
     node.stop().await;
 }
 
+#[tokio::test]
+async fn job_cancelled_before_its_claim_never_runs() {
+    let plane = Plane::local();
+    let jobs = plane.folder().join("jobs");
+    let node = plane.node(&[fixtures::zoo()]).leasing().await;
+    for number in 0..5_u8 {
+        let id = format!("job-{number}");
+        fs::write(jobs.join(format!("{id}.cancel")), "").expect("the folder is writable");
+        plane.put_job(&id, &json!({ "capability": "/fixtures/slow/v1" }));
+        let line = node.line(|line| line["event"] == "task.ended" && line["task_id"] == id.as_str()).await;
+        assert_eq!((&line["outcome"], &line["report"]), (&json!("cancelled"), &json!("none")), "{line}");
+        let is_shown = |page: &Value| {
+            let records = page["recent"].as_array().expect("a list");
+            records.iter().any(|record| record["task_id"] == id.as_str() && record["outcome"] == "cancelled")
+        };
+        node.page_until("/status.json", |page| is_shown(&page.1)).await;
+        assert_eq!(plane.done(&id).expect("a result")["outcome"], "cancelled");
+    }
+    for event in ["lease.taken_elsewhere", "lease.lost", "heartbeat.refused", "task.started"] {
+        assert!(node.said(event).is_empty(), "{event}: {}", node.log());
+    }
+    for part in ["jobs", "running"] {
+        let left = fs::read_dir(plane.folder().join(part)).expect("a folder").count();
+        assert_eq!(left, 0, "{part}");
+    }
+    node.stop().await;
+}
+
 /// Waits until the node has removed a file.
 async fn removed(file: &std::path::Path, node: &TestNode) {
     crate::harness::within("a removed file", || node.log(), async {
@@ -111,34 +139,6 @@ async fn unusable_job_gets_a_result_at_once() {
     node.stop().await;
 }
 
-#[tokio::test]
-async fn job_for_another_capability_stays_in_the_folder() {
-    let plane = Plane::local();
-    let node = plane.node(&[fixtures::echo()]).leasing().await;
-    plane.put_job("0-foreign", &json!({ "capability": "/other/v1" }));
-    let task = plane.submit("/examples/echo-file/v1", b"x", json!({})).await;
-    assert!(plane.result(&node, &task).await.completed);
-    let Plane::Local(folder) = &plane else { panic!("a folder") };
-    assert!(folder.path().join("jobs/0-foreign.json").exists() && plane.done("0-foreign").is_none());
-    node.stop().await;
-}
-
-#[tokio::test]
-async fn two_nodes_sharing_folder_run_each_job_once() {
-    let plane = Plane::local();
-    let nodes = [
-        plane.node(&[fixtures::echo()]).set("MAX_CONCURRENCY", "2").leasing().await,
-        plane.node(&[fixtures::echo()]).set("MAX_CONCURRENCY", "2").leasing().await,
-    ];
-    let mut ids = Vec::new();
-    for number in 0..20_u8 {
-        let Submitted::File(id) = plane.submit("/examples/echo-file/v1", &[number], json!({})).await else {
-            panic!("a file")
-        };
-        ids.push(id);
-    }
-    let Plane::Local(folder) = &plane else { panic!("a folder") };
-    crate::harness::within("20 results", || nodes[0].log(), async {
 #[cfg(unix)]
 #[tokio::test]
 async fn out_in_own_folders_is_refused() {
@@ -184,6 +184,34 @@ async fn out_in_own_folders_is_refused() {
     node.stop().await;
 }
 
+#[tokio::test]
+async fn job_for_another_capability_stays_in_the_folder() {
+    let plane = Plane::local();
+    let node = plane.node(&[fixtures::echo()]).leasing().await;
+    plane.put_job("0-foreign", &json!({ "capability": "/other/v1" }));
+    let task = plane.submit("/examples/echo-file/v1", b"x", json!({})).await;
+    assert!(plane.result(&node, &task).await.completed);
+    let Plane::Local(folder) = &plane else { panic!("a folder") };
+    assert!(folder.path().join("jobs/0-foreign.json").exists() && plane.done("0-foreign").is_none());
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn two_nodes_sharing_folder_run_each_job_once() {
+    let plane = Plane::local();
+    let nodes = [
+        plane.node(&[fixtures::echo()]).set("MAX_CONCURRENCY", "2").leasing().await,
+        plane.node(&[fixtures::echo()]).set("MAX_CONCURRENCY", "2").leasing().await,
+    ];
+    let mut ids = Vec::new();
+    for number in 0..20_u8 {
+        let Submitted::File(id) = plane.submit("/examples/echo-file/v1", &[number], json!({})).await else {
+            panic!("a file")
+        };
+        ids.push(id);
+    }
+    let Plane::Local(folder) = &plane else { panic!("a folder") };
+    crate::harness::within("20 results", || nodes[0].log(), async {
         // A file gives no event.
         while ids.iter().any(|id| plane.done(id).is_none()) {
             tokio::time::sleep(std::time::Duration::from_millis(10)).await;

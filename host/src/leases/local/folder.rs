@@ -30,7 +30,7 @@ use serde_json::{Value, json};
 use tracing::warn;
 use uuid::Uuid;
 
-use crate::model::{Capability, TaskId, TaskResult};
+use crate::model::{Capability, Outcome, TaskId, TaskResult};
 
 /// The folders of the control plane.
 const OWN_FOLDERS: [&str; 3] = ["jobs", "running", "done"];
@@ -297,6 +297,17 @@ pub(super) enum Claimed {
     Other,
 }
 
+/// The answer to a claim.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum ClaimAnswer {
+    /// The claim holds the job.
+    Ours,
+    /// Another claim holds the job, or the job has ended.
+    Other,
+    /// Somebody cancelled the job, so that it must not run.
+    Cancelled,
+}
+
 /// The end of a claim.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcomes {
@@ -313,10 +324,18 @@ struct Claim {
     ends_at: Timestamp,
 }
 
-/// The part of a result that a repeated report needs.
+/// The part of a result that a repeated report or cancel needs.
 #[derive(Deserialize)]
 struct Done {
     claim: Uuid,
+    outcome: String,
+}
+
+impl Done {
+    /// Whether the job of `claim` was cancelled.
+    fn cancelled(&self, claim: Uuid) -> bool {
+        self.claim == claim && self.outcome == Outcome::Cancelled.word()
+    }
 }
 
 /// See the module documentation.
@@ -483,23 +502,39 @@ impl Folder {
         Ok(None)
     }
 
-    /// Claims a job for `left` from now on, unless it has ended or another claim holds it.
-    pub(super) fn claim(&self, id: &TaskId, claim: Uuid, left: Duration, now: Timestamp) -> Result<Claimed, String> {
+    /// Claims a job for `left` from now on, unless it has ended, was cancelled, or another claim holds it.
+    pub(super) fn claim(
+        &self,
+        id: &TaskId,
+        claim: Uuid,
+        left: Duration,
+        now: Timestamp,
+    ) -> Result<ClaimAnswer, String> {
         self.locked(|| {
+            // A heartbeat may have cancelled it before this call.
+            if read::<Done>(&self.done(id)).is_some_and(|done| done.cancelled(claim)) {
+                return Ok(ClaimAnswer::Cancelled);
+            }
             let held = self.holder(id, now).is_some_and(|holder| holder != claim);
             if held || self.done(id).exists() || !self.job(id).exists() {
-                return Ok(Claimed::Other);
+                return Ok(ClaimAnswer::Other);
+            }
+            if self.cancel(id).exists() {
+                return Ok(ClaimAnswer::Cancelled);
             }
             // Without a place for its result, the job must not run.
             self.try_write()?;
             let ends_at = now + SignedDuration::try_from(left).unwrap_or(SignedDuration::MAX);
             write(&self.running(id), &json!(Claim { claim, ends_at }))?;
-            Ok(Claimed::Ours)
+            Ok(ClaimAnswer::Ours)
         })
     }
 
-    /// Who holds the job, and whether a cancel is requested.
+    /// Who holds the job, and whether it was cancelled.
     pub(super) fn look_at_claim(&self, id: &TaskId, claim: Uuid) -> Result<(Claimed, bool), String> {
+        if read::<Done>(&self.done(id)).is_some_and(|done| done.cancelled(claim)) {
+            return Ok((Claimed::Ours, true));
+        }
         let ours = read::<Claim>(&self.running(id)).is_some_and(|held| held.claim == claim);
         Ok((if ours { Claimed::Ours } else { Claimed::Other }, self.cancel(id).exists()))
     }
@@ -532,23 +567,24 @@ impl Folder {
         })
     }
 
-    /// Ends a job that somebody cancelled, unless another claim holds it.
+    /// Ends a job that somebody cancelled, unless another claim holds it. Returns whether this call ended it.
     pub(super) fn cancel_job(
         &self,
         id: &TaskId,
         claim: Uuid,
         result: &TaskResult,
         now: Timestamp,
-    ) -> Result<(), String> {
+    ) -> Result<bool, String> {
         self.locked(|| {
             if self.holder(id, now).is_some_and(|holder| holder != claim) {
-                return Ok(());
+                return Ok(false);
             }
-            if !self.done(id).exists() {
+            let ends = !self.done(id).exists();
+            if ends {
                 write(&self.done(id), &done(id, claim, result, now))?;
             }
             self.tidy(id);
-            Ok(())
+            Ok(ends)
         })
     }
 

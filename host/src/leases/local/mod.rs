@@ -26,9 +26,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 use uuid::Uuid;
 
-use self::folder::{Claimed, Folder, Found, Outcomes};
+use self::folder::{ClaimAnswer, Claimed, Folder, Found, Outcomes};
 pub use self::folder::{Job, TERM_MAX, folders, submit};
-use super::{Admission, LeaseError, LeaseSource, PlaneFacts, PlaneReadiness, Renewal};
+use super::{Acknowledged, Admission, LeaseError, LeaseSource, PlaneFacts, PlaneReadiness, Renewal};
 use crate::{
     model::{
         AnnouncedData, BootInstant, Capability, DataLocation, Lease, LocalFiles, Outcome, Pending, PlaneName,
@@ -156,6 +156,15 @@ impl Local {
         if let Some(observer) = &self.observer {
             let _ = observer.send(event);
         }
+    }
+
+    /// Gives a cancelled job its result, because a cancelled task is not reported.
+    async fn end_cancelled(&self, id: &TaskId, claim: Uuid) -> Result<(), LeaseError> {
+        let (id, result) = (id.clone(), TaskResult::bare(Outcome::Cancelled));
+        if self.on_disk(move |folder| folder.cancel_job(&id, claim, &result, Timestamp::now())).await? {
+            self.notify(LocalEvent::Ended(TaskResult::bare(Outcome::Cancelled)));
+        }
+        Ok(())
     }
 
     /// The next job that may start, or `None` if there is none now.
@@ -286,15 +295,19 @@ impl LeaseSource for Local {
         }
     }
 
-    async fn acknowledge(&self, lease: &Lease) -> Result<(), LeaseError> {
+    async fn acknowledge(&self, lease: &Lease) -> Result<Acknowledged, LeaseError> {
         let to = &lease.address;
         let (claim, left) = (claim(to)?, lease.expires_at.map(BootInstant::left).unwrap_or_default());
         let id = to.task.clone();
-        let claimed = self.on_disk(move |folder| folder.claim(&id, claim, left, Timestamp::now())).await;
+        let mut claimed = self.on_disk(move |folder| folder.claim(&id, claim, left, Timestamp::now())).await;
+        if let Ok(ClaimAnswer::Cancelled) = claimed {
+            claimed = self.end_cancelled(&to.task, claim).await.map(|()| ClaimAnswer::Cancelled);
+        }
         self.offered().remove(&to.task);
         match claimed {
-            Ok(Claimed::Ours) => Ok(()),
-            Ok(Claimed::Other) => Err(gone(to)),
+            Ok(ClaimAnswer::Ours) => Ok(Acknowledged::Held),
+            Ok(ClaimAnswer::Cancelled) => Ok(Acknowledged::Cancelled),
+            Ok(ClaimAnswer::Other) => Err(gone(to)),
             // Without a claim another node could run the job too.
             Err(err) => {
                 warn!(event = "claim.not_written", task_id = %to.task, error = %err, "claim cannot be written, the job waits");
@@ -327,10 +340,7 @@ impl LeaseSource for Local {
             self.notify(LocalEvent::Progress(beat.progress.clone()));
         }
         if cancel {
-            // A cancelled task is not reported, so the job gets its result here.
-            let (id, result) = (to.task.clone(), TaskResult::bare(Outcome::Cancelled));
-            self.on_disk(move |folder| folder.cancel_job(&id, claim, &result, Timestamp::now())).await?;
-            self.notify(LocalEvent::Ended(TaskResult::bare(Outcome::Cancelled)));
+            self.end_cancelled(&to.task, claim).await?;
         }
         Ok(Renewal { term: Term::Unchanged, cancel, ..Renewal::default() })
     }
