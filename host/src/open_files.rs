@@ -12,25 +12,29 @@ const PER_SLOT: u64 = 8;
 /// Most descriptors of the rest of the node: plugins, pages, the outbox, logs.
 const BESIDES: u64 = 256;
 
-/// What a node with one small plugin, a few connections and a few files has open. It cannot work with less.
-const NEED: u64 = 32;
+/// What a node without plugins, with a few connections and a few files, has open. It cannot work with less.
+const NEED: u64 = 24;
+/// Descriptors of one small plugin.
+const PER_PLUGIN: u64 = 8;
 
 /// The limit on open files is too low for the node to work.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "only {limit} files may be open, the node needs at least {NEED}; raise the limit (ulimit -n, LimitNOFILE= of a service)"
+    "only {limit} files may be open, the node needs at least {need}; raise the limit (ulimit -n, LimitNOFILE= of a service)"
 )]
 pub(crate) struct TooFewFiles {
     limit: u64,
+    need: u64,
 }
 
-/// Raises the limit as [`allow`] does, before plugins are opened.
+/// Raises the limit as [`allow`] does.
 ///
 /// # Errors
-/// When the limit stays too low for any node.
-pub(crate) fn check(slots: usize) -> Result<(), TooFewFiles> {
+/// When the limit stays too low for a node with so many plugins.
+pub(crate) fn check(slots: usize, plugins: usize) -> Result<(), TooFewFiles> {
     let (limit, _) = raise(slots);
-    if limit < NEED { Err(TooFewFiles { limit }) } else { Ok(()) }
+    let need = u64::try_from(plugins).unwrap_or(u64::MAX).saturating_mul(PER_PLUGIN).saturating_add(NEED);
+    if limit < need { Err(TooFewFiles { limit, need }) } else { Ok(()) }
 }
 
 /// Raises the limit to what `slots` may need, as far as the system permits. Returns the new limit.

@@ -8,7 +8,7 @@ use super::{
     table,
 };
 use crate::{
-    config::{KEYS, Key, Kind, Layers, Remark, Secrets, remarks},
+    config::{KEYS, Key, Kind, Layers, Mistakes, Remark, Secrets, remarks, warnings},
     observe::logs,
 };
 
@@ -54,7 +54,20 @@ pub(super) fn run(command: &Command, layers: &Layers, secrets: &Secrets) -> anyh
     match command {
         Command::Show { output, .. } => show(layers, secrets, *output),
         Command::Check { plugins, strict, output, .. } => {
-            let warnings = checked(layers, secrets, plugins)?.warnings;
+            let warnings = match checked(layers, secrets, plugins) {
+                Ok(config) => config.warnings,
+                Err(Mistakes(mistakes)) => {
+                    let warnings = warnings(layers, secrets);
+                    match output {
+                        Output::Json => report(&mistakes, &warnings)?,
+                        Output::Text => {
+                            mistakes.iter().for_each(|mistake| print_error(mistake));
+                            warnings.iter().for_each(|warning| print_line(format_args!("warning: {warning}")));
+                        }
+                    }
+                    return Ok(Exit::Configuration);
+                }
+            };
             let is_bad = *strict && !warnings.is_empty();
             match output {
                 Output::Json => report(&[], &warnings)?,

@@ -58,7 +58,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: Args, layers: Layers) -> anyhow::Result<Exit> {
-    if let Some(exit) = too_few_files(1) {
+    if let Some(exit) = too_few_files(1, 1) {
         return Ok(exit);
     }
     block_on(live(args, layers))

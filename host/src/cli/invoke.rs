@@ -62,7 +62,7 @@ pub(super) fn run(args: Args, layers: &Layers) -> anyhow::Result<Exit> {
     if let Some(why) = folder_problem(&args.out) {
         return Err(anyhow::anyhow!("--out {}: {why}", args.out.display()).context(Exit::Usage));
     }
-    if let Some(exit) = too_few_files(1) {
+    if let Some(exit) = too_few_files(1, 1) {
         return Ok(exit);
     }
     let data = reserve_stdout()?;

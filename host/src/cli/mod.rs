@@ -337,15 +337,15 @@ fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<
     on_runtime(tokio::runtime::Builder::new_multi_thread().enable_all().build()?, work)
 }
 
-/// Reports that too few files may be open for a node of `slots`, if that is so.
-fn too_few_files(slots: usize) -> Option<Exit> {
+/// Reports that too few files may be open for a node of `slots` with so many plugins, if that is so.
+fn too_few_files(slots: usize, plugins: usize) -> Option<Exit> {
     #[cfg(unix)]
-    if let Err(few) = crate::open_files::check(slots) {
+    if let Err(few) = crate::open_files::check(slots, plugins) {
         print_error(&few.to_string());
         return Some(Exit::Temporary);
     }
     #[cfg(not(unix))]
-    let _ = slots;
+    let _ = (slots, plugins);
     None
 }
 

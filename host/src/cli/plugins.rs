@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use super::{Exit, Output, PluginArgs, one_line, print_error, print_line, put, refused_exit, reserve_stdout, table};
+use super::{
+    Exit, Output, PluginArgs, one_line, print_error, print_line, put, refused_exit, reserve_stdout, table,
+    too_few_files,
+};
 use crate::{
     config::{HostConfig, Layers},
     plugins::{Listing, ScaffoldError, create, inspect_file},
@@ -55,8 +58,15 @@ pub(super) fn run(command: Command, layers: &Layers) -> anyhow::Result<Exit> {
 
 fn list(args: &PluginArgs, strict: bool, output: Output, layers: &Layers) -> anyhow::Result<Exit> {
     let data = reserve_stdout()?;
-    let plugins = args.load(1, &HostConfig::some(layers, &["plugins"])?.plugins)?;
+    let settings = HostConfig::some(layers, &["plugins"])?.plugins;
+    if let Some(exit) = too_few_files(1, 1) {
+        return Ok(exit);
+    }
+    let plugins = args.load(1, &settings)?;
     let listings = plugins.listings();
+    if let Some(exit) = too_few_files(1, listings.len()) {
+        return Ok(exit);
+    }
     match output {
         Output::Json => put(data, &format!("{}\n", serde_json::to_string(&listings)?))?,
         Output::Text => {

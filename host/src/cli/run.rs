@@ -9,7 +9,8 @@ use super::{Exit, PluginArgs, block_on_node_runtime, nothing_to_serve, signals};
 use crate::{
     app::Node,
     config::{
-        HostConfig, KEYS, Key, Layers, Mistakes, Origin, Secrets, default_scratch_dir, folder_mistakes, own_scratch_dir,
+        HostConfig, KEYS, Key, Layers, Mistakes, Origin, Secrets, default_scratch_dir, folder_mistakes,
+        own_scratch_dir, warnings,
     },
     engine::{Ended, StopSignals},
     model::did_you_mean,
@@ -104,8 +105,14 @@ pub(super) fn checked(layers: &Layers, secrets: &Secrets, plugins: &PluginArgs) 
     }
 }
 
+fn log_warnings(warnings: &[String]) {
+    for warning in warnings {
+        tracing::warn!(event = "setting.warning", reason = %warning, "a setting should be changed");
+    }
+}
+
 pub(super) fn run(args: &Args, layers: &Layers, secrets: &Secrets) -> anyhow::Result<Exit> {
-    let config = checked(layers, secrets, &args.plugins)?;
+    let config = checked(layers, secrets, &args.plugins).inspect_err(|_| log_warnings(&warnings(layers, secrets)))?;
     if config.storage.scratch_dir == default_scratch_dir() {
         own_scratch_dir()?;
     }
@@ -118,17 +125,18 @@ pub(super) fn run(args: &Args, layers: &Layers, secrets: &Secrets) -> anyhow::Re
     }
     // Log lines start here, so the last line must have the same form.
     super::errors_as_logs();
-    if let Some(exit) = super::too_few_files(config.engine.slots) {
+    if let Some(exit) = super::too_few_files(config.engine.slots, 1) {
         return Ok(exit);
     }
-    for warning in &config.warnings {
-        tracing::warn!(event = "setting.warning", reason = %warning, "a setting should be changed");
-    }
+    log_warnings(&config.warnings);
     block_on_node_runtime(async {
         let stops = StopSignals::default();
         // Before the plugins load, which may take long: a signal in this time must end the node.
         signals::listen(stops.clone())?;
         let plugins = Arc::new(args.plugins.load(config.engine.slots, &config.plugins)?);
+        if let Some(exit) = super::too_few_files(config.engine.slots, plugins.listings().len()) {
+            return Ok(exit);
+        }
         if let Some(exit) = nothing_to_serve(&plugins) {
             return Ok(exit);
         }

@@ -207,6 +207,12 @@ pub fn remarks(layers: &Layers, secrets: &Secrets) -> (Vec<Remark>, Vec<Remark>)
     (mistakes, parser.warnings)
 }
 
+/// The warnings, one line each, also of a configuration with mistakes: a misspelled name can explain a missing value.
+#[must_use]
+pub fn warnings(layers: &Layers, secrets: &Secrets) -> Vec<String> {
+    parser::lines(&remarks(layers, secrets).1)
+}
+
 /// Mistakes in the current folders of a node, one line each. [`HostConfig::build`] does not check them,
 /// because a running node has created them.
 #[must_use]

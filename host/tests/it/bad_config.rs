@@ -507,6 +507,15 @@ async fn mistyped_environment_variables_are_warned_of() {
     let wanted = "warning: environment variable MAX_CONCURENCY is not a setting and has no effect, did you mean \
                   MAX_CONCURRENCY?";
     assert_eq!(ended.stderr, wanted);
+    // Beside mistakes too: the name can explain a missing value.
+    let check = || Cli::new(&["config", "check"]).set("RUST_LOG", "").set("DMS_BASE_UR", "http://127.0.0.1:1/v1");
+    let ended = check().run().await.expect(78);
+    assert!(ended.stderr.contains("did you mean DMS_BASE_URL?"), "{}", ended.stderr);
+    let ended = check().arg("-o").arg("json").run().await.expect(78);
+    let report: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+    assert_eq!(report["warnings"].as_array().map(Vec::len), Some(1), "{report}");
+    let ended = Cli::new(&["run"]).set("DMS_BASE_UR", "http://127.0.0.1:1/v1").run().await.expect(78);
+    assert!(ended.stderr.contains("did you mean DMS_BASE_URL?"), "{}", ended.stderr);
     for name in ["ALLOW_INSECURE_HTP=true", "ALLOWINSECURE_HTTP=true"] {
         let ended = complete(&["config", "check", "--set", name]).run().await.expect(78);
         assert!(!ended.stderr.contains("did you mean"), "{}", ended.stderr);

@@ -572,12 +572,18 @@ async fn plugins_list_strict_exits_4_on_refused_plugin() {
 #[tokio::test]
 async fn plugin_unread_for_lack_of_files_exits_75() {
     let folder = Folder::with_a_good_one();
-    let list = Cli::new(&["plugins", "list", "--plugins"]).arg(folder.path("good.so")).dir(folder.root());
-    let ended = list.open_files(4, 4).run().await.expect(75);
+    let inspect = Cli::new(&["plugins", "inspect"]).arg(folder.path("good.so")).dir(folder.root());
+    let ended = inspect.open_files(3, 3).run().await.expect(75);
     let reason = "cannot be read: too many files are open; raise the limit (ulimit -n, LimitNOFILE= of a service)";
-    assert!(ended.stdout.trim_end().ends_with(reason), "{}", ended.stdout);
-    let ended = folder.cli(&["plugins", "list"]).open_files(4, 4).run().await.expect(75);
-    assert!(ended.stderr.ends_with("cannot be read: Too many open files (os error 24)"), "{}", ended.stderr);
+    assert!(ended.stderr.ends_with(reason), "{}", ended.stderr);
+    // A second plugin needs more files.
+    std::fs::copy(folder.path("good.so"), folder.path("second.so")).expect("a copy");
+    for (limit, need) in [(4, 32), (13, 32), (39, 40)] {
+        let ended = folder.cli(&["plugins", "list"]).open_files(limit, limit).run().await.expect(75);
+        let wanted = format!("only {limit} files may be open, the node needs at least {need}");
+        assert!(ended.stderr.contains(&wanted), "{}", ended.stderr);
+        assert_eq!(ended.stdout, "");
+    }
 }
 
 #[tokio::test]
