@@ -484,9 +484,12 @@ async fn wrong_control_plane_tables_are_reported_with_lines() {
     let two = format!("[plane.a]\n{local}[plane.b]\n{local}");
     for (text, wanted) in [
         (&*two, ":4: plane.b: this version serves one control plane, found a, b; keep one"),
-        ("[plane.a]\nkind = \"lcoal\"", ":2: plane.a.kind: expected \"posemesh\" or \"local\", found \"lcoal\""),
+        (
+            "[plane.a]\nkind = \"lcoal\"",
+            ":2: plane.a.kind: expected \"posemesh\", \"local\" or \"node-runtime\", found \"lcoal\"",
+        ),
         ("[plane.a]\nkind = \"local\"", ":2: plane.a: has no folder; give the folder of the jobs"),
-        ("\n[plane.a]", ":2: plane.a: has no kind; expected kind = \"posemesh\" or \"local\""),
+        ("\n[plane.a]", ":2: plane.a: has no kind; expected kind = \"posemesh\", \"local\" or \"node-runtime\""),
         ("[plane.a]\nkind = 1", ":2: plane.a.kind: expected a text in quotes, found 1"),
         ("[plane.a]\nkind = \"posemesh\"\nfolder = \"x\"", ":3: plane.a.folder: a posemesh plane has no folder"),
         ("[plane.a]\nterm = 1", ":2: plane.a.term: there is no such key; there are kind and folder"),

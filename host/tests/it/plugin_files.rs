@@ -570,12 +570,8 @@ async fn plugins_list_strict_exits_4_on_refused_plugin() {
 }
 
 #[tokio::test]
-async fn plugin_unread_for_lack_of_files_exits_75() {
+async fn plugins_list_with_few_open_files_exits_75() {
     let folder = Folder::with_a_good_one();
-    let inspect = Cli::new(&["plugins", "inspect"]).arg(folder.path("good.so")).dir(folder.root());
-    let ended = inspect.open_files(3, 3).run().await.expect(75);
-    let reason = "cannot be read: too many files are open; raise the limit (ulimit -n, LimitNOFILE= of a service)";
-    assert!(ended.stderr.ends_with(reason), "{}", ended.stderr);
     // A second plugin needs more files.
     std::fs::copy(folder.path("good.so"), folder.path("second.so")).expect("a copy");
     for (limit, need) in [(4, 32), (13, 32), (39, 40)] {
