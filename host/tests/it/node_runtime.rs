@@ -294,6 +294,8 @@ async fn killed_node_reports_its_result_once() {
     let sent = plane.completed(&next, "run").await;
     assert_eq!(result(&sent), BTreeMap::from([("echo-0.bin;base64", "/wCA")]));
     assert!(next.said("task.started").is_empty(), "the run does not start again: {}", next.log());
+    // A stop before the answer has arrived would send the report again.
+    next.says("report.delivered").await;
     next.stop().await;
     assert_eq!(reports_of(&plane.calls(), "run"), 1);
 }
