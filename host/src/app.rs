@@ -96,7 +96,7 @@ impl Node {
             }
             #[cfg(feature = "grpc")]
             PlaneChoice::NodeRuntime(config) => {
-                BuiltPlane::node_runtime(*config, engine.slots, control_client, &events)
+                BuiltPlane::node_runtime(*config, engine.slots, control_client, events.clone())
             }
         };
         let source = Arc::clone(&plane.source);
@@ -258,16 +258,11 @@ impl BuiltPlane {
     }
 
     #[cfg(feature = "grpc")]
-    fn node_runtime(
-        config: node_runtime::Config,
-        slots: usize,
-        client: transport::Client,
-        events: &NodeEvents,
-    ) -> Self {
+    fn node_runtime(config: node_runtime::Config, slots: usize, client: transport::Client, events: NodeEvents) -> Self {
         Self {
             registration_form: RegistrationForm::None,
             health_checks: Arc::new(NoRegistration),
-            source: Arc::new(NodeRuntime::new(config, slots, client, events.board().clone())),
+            source: Arc::new(NodeRuntime::new(config, slots, client, events)),
         }
     }
 

@@ -3,12 +3,13 @@
 use std::{
     io::ErrorKind,
     net::IpAddr,
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
 };
 
 use url::{Host, Url};
 
 use super::parser::Parser;
+use crate::model::resolved_path;
 
 /// Folders of the kernel, except [`SHARED_MEMORY`].
 const KERNEL_FOLDERS: [&str; 3] = ["/proc", "/sys", "/dev"];
@@ -31,7 +32,7 @@ pub fn folder_problem(path: &Path) -> Option<String> {
 /// Why `path` cannot be used for files: it belongs to the kernel.
 #[must_use]
 pub fn kernel_problem(path: &Path) -> Option<String> {
-    let real = resolved(path);
+    let real = resolved_path(path);
     let kernel_folder = KERNEL_FOLDERS
         .iter()
         .find(|kernel_folder| real.starts_with(kernel_folder) && !real.starts_with(SHARED_MEMORY))?;
@@ -66,7 +67,7 @@ pub(super) fn foreign_problem(_: &Path) -> Option<String> {
 
 /// Why the two folders conflict: they are the same, or a start would remove the second.
 pub(super) fn conflict(scratch: &Path, state: &Path) -> Option<String> {
-    let (real_scratch, real_state) = (resolved(scratch), resolved(state));
+    let (real_scratch, real_state) = (resolved_path(scratch), resolved_path(state));
     let (scratch, shown) = (scratch.display(), state.display());
     if is_same(&real_scratch, &real_state) {
         return Some(format!(
@@ -93,25 +94,6 @@ fn is_same(one: &Path, other: &Path) -> bool {
 #[cfg(not(unix))]
 fn is_same(one: &Path, other: &Path) -> bool {
     one == other
-}
-
-/// `path` with links resolved. A part that does not exist stays as it is.
-fn resolved(path: &Path) -> PathBuf {
-    let path = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
-    let mut rest = Vec::new();
-    for place in path.ancestors() {
-        if let Ok(mut real) = std::fs::canonicalize(place) {
-            for part in rest.into_iter().rev() {
-                match part {
-                    Component::ParentDir => drop(real.pop()),
-                    part => real.push(part),
-                }
-            }
-            return real;
-        }
-        rest.extend(place.components().next_back());
-    }
-    path
 }
 
 fn writable_problem(path: &Path) -> Option<String> {

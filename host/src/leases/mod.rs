@@ -172,6 +172,13 @@ pub enum LeaseError {
     Address(String),
 }
 
+/// Whether a member of a lease is a credential. The runner does not get it.
+fn is_credential(key: &str) -> bool {
+    const END: &str = "token";
+    let end = key.len().checked_sub(END.len()).and_then(|at| key.get(at..));
+    end.is_some_and(|end| end.eq_ignore_ascii_case(END))
+}
+
 fn suffix(excerpt: &str) -> String {
     if excerpt.is_empty() { String::new() } else { format!(": {excerpt}") }
 }

@@ -31,6 +31,11 @@ pub struct LocalFiles {
 #[derive(Clone, PartialEq, Eq)]
 pub struct InlineInputs(pub Arc<BTreeMap<String, Bytes>>);
 
+impl InlineInputs {
+    /// The end of a name whose value is base64, in leases and in reports.
+    pub const BASE64_SUFFIX: &str = ";base64";
+}
+
 /// The bytes of inputs are never printed.
 impl fmt::Debug for InlineInputs {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

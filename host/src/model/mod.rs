@@ -19,6 +19,7 @@ mod outcome;
 mod ports;
 mod progress_queue;
 mod readiness;
+mod resolved_path;
 mod status;
 mod suggest;
 mod watched;
@@ -42,6 +43,7 @@ pub(crate) use outcome::{holds_token, redact};
 pub use ports::{Fetched, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports};
 pub use progress_queue::{Pending, ProgressError, ProgressQueue};
 pub use readiness::{NotReadyReason, Readiness};
+pub use resolved_path::resolved_path;
 pub use status::{
     DiskStatus, HeldNumber, HeldTasks, HostStatus, Listings, Live, OutboxStatus, Phase, PluginId, PollStatus,
     RegistrationForm, RegistrationState, ReportState, STATUS_SCHEMA, StatusBoard, TaskRecord, TaskStage, TaskStatus,

@@ -68,13 +68,13 @@ pub enum NodeEvent {
         /// Its free space and the limit.
         disk: DiskStatus,
     },
-    /// The sign-in service registered the node.
+    /// The sign-in service or the control plane registered the node.
     RegistrationAccepted {
-        /// The address of the node's wallet.
+        /// The address of the node's wallet, or its id on the control plane.
         address: String,
         /// How the node registered.
         form: RegistrationForm,
-        /// How many capabilities are registered.
+        /// How many capabilities are registered. 0 if the wire has none.
         capabilities: usize,
     },
     /// A registered node registered again.

@@ -15,11 +15,10 @@ use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
 use tokio::task::spawn_blocking;
-use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{
-    Storage,
+    OpenTask, Storage,
     digest::hex,
     naming::{data_type, dataset_file, dataset_folder, for_message, logical_path, relative_path, safe},
     runner_file::RunnerFile,
@@ -34,8 +33,7 @@ use crate::model::{
 /// of 4 MiB.
 pub const INLINE_BYTES_MAX: usize = 3 * 1024 * 1024;
 
-/// The end of a name whose value is base64.
-const BASE64_SUFFIX: &str = ";base64";
+const BASE64_SUFFIX: &str = InlineInputs::BASE64_SUFFIX;
 
 /// Storage in leases and reports.
 pub struct InlineStorage {
@@ -76,9 +74,7 @@ struct InlinePorts {
 /// The artifacts of a task.
 struct Outputs {
     published: Mutex<Published>,
-    held: HeldLease,
-    /// The task is over.
-    closed: CancellationToken,
+    task: OpenTask,
 }
 
 #[derive(Default)]
@@ -105,12 +101,12 @@ impl Value {
 impl InlinePorts {
     fn new(held: HeldLease, inputs: InlineInputs, dir: PathBuf, budget: Budget, unpack: UnpackLimits) -> Self {
         let bytes = inputs.0.iter().map(|(name, value)| (name.len() + value.len()) as u64).sum();
-        let outputs = Arc::new(Outputs { published: Mutex::default(), held, closed: CancellationToken::new() });
+        let outputs = Arc::new(Outputs { published: Mutex::default(), task: OpenTask::new(held) });
         Self { _charge: budget.count(bytes), inputs, dir, budget, unpack, fetched: Arc::default(), outputs }
     }
 
     fn input(&self, cid: &str) -> Result<(InputMeta, Bytes), PortError> {
-        self.outputs.still_ours()?;
+        self.outputs.task.check()?;
         let bytes = self.inputs.0.get(cid).ok_or_else(|| {
             let message = format!("input {} not found (404): the lease has no such input", for_message(cid));
             PortError::new(PortErrorKind::NotFound, message)
@@ -165,7 +161,7 @@ impl Ports for InlinePorts {
     }
 
     async fn put_file(&self, spec: ArtifactSpec, file: &Path) -> Result<Option<String>, PortError> {
-        self.outputs.still_ours()?;
+        self.outputs.task.check()?;
         let place = self.outputs.place(spec)?;
         let what = format!("upload of {}", for_message(&place.artifact.logical_path));
         let source = RunnerFile::open(&what, file, &self.dir).await?;
@@ -187,7 +183,7 @@ impl Ports for InlinePorts {
     }
 
     async fn create(&self, spec: ArtifactSpec) -> Result<Box<dyn OutputStream>, PortError> {
-        self.outputs.still_ours()?;
+        self.outputs.task.check()?;
         let place = self.outputs.place(spec)?;
         let (budget, charge) = (self.budget.clone(), self.budget.count(0));
         Ok(Box::new(Writer { place, bytes: Vec::new(), budget, charge }))
@@ -210,7 +206,7 @@ impl Ports for InlinePorts {
     }
 
     async fn close(&self) {
-        self.outputs.closed.cancel();
+        self.outputs.task.close();
     }
 }
 
@@ -259,16 +255,6 @@ impl Outputs {
         self.published.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// An error if the lease is lost or the task is over.
-    fn still_ours(&self) -> Result<(), PortError> {
-        let why = match self.closed.is_cancelled() {
-            true => "the task is over",
-            false if !self.held.is_ours() => "the lease is lost",
-            false => return Ok(()),
-        };
-        Err(PortError::new(PortErrorKind::LeaseOver, format!("{why}; nothing more is read or written for it")))
-    }
-
     fn place(self: &Arc<Self>, spec: ArtifactSpec) -> Result<Place, PortError> {
         let relative = relative_path(&spec.path)?;
         let refuse = |message: String| Err(PortError::new(PortErrorKind::InvalidPath, message));
@@ -299,7 +285,7 @@ impl Place {
                 format!("upload of {} refused: {promised} bytes were promised, {size} came", for_message(&path));
             return Err(PortError::new(PortErrorKind::BadRequest, message));
         }
-        self.outputs.still_ours()?;
+        self.outputs.task.check()?;
         let (key, text) = match String::from_utf8(bytes) {
             Ok(text) => (path.clone(), text),
             Err(err) => (format!("{path}{BASE64_SUFFIX}"), BASE64_STANDARD.encode(err.as_bytes())),

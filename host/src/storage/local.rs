@@ -19,11 +19,10 @@ use bytes::Bytes;
 use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
 use tokio::task::spawn_blocking;
-use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{
-    Storage,
+    OpenTask, Storage,
     digest::hex,
     file::{FileBlocks, FileSink},
     naming::{data_type, dataset_file, dataset_folder, for_message, logical_path, relative_path, safe},
@@ -86,21 +85,7 @@ struct OutputFolder {
     out: Option<PathBuf>,
     published: Mutex<BTreeMap<String, Artifact>>,
     disk_was_full: AtomicBool,
-    held: HeldLease,
-    /// The task is over.
-    closed: CancellationToken,
-}
-
-impl OutputFolder {
-    /// An error if the lease is lost or the task is over.
-    fn check_held(&self) -> Result<(), PortError> {
-        let why = match self.closed.is_cancelled() {
-            true => "the task is over",
-            false if !self.held.is_ours() => "the lease is lost",
-            false => return Ok(()),
-        };
-        Err(PortError::new(PortErrorKind::LeaseOver, format!("{why}; nothing more is read or written for it")))
-    }
+    task: OpenTask,
 }
 
 impl LocalPorts {
@@ -112,8 +97,7 @@ impl LocalPorts {
         let folder = OutputFolder {
             out,
             published: Mutex::default(),
-            held,
-            closed: CancellationToken::new(),
+            task: OpenTask::new(held),
             disk_was_full: AtomicBool::new(false),
         };
         Self { inputs, dir, folder: Arc::new(folder), fetched: Arc::default(), budget, unpack }
@@ -133,7 +117,7 @@ impl LocalPorts {
     }
 
     async fn input(&self, cid: &str) -> Result<(PathBuf, File, InputMeta), PortError> {
-        self.folder.check_held()?;
+        self.folder.task.check()?;
         let path = self.find(cid)?.to_owned();
         let source = path.clone();
         let opened = blocking(move || {
@@ -203,7 +187,7 @@ impl Ports for LocalPorts {
     }
 
     async fn put_file(&self, spec: ArtifactSpec, file: &Path) -> Result<Option<String>, PortError> {
-        self.folder.check_held()?;
+        self.folder.task.check()?;
         let place = self.folder.place(spec)?;
         let what = format!("upload of {}", for_message(&place.artifact.logical_path));
         let source = RunnerFile::open(&what, file, &self.dir).await?;
@@ -222,7 +206,7 @@ impl Ports for LocalPorts {
     }
 
     async fn create(&self, spec: ArtifactSpec) -> Result<Box<dyn OutputStream>, PortError> {
-        self.folder.check_held()?;
+        self.folder.task.check()?;
         let place = self.folder.place(spec)?;
         let temporary = place.temporary().await?;
         let file = temporary.as_file().try_clone().map_err(|err| failed("write an output", &err))?;
@@ -246,7 +230,7 @@ impl Ports for LocalPorts {
     }
 
     async fn close(&self) {
-        self.folder.closed.cancel();
+        self.folder.task.close();
     }
 }
 
@@ -373,7 +357,7 @@ impl Place {
             let message = format!("upload of {path} refused: {promised} bytes were promised, {size} came");
             return Err(PortError::new(PortErrorKind::BadRequest, message));
         }
-        self.folder.check_held()?;
+        self.folder.task.check()?;
         let target = self.target.clone();
         let renamed = blocking(move || temporary.persist(target).map_err(|err| err.error));
         renamed.await.map_err(|err| self.folder.failed(&format!("make {}", self.target.display()), &err))?;

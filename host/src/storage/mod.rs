@@ -13,6 +13,7 @@ mod file;
 mod inline;
 mod local;
 mod naming;
+mod open_task;
 mod piece_queue;
 mod runner_file;
 mod task_dir;
@@ -27,6 +28,7 @@ pub use disk::Disk;
 pub use domain::{Config as DomainConfig, DomainPorts, DomainStorage};
 pub use inline::{INLINE_BYTES_MAX, InlineStorage};
 pub use local::{LocalPorts, LocalStorage};
+use open_task::OpenTask;
 pub use task_dir::{Scratch, ScratchError, TaskDir};
 pub use zip::UnpackLimits;
 

@@ -425,7 +425,7 @@ async fn forgotten_node_registers_again() {
     let plane = NodePlane::start().await;
     let node = plane.node(&[fixtures::echo()], "heartbeat_interval_seconds = 1").leasing().await;
     plane.knows_node(false);
-    node.says("node.forgotten").await;
+    node.says("registration.lost").await;
     let registers = |calls: &[Call]| calls.iter().filter(|call| matches!(call, Call::Register(_))).count();
     plane.until(&node, "a second registration", |calls| (registers(calls) == 2).then_some(())).await;
     node.stop().await;
@@ -436,8 +436,10 @@ async fn registration_is_retried_and_a_known_node_needs_none() {
     let plane = NodePlane::start().await;
     plane.answer_registrations(StatusCode::BAD_GATEWAY);
     let node = plane.node(&[fixtures::echo()], "").start().await;
-    node.says("node.not_registered").await;
+    node.says("registration.failed").await;
     assert!(node.said("node.leasing").is_empty());
+    let (status, page) = node.page("/ready").await;
+    assert!(status == 503 && page["reason"].as_str().is_some_and(|reason| reason.contains("502")), "{page}");
     // A database may refuse a second registration of a node that it knows.
     plane.answer_registrations(StatusCode::INTERNAL_SERVER_ERROR);
     plane.knows_node(true);

@@ -38,7 +38,7 @@ use self::{
     address::At,
     wire::{Beat, HeartbeatResponse, LeaseFacts, Members, Seek},
 };
-use super::{Admission, LeaseError, LeaseSource, PlaneFacts, PlaneReadiness, Renewal};
+use super::{Admission, LeaseError, LeaseSource, PlaneFacts, PlaneReadiness, Renewal, is_credential};
 use crate::{
     auth::{Auth, TokenSource},
     model::{
@@ -369,13 +369,6 @@ fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
 /// Decodes a member of a lease whose content is needed.
 fn value(text: Option<&RawValue>) -> Value {
     text.and_then(|text| serde_json::from_str(text.get()).ok()).unwrap_or_default()
-}
-
-/// Whether a member of a lease is a credential. The runner does not get it.
-fn is_credential(key: &str) -> bool {
-    const END: &str = "token";
-    let end = key.len().checked_sub(END.len()).and_then(|at| key.get(at..));
-    end.is_some_and(|end| end.eq_ignore_ascii_case(END))
 }
 
 /// The address of the task in an unusable lease. The rest of the body may be missing or invalid.

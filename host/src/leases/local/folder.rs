@@ -15,7 +15,7 @@ use std::{
     fmt,
     fs::{self, File, TryLockError},
     io::{self, Write as _},
-    path::{Component, Path, PathBuf},
+    path::{Path, PathBuf},
     sync::{Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -30,7 +30,7 @@ use serde_json::{Value, json};
 use tracing::warn;
 use uuid::Uuid;
 
-use crate::model::{Capability, Outcome, TaskId, TaskResult};
+use crate::model::{Capability, Outcome, TaskId, TaskResult, resolved_path};
 
 /// The folders of the control plane.
 const OWN_FOLDERS: [&str; 3] = ["jobs", "running", "done"];
@@ -177,26 +177,8 @@ fn capability<'de, D: Deserializer<'de>>(reader: D) -> Result<Capability, D::Err
 
 /// Whether artifacts in `out` could become files of the control plane in `folder`.
 fn is_own(folder: &Path, out: &Path) -> bool {
-    let (folder, out) = (resolved(folder), resolved(&folder.join(out)));
-    out == folder || OWN_FOLDERS.iter().any(|own| out.starts_with(resolved(&folder.join(own))))
-}
-
-/// An absolute path with links resolved. A part that does not exist stays as it is.
-fn resolved(path: &Path) -> PathBuf {
-    let mut rest = Vec::new();
-    for place in path.ancestors() {
-        if let Ok(mut real) = place.canonicalize() {
-            for part in rest.into_iter().rev() {
-                match part {
-                    Component::ParentDir => drop(real.pop()),
-                    part => real.push(part),
-                }
-            }
-            return real;
-        }
-        rest.extend(place.components().next_back());
-    }
-    path.to_owned()
+    let (folder, out) = (resolved_path(folder), resolved_path(&folder.join(out)));
+    out == folder || OWN_FOLDERS.iter().any(|own| out.starts_with(resolved_path(&folder.join(own))))
 }
 
 fn term<'de, D: Deserializer<'de>>(reader: D) -> Result<Duration, D::Error> {

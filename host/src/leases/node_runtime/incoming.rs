@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use serde_json::{Value, json, value::to_raw_value};
 use sha2::{Digest, Sha256};
 
-use super::{lease, report::At};
+use super::{super::is_credential, lease, report::At};
 use crate::model::{
     AnnouncedData, BootInstant, Capability, DataLocation, InlineInputs, Lease, PlaneName, ReportAddress, TaskId,
 };
@@ -27,9 +27,6 @@ const INPUT_NAME_BYTES_MAX: usize = 1024;
 const RUN_MAX: Duration = Duration::from_secs(23 * 3600);
 /// How long after its deadline the end of a run may still be reported. The control plane decides whether it counts.
 const REPORT_TIME: Duration = Duration::from_secs(3600);
-/// The end of an input's name whose value is base64.
-const BASE64_SUFFIX: &str = ";base64";
-
 /// The ids of a lease. They are checked first: without them nothing can be reported.
 #[derive(Debug)]
 pub(super) struct Ids {
@@ -163,7 +160,7 @@ fn inputs(wire: HashMap<String, String>) -> Result<BTreeMap<String, Bytes>, Stri
     }
     let mut inputs = BTreeMap::new();
     for (key, value) in wire {
-        let (name, value) = match key.strip_suffix(BASE64_SUFFIX) {
+        let (name, value) = match key.strip_suffix(InlineInputs::BASE64_SUFFIX) {
             None => (key, Bytes::from(value)),
             Some(name) => match BASE64_STANDARD.decode(value.as_bytes()) {
                 Ok(bytes) => (name.to_owned(), Bytes::from(bytes)),
@@ -177,14 +174,9 @@ fn inputs(wire: HashMap<String, String>) -> Result<BTreeMap<String, Bytes>, Stri
         inputs.insert(name, value);
     }
     if inputs.len() < count {
-        return Err(format!("input_ref has a name both with and without {BASE64_SUFFIX}"));
+        return Err(format!("input_ref has a name both with and without {}", InlineInputs::BASE64_SUFFIX));
     }
     Ok(inputs)
-}
-
-/// Whether an entry of the metadata is a credential. The runner does not get it.
-fn is_credential(key: &str) -> bool {
-    key.to_ascii_lowercase().ends_with("token")
 }
 
 #[cfg(test)]

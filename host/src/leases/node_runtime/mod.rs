@@ -28,7 +28,7 @@ use http::Uri;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use tonic::{Response, Status};
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 use url::Url;
 
 pub use self::rest::Capacity;
@@ -41,9 +41,10 @@ use self::{
 use super::{Admission, LeaseError, LeaseSource, PlaneFacts, PlaneReadiness, Renewal};
 use crate::{
     model::{
-        Backoff, BootInstant, Capability, Jitter, Lease, Outcome, Pending, PlaneName, RegistrationState, ReportAddress,
-        StatusBoard, TaskId, TaskResult, Term, Timings, millis,
+        Backoff, BootInstant, Capability, Jitter, Lease, Outcome, Pending, PlaneName, RegistrationForm,
+        RegistrationState, ReportAddress, TaskId, TaskResult, Term, Timings,
     },
+    node_event::{NodeEvent, NodeEvents},
     transport::{Client, Http2, Http2Limits},
 };
 
@@ -115,14 +116,14 @@ struct Shared {
     sender: mpsc::Sender<Lease>,
     receiver: tokio::sync::Mutex<mpsc::Receiver<Lease>>,
     readiness: watch::Sender<PlaneReadiness>,
-    board: StatusBoard,
+    events: NodeEvents,
     quiet: CancellationToken,
 }
 
 impl NodeRuntime {
     /// Nothing is sent yet. The node runs at most `slots` tasks at once.
     #[must_use]
-    pub fn new(config: Config, slots: usize, client: Client, board: StatusBoard) -> Self {
+    pub fn new(config: Config, slots: usize, client: Client, events: NodeEvents) -> Self {
         let facts = PlaneFacts {
             name: config.name.clone(),
             base_url: rest::base(&config.control_plane_url).into(),
@@ -144,7 +145,7 @@ impl NodeRuntime {
             sender,
             receiver: tokio::sync::Mutex::new(receiver),
             readiness: watch::Sender::new(PlaneReadiness::NotReady("the node has not registered".to_owned())),
-            board,
+            events,
             quiet: CancellationToken::new(),
             config,
         }))
@@ -160,13 +161,10 @@ impl Shared {
         *self.readiness.borrow() == PlaneReadiness::Ready
     }
 
-    fn registration(&self, state: RegistrationState, error: Option<String>) {
-        self.readiness.send_replace(match (state, &error) {
-            (RegistrationState::Registered, _) => PlaneReadiness::Ready,
-            (_, Some(error)) => PlaneReadiness::NotReady(error.clone()),
-            (_, None) => PlaneReadiness::NotReady("the node registers".to_owned()),
-        });
-        self.board.registration(state, error);
+    /// Whether the node is registered. `Some`: why it is not.
+    fn set_problem(&self, problem: Option<String>) {
+        self.events.board().change(|status| status.plane_error.clone_from(&problem));
+        self.readiness.send_replace(problem.map_or(PlaneReadiness::Ready, PlaneReadiness::NotReady));
     }
 
     /// Registers, with a heartbeat: a control plane may give no work before the first one. Tries until it succeeds.
@@ -175,16 +173,26 @@ impl Shared {
         loop {
             let error = match self.register_once().await {
                 Ok(()) => {
-                    self.registration(RegistrationState::Registered, None);
-                    info!(event = "node.registered", node = %self.facts.node, plane = %self.facts.name, "node registered");
+                    self.set_problem(None);
+                    self.events.emit(NodeEvent::RegistrationAccepted {
+                        address: self.config.node_id.clone(),
+                        form: RegistrationForm::None,
+                        capabilities: 0, // the wire has none
+                    });
                     return;
                 }
                 Err(error) => error,
             };
             failures += 1;
             let pause = REGISTER_PAUSES.pause(failures, rand::random());
-            self.registration(RegistrationState::Registering, Some(error.clone()));
-            warn!(event = "node.not_registered", error, retry_in_ms = millis(pause), "node could not register");
+            self.set_problem(Some(error.clone()));
+            self.events.emit(NodeEvent::RegistrationFailed {
+                error,
+                state: RegistrationState::Registering,
+                registered: false,
+                pause,
+                repeated: false,
+            });
             tokio::time::sleep(pause).await;
         }
     }
@@ -214,7 +222,7 @@ impl Shared {
     }
 
     /// Sends heartbeats of the node. A control plane that has forgotten the node gets a registration.
-    async fn keep_beating(&self) {
+    async fn send_heartbeats(&self) {
         let (mut draining, mut full) = (false, false);
         loop {
             tokio::select! {
@@ -228,7 +236,9 @@ impl Shared {
             match self.rest.heartbeat(status).await {
                 Ok(Known::Yes) => {}
                 Ok(Known::No) => {
-                    info!(event = "node.forgotten", "control plane does not know the node, it registers again");
+                    let error = "control plane does not know the node".to_owned();
+                    self.set_problem(Some(error.clone()));
+                    self.events.emit(NodeEvent::RegistrationLost { error });
                     self.register().await;
                 }
                 Err(error) => warn!(event = "node.heartbeat_failed", error, "heartbeat of the node failed"),
@@ -322,7 +332,7 @@ impl LeaseSource for NodeRuntime {
     }
 
     async fn run(&self, stop: CancellationToken) {
-        self.0.registration(RegistrationState::Registering, None);
+        self.0.set_problem(Some("the node registers".to_owned()));
         tokio::select! {
             () = stop.cancelled() => return,
             () = self.0.register() => {}
@@ -338,7 +348,7 @@ impl LeaseSource for NodeRuntime {
             }
         };
         tokio::select! {
-            () = self.0.keep_beating() => {}
+            () = self.0.send_heartbeats() => {}
             () = streaming => {}
         }
         self.0.leave().await;

@@ -6,12 +6,15 @@ use std::{
 };
 
 use http::{Method, Request, StatusCode, header};
+use percent_encoding::{AsciiSet, NON_ALPHANUMERIC, utf8_percent_encode};
 use serde::Serialize;
 use url::Url;
 
 use super::Config;
 use crate::transport::{self, Answer, Client};
 
+/// What is encoded in the id of the node, so that it is one segment of a path.
+const IN_A_PATH: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
 /// How long a call may take.
 const LIMIT: Duration = Duration::from_secs(10);
 
@@ -80,7 +83,7 @@ impl Rest {
         Self {
             client,
             base: base(control_plane_url),
-            node: encoded(node_id),
+            node: utf8_percent_encode(node_id, IN_A_PATH).to_string(),
             register: serde_json::to_vec(&register).expect("texts and numbers are JSON"),
         }
     }
@@ -90,11 +93,11 @@ impl Rest {
         let answer = self.call(Method::POST, path, self.register.clone()).await?;
         let status = answer.status;
         if status == StatusCode::INTERNAL_SERVER_ERROR {
-            return Ok(Registered::Maybe(said(&answer)));
+            return Ok(Registered::Maybe(problem(&answer)));
         }
         // A page of a gateway with status 200 is no registration.
         let is_page = answer.body.trim_ascii_start().starts_with(b"<");
-        if status.is_success() && !is_page { Ok(Registered::Yes) } else { Err(said(&answer)) }
+        if status.is_success() && !is_page { Ok(Registered::Yes) } else { Err(problem(&answer)) }
     }
 
     pub(super) async fn heartbeat(&self, status: Status) -> Result<Known, String> {
@@ -103,7 +106,7 @@ impl Rest {
         match answer.status {
             StatusCode::NOT_FOUND => Ok(Known::No),
             status if status.is_success() => Ok(Known::Yes),
-            _ => Err(said(&answer)),
+            _ => Err(problem(&answer)),
         }
     }
 
@@ -111,7 +114,7 @@ impl Rest {
     pub(super) async fn remove(&self) -> Result<(), String> {
         let answer = self.call(Method::DELETE, format!("{}/v1/nodes/{}", self.base, self.node), Vec::new()).await?;
         let gone = answer.status.is_success() || answer.status == StatusCode::NOT_FOUND;
-        if gone { Ok(()) } else { Err(said(&answer)) }
+        if gone { Ok(()) } else { Err(problem(&answer)) }
     }
 
     async fn call(&self, method: Method, url: String, body: Vec<u8>) -> Result<Answer, String> {
@@ -129,7 +132,7 @@ pub(super) fn base(url: &Url) -> String {
     url.as_str().trim_end_matches('/').to_owned()
 }
 
-fn said(answer: &Answer) -> String {
+fn problem(answer: &Answer) -> String {
     let (status, excerpt) = (answer.status.as_u16(), answer.excerpt());
     if excerpt.is_empty() {
         format!("control plane answered {status}")
@@ -149,20 +152,13 @@ fn with_scheduler_keys(mut metadata: BTreeMap<String, String>) -> BTreeMap<Strin
     metadata
 }
 
-/// The text as one segment of a path.
-fn encoded(text: &str) -> String {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.' | b'~');
-    let bytes =
-        text.bytes().map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") });
-    bytes.collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn node_id_is_one_path_segment() {
+        let encoded = |id| utf8_percent_encode(id, IN_A_PATH).to_string();
         assert_eq!(encoded("w-07.lab_a~"), "w-07.lab_a~");
         assert_eq!(encoded("a/b:c é%"), "a%2Fb%3Ac%20%C3%A9%25");
     }
