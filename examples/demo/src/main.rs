@@ -72,13 +72,15 @@ async fn demo() -> anyhow::Result<ExitCode> {
 
 /// The steps of the demo, from sources to artifacts.
 async fn work(crew: &mut Crew, temp: &Path) -> anyhow::Result<String> {
-    let home = home()?;
+    let target = target()?;
+    let home = target.join("demo");
+    std::fs::create_dir_all(&home).with_context(|| format!("make {}", home.display()))?;
     let began = Instant::now();
-    say(format!("building runner-host and {} plugins in {} …", PLUGINS.len(), shown(&home)));
-    crew.step("the build", cargo_build(&home)?).await?;
+    say(format!("building runner-host and {} plugins in {} …", PLUGINS.len(), shown(&target)));
+    crew.step("the build", cargo_build(&target)?).await?;
     say(format!("built in {:.1} s", began.elapsed().as_secs_f64()));
 
-    let built = home.join("debug");
+    let built = target.join("debug");
     let host = built.join(format!("runner-host{EXE_SUFFIX}"));
     let plugins = temp.join("plugins");
     std::fs::create_dir(&plugins)?;
@@ -115,21 +117,19 @@ async fn work(crew: &mut Crew, temp: &Path) -> anyhow::Result<String> {
     summary(&out, elapsed)
 }
 
-/// The demo's folder in cargo's target folder, wherever that is.
-fn home() -> anyhow::Result<PathBuf> {
+/// Cargo's target folder, wherever that is. It is shared with `cargo test`, so that each reuses the build of the other.
+fn target() -> anyhow::Result<PathBuf> {
     let exe = std::env::current_exe().context("find the target folder")?;
     let target = exe.ancestors().nth(2).context("find the target folder: run `cargo demo`")?;
-    let home = target.join("demo");
-    std::fs::create_dir_all(&home).with_context(|| format!("make {}", home.display()))?;
-    Ok(home)
+    Ok(target.to_owned())
 }
 
 /// Cargo alone builds no library of another workspace member, so each package is named.
-fn cargo_build(home: &Path) -> anyhow::Result<Command> {
+fn cargo_build(target: &Path) -> anyhow::Result<Command> {
     let cargo = std::env::var_os("CARGO").context("run it as `cargo demo`")?;
     let mut command = Command::new(cargo);
     command.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."));
-    command.arg("build").arg("--target-dir").arg(home);
+    command.arg("build").arg("--target-dir").arg(target);
     if !std::io::stderr().is_terminal() {
         command.arg("--quiet");
     }
