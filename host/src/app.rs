@@ -22,7 +22,7 @@ use crate::{
     model::{HealthChecks, Listings, Live, NoRegistration, RegistrationForm, StatusBoard},
     node_event::{NodeEvent, NodeEvents},
     observe::{StatusPage, pages::Pages},
-    outbox::{self, Outbox, Remaining, StateDir},
+    outbox::{self, Outbox, Remaining, StateDir, UnansweredTries},
     plugins::Plugins,
     session::Sessions,
     storage::{Disk, DomainStorage, LocalStorage, Scratch, Stores},
@@ -205,9 +205,9 @@ impl Node {
             let (source, over) = (Arc::clone(&plane.source), over.clone());
             control.handle.spawn(async move { source.run(over).await })
         });
-        let (mut ended, last_round) = tokio::select! {
+        let (mut ended, last_round, unanswered) = tokio::select! {
             biased;
-            () = stops.drain.cancelled() => (Ended::Drained, Duration::ZERO),
+            () = stops.drain.cancelled() => (Ended::Drained, Duration::ZERO, UnansweredTries::default()),
             _ = plane.source.until_ready() => {
                 events.emit(NodeEvent::NodeLeasing);
                 let (outbox, enough) = (outbox.clone(), CancellationToken::new());
@@ -218,11 +218,12 @@ impl Node {
                     Err(err) => std::panic::resume_unwind(err.into_panic()),
                 };
                 enough.cancel();
-                sending.await.unwrap_or_else(|err| std::panic::resume_unwind(err.into_panic()));
-                (ended, LAST_ROUND)
+                let unanswered = sending.await.unwrap_or_else(|err| std::panic::resume_unwind(err.into_panic()));
+                (ended, LAST_ROUND, unanswered)
             }
         };
-        let left = control.handle.spawn(async move { outbox.finish(last_round).await }).await.unwrap_or_default();
+        let finish = async move { outbox.finish(last_round, unanswered).await };
+        let left = control.handle.spawn(finish).await.unwrap_or_default();
         say_left(&left);
         if left.reports > 0 {
             ended = Ended::CutShort;

@@ -35,7 +35,7 @@ use std::{
     time::Duration,
 };
 
-use futures_util::{StreamExt as _, stream::FuturesUnordered};
+use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use tokio::{
     sync::{Notify, Semaphore},
     time::{Instant, timeout_at},
@@ -155,6 +155,17 @@ pub enum Sent {
     Dropped,
 }
 
+/// Tries of the outbox that have no answer yet. A try that is dropped is repeated, so the control plane may get its
+/// report twice.
+#[derive(Default)]
+pub struct UnansweredTries(FuturesUnordered<BoxFuture<'static, Option<Sent>>>);
+
+impl UnansweredTries {
+    fn begin(&mut self, outbox: &Outbox, number: u64) {
+        self.0.extend(Try::begin(outbox, number, Sender::Outbox).map(|one| one.run().boxed()));
+    }
+}
+
 /// The reports that remain when an outbox ends.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Remaining {
@@ -268,22 +279,22 @@ impl Outbox {
         }
     }
 
-    /// Sends waiting reports until `stop`.
-    pub async fn run(&self, stop: CancellationToken) {
-        let mut under_way = FuturesUnordered::new();
+    /// Sends waiting reports until `stop`. Returns the tries that have no answer yet, for [`Outbox::finish`].
+    pub async fn run(&self, stop: CancellationToken) -> UnansweredTries {
+        let mut unanswered = UnansweredTries::default();
         loop {
             let next = self.lock().queue.next(Instant::now());
             let due = match next {
                 NextReport::Send(number) => {
-                    under_way.extend(Try::begin(self, number, Sender::Outbox).map(Try::run));
+                    unanswered.begin(self, number);
                     continue;
                 }
                 NextReport::At(due) => Some(due),
                 NextReport::Idle => None,
             };
             tokio::select! {
-                () = stop.cancelled() => return,
-                Some(_) = under_way.next() => {}
+                () = stop.cancelled() => return unanswered,
+                Some(_) = unanswered.0.next() => {}
                 () = tokio::time::sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => {}
                 () = self.0.report_due.notified() => {}
             }
@@ -301,13 +312,15 @@ impl Outbox {
         self.0.moved.notified().await;
     }
 
-    /// Sends all reports in last rounds within `limit`, then closes the file. Call it after [`Outbox::run`] has ended.
-    /// Returns what remains.
-    pub async fn finish(&self, limit: Duration) -> Remaining {
+    /// Sends all reports in last rounds within `limit`, then closes the file. Call it after [`Outbox::run`] has ended,
+    /// with its `unanswered` tries: they belong to the first round. Returns what remains.
+    pub async fn finish(&self, limit: Duration, mut unanswered: UnansweredTries) -> Remaining {
         let deadline = Instant::now() + limit;
         let mut failures = 0;
         while self.lock().queue.ours() > 0 {
-            let Some(failed) = self.last_round(deadline, LAST_FAILURES_MAX - failures).await else { break };
+            let Some(failed) = self.last_round(deadline, LAST_FAILURES_MAX - failures, &mut unanswered).await else {
+                break;
+            };
             failures += failed;
             let pause = queue::PAUSES.pause(failures, rand::random());
             if failed == 0 || failures >= LAST_FAILURES_MAX || Instant::now() + pause >= deadline {
@@ -315,6 +328,7 @@ impl Outbox {
             }
             tokio::time::sleep(pause).await;
         }
+        drop(unanswered);
         let closed = self.0.writer.close().await;
         self.with(ReportQueue::let_go);
         let queue = &self.lock().queue;
@@ -331,17 +345,17 @@ impl Outbox {
 
     /// Sends every report of this node once, until `failures_max` have failed. Returns the number of failures. `None`:
     /// the deadline has passed.
-    async fn last_round(&self, deadline: Instant, failures_max: u32) -> Option<u32> {
-        let (mut failures, mut under_way) = (0, FuturesUnordered::new());
+    async fn last_round(&self, deadline: Instant, failures_max: u32, unanswered: &mut UnansweredTries) -> Option<u32> {
+        let mut failures = 0;
         let mut numbers = self.lock().queue.numbers(None).into_iter().peekable();
         loop {
             let next = numbers.peek().filter(|_| failures < failures_max).copied();
-            if let Some(number) = next.filter(|number| under_way.len() < self.lock().queue.abreast(*number)) {
+            if let Some(number) = next.filter(|number| unanswered.0.len() < self.lock().queue.abreast(*number)) {
                 numbers.next();
-                under_way.extend(Try::begin(self, number, Sender::Outbox).map(Try::run));
+                unanswered.begin(self, number);
                 continue;
             }
-            let Some(sent) = timeout_at(deadline, under_way.next()).await.ok()? else { return Some(failures) };
+            let Some(sent) = timeout_at(deadline, unanswered.0.next()).await.ok()? else { return Some(failures) };
             failures += u32::from(matches!(sent, Some(Sent::Waiting(_))));
         }
     }

@@ -119,8 +119,13 @@ fn enter(outbox: &Outbox, number: u128) -> PendingReport {
     outbox.enter(NewReport { plane, lease, task_result, elapsed: Duration::ZERO })
 }
 
+/// Ends an outbox without unanswered tries.
+async fn finish(outbox: &Outbox, limit: Duration) -> Remaining {
+    outbox.finish(limit, UnansweredTries::default()).await
+}
+
 /// Runs an outbox until this is dropped.
-struct Running(CancellationToken, tokio::task::JoinHandle<()>);
+struct Running(CancellationToken, tokio::task::JoinHandle<UnansweredTries>);
 
 impl Running {
     fn start(outbox: &Outbox) -> Self {
@@ -129,9 +134,9 @@ impl Running {
         Self(stop, tokio::spawn(async move { outbox.run(stopped).await }))
     }
 
-    async fn stop(self) {
+    async fn stop(self) -> UnansweredTries {
         self.0.cancel();
-        self.1.await.expect("it ends in order");
+        self.1.await.expect("it ends in order")
     }
 }
 
@@ -151,7 +156,7 @@ async fn accepted_report_is_deleted_from_outbox() {
     let (sent, ()) = tokio::join!(kept.send(named(&lease(1))), plane);
     assert_eq!(sent, Sent::Accepted);
     assert_eq!(bench.status(), OutboxStatus::default());
-    assert_eq!(outbox.finish(Duration::ZERO).await.reports, 0);
+    assert_eq!(finish(&outbox, Duration::ZERO).await.reports, 0);
     drop(outbox);
     assert_eq!(OfflineOutbox::open(bench.state.path()).expect("opens").expect("a file").listings(None), []);
 }
@@ -162,7 +167,7 @@ async fn reports_survive_restart_and_oldest_is_sent_first() {
     let outbox = bench.open();
     drop(bench.kept(&outbox, [3, 1, 2]).await);
     assert_eq!(bench.status().waiting, 3);
-    outbox.finish(Duration::ZERO).await;
+    finish(&outbox, Duration::ZERO).await;
     drop(outbox);
     while bench.plane.waiting().is_some() {}
 
@@ -178,7 +183,7 @@ async fn reports_survive_restart_and_oldest_is_sent_first() {
     others.into_iter().for_each(|call| call.ok(json!({})));
     bench.until(|status| status.waiting == 0).await;
     running.stop().await;
-    assert_eq!(outbox.finish(Duration::ZERO).await.reports, 0);
+    assert_eq!(finish(&outbox, Duration::ZERO).await.reports, 0);
 }
 
 #[tokio::test]
@@ -218,7 +223,7 @@ async fn permanently_refused_report_is_sent_once() {
         let Sent::Refused(text) = sent else { panic!("{sent:?}") };
         assert_clean(&text);
         assert!(text.contains(&status.to_string()), "{text}");
-        assert_eq!(outbox.finish(Duration::from_secs(5)).await.reports, 0);
+        assert_eq!(finish(&outbox, Duration::from_secs(5)).await.reports, 0);
         assert!(bench.plane.waiting().is_none());
     }
 }
@@ -273,7 +278,7 @@ async fn reports_are_sent_only_by_their_own_node() {
     let mut bench = Bench::new().await;
     let outbox = bench.open_as("0xsomebody", 100);
     drop(bench.kept(&outbox, [1]).await);
-    outbox.finish(Duration::ZERO).await;
+    finish(&outbox, Duration::ZERO).await;
     drop(outbox);
     while bench.plane.waiting().is_some() {}
 
@@ -286,7 +291,7 @@ async fn reports_are_sent_only_by_their_own_node() {
         tokio::join!(kept.send(named(&lease(2))), async { bench.plane.expect(&complete(2)).await.ok(json!({})) });
     assert_eq!(sent, Sent::Accepted);
     running.stop().await;
-    assert_eq!(outbox.finish(Duration::from_secs(5)).await.reports, 0, "what is not ours does not count");
+    assert_eq!(finish(&outbox, Duration::from_secs(5)).await.reports, 0, "what is not ours does not count");
     assert!(bench.plane.waiting().is_none());
     drop(outbox);
     let shelf = OfflineOutbox::open(bench.state.path()).expect("opens").expect("a file");
@@ -302,7 +307,7 @@ async fn report_for_another_plane_is_never_sent() {
     for config in [other_name, other_url] {
         let outbox = bench.open_with(config, NODE, 100);
         drop(bench.kept(&outbox, [1]).await);
-        outbox.finish(Duration::ZERO).await;
+        finish(&outbox, Duration::ZERO).await;
         drop(outbox);
         while bench.plane.waiting().is_some() {}
 
@@ -311,7 +316,7 @@ async fn report_for_another_plane_is_never_sent() {
         let running = Running::start(&outbox);
         assert_eq!(outbox.retry(None)[0].state, ListingState::Foreign);
         running.stop().await;
-        assert_eq!(outbox.finish(Duration::from_secs(5)).await.reports, 0);
+        assert_eq!(finish(&outbox, Duration::from_secs(5)).await.reports, 0);
         assert!(bench.plane.waiting().is_none(), "the foreign report was sent");
         drop(outbox);
         let mut offline = OfflineOutbox::open(bench.state.path()).expect("opens").expect("a file");
@@ -347,7 +352,7 @@ async fn renamed_task_keeps_new_id_after_restart() {
     let renamed = named(&lease_of(7, None, None));
     // No answer arrives: the attempt is dropped.
     assert!(tokio::time::timeout(Duration::from_millis(100), kept.send(renamed)).await.is_err());
-    outbox.finish(Duration::ZERO).await;
+    finish(&outbox, Duration::ZERO).await;
     drop(outbox);
     let shelf = OfflineOutbox::open(bench.state.path()).expect("opens").expect("a file");
     let report = shelf.listings(None).remove(0);
@@ -363,7 +368,7 @@ async fn dropped_and_withdrawn_reports_are_deleted_from_disk() {
     drop(kept);
     let gone = outbox.drop_reports(Some(&HashSet::from([id(2).into(), id(99).into()]))).await;
     assert_eq!(gone.iter().map(|report| report.task_id.clone()).collect::<Vec<_>>(), [id(2).into()]);
-    outbox.finish(Duration::ZERO).await;
+    finish(&outbox, Duration::ZERO).await;
     drop(outbox);
     let mut shelf = OfflineOutbox::open(bench.state.path()).expect("opens").expect("a file");
     assert_eq!(shelf.listings(None).len(), 2);
@@ -403,7 +408,7 @@ async fn report_accepted_before_write_is_never_written() {
     assert_eq!(sent, Sent::Accepted);
     ticket.write().await; // too late: the report is accepted
     assert!(std::fs::read(&file).expect("read") == before, "the file was touched");
-    outbox.finish(Duration::ZERO).await;
+    finish(&outbox, Duration::ZERO).await;
 }
 
 #[tokio::test]
@@ -415,7 +420,7 @@ async fn failed_or_dropped_attempt_writes_unwritten_report() {
     let plane = async { bench.plane.expect(&complete(1)).await.answer(503, "later") };
     let (sent, ()) = tokio::join!(kept.send(named(&lease(1))), plane);
     assert!(matches!(sent, Sent::Waiting(_)), "{sent:?}");
-    assert_eq!(outbox.finish(Duration::ZERO).await.reports, 2);
+    assert_eq!(finish(&outbox, Duration::ZERO).await.reports, 2);
     drop(outbox);
     assert_eq!(on_disk(&bench), [id(1).into(), id(2).into()]);
 }

@@ -265,6 +265,25 @@ async fn stopping_node_retries_report_before_exit() {
 }
 
 #[tokio::test]
+async fn stopping_node_repeats_no_unanswered_report() {
+    let test_server = TestServer::start().await;
+    let proxy = FaultProxy::before(&test_server).await;
+    let (gate, held) = Bad::gate();
+    proxy.answer(COMPLETE, 1, Bad::Status(503, "later"));
+    proxy.answer(COMPLETE, 1, held);
+    let node = proxy.node(&[fixtures::zoo()]).leasing().await;
+    let job = test_server.task("/fixtures/ok/v1").submit();
+    // The outbox sends the second try. Its answer does not arrive before the exit.
+    proxy.seen(COMPLETE, 2).await;
+    node.term();
+    assert_eq!(node.wait().await, 75, "{}", node.log());
+    assert_eq!(proxy.count(COMPLETE), 2, "{}", node.log());
+    node.says("outbox.reports_left").await;
+    drop(gate);
+    test_server.ended(&node, job).await.completed();
+}
+
+#[tokio::test]
 async fn stopping_node_does_not_wait_for_stored_reports() {
     let test_server = TestServer::start().await;
     let proxy = FaultProxy::before(&test_server).await;
