@@ -14,15 +14,14 @@ use async_trait::async_trait;
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
-use tokio::task::spawn_blocking;
-use uuid::Uuid;
 
 use super::{
     OpenTask, Storage,
     digest::hex,
-    naming::{data_type, dataset_file, dataset_folder, for_message, logical_path, relative_path, safe},
+    naming::{data_type, for_message, logical_path, relative_path, safe},
     runner_file::RunnerFile,
-    zip::{self, UnpackLimits},
+    whole_input::{self, Target, blocking, list_fetched},
+    zip::UnpackLimits,
 };
 use crate::model::{
     AnnouncedData, Artifact, ArtifactSpec, Budget, Charge, DataLocation, Fetched, HeldLease, InlineInputs, InputMeta,
@@ -111,16 +110,7 @@ impl InlinePorts {
             let message = format!("input {} not found (404): the lease has no such input", for_message(cid));
             PortError::new(PortErrorKind::NotFound, message)
         })?;
-        let text = |part: Option<&std::ffi::OsStr>| part.map(|part| part.to_string_lossy().into_owned());
-        let path = Path::new(cid);
-        let meta = InputMeta {
-            cid: cid.to_owned(),
-            data_id: None,
-            name: text(path.file_stem()),
-            data_type: text(path.extension()),
-            domain_id: None,
-            size: Some(bytes.len() as u64),
-        };
+        let meta = whole_input::meta(cid, Path::new(cid), bytes.len() as u64);
         Ok((meta, bytes.clone()))
     }
 }
@@ -135,29 +125,16 @@ impl Ports for InlinePorts {
 
     async fn materialize(&self, cid: &str) -> Result<Materialized, PortError> {
         let (meta, bytes) = self.input(cid)?;
-        let root_dir = self.dir.join(format!("inline-input-{}", Uuid::new_v4()));
-        let name = meta.name.clone().unwrap_or_default();
-        let kind = meta.data_type.clone().unwrap_or_default();
-        let (stem, extension) = dataset_file(&name, &kind);
-        let folder = root_dir.join("datasets").join(dataset_folder(&name));
-        let path = folder.join(if meta.data_type.is_some() { format!("{stem}.{extension}") } else { stem });
-        let (target, content) = (path.clone(), bytes.clone());
-        let written = spawn_blocking(move || {
+        let target = Target::below(&self.dir, &meta);
+        let (folder, path, content) = (target.folder.clone(), target.path.clone(), bytes.clone());
+        let written = blocking(move || {
             std::fs::create_dir_all(&folder)?;
-            std::fs::write(target, content)
+            std::fs::write(path, content)
         });
-        let written = written.await.map_err(std::io::Error::other).flatten();
-        written.map_err(|err| failed(&format!("write input {}", for_message(cid)), &err))?;
-        note(&self.fetched, &meta, &bytes);
-        let extracted_paths = match zip::is_archive(&kind) {
-            false => Vec::new(),
-            true => {
-                let into = root_dir.join(zip::folder(&kind, &name, 1));
-                zip::unpacked(&format!("archive {}", for_message(cid)), path.clone(), into, self.unpack.clone(), None)
-                    .await?
-            }
-        };
-        Ok(Materialized { meta, path, root_dir, related_files: Vec::new(), extracted_paths })
+        let shown = for_message(cid);
+        written.await.map_err(|err| self.outputs.task.failed(&format!("write input {shown}"), &err))?;
+        list_fetched(&self.fetched, &meta, whole(&bytes));
+        target.unpacked(meta, &shown, &self.unpack).await
     }
 
     async fn put_file(&self, spec: ArtifactSpec, file: &Path) -> Result<Option<String>, PortError> {
@@ -171,12 +148,11 @@ impl Ports for InlinePorts {
         }
         let charge = self.budget.count(size);
         let handle = source.handle();
-        let read = spawn_blocking(move || {
+        let read = blocking(move || {
             let mut bytes = Vec::new();
             (&*handle).take(size).read_to_end(&mut bytes).map(|_| bytes)
         });
-        let read = read.await.map_err(std::io::Error::other).flatten();
-        let bytes = read.map_err(|err| failed("read an output", &err))?;
+        let bytes = read.await.map_err(|err| self.outputs.task.failed("read an output", &err))?;
         // If the file changed during the read, `digest` fails.
         let sha256 = source.digest(&what).await?;
         place.publish(bytes, sha256, charge)
@@ -205,19 +181,18 @@ impl Ports for InlinePorts {
         self.outputs.published().by_path.values().map(|value| (value.key.clone(), value.text.clone())).collect()
     }
 
+    fn disk_was_full(&self) -> bool {
+        self.outputs.task.disk_was_full()
+    }
+
     async fn close(&self) {
         self.outputs.task.close();
     }
 }
 
-/// Lists an input that was read to its end. Each input is listed once.
-fn note(fetched: &Mutex<Vec<Fetched>>, meta: &InputMeta, bytes: &[u8]) {
-    let (size, sha256) = (bytes.len() as u64, hex(&Sha256::digest(bytes)));
-    let input = Fetched { cid: meta.cid.clone(), name: meta.name.clone(), size, sha256 };
-    let mut fetched = fetched.lock().unwrap_or_else(PoisonError::into_inner);
-    if !fetched.contains(&input) {
-        fetched.push(input);
-    }
+/// The count and the SHA-256 of bytes.
+fn whole(bytes: &[u8]) -> (u64, String) {
+    (bytes.len() as u64, hex(&Sha256::digest(bytes)))
 }
 
 struct Reader {
@@ -237,7 +212,7 @@ impl InputStream for Reader {
     async fn next(&mut self) -> Result<Option<Bytes>, PortError> {
         let piece = self.rest.take();
         if piece.is_none() {
-            note(&self.fetched, &self.meta, &self.bytes);
+            list_fetched(&self.fetched, &self.meta, whole(&self.bytes));
         }
         Ok(piece)
     }
@@ -310,10 +285,6 @@ fn too_large(path: &str, bytes: u64) -> PortError {
         for_message(path)
     );
     PortError::new(PortErrorKind::Limit, message)
-}
-
-fn failed(what: &str, err: &std::io::Error) -> PortError {
-    PortError::new(PortErrorKind::Local, format!("cannot {what}: {err}"))
 }
 
 /// An output that is being written.

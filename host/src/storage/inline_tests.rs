@@ -1,5 +1,7 @@
 //! Tests of data in leases and reports.
 
+use uuid::Uuid;
+
 use super::*;
 use crate::model::{Capability, Lease, Setup, TaskId};
 

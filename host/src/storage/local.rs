@@ -8,26 +8,22 @@ use std::{
     fs::File,
     io,
     path::{Path, PathBuf},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex},
 };
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
 use tempfile::NamedTempFile;
-use tokio::task::spawn_blocking;
-use uuid::Uuid;
 
 use super::{
     OpenTask, Storage,
     digest::hex,
     file::{FileBlocks, FileSink},
-    naming::{data_type, dataset_file, dataset_folder, for_message, logical_path, relative_path, safe},
+    naming::{data_type, for_message, logical_path, relative_path, safe},
     runner_file::RunnerFile,
-    zip::{self, UnpackLimits},
+    whole_input::{self, Target, blocking, list_fetched},
+    zip::UnpackLimits,
 };
 use crate::model::{
     AnnouncedData, Artifact, ArtifactSpec, Budget, DataLocation, Fetched, HeldLease, InputMeta, InputStream,
@@ -84,7 +80,6 @@ struct OutputFolder {
     /// `None`: the task has no data.
     out: Option<PathBuf>,
     published: Mutex<BTreeMap<String, Artifact>>,
-    disk_was_full: AtomicBool,
     task: OpenTask,
 }
 
@@ -94,12 +89,7 @@ impl LocalPorts {
     #[must_use]
     pub fn new(held: HeldLease, files: Option<LocalFiles>, dir: PathBuf, budget: Budget, unpack: UnpackLimits) -> Self {
         let (inputs, out) = files.map_or((Vec::new(), None), |files| (files.inputs, Some(files.out)));
-        let folder = OutputFolder {
-            out,
-            published: Mutex::default(),
-            task: OpenTask::new(held),
-            disk_was_full: AtomicBool::new(false),
-        };
+        let folder = OutputFolder { out, published: Mutex::default(), task: OpenTask::new(held) };
         Self { inputs, dir, folder: Arc::new(folder), fetched: Arc::default(), budget, unpack }
     }
 
@@ -136,15 +126,7 @@ impl LocalPorts {
             };
             PortError::new(kind, format!("cannot read input {}: {err}", path.display()))
         })?;
-        let text = |part: Option<&std::ffi::OsStr>| part.map(|part| part.to_string_lossy().into_owned());
-        let meta = InputMeta {
-            cid: cid.to_owned(),
-            data_id: None,
-            name: text(path.file_stem()),
-            data_type: text(path.extension()),
-            domain_id: None,
-            size: Some(size),
-        };
+        let meta = whole_input::meta(cid, &path, size);
         Ok((path, file, meta))
     }
 }
@@ -160,30 +142,17 @@ impl Ports for LocalPorts {
 
     async fn materialize(&self, cid: &str) -> Result<Materialized, PortError> {
         let (source, mut file, meta) = self.input(cid).await?;
-        let root_dir = self.dir.join(format!("domain-input-{}", Uuid::new_v4()));
-        let name = meta.name.as_deref().unwrap_or_default();
-        let (stem, extension) = dataset_file(name, meta.data_type.as_deref().unwrap_or_default());
-        let folder = root_dir.join("datasets").join(dataset_folder(name));
-        let path = folder.join(if meta.data_type.is_some() { format!("{stem}.{extension}") } else { stem });
+        let target = Target::below(&self.dir, &meta);
         // A copy, because the runner may change or remove its file.
-        let target = path.clone();
+        let (folder, path) = (target.folder.clone(), target.path.clone());
         let copied = blocking(move || {
             std::fs::create_dir_all(&folder)?;
-            copy_hashed(&mut file, &mut File::create_new(target)?)
+            copy_hashed(&mut file, &mut File::create_new(path)?)
         });
         let copied =
-            copied.await.map_err(|err| self.folder.failed(&format!("copy input {}", source.display()), &err))?;
+            copied.await.map_err(|err| self.folder.task.failed(&format!("copy input {}", source.display()), &err))?;
         list_fetched(&self.fetched, &meta, copied);
-        let data_type = meta.data_type.as_deref().unwrap_or_default();
-        let extracted_paths = match zip::is_archive(data_type) {
-            false => Vec::new(),
-            true => {
-                let into = root_dir.join(zip::folder(data_type, name, 1));
-                let what = format!("archive {}", source.display());
-                zip::unpacked(&what, path.clone(), into, self.unpack.clone(), None).await?
-            }
-        };
-        Ok(Materialized { meta, path, root_dir, related_files: Vec::new(), extracted_paths })
+        target.unpacked(meta, &source.display().to_string(), &self.unpack).await
     }
 
     async fn put_file(&self, spec: ArtifactSpec, file: &Path) -> Result<Option<String>, PortError> {
@@ -198,7 +167,7 @@ impl Ports for LocalPorts {
             Ok((temporary, copied))
         });
         let (temporary, copied) = copied.await.map_err(|err| {
-            self.folder.failed(&format!("copy {} to {}", file.display(), place.target.display()), &err)
+            self.folder.task.failed(&format!("copy {} to {}", file.display(), place.target.display()), &err)
         })?;
         // If the file became shorter during the copy, `digest` fails.
         let sha256 = source.digest(&what).await?;
@@ -209,7 +178,7 @@ impl Ports for LocalPorts {
         self.folder.task.check()?;
         let place = self.folder.place(spec)?;
         let temporary = place.temporary().await?;
-        let file = temporary.as_file().try_clone().map_err(|err| failed("write an output", &err))?;
+        let file = temporary.as_file().try_clone().map_err(|err| self.folder.task.failed("write an output", &err))?;
         Ok(Box::new(Writer { place, temporary, sink: Ok(FileSink::new(file)), size: 0, hasher: Sha256::new() }))
     }
 
@@ -226,7 +195,7 @@ impl Ports for LocalPorts {
     }
 
     fn disk_was_full(&self) -> bool {
-        self.folder.disk_was_full.load(Ordering::Relaxed)
+        self.folder.task.disk_was_full()
     }
 
     async fn close(&self) {
@@ -248,15 +217,6 @@ fn copy_hashed(from: &mut impl io::Read, to: &mut impl io::Write) -> io::Result<
     }
 }
 
-/// Lists an input that was read to its end. Each input is listed once.
-fn list_fetched(fetched: &Mutex<Vec<Fetched>>, meta: &InputMeta, (size, sha256): (u64, String)) {
-    let input = Fetched { cid: meta.cid.clone(), name: meta.name.clone(), size, sha256 };
-    let mut fetched = fetched.lock().expect("only read and pushed to");
-    if !fetched.contains(&input) {
-        fetched.push(input);
-    }
-}
-
 struct Reader {
     blocks: FileBlocks,
     meta: InputMeta,
@@ -274,8 +234,10 @@ impl InputStream for Reader {
     }
 
     async fn next(&mut self) -> Result<Option<Bytes>, PortError> {
-        let piece =
-            self.blocks.next().await.map_err(|err| failed(&format!("read input {}", self.path.display()), &err))?;
+        let piece = self.blocks.next().await.map_err(|err| {
+            let message = format!("cannot read input {}: {err}", self.path.display());
+            PortError::new(PortErrorKind::Local, message)
+        })?;
         match &piece {
             Some(piece) => {
                 self.size += piece.len() as u64;
@@ -300,14 +262,6 @@ struct Place {
 }
 
 impl OutputFolder {
-    /// The error of a failed write.
-    fn failed(&self, what: &str, err: &io::Error) -> PortError {
-        if matches!(err.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
-            self.disk_was_full.store(true, Ordering::Relaxed);
-        }
-        failed(what, err)
-    }
-
     fn place(self: &Arc<Self>, spec: ArtifactSpec) -> Result<Place, PortError> {
         let relative = relative_path(&spec.path)?;
         if relative.is_empty() {
@@ -343,7 +297,7 @@ impl Place {
             builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644));
             builder.prefix(".output-").tempfile_in(&folder)
         });
-        made.await.map_err(|err| self.folder.failed(&format!("make {}", self.target.display()), &err))
+        made.await.map_err(|err| self.folder.task.failed(&format!("make {}", self.target.display()), &err))
     }
 
     async fn publish(
@@ -360,7 +314,7 @@ impl Place {
         self.folder.task.check()?;
         let target = self.target.clone();
         let renamed = blocking(move || temporary.persist(target).map_err(|err| err.error));
-        renamed.await.map_err(|err| self.folder.failed(&format!("make {}", self.target.display()), &err))?;
+        renamed.await.map_err(|err| self.folder.task.failed(&format!("make {}", self.target.display()), &err))?;
         (self.artifact.size, self.artifact.sha256) = (Some(size), Some(sha256));
         let mut published = self.folder.published.lock().expect("only read and set");
         published.insert(self.artifact.logical_path.clone(), self.artifact);
@@ -385,7 +339,7 @@ impl OutputStream for Writer {
         self.size += piece.len() as u64;
         self.hasher.update(&piece);
         if let Err(err) = sink.write(piece).await {
-            let err = self.place.folder.failed(&format!("write {}", self.place.target.display()), &err);
+            let err = self.place.folder.task.failed(&format!("write {}", self.place.target.display()), &err);
             self.sink = Err(err.clone());
             return Err(err);
         }
@@ -395,21 +349,13 @@ impl OutputStream for Writer {
     async fn finish(self: Box<Self>) -> Result<Option<String>, PortError> {
         let Self { place, temporary, sink, size, hasher } = *self;
         let written = sink?.finish().await;
-        written.map_err(|err| place.folder.failed(&format!("write {}", place.target.display()), &err))?;
+        written.map_err(|err| place.folder.task.failed(&format!("write {}", place.target.display()), &err))?;
         place.publish(temporary, size, hex(&hasher.finalize())).await
     }
 
     async fn abort(self: Box<Self>) {
         drop(self);
     }
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
-    spawn_blocking(work).await.map_err(io::Error::other)?
-}
-
-fn failed(what: &str, err: &io::Error) -> PortError {
-    PortError::new(PortErrorKind::Local, format!("cannot {what}: {err}"))
 }
 
 #[cfg(test)]

@@ -1,5 +1,7 @@
 //! Tests of inputs and outputs in local files.
 
+use uuid::Uuid;
+
 use super::*;
 use crate::model::{Capability, DataLocation, Lease, Setup, TaskId};
 

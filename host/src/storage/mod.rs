@@ -17,6 +17,7 @@ mod open_task;
 mod piece_queue;
 mod runner_file;
 mod task_dir;
+mod whole_input;
 mod zip;
 
 use std::{
