@@ -3,9 +3,10 @@
 use std::{net::SocketAddr, sync::Arc, thread, time::Duration};
 
 use anyhow::Context;
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
-use tracing::{error, warn};
+use tracing::{Instrument as _, error, info_span, warn};
 
 #[cfg(feature = "grpc")]
 use crate::leases::node_runtime::{self, NodeRuntime};
@@ -45,7 +46,7 @@ const CLAIM_PATIENCE: Duration = Duration::from_millis(500);
 /// A node that is built and listens, but has sent nothing over the network.
 pub struct Node {
     engine: Engine,
-    plane: BuiltPlane,
+    sources: Vec<Arc<dyn LeaseSource>>,
     outbox: Outbox,
     #[cfg(unix)]
     socket: Option<ControlSocket>,
@@ -62,7 +63,7 @@ impl Node {
     /// # Errors
     /// When a folder or an address cannot be used.
     pub async fn build(config: HostConfig, plugins: Arc<Plugins>) -> anyhow::Result<Self> {
-        let HostConfig { plane, auth, dms, session, engine, storage, outbox, observe, transport: http, .. } = config;
+        let HostConfig { planes, auth, dms, session, engine, storage, outbox, observe, transport: http, .. } = config;
         #[cfg(unix)]
         let files = crate::open_files::allow(engine.slots);
         #[cfg(not(unix))]
@@ -75,38 +76,50 @@ impl Node {
         let control = Control::start().context("start the control thread")?;
         // The pages, the outbox and the data transfers need files too.
         let at_once = (files / 4).min(CALLS_MAX);
-        // There are three clients. A sign-in must not wait in the queue behind a control plane that hangs. A
+        // There are several clients. A sign-in must not wait in the queue behind a control plane that hangs. A
         // connection is driven by the runtime that opened it, so sign-in and control connections must not wait for
         // data.
         let sign_in_client = transport::Client::new(http.clone());
+        // Each control plane has its own client: one that hangs must not use up the calls of another one.
+        let at_once = (at_once / planes.len().max(1)).max(1);
         let control_client =
-            transport::Client::new(transport::Config { at_once, idle_at_most: at_once, ..http.clone() });
-        let data_client = transport::Client::new(http);
+            || transport::Client::new(transport::Config { at_once, idle_at_most: at_once, ..http.clone() });
+        let data_client = transport::Client::new(http.clone());
         let capabilities = plugins.capabilities().iter().map(ToString::to_string).collect();
         let board = StatusBoard::new(engine.slots, capabilities);
         let events = NodeEvents::new(board.clone());
-        let plane = match plane {
-            PlaneChoice::Posemesh => {
-                let auth = Auth::new(auth, plugins.serving(), sign_in_client, events.clone());
-                BuiltPlane::posemesh(dms, auth, control_client)
-            }
-            PlaneChoice::Local { name, folder, observer } => {
-                let local = local::Config { name, folder, capabilities: plugins.serving(), observer };
-                BuiltPlane::local(local, events.clone())?
-            }
-            #[cfg(feature = "grpc")]
-            PlaneChoice::NodeRuntime(config) => {
-                BuiltPlane::node_runtime(*config, engine.slots, control_client, events.clone())
-            }
-        };
-        let source = Arc::clone(&plane.source);
+        let mut posemesh = Some((auth, dms, sign_in_client));
+        let mut built = Vec::with_capacity(planes.len());
+        for plane in planes {
+            built.push(match plane {
+                PlaneChoice::Posemesh => {
+                    let (auth, dms, client) = posemesh.take().context("a node serves one posemesh control plane")?;
+                    let auth = Auth::new(auth, plugins.serving(), client, events.clone());
+                    BuiltPlane::posemesh(dms, auth, control_client())
+                }
+                PlaneChoice::Local { name, folder, observer } => {
+                    let local = local::Config { name, folder, capabilities: plugins.serving(), observer };
+                    BuiltPlane::local(local, events.clone())?
+                }
+                #[cfg(feature = "grpc")]
+                PlaneChoice::NodeRuntime(config) => {
+                    BuiltPlane::node_runtime(*config, engine.slots, control_client(), events.clone())
+                }
+            });
+        }
+        let sources: Vec<_> = built.iter().map(|plane| Arc::clone(&plane.source)).collect();
+        // At most one control plane has a sign-in service.
+        let health_checks = built.iter_mut().find_map(|plane| plane.health_checks.take());
+        let health_checks = health_checks.unwrap_or_else(|| Arc::new(NoRegistration));
         let listed = Arc::clone(&plugins);
         let listings = Listings(Arc::new(move || serde_json::to_value(listed.listings()).unwrap_or_default()));
         let budget = storage.domain.budget.clone();
         board.change(|status| {
-            status.node = source.facts().node.to_string();
             status.plugins = listings;
-            status.registration_form = plane.registration_form;
+            if let Some(first) = built.first() {
+                status.node = first.source.facts().node.to_string();
+                status.registration_form = first.registration_form;
+            }
             status.stale_calls = Live(Plugins::stale_calls);
             status.stuck_runners = Live(Plugins::stuck_runners);
             status.memory = budget;
@@ -122,7 +135,7 @@ impl Node {
         let outbox = Outbox::open(
             outbox::Config {
                 state,
-                planes: vec![Arc::clone(&source)],
+                planes: sources.clone(),
                 max: outbox.max,
                 // The next task of each slot may end while the last report of the slot is being sent.
                 senders: engine.slots.saturating_mul(2).max(8),
@@ -133,7 +146,7 @@ impl Node {
         let pages = match observe.status_page {
             StatusPage::Disabled => None,
             StatusPage::Enabled { listen } => Some(
-                Pages::bind(listen, observe.node_host, files, board.clone(), Arc::clone(&plane.health_checks))
+                Pages::bind(listen, observe.node_host, files, board.clone(), health_checks)
                     .await
                     .with_context(|| format!("HTTP_BIND {listen} cannot be bound"))?,
             ),
@@ -141,7 +154,7 @@ impl Node {
         let disk = Disk::new(storage.scratch_dir, storage.disk_free_min);
         let modules = Modules {
             sessions: Sessions::new(session, control.handle.clone(), events.clone()),
-            planes: vec![source],
+            planes: sources.clone(),
             storage: Stores::new(
                 scratch,
                 disk.clone(),
@@ -156,7 +169,7 @@ impl Node {
         let engine = Engine::new(modules, engine);
         Ok(Self {
             engine,
-            plane,
+            sources,
             outbox,
             #[cfg(unix)]
             socket,
@@ -189,8 +202,9 @@ impl Node {
     /// Registers, leases and runs tasks until a stop is requested and everything has ended.
     pub async fn run(self, stops: StopSignals) -> Ended {
         let address = self.address();
-        let Self { engine, plane, outbox, pages, events, disk, control, plugins, .. } = self;
-        events.emit(NodeEvent::NodeStarted { address, plane: plane.source.facts().name.clone() });
+        let Self { engine, sources, outbox, pages, events, disk, control, plugins, .. } = self;
+        let planes = sources.iter().map(|source| source.facts().name.clone()).collect();
+        events.emit(NodeEvent::NodeStarted { address, planes });
         let over = CancellationToken::new();
         let pages = pages.map(|pages| tokio::spawn(pages.run(over.clone())));
         #[cfg(unix)]
@@ -201,14 +215,18 @@ impl Node {
         let calls = tokio::spawn(async move { calls.0.watch(calls.1, calls.2).await });
         let disk = tokio::spawn(disk.run(events.clone(), over.clone()));
         // If a stop is requested before the node begins, the node does not register.
-        let running = (!stops.drain.is_cancelled()).then(|| {
-            let (source, over) = (Arc::clone(&plane.source), over.clone());
-            control.handle.spawn(async move { source.run(over).await })
-        });
+        let run = |source: &Arc<dyn LeaseSource>| {
+            let (source, over) = (Arc::clone(source), over.clone());
+            let span = info_span!("plane", plane = %source.facts().name);
+            control.handle.spawn(async move { source.run(over).await }.instrument(span))
+        };
+        let running: Vec<_> = sources.iter().filter(|_| !stops.drain.is_cancelled()).map(run).collect();
+        let mut ready: FuturesUnordered<_> = sources.iter().map(|source| source.until_ready()).collect();
         let (mut ended, last_round, unanswered) = tokio::select! {
             biased;
             () = stops.drain.cancelled() => (Ended::Drained, Duration::ZERO, UnansweredTries::default()),
-            _ = plane.source.until_ready() => {
+            // One control plane that can give work is enough.
+            _ = ready.next() => {
                 events.emit(NodeEvent::NodeLeasing);
                 let (outbox, enough) = (outbox.clone(), CancellationToken::new());
                 let enough_of_it = enough.clone();
@@ -241,19 +259,19 @@ impl Node {
     }
 }
 
-/// The control plane of a node, and the parts of it that the pages show.
+/// A control plane of a node, and the parts of it that the pages show.
 struct BuiltPlane {
     source: Arc<dyn LeaseSource>,
     registration_form: RegistrationForm,
     /// Handles the requests of a sign-in service to the pages.
-    health_checks: Arc<dyn HealthChecks>,
+    health_checks: Option<Arc<dyn HealthChecks>>,
 }
 
 impl BuiltPlane {
     fn posemesh(config: dms::Config, auth: Auth, client: transport::Client) -> Self {
         Self {
             registration_form: auth.form().kind(),
-            health_checks: auth.health_checks(),
+            health_checks: Some(auth.health_checks()),
             source: Arc::new(Dms::new(config, client, auth)),
         }
     }
@@ -262,18 +280,14 @@ impl BuiltPlane {
     fn node_runtime(config: node_runtime::Config, slots: usize, client: transport::Client, events: NodeEvents) -> Self {
         Self {
             registration_form: RegistrationForm::None,
-            health_checks: Arc::new(NoRegistration),
+            health_checks: None,
             source: Arc::new(NodeRuntime::new(config, slots, client, events)),
         }
     }
 
     fn local(config: local::Config, events: NodeEvents) -> anyhow::Result<Self> {
         let source = Local::open(config, events).map_err(|problem| anyhow::anyhow!(problem))?;
-        Ok(Self {
-            registration_form: RegistrationForm::None,
-            health_checks: Arc::new(NoRegistration),
-            source: Arc::new(source),
-        })
+        Ok(Self { registration_form: RegistrationForm::None, health_checks: None, source: Arc::new(source) })
     }
 }
 

@@ -103,7 +103,7 @@ async fn invoke(
     let inputs = args.inputs.iter().map(std::path::absolute).collect::<Result<Vec<_>, _>>().context("--input")?;
     let job = local::Job { capability, inputs, meta, out: Some(out), term: local::TERM_MAX, time_limit: None };
     local::submit(&folder, &TaskId::parse(JOB)?, &job)?;
-    config.plane = PlaneChoice::Local { name: PlaneName::parse(JOB)?, folder, observer: Some(observer) };
+    config.planes = vec![PlaneChoice::Local { name: PlaneName::parse(JOB)?, folder, observer: Some(observer) }];
     config.engine.slots = 1;
     config.outbox.state_dir = home.path().join("state");
     config.observe.status_page = StatusPage::Disabled;

@@ -19,7 +19,10 @@ use toml::de::{DeTable, DeValue};
 use super::keys::{KEYS, Key, Kind};
 #[cfg(feature = "grpc")]
 use super::node_runtime::{self, NodeRuntimeTable};
-use crate::model::{PlaneName, nearest};
+use crate::{
+    engine::SLOTS_MAX,
+    model::{PlaneName, nearest},
+};
 
 /// Limit of the file size. It is far more than all settings need.
 const BYTES_MAX: u64 = 1024 * 1024;
@@ -29,6 +32,9 @@ const BYTE_ORDER_MARK: char = '\u{feff}';
 
 /// The `kind` of a Node Runtime control plane.
 const NODE_RUNTIME: &str = "node-runtime";
+
+/// The key for the slots that are kept free for a control plane.
+pub(super) const MIN_SLOTS: &str = "min_slots";
 
 /// The depth to which JSON is read.
 const DEPTH_MAX: usize = 8;
@@ -52,6 +58,30 @@ pub(super) struct PlaneEntry {
     /// The line of its `kind`.
     pub(super) kind_line: usize,
     pub(super) kind: PlaneKind,
+    /// The slots that are kept free for this control plane, and the line of this number.
+    pub(super) min_slots: Option<(usize, usize)>,
+}
+
+impl PlaneEntry {
+    /// Why one node cannot serve both control planes.
+    pub(super) fn conflict_with(&self, earlier: &Self) -> Option<String> {
+        if self.name == earlier.name {
+            return Some("is given twice; keep one".to_owned());
+        }
+        match (&self.kind, &earlier.kind) {
+            (PlaneKind::Posemesh, PlaneKind::Posemesh) => Some(format!(
+                "a node serves one control plane of kind \"posemesh\", found {} too; keep one",
+                earlier.name
+            )),
+            #[cfg(feature = "grpc")]
+            (PlaneKind::NodeRuntime(one), PlaneKind::NodeRuntime(other)) => {
+                let (one, other) = (&one.config, &other.config);
+                let same = one.node_id == other.node_id && one.control_plane_url == other.control_plane_url;
+                same.then(|| format!("has the control_plane_url and the node_id of {}; keep one", earlier.name))
+            }
+            _ => None,
+        }
+    }
 }
 
 /// A kind of control plane.
@@ -204,16 +234,19 @@ impl Walk<'_> {
                 return None;
             }
         };
-        let Value::Table(members) = value else {
+        let Value::Table(mut members) = value else {
             self.mistake(line, place, &format!("expected a table, found {}", value.describe()));
             return None;
         };
+        let min_slots = self.min_slots(place, &mut members);
+        let entry = |name, kind_line, kind| PlaneEntry { name, line, kind_line, kind, min_slots };
         let given = members.iter().find_map(|(key, line, value)| match value {
             Value::Text(text) if key == "kind" => Some((text.as_str(), *line)),
             _ => None,
         });
         if let Some((NODE_RUNTIME, kind_line)) = given {
-            return self.node_runtime(line, kind_line, name, members);
+            let kind = self.node_runtime(line, kind_line, &name, members)?;
+            return Some(entry(name, kind_line, kind));
         }
         let (mut kind, mut folder) = (None, None);
         for (key, line, value) in members {
@@ -226,7 +259,11 @@ impl Walk<'_> {
                     return None;
                 }
                 _ => {
-                    self.mistake(line, &format!("{place}.{key}"), "there is no such key; there are kind and folder");
+                    self.mistake(
+                        line,
+                        &format!("{place}.{key}"),
+                        "there is no such key; there are kind, folder and min_slots",
+                    );
                     return None;
                 }
             }
@@ -236,14 +273,14 @@ impl Walk<'_> {
                 self.mistake(line, place, "has no kind; expected kind = \"posemesh\", \"local\" or \"node-runtime\"")
             }
             (Some((kind_line, kind)), None) if kind == "posemesh" => {
-                return Some(PlaneEntry { name, line, kind_line, kind: PlaneKind::Posemesh });
+                return Some(entry(name, kind_line, PlaneKind::Posemesh));
             }
             (Some((_, kind)), Some((line, _))) if kind == "posemesh" => {
                 self.mistake(line, &format!("{place}.folder"), "a posemesh plane has no folder; remove this key");
             }
             (Some((kind_line, kind)), Some((folder_line, folder))) if kind == "local" && !folder.trim().is_empty() => {
                 let kind = PlaneKind::Local { folder: PathBuf::from(folder.trim()), line: folder_line };
-                return Some(PlaneEntry { name, line, kind_line, kind });
+                return Some(entry(name, kind_line, kind));
             }
             (Some((line, kind)), _) if kind == "local" => {
                 self.mistake(
@@ -263,10 +300,25 @@ impl Walk<'_> {
         None
     }
 
+    /// Takes the slots that are kept free for a control plane from its table. Every kind has this key.
+    fn min_slots(&mut self, place: &str, members: &mut Members) -> Option<(usize, usize)> {
+        let at = members.iter().position(|(key, _, _)| key == MIN_SLOTS)?;
+        let (_, line, value) = members.remove(at);
+        let found = value.describe();
+        if let Value::Whole(text) = value
+            && let Some(slots) = text.parse().ok().filter(|slots| *slots <= SLOTS_MAX)
+        {
+            return Some((slots, line));
+        }
+        let what = format!("expected a whole number from 0 to {SLOTS_MAX}, found {found}");
+        self.mistake(line, &format!("{place}.{MIN_SLOTS}"), &what);
+        None
+    }
+
     #[cfg(feature = "grpc")]
-    fn node_runtime(&mut self, line: usize, kind_line: usize, name: PlaneName, members: Members) -> Option<PlaneEntry> {
+    fn node_runtime(&mut self, line: usize, _: usize, name: &PlaneName, members: Members) -> Option<PlaneKind> {
         match node_runtime::read(name.clone(), line, members) {
-            Ok(table) => Some(PlaneEntry { name, line, kind_line, kind: PlaneKind::NodeRuntime(Box::new(table)) }),
+            Ok(table) => Some(PlaneKind::NodeRuntime(Box::new(table))),
             Err(mistakes) => {
                 for (line, key, what) in mistakes {
                     self.mistake(line, &format!("plane.{name}.{key}"), &what);
@@ -277,7 +329,7 @@ impl Walk<'_> {
     }
 
     #[cfg(not(feature = "grpc"))]
-    fn node_runtime(&mut self, _: usize, kind_line: usize, name: PlaneName, _: Members) -> Option<PlaneEntry> {
+    fn node_runtime(&mut self, _: usize, kind_line: usize, name: &PlaneName, _: Members) -> Option<PlaneKind> {
         let what = "this binary was built without gRPC, which \"node-runtime\" needs; build it with the feature grpc";
         self.mistake(kind_line, &format!("plane.{name}.kind"), what);
         None

@@ -9,7 +9,7 @@ use secrecy::SecretString;
 
 use super::{
     Mistakes,
-    file::{self, Entry, PlaneEntry, PlaneKind},
+    file::{self, Entry, MIN_SLOTS, PlaneEntry, PlaneKind},
     keys::{KEYS, Key, Kind},
 };
 use crate::{leases::dms, model::nearest};
@@ -78,11 +78,10 @@ impl Layers {
         let read = file::read(path).map_err(|problem| Mistakes(vec![problem]))?;
         self.file = Some(path.to_owned());
         self.mistakes.extend(read.mistakes);
-        if let [_, second, ..] = &read.planes[..] {
-            let names: Vec<&str> = read.planes.iter().map(|plane| plane.name.as_str()).collect();
-            let (place, names) = (format!("{}:{}", path.display(), second.line), names.join(", "));
-            let what = format!("this version serves one control plane, found {names}; keep one");
-            self.mistakes.push(format!("{place}: plane.{}: {what}", second.name));
+        for (index, plane) in read.planes.iter().enumerate() {
+            if let Some(what) = read.planes[..index].iter().find_map(|earlier| plane.conflict_with(earlier)) {
+                self.mistakes.push(format!("{}:{}: plane.{}: {what}", path.display(), plane.line, plane.name));
+            }
         }
         self.planes = read.planes;
         self.has_bad_plane = read.has_bad_plane;
@@ -113,36 +112,41 @@ impl Layers {
         Ok(())
     }
 
-    /// The control plane that the node serves.
-    pub(super) fn plane(&self) -> Option<&PlaneEntry> {
-        self.planes.first()
+    /// The control planes that the file names, in its order. Without one the node serves the posemesh services.
+    pub(super) fn planes(&self) -> &[PlaneEntry] {
+        &self.planes
     }
 
     /// Whether the node serves the posemesh services, so that their settings are required.
     pub(super) fn needs_posemesh(&self) -> bool {
-        self.plane().map_or(!self.has_bad_plane, |plane| plane.kind == PlaneKind::Posemesh)
+        let named = self.planes.iter().any(|plane| plane.kind == PlaneKind::Posemesh);
+        named || (self.planes.is_empty() && !self.has_bad_plane)
     }
 
-    /// The settings in the file for the chosen control plane: key, value and origin. If the file names none, the
-    /// default.
+    /// The settings in the file for the control planes: key, value and origin. If the file names none, the default.
     #[must_use]
     pub fn plane_rows(&self) -> Vec<(String, String, Origin)> {
-        let Some(plane) = self.plane() else {
+        if self.planes.is_empty() {
             return vec![(format!("plane.{}.kind", dms::DEFAULT_NAME), "posemesh".to_owned(), Origin::Default)];
-        };
-        let row =
-            |key: &str, value: String, line| (format!("plane.{}.{key}", plane.name), value, Origin::File { line });
-        match &plane.kind {
-            PlaneKind::Posemesh => vec![row("kind", "posemesh".to_owned(), plane.kind_line)],
-            PlaneKind::Local { folder, line } => vec![
-                row("kind", "local".to_owned(), plane.kind_line),
-                row("folder", folder.to_string_lossy().into_owned(), *line),
-            ],
-            #[cfg(feature = "grpc")]
-            PlaneKind::NodeRuntime(table) => {
-                table.rows.iter().map(|(key, value, line)| row(key, value.clone(), *line)).collect()
-            }
         }
+        let rows = self.planes.iter().flat_map(|plane| {
+            let row =
+                |key: &str, value: String, line| (format!("plane.{}.{key}", plane.name), value, Origin::File { line });
+            let mut rows = match &plane.kind {
+                PlaneKind::Posemesh => vec![row("kind", "posemesh".to_owned(), plane.kind_line)],
+                PlaneKind::Local { folder, line } => vec![
+                    row("kind", "local".to_owned(), plane.kind_line),
+                    row("folder", folder.to_string_lossy().into_owned(), *line),
+                ],
+                #[cfg(feature = "grpc")]
+                PlaneKind::NodeRuntime(table) => {
+                    table.rows.iter().map(|(key, value, line)| row(key, value.clone(), *line)).collect()
+                }
+            };
+            rows.extend(plane.min_slots.map(|(slots, line)| row(MIN_SLOTS, slots.to_string(), line)));
+            rows
+        });
+        rows.collect()
     }
 
     /// Sets a value above the lower layers. Blank changes nothing.

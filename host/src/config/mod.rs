@@ -23,7 +23,7 @@ pub use layers::{Layers, Origin};
 pub use parser::{Remark, duration};
 pub use secrets::Secrets;
 
-use file::{PlaneEntry, PlaneKind};
+use file::{MIN_SLOTS, PlaneEntry, PlaneKind};
 
 #[cfg(feature = "grpc")]
 use crate::leases::node_runtime::Config as NodeRuntimeConfig;
@@ -45,8 +45,9 @@ use parser::Parser;
 pub struct HostConfig {
     /// The node's identity, registration and sign-in.
     pub auth: auth::Config,
-    /// Which control plane the node serves.
-    pub plane: PlaneChoice,
+    /// The control planes that the node serves, each under its own name. At most one is [`PlaneChoice::Posemesh`], and
+    /// it is the first one.
+    pub planes: Vec<PlaneChoice>,
     /// The posemesh task service.
     pub dms: dms::Config,
     /// When heartbeats are sent.
@@ -67,7 +68,7 @@ pub struct HostConfig {
     pub warnings: Vec<String>,
 }
 
-/// The control plane of a node.
+/// A control plane of a node.
 #[derive(Clone, Debug)]
 pub enum PlaneChoice {
     /// The posemesh services: `auth` and `dms`.
@@ -120,7 +121,7 @@ impl HostConfig {
     fn blank() -> Self {
         Self {
             auth: auth::Config::new(placeholder(), NodeKey::generate().0),
-            plane: PlaneChoice::Posemesh,
+            planes: vec![PlaneChoice::Posemesh],
             dms: dms::Config::new(placeholder()),
             session: session::Config::default(),
             engine: engine::Config::default(),
@@ -160,30 +161,15 @@ impl HostConfig {
         for key in KEYS {
             (key.fill)(&mut built, &mut parser, key.name);
         }
-        match layers.plane() {
-            Some(PlaneEntry { name, kind: PlaneKind::Local { folder, .. }, .. }) => {
-                built.plane = PlaneChoice::Local { name: name.clone(), folder: folder.clone(), observer: None };
-                return (built, parser);
+        if !layers.planes().is_empty() {
+            built.planes = parser.planes(&mut built.engine, &built.transport);
+            if let Some(plane) = layers.planes().iter().find(|plane| plane.kind == PlaneKind::Posemesh) {
+                built.dms.name = plane.name.clone();
             }
-            #[cfg(feature = "grpc")]
-            Some(PlaneEntry { name, kind: PlaneKind::NodeRuntime(table), .. }) => {
-                let policy = transport::Policy { allow_insecure_http: built.transport.allow_insecure_http };
-                for (key, problem) in table.url_problems(policy) {
-                    parser.mistakes.push(Remark::plain(format!("plane.{name}.{key}: {problem}")));
-                }
-                let mut config = table.config.clone();
-                let slots = &mut config.capacity.slots;
-                if *slots > 0 && parser.origin("MAX_CONCURRENCY") == Origin::Default {
-                    built.engine.slots = usize::try_from(*slots).unwrap_or(engine::SLOTS_MAX);
-                }
-                if *slots == 0 {
-                    *slots = u32::try_from(built.engine.slots).unwrap_or(u32::MAX);
-                }
-                built.plane = PlaneChoice::NodeRuntime(Box::new(config));
-                return (built, parser);
-            }
-            Some(PlaneEntry { name, kind: PlaneKind::Posemesh, .. }) => built.dms.name = name.clone(),
-            None => {}
+        }
+        parser.floors(&mut built.engine);
+        if !posemesh {
+            return (built, parser);
         }
         let policy = transport::Policy { allow_insecure_http: built.transport.allow_insecure_http };
         for (name, url) in [("DMS_BASE_URL", &built.dms.base), ("DDS_BASE_URL", &built.auth.dds)] {
@@ -228,7 +214,8 @@ fn folder_remarks(layers: &Layers) -> Vec<Remark> {
     parser.mistakes.clear();
     parser.check_folder("SCRATCH_DIR", &scratch);
     parser.check_default_folder();
-    if let Some(PlaneEntry { name, kind: PlaneKind::Local { folder, line }, .. }) = layers.plane() {
+    for PlaneEntry { name, kind, .. } in layers.planes() {
+        let PlaneKind::Local { folder, line } = kind else { continue };
         let problem = local::folders(folder).iter().find_map(|folder| folder_problem(folder));
         let place = format!("{}: plane.{name}.folder", layers.describe(Origin::File { line: *line }));
         parser.mistakes.extend(problem.map(|problem| Remark::elsewhere(place, problem)));
@@ -244,6 +231,69 @@ fn folder_remarks(layers: &Layers) -> Vec<Remark> {
 }
 
 impl Parser<'_> {
+    /// The control planes of the file. One of them may determine the number of slots.
+    fn planes(&mut self, engine: &mut engine::Config, transport: &transport::Config) -> Vec<PlaneChoice> {
+        #[cfg(feature = "grpc")]
+        self.slots_of_planes(engine);
+        #[cfg(not(feature = "grpc"))]
+        let _ = (engine, transport);
+        let mut planes = Vec::new();
+        for PlaneEntry { name, kind, .. } in self.layers.planes() {
+            match kind {
+                // The status shows its registration as that of the node.
+                PlaneKind::Posemesh => planes.insert(0, PlaneChoice::Posemesh),
+                PlaneKind::Local { folder, .. } => {
+                    planes.push(PlaneChoice::Local { name: name.clone(), folder: folder.clone(), observer: None });
+                }
+                #[cfg(feature = "grpc")]
+                PlaneKind::NodeRuntime(table) => {
+                    let policy = transport::Policy { allow_insecure_http: transport.allow_insecure_http };
+                    for (key, problem) in table.url_problems(policy) {
+                        self.mistakes.push(Remark::plain(format!("plane.{name}.{key}: {problem}")));
+                    }
+                    let mut config = table.config.clone();
+                    let slots = &mut config.capacity.slots;
+                    if *slots == 0 {
+                        *slots = u32::try_from(engine.slots).unwrap_or(u32::MAX);
+                    }
+                    planes.push(PlaneChoice::NodeRuntime(Box::new(config)));
+                }
+            }
+        }
+        planes
+    }
+
+    /// Without `MAX_CONCURRENCY`, the largest `capacity.slots` is the number of slots.
+    #[cfg(feature = "grpc")]
+    fn slots_of_planes(&self, engine: &mut engine::Config) {
+        let slots = self.layers.planes().iter().filter_map(|plane| match &plane.kind {
+            PlaneKind::NodeRuntime(table) => Some(table.config.capacity.slots).filter(|slots| *slots > 0),
+            _ => None,
+        });
+        if let (Some(slots), Origin::Default) = (slots.max(), self.origin("MAX_CONCURRENCY")) {
+            engine.slots = usize::try_from(slots).unwrap_or(engine::SLOTS_MAX);
+        }
+    }
+
+    /// The slots that are kept free for each control plane.
+    fn floors(&mut self, engine: &mut engine::Config) {
+        let mut sum = 0;
+        for PlaneEntry { name, min_slots, .. } in self.layers.planes() {
+            let Some((slots, line)) = *min_slots else { continue };
+            engine.floors.insert(name.clone(), slots);
+            let before = sum;
+            sum += slots;
+            if before <= engine.slots && sum > engine.slots {
+                let place = format!("{}: plane.{name}.{MIN_SLOTS}", self.layers.describe(Origin::File { line }));
+                let what = format!(
+                    "the control planes reserve {sum} slots, but the node has {}; raise MAX_CONCURRENCY or lower {MIN_SLOTS}",
+                    engine.slots
+                );
+                self.mistakes.push(Remark::elsewhere(place, what));
+            }
+        }
+    }
+
     fn state_dir(&mut self) -> PathBuf {
         if let Some(dir) = self.optional("STATE_DIR") {
             return PathBuf::from(dir);

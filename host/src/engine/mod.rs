@@ -11,6 +11,7 @@ mod planes;
 mod tests;
 
 use std::{
+    collections::BTreeMap,
     pin::pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -28,7 +29,7 @@ use tracing::{Instrument as _, debug, error, warn};
 
 use crate::{
     leases::{Admission, Advice, LeaseError, LeaseSource},
-    model::{Backoff, BootInstant, Jitter, Lease, Outcome, ReportAddress, SetupStage, millis},
+    model::{Backoff, BootInstant, Jitter, Lease, Outcome, PlaneName, ReportAddress, SetupStage, millis},
     node_event::{NodeEvent, NodeEvents, SkipReason},
     outbox::Outbox,
     plugins::Plugins,
@@ -77,6 +78,8 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// How long a runner may take to end after its cancel.
     pub cancel_grace: Duration,
+    /// Slots that are kept free for a control plane. Together at most `slots`.
+    pub floors: BTreeMap<PlaneName, usize>,
 }
 
 /// The largest number of slots that may be configured.
@@ -89,6 +92,7 @@ impl Default for Config {
             poll_backoff: (Duration::from_secs(1), Duration::from_secs(30)),
             drain_timeout: Duration::from_secs(30),
             cancel_grace: Duration::from_secs(10),
+            floors: BTreeMap::new(),
         }
     }
 }

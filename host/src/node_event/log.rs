@@ -6,7 +6,7 @@
 use tracing::{debug, error, info, warn};
 
 use super::{NodeEvent, RepeatCause, SkipReason};
-use crate::model::{DiskStatus, ReportState, TaskRecord, millis};
+use crate::model::{DiskStatus, PlaneName, ReportState, TaskRecord, millis};
 
 const APP: &str = "runner_host::app";
 const ENGINE: &str = "runner_host::engine";
@@ -26,8 +26,9 @@ impl NodeEvent {
     /// Writes the log line.
     pub(super) fn log(&self) {
         match self {
-            Self::NodeStarted { address, plane } => {
-                info!(target: APP, event = "node.started", address = address.map(tracing::field::display), plane = %plane, "node started");
+            Self::NodeStarted { address, planes } => {
+                let plane: Vec<&str> = planes.iter().map(PlaneName::as_str).collect();
+                info!(target: APP, event = "node.started", address = address.map(tracing::field::display), plane = plane.join(" "), "node started");
             }
             Self::NodeLeasing => info!(target: APP, event = "node.leasing", "node leases tasks"),
             Self::NodeDraining { tasks, limit } => {

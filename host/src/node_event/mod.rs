@@ -37,8 +37,8 @@ pub enum NodeEvent {
     NodeStarted {
         /// Where its pages are.
         address: Option<SocketAddr>,
-        /// Its control plane.
-        plane: PlaneName,
+        /// Its control planes.
+        planes: Vec<PlaneName>,
     },
     /// The node leases tasks.
     NodeLeasing,

@@ -43,7 +43,7 @@ fn all(board: &StatusBoard) -> Vec<NodeEvent> {
         repeated,
     };
     vec![
-        NodeEvent::NodeStarted { address: None, plane: plane() },
+        NodeEvent::NodeStarted { address: None, planes: vec![plane()] },
         NodeEvent::NodeLeasing,
         NodeEvent::DiskFull { path: path.clone(), disk },
         NodeEvent::DiskHasRoom { path, disk },

@@ -481,9 +481,19 @@ async fn node_runs_with_only_a_configuration_file() {
 async fn wrong_control_plane_tables_are_reported_with_lines() {
     let files = Files::new();
     let local = "kind = \"local\"\nfolder = \"jobs\"\n";
-    let two = format!("[plane.a]\n{local}[plane.b]\n{local}");
+    let floors = format!("[plane.a]\n{local}min_slots = 1\n[plane.b]\n{local}min_slots = 2\n");
+    let twice = "{\"plane\": {\"a\": {\"kind\": \"local\", \"folder\": \"x\"},\n\"a\": {\"kind\": \"local\", \"folder\": \"y\"}}}";
     for (text, wanted) in [
-        (&*two, ":4: plane.b: this version serves one control plane, found a, b; keep one"),
+        (
+            &*floors,
+            ":8: plane.b.min_slots: the control planes reserve 3 slots, but the node has 1; raise MAX_CONCURRENCY or \
+             lower min_slots",
+        ),
+        (
+            "[plane.a]\nmin_slots = -1\nkind = \"local\"\nfolder = \"x\"",
+            ":2: plane.a.min_slots: expected a whole number from 0 to 65536, found -1",
+        ),
+        (twice, ":2: plane.a: is given twice; keep one"),
         (
             "[plane.a]\nkind = \"lcoal\"",
             ":2: plane.a.kind: expected \"posemesh\", \"local\" or \"node-runtime\", found \"lcoal\"",
@@ -492,17 +502,35 @@ async fn wrong_control_plane_tables_are_reported_with_lines() {
         ("\n[plane.a]", ":2: plane.a: has no kind; expected kind = \"posemesh\", \"local\" or \"node-runtime\""),
         ("[plane.a]\nkind = 1", ":2: plane.a.kind: expected a text in quotes, found 1"),
         ("[plane.a]\nkind = \"posemesh\"\nfolder = \"x\"", ":3: plane.a.folder: a posemesh plane has no folder"),
-        ("[plane.a]\nterm = 1", ":2: plane.a.term: there is no such key; there are kind and folder"),
+        ("[plane.a]\nterm = 1", ":2: plane.a.term: there is no such key; there are kind, folder and min_slots"),
         ("[plane]\na = 1", ":2: plane.a: expected a table, found 1"),
         ("plane = 1", ":1: plane: expected a table for each control plane, such as [plane.jobs]"),
         ("[plane.A]\nkind = \"local\"", ":1: plane.A: "),
     ] {
-        let file = files.write("node.toml", text);
+        let file = files.write(if text.starts_with('{') { "node.json" } else { "node.toml" }, text);
         let ended = with_file("check", &file).run().await.expect(78);
         let start = format!("error: {}{wanted}", file.display());
         // The settings of the posemesh services are not reported as missing.
         assert!(ended.stderr.starts_with(&start) && ended.stderr.lines().count() == 1, "{start}\n{}", ended.stderr);
     }
+}
+
+#[tokio::test]
+async fn one_posemesh_plane_and_several_others_are_allowed() {
+    let files = Files::new();
+    let check = async |text: &str| {
+        let file = files.write("node.toml", text);
+        (file.display().to_string(), with_file("check", &file).run().await.expect(78).stderr)
+    };
+    let posemesh = |name: &str| format!("[plane.{name}]\nkind = \"posemesh\"\n");
+    let (file, found) = check(&(posemesh("a") + &posemesh("b"))).await;
+    let wanted =
+        format!("{file}:3: plane.b: a node serves one control plane of kind \"posemesh\", found a too; keep one");
+    assert!(found.contains(&wanted), "{found}");
+    let local = "[plane.jobs]\nkind = \"local\"\nfolder = \"jobs\"\n";
+    let (_, found) = check(&(local.to_owned() + &posemesh("a"))).await;
+    let lines: Vec<&str> = found.lines().collect();
+    assert!(lines.len() == 4 && lines.iter().all(|line| line.contains(" is not set: ")), "{found}");
 }
 
 #[tokio::test]
