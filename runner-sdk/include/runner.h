@@ -28,7 +28,7 @@ extern "C" {
 
 #define RUNNER_MAGIC UINT64_C(0x52554e4e45527631) /* "RUNNERv1" */
 #define RUNNER_ABI_MAJOR 1
-#define RUNNER_ABI_MINOR 1
+#define RUNNER_ABI_MINOR 2
 #define RUNNER_ABI_VERSION ((uint32_t)((RUNNER_ABI_MAJOR << 16) | RUNNER_ABI_MINOR))
 
 /* Borrowed UTF-8 text; ptr may be NULL when len is 0. */
@@ -69,7 +69,8 @@ typedef void (*runner_callback)(void *user, runner_status status, runner_bytes d
  * log         level 1 to 5 as in log_level; fields_json is an object or empty. If task is 0, {"plugin": name} in
  *             it names the plugin.
  * progress, event   any JSON of at most 64 KiB.
- * cancel_reason     answers plane, lease-lost, drained, deadline or operator; nothing while the task may go on.
+ * cancel_reason     answers plane, lease-lost, drained, deadline, budget or operator; nothing while the task may go
+ *             on.
  * token             answers the bearer; RUNNER_UNSUPPORTED unless it was granted.
  * input_open  answers {"stream": number, "cid", "data_id", "name", "data_type", "domain_id", "size"}.
  * input_read  answers at most max bytes; none is the end.
@@ -78,6 +79,8 @@ typedef void (*runner_callback)(void *user, runner_status status, runner_bytes d
  * output_open, output_file   take {"path"} and, optionally, "name", "data_type", "existing_id", "size".
  * output_open answers {"stream": number}; output_finish and output_file answer {"id": text or null}.
  * task_dir    answers nothing, or why the directory cannot be created. Test RUNNER_HAS(host, 18) first.
+ * usage       takes {"tokens_in": number, "tokens_out": number, "usd_cost": number}, each optional: what the task has
+ *             used since the last call. Test RUNNER_HAS(host, 19) first.
  * complete    RUNNER_OK, or a status with text, one line, and details_json, any JSON for the job's author or empty.
  *             RUNNER_RETRYABLE, RUNNER_INVALID_INPUT and RUNNER_STORAGE tell whether a retry can help.
  *             Returns RUNNER_STALE if the task has already ended.
@@ -109,6 +112,8 @@ typedef struct {
   /* Since 1.1, entry 18. Creates the task's directory again if it was removed. It exists when `start` is called.
    * Answers before it returns. */
   void (*task_dir)(runner_task task, runner_callback reply, void *user);
+  /* Since 1.2, entry 19. A task that is over its budget of tokens is cancelled before the answer. */
+  void (*usage)(runner_task task, runner_str json, runner_callback reply, void *user);
 } runner_host;
 
 /* The plugin's table. */
@@ -125,8 +130,8 @@ typedef struct {
 
 /* All six entries of runner_module, from magic to shutdown. */
 #define RUNNER_MODULE_MASK UINT64_C(0x3f)
-/* All nineteen entries of runner_host, from abi to task_dir. */
-#define RUNNER_HOST_MASK UINT64_C(0x7ffff)
+/* All twenty entries of runner_host, from abi to usage. */
+#define RUNNER_HOST_MASK UINT64_C(0xfffff)
 /* Whether a table has entry number n (from 0). */
 #define RUNNER_HAS(table, n) (((table)->present >> (n)) & 1u)
 

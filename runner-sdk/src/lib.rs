@@ -8,6 +8,7 @@ pub mod testing;
 pub use author::{
     Artifact, ArtifactSink, ArtifactWriter, BoxFuture, CancelReason, ControlPlane, DynRunner, Error, Failure,
     InputReader, InputSource, LeaseEnvelope, MaterializedInput, PortError, PortErrorKind, Runner, TaskCtx, TaskSpec,
+    Usage,
 };
 pub use shim::spawn_blocking;
 
@@ -34,5 +35,5 @@ pub mod __private {
     };
 
     pub const SDK_VERSION: &str = env!("CARGO_PKG_VERSION");
-    pub const ABI_TEXT: &str = "1.1";
+    pub const ABI_TEXT: &str = "1.2";
 }

@@ -100,7 +100,8 @@ fn facts() -> Facts {
     });
     table!(facts, Host as "runner_host", abi::HOST_MASK, "RUNNER_HOST_MASK" {
         abi, log_level, log, progress, event, cancelled, cancel_reason, token, input_open, input_read, input_close,
-        input_file, output_open, output_write, output_finish, output_abort, output_file, complete, task_dir
+        input_file, output_open, output_write, output_finish, output_abort, output_file, complete, task_dir,
+        usage
     });
     table!(facts, Module as "runner_module", abi::MODULE_MASK, "RUNNER_MODULE_MASK" {
         magic, abi, init, start, cancel, shutdown

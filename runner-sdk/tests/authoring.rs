@@ -11,7 +11,7 @@ use std::{
 };
 
 use runner_sdk::{
-    Artifact, CancelReason, DynRunner, Error, Failure, PortErrorKind, Runner, TaskCtx, spawn_blocking,
+    Artifact, CancelReason, DynRunner, Error, Failure, PortErrorKind, Runner, TaskCtx, Usage, spawn_blocking,
     testing::{Ended, TestHost},
 };
 use serde_json::json;
@@ -304,6 +304,25 @@ fn progress_and_events_arrive_in_order() {
     });
     assert_eq!(ended.progress(), [json!({ "n": 0 }), json!({ "n": 1 }), json!({ "n": 2 })]);
     assert_eq!(ended.events(), [json!(["step", 0]), json!(["step", 1]), json!(["step", 2])]);
+}
+
+#[test]
+fn usage_is_added_up_within_its_budget() {
+    let host = TestHost::new().tokens_max(100);
+    let ended = host.run_blocking(&Act(|ctx: TaskCtx| async move {
+        ctx.ctrl.usage(Usage::tokens(60, 0).usd_cost(0.5)).await?;
+        ctx.ctrl.usage(Usage::tokens(0, 40).usd_cost(0.25)).await?;
+        for invalid in [-1.0, f64::NAN] {
+            let refused = ctx.ctrl.usage(Usage::tokens(1, 1).usd_cost(invalid)).await.expect_err("an invalid cost");
+            assert_eq!(refused.kind(), PortErrorKind::BadRequest, "{refused}");
+        }
+        assert!(!ctx.ctrl.is_cancelled(), "100 tokens are allowed");
+        ctx.ctrl.usage(Usage::tokens(1, 0)).await?;
+        assert_eq!(ctx.ctrl.cancelled().await, CancelReason::Budget);
+        Ok(())
+    }));
+    assert!(ended.is_ok(), "{ended:?}");
+    assert_eq!(ended.usage(), Usage::tokens(61, 40).usd_cost(0.75));
 }
 
 #[test]

@@ -98,6 +98,7 @@ mod host {
             output_file,
             complete,
             task_dir: plain,
+            usage: with_text,
         }
     }
 

@@ -108,6 +108,7 @@ pub(super) async fn attempt(modules: Arc<Modules>, slot: Slot, session: Session,
             run_to_end(ended, &held_lease, &stops.cancel).await
         }
     };
+    result.usage = held_lease.usage();
     result.timings = Timings::new(queued, began.elapsed().saturating_sub(queued));
     result.outcome.redact(&held_lease.tokens());
     modules.events.board().moved(slot.held, TaskStage::Reporting);
@@ -293,7 +294,9 @@ async fn setup(held_lease: &HeldLease) -> Result<(), Outcome> {
         Setup::Refused(message) => Err(match held_lease.cancel.reason() {
             Some(CancelReason::Plane | CancelReason::Operator) => Outcome::Cancelled,
             Some(CancelReason::LeaseLost) => Outcome::LeaseLost,
-            Some(reason @ (CancelReason::Drained | CancelReason::Deadline)) => Outcome::of_cancel(reason),
+            Some(reason @ (CancelReason::Drained | CancelReason::Deadline | CancelReason::Budget)) => {
+                Outcome::of_cancel(reason)
+            }
             None => Outcome::Setup { stage: SetupStage::InitialHeartbeat, message },
         }),
         Setup::Pending => unreachable!("setup() waits until it is not pending"),

@@ -17,7 +17,7 @@ use std::{
 
 use secrecy::{ExposeSecret, SecretString};
 
-use super::{BootInstant, DataLocation, Lease, ProgressQueue, ReportAddress, watched::Watched};
+use super::{BootInstant, DataLocation, Lease, ProgressQueue, ReportAddress, Usage, watched::Watched};
 
 /// A bearer token. It is never printed, and is compared only to detect a change.
 #[derive(Clone)]
@@ -60,6 +60,8 @@ pub enum CancelReason {
     Drained,
     /// The run passed its hard deadline.
     Deadline,
+    /// The run used more tokens than its budget.
+    Budget,
     /// The operator at the terminal (only `invoke`).
     Operator,
 }
@@ -73,6 +75,7 @@ impl CancelReason {
             Self::LeaseLost => "lease-lost",
             Self::Drained => "drained",
             Self::Deadline => "deadline",
+            Self::Budget => "budget",
             Self::Operator => "operator",
         }
     }
@@ -171,6 +174,7 @@ pub struct HeldLeaseState {
     token_deadline: Deadline,
     missed: Mutex<MissedHeartbeats>,
     replaced: Mutex<Vec<Token>>,
+    usage: Mutex<Usage>,
     /// Where the report goes, if a heartbeat has changed that.
     renamed: Mutex<Option<ReportAddress>>,
     updates: Watched<LeaseUpdates>,
@@ -283,10 +287,26 @@ impl HeldLease {
             progress: ProgressQueue::default(),
             missed: Mutex::default(),
             replaced: Mutex::default(),
+            usage: Mutex::default(),
             renamed: Mutex::default(),
             updates,
         });
         (Self(Arc::clone(&state)), HeldLeaseWriter(state))
+    }
+
+    /// Adds to what the runner has used. Cancels a task that is over its budget of tokens.
+    pub fn add_usage(&self, more: Usage) {
+        let mut usage = self.usage.lock().unwrap_or_else(PoisonError::into_inner);
+        usage.add(more);
+        if self.lease.tokens_max.is_some_and(|max| usage.tokens() > max) {
+            self.cancel.cancel(CancelReason::Budget);
+        }
+    }
+
+    /// What the runner has used so far.
+    #[must_use]
+    pub fn usage(&self) -> Usage {
+        *self.usage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Every bearer that the runner may have received, the newest last. Above the limit, the oldest are dropped.

@@ -156,6 +156,8 @@ pub struct Lease {
     pub hard_deadline: Option<BootInstant>,
     /// How long the run may take, counted from its start. It is cancelled then, and fails.
     pub time_limit: Option<Duration>,
+    /// How many tokens of language models the run may use. It is cancelled above, and fails.
+    pub tokens_max: Option<u64>,
     /// True when the lease arrived cancelled.
     pub cancelled: bool,
     /// Where the task's data is, according to the control plane so far.
@@ -205,6 +207,7 @@ impl Lease {
             expires_at: None,
             hard_deadline: None,
             time_limit: None,
+            tokens_max: None,
             cancelled: false,
             data: AnnouncedData::Known(DataLocation::None),
             token: None,

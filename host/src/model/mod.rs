@@ -22,6 +22,7 @@ mod readiness;
 mod resolved_path;
 mod status;
 mod suggest;
+mod usage;
 mod watched;
 
 pub use artifact::{Artifact, ArtifactSpec};
@@ -49,3 +50,4 @@ pub use status::{
     RegistrationForm, RegistrationState, ReportState, STATUS_SCHEMA, StatusBoard, TaskRecord, TaskStage, TaskStatus,
 };
 pub use suggest::{did_you_mean, nearest};
+pub use usage::Usage;

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Artifact, CancelReason, Fetched, ReportAddress, Token, millis};
+use super::{Artifact, CancelReason, Fetched, ReportAddress, Token, Usage, millis};
 
 /// Shortest token that is redacted, in bytes. A shorter token is an ordinary word. Its removal would damage texts and
 /// hide nothing.
@@ -75,7 +75,7 @@ pub enum Outcome {
     },
     /// No plugin serves the capability.
     NoRunner,
-    /// The run exceeded a time limit.
+    /// The run exceeded a limit of time or tokens.
     Budget {
         /// Which limit, in one line.
         message: String,
@@ -97,7 +97,7 @@ pub enum Outcome {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum OutcomeWord {
-    /// The run exceeded a time limit.
+    /// The run exceeded a limit of time or tokens.
     Budget,
     /// The control plane cancelled the task.
     Cancelled,
@@ -143,6 +143,7 @@ impl Outcome {
             CancelReason::LeaseLost => Self::LeaseLost,
             CancelReason::Drained => Self::Drained,
             CancelReason::Deadline => Self::Budget { message: "the deadline of the run has passed".to_owned() },
+            CancelReason::Budget => Self::Budget { message: "the run used more tokens than its budget".to_owned() },
             CancelReason::Plane | CancelReason::Operator => Self::Cancelled,
         }
     }
@@ -305,6 +306,9 @@ pub struct TaskResult {
     /// How long the task waited and ran.
     #[serde(default)]
     pub timings: Timings,
+    /// What the runner has used.
+    #[serde(default, skip_serializing_if = "Usage::is_zero")]
+    pub usage: Usage,
 }
 
 /// How long a task waited and ran, in milliseconds.
@@ -335,6 +339,7 @@ impl TaskResult {
             disk_was_full: false,
             inline: BTreeMap::new(),
             timings: Timings::default(),
+            usage: Usage::default(),
         }
     }
 }

@@ -35,7 +35,7 @@ use super::{
 };
 use crate::model::{
     ArtifactSpec, Charge, HeldLease, InputStream, OutputStream, PortError, PortErrorKind, Ports, Setup, TaskId, Token,
-    redact,
+    Usage, redact,
 };
 
 /// Maximum number of streams that one task may hold open.
@@ -539,6 +539,7 @@ fn host_table(log_level: u32) -> abi::Host {
         output_file,
         complete,
         task_dir,
+        usage,
     }
 }
 
@@ -601,6 +602,20 @@ unsafe extern "C" fn event(task: Task, json: Str, reply: Callback, user: *mut c_
     let json = unsafe { copy(json) };
     answer_now(task, reply, user, |running| {
         running.held_lease.progress.event(parse(&json?)?).map_err(limit)?;
+        Ok(Bytes::new())
+    });
+}
+
+unsafe extern "C" fn usage(task: Task, json: Str, reply: Callback, user: *mut c_void) {
+    // SAFETY: lent for this call.
+    let json = unsafe { copy(json) };
+    answer_now(task, reply, user, |running| {
+        let used: Usage =
+            serde_json::from_str(&json?).map_err(|err| bad_request(format!("usage is not valid: {err}")))?;
+        if used.usd_cost < 0.0 {
+            return Err(bad_request(format!("usd_cost is {}, expected 0 or more", used.usd_cost)));
+        }
+        running.held_lease.add_usage(used);
         Ok(Bytes::new())
     });
 }
@@ -801,13 +816,16 @@ unsafe extern "C" fn task_dir(task: Task, reply: Callback, user: *mut c_void) {
     answer_now(task, reply, user, |running| running.make_folder().map(|()| Bytes::new()));
 }
 
+fn bad_request(text: String) -> PortError {
+    PortError::new(PortErrorKind::BadRequest, text)
+}
+
 fn parse(json: &str) -> Result<serde_json::Value, PortError> {
-    serde_json::from_str(json).map_err(|err| PortError::new(PortErrorKind::BadRequest, format!("expected JSON: {err}")))
+    serde_json::from_str(json).map_err(|err| bad_request(format!("expected JSON: {err}")))
 }
 
 fn artifact_spec(json: &str) -> Result<ArtifactSpec, PortError> {
-    serde_json::from_str(json)
-        .map_err(|err| PortError::new(PortErrorKind::BadRequest, format!("expected an artifact spec: {err}")))
+    serde_json::from_str(json).map_err(|err| bad_request(format!("expected an artifact spec: {err}")))
 }
 
 fn published(id: Option<String>) -> Answer {
@@ -815,7 +833,7 @@ fn published(id: Option<String>) -> Answer {
 }
 
 fn wrong_direction(stream: u64) -> PortError {
-    PortError::new(PortErrorKind::BadRequest, format!("stream {stream} is not open in this direction"))
+    bad_request(format!("stream {stream} is not open in this direction"))
 }
 
 #[allow(clippy::needless_pass_by_value, reason = "used as a function of map_err")]

@@ -34,6 +34,7 @@ fn lease(left: Duration) -> Lease {
         expires_at: Some(BootInstant::now() + left),
         hard_deadline: None,
         time_limit: None,
+        tokens_max: None,
         cancelled: false,
         data: AnnouncedData::at_server(Some("https://ds.lab.test"), Some(Uuid::nil())),
         token: Some(Token::new("dom-1")),

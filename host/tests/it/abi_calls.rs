@@ -42,10 +42,10 @@ async fn late_and_forged_calls_are_answered_stale() {
     let stale = runner_sdk::abi::Status::STALE.0;
     for message in ["late calls", "forged calls"] {
         let line = node.says_text(message).await;
-        assert_eq!(fields(&line), json!({ "calls": 14, "stale": 14, "cancelled": stale, "complete": stale }));
+        assert_eq!(fields(&line), json!({ "calls": 15, "stale": 15, "cancelled": stale, "complete": stale }));
     }
-    // Two rounds of 14 calls with an answer, plus log, cancelled and complete.
-    assert_eq!(node.status().await["stale_calls"], 34);
+    // Two rounds of 15 calls with an answer, plus log, cancelled and complete.
+    assert_eq!(node.status().await["stale_calls"], 36);
     // These calls have no effect, and the next task is not disturbed.
     let ended = test_server.run(&node, "/fixtures/c-thread/v1", json!({})).await;
     assert!(ended.completed().artifacts().is_empty());

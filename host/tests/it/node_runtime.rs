@@ -4,6 +4,7 @@
 use std::{collections::BTreeMap, fs};
 
 use http::StatusCode;
+use runner_host::leases::node_runtime::lease::CompleteRequest;
 use serde_json::{Value, json};
 use tonic::{Code, Status};
 
@@ -107,6 +108,55 @@ async fn failures_say_whether_a_retry_helps() {
     plane.failed(&node, "agent-name").await;
     let line = node.line(|line| line["event"] == "task.ended" && line["task_id"] == "agent-name").await;
     assert_eq!(line["capability"], "/agents/agent/v1", "{line}");
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn usage_arrives_with_the_completion() {
+    let plane = NodePlane::start().await;
+    let node = plane.node(&[fixtures::zoo()], "").leasing().await;
+    let run = |id: &str, usage: Value| lease(id, "/fixtures/usage/v1", &[], &[("usage", &usage.to_string())]);
+    let usage = json!([
+        { "tokens_in": 1000, "usd_cost": 0.25 },
+        { "tokens_in": 200, "tokens_out": 30, "usd_cost": 0.5 },
+        { "tokens_out": 7, "usd_cost": -1.0 },
+    ]);
+    plane.send(&node, run("sum", usage)).await;
+    let costs = |sent: CompleteRequest| sent.costs.map(|costs| (costs.tokens_in, costs.tokens_out, costs.usd_cost));
+    assert_eq!(costs(plane.completed(&node, "sum").await), Some((1200, 30, 0.75)));
+    assert_eq!(node.says_text("usage refused").await["kind"], "BadRequest");
+    let mut large = run("large", json!([{ "tokens_in": u64::MAX }, { "tokens_in": 1, "tokens_out": 5 }]));
+    large.run_spec.as_mut().expect("a spec").budgets.as_mut().expect("budgets").max_tokens = 0;
+    plane.send(&node, large).await;
+    assert_eq!(costs(plane.completed(&node, "large").await), Some((i32::MAX, 5, 0.0)));
+    plane.send(&node, lease("none", "/fixtures/ok/v1", &[], &[])).await;
+    assert_eq!(costs(plane.completed(&node, "none").await), Some((0, 0, 0.0)));
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn runs_over_max_tokens_are_cancelled_and_failed() {
+    let plane = NodePlane::start().await;
+    let node = plane.node(&[fixtures::zoo()], "").leasing().await;
+    let run = |id: &str, usage: Value, more: &[(&str, &str)]| {
+        let usage = usage.to_string();
+        let metadata: Vec<_> = more.iter().copied().chain([("usage", usage.as_str())]).collect();
+        let mut lease = lease(id, "/fixtures/usage/v1", &[], &metadata);
+        lease.run_spec.as_mut().expect("a spec").budgets.as_mut().expect("budgets").max_tokens = 100;
+        lease
+    };
+    plane.send(&node, run("at-the-limit", json!([{ "tokens_in": 60, "tokens_out": 40 }]), &[])).await;
+    plane.completed(&node, "at-the-limit").await;
+    let over = json!([{ "tokens_in": 60 }, { "tokens_out": 41 }]);
+    // This run returns without an error.
+    plane.send(&node, run("ends", over.clone(), &[])).await;
+    let sent = plane.failed(&node, "ends").await;
+    assert_eq!((sent.error_message.as_str(), sent.retryable), ("the run used 101 tokens, max_tokens is 100", false));
+    // This run waits for its cancellation.
+    plane.send(&node, run("waits", over, &[("waits", "yes")])).await;
+    assert!(!plane.failed(&node, "waits").await.retryable);
+    let line = node.says_text("cancelled").await;
+    assert_eq!(line["reason"], "Budget", "{line}");
     node.stop().await;
 }
 

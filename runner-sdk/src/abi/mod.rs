@@ -33,7 +33,7 @@ pub const MAGIC: u64 = 0x5255_4e4e_4552_7631;
 /// Major version. A host rejects a plugin with another major version.
 pub const ABI_MAJOR: u16 = 1;
 /// Minor version. It grows with every appended entry.
-pub const ABI_MINOR: u16 = 1;
+pub const ABI_MINOR: u16 = 2;
 /// `major << 16 | minor`, as the tables carry it.
 pub const ABI_VERSION: u32 = (ABI_MAJOR as u32) << 16 | ABI_MINOR as u32;
 /// Section that holds the manifest, a JSON object readable without running the file.
@@ -150,7 +150,7 @@ pub struct Host {
     /// 0 while the task should go on, 1 when it should stop, [`Status::STALE`] after its end. The return value is
     /// the answer.
     pub cancelled: unsafe extern "C" fn(task: Task) -> i32,
-    /// The reason why the task should stop. Answer: a word such as `plane`, `lease-lost`, `drained`. Empty when it
+    /// The reason why the task should stop. Answer: a word such as `plane`, `lease-lost`, `budget`. Empty when it
     /// should go on.
     pub cancel_reason: unsafe extern "C" fn(task: Task, reply: Callback, user: *mut c_void),
     /// The storage bearer token, if the operator granted it. Answer: the token.
@@ -186,6 +186,10 @@ pub struct Host {
     /// nothing, or why it cannot be created. Since 1.1.
     #[sabi(missing_field(option))]
     pub task_dir: unsafe extern "C" fn(task: Task, reply: Callback, user: *mut c_void),
+    /// Adds to what the task has used. `json` is `{"tokens_in":N,"tokens_out":N,"usd_cost":X}`; a missing number is 0.
+    /// Answer: nothing. A task that is over its budget of tokens is cancelled before the answer. Since 1.2.
+    #[sabi(missing_field(option))]
+    pub usage: unsafe extern "C" fn(task: Task, json: Str, reply: Callback, user: *mut c_void),
 }
 
 /// The plugin's table. `runner_module_v1` returns a pointer to it, valid until the process ends.
@@ -214,8 +218,8 @@ pub struct Module {
 
 /// Bits of [`Module`]'s mask that this version needs: all six.
 pub const MODULE_MASK: u64 = 0b11_1111;
-/// Bits of [`Host`]'s mask that this version writes: all nineteen.
-pub const HOST_MASK: u64 = 0x7_ffff;
+/// Bits of [`Host`]'s mask that this version writes: all twenty.
+pub const HOST_MASK: u64 = 0xf_ffff;
 
 /// A table in memory: the two leading words, then the entries. Read an entry only through a raw pointer, and only if
 /// its bit is set: the table may be shorter than this type.

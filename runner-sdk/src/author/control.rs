@@ -1,8 +1,8 @@
-//! Progress, events, cancellation, token.
+//! Progress, events, cancellation, token, usage.
 
 use std::{sync::Arc, time::Duration};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::{Call, Payload, Port, PortError, PortErrorKind};
 
@@ -18,6 +18,8 @@ pub enum CancelReason {
     Drained,
     /// The run passed its time limit.
     Deadline,
+    /// The run used more than its budget, such as its tokens.
+    Budget,
     /// The operator stopped the run.
     Operator,
     /// The task has ended: `run` has returned, and this context outlived it.
@@ -33,10 +35,42 @@ impl CancelReason {
             "lease-lost" => Self::LeaseLost,
             "drained" => Self::Drained,
             "deadline" => Self::Deadline,
+            "budget" => Self::Budget,
             "operator" => Self::Operator,
             "task-over" => Self::TaskOver,
             other => Self::Other(other.to_owned()),
         }
+    }
+}
+
+/// What a run has used since its last report: tokens of a language model, and what they cost.
+///
+/// ```
+/// let usage = runner_sdk::Usage::tokens(1200, 340).usd_cost(0.0031);
+/// ```
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+#[serde(default)]
+pub struct Usage {
+    /// Tokens that were sent to a model.
+    pub tokens_in: u64,
+    /// Tokens that a model produced.
+    pub tokens_out: u64,
+    /// The cost in US dollars, 0 or more.
+    pub usd_cost: f64,
+}
+
+impl Usage {
+    /// Tokens that were sent to a model and that it produced. Without cost.
+    #[must_use]
+    pub fn tokens(tokens_in: u64, tokens_out: u64) -> Self {
+        Self { tokens_in, tokens_out, usd_cost: 0.0 }
+    }
+
+    /// Sets the cost in US dollars.
+    #[must_use]
+    pub fn usd_cost(self, usd_cost: f64) -> Self {
+        Self { usd_cost, ..self }
     }
 }
 
@@ -67,6 +101,17 @@ impl ControlPlane {
     /// `Limit` when too many wait to be sent, `TaskOver`, or `BadRequest` when it does not serialise.
     pub async fn log_event(&self, value: impl Serialize) -> Result<(), PortError> {
         let call = Call::Event(json(&value)?);
+        self.port.call(call).await.map(drop)
+    }
+
+    /// Adds to what the run has used. A Node Runtime control plane gets the sum with the report. If the run has a
+    /// budget of tokens and uses more, it is cancelled ([`CancelReason::Budget`]) and fails.
+    ///
+    /// # Errors
+    /// `BadRequest` when the cost is negative or no number, `TaskOver`, or `Unsupported` when the host is older than
+    /// this call.
+    pub async fn usage(&self, usage: Usage) -> Result<(), PortError> {
+        let call = Call::Usage(json(&usage)?);
         self.port.call(call).await.map(drop)
     }
 

@@ -14,7 +14,7 @@ mod runner;
 mod signal;
 
 pub use context::TaskCtx;
-pub use control::{CancelReason, ControlPlane};
+pub use control::{CancelReason, ControlPlane, Usage};
 pub use error::{Error, Failure, PortError, PortErrorKind};
 pub use input::{InputReader, InputSource, MaterializedInput};
 pub use lease::{LeaseEnvelope, TaskSpec};

@@ -11,6 +11,7 @@ pub(crate) enum Call {
     Event(String),
     CancelReason,
     Token,
+    Usage(String),
     TaskDir,
     InputOpen { cid: String },
     InputRead { stream: u64, max: u64 },

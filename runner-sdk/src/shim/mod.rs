@@ -279,6 +279,10 @@ fn dispatch(host: HostRef, task: Task, call: Call, sender: ReplySender) {
             Call::Event(json) => host.event()(task, lend(json), reply, user),
             Call::CancelReason => host.cancel_reason()(task, reply, user),
             Call::Token => host.token()(task, reply, user),
+            Call::Usage(json) => match host.usage() {
+                Some(usage) => usage(task, lend(json), reply, user),
+                None => (reply.call)(user, Status::UNSUPPORTED, owned(b"this host takes no usage".to_vec())),
+            },
             Call::TaskDir => match host.task_dir() {
                 Some(task_dir) => task_dir(task, reply, user),
                 None => (reply.call)(user, Status::UNSUPPORTED, owned(Vec::new())),

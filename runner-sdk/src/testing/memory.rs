@@ -13,7 +13,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::{
-    CancelReason,
+    CancelReason, Usage,
     author::{Call, Payload, Port, PortError, PortErrorKind, Reply, StopSignal},
 };
 
@@ -35,6 +35,7 @@ pub(super) struct Records {
     pub(super) outputs: BTreeMap<String, StoredArtifact>,
     pub(super) progress: Vec<Value>,
     pub(super) events: Vec<Value>,
+    pub(super) usage: Usage,
 }
 
 pub(super) struct Memory {
@@ -47,6 +48,7 @@ struct State {
     inputs: HashMap<String, Vec<u8>>,
     token: Option<String>,
     cancel_after: Option<usize>,
+    tokens_max: Option<u64>,
     reason: Option<CancelReason>,
     dir: PathBuf,
     /// Signal of the current run.
@@ -76,6 +78,10 @@ impl Memory {
 
     pub(super) fn set_token(&self, token: &str) {
         self.lock().token = Some(token.to_owned());
+    }
+
+    pub(super) fn set_tokens_max(&self, max: u64) {
+        self.lock().tokens_max = Some(max);
     }
 
     pub(super) fn cancel_after_progress(&self, count: usize) {
@@ -121,7 +127,8 @@ impl Memory {
         if signal.is_over() {
             return Err(PortError::new(PortErrorKind::TaskOver, "the task is over"));
         }
-        let moves_data = !matches!(call, Call::Progress(_) | Call::Event(_) | Call::CancelReason | Call::TaskDir);
+        let moves_data =
+            !matches!(call, Call::Progress(_) | Call::Event(_) | Call::Usage(_) | Call::CancelReason | Call::TaskDir);
         if moves_data && state.reason == Some(CancelReason::LeaseLost) {
             return Err(PortError::new(PortErrorKind::LeaseOver, "the lease is over"));
         }
@@ -137,6 +144,21 @@ impl Memory {
             Call::Event(text) => {
                 let value = parse(&text)?;
                 state.records.events.push(value);
+                nothing()
+            }
+            Call::Usage(text) => {
+                let more: Usage = serde_json::from_value(parse(&text)?).map_err(|err| bad_request(&err.to_string()))?;
+                if more.usd_cost < 0.0 {
+                    return Err(bad_request("usd_cost is negative"));
+                }
+                let sum = &mut state.records.usage;
+                sum.tokens_in = sum.tokens_in.saturating_add(more.tokens_in);
+                sum.tokens_out = sum.tokens_out.saturating_add(more.tokens_out);
+                sum.usd_cost += more.usd_cost;
+                let used = sum.tokens_in.saturating_add(sum.tokens_out);
+                if state.tokens_max.is_some_and(|max| used > max) {
+                    state.cancel(CancelReason::Budget);
+                }
                 nothing()
             }
             Call::CancelReason => Ok(Payload::Local(reason_word(state.reason.as_ref()).into_bytes())),
@@ -258,6 +280,7 @@ fn reason_word(reason: Option<&CancelReason>) -> String {
         Some(CancelReason::LeaseLost) => "lease-lost".to_owned(),
         Some(CancelReason::Drained) => "drained".to_owned(),
         Some(CancelReason::Deadline) => "deadline".to_owned(),
+        Some(CancelReason::Budget) => "budget".to_owned(),
         Some(CancelReason::Operator) => "operator".to_owned(),
         Some(CancelReason::TaskOver) => "task-over".to_owned(),
         Some(CancelReason::Other(word)) => word.clone(),
@@ -286,6 +309,10 @@ fn checked_spec(spec: &str) -> Result<Spec, PortError> {
 
 fn parse(text: &str) -> Result<Value, PortError> {
     serde_json::from_str(text).map_err(|err| PortError::new(PortErrorKind::BadRequest, err.to_string()))
+}
+
+fn bad_request(text: &str) -> PortError {
+    PortError::new(PortErrorKind::BadRequest, text)
 }
 
 fn nothing() -> Result<Payload, PortError> {

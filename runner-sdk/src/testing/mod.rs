@@ -35,7 +35,7 @@ use serde_json::Value;
 pub use memory::StoredArtifact;
 
 use crate::{
-    CancelReason, Error, Failure, LeaseEnvelope, Runner,
+    CancelReason, Error, Failure, LeaseEnvelope, Runner, Usage,
     author::TaskCtx,
     shim::{Guarded, install_hook},
 };
@@ -94,6 +94,13 @@ impl TestHost {
         self
     }
 
+    /// Gives the run a budget of tokens. [`crate::ControlPlane::usage`] above it cancels the run.
+    #[must_use]
+    pub fn tokens_max(self, max: u64) -> Self {
+        self.memory.set_tokens_max(max);
+        self
+    }
+
     /// Cancels the run after `count` progress reports.
     #[must_use]
     pub fn cancel_after_progress(self, count: usize) -> Self {
@@ -123,7 +130,13 @@ impl TestHost {
         self.memory.end();
         drop(dir);
         let records = self.memory.records();
-        Ended { result, outputs: records.outputs, progress: records.progress, events: records.events }
+        Ended {
+            result,
+            outputs: records.outputs,
+            progress: records.progress,
+            events: records.events,
+            usage: records.usage,
+        }
     }
 
     /// [`Self::run`] on a runtime of its own, for tests without one.
@@ -147,6 +160,7 @@ pub struct Ended {
     outputs: BTreeMap<String, StoredArtifact>,
     progress: Vec<Value>,
     events: Vec<Value>,
+    usage: Usage,
 }
 
 impl Ended {
@@ -196,6 +210,12 @@ impl Ended {
     #[must_use]
     pub fn events(&self) -> &[Value] {
         &self.events
+    }
+
+    /// The sum of all usage.
+    #[must_use]
+    pub fn usage(&self) -> Usage {
+        self.usage
     }
 }
 

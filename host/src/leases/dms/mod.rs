@@ -352,6 +352,7 @@ fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
         expires_at: lease_end(answer, envelope.lease_expires_at.or_else(|| time(&value(task.lease_expires_at)))),
         hard_deadline: None,
         time_limit: None,
+        tokens_max: None,
         cancelled: envelope.cancel,
         data: AnnouncedData::DomainServer {
             server: filled(envelope.domain_server_url).or_else(|| server_of_meta(&value(task.meta))),

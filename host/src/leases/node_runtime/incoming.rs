@@ -53,7 +53,7 @@ impl Ids {
 
     /// Where the report of the run goes.
     pub(super) fn at(&self) -> At {
-        At { lease: self.lease.clone(), run: self.run.clone(), limit: None }
+        At { lease: self.lease.clone(), run: self.run.clone(), limit: None, tokens: None }
     }
 }
 
@@ -91,6 +91,7 @@ pub(super) fn lease(
     let names: Vec<String> = inputs.keys().cloned().collect();
     let budgets = spec.budgets.unwrap_or_default();
     let limit = u64::try_from(budgets.max_duration_seconds).ok().filter(|limit| *limit > 0);
+    let tokens = u64::try_from(budgets.max_tokens).ok().filter(|max| *max > 0);
     let mut meta: serde_json::Map<String, Value> = spec
         .metadata
         .into_iter()
@@ -103,11 +104,12 @@ pub(super) fn lease(
     let task =
         json!({ "id": ids.run, "capability": capability.as_str(), "inputs_cids": names, "meta": Value::Object(meta) });
     let end = BootInstant::now() + left;
-    let at = At { limit, ..ids.at() };
+    let at = At { limit, tokens, ..ids.at() };
     Ok(Lease {
         expires_at: Some(end + REPORT_TIME),
         hard_deadline: Some(end),
         time_limit: limit.map(Duration::from_secs),
+        tokens_max: tokens,
         data: AnnouncedData::Known(DataLocation::Inline(InlineInputs(Arc::new(inputs)))),
         inputs: names,
         document: to_raw_value(&json!({ "task": task })).expect("JSON values are JSON"),
@@ -283,7 +285,7 @@ mod tests {
         );
         let AnnouncedData::Known(DataLocation::Inline(inputs)) = lease.data else { panic!("inline") };
         assert_eq!((&inputs.0["a.bin"][..], &inputs.0["b"][..]), (&b"\xff\x00"[..], &b"text"[..]));
-        assert_eq!(&*lease.address.at, r#"{"lease":"l","run":"r","limit":60}"#);
+        assert_eq!(&*lease.address.at, r#"{"lease":"l","run":"r","limit":60,"tokens":7}"#);
     }
 
     const SECOND: Duration = Duration::from_secs(1);

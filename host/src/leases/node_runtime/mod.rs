@@ -42,7 +42,7 @@ use super::{Admission, LeaseError, LeaseSource, PlaneFacts, PlaneReadiness, Rene
 use crate::{
     model::{
         Backoff, BootInstant, Capability, Jitter, Lease, Outcome, Pending, PlaneName, RegistrationForm,
-        RegistrationState, ReportAddress, TaskId, TaskResult, Term, Timings,
+        RegistrationState, ReportAddress, TaskId, TaskResult, Term, Timings, Usage,
     },
     node_event::{NodeEvent, NodeEvents},
     transport::{Client, Http2, Http2Limits},
@@ -399,7 +399,8 @@ impl LeaseSource for NodeRuntime {
     }
 
     async fn reject(&self, to: &ReportAddress, why: &Outcome) -> Result<(), LeaseError> {
-        let failure = report::failure(&self.0.newest(to)?, &self.0.config.node_id, why, Timings::default());
+        let failure =
+            report::failure(&self.0.newest(to)?, &self.0.config.node_id, why, Timings::default(), Usage::default());
         self.0.send_failure(FailRequest { retryable: false, ..failure }).await
     }
 }

@@ -7,7 +7,7 @@ use tonic::{Code, Status};
 use super::lease::{CompleteRequest, CostInfo, FailRequest, TimingInfo};
 use crate::{
     leases::LeaseError,
-    model::{Outcome, ReportAddress, TaskResult, Timings},
+    model::{Outcome, ReportAddress, TaskResult, Timings, Usage},
 };
 
 /// Longest error message that is sent, in bytes.
@@ -23,6 +23,9 @@ pub(super) struct At {
     /// How long the run may take, in seconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) limit: Option<u64>,
+    /// How many tokens the run may use.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) tokens: Option<u64>,
 }
 
 impl At {
@@ -44,7 +47,7 @@ pub(super) enum Report {
 
 /// The report of a task result. `None`: the task must not be reported.
 pub(super) fn report(at: &At, node: &str, task_result: &TaskResult) -> Option<Report> {
-    let TaskResult { outcome, inline, timings, .. } = task_result;
+    let TaskResult { outcome, inline, timings, usage, .. } = task_result;
     match outcome {
         Outcome::Cancelled | Outcome::LeaseLost => None,
         Outcome::Completed => Some(Report::Complete(CompleteRequest {
@@ -53,23 +56,27 @@ pub(super) fn report(at: &At, node: &str, task_result: &TaskResult) -> Option<Re
             node_id: node.to_owned(),
             result: inline.iter().map(|(path, text)| (path.clone(), text.clone())).collect(),
             timings: Some(times(*timings)),
-            costs: Some(CostInfo::default()),
+            costs: Some(costs(*usage)),
         })),
-        outcome => Some(Report::Fail(failure(at, node, outcome, *timings))),
+        outcome => Some(Report::Fail(failure(at, node, outcome, *timings, *usage))),
     }
 }
 
 /// The failure of a run.
-pub(super) fn failure(at: &At, node: &str, outcome: &Outcome, timings: Timings) -> FailRequest {
-    let over = at.limit.filter(|limit| timings.run_ms >= limit.saturating_mul(1000));
-    let (message, retryable) = match (outcome, over) {
-        (Outcome::Budget { .. }, Some(limit)) => (format!("the run exceeded max_duration_seconds ({limit} s)"), false),
-        // Another node may finish before the deadline of the next lease.
-        (Outcome::Budget { message }, None) => (message.clone(), true),
-        (Outcome::Drained, _) => ("the node stopped before the run ended".to_owned(), true),
+pub(super) fn failure(at: &At, node: &str, outcome: &Outcome, timings: Timings, usage: Usage) -> FailRequest {
+    let over_time = at.limit.filter(|limit| timings.run_ms >= limit.saturating_mul(1000));
+    let over_tokens = at.tokens.filter(|max| usage.tokens() > *max);
+    let (message, retryable) = match outcome {
+        Outcome::Budget { message } => match (over_tokens, over_time) {
+            (Some(max), _) => (format!("the run used {} tokens, max_tokens is {max}", usage.tokens()), false),
+            (None, Some(limit)) => (format!("the run exceeded max_duration_seconds ({limit} s)"), false),
+            // Another node may finish before the deadline of the next lease.
+            (None, None) => (message.clone(), true),
+        },
+        Outcome::Drained => ("the node stopped before the run ended".to_owned(), true),
         // The next lease would find the same runners.
-        (Outcome::NoRunner, _) => (outcome.reason().unwrap_or_default(), false),
-        _ => (outcome.reason().unwrap_or_default(), outcome.retryable()),
+        Outcome::NoRunner => (outcome.reason().unwrap_or_default(), false),
+        outcome => (outcome.reason().unwrap_or_default(), outcome.retryable()),
     };
     let mut details = json!({ "outcome": outcome.word(), "code": outcome.code() });
     if let Outcome::Failed { details: own, .. } = outcome
@@ -104,6 +111,12 @@ pub(super) fn fail(
         timings: Some(times(timings)),
         retryable,
     }
+}
+
+/// The wire has numbers of 32 bits. A larger count becomes the largest one.
+fn costs(usage: Usage) -> CostInfo {
+    let count = |tokens: u64| i32::try_from(tokens).unwrap_or(i32::MAX);
+    CostInfo { tokens_in: count(usage.tokens_in), tokens_out: count(usage.tokens_out), usd_cost: usage.usd_cost }
 }
 
 fn times(Timings { queue_ms, run_ms }: Timings) -> TimingInfo {
@@ -141,7 +154,7 @@ mod tests {
 
     #[track_caller]
     fn check(outcome: Outcome, run_ms: u64, expected: (&str, bool)) {
-        let at = At { lease: "l".into(), run: "r".into(), limit: Some(2) };
+        let at = At { lease: "l".into(), run: "r".into(), limit: Some(2), tokens: None };
         let result = TaskResult { timings: Timings { queue_ms: 5, run_ms }, ..TaskResult::bare(outcome) };
         let Some(Report::Fail(sent)) = report(&at, "n", &result) else { panic!("a failure") };
         assert_eq!((sent.error_message.as_str(), sent.retryable), expected);
@@ -161,7 +174,7 @@ mod tests {
             |retryable, details| Outcome::Failed { message: "m\nn".into(), retryable, invalid_input: false, details };
         check(failed(true, Value::Null), 1, ("m\nn", true));
         check(failed(false, json!({ "large": "x".repeat(DETAILS_BYTES_MAX) })), 1, ("m\nn", false));
-        let at = At { lease: "l".into(), run: "r".into(), limit: None };
+        let at = At { lease: "l".into(), run: "r".into(), limit: None, tokens: None };
         assert_eq!(report(&at, "n", &TaskResult::bare(Outcome::LeaseLost)), None);
     }
 

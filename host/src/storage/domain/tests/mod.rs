@@ -136,6 +136,7 @@ fn lease(inputs: &[&str]) -> Lease {
         expires_at: None,
         hard_deadline: None,
         time_limit: None,
+        tokens_max: None,
         cancelled: false,
         data: AnnouncedData::at_server(None, Some(DOMAIN)),
         token: Some(Token::new("t1")),
