@@ -50,6 +50,7 @@ impl Settings {
         if let Some(file) = &self.config {
             layers.read_file(file)?;
         }
+        layers.end_planes();
         for (name, value) in [("MAX_CONCURRENCY", &self.max_concurrency), ("HTTP_BIND", &self.http_bind)] {
             if let Some(value) = value {
                 layers.set(name, value, Origin::Flag);

@@ -1,7 +1,7 @@
 //! Reads the configuration file, in TOML or JSON. It may contain the places of [`KEYS`] and tables `[plane.NAME]`.
 //!
 //! Both forms become a list of entries with their lines. Types are strict: a number in quotes is a mistake. No
-//! message repeats a secret.
+//! message repeats a secret. A file with a section `NodeRuntime` has the form of [`super::appsettings`].
 
 use std::{
     collections::BTreeSet,
@@ -9,16 +9,16 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use serde::{
-    Deserializer as _,
-    de::{MapAccess, Visitor},
-};
-use serde_json::value::RawValue;
 use toml::de::{DeTable, DeValue};
 
-use super::keys::{KEYS, Key, Kind};
 #[cfg(feature = "grpc")]
 use super::node_runtime::{self, NodeRuntimeTable};
+use super::{
+    appsettings::{self, Appsettings, Form, Variables},
+    json,
+    keys::{KEYS, Key, Kind},
+    layers::Origin,
+};
 use crate::{
     engine::SLOTS_MAX,
     model::{PlaneName, nearest},
@@ -36,8 +36,8 @@ const NODE_RUNTIME: &str = "node-runtime";
 /// The key for the slots that are kept free for a control plane.
 pub(super) const MIN_SLOTS: &str = "min_slots";
 
-/// The depth to which JSON is read.
-const DEPTH_MAX: usize = 8;
+/// The tables in a table of this kind.
+const INNER_TABLES: [&str; 3] = ["capacity", "metadata", "agent_map"];
 
 /// The content of one file.
 #[derive(Default)]
@@ -46,15 +46,20 @@ pub(super) struct Read {
     pub(super) planes: Vec<PlaneEntry>,
     /// Whether a table `[plane.NAME]` cannot be used.
     pub(super) has_bad_plane: bool,
+    /// Whether a control plane has taken the environment variables of its form.
+    pub(super) used_variables: bool,
+    /// The log levels of a file in the form of .NET, as a filter.
+    pub(super) log_filter: Option<(String, Origin)>,
     pub(super) mistakes: Vec<String>,
+    pub(super) warnings: Vec<String>,
 }
 
 /// One table `[plane.NAME]`.
 #[derive(Clone, Debug)]
 pub(super) struct PlaneEntry {
     pub(super) name: PlaneName,
-    /// The line of the table, counted from 1.
-    pub(super) line: usize,
+    /// Where it begins.
+    pub(super) origin: Origin,
     /// The line of its `kind`.
     pub(super) kind_line: usize,
     pub(super) kind: PlaneKind,
@@ -104,7 +109,37 @@ pub(super) struct Entry {
     pub(super) text: String,
 }
 
+/// One setting of a Node Runtime control plane.
+#[derive(Clone)]
+pub(super) struct Setting {
+    /// Its key in a table `[plane.NAME]`. A dot follows the name of an inner table.
+    pub(super) key: String,
+    /// Its name as the operator wrote it.
+    pub(super) place: String,
+    pub(super) origin: Origin,
+    pub(super) value: Value,
+    /// Whether a number in quotes is a text.
+    #[cfg_attr(not(feature = "grpc"), expect(dead_code, reason = "only the control plane reads it"))]
+    pub(super) typed: bool,
+}
+
+/// A mistake in such a setting.
+#[derive(Debug)]
+pub(super) struct Problem {
+    pub(super) origin: Origin,
+    pub(super) place: String,
+    pub(super) what: String,
+}
+
+impl Problem {
+    /// A mistake outside the file.
+    pub(super) fn line(&self) -> String {
+        format!("{}: {}", self.place, self.what)
+    }
+}
+
 /// A value of either form.
+#[derive(Clone)]
 pub(super) enum Value {
     Text(String),
     Whole(String),
@@ -119,26 +154,104 @@ pub(super) enum Value {
 /// A table's keys in the file's order, each with its line.
 pub(super) type Members = Vec<(String, usize, Value)>;
 
-/// Reads a file whole.
+/// Reads a file whole. The variables have priority over the settings of a Node Runtime control plane in it.
 ///
 /// # Errors
 /// One line when the file cannot be read, or has neither form.
-pub(super) fn read(path: &Path) -> Result<Read, String> {
+pub(super) fn read(path: &Path, variables: &Variables) -> Result<Read, String> {
     let text = read_text(path, BYTES_MAX).map_err(|problem| format!("--config {problem}"))?;
+    // Some editors write it before UTF-8 text.
+    let text = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&text);
     let is_json = match path.extension().and_then(|extension| extension.to_str()) {
         Some("json") => true,
         Some("toml") => false,
-        _ => text.trim_start_matches(BYTE_ORDER_MARK).trim_start().starts_with('{'),
+        _ => text.trim_start().starts_with(['{', '/']),
     };
-    if is_json && text.starts_with(BYTE_ORDER_MARK) {
-        let problem = "begins with a byte order mark, which JSON does not allow; save the file as UTF-8 without one";
-        return Err(format!("{}:1: {problem}", path.display()));
+    let members = if is_json { json::members(text) } else { toml(text) };
+    let mut members = members.map_err(|(line, problem)| format!("{}:{line}: {problem}", path.display()))?;
+    let appsettings = appsettings::take(&mut members);
+    let taker = taker(appsettings.is_some(), &members);
+    let mut found = Walk { path, seen: BTreeSet::new(), variables, taker, read: Read::default() };
+    if let Some(appsettings) = appsettings {
+        found.appsettings(appsettings);
     }
-    let members = if is_json { json(&text) } else { toml(&text) };
-    let members = members.map_err(|(line, problem)| format!("{}:{line}: {problem}", path.display()))?;
-    let mut found = Walk { path, seen: BTreeSet::new(), read: Read::default() };
     found.table("", members);
     Ok(found.read)
+}
+
+/// The control plane that takes the environment variables: the one in the form of .NET, the only one of this kind, or
+/// the one that is named so.
+fn taker(is_appsettings: bool, members: &Members) -> Option<String> {
+    let named = || Some(appsettings::PLANE.to_owned());
+    if is_appsettings {
+        return named();
+    }
+    let planes = members.iter().filter(|(name, _, _)| name == "plane").filter_map(|(_, _, value)| match value {
+        Value::Table(planes) => Some(planes),
+        _ => None,
+    });
+    let of_kind = planes.flatten().filter(|(_, _, value)| {
+        let Value::Table(members) = value else { return false };
+        kind(members).is_some_and(|(kind, _)| kind == NODE_RUNTIME)
+    });
+    let names: Vec<&String> = of_kind.map(|(name, _, _)| name).collect();
+    match names[..] {
+        [] => None,
+        [only] => Some(only.clone()),
+        _ => named(),
+    }
+}
+
+/// The kind of a control plane and its line.
+fn kind(members: &Members) -> Option<(&str, usize)> {
+    members.iter().find_map(|(key, line, value)| match value {
+        Value::Text(text) if key == "kind" => Some((text.as_str(), *line)),
+        _ => None,
+    })
+}
+
+/// The settings of a table `[plane.NAME]`.
+fn settings(place: &str, members: Members) -> Vec<Setting> {
+    let mut found = Vec::new();
+    let mut add = |key: String, line, value| {
+        let place = format!("{place}.{key}");
+        found.push(Setting { key, place, origin: Origin::File { line }, value, typed: true });
+    };
+    for (key, line, value) in members {
+        match value {
+            Value::Table(inner) if INNER_TABLES.contains(&&*key) => {
+                for (part, line, value) in inner {
+                    add(format!("{key}.{part}"), line, value);
+                }
+            }
+            value => add(key, line, value),
+        }
+    }
+    found
+}
+
+/// A Node Runtime control plane with these settings.
+#[cfg(feature = "grpc")]
+pub(super) fn node_runtime(
+    name: &PlaneName,
+    form: Form,
+    origin: Origin,
+    settings: Vec<Setting>,
+) -> Result<PlaneKind, Vec<Problem>> {
+    let table = node_runtime::read(name.clone(), form, origin, settings)?;
+    Ok(PlaneKind::NodeRuntime(Box::new(table)))
+}
+
+/// This binary has no such control plane.
+#[cfg(not(feature = "grpc"))]
+pub(super) fn node_runtime(
+    name: &PlaneName,
+    form: Form,
+    origin: Origin,
+    _: Vec<Setting>,
+) -> Result<PlaneKind, Vec<Problem>> {
+    let what = "this binary was built without gRPC, which \"node-runtime\" needs; build it with the feature grpc";
+    Err(vec![Problem { origin, place: form.place(name, "control_plane_url"), what: what.to_owned() }])
 }
 
 /// Reads a text file of at most `most` bytes. A mistake is one line that names the file.
@@ -180,6 +293,9 @@ pub(super) fn others_can_read(path: &Path) -> bool {
 struct Walk<'a> {
     path: &'a Path,
     seen: BTreeSet<&'static str>,
+    variables: &'a Variables,
+    /// The control plane that takes the variables.
+    taker: Option<String>,
     read: Read,
 }
 
@@ -239,13 +355,11 @@ impl Walk<'_> {
             return None;
         };
         let min_slots = self.min_slots(place, &mut members);
-        let entry = |name, kind_line, kind| PlaneEntry { name, line, kind_line, kind, min_slots };
-        let given = members.iter().find_map(|(key, line, value)| match value {
-            Value::Text(text) if key == "kind" => Some((text.as_str(), *line)),
-            _ => None,
-        });
-        if let Some((NODE_RUNTIME, kind_line)) = given {
-            let kind = self.node_runtime(line, kind_line, &name, members)?;
+        let origin = Origin::File { line };
+        let entry = |name, kind_line, kind| PlaneEntry { name, origin, kind_line, kind, min_slots };
+        if let Some((NODE_RUNTIME, kind_line)) = kind(&members) {
+            let settings = settings(place, members);
+            let kind = self.node_runtime(&name, Form::Table, line, settings)?;
             return Some(entry(name, kind_line, kind));
         }
         let (mut kind, mut folder) = (None, None);
@@ -315,24 +429,58 @@ impl Walk<'_> {
         None
     }
 
-    #[cfg(feature = "grpc")]
-    fn node_runtime(&mut self, line: usize, _: usize, name: &PlaneName, members: Members) -> Option<PlaneKind> {
-        match node_runtime::read(name.clone(), line, members) {
-            Ok(table) => Some(PlaneKind::NodeRuntime(Box::new(table))),
-            Err(mistakes) => {
-                for (line, key, what) in mistakes {
-                    self.mistake(line, &format!("plane.{name}.{key}"), &what);
-                }
-                None
-            }
+    /// A Node Runtime control plane that begins on `line`.
+    fn node_runtime(
+        &mut self,
+        name: &PlaneName,
+        form: Form,
+        line: usize,
+        mut settings: Vec<Setting>,
+    ) -> Option<PlaneKind> {
+        if self.taker.as_deref() == Some(name.as_str()) {
+            self.variables.replace(&mut settings);
+            self.read.used_variables = true;
+        }
+        match appsettings::log_filter(&mut settings) {
+            Ok(filter) => self.read.log_filter = filter.or(self.read.log_filter.take()),
+            Err(problem) => self.problem(problem),
+        }
+        let read = node_runtime(name, form, Origin::File { line }, settings);
+        read.map_err(|problems| problems.into_iter().for_each(|problem| self.problem(problem))).ok()
+    }
+
+    fn problem(&mut self, problem: Problem) {
+        match problem.origin {
+            Origin::File { line } => self.mistake(line, &problem.place, &problem.what),
+            _ => self.read.mistakes.push(problem.line()),
         }
     }
 
-    #[cfg(not(feature = "grpc"))]
-    fn node_runtime(&mut self, _: usize, kind_line: usize, name: &PlaneName, _: Members) -> Option<PlaneKind> {
-        let what = "this binary was built without gRPC, which \"node-runtime\" needs; build it with the feature grpc";
-        self.mistake(kind_line, &format!("plane.{name}.kind"), what);
-        None
+    /// A file in the form of .NET. It names one control plane.
+    fn appsettings(&mut self, found: Appsettings) {
+        let Appsettings { line, settings, unused, mistakes } = found;
+        self.read.has_bad_plane = !mistakes.is_empty();
+        // Without its section, every setting would be reported as missing.
+        let is_unusable = settings.is_empty() && !mistakes.is_empty();
+        mistakes.into_iter().for_each(|mistake| self.problem(mistake));
+        if !unused.is_empty() {
+            let (path, unused) = (self.path.display(), unused.join(", "));
+            let warning = format!(
+                "{path}: {unused} have no effect in this node; remove them unless another program reads this file"
+            );
+            self.read.warnings.push(warning);
+        }
+        if is_unusable {
+            return;
+        }
+        let name = PlaneName::parse(appsettings::PLANE).expect("a constant name");
+        match self.node_runtime(&name, Form::Section, line, settings) {
+            Some(kind) => {
+                let origin = Origin::File { line };
+                self.read.planes.push(PlaneEntry { name, origin, kind_line: line, kind, min_slots: None });
+            }
+            None => self.read.has_bad_plane = true,
+        }
     }
 
     fn leaf(&mut self, key: &'static Key, line: usize, value: Value) {
@@ -388,7 +536,7 @@ impl Value {
     }
 
     /// The kind of the value.
-    fn kind(&self) -> &'static str {
+    pub(super) fn kind(&self) -> &'static str {
         match self {
             Self::Text(_) => "a text",
             Self::Whole(_) | Self::Number(_) => "a number",
@@ -411,11 +559,11 @@ impl Value {
     }
 }
 
-fn line_of(text: &str, at: usize) -> usize {
+pub(super) fn line_of(text: &str, at: usize) -> usize {
     newlines(&text.as_bytes()[..at.min(text.len())]) + 1
 }
 
-fn newlines(text: &[u8]) -> usize {
+pub(super) fn newlines(text: &[u8]) -> usize {
     text.iter().filter(|byte| **byte == b'\n').count()
 }
 
@@ -451,101 +599,5 @@ fn toml_value(text: &str, value: DeValue<'_>) -> Value {
             Value::List(items.into_iter().map(|item| toml_value(text, item.into_inner())).collect())
         }
         DeValue::Table(table) => Value::Table(toml_table(text, table)),
-    }
-}
-
-fn json(text: &str) -> Result<Members, (usize, String)> {
-    let raw: &RawValue = serde_json::from_str(text).map_err(|err| {
-        let error = err.to_string();
-        let problem = error.split(" at line ").next().unwrap_or_default();
-        (err.line().max(1), format!("is not JSON: {problem}"))
-    })?;
-    let line = line_of(text, text.len() - text.trim_start().len());
-    match json_value(raw, line, 0) {
-        Value::Table(members) => Ok(members),
-        value => Err((1, format!("expected an object, found {}", value.kind()))),
-    }
-}
-
-/// The value of `raw`, which begins on `line`.
-fn json_value(raw: &RawValue, line: usize, depth: usize) -> Value {
-    let text = raw.get();
-    match text.as_bytes().first() {
-        // No setting is nested this deep. Its type is enough for the message.
-        Some(b'{') if depth > DEPTH_MAX => Value::Table(Vec::new()),
-        Some(b'[') if depth > DEPTH_MAX => Value::List(Vec::new()),
-        Some(b'{') => {
-            let members = serde_json::Deserializer::from_str(text).deserialize_map(RawMembers).unwrap_or_default();
-            let (mut line, mut rest) = (line, text);
-            let mut line_of_next = |raw: &RawValue| {
-                // Only white space and punctuation precede a name or a value, so the first match is the right one.
-                let at = rest.find(raw.get()).unwrap_or_default();
-                let (before, from) = rest.split_at(at);
-                let start = line + newlines(before.as_bytes());
-                line = start + newlines(raw.get().as_bytes());
-                rest = &from[raw.get().len()..];
-                start
-            };
-            let member = |(name, value): (&RawValue, &RawValue)| {
-                line_of_next(name);
-                let line = line_of_next(value);
-                let name = serde_json::from_str(name.get()).unwrap_or_default();
-                (name, line, json_value(value, line, depth + 1))
-            };
-            Value::Table(members.into_iter().map(member).collect())
-        }
-        Some(b'[') => {
-            let items: Vec<&RawValue> = serde_json::from_str(text).unwrap_or_default();
-            Value::List(items.into_iter().map(|item| json_value(item, line, depth + 1)).collect())
-        }
-        Some(b'"') => serde_json::from_str(text).map_or(Value::Null, Value::Text),
-        Some(b't' | b'f') => Value::Switch(text == "true"),
-        Some(b'n') | None => Value::Null,
-        Some(_) if text.bytes().all(|byte| byte.is_ascii_digit() || byte == b'-') => Value::Whole(text.to_owned()),
-        Some(_) => Value::Number(text.to_owned()),
-    }
-}
-
-/// An object's members in their order, duplicates included.
-struct RawMembers;
-
-impl<'de> Visitor<'de> for RawMembers {
-    type Value = Vec<(&'de RawValue, &'de RawValue)>;
-
-    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("an object")
-    }
-
-    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let mut members = Vec::new();
-        while let Some(member) = map.next_entry()? {
-            members.push(member);
-        }
-        Ok(members)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// Each name with the line of its value, depth first.
-    fn lines(members: &Members) -> Vec<(&str, usize)> {
-        let mut found = Vec::new();
-        for (name, line, value) in members {
-            found.push((name.as_str(), *line));
-            if let Value::Table(members) = value {
-                found.extend(lines(members));
-            }
-        }
-        found
-    }
-
-    #[test]
-    fn json_values_have_their_own_lines() {
-        let text = "\n{\"a\":\n\"a\", \"t\": {\"x\\n\": {\n\n},\n\"1\":1,\n\"1\": [\n1]\n}, \"\": 1,\n\"a\": null\n}";
-        let members = json(text).unwrap_or_else(|(line, problem)| panic!("{line}: {problem}"));
-        let expected = [("a", 3), ("t", 3), ("x\n", 3), ("1", 6), ("1", 7), ("", 9), ("a", 10)];
-        assert_eq!(lines(&members), expected);
     }
 }

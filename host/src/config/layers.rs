@@ -9,10 +9,14 @@ use secrecy::SecretString;
 
 use super::{
     Mistakes,
+    appsettings::{self, Form, Variables},
     file::{self, Entry, MIN_SLOTS, PlaneEntry, PlaneKind},
     keys::{KEYS, Key, Kind},
 };
-use crate::{leases::dms, model::nearest};
+use crate::{
+    leases::dms,
+    model::{PlaneName, nearest},
+};
 
 /// The origin of a value. A later variant has priority over an earlier one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -45,6 +49,10 @@ pub struct Layers {
     planes: Vec<PlaneEntry>,
     /// Whether a control plane in the file cannot be used.
     has_bad_plane: bool,
+    /// The environment variables of a Node Runtime control plane.
+    variables: Variables,
+    /// Whether a control plane in the file has taken them.
+    used_variables: bool,
     /// Mistakes in single values that are already known. They are reported with all others.
     pub(super) mistakes: Vec<String>,
     /// Settings that work but should be changed.
@@ -66,6 +74,7 @@ impl Layers {
             }
         }
         layers.warnings.extend(std::env::vars_os().filter_map(|(name, _)| near_miss(name.to_str()?)));
+        layers.variables = Variables::read(std::env::vars_os());
         layers
     }
 
@@ -75,16 +84,14 @@ impl Layers {
     /// # Errors
     /// One line when the file as a whole cannot be used.
     pub fn read_file(&mut self, path: &Path) -> Result<(), Mistakes> {
-        let read = file::read(path).map_err(|problem| Mistakes(vec![problem]))?;
+        let read = file::read(path, &self.variables).map_err(|problem| Mistakes(vec![problem]))?;
         self.file = Some(path.to_owned());
         self.mistakes.extend(read.mistakes);
-        for (index, plane) in read.planes.iter().enumerate() {
-            if let Some(what) = read.planes[..index].iter().find_map(|earlier| plane.conflict_with(earlier)) {
-                self.mistakes.push(format!("{}:{}: plane.{}: {what}", path.display(), plane.line, plane.name));
-            }
-        }
-        self.planes = read.planes;
+        self.warnings.extend(read.warnings);
+        self.used_variables = read.used_variables;
         self.has_bad_plane = read.has_bad_plane;
+        self.planes.clear();
+        read.planes.into_iter().for_each(|plane| self.add_plane(plane));
         for plane in &mut self.planes {
             if let PlaneKind::Local { folder, .. } = &mut plane.kind {
                 // A path in a file is relative to the folder of the file.
@@ -109,10 +116,63 @@ impl Layers {
             let path = path.display();
             self.warnings.push(format!("{path} holds a secret and can be read by others; chmod 600 {path}"));
         }
+        if let Some((filter, origin)) = read.log_filter {
+            self.set_log_filter(&filter, origin);
+        }
         Ok(())
     }
 
-    /// The control planes that the file names, in its order. Without one the node serves the posemesh services.
+    /// Ends the choice of control planes, after [`Layers::read_file`]: adds the one that only environment variables such
+    /// as `NodeRuntime__NodeId` name.
+    pub fn end_planes(&mut self) {
+        self.add_plane_of_environment();
+        if !self.needs_posemesh() && !self.has_bad_plane && self.text("DMS_BASE_URL").is_some() {
+            let what =
+                "has no effect: no control plane has kind = \"posemesh\"; add a table [plane.posemesh] to serve it too";
+            self.warnings.push(format!("DMS_BASE_URL {what}"));
+        }
+    }
+
+    fn add_plane_of_environment(&mut self) {
+        let Variables { warnings, mistakes, .. } = &self.variables;
+        self.warnings.extend_from_slice(warnings);
+        self.mistakes.extend_from_slice(mistakes);
+        let Some(first) = self.variables.first().filter(|_| !self.used_variables) else { return };
+        if !self.variables.name_a_plane() {
+            let what = "has no effect: there is no Node Runtime control plane; set NodeRuntime__ControlPlaneUrl too";
+            return self.warnings.push(format!("environment variable {first} {what}"));
+        }
+        let mut settings = Vec::new();
+        self.variables.replace(&mut settings);
+        match appsettings::log_filter(&mut settings) {
+            Ok(Some((filter, origin))) => self.set_log_filter(&filter, origin),
+            Ok(None) => {}
+            Err(problem) => self.mistakes.push(problem.line()),
+        }
+        let name = PlaneName::parse(appsettings::PLANE).expect("a constant name");
+        let origin = Origin::Environment;
+        match file::node_runtime(&name, Form::Variables, origin, settings) {
+            Ok(kind) => self.add_plane(PlaneEntry { name, origin, kind_line: 0, kind, min_slots: None }),
+            Err(problems) => {
+                self.has_bad_plane = true;
+                self.mistakes.extend(problems.iter().map(file::Problem::line));
+            }
+        }
+    }
+
+    fn add_plane(&mut self, plane: PlaneEntry) {
+        if let Some(what) = self.planes.iter().find_map(|earlier| plane.conflict_with(earlier)) {
+            self.mistakes.push(format!("{}: plane.{}: {what}", self.describe(plane.origin), plane.name));
+        }
+        self.planes.push(plane);
+    }
+
+    /// `RUST_LOG` and `telemetry.log_filter` have priority.
+    fn set_log_filter(&mut self, filter: &str, origin: Origin) {
+        self.set_below(Key::find("RUST_LOG").expect("settings are named in KEYS"), filter, origin);
+    }
+
+    /// The control planes that the file and the environment name, in this order. Without one the node serves the posemesh services.
     pub(super) fn planes(&self) -> &[PlaneEntry] {
         &self.planes
     }
@@ -130,20 +190,21 @@ impl Layers {
             return vec![(format!("plane.{}.kind", dms::DEFAULT_NAME), "posemesh".to_owned(), Origin::Default)];
         }
         let rows = self.planes.iter().flat_map(|plane| {
-            let row =
-                |key: &str, value: String, line| (format!("plane.{}.{key}", plane.name), value, Origin::File { line });
+            let row = |key: &str, value: String, origin| (format!("plane.{}.{key}", plane.name), value, origin);
+            let kind = |kind: &str| row("kind", kind.to_owned(), Origin::File { line: plane.kind_line });
             let mut rows = match &plane.kind {
-                PlaneKind::Posemesh => vec![row("kind", "posemesh".to_owned(), plane.kind_line)],
+                PlaneKind::Posemesh => vec![kind("posemesh")],
                 PlaneKind::Local { folder, line } => vec![
-                    row("kind", "local".to_owned(), plane.kind_line),
-                    row("folder", folder.to_string_lossy().into_owned(), *line),
+                    kind("local"),
+                    row("folder", folder.to_string_lossy().into_owned(), Origin::File { line: *line }),
                 ],
                 #[cfg(feature = "grpc")]
                 PlaneKind::NodeRuntime(table) => {
-                    table.rows.iter().map(|(key, value, line)| row(key, value.clone(), *line)).collect()
+                    table.rows.iter().map(|(key, value, origin)| row(key, value.clone(), *origin)).collect()
                 }
             };
-            rows.extend(plane.min_slots.map(|(slots, line)| row(MIN_SLOTS, slots.to_string(), line)));
+            let min = plane.min_slots.map(|(slots, line)| row(MIN_SLOTS, slots.to_string(), Origin::File { line }));
+            rows.extend(min);
             rows
         });
         rows.collect()
@@ -233,7 +294,7 @@ impl Layers {
 /// The warning about an environment variable whose name is similar to a setting.
 fn near_miss(name: &str) -> Option<String> {
     let is_setting = |key: &Key| key.name == name || key.lower_case().as_deref() == Some(name);
-    if KEYS.iter().any(is_setting) {
+    if KEYS.iter().any(is_setting) || appsettings::is_variable(name) {
         return None;
     }
     let near = nearest(name, Key::suggested_names())?;

@@ -2,8 +2,10 @@
 //!
 //! This module does not use the network. The node uses the network only after this module has succeeded.
 
+mod appsettings;
 mod file;
 mod folders_and_hosts;
+mod json;
 mod keys;
 mod layers;
 #[cfg(feature = "grpc")]
@@ -248,8 +250,9 @@ impl Parser<'_> {
                 #[cfg(feature = "grpc")]
                 PlaneKind::NodeRuntime(table) => {
                     let policy = transport::Policy { allow_insecure_http: transport.allow_insecure_http };
-                    for (key, problem) in table.url_problems(policy) {
-                        self.mistakes.push(Remark::plain(format!("plane.{name}.{key}: {problem}")));
+                    for (key, origin, problem) in table.url_problems(policy) {
+                        let place = format!("{}: plane.{name}.{key}", self.layers.describe(origin));
+                        self.mistakes.push(Remark::elsewhere(place, problem));
                     }
                     let mut config = table.config.clone();
                     let slots = &mut config.capacity.slots;

@@ -1,12 +1,15 @@
-//! Reads a table `[plane.NAME]` with `kind = "node-runtime"`.
+//! Reads the settings of a Node Runtime control plane: those of a table `[plane.NAME]` with `kind = "node-runtime"`, or
+//! those of [`super::appsettings`].
 
 use std::{collections::BTreeMap, time::Duration};
 
 use url::Url;
 
 use super::{
-    file::{Members, Value},
+    appsettings::Form,
+    file::{Problem, Setting, Value},
     folders_and_hosts::host_problem,
+    layers::Origin,
 };
 use crate::{
     leases::node_runtime::{Capacity, Config},
@@ -26,6 +29,7 @@ const KEYS: [&str; 9] = [
     "metadata",
     "agent_map",
 ];
+const CAPACITY: [&str; 3] = ["slots", "cpu", "memory"];
 const LEASES_MAX: u32 = 65_536;
 const HEARTBEAT_SECS_MAX: u32 = 3600;
 
@@ -34,29 +38,44 @@ const HEARTBEAT_SECS_MAX: u32 = 3600;
 pub(super) struct NodeRuntimeTable {
     /// Without `capacity.slots`, they have the placeholder 0.
     pub(super) config: Config,
-    /// Key, value and line of each setting in the file.
-    pub(super) rows: Vec<(String, String, usize)>,
+    /// Key, value and origin of each setting.
+    pub(super) rows: Vec<(String, String, Origin)>,
 }
 
 impl NodeRuntimeTable {
-    /// Every URL that the policy for plain http does not allow: its key and the reason.
-    pub(super) fn url_problems(&self, policy: transport::Policy) -> Vec<(&'static str, String)> {
+    /// Every URL that the policy for plain http does not allow: its key, its origin and the reason.
+    pub(super) fn url_problems(&self, policy: transport::Policy) -> Vec<(&'static str, Origin, String)> {
         let Config { control_plane_url, grpc_url, .. } = &self.config;
-        let mut urls = vec![("control_plane_url", control_plane_url)];
-        if grpc_url != control_plane_url {
-            urls.push(("grpc_url", grpc_url));
-        }
-        let checked = urls.into_iter().map(|(key, url)| (key, policy.check(url)));
-        checked.filter_map(|(key, checked)| Some((key, checked.err()?.to_string()))).collect()
+        let urls = [("control_plane_url", control_plane_url), ("grpc_url", grpc_url)];
+        let checked = urls.into_iter().filter_map(|(key, url)| {
+            // `grpc_url` has no row if it is not set.
+            let (_, _, origin) = self.rows.iter().find(|(given, _, _)| given == key)?;
+            Some((key, *origin, policy.check(url).err()?.to_string()))
+        });
+        checked.collect()
     }
 }
 
-/// The mistakes in a table: line, key, text.
-pub(super) type Mistakes = Vec<(usize, String, String)>;
-
-/// Reads the members of the table, which begins at `line`.
-pub(super) fn read(name: PlaneName, line: usize, members: Members) -> Result<NodeRuntimeTable, Mistakes> {
+/// Reads the settings of a table, which the operator wrote in this form.
+pub(super) fn read(
+    name: PlaneName,
+    form: Form,
+    origin: Origin,
+    settings: Vec<Setting>,
+) -> Result<NodeRuntimeTable, Vec<Problem>> {
     let mut reader = Reader { mistakes: Vec::new(), rows: Vec::new() };
+    if !matches!(form, Form::Table) {
+        reader.rows.push(("kind".to_owned(), "node-runtime".to_owned(), origin));
+    }
+    for (key, remedy) in [
+        ("control_plane_url", "give the URL of the control plane, such as \"http://localhost:5109\""),
+        ("node_id", "give this node a name that no other node has"),
+    ] {
+        if !settings.iter().any(|setting| setting.key == key) {
+            let (place, what) = (form.place(&name, key), format!("is not set; {remedy}"));
+            reader.mistakes.push(Problem { origin, place, what });
+        }
+    }
     let mut config = Config {
         name,
         control_plane_url: placeholder(),
@@ -69,68 +88,43 @@ pub(super) fn read(name: PlaneName, line: usize, members: Members) -> Result<Nod
         agent_map: BTreeMap::new(),
     };
     let (mut url, mut grpc) = (None, None);
-    for (key, line, value) in members {
-        match key.as_str() {
-            "kind" => drop(reader.text(&key, line, value)),
-            "control_plane_url" => url = reader.url(&key, line, value),
-            "grpc_url" => grpc = reader.url(&key, line, value),
-            "node_id" => match reader.text(&key, line, value) {
+    for setting in &settings {
+        match setting.key.split_once('.').map_or((&*setting.key, None), |(table, part)| (table, Some(part))) {
+            ("kind", None) => drop(reader.text(setting)),
+            ("control_plane_url", None) => url = reader.url(setting),
+            ("grpc_url", None) => grpc = reader.url(setting),
+            ("node_id", None) => match reader.text(setting) {
                 Some(text) if text.trim().is_empty() => {
-                    reader.mistake(line, &key, "is blank; give this node a name that no other node has".to_owned());
+                    reader.mistake(setting, "is blank; give this node a name that no other node has");
                 }
                 Some(text) => text.trim().clone_into(&mut config.node_id),
                 None => {}
             },
-            "max_concurrent_leases" => {
-                config.max_concurrent_leases = reader.number(&key, line, value, LEASES_MAX);
-            }
-            "heartbeat_interval_seconds" => {
-                let secs = reader.number(&key, line, value, HEARTBEAT_SECS_MAX);
+            ("max_concurrent_leases", None) => config.max_concurrent_leases = reader.number(setting, LEASES_MAX),
+            ("heartbeat_interval_seconds", None) => {
+                let secs = reader.number(setting, HEARTBEAT_SECS_MAX);
                 config.heartbeat_interval = Duration::from_secs(secs.into());
             }
-            "capacity" => {
-                for (part, line, value) in reader.table(&key, line, value) {
-                    let key = format!("capacity.{part}");
-                    match part.as_str() {
-                        "slots" => config.capacity.slots = reader.number(&key, line, value, LEASES_MAX),
-                        "cpu" => config.capacity.cpu = reader.text(&key, line, value),
-                        "memory" => config.capacity.memory = reader.text(&key, line, value),
-                        _ => reader.unknown(line, &key, &part, &["slots", "cpu", "memory"]),
-                    }
+            ("capacity", Some("slots")) => config.capacity.slots = reader.number(setting, LEASES_MAX),
+            ("capacity", Some("cpu")) => config.capacity.cpu = reader.text(setting),
+            ("capacity", Some("memory")) => config.capacity.memory = reader.text(setting),
+            ("capacity", Some(part)) => reader.unknown(setting, part, &CAPACITY),
+            ("metadata", Some(part)) => {
+                if let Some(text) = reader.text(setting) {
+                    config.metadata.insert(part.to_owned(), text);
                 }
             }
-            "metadata" => {
-                for (part, line, value) in reader.table(&key, line, value) {
-                    if let Some(text) = reader.text(&format!("metadata.{part}"), line, value) {
-                        config.metadata.insert(part, text);
-                    }
+            ("agent_map", Some(part)) => {
+                let Some(text) = reader.text(setting) else { continue };
+                match Capability::parse(&text) {
+                    Ok(capability) => drop(config.agent_map.insert(part.to_owned(), capability)),
+                    Err(err) => reader.mistake(setting, err),
                 }
             }
-            "agent_map" => {
-                for (part, line, value) in reader.table(&key, line, value) {
-                    let key = format!("agent_map.{part}");
-                    let Some(text) = reader.text(&key, line, value) else { continue };
-                    match Capability::parse(&text) {
-                        Ok(capability) => drop(config.agent_map.insert(part, capability)),
-                        Err(err) => reader.mistake(line, &key, err.to_string()),
-                    }
-                }
+            ("capacity" | "metadata" | "agent_map", None) => {
+                reader.mistake(setting, format_args!("expected a table, found {}", setting.value.describe()));
             }
-            _ => reader.unknown(line, &key, &key, &KEYS),
-        }
-    }
-    let given = |key: &str| reader.rows.iter().any(|(given, _, _)| given == key);
-    let missing: Vec<_> = [
-        ("control_plane_url", "give the URL of the control plane, such as \"http://localhost:5109\""),
-        ("node_id", "give this node a name that no other node has"),
-    ]
-    .into_iter()
-    .filter(|(key, _)| !given(key))
-    .collect();
-    for (key, remedy) in missing {
-        // A value of the wrong type is reported already.
-        if !reader.mistakes.iter().any(|(_, known, _)| known == key) {
-            reader.mistakes.push((line, key.to_owned(), format!("is not set; {remedy}")));
+            _ => reader.unknown(setting, &setting.key, &KEYS),
         }
     }
     if !reader.mistakes.is_empty() {
@@ -146,60 +140,60 @@ fn placeholder() -> Url {
 }
 
 struct Reader {
-    mistakes: Mistakes,
-    rows: Vec<(String, String, usize)>,
+    mistakes: Vec<Problem>,
+    rows: Vec<(String, String, Origin)>,
 }
 
 impl Reader {
-    fn mistake(&mut self, line: usize, key: &str, text: String) {
-        self.mistakes.push((line, key.to_owned(), text));
+    fn mistake(&mut self, setting: &Setting, what: impl std::fmt::Display) {
+        self.mistakes.push(Problem { origin: setting.origin, place: setting.place.clone(), what: what.to_string() });
     }
 
-    fn unknown(&mut self, line: usize, key: &str, part: &str, known: &[&'static str]) {
+    fn unknown(&mut self, setting: &Setting, part: &str, known: &[&'static str]) {
         let near =
             nearest(part, known.iter().copied()).map_or_else(String::new, |near| format!(", did you mean {near}?"));
-        self.mistake(line, key, format!("there is no such key{near}"));
+        self.mistake(setting, format_args!("there is no such key{near}"));
     }
 
-    fn text(&mut self, key: &str, line: usize, value: Value) -> Option<String> {
-        match value {
-            Value::Text(text) => {
-                self.rows.push((key.to_owned(), text.clone(), line));
-                Some(text)
-            }
+    fn row(&mut self, setting: &Setting, text: &str) {
+        self.rows.push((setting.key.clone(), text.to_owned(), setting.origin));
+    }
+
+    fn text(&mut self, setting: &Setting) -> Option<String> {
+        let text = match &setting.value {
+            Value::Text(text) => text.clone(),
+            Value::Whole(text) | Value::Number(text) if !setting.typed => text.clone(),
+            // The spelling of .NET.
+            Value::Switch(on) if !setting.typed => if *on { "True" } else { "False" }.to_owned(),
             other => {
-                self.mistake(line, key, format!("expected a text in quotes, found {}", other.describe()));
-                None
+                self.mistake(setting, format_args!("expected a text in quotes, found {}", other.describe()));
+                return None;
             }
-        }
+        };
+        self.row(setting, &text);
+        Some(text)
     }
 
     /// A number from 1 to `most`.
-    fn number(&mut self, key: &str, line: usize, value: Value, most: u32) -> u32 {
-        let found = value.describe();
-        if let Value::Whole(text) = value
-            && let Ok(number) = text.parse()
+    fn number(&mut self, setting: &Setting, most: u32) -> u32 {
+        let text = match &setting.value {
+            Value::Whole(text) => text,
+            Value::Text(text) if !setting.typed => text.trim(),
+            _ => "",
+        };
+        if let Ok(number) = text.parse()
             && (1..=most).contains(&number)
         {
-            self.rows.push((key.to_owned(), text, line));
+            self.row(setting, text);
             return number;
         }
-        self.mistake(line, key, format!("expected a whole number from 1 to {most}, found {found}"));
+        let found = setting.value.describe();
+        self.mistake(setting, format_args!("expected a whole number from 1 to {most}, found {found}"));
         1
     }
 
-    fn table(&mut self, key: &str, line: usize, value: Value) -> Members {
-        match value {
-            Value::Table(members) => members,
-            other => {
-                self.mistake(line, key, format!("expected a table, found {}", other.describe()));
-                Members::new()
-            }
-        }
-    }
-
-    fn url(&mut self, key: &str, line: usize, value: Value) -> Option<Url> {
-        let text = self.text(key, line, value)?;
+    fn url(&mut self, setting: &Setting) -> Option<Url> {
+        let text = self.text(setting)?;
         // A URL with a password is not printed.
         let refuse = |what: &str| Err(format!("expected an http or https URL {what}"));
         let url = match Url::parse(text.trim()) {
@@ -209,6 +203,6 @@ impl Reader {
             Ok(url) => host_problem(&url).map_or(Ok(url), Err),
             Err(_) => refuse("such as \"http://localhost:5109\""),
         };
-        url.map_err(|problem| self.mistake(line, key, problem)).ok()
+        url.map_err(|problem| self.mistake(setting, problem)).ok()
     }
 }

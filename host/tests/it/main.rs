@@ -5,6 +5,8 @@
 #![allow(missing_docs, reason = "tests are named as statements")]
 
 mod abi_calls;
+#[cfg(feature = "grpc")]
+mod appsettings;
 mod artifacts;
 mod bad_answers;
 mod bad_config;

@@ -434,14 +434,19 @@ impl NodeSetup {
 
     /// A node with this configuration file, without settings of another control plane.
     pub(crate) fn with_config(text: &str, libraries: &[PathBuf]) -> Self {
+        Self::with_file("node.toml", text, libraries)
+    }
+
+    /// The same, with a file of this name.
+    pub(crate) fn with_file(name: &str, text: &str, libraries: &[PathBuf]) -> Self {
         let setup = Self::bare(libraries);
-        let file = setup.plugins.path().join("node.toml");
+        let file = setup.plugins.path().join(name);
         std::fs::write(&file, text).expect("the folder is writable");
         setup.arg("--config").arg(file)
     }
 
     /// A node that has plugins and folders, but no control plane yet.
-    fn bare(libraries: &[PathBuf]) -> Self {
+    pub(crate) fn bare(libraries: &[PathBuf]) -> Self {
         let scratch = tempfile::tempdir().expect("a folder below the system's temporary one");
         let state = tempfile::tempdir().expect("a folder below the system's temporary one");
         let plugins = fixtures::plugins_dir(libraries);
