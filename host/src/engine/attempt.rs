@@ -154,7 +154,7 @@ async fn admit(
         biased;
         () = stops.drain.cancelled() => Err(Outcome::Drained),
         reason = held_lease.cancel.cancelled() => Err(Outcome::of_cancel(reason)),
-        () = passed(held_lease.lease.hard_deadline) => Err(Outcome::of_cancel(CancelReason::Deadline)),
+        () = deadline_passed(held_lease, None) => Err(Outcome::of_cancel(CancelReason::Deadline)),
         permit = slots.acquire_owned() => Ok(permit.expect("the slots are never closed")),
     };
     drop(waiting);
@@ -216,11 +216,18 @@ async fn free(permit: Option<OwnedSemaphorePermit>, tidying: Option<Tidying>) {
     drop(permit);
 }
 
-/// Waits until the deadline has passed. Waits forever if there is no deadline.
-async fn passed(deadline: Option<BootInstant>) {
-    let Some(deadline) = deadline else { return std::future::pending().await };
-    while !deadline.has_passed() {
-        tokio::time::sleep(deadline.left()).await;
+/// Waits until the hard deadline of the run or the limit has passed. Waits forever if there is none.
+async fn deadline_passed(held_lease: &HeldLease, limit: Option<BootInstant>) {
+    loop {
+        let known = held_lease.hard_deadline();
+        let Some(deadline) = known.into_iter().chain(limit).min() else { return std::future::pending().await };
+        if deadline.has_passed() {
+            return;
+        }
+        tokio::select! {
+            () = tokio::time::sleep(deadline.left()) => {}
+            () = held_lease.hard_deadline_moved(known) => {}
+        }
     }
 }
 
@@ -228,11 +235,10 @@ async fn passed(deadline: Option<BootInstant>) {
 async fn run_to_end(run: impl Future<Output = End>, held_lease: &HeldLease, cancel_all: &CancellationToken) -> End {
     tokio::pin!(run);
     let limit = held_lease.lease.time_limit.map(|limit| BootInstant::now() + limit);
-    let deadline = held_lease.lease.hard_deadline.into_iter().chain(limit).min();
     tokio::select! {
         end = &mut run => return end,
         () = cancel_all.cancelled() => held_lease.cancel.cancel(CancelReason::Drained),
-        () = passed(deadline) => held_lease.cancel.cancel(CancelReason::Deadline),
+        () = deadline_passed(held_lease, limit) => held_lease.cancel.cancel(CancelReason::Deadline),
     }
     run.await
 }

@@ -91,6 +91,8 @@ pub struct Renewal {
     pub token_expires_at: Option<BootInstant>,
     /// The new term of the lease.
     pub term: Term,
+    /// The new hard deadline of the run.
+    pub hard_deadline: Option<BootInstant>,
     /// The control plane requests a cancel.
     pub cancel: bool,
     /// The new address for heartbeats and the report, if the control plane changed it.

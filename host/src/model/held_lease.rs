@@ -132,6 +132,8 @@ pub struct LeaseUpdates {
     pub token: Option<Token>,
     /// The answer to the set-up heartbeat.
     pub setup: Setup,
+    /// When the run must have ended.
+    hard_deadline: Option<BootInstant>,
     /// The session has ended: nothing changes any more.
     over: bool,
 }
@@ -234,6 +236,11 @@ impl HeldLeaseWriter {
         *self.0.missed.lock().unwrap_or_else(PoisonError::into_inner) = MissedHeartbeats::default();
     }
 
+    /// Moves the hard deadline of the run: it was leased again.
+    pub fn move_hard_deadline(&self, deadline: BootInstant) {
+        self.0.updates.change(|now| now.hard_deadline.replace(deadline) != Some(deadline));
+    }
+
     /// Publishes the new address of the report.
     pub fn rename(&self, address: ReportAddress) {
         *self.0.renamed.lock().unwrap_or_else(PoisonError::into_inner) = Some(address);
@@ -278,7 +285,12 @@ impl HeldLease {
     /// `Ready` for local runs.
     #[must_use]
     pub fn new(lease: Lease, setup: Setup) -> (Self, HeldLeaseWriter) {
-        let updates = Watched::new(LeaseUpdates { token: lease.token.clone(), setup, over: false });
+        let updates = Watched::new(LeaseUpdates {
+            token: lease.token.clone(),
+            setup,
+            hard_deadline: lease.hard_deadline,
+            over: false,
+        });
         let state = Arc::new(HeldLeaseState {
             deadline: Deadline::new(BootInstant::NEVER),
             token_deadline: Deadline::new(lease.token_expires_at.unwrap_or(BootInstant::NEVER)),
@@ -301,6 +313,17 @@ impl HeldLease {
         if self.lease.tokens_max.is_some_and(|max| usage.tokens() > max) {
             self.cancel.cancel(CancelReason::Budget);
         }
+    }
+
+    /// When the run must have ended, for any term of the lease.
+    #[must_use]
+    pub fn hard_deadline(&self) -> Option<BootInstant> {
+        self.updates.lock().hard_deadline
+    }
+
+    /// Waits until the hard deadline is another than `known`.
+    pub async fn hard_deadline_moved(&self, known: Option<BootInstant>) {
+        self.updates.until(|now| (now.hard_deadline != known).then_some(())).await;
     }
 
     /// What the runner has used so far.

@@ -152,7 +152,8 @@ pub struct Lease {
     pub capability: Capability,
     /// When the control plane gives the task to another node. `None` if the control plane sent no plausible time.
     pub expires_at: Option<BootInstant>,
-    /// When the run must have ended, for any term of the lease. It is cancelled then, and fails.
+    /// When the run must have ended, for any term of the lease. It is cancelled then, and fails. A heartbeat may move
+    /// it.
     pub hard_deadline: Option<BootInstant>,
     /// How long the run may take, counted from its start. It is cancelled then, and fails.
     pub time_limit: Option<Duration>,

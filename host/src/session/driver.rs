@@ -227,6 +227,9 @@ impl Driver {
         if let Some(ends) = renewal.token_expires_at {
             self.writer.token_deadline().set(ends);
         }
+        if let Some(deadline) = renewal.hard_deadline {
+            self.writer.move_hard_deadline(deadline);
+        }
         if let Some(address) = renewal.address {
             if address.task != self.address.task {
                 let (task, formerly) = (address.task.clone(), self.task());

@@ -397,6 +397,30 @@ async fn run_leased_again_starts_once() {
 }
 
 #[tokio::test]
+async fn new_lease_moves_the_deadline_of_its_run() {
+    let plane = NodePlane::start().await;
+    let gate = Gate::new();
+    let node = plane.node(&[fixtures::zoo()], "").set("MAX_CONCURRENCY", "2").leasing().await;
+    let run = |id: &str, lease_id: &str, ms: i64| {
+        let mut run = lease(id, WAIT, &[], &[("file", &gate.path())]);
+        run.lease_id = lease_id.to_owned();
+        run.deadline_unix_ms = in_future(ms);
+        run
+    };
+    plane.send(&node, run("later", "first", 4_000)).await;
+    plane.send(&node, run("sooner", "first", 3_600_000)).await;
+    plane.send(&node, run("later", "second", 3_600_000)).await;
+    plane.send(&node, run("sooner", "second", 5_000)).await;
+    // The first deadline of the other run has passed by then.
+    let sent = plane.failed(&node, "sooner").await;
+    assert!(sent.retryable && sent.error_message.contains("deadline"), "{sent:?}");
+    assert_eq!(sent.lease_id, "second");
+    gate.open();
+    assert_eq!(plane.completed(&node, "later").await.lease_id, "second");
+    node.stop().await;
+}
+
+#[tokio::test]
 async fn run_leased_again_while_its_report_waits_starts_once() {
     let plane = NodePlane::start().await;
     let node = plane.node(&[fixtures::echo()], "").leasing().await;

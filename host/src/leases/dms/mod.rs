@@ -391,6 +391,7 @@ fn renewal(response: HeartbeatResponse, answer: &Answer, to: &ReportAddress) -> 
         token_expires_at: local_time(answer, response.access_token_expires_at),
         // An answer without an expiry extends the lease by its last term.
         term: ends.map_or(Term::SameTerm, Term::Until),
+        hard_deadline: None,
         cancel: response.cancel == Some(true) || response.status.as_deref().is_some_and(is_over),
         address,
         capability: inner.map(|task| task.capability.clone()),

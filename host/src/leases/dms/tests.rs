@@ -247,6 +247,7 @@ async fn missing_heartbeat_fields_change_nothing() {
             token: Some(Token::new("dom-2")),
             token_expires_at: None,
             term: Term::SameTerm,
+            hard_deadline: None,
             cancel: true,
             address: Some(address(id, Some(id), Some(id), "/lab/echo/v1")),
             capability: None,

@@ -84,7 +84,7 @@ pub(super) fn lease(
     now: Timestamp,
 ) -> Result<Lease, Unusable> {
     let malformed = |reason: String| Unusable::Malformed(reason);
-    let left = left(wire.deadline_unix_ms, now)?;
+    let end = deadline(&wire, now)?;
     let spec = wire.run_spec.ok_or_else(|| malformed("the lease has no run_spec".to_owned()))?;
     let capability = capability(&spec, agents).map_err(malformed)?;
     let inputs = inputs(spec.input_ref).map_err(malformed)?;
@@ -103,10 +103,9 @@ pub(super) fn lease(
     meta.insert("budgets".into(), given.map(|(key, value)| (key.to_owned(), Value::from(value))).collect());
     let task =
         json!({ "id": ids.run, "capability": capability.as_str(), "inputs_cids": names, "meta": Value::Object(meta) });
-    let end = BootInstant::now() + left;
     let at = At { limit, tokens, ..ids.at() };
     Ok(Lease {
-        expires_at: Some(end + REPORT_TIME),
+        expires_at: Some(expiry(end)),
         hard_deadline: Some(end),
         time_limit: limit.map(Duration::from_secs),
         tokens_max: tokens,
@@ -115,6 +114,16 @@ pub(super) fn lease(
         document: to_raw_value(&json!({ "task": task })).expect("JSON values are JSON"),
         ..Lease::bare(ReportAddress { task: ids.task.clone(), at: at.text().into() }, capability)
     })
+}
+
+/// When the run must have ended. `now` is the time of the control plane.
+pub(super) fn deadline(wire: &lease::Lease, now: Timestamp) -> Result<BootInstant, Unusable> {
+    Ok(BootInstant::now() + left(wire.deadline_unix_ms, now)?)
+}
+
+/// Until when the end of a run with this deadline may be reported.
+pub(super) fn expiry(deadline: BootInstant) -> BootInstant {
+    deadline + REPORT_TIME
 }
 
 /// The time until the deadline. 0 on the wire is no deadline.

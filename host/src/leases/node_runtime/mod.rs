@@ -375,11 +375,13 @@ impl LeaseSource for NodeRuntime {
         }
     }
 
-    /// The wire has no renewal. The answer names the newest lease of the run.
+    /// The wire has no renewal. The answer has the newest lease of the run and its deadline.
     async fn heartbeat(&self, to: &ReportAddress, _: &Pending, _: BootInstant) -> Result<Renewal, LeaseError> {
         let (old, new) = (At::read(to)?, self.0.newest(to)?);
         let address = (old != new).then(|| ReportAddress { task: to.task.clone(), at: new.text().into() });
-        Ok(Renewal { term: Term::Unchanged, address, ..Renewal::default() })
+        let hard_deadline = self.0.outstanding.moved_deadline_of(&to.task);
+        let term = hard_deadline.map_or(Term::Unchanged, |deadline| Term::Until(incoming::expiry(deadline)));
+        Ok(Renewal { term, hard_deadline, address, ..Renewal::default() })
     }
 
     async fn report(&self, to: &ReportAddress, task_result: &TaskResult) -> Result<(), LeaseError> {

@@ -10,7 +10,7 @@ use std::{
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
-use crate::model::{LeaseHold, TaskId};
+use crate::model::{BootInstant, LeaseHold, TaskId};
 
 /// See the module documentation.
 pub(super) struct Outstanding {
@@ -36,6 +36,8 @@ impl Runs {
 struct Run {
     number: u64,
     lease: Arc<str>,
+    /// The deadline of a lease that has replaced the first one.
+    moved_deadline: Option<BootInstant>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -81,11 +83,12 @@ impl Outstanding {
         ended.notified().await;
     }
 
-    /// Gives a known run a newer lease. `false`: the run is not known.
-    pub(super) fn adopt(&self, task: &TaskId, lease: &str) -> bool {
+    /// Gives a known run a newer lease, with its deadline if that can be used. `false`: the run is not known.
+    pub(super) fn adopt(&self, task: &TaskId, lease: &str, deadline: Option<BootInstant>) -> bool {
         match lock(&self.runs).by_task.get_mut(task) {
             Some(run) => {
                 run.lease = lease.into();
+                run.moved_deadline = deadline.or(run.moved_deadline);
                 true
             }
             None => false,
@@ -97,13 +100,18 @@ impl Outstanding {
         let mut runs = lock(&self.runs);
         let number = runs.next;
         runs.next += 1;
-        runs.by_task.insert(task.clone(), Run { number, lease: lease.into(), _permit: permit });
+        runs.by_task.insert(task.clone(), Run { number, lease: lease.into(), moved_deadline: None, _permit: permit });
         LeaseHold::new(Guard { runs: Arc::downgrade(&self.runs), task: task.clone(), number })
     }
 
     /// The newest lease of a run.
     pub(super) fn lease_of(&self, task: &TaskId) -> Option<Arc<str>> {
         lock(&self.runs).by_task.get(task).map(|run| Arc::clone(&run.lease))
+    }
+
+    /// The deadline of a run, if another lease has moved it.
+    pub(super) fn moved_deadline_of(&self, task: &TaskId) -> Option<BootInstant> {
+        lock(&self.runs).by_task.get(task)?.moved_deadline
     }
 
     /// Ends a run: the control plane has answered its report.
@@ -120,14 +128,14 @@ mod tests {
     async fn guard_ends_only_its_own_run() {
         let (outstanding, task) = (Outstanding::new(2), TaskId::parse("run").expect("an id"));
         let first = outstanding.add(&task, "a", outstanding.permit().await);
-        assert!(outstanding.adopt(&task, "b"));
+        assert!(outstanding.adopt(&task, "b", None));
         assert_eq!((outstanding.lease_of(&task).as_deref(), outstanding.count()), (Some("b"), 1));
         outstanding.settled(&task);
         let second = outstanding.add(&task, "c", outstanding.permit().await);
         drop(first);
         assert_eq!((outstanding.lease_of(&task).as_deref(), outstanding.count()), (Some("c"), 1));
         drop(second);
-        assert!(!outstanding.adopt(&task, "d"));
+        assert!(!outstanding.adopt(&task, "d", None));
         assert_eq!(outstanding.count(), 0);
     }
 }

@@ -179,7 +179,7 @@ impl Shared {
     async fn receive(self: &Arc<Self>, wire: lease::Lease, room: Room<'_>, calls: &mut JoinSet<()>) {
         let Some(ids) = self.read_ids(&wire) else { return };
         self.acknowledge(&ids, calls).await;
-        if self.outstanding.adopt(&ids.task, &ids.lease) {
+        if self.adopt(&ids, &wire) {
             info!(event = "lease.replaced", task_id = %ids.task, "run is leased again, it continues with the new lease");
             return;
         }
@@ -200,7 +200,7 @@ impl Shared {
         while let Ok(Ok(Ok(Some(wire)))) = timeout_at(end, timeout(LAST_READS_IDLE, stream.message())).await {
             let Some(ids) = self.read_ids(&wire) else { continue };
             self.acknowledge(&ids, calls).await;
-            if !self.outstanding.adopt(&ids.task, &ids.lease) {
+            if !self.adopt(&ids, &wire) {
                 self.give_back(ids, DRAINS, true, None, calls).await;
             }
         }
@@ -215,6 +215,13 @@ impl Shared {
                 self.give_back(ids, DRAINS, true, None, calls).await;
             }
         }
+    }
+
+    /// Gives a run that this node has the new lease and its deadline. `false`: this node does not have the run.
+    fn adopt(&self, ids: &Ids, wire: &lease::Lease) -> bool {
+        let now = self.client.now_at(&self.facts.base_url);
+        let deadline = incoming::deadline(wire, now).ok();
+        self.outstanding.adopt(&ids.task, &ids.lease, deadline)
     }
 
     fn read_ids(&self, wire: &lease::Lease) -> Option<Ids> {
