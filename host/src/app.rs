@@ -20,7 +20,7 @@ use crate::{
         dms::{self, Dms},
         local::{self, Local},
     },
-    model::{HealthChecks, Listings, Live, NoRegistration, RegistrationForm, StatusBoard},
+    model::{HealthChecks, Listings, Live, NoRegistration, PlaneStatus, Planes, RegistrationForm, StatusBoard},
     node_event::{NodeEvent, NodeEvents},
     observe::{StatusPage, pages::Pages},
     outbox::{self, Outbox, Remaining, StateDir, UnansweredTries},
@@ -87,23 +87,37 @@ impl Node {
         let data_client = transport::Client::new(http.clone());
         let capabilities = plugins.capabilities().iter().map(ToString::to_string).collect();
         let board = StatusBoard::new(engine.slots, capabilities);
+        board.change(|status| {
+            let shown = planes.iter().map(|plane| {
+                let (name, kind) = match plane {
+                    PlaneChoice::Posemesh => (&dms.name, "posemesh"),
+                    PlaneChoice::Local { name, .. } => (name, "local"),
+                    #[cfg(feature = "grpc")]
+                    PlaneChoice::NodeRuntime(config) => (&config.name, "node-runtime"),
+                };
+                PlaneStatus::new(name.clone(), kind, engine.floors.get(name).copied().unwrap_or(0))
+            });
+            status.planes = Planes(shown.collect());
+            status.ready_when = observe.ready_when;
+        });
         let events = NodeEvents::new(board.clone());
         let mut posemesh = Some((auth, dms, sign_in_client));
         let mut built = Vec::with_capacity(planes.len());
-        for plane in planes {
+        for (index, plane) in planes.into_iter().enumerate() {
+            let events = events.of_plane(index);
             built.push(match plane {
                 PlaneChoice::Posemesh => {
                     let (auth, dms, client) = posemesh.take().context("a node serves one posemesh control plane")?;
-                    let auth = Auth::new(auth, plugins.serving(), client, events.clone());
+                    let auth = Auth::new(auth, plugins.serving(), client, events);
                     BuiltPlane::posemesh(dms, auth, control_client())
                 }
                 PlaneChoice::Local { name, folder, observer } => {
                     let local = local::Config { name, folder, capabilities: plugins.serving(), observer };
-                    BuiltPlane::local(local, events.clone())?
+                    BuiltPlane::local(local, events)?
                 }
                 #[cfg(feature = "grpc")]
                 PlaneChoice::NodeRuntime(config) => {
-                    BuiltPlane::node_runtime(*config, engine.slots, control_client(), events.clone())
+                    BuiltPlane::node_runtime(*config, engine.slots, control_client(), events)
                 }
             });
         }
@@ -116,9 +130,9 @@ impl Node {
         let budget = storage.domain.budget.clone();
         board.change(|status| {
             status.plugins = listings;
-            if let Some(first) = built.first() {
-                status.node = first.source.facts().node.to_string();
-                status.registration_form = first.registration_form;
+            for (shown, plane) in status.planes.0.iter_mut().zip(&built) {
+                shown.state.node = plane.source.facts().node.to_string();
+                shown.state.registration_form = plane.registration_form;
             }
             status.stale_calls = Live(Plugins::stale_calls);
             status.stuck_runners = Live(Plugins::stuck_runners);
@@ -137,6 +151,7 @@ impl Node {
                 state,
                 planes: sources.clone(),
                 max: outbox.max,
+                bytes_max: outbox.bytes_max,
                 // The next task of each slot may end while the last report of the slot is being sent.
                 senders: engine.slots.saturating_mul(2).max(8),
             },
@@ -215,18 +230,37 @@ impl Node {
         let calls = tokio::spawn(async move { calls.0.watch(calls.1, calls.2).await });
         let disk = tokio::spawn(disk.run(events.clone(), over.clone()));
         // If a stop is requested before the node begins, the node does not register.
-        let run = |source: &Arc<dyn LeaseSource>| {
-            let (source, over) = (Arc::clone(source), over.clone());
+        let run = |(index, source): (usize, &Arc<dyn LeaseSource>)| {
+            let (source, over, events) = (Arc::clone(source), over.clone(), events.of_plane(index));
             let span = info_span!("plane", plane = %source.facts().name);
-            control.handle.spawn(async move { source.run(over).await }.instrument(span))
+            let running = async move {
+                let beginning = async {
+                    if source.until_ready().await {
+                        begun(&events, index);
+                    }
+                    std::future::pending::<()>().await;
+                };
+                tokio::select! {
+                    () = source.run(over) => {}
+                    () = beginning => {}
+                }
+            };
+            control.handle.spawn(running.instrument(span))
         };
-        let running: Vec<_> = sources.iter().filter(|_| !stops.drain.is_cancelled()).map(run).collect();
-        let mut ready: FuturesUnordered<_> = sources.iter().map(|source| source.until_ready()).collect();
+        let running: Vec<_> = sources.iter().enumerate().filter(|_| !stops.drain.is_cancelled()).map(run).collect();
+        let until_ready = sources.iter().enumerate().map(|(index, source)| async move {
+            if !source.until_ready().await {
+                std::future::pending::<()>().await; // this one gives no work
+            }
+            index
+        });
+        let mut ready: FuturesUnordered<_> = until_ready.collect();
         let (mut ended, last_round, unanswered) = tokio::select! {
             biased;
             () = stops.drain.cancelled() => (Ended::Drained, Duration::ZERO, UnansweredTries::default()),
             // One control plane that can give work is enough.
-            _ = ready.next() => {
+            Some(first) = ready.next() => {
+                begun(&events, first);
                 events.emit(NodeEvent::NodeLeasing);
                 let (outbox, enough) = (outbox.clone(), CancellationToken::new());
                 let enough_of_it = enough.clone();
@@ -257,6 +291,11 @@ impl Node {
         events.emit(NodeEvent::NodeStopped { cut_short: ended == Ended::CutShort });
         ended
     }
+}
+
+/// Notes that a control plane can give work for the first time.
+fn begun(events: &NodeEvents, plane: usize) {
+    events.board().change(|status| status.planes.0[plane].has_begun = true);
 }
 
 /// A control plane of a node, and the parts of it that the pages show.

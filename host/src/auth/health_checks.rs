@@ -92,7 +92,7 @@ impl HealthChecks for CallbackGate {
 
     fn probed(&self) {
         self.probed_at.send_replace(Some(Instant::now()));
-        self.board.change(|status| status.last_healthcheck = Some(Timestamp::now()));
+        self.board.change_plane(|status| status.last_healthcheck = Some(Timestamp::now()));
     }
 }
 

@@ -123,7 +123,7 @@ impl Auth {
                 rejections = Rejections::default();
                 continue;
             };
-            self.events.board().change(|status| status.token_expires_at = None);
+            self.events.board().change_plane(|status| status.token_expires_at = None);
             let jitter = self.config.token_jitter;
             // An accepted token is replaced at once. When fresh tokens are rejected, a faster login does not help.
             if let Some(Pause { length, error }) = rejections.count(accepted, got.elapsed(), jitter, rand::random()) {

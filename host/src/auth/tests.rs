@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::*;
-use crate::model::{HostStatus, RegistrationState, StatusBoard};
+use crate::model::{HostStatus, PlaneState, RegistrationState, StatusBoard};
 use crate::transport::testing::{BAD_BODIES, Call, Service, assert_clean};
 
 const REQUEST: &str = "POST /prefix/internal/v1/auth/siwe/request";
@@ -118,9 +118,15 @@ impl TestAuth {
     }
 
     /// Waits until the node has registered, or failed to register and entered `state`.
-    async fn until(&self, state: RegistrationState) -> HostStatus {
+    async fn until(&self, state: RegistrationState) -> PlaneState {
         let is_registered = state == RegistrationState::Registered;
-        self.until_status(|now| now.registration == state && now.registration_error.is_none() == is_registered).await
+        self.until_status(|now| {
+            now.planes.first().registration == state && now.planes.first().registration_error.is_none() == is_registered
+        })
+        .await
+        .planes
+        .first()
+        .clone()
     }
 
     async fn until_status(&self, wanted: impl FnMut(&HostStatus) -> bool) -> HostStatus {

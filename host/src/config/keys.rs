@@ -158,6 +158,8 @@ pub const KEYS: &[Key] = &[
         |c, p, name| c.auth.version = p.version(name)),
     key("HTTP_BIND", "http.bind", Address, Some("127.0.0.1:8080"), "address that serves /health, /ready, /status.json and the registration callback",
         |c, p, name| c.observe.status_page = StatusPage::Enabled { listen: p.address(name) }),
+    key("READY", "http.ready", Text, Some("any"), "any: /ready is 200 while one control plane can give work; all: while every one can",
+        |c, p, name| c.observe.ready_when = p.ready_when(name)),
     key("MAX_CONCURRENCY", "engine.max_concurrency", Whole, Some("1"), "number of concurrent tasks",
         |c, p, name| c.engine.slots = p.count(name, engine::SLOTS_MAX)),
     key("REQUEST_TIMEOUT_SECS", "source.dms.request_timeout_secs", Whole, Some("60"), "time limit of one call to the control plane, in seconds; at least 1",
@@ -197,8 +199,10 @@ pub const KEYS: &[Key] = &[
         |c, p, name| c.storage.disk_free_min = p.size(name)),
     key("STATE_DIR", "state.dir", Path, None, "folder of the data that must survive a restart, one per node; if unset: runner-host below $XDG_STATE_HOME or ~/.local/state",
         |c, p, _| c.outbox.state_dir = p.state_dir()),
-    key("OUTBOX_MAX", "outbox.max", Whole, Some("1000"), "number of waiting reports at which nothing new is leased",
+    key("OUTBOX_MAX", "outbox.max", Whole, Some("1000"), "number of waiting reports of one control plane at which nothing new is leased from it",
         |c, p, name| c.outbox.max = p.count(name, outbox::REPORTS_MAX)),
+    key("OUTBOX_BYTES_MAX", "outbox.bytes_max", Size, Some("256MiB"), "size of the waiting reports of one control plane at which nothing new is leased from it",
+        |c, p, name| c.outbox.bytes_max = p.size_above_zero(name)),
     key("TRANSFER_STALL_TIMEOUT", "storage.stall_timeout", Duration, Some("30s"), "time without progress after which a transfer counts as broken",
         |c, p, name| {
             c.storage.domain.stall = p.duration_above_zero(name);

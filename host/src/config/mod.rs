@@ -36,7 +36,7 @@ use crate::{
         dms,
         local::{self, LocalEvent},
     },
-    model::PlaneName,
+    model::{PlaneName, ReadyWhen},
     observe::{self, StatusPage},
     outbox, plugins, session, storage,
     transport::{self, Proxies, Roots},
@@ -323,6 +323,14 @@ impl Parser<'_> {
         }
     }
 
+    fn ready_when(&mut self, name: &str) -> ReadyWhen {
+        self.value(name, "any or all", ReadyWhen::Any, |text| match text {
+            "any" => Some(ReadyWhen::Any),
+            "all" => Some(ReadyWhen::All),
+            _ => None,
+        })
+    }
+
     /// The system's certificate authorities, and those of a PEM file.
     fn roots(&mut self, name: &str) -> Roots {
         let Some(path) = self.optional(name) else { return Roots::default() };
@@ -395,7 +403,10 @@ mod tests {
     fn defaults_of_table_and_modules_agree() {
         let values = |config: &HostConfig| {
             let HostConfig { auth, dms, session, engine, storage, outbox, plugins, observe, transport, .. } = config;
-            format!("{:#?}", (auth, dms, session, engine, storage, outbox.max, plugins, observe, transport))
+            format!(
+                "{:#?}",
+                (auth, dms, session, engine, storage, (outbox.max, outbox.bytes_max), plugins, observe, transport)
+            )
         };
         let layers = Layers::default();
         let mut parser = Parser::new(&layers);

@@ -8,14 +8,16 @@ use std::{
 };
 
 use futures_util::FutureExt as _;
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
-    task::JoinHandle,
-};
+use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tracing::{Span, info_span, warn};
 
-use super::{Modules, SharedPace, StopSignals, pace::LeaseValue, planes::WaitingLease};
+use super::{
+    Modules, SharedPace, StopSignals,
+    pace::LeaseValue,
+    planes::WaitingLease,
+    slots::{Permit, Slots},
+};
 use crate::{
     leases::{Acknowledged, Advice, LeaseSource},
     model::{
@@ -49,9 +51,9 @@ enum ReportEnd {
 /// The slot of an attempt.
 pub(super) enum SlotPermit {
     /// Reserved before the poll.
-    Held(OwnedSemaphorePermit),
-    /// To be reserved: the lease arrived before its slot.
-    Wanted(Arc<Semaphore>, WaitingLease),
+    Held(Permit),
+    /// To be reserved for the plane of this index: the lease arrived before its slot.
+    Wanted(Slots, usize, WaitingLease),
 }
 
 /// The slot for one task, and the parts that learn how it ended.
@@ -132,7 +134,7 @@ async fn admit(
     held: HeldNumber,
     held_lease: &HeldLease,
     stops: &StopSignals,
-) -> Result<OwnedSemaphorePermit, Outcome> {
+) -> Result<Permit, Outcome> {
     match source.acknowledge(&held_lease.lease).await {
         Ok(Acknowledged::Held) => {}
         Ok(Acknowledged::Cancelled) => return Err(Outcome::Cancelled),
@@ -145,9 +147,9 @@ async fn admit(
             warn!(event = "lease.not_acknowledged", error = %err, "lease could not be acknowledged, its task runs anyway");
         }
     }
-    let (slots, waiting) = match slot {
+    let (slots, plane, waiting) = match slot {
         SlotPermit::Held(permit) => return Ok(permit),
-        SlotPermit::Wanted(slots, waiting) => (slots, waiting),
+        SlotPermit::Wanted(slots, plane, waiting) => (slots, plane, waiting),
     };
     events.board().moved(held, TaskStage::Waiting);
     let permit = tokio::select! {
@@ -155,7 +157,7 @@ async fn admit(
         () = stops.drain.cancelled() => Err(Outcome::Drained),
         reason = held_lease.cancel.cancelled() => Err(Outcome::of_cancel(reason)),
         () = deadline_passed(held_lease, None) => Err(Outcome::of_cancel(CancelReason::Deadline)),
-        permit = slots.acquire_owned() => Ok(permit.expect("the slots are never closed")),
+        permit = slots.ask(plane) => Ok(permit.expect("slots answer each request")),
     };
     drop(waiting);
     permit
@@ -201,7 +203,7 @@ async fn deliver_report(
 }
 
 /// Frees the slot after the task's folder is removed.
-async fn free(permit: Option<OwnedSemaphorePermit>, tidying: Option<Tidying>) {
+async fn free(permit: Option<Permit>, tidying: Option<Tidying>) {
     if let Some(tidying) = tidying {
         match tidying.await {
             Ok(Ok(())) => {}

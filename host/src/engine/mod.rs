@@ -7,6 +7,7 @@
 mod attempt;
 mod pace;
 mod planes;
+mod slots;
 #[cfg(test)]
 mod tests;
 
@@ -20,9 +21,9 @@ use std::{
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use tokio::{
     runtime::Handle,
-    sync::{Notify, OwnedSemaphorePermit, Semaphore},
+    sync::Notify,
     task::{JoinError, JoinSet},
-    time::{Instant, MissedTickBehavior},
+    time::{Instant, MissedTickBehavior, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, debug, error, warn};
@@ -38,12 +39,16 @@ use crate::{
 };
 use pace::{LeaseValue, Pace};
 use planes::{Plane, PollSlot, next_poll};
+use slots::{Permit, Slots};
 
 /// How long a stop waits for the answer to a poll under way. A lease that arrives later expires and goes to another
 /// node.
 const LAST_POLL: Duration = Duration::from_secs(5);
 /// The status shows polls as unanswered when a plane answers none for this long.
 const UNANSWERED: Duration = Duration::from_secs(10);
+/// A poll that waits this long for its answer lets the other planes use its slot. A plane that hangs must not delay
+/// their tasks.
+const LENT_AFTER: Duration = Duration::from_millis(250);
 /// How many times the node tries to report a lease that cannot be read.
 const REFUSALS_MAX: u32 = 3;
 /// The pauses between these tries.
@@ -130,7 +135,7 @@ pub enum Ended {
 pub struct Engine {
     modules: Arc<Modules>,
     config: Config,
-    slots: Arc<Semaphore>,
+    slots: Slots,
     /// Each attempt returns the index of its plane.
     attempts: JoinSet<usize>,
     planes: Vec<Plane>,
@@ -195,10 +200,13 @@ impl Engine {
     /// An engine that has not started.
     #[must_use]
     pub fn new(modules: Modules, config: Config) -> Self {
-        let slots = Arc::new(Semaphore::new(config.slots));
+        let floor = |source: &Arc<dyn LeaseSource>| config.floors.get(&source.facts().name).copied().unwrap_or(0);
+        let slots = Slots::new(config.slots, modules.planes.iter().map(floor));
         let (changed, now) = (Arc::new(Notify::new()), Instant::now());
-        let plane = |source: &Arc<dyn LeaseSource>| Plane::new(Arc::clone(source), config.poll_backoff, &changed, now);
-        let planes = modules.planes.iter().map(plane).collect();
+        let plane = |(index, source): (usize, &Arc<dyn LeaseSource>)| {
+            Plane::new(Arc::clone(source), config.poll_backoff, &changed, now, modules.events.of_plane(index))
+        };
+        let planes = modules.planes.iter().enumerate().map(plane).collect();
         Self { modules: Arc::new(modules), config, slots, attempts: JoinSet::new(), planes, changed }
     }
 
@@ -209,23 +217,30 @@ impl Engine {
         let mut look = tokio::time::interval(UNANSWERED / 5);
         look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            // Without such a plane, nobody looks at the requests for slots.
             let more = self.planes.iter().any(Plane::wants_poll);
+            if !more {
+                self.planes.iter_mut().for_each(Plane::release_slot);
+            }
             tokio::select! {
                 biased;
                 () = stops.drain.cancelled() => break,
                 Some(polled) = polls.next() => self.found(polled, &stops),
                 // The next poll follows at once after a finished task.
                 Some(ended) = self.attempts.join_next() => self.attempt_ended(ended),
-                poll_slot = next_poll(&self.modules, &self.planes, &self.slots), if more => {
+                poll_slot = next_poll(&self.modules, &mut self.planes, &self.slots), if more => {
                     let plane = &mut self.planes[poll_slot.plane];
                     plane.sent(Instant::now());
-                    polls.push(poll(Arc::clone(&plane.source), poll_slot));
+                    let source = Arc::clone(&plane.source);
+                    polls.push(poll(source, poll_slot, self.planes.len() > 1));
                 }
                 () = self.changed.notified() => {} // a plane may be polled again
                 // A plane that hangs gives no work. This shows it long before the call fails.
-                _ = look.tick(), if !polls.is_empty() => if self.planes.iter().any(hangs) {
-                    self.modules.events.board().unanswered();
-                },
+                _ = look.tick(), if !polls.is_empty() => {
+                    for plane in self.planes.iter().filter(|plane| hangs(plane)) {
+                        plane.events.board().unanswered();
+                    }
+                }
             }
         }
         for plane in &self.planes {
@@ -255,12 +270,12 @@ impl Engine {
         }
         // An unreadable lease is an answer too. So is a request to end a task first.
         if matches!(answer, Ok(_) | Err(LeaseError::Busy | LeaseError::Malformed { task: Some(_), .. })) {
-            self.modules.events.board().polled(None);
+            plane.events.board().polled(None);
         }
         match answer {
             Ok(Some(lease)) if admits(&self.modules, &lease) => {
                 plane.pace.leased();
-                self.begin(lease, index, permit, stops);
+                self.begin(lease, index, permit.and_then(Permit::take_back), stops);
             }
             Err(LeaseError::Busy) if attempts_run => {
                 plane.pace.one_poll();
@@ -289,13 +304,14 @@ impl Engine {
                 // Polls that were under way together fail together. They are logged once.
                 let Some(pause) = plane.pace.pause(sent, err.retry_after()) else { return };
                 if !stops.drain.is_cancelled() {
-                    self.modules.events.emit(NodeEvent::PollFailed { error: err.to_string(), pause });
+                    let failed = NodeEvent::PollFailed { error: err.to_string(), pause };
+                    plane.span.in_scope(|| plane.events.emit(failed));
                 }
             }
         }
     }
 
-    fn begin(&mut self, lease: Lease, index: usize, permit: Option<OwnedSemaphorePermit>, stops: &StopSignals) {
+    fn begin(&mut self, lease: Lease, index: usize, permit: Option<Permit>, stops: &StopSignals) {
         let plane = &self.planes[index];
         let plugin = self.modules.plugins.id_of(&lease.capability).cloned();
         let span = attempt::span(&lease, plugin.as_ref().map(|plugin| &*plugin.name));
@@ -308,10 +324,10 @@ impl Engine {
             self.modules.outbox.adopt(&plane.source.facts().name, &task, session);
             return;
         }
-        let held = self.modules.events.board().began(&session.held_lease(), plugin.clone());
+        let held = plane.events.board().began(&session.held_lease(), plugin.clone());
         let permit = match permit {
             Some(permit) => attempt::SlotPermit::Held(permit),
-            None => attempt::SlotPermit::Wanted(Arc::clone(&self.slots), plane.one_waits()),
+            None => attempt::SlotPermit::Wanted(self.slots.clone(), index, plane.one_waits()),
         };
         let (source, pace) = (Arc::clone(&plane.source), plane.pace.clone());
         let slot = attempt::Slot { permit, source, pace, held, plugin };
@@ -388,10 +404,17 @@ fn hangs(plane: &Plane) -> bool {
     asked && plane.under_way > 0 && plane.since.elapsed() >= UNANSWERED
 }
 
-/// Asks for a lease.
-async fn poll(source: Arc<dyn LeaseSource>, poll_slot: PollSlot) -> Polled {
-    let sent = Instant::now();
-    Polled { poll_slot, sent, answer: source.poll().await }
+/// Asks for a lease. `lends`: other planes may use its slot while the answer is late.
+async fn poll(source: Arc<dyn LeaseSource>, mut poll_slot: PollSlot, lends: bool) -> Polled {
+    let (sent, mut asking) = (Instant::now(), source.poll());
+    if let Some(permit) = poll_slot.permit.as_mut().filter(|_| lends) {
+        match timeout(LENT_AFTER, &mut asking).await {
+            Ok(answer) => return Polled { poll_slot, sent, answer },
+            Err(_) => permit.lend(),
+        }
+    }
+    let answer = asking.await;
+    Polled { poll_slot, sent, answer }
 }
 
 /// Reports a lease that could not be read. If the plane does not accept that report, the lease expires.

@@ -1,21 +1,32 @@
 //! The control planes of a node. Decides which of them is polled next.
 
 use std::{
+    future::poll_fn,
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use tokio::{
-    sync::{Notify, OwnedSemaphorePermit, Semaphore},
+    sync::{Notify, oneshot},
     time::Instant,
 };
+use tracing::{Span, info_span};
 
-use super::{Modules, SharedPace};
-use crate::leases::{Admission, LeaseSource, PlaneReadiness};
+use super::{
+    Modules, SharedPace,
+    slots::{Permit, Slots},
+};
+use crate::{
+    leases::{Admission, LeaseSource, PlaneReadiness},
+    node_event::NodeEvents,
+    outbox::Outbox,
+};
 
 /// One control plane as the engine sees it.
 pub(super) struct Plane {
@@ -30,6 +41,31 @@ pub(super) struct Plane {
     /// When it was polled last. Of two planes that are due, the one that waited longer is next.
     polled_at: Instant,
     waiting: Waiting,
+    /// The slot for its next poll, while it is due.
+    request: Option<SlotRequest>,
+    /// Shows and logs what happens on this control plane.
+    pub(super) events: NodeEvents,
+    /// The fields of log lines about it.
+    pub(super) span: Span,
+}
+
+/// A request for a slot.
+enum SlotRequest {
+    Asked(oneshot::Receiver<Permit>),
+    Granted(Permit),
+}
+
+impl SlotRequest {
+    /// Whether there is a slot now. Otherwise the task of `cx` is woken when there is one.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if let Self::Asked(answer) = self {
+            match Pin::new(answer).poll(cx) {
+                Poll::Ready(permit) => *self = Self::Granted(permit.expect("slots answer each request")),
+                Poll::Pending => return Poll::Pending,
+            }
+        }
+        Poll::Ready(())
+    }
 }
 
 /// Counts leases that arrived without a slot and wait for one.
@@ -54,7 +90,7 @@ pub(super) struct PollSlot {
     /// Its index in the list.
     pub(super) plane: usize,
     /// The slot for the lease. `None`: the slot is reserved when a lease has arrived.
-    pub(super) permit: Option<OwnedSemaphorePermit>,
+    pub(super) permit: Option<Permit>,
 }
 
 impl Plane {
@@ -63,10 +99,23 @@ impl Plane {
         poll_backoff: (Duration, Duration),
         changed: &Arc<Notify>,
         now: Instant,
+        events: NodeEvents,
     ) -> Self {
         let waiting = Waiting { count: Arc::default(), changed: Arc::clone(changed) };
         let pace = SharedPace::new(poll_backoff, now);
-        Self { source, pace, under_way: 0, busy: false, since: now, polled_at: now, waiting }
+        let span = info_span!("plane", plane = %source.facts().name);
+        Self {
+            source,
+            pace,
+            under_way: 0,
+            busy: false,
+            since: now,
+            polled_at: now,
+            waiting,
+            request: None,
+            events,
+            span,
+        }
     }
 
     /// Whether one more poll may be under way.
@@ -96,52 +145,83 @@ impl Plane {
     fn is_ready(&self) -> bool {
         matches!(self.source.readiness(), PlaneReadiness::Ready)
     }
+
+    fn is_due(&self, outbox: &Outbox, now: Instant) -> bool {
+        self.wants_poll() && self.is_ready() && self.pace.next() <= now && self.has_room(outbox)
+    }
+
+    fn has_room(&self, outbox: &Outbox) -> bool {
+        outbox.has_room(&self.source.facts().name)
+    }
+
+    /// Withdraws the request for a slot, if there is one.
+    pub(super) fn release_slot(&mut self) {
+        self.request = None;
+    }
+
+    /// Asks for the slot of the next poll if it needs one. `true`: it may be polled now. A plane that is not due holds
+    /// no slot.
+    fn prepare(&mut self, index: usize, slots: &Slots, outbox: &Outbox, now: Instant) -> bool {
+        if !self.is_due(outbox, now) {
+            self.release_slot();
+            return false;
+        }
+        if self.source.facts().admission == Admission::LeaseFirst {
+            return true;
+        }
+        let request = self.request.get_or_insert_with(|| SlotRequest::Asked(slots.ask(index)));
+        request.poll(&mut Context::from_waker(Waker::noop())).is_ready()
+    }
 }
 
 /// Waits until one of the planes may be polled. A plane that pauses or is not ready holds no slot. Too many waiting
-/// reports, or a full disk, stop polls of all planes. Otherwise finished tasks would accumulate without bound.
-pub(super) async fn next_poll(modules: &Modules, planes: &[Plane], slots: &Arc<Semaphore>) -> PollSlot {
+/// reports of a plane stop its polls. A full disk stops the polls of all planes. Otherwise finished tasks would accumulate without bound.
+///
+/// A request for a slot outlives a dropped future: a plane must not lose its turn because another event came first.
+pub(super) async fn next_poll(modules: &Modules, planes: &mut [Plane], slots: &Slots) -> PollSlot {
     let (outbox, disk) = (&modules.outbox, modules.storage.disk());
     loop {
-        if !outbox.has_room() {
-            outbox.until_room().await;
-            continue;
-        }
         if !disk.has_room() {
+            planes.iter_mut().for_each(Plane::release_slot);
             disk.until_room().await;
             continue;
         }
-        let Some(plane) = due(planes).await else { continue };
-        if planes[plane].source.facts().admission == Admission::LeaseFirst {
-            return PollSlot { plane, permit: None };
+        let now = Instant::now();
+        let due = planes.iter_mut().enumerate().filter_map(|(index, plane)| {
+            let due = plane.prepare(index, slots, outbox, now);
+            due.then_some((plane.polled_at, index))
+        });
+        // Every plane is prepared here, not only the first one.
+        if let Some((_, plane)) = due.min() {
+            let permit = planes[plane].request.take().and_then(|request| match request {
+                SlotRequest::Granted(permit) => Some(permit),
+                SlotRequest::Asked(_) => None,
+            });
+            return PollSlot { plane, permit };
         }
-        let permit = Arc::clone(slots).acquire_owned().await.expect("the slots are never closed");
-        // All of these conditions may have changed while this waited for the slot.
-        let due = planes[plane].is_ready() && planes[plane].pace.next() <= Instant::now();
-        if due && outbox.has_room() && disk.has_room() {
-            return PollSlot { plane, permit: Some(permit) };
-        }
+        one_changes(planes, outbox, now).await;
     }
 }
 
-/// Waits for a plane that may be polled now. `None`: something changed, and the caller must check again.
-async fn due(planes: &[Plane]) -> Option<usize> {
-    let wanting = || planes.iter().enumerate().filter(|(_, plane)| plane.wants_poll());
-    let now = Instant::now();
-    let ready = || wanting().filter(|(_, plane)| plane.is_ready());
-    let first = ready().filter(|(_, plane)| plane.pace.next() <= now).min_by_key(|(_, plane)| plane.polled_at);
-    if let Some((index, _)) = first {
-        return Some(index);
-    }
-    let next = ready().map(|(_, plane)| plane.pace.next()).min();
-    let mut unready: FuturesUnordered<_> = wanting()
-        .filter(|(_, plane)| !plane.is_ready())
-        .map(|(_, plane)| async {
-            if !plane.source.until_ready().await {
-                std::future::pending::<()>().await; // no plane will be due
+/// Waits until a plane may be due: it gets a slot, becomes ready, its pause is over, or its reports leave.
+async fn one_changes(planes: &mut [Plane], outbox: &Outbox, now: Instant) {
+    let wanting = || planes.iter().filter(|plane| plane.wants_poll());
+    let next = wanting().filter(|plane| plane.is_ready()).map(|plane| plane.pace.next()).filter(|next| *next > now);
+    let next = next.min();
+    let unable = wanting().filter(|plane| !plane.is_ready() || !plane.has_room(outbox));
+    let mut unable: FuturesUnordered<_> = unable
+        .map(|plane| Arc::clone(&plane.source))
+        .map(|source| async move {
+            if !source.until_ready().await {
+                std::future::pending::<()>().await; // this plane will not be due
             }
+            outbox.until_room(&source.facts().name).await;
         })
         .collect();
+    let granted = poll_fn(|cx| {
+        let mut requests = planes.iter_mut().filter_map(|plane| plane.request.as_mut());
+        if requests.any(|request| request.poll(cx).is_ready()) { Poll::Ready(()) } else { Poll::Pending }
+    });
     tokio::select! {
         () = async {
             match next {
@@ -149,7 +229,7 @@ async fn due(planes: &[Plane]) -> Option<usize> {
                 None => std::future::pending().await,
             }
         } => {}
-        Some(()) = unready.next() => {}
+        Some(()) = unable.next() => {}
+        () = granted => {}
     }
-    None
 }

@@ -77,6 +77,7 @@ async fn engine(dir: &std::path::Path, events: NodeEvents) -> Engine {
         state: StateDir::claim(&dir.join("state"), Duration::ZERO).await.expect("a state folder"),
         planes: vec![Arc::clone(&plane)],
         max: 10,
+        bytes_max: u64::MAX,
         senders: 1,
     };
     let outbox = Outbox::open(config, events.clone()).expect("opens");

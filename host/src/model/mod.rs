@@ -43,11 +43,12 @@ pub use outcome::{LeaseKeeper, Outcome, OutcomeWord, SetupStage, TaskResult, Tim
 pub(crate) use outcome::{holds_token, redact};
 pub use ports::{Fetched, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports};
 pub use progress_queue::{Pending, ProgressError, ProgressQueue};
-pub use readiness::{NotReadyReason, Readiness};
+pub use readiness::{NotReady, NotReadyReason, Readiness, ReadyWhen};
 pub use resolved_path::resolved_path;
 pub use status::{
-    DiskStatus, HeldNumber, HeldTasks, HostStatus, Listings, Live, OutboxStatus, Phase, PluginId, PollStatus,
-    RegistrationForm, RegistrationState, ReportState, STATUS_SCHEMA, StatusBoard, TaskRecord, TaskStage, TaskStatus,
+    DiskStatus, HeldNumber, HeldTasks, HostStatus, Listings, Live, OutboxStatus, Phase, PlaneState, PlaneStatus,
+    Planes, PluginId, PollStatus, RegistrationForm, RegistrationState, ReportState, STATUS_SCHEMA, StatusBoard,
+    TaskRecord, TaskStage, TaskStatus,
 };
 pub use suggest::{did_you_mean, nearest};
 pub use usage::Usage;

@@ -5,20 +5,61 @@ use std::fmt;
 use jiff::Timestamp;
 use serde::{Serialize, Serializer, ser::SerializeStruct as _};
 
-use super::{HostStatus, MissedHeartbeats, Phase, RegistrationState};
+use super::{HostStatus, MissedHeartbeats, Phase, PlaneName, PlaneState, PlaneStatus, RegistrationState};
 
 /// Fewer failed polls in a row do not affect readiness.
 const FAILED_POLLS_MIN: u32 = 3;
 /// The same for heartbeats of every held lease: with all slots in use there are no polls.
 const FAILED_HEARTBEATS_MIN: u32 = 3;
 
+/// When a node with several control planes is ready.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ReadyWhen {
+    /// One of them can give work.
+    #[default]
+    Any,
+    /// All of them can.
+    All,
+}
+
 /// Whether the node can get work.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Readiness {
+pub struct Readiness {
     /// The node can get work.
-    Ready,
-    /// The node cannot get work, for these reasons. Act on the first one.
-    NotReady(Vec<NotReadyReason>),
+    pub ready: bool,
+    /// Why the node or one of its control planes is not ready. Act on the first one.
+    pub reasons: Vec<NotReady>,
+}
+
+/// Why the node or a control plane is not ready.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NotReady {
+    /// The control plane, if the reason belongs to one of several.
+    pub plane: Option<PlaneName>,
+    /// The reason.
+    pub reason: NotReadyReason,
+}
+
+impl fmt::Display for NotReady {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.plane {
+            Some(plane) => write!(f, "{plane}: {}", self.reason),
+            None => self.reason.fmt(f),
+        }
+    }
+}
+
+impl Serialize for NotReady {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut shown = serializer.serialize_struct("reason", 3)?;
+        shown.serialize_field("code", self.reason.code())?;
+        shown.serialize_field("message", &self.reason.to_string())?;
+        match &self.plane {
+            Some(plane) => shown.serialize_field("plane", plane)?,
+            None => shown.skip_field("plane")?,
+        }
+        shown.end()
+    }
 }
 
 /// Why the node cannot get work.
@@ -33,7 +74,7 @@ pub enum NotReadyReason {
     NoThread(String),
     /// Another node with this wallet is online.
     RegistrationConflict(Option<String>),
-    /// Too many reports wait for the control plane.
+    /// Too many reports wait for the control plane, or they take too much memory.
     OutboxFull {
         /// How many reports wait.
         waiting: usize,
@@ -104,6 +145,28 @@ impl NotReadyReason {
     }
 }
 
+impl NotReadyReason {
+    /// The place in a list: first the reasons that an operator must act on.
+    fn rank(&self) -> u8 {
+        match self {
+            Self::NoPlugin | Self::NoPluginInService(_) => 0,
+            Self::NoThread(_) => 1,
+            Self::RegistrationConflict(_) => 2,
+            Self::OutboxFull { .. } => 3,
+            Self::OutboxNotWritten(_) => 4,
+            Self::DiskFull { .. } => 5,
+            Self::NotSignedIn(_) => 6,
+            Self::PlaneNotReady(_) => 7,
+            Self::PollsFail { .. } => 8,
+            Self::PollUnanswered => 9,
+            Self::HeartbeatsFail { .. } => 10,
+            Self::Starting { .. } => 11,
+            Self::Draining => 12,
+            Self::Stopped => 13,
+        }
+    }
+}
+
 impl fmt::Display for NotReadyReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -152,34 +215,57 @@ impl Readiness {
     /// The readiness that follows from the status at `now`.
     #[must_use]
     pub fn of(status: &HostStatus, now: Timestamp) -> Self {
-        let reasons = match status.phase {
-            Phase::Starting => vec![match &status.plane_error {
-                Some(err) => NotReadyReason::PlaneNotReady(err.clone()),
-                None => NotReadyReason::Starting {
-                    registration: status.registration,
-                    error: status.registration_error.clone(),
-                },
-            }],
-            Phase::Running => while_running(status, now),
+        let planes = &status.planes.0;
+        let of_node = match status.phase {
+            Phase::Starting => Vec::new(),
+            Phase::Running => of_node(status),
             Phase::Draining => vec![NotReadyReason::Draining],
             Phase::Stopped => vec![NotReadyReason::Stopped],
         };
-        if reasons.is_empty() { Self::Ready } else { Self::NotReady(reasons) }
+        let of_planes: Vec<_> = planes.iter().map(|plane| Self::of_plane(status, plane, now)).collect();
+        let mut can_work = of_planes.iter().map(Vec::is_empty);
+        let planes_ready = match status.ready_when {
+            ReadyWhen::Any => can_work.any(|ready| ready),
+            ReadyWhen::All => can_work.all(|ready| ready),
+        };
+        let ready = of_node.is_empty() && planes_ready;
+        let named = |plane: &PlaneStatus| (planes.len() > 1).then(|| plane.name.clone());
+        let of_planes = planes.iter().zip(of_planes).flat_map(|(plane, reasons)| {
+            reasons.into_iter().map(move |reason| NotReady { plane: named(plane), reason })
+        });
+        let mut reasons: Vec<_> = of_node.into_iter().map(|reason| NotReady { plane: None, reason }).collect();
+        reasons.extend(of_planes);
+        // The sort is stable: of one rank, the reasons of the node come first.
+        reasons.sort_by_key(|reason| reason.reason.rank());
+        Self { ready, reasons }
     }
 
-    /// The reasons, if there are any.
+    /// Why the control plane cannot give work.
     #[must_use]
-    pub fn reasons(&self) -> &[NotReadyReason] {
-        match self {
-            Self::Ready => &[],
-            Self::NotReady(reasons) => reasons,
+    pub fn of_plane(status: &HostStatus, plane: &PlaneStatus, now: Timestamp) -> Vec<NotReadyReason> {
+        match status.phase {
+            Phase::Draining | Phase::Stopped => Vec::new(),
+            Phase::Running if plane.has_begun => while_running(status, plane, now),
+            Phase::Starting | Phase::Running => vec![match &plane.state.plane_error {
+                Some(err) => NotReadyReason::PlaneNotReady(err.clone()),
+                None => NotReadyReason::Starting {
+                    registration: plane.state.registration,
+                    error: plane.state.registration_error.clone(),
+                },
+            }],
         }
+    }
+
+    /// Why the node is not ready. Nothing if it is.
+    #[must_use]
+    pub fn reasons(&self) -> &[NotReady] {
+        if self.ready { &[] } else { &self.reasons }
     }
 }
 
-/// Lists first the reasons that an operator must act on.
-fn while_running(status: &HostStatus, now: Timestamp) -> Vec<NotReadyReason> {
-    let HostStatus { outbox, disk, polls, .. } = status;
+/// Why the node can get no work from any control plane.
+fn of_node(status: &HostStatus) -> Vec<NotReadyReason> {
+    let HostStatus { outbox, disk, .. } = status;
     let mut reasons = Vec::new();
     if status.capabilities.is_empty() {
         reasons.push(match &status.degraded[..] {
@@ -190,12 +276,6 @@ fn while_running(status: &HostStatus, now: Timestamp) -> Vec<NotReadyReason> {
     if let Some(err) = &status.no_thread {
         reasons.push(NotReadyReason::NoThread(err.clone()));
     }
-    if status.registration == RegistrationState::Conflict {
-        reasons.push(NotReadyReason::RegistrationConflict(status.registration_error.clone()));
-    }
-    if outbox.full {
-        reasons.push(NotReadyReason::OutboxFull { waiting: outbox.waiting });
-    }
     if let Some(err) = &outbox.not_written {
         reasons.push(NotReadyReason::OutboxNotWritten(err.clone()));
     }
@@ -203,13 +283,27 @@ fn while_running(status: &HostStatus, now: Timestamp) -> Vec<NotReadyReason> {
         let free_bytes = disk.free_bytes.unwrap_or_default();
         reasons.push(NotReadyReason::DiskFull { free_bytes, floor_bytes: disk.floor_bytes });
     }
+    reasons
+}
+
+/// Why a control plane that was ready before cannot give work.
+fn while_running(status: &HostStatus, plane: &PlaneStatus, now: Timestamp) -> Vec<NotReadyReason> {
+    let PlaneState { registration, registration_error, login_error, token_expires_at, plane_error, polls, .. } =
+        &plane.state;
+    let mut reasons = Vec::new();
+    if *registration == RegistrationState::Conflict {
+        reasons.push(NotReadyReason::RegistrationConflict(registration_error.clone()));
+    }
+    if status.outbox.full_planes.contains(&plane.name) {
+        reasons.push(NotReadyReason::OutboxFull { waiting: status.outbox.waiting });
+    }
     // A token is used until it expires, also while its renewal fails.
-    if let Some(err) = &status.login_error
-        && status.token_expires_at.is_none_or(|end| end <= now)
+    if let Some(err) = login_error
+        && token_expires_at.is_none_or(|end| end <= now)
     {
         reasons.push(NotReadyReason::NotSignedIn(err.clone()));
     }
-    if let Some(err) = &status.plane_error {
+    if let Some(err) = plane_error {
         reasons.push(NotReadyReason::PlaneNotReady(err.clone()));
     }
     if polls.failed >= FAILED_POLLS_MIN {
@@ -218,7 +312,7 @@ fn while_running(status: &HostStatus, now: Timestamp) -> Vec<NotReadyReason> {
     } else if polls.unanswered {
         reasons.push(NotReadyReason::PollUnanswered);
     }
-    if let Some(MissedHeartbeats { count, error }) = status.tasks.missed()
+    if let Some(MissedHeartbeats { count, error }) = status.tasks.missed(&plane.name)
         && count >= FAILED_HEARTBEATS_MIN
     {
         reasons.push(NotReadyReason::HeartbeatsFail { failed: count, error });
@@ -236,9 +330,10 @@ mod tests {
         let board = StatusBoard::new(1, vec!["/examples/hello/v1".to_owned()]);
         let mut status = board.now();
         status.phase = Phase::Running;
+        status.planes.0[0].has_begun = true;
         change(&mut status);
         let readiness = Readiness::of(&status, Timestamp::UNIX_EPOCH);
-        let found: Vec<_> = readiness.reasons().iter().map(NotReadyReason::code).collect();
+        let found: Vec<_> = readiness.reasons().iter().map(|reason| reason.reason.code()).collect();
         assert_eq!(found, codes);
     }
 
@@ -254,14 +349,15 @@ mod tests {
                 now.degraded.push("plugin a is out of service".to_owned());
                 now.capabilities.clear();
                 now.no_thread = Some("EAGAIN".to_owned());
-                now.registration = RegistrationState::Conflict;
-                now.outbox.full = true;
+                let plane = &mut now.planes.0[0].state;
+                plane.registration = RegistrationState::Conflict;
+                plane.login_error = Some("401".to_owned());
+                plane.plane_error = Some("read-only".to_owned());
+                plane.polls.failed = FAILED_POLLS_MIN;
+                plane.polls.unanswered = true;
+                now.outbox.full_planes.push(now.planes.0[0].name.clone());
                 now.outbox.not_written = Some("no space".to_owned());
                 now.disk.full = true;
-                now.login_error = Some("401".to_owned());
-                now.plane_error = Some("read-only".to_owned());
-                now.polls.failed = FAILED_POLLS_MIN;
-                now.polls.unanswered = true;
             },
             &[
                 "no-plugin-in-service",
@@ -275,14 +371,46 @@ mod tests {
                 "polls-fail",
             ],
         );
-        check(|now| now.polls.unanswered = true, &["poll-unanswered"]);
-        check(|now| now.polls.failed = FAILED_POLLS_MIN - 1, &[]);
+        check(|now| now.planes.0[0].state.polls.unanswered = true, &["poll-unanswered"]);
+        check(|now| now.planes.0[0].state.polls.failed = FAILED_POLLS_MIN - 1, &[]);
+    }
+
+    #[test]
+    fn one_ready_plane_is_enough_unless_all_are_wanted() {
+        let second = |error: Option<&str>, ready_when: ReadyWhen| {
+            let error = error.map(str::to_owned);
+            move |now: &mut HostStatus| {
+                let mut plane = PlaneStatus::new(PlaneName::parse("runs").expect("a name"), "node-runtime", 0);
+                (plane.has_begun, plane.state.plane_error) = (true, error);
+                now.planes.0.push(plane);
+                now.ready_when = ready_when;
+            }
+        };
+        check(second(None, ReadyWhen::All), &[]);
+        check(second(Some("away"), ReadyWhen::Any), &[]);
+        check(second(Some("away"), ReadyWhen::All), &["plane-not-ready"]);
+        let both = |now: &mut HostStatus| {
+            now.planes.0[0].has_begun = false;
+            second(Some("away"), ReadyWhen::Any)(now);
+            let shown = serde_json::to_value(Readiness::of(now, Timestamp::UNIX_EPOCH).reasons()).expect("JSON");
+            assert_eq!(shown[0]["plane"], "runs");
+            assert_eq!(shown[0]["message"], "the control plane cannot be used: away");
+        };
+        check(both, &["plane-not-ready", "starting"]);
+        check(
+            |now| {
+                second(None, ReadyWhen::Any)(now);
+                now.disk.full = true;
+            },
+            &["disk-full"],
+        );
     }
 
     #[test]
     fn failed_renewal_matters_once_the_token_expires() {
         let with_token = |expires_at: Timestamp| {
             move |now: &mut HostStatus| {
+                let now = &mut now.planes.0[0].state;
                 now.login_error = Some("401".to_owned());
                 now.token_expires_at = Some(expires_at);
             }

@@ -15,8 +15,8 @@ use serde::{Serialize, Serializer, ser::SerializeMap as _};
 use uuid::Uuid;
 
 use super::{
-    Artifact, BootInstant, Budget, Capability, DataLocation, Fetched, HeldLease, Lease, MissedHeartbeats, OutcomeWord,
-    Setup, TaskId, TaskResult, in_a_line, millis, watched::Watched,
+    Artifact, BootInstant, Budget, Capability, DataLocation, Fetched, HeldLease, Lease, MissedHeartbeats,
+    NotReadyReason, OutcomeWord, PlaneName, ReadyWhen, Setup, TaskId, TaskResult, in_a_line, millis, watched::Watched,
 };
 
 /// The version of `/status.json`. New keys do not change it.
@@ -30,30 +30,16 @@ const RECENT_MAX: usize = 100;
 pub struct HostStatus {
     /// The host's version.
     pub version: &'static str,
-    /// The node's address on the control plane.
-    pub node: String,
     /// When the process began to serve.
     pub started_at: Timestamp,
     /// `starting`, `running`, `draining` or `stopped`.
     pub phase: Phase,
-    /// The registration state at the sign-in service.
-    pub registration: RegistrationState,
-    /// How the node registers.
-    pub registration_form: RegistrationForm,
-    /// When the registration entered this state.
-    pub registration_since: Timestamp,
-    /// The last registration error, one line.
-    pub registration_error: Option<String>,
-    /// When the sign-in service last requested this node's health.
-    pub last_healthcheck: Option<Timestamp>,
-    /// When the current node token expires.
-    pub token_expires_at: Option<Timestamp>,
-    /// Why the last login failed, one line.
-    pub login_error: Option<String>,
-    /// Why the control plane cannot be used now, one line.
-    pub plane_error: Option<String>,
-    /// The state of polling.
-    pub polls: PollStatus,
+    /// The control planes: the first one without its name, and all by name.
+    #[serde(flatten)]
+    pub planes: Planes,
+    /// When the node is ready.
+    #[serde(skip)]
+    pub ready_when: ReadyWhen,
     /// Disk space for the tasks' files.
     pub disk: DiskStatus,
     /// Most tasks at once.
@@ -82,6 +68,98 @@ pub struct HostStatus {
     pub memory: Budget,
     /// Every library, whether loaded or refused.
     pub plugins: Listings,
+}
+
+/// The control planes of the node. There is at least one.
+#[derive(Clone, Debug)]
+pub struct Planes(pub Vec<PlaneStatus>);
+
+impl Planes {
+    /// The first one. The keys of the page without a name show it.
+    #[must_use]
+    pub fn first(&self) -> &PlaneState {
+        &self.0[0].state
+    }
+}
+
+impl Serialize for Planes {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(Serialize)]
+        struct Shown<'a> {
+            #[serde(flatten)]
+            first: &'a PlaneState,
+            planes: BTreeMap<&'a str, &'a PlaneStatus>,
+        }
+        let planes = self.0.iter().map(|plane| (plane.name.as_str(), plane)).collect();
+        Shown { first: self.first(), planes }.serialize(serializer)
+    }
+}
+
+/// One control plane.
+#[derive(Clone, Debug, Serialize)]
+pub struct PlaneStatus {
+    /// Its name in the configuration.
+    #[serde(skip)]
+    pub name: PlaneName,
+    /// `posemesh`, `node-runtime` or `local`.
+    pub kind: &'static str,
+    /// Slots that are kept free for it.
+    pub min_slots: usize,
+    /// Whether it was ready at least once.
+    #[serde(skip)]
+    pub has_begun: bool,
+    /// Whether it can give work.
+    pub ready: bool,
+    /// Why it cannot. This list and `ready` are written when they are shown.
+    pub not_ready: Vec<NotReadyReason>,
+    /// The state of this node there.
+    #[serde(flatten)]
+    pub state: PlaneState,
+}
+
+impl PlaneStatus {
+    /// A control plane that is not ready yet.
+    #[must_use]
+    pub fn new(name: PlaneName, kind: &'static str, min_slots: usize) -> Self {
+        let state = PlaneState {
+            node: String::new(),
+            registration: RegistrationState::default(),
+            registration_form: RegistrationForm::Wallet,
+            registration_since: Timestamp::now(),
+            registration_error: None,
+            last_healthcheck: None,
+            token_expires_at: None,
+            login_error: None,
+            plane_error: None,
+            polls: PollStatus::default(),
+        };
+        Self { name, kind, min_slots, has_begun: false, ready: false, not_ready: Vec::new(), state }
+    }
+}
+
+/// The state of this node on a control plane.
+#[derive(Clone, Debug, Serialize)]
+pub struct PlaneState {
+    /// The node's address on the control plane.
+    pub node: String,
+    /// The registration state at the sign-in service or the control plane.
+    pub registration: RegistrationState,
+    /// How the node registers.
+    pub registration_form: RegistrationForm,
+    /// When the registration entered this state.
+    pub registration_since: Timestamp,
+    /// The last registration error, one line.
+    pub registration_error: Option<String>,
+    /// When the sign-in service last requested this node's health.
+    pub last_healthcheck: Option<Timestamp>,
+    /// When the current node token expires.
+    pub token_expires_at: Option<Timestamp>,
+    /// Why the last login failed, one line.
+    pub login_error: Option<String>,
+    /// Why the control plane cannot be used now, one line.
+    pub plane_error: Option<String>,
+    /// The state of polling.
+    pub polls: PollStatus,
 }
 
 /// The state of polling the control plane for work.
@@ -232,10 +310,12 @@ pub struct HeldTasks {
 pub struct HeldNumber(u64);
 
 impl HeldTasks {
-    /// The missed heartbeats, if every held lease has missed some. Returns those of the lease that missed the fewest.
+    /// The missed heartbeats, if every held lease of this control plane has missed some. Returns those of the lease that
+    /// missed the fewest.
     #[must_use]
-    pub fn missed(&self) -> Option<MissedHeartbeats> {
-        self.by_number.values().map(|task| task.running.0.missed()).min_by_key(|missed| missed.count)
+    pub fn missed(&self, plane: &PlaneName) -> Option<MissedHeartbeats> {
+        let tasks = self.by_number.values().filter(|task| task.plane == *plane);
+        tasks.map(|task| task.running.0.missed()).min_by_key(|missed| missed.count)
     }
 }
 
@@ -251,6 +331,8 @@ impl Serialize for HeldTasks {
 /// One held task.
 #[derive(Clone, Debug, Serialize)]
 pub struct TaskStatus {
+    /// The control plane that gave it.
+    pub plane: PlaneName,
     /// The capability of the task.
     #[serde(serialize_with = "as_text")]
     pub capability: Capability,
@@ -311,6 +393,8 @@ impl Serialize for RunningTask {
 pub struct OutboxStatus {
     /// How many there are. A report counts from the end of its task.
     pub waiting: usize,
+    /// About how much memory they take.
+    pub bytes: usize,
     /// When the task of the oldest one ended.
     pub oldest: Option<Timestamp>,
     /// How many times that one was sent.
@@ -319,8 +403,11 @@ pub struct OutboxStatus {
     pub last_error: Option<String>,
     /// Reports of another control plane or node. They are stored and not sent.
     pub foreign: usize,
-    /// Whether so many reports wait that nothing new is leased.
+    /// Whether so many reports of a control plane wait that nothing new is leased from it.
     pub full: bool,
+    /// These control planes.
+    #[serde(skip)]
+    pub full_planes: Vec<PlaneName>,
     /// Why reports cannot be written to the disk, one line. Nothing new is leased until they can be written.
     pub not_written: Option<String>,
 }
@@ -415,28 +502,25 @@ impl TaskRecord {
     }
 }
 
-/// Where modules write and read the status. Cheap to clone.
+/// Where modules write and read the status. Cheap to clone. Changes that belong to a control plane go to the one of
+/// [`StatusBoard::of_plane`], at first to the first one.
 #[derive(Clone)]
-pub struct StatusBoard(Arc<Watched<HostStatus>>);
+pub struct StatusBoard {
+    status: Arc<Watched<HostStatus>>,
+    plane: usize,
+}
 
 impl StatusBoard {
     /// A board for a node that is starting. What is not known yet is empty.
     #[must_use]
     pub fn new(slots: usize, capabilities: Vec<String>) -> Self {
-        Self(Arc::new(Watched::new(HostStatus {
+        let plane = PlaneStatus::new(PlaneName::parse("unnamed").expect("a valid name"), "posemesh", 0);
+        let status = HostStatus {
             version: env!("CARGO_PKG_VERSION"),
-            node: String::new(),
             started_at: Timestamp::now(),
             phase: Phase::Starting,
-            registration: RegistrationState::default(),
-            registration_form: RegistrationForm::Wallet,
-            registration_since: Timestamp::now(),
-            registration_error: None,
-            last_healthcheck: None,
-            token_expires_at: None,
-            login_error: None,
-            plane_error: None,
-            polls: PollStatus::default(),
+            planes: Planes(vec![plane]),
+            ready_when: ReadyWhen::default(),
             disk: DiskStatus::default(),
             slots,
             capabilities,
@@ -451,23 +535,41 @@ impl StatusBoard {
             stuck_runners: Live(|| 0),
             memory: Budget::unlimited(),
             plugins: Listings(Arc::new(|| serde_json::Value::Null)),
-        })))
+        };
+        Self { status: Arc::new(Watched::new(status)), plane: 0 }
+    }
+
+    /// The same board for the control plane of this index.
+    #[must_use]
+    pub fn of_plane(&self, plane: usize) -> Self {
+        Self { status: Arc::clone(&self.status), plane }
+    }
+
+    /// Changes the state of its control plane.
+    pub fn change_plane(&self, change: impl FnOnce(&mut PlaneState)) {
+        self.change(|status| change(&mut status.planes.0[self.plane].state));
+    }
+
+    /// The registration state at its control plane.
+    #[must_use]
+    pub fn registration_now(&self) -> RegistrationState {
+        self.now().planes.0[self.plane].state.registration
     }
 
     /// The current status. While the caller holds the guard, every caller that changes the status waits.
     pub fn now(&self) -> MutexGuard<'_, HostStatus> {
-        self.0.lock()
+        self.status.lock()
     }
 
     /// Waits until `wanted` accepts the status.
     #[cfg(test)]
     pub(crate) async fn until(&self, mut wanted: impl FnMut(&HostStatus) -> bool) {
-        self.0.until(|status| wanted(status).then_some(())).await;
+        self.status.until(|status| wanted(status).then_some(())).await;
     }
 
     /// Changes any part of the status.
     pub fn change(&self, change: impl FnOnce(&mut HostStatus)) {
-        self.0.change(|status| {
+        self.status.change(|status| {
             change(status);
             true
         });
@@ -476,7 +578,7 @@ impl StatusBoard {
     /// Enters a state of the registration. `error` says why, in one line. Without one, the last error remains until
     /// the node is registered.
     pub fn registration(&self, state: RegistrationState, error: Option<String>) {
-        self.change(|status| {
+        self.change_plane(|status| {
             if status.registration != state {
                 status.registration = state;
                 status.registration_since = Timestamp::now();
@@ -489,7 +591,7 @@ impl StatusBoard {
 
     /// Records the end of a poll: `None` for an answer, or the error.
     pub fn polled(&self, error: Option<String>) {
-        self.change(|HostStatus { polls, .. }| {
+        self.change_plane(|PlaneState { polls, .. }| {
             *polls = match &error {
                 Some(_) => PollStatus {
                     failed: polls.failed.saturating_add(1),
@@ -503,13 +605,15 @@ impl StatusBoard {
 
     /// Records that a poll has waited for its answer for a long time.
     pub fn unanswered(&self) {
-        self.change(|status| status.polls.unanswered = true);
+        self.change_plane(|status| status.polls.unanswered = true);
     }
 
     /// Adds a task and the plugin that serves it.
     pub fn began(&self, held_lease: &HeldLease, plugin: Option<PluginId>) -> HeldNumber {
         let lease = &held_lease.lease;
+        let plane = self.now().planes.0[self.plane].name.clone();
         let task = TaskStatus {
+            plane,
             capability: lease.capability.clone(),
             job_id: lease.job,
             plugin,

@@ -127,8 +127,9 @@ impl NodeEvent {
             Self::ReportDropped { task, outcome, .. } => {
                 warn!(target: OUTBOX, event = "report.dropped", task_id = %task, outcome = outcome.as_str(), "report dropped by an operator");
             }
-            Self::OutboxFull { waiting, limit } => {
-                warn!(target: OUTBOX, event = "outbox.full", waiting, limit, "leasing paused, the outbox is full");
+            Self::OutboxFull { planes, waiting, limit, bytes } => {
+                let plane: Vec<&str> = planes.iter().map(PlaneName::as_str).collect();
+                warn!(target: OUTBOX, event = "outbox.full", plane = plane.join(" "), waiting, limit, bytes, "leasing paused, the outbox is full");
             }
             Self::OutboxHasRoom { waiting } => {
                 info!(target: OUTBOX, event = "outbox.has_room", waiting, "leasing resumed, the outbox has room");

@@ -286,10 +286,14 @@ pub enum NodeEvent {
     },
     /// The outbox is full, so leasing pauses.
     OutboxFull {
-        /// How many reports the control plane has not accepted.
+        /// The control planes whose reports reach a limit. Nothing new is leased from them.
+        planes: Vec<PlaneName>,
+        /// How many reports are not accepted.
         waiting: usize,
-        /// The limit.
+        /// The limit for each control plane.
         limit: usize,
+        /// About how much memory the reports take.
+        bytes: usize,
     },
     /// The outbox has room again.
     OutboxHasRoom {
@@ -441,8 +445,8 @@ impl NodeEvent {
             Self::NodeDraining { .. } => board.change(|status| status.phase = Phase::Draining),
             Self::NodeStopped { .. } => board.change(|status| status.phase = Phase::Stopped),
             Self::DiskFull { disk, .. } | Self::DiskHasRoom { disk, .. } => board.change(|status| status.disk = *disk),
-            Self::PlaneNotReady { error, .. } => board.change(|status| status.plane_error = Some(error.clone())),
-            Self::PlaneReady { .. } => board.change(|status| status.plane_error = None),
+            Self::PlaneNotReady { error, .. } => board.change_plane(|status| status.plane_error = Some(error.clone())),
+            Self::PlaneReady { .. } => board.change_plane(|status| status.plane_error = None),
             Self::PollFailed { error, .. } => board.polled(Some(error.clone())),
             Self::RegistrationAccepted { .. } | Self::RegistrationRepeated { .. } => {
                 board.registration(RegistrationState::Registered, None);
@@ -450,7 +454,7 @@ impl NodeEvent {
             Self::RegistrationFailed { error, state, registered, .. } => {
                 // While logins succeed, the service knows this node.
                 let stays = *registered && *state != RegistrationState::Conflict;
-                let state = if stays { board.now().registration } else { *state };
+                let state = if stays { board.registration_now() } else { *state };
                 board.registration(state, Some(error.clone()));
             }
             Self::RegistrationLost { error } => {
@@ -458,12 +462,12 @@ impl NodeEvent {
             }
             Self::LoginFailed { error, failures, .. } => {
                 let error = format!("login failed {failures} times: {error}");
-                board.change(|status| status.login_error = Some(error));
+                board.change_plane(|status| status.login_error = Some(error));
             }
             Self::TokenRejected { error, .. } => {
-                board.change(|status| status.login_error = Some((*error).to_owned()));
+                board.change_plane(|status| status.login_error = Some((*error).to_owned()));
             }
-            Self::TokenRenewed { lifetime, .. } => board.change(|status| {
+            Self::TokenRenewed { lifetime, .. } => board.change_plane(|status| {
                 status.token_expires_at = Timestamp::now().checked_add(*lifetime).ok();
                 status.login_error = None;
             }),
@@ -482,34 +486,39 @@ impl NodeEvent {
     }
 }
 
-/// Where events are emitted and subscribed to. Cheap to clone.
+/// Where events are emitted and subscribed to. Cheap to clone. Events that belong to a control plane change the status of
+/// the one of [`NodeEvents::of_plane`], at first of the first one.
 #[derive(Clone)]
-pub struct NodeEvents(Arc<Inner>);
-
-struct Inner {
+pub struct NodeEvents {
     board: StatusBoard,
     /// Created by the first subscriber.
-    sender: OnceLock<broadcast::Sender<NodeEvent>>,
+    sender: Arc<OnceLock<broadcast::Sender<NodeEvent>>>,
 }
 
 impl NodeEvents {
     /// Events that change `board`.
     #[must_use]
     pub fn new(board: StatusBoard) -> Self {
-        Self(Arc::new(Inner { board, sender: OnceLock::new() }))
+        Self { board, sender: Arc::default() }
+    }
+
+    /// The same events, from the control plane of this index.
+    #[must_use]
+    pub fn of_plane(&self, plane: usize) -> Self {
+        Self { board: self.board.of_plane(plane), sender: Arc::clone(&self.sender) }
     }
 
     /// The board that events change.
     #[must_use]
     pub fn board(&self) -> &StatusBoard {
-        &self.0.board
+        &self.board
     }
 
     /// Updates the status board, writes the log line and sends `event` to the subscribers.
     pub fn emit(&self, event: NodeEvent) {
-        event.show(&self.0.board);
+        event.show(&self.board);
         event.log();
-        if let Some(sender) = self.0.sender.get() {
+        if let Some(sender) = self.sender.get() {
             // An error means that no subscriber is left.
             let _ = sender.send(event);
         }
@@ -518,7 +527,7 @@ impl NodeEvents {
     /// Every event from now on. A subscriber that is more than 1,024 events late loses the oldest ones.
     #[must_use]
     pub fn subscribe(&self) -> broadcast::Receiver<NodeEvent> {
-        self.0.sender.get_or_init(|| broadcast::Sender::new(STORED_MAX)).subscribe()
+        self.sender.get_or_init(|| broadcast::Sender::new(STORED_MAX)).subscribe()
     }
 }
 

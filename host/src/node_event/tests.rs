@@ -82,7 +82,7 @@ fn all(board: &StatusBoard) -> Vec<NodeEvent> {
         NodeEvent::ReportDelivered { task: task(), ended_as: task(), outcome, tries: 2, waited: pause },
         NodeEvent::ReportRefused { task: task(), ended_as: task(), outcome, tries: 2, error: error.clone() },
         NodeEvent::ReportDropped { task: task(), ended_as: task(), outcome },
-        NodeEvent::OutboxFull { waiting: 1, limit: 1 },
+        NodeEvent::OutboxFull { planes: vec![plane()], waiting: 1, limit: 1, bytes: 1 },
         NodeEvent::OutboxHasRoom { waiting: 0 },
         NodeEvent::OutboxNotWritable { error: error.clone() },
         NodeEvent::OutboxWritable,
@@ -115,16 +115,16 @@ fn every_event_is_named_like_its_log_line() {
     assert_eq!(all.iter().map(NodeEvent::name).collect::<BTreeSet<_>>(), names.collect());
 
     let status = board.now();
-    assert_eq!((status.phase, status.polls.failed, status.recent.len()), (Phase::Stopped, 1, 6));
+    assert_eq!((status.phase, status.planes.first().polls.failed, status.recent.len()), (Phase::Stopped, 1, 6));
     let reports: Vec<_> = status.recent.iter().map(|record| record.report).collect();
     use ReportState::{Accepted, Dropped, None, Refused};
     assert_eq!(reports, [Accepted, Accepted, Refused, Accepted, Dropped, None], "the waiting report was delivered");
     assert_eq!(status.unreported, 2);
     assert_eq!(
-        (status.registration, status.registration_error.as_deref()),
+        (status.planes.first().registration, status.planes.first().registration_error.as_deref()),
         (RegistrationState::Disconnected, Some("why"))
     );
-    assert!(status.login_error.is_none() && status.token_expires_at.is_some());
+    assert!(status.planes.first().login_error.is_none() && status.planes.first().token_expires_at.is_some());
     assert_eq!(
         (&status.capabilities[..], &status.degraded[..]),
         (&[][..], &["plugin echo is out of service: why".to_owned()][..])
@@ -156,7 +156,8 @@ fn registered_node_leaves_its_state_only_after_conflict() {
     ];
     for (event, state, error) in steps {
         events.emit(event.clone());
-        let status = events.board().now();
+        let now = events.board().now();
+        let status = now.planes.first();
         assert_eq!((status.registration, &status.registration_error), (state, &error.map(state_error)), "{event:?}");
     }
 }

@@ -8,6 +8,8 @@ mod text;
 
 use std::net::SocketAddr;
 
+use crate::model::ReadyWhen;
+
 /// The pages of a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum StatusPage {
@@ -29,11 +31,18 @@ pub struct Config {
     pub node_host: Option<String>,
     /// Keep the system's settings for core dumps and debuggers. Both can show the node's secrets.
     pub allow_core_dumps: bool,
+    /// When a node with several control planes is ready.
+    pub ready_when: ReadyWhen,
 }
 
 impl Default for Config {
     fn default() -> Self {
         let listen = SocketAddr::from(([127, 0, 0, 1], 8080));
-        Self { status_page: StatusPage::Enabled { listen }, node_host: None, allow_core_dumps: false }
+        Self {
+            status_page: StatusPage::Enabled { listen },
+            node_host: None,
+            allow_core_dumps: false,
+            ready_when: ReadyWhen::Any,
+        }
     }
 }

@@ -28,7 +28,7 @@ use tower_service::Service as _;
 use super::callback::{self, CallbackQueue};
 use crate::{
     listen::{self, Limits},
-    model::{HealthChecks, HostStatus, NotReadyReason, Readiness, STATUS_SCHEMA, StatusBoard},
+    model::{HealthChecks, HostStatus, NotReady, Readiness, STATUS_SCHEMA, StatusBoard},
 };
 
 /// How long a stop waits for running requests.
@@ -122,18 +122,23 @@ async fn health(State(callbacks): State<Arc<CallbackQueue>>, headers: HeaderMap)
 }
 
 /// 200 while the node can lease tasks, otherwise 503 with the reasons. A node that has lost a part of its
-/// capabilities shows that with the 200.
+/// capabilities, or one of its control planes, shows that with the 200.
 async fn ready(State(board): State<StatusBoard>) -> impl IntoResponse {
     let status = board.now();
-    match Readiness::of(&status, Timestamp::now()) {
-        Readiness::Ready if status.degraded.is_empty() => (StatusCode::OK, Json(json!({ "ready": true }))),
-        Readiness::Ready => (StatusCode::OK, Json(json!({ "ready": true, "degraded": status.degraded }))),
-        Readiness::NotReady(reasons) => {
-            let first = reasons.first().map(ToString::to_string);
-            let page = json!({ "ready": false, "reason": first, "reasons": reasons });
-            (StatusCode::SERVICE_UNAVAILABLE, Json(page))
-        }
+    let Readiness { ready, reasons } = Readiness::of(&status, Timestamp::now());
+    if !ready {
+        let first = reasons.first().map(ToString::to_string);
+        let page = json!({ "ready": false, "reason": first, "reasons": reasons });
+        return (StatusCode::SERVICE_UNAVAILABLE, Json(page));
     }
+    let mut page = json!({ "ready": true });
+    if !status.degraded.is_empty() {
+        page["degraded"] = json!(status.degraded);
+    }
+    if !reasons.is_empty() {
+        page["planes_not_ready"] = json!(reasons);
+    }
+    (StatusCode::OK, Json(page))
 }
 
 /// State of `/status.json`.
@@ -148,7 +153,7 @@ struct StatusSource {
 struct StatusPage {
     schema: u32,
     ready: bool,
-    not_ready: Vec<NotReadyReason>,
+    not_ready: Vec<NotReady>,
     #[serde(flatten)]
     status: HostStatus,
 }
@@ -160,8 +165,13 @@ async fn status(State(page): State<StatusSource>, uri: Uri, headers: HeaderMap) 
         let remedy = "the host name is not one of this node; use its IP address, localhost or the host of NODE_URL\n";
         return (StatusCode::MISDIRECTED_REQUEST, remedy).into_response();
     }
-    let status = page.board.now().clone();
-    let not_ready = Readiness::of(&status, Timestamp::now()).reasons().to_vec();
+    let (mut status, now) = (page.board.now().clone(), Timestamp::now());
+    for index in 0..status.planes.0.len() {
+        let reasons = Readiness::of_plane(&status, &status.planes.0[index], now);
+        let plane = &mut status.planes.0[index];
+        (plane.ready, plane.not_ready) = (reasons.is_empty(), reasons);
+    }
+    let not_ready = Readiness::of(&status, now).reasons().to_vec();
     Json(StatusPage { schema: STATUS_SCHEMA, ready: not_ready.is_empty(), not_ready, status }).into_response()
 }
 

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     leases::dms,
-    model::{PlaneName, ReportAddress, TaskId, TaskResult},
+    model::{Outcome, PlaneName, ReportAddress, TaskId, TaskResult},
 };
 
 /// A report: its control plane and node, its task, and the result.
@@ -133,6 +133,18 @@ impl SetAside {
 type Identity = (PlaneName, Arc<str>, TaskId, Timestamp);
 
 impl Entry {
+    /// About how many bytes of memory it takes.
+    pub(super) fn size(&self) -> usize {
+        let TaskResult { outcome, artifacts, inputs, inline, .. } = &self.task_result;
+        let inline: usize = inline.iter().map(|(path, text)| path.len() + text.len()).sum();
+        let details = match outcome {
+            Outcome::Failed { message, details, .. } if details.is_null() => message.len(),
+            Outcome::Failed { message, details, .. } => message.len() + details.to_string().len(),
+            _ => 0,
+        };
+        1024 + inline + details + (artifacts.len() + inputs.len()) * 512
+    }
+
     pub(super) fn encode(&self, tries: &Tries) -> Vec<u8> {
         serde_json::to_vec(&Stored { report: self, tries }).expect("texts, numbers and JSON values are JSON")
     }

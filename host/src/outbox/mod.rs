@@ -28,14 +28,20 @@ mod tests;
 mod writer;
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     path::Path,
     path::PathBuf,
+    pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll},
     time::Duration,
 };
 
-use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+use futures_util::{
+    FutureExt as _, StreamExt as _,
+    future::{BoxFuture, join_all},
+    stream::FuturesUnordered,
+};
 use tokio::{
     sync::{Notify, Semaphore},
     time::{Instant, timeout_at},
@@ -51,7 +57,7 @@ pub use self::{
 };
 use self::{
     entry::Entry,
-    queue::{Gone, NextReport, ReportQueue},
+    queue::{Amount, Gone, NextReport, ReportQueue},
     sending::{Sender, Try},
     store::Change,
     writer::{Unwritten, Writer, WriterEvent},
@@ -74,14 +80,16 @@ pub const REPORTS_MAX: usize = 1_000_000;
 pub struct Options {
     /// The folder of the reports that are not accepted yet. One node uses it at a time.
     pub state_dir: PathBuf,
-    /// At this number of reports that are not accepted yet, nothing new is leased.
+    /// At this number of reports of one control plane that are not accepted yet, nothing new is leased from it.
     pub max: usize,
+    /// The same for their size in memory.
+    pub bytes_max: u64,
 }
 
 impl Default for Options {
     /// Without a folder, because its place depends on the environment.
     fn default() -> Self {
-        Self { state_dir: PathBuf::new(), max: 1000 }
+        Self { state_dir: PathBuf::new(), max: 1000, bytes_max: 256 * 1024 * 1024 }
     }
 }
 
@@ -91,8 +99,10 @@ pub struct Config {
     pub state: StateDir,
     /// The control planes of this node. Reports for others are kept and not sent.
     pub planes: Vec<Arc<dyn LeaseSource>>,
-    /// At this number of reports that are not accepted yet, nothing new is leased. Above 0.
+    /// At this number of reports of one control plane that are not accepted yet, nothing new is leased from it. Above 0.
     pub max: usize,
+    /// The same for their size in memory. Above 0.
+    pub bytes_max: u64,
     /// Most concurrent first tries. Further reports wait in the queue like failed ones.
     pub senders: usize,
 }
@@ -103,7 +113,8 @@ pub struct Outbox(Arc<Inner>);
 
 struct Inner {
     planes: Vec<Arc<dyn LeaseSource>>,
-    max: usize,
+    /// The limit for each control plane.
+    limit: Amount,
     events: NodeEvents,
     writer: Writer,
     senders: Semaphore,
@@ -158,11 +169,32 @@ pub enum Sent {
 /// Tries of the outbox that have no answer yet. A try that is dropped is repeated, so the control plane may get its
 /// report twice.
 #[derive(Default)]
-pub struct UnansweredTries(FuturesUnordered<BoxFuture<'static, Option<Sent>>>);
+pub struct UnansweredTries(FuturesUnordered<UnansweredTry>);
+
+/// A try, and the control plane that has not answered it.
+struct UnansweredTry(PlaneName, BoxFuture<'static, Option<Sent>>);
+
+impl Future for UnansweredTry {
+    type Output = Option<Sent>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.1.poll_unpin(cx)
+    }
+}
 
 impl UnansweredTries {
     fn begin(&mut self, outbox: &Outbox, number: u64) {
-        self.0.extend(Try::begin(outbox, number, Sender::Outbox).map(|one| one.run().boxed()));
+        let begun = Try::begin(outbox, number, Sender::Outbox);
+        self.0.extend(begun.map(|one| UnansweredTry(one.plane().clone(), one.run().boxed())));
+    }
+
+    /// The tries of each control plane.
+    fn by_plane(self) -> BTreeMap<PlaneName, Self> {
+        let mut by_plane: BTreeMap<_, Self> = BTreeMap::new();
+        for one in self.0 {
+            by_plane.entry(one.0.clone()).or_default().0.push(one);
+        }
+        by_plane
     }
 }
 
@@ -219,7 +251,10 @@ impl Outbox {
         let writer = writer.map_err(state::failed("start the writer of", &folder))?;
         let outbox = Self(Arc::new(Inner {
             planes: config.planes,
-            max: config.max.max(1),
+            limit: Amount {
+                reports: config.max.max(1),
+                bytes: usize::try_from(config.bytes_max).unwrap_or(usize::MAX).max(1),
+            },
             events,
             writer,
             senders: Semaphore::new(config.senders.max(1)),
@@ -252,20 +287,21 @@ impl Outbox {
         self.0.report_due.notify_one();
     }
 
-    /// Whether another task may be leased: the outbox can keep its report.
+    /// Whether another task of this control plane may be leased: the outbox can keep its report. The reports of one
+    /// control plane take no room from another one.
     #[must_use]
-    pub fn has_room(&self) -> bool {
+    pub fn has_room(&self, plane: &PlaneName) -> bool {
         let state = self.lock();
-        state.queue.ours() < self.0.max && state.shown.not_written.is_none()
+        !state.queue.is_full(plane, self.0.limit) && state.shown.not_written.is_none()
     }
 
     /// Waits until [`Outbox::has_room`] is true.
-    pub async fn until_room(&self) {
+    pub async fn until_room(&self, plane: &PlaneName) {
         loop {
             let room = self.0.room.notified();
             tokio::pin!(room);
             room.as_mut().enable();
-            if self.has_room() {
+            if self.has_room(plane) {
                 return;
             }
             room.await;
@@ -314,21 +350,15 @@ impl Outbox {
 
     /// Sends all reports in last rounds within `limit`, then closes the file. Call it after [`Outbox::run`] has ended,
     /// with its `unanswered` tries: they belong to the first round. Returns what remains.
-    pub async fn finish(&self, limit: Duration, mut unanswered: UnansweredTries) -> Remaining {
+    pub async fn finish(&self, limit: Duration, unanswered: UnansweredTries) -> Remaining {
         let deadline = Instant::now() + limit;
-        let mut failures = 0;
-        while self.lock().queue.ours() > 0 {
-            let Some(failed) = self.last_round(deadline, LAST_FAILURES_MAX - failures, &mut unanswered).await else {
-                break;
-            };
-            failures += failed;
-            let pause = queue::PAUSES.pause(failures, rand::random());
-            if failed == 0 || failures >= LAST_FAILURES_MAX || Instant::now() + pause >= deadline {
-                break;
-            }
-            tokio::time::sleep(pause).await;
-        }
-        drop(unanswered);
+        let mut unanswered = unanswered.by_plane();
+        // At once: a control plane that is away takes no time from another one.
+        let rounds = self.0.planes.iter().map(|source| {
+            let plane = &source.facts().name;
+            self.last_rounds(plane, deadline, unanswered.remove(plane).unwrap_or_default())
+        });
+        join_all(rounds).await;
         let closed = self.0.writer.close().await;
         self.with(ReportQueue::let_go);
         let queue = &self.lock().queue;
@@ -343,11 +373,32 @@ impl Outbox {
         Remaining { reports, kept: reports - ours, unwritten: Some(error), lost }
     }
 
-    /// Sends every report of this node once, until `failures_max` have failed. Returns the number of failures. `None`:
-    /// the deadline has passed.
-    async fn last_round(&self, deadline: Instant, failures_max: u32, unanswered: &mut UnansweredTries) -> Option<u32> {
+    /// Sends the reports of one control plane in rounds until none is left, some have failed, or the deadline.
+    async fn last_rounds(&self, plane: &PlaneName, deadline: Instant, mut unanswered: UnansweredTries) {
         let mut failures = 0;
-        let mut numbers = self.lock().queue.numbers(None).into_iter().peekable();
+        while self.lock().queue.held_of(plane).reports > 0 {
+            let most = LAST_FAILURES_MAX - failures;
+            let Some(failed) = self.last_round(plane, deadline, most, &mut unanswered).await else { return };
+            failures += failed;
+            let pause = queue::PAUSES.pause(failures, rand::random());
+            if failed == 0 || failures >= LAST_FAILURES_MAX || Instant::now() + pause >= deadline {
+                return;
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }
+
+    /// Sends every report of one control plane once, until `failures_max` have failed. Returns the number of failures.
+    /// `None`: the deadline has passed.
+    async fn last_round(
+        &self,
+        plane: &PlaneName,
+        deadline: Instant,
+        failures_max: u32,
+        unanswered: &mut UnansweredTries,
+    ) -> Option<u32> {
+        let mut failures = 0;
+        let mut numbers = self.lock().queue.numbers_of(plane).into_iter().peekable();
         loop {
             let next = numbers.peek().filter(|_| failures < failures_max).copied();
             if let Some(number) = next.filter(|number| unanswered.0.len() < self.lock().queue.abreast(*number)) {
@@ -436,21 +487,30 @@ impl Outbox {
         let mut state = self.lock();
         let result = change(&mut state.queue);
         let queue = &state.queue;
-        let (was_full, full) = (state.shown.full, queue.ours() >= self.0.max);
+        let full_planes = queue.full_planes(self.0.limit);
+        let (had_full, full) = (state.shown.full, !full_planes.is_empty());
+        let room_changed = had_full && full_planes != state.shown.full_planes;
         let (oldest, oldest_tries) = queue.oldest().unzip();
         let now = OutboxStatus {
             waiting: queue.ours(),
+            bytes: queue.bytes(),
             oldest,
             oldest_tries,
             last_error: queue.last_error().map(str::to_owned),
             foreign: queue.foreign(),
             full,
+            full_planes,
             not_written: state.shown.not_written.clone(),
         };
         // Reports in their first try are no outage.
         let event = if full && queue.waiting() > 0 && !state.paused {
             state.paused = true;
-            Some(NodeEvent::OutboxFull { waiting: now.waiting, limit: self.0.max })
+            Some(NodeEvent::OutboxFull {
+                planes: now.full_planes.clone(),
+                waiting: now.waiting,
+                limit: self.0.limit.reports,
+                bytes: now.bytes,
+            })
         } else if !full && std::mem::take(&mut state.paused) {
             Some(NodeEvent::OutboxHasRoom { waiting: now.waiting })
         } else {
@@ -465,7 +525,7 @@ impl Outbox {
             self.0.events.emit(event);
         }
         drop(state);
-        if was_full && !full {
+        if room_changed {
             self.0.room.notify_waiters();
         }
         result

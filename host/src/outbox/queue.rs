@@ -45,6 +45,8 @@ struct Held {
     failures: u32,
     /// It is in the file, or a write is ordered.
     written: bool,
+    /// About how many bytes of memory it takes.
+    size: usize,
     /// Keeps the lease of its task. None after a restart, until the control plane leases the task to this node again.
     lease_kept: Option<Box<dyn LeaseKeeper>>,
 }
@@ -93,6 +95,23 @@ struct Lane {
     quiet_until: Option<Instant>,
     /// The last answer accepted or refused a report.
     flows: bool,
+    /// All its reports.
+    held: Amount,
+}
+
+/// An amount of reports, or its limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Amount {
+    pub(super) reports: usize,
+    /// About how much memory they take.
+    pub(super) bytes: usize,
+}
+
+impl Amount {
+    /// Whether the limit is reached.
+    fn reaches(self, limit: Self) -> bool {
+        self.reports >= limit.reports || self.bytes >= limit.bytes
+    }
 }
 
 impl Lane {
@@ -192,7 +211,10 @@ impl ReportQueue {
     fn insert(&mut self, number: u64, held: Held) {
         if held.place != Place::Foreign {
             self.by_task.insert(held.key(number));
-            self.lanes.entry(held.entry.plane.clone()).or_default().arrived(number, held.place);
+            let lane = self.lanes.entry(held.entry.plane.clone()).or_default();
+            lane.arrived(number, held.place);
+            lane.held.reports += 1;
+            lane.held.bytes += held.size;
         }
         self.waiting += usize::from(held.waits());
         self.held.insert(number, held);
@@ -322,6 +344,8 @@ impl ReportQueue {
             && let Some(lane) = self.lanes.get_mut(&held.entry.plane)
         {
             lane.left(number, held.place);
+            lane.held.reports -= 1;
+            lane.held.bytes -= held.size;
         }
         self.waiting -= usize::from(held.waits());
         if self.waiting == 0 {
@@ -411,6 +435,33 @@ impl ReportQueue {
         self.held.get(&number).map(Held::listing)
     }
 
+    /// The numbers of the reports that will be sent to this control plane.
+    pub(super) fn numbers_of(&self, plane: &PlaneName) -> Vec<u64> {
+        let of_plane = |held: &Held| held.place != Place::Foreign && held.entry.plane == *plane;
+        self.held.iter().filter(|(_, held)| of_plane(held)).map(|(number, _)| *number).collect()
+    }
+
+    /// The reports for this control plane that are not accepted yet.
+    pub(super) fn held_of(&self, plane: &PlaneName) -> Amount {
+        self.lanes.get(plane).map(|lane| lane.held).unwrap_or_default()
+    }
+
+    /// Whether the reports for this control plane reach the limit.
+    pub(super) fn is_full(&self, plane: &PlaneName, limit: Amount) -> bool {
+        self.held_of(plane).reaches(limit)
+    }
+
+    /// The control planes whose reports reach the limit.
+    pub(super) fn full_planes(&self, limit: Amount) -> Vec<PlaneName> {
+        let full = self.lanes.iter().filter(|(_, lane)| lane.held.reaches(limit));
+        full.map(|(plane, _)| plane.clone()).collect()
+    }
+
+    /// About how much memory the reports take.
+    pub(super) fn bytes(&self) -> usize {
+        self.lanes.values().map(|lane| lane.held.bytes).sum()
+    }
+
     /// Reports of this node that are not accepted yet.
     pub(super) fn ours(&self) -> usize {
         self.by_task.len()
@@ -439,8 +490,8 @@ impl ReportQueue {
 impl Held {
     /// A report that was never sent or written.
     fn new(entry: Arc<Entry>, place: Place) -> Self {
-        let ended_as = entry.task().clone();
-        Self { entry, ended_as, tries: Tries::default(), place, failures: 0, written: false, lease_kept: None }
+        let (ended_as, size) = (entry.task().clone(), entry.size());
+        Self { entry, ended_as, size, tries: Tries::default(), place, failures: 0, written: false, lease_kept: None }
     }
 
     fn key(&self, number: u64) -> (PlaneName, TaskId, u64) {
@@ -757,6 +808,11 @@ mod tests {
             let waiting = all().filter(|(_, held)| held.waits()).count();
             assert_eq!((queue.ours(), queue.waiting()), (all().count(), waiting), "step {step}");
             assert_eq!(queue.foreign(), queue.held.len() - all().count());
+            for name in ["p", "q"].map(plane) {
+                let of_plane = all().filter(|(_, held)| held.entry.plane == name);
+                let bytes = of_plane.clone().map(|(_, held)| held.size).sum();
+                assert_eq!(queue.held_of(&name), Amount { reports: of_plane.count(), bytes }, "step {step}");
+            }
             for (name, task) in (0..5).flat_map(|task| ["p", "q"].map(|name| (name, super::tests::task(task)))) {
                 let newest = all().rfind(|(_, held)| *held.entry.plane.as_str() == *name && *held.entry.task() == task);
                 assert_eq!(queue.newest_of(&plane(name), &task), newest.map(|(number, _)| *number), "step {step}");

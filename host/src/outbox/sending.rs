@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     leases::{Advice, LeaseError},
-    model::millis,
+    model::{PlaneName, millis},
     node_event::NodeEvent,
 };
 
@@ -51,6 +51,11 @@ impl Try {
             Some((entry, tries))
         })?;
         Some(Self { outbox: outbox.clone(), number, entry, tries, who, ended: false })
+    }
+
+    /// The control plane that gets the report.
+    pub(super) fn plane(&self) -> &PlaneName {
+        &self.entry.plane
     }
 
     /// An attempt logs the end of its task in its own span. For a report that the outbox sends, the line is logged

@@ -83,7 +83,7 @@ impl Bench {
         let source: Arc<dyn LeaseSource> =
             Arc::new(Dms::with_tokens(config, client, node.into(), TokenSource::holding("node")));
         let state = StateDir::open(self.state.path()).expect("a folder of our own");
-        let config = Config { state, planes: vec![source], max, senders: 2 };
+        let config = Config { state, planes: vec![source], max, bytes_max: u64::MAX, senders: 2 };
         Outbox::open(config, self.events.clone()).expect("opens")
     }
 
@@ -329,10 +329,11 @@ async fn full_outbox_has_space_after_reports_are_accepted() {
     let mut bench = Bench::new().await;
     let mut events = bench.events.subscribe();
     let outbox = bench.open_as(NODE, 2);
+    let plane = outbox.0.planes[0].facts().name.clone();
     drop(bench.kept(&outbox, [1, 2]).await);
-    assert!(!outbox.has_room() && bench.status().full);
+    assert!(!outbox.has_room(&plane) && bench.status().full);
     let running = Running::start(&outbox);
-    let (_, ()) = tokio::join!(outbox.until_room(), async {
+    let (_, ()) = tokio::join!(outbox.until_room(&plane), async {
         bench.plane.expect(&complete(1)).await.ok(json!({}));
     });
     bench.until(|status| !status.full && status.waiting == 1).await;

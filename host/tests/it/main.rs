@@ -44,6 +44,8 @@ mod refusals;
 mod registration;
 mod secrets;
 mod settings;
+#[cfg(feature = "grpc")]
+mod several_planes;
 mod signals;
 
 mod tls_and_proxy;

@@ -66,9 +66,9 @@ async fn subscriber_sees_registration_task_and_report_in_order() {
             let status = board.now();
             match seen.last().expect("it was just added") {
                 NodeEvent::RegistrationAccepted { .. } => {
-                    assert_eq!(status.registration, RegistrationState::Registered)
+                    assert_eq!(status.planes.first().registration, RegistrationState::Registered)
                 }
-                NodeEvent::TokenRenewed { .. } => assert!(status.token_expires_at.is_some()),
+                NodeEvent::TokenRenewed { .. } => assert!(status.planes.first().token_expires_at.is_some()),
                 NodeEvent::TaskEnded { record, .. } => {
                     assert_eq!(record.report, ReportState::Waiting);
                     proxy.heal();

@@ -299,7 +299,7 @@ fn keys<'a>(
     match value {
         Value::Object(members) => {
             for (name, member) in members {
-                let name = if ["tasks", "ended"].contains(&at) { "*" } else { name };
+                let name = if ["tasks", "ended", "planes"].contains(&at) { "*" } else { name };
                 let below = if at.is_empty() { name.to_owned() } else { format!("{at}.{name}") };
                 keys(&below, member, found);
             }

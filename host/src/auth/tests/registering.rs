@@ -57,11 +57,11 @@ async fn registration_needs_the_answer_and_the_callback() {
     let call = auth.dds.expect(BY_URL).await;
     call.ok(json!({}));
     tokio::time::sleep(Duration::from_millis(50)).await; // the answer alone does not register the node
-    assert_eq!(auth.board.now().registration, RegistrationState::Registering);
+    assert_eq!(auth.board.now().planes.first().registration, RegistrationState::Registering);
     assert!(auth.dds.waiting().is_none(), "no login before the callback");
     assert_eq!(auth.health_checks.called_back(callback("s")), Ok(()));
     auth.nonce().await;
-    assert_eq!(auth.board.now().registration, RegistrationState::Registered);
+    assert_eq!(auth.board.now().planes.first().registration, RegistrationState::Registered);
     assert_eq!(auth.health_checks.called_back(callback("late")), Err(Unexpected), "no registration is in flight");
 }
 
@@ -72,7 +72,7 @@ async fn callback_replaces_a_lost_answer() {
     assert_eq!(auth.health_checks.called_back(callback("s")), Ok(()));
     drop(call);
     auth.nonce().await;
-    assert_eq!(auth.board.now().registration, RegistrationState::Registered);
+    assert_eq!(auth.board.now().planes.first().registration, RegistrationState::Registered);
 }
 
 #[tokio::test]
@@ -106,7 +106,7 @@ async fn missing_callback_error_names_the_url() {
     auth.dds.expect(BY_URL).await.answer(500, "no route");
     let wanted = "registration: answered 500 Internal Server Error: no route; check that the service can reach NODE_URL \
                   http://node.lab.test:8080/";
-    auth.until_status(|now| now.registration_error.as_deref() == Some(wanted)).await;
+    auth.until_status(|now| now.planes.first().registration_error.as_deref() == Some(wanted)).await;
 }
 
 #[tokio::test]
@@ -124,11 +124,11 @@ async fn registration_by_url_is_repeated_without_health_checks() {
     let again = auth.dds.expect(BY_URL).await;
     let waited = again.at - registered;
     assert!(waited >= Duration::from_millis(2900), "the health check postponed it: {waited:?}");
-    assert!(auth.board.now().last_healthcheck.is_some());
+    assert!(auth.board.now().planes.first().last_healthcheck.is_some());
     busy(again);
     assert_eq!(auth.bearer().await, Ok("t".to_owned()), "the token stays in use");
     auth.register_url().await;
-    auth.until_status(|now| now.registration_error.is_none()).await;
+    auth.until_status(|now| now.planes.first().registration_error.is_none()).await;
 }
 
 #[tokio::test]

@@ -104,7 +104,7 @@ impl Local {
             admission: Admission::LeaseFirst,
             heartbeat_every: Some(HEARTBEAT_EVERY),
         };
-        events.board().change(|status| status.plane_error = Some(NOT_CHECKED.to_owned()));
+        events.board().change_plane(|status| status.plane_error = Some(NOT_CHECKED.to_owned()));
         Ok(Self {
             facts,
             folder: Arc::new(folder),
@@ -130,7 +130,7 @@ impl Local {
                 self.events.emit(NodeEvent::PlaneNotReady { plane, error: error.clone() });
             }
             PlaneReadiness::Ready if before == PlaneReadiness::NotReady(NOT_CHECKED.to_owned()) => {
-                self.events.board().change(|status| status.plane_error = None);
+                self.events.board().change_plane(|status| status.plane_error = None);
             }
             PlaneReadiness::Ready => self.events.emit(NodeEvent::PlaneReady { plane }),
         }

@@ -52,6 +52,8 @@ use crate::{
 const CALL_LIMIT: Duration = Duration::from_secs(30);
 /// How often a session asks for a newer lease of its run. The question stays in this process.
 const HEARTBEAT_EVERY: Duration = Duration::from_secs(1);
+/// Fewer failed heartbeats of the node in a row do not affect readiness.
+const HEARTBEAT_FAILURES_MIN: u32 = 3;
 /// The pauses between two registrations.
 const REGISTER_PAUSES: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60), Jitter::Half);
 /// How long the stream may take to end after a stop.
@@ -97,6 +99,13 @@ pub struct Config {
 /// See the module documentation.
 pub struct NodeRuntime(Arc<Shared>);
 
+/// Why a registered node may get no leases, one line each. They are shown only: the node continues to try.
+#[derive(Default)]
+struct Troubles {
+    stream: Option<String>,
+    heartbeats: Option<String>,
+}
+
 /// The parts that calls beside the stream use too.
 struct Shared {
     facts: PlaneFacts,
@@ -116,6 +125,7 @@ struct Shared {
     sender: mpsc::Sender<Lease>,
     receiver: tokio::sync::Mutex<mpsc::Receiver<Lease>>,
     readiness: watch::Sender<PlaneReadiness>,
+    troubles: Mutex<Troubles>,
     events: NodeEvents,
     quiet: CancellationToken,
 }
@@ -145,6 +155,7 @@ impl NodeRuntime {
             sender,
             receiver: tokio::sync::Mutex::new(receiver),
             readiness: watch::Sender::new(PlaneReadiness::NotReady("the node has not registered".to_owned())),
+            troubles: Mutex::default(),
             events,
             quiet: CancellationToken::new(),
             config,
@@ -163,8 +174,19 @@ impl Shared {
 
     /// Whether the node is registered. `Some`: why it is not.
     fn set_problem(&self, problem: Option<String>) {
-        self.events.board().change(|status| status.plane_error.clone_from(&problem));
         self.readiness.send_replace(problem.map_or(PlaneReadiness::Ready, PlaneReadiness::NotReady));
+        self.note_trouble(|_| {});
+    }
+
+    /// Shows why the node may get no leases.
+    fn note_trouble(&self, change: impl FnOnce(&mut Troubles)) {
+        let mut troubles = self.troubles.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut troubles);
+        let error = match &*self.readiness.borrow() {
+            PlaneReadiness::NotReady(error) => Some(error.clone()),
+            PlaneReadiness::Ready => troubles.stream.clone().or_else(|| troubles.heartbeats.clone()),
+        };
+        self.events.board().change_plane(|status| status.plane_error = error);
     }
 
     /// Registers, with a heartbeat: a control plane may give no work before the first one. Tries until it succeeds.
@@ -223,7 +245,7 @@ impl Shared {
 
     /// Sends heartbeats of the node. A control plane that has forgotten the node gets a registration.
     async fn send_heartbeats(&self) {
-        let (mut draining, mut full) = (false, false);
+        let (mut draining, mut full, mut failures) = (false, false, 0_u32);
         loop {
             tokio::select! {
                 () = self.quiet.cancelled(), if !draining => draining = true,
@@ -233,7 +255,12 @@ impl Shared {
             }
             let status = self.node_status();
             full = status.available_slots == 0;
-            match self.rest.heartbeat(status).await {
+            let answer = self.rest.heartbeat(status).await;
+            if answer.is_ok() && failures > 0 {
+                failures = 0;
+                self.note_trouble(|troubles| troubles.heartbeats = None);
+            }
+            match answer {
                 Ok(Known::Yes) => {}
                 Ok(Known::No) => {
                     let error = "control plane does not know the node".to_owned();
@@ -241,7 +268,14 @@ impl Shared {
                     self.events.emit(NodeEvent::RegistrationLost { error });
                     self.register().await;
                 }
-                Err(error) => warn!(event = "node.heartbeat_failed", error, "heartbeat of the node failed"),
+                Err(error) => {
+                    warn!(event = "node.heartbeat_failed", error, "heartbeat of the node failed");
+                    failures = failures.saturating_add(1);
+                    if failures >= HEARTBEAT_FAILURES_MIN {
+                        let trouble = format!("the last {failures} heartbeats of the node failed: {error}");
+                        self.note_trouble(|troubles| troubles.heartbeats = Some(trouble));
+                    }
+                }
             }
         }
     }

@@ -1,6 +1,6 @@
 //! The stream of leases: opened again after each end, and read only while this node accepts another lease.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
 use serde_json::json;
@@ -26,6 +26,8 @@ use crate::{
 
 /// A stream that lived this long was not a failure.
 const ALIVE: Duration = Duration::from_secs(30);
+/// Fewer ends in a row do not affect readiness.
+const FAILURES_SHOWN: u32 = 2;
 /// A stream without a lease for this long is opened again: the control plane may have forgotten it.
 const IDLE_MAX: Duration = Duration::from_secs(600);
 /// Longest pause before the stream is opened again, without jitter.
@@ -89,6 +91,10 @@ impl Shared {
                 End::Broken(error) => (error, false),
             };
             failures = failures.saturating_add(1);
+            if failures >= FAILURES_SHOWN {
+                let trouble = format!("the stream of leases ended {failures} times: {error}");
+                self.note_trouble(|troubles| troubles.stream = Some(trouble));
+            }
             let pause = pause(failures, rand::random());
             warn!(
                 event = "stream.ended",
@@ -132,9 +138,21 @@ impl Shared {
         let max_leases = i32::try_from(self.config.max_concurrent_leases).unwrap_or(i32::MAX);
         let mut opening = Box::pin(wire.pull(PullRequest { node_id: self.config.node_id.clone(), max_leases }));
         // Some servers send the head of the answer with the first lease only.
-        let opened = tokio::select! {
-            opened = timeout(IDLE_MAX, &mut opening) => opened,
-            () = self.quiet.cancelled() => timeout(LAST_READS_IDLE, &mut opening).await,
+        let opened = {
+            let mut patient = pin!(timeout(IDLE_MAX, &mut opening));
+            tokio::select! {
+                opened = &mut patient => Some(opened),
+                () = self.quiet.cancelled() => None,
+                () = async {
+                    sleep(ALIVE).await;
+                    self.stream_lives();
+                    std::future::pending().await
+                } => None,
+            }
+        };
+        let opened = match opened {
+            Some(opened) => opened,
+            None => timeout(LAST_READS_IDLE, &mut opening).await,
         };
         drop(opening);
         let mut stream = match opened {
@@ -143,6 +161,7 @@ impl Shared {
             Err(_) if self.quiet.is_cancelled() => return cancelled(connection).await,
             Err(_) => return End::Idle,
         };
+        self.stream_lives();
         loop {
             let room = tokio::select! {
                 biased;
@@ -167,6 +186,11 @@ impl Shared {
         self.last_reads(&mut stream, calls).await;
         drop(stream);
         cancelled(connection).await
+    }
+
+    /// The stream is no reason for a missing lease any more.
+    fn stream_lives(&self) {
+        self.note_trouble(|troubles| troubles.stream = None);
     }
 
     /// Waits until this node accepts another lease, and the last one was polled.
