@@ -11,7 +11,7 @@ mod report;
 mod rest;
 mod stream;
 
-/// The messages of the wire and their client. See host/protos/generate.
+/// The messages of the wire, their client, and the server for the dev server and tests. See host/protos/generate.
 #[allow(missing_docs, clippy::all, clippy::pedantic, reason = "generated code")]
 pub mod lease {
     include!("lease.in.rs");

@@ -1,11 +1,6 @@
 //! A Node Runtime control plane for tests: REST and gRPC on one port. It does what a test says, and records every
 //! call. It can be killed and started again on the same port.
 
-#[allow(missing_docs, clippy::all, clippy::pedantic, unreachable_pub, reason = "generated code")]
-mod server {
-    include!("../lease_server.in.rs");
-}
-
 use std::{
     collections::{BTreeMap, HashMap},
     net::SocketAddr,
@@ -25,6 +20,7 @@ use hyper_util::{
 use runner_host::leases::node_runtime::lease::{
     AckRequest, AckResponse, BudgetConstraints, CompleteRequest, CompleteResponse, FailRequest, FailResponse, Lease,
     PullRequest, RunSpec,
+    lease_service_server::{LeaseService, LeaseServiceServer},
 };
 use serde_json::{Value, json};
 use tokio::{
@@ -36,7 +32,6 @@ use tokio_util::task::AbortOnDropHandle;
 use tonic::{Code, Status, body::Body};
 use tower_service::Service as _;
 
-use self::server::lease_service_server::{LeaseService, LeaseServiceServer};
 use super::{
     node::{NodeSetup, TestNode},
     within,
