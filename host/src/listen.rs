@@ -23,7 +23,10 @@ use hyper::{
     body::Incoming,
     service::{Service, service_fn},
 };
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    server::graceful::GracefulConnection,
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpListener,
@@ -50,6 +53,14 @@ pub(crate) struct Limits {
     pub(crate) grace: Duration,
     /// Descriptors reserved for connections while the process has no other free one.
     pub(crate) reserve: usize,
+}
+
+/// Whether a connection may begin with HTTP/2, without TLS and by prior knowledge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Http2 {
+    Refused,
+    #[cfg(feature = "grpc")]
+    Accepted,
 }
 
 /// A listening socket.
@@ -101,8 +112,8 @@ pub(crate) fn sender(address: IpAddr) -> IpAddr {
     }
 }
 
-/// Serves until `stop`, and then for `limits.grace` while requests are in progress. Returns how many connections were
-/// open after that.
+/// Serves HTTP/1 until `stop`, and then for `limits.grace` while requests are in progress. Returns how many connections
+/// were open after that.
 ///
 /// `start` makes the byte stream and the service of a new connection.
 pub(crate) async fn serve<L, I, S, E>(
@@ -115,7 +126,25 @@ where
     L: Listener,
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     S: Service<Request<Incoming>, Response = Response<Body>, Error = E> + Send + Sync + 'static,
-    S::Future: Send,
+    S::Future: Send + 'static,
+    E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
+{
+    serve_versions(listener, limits, Http2::Refused, stop, start).await
+}
+
+/// [`serve`], with HTTP/2 if it is accepted.
+pub(crate) async fn serve_versions<L, I, S, E>(
+    listener: L,
+    limits: Limits,
+    http2: Http2,
+    stop: CancellationToken,
+    start: impl Fn(L::Socket, L::Peer) -> (I, S),
+) -> usize
+where
+    L: Listener,
+    I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    S: Service<Request<Incoming>, Response = Response<Body>, Error = E> + Send + Sync + 'static,
+    S::Future: Send + 'static,
     E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
 {
     let (mut open, mut tasks, mut reserve) = (Open::default(), JoinSet::new(), Reserve::new(limits.reserve));
@@ -153,7 +182,7 @@ where
         open.make_room(sender, limits);
         let active = Active::default();
         let (stream, service) = start(socket, peer);
-        let task = tasks.spawn(connection(stream, service, limits.head_time, active.clone(), stop.clone()));
+        let task = tasks.spawn(connection(stream, service, (limits.head_time, http2), active.clone(), stop.clone()));
         open.connections.insert(task.id(), Connection { sender, active, task });
     }
     drop((listener, reserve));
@@ -165,10 +194,16 @@ where
 }
 
 /// Serves one connection until its end, or until `stop`.
-async fn connection<I, S, E>(stream: I, service: S, head_time: Duration, active: Active, stop: CancellationToken)
-where
+async fn connection<I, S, E>(
+    stream: I,
+    service: S,
+    (head_time, http2): (Duration, Http2),
+    active: Active,
+    stop: CancellationToken,
+) where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     S: Service<Request<Incoming>, Response = Response<Body>, Error = E> + Send + 'static,
+    S::Future: Send + 'static,
     E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
 {
     let service = service_fn(move |request| {
@@ -180,9 +215,28 @@ where
             answer
         }
     });
-    let mut http = hyper::server::conn::http1::Builder::new();
-    let http = http.timer(TokioTimer::new()).header_read_timeout(head_time);
-    let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(stream), service));
+    let stream = TokioIo::new(stream);
+    match http2 {
+        Http2::Refused => {
+            let mut http = hyper::server::conn::http1::Builder::new();
+            let http = http.timer(TokioTimer::new()).header_read_timeout(head_time);
+            until_stopped(http.serve_connection(stream, service), stop).await;
+        }
+        #[cfg(feature = "grpc")]
+        Http2::Accepted => {
+            let mut http = hyper_util::server::conn::auto::Builder::new(hyper_util::rt::TokioExecutor::new());
+            http.http1().timer(TokioTimer::new()).header_read_timeout(head_time);
+            until_stopped(http.serve_connection(stream, service), stop).await;
+        }
+    }
+}
+
+async fn until_stopped<C>(connection: C, stop: CancellationToken)
+where
+    C: GracefulConnection,
+    C::Error: std::fmt::Display,
+{
+    let mut connection = std::pin::pin!(connection);
     let ended = tokio::select! {
         ended = &mut connection => ended,
         () = stop.cancelled() => {

@@ -1,5 +1,7 @@
 //! `runner-host dev`: a dev server on this machine, with a node.
 
+#[cfg(feature = "grpc")]
+use std::collections::BTreeMap;
 use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
@@ -14,14 +16,20 @@ use crate::{
     app::Node,
     auth::NodeKey,
     config::{HostConfig, Layers, Mistakes, Origin, Secrets, folder_problem, own_scratch_dir},
-    dev::{self, DevError, DevServer, Faults, WireForm},
+    dev::{self, DevError, DevServer, Faults, WireForm, Wires},
     engine::{Ended, StopSignals},
     plugins::Plugins,
     storage::Scratch,
 };
+#[cfg(feature = "grpc")]
+use crate::{config::PlaneChoice, leases::node_runtime, model::PlaneName};
 
 /// The default port of the dev server.
 const DEFAULT_PORT: u16 = 8700;
+
+/// The pause between two heartbeats of the node.
+#[cfg(feature = "grpc")]
+const NODE_HEARTBEAT: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// Flags of `dev`.
 #[derive(clap::Args)]
@@ -34,12 +42,15 @@ pub(super) struct Args {
     /// Port of the dev server [default: 8700, or a free one if that is taken]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     port: Option<u16>,
+    /// Control planes to serve; node-runtime is REST and gRPC
+    #[arg(long, value_name = "PLANE", value_enum, default_value_t = Served::Dms)]
+    plane: Served,
     /// Start the services without a node
     #[arg(long)]
     no_node: bool,
-    /// Lifetime of a lease without a heartbeat
-    #[arg(long, value_name = "DURATION", allow_hyphen_values = true, value_parser = super::parse_duration_above_zero, default_value = "60s")]
-    lease_ttl: std::time::Duration,
+    /// Lifetime of a lease without a heartbeat [default: 60s, and 300s for runs of node-runtime]
+    #[arg(long, value_name = "DURATION", allow_hyphen_values = true, value_parser = super::parse_duration_above_zero)]
+    lease_ttl: Option<std::time::Duration>,
     /// Leases one node may hold at once [default: any number]
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = super::parse_count)]
     leases_per_node: Option<usize>,
@@ -55,6 +66,24 @@ pub(super) struct Args {
     /// Tasks the node runs at once [default: MAX_CONCURRENCY, or 4]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     max_concurrency: Option<String>,
+}
+
+/// The control planes that `dev` serves.
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Served {
+    Dms,
+    NodeRuntime,
+    Both,
+}
+
+impl From<Served> for Wires {
+    fn from(served: Served) -> Self {
+        match served {
+            Served::Dms => Self::Dms,
+            Served::NodeRuntime => Self::NodeRuntime,
+            Served::Both => Self::Both,
+        }
+    }
 }
 
 pub(super) fn run(args: Args, layers: Layers) -> anyhow::Result<Exit> {
@@ -94,6 +123,9 @@ async fn live(args: Args, layers: Layers) -> anyhow::Result<Exit> {
 /// Checks all flags before anything is loaded or created. All mistakes are reported at once.
 fn look(args: &Args, layers: &Layers) -> Result<(), Mistakes> {
     let mut mistakes = Vec::new();
+    if Wires::from(args.plane).has_node_runtime() && !cfg!(feature = "grpc") {
+        mistakes.push(format!("--plane: {}", DevError::NoGrpc));
+    }
     mistakes.extend(args.faults.as_deref().and_then(|file| read_problem("--faults", file)));
     let data = args.data.as_deref().and_then(|data| Some((data, folder_problem(data)?)));
     mistakes.extend(data.map(|(data, why)| format!("--data {}: {why}", data.display())));
@@ -107,15 +139,18 @@ fn look(args: &Args, layers: &Layers) -> Result<(), Mistakes> {
 }
 
 async fn start(args: &Args, faults: &Faults, temporary: &Path) -> anyhow::Result<DevServer> {
+    let default = dev::Config::default();
     let config = |port| dev::Config {
+        wires: args.plane.into(),
         bind: SocketAddr::from(([127, 0, 0, 1], port)),
         data: args.data.clone(),
         temporary: Some(temporary.to_owned()),
-        lease_ttl: args.lease_ttl,
+        lease_ttl: args.lease_ttl.unwrap_or(default.lease_ttl),
+        run_ttl: args.lease_ttl.unwrap_or(default.run_ttl),
         leases_per_node: args.leases_per_node,
         strict_identity: args.strict_identity,
         faults: faults.clone(),
-        ..dev::Config::default()
+        ..default.clone()
     };
     if let Some(port) = args.port {
         return DevServer::start(config(port)).await.context("the dev server did not start");
@@ -138,8 +173,33 @@ async fn join(
     plugins: &Arc<Plugins>,
 ) -> anyhow::Result<Node> {
     let (layers, secrets) = of_node(args, state, layers, &dev_server.dds_url(), &dev_server.dms_url());
-    let config = HostConfig::build(&layers, &secrets)?;
+    #[cfg_attr(not(feature = "grpc"), expect(unused_mut, reason = "only gRPC changes it"))]
+    let mut config = HostConfig::build(&layers, &secrets)?;
+    #[cfg(feature = "grpc")]
+    if args.plane != Served::Dms {
+        if args.plane == Served::NodeRuntime {
+            config.planes.clear();
+        }
+        config.planes.push(PlaneChoice::NodeRuntime(Box::new(node_runtime(dev_server.url(), config.engine.slots))));
+    }
     Node::build(config, Arc::clone(plugins)).await
+}
+
+/// The node's settings for the Node Runtime control plane.
+#[cfg(feature = "grpc")]
+fn node_runtime(url: Url, slots: usize) -> node_runtime::Config {
+    let slots = u32::try_from(slots).unwrap_or(u32::MAX);
+    node_runtime::Config {
+        name: PlaneName::parse("node-runtime").expect("a valid name"),
+        grpc_url: url.clone(),
+        control_plane_url: url,
+        node_id: "dev".to_owned(),
+        max_concurrent_leases: slots,
+        heartbeat_interval: NODE_HEARTBEAT,
+        capacity: node_runtime::Capacity { slots, ..node_runtime::Capacity::default() },
+        metadata: BTreeMap::new(),
+        agent_map: BTreeMap::new(),
+    }
 }
 
 /// The node's settings, with a fresh key.
@@ -171,8 +231,14 @@ fn greeting(
     let mut row = |name: &str, value: String| {
         let _ = writeln!(text, "{name:<16} {value}");
     };
-    row("sign-in (DDS)", dev_server.dds_url().to_string());
-    row("tasks (DMS)", dev_server.dms_url().to_string());
+    let wires = Wires::from(args.plane);
+    if wires.has_dms() {
+        row("sign-in (DDS)", dev_server.dds_url().to_string());
+        row("tasks (DMS)", dev_server.dms_url().to_string());
+    }
+    if wires.has_node_runtime() {
+        row("node-runtime", format!("{} (REST and gRPC)", dev_server.url()));
+    }
     row("domain server", dev_server.domain_server_url().to_string());
     row("domain", dev_server.domain_id().to_string());
     if let Some(address) = node.and_then(Node::address) {
@@ -198,26 +264,46 @@ fn greeting(
         }
         row("faults", text);
     }
-    let (_, key) = NodeKey::generate();
-    let _ = write!(
-        text,
-        "\nAnother node joins with (a fresh key):\n\
-         export DDS_BASE_URL={}\n\
-         export DMS_BASE_URL={}\n\
-         export REG_SECRET=dev\n\
-         export SECP256K1_PRIVHEX={key}\n\
-         export HTTP_BIND=127.0.0.1:0\n\
-         export STATE_DIR={}\n\
-         \nJobs come from:\n\
-         export RUNNER_HOST_DEV={}\n\
-         runner-host submit CAPABILITY --input FILE --wait\n\
-         \nFor development and tests, not for production.\n",
-        trimmed(dev_server.dds_url()),
-        trimmed(dev_server.dms_url()),
-        // Two nodes cannot share a state folder.
-        std::env::temp_dir().join(format!("runner-host-{}", uuid::Uuid::new_v4().simple())).display(),
-        trimmed(dev_server.dds_url()),
-    );
+    let url = trimmed(dev_server.url());
+    // Two nodes cannot share an identity or a state folder.
+    let fresh = uuid::Uuid::new_v4().simple().to_string();
+    let place = std::env::temp_dir().join(format!("runner-host-{fresh}"));
+    let place = format!("export HTTP_BIND=127.0.0.1:0\nexport STATE_DIR={}\n", place.display());
+    if wires.has_dms() {
+        let (_, key) = NodeKey::generate();
+        let dms = trimmed(dev_server.dms_url());
+        let _ = write!(
+            text,
+            "\nAnother node joins with (a fresh key):\n\
+             export DDS_BASE_URL={url}\n\
+             export DMS_BASE_URL={dms}\n\
+             export REG_SECRET=dev\n\
+             export SECP256K1_PRIVHEX={key}\n\
+             {place}",
+        );
+    }
+    if wires.has_node_runtime() {
+        let _ = write!(
+            text,
+            "\nAnother node joins node-runtime with this in its --config file (a fresh id):\n\
+             [plane.node-runtime]\n\
+             kind = \"node-runtime\"\n\
+             control_plane_url = \"{url}\"\n\
+             node_id = \"node-{}\"\n",
+            &fresh[..8],
+        );
+        if !wires.has_dms() {
+            let _ = write!(text, "and with:\n{place}");
+        }
+    }
+    let _ = write!(text, "\nJobs come from:\nexport RUNNER_HOST_DEV={url}\n");
+    if wires.has_dms() {
+        text.push_str("runner-host submit CAPABILITY --input FILE --wait\n");
+    }
+    if wires.has_node_runtime() {
+        text.push_str("runner-host submit --plane node-runtime CAPABILITY --input FILE --wait\n");
+    }
+    text.push_str("\nFor development and tests, not for production.\n");
     Ok(text)
 }
 

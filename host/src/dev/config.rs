@@ -4,9 +4,46 @@ use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
 use super::Faults;
 
+/// The control planes that the dev server is. Both share one queue and one port.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Wires {
+    /// The posemesh services.
+    #[default]
+    Dms,
+    /// A Node Runtime control plane: REST and gRPC.
+    NodeRuntime,
+    /// Both.
+    Both,
+}
+
+impl Wires {
+    /// Whether the posemesh services are served.
+    #[must_use]
+    pub fn has_dms(self) -> bool {
+        self != Self::NodeRuntime
+    }
+
+    /// Whether the Node Runtime control plane is served.
+    #[must_use]
+    pub fn has_node_runtime(self) -> bool {
+        self != Self::Dms
+    }
+
+    /// Their names on the command line.
+    pub(super) fn names(self) -> &'static [&'static str] {
+        match self {
+            Self::Dms => &["dms"],
+            Self::NodeRuntime => &["node-runtime"],
+            Self::Both => &["dms", "node-runtime"],
+        }
+    }
+}
+
 /// Settings of the dev server. [`Config::default`] is what `runner-host dev` uses.
 #[derive(Clone, Debug)]
 pub struct Config {
+    /// The control planes that are served.
+    pub wires: Wires,
     /// Address to serve on. Only loopback is accepted. Port 0 selects a free port.
     pub bind: SocketAddr,
     /// Folder in which domain data survives a restart. If absent, a temporary folder is used and removed on stop.
@@ -15,6 +52,12 @@ pub struct Config {
     pub temporary: Option<PathBuf>,
     /// Lifetime of a lease without a heartbeat.
     pub lease_ttl: Duration,
+    /// Lifetime of the lease of a run. It is not renewed.
+    pub run_ttl: Duration,
+    /// How long after the end of its lease a run may still be reported. A node reports the run that reached the end.
+    pub run_report_time: Duration,
+    /// How long a run stays offered on a stream without an acknowledgement.
+    pub offer_ttl: Duration,
     /// Lifetime of a login.
     pub node_token_ttl: Duration,
     /// Lifetime of a domain token.
@@ -60,10 +103,14 @@ pub struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
+            wires: Wires::default(),
             bind: SocketAddr::from(([127, 0, 0, 1], 0)),
             data: None,
             temporary: None,
             lease_ttl: Duration::from_secs(60),
+            run_ttl: Duration::from_secs(300),
+            run_report_time: Duration::from_secs(5),
+            offer_ttl: Duration::from_secs(10),
             node_token_ttl: Duration::from_secs(15 * 60),
             domain_token_ttl: Duration::from_secs(15 * 60),
             domain_token_renew_after: Duration::from_secs(5 * 60),
@@ -96,11 +143,17 @@ impl Config {
         if !self.bind.ip().is_loopback() {
             return Err(DevError::NotLoopback { bind: self.bind });
         }
+        if self.wires.has_node_runtime() && !cfg!(feature = "grpc") {
+            return Err(DevError::NoGrpc);
+        }
         if self.part_size == 0 {
             return Err(DevError::Setting { name: "part_size", reason: "is 0, expected at least 1 byte".to_owned() });
         }
         for (name, ttl) in [
             ("lease_ttl", self.lease_ttl),
+            ("run_ttl", self.run_ttl),
+            ("run_report_time", self.run_report_time),
+            ("offer_ttl", self.offer_ttl),
             ("node_token_ttl", self.node_token_ttl),
             ("domain_token_ttl", self.domain_token_ttl),
             ("grant_ttl", self.grant_ttl),
@@ -127,6 +180,9 @@ pub enum DevError {
         /// The requested address.
         bind: SocketAddr,
     },
+    /// The binary cannot be a Node Runtime control plane.
+    #[error("this binary was built without gRPC, which the plane node-runtime needs; build it with the feature grpc")]
+    NoGrpc,
     /// A setting that cannot work.
     #[error("setting {name} {reason}")]
     Setting {

@@ -1,13 +1,15 @@
-//! The dev server: DDS, task service (DMS, under `/v1`) and domain server on one loopback port.
+//! The dev server: DDS, task service (DMS, under `/v1`) and domain server on one loopback port. It is a Node Runtime
+//! control plane too, or instead.
 //!
-//! It implements the server side of the posemesh contract for any node. `runner-host dev`, the demo and the
+//! It implements the server side of both contracts for any node. `runner-host dev`, the demo and the
 //! integration tests use it. It is not a mock: signatures, leases, tokens and limits are real. Times are those of the
 //! wall clock, unless a fault sets the dev server's clock wrong. It is not for production. It has one domain and one
 //! organisation. Jobs and sign-ins are in memory only and are lost at a restart. Domain data survives a restart if a
 //! data folder is configured.
 //!
 //! Start at [`DevServer`]. The state is in three pure state machines: `identity`, `plane` and the index of `store`.
-//! Each has its own lock, which is held briefly and never over an await. `http` is the wire protocol.
+//! Each has its own lock, which is held briefly and never over an await. `plane` is the one queue. Two wires use it:
+//! `http` is posemesh, `node_runtime` is REST and gRPC.
 
 mod calls;
 mod config;
@@ -15,6 +17,8 @@ mod faults;
 mod http;
 mod identity;
 mod journal;
+#[cfg(feature = "grpc")]
+mod node_runtime;
 mod plane;
 mod siwe;
 mod store;
@@ -48,11 +52,11 @@ use url::Url;
 use uuid::Uuid;
 
 use crate::{
-    listen::{self, Limits},
+    listen::{self, Http2, Limits},
     transport,
 };
 
-pub use config::{Config, DevError};
+pub use config::{Config, DevError, Wires};
 pub use faults::{Endpoint, Faults, FaultsError, WireForm};
 pub use journal::JournalEntry;
 
@@ -83,6 +87,8 @@ struct Inner {
     tokens: Tokens,
     identity: Mutex<Identity>,
     plane: Mutex<Plane>,
+    #[cfg(feature = "grpc")]
+    nodes: Mutex<node_runtime::Nodes>,
     store: Arc<Store>,
     journal: Mutex<Journal>,
     faults: Mutex<Live>,
@@ -113,6 +119,8 @@ impl DevServer {
             tokens: Tokens::new(base.clone(), domain_id, org),
             identity: Mutex::new(Identity::new(config.clone())),
             plane: Mutex::new(Plane::new(config.clone(), domain_id, org)),
+            #[cfg(feature = "grpc")]
+            nodes: Mutex::default(),
             journal: Mutex::new(Journal::new(config.journal_max)),
             client: OnceLock::new(),
             changed: Notify::new(),
@@ -130,6 +138,12 @@ impl DevServer {
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Base URL of all services.
+    #[must_use]
+    pub fn url(&self) -> Url {
+        self.dds_url()
     }
 
     /// Base URL of the sign-in service.
@@ -295,6 +309,11 @@ impl Inner {
         self.plane.lock().expect("nothing panics while it holds the plane")
     }
 
+    #[cfg(feature = "grpc")]
+    fn nodes(&self) -> MutexGuard<'_, node_runtime::Nodes> {
+        self.nodes.lock().expect("nothing panics while it holds the nodes")
+    }
+
     fn journal(&self) -> MutexGuard<'_, Journal> {
         self.journal.lock().expect("nothing panics while it holds the journal")
     }
@@ -367,7 +386,11 @@ async fn serve(server: Arc<Inner>, listener: TcpListener, stop: CancellationToke
         });
         (wire, answer)
     };
-    let serving = listen::serve(listener, limits, stop.clone(), start);
+    #[cfg(feature = "grpc")]
+    let http2 = if server.config.wires.has_node_runtime() { Http2::Accepted } else { Http2::Refused };
+    #[cfg(not(feature = "grpc"))]
+    let http2 = Http2::Refused;
+    let serving = listen::serve_versions(listener, limits, http2, stop.clone(), start);
     let (broken, ()) = tokio::join!(serving, tick(&server, stop));
     if broken > 0 {
         tracing::warn!(

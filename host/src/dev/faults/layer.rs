@@ -13,6 +13,8 @@ use serde_json::Value;
 use uuid::Uuid;
 
 use super::{AppliedFault, Client, Endpoint, Kind, WireForm, wire::Line};
+#[cfg(feature = "grpc")]
+use crate::dev::node_runtime;
 use crate::dev::{
     Inner,
     http::{CallerNode, bearer, drain},
@@ -49,7 +51,7 @@ pub(in crate::dev) async fn answer(
     let request = request.map(Body::new);
     let applied = endpoint.and_then(|endpoint| Some((endpoint, server.faults().apply(endpoint, client)?)));
     let answered = match applied {
-        None => Ok(route(router, request).await),
+        None => Ok(route(&server, router, request).await),
         Some((endpoint, applied)) => {
             tracing::info!(event = "dev.fault_injected", endpoint = endpoint.name(), fault = applied.kind(), rule = %applied.rule, "fault injected");
             note.fault(applied.kind());
@@ -70,7 +72,14 @@ pub(in crate::dev) async fn answer(
     Ok(answer)
 }
 
-async fn route(router: Router, request: Request<Body>) -> Response<Body> {
+/// Answers a request of either wire.
+async fn route(server: &Arc<Inner>, router: Router, request: Request<Body>) -> Response<Body> {
+    #[cfg(feature = "grpc")]
+    if server.config.wires.has_node_runtime() && node_runtime::is_grpc(request.headers()) {
+        return node_runtime::call(server.clone(), request).await;
+    }
+    #[cfg(not(feature = "grpc"))]
+    let _ = server;
     let routed = hyper_util::service::TowerToHyperService::new(router);
     let answered: Result<_, Infallible> = hyper::service::Service::call(&routed, request).await;
     answered.unwrap_or_else(|never| match never {})
@@ -91,7 +100,7 @@ impl FaultedRequest<'_> {
             self.pause(applied.delay).await?;
         }
         match applied.kind {
-            Kind::Delay => Ok(route(self.router, request).await),
+            Kind::Delay => Ok(route(self.server, self.router, request).await),
             Kind::Status { code, headers, body } => {
                 drain(request.into_body()).await;
                 let mut answer = Response::new(Body::from(body));
@@ -107,29 +116,29 @@ impl FaultedRequest<'_> {
                 self.reset()
             }
             Kind::LostAnswer => {
-                route(self.router.clone(), request).await;
+                route(self.server, self.router.clone(), request).await;
                 self.reset()
             }
             Kind::ResetBody { after } => {
-                let answer = route(self.router.clone(), request).await;
+                let answer = route(self.server, self.router.clone(), request).await;
                 if answer.status() == StatusCode::NO_CONTENT {
                     return self.reset();
                 }
                 Ok(broken(answer, after, self.line).await)
             }
             Kind::Malformed { after } => {
-                let answer = route(self.router, request).await;
+                let answer = route(self.server, self.router, request).await;
                 if answer.status() == StatusCode::NO_CONTENT {
                     return Ok(instead(answer, "application/json", Body::from("{")));
                 }
                 Ok(if answer.status().is_success() { shortened(answer, after).await } else { answer })
             }
             Kind::Oversize { bytes } => {
-                let answer = route(self.router, request).await;
+                let answer = route(self.server, self.router, request).await;
                 Ok(if answer.status().is_success() { oversized(answer, bytes) } else { answer })
             }
             Kind::WrongType => {
-                let answer = route(self.router, request).await;
+                let answer = route(self.server, self.router, request).await;
                 let page = "text/html; charset=utf-8";
                 Ok(if answer.status().is_success() { instead(answer, page, Body::from(PAGE)) } else { answer })
             }
@@ -140,18 +149,18 @@ impl FaultedRequest<'_> {
                 } else if let Some((task, serial)) = self.server.tokens.task_of(token) {
                     self.server.plane().revoke(task, serial, self.server.now());
                 }
-                Ok(route(self.router, request).await)
+                Ok(route(self.server, self.router, request).await)
             }
             Kind::ForgetNode => {
                 let request = self.forget(request).await;
-                Ok(route(self.router, request).await)
+                Ok(route(self.server, self.router, request).await)
             }
             Kind::StealLease => {
                 if let Some(task) = self.task(&request) {
                     self.server.plane().steal(task, self.server.now());
                     self.server.changed();
                 }
-                Ok(route(self.router, request).await)
+                Ok(route(self.server, self.router, request).await)
             }
         }
     }

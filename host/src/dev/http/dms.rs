@@ -161,7 +161,8 @@ pub(super) async fn fail(
     let request: Result<FailRequest, Refusal> = read_json(body, REPORT_BYTES_MAX).await;
     for_node(&server, &headers, |node| {
         let (task, request) = (task_id(&task)?, request?);
-        server.plane().fail(task, node.id, &request.reason, request.details, server.now())?;
+        let meta = json!({ "reason": request.reason, "details": request.details });
+        server.plane().fail(task, node.id, meta, true, server.now())?;
         tracing::debug!(task_id = %task, "failed");
         server.changed();
         report_answer()

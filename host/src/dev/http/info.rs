@@ -45,6 +45,7 @@ pub(super) async fn description(State(server): State<Arc<Inner>>, headers: Heade
     ok(&json!({
         "dds": server.base, "dms": server.dms(), "domain_server": server.base, "domain_id": server.domain_id,
         "grant": server.grant(), "data_survives": server.config.data.is_some(), "nodes": nodes,
+        "planes": server.config.wires.names(),
     }))
 }
 
@@ -64,7 +65,7 @@ pub(super) async fn requests(
 
 /// The answers contain a grant. The dev server listens on loopback only. A web page in a browser may still reach it
 /// under another host name. The `Host` header of that request shows it.
-fn from_this_machine(headers: &HeaderMap) -> Result<(), Refusal> {
+pub(in crate::dev) fn from_this_machine(headers: &HeaderMap) -> Result<(), Refusal> {
     let host = headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
     let loopback = url::Url::parse(&format!("http://{host}")).ok().is_some_and(|url| match url.host() {
         Some(url::Host::Domain(name)) => name == "localhost",

@@ -129,7 +129,7 @@ fn no_job() -> Refusal {
     Refusal::new(StatusCode::NOT_FOUND, "no such job")
 }
 
-fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Refusal> {
+pub(in crate::dev) fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Refusal> {
     let Some(value) = headers.get("idempotency-key") else { return Ok(None) };
     let fits = (1..=128).contains(&value.len()) && value.as_bytes().iter().all(|byte| (0x21..=0x7e).contains(byte));
     match value.to_str() {
@@ -138,7 +138,7 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, Refusal> {
     }
 }
 
-fn refused(refusal: JobRefusal) -> Refusal {
+pub(in crate::dev) fn refused(refusal: JobRefusal) -> Refusal {
     match refusal {
         JobRefusal::Invalid(text) => Refusal::bad(text),
         JobRefusal::KeyReused => {

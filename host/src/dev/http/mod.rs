@@ -1,5 +1,5 @@
-//! The wire protocol: routes, bodies, bearer tokens, rejections. This module identifies the caller and checks that
-//! the request is readable. All other decisions belong to the state.
+//! The posemesh wire, and what both wires share: routes, bodies, bearer tokens, rejections. This module identifies the
+//! caller and checks that the request is readable. All other decisions belong to the state.
 
 mod data;
 mod dds;
@@ -23,6 +23,12 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+#[cfg(feature = "grpc")]
+pub(super) use self::{
+    info::from_this_machine,
+    jobs::{idempotency_key, refused},
+};
+
 use super::{
     Inner,
     identity::Node,
@@ -31,41 +37,48 @@ use super::{
 };
 
 /// Largest body of a sign-in or registration, in bytes.
-const IDENTITY_BYTES_MAX: usize = 64 * 1024;
+pub(super) const IDENTITY_BYTES_MAX: usize = 64 * 1024;
 /// Largest body of a heartbeat or report, in bytes. Common limits of nodes are 64 KiB each of progress, events and
 /// details. Lists of artifacts are long.
 const REPORT_BYTES_MAX: usize = 4 * 1024 * 1024;
 /// Largest body of a job, in bytes.
-const JOB_BYTES_MAX: usize = 16 * 1024 * 1024;
+pub(super) const JOB_BYTES_MAX: usize = 16 * 1024 * 1024;
 /// How much of a rejected body is read, in bytes. Without it the sender would see a broken connection instead of the
 /// answer.
 const REFUSED_BYTES_MAX: usize = 64 * 1024 * 1024;
 
-/// All routes.
+/// All routes of the wires that are served.
 pub(super) fn router(server: Arc<Inner>) -> Router {
     let own = Router::new().route("/world", get(info::description)).route("/requests", get(info::requests));
     let domain = Router::new()
         .route("/data", get(data::find).post(data::create).put(data::replace))
         .route("/data/multipart", post(parts::post).put(parts::put).delete(parts::abort))
         .route("/data/{id}", get(data::by_id).delete(data::delete));
-    let plane = Router::new()
-        .route("/tasks", get(dms::lease))
-        .route("/tasks/{id}/heartbeat", post(dms::heartbeat))
-        .route("/tasks/{id}/complete", post(dms::complete))
-        .route("/tasks/{id}/fail", post(dms::fail))
-        .route("/jobs", post(jobs::create).get(jobs::list))
-        .route("/jobs/estimate", post(jobs::estimate))
-        .route("/jobs/{id}", get(jobs::get))
-        .route("/jobs/{id}/cancel", post(jobs::cancel))
-        .route("/nodes/busy", get(jobs::busy));
-    Router::new()
-        .route("/internal/v1/auth/siwe/request", post(dds::nonce))
-        .route("/internal/v1/auth/siwe/verify", post(dds::verify))
-        .route("/internal/v1/nodes/register-wallet", post(dds::register))
-        .route("/internal/v1/nodes/register", post(dds::register_url))
-        .route("/api/v1/info", get(info::uploads))
+    let (mut all, mut planes) = (Router::new(), Router::new());
+    if server.config.wires.has_dms() {
+        all = all
+            .route("/internal/v1/auth/siwe/request", post(dds::nonce))
+            .route("/internal/v1/auth/siwe/verify", post(dds::verify))
+            .route("/internal/v1/nodes/register-wallet", post(dds::register))
+            .route("/internal/v1/nodes/register", post(dds::register_url));
+        planes = planes
+            .route("/tasks", get(dms::lease))
+            .route("/tasks/{id}/heartbeat", post(dms::heartbeat))
+            .route("/tasks/{id}/complete", post(dms::complete))
+            .route("/tasks/{id}/fail", post(dms::fail))
+            .route("/jobs", post(jobs::create).get(jobs::list))
+            .route("/jobs/estimate", post(jobs::estimate))
+            .route("/jobs/{id}", get(jobs::get))
+            .route("/jobs/{id}/cancel", post(jobs::cancel))
+            .route("/nodes/busy", get(jobs::busy));
+    }
+    #[cfg(feature = "grpc")]
+    if server.config.wires.has_node_runtime() {
+        planes = planes.merge(super::node_runtime::routes());
+    }
+    all.route("/api/v1/info", get(info::uploads))
         .nest("/api/v1/domains/{domain}", domain)
-        .nest("/v1", plane)
+        .nest("/v1", planes)
         .nest("/dev/v1", own)
         .fallback(|| async { Refusal::new(StatusCode::NOT_FOUND, "no such path") })
         .method_not_allowed_fallback(|| async { Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "no such method here") })
@@ -80,11 +93,11 @@ pub(super) struct Refusal {
 }
 
 impl Refusal {
-    fn new(status: StatusCode, text: impl Into<String>) -> Self {
+    pub(super) fn new(status: StatusCode, text: impl Into<String>) -> Self {
         Self { status, text: text.into() }
     }
 
-    fn bad(text: impl Into<String>) -> Self {
+    pub(super) fn bad(text: impl Into<String>) -> Self {
         Self::new(StatusCode::BAD_REQUEST, text)
     }
 }
@@ -120,15 +133,15 @@ impl From<CallRefusal> for Refusal {
     }
 }
 
-type Answer = Result<Response, Refusal>;
+pub(super) type Answer = Result<Response, Refusal>;
 
 /// A JSON answer.
-fn answer(status: StatusCode, body: &impl Serialize) -> Response {
+pub(super) fn answer(status: StatusCode, body: &impl Serialize) -> Response {
     let body = serde_json::to_vec(body).expect("answers are plain JSON");
     (status, [(header::CONTENT_TYPE, "application/json")], body).into_response()
 }
 
-fn ok(body: &impl Serialize) -> Answer {
+pub(super) fn ok(body: &impl Serialize) -> Answer {
     Ok(answer(StatusCode::OK, body))
 }
 
@@ -197,7 +210,7 @@ impl Inner {
 }
 
 /// Reads a JSON body. An empty body is read as an empty object.
-async fn read_json<T: DeserializeOwned>(body: Body, limit: usize) -> Result<T, Refusal> {
+pub(super) async fn read_json<T: DeserializeOwned>(body: Body, limit: usize) -> Result<T, Refusal> {
     let bytes = Limited::new(body, limit).collect().await.map_err(|err| {
         if err.is::<LengthLimitError>() {
             Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the body is larger than {limit} bytes"))

@@ -3,7 +3,7 @@
 use std::{
     cmp::Reverse,
     collections::{BTreeSet, HashMap, HashSet, VecDeque},
-    sync::Arc,
+    sync::{Arc, LazyLock},
 };
 
 use jiff::Timestamp;
@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use uuid::Uuid;
 
-use super::{End, Plane, State, Task, Word};
+use super::{End, Plane, RUNS, State, Task, Word};
 use crate::model::Capability;
 
 /// The body of `POST /jobs`.
@@ -50,13 +50,22 @@ pub(in crate::dev) struct TaskRequest {
     #[serde(default = "empty_object")]
     pub(in crate::dev) meta: Value,
     #[serde(default = "three")]
-    max_attempts: u32,
+    pub(super) max_attempts: u32,
+    /// It is a run, and `meta` describes it.
+    #[serde(skip)]
+    pub(super) is_run: bool,
 }
 
 impl TaskRequest {
     /// The number of attempts. 0 is treated as 1.
     pub(in crate::dev) fn max_attempts(&self) -> u64 {
         u64::from(self.max_attempts.max(1))
+    }
+
+    /// The name of its queue.
+    pub(super) fn queue(&self) -> &Arc<str> {
+        static OF_RUNS: LazyLock<Arc<str>> = LazyLock::new(|| RUNS.into());
+        if self.is_run { &OF_RUNS } else { &self.capability }
     }
 }
 
@@ -114,6 +123,8 @@ pub(in crate::dev) struct Job {
     started: bool,
     pub(super) canceled: bool,
     key: Option<String>,
+    /// Its share of [`Config::finished_tasks_max`](crate::dev::Config::finished_tasks_max).
+    pub(super) weight: usize,
     pub(super) created_at: Timestamp,
     pub(super) updated_at: Timestamp,
 }
@@ -210,17 +221,30 @@ impl Plane {
         key: Option<(String, [u8; 32])>,
         now: Timestamp,
     ) -> Result<Uuid, JobRefusal> {
-        if let Some((key, print)) = &key
-            && let Some((first, job)) = self.keys.get(key)
-        {
-            return if first == print { Ok(*job) } else { Err(JobRefusal::KeyReused) };
+        if let Some(first) = self.first_with(key.as_ref())? {
+            return Ok(first);
         }
         let id = Uuid::new_v4();
+        self.insert(id, request, key, now);
+        Ok(id)
+    }
+
+    /// The job that an equal request with this idempotency key has created.
+    pub(super) fn first_with(&self, key: Option<&(String, [u8; 32])>) -> Result<Option<Uuid>, JobRefusal> {
+        match key.and_then(|(key, print)| Some((self.keys.get(key)?, print))) {
+            None => Ok(None),
+            Some(((first, job), print)) if first == print => Ok(Some(*job)),
+            Some(_) => Err(JobRefusal::KeyReused),
+        }
+    }
+
+    pub(super) fn insert(&mut self, id: Uuid, request: JobRequest, key: Option<(String, [u8; 32])>, now: Timestamp) {
         let serial = self.next_serial();
         let mut stages: HashMap<Arc<str>, Stage> = HashMap::new();
         let mut tasks = Vec::with_capacity(request.tasks.len());
         for task in &request.tasks {
-            let task_id = Uuid::new_v4();
+            // A run is one task, and both have its id.
+            let task_id = if task.is_run { id } else { Uuid::new_v4() };
             tasks.push(task_id);
             stages.entry(task.stage.clone()).or_default().tasks.push(task_id);
         }
@@ -254,6 +278,7 @@ impl Plane {
                 started: false,
                 canceled: false,
                 key: key.map(|(key, _)| key),
+                weight: tasks.len(),
                 created_at: now,
                 updated_at: now,
             },
@@ -262,7 +287,7 @@ impl Plane {
             let serial = self.next_serial();
             let queue_key = (Reverse(request.priority), Reverse(task.priority), serial, task_id);
             if !blocked {
-                self.ready.entry(task.capability.clone()).or_default().insert(queue_key);
+                self.ready.entry(task.queue().clone()).or_default().insert(queue_key);
             }
             self.tasks.insert(
                 task_id,
@@ -280,10 +305,10 @@ impl Plane {
                     created_at: now,
                     updated_at: now,
                     last_heartbeat_at: None,
+                    runs_on: None,
                 },
             );
         }
-        Ok(id)
     }
 
     /// Cancels a job. Queued tasks end at once. Held tasks end at their next heartbeat or by expiry. `None`: no such
@@ -370,11 +395,11 @@ impl Plane {
             return;
         }
         self.ended.push_back(job_id);
-        self.ended_tasks += job.tasks.len();
+        self.ended_weight += job.weight;
         // The newest job is kept whatever its size, because its author has not seen its end yet.
-        while self.ended_tasks > self.config.finished_tasks_max && self.ended.len() > 1 {
+        while self.ended_weight > self.config.finished_tasks_max && self.ended.len() > 1 {
             let Some(job) = self.ended.pop_front().and_then(|id| self.jobs.remove(&id)) else { continue };
-            self.ended_tasks -= job.tasks.len();
+            self.ended_weight -= job.weight;
             self.order.remove(&job.serial);
             if let Some(key) = &job.key {
                 self.keys.remove(key);

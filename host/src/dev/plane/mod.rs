@@ -1,11 +1,16 @@
-//! The state of the task service: who may run a task, who holds it, and how it ended (posemesh.md section 4).
+//! The queue of both wires: who may run a task, who holds it, and how it ended (posemesh.md section 4).
 //!
 //! It is a pure state machine without clock or socket. Every call gets `now` and first ends the expired leases. So
 //! each answer is as current as a timer could make it. No call scans all tasks. Ready tasks are in one ordered queue
 //! per capability, and held tasks in one queue ordered by expiry. Jobs are created in [`jobs`] and shown to authors
 //! in [`view`]. Nothing survives a restart.
+//!
+//! A run of the Node Runtime wire is a job with one task: see `runs`. Nodes of that wire name no capabilities, so all
+//! runs are in one queue.
 
 pub(super) mod jobs;
+#[cfg(feature = "grpc")]
+pub(super) mod runs;
 #[cfg(test)]
 mod tests;
 pub(super) mod view;
@@ -28,6 +33,8 @@ const EVENTS_MAX: usize = 64;
 /// Replaced domain tokens stored for one lease. One renewal per grace period needs one entry. The other entries are
 /// for tokens that are renewed early.
 const OLD_TOKENS_MAX: usize = 8;
+/// The queue of all runs. No capability has this name.
+const RUNS: &str = "";
 
 /// See the module documentation.
 pub(super) struct Plane {
@@ -38,16 +45,17 @@ pub(super) struct Plane {
     jobs: HashMap<Uuid, Job>,
     /// Jobs by age.
     order: BTreeMap<u64, Uuid>,
-    /// Capabilities with ready tasks, each with its tasks in the order of leasing.
+    /// Queues with ready tasks, each with its tasks in the order of leasing. A queue has the name of a capability, or
+    /// is [`RUNS`].
     ready: HashMap<Arc<str>, BTreeSet<QueueKey>>,
     /// Held tasks, ordered by the end of their lease.
     expiries: BTreeSet<(Timestamp, Uuid)>,
     slots: HashMap<Uuid, Slot>,
     /// Idempotency keys, each with the digest of its request and its job.
     keys: HashMap<String, ([u8; 32], Uuid)>,
-    /// Ended jobs, oldest first. The field after it counts their tasks.
+    /// Ended jobs, oldest first. The field after it is the sum of their weights.
     ended: VecDeque<Uuid>,
-    ended_tasks: usize,
+    ended_weight: usize,
     serial: u64,
 }
 
@@ -67,7 +75,7 @@ pub(super) struct Task {
     job: Uuid,
     request: Arc<TaskRequest>,
     queue_key: QueueKey,
-    /// Number of leases so far, including a current one.
+    /// Number of leases so far, including a current one. A lease of a run counts when it is acknowledged.
     attempts: u64,
     /// Number of the next domain token. It continues from lease to lease. A token of an earlier lease must not be
     /// valid for the present holder's lease.
@@ -79,6 +87,8 @@ pub(super) struct Task {
     created_at: Timestamp,
     updated_at: Timestamp,
     last_heartbeat_at: Option<Timestamp>,
+    /// The name of the last node that was offered this run.
+    runs_on: Option<Arc<str>>,
 }
 
 enum State {
@@ -96,11 +106,44 @@ enum State {
 
 struct Hold {
     node: Uuid,
+    /// Names this lease among all leases of the task.
+    lease: Uuid,
     expires: Timestamp,
-    /// The holder has sent a heartbeat.
-    running: bool,
+    phase: Phase,
     cancel_requested_at: Option<Timestamp>,
     token: HeldToken,
+}
+
+#[derive(Clone, Copy)]
+enum Phase {
+    /// A run that was sent and not acknowledged. It still counts as queued, and costs no attempt.
+    #[cfg_attr(not(feature = "grpc"), expect(dead_code, reason = "only the other wire offers"))]
+    Offered {
+        /// The end of the lease after the acknowledgement.
+        deadline: Timestamp,
+    },
+    Leased,
+    /// The holder has sent a heartbeat.
+    Running,
+}
+
+/// Who makes a call about a task: a node, and its lease if the wire names one.
+#[derive(Clone, Copy)]
+pub(super) struct Holder {
+    pub(super) node: Uuid,
+    pub(super) lease: Option<Uuid>,
+}
+
+impl Holder {
+    fn is(&self, node: Uuid, lease: Uuid) -> bool {
+        self.node == node && self.lease.is_none_or(|own| own == lease)
+    }
+}
+
+impl From<Uuid> for Holder {
+    fn from(node: Uuid) -> Self {
+        Self { node, lease: None }
+    }
 }
 
 /// The valid domain tokens of a lease. The text of a token is not stored, because the token contains its number.
@@ -135,6 +178,7 @@ pub(super) enum Word {
 struct Receipt {
     id: Uuid,
     node: Uuid,
+    lease: Uuid,
     kind: ReceiptKind,
     outputs: Vec<String>,
     meta: Value,
@@ -152,6 +196,7 @@ enum ReceiptKind {
 /// A new lease.
 pub(super) struct Granted {
     pub(super) task: Uuid,
+    pub(super) lease: Uuid,
     pub(super) job: Uuid,
     pub(super) request: Arc<TaskRequest>,
     pub(super) attempts: u64,
@@ -209,7 +254,7 @@ impl Plane {
             slots: HashMap::new(),
             keys: HashMap::new(),
             ended: VecDeque::new(),
-            ended_tasks: 0,
+            ended_weight: 0,
             serial: 0,
         }
     }
@@ -247,24 +292,22 @@ impl Plane {
             });
         let Some((name, queue_key)) = found else { return Ok(None) };
 
-        slot.held += 1;
-        slot.last = Some(name.clone());
-        self.leave_queue(&name, &queue_key);
-        let expires = now + self.config.lease_ttl;
+        slot.last = Some(name);
+        Ok(Some(self.hold(&queue_key, node.id, Phase::Leased, now + self.config.lease_ttl, now)))
+    }
+
+    /// Moves a ready task from its queue to a node.
+    fn hold(&mut self, queue_key: &QueueKey, node: Uuid, phase: Phase, expires: Timestamp, now: Timestamp) -> Granted {
+        self.slots.entry(node).or_default().held += 1;
         let task = self.tasks.get_mut(&queue_key.3).expect("queues name known tasks");
+        let request = task.request.clone();
         let token = NewToken { serial: task.next_token, expires: now + self.config.domain_token_ttl };
         task.next_token += 1;
-        task.attempts += 1;
+        if !matches!(phase, Phase::Offered { .. }) {
+            task.attempts += 1;
+        }
         task.progress = Value::Null;
         task.updated_at = now;
-        let granted = Granted {
-            task: task.id,
-            job: task.job,
-            request: task.request.clone(),
-            attempts: task.attempts,
-            expires,
-            token: NewToken { ..token },
-        };
         let held_token = HeldToken {
             serial: token.serial,
             issued: now,
@@ -272,10 +315,21 @@ impl Plane {
             old: VecDeque::new(),
             refused: false,
         };
-        let hold = Hold { node: node.id, expires, running: false, cancel_requested_at: None, token: held_token };
+        let lease = Uuid::new_v4();
+        let granted = Granted {
+            task: task.id,
+            lease,
+            job: task.job,
+            request: request.clone(),
+            attempts: task.attempts,
+            expires,
+            token,
+        };
+        self.leave_queue(request.queue(), queue_key);
+        let hold = Hold { node, lease, expires, phase, cancel_requested_at: None, token: held_token };
         self.expiries.insert((expires, queue_key.3));
         self.enter(queue_key.3, State::Held(hold), now);
-        Ok(Some(granted))
+        granted
     }
 
     /// A heartbeat: extends the lease and stores progress (`null`: none) and events.
@@ -310,8 +364,8 @@ impl Plane {
             self.enter(task, State::Ended { end: End::Canceled, node: Some(node) }, now);
             return Ok(HeartbeatAnswer::Cancel);
         }
-        let first = !hold.running;
-        hold.running = true;
+        let first = !matches!(hold.phase, Phase::Running);
+        hold.phase = Phase::Running;
         let expires = now + self.config.lease_ttl;
         self.expiries.remove(&(hold.expires, task));
         self.expiries.insert((expires, task));
@@ -328,31 +382,31 @@ impl Plane {
     pub(super) fn complete(
         &mut self,
         task: Uuid,
-        node: Uuid,
+        by: impl Into<Holder>,
         outputs: Vec<String>,
         meta: Value,
         now: Timestamp,
     ) -> Result<(), CallRefusal> {
-        if self.end_lease(task, node, ReceiptKind::Completed, outputs, meta, now)? {
+        let by = by.into();
+        if self.end_lease(task, by, ReceiptKind::Completed, outputs, meta, now)? {
             // The task is complete. A cancel that the node had not received has no effect.
-            self.enter(task, State::Ended { end: End::Completed, node: Some(node) }, now);
+            self.enter(task, State::Ended { end: End::Completed, node: Some(by.node) }, now);
         }
         Ok(())
     }
 
-    /// A failure: costs an attempt. A repeat is allowed.
+    /// A failure: costs an attempt. A repeat is allowed. The task is queued again if `retry` and attempts are left.
     pub(super) fn fail(
         &mut self,
         task: Uuid,
-        node: Uuid,
-        reason: &str,
-        details: Value,
+        by: impl Into<Holder>,
+        meta: Value,
+        retry: bool,
         now: Timestamp,
     ) -> Result<(), CallRefusal> {
-        let meta = json!({ "reason": reason, "details": details });
-        let cancelled = self.cancel_requested(task);
-        if self.end_lease(task, node, ReceiptKind::Failed, Vec::new(), meta, now)? {
-            self.after_attempt(task, node, cancelled, now);
+        let (by, cancelled) = (by.into(), self.cancel_requested(task));
+        if self.end_lease(task, by, ReceiptKind::Failed, Vec::new(), meta, now)? {
+            self.after_attempt(task, by.node, cancelled, retry, now);
         }
         Ok(())
     }
@@ -361,7 +415,7 @@ impl Plane {
     fn end_lease(
         &mut self,
         task: Uuid,
-        node: Uuid,
+        by: Holder,
         kind: ReceiptKind,
         outputs: Vec<String>,
         meta: Value,
@@ -369,23 +423,29 @@ impl Plane {
     ) -> Result<bool, CallRefusal> {
         self.expire(now);
         let known = self.tasks.get_mut(&task).ok_or(CallRefusal::Unknown)?;
-        match &known.state {
-            State::Held(hold) if hold.node == node => {}
-            _ if known.receipts.iter().any(|receipt| receipt.node == node && receipt.kind == kind) => return Ok(false),
+        let lease = match &known.state {
+            State::Held(hold) if by.is(hold.node, hold.lease) => {
+                // A report is an acknowledgement too.
+                known.attempts += u64::from(matches!(hold.phase, Phase::Offered { .. }));
+                hold.lease
+            }
+            _ if known.receipts.iter().any(|receipt| by.is(receipt.node, receipt.lease) && receipt.kind == kind) => {
+                return Ok(false);
+            }
             _ => return Err(CallRefusal::NotHeld),
-        }
-        known.receipts.push(Receipt { id: Uuid::new_v4(), node, kind, outputs, meta, created_at: now });
+        };
+        known.receipts.push(Receipt { id: Uuid::new_v4(), node: by.node, lease, kind, outputs, meta, created_at: now });
         known.updated_at = now;
-        self.release(task, node);
+        self.release(task, by.node);
         Ok(true)
     }
 
-    /// Re-queues a task whose attempt failed or expired, if attempts are left.
-    fn after_attempt(&mut self, task: Uuid, node: Uuid, cancelled: bool, now: Timestamp) {
+    /// Re-queues a task whose attempt failed or expired, if it may be retried and attempts are left.
+    fn after_attempt(&mut self, task: Uuid, node: Uuid, cancelled: bool, retry: bool, now: Timestamp) {
         let known = &self.tasks[&task];
         let state = if cancelled {
             State::Ended { end: End::Canceled, node: Some(node) }
-        } else if known.attempts < known.request.max_attempts() {
+        } else if retry && known.attempts < known.request.max_attempts() {
             State::Ready
         } else {
             State::Ended { end: End::Failed, node: Some(node) }
@@ -401,16 +461,18 @@ impl Plane {
             }
             let known = self.tasks.get_mut(&task).expect("expiries name known tasks");
             let State::Held(hold) = &known.state else { unreachable!("expiries name held tasks") };
-            let (node, cancelled) = (hold.node, hold.cancel_requested_at.is_some());
+            let (node, lease, cancelled) = (hold.node, hold.lease, hold.cancel_requested_at.is_some());
+            let offered = matches!(hold.phase, Phase::Offered { .. });
             tracing::info!(event = "dev.lease_expired", task_id = %task, attempt = known.attempts, "lease expired");
-            if !cancelled && known.attempts >= known.request.max_attempts() {
+            if !offered && !cancelled && known.attempts >= known.request.max_attempts() {
                 let reason = format!("lease expired on attempt {} of {}", known.attempts, known.request.max_attempts());
                 let meta = json!({ "reason": reason, "details": null });
                 let (id, kind) = (Uuid::new_v4(), ReceiptKind::Expired);
-                known.receipts.push(Receipt { id, node, kind, outputs: Vec::new(), meta, created_at: now });
+                let outputs = Vec::new();
+                known.receipts.push(Receipt { id, node, lease, kind, outputs, meta, created_at: now });
             }
             self.release(task, node);
-            self.after_attempt(task, node, cancelled, now);
+            self.after_attempt(task, node, cancelled, true, now);
         }
     }
 
@@ -459,7 +521,8 @@ impl Plane {
         let token =
             HeldToken { serial: known.next_token, issued: now, expires: now, old: VecDeque::new(), refused: false };
         known.next_token += 1;
-        let hold = Hold { node: Uuid::new_v4(), expires, running: false, cancel_requested_at: None, token };
+        let (node, lease) = (Uuid::new_v4(), Uuid::new_v4());
+        let hold = Hold { node, lease, expires, phase: Phase::Leased, cancel_requested_at: None, token };
         self.expiries.insert((expires, task));
         self.enter(task, State::Held(hold), now);
     }
@@ -485,12 +548,12 @@ impl Plane {
         }
     }
 
-    fn leave_queue(&mut self, capability: &Arc<str>, queue_key: &QueueKey) {
-        if let Some(queue) = self.ready.get_mut(capability) {
+    fn leave_queue(&mut self, name: &str, queue_key: &QueueKey) {
+        if let Some(queue) = self.ready.get_mut(name) {
             queue.remove(queue_key);
             // An author may use any number of capabilities over time.
             if queue.is_empty() {
-                self.ready.remove(capability);
+                self.ready.remove(name);
             }
         }
     }
@@ -499,10 +562,10 @@ impl Plane {
     fn enter(&mut self, id: Uuid, state: State, now: Timestamp) {
         let task = self.tasks.get_mut(&id).expect("states change of known tasks");
         let before = task.state.word();
-        let (job, queue_key, capability) = (task.job, task.queue_key, task.request.capability.clone());
+        let (job, queue_key, request) = (task.job, task.queue_key, task.request.clone());
         if matches!(task.state, State::Ready) && !matches!(state, State::Ready | State::Held(_)) {
             task.state = state;
-            self.leave_queue(&capability, &queue_key);
+            self.leave_queue(request.queue(), &queue_key);
         } else {
             task.state = state;
         }
@@ -511,7 +574,7 @@ impl Plane {
         let after = task.state.word();
         let end = if let State::Ended { end, .. } = task.state { Some(end) } else { None };
         if matches!(task.state, State::Ready) {
-            self.ready.entry(capability).or_default().insert(queue_key);
+            self.ready.entry(request.queue().clone()).or_default().insert(queue_key);
         }
         self.recount(job, before, after);
         if let Some(end) = end {
@@ -544,8 +607,11 @@ impl State {
     fn word(&self) -> Word {
         match self {
             Self::Blocked | Self::Ready => Word::Queued,
-            Self::Held(hold) if hold.running => Word::Running,
-            Self::Held(_) => Word::Leased,
+            Self::Held(hold) => match hold.phase {
+                Phase::Offered { .. } => Word::Queued,
+                Phase::Leased => Word::Leased,
+                Phase::Running => Word::Running,
+            },
             Self::Ended { end: End::Completed, .. } => Word::Completed,
             Self::Ended { end: End::Failed, .. } => Word::Failed,
             Self::Ended { end: End::Canceled, .. } => Word::Canceled,

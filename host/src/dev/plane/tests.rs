@@ -137,7 +137,7 @@ fn events_are_limited_and_new_attempt_resets_progress() {
     let seen = plane.job(job, at(2)).expect("known");
     let kept = seen["tasks"][0]["meta"]["events"].as_array().expect("events").clone();
     assert_eq!((kept.len(), &kept[0]), (EVENTS_MAX, &json!(5)));
-    plane.fail(task, one.id, "x", Value::Null, at(3)).expect("held");
+    plane.fail(task, one.id, Value::Null, true, at(3)).expect("held");
     lease(&mut plane, &one, 4).expect("re-queued");
     assert_eq!(plane.job(job, at(5)).expect("known")["tasks"][0]["meta"]["progress"], Value::Null);
 }
@@ -164,7 +164,7 @@ fn completion_before_cancel_delivery_is_accepted() {
         (lease(&mut plane, &one, 0).expect("work").task, lease(&mut plane, &one, 0).expect("work").task);
     plane.cancel(job, at(1));
     plane.complete(first, one.id, vec!["d".to_owned()], Value::Null, at(2)).expect("held");
-    plane.fail(second, one.id, "x", Value::Null, at(2)).expect("held");
+    plane.fail(second, one.id, Value::Null, true, at(2)).expect("held");
     assert_eq!(word(&mut plane, job, 3), "completed canceled");
     assert_eq!(plane.job_status(job), Some("canceled"));
 }
@@ -202,7 +202,7 @@ fn random_calls_keep_the_invariants() {
                 (5 | 6, Some((task, by))) => {
                     drop(plane.complete(task, nodes[by].id, Vec::new(), Value::Null, at(now)));
                 }
-                (7, Some((task, _))) => drop(plane.fail(task, nodes[who].id, "x", Value::Null, at(now))),
+                (7, Some((task, _))) => drop(plane.fail(task, nodes[who].id, Value::Null, true, at(now))),
                 _ => {}
             }
             check_invariants(&mut plane, &nodes, now);

@@ -40,7 +40,8 @@ impl Plane {
                 } else {
                     query.capabilities.iter().any(wanted)
                 };
-            capable && query.status.as_ref().is_none_or(|status| status == job.status())
+            let is_run = self.tasks[&job.tasks[0]].request.is_run;
+            !is_run && capable && query.status.as_ref().is_none_or(|status| status == job.status())
         };
         let mut found = self
             .order

@@ -8,6 +8,8 @@ mod identity;
 mod jobs;
 mod leases;
 mod newer;
+#[cfg(feature = "grpc")]
+mod runs;
 
 use std::time::Duration;
 
