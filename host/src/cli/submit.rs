@@ -1,11 +1,12 @@
 //! `runner-host submit`: create a job, wait for it, download its artifacts.
 //!
-//! [`Args`] has the flags, `plane` has the wire. `notes` has the messages for people, `artifacts` has the paths of
+//! [`Args`] has the flags, `plane` and `runs` have the wires. `notes` has the messages for people, `artifacts` has the paths of
 //! artifacts. Only `--cancel` cancels a job: an interrupted wait leaves it running.
 
 mod artifacts;
 mod notes;
 mod plane;
+mod runs;
 
 use std::{
     io::Write,
@@ -27,6 +28,7 @@ use crate::{
 use artifacts::Artifact;
 use notes::Notes;
 use plane::{Plane, PlaneError};
+use runs::RunPlane;
 
 /// Most tasks of one job: the answer about a job grows with its tasks.
 const TASKS_PER_JOB: usize = 100;
@@ -53,6 +55,9 @@ pub(super) struct Args {
     /// Cancel this job instead of submitting one
     #[arg(long, value_name = "ID", value_parser = super::parse_id, conflicts_with_all = ["capability", "inputs", "meta", "count", "attempts", "wait", "out"])]
     pub(super) cancel: Option<Uuid>,
+    /// Control plane; node-runtime sends inputs inline, at most 1 MiB
+    #[arg(long, value_name = "PLANE", value_enum, default_value_t = PlaneKind::Dms)]
+    pub(super) plane: PlaneKind,
     /// A file to upload as input; may be given several times
     #[arg(long = "input", short, value_name = "FILE")]
     pub(super) inputs: Vec<PathBuf>,
@@ -95,6 +100,57 @@ pub(super) struct Args {
     /// File that holds the domain grant
     #[arg(long, value_name = "FILE", requires = "dms")]
     pub(super) token_file: Option<PathBuf>,
+}
+
+/// The control plane that gets the job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(super) enum PlaneKind {
+    Dms,
+    NodeRuntime,
+}
+
+/// The wire to the control plane. A run is shown in the form of a job.
+enum Wire {
+    Jobs(Plane),
+    Runs(RunPlane),
+}
+
+impl Wire {
+    async fn job(&self, id: Uuid) -> Result<Value, PlaneError> {
+        match self {
+            Self::Jobs(plane) => plane.job(id).await,
+            Self::Runs(plane) => plane.job(id).await,
+        }
+    }
+
+    async fn cancel_job(&self, id: Uuid, notes: &mut Notes) -> Result<(), PlaneError> {
+        match self {
+            Self::Jobs(plane) => plane.cancel_job(id, notes).await,
+            Self::Runs(plane) => plane.cancel(id, notes).await,
+        }
+    }
+
+    /// The capabilities that nodes serve, if the control plane lists them.
+    async fn served(&self) -> Option<Vec<String>> {
+        match self {
+            Self::Jobs(plane) => plane.served().await,
+            Self::Runs(_) => None,
+        }
+    }
+
+    /// Removes what an interrupted submission has begun.
+    async fn give_up(&self) {
+        if let Self::Jobs(plane) = self {
+            plane.give_up().await;
+        }
+    }
+
+    fn artifacts(&self, job: &Value, task: &str) -> Vec<Artifact> {
+        match self {
+            Self::Jobs(_) => artifacts::listed(job, task),
+            Self::Runs(_) => runs::artifacts(job),
+        }
+    }
 }
 
 fn parse_base_url(text: &str) -> Result<Url, String> {
@@ -301,7 +357,7 @@ fn at<T>(state: &Mutex<SubmitState>, change: impl FnOnce(&mut SubmitState) -> T)
 async fn submit(
     args: &Args,
     http: transport::Config,
-    plane_cell: &OnceLock<Plane>,
+    plane_cell: &OnceLock<Wire>,
     state: &Mutex<SubmitState>,
     out: &mut impl Write,
     notes: &mut Notes,
@@ -317,16 +373,27 @@ async fn submit(
     let capability = args.capability.as_ref().expect("clap requires it without --cancel");
     at(state, |state| state.stage = Stage::Upload);
     let mut inputs = Vec::new();
-    for input in &args.inputs {
-        inputs.push(plane.upload(input, notes).await?);
+    if let Wire::Jobs(plane) = plane {
+        for input in &args.inputs {
+            inputs.push(plane.upload(input, notes).await?);
+        }
     }
     at(state, |state| state.stage = Stage::Create);
+    let run = match plane {
+        Wire::Jobs(_) => Value::Null,
+        Wire::Runs(_) => runs::describe(args, capability).map_err(Stop::Usage)?,
+    };
     let mut jobs = Vec::new();
     let mut left = args.count as usize;
     while left > 0 {
-        let tasks = left.min(TASKS_PER_JOB);
         at(state, |state| state.job_unanswered = true);
-        let id = plane.create_job(&job(args, capability, plane, &inputs, tasks), notes).await?;
+        let (tasks, id) = match plane {
+            Wire::Jobs(plane) => {
+                let tasks = left.min(TASKS_PER_JOB);
+                (tasks, plane.create_job(&job(args, capability, plane, &inputs, tasks), notes).await?)
+            }
+            Wire::Runs(plane) => (1, plane.create(&run, notes).await?),
+        };
         jobs.push(id);
         at(state, |state| {
             state.job_unanswered = false;
@@ -348,7 +415,7 @@ async fn submit(
 }
 
 /// Cancels a job and prints that.
-async fn cancel(form: Output, plane: &Plane, id: Uuid, out: &mut impl Write, notes: &mut Notes) -> Result<Exit, Stop> {
+async fn cancel(form: Output, plane: &Wire, id: Uuid, out: &mut impl Write, notes: &mut Notes) -> Result<Exit, Stop> {
     match plane.cancel_job(id, notes).await {
         Ok(()) => {}
         Err(PlaneError::Refused { status: 404, .. }) => {
@@ -373,6 +440,9 @@ async fn cancel(form: Output, plane: &Plane, id: Uuid, out: &mut impl Write, not
 
 /// Checks every named file and folder before anything is sent. Returns why one cannot be used.
 fn look(args: &Args) -> Result<(), String> {
+    if args.plane == PlaneKind::NodeRuntime && args.dms.is_some() {
+        return Err("--dms names a posemesh task service; it cannot be used with --plane node-runtime".to_owned());
+    }
     for input in &args.inputs {
         if let Some(why) = unreadable("--input", input) {
             return Err(why);
@@ -387,9 +457,12 @@ fn look(args: &Args) -> Result<(), String> {
     }
 }
 
-async fn find_plane(args: &Args, http: transport::Config) -> Result<Plane, Stop> {
+async fn find_plane(args: &Args, http: transport::Config) -> Result<Wire, Stop> {
     let client = Client::new(http);
-    let Some(dms) = &args.dms else { return Ok(Plane::of_dev(client, &args.dev).await?) };
+    if args.plane == PlaneKind::NodeRuntime {
+        return Ok(Wire::Runs(RunPlane::of_dev(client, &args.dev).await?));
+    }
+    let Some(dms) = &args.dms else { return Ok(Wire::Jobs(Plane::of_dev(client, &args.dev).await?)) };
     let token = match (&args.token, &args.token_file) {
         (Some(token), _) => token.trim().to_owned(),
         (None, Some(file)) => {
@@ -409,7 +482,7 @@ async fn find_plane(args: &Args, http: transport::Config) -> Result<Plane, Stop>
         )));
     }
     let (domain, server) = (args.domain.expect("clap requires it"), args.domain_server.as_ref());
-    Ok(Plane::new(client, dms, server.expect("clap requires it"), domain, token)?)
+    Ok(Wire::Jobs(Plane::new(client, dms, server.expect("clap requires it"), domain, token)?))
 }
 
 fn job(args: &Args, capability: &Capability, plane: &Plane, inputs: &[String], tasks: usize) -> Value {
@@ -440,7 +513,7 @@ fn print_job_ids(form: Output, out: &mut impl Write, jobs: &[Uuid]) -> anyhow::R
 
 /// Prints that no node serves the capability, with a similar one that a node serves. Returns whether the control
 /// plane lists what its nodes serve.
-async fn print_unserved(capability: &Capability, plane: &Plane, notes: &mut Notes) -> bool {
+async fn print_unserved(capability: &Capability, plane: &Wire, notes: &mut Notes) -> bool {
     let Some(served) = plane.served().await else { return false };
     if !served.iter().any(|name| name == capability.as_str()) {
         let near = did_you_mean(capability.as_str(), served.iter().map(String::as_str));
@@ -453,7 +526,7 @@ async fn print_unserved(capability: &Capability, plane: &Plane, notes: &mut Note
 async fn watch(
     args: &Args,
     capability: &Capability,
-    plane: &Plane,
+    plane: &Wire,
     jobs: &[Uuid],
     state: &Mutex<SubmitState>,
     notes: &mut Notes,
@@ -531,7 +604,7 @@ fn was_leased(job: &Value) -> bool {
 /// Downloads the artifacts, prints failures and the result.
 async fn finish(
     args: &Args,
-    plane: &Plane,
+    plane: &Wire,
     jobs: &[Value],
     out: &mut impl Write,
     notes: &mut Notes,
@@ -545,7 +618,7 @@ async fn finish(
         let mut reason = None;
         match status {
             "completed" => {
-                artifacts = artifacts::listed(job, id);
+                artifacts = plane.artifacts(job, id);
                 if let Some(folder) = &args.out {
                     let folder = if args.count > 1 { folder.join((number + 1).to_string()) } else { folder.clone() };
                     for artifact in &mut artifacts {
@@ -580,13 +653,9 @@ async fn finish(
     Ok(code)
 }
 
-async fn bring(
-    plane: &Plane,
-    artifact: &mut Artifact,
-    folder: &std::path::Path,
-    notes: &mut Notes,
-) -> Result<(), Stop> {
-    let Some(id) = artifact.id.clone() else {
+/// Stores an artifact below `folder`.
+async fn bring(plane: &Wire, artifact: &mut Artifact, folder: &std::path::Path, notes: &mut Notes) -> Result<(), Stop> {
+    let Some(id) = artifact.id.as_ref().or(artifact.content.as_ref().map(|_| &artifact.logical_path)).cloned() else {
         notes.line(&format!("artifact {} has no id, it cannot be downloaded", artifact.logical_path));
         return Ok(());
     };
@@ -599,10 +668,15 @@ async fn bring(
         Err(why) => Err(why),
     };
     let path = own.unwrap_or_else(|why| {
-        notes.line(&format!("artifact path {:?} {why}; stored as {id}", artifact.logical_path));
-        folder.join(artifacts::plain(&id))
+        let name = artifacts::plain(&id);
+        notes.line(&format!("artifact path {:?} {why}; stored as {name}", artifact.logical_path));
+        folder.join(name)
     });
-    plane.download(&id, &path, notes).await?;
+    match (&artifact.content, plane) {
+        (Some(content), _) => runs::store(content.clone(), &path).await?,
+        (None, Wire::Jobs(plane)) => plane.download(&id, &path, notes).await?,
+        (None, Wire::Runs(_)) => {}
+    }
     artifact.path = Some(path);
     Ok(())
 }

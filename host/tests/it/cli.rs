@@ -19,7 +19,7 @@ use crate::harness::{
 const SDK: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../runner-sdk");
 
 /// A folder to work in, with plugins where they are looked for by default.
-fn workplace(libraries: &[std::path::PathBuf]) -> TempDir {
+pub(crate) fn workplace(libraries: &[std::path::PathBuf]) -> TempDir {
     let dir = tempfile::tempdir().expect("a folder");
     let plugins = dir.path().join("plugins");
     std::fs::create_dir(&plugins).expect("the folder is writable");
@@ -195,7 +195,7 @@ async fn wrong_flags_get_suggestions() {
 }
 
 /// `export NAME=VALUE` lines of a greeting.
-fn exports(process: &Process) -> Vec<(String, String)> {
+pub(crate) fn exports(process: &Process) -> Vec<(String, String)> {
     let lines = process.stdout();
     let pairs = lines.iter().filter_map(|line| line.strip_prefix("export ")?.split_once('='));
     pairs.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()
@@ -250,6 +250,15 @@ async fn node_joins_dev_server_with_printed_exports() {
         process.signal(Signal::TERM);
         assert_eq!(process.wait().await, 0, "{}", process.log());
     }
+}
+
+#[cfg(not(feature = "grpc"))]
+#[tokio::test]
+async fn binary_without_grpc_refuses_node_runtime() {
+    let ended = Cli::new(&["dev", "--plane", "node-runtime"]).run().await.expect(78);
+    let expected = "error: --plane: this binary was built without gRPC, which the plane node-runtime needs; build it \
+                    with the feature grpc";
+    assert_eq!(ended.stderr.lines().last(), Some(expected), "{}", ended.stderr);
 }
 
 #[tokio::test]

@@ -42,6 +42,8 @@ mod pointcloud;
 mod polling;
 mod refusals;
 mod registration;
+#[cfg(feature = "grpc")]
+mod runs;
 mod secrets;
 mod settings;
 #[cfg(feature = "grpc")]

@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use bytes::Bytes;
 use serde_json::{Value, json};
 
 /// One artifact of a finished task.
@@ -13,6 +14,8 @@ use serde_json::{Value, json};
 pub(super) struct Artifact {
     pub(super) logical_path: String,
     pub(super) id: Option<String>,
+    /// Its bytes, if the control plane has sent them with the result.
+    pub(super) content: Option<Bytes>,
     /// Its path, after it was stored.
     pub(super) path: Option<PathBuf>,
 }
@@ -47,12 +50,13 @@ pub(super) fn listed(job: &Value, task: &str) -> Vec<Artifact> {
         .filter_map(|artifact| {
             let logical_path = artifact["logical_path"].as_str()?.to_owned();
             let id = artifact["id"].as_str().map(ToOwned::to_owned);
-            Some(Artifact { logical_path, id, path: None })
+            Some(Artifact { logical_path, id, content: None, path: None })
         })
         .collect();
     for id in receipt["outputs"].as_array().into_iter().flatten().filter_map(Value::as_str) {
         if !found.iter().any(|artifact| artifact.id.as_deref() == Some(id)) {
-            found.push(Artifact { logical_path: id.to_owned(), id: Some(id.to_owned()), path: None });
+            let (logical_path, id) = (id.to_owned(), Some(id.to_owned()));
+            found.push(Artifact { logical_path, id, content: None, path: None });
         }
     }
     found
@@ -156,8 +160,12 @@ mod tests {
             {"task_id": "t", "outputs": ["d-1", "d-2"], "meta": {"artifacts": [{"logical_path": "a.json", "id": "d-1"}]}},
             {"task_id": "other", "outputs": [], "meta": {"reason": "not this one"}},
         ]});
-        let artifact =
-            |path: &str, id: &str| Artifact { logical_path: path.to_owned(), id: Some(id.to_owned()), path: None };
+        let artifact = |path: &str, id: &str| Artifact {
+            logical_path: path.to_owned(),
+            id: Some(id.to_owned()),
+            content: None,
+            path: None,
+        };
         assert_eq!(listed(&job, "t"), [artifact("a.json", "d-1"), artifact("d-2", "d-2")]);
         assert_eq!(reason(&job, "t"), "first");
         assert_eq!(reason(&job, "unknown"), "the control plane gives no reason");

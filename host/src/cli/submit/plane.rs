@@ -24,7 +24,7 @@ use super::{Exit, UNREACHABLE_MAX, artifacts::plain, notes::Notes};
 use crate::transport::{self, Answer, Body, Client, TransportError, full, innermost, read_capped, retry_after};
 
 /// How long a call with a small body may take.
-const CALL_LIMIT: Duration = Duration::from_secs(30);
+pub(super) const CALL_LIMIT: Duration = Duration::from_secs(30);
 /// Time limit for aborting a multipart upload when the command ends.
 const ABORT_LIMIT: Duration = Duration::from_secs(2);
 /// The time limit for an upload and its answer. Its size is not known here.
@@ -45,6 +45,8 @@ const RETRY_PAUSE_MAX: Duration = Duration::from_secs(5);
 pub(super) enum PlaneError {
     #[error("no dev server answers at {url} ({reason}); start runner-host dev, or name a control plane with --dms")]
     NoDevServer { url: String, reason: String },
+    #[error("the dev server at {url} does not serve {wanted}; {remedy}")]
+    NotServed { url: String, wanted: &'static str, remedy: String },
     #[error(transparent)]
     Transport(#[from] TransportError),
     #[error("{what} was answered {status}: {excerpt}")]
@@ -71,7 +73,7 @@ impl PlaneError {
             Self::NoDevServer { .. } => true,
             Self::Transport(err) => !matches!(err, TransportError::Insecure { .. } | TransportError::BadUrl { .. }),
             Self::Refused { status, .. } => matches!(status, 408 | 429 | 500..),
-            Self::File { .. } | Self::DiskFull { .. } => false,
+            Self::NotServed { .. } | Self::File { .. } | Self::DiskFull { .. } => false,
         }
     }
 
@@ -111,12 +113,22 @@ pub(super) struct Plane {
 }
 
 #[derive(Deserialize)]
-struct DevServerInfo {
+pub(super) struct DevServerInfo {
     dms: String,
     domain_server: String,
     domain_id: Uuid,
     grant: String,
     nodes: Vec<DevServerNode>,
+    #[serde(default = "only_dms")]
+    planes: Vec<String>,
+}
+
+/// The control planes of a dev server by their names.
+const DMS: &str = "dms";
+pub(super) const NODE_RUNTIME: &str = "node-runtime";
+
+fn only_dms() -> Vec<String> {
+    vec![DMS.to_owned()]
 }
 
 #[derive(Deserialize)]
@@ -139,15 +151,32 @@ impl Plane {
 
     /// The dev server that listens at `url`.
     pub(super) async fn of_dev(client: Client, url: &Url) -> Result<Self, PlaneError> {
-        client.check(url)?;
-        let dev = base(url);
-        let away = |reason: String| PlaneError::NoDevServer { url: dev.clone(), reason };
-        let answer = dev_server(&client, &dev).await.map_err(|err| away(err.to_string()))?;
-        let parse = |url: &str| Url::parse(url).map_err(|err| away(err.to_string()));
-        let (dms, server) = (parse(&answer.dms)?, parse(&answer.domain_server)?);
+        let (dev, answer) = Self::dev_server(&client, url, DMS).await?;
+        let away = |err: url::ParseError| PlaneError::NoDevServer { url: dev.clone(), reason: err.to_string() };
+        let (dms, server) = (Url::parse(&answer.dms).map_err(away)?, Url::parse(&answer.domain_server).map_err(away)?);
         let mut plane = Self::new(client, &dms, &server, answer.domain_id, answer.grant)?;
         plane.dev = Some(dev);
         Ok(plane)
+    }
+
+    /// The base URL and the answer of the dev server at `url`, which must serve the control plane `wanted`.
+    pub(super) async fn dev_server(
+        client: &Client,
+        url: &Url,
+        wanted: &'static str,
+    ) -> Result<(String, DevServerInfo), PlaneError> {
+        client.check(url)?;
+        let dev = base(url);
+        let answer = dev_server(client, &dev).await;
+        let answer = answer.map_err(|err| PlaneError::NoDevServer { url: dev.clone(), reason: err.to_string() })?;
+        if answer.planes.iter().any(|plane| plane == wanted) {
+            return Ok((dev, answer));
+        }
+        let remedy = match answer.planes.first() {
+            Some(other) if wanted == DMS => format!("use submit --plane {other}"),
+            _ => format!("start it with runner-host dev --plane {wanted}"),
+        };
+        Err(PlaneError::NotServed { url: dev, wanted, remedy })
     }
 
     pub(super) fn domain(&self) -> Uuid {
@@ -193,19 +222,11 @@ impl Plane {
         let response = self.client.send(request, CALL_LIMIT).await?;
         let (status, headers) = (response.status(), response.headers().clone());
         // A job with many tasks is larger than the limit for other answers.
-        let read = read_capped(response.into_body(), JOB_BYTES_MAX, &host);
-        let limit = CALL_LIMIT;
-        let body = match tokio::time::timeout(limit, read).await {
-            Ok(body) => body?,
-            Err(_) => return Err(TransportError::Timeout { host, limit }.into()),
-        };
+        let body = in_time(&host, read_capped(response.into_body(), JOB_BYTES_MAX, &host)).await?;
         if !status.is_success() {
             return Err(refused("the question about the job", status, &headers, transport::excerpt(&body)));
         }
-        serde_json::from_slice(&body).map_err(|_| {
-            let reason = "expected a description of the job".to_owned();
-            TransportError::NotJson { host, bytes: body.len(), reason }.into()
-        })
+        serde_json::from_slice(&body).map_err(|_| not_json(host, body.len(), "expected a description of the job"))
     }
 
     /// Stores a file under a unique name. Returns its data id.
@@ -440,14 +461,14 @@ impl Plane {
 }
 
 /// The content type of all requests except data.
-const JSON: &str = "application/json";
+pub(super) const JSON: &str = "application/json";
 
 /// The name of this client for the services.
-const CLIENT_ID: &str = "posemesh-client-id";
-const CLIENT: &str = "runner-host-submit";
+pub(super) const CLIENT_ID: &str = "posemesh-client-id";
+pub(super) const CLIENT: &str = "runner-host-submit";
 
 /// Makes a call until it succeeds, fails in a way that `again` does not accept, or has failed for [`UNREACHABLE_MAX`].
-async fn retrying<T>(
+pub(super) async fn retrying<T>(
     notes: &mut Notes,
     again: impl Fn(&PlaneError) -> bool,
     mut call: impl AsyncFnMut(&mut Notes) -> Result<T, PlaneError>,
@@ -486,11 +507,24 @@ async fn dev_server(client: &Client, dev: &str) -> Result<DevServerInfo, Transpo
     client.call(request, CALL_LIMIT).await?.json()
 }
 
+/// Limits the time in which a body is read.
+pub(super) async fn in_time<T>(
+    host: &str,
+    read: impl Future<Output = Result<T, TransportError>>,
+) -> Result<T, TransportError> {
+    let late = |_| Err(TransportError::Timeout { host: host.to_owned(), limit: CALL_LIMIT });
+    tokio::time::timeout(CALL_LIMIT, read).await.unwrap_or_else(late)
+}
+
+pub(super) fn not_json(host: String, bytes: usize, expected: &str) -> PlaneError {
+    TransportError::NotJson { host, bytes, reason: expected.to_owned() }.into()
+}
+
 fn base(url: &Url) -> String {
     url.as_str().trim_end_matches('/').to_owned()
 }
 
-fn refused(what: &str, status: StatusCode, headers: &HeaderMap, excerpt: String) -> PlaneError {
+pub(super) fn refused(what: &str, status: StatusCode, headers: &HeaderMap, excerpt: String) -> PlaneError {
     PlaneError::Refused { what: what.to_owned(), status: status.as_u16(), excerpt, retry_after: retry_after(headers) }
 }
 
@@ -531,7 +565,7 @@ fn name_of(file: &Path) -> (String, String) {
 
 /// A nameless file in its final folder, with the permissions of an ordinary new file. By default only the owner can
 /// read a temporary file.
-fn new_file(folder: &Path) -> std::io::Result<tempfile::NamedTempFile> {
+pub(super) fn new_file(folder: &Path) -> std::io::Result<tempfile::NamedTempFile> {
     let mut file = tempfile::Builder::new();
     #[cfg(unix)]
     {

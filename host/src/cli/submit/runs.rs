@@ -1,0 +1,201 @@
+//! The Node Runtime control plane of a dev server as an author's client sees it (docs/protocols/node-runtime.md).
+//! Inputs and results are inline. A run is shown to the rest of the command in the form of a job with one task.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::Path,
+};
+
+use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
+use bytes::Bytes;
+use http::{Method, Request, header};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use uuid::Uuid;
+
+use super::{
+    Args,
+    artifacts::Artifact,
+    notes::Notes,
+    plane::{self, CALL_LIMIT, JSON, Plane, PlaneError, retrying},
+};
+use crate::{
+    model::{Capability, InlineInputs},
+    transport::{Client, full, read_capped},
+};
+
+/// Most bytes of all inputs of a run.
+pub(super) const INPUT_BYTES_MAX: u64 = 1 << 20;
+/// Largest description of a run that is read: its inputs, and a result of 4 MiB, both as JSON text.
+const RUN_BYTES_MAX: usize = 32 * 1024 * 1024;
+
+/// See the module documentation.
+pub(super) struct RunPlane {
+    client: Client,
+    dev: String,
+}
+
+/// The fields of a run that are read.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct Run {
+    run_id: Uuid,
+    status: String,
+    attempts: u64,
+    result: Option<BTreeMap<String, String>>,
+    error_info: Option<ErrorInfo>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+struct ErrorInfo {
+    error_message: Option<String>,
+}
+
+impl RunPlane {
+    /// The dev server that listens at `url`.
+    pub(super) async fn of_dev(client: Client, url: &url::Url) -> Result<Self, PlaneError> {
+        let dev = Plane::dev_server(&client, url, plane::NODE_RUNTIME).await?.0;
+        Ok(Self { client, dev })
+    }
+
+    /// Creates a run. A repeat after a lost answer creates no second one.
+    pub(super) async fn create(&self, run: &Value, notes: &mut Notes) -> Result<Uuid, PlaneError> {
+        let (key, run) = (Uuid::new_v4().to_string(), run.to_string());
+        let create = async |_: &mut Notes| {
+            let request = self.request(Method::POST, "").header("idempotency-key", &key);
+            let request = request.header(header::CONTENT_TYPE, JSON).body(full(run.clone()));
+            Ok(self.call(request.expect("a valid request"), "the run").await?.run_id)
+        };
+        retrying(notes, PlaneError::is_temporary, create).await
+    }
+
+    pub(super) async fn cancel(&self, id: Uuid, notes: &mut Notes) -> Result<(), PlaneError> {
+        let cancel = async |_: &mut Notes| {
+            let request = self.request(Method::POST, &format!("/{id}:cancel")).header(header::CONTENT_TYPE, JSON);
+            let body = full(json!({ "reason": "cancelled with runner-host submit" }).to_string());
+            self.call(request.body(body).expect("a valid request"), "the cancellation").await.map(drop)
+        };
+        retrying(notes, PlaneError::is_temporary, cancel).await
+    }
+
+    /// A run in the form of a job.
+    pub(super) async fn job(&self, id: Uuid) -> Result<Value, PlaneError> {
+        let request = self.request(Method::GET, &format!("/{id}")).body(full("")).expect("a valid request");
+        Ok(as_job(self.call(request, "the question about the run").await?))
+    }
+
+    fn request(&self, method: Method, rest: &str) -> http::request::Builder {
+        let request = Request::builder().method(method).uri(format!("{}/v1/runs{rest}", self.dev));
+        request.header(header::ACCEPT, JSON).header(plane::CLIENT_ID, plane::CLIENT)
+    }
+
+    async fn call(&self, request: Request<crate::transport::Body>, what: &str) -> Result<Run, PlaneError> {
+        let host = request.uri().host().unwrap_or_default().to_owned();
+        let response = self.client.send(request, CALL_LIMIT).await?;
+        let (head, body) = response.into_parts();
+        let body = plane::in_time(&host, read_capped(body, RUN_BYTES_MAX, &host)).await?;
+        if !head.status.is_success() {
+            return Err(plane::refused(what, head.status, &head.headers, crate::transport::excerpt(&body)));
+        }
+        serde_json::from_slice(&body)
+            .map_err(|_| plane::not_json(host, body.len(), "expected a description of the run"))
+    }
+}
+
+/// The body that creates a run of this capability.
+///
+/// # Errors
+/// One line when the inputs or the parameters cannot be sent inline.
+pub(super) fn describe(args: &Args, capability: &Capability) -> Result<Value, String> {
+    let Value::Object(meta) = &args.meta else {
+        return Err("--meta: expected an object, because node-runtime has named parameters only".to_owned());
+    };
+    let mut metadata: Map<String, Value> = meta.iter().map(|(name, value)| (name.clone(), as_text(value))).collect();
+    metadata.insert("capability".to_owned(), capability.as_str().into());
+    Ok(json!({
+        "agentId": capability.as_str(), "inputRef": inline(&args.inputs)?, "metadata": metadata,
+        "maxAttempts": args.attempts,
+        // The time of a run is not limited, as on other control planes.
+        "budgets": { "maxTokens": 0, "maxDurationSeconds": 0 },
+    }))
+}
+
+/// The metadata of this wire are texts.
+fn as_text(value: &Value) -> Value {
+    if value.is_string() { value.clone() } else { value.to_string().into() }
+}
+
+/// The inputs by their file names: text as it is, other bytes as base64.
+fn inline(files: &[std::path::PathBuf]) -> Result<HashMap<String, String>, String> {
+    let size = |file: &std::path::PathBuf| std::fs::metadata(file).map_or(0, |data| data.len());
+    let bytes: u64 = files.iter().map(size).sum();
+    if bytes > INPUT_BYTES_MAX {
+        return Err(format!(
+            "--input: the inputs have {bytes} bytes, at most {INPUT_BYTES_MAX} are sent inline; use --plane dms"
+        ));
+    }
+    let mut inputs = HashMap::new();
+    for file in files {
+        let given = format!("--input {}", file.display());
+        let bytes = std::fs::read(file).map_err(|err| format!("{given}: {err}"))?;
+        let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let suffix = InlineInputs::BASE64_SUFFIX;
+        let (key, value) = match String::from_utf8(bytes) {
+            Ok(text) if !name.ends_with(suffix) => (name, text),
+            Ok(text) => (format!("{name}{suffix}"), BASE64.encode(text)),
+            Err(err) => (format!("{name}{suffix}"), BASE64.encode(err.as_bytes())),
+        };
+        if inputs.insert(key, value).is_some() {
+            return Err(format!("{given}: another input has this file name; rename one of them"));
+        }
+    }
+    Ok(inputs)
+}
+
+fn as_job(run: Run) -> Value {
+    let status = match &*run.status {
+        "pending" => "queued",
+        "assigned" => "running",
+        "cancelled" => "canceled",
+        other => other,
+    };
+    let id = run.run_id;
+    let reason = run.error_info.and_then(|info| info.error_message);
+    json!({
+        "job": { "id": id, "status": if status == "queued" { "pending" } else { status } },
+        "tasks": [{ "id": id, "status": status, "attempts": run.attempts }],
+        "tasks_summary": { status: 1 },
+        "receipts": [{ "task_id": id, "meta": { "reason": reason } }],
+        "result": run.result,
+    })
+}
+
+/// The artifacts in the result of a run.
+pub(super) fn artifacts(job: &Value) -> Vec<Artifact> {
+    let result = job["result"].as_object().into_iter().flatten();
+    result
+        .filter_map(|(key, value)| {
+            let value = value.as_str()?;
+            let decoded = key
+                .strip_suffix(InlineInputs::BASE64_SUFFIX)
+                .and_then(|path| Some((path.to_owned(), Bytes::from(BASE64.decode(value).ok()?))));
+            let (logical_path, content) = decoded.unwrap_or_else(|| (key.clone(), value.to_owned().into()));
+            Some(Artifact { logical_path, id: None, content: Some(content), path: None })
+        })
+        .collect()
+}
+
+/// Writes an inline artifact. The file appears only when it is complete.
+pub(super) async fn store(content: Bytes, path: &Path) -> Result<(), PlaneError> {
+    let to = path.to_owned();
+    let write = move || -> std::io::Result<()> {
+        let folder = to.parent().unwrap_or(Path::new("."));
+        std::fs::create_dir_all(folder)?;
+        let mut file = plane::new_file(folder)?;
+        std::io::Write::write_all(&mut file, &content)?;
+        file.persist(&to).map(drop).map_err(|err| err.error)
+    };
+    let written = tokio::task::spawn_blocking(write).await.expect("storing a file does not panic");
+    written.map_err(|err| PlaneError::file(path, &err))
+}

@@ -1,0 +1,126 @@
+//! `dev` as a Node Runtime control plane, with its node, and `submit` over this wire.
+
+use std::{fs, path::Path};
+
+use rustix::process::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::{
+    cli::{exports, workplace},
+    harness::{
+        fixtures,
+        node::{Cli, Process},
+    },
+};
+
+const HELLO: &str = "/examples/hello/v1";
+
+async fn dev(dir: &TempDir, args: &[&str]) -> (Process, String) {
+    let dev = args.iter().fold(Cli::new(&["dev", "--port", "0"]).dir(dir.path()), |dev, arg| dev.arg(*arg));
+    let dev = dev.set("TMPDIR", dir.path().to_string_lossy()).start();
+    dev.stdout_line(|line| line == "For development and tests, not for production.").await;
+    let exports = exports(&dev);
+    let base = exports.iter().find(|pair| pair.0 == "RUNNER_HOST_DEV").expect("where jobs come from").1.clone();
+    (dev, base)
+}
+
+fn submit(dir: &Path, base: &str, args: &[&str]) -> Cli {
+    let submit = Cli::new(&["submit", "--plane", "node-runtime"]).dir(dir).set("RUST_LOG", "");
+    args.iter().fold(submit.set("RUNNER_HOST_DEV", base), |submit, arg| submit.arg(*arg))
+}
+
+async fn stop(process: &Process) {
+    process.signal(Signal::TERM);
+    assert_eq!(process.wait().await, 0, "{}", process.log());
+}
+
+#[tokio::test]
+async fn run_completes_through_dev_and_submit() {
+    let dir = workplace(&[fixtures::hello(), fixtures::echo(), fixtures::zoo()]);
+    let (dev, base) = dev(&dir, &["--plane", "node-runtime"]).await;
+    let submit = |args: &[&str]| submit(dir.path(), &base, args);
+    fs::write(dir.path().join("who.txt"), "reader").expect("the folder is writable");
+    let ended = submit(&[HELLO, "--input", "who.txt", "--wait", "--out", "brought"]).run().await.expect(0);
+    assert_eq!(ended.stdout, "brought/outputs/hello.bin");
+    assert_eq!(fs::read(dir.path().join("brought/outputs/hello.bin")).expect("brought"), b"hello, reader");
+
+    let binary: Vec<u8> = (0..=255).collect();
+    fs::write(dir.path().join("b.bin"), &binary).expect("the folder is writable");
+    let echo = ["/examples/echo-file/v1", "--input", "who.txt", "--input", "b.bin", "--wait", "--out", "echoed"];
+    let ended = submit(&echo).arg("-o").arg("json").run().await.expect(0);
+    let rows: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+    assert_eq!(rows["tasks"][0]["artifacts"][1]["path"], "echoed/echo-1.bin", "{rows:#}");
+    // The inputs are in the order of their names.
+    assert_eq!(fs::read(dir.path().join("echoed/echo-0.bin")).expect("brought"), binary);
+    assert_eq!(fs::read(dir.path().join("echoed/echo-1.bin")).expect("brought"), b"reader");
+
+    let ended = submit(&["/fixtures/fail/v1", "--attempts", "1", "--wait"]).run().await.expect(1);
+    assert!(ended.stderr.contains("failed: cloud not written"), "{}", ended.stderr);
+    let ended = submit(&["/fixtures/slow/v1", "--wait", "--timeout", "2s"]).run().await.expect(5);
+    assert!(ended.stderr.contains("the job continues: "), "{}", ended.stderr);
+    let id = ended.stderr.rsplit(' ').next().expect("the id of the run").to_owned();
+    let ended = submit(&["--cancel", &id]).run().await.expect(0);
+    assert_eq!(ended.stdout, format!("cancelled job {id}"));
+    let unknown = uuid::Uuid::nil().to_string();
+    let ended = submit(&["--cancel", &unknown]).run().await.expect(1);
+    assert_eq!(ended.stderr, format!("error: the control plane knows no job {unknown}"));
+    // The node does not learn of the cancellation: its runner still runs. The second signal ends it.
+    dev.signal(Signal::TERM);
+    dev.stderr_line(|line| line.contains("node.draining")).await;
+    dev.signal(Signal::TERM);
+    dev.wait().await;
+}
+
+#[tokio::test]
+async fn submit_says_what_the_plane_cannot_take() {
+    let dir = workplace(&[fixtures::hello()]);
+    let (first, base) = dev(&dir, &["--plane", "node-runtime", "--no-node"]).await;
+    fs::write(dir.path().join("large.bin"), vec![0; (1 << 20) + 1]).expect("the folder is writable");
+    let ended = submit(dir.path(), &base, &[HELLO, "--input", "large.bin"]).run().await.expect(2);
+    let expected = "error: --input: the inputs have 1048577 bytes, at most 1048576 are sent inline; use --plane dms";
+    assert_eq!(ended.stderr, expected);
+    let ended = submit(dir.path(), &base, &[HELLO, "--meta", "[]"]).run().await.expect(2);
+    assert!(ended.stderr.starts_with("error: --meta: expected an object"), "{}", ended.stderr);
+    let ended = Cli::new(&["submit", HELLO]).set("RUST_LOG", "").set("RUNNER_HOST_DEV", &base).run().await.expect(2);
+    let expected = format!("error: the dev server at {base} does not serve dms; use submit --plane node-runtime");
+    assert_eq!(ended.stderr, expected);
+    stop(&first).await;
+    let ended = submit(dir.path(), &base, &[HELLO]).run().await.expect(75);
+    assert!(ended.stderr.starts_with("error: no dev server answers at "), "{}", ended.stderr);
+    let (second, base) = dev(&dir, &["--no-node"]).await;
+    let ended = submit(dir.path(), &base, &[HELLO]).run().await.expect(2);
+    assert!(ended.stderr.ends_with("start it with runner-host dev --plane node-runtime"), "{}", ended.stderr);
+    stop(&second).await;
+}
+
+#[tokio::test]
+async fn dev_serves_both_control_planes_at_once() {
+    let dir = workplace(&[fixtures::hello()]);
+    let (dev, base) = dev(&dir, &["--plane", "both"]).await;
+    let run = submit(dir.path(), &base, &[HELLO, "--wait", "--count", "3"]).run();
+    let job = Cli::new(&["submit", HELLO, "--wait", "--count", "3"]).dir(dir.path());
+    let job = job.set("RUST_LOG", "").set("RUNNER_HOST_DEV", &base).run();
+    let (run, job) = tokio::join!(run, job);
+    assert_eq!(run.expect(0).stdout, ["outputs/hello.bin -"; 3].join("\n"));
+    assert_eq!(job.expect(0).stdout.matches("outputs/hello.bin ").count(), 3);
+    stop(&dev).await;
+}
+
+#[tokio::test]
+async fn node_joins_with_the_printed_plane_table() {
+    let dir = workplace(&[fixtures::hello()]);
+    let (dev, base) = dev(&dir, &["--plane", "node-runtime", "--no-node"]).await;
+    let printed = dev.stdout();
+    let table = printed.iter().skip_while(|line| !line.starts_with("[plane.")).take(4).cloned().collect::<Vec<_>>();
+    fs::write(dir.path().join("node.toml"), table.join("\n")).expect("the folder is writable");
+    let node = Cli::new(&["run", "--config", "node.toml"]).dir(dir.path());
+    let node = exports(&dev).into_iter().fold(node, |node, (name, value)| node.set(&name, value));
+    let node = node.set("SCRATCH_DIR", dir.path().join("scratch").to_string_lossy());
+    let node = node.set("STATE_DIR", dir.path().join("state").to_string_lossy()).start();
+    node.stderr_line(|line| line.contains("\"node.leasing\"")).await;
+    submit(dir.path(), &base, &[HELLO, "--wait"]).run().await.expect(0);
+    for process in [&node, &dev] {
+        stop(process).await;
+    }
+}
