@@ -1,0 +1,174 @@
+"""A Node Runtime control plane for the tests, with grpcio and the Python library. It shares no code with the node.
+
+REST and gRPC listen on two ports of 127.0.0.1. The first line on stdout is JSON with both. The test controls it with
+requests below /test/:
+
+  POST /test/leases  a JSON list of leases, in the JSON form of protobuf. The next stream sends them.
+  POST /test/mode    JSON with new values of MODE.
+  POST /test/goaway  replaces the gRPC server. Its connections get a GOAWAY, its streams end.
+  GET  /test/calls?kind=K&run=R&count=N   waits for N such calls, and answers with all of them.
+
+It ends when its stdin ends.
+"""
+
+import concurrent.futures
+import json
+import os
+import sys
+import threading
+import urllib.parse
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import grpc
+from google.protobuf import json_format
+
+sys.path.insert(0, sys.argv[1])
+lease_pb2, lease_pb2_grpc = grpc.protos_and_services("lease.proto")
+
+WAIT_SECS = 60
+MODE = {
+    # Whether heartbeats of the node find it.
+    "knows_node": True,
+    # The status of a registration.
+    "register_status": 201,
+    # What a report gets: "accept", "refuse" (success = false), or the name of a gRPC status.
+    "reports": "accept",
+    # Whether streams send no lease.
+    "mute": False,
+}
+changed = threading.Condition()
+calls = []
+leases = []
+# The first report of each run. A control plane counts no other.
+accepted = {}
+
+
+def note(kind, **more):
+    with changed:
+        calls.append({"kind": kind, **more})
+        changed.notify_all()
+
+
+class Leases(lease_pb2_grpc.LeaseServiceServicer):
+    def Pull(self, request, context):
+        note("pull", node=request.node_id, max_leases=request.max_leases)
+        ended = threading.Event()
+
+        def end():
+            ended.set()
+            with changed:
+                changed.notify_all()
+
+        context.add_callback(end)
+        while not ended.is_set():
+            with changed:
+                changed.wait_for(lambda: ended.is_set() or (leases and not MODE["mute"]))
+                if ended.is_set():
+                    break
+                lease = leases.pop(0)
+            yield lease
+        note("pull-ended")
+
+    def Ack(self, request, context):
+        note("ack", lease=request.lease_id, node=request.node_id)
+        return lease_pb2.AckResponse(success=True)
+
+    def Complete(self, request, context):
+        return self.report("complete", request, context, lease_pb2.CompleteResponse)
+
+    def Fail(self, request, context):
+        return self.report("fail", request, context, lease_pb2.FailResponse)
+
+    def report(self, kind, request, context, response):
+        answer = MODE["reports"]
+        fields = json_format.MessageToDict(
+            request, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+        )
+        with changed:
+            first = answer == "accept" and accepted.setdefault(request.run_id, fields) is fields
+        note(kind, run=request.run_id, accepted=first, **{"report": fields})
+        if answer == "accept":
+            return response(success=True)
+        if answer == "refuse":
+            return response(success=False, message="the database is away")
+        context.abort(grpc.StatusCode[answer], "as the test wants")
+
+
+class Rest(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status, body=None):
+        content = b"" if body is None else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def body(self):
+        return json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or b"null")
+
+    def do_GET(self):
+        url = urllib.parse.urlsplit(self.path)
+        if url.path != "/test/calls":
+            return self.answer(404)
+        wanted = dict(urllib.parse.parse_qsl(url.query))
+        count = int(wanted.pop("count", 1))
+
+        def found():
+            fits = lambda call: all(str(call.get(key)) == value for key, value in wanted.items())
+            return [call for call in calls if fits(call)]
+
+        with changed:
+            enough = changed.wait_for(lambda: len(found()) >= count, WAIT_SECS)
+            self.answer(200 if enough else 504, found() if enough else calls[-50:])
+
+    def do_POST(self):
+        body = self.body()
+        path = urllib.parse.urlsplit(self.path).path
+        if path == "/v1/nodes:register":
+            note("register", body=body)
+            return self.answer(MODE["register_status"], {"nodeId": body["nodeId"]})
+        if path.startswith("/v1/nodes/") and path.endswith(":heartbeat"):
+            note("heartbeat", node=path, body=body)
+            return self.answer(200 if MODE["knows_node"] else 404, {})
+        if path == "/test/leases":
+            with changed:
+                leases.extend(json_format.ParseDict(lease, lease_pb2.Lease()) for lease in body)
+                changed.notify_all()
+            return self.answer(204)
+        if path == "/test/mode":
+            with changed:
+                MODE.update(body)
+                changed.notify_all()
+            return self.answer(204)
+        if path == "/test/goaway":
+            global server
+            server.stop(grace=None).wait()
+            server = grpc_server(grpc_port)[0]
+            return self.answer(204)
+        self.answer(404)
+
+    def do_DELETE(self):
+        note("remove", node=self.path)
+        self.answer(204)
+
+
+def grpc_server(port):
+    pool = concurrent.futures.ThreadPoolExecutor(max_workers=16)
+    made = grpc.server(pool, options=[("grpc.so_reuseport", 1)])
+    lease_pb2_grpc.add_LeaseServiceServicer_to_server(Leases(), made)
+    port = made.add_insecure_port(f"127.0.0.1:{port}")
+    made.start()
+    return made, port
+
+
+server, grpc_port = grpc_server(0)
+rest = ThreadingHTTPServer(("127.0.0.1", 0), Rest)
+threading.Thread(target=rest.serve_forever, daemon=True).start()
+print(json.dumps({"rest": rest.server_port, "grpc": grpc_port}), flush=True)
+sys.stdin.read()
+os._exit(0)
