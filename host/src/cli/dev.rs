@@ -199,6 +199,7 @@ fn node_runtime(url: Url, slots: usize) -> node_runtime::Config {
         capacity: node_runtime::Capacity { slots, ..node_runtime::Capacity::default() },
         metadata: BTreeMap::new(),
         agent_map: BTreeMap::new(),
+        tls: None,
     }
 }
 

@@ -20,7 +20,7 @@ pub(super) const PLANE: &str = "node-runtime";
 const SECTION: &str = "NodeRuntime";
 
 /// The keys of a table `[plane.NAME]` and their names in this form. A name with a colon at its end is a free map.
-const NAMES: [(&str, &str); 13] = [
+const NAMES: [(&str, &str); 19] = [
     ("control_plane_url", "NodeRuntime:ControlPlaneUrl"),
     ("grpc_url", "NodeRuntime:GrpcUrl"),
     ("node_id", "NodeRuntime:NodeId"),
@@ -34,13 +34,18 @@ const NAMES: [(&str, &str); 13] = [
     ("metadata.", "NodeRuntime:Metadata:"),
     ("agent_map", "NodeRuntime:AgentMap"),
     ("agent_map.", "NodeRuntime:AgentMap:"),
+    ("tls.enabled", "MTls:Enabled"),
+    ("tls.client_certificate", "MTls:ClientCertificatePath"),
+    ("tls.client_key", "MTls:ClientKeyPath"),
+    ("tls.ca", "MTls:ServerCaCertificatePath"),
+    ("tls.common_name", "MTls:ExpectedServerCertificateSubject"),
+    ("tls.check_host", "MTls:ValidateCertificateChain"),
 ];
 
 /// Names with an effect of their own.
 const LOG_DEFAULT: &str = "Logging:LogLevel:Default";
 const LOG_GRPC: &str = "Logging:LogLevel:Grpc";
 const MTLS: &str = "MTls";
-const MTLS_ENABLED: &str = "MTls:Enabled";
 
 /// The code that `Logging:LogLevel:Grpc` is about. Frames are logged without their content.
 const GRPC_TARGETS: [&str; 4] = ["runner_host::leases::node_runtime", "runner_host::transport::http2", "tonic", "h2"];
@@ -121,14 +126,11 @@ impl Appsettings {
 
     fn leaf(&mut self, name: &str, line: usize, value: Value) {
         let Some(key) = key_of(name) else {
-            if is_below(name, MTLS) {
-                return self.mtls(name, line, &value);
-            }
             if name.eq_ignore_ascii_case(SECTION) {
                 return self.mistake(name, line, &format!("expected a table, found {}", value.describe()));
             }
             // A foreign section is named as a whole.
-            let known = is_below(name, SECTION) || is_below(name, "Logging");
+            let known = [SECTION, MTLS, "Logging"].iter().any(|section| is_below(name, section));
             let unused = if known { name } else { name.split(':').next().unwrap_or(name) };
             if !self.unused.iter().any(|known| known == unused) {
                 self.unused.push(unused.to_owned());
@@ -144,13 +146,6 @@ impl Appsettings {
         }
     }
 
-    fn mtls(&mut self, name: &str, line: usize, value: &Value) {
-        if name.eq_ignore_ascii_case(MTLS_ENABLED) && !is_false(value) {
-            let what = "client certificates are not supported; set it to false, or use a TLS proxy with a certificate";
-            self.mistake(name, line, what);
-        }
-    }
-
     fn mistake(&mut self, name: &str, line: usize, what: &str) {
         let (origin, place) = (Origin::File { line }, name.to_owned());
         self.mistakes.push(Problem { origin, place, what: what.to_owned() });
@@ -161,7 +156,7 @@ impl Appsettings {
 #[derive(Clone, Default)]
 pub(super) struct Variables {
     settings: Vec<Setting>,
-    /// Names below `NodeRuntime__` that are no settings.
+    /// Names that look like settings.
     pub(super) warnings: Vec<String>,
     pub(super) mistakes: Vec<String>,
 }
@@ -184,13 +179,7 @@ impl Variables {
     fn add(&mut self, name: String, value: OsString) {
         let path = name.replace("__", ":");
         let Some(key) = key_of(&path) else {
-            if is_below(&path, MTLS) {
-                if path.eq_ignore_ascii_case(MTLS_ENABLED)
-                    && value.to_str().is_none_or(|value| !is_false(&Value::Text(value.to_owned())))
-                {
-                    self.mistakes.push(format!("{name}: client certificates are not supported; set it to false, or use a TLS proxy with a certificate"));
-                }
-            } else if is_below(&path, SECTION) {
+            if is_variable(&name) {
                 let known: Vec<String> = NAMES.iter().map(|(_, name)| variable(name)).collect();
                 let near = nearest(&name, known.iter().map(String::as_str));
                 let near = near.map_or_else(String::new, |near| format!(", did you mean {near}?"));
@@ -213,7 +202,8 @@ impl Variables {
 
     /// The first variable of a control plane.
     pub(super) fn first(&self) -> Option<&str> {
-        self.settings.iter().find(|setting| !is_log_level(&setting.key)).map(|setting| &*setting.place)
+        let of_section = |setting: &&Setting| is_below(&setting.place.replace("__", ":"), SECTION);
+        self.settings.iter().find(of_section).map(|setting| &*setting.place)
     }
 
     /// Whether the variables name a control plane by themselves.
@@ -304,14 +294,6 @@ fn strip_prefix<'a>(name: &'a str, prefix: &str) -> Option<&'a str> {
 fn is_unset(key: &str, value: &Value) -> bool {
     let keeps_blank = matches!(key, "node_id" | "control_plane_url") || key.starts_with("metadata.");
     matches!(value, Value::Text(text) if text.trim().is_empty() && !keeps_blank)
-}
-
-fn is_false(value: &Value) -> bool {
-    match value {
-        Value::Switch(on) => !on,
-        Value::Text(text) => text.trim().is_empty() || text.trim().eq_ignore_ascii_case("false"),
-        _ => false,
-    }
 }
 
 /// The environment variable of a name.

@@ -37,7 +37,7 @@ const NODE_RUNTIME: &str = "node-runtime";
 pub(super) const MIN_SLOTS: &str = "min_slots";
 
 /// The tables in a table of this kind.
-const INNER_TABLES: [&str; 3] = ["capacity", "metadata", "agent_map"];
+const INNER_TABLES: [&str; 4] = ["capacity", "metadata", "agent_map", "tls"];
 
 /// The content of one file.
 #[derive(Default)]

@@ -92,10 +92,14 @@ impl Layers {
         self.has_bad_plane = read.has_bad_plane;
         self.planes.clear();
         read.planes.into_iter().for_each(|plane| self.add_plane(plane));
+        // A path in a file is relative to the folder of the file.
+        let folder = path.parent().unwrap_or(Path::new(""));
         for plane in &mut self.planes {
-            if let PlaneKind::Local { folder, .. } = &mut plane.kind {
-                // A path in a file is relative to the folder of the file.
-                *folder = path.parent().unwrap_or(Path::new("")).join(&*folder);
+            match &mut plane.kind {
+                PlaneKind::Posemesh => {}
+                PlaneKind::Local { folder: jobs, .. } => *jobs = folder.join(&*jobs),
+                #[cfg(feature = "grpc")]
+                PlaneKind::NodeRuntime(table) => table.make_relative_to(folder),
             }
         }
         for Entry { key, line, text } in read.entries {
@@ -104,9 +108,7 @@ impl Layers {
                 Kind::Secret => {
                     self.secrets.insert(key.name, (SecretString::from(text), line));
                 }
-                // A path in a file is relative to the folder of the file.
                 Kind::Path if !text.trim().is_empty() => {
-                    let folder = path.parent().unwrap_or(Path::new(""));
                     self.set_below(key, &folder.join(text.trim()).to_string_lossy(), Origin::File { line });
                 }
                 _ => self.set_below(key, &text, Origin::File { line }),

@@ -250,7 +250,7 @@ impl Parser<'_> {
                 #[cfg(feature = "grpc")]
                 PlaneKind::NodeRuntime(table) => {
                     let policy = transport::Policy { allow_insecure_http: transport.allow_insecure_http };
-                    for (key, origin, problem) in table.url_problems(policy) {
+                    for (key, origin, problem) in table.problems(policy) {
                         let place = format!("{}: plane.{name}.{key}", self.layers.describe(origin));
                         self.mistakes.push(Remark::elsewhere(place, problem));
                     }

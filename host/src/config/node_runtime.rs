@@ -1,7 +1,11 @@
 //! Reads the settings of a Node Runtime control plane: those of a table `[plane.NAME]` with `kind = "node-runtime"`, or
 //! those of [`super::appsettings`].
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use url::Url;
 
@@ -14,11 +18,11 @@ use super::{
 use crate::{
     leases::node_runtime::{Capacity, Config},
     model::{Capability, PlaneName, nearest},
-    transport,
+    transport::{self, Identity, PeerTls, PeerTlsError},
 };
 
 /// The keys of the table.
-const KEYS: [&str; 9] = [
+const KEYS: [&str; 10] = [
     "kind",
     "control_plane_url",
     "grpc_url",
@@ -28,8 +32,14 @@ const KEYS: [&str; 9] = [
     "capacity",
     "metadata",
     "agent_map",
+    "tls",
 ];
 const CAPACITY: [&str; 3] = ["slots", "cpu", "memory"];
+const TLS: [&str; 6] = ["enabled", "client_certificate", "client_key", "ca", "common_name", "check_host"];
+/// The paths of `tls`.
+const CERTIFICATE: &str = "tls.client_certificate";
+const KEY: &str = "tls.client_key";
+const CA: &str = "tls.ca";
 const LEASES_MAX: u32 = 65_536;
 const HEARTBEAT_SECS_MAX: u32 = 3600;
 
@@ -43,16 +53,50 @@ pub(super) struct NodeRuntimeTable {
 }
 
 impl NodeRuntimeTable {
-    /// Every URL that the policy for plain http does not allow: its key, its origin and the reason.
-    pub(super) fn url_problems(&self, policy: transport::Policy) -> Vec<(&'static str, Origin, String)> {
-        let Config { control_plane_url, grpc_url, .. } = &self.config;
-        let urls = [("control_plane_url", control_plane_url), ("grpc_url", grpc_url)];
-        let checked = urls.into_iter().filter_map(|(key, url)| {
+    /// What cannot be used: every URL that the policy for plain http does not allow, and a file of `tls`. Each with its
+    /// key, its origin and the reason.
+    pub(super) fn problems(&self, policy: transport::Policy) -> Vec<(&'static str, Origin, String)> {
+        let Config { control_plane_url, grpc_url, tls, .. } = &self.config;
+        let mut problems = Vec::new();
+        for (key, url) in [("control_plane_url", control_plane_url), ("grpc_url", grpc_url)] {
             // `grpc_url` has no row if it is not set.
-            let (_, _, origin) = self.rows.iter().find(|(given, _, _)| given == key)?;
-            Some((key, *origin, policy.check(url).err()?.to_string()))
-        });
-        checked.collect()
+            let Some(origin) = self.origin(key) else { continue };
+            match policy.check(url) {
+                Err(err) => problems.push((key, origin, err.to_string())),
+                Ok(()) if tls.is_some() && url.scheme() == "http" => {
+                    let what =
+                        "is a plain http URL, which does not use the settings of tls; use https, or disable them";
+                    problems.push((key, origin, what.to_owned()));
+                }
+                Ok(()) => {}
+            }
+        }
+        if let Some(Err(error)) = tls.as_ref().map(PeerTls::check) {
+            let key = match error {
+                PeerTlsError::Certificate(_) => CERTIFICATE,
+                PeerTlsError::Key(_) => KEY,
+                PeerTlsError::Authorities(_) => CA,
+            };
+            problems.push((key, self.origin(key).unwrap_or(Origin::Unset), error.to_string()));
+        }
+        problems
+    }
+
+    fn origin(&self, key: &str) -> Option<Origin> {
+        self.rows.iter().find(|(given, _, _)| given == key).map(|(_, _, origin)| *origin)
+    }
+
+    /// Paths in a file are relative to its folder.
+    pub(super) fn make_relative_to(&mut self, folder: &Path) {
+        let Some(PeerTls { identity, authorities, .. }) = &mut self.config.tls else { return };
+        let (certificate, key) = identity.as_mut().map(|files| (&mut files.certificate, &mut files.key)).unzip();
+        for (name, path) in [(CERTIFICATE, certificate), (KEY, key), (CA, authorities.as_mut())] {
+            let row = self.rows.iter_mut().find(|(given, _, _)| given == name);
+            if let (Some(path), Some((_, shown, Origin::File { .. }))) = (path, row) {
+                *path = folder.join(&*path);
+                *shown = path.to_string_lossy().into_owned();
+            }
+        }
     }
 }
 
@@ -86,8 +130,9 @@ pub(super) fn read(
         capacity: Capacity::default(),
         metadata: BTreeMap::new(),
         agent_map: BTreeMap::new(),
+        tls: None,
     };
-    let (mut url, mut grpc) = (None, None);
+    let (mut url, mut grpc, mut tls) = (None, None, Tls::default());
     for setting in &settings {
         match setting.key.split_once('.').map_or((&*setting.key, None), |(table, part)| (table, Some(part))) {
             ("kind", None) => drop(reader.text(setting)),
@@ -121,12 +166,14 @@ pub(super) fn read(
                     Err(err) => reader.mistake(setting, err),
                 }
             }
-            ("capacity" | "metadata" | "agent_map", None) => {
+            ("tls", Some(part)) => reader.tls(setting, part, &mut tls),
+            ("capacity" | "metadata" | "agent_map" | "tls", None) => {
                 reader.mistake(setting, format_args!("expected a table, found {}", setting.value.describe()));
             }
             _ => reader.unknown(setting, &setting.key, &KEYS),
         }
     }
+    config.tls = reader.end_tls(&config.name, form, origin, tls);
     if !reader.mistakes.is_empty() {
         return Err(reader.mistakes);
     }
@@ -137,6 +184,19 @@ pub(super) fn read(
 
 fn placeholder() -> Url {
     Url::parse("http://127.0.0.1").expect("a constant URL")
+}
+
+/// The settings of `tls`.
+#[derive(Default)]
+struct Tls {
+    /// Without this setting, it is enabled by any other one of our own form.
+    enabled: Option<bool>,
+    is_given: bool,
+    certificate: Option<PathBuf>,
+    key: Option<PathBuf>,
+    ca: Option<PathBuf>,
+    common_name: Option<String>,
+    any_host: bool,
 }
 
 struct Reader {
@@ -172,6 +232,70 @@ impl Reader {
         };
         self.row(setting, &text);
         Some(text)
+    }
+
+    fn switch(&mut self, setting: &Setting) -> Option<bool> {
+        let found = match &setting.value {
+            Value::Switch(on) => Some(*on),
+            Value::Text(text) if !setting.typed && text.trim().eq_ignore_ascii_case("true") => Some(true),
+            Value::Text(text) if !setting.typed && text.trim().eq_ignore_ascii_case("false") => Some(false),
+            _ => None,
+        };
+        match found {
+            Some(on) => self.row(setting, &on.to_string()),
+            None => self.mistake(setting, format_args!("expected true or false, found {}", setting.value.describe())),
+        }
+        found
+    }
+
+    /// The text of a path. Blank is unset.
+    fn path(&mut self, setting: &Setting) -> Option<PathBuf> {
+        let text = self.text(setting)?;
+        Some(PathBuf::from(text.trim())).filter(|path| !path.as_os_str().is_empty())
+    }
+
+    fn tls(&mut self, setting: &Setting, part: &str, tls: &mut Tls) {
+        tls.is_given |= setting.typed;
+        match part {
+            "enabled" => tls.enabled = self.switch(setting),
+            "client_certificate" => tls.certificate = self.path(setting),
+            "client_key" => tls.key = self.path(setting),
+            "ca" => tls.ca = self.path(setting),
+            "common_name" => tls.common_name = self.text(setting).filter(|name| !name.trim().is_empty()),
+            "check_host" => tls.any_host = self.switch(setting) == Some(false),
+            _ => self.unknown(setting, part, &TLS),
+        }
+    }
+
+    /// `None` if TLS has no settings of its own, or after a mistake.
+    fn end_tls(&mut self, plane: &PlaneName, form: Form, origin: Origin, tls: Tls) -> Option<PeerTls> {
+        let Tls { enabled, is_given, certificate, key, ca, common_name, any_host } = tls;
+        if !enabled.unwrap_or(is_given) {
+            return None;
+        }
+        let mut missing = |key: &str, what: &str| {
+            let place = form.place(plane, key);
+            self.mistakes.push(Problem { origin, place, what: format!("is not set; {what}") });
+        };
+        // The other form has no TLS settings without a client certificate.
+        let needs_identity = !matches!(form, Form::Table);
+        let identity = match (certificate, key) {
+            (Some(certificate), Some(key)) => Some(Identity { certificate, key }),
+            (None, None) if !needs_identity => None,
+            (certificate, key) => {
+                if certificate.is_none() {
+                    missing(CERTIFICATE, "give the PEM file of the client certificate");
+                }
+                if key.is_none() {
+                    missing(KEY, "give the PEM file of the private key of the client certificate");
+                }
+                None
+            }
+        };
+        if any_host && ca.is_none() {
+            missing(CA, "a node that does not check the host trusts one authority only; give its PEM file");
+        }
+        Some(PeerTls { identity, authorities: ca, common_name, any_host })
     }
 
     /// A number from 1 to `most`.

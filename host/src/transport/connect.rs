@@ -4,6 +4,7 @@ use std::{
     future::Future,
     io,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
@@ -18,7 +19,7 @@ use hyper_util::{
 use tokio::net::TcpStream;
 use tower_service::Service;
 
-use super::{Config, Proxies, Roots, innermost};
+use super::{Config, PeerTls, Proxies, Roots, innermost};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 type Connecting<T> = Pin<Box<dyn Future<Output = Result<T, BoxError>> + Send>>;
@@ -27,6 +28,7 @@ type Connecting<T> = Pin<Box<dyn Future<Output = Result<T, BoxError>> + Send>>;
 #[derive(Clone)]
 pub(super) struct Connector {
     route: Route,
+    peer: Option<PeerTls>,
     limit: Duration,
 }
 
@@ -37,7 +39,8 @@ impl Connector {
         tcp.set_nodelay(true);
         tcp.set_connect_timeout(Some(config.connect_timeout));
         let (roots, proxies) = (config.roots.clone(), config.proxies.clone());
-        Self { route: Route { tcp, roots, proxies, http2: false }, limit: config.connect_timeout }
+        let route = Route { tcp, roots, proxies, http2: false };
+        Self { route, peer: config.peer.clone(), limit: config.connect_timeout }
     }
 
     /// A connector for HTTP/2. After `patience` without a sign of the peer, TCP looks for it and gives up.
@@ -68,10 +71,20 @@ impl Service<Uri> for Connector {
     fn call(&mut self, to: Uri) -> Self::Future {
         let limit = self.limit;
         let opening: Connecting<_> = if to.scheme() == Some(&http::uri::Scheme::HTTPS) {
-            // Certificates are read when the first https connection needs them.
-            let tls = self.route.roots.tls();
-            let tls = if self.route.http2 { super::tls::for_http2(&tls) } else { tls };
-            HttpsConnector::from((self.route.clone(), tls)).call(to)
+            let (route, peer) = (self.route.clone(), self.peer.clone());
+            Box::pin(async move {
+                let tls = match peer {
+                    // Certificates are read when the first https connection needs them.
+                    None => route.roots.tls(),
+                    Some(peer) => {
+                        let roots = route.roots.clone();
+                        let read = tokio::task::spawn_blocking(move || peer.config(&roots));
+                        Arc::new(read.await??)
+                    }
+                };
+                let tls = if route.http2 { super::tls::for_http2(&tls) } else { tls };
+                HttpsConnector::from((route, tls)).call(to).await.map_err(tls_failed)
+            })
         } else {
             let opening = self.route.call(to);
             Box::pin(async move { Ok(MaybeHttpsStream::Http(opening.await?)) })
@@ -80,6 +93,45 @@ impl Service<Uri> for Connector {
             let late = || io::Error::new(io::ErrorKind::TimedOut, format!("no connection within {limit:?}"));
             tokio::time::timeout(limit, opening).await.map_err(|_| late())?
         })
+    }
+}
+
+/// Says what to do about a TLS error.
+fn tls_failed(err: BoxError) -> BoxError {
+    let failed = tls_error(&*err).map(TlsFailed::new);
+    failed.map_or(err, Into::into)
+}
+
+/// The TLS error among the causes. An I/O error does not name its content as its cause.
+fn tls_error<'a>(err: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
+    if let Some(found) = err.downcast_ref() {
+        return Some(found);
+    }
+    match err.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
+        Some(content) => tls_error(content),
+        None => err.source().and_then(tls_error),
+    }
+}
+
+/// TLS with the host failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{reason}; {remedy}")]
+struct TlsFailed {
+    reason: String,
+    remedy: &'static str,
+}
+
+impl TlsFailed {
+    fn new(error: &rustls::Error) -> Self {
+        use rustls::{CertificateError::Other, Error};
+        let (reason, remedy) = match error {
+            Error::InvalidCertificate(Other(other)) => (other.0.to_string(), "check the expected name and the URL"),
+            Error::InvalidCertificate(_) => {
+                (error.to_string(), "check the trusted authorities, the URL, and the clock of this machine")
+            }
+            _ => (error.to_string(), "check that the port serves TLS, and the client certificate if it needs one"),
+        };
+        Self { reason, remedy }
     }
 }
 

@@ -2,13 +2,14 @@
 //!
 //! Other modules build requests and read answers. This module decides which URLs are allowed ([`Client::check`]), and
 //! limits the time and the size of answers. It knows no path, no token and no wire format. `connect` opens connections,
-//! with the certificate authorities of `tls` and the proxies of `proxy`.
+//! with the certificate authorities of `tls` or `peer_tls` and the proxies of `proxy`.
 
 mod clock;
 mod connect;
 #[cfg(feature = "grpc")]
 mod http2;
 pub(crate) mod multipart;
+mod peer_tls;
 mod pool;
 mod proxy;
 mod retry_after;
@@ -29,6 +30,7 @@ use url::Url;
 
 #[cfg(feature = "grpc")]
 pub use http2::{Http2, Http2Limits};
+pub use peer_tls::{Identity, PeerTls, PeerTlsError};
 pub use proxy::Proxies;
 pub use retry_after::{RETRY_AFTER_MAX, retry_after};
 pub use tls::Roots;
@@ -65,6 +67,8 @@ pub struct Config {
     pub connect_timeout: Duration,
     /// The trusted certificate authorities.
     pub roots: Roots,
+    /// TLS with a special peer. A client with it calls this peer only.
+    pub peer: Option<PeerTls>,
     /// Which requests go through a proxy.
     pub proxies: Proxies,
     /// Most concurrent requests, and so connections. Further requests wait. At least 1.
@@ -79,6 +83,7 @@ impl Default for Config {
             allow_insecure_http: false,
             connect_timeout: Duration::from_secs(10),
             roots: Roots::default(),
+            peer: None,
             proxies: Proxies::default(),
             at_once: Semaphore::MAX_PERMITS,
             idle_at_most: usize::MAX,
@@ -311,6 +316,12 @@ impl Client {
     pub fn new(config: Config) -> Self {
         let pool = Pool::new(&config, IDLE_MAX);
         Self { pool, config: Arc::new(config), clocks: Arc::default() }
+    }
+
+    /// A client with the same limits and routes that calls one peer only, with this TLS. It has its own connections.
+    #[must_use]
+    pub fn for_peer(&self, peer: PeerTls) -> Self {
+        Self::new(Config { peer: Some(peer), ..Config::clone(&self.config) })
     }
 
     /// Whether `url` is allowed, see [`Policy::check`].

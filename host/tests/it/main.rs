@@ -37,6 +37,8 @@ mod node_events;
 mod node_runtime;
 mod outbox;
 mod pages;
+#[cfg(feature = "grpc")]
+mod plane_tls;
 mod plugin_files;
 mod pointcloud;
 mod polling;

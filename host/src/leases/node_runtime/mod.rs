@@ -45,7 +45,7 @@ use crate::{
         RegistrationState, ReportAddress, TaskId, TaskResult, Term, Timings, Usage,
     },
     node_event::{NodeEvent, NodeEvents},
-    transport::{Client, Http2, Http2Limits},
+    transport::{Client, Http2, Http2Limits, PeerTls},
 };
 
 /// How long a gRPC call may take. A report may have 3 MiB.
@@ -94,6 +94,8 @@ pub struct Config {
     pub metadata: BTreeMap<String, String>,
     /// The runner of an agent.
     pub agent_map: BTreeMap<String, Capability>,
+    /// TLS for REST and gRPC, if it differs from that of other servers.
+    pub tls: Option<PeerTls>,
 }
 
 /// See the module documentation.
@@ -134,6 +136,8 @@ impl NodeRuntime {
     /// Nothing is sent yet. The node runs at most `slots` tasks at once.
     #[must_use]
     pub fn new(config: Config, slots: usize, client: Client, events: NodeEvents) -> Self {
+        // The client certificate is for this control plane only.
+        let client = config.tls.clone().map_or(client.clone(), |tls| client.for_peer(tls));
         let facts = PlaneFacts {
             name: config.name.clone(),
             base_url: rest::base(&config.control_plane_url).into(),

@@ -108,6 +108,10 @@ impl NodePlane {
         self.server = Some(AbortOnDropHandle::new(tokio::spawn(serve(Arc::clone(&self.state), listener))));
     }
 
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     pub(crate) fn url(&self) -> String {
         format!("http://{}", self.address)
     }

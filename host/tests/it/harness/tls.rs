@@ -6,7 +6,11 @@ use std::{
     sync::Arc,
 };
 
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject};
+use rustls::{
+    RootCertStore,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject},
+    server::WebPkiClientVerifier,
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional},
     net::{TcpListener, TcpStream},
@@ -25,6 +29,21 @@ fn fixture(name: &str) -> PathBuf {
 /// The authority that signed the test certificate.
 pub(crate) fn authority() -> String {
     fixture("ca.pem").to_string_lossy().into_owned()
+}
+
+/// A PEM file of a client: its certificate, an expired one, or the key of both.
+pub(crate) fn client_file(name: &str) -> PathBuf {
+    fixture(name)
+}
+
+/// Which client certificates a server asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Clients {
+    Any,
+    /// A certificate of the test authority may be shown.
+    MayShow,
+    /// A certificate of the test authority is required.
+    MustShow,
 }
 
 /// A local listener. Dropping it ends its connections.
@@ -60,12 +79,26 @@ impl Front {
 
     /// Terminates TLS and forwards every connection to `to`.
     pub(crate) async fn tls(to: SocketAddr) -> Self {
+        Self::tls_with(to, Clients::Any).await
+    }
+
+    /// The same, with client certificates. A handshake with one is seen as `handshake with a certificate`.
+    pub(crate) async fn tls_with(to: SocketAddr, clients: Clients) -> Self {
         let certificate = CertificateDer::from_pem_file(fixture("server.pem")).expect("a certificate");
         let key = PrivateKeyDer::from_pem_file(fixture("server.key")).expect("a key");
-        let config = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_file(fixture("client-ca.pem")).expect("a certificate")).expect("usable");
+        let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), Arc::clone(&provider));
+        let verifier = match clients {
+            Clients::Any => WebPkiClientVerifier::no_client_auth(),
+            Clients::MayShow => verifier.allow_unauthenticated().build().expect("it has an authority"),
+            Clients::MustShow => verifier.build().expect("it has an authority"),
+        };
+        let config = rustls::ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()
             .expect("ring serves them")
-            .with_no_client_auth()
+            .with_client_cert_verifier(verifier)
             .with_single_cert(vec![certificate], key)
             .expect("they fit");
         let acceptor = TlsAcceptor::from(Arc::new(config));
@@ -74,7 +107,9 @@ impl Front {
             async move {
                 tell.send_modify(|seen| seen.push("connection".to_owned()));
                 let mut socket = acceptor.accept(socket).await?;
-                tell.send_modify(|seen| seen.push("handshake".to_owned()));
+                let shown = socket.get_ref().1.peer_certificates().is_some();
+                let handshake = if shown { "handshake with a certificate" } else { "handshake" };
+                tell.send_modify(|seen| seen.push(handshake.to_owned()));
                 copy_bidirectional(&mut socket, &mut TcpStream::connect(to).await?).await.map(drop)
             }
         })
