@@ -21,8 +21,8 @@ use super::{
 use crate::{
     leases::{Acknowledged, Advice, LeaseSource},
     model::{
-        BootInstant, CancelReason, HeldLease, HeldNumber, Lease, Outcome, PluginId, ReportState, Setup, SetupStage,
-        TaskRecord, TaskResult, TaskStage, Timings,
+        BootInstant, CancelReason, HeldLease, HeldNumber, Lease, Outcome, PlaneName, PluginId, ReportState, Setup,
+        SetupStage, TaskRecord, TaskResult, TaskStage, Timings,
     },
     node_event::{NodeEvent, NodeEvents},
     outbox::{self, NewReport, Outbox, Sent},
@@ -69,9 +69,10 @@ pub(super) struct Slot {
 }
 
 /// The fields of every log line about a task.
-pub(super) fn span(lease: &Lease, plugin: Option<&str>) -> Span {
+pub(super) fn span(plane: &PlaneName, lease: &Lease, plugin: Option<&str>) -> Span {
     info_span!(
         "task",
+        %plane,
         task_id = %lease.task(),
         job_id = lease.job.map(tracing::field::display),
         domain_id = lease.data.domain().map(tracing::field::display),

@@ -273,7 +273,7 @@ impl Engine {
             plane.events.board().polled(None);
         }
         match answer {
-            Ok(Some(lease)) if admits(&self.modules, &lease) => {
+            Ok(Some(lease)) if admits(&self.modules, &plane.source.facts().name, &lease) => {
                 plane.pace.leased();
                 self.begin(lease, index, permit.and_then(Permit::take_back), stops);
             }
@@ -314,7 +314,7 @@ impl Engine {
     fn begin(&mut self, lease: Lease, index: usize, permit: Option<Permit>, stops: &StopSignals) {
         let plane = &self.planes[index];
         let plugin = self.modules.plugins.id_of(&lease.capability).cloned();
-        let span = attempt::span(&lease, plugin.as_ref().map(|plugin| &*plugin.name));
+        let span = attempt::span(&plane.source.facts().name, &lease, plugin.as_ref().map(|plugin| &*plugin.name));
         let task = lease.task().clone();
         let session = span.in_scope(|| self.modules.sessions.open(&plane.source, lease)); // heartbeats start
         if self.modules.outbox.has_report_of(&plane.source.facts().name, &task) {
@@ -384,8 +384,8 @@ impl Engine {
 }
 
 /// Whether a lease may run. A lease that is over before its task starts is neither run nor reported.
-fn admits(modules: &Modules, lease: &Lease) -> bool {
-    let span = || attempt::span(lease, modules.plugins.id_of(&lease.capability).map(|plugin| &*plugin.name));
+fn admits(modules: &Modules, plane: &PlaneName, lease: &Lease) -> bool {
+    let span = || attempt::span(plane, lease, modules.plugins.id_of(&lease.capability).map(|plugin| &*plugin.name));
     let reason = if lease.cancelled {
         SkipReason::Cancelled
     } else if lease.expires_at.is_some_and(BootInstant::has_passed) {

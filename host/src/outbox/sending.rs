@@ -66,6 +66,7 @@ impl Try {
             Sender::Attempt => Span::current(),
             Sender::Outbox => info_span!(
                 "report",
+                plane = %entry.plane,
                 task_id = %entry.task(),
                 job_id = entry.job_id.map(tracing::field::display),
                 domain_id = entry.domain_id.map(tracing::field::display),

@@ -19,11 +19,12 @@ use crate::harness::{
     fault_proxy::{Bad, FaultProxy},
     fixtures,
     node::{NodeSetup, TestNode},
-    node_plane::{Call, NodePlane, lease},
+    node_plane::{Answer, Call, NodePlane, lease},
 };
 
 const ECHO: &str = "/examples/echo-file/v1";
 const WAIT: &str = "/fixtures/wait-file/v1";
+const COMPLETE: &str = "POST /v1/tasks/*/complete";
 const POLL: &str = "GET /v1/tasks";
 /// Far less than any timeout of the node, and far more than a task takes on a busy machine.
 const SOON: Duration = Duration::from_secs(5);
@@ -165,7 +166,7 @@ async fn node_serves_both_planes_and_drains() {
     let (_, page) = node.page_until("/status.json", tasks).await;
     assert_eq!(page["tasks"]["held"]["plane"], "runs", "{page:#}");
     server.started(&node, job).await;
-    node.line(|line| line["event"] == "task.started" && line["task_id"] == "held").await;
+    node.line(|line| line["event"] == "task.started" && line["task_id"] == "held" && line["plane"] == "runs").await;
     node.term();
     node.says("node.draining").await;
     fs::write(&go, "").expect("the folder is writable");
@@ -366,7 +367,7 @@ async fn reports_of_a_dead_plane_wait_alone() {
 async fn full_outbox_of_one_plane_stops_only_that_plane() {
     let (server, plane) = (TestServer::start().await, NodePlane::start().await);
     let proxy = FaultProxy::before(&server).await;
-    proxy.answer("POST /v1/tasks/*/complete", usize::MAX, Bad::Status(503, "not now"));
+    proxy.answer(COMPLETE, usize::MAX, Bad::Status(503, "not now"));
     // Each report takes more than this.
     let node = node_behind(&proxy, &tables(&plane.url(), "", ""), &[fixtures::echo()]).set("OUTBOX_BYTES_MAX", "1KiB");
     let node = node.leasing().await;
@@ -383,4 +384,32 @@ async fn full_outbox_of_one_plane_stops_only_that_plane() {
     }
     node.page_until("/ready", |page| page.1 == json!({ "ready": true })).await;
     node.stop().await;
+}
+
+#[tokio::test]
+async fn silent_plane_blocks_no_last_report_of_another() {
+    let (server, plane) = (TestServer::start().await, NodePlane::start().await);
+    let proxy = FaultProxy::before(&server).await;
+    let node = node_behind(&proxy, &tables(&plane.url(), "", ""), &[fixtures::echo()]).leasing().await;
+    both_ready(&node).await;
+    proxy.answer(COMPLETE, usize::MAX, Bad::Status(503, "not now"));
+    for waiting in 1..=3 {
+        server.task(ECHO).submit();
+        node.page_until("/status.json", |page| page.1["outbox"]["waiting"] == waiting).await;
+    }
+    proxy.heal();
+    proxy.answer(COMPLETE, usize::MAX, Bad::Hang);
+    plane.answer_reports(Answer::NotAccepted);
+    plane.send(&node, lease("run", ECHO, &[("a", "x")], &[])).await;
+    // The pause after the fourth try is longer than the stop takes.
+    let tries = |calls: &[Call]| calls.iter().filter(|call| matches!(call, Call::Complete(_))).count();
+    plane.until(&node, "a fourth try", |calls| (tries(calls) >= 4).then_some(())).await;
+    plane.answer_reports(Answer::Accept);
+    node.term();
+    assert_eq!(node.wait().await, 75, "{}", node.log());
+    let codes: Vec<_> = node.lines().iter().filter_map(|line| line["event"].as_str().map(str::to_owned)).collect();
+    let place = |code: &str| codes.iter().position(|found| found == code);
+    assert!(place("report.delivered") > place("node.draining"), "{}", node.log());
+    let left = node.said("outbox.reports_left");
+    assert_eq!(left[0]["reports"], 3, "{left:?}");
 }
