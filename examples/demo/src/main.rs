@@ -1,7 +1,7 @@
 //! `cargo demo`: one command runs a leased task with a runner in a shared library, on this machine.
 //!
-//! It builds the host and the plugins into its own folder. It starts a dev server with a node, submits a scan, and
-//! saves the artifacts of the runner. The demo has no special code path: each step is a command that a user can type.
+//! It builds the host and the plugins into its own folder. It starts a dev server with a node, submits a scan over both
+//! control planes, and saves the artifacts of the runner. The demo has no special code path: each step is a command that a user can type.
 //! Only the artifacts and the build remain afterwards.
 
 #![forbid(unsafe_code)]
@@ -29,6 +29,8 @@ const PLUGINS: [&str; 4] = ["echo", "hello", "noop", "pointcloud"];
 /// Number of points of the scan, and its random seed. The same values produce the same file on every machine.
 const POINTS: &str = "1000000";
 const SEED: &str = "7";
+/// Number of points of the scan for the control plane whose inputs are inline: it fits into 1 MiB.
+const INLINE_POINTS: &str = "40000";
 /// Time limit for the start of the dev server. It needs a fraction of this on any machine that can build it.
 const START_LIMIT: Duration = Duration::from_secs(30);
 
@@ -89,32 +91,40 @@ async fn work(crew: &mut Crew, temp: &Path) -> anyhow::Result<String> {
         std::fs::copy(built.join(&file), plugins.join(&file)).with_context(|| format!("copy {file}"))?;
     }
 
-    let scan = temp.join("scan.ply");
-    let mut make = clean_command(&built.join("examples").join(format!("scan{EXE_SUFFIX}")), temp);
-    make.arg(&scan).args([POINTS, SEED]);
-    crew.step("making the scan", make).await?;
-    let mib = std::fs::metadata(&scan)?.len() as f64 / f64::from(1 << 20);
-    say(format!("made a scan of {POINTS} points, {mib:.1} MiB"));
+    let (scan, small) = (temp.join("scan.ply"), temp.join("small.ply"));
+    for (file, points) in [(&scan, POINTS), (&small, INLINE_POINTS)] {
+        let mut make = clean_command(&built.join("examples").join(format!("scan{EXE_SUFFIX}")), temp);
+        make.arg(file).args([points, SEED]);
+        crew.step("making the scan", make).await?;
+        let mib = std::fs::metadata(file)?.len() as f64 / f64::from(1 << 20);
+        say(format!("made a scan of {points} points, {mib:.1} MiB"));
+    }
 
     let log = home.join("dev-server.log");
     let mut dev = clean_command(&host, temp);
-    dev.args(["dev", "--port", "0", "--plugins"]).arg(&plugins);
+    dev.args(["dev", "--plane", "both", "--port", "0", "--plugins"]).arg(&plugins);
     dev.stderr(std::fs::File::create(&log).with_context(|| format!("write {}", shown(&log)))?);
     let dev_server = start_dev_server(crew, dev).await.with_context(|| format!("its log is {}", shown(&log)))?;
-    say(format!("started a control plane, a domain server and a node at {dev_server}"));
+    say(format!("started two control planes, a domain server and a node at {dev_server}"));
 
-    let began = Instant::now();
-    let out = home.join("out");
-    clear(&out)?;
-    let mut submit = clean_command(&host, temp);
-    submit.args(["submit", CAPABILITY, "--dev", &dev_server, "--wait", "--timeout", "2m", "--input"]).arg(&scan);
-    submit.arg("--out").arg(shown(&out)); // as short as it was typed: submit repeats it
-    say(format!("submitting {CAPABILITY}"));
-    crew.step("the job", submit).await.with_context(|| format!("the node's log is {}", shown(&log)))?;
-    let elapsed = began.elapsed();
+    let mut text = String::new();
+    for (plane, about, scan, out) in [
+        ("dms", "posemesh, the scan through the domain server", &scan, home.join("out")),
+        ("node-runtime", "Node Runtime, a smaller scan inline", &small, home.join("out-node-runtime")),
+    ] {
+        let began = Instant::now();
+        clear(&out)?;
+        let mut submit = clean_command(&host, temp);
+        submit.args(["submit", "--plane", plane, CAPABILITY, "--dev", &dev_server, "--wait", "--timeout", "2m"]);
+        submit.arg("--input").arg(scan);
+        submit.arg("--out").arg(shown(&out)); // as short as it was typed: submit repeats it
+        say(format!("submitting {CAPABILITY} over {plane} ({about})"));
+        crew.step("the job", submit).await.with_context(|| format!("the node's log is {}", shown(&log)))?;
+        text += &summary(plane, &out, began.elapsed())?;
+    }
 
     crew.stop_dev_server().await.with_context(|| format!("its log is {}", shown(&log)))?;
-    summary(&out, elapsed)
+    Ok(text)
 }
 
 /// Cargo's target folder, wherever that is. It is shared with `cargo test`, so that each reuses the build of the other.
@@ -167,7 +177,7 @@ fn clear(folder: &Path) -> anyhow::Result<()> {
 }
 
 /// The artifacts, checked against the runner's report.
-fn summary(out: &Path, elapsed: Duration) -> anyhow::Result<String> {
+fn summary(plane: &str, out: &Path, elapsed: Duration) -> anyhow::Result<String> {
     use std::fmt::Write as _;
     let report = std::fs::read(out.join("report.json")).context("read report.json")?;
     let report: Value = serde_json::from_slice(&report).context("read report.json")?;
@@ -175,7 +185,7 @@ fn summary(out: &Path, elapsed: Duration) -> anyhow::Result<String> {
         bail!("report.json does not say points_in and points_out");
     };
     let mut text = format!(
-        "{CAPABILITY} completed in {:.1} s: {points_in} points in, {points_out} points out\n",
+        "{CAPABILITY} over {plane} completed in {:.1} s: {points_in} points in, {points_out} points out\n",
         elapsed.as_secs_f64()
     );
     for (name, about) in [
@@ -185,7 +195,7 @@ fn summary(out: &Path, elapsed: Duration) -> anyhow::Result<String> {
     ] {
         let path = out.join(name);
         let size = std::fs::metadata(&path).with_context(|| format!("the artifact {name} is missing"))?.len();
-        writeln!(text, "  {:<32} {size:>9} bytes  {about}", shown(&path))?;
+        writeln!(text, "  {:<40} {size:>9} bytes  {about}", shown(&path))?;
     }
     Ok(text)
 }

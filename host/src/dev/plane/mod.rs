@@ -88,6 +88,7 @@ pub(super) struct Task {
     updated_at: Timestamp,
     last_heartbeat_at: Option<Timestamp>,
     /// The name of the last node that was offered this run.
+    #[cfg_attr(not(feature = "grpc"), expect(dead_code, reason = "only the other wire has runs"))]
     runs_on: Option<Arc<str>>,
 }
 
@@ -196,6 +197,7 @@ enum ReceiptKind {
 /// A new lease.
 pub(super) struct Granted {
     pub(super) task: Uuid,
+    #[cfg_attr(not(feature = "grpc"), expect(dead_code, reason = "only the other wire names leases"))]
     pub(super) lease: Uuid,
     pub(super) job: Uuid,
     pub(super) request: Arc<TaskRequest>,
