@@ -126,6 +126,9 @@ impl From<TaskId> for ReportAddress {
     }
 }
 
+/// The end of the name of a parameter whose value is JSON, on control planes that have texts only.
+pub const JSON_SUFFIX: &str = ";json";
+
 /// The effect of a heartbeat's answer on the term of a lease.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Term {

@@ -36,7 +36,7 @@ pub use held_lease::{
     CancelReason, CancelSignal, Deadline, HeldLease, HeldLeaseState, HeldLeaseWriter, LeaseUpdates, MissedHeartbeats,
     Setup, Token,
 };
-pub use lease::{Lease, LeaseHold, PlaneName, PlaneNameError, ReportAddress, TaskId, TaskIdError, Term};
+pub use lease::{JSON_SUFFIX, Lease, LeaseHold, PlaneName, PlaneNameError, ReportAddress, TaskId, TaskIdError, Term};
 pub use line::in_a_line;
 pub use millis::millis;
 pub use outcome::{LeaseKeeper, Outcome, OutcomeWord, SetupStage, TaskResult, Timings};

@@ -16,7 +16,7 @@ fn zoo() -> Folder {
 /// The fields that a plugin logged with a line.
 fn fields(line: &Value) -> Value {
     let ours = ["timestamp", "level", "message", "target", "plugin", "plugin_target"];
-    let task = ["task_id", "job_id", "capability", "domain_id", "attempt"];
+    let task = ["plane", "task_id", "job_id", "capability", "domain_id", "attempt"];
     let mut fields = line.as_object().expect("a line is an object").clone();
     fields.retain(|name, _| !ours.contains(&name.as_str()) && !task.contains(&name.as_str()));
     Value::Object(fields)

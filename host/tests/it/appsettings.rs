@@ -91,8 +91,9 @@ impl File {
         format!("{}:{line}", self.path.display())
     }
 
+    /// A command on this file. The environment sets no log level.
     fn cli(&self, command: &str) -> Cli {
-        Cli::new(&["config", command, "--config"]).arg(&self.path)
+        Cli::new(&["config", command, "--config"]).arg(&self.path).set("RUST_LOG", "")
     }
 
     /// The mistakes of `config check`.
@@ -453,7 +454,7 @@ async fn log_levels_of_the_file_set_the_filter() {
     assert!(wrong.ends_with(wanted), "{wrong}");
 
     let setup = NodeSetup::with_file("appsettings.json", &text("Debug").to_string(), &[fixtures::echo()]);
-    let node = setup.begun();
+    let node = setup.set("RUST_LOG", "").begun();
     node.line(|line| line["target"].as_str().is_some_and(|target| target.starts_with("h2::"))).await;
     plane.send(&node, lease("run", ECHO, &[("a", "some secret input")], &[])).await;
     plane.completed(&node, "run").await;

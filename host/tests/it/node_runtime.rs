@@ -252,6 +252,8 @@ async fn unusable_leases_are_failed_or_skipped() {
         (no_spec, false, "no run_spec"),
         (many, false, "10000 entries"),
         (garbled, false, "not base64"),
+        (lease("no-json", ECHO, &[], &[("voxel;json", "0.1.2")]), false, "\"voxel;json\" is not JSON"),
+        (lease("twice", ECHO, &[], &[("voxel;json", "1"), ("voxel", "1")]), false, "both with and without"),
     ] {
         let run = lease.run_id.clone();
         plane.send(&node, lease).await;
@@ -268,7 +270,7 @@ async fn unusable_leases_are_failed_or_skipped() {
     assert_eq!(result(&plane.completed(&node, "a far run").await)["echo-0.bin"], "far");
     assert_eq!(node.said("lease.without_ids").len(), 2, "{}", node.log());
     assert_eq!(plane.acks(), acks + 1, "leases without ids are not acknowledged");
-    for run in ["expired", "negative", "no-spec", "many", "garbled"] {
+    for run in ["expired", "negative", "no-spec", "many", "garbled", "no-json", "twice"] {
         assert_eq!(reports_of(&plane.calls(), run), 1, "{run}");
     }
     node.stop().await;

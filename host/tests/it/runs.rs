@@ -3,7 +3,7 @@
 use std::{fs, path::Path};
 
 use rustix::process::Signal;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
@@ -54,6 +54,15 @@ async fn run_completes_through_dev_and_submit() {
     // The inputs are in the order of their names.
     assert_eq!(fs::read(dir.path().join("echoed/echo-0.bin")).expect("brought"), binary);
     assert_eq!(fs::read(dir.path().join("echoed/echo-1.bin")).expect("brought"), b"reader");
+
+    let meta = json!({ "voxel": 0.5, "name": "5", "deep": { "list": [1, null] } });
+    let echo_meta = ["/fixtures/echo-meta/v1", "--meta", &meta.to_string(), "--wait", "--out", "meta"];
+    submit(&echo_meta).run().await.expect(0);
+    let lease = fs::read(dir.path().join("meta/lease.json")).expect("brought");
+    let mut lease: Value = serde_json::from_slice(&lease).expect("JSON");
+    let got = lease["task"]["meta"].as_object_mut().expect("an object");
+    got.retain(|name, _| meta.get(name).is_some());
+    assert_eq!(json!(got), meta, "every parameter keeps its type");
 
     let ended = submit(&["/fixtures/fail/v1", "--attempts", "1", "--wait"]).run().await.expect(1);
     assert!(ended.stderr.contains("failed: cloud not written"), "{}", ended.stderr);

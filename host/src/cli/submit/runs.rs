@@ -20,7 +20,7 @@ use super::{
     plane::{self, CALL_LIMIT, JSON, Plane, PlaneError, retrying},
 };
 use crate::{
-    model::{Capability, InlineInputs},
+    model::{Capability, InlineInputs, JSON_SUFFIX},
     transport::{Client, full, read_capped},
 };
 
@@ -111,7 +111,7 @@ pub(super) fn describe(args: &Args, capability: &Capability) -> Result<Value, St
     let Value::Object(meta) = &args.meta else {
         return Err("--meta: expected an object, because node-runtime has named parameters only".to_owned());
     };
-    let mut metadata: Map<String, Value> = meta.iter().map(|(name, value)| (name.clone(), as_text(value))).collect();
+    let mut metadata: Map<String, Value> = meta.iter().map(|(name, value)| as_text(name, value)).collect();
     metadata.insert("capability".to_owned(), capability.as_str().into());
     Ok(json!({
         "agentId": capability.as_str(), "inputRef": inline(&args.inputs)?, "metadata": metadata,
@@ -121,9 +121,12 @@ pub(super) fn describe(args: &Args, capability: &Capability) -> Result<Value, St
     }))
 }
 
-/// The metadata of this wire are texts.
-fn as_text(value: &Value) -> Value {
-    if value.is_string() { value.clone() } else { value.to_string().into() }
+/// The metadata of this wire are texts. The name says which of them are JSON.
+fn as_text(name: &str, value: &Value) -> (String, Value) {
+    match value {
+        Value::String(_) => (name.to_owned(), value.clone()),
+        value => (format!("{name}{JSON_SUFFIX}"), value.to_string().into()),
+    }
 }
 
 /// The inputs by their file names: text as it is, other bytes as base64.

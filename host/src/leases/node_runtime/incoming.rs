@@ -9,12 +9,13 @@ use std::{
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use bytes::Bytes;
 use jiff::Timestamp;
-use serde_json::{Value, json, value::to_raw_value};
+use serde_json::{Map, Value, json, value::to_raw_value};
 use sha2::{Digest, Sha256};
 
 use super::{super::is_credential, lease, report::At};
 use crate::model::{
-    AnnouncedData, BootInstant, Capability, DataLocation, InlineInputs, Lease, PlaneName, ReportAddress, TaskId,
+    AnnouncedData, BootInstant, Capability, DataLocation, InlineInputs, JSON_SUFFIX, Lease, PlaneName, ReportAddress,
+    TaskId,
 };
 
 /// Longest id that is used, in bytes.
@@ -92,12 +93,7 @@ pub(super) fn lease(
     let budgets = spec.budgets.unwrap_or_default();
     let limit = u64::try_from(budgets.max_duration_seconds).ok().filter(|limit| *limit > 0);
     let tokens = u64::try_from(budgets.max_tokens).ok().filter(|max| *max > 0);
-    let mut meta: serde_json::Map<String, Value> = spec
-        .metadata
-        .into_iter()
-        .filter(|(key, _)| !is_credential(key))
-        .map(|(key, value)| (key, Value::String(value)))
-        .collect();
+    let mut meta = parameters(spec.metadata).map_err(malformed)?;
     let given = [("max_tokens", budgets.max_tokens), ("max_duration_seconds", budgets.max_duration_seconds)];
     let given = given.into_iter().filter(|(_, value)| *value > 0);
     meta.insert("budgets".into(), given.map(|(key, value)| (key.to_owned(), Value::from(value))).collect());
@@ -114,6 +110,28 @@ pub(super) fn lease(
         document: to_raw_value(&json!({ "task": task })).expect("JSON values are JSON"),
         ..Lease::bare(ReportAddress { task: ids.task.clone(), at: at.text().into() }, capability)
     })
+}
+
+/// The parameters of the runner: texts, or JSON where the name says so. Credentials are left out.
+fn parameters(metadata: HashMap<String, String>) -> Result<Map<String, Value>, String> {
+    let mut parameters = Map::new();
+    for (key, value) in metadata {
+        let (name, value) = match key.strip_suffix(JSON_SUFFIX) {
+            Some(name) => {
+                let value = serde_json::from_str(&value);
+                (name.to_owned(), value.map_err(|err| format!("the value of its metadata {key:?} is not JSON: {err}"))?)
+            }
+            None => (key, Value::String(value)),
+        };
+        if is_credential(&name) {
+            continue;
+        }
+        if parameters.contains_key(&name) {
+            return Err(format!("its metadata have {name:?} both with and without {JSON_SUFFIX:?} at its end"));
+        }
+        parameters.insert(name, value);
+    }
+    Ok(parameters)
 }
 
 /// When the run must have ended. `now` is the time of the control plane.
@@ -277,7 +295,9 @@ mod tests {
         let full = |spec: &mut lease::RunSpec| {
             spec.input_ref = HashMap::from([("b".into(), "text".into()), ("a.bin;base64".into(), "/wA=".into())]);
             spec.metadata.insert("Access_Token".into(), "secret".into());
-            spec.metadata.insert("voxel".into(), "0.1".into());
+            spec.metadata.insert("sas_token;json".into(), "\"secret\"".into());
+            spec.metadata.insert("name".into(), "0.1".into());
+            spec.metadata.insert("voxel;json".into(), "0.1".into());
             spec.budgets = Some(lease::BudgetConstraints { max_tokens: 7, max_duration_seconds: 60 });
         };
         let lease = spec(full).expect("usable");
@@ -289,7 +309,7 @@ mod tests {
                 "id": "r",
                 "capability": "/agents/a/v1",
                 "inputs_cids": ["a.bin", "b"],
-                "meta": { "voxel": "0.1", "budgets": { "max_tokens": 7, "max_duration_seconds": 60 } },
+                "meta": { "name": "0.1", "voxel": 0.1, "budgets": { "max_tokens": 7, "max_duration_seconds": 60 } },
             })
         );
         let AnnouncedData::Known(DataLocation::Inline(inputs)) = lease.data else { panic!("inline") };

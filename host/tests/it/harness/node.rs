@@ -703,9 +703,10 @@ impl TestNode {
         found
     }
 
-    /// Requests one of the node's pages.
+    /// Requests one of the node's pages, each time over a new connection: the node closes idle ones.
     pub(crate) async fn page(&self, path: &str) -> (u16, Value) {
-        let request = Request::get(format!("http://{}{path}", self.address)).body(transport::full(""));
+        let request = Request::get(format!("http://{}{path}", self.address)).header("connection", "close");
+        let request = request.body(transport::full(""));
         let answer = self.client.call(request.expect("a request"), EVENT_LIMIT).await;
         let answer = answer.unwrap_or_else(|err| panic!("{path}: {err}\n{}", self.log()));
         let leak = self.process.hygiene.find(&answer.body);
