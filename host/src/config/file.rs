@@ -560,11 +560,7 @@ impl Value {
 }
 
 pub(super) fn line_of(text: &str, at: usize) -> usize {
-    newlines(&text.as_bytes()[..at.min(text.len())]) + 1
-}
-
-pub(super) fn newlines(text: &[u8]) -> usize {
-    text.iter().filter(|byte| **byte == b'\n').count()
+    text.as_bytes()[..at.min(text.len())].iter().filter(|byte| **byte == b'\n').count() + 1
 }
 
 fn toml(text: &str) -> Result<Members, (usize, String)> {

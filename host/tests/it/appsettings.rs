@@ -251,7 +251,7 @@ async fn mistakes_name_the_key_as_it_is_written() {
             ":2: NodeRuntime:Metadata:a: expected a text in quotes, found an array".to_owned(),
         ),
         (section("\"NODEID\": \"m\""), ":2: NodeRuntime:NODEID: is given twice; keep one".to_owned()),
-        (section("\"NodeId\": /* n"), ":2: the comment has no end; close it with */".to_owned()),
+        (section("\"NodeId\": /* n"), ":2: is not JSON: unterminated comment block".to_owned()),
         ("{ \"NodeRuntime\": 5 }".to_owned(), ":1: NodeRuntime: expected a table, found 5".to_owned()),
         // Our own tables keep their rules, and so do files without the section.
         (

@@ -182,9 +182,9 @@ async fn unusable_file_is_reported_in_one_line() {
     for (name, text, wanted) in [
         ("a.toml", "[engine", ":1: "),
         ("b.toml", "\n\nx = = 1", ":3: "),
-        ("c.json", "{\n\"engine\": }", ":2: is not JSON: expected value"),
+        ("c.json", "{\n\"engine\": }", ":2: is not JSON: unexpected close brace"),
         ("d.json", "[]", ":1: expected an object, found an array"),
-        ("e.json", "", ":1: is not JSON: EOF while parsing a value"),
+        ("e.json", "", ":1: expected an object, found nothing"),
         ("f.toml", "[engine]\nmax_concurrency=1\nmax_concurrency=2", ":3: "),
         ("g.json", "{\"noop\":{\"enabled\":true,\"enabled\":false}}", ":1: noop.enabled: is given twice; keep one"),
         ("h.json", &deep, ":1: engine.engine: there is no such key"),
