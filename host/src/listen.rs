@@ -53,9 +53,11 @@ pub(crate) struct Limits {
     pub(crate) grace: Duration,
     /// Descriptors reserved for connections while the process has no other free one.
     pub(crate) reserve: usize,
+    /// Whether they may begin with HTTP/2.
+    pub(crate) http2: Http2,
 }
 
-/// Whether a connection may begin with HTTP/2, without TLS and by prior knowledge.
+/// HTTP/2 without TLS and by prior knowledge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Http2 {
     Refused,
@@ -112,31 +114,13 @@ pub(crate) fn sender(address: IpAddr) -> IpAddr {
     }
 }
 
-/// Serves HTTP/1 until `stop`, and then for `limits.grace` while requests are in progress. Returns how many connections
+/// Serves until `stop`, and then for `limits.grace` while requests are in progress. Returns how many connections
 /// were open after that.
 ///
 /// `start` makes the byte stream and the service of a new connection.
 pub(crate) async fn serve<L, I, S, E>(
     listener: L,
     limits: Limits,
-    stop: CancellationToken,
-    start: impl Fn(L::Socket, L::Peer) -> (I, S),
-) -> usize
-where
-    L: Listener,
-    I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    S: Service<Request<Incoming>, Response = Response<Body>, Error = E> + Send + Sync + 'static,
-    S::Future: Send + 'static,
-    E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
-{
-    serve_versions(listener, limits, Http2::Refused, stop, start).await
-}
-
-/// [`serve`], with HTTP/2 if it is accepted.
-pub(crate) async fn serve_versions<L, I, S, E>(
-    listener: L,
-    limits: Limits,
-    http2: Http2,
     stop: CancellationToken,
     start: impl Fn(L::Socket, L::Peer) -> (I, S),
 ) -> usize
@@ -182,7 +166,7 @@ where
         open.make_room(sender, limits);
         let active = Active::default();
         let (stream, service) = start(socket, peer);
-        let task = tasks.spawn(connection(stream, service, (limits.head_time, http2), active.clone(), stop.clone()));
+        let task = tasks.spawn(connection(stream, service, limits, active.clone(), stop.clone()));
         open.connections.insert(task.id(), Connection { sender, active, task });
     }
     drop((listener, reserve));
@@ -194,13 +178,8 @@ where
 }
 
 /// Serves one connection until its end, or until `stop`.
-async fn connection<I, S, E>(
-    stream: I,
-    service: S,
-    (head_time, http2): (Duration, Http2),
-    active: Active,
-    stop: CancellationToken,
-) where
+async fn connection<I, S, E>(stream: I, service: S, limits: Limits, active: Active, stop: CancellationToken)
+where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
     S: Service<Request<Incoming>, Response = Response<Body>, Error = E> + Send + 'static,
     S::Future: Send + 'static,
@@ -216,16 +195,16 @@ async fn connection<I, S, E>(
         }
     });
     let stream = TokioIo::new(stream);
-    match http2 {
+    match limits.http2 {
         Http2::Refused => {
             let mut http = hyper::server::conn::http1::Builder::new();
-            let http = http.timer(TokioTimer::new()).header_read_timeout(head_time);
+            let http = http.timer(TokioTimer::new()).header_read_timeout(limits.head_time);
             until_stopped(http.serve_connection(stream, service), stop).await;
         }
         #[cfg(feature = "grpc")]
         Http2::Accepted => {
             let mut http = hyper_util::server::conn::auto::Builder::new(hyper_util::rt::TokioExecutor::new());
-            http.http1().timer(TokioTimer::new()).header_read_timeout(head_time);
+            http.http1().timer(TokioTimer::new()).header_read_timeout(limits.head_time);
             until_stopped(http.serve_connection(stream, service), stop).await;
         }
     }

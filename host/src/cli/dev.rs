@@ -43,8 +43,8 @@ pub(super) struct Args {
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     port: Option<u16>,
     /// Control planes to serve; node-runtime is REST and gRPC
-    #[arg(long, value_name = "PLANE", value_enum, default_value_t = Served::Dms)]
-    plane: Served,
+    #[arg(long, value_name = "PLANE", value_enum, default_value_t = Wires::Dms)]
+    plane: Wires,
     /// Start the services without a node
     #[arg(long)]
     no_node: bool,
@@ -66,24 +66,6 @@ pub(super) struct Args {
     /// Tasks the node runs at once [default: MAX_CONCURRENCY, or 4]
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     max_concurrency: Option<String>,
-}
-
-/// The control planes that `dev` serves.
-#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum Served {
-    Dms,
-    NodeRuntime,
-    Both,
-}
-
-impl From<Served> for Wires {
-    fn from(served: Served) -> Self {
-        match served {
-            Served::Dms => Self::Dms,
-            Served::NodeRuntime => Self::NodeRuntime,
-            Served::Both => Self::Both,
-        }
-    }
 }
 
 pub(super) fn run(args: Args, layers: Layers) -> anyhow::Result<Exit> {
@@ -123,7 +105,7 @@ async fn live(args: Args, layers: Layers) -> anyhow::Result<Exit> {
 /// Checks all flags before anything is loaded or created. All mistakes are reported at once.
 fn look(args: &Args, layers: &Layers) -> Result<(), Mistakes> {
     let mut mistakes = Vec::new();
-    if Wires::from(args.plane).has_node_runtime() && !cfg!(feature = "grpc") {
+    if args.plane.has_node_runtime() && !cfg!(feature = "grpc") {
         mistakes.push(format!("--plane: {}", DevError::NoGrpc));
     }
     mistakes.extend(args.faults.as_deref().and_then(|file| read_problem("--faults", file)));
@@ -141,7 +123,7 @@ fn look(args: &Args, layers: &Layers) -> Result<(), Mistakes> {
 async fn start(args: &Args, faults: &Faults, temporary: &Path) -> anyhow::Result<DevServer> {
     let default = dev::Config::default();
     let config = |port| dev::Config {
-        wires: args.plane.into(),
+        wires: args.plane,
         bind: SocketAddr::from(([127, 0, 0, 1], port)),
         data: args.data.clone(),
         temporary: Some(temporary.to_owned()),
@@ -176,8 +158,8 @@ async fn join(
     #[cfg_attr(not(feature = "grpc"), expect(unused_mut, reason = "only gRPC changes it"))]
     let mut config = HostConfig::build(&layers, &secrets)?;
     #[cfg(feature = "grpc")]
-    if args.plane != Served::Dms {
-        if args.plane == Served::NodeRuntime {
+    if args.plane.has_node_runtime() {
+        if !args.plane.has_dms() {
             config.planes.clear();
         }
         config.planes.push(PlaneChoice::NodeRuntime(Box::new(node_runtime(dev_server.url(), config.engine.slots))));
@@ -232,7 +214,7 @@ fn greeting(
     let mut row = |name: &str, value: String| {
         let _ = writeln!(text, "{name:<16} {value}");
     };
-    let wires = Wires::from(args.plane);
+    let wires = args.plane;
     if wires.has_dms() {
         row("sign-in (DDS)", dev_server.dds_url().to_string());
         row("tasks (DMS)", dev_server.dms_url().to_string());

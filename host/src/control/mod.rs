@@ -80,7 +80,7 @@ mod socket {
 
     use super::{Address, Reports, SOCKET, Wanted};
     use crate::{
-        listen::{self, Limits},
+        listen::{self, Http2, Limits},
         outbox::{Outbox, SetAside},
     };
 
@@ -90,6 +90,7 @@ mod socket {
         head_time: Duration::from_secs(5),
         grace: Duration::from_secs(1),
         reserve: 1,
+        http2: Http2::Refused,
     };
 
     /// The listening side of the node.

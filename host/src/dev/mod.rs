@@ -370,12 +370,17 @@ impl Inner {
 /// Serves until `stop`, then ends open requests.
 async fn serve(server: Arc<Inner>, listener: TcpListener, stop: CancellationToken) {
     let router = http::router(server.clone());
+    #[cfg(feature = "grpc")]
+    let http2 = if server.config.wires.has_node_runtime() { Http2::Accepted } else { Http2::Refused };
+    #[cfg(not(feature = "grpc"))]
+    let http2 = Http2::Refused;
     let limits = Limits {
         connections: usize::MAX,
         per_sender: usize::MAX,
         head_time: IDLE,
         grace: server.config.stop_grace,
         reserve: 0,
+        http2,
     };
     let start = |socket, _| {
         let (wire, line) = Wire::new(socket);
@@ -386,11 +391,7 @@ async fn serve(server: Arc<Inner>, listener: TcpListener, stop: CancellationToke
         });
         (wire, answer)
     };
-    #[cfg(feature = "grpc")]
-    let http2 = if server.config.wires.has_node_runtime() { Http2::Accepted } else { Http2::Refused };
-    #[cfg(not(feature = "grpc"))]
-    let http2 = Http2::Refused;
-    let serving = listen::serve_versions(listener, limits, http2, stop.clone(), start);
+    let serving = listen::serve(listener, limits, stop.clone(), start);
     let (broken, ()) = tokio::join!(serving, tick(&server, stop));
     if broken > 0 {
         tracing::warn!(

@@ -27,7 +27,7 @@ use tower_service::Service as _;
 
 use super::callback::{self, CallbackQueue};
 use crate::{
-    listen::{self, Limits},
+    listen::{self, Http2, Limits},
     model::{HealthChecks, HostStatus, NotReady, Readiness, STATUS_SCHEMA, StatusBoard},
 };
 
@@ -100,6 +100,7 @@ impl Pages {
             head_time: HEAD_TIME_MAX,
             grace: GRACE,
             reserve: RESERVE,
+            http2: Http2::Refused,
         };
         let start = |socket, sender: SocketAddr| {
             let router = router.clone();

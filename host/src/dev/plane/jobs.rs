@@ -3,7 +3,7 @@
 use std::{
     cmp::Reverse,
     collections::{BTreeSet, HashMap, HashSet, VecDeque},
-    sync::{Arc, LazyLock},
+    sync::Arc,
 };
 
 use jiff::Timestamp;
@@ -27,7 +27,13 @@ pub(in crate::dev) struct JobRequest {
     pub(in crate::dev) tasks: Vec<TaskRequest>,
     #[serde(default)]
     pub(super) edges: Vec<Edge>,
+    /// The size of a run.
+    #[serde(skip)]
+    pub(super) bytes: usize,
 }
+
+/// Bytes of a run that count as much as one finished task.
+pub(super) const BYTES_PER_TASK: usize = 1024;
 
 /// One task of a job request.
 #[derive(Deserialize)]
@@ -51,9 +57,6 @@ pub(in crate::dev) struct TaskRequest {
     pub(in crate::dev) meta: Value,
     #[serde(default = "three")]
     pub(super) max_attempts: u32,
-    /// It is a run, and `meta` describes it.
-    #[serde(skip)]
-    pub(super) is_run: bool,
 }
 
 impl TaskRequest {
@@ -62,10 +65,9 @@ impl TaskRequest {
         u64::from(self.max_attempts.max(1))
     }
 
-    /// The name of its queue.
-    pub(super) fn queue(&self) -> &Arc<str> {
-        static OF_RUNS: LazyLock<Arc<str>> = LazyLock::new(|| RUNS.into());
-        if self.is_run { &OF_RUNS } else { &self.capability }
+    /// Whether it is a run, which `meta` describes.
+    pub(super) fn is_run(&self) -> bool {
+        *self.capability == *RUNS
     }
 }
 
@@ -221,30 +223,18 @@ impl Plane {
         key: Option<(String, [u8; 32])>,
         now: Timestamp,
     ) -> Result<Uuid, JobRefusal> {
-        if let Some(first) = self.first_with(key.as_ref())? {
-            return Ok(first);
+        if let Some((key, print)) = &key
+            && let Some((first, job)) = self.keys.get(key)
+        {
+            return if first == print { Ok(*job) } else { Err(JobRefusal::KeyReused) };
         }
         let id = Uuid::new_v4();
-        self.insert(id, request, key, now);
-        Ok(id)
-    }
-
-    /// The job that an equal request with this idempotency key has created.
-    pub(super) fn first_with(&self, key: Option<&(String, [u8; 32])>) -> Result<Option<Uuid>, JobRefusal> {
-        match key.and_then(|(key, print)| Some((self.keys.get(key)?, print))) {
-            None => Ok(None),
-            Some(((first, job), print)) if first == print => Ok(Some(*job)),
-            Some(_) => Err(JobRefusal::KeyReused),
-        }
-    }
-
-    pub(super) fn insert(&mut self, id: Uuid, request: JobRequest, key: Option<(String, [u8; 32])>, now: Timestamp) {
         let serial = self.next_serial();
         let mut stages: HashMap<Arc<str>, Stage> = HashMap::new();
         let mut tasks = Vec::with_capacity(request.tasks.len());
         for task in &request.tasks {
             // A run is one task, and both have its id.
-            let task_id = if task.is_run { id } else { Uuid::new_v4() };
+            let task_id = if task.is_run() { id } else { Uuid::new_v4() };
             tasks.push(task_id);
             stages.entry(task.stage.clone()).or_default().tasks.push(task_id);
         }
@@ -278,7 +268,7 @@ impl Plane {
                 started: false,
                 canceled: false,
                 key: key.map(|(key, _)| key),
-                weight: tasks.len(),
+                weight: tasks.len() + request.bytes / BYTES_PER_TASK,
                 created_at: now,
                 updated_at: now,
             },
@@ -287,7 +277,7 @@ impl Plane {
             let serial = self.next_serial();
             let queue_key = (Reverse(request.priority), Reverse(task.priority), serial, task_id);
             if !blocked {
-                self.ready.entry(task.queue().clone()).or_default().insert(queue_key);
+                self.ready.entry(task.capability.clone()).or_default().insert(queue_key);
             }
             self.tasks.insert(
                 task_id,
@@ -309,6 +299,7 @@ impl Plane {
                 },
             );
         }
+        Ok(id)
     }
 
     /// Cancels a job. Queued tasks end at once. Held tasks end at their next heartbeat or by expiry. `None`: no such

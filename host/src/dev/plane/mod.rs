@@ -327,7 +327,7 @@ impl Plane {
             expires,
             token,
         };
-        self.leave_queue(request.queue(), queue_key);
+        self.leave_queue(&request.capability, queue_key);
         let hold = Hold { node, lease, expires, phase, cancel_requested_at: None, token: held_token };
         self.expiries.insert((expires, queue_key.3));
         self.enter(queue_key.3, State::Held(hold), now);
@@ -567,7 +567,7 @@ impl Plane {
         let (job, queue_key, request) = (task.job, task.queue_key, task.request.clone());
         if matches!(task.state, State::Ready) && !matches!(state, State::Ready | State::Held(_)) {
             task.state = state;
-            self.leave_queue(request.queue(), &queue_key);
+            self.leave_queue(&request.capability, &queue_key);
         } else {
             task.state = state;
         }
@@ -576,7 +576,7 @@ impl Plane {
         let after = task.state.word();
         let end = if let State::Ended { end, .. } = task.state { Some(end) } else { None };
         if matches!(task.state, State::Ready) {
-            self.ready.entry(request.queue().clone()).or_default().insert(queue_key);
+            self.ready.entry(request.capability.clone()).or_default().insert(queue_key);
         }
         self.recount(job, before, after);
         if let Some(end) = end {

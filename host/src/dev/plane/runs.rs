@@ -11,12 +11,9 @@ use uuid::Uuid;
 
 use super::{
     Holder, Phase, Plane, RUNS, ReceiptKind, State, Task, Word,
-    jobs::{JobRefusal, JobRequest, Mode, TaskRequest},
+    jobs::{BYTES_PER_TASK, JobRefusal, JobRequest, Mode, TaskRequest},
 };
 use crate::dev::plane::CallRefusal;
-
-/// Bytes of inputs and results that count as much as one finished task.
-const BYTES_PER_TASK: usize = 1024;
 
 /// A run to create.
 pub(in crate::dev) struct NewRun {
@@ -49,10 +46,6 @@ impl Plane {
         key: Option<(String, [u8; 32])>,
         now: Timestamp,
     ) -> Result<Uuid, JobRefusal> {
-        if let Some(first) = self.first_with(key.as_ref())? {
-            return Ok(first);
-        }
-        let id = Uuid::new_v4();
         let task = TaskRequest {
             label: "run".to_owned(),
             stage: "run".into(),
@@ -64,7 +57,6 @@ impl Plane {
             outputs_prefix: None,
             meta: Value::Object(run.fields),
             max_attempts: run.max_attempts,
-            is_run: true,
         };
         let job = JobRequest {
             domain_id: self.domain_id,
@@ -73,10 +65,9 @@ impl Plane {
             meta: Value::Null,
             tasks: vec![task],
             edges: Vec::new(),
+            bytes: run.bytes,
         };
-        self.insert(id, job, key, now);
-        self.add_weight(id, run.bytes);
-        Ok(id)
+        self.create(job, key, now)
     }
 
     /// Offers the next run to a node that has fewer than `max` runs.
@@ -123,8 +114,11 @@ impl Plane {
         bytes: usize,
         now: Timestamp,
     ) -> Result<(), CallRefusal> {
-        if matches!(self.tasks.get(&run).map(|task| &task.state), Some(State::Held(_))) {
-            self.add_weight(run, bytes);
+        // A run is its own job.
+        if let (Some(State::Held(_)), Some(job)) =
+            (self.tasks.get(&run).map(|task| &task.state), self.jobs.get_mut(&run))
+        {
+            job.weight += bytes / BYTES_PER_TASK;
         }
         self.complete(run, by, Vec::new(), report, now)
     }
@@ -137,14 +131,14 @@ impl Plane {
     /// A run as the author's side shows it. `None`: there is no such run.
     pub(in crate::dev) fn run(&mut self, id: Uuid, now: Timestamp) -> Option<Value> {
         self.expire(now);
-        self.tasks.get(&id).filter(|task| task.request.is_run).map(|task| self.run_fields(task))
+        self.tasks.get(&id).filter(|task| task.request.is_run()).map(|task| self.run_fields(task))
     }
 
     /// The newest runs, newest first.
     pub(in crate::dev) fn runs(&mut self, max: usize, now: Timestamp) -> Vec<Value> {
         self.expire(now);
         let tasks = self.order.values().rev().map(|id| &self.tasks[&self.jobs[id].tasks[0]]);
-        tasks.filter(|task| task.request.is_run).take(max).map(|task| self.run_fields(task)).collect()
+        tasks.filter(|task| task.request.is_run()).take(max).map(|task| self.run_fields(task)).collect()
     }
 
     fn run_fields(&self, task: &Task) -> Value {
@@ -178,11 +172,5 @@ impl Plane {
             fields.insert(name.to_owned(), value);
         }
         Value::Object(fields)
-    }
-
-    fn add_weight(&mut self, run: Uuid, bytes: usize) {
-        if let Some(job) = self.jobs.get_mut(&run) {
-            job.weight += bytes / BYTES_PER_TASK;
-        }
     }
 }

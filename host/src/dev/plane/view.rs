@@ -40,7 +40,7 @@ impl Plane {
                 } else {
                     query.capabilities.iter().any(wanted)
                 };
-            let is_run = self.tasks[&job.tasks[0]].request.is_run;
+            let is_run = self.tasks[&job.tasks[0]].request.is_run();
             !is_run && capable && query.status.as_ref().is_none_or(|status| status == job.status())
         };
         let mut found = self
