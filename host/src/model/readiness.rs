@@ -32,12 +32,14 @@ pub struct Readiness {
 }
 
 /// Why the node or a control plane is not ready.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct NotReady {
-    /// The control plane, if the reason belongs to one of several.
-    pub plane: Option<PlaneName>,
     /// The reason.
+    #[serde(flatten)]
     pub reason: NotReadyReason,
+    /// The control plane, if the reason belongs to one of several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plane: Option<PlaneName>,
 }
 
 impl fmt::Display for NotReady {
@@ -46,19 +48,6 @@ impl fmt::Display for NotReady {
             Some(plane) => write!(f, "{plane}: {}", self.reason),
             None => self.reason.fmt(f),
         }
-    }
-}
-
-impl Serialize for NotReady {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut shown = serializer.serialize_struct("reason", 3)?;
-        shown.serialize_field("code", self.reason.code())?;
-        shown.serialize_field("message", &self.reason.to_string())?;
-        match &self.plane {
-            Some(plane) => shown.serialize_field("plane", plane)?,
-            None => shown.skip_field("plane")?,
-        }
-        shown.end()
     }
 }
 

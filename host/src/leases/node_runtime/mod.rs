@@ -101,9 +101,11 @@ pub struct Config {
 /// See the module documentation.
 pub struct NodeRuntime(Arc<Shared>);
 
-/// Why a registered node may get no leases, one line each. They are shown only: the node continues to try.
+/// Why the node may get no leases, one line each. It continues to try.
 #[derive(Default)]
-struct Troubles {
+struct Problems {
+    /// It is not registered.
+    registration: Option<String>,
     stream: Option<String>,
     heartbeats: Option<String>,
 }
@@ -127,7 +129,7 @@ struct Shared {
     sender: mpsc::Sender<Lease>,
     receiver: tokio::sync::Mutex<mpsc::Receiver<Lease>>,
     readiness: watch::Sender<PlaneReadiness>,
-    troubles: Mutex<Troubles>,
+    problems: Mutex<Problems>,
     events: NodeEvents,
     quiet: CancellationToken,
 }
@@ -159,7 +161,7 @@ impl NodeRuntime {
             sender,
             receiver: tokio::sync::Mutex::new(receiver),
             readiness: watch::Sender::new(PlaneReadiness::NotReady("the node has not registered".to_owned())),
-            troubles: Mutex::default(),
+            problems: Mutex::default(),
             events,
             quiet: CancellationToken::new(),
             config,
@@ -176,20 +178,14 @@ impl Shared {
         *self.readiness.borrow() == PlaneReadiness::Ready
     }
 
-    /// Whether the node is registered. `Some`: why it is not.
-    fn set_problem(&self, problem: Option<String>) {
-        self.readiness.send_replace(problem.map_or(PlaneReadiness::Ready, PlaneReadiness::NotReady));
-        self.note_trouble(|_| {});
-    }
-
-    /// Shows why the node may get no leases.
-    fn note_trouble(&self, change: impl FnOnce(&mut Troubles)) {
-        let mut troubles = self.troubles.lock().unwrap_or_else(PoisonError::into_inner);
-        change(&mut troubles);
-        let error = match &*self.readiness.borrow() {
-            PlaneReadiness::NotReady(error) => Some(error.clone()),
-            PlaneReadiness::Ready => troubles.stream.clone().or_else(|| troubles.heartbeats.clone()),
-        };
+    /// Changes the problems and shows them. Without a problem of the registration, the node is registered.
+    fn change_problems(&self, change: impl FnOnce(&mut Problems)) {
+        let mut problems = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut problems);
+        let Problems { registration, stream, heartbeats } = &*problems;
+        let readiness = registration.clone().map_or(PlaneReadiness::Ready, PlaneReadiness::NotReady);
+        self.readiness.send_replace(readiness);
+        let error = registration.as_ref().or(stream.as_ref()).or(heartbeats.as_ref()).cloned();
         self.events.board().change_plane(|status| status.plane_error = error);
     }
 
@@ -199,7 +195,7 @@ impl Shared {
         loop {
             let error = match self.register_once().await {
                 Ok(()) => {
-                    self.set_problem(None);
+                    self.change_problems(|problems| problems.registration = None);
                     self.events.emit(NodeEvent::RegistrationAccepted {
                         address: self.config.node_id.clone(),
                         form: RegistrationForm::None,
@@ -211,7 +207,7 @@ impl Shared {
             };
             failures += 1;
             let pause = REGISTER_PAUSES.pause(failures, rand::random());
-            self.set_problem(Some(error.clone()));
+            self.change_problems(|problems| problems.registration = Some(error.clone()));
             self.events.emit(NodeEvent::RegistrationFailed {
                 error,
                 state: RegistrationState::Registering,
@@ -262,13 +258,13 @@ impl Shared {
             let answer = self.rest.heartbeat(status).await;
             if answer.is_ok() && failures > 0 {
                 failures = 0;
-                self.note_trouble(|troubles| troubles.heartbeats = None);
+                self.change_problems(|problems| problems.heartbeats = None);
             }
             match answer {
                 Ok(Known::Yes) => {}
                 Ok(Known::No) => {
                     let error = "control plane does not know the node".to_owned();
-                    self.set_problem(Some(error.clone()));
+                    self.change_problems(|problems| problems.registration = Some(error.clone()));
                     self.events.emit(NodeEvent::RegistrationLost { error });
                     self.register().await;
                 }
@@ -276,8 +272,8 @@ impl Shared {
                     warn!(event = "node.heartbeat_failed", error, "heartbeat of the node failed");
                     failures = failures.saturating_add(1);
                     if failures >= HEARTBEAT_FAILURES_MIN {
-                        let trouble = format!("the last {failures} heartbeats of the node failed: {error}");
-                        self.note_trouble(|troubles| troubles.heartbeats = Some(trouble));
+                        let problem = format!("the last {failures} heartbeats of the node failed: {error}");
+                        self.change_problems(|problems| problems.heartbeats = Some(problem));
                     }
                 }
             }
@@ -370,7 +366,7 @@ impl LeaseSource for NodeRuntime {
     }
 
     async fn run(&self, stop: CancellationToken) {
-        self.0.set_problem(Some("the node registers".to_owned()));
+        self.0.change_problems(|problems| problems.registration = Some("the node registers".to_owned()));
         tokio::select! {
             () = stop.cancelled() => return,
             () = self.0.register() => {}

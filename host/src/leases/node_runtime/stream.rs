@@ -92,8 +92,8 @@ impl Shared {
             };
             failures = failures.saturating_add(1);
             if failures >= FAILURES_SHOWN {
-                let trouble = format!("the stream of leases ended {failures} times: {error}");
-                self.note_trouble(|troubles| troubles.stream = Some(trouble));
+                let problem = format!("the stream of leases ended {failures} times: {error}");
+                self.change_problems(|problems| problems.stream = Some(problem));
             }
             let pause = pause(failures, rand::random());
             warn!(
@@ -190,7 +190,7 @@ impl Shared {
 
     /// The stream is no reason for a missing lease any more.
     fn stream_lives(&self) {
-        self.note_trouble(|troubles| troubles.stream = None);
+        self.change_problems(|problems| problems.stream = None);
     }
 
     /// Waits until this node accepts another lease, and the last one was polled.
