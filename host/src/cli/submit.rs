@@ -25,7 +25,7 @@ use crate::{
     model::{Capability, did_you_mean, in_a_line},
     transport::{self, Client},
 };
-use artifacts::Artifact;
+use artifacts::{Artifact, Source};
 use notes::Notes;
 use plane::{Plane, PlaneError};
 use runs::RunPlane;
@@ -655,9 +655,13 @@ async fn finish(
 
 /// Stores an artifact below `folder`.
 async fn bring(plane: &Wire, artifact: &mut Artifact, folder: &std::path::Path, notes: &mut Notes) -> Result<(), Stop> {
-    let Some(id) = artifact.id.as_ref().or(artifact.content.as_ref().map(|_| &artifact.logical_path)).cloned() else {
-        notes.line(&format!("artifact {} has no id, it cannot be downloaded", artifact.logical_path));
-        return Ok(());
+    let name = match &artifact.source {
+        Source::Domain(Some(id)) => id,
+        Source::Domain(None) => {
+            notes.line(&format!("artifact {} has no id, it cannot be downloaded", artifact.logical_path));
+            return Ok(());
+        }
+        Source::Inline(_) => &artifact.logical_path,
     };
     let own = match artifacts::local_path(folder, &artifact.logical_path) {
         Ok(path) => match artifacts::create_parents(&path) {
@@ -668,14 +672,14 @@ async fn bring(plane: &Wire, artifact: &mut Artifact, folder: &std::path::Path, 
         Err(why) => Err(why),
     };
     let path = own.unwrap_or_else(|why| {
-        let name = artifacts::plain(&id);
+        let name = artifacts::plain(name);
         notes.line(&format!("artifact path {:?} {why}; stored as {name}", artifact.logical_path));
         folder.join(name)
     });
-    match (&artifact.content, plane) {
-        (Some(content), _) => runs::store(content.clone(), &path).await?,
-        (None, Wire::Jobs(plane)) => plane.download(&id, &path, notes).await?,
-        (None, Wire::Runs(_)) => {}
+    match (&artifact.source, plane) {
+        (Source::Inline(bytes), _) => runs::store(bytes.clone(), &path).await?,
+        (Source::Domain(_), Wire::Jobs(plane)) => plane.download(name, &path, notes).await?,
+        (Source::Domain(_), Wire::Runs(_)) => unreachable!("artifacts of runs are inline"),
     }
     artifact.path = Some(path);
     Ok(())

@@ -13,18 +13,32 @@ use serde_json::{Value, json};
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Artifact {
     pub(super) logical_path: String,
-    pub(super) id: Option<String>,
-    /// Its bytes, if the control plane has sent them with the result.
-    pub(super) content: Option<Bytes>,
+    pub(super) source: Source,
     /// Its path, after it was stored.
     pub(super) path: Option<PathBuf>,
 }
 
+/// Where the bytes of an artifact are.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Source {
+    /// In the domain, under this id. `None`: the report has no id, so they cannot be found.
+    Domain(Option<String>),
+    /// Here: the control plane has sent them with the result.
+    Inline(Bytes),
+}
+
 impl Artifact {
+    fn id(&self) -> Option<&str> {
+        match &self.source {
+            Source::Domain(id) => id.as_deref(),
+            Source::Inline(_) => None,
+        }
+    }
+
     pub(super) fn to_json(&self) -> Value {
         // JSON holds only text. Bytes of a path that are not UTF-8 become U+FFFD.
         let path = self.path.as_deref().map(Path::to_string_lossy);
-        json!({ "logical_path": self.logical_path, "id": self.id, "path": path })
+        json!({ "logical_path": self.logical_path, "id": self.id(), "path": path })
     }
 }
 
@@ -32,7 +46,7 @@ impl fmt::Display for Artifact {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.path {
             Some(path) => write!(f, "{}", path.display()),
-            None => write!(f, "{} {}", self.logical_path, self.id.as_deref().unwrap_or("-")),
+            None => write!(f, "{} {}", self.logical_path, self.id().unwrap_or("-")),
         }
     }
 }
@@ -50,13 +64,13 @@ pub(super) fn listed(job: &Value, task: &str) -> Vec<Artifact> {
         .filter_map(|artifact| {
             let logical_path = artifact["logical_path"].as_str()?.to_owned();
             let id = artifact["id"].as_str().map(ToOwned::to_owned);
-            Some(Artifact { logical_path, id, content: None, path: None })
+            Some(Artifact { logical_path, source: Source::Domain(id), path: None })
         })
         .collect();
     for id in receipt["outputs"].as_array().into_iter().flatten().filter_map(Value::as_str) {
-        if !found.iter().any(|artifact| artifact.id.as_deref() == Some(id)) {
-            let (logical_path, id) = (id.to_owned(), Some(id.to_owned()));
-            found.push(Artifact { logical_path, id, content: None, path: None });
+        if !found.iter().any(|artifact| artifact.id() == Some(id)) {
+            let source = Source::Domain(Some(id.to_owned()));
+            found.push(Artifact { logical_path: id.to_owned(), source, path: None });
         }
     }
     found
@@ -162,8 +176,7 @@ mod tests {
         ]});
         let artifact = |path: &str, id: &str| Artifact {
             logical_path: path.to_owned(),
-            id: Some(id.to_owned()),
-            content: None,
+            source: Source::Domain(Some(id.to_owned())),
             path: None,
         };
         assert_eq!(listed(&job, "t"), [artifact("a.json", "d-1"), artifact("d-2", "d-2")]);

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::{
     Args,
-    artifacts::Artifact,
+    artifacts::{Artifact, Source},
     notes::Notes,
     plane::{self, CALL_LIMIT, JSON, Plane, PlaneError, retrying},
 };
@@ -184,7 +184,7 @@ pub(super) fn artifacts(job: &Value) -> Vec<Artifact> {
                 .strip_suffix(InlineInputs::BASE64_SUFFIX)
                 .and_then(|path| Some((path.to_owned(), Bytes::from(BASE64.decode(value).ok()?))));
             let (logical_path, content) = decoded.unwrap_or_else(|| (key.clone(), value.to_owned().into()));
-            Some(Artifact { logical_path, id: None, content: Some(content), path: None })
+            Some(Artifact { logical_path, source: Source::Inline(content), path: None })
         })
         .collect()
 }
