@@ -252,15 +252,6 @@ async fn node_joins_dev_server_with_printed_exports() {
     }
 }
 
-#[cfg(not(feature = "grpc"))]
-#[tokio::test]
-async fn binary_without_grpc_refuses_node_runtime() {
-    let ended = Cli::new(&["dev", "--plane", "node-runtime"]).run().await.expect(78);
-    let expected = "error: --plane: this binary was built without gRPC, which the plane node-runtime needs; build it \
-                    with the feature grpc";
-    assert_eq!(ended.stderr.lines().last(), Some(expected), "{}", ended.stderr);
-}
-
 #[tokio::test]
 async fn dev_starts_services_and_a_node() {
     let dir = workplace(&[fixtures::hello()]);

@@ -27,10 +27,6 @@ lease_pb2, lease_pb2_grpc = grpc.protos_and_services("lease.proto")
 
 WAIT_SECS = 60
 MODE = {
-    # Whether heartbeats of the node find it.
-    "knows_node": True,
-    # The status of a registration.
-    "register_status": 201,
     # What a report gets: "accept", "refuse" (success = false), or the name of a gRPC status.
     "reports": "accept",
     # Whether streams send no lease.
@@ -86,7 +82,7 @@ class Leases(lease_pb2_grpc.LeaseServiceServicer):
         )
         with changed:
             first = answer == "accept" and accepted.setdefault(request.run_id, fields) is fields
-        note(kind, run=request.run_id, accepted=first, **{"report": fields})
+        note(kind, run=request.run_id, accepted=first, report=fields)
         if answer == "accept":
             return response(success=True)
         if answer == "refuse":
@@ -131,10 +127,10 @@ class Rest(BaseHTTPRequestHandler):
         path = urllib.parse.urlsplit(self.path).path
         if path == "/v1/nodes:register":
             note("register", body=body)
-            return self.answer(MODE["register_status"], {"nodeId": body["nodeId"]})
+            return self.answer(201, {"nodeId": body["nodeId"]})
         if path.startswith("/v1/nodes/") and path.endswith(":heartbeat"):
             note("heartbeat", node=path, body=body)
-            return self.answer(200 if MODE["knows_node"] else 404, {})
+            return self.answer(200, {})
         if path == "/test/leases":
             with changed:
                 leases.extend(json_format.ParseDict(lease, lease_pb2.Lease()) for lease in body)

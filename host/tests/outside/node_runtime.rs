@@ -7,14 +7,13 @@ use std::{
 };
 
 use base64::{Engine as _, prelude::BASE64_STANDARD};
+use http::Request;
+use http_body_util::BodyExt as _;
+use runner_host::transport::{self, Client};
 use serde_json::{Value, json};
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-};
 
 use crate::harness::{
-    fixtures,
+    EVENT_LIMIT, fixtures,
     node::{NodeSetup, TestNode},
     node_plane::in_future,
     within,
@@ -26,6 +25,7 @@ const WAIT: &str = "/fixtures/wait-file/v1";
 /// The running program. It ends on drop, with its stdin.
 struct ControlPlane {
     process: Child,
+    client: Client,
     rest: u64,
     grpc: u64,
 }
@@ -52,7 +52,7 @@ impl ControlPlane {
         assert!(!line.is_empty(), "the control plane ended at its start; its errors are above");
         let ports: Value = serde_json::from_str(&line).expect("JSON");
         let port = |name: &str| ports[name].as_u64().expect("a port");
-        Self { rest: port("rest"), grpc: port("grpc"), process }
+        Self { rest: port("rest"), grpc: port("grpc"), client: Client::new(transport::Config::default()), process }
     }
 
     fn node(&self, plugins: &[PathBuf]) -> NodeSetup {
@@ -72,19 +72,13 @@ impl ControlPlane {
     /// Makes one HTTP request. Fails on a status above 299.
     async fn ask(&self, method: &str, path: &str, body: &Value) -> Value {
         let body = if body.is_null() { String::new() } else { body.to_string() };
-        let head = format!(
-            "{method} {path} HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Length: {}\r\n\r\n",
-            body.len()
-        );
-        let mut stream = TcpStream::connect(("127.0.0.1", u16::try_from(self.rest).expect("a port")))
-            .await
-            .expect("the control plane listens");
-        stream.write_all((head + &body).as_bytes()).await.expect("it reads");
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.expect("it answers");
-        let (head, body) = answer.split_once("\r\n\r\n").expect("an HTTP answer");
-        assert!(head.starts_with("HTTP/1.1 20"), "{method} {path}: {head}\n{body}");
-        if body.is_empty() { Value::Null } else { serde_json::from_str(body).expect("JSON") }
+        let request = Request::builder().method(method).uri(format!("http://127.0.0.1:{}{path}", self.rest));
+        let request = request.body(transport::full(body)).expect("a request");
+        let answer = self.client.send(request, EVENT_LIMIT).await.expect("the control plane answers");
+        let status = answer.status();
+        let body = answer.into_body().collect().await.expect("a whole answer").to_bytes();
+        assert!(status.is_success(), "{method} {path}: {status}: {}", body.escape_ascii());
+        if body.is_empty() { Value::Null } else { serde_json::from_slice(&body).expect("JSON") }
     }
 
     async fn send(&self, leases: &[Value]) {
@@ -98,11 +92,8 @@ impl ControlPlane {
     /// Waits for this many calls that fit `query`, and returns all of them.
     async fn calls(&self, node: &TestNode, query: &str, count: usize) -> Vec<Value> {
         let path = format!("/test/calls?{query}&count={count}");
-        let asked = self.ask("GET", &path, &Value::Null);
-        match within(&path, || node.log(), asked).await {
-            Value::Array(calls) => calls,
-            other => panic!("a list: {other}"),
-        }
+        let calls = within(&path, || node.log(), self.ask("GET", &path, &Value::Null)).await;
+        calls.as_array().expect("a list").clone()
     }
 
     /// The one accepted report of a run.
