@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, error, info_span, warn};
 
 #[cfg(feature = "grpc")]
-use crate::leases::node_runtime::{self, NodeRuntime};
+use crate::leases::node_runtime::NodeRuntime;
 use crate::{
     auth::Auth,
     config::{HostConfig, PlaneChoice},
@@ -117,7 +117,8 @@ impl Node {
                 }
                 #[cfg(feature = "grpc")]
                 PlaneChoice::NodeRuntime(config) => {
-                    BuiltPlane::node_runtime(*config, engine.slots, control_client(), events)
+                    let hosts = storage.domain.domain_hosts.clone();
+                    BuiltPlane::node_runtime(NodeRuntime::new(*config, engine.slots, hosts, control_client(), events))
                 }
             });
         }
@@ -316,12 +317,8 @@ impl BuiltPlane {
     }
 
     #[cfg(feature = "grpc")]
-    fn node_runtime(config: node_runtime::Config, slots: usize, client: transport::Client, events: NodeEvents) -> Self {
-        Self {
-            registration_form: RegistrationForm::None,
-            health_checks: None,
-            source: Arc::new(NodeRuntime::new(config, slots, client, events)),
-        }
+    fn node_runtime(source: NodeRuntime) -> Self {
+        Self { registration_form: RegistrationForm::None, health_checks: None, source: Arc::new(source) }
     }
 
     fn local(config: local::Config, events: NodeEvents) -> anyhow::Result<Self> {

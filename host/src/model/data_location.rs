@@ -18,6 +18,44 @@ pub struct Coordinates {
     pub domain: Uuid,
 }
 
+/// The domain servers that the operator allows: a host, or `host:port`, each.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DomainHosts(pub Vec<String>);
+
+/// What an empty [`DomainHosts`] means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EmptyList {
+    /// The control plane may name any server: the node has signed in there.
+    AllowsAny,
+    /// No server is allowed: anybody may speak for the control plane.
+    AllowsNone,
+}
+
+impl DomainHosts {
+    /// Checks a domain server before it gets a token.
+    ///
+    /// # Errors
+    /// One line about why it must not get one.
+    pub fn check(&self, server: &Url, empty: EmptyList) -> Result<(), String> {
+        if !server.username().is_empty() || server.password().is_some() {
+            return Err("the domain server's URL contains credentials; expected scheme, host and path".to_owned());
+        }
+        let any = self.0.is_empty() && empty == EmptyList::AllowsAny;
+        if any || self.contains(server) {
+            return Ok(());
+        }
+        let host = server.host_str().unwrap_or_default();
+        Err(format!("domain server {host} is not in DOMAIN_HOSTS; add it there to allow it"))
+    }
+
+    fn contains(&self, server: &Url) -> bool {
+        let host = server.host_str().unwrap_or_default();
+        let with_port = format!("{host}:{}", server.port_or_known_default().unwrap_or_default());
+        let bare = host.trim_start_matches('[').trim_end_matches(']');
+        self.0.iter().any(|allowed| [host, bare, &with_port].iter().any(|h| h.eq_ignore_ascii_case(allowed)))
+    }
+}
+
 /// Files on this machine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LocalFiles {
@@ -154,6 +192,27 @@ mod tests {
         check(id, Some("/relative\n"), "domain_server_url \"/relative\\n\" is not an absolute http(s) URL");
         check(id, Some("ftp://x"), "domain_server_url \"ftp://x\" is not an absolute http(s) URL");
         check(id, Some("http:"), "domain_server_url \"http:\" is not an absolute http(s) URL");
+    }
+
+    #[test]
+    fn empty_list_allows_any_or_no_server() {
+        let check = |hosts: &[&str], server: &str, empty| {
+            let hosts = DomainHosts(hosts.iter().map(|host| (*host).to_owned()).collect());
+            hosts.check(&Url::parse(server).expect("a URL"), empty).err().unwrap_or_default()
+        };
+        let refused = "domain server ds.test is not in DOMAIN_HOSTS; add it there to allow it";
+        for (hosts, any, none) in [
+            (&[][..], "", refused),
+            (&["DS.test"], "", ""),
+            (&["other.test", "ds.test:443"], "", ""),
+            (&["ds.test:8443", "test"], refused, refused),
+        ] {
+            assert_eq!(check(hosts, "https://ds.test/base", EmptyList::AllowsAny), any, "{hosts:?}");
+            assert_eq!(check(hosts, "https://ds.test/base", EmptyList::AllowsNone), none, "{hosts:?}");
+        }
+        assert_eq!(check(&["::1"], "http://[::1]:8700", EmptyList::AllowsNone), "");
+        let with_password = check(&["ds.test"], "https://user:secret@ds.test", EmptyList::AllowsAny);
+        assert!(with_password.contains("credentials") && !with_password.contains("secret"), "{with_password}");
     }
 
     #[test]

@@ -30,7 +30,7 @@ pub use backoff::{Backoff, Jitter, pause_asked};
 pub use boot_instant::BootInstant;
 pub use budget::{Budget, Charge, OverBudget};
 pub use capability::{Capability, CapabilityError};
-pub use data_location::{AnnouncedData, Coordinates, DataLocation, InlineInputs, LocalFiles};
+pub use data_location::{AnnouncedData, Coordinates, DataLocation, DomainHosts, EmptyList, InlineInputs, LocalFiles};
 pub use health_checks::{Callback, HealthChecks, NoRegistration, Unexpected};
 pub use held_lease::{
     CancelReason, CancelSignal, Deadline, HeldLease, HeldLeaseState, HeldLeaseWriter, LeaseUpdates, MissedHeartbeats,

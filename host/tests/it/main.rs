@@ -45,6 +45,8 @@ mod polling;
 mod refusals;
 mod registration;
 #[cfg(feature = "grpc")]
+mod run_data;
+#[cfg(feature = "grpc")]
 mod runs;
 mod secrets;
 mod settings;

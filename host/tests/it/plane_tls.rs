@@ -10,7 +10,7 @@ use crate::harness::{
     fault_proxy::FaultProxy,
     fixtures,
     node::{NodeSetup, TestNode},
-    node_plane::{NodePlane, lease, result},
+    node_plane::{NodePlane, domain_lease, lease, result},
     tls::{Clients, Front, NAME, authority, client_file},
 };
 
@@ -221,11 +221,18 @@ async fn other_servers_get_no_client_certificate() {
     let path = setup.plugins().join("node.toml");
     fs::write(&path, file).expect("the folder is writable");
     let setup = setup.set("CA_BUNDLE", authority()).set("ALL_PROXY", proxy.address.to_string());
-    let node = setup.arg("--config").arg(path).leasing().await;
+    let node = setup.set("DOMAIN_HOSTS", NAME).arg("--config").arg(path).leasing().await;
     // Sign-in, task service and domain data of one control plane, and a run of the other one.
     let input = test_server.put("in", &[7; 1000]).await;
     let job = test_server.task("/examples/echo-stream/v1").inputs(&[input]).submit();
     test_server.ended(&node, job).await.completed();
+    // The domain server gets none for a run either.
+    let server = format!("https://{NAME}");
+    let changes = [("domain_server_url", Some(server.as_str()))];
+    let run = domain_lease(&test_server, "data", ECHO, &[("in", &input.to_string())], &changes);
+    tls.plane.send(&node, run).await;
+    let sent = tls.plane.completed(&node, "data").await;
+    assert_eq!(test_server.read(result(&sent)["echo-0.bin"]).await, [7; 1000]);
     tls.serves(node).await;
     let seen = services.seen();
     assert!(seen.iter().any(|line| line == "handshake"), "{seen:?}");

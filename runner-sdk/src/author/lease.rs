@@ -28,10 +28,10 @@ pub struct LeaseEnvelope {
     /// The control plane's name for its state.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub status: Option<String>,
-    /// The domain the data belongs to.
+    /// The domain the data belongs to. Absent if the data is not on a domain server.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub domain_id: Option<String>,
-    /// Base URL of the domain server.
+    /// Base URL of the domain server. Absent if the data is not on one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub domain_server_url: Option<String>,
     /// What to do.

@@ -11,8 +11,9 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use serde_json::{Map, Value, json, value::to_raw_value};
 use sha2::{Digest, Sha256};
+use url::Url;
 
-use super::{super::is_credential, lease, report::At};
+use super::{super::is_credential, domain_data::DomainData, lease, report::At};
 use crate::model::{
     AnnouncedData, BootInstant, Capability, DataLocation, InlineInputs, JSON_SUFFIX, Lease, PlaneName, ReportAddress,
     TaskId,
@@ -77,42 +78,65 @@ pub(super) enum Unusable {
     Malformed(String),
 }
 
-/// Reads the lease. `now` is the time of the control plane.
+/// Reads the lease. `now` is the time of the control plane. `check` refuses a domain server that must get no token.
 pub(super) fn lease(
     ids: &Ids,
     wire: lease::Lease,
     agents: &BTreeMap<String, Capability>,
+    check: impl FnOnce(&Url) -> Result<(), String>,
     now: Timestamp,
 ) -> Result<Lease, Unusable> {
     let malformed = |reason: String| Unusable::Malformed(reason);
     let end = deadline(&wire, now)?;
     let spec = wire.run_spec.ok_or_else(|| malformed("the lease has no run_spec".to_owned()))?;
     let capability = capability(&spec, agents).map_err(malformed)?;
-    let inputs = inputs(spec.input_ref).map_err(malformed)?;
-    let names: Vec<String> = inputs.keys().cloned().collect();
+    let mut meta = parameters(spec.metadata).map_err(malformed)?;
+    let domain = DomainData::take(&mut meta).map_err(malformed)?;
+    meta.retain(|key, _| !is_credential(key));
+    let (inputs, data) = match &domain {
+        Some(domain) => {
+            check(&domain.at.server).map_err(malformed)?;
+            (data_ids(spec.input_ref).map_err(malformed)?, DataLocation::DomainServer(domain.at.clone()))
+        }
+        None => {
+            let inputs = inputs(spec.input_ref).map_err(malformed)?;
+            (inputs.keys().cloned().collect(), DataLocation::Inline(InlineInputs(Arc::new(inputs))))
+        }
+    };
     let budgets = spec.budgets.unwrap_or_default();
     let limit = u64::try_from(budgets.max_duration_seconds).ok().filter(|limit| *limit > 0);
     let tokens = u64::try_from(budgets.max_tokens).ok().filter(|max| *max > 0);
-    let mut meta = parameters(spec.metadata).map_err(malformed)?;
     let given = [("max_tokens", budgets.max_tokens), ("max_duration_seconds", budgets.max_duration_seconds)];
     let given = given.into_iter().filter(|(_, value)| *value > 0);
     meta.insert("budgets".into(), given.map(|(key, value)| (key.to_owned(), Value::from(value))).collect());
     let task =
-        json!({ "id": ids.run, "capability": capability.as_str(), "inputs_cids": names, "meta": Value::Object(meta) });
+        json!({ "id": ids.run, "capability": capability.as_str(), "inputs_cids": inputs, "meta": Value::Object(meta) });
+    let mut document = json!({ "task": task });
+    if let Some(DomainData { at, .. }) = &domain {
+        document["domain_id"] = at.domain.to_string().into();
+        document["domain_server_url"] = at.server.as_str().into();
+    }
     let at = At { limit, tokens, ..ids.at() };
     Ok(Lease {
         expires_at: Some(expiry(end)),
         hard_deadline: Some(end),
         time_limit: limit.map(Duration::from_secs),
         tokens_max: tokens,
-        data: AnnouncedData::Known(DataLocation::Inline(InlineInputs(Arc::new(inputs)))),
-        inputs: names,
-        document: to_raw_value(&json!({ "task": task })).expect("JSON values are JSON"),
+        data: AnnouncedData::Known(data),
+        token: domain.map(|domain| domain.token),
+        inputs,
+        document: to_raw_value(&document).expect("JSON values are JSON"),
         ..Lease::bare(ReportAddress { task: ids.task.clone(), at: at.text().into() }, capability)
     })
 }
 
-/// The parameters of the runner: texts, or JSON where the name says so. Credentials are left out.
+/// The domain server and the token that a newer lease of a run names, if they can be used.
+pub(super) fn domain_data(wire: &lease::Lease) -> Option<DomainData> {
+    let mut metadata = parameters(wire.run_spec.as_ref()?.metadata.clone()).ok()?;
+    DomainData::take(&mut metadata).ok()?
+}
+
+/// The metadata: texts, or JSON where the name says so.
 fn parameters(metadata: HashMap<String, String>) -> Result<Map<String, Value>, String> {
     let mut parameters = Map::new();
     for (key, value) in metadata {
@@ -123,9 +147,6 @@ fn parameters(metadata: HashMap<String, String>) -> Result<Map<String, Value>, S
             }
             None => (key, Value::String(value)),
         };
-        if is_credential(&name) {
-            continue;
-        }
         if parameters.contains_key(&name) {
             return Err(format!("its metadata have {name:?} both with and without {JSON_SUFFIX:?} at its end"));
         }
@@ -181,12 +202,23 @@ fn capability(spec: &lease::RunSpec, agents: &BTreeMap<String, Capability>) -> R
     Capability::from_wire(&name).map_err(|err| format!("agent_id and version: {err}"))
 }
 
-/// The inputs by their names. A value under a name that ends in `;base64` is decoded.
-fn inputs(wire: HashMap<String, String>) -> Result<BTreeMap<String, Bytes>, String> {
-    let count = wire.len();
+/// The ids of inputs on a domain server, in the order of their names.
+fn data_ids(wire: HashMap<String, String>) -> Result<Vec<String>, String> {
+    check_count(wire.len())?;
+    Ok(BTreeMap::from_iter(wire).into_values().collect())
+}
+
+fn check_count(count: usize) -> Result<(), String> {
     if count > INPUTS_MAX {
         return Err(format!("input_ref has {count} entries, at most {INPUTS_MAX} are allowed"));
     }
+    Ok(())
+}
+
+/// The inputs by their names. A value under a name that ends in `;base64` is decoded.
+fn inputs(wire: HashMap<String, String>) -> Result<BTreeMap<String, Bytes>, String> {
+    let count = wire.len();
+    check_count(count)?;
     let mut inputs = BTreeMap::new();
     for (key, value) in wire {
         let (name, value) = match key.strip_suffix(InlineInputs::BASE64_SUFFIX) {
@@ -232,7 +264,7 @@ mod tests {
         change(&mut wire);
         let agents = BTreeMap::from([("mapped".to_owned(), Capability::parse("/lab/mapped/v1").expect("a name"))]);
         let ids = Ids::read(&plane(), &wire).map_err(Unusable::Malformed)?;
-        lease(&ids, wire, &agents, Timestamp::from_second(1000).expect("a time"))
+        lease(&ids, wire, &agents, |_| Ok(()), Timestamp::from_second(1000).expect("a time"))
     }
 
     fn spec(change: impl FnOnce(&mut lease::RunSpec)) -> Result<Lease, Unusable> {

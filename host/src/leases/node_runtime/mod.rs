@@ -2,9 +2,10 @@
 //! for reports (docs/protocols/node-runtime.md).
 //!
 //! [`NodeRuntime::run`] keeps two things alive: the registration with its heartbeats (`rest`), and the stream
-//! (`stream`). `incoming` reads leases, `report` writes reports, `outstanding` bounds what this node has accepted.
-//! `lease` is generated from host/protos/lease.proto.
+//! (`stream`). `incoming` and `domain_data` read leases, `report` writes reports, `outstanding` bounds what this node
+//! has accepted. `lease` is generated from host/protos/lease.proto.
 
+mod domain_data;
 mod incoming;
 mod outstanding;
 mod report;
@@ -41,7 +42,7 @@ use self::{
 use super::{Admission, LeaseError, LeaseSource, PlaneFacts, PlaneReadiness, Renewal};
 use crate::{
     model::{
-        Backoff, BootInstant, Capability, Jitter, Lease, Outcome, Pending, PlaneName, RegistrationForm,
+        Backoff, BootInstant, Capability, DomainHosts, Jitter, Lease, Outcome, Pending, PlaneName, RegistrationForm,
         RegistrationState, ReportAddress, TaskId, TaskResult, Term, Timings, Usage,
     },
     node_event::{NodeEvent, NodeEvents},
@@ -116,6 +117,8 @@ struct Shared {
     config: Config,
     /// Tasks that run at once on this node.
     slots: usize,
+    /// The domain servers that may get the token of a run.
+    domain_hosts: DomainHosts,
     client: Client,
     rest: Rest,
     /// `Err`: the URL cannot be used.
@@ -135,9 +138,10 @@ struct Shared {
 }
 
 impl NodeRuntime {
-    /// Nothing is sent yet. The node runs at most `slots` tasks at once.
+    /// Nothing is sent yet. The node runs at most `slots` tasks at once. Data moves only through servers in
+    /// `domain_hosts`.
     #[must_use]
-    pub fn new(config: Config, slots: usize, client: Client, events: NodeEvents) -> Self {
+    pub fn new(config: Config, slots: usize, domain_hosts: DomainHosts, client: Client, events: NodeEvents) -> Self {
         // The client certificate is for this control plane only.
         let client = config.tls.clone().map_or(client.clone(), |tls| client.for_peer(tls));
         let facts = PlaneFacts {
@@ -154,6 +158,7 @@ impl NodeRuntime {
             origin: rest::base(&config.grpc_url).parse().map_err(|err| format!("{}: {err}", config.grpc_url)),
             facts,
             slots,
+            domain_hosts,
             client,
             calls: tokio::sync::Mutex::default(),
             outstanding: Outstanding::new(max),
@@ -409,13 +414,14 @@ impl LeaseSource for NodeRuntime {
         }
     }
 
-    /// The wire has no renewal. The answer has the newest lease of the run and its deadline.
+    /// The wire has no renewal. The answer has the newest lease of the run, its deadline and its token.
     async fn heartbeat(&self, to: &ReportAddress, _: &Pending, _: BootInstant) -> Result<Renewal, LeaseError> {
         let (old, new) = (At::read(to)?, self.0.newest(to)?);
         let address = (old != new).then(|| ReportAddress { task: to.task.clone(), at: new.text().into() });
         let hard_deadline = self.0.outstanding.moved_deadline_of(&to.task);
         let term = hard_deadline.map_or(Term::Unchanged, |deadline| Term::Until(incoming::expiry(deadline)));
-        Ok(Renewal { term, hard_deadline, address, ..Renewal::default() })
+        let token = self.0.outstanding.token_of(&to.task);
+        Ok(Renewal { term, hard_deadline, address, token, ..Renewal::default() })
     }
 
     async fn report(&self, to: &ReportAddress, task_result: &TaskResult) -> Result<(), LeaseError> {

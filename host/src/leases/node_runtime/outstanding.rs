@@ -10,7 +10,8 @@ use std::{
 
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
-use crate::model::{BootInstant, LeaseHold, TaskId};
+use super::domain_data::DomainData;
+use crate::model::{BootInstant, LeaseHold, TaskId, Token};
 
 /// See the module documentation.
 pub(super) struct Outstanding {
@@ -38,6 +39,8 @@ struct Run {
     lease: Arc<str>,
     /// The deadline of a lease that has replaced the first one.
     moved_deadline: Option<BootInstant>,
+    /// Where its data is, with the newest token.
+    domain: Option<DomainData>,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -83,12 +86,25 @@ impl Outstanding {
         ended.notified().await;
     }
 
-    /// Gives a known run a newer lease, with its deadline if that can be used. `false`: the run is not known.
-    pub(super) fn adopt(&self, task: &TaskId, lease: &str, deadline: Option<BootInstant>) -> bool {
+    /// Gives a known run a newer lease, with its deadline if that can be used. A token for the same domain server
+    /// replaces the old one. `false`: the run is not known.
+    pub(super) fn adopt(
+        &self,
+        task: &TaskId,
+        lease: &str,
+        deadline: Option<BootInstant>,
+        domain: impl FnOnce() -> Option<DomainData>,
+    ) -> bool {
         match lock(&self.runs).by_task.get_mut(task) {
             Some(run) => {
                 run.lease = lease.into();
                 run.moved_deadline = deadline.or(run.moved_deadline);
+                if let Some(old) = &mut run.domain
+                    && let Some(new) = domain()
+                    && new.at == old.at
+                {
+                    old.token = new.token;
+                }
                 true
             }
             None => false,
@@ -96,11 +112,18 @@ impl Outstanding {
     }
 
     /// Adds a run. It ends when the returned guard is dropped, or with [`Self::settled`].
-    pub(super) fn add(&self, task: &TaskId, lease: &str, permit: OwnedSemaphorePermit) -> LeaseHold {
+    pub(super) fn add(
+        &self,
+        task: &TaskId,
+        lease: &str,
+        domain: Option<DomainData>,
+        permit: OwnedSemaphorePermit,
+    ) -> LeaseHold {
         let mut runs = lock(&self.runs);
         let number = runs.next;
         runs.next += 1;
-        runs.by_task.insert(task.clone(), Run { number, lease: lease.into(), moved_deadline: None, _permit: permit });
+        let run = Run { number, lease: lease.into(), moved_deadline: None, domain, _permit: permit };
+        runs.by_task.insert(task.clone(), run);
         LeaseHold::new(Guard { runs: Arc::downgrade(&self.runs), task: task.clone(), number })
     }
 
@@ -114,6 +137,11 @@ impl Outstanding {
         lock(&self.runs).by_task.get(task)?.moved_deadline
     }
 
+    /// The newest token of a run for its domain server.
+    pub(super) fn token_of(&self, task: &TaskId) -> Option<Token> {
+        Some(lock(&self.runs).by_task.get(task)?.domain.as_ref()?.token.clone())
+    }
+
     /// Ends a run: the control plane has answered its report.
     pub(super) fn settled(&self, task: &TaskId) {
         lock(&self.runs).remove(task);
@@ -122,20 +150,44 @@ impl Outstanding {
 
 #[cfg(test)]
 mod tests {
+    use url::Url;
+    use uuid::Uuid;
+
     use super::*;
+    use crate::model::Coordinates;
+
+    #[tokio::test]
+    async fn only_the_same_domain_server_gets_a_new_token() {
+        let (outstanding, task) = (Outstanding::new(1), TaskId::parse("run").expect("an id"));
+        let data = |server: &str, domain, token: &str| {
+            let at = Coordinates { server: Url::parse(server).expect("a URL"), domain };
+            Some(DomainData { at, token: Token::new(token) })
+        };
+        let _hold =
+            outstanding.add(&task, "a", data("https://ds.test", Uuid::nil(), "first"), outstanding.permit().await);
+        for (newer, expected) in [
+            (None, "first"),
+            (data("https://other.test", Uuid::nil(), "second"), "first"),
+            (data("https://ds.test", Uuid::max(), "third"), "first"),
+            (data("https://ds.test", Uuid::nil(), "fourth"), "fourth"),
+        ] {
+            assert!(outstanding.adopt(&task, "b", None, || newer));
+            assert_eq!(outstanding.token_of(&task), Some(Token::new(expected)));
+        }
+    }
 
     #[tokio::test]
     async fn guard_ends_only_its_own_run() {
         let (outstanding, task) = (Outstanding::new(2), TaskId::parse("run").expect("an id"));
-        let first = outstanding.add(&task, "a", outstanding.permit().await);
-        assert!(outstanding.adopt(&task, "b", None));
+        let first = outstanding.add(&task, "a", None, outstanding.permit().await);
+        assert!(outstanding.adopt(&task, "b", None, || None));
         assert_eq!((outstanding.lease_of(&task).as_deref(), outstanding.count()), (Some("b"), 1));
         outstanding.settled(&task);
-        let second = outstanding.add(&task, "c", outstanding.permit().await);
+        let second = outstanding.add(&task, "c", None, outstanding.permit().await);
         drop(first);
         assert_eq!((outstanding.lease_of(&task).as_deref(), outstanding.count()), (Some("c"), 1));
         drop(second);
-        assert!(!outstanding.adopt(&task, "d", None));
+        assert!(!outstanding.adopt(&task, "d", None, || None));
         assert_eq!(outstanding.count(), 0);
     }
 }

@@ -47,14 +47,16 @@ pub(super) enum Report {
 
 /// The report of a task result. `None`: the task must not be reported.
 pub(super) fn report(at: &At, node: &str, task_result: &TaskResult) -> Option<Report> {
-    let TaskResult { outcome, inline, timings, usage, .. } = task_result;
+    let TaskResult { outcome, artifacts, inline, timings, usage, .. } = task_result;
+    // Only artifacts on a domain server have an id.
+    let ids = || artifacts.iter().filter_map(|artifact| Some((artifact.logical_path.clone(), artifact.id.clone()?)));
     match outcome {
         Outcome::Cancelled | Outcome::LeaseLost => None,
         Outcome::Completed => Some(Report::Complete(CompleteRequest {
             lease_id: at.lease.clone(),
             run_id: at.run.clone(),
             node_id: node.to_owned(),
-            result: inline.iter().map(|(path, text)| (path.clone(), text.clone())).collect(),
+            result: inline.iter().map(|(path, text)| (path.clone(), text.clone())).chain(ids()).collect(),
             timings: Some(times(*timings)),
             costs: Some(costs(*usage)),
         })),

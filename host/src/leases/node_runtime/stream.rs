@@ -12,16 +12,18 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tonic::Streaming;
 use tracing::{debug, info, warn};
+use url::Url;
 
 use super::{
     Shared,
+    domain_data::DomainData,
     incoming::{self, Ids, Unusable},
     lease::{self, AckRequest, PullRequest},
     report,
 };
 use crate::{
     leases::Advice,
-    model::{Backoff, Jitter, Lease, TaskId, Timings, millis},
+    model::{Backoff, EmptyList, Jitter, Lease, TaskId, Timings, millis},
 };
 
 /// A stream that lived this long was not a failure.
@@ -208,14 +210,22 @@ impl Shared {
             return;
         }
         let now = self.client.now_at(&self.facts.base_url);
-        match incoming::lease(&ids, wire, &self.config.agent_map, now) {
+        match incoming::lease(&ids, wire, &self.config.agent_map, |server| self.check_domain_server(server), now) {
             Ok(mut lease) => {
-                lease.hold = Some(self.outstanding.add(&ids.task, &ids.lease, room.permit));
+                let domain = DomainData::of(&lease);
+                lease.hold = Some(self.outstanding.add(&ids.task, &ids.lease, domain, room.permit));
                 room.place.send(lease);
             }
             Err(Unusable::Expired) => self.give_back(ids, EXPIRED, true, Some(room.permit), calls).await,
             Err(Unusable::Malformed(reason)) => self.give_back(ids, &reason, false, Some(room.permit), calls).await,
         }
+    }
+
+    /// Refuses a domain server that must not get a token. The wire needs no authentication: anybody may speak
+    /// for the control plane.
+    fn check_domain_server(&self, server: &Url) -> Result<(), String> {
+        self.client.check(server).map_err(|err| format!("domain server {err}"))?;
+        self.domain_hosts.check(server, EmptyList::AllowsNone)
     }
 
     /// Returns the leases that still arrive after the node has said that it drains.
@@ -241,11 +251,12 @@ impl Shared {
         }
     }
 
-    /// Gives a run that this node has the new lease and its deadline. `false`: this node does not have the run.
+    /// Gives a run that this node has the new lease, its deadline and its token. `false`: this node does not have the
+    /// run.
     fn adopt(&self, ids: &Ids, wire: &lease::Lease) -> bool {
         let now = self.client.now_at(&self.facts.base_url);
         let deadline = incoming::deadline(wire, now).ok();
-        self.outstanding.adopt(&ids.task, &ids.lease, deadline)
+        self.outstanding.adopt(&ids.task, &ids.lease, deadline, || incoming::domain_data(wire))
     }
 
     fn read_ids(&self, wire: &lease::Lease) -> Option<Ids> {

@@ -37,12 +37,11 @@ use std::{
 
 use async_trait::async_trait;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use url::Url;
 
 use crate::{
     model::{
-        Artifact, ArtifactSpec, Budget, CancelReason, Coordinates, DataLocation, Fetched, HeldLease, InputStream,
-        Materialized, OutputStream, PortError, PortErrorKind, Ports, Setup,
+        Artifact, ArtifactSpec, Budget, CancelReason, Coordinates, DataLocation, DomainHosts, EmptyList, Fetched,
+        HeldLease, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports, Setup,
     },
     storage::{Storage, zip::UnpackLimits},
     transport::Client,
@@ -67,8 +66,8 @@ pub struct Config {
     pub budget: Budget,
     /// Limits for the content of zip inputs.
     pub unpack: UnpackLimits,
-    /// Hosts (or `host:port`) that may get a lease's token. Empty allows any.
-    pub domain_hosts: Vec<String>,
+    /// The servers that may get a lease's token. Empty allows any; an adapter may be stricter.
+    pub domain_hosts: DomainHosts,
     /// How many parts of one artifact are sent concurrently, at least one. With two, a connection is busy while one
     /// part waits for its answer. A stream holds these parts and the next one in memory.
     pub parallel_parts: usize,
@@ -88,7 +87,7 @@ impl Config {
             retry_limit: Duration::from_secs(120),
             budget: Budget::unlimited(),
             unpack: UnpackLimits::default(),
-            domain_hosts: Vec::new(),
+            domain_hosts: DomainHosts::default(),
             parallel_parts: 2,
             info: info::Cache::default(),
         }
@@ -274,24 +273,7 @@ impl Inner {
         };
         let server = &coordinates.server;
         self.client.check(server).map_err(|err| refuse(format!("domain server {err}")))?;
-        if !server.username().is_empty() || server.password().is_some() {
-            return Err(refuse(
-                "the domain server's URL contains credentials; expected scheme, host and path".to_owned(),
-            ));
-        }
-        if !allowed(server, &self.config.domain_hosts) {
-            let host = server.host_str().unwrap_or_default();
-            return Err(refuse(format!("domain server {host} is not in DOMAIN_HOSTS; add it there to allow it")));
-        }
+        self.config.domain_hosts.check(server, EmptyList::AllowsAny).map_err(refuse)?;
         Ok(coordinates)
     }
-}
-
-/// Whether the operator allows this server.
-fn allowed(server: &Url, hosts: &[String]) -> bool {
-    let host = server.host_str().unwrap_or_default();
-    let with_port = format!("{host}:{}", server.port_or_known_default().unwrap_or_default());
-    let bare = host.trim_start_matches('[').trim_end_matches(']');
-    hosts.is_empty()
-        || hosts.iter().any(|allowed| [host, bare, &with_port].iter().any(|h| h.eq_ignore_ascii_case(allowed)))
 }

@@ -33,8 +33,9 @@ use tonic::{Code, Status, body::Body};
 use tower_service::Service as _;
 
 use super::{
+    TestServer,
     node::{NodeSetup, TestNode},
-    within,
+    trimmed, within,
 };
 
 /// A call that the control plane got.
@@ -230,6 +231,32 @@ pub(crate) fn lease(run: &str, capability: &str, inputs: &[(&str, &str)], metada
         deadline_unix_ms: in_future(300_000),
         trace_id: String::new(),
     }
+}
+
+/// The same with data on the domain server of `test_server`, and with these changes of the metadata.
+pub(crate) fn domain_lease(
+    test_server: &TestServer,
+    run: &str,
+    capability: &str,
+    inputs: &[(&str, &str)],
+    changes: &[(&str, Option<&str>)],
+) -> Lease {
+    let server = &test_server.dev_server;
+    let metadata = [
+        ("domain_id", server.domain_id().to_string()),
+        ("domain_server_url", trimmed(&server.domain_server_url()).to_owned()),
+        ("access_token", server.grant()),
+    ];
+    let metadata = metadata.each_ref().map(|(key, value)| (*key, value.as_str()));
+    let mut lease = lease(run, capability, inputs, &metadata);
+    let metadata = &mut lease.run_spec.as_mut().expect("a spec").metadata;
+    for (key, value) in changes {
+        match value {
+            Some(value) => drop(metadata.insert((*key).to_owned(), (*value).to_owned())),
+            None => drop(metadata.remove(*key)),
+        }
+    }
+    lease
 }
 
 /// The Unix time in milliseconds, this long from now.

@@ -122,7 +122,7 @@ async fn first_call_waits_for_the_set_up_heartbeat() {
 #[tokio::test]
 async fn only_allowed_hosts_get_the_bearer() {
     for (allowed, fine) in [("127.0.0.1", true), ("ds.example", false), ("127.0.0.1:1", false)] {
-        let fixture = fixture_with(|config| config.domain_hosts = vec![allowed.to_owned()]).await;
+        let fixture = fixture_with(|config| config.domain_hosts.0 = vec![allowed.to_owned()]).await;
         fixture.item("d", "n", "t", "body");
         let result = fixture.ports.materialize("d").await;
         match fine {
