@@ -10,7 +10,7 @@ use crate::{
     config::{HostConfig, Layers},
     control::{Reports, Wanted, client},
     model::{TaskId, TaskIdError},
-    outbox::{Listing, OfflineOutbox, OfflineOutboxError, SetAside, StateError},
+    outbox::{ImportedReports, Listing, OfflineOutbox, OfflineOutboxError, StateError},
 };
 
 /// Subcommands of `outbox`.
@@ -21,7 +21,7 @@ pub(super) enum Command {
         #[command(flatten)]
         state_args: StateArgs,
     },
-    /// Send reports now instead of after their pause, or add reports from a file that was set aside
+    /// Send reports now, also those that were set aside, or add the reports of another file
     Retry {
         #[command(flatten)]
         what: Retried,
@@ -87,9 +87,9 @@ impl Command {
     }
 
     /// The reports to add.
-    fn set_aside(&self) -> Result<Option<SetAside>, StateError> {
+    fn imported(&self) -> Result<Option<ImportedReports>, StateError> {
         match self {
-            Self::Retry { what: Retried { from: Some(file), .. }, .. } => SetAside::read(file).map(Some),
+            Self::Retry { what: Retried { from: Some(file), .. }, .. } => ImportedReports::read(file).map(Some),
             _ => Ok(None),
         }
     }
@@ -102,14 +102,14 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
         None => HostConfig::some(layers, &["state"])?.outbox.state_dir,
     };
     let tasks = command.tasks();
-    let set_aside = command.set_aside()?;
-    let found = set_aside.as_ref().map(SetAside::len);
+    let imported = command.imported()?;
+    let found = imported.as_ref().map(ImportedReports::len);
     if found == Some(0) {
         print_error("the file has no report that can be read");
         return Ok(Exit::Failed);
     }
     let (reports, running) = match OfflineOutbox::open(&folder) {
-        Ok(Some(outbox)) => (stopped(command, outbox, tasks.as_deref(), set_aside)?, false),
+        Ok(Some(outbox)) => (stopped(command, outbox, tasks.as_deref(), imported)?, false),
         // A mistyped folder must not look like an empty outbox.
         Ok(None) => {
             let folder = folder.display();
@@ -122,7 +122,7 @@ pub(super) fn run(command: &Command, layers: &Layers) -> anyhow::Result<Exit> {
             let wanted = Wanted { tasks: tasks.clone() };
             let asked = block_on(async {
                 Ok(match command {
-                    _ if set_aside.is_some() => client::ask(&path, "/outbox/take-up", set_aside.as_ref()).await,
+                    _ if imported.is_some() => client::ask(&path, "/outbox/take-up", imported.as_ref()).await,
                     Command::List { .. } => client::ask::<Reports>(&path, "/outbox", None::<&Wanted>).await,
                     Command::Retry { .. } => client::ask(&path, "/outbox/retry", Some(&wanted)).await,
                     Command::Drop { .. } => client::ask(&path, "/outbox/drop", Some(&wanted)).await,
@@ -156,14 +156,15 @@ fn stopped(
     command: &Command,
     mut outbox: OfflineOutbox,
     tasks: Option<&[TaskId]>,
-    set_aside: Option<SetAside>,
+    imported: Option<ImportedReports>,
 ) -> anyhow::Result<Vec<Listing>> {
-    if let Some(set_aside) = set_aside {
-        return Ok(outbox.take_up(set_aside)?);
+    if let Some(imported) = imported {
+        return Ok(outbox.take_up(imported)?);
     }
     let tasks: Option<HashSet<TaskId>> = tasks.map(|tasks| tasks.iter().cloned().collect());
     Ok(match command {
-        Command::List { .. } | Command::Retry { .. } => outbox.listings(tasks.as_ref()),
+        Command::List { .. } => outbox.listings(tasks.as_ref()),
+        Command::Retry { .. } => outbox.retry(tasks.as_ref())?,
         Command::Drop { .. } => outbox.drop_reports(tasks.as_ref())?,
     })
 }
@@ -209,7 +210,7 @@ fn shown(reports: &[Listing], output: Output) -> anyhow::Result<String> {
     let rows = reports.iter().map(|report| {
         let ended = report.ended_at.strftime("%Y-%m-%dT%H:%M:%SZ");
         format!(
-            "{:<8} {} {} {:<10} {:>9}  {}  {}",
+            "{:<9} {} {} {:<10} {:>9}  {}  {}",
             report.state.word(),
             report.task_id,
             ended,

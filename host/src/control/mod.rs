@@ -81,7 +81,7 @@ mod socket {
     use super::{Address, Reports, SOCKET, Wanted};
     use crate::{
         listen::{self, Http2, Limits},
-        outbox::{Outbox, SetAside},
+        outbox::{ImportedReports, Outbox},
     };
 
     const LIMITS: Limits = Limits {
@@ -158,8 +158,8 @@ mod socket {
         Json(Reports { reports: outbox.drop_reports(tasks(wanted).as_ref()).await })
     }
 
-    async fn take_up(State(outbox): State<Outbox>, Json(set_aside): Json<SetAside>) -> Json<Reports> {
-        Json(Reports { reports: outbox.take_up(set_aside).await })
+    async fn take_up(State(outbox): State<Outbox>, Json(imported): Json<ImportedReports>) -> Json<Reports> {
+        Json(Reports { reports: outbox.take_up(imported).await })
     }
 
     fn tasks(wanted: Wanted) -> Option<HashSet<crate::model::TaskId>> {

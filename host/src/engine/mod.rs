@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, debug, error, warn};
 
 use crate::{
-    leases::{Admission, Advice, LeaseError, LeaseSource},
+    leases::{Admission, LeaseError, LeaseSource},
     model::{Backoff, BootInstant, Jitter, Lease, Outcome, PlaneName, ReportAddress, SetupStage, millis},
     node_event::{NodeEvent, NodeEvents, SkipReason},
     outbox::Outbox,
@@ -424,7 +424,7 @@ async fn refuse(source: Arc<dyn LeaseSource>, to: ReportAddress, reason: String,
         for tries in 1..=REFUSALS_MAX {
             let Err(err) = source.reject(&to, &outcome).await else { return };
             warn!(event = "lease.not_rejected", task_id = %to.task, error = %err, tries, "lease could not be rejected");
-            if err.advice() != Advice::RetryLater {
+            if !err.advice().may_retry() {
                 return;
             }
             tokio::time::sleep(REFUSAL_PAUSES.pause(tries, rand::random())).await;

@@ -199,10 +199,21 @@ pub enum Acknowledged {
 pub enum Advice {
     /// Try again later. The node may still hold the lease.
     RetryLater,
+    /// The control plane works, and does not accept this request. Try again later, but not without end. Other requests
+    /// are not affected.
+    RetryBounded,
     /// The lease is over.
     StopTask,
     /// The control plane will never accept this request.
     GiveUp,
+}
+
+impl Advice {
+    /// Whether the same request may succeed later.
+    #[must_use]
+    pub fn may_retry(self) -> bool {
+        matches!(self, Self::RetryLater | Self::RetryBounded)
+    }
 }
 
 impl LeaseError {
@@ -215,7 +226,6 @@ impl LeaseError {
             | Self::Unauthorized
             | Self::Busy
             | Self::Malformed { .. }
-            | Self::NotAccepted { .. }
             | Self::Grpc { retry: true, .. }
             | Self::Address(_) => Advice::RetryLater,
             // 5xx: the control plane failed. 3xx: a gateway before it may redirect for a while.
@@ -224,6 +234,7 @@ impl LeaseError {
             }
             Self::Refused { .. } | Self::NoSuchPath { .. } | Self::Grpc { .. } => Advice::GiveUp,
             Self::Gone { .. } => Advice::StopTask,
+            Self::NotAccepted { .. } => Advice::RetryBounded,
         }
     }
 

@@ -403,6 +403,8 @@ pub struct OutboxStatus {
     pub last_error: Option<String>,
     /// Reports of another control plane or node. They are stored and not sent.
     pub foreign: usize,
+    /// Reports that the control plane did not accept for 24 h. They are stored and not sent.
+    pub set_aside: usize,
     /// Whether so many reports of a control plane wait that nothing new is leased from it.
     pub full: bool,
     /// These control planes.
@@ -432,6 +434,9 @@ pub enum ReportState {
     Waiting,
     /// The control plane refused it permanently.
     Refused,
+    /// The control plane did not accept it for 24 h. It is stored and not sent.
+    #[serde(rename = "set-aside")]
+    SetAside,
     /// An operator dropped it.
     Dropped,
     /// There is no report: the task was cancelled or lost.
@@ -653,13 +658,14 @@ impl StatusBoard {
         });
     }
 
-    /// Records the final state of a report that waited.
+    /// Records the new state of a report that waited.
     pub fn settled(&self, task: &TaskId, report: ReportState) {
         self.change(|status| {
             status.unreported += u64::from(report == ReportState::Refused);
             // The same task may have ended here twice: the control plane leased it again.
-            let waiting =
-                |record: &&mut Arc<TaskRecord>| record.task_id == *task && record.report == ReportState::Waiting;
+            let waiting = |record: &&mut Arc<TaskRecord>| {
+                record.task_id == *task && matches!(record.report, ReportState::Waiting | ReportState::SetAside)
+            };
             if let Some(record) = status.recent.iter_mut().find(waiting) {
                 Arc::make_mut(record).report = report;
             }

@@ -124,6 +124,9 @@ impl NodeEvent {
             Self::ReportRefused { task, outcome, tries, error, .. } => {
                 warn!(target: SENDING, event = "report.refused", task_id = %task, outcome = outcome.as_str(), tries, error, "report refused permanently");
             }
+            Self::ReportSetAside { task, outcome, tries, error, .. } => {
+                error!(target: SENDING, event = "report.set_aside", task_id = %task, outcome = outcome.as_str(), tries, error, "report was not accepted for 24 h, it is kept and not sent");
+            }
             Self::ReportDropped { task, outcome, .. } => {
                 warn!(target: OUTBOX, event = "report.dropped", task_id = %task, outcome = outcome.as_str(), "report dropped by an operator");
             }
@@ -174,7 +177,7 @@ fn log_task_ended(record: &TaskRecord, reason: Option<&str>, why: Option<&str>) 
         ReportState::Refused => {
             warn!(target: ATTEMPT, event = "task.ended", report = "refused", outcome, artifacts, elapsed_ms, reason, error = why, "task ended, its report was refused permanently");
         }
-        ReportState::Waiting => {
+        ReportState::Waiting | ReportState::SetAside => {
             warn!(target: ATTEMPT, event = "task.ended", report = "waiting", outcome, artifacts, elapsed_ms, reason, error = why, "task ended, its report waits in the outbox");
         }
         ReportState::Dropped => {

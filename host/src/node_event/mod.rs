@@ -275,6 +275,19 @@ pub enum NodeEvent {
         /// The answer of the control plane.
         error: String,
     },
+    /// The control plane answered, and did not accept a report for 24 h. It stays in the outbox and is not sent.
+    ReportSetAside {
+        /// The task.
+        task: TaskId,
+        /// The id of the task when it ended. The status shows the task by this id.
+        ended_as: TaskId,
+        /// How the task ended.
+        outcome: OutcomeWord,
+        /// How many times the report was sent.
+        tries: u32,
+        /// The answer of the control plane.
+        error: String,
+    },
     /// An operator dropped a report.
     ReportDropped {
         /// The task.
@@ -402,6 +415,7 @@ impl NodeEvent {
             Self::ReportWaiting { .. } => "report.waiting",
             Self::ReportDelivered { .. } => "report.delivered",
             Self::ReportRefused { .. } => "report.refused",
+            Self::ReportSetAside { .. } => "report.set_aside",
             Self::ReportDropped { .. } => "report.dropped",
             Self::OutboxFull { .. } => "outbox.full",
             Self::OutboxHasRoom { .. } => "outbox.has_room",
@@ -429,6 +443,7 @@ impl NodeEvent {
             | Self::ReportWaiting { task, .. }
             | Self::ReportDelivered { task, .. }
             | Self::ReportRefused { task, .. }
+            | Self::ReportSetAside { task, .. }
             | Self::ReportDropped { task, .. }
             | Self::HeartbeatFailed { task, .. }
             | Self::HeartbeatRecovered { task }
@@ -478,6 +493,7 @@ impl NodeEvent {
             Self::TaskEnded { held, record, .. } => board.ended(*held, Arc::clone(record)),
             Self::ReportDelivered { ended_as, .. } => board.settled(ended_as, ReportState::Accepted),
             Self::ReportRefused { ended_as, .. } => board.settled(ended_as, ReportState::Refused),
+            Self::ReportSetAside { ended_as, .. } => board.settled(ended_as, ReportState::SetAside),
             Self::ReportDropped { ended_as, .. } => board.settled(ended_as, ReportState::Dropped),
             // The status reads leases, heartbeats and hanging calls when it is shown. The outbox sets its own part, and
             // counts reports there too.

@@ -81,6 +81,7 @@ fn all(board: &StatusBoard) -> Vec<NodeEvent> {
         NodeEvent::ReportWaiting { task: task(), error: error.clone(), pause },
         NodeEvent::ReportDelivered { task: task(), ended_as: task(), outcome, tries: 2, waited: pause },
         NodeEvent::ReportRefused { task: task(), ended_as: task(), outcome, tries: 2, error: error.clone() },
+        NodeEvent::ReportSetAside { task: task(), ended_as: task(), outcome, tries: 2, error: error.clone() },
         NodeEvent::ReportDropped { task: task(), ended_as: task(), outcome },
         NodeEvent::OutboxFull { planes: vec![plane()], waiting: 1, limit: 1, bytes: 1 },
         NodeEvent::OutboxHasRoom { waiting: 0 },

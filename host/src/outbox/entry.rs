@@ -47,6 +47,23 @@ pub(super) struct Tries {
     pub(super) last: Option<Timestamp>,
     /// Why the last one failed, one line.
     pub(super) error: Option<String>,
+    /// The first time that the control plane answered and did not accept it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) not_accepted_since: Option<Timestamp>,
+    /// It is kept and not sent, because it was not accepted for [`super::queue::NOT_ACCEPTED_MAX`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) set_aside: bool,
+}
+
+impl Tries {
+    /// Sends the report again if it was set aside. `true`: it was.
+    pub(super) fn take_back(&mut self) -> bool {
+        if self.set_aside {
+            (self.set_aside, self.not_accepted_since) = (false, None);
+            return true;
+        }
+        false
+    }
 }
 
 /// An [`Entry`] of format 1, which supports one kind of control plane.
@@ -89,11 +106,11 @@ struct Stored<E, T> {
 
 /// Reports from a file that no node uses. A command sends them to the node that adds them.
 #[derive(Debug, Default, Serialize, Deserialize)]
-pub struct SetAside {
+pub struct ImportedReports {
     reports: Vec<Stored<Entry, Tries>>,
 }
 
-impl SetAside {
+impl ImportedReports {
     /// Reads `file`, damaged or not, and does not change it. Rows that cannot be read are missing.
     ///
     /// # Errors
@@ -124,7 +141,10 @@ impl SetAside {
     /// The reports that are not among `known`, the oldest first.
     pub(super) fn missing_in<'a>(self, known: impl Iterator<Item = &'a Entry>) -> Vec<(Entry, Tries)> {
         let mut known: HashSet<_> = known.map(Entry::identity).collect();
-        let reports = self.reports.into_iter().map(|Stored { report, tries }| (report, tries));
+        let reports = self.reports.into_iter().map(|Stored { report, mut tries }| {
+            tries.take_back();
+            (report, tries)
+        });
         reports.filter(|(report, _)| known.insert(report.identity())).collect()
     }
 }
@@ -212,6 +232,9 @@ pub enum ListingState {
     Sending,
     /// It is for another control plane or from another node. It is kept until that one runs here.
     Foreign,
+    /// The control plane did not accept it for 24 h. It is kept until an operator retries or drops it, or the control
+    /// plane leases its task again.
+    SetAside,
 }
 
 impl ListingState {
@@ -222,6 +245,7 @@ impl ListingState {
             Self::Waiting => "waiting",
             Self::Sending => "sending",
             Self::Foreign => "foreign",
+            Self::SetAside => "set-aside",
         }
     }
 }

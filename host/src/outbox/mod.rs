@@ -51,7 +51,7 @@ use tracing::{debug, info, warn};
 
 pub use self::{
     delivery::{NewReport, Stops},
-    entry::{Listing, ListingState, SetAside},
+    entry::{ImportedReports, Listing, ListingState},
     offline::{OfflineOutbox, OfflineOutboxError},
     state::{StateDir, StateError},
 };
@@ -368,7 +368,8 @@ impl Outbox {
         };
         let numbers = numbers.map_or_else(|| queue.numbers(None), |numbers| numbers.into_iter().collect());
         let lost: Vec<Listing> = numbers.into_iter().filter_map(|number| queue.listing(number)).collect();
-        let ours = lost.iter().filter(|report| report.state != ListingState::Foreign).count();
+        let kept_back = |report: &&Listing| matches!(report.state, ListingState::Foreign | ListingState::SetAside);
+        let ours = lost.iter().filter(|report| !kept_back(report)).count();
         let lost = lost.into_iter().map(|report| report.task_id).collect();
         Remaining { reports, kept: reports - ours, unwritten: Some(error), lost }
     }
@@ -417,7 +418,7 @@ impl Outbox {
         self.lock().queue.listings()
     }
 
-    /// Ends the pauses of these tasks' reports, or of all. Returns the reports.
+    /// Ends the pauses of these tasks' reports, or of all, and sends those that were set aside. Returns the reports.
     pub fn retry(&self, tasks: Option<&HashSet<TaskId>>) -> Vec<Listing> {
         let listings = self.with(|queue| queue.hurry(tasks, Instant::now()));
         self.0.report_due.notify_one();
@@ -426,9 +427,9 @@ impl Outbox {
 
     /// Adds reports from another file under new numbers. They are sent like those of an earlier run. Reports that
     /// are here already do not change. Returns the new ones after they were written. A write error is only logged.
-    pub async fn take_up(&self, set_aside: SetAside) -> Vec<Listing> {
+    pub async fn take_up(&self, imported: ImportedReports) -> Vec<Listing> {
         let (ordered, listings): (Vec<_>, Vec<_>) = self.with(|queue| {
-            let new = set_aside.missing_in(queue.entries());
+            let new = imported.missing_in(queue.entries());
             let taken = new.into_iter().map(|(entry, tries)| {
                 let ours = self.0.is_ours(&entry);
                 let number = queue.take_up(entry, tries, ours, Instant::now());
@@ -498,12 +499,13 @@ impl Outbox {
             oldest_tries,
             last_error: queue.last_error().map(str::to_owned),
             foreign: queue.foreign(),
+            set_aside: queue.set_aside(),
             full,
             full_planes,
             not_written: state.shown.not_written.clone(),
         };
         // Reports in their first try are no outage.
-        let event = if full && queue.waiting() > 0 && !state.paused {
+        let event = if full && queue.waiting() + queue.set_aside() > 0 && !state.paused {
             state.paused = true;
             Some(NodeEvent::OutboxFull {
                 planes: now.full_planes.clone(),

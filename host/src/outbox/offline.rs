@@ -3,7 +3,7 @@
 use std::{collections::HashSet, path::Path};
 
 use super::{
-    entry::{Entry, Listing, ListingState, SetAside, Tries},
+    entry::{Entry, ImportedReports, Listing, ListingState, Tries},
     state::{StateDir, StateError, failed},
     store::{Change, FILE, Store},
 };
@@ -69,7 +69,22 @@ impl OfflineOutbox {
     #[must_use]
     pub fn listings(&self, tasks: Option<&HashSet<TaskId>>) -> Vec<Listing> {
         let wanted = self.reports.iter().filter(|(_, entry, _)| wants(tasks, entry));
-        wanted.map(|(_, entry, tries)| Listing::new(entry, tries, ListingState::Waiting)).collect()
+        wanted.map(|(_, entry, tries)| listing(entry, tries)).collect()
+    }
+
+    /// Sends these tasks' reports, or all, after the next start, also those that were set aside. Returns the reports.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn retry(&mut self, tasks: Option<&HashSet<TaskId>>) -> Result<Vec<Listing>, OfflineOutboxError> {
+        let wanted = self.reports.iter_mut().filter(|(_, entry, _)| wants(tasks, entry));
+        let changed = wanted
+            .filter_map(|(number, entry, tries)| tries.take_back().then(|| Change::Put(*number, entry.encode(tries))));
+        let changed: Vec<_> = changed.collect();
+        if !changed.is_empty() {
+            self.store.apply(changed).map_err(|err| bad_file(&self.state, &err))?;
+        }
+        Ok(self.listings(tasks))
     }
 
     /// Adds reports from another file under new numbers. Reports that are here already do not change. Returns the new
@@ -77,13 +92,13 @@ impl OfflineOutbox {
     ///
     /// # Errors
     /// When the file cannot be written. Then no report was added.
-    pub fn take_up(&mut self, set_aside: SetAside) -> Result<Vec<Listing>, OfflineOutboxError> {
-        let new = set_aside.missing_in(self.reports.iter().map(|(_, entry, _)| entry));
+    pub fn take_up(&mut self, imported: ImportedReports) -> Result<Vec<Listing>, OfflineOutboxError> {
+        let new = imported.missing_in(self.reports.iter().map(|(_, entry, _)| entry));
         let new: Vec<_> = (self.next..).zip(new).map(|(number, (entry, tries))| (number, entry, tries)).collect();
         let puts = new.iter().map(|(number, entry, tries)| Change::Put(*number, entry.encode(tries)));
         self.store.apply(puts).map_err(|err| bad_file(&self.state, &err))?;
         self.next += new.len() as u64;
-        let listings = new.iter().map(|(_, entry, tries)| Listing::new(entry, tries, ListingState::Waiting)).collect();
+        let listings = new.iter().map(|(_, entry, tries)| listing(entry, tries)).collect();
         self.reports.extend(new);
         Ok(listings)
     }
@@ -100,6 +115,10 @@ impl OfflineOutbox {
         self.reports.retain(|(_, entry, _)| !wants(tasks, entry));
         Ok(listings)
     }
+}
+
+fn listing(entry: &Entry, tries: &Tries) -> Listing {
+    Listing::new(entry, tries, if tries.set_aside { ListingState::SetAside } else { ListingState::Waiting })
 }
 
 fn wants(tasks: Option<&HashSet<TaskId>>, entry: &Entry) -> bool {

@@ -14,7 +14,7 @@ use std::{
     time::Duration,
 };
 
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use tokio::time::Instant;
 
 use super::entry::{Entry, Listing, ListingState, Tries};
@@ -26,13 +26,19 @@ const PAUSE_MAX: Duration = Duration::from_secs(300);
 pub(super) const PAUSES: Backoff = Backoff::new(Duration::from_millis(200), PAUSE_MAX, Jitter::Half);
 /// Most waiting reports sent concurrently to a control plane that accepts them.
 const ABREAST: usize = 8;
+/// A report that a control plane answers and does not accept is set aside after this time.
+pub(super) const NOT_ACCEPTED_MAX: SignedDuration = SignedDuration::from_hours(24);
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Place {
     Fresh,
-    Waiting { due: Instant },
+    Waiting {
+        due: Instant,
+    },
     Sending,
     Foreign,
+    /// It was not accepted for too long. A retry of an operator, or a new lease of its task, puts it among the waiting.
+    SetAside,
 }
 
 struct Held {
@@ -58,6 +64,20 @@ pub(super) struct Failure<'a> {
     pub(super) error: &'a str,
     /// The pause that the control plane asks for, limited to [`PAUSE_MAX`].
     pub(super) retry_after: Option<Duration>,
+    /// The control plane works, and does not accept this report. It may accept others.
+    pub(super) only_this: bool,
+}
+
+/// The result of [`ReportQueue::failed`].
+#[derive(Clone, Debug, PartialEq)]
+pub(super) struct Failed {
+    pub(super) tries: Tries,
+    /// The pause before the next try.
+    pub(super) pause: Duration,
+    /// It is the first failure after a success, or the first time that this report was not accepted.
+    pub(super) first: bool,
+    /// See [`Held::ended_as`].
+    pub(super) ended_as: TaskId,
 }
 
 /// A report that was removed from the queue.
@@ -125,7 +145,7 @@ impl Lane {
         match place {
             Place::Waiting { due } => drop(self.paused.insert((due, number))),
             Place::Sending => self.sending += 1,
-            Place::Fresh | Place::Foreign => {}
+            Place::Fresh | Place::Foreign | Place::SetAside => {}
         }
     }
 
@@ -137,7 +157,7 @@ impl Lane {
                 self.paused.remove(&(due, number));
             }
             Place::Sending => self.sending -= 1,
-            Place::Fresh | Place::Foreign => {}
+            Place::Fresh | Place::Foreign | Place::SetAside => {}
         }
     }
 
@@ -171,14 +191,20 @@ pub(super) struct ReportQueue {
     lanes: BTreeMap<PlaneName, Lane>,
     /// How many of them have failed so far, or were found at the start.
     waiting: usize,
+    /// How many of them are set aside.
+    set_aside: usize,
     next: u64,
     last_error: Option<String>,
 }
 
 impl ReportQueue {
-    /// Adds a report that was found at the start. A report of this node is due at once.
+    /// Adds a report that was found at the start. A report of this node is due at once, unless it was set aside.
     pub(super) fn found(&mut self, number: u64, entry: Entry, tries: Tries, ours: bool, now: Instant) {
-        let place = if ours { Place::Waiting { due: now } } else { Place::Foreign };
+        let place = match ours {
+            false => Place::Foreign,
+            true if tries.set_aside => Place::SetAside,
+            true => Place::Waiting { due: now },
+        };
         self.insert(number, Held { tries, written: true, ..Held::new(Arc::new(entry), place) });
         self.skip(number);
     }
@@ -217,6 +243,7 @@ impl ReportQueue {
             lane.held.bytes += held.size;
         }
         self.waiting += usize::from(held.waits());
+        self.set_aside += usize::from(held.place == Place::SetAside);
         self.held.insert(number, held);
     }
 
@@ -226,6 +253,8 @@ impl ReportQueue {
         self.waiting -= usize::from(held.waits());
         let before = std::mem::replace(&mut held.place, place);
         self.waiting += usize::from(held.waits());
+        self.set_aside -= usize::from(before == Place::SetAside);
+        self.set_aside += usize::from(place == Place::SetAside);
         if let Some(lane) = self.lanes.get_mut(&held.entry.plane) {
             lane.left(number, before);
             lane.arrived(number, place);
@@ -308,15 +337,15 @@ impl ReportQueue {
         next
     }
 
-    /// Begins a try and counts it. `None` if nothing can be sent: the report is gone or foreign, or a report of its
-    /// task is being sent.
+    /// Begins a try and counts it. `None` if nothing can be sent: the report is gone, foreign or set aside, or a report
+    /// of its task is being sent.
     pub(super) fn begin(&mut self, number: u64, at: Timestamp) -> Option<(Arc<Entry>, Tries)> {
         let Held { entry, place, .. } = self.held.get(&number)?;
         let busy = || is_busy(&self.held, &self.by_task, entry);
         let place = match place {
             Place::Fresh => Place::Fresh,
             Place::Waiting { .. } if !busy() => Place::Sending,
-            Place::Waiting { .. } | Place::Sending | Place::Foreign => return None,
+            Place::Waiting { .. } | Place::Sending | Place::Foreign | Place::SetAside => return None,
         };
         let failures = self.lane(number)?.failures;
         let held = self.place(number, place)?;
@@ -348,38 +377,44 @@ impl ReportQueue {
             lane.held.bytes -= held.size;
         }
         self.waiting -= usize::from(held.waits());
+        self.set_aside -= usize::from(held.place == Place::SetAside);
         if self.waiting == 0 {
             self.last_error = None;
         }
         Some(Gone { entry: held.entry, ended_as: held.ended_as, written: held.written })
     }
 
-    /// Counts a failed try. The caller writes the result. Returns the new tries, the pause, and whether this is the
-    /// first failure after a success. `None` if the report was dropped during the try.
-    pub(super) fn failed(
-        &mut self,
-        number: u64,
-        failure: Failure<'_>,
-        now: Instant,
-        draw: f64,
-    ) -> Option<(Tries, Duration, bool)> {
-        let Failure { error, retry_after } = failure;
+    /// Counts a failed try. The caller writes the result. `None` if the report was dropped during the try.
+    pub(super) fn failed(&mut self, number: u64, failure: Failure<'_>, now: Instant, draw: f64) -> Option<Failed> {
+        let Failure { error, retry_after, only_this } = failure;
         let held = self.held.get_mut(&number)?;
         let lane = self.lanes.get_mut(&held.entry.plane)?;
         lane.flows = false;
-        // Reports that are sent concurrently fail together. That counts as one failure.
-        let news = held.failures == lane.failures;
-        lane.failures = lane.failures.saturating_add(u32::from(news));
         held.tries.error = Some(error.to_owned());
+        held.written = true;
         // Twice the pause of the lane: a report that alone fails must not be the next one every time.
         let own = pause_asked(PAUSES.pause(held.tries.count.saturating_add(1), draw), retry_after, PAUSE_MAX);
-        held.written = true;
-        let all = pause_asked(PAUSES.pause(lane.failures, draw), retry_after, PAUSE_MAX);
-        lane.quiet_until = lane.quiet_until.max(Some(now + all));
-        let first = news && lane.failures == 1;
+        let (mut pause, mut place) = (own, Place::Waiting { due: now + own });
+        let first = if only_this {
+            let first = held.tries.not_accepted_since.is_none();
+            let since = *held.tries.not_accepted_since.get_or_insert(held.tries.last?);
+            if held.tries.last?.duration_since(since) >= NOT_ACCEPTED_MAX {
+                held.tries.set_aside = true;
+                place = Place::SetAside;
+            }
+            first
+        } else {
+            // Reports that are sent concurrently fail together. That counts as one failure.
+            let news = held.failures == lane.failures;
+            lane.failures = lane.failures.saturating_add(u32::from(news));
+            let all = pause_asked(PAUSES.pause(lane.failures, draw), retry_after, PAUSE_MAX);
+            lane.quiet_until = lane.quiet_until.max(Some(now + all));
+            pause = own.max(all);
+            news && lane.failures == 1
+        };
         self.last_error = Some(error.to_owned());
-        let held = self.place(number, Place::Waiting { due: now + own })?;
-        Some((held.tries.clone(), own.max(all), first))
+        let held = self.place(number, place)?;
+        Some(Failed { tries: held.tries.clone(), pause, first, ended_as: held.ended_as.clone() })
     }
 
     /// Ends a try without an answer, because its sender ended. The caller writes the result.
@@ -395,7 +430,7 @@ impl ReportQueue {
         self.place(number, Place::Waiting { due: now });
     }
 
-    /// Ends all pauses, or those of some tasks.
+    /// Ends all pauses, or those of some tasks. Reports that were set aside are sent again.
     pub(super) fn hurry(&mut self, tasks: Option<&HashSet<TaskId>>, now: Instant) -> Vec<Listing> {
         let numbers = self.numbers(tasks);
         numbers.iter().for_each(|number| self.hurry_one(*number, now));
@@ -404,8 +439,9 @@ impl ReportQueue {
 
     /// Ends the pause of a report, and that of its control plane.
     pub(super) fn hurry_one(&mut self, number: u64, now: Instant) {
-        let Some(held) = self.held.get(&number).filter(|held| held.place != Place::Foreign) else { return };
-        if matches!(held.place, Place::Waiting { .. }) {
+        let Some(held) = self.held.get_mut(&number).filter(|held| held.place != Place::Foreign) else { return };
+        if matches!(held.place, Place::Waiting { .. } | Place::SetAside) {
+            held.tries.take_back();
             self.place(number, Place::Waiting { due: now });
         }
         if let Some(lane) = self.lane(number) {
@@ -437,7 +473,7 @@ impl ReportQueue {
 
     /// The numbers of the reports that will be sent to this control plane.
     pub(super) fn numbers_of(&self, plane: &PlaneName) -> Vec<u64> {
-        let of_plane = |held: &Held| held.place != Place::Foreign && held.entry.plane == *plane;
+        let of_plane = |held: &Held| held.will_be_sent() && held.entry.plane == *plane;
         self.held.iter().filter(|(_, held)| of_plane(held)).map(|(number, _)| *number).collect()
     }
 
@@ -462,13 +498,17 @@ impl ReportQueue {
         self.lanes.values().map(|lane| lane.held.bytes).sum()
     }
 
-    /// Reports of this node that are not accepted yet.
+    /// Reports of this node that are not accepted yet and not set aside.
     pub(super) fn ours(&self) -> usize {
-        self.by_task.len()
+        self.by_task.len() - self.set_aside
     }
 
     pub(super) fn foreign(&self) -> usize {
-        self.held.len() - self.ours()
+        self.held.len() - self.by_task.len()
+    }
+
+    pub(super) fn set_aside(&self) -> usize {
+        self.set_aside
     }
 
     /// Reports that have failed so far, or were found at the start.
@@ -476,9 +516,9 @@ impl ReportQueue {
         self.waiting
     }
 
-    /// The oldest report of this node: when its task ended, and how often the report was sent.
+    /// The oldest report that will be sent: when its task ended, and how often the report was sent.
     pub(super) fn oldest(&self) -> Option<(Timestamp, u32)> {
-        let oldest = self.held.values().find(|held| held.place != Place::Foreign)?;
+        let oldest = self.held.values().find(|held| held.will_be_sent())?;
         Some((oldest.entry.ended_at, oldest.tries.count))
     }
 
@@ -503,6 +543,10 @@ impl Held {
         matches!(self.place, Place::Fresh | Place::Sending)
     }
 
+    fn will_be_sent(&self) -> bool {
+        !matches!(self.place, Place::Foreign | Place::SetAside)
+    }
+
     fn waits(&self) -> bool {
         matches!(self.place, Place::Waiting { .. } | Place::Sending)
     }
@@ -512,6 +556,7 @@ impl Held {
             Place::Fresh | Place::Sending => ListingState::Sending,
             Place::Waiting { .. } => ListingState::Waiting,
             Place::Foreign => ListingState::Foreign,
+            Place::SetAside => ListingState::SetAside,
         };
         Listing::new(&self.entry, &self.tries, state)
     }
@@ -612,7 +657,7 @@ mod tests {
     }
 
     fn refused(retry_after: Option<Duration>) -> Failure<'static> {
-        Failure { error: "no", retry_after }
+        Failure { error: "no", retry_after, only_this: false }
     }
 
     fn begin(queue: &mut ReportQueue, number: u64) {
@@ -744,8 +789,8 @@ mod tests {
         // The control plane becomes unreachable. Eight concurrent failures count as one, and cause the pause of one.
         let mut first = 0;
         for number in [1, 2, 3, 4, 6, 7, 8, 9] {
-            let (_, _, said) = queue.failed(number, refused(None), now, 1.0).expect("still there");
-            first += u32::from(said);
+            let failed = queue.failed(number, refused(None), now, 1.0).expect("still there");
+            first += u32::from(failed.first);
         }
         assert_eq!((first, queue.next(now)), (1, NextReport::At(now + PAUSES.grown(1))));
         assert_eq!(round(&mut queue, now + PAUSES.grown(1)), [10]);
@@ -781,12 +826,14 @@ mod tests {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             (state >> 16) % below
         };
+        let mut set_aside = 0;
         for step in 0..20_000 {
             // Few tasks and few numbers, so that some repeat.
             let name = ["p", "q"][usize::from(draw(2) == 0)];
             let (task, number) = (u128::from(draw(5)), u64::from(draw(12)) + queue.next.saturating_sub(10));
             let foreign = queue.held.get(&number).is_some_and(|held| held.place == Place::Foreign);
             now += Duration::from_millis(u64::from(draw(100)));
+            let at = Timestamp::UNIX_EPOCH + SignedDuration::from_hours(24 * step);
             match draw(12) {
                 // A report for another control plane is never sent, so it gets no answer.
                 2..=8 if foreign => assert_eq!(queue.begin(number, Timestamp::UNIX_EPOCH), None),
@@ -796,8 +843,13 @@ mod tests {
                 }
                 2 => queue.hold(number, Box::new(Named(task))),
                 3 => drop(queue.rename(number)),
-                4 | 5 => drop(queue.begin(number, Timestamp::UNIX_EPOCH)),
-                6 => drop(queue.failed(number, refused(None), now, 1.0)),
+                4 | 5 => drop(queue.begin(number, at)),
+                6 => {
+                    drop(queue.begin(number, at));
+                    let failure = Failure { only_this: draw(4) > 0, ..refused(None) };
+                    set_aside +=
+                        u32::from(queue.failed(number, failure, now, 1.0).is_some_and(|now| now.tries.set_aside));
+                }
                 7 => drop(queue.broken_off(number, "stopped", now)),
                 8 => queue.hand_over(number, now),
                 9 => drop(queue.hurry(Some(&HashSet::from([super::tests::task(task)])), now)),
@@ -806,7 +858,9 @@ mod tests {
             }
             let all = || queue.held.iter().filter(|(_, held)| held.place != Place::Foreign);
             let waiting = all().filter(|(_, held)| held.waits()).count();
-            assert_eq!((queue.ours(), queue.waiting()), (all().count(), waiting), "step {step}");
+            let aside = all().filter(|(_, held)| held.place == Place::SetAside).count();
+            let counts = (queue.ours(), queue.waiting(), queue.set_aside());
+            assert_eq!(counts, (all().count() - aside, waiting, aside), "step {step}");
             assert_eq!(queue.foreign(), queue.held.len() - all().count());
             for name in ["p", "q"].map(plane) {
                 let of_plane = all().filter(|(_, held)| held.entry.plane == name);
@@ -824,6 +878,39 @@ mod tests {
             let wanted = sent.or(due.map(NextReport::At)).unwrap_or(NextReport::Idle);
             assert_eq!(queue.next(now), wanted, "step {step}");
         }
+        assert!(set_aside > 0, "no report was set aside");
+    }
+
+    #[test]
+    fn report_that_alone_fails_is_overtaken_and_set_aside() {
+        let (mut queue, now) = (ReportQueue::default(), Instant::now());
+        for number in [0, 1] {
+            queue.found(number, entry(u128::from(number)), Tries::default(), true, now);
+        }
+        let alone = Failure { only_this: true, ..refused(None) };
+        let fail = |queue: &mut ReportQueue, hour, now| {
+            queue.begin(0, Timestamp::UNIX_EPOCH + SignedDuration::from_hours(hour)).expect("there to be sent");
+            queue.failed(0, alone, now, 1.0).expect("still there")
+        };
+        let first = fail(&mut queue, 0, now);
+        assert!(first.first && !first.tries.set_aside);
+        assert_eq!(queue.next(now), NextReport::Send(1), "the other report does not wait");
+        queue.answered(1);
+        queue.hurry(None, now);
+        let later = fail(&mut queue, 23, now);
+        assert!(!later.first && !later.tries.set_aside);
+        queue.hurry(None, now);
+        let Failed { tries, .. } = fail(&mut queue, 24, now);
+        assert!(tries.set_aside);
+        assert_eq!((queue.next(now), queue.ours(), queue.set_aside()), (NextReport::Idle, 0, 1));
+        assert_eq!(queue.listing(0).map(|listing| listing.state), Some(ListingState::SetAside));
+        // It stays set aside after a restart, until an operator retries it.
+        let mut queue = ReportQueue::default();
+        queue.found(0, entry(0), tries, true, now);
+        assert_eq!((queue.next(now), queue.newest_of(&plane("p"), &task(0))), (NextReport::Idle, Some(0)));
+        queue.hurry(None, now);
+        assert_eq!(queue.next(now), NextReport::Send(0));
+        assert!(!fail(&mut queue, 30, now).tries.set_aside, "the time begins again");
     }
 
     #[test]

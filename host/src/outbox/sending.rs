@@ -9,7 +9,7 @@ use tracing::{Instrument as _, Span, debug, info_span};
 use super::{
     Outbox, Sent,
     entry::{Entry, Tries},
-    queue::Failure,
+    queue::{Failed, Failure},
     source_of,
     store::Change,
 };
@@ -102,15 +102,19 @@ impl Try {
             }
             return Some(Sent::Refused(error));
         }
-        let failure = Failure { error: &error, retry_after: err.retry_after() };
+        let only_this = err.advice() == Advice::RetryBounded;
+        let failure = Failure { error: &error, retry_after: err.retry_after(), only_this };
         // Ordered under the lock: if the report is dropped next, this write must not put it back on the disk.
-        let (pause, first) = outbox.with(|queue| {
-            let (failed, pause, first) = queue.failed(*number, failure, Instant::now(), rand::random::<f64>())?;
-            outbox.0.writer.note(Change::Put(*number, entry.encode(&failed)));
-            Some((pause, first))
+        let Failed { tries: failed, pause, first, ended_as } = outbox.with(|queue| {
+            let failed = queue.failed(*number, failure, Instant::now(), rand::random::<f64>())?;
+            outbox.0.writer.note(Change::Put(*number, entry.encode(&failed.tries)));
+            Some(failed)
         })?;
         outbox.0.report_due.notify_one();
-        if first {
+        if failed.set_aside {
+            let (task, error) = (task.clone(), error.clone());
+            outbox.0.events.emit(NodeEvent::ReportSetAside { task, ended_as, outcome, tries, error });
+        } else if first {
             outbox.0.events.emit(NodeEvent::ReportWaiting { task: task.clone(), error: error.clone(), pause });
         } else {
             debug!(task_id = %task, error, tries, retry_in_ms = millis(pause), "report failed");

@@ -203,7 +203,7 @@ impl Driver {
                 return PacingEvent::Refused;
             }
             Advice::GiveUp => self.set_up(Setup::Refused(failure.to_string())),
-            Advice::RetryLater => {}
+            Advice::RetryLater | Advice::RetryBounded => {}
         }
         let error = failure.to_string();
         self.writer.missed(error.clone());

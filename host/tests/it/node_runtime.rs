@@ -4,13 +4,14 @@
 use std::{collections::BTreeMap, fs};
 
 use http::StatusCode;
-use runner_host::leases::node_runtime::lease::CompleteRequest;
+use jiff::{SignedDuration, Timestamp};
+use runner_host::{control::client, leases::node_runtime::lease::CompleteRequest};
 use serde_json::{Value, json};
 use tonic::{Code, Status};
 
 use crate::harness::{
     fixtures,
-    node::TestNode,
+    node::{Cli, TestNode},
     node_plane::{Answer, Call, NodePlane, in_future, lease, result},
 };
 
@@ -109,6 +110,29 @@ async fn failures_say_whether_a_retry_helps() {
     let line = node.line(|line| line["event"] == "task.ended" && line["task_id"] == "agent-name").await;
     assert_eq!(line["capability"], "/agents/agent/v1", "{line}");
     node.stop().await;
+}
+
+#[tokio::test]
+async fn node_without_runners_takes_no_runs_for_a_while() {
+    let plane = NodePlane::start().await;
+    let node = plane.node(&[fixtures::echo()], "").leasing().await;
+    for run in ["one", "two", "three"] {
+        plane.send(&node, lease(run, "/other/v1", &[], &[])).await;
+        plane.failed(&node, run).await;
+    }
+    assert_eq!(node.says("stream.paused").await["runs"], 3);
+    let none_free = json!({ "status": { "state": "active", "activeRuns": 0, "availableSlots": 0 } });
+    let none_free = |call: &Call| matches!(call, Call::Heartbeat(_, body) if *body == none_free);
+    plane.until(&node, "a heartbeat", |calls| calls.iter().any(none_free).then_some(())).await;
+    let page = node.page("/status.json").await.1;
+    assert!(page["plane_error"].as_str().is_some_and(|text| text.contains("last 3 runs had no runner")), "{page:#}");
+    // The node waited for the fourth lease already. It does not take the fifth one.
+    plane.send(&node, lease("four", "/other/v1", &[], &[])).await;
+    plane.send(&node, lease("five", ECHO, &[], &[])).await;
+    plane.failed(&node, "four").await;
+    node.stop().await;
+    let returned = plane.failed(&node, "five").await;
+    assert!(returned.retryable && returned.error_message.contains("the node stops"), "{returned:?}");
 }
 
 #[tokio::test]
@@ -371,6 +395,86 @@ async fn unaccepted_report_is_repeated_unchanged() {
     node.says_ended("refused").await;
     assert_eq!(reports_of(&plane.calls(), "final"), 1);
     node.stop().await;
+}
+
+/// A completion of `run` that this control plane did not accept for `hours`, in the form of the outbox.
+fn owed_report(plane: &NodePlane, run: &str, hours: i64) -> Value {
+    let since = Timestamp::now() - SignedDuration::from_hours(hours);
+    json!({
+        "report": {
+            "plane": "runs", "base_url": plane.url(), "node": "w/07",
+            "address": { "task": run, "at": json!({ "lease": "old", "run": run }).to_string() },
+            "job_id": null, "domain_id": null, "capability": ECHO,
+            "verdict": { "outcome": { "end": "completed" }, "artifacts": [], "inputs": [] },
+            "ended_at": since,
+        },
+        "tries": { "count": 1, "first": since, "last": since, "error": "no", "not_accepted_since": since },
+    })
+}
+
+#[tokio::test]
+async fn report_not_accepted_for_a_day_is_set_aside() {
+    let mut plane = NodePlane::start().await;
+    let node = plane.node(&[fixtures::echo()], "").leasing().await;
+    plane.answer_reports(Answer::NotAccepted);
+    let owed = json!({ "reports": [owed_report(&plane, "old", 25), owed_report(&plane, "new", 23)] });
+    client::ask::<Value>(node.state_dir(), "/outbox/take-up", Some(&owed)).await.expect("taken up");
+    let line = node.says("report.set_aside").await;
+    assert_eq!((&line["level"], &line["task_id"], &line["tries"]), (&json!("ERROR"), &json!("old"), &json!(2)));
+    // A report that is not accepted delays no other one.
+    plane.until(&node, "the other one", |calls| (reports_of(calls, "new") >= 1).then_some(())).await;
+    plane.answer_reports(Answer::Accept);
+    plane.send(&node, lease("next", ECHO, &[("a", "x")], &[])).await;
+    node.says_ended("accepted").await;
+    node.line(|line| line["event"] == "report.delivered" && line["task_id"] == "new").await;
+    let outbox = node.page("/status.json").await.1["outbox"].take();
+    assert_eq!((&outbox["waiting"], &outbox["set_aside"]), (&json!(0), &json!(1)), "{outbox:#}");
+    node.stop().await;
+    assert_eq!(reports_of(&plane.calls(), "old"), 1, "not sent again, also not at a stop");
+
+    plane.restart().await;
+    let next = plane.node(&[fixtures::echo()], "").after(&node).leasing().await;
+    let listed = client::ask::<Value>(node.state_dir(), "/outbox", None::<&Value>).await.expect("listed");
+    assert_eq!(
+        (&listed["reports"][0]["task_id"], &listed["reports"][0]["state"]),
+        (&json!("old"), &json!("set-aside"))
+    );
+    // A new lease of the run sends its report with the new lease id. The run does not start again.
+    plane.send(&next, lease("old", ECHO, &[("a", "x")], &[])).await;
+    next.says("report.delivered").await;
+    let leases: Vec<String> = plane
+        .calls()
+        .iter()
+        .filter_map(|call| match call {
+            Call::Complete(sent) if sent.run_id == "old" => Some(sent.lease_id.clone()),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(leases, ["old", "lease-old"]);
+    assert!(next.said("task.started").is_empty(), "{}", next.log());
+    next.stop().await;
+}
+
+#[tokio::test]
+async fn operator_retries_a_report_that_was_set_aside() {
+    let plane = NodePlane::start().await;
+    let node = plane.node(&[fixtures::echo()], "").leasing().await;
+    plane.answer_reports(Answer::NotAccepted);
+    let owed = json!({ "reports": [owed_report(&plane, "old", 25)] });
+    client::ask::<Value>(node.state_dir(), "/outbox/take-up", Some(&owed)).await.expect("taken up");
+    node.says("report.set_aside").await;
+    node.stop().await;
+    plane.answer_reports(Answer::Accept);
+    let outbox = |verb: &'static str| {
+        Cli::new(&["outbox", verb]).arg(if verb == "list" { "-ojson" } else { "--all" }).arg("--state-dir")
+    };
+    let listed = outbox("list").arg(node.state_dir()).run().await.expect(0);
+    assert!(listed.stdout.contains("\"set-aside\""), "{}", listed.stdout);
+    let retried = outbox("retry").arg(node.state_dir()).run().await.expect(0);
+    assert_eq!(retried.stderr, "no node runs here; 1 report will be sent when one starts");
+    let next = plane.node(&[fixtures::echo()], "").after(&node).leasing().await;
+    next.says("report.delivered").await;
+    next.stop().await;
 }
 
 #[tokio::test]

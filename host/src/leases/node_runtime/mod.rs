@@ -7,6 +7,7 @@
 
 mod domain_data;
 mod incoming;
+mod no_runner;
 mod outstanding;
 mod report;
 mod rest;
@@ -35,6 +36,7 @@ use url::Url;
 pub use self::rest::Capacity;
 use self::{
     lease::{FailRequest, lease_service_client::LeaseServiceClient},
+    no_runner::NoRunnerPauses,
     outstanding::Outstanding,
     report::{At, Report},
     rest::{Known, Registered, Rest},
@@ -43,7 +45,7 @@ use super::{Admission, LeaseError, LeaseSource, PlaneFacts, PlaneReadiness, Rene
 use crate::{
     model::{
         Backoff, BootInstant, Capability, DomainHosts, Jitter, Lease, Outcome, Pending, PlaneName, RegistrationForm,
-        RegistrationState, ReportAddress, TaskId, TaskResult, Term, Timings, Usage,
+        RegistrationState, ReportAddress, TaskId, TaskResult, Term, Timings, Usage, millis,
     },
     node_event::{NodeEvent, NodeEvents},
     transport::{Client, Http2, Http2Limits, PeerTls},
@@ -57,6 +59,8 @@ const HEARTBEAT_EVERY: Duration = Duration::from_secs(1);
 const HEARTBEAT_FAILURES_MIN: u32 = 3;
 /// The pauses between two registrations.
 const REGISTER_PAUSES: Backoff = Backoff::new(Duration::from_secs(1), Duration::from_secs(60), Jitter::Half);
+/// The pauses after runs that had no runner here.
+const NO_RUNNER_PAUSES: Backoff = Backoff::new(Duration::from_secs(60), Duration::from_secs(600), Jitter::Half);
 /// How long the stream may take to end after a stop.
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 /// How long the node may take to leave the control plane.
@@ -109,6 +113,8 @@ struct Problems {
     registration: Option<String>,
     stream: Option<String>,
     heartbeats: Option<String>,
+    /// The runs need runners that this node does not have.
+    runners: Option<String>,
 }
 
 /// The parts that calls beside the stream use too.
@@ -133,6 +139,7 @@ struct Shared {
     receiver: tokio::sync::Mutex<mpsc::Receiver<Lease>>,
     readiness: watch::Sender<PlaneReadiness>,
     problems: Mutex<Problems>,
+    no_runner: NoRunnerPauses,
     events: NodeEvents,
     quiet: CancellationToken,
 }
@@ -167,6 +174,7 @@ impl NodeRuntime {
             receiver: tokio::sync::Mutex::new(receiver),
             readiness: watch::Sender::new(PlaneReadiness::NotReady("the node has not registered".to_owned())),
             problems: Mutex::default(),
+            no_runner: NoRunnerPauses::new(NO_RUNNER_PAUSES),
             events,
             quiet: CancellationToken::new(),
             config,
@@ -187,10 +195,10 @@ impl Shared {
     fn change_problems(&self, change: impl FnOnce(&mut Problems)) {
         let mut problems = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
         change(&mut problems);
-        let Problems { registration, stream, heartbeats } = &*problems;
+        let Problems { registration, stream, heartbeats, runners } = &*problems;
         let readiness = registration.clone().map_or(PlaneReadiness::Ready, PlaneReadiness::NotReady);
         self.readiness.send_replace(readiness);
-        let error = registration.as_ref().or(stream.as_ref()).or(heartbeats.as_ref()).cloned();
+        let error = [registration, stream, heartbeats, runners].into_iter().find_map(Clone::clone);
         self.events.board().change_plane(|status| status.plane_error = error);
     }
 
@@ -243,7 +251,8 @@ impl Shared {
         let active_runs = self.outstanding.count();
         let draining = self.quiet.is_cancelled();
         let most = self.slots.min(usize::try_from(self.config.max_concurrent_leases).unwrap_or(usize::MAX));
-        let available_slots = if draining { 0 } else { most.saturating_sub(active_runs) };
+        let takes_none = draining || *self.no_runner.paused().borrow();
+        let available_slots = if takes_none { 0 } else { most.saturating_sub(active_runs) };
         let state = if draining { "draining" } else { "active" };
         rest::Status { state, active_runs, available_slots }
     }
@@ -251,11 +260,13 @@ impl Shared {
     /// Sends heartbeats of the node. A control plane that has forgotten the node gets a registration.
     async fn send_heartbeats(&self) {
         let (mut draining, mut full, mut failures) = (false, false, 0_u32);
+        let mut paused = self.no_runner.paused();
         loop {
             tokio::select! {
                 () = self.quiet.cancelled(), if !draining => draining = true,
                 // The control plane gives no work to a node that was full in its last heartbeat.
                 () = self.outstanding.one_ended(), if full && !draining => {}
+                Ok(()) = paused.changed() => {}
                 () = tokio::time::sleep(self.config.heartbeat_interval) => {}
             }
             let status = self.node_status();
@@ -283,6 +294,22 @@ impl Shared {
                 }
             }
         }
+    }
+
+    /// Shows the pauses after runs without a runner.
+    async fn keep_pauses(&self) {
+        let begun = |runs, pause| {
+            warn!(
+                event = "stream.paused",
+                runs,
+                retry_in_ms = millis(pause),
+                "runs had no runner on this node, it takes no runs for a while"
+            );
+            let problem = format!("the last {runs} runs had no runner on this node; install the plugins they need");
+            self.change_problems(|problems| problems.runners = Some(problem));
+        };
+        let ended = || self.change_problems(|problems| problems.runners = None);
+        self.no_runner.keep(begun, ended).await;
     }
 
     /// Removes the node from the control plane, unless reports are left: a scheduler may prefer a node that is gone.
@@ -388,6 +415,7 @@ impl LeaseSource for NodeRuntime {
         };
         tokio::select! {
             () = self.0.send_heartbeats() => {}
+            () = self.0.keep_pauses() => {}
             () = streaming => {}
         }
         self.0.leave().await;
@@ -433,8 +461,11 @@ impl LeaseSource for NodeRuntime {
             // The run no longer counts, also when the control plane does not accept its report for a long time.
             self.0.outstanding.settled(&to.task);
         }
+        if sent.is_ok() {
+            self.0.no_runner.note(&task_result.outcome);
+        }
         match &sent {
-            Err(err) if err.advice() == super::Advice::RetryLater => drop(self.0.owed().insert(to.task.clone())),
+            Err(err) if err.advice().may_retry() => drop(self.0.owed().insert(to.task.clone())),
             _ => drop(self.0.owed().remove(&to.task)),
         }
         sent

@@ -21,10 +21,7 @@ use super::{
     lease::{self, AckRequest, PullRequest},
     report,
 };
-use crate::{
-    leases::Advice,
-    model::{Backoff, EmptyList, Jitter, Lease, TaskId, Timings, millis},
-};
+use crate::model::{Backoff, EmptyList, Jitter, Lease, TaskId, Timings, millis};
 
 /// A stream that lived this long was not a failure.
 const ALIVE: Duration = Duration::from_secs(30);
@@ -197,6 +194,7 @@ impl Shared {
 
     /// Waits until this node accepts another lease, and the last one was polled.
     async fn room(&self) -> Room<'_> {
+        let _ = self.no_runner.paused().wait_for(|paused| !*paused).await;
         let permit = self.outstanding.permit().await;
         let place = self.sender.reserve().await.expect("the receiver lives as long as the sender");
         Room { permit, place }
@@ -305,7 +303,7 @@ impl Shared {
             for tries in 1..=FAILURES_MAX {
                 let Err(error) = shared.send_failure(request.clone()).await else { break };
                 warn!(event = "lease.not_rejected", task_id = %task, %error, tries, "lease could not be rejected");
-                if error.advice() != Advice::RetryLater {
+                if !error.advice().may_retry() {
                     break;
                 }
                 sleep(FAILURE_PAUSES.pause(tries, rand::random())).await;
