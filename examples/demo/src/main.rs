@@ -1,7 +1,7 @@
 //! `cargo demo`: one command runs a leased task with a runner in a shared library, on this machine.
 //!
-//! It builds the host and the plugins into its own folder. It starts a dev server with a node, submits a scan over both
-//! control planes, and saves the artifacts of the runner. The demo has no special code path: each step is a command that a user can type.
+//! It builds the host and the plugins into its own folder. It starts a dev server with a node, submits the same job over
+//! both control planes, and saves the artifacts of the runner. The demo has no special code path: each step is a command that a user can type.
 //! Only the artifacts and the build remain afterwards.
 
 #![forbid(unsafe_code)]
@@ -29,8 +29,6 @@ const PLUGINS: [&str; 4] = ["echo", "hello", "noop", "pointcloud"];
 /// Number of points of the scan, and its random seed. The same values produce the same file on every machine.
 const POINTS: &str = "1000000";
 const SEED: &str = "7";
-/// Number of points of the scan for the control plane whose inputs are inline: it fits into 1 MiB.
-const INLINE_POINTS: &str = "40000";
 /// Time limit for the start of the dev server. It needs a fraction of this on any machine that can build it.
 const START_LIMIT: Duration = Duration::from_secs(30);
 
@@ -91,14 +89,12 @@ async fn work(crew: &mut Crew, temp: &Path) -> anyhow::Result<String> {
         std::fs::copy(built.join(&file), plugins.join(&file)).with_context(|| format!("copy {file}"))?;
     }
 
-    let (scan, small) = (temp.join("scan.ply"), temp.join("small.ply"));
-    for (file, points) in [(&scan, POINTS), (&small, INLINE_POINTS)] {
-        let mut make = clean_command(&built.join("examples").join(format!("scan{EXE_SUFFIX}")), temp);
-        make.arg(file).args([points, SEED]);
-        crew.step("making the scan", make).await?;
-        let mib = std::fs::metadata(file)?.len() as f64 / f64::from(1 << 20);
-        say(format!("made a scan of {points} points, {mib:.1} MiB"));
-    }
+    let scan = temp.join("scan.ply");
+    let mut make = clean_command(&built.join("examples").join(format!("scan{EXE_SUFFIX}")), temp);
+    make.arg(&scan).args([POINTS, SEED]);
+    crew.step("making the scan", make).await?;
+    let mib = std::fs::metadata(&scan)?.len() as f64 / f64::from(1 << 20);
+    say(format!("made a scan of {POINTS} points, {mib:.1} MiB"));
 
     let log = home.join("dev-server.log");
     let mut dev = clean_command(&host, temp);
@@ -108,15 +104,15 @@ async fn work(crew: &mut Crew, temp: &Path) -> anyhow::Result<String> {
     say(format!("started two control planes, a domain server and a node at {dev_server}"));
 
     let mut text = String::new();
-    for (plane, about, scan, out) in [
-        ("dms", "posemesh, the scan through the domain server", &scan, home.join("out")),
-        ("node-runtime", "Node Runtime, a smaller scan inline", &small, home.join("out-node-runtime")),
+    for (plane, about, out) in [
+        ("dms", "posemesh, tasks over HTTP", home.join("out")),
+        ("node-runtime", "Node Runtime, runs over gRPC", home.join("out-node-runtime")),
     ] {
         let began = Instant::now();
         clear(&out)?;
         let mut submit = clean_command(&host, temp);
         submit.args(["submit", "--plane", plane, CAPABILITY, "--dev", &dev_server, "--wait", "--timeout", "2m"]);
-        submit.arg("--input").arg(scan);
+        submit.arg("--input").arg(&scan);
         submit.arg("--out").arg(shown(&out)); // as short as it was typed: submit repeats it
         say(format!("submitting {CAPABILITY} over {plane} ({about})"));
         crew.step("the job", submit).await.with_context(|| format!("the node's log is {}", shown(&log)))?;

@@ -190,6 +190,9 @@ fn of_node(args: &Args, state: &Path, mut layers: Layers, dds: &Url, dms: &Url) 
     layers.set("DDS_BASE_URL", dds.as_str(), Origin::Command);
     layers.set("DMS_BASE_URL", dms.as_str(), Origin::Command);
     layers.set("HTTP_BIND", "127.0.0.1:0", Origin::Command);
+    if args.plane.has_node_runtime() {
+        layers.set("DOMAIN_HOSTS", dms.authority(), Origin::Command);
+    }
     layers.set("STATE_DIR", &state.to_string_lossy(), Origin::Command);
     layers.set_default("POLL_BACKOFF_MS_MIN", "50");
     layers.set_default("POLL_BACKOFF_MS_MAX", "250");
@@ -251,7 +254,10 @@ fn greeting(
     // Two nodes cannot share an identity or a state folder.
     let fresh = uuid::Uuid::new_v4().simple().to_string();
     let place = std::env::temp_dir().join(format!("runner-host-{fresh}"));
-    let place = format!("export HTTP_BIND=127.0.0.1:0\nexport STATE_DIR={}\n", place.display());
+    let mut place = format!("export HTTP_BIND=127.0.0.1:0\nexport STATE_DIR={}\n", place.display());
+    if wires.has_node_runtime() {
+        let _ = writeln!(place, "export DOMAIN_HOSTS={}", dev_server.address());
+    }
     if wires.has_dms() {
         let (_, key) = NodeKey::generate();
         let dms = trimmed(dev_server.dms_url());

@@ -55,7 +55,7 @@ pub(super) struct Args {
     /// Cancel this job instead of submitting one
     #[arg(long, value_name = "ID", value_parser = super::parse_id, conflicts_with_all = ["capability", "inputs", "meta", "count", "attempts", "wait", "out"])]
     pub(super) cancel: Option<Uuid>,
-    /// Control plane; node-runtime sends inputs inline, at most 1 MiB
+    /// Control plane; node-runtime sends inputs of at most 1 MiB inline
     #[arg(long, value_name = "PLANE", value_enum, default_value_t = PlaneKind::Dms)]
     pub(super) plane: PlaneKind,
     /// A file to upload as input; may be given several times
@@ -138,10 +138,11 @@ impl Wire {
         }
     }
 
-    /// Removes what an interrupted submission has begun.
-    async fn give_up(&self) {
-        if let Self::Jobs(plane) = self {
-            plane.give_up().await;
+    /// Where inputs and artifacts are.
+    fn store(&self) -> &Plane {
+        match self {
+            Self::Jobs(plane) => plane,
+            Self::Runs(plane) => plane.store(),
         }
     }
 
@@ -212,7 +213,7 @@ async fn run_to(
                 put(out, &format!("{}\n", state.to_json(status, &what)))?;
             }
             if let Some(plane) = plane.get() {
-                plane.give_up().await;
+                plane.store().give_up().await;
             }
             return Ok(exit);
         }
@@ -372,16 +373,20 @@ async fn submit(
     }
     let capability = args.capability.as_ref().expect("clap requires it without --cancel");
     at(state, |state| state.stage = Stage::Upload);
+    let inline = matches!(plane, Wire::Runs(_)) && runs::fit_inline(&args.inputs);
     let mut inputs = Vec::new();
-    if let Wire::Jobs(plane) = plane {
+    if !inline {
         for input in &args.inputs {
-            inputs.push(plane.upload(input, notes).await?);
+            inputs.push(plane.store().upload(input, notes).await?);
         }
     }
     at(state, |state| state.stage = Stage::Create);
     let run = match plane {
         Wire::Jobs(_) => Value::Null,
-        Wire::Runs(_) => runs::describe(args, capability).map_err(Stop::Usage)?,
+        Wire::Runs(plane) => {
+            let uploaded = if inline { None } else { Some((plane.store(), inputs.as_slice())) };
+            runs::describe(args, capability, uploaded).map_err(Stop::Usage)?
+        }
     };
     let mut jobs = Vec::new();
     let mut left = args.count as usize;
@@ -443,6 +448,9 @@ fn look(args: &Args) -> Result<(), String> {
     if args.plane == PlaneKind::NodeRuntime && args.dms.is_some() {
         return Err("--dms names a posemesh task service; it cannot be used with --plane node-runtime".to_owned());
     }
+    if args.plane == PlaneKind::NodeRuntime && args.cancel.is_none() {
+        runs::check(args)?;
+    }
     for input in &args.inputs {
         if let Some(why) = unreadable("--input", input) {
             return Err(why);
@@ -462,7 +470,7 @@ async fn find_plane(args: &Args, http: transport::Config) -> Result<Wire, Stop> 
     if args.plane == PlaneKind::NodeRuntime {
         return Ok(Wire::Runs(RunPlane::of_dev(client, &args.dev).await?));
     }
-    let Some(dms) = &args.dms else { return Ok(Wire::Jobs(Plane::of_dev(client, &args.dev).await?)) };
+    let Some(dms) = &args.dms else { return Ok(Wire::Jobs(Plane::of_dev(client, &args.dev, plane::DMS).await?)) };
     let token = match (&args.token, &args.token_file) {
         (Some(token), _) => token.trim().to_owned(),
         (None, Some(file)) => {
@@ -676,10 +684,9 @@ async fn bring(plane: &Wire, artifact: &mut Artifact, folder: &std::path::Path, 
         notes.line(&format!("artifact path {:?} {why}; stored as {name}", artifact.logical_path));
         folder.join(name)
     });
-    match (&artifact.source, plane) {
-        (Source::Inline(bytes), _) => runs::store(bytes.clone(), &path).await?,
-        (Source::Domain(_), Wire::Jobs(plane)) => plane.download(name, &path, notes).await?,
-        (Source::Domain(_), Wire::Runs(_)) => unreachable!("artifacts of runs are inline"),
+    match &artifact.source {
+        Source::Inline(bytes) => runs::store(bytes.clone(), &path).await?,
+        Source::Domain(_) => plane.store().download(name, &path, notes).await?,
     }
     artifact.path = Some(path);
     Ok(())

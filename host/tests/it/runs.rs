@@ -82,12 +82,36 @@ async fn run_completes_through_dev_and_submit() {
 }
 
 #[tokio::test]
+async fn large_inputs_and_results_pass_through_the_domain_server() {
+    let dir = workplace(&[fixtures::echo()]);
+    let (dev, base) = dev(&dir, &["--plane", "node-runtime"]).await;
+    // A result of this size does not fit into a report.
+    let large: Vec<u8> = (0..5_000_000_u32).map(|n| (n % 251) as u8).collect();
+    for (name, bytes) in [("z.txt", &b"some text"[..]), ("a.bin", &large)] {
+        fs::write(dir.path().join(name), bytes).expect("the folder is writable");
+    }
+    let echo = ["/examples/echo-file/v1", "--input", "z.txt", "--input", "a.bin", "--wait", "--out", "echoed"];
+    let ended = submit(dir.path(), &base, &echo).arg("-o").arg("json").run().await.expect(0);
+    // The inputs are in the order of their names.
+    assert!(fs::read(dir.path().join("echoed/echo-0.bin")).expect("brought") == large);
+    assert_eq!(fs::read(dir.path().join("echoed/echo-1.bin")).expect("brought"), b"some text");
+    let rows: Value = serde_json::from_str(&ended.stdout).expect("JSON");
+    let id = rows["tasks"][0]["artifacts"][0]["id"].as_str().expect("an id");
+    uuid::Uuid::parse_str(id).expect("the id of data");
+    stop(&dev).await;
+}
+
+#[tokio::test]
 async fn submit_says_what_the_plane_cannot_take() {
     let dir = workplace(&[fixtures::hello()]);
     let (first, base) = dev(&dir, &["--plane", "node-runtime", "--no-node"]).await;
-    fs::write(dir.path().join("large.bin"), vec![0; (1 << 20) + 1]).expect("the folder is writable");
-    let ended = submit(dir.path(), &base, &[HELLO, "--input", "large.bin"]).run().await.expect(2);
-    let expected = "error: --input: the inputs have 1048577 bytes, at most 1048576 are sent inline; use --plane dms";
+    fs::create_dir(dir.path().join("other")).expect("the folder is writable");
+    for name in ["a.txt", "other/a.txt"] {
+        fs::write(dir.path().join(name), "x").expect("the folder is writable");
+    }
+    let twice = [HELLO, "--input", "a.txt", "--input", "other/a.txt"];
+    let ended = submit(dir.path(), &base, &twice).run().await.expect(2);
+    let expected = "error: --input other/a.txt: another input has this file name; rename one of them";
     assert_eq!(ended.stderr, expected);
     let ended = submit(dir.path(), &base, &[HELLO, "--meta", "[]"]).run().await.expect(2);
     assert!(ended.stderr.starts_with("error: --meta: expected an object"), "{}", ended.stderr);
@@ -128,7 +152,10 @@ async fn node_joins_with_the_printed_plane_table() {
     let node = node.set("SCRATCH_DIR", dir.path().join("scratch").to_string_lossy());
     let node = node.set("STATE_DIR", dir.path().join("state").to_string_lossy()).start();
     node.stderr_line(|line| line.contains("\"node.leasing\"")).await;
-    submit(dir.path(), &base, &[HELLO, "--wait"]).run().await.expect(0);
+    fs::write(dir.path().join("large.txt"), "x".repeat((1 << 20) + 1)).expect("the folder is writable");
+    let large = [HELLO, "--input", "large.txt", "--wait"];
+    let ended = submit(dir.path(), &base, &large).run().await.expect(0);
+    assert!(!ended.stdout.ends_with(" -"), "the artifact is on the domain server: {}", ended.stdout);
     for process in [&node, &dev] {
         stop(process).await;
     }

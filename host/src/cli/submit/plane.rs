@@ -113,7 +113,7 @@ pub(super) struct Plane {
 }
 
 #[derive(Deserialize)]
-pub(super) struct DevServerInfo {
+struct DevServerInfo {
     dms: String,
     domain_server: String,
     domain_id: Uuid,
@@ -124,7 +124,7 @@ pub(super) struct DevServerInfo {
 }
 
 /// The control planes of a dev server by their names.
-const DMS: &str = "dms";
+pub(super) const DMS: &str = "dms";
 pub(super) const NODE_RUNTIME: &str = "node-runtime";
 
 fn only_dms() -> Vec<String> {
@@ -149,9 +149,9 @@ impl Plane {
         Ok(Self { client, dms: base(dms), server: base(server), domain, token, dev: None, begun: Mutex::default() })
     }
 
-    /// The dev server that listens at `url`.
-    pub(super) async fn of_dev(client: Client, url: &Url) -> Result<Self, PlaneError> {
-        let (dev, answer) = Self::dev_server(&client, url, DMS).await?;
+    /// The dev server that listens at `url`, which must serve the control plane `wanted`.
+    pub(super) async fn of_dev(client: Client, url: &Url, wanted: &'static str) -> Result<Self, PlaneError> {
+        let (dev, answer) = Self::dev_server(&client, url, wanted).await?;
         let away = |err: url::ParseError| PlaneError::NoDevServer { url: dev.clone(), reason: err.to_string() };
         let (dms, server) = (Url::parse(&answer.dms).map_err(away)?, Url::parse(&answer.domain_server).map_err(away)?);
         let mut plane = Self::new(client, &dms, &server, answer.domain_id, answer.grant)?;
@@ -159,8 +159,8 @@ impl Plane {
         Ok(plane)
     }
 
-    /// The base URL and the answer of the dev server at `url`, which must serve the control plane `wanted`.
-    pub(super) async fn dev_server(
+    /// The base URL and the answer of the dev server at `url`.
+    async fn dev_server(
         client: &Client,
         url: &Url,
         wanted: &'static str,
@@ -181,6 +181,16 @@ impl Plane {
 
     pub(super) fn domain(&self) -> Uuid {
         self.domain
+    }
+
+    /// The base URL of the domain server.
+    pub(super) fn server(&self) -> &str {
+        &self.server
+    }
+
+    /// The base URL of the dev server, if it is one.
+    pub(super) fn dev(&self) -> Option<&str> {
+        self.dev.as_deref()
     }
 
     /// The capabilities that nodes serve. `None`: unknown, because only a dev server lists them.

@@ -1,9 +1,10 @@
 //! The Node Runtime control plane of a dev server as an author's client sees it (docs/protocols/node-runtime.md).
-//! Inputs and results are inline. A run is shown to the rest of the command in the form of a job with one task.
+//! Inputs and results are inline. If the inputs are too large for that, both pass through the domain server of the dev
+//! server, which gives the node a token. A run is shown to the rest of the command in the form of a job with one task.
 
 use std::{
-    collections::{BTreeMap, HashMap},
-    path::Path,
+    collections::{BTreeMap, HashMap, HashSet},
+    path::{Path, PathBuf},
 };
 
 use base64::{Engine as _, engine::general_purpose::STANDARD as BASE64};
@@ -24,8 +25,10 @@ use crate::{
     transport::{Client, full, read_capped},
 };
 
-/// Most bytes of all inputs of a run.
-pub(super) const INPUT_BYTES_MAX: u64 = 1 << 20;
+/// Most bytes of all inputs that are sent inline.
+const INLINE_BYTES_MAX: u64 = 1 << 20;
+/// The name of the metadata that names the domain server of a run.
+const DOMAIN_SERVER: &str = "domain_server_url";
 /// Largest description of a run that is read: its inputs, and a result of 4 MiB, both as JSON text.
 const RUN_BYTES_MAX: usize = 32 * 1024 * 1024;
 
@@ -33,6 +36,8 @@ const RUN_BYTES_MAX: usize = 32 * 1024 * 1024;
 pub(super) struct RunPlane {
     client: Client,
     dev: String,
+    /// The domain server of the dev server.
+    store: Plane,
 }
 
 /// The fields of a run that are read.
@@ -42,6 +47,8 @@ struct Run {
     run_id: Uuid,
     status: String,
     attempts: u64,
+    #[serde(default)]
+    metadata: BTreeMap<String, String>,
     result: Option<BTreeMap<String, String>>,
     error_info: Option<ErrorInfo>,
 }
@@ -55,8 +62,13 @@ struct ErrorInfo {
 impl RunPlane {
     /// The dev server that listens at `url`.
     pub(super) async fn of_dev(client: Client, url: &url::Url) -> Result<Self, PlaneError> {
-        let dev = Plane::dev_server(&client, url, plane::NODE_RUNTIME).await?.0;
-        Ok(Self { client, dev })
+        let store = Plane::of_dev(client.clone(), url, plane::NODE_RUNTIME).await?;
+        Ok(Self { client, dev: store.dev().unwrap_or_default().to_owned(), store })
+    }
+
+    /// Its domain server.
+    pub(super) fn store(&self) -> &Plane {
+        &self.store
     }
 
     /// Creates a run. A repeat after a lost answer creates no second one.
@@ -103,22 +115,57 @@ impl RunPlane {
     }
 }
 
-/// The body that creates a run of this capability.
+/// Checks what this wire cannot take.
 ///
 /// # Errors
-/// One line when the inputs or the parameters cannot be sent inline.
-pub(super) fn describe(args: &Args, capability: &Capability) -> Result<Value, String> {
-    let Value::Object(meta) = &args.meta else {
+/// One line about it.
+pub(super) fn check(args: &Args) -> Result<(), String> {
+    if !args.meta.is_object() {
         return Err("--meta: expected an object, because node-runtime has named parameters only".to_owned());
-    };
-    let mut metadata: Map<String, Value> = meta.iter().map(|(name, value)| as_text(name, value)).collect();
+    }
+    let mut names = HashSet::new();
+    match args.inputs.iter().find(|file| !names.insert(name(file))) {
+        Some(file) => Err(format!("--input {}: another input has this file name; rename one of them", file.display())),
+        None => Ok(()),
+    }
+}
+
+/// Whether these inputs can be sent inline.
+pub(super) fn fit_inline(files: &[PathBuf]) -> bool {
+    let size = |file: &PathBuf| std::fs::metadata(file).map_or(0, |data| data.len());
+    files.iter().map(size).sum::<u64>() <= INLINE_BYTES_MAX
+}
+
+/// The body that creates a run of this capability, with the inputs inline or as these ids in `store`.
+///
+/// # Errors
+/// One line about an input that cannot be read.
+pub(super) fn describe(
+    args: &Args,
+    capability: &Capability,
+    uploaded: Option<(&Plane, &[String])>,
+) -> Result<Value, String> {
+    let meta = args.meta.as_object().into_iter().flatten();
+    let mut metadata: Map<String, Value> = meta.map(|(name, value)| as_text(name, value)).collect();
     metadata.insert("capability".to_owned(), capability.as_str().into());
+    let inputs = match uploaded {
+        None => inline(&args.inputs)?,
+        Some((store, ids)) => {
+            metadata.insert("domain_id".to_owned(), store.domain().to_string().into());
+            metadata.insert(DOMAIN_SERVER.to_owned(), store.server().into());
+            args.inputs.iter().map(|file| name(file)).zip(ids.iter().cloned()).collect()
+        }
+    };
     Ok(json!({
-        "agentId": capability.as_str(), "inputRef": inline(&args.inputs)?, "metadata": metadata,
-        "maxAttempts": args.attempts,
+        "agentId": capability.as_str(), "inputRef": inputs, "metadata": metadata, "maxAttempts": args.attempts,
         // The time of a run is not limited, as on other control planes.
         "budgets": { "maxTokens": 0, "maxDurationSeconds": 0 },
     }))
+}
+
+/// The name of an input.
+fn name(file: &Path) -> String {
+    file.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 /// The metadata of this wire are texts. The name says which of them are JSON.
@@ -130,28 +177,17 @@ fn as_text(name: &str, value: &Value) -> (String, Value) {
 }
 
 /// The inputs by their file names: text as it is, other bytes as base64.
-fn inline(files: &[std::path::PathBuf]) -> Result<HashMap<String, String>, String> {
-    let size = |file: &std::path::PathBuf| std::fs::metadata(file).map_or(0, |data| data.len());
-    let bytes: u64 = files.iter().map(size).sum();
-    if bytes > INPUT_BYTES_MAX {
-        return Err(format!(
-            "--input: the inputs have {bytes} bytes, at most {INPUT_BYTES_MAX} are sent inline; use --plane dms"
-        ));
-    }
+fn inline(files: &[PathBuf]) -> Result<HashMap<String, String>, String> {
     let mut inputs = HashMap::new();
     for file in files {
-        let given = format!("--input {}", file.display());
-        let bytes = std::fs::read(file).map_err(|err| format!("{given}: {err}"))?;
-        let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let suffix = InlineInputs::BASE64_SUFFIX;
+        let bytes = std::fs::read(file).map_err(|err| format!("--input {}: {err}", file.display()))?;
+        let (name, suffix) = (name(file), InlineInputs::BASE64_SUFFIX);
         let (key, value) = match String::from_utf8(bytes) {
             Ok(text) if !name.ends_with(suffix) => (name, text),
             Ok(text) => (format!("{name}{suffix}"), BASE64.encode(text)),
             Err(err) => (format!("{name}{suffix}"), BASE64.encode(err.as_bytes())),
         };
-        if inputs.insert(key, value).is_some() {
-            return Err(format!("{given}: another input has this file name; rename one of them"));
-        }
+        inputs.insert(key, value);
     }
     Ok(inputs)
 }
@@ -171,6 +207,7 @@ fn as_job(run: Run) -> Value {
         "tasks_summary": { status: 1 },
         "receipts": [{ "task_id": id, "meta": { "reason": reason } }],
         "result": run.result,
+        "stored": run.metadata.contains_key(DOMAIN_SERVER),
     })
 }
 
@@ -180,6 +217,10 @@ pub(super) fn artifacts(job: &Value) -> Vec<Artifact> {
     result
         .filter_map(|(key, value)| {
             let value = value.as_str()?;
+            if job["stored"] == true {
+                let source = Source::Domain(Some(value.to_owned()));
+                return Some(Artifact { logical_path: key.clone(), source, path: None });
+            }
             let decoded = key
                 .strip_suffix(InlineInputs::BASE64_SUFFIX)
                 .and_then(|path| Some((path.to_owned(), Bytes::from(BASE64.decode(value).ok()?))));

@@ -9,6 +9,7 @@ use futures_util::{
     StreamExt as _,
     stream::{self, BoxStream},
 };
+use jiff::Timestamp;
 use serde_json::json;
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
@@ -55,7 +56,7 @@ impl Puller {
                     let offer = self.server.plane().offer(self.key, &self.node, self.max, now);
                     if let Some(offer) = offer {
                         tracing::debug!(task_id = %offer.run, "offered");
-                        return Ok(lease(&offer));
+                        return Ok(self.lease(&offer, now));
                     }
                 }
             }
@@ -65,16 +66,17 @@ impl Puller {
             }
         }
     }
-}
 
-fn lease(offer: &Offer) -> Lease {
-    let description = Description::of(offer.fields());
-    Lease {
-        lease_id: format!("{}{}", lease_prefix(offer.run), offer.lease.simple()),
-        run_id: offer.run.to_string(),
-        trace_id: description.trace_id(),
-        run_spec: Some(description.into_spec()),
-        deadline_unix_ms: offer.deadline.as_millisecond(),
+    fn lease(&self, offer: &Offer, now: Timestamp) -> Lease {
+        let mut description = Description::of(offer.fields());
+        description.add_token(&self.server, || self.server.task_token(offer.run, &offer.token, self.key, now));
+        Lease {
+            lease_id: format!("{}{}", lease_prefix(offer.run), offer.lease.simple()),
+            run_id: offer.run.to_string(),
+            trace_id: description.trace_id(),
+            run_spec: Some(description.into_spec()),
+            deadline_unix_ms: offer.deadline.as_millisecond(),
+        }
     }
 }
 

@@ -303,7 +303,12 @@ impl Plane {
         self.slots.entry(node).or_default().held += 1;
         let task = self.tasks.get_mut(&queue_key.3).expect("queues name known tasks");
         let request = task.request.clone();
-        let token = NewToken { serial: task.next_token, expires: now + self.config.domain_token_ttl };
+        let token_expires = match phase {
+            // No heartbeat renews the token of a run.
+            Phase::Offered { deadline } => deadline + self.config.run_report_time,
+            Phase::Leased | Phase::Running => now + self.config.domain_token_ttl,
+        };
+        let token = NewToken { serial: task.next_token, expires: token_expires };
         task.next_token += 1;
         if !matches!(phase, Phase::Offered { .. }) {
             task.attempts += 1;

@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use super::{
-    Holder, Phase, Plane, RUNS, ReceiptKind, State, Task, Word,
+    Holder, NewToken, Phase, Plane, RUNS, ReceiptKind, State, Task, Word,
     jobs::{BYTES_PER_TASK, JobRefusal, JobRequest, Mode, TaskRequest},
 };
 use crate::dev::plane::CallRefusal;
@@ -28,6 +28,8 @@ pub(in crate::dev) struct Offer {
     pub(in crate::dev) run: Uuid,
     pub(in crate::dev) lease: Uuid,
     pub(in crate::dev) deadline: Timestamp,
+    /// For data on the domain server.
+    pub(in crate::dev) token: NewToken,
     request: Arc<TaskRequest>,
 }
 
@@ -80,7 +82,13 @@ impl Plane {
         let granted = self.hold(&queue_key, node, Phase::Offered { deadline }, now + self.config.offer_ttl, now);
         let task = self.tasks.get_mut(&granted.task).expect("just held");
         task.runs_on = Some(name.clone());
-        Some(Offer { run: granted.task, lease: granted.lease, deadline, request: granted.request })
+        Some(Offer {
+            run: granted.task,
+            lease: granted.lease,
+            deadline,
+            token: granted.token,
+            request: granted.request,
+        })
     }
 
     /// The run has arrived at its node: it is leased. A repeat is allowed.

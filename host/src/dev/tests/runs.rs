@@ -185,6 +185,47 @@ async fn failed_run_is_queued_again_within_attempts() {
 }
 
 #[tokio::test]
+async fn lease_brings_a_token_for_its_domain_data() {
+    let test_server = TestServer::with(Config {
+        // The token of a run is not renewed. It lasts as long as the lease.
+        domain_token_ttl: Duration::from_nanos(1),
+        ..config()
+    })
+    .await;
+    let mut calls = test_server.register_run_node("n").await;
+    let mut stream = pull(&mut calls, "n", 5).await;
+    let (base, domain) = (test_server.server.url(), test_server.server.domain_id());
+    let create = async |server: &str| {
+        let metadata = json!({ "capability": HELLO, "domain_id": domain, "domain_server_url": server });
+        let answer = test_server.post("/v1/runs", None, &json!({ "metadata": metadata })).await;
+        body(&answer)["runId"].as_str().expect("an id").to_owned()
+    };
+    let data = format!("/api/v1/domains/{domain}/data");
+    let status = async |token: &str| test_server.get(&data, Some(token)).await.status;
+    let token_of = |lease: &Lease| lease.run_spec.as_ref().expect("a spec").metadata.get("access_token").cloned();
+
+    let run = create(base.as_str().trim_end_matches('/')).await;
+    let first = next(&mut stream).await;
+    let first_token = token_of(&first).expect("a token");
+    assert_eq!(status(&first_token).await, StatusCode::OK);
+    assert_eq!(fail(&mut calls, "n", &first, true).await, (true, true));
+    assert_eq!(status(&first_token).await, StatusCode::UNAUTHORIZED, "its lease has ended");
+    let second = next(&mut stream).await;
+    assert_eq!(second.run_id, run);
+    let second_token = token_of(&second).expect("a token");
+    assert_eq!(status(&second_token).await, StatusCode::OK);
+    let shown = test_server.shown(&run).await;
+    assert!(shown["metadata"].get("access_token").is_none(), "{shown}");
+    assert!(complete(&mut calls, "n", &second).await);
+    assert_eq!(status(&second_token).await, StatusCode::UNAUTHORIZED);
+
+    // Another server gets no token.
+    create("http://127.0.0.1:1").await;
+    assert_eq!(token_of(&next(&mut stream).await), None);
+    test_server.server.stop().await;
+}
+
+#[tokio::test]
 async fn ended_lease_returns_its_run() {
     let test_server = TestServer::with(Config {
         run_ttl: Duration::from_millis(100),
