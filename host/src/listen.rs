@@ -117,12 +117,12 @@ pub(crate) fn sender(address: IpAddr) -> IpAddr {
 /// Serves until `stop`, and then for `limits.grace` while requests are in progress. Returns how many connections
 /// were open after that.
 ///
-/// `start` makes the byte stream and the service of a new connection.
+/// `start` makes the byte stream and the service of a new connection. The token ends this connection like `stop`.
 pub(crate) async fn serve<L, I, S, E>(
     listener: L,
     limits: Limits,
     stop: CancellationToken,
-    start: impl Fn(L::Socket, L::Peer) -> (I, S),
+    start: impl Fn(L::Socket, L::Peer, &CancellationToken) -> (I, S),
 ) -> usize
 where
     L: Listener,
@@ -165,8 +165,9 @@ where
         let sender = L::sender(peer);
         open.make_room(sender, limits);
         let active = Active::default();
-        let (stream, service) = start(socket, peer);
-        let task = tasks.spawn(connection(stream, service, limits, active.clone(), stop.clone()));
+        let stop = stop.child_token();
+        let (stream, service) = start(socket, peer, &stop);
+        let task = tasks.spawn(connection(stream, service, limits, active.clone(), stop));
         open.connections.insert(task.id(), Connection { sender, active, task });
     }
     drop((listener, reserve));

@@ -138,7 +138,7 @@ mod socket {
                 // The body can be as large as the outbox that it comes from.
                 .route("/outbox/take-up", post(take_up).layer(DefaultBodyLimit::disable()))
                 .with_state(outbox);
-            listen::serve(listener, LIMITS, stop, |socket, ()| {
+            listen::serve(listener, LIMITS, stop, |socket, (), _| {
                 let router = router.clone();
                 (socket, service_fn(move |request: Request<Incoming>| router.clone().call(request)))
             })

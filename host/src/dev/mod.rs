@@ -382,8 +382,8 @@ async fn serve(server: Arc<Inner>, listener: TcpListener, stop: CancellationToke
         reserve: 0,
         http2,
     };
-    let start = |socket, _| {
-        let (wire, line) = Wire::new(socket);
+    let start = |socket, _, close: &CancellationToken| {
+        let (wire, line) = Wire::new(socket, close.clone());
         let (server, router, peer) = (server.clone(), router.clone(), identity::Peer::default());
         let answer = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
             request.extensions_mut().insert(peer.clone());

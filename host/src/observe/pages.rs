@@ -102,7 +102,7 @@ impl Pages {
             reserve: RESERVE,
             http2: Http2::Refused,
         };
-        let start = |socket, sender: SocketAddr| {
+        let start = |socket, sender: SocketAddr, _: &CancellationToken| {
             let router = router.clone();
             let answer = service_fn(move |mut request: Request<Incoming>| {
                 request.extensions_mut().insert(ConnectInfo(sender));

@@ -111,8 +111,9 @@ fn example_fault_files_are_valid_and_documented() {
 #[tokio::test]
 async fn node_completes_tasks_under_every_example_fault_file() {
     let examples = std::fs::read_dir(docs().join("faults")).expect("the examples");
-    let run = examples.map(|entry| async {
-        let file = entry.expect("an entry").path();
+    let files = examples.map(|entry| entry.expect("an entry").path());
+    // `it::runs` has the example for the other wire.
+    let run = files.filter(|file| !file.ends_with("runs.toml")).map(|file| async move {
         let test_server = TestServer::with(|config| {
             config.lease_ttl = Duration::from_secs(2);
             config.part_size = 64 * 1024;

@@ -141,6 +141,19 @@ async fn dev_serves_both_control_planes_at_once() {
 }
 
 #[tokio::test]
+async fn runs_complete_under_the_example_fault_file() {
+    let dir = workplace(&[fixtures::hello()]);
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/operations/faults/runs.toml");
+    let (dev, base) = dev(&dir, &["--plane", "node-runtime", "--faults", &file.to_string_lossy()]).await;
+    let ended = submit(dir.path(), &base, &[HELLO, "--wait", "--count", "3"]).run().await.expect(0);
+    assert_eq!(ended.stdout, ["outputs/hello.bin -"; 3].join("\n"));
+    for fault in ["unknown node", "away", "leased again", "not heard"] {
+        dev.stderr_line(|line| line.contains("dev.fault_injected") && line.contains(fault)).await;
+    }
+    stop(&dev).await;
+}
+
+#[tokio::test]
 async fn node_joins_with_the_printed_plane_table() {
     let dir = workplace(&[fixtures::hello()]);
     let (dev, base) = dev(&dir, &["--plane", "node-runtime", "--no-node"]).await;

@@ -1,4 +1,4 @@
-//! The calls of the wire protocol by name (posemesh.md section 1).
+//! The calls of both wire protocols by name.
 
 use axum::http::{HeaderMap, Method, Uri, header};
 
@@ -43,8 +43,24 @@ pub enum Endpoint {
     CompleteUpload,
     /// `DELETE {DS}/…/data/multipart`
     Abort,
+    /// `POST /v1/nodes:register`
+    NodeRegister,
+    /// `POST /v1/nodes/{id}:heartbeat`
+    NodeHeartbeat,
+    /// `DELETE /v1/nodes/{id}`
+    NodeRemove,
+    /// gRPC `Pull`
+    Pull,
+    /// gRPC `Ack`
+    Ack,
+    /// gRPC `Complete`
+    RunComplete,
+    /// gRPC `Fail`
+    RunFail,
     /// The author's calls: `{DMS}/jobs` and below, `{DMS}/nodes/busy`.
     Jobs,
+    /// The author's calls: `/v1/runs` and below.
+    Runs,
 }
 
 /// The client that makes a call.
@@ -65,21 +81,24 @@ impl Client {
 
     /// The error is the reason why this client never makes the call.
     pub(super) fn makes(self, call: Endpoint) -> Result<(), &'static str> {
-        use Endpoint::{Abort, ById, CompleteUpload, Create, Info, Initiate, Jobs, List, Part};
+        use Endpoint::{Abort, ById, CompleteUpload, Create, Info, Initiate, Jobs, List, Part, Runs};
         match (self, call) {
-            (Self::Node, Jobs) => Err("no node makes this call"),
+            (Self::Node, Jobs | Runs) => Err("no node makes this call"),
             (Self::Node, _)
-            | (Self::Submit, Info | List | ById | Create | Initiate | Part | CompleteUpload | Abort | Jobs) => Ok(()),
+            | (Self::Submit, Info | List | ById | Create | Initiate | Part | CompleteUpload | Abort | Jobs | Runs) => {
+                Ok(())
+            }
             (Self::Submit, _) => Err("submit does not make this call"),
         }
     }
 }
 
 /// A name for several calls.
-const GROUPS: [(&str, &[Endpoint]); 5] = {
+const GROUPS: [(&str, &[Endpoint]); 6] = {
     use Endpoint::{
-        Abort, ById, Complete, CompleteUpload, Create, Delete, Download, Fail, Heartbeat, Info, Initiate, Lease, List,
-        Nonce, Part, Register, RegisterWallet, Replace, Verify,
+        Abort, Ack, ById, Complete, CompleteUpload, Create, Delete, Download, Fail, Heartbeat, Info, Initiate, Lease,
+        List, NodeHeartbeat, NodeRegister, NodeRemove, Nonce, Part, Pull, Register, RegisterWallet, Replace,
+        RunComplete, RunFail, Verify,
     };
     [
         ("any", Endpoint::of_nodes()),
@@ -90,6 +109,7 @@ const GROUPS: [(&str, &[Endpoint]); 5] = {
             &[Info, List, Download, ById, Create, Replace, Delete, Initiate, Part, CompleteUpload, Abort],
         ),
         ("upload", &[Create, Replace]),
+        ("node_runtime", &[NodeRegister, NodeHeartbeat, NodeRemove, Pull, Ack, RunComplete, RunFail]),
     ]
 };
 
@@ -115,12 +135,20 @@ impl Endpoint {
         Self::Part,
         Self::CompleteUpload,
         Self::Abort,
+        Self::NodeRegister,
+        Self::NodeHeartbeat,
+        Self::NodeRemove,
+        Self::Pull,
+        Self::Ack,
+        Self::RunComplete,
+        Self::RunFail,
         Self::Jobs,
+        Self::Runs,
     ];
 
     /// All calls except the author's, which are last.
     const fn of_nodes() -> &'static [Self] {
-        Self::ALL.split_at(Self::ALL.len() - 1).0
+        Self::ALL.split_at(Self::ALL.len() - 2).0
     }
 
     /// Its name in fault files and in the journal.
@@ -146,7 +174,15 @@ impl Endpoint {
             Self::Part => "part",
             Self::CompleteUpload => "complete_upload",
             Self::Abort => "abort",
+            Self::NodeRegister => "node_register",
+            Self::NodeHeartbeat => "node_heartbeat",
+            Self::NodeRemove => "node_remove",
+            Self::Pull => "pull",
+            Self::Ack => "ack",
+            Self::RunComplete => "run_complete",
+            Self::RunFail => "run_fail",
             Self::Jobs => "jobs",
+            Self::Runs => "runs",
         }
     }
 
@@ -170,8 +206,24 @@ impl Endpoint {
 
     /// Whether the call carries a domain token.
     pub(super) fn is_of_domain(self) -> bool {
-        !matches!(self, Self::Nonce | Self::Verify | Self::RegisterWallet | Self::Register | Self::Info | Self::Jobs)
-            && !self.is_of_dms()
+        let sign_in = matches!(self, Self::Nonce | Self::Verify | Self::RegisterWallet | Self::Register);
+        let node = matches!(self, Self::NodeRegister | Self::NodeHeartbeat | Self::NodeRemove);
+        !(sign_in || node || self == Self::Info || self.is_of_dms() || self.is_grpc() || self.is_of_authors())
+    }
+
+    /// Whether the call is gRPC.
+    pub(super) fn is_grpc(self) -> bool {
+        self == Self::Pull || self.names_run()
+    }
+
+    /// Whether the call is about one run.
+    pub(super) fn names_run(self) -> bool {
+        matches!(self, Self::Ack | Self::RunComplete | Self::RunFail)
+    }
+
+    /// Whether authors make the call, and no node.
+    pub(super) fn is_of_authors(self) -> bool {
+        matches!(self, Self::Jobs | Self::Runs)
     }
 
     /// The call that a request makes. `None`: it is no call of the wire protocol.
@@ -192,7 +244,15 @@ impl Endpoint {
             ["v1", "tasks", _, "heartbeat"] if post => Self::Heartbeat,
             ["v1", "tasks", _, "complete"] if post => Self::Complete,
             ["v1", "tasks", _, "fail"] if post => Self::Fail,
+            ["v1", "nodes:register"] if post => Self::NodeRegister,
+            ["v1", "nodes", segment] if post && segment.ends_with(":heartbeat") => Self::NodeHeartbeat,
+            ["v1", "nodes", _] if delete => Self::NodeRemove,
+            ["lease.LeaseService", "Pull"] if post => Self::Pull,
+            ["lease.LeaseService", "Ack"] if post => Self::Ack,
+            ["lease.LeaseService", "Complete"] if post => Self::RunComplete,
+            ["lease.LeaseService", "Fail"] if post => Self::RunFail,
             ["v1", "jobs", ..] | ["v1", "nodes", "busy"] => Self::Jobs,
+            ["v1", "runs", ..] => Self::Runs,
             ["api", "v1", "info"] if get => Self::Info,
             ["api", "v1", "domains", _, "data"] if get => {
                 let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
@@ -239,6 +299,15 @@ mod tests {
         check(Method::POST, "/api/v1/domains/d/data/multipart?uploadId=7", any, Some("complete_upload"));
         check(Method::DELETE, "/api/v1/domains/d/data/multipart?uploadId=7", any, Some("abort"));
         check(Method::POST, "/v1/jobs/7/cancel", any, Some("jobs"));
+        check(Method::POST, "/v1/nodes:register", any, Some("node_register"));
+        check(Method::POST, "/v1/nodes/a%2Fb:heartbeat", any, Some("node_heartbeat"));
+        check(Method::DELETE, "/v1/nodes/busy", any, Some("node_remove"));
+        check(Method::GET, "/v1/nodes/busy", any, Some("jobs"));
+        check(Method::POST, "/lease.LeaseService/Pull", any, Some("pull"));
+        check(Method::POST, "/lease.LeaseService/Ack", any, Some("ack"));
+        check(Method::POST, "/lease.LeaseService/Complete", any, Some("run_complete"));
+        check(Method::POST, "/lease.LeaseService/Fail", any, Some("run_fail"));
+        check(Method::POST, "/v1/runs/7:cancel", any, Some("runs"));
         check(Method::GET, "/dev/v1/world", any, None);
         check(Method::DELETE, "/v1/tasks", any, None);
     }
@@ -248,7 +317,7 @@ mod tests {
         assert_eq!(Endpoint::named("part"), Some(vec![Endpoint::Part]));
         assert_eq!(Endpoint::named("upload"), Some(vec![Endpoint::Create, Endpoint::Replace]));
         let any = Endpoint::named("any").expect("a group");
-        assert!(any.len() == Endpoint::ALL.len() - 1 && !any.contains(&Endpoint::Jobs));
+        assert!(any.len() == Endpoint::ALL.len() - 2 && !any.iter().any(|call| call.is_of_authors()));
         assert_eq!(Endpoint::named("Part"), None);
     }
 }

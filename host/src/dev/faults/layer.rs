@@ -1,6 +1,6 @@
 //! A layer around the router. It names each request, applies the fault rules, and records the result in the journal.
 
-use std::{convert::Infallible, sync::Arc, task::Poll, time::Duration};
+use std::{convert::Infallible, future::poll_fn, sync::Arc, time::Duration};
 
 use ::http::{HeaderValue, Request, Response, StatusCode, header};
 use axum::{Router, body::Body};
@@ -12,9 +12,11 @@ use jiff::fmt::rfc2822::DateTimePrinter;
 use serde_json::Value;
 use uuid::Uuid;
 
+#[cfg(feature = "grpc")]
+use super::grpc;
 use super::{AppliedFault, Client, Endpoint, Kind, WireForm, wire::Line};
 #[cfg(feature = "grpc")]
-use crate::dev::node_runtime;
+use crate::dev::node_runtime::CallFault;
 use crate::dev::{
     Inner,
     http::{CallerNode, bearer, drain},
@@ -27,16 +29,25 @@ const MIDDLE_BYTES: usize = 64 * 1024;
 const PIECE: &[u8] = &[b'x'; 16 * 1024];
 /// Largest sign-in body that is searched for its wallet.
 const SIGN_IN_BYTES_MAX: usize = 64 * 1024;
+/// How long the bytes of an answer may take to leave before the connection is reset.
+const FLUSH_TIME: Duration = Duration::from_millis(200);
 /// The page that a captive portal returns instead of an answer.
 const PAGE: &str = "<!doctype html><title>Sign in</title><p>Sign in to use this network.";
 
 /// The content type that the oldest services do not send.
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 
-/// The connection must be broken.
+/// The request gets no answer.
 #[derive(Debug, thiserror::Error)]
-#[error("reset by a fault rule")]
-pub(in crate::dev) struct Reset;
+pub(in crate::dev) enum NoAnswer {
+    /// The connection must be broken.
+    #[error("reset by a fault rule")]
+    Reset,
+    /// The stream of the request is reset. The connection stays.
+    #[cfg(feature = "grpc")]
+    #[error("stream reset by a fault rule")]
+    ResetStream(#[source] h2::Error),
+}
 
 /// Handles one request: applies a fault or routes it, answers it, and records it.
 pub(in crate::dev) async fn answer(
@@ -44,18 +55,19 @@ pub(in crate::dev) async fn answer(
     router: Router,
     line: Arc<Line>,
     request: Request<Incoming>,
-) -> Result<Response<Body>, Reset> {
+) -> Result<Response<Body>, NoAnswer> {
     let endpoint = Endpoint::of(request.method(), request.uri(), request.headers());
     let client = Client::of(request.headers());
     let mut note = Note::of(&server, &request, endpoint.map(Endpoint::name));
     let request = request.map(Body::new);
     let applied = endpoint.and_then(|endpoint| Some((endpoint, server.faults().apply(endpoint, client)?)));
     let answered = match applied {
-        None => Ok(route(&server, router, request).await),
+        None => Ok(Routes { server: &server, router, line: &line }.answer(request).await),
         Some((endpoint, applied)) => {
             tracing::info!(event = "dev.fault_injected", endpoint = endpoint.name(), fault = applied.kind(), rule = %applied.rule, "fault injected");
             note.fault(applied.kind());
-            FaultedRequest { server: &server, router, line, endpoint, note: &mut note }.answer(applied, request).await
+            let routes = Routes { server: &server, router, line: &line };
+            FaultedRequest { routes, endpoint, note: &mut note }.answer(applied, request).await
         }
     };
     let mut answer = answered?;
@@ -72,35 +84,47 @@ pub(in crate::dev) async fn answer(
     Ok(answer)
 }
 
-/// Answers a request of either wire.
-async fn route(server: &Arc<Inner>, router: Router, request: Request<Body>) -> Response<Body> {
-    #[cfg(feature = "grpc")]
-    if server.config.wires.has_node_runtime() && node_runtime::is_grpc(request.headers()) {
-        return node_runtime::call(server.clone(), request).await;
+/// The handlers of all requests.
+pub(super) struct Routes<'a> {
+    pub(super) server: &'a Arc<Inner>,
+    router: Router,
+    pub(super) line: &'a Arc<Line>,
+}
+
+impl Routes<'_> {
+    /// Answers a request of either wire.
+    pub(super) async fn answer(&self, request: Request<Body>) -> Response<Body> {
+        #[cfg(feature = "grpc")]
+        if self.is_grpc(&request) {
+            return self.answer_grpc(request, CallFault::default()).await;
+        }
+        let routed = hyper_util::service::TowerToHyperService::new(self.router.clone());
+        let answered: Result<_, Infallible> = hyper::service::Service::call(&routed, request).await;
+        answered.unwrap_or_else(|never| match never {})
     }
-    #[cfg(not(feature = "grpc"))]
-    let _ = server;
-    let routed = hyper_util::service::TowerToHyperService::new(router);
-    let answered: Result<_, Infallible> = hyper::service::Service::call(&routed, request).await;
-    answered.unwrap_or_else(|never| match never {})
 }
 
 /// A request to which a rule applies.
 struct FaultedRequest<'a> {
-    server: &'a Arc<Inner>,
-    router: Router,
-    line: Arc<Line>,
+    routes: Routes<'a>,
     endpoint: Endpoint,
     note: &'a mut Note,
 }
 
 impl FaultedRequest<'_> {
-    async fn answer(self, applied: AppliedFault, request: Request<Body>) -> Result<Response<Body>, Reset> {
+    async fn answer(self, applied: AppliedFault, request: Request<Body>) -> Result<Response<Body>, NoAnswer> {
         if !applied.delay.is_zero() {
             self.pause(applied.delay).await?;
         }
+        #[cfg(feature = "grpc")]
+        if self.routes.is_grpc(&request) && grpc::differs(&applied) {
+            return grpc::answer(&self.routes, applied, request).await;
+        }
         match applied.kind {
-            Kind::Delay => Ok(route(self.server, self.router, request).await),
+            // These apply to gRPC calls only.
+            Kind::SecondLease | Kind::GrpcStatus { .. } | Kind::RstStream { .. } | Kind::Goaway | Kind::Delay => {
+                Ok(self.routes.answer(request).await)
+            }
             Kind::Status { code, headers, body } => {
                 drain(request.into_body()).await;
                 let mut answer = Response::new(Body::from(body));
@@ -116,75 +140,82 @@ impl FaultedRequest<'_> {
                 self.reset()
             }
             Kind::LostAnswer => {
-                route(self.server, self.router.clone(), request).await;
+                self.routes.answer(request).await;
                 self.reset()
             }
             Kind::ResetBody { after } => {
-                let answer = route(self.server, self.router.clone(), request).await;
+                let answer = self.routes.answer(request).await;
                 if answer.status() == StatusCode::NO_CONTENT {
                     return self.reset();
                 }
-                Ok(broken(answer, after, self.line).await)
+                Ok(broken(answer, after, self.routes.line.clone()).await)
             }
             Kind::Malformed { after } => {
-                let answer = route(self.server, self.router, request).await;
+                let answer = self.routes.answer(request).await;
                 if answer.status() == StatusCode::NO_CONTENT {
                     return Ok(instead(answer, "application/json", Body::from("{")));
                 }
                 Ok(if answer.status().is_success() { shortened(answer, after).await } else { answer })
             }
             Kind::Oversize { bytes } => {
-                let answer = route(self.server, self.router, request).await;
+                let answer = self.routes.answer(request).await;
                 Ok(if answer.status().is_success() { oversized(answer, bytes) } else { answer })
             }
             Kind::WrongType => {
-                let answer = route(self.server, self.router, request).await;
+                let answer = self.routes.answer(request).await;
                 let page = "text/html; charset=utf-8";
                 Ok(if answer.status().is_success() { instead(answer, page, Body::from(PAGE)) } else { answer })
             }
             Kind::RevokeToken => {
+                let server = self.routes.server;
                 let token = bearer(request.headers()).unwrap_or_default();
                 if self.endpoint.is_of_dms() {
-                    self.server.identity().revoke(token);
-                } else if let Some((task, serial)) = self.server.tokens.task_of(token) {
-                    self.server.plane().revoke(task, serial, self.server.now());
+                    server.identity().revoke(token);
+                } else if let Some((task, serial)) = server.tokens.task_of(token) {
+                    server.plane().revoke(task, serial, server.now());
                 }
-                Ok(route(self.server, self.router, request).await)
+                Ok(self.routes.answer(request).await)
             }
             Kind::ForgetNode => {
                 let request = self.forget(request).await;
-                Ok(route(self.server, self.router, request).await)
+                Ok(self.routes.answer(request).await)
             }
             Kind::StealLease => {
                 if let Some(task) = self.task(&request) {
-                    self.server.plane().steal(task, self.server.now());
-                    self.server.changed();
+                    self.routes.server.plane().steal(task, self.routes.server.now());
+                    self.routes.server.changed();
                 }
-                Ok(route(self.server, self.router, request).await)
+                Ok(self.routes.answer(request).await)
             }
         }
     }
 
-    fn reset<T>(&self) -> Result<T, Reset> {
-        self.line.reset();
-        Err(Reset)
+    fn reset<T>(&self) -> Result<T, NoAnswer> {
+        self.routes.line.reset();
+        Err(NoAnswer::Reset)
     }
 
     /// Waits for `length`, but ends when the dev server stops.
-    async fn pause(&self, length: Duration) -> Result<(), Reset> {
+    async fn pause(&self, length: Duration) -> Result<(), NoAnswer> {
         tokio::select! {
             () = tokio::time::sleep(length) => Ok(()),
-            () = self.server.stop.cancelled() => self.reset(),
+            () = self.routes.server.stop.cancelled() => self.reset(),
         }
     }
 
     /// Removes the registration of the wallet behind the node token, or of the wallet that a sign-in names.
     async fn forget(&self, request: Request<Body>) -> Request<Body> {
         if let Some(token) = bearer(request.headers()) {
-            let node = self.server.identity().node(token, self.server.now());
+            let server = self.routes.server;
+            let node = server.identity().node(token, server.now());
             if let Some(node) = node {
-                self.server.identity().forget(&node.wallet);
+                server.identity().forget(&node.wallet);
             }
+            return request;
+        }
+        #[cfg(feature = "grpc")]
+        if self.endpoint == Endpoint::NodeHeartbeat {
+            grpc::forget_node(self.routes.server, request.uri().path());
             return request;
         }
         let (head, body) = request.into_parts();
@@ -192,7 +223,7 @@ impl FaultedRequest<'_> {
         let body = body.map(http_body_util::Collected::to_bytes).unwrap_or_default();
         let named = serde_json::from_slice::<Value>(&body).ok();
         if let Some(wallet) = named.as_ref().and_then(|named| named["address"].as_str()) {
-            self.server.identity().forget(&wallet.to_ascii_lowercase());
+            self.routes.server.identity().forget(&wallet.to_ascii_lowercase());
         }
         Request::from_parts(head, Body::from(body))
     }
@@ -202,12 +233,12 @@ impl FaultedRequest<'_> {
         if self.endpoint.is_of_dms() {
             return Uuid::parse_str(request.uri().path().split('/').nth(3)?).ok();
         }
-        self.server.tokens.task_of(bearer(request.headers())?).map(|(task, _)| task)
+        self.routes.server.tokens.task_of(bearer(request.headers())?).map(|(task, _)| task)
     }
 }
 
 /// Returns the answer with another body.
-fn instead(answer: Response<Body>, content_type: &'static str, body: Body) -> Response<Body> {
+pub(super) fn instead(answer: Response<Body>, content_type: &'static str, body: Body) -> Response<Body> {
     let (mut head, _) = answer.into_parts();
     head.status = StatusCode::OK;
     head.headers.remove(header::CONTENT_LENGTH);
@@ -217,12 +248,15 @@ fn instead(answer: Response<Body>, content_type: &'static str, body: Body) -> Re
 
 /// Returns a JSON string of that length.
 fn oversized(answer: Response<Body>, bytes: usize) -> Response<Body> {
-    let filling = bytes.saturating_sub(2);
-    let full = std::iter::repeat_n(Bytes::from_static(PIECE), filling / PIECE.len());
     let quote = || std::iter::once(Bytes::from_static(b"\""));
-    let rest = Bytes::from_static(&PIECE[..filling % PIECE.len()]);
-    let pieces = quote().chain(full).chain(std::iter::once(rest)).chain(quote());
+    let pieces = quote().chain(filler(bytes.saturating_sub(2))).chain(quote());
     instead(answer, "application/json", Body::from_stream(stream::iter(pieces.map(Ok::<_, Infallible>))))
+}
+
+/// So many bytes, in pieces.
+pub(super) fn filler(bytes: usize) -> impl Iterator<Item = Bytes> {
+    let full = std::iter::repeat_n(Bytes::from_static(PIECE), bytes / PIECE.len());
+    full.chain(std::iter::once(Bytes::from_static(&PIECE[..bytes % PIECE.len()])))
 }
 
 /// The beginning of a body: the first `after` bytes, or its first half.
@@ -267,14 +301,18 @@ async fn broken(answer: Response<Body>, after: Option<usize>, line: Arc<Line>) -
     if let Some(length) = body.size_hint().exact() {
         head.headers.insert(header::CONTENT_LENGTH, length.into());
     }
-    let begun = beginning(body, after).await.into_data_stream().map(|piece| piece.map_err(|_| Reset));
-    let mut flushed = None;
-    let reset = stream::poll_fn(move |cx| {
-        // The bytes sent so far must arrive before the connection breaks.
-        let flushed = *flushed.get_or_insert_with(|| line.flushed());
-        std::task::ready!(line.poll_flushed(flushed, cx));
+    let begun = beginning(body, after).await.into_data_stream().map(|piece| piece.map_err(|_| NoAnswer::Reset));
+    let reset = stream::once(async move {
+        flushed(&line).await;
         line.reset();
-        Poll::Ready(Some(Err(Reset)))
+        Err(NoAnswer::Reset)
     });
     Response::from_parts(head, Body::from_stream(begun.chain(reset)))
+}
+
+/// Waits until the bytes sent so far have left, so that they arrive before the connection breaks.
+pub(super) async fn flushed(line: &Line) {
+    let before = line.flushed();
+    // Another task writes an HTTP/2 connection: the bytes may have left already.
+    let _ = tokio::time::timeout(FLUSH_TIME, poll_fn(|cx| line.poll_flushed(before, cx))).await;
 }

@@ -5,6 +5,8 @@
 //! the router, and [`wire`] breaks connections. `docs/operations/faults.md` is the reference for the format.
 
 mod endpoint;
+#[cfg(feature = "grpc")]
+mod grpc;
 pub(super) mod layer;
 mod parse;
 pub(super) mod wire;
@@ -60,6 +62,8 @@ struct Rule {
     /// The probability that the rule applies to each later request.
     probability: f64,
     seed: Option<u64>,
+    /// The leases that a stream gives before the fault. `None`: the fault replaces the answer.
+    after_leases: Option<u64>,
 }
 
 /// The kind of fault.
@@ -89,6 +93,14 @@ enum Kind {
     ForgetNode,
     /// Another node holds the lease of the task from now on.
     StealLease,
+    /// The run is queued again while its node has it.
+    SecondLease,
+    /// Not executed; answered with this gRPC status.
+    GrpcStatus { code: i32, message: String },
+    /// Not executed; the stream of the call is reset with this HTTP/2 error code.
+    RstStream { code: u32 },
+    /// Executed and answered; the connection takes no other calls.
+    Goaway,
 }
 
 impl Kind {
@@ -106,6 +118,10 @@ impl Kind {
             Self::RevokeToken => "revoke_token",
             Self::ForgetNode => "forget_node",
             Self::StealLease => "steal_lease",
+            Self::SecondLease => "second_lease",
+            Self::GrpcStatus { .. } => "grpc_status",
+            Self::RstStream { .. } => "rst_stream",
+            Self::Goaway => "goaway",
         }
     }
 }
@@ -152,6 +168,8 @@ pub(super) struct AppliedFault {
     pub(super) rule: String,
     kind: Kind,
     delay: Duration,
+    #[cfg_attr(not(feature = "grpc"), expect(dead_code, reason = "only gRPC reads it"))]
+    after_leases: Option<u64>,
 }
 
 impl AppliedFault {
@@ -205,7 +223,8 @@ impl ActiveRule {
             return None;
         }
         self.applied += 1;
-        Some(AppliedFault { rule: rule.name.clone(), kind: rule.kind.clone(), delay: rule.delay })
+        let Rule { delay, after_leases, .. } = *rule;
+        Some(AppliedFault { rule: rule.name.clone(), kind: rule.kind.clone(), delay, after_leases })
     }
 }
 

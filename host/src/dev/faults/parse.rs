@@ -25,7 +25,7 @@ const HOUR: Duration = Duration::from_secs(60 * 60);
 /// Largest offset of the clock.
 const YEAR: Duration = Duration::from_secs(366 * 24 * 60 * 60);
 
-const KINDS: [&str; 13] = [
+const KINDS: [&str; 17] = [
     "status",
     "delay",
     "reset",
@@ -38,9 +38,13 @@ const KINDS: [&str; 13] = [
     "revoke_token",
     "forget_node",
     "steal_lease",
+    "second_lease",
+    "grpc_status",
+    "rst_stream",
+    "goaway",
     "clock_offset",
 ];
-const KEYS: [&str; 14] = [
+const KEYS: [&str; 16] = [
     "name",
     "endpoint",
     "client",
@@ -55,6 +59,48 @@ const KEYS: [&str; 14] = [
     "body",
     "after_bytes",
     "bytes",
+    "message",
+    "after_leases",
+];
+/// Keys that only some kinds accept.
+const OWN_KEYS: [&str; 7] = ["code", "headers", "body", "after_bytes", "bytes", "message", "after_leases"];
+
+/// The names of the gRPC statuses, by number.
+const GRPC_CODES: [&str; 17] = [
+    "OK",
+    "CANCELLED",
+    "UNKNOWN",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "ABORTED",
+    "OUT_OF_RANGE",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
+    "UNAUTHENTICATED",
+];
+/// The names of the HTTP/2 error codes, by number.
+const HTTP2_CODES: [&str; 14] = [
+    "NO_ERROR",
+    "PROTOCOL_ERROR",
+    "INTERNAL_ERROR",
+    "FLOW_CONTROL_ERROR",
+    "SETTINGS_TIMEOUT",
+    "STREAM_CLOSED",
+    "FRAME_SIZE_ERROR",
+    "REFUSED_STREAM",
+    "CANCEL",
+    "COMPRESSION_ERROR",
+    "CONNECT_ERROR",
+    "ENHANCE_YOUR_CALM",
+    "INADEQUATE_SECURITY",
+    "HTTP_1_1_REQUIRED",
 ];
 
 impl Faults {
@@ -138,16 +184,21 @@ fn rule(label: &RuleLabel, table: &Table) -> Result<Rule, String> {
     let kind = kind(label, table)?;
     let endpoints = endpoints(label, table)?;
     let client = client(label, table)?;
+    let number = |key: &str| table.get(key).map(|value| whole(&format!("{} {key}", label.text), value)).transpose();
+    let after_leases = number("after_leases")?;
     let fits = |call: Endpoint| {
+        if after_leases.is_some() && call != Endpoint::Pull {
+            return Err(label.problem("after_leases", format!("{} sends no leases, only pull does", call.name())));
+        }
         fits(&kind, call)
             .map_err(|why| label.problem("kind", format!("{} cannot apply to {}: {why}", kind.name(), call.name())))?;
         let made = client.map_or(Ok(()), |client| client.makes(call));
         made.map_err(|why| label.problem("client", format!("{} does not fit {}: {why}", table["client"], call.name())))
     };
-    // No node calls `jobs`. A rule for `jobs` alone that names no client applies to every client.
-    let jobs = |call: &Endpoint| *call == Endpoint::Jobs;
+    // A rule for calls of authors alone that names no client applies to every client.
+    let authors = |call: &Endpoint| call.is_of_authors();
     let client_filter =
-        if endpoints.iter().all(jobs) || table.contains_key("client") { client } else { Some(Client::Node) };
+        if endpoints.iter().all(authors) || table.contains_key("client") { client } else { Some(Client::Node) };
     let fitting: Vec<Endpoint> = endpoints.iter().copied().filter(|call| fits(*call).is_ok()).collect();
     // A group selects those of its calls that fit the kind. A call that is named alone must fit.
     if fitting.is_empty() || (named_alone(table) && fitting.len() < endpoints.len()) {
@@ -164,7 +215,6 @@ fn rule(label: &RuleLabel, table: &Table) -> Result<Rule, String> {
     if !delay.is_zero() && kind == Kind::Hang {
         return Err(label.problem("delay", "a hang does not end; remove the key"));
     }
-    let number = |key: &str| table.get(key).map(|value| whole(&format!("{} {key}", label.text), value)).transpose();
     let count = number("count")?;
     if count == Some(0) {
         return Err(label.problem("count", "is 0, so the rule never applies; remove the rule"));
@@ -188,6 +238,7 @@ fn rule(label: &RuleLabel, table: &Table) -> Result<Rule, String> {
         skip: number("skip")?.unwrap_or(0),
         probability,
         seed: number("seed")?,
+        after_leases,
     })
 }
 
@@ -242,15 +293,16 @@ fn kind(label: &RuleLabel, table: &Table) -> Result<Kind, String> {
         Some(Toml::String(word)) => word.as_str(),
         Some(other) => return Err(label.problem("kind", format!("expected a word, found {other}"))),
     };
-    // Keys that only some kinds accept.
     let own: &[&str] = match word {
         "status" => &["code", "headers", "body"],
         "reset_body" | "malformed" => &["after_bytes"],
         "oversize" => &["bytes"],
+        "grpc_status" => &["code", "message", "after_leases"],
+        "rst_stream" => &["code", "after_leases"],
+        "reset" | "hang" | "goaway" => &["after_leases"],
         _ => &[],
     };
-    let foreign = ["code", "headers", "body", "after_bytes", "bytes"];
-    if let Some(key) = foreign.iter().find(|key| table.contains_key(**key) && !own.contains(key))
+    if let Some(key) = OWN_KEYS.iter().find(|key| table.contains_key(**key) && !own.contains(key))
         && KINDS.contains(&word)
     {
         return Err(label.problem(key, format!("has no effect with kind {word:?}; remove it")));
@@ -284,8 +336,34 @@ fn kind(label: &RuleLabel, table: &Table) -> Result<Kind, String> {
         "revoke_token" => Kind::RevokeToken,
         "forget_node" => Kind::ForgetNode,
         "steal_lease" => Kind::StealLease,
+        "second_lease" => Kind::SecondLease,
+        "grpc_status" => Kind::GrpcStatus {
+            code: i32::from(code(label, table, &GRPC_CODES, "UNAVAILABLE")?),
+            message: text(label, table, "message")?,
+        },
+        "rst_stream" => Kind::RstStream { code: code(label, table, &HTTP2_CODES, "REFUSED_STREAM")?.into() },
+        "goaway" => Kind::Goaway,
         other => return Err(label.problem("kind", unknown(other, &KINDS))),
     })
+}
+
+/// The number of a code that the rule names.
+fn code(label: &RuleLabel, table: &Table, names: &[&str], example: &str) -> Result<u8, String> {
+    let name = match table.get("code") {
+        None => return Err(format!("{}: the key \"code\" is missing, such as code = {example:?}", label.text)),
+        Some(Toml::String(name)) => name,
+        Some(other) => return Err(label.problem("code", format!("expected a name such as {example:?}, found {other}"))),
+    };
+    let number = (0..).zip(names).find_map(|(number, known)| (known == name).then_some(number));
+    number.ok_or_else(|| label.problem("code", unknown(name, names)))
+}
+
+fn text(label: &RuleLabel, table: &Table, key: &str) -> Result<String, String> {
+    match table.get(key) {
+        None => Ok(String::new()),
+        Some(Toml::String(text)) => Ok(text.clone()),
+        Some(other) => Err(label.problem(key, format!("expected text, found {other}"))),
+    }
 }
 
 fn status(label: &RuleLabel, table: &Table) -> Result<Kind, String> {
@@ -318,11 +396,7 @@ fn status(label: &RuleLabel, table: &Table) -> Result<Kind, String> {
             );
         }
     }
-    let body = match table.get("body") {
-        None => String::new(),
-        Some(Toml::String(body)) => body.clone(),
-        Some(other) => return Err(label.problem("body", format!("expected text, found {other}"))),
-    };
+    let body = text(label, table, "body")?;
     if !body.is_empty() && [204, 205, 304].contains(&code.as_u16()) {
         return Err(label.problem("body", format!("an answer {} has no body; remove it", code.as_u16())));
     }
@@ -331,13 +405,23 @@ fn status(label: &RuleLabel, table: &Table) -> Result<Kind, String> {
 
 /// The error is the reason why a kind does not fit a call.
 fn fits(kind: &Kind, call: Endpoint) -> Result<(), &'static str> {
-    let task = matches!(call, Endpoint::Heartbeat | Endpoint::Complete | Endpoint::Fail) || call.is_of_domain();
+    let task = matches!(call, Endpoint::Heartbeat | Endpoint::Complete | Endpoint::Fail)
+        || call.names_run()
+        || call.is_of_domain();
+    let node = matches!(call, Endpoint::Verify | Endpoint::NodeHeartbeat | Endpoint::Pull) || call.is_of_dms();
     match kind {
         Kind::RevokeToken if !call.is_of_dms() && !call.is_of_domain() => {
             Err("the call has no token of a node or a task")
         }
-        Kind::ForgetNode if !call.is_of_dms() && call != Endpoint::Verify => Err("the call does not name a node"),
+        Kind::ForgetNode if !node => Err("the call does not name a node"),
         Kind::StealLease if !task => Err("the call names no task"),
+        Kind::SecondLease if !call.names_run() => Err("the call names no run"),
+        Kind::GrpcStatus { .. } | Kind::RstStream { .. } | Kind::Goaway if !call.is_grpc() => {
+            Err("the call does not use gRPC")
+        }
+        Kind::ResetBody { after: None } | Kind::Malformed { after: None } if call == Endpoint::Pull => {
+            Err("a stream has no middle; add after_bytes")
+        }
         Kind::Oversize { .. } if matches!(call, Endpoint::Download | Endpoint::ById) => {
             Err("the size of data is fixed; store a larger item")
         }

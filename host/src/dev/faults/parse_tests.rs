@@ -80,6 +80,47 @@ fn invalid_combinations_are_refused() {
 }
 
 #[test]
+fn mistakes_in_grpc_rules_name_rule_and_key() {
+    let rule = |endpoint: &str, rest: &str| format!("[[fault]]\nendpoint = \"{endpoint}\"\n{rest}");
+    let status = |code: &str| rule("ack", &format!("kind = \"grpc_status\"\n{code}"));
+    check(&status(""), "[[fault]] 1: the key \"code\" is missing, such as code = \"UNAVAILABLE\"");
+    check(&status("code = \"UNAVAILBLE\""), "[[fault]] 1 code: \"UNAVAILBLE\", did you mean \"UNAVAILABLE\"?");
+    check(&status("code = 14"), "[[fault]] 1 code: expected a name such as \"UNAVAILABLE\", found 14");
+    check(&status("code = \"OK\"\nmessage = 1"), "[[fault]] 1 message: expected text, found 1");
+    check(
+        &status("code = \"OK\"\nbody = \"\""),
+        "[[fault]] 1 body: has no effect with kind \"grpc_status\"; remove it",
+    );
+    check(
+        &rule("pull", "kind = \"rst_stream\"\ncode = \"REFUSED_STREM\""),
+        "[[fault]] 1 code: \"REFUSED_STREM\", did you mean \"REFUSED_STREAM\"?",
+    );
+    check(&rule("pul", "kind = \"goaway\""), "[[fault]] 1 endpoint: \"pul\", did you mean \"pull\"?");
+    check(
+        &rule("node_heartbeat", "kind = \"goaway\""),
+        "[[fault]] 1 kind: goaway cannot apply to node_heartbeat: the call does not use gRPC",
+    );
+    check(
+        &rule("pull", "kind = \"second_lease\""),
+        "[[fault]] 1 kind: second_lease cannot apply to pull: the call names no run",
+    );
+    check(
+        &rule("ack", "kind = \"hang\"\nafter_leases = 1"),
+        "[[fault]] 1 after_leases: ack sends no leases, only pull does",
+    );
+    check(
+        &rule("pull", "kind = \"delay\"\ndelay = \"1s\"\nafter_leases = 1"),
+        "[[fault]] 1 after_leases: has no effect with kind \"delay\"; remove it",
+    );
+    check(
+        &rule("pull", "kind = \"reset_body\""),
+        "[[fault]] 1 kind: reset_body cannot apply to pull: a stream has no middle; add after_bytes",
+    );
+    let faults = Faults::parse(&rule("node_runtime", "kind = \"hang\"\nafter_leases = 2")).expect("a valid file");
+    assert_eq!((&*faults.rules[0].endpoints, faults.rules[0].after_leases), (&[Endpoint::Pull][..], Some(2)));
+}
+
+#[test]
 fn client_must_make_the_call() {
     let client = |text: &str| format!("[[fault]]\nkind = \"reset\"\n{text}");
     check(

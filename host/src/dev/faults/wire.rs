@@ -14,17 +14,20 @@ use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
 };
+use tokio_util::sync::CancellationToken;
 
 /// The state of one connection, shared with the handlers that answer on it.
-#[derive(Default)]
 pub(in crate::dev) struct Line {
+    /// Ends the connection after the answers in progress. HTTP/2 sends GOAWAY.
+    #[cfg_attr(not(feature = "grpc"), expect(dead_code, reason = "only gRPC reads it"))]
+    pub(super) close: CancellationToken,
     reset: AtomicBool,
     flushed: AtomicU64,
     waiting: Mutex<Option<Waker>>,
 }
 
 impl Line {
-    /// Makes the connection end with a reset, whenever it ends.
+    /// Makes the connection end with a reset, at the latest at the next write.
     pub(super) fn reset(&self) {
         self.reset.store(true, Ordering::Release);
     }
@@ -44,6 +47,11 @@ impl Line {
         Poll::Pending
     }
 
+    /// HTTP/2 would go on with the other requests of the connection.
+    fn check(&self) -> io::Result<()> {
+        if self.reset.load(Ordering::Acquire) { Err(io::ErrorKind::ConnectionReset.into()) } else { Ok(()) }
+    }
+
     fn count(&self) {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         self.flushed.fetch_add(1, Ordering::AcqRel);
@@ -60,8 +68,9 @@ pub(in crate::dev) struct Wire {
 }
 
 impl Wire {
-    pub(in crate::dev) fn new(socket: TcpStream) -> (Self, Arc<Line>) {
-        let line = Arc::new(Line::default());
+    pub(in crate::dev) fn new(socket: TcpStream, close: CancellationToken) -> (Self, Arc<Line>) {
+        let (reset, flushed, waiting) = (AtomicBool::default(), AtomicU64::default(), Mutex::default());
+        let line = Arc::new(Line { close, reset, flushed, waiting });
         (Self { socket, line: line.clone() }, line)
     }
 }
@@ -84,6 +93,7 @@ impl AsyncRead for Wire {
 
 impl AsyncWrite for Wire {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.line.check()?;
         Pin::new(&mut self.socket).poll_write(cx, buf)
     }
 
@@ -92,6 +102,7 @@ impl AsyncWrite for Wire {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.line.check()?;
         Pin::new(&mut self.socket).poll_write_vectored(cx, bufs)
     }
 

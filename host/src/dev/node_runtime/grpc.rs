@@ -11,6 +11,7 @@ use futures_util::{
 };
 use jiff::Timestamp;
 use serde_json::json;
+use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status};
 use uuid::Uuid;
 
@@ -30,7 +31,38 @@ use crate::{
 };
 
 /// See the module documentation.
-pub(super) struct Leases(pub(super) Arc<Inner>);
+pub(super) struct Leases {
+    pub(super) server: Arc<Inner>,
+    /// Ends the connection of the call.
+    pub(super) close: CancellationToken,
+    pub(super) fault: CallFault,
+}
+
+/// What a fault rule changes in a call.
+#[derive(Default)]
+pub(in crate::dev) struct CallFault {
+    pub(in crate::dev) before: Option<BeforeCall>,
+    pub(in crate::dev) limit: Option<LeaseLimit>,
+}
+
+/// What happens to the run or the node that the call names, before the call is executed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(in crate::dev) enum BeforeCall {
+    /// The run is queued again.
+    SecondLease,
+    /// Another node holds the run.
+    StealLease,
+    /// The node is not registered any more.
+    ForgetNode,
+}
+
+/// A stream offers no lease after `count` leases.
+#[derive(Clone)]
+pub(in crate::dev) struct LeaseLimit {
+    pub(in crate::dev) count: u64,
+    /// Cancelled after the last of them.
+    pub(in crate::dev) reached: CancellationToken,
+}
 
 /// An open stream of leases.
 struct Puller {
@@ -38,11 +70,20 @@ struct Puller {
     node: Arc<str>,
     key: Uuid,
     max: usize,
+    close: CancellationToken,
+    limit: Option<LeaseLimit>,
 }
 
 impl Puller {
     /// Waits for the next lease, or for the end of the stream.
-    async fn next(&self) -> Result<Lease, Status> {
+    async fn next(&mut self) -> Result<Lease, Status> {
+        if let Some(limit) = &mut self.limit {
+            if limit.count == 0 {
+                limit.reached.cancel();
+                std::future::pending::<()>().await;
+            }
+            limit.count -= 1;
+        }
         loop {
             // Subscribe before the look, so that no change between the two is missed.
             let mut changed = pin!(self.server.changed.notified());
@@ -62,7 +103,7 @@ impl Puller {
             }
             tokio::select! {
                 () = changed => {}
-                () = self.server.stop.cancelled() => return Err(Status::unavailable("the dev server stops")),
+                () = self.close.cancelled() => return Err(Status::unavailable("the connection ends")),
             }
         }
     }
@@ -108,6 +149,19 @@ fn refusal(what: &str, refusal: &CallRefusal) -> String {
     }
 }
 
+impl Leases {
+    /// The run and the holder that a call names.
+    fn named(&self, lease: &str, run: Option<&str>, node: &str) -> Result<(Uuid, Holder), CallRefusal> {
+        let (run, by) = named(lease, run, node).ok_or(CallRefusal::Unknown)?;
+        match self.fault.before {
+            Some(BeforeCall::SecondLease) => self.server.plane().queue_again(run, self.server.now()),
+            Some(BeforeCall::StealLease) => self.server.plane().steal(run, self.server.now()),
+            Some(BeforeCall::ForgetNode) | None => {}
+        }
+        Ok((run, by))
+    }
+}
+
 #[async_trait]
 impl LeaseService for Leases {
     type PullStream = BoxStream<'static, Result<Lease, Status>>;
@@ -119,13 +173,23 @@ impl LeaseService for Leases {
         }
         let max = usize::try_from(max_leases).ok().filter(|max| *max > 0);
         let max = max.ok_or_else(|| Status::invalid_argument("MaxLeases must be greater than 0"))?;
-        if self.0.nodes().schedulable(&node_id) == Schedulable::Unknown {
+        if self.fault.before == Some(BeforeCall::ForgetNode) {
+            self.server.nodes().remove(&node_id);
+        }
+        if self.server.nodes().schedulable(&node_id) == Schedulable::Unknown {
             // The original ends the stream here without an error, which lets its workers loop.
             return Err(Status::not_found("the node is not registered"));
         }
-        let puller = Puller { server: self.0.clone(), key: nodes::key(&node_id), node: node_id.into(), max };
+        let puller = Puller {
+            server: self.server.clone(),
+            key: nodes::key(&node_id),
+            node: node_id.into(),
+            max,
+            close: self.close.clone(),
+            limit: self.fault.limit.clone(),
+        };
         let leases = stream::unfold(Some(puller), |puller| async {
-            let puller = puller?;
+            let mut puller = puller?;
             let next = puller.next().await;
             let rest = next.is_ok().then_some(puller);
             Some((next, rest))
@@ -138,9 +202,9 @@ impl LeaseService for Leases {
         if let Some(message) = blank(&[("LeaseId", &lease_id), ("NodeId", &node_id)]) {
             return Ok(Response::new(AckResponse { success: false, message }));
         }
-        let answer = named(&lease_id, None, &node_id).ok_or(CallRefusal::Unknown);
-        let answer = answer.and_then(|(run, by)| self.0.plane().acknowledge(run, by, self.0.now()));
-        self.0.changed();
+        let answer = self.named(&lease_id, None, &node_id);
+        let answer = answer.and_then(|(run, by)| self.server.plane().acknowledge(run, by, self.server.now()));
+        self.server.changed();
         Ok(Response::new(match answer {
             Ok(()) => AckResponse { success: true, message: "Lease acknowledged".to_owned() },
             Err(err) => AckResponse { success: false, message: refusal("Lease not acknowledged", &err) },
@@ -154,9 +218,10 @@ impl LeaseService for Leases {
         }
         let bytes = result.iter().map(|(name, value)| name.len() + value.len()).sum();
         let report = json!({ "result": result, "timings": times(timings), "costs": spent(costs) });
-        let answer = named(&lease_id, Some(&run_id), &node_id).ok_or(CallRefusal::Unknown);
-        let answer = answer.and_then(|(run, by)| self.0.plane().complete_run(run, by, report, bytes, self.0.now()));
-        self.0.changed();
+        let answer = self.named(&lease_id, Some(&run_id), &node_id);
+        let answer =
+            answer.and_then(|(run, by)| self.server.plane().complete_run(run, by, report, bytes, self.server.now()));
+        self.server.changed();
         Ok(Response::new(match answer {
             Ok(()) => CompleteResponse { success: true, message: "Run completed successfully".to_owned() },
             Err(err) => CompleteResponse { success: false, message: refusal("Failed to complete run", &err) },
@@ -170,13 +235,13 @@ impl LeaseService for Leases {
             return Ok(Response::new(FailResponse { success: false, message, should_retry: false }));
         }
         let report = json!({ "reason": error_message, "details": error_details, "timings": times(timings) });
-        let answer = named(&lease_id, Some(&run_id), &node_id).ok_or(CallRefusal::Unknown);
+        let answer = self.named(&lease_id, Some(&run_id), &node_id);
         let answer = answer.and_then(|(run, by)| {
-            let mut plane = self.0.plane();
-            plane.fail(run, by, report, retryable, self.0.now())?;
+            let mut plane = self.server.plane();
+            plane.fail(run, by, report, retryable, self.server.now())?;
             Ok(plane.is_queued(run))
         });
-        self.0.changed();
+        self.server.changed();
         Ok(Response::new(match answer {
             Ok(should_retry) => {
                 FailResponse { success: true, message: "Run failure processed".to_owned(), should_retry }

@@ -20,6 +20,7 @@ use axum::{
 use hyper::service::Service as _;
 use hyper_util::service::TowerToHyperService;
 use serde_json::Value;
+use tokio_util::sync::CancellationToken;
 
 use super::{
     Inner,
@@ -27,16 +28,24 @@ use super::{
 };
 use crate::leases::node_runtime::lease::lease_service_server::LeaseServiceServer;
 
-pub(super) use self::nodes::Nodes;
+pub(super) use self::{
+    grpc::{BeforeCall, CallFault, LeaseLimit},
+    nodes::Nodes,
+};
 
 /// Whether a request is a gRPC call.
 pub(super) fn is_grpc(headers: &HeaderMap) -> bool {
     headers.get(header::CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
 }
 
-/// Answers a gRPC call.
-pub(super) async fn call(server: Arc<Inner>, request: Request<Body>) -> Response<Body> {
-    let service = TowerToHyperService::new(LeaseServiceServer::new(grpc::Leases(server)));
+/// Answers a gRPC call. `close` ends its connection.
+pub(super) async fn call(
+    server: Arc<Inner>,
+    close: CancellationToken,
+    fault: CallFault,
+    request: Request<Body>,
+) -> Response<Body> {
+    let service = TowerToHyperService::new(LeaseServiceServer::new(grpc::Leases { server, close, fault }));
     let answered: Result<_, Infallible> = service.call(request).await;
     answered.unwrap_or_else(|never| match never {}).map(Body::new)
 }

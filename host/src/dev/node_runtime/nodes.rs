@@ -65,7 +65,7 @@ impl Nodes {
     }
 
     /// `false`: it is unknown.
-    pub(super) fn remove(&mut self, id: &str) -> bool {
+    pub(in crate::dev) fn remove(&mut self, id: &str) -> bool {
         self.0.remove(id).is_some()
     }
 

@@ -131,6 +131,14 @@ impl Plane {
         self.complete(run, by, Vec::new(), report, now)
     }
 
+    /// Ends the lease of a run and queues it again, as a control plane does that has lost the lease.
+    pub(in crate::dev) fn queue_again(&mut self, run: Uuid, now: Timestamp) {
+        self.expire(now);
+        let Some(State::Held(hold)) = self.tasks.get(&run).map(|task| &task.state) else { return };
+        self.release(run, hold.node);
+        self.enter(run, State::Ready, now);
+    }
+
     /// Whether the run is queued, for an attempt that can follow.
     pub(in crate::dev) fn is_queued(&self, run: Uuid) -> bool {
         matches!(self.tasks.get(&run).map(|task| &task.state), Some(State::Ready))

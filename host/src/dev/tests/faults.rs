@@ -11,12 +11,12 @@ use super::*;
 use crate::dev::{Faults, JournalEntry};
 
 impl TestServer {
-    fn faults(&self, file: &str) {
+    pub(super) fn faults(&self, file: &str) {
         self.server.set_faults(Faults::parse(file).expect("a valid file"));
     }
 
     /// Sends one request on a new connection. Returns the bytes received and how the connection ended.
-    async fn exchange(&self, head: &str, bearer: &str, body: &str) -> (String, std::io::Result<()>) {
+    pub(super) async fn exchange(&self, head: &str, bearer: &str, body: &str) -> (String, std::io::Result<()>) {
         let mut socket = TcpStream::connect(self.server.address()).await.expect("it listens");
         let (host, length) = (self.server.address(), body.len());
         let request = format!(
@@ -29,17 +29,17 @@ impl TestServer {
         (String::from_utf8_lossy(&came).into_owned(), read.map(drop))
     }
 
-    fn last_seen(&self) -> JournalEntry {
+    pub(super) fn last_seen(&self) -> JournalEntry {
         self.server.journal().pop().expect("a request")
     }
 }
 
-fn is_reset(end: std::io::Result<()>) -> bool {
+pub(super) fn is_reset(end: std::io::Result<()>) -> bool {
     end.is_err_and(|err| err.kind() == std::io::ErrorKind::ConnectionReset)
 }
 
 /// A rule that applies once to one call.
-fn once(endpoint: &str, rest: &str) -> String {
+pub(super) fn once(endpoint: &str, rest: &str) -> String {
     format!("[[fault]]\nendpoint = \"{endpoint}\"\ncount = 1\n{rest}")
 }
 

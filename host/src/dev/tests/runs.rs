@@ -21,28 +21,28 @@ const CONNECTION: Http2Limits = Http2Limits {
     tcp_patience: Duration::from_secs(30),
 };
 
-type Calls = LeaseServiceClient<Http2<tonic::body::Body>>;
-type Stream = tonic::Streaming<Lease>;
+pub(super) type Calls = LeaseServiceClient<Http2<tonic::body::Body>>;
+pub(super) type Stream = tonic::Streaming<Lease>;
 
-fn config() -> Config {
+pub(super) fn config() -> Config {
     Config { wires: Wires::Both, ..Config::default() }
 }
 
 impl TestServer {
-    async fn register_run_node(&self, id: &str) -> Calls {
+    pub(super) async fn register_run_node(&self, id: &str) -> Calls {
         let answer = self.post("/v1/nodes:register", None, &json!({"NODEID": id, "capacity": {"slots": 4}})).await;
         assert_eq!(answer.status, StatusCode::CREATED, "{}", answer.excerpt());
         self.calls().await
     }
 
-    async fn calls(&self) -> Calls {
+    pub(super) async fn calls(&self) -> Calls {
         let url = self.server.url();
         let connection = self.client.http2(&url, CONNECTION).await.expect("the dev server speaks HTTP/2");
         LeaseServiceClient::with_origin(connection, url.as_str().parse::<Uri>().expect("a URL"))
     }
 
     /// A run with one input and this many attempts.
-    async fn run(&self, max_attempts: u32) -> String {
+    pub(super) async fn run(&self, max_attempts: u32) -> String {
         let run = json!({
             "agentId": "agent", "version": "v1", "inputRef": {"message": "hi"}, "metadata": {"capability": HELLO},
             "maxAttempts": max_attempts, "traceId": "trace",
@@ -52,7 +52,7 @@ impl TestServer {
         body(&answer)["runId"].as_str().expect("an id").to_owned()
     }
 
-    async fn shown(&self, run: &str) -> Value {
+    pub(super) async fn shown(&self, run: &str) -> Value {
         body(&self.get(&format!("/v1/runs/{run}"), None).await)
     }
 
@@ -61,7 +61,7 @@ impl TestServer {
     }
 
     /// Waits until a run has this status.
-    async fn until_status(&self, run: &str, wanted: &str) {
+    pub(super) async fn until_status(&self, run: &str, wanted: &str) {
         let id = Uuid::parse_str(run).expect("an id");
         let status = || self.server.inner.plane().run(id, self.server.inner.now()).expect("known")["status"].clone();
         let reached = self.server.until(|| (status() == wanted).then_some(()));
@@ -69,21 +69,21 @@ impl TestServer {
     }
 }
 
-async fn pull(calls: &mut Calls, node: &str, max_leases: i32) -> Stream {
+pub(super) async fn pull(calls: &mut Calls, node: &str, max_leases: i32) -> Stream {
     calls.pull(PullRequest { node_id: node.to_owned(), max_leases }).await.expect("a stream").into_inner()
 }
 
-async fn next(stream: &mut Stream) -> Lease {
+pub(super) async fn next(stream: &mut Stream) -> Lease {
     let next = tokio::time::timeout(LIMIT, stream.message()).await.expect("a lease in time");
     next.expect("the stream is open").expect("a lease")
 }
 
-async fn ack(calls: &mut Calls, node: &str, lease: &Lease) -> bool {
+pub(super) async fn ack(calls: &mut Calls, node: &str, lease: &Lease) -> bool {
     let request = AckRequest { lease_id: lease.lease_id.clone(), node_id: node.to_owned(), ..AckRequest::default() };
     calls.ack(request).await.expect("an answer").into_inner().success
 }
 
-async fn complete(calls: &mut Calls, node: &str, lease: &Lease) -> bool {
+pub(super) async fn complete(calls: &mut Calls, node: &str, lease: &Lease) -> bool {
     let request = CompleteRequest {
         lease_id: lease.lease_id.clone(),
         run_id: lease.run_id.clone(),
