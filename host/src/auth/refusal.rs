@@ -69,10 +69,13 @@ impl Refusal {
 
     /// Whether the service may have executed the request although its answer was lost.
     pub(super) fn answer_lost(&self) -> bool {
-        use TransportError::{Oversize, Timeout, Truncated, Unreachable};
+        use TransportError::{Oversize, Timeout, Tls, Truncated, Unreachable};
         matches!(
             self,
-            Self::Transport { source: Unreachable { .. } | Timeout { .. } | Truncated { .. } | Oversize { .. }, .. }
+            Self::Transport {
+                source: Unreachable { .. } | Tls { .. } | Timeout { .. } | Truncated { .. } | Oversize { .. },
+                ..
+            }
         )
     }
 

@@ -73,7 +73,7 @@ impl NodeRuntimeTable {
         }
         if let Some(Err(error)) = tls.as_ref().map(PeerTls::check) {
             let key = match error {
-                PeerTlsError::Certificate(_) => CERTIFICATE,
+                PeerTlsError::Certificate(_) | PeerTlsError::Expired { .. } => CERTIFICATE,
                 PeerTlsError::Key(_) => KEY,
                 PeerTlsError::Authorities(_) => CA,
             };

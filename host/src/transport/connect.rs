@@ -28,7 +28,7 @@ type Connecting<T> = Pin<Box<dyn Future<Output = Result<T, BoxError>> + Send>>;
 #[derive(Clone)]
 pub(super) struct Connector {
     route: Route,
-    peer: Option<PeerTls>,
+    pub(super) peer: Option<PeerTls>,
     limit: Duration,
 }
 
@@ -83,7 +83,7 @@ impl Service<Uri> for Connector {
                     }
                 };
                 let tls = if route.http2 { super::tls::for_http2(&tls) } else { tls };
-                HttpsConnector::from((route, tls)).call(to).await.map_err(tls_failed)
+                HttpsConnector::from((route, tls)).call(to).await
             })
         } else {
             let opening = self.route.call(to);
@@ -93,45 +93,6 @@ impl Service<Uri> for Connector {
             let late = || io::Error::new(io::ErrorKind::TimedOut, format!("no connection within {limit:?}"));
             tokio::time::timeout(limit, opening).await.map_err(|_| late())?
         })
-    }
-}
-
-/// Says what to do about a TLS error.
-fn tls_failed(err: BoxError) -> BoxError {
-    let failed = tls_error(&*err).map(TlsFailed::new);
-    failed.map_or(err, Into::into)
-}
-
-/// The TLS error among the causes. An I/O error does not name its content as its cause.
-fn tls_error<'a>(err: &'a (dyn std::error::Error + 'static)) -> Option<&'a rustls::Error> {
-    if let Some(found) = err.downcast_ref() {
-        return Some(found);
-    }
-    match err.downcast_ref::<io::Error>().and_then(io::Error::get_ref) {
-        Some(content) => tls_error(content),
-        None => err.source().and_then(tls_error),
-    }
-}
-
-/// TLS with the host failed.
-#[derive(Debug, thiserror::Error)]
-#[error("{reason}; {remedy}")]
-struct TlsFailed {
-    reason: String,
-    remedy: &'static str,
-}
-
-impl TlsFailed {
-    fn new(error: &rustls::Error) -> Self {
-        use rustls::{CertificateError::Other, Error};
-        let (reason, remedy) = match error {
-            Error::InvalidCertificate(Other(other)) => (other.0.to_string(), "check the expected name and the URL"),
-            Error::InvalidCertificate(_) => {
-                (error.to_string(), "check the trusted authorities, the URL, and the clock of this machine")
-            }
-            _ => (error.to_string(), "check that the port serves TLS, and the client certificate if it needs one"),
-        };
-        Self { reason, remedy }
     }
 }
 

@@ -16,6 +16,7 @@ mod retry_after;
 #[cfg(test)]
 pub(crate) mod testing;
 mod tls;
+mod tls_error;
 
 use std::{fmt, pin::pin, sync::Arc, time::Duration};
 
@@ -34,6 +35,7 @@ pub use peer_tls::{Identity, PeerTls, PeerTlsError};
 pub use proxy::Proxies;
 pub use retry_after::{RETRY_AFTER_MAX, retry_after};
 pub use tls::Roots;
+pub use tls_error::TlsError;
 
 use crate::model::BootInstant;
 use clock::{Clocks, Reading};
@@ -112,6 +114,23 @@ pub enum TransportError {
         /// Host and port.
         host: String,
         /// The innermost cause.
+        reason: String,
+    },
+    /// There is no TLS with it.
+    #[error("{host} did not answer: {error}")]
+    Tls {
+        /// Host and port.
+        host: String,
+        /// What is wrong.
+        #[source]
+        error: TlsError,
+    },
+    /// The port is open, but does not serve what this client needs.
+    #[error("{host} does not speak HTTP/2: {reason}; check that the URL is that of a gRPC port")]
+    NotHttp2 {
+        /// Host and port.
+        host: String,
+        /// What it does instead.
         reason: String,
     },
     /// The answer did not arrive in time.
@@ -334,7 +353,7 @@ impl Client {
     pub async fn send(&self, request: Request<Body>, limit: Duration) -> Result<Response<Incoming>, TransportError> {
         let host = host_of(&request)?;
         let work = pin!(self.pool.request(self.for_proxy(request)));
-        let sent = within(limit, &host, async { work.await.map_err(|reason| unreachable(&host, reason)) }).await;
+        let sent = within(limit, &host, async { work.await.map_err(|failure| failure.at(&host)) }).await;
         let (response, connection) = sent?;
         self.pool.give_back_later(connection);
         Ok(response)
@@ -394,7 +413,7 @@ impl Client {
         head: &mut Option<Head>,
     ) -> Result<Bytes, TransportError> {
         let answered = self.pool.request(self.for_proxy(request)).await;
-        let (response, connection) = answered.map_err(|reason| unreachable(host, reason))?;
+        let (response, connection) = answered.map_err(|failure| failure.at(host))?;
         let (parts, body) = response.into_parts();
         let clock = self.clocks.measure(host.as_str(), &parts.headers, sent);
         *head = Some((parts, clock));
@@ -447,10 +466,6 @@ async fn within<T>(
     work: impl Future<Output = Result<T, TransportError>>,
 ) -> Result<T, TransportError> {
     tokio::time::timeout(limit, work).await.unwrap_or_else(|_| Err(late(host, limit)))
-}
-
-fn unreachable(host: &Authority, reason: String) -> TransportError {
-    TransportError::Unreachable { host: host.to_string(), reason }
 }
 
 fn late(host: &Authority, limit: Duration) -> TransportError {

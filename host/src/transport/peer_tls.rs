@@ -7,6 +7,7 @@ use std::{
     sync::Arc,
 };
 
+use jiff::Timestamp;
 use rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, OtherError, RootCertStore, SignatureScheme,
     client::{
@@ -46,11 +47,19 @@ pub struct Identity {
 }
 
 /// A file that cannot be used.
-#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PeerTlsError {
     /// See [`Identity::certificate`].
     #[error("{0}")]
     Certificate(String),
+    /// See [`Identity::certificate`].
+    #[error("{file}: the client certificate has expired at {at}; renew it, it is read again for each connection")]
+    Expired {
+        /// The file of the certificate.
+        file: String,
+        /// The end of its life.
+        at: Timestamp,
+    },
     /// See [`Identity::key`].
     #[error("{0}")]
     Key(String),
@@ -60,12 +69,15 @@ pub enum PeerTlsError {
 }
 
 impl PeerTls {
-    /// Whether the files can be used now.
+    /// Whether the files can be used. An expired certificate may be renewed while the node runs.
     ///
     /// # Errors
     /// The first file that cannot be used.
     pub fn check(&self) -> Result<(), PeerTlsError> {
-        self.config(&Roots::default()).map(drop)
+        match self.config(&Roots::default()) {
+            Ok(_) | Err(PeerTlsError::Expired { .. }) => Ok(()),
+            Err(err) => Err(err),
+        }
     }
 
     /// Reads the files.
@@ -87,18 +99,32 @@ impl PeerTls {
         let bytes = pem(certificate).map_err(|why| unusable(&why))?;
         let chain = CertificateDer::pem_slice_iter(&bytes).collect::<Result<Vec<_>, _>>();
         let chain = chain.map_err(|err| unusable(&format!("is not valid PEM: {err}")))?;
-        if chain.is_empty() {
-            return Err(unusable(NO_CERTIFICATE));
-        }
+        let Some(own) = chain.first() else { return Err(unusable(NO_CERTIFICATE)) };
+        let expired = expired(own);
         let unusable = |why: &str| PeerTlsError::Key(about(key, why));
         let bytes = pem(key).map_err(|why| unusable(&why))?;
         // The error of the parser could quote the file.
         let none = "expected a private key in PEM form (-----BEGIN PRIVATE KEY-----) without a password, found none";
         let der = PrivateKeyDer::from_pem_slice(&bytes).map_err(|_| unusable(none))?;
-        builder.with_client_auth_cert(chain, der).map_err(|err| match err {
+        let config = builder.with_client_auth_cert(chain, der).map_err(|err| match err {
             rustls::Error::InconsistentKeys(_) => unusable(&format!("is not the key of {}", certificate.display())),
             err => unusable(&format!("cannot be used: {err}")),
-        })
+        })?;
+        let file = || certificate.display().to_string();
+        expired.map_or(Ok(config), |at| Err(PeerTlsError::Expired { file: file(), at }))
+    }
+}
+
+/// The end of the life of a certificate, if it is over.
+fn expired(certificate: &CertificateDer<'_>) -> Option<Timestamp> {
+    let parsed = webpki::EndEntityCert::try_from(certificate).ok()?;
+    let (algorithms, usage) = (provider().signature_verification_algorithms.all, webpki::KeyUsage::client_auth());
+    // Without authorities this always fails. The times are checked first.
+    match parsed.verify_for_usage(algorithms, &[], &[], UnixTime::now(), usage, None, None).err()? {
+        webpki::Error::CertExpired { not_after, .. } => {
+            Timestamp::from_second(i64::try_from(not_after.as_secs()).ok()?).ok()
+        }
+        _ => None,
     }
 }
 

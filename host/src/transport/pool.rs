@@ -20,7 +20,7 @@ use tokio::{
 };
 use tower_service::Service;
 
-use super::{Body, Config, connect::Connector, innermost};
+use super::{Body, Config, connect::Connector, innermost, tls_error::Failure};
 
 /// See the module documentation. Cheap to clone.
 #[derive(Clone)]
@@ -83,12 +83,11 @@ impl Pool {
         Self { shared: Arc::new(Shared { connector, idle_max, idle_at_most, permits, state: Mutex::default() }) }
     }
 
-    /// Waits for a permit, sends `request`, and waits for the head of its answer. The URI must be absolute. The text of
-    /// an error is its innermost cause.
-    pub(super) async fn request(&self, mut request: Request<Body>) -> Result<(Response<Incoming>, InUse), String> {
+    /// Waits for a permit, sends `request`, and waits for the head of its answer. The URI must be absolute.
+    pub(super) async fn request(&self, mut request: Request<Body>) -> Result<(Response<Incoming>, InUse), Failure> {
         let uri::Parts { scheme, authority, path_and_query, .. } = std::mem::take(request.uri_mut()).into_parts();
         let (Some(scheme), Some(authority)) = (scheme, authority) else {
-            return Err("expected an absolute URL".to_owned());
+            return Err(Failure::Other("expected an absolute URL".to_owned()));
         };
         let path = path_and_query.unwrap_or_else(|| uri::PathAndQuery::from_static("/"));
         let permit = Arc::clone(&self.shared.permits).acquire_owned().await.expect("the semaphore is never closed");
@@ -118,7 +117,7 @@ impl Pool {
             let sent = match in_use.sender.ready().await {
                 Ok(()) => in_use.sender.try_send_request(request).await,
                 Err(_) if !fresh => continue,
-                Err(err) => return Err(innermost(&err)),
+                Err(err) => return Err(self.failure(&err)),
             };
             match sent {
                 Ok(response) => {
@@ -128,22 +127,22 @@ impl Pool {
                 Err(mut err) => match err.take_message() {
                     // The request was not sent.
                     Some(unsent) if !fresh => request = unsent,
-                    _ => return Err(innermost(err.error())),
+                    _ => return Err(self.failure(err.error())),
                 },
             }
         }
     }
 
-    async fn connect(&self, scheme: &uri::Scheme, authority: &uri::Authority) -> Result<InUse, String> {
+    async fn connect(&self, scheme: &uri::Scheme, authority: &uri::Authority) -> Result<InUse, Failure> {
         let server = Uri::builder().scheme(scheme.clone()).authority(authority.clone()).path_and_query("/").build();
-        let server = server.map_err(|err| err.to_string())?;
+        let server = server.map_err(|err| Failure::Other(err.to_string()))?;
         let mut connector = self.shared.connector.clone();
         std::future::poll_fn(|cx| Service::<Uri>::poll_ready(&mut connector, cx))
             .await
-            .map_err(|err| innermost(&*err))?;
-        let socket = connector.call(server).await.map_err(|err| innermost(&*err))?;
+            .map_err(|err| self.failure(&*err))?;
+        let socket = connector.call(server).await.map_err(|err| self.failure(&*err))?;
         let proxied = socket.connected().is_proxied();
-        let (sender, connection) = http1::handshake(socket).await.map_err(|err| innermost(&err))?;
+        let (sender, connection) = http1::handshake(socket).await.map_err(|err| self.failure(&err))?;
         // Not joined: it ends with its sender, which the pool or a request holds.
         tokio::spawn(async move {
             if let Err(err) = connection.await {
@@ -151,6 +150,10 @@ impl Pool {
             }
         });
         Ok(InUse { sender, proxied, scheme: scheme.clone(), authority: authority.clone(), permit: None })
+    }
+
+    fn failure(&self, err: &(dyn std::error::Error + 'static)) -> Failure {
+        Failure::of(err, self.shared.connector.peer.as_ref())
     }
 
     /// Returns a connection whose answer was read completely. If the server answered before it read the whole request,
@@ -257,13 +260,13 @@ async fn sweep(pool: Weak<Shared>) {
 }
 
 /// The `Host` header of a server: without a user, and without the default port of the scheme.
-fn host_of(scheme: &uri::Scheme, authority: &uri::Authority) -> Result<HeaderValue, String> {
+fn host_of(scheme: &uri::Scheme, authority: &uri::Authority) -> Result<HeaderValue, Failure> {
     let usual = if *scheme == uri::Scheme::HTTPS { 443 } else { 80 };
     let host = match authority.port_u16() {
         Some(port) if port != usual => HeaderValue::try_from(format!("{}:{port}", authority.host())),
         _ => HeaderValue::from_str(authority.host()),
     };
-    host.map_err(|_| "the server's name is invalid in a header".to_owned())
+    host.map_err(|_| Failure::Other("the server's name is invalid in a header".to_owned()))
 }
 
 #[cfg(test)]

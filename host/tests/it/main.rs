@@ -11,6 +11,8 @@ mod artifacts;
 mod bad_answers;
 mod bad_config;
 mod bad_leases;
+#[cfg(feature = "grpc")]
+mod bad_node_planes;
 mod both_planes;
 mod cancellation;
 mod cli;

@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, fs};
 
 use http::StatusCode;
 use jiff::{SignedDuration, Timestamp};
-use runner_host::{control::client, leases::node_runtime::lease::CompleteRequest};
+use runner_host::{
+    control::client,
+    leases::node_runtime::lease::{CompleteRequest, Lease},
+};
 use serde_json::{Value, json};
 use tonic::{Code, Status};
 
@@ -285,14 +288,16 @@ async fn unusable_leases_are_failed_or_skipped() {
         assert!(sent.retryable == retryable && sent.error_message.contains(text), "{sent:?}");
     }
     let acks = plane.acks();
-    plane.send(&node, lease("", ECHO, &[], &[])).await;
-    plane.send(&node, lease(&"x".repeat(100_000), ECHO, &[], &[])).await;
+    for id in [String::new(), "x".repeat(100_000)] {
+        plane.send(&node, lease(&id, ECHO, &[], &[])).await;
+        plane.send(&node, Lease { lease_id: id, ..lease("named", ECHO, &[], &[]) }).await;
+    }
     // A deadline that no clock has is far away.
     let mut far = lease("a far run", ECHO, &[("a", "far")], &[]);
     far.deadline_unix_ms = i64::MAX;
     plane.send(&node, far).await;
     assert_eq!(result(&plane.completed(&node, "a far run").await)["echo-0.bin"], "far");
-    assert_eq!(node.said("lease.without_ids").len(), 2, "{}", node.log());
+    assert_eq!(node.said("lease.without_ids").len(), 4, "{}", node.log());
     assert_eq!(plane.acks(), acks + 1, "leases without ids are not acknowledged");
     for run in ["expired", "negative", "no-spec", "many", "garbled", "no-json", "twice"] {
         assert_eq!(reports_of(&plane.calls(), run), 1, "{run}");

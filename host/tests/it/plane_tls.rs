@@ -3,14 +3,16 @@
 
 use std::fs;
 
+use http::Request;
+use runner_host::transport::{self, Client, Identity, PeerTls, PeerTlsError, TlsError, TransportError};
 use serde_json::{Value, json};
 
 use crate::harness::{
-    TestServer,
+    EVENT_LIMIT, TestServer,
     fault_proxy::FaultProxy,
     fixtures,
     node::{NodeSetup, TestNode},
-    node_plane::{NodePlane, domain_lease, lease, result},
+    node_plane::{Call, NodePlane, domain_lease, lease, result},
     tls::{Clients, Front, NAME, authority, client_file},
 };
 
@@ -143,7 +145,9 @@ async fn renewed_certificate_needs_no_restart() {
     fs::copy(client_file("client-expired.pem"), &file).expect("the folder is writable");
     let node = tls.node(&json!({ "ClientCertificatePath": file })).start().await;
     let line = node.says("registration.failed").await;
-    assert!(line["error"].as_str().is_some_and(|error| error.contains("CertificateExpired")), "{line}");
+    let wanted =
+        "node-cert.pem: the client certificate has expired at 2021-01-01T00:00:00Z; renew it, it is read again";
+    assert!(line["error"].as_str().is_some_and(|error| error.contains(wanted)), "{line}");
     assert!(tls.plane.calls().is_empty(), "{:#?}", tls.plane.calls());
     // A renewal in two steps: for a moment the files do not fit.
     fs::write(&file, "").expect("the folder is writable");
@@ -151,6 +155,90 @@ async fn renewed_certificate_needs_no_restart() {
     fs::copy(client_file("client.pem"), &file).expect("the folder is writable");
     node.says("node.leasing").await;
     tls.serves(node).await;
+}
+
+#[tokio::test]
+async fn certificate_that_expires_meanwhile_is_named() {
+    let tls = TlsPlane::start().await;
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("node-cert.pem");
+    fs::copy(client_file("client.pem"), &file).expect("the folder is writable");
+    let node = tls.node(&json!({ "ClientCertificatePath": file })).leasing().await;
+    tls.plane.stream(&node).await;
+    let handshakes = tls.front.seen().len();
+    fs::copy(client_file("client-expired.pem"), &file).expect("the folder is writable");
+    tls.plane.end_stream(&node, Some(tonic::Status::unavailable("restart"))).await;
+    let wanted = format!("{}: the client certificate has expired at 2021-01-01T00:00:00Z", file.display());
+    let names_file = |text: &Value| text.as_str().is_some_and(|text| text.contains(&wanted));
+    node.line(|line| line["event"] == "stream.ended" && names_file(&line["error"])).await;
+    let (_, page) = node.page_until("/ready", |page| page.0 == 503).await;
+    assert!(names_file(&page["reason"]), "{page}");
+    assert_eq!(tls.front.seen().len(), handshakes, "an expired certificate is not shown");
+    fs::copy(client_file("client.pem"), &file).expect("the folder is writable");
+    tls.serves(node).await;
+}
+
+#[tokio::test]
+async fn refused_client_certificate_is_named() {
+    // A certificate of a server, from an authority that the control plane does not know.
+    let (other, key) = (client_file("server.pem"), client_file("server.key"));
+    let wanted =
+        format!("it refuses the client certificate {} (UnsupportedCertificate); check its authority", other.display());
+    let tls = TlsPlane::start().await;
+    let node = tls.node(&json!({ "ClientCertificatePath": other, "ClientKeyPath": key })).start().await;
+    let line = node.says("registration.failed").await;
+    assert!(line["error"].as_str().is_some_and(|error| error.contains(&wanted)), "{line}");
+    assert_eq!(node.said("registration.failed").len(), 1, "one line for one try:\n{}", node.log());
+    node.stop().await;
+    assert!(tls.plane.calls().is_empty(), "{:#?}", tls.plane.calls());
+
+    // Only gRPC requires a certificate here.
+    let rest = Front::tls_with(tls.plane.address(), Clients::Any).await;
+    let table = format!(
+        "[plane.runs]\nkind = \"node-runtime\"\ncontrol_plane_url = \"https://localhost:{}\"\ngrpc_url = \"{}\"\n\
+         node_id = \"n\"\n[plane.runs.tls]\nclient_certificate = {other:?}\nclient_key = {key:?}\nca = \"{}\"\n",
+        rest.address.port(),
+        tls.url(),
+        authority()
+    );
+    let node = NodeSetup::with_config(&table, &[fixtures::echo()]).leasing().await;
+    let line = node.says("stream.ended").await;
+    assert!(line["error"].as_str().is_some_and(|error| error.contains(&wanted)), "{line}");
+    node.stop().await;
+    assert!(!tls.plane.calls().iter().any(|call| matches!(call, Call::Pull(_))), "{:#?}", tls.plane.calls());
+}
+
+#[tokio::test]
+async fn tls_failures_are_typed_errors() {
+    let tls = TlsPlane::start().await;
+    let client = client_file("client.pem");
+    let good = PeerTls {
+        identity: Some(Identity { certificate: client.clone(), key: client_file("client.key") }),
+        authorities: Some(authority().into()),
+        common_name: Some(NAME.to_owned()),
+        any_host: false,
+    };
+    let other = Identity { certificate: client_file("server.pem"), key: client_file("server.key") };
+    let expired = Identity { certificate: client_file("client-expired.pem"), key: client_file("client.key") };
+    let failure = async |peer: PeerTls| {
+        let client = Client::new(transport::Config { peer: Some(peer), ..transport::Config::default() });
+        let request = Request::get(format!("{}/v1/nodes/n", tls.url())).body(transport::full("")).expect("a request");
+        match client.call(request, EVENT_LIMIT).await {
+            Ok(answer) => panic!("{answer:?}"),
+            Err(TransportError::Tls { error, .. }) => error,
+            Err(err) => panic!("{err:?}"),
+        }
+    };
+    let authorities = Some(client_file("client-ca.pem"));
+    let error = failure(PeerTls { authorities, ..good.clone() }).await;
+    assert!(matches!(error, TlsError::Untrusted(_)), "{error:?}");
+    let error = failure(PeerTls { common_name: Some("control-plane".to_owned()), ..good.clone() }).await;
+    assert!(matches!(error, TlsError::WrongName(_)), "{error:?}");
+    let error = failure(PeerTls { identity: Some(other), ..good.clone() }).await;
+    assert!(matches!(error, TlsError::ClientRefused { .. }), "{error:?}");
+    let error = failure(PeerTls { identity: Some(expired), ..good }).await;
+    assert!(matches!(error, TlsError::File(PeerTlsError::Expired { .. })), "{error:?}");
+    assert!(tls.plane.calls().is_empty(), "{:#?}", tls.plane.calls());
 }
 
 #[tokio::test]

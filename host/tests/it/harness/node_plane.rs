@@ -10,7 +10,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::stream::{self, BoxStream, StreamExt as _};
-use http::{Method, Request, Response, StatusCode, header};
+use http::{HeaderValue, Method, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Full};
 use hyper::{body::Incoming, service::service_fn};
 use hyper_util::{
@@ -67,6 +67,8 @@ struct State {
     known: watch::Sender<bool>,
     register_status: Mutex<StatusCode>,
     reports: Mutex<Answer>,
+    /// The bodies that replace all other answers, by path.
+    bodies: Mutex<HashMap<&'static str, Vec<u8>>>,
     /// The open stream.
     stream: watch::Sender<Option<mpsc::UnboundedSender<Result<Lease, Status>>>>,
 }
@@ -85,6 +87,7 @@ impl NodePlane {
             known: watch::Sender::new(false),
             register_status: Mutex::new(StatusCode::CREATED),
             reports: Mutex::new(Answer::Accept),
+            bodies: Mutex::default(),
             stream: watch::Sender::default(),
         });
         let address = SocketAddr::from(([127, 0, 0, 1], 0));
@@ -132,6 +135,15 @@ impl NodePlane {
 
     pub(crate) fn answer_registrations(&self, status: StatusCode) {
         *self.state.register_status.lock().expect("nobody panics with it") = status;
+    }
+
+    /// Answers this path with status 200 and `body`; `None` ends that. The stream of a gRPC call ends after it.
+    pub(crate) fn answer_with(&self, path: &'static str, body: Option<Vec<u8>>) {
+        let mut bodies = self.state.bodies.lock().expect("nobody panics with it");
+        match body {
+            Some(body) => bodies.insert(path, body),
+            None => bodies.remove(path),
+        };
     }
 
     /// Forgets or knows the node.
@@ -259,6 +271,15 @@ pub(crate) fn domain_lease(
     lease
 }
 
+/// The path of the stream.
+pub(crate) const PULL: &str = "/lease.LeaseService/Pull";
+
+/// A frame of gRPC with this message.
+pub(crate) fn frame(message: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(message.len()).expect("a short message").to_be_bytes();
+    [&[0], &length[..], message].concat()
+}
+
 /// The Unix time in milliseconds, this long from now.
 pub(crate) fn in_future(ms: i64) -> i64 {
     jiff::Timestamp::now().as_millisecond() + ms
@@ -285,6 +306,12 @@ async fn serve(state: Arc<State>, listener: TcpListener) {
 
 async fn answer(state: Arc<State>, request: Request<Incoming>) -> Result<Response<Body>, std::convert::Infallible> {
     let kind = request.headers().get(header::CONTENT_TYPE);
+    let body = state.bodies.lock().expect("nobody panics with it").get(request.uri().path()).cloned();
+    if let Some(body) = body {
+        let kind = kind.cloned().unwrap_or_else(|| HeaderValue::from_static("text/html"));
+        let response = Response::builder().header(header::CONTENT_TYPE, kind);
+        return Ok(response.body(Body::new(Full::new(Bytes::from(body)))).expect("a response"));
+    }
     if kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc")) {
         return LeaseServiceServer::new(Grpc(state)).call(request).await;
     }
