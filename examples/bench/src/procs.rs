@@ -116,7 +116,7 @@ impl DevServer {
     }
 }
 
-/// `runner-host run` with a fresh key.
+/// `runner-host run` with a fresh key, on a dev server or on the control plane of its settings.
 pub(crate) struct Node {
     pub(crate) process: Process,
     pub(crate) started: Timestamp,
@@ -126,12 +126,11 @@ pub(crate) struct Node {
 impl Node {
     pub(crate) fn start(
         built: &Built,
-        dev_server: &DevServer,
+        dev_server: Option<&DevServer>,
         plugins: &[&Path],
         listing: Option<&Path>,
         settings: &[(&str, &str)],
     ) -> anyhow::Result<Self> {
-        let (_, key) = NodeKey::generate();
         let log = built.scratch().join(format!("node-{}.log", Uuid::new_v4()));
         let mut command = Command::new(built.host());
         command.arg("run");
@@ -141,11 +140,15 @@ impl Node {
         if let Some(listing) = listing {
             command.arg("--plugins-file").arg(listing);
         }
+        if let Some(dev_server) = dev_server {
+            let (_, key) = NodeKey::generate();
+            command
+                .env("DDS_BASE_URL", dev_server.base.as_str())
+                .env("DMS_BASE_URL", dev_server.url("/v1").as_str())
+                .env("REG_SECRET", "bench")
+                .env("SECP256K1_PRIVHEX", &key);
+        }
         command
-            .env("DDS_BASE_URL", dev_server.base.as_str())
-            .env("DMS_BASE_URL", dev_server.url("/v1").as_str())
-            .env("REG_SECRET", "bench")
-            .env("SECP256K1_PRIVHEX", &key)
             .env("HTTP_BIND", "127.0.0.1:0")
             .env("STATE_DIR", built.scratch().join(format!("state-{}", Uuid::new_v4())))
             .env("RUST_LOG", "info")

@@ -2,8 +2,12 @@
 //!
 //! It uses one thread and one connection per slot. It has no pool, and it parses only the id. `tasks` leases and
 //! completes tasks. `data` downloads to a file and uploads from it. Orders are lines on stdin.
+//!
+//! `runs` completes runs of a Node Runtime control plane, over one connection. `control_plane` is that control plane.
 
+mod control_plane;
 mod data;
+mod runs;
 mod tasks;
 
 use std::io::BufRead;
@@ -27,6 +31,10 @@ pub(crate) enum Work {
     Tasks(tasks::Args),
     /// Download to a file, upload from it
     Data(data::Args),
+    /// Complete the runs of a stream
+    Runs(runs::Args),
+    /// Lease runs to the clients of gRPC
+    ControlPlane,
 }
 
 pub(crate) fn run(work: Work) -> anyhow::Result<()> {
@@ -42,6 +50,15 @@ pub(crate) fn run(work: Work) -> anyhow::Result<()> {
         Work::Data(args) => {
             let mut client = runtime.block_on(data::Client::connect(&args))?;
             serve(|id| runtime.block_on(client.copy(id)))
+        }
+        Work::Runs(args) => {
+            println!("ready");
+            runtime.block_on(runs::work(&args))
+        }
+        Work::ControlPlane => {
+            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+            let plane = runtime.block_on(control_plane::ControlPlane::start())?;
+            serve(|order| runtime.block_on(plane.answer(order)))
         }
     }
 }

@@ -36,7 +36,7 @@ pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyh
     for _ in 0..sizes.objects {
         // A fresh process each time, so that the peak starts at zero.
         let settings = [("MAX_CONCURRENCY", "1"), ("POLL_BACKOFF_MS_MIN", "20"), ("POLL_BACKOFF_MS_MAX", "200")];
-        let node = Node::start(built, &dev_server, &[&built.library("echo")], None, &settings)?;
+        let node = Node::start(built, Some(&dev_server), &[&built.library("echo")], None, &settings)?;
         warm(&warmth, 2 * sizes.object)?;
         let job = author.create(ECHO_FILE, &[&input], 1)?;
         author

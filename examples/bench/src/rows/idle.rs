@@ -20,7 +20,7 @@ pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyh
     let author = Author::new(&dev_server)?;
     let (folder, listing) = built.noops(PLUGINS)?;
     let job = author.create("/examples/noop/v1", &[], 1)?;
-    let node = Node::start(built, &dev_server, &[&folder], Some(&listing), &[])?;
+    let node = Node::start(built, Some(&dev_server), &[&folder], Some(&listing), &[])?;
     author.wait(&job, Duration::from_millis(50), Duration::from_secs(30))?;
     let (from, _) = author.polls(0)?;
     let (began, before) = (Instant::now(), node.process.cpu_of_threads()?);

@@ -3,6 +3,7 @@
 mod boundary;
 mod data;
 mod idle;
+mod runs;
 mod start;
 mod tasks;
 mod waiting;
@@ -11,11 +12,16 @@ use std::time::Duration;
 
 use crate::{build::Built, report::Report};
 
+/// The slots of the rows with no-op tasks and runs.
+const SLOTS: [usize; 3] = [1, 8, 64];
+
 /// A row of the table, or a few that belong together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Row {
     /// No-op tasks per second at 1, 8 and 64 slots
     Tasks,
+    /// No-op runs of a Node Runtime control plane per second at 1, 8 and 64 slots
+    Runs,
     /// A large object in as a file and out as a file
     Data,
     /// From the start of the process to the first lease, with ten plugins
@@ -32,7 +38,7 @@ pub(crate) enum Row {
 pub(crate) struct Sizes {
     /// Repetitions of each measurement.
     pub(crate) repetitions: usize,
-    /// How long one repetition of the tasks row should take.
+    /// How long one repetition of the rows with no-op tasks and runs should take.
     pub(crate) tasks: Duration,
     /// Bytes of the large object.
     pub(crate) object: u64,
@@ -70,6 +76,7 @@ impl Sizes {
 pub(crate) fn measure(row: Row, built: &Built, sizes: &Sizes, report: &mut Report) -> anyhow::Result<()> {
     match row {
         Row::Tasks => tasks::measure(built, sizes, report),
+        Row::Runs => runs::measure(built, sizes, report),
         Row::Data => data::measure(built, sizes, report),
         Row::Start => start::measure(built, sizes, report),
         Row::Idle => idle::measure(built, sizes, report),

@@ -25,7 +25,7 @@ pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyh
     let (mut whole, mut loading, mut registering, mut leasing) = <(Series, Series, Series, Series)>::default();
     for _ in 0..sizes.repetitions {
         let job = author.create("/examples/noop/v1", &[], 1)?;
-        let node = Node::start(built, &dev_server, &[&folder], Some(&listing), &[])?;
+        let node = Node::start(built, Some(&dev_server), &[&folder], Some(&listing), &[])?;
         author
             .wait(&job, Duration::from_millis(20), LIMIT)
             .with_context(|| format!("the node's log ends with:\n{}", node.log_tail()))?;

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 
-use super::Sizes;
+use super::{SLOTS, Sizes};
 use crate::{
     build::Built,
     calls::Author,
@@ -12,16 +12,15 @@ use crate::{
     report::{Bound, Cell, Report, Series},
 };
 
-const SLOTS: [usize; 3] = [1, 8, 64];
 /// The capability of the node. The bare client registers for another one, so that neither gets the other's tasks.
 const NOOP: &str = "/examples/noop/v1";
 const BARE: &str = "/bench/bare/v1";
 /// The ratio of the node's rate to the bare client's.
-const RATE: Bound = Bound { wanted: 0.5, quick: None };
+pub(super) const RATE: Bound = Bound { wanted: 0.5, quick: None };
 /// The same with eight slots, where a short run is most reliable.
-const RATE_AT_8: Bound = Bound { quick: Some(0.15), ..RATE };
+pub(super) const RATE_AT_8: Bound = Bound { quick: Some(0.15), ..RATE };
 /// The ratio of the node's processor time to the bare client's.
-const COST: Bound = Bound { wanted: 2.0, quick: None };
+pub(super) const COST: Bound = Bound { wanted: 2.0, quick: None };
 /// Maximum number of tasks of one job.
 const TASKS_MAX: usize = 20_000;
 /// Time limit of a job on a slow machine.
@@ -83,7 +82,7 @@ fn at(slots: usize, built: &Built, sizes: &Sizes) -> anyhow::Result<Seen> {
     let count = slots.to_string();
     // The pause of a node without work is long enough to cost little and short enough not to delay a round.
     let settings = [("MAX_CONCURRENCY", &*count), ("POLL_BACKOFF_MS_MIN", "20"), ("POLL_BACKOFF_MS_MAX", "200")];
-    let node = Node::start(built, &dev_server, &[&folder], Some(&listing), &settings)?;
+    let node = Node::start(built, Some(&dev_server), &[&folder], Some(&listing), &settings)?;
     let mut bare = Bare::start(built, &["tasks", dev_server.base.as_str(), BARE, &count], &[])?;
 
     let turn = |tasks,

@@ -25,7 +25,7 @@ pub(super) fn measure(built: &Built, sizes: &Sizes, report: &mut Report) -> anyh
     let count = tasks.to_string();
     // The node does not wait for the tasks when it stops.
     let settings = [("MAX_CONCURRENCY", &*count), ("DRAIN_TIMEOUT", "0")];
-    let node = Node::start(built, &dev_server, &[&folder], Some(&listing), &settings)?;
+    let node = Node::start(built, Some(&dev_server), &[&folder], Some(&listing), &settings)?;
     let before = author.create("/examples/noop/v1", &[], 1)?;
     let running = |job: &str, tasks| {
         author
