@@ -508,6 +508,29 @@ async fn run_leased_again_starts_once() {
 }
 
 #[tokio::test]
+async fn new_lease_of_a_cancelled_run_starts_it_again() {
+    let plane = NodePlane::start().await;
+    let gate = Gate::new();
+    let node = plane.node(&[fixtures::zoo()], "").set("MAX_CONCURRENCY", "2").leasing().await;
+    let run = |lease_id: &str, ms: i64| {
+        let mut run = lease("run", "/fixtures/ignores-cancel/v1", &[], &[("file", &gate.path())]);
+        run.lease_id = lease_id.to_owned();
+        run.deadline_unix_ms = in_future(ms);
+        run
+    };
+    plane.send(&node, run("first", 1_500)).await;
+    node.line(|line| line["message"] == "cancel ignored").await;
+    plane.send(&node, run("second", 3_600_000)).await;
+    plane.send(&node, run("third", 3_600_000)).await;
+    node.line(|line| line["event"] == "lease.waits" && node.said("lease.waits").len() == 2).await;
+    gate.open();
+    assert_eq!(plane.completed(&node, "run").await.lease_id, "third");
+    assert_eq!(node.said("task.started").len(), 2, "{}", node.log());
+    node.stop().await;
+    assert_eq!(reports_of(&plane.calls(), "run"), 1, "the cancelled run is not reported");
+}
+
+#[tokio::test]
 async fn new_lease_moves_the_deadline_of_its_run() {
     let plane = NodePlane::start().await;
     let gate = Gate::new();

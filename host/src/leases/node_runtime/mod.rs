@@ -158,7 +158,8 @@ impl NodeRuntime {
             admission: Admission::LeaseFirst,
             heartbeat_every: Some(HEARTBEAT_EVERY),
         };
-        let (sender, receiver) = mpsc::channel(1);
+        // The stream holds one place while it waits for a lease. The other one is for runs that start again.
+        let (sender, receiver) = mpsc::channel(2);
         let max = usize::try_from(config.max_concurrent_leases).unwrap_or(usize::MAX);
         Self(Arc::new(Shared {
             rest: Rest::new(&config, client.clone()),
@@ -453,13 +454,18 @@ impl LeaseSource for NodeRuntime {
     }
 
     async fn report(&self, to: &ReportAddress, task_result: &TaskResult) -> Result<(), LeaseError> {
+        let completed = task_result.outcome == Outcome::Completed;
+        if !completed && self.0.outstanding.starts_again(&to.task) {
+            // The lease of this end is over, and the next one starts the run again.
+            return Ok(());
+        }
         let Some(report) = report::report(&self.0.newest(to)?, &self.0.config.node_id, task_result) else {
             return Ok(());
         };
         let sent = self.0.send_report(report).await;
         if !matches!(sent, Err(LeaseError::Unreachable(_))) {
             // The run no longer counts, also when the control plane does not accept its report for a long time.
-            self.0.outstanding.settled(&to.task);
+            self.0.outstanding.settled(&to.task, completed);
         }
         if sent.is_ok() {
             self.0.no_runner.note(&task_result.outcome);

@@ -1,14 +1,15 @@
 //! The runs that this node has accepted and not settled yet.
 //!
 //! Their number is bounded: the stream of leases is read only while there is a permit. A run that is leased again
-//! takes the new lease id here, and does not start a second time.
+//! takes the new lease id here, and does not start a second time. If its deadline has passed, it is being cancelled. Then
+//! the new lease starts the run again after this one has ended.
 
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::domain_data::DomainData;
 use crate::model::{BootInstant, LeaseHold, TaskId, Token};
@@ -27,21 +28,53 @@ struct Runs {
 }
 
 impl Runs {
-    fn remove(&mut self, task: &TaskId) {
-        if self.by_task.remove(task).is_some() {
+    /// Removes a run. If it did not complete, its next lease starts.
+    fn remove(&mut self, task: &TaskId, completed: bool) {
+        if let Some(run) = self.by_task.remove(task) {
+            run.tell_next(if completed { Next::Nothing } else { Next::Start });
             self.ended.notify_one();
         }
     }
 }
 
+/// What happens to the lease that waits for the end of its run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// The run starts again with this lease.
+    Start,
+    /// The run has completed with this lease, or a newer lease has replaced it.
+    Nothing,
+}
+
+/// The result of [`Outstanding::adopt`].
+pub(super) enum Adopted {
+    /// The run is not known.
+    Unknown,
+    /// The run continues with the lease.
+    Continues,
+    /// The run is being cancelled. This tells how its end affects the lease.
+    AfterEnd(oneshot::Receiver<Next>),
+}
+
 struct Run {
     number: u64,
     lease: Arc<str>,
-    /// The deadline of a lease that has replaced the first one.
-    moved_deadline: Option<BootInstant>,
+    /// The deadline of its newest lease.
+    deadline: Option<BootInstant>,
+    /// Another lease has moved the deadline.
+    is_moved: bool,
+    /// Tells the lease that waits for the end.
+    next: Option<oneshot::Sender<Next>>,
     /// Where its data is, with the newest token.
     domain: Option<DomainData>,
     _permit: OwnedSemaphorePermit,
+}
+
+impl Run {
+    fn tell_next(self, next: Next) {
+        // A stopping node no longer waits.
+        let _ = self.next.map(|waiting| waiting.send(next));
+    }
 }
 
 /// Ends a run of [`Outstanding`] when the node needs its lease no more.
@@ -56,7 +89,7 @@ impl Drop for Guard {
         let Some(runs) = self.runs.upgrade() else { return };
         let mut runs = lock(&runs);
         if runs.by_task.get(&self.task).is_some_and(|run| run.number == self.number) {
-            runs.remove(&self.task);
+            runs.remove(&self.task, false);
         }
     }
 }
@@ -87,27 +120,37 @@ impl Outstanding {
     }
 
     /// Gives a known run a newer lease, with its deadline if that can be used. A token for the same domain server
-    /// replaces the old one. `false`: the run is not known.
+    /// replaces the old one.
     pub(super) fn adopt(
         &self,
         task: &TaskId,
         lease: &str,
         deadline: Option<BootInstant>,
         domain: impl FnOnce() -> Option<DomainData>,
-    ) -> bool {
+    ) -> Adopted {
         match lock(&self.runs).by_task.get_mut(task) {
+            Some(run) if run.deadline.is_some_and(BootInstant::has_passed) => {
+                run.lease = lease.into();
+                let (tell, told) = oneshot::channel();
+                if let Some(older) = run.next.replace(tell) {
+                    let _ = older.send(Next::Nothing);
+                }
+                Adopted::AfterEnd(told)
+            }
             Some(run) => {
                 run.lease = lease.into();
-                run.moved_deadline = deadline.or(run.moved_deadline);
+                if let Some(deadline) = deadline {
+                    (run.deadline, run.is_moved) = (Some(deadline), true);
+                }
                 if let Some(old) = &mut run.domain
                     && let Some(new) = domain()
                     && new.at == old.at
                 {
                     old.token = new.token;
                 }
-                true
+                Adopted::Continues
             }
-            None => false,
+            None => Adopted::Unknown,
         }
     }
 
@@ -116,13 +159,15 @@ impl Outstanding {
         &self,
         task: &TaskId,
         lease: &str,
+        deadline: Option<BootInstant>,
         domain: Option<DomainData>,
         permit: OwnedSemaphorePermit,
     ) -> LeaseHold {
         let mut runs = lock(&self.runs);
         let number = runs.next;
         runs.next += 1;
-        let run = Run { number, lease: lease.into(), moved_deadline: None, domain, _permit: permit };
+        let lease = lease.into();
+        let run = Run { number, lease, deadline, is_moved: false, next: None, domain, _permit: permit };
         runs.by_task.insert(task.clone(), run);
         LeaseHold::new(Guard { runs: Arc::downgrade(&self.runs), task: task.clone(), number })
     }
@@ -134,7 +179,12 @@ impl Outstanding {
 
     /// The deadline of a run, if another lease has moved it.
     pub(super) fn moved_deadline_of(&self, task: &TaskId) -> Option<BootInstant> {
-        lock(&self.runs).by_task.get(task)?.moved_deadline
+        lock(&self.runs).by_task.get(task).filter(|run| run.is_moved)?.deadline
+    }
+
+    /// Whether another lease starts the run again after its end.
+    pub(super) fn starts_again(&self, task: &TaskId) -> bool {
+        lock(&self.runs).by_task.get(task).and_then(|run| run.next.as_ref()).is_some_and(|next| !next.is_closed())
     }
 
     /// The newest token of a run for its domain server.
@@ -143,8 +193,8 @@ impl Outstanding {
     }
 
     /// Ends a run: the control plane has answered its report.
-    pub(super) fn settled(&self, task: &TaskId) {
-        lock(&self.runs).remove(task);
+    pub(super) fn settled(&self, task: &TaskId, completed: bool) {
+        lock(&self.runs).remove(task, completed);
     }
 }
 
@@ -163,15 +213,20 @@ mod tests {
             let at = Coordinates { server: Url::parse(server).expect("a URL"), domain };
             Some(DomainData { at, token: Token::new(token) })
         };
-        let _hold =
-            outstanding.add(&task, "a", data("https://ds.test", Uuid::nil(), "first"), outstanding.permit().await);
+        let _hold = outstanding.add(
+            &task,
+            "a",
+            None,
+            data("https://ds.test", Uuid::nil(), "first"),
+            outstanding.permit().await,
+        );
         for (newer, expected) in [
             (None, "first"),
             (data("https://other.test", Uuid::nil(), "second"), "first"),
             (data("https://ds.test", Uuid::max(), "third"), "first"),
             (data("https://ds.test", Uuid::nil(), "fourth"), "fourth"),
         ] {
-            assert!(outstanding.adopt(&task, "b", None, || newer));
+            assert!(matches!(outstanding.adopt(&task, "b", None, || newer), Adopted::Continues));
             assert_eq!(outstanding.token_of(&task), Some(Token::new(expected)));
         }
     }
@@ -179,15 +234,37 @@ mod tests {
     #[tokio::test]
     async fn guard_ends_only_its_own_run() {
         let (outstanding, task) = (Outstanding::new(2), TaskId::parse("run").expect("an id"));
-        let first = outstanding.add(&task, "a", None, outstanding.permit().await);
-        assert!(outstanding.adopt(&task, "b", None, || None));
+        let first = outstanding.add(&task, "a", None, None, outstanding.permit().await);
+        assert!(matches!(outstanding.adopt(&task, "b", None, || None), Adopted::Continues));
         assert_eq!((outstanding.lease_of(&task).as_deref(), outstanding.count()), (Some("b"), 1));
-        outstanding.settled(&task);
-        let second = outstanding.add(&task, "c", None, outstanding.permit().await);
+        outstanding.settled(&task, true);
+        let second = outstanding.add(&task, "c", None, None, outstanding.permit().await);
         drop(first);
         assert_eq!((outstanding.lease_of(&task).as_deref(), outstanding.count()), (Some("c"), 1));
         drop(second);
-        assert!(!outstanding.adopt(&task, "d", None, || None));
+        assert!(matches!(outstanding.adopt(&task, "d", None, || None), Adopted::Unknown));
         assert_eq!(outstanding.count(), 0);
+    }
+    #[tokio::test]
+    async fn lease_of_a_late_run_waits_for_its_end() {
+        let (outstanding, task) = (Outstanding::new(2), TaskId::parse("run").expect("an id"));
+        for completed in [true, false] {
+            let hold = outstanding.add(&task, "a", Some(BootInstant::now()), None, outstanding.permit().await);
+            let wait = |lease| match outstanding.adopt(&task, lease, None, || None) {
+                Adopted::AfterEnd(next) => next,
+                _ => panic!("its deadline has passed"),
+            };
+            let (older, newer) = (wait("b"), wait("c"));
+            assert_eq!(older.await, Ok(Next::Nothing), "a newer lease has replaced it");
+            assert_eq!((outstanding.lease_of(&task).as_deref(), outstanding.starts_again(&task)), (Some("c"), true));
+            if completed {
+                outstanding.settled(&task, true);
+            }
+            drop(hold);
+            assert_eq!(newer.await, Ok(if completed { Next::Nothing } else { Next::Start }));
+        }
+        let _hold = outstanding.add(&task, "a", Some(BootInstant::now()), None, outstanding.permit().await);
+        drop(outstanding.adopt(&task, "b", None, || None));
+        assert!(!outstanding.starts_again(&task), "nobody waits: the node stops");
     }
 }

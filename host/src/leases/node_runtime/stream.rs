@@ -5,7 +5,7 @@ use std::{pin::pin, sync::Arc, time::Duration};
 use jiff::Timestamp;
 use serde_json::json;
 use tokio::{
-    sync::{OwnedSemaphorePermit, mpsc},
+    sync::{OwnedSemaphorePermit, mpsc, oneshot},
     task::JoinSet,
     time::{Instant, sleep, timeout, timeout_at},
 };
@@ -19,9 +19,10 @@ use super::{
     domain_data::DomainData,
     incoming::{self, Ids, Unusable},
     lease::{self, AckRequest, PullRequest},
+    outstanding::{Adopted, Next},
     report,
 };
-use crate::model::{Backoff, EmptyList, Jitter, Lease, TaskId, Timings, millis};
+use crate::model::{Backoff, EmptyList, Jitter, Lease, Timings, millis};
 
 /// A stream that lived this long was not a failure.
 const ALIVE: Duration = Duration::from_secs(30);
@@ -64,6 +65,22 @@ enum End {
 struct Room<'a> {
     permit: OwnedSemaphorePermit,
     place: mpsc::Permit<'a, Lease>,
+}
+
+/// A lease whose run does not start here.
+struct Returned {
+    ids: Ids,
+    /// Why, one line.
+    reason: String,
+    retryable: bool,
+    /// It counts as accepted until the control plane knows.
+    permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Returned {
+    fn new(ids: Ids, reason: impl Into<String>, retryable: bool) -> Self {
+        Self { ids, reason: reason.into(), retryable, permit: None }
+    }
 }
 
 impl Shared {
@@ -203,20 +220,58 @@ impl Shared {
     async fn receive(self: &Arc<Self>, wire: lease::Lease, room: Room<'_>, calls: &mut JoinSet<()>) {
         let Some(ids) = self.read_ids(&wire) else { return };
         self.acknowledge(&ids, calls).await;
-        if self.adopt(&ids, &wire) {
-            info!(event = "lease.replaced", task_id = %ids.task, "run is leased again, it continues with the new lease");
+        match self.adopt(&ids, &wire) {
+            Adopted::Continues => {
+                info!(event = "lease.replaced", task_id = %ids.task, "run is leased again, it continues with the new lease");
+            }
+            Adopted::AfterEnd(next) => {
+                info!(event = "lease.waits", task_id = %ids.task, "run is leased again while it is cancelled, it starts again after its end");
+                let shared = Arc::clone(self);
+                spawn(calls, async move { shared.start_after(next, ids, wire).await }).await;
+            }
+            Adopted::Unknown => {
+                if let Err(returned) = self.start(ids, wire, room) {
+                    spawn(calls, Arc::clone(self).give_back(returned)).await;
+                }
+            }
+        }
+    }
+
+    /// Starts a run again after it has ended.
+    async fn start_after(self: Arc<Self>, next: oneshot::Receiver<Next>, ids: Ids, wire: lease::Lease) {
+        let next = tokio::select! {
+            next = next => next,
+            // The report of the run that ends has the id of this lease.
+            () = self.quiet.cancelled() => return,
+        };
+        if next != Ok(Next::Start) {
             return;
         }
+        let started = tokio::select! {
+            room = self.room() => self.start(ids, wire, room),
+            () = self.quiet.cancelled() => Err(Returned::new(ids, DRAINS, true)),
+        };
+        if let Err(returned) = started {
+            self.give_back(returned).await;
+        }
+    }
+
+    /// Gives a run to the engine.
+    fn start(&self, ids: Ids, wire: lease::Lease, room: Room<'_>) -> Result<(), Returned> {
         let now = self.client.now_at(&self.facts.base_url);
-        match incoming::lease(&ids, wire, &self.config.agent_map, |server| self.check_domain_server(server), now) {
+        let read = incoming::lease(&ids, wire, &self.config.agent_map, |server| self.check_domain_server(server), now);
+        let (reason, retryable) = match read {
             Ok(mut lease) => {
                 let domain = DomainData::of(&lease);
-                lease.hold = Some(self.outstanding.add(&ids.task, &ids.lease, domain, room.permit));
+                lease.hold =
+                    Some(self.outstanding.add(&ids.task, &ids.lease, lease.hard_deadline, domain, room.permit));
                 room.place.send(lease);
+                return Ok(());
             }
-            Err(Unusable::Expired) => self.give_back(ids, EXPIRED, true, Some(room.permit), calls).await,
-            Err(Unusable::Malformed(reason)) => self.give_back(ids, &reason, false, Some(room.permit), calls).await,
-        }
+            Err(Unusable::Expired) => (EXPIRED.to_owned(), true),
+            Err(Unusable::Malformed(reason)) => (reason, false),
+        };
+        Err(Returned { permit: Some(room.permit), ..Returned::new(ids, reason, retryable) })
     }
 
     /// Refuses a domain server that must not get a token. The wire needs no authentication: anybody may speak
@@ -232,8 +287,9 @@ impl Shared {
         while let Ok(Ok(Ok(Some(wire)))) = timeout_at(end, timeout(LAST_READS_IDLE, stream.message())).await {
             let Some(ids) = self.read_ids(&wire) else { continue };
             self.acknowledge(&ids, calls).await;
-            if !self.adopt(&ids, &wire) {
-                self.give_back(ids, DRAINS, true, None, calls).await;
+            // The report of a run that this node has gets the id of this lease.
+            if matches!(self.adopt(&ids, &wire), Adopted::Unknown) {
+                spawn(calls, Arc::clone(self).give_back(Returned::new(ids, DRAINS, true))).await;
             }
         }
     }
@@ -244,14 +300,13 @@ impl Shared {
         while let Ok(lease) = receiver.try_recv() {
             if let Ok(at) = self.newest(&lease.address) {
                 let ids = Ids { task: lease.address.task.clone(), lease: at.lease, run: at.run };
-                self.give_back(ids, DRAINS, true, None, calls).await;
+                spawn(calls, Arc::clone(self).give_back(Returned::new(ids, DRAINS, true))).await;
             }
         }
     }
 
-    /// Gives a run that this node has the new lease, its deadline and its token. `false`: this node does not have the
-    /// run.
-    fn adopt(&self, ids: &Ids, wire: &lease::Lease) -> bool {
+    /// Gives a run that this node has the new lease, its deadline and its token.
+    fn adopt(&self, ids: &Ids, wire: &lease::Lease) -> Adopted {
         let now = self.client.now_at(&self.facts.base_url);
         let deadline = incoming::deadline(wire, now).ok();
         self.outstanding.adopt(&ids.task, &ids.lease, deadline, || incoming::domain_data(wire))
@@ -285,32 +340,21 @@ impl Shared {
     }
 
     /// Fails a run that does not start here.
-    async fn give_back(
-        self: &Arc<Self>,
-        ids: Ids,
-        reason: &str,
-        retryable: bool,
-        permit: Option<OwnedSemaphorePermit>,
-        calls: &mut JoinSet<()>,
-    ) {
-        let task: TaskId = ids.task.clone();
+    async fn give_back(self: Arc<Self>, returned: Returned) {
+        let Returned { ids, reason, retryable, permit: _permit } = returned;
+        let task = &ids.task;
         info!(event = "lease.returned", task_id = %task, reason, retryable, "lease is returned, its run does not start here");
         let details =
             json!({ "outcome": "host-fault", "code": if retryable { "not_started" } else { "start_session" } });
-        let request = report::fail(&ids.at(), &self.config.node_id, reason, &details, retryable, Timings::default());
-        let shared = Arc::clone(self);
-        spawn(calls, async move {
-            for tries in 1..=FAILURES_MAX {
-                let Err(error) = shared.send_failure(request.clone()).await else { break };
-                warn!(event = "lease.not_rejected", task_id = %task, %error, tries, "lease could not be rejected");
-                if !error.advice().may_retry() {
-                    break;
-                }
-                sleep(FAILURE_PAUSES.pause(tries, rand::random())).await;
+        let request = report::fail(&ids.at(), &self.config.node_id, &reason, &details, retryable, Timings::default());
+        for tries in 1..=FAILURES_MAX {
+            let Err(error) = self.send_failure(request.clone()).await else { return };
+            warn!(event = "lease.not_rejected", task_id = %task, %error, tries, "lease could not be rejected");
+            if !error.advice().may_retry() {
+                return;
             }
-            drop(permit);
-        })
-        .await;
+            sleep(FAILURE_PAUSES.pause(tries, rand::random())).await;
+        }
     }
 }
 
