@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::harness::{
     TestServer, fixtures,
     node::{NodeSetup, TestNode},
-    node_plane::{Answer, NodePlane, domain_lease, result},
+    node_plane::{Answer, Call, NodePlane, domain_lease, result},
 };
 
 const ECHO: &str = "/examples/echo-file/v1";
@@ -103,6 +103,26 @@ async fn token_of_a_run_is_in_no_log_and_no_file() {
     services.plane.answer_reports(Answer::Accept);
     node.says("report.delivered").await;
     node.stop().await;
+}
+
+#[tokio::test]
+async fn restarted_node_reports_the_ids_of_artifacts() {
+    let services = Services::start().await;
+    let first = services.node(&[fixtures::hello()]).leasing().await;
+    services.plane.answer_reports(Answer::NotAccepted);
+    services.plane.send(&first, services.lease("run", "/examples/hello/v1", &[], &[])).await;
+    let sent = services.plane.completed(&first, "run").await;
+    first.says("report.waiting").await;
+    first.kill();
+    first.wait().await;
+    let before = services.plane.count(|call| matches!(call, Call::Complete(_)));
+    services.plane.answer_reports(Answer::Accept);
+    let second = services.node(&[fixtures::hello()]).after(&first).leasing().await;
+    let again = |calls: &[Call]| calls.iter().filter(|call| matches!(call, Call::Complete(_))).nth(before).cloned();
+    let again = services.plane.until(&second, "the report of the first node", again).await;
+    assert_eq!(again, Call::Complete(sent.clone()));
+    assert!(!services.domain.read(result(&sent)["outputs/hello.bin"]).await.is_empty());
+    second.stop().await;
 }
 
 #[tokio::test]
