@@ -183,7 +183,12 @@ async fn new_lease_brings_a_new_token() {
         run
     };
     services.plane.send(&node, run("first", &[("access_token", Some(NO_TOKEN))])).await;
-    node.says("task.started").await;
+    // Its runner has read the first token by then.
+    let has_progress = |page: &(u16, Value)| {
+        let tasks = page.1["tasks"].as_object().into_iter().flatten();
+        tasks.into_iter().any(|(_, task)| task["progress_at"].is_string())
+    };
+    node.page_until("/status.json", has_progress).await;
     services.plane.send(&node, run("second", &[])).await;
     // Only the second token is accepted there.
     let asked = services.artifact(&node, "run", "renewed.json").await;

@@ -63,7 +63,8 @@ impl RunPlane {
     /// The dev server that listens at `url`.
     pub(super) async fn of_dev(client: Client, url: &url::Url) -> Result<Self, PlaneError> {
         let store = Plane::of_dev(client.clone(), url, plane::NODE_RUNTIME).await?;
-        Ok(Self { client, dev: store.dev().unwrap_or_default().to_owned(), store })
+        let dev = store.dev().expect("it is the one of a dev server").to_owned();
+        Ok(Self { client, dev, store })
     }
 
     /// Its domain server.
