@@ -118,7 +118,8 @@ pub(super) async fn attempt(modules: Arc<Modules>, slot: Slot, session: Session,
     slot.pace.ended(lease_value(&held_lease, &result.outcome));
     let report = NewReport { plane: slot.source.facts(), lease, task_result: &result, elapsed: began.elapsed() };
     let report_end = deliver_report(&modules.outbox, report, free(permit, tidying), session, &stops).await;
-    let record = TaskRecord::new(lease, slot.plugin.as_ref(), &result, began.elapsed(), report_end.state());
+    let record =
+        TaskRecord::new(&report.plane.name, lease, slot.plugin.as_ref(), &result, began.elapsed(), report_end.state());
     modules.events.emit(NodeEvent::TaskEnded {
         held: slot.held,
         record: Arc::new(record),

@@ -446,6 +446,8 @@ pub enum ReportState {
 /// One ended task.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct TaskRecord {
+    /// The control plane that gave it.
+    pub plane: PlaneName,
     /// The task.
     #[serde(serialize_with = "as_text")]
     pub task_id: TaskId,
@@ -482,6 +484,7 @@ impl TaskRecord {
     /// The record of a task that has just ended.
     #[must_use]
     pub fn new(
+        plane: &PlaneName,
         lease: &Lease,
         plugin: Option<&PluginId>,
         task_result: &TaskResult,
@@ -489,6 +492,7 @@ impl TaskRecord {
         report: ReportState,
     ) -> Self {
         Self {
+            plane: plane.clone(),
             task_id: lease.task().clone(),
             job_id: lease.job,
             capability: lease.capability.clone(),
@@ -694,7 +698,9 @@ mod tests {
         board.moved(first, TaskStage::Reporting);
         assert_eq!(shown()[&id]["state"], "setting-up", "what becomes of the lost one is not its own");
         let task_result = TaskResult::bare(Outcome::LeaseLost);
-        let record = || Arc::new(TaskRecord::new(&lost.lease, None, &task_result, Duration::ZERO, ReportState::None));
+        let plane = PlaneName::parse("p").expect("a name");
+        let record =
+            || Arc::new(TaskRecord::new(&plane, &lost.lease, None, &task_result, Duration::ZERO, ReportState::None));
         board.ended(first, record());
         board.moved(first, TaskStage::Running); // this change comes too late
         board.moved(second, TaskStage::Waiting);

@@ -25,7 +25,7 @@ fn task_ended(board: &StatusBoard, report: ReportState, outcome: Outcome) -> Nod
     let held_lease = crate::model::HeldLease::new(lease, crate::model::Setup::Pending).0;
     let held = board.began(&held_lease, None);
     let reason = outcome.reason();
-    let record = TaskRecord::new(&held_lease.lease, None, &TaskResult::bare(outcome), Duration::ZERO, report);
+    let record = TaskRecord::new(&plane(), &held_lease.lease, None, &TaskResult::bare(outcome), Duration::ZERO, report);
     let report_reason = Some(CancelReason::Plane.as_str().to_owned());
     NodeEvent::TaskEnded { held, record: Arc::new(record), reason, report_reason }
 }

@@ -155,6 +155,8 @@ async fn node_serves_both_planes_and_drains() {
     posemesh_completes(&server, &node).await;
     runs_complete(&plane, &node).await;
     let status = node.status().await;
+    let record = &status["recent"][0];
+    assert_eq!(record["plane"], "mesh", "{record:#}");
     let (mesh, runs) = (&status["planes"]["mesh"], &status["planes"]["runs"]);
     assert_eq!((&mesh["kind"], &runs["kind"]), (&json!("posemesh"), &json!("node-runtime")), "{status:#}");
     assert_eq!((&runs["node"], &runs["registration_form"]), (&json!("w-07"), &json!("none")), "{status:#}");
