@@ -5,9 +5,10 @@ use std::{collections::BTreeMap, fs};
 
 use http::StatusCode;
 use jiff::{SignedDuration, Timestamp};
+use prost::Message as _;
 use runner_host::{
     control::client,
-    leases::node_runtime::lease::{CompleteRequest, Lease},
+    leases::node_runtime::lease::{AckResponse, CompleteRequest, Lease},
 };
 use serde_json::{Value, json};
 use tonic::{Code, Status};
@@ -15,7 +16,7 @@ use tonic::{Code, Status};
 use crate::harness::{
     fixtures,
     node::{Cli, TestNode},
-    node_plane::{Answer, Call, NodePlane, in_future, lease, result},
+    node_plane::{Answer, Call, NodePlane, frame, in_future, lease, result},
 };
 
 const ECHO: &str = "/examples/echo-file/v1";
@@ -256,6 +257,26 @@ async fn full_node_tells_when_a_slot_is_free() {
     gate.open();
     plane.completed(&node, "run").await;
     plane.until(&node, "a heartbeat of a free node", slots([0, 1])).await;
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn failed_ack_does_not_stop_its_run() {
+    const ACK: &str = "/lease.LeaseService/Ack";
+    let plane = NodePlane::start().await;
+    let node = plane.node(&[fixtures::echo()], "").leasing().await;
+    let refused = AckResponse { success: false, message: "no such lease".to_owned() };
+    let garbage = b"\xff\xff\xff garbage".to_vec();
+    for (run, body, text) in
+        [("refused", refused.encode_to_vec(), "no such lease"), ("garbage", garbage, "failed to decode")]
+    {
+        plane.answer_with(ACK, Some(frame(&body)));
+        plane.send(&node, lease(run, ECHO, &[("a", "x")], &[])).await;
+        assert_eq!(result(&plane.completed(&node, run).await)["echo-0.bin"], "x");
+        let logged = |line: &Value| line["event"] == "lease.not_acknowledged" && line["task_id"] == run;
+        let line = node.line(logged).await;
+        assert!(line["error"].as_str().is_some_and(|error| error.contains(text)), "{line}");
+    }
     node.stop().await;
 }
 

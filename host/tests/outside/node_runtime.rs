@@ -9,13 +9,14 @@ use std::{
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use http::Request;
 use http_body_util::BodyExt as _;
-use runner_host::transport::{self, Client};
+use runner_host::transport::{self, Client, Identity, PeerTls};
 use serde_json::{Value, json};
 
 use crate::harness::{
     EVENT_LIMIT, fixtures,
     node::{NodeSetup, TestNode},
     node_plane::in_future,
+    tls::{authority, client_file},
     within,
 };
 
@@ -28,10 +29,17 @@ struct ControlPlane {
     client: Client,
     rest: u64,
     grpc: u64,
+    /// Whether both ports use TLS and require a client certificate.
+    tls: bool,
 }
 
 impl ControlPlane {
     fn start() -> Self {
+        Self::on(0, 0, false)
+    }
+
+    /// On these ports of REST and gRPC; 0 is a free one.
+    fn on(rest: u64, grpc: u64, tls: bool) -> Self {
         let host = Path::new(env!("CARGO_MANIFEST_DIR"));
         let python = host.join("../target/outside/python");
         assert!(
@@ -42,6 +50,8 @@ impl ControlPlane {
         let mut process = Command::new("python3")
             .arg(host.join("tests/outside/control_plane.py"))
             .arg(host.join("protos"))
+            .args([rest.to_string(), grpc.to_string()])
+            .args(tls.then(|| host.join("tests/fixtures/tls")))
             .env("PYTHONPATH", &python)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -52,7 +62,21 @@ impl ControlPlane {
         assert!(!line.is_empty(), "the control plane ended at its start; its errors are above");
         let ports: Value = serde_json::from_str(&line).expect("JSON");
         let port = |name: &str| ports[name].as_u64().expect("a port");
-        Self { rest: port("rest"), grpc: port("grpc"), client: Client::new(transport::Config::default()), process }
+        let identity = Identity { certificate: client_file("client.pem"), key: client_file("client.key") };
+        let peer = PeerTls { identity: Some(identity), authorities: Some(authority().into()), ..PeerTls::default() };
+        let config = transport::Config { peer: tls.then_some(peer), ..transport::Config::default() };
+        Self { rest: port("rest"), grpc: port("grpc"), client: Client::new(config), tls, process }
+    }
+
+    /// Ends the program without a goodbye, and starts it again on the same ports. It has forgotten everything.
+    fn killed_and_restarted(mut self) -> Self {
+        self.process.kill().expect("it runs");
+        self.process.wait().expect("it has ended");
+        Self::on(self.rest, self.grpc, self.tls)
+    }
+
+    fn url(&self, port: u64) -> String {
+        format!("{}://localhost:{port}", if self.tls { "https" } else { "http" })
     }
 
     fn node(&self, plugins: &[PathBuf]) -> NodeSetup {
@@ -61,10 +85,11 @@ impl ControlPlane {
 
     /// A node with `more` lines in its table.
     fn node_with(&self, plugins: &[PathBuf], more: &str) -> NodeSetup {
-        let Self { rest, grpc, .. } = self;
         let table = format!(
             "[plane.runs]\nkind = \"node-runtime\"\nnode_id = \"outside\"\n\
-             control_plane_url = \"http://127.0.0.1:{rest}\"\ngrpc_url = \"http://127.0.0.1:{grpc}\"\n{more}\n"
+             control_plane_url = \"{}\"\ngrpc_url = \"{}\"\n{more}\n",
+            self.url(self.rest),
+            self.url(self.grpc)
         );
         NodeSetup::with_config(&table, plugins)
     }
@@ -72,7 +97,7 @@ impl ControlPlane {
     /// Makes one HTTP request. Fails on a status above 299.
     async fn ask(&self, method: &str, path: &str, body: &Value) -> Value {
         let body = if body.is_null() { String::new() } else { body.to_string() };
-        let request = Request::builder().method(method).uri(format!("http://127.0.0.1:{}{path}", self.rest));
+        let request = Request::builder().method(method).uri(format!("{}{path}", self.url(self.rest)));
         let request = request.body(transport::full(body)).expect("a request");
         let answer = self.client.send(request, EVENT_LIMIT).await.expect("the control plane answers");
         let status = answer.status();
@@ -284,4 +309,109 @@ async fn mute_control_plane_does_not_delay_a_stop() {
     plane.calls(&node, "kind=heartbeat", 3).await;
     node.stop().await;
     plane.calls(&node, "kind=pull-ended", 1).await;
+}
+
+#[tokio::test]
+async fn sent_report_without_an_answer_is_accepted_once() {
+    let plane = ControlPlane::start();
+    plane.mode(json!({ "reports": "hold" })).await;
+    let first = plane.node(&[fixtures::echo()]).leasing().await;
+    plane.send(&[echo("unread")]).await;
+    plane.accepted(&first, "unread").await;
+    // The report was brief. It is written because its answer does not come.
+    first.page_until("/status.json", |page| page.1["outbox"]["waiting"] == 1).await;
+    first.kill();
+    assert_eq!(first.wait().await, -1);
+    plane.mode(json!({ "reports": "accept" })).await;
+    let next = plane.node(&[fixtures::echo()]).after(&first).leasing().await;
+    let all = plane.calls(&next, "run=unread", 2).await;
+    next.page_until("/status.json", |page| page.1["outbox"]["waiting"] == 0).await;
+    let report = plane.accepted(&next, "unread").await;
+    assert!(all.iter().all(|one| one["report"] == report["report"] && one["kind"] == "complete"), "{all:#?}");
+    assert!(next.said("task.started").is_empty(), "the run does not start again: {}", next.log());
+    next.stop().await;
+}
+
+#[tokio::test]
+async fn restarted_control_plane_gets_the_owed_report() {
+    let plane = ControlPlane::start();
+    plane.mode(json!({ "reports": "UNAVAILABLE", "origin": true })).await;
+    let node = plane.node_with(&[fixtures::echo()], "heartbeat_interval_seconds = 1").leasing().await;
+    plane.send(&[echo("owed")]).await;
+    node.says("report.waiting").await;
+    let plane = plane.killed_and_restarted();
+    plane.mode(json!({ "origin": true })).await;
+    let report = plane.accepted(&node, "owed").await;
+    assert_eq!((&report["kind"], &report["report"]["result"]["echo-0.bin"]), (&json!("complete"), &json!("some text")));
+    // It has forgotten the node too.
+    plane.calls(&node, "kind=register", 1).await;
+    plane.send(&[echo("next")]).await;
+    assert_eq!(plane.accepted(&node, "next").await["kind"], "complete");
+    assert_eq!(node.said("task.started").len(), 2, "{}", node.log());
+    assert_eq!(plane.calls(&node, "run=owed", 1).await.len(), 1);
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn original_with_its_database_keeps_its_node() {
+    let plane = ControlPlane::start();
+    plane.mode(json!({ "origin": true })).await;
+    let first = plane.node(&[fixtures::echo()]).leasing().await;
+    plane.calls(&first, "kind=pull", 1).await;
+    first.kill();
+    assert_eq!(first.wait().await, -1);
+    // The second registration is answered with a 500. A heartbeat shows that the node is known.
+    let node = plane.node(&[fixtures::echo()]).after(&first).leasing().await;
+    assert_eq!(plane.calls(&node, "kind=register&again=True", 1).await.len(), 1);
+    plane.send(&[echo("known")]).await;
+    assert_eq!(plane.accepted(&node, "known").await["kind"], "complete");
+
+    // CANCELLED from the control plane ends a stream like any other status.
+    let pulls = plane.calls(&node, "kind=pull", 1).await.len();
+    plane.ask("POST", "/test/end", &json!("CANCELLED")).await;
+    plane.calls(&node, "kind=pull", pulls + 1).await;
+    plane.send(&[echo("cancelled")]).await;
+    assert_eq!(plane.accepted(&node, "cancelled").await["kind"], "complete");
+
+    // The stream of a forgotten node ends without an error. The node registers, and does not loop.
+    let pulls = plane.calls(&node, "kind=pull", 1).await.len();
+    plane.ask("POST", "/test/forget", &Value::Null).await;
+    assert_eq!(plane.calls(&node, "kind=register&again=False", 2).await.len(), 2);
+    plane.send(&[echo("forgotten")]).await;
+    assert_eq!(plane.accepted(&node, "forgotten").await["kind"], "complete");
+    assert_eq!(plane.calls(&node, "kind=pull", pulls).await.len(), pulls + 1);
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn page_of_a_gateway_is_no_registration() {
+    let plane = ControlPlane::start();
+    plane.mode(json!({ "register": "page" })).await;
+    let node = plane.node(&[fixtures::echo()]).start().await;
+    let line = node.says("registration.failed").await;
+    assert!(line["error"].as_str().is_some_and(|error| error.contains("answered 200: <!doctype html>")), "{line}");
+    plane.mode(json!({ "register": "create" })).await;
+    node.says("node.leasing").await;
+    plane.calls(&node, "kind=pull", 1).await;
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn client_certificate_opens_both_ports() {
+    let plane = ControlPlane::on(0, 0, true);
+    let ca = authority();
+    let tls = |more: &str| format!("[plane.runs.tls]\nca = {ca:?}\n{more}");
+    let without = plane.node_with(&[fixtures::echo()], &tls("")).start().await;
+    let line = without.says("registration.failed").await;
+    let remedy = "and the client certificate if it needs one";
+    assert!(line["error"].as_str().is_some_and(|error| error.contains(remedy)), "{line}");
+    without.stop().await;
+    let (certificate, key) = (client_file("client.pem"), client_file("client.key"));
+    let identity = format!("client_certificate = {certificate:?}\nclient_key = {key:?}\ncommon_name = \"plane.test\"");
+    let node = plane.node_with(&[fixtures::echo()], &tls(&identity)).leasing().await;
+    assert_eq!(plane.calls(&node, "kind=register", 1).await.len(), 1);
+    plane.send(&[echo("secure")]).await;
+    assert_eq!(plane.accepted(&node, "secure").await["kind"], "complete");
+    node.says_ended("accepted").await;
+    node.stop().await;
 }
