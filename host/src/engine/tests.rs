@@ -111,7 +111,7 @@ async fn engine(dir: &std::path::Path, events: NodeEvents) -> Engine {
 #[tokio::test]
 async fn subscribers_see_a_task_as_the_log_does() {
     let codes = LogCodes::up_to(tracing::Level::INFO);
-    let _log = tracing::subscriber::set_default(tracing_subscriber::registry().with(codes.clone()));
+    let _log = crate::model::test_log::capture(tracing_subscriber::registry().with(codes.clone()));
     let dir = tempfile::tempdir().expect("a folder");
     let events = NodeEvents::new(StatusBoard::new(1, Vec::new()));
     let mut subscriber = events.subscribe();

@@ -22,6 +22,8 @@ mod readiness;
 mod resolved_path;
 mod status;
 mod suggest;
+#[cfg(test)]
+pub(crate) mod test_log;
 mod usage;
 mod watched;
 

@@ -103,12 +103,12 @@ fn every_event_is_named_like_its_log_line() {
     let board = StatusBoard::new(1, vec![capability().to_string()]);
     let events = NodeEvents::new(board.clone());
     let all = all(&board);
-    tracing::subscriber::with_default(tracing_subscriber::registry().with(codes.clone()), || {
-        for event in &all {
-            events.emit(event.clone());
-            assert_eq!(codes.take(), [event.name()], "{event:?}");
-        }
-    });
+    let captured = crate::model::test_log::capture(tracing_subscriber::registry().with(codes.clone()));
+    for event in &all {
+        events.emit(event.clone());
+        assert_eq!(codes.take(), [event.name()], "{event:?}");
+    }
+    drop(captured);
     // Without this check, a new variant could miss in the list above.
     let arms =
         include_str!("mod.rs").lines().filter_map(|line| line.trim().strip_prefix("Self::")?.split_once(" => \""));

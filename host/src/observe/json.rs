@@ -266,7 +266,9 @@ mod tests {
         let writer = written.clone();
         let lines = tracing_subscriber::fmt::layer().with_writer(move || writer.clone());
         let lines = lines.event_format(JsonLines).fmt_fields(JsonMembers);
-        tracing::subscriber::with_default(tracing_subscriber::registry().with(lines), log);
+        let captured = crate::model::test_log::capture(tracing_subscriber::registry().with(lines));
+        log();
+        drop(captured);
         let text =
             String::from_utf8(written.0.lock().expect("no code panics while it holds this").clone()).expect("UTF-8");
         let lines = text.lines().map(|line| {

@@ -105,20 +105,20 @@ mod tests {
     fn seen(filter: impl Layer<tracing_subscriber::Registry> + Send + Sync) -> (Option<LevelFilter>, Vec<String>) {
         let seen = Seen::default();
         let announced = filter.max_level_hint();
-        tracing::subscriber::with_default(tracing_subscriber::registry().with(filter).with(seen.clone()), || {
-            for _ in 0..2 {
-                let _task = info_span!("task", n = 1).entered();
-                error!("x");
-                warn!("x");
-                info!("x");
-                debug!("x");
-                trace!("x");
-                error!(target: "hyper::client", "x");
-                info!(target: "hyper::client", "x");
-                debug!(target: "hyper", "x");
-                trace!(target: "other", "x");
-            }
-        });
+        let captured = crate::model::test_log::capture(tracing_subscriber::registry().with(filter).with(seen.clone()));
+        for _ in 0..2 {
+            let _task = info_span!("task", n = 1).entered();
+            error!("x");
+            warn!("x");
+            info!("x");
+            debug!("x");
+            trace!("x");
+            error!(target: "hyper::client", "x");
+            info!(target: "hyper::client", "x");
+            debug!(target: "hyper", "x");
+            trace!(target: "other", "x");
+        }
+        drop(captured);
         let lines = seen.0.lock().expect("no code panics while it holds this").clone();
         (announced, lines)
     }
