@@ -7,18 +7,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use runner_host::dev::{Faults, JournalEntry};
+use runner_host::dev::{Faults, JournalEntry, Wires};
 use serde_json::{Value, json};
 
 use crate::{
     harness::{Ended, TestServer, node::TestNode},
     plan::{Cell, Length},
+    run_cell,
 };
 
 /// Short enough to expire in a test.
 const LEASE: Duration = Duration::from_secs(2);
 /// Duration of a long fault. It is longer than a lease.
-const LONG: Duration = Duration::from_millis(2500);
+pub(crate) const LONG: Duration = Duration::from_millis(2500);
 /// Far longer than any part of a cell takes. It turns a hang into a failed cell.
 const LIMIT: Duration = Duration::from_secs(45);
 /// Maximum number of requests of one kind within any second. A heartbeat may follow another after 100 ms. Polls wait
@@ -42,18 +43,31 @@ pub(crate) struct Report {
 pub(crate) async fn run(cell: Cell, plugin: PathBuf) -> Report {
     let began = Instant::now();
     let faults = Faults::parse(&cell.file()).expect("the plan's files are sound");
-    let at_start = cell.is_of_sign_in() || cell.is_of_the_clock();
+    let at_start = cell.applies_at_start();
     let test_server = TestServer::with(|config| {
         config.lease_ttl = LEASE;
         config.part_size = 64 * 1024;
         config.request_max_bytes = 100_000;
         config.journal_max = 100_000;
+        if cell.is_run() {
+            config.wires = Wires::NodeRuntime;
+            config.run_ttl = LEASE;
+            config.run_report_time = Duration::from_millis(500);
+            config.offer_ttl = Duration::from_secs(1);
+        }
         if at_start {
             config.faults = faults.clone();
         }
     })
     .await;
-    let ended = tokio::time::timeout(LIMIT * 2, judged(&cell, &test_server, faults, plugin)).await;
+    let ended = tokio::time::timeout(LIMIT * 2, async {
+        if cell.is_run() {
+            run_cell::judged(&cell, &test_server, faults, plugin).await
+        } else {
+            judged(&cell, &test_server, faults, plugin).await
+        }
+    });
+    let ended = ended.await;
     if !cell.is_of_the_clock() {
         // If a client disconnects, its request is in the journal only after the fault has ended.
         let struck = |seen: &[JournalEntry]| seen.iter().any(|seen| cell.struck(seen));
@@ -85,7 +99,7 @@ async fn judged(cell: &Cell, test_server: &TestServer, faults: Faults, plugin: P
     let setup = if cell.is_by_url() { setup.reachable() } else { setup };
     let node = setup.start().await;
     let result = |problem: String| format!("{problem}\n{}", node.log());
-    if !(cell.is_of_sign_in() || cell.is_of_the_clock()) {
+    if !cell.applies_at_start() {
         within("the first poll", test_server.dev_server.journal_until(polled)).await.map_err(result)?;
         test_server.dev_server.set_faults(faults);
     }
@@ -110,22 +124,28 @@ async fn judged(cell: &Cell, test_server: &TestServer, faults: Faults, plugin: P
     nothing_left(cell, test_server, &node).await.map_err(result)
 }
 
-/// Checks for one completion, or failures with a reason. Artifacts must be complete and without duplicates.
-async fn one_result(cell: &Cell, test_server: &TestServer, ended: &Ended, input: &[u8]) -> Result<(), String> {
+/// The number of completions, and the reasons of all failures.
+pub(crate) fn receipts(ended: &Ended, is_completion: impl Fn(&Value) -> bool) -> Result<(usize, Vec<String>), String> {
     let receipts = ended.0["receipts"].as_array().ok_or("no receipts")?;
-    let completed = receipts.iter().filter(|receipt| receipt["meta"]["artifacts"].is_array()).count();
-    let failures = receipts.iter().filter_map(|receipt| receipt["meta"]["reason"].as_str());
-    let failures: Vec<&str> = failures.collect();
-    if completed + failures.len() != receipts.len() || failures.iter().any(|reason| reason.is_empty()) {
+    let completed = receipts.iter().filter(|receipt| is_completion(&receipt["meta"])).count();
+    let failures = receipts.iter().filter_map(|receipt| Some(receipt["meta"]["reason"].as_str()?.to_owned()));
+    let failures: Vec<String> = failures.collect();
+    if completed + failures.len() != receipts.len() || failures.iter().any(String::is_empty) {
         return Err(format!("a receipt is neither a completion nor a failure with a reason: {:#}", ended.0));
     }
     let attempts = ended.task()["attempts"].as_u64().unwrap_or_default();
     if receipts.len() as u64 > attempts {
         return Err(format!("{} results of {attempts} attempts: {:#}", receipts.len(), ended.0));
     }
+    Ok((completed, failures))
+}
+
+/// Checks for one completion, or failures with a reason. Artifacts must be complete and without duplicates.
+async fn one_result(cell: &Cell, test_server: &TestServer, ended: &Ended, input: &[u8]) -> Result<(), String> {
+    let (completed, failures) = receipts(ended, |meta| meta["artifacts"].is_array())?;
     if cell.endpoint == "fail" {
-        let own = |reason: &&str| reason.starts_with("runner failed: as the task wanted");
-        let expired = |reason: &&str| reason.starts_with("lease expired");
+        let own = |reason: &String| reason.starts_with("runner failed: as the task wanted");
+        let expired = |reason: &String| reason.starts_with("lease expired");
         let fine = completed == 0 && failures.iter().all(|reason| own(reason) || expired(reason));
         return if fine && ended.status() == "failed" {
             Ok(())
@@ -154,6 +174,16 @@ async fn one_result(cell: &Cell, test_server: &TestServer, ended: &Ended, input:
 
 /// Checks that no upload, file or process is left.
 async fn nothing_left(cell: &Cell, test_server: &TestServer, node: &TestNode) -> Result<(), String> {
+    ended_cleanly(node).await?;
+    let open = test_server.dev_server.open_uploads();
+    if open > 0 && !may_leave_uploads(cell) {
+        return Err(format!("{open} uploads were left open"));
+    }
+    Ok(())
+}
+
+/// Stops the node. Checks that no file or process is left.
+pub(crate) async fn ended_cleanly(node: &TestNode) -> Result<(), String> {
     node.term();
     let code = within("the end of the node", node.wait()).await?;
     if code != 0 {
@@ -165,10 +195,6 @@ async fn nothing_left(cell: &Cell, test_server: &TestServer, node: &TestNode) ->
     }
     if node.log().contains("panicked") {
         return Err("something panicked".to_owned());
-    }
-    let open = test_server.dev_server.open_uploads();
-    if open > 0 && !may_leave_uploads(cell) {
-        return Err(format!("{open} uploads were left open"));
     }
     Ok(())
 }
@@ -205,6 +231,6 @@ fn polled(seen: &[JournalEntry]) -> bool {
     seen.iter().any(|seen| seen.endpoint == Some("lease") && seen.status == 204)
 }
 
-async fn within<T>(what: &str, event: impl Future<Output = T>) -> Result<T, String> {
+pub(crate) async fn within<T>(what: &str, event: impl Future<Output = T>) -> Result<T, String> {
     tokio::time::timeout(LIMIT, event).await.map_err(|_| format!("waited {LIMIT:?} for {what}"))
 }

@@ -7,6 +7,9 @@
 //! Each cell must end with one accepted report, complete artifacts without duplicates, no open upload, no leftover
 //! file, a node that stops with 0, and few requests per second. [`plan`] lists skipped combinations with the reason.
 //!
+//! The calls of the Node Runtime wire have cells too: one run with inline data. It ends with one accepted report, or
+//! stays in the queue while the stream is silent.
+//!
 //! `cargo test -p runner-host --test fault_matrix heartbeat` runs the cells with `heartbeat` in their names.
 
 mod cell;
@@ -14,6 +17,7 @@ mod cell;
 #[allow(dead_code, reason = "the matrix uses only a part of the shared harness")]
 mod harness;
 mod plan;
+mod run_cell;
 mod table;
 
 use std::{

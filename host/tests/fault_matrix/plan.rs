@@ -64,6 +64,84 @@ pub(crate) const KINDS: [Kind; 15] = [
     ("steal_lease", "kind = \"steal_lease\""),
 ];
 
+/// Kinds of faults of the Node Runtime wire, beside those of [`KINDS`].
+pub(crate) const RUN_KINDS: [Kind; 13] = [
+    ("unavailable", "kind = \"grpc_status\"\ncode = \"UNAVAILABLE\""),
+    ("cancelled", "kind = \"grpc_status\"\ncode = \"CANCELLED\""),
+    ("invalid", "kind = \"grpc_status\"\ncode = \"INVALID_ARGUMENT\""),
+    ("ok", "kind = \"grpc_status\"\ncode = \"OK\""),
+    ("goaway", "kind = \"goaway\""),
+    ("rst_stream", "kind = \"rst_stream\"\ncode = \"REFUSED_STREAM\""),
+    ("second_lease", "kind = \"second_lease\""),
+    ("clean_end", "kind = \"grpc_status\"\ncode = \"OK\"\nafter_leases = 1"),
+    ("late_goaway", "kind = \"goaway\"\nafter_leases = 1"),
+    ("late_rst", "kind = \"rst_stream\"\ncode = \"INTERNAL_ERROR\"\nafter_leases = 1"),
+    ("late_reset", "kind = \"reset\"\nafter_leases = 1"),
+    ("half_lease", "kind = \"malformed\"\nafter_bytes = 100"),
+    ("silence", "kind = \"hang\"\nafter_leases = 0"),
+];
+
+/// The calls of a node on the Node Runtime wire, with the faults of each. Ack, Complete and Fail share their code, so
+/// only one of them gets every fault.
+pub(crate) const RUN_ENDPOINTS: [(&str, &[&str]); 7] = [
+    ("node_register", &["503", "404", "reset", "reset_body", "malformed", "oversize", "wrong_type", "hang"]),
+    ("node_heartbeat", &["503", "delay", "reset", "malformed", "wrong_type", "hang", "forget_node"]),
+    ("node_remove", &["503", "reset", "hang", "lost_answer"]),
+    (
+        "pull",
+        &[
+            "503",
+            "404",
+            "delay",
+            "reset",
+            "oversize",
+            "wrong_type",
+            "hang",
+            "forget_node",
+            "unavailable",
+            "cancelled",
+            "invalid",
+            "ok",
+            "goaway",
+            "rst_stream",
+            "clean_end",
+            "late_goaway",
+            "late_rst",
+            "late_reset",
+            "half_lease",
+            "silence",
+        ],
+    ),
+    ("ack", &["reset", "lost_answer", "hang", "invalid", "goaway", "rst_stream", "steal_lease", "second_lease"]),
+    (
+        "run_complete",
+        &[
+            "503",
+            "404",
+            "delay",
+            "reset",
+            "reset_body",
+            "malformed",
+            "oversize",
+            "wrong_type",
+            "hang",
+            "lost_answer",
+            "steal_lease",
+            "unavailable",
+            "cancelled",
+            "invalid",
+            "ok",
+            "goaway",
+            "rst_stream",
+            "second_lease",
+        ],
+    ),
+    ("run_fail", &["reset", "lost_answer", "steal_lease", "unavailable", "goaway", "rst_stream", "second_lease"]),
+];
+
+/// Faults of the Node Runtime wire that may also last long, and their calls.
+const RUN_LASTING: [&str; 2] = ["503", "reset"];
+
 /// Faults that may also last long: five forms of an outage.
 const LASTING: [&str; 5] = ["503", "429", "reset", "malformed", "hang"];
 
@@ -94,6 +172,15 @@ pub(crate) fn all() -> (Vec<Cell>, Vec<Skipped>) {
     ] {
         cells.push(Cell { endpoint: "any", kind, length: Length::Long });
     }
+    for (endpoint, kinds) in RUN_ENDPOINTS {
+        for name in kinds {
+            let kind = KINDS.into_iter().chain(RUN_KINDS).find(|kind| kind.0 == *name).expect("a known kind");
+            cells.push(Cell { endpoint, kind, length: Length::Twice });
+            if RUN_LASTING.contains(name) && endpoint != "node_remove" {
+                cells.push(Cell { endpoint, kind, length: Length::Long });
+            }
+        }
+    }
     (cells, skipped)
 }
 
@@ -117,8 +204,23 @@ impl Cell {
     }
 
     /// The fault applies before a node has signed in.
-    pub(crate) fn is_of_sign_in(&self) -> bool {
+    fn is_of_sign_in(&self) -> bool {
         SIGN_IN.contains(&self.endpoint)
+    }
+
+    /// The fault applies before the node begins to lease.
+    pub(crate) fn applies_at_start(&self) -> bool {
+        self.is_of_sign_in() || self.is_of_the_clock() || ["node_register", "pull"].contains(&self.endpoint)
+    }
+
+    /// A cell of the Node Runtime wire.
+    pub(crate) fn is_run(&self) -> bool {
+        RUN_ENDPOINTS.iter().any(|(endpoint, _)| *endpoint == self.endpoint)
+    }
+
+    /// A node waits ten minutes for a silent stream. The cell checks that the run is still in the queue.
+    pub(crate) fn stays_queued(&self) -> bool {
+        self.endpoint == "pull" && ["hang", "silence"].contains(&self.kind.0)
     }
 
     pub(crate) fn is_of_the_clock(&self) -> bool {
@@ -145,7 +247,13 @@ impl Cell {
         if self.is_of_the_clock() {
             return format!("[[fault]]\n{}", self.kind.1);
         }
-        let count = if self.length == Length::Twice { "count = 2\n" } else { "" };
+        // A node pauses for seconds after a stream, and waits for up to 30 s for an answer of this wire.
+        let once = self.endpoint == "pull" || (self.is_run() && self.kind.0 == "hang");
+        let count = match self.length {
+            Length::Twice if once => "count = 1\n",
+            Length::Twice => "count = 2\n",
+            Length::Long => "",
+        };
         let rule = format!("[[fault]]\nname = \"cell\"\nendpoint = \"{}\"\n{count}{}\n", self.endpoint, self.kind.1);
         let first = match self.endpoint {
             // An upload is aborted only if something fails permanently.

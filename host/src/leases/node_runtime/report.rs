@@ -137,6 +137,8 @@ pub(super) fn refused(status: &Status) -> LeaseError {
         Code::Unavailable
             | Code::DeadlineExceeded
             | Code::Aborted
+            // Our own library: the answer is too large. The call may have been executed.
+            | Code::OutOfRange
             | Code::Internal
             | Code::Unknown
             | Code::Cancelled
@@ -182,7 +184,7 @@ mod tests {
 
     #[test]
     fn status_codes_decide_whether_a_report_is_repeated() {
-        for (code, retry) in [(Code::Unavailable, true), (Code::Cancelled, true), (Code::InvalidArgument, false)] {
+        for (code, retry) in [(Code::Unavailable, true), (Code::OutOfRange, true), (Code::InvalidArgument, false)] {
             let LeaseError::Grpc { retry: seen, .. } = refused(&Status::new(code, "m")) else { panic!("a status") };
             assert_eq!(seen, retry, "{code:?}");
         }
