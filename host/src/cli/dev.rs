@@ -45,6 +45,9 @@ pub(super) struct Args {
     /// Control planes to serve; node-runtime is REST and gRPC
     #[arg(long, value_name = "PLANE", value_enum, default_value_t = Wires::Dms)]
     plane: Wires,
+    /// Behave as the original Node Runtime control plane, with its defects (docs/protocols/node-runtime.md)
+    #[arg(long)]
+    origin: bool,
     /// Start the services without a node
     #[arg(long)]
     no_node: bool,
@@ -108,6 +111,9 @@ fn look(args: &Args, layers: &Layers) -> Result<(), Mistakes> {
     if args.plane.has_node_runtime() && !cfg!(feature = "grpc") {
         mistakes.push(format!("--plane: {}", DevError::NoGrpc));
     }
+    if args.origin && !args.plane.has_node_runtime() {
+        mistakes.push("--origin: has no effect with --plane dms; add --plane node-runtime or --plane both".to_owned());
+    }
     mistakes.extend(args.faults.as_deref().and_then(|file| read_problem("--faults", file)));
     let data = args.data.as_deref().and_then(|data| Some((data, folder_problem(data)?)));
     mistakes.extend(data.map(|(data, why)| format!("--data {}: {why}", data.display())));
@@ -124,6 +130,7 @@ async fn start(args: &Args, faults: &Faults, temporary: &Path) -> anyhow::Result
     let default = dev::Config::default();
     let config = |port| dev::Config {
         wires: args.plane,
+        origin: args.origin,
         bind: SocketAddr::from(([127, 0, 0, 1], port)),
         data: args.data.clone(),
         temporary: Some(temporary.to_owned()),
@@ -223,7 +230,8 @@ fn greeting(
         row("tasks (DMS)", dev_server.dms_url().to_string());
     }
     if wires.has_node_runtime() {
-        row("node-runtime", format!("{} (REST and gRPC)", dev_server.url()));
+        let form = if args.origin { ", as the original" } else { "" };
+        row("node-runtime", format!("{} (REST and gRPC{form})", dev_server.url()));
     }
     row("domain server", dev_server.domain_server_url().to_string());
     row("domain", dev_server.domain_id().to_string());

@@ -44,6 +44,8 @@ impl Wires {
 pub struct Config {
     /// The control planes that are served.
     pub wires: Wires,
+    /// Whether the Node Runtime control plane behaves as the original (docs/protocols/node-runtime.md).
+    pub origin: bool,
     /// Address to serve on. Only loopback is accepted. Port 0 selects a free port.
     pub bind: SocketAddr,
     /// Folder in which domain data survives a restart. If absent, a temporary folder is used and removed on stop.
@@ -104,6 +106,7 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             wires: Wires::default(),
+            origin: false,
             bind: SocketAddr::from(([127, 0, 0, 1], 0)),
             data: None,
             temporary: None,

@@ -154,6 +154,24 @@ async fn runs_complete_under_the_example_fault_file() {
 }
 
 #[tokio::test]
+async fn scans_are_downsampled_on_the_original_form() {
+    let dir = workplace(&[fixtures::pointcloud()]);
+    let (dev, base) = dev(&dir, &["--plane", "node-runtime", "--origin"]).await;
+    let scan = "ply\nformat ascii 1.0\nelement vertex 2\nproperty float x\nproperty float y\nproperty float z\n\
+                end_header\n0 0 0\n4 0 0\n";
+    fs::write(dir.path().join("scan.ply"), scan).expect("the folder is writable");
+    let runs = ["/pointcloud/downsample/v1", "--input", "scan.ply", "--wait", "--out", "done"];
+    submit(dir.path(), &base, &runs).run().await.expect(0);
+    let report = fs::read(dir.path().join("done/report.json")).expect("brought");
+    let report: Value = serde_json::from_slice(&report).expect("JSON");
+    assert_eq!(report["points_in"], 2, "{report}");
+    stop(&dev).await;
+    let refused = Cli::new(&["dev", "--origin", "--no-node"]).set("RUST_LOG", "").run().await.expect(78);
+    let expected = "error: --origin: has no effect with --plane dms; add --plane node-runtime or --plane both";
+    assert_eq!(refused.stderr, expected);
+}
+
+#[tokio::test]
 async fn node_joins_with_the_printed_plane_table() {
     let dir = workplace(&[fixtures::hello()]);
     let (dev, base) = dev(&dir, &["--plane", "node-runtime", "--no-node"]).await;

@@ -1,6 +1,7 @@
 //! The lease service over gRPC.
 //!
 //! As in the original, `success = false` answers every call that has no effect. A gRPC status answers only Pull.
+//! `Config::origin` selects the other behaviour of the original.
 
 use std::{pin::pin, sync::Arc};
 
@@ -90,8 +91,10 @@ impl Puller {
             changed.as_mut().enable();
             let schedulable = self.server.nodes().schedulable(&self.node);
             match schedulable {
-                Schedulable::Unknown => return Err(Status::not_found("the node is not registered")),
-                Schedulable::No => {}
+                Schedulable::Unknown if !self.server.config.origin => {
+                    return Err(Status::not_found("the node is not registered"));
+                }
+                Schedulable::Unknown | Schedulable::No => {}
                 Schedulable::Yes => {
                     let now = self.server.now();
                     let offer = self.server.plane().offer(self.key, &self.node, self.max, now);
@@ -103,7 +106,10 @@ impl Puller {
             }
             tokio::select! {
                 () = changed => {}
-                () = self.close.cancelled() => return Err(Status::unavailable("the connection ends")),
+                () = self.close.cancelled() => return Err(match self.server.config.origin {
+                    true => Status::cancelled("Request was cancelled"),
+                    false => Status::unavailable("the connection ends"),
+                }),
             }
         }
     }
@@ -152,7 +158,14 @@ fn refusal(what: &str, refusal: &CallRefusal) -> String {
 impl Leases {
     /// The run and the holder that a call names.
     fn named(&self, lease: &str, run: Option<&str>, node: &str) -> Result<(Uuid, Holder), CallRefusal> {
-        let (run, by) = named(lease, run, node).ok_or(CallRefusal::Unknown)?;
+        let (run, by) = match run {
+            // The original compares only the node.
+            Some(run) if self.server.config.origin => {
+                let run = Uuid::parse_str(run).map_err(|_| CallRefusal::Unknown)?;
+                (run, Holder::from(nodes::key(node)))
+            }
+            run => named(lease, run, node).ok_or(CallRefusal::Unknown)?,
+        };
         match self.fault.before {
             Some(BeforeCall::SecondLease) => self.server.plane().queue_again(run, self.server.now()),
             Some(BeforeCall::StealLease) => self.server.plane().steal(run, self.server.now()),
@@ -177,7 +190,9 @@ impl LeaseService for Leases {
             self.server.nodes().remove(&node_id);
         }
         if self.server.nodes().schedulable(&node_id) == Schedulable::Unknown {
-            // The original ends the stream here without an error, which lets its workers loop.
+            if self.server.config.origin {
+                return Ok(Response::new(stream::empty().boxed()));
+            }
             return Err(Status::not_found("the node is not registered"));
         }
         let puller = Puller {
@@ -203,7 +218,10 @@ impl LeaseService for Leases {
             return Ok(Response::new(AckResponse { success: false, message }));
         }
         let answer = self.named(&lease_id, None, &node_id);
-        let answer = answer.and_then(|(run, by)| self.server.plane().acknowledge(run, by, self.server.now()));
+        let answer = match self.server.config.origin {
+            true => Ok(()),
+            false => answer.and_then(|(run, by)| self.server.plane().acknowledge(run, by, self.server.now())),
+        };
         self.server.changed();
         Ok(Response::new(match answer {
             Ok(()) => AckResponse { success: true, message: "Lease acknowledged".to_owned() },
@@ -237,9 +255,9 @@ impl LeaseService for Leases {
         let report = json!({ "reason": error_message, "details": error_details, "timings": times(timings) });
         let answer = self.named(&lease_id, Some(&run_id), &node_id);
         let answer = answer.and_then(|(run, by)| {
-            let mut plane = self.server.plane();
-            plane.fail(run, by, report, retryable, self.server.now())?;
-            Ok(plane.is_queued(run))
+            let (mut plane, origin) = (self.server.plane(), self.server.config.origin);
+            plane.fail(run, by, report, retryable && !origin, self.server.now())?;
+            Ok(if origin { retryable } else { plane.is_queued(run) })
         });
         self.server.changed();
         Ok(Response::new(match answer {

@@ -39,10 +39,14 @@ pub(super) enum Schedulable {
 }
 
 impl Nodes {
-    /// Registers a node. A node with this id is replaced.
-    pub(super) fn register(&mut self, id: &str, body: &Value, now: Timestamp) -> Value {
+    pub(super) fn knows(&self, id: &str) -> bool {
+        self.0.contains_key(id)
+    }
+
+    /// Registers a node. A node with this id is replaced. A `full` one gets no run before its first heartbeat.
+    pub(super) fn register(&mut self, id: &str, body: &Value, full: bool, now: Timestamp) -> Value {
         let capacity = property(body, "capacity").clone();
-        let available_slots = capacity["slots"].as_i64().unwrap_or(SLOTS_DEFAULT);
+        let available_slots = if full { 0 } else { capacity["slots"].as_i64().unwrap_or(SLOTS_DEFAULT) };
         let status = Status { state: "active".to_owned(), active_runs: 0, available_slots };
         let node = Node { metadata: property(body, "metadata").clone(), capacity, status, heartbeat_at: now };
         let shown = node.show(id);

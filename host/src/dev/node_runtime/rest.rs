@@ -24,7 +24,12 @@ pub(super) async fn register(State(server): State<Arc<Inner>>, headers: HeaderMa
     if id.trim().is_empty() {
         return Err(Refusal::bad("NodeId is required"));
     }
-    let node = server.nodes().register(id, &body, server.now());
+    let (origin, mut nodes) = (server.config.origin, server.nodes());
+    if origin && nodes.knows(id) {
+        return Err(Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, "the key of the node exists already"));
+    }
+    let node = nodes.register(id, &body, origin, server.now());
+    drop(nodes);
     tracing::info!(event = "dev.node_registered", node = id, "node registered");
     server.changed();
     let mut created = answer(StatusCode::CREATED, &node);

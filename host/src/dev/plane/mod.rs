@@ -470,8 +470,10 @@ impl Plane {
             let State::Held(hold) = &known.state else { unreachable!("expiries name held tasks") };
             let (node, lease, cancelled) = (hold.node, hold.lease, hold.cancel_requested_at.is_some());
             let offered = matches!(hold.phase, Phase::Offered { .. });
+            // The original leases such a run again without end.
+            let endless = self.config.origin && known.request.is_run() && !cancelled;
             tracing::info!(event = "dev.lease_expired", task_id = %task, attempt = known.attempts, "lease expired");
-            if !offered && !cancelled && known.attempts >= known.request.max_attempts() {
+            if !offered && !cancelled && !endless && known.attempts >= known.request.max_attempts() {
                 let reason = format!("lease expired on attempt {} of {}", known.attempts, known.request.max_attempts());
                 let meta = json!({ "reason": reason, "details": null });
                 let (id, kind) = (Uuid::new_v4(), ReceiptKind::Expired);
@@ -479,7 +481,11 @@ impl Plane {
                 known.receipts.push(Receipt { id, node, lease, kind, outputs, meta, created_at: now });
             }
             self.release(task, node);
-            self.after_attempt(task, node, cancelled, true, now);
+            if endless {
+                self.enter(task, State::Ready, now);
+            } else {
+                self.after_attempt(task, node, cancelled, true, now);
+            }
         }
     }
 

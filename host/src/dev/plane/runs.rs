@@ -72,14 +72,20 @@ impl Plane {
         self.create(job, key, now)
     }
 
-    /// Offers the next run to a node that has fewer than `max` runs.
+    /// Offers the next run to a node that has fewer than `max` runs. The original does not count them, and an offer is
+    /// a lease.
     pub(in crate::dev) fn offer(&mut self, node: Uuid, name: &Arc<str>, max: usize, now: Timestamp) -> Option<Offer> {
-        if self.held(node, now) >= max {
+        let origin = self.config.origin;
+        if self.held(node, now) >= max && !origin {
             return None;
         }
         let queue_key = *self.ready.get(RUNS)?.first()?;
         let deadline = now + self.config.run_ttl;
-        let granted = self.hold(&queue_key, node, Phase::Offered { deadline }, now + self.config.offer_ttl, now);
+        let (phase, expires) = match origin {
+            true => (Phase::Leased, deadline),
+            false => (Phase::Offered { deadline }, now + self.config.offer_ttl),
+        };
+        let granted = self.hold(&queue_key, node, phase, expires, now);
         let task = self.tasks.get_mut(&granted.task).expect("just held");
         task.runs_on = Some(name.clone());
         Some(Offer {

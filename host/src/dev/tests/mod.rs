@@ -9,6 +9,8 @@ mod jobs;
 mod leases;
 mod newer;
 #[cfg(feature = "grpc")]
+mod origin;
+#[cfg(feature = "grpc")]
 mod run_faults;
 #[cfg(feature = "grpc")]
 mod runs;

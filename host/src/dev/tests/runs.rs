@@ -95,7 +95,7 @@ pub(super) async fn complete(calls: &mut Calls, node: &str, lease: &Lease) -> bo
 }
 
 /// Whether the failure was accepted, and whether the run is queued again.
-async fn fail(calls: &mut Calls, node: &str, lease: &Lease, retryable: bool) -> (bool, bool) {
+pub(super) async fn fail(calls: &mut Calls, node: &str, lease: &Lease, retryable: bool) -> (bool, bool) {
     let request = FailRequest {
         lease_id: lease.lease_id.clone(),
         run_id: lease.run_id.clone(),
