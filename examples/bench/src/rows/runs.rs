@@ -7,7 +7,7 @@ use anyhow::Context;
 
 use super::{
     SLOTS, Sizes,
-    tasks::{COST, RATE, RATE_AT_8},
+    tasks::{COST, RATE},
 };
 use crate::{
     build::Built,
@@ -17,8 +17,10 @@ use crate::{
 
 const NODE: &str = "node";
 const BARE: &str = "bare";
+/// The ratio of rates with eight slots, where a short run is most reliable.
+const RATE_AT_8: Bound = Bound { quick: Some(0.05), ..RATE };
 /// The time from a lease to its completion with one slot, in milliseconds.
-const LEASE_TO_COMPLETION_MS: Bound = Bound { wanted: 1.0, quick: None };
+const LEASE_TO_COMPLETION_MS: Bound = Bound { wanted: 1.0, quick: Some(10.0) };
 /// Maximum number of runs of one round.
 const RUNS_MAX: usize = 40_000;
 

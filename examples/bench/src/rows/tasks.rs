@@ -18,7 +18,7 @@ const BARE: &str = "/bench/bare/v1";
 /// The ratio of the node's rate to the bare client's.
 pub(super) const RATE: Bound = Bound { wanted: 0.5, quick: None };
 /// The same with eight slots, where a short run is most reliable.
-pub(super) const RATE_AT_8: Bound = Bound { quick: Some(0.15), ..RATE };
+const RATE_AT_8: Bound = Bound { quick: Some(0.15), ..RATE };
 /// The ratio of the node's processor time to the bare client's.
 pub(super) const COST: Bound = Bound { wanted: 2.0, quick: None };
 /// Maximum number of tasks of one job.

@@ -357,7 +357,8 @@ impl Shared {
         if let Some(open) = calls.as_ref().filter(|open| !open.is_closed()) {
             return Ok(LeaseServiceClient::with_origin(open.clone(), origin));
         }
-        let (connection, wire) = self.connect().await?;
+        // Boxed: the future is large, and would enlarge the future of every call.
+        let (connection, wire) = Box::pin(self.connect()).await?;
         *calls = Some(connection);
         Ok(wire)
     }
