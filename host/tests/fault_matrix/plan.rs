@@ -139,7 +139,7 @@ pub(crate) const RUN_ENDPOINTS: [(&str, &[&str]); 7] = [
     ("run_fail", &["reset", "lost_answer", "steal_lease", "unavailable", "goaway", "rst_stream", "second_lease"]),
 ];
 
-/// Faults of the Node Runtime wire that may also last long, and their calls.
+/// Faults of the Node Runtime wire that may also last long.
 const RUN_LASTING: [&str; 2] = ["503", "reset"];
 
 /// Faults that may also last long: five forms of an outage.
