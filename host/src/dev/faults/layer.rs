@@ -121,7 +121,7 @@ impl FaultedRequest<'_> {
             return grpc::answer(&self.routes, applied, request).await;
         }
         match applied.kind {
-            // These apply to gRPC calls only.
+            // Except for the delay, these apply to gRPC calls only.
             Kind::SecondLease | Kind::GrpcStatus { .. } | Kind::RstStream { .. } | Kind::Goaway | Kind::Delay => {
                 Ok(self.routes.answer(request).await)
             }
