@@ -139,6 +139,8 @@ pub(super) fn refused(status: &Status) -> LeaseError {
             | Code::Aborted
             // Our own library: the answer is too large. The call may have been executed.
             | Code::OutOfRange
+            // A gateway that knows no such path. It says nothing about the report.
+            | Code::Unimplemented
             | Code::Internal
             | Code::Unknown
             | Code::Cancelled
@@ -184,7 +186,12 @@ mod tests {
 
     #[test]
     fn status_codes_decide_whether_a_report_is_repeated() {
-        for (code, retry) in [(Code::Unavailable, true), (Code::OutOfRange, true), (Code::InvalidArgument, false)] {
+        for (code, retry) in [
+            (Code::Unavailable, true),
+            (Code::OutOfRange, true),
+            (Code::Unimplemented, true),
+            (Code::InvalidArgument, false),
+        ] {
             let LeaseError::Grpc { retry: seen, .. } = refused(&Status::new(code, "m")) else { panic!("a status") };
             assert_eq!(seen, retry, "{code:?}");
         }
