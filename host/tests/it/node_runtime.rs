@@ -1,7 +1,11 @@
 //! The Node Runtime control plane (docs/protocols/node-runtime.md): the real binary against a control plane of the
 //! tests, with real plugins.
 
-use std::{collections::BTreeMap, fs};
+use std::{
+    collections::BTreeMap,
+    fs,
+    time::{Duration, Instant},
+};
 
 use http::StatusCode;
 use jiff::{SignedDuration, Timestamp};
@@ -137,6 +141,8 @@ async fn node_without_runners_takes_no_runs_for_a_while() {
     node.stop().await;
     let returned = plane.failed(&node, "five").await;
     assert!(returned.retryable && returned.error_message.contains("the node stops"), "{returned:?}");
+    let line = &node.said("lease.returned")[0];
+    assert_eq!((&line["plane"], &line["task_id"]), (&json!("runs"), &json!("five")), "{line}");
 }
 
 #[tokio::test]
@@ -646,6 +652,45 @@ async fn ended_stream_is_opened_again() {
     plane.send(&node, lease("two", ECHO, &[("a", "x")], &[])).await;
     plane.completed(&node, "two").await;
     assert_eq!(registers(), 2);
+    plane.end_stream(&node, Some(Status::not_found("unknown node"))).await;
+    plane.send(&node, lease("three", ECHO, &[("a", "x")], &[])).await;
+    plane.completed(&node, "three").await;
+    assert_eq!(registers(), 3);
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn registration_ends_the_pause_of_the_stream() {
+    let mut plane = NodePlane::start().await;
+    let node = plane.node(&[fixtures::echo()], "heartbeat_interval_seconds = 1").leasing().await;
+    plane.stream(&node).await;
+    plane.kill().await;
+    // From the third end on, the pause has at least 8 s.
+    node.line(|line| line["event"] == "stream.ended" && line["retry_in_ms"].as_u64() >= Some(8_000)).await;
+    plane.knows_node(false);
+    plane.restart().await;
+    node.says("registration.lost").await;
+    let registered = Instant::now();
+    plane.stream(&node).await;
+    assert!(registered.elapsed() < Duration::from_secs(4), "{:?}", registered.elapsed());
+    node.stop().await;
+}
+
+#[tokio::test]
+async fn full_node_sends_no_heartbeat_after_each_run() {
+    let plane = NodePlane::start().await;
+    let more = "heartbeat_interval_seconds = 1\nmax_concurrent_leases = 50";
+    let node = plane.node(&[fixtures::zoo()], more).set("MAX_CONCURRENCY", "1").leasing().await;
+    let began = Instant::now();
+    for run in 0..100 {
+        let run = lease(&format!("run-{run}"), "/fixtures/ignores-cancel/v1", &[], &[("sleep_ms;json", "30")]);
+        plane.send(&node, run).await;
+    }
+    let ended = |calls: &[Call]| calls.iter().filter(|call| matches!(call, Call::Complete(_))).count() == 100;
+    plane.until(&node, "all completions", |calls| ended(calls).then_some(())).await;
+    let heartbeats = plane.count(|call| matches!(call, Call::Heartbeat(..)));
+    // One at the start, one each second, and one when the node is free.
+    assert!(heartbeats as u64 <= began.elapsed().as_secs() + 3, "{heartbeats} in {:?}", began.elapsed());
     node.stop().await;
 }
 

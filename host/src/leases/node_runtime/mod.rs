@@ -27,7 +27,10 @@ use std::{
 
 use async_trait::async_trait;
 use http::Uri;
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    time::{Instant, sleep_until},
+};
 use tokio_util::sync::CancellationToken;
 use tonic::{Response, Status};
 use tracing::{debug, warn};
@@ -55,6 +58,8 @@ use crate::{
 const CALL_LIMIT: Duration = Duration::from_secs(30);
 /// How often a session asks for a newer lease of its run. The question stays in this process.
 const HEARTBEAT_EVERY: Duration = Duration::from_secs(1);
+/// The shortest time from a heartbeat of a full node to the one that tells that it has a free slot.
+const FREE_AFTER: Duration = Duration::from_secs(1);
 /// Fewer failed heartbeats of the node in a row do not affect readiness.
 const HEARTBEAT_FAILURES_MIN: u32 = 3;
 /// The pauses between two registrations.
@@ -139,6 +144,8 @@ struct Shared {
     receiver: tokio::sync::Mutex<mpsc::Receiver<Lease>>,
     readiness: watch::Sender<PlaneReadiness>,
     problems: Mutex<Problems>,
+    /// Changes at each successful registration.
+    registrations: watch::Sender<u64>,
     no_runner: NoRunnerPauses,
     events: NodeEvents,
     quiet: CancellationToken,
@@ -175,6 +182,7 @@ impl NodeRuntime {
             receiver: tokio::sync::Mutex::new(receiver),
             readiness: watch::Sender::new(PlaneReadiness::NotReady("the node has not registered".to_owned())),
             problems: Mutex::default(),
+            registrations: watch::Sender::default(),
             no_runner: NoRunnerPauses::new(NO_RUNNER_PAUSES),
             events,
             quiet: CancellationToken::new(),
@@ -210,6 +218,7 @@ impl Shared {
             let error = match self.register_once().await {
                 Ok(()) => {
                     self.change_problems(|problems| problems.registration = None);
+                    self.registrations.send_modify(|count| *count += 1);
                     self.events.emit(NodeEvent::RegistrationAccepted {
                         address: self.config.node_id.clone(),
                         form: RegistrationForm::None,
@@ -263,16 +272,17 @@ impl Shared {
         let (mut draining, mut full, mut failures) = (false, false, 0_u32);
         let mut paused = self.no_runner.paused();
         loop {
+            let last = Instant::now();
             tokio::select! {
                 () = self.quiet.cancelled(), if !draining => draining = true,
                 // The control plane gives no work to a node that was full in its last heartbeat.
-                () = self.outstanding.one_ended(), if full && !draining => {}
+                () = self.until_free(last + FREE_AFTER), if full && !draining => {}
                 Ok(()) = paused.changed() => {}
                 () = tokio::time::sleep(self.config.heartbeat_interval) => {}
             }
             let status = self.node_status();
-            full = status.available_slots == 0;
             let answer = self.rest.heartbeat(status).await;
+            full = status.available_slots == 0 && answer.is_ok();
             if answer.is_ok() && failures > 0 {
                 failures = 0;
                 self.change_problems(|problems| problems.heartbeats = None);
@@ -294,6 +304,14 @@ impl Shared {
                     }
                 }
             }
+        }
+    }
+
+    /// Waits until this time, and until the node has a free slot.
+    async fn until_free(&self, earliest: Instant) {
+        sleep_until(earliest).await;
+        while self.node_status().available_slots == 0 {
+            self.outstanding.one_ended().await;
         }
     }
 

@@ -10,8 +10,8 @@ use tokio::{
     time::{Instant, sleep, timeout, timeout_at},
 };
 use tokio_util::sync::CancellationToken;
-use tonic::Streaming;
-use tracing::{debug, info, warn};
+use tonic::{Code, Status, Streaming};
+use tracing::{Instrument as _, debug, info, warn};
 use url::Url;
 
 use super::{
@@ -53,12 +53,19 @@ const CANCEL_TIME: Duration = Duration::from_millis(50);
 enum End {
     /// The node drains or stops.
     Quiet,
-    /// The control plane ended it without an error: it may not know the node.
-    Clean,
+    /// The control plane may not know the node: it said so, or ended the stream without an error. One line.
+    Unknown(String),
     /// Nothing arrived for a long time.
     Idle,
     /// It failed. One line.
     Broken(String),
+}
+
+impl End {
+    fn of(status: &Status) -> Self {
+        let error = report::refused(status).to_string();
+        if status.code() == Code::NotFound { Self::Unknown(error) } else { Self::Broken(error) }
+    }
 }
 
 /// The permissions to read one more lease.
@@ -103,7 +110,7 @@ impl Shared {
                     debug!("stream of leases was idle, it is opened again");
                     continue;
                 }
-                End::Clean => ("control plane ended the stream".to_owned(), true),
+                End::Unknown(error) => (error, true),
                 End::Broken(error) => (error, false),
             };
             failures = failures.saturating_add(1);
@@ -122,7 +129,8 @@ impl Shared {
                 if unknown {
                     self.register().await;
                 }
-                sleep(pause).await;
+                // A heartbeat may find out that the node is unknown, and register it.
+                let _ = timeout(pause, self.registrations.subscribe().changed()).await;
             };
             tokio::select! {
                 () = stop.cancelled() => break,
@@ -173,7 +181,7 @@ impl Shared {
         drop(opening);
         let mut stream = match opened {
             Ok(Ok(answer)) => answer.into_inner(),
-            Ok(Err(status)) => return End::Broken(report::refused(&status).to_string()),
+            Ok(Err(status)) => return End::of(&status),
             Err(_) if self.quiet.is_cancelled() => return cancelled(connection).await,
             Err(_) => return End::Idle,
         };
@@ -194,8 +202,8 @@ impl Shared {
                     *received = true;
                     self.receive(lease, room, calls).await;
                 }
-                Ok(Ok(None)) => return End::Clean,
-                Ok(Err(status)) => return End::Broken(report::refused(&status).to_string()),
+                Ok(Ok(None)) => return End::Unknown("control plane ended the stream".to_owned()),
+                Ok(Err(status)) => return End::of(&status),
                 Err(_) => return End::Idle,
             }
         }
@@ -343,7 +351,11 @@ impl Shared {
     async fn give_back(self: Arc<Self>, returned: Returned) {
         let Returned { ids, reason, retryable, permit: _permit } = returned;
         let task = &ids.task;
-        info!(event = "lease.returned", task_id = %task, reason, retryable, "lease is returned, its run does not start here");
+        if retryable {
+            info!(event = "lease.returned", task_id = %task, reason, retryable, "lease is returned, its run does not start here");
+        } else {
+            warn!(event = "lease.returned", task_id = %task, reason, retryable, "lease is returned, its run does not start here");
+        }
         let details =
             json!({ "outcome": "host-fault", "code": if retryable { "not_started" } else { "start_session" } });
         let request = report::fail(&ids.at(), &self.config.node_id, &reason, &details, retryable, Timings::default());
@@ -364,7 +376,7 @@ async fn spawn(calls: &mut JoinSet<()>, call: impl Future<Output = ()> + Send + 
     while calls.len() >= CALLS_MAX {
         calls.join_next().await;
     }
-    calls.spawn(call);
+    calls.spawn(call.in_current_span());
 }
 
 /// The stream was dropped. Its connection lives until the control plane was told.
