@@ -39,18 +39,22 @@ impl NoRunnerPauses {
 
     /// Begins and ends pauses. Calls `begun` with the number of runs and the pause, and `ended`.
     pub(super) async fn keep(&self, begun: impl Fn(u32, Duration), ended: impl Fn()) {
-        let mut in_a_row = self.in_a_row.subscribe();
+        let (mut in_a_row, mut pauses) = (self.in_a_row.subscribe(), 0);
         while in_a_row.changed().await.is_ok() {
             let runs = *in_a_row.borrow_and_update();
             if runs < RUNS {
+                pauses = 0;
                 continue;
             }
-            let pause = self.pauses.pause(runs - RUNS + 1, rand::random());
+            pauses += 1;
+            let pause = self.pauses.pause(pauses, rand::random());
             begun(runs, pause);
             self.paused.send_replace(true);
             sleep(pause).await;
-            // Runs that were accepted before the pause tell nothing new.
-            in_a_row.mark_unchanged();
+            // Runs that were accepted before the pause tell nothing new, unless one had a runner.
+            if *in_a_row.borrow_and_update() < RUNS {
+                pauses = 0;
+            }
             self.paused.send_replace(false);
             ended();
         }

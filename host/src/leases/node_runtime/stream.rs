@@ -36,6 +36,8 @@ const PAUSE_SECS_MAX: u64 = 60;
 const LAST_READS: Duration = Duration::from_secs(2);
 /// The last reads end when nothing has arrived for this long.
 const LAST_READS_IDLE: Duration = Duration::from_millis(250);
+/// The pause after a lease without usable ids.
+const WITHOUT_IDS_PAUSE: Duration = Duration::from_millis(100);
 /// How often the failure of a run that did not start is sent.
 const FAILURES_MAX: u32 = 3;
 /// The pauses between these tries.
@@ -226,7 +228,10 @@ impl Shared {
     }
 
     async fn receive(self: &Arc<Self>, wire: lease::Lease, room: Room<'_>, calls: &mut JoinSet<()>) {
-        let Some(ids) = self.read_ids(&wire) else { return };
+        let Some(ids) = self.read_ids(&wire) else {
+            // Otherwise a control plane that sends many of them fills the log.
+            return sleep(WITHOUT_IDS_PAUSE).await;
+        };
         self.acknowledge(&ids, calls).await;
         match self.adopt(&ids, &wire) {
             Adopted::Continues => {
