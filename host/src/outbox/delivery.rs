@@ -19,7 +19,7 @@ use super::{
 use crate::{
     crash,
     leases::PlaneFacts,
-    model::{Lease, LeaseKeeper, TaskResult},
+    model::{Lease, LeaseKeeper, PlaneName, TaskResult},
 };
 
 /// Longest time for the last heartbeat and the first send of a report after a stop is requested. The outbox keeps
@@ -56,6 +56,7 @@ pub struct Stops<'a> {
 /// [`PendingReport::withdraw`], it is written and waits in the outbox.
 pub(super) struct PendingReport {
     outbox: Outbox,
+    plane: PlaneName,
     number: u64,
     done: bool,
 }
@@ -148,7 +149,7 @@ impl Outbox {
             ended_at: Timestamp::now(),
         });
         let number = self.with(|queue| queue.add(entry));
-        PendingReport { outbox: self.clone(), number, done: false }
+        PendingReport { outbox: self.clone(), plane: plane.name.clone(), number, done: false }
     }
 }
 
@@ -187,7 +188,8 @@ impl PendingReport {
     pub(super) async fn send(mut self, lease: impl LeaseKeeper + 'static) -> Sent {
         self.outbox.with(|queue| queue.hold(self.number, Box::new(lease)));
         let outbox = self.outbox.clone();
-        let Ok(_sender) = outbox.0.senders.try_acquire() else {
+        let senders = outbox.0.senders.get(&self.plane).expect("a control plane of this node gave the task");
+        let Ok(_sender) = senders.try_acquire() else {
             return Sent::Waiting("too many other reports are being sent".to_owned());
         };
         let sent = match Try::begin(&outbox, self.number, Sender::Attempt) {

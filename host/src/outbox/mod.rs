@@ -103,7 +103,7 @@ pub struct Config {
     pub max: usize,
     /// The same for their size in memory. Above 0.
     pub bytes_max: u64,
-    /// Most concurrent first tries. Further reports wait in the queue like failed ones.
+    /// Most concurrent first tries for each control plane. Further reports wait in the queue like failed ones.
     pub senders: usize,
 }
 
@@ -117,7 +117,8 @@ struct Inner {
     limit: Amount,
     events: NodeEvents,
     writer: Writer,
-    senders: Semaphore,
+    /// For each control plane of this node: one that does not answer takes no permit of another one.
+    senders: BTreeMap<PlaneName, Semaphore>,
     queue: Arc<Mutex<QueueState>>,
     /// Notified when there may be a report to send.
     report_due: Notify,
@@ -249,6 +250,8 @@ impl Outbox {
         let listener = listener(Arc::clone(&queue), events.clone(), Arc::clone(&room), Arc::clone(&moved));
         let writer = Writer::start(Arc::clone(&state), store, rows, listener);
         let writer = writer.map_err(state::failed("start the writer of", &folder))?;
+        let senders = config.planes.iter().map(|source| source.facts().name.clone());
+        let senders = senders.map(|plane| (plane, Semaphore::new(config.senders.max(1)))).collect();
         let outbox = Self(Arc::new(Inner {
             planes: config.planes,
             limit: Amount {
@@ -257,7 +260,7 @@ impl Outbox {
             },
             events,
             writer,
-            senders: Semaphore::new(config.senders.max(1)),
+            senders,
             queue,
             report_due: Notify::new(),
             room,

@@ -389,6 +389,29 @@ async fn full_outbox_of_one_plane_stops_only_that_plane() {
 }
 
 #[tokio::test]
+async fn hanging_reports_delay_no_report_of_another_plane() {
+    let (server, plane) = (TestServer::start().await, NodePlane::start().await);
+    let proxy = FaultProxy::before(&server).await;
+    let node = node_behind(&proxy, &tables(&plane.url(), "", ""), &[fixtures::echo()]);
+    let node = node.set("MAX_CONCURRENCY", "1").leasing().await;
+    both_ready(&node).await;
+    proxy.answer(COMPLETE, usize::MAX, Bad::Hang);
+    // As many as the node sends at once with one slot.
+    for _ in 0..8 {
+        server.task(ECHO).submit();
+    }
+    proxy.seen(COMPLETE, 8).await;
+    runs_complete(&plane, &node).await;
+    for number in 0..3 {
+        let run = format!("run-{number}");
+        let line = node.line(|line| line["event"] == "task.ended" && line["task_id"] == run).await;
+        assert_eq!((&line["level"], &line["report"]), (&json!("INFO"), &json!("accepted")), "{line}");
+    }
+    node.term();
+    assert_eq!(node.wait().await, 75, "{}", node.log());
+}
+
+#[tokio::test]
 async fn silent_plane_blocks_no_last_report_of_another() {
     let (server, plane) = (TestServer::start().await, NodePlane::start().await);
     let proxy = FaultProxy::before(&server).await;
