@@ -158,7 +158,7 @@ async fn admit(
         biased;
         () = stops.drain.cancelled() => Err(Outcome::Drained),
         reason = held_lease.cancel.cancelled() => Err(Outcome::of_cancel(reason)),
-        () = deadline_passed(held_lease, None) => Err(Outcome::of_cancel(CancelReason::Deadline)),
+        () = deadline_passed(held_lease) => Err(Outcome::of_cancel(CancelReason::Deadline)),
         permit = slots.ask(plane) => Ok(permit.expect("slots answer each request")),
     };
     drop(waiting);
@@ -220,11 +220,21 @@ async fn free(permit: Option<Permit>, tidying: Option<Tidying>) {
     drop(permit);
 }
 
-/// Waits until the hard deadline of the run or the limit has passed. Waits forever if there is none.
-async fn deadline_passed(held_lease: &HeldLease, limit: Option<BootInstant>) {
+/// Waits until the time limit of the run has passed since now, and returns it. Waits forever if there is none.
+async fn time_limit_passed(held_lease: &HeldLease) -> Duration {
+    let Some(limit) = held_lease.lease.time_limit else { return std::future::pending().await };
+    let end = BootInstant::now() + limit;
+    while !end.has_passed() {
+        tokio::time::sleep(end.left()).await;
+    }
+    limit
+}
+
+/// Waits until the hard deadline of the run has passed. Waits forever if there is none.
+async fn deadline_passed(held_lease: &HeldLease) {
     loop {
         let known = held_lease.hard_deadline();
-        let Some(deadline) = known.into_iter().chain(limit).min() else { return std::future::pending().await };
+        let Some(deadline) = known else { return std::future::pending().await };
         if deadline.has_passed() {
             return;
         }
@@ -238,11 +248,12 @@ async fn deadline_passed(held_lease: &HeldLease, limit: Option<BootInstant>) {
 /// Waits until `run` ends, and cancels the task when the node cancels all tasks.
 async fn run_to_end(run: impl Future<Output = End>, held_lease: &HeldLease, cancel_all: &CancellationToken) -> End {
     tokio::pin!(run);
-    let limit = held_lease.lease.time_limit.map(|limit| BootInstant::now() + limit);
     tokio::select! {
+        biased;
         end = &mut run => return end,
         () = cancel_all.cancelled() => held_lease.cancel.cancel(CancelReason::Drained),
-        () = deadline_passed(held_lease, limit) => held_lease.cancel.cancel(CancelReason::Deadline),
+        limit = time_limit_passed(held_lease) => held_lease.cancel.cancel(CancelReason::TimeLimit(limit)),
+        () = deadline_passed(held_lease) => held_lease.cancel.cancel(CancelReason::Deadline),
     }
     run.await
 }
@@ -302,11 +313,7 @@ async fn setup(held_lease: &HeldLease) -> Result<(), Outcome> {
         Setup::Ready(Ok(_)) => Ok(()),
         Setup::Ready(Err(message)) => Err(Outcome::Setup { stage: SetupStage::BuildPorts, message }),
         Setup::Refused(message) => Err(match held_lease.cancel.reason() {
-            Some(CancelReason::Plane | CancelReason::Operator) => Outcome::Cancelled,
-            Some(CancelReason::LeaseLost) => Outcome::LeaseLost,
-            Some(reason @ (CancelReason::Drained | CancelReason::Deadline | CancelReason::Budget)) => {
-                Outcome::of_cancel(reason)
-            }
+            Some(reason) => Outcome::of_cancel(reason),
             None => Outcome::Setup { stage: SetupStage::InitialHeartbeat, message },
         }),
         Setup::Pending => unreachable!("setup() waits until it is not pending"),

@@ -13,6 +13,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     task::Poll,
+    time::Duration,
 };
 
 use secrecy::{ExposeSecret, SecretString};
@@ -60,6 +61,8 @@ pub enum CancelReason {
     Drained,
     /// The run passed its hard deadline.
     Deadline,
+    /// The run took longer than this limit.
+    TimeLimit(Duration),
     /// The run used more tokens than its budget.
     Budget,
     /// The operator at the terminal (only `invoke`).
@@ -74,7 +77,7 @@ impl CancelReason {
             Self::Plane => "plane",
             Self::LeaseLost => "lease-lost",
             Self::Drained => "drained",
-            Self::Deadline => "deadline",
+            Self::Deadline | Self::TimeLimit(_) => "deadline",
             Self::Budget => "budget",
             Self::Operator => "operator",
         }

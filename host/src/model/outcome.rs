@@ -143,6 +143,9 @@ impl Outcome {
             CancelReason::LeaseLost => Self::LeaseLost,
             CancelReason::Drained => Self::Drained,
             CancelReason::Deadline => Self::Budget { message: "the deadline of the run has passed".to_owned() },
+            CancelReason::TimeLimit(limit) => {
+                Self::Budget { message: format!("the run exceeded its time limit ({} s)", limit.as_secs()) }
+            }
             CancelReason::Budget => Self::Budget { message: "the run used more tokens than its budget".to_owned() },
             CancelReason::Plane | CancelReason::Operator => Self::Cancelled,
         }

@@ -211,16 +211,22 @@ async fn late_runs_are_cancelled_and_failed() {
     let plane = NodePlane::start().await;
     let gate = Gate::new();
     let node = plane.node(&[fixtures::zoo()], "").leasing().await;
+    let ended = async |run| {
+        let line = node.line(|line| line["event"] == "task.ended" && line["task_id"] == run).await;
+        line["reason"].as_str().expect("a reason").to_owned()
+    };
     let mut deadline = lease("deadline", WAIT, &[], &[("file", &gate.path())]);
     deadline.deadline_unix_ms = in_future(1500);
     plane.send(&node, deadline).await;
     let sent = plane.failed(&node, "deadline").await;
     assert!(sent.retryable && sent.error_message.contains("deadline"), "{sent:?}");
+    assert_eq!(ended("deadline").await, "the deadline of the run has passed");
     let mut duration = lease("duration", WAIT, &[], &[("file", &gate.path())]);
     duration.run_spec.as_mut().expect("a spec").budgets.as_mut().expect("budgets").max_duration_seconds = 1;
     plane.send(&node, duration).await;
     let sent = plane.failed(&node, "duration").await;
     assert!(!sent.retryable && sent.error_message.contains("max_duration_seconds"), "{sent:?}");
+    assert_eq!(ended("duration").await, "the run exceeded its time limit (1 s)");
     node.stop().await;
 }
 
