@@ -207,11 +207,13 @@ fn shown(reports: &[Listing], output: Output) -> anyhow::Result<String> {
     if output == Output::Json {
         return Ok(format!("{}\n", serde_json::to_string(reports)?));
     }
+    let widest = reports.iter().map(|report| report.plane_name.as_str().len()).max().unwrap_or_default();
     let rows = reports.iter().map(|report| {
         let ended = report.ended_at.strftime("%Y-%m-%dT%H:%M:%SZ");
         format!(
-            "{:<9} {} {} {:<10} {:>9}  {}  {}",
+            "{:<9} {:<widest$} {} {} {:<10} {:>9}  {}  {}",
             report.state.word(),
+            report.plane_name.as_str(),
             report.task_id,
             ended,
             report.outcome,

@@ -214,7 +214,9 @@ pub struct Listing {
     pub last_try: Option<Timestamp>,
     /// Why that failed, one line.
     pub last_error: Option<String>,
-    /// Base URL of the control plane it is for.
+    /// Name of the control plane it is for.
+    pub plane_name: PlaneName,
+    /// Its base URL.
     pub plane: String,
     /// Address of the node it is from.
     pub node: String,
@@ -262,6 +264,7 @@ impl Listing {
             attempts: tries.count,
             last_try: tries.last,
             last_error: tries.error.clone(),
+            plane_name: entry.plane.clone(),
             plane: entry.base_url.to_string(),
             node: entry.node.to_string(),
             state,

@@ -701,7 +701,8 @@ async fn outbox_commands_work_with_and_without_running_node() {
     let text = Cli::new(&["outbox", "list"]).set("STATE_DIR", node.state_dir().to_string_lossy()).run().await.expect(0);
     for line in text.stdout.lines() {
         let words: Vec<&str> = line.split_whitespace().collect();
-        assert_eq!(words[5], if words[4] == "1" { "try" } else { "tries" }, "{line}");
+        assert_eq!(words[1], "posemesh", "{line}");
+        assert_eq!(words[6], if words[5] == "1" { "try" } else { "tries" }, "{line}");
     }
     assert_eq!(outbox(&node, &["drop", &task(1)], 0).await.1, "dropped 1 report");
     for word in ["drop", "retry"] {

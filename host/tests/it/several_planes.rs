@@ -18,7 +18,7 @@ use crate::harness::{
     TestServer,
     fault_proxy::{Bad, FaultProxy},
     fixtures,
-    node::{NodeSetup, TestNode},
+    node::{Cli, NodeSetup, TestNode},
     node_plane::{Answer, Call, NodePlane, lease},
 };
 
@@ -355,6 +355,12 @@ async fn reports_of_a_dead_plane_wait_alone() {
     node.page_until("/status.json", |page| page.1["outbox"]["waiting"] == 4).await;
     node.term();
     assert_eq!(node.wait().await, 75, "{}", node.log());
+    let list = |form| Cli::new(&["outbox", "list", "-o", form, "--state-dir"]).arg(node.state_dir()).run();
+    let listed = list("text").await.expect(0).stdout;
+    let names: Vec<_> = listed.lines().map(|line| line.split_whitespace().nth(1)).collect();
+    assert_eq!(names, [Some("runs"); 4], "{listed}");
+    let listed: Value = serde_json::from_str(&list("json").await.expect(0).stdout).expect("a list");
+    assert_eq!((&listed[0]["plane_name"], &listed[0]["plane"]), (&json!("runs"), &json!(plane.url())), "{listed:#}");
     plane.restart().await;
     let next = node_of(&server, &tables(&plane.url(), "", ""), &plugins).after(&node).leasing().await;
     for number in 0..4 {
