@@ -11,7 +11,11 @@ use std::{
 use anyhow::Context;
 use url::Url;
 
-use super::{Exit, PluginArgs, block_on, counted, print_line, put, read_problem, run::checked, signals, too_few_files};
+use super::{
+    Exit, PluginArgs, block_on, counted, print_line, put, read_problem,
+    run::{checked, log_warnings},
+    signals, too_few_files,
+};
 use crate::{
     app::Node,
     auth::NodeKey,
@@ -164,6 +168,7 @@ async fn join(
     let (layers, secrets) = of_node(args, state, layers, &dev_server.dds_url(), &dev_server.dms_url());
     #[cfg_attr(not(feature = "grpc"), expect(unused_mut, reason = "only gRPC changes it"))]
     let mut config = HostConfig::build(&layers, &secrets)?;
+    log_warnings(&config.warnings);
     #[cfg(feature = "grpc")]
     if args.plane.has_node_runtime() {
         if !args.plane.has_dms() {

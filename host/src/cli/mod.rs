@@ -170,7 +170,11 @@ impl Command {
         match self {
             Self::Run(args) => args.settings.apply(layers),
             Self::Config(command) => command.settings().apply(layers),
-            Self::Dev(dev::Args { config: Some(file), .. }) => Ok(layers.read_file(file)?),
+            Self::Dev(dev::Args { config: Some(file), .. }) => {
+                layers.read_file(file)?;
+                layers.ignore_planes();
+                Ok(())
+            }
             _ => Ok(()),
         }
     }

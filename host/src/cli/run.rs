@@ -106,7 +106,7 @@ pub(super) fn checked(layers: &Layers, secrets: &Secrets, plugins: &PluginArgs) 
     }
 }
 
-fn log_warnings(warnings: &[String]) {
+pub(super) fn log_warnings(warnings: &[String]) {
     for warning in warnings {
         tracing::warn!(event = "setting.warning", reason = %warning, "a setting should be changed");
     }

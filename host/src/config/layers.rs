@@ -135,6 +135,16 @@ impl Layers {
         }
     }
 
+    /// Drops the control planes that the file names, after [`Layers::read_file`]: the node of `dev` serves its dev server
+    /// only.
+    pub fn ignore_planes(&mut self) {
+        for plane in std::mem::take(&mut self.planes) {
+            let place = self.describe(plane.origin);
+            let what = "has no effect: the node of dev serves its dev server only; use run for other control planes";
+            self.warnings.push(format!("{place}: control plane {} {what}", plane.name));
+        }
+    }
+
     fn add_plane_of_environment(&mut self) {
         let Variables { warnings, mistakes, .. } = &self.variables;
         self.warnings.extend_from_slice(warnings);

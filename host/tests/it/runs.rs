@@ -191,3 +191,25 @@ async fn node_joins_with_the_printed_plane_table() {
         stop(process).await;
     }
 }
+
+#[tokio::test]
+async fn dev_ignores_control_planes_of_its_file() {
+    let section = "{\"NodeRuntime\": {\n\"NodeId\": \"n\", \"ControlPlaneUrl\": \"http://127.0.0.1:9\"}}";
+    let tables = "[plane.jobs]\nkind = \"local\"\nfolder = \"jobs\"\n[plane.other]\nkind = \"node-runtime\"\n\
+        control_plane_url = \"http://127.0.0.1:9\"\nnode_id = \"n\"";
+    for (file, text, ignored) in [
+        ("appsettings.json", section, &["appsettings.json:1: control plane node-runtime"][..]),
+        ("node.toml", tables, &["node.toml:1: control plane jobs", "node.toml:4: control plane other"]),
+    ] {
+        let dir = workplace(&[fixtures::hello()]);
+        fs::write(dir.path().join(file), text).expect("the folder is writable");
+        let (dev, _) = dev(&dir, &["--plane", "both", "--config", file]).await;
+        for ignored in ignored {
+            let wanted = format!("{ignored} has no effect: the node of dev serves its dev server only");
+            dev.stderr_line(|line| line.contains("setting.warning") && line.contains(&wanted)).await;
+        }
+        let started = dev.stderr_line(|line| line.contains("event=\"node.started\"")).await;
+        assert!(started.ends_with(" plane=\"posemesh node-runtime\""), "{started}");
+        stop(&dev).await;
+    }
+}
