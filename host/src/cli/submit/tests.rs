@@ -265,6 +265,17 @@ async fn submit_errors_are_one_line_with_exit_codes() {
     assert_eq!(ended.code, Exit::Done, "{}", ended.stderr);
 }
 
+#[cfg(feature = "grpc")]
+#[tokio::test]
+async fn too_large_run_is_refused_in_one_line() {
+    let config = Config { wires: crate::dev::Wires::NodeRuntime, ..Config::default() };
+    let test_server = TestServer::with(config).await;
+    let meta = json!({ "large": "x".repeat(4_500_000) }).to_string();
+    let ended = submit_line(Some(&test_server), &["--plane", "node-runtime", ECHO, "--meta", &meta]).await;
+    assert_eq!((ended.code, ended.stderr.lines().count()), (Exit::Usage, 1), "{}", ended.stderr);
+    assert!(ended.stderr.contains("413") && ended.stderr.contains("at most 4 MiB"), "{}", ended.stderr);
+}
+
 #[test]
 fn lines_are_checked_before_anything_is_sent() {
     let refused = |line: &[&str]| {

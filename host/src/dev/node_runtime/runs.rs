@@ -7,6 +7,7 @@ use axum::{
     extract::{Path, State},
     http::{HeaderMap, HeaderValue, StatusCode, header},
 };
+use prost::Message as _;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use uuid::Uuid;
@@ -21,6 +22,9 @@ use crate::{
     leases::node_runtime::lease::{BudgetConstraints, RunSpec},
 };
 
+/// Most bytes of the spec and the trace id of a run. A gRPC message has at most 4 MiB; the rest is for the ids of the
+/// lease and its token.
+const LEASE_BYTES_MAX: usize = (4 << 20) - 4096;
 /// Runs of one list.
 const LIST_MAX: usize = 100;
 /// The budgets that the original gives each run.
@@ -113,7 +117,16 @@ pub(super) async fn create(State(server): State<Arc<Inner>>, headers: HeaderMap,
     run.trace_id.get_or_insert_with(|| Uuid::new_v4().to_string());
     let bytes = run.input_ref.iter().chain(&run.metadata).map(|(name, value)| name.len() + value.len()).sum();
     let max_attempts = run.max_attempts;
-    let Ok(Value::Object(fields)) = serde_json::to_value(run) else { unreachable!("a struct is a JSON object") };
+    let fields = serde_json::to_value(run).expect("a description is plain JSON");
+    let lease = Description::of(&fields);
+    let size = lease.trace_id().len() + lease.into_spec().encoded_len();
+    if size > LEASE_BYTES_MAX {
+        let text = format!(
+            "a lease of the run has {size} bytes, expected at most {LEASE_BYTES_MAX} (a gRPC message has at most 4 MiB); \
+             put its data on a domain server"
+        );
+        return Err(Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, text));
+    }
     let now = server.now();
     let mut plane = server.plane();
     let id = plane.create_run(NewRun { fields, bytes, max_attempts }, key, now).map_err(refused)?;

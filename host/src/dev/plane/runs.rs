@@ -18,7 +18,7 @@ use crate::dev::plane::CallRefusal;
 /// A run to create.
 pub(in crate::dev) struct NewRun {
     /// Its fields as the author's side shows them.
-    pub(in crate::dev) fields: Map<String, Value>,
+    pub(in crate::dev) fields: Value,
     pub(in crate::dev) bytes: usize,
     pub(in crate::dev) max_attempts: u32,
 }
@@ -57,7 +57,7 @@ impl Plane {
             priority: 0,
             inputs_cids: Vec::new(),
             outputs_prefix: None,
-            meta: Value::Object(run.fields),
+            meta: run.fields,
             max_attempts: run.max_attempts,
         };
         let job = JobRequest {

@@ -226,6 +226,37 @@ async fn lease_brings_a_token_for_its_domain_data() {
 }
 
 #[tokio::test]
+async fn run_larger_than_a_message_is_refused() {
+    let test_server = TestServer::with(config()).await;
+    let (base, domain) = (test_server.server.url(), test_server.server.domain_id());
+    let base = base.as_str().trim_end_matches('/');
+    let run = |bytes: usize| {
+        let metadata = json!({ "capability": HELLO, "domain_id": domain, "domain_server_url": base });
+        json!({ "inputRef": { "data": "x".repeat(bytes) }, "metadata": metadata })
+    };
+    let refused = test_server.post("/v1/runs", None, &run(4_500_000)).await;
+    assert_eq!(refused.status, StatusCode::PAYLOAD_TOO_LARGE);
+    let (text, wanted) = (refusal(&refused), "at most 4190208 (a gRPC message has at most 4 MiB)");
+    assert!(text.contains(wanted), "{text}");
+    // The answer has the run, so it is larger than the usual client accepts.
+    let create = async |bytes: usize| {
+        let request = http::Request::post(format!("{base}/v1/runs")).header("content-type", "application/json");
+        let request = request.body(transport::full(run(bytes).to_string())).expect("a request");
+        test_server.client.send(request, LIMIT).await.expect("the dev server answers").status()
+    };
+    // The largest one arrives, with its token.
+    let mut bytes = (4 << 20) - 4096;
+    while create(bytes).await == StatusCode::PAYLOAD_TOO_LARGE {
+        bytes -= 64;
+    }
+    let mut calls = test_server.register_run_node("n").await;
+    let lease = next(&mut pull(&mut calls, "n", 1).await).await;
+    let spec = lease.run_spec.expect("a spec");
+    assert_eq!((spec.input_ref["data"].len(), spec.metadata.contains_key("access_token")), (bytes, true));
+    test_server.server.stop().await;
+}
+
+#[tokio::test]
 async fn ended_lease_returns_its_run() {
     let test_server = TestServer::with(Config {
         run_ttl: Duration::from_millis(100),
