@@ -265,12 +265,11 @@ fn greeting(
     }
     let url = trimmed(dev_server.url());
     // Two nodes cannot share an identity or a state folder.
-    let fresh = uuid::Uuid::new_v4().simple().to_string();
-    let place = std::env::temp_dir().join(format!("runner-host-{fresh}"));
-    let mut place = format!("export HTTP_BIND=127.0.0.1:0\nexport STATE_DIR={}\n", place.display());
-    if wires.has_node_runtime() {
-        let _ = writeln!(place, "export DOMAIN_HOSTS={}", dev_server.address());
-    }
+    let fresh = || uuid::Uuid::new_v4().simple().to_string();
+    let place = || {
+        let state = std::env::temp_dir().join(format!("runner-host-{}", fresh()));
+        format!("export HTTP_BIND=127.0.0.1:0\nexport STATE_DIR={}\n", state.display())
+    };
     if wires.has_dms() {
         let (_, key) = NodeKey::generate();
         let dms = trimmed(dev_server.dms_url());
@@ -281,7 +280,8 @@ fn greeting(
              export DMS_BASE_URL={dms}\n\
              export REG_SECRET=dev\n\
              export SECP256K1_PRIVHEX={key}\n\
-             {place}",
+             {}",
+            place(),
         );
     }
     if wires.has_node_runtime() {
@@ -291,12 +291,14 @@ fn greeting(
              [plane.node-runtime]\n\
              kind = \"node-runtime\"\n\
              control_plane_url = \"{url}\"\n\
-             node_id = \"node-{}\"\n",
-            &fresh[..8],
+             node_id = \"node-{}\"\n\
+             and with:\n\
+             {}\
+             export DOMAIN_HOSTS={}\n",
+            &fresh()[..8],
+            place(),
+            dev_server.address(),
         );
-        if !wires.has_dms() {
-            let _ = write!(text, "and with:\n{place}");
-        }
     }
     let _ = write!(text, "\nJobs come from:\nexport RUNNER_HOST_DEV={url}\n");
     if wires.has_dms() {

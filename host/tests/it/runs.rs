@@ -173,22 +173,30 @@ async fn scans_are_downsampled_on_the_original_form() {
 
 #[tokio::test]
 async fn node_joins_with_the_printed_plane_table() {
-    let dir = workplace(&[fixtures::hello()]);
-    let (dev, base) = dev(&dir, &["--plane", "node-runtime", "--no-node"]).await;
-    let printed = dev.stdout();
-    let table = printed.iter().skip_while(|line| !line.starts_with("[plane.")).take(4).cloned().collect::<Vec<_>>();
-    fs::write(dir.path().join("node.toml"), table.join("\n")).expect("the folder is writable");
-    let node = Cli::new(&["run", "--config", "node.toml"]).dir(dir.path());
-    let node = exports(&dev).into_iter().fold(node, |node, (name, value)| node.set(&name, value));
-    let node = node.set("SCRATCH_DIR", dir.path().join("scratch").to_string_lossy());
-    let node = node.set("STATE_DIR", dir.path().join("state").to_string_lossy()).start();
-    node.stderr_line(|line| line.contains("\"node.leasing\"")).await;
-    fs::write(dir.path().join("large.txt"), "x".repeat((1 << 20) + 1)).expect("the folder is writable");
-    let large = [HELLO, "--input", "large.txt", "--wait"];
-    let ended = submit(dir.path(), &base, &large).run().await.expect(0);
-    assert!(!ended.stdout.ends_with(" -"), "the artifact is on the domain server: {}", ended.stdout);
-    for process in [&node, &dev] {
-        stop(process).await;
+    for planes in ["node-runtime", "both"] {
+        let dir = workplace(&[fixtures::hello()]);
+        let (dev, base) = dev(&dir, &["--plane", planes, "--no-node"]).await;
+        let printed = dev.stdout();
+        let printed =
+            printed.iter().skip_while(|line| !line.starts_with("[plane.")).take_while(|line| !line.is_empty());
+        let (settings, table): (Vec<&str>, Vec<&str>) =
+            printed.map(String::as_str).partition(|line| line.starts_with("export "));
+        let (last, table) = table.split_last().expect("a table");
+        assert_eq!(*last, "and with:");
+        fs::write(dir.path().join("node.toml"), table.join("\n")).expect("the folder is writable");
+        let pairs = settings.iter().filter_map(|line| line.strip_prefix("export ")?.split_once('='));
+        let node = Cli::new(&["run", "--config", "node.toml"]).dir(dir.path());
+        let node = pairs.fold(node, |node, (name, value)| node.set(name, value));
+        let node = node.set("SCRATCH_DIR", dir.path().join("scratch").to_string_lossy());
+        let node = node.set("STATE_DIR", dir.path().join("state").to_string_lossy()).start();
+        node.stderr_line(|line| line.contains("\"node.leasing\"")).await;
+        fs::write(dir.path().join("large.txt"), "x".repeat((1 << 20) + 1)).expect("the folder is writable");
+        let large = [HELLO, "--input", "large.txt", "--wait"];
+        let ended = submit(dir.path(), &base, &large).run().await.expect(0);
+        assert!(!ended.stdout.ends_with(" -"), "the artifact is on the domain server: {}", ended.stdout);
+        for process in [&node, &dev] {
+            stop(process).await;
+        }
     }
 }
 
