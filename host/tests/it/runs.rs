@@ -121,6 +121,8 @@ async fn submit_says_what_the_plane_cannot_take() {
     stop(&first).await;
     let ended = submit(dir.path(), &base, &[HELLO]).run().await.expect(75);
     assert!(ended.stderr.starts_with("error: no dev server answers at "), "{}", ended.stderr);
+    let remedy = "; start runner-host dev --plane node-runtime, or name a running one with --dev";
+    assert!(ended.stderr.ends_with(remedy), "{}", ended.stderr);
     let (second, base) = dev(&dir, &["--no-node"]).await;
     let ended = submit(dir.path(), &base, &[HELLO]).run().await.expect(2);
     assert!(ended.stderr.ends_with("start it with runner-host dev --plane node-runtime"), "{}", ended.stderr);

@@ -43,8 +43,8 @@ const RETRY_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// Why a call to the control plane or the domain server failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum PlaneError {
-    #[error("no dev server answers at {url} ({reason}); start runner-host dev, or name a control plane with --dms")]
-    NoDevServer { url: String, reason: String },
+    #[error("no dev server answers at {url} ({reason}); {remedy}")]
+    NoDevServer { url: String, reason: String, remedy: &'static str },
     #[error("the dev server at {url} does not serve {wanted}; {remedy}")]
     NotServed { url: String, wanted: &'static str, remedy: String },
     #[error(transparent)]
@@ -58,6 +58,15 @@ pub(super) enum PlaneError {
 }
 
 impl PlaneError {
+    /// No dev server with the control plane `wanted`.
+    fn no_dev_server(url: &str, wanted: &str, reason: impl std::fmt::Display) -> Self {
+        let remedy = match wanted {
+            NODE_RUNTIME => "start runner-host dev --plane node-runtime, or name a running one with --dev",
+            _ => "start runner-host dev, or name a control plane with --dms",
+        };
+        Self::NoDevServer { url: url.to_owned(), reason: reason.to_string(), remedy }
+    }
+
     /// An error of the operating system about a file.
     pub(super) fn file(path: &Path, err: &std::io::Error) -> Self {
         let (what, reason) = (path.display().to_string(), err.to_string());
@@ -152,7 +161,7 @@ impl Plane {
     /// The dev server that listens at `url`, which must serve the control plane `wanted`.
     pub(super) async fn of_dev(client: Client, url: &Url, wanted: &'static str) -> Result<Self, PlaneError> {
         let (dev, answer) = Self::dev_server(&client, url, wanted).await?;
-        let away = |err: url::ParseError| PlaneError::NoDevServer { url: dev.clone(), reason: err.to_string() };
+        let away = |err: url::ParseError| PlaneError::no_dev_server(&dev, wanted, err);
         let (dms, server) = (Url::parse(&answer.dms).map_err(away)?, Url::parse(&answer.domain_server).map_err(away)?);
         let mut plane = Self::new(client, &dms, &server, answer.domain_id, answer.grant)?;
         plane.dev = Some(dev);
@@ -168,7 +177,7 @@ impl Plane {
         client.check(url)?;
         let dev = base(url);
         let answer = dev_server(client, &dev).await;
-        let answer = answer.map_err(|err| PlaneError::NoDevServer { url: dev.clone(), reason: err.to_string() })?;
+        let answer = answer.map_err(|err| PlaneError::no_dev_server(&dev, wanted, err))?;
         if answer.planes.iter().any(|plane| plane == wanted) {
             return Ok((dev, answer));
         }
