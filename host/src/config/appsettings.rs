@@ -131,9 +131,15 @@ impl Appsettings {
             }
             // A foreign section is named as a whole.
             let known = [SECTION, MTLS, "Logging"].iter().any(|section| is_below(name, section));
-            let unused = if known { name } else { name.split(':').next().unwrap_or(name) };
-            if !self.unused.iter().any(|known| known == unused) {
-                self.unused.push(unused.to_owned());
+            let unused = match known {
+                true => match nearest(name, NAMES.iter().map(|(_, name)| name.trim_end_matches(':'))) {
+                    Some(near) => format!("{name} (did you mean {near}?)"),
+                    None => name.to_owned(),
+                },
+                false => name.split(':').next().unwrap_or(name).to_owned(),
+            };
+            if !self.unused.contains(&unused) {
+                self.unused.push(unused);
             }
             return;
         };

@@ -273,10 +273,12 @@ async fn mistakes_name_the_key_as_it_is_written() {
 #[tokio::test]
 async fn unknown_names_give_one_warning() {
     let text = "{ \"NodeRuntime\": { \"ControlPlaneUrl\": \"http://localhost:1\", \"NodeId\": \"n\", \"NodeName\": 1,\n\
+        \"MaxConcurentLeases\": 9, \
         \"Capacity\": { \"Gpu\": { \"Count\": 1 } } }, \"AllowedHosts\": \"*\", \"Connectors\": { \"A\": 1, \"B\": [] } }";
     let file = File::new("appsettings.json", text);
     let ended = file.cli("check").run().await.expect(0);
-    let names = "NodeRuntime:NodeName, NodeRuntime:Capacity:Gpu:Count, AllowedHosts, Connectors";
+    let names = "NodeRuntime:NodeName, \
+        NodeRuntime:MaxConcurentLeases (did you mean NodeRuntime:MaxConcurrentLeases?), NodeRuntime:Capacity:Gpu:Count, AllowedHosts, Connectors";
     assert!(ended.stderr.contains(&format!("{}: {names} have no effect", file.path.display())), "{}", ended.stderr);
     assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
 }
