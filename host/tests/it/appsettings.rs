@@ -259,6 +259,10 @@ async fn mistakes_name_the_key_as_it_is_written() {
             ":2: engine.max_concurency: there is no such key".to_owned(),
         ),
         (
+            section("}, \"plane\": { \"node-runtime\": { \"kind\": \"local\", \"folder\": \"x\" }"),
+            ":2: plane.node-runtime: is given twice; keep one".to_owned(),
+        ),
+        (
             "{ \"AgentRuntime\": 1, \"plane\": { \"a\": { \"kind\": \"local\", \"folder\": \"x\" } } }".to_owned(),
             ":1: AgentRuntime: there is no such key".to_owned(),
         ),
