@@ -45,7 +45,8 @@ impl DomainHosts {
             return Ok(());
         }
         let host = server.host_str().unwrap_or_default();
-        Err(format!("domain server {host} is not in DOMAIN_HOSTS; add it there to allow it"))
+        let port = server.port().map(|port| format!(":{port}")).unwrap_or_default();
+        Err(format!("domain server {host}{port} is not in DOMAIN_HOSTS; add it there to allow it"))
     }
 
     fn contains(&self, server: &Url) -> bool {
@@ -210,6 +211,8 @@ mod tests {
             assert_eq!(check(hosts, "https://ds.test/base", EmptyList::AllowsAny), any, "{hosts:?}");
             assert_eq!(check(hosts, "https://ds.test/base", EmptyList::AllowsNone), none, "{hosts:?}");
         }
+        let other_port = check(&["ds.test:8443"], "https://ds.test:9999", EmptyList::AllowsNone);
+        assert_eq!(other_port, "domain server ds.test:9999 is not in DOMAIN_HOSTS; add it there to allow it");
         assert_eq!(check(&["::1"], "http://[::1]:8700", EmptyList::AllowsNone), "");
         let with_password = check(&["ds.test"], "https://user:secret@ds.test", EmptyList::AllowsAny);
         assert!(with_password.contains("credentials") && !with_password.contains("secret"), "{with_password}");
