@@ -248,15 +248,19 @@ pub(crate) fn redact(text: &mut String, tokens: &[Token]) {
         }
         let (mut clean, mut rest) = (String::with_capacity(text.len()), text.as_str());
         while let Some(at) = rest.find(head) {
-            let same = |(a, b): &(char, char)| a == b;
-            let found =
-                rest[at..].chars().zip(token.chars()).take_while(same).map(|(a, _)| a.len_utf8()).sum::<usize>();
+            // Tokens may begin alike. The longest match counts.
+            let found = secrets(tokens).map(|token| common_bytes(&rest[at..], token)).max().unwrap_or(head.len());
             clean.extend([&rest[..at], "(token)"]);
             rest = &rest[at + found..];
         }
         clean.push_str(rest);
         *text = clean;
     }
+}
+
+/// The length of the common beginning.
+fn common_bytes(a: &str, b: &str) -> usize {
+    a.chars().zip(b.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum()
 }
 
 /// Whether `text` contains one of these tokens.
@@ -390,6 +394,14 @@ mod tests {
             redact(&mut text, &tokens);
             assert_eq!(text, expected);
         }
+    }
+
+    #[test]
+    fn tokens_that_begin_alike_are_redacted_whole() {
+        let tokens = ["one-header-of-all-tokens.a.b", "one-header-of-all-tokens.a.cd"].map(Token::new);
+        let mut text = format!("{}, {}", tokens[1].expose(), tokens[0].expose());
+        redact(&mut text, &tokens);
+        assert_eq!(text, "(token), (token)");
     }
 
     #[test]
