@@ -7,6 +7,7 @@ pub mod dms;
 pub mod local;
 #[cfg(feature = "grpc")]
 pub mod node_runtime;
+mod recent_tokens;
 
 use std::{sync::Arc, time::Duration};
 

@@ -1,12 +1,14 @@
 //! The data of runs on a domain server that their metadata name: the real binary against a control plane of the tests,
 //! and the domain server of a dev server.
 
+use http::StatusCode;
 use runner_host::leases::node_runtime::lease::Lease;
 use serde_json::{Value, json};
+use tonic::{Code, Status};
 
 use crate::harness::{
     TestServer, fixtures,
-    node::{NodeSetup, TestNode},
+    node::{Cli, NodeSetup, TestNode},
     node_plane::{Answer, Call, NodePlane, domain_lease, result},
 };
 
@@ -31,7 +33,8 @@ impl Services {
     /// A node with the most verbose log that may use the domain server. Its output and files are searched for tokens
     /// on drop ([`crate::harness::hygiene`]).
     fn node(&self, plugins: &[std::path::PathBuf]) -> NodeSetup {
-        self.plane.node(plugins, "").set("DOMAIN_HOSTS", self.host()).set("RUST_LOG", "trace")
+        let setup = self.plane.node(plugins, "heartbeat_interval_seconds = 1");
+        setup.set("DOMAIN_HOSTS", self.host()).set("RUST_LOG", "trace")
     }
 
     fn lease(&self, run: &str, capability: &str, inputs: &[(&str, &str)], changes: &[(&str, Option<&str>)]) -> Lease {
@@ -103,6 +106,60 @@ async fn token_of_a_run_is_in_no_log_and_no_file() {
     services.plane.answer_reports(Answer::Accept);
     node.says("report.delivered").await;
     node.stop().await;
+}
+
+#[tokio::test]
+async fn token_that_a_control_plane_repeats_is_not_shown() {
+    let services = Services::start().await;
+    let plane = &services.plane;
+    let node = services.node(&[fixtures::zoo()]).leasing().await;
+    let tokens = [services.domain.dev_server.grant(), NO_TOKEN.to_owned()];
+    let repeated = tokens.join(", ");
+    plane.repeat(&repeated);
+    plane.answer_reports(Answer::NotAccepted);
+    for (run, token) in ["first", "second"].into_iter().zip(&tokens) {
+        let changes = [("access_token", Some(token.as_str()))];
+        plane.send(&node, services.lease(run, "/fixtures/ok/v1", &[], &changes)).await;
+        plane.completed(&node, run).await;
+    }
+    let redacted = |line: &Value| line["error"].as_str().is_some_and(|error| error.ends_with("(token), (token)"));
+    let repeats = |calls: &[Call]| calls.iter().filter(|call| matches!(call, Call::Complete(_))).count();
+    plane.until(&node, "more tries", |calls| (repeats(calls) >= 6).then_some(())).await;
+    node.line(|line| line["message"] == "report failed" && redacted(line)).await;
+    let shows_error = |page: &(u16, Value)| page.1.to_string().contains("(token), (token)");
+    let (_, status) = node.page_until("/status.json", shows_error).await;
+    let listed = Cli::new(&["outbox", "list", "--state-dir"]).arg(node.state_dir()).run().await.expect(0);
+    let file = std::fs::read(node.state_dir().join("outbox.redb")).expect("there");
+    let file = String::from_utf8_lossy(&file);
+    for shown in [status.to_string(), listed.stdout, file.into_owned()] {
+        assert!(shown.contains("(token), (token)"), "{shown}");
+        assert!(!tokens.iter().any(|token| shown.contains(token)), "{shown}");
+    }
+    plane.answer_reports(Answer::Accept);
+    for run in ["first", "second"] {
+        node.line(|line| line["event"] == "report.delivered" && line["task_id"] == run).await;
+    }
+
+    plane.answer_reports(Answer::Status(Code::InvalidArgument));
+    plane.send(&node, services.lease("refused", "/fixtures/ok/v1", &[], &[])).await;
+    node.line(|line| line["event"] == "task.ended" && line["report"] == "refused").await;
+    let returned = services.lease("returned", "/fixtures/ok/v1", &[], &[("domain_id", None)]);
+    plane.send(&node, returned).await;
+    assert!(redacted(&node.says("lease.not_rejected").await));
+    assert!(node.said("lease.not_acknowledged").iter().any(redacted));
+    for _ in 1..=2 {
+        plane.end_stream(&node, Some(Status::unavailable(format!("hey {repeated}")))).await;
+    }
+    node.page_until("/ready", shows_error).await;
+    assert!(node.said("stream.ended").iter().any(redacted), "{}", node.log());
+    plane.answer_registrations(StatusCode::INTERNAL_SERVER_ERROR);
+    plane.knows_node(false);
+    assert!(redacted(&node.says("registration.failed").await));
+    node.page_until("/ready", shows_error).await;
+    node.stop().await;
+    for token in &tokens {
+        assert!(!node.log().contains(token), "the log has a token");
+    }
 }
 
 #[tokio::test]

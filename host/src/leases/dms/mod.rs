@@ -38,7 +38,9 @@ use self::{
     address::At,
     wire::{Beat, HeartbeatResponse, LeaseFacts, Members, Seek},
 };
-use super::{Admission, LeaseError, LeaseSource, PlaneFacts, PlaneReadiness, Renewal, is_credential};
+use super::{
+    Admission, LeaseError, LeaseSource, PlaneFacts, PlaneReadiness, Renewal, is_credential, recent_tokens::RecentTokens,
+};
 use crate::{
     auth::{Auth, TokenSource},
     model::{
@@ -86,6 +88,8 @@ pub struct Dms {
     limit: Duration,
     client: Client,
     tokens: TokenSource,
+    /// The tokens of tasks. No excerpt shows them.
+    task_tokens: RecentTokens,
     /// The latest token as a header. To build one of 900 bytes takes 1.3 µs, 2.7 % of a no-op task.
     bearer: Mutex<Option<(Token, HeaderValue)>>,
 }
@@ -124,6 +128,7 @@ impl Dms {
             limit: config.request_timeout.clamp(Duration::from_secs(1), LIMIT_MAX),
             client,
             tokens,
+            task_tokens: RecentTokens::default(),
             bearer: Mutex::default(),
         }
     }
@@ -185,7 +190,7 @@ impl Dms {
     async fn send_report(&self, to: &ReportAddress, report: report::Report) -> Result<(), LeaseError> {
         let call = self.post(to, report.verb, report.body, Need::Status)?;
         let (answer, token) = self.exchange(call, BootInstant::NEVER).await?;
-        if answer.status.is_success() { Ok(()) } else { Err(refused_for(to, &answer, &token)) }
+        if answer.status.is_success() { Ok(()) } else { Err(self.refused_for(to, &answer, &token)) }
     }
 
     fn post(&self, to: &ReportAddress, verb: &str, body: String, need: Need) -> Result<Call, LeaseError> {
@@ -198,6 +203,31 @@ impl Dms {
         parts.path_and_query = Some(path.expect("a path, an id and a word"));
         let uri = Uri::from_parts(parts).expect("only the path was changed");
         Ok(Call { method: Method::POST, uri, body: body.into(), need })
+    }
+
+    fn refused(&self, answer: &Answer, token: &Token) -> LeaseError {
+        LeaseError::Refused {
+            status: answer.status.as_u16(),
+            excerpt: self.excerpt(answer, token),
+            retry_after: transport::retry_after(&answer.headers),
+        }
+    }
+
+    fn refused_for(&self, to: &ReportAddress, answer: &Answer, token: &Token) -> LeaseError {
+        match answer.status.as_u16() {
+            status @ (404 | 409 | 410) => LeaseError::Gone { task: to.task.clone(), status },
+            _ => self.refused(answer, token),
+        }
+    }
+
+    fn excerpt(&self, answer: &Answer, token: &Token) -> String {
+        self.task_tokens.excerpt(&answer.body, &[token.expose()])
+    }
+
+    fn remember(&self, token: Option<&Token>) {
+        if let Some(token) = token {
+            self.task_tokens.remember(token);
+        }
     }
 
     fn tasks(&self) -> Result<&Uri, LeaseError> {
@@ -274,9 +304,11 @@ impl LeaseSource for Dms {
         match answer.status {
             StatusCode::NO_CONTENT => Ok(None),
             StatusCode::CONFLICT => Err(LeaseError::Busy),
-            StatusCode::NOT_FOUND => Err(LeaseError::NoSuchPath { excerpt: answer.excerpt_without(&[token.expose()]) }),
-            status if status.is_success() => lease(&answer).map(Some),
-            _ => Err(refused(&answer, &token)),
+            StatusCode::NOT_FOUND => Err(LeaseError::NoSuchPath { excerpt: self.excerpt(&answer, &token) }),
+            status if status.is_success() => {
+                lease(&answer).inspect(|lease| self.remember(lease.token.as_ref())).map(Some)
+            }
+            _ => Err(self.refused(&answer, &token)),
         }
     }
 
@@ -285,7 +317,7 @@ impl LeaseSource for Dms {
         let body = serde_json::to_string(&body).expect("JSON values are JSON");
         let (answer, token) = self.exchange(self.post(to, "heartbeat", body, Need::Body)?, until).await?;
         if !answer.status.is_success() {
-            return Err(refused_for(to, &answer, &token));
+            return Err(self.refused_for(to, &answer, &token));
         }
         // Decoding `null` or a list would give an error about the struct. This error states what was received.
         if !answer.body.trim_ascii_start().starts_with(b"{") && answer.json::<Value>().is_ok() {
@@ -293,7 +325,7 @@ impl LeaseSource for Dms {
             return Err(LeaseError::Malformed { task: None, reason });
         }
         match answer.json::<HeartbeatResponse>() {
-            Ok(response) => renewal(response, &answer, to),
+            Ok(response) => renewal(response, &answer, to).inspect(|renewal| self.remember(renewal.token.as_ref())),
             Err(err) => Err(LeaseError::Malformed { task: None, reason: err.to_string() }),
         }
     }
@@ -310,21 +342,6 @@ impl LeaseSource for Dms {
             Some(report) => self.send_report(to, report).await,
             None => Ok(()),
         }
-    }
-}
-
-fn refused(answer: &Answer, token: &Token) -> LeaseError {
-    LeaseError::Refused {
-        status: answer.status.as_u16(),
-        excerpt: answer.excerpt_without(&[token.expose()]),
-        retry_after: transport::retry_after(&answer.headers),
-    }
-}
-
-fn refused_for(to: &ReportAddress, answer: &Answer, token: &Token) -> LeaseError {
-    match answer.status.as_u16() {
-        status @ (404 | 409 | 410) => LeaseError::Gone { task: to.task.clone(), status },
-        _ => refused(answer, token),
     }
 }
 

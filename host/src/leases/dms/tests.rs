@@ -130,6 +130,26 @@ async fn lease_document_has_no_credentials() {
     assert_eq!(document, envelope);
 }
 
+#[tokio::test]
+async fn repeated_task_token_is_in_no_error() {
+    let mut plane = Service::start().await;
+    let dms = dms(&plane, "v1");
+    let mut envelope = sample_envelope();
+    envelope["access_token"] = "top-secret-lease".into();
+    let (polled, ()) = tokio::join!(dms.poll(), async { plane.next().await.ok(envelope) });
+    let to = polled.expect("usable").expect("a lease").address;
+    let renewal = json!({ "access_token": "top-secret-renewal" });
+    let beat = Pending { progress: json!({}), events: Vec::new(), version: 1 };
+    let until = BootInstant::now() + SOON;
+    let (renewed, ()) = tokio::join!(dms.heartbeat(&to, &beat, until), async { plane.next().await.ok(renewal) });
+    renewed.expect("renewed");
+    let body = "no top-secret-lease, no top-secret-renewal, no top-secret-node";
+    let completed = TaskResult::bare(Outcome::Completed);
+    let (reported, ()) = tokio::join!(dms.report(&to, &completed), async { plane.next().await.answer(400, body) });
+    let text = reported.expect_err("refused").to_string();
+    assert_eq!(text, "control plane answered 400: no (token), no (token), no [secret]");
+}
+
 // A term has the same length for any clock of the control plane.
 #[tokio::test]
 async fn times_follow_the_clock_of_the_control_plane() {

@@ -6,7 +6,9 @@ use uuid::Uuid;
 use crate::model::{AnnouncedData, Coordinates, DataLocation, Lease, Token, in_a_line, redact};
 
 /// The metadata that name a domain server. A run has all of them or none.
-const KEYS: [&str; 3] = ["domain_id", "domain_server_url", "access_token"];
+const KEYS: [&str; 3] = ["domain_id", "domain_server_url", TOKEN_KEY];
+/// The one with the token.
+pub(super) const TOKEN_KEY: &str = "access_token";
 /// Longest part of a value that an error message contains, in characters.
 const SHOWN_CHARS_MAX: usize = 64;
 

@@ -13,10 +13,15 @@ use serde_json::{Map, Value, json, value::to_raw_value};
 use sha2::{Digest, Sha256};
 use url::Url;
 
-use super::{super::is_credential, domain_data::DomainData, lease, report::At};
+use super::{
+    super::is_credential,
+    domain_data::{DomainData, TOKEN_KEY},
+    lease,
+    report::At,
+};
 use crate::model::{
     AnnouncedData, BootInstant, Capability, DataLocation, InlineInputs, JSON_SUFFIX, Lease, PlaneName, ReportAddress,
-    TaskId,
+    TaskId, Token,
 };
 
 /// Longest id that is used, in bytes.
@@ -134,6 +139,13 @@ pub(super) fn lease(
 pub(super) fn domain_data(wire: &lease::Lease) -> Option<DomainData> {
     let mut metadata = parameters(wire.run_spec.as_ref()?.metadata.clone()).ok()?;
     DomainData::take(&mut metadata).ok()?
+}
+
+/// The token of a lease that may be unusable.
+pub(super) fn token(wire: &lease::Lease) -> Option<Token> {
+    let metadata = &wire.run_spec.as_ref()?.metadata;
+    let quoted = || serde_json::from_str(metadata.get(&format!("{TOKEN_KEY}{JSON_SUFFIX}"))?).ok();
+    metadata.get(TOKEN_KEY).cloned().or_else(quoted).map(Token::new)
 }
 
 /// The metadata: texts, or JSON where the name says so.

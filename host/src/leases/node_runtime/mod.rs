@@ -44,7 +44,7 @@ use self::{
     report::{At, Report},
     rest::{Known, Registered, Rest},
 };
-use super::{Admission, LeaseError, LeaseSource, PlaneFacts, PlaneReadiness, Renewal};
+use super::{Admission, LeaseError, LeaseSource, PlaneFacts, PlaneReadiness, Renewal, recent_tokens::RecentTokens};
 use crate::{
     model::{
         Backoff, BootInstant, Capability, DomainHosts, Jitter, Lease, Outcome, Pending, PlaneName, RegistrationForm,
@@ -137,6 +137,8 @@ struct Shared {
     /// The connection for Ack and reports. A new one replaces it after a failure.
     calls: tokio::sync::Mutex<Option<Connection>>,
     outstanding: Outstanding,
+    /// The tokens of runs. No text of the control plane shows them.
+    tokens: Arc<RecentTokens>,
     /// Runs whose report was sent and is not accepted.
     owed: Mutex<HashSet<TaskId>>,
     /// Leases on their way from the stream to a poll.
@@ -168,8 +170,10 @@ impl NodeRuntime {
         // The stream holds one place while it waits for a lease. The other one is for runs that start again.
         let (sender, receiver) = mpsc::channel(2);
         let max = usize::try_from(config.max_concurrent_leases).unwrap_or(usize::MAX);
+        let tokens = Arc::<RecentTokens>::default();
         Self(Arc::new(Shared {
-            rest: Rest::new(&config, client.clone()),
+            rest: Rest::new(&config, client.clone(), Arc::clone(&tokens)),
+            tokens,
             origin: rest::base(&config.grpc_url).parse().map_err(|err| format!("{}: {err}", config.grpc_url)),
             facts,
             slots,
@@ -359,7 +363,7 @@ impl Shared {
         let limit = tokio::time::Instant::now() + CALL_LIMIT;
         let answered = tokio::time::timeout_at(limit, async {
             let wire = self.calls_client().await.map_err(LeaseError::Unreachable)?;
-            call(wire).await.map_err(|status| report::refused(&status))
+            call(wire).await.map_err(|status| self.refused(&status))
         });
         let late = || LeaseError::Unreachable(format!("{} did not answer within {CALL_LIMIT:?}", self.config.grpc_url));
         let answered = answered.await.unwrap_or_else(|_| Err(late()));
@@ -384,14 +388,14 @@ impl Shared {
     /// Sends the failure of a run that did not start here.
     async fn send_failure(&self, request: FailRequest) -> Result<(), LeaseError> {
         let answer = self.call(|mut wire| async move { wire.fail(request).await }).await?;
-        accepted(answer.success, &answer.message)
+        self.accepted(answer.success, &answer.message)
     }
 
     async fn send_report(&self, report: Report) -> Result<(), LeaseError> {
         match report {
             Report::Complete(request) => {
                 let answer = self.call(|mut wire| async move { wire.complete(request).await }).await?;
-                accepted(answer.success, &answer.message)
+                self.accepted(answer.success, &answer.message)
             }
             Report::Fail(request) => self.send_failure(request).await,
         }
@@ -405,10 +409,15 @@ impl Shared {
             None => at,
         })
     }
-}
 
-fn accepted(success: bool, message: &str) -> Result<(), LeaseError> {
-    if success { Ok(()) } else { Err(LeaseError::NotAccepted { message: report::excerpt(message) }) }
+    fn accepted(&self, success: bool, message: &str) -> Result<(), LeaseError> {
+        let excerpt = || self.tokens.excerpt(message.as_bytes(), &[]);
+        if success { Ok(()) } else { Err(LeaseError::NotAccepted { message: excerpt() }) }
+    }
+
+    fn refused(&self, status: &Status) -> LeaseError {
+        report::refused(status, &self.tokens)
+    }
 }
 
 #[async_trait]
@@ -468,7 +477,8 @@ impl LeaseSource for NodeRuntime {
         let address = (old != new).then(|| ReportAddress { task: to.task.clone(), at: new.text().into() });
         let hard_deadline = self.0.outstanding.moved_deadline_of(&to.task);
         let term = hard_deadline.map_or(Term::Unchanged, |deadline| Term::Until(incoming::expiry(deadline)));
-        let token = self.0.outstanding.token_of(&to.task);
+        // A run in progress keeps its token among the latest ones.
+        let token = self.0.outstanding.token_of(&to.task).inspect(|token| self.0.tokens.remember(token));
         Ok(Renewal { term, hard_deadline, address, token, ..Renewal::default() })
     }
 

@@ -6,7 +6,7 @@ use tonic::{Code, Status};
 
 use super::lease::{CompleteRequest, CostInfo, FailRequest, TimingInfo};
 use crate::{
-    leases::LeaseError,
+    leases::{LeaseError, recent_tokens::RecentTokens},
     model::{Outcome, ReportAddress, TaskResult, Timings, Usage},
 };
 
@@ -131,7 +131,7 @@ fn times(Timings { queue_ms, run_ms }: Timings) -> TimingInfo {
 }
 
 /// The error of a call that ended with `status`. These codes may end differently next time.
-pub(super) fn refused(status: &Status) -> LeaseError {
+pub(super) fn refused(status: &Status, tokens: &RecentTokens) -> LeaseError {
     let retry = matches!(
         status.code(),
         Code::Unavailable
@@ -146,12 +146,11 @@ pub(super) fn refused(status: &Status) -> LeaseError {
             | Code::Cancelled
             | Code::Unauthenticated
     );
-    LeaseError::Grpc { code: format!("{:?}", status.code()), message: excerpt(status.message()), retry }
-}
-
-/// The beginning of a text of the control plane, in one line.
-pub(super) fn excerpt(text: &str) -> String {
-    crate::transport::excerpt(text.as_bytes())
+    LeaseError::Grpc {
+        code: format!("{:?}", status.code()),
+        message: tokens.excerpt(status.message().as_bytes(), &[]),
+        retry,
+    }
 }
 
 #[cfg(test)]
@@ -192,7 +191,10 @@ mod tests {
             (Code::Unimplemented, true),
             (Code::InvalidArgument, false),
         ] {
-            let LeaseError::Grpc { retry: seen, .. } = refused(&Status::new(code, "m")) else { panic!("a status") };
+            let LeaseError::Grpc { retry: seen, .. } = refused(&Status::new(code, "m"), &RecentTokens::default())
+            else {
+                panic!("a status")
+            };
             assert_eq!(seen, retry, "{code:?}");
         }
     }

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
+    sync::Arc,
     time::Duration,
 };
 
@@ -11,7 +12,10 @@ use serde::Serialize;
 use url::Url;
 
 use super::Config;
-use crate::transport::{self, Answer, Client};
+use crate::{
+    leases::recent_tokens::RecentTokens,
+    transport::{self, Answer, Client},
+};
 
 /// What is encoded in the id of the node, so that it is one segment of a path.
 const IN_A_PATH: &AsciiSet = &NON_ALPHANUMERIC.remove(b'-').remove(b'_').remove(b'.').remove(b'~');
@@ -73,10 +77,11 @@ pub(super) struct Rest {
     /// The node in a path.
     node: String,
     register: Vec<u8>,
+    tokens: Arc<RecentTokens>,
 }
 
 impl Rest {
-    pub(super) fn new(config: &Config, client: Client) -> Self {
+    pub(super) fn new(config: &Config, client: Client, tokens: Arc<RecentTokens>) -> Self {
         let Config { control_plane_url, node_id, metadata, capacity, .. } = config;
         let metadata = with_scheduler_keys(metadata.clone());
         let register = Register { node_id, metadata: &metadata, capacity };
@@ -85,6 +90,7 @@ impl Rest {
             base: base(control_plane_url),
             node: utf8_percent_encode(node_id, IN_A_PATH).to_string(),
             register: serde_json::to_vec(&register).expect("texts and numbers are JSON"),
+            tokens,
         }
     }
 
@@ -93,11 +99,11 @@ impl Rest {
         let answer = self.call(Method::POST, path, self.register.clone()).await?;
         let status = answer.status;
         if status == StatusCode::INTERNAL_SERVER_ERROR {
-            return Ok(Registered::Maybe(problem(&answer)));
+            return Ok(Registered::Maybe(self.problem(&answer)));
         }
         // A page of a gateway with status 200 is no registration.
         let is_page = answer.body.trim_ascii_start().starts_with(b"<");
-        if status.is_success() && !is_page { Ok(Registered::Yes) } else { Err(problem(&answer)) }
+        if status.is_success() && !is_page { Ok(Registered::Yes) } else { Err(self.problem(&answer)) }
     }
 
     pub(super) async fn heartbeat(&self, status: Status) -> Result<Known, String> {
@@ -106,7 +112,7 @@ impl Rest {
         match answer.status {
             StatusCode::NOT_FOUND => Ok(Known::No),
             status if status.is_success() => Ok(Known::Yes),
-            _ => Err(problem(&answer)),
+            _ => Err(self.problem(&answer)),
         }
     }
 
@@ -114,7 +120,7 @@ impl Rest {
     pub(super) async fn remove(&self) -> Result<(), String> {
         let answer = self.call(Method::DELETE, format!("{}/v1/nodes/{}", self.base, self.node), Vec::new()).await?;
         let gone = answer.status.is_success() || answer.status == StatusCode::NOT_FOUND;
-        if gone { Ok(()) } else { Err(problem(&answer)) }
+        if gone { Ok(()) } else { Err(self.problem(&answer)) }
     }
 
     async fn call(&self, method: Method, url: String, body: Vec<u8>) -> Result<Answer, String> {
@@ -125,20 +131,20 @@ impl Rest {
         let request = request.body(transport::full(body)).map_err(|err| err.to_string())?;
         self.client.call(request, LIMIT).await.map_err(|err| err.to_string())
     }
+
+    fn problem(&self, answer: &Answer) -> String {
+        let (status, excerpt) = (answer.status.as_u16(), self.tokens.excerpt(&answer.body, &[]));
+        if excerpt.is_empty() {
+            format!("control plane answered {status}")
+        } else {
+            format!("control plane answered {status}: {excerpt}")
+        }
+    }
 }
 
 /// The URL without a slash at its end.
 pub(super) fn base(url: &Url) -> String {
     url.as_str().trim_end_matches('/').to_owned()
-}
-
-fn problem(answer: &Answer) -> String {
-    let (status, excerpt) = (answer.status.as_u16(), answer.excerpt());
-    if excerpt.is_empty() {
-        format!("control plane answered {status}")
-    } else {
-        format!("control plane answered {status}: {excerpt}")
-    }
 }
 
 /// The scheduler of the control plane compares these keys in lower case.

@@ -63,13 +63,6 @@ enum End {
     Broken(String),
 }
 
-impl End {
-    fn of(status: &Status) -> Self {
-        let error = report::refused(status).to_string();
-        if status.code() == Code::NotFound { Self::Unknown(error) } else { Self::Broken(error) }
-    }
-}
-
 /// The permissions to read one more lease.
 struct Room<'a> {
     permit: OwnedSemaphorePermit,
@@ -183,7 +176,7 @@ impl Shared {
         drop(opening);
         let mut stream = match opened {
             Ok(Ok(answer)) => answer.into_inner(),
-            Ok(Err(status)) => return End::of(&status),
+            Ok(Err(status)) => return self.ended(&status),
             Err(_) if self.quiet.is_cancelled() => return cancelled(connection).await,
             Err(_) => return End::Idle,
         };
@@ -205,13 +198,18 @@ impl Shared {
                     self.receive(lease, room, calls).await;
                 }
                 Ok(Ok(None)) => return End::Unknown("control plane ended the stream".to_owned()),
-                Ok(Err(status)) => return End::of(&status),
+                Ok(Err(status)) => return self.ended(&status),
                 Err(_) => return End::Idle,
             }
         }
         self.last_reads(&mut stream, calls).await;
         drop(stream);
         cancelled(connection).await
+    }
+
+    fn ended(&self, status: &Status) -> End {
+        let error = self.refused(status).to_string();
+        if status.code() == Code::NotFound { End::Unknown(error) } else { End::Broken(error) }
     }
 
     /// The stream is no reason for a missing lease any more.
@@ -326,6 +324,9 @@ impl Shared {
     }
 
     fn read_ids(&self, wire: &lease::Lease) -> Option<Ids> {
+        if let Some(token) = incoming::token(wire) {
+            self.tokens.remember(&token);
+        }
         let ids = Ids::read(&self.facts.name, wire);
         if let Err(error) = &ids {
             // Without usable ids nothing can be reported.
@@ -344,7 +345,7 @@ impl Shared {
         let (shared, task) = (Arc::clone(self), ids.task.clone());
         spawn(calls, async move {
             let answer = shared.call(|mut wire| async move { wire.ack(request).await }).await;
-            let done = answer.and_then(|answer| super::accepted(answer.success, &answer.message));
+            let done = answer.and_then(|answer| shared.accepted(answer.success, &answer.message));
             if let Err(error) = done {
                 warn!(event = "lease.not_acknowledged", task_id = %task, %error, "lease could not be acknowledged, its task runs anyway");
             }

@@ -5,7 +5,7 @@ use std::{
     collections::{BTreeMap, HashMap},
     net::SocketAddr,
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Mutex},
 };
 
 use bytes::Bytes;
@@ -67,6 +67,8 @@ struct State {
     known: watch::Sender<bool>,
     register_status: Mutex<StatusCode>,
     reports: Mutex<Answer>,
+    /// The end of each message that is no success.
+    repeated: Mutex<String>,
     /// The bodies that replace all other answers, by path.
     bodies: Mutex<HashMap<&'static str, Vec<u8>>>,
     /// The open stream.
@@ -87,6 +89,7 @@ impl NodePlane {
             known: watch::Sender::new(false),
             register_status: Mutex::new(StatusCode::CREATED),
             reports: Mutex::new(Answer::Accept),
+            repeated: Mutex::default(),
             bodies: Mutex::default(),
             stream: watch::Sender::default(),
         });
@@ -131,6 +134,11 @@ impl NodePlane {
 
     pub(crate) fn answer_reports(&self, answer: Answer) {
         *self.state.reports.lock().expect("nobody panics with it") = answer;
+    }
+
+    /// Accepts no Ack, and repeats `text` in every error.
+    pub(crate) fn repeat(&self, text: &str) {
+        text.clone_into(&mut self.state.repeated.lock().expect("nobody panics with it"));
     }
 
     pub(crate) fn answer_registrations(&self, status: StatusCode) {
@@ -338,7 +346,7 @@ async fn answer(state: Arc<State>, request: Request<Incoming>) -> Result<Respons
         }
         _ => StatusCode::NOT_FOUND,
     };
-    let body = if status.is_success() { json!({}).to_string() } else { String::new() };
+    let body = if status.is_success() { json!({}).to_string() } else { state.repeated() };
     let body = Body::new(Full::new(Bytes::from(body)));
     Ok(Response::builder().status(status).body(body).expect("a response"))
 }
@@ -348,8 +356,18 @@ impl State {
         self.calls.send_modify(|calls| calls.push(call));
     }
 
-    fn reports(&self) -> MutexGuard<'_, Answer> {
-        self.reports.lock().expect("nobody panics with it")
+    fn repeated(&self) -> String {
+        self.repeated.lock().expect("nobody panics with it").clone()
+    }
+
+    /// The answer to a report.
+    fn answered(&self) -> Result<(bool, String), Status> {
+        let text = |text: &str| format!("{text} {}", self.repeated()).trim_end().to_owned();
+        match &*self.reports.lock().expect("nobody panics with it") {
+            Answer::Accept => Ok((true, "ok".to_owned())),
+            Answer::NotAccepted => Ok((false, text("Failed to complete run"))),
+            Answer::Status(code) => Err(Status::new(*code, text("not now"))),
+        }
     }
 }
 
@@ -386,7 +404,8 @@ impl LeaseService for Grpc {
 
     async fn ack(&self, request: tonic::Request<AckRequest>) -> Result<tonic::Response<AckResponse>, Status> {
         self.0.saw(Call::Ack(request.into_inner()));
-        Ok(tonic::Response::new(AckResponse { success: true, message: "Lease acknowledged".to_owned() }))
+        let message = self.0.repeated();
+        Ok(tonic::Response::new(AckResponse { success: message.is_empty(), message }))
     }
 
     async fn complete(
@@ -394,21 +413,13 @@ impl LeaseService for Grpc {
         request: tonic::Request<CompleteRequest>,
     ) -> Result<tonic::Response<CompleteResponse>, Status> {
         self.0.saw(Call::Complete(request.into_inner()));
-        let (success, message) = answered(&self.0.reports())?;
+        let (success, message) = self.0.answered()?;
         Ok(tonic::Response::new(CompleteResponse { success, message }))
     }
 
     async fn fail(&self, request: tonic::Request<FailRequest>) -> Result<tonic::Response<FailResponse>, Status> {
         self.0.saw(Call::Fail(request.into_inner()));
-        let (success, message) = answered(&self.0.reports())?;
+        let (success, message) = self.0.answered()?;
         Ok(tonic::Response::new(FailResponse { success, message, should_retry: false }))
-    }
-}
-
-fn answered(answer: &Answer) -> Result<(bool, String), Status> {
-    match answer {
-        Answer::Accept => Ok((true, "ok".to_owned())),
-        Answer::NotAccepted => Ok((false, "Failed to complete run".to_owned())),
-        Answer::Status(code) => Err(Status::new(*code, "not now")),
     }
 }
