@@ -155,7 +155,7 @@ pub enum LeaseError {
         reason: String,
     },
     /// A gRPC call ended with an error status.
-    #[error("control plane answered {code}{}", suffix(message))]
+    #[error("gRPC call to the control plane ended with {code}{}", suffix(message))]
     Grpc {
         /// The name of the status code.
         code: String,
