@@ -214,8 +214,9 @@ pub struct Listing {
     pub last_try: Option<Timestamp>,
     /// Why that failed, one line.
     pub last_error: Option<String>,
-    /// Name of the control plane it is for.
-    pub plane_name: PlaneName,
+    /// Name of the control plane it is for. Empty in the answer of a node of an older version.
+    #[serde(default)]
+    pub plane_name: String,
     /// Its base URL.
     pub plane: String,
     /// Address of the node it is from.
@@ -264,7 +265,7 @@ impl Listing {
             attempts: tries.count,
             last_try: tries.last,
             last_error: tries.error.clone(),
-            plane_name: entry.plane.clone(),
+            plane_name: entry.plane.to_string(),
             plane: entry.base_url.to_string(),
             node: entry.node.to_string(),
             state,
