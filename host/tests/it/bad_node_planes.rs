@@ -1,5 +1,5 @@
-//! Unusable answers of a Node Runtime control plane, and ports that serve something else: one clear log line for each
-//! try, with pauses, and the node works when the control plane does.
+//! Unusable answers of a Node Runtime control plane, and ports that serve something else. Each gives one clear log
+//! line, and the node continues.
 
 use std::{
     io::ErrorKind,

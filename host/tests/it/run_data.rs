@@ -1,5 +1,5 @@
-//! The data of runs on a domain server that their metadata name: the real binary against a control plane of the tests,
-//! and the domain server of a dev server.
+//! The data of runs on a domain server that their metadata name. The real binary works with a control plane of the
+//! tests and the domain server of the dev server.
 
 use http::StatusCode;
 use runner_host::leases::node_runtime::lease::Lease;
