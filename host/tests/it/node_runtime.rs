@@ -555,7 +555,8 @@ async fn new_lease_of_a_cancelled_run_starts_it_again() {
     node.line(|line| line["message"] == "cancel ignored").await;
     plane.send(&node, run("second", 3_600_000)).await;
     plane.send(&node, run("third", 3_600_000)).await;
-    node.line(|line| line["event"] == "lease.waits" && node.said("lease.waits").len() == 2).await;
+    plane.until(&node, "all acks", |calls| (calls.iter().filter(|call| is_ack(call)).count() == 3).then_some(())).await;
+    node.says("lease.waits").await;
     gate.open();
     assert_eq!(plane.completed(&node, "run").await.lease_id, "third");
     assert_eq!(node.said("task.started").len(), 2, "{}", node.log());
