@@ -1,7 +1,8 @@
 //! `cargo demo`: one command runs a leased task with a runner in a shared library, on this machine.
 //!
 //! It builds the host and the plugins into its own folder. It starts a dev server with a node, submits the same job over
-//! both control planes, and saves the artifacts of the runner. The demo has no special code path: each step is a command that a user can type.
+//! both control planes, and saves the artifacts of the runner. The demo has no special code path: each step is a command
+//! that a user can type.
 //! Only the artifacts and the build remain afterwards.
 
 #![forbid(unsafe_code)]

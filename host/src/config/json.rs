@@ -58,6 +58,7 @@ fn value(text: &str, value: ast::Value<'_>) -> Value {
         ast::Value::NullKeyword(_) => Value::Null,
     }
 }
+
 #[cfg(test)]
 mod tests {
     use super::*;

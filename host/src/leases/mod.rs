@@ -124,6 +124,12 @@ pub enum LeaseError {
         /// The status of the answer.
         status: u16,
     },
+    /// The lease is over, and a newer lease of the same task waits for the end of this attempt.
+    #[error("lease of task {task} is over, a newer one starts it again")]
+    Replaced {
+        /// The task.
+        task: TaskId,
+    },
     /// The control plane considers this node busy (409 on a poll).
     #[error("control plane considers this node busy")]
     Busy,
@@ -234,7 +240,7 @@ impl LeaseError {
                 Advice::RetryLater
             }
             Self::Refused { .. } | Self::NoSuchPath { .. } | Self::Grpc { .. } => Advice::GiveUp,
-            Self::Gone { .. } => Advice::StopTask,
+            Self::Gone { .. } | Self::Replaced { .. } => Advice::StopTask,
             Self::NotAccepted { .. } => Advice::RetryBounded,
         }
     }

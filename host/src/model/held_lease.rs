@@ -63,8 +63,13 @@ pub enum CancelReason {
     Deadline,
     /// The run took longer than this limit.
     TimeLimit(Duration),
-    /// The run used more tokens than its budget.
-    Budget,
+    /// The run used more tokens than it may.
+    TokenLimit {
+        /// When this was noticed.
+        used: u64,
+        /// How many it may use.
+        max: u64,
+    },
     /// The operator at the terminal (only `invoke`).
     Operator,
 }
@@ -78,7 +83,7 @@ impl CancelReason {
             Self::LeaseLost => "lease-lost",
             Self::Drained => "drained",
             Self::Deadline | Self::TimeLimit(_) => "deadline",
-            Self::Budget => "budget",
+            Self::TokenLimit { .. } => "budget",
             Self::Operator => "operator",
         }
     }
@@ -313,8 +318,9 @@ impl HeldLease {
     pub fn add_usage(&self, more: Usage) {
         let mut usage = self.usage.lock().unwrap_or_else(PoisonError::into_inner);
         usage.add(more);
-        if self.lease.tokens_max.is_some_and(|max| usage.tokens() > max) {
-            self.cancel.cancel(CancelReason::Budget);
+        let used = usage.tokens();
+        if let Some(max) = self.lease.tokens_max.filter(|max| used > *max) {
+            self.cancel.cancel(CancelReason::TokenLimit { used, max });
         }
     }
 

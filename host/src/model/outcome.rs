@@ -79,6 +79,9 @@ pub enum Outcome {
     Budget {
         /// Which limit, in one line.
         message: String,
+        /// Another node may finish in time.
+        #[serde(default)]
+        retryable: bool,
     },
     /// The control plane cancelled the task. Nothing is reported.
     Cancelled,
@@ -142,11 +145,17 @@ impl Outcome {
         match reason {
             CancelReason::LeaseLost => Self::LeaseLost,
             CancelReason::Drained => Self::Drained,
-            CancelReason::Deadline => Self::Budget { message: "the deadline of the run has passed".to_owned() },
-            CancelReason::TimeLimit(limit) => {
-                Self::Budget { message: format!("the run exceeded its time limit ({} s)", limit.as_secs()) }
+            CancelReason::Deadline => {
+                Self::Budget { message: "the deadline of the run has passed".to_owned(), retryable: true }
             }
-            CancelReason::Budget => Self::Budget { message: "the run used more tokens than its budget".to_owned() },
+            CancelReason::TimeLimit(limit) => {
+                let message = format!("the run exceeded its time limit ({} s)", limit.as_secs());
+                Self::Budget { message, retryable: false }
+            }
+            CancelReason::TokenLimit { used, max } => {
+                let message = format!("the run used {used} tokens, at most {max} are allowed");
+                Self::Budget { message, retryable: false }
+            }
             CancelReason::Plane | CancelReason::Operator => Self::Cancelled,
         }
     }
@@ -199,7 +208,7 @@ impl Outcome {
             Self::Completed | Self::Cancelled | Self::LeaseLost | Self::Drained => None,
             Self::Failed { message, .. }
             | Self::Storage { message }
-            | Self::Budget { message }
+            | Self::Budget { message, .. }
             | Self::HostFault { message } => Some(message.clone()),
             Self::Panicked { message, place } => Some(format!("{message} at {place}")),
             Self::Setup { stage, message } => Some(format!("{}: {message}", stage.code())),
@@ -221,7 +230,7 @@ impl Outcome {
                 clean(place);
             }
             Self::Storage { message }
-            | Self::Budget { message }
+            | Self::Budget { message, .. }
             | Self::Setup { message, .. }
             | Self::HostFault { message } => clean(message),
             Self::Completed | Self::NoRunner | Self::Cancelled | Self::LeaseLost | Self::Drained => {}
@@ -232,9 +241,9 @@ impl Outcome {
     #[must_use]
     pub fn retryable(&self) -> bool {
         match self {
-            Self::Failed { retryable, .. } => *retryable,
+            Self::Failed { retryable, .. } | Self::Budget { retryable, .. } => *retryable,
             Self::Storage { .. } | Self::Setup { .. } | Self::NoRunner | Self::Drained | Self::HostFault { .. } => true,
-            Self::Completed | Self::Panicked { .. } | Self::Budget { .. } | Self::Cancelled | Self::LeaseLost => false,
+            Self::Completed | Self::Panicked { .. } | Self::Cancelled | Self::LeaseLost => false,
         }
     }
 }
@@ -413,6 +422,7 @@ mod tests {
             Outcome::Panicked { message: "m".into(), place: "p".into() },
             Outcome::Storage { message: "m".into() },
             Outcome::NoRunner,
+            Outcome::Budget { message: "m".into(), retryable: true },
             Outcome::Cancelled,
             Outcome::LeaseLost,
             Outcome::Drained,

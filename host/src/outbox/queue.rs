@@ -6,6 +6,7 @@
 //! While the control plane accepts reports, several are sent concurrently, at most one of each task. A failure
 //! stops the reports of that control plane for a growing pause. Then only one report is tried, so an unreachable
 //! control plane gets one request per pause. A success ends the pause of the control plane.
+//! A report that the control plane answers and does not accept has a pause of its own, and is set aside after a day.
 //! Each control plane has its own lane, so an unreachable one does not stop the reports of another.
 
 use std::{

@@ -261,7 +261,7 @@ async fn run_past_its_time_limit_fails() {
     assert_eq!((&result["outcome"], &result["code"]), (&json!("budget"), &json!("budget")), "{result}");
     assert_eq!(
         (&result["reason"], &result["retryable"]),
-        (&json!("the deadline of the run has passed"), &json!(false))
+        (&json!("the run exceeded its time limit (1 s)"), &json!(false))
     );
     node.stop().await;
 }

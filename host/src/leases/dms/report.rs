@@ -70,7 +70,7 @@ pub(super) fn report(to: &At<'_>, task_result: &TaskResult) -> Option<Report> {
             format!("{}{place}", cut_at(&format!("runner panicked: {message}"), limit))
         }
         Outcome::Storage { message } => format!("storage: {message}"),
-        Outcome::Budget { message } => format!("budget: {message}"),
+        Outcome::Budget { message, .. } => format!("budget: {message}"),
         Outcome::NoRunner => format!("no runner registered for capability: {}", to.capability),
         Outcome::Drained => "drained".to_owned(),
         Outcome::HostFault { message } => format!("host fault: {message}"),

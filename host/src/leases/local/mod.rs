@@ -209,7 +209,7 @@ fn lease(folder: &Folder, id: TaskId, claim: Uuid, job: Job) -> Lease {
     };
     Lease {
         expires_at: Some(BootInstant::now() + term),
-        hard_deadline: time_limit.map(|limit| BootInstant::now() + limit),
+        time_limit,
         inputs: cids,
         data: AnnouncedData::Known(DataLocation::LocalFiles(files)),
         document,

@@ -60,7 +60,7 @@ impl Ids {
 
     /// Where the report of the run goes.
     pub(super) fn at(&self) -> At {
-        At { lease: self.lease.clone(), run: self.run.clone(), limit: None, tokens: None }
+        At { lease: self.lease.clone(), run: self.run.clone() }
     }
 }
 
@@ -109,8 +109,6 @@ pub(super) fn lease(
         }
     };
     let budgets = spec.budgets.unwrap_or_default();
-    let limit = u64::try_from(budgets.max_duration_seconds).ok().filter(|limit| *limit > 0);
-    let tokens = u64::try_from(budgets.max_tokens).ok().filter(|max| *max > 0);
     let given = [("max_tokens", budgets.max_tokens), ("max_duration_seconds", budgets.max_duration_seconds)];
     let given = given.into_iter().filter(|(_, value)| *value > 0);
     meta.insert("budgets".into(), given.map(|(key, value)| (key.to_owned(), Value::from(value))).collect());
@@ -121,17 +119,17 @@ pub(super) fn lease(
         document["domain_id"] = at.domain.to_string().into();
         document["domain_server_url"] = at.server.as_str().into();
     }
-    let at = At { limit, tokens, ..ids.at() };
+    let limit = |value| u64::try_from(value).ok().filter(|limit| *limit > 0);
     Ok(Lease {
         expires_at: Some(expiry(end)),
         hard_deadline: Some(end),
-        time_limit: limit.map(Duration::from_secs),
-        tokens_max: tokens,
+        time_limit: limit(budgets.max_duration_seconds).map(Duration::from_secs),
+        tokens_max: limit(budgets.max_tokens),
         data: AnnouncedData::Known(data),
         token: domain.map(|domain| domain.token),
         inputs,
         document: to_raw_value(&document).expect("JSON values are JSON"),
-        ..Lease::bare(ReportAddress { task: ids.task.clone(), at: at.text().into() }, capability)
+        ..Lease::bare(ReportAddress { task: ids.task.clone(), at: ids.at().text().into() }, capability)
     })
 }
 
@@ -358,7 +356,7 @@ mod tests {
         );
         let AnnouncedData::Known(DataLocation::Inline(inputs)) = lease.data else { panic!("inline") };
         assert_eq!((&inputs.0["a.bin"][..], &inputs.0["b"][..]), (&b"\xff\x00"[..], &b"text"[..]));
-        assert_eq!(&*lease.address.at, r#"{"lease":"l","run":"r","limit":60,"tokens":7}"#);
+        assert_eq!(&*lease.address.at, r#"{"lease":"l","run":"r"}"#);
     }
 
     const SECOND: Duration = Duration::from_secs(1);

@@ -48,7 +48,7 @@ use super::{Admission, LeaseError, LeaseSource, PlaneFacts, PlaneReadiness, Rene
 use crate::{
     model::{
         Backoff, BootInstant, Capability, DomainHosts, Jitter, Lease, Outcome, Pending, PlaneName, RegistrationForm,
-        RegistrationState, ReportAddress, TaskId, TaskResult, Term, Timings, Usage, millis,
+        RegistrationState, ReportAddress, TaskId, TaskResult, Term, Timings, millis,
     },
     node_event::{NodeEvent, NodeEvents},
     transport::{Client, Http2, Http2Limits, PeerTls},
@@ -485,8 +485,7 @@ impl LeaseSource for NodeRuntime {
     async fn report(&self, to: &ReportAddress, task_result: &TaskResult) -> Result<(), LeaseError> {
         let completed = task_result.outcome == Outcome::Completed;
         if !completed && self.0.outstanding.starts_again(&to.task) {
-            // The lease of this end is over, and the next one starts the run again.
-            return Ok(());
+            return Err(LeaseError::Replaced { task: to.task.clone() });
         }
         let Some(report) = report::report(&self.0.newest(to)?, &self.0.config.node_id, task_result) else {
             return Ok(());
@@ -507,8 +506,7 @@ impl LeaseSource for NodeRuntime {
     }
 
     async fn reject(&self, to: &ReportAddress, why: &Outcome) -> Result<(), LeaseError> {
-        let failure =
-            report::failure(&self.0.newest(to)?, &self.0.config.node_id, why, Timings::default(), Usage::default());
+        let failure = report::failure(&self.0.newest(to)?, &self.0.config.node_id, why, Timings::default());
         self.0.send_failure(FailRequest { retryable: false, ..failure }).await
     }
 }

@@ -20,12 +20,6 @@ const DETAILS_BYTES_MAX: usize = 32 * 1024;
 pub(super) struct At {
     pub(super) lease: String,
     pub(super) run: String,
-    /// How long the run may take, in seconds.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) limit: Option<u64>,
-    /// How many tokens the run may use.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(super) tokens: Option<u64>,
 }
 
 impl At {
@@ -60,21 +54,13 @@ pub(super) fn report(at: &At, node: &str, task_result: &TaskResult) -> Option<Re
             timings: Some(times(*timings)),
             costs: Some(costs(*usage)),
         })),
-        outcome => Some(Report::Fail(failure(at, node, outcome, *timings, *usage))),
+        outcome => Some(Report::Fail(failure(at, node, outcome, *timings))),
     }
 }
 
 /// The failure of a run.
-pub(super) fn failure(at: &At, node: &str, outcome: &Outcome, timings: Timings, usage: Usage) -> FailRequest {
-    let over_time = at.limit.filter(|limit| timings.run_ms >= limit.saturating_mul(1000));
-    let over_tokens = at.tokens.filter(|max| usage.tokens() > *max);
+pub(super) fn failure(at: &At, node: &str, outcome: &Outcome, timings: Timings) -> FailRequest {
     let (message, retryable) = match outcome {
-        Outcome::Budget { message } => match (over_tokens, over_time) {
-            (Some(max), _) => (format!("the run used {} tokens, max_tokens is {max}", usage.tokens()), false),
-            (None, Some(limit)) => (format!("the run exceeded max_duration_seconds ({limit} s)"), false),
-            // Another node may finish before the deadline of the next lease.
-            (None, None) => (message.clone(), true),
-        },
         Outcome::Drained => ("the node stopped before the run ended".to_owned(), true),
         // The next lease would find the same runners.
         Outcome::NoRunner => (outcome.reason().unwrap_or_default(), false),
@@ -155,31 +141,37 @@ pub(super) fn refused(status: &Status, tokens: &RecentTokens) -> LeaseError {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
+    use crate::model::CancelReason;
 
     #[track_caller]
-    fn check(outcome: Outcome, run_ms: u64, expected: (&str, bool)) {
-        let at = At { lease: "l".into(), run: "r".into(), limit: Some(2), tokens: None };
-        let result = TaskResult { timings: Timings { queue_ms: 5, run_ms }, ..TaskResult::bare(outcome) };
+    fn check(outcome: Outcome, expected: (&str, bool)) {
+        let at = At { lease: "l".into(), run: "r".into() };
+        let result = TaskResult { timings: Timings { queue_ms: 5, run_ms: 7 }, ..TaskResult::bare(outcome) };
         let Some(Report::Fail(sent)) = report(&at, "n", &result) else { panic!("a failure") };
         assert_eq!((sent.error_message.as_str(), sent.retryable), expected);
         let timings = sent.timings.expect("timings");
-        assert_eq!((timings.duration_ms, timings.queue_time_ms), (i64::try_from(run_ms).expect("small") + 5, 5));
+        assert_eq!((timings.duration_ms, timings.queue_time_ms), (12, 5));
         assert!(sent.error_details.len() <= DETAILS_BYTES_MAX, "{} bytes", sent.error_details.len());
     }
 
     #[test]
     fn outcomes_decide_whether_a_run_is_retried() {
-        let budget = || Outcome::Budget { message: "the deadline of the run has passed".into() };
-        check(budget(), 1999, ("the deadline of the run has passed", true));
-        check(budget(), 2000, ("the run exceeded max_duration_seconds (2 s)", false));
-        check(Outcome::NoRunner, 0, ("no runner registered for this capability", false));
-        check(Outcome::Drained, 0, ("the node stopped before the run ended", true));
+        let cancelled = |reason, expected| check(Outcome::of_cancel(reason), expected);
+        cancelled(CancelReason::Deadline, ("the deadline of the run has passed", true));
+        let limit = CancelReason::TimeLimit(Duration::from_secs(2));
+        cancelled(limit, ("the run exceeded its time limit (2 s)", false));
+        let limit = CancelReason::TokenLimit { used: 9, max: 7 };
+        cancelled(limit, ("the run used 9 tokens, at most 7 are allowed", false));
+        check(Outcome::NoRunner, ("no runner registered for this capability", false));
+        check(Outcome::Drained, ("the node stopped before the run ended", true));
         let failed =
             |retryable, details| Outcome::Failed { message: "m\nn".into(), retryable, invalid_input: false, details };
-        check(failed(true, Value::Null), 1, ("m\nn", true));
-        check(failed(false, json!({ "large": "x".repeat(DETAILS_BYTES_MAX) })), 1, ("m\nn", false));
-        let at = At { lease: "l".into(), run: "r".into(), limit: None, tokens: None };
+        check(failed(true, Value::Null), ("m\nn", true));
+        check(failed(false, json!({ "large": "x".repeat(DETAILS_BYTES_MAX) })), ("m\nn", false));
+        let at = At { lease: "l".into(), run: "r".into() };
         assert_eq!(report(&at, "n", &TaskResult::bare(Outcome::LeaseLost)), None);
     }
 
