@@ -390,13 +390,10 @@ async fn line(process: &Process, mut lines: watch::Receiver<Vec<String>>, wanted
         // Each line is checked once, because at `trace` there are many.
         let mut known = 0;
         loop {
-            let at = {
-                let lines = lines.borrow_and_update();
-                let at = lines[known..].iter().position(|line| wanted(line)).map(|at| lines[known + at].clone());
-                known = lines.len();
-                at
-            };
-            if let Some(line) = at {
+            // Copied: `wanted` may read the log itself.
+            let new = lines.borrow_and_update()[known..].to_vec();
+            known += new.len();
+            if let Some(line) = new.into_iter().find(|line| wanted(line)) {
                 return line;
             }
             let ended = lines.changed().await.is_err();
