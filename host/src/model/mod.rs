@@ -10,6 +10,7 @@ mod boot_instant;
 mod budget;
 mod capability;
 mod data_location;
+mod data_query;
 mod health_checks;
 mod held_lease;
 mod lease;
@@ -33,6 +34,7 @@ pub use boot_instant::BootInstant;
 pub use budget::{Budget, Charge, OverBudget};
 pub use capability::{Capability, CapabilityError};
 pub use data_location::{AnnouncedData, Coordinates, DataLocation, DomainHosts, EmptyList, InlineInputs, LocalFiles};
+pub use data_query::{DataQuery, FoundData};
 pub use health_checks::{Callback, HealthChecks, NoRegistration, Unexpected};
 pub use held_lease::{
     CancelReason, CancelSignal, Deadline, HeldLease, HeldLeaseState, HeldLeaseWriter, LeaseUpdates, MissedHeartbeats,

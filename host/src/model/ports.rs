@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
-use super::{Artifact, ArtifactSpec, Budget};
+use super::{Artifact, ArtifactSpec, Budget, DataQuery};
 
 /// The kind of a port error. Callers branch on this, never on the text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -140,6 +140,11 @@ pub trait Ports: Send + Sync {
     async fn open(&self, cid: &str) -> Result<Box<dyn InputStream>, PortError>;
     /// Streams an input to disk.
     async fn materialize(&self, cid: &str) -> Result<Materialized, PortError>;
+    /// Looks for data that matches `query`, in the order of the store. The stream has a line of JSON for each
+    /// [`super::FoundData`], and has no metadata. The id of a line can be opened as an input.
+    async fn find(&self, _query: DataQuery) -> Result<Box<dyn InputStream>, PortError> {
+        Err(PortError::new(PortErrorKind::Unsupported, "this store cannot be queried; use the inputs of the lease"))
+    }
     /// Uploads a file as a stream. Returns its id.
     async fn put_file(&self, spec: ArtifactSpec, file: &Path) -> Result<Option<String>, PortError>;
     /// Opens an artifact for writing piece by piece.

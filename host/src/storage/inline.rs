@@ -18,14 +18,15 @@ use sha2::{Digest, Sha256};
 use super::{
     OpenTask, Storage,
     digest::hex,
+    found_list::FoundList,
     naming::{data_type, for_message, logical_path, relative_path, safe},
     runner_file::RunnerFile,
     whole_input::{self, Target, blocking, list_fetched},
     zip::UnpackLimits,
 };
 use crate::model::{
-    AnnouncedData, Artifact, ArtifactSpec, Budget, Charge, DataLocation, Fetched, HeldLease, InlineInputs, InputMeta,
-    InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports,
+    AnnouncedData, Artifact, ArtifactSpec, Budget, Charge, DataLocation, DataQuery, Fetched, FoundData, HeldLease,
+    InlineInputs, InputMeta, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports,
 };
 
 /// Most bytes of all artifacts of a task with their names, in the form of the report. Control planes accept messages
@@ -135,6 +136,14 @@ impl Ports for InlinePorts {
         written.await.map_err(|err| self.outputs.task.failed(&format!("write input {shown}"), &err))?;
         list_fetched(&self.fetched, &meta, whole(&bytes));
         target.unpacked(meta, &shown, &self.unpack).await
+    }
+
+    async fn find(&self, query: DataQuery) -> Result<Box<dyn InputStream>, PortError> {
+        self.outputs.task.check()?;
+        let found =
+            |(name, value): (&String, &Bytes)| whole_input::found(name.clone(), Path::new(name), value.len() as u64);
+        let found: Vec<FoundData> = self.inputs.0.iter().map(found).collect();
+        Ok(Box::new(FoundList::new(found.into_iter(), query)?))
     }
 
     async fn put_file(&self, spec: ArtifactSpec, file: &Path) -> Result<Option<String>, PortError> {

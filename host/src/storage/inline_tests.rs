@@ -45,6 +45,36 @@ async fn inputs_are_values_of_the_lease() {
 }
 
 #[tokio::test]
+async fn query_lists_values_of_the_lease() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let ports = ports(dir.path(), &[("a.ply", b"ply"), ("b.json", b"{}")], &Budget::unlimited());
+    let query = DataQuery { data_type: Some("json".to_owned()), ..DataQuery::default() };
+    let mut stream = ports.find(query).await.expect("found");
+    let expected = "{\"id\":\"b.json\",\"name\":\"b\",\"data_type\":\"json\",\"size\":2}\n";
+    assert_eq!(stream.next().await.expect("reads").as_deref(), Some(expected.as_bytes()));
+    assert!(stream.next().await.expect("ends").is_none());
+    assert!(ports.open("b.json").await.is_ok());
+}
+
+#[tokio::test]
+async fn query_of_many_inputs_has_several_pieces() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let names: Vec<String> = (0..2000).map(|n| format!("input with a long name {n:04}.json")).collect();
+    let inputs: Vec<(&str, &[u8])> = names.iter().map(|name| (name.as_str(), &b""[..])).collect();
+    let ports = ports(dir.path(), &inputs, &Budget::unlimited());
+    let mut stream = ports.find(DataQuery::default()).await.expect("found");
+    let (mut pieces, mut text) = (0, Vec::new());
+    while let Some(piece) = stream.next().await.expect("reads") {
+        pieces += 1;
+        text.extend_from_slice(&piece);
+    }
+    assert!(pieces > 1);
+    let id = |line: &str| serde_json::from_str::<serde_json::Value>(line).expect("JSON")["id"].clone();
+    let ids: Vec<serde_json::Value> = String::from_utf8(text).expect("text").lines().map(id).collect();
+    assert_eq!(ids, names);
+}
+
+#[tokio::test]
 async fn results_are_text_or_base64() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let budget = Budget::unlimited();

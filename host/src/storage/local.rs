@@ -20,14 +20,15 @@ use super::{
     OpenTask, Storage,
     digest::hex,
     file::{FileBlocks, FileSink},
+    found_list::FoundList,
     naming::{data_type, for_message, logical_path, relative_path, safe},
     runner_file::RunnerFile,
     whole_input::{self, Target, blocking, list_fetched},
     zip::UnpackLimits,
 };
 use crate::model::{
-    AnnouncedData, Artifact, ArtifactSpec, Budget, DataLocation, Fetched, HeldLease, InputMeta, InputStream,
-    LocalFiles, Materialized, OutputStream, PortError, PortErrorKind, Ports,
+    AnnouncedData, Artifact, ArtifactSpec, Budget, DataLocation, DataQuery, Fetched, FoundData, HeldLease, InputMeta,
+    InputStream, LocalFiles, Materialized, OutputStream, PortError, PortErrorKind, Ports,
 };
 
 /// Bytes of one copy step.
@@ -93,7 +94,7 @@ impl LocalPorts {
         Self { inputs, dir, folder: Arc::new(folder), fetched: Arc::default(), budget, unpack }
     }
 
-    fn find(&self, cid: &str) -> Result<&Path, PortError> {
+    fn path_of(&self, cid: &str) -> Result<&Path, PortError> {
         let cid = cid.trim();
         let number = cid.strip_prefix("input-").and_then(|number| number.parse::<usize>().ok());
         let by_number = number.and_then(|number| self.inputs.get(number));
@@ -108,7 +109,7 @@ impl LocalPorts {
 
     async fn input(&self, cid: &str) -> Result<(PathBuf, File, InputMeta), PortError> {
         self.folder.task.check()?;
-        let path = self.find(cid)?.to_owned();
+        let path = self.path_of(cid)?.to_owned();
         let source = path.clone();
         let opened = blocking(move || {
             if !std::fs::metadata(&source)?.is_file() {
@@ -153,6 +154,19 @@ impl Ports for LocalPorts {
             copied.await.map_err(|err| self.folder.task.failed(&format!("copy input {}", source.display()), &err))?;
         list_fetched(&self.fetched, &meta, copied);
         target.unpacked(meta, &source.display().to_string(), &self.unpack).await
+    }
+
+    async fn find(&self, query: DataQuery) -> Result<Box<dyn InputStream>, PortError> {
+        self.folder.task.check()?;
+        if self.folder.out.is_none() {
+            let message = "this task has no data to query: its lease names no data location";
+            return Err(PortError::new(PortErrorKind::Unsupported, message));
+        }
+        let inputs = self.inputs.clone();
+        // An input that is not a readable file has no metadata. A runner that opens it gets the reason.
+        let found = blocking(move || Ok(inputs.iter().enumerate().filter_map(found).collect::<Vec<_>>()));
+        let found = found.await.map_err(|err| self.folder.task.failed("list the inputs", &err))?;
+        Ok(Box::new(FoundList::new(found.into_iter(), query)?))
     }
 
     async fn put_file(&self, spec: ArtifactSpec, file: &Path) -> Result<Option<String>, PortError> {
@@ -201,6 +215,12 @@ impl Ports for LocalPorts {
     async fn close(&self) {
         self.folder.task.close();
     }
+}
+
+/// The metadata of an input that is a file.
+fn found((number, path): (usize, &PathBuf)) -> Option<FoundData> {
+    let size = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file)?.len();
+    Some(whole_input::found(format!("input-{number}"), path, size))
 }
 
 /// Copies to the end and returns the count and the SHA-256 of the bytes.

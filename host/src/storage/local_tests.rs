@@ -63,6 +63,38 @@ async fn inputs_are_found_by_number_and_by_path() {
 }
 
 #[tokio::test]
+async fn query_lists_inputs_that_are_files() {
+    let Fixture { dir: _dir, ports } = fixture();
+    let find = async |json: &str| {
+        let query = DataQuery::parse(json.as_bytes()).expect("a query");
+        let mut stream = ports.find(query).await.expect("found");
+        let lines = stream.next().await.expect("read").unwrap_or_default();
+        assert!(stream.next().await.expect("ended").is_none());
+        String::from_utf8(lines.to_vec()).expect("text")
+    };
+    let scan = "{\"id\":\"input-0\",\"name\":\"my scan\",\"data_type\":\"ply\",\"size\":3}\n";
+    let empty = "{\"id\":\"input-1\",\"name\":\"empty\",\"size\":0}\n";
+    assert_eq!(find("{}").await, format!("{scan}{empty}"));
+    assert_eq!(find(r#"{"data_type":"ply"}"#).await, scan);
+    assert_eq!(find(r#"{"ids":["input-1","input-2"]}"#).await, empty);
+    assert_eq!(find(r#"{"name":"other"}"#).await, "");
+    let mut input = ports.open("input-0").await.expect("opens");
+    assert_eq!(input.next().await.expect("reads").as_deref(), Some(&b"ply"[..]));
+    ports.close().await;
+    let late = ports.find(DataQuery::default()).await.map(|_| ()).expect_err("the task is over");
+    assert_eq!(late.kind, PortErrorKind::LeaseOver);
+}
+
+#[tokio::test]
+async fn task_without_data_cannot_be_queried() {
+    let lease = Lease::bare(TaskId::from(Uuid::nil()), Capability::parse("/x/v1").expect("a name"));
+    let (held, _) = HeldLease::new(lease, Setup::Ready(Ok(DataLocation::None)));
+    let ports = LocalPorts::new(held, None, PathBuf::new(), Budget::unlimited(), UnpackLimits::default());
+    let refused = ports.find(DataQuery::default()).await.map(|_| ()).expect_err("no data");
+    assert_eq!(refused.kind, PortErrorKind::Unsupported);
+}
+
+#[tokio::test]
 async fn runner_gets_a_copy_of_the_input() {
     let Fixture { dir, ports } = fixture();
     let input = ports.materialize("input-0").await.expect("materialized");

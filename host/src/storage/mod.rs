@@ -10,6 +10,7 @@ mod digest;
 mod disk;
 mod domain;
 mod file;
+mod found_list;
 mod inline;
 mod local;
 mod naming;

@@ -13,7 +13,7 @@ use super::{
     naming::{dataset_file, dataset_folder},
     zip::{self, UnpackLimits},
 };
-use crate::model::{Fetched, InputMeta, Materialized, PortError};
+use crate::model::{Fetched, FoundData, InputMeta, Materialized, PortError};
 
 /// The metadata of an input that is known by its path only.
 pub(super) fn meta(cid: &str, path: &Path, size: u64) -> InputMeta {
@@ -26,6 +26,12 @@ pub(super) fn meta(cid: &str, path: &Path, size: u64) -> InputMeta {
         domain_id: None,
         size: Some(size),
     }
+}
+
+/// The same as the answer to a query. `id` opens the input.
+pub(super) fn found(id: String, path: &Path, size: u64) -> FoundData {
+    let InputMeta { cid: id, name, data_type, size, .. } = meta(&id, path, size);
+    FoundData { id, name, data_type, size, ..FoundData::default() }
 }
 
 /// Where the file of a materialized input goes.

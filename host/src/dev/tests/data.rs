@@ -77,6 +77,33 @@ async fn data_is_created_found_read_replaced_and_deleted() {
 }
 
 #[tokio::test]
+async fn data_is_listed_by_name_type_and_ids() {
+    let test_server = TestServer::start().await;
+    let mut ids = Vec::new();
+    for (name, data_type) in [("scan a", "ply"), ("scan a", "obj"), ("scan b", "ply")] {
+        ids.push(test_server.server.put_data(name, data_type, b"abc").await.expect("stored").to_string());
+    }
+    let unknown = Uuid::nil();
+    for (query, expected) in [
+        (String::new(), &[0, 1, 2][..]),
+        ("?name=scan+a".to_owned(), &[0, 1]),
+        ("?data_type=ply".to_owned(), &[0, 2]),
+        ("?name=scan%20a&data_type=ply".to_owned(), &[0]),
+        // A filter has the exact text. Real servers may also match a part of a name.
+        ("?name=scan".to_owned(), &[]),
+        // Listed ids keep their order. Unknown ones are left out.
+        (format!("?ids={}%2C{unknown}%2C{}", ids[2], ids[0].to_uppercase()), &[2, 0]),
+        (format!("?ids={},{}&name=scan+a", ids[2], ids[1]), &[1]),
+    ] {
+        let listed = body(&test_server.get(&test_server.data(&query), Some(&test_server.server.grant())).await);
+        let listed = listed["data"].as_array().expect("a list");
+        let found: Vec<&str> = listed.iter().map(|entry| entry["id"].as_str().expect("an id")).collect();
+        let expected: Vec<&str> = expected.iter().map(|at| ids[*at].as_str()).collect();
+        assert_eq!(found, expected, "{query}");
+    }
+}
+
+#[tokio::test]
 async fn content_by_id_is_served_in_ranges() {
     // posemesh.md sections 6.5, 10.5: production runners read content by id themselves.
     let test_server = TestServer::start().await;

@@ -89,6 +89,11 @@ impl Failed {
         Self { err, transient: true, too_large: false, after: None }
     }
 
+    /// A repetition does not help.
+    pub(super) fn permanent(err: PortError) -> Self {
+        Self { err, transient: false, too_large: false, after: None }
+    }
+
     /// Waits before the next try. Returns the error if there must be none.
     pub(super) async fn wait(self, retries: &mut Retries) -> Result<(), PortError> {
         match self.transient {

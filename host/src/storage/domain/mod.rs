@@ -6,16 +6,19 @@
 //!
 //! - `calls` sends single requests.
 //! - `download` and `upload` are what runners use.
+//! - `find` answers queries; `list_parser` reads their answers entry by entry.
 //! - `transfer` resumes an input after broken connections; `retry` has its pauses.
 //! - `uploads_in_parts` and `stream` send large artifacts.
-//! - `cid` and `wire` are pure.
+//! - `cid`, `list_parser` and `wire` are pure.
 //!
 //! Nothing in here decides what is reported.
 
 mod calls;
 mod cid;
 mod download;
+mod find;
 mod info;
+mod list_parser;
 mod retry;
 mod source;
 mod stream;
@@ -40,8 +43,8 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     model::{
-        Artifact, ArtifactSpec, Budget, CancelReason, Coordinates, DataLocation, DomainHosts, EmptyList, Fetched,
-        HeldLease, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports, Setup,
+        Artifact, ArtifactSpec, Budget, CancelReason, Coordinates, DataLocation, DataQuery, DomainHosts, EmptyList,
+        Fetched, HeldLease, InputStream, Materialized, OutputStream, PortError, PortErrorKind, Ports, Setup,
     },
     storage::{Storage, zip::UnpackLimits},
     transport::Client,
@@ -189,6 +192,10 @@ impl Ports for DomainPorts {
 
     async fn materialize(&self, cid: &str) -> Result<Materialized, PortError> {
         self.inner.guarded(download::materialize(&self.inner, cid)).await
+    }
+
+    async fn find(&self, query: DataQuery) -> Result<Box<dyn InputStream>, PortError> {
+        self.inner.guarded(find::find(&self.inner, query)).await
     }
 
     async fn put_file(&self, spec: ArtifactSpec, file: &Path) -> Result<Option<String>, PortError> {

@@ -177,18 +177,9 @@ impl Transfer {
 
     /// Reads the bytes after the end, so that the connection can be reused.
     pub(super) async fn read_to_end(&mut self) {
-        let (Flow::Form { body, .. } | Flow::Raw { body }) = &mut self.flow else { return };
-        let mut left = EPILOGUE_BYTES_MAX;
-        let rest = async {
-            while let Some(Ok(frame)) = body.frame().await {
-                let length = frame.data_ref().map_or(0, Bytes::len);
-                if length > left {
-                    return;
-                }
-                left -= length;
-            }
-        };
-        let _ = tokio::time::timeout(EPILOGUE_WAIT, rest).await;
+        if let Flow::Form { body, .. } | Flow::Raw { body } = &mut self.flow {
+            read_to_end(body).await;
+        }
     }
 
     /// One step. `None`: nothing arrived yet.
@@ -421,6 +412,21 @@ impl Transfer {
     fn not_found(&self) -> PortError {
         status_error(&self.what, StatusCode::NOT_FOUND, "no such data")
     }
+}
+
+/// Reads the bytes after the end of an answer, so that the connection can be reused.
+pub(super) async fn read_to_end(body: &mut Incoming) {
+    let mut left = EPILOGUE_BYTES_MAX;
+    let rest = async {
+        while let Some(Ok(frame)) = body.frame().await {
+            let length = frame.data_ref().map_or(0, Bytes::len);
+            if length > left {
+                return;
+            }
+            left -= length;
+        }
+    };
+    let _ = tokio::time::timeout(EPILOGUE_WAIT, rest).await;
 }
 
 /// Whether two heads describe the same state of the same data.

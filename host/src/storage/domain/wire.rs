@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::model::FoundData;
+
 /// An entry of a list, or the result of an upload.
 #[derive(Debug, Deserialize)]
 pub(super) struct MetadataJson {
@@ -12,9 +14,20 @@ pub(super) struct MetadataJson {
     pub(super) data_type: Option<String>,
     #[serde(default)]
     pub(super) size: Option<u64>,
+    #[serde(default)]
+    pub(super) domain_id: Option<String>,
+    #[serde(default)]
+    pub(super) created_at: Option<String>,
     /// Only compared, never parsed.
     #[serde(default)]
     pub(super) updated_at: Option<String>,
+}
+
+impl From<MetadataJson> for FoundData {
+    fn from(entry: MetadataJson) -> Self {
+        let MetadataJson { id, name, data_type, size, domain_id, created_at, updated_at } = entry;
+        Self { id, name, data_type, size, domain_id, created_at, updated_at }
+    }
 }
 
 #[derive(Debug, Deserialize)]

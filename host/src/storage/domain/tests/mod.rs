@@ -4,6 +4,7 @@
 mod downloads;
 mod files;
 mod names;
+mod queries;
 mod refusals;
 mod repeats;
 mod resumes;
