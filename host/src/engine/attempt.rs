@@ -224,6 +224,7 @@ async fn free(permit: Option<Permit>, tidying: Option<Tidying>) {
 async fn time_limit_passed(held_lease: &HeldLease) -> Duration {
     let Some(limit) = held_lease.lease.time_limit else { return std::future::pending().await };
     let end = BootInstant::now() + limit;
+    held_lease.run_end().set(end);
     while !end.has_passed() {
         tokio::time::sleep(end.left()).await;
     }

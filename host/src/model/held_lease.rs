@@ -17,8 +17,11 @@ use std::{
 };
 
 use secrecy::{ExposeSecret, SecretString};
+use serde_json::Value;
 
-use super::{BootInstant, DataLocation, Lease, ProgressQueue, ReportAddress, Usage, watched::Watched};
+use super::{
+    BootInstant, DataLocation, Lease, PortError, PortErrorKind, ProgressQueue, ReportAddress, Usage, watched::Watched,
+};
 
 /// A bearer token. It is never printed, and is compared only to detect a change.
 #[derive(Clone)]
@@ -117,6 +120,12 @@ impl CancelSignal {
         self.0.until(|reason| *reason).await
     }
 
+    /// Waits until the task gets no more heartbeats: the control plane has cancelled it, or the lease is lost.
+    async fn ended_by_plane(&self) {
+        let ended = |reason: &_| matches!(reason, Some(CancelReason::Plane | CancelReason::LeaseLost)).then_some(());
+        self.0.until(ended).await;
+    }
+
     /// Waits until the lease is lost. Other reasons do not end the wait.
     pub async fn lost(&self) {
         self.0.until(|reason| (*reason == Some(CancelReason::LeaseLost)).then_some(())).await;
@@ -138,6 +147,8 @@ pub enum Setup {
 pub struct LeaseUpdates {
     /// The newest bearer. [`HeldLeaseWriter::renew`] changes it and stores the previous one.
     pub token: Option<Token>,
+    /// When that bearer ends, if the control plane has sent it.
+    token_expires_at: Option<BootInstant>,
     /// The answer to the set-up heartbeat.
     pub setup: Setup,
     /// When the run must have ended.
@@ -168,6 +179,15 @@ impl Deadline {
     }
 }
 
+/// How long a task may still run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TimeLeft {
+    /// Until the lease ends. Heartbeats usually extend it. `None`: no end is known.
+    pub lease: Option<Duration>,
+    /// Until the run must have ended, for any term of the lease. `None`: there is no limit.
+    pub run: Option<Duration>,
+}
+
 /// A live, read-only view of a held lease. Cheap to clone.
 #[derive(Clone)]
 pub struct HeldLease(Arc<HeldLeaseState>);
@@ -181,7 +201,8 @@ pub struct HeldLeaseState {
     /// Progress and events that wait for the next heartbeat.
     pub progress: ProgressQueue,
     deadline: Deadline,
-    token_deadline: Deadline,
+    /// The end of the run's own time limit.
+    run_end: Deadline,
     missed: Mutex<MissedHeartbeats>,
     replaced: Mutex<Vec<Token>>,
     usage: Mutex<Usage>,
@@ -226,13 +247,6 @@ impl HeldLeaseWriter {
         &self.0.deadline
     }
 
-    /// The end of the newest bearer, for the session to move. [`BootInstant::NEVER`] if the control plane has not sent
-    /// it.
-    #[must_use]
-    pub fn token_deadline(&self) -> &Deadline {
-        &self.0.token_deadline
-    }
-
     /// Records a heartbeat that got no answer.
     pub fn missed(&self, error: String) {
         let mut missed = self.0.missed.lock().unwrap_or_else(PoisonError::into_inner);
@@ -262,13 +276,17 @@ impl HeldLeaseWriter {
         });
     }
 
-    /// Publishes a newer bearer. Returns `false` if the bearer is already known.
-    pub fn renew(&self, token: Token) -> bool {
+    /// Publishes a newer bearer, and when the newest one ends. Returns `false` if the bearer is already known.
+    pub fn renew(&self, token: Option<Token>, expires_at: Option<BootInstant>) -> bool {
         let mut old = None;
         let newer = self.0.updates.change(|now| {
-            let newer = now.token.as_ref() != Some(&token);
+            let newer = token.is_some() && now.token != token;
             if newer {
-                old = now.token.replace(token);
+                old = std::mem::replace(&mut now.token, token);
+            }
+            // The end of the old bearer is not the end of a new one.
+            if newer || expires_at.is_some() {
+                now.token_expires_at = expires_at;
             }
             newer
         });
@@ -295,13 +313,14 @@ impl HeldLease {
     pub fn new(lease: Lease, setup: Setup) -> (Self, HeldLeaseWriter) {
         let updates = Watched::new(LeaseUpdates {
             token: lease.token.clone(),
+            token_expires_at: lease.token_expires_at,
             setup,
             hard_deadline: lease.hard_deadline,
             over: false,
         });
         let state = Arc::new(HeldLeaseState {
             deadline: Deadline::new(BootInstant::NEVER),
-            token_deadline: Deadline::new(lease.token_expires_at.unwrap_or(BootInstant::NEVER)),
+            run_end: Deadline::new(BootInstant::NEVER),
             lease,
             cancel: CancelSignal::default(),
             progress: ProgressQueue::default(),
@@ -391,16 +410,66 @@ impl HeldLease {
         &self.deadline
     }
 
-    /// The end of the newest bearer, according to the control plane so far.
+    /// The end of the run's own time limit, for the engine to set when the run begins. Until then it is
+    /// [`BootInstant::NEVER`].
     #[must_use]
-    pub fn token_deadline(&self) -> &Deadline {
-        &self.token_deadline
+    pub fn run_end(&self) -> &Deadline {
+        &self.run_end
+    }
+
+    /// How long the task may still run, as known now. Heartbeats change it.
+    #[must_use]
+    pub fn time_left(&self) -> TimeLeft {
+        let left = |end: BootInstant| (end != BootInstant::NEVER).then(|| end.left());
+        let lease = if self.is_ours() { left(self.deadline.until()) } else { Some(Duration::ZERO) };
+        let hard = self.hard_deadline().unwrap_or(BootInstant::NEVER);
+        TimeLeft { lease, run: left(hard.min(self.run_end.until())) }
+    }
+
+    /// Appends an event. Waits while too many events wait for heartbeats.
+    ///
+    /// # Errors
+    /// `Limit` if the event is too large. `LeaseOver` if there was no space, and no more heartbeats are sent.
+    pub async fn event(&self, value: Value) -> Result<(), PortError> {
+        let over = async {
+            let session_ended = self.updates.until(|now| now.over.then_some(()));
+            tokio::select! {
+                () = self.cancel.ended_by_plane() => {}
+                () = session_ended => {}
+            }
+        };
+        tokio::select! {
+            biased;
+            appended = self.progress.event_when_free(value) => {
+                appended.map_err(|err| PortError::new(PortErrorKind::Limit, err.to_string()))
+            }
+            () = over => {
+                let message = "the control plane takes no more events of this task: it is cancelled or over";
+                Err(PortError::new(PortErrorKind::LeaseOver, message))
+            }
+        }
     }
 
     /// The newest bearer for the domain server. Call this again for each request.
     #[must_use]
     pub fn token(&self) -> Option<Token> {
         self.updates.lock().token.clone()
+    }
+
+    /// When the newest bearer ends, if the control plane has sent it.
+    #[must_use]
+    pub fn token_expires_at(&self) -> Option<BootInstant> {
+        self.updates.lock().token_expires_at
+    }
+
+    /// The newest bearer, and when it ends in seconds since 1970, if the control plane has sent that.
+    #[must_use]
+    pub fn token_with_expiry(&self) -> Option<(Token, Option<i64>)> {
+        let (token, expires_at) = {
+            let now = self.updates.lock();
+            (now.token.clone()?, now.token_expires_at)
+        };
+        Some((token, expires_at.and_then(BootInstant::on_calendar).map(|at| at.as_second())))
     }
 
     /// Waits up to `limit` for a bearer other than `old` (after a 401), then returns the newest. It requests a
@@ -447,11 +516,82 @@ mod tests {
 
     use super::*;
 
+    fn lease() -> Lease {
+        Lease::bare(super::super::TaskId::from(uuid::Uuid::nil()), "/a/v1".parse().expect("a capability"))
+    }
+
+    #[test]
+    fn time_left_follows_the_earlier_limits() {
+        const MINUTE: Duration = Duration::from_secs(60);
+        let now = BootInstant::now();
+        let (held, writer) = HeldLease::new(lease(), Setup::Pending);
+        assert_eq!(held.time_left(), TimeLeft { lease: None, run: None });
+        let about = |left: Option<Duration>, end: Duration| left.is_some_and(|left| left <= end && left + MINUTE > end);
+        writer.deadline().set(now + 2 * MINUTE);
+        held.run_end().set(now + 10 * MINUTE);
+        assert!(about(held.time_left().lease, 2 * MINUTE) && about(held.time_left().run, 10 * MINUTE));
+        writer.deadline().set(now + 20 * MINUTE);
+        writer.move_hard_deadline(now + 5 * MINUTE);
+        assert!(about(held.time_left().lease, 20 * MINUTE) && about(held.time_left().run, 5 * MINUTE));
+        writer.move_hard_deadline(now.back(MINUTE));
+        assert_eq!(held.time_left().run, Some(Duration::ZERO));
+        held.cancel.cancel(CancelReason::LeaseLost);
+        assert_eq!(held.time_left().lease, Some(Duration::ZERO));
+    }
+
+    #[test]
+    fn each_token_has_its_own_expiry() {
+        let seconds = |held: &HeldLease| {
+            let (token, expires_at) = held.token_with_expiry().expect("a token");
+            let now = jiff::Timestamp::now().as_second();
+            (token.expose().to_owned(), expires_at.map(|at| (at - now + 30).div_euclid(60)))
+        };
+        let minutes = |minutes: u64| Some(BootInstant::now() + Duration::from_secs(60 * minutes));
+        let first = Lease { token: Some(Token::new("a")), token_expires_at: minutes(10), ..lease() };
+        let (held, writer) = HeldLease::new(first, Setup::Pending);
+        assert_eq!(seconds(&held), ("a".to_owned(), Some(10)));
+        assert!(!writer.renew(Some(Token::new("a")), minutes(20)));
+        assert_eq!(seconds(&held), ("a".to_owned(), Some(20)));
+        assert!(!writer.renew(None, None));
+        assert_eq!(seconds(&held), ("a".to_owned(), Some(20)));
+        assert!(writer.renew(Some(Token::new("b")), minutes(30)));
+        assert_eq!(seconds(&held), ("b".to_owned(), Some(30)));
+        assert!(writer.renew(Some(Token::new("c")), None));
+        assert_eq!(seconds(&held), ("c".to_owned(), None));
+        assert!(HeldLease::new(lease(), Setup::Pending).0.token_with_expiry().is_none());
+    }
+
+    #[tokio::test]
+    async fn waiting_event_ends_with_the_heartbeats() {
+        let full = || {
+            let (held, writer) = HeldLease::new(lease(), Setup::Pending);
+            while held.progress.event(Value::Null).is_ok() {}
+            (held, writer)
+        };
+        let ends: [fn(HeldLease, HeldLeaseWriter); 3] = [
+            |held, _| held.cancel.cancel(CancelReason::Plane),
+            |held, _| held.cancel.cancel(CancelReason::LeaseLost),
+            |_, writer| drop(writer),
+        ];
+        for end in ends {
+            let (held, writer) = full();
+            let mut event = std::pin::pin!(held.event(Value::Null));
+            assert!(futures_util::poll!(&mut event).is_pending());
+            end(held.clone(), writer);
+            assert_eq!(event.await.expect_err("no more heartbeats").kind, PortErrorKind::LeaseOver);
+        }
+        // While the node drains, heartbeats continue.
+        let (held, _writer) = full();
+        held.cancel.cancel(CancelReason::Drained);
+        let (event, ()) = tokio::join!(held.event(Value::Null), async {
+            held.progress.acknowledge(&held.progress.pending());
+        });
+        event.expect("there is space");
+    }
+
     #[test]
     fn only_check_deadline_cancels_a_task() {
-        let task = super::super::TaskId::from(uuid::Uuid::nil());
-        let lease = Lease::bare(task, "/a/v1".parse().expect("a capability"));
-        let (held, writer) = HeldLease::new(lease, Setup::Pending);
+        let (held, writer) = HeldLease::new(lease(), Setup::Pending);
         assert!(held.is_ours() && held.check_deadline());
         writer.deadline().set(BootInstant::now().back(Duration::from_secs(1)));
         assert!(!held.is_ours());

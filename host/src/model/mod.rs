@@ -38,7 +38,7 @@ pub use data_query::{DataQuery, FoundData};
 pub use health_checks::{Callback, HealthChecks, NoRegistration, Unexpected};
 pub use held_lease::{
     CancelReason, CancelSignal, Deadline, HeldLease, HeldLeaseState, HeldLeaseWriter, LeaseUpdates, MissedHeartbeats,
-    Setup, Token,
+    Setup, TimeLeft, Token,
 };
 pub use lease::{JSON_SUFFIX, Lease, LeaseHold, PlaneName, PlaneNameError, ReportAddress, TaskId, TaskIdError, Term};
 pub use line::in_a_line;

@@ -3,7 +3,7 @@
 //! Only the latest progress value counts. Events form a queue: an event stays until a heartbeat that carried it was
 //! acknowledged (at least once, in order).
 
-use std::{collections::VecDeque, sync::Mutex};
+use std::{collections::VecDeque, pin::pin, sync::Mutex};
 
 use serde_json::Value;
 use tokio::sync::Notify;
@@ -51,6 +51,10 @@ pub struct Pending {
 pub struct ProgressQueue {
     state: Mutex<State>,
     changed: Notify,
+    /// Held by the caller that waits for space at the head of the line. Waiters get it in order of arrival.
+    turn: tokio::sync::Mutex<()>,
+    /// There is space for the caller that has the turn.
+    freed: Notify,
 }
 
 #[derive(Default)]
@@ -81,18 +85,41 @@ impl ProgressQueue {
         Ok(())
     }
 
-    /// Appends an event.
+    /// Appends an event, or fails if there is no space.
     pub fn event(&self, value: Value) -> Result<(), ProgressError> {
-        let bytes = value.to_string().len();
-        if bytes > EVENT_BYTES_MAX {
-            return Err(ProgressError::EventTooLarge(bytes));
+        let bytes = event_bytes(&value)?;
+        match self.push((value, bytes)) {
+            Ok(()) => Ok(()),
+            Err(_) => Err(ProgressError::EventsFull),
         }
+    }
+
+    /// Appends an event. Waits while there is no space. Callers that wait get space in order of arrival. Whoever
+    /// calls this ends the wait when no heartbeat can free space: see [`super::HeldLease::event`].
+    pub async fn event_when_free(&self, value: Value) -> Result<(), ProgressError> {
+        let bytes = event_bytes(&value)?;
+        let mut event = (value, bytes);
+        let _turn = self.turn.lock().await;
+        loop {
+            // Registers before the try, so that no space between the two is missed.
+            let mut freed = pin!(self.freed.notified());
+            freed.as_mut().enable();
+            match self.push(event) {
+                Ok(()) => return Ok(()),
+                Err(refused) => event = refused,
+            }
+            freed.await;
+        }
+    }
+
+    /// Appends an event of so many bytes. Returns it if there is no space.
+    fn push(&self, event: (Value, usize)) -> Result<(), (Value, usize)> {
         let mut state = self.lock();
-        if state.events.len() >= EVENTS_MAX || state.events_bytes + bytes > EVENTS_BYTES_MAX {
-            return Err(ProgressError::EventsFull);
+        if state.events.len() >= EVENTS_MAX || state.events_bytes + event.1 > EVENTS_BYTES_MAX {
+            return Err(event);
         }
-        state.events.push_back((value, bytes));
-        state.events_bytes += bytes;
+        state.events_bytes += event.1;
+        state.events.push_back(event);
         drop(state);
         self.changed.notify_one();
         Ok(())
@@ -147,6 +174,8 @@ impl ProgressQueue {
         if !state.events.is_empty() {
             self.changed.notify_one();
         }
+        drop(state);
+        self.freed.notify_waiters();
     }
 
     /// True while there is progress or an event that no answered heartbeat has carried. Also true while a caller waits
@@ -167,11 +196,38 @@ impl ProgressQueue {
     }
 }
 
+/// The size of an event.
+fn event_bytes(value: &Value) -> Result<usize, ProgressError> {
+    match value.to_string().len() {
+        bytes if bytes > EVENT_BYTES_MAX => Err(ProgressError::EventTooLarge(bytes)),
+        bytes => Ok(bytes),
+    }
+}
+
 #[cfg(test)]
 mod tests {
+    use futures_util::poll;
     use serde_json::json;
 
     use super::*;
+
+    #[tokio::test]
+    async fn waiting_events_get_space_in_order() {
+        let queue = ProgressQueue::default();
+        for n in 0..EVENTS_MAX {
+            queue.event_when_free(json!(n)).await.expect("space in the queue");
+        }
+        let [mut first, mut given_up, mut last] = [1, 2, 3].map(|n| Box::pin(queue.event_when_free(json!([n]))));
+        assert!(poll!(&mut first).is_pending() && poll!(&mut given_up).is_pending() && poll!(&mut last).is_pending());
+        queue.acknowledge(&queue.pending());
+        // The one that has waited longest goes first, whoever is polled.
+        assert!(poll!(&mut last).is_pending() && queue.pending().events.is_empty());
+        drop(given_up);
+        assert_eq!((first.await, last.await), (Ok(()), Ok(())));
+        assert_eq!(queue.pending().events, [json!([1]), json!([3])]);
+        let too_large = queue.event_when_free(json!("x".repeat(EVENT_BYTES_MAX))).await;
+        assert!(matches!(too_large, Err(ProgressError::EventTooLarge(_))));
+    }
 
     #[test]
     fn acknowledgement_removes_only_sent_events() {

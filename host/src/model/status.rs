@@ -373,7 +373,7 @@ impl Serialize for RunningTask {
         };
         let times = [
             ("lease_expires_at", held_lease.deadline().until().on_calendar()),
-            ("token_expires_at", held_lease.token_deadline().until().on_calendar()),
+            ("token_expires_at", held_lease.token_expires_at().and_then(BootInstant::on_calendar)),
             ("progress_at", held_lease.progress.progress_at().and_then(BootInstant::on_calendar)),
         ];
         let MissedHeartbeats { count, error } = held_lease.missed();

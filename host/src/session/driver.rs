@@ -221,11 +221,8 @@ impl Driver {
             self.events.emit(NodeEvent::HeartbeatRecovered { task: self.task() });
         }
         self.held_lease.progress.acknowledge(sent);
-        if renewal.token.is_some_and(|token| self.writer.renew(token)) {
+        if self.writer.renew(renewal.token, renewal.token_expires_at) {
             self.held_lease.progress.answered();
-        }
-        if let Some(ends) = renewal.token_expires_at {
-            self.writer.token_deadline().set(ends);
         }
         if let Some(deadline) = renewal.hard_deadline {
             self.writer.move_hard_deadline(deadline);

@@ -179,7 +179,7 @@ async fn refused_token_is_replaced_for_a_query() {
     let (server, writer) = (fixture.server.clone(), Arc::clone(&fixture.writer));
     let rotate = move || {
         server.store().tokens = vec!["t2".to_owned()];
-        writer.renew(Token::new("t2"));
+        writer.renew(Some(Token::new("t2")), None);
     };
     fixture.fault("list", Fault::First(Box::new(rotate)));
     assert_eq!(ids(&fixture, "{}").await.expect("found"), ["a"]);
