@@ -31,7 +31,7 @@ pub mod __private {
 
     pub use crate::{
         abi::{ModuleRef, proof::header},
-        shim::{Registration, checked, from_config, from_default, joined, joined_len, module},
+        shim::{ManifestKeys, Registration, checked, from_config, from_default, manifest, manifest_len, module},
     };
 
     pub const SDK_VERSION: &str = env!("CARGO_PKG_VERSION");

@@ -104,18 +104,22 @@ fn inspect(file: &std::path::Path, output: Output) -> anyhow::Result<Exit> {
     }
     let manifest = &facts.manifest;
     let none = || "-".to_owned();
+    let words = |words: &[String]| if words.is_empty() { none() } else { words.join(", ") };
     let rows = [
         ("name", manifest.name.clone()),
         ("version", manifest.version.clone()),
         ("capabilities", manifest.capabilities.join(", ")),
         ("abi", manifest.abi.clone()),
+        ("abi at least", manifest.min_abi.clone().unwrap_or_else(none)),
+        ("requires", words(&manifest.requires)),
+        ("wants", words(&manifest.wants)),
         ("sdk", manifest.sdk.clone().unwrap_or_else(none)),
         ("sha256", sha256),
         ("format", format!("{} {}", facts.format, facts.machine)),
         ("glibc at least", facts.glibc.clone().unwrap_or_else(none)),
         ("static TLS", facts.static_tls.to_string()),
         ("layout proof", facts.rust.to_string()),
-        ("needs", facts.needed.join(", ")),
+        ("libraries", facts.needed.join(", ")),
     ];
     put(std::io::stdout(), &table(rows.iter().map(|(name, value)| format!("{name:<16} {value}"))))?;
     Ok(Exit::Done)

@@ -159,6 +159,24 @@ pub enum InstallError {
         /// The plugin's.
         found: u16,
     },
+    /// It needs a later minor version of the ABI.
+    #[error("needs ABI {needed}, this host has {}.{}; update runner-host", abi::ABI_MAJOR, abi::ABI_MINOR)]
+    HostTooOld {
+        /// `min_abi` in its manifest.
+        needed: String,
+    },
+    /// It requires something that only later hosts have.
+    #[error("requires {word:?}, and this host is too old to know it; update runner-host")]
+    UnknownRequirement {
+        /// The word in its manifest.
+        word: String,
+    },
+    /// The operator has not granted something that it needs.
+    #[error("wants {word:?}, which is not granted; add grant = [{word:?}] to its entry in plugins.toml")]
+    NotGranted {
+        /// The word in its manifest.
+        word: &'static str,
+    },
     /// A mandatory entry is missing.
     #[error(
         "its table lacks the mandatory entry {entry}; rebuild it with runner-sdk or complete the mask and the table"

@@ -7,11 +7,16 @@ use object::{
 use runner_sdk::abi;
 use serde::{Deserialize, Serialize};
 
-use super::InstallError;
+use super::{InstallError, config::Settings};
 use crate::model::Capability;
 
-/// Maximum length of the name and of the version in a manifest, in bytes.
+/// Maximum length of a name, a version or a word in a manifest, in bytes.
 const TEXT_BYTES_MAX: usize = 128;
+
+/// The storage token of a task's lease. The operator grants it.
+const TOKEN: &str = "token";
+/// The words that this host knows in `requires` and `wants`.
+const KNOWN_WORDS: &[&str] = &[TOKEN];
 
 /// Facts about a library file.
 #[derive(Clone, Debug, Serialize)]
@@ -32,7 +37,7 @@ pub struct Facts {
     pub manifest: Manifest,
 }
 
-/// The JSON in a library's `.runner` section.
+/// The JSON in a library's `.runner` section. Other keys are ignored.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Manifest {
     /// The plugin's name.
@@ -45,8 +50,43 @@ pub struct Manifest {
     pub sdk: Option<String>,
     /// The ABI it was built for, as `major.minor`.
     pub abi: String,
+    /// The lowest ABI version of a host that it needs, as `major.minor`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub min_abi: Option<String>,
     /// The capabilities it serves.
     pub capabilities: Vec<String>,
+    /// What it cannot work without. A host that does not know a word rejects it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub requires: Vec<String>,
+    /// What it uses if the host has it. A host ignores words that it does not know.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub wants: Vec<String>,
+}
+
+impl Manifest {
+    /// Rejects a plugin that needs a later host, or something that the operator has not granted.
+    pub(super) fn check_needs(&self, settings: &Settings) -> Result<(), InstallError> {
+        if let Some(needed) = &self.min_abi {
+            let host = (abi::ABI_MAJOR, abi::ABI_MINOR);
+            if version(needed).is_none_or(|needed| needed > host) {
+                return Err(InstallError::HostTooOld { needed: needed.clone() });
+            }
+        }
+        if let Some(word) = self.requires.iter().find(|word| !KNOWN_WORDS.contains(&word.as_str())) {
+            return Err(InstallError::UnknownRequirement { word: word.clone() });
+        }
+        let uses_token = self.requires.iter().chain(&self.wants).any(|word| word == TOKEN);
+        if uses_token && !settings.grant_token {
+            return Err(InstallError::NotGranted { word: TOKEN });
+        }
+        Ok(())
+    }
+}
+
+/// A version such as `2.1`.
+fn version(text: &str) -> Option<(u16, u16)> {
+    let (major, minor) = text.split_once('.')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
 }
 
 /// Reads the facts. Rejects every file that could not be loaded.
@@ -165,13 +205,19 @@ fn manifest(file: &object::File<'_>) -> Result<Manifest, InstallError> {
     if manifest.name.trim().is_empty() {
         return Err(bad("its name is blank".to_owned()));
     }
-    for (what, text) in [("name", &manifest.name), ("version", &manifest.version)] {
-        // Names are printed, logged and used as thread names.
+    let mut texts = vec![("name", &manifest.name), ("version", &manifest.version)];
+    texts.extend(manifest.requires.iter().map(|word| ("requires", word)));
+    texts.extend(manifest.wants.iter().map(|word| ("wants", word)));
+    for (what, text) in texts {
+        // They are printed and logged, and the name is used for threads.
         if text.len() > TEXT_BYTES_MAX || text.chars().any(char::is_control) {
             let expected = format!("at most {TEXT_BYTES_MAX} bytes without control characters");
             let start: String = text.chars().take(40).collect();
             return Err(bad(format!("its {what} begins with {start:?}, expected {expected}")));
         }
+    }
+    if let Some(text) = manifest.min_abi.as_ref().filter(|text| version(text).is_none()) {
+        return Err(bad(format!("its min_abi is {text:?}, expected \"major.minor\"")));
     }
     if manifest.capabilities.is_empty() {
         return Err(bad("it names no capability".to_owned()));

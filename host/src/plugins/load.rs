@@ -104,6 +104,7 @@ fn check(file: &Path, settings: &Settings, allow_writable: bool, bytes: &mut Vec
         writable::check(file, &about, allow_writable)?;
     }
     let facts = inspect(bytes)?;
+    facts.manifest.check_needs(settings)?;
     let capabilities = chosen(&facts, settings)?;
     let name = file.file_name().map_or_else(|| "plugin".into(), |name| name.to_string_lossy());
     let sealed = Sealed::new(short(&name), bytes).map_err(|err| unreadable(&err))?;

@@ -296,6 +296,23 @@ async fn inspect_describes_a_rust_plugin() {
 }
 
 #[tokio::test]
+async fn inspect_shows_what_a_plugin_needs() {
+    let inspect = |library: &Path, output: &str| Cli::new(&["plugins", "inspect", "-o", output]).arg(library).run();
+    let library = fixtures::wants_token();
+    let text = inspect(&library, "text").await.expect(0).stdout;
+    for line in ["abi at least     1.0", "requires         token", "wants            token, a-later-feature"] {
+        assert!(text.lines().any(|found| found == line), "{line}\n{text}");
+    }
+    let facts: Value = serde_json::from_str(&inspect(&library, "json").await.expect(0).stdout).expect("JSON");
+    assert_eq!(facts["facts"]["manifest"]["wants"], serde_json::json!(["token", "a-later-feature"]));
+    // What this host does not have is described too.
+    let library = fixtures::with_manifest(&serde_json::json!({ "requires": ["teleport"] }));
+    let text = inspect(&library, "text").await.expect(0).stdout;
+    assert!(text.lines().any(|found| found == "requires         teleport"), "{text}");
+    assert!(text.lines().any(|found| found == "wants            -"), "{text}");
+}
+
+#[tokio::test]
 async fn inspect_refuses_with_one_line_and_exit_4() {
     let folder = Folder::new();
     let pipe = folder.path("pipe.so");

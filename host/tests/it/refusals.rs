@@ -2,6 +2,9 @@
 
 use std::{collections::BTreeMap, path::Path};
 
+use runner_sdk::abi;
+use serde_json::{Value, json};
+
 use crate::harness::{fixtures, folder::Folder, node::Cli};
 
 /// A valid C plugin, as bytes that a test damages.
@@ -230,6 +233,51 @@ async fn invalid_manifest_is_refused() {
     ];
     let reasons: Vec<(&str, &str)> = reasons.iter().map(|(file, reason)| (*file, reason.as_str())).collect();
     check(&folder, &reasons).await;
+}
+
+#[tokio::test]
+async fn plugin_for_a_later_host_is_refused() {
+    let folder = Folder::with_a_good_one();
+    let mut reasons = Vec::new();
+    let mut put = |file: &'static str, keys: Value, reason: String| {
+        folder.put(file, &fixtures::with_manifest(&keys));
+        reasons.push((file, reason));
+    };
+    let (major, minor) = (abi::ABI_MAJOR, abi::ABI_MINOR);
+    for (file, needed) in [("minor.so", format!("{major}.{}", minor + 1)), ("major.so", format!("{}.0", major + 1))] {
+        let reason = format!("needs ABI {needed}, this host has {major}.{minor}; update runner-host");
+        put(file, json!({ "min_abi": needed }), reason);
+    }
+    put(
+        "requires.so",
+        json!({ "requires": ["teleport"] }),
+        "requires \"teleport\", and this host is too old to know it; update runner-host".to_owned(),
+    );
+    let reasons: Vec<(&str, &str)> = reasons.iter().map(|(file, reason)| (*file, reason.as_str())).collect();
+    check(&folder, &reasons).await;
+}
+
+#[tokio::test]
+async fn unknown_wishes_and_keys_are_ignored() {
+    let folder = Folder::new();
+    let abi = format!("{}.{}", abi::ABI_MAJOR, abi::ABI_MINOR);
+    let keys = json!({ "wants": ["teleport"], "requires": [], "min_abi": abi, "colour": { "red": 1 } });
+    folder.put("later.so", &fixtures::with_manifest(&keys));
+    folder.invoke("/fixtures/refused/v1", &[]).await.expect(0);
+}
+
+#[tokio::test]
+async fn plugin_without_its_grant_is_refused_at_load() {
+    let mut folder = Folder::with_a_good_one();
+    folder.put("rust.so", &fixtures::wants_token());
+    folder.put("c.so", &fixtures::with_manifest(&json!({ "requires": ["token"] })));
+    let reason = "wants \"token\", which is not granted; add grant = [\"token\"] to its entry in plugins.toml";
+    check(&folder, &[("rust.so", reason), ("c.so", reason)]).await;
+
+    // The line of the error is the remedy.
+    folder.plugins_file("[[plugin]]\nfile = \"rust.so\"\ngrant = [\"token\"]\n");
+    let rows = folder.rows(0).await;
+    assert_eq!(rows[0], format!("loaded   {:<24} /fixtures/wants-token/v1", "rust.so"));
 }
 
 #[tokio::test]

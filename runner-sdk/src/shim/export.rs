@@ -49,6 +49,32 @@ where
 /// once when the plugin is loaded. It is a function from any deserialisable type to `Result<Hello, E>`. On an error
 /// the host rejects the plugin with its text. Several runners are separated by commas.
 ///
+/// A semicolon and keys of the manifest may follow, in any order:
+///
+/// - `wants = ["token"]`: the runner reads the storage token. The host rejects the plugin when it loads it, unless the
+///   operator has granted the token. Without this key the call of `token()` fails in the middle of a task. A host
+///   ignores words that it does not know.
+/// - `requires = ["word"]`: like `wants`, but a host that does not know a word rejects the plugin.
+/// - `min_abi = "2.0"`: the lowest ABI version of a host. A host with a lower one rejects the plugin.
+///
+/// ```
+/// # use runner_sdk::{Error, Runner, TaskCtx, export_runner};
+/// #[derive(Default)]
+/// struct Mirror;
+///
+/// impl Runner for Mirror {
+///     const CAPABILITY: &'static str = "/examples/mirror/v1";
+///     async fn run(&self, ctx: TaskCtx) -> Result<(), Error> {
+///         let token = ctx.ctrl.token().await?;
+/// #       drop(token);
+///         Ok(())
+///     }
+/// }
+///
+/// export_runner!(Mirror; wants = ["token"], min_abi = "2.0");
+/// # fn main() {}
+/// ```
+///
 /// The macro exports the symbol `runner_module_v1` and a manifest that can be read without running the file. It also
 /// exports the description of the tables, with which a host checks their layout.
 ///
@@ -113,11 +139,45 @@ where
 /// # }
 /// # export_runner!(Spaced);
 /// ```
+///
+/// So does an unknown key, or a value that is not valid:
+///
+/// ```compile_fail,E0560
+/// # use runner_sdk::{Error, Runner, TaskCtx, export_runner};
+/// # #[derive(Default)]
+/// # struct Mirror;
+/// # impl Runner for Mirror {
+/// # const CAPABILITY: &'static str = "/examples/mirror/v1";
+/// # async fn run(&self, _ctx: TaskCtx) -> Result<(), Error> { Ok(()) }
+/// # }
+/// export_runner!(Mirror; want = ["token"]);
+/// ```
+///
+/// ```compile_fail,E0080
+/// # use runner_sdk::{Error, Runner, TaskCtx, export_runner};
+/// # #[derive(Default)]
+/// # struct Mirror;
+/// # impl Runner for Mirror {
+/// # const CAPABILITY: &'static str = "/examples/mirror/v1";
+/// # async fn run(&self, _ctx: TaskCtx) -> Result<(), Error> { Ok(()) }
+/// # }
+/// export_runner!(Mirror; min_abi = "1");
+/// ```
 #[macro_export]
 macro_rules! export_runner {
-    ($first:ty $(: $first_new:expr)? $(, $more:ty $(: $more_new:expr)?)* $(,)?) => {
+    (
+        $first:ty $(: $first_new:expr)? $(, $more:ty $(: $more_new:expr)?)* $(,)?
+        $(; $($key:ident = $value:expr),* $(,)?)?
+    ) => {
         const _: () = {
             use $crate::__private as sdk;
+
+            #[allow(clippy::needless_update)]
+            const KEYS: sdk::ManifestKeys = sdk::ManifestKeys {
+                $($($key: $crate::__manifest_value!($key $value),)*)?
+                ..sdk::ManifestKeys::NONE
+            }
+            .checked();
 
             const PARTS: &[&str] = &[
                 "{\"name\":\"", env!("CARGO_PKG_NAME"),
@@ -126,13 +186,13 @@ macro_rules! export_runner {
                 "\",\"abi\":\"", sdk::ABI_TEXT,
                 "\",\"capabilities\":[\"", sdk::checked(<$first as $crate::Runner>::CAPABILITY), "\"",
                 $(",\"", sdk::checked(<$more as $crate::Runner>::CAPABILITY), "\"",)*
-                "]}",
+                "]",
             ];
 
             #[used]
             #[cfg_attr(not(target_os = "macos"), unsafe(link_section = ".runner"))]
             #[cfg_attr(target_os = "macos", unsafe(link_section = "__DATA,.runner"))]
-            static MANIFEST: [u8; sdk::joined_len(PARTS)] = sdk::joined(PARTS);
+            static MANIFEST: [u8; sdk::manifest_len(PARTS, &KEYS)] = sdk::manifest(PARTS, &KEYS);
 
             static REGISTRATIONS: &[sdk::Registration] = &[
                 sdk::Registration {
@@ -164,6 +224,17 @@ macro_rules! export_runner {
             #[unsafe(export_name = "_1as_0lib_1header_0root_bmodule_bloader")]
             static HEADER: sdk::LibHeader = sdk::header(erased);
         };
+    };
+}
+
+#[doc(hidden)]
+#[macro_export]
+macro_rules! __manifest_value {
+    (min_abi $version:expr) => {
+        $version
+    };
+    ($list:ident $words:expr) => {
+        &$words
     };
 }
 

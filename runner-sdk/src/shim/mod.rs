@@ -34,7 +34,7 @@ use crate::{
 };
 
 pub use export::{Registration, from_config, from_default};
-pub use manifest::{checked, joined, joined_len};
+pub use manifest::{ManifestKeys, checked, manifest, manifest_len};
 pub use panics::spawn_blocking;
 pub(crate) use panics::{Guarded, guard, install_hook};
 

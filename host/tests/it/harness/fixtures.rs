@@ -13,6 +13,8 @@ use std::{
     sync::{Mutex, OnceLock, PoisonError},
 };
 
+use runner_sdk::abi;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// Runners for every behaviour: `host/tests/fixtures/rust/zoo`.
@@ -31,6 +33,12 @@ pub(crate) fn init_panics() -> PathBuf {
 pub(crate) fn changed_struct() -> PathBuf {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| fixture("changed-struct", "changed_struct")).clone()
+}
+
+/// A plugin that reads the storage token and says so in its manifest.
+pub(crate) fn wants_token() -> PathBuf {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| fixture("wants-token", "wants_token")).clone()
 }
 
 /// A plugin built with the same SDK under a later version number.
@@ -75,6 +83,16 @@ pub(crate) fn c(name: &str, defines: &[&str]) -> PathBuf {
     let library = words.map(plain).collect::<Vec<_>>().join("-");
     let mut built = BUILT.get_or_init(Mutex::default).lock().unwrap_or_else(PoisonError::into_inner);
     built.entry(library).or_insert_with_key(|library| compile(name, defines, &[], library)).clone()
+}
+
+/// A valid C plugin that serves `/fixtures/refused/v1`, with more keys in its manifest.
+pub(crate) fn with_manifest(keys: &Value) -> PathBuf {
+    let abi = format!("{}.{}", abi::ABI_MAJOR, abi::ABI_MINOR);
+    let mut manifest = json!({ "name": "refused", "abi": abi, "capabilities": ["/fixtures/refused/v1"] });
+    let (keys, all) = (keys.as_object().expect("keys"), manifest.as_object_mut().expect("keys"));
+    all.extend(keys.clone());
+    // Rust escapes quotes as C does.
+    c("refused", &[&format!("MANIFEST={:?}", manifest.to_string())])
 }
 
 /// A C plugin whose linker removes every unreferenced section.
