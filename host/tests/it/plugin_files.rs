@@ -576,6 +576,14 @@ fn plugin_with_panic_abort_does_not_compile() {
     assert!(output.contains(&format!("error: {sentence}")), "{output}");
 }
 
+#[test]
+fn second_export_runner_does_not_compile() {
+    let output = fixtures::refused("exports-twice");
+    let sentence = "the name `a_library_has_one_export_runner` is defined multiple times";
+    assert!(output.contains(sentence) && output.contains("export_runner!(Second);"), "{output}");
+    assert_eq!(output.matches("error[").count(), output.matches(sentence).count(), "{output}");
+}
+
 #[tokio::test]
 async fn plugins_list_strict_exits_4_on_refused_plugin() {
     let folder = Folder::with_a_good_one();

@@ -75,7 +75,7 @@ where
 /// # fn main() {}
 /// ```
 ///
-/// The macro exports the symbol `runner_module_v1` and a manifest that can be read without running the file. It also
+/// A library has one `export_runner!`. The macro exports the symbol `runner_module_v1` and a manifest that can be read without running the file. It also
 /// exports the description of the tables, with which a host checks their layout.
 ///
 /// ```
@@ -169,6 +169,13 @@ macro_rules! export_runner {
         $first:ty $(: $first_new:expr)? $(, $more:ty $(: $more_new:expr)?)* $(,)?
         $(; $($key:ident = $value:expr),* $(,)?)?
     ) => {
+        // A macro that is exported is at the root of its crate. So a second one is an error in any module.
+        #[doc(hidden)]
+        #[macro_export]
+        macro_rules! a_library_has_one_export_runner {
+            () => {};
+        }
+
         const _: () = {
             use $crate::__private as sdk;
 
