@@ -26,7 +26,7 @@ use uuid::Uuid;
 use crate::{
     config::{HostConfig, Key, Layers, Mistakes, Origin, Secrets, kernel_problem},
     dev::DevError,
-    model::{Capability, in_a_line, nearest},
+    model::{Capability, in_a_line, nearest, parse_duration},
     observe::logs::{self, Format},
     outbox::StateError,
     plugins::{Places, PluginsFile},
@@ -316,7 +316,7 @@ const YEAR: Duration = Duration::from_secs(365 * 24 * 60 * 60);
 
 /// A duration on the command line. Zero would end each command at once.
 fn parse_duration_above_zero(text: &str) -> Result<Duration, String> {
-    let time = crate::config::duration(text).filter(|time| !time.is_zero() && *time <= YEAR);
+    let time = parse_duration(text).filter(|time| !time.is_zero() && *time <= YEAR);
     time.ok_or_else(|| "expected a duration above 0 and of at most a year, such as 90s, 15m or 2h".to_owned())
 }
 

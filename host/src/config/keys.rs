@@ -193,6 +193,8 @@ pub const KEYS: &[Key] = &[
         |c, p, name| c.plugins.init_timeout = p.duration_above_zero(name)),
     key("CANCEL_GRACE", "engine.cancel_grace", Duration, Some("10s"), "time limit for a cancelled runner to return",
         |c, p, name| c.engine.cancel_grace = p.duration(name)),
+    key("TASK_TIME_LIMIT", "engine.task_time_limit", Duration, None, "longest time of a run, if plugins.toml sets none for its capability; if unset: no limit",
+        |c, p, name| c.engine.time_limit = p.optional_duration(name)),
     key("SCRATCH_DIR", "storage.scratch_dir", Path, None, "folder of the task directories; if unset: a folder below the system's temporary folder",
         |c, p, _| c.storage.scratch_dir = p.scratch_dir()),
     key("DISK_FREE_MIN", "storage.disk_free_min", Size, Some("1GiB"), "minimum free space below SCRATCH_DIR; with less, nothing new is leased; 0: no minimum",

@@ -22,7 +22,7 @@ use url::Url;
 pub use folders_and_hosts::{folder_problem, host_problem, kernel_problem};
 pub use keys::{KEYS, Key, Kind};
 pub use layers::{Layers, Origin};
-pub use parser::{Remark, duration};
+pub use parser::Remark;
 pub use secrets::Secrets;
 
 use file::{MIN_SLOTS, PlaneEntry, PlaneKind};

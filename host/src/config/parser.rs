@@ -11,7 +11,7 @@ use super::{
     keys::Key,
     layers::{Layers, Origin},
 };
-use crate::auth::NodeKey;
+use crate::{auth::NodeKey, model::parse_duration};
 
 /// The longest duration. It is longer than any wait. Longer durations could overflow clocks.
 const SECS_MAX: u64 = 10 * 366 * 24 * 60 * 60;
@@ -226,7 +226,7 @@ impl<'a> Parser<'a> {
     }
 
     pub(super) fn duration(&mut self, name: &str) -> Duration {
-        let time = self.value(name, "a duration such as 30s", Duration::ZERO, duration);
+        let time = self.value(name, "a duration such as 30s", Duration::ZERO, parse_duration);
         if time.as_secs() > SECS_MAX {
             let text = self.optional(name).unwrap_or_default();
             self.mistake(name, format_args!("expected at most {SECS_MAX} seconds, found {text:?}"));
@@ -238,7 +238,12 @@ impl<'a> Parser<'a> {
     pub(super) fn duration_above_zero(&mut self, name: &str) -> Duration {
         let expected = format!("a duration above 0 such as 30s, at most {SECS_MAX} seconds");
         let valid = |time: &Duration| !time.is_zero() && time.as_secs() <= SECS_MAX;
-        self.value(name, &expected, Duration::from_secs(1), |text| duration(text).filter(valid))
+        self.value(name, &expected, Duration::from_secs(1), |text| parse_duration(text).filter(valid))
+    }
+
+    /// A time that is not 0, or `None` if the setting is unset.
+    pub(super) fn optional_duration(&mut self, name: &str) -> Option<Duration> {
+        self.optional(name).map(|_| self.duration_above_zero(name))
     }
 
     /// A number of bytes.
@@ -309,29 +314,9 @@ fn byte_size(text: &str) -> Option<u64> {
     text[..split].parse::<u64>().ok()?.checked_mul(unit)
 }
 
-/// `30s`, `1m 30s`, `500ms`, or plain seconds.
-#[must_use]
-pub fn duration(text: &str) -> Option<Duration> {
-    if let Ok(seconds) = text.parse::<f64>() {
-        return Duration::try_from_secs_f64(seconds).ok();
-    }
-    let parsed: jiff::SignedDuration = text.parse().ok()?;
-    Duration::try_from(parsed).ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn durations_carry_units_or_are_seconds() {
-        assert_eq!(duration("30s"), Some(Duration::from_secs(30)));
-        assert_eq!(duration("1m 30s"), Some(Duration::from_secs(90)));
-        assert_eq!(duration("500ms"), Some(Duration::from_millis(500)));
-        assert_eq!(duration("0"), Some(Duration::ZERO));
-        assert_eq!(duration("-1s"), None);
-        assert_eq!(duration("soon"), None);
-    }
 
     #[test]
     fn sizes_carry_units_or_are_bytes() {

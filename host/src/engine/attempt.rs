@@ -8,7 +8,7 @@ use std::{
 };
 
 use futures_util::FutureExt as _;
-use tokio::task::JoinHandle;
+use tokio::{sync::oneshot, task::JoinHandle};
 use tokio_util::sync::CancellationToken;
 use tracing::{Span, info_span, warn};
 
@@ -22,7 +22,7 @@ use crate::{
     leases::{Acknowledged, Advice, LeaseSource},
     model::{
         BootInstant, CancelReason, HeldLease, HeldNumber, Lease, Outcome, PlaneName, PluginId, ReportState, Setup,
-        SetupStage, TaskRecord, TaskResult, TaskStage, Timings,
+        SetupStage, TaskRecord, TaskResult, TaskStage, TimeLimit, Timings,
     },
     node_event::{NodeEvent, NodeEvents},
     outbox::{self, NewReport, Outbox, Sent},
@@ -66,6 +66,8 @@ pub(super) struct Slot {
     pub(super) held: HeldNumber,
     /// The plugin that serves the task.
     pub(super) plugin: Option<PluginId>,
+    /// How long the runner may take.
+    pub(super) time_limit: Option<TimeLimit>,
 }
 
 /// The fields of every log line about a task.
@@ -93,9 +95,10 @@ pub(super) async fn attempt(modules: Arc<Modules>, slot: Slot, session: Session,
             Ok(permit) => (Some(permit), None),
             Err(outcome) => (None, Some(End::bare(outcome))),
         };
+    let (start, clock) = slot.time_limit.map(Clock::new).unzip();
     // Boxed: the futures around it would hold it several times, and each move would copy it.
-    let run =
-        AssertUnwindSafe(Box::pin(run(Arc::clone(&modules), slot.held, held_lease.clone(), grace))).catch_unwind();
+    let run = AssertUnwindSafe(Box::pin(run(Arc::clone(&modules), slot.held, held_lease.clone(), grace, start)))
+        .catch_unwind();
     let ended = async {
         run.await.unwrap_or_else(|_| {
             // A host bug must not leave a task unreported. The log has the details.
@@ -108,7 +111,7 @@ pub(super) async fn attempt(modules: Arc<Modules>, slot: Slot, session: Session,
         Some(end) => end,
         None => {
             modules.events.emit(NodeEvent::TaskStarted { task: lease.task().clone() });
-            run_to_end(ended, &held_lease, &stops.cancel).await
+            run_to_end(ended, &held_lease, clock, &stops.cancel).await
         }
     };
     result.usage = held_lease.usage();
@@ -220,11 +223,38 @@ async fn free(permit: Option<Permit>, tidying: Option<Tidying>) {
     drop(permit);
 }
 
-/// Waits until the time limit of the run has passed since now, and returns it. Waits forever if there is none.
-async fn time_limit_passed(held_lease: &HeldLease) -> Duration {
-    let Some(limit) = held_lease.lease.time_limit else { return std::future::pending().await };
-    let end = BootInstant::now() + limit;
-    held_lease.run_end().set(end);
+/// The time limit of a run. Its clock starts with the runner, not while the task waits.
+struct Clock {
+    limit: TimeLimit,
+    end: oneshot::Receiver<BootInstant>,
+}
+
+/// Starts a [`Clock`].
+struct ClockStart {
+    limit: TimeLimit,
+    tell: oneshot::Sender<BootInstant>,
+}
+
+impl Clock {
+    fn new(limit: TimeLimit) -> (ClockStart, Self) {
+        let (tell, end) = oneshot::channel();
+        (ClockStart { limit, tell }, Self { limit, end })
+    }
+}
+
+impl ClockStart {
+    fn start(self, held_lease: &HeldLease) {
+        let end = BootInstant::now() + self.limit.wall_time;
+        held_lease.run_end().set(end);
+        // The receiver is gone if the task is cancelled already.
+        let _ = self.tell.send(end);
+    }
+}
+
+/// Waits until the time limit of the run has passed, and returns it. Waits forever if there is none.
+async fn time_limit_passed(clock: Option<Clock>) -> TimeLimit {
+    let Some(Clock { limit, end }) = clock else { return std::future::pending().await };
+    let Ok(end) = end.await else { return std::future::pending().await }; // the runner did not begin
     while !end.has_passed() {
         tokio::time::sleep(end.left()).await;
     }
@@ -247,13 +277,18 @@ async fn deadline_passed(held_lease: &HeldLease) {
 }
 
 /// Waits until `run` ends, and cancels the task when the node cancels all tasks.
-async fn run_to_end(run: impl Future<Output = End>, held_lease: &HeldLease, cancel_all: &CancellationToken) -> End {
+async fn run_to_end(
+    run: impl Future<Output = End>,
+    held_lease: &HeldLease,
+    clock: Option<Clock>,
+    cancel_all: &CancellationToken,
+) -> End {
     tokio::pin!(run);
     tokio::select! {
         biased;
         end = &mut run => return end,
         () = cancel_all.cancelled() => held_lease.cancel.cancel(CancelReason::Drained),
-        limit = time_limit_passed(held_lease) => held_lease.cancel.cancel(CancelReason::TimeLimit(limit)),
+        limit = time_limit_passed(clock) => held_lease.cancel.cancel(CancelReason::TimeLimit(limit)),
         () = deadline_passed(held_lease) => held_lease.cancel.cancel(CancelReason::Deadline),
     }
     run.await
@@ -261,7 +296,13 @@ async fn run_to_end(run: impl Future<Output = End>, held_lease: &HeldLease, canc
 
 /// Waits for the runner. Slow work, such as moving data, happens on the workers. This function runs
 /// concurrently with the heartbeats.
-async fn run(modules: Arc<Modules>, held: HeldNumber, held_lease: HeldLease, grace: Duration) -> End {
+async fn run(
+    modules: Arc<Modules>,
+    held: HeldNumber,
+    held_lease: HeldLease,
+    grace: Duration,
+    clock: Option<ClockStart>,
+) -> End {
     let nothing = End::bare;
     if let Some(refusal) = modules.plugins.refusal(&held_lease.lease.capability) {
         return nothing(refusal);
@@ -276,14 +317,19 @@ async fn run(modules: Arc<Modules>, held: HeldNumber, held_lease: HeldLease, gra
     let dir = modules.storage.task_dir(held_lease.lease.task()); // created when it is first needed
     let ports = modules.storage.ports(&held_lease, dir.path()); // nothing is fetched before the runner asks
     modules.events.board().moved(held, TaskStage::Waiting);
-    let board = modules.events.board().clone();
+    let (board, limited) = (modules.events.board().clone(), held_lease.clone());
     let job = Job {
         held_lease: held_lease.clone(),
         ports: Arc::clone(&ports),
         folder: folder(&dir),
         workers: modules.workers.clone(),
         cancel_grace: grace,
-        began: Box::new(move || board.moved(held, TaskStage::Running)),
+        began: Box::new(move || {
+            board.moved(held, TaskStage::Running);
+            if let Some(clock) = clock {
+                clock.start(&limited);
+            }
+        }),
         events: modules.events.clone(),
     };
     let outcome = modules.plugins.run(job).await;
@@ -310,7 +356,11 @@ fn folder(dir: &TaskDir) -> Folder {
 
 /// Waits for the set-up heartbeat and returns what is missing.
 async fn setup(held_lease: &HeldLease) -> Result<(), Outcome> {
-    match held_lease.setup().await {
+    let setup = tokio::select! {
+        setup = held_lease.setup() => setup,
+        reason = held_lease.cancel.cancelled() => return Err(Outcome::of_cancel(reason)),
+    };
+    match setup {
         Setup::Ready(Ok(_)) => Ok(()),
         Setup::Ready(Err(message)) => Err(Outcome::Setup { stage: SetupStage::BuildPorts, message }),
         Setup::Refused(message) => Err(match held_lease.cancel.reason() {

@@ -30,7 +30,7 @@ use tracing::{Instrument as _, debug, error, warn};
 
 use crate::{
     leases::{Admission, LeaseError, LeaseSource},
-    model::{Backoff, BootInstant, Jitter, Lease, Outcome, PlaneName, ReportAddress, SetupStage, millis},
+    model::{Backoff, BootInstant, Jitter, Lease, Outcome, PlaneName, ReportAddress, SetupStage, TimeLimit, millis},
     node_event::{NodeEvent, NodeEvents, SkipReason},
     outbox::Outbox,
     plugins::Plugins,
@@ -83,6 +83,8 @@ pub struct Config {
     pub drain_timeout: Duration,
     /// How long a runner may take to end after its cancel.
     pub cancel_grace: Duration,
+    /// Longest time of a run, if the plugins file sets none for its capability.
+    pub time_limit: Option<Duration>,
     /// Slots that are kept free for a control plane. Together at most `slots`.
     pub floors: BTreeMap<PlaneName, usize>,
 }
@@ -97,6 +99,7 @@ impl Default for Config {
             poll_backoff: (Duration::from_secs(1), Duration::from_secs(30)),
             drain_timeout: Duration::from_secs(30),
             cancel_grace: Duration::from_secs(10),
+            time_limit: None,
             floors: BTreeMap::new(),
         }
     }
@@ -324,13 +327,16 @@ impl Engine {
             self.modules.outbox.adopt(&plane.source.facts().name, &task, session);
             return;
         }
-        let held = plane.events.board().began(&session.held_lease(), plugin.clone());
+        let held_lease = session.held_lease();
+        let of_node = self.modules.plugins.time_limit(&held_lease.lease.capability).or(self.config.time_limit);
+        let time_limit = TimeLimit::of_run(of_node, held_lease.lease.time_limit);
+        let held = plane.events.board().began(&held_lease, plugin.clone(), time_limit);
         let permit = match permit {
             Some(permit) => attempt::SlotPermit::Held(permit),
             None => attempt::SlotPermit::Wanted(self.slots.clone(), index, plane.one_waits()),
         };
         let (source, pace) = (Arc::clone(&plane.source), plane.pace.clone());
-        let slot = attempt::Slot { permit, source, pace, held, plugin };
+        let slot = attempt::Slot { permit, source, pace, held, plugin, time_limit };
         let (modules, grace) = (Arc::clone(&self.modules), self.config.cancel_grace);
         let stops = stops.clone();
         self.attempts.spawn(

@@ -12,6 +12,7 @@ mod recent_tokens;
 use std::{sync::Arc, time::Duration};
 
 use async_trait::async_trait;
+use serde_json::Value;
 use tokio_util::sync::CancellationToken;
 
 use crate::model::{
@@ -186,6 +187,25 @@ fn is_credential(key: &str) -> bool {
     const END: &str = "token";
     let end = key.len().checked_sub(END.len()).and_then(|at| key.get(at..));
     end.is_some_and(|end| end.eq_ignore_ascii_case(END))
+}
+
+/// The time limit of a run in the `budgets` of its metadata: `wall_ms`.
+///
+/// # Errors
+/// One line if it is not usable. A text is not shown, because it may be anything.
+fn wall_time(budgets: &Value) -> Result<Option<Duration>, String> {
+    let wall_ms = &budgets["wall_ms"];
+    if let Some(ms) = wall_ms.as_u64().filter(|ms| *ms > 0) {
+        return Ok(Some(Duration::from_millis(ms)));
+    }
+    let found = match wall_ms {
+        Value::Null => return Ok(None),
+        Value::Number(number) => number.to_string(),
+        Value::Bool(_) => "a boolean".to_owned(),
+        Value::String(_) => "a text".to_owned(),
+        Value::Array(_) | Value::Object(_) => "a list or an object".to_owned(),
+    };
+    Err(format!("meta.budgets.wall_ms is {found}, expected a whole number of milliseconds above 0"))
 }
 
 fn suffix(excerpt: &str) -> String {

@@ -20,7 +20,8 @@ use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
 
 use super::{
-    BootInstant, DataLocation, Lease, PortError, PortErrorKind, ProgressQueue, ReportAddress, Usage, watched::Watched,
+    BootInstant, DataLocation, Lease, PortError, PortErrorKind, ProgressQueue, ReportAddress, TimeLimit, Usage,
+    watched::Watched,
 };
 
 /// A bearer token. It is never printed, and is compared only to detect a change.
@@ -65,7 +66,7 @@ pub enum CancelReason {
     /// The run passed its hard deadline.
     Deadline,
     /// The run took longer than this limit.
-    TimeLimit(Duration),
+    TimeLimit(TimeLimit),
     /// The run used more tokens than it may.
     TokenLimit {
         /// When this was noticed.

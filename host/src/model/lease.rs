@@ -158,7 +158,7 @@ pub struct Lease {
     /// When the run must have ended, for any term of the lease. It is cancelled then, and fails. A heartbeat may move
     /// it.
     pub hard_deadline: Option<BootInstant>,
-    /// How long the run may take, counted from its start. It is cancelled then, and fails.
+    /// How long the run may take, according to the control plane or the metadata of the task.
     pub time_limit: Option<Duration>,
     /// How many tokens of language models the run may use. It is cancelled above, and fails.
     pub tokens_max: Option<u64>,
@@ -179,6 +179,24 @@ pub struct Lease {
     pub document: Box<RawValue>,
     /// Dropped when the node no longer works on the task and owes no report about it.
     pub hold: Option<LeaseHold>,
+}
+
+/// How long a run may take, counted from the start of its runner. It is cancelled then, and fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TimeLimit {
+    /// The time.
+    pub wall_time: Duration,
+    /// Only this node sets it. Another node may finish the task.
+    pub of_node: bool,
+}
+
+impl TimeLimit {
+    /// The smaller limit of the node's and the lease's.
+    #[must_use]
+    pub fn of_run(of_node: Option<Duration>, of_lease: Option<Duration>) -> Option<Self> {
+        let wall_time = of_node.into_iter().chain(of_lease).min()?;
+        Some(Self { wall_time, of_node: of_lease != Some(wall_time) })
+    }
 }
 
 /// A guard that the control plane's adapter attaches to a lease.
@@ -233,6 +251,17 @@ impl Lease {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn smallest_time_limit_of_a_run_applies() {
+        let [short, long] = [1, 2].map(Duration::from_secs);
+        let of_run = |of_node, of_lease| TimeLimit::of_run(of_node, of_lease).map(|at| (at.wall_time, at.of_node));
+        assert_eq!(of_run(None, None), None);
+        assert_eq!(of_run(Some(short), None), Some((short, true)));
+        assert_eq!(of_run(Some(short), Some(long)), Some((short, true)));
+        assert_eq!(of_run(Some(long), Some(short)), Some((short, false)));
+        assert_eq!(of_run(Some(short), Some(short)), Some((short, false)));
+    }
 
     #[test]
     fn task_ids_are_bounded_and_safe_in_logs() {

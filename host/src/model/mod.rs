@@ -11,6 +11,7 @@ mod budget;
 mod capability;
 mod data_location;
 mod data_query;
+mod duration;
 mod health_checks;
 mod held_lease;
 mod lease;
@@ -35,12 +36,15 @@ pub use budget::{Budget, Charge, OverBudget};
 pub use capability::{Capability, CapabilityError};
 pub use data_location::{AnnouncedData, Coordinates, DataLocation, DomainHosts, EmptyList, InlineInputs, LocalFiles};
 pub use data_query::{DataQuery, FoundData};
+pub use duration::{format_duration, parse_duration};
 pub use health_checks::{Callback, HealthChecks, NoRegistration, Unexpected};
 pub use held_lease::{
     CancelReason, CancelSignal, Deadline, HeldLease, HeldLeaseState, HeldLeaseWriter, LeaseUpdates, MissedHeartbeats,
     Setup, TimeLeft, Token,
 };
-pub use lease::{JSON_SUFFIX, Lease, LeaseHold, PlaneName, PlaneNameError, ReportAddress, TaskId, TaskIdError, Term};
+pub use lease::{
+    JSON_SUFFIX, Lease, LeaseHold, PlaneName, PlaneNameError, ReportAddress, TaskId, TaskIdError, Term, TimeLimit,
+};
 pub use line::in_a_line;
 pub use millis::millis;
 pub use outcome::{LeaseKeeper, Outcome, OutcomeWord, SetupStage, TaskResult, Timings};

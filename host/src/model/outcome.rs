@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Artifact, CancelReason, Fetched, ReportAddress, Token, Usage, millis};
+use super::{Artifact, CancelReason, Fetched, ReportAddress, TimeLimit, Token, Usage, format_duration, millis};
 
 /// Shortest token that is redacted, in bytes. A shorter token is an ordinary word. Its removal would damage texts and
 /// hide nothing.
@@ -148,9 +148,9 @@ impl Outcome {
             CancelReason::Deadline => {
                 Self::Budget { message: "the deadline of the run has passed".to_owned(), retryable: true }
             }
-            CancelReason::TimeLimit(limit) => {
-                let message = format!("the run exceeded its time limit ({} s)", limit.as_secs());
-                Self::Budget { message, retryable: false }
+            CancelReason::TimeLimit(TimeLimit { wall_time, of_node }) => {
+                let message = format!("wall time {} exceeded", format_duration(wall_time));
+                Self::Budget { message, retryable: of_node }
             }
             CancelReason::TokenLimit { used, max } => {
                 let message = format!("the run used {used} tokens, at most {max} are allowed");

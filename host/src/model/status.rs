@@ -16,7 +16,8 @@ use uuid::Uuid;
 
 use super::{
     Artifact, BootInstant, Budget, Capability, DataLocation, Fetched, HeldLease, Lease, MissedHeartbeats,
-    NotReadyReason, OutcomeWord, PlaneName, ReadyWhen, Setup, TaskId, TaskResult, in_a_line, millis, watched::Watched,
+    NotReadyReason, OutcomeWord, PlaneName, ReadyWhen, Setup, TaskId, TaskResult, TimeLimit, in_a_line, millis,
+    watched::Watched,
 };
 
 /// The version of `/status.json`. New keys do not change it.
@@ -347,6 +348,8 @@ pub struct TaskStatus {
     pub state: TaskStage,
     /// When it was leased.
     pub since: Timestamp,
+    /// How long its run may take, in milliseconds.
+    pub time_limit_ms: Option<u64>,
     /// `domain_id`, `lease_expires_at`, `token_expires_at` and `progress_at` (when the runner last reported progress),
     /// as known at the time of the request. Neither a token nor the progress itself is shown. `heartbeats_failed` is
     /// the number that failed in a row. `heartbeat_error` says why the last one failed.
@@ -617,8 +620,8 @@ impl StatusBoard {
         self.change_plane(|status| status.polls.unanswered = true);
     }
 
-    /// Adds a task and the plugin that serves it.
-    pub fn began(&self, held_lease: &HeldLease, plugin: Option<PluginId>) -> HeldNumber {
+    /// Adds a task, the plugin that serves it, and the time limit of its run.
+    pub fn began(&self, held_lease: &HeldLease, plugin: Option<PluginId>, time_limit: Option<TimeLimit>) -> HeldNumber {
         let lease = &held_lease.lease;
         let plane = self.now().planes.0[self.plane].name.clone();
         let task = TaskStatus {
@@ -629,6 +632,7 @@ impl StatusBoard {
             attempt: lease.attempt,
             state: TaskStage::SettingUp,
             since: Timestamp::now(),
+            time_limit_ms: time_limit.map(|limit| millis(limit.wall_time)),
             running: RunningTask(held_lease.clone()),
         };
         let mut held = HeldNumber(0);
@@ -693,8 +697,8 @@ mod tests {
         let shown = || serde_json::to_value(&*board.now()).expect("a page")["tasks"].clone();
         let lost = held_lease(Uuid::from_u128(7).into());
         let id = lost.lease.task().to_string();
-        let first = board.began(&lost, None);
-        let second = board.began(&held_lease(lost.lease.task().clone()), None);
+        let first = board.began(&lost, None, None);
+        let second = board.began(&held_lease(lost.lease.task().clone()), None, None);
         board.moved(first, TaskStage::Reporting);
         assert_eq!(shown()[&id]["state"], "setting-up", "what becomes of the lost one is not its own");
         let task_result = TaskResult::bare(Outcome::LeaseLost);

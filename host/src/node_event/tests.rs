@@ -23,7 +23,7 @@ fn capability() -> Capability {
 fn task_ended(board: &StatusBoard, report: ReportState, outcome: Outcome) -> NodeEvent {
     let lease = Lease::bare(task(), capability());
     let held_lease = crate::model::HeldLease::new(lease, crate::model::Setup::Pending).0;
-    let held = board.began(&held_lease, None);
+    let held = board.began(&held_lease, None, None);
     let reason = outcome.reason();
     let record = TaskRecord::new(&plane(), &held_lease.lease, None, &TaskResult::bare(outcome), Duration::ZERO, report);
     let report_reason = Some(CancelReason::Plane.as_str().to_owned());

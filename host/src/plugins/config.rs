@@ -5,14 +5,15 @@
 //! only the plugin that uses it. Thus the host never accepts a key and ignores it.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use serde_json::{Map, Value};
 use toml::{Table, Value as Toml};
 
-use crate::model::{Capability, nearest};
+use crate::model::{Capability, nearest, parse_duration};
 
 /// The content of a plugins file.
 #[derive(Clone, Debug, Default)]
@@ -53,6 +54,10 @@ pub struct Settings {
     pub grant_token: bool,
     /// The plugin gets this as JSON.
     pub config: Map<String, Value>,
+    /// Longest time of a run.
+    pub wall_time: Option<Duration>,
+    /// Longest time of a run of these capabilities, instead of `wall_time`.
+    pub capability_wall_times: BTreeMap<Capability, Duration>,
     /// Keys, with their values, that have no effect in this version.
     pub unavailable: Vec<String>,
 }
@@ -67,8 +72,17 @@ impl Default for Settings {
             overrides: false,
             grant_token: false,
             config: Map::new(),
+            wall_time: None,
+            capability_wall_times: BTreeMap::new(),
             unavailable: Vec::new(),
         }
+    }
+}
+
+impl Settings {
+    /// The longest time of a run of this capability.
+    pub(super) fn time_limit(&self, capability: &Capability) -> Option<Duration> {
+        self.capability_wall_times.get(capability).copied().or(self.wall_time)
     }
 }
 
@@ -96,7 +110,13 @@ const SETTINGS_KEYS: &[&str] = &[
     "shared",
 ];
 
+/// Limits of single capabilities. Only an entry has them, because a capability belongs to one plugin.
+const CAPABILITY_LIMITS: &str = "capability_limits";
+
 const LIMITS_KEYS: &[&str] = &["memory", "wall_time", "cpu_time", "scratch", "open_files", "network"];
+
+/// The longest time limit. Longer ones could overflow clocks.
+const WALL_TIME_MAX: Duration = Duration::from_secs(10 * 366 * 24 * 60 * 60);
 
 impl PluginsFile {
     /// Reads and checks a plugins file.
@@ -126,6 +146,11 @@ impl PluginsFile {
         let mut file = Self { folder: folder.to_owned(), ..Self::default() };
         if let Some(defaults) = table.get("defaults") {
             let defaults = section("defaults", defaults)?;
+            if defaults.contains_key(CAPABILITY_LIMITS) {
+                return Err(format!(
+                    "[defaults] {CAPABILITY_LIMITS}: move it to the [[plugin]] that has the capability"
+                ));
+            }
             known_keys("[defaults] ", defaults, SETTINGS_KEYS)?;
             file.defaults = settings("[defaults] ", defaults, Settings::default())?;
         }
@@ -176,7 +201,7 @@ impl PluginsFile {
         };
         let location = format!("[[plugin]] {file:?} ");
         let mut keys = SETTINGS_KEYS.to_vec();
-        keys.push("file");
+        keys.extend(["file", CAPABILITY_LIMITS]);
         known_keys(&location, plugin, &keys)?;
         let settings = settings(&location, plugin, self.defaults.clone())?;
         if self.entries.iter().any(|entry| entry.file == file) {
@@ -249,11 +274,23 @@ fn settings(location: &str, table: &Table, defaults: Settings) -> Result<Setting
             }
             ("isolation", _) => return wrong("\"in-process\" or \"process\""),
             ("limits", Toml::Table(limits)) => {
-                known_keys(&format!("{location}limits "), limits, LIMITS_KEYS)?;
                 settings.unavailable.retain(|key| !key.starts_with("limits."));
-                settings.unavailable.extend(limits.keys().map(|limit| format!("limits.{limit}")));
+                settings.wall_time = wall_time(&format!("{location}limits"), limits)?;
+                settings.unavailable.extend(unavailable_limits("limits", limits));
             }
-            ("limits", _) => return wrong("a table"),
+            (CAPABILITY_LIMITS, Toml::Table(capabilities)) => {
+                for (name, limits) in capabilities {
+                    let place = format!("{location}{CAPABILITY_LIMITS} {name:?}");
+                    let name = Capability::parse(name).map_err(|err| format!("{place}: {err}"))?;
+                    let limits =
+                        limits.as_table().ok_or_else(|| format!("{place}: expected a table, found {limits}"))?;
+                    if let Some(time) = wall_time(&place, limits)? {
+                        settings.capability_wall_times.insert(name, time);
+                    }
+                    settings.unavailable.extend(unavailable_limits(CAPABILITY_LIMITS, limits));
+                }
+            }
+            ("limits" | CAPABILITY_LIMITS, _) => return wrong("a table"),
             ("per_task" | "shared", Toml::Boolean(false)) => {
                 settings.unavailable.retain(|unavailable| !unavailable.starts_with(key.as_str()));
             }
@@ -262,6 +299,25 @@ fn settings(location: &str, table: &Table, defaults: Settings) -> Result<Setting
         }
     }
     Ok(settings)
+}
+
+/// Checks the keys of a table of limits, and reads its `wall_time`.
+fn wall_time(location: &str, limits: &Table) -> Result<Option<Duration>, String> {
+    known_keys(&format!("{location} "), limits, LIMITS_KEYS)?;
+    let Some(value) = limits.get("wall_time") else { return Ok(None) };
+    let valid = |time: &Duration| !time.is_zero() && *time <= WALL_TIME_MAX;
+    let time = value.as_str().and_then(parse_duration).filter(valid);
+    time.map(Some).ok_or_else(|| {
+        let most = WALL_TIME_MAX.as_secs();
+        format!(
+            "{location} wall_time: expected a duration above 0 such as \"15m\", at most {most} seconds, found {value}"
+        )
+    })
+}
+
+/// The limits in a table that have no effect in this version.
+fn unavailable_limits(key: &str, limits: &Table) -> impl Iterator<Item = String> {
+    limits.keys().filter(|limit| *limit != "wall_time").map(move |limit| format!("{key}.{limit}"))
 }
 
 #[cfg(test)]
@@ -307,6 +363,40 @@ mod tests {
         .expect("known keys");
         assert_eq!(file.entries[0].settings.unavailable, ["require_pin = true", "limits.memory"]);
         assert_eq!(file.defaults.unavailable, ["isolation = \"process\"", "require_pin = true"]);
+    }
+
+    #[test]
+    fn wall_time_is_read_and_other_limits_refused() {
+        let file = PluginsFile::parse(
+            "[defaults]\nlimits = { wall_time = \"15m\" }\n[[plugin]]\nfile = \"a\"\n[[plugin]]\nfile = \"b\"\n\
+             limits = { wall_time = \"1h30m\" }\ncapability_limits = { \"/b/v1\" = { wall_time = \"90s\", memory = 1 } }",
+            Path::new("."),
+        )
+        .expect("valid");
+        let [a, b] = &file.entries[..] else { panic!("two entries") };
+        assert_eq!(a.settings.wall_time, Some(Duration::from_secs(900)));
+        assert_eq!(b.settings.wall_time, Some(Duration::from_secs(5400)));
+        let of_capability = b.settings.capability_wall_times.iter().map(|(name, time)| (name.as_str(), time.as_secs()));
+        assert_eq!(of_capability.collect::<Vec<_>>(), [("/b/v1", 90)]);
+        assert_eq!(b.settings.unavailable, ["capability_limits.memory"]);
+    }
+
+    #[test]
+    fn unusable_wall_times_are_mistakes() {
+        let entry = |keys: &str| problem(&format!("[[plugin]]\nfile = \"a\"\n{keys}"));
+        for value in ["0", "\"0s\"", "\"-1s\"", "\"soon\"", "\"100000h\"", "15"] {
+            let text = entry(&format!("limits = {{ wall_time = {value} }}"));
+            let start = "[[plugin]] \"a\" limits wall_time: expected a duration above 0 such as \"15m\", at most";
+            assert!(text.starts_with(start) && text.ends_with(&format!("found {value}")), "{text}");
+        }
+        let text = entry("capability_limits = { \"/b/v1\" = { wall_tim = \"1s\" } }");
+        let expected =
+            "[[plugin]] \"a\" capability_limits \"/b/v1\" unknown key \"wall_tim\", did you mean \"wall_time\"?";
+        assert_eq!(text, expected);
+        assert!(entry("capability_limits = { b = {} }").starts_with("[[plugin]] \"a\" capability_limits \"b\": "));
+        assert!(entry("capability_limits = { \"/b/v1\" = 1 }").ends_with("\"/b/v1\": expected a table, found 1"));
+        let text = problem("[defaults]\ncapability_limits = {}");
+        assert_eq!(text, "[defaults] capability_limits: move it to the [[plugin]] that has the capability");
     }
 
     #[test]

@@ -107,10 +107,10 @@ pub enum InstallError {
         /// The entry that is used.
         other: String,
     },
-    /// `capabilities` names a capability that the library does not have.
+    /// `capabilities` or `capability_limits` names a capability that the library does not have.
     #[error("does not serve {wanted}, which plugins.toml lists for it; it serves {serves}")]
     UnknownCapability {
-        /// The capability in the list.
+        /// The named capability.
         wanted: String,
         /// All capabilities of the library.
         serves: String,

@@ -4,6 +4,7 @@
 //! file. Thus code of one plugin cannot change what another plugin will run.
 
 use std::{
+    collections::BTreeSet,
     ffi::c_void,
     io::Read,
     path::{Path, PathBuf},
@@ -165,15 +166,16 @@ fn short(name: &str) -> &str {
 fn chosen(facts: &Facts, settings: &Settings) -> Result<Vec<Capability>, InstallError> {
     let all: Vec<Capability> =
         facts.manifest.capabilities.iter().filter_map(|name| Capability::parse(name).ok()).collect();
-    let Some(wanted) = &settings.capabilities else { return Ok(all) };
-    if wanted.is_empty() {
+    if settings.capabilities.as_ref().is_some_and(BTreeSet::is_empty) {
         return Err(InstallError::ServesNothing);
     }
-    if let Some(unknown) = wanted.iter().find(|name| !all.contains(name)) {
+    let named = settings.capabilities.iter().flatten().chain(settings.capability_wall_times.keys());
+    if let Some(unknown) = named.into_iter().find(|name| !all.contains(name)) {
         let serves = facts.manifest.capabilities.join(", ");
         return Err(InstallError::UnknownCapability { wanted: unknown.to_string(), serves });
     }
-    Ok(all.into_iter().filter(|name| wanted.contains(name)).collect())
+    let wanted = |name: &Capability| settings.capabilities.as_ref().is_none_or(|wanted| wanted.contains(name));
+    Ok(all.into_iter().filter(wanted).collect())
 }
 
 /// Opens a checked file and initialises its plugin on the plugin's own thread. A constructor or an `init` that

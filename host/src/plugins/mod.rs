@@ -43,7 +43,7 @@ pub use run::{Folder, Job};
 pub use scaffold::{ScaffoldError, create};
 
 use crate::{
-    model::{Capability, Outcome, PluginId, in_a_line},
+    model::{Capability, Outcome, PluginId, in_a_line, millis},
     node_event::{NodeEvent, NodeEvents},
 };
 use load::Verified;
@@ -102,6 +102,9 @@ pub struct Listing {
     pub sha256: Option<String>,
     /// The capabilities it serves in this node.
     pub capabilities: Vec<String>,
+    /// The longest time of a run, in milliseconds, by capability. Only limits of the plugins file.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub time_limits_ms: BTreeMap<String, u64>,
     /// The state of the library.
     pub state: PluginState,
     /// Number of its runners that ignored their cancellation.
@@ -150,6 +153,8 @@ pub struct Plugins {
     by_capability: BTreeMap<Capability, Arc<Plugin>>,
     /// The plugin of each capability, for status pages.
     ids: BTreeMap<Capability, PluginId>,
+    /// The longest time of a run, for capabilities with such a limit in the plugins file.
+    time_limits: BTreeMap<Capability, Duration>,
     /// Each plugin, with the index of its listing.
     loaded: Vec<(usize, Arc<Plugin>)>,
     listings: Vec<Listing>,
@@ -182,6 +187,7 @@ impl Plugins {
         }
         assign_capabilities(&mut verified, &mut listings);
         let (mut loaded, mut by_capability, mut ids) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
+        let mut time_limits = BTreeMap::new();
         let mut hanging = None;
         for (number, (listing, plugin)) in listings.iter_mut().zip(verified).enumerate() {
             let Some(plugin) = plugin else { continue };
@@ -202,6 +208,7 @@ impl Plugins {
                     for capability in &capabilities {
                         by_capability.insert(capability.clone(), Arc::clone(&plugin));
                         ids.insert(capability.clone(), PluginId { name: plugin.name(), sha256: Arc::clone(&sha256) });
+                        time_limits.extend(settings.time_limit(capability).map(|limit| (capability.clone(), limit)));
                     }
                     let capabilities: Vec<&str> = capabilities.iter().map(Capability::as_str).collect();
                     let (file, capabilities) = (listing.file.display(), capabilities.join(" "));
@@ -223,7 +230,7 @@ impl Plugins {
             }
         }
         let serving = watch::Sender::new(by_capability.keys().cloned().collect());
-        Ok(Self { by_capability, ids, loaded, listings, serving })
+        Ok(Self { by_capability, ids, time_limits, loaded, listings, serving })
     }
 
     /// Every capability that is served, sorted.
@@ -286,6 +293,12 @@ impl Plugins {
     #[must_use]
     pub fn id_of(&self, capability: &Capability) -> Option<&PluginId> {
         self.ids.get(capability)
+    }
+
+    /// The longest time of a run of `capability`, if the plugins file limits it.
+    #[must_use]
+    pub fn time_limit(&self, capability: &Capability) -> Option<Duration> {
+        self.time_limits.get(capability).copied()
     }
 
     /// Every library that was considered, in order.
@@ -387,6 +400,7 @@ impl Listing {
             version: None,
             sha256: None,
             capabilities: Vec::new(),
+            time_limits_ms: BTreeMap::new(),
             state: PluginState::Loaded,
             stuck_runners: 0,
             hanging_calls: 0,
@@ -403,6 +417,8 @@ impl Listing {
         self.version = Some(plugin.facts.manifest.version.clone());
         self.sha256 = Some(plugin.sha256.clone());
         self.capabilities = plugin.capabilities.iter().map(ToString::to_string).collect();
+        let limit = |name: &Capability| Some((name.to_string(), millis(plugin.settings.time_limit(name)?)));
+        self.time_limits_ms = plugin.capabilities.iter().filter_map(limit).collect();
     }
 
     fn refuse(&mut self, err: &InstallError) {

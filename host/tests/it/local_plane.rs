@@ -111,6 +111,11 @@ async fn unusable_job_gets_a_result_at_once() {
             echo(r#""time_limit_secs":-1"#),
             "time_limit_secs is -1, expected a whole number of seconds at line 2",
         ),
+        (
+            "wall-time",
+            echo(r#""meta":{"budgets":{"wall_ms":"15m"}}"#),
+            "meta.budgets.wall_ms is a text, expected a whole number of milliseconds above 0 at line 2",
+        ),
         ("input", echo(r#""inputs":[5]"#), "a path is 5, expected a text or an array of bytes at line 2"),
         ("bytes", echo(r#""inputs":[[300]]"#), "a path is [300], expected a text or an array of bytes at line 2"),
         (
@@ -259,10 +264,7 @@ async fn run_past_its_time_limit_fails() {
     plane.put_job("limited", &json!({ "capability": "/fixtures/slow/v1", "time_limit_secs": 1 }));
     let result = done(&plane, &node, "limited").await;
     assert_eq!((&result["outcome"], &result["code"]), (&json!("budget"), &json!("budget")), "{result}");
-    assert_eq!(
-        (&result["reason"], &result["retryable"]),
-        (&json!("the run exceeded its time limit (1 s)"), &json!(false))
-    );
+    assert_eq!((&result["reason"], &result["retryable"]), (&json!("wall time 1s exceeded"), &json!(false)));
     node.stop().await;
 }
 

@@ -55,6 +55,7 @@ mod settings;
 #[cfg(feature = "grpc")]
 mod several_planes;
 mod signals;
+mod time_limits;
 
 mod tls_and_proxy;
 mod zip;

@@ -228,8 +228,8 @@ async fn late_runs_are_cancelled_and_failed() {
     duration.run_spec.as_mut().expect("a spec").budgets.as_mut().expect("budgets").max_duration_seconds = 1;
     plane.send(&node, duration).await;
     let sent = plane.failed(&node, "duration").await;
-    assert_eq!((sent.error_message.as_str(), sent.retryable), ("the run exceeded its time limit (1 s)", false));
-    assert_eq!(ended("duration").await, "the run exceeded its time limit (1 s)");
+    assert_eq!((sent.error_message.as_str(), sent.retryable), ("wall time 1s exceeded", false));
+    assert_eq!(ended("duration").await, "wall time 1s exceeded");
     node.stop().await;
 }
 

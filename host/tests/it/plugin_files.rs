@@ -119,7 +119,7 @@ async fn unavailable_key_refuses_only_its_plugin() {
     let keys = [
         ("isolation = \"process\"", "isolation = \"process\""),
         ("limits = { memory = \"2GiB\" }", "limits.memory"),
-        ("limits = { wall_time = \"15m\" }", "limits.wall_time"),
+        ("limits = { wall_time = \"15m\", cpu_time = \"1m\" }", "limits.cpu_time"),
         ("limits = { network = false }", "limits.network"),
         ("per_task = true", "per_task = true"),
         ("shared = true", "shared = true"),

@@ -361,6 +361,7 @@ fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
         };
         malformed(format!("the lease of {} bytes has no valid capability: {why}", answer.body.len()))
     })?;
+    let time_limit = super::wall_time(&budgets_of_meta(task.meta)).map_err(malformed)?;
     Ok(Lease {
         address: address(task.id, task.job_id, envelope.domain_id, capability.as_str()),
         job: task.job_id,
@@ -368,7 +369,7 @@ fn lease(answer: &Answer) -> Result<Lease, LeaseError> {
         capability,
         expires_at: lease_end(answer, envelope.lease_expires_at.or_else(|| time(&value(task.lease_expires_at)))),
         hard_deadline: None,
-        time_limit: None,
+        time_limit,
         tokens_max: None,
         cancelled: envelope.cancel,
         data: AnnouncedData::DomainServer {
@@ -471,6 +472,13 @@ fn time(value: &Value) -> Option<Timestamp> {
 fn server_of_meta(meta: &Value) -> Option<String> {
     let at = |pointer: &str| filled(meta.pointer(pointer).and_then(Value::as_str).map(str::to_owned));
     at("/domain_server_url").or_else(|| at("/legacy/domain_server_url"))
+}
+
+/// The limits in the metadata of a task. The rest of the metadata may be large, and is not decoded.
+fn budgets_of_meta(meta: Option<&RawValue>) -> Value {
+    let members = meta.and_then(|meta| serde_json::from_str::<Members>(meta.get()).ok());
+    let members = members.map(|Members(members)| members).unwrap_or_default();
+    value(members.into_iter().rfind(|(key, _)| key == "budgets").map(|(_, budgets)| budgets))
 }
 
 fn filled(text: Option<String>) -> Option<String> {

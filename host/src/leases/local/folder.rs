@@ -30,6 +30,7 @@ use serde_json::{Value, json};
 use tracing::warn;
 use uuid::Uuid;
 
+use super::super::wall_time;
 use crate::model::{Capability, Outcome, TaskId, TaskResult, resolved_path};
 
 /// The folders of the control plane.
@@ -134,8 +135,10 @@ impl JobFile {
             }
 
             fn visit_map<A: de::MapAccess<'de>>(self, map: A) -> Result<JobFile, A::Error> {
-                let file = JobFile::deserialize(MapAccessDeserializer::new(map))?;
+                let mut file = JobFile::deserialize(MapAccessDeserializer::new(map))?;
                 // Checked here, so that the error gets a position in the file.
+                let wall_time = wall_time(&file.meta["budgets"]).map_err(A::Error::custom)?;
+                file.time_limit_secs = file.time_limit_secs.into_iter().chain(wall_time).min();
                 let out = file.out.clone().map(PathBuf::from);
                 match out.filter(|out| is_own(self.0, out)) {
                     None => Ok(file),

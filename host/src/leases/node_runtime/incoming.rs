@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use url::Url;
 
 use super::{
-    super::is_credential,
+    super::{is_credential, wall_time},
     domain_data::{DomainData, TOKEN_KEY},
     lease,
     report::At,
@@ -111,7 +111,14 @@ pub(super) fn lease(
     let budgets = spec.budgets.unwrap_or_default();
     let given = [("max_tokens", budgets.max_tokens), ("max_duration_seconds", budgets.max_duration_seconds)];
     let given = given.into_iter().filter(|(_, value)| *value > 0);
-    meta.insert("budgets".into(), given.map(|(key, value)| (key.to_owned(), Value::from(value))).collect());
+    let mut all = match meta.remove("budgets") {
+        Some(Value::Object(all)) => all,
+        _ => Map::new(),
+    };
+    all.extend(given.map(|(key, value)| (key.to_owned(), Value::from(value))));
+    let all = Value::Object(all);
+    let wall_time = wall_time(&all).map_err(malformed)?;
+    meta.insert("budgets".into(), all);
     let task =
         json!({ "id": ids.run, "capability": capability.as_str(), "inputs_cids": inputs, "meta": Value::Object(meta) });
     let mut document = json!({ "task": task });
@@ -123,7 +130,7 @@ pub(super) fn lease(
     Ok(Lease {
         expires_at: Some(expiry(end)),
         hard_deadline: Some(end),
-        time_limit: limit(budgets.max_duration_seconds).map(Duration::from_secs),
+        time_limit: limit(budgets.max_duration_seconds).map(Duration::from_secs).into_iter().chain(wall_time).min(),
         tokens_max: limit(budgets.max_tokens),
         data: AnnouncedData::Known(data),
         token: domain.map(|domain| domain.token),

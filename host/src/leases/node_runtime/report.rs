@@ -144,7 +144,7 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::model::CancelReason;
+    use crate::model::{CancelReason, TimeLimit};
 
     #[track_caller]
     fn check(outcome: Outcome, expected: (&str, bool)) {
@@ -161,8 +161,10 @@ mod tests {
     fn outcomes_decide_whether_a_run_is_retried() {
         let cancelled = |reason, expected| check(Outcome::of_cancel(reason), expected);
         cancelled(CancelReason::Deadline, ("the deadline of the run has passed", true));
-        let limit = CancelReason::TimeLimit(Duration::from_secs(2));
-        cancelled(limit, ("the run exceeded its time limit (2 s)", false));
+        for of_node in [true, false] {
+            let limit = CancelReason::TimeLimit(TimeLimit { wall_time: Duration::from_secs(120), of_node });
+            cancelled(limit, ("wall time 2m exceeded", of_node));
+        }
         let limit = CancelReason::TokenLimit { used: 9, max: 7 };
         cancelled(limit, ("the run used 9 tokens, at most 7 are allowed", false));
         check(Outcome::NoRunner, ("no runner registered for this capability", false));
