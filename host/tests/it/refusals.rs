@@ -330,6 +330,23 @@ async fn changed_struct_is_refused_before_any_call() {
 }
 
 #[tokio::test]
+async fn damaged_layout_header_is_refused() {
+    let reason = "its tables are not this host's (its header is damaged: it does not point to a layout); \
+                  rebuild it with this host's runner-sdk";
+    check_one(&fixtures::c("header", &["MINOR=11"]), reason).await;
+}
+
+#[tokio::test]
+async fn header_of_another_version_refuses_no_plugin() {
+    let mut folder = Folder::new();
+    folder.set("RUST_LOG", "debug");
+    folder.put("later.so", &fixtures::c("header", &["MINOR=12"]));
+    let ended = folder.invoke("/fixtures/refused/v1", &[]).await.expect(0);
+    let reason = "its header is of abi_stable 0.12, expected 0.11";
+    assert!(ended.stderr.contains(reason), "{}", ended.stderr);
+}
+
+#[tokio::test]
 async fn failed_init_is_refused_with_its_text() {
     let folder = Folder::with_a_good_one();
     folder.put("fails.so", &fixtures::c("refused", &["INIT_FAILS"]));
